@@ -56,9 +56,9 @@ def main() -> None:
         "--out", type=Path, default=ROOT / "docs" / "window.webp", help="where the clip goes"
     )
     given = parser.parse_args()
-    from dart_llm.server.window import GREETING, read_records, static_files
+    from dart_llm.server.window import GREETING, STATIC, read_records
 
-    greeting = json.loads(static_files()[GREETING][0])
+    greeting = json.loads((STATIC / GREETING).read_text("utf-8"))
     found = read_records(given.records) if given.records else greeting
     with tempfile.TemporaryDirectory() as folder:
         pictures = list(shown(found, Path(folder)))

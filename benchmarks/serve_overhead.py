@@ -24,8 +24,8 @@ from dart_llm.data.texts import subjects
 from dart_llm.engine.engine import Engine
 from dart_llm.engine.events import Record, Token
 from dart_llm.server.app import build
-from dart_llm.server.run import Server, bind, server_config, warm
-from dart_llm.server.schemas import ChatBody, read
+from dart_llm.server.run import Server, bind, server_config, warm_up
+from dart_llm.server.schemas import ChatBody
 from dart_llm.server.service import ModelFacts, Service
 from dart_llm.server.settings import ServeSettings
 
@@ -69,8 +69,8 @@ def main() -> None:
     settings = ServeSettings(model=args.model, sparsity=args.sparsity, port=0)
     with Engine(model, tokenizer) as engine:
         engine.prepare(settings.prune_config())
-        service = Service(engine, tokenizer, ModelFacts.of(model, args.model), settings)
-        service.worker.start(lambda: warm(engine, tokenizer, [settings.prune_config()]))
+        service = Service(engine, tokenizer, ModelFacts.from_model(model, args.model), settings)
+        service.worker.start(lambda: warm_up(engine, tokenizer, [settings.prune_config()]))
         rows = _measured(service, engine, args)
     for row in rows:
         print(_line(row))
@@ -137,7 +137,7 @@ def _library(service: Service, engine: Engine, body: dict[str, Any]) -> list[flo
         if isinstance(record, Token) and record.text:
             times.append(time.perf_counter() - began)
 
-    (ask,) = service.asker.asks(read(ChatBody, body), "", "")
+    (ask,) = service.reader.requests(ChatBody.model_validate(body), "", "")
     engine.run(ask, emit)
     return times
 

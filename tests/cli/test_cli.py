@@ -34,7 +34,7 @@ def _here(tmp_path, monkeypatch):
 WRONG = [
     ("--sparsity 50", ["did you mean 0.5"]),
     ("--sparsity 50%", ["write --sparsity 0.5: a fraction, not a percentage"]),
-    ("--sparsity half", ['--sparsity "half" is no number']),
+    ("--sparsity half", ['--sparsity "half" is not a number']),
     ("--total-prune-percent 0.5", ["did you mean 50"]),
     ("--sparsity 0.5 --total-prune-percent 50", ["not both"]),
     ("--method grifin", ["unknown method", "griffin"]),

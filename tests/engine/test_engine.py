@@ -158,18 +158,6 @@ def test_several_choices(engine, config):
     assert stopped.report.decoded_tokens == sum(lengths) - 3
 
 
-def test_stop_strings(engine):
-    text, tokens = (plain := ask(engine)[0]).texts[0], plain.tokens[0]
-    for start, end in ((10, 14), (3, 4), (20, 29)):
-        stop = text[start:end]
-        answer, records = ask(engine, stop=("\u4e16", stop))
-        assert answer.finish == ("stop",) and answer.texts[0] == text[: text.index(stop)]
-        assert answer.tokens[0] == tokens[: len(answer.tokens[0])]
-        assert "".join(record.text for record in made_of(records)) == answer.texts[0]
-    never = ask(engine, stop=(text[-2:] + "\u4e16",))[0]
-    assert never.finish == ("length",) and never.texts == (text,)
-
-
 def test_the_end_of_a_text():
     model = tiny()
     plain = alone(model, None)[0]
@@ -260,13 +248,12 @@ def test_learning_while_serving(monkeypatch, tmp_path):
 LONG = tuple(tokens(1, 513)[0].tolist())
 UNSERVED = [
     (half(executor="masked"), 'served by executor "compact"'),
-    (PruneConfig.build("dense-4bit"), "weights of 4 bits"),
     (PruneConfig.build("griffin", budget={"table": "31:0.5"}), "layer 31 is out of range"),
 ]
 REFUSED = [
     *((lambda engine, one=one: engine.prepare(one), words) for one, words in UNSERVED),
     *((lambda engine, one=one: ask(engine, one), words) for one, words in UNSERVED),
-    (lambda engine: Ask(()), "holds no token"),
+    (lambda engine: Ask(()), "has no token"),
     (lambda engine: Ask(PROMPT, Sampling(n=2), conversation="a"), "ask for n 1"),
     (lambda engine: ask(engine, ids=LONG), "513 tokens and the model's context holds 512"),
 ]

@@ -96,14 +96,14 @@ def test_names_are_apart_and_the_oldest_goes(engine):
     assert cached(engine, "b") == 0
     with Engine(tiny(), tokenizer(), conversations=0) as none:
         turn(none, half(), PROMPT)
-        assert cached(none, "a") == 0 and len(none._kept) == 0
+        assert cached(none, "a") == 0 and len(none._conversations) == 0
 
 
 def test_who_has_the_most_loses_one_first():
     kept = ConversationCache(3)
     for name in ("mine", "yours 1", "yours 2", "yours 3", "theirs"):
         kept.put(name, name, owner=name.split()[0])
-    found = [kept.take(name) for name in ("mine", "yours 1", "yours 2", "yours 3", "theirs", None)]
+    found = [kept.pop(name) for name in ("mine", "yours 1", "yours 2", "yours 3", "theirs", None)]
     assert found == ["mine", None, None, "yours 3", "theirs", None] and len(kept) == 0
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dart_llm.engine.decoding import FEW, Pieces, Sampler, StopFinder
-from dart_llm.engine.events import Check, Likely, Scores
+from dart_llm.engine.events import Check
+from dart_llm.engine.request import FEW, Pieces, Sampler, StopFinder
 from dart_llm.engine.requests import Sampling
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.pruning.records import DriftCheck
@@ -143,15 +143,9 @@ def test_a_character_comes_when_it_is_whole():
     assert pieces.of(ids[:2]) == ["<s>", HALF]
 
 
-def test_records_of_checks_and_scores():
-    """The first window of a rule has nothing to compare with: it has no similarity."""
+def test_the_first_window_has_no_similarity():
     values = {field.name: 0 for field in dataclasses.fields(DriftCheck)}
-    told = {("arming", 0.0): None, ("arming", 0.4): 0.4, ("armed", 0.0): 0.0, ("held", 0.3): 0.3}
-    for (state, similarity), expected in told.items():
-        found = Check(DriftCheck(**{**values, "state": state, "similarity": similarity})).to_dict()
-        assert (found["kind"], found["state"], found["similarity"]) == ("check", state, expected)
-    assert Scores((None, -0.5), ((), (Likely(3, "a", -0.5),))).to_dict() == {
-        "kind": "scores",
-        "logprobs": [None, -0.5],
-        "top": [[], [{"id": 3, "text": "a", "logprob": -0.5}]],
-    }
+    wanted = {("arming", 0.0): None, ("arming", 0.4): 0.4, ("armed", 0.0): 0.0, ("held", 0.3): 0.3}
+    for (state, similarity), expected in wanted.items():
+        check = DriftCheck(**{**values, "state": state, "similarity": similarity})
+        assert Check(check).to_dict()["similarity"] == expected

@@ -138,20 +138,18 @@ class Running:
     def connect(self):
         return socket.create_connection(("127.0.0.1", int(self.url.rsplit(":", 1)[1])), timeout=20)
 
-    def beside(self, url=CHAT_URL, **body):
+    def beside(self, url=CHAT_URL, headers=None, **body):
         """Post from a thread of its own; the response is the future's result."""
 
         def post():
             with self.client() as client:
-                return client.post(url, json={**(CHAT if url == CHAT_URL else {}), **body})
+                data = {**(CHAT if url == CHAT_URL else {}), **body}
+                return client.post(url, json=data, headers=headers)
 
         return POOL.submit(post)
 
     def waiting(self, count):
         until(lambda: self.service.worker.waiting == count)
-
-    def gauge(self, name):
-        return self.service.metrics.registry.get_sample_value(f"dart_llm_{name}") or 0.0
 
 
 @contextlib.contextmanager
@@ -180,7 +178,7 @@ def running(engine=None, tokenizer=None, facts=FACTS, **settings):
 def running_model(model, tokenizer, **settings):
     from dart_llm.engine.engine import Engine
 
-    facts = ModelFacts.of(model, str(settings.get("model", "smollm2-135m")))
+    facts = ModelFacts.from_model(model, str(settings.get("model", "smollm2-135m")))
     with Engine(model, tokenizer) as engine, running(engine, tokenizer, facts, **settings) as found:
         yield found
 

@@ -148,16 +148,15 @@ UNREADY = "--methods griffin,dart,glass, or ask for method griffin or dart (GET 
 REFUSED = [
     (CHAT_URL, {**CHAT, "model": "gpt"}, "'gpt' is not served here", "model", "model_not_found"),
     (CHAT_URL, {**CHAT, "n": 5}, "n 5 is too large: at most 4", "n", WRONG),
-    (CHAT_URL, {**CHAT, "top_logprobs": 1}, "goes with logprobs", "top_logprobs", WRONG),
+    (CHAT_URL, {**CHAT, "top_logprobs": 1}, "requires logprobs", "top_logprobs", WRONG),
     (CHAT_URL, {**CHAT, "dart": {"method": "nix"}}, "unknown method 'nix'", METHOD, WRONG),
     (CHAT_URL, {**CHAT, "dart": {"method": "glass"}}, UNREADY, METHOD, NOT_READY),
-    (CHAT_URL, {**CHAT, "dart": {"method": "dense-8bit"}}, "needs a copy", METHOD, WRONG),
     (CHAT_URL, {**CHAT, "dart": IDLE}, "so no mask grows stale: leave", "dart.drift", WRONG),
     (CHAT_URL, {**CHAT, "n": 2, "dart": {"conversation": "c"}}, "ask for n 1", None, WRONG),
     (TEXT_URL, {"prompt": ["a"] * 65}, "65 prompts are too many: at most 64", "prompt", WRONG),
     (TEXT_URL, {"prompt": ["a", ""]}, "the prompt is empty", "prompt", WRONG),
     (TEXT_URL, {"prompt": "a", "echo": True, "logprobs": 1}, 'ask for method "dense"', None, WRONG),
-    (TEXT_URL, {"prompt": [1, 256]}, "token ids lie in 0 to 255", "prompt", WRONG),
+    (TEXT_URL, {"prompt": [1, 256]}, "token ids must lie in 0 to 255", "prompt", WRONG),
     (TEXT_URL, {"prompt": "a" * 4096}, "has 4096, which leaves no room", None, LONG),
     (TEXT_URL, {"prompt": "a" * 4097}, "is 4096 tokens, but the prompt", None, LONG),
 ]

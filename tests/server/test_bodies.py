@@ -1,7 +1,5 @@
-"""Bodies from strangers: what is no JSON or no request is refused; what large ones cost."""
+"""Bodies from strangers: what is not a request is refused; what large ones cost."""
 
-import json
-import re
 import threading
 import time
 
@@ -10,47 +8,51 @@ import serve_malformed as malformed
 from pydantic import ValidationError
 
 from dart_llm.server.responses import APIError
-from dart_llm.server.schemas import IGNORED, NEUTRAL, ChatBody, CompletionBody, read
-from dart_llm.server.security import DEEPEST, parse
+from dart_llm.server.schemas import IGNORED, NEUTRAL, UNSUPPORTED, ChatBody, CompletionBody, refusal
 from serve_cases import CHAT_URL, FACTS, TEXT_URL, ByteTokenizer, FakeEngine, running, until
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 ASSISTANT = {"role": "assistant", "content": "yes"}
 CONTEXT = FACTS.context or 0
 
-
-def nested(depth):
-    """An object with lists inside one another, ``depth`` in all."""
-    return b'{"a":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
-
-
-NO_JSON = [
-    (b"", "not JSON"),
-    (b"{", "line 1, column 2"),
-    (b'"text"', "must be a JSON object"),
-    (b'{"a": -Infinity}', "-Infinity"),
-    (b'{"a": 1e999}', "too large"),
-    (b'{"a": ' + b"9" * 5000 + b"}", "too long"),
-    (b'{"x": {"a": 1, "b": 2, "a": 2}}', 'the key "a" stands twice'),
-    (b'{"a": "\xff"}', "not UTF-8 (byte 7)"),
-    (b'{"a": "\\ud800"}', "half of a character"),
-    (nested(DEEPEST + 1), "nests more than 32"),
-    (nested(100_000), "nests more than 32"),
-    (b'{"a": 1} {"b": 2}', "Extra data"),
+NOT_JSON = [
+    b"",
+    b"{",
+    b'"text"',
+    b'{"prompt": "x", "temperature": -Infinity}',
+    b'{"prompt": "x", "temperature": 1e999}',
+    b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
+    b'{"prompt": "\xff"}',
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    b'{"prompt": "x"} {"prompt": "y"}',
 ]
 
 
-def test_json_is_read_strictly():
-    for body, said in NO_JSON:
-        with pytest.raises(APIError, match=re.escape(said)) as caught:
-            parse(body)
-        assert (caught.value.status, caught.value.code) == (400, "invalid_json")
-    data = {"a": [1, 2.5, None, True, "\u00e9\U0001f600"], "b": {"c": -(2**62)}}
-    assert parse(json.dumps(data).encode()) == data
-    parse(nested(DEEPEST))
+@pytest.fixture(scope="module")
+def server():
+    with running(max_body_kib=512, max_tokens=8) as found:
+        yield found
 
 
-MISSING, UNKNOWN, UNSUPPORTED = "missing_required_parameter", "unknown_parameter", "unsupported"
+@pytest.mark.parametrize("body", NOT_JSON, ids=lambda body: repr(body[:40]))
+def test_what_is_not_a_json_request_is_refused(server, body):
+    with server.client() as client:
+        headers = {"Content-Type": "application/json"}
+        response = client.post(TEXT_URL, content=body, headers=headers)
+    assert response.status_code == 400
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert not server.engine.asked
+
+
+def read(kind, data):
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise refusal(error.errors()) from None
+
+
+MISSING, UNKNOWN = "missing_required_parameter", "unknown_parameter"
 WRONG = [
     ({"messages": []}, "messages", "invalid_value", ""),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value", ""),
@@ -64,10 +66,15 @@ WRONG = [
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", ""),
     ({"dart": {"sparsity": 1}}, "dart.sparsity", "invalid_value", ""),
     ({"dart": {"sparsity": 50}}, "dart.sparsity", "invalid_value", "0.5 for 50 %"),
-    ({"dart": {"sparcity": 0.5}}, "dart.sparcity", UNKNOWN, "field; did you mean sparsity?"),
-    ({"dart": {"x" * 5000: 1}}, "dart." + "x" * 100, UNKNOWN, "is not a known field"),
+    (
+        {"dart": {"sparcity": 0.5}},
+        "dart.sparcity",
+        UNKNOWN,
+        "unknown field; did you mean sparsity?",
+    ),
+    ({"dart": {"x" * 5000: 1}}, "dart." + "x" * 100, UNKNOWN, "unknown field"),
     ({"max_token": 5}, "max_token", UNKNOWN, "supplied: max_token; did you mean max_tokens?"),
-    ({"tools": [{}]}, "tools", UNSUPPORTED, "leave it out, or give null or []"),
+    ({"tools": [{}]}, "tools", "unsupported", "leave it out"),
 ]
 
 
@@ -82,9 +89,11 @@ def test_wrong_fields_are_named(change, param, code, said):
 
 def test_what_asks_for_nothing_is_taken():
     given = {name: {"any": "thing"} for name in IGNORED}
-    given |= {name: values[0] if values else None for name, values in NEUTRAL.items()}
-    body = read(ChatBody, {"messages": MESSAGES, **given, "presence_penalty": 0.0, "seed": 1})
-    assert body == read(ChatBody, {"messages": MESSAGES, "seed": 1})
+    given |= {"presence_penalty": 0.0, "best_of": 1, "seed": 1}
+    wanted = read(ChatBody, {"messages": MESSAGES, "seed": 1})
+    for value in NEUTRAL:
+        body = {"messages": MESSAGES, **dict.fromkeys(UNSUPPORTED, value), **given}
+        assert read(ChatBody, body) == wanted
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     spoken = {**ASSISTANT, "tool_calls": [], "reasoning_content": "so I think", "refusal": None}
     messages = [{"role": "user", "content": parts}, spoken, {"role": "assistant"}]
@@ -137,13 +146,12 @@ def test_a_text_that_is_too_long_is_not_read_to_its_end():
         assert sum(words.lengths) <= 4 * (CONTEXT + 64)
 
 
-def test_long_bodies_are_read_one_at_a_time_beside_everything_else():
+def test_prompts_become_tokens_one_at_a_time_beside_everything_else():
     words = Watched()
     words.free.clear()
     with running(FakeEngine(), words) as server:
         posts = [server.beside(TEXT_URL, prompt="x" * 20_000) for _ in range(12)]
         try:
-            until(lambda: server.gauge("http_requests") == 12)
             until(lambda: words.inside == 1)
             with server.client() as client:
                 for path in ("/healthz", "/api/runs", "/v1/models"):
@@ -153,12 +161,6 @@ def test_long_bodies_are_read_one_at_a_time_beside_everything_else():
             words.free.set()
         assert [post.result(20).status_code for post in posts] == [400] * 12
     assert words.most == 1
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running(max_body_kib=512, max_tokens=8) as found:
-        yield found
 
 
 @pytest.mark.contract("server never answers 5xx to malformed input")

@@ -4,26 +4,21 @@ import contextlib
 import json
 import re
 import select
-import socket
-import time
 
 import pytest
 
 from dart_llm.errors import ConfigError
-from dart_llm.server import run as server_run
 from dart_llm.server import security
-from dart_llm.server.run import bind, link
+from dart_llm.server.run import bind, page_address
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import merge
 from serve_cases import (
     CHAT,
     CHAT_URL,
     KEYS,
-    FakeEngine,
     bearer,
     request_bytes,
     running,
-    until,
 )
 
 BOTH = ",".join(KEYS)
@@ -164,32 +159,12 @@ def test_a_slow_body_is_given_up(monkeypatch, pieces):
         assert connection.recv(65536).startswith(b"HTTP/1.1 408")
 
 
-def test_a_silent_connection_is_closed(monkeypatch):
-    monkeypatch.setattr(server_run, "TICKS", 1)
-    monkeypatch.setattr(server_run, "SILENT_CHECKS", 3)
-    with running(FakeEngine(pause=0.3)) as server, contextlib.ExitStack() as stack:
-        silent, half, used = (stack.enter_context(server.connect()) for _ in range(3))
-        half.sendall(b"GET /healthz HTTP/1.1\r\nHost: local")
-        used.sendall(request_bytes({**CHAT, "max_tokens": 3}))
-        assert silent.recv(1) == half.recv(1) == b""
-        assert used.recv(100).startswith(b"HTTP/1.1 200")  # it took longer, and was waited for
-
-
-@pytest.mark.parametrize("keys", [(), KEYS])
-def test_a_flood_of_unfinished_bodies(monkeypatch, keys):
-    monkeypatch.setattr(security, "AT_ONCE", 20)
+def test_slow_clients_do_not_keep_others_from_their_answers():
     half = request_bytes({"prompt": "x"})[:-5]
-    half = half.replace(b"Content-T", f"Authorization: Bearer {KEYS[0]}\r\nContent-T".encode(), 1)
-    settings = {"api_key": ",".join(keys)} if keys else {}
-    with running(**settings) as server, server.client() as client, contextlib.ExitStack() as stack:
-        for _ in range(20):
-            stack.enter_context(server.connect()).sendall(half)
-        until(lambda: server.gauge("http_requests") >= 15)
-        assert [client.get("/healthz").status_code for _ in range(3)] == [200] * 3
-        own = client.post(CHAT_URL, json=CHAT, headers=bearer(0))
-        assert (own.status_code, code(own)) == (429, "rate_limit_exceeded")
-        if keys:
-            assert client.post(CHAT_URL, json=CHAT, headers=bearer(1)).status_code == 200
+    with running() as server, server.client() as client, contextlib.ExitStack() as stack:
+        for data in (half, half[:20], b"") * 20:
+            stack.enter_context(server.connect()).sendall(data)
+        assert client.post(CHAT_URL, json=CHAT).status_code == 200
 
 
 def test_other_methods_and_addresses(server):
@@ -198,41 +173,10 @@ def test_other_methods_and_addresses(server):
             assert (client.get(path).status_code, code(client.get(path))) == (404, "not_found")
         elsewhere = client.post("/v1/responses", json={"input": "hi"})
         assert code(elsewhere) == "not_found" and "use /v1/chat/completions" in elsewhere.text
-        for method, path, allow in (("GET", CHAT_URL, "POST"), ("PUT", "/api/events", "GET, POST")):
-            response = client.request(method, path)
-            assert (response.status_code, response.headers["allow"]) == (405, allow)
+        response = client.get(CHAT_URL)
+        assert (response.status_code, response.headers["allow"]) == (405, "POST")
         got, head = client.get("/static/main.js"), client.head("/static/main.js")
         assert head.content == b"" and head.headers["content-type"] == got.headers["content-type"]
-
-
-def test_a_head_has_at_most_64_kib(server):
-    for size, status in ((60_000, b"200"), (66_000, b"400")):
-        for first in (0, 30_000):
-            with server.connect() as connection:
-                data = (
-                    b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * size + b"\r\n\r\n"
-                )
-                connection.sendall(data[:first])
-                time.sleep(0.05)
-                connection.sendall(data[first:])
-                assert connection.recv(100).split(b" ")[1] == status
-
-
-def rest(connection):
-    return b"".join(iter(lambda: connection.recv(65536), b""))
-
-
-def test_who_ended_the_own_side_gets_the_answer():
-    engine = FakeEngine(pause=0.1)
-    with running(engine) as server, server.connect() as connection:
-        connection.sendall(request_bytes({**CHAT, "stream": True}))
-        connection.shutdown(socket.SHUT_WR)
-        found = rest(connection)
-        with server.connect() as half:  # and half a body is no request
-            half.sendall(request_bytes(CHAT)[:-3])
-            half.shutdown(socket.SHUT_WR)
-            assert rest(half) == b""
-    assert b"[DONE]" in found and found.endswith(b"\r\n0\r\n\r\n") and engine.cancelled_at == []
 
 
 WRONG = [
@@ -257,7 +201,7 @@ def test_settings():
     assert "[::1]" in (ServeSettings(host="::1").hosts or ())
     with contextlib.closing(bind("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        assert link(given, listening) == f"http://127.0.0.1:{port}/"
+        assert page_address(given, listening) == f"http://127.0.0.1:{port}/"
 
 
 def test_past_runs_are_not_for_several_keys(tmp_path):

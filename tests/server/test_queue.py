@@ -3,10 +3,11 @@
 import json
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from dart_llm.server.worker import FairQueue, Full
+from dart_llm.server.service import FairQueue
 from serve_cases import (
     CHAT,
     CHAT_URL,
@@ -24,44 +25,45 @@ from serve_cases import (
 BOTH = ",".join(KEYS)
 
 
-def test_clients_and_their_users_take_turns():
-    queue = FairQueue(100)
-    for item in ("g0", "g1", "g2"):
-        queue.put("greedy", "", item)
-    for user in "ab":
-        for i in range(2):
-            queue.put("key 1", user, f"{user}{i}")
-    queue.put("late", "", "x")
-    assert len(queue) == 8
-    assert queue.remove("g1") and not queue.remove("g1")  # who left is not served
-    assert queue.clear() == ["g0", "a0", "x", "g2", "b0", "a1", "b1"]
+def test_clients_take_turns():
+    queue = FairQueue()
+    for name in ("g0", "g1", "g2", "a0", "a1", "x0"):
+        queue.waiting.append(SimpleNamespace(client=name[0], name=name))
+    order = [queue.take().name for _ in range(6)]
+    assert order == ["g0", "a0", "x0", "g1", "a1", "g2"]
     assert queue.take() is None
 
 
 def test_one_client_leaves_places_for_others():
-    queue = FairQueue(4)
-    for i in range(3):
-        queue.put("greedy", str(i), str(i))
-    with pytest.raises(Full) as caught:
-        queue.put("greedy", "another", "3")
-    assert (caught.value.waiting, caught.value.own) == (3, True)
-    queue.put("other", "", "o")
-    with pytest.raises(Full) as caught:
-        queue.put("third", "", "t")
-    assert (caught.value.waiting, caught.value.own) == (4, False)
+    engine = FakeEngine(pause=0.05)
+    with running(engine, max_waiting=4, api_key=BOTH) as server, server.client() as client:
+        posts = [server.beside(headers=bearer(0), max_tokens=40)]
+        until(lambda: bool(engine.asked))
+        for number in range(3):
+            posts.append(server.beside(headers=bearer(0)))
+            server.waiting(number + 1)
+        for stream in (False, True):
+            body = {**CHAT, "stream": stream}
+            refused = client.post(CHAT_URL, json=body, headers=bearer(0))
+            assert (refused.status_code, refused.json()["error"]["type"]) == (
+                429,
+                "rate_limit_error",
+            )
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
+        posts.append(server.beside(headers=bearer(1)))
+        engine.pause = 0.0
+        assert [post.result(20).status_code for post in posts] == [200] * 5
 
 
 @pytest.mark.parametrize(
     ("way", "stream"),
-    [("close", True), ("close", False), ("reset", True), ("half", False), ("later", False)],
+    [("close", True), ("close", False), ("reset", True), ("half", False)],
 )
 def test_a_client_that_goes_away_frees_the_model(way, stream):
     engine = FakeEngine(pause=0.2)
     with running(engine) as server:
         connection = server.connect()
         connection.sendall(request_bytes({**CHAT, "max_tokens": 1000, "stream": stream}))
-        if way == "later":  # its own side first
-            connection.shutdown(socket.SHUT_WR)
         until(lambda: bool(engine.asked))
         if stream:
             read_until(connection, b"w1 ")
@@ -74,7 +76,7 @@ def test_a_client_that_goes_away_frees_the_model(way, stream):
         left = engine.index
         until(lambda: engine.ended > 0)
         # the token in progress, and a busy machine's one
-        assert engine.cancelled_at[0] <= left + (3 if way == "later" else 2)
+        assert engine.cancelled_at[0] <= left + 2
         with server.client() as client:
             assert client.post(CHAT_URL, json=CHAT).status_code == 200
 
@@ -91,37 +93,21 @@ def test_who_leaves_while_waiting_never_runs():
         assert first.result(10).status_code == 200 and len(engine.asked) == 1
 
 
-def test_requests_run_one_at_a_time_and_users_in_turn():
+def test_requests_run_one_at_a_time_and_a_list_lets_others_in_between():
     engine = FakeEngine(pause=0.5)  # until all wait
-    with running(engine) as server:
-        posts = [server.beside(max_tokens=40)]
+    with running(engine, api_key=BOTH) as server:
+        posts = [server.beside(headers=bearer(1), max_tokens=40)]
         until(lambda: bool(engine.asked))
-        for number, user in enumerate(["greedy"] * 4 + ["other"] * 2):
-            posts.append(server.beside(user=user, seed=number))
-            server.waiting(number + 1)
-        body = {"prompt": [[1], [2]], "max_tokens": 1, "user": "list", "seed": 6}
-        posts.append(server.beside(TEXT_URL, **body))
-        server.waiting(7)
-        engine.pause = 0.0
-        assert [post.result(20).status_code for post in posts] == [200] * 8
-    assert engine.most_at_once == 1
-    # between two prompts of a list others have their turn
-    assert [ask.sampling.seed for ask in engine.asked[1:]] == [0, 4, 6, 1, 5, 6, 2, 3]
-
-
-def test_too_many_waiting_are_sent_away():
-    engine = FakeEngine(pause=0.05)
-    with running(engine, max_waiting=2) as server:
-        first = server.beside(max_tokens=20)
-        until(lambda: bool(engine.asked))
-        second = server.beside()
+        body = {"prompt": [[1], [2], [3]], "max_tokens": 1, "seed": 6}
+        posts.append(server.beside(TEXT_URL, headers=bearer(0), **body))
         server.waiting(1)
-        for stream in (False, True):
-            sent_away = server.beside(stream=stream).result(20)
-            assert sent_away.status_code == 429
-            assert 1 <= int(sent_away.headers["retry-after"]) <= 60
-            assert sent_away.json()["error"]["code"] == "rate_limit_exceeded"
-        assert first.result(20).status_code == second.result(20).status_code == 200
+        for number in range(2):
+            posts.append(server.beside(headers=bearer(1), seed=number))
+            server.waiting(number + 2)
+        engine.pause = 0.0
+        assert [post.result(20).status_code for post in posts] == [200] * 4
+    assert engine.most_at_once == 1
+    assert [ask.sampling.seed for ask in engine.asked[1:]] == [6, 0, 6, 1, 6]
 
 
 def test_a_request_that_takes_too_long_is_given_up():
@@ -216,9 +202,9 @@ def test_watchers_see_no_text_and_with_keys_their_own_requests_alone():
 def test_the_end_lets_an_answer_finish_in_time_and_sends_the_others_away(grace, last):
     engine = FakeEngine(pause=0.02)
     with running(engine, grace=grace, max_tokens=4000) as server:
-        first = server.beside(max_tokens=4000 if last else 20, stream=True, user="running")
+        first = server.beside(max_tokens=4000 if last else 20, stream=True)
         until(lambda: bool(engine.asked))
-        second = server.beside(user="waiting")
+        second = server.beside()
         server.waiting(1)
         server.server.should_exit = True
         answer, refused = first.result(10), second.result(10)

@@ -5,22 +5,22 @@ import hashlib
 import io
 import json
 import re
-from pathlib import Path
 
 import pytest
 
-import dart_llm
 from dart_llm.errors import ConfigError
+from dart_llm.experiments.result_line import ResultLine
 from dart_llm.server.security import CONTENT_POLICY
-from dart_llm.server.window import EXPORT, IMPORT, page, read_records, static_files
+from dart_llm.server.window import IMPORT, STATIC, page, read_records
 from html_page import Page
 from lm_cases import call
 from serve_cases import running
 from window_cases import QUESTION, records, write
 
-STATIC = Path(dart_llm.__file__).parent / "server" / "static"
 SCRIPTS = {path.name: path.read_text(encoding="utf-8") for path in sorted(STATIC.glob("*.js"))}
 TEXT = (STATIC / "index.html").read_text(encoding="utf-8")
+EXPORT = re.compile(r"^export (?:(?:async )?function\*?|class|const) (\w+)", re.MULTILINE)
+TOP = re.compile(r"^(?:export )?(?:(?:async )?function\*?|class|const|let) (\w+)", re.MULTILINE)
 PAGE = Page(TEXT)
 IDS = [attributes["id"] or "" for _, attributes in PAGE.seen if "id" in attributes]
 OWN_ADDRESS = "http://www.w3.org/2000/svg"
@@ -46,16 +46,14 @@ def test_names_lead_somewhere():
         assert text.startswith("// ") and len(text.splitlines()) <= 300
         for names, other in IMPORT.findall(text):
             named.add(other)
-            exported = {name for _, name in EXPORT.findall(SCRIPTS[other])}
+            exported = set(EXPORT.findall(SCRIPTS[other]))
             for name in map(str.strip, names.split(",")):
                 assert name in exported and len(re.findall(rf"\b{name}\b", text)) > 1, name
         assert set(re.findall(r'byId\("([\w-]+)"\)', text)) <= {*IDS, "records"}, script
-    served = set(static_files())
-    assert (
-        served
-        == named | {"index.html", "prompts.json", "greeting.json"}
-        == {p.name for p in STATIC.iterdir()}
-    )
+    names = [name for text in SCRIPTS.values() for name in TOP.findall(text)]
+    assert len(names) == len(set(names))  # a recording is one script of all of them
+    others = {"index.html", "prompts.json", "greeting.json"}
+    assert named | others == {path.name for path in STATIC.iterdir()}
     assert len(IDS) == len(set(IDS))
     for _, attributes in PAGE.seen:
         for name in ("for", "aria-labelledby", "aria-describedby"):
@@ -97,32 +95,14 @@ def test_runs_are_opened_below_their_folder_alone(tmp_path):
     assert (opened["masks"], opened["config"]["kind"]) == (None, "run")
 
 
-def test_what_a_run_measured_is_told_whatever_its_kind(tmp_path):
-    found = {"task": "arc_easy", "protocol": "decode", "metric": "acc", "metrics": {"acc": 0.25}}
-    found["accounting"] = {"achieved_sparsity": 0.48, "dense_token_share": 0.04, "remasks": 3}
-    cell = {"model": "m", "method": "griffin", "sparsity": 0.5, "task": "arc_easy"}
-    line = {"label": "griffin@0.5", "status": "done", "cell": cell, "measurement": found}
-    mean = {"label": "dart", "method": "dart", "cells": 2, "loss": {"after": {"mean": 4.5}}}
-    summary = {"mode": "forced", "rows": [{**mean, "achieved_sparsity": 0.4, "remasks": 1}]}
-    written = {
-        "run": {"general_nlp__json": json.dumps({"rows": [line]})},
-        "sweep": {"results__jsonl": json.dumps(line), "compare__md": "# Comparison"},
-        "drift": {"summary__json": json.dumps(summary), "summary__md": "# Drift"},
-        "detect": {"results__jsonl": "{}", "detection__md": "# Detection"},
-    }
-    for kind, files in written.items():
-        a_run(tmp_path / kind / "20260101-120000", {"kind": kind}, **files)
+def test_the_numbers_and_tables_of_a_run_are_shown(tmp_path):
+    line = ResultLine(label="griffin@0.5", method="griffin", model="m", task="t", metric="acc")
+    line = line.model_copy(update={"value": 0.25, "achieved": 0.48, "remasks": 3})
+    files = {"rows__jsonl": line.model_dump_json() + "\n{broken", "compare__md": "# Comparison"}
+    a_run(tmp_path / "a/20260101-120000", {"kind": "compare"}, **files)
     with running(results_dir=str(tmp_path)) as server, server.client() as client:
-        shown = {kind: client.get(f"/api/runs/{kind}/20260101-120000").json() for kind in written}
-    measured = {"label": "griffin@0.5", "asked": 0.5, "task": "arc_easy", "protocol": "decode"}
-    measured |= {"model": "m", "status": "done", "metric": "acc", "value": 0.25, "items": 0}
-    measured |= {"achieved": 0.48, "dense_share": 0.04, "remasks": 3}
-    assert [shown[kind]["rows"] for kind in ("run", "sweep")] == [[measured]] * 2
-    (drift,) = shown["drift"]["rows"]
-    assert (drift["label"], drift["value"], drift["achieved"]) == ("dart", 4.5, 0.4)
-    for kind, files in written.items():
-        (text,) = [text for name, text in files.items() if name.endswith("__md")] or [""]
-        assert shown[kind]["tables"] == text
+        shown = client.get("/api/runs/a/20260101-120000").json()
+    assert shown["rows"] == [line.model_dump()] and shown["tables"] == "# Comparison"
 
 
 # recordings
@@ -138,11 +118,11 @@ def test_recordings_are_read(tmp_path):
     token = b'{"kind": "token", "index": 0, "text": "", "phase": "dense"}'
     wrong = [
         (token, "does not begin with a start record"),
-        (b"\n{nothing", "line 2 is no JSON"),
-        (b'{"kind": "start", "method": NaN}', "line 1 is no JSON"),
-        (b"[1]", "line 1 is no record: its kind must be one of start, token"),
+        (b"\n{nothing", "line 2 is not JSON"),
+        (b'{"kind": "start", "method": NaN}', "line 1 is not JSON"),
+        (b"[1]", "line 1 is not a record: its kind must be one of start, token"),
         (b'{"kind": "start", "method": "dart"}', "a start record needs layers, neurons, prompt"),
-        (b"\xff\xfe\x00", "no text in UTF-8"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
     ]
     for content, said in wrong:
         file.write_bytes(content)

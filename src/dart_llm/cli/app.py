@@ -63,7 +63,7 @@ app = make_app()
 
 
 def run() -> None:
-    """Run the command line; an error of ours is one sentence and exit code 2."""
+    """Run the command line; a ``DartError`` prints one sentence and exits with code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show all characters
@@ -80,5 +80,5 @@ def run() -> None:
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    """A scheduler's polite end is an interruption: what is finished is kept."""
+    """SIGTERM, as a scheduler sends it, is an interruption: what is finished is kept."""
     raise KeyboardInterrupt

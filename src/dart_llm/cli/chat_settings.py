@@ -20,13 +20,13 @@ class ChatSettings(BaseSettings):
     UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name", "results_dir", "style")
 
     system: str | None = setting(PANEL, "System message (default: the chat template's own).")
-    max_tokens: int = setting(PANEL, "Tokens of an answer, at most.", 512)
+    max_tokens: int = setting(PANEL, "Largest number of tokens per answer.", 512)
     temperature: float = setting(PANEL, "Sample at this temperature; 0: the likeliest token.", 0.0)
     top_p: float = setting(
         PANEL, "Sample from the likeliest tokens that together have this probability.", 1.0
     )
     history: str | None = setting(
-        PANEL, "File that keeps what you typed, for the next time (default: none)."
+        PANEL, "File that keeps what you type, for the next chat (default: none)."
     )
     calibration: str | None = setting(
         PANEL, "Text for methods that calibrate (default: c4 of the hub)."
@@ -35,7 +35,7 @@ class ChatSettings(BaseSettings):
     @model_validator(mode="after")
     def _check_chat(self) -> ChatSettings:
         if self.masks is not None:
-            raise ConfigError("chat chooses its own masks: leave masks out")
+            raise ConfigError("chat selects its own masks: leave masks out")
         self.sampling()
         return self
 
@@ -44,11 +44,11 @@ class ChatSettings(BaseSettings):
         return Sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
 
     def served(self) -> PruneConfig | None:
-        """What prunes the answers; None: nothing."""
+        """The configuration of the answers; None: the plain dense model."""
         config = self.prune_config()
         return config if config.method != "dense" or config.screens else None
 
     def changed(self, **changes: Any) -> ChatSettings:
         """A copy with ``changes``, checked as a whole; raises ``ConfigError``."""
-        given = {name: getattr(self, name) for name in self.model_fields_set} | changes
-        return type(self).model_validate(given)
+        values = {name: getattr(self, name) for name in self.model_fields_set} | changes
+        return type(self).model_validate(values)

@@ -380,7 +380,7 @@ def results(
 
 GROUPS = {
     "bench": "Fixed measures of the methods: quality, speed.",
-    "prompts": "Two-topic prompts and passages: make, list, show.",
+    "prompts": "Two-topic prompts and passages: list, show.",
 }
 """Commands of two words by their first one, with its help."""
 
@@ -402,7 +402,6 @@ COMMANDS = (
     Command("serve", serve, ServeSettings),
     Command("replay", replay),
     Command("results", results),
-    Command("prompts generate", info.generate_prompts),
     Command("prompts list", info.list_prompts),
     Command("prompts show", info.show_prompt),
     Command("demo", demo),

@@ -1,4 +1,4 @@
-"""``dart-llm export``: one mask of a text as a file for llama.cpp, and what was written of it."""
+"""``dart-llm export``: one mask of a text as a file for llama.cpp."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from dart_llm.data import documents
 from dart_llm.data.prompts import given_prompt, read_prompt_file
 from dart_llm.errors import ConfigError
 from dart_llm.files import finite, size_text
-from dart_llm.reporting.table import Column, Table
 from dart_llm.settings import BaseSettings, load_arguments, merge, setting, words
 
 if TYPE_CHECKING:
@@ -55,13 +54,13 @@ class ExportSettings(BaseSettings):
         return self
 
     def texts(self) -> list[str]:
-        """What the mask is chosen for, in order."""
-        found = [text for name in words(self.text) for text in documents.whole_texts(name)]
+        """The texts that the mask is selected for, in order."""
+        texts = [text for name in words(self.text) for text in documents.whole_texts(name)]
         if self.prompt is not None:
-            found.append(given_prompt(self.prompt))
+            texts.append(given_prompt(self.prompt))
         if self.prompt_file is not None:
-            found.append(read_prompt_file(self.prompt_file))
-        return found
+            texts.append(read_prompt_file(self.prompt_file))
+        return texts
 
 
 def export(flags: dict[str, Any], config: Config = None, as_json: Json = False) -> None:
@@ -72,17 +71,15 @@ def export(flags: dict[str, Any], config: Config = None, as_json: Json = False) 
     with Ui.started(as_json) as ui:
         for note in settings.notes:
             ui.say(note)
-        found = _written(settings, ui)
+        written = _write(settings, ui)
     if as_json:
-        typer.echo(json.dumps(finite(found.to_dict())))
+        typer.echo(json.dumps(finite(written.to_dict())))
         return
-    ui.result(table(found).rich())
-    for line in sentences(found):
-        ui.result(line)
+    ui.result(_summary(written))
 
 
-def _written(settings: ExportSettings, ui: Any) -> GgufExport:
-    """Load, choose and write."""
+def _write(settings: ExportSettings, ui: Any) -> GgufExport:
+    """Load the model, select the neurons and write the file."""
     from dart_llm.experiments.artifacts import check_masks, read_masks
     from dart_llm.models.describe import widths
     from dart_llm.models.loading import load, resolve
@@ -99,14 +96,14 @@ def _written(settings: ExportSettings, ui: Any) -> GgufExport:
     ).blocks
     if source is None:
         raise ConfigError(
-            f"{settings.model} is no GGUF file, and only such a file is narrowed: make one of it "
-            "with llama.cpp's convert_hf_to_gguf.py and give that as --model"
+            f"{settings.model} is not a GGUF file: convert it with llama.cpp's "
+            "convert_hf_to_gguf.py and give the result as --model"
         )
     with ui.status(f"loading {settings.model}") as news:
         model, tokenizer = load(**load_arguments(settings), progress=news)
     if settings.masks:
         check_masks(settings.masks, widths(model))
-    with ui.status(f"choosing neurons and writing {settings.gguf}"):
+    with ui.status(f"selecting neurons and writing {settings.gguf}"):
         return export_gguf(
             model,
             tokenizer,
@@ -121,43 +118,19 @@ def _written(settings: ExportSettings, ui: Any) -> GgufExport:
         )
 
 
-def table(found: GgufExport) -> Table:
-    """A row for all neighbouring layers that are alike."""
-    rows: list[dict[str, Any]] = []
-    for layer, counts in enumerate(zip(found.neurons, found.asked, found.written, strict=True)):
-        if rows and rows[-1]["counts"] == counts:
-            rows[-1]["last"] = layer
-        else:
-            rows.append({"first": layer, "last": layer, "counts": counts})
-    columns = (
-        Column("layers", _span),
-        Column("neurons", lambda row: row["counts"][0], ","),
-        Column("to keep", lambda row: row["counts"][1], ","),
-        Column("written", lambda row: row["counts"][2], ","),
-        Column("removed", lambda row: 1 - row["counts"][2] / row["counts"][0], ".1%"),
-    )
-    return Table("", f"{found.method} in {found.path.name}", columns, rows)
-
-
-def _span(row: Any) -> str:
-    first, last = row["first"], row["last"]
-    return str(first) if first == last else f"{first}-{last}"
-
-
-def sentences(found: GgufExport) -> list[str]:
-    """What was written, and what was not kept as it was."""
-    after, before = size_text(found.bytes), size_text(found.bytes_before)
+def _summary(written: GgufExport) -> str:
+    """The file, how narrow it is, and what had to be rounded for it."""
+    widths = sorted(set(written.written))
+    kept = f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else str(widths[0])
     kinds = ", ".join(
-        old if old == new else f"{new} (before: {old})" for old, new in found.kinds.items()
+        old if old == new else f"{new} (before: {old})" for old, new in written.kinds.items()
     )
-    told = [
-        f"{found.path}: {after} (before: {before}), achieved sparsity "
-        f"{found.achieved_sparsity:.1%}, architecture {found.architecture}",
-        f"down projections are {kinds}: {found.rounded:.0%} of their columns lie in another block "
-        "and were rounded for it; gate, up and all else are as stored",
-    ]
-    if found.block > 1:
-        told.append(f"widths are whole blocks of {found.block} neurons")
-    if found.compensated:
-        told.append("biases of the down projections carry the mean of what was removed")
-    return told
+    block = f", widths in blocks of {written.block}" if written.block > 1 else ""
+    biases = ", means of what was removed in the biases" if written.compensated else ""
+    return (
+        f"{written.path}: {size_text(written.bytes)} (before: {size_text(written.bytes_before)}), "
+        f"{kept} neurons per layer (before: {max(written.neurons)}), "
+        f"achieved sparsity {written.achieved_sparsity:.1%}, architecture {written.architecture}, "
+        f"down projections {kinds}, {written.rounded:.0%} of their columns rounded again"
+        f"{block}{biases}"
+    )

@@ -18,11 +18,11 @@ Config = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Read settings from a YAML file.")
 ]
 
-Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start anew, do not resume.")]
+Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start again, do not resume.")]
 
 Plugin = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Python file that registers scores or methods of yours."),
+    typer.Option(metavar="FILE", help="Python file that registers your own scores or methods."),
 ]
 
 Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
@@ -49,7 +49,7 @@ def _plain(annotation: Any) -> Any:
 def parameters(settings: type[Settings]) -> list[inspect.Parameter]:
     """One keyword parameter per setting; None means "not given".
 
-    Settings that ``settings.UNUSED`` names (they come from a base class) are no flags.
+    Settings in ``settings.UNUSED``, which come from a base class, are not flags.
     """
     found = []
     for name, field in settings.model_fields.items():
@@ -88,14 +88,16 @@ def parameters(settings: type[Settings]) -> list[inspect.Parameter]:
 
 
 def _sparsity(text: str) -> float:
-    """A number; typer's own message for a percentage says nothing of fractions."""
+    """A number; typer's own message for a percentage does not mention fractions."""
     try:
         if text.endswith("%"):
             share = float(text[:-1]) / 100
             raise ConfigError(f"write --sparsity {share:g}: a fraction, not a percentage")
         return float(text)
     except ValueError:
-        raise ConfigError(f'--sparsity "{text}" is no number: write a fraction, e.g. 0.5') from None
+        raise ConfigError(
+            f'--sparsity "{text}" is not a number: write a fraction, e.g. 0.5'
+        ) from None
 
 
 def with_settings(function: Callable[..., None], settings: type[Settings]) -> Callable[..., None]:

@@ -1,6 +1,6 @@
-"""One model, attached once, that answers many requests: dense ones and pruned ones in turn.
+"""One model, attached once, that answers many requests: dense ones and pruned ones.
 
->>> from dart_llm.engine.engine import Ask, Engine, Sampling            # doctest: +SKIP
+>>> from dart_llm.engine import Ask, Engine, Sampling            # doctest: +SKIP
 >>> engine = Engine(model, tokenizer)                            # doctest: +SKIP
 >>> ids = tuple(tokenizer("The sky is").input_ids)               # doctest: +SKIP
 >>> answer = engine.run(Ask(ids, Sampling(max_tokens=20)))       # doctest: +SKIP
@@ -11,41 +11,40 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dart_llm.engine.decoding import Pieces
 from dart_llm.engine.events import Done, Failed, Record
-from dart_llm.engine.host import Conversation, ConversationCache, PatchHost, trim_heap
-from dart_llm.engine.request import Emit, Request
+from dart_llm.engine.host import ConversationCache, PatchHost
+from dart_llm.engine.request import Emit, Pieces, Request
 from dart_llm.engine.requests import GenerationRequest, GenerationResult
 from dart_llm.errors import AttachError, DartError
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.run import MethodOnModel
 
 logger = logging.getLogger("dart_llm")
 
 
-def nobody(record: Record) -> None:
-    """Takes records that nobody wants."""
+def ignore(record: Record) -> None:
+    """The default of ``emit``."""
 
 
 def never() -> bool:
-    """A request that nobody cancels."""
+    """The default of ``cancelled``."""
     return False
 
 
 class Engine(contextlib.AbstractContextManager["Engine"]):
     """Answers requests on one model, one at a time; use it as a context manager, or ``close`` it.
 
-    ``conversations``: how many named ones are kept, those used last, shared fairly between the
-    owners that requests name.  ``executor``: what runs the
-    pruned FFNs of all requests, as in ``PruneConfig``.  ``calibration``: the text that static
-    methods learn from.  ``cache_dir``: where what is learnt is kept.  ``say`` is called with a line
-    while something is learnt.
+    ``conversations``: how many named ones are kept, shared fairly between the owners that requests
+    name.  ``executor``: what runs the pruned FFNs of all requests, as in ``PruneConfig``.
+    ``calibration``: the text that static methods learn from.  ``cache_dir``: where learned
+    statistics are kept.  ``say`` is called with a line while a method learns.
 
     Raises ``AttachError`` for a model that is being pruned, ``UnsupportedModel`` and
     ``ConfigError`` for one that cannot be.
@@ -65,8 +64,8 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         self._lock = threading.Lock()
         self._host = PatchHost(model, tokenizer, executor, calibration, cache_dir, say)
         self._pieces = Pieces(tokenizer)
-        self._ends = _ends(model, tokenizer)
-        self._kept = ConversationCache(conversations)
+        self._ends = _end_tokens(model, tokenizer)
+        self._conversations = ConversationCache(conversations)
         self._closed = False
 
     @property
@@ -75,67 +74,62 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         return self._host.executor
 
     def prepare(self, config: PruneConfig | None) -> None:
-        """Learn, calibrate or copy what ``config`` needs, so that no request waits for it.
+        """Learn and calibrate what ``config`` needs, so that no request waits for it.
 
-        Raises ``ConfigError`` for what cannot run on this model, ``LoadError`` for a calibration
-        text that cannot be had, ``AttachError`` while a request runs.
+        Raises ``ConfigError`` for what cannot run on this model, ``LoadError`` for a missing
+        calibration text, ``AttachError`` while a request runs.
         """
-        with self._alone():
-            ready = self._host.ready(config)
+        with self._exclusive():
+            method = self._host.bind(config)
             try:
-                self._host.serve(ready.controller())
+                self._host.serve(method.controller())
             finally:
                 self._host.rest()
 
     def run(
-        self, ask: GenerationRequest, emit: Emit = nobody, cancelled: Callable[[], bool] = never
+        self, ask: GenerationRequest, emit: Emit = ignore, cancelled: Callable[[], bool] = never
     ) -> GenerationResult:
         """Answer one request.
 
-        ``emit`` is called with every record, in this thread; ``cancelled`` is asked after every
+        ``emit`` is called with every record, in this thread; ``cancelled`` is called after every
         token, and between pieces of a long prompt.  Whatever happens, nothing of the request is
         left on the model afterwards; a conversation is kept unless an error was raised.
 
         Raises ``ConfigError`` for a request that cannot be served, ``AttachError`` while another
         one runs.
         """
-        with self._alone():
-            ready = self._host.ready(ask.config)
+        with self._exclusive():
+            method = self._host.bind(ask.config)
             name = ask.id or uuid.uuid4().hex
-            request = Request(self._host, ready, ask, self._pieces, name, self._ends)
-            going_on = self._conversation(ask, ready)
+            request = Request(self._host, method, ask, self._pieces, name, self._ends)
+            earlier = self._conversations.pop(ask.conversation)
+            if earlier is not None and not earlier.continues(method.config, ask.ids):
+                earlier = None
             try:
-                answer = request.run(going_on, emit, cancelled)
-                kept = None if ask.conversation is None else request.keep()
+                result = request.run(earlier, emit, cancelled)
+                conversation = None if ask.conversation is None else request.conversation()
             except BaseException as error:
+                message = str(error) if isinstance(error, DartError) else "the request failed"
                 with contextlib.suppress(Exception):
-                    known = isinstance(error, DartError)
-                    emit(Failed(name, str(error) if known else "the request failed"))
+                    emit(Failed(name, message))
                 raise
             finally:
-                request.let_go()
+                request.release()
                 self._host.rest()
-            if ask.conversation is not None and kept is not None:
-                self._kept.put(ask.conversation, kept, ask.owner)
-            told = (answer.id, answer.finish, answer.texts, answer.usage, answer.timings)
-            emit(Done(*told, answer.report))
+            if ask.conversation is not None and conversation is not None:
+                self._conversations.put(ask.conversation, conversation, ask.owner)
+            texts = result.finish, result.texts
+            emit(Done(result.id, *texts, result.usage, result.timings, result.report))
             trim_heap()
-            return answer
-
-    def _conversation(self, ask: GenerationRequest, ready: MethodOnModel) -> Conversation | None:
-        """What ``ask`` goes on from; what was kept under its name is given up otherwise."""
-        found = self._kept.take(ask.conversation)
-        if found is None or found.ready.config != ready.config or not found.shared(ask.ids):
-            return None
-        return found
+            return result
 
     def forget(self, conversation: str) -> None:
-        """Drop what is kept of a conversation, if anything is."""
-        with self._alone():
-            self._kept.take(conversation)
+        """Drop a conversation, if it is kept."""
+        with self._exclusive():
+            self._conversations.pop(conversation)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
             raise AttachError("this engine is answering another request: wait until it has ended")
         try:
@@ -149,20 +143,31 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         """Detach: the model is exactly what it was.  Safe to call twice."""
         if self._closed:
             return
-        with self._alone():
+        with self._exclusive():
             self._closed = True
-            self._kept.clear()
+            self._conversations.clear()
             self._host.close()
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
 
-def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a text: those of ``generate``, else the tokenizer's own."""
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if found is None:
-        found = getattr(tokenizer, "eos_token_id", None)
-    if found is None:
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text: those of ``generate``, else the tokenizer's."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ends is None:
+        ends = getattr(tokenizer, "eos_token_id", None)
+    if ends is None:
         return frozenset()
-    return frozenset([found] if isinstance(found, int) else found)
+    return frozenset([ends] if isinstance(ends, int) else ends)
+
+
+def trim_heap() -> None:
+    """Return free pages to the system, where the C library can.
+
+    glibc keeps the large blocks of a request that lie between small ones, so that a program which
+    frees everything after every request would still grow.
+    """
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What an engine tells of a request while it runs, one frozen record at a time.
+"""The records that an engine emits while a request runs.
 
 Every request gives one ``start``, then ``scores``, ``token``, ``check``, ``remask`` and ``mask``
 records as things happen, and one ``done`` or ``error``.  ``to_dict`` gives JSON-able data with a
@@ -17,23 +17,23 @@ BINS = 96
 
 
 def _plain(value: Any) -> Any:
-    """JSON-able data of a record or of what it holds."""
+    """JSON-able data of a record or of one of its fields."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    return [_plain(one) for one in value] if isinstance(value, tuple | bytes) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple | bytes) else value
 
 
-class _Told:
-    """What all records have."""
+class _Record:
+    """Base of all records."""
 
     kind: ClassVar[str]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data: the kind, then the fields."""
-        told = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return {"kind": self.kind, **{name: _plain(value) for name, value in told.items()}}
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        return {"kind": self.kind, **{name: _plain(getattr(self, name)) for name in names}}
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class PromptToken:
 
 
 @dataclass(frozen=True)
-class Start(_Told):
-    """A request begins.  ``sparsity``: None where no sparsity of the whole model was asked for."""
+class Start(_Record):
+    """A request begins.  ``sparsity``: None if none was requested for the whole model."""
 
     kind: ClassVar[str] = "start"
     id: str
@@ -62,7 +62,7 @@ class Start(_Told):
 
 @dataclass(frozen=True)
 class Likely:
-    """One of the likeliest tokens at a place; ``logprob`` in nats."""
+    """One of the likeliest tokens in a position; ``logprob`` in nats."""
 
     id: int
     text: str
@@ -70,14 +70,14 @@ class Likely:
 
 
 @dataclass(frozen=True)
-class Token(_Told):
+class Token(_Record):
     """One token of one choice.
 
-    ``text``: what became readable with it: "" while a character is incomplete or a stop string may
-    be beginning, more than its own text afterwards; an answer is all of them joined.  ``piece``:
-    its own text.  A token that ends the text has a ``piece`` and no text of its own.
+    ``text``: the text that became readable: "" while a character is incomplete or a stop string may
+    begin, later more than the token's; an answer is all of them joined.  ``piece``: the text of
+    this token alone.  A token that ends the answer has a ``piece`` but no ``text``.
     ``phase``: ``prefill`` (the first, from the prompt's logits), ``observe``, ``pruned``,
-    ``released`` or ``dense``.  ``logprob`` (nats) and ``top`` are None unless asked for.
+    ``released`` or ``dense``.  ``logprob`` (nats) and ``top`` are None unless requested.
     ``seconds``: since the token before, or since the request began.
     """
 
@@ -94,11 +94,11 @@ class Token(_Told):
 
 
 @dataclass(frozen=True)
-class Scores(_Told):
-    """What the model gave each token of the prompt, where that was asked for.
+class Scores(_Record):
+    """Log-probabilities of the prompt's tokens, if they were requested.
 
-    ``logprobs``: nats, given all tokens before it; None for the first one.  ``top``: the likeliest
-    tokens at its place; nothing for the first one.
+    ``logprobs``: nats, given all tokens before; None for the first one.  ``top``: the likeliest
+    tokens in its position; none for the first one.
     """
 
     kind: ClassVar[str] = "scores"
@@ -107,7 +107,7 @@ class Scores(_Told):
 
 
 @dataclass(frozen=True)
-class Check(_Told):
+class Check(_Record):
     """The drift detector completed a window.
 
     The first window of a rule that is arming has nothing to compare with: ``similarity`` is None.
@@ -118,13 +118,13 @@ class Check(_Told):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of ``DriftCheck``."""
-        alone = self.check.state == "arming" and self.check.similarity == 0
-        found = {"kind": self.kind, **_plain(self.check)}
-        return {**found, "similarity": None} if alone else found
+        data = {"kind": self.kind, **_plain(self.check)}
+        first = self.check.state == "arming" and self.check.similarity == 0
+        return {**data, "similarity": None} if first else data
 
 
 @dataclass(frozen=True)
-class Masked(_Told):
+class Masked(_Record):
     """Masks were built."""
 
     kind: ClassVar[str] = "remask"
@@ -136,11 +136,11 @@ class Masked(_Told):
 
 
 @dataclass(frozen=True)
-class Mask(_Told):
-    """The mask that came into force with token ``token``; ``number`` counts from 1.
+class Mask(_Record):
+    """A mask that is used from token ``token`` on; ``number`` counts from 1.
 
     ``raster``: per layer one byte for each group of neighbouring neurons, the share of them that
-    is kept, 0 to 255; the same everywhere where every token chooses its own neurons.
+    is kept, 0 to 255; the same everywhere with per-token selection.
     """
 
     kind: ClassVar[str] = "mask"
@@ -152,7 +152,7 @@ class Mask(_Told):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request; ``cached_tokens`` of the prompt were known from its conversation.
+    """Tokens of a request; ``cached_tokens`` of the prompt were in its conversation's cache.
 
     ``completion_tokens``: of all choices, tokens that end a text included.
     """
@@ -166,8 +166,8 @@ class Usage:
 class Timings:
     """How long a request took, under llama.cpp's names; ``ms`` are milliseconds.
 
-    ``prompt_n`` tokens were read until the first token was there, ``predicted_n`` were decoded
-    after it (over all choices); rates are None where nothing was done.
+    ``prompt_n`` tokens were read before the first token, ``predicted_n`` were decoded after it
+    (over all choices); rates are None if there were none.
     """
 
     prompt_n: int
@@ -177,19 +177,17 @@ class Timings:
 
     def to_dict(self) -> dict[str, Any]:
         """With times per token, and tokens per second."""
-        found: dict[str, Any] = {}
-        for name, count, ms in (
-            ("prompt", self.prompt_n, self.prompt_ms),
-            ("predicted", self.predicted_n, self.predicted_ms),
-        ):
-            found[f"{name}_n"], found[f"{name}_ms"] = count, ms
-            found[f"{name}_per_token_ms"] = ms / count if count else None
-            found[f"{name}_per_second"] = 1e3 * count / ms if count and ms else None
-        return found
+        data: dict[str, Any] = {}
+        for name in ("prompt", "predicted"):
+            count, ms = getattr(self, f"{name}_n"), getattr(self, f"{name}_ms")
+            data[f"{name}_n"], data[f"{name}_ms"] = count, ms
+            data[f"{name}_per_token_ms"] = ms / count if count else None
+            data[f"{name}_per_second"] = 1e3 * count / ms if count and ms else None
+        return data
 
 
 @dataclass(frozen=True)
-class Done(_Told):
+class Done(_Record):
     """A request ended; the last record of it."""
 
     kind: ClassVar[str] = "done"
@@ -202,7 +200,7 @@ class Done(_Told):
 
 
 @dataclass(frozen=True)
-class Failed(_Told):
+class Failed(_Record):
     """A request failed; the last record of it."""
 
     kind: ClassVar[str] = "error"
@@ -211,4 +209,4 @@ class Failed(_Told):
 
 
 Record = Start | Scores | Token | Check | Masked | Mask | Done | Failed
-"""What ``Engine.run`` hands to ``emit``."""
+"""Argument of ``emit``."""

@@ -1,11 +1,9 @@
-"""A model that stays patched while requests come and go; what is kept of named conversations."""
+"""A model that stays patched between requests, and the cache of named conversations."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
-import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,12 +27,12 @@ logger = logging.getLogger("dart_llm")
 
 DENSE = PruneConfig.build("dense")
 
-KNOWN = 32
-"""Configurations that stay ready."""
+BOUND = 32
+"""Configurations that stay bound to the model."""
 
 
 class PatchHost:
-    """Keeps the model attached; not for several threads at a time.
+    """Keeps the model attached; to be used by one thread at a time.
 
     ``executor``: what runs the pruned FFNs, as in ``PruneConfig``; it is chosen once.
     """
@@ -59,11 +57,11 @@ class PatchHost:
         self.executor = choose_executor(selector, self.view.blocks, model)
         self.context = context_length(model)
         self.name = str(checkpoint_facts(model).get("name") or type(model).__name__)
-        self._ready: OrderedDict[str, MethodOnModel] = OrderedDict()
+        self._bound: OrderedDict[str, MethodOnModel] = OrderedDict()
         self._head = HeadConfig()
         self._screen: Screen | None = None
-        """Of the newest screened head that was asked for: one at a time."""
-        self.idle = self._make(DENSE)
+        """Of the screened head that was requested last: one at a time."""
+        self.idle = self._bind(DENSE)
         self._attach()
 
     def _attach(self) -> None:
@@ -74,46 +72,38 @@ class PatchHost:
 
     @contextlib.contextmanager
     def _detached(self) -> Iterator[None]:
-        """The model as it was, for learning: gradients and texts of its own go through it."""
+        """The original model, for learning: gradients and self-generated texts go through it."""
         self.patch.remove()
         try:
             yield
         finally:
             self._attach()
 
-    def ready(self, config: PruneConfig | None) -> MethodOnModel:
-        """What ``config`` (None: dense) needs, learnt or calibrated where it is not known yet.
+    def bind(self, config: PruneConfig | None) -> MethodOnModel:
+        """``config`` (None: dense) on this model; learns or calibrates what it needs.
 
         Raises ``ConfigError`` for what cannot run here, and what ``prepare.prepare`` raises.
         """
         if config is None:
             return self.idle
         key = config.model_dump_json()
-        known = self._ready.pop(key, None) or self._make(config)
-        self._ready[key] = known
-        while len(self._ready) > KNOWN:
-            self._ready.popitem(last=False)
+        method = self._bound.pop(key, None) or self._bind(config)
+        self._bound[key] = method
+        while len(self._bound) > BOUND:
+            self._bound.popitem(last=False)
         if config.screens and config.head != self._head:
-            self._learn_screen(known)
-        return known
+            with self._detached():
+                self._screen = learn_screen(
+                    self.model, config, method.layers, self.cache_dir, self.say, self.tokenizer
+                )
+            self._head = config.head
+        return method
 
-    def _learn_screen(self, method: MethodOnModel) -> None:
-        """Make the head ready that ``method`` has decoded tokens scored by."""
-        given = self.model, method.config, method.layers
-        with self._detached():
-            self._screen = learn_screen(*given, self.cache_dir, self.say, self.tokenizer)
-        self._head = method.config.head
-
-    def _make(self, config: PruneConfig) -> MethodOnModel:
+    def _bind(self, config: PruneConfig) -> MethodOnModel:
         if config.executor not in ("auto", self.executor):
             raise ConfigError(
                 f'this model is served by executor "{self.executor}", so no request can have '
                 f'"{config.executor}": leave it out'
-            )
-        if config.weight_bits is not None:
-            raise ConfigError(
-                f'method "{config.method}" is another model, with weights of {config.weight_bits} '
-                "bits: it cannot be served beside this one"
             )
         if config.screens and self.executor == "graph":
             raise ConfigError(
@@ -123,64 +113,63 @@ class PatchHost:
         method = MethodOnModel.of(self.view, config)
         if method.selector.removes_nothing:
             return method
-        method = self._known(method)
+        method = self._calibrated(method)
         chooses = method.fixed_masks is None
         check_executor(self.view.blocks, method.selector, self.model, chooses)
         return method
 
-    def _known(self, method: MethodOnModel) -> MethodOnModel:
-        """``method`` with what the model teaches, found or learnt."""
-        config = method.config
+    def _calibrated(self, method: MethodOnModel) -> MethodOnModel:
+        """``method`` with its statistics of the model, from the cache or learned."""
+        config, model = method.config, self.model
         if config.calibration is not None:
             with self._detached():
                 made = prepare(
-                    self.model, self.tokenizer, config, self.calibration, self.cache_dir, self.say
+                    model, self.tokenizer, config, self.calibration, self.cache_dir, self.say
                 )
             return MethodOnModel.of(self.view, config, made.held, made.prior, method.layers)
-        learnt = cached_calibration(self.model, config, method.layers, self.cache_dir)
-        if learnt is None:
+        layers = cached_calibration(model, config, method.layers, self.cache_dir)
+        if layers is None:
             with self._detached():
-                learnt = self_calibrate(
-                    self.model, config, method.layers, self.cache_dir, self.say, self.tokenizer
+                layers = self_calibrate(
+                    model, config, method.layers, self.cache_dir, self.say, self.tokenizer
                 )
-        return MethodOnModel.of(self.view, config, layers=learnt)
+        return MethodOnModel.of(self.view, config, layers=layers)
 
     def serve(self, controller: PruningController) -> None:
-        """The next forwards are those of ``controller``; raises ``AttachError`` when detached."""
+        """``controller`` decides in the next forwards; raises ``AttachError`` when detached."""
         if not self.patch.installed:
             raise AttachError("this model was detached by dart_llm.restore: make another engine")
         self.patch.serve(controller)
 
     def rest(self) -> None:
-        """No request runs: the model is dense, and nothing of the last one is held."""
+        """Between requests the model is dense, and keeps nothing of the last one."""
         self.patch.loop = None
         self.patch.serve(self.idle.controller())
 
     def report(self, method: MethodOnModel, controller: PruningController) -> RunReport:
-        """Accounting of what ``controller`` counted; while it is served."""
+        """Accounting of what ``controller`` counted, while it is served."""
         controller.flush()
-        patch, held = self.patch, self.patch.nbytes()
+        patch, extra_bytes = self.patch, self.patch.nbytes()
         head = None
         if patch.head is not None and method.config.screens:
             head = patch.head.report()
         elif patch.head is not None:
-            held -= patch.head.nbytes()
+            extra_bytes -= patch.head.nbytes()
         by_token = method.config.token is not None
-        if not by_token:  # the low-bit copies are those of other requests
-            copies = (layer.token for layer in patch.layers)
-            held -= sum(copy.nbytes() for copy in copies if copy is not None)
+        if not by_token:  # the low-bit proxies are those of other requests
+            proxies = (layer.token for layer in patch.layers)
+            extra_bytes -= sum(proxy.nbytes() for proxy in proxies if proxy is not None)
         errors = patch.proxy_errors if by_token else None
-        costs = PatchCosts(held, patch.steps, errors, head)
+        costs = PatchCosts(extra_bytes, patch.steps, errors, head)
         return method.report(self.view, controller, self.executor_of(method.config), costs)
 
     def executor_of(self, config: PruneConfig) -> str:
         """What runs the FFNs of a request.
 
-        Rows with masks of their own, and choices of tokens that no kernel knows, are multiplied by
-        0.
+        Masks per row, and per-token selection without a kernel, are multiplied by 0.
         """
-        known = config.token is None or config.token.native
-        return self.executor if known and config.batch != "per_row" else "masked"
+        has_kernel = config.token is None or config.token.native
+        return self.executor if has_kernel and config.batch != "per_row" else "masked"
 
     def close(self) -> None:
         """Detach: the model is exactly what it was."""
@@ -191,17 +180,21 @@ class PatchHost:
 class Conversation:
     """A cache, the tokens in it, and the controller that saw them.
 
-    ``answer``: where the last answer begins in ``ids``; what lies before is never rolled back.
+    ``answer``: where the last answer begins in ``ids``; the cache is never cut before it.
     """
 
-    ready: MethodOnModel
+    method: MethodOnModel
     controller: PruningController
     cache: Any
     ids: list[int]
     answer: int
 
+    def continues(self, config: PruneConfig, ids: Sequence[int]) -> bool:
+        """Whether a request with these settings and prompt can use the cache."""
+        return self.method.config == config and self.shared(ids) > 0
+
     def shared(self, ids: Sequence[int]) -> int:
-        """Leading tokens of ``ids`` that need not be read again; 0 where this cannot go on.
+        """Leading tokens of ``ids`` that need not be read again; 0 if this cannot continue.
 
         A prompt may leave out the end of the last answer (a stop string), or spell it otherwise.
         """
@@ -210,18 +203,18 @@ class Conversation:
             if old != new:
                 break
             same += 1
-        same = min(same, len(ids) - 1)  # the last token's logits are wanted
+        same = min(same, len(ids) - 1)  # the last token's logits are needed
         fits = all(getattr(layer, "is_croppable", False) for layer in self.cache.layers)
         return same if same >= self.answer and (fits or same == len(self.ids)) else 0
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
-        if gone := len(self.ids) - length:
-            self.cache.crop(-gone)
+        if removed := len(self.ids) - length:
+            self.cache.crop(-removed)
             self.ids = self.ids[:length]
 
-    def forget_accounts(self) -> None:
-        """The next turn is counted for itself."""
+    def reset_accounting(self) -> None:
+        """Count the next answer by itself."""
         controller = self.controller
         controller.branch()
         controller.finished, controller.checks = [], []
@@ -232,38 +225,28 @@ class Conversation:
 class ConversationCache:
     """At most ``limit`` conversations, those used last.
 
-    Who has the most of them loses one first: nobody who comes with many drops those of others.
+    The owner with the most of them loses one first, so that no owner can evict the others'.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._held: OrderedDict[str, tuple[str, Conversation]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[str, Conversation]] = OrderedDict()
 
-    def take(self, name: str | None) -> Conversation | None:
-        """What is kept under ``name``, which is then held no more."""
-        return None if name is None else self._held.pop(name, ("", None))[1]
+    def pop(self, name: str | None) -> Conversation | None:
+        """Take out the conversation ``name``, if there is one."""
+        return None if name is None else self._entries.pop(name, ("", None))[1]
 
     def put(self, name: str, conversation: Conversation, owner: str = "") -> None:
         """Keep it as the one used last."""
-        self._held[name] = (owner, conversation)
-        while len(self._held) > self._limit:
-            counts = Counter(owner for owner, _ in self._held.values())
+        self._entries[name] = (owner, conversation)
+        while len(self._entries) > self._limit:
+            counts = Counter(owner for owner, _ in self._entries.values())
             most = max(counts.values())
-            del self._held[next(n for n, (own, _) in self._held.items() if counts[own] == most)]
+            oldest = next(n for n, (own, _) in self._entries.items() if counts[own] == most)
+            del self._entries[oldest]
 
     def clear(self) -> None:
-        self._held.clear()
+        self._entries.clear()
 
     def __len__(self) -> int:
-        return len(self._held)
-
-
-def trim_heap() -> None:
-    """Return free pages, where the C library can.
-
-    Between the many small blocks of a request glibc keeps what its large ones have left: a program
-    that frees everything after every request grows all the same.
-    """
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return len(self._entries)

@@ -1,7 +1,9 @@
-"""One request from its prompt to its answer, on a model that is attached."""
+"""One request from its prompt to its answer: forwards, sampling, text, masks as records."""
 
 from __future__ import annotations
 
+import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dart_llm.engine.decoding import Pieces, Sampler, StopFinder, logprobs
 from dart_llm.engine.events import (
     BINS,
     Check,
@@ -25,8 +26,8 @@ from dart_llm.engine.events import (
     Usage,
 )
 from dart_llm.engine.host import Conversation, PatchHost
-from dart_llm.engine.requests import GenerationRequest, GenerationResult
-from dart_llm.errors import ConfigError
+from dart_llm.engine.requests import GenerationRequest, GenerationResult, Sampling
+from dart_llm.errors import ConfigError, DartError
 from dart_llm.models.calls import OwnLoop
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.forward import ForwardPlan
@@ -34,14 +35,157 @@ from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.records import Remask
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import TokenMask
-from dart_llm.session.generation import TextStream
+from dart_llm.session.generation import CONTEXT, HALF, TextStream, decode_ids
 from dart_llm.session.run import MethodOnModel
 
+FEW = 64
+"""The likeliest tokens that ``top_p`` sorts first; eight times as many if they are too few."""
+
+COLDEST = 1e-30
+"""The lowest temperature: in float32 lower ones would be 0."""
+
+
+class Sampler:
+    """Draws for the rows of one request; row i of seed s draws the numbers of seed (s, i)."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        seed = sampling.seed
+        self._rngs = [
+            random.Random(None if seed is None else f"{seed}/{row}") for row in range(sampling.n)
+        ]
+
+    def choose(self, logits: Tensor) -> list[int]:
+        """Token ids of logits [n, V]; raises ``DartError`` where they are not finite."""
+        scores = logits.float()
+        best = scores.max(-1)
+        if not all(map(math.isfinite, best.values.tolist())):
+            raise DartError("a logit is not finite: the model overflows; try dtype float32")
+        if self.sampling.temperature == 0:
+            ids: list[int] = best.indices.tolist()
+            return ids
+        temperature = max(self.sampling.temperature, COLDEST)
+        probabilities = torch.softmax((scores - best.values[:, None]) / temperature, -1)
+        return [self._draw(row, rng) for row, rng in zip(probabilities, self._rngs, strict=True)]
+
+    def _draw(self, probabilities: Tensor, rng: random.Random) -> int:
+        """An index of [V], by its probability."""
+        point = rng.random()
+        top = self.sampling.top_p
+        if top >= 1:
+            return _at(probabilities.double().cumsum(0), point)
+        count = FEW
+        while True:
+            count = min(count, len(probabilities))
+            likeliest = probabilities.topk(count)
+            sums = likeliest.values.double().cumsum(0)
+            if float(sums[-1]) >= top or count == len(probabilities):
+                break
+            count *= 8
+        inside = min(count, int(torch.searchsorted(sums, top)) + 1)
+        return int(likeliest.indices[_at(sums[:inside], point)])
+
+
+def _at(sums: Tensor, point: float) -> int:
+    """The index at which ``point`` in [0, 1) of the total falls in running sums [k]."""
+    index = torch.searchsorted(sums, point * sums[-1], right=True)
+    return min(int(index), len(sums) - 1)
+
+
+def logprobs(logits: Tensor, ids: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
+    """Per row of logits [n, V] its token, then the ``count`` likeliest, with log-probabilities."""
+    scores = torch.log_softmax(logits.float(), -1)
+    best = scores.topk(min(count, scores.shape[-1]))
+    rows = zip(ids, scores, best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        [(token, float(row[token])), *zip(top, values, strict=True)]
+        for token, row, top, values in rows
+    ]
+
+
+class Pieces:
+    """The text of single tokens, special ones by their names; cached."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+
+    def __getitem__(self, token: int) -> str:
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self._find(token)
+        return text
+
+    def _find(self, token: int) -> str:
+        text: str = decode_ids(self._tokenizer, [token], special=True)
+        if text and not text[0].isspace():  # a first token may have lost its leading space
+            twice = decode_ids(self._tokenizer, [token, token], special=True)
+            if twice.startswith(text) and twice.endswith(text):
+                return twice[len(text) :]
+        return text
+
+    def of(self, ids: Sequence[int]) -> list[str]:
+        """One text per token: a character of several tokens comes with its last one."""
+        texts: list[str] = []
+        pending: list[int] = []
+        for token in ids:
+            if not pending and HALF not in self[token]:
+                texts.append(self[token])
+                continue
+            pending.append(token)
+            text = decode_ids(self._tokenizer, pending, special=True)
+            complete = not text.endswith(HALF) or len(pending) > CONTEXT
+            texts.append(text if complete else "")
+            pending = [] if complete else pending
+        if pending:
+            texts[-1] = decode_ids(self._tokenizer, pending, special=True)
+        return texts
+
+
+class StopFinder:
+    """Ends a text at the first of some strings to be complete, and hides it.
+
+    Text that may be the beginning of one is kept back until that is clear, so that the result does
+    not depend on how the text was cut into tokens.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._pending = ""
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """The text that may be shown now; nothing more once ``found``."""
+        if not self._stops:
+            return text
+        text = self._pending + text
+        ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self.found, self._pending = True, ""
+            return text[: min(ends)[1]]
+        shown = len(text) - max(_begun(text, stop) for stop in self._stops)
+        self._pending = text[shown:]
+        return text[:shown]
+
+    def end(self) -> str:
+        """The text that was kept back: nothing will follow."""
+        text, self._pending = self._pending, ""
+        return text
+
+
+def _begun(text: str, stop: str) -> int:
+    """Characters at the end of ``text`` with which ``stop`` begins."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
 PIECE = 512
-"""Prompt tokens that are read at once: between two pieces a request can be cancelled."""
+"""Prompt tokens per forward: between two a request can be cancelled."""
 
 SCORED_PIECE = 64
-"""The same where the logits of every token are wanted, a vocabulary of numbers each."""
+"""The same where the logits of every token are needed, a vocabulary of numbers each."""
+
+Emit = Callable[[Record], None]
 
 
 class Forwards:
@@ -52,28 +196,28 @@ class Forwards:
         self._model, self._rows, self._device = model, rows, model.device
         self._loop = patch.loop = OwnLoop()
 
-    def read(
+    def read_prompt(
         self,
         ids: Sequence[int],
         cancelled: Callable[[], bool],
-        scored: Callable[[Tensor], None] | None = None,
+        on_logits: Callable[[Tensor], None] | None = None,
     ) -> Tensor | None:
-        """Read prompt tokens; logits [rows, V] after the last, None when it was cancelled.
+        """Logits [rows, V] after the last token of ``ids``, None when it was cancelled.
 
-        ``scored`` is given the logits [n, V] of every n tokens that were read.
+        ``on_logits`` gets the logits [n, V] of every n tokens that were read.
         """
         self._loop.prompt = True
-        size, kept = (PIECE, 1) if scored is None else (SCORED_PIECE, 0)
-        logits = None
+        size, kept = (PIECE, 1) if on_logits is None else (SCORED_PIECE, 0)
+        last = None
         for start in range(0, len(ids), size):
             if cancelled():
                 return None
             piece = torch.tensor([ids[start : start + size]] * self._rows, device=self._device)
-            every = self._forward(piece, logits_to_keep=kept)
-            logits = every[:, -1]
-            if scored is not None:
-                scored(every[0])
-        return logits
+            logits = self._forward(piece, logits_to_keep=kept)
+            last = logits[:, -1]
+            if on_logits is not None:
+                on_logits(logits[0])
+        return last
 
     def decode(self, tokens: Sequence[int], live: Sequence[bool]) -> Tensor:
         """Feed one token per row; logits [rows, V].  ``live``: rows that have not ended."""
@@ -91,9 +235,6 @@ class Forwards:
         return logits
 
 
-# Masks in a form that a small picture needs: which parts of each layer are kept.
-
-
 def mask_record(
     masks: Sequence[LayerMask | None], widths: Sequence[int], number: int, token: int
 ) -> Mask:
@@ -103,14 +244,14 @@ def mask_record(
         for mask, width in zip(masks, widths, strict=True)
     )
     bins = min(BINS, *widths)
-    rows = tuple(
-        _row(mask, width, bins, share)
+    raster = tuple(
+        _raster_row(mask, width, bins, share)
         for mask, width, share in zip(masks, widths, shares, strict=True)
     )
-    return Mask(number, token, shares, rows)
+    return Mask(number, token, shares, raster)
 
 
-def _row(mask: LayerMask | None, width: int, bins: int, share: float) -> bytes:
+def _raster_row(mask: LayerMask | None, width: int, bins: int, share: float) -> bytes:
     if mask is None or isinstance(mask, TokenMask):
         return bytes([round(255 * share)]) * bins
     kept = torch.bincount(mask.ids.cpu() * bins // width, minlength=bins).tolist()
@@ -124,7 +265,7 @@ def _row(mask: LayerMask | None, width: int, bins: int, share: float) -> bytes:
 class Row:
     """Tokens and text of one choice.
 
-    ``ends``: tokens that end a text; ``limit``: tokens that it may have.
+    ``ends``: tokens that end a text; ``limit``: the largest number of tokens.
     """
 
     def __init__(
@@ -138,11 +279,11 @@ class Row:
 
     @property
     def text(self) -> str:
-        """What was shown."""
+        """The text that was returned by ``add``."""
         return "".join(self._texts)
 
     def add(self, token: int) -> str:
-        """Take one token; what became readable with it.  Sets ``finish`` when it was the last."""
+        """Add a token; the text that became readable.  Sets ``finish`` when it was the last."""
         self.tokens.append(token)
         ended, full = token in self._ends, len(self.tokens) >= self._limit
         text = "" if ended else self._stream.add(token)
@@ -159,24 +300,20 @@ class Row:
         return shown
 
 
-Emit = Callable[[Record], None]
-
-
 class Request:
-    """State of one request; nothing of it outlives it but what ``keep`` gives away."""
+    """State of one request; only ``conversation`` outlives it."""
 
     def __init__(
         self,
         host: PatchHost,
-        ready: MethodOnModel,
+        method: MethodOnModel,
         ask: GenerationRequest,
         pieces: Pieces,
         name: str,
         ends: frozenset[int],
     ) -> None:
-        self.host, self.ready, self.ask, self._pieces, self._name = host, ready, ask, pieces, name
-        sampling = ask.sampling
-        context = host.context
+        self.host, self.method, self.ask, self._pieces, self._name = host, method, ask, pieces, name
+        sampling, context = ask.sampling, host.context
         room = sampling.max_tokens if context is None else context - len(ask.ids) + 1
         if room < 1:
             raise ConfigError(
@@ -186,161 +323,157 @@ class Request:
         limit = min(sampling.max_tokens, room)
         self._rows = [Row(host.tokenizer, sampling.stop, ends, limit) for _ in range(sampling.n)]
         self._sampler = Sampler(sampling)
-        self._new: list[tuple[Remask, tuple[LayerMask | None, ...]]] = []
-        self._masks = self._seen = self._cached = 0
-        self._first = 0.0
-        self.controller: PruningController | None = None
+        self._new_masks: list[tuple[Remask, tuple[LayerMask | None, ...]]] = []
+        self._masks = self._checks = self._cached = 0
+        self._first_time = 0.0
+        self._controller: PruningController | None = None
         self._forwards: Forwards | None = None
 
     def run(
-        self, going_on: Conversation | None, emit: Emit, cancelled: Callable[[], bool]
+        self, earlier: Conversation | None, emit: Emit, cancelled: Callable[[], bool]
     ) -> GenerationResult:
-        """Answer; ``going_on``: the conversation that this prompt extends."""
+        """Answer; ``earlier``: the conversation that this prompt continues."""
         self._emit, self._cancelled = emit, cancelled
-        self._began = self._clock = time.perf_counter()
+        self._began = self._last_time = time.perf_counter()
         emit(self._start())
-        controller = self.controller = self._take_over(going_on)
-        self.host.serve(controller)
-        rows = len(self._rows)
-        cache = None if going_on is None else going_on.cache
-        forwards = self._forwards = Forwards(self.host.model, self.host.patch, rows, cache)
+        cache = None
+        if earlier is None:
+            self._controller = self.method.controller(self._on_remask)
+        else:
+            self._cached = earlier.shared(self.ask.ids)
+            earlier.crop(self._cached)
+            self._controller, cache = earlier.controller, earlier.cache
+            self._controller.on_remask = self._on_remask
+        self.host.serve(self._controller)
+        rows = self._rows
+        forwards = self._forwards = Forwards(self.host.model, self.host.patch, len(rows), cache)
         with torch.no_grad():
-            logits = self._read(forwards, cancelled)
-            while logits is not None and not self._step(logits):
-                last = [row.tokens[-1] for row in self._rows]
-                logits = forwards.decode(last, [row.finish is None for row in self._rows])
-        for row in self._rows:
+            logits = self._read_prompt(forwards)
+            while logits is not None and not self._add_tokens(logits):
+                last = [row.tokens[-1] for row in rows]
+                logits = forwards.decode(last, [row.finish is None for row in rows])
+        for row in rows:
             row.finish = row.finish or "cancelled"
-        return self._answer()
+        return self._result()
 
-    def _read(self, forwards: Forwards, cancelled: Callable[[], bool]) -> Tensor | None:
-        """The prompt; logits [rows, V] of the first token, None where none is to come."""
+    @property
+    def controller(self) -> PruningController:
+        assert self._controller is not None
+        return self._controller
+
+    def _start(self) -> Start:
+        method, ids = self.method, self.ask.ids
+        prompt = zip(ids, self._pieces.of(ids), strict=True)
+        return Start(
+            self._name,
+            self.host.name,
+            method.config.method,
+            method.asked,
+            method.config.to_dict(),
+            self.host.executor_of(method.config),
+            len(method.layers),
+            tuple(layer.width for layer in method.layers),
+            tuple(PromptToken(id, text) for id, text in prompt),
+        )
+
+    def _read_prompt(self, forwards: Forwards) -> Tensor | None:
+        """Logits [rows, V] of the first token, None if no answer is wanted."""
         sampling, ids = self.ask.sampling, self.ask.ids
         if not sampling.prompt_logprobs:
-            return forwards.read(ids[self._cached :], cancelled)
-        known: list[list[tuple[int, float]]] = []
+            return forwards.read_prompt(ids[self._cached :], self._cancelled)
+        scores: list[list[tuple[int, float]]] = []
 
         def score(logits: Tensor) -> None:
-            following = ids[len(known) + 1 :][: len(logits)]
-            known.extend(logprobs(logits[: len(following)], following, sampling.logprobs or 0))
+            following = ids[len(scores) + 1 :][: len(logits)]
+            scores.extend(logprobs(logits[: len(following)], following, sampling.logprobs or 0))
 
-        logits = forwards.read(ids, cancelled, score)
+        logits = forwards.read_prompt(ids, self._cancelled, score)
         if logits is None:
             return None
-        told = [self._likely(one) for one in known]
-        self._emit(Scores((None, *(one for one, _ in told)), ((), *(top for _, top in told))))
+        likely = [self._likely(row) for row in scores]
+        values, tops = [value for value, _ in likely], [top for _, top in likely]
+        self._emit(Scores((None, *values), ((), *tops)))
         if sampling.max_tokens:
             return logits
         for row in self._rows:
             row.finish = "length"
         return None
 
-    @property
-    def _seen_by(self) -> PruningController:
-        assert self.controller is not None
-        return self.controller
+    def _on_remask(self, remask: Remask, state: SequenceState) -> None:
+        self._new_masks.append((remask, state.masks or ()))
 
-    def _take_over(self, going_on: Conversation | None) -> PruningController:
-        if going_on is None:
-            return self.ready.controller(self._remasked)
-        self._cached = going_on.shared(self.ask.ids)
-        going_on.crop(self._cached)
-        going_on.controller.on_remask = self._remasked
-        return going_on.controller
-
-    def _remasked(self, remask: Remask, state: SequenceState) -> None:
-        self._new.append((remask, state.masks or ()))
-
-    def _step(self, logits: Tensor) -> bool:
-        """Choose a token for every row that goes on; whether none does, or nobody listens."""
+    def _add_tokens(self, logits: Tensor) -> bool:
+        """Sample a token for every row that has not ended; whether the answer is complete."""
         self._emit_events()
         tokens = self._sampler.choose(logits)
         count = self.ask.sampling.logprobs
-        known = None if count is None else logprobs(logits, tokens, count)
+        scores = None if count is None else logprobs(logits, tokens, count)
         phase, now = self._phase(), time.perf_counter()
-        self._first = self._first or now
-        seconds, self._clock = now - self._clock, now
+        self._first_time = self._first_time or now
+        seconds, self._last_time = now - self._last_time, now
         for choice, (row, token) in enumerate(zip(self._rows, tokens, strict=True)):
             if row.finish is not None:
                 continue
             index, text = len(row.tokens), row.add(token)
-            chance, top = (None, None) if known is None else self._likely(known[choice])
+            logprob, top = (None, None) if scores is None else self._likely(scores[choice])
             piece = self._pieces[token]
-            record = Token(choice, index, token, text, piece, phase, chance, top, seconds)
+            record = Token(choice, index, token, text, piece, phase, logprob, top, seconds)
             self._emit(record)
         return all(row.finish for row in self._rows) or self._cancelled()
 
-    def _likely(self, known: list[tuple[int, float]]) -> tuple[float, tuple[Likely, ...]]:
-        return known[0][1], tuple(Likely(id, self._pieces[id], value) for id, value in known[1:])
+    def _likely(self, scores: list[tuple[int, float]]) -> tuple[float, tuple[Likely, ...]]:
+        """The token's log-probability, and the likeliest tokens in its place."""
+        top = (Likely(id, self._pieces[id], value) for id, value in scores[1:])
+        return scores[0][1], tuple(top)
 
     def _phase(self) -> str:
         if not self._rows[0].tokens:
             return "prefill"
-        return "dense" if self.ready.dense else str(self._seen_by.last_phase)
+        return "dense" if self.method.dense else str(self.controller.last_phase)
 
     def _emit_events(self) -> None:
-        """What the last forward brought beside its token."""
-        controller = self._seen_by
-        for check in controller.checks[self._seen :]:
+        """Checks and masks of the last forward."""
+        for check in self.controller.checks[self._checks :]:
             self._emit(Check(check))
-        self._seen = len(controller.checks)
-        if not self._new:
-            return
-        new, self._new = self._new, []
+        self._checks = len(self.controller.checks)
         index = max(len(row.tokens) for row in self._rows)
-        widths = [layer.width for layer in self.ready.layers]
-        for remask, masks in new:
+        widths = [layer.width for layer in self.method.layers]
+        for remask, masks in self._new_masks:
             self._masks += 1
             self._emit(Masked(remask))
             self._emit(mask_record(masks, widths, self._masks, index))
+        self._new_masks = []
 
-    def _start(self) -> Start:
-        ready, ids = self.ready, self.ask.ids
-        prompt = zip(ids, self._pieces.of(ids), strict=True)
-        return Start(
-            self._name,
-            self.host.name,
-            ready.config.method,
-            ready.asked,
-            ready.config.to_dict(),
-            self.host.executor_of(ready.config),
-            len(ready.layers),
-            tuple(layer.width for layer in ready.layers),
-            tuple(PromptToken(id, text) for id, text in prompt),
-        )
-
-    def _answer(self) -> GenerationResult:
-        end = time.perf_counter()
-        first = self._first or end
-        made = sum(len(row.tokens) for row in self._rows)
-        decoded = sum(max(0, len(row.tokens) - 1) for row in self._rows)
-        read = len(self.ask.ids) - self._cached
+    def _result(self) -> GenerationResult:
+        rows, first = self._rows, self._first_time or time.perf_counter()
+        generated = sum(len(row.tokens) for row in rows)
+        decoded = sum(max(0, len(row.tokens) - 1) for row in rows)
+        read, decoding = len(self.ask.ids) - self._cached, self._last_time - first
         return GenerationResult(
             self._name,
-            tuple(row.text for row in self._rows),
-            tuple(tuple(row.tokens) for row in self._rows),
-            tuple(row.finish or "" for row in self._rows),
-            Usage(len(self.ask.ids), made, self._cached),
-            Timings(read, 1e3 * (first - self._began), decoded, 1e3 * (self._clock - first)),
-            self.host.report(self.ready, self._seen_by),
+            tuple(row.text for row in rows),
+            tuple(tuple(row.tokens) for row in rows),
+            tuple(row.finish or "" for row in rows),
+            Usage(len(self.ask.ids), generated, self._cached),
+            Timings(read, 1e3 * (first - self._began), decoded, 1e3 * decoding),
+            self.host.report(self.method, self.controller),
         )
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Drop what was seen and the cache now: this and its controller refer to each other."""
-        controller = self.controller
+        controller = self._controller
         if controller is not None:
             controller.on_remask, controller.plan = None, ForwardPlan(False, False, ())
             controller.sequences, controller.finished, controller.checks = [], [], []
-        self.controller = self._forwards = None
+        self._controller = self._forwards = None
 
-    def keep(self) -> Conversation | None:
-        """What a next turn can go on from; None when not even the prompt was read."""
-        tokens, controller, forwards = self._rows[0].tokens, self.controller, self._forwards
+    def conversation(self) -> Conversation | None:
+        """What the next request of a conversation continues; None if no prompt was read."""
+        tokens, controller, forwards = self._rows[0].tokens, self._controller, self._forwards
         if not tokens or controller is None or forwards is None:
             return None
-        self.controller = None
+        self._controller = controller.on_remask = None
         ids = [*self.ask.ids, *tokens[:-1]]
-        controller.on_remask = None
-        kept = Conversation(self.ready, controller, forwards.cache, ids, len(self.ask.ids))
-        kept.forget_accounts()
+        kept = Conversation(self.method, controller, forwards.cache, ids, len(self.ask.ids))
+        kept.reset_accounting()
         return kept

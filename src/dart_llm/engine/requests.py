@@ -1,4 +1,4 @@
-"""What is asked of an engine, and what it answers."""
+"""Requests to an engine, and their results."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MAX_CHOICES, MAX_STOPS, MAX_LOGPROBS = 128, 16, 20
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, and when to stop; raises ``ConfigError`` for what cannot be.
+    """How tokens are sampled, and when to stop; raises ``ConfigError`` for values out of range.
 
     ``temperature``: 0 is greedy.  ``top_p``: only the likeliest tokens that together have this
     probability.  ``seed``: the same one gives the same answer; None: another at every request.
     ``n``: answers, decoded as one batch that shares its masks.  ``stop``: strings that end an
-    answer and are no part of it.  ``logprobs``: None for none; k for those of the chosen token and
-    of the k likeliest, of the model's own distribution, before temperature.  ``prompt_logprobs``:
-    those of the prompt's tokens too; ``max_tokens`` may then be 0.
+    answer, which does not include them.  ``logprobs``: k for the log-probabilities of the sampled
+    token and of the k likeliest, before temperature; None for none.  ``prompt_logprobs``: those of
+    the prompt's tokens too; ``max_tokens`` may then be 0.
     """
 
     max_tokens: int = 256
@@ -37,7 +37,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.prompt_logprobs and self.logprobs is None:
-            raise ConfigError("prompt_logprobs goes with logprobs: give their number, 0 or more")
+            raise ConfigError("prompt_logprobs requires logprobs: give their number, 0 or more")
         if self.max_tokens < (0 if self.prompt_logprobs else 1):
             raise ConfigError(f"max_tokens {self.max_tokens} must be 1 or more")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -60,10 +60,10 @@ class Sampling:
 class GenerationRequest:
     """One request.
 
-    ``ids``: the prompt's tokens.  ``config``: None is dense.  ``conversation``: a name; what is
-    kept under it goes on where this prompt extends it.  ``owner``: whose it is: where places are
-    short, the owner with the most conversations loses one.  ``id``: what the records call the
-    request; "": a new one.
+    ``ids``: the prompt's tokens.  ``config``: None is dense.  ``conversation``: a name; a prompt
+    that extends the conversation of this name continues from its cache.  ``owner``: whose it is:
+    beyond the limit the owner with the most conversations loses one.  ``id``: the request's id in
+    its records; "": a new one.
     """
 
     ids: tuple[int, ...]
@@ -75,9 +75,9 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         if not self.ids:
-            raise ConfigError("the prompt holds no token")
+            raise ConfigError("the prompt has no token")
         if self.conversation is not None and self.sampling.n > 1:
-            raise ConfigError("a conversation goes on from one answer: ask for n 1")
+            raise ConfigError("a conversation continues one answer: ask for n 1")
         if self.sampling.prompt_logprobs and self.config is not None:
             raise ConfigError(
                 "a prompt is read by the dense model, so its log-probabilities are those of the "
@@ -91,7 +91,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What came of a request; per choice its text, its tokens and why it ended.
+    """Per choice its text, its tokens and why it ended; usage, timings and accounting.
 
     ``finish``: ``stop`` (end of text or a stop string), ``length`` or ``cancelled``.
     """

@@ -1,4 +1,4 @@
-"""From the engine's records to OpenAI's answers, whole ones and chunks; and why none is given."""
+"""From the engine's records to OpenAI's answers, whole ones and chunks; errors in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -9,54 +9,27 @@ from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any
 
-from pydantic import BaseModel
-
 from dart_llm.engine.events import Done, Likely, Record, Scores, Start, Token
 from dart_llm.engine.requests import Sampling
 from dart_llm.files import finite
 
-# errors, in the shape that OpenAI's clients read
-
 TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    405: "invalid_request_error",
     408: "timeout_error",
-    413: "invalid_request_error",
-    415: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "unavailable_error",
 }
-"""``error.type`` of each status that the server answers with."""
-
-
-REFUSED = {status: kind for status, kind in TYPES.items() if status not in (405, 500)}
-"""What the description of every route tells of its errors."""
-
-
-class ErrorFacts(BaseModel):
-    """What is wrong with a request; ``param``: the field; ``code``: a word for programs."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """The body of every answer that is no success."""
-
-    error: ErrorFacts
+"""``error.type`` by status; of all others ``invalid_request_error``."""
 
 
 class APIError(Exception):
-    """A request that gets no answer: an HTTP status and one sentence for the client.
+    """Ends a request: an HTTP status and one sentence for the client.
 
-    ``param``: the field that is wrong; ``code``: a word for programs, of a 400 ``invalid_value``
-    unless another is given; ``retry_after``: seconds; ``allow``: the methods that an address takes.
+    ``param``: the field that is wrong; ``code``: a word for programs, ``invalid_value`` by default
+    for a 400; ``retry_after``: seconds; ``allow``: the methods of an address.
     """
 
     def __init__(
@@ -66,49 +39,46 @@ class APIError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
-        allow: Sequence[str] = (),
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
+        self.status, self.message, self.param = status, message, param
         self.code = code or ("invalid_value" if status == 400 else None)
-        self.retry_after = retry_after
-        self.allow = allow
+        self.retry_after, self.allow = retry_after, allow
 
     def to_dict(self) -> dict[str, Any]:
         """``{"error": {message, type, param, code}}``."""
-        kind = TYPES[self.status]
-        facts = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": facts}
+        kind = TYPES.get(self.status, "invalid_request_error")
+        details = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": details}
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """What the answer carries beside its body's type and length."""
+        """Headers of the response beside the body's type and length."""
         headers = {
-            "retry-after": "" if self.retry_after is None else str(self.retry_after),
-            "allow": ", ".join(self.allow),
-            "www-authenticate": "Bearer" if self.status == 401 else "",
+            "retry-after": self.retry_after and str(self.retry_after),
+            "allow": self.allow,
+            "www-authenticate": "Bearer" if self.status == 401 else None,
             # the rest of the body is not read
-            "connection": "close" if self.status in (408, 413) else "",
+            "connection": "close" if self.status in (408, 413) else None,
         }
         return [(name.encode(), value.encode()) for name, value in headers.items() if value]
 
 
 def internal(request_id: str) -> APIError:
-    """What a client is told of a fault of ours: the number under which the log has it."""
-    said = f"the server failed on this request; its log says more under {request_id}"
-    return APIError(500, said, code="internal_error")
+    """The error of a fault in the server, with the number under which the log has the details."""
+    message = f"the server failed on this request; its log has the details under {request_id}"
+    return APIError(500, message, code="internal_error")
 
 
-# log-probabilities of tokens, in the two shapes that OpenAI has for them
+# log-probabilities of tokens, in OpenAI's two forms
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One token with its log-probability and the best of the model's own choice.
+    """One token with its log-probability and the likeliest tokens in its place, the best first.
 
-    ``piece``: the token's text alone.  ``logprob``: None for a prompt's first token, which nothing
-    predicts.  ``top``: the best first.
+    ``piece``: the token's text.  ``logprob``: None for a prompt's first token, which nothing
+    predicts.
     """
 
     piece: str
@@ -118,20 +88,18 @@ class Scored:
 
 def chat_logprobs(tokens: Sequence[Scored]) -> dict[str, Any]:
     """``logprobs`` of a choice of a chat completion."""
-    return {
-        "content": [
-            {
-                **_entry(token.piece, token.logprob),
-                "top_logprobs": [_entry(one.text, one.logprob) for one in token.top],
-            }
-            for token in tokens
-        ],
-        "refusal": None,
-    }
+    content = [
+        {
+            **_entry(token.piece, token.logprob),
+            "top_logprobs": [_entry(likely.text, likely.logprob) for likely in token.top],
+        }
+        for token in tokens
+    ]
+    return {"content": content, "refusal": None}
 
 
 def _entry(text: str, logprob: float | None) -> dict[str, Any]:
-    whole = "\ufffd" not in text  # half of a character has no text, and its bytes are not known
+    whole = "\ufffd" not in text  # the bytes of half a character are unknown
     return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
 
 
@@ -143,8 +111,8 @@ def text_logprobs(tokens: Sequence[Scored], offset: int) -> dict[str, Any]:
         offset += len(token.piece)
     # of two tokens with one text, such as halves of characters, the likelier one stays
     tops = [
-        None if one.logprob is None else {top.text: top.logprob for top in reversed(one.top)}
-        for one in tokens
+        None if token.logprob is None else {one.text: one.logprob for one in reversed(token.top)}
+        for token in tokens
     ]
     return {
         "tokens": [token.piece for token in tokens],
@@ -171,7 +139,7 @@ ACCOUNTING = (
     "bytes_limit",
     "extra_memory_bytes",
 )
-"""What of the run's report stands under ``dart`` in an answer; ``/api/events`` has all of it."""
+"""Fields of the run's report under ``dart`` in an answer; ``/api/events`` has all of them."""
 
 
 def json_bytes(data: Any) -> bytes:
@@ -188,25 +156,11 @@ def sse(data: Any) -> bytes:
     return b"data: " + json_bytes(data) + b"\n\n"
 
 
-@dataclass
-class Choice:
-    """One of the texts: what of it was said, and the tokens whose text is still held back.
-
-    ``echo``: the prompt, where it stands before the answer.
-    """
-
-    echo: str = ""
-    said: str = ""
-    scored: list[Scored] = field(default_factory=list)
-    """Tokens since the text was last said."""
-    every: list[Scored] = field(default_factory=list)
-
-
 class RecordFormat:
-    """Every record of the request, as the library has it: ``POST /api/events``.
+    """Every record of the request as the engine emits it: ``POST /api/events``.
 
-    ``take``: what is sent for a record, maybe nothing; ``end``: after the last one; ``error``: what
-    ends an answer that has begun and cannot go on.
+    ``on_record``: the bytes to send for a record, maybe none; ``end``: after the last record;
+    ``error``: the end of an answer that has begun and cannot continue.
     """
 
     streams = True
@@ -214,21 +168,33 @@ class RecordFormat:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
 
-    def take(self, record: Record) -> bytes:
+    def on_record(self, record: Record) -> bytes:
         return sse(record.to_dict())
 
     def end(self) -> bytes:
         return b""
 
-    def error(self, refusal: APIError) -> bytes:
-        return sse({"kind": "error", "message": refusal.message, "request": self.request_id})
+    def error(self, error: APIError) -> bytes:
+        return sse({"kind": "error", "message": error.message, "request": self.request_id})
+
+
+@dataclass
+class Choice:
+    """One of the answers.  ``echo``: the prompt, where the answer repeats it."""
+
+    echo: str = ""
+    text: str = ""
+    """Text that was sent."""
+    pending: list[Scored] = field(default_factory=list)
+    """Tokens whose text was not sent yet."""
+    tokens: list[Scored] = field(default_factory=list)
 
 
 class Format:
-    """One answer of OpenAI's in the making, whole or as a stream of chunks.
+    """Builds one of OpenAI's answers from records, whole or as a stream of chunks.
 
-    ``model``: what answers.  With several ``prompts`` the choices of one come after those of the
-    other.  ``echo``: whether the prompt stands before the answer.
+    With several ``prompts`` the choices of one come after those of the one before.  ``echo``:
+    whether the answer begins with the prompt.
     """
 
     kind = "text_completion"
@@ -241,120 +207,108 @@ class Format:
         sampling: Sampling,
         prompts: int = 1,
         streams: bool = False,
-        usage_wanted: bool = False,
+        with_usage: bool = False,
         echo: bool = False,
     ) -> None:
-        self.streams, self.usage_wanted, self.echo = streams, usage_wanted, echo
+        self.streams, self.with_usage, self.echo = streams, with_usage, echo
         self.scored = sampling.logprobs is not None
-        self.each, self.prompts = sampling.n, prompts
-        self.choices = [Choice() for _ in range(self.each * prompts)]
+        self.n, self.prompts = sampling.n, prompts
+        self.choices = [Choice() for _ in range(sampling.n * prompts)]
         self.done: list[Done] = []
         """Of each prompt that was answered."""
         self._prompt: list[str] = []
-        made = f"{self.prefix}-{token_hex(12)}"
-        self._head = {"id": made, "created": int(time.time()), "model": model}
+        name = f"{self.prefix}-{token_hex(12)}"
+        self._head = {"id": name, "created": int(time.time()), "model": model}
 
-    def take(self, record: Record) -> bytes:
-        return self._chunks(record) if self.streams else self._keep(record)
+    # the differences between the two kinds
 
-    def end(self) -> bytes:
-        return b"" if self.streams else self._whole()
+    def _text(self, text: str) -> Json:
+        return {"text": text}
 
-    def error(self, refusal: APIError) -> bytes:
-        """OpenAI's clients raise it."""
-        return sse(refusal.to_dict()) if self.streams else b""
-
-    # what the two kinds differ in
-
-    def _text(self, text: str, streamed: bool) -> Json:
+    def _delta(self, text: str) -> Json:
         return {"text": text}
 
     def _logprobs(self, tokens: Sequence[Scored], offset: int) -> Json:
         return text_logprobs(tokens, offset)
 
-    def _opening(self) -> Json | None:
-        return None
+    _opening: Json | None = None
+    _closing: Json = {"text": ""}  # noqa: RUF012
 
-    def _closing(self) -> Json:
-        return {"text": ""}
+    def on_record(self, record: Record) -> bytes:
+        """The chunks of a record; nothing where the answer is sent whole."""
+        chunks = []
+        current = self._current()
+        if isinstance(record, Start) and self._opening is not None:
+            chunks += [self._chunk(index, self._opening) for index in current]
+        for index, text in self._new_texts(record):
+            choice = self.choices[index]
+            logprobs = self._logprobs(choice.pending, len(choice.text)) if self.scored else None
+            chunks.append(self._chunk(index, self._delta(text), logprobs))
+            choice.text += text
+            choice.tokens += choice.pending
+            choice.pending = []
+        if isinstance(record, Done):
+            self.done.append(record)
+            chunks += self._last_chunks(current, record)
+        return b"".join(chunks) if self.streams else b""
 
-    # records
+    def end(self) -> bytes:
+        """The whole answer; nothing at the end of a stream."""
+        return b"" if self.streams else self._whole()
 
-    def _own(self) -> range:
+    def error(self, error: APIError) -> bytes:
+        """The last event of a stream; OpenAI's clients raise it."""
+        return sse(error.to_dict()) if self.streams else b""
+
+    def _current(self) -> range:
         """The choices of the prompt that is being answered."""
-        first = self.each * len(self.done)
-        return range(first, first + self.each)
+        first = self.n * len(self.done)
+        return range(first, first + self.n)
 
-    def _heard(self, record: Record) -> list[tuple[int, str]]:
-        """Take in a record; which choices have something to say now, and what."""
+    def _new_texts(self, record: Record) -> list[tuple[int, str]]:
+        """The choices that have new text with this record, and the text."""
         if isinstance(record, Token):
-            place = self._own()[record.choice]
+            index = self._current()[record.choice]
             if self.scored:
                 scored = Scored(record.piece, record.logprob, record.top or ())
-                self.choices[place].scored.append(scored)
-            return [(place, record.text)] if record.text else []
+                self.choices[index].pending.append(scored)
+            return [(index, record.text)] if record.text else []
         if isinstance(record, Start):
-            self._prompt = [one.text for one in record.prompt]
+            self._prompt = [token.text for token in record.prompt]
             return [] if self.scored else self._echoed([])
         if isinstance(record, Scores):
-            places = zip(self._prompt, record.logprobs, record.top, strict=True)
-            return self._echoed([Scored(*place) for place in places])
+            scores = zip(self._prompt, record.logprobs, record.top, strict=True)
+            return self._echoed([Scored(*score) for score in scores])
         if isinstance(record, Done):
             rests = []
-            for place, text in zip(self._own(), record.texts, strict=True):
-                choice = self.choices[place]
-                rest = (choice.echo + text)[len(choice.said) :]
-                # who asked for the prompt's scores counts tokens: the one that ends a text too
-                if rest or (self.echo and choice.scored):
-                    rests.append((place, rest))
+            for index, text in zip(self._current(), record.texts, strict=True):
+                choice = self.choices[index]
+                rest = (choice.echo + text)[len(choice.text) :]
+                # with the prompt's scores every token counts, also the one that ends a text
+                if rest or (self.echo and choice.pending):
+                    rests.append((index, rest))
             return rests
         return []
 
     def _echoed(self, scored: list[Scored]) -> list[tuple[int, str]]:
-        """The prompt is said by each of its choices, if that is wanted."""
+        """The prompt as the beginning of each of its choices, if that is requested."""
         if not self.echo:
             return []
-        for place in self._own():
-            self.choices[place].echo = "".join(self._prompt)
-            self.choices[place].scored += scored
-        return [(place, self.choices[place].echo) for place in self._own()]
+        for index in self._current():
+            self.choices[index].echo = "".join(self._prompt)
+            self.choices[index].pending += scored
+        return [(index, self.choices[index].echo) for index in self._current()]
 
-    def _say(self, choice: Choice, text: str) -> tuple[list[Scored], int]:
-        """``text`` is said: the tokens behind it, and the characters before it."""
-        before, tokens = len(choice.said), choice.scored
-        choice.said += text
-        choice.scored = []
-        choice.every += tokens
-        return tokens, before
-
-    # a stream
-
-    def _chunks(self, record: Record) -> bytes:
-        found = []
-        if isinstance(record, Start) and (opening := self._opening()) is not None:
-            found += [self._chunk(place, opening) for place in self._own()]
-        found += [self._said(place, text) for place, text in self._heard(record)]
-        if isinstance(record, Done):
-            found += self._last(record)
-        return b"".join(found)
-
-    def _said(self, place: int, text: str) -> bytes:
-        tokens, before = self._say(self.choices[place], text)
-        logprobs = self._logprobs(tokens, before) if self.scored else None
-        return self._chunk(place, self._text(text, True), logprobs)
-
-    def _last(self, record: Done) -> list[bytes]:
-        """What ends the choices of a prompt, and after the last prompt the stream."""
-        found, own = [], self._own()
-        self.done.append(record)
-        ended = len(self.done) == self.prompts
-        for place, reason in zip(own, record.finish, strict=True):
-            more = self._extras() if ended and place == own[-1] else {}
-            found.append(self._chunk(place, self._closing(), None, reason, more))
-        if ended and self.usage_wanted:
-            whole = {**self._envelope(self.chunk_kind), "choices": []}
-            found.append(sse({**whole, "usage": usage(self.done), **self._extras()}))
-        return [*found, b"data: [DONE]\n\n"] if ended else found
+    def _last_chunks(self, current: range, record: Done) -> list[bytes]:
+        """The ends of a prompt's choices, and after the last prompt the end of the stream."""
+        ended, chunks = len(self.done) == self.prompts, []
+        for index, reason in zip(current, record.finish, strict=True):
+            extras = self._extras() if ended and index == current[-1] else {}
+            chunks.append(self._chunk(index, self._closing, None, reason, extras))
+        if ended and self.with_usage:
+            last = {**self._head, "object": self.chunk_kind, "choices": [], **self._extras()}
+            chunks.append(sse({**last, "usage": usage(self.done)}))
+        return [*chunks, b"data: [DONE]\n\n"] if ended else chunks
 
     def _chunk(
         self,
@@ -362,44 +316,30 @@ class Format:
         content: Json,
         logprobs: Json | None = None,
         reason: str | None = None,
-        more: Json | None = None,
+        extras: Json | None = None,
     ) -> bytes:
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
-        chunk = {**self._envelope(self.chunk_kind), "choices": [choice], **(more or {})}
-        if self.usage_wanted:
-            chunk["usage"] = None
-        return sse(chunk)
-
-    # a whole answer
-
-    def _keep(self, record: Record) -> bytes:
-        for place, text in self._heard(record):
-            self._say(self.choices[place], text)
-        if isinstance(record, Done):
-            self.done.append(record)
-        return b""
+        chunk = {**self._head, "object": self.chunk_kind, "choices": [choice], **(extras or {})}
+        return sse({**chunk, "usage": None} if self.with_usage else chunk)
 
     def _whole(self) -> bytes:
         if len(self.done) != self.prompts:
-            raise RuntimeError("the engine ended an answer without saying so")
-        finish = [reason for done in self.done for reason in done.finish]
+            raise RuntimeError("the engine ended an answer without a done record")
+        reasons = [reason for done in self.done for reason in done.finish]
         choices = [
             {
                 "index": index,
-                **self._text(choice.said, False),
-                "logprobs": self._logprobs(choice.every, 0) if self.scored else None,
-                "finish_reason": finish[index],
+                **self._text(choice.text),
+                "logprobs": self._logprobs(choice.tokens, 0) if self.scored else None,
+                "finish_reason": reasons[index],
             }
             for index, choice in enumerate(self.choices)
         ]
-        answer = {**self._envelope(self.kind), "choices": choices, "usage": usage(self.done)}
-        return json_bytes({**answer, **self._extras()})
-
-    def _envelope(self, kind: str) -> Json:
-        return {**self._head, "object": kind}
+        answer = {**self._head, "object": self.kind, "choices": choices}
+        return json_bytes({**answer, "usage": usage(self.done), **self._extras()})
 
     def _extras(self) -> Json:
-        """Of one prompt as it is; of several a list, one for each."""
+        """``timings`` and ``dart``: of several prompts a list, one for each."""
         timings = [done.timings.to_dict() for done in self.done]
         accounts = [accounting(done) for done in self.done]
         if self.prompts == 1:
@@ -431,20 +371,14 @@ class ChatFormat(Format):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
     prefix = "chatcmpl"
+    _opening = {"delta": {"role": "assistant", "content": ""}}  # noqa: RUF012
+    _closing = {"delta": {}}  # noqa: RUF012
 
-    def _text(self, text: str, streamed: bool) -> Json:
-        if streamed:
-            return {"delta": {"content": text}}
+    def _text(self, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _delta(self, text: str) -> Json:
+        return {"delta": {"content": text}}
 
     def _logprobs(self, tokens: Sequence[Scored], offset: int) -> Json:
         return chat_logprobs(tokens)
-
-    def _opening(self) -> Json | None:
-        return {"delta": {"role": "assistant", "content": ""}}
-
-    def _closing(self) -> Json:
-        return {"delta": {}}
-
-
-Shape = Format | RecordFormat  # what turns records into bytes

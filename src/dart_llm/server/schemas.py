@@ -1,7 +1,7 @@
-"""From a request's body, in OpenAI's names, to what the engine is asked; every limit on tokens.
+"""Bodies of requests, in OpenAI's names, and what the engine gets for them; limits on tokens.
 
-A field that OpenAI does not know is refused, as OpenAI does.  A known one that this server cannot
-honour is refused when it asks for something; the ones that cannot change an answer are ignored.
+A field that OpenAI does not know is refused, as OpenAI does.  A known one that this server does not
+support is refused unless it asks for nothing; those that cannot change an answer are ignored.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -17,10 +17,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from dart_llm.data.prompts import chat_text
 from dart_llm.engine.requests import GenerationRequest, Sampling
@@ -28,7 +27,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
 from dart_llm.server.responses import APIError
-from dart_llm.server.settings import ServeSettings, prunes
+from dart_llm.server.settings import ServeSettings, removes_neurons
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -39,10 +38,10 @@ Name = Annotated[str, Field(max_length=256)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
 
 Texts = Annotated[list[str], Field(fail_fast=True)]
-"""Of a long list the first fault is told, not all."""
+"""Long lists: only the first error is reported."""
 
 
-def _some(value: int) -> int:
+def _not_zero(value: int) -> int:
     if value == 0:
         raise PydanticCustomError("tokens", "input should be 1 or more, or -1 for what fits")
     return value
@@ -50,11 +49,11 @@ def _some(value: int) -> int:
 
 TokensOrNone = Annotated[int, Field(ge=-1)]
 
-Tokens = Annotated[TokensOrNone, AfterValidator(_some)]
-"""A number of tokens; -1 is what llama.cpp's clients call "as many as fit"."""
+Tokens = Annotated[TokensOrNone, AfterValidator(_not_zero)]
+"""A number of tokens; -1 means "as many as fit" to clients of llama.cpp."""
 
 
-def _no_per_cent(value: Any) -> Any:
+def _not_percent(value: Any) -> Any:
     if isinstance(value, int | float) and value >= 1:
         raise PydanticCustomError(
             "sparsity", "input should be less than 1: the fraction removed, 0.5 for 50 %"
@@ -62,48 +61,38 @@ def _no_per_cent(value: Any) -> Any:
     return value
 
 
-Sparsity = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_per_cent)]
+Sparsity = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_not_percent)]
 
 IGNORED = (
-    "metadata",
-    "parallel_tool_calls",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "reasoning_effort",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "verbosity",
-)
+    "metadata parallel_tool_calls prompt_cache_key prompt_cache_retention reasoning_effort "
+    "safety_identifier service_tier store verbosity"
+).split()
 """Fields of OpenAI that cannot change what this server answers."""
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "web_search_options": (),
-}
-"""Fields of OpenAI that only these values, or null, leave without effect."""
+UNSUPPORTED = (
+    "audio best_of frequency_penalty function_call functions logit_bias modalities prediction "
+    "presence_penalty response_format suffix tool_choice tools web_search_options"
+).split()
+"""Fields of OpenAI that are refused unless their value has no effect."""
+
+NEUTRAL: tuple[Any, ...] = (None, 0, "", [], {}, "none", "auto", ["text"], {"type": "text"})
+"""Values without effect."""
 
 
 class Body(BaseModel):
-    """Strict: no text for a number, no field that is not known."""
+    """Strict: no text for a number, no unknown field, only finite numbers."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
 
 
 class Dart(Body):
-    """How this request is pruned; what is left out is the server's own setting."""
+    """How this request is pruned; fields left out are the server's own settings."""
 
     method: Name | None = None
     sparsity: Sparsity | None = None
@@ -122,16 +111,12 @@ class TextPart(Body):
     text: str
 
 
-def _nothing(value: Any) -> Any:
-    """An empty list asks for nothing, as null does."""
-    return None if value == [] else value
-
-
-Nothing = Annotated[None, BeforeValidator(_nothing)]
+Nothing = Annotated[None, BeforeValidator(lambda value: None if value == [] else value)]
+"""null, or an empty list, which asks for nothing either."""
 
 
 class Message(Body):
-    """``content`` may be left out by an assistant alone; ``reasoning_content`` is not read."""
+    """Only an assistant may leave out ``content``; ``reasoning_content`` is ignored."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
@@ -144,7 +129,7 @@ class Message(Body):
     annotations: list[Any] | None = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> Message:
+    def _has_content(self) -> Message:
         if self.content is None and self.role != "assistant":
             raise PydanticCustomError("missing", "role {role} needs a content", {"role": self.role})
         return self
@@ -157,7 +142,7 @@ class Message(Body):
 
 
 class Common(Body):
-    """What both kinds of completion take."""
+    """Fields of both kinds of completion."""
 
     model: Name | None = None
     stream: bool | None = None
@@ -173,22 +158,25 @@ class Common(Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, data: Any) -> Any:
-        """The fields that this server has; of all others it is said why they are refused."""
-        if not isinstance(data, dict):  # a body already
+    def _known_fields(cls, data: Any) -> Any:
+        """The fields that this server supports; others are refused with the reason."""
+        if not isinstance(data, dict):
             return data
-        known = [*cls.model_fields, *IGNORED, *NEUTRAL]
-        for name in data:
+        known = [*cls.model_fields, *IGNORED, *UNSUPPORTED]
+        for name, value in data.items():
             if name not in known:
-                said = f"unrecognized request argument supplied: {name[:100]}{_hint(name, known)}"
-                raise APIError(400, said, name[:100], "unknown_parameter")
-        _check_neutral(data)
+                text = f"unrecognized request argument supplied: {name[:100]}{_hint(name, known)}"
+                raise APIError(400, text, name[:100], "unknown_parameter")
+            neutral = value in NEUTRAL or (name, value) == ("best_of", 1)
+            if name in UNSUPPORTED and not neutral:
+                text = f"this server does not support {name}: leave it out"
+                raise APIError(400, text, name, "unsupported_parameter")
         return {name: value for name, value in data.items() if name in cls.model_fields}
 
     @model_validator(mode="after")
-    def _options_of_a_stream(self) -> Self:
+    def _stream_options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise APIError(400, "stream_options goes with stream: true alone", "stream_options")
+            raise APIError(400, "stream_options requires stream: true", "stream_options")
         return self
 
     @property
@@ -196,7 +184,7 @@ class Common(Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def usage_wanted(self) -> bool:
+    def with_usage(self) -> bool:
         """Whether the stream ends with a chunk for the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -214,7 +202,7 @@ class ChatBody(Common):
 class CompletionBody(Common):
     """Body of ``POST /v1/completions``; ``prompt``: a text or token ids, or a list of these.
 
-    ``echo``: the prompt stands before the answer, in ``logprobs`` too.
+    ``echo``: the answer begins with the prompt, in ``logprobs`` too.
     """
 
     prompt: str | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)]
@@ -225,92 +213,59 @@ class CompletionBody(Common):
     def prompts(self) -> Sequence[str | list[int]]:
         """Each of them."""
         prompt: Any = self.prompt
-        one = isinstance(prompt, str) or all(isinstance(part, int) for part in prompt)
-        return [prompt] if one else prompt
-
-
-B = TypeVar("B", bound=Common)
-
-
-def read(kind: type[B], data: Mapping[str, Any]) -> B:
-    """``data`` as a body of ``kind``; raises ``APIError`` (400) with the field that is wrong."""
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        raise _refusal(error) from None
-
-
-def _check_neutral(data: Mapping[str, Any]) -> None:
-    for name, values in NEUTRAL.items():
-        value = data.get(name)
-        same = [one for one in values if one == value and (type(one) is type(value) or one == 0)]
-        if value is not None and not same:
-            allowed = " or ".join(["null", *(repr(one) for one in values)])
-            said = f"this server has no {name}: leave it out, or give {allowed}"
-            raise APIError(400, said, name, "unsupported_parameter")
+        single = isinstance(prompt, str) or all(isinstance(part, int) for part in prompt)
+        return [prompt] if single else prompt
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    """The near name, if one is; of a long name its beginning is compared."""
+    """The nearest name, if one is near; of a long name the beginning is compared."""
     near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _refusal(error: ValidationError) -> APIError:
-    """The first problem: which field, and what is wrong with it."""
-    problem = _plainest(error.errors(include_input=False, include_context=False, include_url=False))
-    *outer, last = problem["loc"]
-    path = _names(outer)
-    if problem["type"] == "extra_forbidden":  # a name of the client's own making
-        name = str(last)[:100]
-        hint = _hint(name, Dart.model_fields) if path == ["dart"] else ""
-        where = ".".join([*path, name])
-        message = f"{where}: is not a known field{hint}"
-        return APIError(400, message, where, "unknown_parameter")
-    where = ".".join([*path, *_names([last])])
-    code = "missing_required_parameter" if problem["type"] == "missing" else "invalid_value"
-    what = problem["msg"][:1].lower() + problem["msg"][1:]
-    return APIError(400, f"{where}: {what}", where or None, code)
+def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
+    """Of a body's validation errors the plainest one: which field, and what is wrong with it.
 
-
-def _names(loc: Iterable[str | int]) -> list[str]:
-    """Of a place in a body, without a union's branches ("str", "list[...]"): they are no names."""
-    return [
+    Of a union's branches the plainest is the one that got furthest into the value.
+    """
+    if errors[0]["type"] == "json_invalid":
+        reason = errors[0]["ctx"]["error"]
+        return APIError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
+    error = max(errors, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
+    path = [
         str(part)
-        for part in loc
-        if isinstance(part, int) or (part.isidentifier() and part not in ("str", "int"))
+        for part in error["loc"]
+        if isinstance(part, int) or (part.isidentifier() and part not in BRANCHES)
     ]
+    if error["type"] == "extra_forbidden":  # a name that the client made up
+        name, outer = str(error["loc"][-1])[:100], path[:-1]
+        hint = _hint(name, Dart.model_fields) if outer == ["dart"] else ""
+        where = ".".join([*outer, name])
+        return APIError(400, f"{where}: unknown field{hint}", where, "unknown_parameter")
+    where = ".".join(path)
+    code = "missing_required_parameter" if error["type"] == "missing" else "invalid_value"
+    what = error["msg"][:1].lower() + error["msg"][1:]
+    return APIError(400, f"{where or 'body'}: {what}", where or None, code)
 
 
-def _plainest(problems: Sequence[ErrorDetails]) -> ErrorDetails:
-    """The first one; where a list was no text, what is wrong inside the list."""
-    first = problems[0]
-    *field, branch = first["loc"]
-    if branch in ("str", "constrained-str") and first["type"] == "string_type":
-        for one in problems[1:]:
-            same = list(one["loc"][: len(field)]) == field
-            deeper = len(one["loc"]) > len(first["loc"])
-            if same and (deeper or not one["type"].endswith("_type")):
-                return one
-    return first
+BRANCHES = ("body", "str", "int", "constrained-str")
+"""Parts of an error's location that are not fields: the whole, and branches of unions."""
 
-
-COMPLETION_TOKENS = 16  # max_tokens of /v1/completions when nothing is said, as OpenAI has it
-SMALLEST_TOP_P = 1e-6  # what top_p 0 means: the likeliest token alone
-CHARACTERS = 4  # of a token, about; a longer text is looked at in parts first
+COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions, as OpenAI has it
+SMALLEST_TOP_P = 1e-6  # for top_p 0: the likeliest token alone
+CHARACTERS = 4  # of a token, about; of a longer text a part is tokenized first
 
 CUT_TOKENS = 64
-"""By so many a text that is cut off may have more tokens than the same part of the whole."""
+"""A text that is cut off may have this many tokens more than the same part of the whole."""
 
-Asked = tuple[list[tuple[int, ...]], int | None, int | None, bool]
-"""Prompts, tokens asked for, log-probabilities beside each token, whether prompts are scored."""
+NOT_READY = "method_not_ready"
 
 
-class Asker:
-    """What a request is measured against.
+class RequestReader:
+    """Turns bodies into requests to the engine, within the model's and the server's limits.
 
-    ``names``: by which the model may be asked for, its own first.  ``context``: tokens it can
-    hold, None: unknown.  ``vocabulary``: token ids below it exist.
+    ``names``: the model's id and its aliases.  ``context``: its length in tokens, None: unknown.
+    ``vocabulary``: the number of token ids.
     """
 
     def __init__(
@@ -324,29 +279,36 @@ class Asker:
         self.tokenizer, self.settings, self.names = tokenizer, settings, names
         self.context, self.vocabulary = context, vocabulary
         limits = (settings.max_prompt_tokens, context)
-        self.longest = min((one for one in limits if one is not None), default=None)
-        """Tokens of the longest prompt; None: not known."""
-        self._base = settings.prune_config()
+        self.longest = min((limit for limit in limits if limit is not None), default=None)
+        """Tokens of the longest prompt; None: unknown."""
+        self._default = settings.prune_config()
 
-    def asks(self, body: Common, request_id: str, client: str) -> tuple[GenerationRequest, ...]:
-        """What the engine is asked, once per prompt; raises ``APIError`` for what cannot be."""
+    def requests(self, body: Common, request_id: str, client: str) -> tuple[GenerationRequest, ...]:
+        """One request to the engine per prompt; raises ``APIError`` for what cannot be served."""
         if body.model is not None and body.model not in self.names:
-            said = f"the model {body.model!r} is not served here: ask for {self.names[0]!r}"
-            raise APIError(404, said, "model", "model_not_found")
+            text = f"the model {body.model!r} is not served here: ask for {self.names[0]!r}"
+            raise APIError(404, text, "model", "model_not_found")
+        config = self.config(body.dart)
         if isinstance(body, ChatBody):
-            prompts, asked, logprobs, scored = self._chat(body)
+            prompts = [self._chat_ids(body.messages)]
+            limits = (body.max_completion_tokens, body.max_tokens)
+            max_tokens = next((limit for limit in limits if limit is not None), None)
+            if body.top_logprobs and not body.logprobs:
+                raise APIError(400, "top_logprobs requires logprobs: true", "top_logprobs")
+            logprobs, scored = (body.top_logprobs or 0) if body.logprobs else None, False
         else:
             assert isinstance(body, CompletionBody)
-            prompts, asked, logprobs, scored = self._completion(body)
-        config = self.config(body.dart)
-        kept = _kept_as(body, client, config)
+            prompts = self._completion_ids(body)
+            max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+            logprobs, scored = body.logprobs, bool(body.echo) and body.logprobs is not None
+        conversation = _conversation(body, client, config)
         try:
             return tuple(
                 GenerationRequest(
                     ids,
-                    self._sampling(body, len(ids), asked, logprobs, scored),
+                    self._sampling(body, len(ids), max_tokens, logprobs, scored),
                     config,
-                    kept,
+                    conversation,
                     request_id,
                     client,
                 )
@@ -355,172 +317,150 @@ class Asker:
         except ConfigError as error:
             raise APIError(400, str(error)) from None
 
-    def _chat(self, body: ChatBody) -> Asked:
-        if body.top_logprobs and not body.logprobs:
-            raise APIError(400, "top_logprobs goes with logprobs: true alone", "top_logprobs")
-        ids = self._ids(_chat_text(self.tokenizer, body.messages), add_special_tokens=False)
-        limits = (body.max_completion_tokens, body.max_tokens)
-        asked = next((one for one in limits if one is not None), None)
-        return [ids], asked, (body.top_logprobs or 0) if body.logprobs else None, False
+    def _chat_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """A conversation as the model's own template writes it."""
+        code = None if getattr(self.tokenizer, "chat_template", None) else "no_template"
+        plain = [
+            {"role": "system" if one.role == "developer" else one.role, "content": one.text}
+            for one in messages
+        ]
+        try:
+            text = chat_text(self.tokenizer, plain, "use /v1/completions")
+        except ConfigError as error:
+            raise APIError(400, str(error), "messages", code) from None
+        except (ValueError, TypeError):  # of a template that did not expect them
+            reason = "the model's chat template does not accept these messages"
+            raise APIError(400, reason, "messages") from None
+        return self._ids(text, add_special_tokens=False)
 
-    def _completion(self, body: CompletionBody) -> Asked:
-        prompts, most = body.prompts, self.settings.max_prompts
-        if len(prompts) > most:
-            raise APIError(400, f"{len(prompts)} prompts are too many: at most {most}", "prompt")
+    def _completion_ids(self, body: CompletionBody) -> list[tuple[int, ...]]:
+        prompts, limit = body.prompts, self.settings.max_prompts
+        if len(prompts) > limit:
+            raise APIError(400, f"{len(prompts)} prompts are too many: at most {limit}", "prompt")
         if len(prompts) > 1 and body.dart and body.dart.conversation:
-            said = "a conversation goes on from one prompt: give one"
-            raise APIError(400, said, "dart.conversation")
-        asked = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        scored = bool(body.echo) and body.logprobs is not None
-        return [self._prompt_ids(one) for one in prompts], asked, body.logprobs, scored
-
-    def _prompt_ids(self, prompt: str | list[int]) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return self._ids(prompt)
-        if any(not 0 <= one < self.vocabulary for one in prompt):
-            raise APIError(400, f"token ids lie in 0 to {self.vocabulary - 1}", "prompt")
-        return tuple(prompt)
+            text = "a conversation continues one prompt: give one"
+            raise APIError(400, text, "dart.conversation")
+        for prompt in prompts:
+            if isinstance(prompt, list) and any(not 0 <= id < self.vocabulary for id in prompt):
+                text = f"token ids must lie in 0 to {self.vocabulary - 1}"
+                raise APIError(400, text, "prompt")
+        return [self._ids(one) if isinstance(one, str) else tuple(one) for one in prompts]
 
     def _ids(self, text: str, **options: Any) -> tuple[int, ...]:
         """Token ids of ``text``.
 
         Raises ``APIError`` when its beginning is too long already, so that no text costs more than
-        the longest prompt does.
+        the longest prompt.
         """
         longest = self.longest
         if longest is not None:
-            most = longest + CUT_TOKENS
-            length = CHARACTERS * most
+            limit = longest + CUT_TOKENS
+            length = CHARACTERS * limit
             while length < len(text):
-                if len(self.tokenizer(text[:length], verbose=False, **options).input_ids) > most:
+                if len(self.tokenizer(text[:length], verbose=False, **options).input_ids) > limit:
                     raise _too_long(longest, f"more than {longest}")
                 length *= 2
         return tuple(self.tokenizer(text, verbose=False, **options).input_ids)
 
     def _sampling(
-        self, body: Common, prompt: int, asked: int | None, logprobs: int | None, scored: bool
+        self, body: Common, prompt: int, requested: int | None, logprobs: int | None, scored: bool
     ) -> Sampling:
         settings, n = self.settings, body.n or 1
         if n > settings.max_choices:
             raise APIError(400, f"n {n} is too large: at most {settings.max_choices}", "n")
-        tokens = 0 if scored and asked == 0 else self._room(prompt, asked)
+        tokens = 0 if scored and requested == 0 else self._max_tokens(prompt, requested)
         temperature = settings.temperature if body.temperature is None else body.temperature
         top_p = 1.0 if body.top_p is None else max(SMALLEST_TOP_P, body.top_p)
         return Sampling(tokens, temperature, top_p, body.seed, n, body.stops, logprobs, scored)
 
-    def _room(self, prompt: int, asked: int | None) -> int:
-        """Tokens of the answer after ``prompt`` tokens: what is asked for, as far as it fits."""
+    def _max_tokens(self, prompt: int, requested: int | None) -> int:
+        """Tokens of the answer after ``prompt`` tokens: as many as requested, if they fit."""
         if not prompt:
             raise APIError(400, "the prompt is empty: give at least one word", "prompt")
         longest = self.longest
         if longest is not None and prompt > longest:
             raise _too_long(longest, str(prompt))
-        if asked == 0:
-            said = "max_tokens 0 asks for no answer: give 1 or more, or echo with logprobs too"
-            raise APIError(400, said, "max_tokens")
+        if requested == 0:
+            text = "max_tokens 0 asks for no answer: give 1 or more, or echo with logprobs"
+            raise APIError(400, text, "max_tokens")
         room = self.settings.max_tokens
         if self.context is not None:
             room = min(room, self.context - prompt)
         if not room:
             raise _too_long(self.context, f"{prompt}, which leaves no room for an answer,")
-        return room if asked in (None, -1) else min(room, asked)
+        return room if requested in (None, -1) else min(room, requested)
 
-    def config(self, asked: Dart | None) -> PruneConfig | None:
-        """The configuration of a request; None: the model as it is, which sparsity 0 asks for.
+    def config(self, dart: Dart | None) -> PruneConfig | None:
+        """The configuration of a request; None: the dense model, also for sparsity 0.
 
-        Raises ``APIError`` for values that do not fit, and for a method that would make this
-        request wait until something is learnt.
+        Raises ``APIError`` for values that do not fit, and for a method that would have to learn
+        before it answers.
         """
-        base, changes = self._base, {} if asked is None else _changes(asked)
+        dart = dart or Dart()
+        config, changes, field = self._default, _changes(dart), "dart.method"
         try:
-            wrong = "dart.method"
-            if asked is not None and asked.method not in (None, base.method):
-                other = METHODS.named(str(asked.method))
-                if base.sparsity and "sparsity" not in changes and prunes(str(asked.method)):
-                    changes["sparsity"] = base.sparsity
-                base = other
-            wrong = ""
-            config = base.replace(changes)
+            if dart.method not in (None, config.method):
+                other = METHODS.named(str(dart.method))
+                if config.sparsity and "sparsity" not in changes and removes_neurons(other.method):
+                    changes["sparsity"] = config.sparsity
+                config = other
+            field = ""
+            config = config.replace(changes)
         except ConfigError as error:
-            raise APIError(400, str(error), wrong or _wrong(base, changes)) from None
+            raise APIError(400, str(error), field or _wrong_field(config, changes)) from None
         if config.method == "dense" and config.target > 0:
-            said = "method dense removes nothing: drop the sparsity, or give 0"
-            raise APIError(400, said, "dart.sparsity")
-        if config.weight_bits is not None:
-            said = f"method {config.method} needs a copy of the model, which this server has not"
-            raise APIError(400, said, "dart.method")
-        plain = asked is not None and asked.sparsity == 0
-        if config.target == 0 and (plain or not config.screens):
+            text = "method dense removes nothing: drop the sparsity, or give 0"
+            raise APIError(400, text, "dart.sparsity")
+        if config.target == 0 and (dart.sparsity == 0 or not config.screens):
             return None
         if not is_ready(config.method, self.settings):
-            raise APIError(400, _not_ready(config, self.settings), "dart.method", NOT_READY)
+            # both ways out: a server with this method, or a method of this server
+            ready = self.settings.ready
+            text = (
+                f"method {config.method} was not prepared when the server started: start the "
+                f"server with --methods {','.join((*ready, config.method))}, or ask for method "
+                f"{' or '.join(ready)} (GET /api/methods lists all that are ready)"
+            )
+            raise APIError(400, text, "dart.method", NOT_READY)
         return config
 
 
-NOT_READY = "method_not_ready"
-
-
 def is_ready(method: str, settings: ServeSettings) -> bool:
-    """Whether no request by ``method`` waits until something is learned."""
+    """Whether requests by ``method`` can start at once, without learning."""
     config = METHODS.get(method)
     learns = config.prior is not None or config.calibration is not None
-    return config.weight_bits is None and (not learns or method in settings.ready)
+    return not learns or method in settings.ready
 
 
-def _not_ready(config: PruneConfig, settings: ServeSettings) -> str:
-    """Both ways out: a server with this method, or a method of this server."""
-    more, others = ",".join((*settings.ready, config.method)), " or ".join(settings.ready)
-    return (
-        f"method {config.method} was not made ready when the server started: start the server with "
-        f"--methods {more}, or ask for method {others} (GET /api/methods lists all that are ready)"
-    )
+def _too_long(limit: int | None, tokens: str) -> APIError:
+    """In the words by which OpenAI's clients recognise this refusal."""
+    text = f"This model's maximum context length is {limit} tokens, but the prompt has {tokens} "
+    return APIError(400, text + "tokens: shorten it", code="context_length_exceeded")
 
 
-def _too_long(limit: int | None, found: str) -> APIError:
-    """In the words by which OpenAI's clients know this refusal."""
-    said = f"This model's maximum context length is {limit} tokens, but the prompt has {found} "
-    return APIError(400, said + "tokens: shorten it", code="context_length_exceeded")
+def _conversation(body: Common, client: str, config: PruneConfig | None) -> str | None:
+    """The conversation's name in the engine, if the request names one.
 
-
-def _kept_as(body: Common, client: str, config: PruneConfig | None) -> str | None:
-    """The name under which the engine keeps a conversation, if it is to.
-
-    It belongs to its client: nobody goes on with, or overwrites, another's.  The dense side of a
-    conversation is kept apart, so that both sides of a comparison go on.
+    It belongs to its client and user: nobody else continues or overwrites it.  The dense side of a
+    conversation has another name, so that both sides of a comparison continue.
     """
     name = body.dart.conversation if body.dart else None
     side = "dense" if config is None else "pruned"
     return None if name is None else json.dumps([client, body.user, side, name])
 
 
-def _wrong(base: PruneConfig, changes: Mapping[str, Any]) -> str:
-    """The field whose value does not fit even alone; all of them where they do not fit together."""
+def _wrong_field(config: PruneConfig, changes: Mapping[str, Any]) -> str:
+    """The field whose value does not fit by itself; all of ``dart`` where none is alone wrong."""
     for name, value in changes.items():
         try:
-            base.replace({name: value})
+            config.replace({name: value})
         except ConfigError:
             return f"dart.{name}"
     return "dart"
 
 
-def _changes(asked: Dart) -> dict[str, Any]:
-    given: dict[str, Any] = {"sparsity": asked.sparsity, "masking_step": asked.masking_step}
-    if asked.drift is not None:
-        given["drift"] = {"rule": asked.drift}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _chat_text(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """A conversation as the model's own template writes it; raises ``APIError``."""
-    code = None if getattr(tokenizer, "chat_template", None) else "no_template"
-    turns = [
-        {"role": "system" if one.role == "developer" else one.role, "content": one.text}
-        for one in messages
-    ]
-    try:
-        return chat_text(tokenizer, turns, "use /v1/completions")
-    except ConfigError as error:
-        raise APIError(400, str(error), "messages", code) from None
-    except (ValueError, TypeError):  # of a template that did not expect them
-        said = "the model's chat template does not take these messages"
-        raise APIError(400, said, "messages") from None
+def _changes(dart: Dart) -> dict[str, Any]:
+    changes: dict[str, Any] = {"sparsity": dart.sparsity, "masking_step": dart.masking_step}
+    if dart.drift is not None:
+        changes["drift"] = {"rule": dart.drift}
+    return {name: value for name, value in changes.items() if value is not None}

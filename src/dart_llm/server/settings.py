@@ -17,57 +17,53 @@ SHORTEST_KEY = 8
 
 
 class ServeSettings(BaseSettings):
-    """What ``dart-llm serve`` is asked to do; None means "not given"."""
+    """Settings of ``dart-llm serve``; None means "not given"."""
 
     UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name", "style")
 
-    host: str = setting(SERVER, "Address to listen at; a key must guard any other.", "127.0.0.1")
+    host: str = setting(SERVER, "Address to listen on; any other needs --api-key.", "127.0.0.1")
     port: int = setting(SERVER, "Port; 0 takes a free one.", 8000, ge=0, le=65535)
     api_key: str | None = setting(
-        SERVER, "Key that every request must carry; several with commas. Better as DART_API_KEY."
+        SERVER, "API key that requests must send; several with commas. Prefer DART_API_KEY."
     )
-    allow_host: str | None = setting(
-        SERVER, "Further names by which requests may call this server, with commas."
-    )
-    share_runs: bool = setting(
-        SERVER, "Show past runs to every key, where there are several.", False
-    )
-    open: bool = setting(SERVER, "Open the page in a browser when it is there.", False)
+    allow_host: str | None = setting(SERVER, "Further host names of this server, comma-separated.")
+    share_runs: bool = setting(SERVER, "Show past runs to every key, if there are several.", False)
+    open: bool = setting(SERVER, "Open the page in a browser.", False)
     methods: str | None = setting(
-        SERVER, "Methods to make ready before the first request, with commas (default: --method)."
+        SERVER, "Methods to prepare before the first request, comma-separated (default: --method)."
     )
     calibration: str | None = setting(
         SERVER, "Text for methods that calibrate (default: c4 of the hub)."
     )
     temperature: float = setting(
-        SERVER, "Temperature of requests that give none; 0 is greedy.", 0.0, ge=0, le=2
+        SERVER, "Temperature of requests without one; 0 is greedy.", 0.0, ge=0, le=2
     )
     conversations: int = setting(SERVER, "Conversations whose cache is kept.", 4, ge=0)
-    max_waiting: int = setting(LIMITS, "Requests that may wait; the next one gets 429.", 64, ge=1)
-    max_tokens: int = setting(LIMITS, "Tokens that one answer may have; it ends there.", 2048, ge=1)
+    max_waiting: int = setting(LIMITS, "Requests that may wait; further ones get 429.", 64, ge=1)
+    max_tokens: int = setting(LIMITS, "Largest number of tokens per answer.", 2048, ge=1)
     max_prompt_tokens: int | None = setting(
-        LIMITS, "Tokens of the longest prompt (default: the model's context).", ge=1
+        LIMITS, "Largest number of tokens per prompt (default: the model's context).", ge=1
     )
     max_choices: int = setting(LIMITS, "Largest n.", 4, ge=1)
-    max_prompts: int = setting(LIMITS, "Prompts of one request to /v1/completions.", 64, ge=1)
+    max_prompts: int = setting(LIMITS, "Prompts per request to /v1/completions.", 64, ge=1)
     max_body_kib: int = setting(LIMITS, "Largest body of a request, KiB.", 1024, ge=1)
     request_timeout: float = setting(
         LIMITS,
-        "Seconds that a request may take, its waiting included.",
+        "Seconds per request, including its time in the queue.",
         600.0,
         ge=1,
         allow_inf_nan=False,
     )
     grace: float = setting(
         LIMITS,
-        "Seconds that the running answer has to finish at the end.",
+        "Seconds for the running answer to finish when the server ends.",
         10.0,
         ge=0,
         allow_inf_nan=False,
     )
     verbose: bool = setting(LOG, "One line per request on stderr, without texts.", False)
     log_prompts: bool = setting(
-        LOG, "Write prompts to stderr, and messages of faults, which may quote them.", False
+        LOG, "Write prompts to stderr, and error messages, which may quote them.", False
     )
 
     @model_validator(mode="after")
@@ -81,7 +77,7 @@ class ServeSettings(BaseSettings):
         if not self.keys and not self.is_loopback:
             raise ConfigError(
                 f"--host {self.host} can be reached from other machines: give --api-key too, or "
-                "leave --host out to serve this machine alone"
+                "leave --host out to serve this machine only"
             )
         for method in self.ready:
             METHODS.check(method)
@@ -103,35 +99,33 @@ class ServeSettings(BaseSettings):
 
     @property
     def shows_runs(self) -> bool:
-        """Whether past runs can be read: they hold prompts, which are not every key's affair."""
+        """Whether past runs are shown: they contain prompts, which not every key may see."""
         return self.share_runs or len(self.keys) < 2
 
     @property
     def hosts(self) -> frozenset[str] | None:
         """Names that a request's Host may have; None: any."""
-        given = {name.lower() for name in words(self.allow_host)}
-        if not given and not self.is_loopback:
+        allowed = {name.lower() for name in words(self.allow_host)}
+        if not allowed and not self.is_loopback:
             return None
-        own = f"[{self.host}]" if ":" in self.host else self.host
-        return frozenset({"localhost", "127.0.0.1", "[::1]", own, *given})
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return frozenset({"localhost", "127.0.0.1", "[::1]", host, *allowed})
 
     @property
     def ready(self) -> tuple[str, ...]:
-        """Methods that are made ready before the first request, the server's own first."""
-        own = self.method if self.kept is None else self.kept.config.method
-        return tuple(dict.fromkeys((own, *words(self.methods))))
+        """Methods that are prepared before the first request, the default one first."""
+        default = self.method if self.kept is None else self.kept.config.method
+        return tuple(dict.fromkeys((default, *words(self.methods))))
 
     def configs(self) -> tuple[PruneConfig, ...]:
-        """What the methods in ``ready`` run with when a request says nothing else."""
-        own = self.prune_config()
-        others = [
-            PruneConfig.build(name, **({"sparsity": self.sparsity} if prunes(name) else {}))
-            for name in self.ready[1:]
-        ]
-        return (own, *others)
+        """The default configurations of the methods in ``ready``."""
+        configs = [self.prune_config()]
+        for name in self.ready[1:]:
+            changes = {"sparsity": self.sparsity} if removes_neurons(name) else {}
+            configs.append(PruneConfig.build(name, **changes))
+        return tuple(configs)
 
 
-def prunes(method: str) -> bool:
-    """Whether a method removes neurons, so that a sparsity can be asked of it."""
-    config = METHODS.get(method)
-    return config.weight_bits is None and config.sparsity != 0
+def removes_neurons(method: str) -> bool:
+    """Whether a method removes neurons, so that it takes a sparsity."""
+    return METHODS.get(method).sparsity != 0

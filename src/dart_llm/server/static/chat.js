@@ -11,7 +11,7 @@ import { Turn } from "./turn.js";
 const HINT = byId("detail").textContent; // how to get one token's numbers
 const nameNow = () => `window-${crypto.getRandomValues(new Uint32Array(2)).join("-")}`;
 
-const HINTS = { new: byId("hint").textContent, edit: "Sending asks it anew and drops what came after it; Escape leaves it" };
+const HINTS = { new: byId("hint").textContent, edit: "Sending asks again and removes the later turns; Escape cancels" };
 
 export class Chat {
   /** `on.asked()`: a question goes off; `on.empty()`: there is no conversation (any more). */
@@ -161,7 +161,7 @@ export class Chat {
       const body = { model: this.model(), messages: this.#messages(side), max_tokens: maxTokens, temperature: 0,
         stream: true, logprobs: true, top_logprobs: 4, dart };
       await ask(body, (record) => this.#take(turn, box, record), this.stopper.signal);
-      if (!finished(box.answer)) throw new Error("the connection ended before the answer did");
+      if (!finished(box.answer)) throw new Error("the connection closed before the answer was complete");
       if (box.answer.error) throw new Error(box.answer.error);
     } catch (error) {
       if (this.stopper.signal.aborted) this.#stopped(box);

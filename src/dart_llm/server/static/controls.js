@@ -12,18 +12,18 @@ export function fillControls(listing) {
   const methods = listing.methods.filter((method) => !method.name.startsWith(DENSE));
   byId("method").replaceChildren(...methods.map((method) => option(method.name, methodName(method), {
     disabled: method.ready === false, selected: method.name === defaults.method,
-    title: method.ready === false ? `${method.summary} Not made ready: ${howReady(method.name)}` : method.summary })));
+    title: method.ready === false ? `${method.summary} Not prepared: ${howReady(method.name)}` : method.summary })));
   const own = () => listing.methods.find((method) => method.name === byId("method").value) ?? {};
   const rules = listing.drift_rules.map((rule) => {
     const value = NUMBERED[rule.name] ?? rule.name;
     return option(value, value, { title: rule.summary });
   });
   const unready = methods.filter((method) => method.ready === false).map((method) => method.name);
-  byId("method-hint").textContent = unready.length ? `Methods that learn something first: ${howReady(unready.join(","))}` : "";
+  byId("method-hint").textContent = unready.length ? `Methods that learn first: ${howReady(unready.join(","))}` : "";
   byId("drift").replaceChildren(option("", "", {}), ...rules);
   const showOwn = () => {
-    byId("drift").options[0].textContent = `its own: ${own().drift ?? "?"}`;
-    byId("masking-step").placeholder = `its own: ${own().masking_step ?? 0}`;
+    byId("drift").options[0].textContent = `default: ${own().drift ?? "?"}`;
+    byId("masking-step").placeholder = `default: ${own().masking_step ?? 0}`;
   };
   byId("method").addEventListener("change", showOwn);
   showOwn();
@@ -77,7 +77,7 @@ export function choose({ method, drift, sparsity }) {
 
 const option = (value, text, settings) => el("option", { value, ...settings }, text);
 const howReady = (names) => `start the server with --methods ${names}`;
-const methodName = (method) => (method.ready === false ? `${method.name} (not made ready)` : method.name);
+const methodName = (method) => (method.ready === false ? `${method.name} (not prepared)` : method.name);
 
 function showSparsity() {
   const shown = exactly(sparsityNow());

@@ -26,8 +26,8 @@ const CAUSES = {
   prompt: "a new prompt",
   drift: "unlike the beginning",
   interval: "the interval passed",
-  given: "masks given by hand",
-  forced: "asked for",
+  given: "user-supplied masks",
+  forced: "requested",
 };
 
 /** Why a mask was built, in words. */

@@ -10,7 +10,7 @@ import { TextView } from "./text.js";
 
 /** Show an opened run inside `box`. */
 export function showRun(box, run) {
-  const parts = [heading(run), report(run), facts(run), ...texts(run), ...tables(run), files(run)];
+  const parts = [runHeading(run), report(run), facts(run), ...texts(run), ...tables(run), files(run)];
   box.replaceChildren(...parts.filter(Boolean));
   const answer = asAnswer(run);
   if (answer.checks.length) {
@@ -33,7 +33,7 @@ function place(box, title, content) {
   box.lastChild.before(el("figure", {}, el("figcaption", {}, el("h3", {}, title)), content));
 }
 
-function heading(run) {
+function runHeading(run) {
   return el("h2", {}, `${run.experiment}, ${run.time}`);
 }
 
@@ -57,7 +57,7 @@ function facts(run) {
   const known = {
     "what": run.kind, "status": run.status, "model": run.models.join(", "),
     "method": run.methods.join(", "),
-    "sparsity asked": run.sparsities.map(exactly).join(", "),
+    "sparsity requested": run.sparsities.map(exactly).join(", "),
     "removed": report && percent(report.achieved_sparsity),
     "tokens decoded dense": report && percent(report.dense_token_share),
     "re-masks": report && String(report.remasks),
@@ -125,7 +125,7 @@ function tables(run) {
 function results(run) {
   const heads = ["Task", "Method", "Metric", "Value", "Removed", "Decoded dense", "Re-masks"];
   const lines = (run.rows ?? []).map((row) => [
-    row.task, row.label, row.metric, row.status === "failed" ? "failed" : plain(row.value, Math.abs(row.value) < 10 ? 3 : 1),
+    row.task, row.label, row.metric, row.error ? "failed" : plain(row.value, Math.abs(row.value) < 10 ? 3 : 1),
     percent(row.achieved), percent(row.dense_share), plain(row.remasks),
   ]);
   return table("Results", heads, lines, 3);

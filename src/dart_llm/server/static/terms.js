@@ -4,9 +4,9 @@ import { byId } from "./dom.js";
 
 const TERMS = {
   neuron: "FFN neuron: one of the inner numbers of a layer’s feed-forward network. Skipping it saves one row of each of its weight matrices.",
-  sparsity: "Sparsity: the share of FFN neurons that is left out; 10 % means that nine in ten run.",
-  mask: "Mask: which neurons run and which are left out, chosen by the tokens read so far and kept until a re-mask.",
-  drift: "Drift: the text moves away from what the mask was chosen for. The detector compares each window of tokens with the beginning; as many low windows as its rule wants are drift.",
+  sparsity: "Sparsity: the share of FFN neurons that is removed; 10 % means that nine in ten run.",
+  mask: "Mask: which neurons run and which are removed, selected by the tokens read so far and fixed until a re-mask.",
+  drift: "Drift: the text moves away from what the mask was chosen for. The detector compares each window of tokens with the beginning; several low windows in a row, as its rule says, count as drift.",
   remask: "Re-mask: after drift every neuron runs for a while, and what they do then decides the next mask.",
   dense: "Dense token: a token that ran with all neurons, because a new mask was being prepared.",
 };

@@ -4,11 +4,11 @@ import { byId } from "./dom.js";
 
 const STEPS = [
   ["1", "Ask something with two parts",
-    "The first ready prompt asks for an explanation, and then for code. Next asks it, by the settings that it was measured with. Its text is coloured while it is written: pruned, or dense and observed."],
+    "The first ready prompt asks for an explanation, and then for code. Next asks it with the settings that it was measured with. The text is coloured while it is written: pruned, or dense and observed."],
   ["2", "Watch the neurons",
-    "Each row is a layer. Once code begins, a window of ten tokens falls below the threshold: it is unlike the beginning of the answer. All neurons run for 32 tokens, and new ones are chosen: a re-mask. Other models and settings may take another course."],
+    "Each row is a layer. Once code begins, a window of ten tokens falls below the threshold: it is unlike the beginning of the answer. All neurons run for 32 tokens, then new ones are selected: a re-mask. Other models and settings may behave differently."],
   ["3", "Remove more",
-    "Move the sparsity and ask again: the headline says what it cost and what it gave. Point at words, dots and cells, each shows the others. Confidence as the colour shows where the model became unsure."],
+    "Move the sparsity and ask again: the headline says what changed. Words, dots and cells highlight each other when you point at them. Colour by confidence to see where the model became unsure."],
 ];
 
 export class Tour {

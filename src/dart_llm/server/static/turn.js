@@ -17,7 +17,7 @@ export class AnswerBox {
     this.state = el("span", {}, "");
     this.look = el("a", { hidden: true, href: "" }, "Show its neurons");
     this.keep = quiet("Save its records");
-    this.keep.addEventListener("click", () => download(this));
+    this.keep.addEventListener("click", () => saveRecords(this));
     this.again = quiet("Retry");
     this.again.addEventListener("click", () => on.retry());
     this.canRetry = Boolean(on.retry);
@@ -96,7 +96,7 @@ export class AnswerBox {
 }
 
 /** Save the records as JSON lines: what `dart-llm replay` makes a page of. */
-function download({ answer, number }) {
+function saveRecords({ answer, number }) {
   const lines = answer.records.map((record) => `${JSON.stringify(record)}\n`);
   const url = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
   el("a", { href: url, download: `answer-${number}.jsonl` }).click();
@@ -116,7 +116,7 @@ function unmasked(answer) {
   const { config } = answer.start ?? {};
   if (answer.masks.length || !config) return "";
   if (config.masking_step >= answer.tokens.length) return ` (its first ${config.masking_step} tokens are decoded dense)`;
-  return config.min_evidence ? ` (it observes ${config.min_evidence} tokens first, those of the prompt among them)` : "";
+  return config.min_evidence ? ` (it observes ${config.min_evidence} tokens first, including those of the prompt)` : "";
 }
 
 function smallPrint(answer) {
@@ -158,7 +158,7 @@ function headline(answer, dense) {
   const parts = [`${percent(achieved(answer))} of the neurons skipped`];
   if (dense?.done) {
     const at = parting(answer, dense);
-    parts.push(at === null ? "word for word the dense answer" : at ? `the same words for ${counted(at, "token")}` : "other words from the first on");
+    parts.push(at === null ? "identical to the dense answer" : at ? `identical for ${counted(at, "token")}` : "different from the first token on");
   }
   return parts.join(", ");
 }

@@ -183,7 +183,7 @@ function heading(answer) {
 function counters(answer) {
   byId("count-sparsity").textContent = percent(achieved(answer));
   byId("of-sparsity").textContent = answer.start?.sparsity == null
-    ? "mean over tokens" : `of ${exactly(answer.start.sparsity)} asked`;
+    ? "mean over tokens" : `of ${exactly(answer.start.sparsity)} requested`;
   byId("count-dense").textContent = percent(denseShare(answer), 0);
   byId("of-dense").textContent = isDense(answer) ? "nothing is pruned" : "of its tokens";
   byId("count-remasks").textContent = answer.start ? String(rebuilt(answer).length) : plain(null);
@@ -193,7 +193,7 @@ function counters(answer) {
 function driftNote(answer) {
   const last = answer.checks.at(-1);
   const rule = answer.start?.config?.drift?.rule;
-  if (!answer.start) return "Similarity inside the model of each window of tokens to those that the neurons were chosen from.";
+  if (!answer.start) return "Similarity of each window of tokens to those that the neurons were selected from, inside the model.";
   if (isDense(answer)) return "A dense answer has no detector.";
   if (!last) return rule ? `Rule ${rule}: no window is complete yet.` : "No window is complete yet.";
   if (last.threshold == null) return `Rule ${rule}: learning what the beginning is like.`;
@@ -204,7 +204,7 @@ function driftNote(answer) {
 
 function remasks(answer) {
   const items = answer.remasks.map((mask) => {
-    const same = mask.overlap == null ? "" : `; ${percent(mask.overlap, 0)} of its neurons were alive before`;
+    const same = mask.overlap == null ? "" : `; ${percent(mask.overlap, 0)} of its neurons were active before`;
     return el("li", {}, `Token ${mask.step}: ${causeInWords(mask.cause)}, from ${plain(mask.evidence_tokens)} tokens of evidence${same}.`);
   });
   byId("remask-list").replaceChildren(...(items.length ? items : [el("li", {}, "None yet.")]));
