@@ -1,4 +1,4 @@
-"""``dart-llm prompts``: generate, list and show."""
+"""``dart-llm prompts``: list and show."""
 
 import json
 import re
@@ -10,20 +10,12 @@ from dart_llm.cli.commands import COMMANDS
 from dart_llm.data import passages, topic_prompts
 from lm_cases import call
 
-ONTOLOGY = """\
-domains:
-  law: {field: law, expert: a judge, place: a court, plural: ["[bold]wills[/bold]"]}
-  sea: {field: seafaring, expert: an admiral, place: a port, singular: [the compass]}
-templates:
-  plain: Of {topic_a} and of {topic_b}.
-"""
 SHIPPED, LONG = topic_prompts.shipped(), passages.shipped()
 
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("own.yaml").write_text(ONTOLOGY)
 
 
 def done(*arguments):
@@ -36,23 +28,6 @@ def document(*arguments):
     result = done(*arguments, "--json")
     assert result.err == "" and result.out.count("\n") == 1
     return result.json
-
-
-def test_generate():
-    result = done("generate", 5, "--seed", 2)
-    found = [json.loads(line) for line in result.out.splitlines()]
-    assert found == [prompt.to_dict() for prompt in topic_prompts.generate(5, 2)]
-    result = done("generate", 5, "--out", "a.jsonl")
-    assert (result.out, result.err) == ("", "wrote 5 of 1,128,960 possible prompts to a.jsonl\n")
-    assert topic_prompts.read_prompts(Path("a.jsonl")) == SHIPPED[:5]
-    made = document("generate", 2, "--ontology", "own.yaml", "--out", "b.jsonl")
-    prompts = made.pop("prompts")
-    assert made == {"seed": 0, "ontology": "own.yaml", "file": "b.jsonl", "possible": 2}
-    assert {prompt["text"] for prompt in prompts} == {
-        "Of [bold]wills[/bold] and of the compass.",
-        "Of the compass and of [bold]wills[/bold].",
-    }
-    assert [prompt.to_dict() for prompt in topic_prompts.read_prompts(Path("b.jsonl"))] == prompts
 
 
 def test_list_and_show():
@@ -80,9 +55,6 @@ def test_list_and_show():
 
 
 WRONG = [
-    ("generate 1128961", "ConfigError: this ontology gives 1128960 prompts at most"),
-    ("generate 2 --ontology none.yaml", "ConfigError: cannot read the ontology file"),
-    ("generate 2 --out none/a.jsonl", "ResultsError: cannot write none/a.jsonl"),
     ("list --domain astronmy", "UnknownName: .*domain 'astronmy'; .* astronomy"),
     ("list --template leter", "UnknownName: .*template 'leter'; .* letter"),
     ("list --limit 0", "ConfigError: --limit 0 is too small"),
@@ -100,11 +72,10 @@ def test_errors_and_examples():
         assert (end.code, end.out, end.err.count("\n")) == (2, "", 1)
         assert re.match(problem, end.err), end.err
     assert "unknown prompt or passage ''" in call("prompts", "show", "").err
-    text = ONTOLOGY.partition("templates")[0].replace("singular: [the", "singular: [a, b, the")
-    Path("my_domains.yaml").write_text(text)
-    done("generate", 5, "--out", "prompts.jsonl")
+    lines = [json.dumps(prompt.to_dict()) for prompt in SHIPPED[:5]]
+    Path("prompts.jsonl").write_text("\n".join(lines))
     entries = [entry for entry in COMMANDS if entry.name.startswith("prompts ")]
-    assert len(entries) == 3
+    assert len(entries) == 2
     for entry in entries:
         assert len(entry.examples) >= 2
         for example in entry.examples:

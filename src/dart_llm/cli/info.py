@@ -34,37 +34,6 @@ File = Annotated[
 ROWS = 20  # rows of a table without --limit
 
 
-def generate_prompts(
-    count: Annotated[int, typer.Argument(metavar="COUNT", help="How many prompts to make.")],
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the choice.")] = 0,
-    ontology: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="YAML file with domains of your own (docs/drift.md)."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write JSONL here (default: to stdout).")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """``dart-llm prompts generate``."""
-    from dart_llm.data.topic_prompts import generate as make
-    from dart_llm.data.topic_prompts import load_ontology, maximum
-    from dart_llm.files import write_lines
-    from dart_llm.reporting.console import Ui
-
-    source = load_ontology(ontology)
-    rows = [prompt.to_dict() for prompt in make(count, seed, source)]
-    if out is not None:
-        write_lines(out, rows)
-        Ui(quiet=as_json).say(f"wrote {count} of {maximum(source):,} possible prompts to {out}")
-    if as_json:
-        facts = {"seed": seed, "ontology": ontology, "file": out, "possible": maximum(source)}
-        typer.echo(json.dumps({**facts, "prompts": rows}, default=str))
-    elif out is None:
-        for row in rows:
-            typer.echo(json.dumps(row))
-
-
 def list_prompts(
     domain: Annotated[
         str | None, typer.Option(metavar="NAME", help="With this domain on either side.")
