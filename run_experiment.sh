@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Prune a model and evaluate it: a thin shell over `dart-llm run` (docs/scripts.md).
+# Prune a model and evaluate it: a thin shell over `dart-llm run`, `perplexity`, `eval` and
+# `summarize` (docs/scripts.md).
 # Set a variable here, in front of the command (MODEL=gpt2 ./run_experiment.sh), or with
 # export; an empty one is not given.  Text with quotes, $, backticks or braces goes on a line of
 # its own below the list: CUSTOM_PROMPT_TEXT='...'.  Arguments are handed on, such as --fresh.

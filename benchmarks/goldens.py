@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "prompts-list": ("prompts", "list"),
     "run": (
         *("run", "--prompt", "two_topics", "--generation", "24", "--sparsity", "0.5"),
-        *("--eval-perplexity", "--ppl-max-samples", "2", *SMALL),
+        *SMALL,
     ),
     "eval": ("eval", "--tasks", "TASK", "--include-path", "FOLDER", "--limit", "4", *SMALL),
     "perplexity": ("perplexity", "--method", "griffin", "--limit", "2", "--json", *SMALL),

@@ -38,21 +38,18 @@ SCRIPTS = ("run_experiment.sh", "run_knowledge_drift.sh")
 
 
 def variables() -> str:
-    """The variables of the two scripts, with the defaults that these have."""
-    from dart_llm.studies.generate.settings import RunSettings
-
-    pattern = re.compile(r'^: "\$\{([A-Z_]+):=(.*)\}"', re.MULTILINE)
-    first, second = (dict(pattern.findall((ROOT / name).read_text("utf-8"))) for name in SCRIPTS)
+    """The variables of the two scripts, with their defaults and comments."""
+    pattern = re.compile(r'^: "\$\{([A-Z_]+):=(.*)\}" +# (.*)', re.MULTILINE)
+    first, second = (
+        {name: (default, text) for name, default, text in pattern.findall(path.read_text("utf-8"))}
+        for path in (ROOT / name for name in SCRIPTS)
+    )
     rows = []
-    for name, default in first.items():
-        meaning = RunSettings.model_fields[name.lower()].description or ""
-        if default:  # the script's, which may be another one than the flag's
-            meaning = re.sub(r" \(default: [^)]*\)", "", meaning)
-        values = [f"`{value}`" if value else "not given" for value in (default, second[name])]
+    for name, (default, meaning) in first.items():
+        values = [f"`{value}`" if value else "not given" for value in (default, second[name][0])]
         shown = values[0] if len({*values}) == 1 else f"{values[0]}; {values[1]} in `{SCRIPTS[1]}`"
-        flag = f"`--{name.lower().replace('_', '-')}`"
-        rows.append([f"`{name}`", flag, _cell(shown), _cell(meaning)])
-    return markdown_table(["variable", "flag", "default", "meaning"], rows)
+        rows.append([f"`{name}`", _cell(shown), _cell(meaning)])
+    return markdown_table(["variable", "default", "meaning"], rows)
 
 
 def data_sets() -> str:

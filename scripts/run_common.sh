@@ -1,27 +1,21 @@
 # shellcheck shell=bash
 # Sourced by run_experiment.sh and run_knowledge_drift.sh, which set the variables: turns them into
-# flags and becomes `dart-llm run`, or `dart-llm drift`.  Keeps to bash 3.2, which macOS has.
+# flags of `dart-llm run`, `perplexity`, `eval` and `summarize`, or of `dart-llm drift`.  Keeps to
+# bash 3.2, which macOS has.
 
-# The flag of a variable is its name in kebab case.  Both lists together are all variables.
-text_variables=(
+# The flag of a variable is its name in kebab case.  These are flags of every command.
+common_variables=(
   METHOD MODEL CACHE_DIR DEVICE LAYER_TOPK TOTAL_PRUNE_PERCENT MASKING_STEP RELEASE_STEP EMA_DECAY
-  RANKING_METHOD PRUNE_STRATEGY PROMPT_TYPE PROMPT_SUBJECT CUSTOM_PROMPT_TEXT PROMPT_LENGTH
-  GENERATION PPL_DATASETS PPL_SUBJECTS PPL_MAX_SAMPLES MMLU_DATASETS MMLU_SHOTS MMLU_MAX_SAMPLES
-  GENERAL_NLP_DATASETS GENERAL_NLP_MAX_SAMPLES SUMMARIZATION_DATASETS SUMMARIZATION_MAX_SAMPLES
-  SUMMARIZATION_MAX_OUTPUT SEED EXPERIMENT_NAME RESULTS_DIR
+  RANKING_METHOD PRUNE_STRATEGY SEED EXPERIMENT_NAME RESULTS_DIR
 )
-switch_variables=(
-  KNOWLEDGE_DRIFT EVAL_PERPLEXITY EVAL_MMLU EVAL_GENERAL_NLP EVAL_SUMMARIZATION VERBOSE
-  SAVE_ACTIVATIONS
-)
-# What a study takes (run_study); the others concern a single run.
+# These are flags of `dart-llm run` alone.
+prompt_variables=(PROMPT_TYPE PROMPT_SUBJECT CUSTOM_PROMPT_TEXT PROMPT_LENGTH GENERATION)
+run_switches=(VERBOSE SAVE_ACTIVATIONS)
+evaluation_switches=(EVAL_PERPLEXITY EVAL_MMLU EVAL_GENERAL_NLP EVAL_SUMMARIZATION)
+# Flags of `dart-llm drift` (run_study); the others concern a single run.
 study_variables=(
   MODEL CACHE_DIR DEVICE LAYER_TOPK TOTAL_PRUNE_PERCENT MASKING_STEP RELEASE_STEP EMA_DECAY
   RANKING_METHOD PRUNE_STRATEGY GENERATION EXPERIMENT_NAME RESULTS_DIR
-)
-# Lists of names or files.
-list_variables=(
-  PROMPT_SUBJECT PPL_DATASETS PPL_SUBJECTS MMLU_DATASETS GENERAL_NLP_DATASETS SUMMARIZATION_DATASETS
 )
 default_total=50
 here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -30,8 +24,8 @@ say() { printf '%s: %s\n' "${0##*/}" "$1" >&2; }
 
 kebab() { printf '%s' "$1" | LC_ALL=C tr 'A-Z_' 'a-z-'; }
 
-# The published scripts part a list by spaces, dart-llm by commas: both will do.  A file whose name
-# has a space, and a list that has commas already, stay as they are.
+# The published scripts separate a list by spaces, dart-llm by commas: both will do.  A file whose
+# name has a space, and a list that has commas already, stay as they are.
 with_commas() { # VALUE
   local parts
   if [[ $1 == *,* || -e $1 ]]; then
@@ -43,29 +37,66 @@ with_commas() { # VALUE
   fi
 }
 
-add_text() { # NAME
-  local value="${!1-}"
-  case " ${list_variables[*]} " in *" $1 "*) value="$(with_commas "$value")" ;; esac
-  # One word, --flag=value: a value that starts with a dash stays a value.
-  [[ -z $value || $1,$value == *_MAX_SAMPLES,all ]] || arguments+=("--$(kebab "$1")=$value")
+# A list of MMLU subjects as dart-llm names them: mmlu:astronomy+anatomy, or mmlu for all.
+mmlu_name() { # SUBJECTS
+  local subjects
+  subjects="$(with_commas "$1")"
+  subjects="${subjects//[[:space:]]/}"
+  subjects="${subjects//mmlu_/}"
+  case "$subjects" in '' | all) printf mmlu ;; *) printf 'mmlu:%s' "${subjects//,/+}" ;; esac
 }
 
-add_switch() { # NAME
+# The texts of PPL_DATASETS, with the subjects of PPL_SUBJECTS.
+perplexity_texts() {
+  local texts subjects
+  texts="$(with_commas "${PPL_DATASETS-}")"
+  if [[ -n ${PPL_SUBJECTS-} ]]; then
+    subjects="$(mmlu_name "$PPL_SUBJECTS")"
+    case "$texts" in '' | embedded) texts=mmlu ;; esac
+    texts=",$texts,"
+    texts="${texts//,mmlu,/,$subjects,}"
+    texts="${texts#,}"
+    texts="${texts%,}"
+  fi
+  printf '%s' "${texts:-embedded}"
+}
+
+add_text() { # NAME
   local value="${!1-}"
-  case "$value" in
-    '') ;;
-    [Tt][Rr][Uu][Ee] | [Yy][Ee][Ss] | 1) arguments+=("--$(kebab "$1")") ;;
-    [Ff][Aa][Ll][Ss][Ee] | [Nn][Oo] | 0) arguments+=("--no-$(kebab "$1")") ;;
+  [[ $1 != PROMPT_SUBJECT ]] || value="$(with_commas "$value")"
+  # One word, --flag=value: a value that starts with a dash stays a value.
+  [[ -z $value ]] || arguments+=("--$(kebab "$1")=$value")
+}
+
+add_limit() { # VALUE
+  case "$1" in '' | all) ;; *) arguments+=("--limit=$1") ;; esac
+}
+
+# Whether a switch is on; 1 if it is off, 2 if it is not set.
+switched_on() { # NAME
+  case "${!1-}" in
+    '') return 2 ;;
+    [Tt][Rr][Uu][Ee] | [Yy][Ee][Ss] | 1) ;;
+    [Ff][Aa][Ll][Ss][Ee] | [Nn][Oo] | 0) return 1 ;;
     *)
-      say "$1=$value is neither true nor false: write true, false, yes, no, 1 or 0"
+      say "$1=${!1} is neither true nor false: write true, false, yes, no, 1 or 0"
       exit 2
       ;;
   esac
 }
 
-# Whether a layer specification hands layers to the allocator.  A table file that cannot be read
-# counts as yes: dart-llm then says what is wrong with it.
-holds_auto() { # SPECIFICATION
+add_switch() { # NAME
+  local state=0
+  switched_on "$1" || state=$?
+  case "$state" in
+    0) arguments+=("--$(kebab "$1")") ;;
+    1) arguments+=("--no-$(kebab "$1")") ;;
+  esac
+}
+
+# Whether a layer specification leaves layers to the allocator.  A table file that cannot be read
+# counts as yes: dart-llm then reports what is wrong with it.
+has_auto() { # SPECIFICATION
   case "$1" in
     @*)
       [[ -r ${1#@} ]] || return 0
@@ -77,19 +108,19 @@ holds_auto() { # SPECIFICATION
 }
 
 # The default total must not contradict a setting that fixes the counts itself.  Any other total
-# was asked for: dart-llm decides.
+# was requested: dart-llm decides.
 drop_default_total() { # ARGUMENTS...
   [[ ${TOTAL_PRUNE_PERCENT-} == "$default_total" ]] || return 0
   local argument why=''
   for argument in "$@"; do
     case "$argument" in --sparsity | --sparsity=* | --sparsities | --sparsities=*) why="$argument sets the amount" ;; esac
   done
-  if [[ ${METHOD-} == dense* ]]; then
+  if [[ ${METHOD-} == dense ]]; then
     why="METHOD=$METHOD removes nothing"
   elif [[ ${PRUNE_STRATEGY-} == auto ]]; then
     why='PRUNE_STRATEGY=auto sets the counts itself'
-  elif ! holds_auto "${LAYER_TOPK-}"; then
-    why="LAYER_TOPK=$LAYER_TOPK holds no auto and fixes every count"
+  elif ! has_auto "${LAYER_TOPK-}"; then
+    why="LAYER_TOPK=$LAYER_TOPK has no auto and fixes every count"
   fi
   [[ -n $why ]] || return 0
   TOTAL_PRUNE_PERCENT=''
@@ -110,15 +141,69 @@ set_default_method() { # ARGUMENTS...
   has_flag --ema-decay "$@" || METHOD=dart
 }
 
+# Each command is started by the next one; the last replaces this shell, so that a signal reaches it.
+pending=()
+launch() { # COMMAND ARGUMENTS...
+  [[ ${#pending[@]} -eq 0 ]] || "$dart_llm" "${pending[@]}"
+  pending=("$@")
+}
+
+begin() { # COMMAND
+  local name
+  arguments=("$1")
+  for name in "${common_variables[@]}"; do add_text "$name"; done
+  add_switch KNOWLEDGE_DRIFT
+}
+
+# Whether a text is to be generated: with an evaluation none is needed.
+generates() { # ARGUMENTS...
+  local name
+  case "${GENERATION-}" in '' | 0) ;; *) return 0 ;; esac
+  if has_flag --generation "$@" || has_flag --prompt "$@"; then return 0; fi
+  for name in "${evaluation_switches[@]}"; do
+    if switched_on "$name"; then return 1; fi
+  done
+}
+
 run_dart_llm() { # ARGUMENTS...
   local name
-  arguments=()
   set_default_method "$@"
   drop_default_total "$@"
-  for name in "${text_variables[@]}"; do add_text "$name"; done
-  for name in "${switch_variables[@]}"; do add_switch "$name"; done
   find_dart_llm
-  exec "$dart_llm" run "${arguments[@]}" "$@"
+  if generates "$@"; then
+    begin run
+    for name in "${prompt_variables[@]}"; do add_text "$name"; done
+    for name in "${run_switches[@]}"; do add_switch "$name"; done
+    launch "${arguments[@]}" "$@"
+  else
+    for name in "${run_switches[@]}"; do left_out "$name" 'concerns a generated text'; done
+  fi
+  if switched_on EVAL_PERPLEXITY; then
+    begin perplexity
+    arguments+=("--data=$(perplexity_texts)")
+    add_limit "${PPL_MAX_SAMPLES-}"
+    launch "${arguments[@]}" "$@"
+  fi
+  if switched_on EVAL_MMLU; then
+    begin eval
+    arguments+=("--tasks=$(mmlu_name "${MMLU_DATASETS-}")" "--num-fewshot=${MMLU_SHOTS:-0}" --dense)
+    add_limit "${MMLU_MAX_SAMPLES-}"
+    launch "${arguments[@]}" "$@"
+  fi
+  if switched_on EVAL_GENERAL_NLP; then
+    begin eval
+    arguments+=("--tasks=$(with_commas "${GENERAL_NLP_DATASETS:-general-nlp}")" --dense)
+    add_limit "${GENERAL_NLP_MAX_SAMPLES-}"
+    launch "${arguments[@]}" "$@"
+  fi
+  if switched_on EVAL_SUMMARIZATION; then
+    begin summarize
+    arguments+=("--data=$(with_commas "${SUMMARIZATION_DATASETS:-xsum}")" --dense)
+    [[ -z ${SUMMARIZATION_MAX_OUTPUT-} ]] || arguments+=("--max-output=$SUMMARIZATION_MAX_OUTPUT")
+    add_limit "${SUMMARIZATION_MAX_SAMPLES-}"
+    launch "${arguments[@]}" "$@"
+  fi
+  exec "$dart_llm" "${pending[@]}"
 }
 
 has_flag() { # FLAG ARGUMENTS...
@@ -139,15 +224,13 @@ is_study() { # ARGUMENTS...
   return 1
 }
 
-left_out() { # NAME
-  case "${!1-}" in
-    [Tt][Rr][Uu][Ee] | [Yy][Ee][Ss] | 1) say "$1=${!1} concerns a single run and is left out" ;;
-  esac
+left_out() { # NAME REASON
+  if switched_on "$1"; then say "$1=${!1} $2 and is left out"; fi
 }
 
 run_study() { # ARGUMENTS...
   local name
-  arguments=()
+  arguments=(drift)
   drop_default_total "$@"
   for name in "${study_variables[@]}"; do add_text "$name"; done
   [[ -z ${SEED-} ]] || arguments+=("--seeds=$SEED")
@@ -155,9 +238,9 @@ run_study() { # ARGUMENTS...
   if [[ -n ${CUSTOM_PROMPT_TEXT-} ]] && ! has_flag --prompts "$@" && ! has_flag --passages "$@"; then
     arguments+=("--prompt=$CUSTOM_PROMPT_TEXT")
   fi
-  for name in "${switch_variables[@]}"; do
-    [[ $name == KNOWLEDGE_DRIFT ]] || left_out "$name" # the methods say whether masks are rebuilt
+  for name in "${evaluation_switches[@]}" "${run_switches[@]}"; do
+    left_out "$name" 'concerns a single run'
   done
   find_dart_llm
-  exec "$dart_llm" drift "${arguments[@]}" "$@"
+  exec "$dart_llm" "${arguments[@]}" "$@"
 }

@@ -117,34 +117,22 @@ def test_one_method_and_one_sparsity_are_the_default_of_every_command():
     assert told == DEFAULT_METHOD
 
 
-NO_EFFECT = "{} has no effect without {}"
-
-
 @pytest.mark.parametrize(
     ("flags", "changed", "notes"),
     [
-        ({"ppl_max_samples": 3}, {}, [NO_EFFECT.format("--ppl-max-samples", "--eval-perplexity")]),
-        (
-            {"summarization_max_output": 64, "general_nlp_datasets": "boolq"},
-            {},
-            [
-                NO_EFFECT.format("--general-nlp-datasets", "--eval-general-nlp"),
-                NO_EFFECT.format("--summarization-max-output", "--eval-summarization"),
-            ],
-        ),
         (
             {"prompt_subject": "astronomy", "generation": 4},
             {"prompt_type": "mmlu"},
-            ["--prompt-subject asks for --prompt-type mmlu: taken"],
+            ["--prompt-subject without a prompt: --prompt-type mmlu is used"],
         ),
         (
             {"prompt_subject": "astronomy", "custom_prompt_text": "hello"},
             {"prompt_type": "custom"},
-            [NO_EFFECT.format("--prompt-subject", "--prompt-type mmlu")],
+            ["--prompt-subject has no effect without --prompt-type mmlu"],
         ),
     ],
 )
-def test_idle_settings_are_said_and_implied_ones_taken(flags, changed, notes):
+def test_a_subject_without_a_prompt_is_a_mmlu_prompt(flags, changed, notes):
     found, said = told(**flags)
     assert {name: getattr(found, name) for name in changed} == changed
     assert said == notes

@@ -152,7 +152,7 @@ def read_sparsities(name: str, text: str) -> tuple[float, ...]:
     return found
 
 
-# What a setting asks of others: a method that can honour it, or a switch.
+# What a setting requires: a method that can honour it.
 #
 # A setting that is given alone works under the defaults: where the default method cannot honour
 # it, the first of ``FITTING_METHODS`` that can is taken, and the log says so.  A method that was
@@ -167,20 +167,6 @@ FITTING_METHODS = (MASKED, "dart-prompt", "griffin", "published")
 
 MASK_SETTINGS = ("masks", "knowledge_drift", "drift", "ranking_method")
 """Settings of sequence masks, which methods with per-token selection do not have."""
-
-IMPLIED: Mapping[str, tuple[str, str]] = {
-    "ppl_subjects": ("ppl_datasets", "mmlu"),
-    "prompt_subject": ("prompt_type", "mmlu"),
-}
-"""Setting -> the setting that it concerns, and the value of that which it asks for."""
-
-SWITCHES: Mapping[str, str] = {
-    "ppl_": "eval_perplexity",
-    "mmlu_": "eval_mmlu",
-    "general_nlp_": "eval_general_nlp",
-    "summarization_": "eval_summarization",
-}
-"""What names begin with that have no effect unless a switch is on."""
 
 
 def decay_problem(config: PruneConfig) -> str:
@@ -233,28 +219,6 @@ def _honours(settings: PruningOptions, method: str) -> bool:
         return not misfit(settings.model_copy(update={"method": method}))[1]
     except ConfigError:  # other settings do not fit this one
         return False
-
-
-def values_for(settings: Any) -> tuple[dict[str, Any], list[str]]:
-    """Values that a run's settings imply, and what the log says of them and of idle settings.
-
-    A setting counts as given where it differs from its default: the scripts hand on every default.
-    """
-    given = settings.given
-    changes: dict[str, Any] = {}
-    notes = []
-    for name in given:
-        switch = next((s for start, s in SWITCHES.items() if name.startswith(start)), "")
-        other, value = IMPLIED.get(name, ("", ""))
-        rival = other in given or (name == "prompt_subject" and settings.has_prompt)
-        if switch and not getattr(settings, switch):
-            notes.append(f"{_flag(name)} has no effect without {_flag(switch)}")
-        elif other and not rival:
-            changes[other] = value
-            notes.append(f"{_flag(name)} asks for {_flag(other)} {value}: taken")
-        elif other and value not in str(getattr(settings, other)):
-            notes.append(f"{_flag(name)} has no effect without {_flag(other)} {value}")
-    return changes, notes
 
 
 def _flag(name: str) -> str:
@@ -459,11 +423,6 @@ class TaskOptions(Settings):
 
 class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
     """Which model, how it is pruned, where results go; fields come in the order of that."""
-
-    @classmethod
-    def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        every = {k for k, v in data.items() if k.endswith("_max_samples") and v == "all"}
-        return super().read({k: v for k, v in data.items() if k not in every})
 
     @property
     def kept(self) -> KeptSetting | None:

@@ -42,11 +42,11 @@ WRONG = [
     ("--layer-topk all:0.5 --sparsity 0.5", ["drop the sparsity"]),
     ("--masking-step -1", ["masking_step -1 must be at least 0"]),
     ("--save-activations --executor compact", ["--save-activations", "--executor masked"]),
-    ("--eval-mmlu --mmlu-shots 6", ["--mmlu-shots 6 must be 0 to 5"]),
+    ("--eval-mmlu --mmlu-shots 6", ["has no --eval-mmlu", "use dart-llm eval --tasks mmlu"]),
     ("--prompt-type mmlu", ["--prompt-subject"]),
     ("--experiment-name ../x", ["../x leaves the results folder"]),
     ("--experiment-name /tmp/x", ["--results-dir"]),
-    ("--generation 0", ["nothing to do", "--eval-mmlu", "EVAL_MMLU"]),
+    ("--generation 0", ["nothing to do", "GENERATION=N", "dart-llm perplexity"]),
     ("--prompt-file nowhere.txt", ["there is no prompt file nowhere.txt", "or --prompt TEXT"]),
     ("--masks nowhere.safetensors", ["nowhere.safetensors"]),
     ("--config nowhere.yaml", ["nowhere.yaml"]),
@@ -61,7 +61,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
         for word in words:
             assert word in done.err, given
     done = call("run", "--model", "no-such-model-is-loaded")
-    assert done.err.startswith("ConfigError: no prompt: give --prompt TEXT, --prompt-file FILE")
+    assert done.err.startswith("ConfigError: no prompt: give --prompt TEXT or --prompt-file")
     assert done.code == 2 and list(tmp_path.iterdir()) == []  # what fails early leaves no run
     assert "the prompt is empty" in call("run", "--prompt", "  ").err
     done = call("run", "--prompt", "hi", "--model", "nosuch")
@@ -74,11 +74,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
 
 
 def test_run_writes_everything_and_prints_one_json_document(gpt2, tmp_path):
-    text = "the quick brown fox jumps over the lazy dog. " * 12
-    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     asked = ["run", "--model", gpt2, "--prompt", "hello world", "--method", "griffin", "--json"]
-    more = ["--sparsity", "0.5", "--masking-step", "3", "--generation", "12", "--perplexity"]
-    more += ["--ppl-datasets", "text.txt", "--ppl-prompt-tokens", "64", "--ppl-scored-tokens", "64"]
+    more = ["--sparsity", "0.5", "--masking-step", "3", "--generation", "12"]
     done = call(*asked, *more, "--save-layer-topk", "table.txt")
     assert done.code == 0, done.err
     folder = tmp_path / done.json["folder"]
@@ -90,10 +87,7 @@ def test_run_writes_everything_and_prints_one_json_document(gpt2, tmp_path):
     assert accounting["decoded_tokens"] == 11
     assert accounting["achieved_sparsity"] == pytest.approx(0.5 * 8 / 11)
     assert accounting["dense_token_share"] == pytest.approx(3 / 11)
-    rows = done.json["perplexity"][0]["rows"]
-    assert [row["method"] for row in rows] == ["dense", "griffin"] and rows[1]["perplexity"] > 1
-    assert rows[1]["accounting"]["decoded_tokens"] == 64 * done.json["perplexity"][0]["slices"]
-    names = "generation.jsonl perplexity.json masks.json drift.csv masks.safetensors report.html"
+    names = "generation.jsonl rows.jsonl masks.json drift.csv masks.safetensors report.html"
     assert set(names.split()) <= {path.name for path in folder.iterdir()}
     again = [*asked, "--generation", "4"]
     table = call(*again, "--layer-topk", "@table.txt").json["generation"][1]["accounting"]

@@ -72,8 +72,8 @@ def test_errors_and_examples():
         assert (end.code, end.out, end.err.count("\n")) == (2, "", 1)
         assert re.match(problem, end.err), end.err
     assert "unknown prompt or passage ''" in call("prompts", "show", "").err
-    rows = [json.dumps(prompt.to_dict()) for prompt in SHIPPED[:5]]
-    Path("prompts.jsonl").write_text("\n".join(rows))
+    lines = [json.dumps(prompt.to_dict()) for prompt in SHIPPED[:5]]
+    Path("prompts.jsonl").write_text("\n".join(lines))
     entries = [entry for entry in COMMANDS if entry.name.startswith("prompts ")]
     assert len(entries) == 2
     for entry in entries:

@@ -12,10 +12,14 @@ import pytest
 
 from dart_llm.studies.drift.settings import collect as collect_drift
 from dart_llm.studies.generate.settings import RunSettings, collect
-from shells import DRIFT, EXPERIMENT, ROOT, SCRIPTS, VARIABLES, make_desk
+from shells import DRIFT, EXPERIMENT, ROOT, SCRIPTS, VARIABLES, make_desk, parse
 
-LISTS = ("PROMPT_SUBJECT", "PPL_DATASETS", "PPL_SUBJECTS", "MMLU_DATASETS")
-LISTS += ("GENERAL_NLP_DATASETS", "SUMMARIZATION_DATASETS")
+RUN = """
+METHOD MODEL CACHE_DIR DEVICE LAYER_TOPK TOTAL_PRUNE_PERCENT MASKING_STEP RELEASE_STEP EMA_DECAY
+RANKING_METHOD PRUNE_STRATEGY KNOWLEDGE_DRIFT PROMPT_TYPE PROMPT_SUBJECT CUSTOM_PROMPT_TEXT
+PROMPT_LENGTH GENERATION SEED VERBOSE SAVE_ACTIVATIONS EXPERIMENT_NAME RESULTS_DIR
+""".split()
+"""Variables that are settings of ``dart-llm run``."""
 HARD_PROMPT = "-x \"quoted\" 'single' $HOME ${MODEL} `id` $(id) \\n a=b; * é\n\nlast line"
 HELPERS = ("scripts/run_common.sh", "scripts/setup.sh", "scripts/browser.sh", ".ci/run")
 
@@ -35,7 +39,7 @@ def listed(script):
 def test_the_scripts_list_the_documented_variables_and_parse():
     first, second = map(listed, SCRIPTS)
     assert list(first) == list(second) == VARIABLES
-    assert {name.lower() for name in VARIABLES} <= set(RunSettings.model_fields)
+    assert {name.lower() for name in RUN} <= set(RunSettings.model_fields)
     different = {name: (first[name], second[name]) for name in first if first[name] != second[name]}
     assert different == {"KNOWLEDGE_DRIFT": ("", "true"), "GENERATION": ("0", "300")}
     for script in (*SCRIPTS, *HELPERS):
@@ -44,7 +48,7 @@ def test_the_scripts_list_the_documented_variables_and_parse():
         assert (done.returncode, done.stderr) == (0, "")
         assert script.endswith("run_common.sh") or path.stat().st_mode & 0o111 == 0o111
         assert path.read_text().startswith("#!/usr/bin/env bash\n") or script in HELPERS
-        assert "eval" not in re.findall(r"\w+", re.sub(r"#.*", "", path.read_text()))
+        assert not re.search(r"^\s*eval\b", path.read_text(), re.MULTILINE)
 
 
 # One value per variable that is neither the default nor another variable's.
@@ -55,16 +59,29 @@ PRUNE_STRATEGY=topk KNOWLEDGE_DRIFT=False PROMPT_TYPE=mmlu PROMPT_SUBJECT=astron
 CUSTOM_PROMPT_TEXT='Write about tides' PROMPT_LENGTH=64 GENERATION=17 EVAL_PERPLEXITY=True
 PPL_DATASETS=c4 PPL_SUBJECTS=anatomy PPL_MAX_SAMPLES=5 EVAL_MMLU=True MMLU_DATASETS=anatomy
 MMLU_SHOTS=2 MMLU_MAX_SAMPLES=6 EVAL_GENERAL_NLP=True GENERAL_NLP_DATASETS=boolq SEED=11
-GENERAL_NLP_MAX_SAMPLES=7 EVAL_SUMMARIZATION=True SUMMARIZATION_DATASETS=govreport
+GENERAL_NLP_MAX_SAMPLES=7 EVAL_SUMMARIZATION=True SUMMARIZATION_DATASETS=xsum
 SUMMARIZATION_MAX_SAMPLES=8 SUMMARIZATION_MAX_OUTPUT=99 EXPERIMENT_NAME=mine
 RESULTS_DIR='else where' SAVE_ACTIVATIONS=True
 """
 WORDS = dict(word.split("=", 1) for word in shlex.split(WORDS))
 
 
-def taken(settings):
-    """What settings hold of the variables."""
-    return {name: str(getattr(settings, name.lower())) for name in WORDS}
+COMMANDS = {
+    "run": {name: WORDS[name] for name in RUN},
+    "perplexity": {"DATA": "c4", "LIMIT": "5"},
+    "eval": {"TASKS": "mmlu:anatomy", "NUM_FEWSHOT": "2", "LIMIT": "6", "DENSE": "True"},
+    "summarize": {"DATA": "xsum", "LIMIT": "8", "MAX_OUTPUT": "99", "DENSE": "True"},
+}
+"""What arrives at each command."""
+SHARED = ("METHOD", "MODEL", "CACHE_DIR", "DEVICE", "LAYER_TOPK", "MASKING_STEP", "RELEASE_STEP")
+SHARED += ("EMA_DECAY", "RANKING_METHOD", "KNOWLEDGE_DRIFT", "SEED", "EXPERIMENT_NAME")
+GENERAL = ["--tasks=boolq", "--dense", "--limit=7"]
+"""What the second ``dart-llm eval`` gets, besides the variables of every command."""
+
+
+def taken(settings, names):
+    """The settings that the variables are."""
+    return {name: str(getattr(settings, name.lower())) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +99,13 @@ def test_every_variable_arrives_in_each_way(desk, script, way):
     else:
         done = desk.bash("\n".join([f"export {part}" for part in assignments] + [f"./{script}"]))
     assert done.returncode == 0, done.stderr
-    assert taken(desk.settings()) == WORDS
+    called = [command for command, *_ in desk.commands()]
+    assert called == ["run", "perplexity", "eval", "eval", "summarize"]
+    assert desk.commands()[3][-3:] == GENERAL
+    for (command, *arguments), name in zip(desk.commands(), called, strict=True):
+        wanted = COMMANDS[name] if arguments[-3:] != GENERAL else {}
+        wanted = {**wanted, **{name: WORDS[name] for name in SHARED}}
+        assert taken(parse(command, arguments), wanted) == wanted
 
 
 def test_only_the_scripts_read_the_bare_names(monkeypatch):
@@ -90,9 +113,9 @@ def test_only_the_scripts_read_the_bare_names(monkeypatch):
         monkeypatch.setenv(name, value)
         monkeypatch.delenv(f"DART_{name}", raising=False)
     assert collect({}) == RunSettings()
-    for name, value in WORDS.items():
-        monkeypatch.setenv(f"DART_{name}", value)
-    assert taken(collect({})) == WORDS
+    for name in RUN:
+        monkeypatch.setenv(f"DART_{name}", WORDS[name])
+    assert taken(collect({}), RUN) == COMMANDS["run"]
     rivals = {"DART_SPARSITY": "0.3", "DART_DRIFT": "never", "DART_PROMPT": "a"}
     flags = {"total_prune_percent": 40.0, "knowledge_drift": True, "custom_prompt_text": "b"}
     given = collect(flags, environment=rivals)  # a flag beats its rival from the environment
@@ -124,6 +147,27 @@ def test_defaults(desk, script, tokens, drift):
     assert desk.run(script).returncode == 0 and desk.recorded() == []
 
 
+def test_evaluations_are_commands_and_a_failure_ends_the_script(desk):
+    """Without a prompt nothing is generated; lists of subjects are one name."""
+    ppl = {"EVAL_PERPLEXITY": "true", "PPL_DATASETS": "mmlu c4", "PPL_SUBJECTS": "virology anatomy"}
+    mmlu = {"EVAL_MMLU": "yes", "MMLU_DATASETS": "mmlu_virology, anatomy", "VERBOSE": "true"}
+    done = desk.run(EXPERIMENT, "--dtype", "float32", **ppl, **mmlu)
+    assert done.returncode == 0, done.stderr
+    assert "VERBOSE=true concerns a generated text and is left out" in done.stderr
+    (first, *perplexity), (second, *questions) = desk.commands()
+    assert (first, second) == ("perplexity", "eval")
+    assert "--data=mmlu:virology+anatomy,c4" in perplexity
+    assert "--tasks=mmlu:virology+anatomy" in questions and "--num-fewshot=0" in questions
+    assert perplexity[-2:] == questions[-2:] == ["--dtype", "float32"]
+    assert not [part for part in perplexity + questions if part.startswith("--limit")]
+    done = desk.run(EXPERIMENT, EVAL_PERPLEXITY="1", PPL_SUBJECTS="anatomy", PPL_MAX_SAMPLES="all")
+    assert "--data=mmlu:anatomy" in desk.recorded("perplexity")
+    assert desk.run(EXPERIMENT, EVAL_GENERAL_NLP="1", EVAL_SUMMARIZATION="1").returncode == 0
+    assert desk.recorded("eval")[-2:] == ["--tasks=general-nlp", "--dense"]
+    done = desk.run(EXPERIMENT, STUB_EXIT="130", **ppl, **mmlu)
+    assert done.returncode == 130 and len(desk.commands()) == 1
+
+
 def test_values_arrive_as_they_are(desk):
     for prompt in (HARD_PROMPT, "two  words"):
         assert desk.run(DRIFT, CUSTOM_PROMPT_TEXT=prompt).returncode == 0
@@ -135,11 +179,11 @@ def test_values_arrive_as_they_are(desk):
         ("my notes.txt", "my notes.txt"),
         ("* astronomy", "*,astronomy"),
     ):
-        assert desk.run(EXPERIMENT, **dict.fromkeys(LISTS, value)).returncode == 0
-        found = desk.settings().model_dump()
-        assert [found[name.lower()] for name in LISTS] == [expected] * len(LISTS)
+        assert desk.run(EXPERIMENT, PROMPT_SUBJECT=value).returncode == 0
+        assert desk.settings().prompt_subject == expected
+        done = desk.run(EXPERIMENT, EVAL_SUMMARIZATION="1", SUMMARIZATION_DATASETS=value)
+        assert f"--data={expected}" in desk.recorded("summarize")
     said = "is neither true nor false: write true, false, yes, no, 1 or 0\n"
-    (desk.root / "record.json").unlink()
     for word in ("maybe", " true", "$(id)"):
         done = desk.run(EXPERIMENT, VERBOSE=word)
         assert (done.returncode, done.stdout) == (2, "")
@@ -147,12 +191,13 @@ def test_values_arrive_as_they_are(desk):
     assert not (desk.root / "record.json").exists()
     for word in ("TRUE", "1", "yes", "False", "0", "No"):
         assert desk.run(DRIFT, KNOWLEDGE_DRIFT=word, EVAL_PERPLEXITY=word).returncode == 0
-        given, value = desk.settings(), word.lower() in ("true", "1", "yes")
-        assert given.knowledge_drift is value and given.eval_perplexity is value
+        value = word.lower() in ("true", "1", "yes")
+        assert desk.settings().knowledge_drift is value
+        assert len(desk.commands()) == 1 + value
 
 
 TABLE = "# auto in a comment\n0:#3 # auto again\n1:0.5\n"
-FIXED = "holds no auto and fixes every count"
+FIXED = "has no auto and fixes every count"
 
 
 def test_the_default_total_steps_back_where_another_setting_says_the_amount(desk):
@@ -171,8 +216,6 @@ def test_the_default_total_steps_back_where_another_setting_says_the_amount(desk
     done = desk.run(EXPERIMENT, "--sparsity", "0.3")
     assert "TOTAL_PRUNE_PERCENT=50 is left out: --sparsity sets the amount" in done.stderr
     assert desk.settings().prune_config().sparsity == 0.3
-    done = desk.run(EXPERIMENT, "--sparsities=0.3,0.5")
-    assert "50 is left out: --sparsities=0.3,0.5 sets the amount" in done.stderr
     for variables in (
         {"LAYER_TOPK": "all:auto,0:0.9"},
         {"LAYER_TOPK": "all:0.5", "TOTAL_PRUNE_PERCENT": "40"},  # dart-llm refuses the two
@@ -253,5 +296,5 @@ def test_arguments_win_and_what_concerns_a_single_run_is_left_out(desk):
 def test_the_command_and_its_exit_code_are_those_of_dart_llm(desk):
     for code in (2, 130):
         assert desk.run(DRIFT, "--passages", "shipped", STUB_EXIT=str(code)).returncode == code
-    for script, argument in ((DRIFT, "--fresh"), (EXPERIMENT, "--methods=x")):
+    for script, argument in ((DRIFT, "--fresh"), (EXPERIMENT, "--chat")):
         assert desk.run(script, argument).returncode == 0 and desk.recorded()[-1] == argument

@@ -25,7 +25,6 @@ def gpt2(tmp_path_factory):
 
 @pytest.fixture
 def texts(tmp_path):
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 12)
     (tmp_path / "prompt.txt").write_text("hello")
     return tmp_path
 
@@ -33,18 +32,8 @@ def texts(tmp_path):
 def settings(gpt2, folder, **more):
     given = {"prompt_file": str(folder / "prompt.txt"), "generation": 6, "method": "griffin"}
     given |= {"model": str(gpt2), "results_dir": str(folder / "results"), "sparsity": 0.5}
-    given |= {"ppl_datasets": str(folder / "text.txt"), "experiment_name": "x"}
+    given |= {"experiment_name": "x"}
     return RunSettings(**{**given, **more})
-
-
-def test_a_perplexity_whose_tokens_all_ran_dense_fails_the_run(gpt2, texts):
-    few = {"eval_perplexity": True, "generation": 0, "method": "dart-prompt"}
-    few |= {"ppl_prompt_tokens": 16, "ppl_scored_tokens": 32}
-    with pytest.raises(ConfigError, match="all 32 scored tokens of a slice ran dense"):
-        run_job(settings(gpt2, texts, **few), Ui(quiet=True))
-    nothing_asked = settings(gpt2, texts, **few | {"sparsity": 0.0})
-    rows = run_job(nothing_asked, Ui(quiet=True)).perplexity[0]["rows"]
-    assert rows[1]["perplexity"] == rows[0]["perplexity"]
 
 
 def test_a_run_with_another_prompt_in_the_same_file_is_not_resumed(gpt2, texts, monkeypatch):
@@ -63,11 +52,9 @@ def test_a_run_with_another_prompt_in_the_same_file_is_not_resumed(gpt2, texts, 
 def test_given_masks_and_tables_are_not_called_dart_at_its_default(gpt2, texts):
     made = run_job(settings(gpt2, texts), Ui(quiet=True))
     own = {"masks": str(made.path / "masks.safetensors"), "sparsity": None, "method": "dart"}
-    own |= {"eval_perplexity": True, "ppl_prompt_tokens": 32, "ppl_scored_tokens": 16}
     job = run_job(settings(gpt2, texts, **own), Ui(quiet=True))
-    written_, row = job.generations["pruned"], job.perplexity[0]["rows"][1]
-    assert (written_["method"], written_["sparsity"]) == ("given masks", None)
-    assert (row["method"], row["label"], row["sparsity"]) == ("given masks", "given masks", None)
+    text = job.generations["pruned"]
+    assert (text["method"], text["sparsity"]) == ("given masks", None)
     table = run_job(settings(gpt2, texts, sparsity=None, layer_topk="all:0.5"), Ui(quiet=True))
     assert table.generations["pruned"]["sparsity"] is None
 

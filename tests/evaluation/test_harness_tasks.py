@@ -6,7 +6,7 @@ from dart_llm.data.datasets import MMLU_SUBJECTS
 from dart_llm.errors import ConfigError, LoadError, UnknownName
 from dart_llm.evaluation import lm_eval as harness
 from dart_llm.evaluation.measurement import MeasureOptions
-from dart_llm.evaluation.tasks import GENERAL_NLP, expand, mmlu_name, specifications
+from dart_llm.evaluation.tasks import GENERAL_NLP, expand, specifications
 from dart_llm.session.prepare import PreparedMethod
 from lm_cases import (
     EXAMPLES,
@@ -46,9 +46,8 @@ def test_names_and_what_lm_eval_is_given(local_mmlu):
     assert expand(" rte , general-nlp,mmlu,rte") == ["rte", "boolq", *GENERAL_NLP[2:], "mmlu"]
     with pytest.raises(ConfigError, match="--tasks"):
         expand(" , ")
-    assert mmlu_name("astronomy, mmlu_anatomy") == "mmlu:astronomy+anatomy"
-    with pytest.raises(UnknownName, match="did you mean astronomy"):
-        mmlu_name("astronomi")
+    with pytest.raises(UnknownName, match="did you mean mmlu_astronomy"):
+        harness.check("mmlu:astronomi", None)
     known = set(harness._manager(str(place() / "tasks")).all_tasks)
     assert {*expand("general-nlp,gpqa,medmcqa,mmlu")} <= known
     assert {f"mmlu_{subject}" for subject in MMLU_SUBJECTS} <= known
@@ -144,7 +143,7 @@ REFUSED = (
     ("tiny_choise", UnknownName, "unknown task 'tiny_choise'; did you mean tiny_choice"),
     ("qqqqqqqqqqqqqq", UnknownName, r"none of the \d+ known ones is like it: correct the name$"),
     ("tiny_lost", LoadError, r"task tiny_lost .*tiny_lost\.jsonl.* correct the task file"),
-    ("openbookqa", LoadError, r"task openbookqa .* without the hub give --include-path"),
+    ("openbookqa", LoadError, r"task openbookqa .* without the hub: give --include-path"),
     ("tiny_wrong", (ConfigError, LoadError), "tiny_wrong"),  # a column that does not exist
     ("mmlu:virology", LoadError, r"'cais/mmlu' .* put <subject>_test.jsonl into datasets/"),
 )

@@ -17,13 +17,8 @@ from dart_llm.errors import ConfigError, DartError
 from dart_llm.evaluation.forced_decoding import CHUNK
 from dart_llm.evaluation.likelihood import score_context
 from dart_llm.evaluation.measurement import LEAK, MeasureOptions
-from dart_llm.evaluation.perplexity import (
-    document,
-    measure_windows,
-    ran_pruned,
-)
+from dart_llm.evaluation.perplexity import measure_windows, ran_pruned
 from dart_llm.evaluation.windows import Window, choose, cut, shape, slice_windows, standard_windows
-from dart_llm.experiments.stats import ratio_interval
 from dart_llm.models.describe import context_length
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.prepare import MemoryStore, PreparedMethod, prepare
@@ -279,22 +274,6 @@ def test_held_masks_are_used_and_counted_once_per_slice():
         for kept, mask in zip(found.counts, held, strict=True):
             assert (kept == 3).nonzero().flatten().tolist() == mask.ids.tolist()
             assert int(kept.sum()) == 3 * mask.kept
-
-
-def test_a_document_compares_on_all_tokens_and_on_those_that_ran_pruned():
-    dense, pruned = measured(None, STANDARD), measured("griffin", STANDARD, sparsity=0.5)
-    rows = [("dense", dense), ("griffin@0.5", pruned)]
-    found = document(rows, "a text", {"window": 100, "stride": 100}, ratio_interval)
-    first, second = found["rows"]
-    assert (found["protocol"], found["slices"], found["window"]) == ("standard", 10, 100)
-    assert (first["method"], first["ratio_to_dense"], first["interval"]) == ("dense", 1.0, None)
-    assert (second["pruned_tokens"], second["tokens"]) == (9 * 99, 990)
-    ratio = pruned.metrics["perplexity"] / dense.metrics["perplexity"]
-    assert second["ratio_to_dense"] == pytest.approx(ratio)
-    assert second["interval"][0] <= ratio <= second["interval"][1]
-    same = [x for sample in dense.samples[1:] for x in sample["losses"]]
-    expected = pytest.approx(math.exp(math.fsum(same) / len(same)))
-    assert second["dense_perplexity_pruned_tokens"] == expected
 
 
 def spans(windows):

@@ -135,9 +135,8 @@ def _perplexity(ui):
 
 
 def _run(ui):
-    sizes = {"generation": 4, "ppl_prompt_tokens": 48, "ppl_scored_tokens": 24}
-    text = {"eval_perplexity": True, "ppl_datasets": "a.txt", "ppl_max_samples": 2}
-    given = _model(method="griffin", sparsity=0.5, prompt_file="b.txt", **sizes, **text)
+    prompt = {"prompt_file": "a.txt", "prompt_length": 40, "generation": 4}
+    given = _model(method="griffin", sparsity=0.5, **prompt)
     return RunStudy(RunSettings(**given), ui)
 
 
@@ -153,7 +152,7 @@ CASES = (
     Case("detect", 3, _passages, _detection, ("detect", _detect)),
     Case("inspect", 3, _texts, _inspection, ("inspect layers weights space", _inspect)),
     Case("perplexity", 4, _texts, _perplexity, finer=True),
-    Case("run", 4, _texts, _run, timed=True, finer=True),
+    Case("run", 3, _texts, _run, timed=True, finer=True),
     Case("drift", 4, _drift_passages, _drift),
     Case("quality", 16, _quality_text, _quality),
     Case("speed", 3, _shape, _speed, timed=True),

@@ -155,11 +155,10 @@ def timing():
     return {
         "load_s": 2.5,
         "time_to_first_token_s": {"dense": 0.41, "pruned": 0.44},
-        "turns": {name: [seconds] * 2 for name, seconds in each.items()},
+        "repetitions": {name: [seconds] * 2 for name, seconds in each.items()},
         "seconds_per_token": each,
         "tokens_per_second": {"dense": 1 / 0.0542, "pruned": 1 / 0.0445},
         **judged.to_dict(),
-        "speed_ups": {"pruned": judged.to_dict()},
         "weight_bytes_per_token": {"dense": 96.6e6, "pruned": 96.6e6 * (1 - FFN_SHARE * 0.4375)},
         "total_s": 132.0,
         "peak_memory_bytes": 1_288_490_189,

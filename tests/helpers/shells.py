@@ -13,7 +13,8 @@ from pathlib import Path
 import typer
 
 from dart_llm.cli.app import app
-from dart_llm.studies.generate.settings import RunSettings, collect
+from dart_llm.cli.commands import COMMANDS
+from dart_llm.settings import merge
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT, DRIFT = "run_experiment.sh", "run_knowledge_drift.sh"
@@ -33,7 +34,8 @@ EXPERIMENT_NAME RESULTS_DIR
 _RECORD = """\
 import json, os, sys
 from pathlib import Path
-Path(os.environ["RECORD"]).write_text(json.dumps(sys.argv[1:]))
+with Path(os.environ["RECORD"]).open("a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
 raise SystemExit(int(os.environ.get("STUB_EXIT", "0")))
 """
 
@@ -61,21 +63,26 @@ class Desk:
         return subprocess.run(["bash", "-c", text], cwd=self.root, env=environment, **how)
 
     def run(self, name, *arguments, **variables):
+        (self.root / "record.json").unlink(missing_ok=True)
         return self.bash(f"./{name} {shlex.join(arguments)}", **variables)
 
-    def recorded_all(self):
-        """The arguments of the last recorded ``dart-llm``."""
-        return json.loads((self.root / "record.json").read_text())
+    def commands(self):
+        """The arguments of every ``dart-llm`` that the last script called."""
+        lines = (self.root / "record.json").read_text().splitlines()
+        return [json.loads(line) for line in lines]
 
-    def recorded(self):
-        """The same of a run, without its name."""
-        command, *arguments = self.recorded_all()
-        assert command == "run"
+    def recorded_all(self):
+        """The same of the last one."""
+        return self.commands()[-1]
+
+    def recorded(self, command="run"):
+        """The arguments of the only ``dart-llm COMMAND``, without its name."""
+        (arguments,) = (found[1:] for found in self.commands() if found[0] == command)
         return arguments
 
-    def settings(self):
+    def settings(self, command="run"):
         """What the real command line makes of the recorded arguments."""
-        return parse(self.recorded())
+        return parse(command, self.recorded(command))
 
     def configs(self):
         """config.json of every results folder, oldest first."""
@@ -83,12 +90,13 @@ class Desk:
         return [json.loads(path.read_text()) for path in paths]
 
 
-def parse(arguments):
-    """The settings of ``dart-llm run ARGUMENTS``, by the command line's own parser."""
+def parse(name, arguments):
+    """The settings of ``dart-llm NAME ARGUMENTS``, by the command line's own parser."""
     group = typer.main.get_command(app)
-    context = group.commands["run"].make_context("run", list(arguments))
-    flags = {key: context.params[key] for key in RunSettings.model_fields}
-    return collect(flags, environment={})
+    context = group.commands[name].make_context(name, list(arguments))
+    kind = next(command.settings for command in COMMANDS if command.name == name)
+    flags = {key: context.params[key] for key in kind.model_fields if key in context.params}
+    return merge(kind, flags, environment={})
 
 
 def make_desk(folder, real=False):

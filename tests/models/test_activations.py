@@ -74,7 +74,6 @@ REFUSED = [
     (parse_tokens, "9:9", "is not a range of tokens"),
     (parse_tensors, "u,w", '"w" is no activation: choose among u, x, z, r'),
     (lambda name: RunSettings(save_activations=True, executor=name), "compact", "executor masked"),
-    (lambda name: RunSettings(save_activations=True, **{name: True}), "eval_perplexity", "nothing"),
     (lambda name: RunSettings(activation_tensors=name), "v", "no activation"),
 ]
 

@@ -53,7 +53,7 @@ def make_app() -> typer.Typer:
     for command in COMMANDS:
         group, _, name = command.name.rpartition(" ")
         parent = groups[group] if group else app
-        parent.command(name=name, help=command.text)(command.callback())
+        parent.command(name=name, help=command.text, cls=command.kind)(command.callback())
     for group_app in groups.values():
         app.add_typer(group_app)
     return app

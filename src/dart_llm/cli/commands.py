@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
+from typer.core import TyperCommand
 
 from dart_llm.cli import info
 from dart_llm.cli.chat_settings import ChatSettings
@@ -28,7 +29,7 @@ from dart_llm.settings import Settings, merge
 from dart_llm.studies.detection.settings import DetectSettings
 from dart_llm.studies.drift.settings import DriftSettings
 from dart_llm.studies.evaluate.settings import EvalSettings, PerplexitySettings, SummarizeSettings
-from dart_llm.studies.generate.settings import RunSettings
+from dart_llm.studies.generate.settings import RunSettings, check_elsewhere
 from dart_llm.studies.inspection.settings import TEXTS, InspectSettings
 from dart_llm.studies.quality.settings import QualitySettings
 from dart_llm.studies.speed.settings import SpeedSettings
@@ -49,12 +50,13 @@ class Command:
     """One command, ``bench quality`` being one of a group.
 
     ``function``: what runs it.  A name stands for a ``Study``, "module:class" below
-    ``dart_llm.studies``, which answers ``--json`` itself.
+    ``dart_llm.studies``, which answers ``--json`` itself.  ``kind``: what parses its arguments.
     """
 
     name: str
     function: Callable[..., None] | str
     settings: type[Settings] | None = None
+    kind: type[TyperCommand] = TyperCommand
 
     @property
     def examples(self) -> tuple[str, ...]:
@@ -118,6 +120,16 @@ def _print_json(document: Any) -> None:
 # run and demo
 
 
+class RunCommand(TyperCommand):
+    """Names the command to use for a flag that ``run`` does not have and another command has."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for argument in args:
+            if argument.startswith("--"):
+                check_elsewhere(argument.partition("=")[0])
+        return super().parse_args(ctx, args)
+
+
 def run(
     flags: dict[str, Any],
     config: Config = None,
@@ -130,18 +142,15 @@ def run(
     """``dart-llm run``: a prompt may also come through a pipe."""
     settings = merge(RunSettings, flags, config)
     piped = sys.stdin is not None and not sys.stdin.isatty()
-    idle = not settings.tokens and not settings.evaluates
-    if piped and idle and settings.generation is None:
+    if piped and not settings.tokens and settings.generation is None:
         settings = merge(RunSettings, {**flags, "prompt_file": "-"}, config)
-        idle = False
     if save_config is not None:
         written = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
         write_text(save_config, written)
-    if idle:
+    if not settings.tokens:
         raise ConfigError(
-            "nothing to do: give --prompt TEXT and --generation N, or an evaluation: --perplexity, "
-            "--eval-mmlu, --eval-general-nlp, --eval-summarization (in the scripts GENERATION=N or "
-            "EVAL_PERPLEXITY, EVAL_MMLU, EVAL_GENERAL_NLP, EVAL_SUMMARIZATION=true)"
+            "nothing to do: give --prompt TEXT and --generation N (in the scripts GENERATION=N); "
+            "dart-llm perplexity, eval and summarize measure a model without a prompt"
         )
 
     def compute(ui: Ui) -> Any:
@@ -177,7 +186,7 @@ def demo(
     given |= {"cache_dir": cache_dir, "results_dir": results_dir}
 
     def compute(ui: Ui) -> Any:
-        from dart_llm.studies.generate.study import run_demo
+        from dart_llm.studies.generate.demo import run_demo
 
         return run_demo(ui, **given).answer()
 
@@ -385,7 +394,7 @@ GROUPS = {
 """Commands of two words by their first one, with its help."""
 
 COMMANDS = (
-    Command("run", run, RunSettings),
+    Command("run", run, RunSettings, RunCommand),
     Command("chat", chat, ChatSettings),
     Command("eval", "evaluate.study:MeasureStudy", EvalSettings),
     Command("perplexity", "evaluate.study:MeasureStudy", PerplexitySettings),

@@ -28,7 +28,6 @@ Plugin = Annotated[
 Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
 
 ALIASES: dict[str, tuple[str, ...]] = {
-    "eval_perplexity": ("--perplexity",),
     "generation": ("--max-new-tokens",),
     "method": ("-m",),
     "models": ("--model",),

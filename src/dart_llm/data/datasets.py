@@ -1,7 +1,7 @@
 """Data sets of the hub: ``catalogue.yaml``, ``hub:`` references, MMLU.
 
-The only file that imports the ``datasets`` library, and only when a data set is asked for.  A data
-set that cannot be fetched, is empty or lacks a column is an error, never an empty result.
+The only file that imports the ``datasets`` library, and only when a data set is needed.  A data set
+that cannot be fetched, is empty or misses a column is an error, never an empty result.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ Column = Annotated[
 class DataSet:
     """One split of one data set of the hub.
 
-    ``columns``: by role (text, document, summary, question, choices, answer, id, ...), the
-    columns that hold it.  ``separator``: between the rows of a text.  ``revision``: a branch other
+    ``columns``: the columns by role (text, document, summary, question, choices, answer, id, ...).
+    ``separator``: between the rows of a text.  ``revision``: a branch other
     than the main one.  ``first``: only so many rows are read, streamed.  ``tasks``: the lm-eval
-    tasks that score it.  ``megabytes``: about what is downloaded.  ``licence_page``: its makers'
-    own, or the card on the hub.  ``verified``: when ``make test-online`` last read it.
+    tasks that score it.  ``megabytes``: about what is downloaded.  ``licence_page``: its
+    makers', or the card on the hub.  ``verified``: when ``make test-online`` last read it.
     """
 
     name: str
@@ -108,8 +108,7 @@ def names(use: str | None = None) -> tuple[str, ...]:
 
 def get(name: str, *uses: str) -> DataSet:
     """The data set called ``name``; ``UnknownName`` unless it serves one of ``uses``, if any."""
-    known = [known for use in uses or (None,) for known in names(use)]
-    check_name("data set", name, known)
+    check_name("data set", name, [known for use in uses or (None,) for known in names(use)])
     return DATA_SETS[name]
 
 
@@ -164,10 +163,9 @@ def parse(name: str, roles: tuple[str, ...] = ("text",)) -> DataSet:
 
 
 def reference(value: Any) -> str:
-    """A reference summary; a list of sentences becomes its sentences, one a line.
+    """A reference summary, "" if empty; a list of sentences, also a printed one, one a line.
 
-    A string that is a printed list (``"['One.', 'Two.']"``) is read back first: scored as it is,
-    its brackets and quotes would count as text.  Returns "" when there is no summary.
+    The brackets and quotes of a printed list (``"['One.', 'Two.']"``) would count as text.
     """
     if isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
@@ -194,25 +192,21 @@ SPLITS = ("dev", "validation")  # never "test": those questions are scored
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def mmlu_questions(
-    subject: str, folder: str | Path | None = None, *, answers: bool = False
-) -> list[dict[str, Any]]:
+def mmlu_questions(subject: str, *, answers: bool = False) -> list[dict[str, Any]]:
     """The MMLU questions of a subject that are not scored: ``dev``, then ``validation``.
 
     Each is ``{"subject", "question", "choices"}``; the answer, a position in the choices, is
-    dropped here unless ``answers``, so no prompt that is built from them can show it.  ``folder``
-    holds ``<subject>_dev.jsonl`` (and, if there is one, ``<subject>_validation.jsonl``); without
-    it ``datasets/mmlu`` in the current folder is tried, and then the hub's ``cais/mmlu``.
+    dropped here unless ``answers``, so no prompt that is built from them can show it.  They are
+    read from ``<subject>_dev.jsonl`` (and ``<subject>_validation.jsonl``) in ``LOCAL_MMLU`` where
+    those exist, else from the hub's ``cais/mmlu``.
 
-    Raises ``UnknownName``, ``ConfigError`` (a local file is missing or malformed),
-    ``MissingExtra`` (no ``datasets`` library) or ``LoadError`` (the hub cannot be reached).
+    Raises ``UnknownName``, ``ConfigError`` (a local file is malformed), ``MissingExtra`` (no
+    ``datasets`` library) or ``LoadError`` (the hub cannot be reached).
     """
     check_name("MMLU subject", subject, MMLU_SUBJECTS)
-    if folder is None and subject in local_subjects():
-        folder = LOCAL_MMLU
-    found = _hub_questions(subject) if folder is None else _local_questions(subject, Path(folder))
+    located = _local_questions if subject in local_subjects() else _hub_questions
     questions: list[dict[str, Any]] = []
-    for where, row in found:
+    for where, row in located(subject):
         text, choices = row.get("question"), row.get("choices")
         if not isinstance(text, str) or not isinstance(choices, list) or not choices:
             raise ConfigError(
@@ -243,8 +237,11 @@ def with_choices(row: Mapping[str, Any]) -> str:
     return "\n".join([str(row["question"]).strip(), *lines])
 
 
-def _hub_questions(subject: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows, each with the words that name its place."""
+Located = Iterator[tuple[str, dict[str, Any]]]
+"""Rows, each with the words that locate it."""
+
+
+def _hub_questions(subject: str) -> Located:
     instead = f"to work without it put {subject}_dev.jsonl into {LOCAL_MMLU.as_posix()}/"
     for split in SPLITS:
         source = replace(get("mmlu"), config=subject, split=split)
@@ -252,21 +249,11 @@ def _hub_questions(subject: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield source.where, row
 
 
-def _local_questions(subject: str, folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    required, optional = (folder / f"{subject}_{split}.jsonl" for split in SPLITS)
-    if not required.is_file():
-        raise ConfigError(
-            f"the folder {folder} holds no {required.name}: put it there, one JSON object a line "
-            'with "question" and "choices"'
-        )
-    located = [
-        (f"line {number} of {path}", row)
-        for path in ([required, optional] if optional.is_file() else [required])
-        for number, row in read_rows(path)
-    ]
-    if not located:
-        raise ConfigError(f"the file {required} holds no questions: add one JSON object a line")
-    return located
+def _local_questions(subject: str) -> Located:
+    paths = (LOCAL_MMLU / f"{subject}_{split}.jsonl" for split in SPLITS)
+    for path in filter(Path.is_file, paths):
+        for number, row in read_rows(path):
+            yield f"line {number} of {path}", row
 
 
 def _answer(row: dict[str, Any], choices: int, where: str) -> int:
@@ -281,38 +268,35 @@ def _answer(row: dict[str, Any], choices: int, where: str) -> int:
 # Texts and documents of the hub.
 
 INSTEAD = {
-    "text": "use the embedded text or a text file of your own instead",
+    "text": "use the embedded text or a text file instead",
     "documents": 'give a JSONL file instead, one {"document": ..., "summary": ...} a line',
 }
 """What to do without the hub."""
 
 
-def hub_text(name: str, documents: int | None = None) -> str:
+def hub_text(name: str) -> str:
     """The text of a data set of the catalogue, or of a reference: its rows, joined.
 
     ``wikitext2``: the test split of WikiText-2 (raw), lines joined by blank lines.  ``c4``: the
     first 1,100 documents of C4's English validation split, streamed, joined by spaces.  Both are
     the joins that the pruning literature uses.  ``c4_train``: the first 512 documents of the
-    training split, which no evaluation scores.  ``documents``: other than the usual number.
+    training split, which no evaluation scores.
 
     Raises ``UnknownName``, ``ConfigError``, ``MissingExtra`` or ``LoadError``.
     """
     hub = name.startswith(PREFIX)
     source = parse(name) if hub else get(name, "perplexity", "calibration")
-    if documents is not None:
-        _check_limit(documents)
-        source = replace(source, first=documents)
     column = source.column("text")
     texts = []
     for row in rows(source, INSTEAD["text"]):
         if not isinstance(row[column], str):
             raise LoadError(
-                f"the column {column} of {source.where} holds {type(row[column]).__name__}, not "
+                f"the column {column} of {source.where} has {type(row[column]).__name__}, not "
                 f"text; name another of {', '.join(row)}"
             )
         texts.append(row[column])
     if not any(text.strip() for text in texts):
-        raise LoadError(f"the column {column} of {source.where} holds no text; {INSTEAD['text']}")
+        raise LoadError(f"the column {column} of {source.where} has no text; {INSTEAD['text']}")
     return source.separator.join(texts)
 
 
@@ -343,7 +327,7 @@ def documents(name: str, limit: int | None = None, seed: int | None = None) -> l
         chosen = [chosen[index] for index in positions(len(chosen), limit, seed)]
     if not chosen:
         raise LoadError(
-            f"the data set {source.where} holds no row with both a document and a summary; "
+            f"the data set {source.where} has no row with both a document and a summary; "
             + INSTEAD["documents"]
         )
     return chosen
@@ -429,6 +413,6 @@ def _sentence(source: DataSet, error: BaseException, instead: str) -> str:
 
 
 def no_bars() -> None:
-    """The library's own progress bars off; ours say how far a measurement is."""
+    """Switch the library's progress bars off: dart-llm has its own."""
     with contextlib.suppress(ImportError, AttributeError):
         import_module("datasets").disable_progress_bars()

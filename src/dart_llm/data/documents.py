@@ -1,9 +1,10 @@
-"""Every text argument: ``resolve`` says what it means, the readers below what it holds.
+"""Every text argument: ``resolve`` reads its grammar, the loaders below read the text.
 
 ==============================  ===================================================================
-``embedded``                    the package's own texts
+``embedded``                    the package's texts
 ``wikitext2``, ``c4``, ...      a name of ``catalogue.yaml``
-``mmlu``, ``mmlu-answers``      questions that no task scores: alone, or with choices and answers
+``mmlu``, ``mmlu-answers``      questions that no task scores: alone, or with choices and answers;
+                                of some subjects: ``mmlu:astronomy+anatomy``
 ``hub:owner/name:split:COLUMN`` any other data set of the hub (``datasets.parse``)
 ``FILE``                        a text file, also one under ``datasets/`` in the current folder
 ``FILE.jsonl[:COLUMN][#ROW]``   JSON rows, from row ROW on, counted from 0; a source of summaries
@@ -38,7 +39,7 @@ MMLU = ("mmlu", "mmlu-answers")
 """The questions alone, or with their choices and answers."""
 
 CALIBRATION = "c4_train"
-"""Text that no evaluation scores: what is calibrated on where nothing is said."""
+"""The default calibration text: no evaluation scores it."""
 
 TEXTS = (EMBEDDED, *MMLU, *datasets.names("perplexity"), CALIBRATION)
 """Texts that are not files."""
@@ -47,7 +48,7 @@ SUMMARIES = datasets.names("summarize")
 """Documents with summaries that are not files."""
 
 LOCAL = Path("datasets")
-"""Where files are looked for too."""
+"""A folder where files are looked for too."""
 
 JSONL = (".jsonl", ".ndjson")
 
@@ -67,7 +68,7 @@ class TextSource:
     """What a text argument means: a file, a data set of the hub, or one of the package's names.
 
     ``columns``: those that a JSONL file's rows are read from, if they were named; ``first``: the
-    first row that is read, from 0.
+    first row that is read, from 0; ``subjects``: of MMLU, all if empty.
     """
 
     name: str
@@ -75,6 +76,7 @@ class TextSource:
     columns: tuple[str, ...] = ()
     first: int = 0
     data: DataSet | None = None
+    subjects: tuple[str, ...] = ()
 
     @property
     def has_rows(self) -> bool:
@@ -121,12 +123,18 @@ def resolve(name: str, summaries: bool = False) -> TextSource:
         return TextSource(name, data=datasets.parse(name, roles))
     if name in known:
         return TextSource(name, data=None if name in MMLU else datasets.DATA_SETS.get(name))
+    kind, _, listed = name.partition(":")
+    if kind in MMLU and not summaries:
+        subjects = tuple(listed.split("+"))
+        for subject in subjects:
+            check_name("MMLU subject", subject, datasets.MMLU_SUBJECTS)
+        return TextSource(kind, subjects=subjects)
     if (file := _find_file(name)) is None:
         near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        what = f'are no documents "{name}" to summarize' if summaries else f'is no text "{name}"'
+        what = "summarization data set" if summaries else "text"
         raise ConfigError(
-            f"there {what}{hint}: use {', '.join(known)}, a data set of the hub "
+            f'unknown {what} "{name}"{hint}: use {", ".join(known)}, a data set of the hub '
             f"such as {datasets.EXAMPLES[roles]}, the path of a text file, or that of a JSONL "
             "file, FILE.jsonl[:COLUMN][#ROW]"
         )
@@ -182,67 +190,60 @@ def _row_texts(source: TextSource) -> Iterator[str]:
         yield text
 
 
-# A text as a whole: what perplexity is measured on.
+def load(source: TextSource) -> list[str]:
+    """The rows of a JSONL file, or one text.
 
-
-def read(name: str, subjects: str | None = None) -> str:
-    """The text called ``name``, the rows of a JSONL file joined by blank lines.
-
-    ``subjects``: of ``mmlu`` and ``mmlu-answers``, comma-separated; without them those in
-    ``datasets/mmlu``, or else all 57.
-
-    Raises ``ConfigError`` for a name that is none and for a file that cannot be used, and what
+    Raises ``ConfigError`` for a file that cannot be used or has no text, and what
     ``datasets.hub_text`` and ``datasets.mmlu_questions`` raise.
     """
-    return _read(resolve(name), subjects)
-
-
-def _read(source: TextSource, subjects: str | None = None) -> str:
     if source.data is not None:
-        return datasets.hub_text(source.name)
+        return [datasets.hub_text(source.name)]
     if source.name == EMBEDDED:
-        return texts.all_text()
+        return [texts.all_text()]
     if source.name in MMLU:
-        wanted = [part.strip() for part in (subjects or "").split(",") if part.strip()]
-        return BLANK_LINE.join(
+        subjects = source.subjects or datasets.local_subjects() or datasets.MMLU_SUBJECTS
+        questions = (
             datasets.question_text(question)
-            for subject in wanted or datasets.local_subjects() or datasets.MMLU_SUBJECTS
+            for subject in subjects
             for question in datasets.mmlu_questions(subject, answers=source.name == MMLU[1])
         )
+        return [BLANK_LINE.join(questions)]
     assert source.path is not None
     if not source.has_rows:
         try:
-            return source.path.read_text(encoding="utf-8-sig")  # a byte-order mark is not text
+            return [source.path.read_text(encoding="utf-8-sig")]  # a byte-order mark is not text
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read {source.path} as text: {error}") from None
     rows = list(_row_texts(source))
     if not any(text.strip() for text in rows):
-        raise ConfigError(f'the file {source.path} holds no text: write {{"text": "..."}} a line')
-    return BLANK_LINE.join(rows)
+        raise ConfigError(f'the file {source.path} has no text: write {{"text": "..."}} a line')
+    return rows
+
+
+def read(name: str) -> str:
+    """The text called ``name``, the rows of a JSONL file joined by blank lines; see ``load``."""
+    return BLANK_LINE.join(load(resolve(name)))
 
 
 def whole_texts(name: str) -> list[str]:
-    """The texts behind ``name``, each to be read on its own: the embedded ones, rows of a JSONL
-    file, or one.  Raises what ``read`` raises.
-    """
-    source = resolve(name)
-    if source.name == EMBEDDED:
+    """The texts behind ``name``, each to be read separately; raises what ``read`` raises."""
+    if name == EMBEDDED:
         return [texts.read(subject) for subject in texts.subjects()]
-    return list(_row_texts(source)) if source.has_rows else [_read(source)]
+    return load(resolve(name))
 
 
 def names(settings: str) -> list[str]:
     """Comma-separated names, each once, checked before a model is loaded."""
-    given = list(dict.fromkeys(part.strip() for part in settings.split(",") if part.strip()))
-    if not given:
+    listed = list(dict.fromkeys(part.strip() for part in settings.split(",") if part.strip()))
+    if not listed:
         raise ConfigError("no text for perplexity: use embedded, or the path of a text file")
-    for name in given:
+    for name in listed:
         if (source := resolve(name)).path is not None:
-            _read(source)
-    return given
+            load(source)
+    return listed
 
 
-# The text that is calibrated on, cut into token sequences.
+# The text for calibration, cut into token sequences.
 
 PIECE = 1 << 17
 """Characters that are tokenised at a time: no more of a long text is read than is needed."""
@@ -253,13 +254,9 @@ def calibration_source(name: str | None) -> TextSource:
     return resolve(CALIBRATION if name in (None, "c4") else name)
 
 
-def calibration_texts(name: str | None) -> Iterable[str]:
-    """The texts that are calibrated on: the rows of a JSONL file one by one, or one text.
-
-    Raises what ``read`` raises.
-    """
-    source = calibration_source(name)
-    return _row_texts(source) if source.has_rows else [_read(source)]
+def calibration_texts(name: str | None) -> list[str]:
+    """The calibration texts: the rows of a JSONL file, or one text; raises what ``read`` raises."""
+    return load(calibration_source(name))
 
 
 def check_disjoint(calibration: str | None, evaluated: Mapping[str, int | None]) -> None:
@@ -283,7 +280,7 @@ def check_disjoint(calibration: str | None, evaluated: Mapping[str, int | None])
 
 
 def _evaluated(name: str) -> Iterator[TextSource]:
-    """What is evaluated under ``name``, a source or a task; nothing where that is not known."""
+    """The sources behind ``name``, a source or a task, as far as they are in the catalogue."""
     for summaries in (False, True):
         with contextlib.suppress(ConfigError):
             yield resolve(name, summaries)
@@ -358,7 +355,7 @@ def load_documents(name: str, limit: int | None = None, seed: int | None = None)
             )
         every.append(document)
     if not every:
-        raise ConfigError(f"the file {source.path} holds no documents: add lines such as {EXAMPLE}")
+        raise ConfigError(f"the file {source.path} has no documents: add lines such as {EXAMPLE}")
     return [every[position] for position in datasets.positions(len(every), limit, seed)]
 
 
@@ -369,7 +366,7 @@ def check(name: str) -> None:
 
 def _document(row: dict[str, Any], line: int, source: TextSource) -> Document:
     where = f"line {line} of {source.path}"
-    found = dict[str, str]()
+    texts_by_role = dict[str, str]()
     for role, columns in (
         ("document", source.columns[:1] or DOCUMENT_COLUMNS),
         ("summary", source.columns[1:] or SUMMARY_COLUMNS),
@@ -383,9 +380,9 @@ def _document(row: dict[str, Any], line: int, source: TextSource) -> Document:
             )
         value = datasets.reference(row[name]) if role == "summary" else row[name]
         if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"the {role} in {where} is empty or no text: write {EXAMPLE}")
-        found[role] = value.strip()
-    return Document(str(line if row.get("id") is None else row["id"]), **found)
+            raise ConfigError(f"the {role} in {where} is empty or not text: write {EXAMPLE}")
+        texts_by_role[role] = value.strip()
+    return Document(str(line if row.get("id") is None else row["id"]), **texts_by_role)
 
 
 # Documents in two halves: what is chosen on the first is reported on the second, and no document
@@ -422,27 +419,27 @@ def sources(names: Sequence[str]) -> tuple[Source, ...]:
     """The sources that ``names`` mean, in order.
 
     The documents of a JSONL file are its rows, those of any other text its paragraphs, or its
-    lines where no line is blank.  Raises ``ConfigError`` for a name that is no text, a file that
+    lines where no line is blank.  Raises ``ConfigError`` for an unknown name, a file that
     cannot be used, and a source that is given twice.
     """
-    found = dict[str, Source]()
+    by_label = dict[str, Source]()
     for name in names:
         source = resolve(name)
-        if source.label in found:
+        if source.label in by_label:
             raise ConfigError(
                 f'the text "{source.label}" was given twice: leave one out, or rename it'
             )
         if source.name == EMBEDDED:
             every: Iterable[str] = _embedded()
         else:
-            every = _row_texts(source) if source.has_rows else paragraphs(_read(source))
+            every = load(source) if source.has_rows else paragraphs(load(source)[0])
         documents = tuple(text.strip() for text in every if text.strip())
         if not documents:
-            raise ConfigError(f'the text "{name}" holds nothing: give another one')
-        found[source.label] = Source(source.label, documents)
-    if not found:
-        raise ConfigError("no text is named: give --text a file, or leave it out")
-    return tuple(found.values())
+            raise ConfigError(f'the text "{name}" is empty: give another one')
+        by_label[source.label] = Source(source.label, documents)
+    if not by_label:
+        raise ConfigError("no text was given: give --text a file, or leave it out")
+    return tuple(by_label.values())
 
 
 def _embedded() -> list[str]:
@@ -456,6 +453,6 @@ def _embedded() -> list[str]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """What stands between blank lines; the lines themselves where there is no blank one."""
+    """The parts between blank lines; the lines themselves where there is no blank one."""
     found = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
     return found if len(found) > 1 else [line for line in text.split("\n") if line.strip()]

@@ -1,7 +1,7 @@
-"""Long passages whose topics change at known places, and where these fall in tokens.
+"""Long passages with marked changes of topic, and the tokens at which these fall.
 
-The package's own are under ``shipped/drift/passages``: one text file each, and ``index.jsonl`` with
-topics and changes.  In a JSONL file of one's own a line holds ``id``, ``text``, ``topics`` (a list
+The package's are under ``shipped/drift/passages``: one text file each, and ``index.jsonl`` with
+topics and changes.  In a user's JSONL file a line has ``id``, ``text``, ``topics`` (a list
 of ``{"name", "domain"}``) and ``changes`` (see ``Passage``).
 """
 
@@ -27,10 +27,10 @@ from dart_llm.errors import ConfigError, UnknownName, check_name
 from dart_llm.files import read_rows
 
 SHIPPED = "shipped"
-"""Where a file could stand: the package's own."""
+"""Written in place of a file: the package's."""
 
 BREAK = "\n\n"
-"""What stands between two paragraphs."""
+"""Separates two paragraphs."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ def existing(option: str, source: str) -> Path:
     path = Path(source)
     if not path.exists():
         raise ConfigError(
-            f"--{option} {source}: there is no such file; --{option} {SHIPPED} takes the package's "
-            "own"
+            f"--{option} {source}: there is no such file; --{option} {SHIPPED} takes the package's"
         )
     return path
 
@@ -157,9 +156,9 @@ def listed_passages(file: Path | None = None) -> list[Passage]:
 
 
 def everything(file: Path | None = None) -> Sequence[DriftPrompt | Passage]:
-    """The package's prompts and passages, or what a JSONL file holds: passages have ``changes``."""
+    """The package's prompts and passages, or those of a JSONL file: passages have ``changes``."""
     if file is None:
-        return [*listed_passages(), *listed_prompts()]
+        return [*shipped(), *topic_prompts.shipped()]
     has_changes = any("changes" in row for _, row in read_rows(file))
     return listed_passages(file) if has_changes else listed_prompts(file)
 
@@ -210,8 +209,8 @@ def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | P
 def encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """Token ids, and for each the number of characters up to its end, which never falls."""
     if getattr(tokenizer, "is_fast", False):
-        found = tokenizer(text, return_offsets_mapping=True, verbose=False)
-        ids, ends = list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
+        encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+        ids, ends = list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
     else:  # no offsets: the lengths of the decoded beginnings
         ids = list(tokenizer(text, verbose=False)["input_ids"])
         starts = (ids[: k + 1] for k in range(len(ids)))
@@ -221,7 +220,7 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
 
 
 def first_tokens(ends: Sequence[int], offsets: Sequence[int]) -> tuple[int, ...]:
-    """For each offset in characters the first token that holds something from there on."""
+    """For each offset in characters the first token that has a character from there on."""
     return tuple(next(k for k, end in enumerate(ends) if end > offset) for offset in offsets)
 
 
@@ -234,16 +233,16 @@ class Text(NamedTuple):
     topics: tuple[str, ...]
 
 
-def digest(found: Sequence[Passage]) -> str:
+def digest(records: Sequence[Passage]) -> str:
     """sha256 of what the passages say."""
-    lines = "".join(json.dumps(one.to_dict(), sort_keys=True) + "\n" for one in found)
+    lines = "".join(json.dumps(one.to_dict(), sort_keys=True) + "\n" for one in records)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def tokens(passage: Passage, tokenizer: Any) -> Text:
     """The tokens of a passage; special tokens as the tokenizer adds them.
 
-    A change is the first token that holds a character of the new topic.
+    A change is the first token that has a character of the new topic.
     """
     ids, ends = encode(tokenizer, passage.text)
     changes = first_tokens(ends, passage.changes)
@@ -260,6 +259,6 @@ def check(texts: Sequence[Text], prompt: int, longest: int | None) -> None:
             )
         if longest is not None and len(text.ids) > longest:
             raise ConfigError(
-                f'passage "{text.id}" has {len(text.ids)} tokens, and the model\'s context holds '
+                f'passage "{text.id}" has {len(text.ids)} tokens, and the model\'s context has '
                 f"{longest}: give shorter passages or another model"
             )

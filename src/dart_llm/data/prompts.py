@@ -1,13 +1,12 @@
-"""Prompts: by name, from a file or standard input, through a chat template, made of MMLU."""
+"""Prompts: by name, from a file or standard input, through a chat template, or of MMLU."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from dart_llm.data.datasets import mmlu_questions, with_choices
 from dart_llm.data.texts import prompt_names, read_prompt
@@ -56,7 +55,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[int
 
 
 def encode_prompt(tokenizer: Any, text: str, chat: bool) -> Tensor:
-    """Token ids [1, T] of a prompt, through the chat template when asked for.
+    """Token ids [1, T] of a prompt, through the chat template if ``chat``.
 
     Raises ``ConfigError`` when the tokenizer has no chat template.
     """
@@ -67,7 +66,7 @@ def encode_prompt(tokenizer: Any, text: str, chat: bool) -> Tensor:
         text,
         return_tensors="pt",
         add_special_tokens=not chat,
-        verbose=False,  # what is too long is refused in our words
+        verbose=False,  # a text that is too long is refused elsewhere
     ).input_ids
     return ids
 
@@ -77,20 +76,8 @@ LOCAL_PROMPTS = Path("datasets")  # in the current folder
 LONGEST_NAME = 200  # characters; a longer text is never looked up as a file
 
 
-class Tokenizer(Protocol):
-    """What the prompt builder needs of a tokenizer; those of transformers have it."""
-
-    def encode(self, text: str, /, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of ``text``."""
-        ...
-
-    def decode(self, token_ids: list[int], /) -> Any:
-        """The text of ``token_ids``."""
-        ...
-
-
 def is_text(text: str) -> bool:
-    """False where the command line or standard input held bytes that are no text."""
+    """Whether the command line or standard input gave valid UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -136,7 +123,7 @@ def resolve_prompt(text_or_name: str) -> str:
 
 
 def given_prompt(text_or_name: str) -> str:
-    """``resolve_prompt`` of what a command line gave; ``ConfigError`` where that is no text."""
+    """``resolve_prompt`` of a command line's argument; ``ConfigError`` unless that is UTF-8."""
     if not is_text(text_or_name):
         raise ConfigError("the prompt is not valid UTF-8: put the text in a file and give that")
     return resolve_prompt(text_or_name)
@@ -158,22 +145,16 @@ def _local_file(name: str) -> Path | None:
     return None
 
 
-def mmlu_prompt(
-    subjects: Sequence[str] | str,
-    tokenizer: Tokenizer,
-    length: int,
-    questions: Callable[[str], Iterable[Mapping[str, Any]]] | None = None,
-) -> str:
-    """A prompt of MMLU questions with their choices and without answers.
+def mmlu_prompt(subjects: Sequence[str], tokenizer: Any, length: int) -> str:
+    """A prompt of MMLU questions with their choices and without answers; none is a test question.
 
     Each subject gets the same share of the ``length`` tokens, special tokens included.  A share
     ends at the last question that fits; a first question that is too long alone is cut at the
-    token limit.  ``questions(subject)`` yields mappings with ``question`` and ``choices``; the
-    default, ``datasets.mmlu_questions``, never gives test questions.
+    token limit.
 
-    Raises ``ConfigError`` (no subject, no room, no questions) and what ``questions`` raises.
+    Raises ``ConfigError`` (no subject, no room, no questions) and what ``mmlu_questions`` raises.
     """
-    names = [subjects] if isinstance(subjects, str) else list(dict.fromkeys(subjects))
+    names = list(dict.fromkeys(subjects))
     if not names:
         raise ConfigError("an MMLU prompt needs one subject or more: name one, such as astronomy")
     room = length - len(tokenizer.encode(""))
@@ -185,35 +166,28 @@ def mmlu_prompt(
             f"a prompt of {length} tokens has no room for {len(names)} MMLU subject(s): "
             "raise the prompt length or name fewer subjects"
         )
-    source = questions or mmlu_questions
-    blocks = [_block(name, [*source(name)], tokenizer, share) for name in names]
-    return _cut("\n\n".join(blocks), tokenizer, room)
+    return _cut("\n\n".join(_block(name, tokenizer, share) for name in names), tokenizer, room)
 
 
-def _block(
-    subject: str, questions: list[Mapping[str, Any]], tokenizer: Tokenizer, share: int
-) -> str:
+def _block(subject: str, tokenizer: Any, share: int) -> str:
     """A heading and as many questions as fit in ``share`` tokens, at least one."""
+    questions = [with_choices(question) for question in mmlu_questions(subject)]
     if not questions:
         raise ConfigError(f"there are no MMLU questions for {subject!r}: name another subject")
-    heading = f"The following are multiple choice questions about {subject.replace('_', ' ')}."
-    texts = [with_choices(question) for question in questions]
-    # Single counts leave the blank lines out, so they choose a few too many; the loop is exact.
-    single = accumulate(_count(text, tokenizer) for text in texts)
-    chosen = texts[: sum(total <= share for total in single)]
-    while chosen:
-        block = "\n\n".join([heading, *chosen])
-        if _count(block, tokenizer) <= share:
-            return block
-        chosen.pop()
-    return _cut(texts[0], tokenizer, share)
+    block = f"The following are multiple choice questions about {subject.replace('_', ' ')}."
+    for number, question in enumerate(questions):
+        longer = f"{block}\n\n{question}"
+        if _count(longer, tokenizer) > share:
+            return block if number else _cut(question, tokenizer, share)
+        block = longer
+    return block
 
 
-def _count(text: str, tokenizer: Tokenizer) -> int:
+def _count(text: str, tokenizer: Any) -> int:
     return len(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _cut(text: str, tokenizer: Tokenizer, limit: int) -> str:
+def _cut(text: str, tokenizer: Any, limit: int) -> str:
     """The first ``limit`` tokens of ``text``, as text that has no more tokens than that."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) <= limit:

@@ -1,4 +1,4 @@
-"""The embedded texts: six subjects for perplexity and topic shifts, and a few prompts.
+"""The embedded texts: six subjects for perplexity, and a few prompts.
 
 The texts were written for this project; each file is about 880 words of plain English.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from dart_llm.errors import ConfigError, check_name
+from dart_llm.errors import check_name
 
 _SHIPPED = files("dart_llm.data") / "shipped"
 
@@ -30,15 +30,8 @@ def all_text() -> str:
     return "\n\n".join(read(subject) for subject in subjects())
 
 
-def topic_shift(first: str, second: str) -> tuple[str, str]:
-    """The texts of two different subjects: what is read before the shift, and what after it."""
-    if first == second:
-        raise ConfigError(f"a topic shift needs two different subjects, not {first!r} twice")
-    return read(first), read(second)
-
-
 def openings() -> tuple[str, ...]:
-    """The first sentences of texts of many kinds, for a model to go on from; none is evaluated."""
+    """The first sentences of texts of many kinds, for a model to continue; none is evaluated."""
     text = (_SHIPPED / "openings" / "openings.txt").read_text(encoding="utf-8")
     return tuple(text.rstrip("\n").split("\n---\n"))
 

@@ -27,13 +27,13 @@ class Compared(NamedTuple):
 @torch.inference_mode()
 def reference_logits(model: Any, window: Window, prompt: Any = None) -> Tensor:
     """What the untouched model predicts of a window's scored tokens, decoded: [C, V] float32."""
-    found: list[Tensor] = []
+    chunks: list[Tensor] = []
 
     def take(logits: Tensor, expected: Tensor) -> None:
-        found.append(logits.float())
+        chunks.append(logits.float())
 
     predict(model, None, window, take, prompt=prompt)
-    return torch.cat(found)
+    return torch.cat(chunks)
 
 
 @torch.inference_mode()
@@ -60,12 +60,13 @@ def compare_window(
 
     def take(logits: Tensor, expected: Tensor) -> None:
         nonlocal done
-        scores, known = logits.float(), reference[done : done + len(expected)]
+        scores = logits.float()
+        dense = reference[done : done + len(expected)]
         losses.append(F.cross_entropy(scores, expected, reduction="none"))
-        divergences.append(divergence(known.to(scores.device), scores))
+        divergences.append(divergence(dense.to(scores.device), scores))
         done += len(expected)
 
     predict(model, run, window, take, prompt=prompt, chunk=chunk)
-    found = finite_losses(torch.cat(losses), window)
+    nats = finite_losses(torch.cat(losses), window)
     kls = torch.cat(divergences).tolist()
-    return Compared(math.fsum(found) / len(found), math.fsum(kls) / len(kls), len(found))
+    return Compared(math.fsum(nats) / len(nats), math.fsum(kls) / len(kls), len(nats))

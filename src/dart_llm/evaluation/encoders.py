@@ -1,13 +1,11 @@
 """Encoders: what their names mean, texts as vectors, and long texts in windows that fit.
 
-An encoder turns a text into vectors; it is never a model that is pruned.  Whatever it is, it is
-brought to a folder here, so that the libraries which read it need no network and no cache of
-their own.  The only file that imports ``sentence_transformers``.
+Every encoder is brought to a local folder first, so that the libraries that read it need no
+network.  The only file that imports ``sentence_transformers``.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,15 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dart_llm.cache import cache_folder, hub_cache
-from dart_llm.errors import ConfigError, LoadError, MissingExtra
-from dart_llm.files import size_text
-from dart_llm.hub import bars, check_download, hub_failure, not_reached, plain
+from dart_llm.errors import LoadError, MissingExtra
+from dart_llm.hub import bars, hub_failure, plain
 from dart_llm.models import bundled
 from dart_llm.models.bundled import FetchProgress
 from dart_llm.models.checkpoint import weights_sha256
-from dart_llm.models.devices import memory_failure, parse_device
-
-logger = logging.getLogger("dart_llm")
+from dart_llm.models.devices import memory_failure
 
 DEFAULT = bundled.ENCODER_NAME
 
@@ -36,8 +31,8 @@ OWNER = "sentence-transformers"
 
 INSTEAD = f"give a local folder or {DEFAULT}"
 
-SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "[0-9]_*/*.bin"]
-"""Configurations, vocabularies, and the modules that follow the transformer."""
+OTHERS = ["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack", "*training_args.bin"]
+"""Files of a repository that sentence-transformers does not read."""
 
 
 @dataclass(frozen=True)
@@ -77,92 +72,55 @@ def find_encoder(
 ) -> EncoderSource:
     """The files of the encoder ``name``: ``all-MiniLM-L6-v2`` (if None), a folder or a hub id.
 
-    The default comes from the cache, else through pip, else from the hub.  ``owner``: whose model
-    a bare name is; None leaves it bare, as some of the hub's oldest names are.  Raises
-    ``LoadError``, one sentence, when the files cannot be had.
+    The default comes from the cache, else through pip.  ``owner``: whose model a bare name is;
+    None leaves it bare, as some of the hub's oldest names are.  Raises ``LoadError``, one sentence,
+    when the files cannot be had.
     """
-    say = progress or logger.info
     text = str(name or DEFAULT)
     path = Path(text).expanduser()
     if path.is_dir():
         return _folder(path)
     if text.lower() in (DEFAULT.lower(), bundled.ENCODER_HUB_ID.lower()):
-        return _default(cache_dir, say)
+        try:
+            folder = bundled.embedder_folder(cache_folder(cache_dir), progress=progress)
+        except LoadError as error:
+            raise LoadError(f"{error}; or give a local folder as --embedder") from error
+        origin = f"pip package {bundled.ENCODER_PACKAGE} {bundled.ENCODER_VERSION}"
+        return EncoderSource(DEFAULT, folder, origin, bundled.FILES[bundled.WEIGHTS])
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text, re.ASCII):
         raise LoadError(
             f"there is no folder {text}; give a hub id (owner/name), a folder that "
             f"sentence-transformers wrote, or {DEFAULT}"
         )
     hub_id = f"{owner}/{text}" if owner and "/" not in text else text
-    return _hub(hub_id, cache_dir, say, INSTEAD)
-
-
-def _default(cache_dir: str | Path | None, say: FetchProgress) -> EncoderSource:
-    """The pinned default, or the hub's copy of it when neither the cache nor pip gives that."""
-    hub_id = bundled.ENCODER_HUB_ID
-    try:
-        folder = bundled.embedder_folder(cache_folder(cache_dir), progress=say)
-    except LoadError as first:
-        say(f"{first}; trying {hub_id} on the hub")
-        try:
-            source = _hub(hub_id, cache_dir, say, "give a local folder as --embedder")
-        except LoadError as second:
-            raise LoadError(
-                f"{DEFAULT} is not in the cache and could not be fetched: {first}; {second}"
-            ) from first
-        logger.warning("%s: read from the hub's %s instead (%s)", DEFAULT, hub_id, first)
-        return source
-    origin = f"pip package {bundled.ENCODER_PACKAGE} {bundled.ENCODER_VERSION}"
-    return EncoderSource(DEFAULT, folder, origin, bundled.FILES[bundled.WEIGHTS])
+    return _hub(hub_id, cache_dir)
 
 
 def _folder(path: Path) -> EncoderSource:
     path = path.resolve()
     if not any((path / name).is_file() for name in ("modules.json", "config.json")):
         raise LoadError(
-            f"{path} is no encoder, for it has neither modules.json nor config.json; give the "
+            f"{path} is not an encoder, for it has neither modules.json nor config.json; give the "
             "folder that save_pretrained wrote"
         )
     return EncoderSource(path.name, path, "folder", weights_sha256(path))
 
 
-def _hub(
-    hub_id: str, cache_dir: str | Path | None, say: FetchProgress, instead: str
-) -> EncoderSource:
-    """Fetch a repository's configurations and weights (safetensors, else .bin) into the cache."""
-    cache = hub_cache(cache_dir)
-    needed = check_download(hub_id, None, cache)
-    if needed:
-        say(f"downloading {hub_id}: {size_text(needed)}")
+def _hub(hub_id: str, cache_dir: str | Path | None) -> EncoderSource:
+    """Fetch a repository's configurations and weights into the cache."""
+    from huggingface_hub import snapshot_download
+
     try:
-        folder = _snapshot(hub_id, cache, needed is None)
+        path = snapshot_download(hub_id, cache_dir=hub_cache(cache_dir), ignore_patterns=OTHERS)
     except Exception as error:
-        if needed is None and isinstance(error, OSError):
-            raise LoadError(not_reached(hub_id, instead)) from error
-        raise hub_failure(error, hub_id, None, instead) or LoadError(
+        raise hub_failure(error, hub_id, None, INSTEAD) or LoadError(
             f"{hub_id} could not be fetched: {plain(error)}"
         ) from error
+    folder = Path(path)
     return EncoderSource(hub_id, folder, "hub", weights_sha256(folder), folder.name)
 
 
-def _snapshot(hub_id: str, cache: Path | None, cache_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    folder = Path()
-    for weights in ("*.safetensors", "*.bin"):
-        folder = Path(
-            snapshot_download(
-                hub_id,
-                cache_dir=cache,
-                local_files_only=cache_only,
-                allow_patterns=[*SMALL, weights],
-                ignore_patterns=["onnx/*", "openvino/*", "*training_args.bin"],
-            )
-        )
-        if any(folder.rglob(weights)):
-            break
-    return folder
-
+# Sentences.
 
 _END = re.compile(r"[.!?][\"'”’)\]]*\s+(?=[\"'“‘(\[]*[A-Z0-9])")
 
@@ -183,45 +141,42 @@ def sentences(text: str) -> list[str]:
 
 
 def _split(line: str) -> list[str]:
-    found, start = [], 0
+    parts, start = [], 0
     for match in _END.finditer(line):
         stop = match.group()[0] == "."
         if stop and _ABBREVIATION.search(line, start, match.start()):
             continue
-        found.append(line[start : match.end()].strip())
+        parts.append(line[start : match.end()].strip())
         start = match.end()
-    return [*found, line[start:].strip()]
+    return [*parts, line[start:].strip()]
 
 
-# Encoders drop what is beyond their window without a word.  Here whole sentences are packed into
-# windows in their order; a sentence that fits none is halved at a word until its parts do.
+# Encoders silently drop what is beyond their window.  Here whole sentences are packed into windows
+# in order; a sentence that fits none is halved at a word until its parts do.
 
 Count = Callable[[str], int]
-"""How many of a window's tokens a text takes."""
+"""Counts the tokens of a text."""
 
 
 def windows(text: str, count: Count, limit: int | None) -> list[str]:
-    """``text`` in consecutive pieces of at most ``limit`` tokens each; together they hold it all.
+    """``text`` in consecutive pieces of at most ``limit`` tokens each, nothing left out.
 
-    A text that fits is returned as it is, without the white space around it; without a limit
-    every text fits.  Empty text gives no window.  Where the text is cut, white space between
-    sentences becomes one blank.  Raises ``ConfigError`` for a limit below 1.
+    A text that fits is returned as it is, stripped; None: every text fits.  Empty text gives no
+    window.  Where the text is cut, white space between sentences becomes one blank.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"a window needs room for at least 1 token, not {limit}")
     text = text.strip()
     if not text:
         return []
     if limit is None or count(text) <= limit:
         return [text]
-    found: list[str] = []
+    packed: list[str] = []
     for piece in (part for one in sentences(text) for part in _fitting(one, count, limit)):
-        joined = f"{found[-1]} {piece}" if found else piece
-        if found and count(joined) <= limit:
-            found[-1] = joined
+        joined = f"{packed[-1]} {piece}" if packed else piece
+        if packed and count(joined) <= limit:
+            packed[-1] = joined
         else:
-            found.append(piece)
-    return found
+            packed.append(piece)
+    return packed
 
 
 def _fitting(piece: str, count: Count, limit: int) -> list[str]:
@@ -293,7 +248,6 @@ def count_tokens(tokenizer: Any, text: str) -> int:
 def load_embedder(
     name: str | None = None,
     *,
-    device: str | None = "cpu",
     cache_dir: str | Path | None = None,
     progress: FetchProgress | None = None,
 ) -> Embedder:
@@ -310,7 +264,7 @@ def load_embedder(
     try:
         with bars(shown=False):
             model = library.SentenceTransformer(
-                str(source.folder), device=parse_device(device).first, local_files_only=True
+                str(source.folder), device="cpu", local_files_only=True
             )
         window = _window(model)
     except Exception as error:

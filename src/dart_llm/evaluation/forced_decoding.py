@@ -1,4 +1,4 @@
-"""Known tokens fed as decode tokens, in one loop; runs with new masks at known moments."""
+"""Given tokens fed as decode tokens, in one loop; runs with new masks at given steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNK = 256
 """Decode tokens fed in one forward at most: bounds the logits' memory."""
 
 FORCED_REMASK = "forced"
-"""Cause of a re-mask at a known moment."""
+"""Cause of a re-mask at a given step."""
 
 
 def feed(
@@ -74,7 +74,7 @@ def _decode(
 
 
 class ScheduledRun(Run):
-    """A run that makes new masks at known moments, in addition to its drift rule's.
+    """A run that makes new masks at given steps, in addition to its drift rule's.
 
     ``triggers``: decode steps before which all layers leave PRUNED and are observed anew.  The
     other arguments are those of ``Run``.
@@ -87,7 +87,7 @@ class ScheduledRun(Run):
         self._due = sorted(triggers)
 
     def tokens_until_change(self) -> int | None:
-        """As of a run; acts on a moment that is due, and no forward goes past one."""
+        """As of a run; acts on a step that is due, and no forward passes one."""
         self._trigger_due()
         bound = super().tokens_until_change()
         if not self._due or not self.controller.sequences:
@@ -96,7 +96,7 @@ class ScheduledRun(Run):
         return left if bound is None else min(bound, left)
 
     def _trigger_due(self) -> None:
-        """Trigger when it is time; a sequence that has no masks yet goes on observing."""
+        """Trigger when it is time; a sequence that has no masks yet continues to observe."""
         self.controller.flush()
         for sequence in self.controller.sequences[-1:]:
             while self._due and sequence.decoded >= self._due[0]:

@@ -73,10 +73,10 @@ Row = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
 
 def _group(continuations: Sequence[Sequence[int]]) -> list[Row]:
     """Continuations that differ in their last token alone are one row."""
-    found: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    rows: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for one in dict.fromkeys(tuple(c) for c in continuations):
-        found.setdefault(one[:-1], []).append(one)
-    return [(fed, tuple(group)) for fed, group in found.items()]
+        rows.setdefault(one[:-1], []).append(one)
+    return [(fed, tuple(group)) for fed, group in rows.items()]
 
 
 def decoded_tokens(continuations: Sequence[Sequence[int]]) -> int:

@@ -1,8 +1,8 @@
 """Any lm-eval task, pruned; the only file that imports lm_eval.
 
-lm-eval builds the requests and computes the metrics.  What runs the model is ours: context and
-continuation arrive as tokens in ``_loglikelihood_tokens``, so the prompt can be told from what is
-scored (docs/method.md, "Evaluation").
+lm-eval builds the requests and computes the metrics; this module runs the model.  Context and
+continuation arrive as tokens in ``_loglikelihood_tokens``, so that the prompt is known apart from
+what is scored (docs/method.md, "Evaluation").
 """
 
 from __future__ import annotations
@@ -31,14 +31,13 @@ from dart_llm.evaluation.masks_seen import count_masks
 from dart_llm.evaluation.measurement import LEAK, Measurement, MeasureOptions, mean
 from dart_llm.evaluation.perplexity import perplexity
 from dart_llm.evaluation.tasks import FEWSHOT, specifications
-from dart_llm.hub import unreachable
 from dart_llm.session.generation import FiniteLogits
 from dart_llm.session.prepare import PreparedMethod, UnitStore
 
 # From lm-eval's results to a measurement.
 
 PERPLEXITIES = ("word_perplexity", "byte_perplexity")
-"""Metrics of a log-likelihood and a weight per document; items hold the first that all have."""
+"""Metrics of a log-likelihood and a weight per document; items have the first that all have."""
 
 HEADLINES = ("acc", "exact_match", "em", "f1", *PERPLEXITIES)
 """Metrics that come first in tables, in this order."""
@@ -52,8 +51,8 @@ def collect(
     """One measurement of a task, or of a group with its tasks as ``subtasks``."""
     leaves = list(results["samples"])
     counts, masks = count_masks(scorer.finished)
-    known = [set(sample["metrics"]) for leaf in leaves for sample in results["samples"][leaf]]
-    weighed = next((m for m in PERPLEXITIES if all(m in metrics for metrics in known)), "")
+    named = [set(sample["metrics"]) for leaf in leaves for sample in results["samples"][leaf]]
+    weighed = next((m for m in PERPLEXITIES if all(m in metrics for metrics in named)), "")
     items = {leaf: _items(leaf, results["samples"][leaf], weighed) for leaf in leaves}
     subtasks = {leaf: _metrics(results["results"][leaf]) for leaf in leaves}
     if len(leaves) == 1:
@@ -99,15 +98,15 @@ def _notes(scorer: Scorer, options: MeasureOptions, name: str, tasks: int) -> It
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float | None]:
     """``acc,none`` becomes ``acc``; other filters stay in the name unless they are the only one."""
-    found: dict[str, float | None] = {}
+    metrics: dict[str, float | None] = {}
     filters = {key.partition(",")[2] for key in row if "," in key}
     for key, value in row.items():
         name, _, which = key.partition(",")
         if not which or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         finite = float(value) if math.isfinite(value) else None
-        found[name if which == "none" or len(filters) == 1 else f"{name},{which}"] = finite
-    return found
+        metrics[name if which == "none" or len(filters) == 1 else f"{name},{which}"] = finite
+    return metrics
 
 
 def _items(task: str, samples: Sequence[Mapping[str, Any]], weighed: str) -> Items:
@@ -115,10 +114,10 @@ def _items(task: str, samples: Sequence[Mapping[str, Any]], weighed: str) -> Ite
 
     ``weighed``: the metric whose log-likelihood and weight become a mean loss and ``tokens``.
     """
-    found: dict[str, dict[str, Any]] = {}
+    items: dict[str, dict[str, Any]] = {}
     filters = {sample["filter"] for sample in samples}
     for sample in samples:
-        item = found.setdefault(str(sample["doc_id"]), {"id": f"{task}/{sample['doc_id']}"})
+        item = items.setdefault(str(sample["doc_id"]), {"id": f"{task}/{sample['doc_id']}"})
         for metric in sample["metrics"]:
             plain = len(filters) == 1 or sample["filter"] == "none"
             name = metric if plain else f"{metric},{sample['filter']}"
@@ -128,7 +127,7 @@ def _items(task: str, samples: Sequence[Mapping[str, Any]], weighed: str) -> Ite
             elif name == weighed and isinstance(value, tuple | list) and len(value) == 2:
                 loss, weight = value
                 item.update(mean_loss=-float(loss) / max(1, weight), tokens=int(weight))
-    return list(found.values())
+    return list(items.values())
 
 
 def _overall(
@@ -139,15 +138,17 @@ def _overall(
     The perplexity of all together, and what every task averages over its documents: aggregates of
     another kind cannot be put together from those of the tasks.
     """
-    every = [item for own in items.values() for item in own]
-    found: dict[str, float | None] = {}
+    every = [item for of_task in items.values() for item in of_task]
+    metrics: dict[str, float | None] = {}
     if weighed and every:
         loss = math.fsum(item["mean_loss"] * item["tokens"] for item in every)
-        found[weighed] = perplexity(loss / max(1, sum(item["tokens"] for item in every)))
+        metrics[weighed] = perplexity(loss / max(1, sum(item["tokens"] for item in every)))
     for name in every[0] if every else ():
-        if all(_averages(own, name, subtasks[leaf].get(name)) for leaf, own in items.items()):
-            found[name] = mean([float(item[name]) for item in every])
-    return found
+        if all(
+            _averages(of_task, name, subtasks[leaf].get(name)) for leaf, of_task in items.items()
+        ):
+            metrics[name] = mean([float(item[name]) for item in every])
+    return metrics
 
 
 def _averages(items: Items, name: str, value: float | None) -> bool:
@@ -245,10 +246,10 @@ def _manager(include_path: str | None) -> Any:
 
 def check(name: str, include_path: str | None) -> None:
     """Raise ``UnknownName`` for a task that does not exist; loads neither model nor data."""
-    known = _manager(include_path).all_tasks
-    for one in specifications(name):
-        if isinstance(one, str) and one not in known:
-            raise UnknownName("task", one, known)
+    tasks = _manager(include_path).all_tasks
+    for specification in specifications(name):
+        if isinstance(specification, str) and specification not in tasks:
+            raise UnknownName("task", specification, tasks)
 
 
 @lru_cache(maxsize=8)
@@ -265,14 +266,15 @@ def _load(name: str, options: MeasureOptions) -> Any:
     # Datasets, hub and YAML errors share no base class.
     except Exception as error:
         raise LoadError(
-            f"the data of the task {name} could not be loaded ({_reason(error)}); "
-            f"{_way_out(name, error)}"
+            f"the data of the task {name} could not be loaded ({_reason(error)}); correct the task "
+            "file or its data, or work without the hub: give --include-path FOLDER, or put "
+            "<subject>_test.jsonl into datasets/mmlu/ (docs/evaluation.md)"
         ) from error
     return loaded
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong in words, the same in every process: no addresses of objects."""
+    """The cause in words, the same in every process: no addresses of objects."""
     if isinstance(error, StopIteration):
         return "it has no rows"
     causes = [one for one in chain(error) if type(one).__name__ != "DatasetGenerationError"]
@@ -280,26 +282,14 @@ def _reason(error: Exception) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", text)[:300].rstrip(" .") or type(error).__name__
 
 
-def _way_out(name: str, error: Exception) -> str:
-    causes = list(chain(error))
-    if not any("hub" in str(one).lower() or unreachable(one) for one in causes):
-        return (
-            "correct the task file, or its data: one JSON object a line with the columns it names"
-        )
-    way = "give --include-path FOLDER with task files over local data"
-    if name.partition(":")[0] == "mmlu":
-        way = "put <subject>_test.jsonl into datasets/mmlu/"
-    return f"without the hub {way} (docs/evaluation.md)"
-
-
 def _configure(tasks: dict[str, Any], name: str, options: MeasureOptions) -> None:
-    """Few-shot examples and every seed, as lm-eval's own front end sets them."""
+    """Few-shot examples and every seed, as lm-eval's front end sets them."""
     shots = options.num_fewshot if options.num_fewshot is not None else FEWSHOT.get(name)
     for task in tasks.values():
-        own = task.get_config("num_fewshot")
-        if shots is not None and own != 0:  # a task that says 0 cannot take examples
+        default = task.get_config("num_fewshot")
+        if shots is not None and default != 0:  # a task with 0 cannot take examples
             task.set_config(key="num_fewshot", value=shots)
-        elif own is None:
+        elif default is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=options.seed)
     random.seed(options.seed)
@@ -309,14 +299,14 @@ def _configure(tasks: dict[str, Any], name: str, options: MeasureOptions) -> Non
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """lm-eval's own progress bars would cut through ours."""
+    """lm-eval's progress bars would break up dart-llm's."""
     from lm_eval.api import task
 
-    task.tqdm, known = partial(task.tqdm, disable=True), task.tqdm
+    task.tqdm, shown = partial(task.tqdm, disable=True), task.tqdm
     try:
         yield
     finally:
-        task.tqdm = known
+        task.tqdm = shown
 
 
 def _chosen(tasks: dict[str, Any], options: MeasureOptions) -> dict[str, list[int]] | None:
@@ -331,7 +321,7 @@ def _chosen(tasks: dict[str, Any], options: MeasureOptions) -> dict[str, list[in
 
 
 class PrunedRequests:
-    """Answers lm-eval's requests with our likelihoods and runs, on top of its own model."""
+    """Answers lm-eval's requests with pruned likelihoods and texts, on top of its model."""
 
     tok_encode: Callable[[str], list[int]]
     prefix_token_id: int
@@ -371,7 +361,7 @@ class PrunedRequests:
         return self.scorer.rolling(texts, first, steps, _names(requests))
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """One text per request, each up to its own stop strings."""
+        """One text per request, up to its stop strings."""
         from transformers import LogitsProcessorList
 
         texts, step = [], _by_documents(self._advance, requests)
@@ -410,13 +400,13 @@ def _names(requests: Sequence[Any]) -> list[str]:
 
 
 def _by_documents(advance: Advance, requests: Sequence[Any], units: int = 0) -> Advance:
-    """``advance`` for requests, or for so many ``units``, that tells of whole documents."""
+    """``advance`` for requests, or for so many ``units``, called with whole documents."""
     documents, units, done = len({*_names(requests)}), units or len(requests), 0
 
     def step(count: int) -> None:
         nonlocal done
-        told, done = done * documents // units, done + count
-        if whole := done * documents // units - told:
+        before, done = done * documents // units, done + count
+        if whole := done * documents // units - before:
             advance(whole)
 
     return step

@@ -212,7 +212,7 @@ class Scorer:
     def generating(self, run: Run | None, context: torch.Tensor) -> Iterator[None]:
         """While a text is generated: its masks are chosen as the protocol says.
 
-        ``published``: on ``context``, ids [1, T], before it is read, and held; else as it is read.
+        ``published``: on ``context``, ids [1, T], before it is read, and fixed; else as it is read.
         """
         if run is None or self.options.protocol == "decode":
             yield

@@ -1,4 +1,4 @@
-"""Finished parts of a measurement: the masks that held, what they add up to, how they are kept.
+"""Finished parts of a measurement: their masks, their sums, and how they are stored.
 
 A part is JSON-able data with at least ``report`` (``RunReport.to_dict()`` or None), ``masks``
 (packed) and, where tokens ran outside any run, ``dense_tokens``.  A resumed measurement reads its
@@ -27,14 +27,14 @@ Packed = list[list[int | str] | None]
 
 
 class TakenMasks:
-    """Collects the masks that a run announces, each once; plug into ``run.on_masks``."""
+    """Collects the masks that a run applies, each once; set it as ``run.on_masks``."""
 
     def __init__(self) -> None:
         self.packed: list[Packed] = []
         self._last: Masks | None = None
 
     def __call__(self, masks: Masks) -> None:
-        """Masks that are chosen beforehand are announced again when they are first applied."""
+        """Masks that were chosen beforehand arrive again when they are first applied."""
         if masks is not self._last and any(mask is not None for mask in masks):
             self.packed.append(pack(masks))
         self._last = masks
@@ -42,7 +42,7 @@ class TakenMasks:
     def take(self) -> list[Packed]:
         """What was collected since the last call.
 
-        Masks that go on counting are collected again: a part must not depend on whether the one
+        Masks that stay in force are collected again: a part must not depend on whether the one
         before it was computed in the same process.
         """
         packed, self.packed, self._last = self.packed, [], None
@@ -99,7 +99,7 @@ def merge_accounting(run: Run | None, parts: Iterable[Part]) -> dict[str, Any] |
 
 
 def finished_part(parts: UnitStore, key: str, make: Callable[[], Part]) -> Part:
-    """What is kept under ``key``, or what ``make`` gives, which is then kept."""
+    """The part stored under ``key``, or what ``make`` returns, which is then stored."""
     part: Part | None = parts.part(key)
     if part is None:
         part = make()

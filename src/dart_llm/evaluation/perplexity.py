@@ -37,7 +37,6 @@ from dart_llm.evaluation.windows import STANDARD, Window, cut, slice_windows
 from dart_llm.models.describe import context_length
 from dart_llm.pruning.records import RunReport, slim
 from dart_llm.pruning.sequence import Phase
-from dart_llm.reporting.words import too_few
 from dart_llm.session.prepare import PreparedMethod, UnitStore
 from dart_llm.session.run import Run
 
@@ -51,7 +50,7 @@ class WindowLosses(NamedTuple):
 
 @dataclass(frozen=True)
 class Scored:
-    """Losses of one method: per slice, nats of each scored token; and how they came about."""
+    """Losses of one method: per slice, nats of each scored token; and the accounting."""
 
     losses: tuple[tuple[float, ...], ...]
     report: RunReport | None
@@ -173,18 +172,18 @@ def finite_losses(losses: Tensor, window: Window) -> list[float]:
 
 
 def _choose_masks(model: Any, run: Run, window: Window, protocol: str) -> None:
-    """Hold the masks that a dense pass over the protocol's tokens gives."""
+    """Fix the masks that a dense pass over the protocol's tokens gives."""
     run.hold(None)
-    asked = run.asks_for_pruning
+    prunes = run.asks_for_pruning
     seen = window.ids if protocol == "published" else window.ids[: window.first]
     if protocol == STANDARD:
         assert window.before is not None
         seen = window.before
     model(seen[None].to(model.device), use_cache=True, logits_to_keep=1)
     masks = run.select()
-    if asked and all(mask is None for mask in masks):
+    if prunes and all(mask is None for mask in masks):
         raise ConfigError(
-            f"{window.name}: the masks that were chosen remove no neuron: ask for a higher sparsity"
+            f"{window.name}: the masks that were chosen remove no neuron: give a higher sparsity"
         )
     run.hold(masks)
 
@@ -192,7 +191,7 @@ def _choose_masks(model: Any, run: Run, window: Window, protocol: str) -> None:
 # One scored window as a JSON-able part: losses, which tokens ran pruned, accounting and masks.
 
 DIGITS = 6
-"""Decimals of a kept loss (nats); every number of a measurement is computed from kept losses."""
+"""Decimals of a stored loss (nats), from which every number of a measurement is computed."""
 
 
 def score_part(candidate: PreparedMethod, run: Run | None, window: Window, protocol: str) -> Part:
@@ -200,14 +199,14 @@ def score_part(candidate: PreparedMethod, run: Run | None, window: Window, proto
     if run is None:
         return _part(candidate, None, window, protocol)
     run.reset()
-    asked = run.asks_for_pruning
+    prunes = run.asks_for_pruning
     if protocol == STANDARD and is_first(window):
         return _part(candidate, None, window, protocol, dense_tokens=len(window.ids) - 1)
     run.on_masks = taken = TakenMasks()
     with run:
         part = _part(candidate, run, window, protocol, masks=taken.packed)
         part["report"] = slim(run.report().to_dict())
-    if asked and not any(ran_pruned(part)):
+    if prunes and not any(ran_pruned(part)):
         raise ConfigError(
             f"perplexity of {candidate.label}: all {window.scored} scored tokens of a slice ran "
             "dense, so this would measure the untouched model; give more prompt or scored "
@@ -277,7 +276,7 @@ def count(name: str, options: MeasureOptions, tokenizer: Any, longest: int | Non
 
 @lru_cache(maxsize=2)
 def _ids(tokenizer: Any, text: str) -> Tensor:
-    """[T]; remembered, so that a text that is counted and then measured is tokenised once."""
+    """[T]; cached, so that a text that is counted and then measured is tokenised once."""
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     return ids
 
@@ -291,14 +290,14 @@ def measure_windows(
     advance: Callable[[int], None],
     notes: Sequence[str] = (),
 ) -> Measurement:
-    """Score all windows of the text called ``name``, keeping each as a part.
+    """Score all windows of the text called ``name``, storing each as a part.
 
     ``advance(1)`` is called after each window.  Raises ``ConfigError`` when all tokens of a slice
-    ran dense though sparsity was asked for; ``DartError`` when a loss is not finite.
+    ran dense though a sparsity was requested; ``DartError`` when a loss is not finite.
     """
     run = candidate.run(likelihood=protocol != "decode")
-    asked = protocol == STANDARD and run is not None and run.asks_for_pruning
-    if asked and all(map(is_first, windows)):
+    needs_text = protocol == STANDARD and run is not None and run.asks_for_pruning
+    if needs_text and all(map(is_first, windows)):
         raise ConfigError(
             f"perplexity of {candidate.label}: protocol standard takes the masks of a window from "
             "the text before it, and the first window, which has none, is all there is; give a "
@@ -352,11 +351,11 @@ def _metrics(parts: Sequence[Part]) -> dict[str, float | None]:
     losses = [loss for part in parts for loss in part["losses"]]
     flags = [flag for part in parts for flag in ran_pruned(part)]
     pruned = [*itertools.compress(losses, flags)]
-    found = {"perplexity": perplexity(_mean(losses)), "mean_loss": _mean(losses)}
+    metrics = {"perplexity": perplexity(_mean(losses)), "mean_loss": _mean(losses)}
     if pruned:
-        found["perplexity_pruned_tokens"] = perplexity(_mean(pruned))
-        found["mean_loss_pruned_tokens"] = _mean(pruned)
-    return {**found, "tokens": len(losses), "pruned_tokens": len(pruned)}
+        metrics["perplexity_pruned_tokens"] = perplexity(_mean(pruned))
+        metrics["mean_loss_pruned_tokens"] = _mean(pruned)
+    return {**metrics, "tokens": len(losses), "pruned_tokens": len(pruned)}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -371,69 +370,3 @@ def _notes(run: Run | None, protocol: str, parts: Sequence[Part]) -> Iterator[st
             f"{dense} tokens ran dense: fewer than {SHORT} tokens lie before their window, too few "
             "to choose masks from"
         )
-
-
-# Perplexity of several methods on the same slices: the document in perplexity.json.
-
-Losses = Sequence[Sequence[float]]
-"""Of the scored tokens of every slice, nats."""
-
-Interval = Callable[[Losses, Losses], tuple[float, float] | None]
-"""The interval of the ratio of two perplexities."""
-
-
-def document(
-    rows: Sequence[tuple[str, Measurement]],
-    text: str,
-    shape: Mapping[str, int],
-    interval: Interval = lambda losses, base: None,
-) -> dict[str, Any]:
-    """Labelled measurements of the same windows as one document; the first is dense.
-
-    ``shape``: ``prompt_tokens`` and ``scored_tokens``, or ``window`` and ``stride``.
-    """
-    dense = rows[0][1]
-    return {
-        "protocol": dense.protocol,
-        "text": text,
-        "slices": len(dense.items),
-        **shape,
-        "rows": [_row(label, measurement, dense, interval) for label, measurement in rows],
-        "losses": {label: [s["losses"] for s in measured.samples] for label, measured in rows},
-    }
-
-
-def _row(
-    label: str, measured: Measurement, dense: Measurement, interval: Interval
-) -> dict[str, Any]:
-    """One row; ``..._pruned_tokens`` speaks of the tokens that ran pruned, dense over the same."""
-    report, scored, base = measured.accounting, _scored(measured), _scored(dense)
-    return {
-        "method": report["method"] if report else label,
-        "label": label,
-        "sparsity": report["requested_sparsity"] if report else 0.0,
-        "perplexity": scored.perplexity,
-        "mean_loss": scored.mean_loss,
-        "ratio_to_dense": scored.perplexity / base.perplexity,
-        "interval": None if measured is dense else interval(scored.losses, base.losses),
-        "no_interval": too_few(len(scored.losses)),
-        "tokens": measured.metrics["tokens"],
-        "pruned_tokens": measured.metrics["pruned_tokens"],
-        "perplexity_pruned_tokens": measured.metrics.get("perplexity_pruned_tokens"),
-        "dense_perplexity_pruned_tokens": dense_where_pruned(measured, dense),
-        "accounting": report,
-        "notes": list(measured.notes),
-    }
-
-
-def _scored(measured: Measurement) -> Scored:
-    return Scored(tuple(tuple(sample["losses"]) for sample in measured.samples), None)
-
-
-def dense_where_pruned(measured: Measurement, dense: Measurement) -> float | None:
-    """Perplexity of ``dense`` over the tokens that ran pruned in ``measured``; None of nothing."""
-    pairs = zip(measured.samples, dense.samples, strict=True)
-    losses = [
-        loss for own, base in pairs for loss in itertools.compress(base["losses"], ran_pruned(own))
-    ]
-    return perplexity(mean(losses)) if losses else None

@@ -72,12 +72,12 @@ def fit(
 ) -> Prompt:
     """A prompt that leaves room for ``max_output`` tokens in a context of ``context_length``.
 
-    ``context_length`` None: no bound is known and nothing is shortened.  ``chat``: through the
+    ``context_length`` None: nothing is shortened.  ``chat``: through the
     chat template, or not; None: where the tokenizer has one.  The document ends with a sentence
     where one ends near the limit, else with a word.
 
     Raises ``ConfigError`` when no word of the document fits beside the instruction, and when
-    ``chat`` is asked for without a template.
+    ``chat`` is True without a template.
     """
     if chat:
         check_chat_template(tokenizer, "give --no-apply-chat-template")
@@ -130,7 +130,7 @@ def _boundary(text: str, length: int) -> int:
 
 @dataclass
 class Summarizer:
-    """One candidate at work; ``run``: its run, not attached, or None for the untouched model."""
+    """Summarises with one candidate; ``run``: not attached, or None for the untouched model."""
 
     candidate: PreparedMethod
     options: MeasureOptions
@@ -141,7 +141,7 @@ class Summarizer:
         self.identity = _identity(self.candidate)
 
     def key(self, ids: Sequence[int], reference: str) -> str:
-        """Names a part by everything that decides its value."""
+        """Key of a part: everything that determines its value."""
         options = self.options
         content = json.dumps([self.identity, options.seed, list(ids), reference])
         digest = hashlib.sha256(content.encode()).hexdigest()[:24]
@@ -191,14 +191,14 @@ class Summarizer:
         with run:  # attached anew for each document: nothing of the one before is left
             if options.protocol == "decode":
                 return make(run=run), run.report()
-            self._hold_masks(run, ids)
+            self._fix_masks(run, ids)
             with run.decoding(prompt=True):
                 made = make(run=run)
             return made, run.report()
 
     @torch.inference_mode()
-    def _hold_masks(self, run: Run, ids: Tensor) -> None:
-        """From now on apply the masks that a dense pass over the prompt gives."""
+    def _fix_masks(self, run: Run, ids: Tensor) -> None:
+        """Fix the masks that a dense pass over the prompt gives."""
         candidate = self.candidate
         if candidate.masks is None and candidate.held is None:
             ids = ids.to(candidate.model.device)
@@ -228,10 +228,10 @@ def _identity(candidate: PreparedMethod) -> str:
     total = hashlib.sha256(json.dumps(content, default=str).encode())
     for layer, ids in sorted((candidate.masks or {}).items()):
         total.update(f"{int(layer)}:{torch.as_tensor(ids).tolist()}".encode())
-    for held in candidate.held or ():
-        total.update(b"dense" if held is None else f"{held.ids.tolist()}".encode())
-        if held is not None and held.bias is not None:
-            total.update(f"{held.bias.tolist()}".encode())
+    for mask in candidate.held or ():
+        total.update(b"dense" if mask is None else f"{mask.ids.tolist()}".encode())
+        if mask is not None and mask.bias is not None:
+            total.update(f"{mask.bias.tolist()}".encode())
     return total.hexdigest()
 
 
@@ -250,7 +250,7 @@ def measure(
     parts: UnitStore,
     advance: Callable[[int], None],
 ) -> Measurement:
-    """Summarise the documents ``name``, each kept as a finished part.
+    """Summarise the documents ``name``, each stored as a part.
 
     ``advance(1)`` is called after each document.  Raises ``MissingExtra`` without rouge-score,
     ``ConfigError`` when a prompt does not fit the context or an item that should have been pruned
@@ -294,12 +294,12 @@ def measure(
 
 
 def _notes(options: MeasureOptions, parts: Sequence[Part]) -> Iterator[str]:
-    """What a reader of the numbers must know; the same whether or not the run was resumed."""
+    """Notes for readers of the numbers; the same whether or not the run was resumed."""
     pruned = any(part["report"] for part in parts)
     if pruned and options.protocol == "published":
         yield "published protocol: a summary has no answer for the masks to see, so it equals full"
     if pruned and options.protocol != "decode":
-        yield "the masks come from the prompt, prune the prompt too, and hold for the whole summary"
+        yield "the masks come from the prompt, prune the prompt too, and stay for the whole summary"
     samples = [part["sample"] for part in parts]
     tokens = options.max_output
     for text, found in (

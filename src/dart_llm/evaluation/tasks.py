@@ -1,15 +1,14 @@
-"""Tasks by name, what a name asks for, and one door to everything that can be measured."""
+"""Tasks by name, and one function that measures any of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dart_llm.data import documents
 from dart_llm.data.datasets import LOCAL_MMLU, MMLU_SUBJECTS
-from dart_llm.errors import ConfigError, check_name
+from dart_llm.errors import ConfigError
 from dart_llm.evaluation.measurement import PROTOCOLS, Measurement, MeasureOptions
 from dart_llm.pruning.config import PruneConfig
 
@@ -38,40 +37,26 @@ def expand(names: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def mmlu_name(subjects: str) -> str:
-    """The task of ``MMLU_DATASETS``: ``all``, subjects, or names of other tasks.
+def specifications(name: str) -> list[str | dict[str, Any]]:
+    """What lm-eval gets for one task name, such as ``mmlu`` or ``mmlu:astronomy+anatomy``.
 
-    ``mmlu`` for all, ``mmlu:astronomy+anatomy`` for some subjects.
+    MMLU subjects whose ``<subject>_test.jsonl`` lies in ``LOCAL_MMLU`` are read from there, all
+    others from the hub.
     """
-    given = [name.strip().removeprefix("mmlu_") for name in subjects.split(",") if name.strip()]
-    if not given or given == ["all"]:
-        return "mmlu"
-    for subject in given:
-        check_name("MMLU subject", subject, MMLU_SUBJECTS)
-    return "mmlu:" + "+".join(given)
-
-
-def specifications(name: str, folder: Path = LOCAL_MMLU) -> list[str | dict[str, Any]]:
-    """What lm-eval is given for one task name.
-
-    MMLU subjects whose ``<subject>_test.jsonl`` lies in ``folder`` (``datasets/mmlu`` in the
-    current folder) are read from there, all others from the hub.
-    """
-    if name != "mmlu" and not name.startswith("mmlu:"):
+    kind, _, chosen = name.partition(":")
+    if kind != "mmlu":
         return [name]
-    chosen = name.partition(":")[2]
-    local = [s for s in MMLU_SUBJECTS if (folder / f"{s}_test.jsonl").is_file()]
+    local = [s for s in MMLU_SUBJECTS if (LOCAL_MMLU / f"{s}_test.jsonl").is_file()]
     if not chosen and not local:
         return ["mmlu"]
     subjects = chosen.split("+") if chosen else local
-    return [_local(s, folder) if s in local else f"mmlu_{s}" for s in subjects]
+    return [_local(s) if s in local else f"mmlu_{s}" for s in subjects]
 
 
-def _local(subject: str, folder: Path) -> dict[str, Any]:
+def _local(subject: str) -> dict[str, Any]:
     """lm-eval's MMLU format over JSON lines with ``question``, ``choices``, ``answer``."""
-    files = {"test": str(folder / f"{subject}_test.jsonl")}
-    if (folder / f"{subject}_dev.jsonl").is_file():
-        files["dev"] = str(folder / f"{subject}_dev.jsonl")
+    splits = {split: LOCAL_MMLU / f"{subject}_{split}.jsonl" for split in ("test", "dev")}
+    files = {split: str(path) for split, path in splits.items() if path.is_file()}
     choices = "".join(f"\n{letter}. {{{{choices[{i}]}}}}" for i, letter in enumerate("ABCD"))
     config: dict[str, Any] = {
         "task": f"mmlu_{subject}",
@@ -92,10 +77,10 @@ def _local(subject: str, folder: Path) -> dict[str, Any]:
     return config
 
 
-# What a task name says: its kind, and the protocols that it can run under.
+# The kind of a task, and the protocols that it can run under.
 
 KINDS = ("perplexity", "summarize")
-"""Task names that are no lm-eval task: ``perplexity:<text>``, ``summarize:<data>``."""
+"""Tasks that are not lm-eval's: ``perplexity:<text>``, ``summarize:<data>``."""
 
 
 def split(task: str) -> tuple[str, str]:
@@ -106,8 +91,7 @@ def split(task: str) -> tuple[str, str]:
 
 def protocols(task: str) -> tuple[str, ...]:
     """The protocols that a task can run under."""
-    own = ("standard",) if split(task)[0] == "perplexity" else ()
-    return (*PROTOCOLS, *own)
+    return (*PROTOCOLS, "standard") if split(task)[0] == "perplexity" else tuple(PROTOCOLS)
 
 
 def short(task: str) -> str:

@@ -39,7 +39,7 @@ class Window:
     """Tokens ``ids`` ([n]) that are fed as one sequence; those from index ``first`` on are scored.
 
     ``first`` is at least 1.  ``number``: which slice or window it is, from 0.  ``start``: where it
-    begins in the text, in tokens, if that is known.  ``before``: [m], the text right before it.
+    begins in the text, in tokens, or None.  ``before``: [m], the text right before it.
     """
 
     ids: Tensor
@@ -61,14 +61,14 @@ class Window:
     @property
     def name(self) -> str:
         """For messages."""
-        place = "" if self.start is None else f" (it begins at token {self.start} of the text)"
-        return f"slice {self.number}{place}"
+        start = "" if self.start is None else f" (it begins at token {self.start} of the text)"
+        return f"slice {self.number}{start}"
 
 
 def cut(
     ids: Tensor, options: MeasureOptions, longest: int | None
 ) -> tuple[list[Window], tuple[str, ...]]:
-    """The windows that ``options`` ask for, and what a reader must know of them.
+    """The windows of ``options``, and notes for readers of the numbers.
 
     ids: [T].  ``longest``: tokens of the model's context.  Raises ``ConfigError`` when the text is
     too short or a slice too long, ``UnknownName`` for the protocol.
@@ -85,7 +85,7 @@ def cut(
         return found, ()
     size, stride = shape(options, longest)
     note = (
-        f"windows of {size} tokens, which is all that the model's context holds, instead of "
+        f"windows of {size} tokens, the model's whole context, instead of "
         f"{options.window}: compare only with numbers of that window"
     )
     found = standard_windows(ids, size, stride, options.limit, options.sample_seed)
@@ -154,16 +154,16 @@ def standard_windows(
             f"the text has {len(ids)} tokens, fewer than one window of {size}: give a longer text "
             "or a smaller --window"
         )
-    found: list[Window] = []
+    windows: list[Window] = []
     begin, done = 0, 1
     while done < len(ids):
         end = min(begin + size, len(ids))
         first = max(done - begin, 1)
         if begin + first < end:
             before = ids[max(0, begin - size) : begin]
-            found.append(Window(ids[begin:end], first, len(found), begin, before))
+            windows.append(Window(ids[begin:end], first, len(windows), begin, before))
         begin, done = begin + step, end
-    return [found[index] for index in choose(len(found), limit, seed)]
+    return [windows[index] for index in choose(len(windows), limit, seed)]
 
 
 def choose(total: int, limit: int | None, seed: int | None) -> list[int]:

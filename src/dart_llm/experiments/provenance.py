@@ -64,7 +64,7 @@ class Digests:
             asked["tasks"] = cell.options.include_path or ""
         if kept := path_of(cell.method):
             asked["setting"] = str(kept)
-        if kind == "mmlu" or (kind == "perplexity" and data in documents.MMLU):
+        if kind == "mmlu" or (kind == "perplexity" and data.partition(":")[0] in documents.MMLU):
             asked["mmlu"] = LOCAL_MMLU.as_posix()
         found = {
             name: self._digest(name, value)

@@ -168,16 +168,6 @@ def bytes_sentence(accounting: Row) -> str:
     return _bytes(accounting) + "."
 
 
-def perplexity_sentence(document: Row, method: str | None = None) -> str:
-    """What the largest sparsity of ``method``, or of all, costs, and where to start."""
-    rows = document.get("rows") or []
-    row = headline(rows, method)
-    if row is None:
-        return f"Only dense was measured on {document.get('text', 'this text')}."
-    quality = "; ".join(_quality(row, rows))
-    return f"{row_name(row)} on {document.get('text', 'this text')}: {quality}."
-
-
 def _bytes(accounting: Row) -> str:
     asked, achieved = accounting.get("requested_sparsity"), accounting.get("achieved_sparsity")
     if achieved is None:
@@ -236,18 +226,14 @@ def _gain(accounting: Row) -> str:
 
 
 def timing_sentence(timing: Mapping[str, Any]) -> str:
-    """Milliseconds per token, dense and pruned, and the speed-up beside what the bytes allow."""
+    """Milliseconds per token, dense and pruned, and the speed-up beside its bandwidth limit."""
     each = timing.get("seconds_per_token") or {}
-    dense = each.get("dense")
-    judged = timing.get("speed_ups") or {"pruned": timing}
-    pruned = {name: one for name, one in judged.items() if each.get(name)}
+    dense, pruned = each.get("dense"), each.get("pruned")
     if not dense or not pruned:
-        known = dense or next((each[name] for name in pruned), None)
-        return f"{1000 * known:.1f} ms per token." if known else "No time was measured."
-    parts = [f"Dense {1000 * dense:.1f} ms per token{dense_by(timing)}"]
-    for name, one in pruned.items():
-        parts.append(f"{label_text(name)} {1000 * each[name]:.1f}{pace(one)}")
-    return f"{'; '.join(parts)}."
+        measured = dense or pruned
+        return f"{1000 * measured:.1f} ms per token." if measured else "No time was measured."
+    times = f"Dense {1000 * dense:.1f} ms per token{dense_by(timing)}; pruned {1000 * pruned:.1f}"
+    return f"{times}{pace(timing)}."
 
 
 def dense_by(timing: Mapping[str, Any]) -> str:
@@ -256,19 +242,14 @@ def dense_by(timing: Mapping[str, Any]) -> str:
     return f" by {known}" if known else ""
 
 
-def pace(judged: Mapping[str, Any], short: bool = False) -> str:
-    """A speed-up as ``SpeedUp.to_dict`` has it: ": 1.21 x as fast (bandwidth limit 1.30 x)".
-
-    ``short``: without the limit, and without what to do about a disturbance.
-    """
+def pace(judged: Mapping[str, Any]) -> str:
+    """A speed-up as ``SpeedUp.to_dict`` has it: ": 1.21 x as fast (bandwidth limit 1.30 x)"."""
     speed_up, limit = judged.get("speed_up"), judged.get("bytes_limit")
-    at_most = f" (bandwidth limit {limit:.2f} x)" if limit and not short else ""
+    at_most = f" (bandwidth limit {limit:.2f} x)" if limit else ""
     if speed_up is not None:
         how = f"{speed_up:.2f} x as fast" if speed_up >= 1 else f"{1 / speed_up:.2f} x slower"
         return f": {how}{at_most}"
-    if not judged.get("disturbed"):
-        return ""
-    return ": disturbed" if short else f": {judged['disturbed']}{at_most}"
+    return f": {judged['disturbed']}{at_most}" if judged.get("disturbed") else ""
 
 
 def count(number: int, noun: str) -> str:

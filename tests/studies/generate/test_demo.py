@@ -1,4 +1,4 @@
-"""``dart-llm demo``: bytes per token, and llama.cpp beside them where it is at hand."""
+"""``dart-llm demo``: bytes per token, llama.cpp where it is at hand, and perplexity."""
 
 import json
 
@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from checkpoints import write_folder, write_gguf
+from dart_llm.evaluation.measurement import MeasureOptions
+from dart_llm.evaluation.tasks import measure
 from dart_llm.experiments.llama_bench import VARIABLE
 from dart_llm.experiments.timing import WARM
 from dart_llm.reporting.console import Ui
+from dart_llm.session.prepare import MemoryStore
+from dart_llm.studies.generate import demo as demo_study
 from dart_llm.studies.generate import pace, report
-from dart_llm.studies.generate.study import RunStudy, run_demo
+from dart_llm.studies.generate.demo import DemoStudy, run_demo
 from html_page import Page
 from llama_bench import write_bench
 
@@ -22,6 +26,7 @@ REST = 2 * 4 * 64 * 64 * 20 // 32 + 300 * 64 * 34 // 32
 NORMS = 5 * 64
 
 OWN = ["dense", "pruned", "transformers"]
+OPTIONS = MeasureOptions(limit=6, prompt_tokens=32, scored_tokens=16)
 
 
 def names(times):
@@ -31,13 +36,15 @@ def names(times):
 
 @pytest.fixture(autouse=True)
 def _alone(no_pictures, monkeypatch):
+    monkeypatch.setattr(demo_study, "OPTIONS", OPTIONS)
+    monkeypatch.setattr(demo_study, "COMPARED", ())
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
 
 
 def demo(model, folder, **more):
     given = {"model": str(model), "method": "griffin", "sparsity": 0.5, "prompt": "hi there"}
-    given |= {"chat": False, "generation": 9, "eval_perplexity": False, "device": "cpu"}
+    given |= {"chat": False, "generation": 9, "device": "cpu"}
     given |= {"results_dir": str(folder / "results"), "cache_dir": str(folder / "cache")}
     return run_demo(Ui(quiet=True), **given, **more)
 
@@ -58,21 +65,21 @@ def test_bytes_per_token_and_llama_cpp(tmp_path, monkeypatch):
     assert (
         seconds["llama.cpp Q4_1"] == 0.002 and timing["tokens_per_second"]["llama.cpp Q4_1"] == 500
     )
-    assert timing["speed_ups"]["pruned"]["bytes_limit"] == accounting["bytes_limit"]
-    # as many tokens behind the same prompt, in every turn and once before
+    assert timing["bytes_limit"] == accounting["bytes_limit"]
+    # as many tokens after the same prompt, in every repetition and once before
     asked = [json.loads(line)[0] for line in log.read_text().splitlines()]
-    assert len(asked) == 1 + len(timing["turns"]["dense"])
+    assert len(asked) == 1 + len(timing["repetitions"]["dense"])
     depth = min(pace.TAIL, accounting["prompt_tokens"] + 9) + WARM
     wanted = {"-p": "0", "-n": "8", "-d": str(depth), "-t": str(torch.get_num_threads())}
     assert all(wanted.items() <= one.items() for one in asked)
     assert asked[0]["-m"].endswith("tiny.gguf")
-    assert found.identity == RunStudy(found.settings, Ui(quiet=True), found.also).identify()
+    assert found.identity == DemoStudy(found.settings, Ui(quiet=True)).identify()
     # transformers holds the same weights in 2 or 4 bytes each, as it decodes faster
     plain = next(name for name in sizes if name.startswith("transformers"))
     width = {"transformers bfloat16": 2, "transformers float32": 4}[plain]
     assert sizes[plain] == width * (2 * 3 * 64 * 96 + 2 * 4 * 64 * 64 + 300 * 64 + NORMS)
-    (table,) = found.tables()
-    assert table.caption == f"Time per decoded token, median of {len(asked) - 1} interleaved turns"
+    table, _ = found.tables()
+    assert table.caption == f"Time per decoded token, median of {len(asked) - 1} repetitions"
     rows = {row["name"]: row for row in table.rows}
     assert set(rows) == {"dense", "pruned", plain, "llama.cpp Q4_1"}
     assert [row["seconds"] for row in table.rows] == sorted(seconds.values(), reverse=True)
@@ -82,12 +89,11 @@ def test_bytes_per_token_and_llama_cpp(tmp_path, monkeypatch):
     assert rows["llama.cpp Q4_1"]["over_transformers"] == shown
     page = Page((found.path / "report.html").read_text(encoding="utf-8"))
     heads = page.row("decoding")
-    assert page.row("llama.cpp Q4_1")[heads.index("ms per token")] == "2.0"
+    shown = {row[0]: dict(zip(heads, row, strict=True)) for row in page.rows if len(row) == 8}
+    assert shown["llama.cpp Q4_1"]["ms per token"] == "2.0"
     for name in ("dense", "pruned", "llama.cpp Q4_1"):
-        cell = page.row(name)[heads.index("MB read per token")]
-        assert cell == f"{sizes[name] / 1e6:,.1f}"
-    limit = page.row("pruned")[heads.index("bandwidth limit")]
-    assert limit == f"{accounting['bytes_limit']:.2f} x"
+        assert shown[name]["MB read per token"] == f"{sizes[name] / 1e6:,.1f}"
+    assert shown["pruned"]["bandwidth limit"] == f"{accounting['bytes_limit']:.2f} x"
 
 
 def test_no_line_where_llama_cpp_is_not_at_hand(tmp_path, monkeypatch):
@@ -143,15 +149,45 @@ def test_texts_side_by_side(dense, pruned, caption, cells):
     assert report.side_by_side(made, 40) == []  # no room for a column each
 
 
-def test_several_texts_side_by_side():
-    made = {"dense": {"text": "a b c", "method": "dense"}}
-    for name, text in (("dart@0.3", "a b c"), ("griffin@0.3", "a x")):
-        method = name.partition("@")[0]
-        made[name] = {"text": text, "method": method, "sparsity": 0.3}
-    (table,) = report.side_by_side(made, 110)
-    assert table.head == ("dense", "dart 30 %", "griffin 30 %")
-    assert table.cells() == (("a b c", "a b c", "a »x"),)
-    assert table.caption == (
-        "dart 30 %: the same text, all 3 words; griffin 30 %: the same for 1 word, then "
-        "different (»)"
-    )
+def test_its_perplexity_is_the_measurement_of_every_other_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_study, "COMPARED", (("published", 0.25),))
+    study = demo(write_gguf(tmp_path / "tiny.gguf"), tmp_path)
+    _, table = study.tables()
+    labels = ["dense", "published@0.25", "griffin@0.5"]
+    assert [row["label"] for row in study.perplexity] == labels
+    dense, _, pruned = study.perplexity
+    for row, candidate in ((dense, study.prepare(None)), (pruned, study.bound)):
+        direct = measure(candidate, demo_study.TASK, OPTIONS, MemoryStore())
+        assert row["perplexity"] == direct.metrics["perplexity"]
+        assert row["accounting"] == direct.accounting
+    low, high = pruned["interval"]
+    assert low <= pruned["ratio_to_dense"] <= high and dense["ratio_to_dense"] == 1
+    written = json.loads((study.path / "perplexity.json").read_text(encoding="utf-8"))
+    assert [row["perplexity"] for row in written["rows"]] == [
+        row["perplexity"] for row in study.perplexity
+    ]
+    lines = [line for line in study.result_lines() if line.task == demo_study.TASK]
+    assert [(line.metric, line.label) for line in lines] == [
+        ("perplexity", "dense"),
+        *(
+            (metric, label)
+            for label in ("published 25 %", "griffin 50 %")
+            for metric in ("perplexity", "perplexity_over_dense")
+        ),
+    ]
+    assert (lines[-1].value, lines[-1].low) == (pruned["ratio_to_dense"], low)
+    assert (lines[-1].requested, lines[-1].achieved) == (0.5, pytest.approx(0.5))
+    assert study.sentences()[0].startswith("On this model ") and len(study.sentences()) == 1
+    assert table.caption.startswith("embedded: 6 slices of 32 prompt + 16 scored tokens")
+    assert [row[0] for row in table.cells()] == ["dense", "published", "griffin"]
+
+
+def test_methods_that_the_demo_compares_learn_in_sight(gpt2, tmp_path, monkeypatch, caplog):
+    """The further rows learn by the command, not by the library under it."""
+    monkeypatch.setattr(demo_study, "COMPARED", (("dart", 0.5),))
+    given = {"model": str(gpt2), "method": "griffin", "prompt": "hello", "generation": 4}
+    monkeypatch.setenv("DART_CACHE", str(tmp_path / "cache"))
+    study = run_demo(Ui(quiet=True), results_dir=str(tmp_path / "r"), chat=False, **given)
+    logged = "\n".join(study.ui.log)
+    assert "learning" in logged and "logging at level" not in logged + caplog.text
+    assert study.ui.log[-3].startswith("On this model pruning ")

@@ -1,7 +1,6 @@
 """Pictures and page of a run: the folder's numbers, escaped, in one file that asks nobody."""
 
 import json
-import math
 import re
 import sys
 from importlib import resources
@@ -11,13 +10,11 @@ import pytest
 from dart_llm.errors import MissingExtra
 from dart_llm.experiments.store import read
 from dart_llm.reporting import figures
-from dart_llm.reporting.speed_up import DISTURBED, judge
 from dart_llm.studies.generate import plots, report
 from fake_results import PROMPT, perplexity, write_results
 from html_page import Page
-from written import axes_of
 
-PICTURES = ("kept_neurons", "similarity", "perplexity", "time_per_token")
+PICTURES = ("kept_neurons", "similarity")
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +27,8 @@ def view(folder):
     return read(folder)
 
 
-def drawn(view, name):
-    """The first axes of one plot."""
-    return axes_of(next(plot for plot in plots.available(view) if plot.name == name))[0]
-
-
-def words(axes):
-    return [text.get_text() for text in axes.texts]
-
-
 def test_every_picture_is_written(folder, view, tmp_path):
-    paths = plots.write_all(folder)
+    paths = figures.save(folder, plots.available(view))
     names = [path.relative_to(folder).as_posix() for path in paths]
     assert names == [f"plots/{name}.png" for name in PICTURES]
     for path in paths:
@@ -51,7 +39,7 @@ def test_every_picture_is_written(folder, view, tmp_path):
         svg = figures.render(plot, "svg", narrow=True)
         assert len(svg) < 150_000
         assert not any(word in svg for word in (b"<script", b"matplotlib.org", b"@import"))
-    assert plots.write_all(tmp_path) == [] == list(tmp_path.iterdir())
+    assert plots.available(read(tmp_path)) == []
 
 
 def test_the_style_for_paper_adds_vectors_as_wide_as_a_column_and_a_page(view, tmp_path):
@@ -87,97 +75,20 @@ def test_letters_and_lines_shrink_with_the_paper():
 def test_a_missing_package_is_one_sentence(folder, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtra, match=rf"needs {package}.*'dart-llm\[plots\]'"):
-        plots.write_all(folder)
+        figures.save(folder, plots.available(read(folder)))
     page = Page(report.render(read(folder)))
     assert page.attributes("img") == []
     assert f"No plots: this needs {package}, which is not installed" in page.text
     assert page.row("dart", "50 %")[5] == "37.00"
 
 
-def test_perplexity_dots_and_times(view):
-    axes = drawn(view, "perplexity")
-    dots = [line for line in axes.lines if len(line.get_xdata()) == 1]
-    values = [float(dot.get_xdata()[0]) for dot in dots]
-    assert values == pytest.approx([17.62, 17.62 * 1.08, 17.62 * 2.1, 17.62 * 2.52])
-    assert axes.get_xscale() == "log" and not axes.patches  # no bar is cut
-    assert words(axes) == [
-        "17.6",
-        "19.0  x 1.08 (1.02 to 1.16)",
-        "37.0  x 2.10 (1.98 to 2.25)",
-        "44.4  x 2.52 (2.38 to 2.70)",
-    ]
-    dense = [list(line.get_xdata()) for line in axes.lines if line.get_label() == "dense"]
-    assert dense == [[17.62, 17.62]]
-    names = [t.get_text() for t in axes.get_yticklabels()]
-    assert names == ["dense", "dart 20 %", "dart 50 %", "griffin 50 %"]
-    whiskers = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "|"]
-    interval = view.perplexity[0]["rows"][2]["interval"]
-    assert whiskers[2] == pytest.approx([17.62 * end for end in interval])
-    marks = [dot.get_marker() for dot in dots]
-    assert marks[1] == marks[2] != marks[3]  # methods differ without colours
-    (plot,) = [plot for plot in plots.available(view) if plot.name == "perplexity"]
-    assert "whiskers: 95 % intervals of the ratio to dense (x), paired by slice" in plot.small
-    axes = drawn(view, "time_per_token")
-    assert [bar.get_width() for bar in axes.patches] == pytest.approx([54.2, 44.5])
-    assert axes.get_legend_handles_labels()[1] == ["least that the bytes read allow: 40.2 ms"]
-    assert words(axes) == ["54.2 ms", "44.5 ms"]
-
-
-def test_no_text_is_cut_beside_a_dot():
-    for narrow in (False, True):
-        ends = [(17.0, 19.0, "19.0\nx 1.08 (1.02 to 1.16)"), (40.0, 48.0, "x" * 24)]
-        points = 185 if narrow else 466
-        low, high = plots._limits(ends, points)
-        for _, end, text in ends:
-            right = points * math.log(end / low) / math.log(high / low)
-            assert right + 4.9 * max(map(len, text.split("\n"))) <= points
-
-
-def test_two_slices_have_no_whiskers_and_say_so(tmp_path):
+def test_two_slices_have_no_interval_and_say_so(tmp_path):
     folder, document = write_results(tmp_path / "run"), perplexity()
-    document["slices"] = 2
     for row in document["rows"]:
         row |= {"interval": None, "no_interval": "too few (n = 2)"}
     (folder / "perplexity.json").write_text(json.dumps(document), encoding="utf-8")
-    (plot,) = [one for one in plots.available(read(folder)) if one.name == "perplexity"]
-    axes = axes_of(plot)[0]
     page = Page(report.render(read(folder)))
     assert page.row("dart", "50 %")[6:8] == ["2.10", "too few (n = 2)"]
-    assert words(axes)[1] == "19.0  x 1.08"
-    assert not [line for line in axes.lines if line.get_marker() == "|"]
-    assert plot.small.startswith("no whiskers: slices too few (n = 2)")
-
-
-def timed(folder, **changes):
-    known = json.loads((folder / "timing.json").read_text(encoding="utf-8"))
-    (folder / "timing.json").write_text(json.dumps({**known, **changes}), encoding="utf-8")
-    found = [one for one in plots.available(read(folder)) if one.name == "time_per_token"]
-    return found[0], axes_of(found[0])[0]
-
-
-def test_times_above_the_limit_are_disturbed_and_have_no_limit_line(tmp_path):
-    """1,494.8 ms dense and 260.5 ms pruned, of which the bytes allow 1.24 times."""
-    folder, each = write_results(tmp_path / "run"), {"dense": 1.4948, "pruned": 0.2605}
-    judged = judge([each["dense"]], [each["pruned"]], 1.24).to_dict()
-    plot, axes = timed(folder, seconds_per_token=each, speed_ups={"pruned": judged})
-    assert plot.title == f"Milliseconds per decoded token ({DISTURBED})"
-    assert words(axes) == ["1494.8 ms", "260.5 ms (disturbed)"]
-    assert axes.get_legend_handles_labels()[1] == []
-
-
-def test_turns_are_dots_beside_their_mean(tmp_path):
-    turns = {"dense": [0.053, 0.0542, 0.056], "pruned": [0.044, 0.0445, 0.045]}
-    plot, axes = timed(write_results(tmp_path / "run"), turns=turns, disturbed=None)
-    dots = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"]
-    assert dots == [pytest.approx([1000 * one for one in own]) for own in turns.values()]
-    assert plot.small.startswith("dots: turns, one way after the other · ")
-    each = {"dense": 0.05, "dart@0.3": 0.04, "griffin@0.5": 0.01}
-    one = {"speed_up": 1.25, "bytes_limit": 1.3, "disturbed": None}
-    judged = {"dart@0.3": one, "griffin@0.5": {**one, "disturbed": DISTURBED}}
-    plot, axes = timed(tmp_path / "run", turns={}, seconds_per_token=each, speed_ups=judged)
-    assert words(axes) == ["50.0 ms", "40.0 ms", "10.0 ms (disturbed)"]
-    assert axes.get_legend_handles_labels()[1] == ["least that the bytes read allow: 38.5 ms"]
-    assert len({bar.get_hatch() for bar in axes.patches}) == 3
 
 
 def test_pictures_that_say_nothing_are_left_out(tmp_path):
@@ -185,14 +96,12 @@ def test_pictures_that_say_nothing_are_left_out(tmp_path):
     masks = json.loads((folder / "masks.json").read_text(encoding="utf-8"))
     for mask in masks["remasks"]:
         mask["kept"] = [768 + layer % 2 for layer in range(30)]
-    assert not plots.uniform(read(folder))
     (folder / "masks.json").write_text(json.dumps(masks), encoding="utf-8")
-    assert plots.uniform(read(folder))
     head, *windows = (folder / "drift.csv").read_text(encoding="utf-8").splitlines()
     for kept, shown in ((windows[:8], True), (windows[:7], False), (windows[:4] * 2, False)):
         (folder / "drift.csv").write_text("\n".join([head, *kept]), encoding="utf-8")
         names = [plot.name for plot in plots.available(read(folder))]
-        assert names == ["similarity"] * shown + ["perplexity", "time_per_token"]
+        assert names == ["similarity"] * shown
     assert "Kept neurons per layer" not in Page(report.render(read(folder))).text
 
 
@@ -225,9 +134,9 @@ def test_the_page_tells_the_run(html, page):
 
 
 def test_tables(page, snapshot):
-    """Costs beside every number, seconds, masks, layers, and where the run comes from."""
+    """Costs beside every number, seconds, and the provenance of the run."""
     assert [" | ".join(row) for row in page.rows] == snapshot
-    assert len(page.attributes("caption")) == len(page.attributes("table")) > 8
+    assert len(page.attributes("caption")) == len(page.attributes("table")) > 6
 
 
 def test_an_interrupted_run_has_the_pictures_whose_files_there_are(tmp_path):
@@ -239,13 +148,12 @@ def test_an_interrupted_run_has_the_pictures_whose_files_there_are(tmp_path):
     assert "This run is interrupted." in page.text and "Kept neurons per layer" in page.text
 
 
-def test_damaged_files_and_several_texts(tmp_path):
+def test_damaged_files(tmp_path):
     folder = write_results(tmp_path / "run")
-    document, second = perplexity(), {**perplexity(), "text": "wikitext2"}
+    document = perplexity()
     document["rows"][2] |= {"perplexity": None, "ratio_to_dense": None, "accounting": None}
-    second["rows"] = [second["rows"][0], {**second["rows"][1], "sparsity": None}]
-    texts = {"texts": [document, second]}
-    (folder / "perplexity.json").write_text(json.dumps(texts), encoding="utf-8")
+    document["rows"][3] |= {"sparsity": None}
+    (folder / "perplexity.json").write_text(json.dumps(document), encoding="utf-8")
     (folder / "timing.json").write_text('{"seconds_per_token": {"dense": null}}', encoding="utf-8")
     (folder / "masks.json").write_text('{"remasks": [{"step": 3}], "layers": [{}]}', "utf-8")
     with (folder / "drift.csv").open("a", encoding="utf-8") as file:
@@ -256,12 +164,8 @@ def test_damaged_files_and_several_texts(tmp_path):
     html = report.write(folder).read_text(encoding="utf-8")
     assert '<div class="text">hi &lt;i&gt;</div>' in html
     page = Page(html)
-    cells = ["–", "–", "–", "–", "–", "1.98 to 2.25", "3.611"]
-    assert page.row("dart", "50 %")[2:] == cells
-    assert "x 1.08 (17.6 to 19.0)" in page.text
-    assert "wikitext2: 6 slices of 256 prompt" in page.text
-    assert page.row("dart", "set by the method")[2:4] == ["20 %", "0 %"]
-    assert "dart, own counts on wikitext2: perplexity x 1.08" in page.text
+    assert page.row("dart", "50 %")[2:] == ["–", "–", "–", "–", "–", "1.98 to 2.25", "3.611"]
+    assert page.row("griffin", "set by the method")[2:4] == ["50 %", "0 %"]
 
 
 def luminance(colour):

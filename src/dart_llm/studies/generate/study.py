@@ -1,35 +1,20 @@
-"""`run` and `demo`: one prompt, dense and pruned, and what is measured of the same model."""
+"""`run`: one prompt, dense and pruned, with the accounting and the time of both texts."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dart_llm.data import documents
 from dart_llm.data.prompts import encode_prompt, mmlu_prompt, read_prompt_file, resolve_prompt
-from dart_llm.errors import ConfigError, DartError
-from dart_llm.evaluation import perplexity
-from dart_llm.evaluation.measurement import Measurement, MeasureOptions
-from dart_llm.evaluation.tasks import (
-    GENERAL_NLP,
-    check_calibration,
-    check_task,
-    count,
-    expand,
-    measure,
-    mmlu_name,
-)
-from dart_llm.evaluation.windows import cut
-from dart_llm.experiments import rows as measure_rows
+from dart_llm.errors import ConfigError
 from dart_llm.experiments.artifacts import (
     MaskRecorder,
     check_masks,
@@ -38,24 +23,15 @@ from dart_llm.experiments.artifacts import (
     write_drift,
     write_masks,
 )
-from dart_llm.experiments.llama_bench import (
-    LLAMA_CPP,
-    ReferenceFile,
-    decode_row,
-    find_bench,
-)
 from dart_llm.experiments.provenance import Digests
-from dart_llm.experiments.stats import ratio_interval
+from dart_llm.experiments.result_line import ResultLine
 from dart_llm.experiments.store import read
-from dart_llm.experiments.study import Study, Unit, load_model, run_study
-from dart_llm.experiments.timing import WARM
-from dart_llm.files import write_json, write_lines
-from dart_llm.models.checkpoint import blocks_file, checkpoint_facts
+from dart_llm.experiments.study import Study, Unit, run_study
+from dart_llm.files import write_lines
+from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import configured_context, context_length, describe, widths
-from dart_llm.models.loading import is_default
-from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY, PruneConfig
+from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.layer_table import write_table
-from dart_llm.pruning.registry import SETTING
 from dart_llm.reporting import words
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
@@ -66,52 +42,47 @@ from dart_llm.session.prepare import PreparedMethod, is_untouched, prepare
 from dart_llm.session.run import Run
 from dart_llm.session.trace import check_traceable
 from dart_llm.studies.generate import pace, plots, report
+from dart_llm.studies.generate.pace import DENSE, PRUNED
 from dart_llm.studies.generate.settings import RunSettings
 
-# Where the prompt of a job comes from, and how it becomes tokens.
-
+# Where the prompt comes from, and how it becomes tokens.
 
 MMLU_DEFAULT_TOKENS = 1024
 
 
-def source(settings: RunSettings) -> str:
-    """The prompt as given; "" when none is needed, or when it is built after loading (mmlu).
+def read_prompt(settings: RunSettings) -> str:
+    """The prompt; "" when none is needed, or when it is built after loading (mmlu).
 
-    Raises ``ConfigError`` when a prompt is needed and none, or an empty one, is given.
+    Raises ``ConfigError`` when a prompt is needed and there is none, or an empty one.
     """
     if not settings.tokens or settings.prompt_type == "mmlu":
         return ""
-    text = _read(settings)
+    text = _prompt_text(settings)
     if text is None:
-        raise ConfigError(
-            "no prompt: give --prompt TEXT, --prompt-file FILE (- is stdin), or --generation 0 to "
-            "evaluate only"
-        )
+        raise ConfigError("no prompt: give --prompt TEXT or --prompt-file FILE (- is stdin)")
     if not text.strip():
         raise ConfigError("the prompt is empty: give at least one word")
     return text
 
 
-def _read(settings: RunSettings) -> str | None:
-    if settings.prompt_file == "-":  # what the command takes, too, where no prompt is given
-        return read_prompt_file("-") or None
-    if settings.prompt_file:
-        return read_prompt_file(settings.prompt_file)
-    given = settings.prompt if settings.prompt is not None else settings.custom_prompt_text
-    if given is not None:
-        return resolve_prompt(given)
+def _prompt_text(settings: RunSettings) -> str | None:
+    if settings.prompt_file not in (None, "", "-"):
+        return read_prompt_file(str(settings.prompt_file))
+    text = settings.prompt if settings.prompt is not None else settings.custom_prompt_text
+    if text is not None:
+        return resolve_prompt(text)
     piped = sys.stdin is not None and not sys.stdin.isatty()
-    return (read_prompt_file("-") or None) if piped else None
+    return (read_prompt_file("-") or None) if piped or settings.prompt_file == "-" else None
 
 
 def encode(settings: RunSettings, prompt: str, config: Any, tokenizer: Any) -> tuple[str, Tensor]:
-    """The final text and its ids [1, T]; ``ConfigError`` when it does not fit the context.
+    """The final text and its ids [1, T]; ``config``: the model's.
 
-    ``config``: the model's.
+    Raises ``ConfigError`` when prompt and generated text do not fit the context.
     """
     limit = configured_context(config)
     if settings.prompt_type == "mmlu":
-        subjects = [part.strip() for part in str(settings.prompt_subject).split(",")]
+        subjects = [subject.strip() for subject in str(settings.prompt_subject).split(",")]
         length = settings.prompt_length or min(limit or MMLU_DEFAULT_TOKENS, MMLU_DEFAULT_TOKENS)
         prompt = mmlu_prompt(subjects, tokenizer, length)
     has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -132,290 +103,142 @@ def encode(settings: RunSettings, prompt: str, config: Any, tokenizer: Any) -> t
     return prompt, ids
 
 
-# The evaluations: perplexity, MMLU, general NLP, summaries; each writes one published file.
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One switch of the scripts: its file, its tasks, how they are measured."""
-
-    name: str
-    tasks: tuple[str, ...]
-    options: MeasureOptions
-
-
-def asked(settings: RunSettings) -> list[Evaluation]:
-    """The evaluations that are switched on, perplexity apart.
-
-    Raises ``ConfigError`` for names that do not exist, and for a calibration text that is evaluated
-    (by perplexity too).
-    """
-    common: dict[str, Any] = {"include_path": settings.include_path, "seed": settings.seed}
-    found = []
-    if settings.eval_mmlu:
-        options = MeasureOptions(
-            limit=settings.mmlu_max_samples, num_fewshot=settings.mmlu_shots, **common
-        )
-        found.append(Evaluation("mmlu", (mmlu_name(settings.mmlu_datasets),), options))
-    if settings.eval_general_nlp:
-        tasks = expand(settings.general_nlp_datasets or ",".join(GENERAL_NLP))
-        options = MeasureOptions(limit=settings.general_nlp_max_samples, **common)
-        found.append(Evaluation("general_nlp", tuple(tasks), options))
-    if settings.eval_summarization:
-        data = [n.strip() for n in settings.summarization_datasets.split(",") if n.strip()]
-        options = MeasureOptions(
-            limit=settings.summarization_max_samples,
-            max_output=settings.summarization_max_output,
-            **common,
-        )
-        tasks = [f"summarize:{name}" for name in data]
-        found.append(Evaluation("summarization", tuple(tasks), options))
-    for evaluation in found:
-        for task in evaluation.tasks:
-            check_task(task, evaluation.options)
-    if not settings.masks:
-        texts = settings.ppl_datasets.split(",") if settings.eval_perplexity else []
-        measured = tuple(f"perplexity:{text.strip()}" for text in texts)
-        for evaluation in (Evaluation("perplexity", measured, MeasureOptions()), *found):
-            tasks, options = list(evaluation.tasks), evaluation.options
-            for config in settings.prune_configs():
-                check_calibration(config, settings.calibration, tasks, options)
-    return found
-
-
-OWN_KERNELS = ("slim", "native", "graph", "triton")
-"""Executors whose kernels are not those of the untouched model."""
-
-PRUNED = "pruned"
-"""The pruned text of a run of one setting; several are called by method and sparsity."""
+TORCH_EXECUTORS = ("auto", "masked", "compact")
+"""Executors that run by the kernels of the untouched model."""
 
 
 class RunStudy(Study[RunSettings]):
-    """Units: the dense and the pruned texts, their times, then every evaluation.
-
-    ``also``: further configurations that are evaluated.  ``beside``: whether plain transformers is
-    timed too, and llama.cpp on the file whose blocks the model holds, where ``llama-bench`` is at
-    hand.
-    """
+    """Units: the dense text, the pruned one, and their times."""
 
     kind = "run"
+    bound: PreparedMethod
+    """The configuration with what it learned of the model."""
 
-    def __init__(
-        self,
-        settings: RunSettings,
-        ui: Ui,
-        also: Sequence[PruneConfig] = (),
-        beside: bool = False,
-    ) -> None:
+    def __init__(self, settings: RunSettings, ui: Ui) -> None:
         super().__init__(settings, ui)
-        self.also, self.beside = also, beside
-        self.configs = settings.prune_configs()
-        self.texts = documents.names(settings.ppl_datasets) if settings.eval_perplexity else []
-        self.asked_evaluations = asked(settings)
-        self.prompt = source(settings)
+        self.prune_config = settings.prune_config()
+        self.prompt = read_prompt(settings)
         self.masks = read_masks(settings.masks) if settings.masks else None
         self.encoded: tuple[str, Tensor] | None = None
         """The text of the prompt and its ids [1, T]."""
         self.generations: dict[str, dict[str, Any]] = {}
-        self.perplexity: list[dict[str, Any]] = []
-        """Documents of perplexity.json, one per text."""
-        self.evaluations: dict[str, list[dict[str, Any]]] = {}
-        """Rows of mmlu.json, general_nlp.json and summarization.json, by name."""
-        self._prepared: dict[str, PreparedMethod] = {}
+        """Lines of generation.jsonl, by variant."""
         if settings.trace:
-            self._check_trace()
+            if not self.prunes:
+                raise ConfigError(
+                    "--trace records which neurons a pruned text runs, and method "
+                    f"{self.prune_config.method} removes none: give a method and a sparsity"
+                )
+            check_traceable(self.prune_config)
 
-    def _check_trace(self) -> None:
-        pruned = self._pruned_texts()
-        if not pruned:
-            raise ConfigError(
-                "--trace says which neurons a pruned text runs, and method "
-                f"{self.configs[0].method} removes none: give a method and a sparsity"
-            )
-        for config in pruned.values():
-            check_traceable(config)
+    @property
+    def prunes(self) -> bool:
+        """Whether there is a pruned text."""
+        return self.masks is not None or not is_untouched(self.prune_config)
 
     def inputs(self) -> dict[str, Any]:
         """Digests of the checkpoint, of files that may change, and of the prompt."""
-        tasks = [(f"perplexity:{text}", MeasureOptions()) for text in self.texts]
-        tasks += [(task, one.options) for one in self.asked_evaluations for task in one.tasks]
-        digests = Digests().of_settings(self.settings, tasks)
+        digests = Digests().of_settings(self.settings)
         if self.prompt:
             data = self.prompt.encode("utf-8", "surrogatepass")
             digests["prompt"] = hashlib.sha256(data).hexdigest()
         return digests
-
-    def identify(self) -> dict[str, Any]:
-        identity = {**self.asked(), "inputs": self.inputs()}
-        if self.also:
-            identity["also"] = [config.to_dict() for config in self.also]
-        return identity
-
-    def prune_document(self) -> dict[str, Any]:
-        """The configuration; of several settings the list of them, under ``settings``."""
-        if not self.settings.several:
-            return super().prune_document()
-        return {"settings": [config.to_dict() for config in self.configs]}
 
     def check(self, tokenizer: Any, config: Any) -> None:
         if self.settings.tokens:
             self.encoded = encode(self.settings, self.prompt, config, tokenizer)
 
     def units(self) -> Iterator[Unit]:
-        if self.settings.masks:
-            check_masks(self.settings.masks, widths(self.model))
-        if self.settings.tokens:
-            yield from self._text_units()
-        yield from (Unit(f"perplexity/{text}", data=text) for text in self.texts)
-        yield from (Unit(one.name, data=one) for one in self.asked_evaluations)
-
-    def _candidates(self) -> list[PreparedMethod]:
-        """Dense, what else is evaluated, and the settings of this run."""
-        found = [prepare(self.model, self.tokenizer, None)]
-        found += [self._ready(config) for config in (*self.also, *self.configs)]
-        return list({one.label: one for one in found}.values())
-
-    def _ready(self, config: PruneConfig) -> PreparedMethod:
-        """A configuration with what it learns of the model, which is learnt once."""
-        key = config.model_dump_json()
-        if key not in self._prepared:
-            settings = self.settings
-            self._prepared[key] = prepare(
-                self.model,
-                self.tokenizer,
-                config,
-                settings.calibration,
-                settings.cache_dir,
-                self.ui.say,
-                masks=self.masks,
-            )
-        return self._prepared[key]
-
-    def _pruned_texts(self) -> dict[str, PruneConfig]:
-        """The configuration of every pruned text, by the name of its variant."""
-        pruned = [
-            config
-            for config in self.configs
-            if self.masks is not None or not (config.weight_bits or is_untouched(config))
-        ]
-        several = self.settings.several
-        return {f"{one.method}@{one.target:g}" if several else PRUNED: one for one in pruned}
-
-    def _text_units(self) -> Iterator[Unit]:
-        pruned = self._pruned_texts()
-        assert self.encoded is not None
-        fed = self.encoded[1].shape[1] + self.settings.tokens - 1  # the last token is never fed
-        self.saver = saver(self.settings, self.model, self.path, fed)
+        settings = self.settings
+        if settings.masks:
+            check_masks(settings.masks, widths(self.model))
+        self.bound = self.prepare(self.prune_config)
+        if self.encoded is None:
+            return
+        variants = (DENSE, PRUNED) if self.prunes else (DENSE,)
+        fed = self.encoded[1].shape[1] + settings.tokens - 1  # the last token is never fed
+        self.saver = saver(settings, self.model, self.path, fed)
         if self.saver is not None:
-            self.saver.announce(1 + len(pruned), self.ui.say)
-        self.timing["dense_by"] = OUR_KERNELS if self._kernels_of_texts() else TRANSFORMERS
-        for variant, config in {"dense": None, **pruned}.items():
-            yield Unit(f"generation/{variant}", f"the {variant} text", (variant, config))
-        if self.settings.tokens > 1:
+            self.saver.announce(len(variants), self.ui.say)
+        self.timing["dense_by"] = OUR_KERNELS if self._own_kernels else TRANSFORMERS
+        for variant in variants:
+            yield Unit(f"generation/{variant}", f"the {variant} text", variant)
+        if settings.tokens > 1:
             yield Unit("times", "timing")
 
-    def _kernels(self, config: PruneConfig | None) -> str | None:
-        """The executor by which dense runs too, so that a speed-up is pruning's alone.
+    def prepare(self, config: PruneConfig | None) -> PreparedMethod:
+        """A configuration with what it learns of the model."""
+        settings = self.settings
+        return prepare(
+            self.model,
+            self.tokenizer,
+            config,
+            settings.calibration,
+            settings.cache_dir,
+            self.ui.say,
+            masks=None if config is None else self.masks,
+        )
 
-        None: the untouched model, whose kernels are those of the others.
+    @property
+    def _own_kernels(self) -> str | None:
+        """The executor by which dense runs too, so that a speed-up is due to pruning alone.
+
+        None: the untouched model, whose kernels are the pruned one's.
         """
-        if config is None:  # nothing is pruned: dense runs as it was asked to
-            executor: str = self.configs[0].executor
-        else:
-            own = PreparedMethod(self.model, self.tokenizer, config, self.masks)
-            run = (own if config.calibration is None else self._ready(config)).run()
-            assert run is not None
-            executor = run.executor
-        return executor if executor in OWN_KERNELS else None
+        run = self.bound.run()
+        executor = str(self.prune_config.executor if run is None else run.executor)
+        return None if executor in TORCH_EXECUTORS else executor
 
     def finished(self, unit: Unit) -> Any:
-        """A text whose files are there; evaluations find their finished pieces themselves."""
+        """A text, if all of its files are there."""
         if not unit.key.startswith("generation/"):
             return None
-        variant, config = unit.data
-        files = [] if config is None else [self._folder(variant) / "masks.safetensors"]
-        if config is not None and self.settings.trace:
-            files.append(self._beside(self.settings.trace, variant))
-        if self.saver is not None:
-            files.append(self.saver.path(variant))
+        files = [] if self.saver is None else [self.saver.path(unit.data)]
+        if unit.data == PRUNED:
+            files.append(self.path / "masks.safetensors")
+            files += [Path(self.settings.trace)] if self.settings.trace else []
         return self.folder.part(unit.key) if all(path.exists() for path in files) else None
 
-    def _folder(self, variant: str) -> Path:
-        """Where the masks of a text go: of several, each has a folder."""
-        return self.path if variant == PRUNED else self.path / variant.replace("@", "-")
-
-    def _beside(self, path: str, variant: str) -> Path:
-        """A file that was named for the text: of several, each has the setting in its name."""
-        file = Path(path)
-        if variant == PRUNED:
-            return file
-        return file.with_name(f"{file.stem}-{variant.replace('@', '-')}{file.suffix}")
-
     def save(self, unit: Unit, value: Any) -> None:
+        """Keep a text; times are measured again."""
         if unit.key.startswith("generation/"):
             super().save(unit, value)
 
     def compute(self, unit: Unit) -> Any:
-        if unit.key.startswith("generation/"):
-            return self._generate(*unit.data)
-        if unit.key == "times":
-            return self._time()
-        candidates = self._candidates()
-        if unit.key.startswith("perplexity/"):
-            return self._perplexity(unit.data, candidates)
-        evaluation = unit.data
-        tasks = [(candidate, task) for candidate in candidates for task in evaluation.tasks]
-        return [self._measure(*one, evaluation.options) for one in tasks]
+        return self._time() if unit.key == "times" else self._generate(unit.data)
 
     def take(self, unit: Unit, value: Any) -> None:
-        """Write what a unit gave under its published name."""
-        if unit.key.startswith("generation/"):
-            self.generations[unit.data[0]] = value
-            write_lines(self.path / "generation.jsonl", self.generations.values())
-        elif unit.key == "times":
+        """Add a text to generation.jsonl, or the times to timing.json."""
+        if unit.key == "times":
             self.timing |= value
-        elif unit.key.startswith("perplexity/"):
-            rows, document = value
-            self.lines += rows
-            self.perplexity.append(document)
-            several = {"texts": self.perplexity}
-            told = document if len(self.perplexity) == 1 else several
-            write_json(self.path / "perplexity.json", told)
         else:
-            rows = [self._row(candidate, found) for candidate, found in value]
-            self.evaluations[unit.key] = rows
-            write_json(self.path / f"{unit.key}.json", {"rows": rows})
-            samples = [
-                {"task": found.task, "label": candidate.label, **sample}
-                for candidate, found in value
-                for sample in found.samples
-            ]
-            write_lines(self.path / f"{unit.key}_samples.jsonl", samples)
+            self.generations[unit.data] = value
+            write_lines(self.path / "generation.jsonl", self.generations.values())
 
     @property
     def has_results(self) -> bool:
-        return bool(self.generations or self.lines or self.evaluations)
+        return bool(self.generations)
 
     # a text
 
-    def _generate(self, variant: str, config: PruneConfig | None) -> dict[str, Any]:
+    def _generate(self, variant: str) -> dict[str, Any]:
         assert self.encoded is not None
         settings, (text, ids) = self.settings, self.encoded
-        own = None if config is None else self._ready(config)
-        self.ui.say(f"--- {variant if own is None else words.row_name(_named(own))} ---")
-        run, recorder = (None if own is None else own.run()), MaskRecorder()
+        run = self.bound.run() if variant == PRUNED else None
+        method = self._setting(variant)
+        self.ui.say(f"--- {words.row_name(method)} ---")
+        recorder = MaskRecorder()
         if run is not None:
             run.on_selection = recorder
-        around: Any = run or self._dense(self._kernels_of_texts()) or contextlib.nullcontext()
-        recorded: Any = contextlib.nullcontext()
-        if self.saver is not None:
-            recorded = self.saver.recording(variant, text)
-        traced: Any = contextlib.nullcontext()
-        if settings.trace and run is not None:
-            path = str(self._beside(settings.trace, variant))
-            traced = run.trace(path, settings.trace_activations)
-        with around, recorded, traced as trace:
-            made = generate(
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(run or self._dense_run() or contextlib.nullcontext())
+            if self.saver is not None:
+                stack.enter_context(self.saver.recording(variant, text))
+            trace = None
+            if settings.trace and run is not None:
+                recording = run.trace(settings.trace, settings.trace_activations)
+                trace = stack.enter_context(recording)
+            generation = generate(
                 self.model,
                 self.tokenizer,
                 ids,
@@ -425,197 +248,146 @@ class RunStudy(Study[RunSettings]):
                 seed=settings.seed,
                 run=run,
             )
-        self.ui.end_text(made.text)
-        if not made.text:
+        self.ui.end_text(generation.text)
+        if not generation.text:
             self.ui.say("the model ended its text at once; a model that answers needs --chat")
         if trace is not None:
             size = bytes_text(trace.nbytes)
-            self.ui.say(f"trace of {trace.tokens} tokens: {path}, {size}")
-        accounting = None if run is None else self._keep(variant, run, recorder)
+            self.ui.say(f"trace of {trace.tokens} tokens: {settings.trace}, {size}")
         return {
             "id": "prompt-0",
             "variant": variant,
-            "method": accounting["method"] if accounting else "dense",
-            "sparsity": accounting["requested_sparsity"] if accounting else 0.0,
+            **method,
             "prompt": text,
-            "text": made.text,
-            **asdict(made),
-            "accounting": accounting,
+            "text": generation.text,
+            **asdict(generation),
+            "accounting": None if run is None else self._write_masks(run, recorder),
         }
 
-    def _keep(self, variant: str, run: Run, recorder: MaskRecorder) -> dict[str, Any]:
-        """Write the files of a pruned text; returns its accounting."""
-        settings, folder = self.settings, self._folder(variant)
-        folder.mkdir(exist_ok=True)
-        write_masks(folder, recorder, run, str(checkpoint_facts(self.model).get("name")))
-        write_drift(folder, run.drift_checks)
+    def _setting(self, variant: str) -> dict[str, Any]:
+        """Method and sparsity of a text."""
+        if variant == DENSE:
+            return {"method": DENSE, "sparsity": 0.0}
+        return {"method": self.bound.method, "sparsity": self.bound.asked}
+
+    def _dense_run(self) -> Run | None:
+        """What runs the model dense by the kernels of the pruned text; None: nothing is needed."""
+        executor = self._own_kernels
+        if executor is None:
+            return None
+        return Run(self.model, PruneConfig.build(DENSE, executor=executor))
+
+    def _write_masks(self, run: Run, recorder: MaskRecorder) -> dict[str, Any]:
+        """Write the files of the pruned text; returns its accounting."""
+        settings = self.settings
+        write_masks(self.path, recorder, run, str(checkpoint_facts(self.model).get("name")))
+        write_drift(self.path, run.drift_checks)
         if settings.save_layer_topk:
             counts = [layer.kept for layer in run.report().layers]
             note = f"neurons kept per layer; {settings.experiment}"
-            write_table(self._beside(settings.save_layer_topk, variant), counts, note)
+            write_table(Path(settings.save_layer_topk), counts, note)
         if settings.verbose:
             for remask in run.remasks:
-                told = f"mask at step {remask.step} ({remask.cause}): keeps {list(remask.kept)}"
-                self.ui.say(told)
+                self.ui.say(
+                    f"mask at step {remask.step} ({remask.cause}): keeps {list(remask.kept)}"
+                )
             for check in run.drift_checks:
                 self.ui.say(f"window {check.window}: {check.similarity:.3f} ({check.state})")
         return run.report().to_dict()
 
-    # its time
-
-    def _kernels_of_texts(self) -> str | None:
-        return self._kernels(next(iter(self._pruned_texts().values()), None))
-
-    def _dense(self, executor: str | None) -> Run | None:
-        """What runs the model dense by ``executor``; None: nothing, it runs as it is."""
-        if executor is None:
-            return None
-        return Run(self.model, PruneConfig.build("dense", executor=executor))
-
-    def _ways(self) -> dict[str, pace.Way]:
-        """Dense and every pruned text, each beside dense by the same kernels."""
-        first = self._kernels_of_texts()
-        bases: dict[str | None, str] = {first: "dense"}
-        ways = {"dense": pace.Way(self.model, lambda: self._dense(first))}
-        for variant, config in self._pruned_texts().items():
-            own, executor = self._ready(config), self._kernels(config)
-            if executor not in bases:
-                name = bases[executor] = f"dense by {executor or TRANSFORMERS}"
-                ways[name] = pace.Way(self.model, partial(self._dense, executor))
-            make = partial(own.run, likelihood=True)  # masks at once: what is timed is pruned
-            ways[variant] = pace.Way(self.model, make, bases[executor])
-        return ways
+    # the times
 
     def _time(self) -> dict[str, Any]:
-        """Keys of timing.json: every way to decode, timed in turns on the end of the dense text."""
+        """Keys of timing.json, measured on the end of the dense text."""
         assert self.encoded is not None
         tokens = min(pace.STEPS, self.settings.tokens - 1)
-        made = self.generations["dense"]["token_ids"]
-        ids = pace.text_end(self.encoded[1], made, tokens, context_length(self.model))
-        ways, sizes, reference = self._ways(), dict[str, int](), None
-        clocks: dict[str, Callable[[], float]] = {
-            name: partial(way.seconds, ids, tokens) for name, way in ways.items()
+        more = self.generations[DENSE]["token_ids"]
+        ids = pace.text_end(self.encoded[1], more, tokens, context_length(self.model))
+        sizes = {DENSE: describe(self.model).parameter_bytes}
+        decodings = {DENSE: pace.Decoding(self.model, self._dense_run)}
+        if self.prunes:  # masks at once: what is timed is pruned
+            make = partial(self.bound.run, likelihood=True)
+            decodings[PRUNED] = pace.Decoding(self.model, make)
+        clocks: dict[str, pace.Clock] = {
+            name: partial(decoding.seconds, ids, tokens) for name, decoding in decodings.items()
         }
-        with self.ui.status(f"timing {', '.join(ways)} in turns"):
-            if self.beside:
-                plain = self._transformers(ids)
-                reference = f"{TRANSFORMERS} {str(plain.dtype).removeprefix('torch.')}"
-                clocks[reference] = partial(pace.Way(plain).seconds, ids, tokens)
-                sizes[reference] = describe(plain).parameter_bytes
-                for name, size, clock in self._llama_cpp(ids.shape[1], tokens):
-                    clocks[name], sizes[name] = clock, size
-            found = pace.document(pace.interleave(clocks), ways, reference)
-        dense = describe(self.model).parameter_bytes
-        sizes |= {name: dense for name, way in ways.items() if way.base is None}
-        return {**found, "weight_bytes_per_token": sizes}
+        with self.ui.status(f"timing {', '.join(decodings)}, interleaved"):
+            reference = self.add_clocks(clocks, sizes, ids, tokens)
+            repetitions = pace.interleave(clocks)
+        limit = decodings[PRUNED].limit if self.prunes else None
+        document = pace.timing_document(repetitions, limit, reference)
+        return {**document, "weight_bytes_per_token": sizes}
 
-    def _transformers(self, ids: Tensor) -> Any:
-        """The model as transformers holds it, in the dtype in which it decodes fastest here."""
-        settings = self.settings.model_copy(update={"weights": "dense"})
-        in_blocks = blocks_file(self.model) is not None
-        models = pace.untouched(self.model, in_blocks, lambda: load_model(settings, self.ui)[0])
-        return pace.fastest(models, ids)
-
-    def _llama_cpp(self, depth: int, tokens: int) -> Iterator[tuple[str, int, Callable[[], float]]]:
-        """Name, bytes and clock of llama.cpp on the model's file, where it is at hand and runs."""
-        path, bench = blocks_file(self.model), find_bench()
-        if path is None or bench is None:
-            return
-        threads = torch.get_num_threads()
-
-        def clock() -> float:
-            row = decode_row(bench, path, threads, tokens, depth + WARM)
-            return float(row["avg_ns"]) / 1e9 / tokens
-
-        try:
-            file = ReferenceFile.of(path)
-            clock()
-        except DartError as error:
-            self.ui.say(f"note: {error}")
-        else:
-            yield f"{LLAMA_CPP} {file.kind}", file.bytes, clock
-
-    # an evaluation
-
-    def _measure(
-        self, candidate: PreparedMethod, task: str, options: MeasureOptions
-    ) -> tuple[PreparedMethod, Measurement]:
-        total = count(task, options, self.tokenizer, self.model)
-        with self.ui.progress(f"{task}: {candidate.label}", total) as advance:
-            return candidate, measure(candidate, task, options, self.folder, advance)
-
-    def _row(self, candidate: PreparedMethod, found: Measurement) -> dict[str, Any]:
-        facts = dict(checkpoint_facts(self.model))
-        return measure_rows.row(candidate, found, self.settings, facts)
-
-    def _perplexity(
-        self, text: str, candidates: Sequence[PreparedMethod]
-    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Rows as of any measurement, and the published document, which has the losses too."""
-        settings = self.settings
-        options = MeasureOptions(
-            limit=settings.ppl_max_samples,
-            prompt_tokens=settings.ppl_prompt_tokens,
-            scored_tokens=settings.ppl_scored_tokens,
-        )
-        content = documents.read(text, settings.ppl_subjects)
-        ids = self.tokenizer(content, return_tensors="pt", verbose=False).input_ids[0]
-        windows, _ = cut(ids, options, context_length(self.model))
-        total = len(windows) * len(candidates)
-        with self.ui.progress(f"perplexity on {text}", total) as advance:
-            measured = [
-                perplexity.measure_windows(c, text, windows, "decode", self.folder, advance)
-                for c in candidates
-            ]
-        pairs = list(zip(candidates, measured, strict=True))
-        labelled = [(candidate.label, found) for candidate, found in pairs]
-        shape = {"prompt_tokens": options.prompt_tokens, "scored_tokens": options.scored_tokens}
-        document = perplexity.document(labelled, text, shape, ratio_interval)
-        return [self._row(candidate, found) for candidate, found in pairs], document
+    def add_clocks(
+        self, clocks: dict[str, pace.Clock], sizes: dict[str, int], ids: Tensor, tokens: int
+    ) -> str | None:
+        """Add what else is timed, and its bytes per token; returns the name of the reference."""
+        return None
 
     # what is made of them
 
     @property
-    def accountings(self) -> dict[str, dict[str, Any]]:
-        """Accounting of every pruned text, by the name of its variant."""
-        found = {name: one["accounting"] for name, one in self.generations.items()}
-        return {name: one for name, one in found.items() if one}
+    def accounting(self) -> dict[str, Any] | None:
+        """``RunReport.to_dict()`` of the pruned text, if there is one."""
+        accounting: dict[str, Any] | None = self.generations.get(PRUNED, {}).get("accounting")
+        return accounting
 
     def summarise(self) -> dict[str, Any]:
         self.timing["time_to_first_token_s"] = {
-            name: next(iter(one["seconds"]), None) for name, one in self.generations.items()
+            name: next(iter(text["seconds"]), None) for name, text in self.generations.items()
         }
-        if sizes := self.timing.get("weight_bytes_per_token"):
-            sizes |= {
-                name: _bytes_read(sizes["dense"], one) for name, one in self.accountings.items()
+        counted, sizes = self.accounting, self.timing.get("weight_bytes_per_token")
+        if counted and sizes:
+            saves = counted["executor"] != "masked"
+            sizes[PRUNED] = round(sizes[DENSE] / (counted["bytes_limit"] if saves else 1))
+        return {"accounting": counted}
+
+    def result_lines(self) -> Sequence[ResultLine]:
+        """Seconds per token of every timing, and the speed-up over dense."""
+        each = self.timing.get("seconds_per_token", {})
+        lines = [self.line(name, "seconds_per_token", value) for name, value in each.items()]
+        if "speed_up" in self.timing:
+            facts = {"higher_is_better": True, "error": self.timing["disturbed"]}
+            lines.append(self.line(PRUNED, "speed_up", self.timing["speed_up"], **facts))
+        return lines
+
+    def line(self, name: str, metric: str, value: float | None, **facts: Any) -> ResultLine:
+        """A number of the dense or the pruned text, or of another program's decoding."""
+        checkpoint, counted = checkpoint_facts(self.model), {}
+        label = name
+        if name == PRUNED and self.accounting:
+            setting = self._setting(PRUNED)
+            label = words.row_name(setting)
+            counted = {
+                "requested": setting["sparsity"],
+                "achieved": self.accounting["achieved_sparsity"],
+                "dense_share": self.accounting["dense_token_share"],
+                "remasks": self.accounting["remasks"],
             }
-        return {"accounting": next(iter(self.accountings.values()), None)}
+        return ResultLine(
+            label=label,
+            method=self.bound.method if name == PRUNED else DENSE,
+            model=str(checkpoint.get("name")),
+            task="generation",
+            metric=metric,
+            value=value,
+            seed=self.settings.seed,
+            dtype=checkpoint.get("dtype"),
+            weights=checkpoint.get("weights"),
+            **counted,
+            **facts,
+        )
 
     def tables(self) -> list[Table]:
-        accountings = self.accountings
-        found = list[Table]()
-        if accountings and self.ui.live and (self.beside or self.settings.several):
-            found += report.side_by_side(self.generations, self.ui.err.width)
-        if accountings:
-            counted = report.accounting_table(accountings, self.timing)
-            found.append(report.pace(self.timing) if self.beside else counted)
-        found += [report.perplexity_table(document) for document in self.perplexity]
-        return [*found, *(measure_rows.table(rows) for rows in self.evaluations.values() if rows)]
+        if self.accounting is None:
+            return []
+        return [report.accounting_table({PRUNED: self.accounting}, self.timing)]
 
     def sentences(self) -> list[str]:
-        rows = [row for own in (self.lines, *self.evaluations.values()) for row in own]
-        notes = [f"note: {note}" for note in measure_rows.notes(rows)]
-        found = report.conclusion(self.accountings, self.perplexity, self.timing)
-        accounting = self.summary["accounting"]
-        if self.beside and accounting:
-            default = is_default(self.settings.model)
-            told = report.verdict(self.timing, self.perplexity, accounting, default)
-            found = [*found[1:], told]  # which says what the first sentence does
-        return [*notes, *found]
+        return [words.bytes_sentence(self.accounting)] if self.accounting else []
 
     def figures(self) -> Iterable[Plot]:
-        drawn = plots.available(read(self.path))
-        return [one for one in drawn if one.name == "perplexity"] if self.beside else drawn
+        return plots.available(read(self.path))
 
     def write_page(self) -> Path:
         return report.write(self.path)
@@ -625,60 +397,10 @@ class RunStudy(Study[RunSettings]):
             "folder": str(self.path),
             "config": self.config,
             "generation": list(self.generations.values()),
-            "perplexity": self.perplexity,
-            **self.evaluations,
             "timing": self.timing,
         }
 
 
-def _named(own: PreparedMethod) -> dict[str, Any]:
-    """Method and sparsity, as rows have them."""
-    return {"method": own.method, "sparsity": own.asked}
-
-
-def _bytes_read(dense: int, accounting: Mapping[str, Any]) -> int:
-    """Bytes of weights that a mean token reads, as they are stored."""
-    skips = accounting["executor"] != "masked"
-    return round(dense / (accounting["bytes_limit"] if skips else 1))
-
-
-def run_job(
-    settings: RunSettings,
-    ui: Ui,
-    fresh: bool = False,
-    also: Sequence[PruneConfig] = (),
-    beside: bool = False,
-) -> RunStudy:
-    """Run everything that ``settings`` ask for; returns the finished study."""
-    return run_study(RunStudy(settings, ui, also, beside), fresh)
-
-
-# ``dart-llm demo``: what this project does, in a minute or two.
-
-
-STUDIED = (("dart", DEFAULT_SPARSITY),)
-"""Masks of the sequence, whose perplexity is measured beside the default's."""
-
-SETTINGS = {
-    "prompt": "sky",
-    "chat": None,
-    "generation": 64,
-    "eval_perplexity": True,
-    "ppl_max_samples": 6,
-    "ppl_prompt_tokens": 128,
-    "ppl_scored_tokens": 128,
-    "experiment_name": "demo",
-}
-
-
-def run_demo(ui: Ui, **given: Any) -> RunStudy:
-    """Generate and measure perplexity: dense, the default setting, and masks of the sequence.
-
-    Plain transformers is timed beside them, and llama.cpp on the same file where its
-    ``llama-bench`` is at hand.  ``given``: settings of a run, such as model, device and
-    results_dir; they win.
-    """
-    settings = RunSettings(**{**SETTINGS, "method": DEFAULT_METHOD, **given}).fitted()
-    kept = settings.method.startswith(SETTING)  # measured already
-    also = [] if kept else [PruneConfig.build(name, sparsity=share) for name, share in STUDIED]
-    return run_job(settings, ui, also=also, beside=True)
+def run_job(settings: RunSettings, ui: Ui, fresh: bool = False) -> RunStudy:
+    """Generate the texts that ``settings`` describe; returns the finished study."""
+    return run_study(RunStudy(settings, ui), fresh)
