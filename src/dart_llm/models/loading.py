@@ -27,6 +27,7 @@ from dart_llm.hub import (
     not_reached,
     plain,
 )
+from dart_llm.models.block_types import ROUNDED
 from dart_llm.models.bundled import (
     MEMBER,
     MODEL_HUB_ID,
@@ -38,7 +39,6 @@ from dart_llm.models.bundled import (
 from dart_llm.models.checkpoint import Checkpoint, remember, remember_tokenizer
 from dart_llm.models.devices import memory_failure, placement
 from dart_llm.models.gguf import (
-    ROUNDED,
     Progress,
     check_architecture,
     convert,
