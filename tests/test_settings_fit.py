@@ -11,12 +11,12 @@ from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY, PruneConfi
 from dart_llm.pruning.methods import SUMMARIES
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import merge
+from dart_llm.studies.bench.settings import SpeedSettings
 from dart_llm.studies.drift.settings import collect as collect_study
 from dart_llm.studies.evaluate.settings import EvalSettings, PerplexitySettings, SummarizeSettings
 from dart_llm.studies.generate.settings import RunSettings, collect
 from dart_llm.studies.inspection.settings import InspectSettings
 from dart_llm.studies.quality.settings import QualitySettings
-from dart_llm.studies.speed.settings import SpeedSettings
 from dart_llm.studies.sweep import grid
 from shells import DRIFT, EXPERIMENT, VARIABLES, make_desk
 
@@ -103,7 +103,7 @@ def test_one_method_and_one_sparsity_are_the_default_of_every_command():
     assert (looked_at.method, looked_at.target) == ("dart", DEFAULT_SPARSITY)
     speed = merge(SpeedSettings, {}, None, {})
     assert [one.label for one in speed.variant_list()] == [DEFAULT_METHOD]
-    assert speed.sparsity_list() == (DEFAULT_SPARSITY,)
+    assert {config.target for _, config in speed.method_list()} == {DEFAULT_SPARSITY}
     rebuilt = merge(SpeedSettings, {"rebuild_every": 64}, None, {})
     assert [one.label for one in rebuilt.variant_list()] == ["dart"]
     assert QualitySettings().variant_list()[1].label == DEFAULT_METHOD

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dart_llm.session.gguf_export import export_gguf
     from dart_llm.session.run import Run, prune
     from dart_llm.session.trace_file import TraceFile, read_trace
-    from dart_llm.studies.tune.api import tune
+    from dart_llm.studies.bench.tune import tune
 
 __version__ = "0.1.0"
 
@@ -47,7 +47,7 @@ _LAZY = {
     "prune": "dart_llm.session.run",
     "read_trace": "dart_llm.session.trace_file",
     "restore": "dart_llm.patching.patch",
-    "tune": "dart_llm.studies.tune.api",
+    "tune": "dart_llm.studies.bench.tune",
 }
 
 __all__ = [

@@ -23,6 +23,8 @@ from dart_llm.files import write_json, write_lines
 from dart_llm.reporting import figures
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import StudyOptions, merge
+from dart_llm.studies.bench.speed import SpeedStudy
+from dart_llm.studies.bench.tune import TuneStudy
 from dart_llm.studies.detection.settings import DetectSettings
 from dart_llm.studies.detection.study import DetectionStudy
 from dart_llm.studies.drift.study import DriftStudy
@@ -33,8 +35,6 @@ from dart_llm.studies.generate.study import RunStudy
 from dart_llm.studies.inspection.settings import InspectSettings
 from dart_llm.studies.inspection.study import InspectionStudy
 from dart_llm.studies.quality.study import QualityStudy
-from dart_llm.studies.speed.study import SpeedStudy
-from dart_llm.studies.tune.study import TuneStudy
 from detect_cases import folder as detect_model
 from detect_cases import passage
 from drift_cases import PROMPT, THREE, TWO, write_rows

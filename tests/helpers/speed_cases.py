@@ -6,8 +6,8 @@ from dart_llm.experiments.study import run_study
 from dart_llm.experiments.timing import repetition
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
-from dart_llm.studies.speed.settings import SpeedSettings
-from dart_llm.studies.speed.study import SpeedStudy
+from dart_llm.studies.bench.settings import SpeedSettings
+from dart_llm.studies.bench.speed import SpeedStudy
 from tiny import CONFIGS
 
 PROMPT, TOKENS = 12, 12
@@ -42,11 +42,7 @@ def steady(model, ids, tokens, make):
     return {**found, "steps_s": [ms / 1000] * len(found["steps_s"])}
 
 
-def sample(steps_ms, phases="", built=(), **more):
-    """A sample as the clock gives it; ``phases``: a letter per step, o observe, p pruned."""
-    names = {"o": "observe", "p": "pruned"}
-    found = {"first_token_s": 0.1, "warm_s": [0.03, 0.002]}
-    found |= {"steps_s": [ms / 1000 for ms in steps_ms], **more}
-    if phases:
-        found |= {"phases": [names[letter] for letter in phases], "built": list(built)}
-    return found
+def sample(steps_ms, **more):
+    """A sample as the clock gives it."""
+    steps = [ms / 1000 for ms in steps_ms]
+    return {"first_token_s": 0.1, "warm_s": [0.03, 0.002], "steps_s": steps, **more}

@@ -3,8 +3,8 @@
 from dart_llm.experiments.study import run_study
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
-from dart_llm.studies.tune.settings import TuneSettings
-from dart_llm.studies.tune.study import TuneStudy
+from dart_llm.studies.bench.settings import TuneSettings
+from dart_llm.studies.bench.tune import TuneStudy
 from lm_cases import place
 from quality_cases import bees
 

@@ -26,15 +26,14 @@ from dart_llm.pruning import plugins
 from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import Settings, merge
+from dart_llm.studies.bench.settings import SpeedSettings, TuneSettings
 from dart_llm.studies.detection.settings import DetectSettings
 from dart_llm.studies.drift.settings import DriftSettings
 from dart_llm.studies.evaluate.settings import EvalSettings, PerplexitySettings, SummarizeSettings
 from dart_llm.studies.generate.settings import RunSettings, check_elsewhere
 from dart_llm.studies.inspection.settings import TEXTS, InspectSettings
 from dart_llm.studies.quality.settings import QualitySettings
-from dart_llm.studies.speed.settings import SpeedSettings
 from dart_llm.studies.sweep.grid import SweepFlags
-from dart_llm.studies.tune.settings import TuneSettings
 
 if TYPE_CHECKING:
     from dart_llm.reporting.console import Ui
@@ -264,7 +263,7 @@ def bench_speed(
 
     settings = merge(SpeedSettings, flags, config)
     with Ui.started(as_json) as ui:
-        study = _finished("speed.study:SpeedStudy", fresh, settings, ui)
+        study = _finished("bench.speed:SpeedStudy", fresh, settings, ui)
     _print_json(study.answer() if as_json else study.last_line())
 
 
@@ -283,8 +282,8 @@ def tune(
 
     def compute(ui: Ui) -> Any:
         if not dry_run:
-            return _finished("tune.study:TuneStudy", fresh, settings, ui).answer()
-        from dart_llm.studies.tune.dry_run import plan
+            return _finished("bench.tune:TuneStudy", fresh, settings, ui).answer()
+        from dart_llm.studies.bench.candidates import plan
 
         return plan(settings, ui)
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dart_llm.errors import DartError
+from dart_llm.errors import ConfigError, DartError
+from dart_llm.experiments.timing import WARM, Sample
 from dart_llm.models.gguf_file import read_gguf
 
 LLAMA_CPP = "llama.cpp"
@@ -23,8 +24,20 @@ OURS = ("OMP_", "GOMP_", "KMP_")
 
 
 def find_bench() -> str | None:
-    """The program: ``LLAMA_BENCH``, else on PATH; None where it is not."""
+    """The program: ``LLAMA_BENCH``, else on PATH; None where there is none."""
     return shutil.which(os.environ.get(VARIABLE) or PROGRAM)
+
+
+def require_bench() -> str:
+    """The program; raises ``ConfigError`` where there is none."""
+    if bench := find_bench():
+        return bench
+    path = os.environ.get(VARIABLE)
+    where = f"{VARIABLE}={path} is not a program" if path else f"{PROGRAM} is not on PATH"
+    raise ConfigError(
+        f"--reference {LLAMA_CPP} needs llama.cpp's own benchmark, and {where}: build llama.cpp "
+        f"and name its {PROGRAM} in {VARIABLE}"
+    )
 
 
 @dataclass(frozen=True)
@@ -37,16 +50,33 @@ class ReferenceFile:
 
     @classmethod
     def of(cls, path: Path) -> ReferenceFile:
-        """Raises ``LoadError`` for what is no GGUF file."""
+        """Raises ``LoadError`` for what is not a GGUF file."""
         file = read_gguf(path)
-        held = {name: tensor.size for name, tensor in file.tensors.items()}
-        looked_up = held.get("token_embd.weight", 0) if "output.weight" in held else 0
-        return cls(path, file.file_type or file.quantisation, sum(held.values()) - looked_up)
+        sizes = {name: tensor.size for name, tensor in file.tensors.items()}
+        looked_up = sizes.get("token_embd.weight", 0) if "output.weight" in sizes else 0
+        return cls(path, file.file_type or file.quantisation, sum(sizes.values()) - looked_up)
 
 
-def prompt_rows(bench: str, file: Path, threads: int, sizes: list[int]) -> list[dict[str, Any]]:
-    """Its rows for prompts of ``sizes`` tokens: ``n_prompt`` and ``avg_ns`` of the whole."""
-    return _run(bench, file, threads, "-p", ",".join(map(str, sizes)), "-n", "0")
+def reference_repetition(
+    bench: str, file: Path, threads: int, prompt: int, tokens: int, long: int = 0
+) -> Sample:
+    """One repetition by llama-bench, as ``timing.repetition``: a mean step stands for all.
+
+    It generates ``tokens`` after ``prompt`` others; ``long``: tokens of a longer prompt whose first
+    token is timed too, 0: none.  ``build`` identifies the program.
+    """
+    sizes = ",".join(dict.fromkeys(str(size) for size in (prompt, long) if size))
+    read = _run(bench, file, threads, "-p", sizes, "-n", "0")
+    generated = decode_row(bench, file, threads, tokens, prompt + WARM)
+    seconds = {row["n_prompt"]: row["avg_ns"] / 1e9 for row in read}
+    names = ("build_commit", "build_number", "backends", "model_type", "type_k", "n_threads")
+    sample = {
+        "first_token_s": seconds[prompt],
+        "warm_s": [],
+        "steps_s": [generated["avg_ns"] / 1e9 / tokens],
+        "build": {name: generated.get(name) for name in names},
+    }
+    return sample | ({"prefill_s": seconds[long]} if long else {})
 
 
 def decode_row(bench: str, file: Path, threads: int, tokens: int, depth: int) -> dict[str, Any]:
@@ -54,9 +84,9 @@ def decode_row(bench: str, file: Path, threads: int, tokens: int, depth: int) ->
     return _run(bench, file, threads, "-p", "0", "-n", str(tokens), "-d", str(depth))[0]
 
 
-def _run(bench: str, file: Path, threads: int, *asked: str) -> list[dict[str, Any]]:
+def _run(bench: str, file: Path, threads: int, *flags: str) -> list[dict[str, Any]]:
     """Its report; raises ``DartError`` where it fails."""
-    command = [bench, "-m", str(file), "-t", str(threads), "-r", "1", "-o", "json", *asked]
+    command = [bench, "-m", str(file), "-t", str(threads), "-r", "1", "-o", "json", *flags]
     environment = program_environment(os.environ, bench)
     try:
         done = subprocess.run(
@@ -65,22 +95,19 @@ def _run(bench: str, file: Path, threads: int, *asked: str) -> list[dict[str, An
     except OSError as error:
         raise DartError(f"{PROGRAM} at {bench} could not be run: {error}") from error
     try:
-        found = json.loads(done.stdout) if done.returncode == 0 else None
-    except ValueError:
-        found = None
-    rows = found if isinstance(found, list) else []
-    if not rows or not all(
-        isinstance(one, dict) and "avg_ns" in one and "n_prompt" in one for one in rows
-    ):
-        told = " ".join((done.stderr.strip() or done.stdout.strip() or "it said nothing").split())
-        raise DartError(
-            f"{PROGRAM} failed on {file.name} (exit code {done.returncode}): {told[-300:]}"
-        )
-    return rows
+        rows = json.loads(done.stdout) if done.returncode == 0 else []
+        if rows and all("avg_ns" in row and "n_prompt" in row for row in rows):
+            return list(rows)
+    except (ValueError, TypeError):  # not JSON, or not a list of rows
+        pass
+    output = " ".join((done.stderr.strip() or done.stdout.strip() or "no output").split())
+    raise DartError(
+        f"{PROGRAM} failed on {file.name} (exit code {done.returncode}): {output[-300:]}"
+    )
 
 
-def program_environment(given: Mapping[str, str], bench: str) -> dict[str, str]:
+def program_environment(environment: Mapping[str, str], bench: str) -> dict[str, str]:
     """Without what is set for PyTorch's threads; libraries may lie beside the program."""
-    kept = {name: value for name, value in given.items() if not name.startswith(OURS)}
-    places = [str(Path(bench).resolve().parent), kept.get("LD_LIBRARY_PATH", "")]
-    return {**kept, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, places))}
+    kept = {name: value for name, value in environment.items() if not name.startswith(OURS)}
+    folders = [str(Path(bench).resolve().parent), kept.get("LD_LIBRARY_PATH", "")]
+    return {**kept, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, folders))}

@@ -31,7 +31,7 @@ ORACLE = " (oracle)"
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to prune, at any sparsity.  ``oracle``: told the moment of the change of topic."""
+    """One way to prune, at any sparsity.  ``oracle``: re-masked at the change of topic."""
 
     label: str
     config: PruneConfig
@@ -58,16 +58,16 @@ def parse(
     that removes nothing, and a file or setting that cannot be used; ``UnknownName`` for a method
     that does not exist.
     """
-    wanted = [(METHODS.check(name), {"method": name}, "") for name in methods]
+    rows = [(METHODS.check(name), {"method": name}, "") for name in methods]
     if file is not None:
-        own = read_variants(Path(file), {"sparsity": "--sparsities", **(flags or {})})
-        wanted += [(label, own[label], f'the variant "{label}" of {file}: ') for label in own]
+        changed = read_variants(Path(file), {"sparsity": "--sparsities", **(flags or {})})
+        rows += [(label, changed[label], f'the variant "{label}" of {file}: ') for label in changed]
     variants: list[Variant] = []
-    for label, settings, place in wanted:
+    for label, settings, prefix in rows:
         try:
             variant = Variant(label, _build(settings, changes))
         except ConfigError as error:
-            raise ConfigError(f"{place}{error}") from None
+            raise ConfigError(f"{prefix}{error}") from None
         if label in (DENSE, *(variant.label for variant in variants)):
             raise ConfigError(f'the label "{label}" is taken: give each variant its own')
         if label.endswith(ORACLE) or not label.strip():
@@ -81,10 +81,8 @@ def read_variants(path: Path, flags: Mapping[str, str]) -> dict[str, dict[str, A
     variants: dict[str, dict[str, Any]] = {}
     for label, changes in read_yaml(path).items():
         if changes is not None and not isinstance(changes, Mapping):
-            raise ConfigError(
-                f'the variant "{label}" of {path} must hold settings: write '
-                f"{label}: {{compensation: false}}"
-            )
+            example = f"{label}: {{compensation: false}}"
+            raise ConfigError(f'the variant "{label}" of {path} has no settings: write {example}')
         for name in flags.keys() & (changes or {}).keys():
             raise ConfigError(
                 f'the variant "{label}" of {path} sets the {name}, which {flags[name]} does: '
@@ -101,23 +99,22 @@ def _build(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> PruneConf
     preset = METHODS.get(method)
     if preset.sparsity == 0:
         raise ConfigError(f"method {method} removes nothing, and dense runs anyway: leave it out")
-    own = {name: value for name, value in settings.items() if name != "method"}
-    return preset.replace({**changes, **own})
+    return preset.replace({**changes, **{k: v for k, v in settings.items() if k != "method"}})
 
 
-def oracles(variants: Sequence[Variant], asked: str | None) -> list[Variant]:
-    """Variants that are told the moment of the change.
+def oracles(variants: Sequence[Variant], labels: str | None) -> list[Variant]:
+    """Variants that are re-masked at the known moment of the change.
 
-    ``asked``: labels with commas between them, or ``none``; None: all whose drift rule is live.
+    ``labels``: with commas between them, or ``none``; None: all whose drift rule is live.
     """
-    known = {variant.label: variant for variant in variants}
-    if asked is None:
-        names = [label for label, variant in known.items() if variant.config.drift.rule != NEVER]
+    configs = {variant.label: variant.config for variant in variants}
+    if labels is None:
+        names = [label for label, config in configs.items() if config.drift.rule != NEVER]
     else:
-        names = [] if words(asked) == ["none"] else words(asked)
+        names = [] if words(labels) == ["none"] else words(labels)
     for name in names:
-        check_name("variant for --oracle", name, known)
+        check_name("variant for --oracle", name, configs)
     return [
-        Variant(f"{name}{ORACLE}", known[name].config.replace({"drift": {"rule": NEVER}}), True)
+        Variant(f"{name}{ORACLE}", configs[name].replace({"drift": {"rule": NEVER}}), True)
         for name in dict.fromkeys(names)
     ]

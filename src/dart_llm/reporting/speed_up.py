@@ -1,4 +1,4 @@
-"""Speed-ups judged by the bandwidth limit: a ratio that the bytes do not allow is never shown.
+"""Speed-ups judged by the bandwidth limit: a ratio above it is never shown.
 
 Decoding one token reads every weight that it needs once, so a way of decoding that reads fewer
 bytes is faster by the ratio of the bytes at most.  A ratio that is clearly larger means that
@@ -16,7 +16,7 @@ from typing import Any
 ADVICE = "measure with dart-llm bench speed"
 
 DISTURBED = f"disturbed: {ADVICE}"
-"""Stands in place of a ratio that cannot be trusted."""
+"""Replaces a ratio that cannot be trusted."""
 
 TOLERANCE = 0.1
 """How far above the limit a ratio may lie on a quiet machine; it is shown as the limit.
@@ -72,7 +72,7 @@ def judge(base: Sequence[float], other: Sequence[float], limit: float | None = N
     ``LARGEST_SCATTER``; any other ratio above the limit is shown as the limit.  Raises
     ``ValueError`` for sequences that are empty or of different lengths.
     """
-    ratios = [one / another for one, another in zip(base, other, strict=True)]
+    ratios = [slow / fast for slow, fast in zip(base, other, strict=True)]
     if not ratios:
         raise ValueError("a speed-up needs at least one repetition")
     ratio, low, scatter = statistics.median(ratios), ratios[0], None
@@ -92,9 +92,9 @@ def contradicting(times: Mapping[str, Sequence[float]], sizes: Mapping[str, floa
     all by the same kernels.  Of two that contradict each other both are named: which one was
     disturbed is not known.
     """
-    found = set[str]()
-    for one, other in combinations(sizes, 2):
-        slow, fast = (one, other) if sizes[one] >= sizes[other] else (other, one)
+    disturbed = set[str]()
+    for pair in combinations(sizes, 2):
+        slow, fast = sorted(pair, key=lambda name: -sizes[name])
         if judge(times[slow], times[fast], sizes[slow] / sizes[fast]).disturbed:
-            found |= {slow, fast}
-    return found
+            disturbed |= {slow, fast}
+    return disturbed

@@ -11,22 +11,24 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import dart_llm
+import written
+from checkpoints import write_gguf
 from dart_llm.cli.app import app
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.experiments.held import Held
-from dart_llm.experiments.timed_cases import Format
 from dart_llm.pruning.config import PruneConfig
+from dart_llm.reporting import figures
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
-from dart_llm.studies.tune import study as tune_study
-from dart_llm.studies.tune.candidates import Formats, candidates, quick_candidates
-from dart_llm.studies.tune.dry_run import plan
-from dart_llm.studies.tune.quality import slices_of, users, write_text
-from dart_llm.studies.tune.settings import TuneSettings
+from dart_llm.studies.bench import quality
+from dart_llm.studies.bench.candidates import Formats, plan, quick_grid, tune_grid
+from dart_llm.studies.bench.quality import all_slices, generate_text, user_slices
+from dart_llm.studies.bench.settings import TuneSettings
+from dart_llm.studies.bench.tune import TuneStudy
+from llama_bench import write_bench
 from lm_cases import loaded
 from tune_cases import PROMPT, TOKENS, job, settings
 
-FORMS = tuple(Format(name, name) for name in ("file", "q8_0", "q4_0", "dense"))
+FORMS = ("file", "q8_0", "q4_0", "dense")
 
 
 def asked(**given):
@@ -43,54 +45,51 @@ def test_a_grid_that_is_given_is_the_whole_product(methods, sparsities, heads, f
     given = asked(
         methods=",".join(methods), sparsities=",".join(map(str, sparsities)), heads=",".join(heads)
     )
-    found = candidates(given, Formats(tuple(forms), tuple(forms)))
+    found = tune_grid(given, Formats(tuple(forms), tuple(forms)))
     pruned = len(methods) * len(sparsities) * len(heads)
     screened = "screened" in heads
     assert len(found) == len(forms) * (1 + screened + pruned)
     assert len({one.label for one in found}) == len(found)
-    assert [one.form for one in found[: len(forms)]] == [form.name for form in forms]
+    assert [one.weights for one in found[: len(forms)]] == forms
     assert all(one.dense for one in found[: len(forms)])
     assert not any(one.dense for one in found[len(forms) :])
     assert {one.config.target for one in found} == {0.0, *sparsities}
     assert {one.config.head.kind for one in found} == {"full", *heads}
 
 
+def labels(grid):
+    return [one.label for one in grid]
+
+
 def test_the_default_grid():
-    both = Formats((FORMS[0], FORMS[3]), FORMS[:1])
-    found = [one.label for one in candidates(asked(), both)]
-    assert found[:3] == [
-        "dense, weights file",
-        "dense, weights dense",
-        "dense, screened head, weights file",
-    ]
-    assert "dart-token 50 %, screened head, weights file" in found
-    assert "griffin 30 %, weights file" in found and len(found) == 13
-    one = candidates(asked(methods="none"), Formats(FORMS[:1], FORMS[:1]))
-    assert [each.label for each in one] == ["dense", "dense, screened head"]
+    both = Formats(("file", "dense"), ("file",))
+    grid = labels(tune_grid(asked(), both))
+    dense = ["dense, weights file", "dense, weights dense", "dense, screened head, weights file"]
+    assert grid[:3] == dense and len(grid) == 13
+    assert "dart-token 50 %, screened head, weights file" in grid
+    assert "griffin 30 %, weights file" in grid
+    alone = Formats(("file",), ("file",))
+    assert labels(tune_grid(asked(methods="none"), alone)) == ["dense", "dense, screened head"]
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_a_dtype_leaves_the_blocks_of_a_gguf_file_to_be_tried(native, dtype):
-    found = Formats.of(asked(model="smollm2-135m", dtype=dtype, device="cpu"))
-    assert [one.name for one in found.every] == ["file", "q4_0"]
-    assert [one.name for one in found.pruned] == ["file"]
-    assert found.reference.name == "file"
-    assert Formats(FORMS[1:3], FORMS[1:2]).reference.name == "dense"
+    found = Formats.from_settings(asked(model="smollm2-135m", dtype=dtype, device="cpu"))
+    assert found.every == ("file", "q4_0")
+    assert found.pruned == ("file",)
+    assert found.reference == "file"
+    assert Formats(FORMS[1:3], FORMS[1:2]).reference == "dense"
 
 
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
         ({"methods": "dart-tokens"}, 'did you mean "?dart-token'),
-        ({"methods": "dense"}, "method dense removes nothing"),
-        ({"sparsities": "50"}, "must lie between 0 and 1"),
         ({"heads": "half"}, "head"),
-        ({"weights": "q3_0"}, "weights"),
         ({"weights": "auto"}, "tune measures formats of one model"),
         ({"max_loss": 0}, "--max-loss 0 must be more than 0"),
         ({"max_loss": 2}, "--max-loss 2 must be at most 1"),
         ({"text": "no-such-text"}, 'there is no text "no-such-text"'),
-        ({"reference": "vllm"}, "llama.cpp"),
         ({"slices": 1}, "--slices 1 must be at least 2"),
     ],
 )
@@ -102,16 +101,18 @@ def test_refusals_are_one_sentence(given, sentence):
 
 def test_slices_of_both_texts_come_in_turn(tmp_path):
     model, tokenizer = loaded()
-    own = write_text(model, 3, PROMPT + TOKENS, 0)
-    assert own == write_text(model, 3, PROMPT + TOKENS, 0) != write_text(model, 3, 64, 1)
+    own = generate_text(model, 3, PROMPT + TOKENS, 0)
+    assert own == generate_text(model, 3, PROMPT + TOKENS, 0) != generate_text(model, 3, 64, 1)
     path = settings(tmp_path).text
-    found = slices_of(dict(enumerate(own)), users(path, tokenizer, 3, PROMPT, TOKENS), PROMPT)
+    found = all_slices(
+        dict(enumerate(own)), user_slices(path, tokenizer, 3, PROMPT, TOKENS), PROMPT
+    )
     assert [one.id for one in found[:4]] == ["own/0", "bees/0", "own/1", "bees/1"]
-    assert all(len(one.scored) == TOKENS and len(one.window.ids) == 64 for one in found)
+    assert all(one.window.scored == TOKENS and len(one.window.ids) == 64 for one in found)
     short = tmp_path / "short.txt"
     short.write_text("a" * 100)
     with pytest.raises(ConfigError, match="has 100 tokens, and two slices need 128"):
-        users(str(short), tokenizer, 3, PROMPT, TOKENS)
+        user_slices(str(short), tokenizer, 3, PROMPT, TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +143,19 @@ def test_the_folder_has_table_picture_page_and_setting(whole):
     document = json.loads((whole.path / "tune.json").read_text())
     page = (whole.path / "report.html").read_text(encoding="utf-8")
     assert "Which setting for" in page and document["recommended"] in page
-    assert re.search(r"\| griffin 70 % \| [\d.]+ % ", (whole.path / "tune.md").read_text())
+    text = (whole.path / "tune.md").read_text()
+    assert re.search(r"\| griffin 70 % \| dense \| [\d.]+ % ", text) and text == whole.markdown()
+    lines = written.lines(whole.path / "rows.jsonl")
+    metrics = [line["metric"] for line in lines if line["label"] == "griffin 70 %"]
+    assert metrics == ["loss"]  # it is not timed
+    dense = {line["metric"]: line for line in lines if line["label"] == "dense"}
+    assert {"loss", "ms_per_token", "speed_up"} == set(dense) and dense["speed_up"]["value"] == 1
+    assert (dense["loss"]["dense_share"], dense["loss"]["dtype"]) == (1, "float32")
 
 
 def test_a_loss_that_is_clearly_too_much_is_not_timed(tmp_path, monkeypatch):
     """And what is left, dense, is what is kept: nothing is worth it."""
-    monkeypatch.setattr(tune_study.choice, "clearly_over", lambda row, most: row["kl"] > 1e-6)
+    monkeypatch.setattr(quality, "clearly_over", lambda row, most: row["kl"] > 1e-6)
     found = job(tmp_path, sparsities="0.7", max_loss=1e-7)
     dense, pruned = found.summary["rows"]
     assert pruned["ms"] is None and pruned["times_dense"] is None and dense["recommended"]
@@ -158,23 +166,36 @@ def test_a_loss_that_is_clearly_too_much_is_not_timed(tmp_path, monkeypatch):
     assert "griffin 70 %" not in found.repetitions[0]["samples"]
 
 
-def test_what_cannot_run_is_left_out_with_its_reason(tmp_path):
-    """On the tiny GPT-2 without kernels weights lie in no blocks."""
-    variants = tmp_path / "variants.yaml"
-    variants.write_text("low rank: {method: griffin, compensation_rank: 4, prior: {}}\n")
-    text = {"variants": str(variants), "methods": "none", "sparsities": "0.3"}
-    found = job(tmp_path, **text)
-    assert list(found.left_out) == [] or "low rank" in next(iter(found.left_out))
-    assert found.summary["rows"][0]["row"] == "dense"
+def test_what_cannot_run_is_left_out_with_its_reason(tmp_path, monkeypatch):
+    """A maker that refuses one candidate leaves the others."""
+    maker = TuneStudy.maker
+
+    def refuse(study, candidate):
+        if candidate.config.target == 0.7:
+            raise ConfigError("no room")
+        return maker(study, candidate)
+
+    monkeypatch.setattr(TuneStudy, "maker", refuse)
+    monkeypatch.setattr(figures, "save", lambda folder, wanted, style: [])
+    study = job(tmp_path)
+    assert [row["row"] for row in study.summary["rows"]] == ["dense", "griffin 30 %"]
+    assert study.summary["left_out"] == {"griffin 70 %": "no room"}
+    assert study.sentences()[1] == "griffin 70 % is left out: no room"
 
 
-def test_a_reference_that_is_not_at_hand_is_said(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLAMA_BENCH", str(tmp_path / "nothing"))
-    found = job(tmp_path, methods="none", reference="llama.cpp")
-    assert found.notes == [
-        "no row of llama.cpp: its llama-bench is not at hand (name it in LLAMA_BENCH)"
-    ]
-    assert found.summary["reference_rows"] == []
+def test_llama_cpp_is_timed_beside_the_candidates(tmp_path, monkeypatch, native):
+    program, _ = write_bench(tmp_path)
+    monkeypatch.setenv("LLAMA_BENCH", str(program))
+    monkeypatch.setattr(figures, "save", lambda folder, wanted, style: [])
+    given = {"model": str(write_gguf(tmp_path / "tiny.gguf")), "cache_dir": str(tmp_path / "cache")}
+    given |= {"weights": "file", "dtype": None, "reference": "llama.cpp", "methods": "none"}
+    study = job(tmp_path, **given)
+    (row,) = study.summary["reference_rows"]
+    assert (row["row"], row["ms"], row["file"]) == ("llama.cpp Q4_1", 2, "tiny.gguf")
+    assert "| llama.cpp Q4_1 | Q4_1 |" in study.markdown()
+    monkeypatch.setenv("LLAMA_BENCH", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="none is not a program"):
+        job(tmp_path, **given)
 
 
 def test_dry_run_says_what_and_how_long(tmp_path):
@@ -185,28 +206,26 @@ def test_dry_run_says_what_and_how_long(tmp_path):
     assert "roughly" in ui.log[-1] and not (tmp_path / "results").exists()
     assert "to learn" not in ui.log[-1] and " of memory; nothing was run" in ui.log[-1]
     plan(settings(tmp_path, methods="dart"), ui)
-    assert "to learn from the model's own text, once" in ui.log[-1]
+    assert "to learn from self-generated text" in ui.log[-1]
     quick = plan(settings(tmp_path, quick=True, slices=8), ui)
     assert quick["candidates"] == ["dense", "griffin 30 %"]
     assert quick["slices"] == 4 and quick["seconds"] < found["seconds"]
 
 
 def test_the_quick_grid():
-    both = Formats((FORMS[0], FORMS[2]), FORMS[:1])
-    given = asked(quick=True)
-    found = quick_candidates(candidates(given, both), given, both)
-    assert [one.label for one in found] == [
+    both, given = Formats(("file", "q4_0"), ("file",)), asked(quick=True)
+    grid = quick_grid(tune_grid(given, both), given, both)
+    assert labels(grid) == [
         "dense, weights file",
         "dense, screened head, weights file",
         "dart-token 30 %, weights file",
     ]
-    dense, screened, token = (one.config.prior for one in found)
+    dense, screened, token = (one.config.prior for one in grid)
     assert dense is None and screened.sequences == token.sequences == 8  # a quarter of the text
     assert (screened.tokens, token.tokens) == (0, 32)
-    rounded = Formats((FORMS[3], FORMS[1], FORMS[2]), FORMS[1:2])
+    rounded = Formats(("dense", "q8_0", "q4_0"), ("q8_0",))
     given = asked(quick=True, methods="griffin,dart", sparsities="0.4,0.2", heads="full")
-    found = quick_candidates(candidates(given, rounded), given, rounded)
-    assert [one.label for one in found] == [
+    assert labels(quick_grid(tune_grid(given, rounded), given, rounded)) == [
         "dense, weights dense",
         "dense, weights q8_0",
         "griffin 20 %, weights q8_0",
@@ -219,7 +238,7 @@ def test_a_quick_run_answers_and_the_whole_one_continues_from_it(tmp_path):
     rows = [row["row"] for row in first.summary["rows"]]
     assert rows == ["dense", "griffin 30 %"]
     assert first.summary["slices"] == 2 and len(first.lines) == 4 * 3
-    assert re.match("First answer|Undecided", first.sentences()[0])
+    assert first.sentences()[0].startswith("First answer: ")
     assert "measures 1 further setting and continues from here" in first.sentences()[0]
     kept = yaml.safe_load((first.path / "setting.yaml").read_text())
     assert kept["measured"]["quick"] is True
@@ -277,4 +296,3 @@ def test_a_small_run_of_the_default_model(tmp_path, smollm2):
     assert found.recommended is dense and pruned["achieved_sparsity"] == pytest.approx(
         0.5, abs=0.01
     )
-    assert Held(Format("x"), model, tokenizer).dtype == found.setting.model["dtype"]

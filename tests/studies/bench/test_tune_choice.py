@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dart_llm.studies.tune.choice import (
+from dart_llm.studies.bench.quality import (
     REFERENCE,
     clearly_over,
     pareto,
     quality_row,
     recommend,
-    time_row,
     undecided,
 )
+from dart_llm.studies.bench.rows import time_columns
 
 FACTS = {"decoded_tokens": 10, "remasks": 1, "extra_memory_bytes": 5}
 
@@ -57,24 +57,22 @@ def test_the_loss_is_that_of_the_worse_text():
     assert clearly_over(found, 0.02) and not clearly_over(found, 0.035)
 
 
-def test_the_loss_is_no_less_than_what_the_divergence_says():
-    """Tokens that happen to be likelier do not hide that the model is another one."""
-    own = [line(REFERENCE, "own", n, 1.0) for n in range(6)]
-    kls = [0.02, 0.03] * 3
-    own += [line("dart", "own", n, 0.99, kl=kl, achieved=0.5) for n, kl in enumerate(kls)]
-    found = quality_row("dart", own, 0)
-    assert found["loss"] == pytest.approx(math.expm1(0.025))
-    low, high = found["loss_interval"]
-    assert math.expm1(0.02) <= low < found["loss"] < high <= math.expm1(0.03)
-    assert found["perplexity"] == pytest.approx(math.exp(0.99))
-
-
-def test_of_few_slices_the_divergence_alone_counts():
-    own = [line(REFERENCE, "own", n, 1.0) for n in range(2)]
-    own += [line("dart", "own", n, 1.3, kl=0.02 + n / 100, achieved=0.5) for n in range(2)]
-    found = quality_row("dart", own, 0)
-    assert found["loss"] == pytest.approx(math.expm1(0.025))
-    assert found["loss_range"] == pytest.approx([math.expm1(0.02), math.expm1(0.03)])
+@pytest.mark.parametrize(("slices", "loss"), [(6, 0.99), (2, 1.3)])
+def test_the_loss_is_no_less_than_what_the_divergence_gives(slices, loss):
+    """Tokens that happen to be likelier do not hide that the model differs; with few slices their
+    losses count neither way."""
+    kls = [0.02, 0.03] * (slices // 2)
+    lines = [line(REFERENCE, "own", n, 1.0) for n in range(slices)]
+    lines += [line("dart", "own", n, loss, kl=kl, achieved=0.5) for n, kl in enumerate(kls)]
+    scored = quality_row("dart", lines, 0)
+    assert scored["loss"] == pytest.approx(math.expm1(0.025))
+    assert scored["loss_range"] == pytest.approx([math.expm1(0.02), math.expm1(0.03)])
+    assert scored["perplexity"] == pytest.approx(math.exp(loss))
+    if slices == 2:
+        assert scored["loss_interval"] is None
+    else:
+        low, high = scored["loss_interval"]
+        assert math.expm1(0.02) <= low < scored["loss"] < high <= math.expm1(0.03)
 
 
 ROWS = [
@@ -93,16 +91,19 @@ ROWS = [
         ({"token": row("token", 0.015, 5.9)}, "q8"),  # is no faster than the noise
         ({"token": row("token", 0.015, None), "q8": row("q8", 0.001, 9.9, True)}, "dense"),
         ({"token": row("token", 0.05, 5.0), "q8": row("q8", 0.04, 6.0, True)}, "dense"),
+        (
+            {
+                "dense": row("dense", 0.03, 3.0, True),
+                "token": row("token", 0.05, 2.0),
+                "q8": row("q8", 0.03, 6.0, True),
+            },
+            "dense",
+        ),  # without any within: as it is loaded
     ],
 )
 def test_the_fastest_within_the_loss_that_beats_simpler_ones(change, wanted):
     rows = [change.get(one["row"], one) for one in ROWS]
     assert recommend(rows, "dense", 0.02, 0.03) == wanted
-
-
-def test_without_any_within_it_is_the_model_as_it_is_loaded():
-    rows = [row("file", 0.03, 3.0, True), row("token", 0.05, 2.0)]
-    assert recommend(rows, "file", 0.02, 0.03) == "file"
 
 
 @given(
@@ -134,12 +135,12 @@ def test_the_front_holds_what_nothing_beats():
 def test_times_are_medians_of_means():
     samples = [{"steps_s": [0.002, 0.004]}, {"steps_s": [0.003] * 2}, {"steps_s": [0.009] * 2}]
     base = [{"steps_s": [0.006]}] * 2 + [{"steps_s": [0.018]}]
-    found = time_row(samples, base)
+    found = time_columns(samples, base)
     assert found["ms"] == pytest.approx(3.0) and found["ms_spread"] == pytest.approx(0.0)
     assert found["times_dense"] == pytest.approx(2.0) and found["disturbed"] is None
-    held = time_row(samples, base, 1.5)  # more than the bytes allow is no result
+    held = time_columns(samples, base, 1.5)  # more than the bytes allow is no result
     assert held["times_dense"] is None and held["disturbed"].startswith("disturbed")
-    assert held["bytes_limit"] == 1.5
+    assert held["bandwidth_limit"] == 1.5
 
 
 DENSE = row("dense", 0.0, 10.0, True)
@@ -164,6 +165,6 @@ def test_few_slices_decide_only_what_is_clear(other, recommended, left):
     assert undecided(rows, "dense", recommended, 0.02, 0.03) == left
 
 
-def test_of_too_few_slices_the_least_loss_says_what_is_clearly_over():
+def test_with_too_few_slices_the_least_loss_decides_what_is_clearly_over():
     assert not clearly_over(row("token", 0.03, None, loss_range=[0.015, 0.05]), 0.02)
     assert clearly_over(row("token", 0.03, None, loss_range=[0.025, 0.05]), 0.02)

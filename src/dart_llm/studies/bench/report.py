@@ -1,0 +1,412 @@
+"""Table, sentences, plots, Markdown and page of speed.json and tune.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dart_llm.experiments import run_facts
+from dart_llm.experiments.comparison_report import stacked
+from dart_llm.experiments.llama_bench import LLAMA_CPP
+from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.store import read
+from dart_llm.files import write_text
+from dart_llm.reporting import page
+from dart_llm.reporting.figures import (
+    INK,
+    SOFT,
+    Look,
+    Palette,
+    Plot,
+    key,
+    looks_of,
+    name_bars,
+    panels,
+    reference_line,
+    write_beside,
+)
+from dart_llm.reporting.table import Column, Table, escaped, grouped
+from dart_llm.reporting.words import count, dtype_text, figure, file_text, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+Row = Mapping[str, Any]
+
+METRICS = {"loss": "loss", "ms": "ms_per_token", "times_dense": "speed_up"}
+"""What rows.jsonl has of a row: its key, and the metric."""
+
+
+def result_lines(task: str, document: Row, packed: Mapping[str, str]) -> list[ResultLine]:
+    """Loss, time and speed-up of every row; ``packed``: names of formats in blocks."""
+    lines = []
+    for row in _all_rows(document):
+        ours = row["executor"] != LLAMA_CPP
+        ends = row.get("loss_interval") or (None, None)
+        facts: dict[str, Any] = {
+            "label": row["row"],
+            "method": row["method"] or ("dense" if ours else LLAMA_CPP),
+            "model": document["model"],
+            "task": task,
+            "requested": row.get("requested"),
+            "achieved": row.get("achieved_sparsity"),
+            "dense_share": row.get("dense_token_share"),
+            "remasks": None if row.get("remasks") is None else round(row["remasks"]),
+            "seed": document["seed"],
+            "dtype": document["checkpoint"]["dtype"] if ours else None,
+            "weights": packed.get(row["weights"]) if ours else row["weights"],
+        }
+        for name, metric in METRICS.items():
+            value, error = row.get(name), row["disturbed"] if name == "times_dense" else None
+            if value is not None or error:
+                facts |= {"metric": metric, "value": value, "error": None if value else error}
+                facts["higher_is_better"] = name == "times_dense"
+                facts["low"], facts["high"] = ends if name == "loss" else (None, None)
+                lines.append(ResultLine(**facts))
+    return lines
+
+
+def _all_rows(document: Row) -> list[Row]:
+    return [*document["rows"], *document.get("reference_rows", ())]
+
+
+def number(value: float) -> str:
+    """To three digits or so: 0.042, 1.23, 17.6, 1234."""
+    size = abs(value)
+    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def _scaled(scale: float) -> Callable[[float], str]:
+    return lambda value: number(value / scale)
+
+
+COLUMNS = (
+    Column("row", "row", wrap=False),
+    Column("weights", "weights", terminal=False),
+    Column("loss", "loss", percent, interval="loss_interval"),
+    Column("KL", "kl", ".3f"),
+    Column("ms", "ms", number),
+    Column("+-", "ms_spread", number, terminal=False),
+    Column("x transformers", "times_transformers", ".2f"),
+    Column("x dense", "times_dense", ".2f"),
+    Column("bandwidth limit", "bandwidth_limit", ".2f"),
+    Column("of limit", "share_of_limit", percent, terminal=False),
+    Column("x base", "times_base", ".2f"),
+    Column("base limit", "base_limit", ".2f"),
+    Column("MB/token", "bytes_per_token", _scaled(1e6)),
+    Column("bytes", "bytes_share", ".2f"),
+    Column("achieved", "achieved_sparsity", percent),
+    Column("dense tokens", "dense_token_share", percent, terminal=False),
+    Column("re-masks", "remasks", ".3g", terminal=False),
+    Column("GB/s", "bytes_per_second", _scaled(1e9)),
+    Column("of read", "share_of_read_bandwidth", percent, terminal=False),
+    Column("pp tokens/s", "pp_tokens_per_second", number),
+    Column("first token ms", "first_token_ms", number, terminal=False),
+    Column("long first ms", "prefill_ms", number),
+    Column("tg tokens/s", "tg_tokens_per_second", number, terminal=False),
+    Column("attach ms", "attach_ms", number, terminal=False),
+    Column("extra MiB", "extra_memory_bytes", _scaled(2**20), terminal=False),
+    Column("peak MiB", "peak_growth_bytes", _scaled(2**20), terminal=False),
+    Column("all ms", "all_ms", number, terminal=False),
+    Column("all x transformers", "all_times_transformers", ".2f", terminal=False),
+    Column("all x dense", "all_times_dense", ".2f", terminal=False),
+    Column("worse text", "worse_text", terminal=False),
+    Column("perplexity", "perplexity", figure, terminal=False),
+    Column("", "verdict", needed=True),
+)
+"""Of both documents; docs/bench.md and docs/tune.md define them."""
+
+
+def table(kind: str, document: Row) -> Table:
+    """The rows for people, and the CSV file; columns without a value are left out."""
+    rows = _all_rows(document)
+    several = len({one.get("base") for one in document["formats"].values()} - {None}) > 1
+    columns = tuple(
+        column
+        for column in COLUMNS
+        if any(column.raw(row) is not None for row in rows)
+        and (several or column.head not in ("x base", "base limit"))
+    )
+    best = next((n for n, row in enumerate(rows) if row.get("recommended")), None)
+    return Table(kind, caption(document), columns, rows, nothing="", strong=best, tight=True)
+
+
+def brief(row: Row) -> dict[str, Any]:
+    """What the terminal shows of a row, as data."""
+    return {c.value: c.raw(row) for c in COLUMNS if c.terminal and isinstance(c.value, str)}
+
+
+def caption(document: Row) -> str:
+    """What was measured, and where."""
+    facts, machine = document["checkpoint"], document["machine"]
+    formats = ", ".join(f"{name}: {one['stored_as']}" for name, one in document["formats"].items())
+    timed = document.get("timed_tokens", document["tokens"])
+    text = (
+        f"{facts['name']} ({file_text(facts)}, {dtype_text(facts)}; {formats}): "
+        f"{document['prompt_tokens']} prompt + {timed} timed tokens, "
+        f"{count(document['repeats'], 'repetition')} in shuffled order, x dense over "
+        f"{document['base']}; "
+    )
+    if "slices" in document:
+        text += (
+            f"loss on {count(document['slices'], 'slice')} of {document['prompt_tokens']} prompt + "
+            f"{document['tokens']} scored tokens of self-generated text and of {document['text']}; "
+        )
+    else:
+        text += (
+            f"f = {document['ffn_share_of_bytes_read']:.3f} at a mean context of "
+            f"{document['mean_context']:.0f} tokens; {document['processes']} process(es); the "
+            f"machine reads {document['read_bandwidth']['bytes_per_second'] / 1e9:.1f} GB/s; "
+        )
+    return (
+        f"{text}{machine['processor']}, {machine['threads']} threads, device {machine['device']}, "
+        f"torch {document['versions']['torch']}, kernels {document['kernels'] or 'none'}"
+    )
+
+
+def left_out(reasons: Mapping[str, str]) -> list[str]:
+    """One sentence per reason, with all candidates that it holds for."""
+    return [
+        f"{'; '.join(labels)} {'is' if len(labels) == 1 else 'are'} left out: {reason}"
+        for reason, labels in grouped(reasons, lambda label: reasons[label]).items()
+    ]
+
+
+def speed_sentences(document: Row) -> list[str]:
+    """The fastest method beside its bandwidth limit, and dense (native) beside llama.cpp."""
+    rows = {row["row"]: row for row in document["rows"]}
+    sentences = []
+    methods = [row for row in rows.values() if row["method"]]
+    judged = [row for row in methods if row["times_dense"] is not None]
+    if judged:
+        row = min(judged, key=lambda row: float(row["ms"]))
+        plain = row["times_transformers"]
+        over = f"{plain:.2f} x as fast as" if plain else "disturbed beside"
+        sentences.append(
+            f"{row['row']}: {over} transformers, {row['times_dense']:.2f} x as fast as "
+            f"{document['formats'][row['weights']]['base']}, {percent(row['share_of_limit'])} of "
+            f"the bandwidth limit of {row['bandwidth_limit']:.2f} x at "
+            f"{percent(row['achieved_sparsity'])} removed"
+        )
+    elif methods:
+        sentences.append(f"{'; '.join(row['row'] for row in methods)}: {methods[0]['disturbed']}")
+    for label, facts in document["reference"].items():
+        ours = rows.get(document["formats"].get(facts["format"], {}).get("base"))
+        if ours and rows[label]["times_dense"]:
+            sentences.append(
+                f"{ours['row']}: {number(ours['ms'])} ms per token, "
+                f"{1 / rows[label]['times_dense']:.2f} x as fast as {label}"
+            )
+    return sentences
+
+
+def verdict(document: Row, row: Row) -> str | None:
+    """What became of a row of ``tune``, in a word or two."""
+    if row["recommended"]:
+        return "stay with it for now" if document["undecided"] else "recommended"
+    if row["ms"] is None:
+        return "loses too much: not timed"
+    if row["disturbed"]:
+        return "disturbed: repeat it"
+    if row["row"] in document["undecided"]:
+        return "undecided"
+    if row["loss"] > document["max_loss"]:
+        return "loses too much"
+    return "on the front" if row["pareto"] else None
+
+
+def loss_words(row: Row) -> str:
+    """ "1.2 % (0.8 % to 1.6 %)"."""
+    ends = row["loss_interval"]
+    interval = "" if ends is None else f" ({percent(ends[0])} to {percent(ends[1])})"
+    return f"{percent(row['loss'])}{interval}"
+
+
+def tune_sentences(document: Row) -> list[str]:
+    """What is recommended and why; what could not be judged or could not run."""
+    disturbed = [row["row"] for row in document["rows"] if row["disturbed"]]
+    sentence = (
+        f"The timing of {'; '.join(disturbed)} was disturbed by other work on this machine and "
+        "decides nothing: repeat it on a quiet machine with --fresh."
+    )
+    repeat = [sentence] if disturbed and not document["quick"] else []
+    return [_recommendation(document), *repeat, *left_out(document["left_out"])]
+
+
+def _recommendation(document: Row) -> str:
+    """The recommended setting; of ``--quick`` the first answer, or that there is none yet."""
+    rows = {row["row"]: row for row in document["rows"]}
+    best, base = rows[document["recommended"]], rows[document["base"]]
+    most, noise = percent(document["max_loss"]), percent(document["noise"])
+    dense = f"{base['row']} ({base['ms']:.2f} ms per token, loss {loss_words(base)})"
+    if document["undecided"]:
+        results = "; ".join(_result(document, rows[label]) for label in document["undecided"])
+        answer = f"Undecided after so few slices and repetitions: {results}; {dense}."
+    elif best is not base:
+        answer = f"Recommended for a loss of up to {most}: {_result(document, best)}."
+        answer += f" No pruning is more than {noise} faster." if best["dense"] else ""
+    elif best["loss"] > document["max_loss"]:
+        answer = f"No setting loses less than {most}, not even {dense}."
+    else:
+        answer = f"No setting within the loss of {most} is more than {noise} faster than {dense}: "
+        answer += "keep the dense model."
+    if not document["quick"]:
+        return answer
+    settings = count(document["further"], "further setting")
+    return (
+        f"First answer: {answer} The same command without --quick measures {settings} and "
+        "continues from here."
+    )
+
+
+def _result(document: Row, row: Row) -> str:
+    """What a row loses and how fast it is."""
+    loss = f"{row['row']}: loses {loss_words(row)}"
+    if row["disturbed"]:
+        return f"{loss}; its timing was disturbed by other work on this machine"
+    limit = row["bandwidth_limit"]
+    at_most = "" if limit is None or limit <= 1 else f" (bandwidth limit {limit:.2f} x)"
+    return (
+        f"{loss}, {row['ms']:.2f} ms per token, {row['times_dense']:.2f} x as fast as "
+        f"{document['base']}{at_most}"
+    )
+
+
+def measured(document: Row, row: Row) -> dict[str, Any]:
+    """The measurement as the setting's file states it."""
+    names = ("loss", "kl", "ms", "times_dense", "bytes_share", "achieved_sparsity")
+    values = {name: None if row[name] is None else round(row[name], 5) for name in names}
+    ends, machine = row["loss_interval"], document["machine"]
+    return {
+        "loss_interval": None if ends is None else [round(end, 5) for end in ends],
+        "ms_per_token": values.pop("ms"),
+        **values,
+        "max_loss": document["max_loss"],
+        "quick": document["quick"],
+        "dense": document["base"],
+        "text": f"self-generated, and {document['text']}; the worse: {row['worse_text']}",
+        "machine": f"{machine['processor']}, {machine['threads']} threads",
+    }
+
+
+def markdown(title: str, sentences: Iterable[str], table: Table) -> str:
+    """The words and the table."""
+    words = "\n".join(f"- {escaped(line)}" for line in sentences)
+    return f"# {title}\n\n{words}\n\n{table.markdown()}\n"
+
+
+def speed_plot(document: Row) -> Plot:
+    """A bar per row, and a line where its bytes would be read at the machine's bandwidth.
+
+    No line where a cache was faster than that.
+    """
+    rows = sorted(document["rows"], key=lambda row: float(row["ms"]), reverse=True)
+    read = document["read_bandwidth"]["bytes_per_second"]
+
+    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
+        axes = figure.add_subplot()
+        looks = looks_of(list(dict.fromkeys(str(row["executor"]) for row in rows)), palette)
+        for place, row in enumerate(rows):
+            axes.barh(place, row["ms"], 0.62, color=looks[str(row["executor"])]["color"])
+            text = f"{number(row['ms'])}{' (disturbed)' if row['disturbed'] else ''}"
+            write_beside(axes, text, row["ms"], place, 7.5)
+            fastest = 1000 * row["bytes_per_token"] / read
+            if fastest <= row["ms"]:
+                for colour, width in (("white", 3.2), (INK, 1.5)):
+                    ends = [place - 0.4, place + 0.4]
+                    axes.plot([fastest] * 2, ends, color=colour, linewidth=width)
+        name_bars(axes, [row["row"] for row in rows])
+        axes.set_xlim(0, 1.12 * rows[0]["ms"])
+        axes.set_xlabel("ms per token", fontsize=8, color=SOFT)
+
+    title = "Time per token, and what reading its bytes would take (lines)"
+    bars = "; ".join(f"{row['row']} {number(row['ms'])} ms" for row in reversed(rows))
+    height = 1.0 + 0.26 * len(rows)
+    return Plot("speed", title, f"A bar per row: {bars}.", caption(document), height, draw)
+
+
+LOSSES = (-20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100)
+"""Per cent that the axis names: nearly even steps of its scale."""
+
+
+def tune_plot(document: Row) -> Plot:
+    """Loss over time and over bytes, a panel each."""
+    rows = [row for row in document["rows"] if row["loss"] > -1]
+    usual = document["rows"][0]["weights"]
+
+    def series(row: Row) -> str:
+        screened = ", screened" if row["head"] == "screened" else ""
+        weights = "" if row["weights"] == usual else f", {row['weights']}"
+        return f"{row['method']}{screened}{weights}"
+
+    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
+        above, *both = panels(figure, 2, narrow, 2)
+        looks = looks_of(list(dict.fromkeys(map(series, rows))), palette)
+        for axes, name, words in zip(
+            both,
+            ("ms", "bytes_share"),
+            ("ms per token", "bytes per token over bfloat16"),
+            strict=True,
+        ):
+            for row in rows:
+                if row[name] is not None:
+                    look = {**looks[series(row)], "linestyle": "none", "label": series(row)}
+                    _draw_point(axes, row, row[name], look)
+            axes.grid(axis="y")
+            reference_line(axes, y=100 * document["max_loss"], label="loss budget")
+            axes.set_xlabel(words, fontsize=8, color=SOFT)
+            axes.set_ylabel("loss (%), compressed above 1", fontsize=8, color=SOFT)
+            axes.set_yscale("symlog", linthresh=1)
+            low, high = axes.get_ylim()
+            ticks = [tick for tick in LOSSES if low <= tick <= high]
+            axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_yticks([], minor=True)
+        for row in document["reference_rows"]:
+            both[0].axvline(row["ms"], color=SOFT, linewidth=1.2, linestyle=":", label=row["row"])
+        key(above, both, 2 if narrow else 3)
+
+    points = "; ".join(
+        f"{row['row']} {loss_words(row)}" + ("" if row["ms"] is None else f" at {row['ms']:.2f} ms")
+        for row in rows
+    )
+    title = "Loss over time, and over the bytes of a token"
+    return Plot("tune", title, f"Points per setting: {points}.", caption(document), 4.1, draw, 6.6)
+
+
+def _draw_point(axes: Axes, row: Row, x: float, look: Look) -> None:
+    """A point with its interval and sparsity; the recommended one has a ring."""
+    y, ends = 100 * row["loss"], row["loss_interval"]
+    if ends is not None:
+        axes.plot([x, x], [100 * end for end in ends], color=look["color"], linewidth=1)
+    axes.plot([x], [y], **look)
+    if row["requested"]:
+        write_beside(axes, percent(row["requested"]), x, y, 7, 9 if row["recommended"] else 5)
+    if row["recommended"]:
+        ring: Look = {"marker": "o", "markersize": 12, "fillstyle": "none", "color": INK}
+        ring |= {"markeredgewidth": 1.3, "linestyle": "none", "label": "recommended"}
+        axes.plot([x], [y], **ring)
+
+
+def write_page(folder: Path, document: Row, plots: list[Plot]) -> Path:
+    """``report.html`` of ``tune``."""
+    view = read(folder)
+    first, *further = tune_sentences(document)
+    pictures, missing = page.pictures(plots)
+    content = {
+        "title": f"Which setting for {document['model']}?",
+        "conclusion": first,
+        "further": further,
+        "facts": run_facts.facts(view),
+        "pictures": pictures,
+        "missing": missing,
+        "tables": [(table("tune", document).html(), False)],
+        **dict.fromkeys(("notes", "many", "leak", "leaks", "failures", "checkpoints")),
+    }
+    path = folder / "report.html"
+    write_text(path, run_facts.render(view, "compare.html", content, stacked=stacked))
+    return path

@@ -1,3 +1,0 @@
-"""``dart-llm tune``: which setting for this model?"""
-
-from __future__ import annotations
