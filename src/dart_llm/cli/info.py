@@ -147,7 +147,7 @@ def show_prompt(
 EXTRAS: dict[str, tuple[str, ...]] = {
     "eval": ("datasets", "lm_eval", "rouge_score"),
     "plots": ("matplotlib", "cmcrameri"),
-    "drift": ("sentence_transformers", "sacrebleu", "bert_score", "rouge_score", "plotly"),
+    "drift": ("sentence_transformers", "sacrebleu", "bert_score", "rouge_score"),
     "native": ("ninja",),
     "trace": ("pandas",),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
