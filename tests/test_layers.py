@@ -11,7 +11,7 @@ import dart_llm
 
 HEAVY = set(
     "torch transformers lm_eval fastapi prometheus_client matplotlib ray sentence_transformers "
-    "bert_score sacrebleu plotly pandas".split()
+    "bert_score sacrebleu pandas".split()
 )
 
 

@@ -269,13 +269,13 @@ def test_the_variables_become_flags_of_a_study(desk):
     found = drift_settings(desk)
     assert (found.kind, found.model, found.seeds) == ("forced", "gpt2", "4")
     assert (found.experiment, found.results_dir, found.prompt) == ("mine", "else where", None)
-    never = found.method_list()[1]
+    never = found.candidates()[1]
     assert never.label == "never@0.3" and never.config.score.name == "magnitude"
     # where no passages are named, a prompt of the variables is the source
     assert desk.run(DRIFT, "--mode=free", CUSTOM_PROMPT_TEXT=LIST, METHOD="griffin").returncode == 0
     found = drift_settings(desk)
     assert (found.prompt, found.generation, found.sparsity) == (LIST, 300, None)
-    labels = [method.label for method in found.method_list()]
+    labels = [method.label for method in found.candidates()]
     assert labels == ["dense", "never@0.5", "griffin@0.5"]
 
 

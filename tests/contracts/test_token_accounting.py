@@ -14,7 +14,7 @@ from dart_llm.experiments.artifacts import MaskRecorder, read_masks, write_masks
 from dart_llm.pruning.records import add_dense, merge_reports
 from dart_llm.reporting.words import bytes_sentence
 from dart_llm.session.run import prune
-from dart_llm.studies.drift.record import DriftRecorder, record
+from dart_llm.studies.drift.masks import DriftRecorder, record
 from steps import decode, pruned, shared_model
 from tiny import tokens
 from token_cases import LEARNT, PLAIN

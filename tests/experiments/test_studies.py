@@ -25,8 +25,8 @@ from dart_llm.reporting.console import Ui
 from dart_llm.settings import StudyOptions, merge
 from dart_llm.studies.bench.speed import SpeedStudy
 from dart_llm.studies.bench.tune import TuneStudy
-from dart_llm.studies.detection.settings import DetectSettings
-from dart_llm.studies.detection.study import DetectionStudy
+from dart_llm.studies.drift.detect import DetectionStudy
+from dart_llm.studies.drift.settings import DetectSettings
 from dart_llm.studies.drift.study import DriftStudy
 from dart_llm.studies.evaluate.settings import PerplexitySettings
 from dart_llm.studies.evaluate.study import MeasureStudy

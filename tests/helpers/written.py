@@ -14,10 +14,10 @@ def lines(path):
     return list(whole_rows(path))
 
 
-def axes_of(plot, narrow=False):
+def axes_of(plot):
     from matplotlib.figure import Figure
 
     figure = Figure()
     with figures._style() as palette:
-        plot.draw(figure, palette, narrow)
+        figures.draw(plot, figure, palette)
     return figure.axes

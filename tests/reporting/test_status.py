@@ -40,14 +40,6 @@ def ui():
     return found
 
 
-def test_news_that_repeats_the_line_is_said_once(ui, capsys):
-    with ui.status("loading mine") as news:
-        news("loading mine")
-        news("learning")
-        news("learning")
-    assert capsys.readouterr().err == "loading mine\nlearning\n"
-
-
 def lines(capsys):
     return capsys.readouterr().err.splitlines()
 
@@ -96,33 +88,6 @@ def test_counted_work_says_where_it_is_and_how_long_it_takes(ui, clock, capsys):
     ]
 
 
-def test_short_work_says_nothing(ui, clock, capsys):
-    with ui.working("cells", 1, 2), ui.progress("slices", 4) as advance:
-        for _ in range(4):
-            clock.pass_time(1)
-            advance(1)
-            ui.heartbeat.beat()
-    assert lines(capsys) == []
-
-
-def test_what_lies_within_speaks_where_it_is_loud(ui, clock, capsys):
-    """A unit of counted work does not hide the count; what it does for long on its own does."""
-    with ui.progress("slices", 40) as advance:
-        clock.pass_time(5)
-        advance(1)
-        with ui.working("unit 2"):
-            clock.pass_time(10)
-            ui.heartbeat.beat()
-            with ui.status("loading"):
-                clock.pass_time(10)
-                ui.heartbeat.beat()
-    assert lines(capsys)[1:] == [
-        "slices: 1 of 40, about 3 min left (15 s so far)",
-        "loading",
-        "loading (10 s so far)",
-    ]
-
-
 def test_a_streamed_text_is_not_broken(ui, clock, capsys):
     with ui.working("writing"):
         ui.token("The sky ")
@@ -152,22 +117,6 @@ def test_nothing_is_said_for_programs_or_beside_a_bar(what, clock, capsys):
     assert "so far)" not in told and (what == "live" or told == "")
 
 
-def test_a_block_ends_those_that_were_left_open(ui, clock, capsys):
-    """As a generator's that was interrupted: a traceback keeps it for long."""
-
-    def units():
-        with ui.progress("slices", 4):
-            yield 1
-
-    kept = units()
-    with ui.working("all"):
-        next(kept)
-    clock.pass_time(60)
-    ui.heartbeat.beat()
-    assert lines(capsys) == []
-    kept.close()
-
-
 def test_time_left_follows_the_latest_items(clock):
     pace = Pace(100)
     assert pace.left() is None
@@ -181,12 +130,6 @@ def test_time_left_follows_the_latest_items(clock):
         clock.pass_time(5)
         pace.advance(1)
     assert pace.left() == 250
-    pace.advance(0)
-    clock.pass_time(4)
-    assert pace.left() == 246
-    pace.advance(50)
-    clock.pass_time(5)
-    assert pace.left() == 0
     last = Pace(2)
     clock.pass_time(50)
     last.advance(1)
@@ -218,13 +161,6 @@ def test_a_library_call_warns_of_its_length(hurry, caplog):
     first, second, *_ = ((one.levelname, one.message) for one in caplog.records)
     assert first == ("INFO", "converting mine")
     assert second == ("WARNING", "converting mine (0.0 s so far)")
-
-
-def test_lines_come_by_themselves(ui, hurry, capsys):
-    said = []
-    with ui.working("thinking"):
-        wait_for(lambda: said.append(capsys.readouterr().err) or "".join(said))
-    assert "".join(said).startswith("thinking (0.0 s so far)\n")
 
 
 def test_the_first_word(monkeypatch, capsys):

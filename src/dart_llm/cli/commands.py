@@ -27,8 +27,7 @@ from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import Settings, merge
 from dart_llm.studies.bench.settings import SpeedSettings, TuneSettings
-from dart_llm.studies.detection.settings import DetectSettings
-from dart_llm.studies.drift.settings import DriftSettings
+from dart_llm.studies.drift.settings import DetectSettings, DriftSettings
 from dart_llm.studies.evaluate.settings import EvalSettings, PerplexitySettings, SummarizeSettings
 from dart_llm.studies.generate.settings import RunSettings, check_elsewhere
 from dart_llm.studies.inspection.settings import TEXTS, InspectSettings
@@ -401,7 +400,7 @@ COMMANDS = (
     Command("compare", _grid_command("compare", **COMPARED), SweepFlags),
     Command("sweep", _grid_command("sweep"), SweepFlags),
     Command("drift", "drift.study:DriftStudy", DriftSettings),
-    Command("detect", "detection.study:DetectionStudy", DetectSettings),
+    Command("detect", "drift.detect:DetectionStudy", DetectSettings),
     Command("inspect", inspect, InspectSettings),
     Command("bench quality", "quality.study:QualityStudy", QualitySettings),
     Command("bench speed", bench_speed, SpeedSettings),

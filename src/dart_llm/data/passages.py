@@ -7,8 +7,6 @@ of ``{"name", "domain"}``) and ``changes`` (see ``Passage``).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -16,10 +14,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-import torch
 from pydantic import Field, StrictInt
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
 from dart_llm.data import topic_prompts
 from dart_llm.data.topic_prompts import DriftPrompt, read_records
@@ -222,43 +218,3 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
 def first_tokens(ends: Sequence[int], offsets: Sequence[int]) -> tuple[int, ...]:
     """For each offset in characters the first token that has a character from there on."""
     return tuple(next(k for k, end in enumerate(ends) if end > offset) for offset in offsets)
-
-
-class Text(NamedTuple):
-    """A passage's tokens ``ids`` [N]; ``changes``: index of the first token of each new topic."""
-
-    id: str
-    ids: Tensor
-    changes: tuple[int, ...]
-    topics: tuple[str, ...]
-
-
-def digest(records: Sequence[Passage]) -> str:
-    """sha256 of what the passages say."""
-    lines = "".join(json.dumps(one.to_dict(), sort_keys=True) + "\n" for one in records)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def tokens(passage: Passage, tokenizer: Any) -> Text:
-    """The tokens of a passage; special tokens as the tokenizer adds them.
-
-    A change is the first token that has a character of the new topic.
-    """
-    ids, ends = encode(tokenizer, passage.text)
-    changes = first_tokens(ends, passage.changes)
-    return Text(passage.id, torch.tensor(ids), changes, tuple(t.name for t in passage.topics))
-
-
-def check(texts: Sequence[Text], prompt: int, longest: int | None) -> None:
-    """Raise ``ConfigError`` for a first change in the prompt and a text over ``longest`` tokens."""
-    for text in texts:
-        if text.changes[0] <= prompt:
-            raise ConfigError(
-                f'the first change of passage "{text.id}" is its token {text.changes[0]}, within '
-                f"the prompt of {prompt}: give a smaller --prompt-tokens or other passages"
-            )
-        if longest is not None and len(text.ids) > longest:
-            raise ConfigError(
-                f'passage "{text.id}" has {len(text.ids)} tokens, and the model\'s context has '
-                f"{longest}: give shorter passages or another model"
-            )

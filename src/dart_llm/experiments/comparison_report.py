@@ -7,7 +7,7 @@ counted where both removed the same share of neurons, to a point.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ from dart_llm.reporting import page
 from dart_llm.reporting.table import (
     Column,
     PageTable,
+    Record,
     Table,
-    TerminalColumn,
-    TerminalTable,
     bytes_text,
     escaped,
     grouped,
@@ -306,18 +305,15 @@ NAMED = "95 % intervals under a score are of the score itself, under a differenc
 class ComparisonTable(Table):
     """On the terminal, heads are short and intervals stand under their numbers."""
 
-    def rich(self) -> TerminalTable:
-        return replace(super().rich(), caption=f"{self.caption}; {NAMED}")
+    @property
+    def terminal_caption(self) -> str:
+        return f"{self.caption}; {NAMED}"
 
-    def shown(self) -> list[TerminalColumn]:
-        return [
-            replace(
-                one,
-                head=one.head.partition(" (")[0].partition(",")[0].removesuffix(" tokens"),
-                cells=tuple(map(_in_lines, one.cells)),
-            )
-            for one in super().shown()
-        ]
+    def terminal_head(self, column: Column) -> str:
+        return column.head.partition(" (")[0].partition(",")[0].removesuffix(" tokens")
+
+    def terminal_cell(self, column: Column, row: Record) -> str:
+        return _in_lines(super().terminal_cell(column, row))
 
 
 def _in_lines(cell: str) -> str:

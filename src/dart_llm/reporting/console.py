@@ -40,7 +40,7 @@ class Ui:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         width = None if sys.stderr.isatty() else 110
-        # no markup: names of models and variants may hold the square brackets that rich would read
+        # no markup: names of models and variants may have square brackets, which rich would read
         self.err = Console(stderr=True, quiet=quiet, width=width, markup=False)
         self.out = Console(width=None if sys.stdout.isatty() else 160, markup=False)
         self.log: list[str] = []
@@ -186,15 +186,15 @@ class Ui:
 
     def _outlook(self, pace: Pace) -> str:
         """Once, where it is long: the time of all parts, and the memory."""
-        left, part, found = pace.left(), self.heartbeat.part(), ""
+        left, part, outlook = pace.left(), self.heartbeat.part(), ""
         if self._estimated or left is None or pace.each is None:
             return ""
         if part is not None and part.number < part.of:
             left += (part.of - part.number) * pace.total * pace.each
-            found = f"; about {duration(left)} for all {part.of} {part.noun}s"
+            outlook = f"; about {duration(left)} for all {part.of} {part.noun}s"
         if left < SILENT_S:
             return ""
         from dart_llm.native.memory import peak  # PyTorch is there by now
 
         self._estimated, memory = True, peak()
-        return f"{found}; peak memory so far {size_text(memory)}" if memory else found
+        return f"{outlook}; peak memory so far {size_text(memory)}" if memory else outlook

@@ -1,27 +1,24 @@
-"""Figure record, style, methods' looks, axes; PNG and SVG; interactive figures.
+"""Figure record, style, methods' looks, axes; PNG, SVG and PDF of one drawing.
 
-The only file that imports matplotlib, the colour maps and plotly.  Files that draw are handed an
-empty figure and its colours, or a ``Kit``.
+The only file that imports matplotlib and the colour maps.  Files that draw are handed an empty
+figure and its colours.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import inspect
 import io
-import json
 import math
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dart_llm.errors import MissingExtra
-from dart_llm.files import page_json, write_bytes
+from dart_llm.files import write_bytes
 from dart_llm.reporting.words import quantity
 
 if TYPE_CHECKING:
@@ -47,10 +44,10 @@ class Plot:
     alt: str
     small: str
     height: float
-    draw: Callable[[Figure, Palette, bool], None]
-    """Called with an empty figure, the colours, and whether the figure is narrow."""
+    draw: Callable[..., None]
+    """Called with an empty figure and the colours."""
     narrow_height: float | None = None
-    """Inches of the narrow figure where it is stacked higher; None: ``height``."""
+    """Has no effect: there is one size."""
 
 
 DASHES = (0, (5, 3))
@@ -70,20 +67,20 @@ def reference_line(
 
 def _labelled(drawn: Iterable[Axes]) -> dict[str, Any]:
     """The handle of every label, each once, in the order in which they are met."""
-    found: dict[str, Any] = {}
+    handles: dict[str, Any] = {}
     for axes in drawn:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    return found
+            handles.setdefault(label, handle)
+    return handles
 
 
 def legend(axes: Axes, columns: int, others: Sequence[Axes] = ()) -> None:
     """A legend above the axes, on the left, of what has a label in them or in ``others``."""
-    found = _labelled((axes, *others))
-    if found:
+    handles = _labelled((axes, *others))
+    if handles:
         axes.legend(
-            list(found.values()),
-            list(found),
+            list(handles.values()),
+            list(handles),
             loc="lower left",
             bbox_to_anchor=(0.0, 1.0),
             ncols=columns,
@@ -107,10 +104,10 @@ def whisker_lengths(
 ) -> list[list[float]]:
     """Below and beyond each value, as ``errorbar`` takes them; None: nan, which draws nothing."""
     nothing = (math.nan, math.nan)
-    found = [(v - e[0], e[1] - v) if e else nothing for v, e in zip(values, ends, strict=True)]
+    lengths = [(v - e[0], e[1] - v) if e else nothing for v, e in zip(values, ends, strict=True)]
     return [
         [length if math.isnan(length) else max(0.0, length) for length in each]
-        for each in zip(*found, strict=True)
+        for each in zip(*lengths, strict=True)
     ]
 
 
@@ -135,7 +132,7 @@ HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
 COLOURS = (3, 4, 2, 0, 1, 8)
 
 GREY = "#868e98"
-"""What is dense, or stands back."""
+"""What is dense, or in the background."""
 
 CONTRAST = 3.0
 """Of a mark against white, at least, as WCAG 2 asks of graphics."""
@@ -183,17 +180,17 @@ Look = dict[str, Any]
 
 
 def heights(
-    count: int, draw: Callable[[Figure, Palette, bool], None], lines: int
-) -> tuple[float, Callable[[Figure, Palette, bool], None], float]:
-    """Height, drawing and narrow height of a plot with ``count`` panels, as ``Plot`` takes them."""
+    count: int, draw: Callable[..., None], lines: int
+) -> tuple[float, Callable[..., None], None]:
+    """Height and drawing of a plot with ``count`` panels, as ``Plot`` takes them."""
     wide = 0.7 + (2.5 if count > 1 else 3.1) * math.ceil(count / 2) + KEY_LINE * (1 + lines // 6)
-    return wide, draw, 0.7 + 2.35 * count + KEY_LINE * (1 + lines // 3)
+    return wide, draw, None
 
 
 def panels(figure: Figure, count: int, narrow: bool, lines: int) -> list[Axes]:
-    """A place for the legend of ``lines`` lines, and below it one panel per task.
+    """A place for the legend of ``lines`` lines, and below it one panel per task, in two columns.
 
-    Two columns, or one where the figure is narrow.  The first axes are the legend's.
+    The first axes are the legend's.
     """
     columns = 1 if narrow or count == 1 else 2
     rows = math.ceil(count / columns)
@@ -212,14 +209,14 @@ def looks_of(names: Sequence[str], palette: Palette) -> dict[str, Look]:
     )
     further = [*LOOKS[len(METHODS) :], *left, *LOOKS]
     strangers = [name for name in names if name not in METHODS]
-    found = {}
+    looks = {}
     for name in names:
         if name in METHODS:
             look = LOOKS[METHODS.index(name)]
         else:
             look = further[strangers.index(name) % len(further)]
-        found[name] = {**mark(look, palette), **({"linewidth": 2.2} if name == "dart" else {})}
-    return found
+        looks[name] = {**mark(look, palette), **({"linewidth": 2.2} if name == "dart" else {})}
+    return looks
 
 
 def mark(look: tuple[int, str, Any], palette: Palette) -> Look:
@@ -247,12 +244,22 @@ def log_scale(axes: Axes, low: float, high: float) -> None:
     axes.set_ylim(low, high)
 
 
+def log_axis(axes: Axes) -> None:
+    """A log axis whose ticks are plain numbers."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_yticks([], minor=True)
+
+
 def key(above: Axes, drawn: Sequence[Axes], columns: int) -> None:
     """One legend for all panels, above them."""
-    found = _labelled(drawn)
+    handles = _labelled(drawn)
     above.legend(
-        list(found.values()),
-        list(found),
+        list(handles.values()),
+        list(handles),
         loc="center left",
         bbox_to_anchor=(0.0, 0.5),
         ncols=columns,
@@ -263,48 +270,22 @@ def key(above: Axes, drawn: Sequence[Axes], columns: int) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Kit:
-    """plotly's makers, and our colours as #rrggbb in the order of ``Palette``."""
-
-    go: Any
-    subplots: Callable[..., Any]
-    colours: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A picture: on paper (``plot``), and where it helps to point at (``interactive``, of plotly).
-
-    ``choice``: what distinguishes it from others of the same name, which share a list of choices.
-    """
-
-    plot: Plot
-    interactive: Callable[[Kit], Any] | None = None
-    choice: str = ""
-    tall: int = 420
-    """Pixels of the interactive figure's height."""
-
-
 def looks(labels: Sequence[str], palette: Palette) -> dict[str, Look]:
     """Colour, marker and line per label: those of the method where each method has one label."""
     methods = [label.partition("@")[0] for label in labels]
     names = methods if len(set(methods)) == len(methods) else list(labels)
-    found = looks_of(names, palette)
-    return {label: found[name] for label, name in zip(labels, names, strict=True)}
+    by_name = looks_of(names, palette)
+    return {label: by_name[name] for label, name in zip(labels, names, strict=True)}
 
 
-# Every plot can be drawn wide, for a page of about 800 pixels, or narrow, for a phone, and can be
-# read in grey: hatches, markers and line styles carry the meaning, colours only repeat it.
+# A plot has one size.  It can be read in grey: hatches, markers and line styles carry the meaning,
+# colours only repeat it.
 
 
 WIDE, NARROW = 8.0, 4.1
-"""Inches; 100 pixels each on the report page."""
+"""Inches of a figure; nothing is drawn narrow any more."""
 
 STYLES = ("screen", "paper")
-
-PRINTED = {"column": 3.35, "page": 6.9}
-"""Inches of a paper's column, which gets the narrow drawing, and of its page."""
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -335,80 +316,53 @@ STYLE: Any = {
 def save(folder: Path, wanted: Iterable[Plot], style: str = "screen") -> list[Path]:
     """Draw plots into ``plots/<name>.png``; in the style ``paper`` also as PDF, for print.
 
-    ``<name>-column.pdf`` and ``<name>-page.pdf`` are as wide as a paper's column and page, in
-    vectors, without headline and small print, which the paper's caption has.  Raises as
-    ``write_all``.
+    The PDF has neither headline nor small print, which the paper's caption has.  Raises
+    ``ResultsError`` when a file cannot be written, and ``MissingExtra``.
     """
     written = []
     for plot in wanted:
-        files = {f"{plot.name}.png": render(plot, "png")}
-        if style == "paper":
-            files |= {f"{plot.name}-{name}.pdf": printed(plot, name) for name in PRINTED}
-        for name, data in files.items():
-            path = folder / "plots" / name
-            write_bytes(path, data, make_folder=True)
+        for kind in ("png", "pdf") if style == "paper" else ("png",):
+            path = folder / "plots" / f"{plot.name}.{kind}"
+            write_bytes(path, render(plot, kind), make_folder=True)
             written.append(path)
     return written
 
 
-def render(plot: Plot, kind: str, narrow: bool = False) -> bytes:
-    """The plot as ``png`` (200 dots per inch) or ``svg`` (letters as outlines, no scripts)."""
+def render(plot: Plot, kind: str) -> bytes:
+    """The plot as ``png`` (200 dots per inch), ``svg`` (letters as outlines) or ``pdf``."""
     with _style() as palette:
         from matplotlib.figure import Figure
 
-        width = NARROW if narrow else WIDE
-        title = textwrap.wrap(plot.title.rstrip("."), round(width * 10))
-        small = textwrap.wrap(plot.small, round(width * 15))
-        extra = 0.2 * (len(title) + len(small) - 2) + (0.4 if narrow else 0.0)
-        figure = Figure(figsize=(width, _height(plot, narrow) + extra))
-        figure.suptitle("\n".join(title), x=0.012, ha="left", fontsize=10.5, fontweight="bold")
-        figure.supxlabel("\n".join(small), x=0.012, ha="left", fontsize=7, color=SOFT)
-        plot.draw(figure, palette, narrow)
+        title = textwrap.wrap(plot.title.rstrip("."), round(WIDE * 10))
+        small = textwrap.wrap(plot.small, round(WIDE * 15))
+        if kind == "pdf":
+            figure = Figure(figsize=(WIDE, plot.height - HEADLINE))
+        else:
+            extra = 0.2 * (len(title) + len(small) - 2)
+            figure = Figure(figsize=(WIDE, plot.height + extra))
+            figure.suptitle("\n".join(title), x=0.012, ha="left", fontsize=10.5, fontweight="bold")
+            figure.supxlabel("\n".join(small), x=0.012, ha="left", fontsize=7, color=SOFT)
+        draw(plot, figure, palette)
         buffer = io.BytesIO()
-        metadata: dict[str, Any] = {"Creator": None, "Date": None} if kind == "svg" else {}
-        figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
+        figure.savefig(buffer, format=kind, dpi=200, metadata=UNDATED[kind])
     return buffer.getvalue()
 
 
-def printed(plot: Plot, name: str) -> bytes:
-    """The plot as PDF, as wide as ``PRINTED[name]``: what is drawn shrinks with the width."""
-    narrow = name == "column"
-    with _style() as palette:
-        from matplotlib.figure import Figure
-
-        scale = PRINTED[name] / (NARROW if narrow else WIDE)
-        figure = Figure(figsize=(PRINTED[name], scale * (_height(plot, narrow) - HEADLINE)))
-        plot.draw(figure, palette, narrow)
-        _shrink(figure, scale)
-        buffer = io.BytesIO()
-        metadata = dict.fromkeys(("Creator", "Producer", "CreationDate"))
-        figure.savefig(buffer, format="pdf", metadata=metadata)
-    return buffer.getvalue()
+def draw(plot: Plot, figure: Figure, palette: Palette) -> None:
+    """Draw into an empty figure; some drawings still take whether it is narrow."""
+    narrow = [False] if len(inspect.signature(plot.draw).parameters) > 2 else []
+    plot.draw(figure, palette, *narrow)
 
 
 HEADLINE = 0.4
 """Inches of a plot's height that headline and small print take."""
 
-
-def _height(plot: Plot, narrow: bool) -> float:
-    return plot.narrow_height if narrow and plot.narrow_height else plot.height
-
-
-def _shrink(figure: Figure, scale: float) -> None:
-    """Letters, lines and markers at ``scale``; ticks that are made later too."""
-    from matplotlib.lines import Line2D
-    from matplotlib.text import Text
-
-    each = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
-    sizes = [[float(one.get_fontsize()) for one in axis.get_ticklabels()] for axis in each]
-    for text in figure.findobj(Text):
-        text.set_fontsize(scale * float(text.get_fontsize()))
-    for line in figure.findobj(Line2D):
-        line.set_linewidth(scale * line.get_linewidth())
-        line.set_markersize(scale * line.get_markersize())
-    for axis, found in zip(each, sizes, strict=True):
-        if found:
-            axis.set_tick_params(which="both", labelsize=scale * found[0])
+UNDATED: dict[str, dict[str, Any]] = {
+    "png": {},
+    "svg": {"Creator": None, "Date": None},
+    "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
+}
+"""Metadata, by format, that make equal plots equal files."""
 
 
 @contextmanager
@@ -438,123 +392,3 @@ def luminance(colour: Sequence[float]) -> float:
     """Relative luminance of an RGB colour from 0 to 1, as WCAG 2 defines it."""
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in colour]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-# Interactive figures.  A page holds one copy of plotly's script and every figure as JSON, drawn
-# when it comes into view.  The page's policy allows this one script by its hash, so nothing that
-# stands in a text can run.
-
-
-MOST_BYTES = 300_000
-"""Of the figures of one kind: with plotly's script the page stays well under 8 MB."""
-
-FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif'
-
-AXIS = {
-    "gridcolor": FAINT,
-    "zeroline": False,
-    "linecolor": INK,
-    "ticks": "outside",
-    "tickcolor": INK,
-    "automargin": True,
-    "title_font_size": 12,
-}
-
-LAYOUT: dict[str, Any] = {
-    "template": "none",
-    "font": {"family": FONT, "size": 13, "color": INK},
-    "paper_bgcolor": "#fff",
-    "plot_bgcolor": "#fff",
-    "margin": {"l": 8, "r": 12, "t": 34, "b": 8},
-    "legend": {
-        "orientation": "h",
-        "x": 0,
-        "xanchor": "left",
-        "y": -0.02,
-        "yref": "container",
-        "yanchor": "bottom",
-    },
-    "hoverlabel": {"bgcolor": "#fff", "font": {"color": INK}},
-    "dragmode": False,
-}
-
-
-@dataclass(frozen=True)
-class InteractiveFigure:
-    """A figure as JSON for a script block, and what the page says of it."""
-
-    choice: str
-    title: str
-    alt: str
-    small: str
-    data: str
-    tall: int
-    """Pixels."""
-
-
-def kit() -> Kit:
-    """plotly's makers and our colours; raises ``MissingExtra``."""
-    try:
-        import plotly.graph_objects as go
-        from plotly.subplots import make_subplots
-    except ImportError:
-        raise MissingExtra("plotly", "drift") from None
-    with _style() as palette:
-        colours = tuple(
-            "#" + "".join(f"{round(255 * float(part)):02x}" for part in colour)
-            for colour in palette
-        )
-    return Kit(go, make_subplots, colours)
-
-
-def figures(
-    drawings: Iterable[Drawing], tools: Kit, room: int = MOST_BYTES
-) -> tuple[list[InteractiveFigure], bool]:
-    """The first figures that fit into ``room`` bytes, at least one; whether there are more."""
-    found: list[InteractiveFigure] = []
-    for drawing in drawings:
-        data = to_json(drawing, tools)
-        if found and len(data) > room:
-            return found, True
-        room -= len(data)
-        plot = drawing.plot
-        found.append(
-            InteractiveFigure(drawing.choice, plot.title, plot.alt, plot.small, data, drawing.tall)
-        )
-    return found, False
-
-
-def to_json(drawing: Drawing, tools: Kit) -> str:
-    """``{"data", "layout", "narrow"}`` as ``page_json``.
-
-    ``narrow``: what differs on a phone, by path into the layout.
-    """
-    if drawing.interactive is None:
-        raise ValueError(f"the picture {drawing.plot.name} is on paper alone")
-    figure = drawing.interactive(tools)
-    figure.update_layout(**LAYOUT, height=drawing.tall)
-    figure.update_xaxes(**AXIS)
-    figure.update_yaxes(**AXIS)
-    data = json.loads(figure.to_json())
-    data["layout"].pop("template", None)
-    data["narrow"] = {"font.size": 11, "height": drawing.tall}
-    return page_json(data)
-
-
-def script() -> str:
-    """plotly's script and the page's own, as one; raises ``MissingExtra``."""
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise MissingExtra("plotly", "drift") from None
-    own = resources.files("dart_llm.reporting") / "templates" / "drift.js"
-    text = f"{get_plotlyjs()}\n{own.read_text(encoding='utf-8')}".replace("\r\n", "\n")
-    if "</script" in text.lower():
-        raise ValueError("the script would end its own block")
-    return text
-
-
-def policy(text: str) -> str:
-    """``script-src`` of a content security policy that allows this script and no other."""
-    digest = hashlib.sha256(text.encode()).digest()
-    return f"script-src 'sha256-{base64.b64encode(digest).decode()}'; "

@@ -22,13 +22,12 @@ LARGE_SVG = 150_000
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot as two data addresses, wide and narrow."""
+    """A plot as a data address."""
 
     name: str
     title: str
     alt: str
-    wide: str
-    narrow: str
+    source: str
 
 
 def render(
@@ -55,17 +54,13 @@ def render(
 def pictures(wanted: Iterable[Plot]) -> tuple[list[Picture], str]:
     """All plots, or none and the reason."""
     try:
-        found = [
-            Picture(plot.name, plot.title, plot.alt, _address(plot, False), _address(plot, True))
-            for plot in wanted
-        ]
+        return [Picture(plot.name, plot.title, plot.alt, _address(plot)) for plot in wanted], ""
     except MissingExtra as error:
         return [], f"No plots: {error}"
-    return found, ""
 
 
-def _address(plot: Plot, narrow: bool) -> str:
-    data, kind = figures.render(plot, "svg", narrow), "svg+xml"
+def _address(plot: Plot) -> str:
+    data, kind = figures.render(plot, "svg"), "svg+xml"
     if len(data) > LARGE_SVG:
-        data, kind = figures.render(plot, "png", narrow), "png"
+        data, kind = figures.render(plot, "png"), "png"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

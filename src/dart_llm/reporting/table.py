@@ -102,21 +102,20 @@ class Table:
 
     def rich(self) -> TerminalTable:
         """For the terminal."""
-        return TerminalTable(self.caption, self.shown(), len(self.rows), self.tight)
+        return TerminalTable(self)
 
-    def shown(self) -> list[TerminalColumn]:
-        """The columns that the terminal is to show, in words."""
-        return [
-            TerminalColumn(
-                column.head,
-                tuple(column.cell(row, self.nothing) for row in self.rows),
-                left=place < self.left,
-                wrap=column.wrap,
-                needed=column.needed or place == 0 or column.head in ACCOUNTING,
-            )
-            for place, column in enumerate(self.columns)
-            if column.terminal
-        ]
+    @property
+    def terminal_caption(self) -> str:
+        """The caption on the terminal."""
+        return self.caption
+
+    def terminal_head(self, column: Column) -> str:
+        """The head of a column on the terminal."""
+        return column.head
+
+    def terminal_cell(self, column: Column, row: Record) -> str:
+        """A cell on the terminal."""
+        return column.cell(row, self.nothing)
 
     def lines(self) -> list[str]:
         """A pipe table."""
@@ -149,124 +148,79 @@ class Table:
         return [key for key in (self.rows[0] if self.rows else ()) if key not in nested]
 
 
-LONGEST_WORD, NARROWEST = 60, 4
-"""Characters of a word that is never broken, and of a column between lines, at least."""
-
-
-@dataclass(frozen=True)
-class TerminalColumn:
-    """``left``: whether it holds words; ``needed``: whether it stays while others go."""
-
-    head: str
-    cells: tuple[str, ...]
-    left: bool = False
-    wrap: bool = True
-    needed: bool = False
-
-    @property
-    def most(self) -> int:
-        """Characters of its longest line."""
-        return _longest(self._texts)
-
-    @property
-    def body(self) -> int:
-        """The same without the head."""
-        return _longest(self.cells)
-
-    @property
-    def least(self) -> int:
-        """Characters of its longest word: with fewer, words would break."""
-        if not self.wrap:
-            return self.most
-        words = (cell_len(word) for text in self._texts for word in text.split())
-        return min(max(words, default=0), LONGEST_WORD)
-
-    @property
-    def _texts(self) -> tuple[str, ...]:
-        return (self.head, *self.cells)
-
-    @property
-    def same(self) -> str:
-        """What all of its cells say, where they do; an empty one repeats what stands above it."""
-        return self.cells[0] if set(self.cells) <= {self.cells[0], ""} else ""
+LONGEST_WORD = 60
+"""Characters of a word that is never broken, at most."""
 
 
 @dataclass(frozen=True)
 class TerminalTable:
-    """As wide as the terminal has room for: lines end between words.
+    """A table as wide as the terminal has room for: lines end between words.
 
-    Where there is too little room, what all rows share goes into the caption, then the lines
-    between columns go, then the last columns, and the caption says which.
+    Where there is too little room the last columns go, and the caption names them.
     """
 
-    caption: str
-    columns: Sequence[TerminalColumn]
-    rows: int
-    tight: bool = False
+    table: Table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
-        yield self._fitted(options.max_width)
-
-    def _fitted(self, room: int) -> RichTable:
-        columns, told, tight = list(self.columns), [self.caption], self.tight
-        gone: list[str] = []
-        widths = _widths(columns, room, tight)
-        if widths is None and self.rows > 1:
-            shared = [one for one in columns if one.left and one.same]
-            columns = [one for one in columns if one not in shared]
-            told += [f"{one.head} {one.same}" for one in shared]
-            widths = _widths(columns, room, tight)
-        if widths is None:
-            tight = True
-            widths = _widths(columns, room, tight)
-        while widths is None and (free := [one for one in columns if not one.needed]):
-            columns.remove(free[-1])
+        table, gone = self.table, list[str]()
+        shown = [column for column in table.columns if column.terminal]
+        words = [column.head for column in table.columns[: table.left]]
+        kept = {*words, *ACCOUNTING, *(column.head for column in shown if column.needed)}
+        while sum(self._least(column) for column in shown) > self._room(options, shown):
+            free = [column for column in shown if column.head not in kept]
+            if not free:
+                break
+            shown.remove(free[-1])
             gone.insert(0, free[-1].head)
-            widths = _widths(columns, room, tight)
-        if gone:
-            told.append(f"widen the terminal to see: {', '.join(gone)}")
-        return self._drawn("; ".join(filter(None, told)), columns, widths, tight)
+        more = f"widen the terminal to see: {', '.join(gone)}" if gone else ""
+        widths = self._widths(shown, self._room(options, shown))
+        yield self._drawn(shown, widths, "; ".join(filter(None, (table.terminal_caption, more))))
 
-    def _drawn(
-        self,
-        caption: str,
-        columns: Sequence[TerminalColumn],
-        widths: Sequence[int] | None,
-        tight: bool,
-    ) -> RichTable:
-        table = RichTable(title=caption, title_justify="left")
-        if tight:
-            table.box, table.padding = SIMPLE_HEAD, (0, 1, 0, 0)
-        for place, one in enumerate(columns):
-            table.add_column(
-                one.head,
-                justify="left" if one.left else "right",
-                overflow="fold",
-                width=None if widths is None else widths[place],
+    def _room(self, options: ConsoleOptions, columns: Sequence[Column]) -> int:
+        """Characters that are left for the cells of these columns."""
+        return options.max_width - (2 if self.table.tight else 3) * len(columns) - 1
+
+    def _widths(self, columns: Sequence[Column], room: int) -> list[int]:
+        """Heads get more lines first, the longest ones, then cells."""
+        least = [self._least(column) for column in columns]
+        cells = [max(few, _longest(self._cells(c))) for c, few in zip(columns, least, strict=True)]
+        widths = [
+            max(n, _longest([self.table.terminal_head(c)]))
+            for c, n in zip(columns, cells, strict=True)
+        ]
+        while sum(widths) > max(room, sum(least)):
+            bounds = cells if any(map(gt, widths, cells)) else least
+            widest = max(
+                (n for n, few in enumerate(bounds) if widths[n] > few), key=widths.__getitem__
             )
-        for row in range(self.rows):
-            table.add_row(*(one.cells[row] for one in columns))
-        return table
+            widths[widest] -= 1
+        return widths
 
+    def _cells(self, column: Column) -> list[str]:
+        return [self.table.terminal_cell(column, row) for row in self.table.rows]
 
-def _widths(columns: Sequence[TerminalColumn], room: int, tight: bool) -> list[int] | None:
-    """Of each column, in ``room`` characters; None: some word would have to break."""
-    room -= (2 if tight else 3) * len(columns) + 1  # lines between columns, and blanks beside them
-    narrowest = 0 if tight else NARROWEST
-    least = [max(one.least, narrowest) for one in columns]
-    widths = [max(one.most, narrowest) for one in columns]
-    if sum(least) > room:
-        return None
-    bodies = [max(one.body, few) for one, few in zip(columns, least, strict=True)]
-    while sum(widths) > room:  # first heads get more lines, the longest ones, then cells
-        over = bodies if any(map(gt, widths, bodies)) else least
-        widest = max((n for n, few in enumerate(over) if widths[n] > few), key=widths.__getitem__)
-        widths[widest] -= 1
-    return widths
+    def _least(self, column: Column) -> int:
+        """Characters of a column's longest word; of its longest line where it does not wrap."""
+        texts = [self.table.terminal_head(column), *self._cells(column)]
+        words = (word for text in texts for word in text.split())
+        return min(_longest(words if column.wrap else texts), LONGEST_WORD)
+
+    def _drawn(self, columns: Sequence[Column], widths: Sequence[int], caption: str) -> RichTable:
+        table = self.table
+        drawn = RichTable(title=caption, title_justify="left")
+        if table.tight:
+            drawn.box, drawn.padding = SIMPLE_HEAD, (0, 1, 0, 0)
+        for column, width in zip(columns, widths, strict=True):
+            justify: Any = "left" if column in table.columns[: table.left] else "right"
+            head = table.terminal_head(column)
+            drawn.add_column(head, justify=justify, overflow="fold", width=width)
+        for row in zip(*map(self._cells, columns), strict=True):
+            drawn.add_row(*row)
+        return drawn
 
 
 def _longest(texts: Iterable[str]) -> int:
-    return max((cell_len(line) for text in texts for line in text.splitlines()), default=0)
+    return max((cell_len(line) for text in texts for line in text.split("\n")), default=0)
 
 
 def _names(key: str) -> tuple[str, ...]:
@@ -310,10 +264,10 @@ class PageTable:
 
 def grouped(members: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     """Members by ``key``, in the order in which the keys first appear."""
-    found: dict[K, list[T]] = {}
+    groups: dict[K, list[T]] = {}
     for member in members:
-        found.setdefault(key(member), []).append(member)
-    return found
+        groups.setdefault(key(member), []).append(member)
+    return groups
 
 
 def keys_of(records: Iterable[Record]) -> list[str]:

@@ -2,8 +2,8 @@
 
 Results as plain sentences: what ends a table, heads a report and titles a plot.
 
-Everything said is computed from the rows and records that are passed in; what was not measured is
-not spoken of.  Rows are those of perplexity.json, accounting is ``RunReport.to_dict()``.
+Every sentence is computed from the rows and records that are passed in; what was not measured is
+left out.  Rows are those of perplexity.json, accounting is ``RunReport.to_dict()``.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def dtype_text(facts: Mapping[str, Any]) -> str:
-    """A checkpoint's dtype, and how its weights are held where that is in blocks."""
-    held = facts.get("weights")
-    return f"{facts.get('dtype')}{f', weights {held}' if held else ''}"
+    """A checkpoint's dtype, and its weight format if that is in blocks."""
+    weights = facts.get("weights")
+    return f"{facts.get('dtype')}{f', weights {weights}' if weights else ''}"
 
 
 def file_text(facts: Mapping[str, Any]) -> str:
     """ "file quantisation Q4_1", or "unquantised": of the file that a checkpoint came from."""
-    known = facts.get("file_quantisation") or "none"
-    return "unquantised" if known == "none" else f"file quantisation {known}"
+    quantisation = facts.get("file_quantisation") or "none"
+    return "unquantised" if quantisation == "none" else f"file quantisation {quantisation}"
 
 
 def figure(value: float | None) -> str:
@@ -96,8 +96,8 @@ def row_name(row: Row) -> str:
     method = str(row.get("method", "unknown"))
     if method == "dense":
         return "dense"
-    asked = row.get("sparsity")
-    name = f"{method}, own counts" if asked is None else f"{method} {percent(asked)}"
+    requested = row.get("sparsity")
+    name = f"{method}, own counts" if requested is None else f"{method} {percent(requested)}"
     return f"{name}{mostly_dense(row.get('accounting'))}"
 
 
@@ -111,7 +111,7 @@ def label_text(label: str) -> str:
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:
-    """The rows that hold a finite perplexity."""
+    """The rows with a finite perplexity."""
     return [row for row in rows if isinstance(row.get("perplexity"), int | float)]
 
 
@@ -129,17 +129,17 @@ def headline(rows: Sequence[Row], method: str | None = None) -> Row | None:
 
 def _removed(row: Row) -> float:
     """The sparsity asked for, or what was achieved where the method set the counts itself."""
-    asked = row.get("sparsity")
-    if asked is None:
-        asked = (row.get("accounting") or {}).get("achieved_sparsity")
-    return float(asked or 0.0)
+    requested = row.get("sparsity")
+    if requested is None:
+        requested = (row.get("accounting") or {}).get("achieved_sparsity")
+    return float(requested or 0.0)
 
 
 def ratio(row: Row, rows: Sequence[Row]) -> float | None:
     """A row's perplexity over dense; None when dense was not measured."""
-    known, dense = row.get("ratio_to_dense"), dense_row(rows)
-    if isinstance(known, int | float):
-        return float(known)
+    ratio_to_dense, dense = row.get("ratio_to_dense"), dense_row(rows)
+    if isinstance(ratio_to_dense, int | float):
+        return float(ratio_to_dense)
     return row["perplexity"] / dense["perplexity"] if dense else None
 
 
@@ -169,16 +169,15 @@ def bytes_sentence(accounting: Row) -> str:
 
 
 def _bytes(accounting: Row) -> str:
-    asked, achieved = accounting.get("requested_sparsity"), accounting.get("achieved_sparsity")
+    requested, achieved = accounting.get("requested_sparsity"), accounting.get("achieved_sparsity")
     if achieved is None:
         return "The share of neurons removed is not known"
     removed = f"{percent(achieved)} of the FFN neurons removed"
-    if asked is not None and abs(asked - achieved) >= 0.005:
-        removed = (
-            f"{percent(asked)} of the FFN neurons asked for, {percent(achieved)} removed on average"
-        )
-    copies = accounting.get("proxy_bytes_share") or 0.0  # read on top, to rank the neurons
-    saved = (accounting.get("ffn_share_of_bytes") or 0.0) * (achieved - copies)
+    if requested is not None and abs(requested - achieved) >= 0.005:
+        shares = percent(requested), percent(achieved)
+        removed = f"{shares[0]} of the FFN neurons asked for, {shares[1]} removed on average"
+    proxies = accounting.get("proxy_bytes_share") or 0.0  # read on top, to rank the neurons
+    saved = (accounting.get("ffn_share_of_bytes") or 0.0) * (achieved - proxies)
     if head := accounting.get("head"):
         removed += f", {head['bytes_share']:.2f} of the output head read"
         saved = 1 - 1 / accounting["bytes_limit"]
@@ -201,8 +200,8 @@ def _quality(row: Row, rows: Sequence[Row]) -> list[str]:
 
 def advice(rows: Sequence[Row], method: str | None = None) -> str:
     """What the largest sparsity close to dense costs and gains, of ``method`` first."""
-    own = [row for row in measured(rows) if row.get("method") == method] if method else []
-    tried = own or [row for row in measured(rows) if row.get("method") != "dense"]
+    of_method = [row for row in measured(rows) if row.get("method") == method] if method else []
+    tried = of_method or [row for row in measured(rows) if row.get("method") != "dense"]
     close, limit = _close(tried, rows), f"within {percent(CLOSE - 1, 0)} of dense"
     if close is None:
         if best := _close(measured(rows), rows):
@@ -238,8 +237,8 @@ def timing_sentence(timing: Mapping[str, Any]) -> str:
 
 def dense_by(timing: Mapping[str, Any]) -> str:
     """What decoded the dense text: " by our kernels", " by transformers", or "" if not known."""
-    known = timing.get("dense_by")
-    return f" by {known}" if known else ""
+    name = timing.get("dense_by")
+    return f" by {name}" if name else ""
 
 
 def pace(judged: Mapping[str, Any]) -> str:

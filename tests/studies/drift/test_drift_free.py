@@ -10,9 +10,10 @@ from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.evaluation.text_metrics import NAMES, TextMetrics
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.console import Ui
+from dart_llm.session.prepare import PreparedMethod
 from dart_llm.session.run import Run
-from dart_llm.studies.drift.cells import Source
-from dart_llm.studies.drift.runs import ask, write
+from dart_llm.studies.drift.sources import Source, read_prompt
+from dart_llm.studies.drift.study import write_text
 from drift_cases import PROMPTS, draw_nothing, free, results, study
 from lm_cases import loaded
 from written import lines, read
@@ -65,31 +66,29 @@ def test_texts_are_those_of_the_models_own_generate(tmp_path):
 
 def test_a_text_ends_where_the_model_ends_it():
     model, tokenizer = loaded()
-    asking = ask(Source("one", PROMPTS[0]["text"]), tokenizer, None, 20, None)
-    made = write(model, tokenizer, asking, 20, None)
-    assert (len(made.pieces), made.ended, asking.chat) == (20, False, False)
+    reading = read_prompt(Source("one", PROMPTS[0]["text"]), tokenizer, None, 20, None)
+    made = write_text(PreparedMethod(model, tokenizer, None), None, reading, 20)
+    assert (len(made["pieces"]), made["finish"]) == (20, "length")
     ending = copy.deepcopy(model)
     with torch.inference_mode():
-        third = int(model.generate(asking.ids, max_new_tokens=3, do_sample=False)[0, -1])
+        third = int(model.generate(reading.ids[None], max_new_tokens=3, do_sample=False)[0, -1])
     ending.generation_config.eos_token_id = third
-    stopped = write(ending, tokenizer, asking, 20, None)
-    first = next(k for k, piece in enumerate(made.pieces) if piece == made.pieces[2])
-    assert stopped.ended and stopped.pieces == (*made.pieces[:first], "")
-    assert stopped.text == "".join(made.pieces[:first])
+    stopped = write_text(PreparedMethod(ending, tokenizer, None), None, reading, 20)
+    first = made["pieces"].index(made["pieces"][2])
+    assert stopped["pieces"] == [*made["pieces"][:first], ""]
+    assert (stopped["text"], stopped["finish"]) == ("".join(made["pieces"][:first]), "eos")
 
 
 def test_the_chat_template_is_used_where_there_is_one():
     tokenizer = loaded("chatty")[1]
     source = Source("one", "write about tea")
-    wrapped = ask(source, tokenizer, None, 5, None)
-    assert wrapped.chat
-    text = tokenizer.decode(wrapped.ids[0])
-    assert text == "[user] write about tea\n[assistant] "
-    assert not ask(source, tokenizer, False, 5, None).chat
+    wrapped, plain = (read_prompt(source, tokenizer, chat, 5, None) for chat in (None, False))
+    assert tokenizer.decode(wrapped.ids) == "[user] write about tea\n[assistant] "
+    assert tokenizer.decode(plain.ids) == "write about tea"
     with pytest.raises(ConfigError, match="has no chat template"):
-        ask(source, loaded()[1], True, 5, None)
+        read_prompt(source, loaded()[1], True, 5, None)
     with pytest.raises(ConfigError, match=r'"one" has 15 tokens and 20 are to be written, but'):
-        ask(source, loaded()[1], None, 20, 34)
+        read_prompt(source, loaded()[1], None, 20, 34)
 
 
 def test_metrics_compare_with_the_dense_text_of_the_same_seed(tmp_path, compared):

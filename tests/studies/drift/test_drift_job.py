@@ -8,17 +8,14 @@ import math
 import pytest
 from safetensors import safe_open
 
-from dart_llm.data.passages import shipped
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation.perplexity import score_window
 from dart_llm.evaluation.windows import Window
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import Run
-from dart_llm.studies.drift import record as drift_losses
-from dart_llm.studies.drift.settings import collect
+from dart_llm.studies.drift.cell import recovery
 from drift_cases import (
     PROMPT,
-    THREE,
     TWO,
     draw_nothing,
     finished,
@@ -48,12 +45,14 @@ def whole():
 def test_every_cell_is_a_row_in_grid_order(whole):
     labels = ["dense", "never@0.5", "interval:40@0.5", "dart@0.3", "fresh:4@0.5", "decay:8@0.5"]
     rows = lines(whole.path / "results.jsonl")
-    assert [row["key"] for row in rows] == [
-        f"forced/{source}/{label}/0" for source in ("two", "three") for label in labels
-    ]
+    keys = [f"forced/{source}/{label}/0" for source in ("two", "three") for label in labels]
+    assert [row["key"] for row in rows] == keys
     assert {(row["status"], row["error"], row["finish"]) for row in rows} == {("done", None, "end")}
     assert rows[0]["accounting"] is None and rows[3]["cell"]["sparsity"] == 0.3
-    assert [t["start"] for t in rows[-1]["topics"]] == [0, *(c - PROMPT for c in THREE["changes"])]
+    numbers = lines(whole.path / "rows.jsonl")
+    assert [(n["label"], n["value"]) for n in numbers] == [
+        (line["label"], line["loss"]["after"]["mean"]) for line in whole.summary["rows"]
+    ]
 
 
 def test_a_row_is_what_a_run_of_the_library_gives(whole):
@@ -78,7 +77,7 @@ def test_a_row_is_what_a_run_of_the_library_gives(whole):
     tokens = {one["key"]: one for one in lines(whole.path / "tokens.jsonl")}
     own, dense = (tokens[f"forced/two/{m}/0"]["losses"] for m in ("interval:40@0.5", "dense"))
     assert own[1:] == pytest.approx(list(scored.losses), abs=1e-6)
-    assert row["loss"]["recovery"] == drift_losses.recovery(own, dense, [0, start])
+    assert row["loss"]["recovery"] == recovery(own, dense, [0, start])
 
 
 def test_masks_and_windows_have_files(whole):
@@ -172,24 +171,3 @@ def test_sources_that_cannot_be_used(tmp_path):
         study(forced(tmp_path, prompt_tokens=len(TWO["text"])))
     (folder,) = (tmp_path / "results").glob("*/*")
     assert lines(folder / "results.jsonl") == []  # said before anything is computed
-
-
-@pytest.mark.smollm2
-def test_pruning_costs_and_decayed_evidence_helps_after_a_change(tmp_path):
-    """On a short passage, by the default model."""
-    passage = shipped()[0].to_dict()
-    texts = passage["text"][:1400], passage["text"][passage["changes"][0] :][:1100]
-    parts = [text.rsplit(" ", 1)[0] for text in texts]
-    short = {**passage, "text": "\n\n".join(parts), "changes": [len(parts[0]) + 2]}
-    short["topics"] = passage["topics"][:2]
-    asked = {"passages": write_rows(tmp_path / "one.jsonl", [short]), "prompt_tokens": 128}
-    asked |= {"methods": "never,decay:32,fresh:1", "remask_at_change": 40}
-    asked |= {"results_dir": str(tmp_path / "results")}
-    rows = results(study(collect(asked, environment={})))
-    after = {row["label"]: row["loss"]["topics"][1]["later"]["mean_loss"] for row in rows.values()}
-    assert after["dense"] + 0.5 < after["never@0.5"]
-    # a single fresh token beats stale masks because the prior stands behind it
-    assert after["decay:32@0.5"] < after["fresh:1@0.5"] < after["never@0.5"]
-    reports = {row["label"]: row["accounting"] for row in rows.values()}
-    assert reports["never@0.5"]["achieved_sparsity"] == pytest.approx(0.5, abs=0.001)
-    assert reports["decay:32@0.5"]["remask_causes"] == {"first": 1, "forced": 1}

@@ -36,39 +36,21 @@ def test_every_picture_is_written(folder, view, tmp_path):
         assert data.startswith(b"\x89PNG")
         assert int.from_bytes(data[16:20], "big") == 1600  # pixels wide: 8 inches at 200
     for plot in plots.available(view):
-        svg = figures.render(plot, "svg", narrow=True)
+        svg = figures.render(plot, "svg")
         assert len(svg) < 150_000
         assert not any(word in svg for word in (b"<script", b"matplotlib.org", b"@import"))
     assert plots.available(read(tmp_path)) == []
 
 
-def test_the_style_for_paper_adds_vectors_as_wide_as_a_column_and_a_page(view, tmp_path):
+def test_the_style_for_paper_adds_the_figure_in_vectors(view, tmp_path):
     plot = next(iter(plots.available(view)))
     found = figures.save(tmp_path, [plot], "paper")
-    assert [path.name for path in found] == [
-        f"{plot.name}{end}" for end in (".png", "-column.pdf", "-page.pdf")
-    ]
-    for path, inches in zip(found[1:], (3.35, 6.9), strict=True):
-        data = path.read_bytes()
-        box = re.search(rb"/MediaBox \[ 0 0 ([\d.]+) [\d.]+ \]", data)
-        assert float(box[1]) == pytest.approx(72 * inches)
-        assert b"/Subtype /Type0" in data and b"/Subtype /Image" not in data
-        assert data == figures.printed(plot, path.stem.rpartition("-")[2])  # no date in it
-
-
-def test_letters_and_lines_shrink_with_the_paper():
-    from matplotlib.figure import Figure
-
-    figure = Figure()
-    axes = figure.subplots()
-    (line,) = axes.plot([0, 1], [0, 1], linewidth=2.0, marker="o", markersize=6.0)
-    axes.set_title("a", fontsize=10.0)
-    axes.tick_params(labelsize=8.0)
-    figures._shrink(figure, 0.5)
-    assert (line.get_linewidth(), line.get_markersize()) == (1.0, 3.0)
-    assert axes.title.get_fontsize() == 5.0
-    axes.set_xlim(0, 1000)  # these ticks are made now
-    assert {label.get_fontsize() for label in axes.get_xticklabels()} == {4.0}
+    assert [path.name for path in found] == [f"{plot.name}.png", f"{plot.name}.pdf"]
+    data = found[1].read_bytes()
+    box = re.search(rb"/MediaBox \[ 0 0 ([\d.]+) [\d.]+ \]", data)
+    assert float(box[1]) == pytest.approx(72 * figures.WIDE)
+    assert b"/Subtype /Type0" in data and b"/Subtype /Image" not in data
+    assert data == figures.render(plot, "pdf")  # no date in it
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "cmcrameri"])

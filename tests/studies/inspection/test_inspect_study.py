@@ -13,9 +13,8 @@ from dart_llm.cli.app import app
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.experiments.study import run_study
 from dart_llm.reporting.console import Ui
-from dart_llm.studies.inspection import plots
 from dart_llm.studies.inspection.settings import TEXTS, InspectSettings, inspect_texts
-from dart_llm.studies.inspection.study import InspectionStudy
+from dart_llm.studies.inspection.study import SECTIONS, InspectionStudy
 from html_page import Page
 from inspect_cases import A, B
 from lm_cases import place
@@ -59,27 +58,38 @@ def whole(tmp_path_factory):
 def test_csv_holds_the_numbers_of_the_json(whole):
     folder, kept = whole
     found = kept["sections"]
-    assert list(found) == list(TEXTS) == list(kept["sentences"])
+    assert list(found) == list(TEXTS)
     assert [text["label"] for text in kept["texts"]] == ["A", "B"]
     assert {path.stem for path in folder.glob("*.csv")} == FILES
     rows = list(csv.DictReader((folder / "layers.csv").read_text("utf-8").splitlines()))
     for row, layer in zip(rows, found["layers"]["layers"], strict=True):
-        assert float(row["output_s"]) == layer["output"]["s"]
+        assert float(row["output.s"]) == layer["output"]["s"]
 
 
-def test_words_plots_and_page(whole):
+def test_headline_plots_and_page(whole):
     folder, found = whole
-    text, told = (folder / "inspect.md").read_text("utf-8"), found["sentences"]
-    assert all(sentence in text for sentence in told.values())
     mean = {key: f"{value:.3f}" for key, value in found["sections"]["overlap"]["mean"].items()}
-    assert f"a Jaccard of {mean['jaccard']}, where chance gives {mean['chance']}" in text
-    drawn = plots.make(found, "small print")
+    words = f"a Jaccard of {mean['jaccard']}, where chance gives {mean['chance']}."
+    assert words in (folder / "inspect.md").read_text("utf-8")
+    drawn = [
+        shown.plot("x")
+        for name, data in found["sections"].items()
+        for shown in SECTIONS[name].show(data)
+        if shown.panels
+    ]
     assert {path.stem for path in (folder / "plots").iterdir()} == {one.name for one in drawn}
-    assert len(drawn) == 9 and all(plot.alt and plot.small[:11] == "small print" for plot in drawn)
+    assert len(drawn) == 9 and all(plot.alt and plot.small[:1] == "x" for plot in drawn)
     html = (folder / "report.html").read_text("utf-8")
     page = Page(html)
-    assert html.count("<picture>") == 9 and page.row("mean")[4] == mean["jaccard"]
+    assert html.count("<img ") == 9 and page.row("mean")[4] == mean["jaccard"]
     assert f"{A}<script>1</script> & so on" in page.text and "<script" not in html
+    assert words in page.text.replace("\xa0", " ")
+    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text("utf-8").splitlines()]
+    losses = [row["loss"] for row in found["sections"]["ablation"]["rows"]]
+    assert [line["value"] for line in lines] == [
+        found["sections"]["overlap"]["mean"]["jaccard"],
+        *losses,
+    ]
 
 
 def test_what_is_looked_at_follows_from_the_texts():

@@ -1,4 +1,4 @@
-"""``drift``: what masks do while the topic of a text changes.
+"""``drift`` and ``detect``: what masks do while the topic of a text changes, and who notices.
 
-Start with ``study.py``; ``view.py`` reads a folder back for figures and pages.
+Start with ``study.py`` (methods side by side) or ``detect.py`` (drift rules on known changes).
 """

@@ -1,25 +1,29 @@
-"""The settings of ``dart-llm drift``: sources, methods side by side, seeds, and where it runs."""
+"""The settings of ``dart-llm drift`` and ``dart-llm detect``; the methods that drift compares."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import model_validator
 
 from dart_llm import settings
-from dart_llm.errors import ConfigError, UnknownName, check_name
+from dart_llm.errors import ConfigError, check_name
 from dart_llm.pruning.config import PruneConfig, check_sparsity
-from dart_llm.pruning.registry import METHODS
+from dart_llm.pruning.registry import DRIFT_RULES, METHODS
 from dart_llm.reporting.figures import STYLES
 from dart_llm.settings import (
     MASKED,
     STYLE,
     BaseSettings,
     ModelOptions,
+    PruningOptions,
+    StudyOptions,
     given_of,
     merge,
     setting,
@@ -36,14 +40,13 @@ UNGUARDED = {"min_distance": 0, "max_dense_share": None, "allowance": 0}
 VARIANTS: dict[str, Callable[[int], Mapping[str, Any]]] = {
     NEVER: lambda n: {"drift": {"rule": "never"}},
     "paper": lambda n: {"drift": {"rule": "paper", "signal": "attention", **UNGUARDED}},
-    "interval": lambda n: {"drift": {"rule": f"interval {n}", **UNGUARDED}},
-    "fresh": lambda n: _timed("fresh", n),
-    "decay": lambda n: _timed("decay", n),
+    "interval:N": lambda n: {"drift": {"rule": f"interval {n}", **UNGUARDED}},
+    "fresh:N": lambda n: _timed("fresh", n),
+    "decay:N": lambda n: _timed("decay", n),
 }
+"""Forms of dart by name: what they change, from the number N of tokens."""
 
-NUMBERED = ("interval", "fresh", "decay")
-
-TIMED = ("fresh", "decay")
+TIMED = ("fresh:N", "decay:N")
 """New masks at a known moment."""
 
 
@@ -52,21 +55,21 @@ def _timed(evidence: str, tokens: int) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
-class DriftMethod:
-    """One method of a study.
+class Candidate:
+    """One method of a drift study.
 
     ``config``: None for the untouched model.  ``observed``: tokens that a timed method observes
-    before its new masks hold, ``moment`` tokens after a change; None for every other method.
+    before its new masks are in force, ``moment`` tokens after a change; None for other methods.
     """
 
     name: str
-    config: PruneConfig | None
+    config: PruneConfig | None = None
     observed: int | None = None
-    moment: int | None = None
+    moment: int = 0
 
     @property
     def sparsity(self) -> float | None:
-        """What was asked for; None where a table or ``auto`` sets the counts."""
+        """The requested one; None where a table or ``auto`` sets the counts."""
         config = self.config
         if config is None:
             return 0.0
@@ -76,107 +79,83 @@ class DriftMethod:
     @property
     def label(self) -> str:
         """``dense``, or name and sparsity as in ``interval:64@0.5``."""
-        if self.config is None or self.config.weight_bits is not None:
+        if self.config is None:
             return self.name
         return f"{self.name}@{'table' if self.sparsity is None else f'{self.sparsity:g}'}"
 
 
-def parse_methods(text: str, base: BaseSettings, moment: int) -> tuple[DriftMethod, ...]:
+def parse_methods(text: str, base: BaseSettings, moment: int) -> tuple[Candidate, ...]:
     """The methods that ``text`` names, with commas between them; dense is the first.
 
     ``base``: settings of dart and its variants, with the study's sparsity.  ``moment``: tokens
-    after a change at which new masks of the timed ones hold.  Raises ``ConfigError`` for a name
-    that does not exist (with the near one), a number that does not fit, a name that occurs twice.
+    after a change at which new masks of the timed ones are in force.  Raises ``ConfigError`` for
+    an unknown name, a number that does not fit, a name that occurs twice.
     """
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words:
+    if not words(text):
         raise ConfigError("no method is named: give --methods one or more, e.g. never,dart")
-    found = {DENSE: DriftMethod(DENSE, None)}
-    for word in words:
-        method = _parse(word, base, moment)
-        if method.label in found and method.label != DENSE:
-            raise ConfigError(f'the method "{method.label}" was given twice: leave one out')
-        found[method.label] = method
-    return tuple(found.values())
+    candidates = {DENSE: Candidate(DENSE)}
+    for word in words(text):
+        candidate = _parse(word, base, moment)
+        if candidate.label in candidates and candidate.label != DENSE:
+            raise ConfigError(f'the method "{candidate.label}" was given twice: leave one out')
+        candidates[candidate.label] = candidate
+    return tuple(candidates.values())
 
 
-def _parse(word: str, base: BaseSettings, moment: int) -> DriftMethod:
-    name, at, amount = word.partition("@")
-    sparsity = _sparsity(word, amount) if at else None
-    kind, colon, number = name.partition(":")
+def _parse(word: str, base: BaseSettings, moment: int) -> Candidate:
+    parts = re.fullmatch(
+        r"(?P<name>[^:@]+(:(?P<tokens>[1-9]\d*))?)(@(?P<sparsity>\d*\.?\d+))?", word
+    )
+    if parts is None:
+        raise ConfigError(
+            f'cannot read the method "{word}": write NAME, or NAME:N with a whole number of tokens '
+            "from 1 on, and behind it @SPARSITY if it has its own, as in interval:64@0.5"
+        )
+    name, tokens = parts["name"], int(parts["tokens"] or 0)
+    sparsity = None if parts["sparsity"] is None else check_sparsity(float(parts["sparsity"]))
+    dart = base.prune_config()
+    dart = dart if sparsity is None else dart.replace({"sparsity": sparsity})
+    kind = f"{name.partition(':')[0]}:N" if tokens else name
     if kind in VARIANTS:
-        tokens = _tokens(word, kind, number if colon else None)
-        config = _own(base, sparsity).replace({"method": name, **VARIANTS[kind](tokens)})
+        config = dart.replace({"method": name, **VARIANTS[kind](tokens)})
         if kind not in TIMED:
-            return DriftMethod(name, config)
+            return Candidate(name, config)
         if tokens > moment:
             raise ConfigError(
                 f"{name} observes {tokens} tokens of the new topic, and its masks are due after "
                 f"{moment}: give --remask-at-change {tokens} or more"
             )
-        return DriftMethod(name, config, tokens, moment)
-    if colon or name not in METHODS:
-        names = [*METHODS.names(), *(f"{v}:N" if v in NUMBERED else v for v in VARIANTS)]
-        raise UnknownName("method", name, names)
-    return DriftMethod(name, _preset(name, base, sparsity))
+        return Candidate(name, config, tokens, moment)
+    check_name("method", name, {*METHODS.names(), *VARIANTS})
+    if name == DENSE and sparsity:
+        raise ConfigError(f"method dense removes nothing: drop the @{sparsity:g}")
+    if name in (DENSE, DART):
+        return Candidate(name, None if name == DENSE else dart)
+    if sparsity is None:
+        sparsity = base.target_sparsity()
+    requested = SPARSITY if sparsity is None else sparsity
+    return Candidate(name, PruneConfig.build(name, sparsity=requested, executor=base.executor))
 
 
-def _own(base: BaseSettings, sparsity: float | None) -> PruneConfig:
-    """Preset dart with the study's settings."""
-    config = base.prune_config()
-    return config if sparsity is None else config.replace({"sparsity": sparsity})
+class PassageOptions(ModelOptions):
+    """Passages with known changes of topic, which both commands read."""
 
-
-def _preset(name: str, base: BaseSettings, sparsity: float | None) -> PruneConfig | None:
-    if name == DART:
-        return _own(base, sparsity)
-    preset = METHODS.get(name)
-    if preset.sparsity == 0:  # a form of the dense model, which no sparsity changes
-        if sparsity:
-            raise ConfigError(f"method {name} removes nothing: drop the @{sparsity:g}")
-        return None if name == DENSE else preset
-    asked = base.target_sparsity() if sparsity is None else sparsity
-    return PruneConfig.build(
-        name, sparsity=SPARSITY if asked is None else asked, executor=base.executor
+    passages: str | None = setting("Passages", "shipped, or a JSONL file of passages.")
+    limit: int | None = setting(
+        "Passages", "The first N passages, or prompts (default: all).", ge=1
     )
-
-
-def _sparsity(word: str, amount: str) -> float:
-    try:
-        return check_sparsity(float(amount))
-    except ValueError:
-        raise ConfigError(
-            f'the method "{word}" needs a number after @: the fraction of neurons to remove, as '
-            "in dart@0.5"
-        ) from None
-
-
-def _tokens(word: str, kind: str, number: str | None) -> int:
-    """N of ``kind:N``; 0 where the kind has none."""
-    if kind not in NUMBERED and number is not None:
-        raise ConfigError(f'the method "{word}" takes no number: write "{kind}"')
-    if kind in NUMBERED and (number is None or not number.isdecimal() or int(number) < 1):
-        raise ConfigError(
-            f'the method "{word}" needs a whole number of tokens, 1 or more: write "{kind}:N"'
-        )
-    return int(number or 0)
+    # a shorter prompt has no attention distribution
+    prompt_tokens: int = setting("Passages", "Tokens of a passage that are its prompt.", 256, ge=16)
 
 
 FREE, FORCED = "free", "forced"
-
-MODES = {
-    FREE: "the model writes after every prompt",
-    FORCED: "every method reads the same passages; the loss of each token is kept",
-}
-
-STUDIED_METHODS = "dense,never,interval:64,published,paper,dart"
 
 STUDY, PRUNING, METRICS, RESULTS = "Study", "Pruning", "Metrics", "Results"
 
 DETECTION = "detection.json"
 
 
-class DriftSettings(ModelOptions):
+class DriftSettings(PassageOptions):
     """What a drift study is asked to do; None means "not given"."""
 
     COMMAS: ClassVar = ("methods", "seeds")
@@ -188,17 +167,14 @@ class DriftSettings(ModelOptions):
         STUDY,
         "Methods side by side: presets, never, interval:N, paper, fresh:N, decay:N; any with "
         "@SPARSITY.",
-        STUDIED_METHODS,
+        "dense,never,interval:64,published,paper,dart",
     )
     seeds: str = setting(STUDY, "Seeds, comma-separated.", "0")
     prompt: str | None = setting(STUDY, "One prompt: its text.")
     prompts: str | None = setting(STUDY, "shipped, or a JSONL file of prompts.")
-    passages: str | None = setting(STUDY, "shipped, or a JSONL file of passages (mode forced).")
-    limit: int | None = setting(STUDY, "Prompts or passages, the first ones (default: all).", ge=1)
-    prompt_tokens: int = setting(STUDY, "Tokens of a passage that are its prompt.", 256, ge=16)
     remask_at_change: int | None = setting(
         STUDY,
-        "Tokens after a change at which fresh:N and decay:N hold new masks (default: 64).",
+        "Tokens after a change at which fresh:N and decay:N have new masks (default: 64).",
         ge=1,
     )
     generation: int = setting(STUDY, "Tokens to write after a prompt, at most.", 300, ge=2)
@@ -221,9 +197,8 @@ class DriftSettings(ModelOptions):
     prune_strategy: str | None = setting(PRUNING, "dart's: topk, or auto.")
     budget: str | None = setting(PRUNING, "dart's allocator over layers.")
     compensation: bool | None = setting(PRUNING, "dart with or without compensation.")
-    executor: str | None = setting(PRUNING, "auto, masked, compact, native, slim, graph or triton.")
+    executor: str | None = setting(PRUNING, "auto, masked, compact, native or cuda.")
     calibration: str | None = setting(PRUNING, "Text for presets that calibrate.")
-    # metrics of free texts
     metrics: bool = setting(METRICS, "Compare every free text with the dense one.", True)
     embedder: str | None = setting(
         METRICS, "sentence-transformers model (default: all-MiniLM-L6-v2)."
@@ -231,7 +206,6 @@ class DriftSettings(ModelOptions):
     bertscore: str | None = setting(
         METRICS, "Model of BERTScore (default: all-MiniLM-L6-v2, labelled as such)."
     )
-    # results
     experiment_name: str | None = setting(RESULTS, "Default: drift-<mode>-<model>.")
     results_dir: str = setting(RESULTS, "Folder for results.", "results")
     style: str = setting(RESULTS, STYLE, "screen")
@@ -241,19 +215,19 @@ class DriftSettings(ModelOptions):
 
     @model_validator(mode="after")
     def _check(self) -> DriftSettings:
-        check_name("mode", self.mode, MODES)
+        check_name("mode", self.mode, (FREE, FORCED))
         check_name("style", self.style, STYLES)
         self._check_sources()
         if self.detection is not None and not (Path(self.detection) / DETECTION).is_file():
             raise ConfigError(
-                f"--detection {self.detection} holds no {DETECTION}: give the results folder of a "
-                "finished dart-llm detect"
+                f"there is no {DETECTION} in --detection {self.detection}: give the results folder "
+                "of a finished dart-llm detect"
             )
         self.seed_list()
-        for config in (method.config for method in self.method_list()):
-            if config is not None:
-                settings.check(config)
-        timed = [method.name for method in self.method_list() if method.observed is not None]
+        for candidate in self.candidates():
+            if candidate.config is not None:
+                settings.check(candidate.config)
+        timed = [c.name for c in self.candidates() if c.observed is not None]
         if timed and self.kind == FREE:
             raise ConfigError(
                 f"{timed[0]} makes new masks at a known change of topic, and what a model writes "
@@ -268,20 +242,15 @@ class DriftSettings(ModelOptions):
 
     def _check_sources(self) -> None:
         given = [name for name in ("prompt", "prompts", "passages") if getattr(self, name)]
+        read = given == ["passages"] or (self.mode == FORCED and not given)
+        if len(given) > 1 or read != (self.kind == FORCED) or not (given or read):
+            raise ConfigError(
+                f"mode {self.kind} does not fit {len(given) or 'no'} source(s): give one of "
+                "--prompt TEXT, --prompts (shipped, or a JSONL file) to write after, or --passages "
+                "(shipped, or a JSONL file) to read in mode forced"
+            )
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("the prompt is empty: give at least one word")
-        if len(given) > 1:
-            raise ConfigError(f"give one source: --{' and --'.join(given)} were both given")
-        if self.kind == FREE and (not given or given == ["passages"]):
-            raise ConfigError(
-                "nothing to write about: give --prompt TEXT or --prompts shipped (or a JSONL "
-                "file), or study passages with --passages shipped"
-            )
-        if self.kind == FORCED and given and given != ["passages"]:
-            raise ConfigError(
-                f"mode forced reads passages, whose changes of topic are known, not --{given[0]}: "
-                "give --passages shipped or a JSONL file of passages"
-            )
 
     @property
     def kind(self) -> str:
@@ -290,7 +259,7 @@ class DriftSettings(ModelOptions):
 
     @property
     def moment(self) -> int:
-        """Tokens after a change at which the timed methods hold new masks."""
+        """Tokens after a change at which the timed methods have new masks."""
         return 64 if self.remask_at_change is None else self.remask_at_change
 
     @property
@@ -300,32 +269,130 @@ class DriftSettings(ModelOptions):
         return self.experiment_name or f"drift-{self.kind}-{model}"
 
     def seed_list(self) -> tuple[int, ...]:
-        """The seeds, each once; raises ``ConfigError`` for what is none."""
-        seeds = words(self.seeds)
-        if not seeds or not all(seed.isdecimal() and int(seed) < 2**63 for seed in seeds):
-            raise ConfigError(
-                f'--seeds "{self.seeds}" must be whole numbers from 0 to 2^63 - 1 with commas '
-                "between them, e.g. 0,1,2"
-            )
-        return tuple(dict.fromkeys(map(int, seeds)))
+        """The seeds, each once; raises ``ConfigError`` for what is not a seed."""
+        seeds = _list("seeds", self.seeds, int)
+        for seed in seeds:
+            settings.check_seed(seed)
+        return seeds
 
-    def method_list(self) -> tuple[DriftMethod, ...]:
+    def candidates(self) -> tuple[Candidate, ...]:
         """The methods in order, dense first; raises ``ConfigError`` or ``UnknownName``."""
         return parse_methods(self.methods, self.base(), self.moment)
 
     def base(self) -> BaseSettings:
         """What dart and its variants start from, and how the model is loaded."""
         given = given_of(self)
-        if self.sparsity is None and self.total_prune_percent is None and not self._fixed:
+        table = self.layer_topk or "auto"
+        fixed = self.prune_strategy == "auto" or ("auto" not in table and table[:1] != "@")
+        if self.sparsity is None and self.total_prune_percent is None and not fixed:
             given["sparsity"] = SPARSITY
         return BaseSettings.model_validate(given).model_copy(update={"method": DART})
-
-    @property
-    def _fixed(self) -> bool:
-        """Whether something else than a sparsity sets the counts."""
-        table = self.layer_topk or "auto"
-        return self.prune_strategy == "auto" or ("auto" not in table and table[:1] != "@")
 
 
 collect = partial(merge, DriftSettings)
 """The settings merged from all sources: defaults < file < ``DART_*`` < flags."""
+
+PANEL = "Detection"
+
+SCORES = "attention-scores"
+
+SIGNALS = {
+    "attention": "last layer's attention output, as published",
+    "attention-80": "attention output of the layer at 80 % of the depth",
+    "attention-several": "attention outputs of the upper half of the layers, each of unit length",
+    "hidden": "last hidden state, after the last norm",
+    SCORES: "last layer's attention distribution over the first half of the prompt",
+}
+"""What a drift rule can watch, by name."""
+
+T = TypeVar("T")
+
+
+class DetectSettings(StudyOptions, PassageOptions):
+    """``dart-llm detect``: the model runs dense, so nothing about pruning can be set."""
+
+    COMMAS: ClassVar = ("signals", "rules", "windows", "counts", "thresholds")
+
+    signals: str = setting(
+        PANEL,
+        "Signals, comma-separated; attention-scores needs eager attention.",
+        ",".join(SIGNALS),
+    )
+    rules: str | None = setting(
+        PANEL,
+        'Drift rules, or methods whose rule and guards to take, e.g. paper,dart,"interval 64" '
+        "(default: every rule, interval 64, and dart-prompt).",
+    )
+    observe_tokens: int = setting(
+        PANEL, "Tokens observed after a trigger, by rules that are not a method's.", 32, ge=1
+    )
+    horizon: int = setting(PANEL, "A change is detected within so many tokens.", 128, ge=1)
+    windows: str = setting(PANEL, "Curves: tokens of a window.", "10")
+    counts: str = setting(PANEL, "Curves: low windows to a trigger (n0).", "1,2,3")
+    thresholds: str = setting(
+        PANEL, "Curves: k of theta = mu - k sigma.", "0,0.25,0.5,0.75,1,1.5,2,2.5,3,4,6"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_about_pruning(cls, data: Any) -> Any:
+        for name in sorted(PruningOptions.model_fields.keys() & set(data)):
+            raise ConfigError(f"detect runs the model dense: leave out {name}")
+        return data
+
+    @model_validator(mode="after")
+    def _check_detect(self) -> DetectSettings:
+        kernel = self.attn_implementation
+        if SCORES in self.signal_names() and kernel not in (None, "eager"):
+            raise ConfigError(
+                f"attention-scores needs the attention weights, which only eager attention gives: "
+                f"drop --attn-implementation {kernel}, or leave attention-scores out of --signals"
+            )
+        for least, values in ((2, self.window_list()), (1, _list("counts", self.counts, int))):
+            if min(values) < least:
+                raise ConfigError(f"{min(values)} is too small: give {least} or more")
+        self.sweep_list()
+        return self
+
+    def signal_names(self) -> tuple[str, ...]:
+        """Names in the order given; raises ``UnknownName``."""
+        names = _list("signals", self.signals, str)
+        for name in names:
+            check_name("signal", name, SIGNALS)
+        return names
+
+    def rule_names(self) -> tuple[str, ...]:
+        """Rules and methods in the order given."""
+        if self.rules is not None:
+            return _list("rules", self.rules, str)
+        others = ("interval", "never", "windows")  # need numbers, or never trigger
+        plain = (name for name in DRIFT_RULES.names() if name not in others)
+        return (*plain, "interval 64", "dart-prompt")
+
+    def window_list(self) -> tuple[int, ...]:
+        """Window lengths of the curves."""
+        return _list("windows", self.windows, int)
+
+    def sweep_list(self) -> list[tuple[int, int, float]]:
+        """(window, n0, k) of every point of the curves, k rising."""
+        thresholds = _list("thresholds", self.thresholds, float)
+        if not all(abs(k) < float("inf") for k in thresholds):
+            raise ConfigError(f'--thresholds "{self.thresholds}" must be finite numbers')
+        counts = _list("counts", self.counts, int)
+        return list(product(self.window_list(), counts, sorted(thresholds)))
+
+    @property
+    def experiment(self) -> str:
+        """Name of the experiment's folder."""
+        return self.experiment_name or f"detect-{Path(self.model.rstrip('/')).name.lower()}"
+
+
+def _list(name: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:
+    """The parts of a comma-separated list, without repetitions."""
+    parts = words(text)
+    if not parts:
+        raise ConfigError(f"--{name} is empty: give at least one")
+    try:
+        return tuple(dict.fromkeys(kind(part) for part in parts))
+    except ValueError:
+        raise ConfigError(f'--{name} "{text}" must be numbers, comma-separated') from None

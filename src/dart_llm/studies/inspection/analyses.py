@@ -27,7 +27,7 @@ from dart_llm.studies.inspection.readings import FIRST, SECOND, WHOLE, Readings
 
 # Ablation: remove the neurons of one topic, and measure the loss on it and on another.
 #
-# Neurons are chosen by the first half of each text; losses are those of the second half, whose
+# Neurons are selected by the first half of each text; losses are those of the second half, whose
 # tokens run as decode tokens with the neurons removed, after a dense pass over the first half
 # (protocol ``decode``).  No scored token has been seen by the choice.
 
@@ -77,8 +77,8 @@ def random_ids(ids: Ids, widths: Sequence[int], seed: int) -> Ids:
     """As many neurons per layer as ``ids``, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        layer: torch.randperm(widths[layer], generator=generator)[: len(own)].sort().values
-        for layer, own in ids.items()
+        layer: torch.randperm(widths[layer], generator=generator)[: len(ids_of_layer)].sort().values
+        for layer, ids_of_layer in ids.items()
     }
 
 
@@ -93,7 +93,7 @@ def ablation(study: Readings) -> dict[str, Any]:
     check(study)
     settings = study.settings
     scores = [study.selector.scores(study.evidence(text, FIRST)) for text in (0, 1)]
-    removed = arms(*(strongest(own, settings.share) for own in scores))
+    removed = arms(*(strongest(text_scores, settings.share) for text_scores in scores))
     dense = [_losses(study, text, {})[0] for text in (0, 1)]
     return {
         "share": settings.share,
@@ -130,8 +130,8 @@ def _row(study: Readings, text: int, ids: Ids, dense: Sequence[float]) -> dict[s
     }
 
 
-def _ends(found: Interval | None) -> dict[str, Any] | None:
-    return None if found is None else found.to_dict()
+def _ends(estimate: Interval | None) -> dict[str, Any] | None:
+    return None if estimate is None else estimate.to_dict()
 
 
 def blocks(losses: Sequence[float]) -> Sample:
@@ -144,15 +144,15 @@ def _losses(study: Readings, text: int, remove: Ids) -> tuple[list[float], dict[
     """Loss of every token of a text's second half, and the accounting of how it ran."""
     ids = study.ids[text]
     window = Window(ids, len(ids) // 2)
-    given = {layer: own for layer, own in remove.items() if len(own)}
-    if not given:
+    removed = {layer: ids_of_layer for layer, ids_of_layer in remove.items() if len(ids_of_layer)}
+    if not removed:
         spent = {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0}
         return list(score_window(study.model, None, window).losses), spent
-    with prune(study.model, "griffin", remove=given) as run:
-        found = score_window(study.model, run, window)
+    with prune(study.model, "griffin", remove=removed) as run:
+        scored = score_window(study.model, run, window)
         report = run.report()
     names = ("achieved_sparsity", "dense_token_share", "remasks")
-    return list(found.losses), {name: getattr(report, name) for name in names}
+    return list(scored.losses), {name: getattr(report, name) for name in names}
 
 
 # The strongest and the weakest neurons of every layer by forward proxy.
@@ -162,7 +162,7 @@ TOKENS = 5
 """Vocabulary entries listed for a strong neuron."""
 
 SHARES = (0.01, 0.1)
-"""Strongest shares of a layer's neurons whose part of all scores is told."""
+"""Strongest shares of a layer's neurons whose part of all scores is listed."""
 
 
 def neurons(study: Readings) -> dict[str, Any]:
@@ -172,25 +172,25 @@ def neurons(study: Readings) -> dict[str, Any]:
     the magnitude is 1, so the proxy decides alone.  ``tokens``: the rows e_v of the output
     embedding whose w . e_v is largest in the direction that the neuron writes (that of its mean
     activation), for strong neurons.  ``concentration``: the part of the layer's summed scores that
-    its strongest 1 % and 10 % hold.  Raises ``ConfigError`` without an output embedding.
+    its strongest 1 % and 10 % have.  Raises ``ConfigError`` without an output embedding.
     """
     config, top = study.settings.prune_config(), study.settings.top
     rule = SCORES.get(study.settings.neuron_score)
     layers = []
-    own = PruneConfig(score=ScoreConfig(name=study.settings.neuron_score), seed=config.seed)
-    for weights in study.knowing(own, study.view.weights("output", config.seed)):
+    proxy = PruneConfig(score=ScoreConfig(name=study.settings.neuron_score), seed=config.seed)
+    for weights in study.knowing(proxy, study.view.weights("output", config.seed)):
         a, signed = _statistics(study, weights)
         scores = rule(a, weights).detach().float()
         order = scores.sort(descending=True, stable=True).indices
         strong, weak = order[:top], order.flip(0)[:top]
-        said = _tokens(study, weights, strong, signed)
+        tokens = _tokens(study, weights, strong, signed)
         layers.append(
             {
                 "layer": weights.index,
                 "concentration": {f"{s:g}": concentration(scores, s) for s in SHARES},
                 "strong": [
                     {**_neuron(i, scores, signed), "tokens": words}
-                    for i, words in zip(strong.tolist(), said, strict=True)
+                    for i, words in zip(strong.tolist(), tokens, strict=True)
                 ],
                 "weak": [_neuron(i, scores, signed) for i in weak.tolist()],
             }
@@ -211,7 +211,7 @@ def _statistics(study: Readings, weights: FfnWeights) -> tuple[Tensor, Tensor | 
 
 
 def concentration(scores: Tensor, share: float) -> float:
-    """Part of the summed scores [I] that the strongest ``share`` of the neurons holds."""
+    """Part of the summed scores [I] that the strongest ``share`` of the neurons has."""
     count = max(1, round(share * len(scores)))
     return float(scores.sort(descending=True).values[:count].sum() / scores.sum().clamp_min(1e-30))
 
@@ -222,31 +222,31 @@ def _neuron(index: int, scores: Tensor, signed: Tensor | None) -> dict[str, Any]
 
 
 def _tokens(
-    study: Readings, weights: FfnWeights, chosen: Tensor, signed: Tensor | None
+    study: Readings, weights: FfnWeights, neurons: Tensor, signed: Tensor | None
 ) -> list[list[str]]:
     rows = weights.embedding
     assert rows is not None  # the score has used it
-    columns = weights.down[:, chosen].detach().float()
+    columns = weights.down[:, neurons].detach().float()
     if signed is not None:
-        columns = columns * torch.where(signed[chosen.cpu()] < 0, -1.0, 1.0).to(columns.device)
-    found = top_rows(rows.detach(), columns.to(rows.device), TOKENS)
-    return [[str(study.tokenizer.decode([token])) for token in one] for one in found.tolist()]
+        columns = columns * torch.where(signed[neurons.cpu()] < 0, -1.0, 1.0).to(columns.device)
+    ids = top_rows(rows.detach(), columns.to(rows.device), TOKENS)
+    return [[str(study.tokenizer.decode([token])) for token in row] for row in ids.tolist()]
 
 
 def top_rows(rows: Tensor, columns: Tensor, count: int) -> Tensor:
     """Ids of the ``count`` rows [V, D] with the largest product with each column [D, n].
 
-    Returns [n, count].  In chunks of V: the products of a large vocabulary are never held together.
+    Returns [n, count].  In chunks of V: never all products of a large vocabulary in memory.
     """
     values = ids = None  # type: Tensor | None
     for number, chunk in enumerate(torch.split(rows, REACH_CHUNK)):
         reach = chunk.float() @ columns
-        own = torch.arange(len(chunk), device=rows.device)[:, None].expand_as(reach)
-        own = own + number * REACH_CHUNK
+        numbers = torch.arange(len(chunk), device=rows.device)[:, None].expand_as(reach)
+        numbers = numbers + number * REACH_CHUNK
         if values is not None and ids is not None:
-            reach, own = torch.cat([values, reach]), torch.cat([ids, own])
-        values, places = reach.topk(min(count, len(reach)), 0)
-        ids = own.gather(0, places)
+            reach, numbers = torch.cat([values, reach]), torch.cat([ids, numbers])
+        values, order = reach.topk(min(count, len(reach)), 0)
+        ids = numbers.gather(0, order)
     assert ids is not None
     return ids.t()
 
@@ -276,7 +276,7 @@ def overlap(study: Readings) -> dict[str, Any]:
     """Per layer the Jaccard of the neurons that the method keeps for A and for B.
 
     ``jaccard``: of the whole texts; ``chance``: of random sets of the same sizes.  Halves of the
-    texts serve as a yardstick with equal evidence: ``same_text`` (A's halves, and B's: the mean),
+    texts are a baseline with equal evidence: ``same_text`` (A's halves, and B's: the mean),
     ``across`` (a half of A with a half of B: the mean of the four pairs).
     """
     whole = [_kept(study, text, WHOLE) for text in (0, 1)]
@@ -284,7 +284,7 @@ def overlap(study: Readings) -> dict[str, Any]:
     layers = []
     for index, block in enumerate(study.view.blocks):
         a, b = (kept[index] for kept in whole)
-        own = [[half[index] for half in text] for text in halves]
+        parts = [[half[index] for half in text] for text in halves]
         layers.append(
             {
                 "layer": index,
@@ -293,8 +293,8 @@ def overlap(study: Readings) -> dict[str, Any]:
                 "kept_b": len(b),
                 "jaccard": jaccard(a, b),
                 "chance": expected_jaccard(block.down_width, len(a), len(b)),
-                "same_text": fmean([jaccard(*own[0]), jaccard(*own[1])]),
-                "across": fmean([jaccard(x, y) for x, y in product(own[0], own[1])]),
+                "same_text": fmean([jaccard(*parts[0]), jaccard(*parts[1])]),
+                "across": fmean([jaccard(x, y) for x, y in product(parts[0], parts[1])]),
             }
         )
     keys = ("jaccard", "chance", "same_text", "across")
@@ -302,7 +302,8 @@ def overlap(study: Readings) -> dict[str, Any]:
     return {
         "method": config.method,
         "sparsity": config.sparsity,
-        "removed": 1 - sum(one["kept_a"] for one in layers) / sum(one["width"] for one in layers),
+        "removed": 1
+        - sum(layer["kept_a"] for layer in layers) / sum(layer["width"] for layer in layers),
         "mean": {key: fmean([layer[key] for layer in layers]) for key in keys},
         "layers": layers,
     }
@@ -371,10 +372,10 @@ def half_widths(longest: int) -> list[int]:
 
 def _windows(a: Tensor, b: Tensor, dims: int) -> list[dict[str, Any]]:
     """Growing windows around the middle of each text, cut at its ends and at the sinks."""
-    own = [t[SINKS:] if len(t) > SINKS else t for t in (a, b)]
-    found = []
-    for half in half_widths(max(len(t) // 2 for t in own)):
-        one, other = (t[max(0, len(t) // 2 - half) : len(t) // 2 + half + 1] for t in own)
+    kept = [t[SINKS:] if len(t) > SINKS else t for t in (a, b)]
+    rows = []
+    for half in half_widths(max(len(t) // 2 for t in kept)):
+        one, other = (t[max(0, len(t) // 2 - half) : len(t) // 2 + half + 1] for t in kept)
         sizes = {"half_width": half, "tokens_a": len(one), "tokens_b": len(other)}
-        found.append({**sizes, **compare(one.mean(0), other.mean(0), dims)})
-    return found
+        rows.append({**sizes, **compare(one.mean(0), other.mean(0), dims)})
+    return rows

@@ -30,7 +30,7 @@ from dart_llm.pruning.token_level import NO_MASK
 from dart_llm.pruning.weights import FfnWeights, norms_of
 from dart_llm.studies.inspection.settings import InspectSettings, InspectText
 
-# Quantiles, moments and histograms of many numbers, as JSON-able data.
+# Quantiles and moments of many numbers, as JSON-able data.
 
 
 LEVELS = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
@@ -40,8 +40,8 @@ LEVELS = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95
 def quantiles(values: Tensor) -> dict[str, float]:
     """``LEVELS`` of all entries, linear between the two nearest; any shape, not empty."""
     flat = values.detach().float().cpu().numpy().reshape(-1)
-    found = np.quantile(flat, list(LEVELS.values()))
-    return {name: float(value) for name, value in zip(LEVELS, found, strict=True)}
+    levels = np.quantile(flat, list(LEVELS.values()))
+    return {name: float(value) for name, value in zip(LEVELS, levels, strict=True)}
 
 
 def moments(values: Tensor) -> dict[str, float | None]:
@@ -60,13 +60,6 @@ def moments(values: Tensor) -> dict[str, float | None]:
     }
 
 
-def histogram(values: Tensor, low: float, high: float, bins: int = 40) -> list[int]:
-    """Counts in equal bins from ``low`` to ``high``; the end bins hold what lies beyond."""
-    place = (values.detach().float().cpu() - low) / max(high - low, 1e-30) * bins
-    found = torch.bincount(place.clamp(0, bins - 1).long().flatten(), minlength=bins)
-    return [int(count) for count in found]
-
-
 # How much each FFN changes the residual stream (docs/method.md, "Budgets": the sensitivities).
 
 
@@ -79,17 +72,17 @@ def impact(seen: LayerActivations) -> dict[str, Any]:
     tokens count.
     """
     x, z, r = (t[0].float() for t in (seen.x, seen.z, seen.r))
-    found = {}
+    pairs = {}
     for name, y, change in (("residual", x + r, r), ("output", z, z - x)):
         size = x.norm(dim=-1).clamp_min(EPS)
         cosine = (x * y).sum(-1) / (size * y.norm(dim=-1)).clamp_min(EPS)
         relative = change.norm(dim=-1) / size
-        found[name] = {
+        pairs[name] = {
             "cosine": _spread(cosine),
             "change": _spread(relative),
             "s": float((1 - cosine.mean()) * relative.mean()),
         }
-    return found
+    return pairs
 
 
 def _spread(values: Tensor) -> dict[str, float]:
@@ -107,33 +100,16 @@ HELD = 0.9
 """The share of a token's squared activations whose fewest neurons are counted."""
 
 
-def weights(blocks: Sequence[FfnBlock]) -> dict[str, Any]:
+def weight_norms(blocks: Sequence[FfnBlock]) -> list[dict[str, Any]]:
     """Per layer and matrix the distribution over neurons of the L2 norms of their weights.
 
-    A neuron's weights are its row of gate and up and its column of down.  ``histogram`` counts the
-    norms in equal bins over ``range[matrix]``, the same for all layers: from the lowest 0.5 % to
-    the highest 99.5 % quantile of any layer; the end bins hold the few beyond.  Raises
-    ``ConfigError`` when a layer is offloaded.
+    A neuron's weights are its row of gate and up and its column of down.  Raises ``ConfigError``
+    when a layer is offloaded.
     """
-    norms = [_norms(block) for block in blocks]
-    ranges = {name: _range([layer[name] for layer in norms]) for name in norms[0]}
-    layers = [
-        {
-            name: {
-                **quantiles(values),
-                **moments(values),
-                "histogram": histogram(values, *ranges[name]),
-            }
-            for name, values in layer.items()
-        }
-        for layer in norms
+    return [
+        {name: {**quantiles(norms), **moments(norms)} for name, norms in _norms(block).items()}
+        for block in blocks
     ]
-    return {"range": ranges, "layers": layers}
-
-
-def _range(layers: Sequence[Tensor]) -> tuple[float, float]:
-    ends = [torch.quantile(norms, torch.tensor([0.005, 0.995]).to(norms)) for norms in layers]
-    return float(min(low for low, _ in ends)), float(max(high for _, high in ends))
 
 
 def _norms(block: FfnBlock) -> dict[str, Tensor]:
@@ -152,7 +128,7 @@ def activations(u: Tensor) -> dict[str, Any]:
     """Of u [T, I]: quantiles of its absolute values, moments of u itself, and how sparse it is.
 
     ``zero``: share of exact zeros; ``near``: shares below ``NEAR`` of the token's root mean
-    square; ``holds``: the smallest share of neurons that holds ``HELD`` of a token's squared
+    square; ``holds``: the smallest share of neurons that has ``HELD`` of a token's squared
     activations, mean over tokens.
     """
     u = u.float()
@@ -178,7 +154,7 @@ class LayerReading:
 
     ``squares``: sum over tokens of u^2, [I]; ``signed``: mean of u, [I]; ``evidence`` by part of
     the text; ``centre``: mean of x without the first tokens (sinks), [D]; ``stream``: x, [T, D], of
-    the chosen layer alone.  float32 on the host, evidence on the layer's device.
+    the selected layer alone.  float32 on the host, evidence on the layer's device.
     """
 
     impact: dict[str, Any]
@@ -207,12 +183,12 @@ class Readings:
         self.ids = [self._ids(text) for text in self.texts]
 
     def _layer(self) -> int:
-        count, asked = len(self.view.blocks), self.settings.layer
-        if asked is None:
+        count, layer = len(self.view.blocks), self.settings.layer
+        if layer is None:
             return count - 1
-        if not 0 <= asked < count:
-            raise ConfigError(f"--layer {asked} is out of range: this model has {count} layers")
-        return asked
+        if not 0 <= layer < count:
+            raise ConfigError(f"--layer {layer} is out of range: this model has {count} layers")
+        return layer
 
     def _ids(self, text: InspectText) -> Tensor:
         """[T]; special tokens as the tokenizer adds them."""
@@ -224,16 +200,16 @@ class Readings:
 
     @cached_property
     def selector(self) -> MaskSelector:
-        """The method that chooses a text's neurons; ``ConfigError`` where none would do so."""
+        """The method that selects a text's neurons; ``ConfigError`` where it reads no text."""
         config = self.settings.prune_config()
         layers = self.view.weights(config.score.proxy_embedding, config.seed)
-        found = check_fits(_choosing(config), layers)
-        if found.removes_nothing:
-            return found
+        selector = check_fits(_choosing(config), layers)
+        if selector.removes_nothing:
+            return selector
         return check_fits(config, self.knowing(config, layers))
 
     def knowing(self, config: PruneConfig, layers: Sequence[FfnWeights]) -> tuple[FfnWeights, ...]:
-        """The layers with what ``config`` reads of the model: found, or learnt and kept."""
+        """The layers with what ``config`` reads of the model: cached, or learned now."""
         cache_dir = self.settings.cache_dir
         return self_calibrate(self.model, config, layers, cache_dir, tokenizer=self.tokenizer)
 
@@ -245,20 +221,20 @@ class Readings:
 
     @torch.inference_mode()
     def _pass(self, text: int) -> list[LayerReading]:
-        found: dict[int, LayerReading] = {}
+        readings: dict[int, LayerReading] = {}
         selector = None
-        with contextlib.suppress(ConfigError):  # said where masks are asked for, if they are
+        with contextlib.suppress(ConfigError):  # raised where masks are requested
             selector = self.selector
 
         def take(layer: int, seen: LayerActivations) -> None:
-            found[layer] = self._layer_reading(layer, seen, selector)
+            readings[layer] = self._layer_reading(layer, seen, selector)
 
-        given, saver = self.texts[text], self.saver
-        name = given.label.lower()
-        keep = contextlib.nullcontext() if saver is None else saver.recording(name, given.text)
+        inspected, saver = self.texts[text], self.saver
+        name = inspected.label.lower()
+        keep = contextlib.nullcontext() if saver is None else saver.recording(name, inspected.text)
         with capture_activations(self.model, take), keep:
             self.model(self.ids[text][None].to(self.model.device), logits_to_keep=1)
-        return [found[index] for index in range(len(self.view.blocks))]
+        return [readings[index] for index in range(len(self.view.blocks))]
 
     def _layer_reading(
         self, layer: int, seen: LayerActivations, selector: MaskSelector | None
@@ -282,14 +258,14 @@ class Readings:
 
 
 def _choosing(config: PruneConfig) -> PruneConfig:
-    """``config`` when it chooses neurons by a text."""
-    if config.method == "dense" or config.weight_bits is not None:
+    """``config`` if it selects neurons by a text."""
+    if config.method == "dense":
         raise ConfigError(f'method "{config.method}" removes no neuron: give one that does')
     if config.token is not None:
         raise ConfigError(f'method "{config.method}": {NO_MASK}; give another, e.g. griffin')
     if config.calibration is not None or SCORES.get(config.score.name).per_token is None:
         raise ConfigError(
-            f'method "{config.method}" with score "{config.score.name}" does not choose neurons by '
+            f'method "{config.method}" with score "{config.score.name}" does not select neurons by '
             "the text alone: give one that does, e.g. griffin"
         )
     return config
@@ -298,12 +274,12 @@ def _choosing(config: PruneConfig) -> PruneConfig:
 def _evidence(seen: LayerActivations, selector: MaskSelector) -> dict[str, LayerStatistics]:
     middle = seen.u.shape[1] // 2
     spans = {WHOLE: slice(None), FIRST: slice(0, middle), SECOND: slice(middle, None)}
-    found = {}
+    evidence = {}
     for part, span in spans.items():
         u, z, x, r = (t[:, span] for t in (seen.u, seen.z, seen.x, seen.r))
         weights = None
         if selector.config.skip_sinks:
             weights = without_sinks(None, [float(span.start or 0)], 1, u.shape[1]).to(u.device)
-        found[part] = LayerStatistics()
-        selector.statistics.update(found[part], u, z, x, r, weights)
-    return found
+        evidence[part] = LayerStatistics()
+        selector.statistics.update(evidence[part], u, z, x, r, weights)
+    return evidence

@@ -69,9 +69,9 @@ class InspectSettings(ActivationSettings):
     def _check_texts(self) -> None:
         pairs = (("prompt", "prompt_file"), ("prompt_b", "prompt_b_file"))
         a, b = ([name for name in pair if getattr(self, name) is not None] for pair in pairs)
-        for given in (a, b):
-            if len(given) > 1:
-                raise ConfigError(f"give {given[0]} or {given[1]}, not both")
+        for both in (a, b):
+            if len(both) > 1:
+                raise ConfigError(f"give {both[0]} or {both[1]}, not both")
         if sum(map(bool, (a or b, self.passage, self.runs))) > 1:
             raise ConfigError("give prompts, --passage or --runs: one of the three")
         if b and not a:
@@ -101,12 +101,11 @@ class InspectSettings(ActivationSettings):
         ]
 
     def prune_config(self) -> PruneConfig:
-        """The method that chooses the neurons of a text; no compensation, which none is read of."""
+        """The method that selects the neurons of a text, without compensation."""
         config = super().prune_config()
         free = config.sparsity is None and config.budget.table is None
-        if free and config.score.strategy == "topk" and config.weight_bits is None:
-            whole = config.method == "dense"
-            config = config if whole else config.replace({"sparsity": DEFAULT_SPARSITY})
+        if free and config.score.strategy == "topk" and config.method != "dense":
+            config = config.replace({"sparsity": DEFAULT_SPARSITY})
         return config.replace({"compensation": False}) if config.compensation else config
 
     @property
@@ -120,7 +119,7 @@ class InspectSettings(ActivationSettings):
 
 
 LONGEST_NAME = 48
-"""Characters of a text that stand for it where it has no name."""
+"""Characters of a text that name it where it has no name."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +143,13 @@ class InspectText:
 def inspect_texts(settings: InspectSettings) -> tuple[InspectText, ...]:
     """The texts; ``ConfigError`` or ``ResultsError`` for what cannot be read or is empty."""
     if settings.passage:
-        found = _passage(settings.passage)
+        named = _passage(settings.passage)
     elif settings.runs:
-        found = _runs(settings.runs)
+        named = _runs(settings.runs)
     else:
         a, b = (settings.prompt, settings.prompt_file), (settings.prompt_b, settings.prompt_b_file)
-        found = [_prompt(text, file) for text, file in (a, b) if text is not None or file]
-    texts = tuple(InspectText(label, *part) for label, part in zip("AB", found, strict=False))
+        named = [_prompt(text, file) for text, file in (a, b) if text is not None or file]
+    texts = tuple(InspectText(label, *part) for label, part in zip("AB", named, strict=False))
     for text in texts:
         if not text.text.strip():
             raise ConfigError(f"text {text.title} is empty: give at least one word")
@@ -178,22 +177,22 @@ def _runs(folders: str) -> list[tuple[str, str]]:
     paths = [Path(part.strip()) for part in folders.split(",") if part.strip()]
     if len(paths) not in (1, 2):
         raise ConfigError(f"--runs takes one results folder or two, not {len(paths)}")
-    found = [_generated(path) for path in paths]
-    if len(found) == 2:
-        return [(f"{p.parent.name}/{p.name}", t[-1][1]) for p, t in zip(paths, found, strict=True)]
-    if len(found[0]) < 2:
+    generated = [_generated(path) for path in paths]
+    if len(generated) == 2:
+        return [
+            (f"{p.parent.name}/{p.name}", t[-1][1]) for p, t in zip(paths, generated, strict=True)
+        ]
+    if len(generated[0]) < 2:
         raise ConfigError(
-            f"{paths[0]} holds one text, of the untouched model: give a second run to compare with"
+            f"{paths[0]} has one text, of the untouched model: give a second run to compare with"
         )
-    return [(f"{name} text of {paths[0].name}", text) for name, text in found[0]]
+    return [(f"{name} text of {paths[0].name}", text) for name, text in generated[0]]
 
 
 def _generated(path: Path) -> list[tuple[str, str]]:
     """Variant and text of a run, dense first."""
     rows: list[dict[str, Any]] = [row for row in read(path).generations if row.get("text")]
     if not rows:
-        raise ConfigError(
-            f"{path} holds no generated text: give the folder of a run that wrote one"
-        )
+        raise ConfigError(f"{path} has no generated text: give the folder of a run that wrote one")
     rows.sort(key=lambda row: row.get("variant") != "dense")
     return [(str(row.get("variant")), str(row["text"])) for row in rows[:2]]

@@ -1,23 +1,29 @@
-"""`inspect`: look at a model and two texts; a unit is a section of inspect.json."""
+"""``inspect``: look at a model and two texts; a unit is a section of inspect.json."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dart_llm.errors import ConfigError
+from dart_llm.experiments import run_facts
 from dart_llm.experiments.artifacts import saver
 from dart_llm.experiments.provenance import Digests
+from dart_llm.experiments.result_line import ResultLine
 from dart_llm.experiments.store import read
 from dart_llm.experiments.study import Study, Unit
-from dart_llm.files import write_json
+from dart_llm.files import write_json, write_text
+from dart_llm.models.checkpoint import checkpoint_facts
+from dart_llm.reporting import page
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
-from dart_llm.reporting.table import Table
-from dart_llm.studies.inspection import analyses, plots, report
-from dart_llm.studies.inspection.readings import Readings, weights
+from dart_llm.reporting.table import Record, Table
+from dart_llm.reporting.words import percent
+from dart_llm.studies.inspection import analyses, sections
+from dart_llm.studies.inspection.readings import Readings, weight_norms
+from dart_llm.studies.inspection.sections import Shown
 from dart_llm.studies.inspection.settings import InspectSettings, inspect_texts
 
 
@@ -27,20 +33,36 @@ def _layers(readings: Readings) -> dict[str, Any]:
 
 
 def _weights(readings: Readings) -> dict[str, Any]:
-    text, read = None, None
+    text, activations = None, None
     if readings.texts:
-        text, read = readings.texts[0].label, [one.activations for one in readings.reading(0)]
-    return {"weights": weights(readings.view.blocks), "text": text, "activations": read}
+        text = readings.texts[0].label
+        activations = [layer.activations for layer in readings.reading(0)]
+    norms = weight_norms(readings.view.blocks)
+    return {"weights": norms, "text": text, "activations": activations}
 
 
-SECTIONS: dict[str, Callable[[Readings], dict[str, Any]]] = {
-    "layers": _layers,
-    "weights": _weights,
-    "neurons": analyses.neurons,
-    "overlap": analyses.overlap,
-    "ablation": analyses.ablation,
-    "space": analyses.space,
+@dataclass(frozen=True)
+class Section:
+    """A part of an inspection: its numbers, and how they are shown."""
+
+    title: str
+    compute: Callable[[Readings], dict[str, Any]]
+    show: Callable[[Record], list[Shown]]
+
+
+SECTIONS = {
+    "layers": Section("Layers", _layers, sections.layers),
+    "weights": Section("Weights and activations", _weights, sections.weights),
+    "neurons": Section("Strong and weak neurons", analyses.neurons, sections.neurons),
+    "overlap": Section("Overlap of two texts", analyses.overlap, sections.overlap),
+    "ablation": Section("Ablation", analyses.ablation, sections.ablation),
+    "space": Section("Embedding space", analyses.space, sections.space),
 }
+
+LONG, MOST = 12, 300
+"""On the page a table with more rows is folded, or left to its CSV file."""
+
+FACTS = {"checkpoint", "file quantisation", "dtype", "device", "date", "sha256", "command"}
 
 
 class InspectionStudy(Study[InspectSettings]):
@@ -76,7 +98,7 @@ class InspectionStudy(Study[InspectSettings]):
         return units
 
     def _is_left_out(self, name: str) -> bool:
-        """Whether a section that was not asked for by name cannot be made of these texts."""
+        """Whether a section that was not requested by name cannot be made of these texts."""
         try:
             if name in ("overlap", "ablation"):
                 self.readings.selector  # noqa: B018 - raises where the method reads no text
@@ -106,7 +128,7 @@ class InspectionStudy(Study[InspectSettings]):
 
     def compute(self, unit: Unit) -> dict[str, Any]:
         with self.ui.status(f"inspecting {unit.key}"):
-            return SECTIONS[unit.key](self.readings)
+            return SECTIONS[unit.key].compute(self.readings)
 
     def take(self, unit: Unit, value: Any) -> None:
         self.sections[unit.key] = value
@@ -121,17 +143,97 @@ class InspectionStudy(Study[InspectSettings]):
             {**asdict(text), "sha256": text.sha256, "tokens_read": len(ids)}
             for text, ids in zip(self.texts, self.readings.ids, strict=True)
         ]
-        sentences = report.sentences(self.sections)
-        return {"texts": texts, "sentences": sentences, "sections": dict(self.sections)}
+        return {"texts": texts, "sections": dict(self.sections)}
+
+    def result_lines(self) -> list[ResultLine]:
+        """The overlap of the kept neurons, and the losses of the ablation."""
+        facts = checkpoint_facts(self.model)
+        common: dict[str, Any] = {
+            "method": self.settings.prune_config().method,
+            "model": str(facts.get("name")),
+            "seed": self.settings.seed,
+            "dtype": facts.get("dtype"),
+        }
+        lines = []
+        if overlap := self.sections.get("overlap"):
+            lines.append(
+                ResultLine(
+                    label="kept for A and B",
+                    task="inspect:overlap",
+                    metric="jaccard",
+                    value=overlap["mean"]["jaccard"],
+                    requested=overlap["sparsity"],
+                    achieved=overlap["removed"],
+                    **common,
+                )
+            )
+        for row in self.sections.get("ablation", {}).get("rows", ()):
+            lines.append(
+                ResultLine(
+                    label=f"without {analyses.ARMS[row['arm']]}, loss on {row['text']}",
+                    task="inspect:ablation",
+                    metric="loss",
+                    value=row["loss"],
+                    low=(row["loss_interval"] or {}).get("low"),
+                    high=(row["loss_interval"] or {}).get("high"),
+                    achieved=row["achieved_sparsity"],
+                    dense_share=row["dense_token_share"],
+                    remasks=row["remasks"],
+                    **common,
+                )
+            )
+        return lines
+
+    def show(self, name: str) -> list[Shown]:
+        """The tables of a section, with what is drawn of them."""
+        return SECTIONS[name].show(self.sections[name])
 
     def tables(self) -> Sequence[Table]:
-        return report.tables(self.sections)
+        return [shown.table for name in self.sections for shown in self.show(name)]
 
     def sentences(self) -> Sequence[str]:
-        return list(report.sentences(self.sections).values())
+        return [headline(self.sections)]
 
     def figures(self) -> Iterator[Plot]:
-        yield from plots.make(self.summary, read(self.path).small_print)
+        for name in self.sections:
+            yield from self._plots(name)
+
+    def _plots(self, name: str) -> list[Plot]:
+        small = read(self.path).small_print
+        return [shown.plot(small) for shown in self.show(name) if shown.panels]
 
     def write_page(self) -> Path:
-        return report.write(self.path, self.summary)
+        """``report.html``; without matplotlib it has no plots and says so."""
+        view, parts, missing = read(self.path), [], ""
+        for name in self.sections:
+            drawn, reason = page.pictures(self._plots(name))
+            missing = missing or reason
+            tables = [shown.table for shown in self.show(name)]
+            short = [(t.html(), len(t.rows) > LONG) for t in tables if len(t.rows) <= MOST]
+            left = [(t.caption, f"{t.name}.csv") for t in tables if len(t.rows) > MOST]
+            parts.append((name, SECTIONS[name].title, drawn, short, left))
+        texts = [
+            (f"text {text['label']}", f"{text['name']}: {text['tokens_read']} tokens read", False)
+            for text in self.summary["texts"]
+        ]
+        content = {
+            "title": f"Inside {view.name}",
+            "conclusion": headline(self.sections),
+            "facts": texts + [fact for fact in run_facts.facts(view) if fact[0] in FACTS],
+            "texts": self.summary["texts"],
+            "sections": parts,
+            "missing": missing,
+        }
+        write_text(self.path / "report.html", run_facts.render(view, "inspect.html", content))
+        return self.path / "report.html"
+
+
+def headline(sections: Record) -> str:
+    """How far two texts differ, or else what was looked at."""
+    if overlap := sections.get("overlap"):
+        mean = overlap["mean"]
+        return (
+            f"With {percent(overlap['removed'])} removed, the neurons kept for A and for B have a "
+            f"Jaccard of {mean['jaccard']:.3f}, where chance gives {mean['chance']:.3f}."
+        )
+    return f"Inspected: {', '.join(sections)}."

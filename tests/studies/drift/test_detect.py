@@ -1,4 +1,4 @@
-"""``dart-llm detect``: passages in tokens, settings, document, tables and plots.
+"""``dart-llm detect``: passages in tokens, settings, document.
 
 That it resumes, and what it answers, is tested for all studies in tests/experiments.
 """
@@ -7,18 +7,18 @@ import json
 import re
 
 import pytest
-import torch
 
-from dart_llm.data.passages import Passage, Text, Topic, check, digest, passages, shipped, tokens
+from dart_llm.data.passages import Topic
 from dart_llm.errors import ConfigError
 from dart_llm.experiments.study import run_study
 from dart_llm.files import write_lines
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
-from dart_llm.studies.detection import report
-from dart_llm.studies.detection.replay import outcome, rates
-from dart_llm.studies.detection.settings import DetectSettings
-from dart_llm.studies.detection.study import DetectionStudy, read_passage, watchers
+from dart_llm.studies.drift import detect_report
+from dart_llm.studies.drift.detect import DetectionStudy, study_passage, watchers
+from dart_llm.studies.drift.replay import outcome, rates
+from dart_llm.studies.drift.settings import DetectSettings
+from dart_llm.studies.drift.sources import Source, load_passages, read_passage
 from detect_cases import folder, passage
 from written import lines, read
 
@@ -40,21 +40,10 @@ class Spans:
 
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_a_token_that_holds_the_break_too_belongs_to_the_new_topic(is_fast):
-    one, tokenizer = Passage("x", "a bb\n\ncc d", (Topic("a", "a"), Topic("b", "b")), (6,)), Spans()
+    text, tokenizer = "a bb dd\n\ncc d", Spans()
     tokenizer.is_fast = is_fast
-    assert tokens(one, tokenizer).changes == (3,)  # special, a, bb, then the break with cc
-
-
-def test_what_does_not_fit_is_refused_by_name():
-    text = Text("07", torch.zeros(900, dtype=torch.long), (300,), ("a", "b"))
-    check([text], 299, 900)
-    check([text], 299, None)
-    with pytest.raises(ConfigError, match='first change of passage "07" is its token 300, within'):
-        check([text], 300, None)
-    with pytest.raises(ConfigError, match="has 900 tokens, and the model's context holds 899"):
-        check([text], 100, 899)
-    assert all(passages(name) == shipped() for name in (None, "", "shipped"))
-    assert digest(passages(None)[:2]) == digest(shipped()[:2]) != digest(shipped())
+    source = Source("x", text, (Topic("a", "a"), Topic("b", "b")), (text.index("cc"),))
+    assert read_passage(source, tokenizer, 2, None).changes == (4,)  # special, a, bb, dd, cc
 
 
 REFUSED = [
@@ -76,11 +65,6 @@ def test_bad_settings_are_one_sentence(given, error):
         watchers(merge(DetectSettings, given, environment={}))
 
 
-def test_defaults_and_what_a_study_of_signals_does_not_take():
-    asked = merge(DetectSettings, {}, environment={})
-    assert asked.rule_names() == ("dart", "paper", "published", "interval 64", "dart-prompt")
-
-
 def settings(root, **more):
     file = root / "passages.jsonl"
     write_lines(file, [passage(number).to_dict() for number in (1, 2, 3)])
@@ -99,11 +83,11 @@ def test_a_line_is_the_study_of_a_passage(job):
     found = lines(job.path / "results.jsonl")
     assert [line["key"] for line in found] == ["p1", "p2", "p3"]
     assert job.model.config._attn_implementation == "eager"
-    text = tokens(passage(2), job.tokenizer)
-    assert text.changes == passage(2).changes  # one token per character
-    again = read_passage(job.model, text, job.settings)
+    reading = read_passage(load_passages(job.settings)[1], job.tokenizer, 120, None)
+    assert reading.changes == passage(2).changes  # one token per character
+    again = study_passage(job.model, reading, job.settings)
     assert found[1] == json.loads(json.dumps(again))
-    assert found[1]["passage"]["changes"] == list(text.changes)
+    assert found[1]["passage"]["changes"] == list(reading.changes)
 
 
 def test_detection_json_pools_the_lines(job):
@@ -133,4 +117,4 @@ def test_blind_line_by_hand():
         ("delay_with_misses", 1 / 128, 64),
         ("delay_with_misses", 0.02, 25),
     ):
-        assert report.blind_rules(name, rate, 128) == pytest.approx(want)
+        assert detect_report.blind_rule(name, rate, 128) == pytest.approx(want)

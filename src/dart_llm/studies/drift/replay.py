@@ -7,9 +7,9 @@ first trigger after a change detects it when it comes within the horizon, and is
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from dart_llm.pruning.config import DriftConfig
 from dart_llm.pruning.drift import Check, Detector, Rule, guards_allow, make_rule
 from dart_llm.pruning.registry import DRIFT_RULES, METHODS
 from dart_llm.reporting.words import too_few
-from dart_llm.studies.detection.signals import Recorded
+from dart_llm.studies.drift.signals import Recorded
 
 # As the controller of a run would run the detector.  Nothing is pruned here: the signals are those
 # of the dense model, so every rule sees the same text.
@@ -31,7 +31,7 @@ from dart_llm.studies.detection.signals import Recorded
 
 @dataclass(frozen=True)
 class Watcher:
-    """A rule, what is observed after a trigger, and the guards that may hold one back.
+    """A rule, what is observed after a trigger, and the guards that may suppress one.
 
     ``observe``: tokens; the guards are those of ``DriftConfig``.
     """
@@ -89,7 +89,7 @@ def replay(signal: Recorded, prompt: int, watcher: Watcher) -> Replay:
     After a trigger the next ``watcher.observe`` tokens are observed and become the new reference,
     and the detector, its window and its counter start anew.
     """
-    found, rule, v = Replay(), watcher.rule, signal.values[None]
+    replayed, rule, v = Replay(), watcher.rule, signal.values[None]
     guards = watcher.observe, watcher.min_distance, watcher.max_dense_share, watcher.allowance
     detector = _armed(signal, rule, v[:, signal.first : prompt])
     at, end, run, spent, last = prompt, v.shape[1], 0, 0, None
@@ -100,14 +100,14 @@ def replay(signal: Recorded, prompt: int, watcher: Watcher) -> Replay:
         fired = bool(rule.interval) and run >= rule.interval
         if not fired and rule.window:
             checks = detector.watch(part, None)
-            found.checks += [(at, check) for check in checks]
+            replayed.checks += [(at, check) for check in checks]
             fired = any(check.fired for check in checks)
         if fired and guards_allow(at - prompt, last, spent, *guards):
-            found.triggers.append(at)
+            replayed.triggers.append(at)
             last, run = at - prompt, 0
             detector = _armed(signal, rule, v[:, at : at + watcher.observe])
             spent, at = spent + watcher.observe, at + watcher.observe
-    return found
+    return replayed
 
 
 def _armed(signal: Recorded, rule: Rule, observed: Tensor) -> Detector:
@@ -128,8 +128,8 @@ def _tokens_until_change(rule: Rule, detector: Detector, run: int) -> int:
 def similarities(signal: Recorded, prompt: int, window: int) -> list[tuple[int, float]]:
     """Similarity of every window to the prompt, with the tokens seen by its end; no trigger."""
     quiet = Rule(window, lambda mu, sigma: torch.full_like(mu, -torch.inf), 1)
-    found = replay(signal, prompt, Watcher("quiet", quiet, 0))
-    return [(at, check.similarity[0]) for at, check in found.checks]
+    replayed = replay(signal, prompt, Watcher("quiet", quiet, 0))
+    return [(at, check.similarity[0]) for at, check in replayed.checks]
 
 
 Array = NDArray[np.float64]
@@ -186,6 +186,15 @@ def outcome(
     return Outcome(reach, tuple(delays), *counts)
 
 
+INTERVALS = {
+    "rate": "rate_interval",
+    "delay_with_misses": "delay_with_misses_interval",
+    "false_alarms_per_1000": "fa_interval",
+    "gain": "gain_interval",
+}
+"""The numbers that have one, and the keys of their intervals."""
+
+
 def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) -> dict[str, Any]:
     """One rule over all texts, as JSON-able data: the entries of a row of detection.json.
 
@@ -196,42 +205,31 @@ def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) ->
     Intervals: 95 %, by resampling whole texts; None of too few, as ``no_interval`` says.
     """
     once = _statistics(outcomes, np.ones((1, len(outcomes))))
-    point = {name: float(values[0]) for name, values in once.items()}
-    ends: dict[str, list[float] | None] = {}
+    values = {name: float(value[0]) for name, value in once.items()}
+    delays = [delay for outcome in outcomes for delay in outcome.delays if delay is not None]
+    ends: Mapping[str, tuple[float, float] | None] = {}
     if intervals:
-        found = text_intervals(lambda weights: _statistics(outcomes, weights), len(outcomes), seed)
-        ends = {name: None if own is None else list(own) for name, own in found.items()}
-    alarms, decoded = (sum(getattr(o, n) for o in outcomes) for n in ("alarms", "decoded"))
+        ends = text_intervals(lambda weights: _statistics(outcomes, weights), len(outcomes), seed)
+    bounds = {name: ends.get(name) for name in INTERVALS}
+    counts = ("false_alarms", "late", "alarms", "decoded")
     return {
         "changes": sum(len(o.delays) for o in outcomes),
-        "detected": sum(delay is not None for o in outcomes for delay in o.delays),
-        "rate": point["rate"],
-        "rate_interval": ends.get("rate"),
-        "delay_median": None if math.isnan(point["median"]) else point["median"],
-        "delay_interval": ends.get("median"),
-        "delay_with_misses": point["delay"],
-        "delay_with_misses_interval": ends.get("delay"),
-        "false_alarms": sum(o.false_alarms for o in outcomes),
-        "false_alarms_per_1000": point["false"],
-        "fa_interval": ends.get("false"),
+        "detected": len(delays),
+        "delay_median": float(median(delays)) if delays else None,
+        **values,
+        **{key: list(bounds[name] or ()) or None for name, key in INTERVALS.items()},
+        **{name: sum(getattr(o, name) for o in outcomes) for name in counts},
         "tokens": sum(o.stationary for o in outcomes),
-        "late": sum(o.late for o in outcomes),
-        "alarms": alarms,
-        "decoded": decoded,
-        "alarms_per_1000": 1000 * alarms / max(1, decoded),
-        "blind_rate": point["blind"],
-        "gain": point["gain"],
-        "gain_interval": ends.get("gain"),
         "no_interval": too_few(len(outcomes)),
     }
 
 
 def _statistics(outcomes: Sequence[Outcome], weights: Array) -> dict[str, Array]:
-    """weights: [B, n], how often each text counts.  Each statistic is [B]; nan: no median."""
+    """weights: [B, n], how often each text counts.  Each statistic is [B]."""
 
     def total(value: Callable[[Outcome], int]) -> Array:
-        found: Array = weights @ np.array([float(value(o)) for o in outcomes])
-        return found
+        summed: Array = weights @ np.array([float(value(o)) for o in outcomes])
+        return summed
 
     changes = np.maximum(total(lambda o: len(o.delays)), 1)
     rate = total(lambda o: sum(delay is not None for delay in o.delays)) / changes
@@ -243,32 +241,17 @@ def _statistics(outcomes: Sequence[Outcome], weights: Array) -> dict[str, Array]
     stationary = np.maximum(total(lambda o: o.stationary), 1)
     return {
         "rate": rate,
-        "median": _medians(outcomes, weights),
-        "delay": total(_waited) / changes,
-        "false": 1000 * total(lambda o: o.false_alarms) / stationary,
-        "blind": blind,
+        "delay_with_misses": total(_waited) / changes,
+        "false_alarms_per_1000": 1000 * total(lambda o: o.false_alarms) / stationary,
+        "alarms_per_1000": 1000 * per_token,
+        "blind_rate": blind,
         "gain": rate - blind,
     }
 
 
-def _waited(one: Outcome) -> int:
+def _waited(outcome: Outcome) -> int:
     """Delays, a miss counting as its reach."""
-    return sum(r if d is None else d for d, r in zip(one.delays, one.reach, strict=True))
-
-
-def _medians(outcomes: Sequence[Outcome], weights: Array) -> Array:
-    """Median of the pooled delays under each row of weights: [B], nan where there are none."""
-    pairs = [(delay, place) for place, o in enumerate(outcomes) for delay in o.delays]
-    known = sorted((delay, place) for delay, place in pairs if delay is not None)
-    if not known:
-        return np.full(len(weights), math.nan)
-    delays: Array = np.array([float(delay) for delay, _ in known])
-    counts = weights[:, [place for _, place in known]].cumsum(1)
-    whole = counts[:, -1:]
-    ranks = ((whole + 1) // 2, whole // 2 + 1)  # the two in the middle, or twice the one
-    low, high = (delays[(counts >= np.maximum(rank, 1)).argmax(1)] for rank in ranks)
-    medians: Array = np.where(whole[:, 0] > 0, (low + high) / 2, math.nan)
-    return medians
+    return sum(r if d is None else d for d, r in zip(outcome.delays, outcome.reach, strict=True))
 
 
 def auc(same: Sequence[float], other: Sequence[float]) -> float | None:

@@ -1,4 +1,4 @@
-"""`detect`: passages through the dense model, and what every drift rule makes of their signals.
+"""``dart-llm detect``: passages through the dense model, and what every drift rule makes of them.
 
 ``detection.json``: the lines of results.jsonl pooled into rows, curves and signals.
 """
@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dart_llm.data import passages as inputs
-from dart_llm.data.passages import Text
 from dart_llm.experiments import stats
 from dart_llm.experiments.provenance import Digests
+from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.store import read
 from dart_llm.experiments.study import Study, Unit
 from dart_llm.models.capture import EAGER, layer_count
 from dart_llm.models.checkpoint import checkpoint_facts
@@ -25,8 +26,10 @@ from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.reporting.words import too_few
 from dart_llm.settings import ModelOptions
-from dart_llm.studies.detection import report
-from dart_llm.studies.detection.replay import (
+from dart_llm.studies.drift import detect_report, report
+from dart_llm.studies.drift.plots import DriftView
+from dart_llm.studies.drift.replay import (
+    INTERVALS,
     Outcome,
     Watcher,
     auc,
@@ -36,8 +39,9 @@ from dart_llm.studies.detection.replay import (
     replay,
     similarities,
 )
-from dart_llm.studies.detection.settings import DetectSettings
-from dart_llm.studies.detection.signals import SCORES, SIGNALS, Recorded, layers_of, record
+from dart_llm.studies.drift.settings import SCORES, SIGNALS, DetectSettings
+from dart_llm.studies.drift.signals import Recorded, layers_of, record
+from dart_llm.studies.drift.sources import Reading, cut_note, digest, load_passages, read_passage
 
 NO_SIGNAL = "none"
 """The signal of rules that watch none: ``interval N``, ``never``."""
@@ -46,11 +50,6 @@ EAGER_NOTE = (
     "attention-scores reads the attention weights, so the model is loaded with eager attention, "
     "for all signals"
 )
-
-
-def watchers(settings: DetectSettings) -> list[Watcher]:
-    """The rules that are tried; raises ``UnknownName`` and ``ConfigError``."""
-    return [make_watcher(name, settings.observe_tokens) for name in settings.rule_names()]
 
 
 class DetectionStudy(Study[DetectSettings]):
@@ -63,104 +62,132 @@ class DetectionStudy(Study[DetectSettings]):
 
     def __init__(self, settings: DetectSettings, ui: Ui) -> None:
         super().__init__(settings, ui)
-        watchers(settings)  # a name that does not exist is said before the model is loaded
-        self.passages = inputs.passages(settings.passages)[: settings.limit]
-        self.eager = SCORES in settings.signal_names()
+        watchers(settings)  # an unknown name is refused before the model is loaded
+        self.passages = load_passages(settings)
+        self.notes = [EAGER_NOTE] if SCORES in settings.signal_names() else []
 
     def inputs(self) -> Mapping[str, Any]:
-        passages = inputs.digest(self.passages)
-        return {"passages": passages, **Digests().of_model(self.settings), **plugins.digest()}
+        passages = {"passages": digest(self.passages)}
+        return {**passages, **Digests().of_model(self.settings), **plugins.digest()}
 
     def prune_document(self) -> dict[str, Any]:
         return PruneConfig.build("dense", seed=self.settings.seed).to_dict()
 
     @property
     def load_settings(self) -> ModelOptions:
-        if not self.eager:
+        if SCORES not in self.settings.signal_names():
             return self.settings
         return self.settings.noted({"attn_implementation": EAGER}, EAGER_NOTE)
 
     def units(self) -> Iterable[Unit]:
-        texts = [inputs.tokens(passage, self.tokenizer) for passage in self.passages]
-        inputs.check(texts, self.settings.prompt_tokens, context_length(self.model))
-        return [Unit(text.id, data=text) for text in texts]
+        prompt, longest = self.settings.prompt_tokens, context_length(self.model)
+        read = [read_passage(one, self.tokenizer, prompt, longest) for one in self.passages]
+        self.notes += cut_note(read)
+        return [Unit(reading.source.id, data=reading) for reading in read]
 
     def compute(self, unit: Unit) -> dict[str, Any]:
-        return read_passage(self.model, unit.data, self.settings)
+        return study_passage(self.model, unit.data, self.settings)
 
     def summarise(self) -> dict[str, Any]:
         facts = dict(checkpoint_facts(self.model))
-        summary = summary_document(self.lines, self.identity, facts, layer_count(self.model))
-        return {**summary, "notes": [EAGER_NOTE]} if self.eager else summary
+        document = pool(self.lines, self.identity, facts, layer_count(self.model))
+        return {**document, "notes": self.notes}
+
+    def result_lines(self) -> list[ResultLine]:
+        return [
+            ResultLine(
+                label=detect_report.name(row),
+                method="dense",
+                model=self.settings.model,
+                task=f"detect:{row['signal']}",
+                metric=metric,
+                value=row[metric],
+                higher_is_better=metric in ("rate", "gain"),
+                low=(row[ends] or [None])[0],
+                high=(row[ends] or [None])[-1],
+                seed=self.settings.seed,
+                dtype=self.summary["checkpoint"].get("dtype"),
+            )
+            for row in self.summary["rows"]
+            for metric, ends in INTERVALS.items()
+        ]
 
     def tables(self) -> Sequence[Table]:
-        return [report.rules_table(self.summary)]
+        return [detect_report.rules_table(self.summary)]
 
     def sentences(self) -> Sequence[str]:
-        return [report.conclusion(self.summary)]
+        return [detect_report.headline(self.summary)]
 
     def markdown(self) -> str:
-        return report.markdown(self.summary)
+        return detect_report.markdown(self.summary)
 
     def figures(self) -> Iterable[Plot]:
-        return report.make_curves(self.summary)
+        return detect_report.make_curves(self.summary)
+
+    def write_page(self) -> Path:
+        return report.write(DriftView(read(self.path), {}, detection=self.summary))
+
+
+def watchers(settings: DetectSettings) -> list[Watcher]:
+    """The rules that are tried; raises ``UnknownName`` and ``ConfigError``."""
+    return [make_watcher(name, settings.observe_tokens) for name in settings.rule_names()]
 
 
 # One passage: a line of results.jsonl.
 
 
-def read_passage(model: Any, text: Text, asked: DetectSettings) -> dict[str, Any]:
+def study_passage(model: Any, reading: Reading, settings: DetectSettings) -> dict[str, Any]:
     """What every rule and threshold makes of the signals of one passage.
 
     A trigger is the number of tokens of the passage that were read by then, prompt included.
     """
-    signals = record(model, text.ids, asked.prompt_tokens, asked.signal_names())
+    signals = record(model, reading.ids, reading.prompt, settings.signal_names())
     return {
-        "key": text.id,
+        "key": reading.source.id,
         "status": "done",
         "error": None,
         "passage": {
-            "id": text.id,
-            "topics": list(text.topics),
-            "tokens": len(text.ids),
-            "prompt_tokens": asked.prompt_tokens,
-            "changes": list(text.changes),
+            "id": reading.source.id,
+            "topics": [topic.name for topic in reading.source.topics],
+            "tokens": len(reading.ids),
+            "prompt_tokens": reading.prompt,
+            "changes": list(reading.changes),
         },
-        "rules": list(_rules(signals, asked)),
-        "sweep": list(_sweep(signals, asked)),
-        "auc": list(_aucs(signals, text, asked)),
+        "rules": list(_rules(signals, reading.prompt, settings)),
+        "sweep": list(_sweep(signals, reading.prompt, settings)),
+        "auc": list(_aucs(signals, reading, settings)),
     }
 
 
-def _rules(signals: Mapping[str, Recorded], asked: DetectSettings) -> Iterator[dict[str, Any]]:
-    names = asked.signal_names()
-    for watcher in watchers(asked):
+Signals = Mapping[str, Recorded]
+
+
+def _rules(signals: Signals, prompt: int, settings: DetectSettings) -> Iterator[dict[str, Any]]:
+    for watcher in watchers(settings):
         windowed = bool(watcher.rule.window)
-        for name in names if windowed else names[:1]:
-            triggers = replay(signals[name], asked.prompt_tokens, watcher).triggers
+        for name in signals if windowed else [*signals][:1]:
+            triggers = replay(signals[name], prompt, watcher).triggers
             label = name if windowed else NO_SIGNAL
             yield {"signal": label, "rule": watcher.name, "triggers": triggers}
 
 
-def _sweep(signals: Mapping[str, Recorded], asked: DetectSettings) -> Iterator[dict[str, Any]]:
-    for name in asked.signal_names():
-        for window, count, k in asked.sweep_list():
-            watcher = Watcher("sweep", windows(window, count, k), asked.observe_tokens)
-            triggers = replay(signals[name], asked.prompt_tokens, watcher).triggers
+def _sweep(signals: Signals, prompt: int, settings: DetectSettings) -> Iterator[dict[str, Any]]:
+    for name, signal in signals.items():
+        for window, count, k in settings.sweep_list():
+            watcher = Watcher("sweep", windows(window, count, k), settings.observe_tokens)
+            triggers = replay(signal, prompt, watcher).triggers
             yield {"signal": name, "window": window, "n0": count, "k": k, "triggers": triggers}
 
 
-def _aucs(
-    signals: Mapping[str, Recorded], text: Text, asked: DetectSettings
-) -> Iterator[dict[str, Any]]:
+def _aucs(signals: Signals, reading: Reading, settings: DetectSettings) -> Iterator[dict[str, Any]]:
     """Per signal and window length: how well one window's similarity tells old topic from new.
 
     Windows after the prompt up to the first change, against those from it to the second change.
     """
-    first, second = (*text.changes, len(text.ids))[:2]
-    for name in asked.signal_names():
-        for window in asked.window_list():
-            values = similarities(signals[name], asked.prompt_tokens, window)
+    first, second = (*reading.changes, len(reading.ids))[:2]
+    for name, signal in signals.items():
+        for window in settings.window_list():
+            values = similarities(signal, reading.prompt, window)
             same = [value for at, value in values if at <= first]
             other = [value for at, value in values if at - window >= first and at <= second]
             yield {"signal": name, "window": window, "auc": auc(same, other)}
@@ -168,39 +195,12 @@ def _aucs(
 
 # All passages: detection.json.
 
-
 SCHEMA = 1
 
 Lines = Sequence[Mapping[str, Any]]
 
-DEFINITIONS = {
-    "signal": "what the rule watches; none: the rule watches nothing",
-    "changes": "known changes of topic",
-    "detected": "changes whose first trigger came within the horizon, before the next change",
-    "rate": "detected / changes",
-    "delay_median": "tokens of the new topic read at the trigger, median over detected changes",
-    "delay_with_misses": "mean over all changes; a miss counts as the horizon, or as the "
-    "length of the topic where that is shorter",
-    "false_alarms_per_1000": "triggers in stationary text, per 1,000 tokens of it",
-    "tokens": "stationary text: decoded tokens whose topic is that of the reference, that is, "
-    "before the first change, and from the first trigger after a change to the next change",
-    "late": "first triggers after a change that came after the horizon: neither detections nor "
-    "false alarms",
-    "alarms_per_1000": "all triggers per 1,000 decoded tokens",
-    "blind_rate": "rate of a rule that fires at equal distances, as often in all: mean over "
-    "changes of min(1, horizon x alarms per token)",
-    "gain": "rate - blind_rate",
-    "interval": "95 %, bootstrap over passages; [x, x]: these passages do not vary; null: one "
-    "passage, or nothing to speak of",
-    "curves": "theta = mu - k sigma, a trigger at n0; observe_tokens observed after a trigger; no "
-    "guards",
-    "delay": "of a curve's point: delay_median",
-    "auc": "chance that a window of the old topic is more similar to the prompt than one of the "
-    "new, mean over passages; 0.5: no information",
-}
 
-
-def summary_document(
+def pool(
     lines: Lines, settings: Mapping[str, Any], checkpoint: Mapping[str, Any], layers: int
 ) -> dict[str, Any]:
     """Everything of detection.json.  ``layers``: of the model; ``settings``: as config.json's."""
@@ -214,7 +214,6 @@ def summary_document(
         "curves": _curves(lines, horizon),
         "signals": _signals(lines, layers, seed),
         "passages": [line["passage"] for line in lines],
-        "definitions": DEFINITIONS,
         "settings": dict(settings),
         "checkpoint": dict(checkpoint),
     }
@@ -227,29 +226,25 @@ def _groups(
     groups: dict[tuple[Any, ...], list[Outcome]] = {}
     for line in lines:
         passage = line["passage"]
-        place = (passage["changes"], passage["prompt_tokens"], passage["tokens"], horizon)
+        text = (passage["changes"], passage["prompt_tokens"], passage["tokens"], horizon)
         for entry in line[part]:
             key = tuple(entry[name] for name in names)
-            groups.setdefault(key, []).append(outcome(entry["triggers"], *place))
+            groups.setdefault(key, []).append(outcome(entry["triggers"], *text))
     return [(dict(zip(names, key, strict=True)), outcomes) for key, outcomes in groups.items()]
 
 
-POINT = {
-    "rate": "rate",
-    "delay": "delay_median",
-    "delay_with_misses": "delay_with_misses",
-    "false_alarms_per_1000": "false_alarms_per_1000",
-    "alarms_per_1000": "alarms_per_1000",
-    "blind_rate": "blind_rate",
-}
-"""Entries of a curve's point, and what they are in the rates."""
+POINT = (
+    *("rate", "delay_median", "delay_with_misses", "false_alarms_per_1000", "alarms_per_1000"),
+    "blind_rate",
+)
+"""Entries of a curve's point, from the rates."""
 
 
 def _curves(lines: Lines, horizon: int) -> list[dict[str, Any]]:
     curves: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for key, outcomes in _groups(lines, "sweep", ("signal", "window", "n0", "k"), horizon):
         pooled = rates(outcomes, intervals=False)
-        point = {"k": key["k"], **{name: pooled[source] for name, source in POINT.items()}}
+        point = {"k": key["k"], **{name: pooled[name] for name in POINT}}
         curves.setdefault((key["signal"], key["window"], key["n0"]), []).append(point)
     return [
         {"signal": signal, "window": window, "n0": count, "points": points}
@@ -262,8 +257,7 @@ def _signals(lines: Lines, layers: int, seed: int) -> list[dict[str, Any]]:
     for line in lines:
         for entry in line["auc"]:
             values = by_signal.setdefault((entry["signal"], entry["window"]), [])
-            if entry["auc"] is not None:
-                values.append(entry["auc"])
+            values += [] if entry["auc"] is None else [entry["auc"]]
     rows = []
     for (name, window), values in by_signal.items():
         interval = stats.interval(values, seed=seed)

@@ -5,13 +5,12 @@ import torch
 
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.drift import Rule, guards_allow
-from dart_llm.studies.detection.replay import (
+from dart_llm.studies.drift.replay import (
     Watcher,
     make_watcher,
     replay,
-    similarities,
 )
-from dart_llm.studies.detection.signals import Recorded, shannon
+from dart_llm.studies.drift.signals import Recorded
 from synthetic import HIDDEN, Driver, Stream, config, make_layers
 
 PROMPT = 84
@@ -42,20 +41,6 @@ def test_a_change_is_noticed_after_three_windows_and_the_reference_is_renewed():
     assert found.checks[15][1].window == 1
 
 
-def test_intervals_by_hand():
-    signal = Recorded("made up", shifting(length=400))
-    assert replay(signal, 100, watcher("interval 50", 20)).triggers == [150, 220, 290, 360]
-    assert replay(signal, 100, watcher("interval:50", 1)).triggers == [150, 201, 252, 303, 354]
-    assert replay(signal, 100, watcher("interval 400")).triggers == []
-    assert replay(signal, 100, watcher("never")).triggers == []
-    # distance 90: held from 220 to 240; spent 20 of 240 - 100 + 20
-    far = watcher("interval 50", 20, min_distance=90)
-    assert replay(signal, 100, far).triggers == [150, 240, 330]
-    # share 0.1: 20 <= 0.1 (n + 20) from n = 180 on, then 40 from 380 on, and 60 from 580 on
-    capped, long = watcher("interval 50", 20, max_dense_share=0.1), shifting(length=800)
-    assert replay(Recorded("long", long), 100, capped).triggers == [280, 480, 680]
-
-
 def test_guards_by_hand():
     """With an allowance of 32: 64 when 5 % of n + 32 are 32, at n = 608."""
     for allowed, arguments in (
@@ -73,31 +58,6 @@ def test_guards_by_hand():
         (True, (63, None, 999, 999, 64, None, 0)),  # no share, no cap
     ):
         assert guards_allow(*arguments) is allowed, arguments
-
-
-def test_distributions_are_watched_by_their_divergence():
-    """Half of the weight moves to another position: similarity is known."""
-    old, new = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.5, 0.0, 0.5])
-    values = torch.where(torch.arange(200)[:, None] < 120, old, new)
-    signal = Recorded("made up", values, 40, shannon)
-    found = replay(signal, 80, watcher("published", 30))
-    assert found.triggers == [125]
-    (at, check) = found.checks[8]
-    assert at == 125
-    assert check.similarity == pytest.approx([0.5], abs=1e-6)  # half of the weight is shared
-    assert check.threshold == pytest.approx([0.9], abs=1e-5)
-    assert found.checks[7][1].similarity == pytest.approx([1.0], abs=1e-6)
-
-
-def test_quiet_similarities_are_those_to_the_prompt():
-    values = shifting(204)
-    found = similarities(Recorded("made up", values), PROMPT, 20)
-    assert [at for at, _ in found] == list(range(104, 601, 20))
-    centre = values[4:PROMPT].mean(0)
-    for at, value in found:
-        window = values[at - 20 : at].mean(0)
-        want = torch.cosine_similarity(window, centre, dim=0)
-        assert value == pytest.approx(float(want), abs=1e-5)
 
 
 def test_rules_and_methods_by_name():

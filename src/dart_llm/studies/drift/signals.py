@@ -1,6 +1,4 @@
-"""Signals of a text, recorded in one dense forward.
-
-The signals of a text that a drift rule can watch: what they are, and how two means compare.
+"""Signals of a text that a drift rule can watch, recorded in one dense forward.
 
 A signal is one vector per token, [T, D] float32.  The detector compares means of windows with the
 mean of the reference, by cosine; means of attention distributions by the Jensen-Shannon divergence.
@@ -19,20 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dart_llm.errors import DartError, check_name
+from dart_llm.errors import DartError
 from dart_llm.models import capture
 from dart_llm.pruning.drift import SINKS, Compare, cosine
-
-SCORES = "attention-scores"
-
-SIGNALS = {
-    "attention": "last layer's attention output, as published",
-    "attention-80": "attention output of the layer at 80 % of the depth",
-    "attention-several": "attention outputs of the upper half of the layers, each of unit length",
-    "hidden": "last hidden state, after the last norm",
-    SCORES: "last layer's attention distribution over the first half of the prompt",
-}
-"""Names, with what they are in one line."""
+from dart_llm.studies.drift.settings import SCORES
 
 
 @dataclass(frozen=True)
@@ -47,12 +35,6 @@ class Recorded:
     values: Tensor
     first: int = SINKS
     compare: Compare = cosine
-
-
-def check_signal(name: str) -> str:
-    """Return ``name`` when there is such a signal; raises ``UnknownName``."""
-    check_name("signal", name, SIGNALS)
-    return name
 
 
 def layers_of(name: str, count: int) -> tuple[int, ...]:
@@ -147,16 +129,18 @@ def record(model: Any, ids: Tensor, prompt: int, signals: Sequence[str]) -> dict
             )
             stack.enter_context(weights)
         model(ids[None].to(model.device), use_cache=False, logits_to_keep=1)
-    found = {}
+    recorded = {}
     for name in signals:
         if name == SCORES:
-            found[name] = Recorded(name, taken[SCORES], first_query(prompt), shannon)
+            recorded[name] = Recorded(name, taken[SCORES], first_query(prompt), shannon)
         elif name == "attention-several":
-            found[name] = Recorded(name, several(taken, layers[name]))
+            recorded[name] = Recorded(name, several(taken, layers[name]))
         else:
-            found[name] = Recorded(name, taken["hidden" if name == "hidden" else layers[name][0]])
-        if not bool(found[name].values.isfinite().all()):
+            recorded[name] = Recorded(
+                name, taken["hidden" if name == "hidden" else layers[name][0]]
+            )
+        if not bool(recorded[name].values.isfinite().all()):
             raise DartError(
                 f"the signal {name} is not finite: the model overflows; try dtype float32"
             )
-    return found
+    return recorded

@@ -10,10 +10,8 @@ from torch.nn.functional import normalize
 from dart_llm.errors import DartError, UnsupportedModel
 from dart_llm.pruning.drift import SINKS, cosine
 from dart_llm.session.run import prune
-from dart_llm.studies.detection.signals import (
-    SIGNALS,
-    distribution,
-    keys_of,
+from dart_llm.studies.drift.settings import SIGNALS
+from dart_llm.studies.drift.signals import (
     record,
     shannon,
 )
@@ -34,21 +32,6 @@ def test_similarity_of_distributions_by_hand():
         ([0.0, 0.0], [0.0, 0.0], 0.0),
     ):
         assert float(shannon(torch.tensor(p), torch.tensor(q))) == pytest.approx(want, abs=1e-6)
-
-
-def test_distributions_by_hand():
-    """Prompt of 16, the least that a study takes: the keys are positions 4 to 7."""
-    assert keys_of(16) == slice(4, 8)
-    weights = torch.zeros(2, 3, 20)
-    weights[0, 0, 4:8] = torch.tensor([0.1, 0.0, 0.0, 0.1])
-    weights[1, 0, 4:8] = torch.tensor([0.1, 0.0, 0.1, 0.0])
-    weights[:, 1, 19] = 1.0  # sees the keys, and gives them nothing
-    weights[0, 2, 5] = 1e-6
-    found = distribution(weights, 16)
-    want = [[0.5, 0.0, 0.25, 0.25], [0.0] * 4, [0.0, 1.0, 0.0, 0.0]]
-    assert found.dtype == torch.float32
-    for row, expected in zip(found.tolist(), want, strict=True):
-        assert row == pytest.approx(expected, abs=1e-6)
 
 
 def eager(name="llama"):
