@@ -73,7 +73,7 @@ def our_log_probabilities(model: Any, ids: Tensor, masks: Masks | None = None) -
     first = CONTEXT // 2
     if masks is None:
         return model(ids).logits[0, first:-1].float().log_softmax(-1)
-    run = Run(model, PruneConfig.build("griffin", executor="masked"), held=masks)
+    run = Run(model, PruneConfig.build("griffin", executor="masked"), fixed_masks=masks)
     with run, run.decoding(prompt=True):
         return model(ids).logits[0, first:-1].float().log_softmax(-1)
 

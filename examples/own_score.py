@@ -7,7 +7,7 @@ from dart_llm.data import texts
 from dart_llm.evaluation.perplexity import score as measure
 from dart_llm.evaluation.perplexity import slices
 from dart_llm.extend import SCORES, FfnWeights, score
-from dart_llm.pruning.scores import squared
+from dart_llm.pruning.statistics import squared
 
 
 @score(squared, "an example")

@@ -8,7 +8,7 @@ from dart_llm.cli.chat_settings import ChatSettings
 from dart_llm.cli.commands import COMPARED, HELP
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY, PruneConfig
-from dart_llm.pruning.methods import SUMMARIES
+from dart_llm.pruning.methods import summaries
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import merge
 from dart_llm.studies.bench.settings import SpeedSettings
@@ -113,7 +113,7 @@ def test_one_method_and_one_sparsity_are_the_default_of_every_command():
     drifting = grid.collect({"tasks": "a", "overrides": {"drift": "paper"}}, defaults=COMPARED)
     assert drifting.methods == ("dense", "griffin", "dart") and len(drifting.notes) == 1
     assert "dense, griffin and dart-token at sparsity 0.3" in HELP["compare"]["help"]
-    (told,) = [name for name, text in SUMMARIES.items() if "default" in text]
+    (told,) = [name for name, text in summaries().items() if "default" in text]
     assert told == DEFAULT_METHOD
 
 

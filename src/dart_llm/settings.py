@@ -173,7 +173,7 @@ def decay_problem(config: PruneConfig) -> str:
     """Why a configuration cannot honour its ema_decay; "" when it can."""
     if config.score.ema_decay is None or config.target == 0:
         return ""
-    why = SCORES.get(config.score.name).undecayed
+    why = SCORES.get(config.score.name).no_decay_reason
     return f'score "{config.score.name}" {why}' if why else ""
 
 

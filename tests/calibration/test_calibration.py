@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from calibration_cases import WORDS, Letters
-from dart_llm.calibration import calibrate as module
-from dart_llm.calibration.calibrate import calibrate, observe
+from dart_llm.calibration.calibrate import calibrate
 from dart_llm.errors import AttachError
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import PreparedMethod, prepare
+from dart_llm.session.prepare import prepare
+from dart_llm.session.run import BoundMethod
 from steps import Same, decode, forward_lengths, same_masks, shared_model
 from tiny import LAYERS, WIDTH, tiny, tokens
 
@@ -44,32 +44,21 @@ def kept(masks):
     return [mask.ids for mask in masks]
 
 
-def test_batches_are_added_up(monkeypatch):
-    ids, made = tokens(10, 12), config("flap", budget="blend depth global")
-    together = observe(shared_model(), made, ids)
-    monkeypatch.setattr(module, "BATCH", 3)
-    for first, second in zip(together, observe(shared_model(), made, ids), strict=True):
-        assert set(first.sums) == set(second.sums) >= {"score", "signed", "cosine", "squares"}
-        for key, one in first.sums.items():
-            assert one.weight == second.sums[key].weight == 120
-            assert torch.allclose(one.total, second.sums[key].total, rtol=1e-5, atol=1e-5)
-
-
 def test_the_model_is_left_as_it_was(tmp_path, text):
     model = tiny()
     with Same(model):
         run_calibration(model, config("flap"), text, tmp_path)
         run_calibration(model, config("glass"), None, tmp_path)
-    made = PreparedMethod(model, None, PruneConfig.build("griffin"))
+    made = BoundMethod(model, None, PruneConfig.build("griffin"))
     with made.run(), pytest.raises(AttachError, match="already being pruned"):
-        observe(model, config(), tokens(2, 8))
+        run_calibration(model, config(score="normalized"), text, tmp_path)
 
 
 def test_one_calibration_serves_all_sparsities_and_both_kinds_of_masks(tmp_path, text):
     model = tiny()
     first, lengths = run_calibration(model, config(), text, tmp_path)
     assert lengths == TWICE
-    assert all(len(ids) == WIDTH // 2 for ids in kept(first.held))
+    assert all(len(ids) == WIDTH // 2 for ids in kept(first.fixed_masks))
     for made in (
         config(sparsity=0.7, compensation=True),
         config(budget={"table": "0:0.5,1-3:auto"}),
@@ -90,8 +79,8 @@ def test_the_disk_gives_the_same(tmp_path, text, method):
     if method == "glass":
         assert all(torch.equal(a, b) for a, b in zip(first.prior, again.prior, strict=True))
     else:
-        assert same_masks(kept(first.held), kept(again.held))
-        for one, other in zip(first.held, again.held, strict=True):
+        assert same_masks(kept(first.fixed_masks), kept(again.fixed_masks))
+        for one, other in zip(first.fixed_masks, again.fixed_masks, strict=True):
             assert torch.equal(one.bias, other.bias)
 
 
@@ -114,7 +103,7 @@ def quiet(made, source, cache):
     return prepare(shared_model(), Letters(), made, source, str(cache), lambda news: None)
 
 
-def test_static_methods_hold_their_masks(tmp_path, text):
+def test_static_methods_have_fixed_masks(tmp_path, text):
     found = quiet(config("flap"), text, tmp_path)
     said = "calibration: 10 sequences of 16 tokens (160 tokens) of calibration.txt"
     assert found.notes == (said,) and found.label == "flap@0.5"
@@ -124,7 +113,7 @@ def test_static_methods_hold_their_masks(tmp_path, text):
         report = run.report()
         assert report.achieved_sparsity == pytest.approx(0.5, abs=1 / (LAYERS * WIDTH))
         assert report.remask_causes == {"given": 1}
-        assert same_masks([run.masks()[layer] for layer in range(LAYERS)], kept(found.held))
+        assert same_masks([run.masks()[layer] for layer in range(LAYERS)], kept(found.fixed_masks))
     (said,) = quiet(config(calibration={"length": 200}), text, tmp_path).notes
     assert re.match(
         r"calibration: [1-9]\d of 128 sequences of 200 tokens \([\d,]+ tokens\) of ", said
@@ -133,5 +122,5 @@ def test_static_methods_hold_their_masks(tmp_path, text):
 
 def test_glass_has_a_prior(tmp_path):
     found = quiet(config("glass"), None, tmp_path)
-    assert found.notes[0].endswith("(160 tokens) of the model's own text")
+    assert found.notes[0].endswith("(160 tokens) of self-generated text")
     assert sum(layer.nbytes for layer in found.prior) == 4 * LAYERS * WIDTH

@@ -1,4 +1,4 @@
-"""What learning says: how long and how much memory before it starts, then how far it is."""
+"""Progress: how much memory before it starts, then how far it is."""
 
 import logging
 import re
@@ -10,16 +10,15 @@ import torch
 from calibration_cases import WORDS, Letters
 from dart_llm.calibration import progress as module
 from dart_llm.calibration.calibrate import calibrate
-from dart_llm.calibration.learn import BASES
 from dart_llm.calibration.progress import (
     READING,
     WRITING,
     Progress,
     graph_bytes,
     learning,
-    speed_of,
     text_bytes,
 )
+from dart_llm.calibration.self_calibration import BASES
 from dart_llm.errors import ConfigError
 from dart_llm.models import float32_copy, float32_products
 from dart_llm.pruning.config import PruneConfig
@@ -40,57 +39,42 @@ def clock(monkeypatch):
 
 
 def test_lines_by_the_clock(clock):
-    """The first when parts have been timed, then one every ten seconds; time left by own speed."""
+    """The first line after five seconds, then every ten; the time left by the measured speed."""
     news = []
-    progress = Progress(news.append, {"first": 100.0, "second": 300.0}, 4.0)
-    progress.announce("learning", 1_300_000_000, "griffin learns nothing")
-    assert news == ["learning: about 2 min, 1.3 GB of memory; griffin learns nothing"]
-    advance = progress.stage("first")
-    for second in range(1, 51):  # this stage is half as fast as was thought
-        clock[0] = float(second)
-        advance(second / 50)
-    advance = progress.stage("second")
-    for second in range(51, 81):
-        clock[0] = float(second)
-        advance((second - 50) / 30)
-    assert news[1:] == [
-        *(f"learning (first): {share} %, about 3 min left" for share in (2, 8, 12, 18, 22)),
-        "learning (second): 38 %, about 20 s left",
-        *("learning (second): 62 %, about 15 s left", "learning (second): 88 %, about 5 s left"),
-    ]
-
-
-def test_what_is_quick_says_one_line_or_none(clock, caplog):
-    news = []
-    for say in (news.append, logger.info):
-        progress = Progress(say, {"first": 100.0}, 50.0)
-        progress.announce("learning", 1000, "griffin learns nothing")
-        progress.stage("first")(0.5)
-    assert news == ["learning: a few seconds"] and not caplog.records
-
-
-def test_a_library_call_that_takes_long_warns(clock, caplog):
-    """Where nobody asked for news: else a call that is silent for minutes seems to hang."""
-    progress = Progress(logger.info, {"first": 100.0}, 1.0)
-    progress.announce("learning", 1000, "")
+    progress = Progress(news.append, {"first": 100.0, "second": 300.0}, "learning")
     advance = progress.stage("first")
     for second in range(1, 31):
         clock[0] = float(second)
-        advance(second / 100)
+        advance(second / 30)
+    advance = progress.stage("second")
+    for second in range(31, 61):
+        clock[0] = float(second)
+        advance((second - 30) / 30)
+    assert news == [
+        "learning",
+        "learning (first): 4 %, about 2 min left",
+        "learning (first): 12 %, about 2 min left",
+        "learning (first): 21 %, about 2 min left",
+        "learning (second): 38 %, about 60 s left",
+        "learning (second): 62 %, about 30 s left",
+        "learning (second): 88 %, about 8 s left",
+    ]
+
+
+def test_a_library_call_warns_where_it_takes_long(clock, caplog):
+    """Else a call that is silent for minutes seems to hang; a quick one logs nothing."""
+    for seconds in (4, 20):
+        progress = Progress(logger.info, {"first": 100.0}, "learning")
+        advance = progress.stage("first")
+        start = clock[0]
+        for second in range(1, seconds + 1):
+            clock[0] = start + second
+            advance(second / 100)
     found = [(one.levelname, one.getMessage()) for one in caplog.records]
-    assert found[0] == ("WARNING", "learning: about 2 min")
-    assert [level for level, _ in found[1:]] == ["WARNING"] * 3
-    assert found[-1][1] == "learning (first): 25 %, about 80 s left"
-
-
-def test_a_call_that_was_thought_quick_and_is_not_warns_too(clock, caplog):
-    progress = Progress(logger.info, {"first": 100.0}, 100.0)
-    progress.announce("learning", 1000, "")
-    advance = progress.stage("first")
-    clock[0] = 12.0
-    advance(0.1)
-    assert [one.getMessage() for one in caplog.records] == [
-        "learning (first): 10 %, about 2 min left"
+    assert found == [
+        ("WARNING", "learning"),
+        ("WARNING", "learning (first): 5 %, about 2 min left"),
+        ("WARNING", "learning (first): 15 %, about 80 s left"),
     ]
 
 
@@ -134,9 +118,10 @@ def test_what_does_not_fit_is_refused_before_anything_runs(method, tmp_path, mon
         with pytest.raises(ConfigError) as caught:
             body()
         assert re.fullmatch(
-            r"learning takes 0\.\d MB of memory beside this model and 0\.0 MB is free: hold the "
+            r"learning takes 0\.\d MB of memory beside this model and 0\.0 MB is free: store the "
             r"weights in blocks \(--weights q8_0\), learn from a smaller text \(length and "
-            r"sequences of prior or calibration\), or use method griffin, which learns nothing",
+            r"sequences of self_stats or calibration\), or use method griffin, which learns "
+            r"nothing",
             str(caught.value),
         )
 
@@ -167,12 +152,4 @@ def test_the_copy_is_part_of_the_memory(monkeypatch):
             assert (found is model) == (free < 2 * size)
             progress.stage("first")(1.0)
     whole = (500_000 + size) / 1e6
-    assert news == [f"learning: a few seconds, {mb:.1f} MB of memory" for mb in (whole, 0.5)]
-
-
-def test_the_speed_is_that_of_a_product_and_draws_no_numbers(monkeypatch):
-    now = iter([0.0, 2.0, 10.0, 10.5, 20.0, 21.0])
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(now))
-    state = torch.get_rng_state()
-    assert speed_of(tiny()) == pytest.approx(64 * HIDDEN * WIDTH / 0.5)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert news == [f"learning, {mb:.1f} MB of memory" for mb in (whole, 0.5)]

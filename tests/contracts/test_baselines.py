@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from dart_llm.calibration.calibrate import choose, observe
+from dart_llm.calibration.calibrate import choose
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import floor_count
 from dart_llm.pruning.scores import mix_ranks, ranks
 from dart_llm.session.run import Run, prune
 from observed_cases import dense_u
-from prior_cases import ready
+from prior_cases import observed, ready
 from steps import pruned, same_masks, shared_model
 from tiny import LAYERS, WIDTH, tokens
 
@@ -25,7 +25,7 @@ def kept(method, prompt, **changes):
 def chosen(method, sparsity=0.5):
     """The masks that calibration gives, and the prior."""
     config = PruneConfig.build(method, sparsity=sparsity)
-    return choose(shared_model(), config, observe(shared_model(), config, CALIBRATION))
+    return choose(shared_model(), config, observed(shared_model(), config, CALIBRATION))
 
 
 def columns():
@@ -101,7 +101,6 @@ def test_prune_says_how_to_prepare():
     for method, words in (
         ("wanda", "its masks from calibration"),
         ("glass", "its prior from calibration"),
-        ("dense-8bit", "a copy of the model to 8 bits"),
     ):
         with pytest.raises(
             ConfigError, match=rf'method "{method}" .*{words}.*prepare\(model'
@@ -114,6 +113,6 @@ def test_what_removes_nothing_or_is_chosen_by_hand_needs_no_calibration():
     assert not prune(shared_model(), "wanda", sparsity=0.0).asks_for_pruning
     assert prune(shared_model(), "glass", masks={0: [1, 2]}).asks_for_pruning
     held = (None,) * LAYERS
-    assert not Run(shared_model(), PruneConfig.build("flap"), held=held).asks_for_pruning
+    assert not Run(shared_model(), PruneConfig.build("flap"), fixed_masks=held).asks_for_pruning
     with pytest.raises(ConfigError, match=r'score "flap" is a variance.*drop the ema_decay'):
         prune(shared_model(), "griffin", score={"name": "flap", "ema_decay": 0.9})

@@ -81,7 +81,7 @@ def _assert_sums_equal(first, parts):
             assert weight == pytest.approx(sum(part[layer][name][1] for part in parts)), name
 
 
-ALL_NEEDS = {**HALF, "budget": "blend depth global", "compensation": True}
+ALL_NEEDS = {**HALF, "budget": "blend depth energy", "compensation": True}
 """Every statistic that exists is kept."""
 
 WATCH = {**ALL_NEEDS, "masking_step": 1000}
@@ -160,7 +160,7 @@ def test_rows_of_their_own_equal_rows_alone(name, method):
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        *[(name, {"method": "dart", "prior": SMALL}) for name in ("llama", "bloom", "opt")],
+        *[(name, {"method": "dart", "self_stats": SMALL}) for name in ("llama", "bloom", "opt")],
         *[(name, ALL_NEEDS) for name in ("gemma2", "opt-postnorm")],
     ],
 )
@@ -368,8 +368,8 @@ def test_a_prompt_of_sinks_alone_is_pruned_by_the_prior():
     runs = [pruned(shared_model(), tokens(1, 8, seed=seed), 3, method=CONFIG)[0] for seed in (1, 2)]
     run, masks = runs[0], runs[0].masks()
     assert same_masks(masks, runs[1].masks()) and run.report().dense_token_share == 0
-    learnt = [layer.learnt for layer in run.layers]
-    scores = [one.evidence.sums["score"].mean * one.curvature for one in learnt]
+    learned = [layer.self_stats for layer in run.layers]
+    scores = [one.evidence.sums["score"].mean * one.fisher for one in learned]
     floors = [score.index_fill(0, score.topk(5).indices, torch.inf) for score in scores]
     kept = torch.cat([masks[layer] + WIDTH * layer for layer in range(LAYERS)])
     assert kept.tolist() == sorted(torch.cat(floors).topk(LAYERS * WIDTH // 2).indices.tolist())

@@ -27,7 +27,7 @@ SHAPES = ("llama", "gemma2", "phi3", "gpt2", "falcon", "opt")
 PROMPT, LENGTH, CHANGED = 12, 48, 35
 """Tokens from index CHANGED on differ between the two texts."""
 
-LEARNT = {"sparsity": 0.5, "prior": SMALL}
+LEARNT = {"sparsity": 0.5, "self_stats": SMALL}
 INTERVAL = LEARNT | {"method": "dart", "min_evidence": 0}
 INTERVAL |= {"remask": {"observe_tokens": 3}}
 INTERVAL |= {"drift": {"rule": "interval 8", "min_distance": 0, "max_dense_share": 1.0}}
@@ -86,7 +86,7 @@ def test_teacher_forced_chunks(name, method):
     """run.decoding(): one forward of many tokens is causal, and equals token by token."""
     model, found = shared_model(name), []
     settings = {"method": method, "sparsity": 0.5, "min_evidence": 0, "drift": "never"}
-    settings |= {"prior": SMALL} if method.startswith("dart") else {}
+    settings |= {"self_stats": SMALL} if method.startswith("dart") else {}
     for ids in (FIRST, SECOND):
         with prune(model, **settings) as run:
             cache = new_cache(model)
@@ -138,7 +138,7 @@ def test_chunks_up_to_the_next_change_and_generate_equal_single_tokens(name):
 def test_an_answer_that_is_scored_changes_no_mask(method):
     """Nor does it change what the tokens before it say: only the prompt chooses."""
     model, context, found = shared_model(), tokens(1, 30)[0].tolist(), []
-    settings = {} if method == "griffin" else {"prior": SMALL}
+    settings = {} if method == "griffin" else {"self_stats": SMALL}
     for seed in (1, 2):
         answer = tokens(1, 6, seed=seed)[0].tolist()
         run = prune(model, method, sparsity=0.5, **settings)

@@ -44,8 +44,8 @@ PRIOR = {"sequences": 2, "length": 24, "opening": 0}
 METHODS = {
     "dense": {"sparsity": 0},
     "griffin": {"sparsity": 0.5},
-    "dart": {"sparsity": 0.5, "prior": PRIOR},
-    "dart-token": {"sparsity": 0.5, "prior": PRIOR},
+    "dart": {"sparsity": 0.5, "self_stats": PRIOR},
+    "dart-token": {"sparsity": 0.5, "self_stats": PRIOR},
 }
 MODELS = (("llama", "q8_0"), ("qwen2", "q4_0"), ("gemma2", "q4_1"))
 
@@ -80,7 +80,9 @@ def test_executors_agree(model, method):
     packed, settings = model_of(*model), {"method": method, **METHODS[method]}
     _, masks, masked = pruned(packed, IDS, PROMPT, executor="masked", **settings)
     wanted = masked
-    if "prior" not in settings:  # which the twin would learn from text that it writes otherwise
+    if (
+        "self_stats" not in settings
+    ):  # which the twin would learn from text that it writes otherwise
         _, theirs, wanted = pruned(dense_twin(packed), IDS, PROMPT, executor="masked", **settings)
         assert apart(masked, wanted) < ROUNDING and len(masks) == len(theirs)
         assert all(same_masks(a[2], b[2]) for a, b in zip(masks, theirs, strict=True))
@@ -102,12 +104,12 @@ def test_executors_agree(model, method):
 
 @pytest.mark.contract("masked equals compact")
 @pytest.mark.usefixtures("dequantised_prompts")
-@pytest.mark.parametrize("token", [{}, {"candidates": 0.8}, {"proxy": "copies"}], ids=str)
+@pytest.mark.parametrize("token", [{}, {"candidates": 0.8}, {"proxy": "always"}], ids=str)
 @pytest.mark.parametrize("model", MODELS, ids=str)
 def test_tokens_of_several_rows_choose_alike_everywhere(model, token):
     """By gate and up as they are, by the candidates' rows, and by copies where that is asked."""
     packed, ids = model_of(*model), tokens(3, PROMPT + DECODED, seed=5)
-    settings = {"method": "dart-token", "sparsity": 0.7, "prior": PRIOR, "token": token}
+    settings = {"method": "dart-token", "sparsity": 0.7, "self_stats": PRIOR, "token": token}
     _, masks, masked = pruned(packed, ids, PROMPT, executor="masked", **settings)
     for executor in executors(packed):
         run, same, found = pruned(packed, ids, PROMPT, executor=executor, **settings)
@@ -127,7 +129,7 @@ def test_bytes_of_tokens_that_choose(executor, rows):
     """Gate and up once for all rows, of the down projection what each row has chosen, and norms;
     nothing is held but these."""
     model, ids = model_of("llama", "q4_0"), tokens(rows, PROMPT + DECODED, seed=5)
-    settings = {"sparsity": 0.75, "prior": PRIOR, "compensation": False, "executor": executor}
+    settings = {"sparsity": 0.75, "self_stats": PRIOR, "compensation": False, "executor": executor}
     report = pruned(model, ids, PROMPT, method="dart-token", **settings)[0].report()
     share = 1.0 if executor == "masked" else (2 + rows / 4) / 3
     norms = LAYERS * WIDTH * 4
@@ -209,7 +211,7 @@ def test_copies_lie_in_room_that_was_made_before_any_token(executor):
         ({"method": "griffin", "sparsity": 0.75}, 0.25),
         ({"method": "griffin", "budget": {"table": "0:1,1-3:0.5"}}, 0.375),
         ({"masks": dict.fromkeys(range(LAYERS), range(40))}, 0.25),
-        ({"method": "dart-token", "sparsity": 0.5, "prior": PRIOR}, 0),
+        ({"method": "dart-token", "sparsity": 0.5, "self_stats": PRIOR}, 0),
         ({"method": "griffin", "sparsity": 0}, 0),
         ({"method": "griffin", "score": {"strategy": "auto"}}, 0),
     ],
@@ -260,7 +262,7 @@ def test_a_copied_model_is_not_touched_by_runs_on_the_first():
     """Nor the first by runs on the copy, in whatever order these end."""
     model = model_of("llama", "q8_0")
     other = copy.deepcopy(model)
-    with prune(model, sparsity=0.5, method="dart-token", prior=PRIOR, executor="slim"):
+    with prune(model, sparsity=0.5, method="dart-token", self_stats=PRIOR, executor="slim"):
         wanted = decode(model, IDS, PROMPT)
         run = prune(other, sparsity=0.5, method="griffin", executor="slim").attach()
         pruned_copy = decode(other, IDS, PROMPT)
@@ -401,7 +403,7 @@ def test_a_layer_of_which_a_part_is_dense():
 @pytest.mark.parametrize("method", ["static", "published", "griffin"])
 def test_other_methods_run(method):
     model = model_of("llama", "q8_0")
-    settings = {"sparsity": 0.5} | ({"prior": PRIOR} if method == "static" else {})
+    settings = {"sparsity": 0.5} | ({"self_stats": PRIOR} if method == "static" else {})
     _, _, found = pruned(model, IDS, PROMPT, method=method, **settings)
     _, _, wanted = pruned(dense_twin(model), IDS, PROMPT, method=method, **settings)
     assert apart(found, wanted) < ROUNDING

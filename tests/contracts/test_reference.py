@@ -30,7 +30,7 @@ def other_topic(seed, prompt=60, more=90):
 def agreed(model, ids, prompt, name, sparsity, executors):
     """What the reference gives; every executor gives it too."""
     dart = name == "dart"
-    changes = {"prior": SMALL, "compensation_rank": RANK} if dart else {}
+    changes = {"self_stats": SMALL, "compensation_rank": RANK} if dart else {}
     wanted = decode(model, ids, prompt, method_of(model, name, sparsity, SMALL, RANK))
     for executor in executors:
         found = compare(model, ids, prompt, name, sparsity, wanted, executor, **changes)
@@ -91,7 +91,7 @@ def test_smollm2(smollm2, method, more, steps):
     ids = torch.cat([torch.tensor(tokenizer(text).input_ids[:size]) for text, size in parts])
     prior = {"sequences": 4, "length": 40, "opening": 24}
     wanted = decode(model, ids, 120, method_of(model, method, 0.5, prior))
-    changes = {} if method == "griffin" else {"prior": prior}
+    changes = {} if method == "griffin" else {"self_stats": prior}
     for executor in ("masked", "slim"):
         found = compare(model, ids, 120, method, 0.5, wanted, executor, **changes)
         assert found.holds and found.steps == steps and found.kept == 23_040 * len(steps), found

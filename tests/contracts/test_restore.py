@@ -36,7 +36,7 @@ METHODS = (
 )
 def test_normal_exit(name, method):
     model = shared_model(name)
-    settings = {"prior": SMALL} if method.startswith("dart") else {}
+    settings = {"self_stats": SMALL} if method.startswith("dart") else {}
     settings |= {"method": method, "sparsity": 0 if method == "dense" else 0.5}
     with Same(model):
         run, _ = written(model, tokens(2, 70), 8, settings)
@@ -163,7 +163,7 @@ def test_two_models_at_once():
 @pytest.mark.parametrize("executor", ["masked", "compact"])
 def test_inference_mode_and_others_in_one_block(executor):
     model, extra = shared_model(), tokens(1, 8, seed=5)
-    settings = {"sparsity": 0.5, "executor": executor, "prior": SMALL, "min_evidence": 0}
+    settings = {"sparsity": 0.5, "executor": executor, "self_stats": SMALL, "min_evidence": 0}
     settings |= {"drift": {"rule": "interval 3", "min_distance": 0, "max_dense_share": 1.0}}
     settings |= {"remask": {"observe_tokens": 2}}
 
@@ -221,7 +221,7 @@ def test_gradients(name, method):
     plain, (dense, _) = _taken(model), _gradients(model, method="dense")
     assert dense.keys() == plain.keys()
     assert all(torch.equal(dense[n], plain[n]) for n in plain)
-    settings = {"method": method, "sparsity": 0.5, "min_evidence": 0, "prior": SMALL}
+    settings = {"method": method, "sparsity": 0.5, "min_evidence": 0, "self_stats": SMALL}
     fewer, logits = _gradients(model, **settings)
     assert fewer.keys() == plain.keys()
     assert all(bool(g.isfinite().all()) for g in fewer.values())

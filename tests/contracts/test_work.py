@@ -90,20 +90,15 @@ def test_the_report_states_what_the_counter_sees(name, method):
     report = run.report()
     assert fewer / dense == pytest.approx((2 + 18 * 0.5) / 20), "matrix products alone"
     assert report.dense_token_share == pytest.approx(0.1)
-    assert fewer / dense <= report.ffn_flops_share <= fewer / dense + 0.08
     with prune(model, method, **settings, executor="masked") as run:
         assert decoded() == dense
-    # as executed: all of the products, and the cost of choosing on top
-    assert 1 <= run.report().ffn_flops_share <= 1.08
-    assert run.report().ffn_flops_share_if_compact == pytest.approx(report.ffn_flops_share)
 
 
 @pytest.mark.contract("accounting equals a count by hooks")
 def test_opt_says_that_it_skips_nothing():
     report = pruned(shared_model("opt"), tokens(1, 90), 70)[0].report()
     assert report.executor == "masked" and report.achieved_sparsity == 0.5
-    assert report.ffn_flops_share >= 1 and report.ffn_bytes_share >= 1
-    assert report.ffn_flops_share_if_compact < 0.6
+    assert report.ffn_bytes_share >= 1 and report.ffn_bytes_share_if_compact < 0.7
 
 
 REMASKING = {
@@ -154,12 +149,12 @@ def test_extra_memory_is_what_is_held(name, method, executor):
     decode(model, ids, 70)
     digest_of(torch.zeros(2048))  # whose factors stay, once per process
     before = storages()
-    settings = {"prior": SMALL} if method.startswith("dart") else {}
+    settings = {"self_stats": SMALL} if method.startswith("dart") else {}
     with prune(model, method, sparsity=0.5, executor=executor, **settings) as run:
         decode(model, ids, 70)
         held = sum(size for place, size in storages().items() if place not in before)
         said = run.report().extra_memory_bytes
-    if "prior" in settings:  # the text that it learned from belongs to no run
+    if "self_stats" in settings:  # the text that it learned from belongs to no run
         held -= SMALL["sequences"] * SMALL["length"] * torch.int64.itemsize
     assert held == pytest.approx(said, rel=0.02)
     assert said > 1000

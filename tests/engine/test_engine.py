@@ -231,7 +231,7 @@ def test_learning_while_serving(monkeypatch, tmp_path):
             first, _ = ask(engine, half("griffin"), new=8, conversation="a")
             assert not news
             engine.prepare(half("dart"))
-            assert any(line.startswith("learning from the model's own text") for line in news)
+            assert any(line.startswith("learning from self-generated text") for line in news)
             count = len(news)
             dart, _ = ask(engine, half("dart"))
             ask(engine, half("dart", masking_step=3))

@@ -18,7 +18,7 @@ def screened(method="griffin", share=0.4, sparsity=0.5):
         method,
         sparsity=sparsity,
         head={"kind": "screened", "bytes": share},
-        prior=None if method == "dense" else OWN,
+        self_stats=None if method == "dense" else OWN,
     )
 
 

@@ -16,7 +16,7 @@ NAMES = {"llama": "slim", "gemma3": "slim", "gpt2": "slim", "bloom": "native", "
 
 @pytest.mark.parametrize(("name", "executor"), NAMES.items())
 def test_executors(name, executor):
-    token = half("dart-token", prior={"sequences": 4, "length": 64})
+    token = half("dart-token", self_stats={"sequences": 4, "length": 64})
     configs = [None, half(), token, half("dart-prompt")]
     wanted = [alone(tiny(name), config) for config in configs]
     with Same(own_model(name)), Engine(own_model(name), tokenizer()) as engine:

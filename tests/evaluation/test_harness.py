@@ -13,7 +13,8 @@ from dart_llm.errors import ConfigError
 from dart_llm.evaluation import lm_eval as harness
 from dart_llm.evaluation.measurement import LEAK
 from dart_llm.experiments import comparison
-from dart_llm.session.prepare import PreparedMethod, prepare
+from dart_llm.session.prepare import prepare
+from dart_llm.session.run import BoundMethod
 from lm_cases import (
     LETTERS,
     PAGES,
@@ -220,8 +221,8 @@ def test_masks_that_were_chosen_beforehand_count_alike_after_an_interruption(tmp
     text.write_text("the tide comes in twice a day and goes out again. " * 60, encoding="utf-8")
     config = candidate("wanda", calibration={"sequences": 4, "length": 64}).config
     own = prepare(*loaded(), config, str(text), str(tmp_path / "cache"))
-    assert own.held is not None
-    given = PreparedMethod(*loaded(), candidate("griffin").config, {0: [1, 2, 3], 2: [5, 7]})
+    assert own.fixed_masks is not None
+    given = BoundMethod(*loaded(), candidate("griffin").config, {0: [1, 2, 3], 2: [5, 7]})
     for found in (own, given):
         whole = measured(found, "tiny_choice")
         assert everything(resumed(found, "tiny_choice")) == everything(whole)

@@ -7,7 +7,7 @@ from dart_llm.errors import ConfigError, LoadError, UnknownName
 from dart_llm.evaluation import lm_eval as harness
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.evaluation.tasks import GENERAL_NLP, expand, specifications
-from dart_llm.session.prepare import PreparedMethod
+from dart_llm.session.run import BoundMethod
 from lm_cases import (
     EXAMPLES,
     QUESTIONS,
@@ -130,7 +130,7 @@ def test_a_random_choice_of_documents_is_fixed_by_its_seed():
 
 
 def test_the_chat_template_wraps_contexts():
-    chatty = PreparedMethod(*loaded("chatty"), None)
+    chatty = BoundMethod(*loaded("chatty"), None)
     context = f"[user] q: {QUESTIONS[0]['question']}\na:\n[assistant] "
     assert contexts(who=chatty, apply_chat_template=True)[0] == context
     shots = contexts(who=chatty, apply_chat_template=True, num_fewshot=1)[0]

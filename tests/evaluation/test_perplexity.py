@@ -21,8 +21,8 @@ from dart_llm.evaluation.perplexity import measure_windows, ran_pruned
 from dart_llm.evaluation.windows import Window, choose, cut, shape, slice_windows, standard_windows
 from dart_llm.models.describe import context_length
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import MemoryStore, PreparedMethod, prepare
-from dart_llm.session.run import Run
+from dart_llm.session.prepare import MemoryStore, prepare
+from dart_llm.session.run import BoundMethod, Run
 from summary_cases import Kept
 from tiny import VOCAB, tiny
 
@@ -48,7 +48,7 @@ IDS = tokenizer(TEXT).input_ids[0]
 
 def candidate(method=None, model="llama", **settings):
     config = None if method is None else PruneConfig.build(method, **settings)
-    return PreparedMethod(shared(model), tokenizer, config)
+    return BoundMethod(shared(model), tokenizer, config)
 
 
 def scored(own, options=SLICES, text=TEXT, parts=None, advance=lambda n: None):
@@ -181,7 +181,7 @@ def test_no_more_than_one_chunk_of_logits_is_alive():
 
     model.register_forward_pre_hook(lambda *_: most.append(sum(ref() is not None for ref in alive)))
     model.register_forward_hook(after)
-    own = PreparedMethod(model, tokenizer, PruneConfig.build("griffin", sparsity=0.5))
+    own = BoundMethod(model, tokenizer, PruneConfig.build("griffin", sparsity=0.5))
     for protocol in ("decode", "full", "published", "standard"):
         scored(own, replace(SLICES, protocol=protocol, window=500, scored_tokens=400))
     assert len(alive) > 12 and max(most) == 0
@@ -269,7 +269,7 @@ def test_held_masks_are_used_and_counted_once_per_slice():
         own.model(tokenizer("some other text").input_ids)
         held = run.select()
     for protocol in ("decode", "full"):
-        found = scored(replace(own, held=held), replace(SLICES, protocol=protocol))
+        found = scored(replace(own, fixed_masks=held), replace(SLICES, protocol=protocol))
         assert found.masks == 3 and found.metrics["pruned_tokens"] == 90
         for kept, mask in zip(found.counts, held, strict=True):
             assert (kept == 3).nonzero().flatten().tolist() == mask.ids.tolist()
@@ -340,7 +340,7 @@ def test_standard_on_a_real_model(smollm2):
     windows, _ = cut(real(text, return_tensors="pt").input_ids[0], options, None)
 
     def measured(config):
-        own = PreparedMethod(model, real, config)
+        own = BoundMethod(model, real, config)
         return measure_windows(own, "t", windows, "standard", MemoryStore(), lambda n: None)
 
     dense = measured(None)
@@ -377,7 +377,7 @@ def test_a_screened_head_is_what_is_measured():
     widths = []
     model.lm_head.register_forward_hook(lambda head, args, y: widths.append(args[0].shape[1]))
     learnt = {"sequences": 2, "length": 32, "opening": 0}
-    config = PruneConfig.build("dense", head="screened 0.4", executor="compact", prior=learnt)
+    config = PruneConfig.build("dense", head="screened 0.4", executor="compact", self_stats=learnt)
     own = prepare(model, None, config)
     widths.clear()
     windows = [Window(torch.arange(3, 73) % VOCAB, 40)]

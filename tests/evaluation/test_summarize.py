@@ -12,8 +12,7 @@ from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.evaluation.summarization import CUE, INSTRUCTION, count, fit, measure
 from dart_llm.models.loading import load
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import PreparedMethod
-from dart_llm.session.run import prune
+from dart_llm.session.run import BoundMethod, prune
 from steps import Same
 from summary_cases import DOCUMENTS, OPTIONS, Kept, candidate, run, texts_of, write_documents
 from tiny_gpt2 import make_talk, write_gpt2
@@ -222,8 +221,8 @@ def test_nothing_is_reused_where_the_value_would_differ(loaded, data, tmp_path, 
         (candidate(loaded, "griffin"), data, FULL),
         (candidate(loaded, "griffin"), data, OPTIONS),
         (candidate(loaded, "griffin", executor="masked"), data, OPTIONS),
-        (PreparedMethod(*loaded, dart, masks={0: [1, 2]}), data, OPTIONS),
-        (PreparedMethod(*loaded, dart, masks={0: [1, 3]}), data, OPTIONS),
+        (BoundMethod(*loaded, dart, masks={0: [1, 2]}), data, OPTIONS),
+        (BoundMethod(*loaded, dart, masks={0: [1, 3]}), data, OPTIONS),
     ]
     for done, (found, documents, options) in enumerate(runs, 1):
         run(found, documents, options, parts)

@@ -43,14 +43,10 @@ def accounting(method, sparsity, achieved, dense, **more):
     masks = more.pop("masks", (Remask(0, None, 0, "first", 255.0, kept, None),))
     decoded = more.pop("decoded", 1536)
     while_pruned = achieved / (1 - dense)
-    sequence = SequenceReport(
-        0, None, 52, decoded, round(dense * decoded), achieved, while_pruned, dense, masks
-    )
+    sequence = SequenceReport(0, None, 52, decoded, round(dense * decoded), achieved, masks)
     values = {
         "executor": "compact",
-        "ffn_flops_share": 1 - achieved + 0.004,
         "ffn_bytes_share": 1 - achieved + 0.031,
-        "ffn_flops_share_if_compact": 1 - achieved + 0.004,
         "ffn_bytes_share_if_compact": 1 - achieved + 0.031,
         "ffn_share_of_bytes": FFN_SHARE,
         "extra_memory_bytes": 56_000_000,

@@ -2,13 +2,14 @@
 
 import torch
 
-from dart_llm.calibration.calibrate import choose, observe
-from dart_llm.calibration.learn import self_calibrate as learn
+from dart_llm.calibration.calibrate import choose, observing
+from dart_llm.calibration.collect import Needs, collect
+from dart_llm.calibration.self_calibration import self_calibrate as learn
 from dart_llm.models.describe import describe
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.scores import squared
+from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.statistics import LayerStatistics as LayerEvidence
-from dart_llm.pruning.statistics import Statistics
+from dart_llm.pruning.statistics import Statistics, squared
 from dart_llm.session.run import Run, prune
 from tiny import tokens
 
@@ -17,7 +18,13 @@ SMALL = {"sequences": 2, "length": 24, "opening": 0}
 
 RANK = {"compensation": True, "compensation_rank": 8}
 CONFIG = PruneConfig(
-    method="x", sparsity=0.5, score="fisher", budget="ranked", skip_sinks=True, prior=SMALL, **RANK
+    method="x",
+    sparsity=0.5,
+    score="fisher",
+    budget="ranked",
+    skip_sinks=True,
+    self_stats=SMALL,
+    **RANK,
 )
 
 STATISTICS = Statistics(squared, None, frozenset({"signed", "features"}), average=True)
@@ -42,10 +49,9 @@ def seen(u, h, basis, weights=None, cuts=()):
     evidence, start = LayerEvidence(), 0
     for size in cuts or (len(u),):
         part = slice(start, start + size)
-        z = torch.zeros(1, size, 1)
         w = None if weights is None else weights[None, part]
-        f = h[None, part] @ basis.T
-        STATISTICS.update(evidence, u[None, part], z, None, None, w, f)
+        f = h[None, None, part] @ basis.T
+        STATISTICS.add([evidence], LayerObservation(u[None, None, part]), w, f)
         start += size
     return evidence
 
@@ -67,10 +73,10 @@ def attached(model, config=CONFIG, **changes):
 def tensors(layers):
     found = []
     for layer in layers:
-        assert layer.learnt is not None
-        sums = layer.learnt.evidence.sums
+        assert layer.self_stats is not None
+        sums = layer.self_stats.evidence.sums
         found += [sums[name].mean for name in sorted(sums)]
-        found += [t for t in (layer.learnt.curvature, layer.learnt.basis) if t is not None]
+        found += [t for t in (layer.fisher, layer.basis) if t is not None]
     return found
 
 
@@ -80,10 +86,15 @@ def equal(first, second):
     )
 
 
+def observed(model, config, ids):
+    """What a calibration collects from ids [n, T]."""
+    return collect(model, ids, Needs(observing(config, layers_of(model)).statistics))
+
+
 def ready(model, method, **settings):
     """As ``prune``; a method that calibrates does so on 6 sequences of 24 tokens first."""
     config = PruneConfig.build(method, **settings)
     if config.calibration is None or config.target == 0:
         return Run(model, config)
-    held, prior = choose(model, config, observe(model, config, tokens(6, 24, seed=9)))
-    return Run(model, config, held=held, prior=prior)
+    masks, prior = choose(model, config, observed(model, config, tokens(6, 24, seed=9)))
+    return Run(model, config, fixed_masks=masks, self_stats=prior)

@@ -51,9 +51,8 @@ class ByteTokenizer:
 
 def report(method, asked, tokens):
     share = asked or 0.0
-    shares = ("ffn_flops_share", "ffn_bytes_share")
     zero = ("remasks", "extra_memory_bytes")
-    known = {name + end: 1 - share for name in shares for end in ("", "_if_compact")}
+    known = {f"ffn_bytes_share{end}": 1 - share for end in ("", "_if_compact")}
     known |= {"method": method, "requested_sparsity": asked, "achieved_sparsity": share}
     known |= {"sparsity_while_pruned": share, "dense_token_share": 0.0 if share else 1.0}
     known |= {"prompt_tokens": 3, "decoded_tokens": tokens, "ffn_share_of_bytes": 0.5}

@@ -5,7 +5,8 @@ import json
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.evaluation.summarization import measure
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import MemoryStore, PreparedMethod
+from dart_llm.session.prepare import MemoryStore
+from dart_llm.session.run import BoundMethod
 
 DOCUMENTS = [
     {"document": f"the {what} went to the market. " * 6, "summary": f"a {what} shops.", "id": what}
@@ -28,7 +29,7 @@ def write_documents(path, *rows):
 
 def candidate(both, method=None, sparsity=0.5, **settings):
     config = None if method is None else PruneConfig.build(method, sparsity=sparsity, **settings)
-    return PreparedMethod(*both, config)
+    return BoundMethod(*both, config)
 
 
 def run(found, data, options=OPTIONS, parts=None):

@@ -31,7 +31,7 @@ def make_layers(count=LAYERS, width=WIDTH, hidden=HIDDEN, seed=0):
 
 
 class Stream:
-    """What each layer sees at every position of a text: u, z, x, r, and v of the last layer."""
+    """What each layer sees at every position of a text: u, z, x, and v of the last layer."""
 
     def __init__(self, layers, rows=1, length=256, seed=0):
         generator = torch.Generator().manual_seed(100 + seed)
@@ -39,14 +39,13 @@ class Stream:
         def noise(*shape):
             return torch.randn(*shape, generator=generator)
 
-        self.u, self.z, self.x, self.r = [], [], [], []
+        self.u, self.z, self.x = [], [], []
         for layer in layers:
             profile = noise(layer.width).exp()
             u = noise(rows, length, layer.width) * profile
             self.u.append(u)
             self.z.append(u @ layer.down.T)
             self.x.append(noise(rows, length, layer.hidden))
-            self.r.append(0.5 * self.z[-1])
         hidden = layers[0].hidden
         self.v = noise(rows, length, hidden) + noise(hidden)
 
@@ -104,8 +103,8 @@ class Driver:
         if plan.observe:
             for layer in range(len(self.layers)):
                 s = self.stream
-                u, z, x, r = (t[layer][:, part] for t in (s.u, s.z, s.x, s.r))
-                self.tracer.observe(layer, LayerObservation(u, None, z, x, r))
+                u, z, x = (t[layer][:, part] for t in (s.u, s.z, s.x))
+                self.tracer.observe(layer, LayerObservation(u, None, z, x))
         if plan.signal:
             self.tracer.observe_signal(self.stream.v[:, part])
         self.tracer.after_forward()

@@ -10,11 +10,11 @@ from dart_llm.models.describe import describe
 from dart_llm.pruning.config import PruneConfig
 from prior_cases import SMALL
 
-LEARNT = PruneConfig.build("dart-token", prior=SMALL)
+LEARNT = PruneConfig.build("dart-token", self_stats=SMALL)
 """The preset, but for a prior that is learnt in no time."""
 
 PLAIN = LEARNT.replace(
-    {"score": "normalized", "prior": None, "skip_sinks": False, "compensation": False}
+    {"score": "normalized", "self_stats": None, "skip_sinks": False, "compensation": False}
 )
 """The preset without what it learns: norms rank, the losers stand at 0."""
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dart_llm.calibration.collect import gradients
+from dart_llm.calibration.collect import run_forward
 from dart_llm.models import float32_copy, float32_products
 from dart_llm.models.float32_copy import in_float32
 from dart_llm.models.packed import PackedTensor, pack
@@ -15,7 +15,7 @@ IDS = torch.arange(3, 67).reshape(2, 32)
 
 def taken(model):
     found = {}
-    gradients(model, IDS, lambda layer, seen, g: found.setdefault(layer, g))
+    run_forward(model, IDS, lambda layer, seen, g: found.setdefault(layer, g))
     return found
 
 

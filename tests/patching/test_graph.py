@@ -14,7 +14,7 @@ from tiny import tiny, tokens
 
 PROMPT, DECODED = 66, 8
 PRIOR = {"sequences": 2, "length": 24, "opening": 0}
-REMASKS = {"drift": "interval 2", "prior": PRIOR, "sparsity": 0.5}
+REMASKS = {"drift": "interval 2", "self_stats": PRIOR, "sparsity": 0.5}
 
 
 def _logits(method, executor, **settings):

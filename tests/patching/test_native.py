@@ -53,7 +53,7 @@ WINDOWS = {"mistral", "gemma2", "gemma3"}
 PROMPT, DECODED = 66, 8
 IDS = tokens(1, PROMPT + DECODED, seed=3)
 PRIOR = {"sequences": 2, "length": 24, "opening": 0}
-REMASKS = {"drift": "interval 2", "prior": PRIOR, "sparsity": 0.5}
+REMASKS = {"drift": "interval 2", "self_stats": PRIOR, "sparsity": 0.5}
 OFTEN = {"rule": "interval 2", "min_distance": 0, "max_dense_share": None}
 BOTH = ("compact", "slim")
 
@@ -91,7 +91,7 @@ METHODS = ("griffin", "dart", "dart-prompt")
     ids=str,
 )
 def test_equal_to_compact(name, dtype, method):
-    settings = {"sparsity": 0.6, "prior": PRIOR} if method == "dart" else {"sparsity": 0.6}
+    settings = {"sparsity": 0.6, "self_stats": PRIOR} if method == "dart" else {"sparsity": 0.6}
     compact, masks, wanted = _logits(name, dtype, method, executor="compact", **settings)
     for executor in _executors(name):
         run, same, found = _logits(name, dtype, method, executor=executor, **settings)
@@ -117,7 +117,7 @@ def test_tokens_choose_natively(name, choice):
     model, found = shared_model(name), {}
     kernels = [one for one in _executors(name) if one != "graph"]
     for executor in ("masked", "compact", *kernels):
-        run = prune(model, "dart-token", executor=executor, prior=PRIOR, **CHOICES[choice])
+        run = prune(model, "dart-token", executor=executor, self_stats=PRIOR, **CHOICES[choice])
         with run:
             found[executor] = decode(model, IDS, PROMPT)
             taken = run.patch.slim
@@ -178,7 +178,7 @@ def test_rows_of_a_batch(name, rows, dtype):
     ("method", "settings"),
     [
         ("griffin", EVIDENCE),
-        ("dart", {**EVIDENCE, "prior": PRIOR}),
+        ("dart", {**EVIDENCE, "self_stats": PRIOR}),
         ("dart", {**REMASKS, "drift": OFTEN, "remask": {"observe_tokens": 1}}),
     ],
     ids=["activations", "streams", "drift"],
@@ -207,7 +207,7 @@ def test_each_row_of_a_batch_chooses(name):
     for settings in CHOICES:
         found = {}
         for executor in ("masked", "slim"):
-            run = prune(model, "dart-token", executor=executor, prior=PRIOR, **settings)
+            run = prune(model, "dart-token", executor=executor, self_stats=PRIOR, **settings)
             with run:
                 found[executor] = decode(model, ids, 30)
             assert run.report().executor == executor

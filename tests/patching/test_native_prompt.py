@@ -154,7 +154,7 @@ def test_on_the_blocks_masks_are_nearly_those_of_dequantised_rows(
     """Neurons at the edge of a mask change places: 0.987 to 1 of what either keeps is the same."""
     settings = {"sparsity": 0.5, "method": method, "executor": executor}
     if method == "dart":
-        settings["prior"] = {"sequences": 2, "length": 24, "opening": 0}
+        settings["self_stats"] = {"sequences": 2, "length": 24, "opening": 0}
     model, ids, found = model_in_blocks(kind), tokens(1, 102, seed=7), []
     for most in (16, LONGEST):
         limit(monkeypatch, most)
@@ -211,7 +211,7 @@ def test_masks_are_those_of_the_models_own_prompt(method, prompts):
     """Evidence and the reference of drift: what the layers hand on is what hooks see."""
     settings = {"sparsity": 0.5}
     if method != "griffin":
-        settings["prior"] = {"sequences": 2, "length": 24, "opening": 0}
+        settings["self_stats"] = {"sequences": 2, "length": 24, "opening": 0}
     model, ids = packed_model("llama"), IDS[:1]
     _, theirs, wanted = pruned(model, ids, PROMPT, method=method, executor="native", **settings)
     assert prompts == []

@@ -27,7 +27,7 @@ from tiny import tiny, tokens
 PROMPT, IDS = 6, tokens(1, 14, seed=4)
 WORDS = 2048
 OWN = {"sequences": 4, "length": 32, "opening": 0, "tokens": 0}
-SCREENED = {"sparsity": 0.0, "head": {"kind": "screened", "bytes": 0.4}, "prior": OWN}
+SCREENED = {"sparsity": 0.0, "head": {"kind": "screened", "bytes": 0.4}, "self_stats": OWN}
 
 
 def model_of(name="llama", dtype=torch.float32):
@@ -333,7 +333,7 @@ def test_refusals(settings, error, text):
     model = model_of()
     with (
         pytest.raises(error, match=text),
-        prune(model, "griffin", sparsity=0.0, prior=OWN, **settings),
+        prune(model, "griffin", sparsity=0.0, self_stats=OWN, **settings),
     ):
         pass
 
@@ -341,9 +341,7 @@ def test_refusals(settings, error, text):
 def test_a_head_with_a_bias_stays_whole():
     model = tiny("phi", vocab_size=WORDS, hidden_size=64)
     assert model.get_output_embeddings().bias is not None
-    with pytest.raises(
-        ConfigError, match=r'no plain output head at hand: leave head\.kind at "full"'
-    ):
+    with pytest.raises(ConfigError, match=r'no plain output head: leave head\.kind at "full"'):
         prune(model, "griffin", **SCREENED).attach()
 
 
@@ -359,7 +357,7 @@ def test_nothing_is_learnt_of_a_model_that_is_being_pruned():
 def test_methods_share_the_screen_of_a_model():
     model, found = model_of(), []
     asked = SCREENED["head"]
-    for more in ({}, {"prior": {**OWN, "tokens": 32}}, {"head": {**asked, "bytes": 0.3}}):
+    for more in ({}, {"self_stats": {**OWN, "tokens": 32}}, {"head": {**asked, "bytes": 0.3}}):
         with prune(model, "griffin", **{**SCREENED, **more}) as run:
             found.append(run.patch.head.screen)
     assert found[0] is found[1]

@@ -298,7 +298,7 @@ def test_whoever_looks_or_changes_something_between_steps(monkeypatch, count, ca
 
 def test_masks_that_change_while_it_runs(monkeypatch, count):
     """Observed tokens, re-masks, tokens that the model runs itself for a signal."""
-    settings = {"prior": {"sequences": 2, "length": 24, "opening": 0}}
+    settings = {"self_stats": {"sequences": 2, "length": 24, "opening": 0}}
     for method, drift in (("griffin", "interval 4"), ("dart", None), ("dart-prompt", None)):
         how = settings if drift is None else {"drift": drift, "remask": {"observe_tokens": 2}}
         _, run = both(monkeypatch, generated, method=method, **how)
@@ -375,7 +375,7 @@ def test_an_interrupt_leaves_a_model_that_goes_on(monkeypatch):
             generated(model, streamer=Interrupted())
         assert torch.equal(generated(model), wanted)
     prior = {"sequences": 2, "length": 24, "opening": 0}
-    with prune(model, "dart-prompt", sparsity=0.5, executor="slim", prior=prior):
+    with prune(model, "dart-prompt", sparsity=0.5, executor="slim", self_stats=prior):
         wanted = generated(model)
         prepare = type(model).prepare_inputs_for_generation
 

@@ -142,7 +142,7 @@ def test_one_ffn(kernels, name, dtype):
 )
 def test_equal_to_compact(kernels, name, method, dtype):
     model = model_of(name, dtype)
-    more = {} if method == "griffin" else {"prior": SMALL}
+    more = {} if method == "griffin" else {"self_stats": SMALL}
     settings = {"method": method, "sparsity": 0.6, **more}
     compact, masks, wanted = pruned(model, IDS, PROMPT, executor="compact", **settings)
     run, same, found = pruned(model, IDS, PROMPT, executor="triton", **settings)
@@ -158,7 +158,7 @@ def test_rows_choose_one_by_one(kernels):
     ids = tokens(3, 20, seed=4).to(DEVICE)
     for name in ("llama", "falcon"):
         model, found = model_of(name, num_hidden_layers=1), []
-        settings = {"sparsity": 0.6, "score": "weight", "prior": None, "compensation": False}
+        settings = {"sparsity": 0.6, "score": "weight", "self_stats": None, "compensation": False}
         for executor in ("masked", "triton"):
             given = {**settings, "skip_sinks": False, "executor": executor}
             with prune(model, "dart-token", **given) as run:
@@ -174,7 +174,7 @@ def test_recorded_steps_go_on_reading_the_same_buffers(kernels, monkeypatch):
     monkeypatch.setattr(graph_step, "WARM_UPS", 0)
     model, ids = model_of("llama", num_hidden_layers=1), IDS[:, :-1]
     again = {"sparsity": 0.5, "drift": "interval 1", "remask": {"observe_tokens": 1}}
-    choice = {"sparsity": 0.5, "prior": SMALL}
+    choice = {"sparsity": 0.5, "self_stats": SMALL}
     for method, settings, recordings in (("griffin", again, 2), ("dart-token", choice, 1)):
         monkeypatch.setattr(Replay, "made", 0)
         found = [

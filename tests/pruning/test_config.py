@@ -8,8 +8,8 @@ import pytest
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.pruning.config import (
     DEFAULT_SPARSITY,
-    PriorConfig,
     PruneConfig,
+    SelfStatsConfig,
     TokenConfig,
     check_sparsity,
 )
@@ -24,7 +24,7 @@ FULL = PruneConfig(
     drift={"rule": "interval 7", "signal": "hidden", "min_distance": 3, "max_dense_share": 1e-9},
     remask={"evidence": "decay", "decay": 0.7, "observe_tokens": 9},
     calibration={"source": "self", "sequences": 5, "length": 50, "purpose": "prior"},
-    prior={"sequences": 5, "length": 50, "opening": 7, "temperature": 1.1, "top_p": 0.3},
+    self_stats={"sequences": 5, "length": 50, "opening": 7, "temperature": 1.1, "top_p": 0.3},
     masking_step=4,
     release_step=99,
     min_evidence=8,
@@ -59,8 +59,8 @@ REFUSED = (
     *({"drift": f"interval{value}"} for value in ("", " 0", " -4", " 2.5")),
     *({"drift": f"windows {value}"} for value in ("10 1", "10 1 2 3", "1 1 2", "10 0 2")),
     *({"drift": f"windows {value}"} for value in ("10 1 -2", "10 1 nan", "10  1 2", "\u00b2 1 2")),
-    *({"drift": "paper 5"}, {"drift": {"min_distanz": 4}}, {"prior": {"lenght": 3}}),
-    *({"prior": {"length": 15}}, {"prior": {"opening": 128}}, {"token": {"bits": 5}}),
+    *({"drift": "paper 5"}, {"drift": {"min_distanz": 4}}, {"self_stats": {"lenght": 3}}),
+    *({"self_stats": {"length": 15}}, {"self_stats": {"opening": 128}}, {"token": {"bits": 5}}),
     # what excludes or needs something else
     {"sparsity": 0.5, "budget": {"table": "all:0.5"}},
     {"sparsity": 0.0, "budget": {"table": "0:#5"}},
@@ -68,10 +68,10 @@ REFUSED = (
     {"score": {"strategy": "auto"}, "budget": {"table": "all:auto"}},
     {"score": {"strategy": "auto"}, "budget": "energy"},
     *({"score": {"prior_weight": 0.5}}, {"calibration": {"purpose": "prior"}}),
-    *({"weight_bits": 4, "sparsity": 0.5}, {"weight_bits": 4}, {"skip_sinks": True}),
+    {"skip_sinks": True},
     {"executor": "compact", "batch": "per_row"},
     {"compensation_rank": 8, "compensation": True},
-    {"compensation_rank": 8, "prior": {}, "token": {}},
+    {"compensation_rank": 8, "self_stats": {}, "token": {}},
     {"token": {"candidates": 0.2}, "sparsity": 0.7},
     {"token": {}, "drift": "paper"},
     # names
@@ -125,10 +125,10 @@ def test_changes_are_laid_on_top():
     wanted["sparsity"], wanted["drift"]["min_distance"] = 0.5, 8
     wanted["remask"]["evidence"] = "fresh"
     assert found.to_dict() == wanted
-    longer = CONFIG.replace({"prior": {"tokens": 9}}).replace({"prior": {"length": 50}})
-    assert longer.prior == PriorConfig(sequences=2, length=50, opening=0, tokens=9)
-    with pytest.raises(ConfigError, match="needs a prior"):
-        CONFIG.replace({"prior": None})
+    longer = CONFIG.replace({"self_stats": {"tokens": 9}}).replace({"self_stats": {"length": 50}})
+    assert longer.self_stats == SelfStatsConfig(sequences=2, length=50, opening=0, tokens=9)
+    with pytest.raises(ConfigError, match="needs learned statistics"):
+        CONFIG.replace({"self_stats": None})
     token = PruneConfig.build("dart-token", sparsity=0.7, token={"bits": 8})
     assert token.token == TokenConfig(bits=8, group=32)
     assert token.replace({"token": None}).token is None

@@ -11,9 +11,10 @@ from torch import Tensor
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.pruning import registry, statistics, weights
 from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.registry import ALL, SCORES, Registry
 from dart_llm.pruning.scores import proxy, score, squared
-from dart_llm.pruning.statistics import LayerPrior, LayerStatistics, Statistics
+from dart_llm.pruning.statistics import LayerStatistics, SelfStats, Statistics
 from dart_llm.pruning.weights import FfnWeights
 from synthetic import make_layers
 
@@ -27,7 +28,7 @@ LAYER = FfnWeights(
     gate=torch.tensor([[2.0, 0.0], [0.0, 3.0], [-6.0, 8.0]]),  # norms 2, 3, 10
     down=torch.tensor([[3.0, 1.0, 0.0], [-4.0, 0.0, 2.0]]),  # norms 5, 1, 2
     embedding=torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, -1.0]]),
-    learnt=LayerPrior(LayerStatistics(), torch.tensor([0.5, 3.0, 0.75])),
+    self_stats=SelfStats(LayerStatistics(), torch.tensor([0.5, 3.0, 0.75])),
 )
 # columns times rows: (3, -4, 7), (1, 0, 1), (0, 2, -2)
 MAX, MEAN = torch.tensor([7.0, 1, 2]), torch.tensor([14 / 3, 2 / 3, 4 / 3])
@@ -62,8 +63,8 @@ def scored(name, chunks, decay=None, weights=None, layer=LAYER):
     asked = Statistics(rule.per_token, decay, frozenset(), rule.spread, rule.average)
     evidence = LayerStatistics()
     for index, chunk in enumerate(chunks):
-        z = chunk.float() @ layer.down.float().T
-        asked.update(evidence, chunk, z, None, None, None if weights is None else weights[index])
+        w = None if weights is None else weights[index]
+        asked.add([evidence], LayerObservation(chunk[None]), w)
     return rule(asked.score_input(evidence, layer.width, layer.device), layer)
 
 
@@ -114,7 +115,7 @@ def test_odd_tokens_and_weights(monkeypatch):
     high, mean = proxy(layer)
     same(high, MAX)
     same(mean, MEAN)
-    assert proxy(layer)[0] is high and proxy(replace(layer, known_reach=(mean, high)))[0] is mean
+    assert proxy(layer)[0] is high
     for rows in (None, torch.zeros(4, 5)):
         with pytest.raises(ConfigError, match="an embedding as wide as the FFN's output"):
             SCORES.get("max")(torch.ones(3), replace(plain, embedding=rows))
@@ -164,17 +165,3 @@ def test_entry_points_are_found_but_never_replace_a_built_in(monkeypatch):
     table = Registry("number", "tests.numbers", {"yours": "math:tau"})
     assert table.names() == ("mine", "yours")
     assert (table.get("mine"), table.get("yours")) == (math.pi, math.tau)
-
-
-def test_the_module_of_an_entry_point_may_register_its_object_too(monkeypatch, tmp_path):
-    point = EntryPoint("pi", "a_plug_in:PI", "tests.numbers")
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
-    table = Registry("number", "tests.numbers", {})
-    monkeypatch.setattr(registry, "NUMBERS", table, raising=False)
-    (tmp_path / "a_plug_in.py").write_text(
-        "from dart_llm.pruning.registry import NUMBERS\nPI = 3\nNUMBERS.register('pi', PI)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    assert "pi" in table and table.get("pi") == 3
-    with pytest.raises(ConfigError, match="'pi' is already registered: take another name"):
-        table.register("pi", 4)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from budget_cases import views
+from dart_llm.pruning.budgets import LayerView
 from dart_llm.pruning.registry import BUDGETS
 from synthetic import (
     KEEP,
@@ -129,11 +129,11 @@ def test_a_roll_back_takes_the_state_back():
 @pytest.mark.parametrize(("step", "stay"), [(8, 0), (8, 3), (0, 1), (0, 5)])
 def test_rejected_tokens_enter_nothing(step, stay):
     """Assisted decoding: of five candidates the next forward shows how many stayed."""
-    asked = {"masking_step": step, "drift": "paper", "compensation": True, "budget": "global"}
+    asked = {"masking_step": step, "drift": "paper", "compensation": True, "budget": "depth"}
     plain, assisted = (after(60, 1, **asked) for _ in range(2))
     plain.steps(stay)
     spoilt = assisted.stream = Stream(assisted.layers)
-    for tensor in (*spoilt.u, *spoilt.z, *spoilt.x, *spoilt.r):
+    for tensor in (*spoilt.u, *spoilt.z, *spoilt.x):
         tensor[:, 61 + stay :] = 1e3  # what rejected tokens do
     spoilt.v[:, 61 + stay :] *= -1
     assisted.decode(5)
@@ -202,7 +202,8 @@ def test_counts_are_kept_or_made_anew():
         return [energy_of(run.stream, layer, span).sqrt() for layer in range(LAYERS)]
 
     def energy(run, span):
-        return tuple(BUDGETS.get("energy")(views(scores(run, span)), KEEP * LAYERS))
+        views = [LayerView(WIDTH, 0.0, score.double()) for score in scores(run, span)]
+        return tuple(BUDGETS.get("energy")(views, KEEP * LAYERS))
 
     for refresh in ("first", "every"):
         budget = {"name": "energy", "refresh": refresh}
@@ -264,7 +265,7 @@ def all_of(**fields):
 methods = st.builds(
     config,
     score=one_of("normalized", "random", {"name": "contribution", "ema_decay": 0.7}),
-    budget=all_of(name=["uniform", "energy", "depth", "global"], refresh=["first", "every"]),
+    budget=all_of(name=["uniform", "energy", "depth", "ranked"], refresh=["first", "every"]),
     drift=all_of(
         rule=["never", "interval 1", "interval 7", "paper", "published"],
         min_distance=[0, 12],

@@ -13,13 +13,12 @@ from dart_llm import prune
 from dart_llm.cli.chat import settings_line
 from dart_llm.cli.chat_settings import ChatSettings
 from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.study import load_model
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
 from dart_llm.pruning.setting_file import KeptSetting, changes_of, read_setting
 from dart_llm.reporting.console import Ui
-from dart_llm.server.schemas import Asker, Dart
+from dart_llm.server.schemas import RequestReader, Dart
 from dart_llm.server.settings import ServeSettings
 from dart_llm.session.kept import identity, other_model
 from dart_llm.settings import merge
@@ -80,8 +79,8 @@ def test_a_file_that_was_cut_is_refused_and_never_another_setting(tmp_path):
     ("text", "sentence"),
     [
         (None, "there is no setting file .*: dart-llm tune --save .* writes one"),
-        ("sparsity: 0.5", "is no setting file, for it has no setting with a method"),
-        ("setting: 3", "is no setting file"),
+        ("sparsity: 0.5", "is not a setting file, for it has no setting with a method"),
+        ("setting: 3", "is not a setting file"),
         ("setting: {method: griffin, sparsity: 50}", "the setting in .*: sparsity 50 must lie"),
         ("setting: {method: grifin}", "did you mean"),
         ("setting: {method: griffin, weight: file}", 'unknown setting "weight"'),
@@ -119,14 +118,6 @@ def test_prune_takes_it(tmp_path):
     assert run.report().requested_sparsity == 0.25
 
 
-def test_a_dense_setting_removes_nothing(tmp_path):
-    model, _ = loaded()
-    plain = model.generate(IDS, max_new_tokens=6, do_sample=False)
-    with prune(model, f"file:{keep(tmp_path / 's.yaml', 'dense')}") as run:
-        found = model.generate(IDS, max_new_tokens=6, do_sample=False)
-    assert torch.equal(found, plain) and run.report().achieved_sparsity == 0
-
-
 def test_another_checkpoint_is_said_in_one_sentence(tmp_path, caplog):
     model, _ = loaded()
     own = keep(tmp_path / "own.yaml", model=identity(model), sparsity=0.5)
@@ -139,7 +130,7 @@ def test_another_checkpoint_is_said_in_one_sentence(tmp_path, caplog):
         prune(model, f"file:{path}")
     assert caplog.messages == [sentence]
     held = keep(tmp_path / "held.yaml", model={**identity(model), "held": "Q4_1 as in the file"})
-    assert "was found on weights held as Q4_1" in other_model(f"file:{held}", model, held=True)
+    assert "was found on weights stored as Q4_1" in other_model(f"file:{held}", model, held=True)
     assert other_model(f"file:{held}", model) == ""
 
 
@@ -153,15 +144,6 @@ def test_commands_hold_the_weights_as_the_file_says(tmp_path, kind):
     assert given.weights == "dense"
     assert given.notes[0].startswith("s.yaml was found with --weights q8_0, not dense")
     assert merge(kind, {"method": "griffin"}, environment={}).notes == ()
-
-
-def test_a_run_is_called_by_its_method_and_another_file_is_another_run(tmp_path):
-    path = keep(tmp_path / "s.yaml", weights=None, sparsity=0.5)
-    settings = merge(RunSettings, {"method": f"file:{path}"}, environment={})
-    assert settings.experiment == "smollm2-135m-griffin-0.5"
-    before = Digests().of_settings(settings)["setting"]
-    keep(path, weights=None, sparsity=0.25)
-    assert Digests().of_settings(settings)["setting"] != before
 
 
 def test_loading_says_where_the_setting_was_found_for_another_model(tmp_path):
@@ -195,7 +177,7 @@ def test_answers_have_the_head_that_the_file_says(tmp_path):
     dense = ChatSettings(method="dense", head="screened 0.3")
     assert dense.served().head.bytes == 0.3 and ChatSettings(method="dense").served() is None
     assert settings_line(dense) == "dense: no neuron is removed, output head screened"
-    asker = Asker(None, ServeSettings(method="dense", head="screened"), (), None, 10)
+    asker = RequestReader(None, ServeSettings(method="dense", head="screened"), (), None, 10)
     assert asker.config(None).screens and asker.config(Dart(method="dense")).screens
     assert asker.config(Dart(sparsity=0.0)) is None  # the model as it is
 
@@ -203,6 +185,6 @@ def test_answers_have_the_head_that_the_file_says(tmp_path):
 def test_what_comes_over_the_network_names_no_file(tmp_path):
     path = keep(tmp_path / "s.yaml", sparsity=0.5)
     with pytest.raises(UnknownName):
-        METHODS.named(f"file:{path}")
-    assert METHODS.named("griffin").method == "griffin"
+        METHODS.get_listed(f"file:{path}")
+    assert METHODS.get_listed("griffin").method == "griffin"
     assert Path(path).is_file()

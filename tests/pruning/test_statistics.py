@@ -15,36 +15,32 @@ from dart_llm.pruning.observations import (
     LayerObservation,
     Observations,
     ObservedForward,
-    sampled_per_sequence,
-    sampled_tokens,
 )
-from dart_llm.pruning.scores import squared, squared_share
 from dart_llm.pruning.selection import MaskSelector, check_fits
 from dart_llm.pruning.statistics import (
-    Choice,
-    LayerPrior,
     LayerStatistics,
+    SelfStats,
     Statistics,
     Sum,
+    TokenSelection,
+    from_tensors,
     pooled,
     pruned_indicator,
+    squared,
+    squared_share,
+    to_tensors,
 )
-from dart_llm.pruning.weights import with_prior
+from dart_llm.pruning.weights import with_parts
 from prior_cases import CONFIG
 from synthetic import make_layers
 
-ALL = frozenset({"signed", "squares", "sensitivity", "sensitivity-residual"})
+ALL = frozenset({"signed", "sensitivity"})
 U = torch.tensor([[[1.0, -2.0, 0.5], [3.0, 2.0, -0.5], [-1.0, 4.0, 0.0]]])
 X = torch.tensor([[[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]]])
 Z = torch.tensor([[[4.0, 3.0], [2.0, 0.0], [-3.0, 0.0]]])
-R = torch.tensor([[[0.0, -4.0], [2.0, 0.0], [1.0, 0.0]]])
 GOLDEN = {  # per token
     "cosine": (24 / 25, 0.0, -1.0),  # of x and z
     "change": (math.sqrt(2) / 5, math.sqrt(2), 4.0),  # ||z - x|| / ||x||
-    "cosine-residual": (0.6, math.sqrt(0.5), 1.0),  # of x and x + r: (3, 0), (2, 2), (2, 0)
-    "change-residual": (0.8, 1.0, 1.0),  # ||r|| / ||x||
-    "gain": (16 / 25, 1.0, 1 / 9),  # ||r||^2 / ||z||^2
-    "stream": (25.0, 4.0, 1.0),  # ||x||^2
 }
 WORTH = torch.tensor([1.0, 1.0, 5.0])
 # abs(u) * worth of the rows of U: 1, 2, 2.5; 3, 2, 2.5; 1, 4, 0
@@ -55,9 +51,10 @@ def summed(cuts=(3,), weights=None, dtype=torch.float32, needs=ALL, keep=0):
     evidence = LayerStatistics()
     statistics = Statistics(squared if needs is ALL else None, None, needs)
     for part in torch.arange(3).split(list(cuts)):
-        u, z, x, r = (t[:, part].to(dtype) for t in (U, Z, X, R))
+        u, z, x = (t[None, :, part].to(dtype) for t in (U, Z, X))
         w = None if weights is None else weights[:, part]
-        statistics.update(evidence, u, z, x, r, w, None, Choice(WORTH[None], (keep,)))
+        chosen = TokenSelection(WORTH[None], (keep,))
+        statistics.add([evidence], LayerObservation(u, None, z, x), w, None, chosen)
     return evidence
 
 
@@ -66,8 +63,8 @@ def summed(cuts=(3,), weights=None, dtype=torch.float32, needs=ALL, keep=0):
 )
 def test_golden_sums(cuts, dtype):
     sums = summed(cuts, None, dtype).sums
-    assert set(sums) == {"score", "signed", "squares", *GOLDEN}
-    assert sums["score"].total.tolist() == sums["squares"].total.tolist() == [11, 24, 0.5]
+    assert set(sums) == {"score", "signed", *GOLDEN}
+    assert sums["score"].total.tolist() == [11, 24, 0.5]
     assert sums["signed"].total.tolist() == [3, 4, 0]
     assert sums["signed"].mean.tolist() == pytest.approx([1, 4 / 3, 0])
     for name, values in GOLDEN.items():
@@ -85,9 +82,9 @@ def test_golden_sums(cuts, dtype):
 def test_nothing_is_no_division_by_zero():
     sums = summed(weights=torch.zeros(1, 3)).sums
     assert sums["signed"].mean.tolist() == [0, 0, 0] and float(sums["cosine"].mean) == 0
-    evidence, zero = LayerStatistics(), torch.zeros(1, 2, 2)
+    evidence, zero = LayerStatistics(), torch.zeros(1, 1, 2, 2)
     silent = Statistics(squared_share, None, ALL)
-    silent.update(evidence, torch.zeros(1, 2, 3), zero, zero, zero, None)
+    silent.add([evidence], LayerObservation(torch.zeros(1, 1, 2, 3), None, zero, zero), None)
     assert all(bool(known.total.isfinite().all()) for known in evidence.sums.values())
 
 
@@ -101,7 +98,7 @@ def test_losers_by_hand(cuts):
     idle = torch.tensor([[0.0, 0.0, 0.0, -2.0], [1.0, 0.0, 3.0, 2.0]])
     # neurons that do nothing are all left out, however few a token must leave out
     assert pruned_indicator(idle, torch.ones(4), 0.5).tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
-    both = Choice(WORTH.expand(2, -1), (1 / 3, 2 / 3))
+    both = TokenSelection(WORTH.expand(2, -1), (1 / 3, 2 / 3))
     assert both.losers(U.expand(2, -1, -1)).tolist() == [third, two_thirds]
     needs = frozenset({"lost"})
     found = summed(cuts, needs=needs, keep=1 / 3)
@@ -137,7 +134,6 @@ def test_only_what_a_configuration_needs_is_summed():
         ({"budget": "uniform"}, set()),
         ({"budget": "energy", "compensation": True}, {"signed"}),
         ({"budget": "blend energy depth"}, {"sensitivity"}),
-        ({"budget": "blend depth-residual global"}, {"sensitivity-residual", "squares"}),
         ({"budget": {"name": "depth", "table": "all:0.5"}, "sparsity": None}, set()),
         ({"compensation": True, "token": {}}, {"signed", "lost"}),
     ):
@@ -152,18 +148,16 @@ def queued(*forwards):
     """What is added of forwards of so many tokens, with their weights and marks, and a flush."""
     found = []
     queue = Observations(lambda flags, *added: found.append(added))
-    for layers, weights, tokens, marks in forwards:
+    for layers, weights, tokens in forwards:
         rows = next(iter(layers.values())).shown.shape[0]
-        sampled = range(tokens)
-        one = ObservedForward.accepted(layers, rows, tokens, weights, sampled, marks)
-        queue.add([True] * rows, one)
+        queue.add([True] * rows, ObservedForward.accepted(layers, rows, tokens, weights))
     queue.flush()
     return found
 
 
 def token(value):
     u = torch.full((1, 1, 4), value)
-    return {layer: LayerObservation(u + 100 * layer, u) for layer in range(2)}, None, 1, None
+    return {layer: LayerObservation(u + 100 * layer, u) for layer in range(2)}, None, 1
 
 
 def test_tokens_wait_up_to_a_limit_of_tokens_or_bytes(monkeypatch):
@@ -182,18 +176,9 @@ def test_what_waits_is_added_as_it_came():
     ((_, _, weights),) = queued(token(1.0), (some, torch.zeros(1, 1), *rest))
     assert weights.tolist() == [[1.0, 0.0]]
     layers = {i: LayerObservation(torch.full((1, 1, w), 1.0 + i)) for i, w in enumerate((4, 6, 4))}
-    found = queued((layers, None, 1, None))
+    found = queued((layers, None, 1))
     shown = [(ids, seen.u[:, 0, 0, -1].tolist()) for ids, seen, _ in found]
     assert shown == [((0, 2), [1.0, 3.0]), ((1,), [2.0])]
-
-
-def test_a_sequence_reads_the_stream_as_if_it_were_alone():
-    """On its first tokens and every eighth, whatever stands beside it in the batch."""
-    assert [n for n in range(30) if sampled_tokens([n], 1)] == [*range(9), 16, 24]
-    assert sampled_tokens([9], 2) == [] and sampled_tokens([6], 4) == [0, 1, 2]
-    assert sampled_per_sequence([0, 8], [0]) is None
-    marks = sampled_per_sequence([8, 9, 20], [0, 1, 4])
-    assert marks is not None and marks.tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
 
 
 def sums(**known):
@@ -202,12 +187,21 @@ def sums(**known):
     )
 
 
+def test_tensors_and_back():
+    layers = [sums(score=([1.0, 2.0], 3.0)), sums(signed=([4.0], torch.tensor(0.1)))]
+    for one, other in zip(layers, from_tensors(to_tensors(layers), 2), strict=True):
+        assert one.sums.keys() == other.sums.keys()
+        for name, known in one.sums.items():
+            assert torch.equal(known.total, other.sums[name].total)
+            assert float(known.weight) == other.sums[name].weight
+
+
 def test_means_are_pooled_by_tokens():
     """10 observed tokens of mean (2, 3), and a prior of mean (5, 1) that counts as 30."""
     seen = sums(score=([20.0, 30.0], 10.0), stream=([6.0], 3.0))
     for size in (1.0, 1e4):  # the size of the prior's own text does not matter
         score, signed = [5 * size, size], [8 * size, -8 * size]
-        prior = LayerPrior(sums(score=(score, size), signed=(signed, size)))
+        prior = SelfStats(sums(score=(score, size), signed=(signed, size)))
         found = pooled(seen, prior, 30).sums
         assert set(found) == {"score", "stream", "signed"}  # names of one side alone too
         assert found["score"].total.tolist() == [170, 60] and found["score"].weight == 40
@@ -229,9 +223,9 @@ def known(score, signed, weight):
 def test_fisher_ranks_all_neurons_of_the_model(count, tokens):
     """mean u^2 of text and prior together, times g^2, in one ranking; compensation likewise."""
     drawn, width = torch.rand(3, 3, 20, generator=torch.Generator().manual_seed(4)), 20
-    learnt = [LayerPrior(known(50 * a, 50 * b, 50.0), g) for a, b, g in drawn]
-    layers = with_prior(make_layers(), learnt=learnt)
-    config = CONFIG.replace({"compensation_rank": 0, "prior": {"tokens": tokens}})
+    learnt = [SelfStats(known(50 * a, 50 * b, 50.0), g) for a, b, g in drawn]
+    layers = with_parts(make_layers(), self_stats=learnt)
+    config = CONFIG.replace({"compensation_rank": 0, "self_stats": {"tokens": tokens}})
     u = torch.randn(3, count, width, generator=torch.Generator().manual_seed(9))
     seen = [known(t.square().sum(0), t.sum(0), float(count)) for t in u]
     found = MaskSelector(config, layers).select(seen)
@@ -251,7 +245,9 @@ def test_fisher_ranks_all_neurons_of_the_model(count, tokens):
 
 def test_a_score_that_learns_wants_its_prior():
     for sparsity in (0.5, 0.0):
-        with pytest.raises(ConfigError, match=r'^score "fisher" needs a prior: give prior=\{\}'):
+        with pytest.raises(
+            ConfigError, match=r'^score "fisher" needs learned statistics: give self_stats='
+        ):
             check_fits(PruneConfig(sparsity=sparsity, score="fisher"), make_layers())
     with pytest.raises(ConfigError, match="is a mean over all tokens alike: drop the ema_decay"):
         check_fits(CONFIG.replace({"score": {"ema_decay": 0.5}}), make_layers())

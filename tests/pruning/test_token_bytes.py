@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from dart_llm.evaluation.measurement import Measurement
-from dart_llm.experiments.comparison import read_traffic, rows
+from dart_llm.experiments.comparison import read_traffic
 from dart_llm.models.describe import describe
 from dart_llm.models.packed_loading import round_weights
-from dart_llm.models.quantised import weight_facts
 from dart_llm.pruning.accounting import TokenTraffic
 from dart_llm.pruning.records import add_dense, merge_reports
 from dart_llm.session.run import prune
@@ -123,30 +121,3 @@ def test_windows_bound_the_cache():
 
 
 WINDOW = shared_model("gemma2").config.sliding_window
-
-
-def line(method, sparsity, accounting, facts):
-    found = Measurement("t", "decode", "perplexity", False, {"perplexity": 2.0}, [])
-    cell = {"model": "m", "method": method, "sparsity": sparsity, "task": "t", "seed": 0}
-    measured = {**found.to_dict(), "accounting": accounting}
-    return {"status": "done", "cell": cell, "label": method, "measurement": measured} | {
-        "facts": facts
-    }
-
-
-def test_rows_of_a_comparison():
-    """A dense row counts the cache at the context that the pruned rows saw."""
-    model = tiny("llama-bias")
-    plain = weight_facts(model)
-    in_8_bits = {"token_traffic": TokenTraffic(1000, 250, 100, 150, ((10, None),)).to_dict()}
-    accounting = {**report("teal").to_dict(), "executor": "masked"}
-    found = rows(
-        [
-            line("dense", 0.0, {}, plain),
-            line("dense-8bit", 0.0, {}, in_8_bits),
-            line("teal", 0.75, accounting, {}),
-        ]
-    )
-    shares = {row.method: row.token_bytes_share for row in found}
-    wanted = (500 + 10 * CONTEXT) / (1000 + 10 * CONTEXT)
-    assert shares == pytest.approx({"dense": 1, "dense-8bit": wanted, "teal": share(FFN / 4)})

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.describe import describe
 from dart_llm.patching.executors import token_ffn
-from dart_llm.patching.executors.token_ffn import TokenFfn
 from dart_llm.pruning import token_level
 from dart_llm.pruning.token_level import (
     candidate_count,
@@ -23,6 +22,8 @@ from dart_llm.pruning.token_level import (
     squared_error,
     winner_places,
 )
+from dart_llm.pruning.token_rules import low_bit as low_bit_rule
+from dart_llm.pruning.token_rules.low_bit import LowBit
 from dart_llm.session.run import prune
 from products import SHAPES, in_turn
 from steps import apart, decode, new_cache, shared_model, state_of, step
@@ -104,8 +105,8 @@ def test_estimates_and_candidates():
 
 @pytest.fixture
 def exact(monkeypatch):
-    monkeypatch.setattr(token_ffn, "low_bit", Exact)
-    monkeypatch.setattr(token_ffn, "squared_error", lambda matrix, copy: (0.0, 1.0))
+    monkeypatch.setattr(low_bit_rule, "low_bit", Exact)
+    monkeypatch.setattr(low_bit_rule, "squared_error", lambda matrix, copy: (0.0, 1.0))
 
 
 def _executors(name):
@@ -113,14 +114,14 @@ def _executors(name):
 
 
 def _recorded(monkeypatch):
-    found, choose = [], TokenFfn.winners
+    found, choose = [], LowBit.winners
 
-    def winners(self, x, mask):
-        ids = choose(self, x, mask)
-        found.append((self, x, mask, ids))
+    def winners(self, fed, u, mask):
+        ids = choose(self, fed, u, mask)
+        found.append((self, fed, mask, ids))
         return ids
 
-    monkeypatch.setattr(TokenFfn, "winners", winners)
+    monkeypatch.setattr(LowBit, "winners", winners)
     return found
 
 
@@ -142,9 +143,9 @@ def test_winners_by_independent_computation(name, learns, monkeypatch):
         if biases:
             u = [a + b for a, b in zip(u, biases, strict=True)]
         estimate = block.act(u[0]) if gate is None else block.act(u[0]) * u[1]
-        learnt = run.layers[block.index].learnt
-        assert (learnt is not None) == learns
-        worth = down.detach().norm(dim=0) if learnt is None else learnt.curvature**0.5
+        fisher = run.layers[block.index].fisher
+        assert (fisher is not None) == learns
+        worth = down.detach().norm(dim=0) if fisher is None else fisher**0.5
         assert mask.winners == round(0.25 * mask.width) == ids.shape[-1]
         assert ids.flatten().tolist() == best((estimate.abs() * worth).tolist(), mask.winners)
 
@@ -175,7 +176,7 @@ def test_exact_copies_give_the_oracle(name, exact):
     with prune(model, LEARNT, sparsity=0.75) as run:
         pruned = decode(model, ids, PROMPT)
     # by roots of curvatures; the first four tokens, the sinks, leave no evidence of losers
-    worth = {layer.index: layer.learnt.curvature**0.5 for layer in run.layers}
+    worth = {layer.index: layer.fisher**0.5 for layer in run.layers}
     whole, sinks = (_lost(model, ids[:, :length], keep, worth) for length in (PROMPT, 4))
     for layer, (total, number) in whole.items():
         number = number - sinks[layer][1]
@@ -218,7 +219,7 @@ def test_candidates_are_the_sequences_best(monkeypatch, exact):
         index = token.block.index
         assert mask.ids.tolist() == best(selection.scores[index].tolist(), 24)
         u = token.block.hidden(x).detach().flatten()
-        strengths = (u.abs() * run.layers[index].learnt.curvature ** 0.5)[mask.ids]
+        strengths = (u.abs() * run.layers[index].fisher ** 0.5)[mask.ids]
         assert winners.flatten().tolist() == mask.ids[best(strengths.tolist(), 12)].tolist()
 
 

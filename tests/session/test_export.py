@@ -78,7 +78,7 @@ REFUSED = [
         (name, {"method": "griffin", "compensation": True}, "use compensation=False to export")
         for name in ("mistral", "qwen2", "phi3", "falcon", "olmo2")
     ),
-    ("llama", {"method": "dart"}, "no place in a plain checkpoint: use compensation_rank"),
+    ("llama", {"method": "dart"}, "cannot have low-rank compensation: use compensation_rank"),
     ("llama", {"method": "dart-prompt"}, r'keeps \d+ to \d+; use budget "uniform"'),
     ("bloom", {"method": "griffin"}, "BloomForCausalLM fixes its FFN width"),
 ]

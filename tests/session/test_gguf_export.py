@@ -15,8 +15,9 @@ from dart_llm.models.gguf_file import read_gguf
 from dart_llm.models.gguf_levels import homes
 from dart_llm.models.gguf_write import ABOUT, write_narrow
 from dart_llm.models.loading import load
-from dart_llm.session import gguf_export
-from dart_llm.session.gguf_export import export_gguf, source_file
+from dart_llm.session import gguf_file
+from dart_llm.session.gguf_export import export_gguf
+from dart_llm.session.gguf_file import source_file
 from dart_llm.session.run import prune
 from lm_cases import call
 from steps import apart
@@ -192,7 +193,7 @@ def test_a_run_writes_its_newest_mask(exported, tmp_path, monkeypatch):
     narrow = tmp_path / "again.gguf"
     with pytest.raises(ConfigError, match=r"only such a file is narrowed: load one with weights="):
         prune(model, masks={0: KEPT}).export(narrow)
-    monkeypatch.setattr(gguf_export, "blocks_file", lambda model: source.path)
+    monkeypatch.setattr(gguf_file, "blocks_file", lambda model: source.path)
     with prune(model, "griffin", sparsity=0.5) as run:
         model.generate(IDS, max_new_tokens=2)
     assert run.export(narrow) == narrow
@@ -201,10 +202,12 @@ def test_a_run_writes_its_newest_mask(exported, tmp_path, monkeypatch):
         up = describe(model).blocks[layer].up.weight[ids]
         assert torch.equal(new[f"blk.{layer}.ffn_up.weight"].values(), up)
     narrow.unlink()
-    settings = {"sparsity": 0.5, "min_evidence": 0, "prior": {"tokens": 1}}
+    settings = {"sparsity": 0.5, "min_evidence": 0, "self_stats": {"tokens": 1}}
     with prune(model, "dart", **settings) as run:
         model.generate(IDS, max_new_tokens=2)
-    with pytest.raises(ConfigError, match="no place in a plain checkpoint: use compensation_rank"):
+    with pytest.raises(
+        ConfigError, match="cannot have low-rank compensation: use compensation_rank"
+    ):
         run.export(narrow)
     assert not narrow.exists()
 
@@ -216,10 +219,9 @@ REFUSED = [
         {"sparsity": 0.5, "compensation": True},
         "architecture qwen3, of which llama.cpp reads no bias",
     ),
-    ({}, {"method": "dart-token"}, "chooses neurons for every token, and a file holds one mask"),
+    ({}, {"method": "dart-token"}, "selects neurons for every token, and a file has one mask"),
     ({}, {"method": "dense"}, "removes nothing"),
-    ({}, {"method": "dense-4bit"}, "removes nothing"),
-    ({}, {"sparsity": 0.5, "texts": ()}, "chooses neurons by what it reads: give --prompt"),
+    ({}, {"sparsity": 0.5, "texts": ()}, "selects neurons by what it reads: give --prompt"),
     ({}, {"masks": {0: range(96), 1: range(96)}}, "removes nothing"),
     ({"down": Kind.Q8_0}, {"sparsity": 0.3}, "in whole blocks of 32 neurons no layer loses any"),
 ]
@@ -269,7 +271,7 @@ def test_command(tmp_path, monkeypatch):
     assert re.search(r"down projections Q4_1, \d\d% of their columns rounded again", done.out)
     assert "widths in blocks of 32, means of what was removed in the biases\n" in done.out
     for given, sentence in (
-        ([], "ConfigError: method griffin chooses neurons by what it reads: give --prompt or"),
+        ([], "ConfigError: method griffin selects neurons by what it reads: give --prompt or"),
         (["--gguf", "x.bin"], '--gguf x.bin must end in ".gguf"'),
         (["--masks", "m.safetensors", "--prompt", "x"], "drop the prompt and the texts"),
         (["--model", "owner/name", "--prompt", "x"], "owner/name is not a GGUF file"),

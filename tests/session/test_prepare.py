@@ -3,14 +3,15 @@
 import pytest
 
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import PreparedMethod, prepare
+from dart_llm.session.prepare import prepare
+from dart_llm.session.run import BoundMethod
 from steps import picked, shared_model
 
 HALF = PruneConfig.build("griffin", sparsity=0.5, masking_step=4, drift="interval 4")
 
 
 def test_likelihood_tasks_have_masks_at_once_and_never_a_new_one():
-    method = PreparedMethod(shared_model(), None, HALF)
+    method = BoundMethod(shared_model(), None, HALF)
     run, scored = method.run(), method.run(likelihood=True)
     assert run.config == HALF
     assert (scored.config.masking_step, scored.config.min_evidence) == (0, 0)
@@ -24,13 +25,12 @@ CASES = [
     (HALF, None, ("griffin@0.5", "griffin", 0.5)),
     (TABLE, None, ("griffin@table", "griffin", None)),
     (HALF, picked(), ("given masks", "given masks", None)),
-    (PruneConfig.build("dense-8bit"), None, ("dense-8bit", "dense-8bit", 0.0)),
 ]
 
 
 @pytest.mark.parametrize(("config", "masks", "told"), CASES)
 def test_what_it_is_called(config, masks, told):
     method = prepare(shared_model(), None, config, masks=masks)
-    assert (method.label, method.method, method.asked) == told
+    assert (method.label, method.method, method.requested) == told
     assert (method.run() is None) == (told[0].startswith("dense"))
     assert ("weight_bytes" in method.facts) == (method.run() is None)

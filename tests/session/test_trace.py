@@ -278,7 +278,7 @@ def test_what_cannot_be_traced(tmp_path):
             run.trace(path).__enter__()
     with (
         prune(model, "teal", sparsity=0.5) as run,
-        pytest.raises(ConfigError, match="method teal chooses inputs of matrices, not neurons"),
+        pytest.raises(ConfigError, match="method teal selects inputs of matrices, not neurons"),
     ):
         run.trace(path).__enter__()
     for given, words in (
@@ -297,26 +297,7 @@ def test_it_is_one_line_for_people(tmp_path):
     assert str(trace) == f"trace of 26 tokens, {LAYERS} layers, 1 mask"
 
 
-def wrong_facts(facts):
-    """Metadata that no run writes, and what is said of it."""
-    layers, (remask, *_) = json.loads(facts["layers"]), json.loads(facts["remasks"])
-    for width in ("96", 96.0, layers[0]["width"] - 1, 0, None, 10**12):
-        yield {"layers": json.dumps([{**one, "width": width} for one in layers])}, "its layers have"
-    for wrong in ("[]", "5", "{", '{"a": 1}', "[" * 20_000):
-        yield {"layers": wrong}, "cannot read the trace"
-    for change in (
-        {"kept": 5},
-        {"kept": ["a"] * len(layers)},
-        {"kept": remask["kept"] * 3},
-        {"mask": "0"},
-        {"mask": 1e400},
-        {"before": 7},
-    ):
-        yield {"remasks": json.dumps([{**remask, **change}])}, "cannot read the trace"
-    yield {"remasks": json.dumps([{"kept": remask["kept"]}])}, "it lacks 'mask'"
-
-
-def test_files_that_are_no_trace(tmp_path):
+def test_files_that_are_not_traces(tmp_path):
     path = tmp_path / "a"
     traced(path, shared_model(), activations=True, executor="masked", **HALF)
     whole, arrays = path.read_bytes(), load_file(path)
@@ -335,22 +316,20 @@ def test_files_that_are_no_trace(tmp_path):
     short, wide = arrays[hook_name(1)][:-1], np.full_like(arrays["mask"], 7)
     for change, facts_, words in (
         ({}, {**facts, "format": "dart-llm trace 9"}, "its format is dart-llm trace 9, not dart-"),
-        ({}, None, "its format is not said, not dart-llm trace 1"),
+        ({}, None, "its format is missing, not dart-llm trace 1"),
         ({"row": arrays["row"][1:]}, facts, "columns have lengths that do not fit"),
         ({"masks": arrays["masks"][:, 1:]}, facts, "columns have lengths that do not fit"),
-        ({"mask": wide}, facts, "it names masks that it does not hold"),
-        ({hook_name(1): short}, facts, "layer 1 has not the activations of all tokens"),
-        ({}, {k: v for k, v in facts.items() if k != "layers"}, "it lacks 'layers'"),
-        *(({"phase": np.full_like(wide, n)}, facts, "names phases") for n in (-5, -1, 4, 99)),
-        ({"mask": arrays["mask"].astype(np.float32)}, facts, "lengths that do not fit"),
-        ({norm_name(1): arrays[norm_name(1)][:-1]}, facts, "layer 1 has not the activations"),
-        *(({}, {**facts, **change}, words) for change, words in wrong_facts(facts)),
+        ({"mask": wide}, facts, "it names masks that it does not have"),
+        ({hook_name(1): short}, facts, "layer 1 does not have the activations of all tokens"),
+        ({}, {k: v for k, v in facts.items() if k != "layers"}, "it has no 'layers'"),
+        ({}, {**facts, "layers": "{"}, "cannot read the trace"),
+        ({}, {**facts, "remasks": '[{"kept": [3]}]'}, "its re-masks are not complete"),
     ):
         save_file({**arrays, **change}, path, facts_)
         with pytest.raises(ConfigError, match=words):
             read_trace(path)
     save_file({k: v for k, v in arrays.items() if k != "phase"}, path, facts)
-    with pytest.raises(ConfigError, match="it lacks 'phase'"):
+    with pytest.raises(ConfigError, match="it has no 'phase'"):
         read_trace(path)
     with pytest.raises(ConfigError, match="cannot read the trace nowhere: No such file"):
         read_trace("nowhere")
@@ -420,7 +399,7 @@ def test_run_writes_one(tmp_path, monkeypatch):
         assert trace.neurons(0, layer).tolist() == masks[f"remask0.layer{layer}.ids"].tolist()
     for extra, words in (
         (("--method", "dense"), "method dense removes none: give a method and a sparsity"),
-        (("--method", "teal", "--sparsity", 0.5), "method teal chooses inputs of matrices"),
+        (("--method", "teal", "--sparsity", 0.5), "method teal selects inputs of matrices"),
     ):
         done = call(*asked, *extra, "--trace", "b.safetensors")
         assert done.code == 2 and words in done.err and not (tmp_path / "b.safetensors").exists()

@@ -1,12 +1,12 @@
-"""Calibration: what a method learns from the dense model before any prompt is seen.
+"""Calibration: what a method collects from the dense model before any prompt is seen.
 
-Static methods (``wanda``, ``flap``) take their masks from a text, ``glass`` a prior from what the
-model writes by itself (docs/method.md, "Calibration").
+Static methods (``wanda``, ``flap``) take their masks from a text, ``glass`` a prior from
+self-generated text (docs/method.md, "Calibration").
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,42 +14,41 @@ import torch
 from torch import Tensor
 
 from dart_llm.calibration import cache
+from dart_llm.calibration.collect import BATCH, Needs, collect
 from dart_llm.calibration.progress import (
     INSTEAD,
     ONE_BY_ONE,
     READING,
     WRITING,
-    Advance,
     Say,
-    forwards,
     graph_bytes,
     learning,
-    nothing,
     text_bytes,
-    weights_of,
 )
-from dart_llm.calibration.self_text import WRITTEN, sample_sequences
+from dart_llm.calibration.self_text import (
+    WRITTEN,
+    own_start,
+    sample_continuations,
+    start_ids,
+)
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError, LoadError
 from dart_llm.models.describe import describe
-from dart_llm.patching.patch import ModelPatch, check_free
+from dart_llm.models.fingerprint import digest_of, fingerprint
+from dart_llm.patching.patch import check_free
 from dart_llm.pruning.config import BudgetConfig, CalibrationConfig, PruneConfig
-from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.masks import Masks
 from dart_llm.pruning.registry import SCORES
 from dart_llm.pruning.selection import MaskSelector, check_fits
-from dart_llm.pruning.statistics import LayerStatistics, summed
+from dart_llm.pruning.statistics import LayerStatistics, from_tensors, to_tensors
 from dart_llm.pruning.weights import FfnWeights
-
-BATCH = 8
-"""Sequences of one observed forward."""
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Masks, or a prior [I] per layer, and where they came from."""
+    """Masks, or a prior [I] per layer, and a note of where they came from."""
 
-    held: Masks | None
+    fixed_masks: Masks | None
     prior: tuple[Tensor, ...] | None
     note: str
 
@@ -62,83 +61,76 @@ def calibrate(
     cache_dir: str | None,
     say: Say,
 ) -> Calibrated:
-    """What ``config.calibration`` asks for; ``source`` as in data/documents.py.
+    """What ``config.calibration`` requests; ``source`` as in data/documents.py.
 
     Raises ``ConfigError`` and ``LoadError`` for a text that cannot be used or had.
     """
     part = config.calibration
     assert part is not None
-    selector = check_fits(observing(config), _layers(model, config))
+    statistics = observing(config, _layers(model, config)).statistics
     ids = None
     if part.source == "text":
         texts = documents.calibration_texts(source)
         ids = documents.sequences(tokenizer, texts, part.sequences, part.length)
-        tokens = cache.digest_of(ids)
+        tokens = digest_of(ids)
     else:
-        start = documents.start_token(tokenizer) or _own_start(tokenizer)
-        tokens = f"self {part.sequences} {part.length} {start} {config.seed}"
-    key = cache.make_key(model, selector.statistics, tokens)
-    devices = [layer.device for layer in selector.layers]
-    evidence = cache.find(model, key, cache_dir, devices)
-    note = _note(part, source, part.sequences if ids is None else len(ids))
-    if evidence is None:
+        tokens = f"self {part.sequences} {part.length} {own_start(model)} {config.seed}"
+    parts = cache.rule_of(statistics), statistics.ema_decay, sorted(statistics.beside_score)
+    key = cache.key_of(fingerprint(model), *parts, tokens)
+    count = part.sequences if ids is None else len(ids)
+    note = _note(part, source, count)
+    tensors = cache.find(model, key, cache_dir)
+    if tensors is None:
         check_free(model)
         what = f"calibrating {config.method}, once per model ({note})"
-        work = _work(model, part, ids)
-        memory = _memory(model, part, ids)
+        work, memory = _effort(model, part, count)
         with learning(model, say, what, work, memory, INSTEAD) as (faster, progress):
             if ids is None:
+                generator = torch.Generator().manual_seed(config.seed)
+                first = start_ids(faster, part.sequences, generator)
                 write = progress.stage(WRITING)
-                ids = sample_sequences(
-                    faster, start, part.sequences, part.length, config.seed, write
-                )
-            evidence = observe(faster, config, ids, progress.stage(READING))
+                ids = sample_continuations(faster, first, part.length, generator, write)
+            tensors = to_tensors(collect(faster, ids, Needs(statistics), progress.stage(READING)))
         try:
-            cache.keep(model, key, cache_dir, evidence, {"note": note})
+            cache.keep(model, key, cache_dir, tensors, {"note": note})
         except LoadError as error:
             say(f"the calibration is not kept for the next time: {error}")
-    held, prior = choose(model, config, evidence)
-    return Calibrated(held, prior, note)
+    masks, prior = choose(model, config, from_tensors(tensors, len(_layers(model, config))))
+    return Calibrated(masks, prior, note)
 
 
-def _work(model: Any, part: CalibrationConfig, ids: Tensor | None) -> dict[str, float]:
-    """Multiply-adds of each stage of a calibration; ids None: the model writes its text."""
-    tokens = part.sequences * part.length if ids is None else ids.numel()
-    each = float(weights_of(model) * tokens)
-    return ({WRITING: ONE_BY_ONE * each} if ids is None else {}) | {READING: each}
+def _effort(model: Any, part: CalibrationConfig, count: int) -> tuple[dict[str, float], int]:
+    """Tokens of each stage, and bytes beside the model, about."""
+    reading = float(count * part.length)
+    memory = graph_bytes(model, min(BATCH, count) * part.length, backward=False)
+    if part.source == "text":
+        return {READING: reading}, memory
+    written = text_bytes(model, min(WRITTEN, count), part.length)
+    return {WRITING: ONE_BY_ONE * reading, READING: reading}, max(memory, written)
 
 
-def _memory(model: Any, part: CalibrationConfig, ids: Tensor | None) -> int:
-    """Bytes that a calibration takes beside the model, about."""
-    rows = part.sequences if ids is None else len(ids)
-    seen = graph_bytes(model, min(BATCH, rows) * part.length, backward=False)
-    return (
-        seen if ids is not None else max(seen, text_bytes(model, min(WRITTEN, rows), part.length))
-    )
-
-
-def _note(part: CalibrationConfig, source: str | None, found: int) -> str:
-    words = "the model's own text"
+def _note(part: CalibrationConfig, source: str | None, count: int) -> str:
+    words = "self-generated text"
     if part.source == "text":
         words = documents.calibration_source(source).title()
-    short = "" if found == part.sequences else f" of {part.sequences}"
-    size = f"{found}{short} sequences of {part.length} tokens ({found * part.length:,} tokens)"
+    short = "" if count == part.sequences else f" of {part.sequences}"
+    size = f"{count}{short} sequences of {part.length} tokens ({count * part.length:,} tokens)"
     return f"calibration: {size} of {words}"
 
 
-def observing(config: PruneConfig) -> PruneConfig:
-    """The configuration that observes all that ``config`` needs at any sparsity and table.
+def observing(config: PruneConfig, layers: Sequence[FfnWeights]) -> MaskSelector:
+    """The selector that observes all that ``config`` needs at any sparsity and table.
 
     Signed means are observed for masks with and without compensation alike.  Raises
-    ``ConfigError`` for a score that learns from the model's own text instead.
+    ``ConfigError`` for a score that reads learned gradients instead.
     """
-    if SCORES.get(config.score.name).learns:
+    if SCORES.get(config.score.name).needs_fisher:
         raise ConfigError(
-            f'score "{config.score.name}" learns from the model itself and never from a '
-            "calibration: drop the calibration"
+            f'score "{config.score.name}" reads gradients that the model learns from itself, not '
+            "a calibration: drop the calibration"
         )
     masks = config.calibration is not None and config.calibration.purpose == "masks"
-    return PruneConfig(
+    observed = PruneConfig(
         method=config.method,
         sparsity=0.5,
         score=config.score.model_copy(update={"strategy": "topk", "prior_weight": None}),
@@ -146,30 +138,7 @@ def observing(config: PruneConfig) -> PruneConfig:
         compensation=masks,
         seed=config.seed,
     )
-
-
-@torch.no_grad()
-def observe(
-    model: Any, config: PruneConfig, ids: Tensor, advance: Advance = nothing
-) -> list[LayerStatistics]:
-    """Run ids [n, T] through the dense model; the evidence of every layer over all tokens.
-
-    Raises ``AttachError`` when the model is being pruned.
-    """
-    layers = _layers(model, config)
-    controller = PruningController(observing(config), layers)
-    patch = ModelPatch(model, describe(model), controller, "masked")
-    batches = torch.split(ids, BATCH)
-
-    def observed() -> Iterator[Sequence[LayerStatistics]]:
-        for _ in forwards(model, batches, advance):
-            yield controller.sequences[0].evidence
-
-    patch.install()
-    try:
-        return summed(observed(), [layer.device for layer in layers])
-    finally:
-        patch.remove()
+    return check_fits(observed, layers)
 
 
 @torch.no_grad()
@@ -179,19 +148,14 @@ def choose(
     """(masks, None) or (None, prior), by the calibration's purpose."""
     part, layers = config.calibration, _layers(model, config)
     assert part is not None
+    for layer, known in zip(layers, evidence, strict=True):
+        for one in known.sums.values():
+            one.total = one.total.to(layer.device)
     with torch.inference_mode(False):
         if part.purpose == "masks":
             return check_fits(config, layers).select(evidence).masks, None
-        return None, tuple(MaskSelector(observing(config), layers).scores(evidence))
+        return None, tuple(observing(config, layers).scores(evidence))
 
 
 def _layers(model: Any, config: PruneConfig) -> tuple[FfnWeights, ...]:
     return describe(model).weights(config.score.proxy_embedding, config.seed)
-
-
-def _own_start(tokenizer: Any) -> list[int]:
-    """A token to start from where the tokenizer adds none: its start or end token, or nothing."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return [int(token)]
-    return []

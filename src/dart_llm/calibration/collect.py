@@ -1,108 +1,185 @@
-"""What a model's own text shows: sums over its tokens, squared gradients, bases for compensation.
+"""What token ids show of a dense model: sums over tokens, squared gradients, bases, last states.
 
 For text that the model sampled itself, the gradient of its log-likelihood is the score function, so
 the mean of g^2 is the diagonal of the Fisher information of the neuron's activation
-(docs/method.md, "Prior").
+(docs/method.md).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dart_llm.calibration.progress import Advance, forwards, layer_ticks, nothing, part_of
+from dart_llm.calibration.progress import Advance, forwards, ignore, layer_ticks, part_of
 from dart_llm.errors import DartError
 from dart_llm.models.capture import LayerActivations, capture_activations
-from dart_llm.models.describe import describe
+from dart_llm.models.describe import decoder_of, describe
 from dart_llm.pruning.compensation import find_basis
 from dart_llm.pruning.drift import SINKS
-from dart_llm.pruning.statistics import LayerStatistics, Statistics, Sum
+from dart_llm.pruning.observations import LayerObservation
+from dart_llm.pruning.statistics import LayerStatistics, Statistics, Sum, summed
 from dart_llm.pruning.weights import FfnWeights
 
 LOGITS = 1 << 24
 """Elements of the logits of one backward pass at most."""
 
+BATCH = 8
+"""Sequences of one forward without a backward pass."""
+
 BACKWARD = 3
 """Work of a forward and its backward pass, in forwards."""
+
+FISHER = "fisher"
+"""The sum of squared gradients."""
 
 Take = Callable[[int, LayerActivations, Tensor | None], None]
 
 
-def rows_at_once(model: Any, length: int) -> int:
-    """Sequences of ``length`` tokens that go forward and backward together."""
+def rows_at_once(model: Any, length: int, backward: bool = True) -> int:
+    """Sequences of ``length`` tokens that go forward (and backward) together."""
     vocabulary = int(model.config.get_text_config().vocab_size)
-    return max(1, LOGITS // (length * vocabulary))
+    return max(1, LOGITS // (length * vocabulary)) if backward else BATCH
 
 
-def gradients(
-    model: Any, ids: Tensor, take: Take, advance: Advance = nothing, backward: bool = True
-) -> None:
-    """Run ids [n, T] forward and backward through the dense model, some rows at a time.
+@dataclass(frozen=True)
+class Needs:
+    """What ``collect`` sums over the tokens of a text.
 
-    Without ``backward`` the same forwards alone: g is None.
-
-    ``take(layer, seen, g)`` gets a layer's tensors, [B, T', .] without the sinks and the last
-    token, and g = dL/du, [B, T', I]; L: the summed loss of the next tokens.  Parameters get no
-    gradients, and every flag is what it was afterwards.
+    ``bases``: per layer [r, D], what ``features`` are read by; none: no features.  ``fisher``: the
+    squared gradients too, which costs a backward pass.  ``inner``: without the first tokens of each
+    sequence, the attention sinks, and the last one, which predicts nothing.
     """
-    parts = torch.split(ids, rows_at_once(model, ids.shape[1]))
-    with torch.inference_mode(False), torch.set_grad_enabled(backward), evaluating(model):
+
+    statistics: Statistics
+    bases: Sequence[Tensor | None] = ()
+    fisher: bool = False
+    inner: bool = False
+
+
+def collect(
+    model: Any, ids: Tensor, needs: Needs, advance: Advance = ignore
+) -> list[LayerStatistics]:
+    """The sums over ids [n, T] of every layer of the dense model.
+
+    Raises ``DartError`` when the gradients are not finite.
+    """
+    devices = [block.matrices()[-1].device for block in describe(model).blocks]
+    parts = torch.split(ids, rows_at_once(model, ids.shape[1], needs.fisher))
+    kept = slice(SINKS, ids.shape[1] - 1) if needs.inner else slice(None)
+
+    def batches() -> Iterator[list[LayerStatistics]]:
         for number, part in enumerate(parts):
-            here = part_of(advance, number, len(parts))
-            _pass(model, part.clone().to(model.device), take, here, backward)
+            evidence = [LayerStatistics() for _ in devices]
+
+            def take(layer: int, seen: LayerActivations, gradient: Tensor | None) -> None:
+                basis = needs.bases[layer] if needs.bases else None
+                _add(needs.statistics, evidence[layer], seen, basis)  # noqa: B023 - called here
+                if gradient is not None:
+                    squares = gradient.flatten(0, 1).float().square()
+                    evidence[layer].add(FISHER, squares.sum(0), float(len(squares)))  # noqa: B023
+
+            run_forward(model, part, take, part_of(advance, number, len(parts)), needs.fisher, kept)
+            yield evidence
+
+    with torch.inference_mode(False), evaluating(model):
+        found = summed(batches(), devices)
+    for layer in found if needs.fisher else ():
+        mean = layer.sums[FISHER].mean
+        if not bool(mean.isfinite().all()):
+            raise DartError(
+                "the gradients of this model's self-generated text are not finite: load it in "
+                "float32 or bfloat16"
+            )
+        layer.sums[FISHER] = Sum(mean, 1.0)
+    return found
 
 
-def _pass(model: Any, ids: Tensor, take: Take, advance: Advance, backward: bool) -> None:
-    """One forward of ids [B, T], and one backward; ``take`` gets what the layers saw."""
-    held: dict[int, LayerActivations] = {}
-    reaching = _reaching(model.get_input_embeddings()) if backward else contextlib.nullcontext()
-    forward = (lambda share: advance(share / BACKWARD)) if backward else advance
-    ticks = layer_ticks(model, forward)
-    with capture_activations(model, held.__setitem__, graph=True), reaching, ticks:
-        last = {} if backward else {"logits_to_keep": 1}
-        output = model(ids, use_cache=False, **last)
-    layers = sorted(held)
-    gradients: Sequence[Tensor | None] = [None] * len(layers)
-    if backward:
-        logits = output.logits
-        loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            ids[:, 1:].flatten().to(logits.device),
-            reduction="sum",
+@torch.no_grad()
+def _add(
+    statistics: Statistics, evidence: LayerStatistics, seen: LayerActivations, basis: Tensor | None
+) -> None:
+    features = None if basis is None else F.linear(seen.h, basis.to(seen.h.dtype))[None]
+    part = LayerObservation(seen.u, None, seen.z, seen.x).map(lambda t: t[None])
+    statistics.add([evidence], part, None, features)
+
+
+def run_forward(
+    model: Any,
+    ids: Tensor,
+    take: Take,
+    advance: Advance = ignore,
+    backward: bool = True,
+    kept: slice = slice(None),
+) -> None:
+    """One forward of ids [B, T] through the dense model, and one backward pass.
+
+    ``take(layer, seen, g)`` gets a layer's tensors, [B, T', .] of the tokens ``kept``, and
+    g = dL/du, [B, T', I]; L: the summed loss of the next tokens; without ``backward`` None.
+    Parameters get no gradients, and every flag is what it was afterwards.
+    """
+    ids = ids.clone().to(model.device)
+
+    def cut(t: Tensor) -> Tensor:
+        return t.detach().reshape(len(ids), -1, t.shape[-1])[:, kept]
+
+    def hand_on(layer: int, seen: LayerActivations, gradient: Tensor | None = None) -> None:
+        tensors = (seen.u, seen.x, seen.z, seen.r, seen.h)
+        take(
+            layer,
+            LayerActivations(*map(cut, tensors)),
+            gradient if gradient is None else cut(gradient),
         )
-        for layer in layers:
-            u: Any = held[layer].u
-            u.register_hook(_tick(advance, 1 - layer / len(layers)))
-        gradients = torch.autograd.grad(loss, [held[layer].u for layer in layers])
+
+    if not backward:
+        with torch.no_grad(), capture_activations(model, hand_on), layer_ticks(model, advance):
+            model(ids, use_cache=False, logits_to_keep=1)
+        return
+    captured: dict[int, LayerActivations] = {}
+    with torch.enable_grad():
+        with (
+            capture_activations(model, captured.__setitem__, graph=True),
+            _in_graph(model.get_input_embeddings()),
+            layer_ticks(model, lambda share: advance(share / BACKWARD)),
+        ):
+            logits = model(ids, use_cache=False).logits
+        layers = sorted(captured)
+        gradients = _gradients(logits, ids, [captured[n].u for n in layers], advance)
     for layer, gradient in zip(layers, gradients, strict=True):
-        seen = (held[layer].u, held[layer].x, held[layer].z, held[layer].r, held[layer].h)
-        own = LayerActivations(*(_kept(t, ids) for t in seen))
-        take(layer, own, None if gradient is None else _kept(gradient, ids))
+        hand_on(layer, captured.pop(layer), gradient)
 
 
-def _tick(advance: Advance, share: float) -> Callable[[Tensor], None]:
-    """A hook on a gradient that says which share of the backward pass is done."""
-    return lambda gradient: advance((1 + (BACKWARD - 1) * share) / BACKWARD)
+def _gradients(
+    logits: Tensor, ids: Tensor, inputs: Sequence[Tensor], advance: Advance
+) -> Sequence[Tensor]:
+    """Of the summed loss of the next tokens, by each of ``inputs``."""
+    loss = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(),
+        ids[:, 1:].flatten().to(logits.device),
+        reduction="sum",
+    )
 
+    def tick(share: float) -> Callable[[Tensor], None]:
+        return lambda gradient: advance((1 + (BACKWARD - 1) * share) / BACKWARD)
 
-def _kept(t: Tensor, ids: Tensor) -> Tensor:
-    """t of the tokens that are learnt from, [B, T', .]."""
-    return t.detach().reshape(len(ids), -1, t.shape[-1])[:, SINKS : ids.shape[1] - 1]
+    for layer, u in enumerate(inputs):
+        u.register_hook(tick(1 - layer / len(inputs)))  # type: ignore[no-untyped-call]
+    return torch.autograd.grad(loss, inputs)
 
 
 @contextlib.contextmanager
-def _reaching(embedding: nn.Module) -> Iterator[None]:
-    """Inside, what the embedding gives out is part of the graph, also of frozen weights."""
+def _in_graph(embedding: nn.Module) -> Iterator[None]:
+    """Inside, what the embedding returns is part of the graph, also of frozen weights."""
 
-    def reach(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def attach(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output if output.requires_grad else output.detach().requires_grad_()
 
-    handle = embedding.register_forward_hook(reach)
+    handle = embedding.register_forward_hook(attach)
     try:
         yield
     finally:
@@ -122,46 +199,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 BASIS_TOKENS = 1024
-"""Tokens from which the basis of low-rank compensation is found."""
-
-
-def collect_statistics(
-    model: Any,
-    ids: Tensor,
-    statistics: Statistics,
-    bases: Sequence[Tensor | None],
-    layers: Sequence[FfnWeights],
-    advance: Advance = nothing,
-    backward: bool = True,
-) -> list[LayerStatistics]:
-    """The sums over ids [n, T] of every layer, and in them ``basis`` [r, D] where it has one.
-
-    ``backward``: ``curvature`` [I] too, which costs a backward pass.  Raises ``DartError`` when the
-    gradients are not finite.
-    """
-    found = [LayerStatistics() for _ in layers]
-    for evidence, basis in zip(found, bases, strict=True):
-        if basis is not None:
-            evidence.sums["basis"] = Sum(basis.float(), 1.0)
-
-    def take(layer: int, seen: LayerActivations, gradient: Tensor | None) -> None:
-        with torch.no_grad():
-            basis = bases[layer]
-            f = None if basis is None else F.linear(seen.h, basis.to(seen.h.dtype))
-            statistics.update(found[layer], seen.u, seen.z, seen.x, seen.r, None, f)
-            if gradient is not None:
-                found[layer].add("curvature", gradient.flatten(0, 1).float().square(), None)
-
-    gradients(model, ids, take, advance, backward)
-    for evidence in found if backward else ():
-        if not bool(evidence.sums["curvature"].total.isfinite().all()):
-            raise DartError(
-                "the gradients of this model's own text are not finite: load it in float32 or "
-                "bfloat16"
-            )
-        # the mean itself, so that it is held once
-        evidence.sums["curvature"] = Sum(evidence.sums["curvature"].mean, 1.0)
-    return found
+"""Tokens from which the basis of low-rank compensation is computed."""
 
 
 @torch.no_grad()
@@ -170,7 +208,7 @@ def find_bases(
     ids: Tensor,
     rank: int,
     layers: Sequence[FfnWeights],
-    advance: Advance = nothing,
+    advance: Advance = ignore,
 ) -> list[Tensor | None]:
     """Per layer the basis [r, D] of its FFN's input over ids [n, T], in the model's dtype.
 
@@ -179,25 +217,41 @@ def find_bases(
     if not rank:
         return [None] * len(layers)
     inline = {block.index for block in describe(model).blocks if block.inline}
-    held: dict[int, list[Tensor]] = {}
-    each = ids.shape[1] - SINKS
-    rows = min(len(ids), max(1, -(-BASIS_TOKENS // each)))
+    inputs: dict[int, list[Tensor]] = {}
+    rows = min(len(ids), max(1, -(-BASIS_TOKENS // (ids.shape[1] - SINKS))))
 
     def take(layer: int, seen: LayerActivations) -> None:
-        held.setdefault(layer, []).append(seen.h[:, SINKS:].flatten(0, 1))
+        inputs.setdefault(layer, []).append(seen.h[:, SINKS:].flatten(0, 1))
 
     with torch.inference_mode(False), capture_activations(model, take):
-        parts = torch.split(ids[:rows].clone(), 4)
-        for _ in forwards(model, parts, part_of(advance, 0, 2)):
-            pass
+        forwards(model, torch.split(ids[:rows].clone(), 4), part_of(advance, 0, 2))
     bases: list[Tensor | None] = []
     for number, layer in enumerate(layers):
         advance(0.5 + 0.5 * number / len(layers))
         if layer.index in inline:
             bases.append(None)
             continue
-        h = torch.cat(held[layer.index]).float()
+        h = torch.cat(inputs[layer.index]).float()
         if not bool(h.isfinite().all()):
             raise DartError(f"the FFN inputs of layer {layer.index} are not finite: try float32")
         bases.append(find_basis(h, rank).to(layer.down.dtype))
     return bases
+
+
+@torch.no_grad()
+def last_states(model: Any, ids: Tensor, advance: Advance = ignore) -> Tensor:
+    """What the head reads of ids [n, T]: [n T, D] on the host, in the model's dtype."""
+    states: list[Tensor] = []
+    width = model.get_output_embeddings().weight.shape[1]
+
+    def take(module: nn.Module, args: Any, output: Any) -> None:
+        states.append(output[0].detach().reshape(-1, width).cpu())
+
+    handle = decoder_of(model).register_forward_hook(take)
+    try:
+        forwards(model, torch.split(ids, 4), advance)
+    finally:
+        handle.remove()
+    if not all(bool(part.isfinite().all()) for part in states):
+        raise DartError("the model's last hidden states are not finite: try dtype float32")
+    return torch.cat(states)

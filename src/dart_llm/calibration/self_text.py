@@ -1,14 +1,13 @@
-"""Text that a model writes by itself: what priors are learnt from."""
+"""Self-generated text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dart_llm.calibration.progress import Advance, layer_ticks, nothing, part_of
+from dart_llm.calibration.progress import Advance, layer_ticks, part_of
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.models.checkpoint import tokenizer_of
@@ -21,7 +20,7 @@ NUCLEUS = 1024
 
 
 def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
-    """``count`` openings of ``length`` tokens, [count, length] int64, in turn; None if unreadable.
+    """``count`` openings of ``length`` tokens, [count, length] int64; None without a tokenizer.
 
     Openings of fewer tokens are left out.
     """
@@ -37,7 +36,7 @@ def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
 
 
 def own_start(model: Any) -> list[int]:
-    """The token that a text of ``model`` starts with: its start or end token, or nothing."""
+    """The token that a text of ``model`` starts with: its start or end token, or ignore."""
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         for name in ("bos_token_id", "eos_token_id"):
             token = getattr(config, name, None)
@@ -47,32 +46,12 @@ def own_start(model: Any) -> list[int]:
     return []
 
 
-@torch.inference_mode()
-def sample_sequences(
-    model: Any,
-    start: Sequence[int],
-    count: int,
-    length: int,
-    seed: int,
-    advance: Advance = nothing,
-) -> Tensor:
-    """``count`` sequences of ``length`` tokens, sampled from the dense model at temperature 1.
-
-    ``start``: the token that all begin with, or nothing: then each begins with a random one.  An
-    end of sequence does not stop them.  Returns [count, length] int64 on the host.  Raises
-    ``ConfigError`` for a model without a head, ``DartError`` for logits that are not finite.
-    """
-    generator = torch.Generator().manual_seed(seed)
+def start_ids(model: Any, count: int, generator: torch.Generator) -> Tensor:
+    """[count, 1] int64: the token that the model's texts start with, or random ones."""
     vocabulary = int(model.config.get_text_config().vocab_size)
-    rows = []
-    times = -(-count // WRITTEN)
-    for number in range(times):
-        size = min(WRITTEN, count - number * WRITTEN)
-        first = torch.randint(vocabulary, (size, 1), generator=generator)
-        ids = torch.full_like(first, start[0]) if start else first
-        here = part_of(advance, number, times)
-        rows.append(sample_continuations(model, ids, length, generator, here))
-    return torch.cat(rows).clone()
+    first = torch.randint(vocabulary, (count, 1), generator=generator)
+    start = own_start(model)
+    return first.fill_(start[0]) if start else first
 
 
 @torch.inference_mode()
@@ -87,21 +66,26 @@ def sample_continuations(
 ) -> Tensor:
     """ids [B, n] and what the dense model writes after them, up to ``length`` tokens in all.
 
-    ``temperature`` and ``top_p`` choose as in ``generate``.  Returns [B, length] int64.
+    ``temperature`` and ``top_p`` select as in ``generate``; an end of sequence stops nothing.
+    Returns [B, length] int64 on the host.  Raises ``ConfigError`` for a model without a head,
+    ``DartError`` for logits that are not finite.
     """
-    cache, opening = None, ids.shape[1]
-    while ids.shape[1] < length:
-        given: dict[str, Any] = {} if cache is None else {"cache": cache}
-        new = ids if cache is None else ids[:, -1:]
-        done = part_of(advance, ids.shape[1] - opening, length - opening)
-        with layer_ticks(model, done):
-            output = model(new.to(model.device), use_cache=True, logits_to_keep=1, **given)
-        cache = output.cache
-        logits = _last_logits(model, output) / temperature
-        chances = likeliest(logits.softmax(-1), top_p)
-        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
-        done(1.0)
-    return ids
+    parts = torch.split(ids, WRITTEN)
+    written = []
+    for number, rows in enumerate(parts):
+        cache, here = None, part_of(advance, number, len(parts))
+        while rows.shape[1] < length:
+            past: dict[str, Any] = {} if cache is None else {"cache": cache}
+            done = part_of(here, rows.shape[1] - ids.shape[1], length - ids.shape[1])
+            new = rows if cache is None else rows[:, -1:]
+            with layer_ticks(model, done):
+                output = model(new.to(model.device), use_cache=True, logits_to_keep=1, **past)
+            cache = output.cache
+            chances = likeliest((_last_logits(model, output) / temperature).softmax(-1), top_p)
+            rows = torch.cat([rows, torch.multinomial(chances, 1, generator=generator)], 1)
+            done(1.0)
+        written.append(rows)
+    return torch.cat(written).clone()
 
 
 def _last_logits(model: Any, output: Any) -> Tensor:
@@ -115,7 +99,8 @@ def _last_logits(model: Any, output: Any) -> Tensor:
     logits: Tensor = found[:, -1].float().cpu()
     if bool((logits.isnan() | logits.isposinf()).any()):
         raise DartError(
-            "a logit of the model's own text is not finite: the model overflows; try dtype float32"
+            "a logit of the model's self-generated text is not finite: the model overflows; try "
+            "dtype float32"
         )
     return logits
 

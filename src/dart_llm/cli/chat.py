@@ -316,7 +316,7 @@ class Commands:
     def _set_method(self, value: str) -> None:
         settings = self.chat.settings
         config = METHODS.get(value or settings.method)
-        learns = config.prior is not None or config.calibration is not None
+        learns = config.self_stats is not None or config.calibration is not None
         if value and learns and value not in self.chat.prepared:
             self.ui.say(
                 f"{value} learns from the model first, unless that is cached; Ctrl-C stops it"

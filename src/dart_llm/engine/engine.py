@@ -103,7 +103,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
             name = ask.id or uuid.uuid4().hex
             request = Request(self._host, method, ask, self._pieces, name, self._ends)
             earlier = self._conversations.pop(ask.conversation)
-            if earlier is not None and not earlier.continues(method.config, ask.ids):
+            if earlier is not None and not earlier.continues(method.settings, ask.ids):
                 earlier = None
             try:
                 result = request.run(earlier, emit, cancelled)

@@ -6,11 +6,10 @@ import contextlib
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from dart_llm.calibration.head import learn_screen
-from dart_llm.calibration.learn import cached_calibration, self_calibrate
+from dart_llm.calibration.self_calibration import cached_calibration, learn_screen, self_calibrate
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length, describe
@@ -20,8 +19,9 @@ from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.config import HeadConfig, PruneConfig
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.records import RunReport
+from dart_llm.pruning.registry import TOKEN_RULES
 from dart_llm.session.prepare import prepare
-from dart_llm.session.run import MethodOnModel, PatchCosts
+from dart_llm.session.run import BoundMethod, PatchCosts
 
 logger = logging.getLogger("dart_llm")
 
@@ -52,12 +52,12 @@ class PatchHost:
         self.calibration, self.cache_dir, self.say = calibration, cache_dir, say
         self.view = describe(model)
         probe = PruneConfig.build("griffin", sparsity=0.5, executor=executor)
-        selector = MethodOnModel.of(self.view, probe).selector
+        selector = BoundMethod(model, tokenizer, probe).selector
         check_executor(self.view.blocks, selector, model, chooses=True)
         self.executor = choose_executor(selector, self.view.blocks, model)
         self.context = context_length(model)
         self.name = str(checkpoint_facts(model).get("name") or type(model).__name__)
-        self._bound: OrderedDict[str, MethodOnModel] = OrderedDict()
+        self._bound: OrderedDict[str, BoundMethod] = OrderedDict()
         self._head = HeadConfig()
         self._screen: Screen | None = None
         """Of the screened head that was requested last: one at a time."""
@@ -79,7 +79,7 @@ class PatchHost:
         finally:
             self._attach()
 
-    def bind(self, config: PruneConfig | None) -> MethodOnModel:
+    def bind(self, config: PruneConfig | None) -> BoundMethod:
         """``config`` (None: dense) on this model; learns or calibrates what it needs.
 
         Raises ``ConfigError`` for what cannot run here, and what ``prepare.prepare`` raises.
@@ -99,7 +99,7 @@ class PatchHost:
             self._head = config.head
         return method
 
-    def _bind(self, config: PruneConfig) -> MethodOnModel:
+    def _bind(self, config: PruneConfig) -> BoundMethod:
         if config.executor not in ("auto", self.executor):
             raise ConfigError(
                 f'this model is served by executor "{self.executor}", so no request can have '
@@ -110,7 +110,7 @@ class PatchHost:
                 'this model is served by executor "graph", which records steps with the whole '
                 'head: leave head.kind at "full"'
             )
-        method = MethodOnModel.of(self.view, config)
+        method = BoundMethod(self.model, self.tokenizer, config)
         if method.selector.removes_nothing:
             return method
         method = self._calibrated(method)
@@ -118,22 +118,21 @@ class PatchHost:
         check_executor(self.view.blocks, method.selector, self.model, chooses)
         return method
 
-    def _calibrated(self, method: MethodOnModel) -> MethodOnModel:
+    def _calibrated(self, method: BoundMethod) -> BoundMethod:
         """``method`` with its statistics of the model, from the cache or learned."""
-        config, model = method.config, self.model
+        config, model = method.settings, self.model
         if config.calibration is not None:
             with self._detached():
-                made = prepare(
+                return prepare(
                     model, self.tokenizer, config, self.calibration, self.cache_dir, self.say
                 )
-            return MethodOnModel.of(self.view, config, made.held, made.prior, method.layers)
         layers = cached_calibration(model, config, method.layers, self.cache_dir)
         if layers is None:
             with self._detached():
                 layers = self_calibrate(
                     model, config, method.layers, self.cache_dir, self.say, self.tokenizer
                 )
-        return MethodOnModel.of(self.view, config, layers=layers)
+        return replace(method, learned=layers)
 
     def serve(self, controller: PruningController) -> None:
         """``controller`` decides in the next forwards; raises ``AttachError`` when detached."""
@@ -146,29 +145,29 @@ class PatchHost:
         self.patch.loop = None
         self.patch.serve(self.idle.controller())
 
-    def report(self, method: MethodOnModel, controller: PruningController) -> RunReport:
+    def report(self, method: BoundMethod, controller: PruningController) -> RunReport:
         """Accounting of what ``controller`` counted, while it is served."""
         controller.flush()
         patch, extra_bytes = self.patch, self.patch.nbytes()
         head = None
-        if patch.head is not None and method.config.screens:
+        if patch.head is not None and method.settings.screens:
             head = patch.head.report()
         elif patch.head is not None:
             extra_bytes -= patch.head.nbytes()
-        by_token = method.config.token is not None
+        by_token = method.settings.token is not None
         if not by_token:  # the low-bit proxies are those of other requests
             proxies = (layer.token for layer in patch.layers)
             extra_bytes -= sum(proxy.nbytes() for proxy in proxies if proxy is not None)
         errors = patch.proxy_errors if by_token else None
         costs = PatchCosts(extra_bytes, patch.steps, errors, head)
-        return method.report(self.view, controller, self.executor_of(method.config), costs)
+        return method.report(controller, self.executor_of(method.settings), costs)
 
     def executor_of(self, config: PruneConfig) -> str:
         """What runs the FFNs of a request.
 
         Masks per row, and per-token selection without a kernel, are multiplied by 0.
         """
-        has_kernel = config.token is None or config.token.native
+        has_kernel = config.token is None or TOKEN_RULES.get(config.token.rule).native
         return self.executor if has_kernel and config.batch != "per_row" else "masked"
 
     def close(self) -> None:
@@ -183,7 +182,7 @@ class Conversation:
     ``answer``: where the last answer begins in ``ids``; the cache is never cut before it.
     """
 
-    method: MethodOnModel
+    method: BoundMethod
     controller: PruningController
     cache: Any
     ids: list[int]
@@ -191,7 +190,7 @@ class Conversation:
 
     def continues(self, config: PruneConfig, ids: Sequence[int]) -> bool:
         """Whether a request with these settings and prompt can use the cache."""
-        return self.method.config == config and self.shared(ids) > 0
+        return self.method.settings == config and self.shared(ids) > 0
 
     def shared(self, ids: Sequence[int]) -> int:
         """Leading tokens of ``ids`` that need not be read again; 0 if this cannot continue.

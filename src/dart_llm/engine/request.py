@@ -36,7 +36,7 @@ from dart_llm.pruning.records import Remask
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import TokenMask
 from dart_llm.session.generation import CONTEXT, HALF, TextStream, decode_ids
-from dart_llm.session.run import MethodOnModel
+from dart_llm.session.run import BoundMethod
 
 FEW = 64
 """The likeliest tokens that ``top_p`` sorts first; eight times as many if they are too few."""
@@ -306,7 +306,7 @@ class Request:
     def __init__(
         self,
         host: PatchHost,
-        method: MethodOnModel,
+        method: BoundMethod,
         ask: GenerationRequest,
         pieces: Pieces,
         name: str,
@@ -367,10 +367,10 @@ class Request:
         return Start(
             self._name,
             self.host.name,
-            method.config.method,
-            method.asked,
-            method.config.to_dict(),
-            self.host.executor_of(method.config),
+            method.settings.method,
+            method.requested,
+            method.settings.to_dict(),
+            self.host.executor_of(method.settings),
             len(method.layers),
             tuple(layer.width for layer in method.layers),
             tuple(PromptToken(id, text) for id, text in prompt),

@@ -32,7 +32,8 @@ from dart_llm.evaluation.measurement import LEAK, Measurement, MeasureOptions, m
 from dart_llm.evaluation.perplexity import perplexity
 from dart_llm.evaluation.tasks import FEWSHOT, specifications
 from dart_llm.session.generation import FiniteLogits
-from dart_llm.session.prepare import PreparedMethod, UnitStore
+from dart_llm.session.prepare import UnitStore
+from dart_llm.session.run import BoundMethod
 
 # From lm-eval's results to a measurement.
 
@@ -178,7 +179,7 @@ Advance = Callable[[int], None]
 
 
 def measure(
-    candidate: PreparedMethod,
+    candidate: BoundMethod,
     name: str,
     options: MeasureOptions,
     parts: UnitStore,
@@ -329,7 +330,7 @@ class PrunedRequests:
 
     def __init__(
         self,
-        candidate: PreparedMethod,
+        candidate: BoundMethod,
         options: MeasureOptions,
         parts: UnitStore,
         advance: Advance,
@@ -385,7 +386,7 @@ class PrunedRequests:
 
 
 def _model(
-    candidate: PreparedMethod, options: MeasureOptions, parts: UnitStore, advance: Advance
+    candidate: BoundMethod, options: MeasureOptions, parts: UnitStore, advance: Advance
 ) -> Any:
     from lm_eval.models.huggingface import HFLM
 

@@ -17,8 +17,8 @@ from dart_llm.evaluation.likelihood import SHORT, decoded_tokens, score_context
 from dart_llm.evaluation.masks_seen import Part, TakenMasks, finished_part, merge_accounting
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.pruning.records import merge_reports, slim
-from dart_llm.session.prepare import PreparedMethod, UnitStore
-from dart_llm.session.run import Run
+from dart_llm.session.prepare import UnitStore
+from dart_llm.session.run import BoundMethod, Run
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Context tokens and continuation tokens."""
@@ -47,7 +47,7 @@ class Scorer:
 
     def __init__(
         self,
-        candidate: PreparedMethod,
+        candidate: BoundMethod,
         options: MeasureOptions,
         parts: UnitStore,
         max_length: int,

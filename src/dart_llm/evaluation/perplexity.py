@@ -37,8 +37,8 @@ from dart_llm.evaluation.windows import STANDARD, Window, cut, slice_windows
 from dart_llm.models.describe import context_length
 from dart_llm.pruning.records import RunReport, slim
 from dart_llm.pruning.sequence import Phase
-from dart_llm.session.prepare import PreparedMethod, UnitStore
-from dart_llm.session.run import Run
+from dart_llm.session.prepare import UnitStore
+from dart_llm.session.run import BoundMethod, Run
 
 
 class WindowLosses(NamedTuple):
@@ -194,7 +194,7 @@ DIGITS = 6
 """Decimals of a stored loss (nats), from which every number of a measurement is computed."""
 
 
-def score_part(candidate: PreparedMethod, run: Run | None, window: Window, protocol: str) -> Part:
+def score_part(candidate: BoundMethod, run: Run | None, window: Window, protocol: str) -> Part:
     """Score one window as a part; ``run``: not attached, or None for the untouched model."""
     if run is None:
         return _part(candidate, None, window, protocol)
@@ -221,7 +221,7 @@ def is_first(window: Window) -> bool:
 
 
 def _part(
-    candidate: PreparedMethod, run: Run | None, window: Window, protocol: str, **facts: Any
+    candidate: BoundMethod, run: Run | None, window: Window, protocol: str, **facts: Any
 ) -> dict[str, Any]:
     scored = score_window(candidate.model, run, window, protocol)
     runs = [[flag, len(list(same))] for flag, same in itertools.groupby(scored.pruned)]
@@ -235,14 +235,14 @@ def ran_pruned(sample: Mapping[str, Any]) -> list[bool]:
     return [bool(flag) for flag, length in sample["pruned"] for _ in range(length)]
 
 
-def part_key(candidate: PreparedMethod, name: str, protocol: str, window: Window) -> str:
+def part_key(candidate: BoundMethod, name: str, protocol: str, window: Window) -> str:
     """Names a part by everything that decides its value, the model aside."""
     digest = hashlib.sha256()
     if candidate.config is not None:
         digest.update(json.dumps(candidate.config.to_dict(), sort_keys=True).encode())
     for layer, ids in sorted((candidate.masks or {}).items()):
         digest.update(f"{layer}:{torch.as_tensor(ids).tolist()}".encode())
-    for mask in candidate.held or ():
+    for mask in candidate.fixed_masks or ():
         digest.update(b"dense" if mask is None else mask.ids.cpu().numpy().tobytes())
     for tokens in (window.ids, window.before):
         digest.update(b"|" if tokens is None else tokens.cpu().numpy().tobytes())
@@ -254,7 +254,7 @@ def part_key(candidate: PreparedMethod, name: str, protocol: str, window: Window
 
 
 def measure(
-    candidate: PreparedMethod,
+    candidate: BoundMethod,
     name: str,
     options: MeasureOptions,
     parts: UnitStore,
@@ -282,7 +282,7 @@ def _ids(tokenizer: Any, text: str) -> Tensor:
 
 
 def measure_windows(
-    candidate: PreparedMethod,
+    candidate: BoundMethod,
     name: str,
     windows: Sequence[Window],
     protocol: str,

@@ -36,8 +36,8 @@ from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length
 from dart_llm.pruning.records import RunReport, slim
 from dart_llm.session.generation import CheckedModel, Generation, generate, text_ends
-from dart_llm.session.prepare import PreparedMethod, UnitStore
-from dart_llm.session.run import Run
+from dart_llm.session.prepare import UnitStore
+from dart_llm.session.run import BoundMethod, Run
 
 # The prompt, of which only the document is ever shortened, from its end: the instruction before
 # it, the cue after it and the chat template around all of it stay whole.
@@ -132,7 +132,7 @@ def _boundary(text: str, length: int) -> int:
 class Summarizer:
     """Summarises with one candidate; ``run``: not attached, or None for the untouched model."""
 
-    candidate: PreparedMethod
+    candidate: BoundMethod
     options: MeasureOptions
     run: Run | None
 
@@ -200,7 +200,7 @@ class Summarizer:
     def _fix_masks(self, run: Run, ids: Tensor) -> None:
         """Fix the masks that a dense pass over the prompt gives."""
         candidate = self.candidate
-        if candidate.masks is None and candidate.held is None:
+        if candidate.masks is None and candidate.fixed_masks is None:
             ids = ids.to(candidate.model.device)
             candidate.model(ids, use_cache=True, logits_to_keep=1)
         run.hold(run.select())
@@ -219,7 +219,7 @@ class Summarizer:
         return False
 
 
-def _identity(candidate: PreparedMethod) -> str:
+def _identity(candidate: BoundMethod) -> str:
     """A checksum of the model's name and dtype and of how it is pruned, masks included."""
     facts = checkpoint_facts(candidate.model)
     config = None if candidate.config is None else candidate.config.to_dict()
@@ -228,7 +228,7 @@ def _identity(candidate: PreparedMethod) -> str:
     total = hashlib.sha256(json.dumps(content, default=str).encode())
     for layer, ids in sorted((candidate.masks or {}).items()):
         total.update(f"{int(layer)}:{torch.as_tensor(ids).tolist()}".encode())
-    for mask in candidate.held or ():
+    for mask in candidate.fixed_masks or ():
         total.update(b"dense" if mask is None else f"{mask.ids.tolist()}".encode())
         if mask is not None and mask.bias is not None:
             total.update(f"{mask.bias.tolist()}".encode())
@@ -244,7 +244,7 @@ def count(name: str, options: MeasureOptions) -> int:
 
 
 def measure(
-    candidate: PreparedMethod,
+    candidate: BoundMethod,
     name: str,
     options: MeasureOptions,
     parts: UnitStore,

@@ -13,7 +13,8 @@ from dart_llm.evaluation.measurement import PROTOCOLS, Measurement, MeasureOptio
 from dart_llm.pruning.config import PruneConfig
 
 if TYPE_CHECKING:
-    from dart_llm.session.prepare import PreparedMethod, UnitStore
+    from dart_llm.session.prepare import UnitStore
+    from dart_llm.session.run import BoundMethod
 
 GENERAL_NLP = tuple("boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa".split())
 
@@ -101,7 +102,7 @@ def short(task: str) -> str:
 
 
 def measure(
-    candidate: PreparedMethod,
+    candidate: BoundMethod,
     task: str,
     options: MeasureOptions,
     parts: UnitStore,

@@ -104,7 +104,7 @@ class Cell:
 
 def removes_nothing(method: str) -> bool:
     """Whether a method is a form of the dense model, which no sparsity changes."""
-    return METHODS.get(method).sparsity == 0
+    return bool(METHODS.get(method).sparsity == 0)
 
 
 def short_task(task: str) -> str:

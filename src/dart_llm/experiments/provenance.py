@@ -72,7 +72,11 @@ class Digests:
             if value or name in _NAMED
         }
         read = {name: digest for name, digest in found.items() if digest}
-        return {**self.of_model(cell), **read, **plugins.digest(config)}
+        return {
+            **self.of_model(cell),
+            **read,
+            **plugins.digest(None if config is None else config.names()),
+        }
 
     def of_model(self, given: Any) -> dict[str, str]:
         """``model``, the weights of a local one, ``model_files``, what else is loaded.

@@ -13,7 +13,7 @@ from dart_llm.files import finite
 from dart_llm.pruning.records import merge_reports
 from dart_llm.reporting.table import Column, Table
 from dart_llm.reporting.words import dtype_text, file_text, mostly_dense, too_few
-from dart_llm.session.prepare import PreparedMethod
+from dart_llm.session.run import BoundMethod
 from dart_llm.settings import BaseSettings
 
 DENSE: dict[str, Any] = {
@@ -34,7 +34,7 @@ COUNTS = ("tokens", "pruned_tokens", "mean_loss", "mean_loss_pruned_tokens")
 
 
 def row(
-    candidate: PreparedMethod,
+    candidate: BoundMethod,
     found: Measurement,
     settings: BaseSettings,
     checkpoint: dict[str, Any],
@@ -44,7 +44,7 @@ def row(
         "model": settings.model,
         "dtype": checkpoint.get("dtype"),
         "method": candidate.method,
-        "sparsity": candidate.asked,
+        "sparsity": candidate.requested,
         "task": found.task,
         "protocol": found.protocol,
         "seed": settings.seed,
@@ -62,7 +62,7 @@ def row(
     )
 
 
-def checkpoint_of(candidate: PreparedMethod, known: Mapping[str, Any]) -> dict[str, Any]:
+def checkpoint_of(candidate: BoundMethod, known: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of the checkpoint, without how its weights are held where a candidate's own,
     which were rounded, run dequantised.
     """

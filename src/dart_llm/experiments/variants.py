@@ -96,7 +96,7 @@ def read_variants(path: Path, flags: Mapping[str, str]) -> dict[str, dict[str, A
 
 def _build(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> PruneConfig:
     method = str(settings.get("method", MASKED))
-    preset = METHODS.get(method)
+    preset: PruneConfig = METHODS.get(method)
     if preset.sparsity == 0:
         raise ConfigError(f"method {method} removes nothing, and dense runs anyway: leave it out")
     return preset.replace({**changes, **{k: v for k, v in settings.items() if k != "method"}})

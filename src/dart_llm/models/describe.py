@@ -13,8 +13,8 @@ from dart_llm.errors import UnsupportedModel
 from dart_llm.models.agreement import check_ffns
 from dart_llm.models.architectures import LAYER_NAMES, LayerNames
 from dart_llm.models.ffn import FfnBlock, is_plain, matrix_of
-from dart_llm.pruning.accounting import BFLOAT16, TokenTraffic, stored_bytes
-from dart_llm.pruning.weights import FfnWeights
+from dart_llm.pruning.accounting import BFLOAT16, TokenTraffic
+from dart_llm.pruning.weights import FfnWeights, stored_bytes
 
 
 @dataclass(frozen=True)

@@ -230,14 +230,14 @@ class ModelPatch(NotCopied):
 
     def _equip_tokens(self, controller: PruningController) -> None:
         """Make what tokens choose their own neurons by: low-bit copies, hooks on attention."""
-        config, given = controller.config.token, controller.given
-        wanted = given is None or any(isinstance(mask, TokenMask) for mask in given)
+        config, fixed = controller.config.token, controller.fixed_masks
+        wanted = fixed is None or any(isinstance(mask, TokenMask) for mask in fixed)
         if config is None or not wanted or config == self._token:
             return
         made = [token_ffn(layer.block, config) for layer in self.layers]
         for layer, token in zip(self.layers, made, strict=True):
             layer.choose_per_token(token, self._changes)
-        if config.attention and not self._attention:
+        if made[0].rule.attention and not self._attention:
             self._attention = True
             for layer, projections in zip(self.layers, self._view.attention, strict=True):
                 layer.hook_attention(projections, self._changes)
@@ -437,7 +437,7 @@ class ModelPatch(NotCopied):
 
 
 def _only_counts(controller: PruningController) -> bool:  # nothing is masked or watched
-    return controller.selector.removes_nothing and controller.given is None
+    return controller.selector.removes_nothing and controller.fixed_masks is None
 
 
 def _holders(model: nn.Module) -> list[ModelPatch]:

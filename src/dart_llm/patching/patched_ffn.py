@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from dart_llm.models.ffn import FfnBlock
 from dart_llm.patching.changes import Changes
 from dart_llm.patching.executors.native_ffn import Layout, NativeFfn
-from dart_llm.patching.executors.token_ffn import InputsFfn, TokenFfn, by_row
+from dart_llm.patching.executors.token_ffn import TokenFfn
 from dart_llm.patching.executors.torch_ffn import CompactFfn, run_masked, stacked
 from dart_llm.patching.executors.triton_ffn import TritonFfn
 from dart_llm.pruning.compensation import LowRank
 from dart_llm.pruning.controller import PruningController
-from dart_llm.pruning.forward import ForwardPlan, bare
+from dart_llm.pruning.forward import ForwardPlan, detached
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.token_level import TokenMask
@@ -53,12 +53,10 @@ class CapturedInputs:
     1. ``x``: the stream, before the FFN's norm
     2. ``fed``: the input of fc1, where only the down projection is replaced
     3. the FFN runs, and takes both
-    4. ``waiting``: its activations, output and input, until the post-norm has made r
     """
 
     x: Tensor | None = None
     fed: Tensor | None = None
-    waiting: tuple[Tensor, Tensor, Tensor | None] | None = None
 
 
 class PatchedFFN:
@@ -75,11 +73,9 @@ class PatchedFFN:
         self._stacked: Stacked | None = None
 
     def hook_stream(self, changes: Changes) -> None:
-        """Read x before the FFN's norm, and r after its post-norm."""
+        """Read x before the FFN's norm."""
         if self.block.x_from is not None:
             changes.hook(self.block.x_from, self._take_x, before=True)
-        if self.block.post_norm is not None:
-            changes.hook(self.block.post_norm, self._take_r)
 
     def go_native(self, layout: Layout) -> NativeFfn:
         """Run masks by the native kernels; the weights are laid out for them."""
@@ -107,10 +103,10 @@ class PatchedFFN:
 
     def _drop_inputs(self, module: nn.Module, args: Any) -> Any:
         token, plan = self.token, self.context.plan
-        if not isinstance(token, InputsFfn) or not token.config.attention or plan.dense:
+        if token is None or not token.rule.attention or plan.dense:
             return None
         masks = [None if layers is None else layers[self.block.index] for layers in plan.masks]
-        return by_row(lambda x, mask: token.at_largest(x, mask, module), args[0], masks), *args[1:]
+        return token.attention_input(module, args[0], masks), *args[1:]
 
     def forget(self) -> None:
         """Drop what an interrupted forward left behind."""
@@ -129,17 +125,11 @@ class PatchedFFN:
 
     def _take_x(self, module: nn.Module, args: Any) -> None:
         if self.context.plan.stream:
-            self._captured.x = bare(args[0])
+            self._captured.x = detached(args[0])
 
     def _take_fed(self, module: nn.Module, args: Any) -> None:
         if not self.context.plan.dense:
-            self._captured.fed = bare(args[0])
-
-    def _take_r(self, module: nn.Module, args: Any, r: Tensor) -> None:
-        if self._captured.waiting is not None:
-            u, z, h = self._captured.waiting
-            self._captured.waiting = None
-            self._observe(u, z, r, h)
+            self._captured.fed = detached(args[0])
 
     def run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward of the FFN (of the down projection, for an inline block)."""
@@ -224,29 +214,15 @@ class PatchedFFN:
         return known[1:]
 
     def _observed(self, u: Tensor, z: Tensor, x: Tensor) -> None:
-        plan = self.context.plan
-        h = x if plan.inputs else None
-        if not plan.stream:
-            self._observe(u, None, None, h)
-            return
-        if self.block.x_from is None:
-            self._captured.x = bare(x)
-        if self.block.post_norm is None:
-            self._observe(u, z, z, h)
-        else:
-            self._captured.waiting = (bare(u), bare(z), h if h is None else bare(h))
-
-    def _observe(self, u: Tensor, z: Tensor | None, r: Tensor | None, h: Tensor | None) -> None:
-        rows = self.context.rows
-        x, self._captured.x = self._captured.x, None
-        if self.block.inline:
-            h = None  # it never sees the FFN's input
-        seen = LayerObservation(u, h, z, x, r)
+        plan, rows = self.context.plan, self.context.rows
+        before, self._captured.x = self._captured.x, None
+        h = x if plan.inputs and not self.block.inline else None  # inline: it never sees the input
+        seen = LayerObservation(u, h)
+        if plan.stream:
+            seen = LayerObservation(u, h, z, detached(x) if before is None else before)
         if any(t is not None and (t.dim() != 3 or len(t) != rows) for t in seen):
-            # OPT flattens its tokens: x and r, and u and z unless rows have masks of their own
-            seen = LayerObservation(
-                *(t if t is None else t.reshape(rows, -1, t.shape[-1]) for t in seen)
-            )
+            # OPT flattens its tokens: x, and u and z unless rows have masks of their own
+            seen = seen.map(lambda t: t.reshape(rows, -1, t.shape[-1]))
         self.context.controller.observe(self.block.index, seen)
 
     def chosen(self) -> Tensor:

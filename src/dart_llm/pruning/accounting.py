@@ -1,183 +1,27 @@
-"""Bytes, FLOPs, achieved sparsity: from the states of a run to its report.
+"""Bytes and achieved sparsity: from the states of a run to its report.
 
-Bytes and FLOPs are counted from the shapes and dtypes that exist (docs/method.md, "Accounting").  A
-multiply-add is 2 FLOPs.
+Bytes are counted from the shapes and dtypes that exist (docs/method.md, "Accounting").
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from dart_llm.pruning.config import TokenConfig
 from dart_llm.pruning.records import HeadReport, LayerStat, RunReport, SequenceReport
-from dart_llm.pruning.sequence import SequenceState
-from dart_llm.pruning.token_level import SCALE_BYTES, TokenMask, candidate_count, input_count
-from dart_llm.pruning.weights import FfnWeights, in_blocks
+from dart_llm.pruning.registry import TOKEN_RULES
+from dart_llm.pruning.sequence import MaskSpan, SequenceState
+from dart_llm.pruning.token_level import TokenMask, candidate_count
+from dart_llm.pruning.token_rules.rule import LayerCost, TokenRule
+from dart_llm.pruning.weights import FfnWeights, in_blocks, stored_bytes
 
 IF_COMPACT = "if compact"
-"""Stands for an executor that reads each forward's winners once, from where they lie."""
-
-STEP_ROWS = 8
-"""Rows of the largest batch that a native step, or Triton's kernels, take."""
-
-READ_WINNERS = {"native": 1, "slim": STEP_ROWS, "triton": STEP_ROWS}
-"""Executors that read the winners of a token alone, and of how many rows; all else is dense."""
-
-
-def most_rows(executor: str, by_weights: bool) -> int:
-    """As ``READ_WINNERS``; ``by_weights``: weights in blocks stand for copies of themselves."""
-    known = READ_WINNERS.get(executor, 0)
-    return STEP_ROWS if known and by_weights else known
-
-
-NORM_BYTES = 4
-
-STATISTIC_FLOPS = 8
-"""FLOPs per neuron and observed token for scores and signed means; per hidden unit for S_l."""
-
-
-@dataclass(frozen=True)
-class TokenCosts:
-    """What token-level selection costs beside the winners' rows (docs/method.md, "Token-level").
-
-    ``copies``: per token and layer with C candidates the product with the low-bit copies counts
-    like one with the dense gate and up, and the ranking C log2 C; of bytes, the copies' rows with
-    their scales, and 4 per candidate for norm(w).  Copies that are read at some of the inputs are
-    read with all of their scales; where weights in blocks rank themselves, gate and up of the
-    candidates that lose, and as many norms.  ``gate``, ``up``: that projection of the losers.
-    ``inputs``: the ranking of each matrix's inputs, and 4 bytes for each norm that weighs.
-    """
-
-    config: TokenConfig
-    layers: tuple[FfnWeights, ...]
-
-    @classmethod
-    def of(cls, state: SequenceState, layers: tuple[FfnWeights, ...]) -> TokenCosts | None:
-        """None where the tokens of ``state`` do not choose for themselves."""
-        given = state.given
-        by_hand = given is not None and not any(isinstance(mask, TokenMask) for mask in given)
-        return None if state.config.token is None or by_hand else cls(state.config.token, layers)
-
-    def _candidates(self, kept: Sequence[int]) -> list[int]:
-        """Neurons that are ranked for each token; 0 where there is nothing to choose."""
-        share = self.config.candidates
-        counts = [
-            candidate_count(share, layer.width, keep)
-            for layer, keep in zip(self.layers, kept, strict=True)
-        ]
-        return [n if n > keep else 0 for n, keep in zip(counts, kept, strict=True)]
-
-    def chosen_once(self, kept: Sequence[int]) -> list[int]:
-        """Neurons per layer that the sequence's mask keeps; 0 where every token chooses."""
-        ranked = self._candidates(kept)
-        return [0 if n else keep for n, keep in zip(ranked, kept, strict=True)]
-
-    def flops(self, kept: Sequence[int], computed: Sequence[int]) -> int:
-        """Of estimates and ranking, per token; ``computed``: neurons per layer."""
-        total = 0.0
-        for count, keep, done, layer in self._choosing(kept, computed):
-            ranking: float = count * count.bit_length()
-            if self._by_weights(layer):
-                ranking += 2 * layer.hidden * _matrices(layer) * max(0, count - done)
-            elif self.config.rule == "copies":
-                inputs = math.ceil(self.config.inputs * layer.hidden)
-                ranking = count * (2 * inputs * _matrices(layer) + count.bit_length())
-                if inputs < layer.hidden:
-                    ranking += layer.hidden * layer.hidden.bit_length()
-            elif self.config.rule == "inputs":
-                each = layer.hidden * layer.hidden.bit_length()
-                read = 2 * layer.width * self._more_inputs(layer, keep, done)
-                ranking += _matrices(layer) * (each + read)
-            else:
-                ranking += 2 * layer.hidden * (layer.width - done)
-            total += ranking
-        return round(total)
-
-    def bytes(self, kept: Sequence[int], read: Sequence[int], width: int | None = None) -> int:
-        """Of what chooses, per forward; ``read``: neurons per layer that are read anyway.
-
-        ``width``: bytes of a weight that is not in blocks; None: as it is stored.
-        """
-        total = 0.0
-        for count, keep, done, layer in self._choosing(kept, read):
-            if self._by_weights(layer):
-                whole = sum(stored_bytes(m) for m in (layer.stored_up, layer.gate) if m is not None)
-                total += whole * max(0, count - done) / layer.width + NORM_BYTES * count
-            elif self.config.rule == "copies":
-                total += count * (_matrices(layer) * self._row_bytes(layer.hidden) + NORM_BYTES)
-            elif self.config.rule == "inputs":
-                norms = _matrices(layer) * layer.hidden + layer.width
-                total += NORM_BYTES * norms * self.config.weighted
-                column = stored_bytes(layer.stored_up, width) / layer.hidden
-                total += _matrices(layer) * column * self._more_inputs(layer, keep, done)
-            else:
-                gate = self.config.rule == "gate"
-                exact = layer.gate if gate and layer.gate is not None else layer.stored_up
-                total += stored_bytes(exact, width) * (1 - done / layer.width)
-        return round(total)
-
-    def _choosing(
-        self, kept: Sequence[int], done: Sequence[int]
-    ) -> Iterator[tuple[int, int, int, FfnWeights]]:
-        """Of each layer whose tokens choose: candidates, winners, neurons that are done anyway."""
-        ranked = self._candidates(kept)
-        for one in zip(ranked, kept, done, self.layers, strict=True):
-            if one[0]:
-                yield one
-
-    def _by_weights(self, layer: FfnWeights) -> bool:
-        return self.config.by_weights(in_blocks(layer.stored_up))
-
-    def _row_bytes(self, inputs: int) -> int:
-        groups = math.ceil(inputs / self.config.group)
-        levels = math.ceil(math.ceil(self.config.inputs * inputs) * self.config.bits / 8)
-        return levels + SCALE_BYTES * groups
-
-    @staticmethod
-    def _more_inputs(layer: FfnWeights, keep: int, done: int) -> float:
-        """Inputs of a matrix that are read beyond the winners' share, which is rounded up."""
-        if done == layer.width:
-            return 0.0
-        return input_count(layer.hidden, keep, layer.width) - layer.hidden * keep / layer.width
-
-    def work(
-        self, kept: Sequence[int], tokens: float, rows: int, executor: str
-    ) -> tuple[Sequence[int], Sequence[int]]:
-        """Neurons per layer of a span: computed per token, read per forward.
-
-        ``tokens``: per forward.  The native kernels read the winners of a forward of one token per
-        row, where they lie; all else is dense.
-        """
-        widths = [layer.width for layer in self.layers]
-        once = self.chosen_once(kept)
-        own = all(map(self._by_weights, self.layers))
-        most = most_rows(executor, own) if self.config.native else 0
-        if executor == IF_COMPACT or tokens <= rows <= most:
-            read = [
-                k if one else min(width, math.ceil(k * tokens))
-                for k, one, width in zip(kept, once, widths, strict=True)
-            ]
-            return kept, read
-        masked = executor == "masked"
-        every = [width if masked else k or width for k, width in zip(once, widths, strict=True)]
-        return every, every
-
-
-def stored_bytes(matrix: Tensor, width: int | None = None) -> float:
-    """Bytes of a matrix as it is stored, or with ``width`` per weight where it is not in blocks."""
-    return matrix.nbytes if width is None or in_blocks(matrix) else matrix.numel() * width
-
-
-def _matrices(layer: FfnWeights) -> int:
-    """Matrices that are copied: gate and up, or fc."""
-    return 1 if layer.gate is None else 2
-
+"""Stands for an executor that reads each forward's winners once, from the model's weights."""
 
 BFLOAT16 = 2
 """Bytes of a weight, or of a value of the cache, in the unit that bytes per token are given in."""
@@ -209,15 +53,15 @@ class TokenTraffic:
     ) -> float:
         """Bytes that a token reads over those of the dense model at bfloat16.
 
-        ``context``: positions of the cache.  ``ffn``: bytes of FFNs and what chooses in them, None:
-        all; ``attention``, ``head``: shares of the bytes of attention's projections, of the head.
+        ``context``: positions of the cache.  ``ffn``: bytes of FFNs, selection included, None: all;
+        ``attention``, ``head``: shares of the bytes of attention's projections, of the head.
         """
         cache = sum(
             each * (context if most is None else min(context, most)) for each, most in self.cache
         )
-        own = self.ffn if ffn is None else ffn
+        ffn_bytes = self.ffn if ffn is None else ffn
         others = self.others - (1 - head) * self.head
-        return (own + attention * self.attention + others + cache) / (self.dense + cache)
+        return (ffn_bytes + attention * self.attention + others + cache) / (self.dense + cache)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data; ``TokenTraffic(**data)`` is this again."""
@@ -226,7 +70,7 @@ class TokenTraffic:
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes and FLOPs of the FFN of all layers, per dense decode step of one row."""
+    """Bytes of the FFN of all layers, per dense decode step of one row."""
 
     layers: tuple[FfnWeights, ...]
     total_bytes: int
@@ -234,120 +78,161 @@ class Costs:
     low_rank: bool = False
     """Whether masks come with low-rank compensation, where a layer has a basis for it."""
     traffic: TokenTraffic | None = None
-    """Of a token, all its weights; None: bytes per token are not known."""
+    """Of a token, all its weights; None: bytes per token are unknown."""
     width: int | None = None
     """Bytes of a weight that is not in blocks; None: as it is stored."""
 
-    def _neuron(self, layer: FfnWeights) -> float:
-        """Bytes of one neuron: its input rows and its output column."""
-        held = (layer.stored_up, layer.gate, layer.down)
-        return sum(stored_bytes(m, self.width) for m in held if m is not None) / layer.width
-
-    def _plain(self, layer: FfnWeights) -> int:
-        """Bytes of one weight that is not in blocks."""
-        return layer.down.element_size() if self.width is None else self.width
-
-    @staticmethod
-    def per_neuron(layer: FfnWeights) -> int:
-        """Weights of one neuron: its input rows and its output column."""
-        return layer.hidden * (2 if layer.gate is None else 3)
+    def rank(self, layer: FfnWeights) -> int:
+        """Features that low-rank compensation reads of the layer's input; 0: none."""
+        return len(layer.basis) if self.low_rank and layer.basis is not None else 0
 
     def bytes(self, kept: Sequence[int] | None, skips: bool = True, *, copied: bool = False) -> int:
         """Under masks that keep ``kept`` neurons per layer (None: dense).
 
-        ``skips``: removed neurons are not read.  ``copied``: those of a mask are read from copies.
+        ``skips``: removed neurons are not read.  ``copied``: those of a mask are read from compact
+        weights, which are in the model's dtype.
         """
         total = 0.0
-        for layer, count, linear in self._work(kept, skips):
-            each = self._copied(layer) if copied and count < layer.width else self._neuron(layer)
-            total += count * each + linear * self._plain(layer)
-        return round(total)
-
-    def _copied(self, layer: FfnWeights) -> int:
-        """Bytes of one neuron in a copy: in the model's dtype, in whatever blocks it is stored."""
-        return self.per_neuron(layer) * self._plain(layer)
-
-    def flops(self, kept: Sequence[int] | None, skips: bool = True) -> int:
-        """As ``bytes``, at two FLOPs per weight."""
-        each = self._work(kept, skips)
-        return 2 * sum(n * self.per_neuron(layer) + w for layer, n, w in each)
-
-    def _work(
-        self, kept: Sequence[int] | None, skips: bool
-    ) -> Iterator[tuple[FfnWeights, int, int]]:
-        """Each layer, the neurons that it reads, and the weights of its low-rank compensation.
-
-        Layers that keep all do without compensation.
-        """
         for index, layer in enumerate(self.layers):
             count = layer.width if kept is None else kept[index]
-            linear = 2 * self.rank(layer) * layer.hidden if count < layer.width else 0
-            yield layer, count if skips else layer.width, linear
+            masked = count < layer.width
+            neuron = self._copy(layer) if copied and masked else self._neuron(layer)
+            total += (count if skips else layer.width) * neuron + self._linear(layer) * masked
+        return round(total)
 
-    def rank(self, layer: FfnWeights) -> int:
-        """Features that low-rank compensation reads of the layer's input; 0: none."""
-        learnt = layer.learnt
-        return len(learnt.basis) if self.low_rank and learnt and learnt.basis is not None else 0
+    def _neuron(self, layer: FfnWeights) -> float:
+        """Bytes of one neuron: its input rows and its output column."""
+        return sum(stored_bytes(m, self.width) for m in layer.matrices) / layer.width
 
-    @property
-    def observe_flops(self) -> int:
-        """Tracing one observed token in all layers."""
-        plain = STATISTIC_FLOPS * sum(layer.width + layer.hidden for layer in self.layers)
-        return plain + 2 * sum(
-            (layer.width + layer.hidden + self.rank(layer)) * self.rank(layer)
-            for layer in self.layers
-        )
+    def _copy(self, layer: FfnWeights) -> int:
+        """Bytes of one neuron in the model's dtype, in whatever blocks it is stored."""
+        return layer.hidden * len(layer.matrices) * self._weight(layer)
 
-    @property
+    def _weight(self, layer: FfnWeights) -> int:
+        """Bytes of one weight that is not in blocks."""
+        return layer.down.element_size() if self.width is None else self.width
+
+    def _linear(self, layer: FfnWeights) -> int:
+        """Bytes of the two matrices of low-rank compensation."""
+        return 2 * self.rank(layer) * layer.hidden * self._weight(layer)
+
     def observe_bytes(self) -> int:
         """Sums read and written, float32, for one observed token in all layers."""
-        plain = 16 * sum(layer.width for layer in self.layers)
-        return plain + 8 * sum(
-            (layer.width + self.rank(layer)) * self.rank(layer) for layer in self.layers
-        )
+        ranks = [(layer.width, self.rank(layer)) for layer in self.layers]
+        return sum(16 * width + 8 * (width + rank) * rank for width, rank in ranks)
 
     def build_bytes(
         self, kept: Sequence[int], compact: bool, compensates: bool, *, copied: bool = False
     ) -> int:
-        """One mask: the copies that compact makes, the removed columns that compensation reads."""
-        copies = 0.0
+        """One mask: compact weights read and written, removed columns that compensation reads."""
+        total = 0.0
         for count, layer in zip(kept, self.layers, strict=True):
-            if compact and count < layer.width:  # read and written, compensation's map too
-                written = self._copied(layer) if copied else self._neuron(layer)
-                linear = 2 * self.rank(layer) * layer.hidden * self._plain(layer)
-                copies += count * (self._neuron(layer) + written) + linear
-        removed = sum(
-            (layer.width - count) * stored_bytes(layer.down, self.width) / layer.width
-            for count, layer in zip(kept, self.layers, strict=True)
-        )
-        return round(copies) + (round(removed) if compensates else 0)
+            if compact and count < layer.width:
+                written = self._copy(layer) if copied else self._neuron(layer)
+                total += count * (self._neuron(layer) + written) + self._linear(layer)
+            if compensates:
+                removed = layer.width - count
+                total += removed * stored_bytes(layer.down, self.width) / layer.width
+        return round(total)
 
-    def build_flops(self, kept: Sequence[int], compensates: bool) -> int:
-        """Sorting (width x log2 width comparisons), the regression, the compensation product."""
-        sorting = sum(layer.width * layer.width.bit_length() for layer in self.layers)
-        if not compensates:
-            return sorting
-        removed = sum(
-            2 * (layer.width - count) * layer.hidden * (1 + self.rank(layer))
-            for count, layer in zip(kept, self.layers, strict=True)
+
+def tracing_flops(
+    costs: Costs, observed: int, kept: Sequence[int] | None = None, compensates: bool = False
+) -> int:
+    """FLOPs of tracing ``observed`` tokens and of building one mask (``kept``), if any.
+
+    For the paper's claim that tracing costs 0.1 %.  A multiply-add is 2; 8 per neuron and token for
+    scores and signed means, and per hidden unit for S_l; a mask sorts, and fits its compensation.
+    """
+    total = 0
+    for index, layer in enumerate(costs.layers):
+        rank = costs.rank(layer)
+        total += observed * 8 * (layer.width + layer.hidden)
+        total += observed * 2 * (layer.width + layer.hidden + rank) * rank
+        if kept is not None:
+            total += layer.width * layer.width.bit_length()
+            if compensates:
+                removed = layer.width - kept[index]
+                total += 2 * removed * layer.hidden * (1 + rank)
+                total += 2 * (layer.width + rank) * rank**2
+    return total
+
+
+@dataclass(frozen=True)
+class TokenCosts:
+    """What per-token selection reads (docs/method.md, "Token-level").
+
+    ``rows``: of the largest batch of which the executor reads each token's winners alone; in others
+    it computes all neurons (``masked``: those of fixed masks too).
+    """
+
+    state: SequenceState
+    costs: Costs
+    rows: int
+    executor: str
+
+    @property
+    def rule(self) -> type[TokenRule]:
+        assert self.state.config.token is not None
+        blocks = all(in_blocks(layer.stored_up) for layer in self.costs.layers)
+        rule: type[TokenRule] = TOKEN_RULES.get(self.state.config.token.rule)
+        return rule.for_weights(self.state.config.token, blocks)
+
+    def candidates(self, kept: Sequence[int]) -> list[int]:
+        """Neurons per layer that are ranked for each token; 0 where there is nothing to select."""
+        assert self.state.config.token is not None
+        share = self.state.config.token.candidates
+        pairs = zip(self.costs.layers, kept, strict=True)
+        counts = [(candidate_count(share, layer.width, keep), keep) for layer, keep in pairs]
+        return [n if n > keep else 0 for n, keep in counts]
+
+    def fixed(self, kept: Sequence[int]) -> list[int]:
+        """Neurons per layer that the sequence's mask keeps; 0 where every token selects."""
+        pairs = zip(self.candidates(kept), kept, strict=True)
+        return [0 if n else keep for n, keep in pairs]
+
+    def computed(self, kept: Sequence[int], tokens: float) -> list[int]:
+        """Neurons per layer whose rows a forward of ``tokens`` reads."""
+        fixed, widths = self.fixed(kept), [layer.width for layer in self.costs.layers]
+        rows = self.state.rows
+        if self.executor == IF_COMPACT or tokens <= rows <= self.rows:
+            most = [min(w, math.ceil(k * tokens)) for k, w in zip(kept, widths, strict=True)]
+            return [k or own for k, own in zip(fixed, most, strict=True)]
+        masked = self.executor == "masked"
+        return [width if masked else k or width for k, width in zip(fixed, widths, strict=True)]
+
+    def selection_bytes(self, kept: Sequence[int], computed: Sequence[int]) -> float:
+        """Bytes that selecting reads per forward, beside the rows of ``computed``."""
+        config = self.state.config.token
+        assert config is not None
+        each = zip(self.costs.layers, self.candidates(kept), kept, computed, strict=True)
+        return round(
+            sum(
+                self.rule.selection_bytes(config, LayerCost(*one, self.costs.width))
+                for one in each
+                if one[1]
+            )
         )
-        fit = sum(
-            2 * (layer.width + self.rank(layer)) * self.rank(layer) ** 2 for layer in self.layers
-        )
-        return sorting + removed + fit
+
+
+def selects_per_token(state: SequenceState) -> bool:
+    """Whether the tokens of ``state`` select for themselves."""
+    fixed = state.fixed_masks
+    by_hand = fixed is not None and not any(isinstance(mask, TokenMask) for mask in fixed)
+    return state.config.token is not None and not by_hand
 
 
 def known_bytes(layers: Iterable[FfnWeights], prior: Iterable[Tensor] | None) -> int:
-    """Bytes of what was known before a run: calibrated ``prior`` [I] per layer, and learnt."""
-    calibrated = sum(part.numel() * part.element_size() for part in prior or ())
-    return calibrated + sum(one.learnt.nbytes() for one in layers if one.learnt is not None)
+    """Bytes of what was there before a run: calibrated ``prior`` [I] per layer, and learned."""
+    calibrated = sum(part.nbytes for part in prior or ())
+    return calibrated + sum(one.self_stats.nbytes() for one in layers if one.self_stats is not None)
 
 
 class _Decoded:
     """Decoded tokens of some states by their keep counts (None: dense)."""
 
     def __init__(self, states: Iterable[SequenceState], widths: Sequence[int]) -> None:
-        spans = [span for state in states for span in state.mask_spans]
+        spans: list[MaskSpan] = [span for state in states for span in state.mask_spans]
         self.spans = [(span.kept, float(span.tokens)) for span in spans]
         self.widths = widths
         self.tokens = sum(tokens for _, tokens in self.spans)
@@ -370,8 +255,7 @@ class _Decoded:
         return self.sparsity() * self.tokens / pruned if pruned else 0.0
 
 
-def sequence_report(state: SequenceState) -> SequenceReport:
-    """Accounting of one state."""
+def _sequence_report(state: SequenceState) -> SequenceReport:
     decoded = _Decoded([state], [layer.width for layer in state.selector.layers])
     return SequenceReport(
         state.sequence,
@@ -380,8 +264,6 @@ def sequence_report(state: SequenceState) -> SequenceReport:
         round(decoded.tokens),
         round(decoded.dense),
         decoded.sparsity(),
-        decoded.while_pruned,
-        decoded.dense_share,
         tuple(state.remasks),
     )
 
@@ -390,16 +272,18 @@ def run_report(
     states: Sequence[SequenceState],
     costs: Costs,
     executor: str,
-    copies: int,
+    extra_bytes: int,
     method: str,
-    asked: float | None,
+    requested: float | None,
     proxy_errors: tuple[float, float] | None = None,
     head: HeadReport | None = None,
+    token_rows: int = 0,
 ) -> RunReport:
-    """Accounting of a run; ``copies``: bytes held beside the states (compact copies, a prior).
+    """Accounting of a run; ``extra_bytes``: beside the states (compact weights, a prior).
 
-    ``proxy_errors``: of the low-bit copies, and of Gaussian matrices on their grid.  ``head``: of a
-    screened output head.
+    ``proxy_errors``: of the low-bit proxies, and of Gaussian matrices on their grid.  ``head``: of
+    a screened output head.  ``token_rows``: of the largest batch of which ``executor`` reads each
+    token's winners alone.
     """
     widths = tuple(layer.width for layer in costs.layers)
     decoded = _Decoded(states, widths)
@@ -409,11 +293,10 @@ def run_report(
         LayerStat(index, width, kept, kept / width, decoded.sparsity(slice(index, index + 1)))
         for index, (width, kept) in enumerate(zip(widths, last, strict=True))
     )
-    as_run = _shares(states, costs, executor)
-    compact = _shares(states, costs, IF_COMPACT)
+    compact, proxy = _ffn_bytes(states, costs, IF_COMPACT, token_rows)
     return RunReport(
         method=method,
-        requested_sparsity=asked,
+        requested_sparsity=requested,
         achieved_sparsity=decoded.sparsity(),
         sparsity_while_pruned=decoded.while_pruned,
         dense_token_share=decoded.dense_share,
@@ -423,17 +306,14 @@ def run_report(
         remask_causes=dict(causes),
         layers=layers,
         executor=executor,
-        ffn_flops_share=as_run.flops,
-        ffn_bytes_share=as_run.bytes,
-        ffn_flops_share_if_compact=compact.flops,
-        ffn_bytes_share_if_compact=compact.bytes,
-        proxy_flops_share=compact.proxy_flops,
-        proxy_bytes_share=compact.proxy_bytes,
+        ffn_bytes_share=_ffn_bytes(states, costs, executor, token_rows)[0],
+        ffn_bytes_share_if_compact=compact,
+        proxy_bytes_share=proxy,
         proxy_error=None if proxy_errors is None else proxy_errors[0],
         proxy_error_gaussian=None if proxy_errors is None else proxy_errors[1],
         ffn_share_of_bytes=costs.bytes(None) / max(1, costs.total_bytes),
-        extra_memory_bytes=copies + sum(state.nbytes() for state in states),
-        sequences=tuple(sequence_report(state) for state in states),
+        extra_memory_bytes=extra_bytes + sum(state.nbytes() for state in states),
+        sequences=tuple(map(_sequence_report, states)),
         **_token_bytes(states, costs, decoded, head),
         head=head,
     )
@@ -450,63 +330,48 @@ def _token_bytes(
     ends = (one.cached + one.prompt_tokens + (one.decoded + 1) / 2 for one in states)
     positions = zip(weights, ends, strict=True)
     context = sum(n * end for n, end in positions) / max(1e-9, sum(weights))
-    at_bfloat16 = replace(costs, width=BFLOAT16)
-    ffn = _shares(states, at_bfloat16, IF_COMPACT).bytes * traffic.ffn
-    reads = any(state.config.token is not None and state.config.token.attention for state in states)
+    ffn, _ = _ffn_bytes(states, replace(costs, width=BFLOAT16), IF_COMPACT)
+    rules = [TOKEN_RULES.get(s.config.token.rule) for s in states if s.config.token is not None]
+    attention = 1 - decoded.sparsity() * any(rule.attention for rule in rules)
+    head_share = 1.0 if head is None else head.read(decoded.tokens)
     return {
         "mean_context": context,
-        "token_bytes_share": traffic.share(
-            context,
-            ffn,
-            1 - decoded.sparsity() * reads,
-            1.0 if head is None else head.read(decoded.tokens),
-        ),
+        "token_bytes_share": traffic.share(context, ffn * traffic.ffn, attention, head_share),
         "dense_token_bytes_share": traffic.share(context),
     }
 
 
-class _Shares(NamedTuple):
-    """Work of decoding over that of dense decoding; of it, what low-bit copies take."""
+def _ffn_bytes(
+    states: Sequence[SequenceState], costs: Costs, executor: str, token_rows: int = 0
+) -> tuple[float, float]:
+    """FFN bytes over those of dense decoding: all, and of these what per-token selection reads.
 
-    flops: float = 1.0
-    bytes: float = 1.0
-    proxy_flops: float = 0.0
-    proxy_bytes: float = 0.0
-
-
-def _shares(states: Sequence[SequenceState], costs: Costs, executor: str) -> _Shares:
-    """``executor``: one of the executors, or ``IF_COMPACT``."""
-    flops = moved = forwards = tokens = proxy_flops = proxy_bytes = 0.0
+    ``executor``: one of the executors, or ``IF_COMPACT``.
+    """
+    total = selection = forwards = 0.0
     skips = executor != "masked"
     copied = executor in ("compact", "graph")  # in the dtype; ``IF_COMPACT``: as they are stored
-    copies = copied or executor == IF_COMPACT
     for state in states:
-        masks = state.given or ()
-        held = any(mask is not None and mask.bias is not None for mask in masks)
-        compensates = held or (state.config.compensation and state.given is None)
-        token = TokenCosts.of(state, costs.layers)
+        fixed = state.fixed_masks
+        biased = any(mask is not None and mask.bias is not None for mask in fixed or ())
+        compensates = biased or (state.config.compensation and fixed is None)
+        per_token = selects_per_token(state)
+        token = TokenCosts(state, costs, token_rows, executor)
         for span in state.mask_spans:
-            steps, fed = span.forwards, float(span.tokens)
-            forwards += steps
-            tokens += fed
-            seen = span.observed if state.selector.needs_evidence else 0
-            flops += seen * state.rows * costs.observe_flops
-            moved += seen * costs.observe_bytes
-            if token is None or span.kept is None:
-                flops += fed * costs.flops(span.kept, skips)
-                moved += steps * costs.bytes(span.kept, skips, copied=copied)
+            forwards += span.forwards
+            if state.selector.needs_evidence:
+                total += span.observed * costs.observe_bytes()
+            if not per_token or span.kept is None:
+                total += span.forwards * costs.bytes(span.kept, skips, copied=copied)
                 continue
-            computed, read = token.work(span.kept, fed / max(1, steps), state.rows, executor)
-            flops += fed * costs.flops(computed)
-            moved += steps * costs.bytes(read)
-            proxy_flops += fed * token.flops(span.kept, computed)
-            proxy_bytes += steps * token.bytes(span.kept, read, costs.width)
+            computed = token.computed(span.kept, float(span.tokens) / max(1, span.forwards))
+            total += span.forwards * costs.bytes(computed)
+            selection += span.forwards * token.selection_bytes(span.kept, computed)
         for remask in state.remasks:
-            chosen = remask.kept if token is None else token.chosen_once(remask.kept)
-            moved += costs.build_bytes(chosen, copies, compensates, copied=copied)
-            flops += costs.build_flops(chosen, compensates)
-    if not forwards or not tokens:
-        return _Shares()
-    all_flops, all_bytes = tokens * costs.flops(None), forwards * costs.bytes(None)
-    proxy = proxy_flops / all_flops, proxy_bytes / all_bytes
-    return _Shares(flops / all_flops + proxy[0], moved / all_bytes + proxy[1], *proxy)
+            built = token.fixed(remask.kept) if per_token else remask.kept
+            compact = copied or executor == IF_COMPACT
+            total += costs.build_bytes(built, compact, compensates, copied=copied)
+    if not forwards:
+        return 1.0, 0.0
+    dense = forwards * costs.bytes(None)
+    return (total + selection) / dense, selection / dense

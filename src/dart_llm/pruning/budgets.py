@@ -21,26 +21,26 @@ class LayerView:
     """What a budget may look at.  All tensors on the host, float64.
 
     ``width``: neurons I; ``depth``: 0 for the first layer, 1 for the last.
-    ``score``: [I]; ``sensitivity`` and ``residual_sensitivity``: S_l of ``depth`` and of
-    ``depth-residual``; ``impact``: [I], the output energy of each neuron relative to the residual
-    stream.  What no budget of the run needs is None.
+    ``score``: [I]; ``sensitivity``: S_l of ``depth``; None where no budget of the run needs it.
     """
 
     width: int
     depth: float
     score: Tensor
     sensitivity: float | None = None
-    residual_sensitivity: float | None = None
-    impact: Tensor | None = None
+
+
+Allocate = Callable[[Sequence[LayerView], int], list[int]]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """An allocator and the statistics that it needs: ``sensitivity``, ``sensitivity-residual``,
-    ``squares``, or none.  ``source``: the paper and the formula.
+    """An allocator and the statistics that it needs: ``sensitivity``, or none.
+
+    ``source``: the paper and the formula.
     """
 
-    function: Callable[[Sequence[LayerView], int], list[int]]
+    function: Allocate
     needs: frozenset[str]
     source: str
 
@@ -54,15 +54,9 @@ class Budget:
         return (self.function.__doc__ or "").split("\n")[0]
 
 
-def budget(
-    source: str, needs: Sequence[str] = ()
-) -> Callable[[Callable[[Sequence[LayerView], int], list[int]]], Budget]:
+def budget(source: str, needs: Sequence[str] = ()) -> Callable[[Allocate], Budget]:
     """Turn a function ``(layers, keep) -> counts`` into a ``Budget``."""
-
-    def wrap(function: Callable[[Sequence[LayerView], int], list[int]]) -> Budget:
-        return Budget(function, frozenset(needs), source)
-
-    return wrap
+    return lambda function: Budget(function, frozenset(needs), source)
 
 
 def round_counts(wanted: Sequence[float], widths: Sequence[int], keep: int) -> list[int]:
@@ -98,7 +92,7 @@ def align_counts(counts: Sequence[int], widths: Sequence[int], multiple: int) ->
     units = [math.ceil(width / multiple) for width in widths]
     wanted = []
     for count, width, unit in zip(counts, widths, units, strict=True):
-        whole = (unit - 1) * multiple  # the last unit holds what is left of the width
+        whole = (unit - 1) * multiple  # the last unit has what is left of the width
         last = (count - whole) / (width - whole)
         wanted.append(count / multiple if count <= whole else unit - 1 + last)
     aligned = round_counts(wanted, units, round(sum(wanted)))
@@ -115,13 +109,12 @@ def blend_counts(first: Sequence[int], second: Sequence[int], widths: Sequence[i
 def uniform(layers: Sequence[LayerView], keep: int) -> list[int]:
     """Every layer keeps the same share."""
     widths = [layer.width for layer in layers]
-    share = keep / sum(widths)
-    return round_counts([share * width for width in widths], widths, keep)
+    return round_counts([keep / sum(widths) * width for width in widths], widths, keep)
 
 
 @budget("this project; docs/method.md")
 def energy(layers: Sequence[LayerView], keep: int) -> list[int]:
-    """One level e: each layer keeps the fewest neurons that hold the share e of its energy.
+    """One level e: each layer keeps the fewest neurons that have the share e of its energy.
 
     Energy is the summed squared score; at least 10 % of a layer stay.
     """
@@ -130,23 +123,9 @@ def energy(layers: Sequence[LayerView], keep: int) -> list[int]:
         squares = layer.score.square().sort(descending=True).values
         total = squares.sum()
         before = squares.cumsum(0) - squares
-        # no neuron is needed to hold a share of nothing: an all-zero layer keeps its floor first
+        # no neuron is needed for a share of nothing: an all-zero layer keeps its floor first
         reached.append(before / total if total > 0 else torch.ones_like(squares))
     return _smallest(reached, keep)
-
-
-@budget("this project, after FLAP (arXiv 2312.11983); docs/method.md", needs=["squares"])
-def global_rank(layers: Sequence[LayerView], keep: int) -> list[int]:
-    """All neurons in one ranking by output energy relative to the residual stream.
-
-    At least 10 % of a layer stay.
-    """
-    ranked = []
-    for layer in layers:
-        if layer.impact is None:
-            raise RuntimeError("budget global needs the squares statistic")
-        ranked.append(-layer.impact)
-    return _smallest(ranked, keep)
 
 
 @budget("this project; docs/method.md: for scores whose values compare between layers")
@@ -186,13 +165,10 @@ def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
             for value, floor in zip(values, floors, strict=True)
         ]
     )
-    chosen = largest(-flat, keep)
-    return [int(part.sum()) for part in torch.split(chosen, widths)]
+    return [int(part.sum()) for part in torch.split(largest(-flat, keep), widths)]
 
 
 # The published budget: sensitivity times a fixed profile over depth.
-
-_SOURCE = "DART, arXiv 2601.22632, the published scripts' allocator"
 
 
 def depth_profile(y: float) -> float:
@@ -236,23 +212,13 @@ def depth_sparsities(
     return p
 
 
-def _allocate(layers: Sequence[LayerView], found: Sequence[float | None], keep: int) -> list[int]:
-    sensitivity = [one for one in found if one is not None]
+@budget("DART, arXiv 2601.22632, the published scripts' allocator", needs=["sensitivity"])
+def depth(layers: Sequence[LayerView], keep: int) -> list[int]:
+    """Layers whose FFN output resembles its input lose more, under a fixed depth profile."""
+    sensitivity = [layer.sensitivity for layer in layers if layer.sensitivity is not None]
     if len(sensitivity) != len(layers):
-        raise RuntimeError("this budget needs the sensitivity statistic of every layer")
+        raise RuntimeError("budget depth needs the sensitivity statistic of every layer")
     widths = [layer.width for layer in layers]
     rho = 1 - keep / sum(widths)
     p = depth_sparsities(sensitivity, [layer.depth for layer in layers], rho)
     return round_counts([(1 - s) * w for s, w in zip(p, widths, strict=True)], widths, keep)
-
-
-@budget(_SOURCE, needs=["sensitivity"])
-def depth(layers: Sequence[LayerView], keep: int) -> list[int]:
-    """Layers whose FFN output resembles its input lose more, under a fixed depth profile."""
-    return _allocate(layers, [layer.sensitivity for layer in layers], keep)
-
-
-@budget(_SOURCE + ", with the residual stream after the FFN", needs=["sensitivity-residual"])
-def depth_residual(layers: Sequence[LayerView], keep: int) -> list[int]:
-    """The same with the change that the FFN makes to the residual stream."""
-    return _allocate(layers, [layer.residual_sensitivity for layer in layers], keep)

@@ -61,7 +61,7 @@ class LowRank:
 
 def read_features(h: Tensor | None, layers: Sequence[FfnWeights]) -> Tensor | None:
     """Features [L, B, T, r] of the layers' FFN inputs h [L, B, T, D]; None where none are read."""
-    bases = [None if layer.learnt is None else layer.learnt.basis for layer in layers]
+    bases = [None if layer.self_stats is None else layer.basis for layer in layers]
     found = [basis for basis in bases if basis is not None]
     if h is None or len(found) < len(bases):
         return None

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dart_llm.errors import ConfigError
 from dart_llm.files import read_yaml, write_text
 from dart_llm.pruning.layer_table import parse_layer_spec
-from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES
+from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES, TOKEN_RULES
 
 AtLeast0 = Annotated[int, Field(ge=0)]
 AtLeast1 = Annotated[int, Field(ge=1)]
@@ -166,7 +166,7 @@ class RemaskConfig(Part):
 
 
 class CalibrationConfig(Part):
-    """What is learnt from tokens that are no part of a prompt (docs/method.md, "Calibration").
+    """What is collected from tokens that belong to no prompt (docs/method.md, "Calibration").
 
     ``source``: a ``text``, or what the model writes by ``self``.  ``sequences`` of ``length``
     tokens are run dense and observed.  ``purpose``: static ``masks``, or a ``prior`` of the score.
@@ -178,13 +178,13 @@ class CalibrationConfig(Part):
     purpose: Literal["masks", "prior"] = "masks"
 
 
-class PriorConfig(Part):
-    """What is learnt of a model once, from text that it writes itself (docs/method.md, "Prior").
+class SelfStatsConfig(Part):
+    """What is learned of a model once, from self-generated text (docs/method.md).
 
     ``sequences`` of ``length`` tokens, sampled at ``temperature`` from the likeliest tokens that
-    together have the chance ``top_p``.  Each goes on from the first ``opening`` tokens of a text
-    that is shipped for this; 0, or no tokenizer at hand: from the model's start token.
-    ``tokens``: the prior weighs as much as so many observed tokens.
+    together have the probability ``top_p``.  Each continues the first ``opening`` tokens of a
+    passage that is shipped for this; 0, or without a tokenizer: the model's start token.
+    ``tokens``: learned sums weigh as much as so many observed tokens.
     """
 
     sequences: AtLeast1 = 32
@@ -195,68 +195,44 @@ class PriorConfig(Part):
     tokens: AtLeast0 = 32
 
     @model_validator(mode="after")
-    def _check(self) -> PriorConfig:
+    def _check(self) -> SelfStatsConfig:
         if self.opening >= self.length:
             raise ConfigError(
-                f"prior: opening {self.opening} must be less than length {self.length}"
+                f"self_stats: opening {self.opening} must be less than length {self.length}"
             )
         return self
 
 
 class TokenConfig(Part):
-    """Every token chooses what it reads (docs/method.md, "Token-level tracing").
+    """Every token selects what it reads (docs/method.md, "Token-level tracing").
 
-    ``rule``: what chooses.  ``copies``: low-bit copies of gate and up rank the neurons, ``bits`` (4
-    or 8) per weight and ``group`` inputs per scale, read at the share ``inputs`` of the inputs,
-    those with the largest magnitudes, (0, 1].  ``proxy``: ``auto`` makes no copies where gate and
-    up lie in low-bit blocks and all inputs count: these themselves rank the neurons, ``copies``
-    always makes them.  ``gate``, ``up``: that projection itself, read
-    whole.  ``inputs``: no neuron is ranked; each matrix is read at its own largest inputs, gate and
-    up at those of x, down at those of u.  ``candidates``: fraction of each layer's neurons, by the
-    sequence's scores, out of which copies choose, (0, 1]; None: all.  ``weighted``: with rule
-    ``inputs``, magnitudes count times the norm of the matrix's column.  ``attention``: with rule
-    ``inputs``, the projections of attention are read so too.
+    ``rule``: a class of ``TOKEN_RULES``, which says which of the others it reads.  Low-bit proxies
+    of gate and up have ``bits`` (4 or 8) per weight and ``group`` inputs per scale; they are read
+    at the share ``inputs`` of the inputs, those with the largest magnitudes, (0, 1].  ``proxy``:
+    ``auto`` makes none where gate and up are stored in low-bit blocks, which then rank the neurons
+    themselves; ``always`` makes them.  ``candidates``: fraction of each layer's neurons, by the
+    sequence's scores, out of which tokens select, (0, 1]; None: all.
     """
 
-    rule: Literal["copies", "gate", "up", "inputs"] = "copies"
-    proxy: Literal["auto", "copies"] = "auto"
+    rule: str = "low-bit"
+    proxy: Literal["auto", "always"] = "auto"
     bits: Literal[4, 8] = 4
     group: AtLeast1 = 32
     inputs: Share = 1.0
     candidates: Share | None = None
-    weighted: bool = False
-    attention: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> TokenConfig:
-        copied = self.inputs != 1 or self.candidates is not None or self.proxy != "auto"
-        if self.rule != "copies" and copied:
-            raise ConfigError(
-                f'token rule "{self.rule}" reads no copies: drop inputs, candidates, proxy'
-            )
-        if self.rule != "inputs" and (self.weighted or self.attention):
-            raise ConfigError(
-                f'token rule "{self.rule}" chooses neurons: weighted and attention belong to rule '
-                '"inputs"'
-            )
+        TOKEN_RULES.check(self.rule)
         return self
-
-    def by_weights(self, blocks: bool) -> bool:
-        """Whether weights, in ``blocks`` of low bits or not, stand for copies of themselves."""
-        return self.native and self.proxy == "auto" and blocks
-
-    @property
-    def native(self) -> bool:
-        """Whether native kernels run it; else it is there for its quality, not for its speed."""
-        return self.rule == "copies" and self.inputs == 1
 
 
 class HeadConfig(Part):
     """How decoded tokens are scored (docs/method.md, "Screened head").
 
-    ``kind``: by the ``full`` output head, or ``screened``: rough scores of all words, exact ones of
-    those near the best.  ``bytes``: share of the head's bytes that a screened one reads, on average
-    over the model's own text, (0, 1]; ``screened 0.2`` gives both.
+    ``kind``: by the ``full`` output head, or ``screened``: rough scores of the whole vocabulary,
+    exact ones of entries near the best.  ``bytes``: share of the head's bytes that a screened one
+    reads, on average over self-generated text, (0, 1]; ``screened 0.2`` gives both.
     """
 
     called: ClassVar[str] = "head"
@@ -311,7 +287,7 @@ _SHORT = {
     "head": "kind",
 }
 
-_PARTS = frozenset({*_SHORT, "prior", "token"})
+_PARTS = frozenset({*_SHORT, "self_stats", "token"})
 
 
 def _expand(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -333,13 +309,12 @@ class PruneConfig(Part):
     which everything runs dense.  ``min_evidence``: tokens (prompt + observed) wanted before the
     first mask.  ``skip_sinks``: the first tokens of a sequence, which draw attention whatever they
     say, leave no evidence.
-    ``calibration``: what ``prepare`` does before a run.  ``prior``: what is learnt of the model
-    when it is first pruned.  ``token``: every token chooses its own neurons; None: masks of the
-    sequence.  ``compensation_rank``: features of the FFN's input from which compensation predicts
-    the removed neurons' output; 0: their mean alone.  ``weight_bits``: the dense model with weights
-    of 8 or 4 bits.  ``head``: how decoded tokens are scored.  ``batch``: one mask for all rows, or
-    one each.  ``executor``: what runs pruned FFNs (docs/performance.md, "Executors"); ``auto``: the
-    fastest that can.  ``seed``: of whatever is drawn by chance.
+    ``calibration``: what ``prepare`` does before a run.  ``self_stats``: what is learned of the
+    model when it is first pruned.  ``token``: every token selects its own neurons; None: masks of
+    the sequence.  ``compensation_rank``: features of the FFN's input from which compensation
+    predicts the removed neurons' output; 0: their mean alone.  ``head``: how decoded tokens are
+    scored.  ``batch``: one mask for all rows, or one each.  ``executor``: what runs pruned FFNs
+    (docs/performance.md, "Executors"); ``auto``: the fastest that can.  ``seed``: random seed.
     """
 
     method: str = "dart"
@@ -349,9 +324,8 @@ class PruneConfig(Part):
     drift: DriftConfig = DriftConfig()
     remask: RemaskConfig = RemaskConfig()
     calibration: CalibrationConfig | None = None
-    prior: PriorConfig | None = None
+    self_stats: SelfStatsConfig | None = None
     token: TokenConfig | None = None
-    weight_bits: Literal[4, 8] | None = None
     head: HeadConfig = HeadConfig()
     masking_step: AtLeast0 = 0
     release_step: int | None = None
@@ -387,53 +361,40 @@ class PruneConfig(Part):
             )
         if self.selects_per_token and self.drift.rule != "never":
             raise ConfigError(
-                f"every token chooses its own neurons with method {self.method}, so no mask grows "
+                f"with method {self.method} every token selects its own neurons, so no mask grows "
                 "stale: leave the drift rule out, or name a method with masks, such as dart"
             )
-        self._check_calibration_and_prior()
+        self._check_statistics()
         self._check_candidates()
         return self
 
-    def _check_calibration_and_prior(self) -> None:
+    def _check_statistics(self) -> None:
         prior = self.calibration is not None and self.calibration.purpose == "prior"
         if prior != (self.score.prior_weight is not None):
             raise ConfigError(
                 'prior_weight and a calibration with purpose "prior" belong together: give both '
                 "or neither"
             )
-        if self.weight_bits is not None and self.sparsity != 0:
-            raise ConfigError(
-                f"weight_bits {self.weight_bits} stands for the dense model: drop the sparsity"
-            )
-        if self.weight_bits is not None and self.screens:
-            raise ConfigError(
-                'weight_bits is another model, run as it is: leave head.kind at "full"'
-            )
         if self.token is not None and self.compensation_rank:
             raise ConfigError(
-                "tokens that choose their own neurons have no low-rank compensation: drop "
-                "compensation_rank"
+                "per-token selection has no low-rank compensation: drop compensation_rank"
             )
-        if self.compensation and self.token is not None and self.token.rule != "copies":
-            raise ConfigError(
-                f'token rule "{self.token.rule}" knows no mean of what it leaves out: drop the '
-                "compensation"
-            )
-        # without a prior a prompt of sinks alone would leave nothing at all
+        # without learned statistics a prompt of sinks alone would leave nothing at all
         needs = f"compensation_rank {self.compensation_rank}" if self.compensation_rank else ""
         needs = needs or ("skip_sinks" if self.skip_sinks else "")
-        if needs and self.prior is None:
-            raise ConfigError(f"{needs} needs a prior: give prior={{}} too")
+        if needs and self.self_stats is None:
+            raise ConfigError(f"{needs} needs learned statistics: give self_stats={{}} too")
 
     def _check_counts(self) -> None:
         """What sets the counts twice."""
-        table, given = self.budget.table, self.sparsity is not None
+        table, sparse = self.budget.table, self.sparsity is not None
         if self.score.strategy == "auto":
-            told = "the sparsity" if given else "the layer table" if table is not None else ""
-            told = told or f'the budget "{self.budget.name}"'
-            if given or table is not None or self.budget.name != "uniform":
-                raise ConfigError(f'strategy "auto" sets the counts itself: drop {told}')
-        elif given and table is not None and not parse_layer_spec(table).has_auto:
+            other = "the sparsity" if sparse else "the layer table" if table is not None else ""
+            if not other and self.budget.name != "uniform":
+                other = f'the budget "{self.budget.name}"'
+            if other:
+                raise ConfigError(f'strategy "auto" sets the counts itself: drop {other}')
+        elif sparse and table is not None and not parse_layer_spec(table).has_auto:
             raise ConfigError(
                 f'the layer table "{table}" fixes every count: drop the sparsity, or hand layers '
                 'to the allocator with "auto"'
@@ -453,7 +414,7 @@ class PruneConfig(Part):
 
     @property
     def target(self) -> float:
-        """The sparsity in force: what was asked for, or the default."""
+        """The sparsity in force: what was requested, or the default."""
         return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
     @property
@@ -465,6 +426,13 @@ class PruneConfig(Part):
     def screens(self) -> bool:
         """Whether decoded tokens are scored by a screened head."""
         return self.head.kind == "screened"
+
+    def names(self) -> list[tuple[str, str]]:
+        """Everything that it chooses by name: (kind, name), with the kinds of the registries."""
+        chosen = [(METHODS.kind, self.method), (SCORES.kind, self.score.name)]
+        chosen += [(BUDGETS.kind, name) for name in self.budget.parts()]
+        chosen += [(DRIFT_RULES.kind, self.drift.rule.split()[0])]
+        return chosen + ([(TOKEN_RULES.kind, self.token.rule)] if self.token else [])
 
     def replace(self, changes: Mapping[str, Any]) -> PruneConfig:
         """A copy with ``changes``; a mapping for a part changes only the keys that it holds.
@@ -498,16 +466,15 @@ class PruneConfig(Part):
         base = METHODS.get(method) if isinstance(method, str) else method
         if not isinstance(base, PruneConfig):
             raise ConfigError(f"method {method!r} must be a name or a PruneConfig")
-        given = {key: value for key, value in changes.items() if value is not None}
-        return base.replace(given) if given else base
+        changes = {key: value for key, value in changes.items() if value is not None}
+        return base.replace(changes) if changes else base
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data; ``from_mapping`` reads it back.
 
-        A full head is left out: what was kept before it could be another keeps its name.
+        A full head is left out.
         """
-        left_out = {"head"} if self.head == HeadConfig() else set()
-        return self.model_dump(mode="json", exclude=left_out)
+        return self.model_dump(mode="json", exclude={"head"} if not self.screens else set())
 
     def save(self, path: str | Path) -> None:
         """Write as YAML, whole; raises ``ResultsError`` where that cannot be."""
@@ -519,27 +486,6 @@ class PruneConfig(Part):
     def load(cls, path: str | Path) -> PruneConfig:
         """Read what ``save`` wrote; raises ``ConfigError`` when the file cannot be read."""
         return cls.from_mapping(read_yaml(Path(path)))
-
-
-def check_prepared(config: PruneConfig, chooses: bool, prior: bool) -> None:
-    """Raise ``ConfigError`` for a run of what only ``prepare`` makes ready.
-
-    ``chooses``: whether the run is to choose masks itself; ``prior``: whether it has a prior.
-    """
-    calibration = config.calibration if chooses and not prior else None
-    if config.weight_bits is not None:
-        why = f"rounds the weights of a copy of the model to {config.weight_bits} bits"
-    elif calibration is not None:
-        why = f"takes its {calibration.purpose} from calibration"
-    else:
-        return
-    text = config.weight_bits is None and calibration is not None and calibration.source == "text"
-    argument, option = (", calibration=FILE", " --calibration FILE") if text else ("", "")
-    raise ConfigError(
-        f'method "{config.method}" {why}, which prune does not do: use '
-        f"dart_llm.session.prepare.prepare(model, tokenizer, config{argument}), or "
-        f"dart-llm eval --method {config.method}{option}"
-    )
 
 
 def check_sparsity(value: float) -> float:

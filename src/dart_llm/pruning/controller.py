@@ -16,7 +16,6 @@ several tokens     by the next forward, which shows how many stayed (assisted de
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import compress
 
 import torch
 from torch import Tensor
@@ -44,8 +43,6 @@ from dart_llm.pruning.observations import (
     Observations,
     ObservedForward,
     detached_copy,
-    sampled_per_sequence,
-    sampled_tokens,
     weak_callback,
 )
 from dart_llm.pruning.records import DriftCheck, Remask
@@ -67,18 +64,18 @@ class PruningController:
         self,
         config: PruneConfig,
         layers: tuple[FfnWeights, ...],
-        given: Masks | None = None,
+        fixed_masks: Masks | None = None,
         on_remask: RemaskHook | None = None,
         on_tokens: TokensHook | None = None,
         clamp: Clamp = NO_CLAMP,
     ) -> None:
         self.config = config
         self.selector: MaskSelector = check_fits(config, layers, clamp)
-        self.rule = make_rule("never" if given is not None else config.drift.rule)
-        self.given = given
+        self.rule = make_rule("never" if fixed_masks is not None else config.drift.rule)
+        self.fixed_masks = fixed_masks
         self.on_remask, self.on_tokens = on_remask, on_tokens
         self._unmasked = clamp.of((None,) * len(layers)) if clamp.layers else None
-        """What tokens run that no mask has been made for."""
+        """The masks of tokens before the first mask of their sequence."""
         self.sequences: list[SequenceState] = []
         self.finished: list[SequenceState] = []
         self.checks: list[DriftCheck] = []
@@ -88,17 +85,18 @@ class PruningController:
         self.last_phase = Phase.PREFILL
         self._pending: PendingForward | None = None
         self._lengths: list[float] = []
-        """Unpadded length of each row before the forward in hand."""
+        """Unpadded length of each row before the current forward."""
         self._queue = Observations(weak_callback(self._update))
 
     def expected_counts(self) -> list[int]:
-        """How many neurons of each layer masks will keep, as far as no text is needed to know it.
+        """How many neurons of each layer masks will keep, as far as no text is needed for it.
 
-        A budget divides their sum otherwise.  0: not known, or each token chooses its own.
+        A budget divides their sum otherwise.  0: unknown, or each token selects its own.
         """
-        if self.given is not None:
+        if self.fixed_masks is not None:
             return [
-                0 if one is None or isinstance(one, TokenMask) else one.kept for one in self.given
+                0 if mask is None or isinstance(mask, TokenMask) else mask.kept
+                for mask in self.fixed_masks
             ]
         selector = self.selector
         if self.config.token is not None or self.config.score.strategy == "auto":
@@ -170,7 +168,7 @@ class PruningController:
                 self.sequence_count,
                 row,
                 rows,
-                self.given,
+                self.fixed_masks,
                 call.cached,
             )
             for row, rows in (alone if per_row else [(None, call.rows)])
@@ -183,7 +181,7 @@ class PruningController:
         for state in self.sequences:
             mean = sum(counts) / len(counts) if state.row is None else counts[state.row]
             state.observe_prefill(mean)
-        wanted = self.given is None and not self.selector.removes_nothing
+        wanted = self.fixed_masks is None and not self.selector.removes_nothing
         return [wanted and state.phase is Phase.PREFILL for state in self.sequences]
 
     def _make_pending(
@@ -196,18 +194,12 @@ class PruningController:
         watched = any(observing) or any(state.phase is Phase.PRUNED for state in self.sequences)
         observe = any(observing) and self.selector.needs_evidence
         stream = observe and self.selector.statistics.needs_stream
-        sampled: list[int] = []
-        sampled_by: Tensor | None = None
-        if stream and not prefill:
-            observed = [state.observed for state in self.sequences]
-            sampled = sampled_tokens(list(compress(observed, observing)), call.tokens)
-            stream, sampled_by = bool(sampled), sampled_per_sequence(observed, sampled)
         inputs = observe and "features" in self.selector.statistics.needs
         signal = bool(self.rule.window) and watched
         layers: dict[int, LayerObservation] = {}
         into = None if not observe or prefill or stream or any(masks) else layers
         plan = ForwardPlan(observe, signal, masks, stream, inputs, into)
-        return PendingForward(call, plan, observing, counts, layers, sampled, sampled_by)
+        return PendingForward(call, plan, observing, counts, layers)
 
     def _announce(self, before: list[int]) -> None:
         for state, version in zip(self.sequences, before, strict=True):
@@ -239,8 +231,8 @@ class PruningController:
     def _observe_prompt(self, pending: PendingForward, layer: int, seen: LayerObservation) -> None:
         end = pending.call.prompt_tokens
         weights = evidence_weights(pending.call, end, self._lengths, self.config.skip_sinks)
-        parts = (None if t is None else t.detach()[None, :, :end] for t in seen)
-        self._update(pending.observing, (layer,), LayerObservation(*parts), weights)
+        part = seen.map(lambda t: t.detach()[None, :, :end])
+        self._update(pending.observing, (layer,), part, weights)
 
     def _update(
         self,
@@ -251,15 +243,15 @@ class PruningController:
     ) -> None:
         with torch.inference_mode(False):
             f = read_features(seen.h, [self.selector.layers[layer] for layer in layers])
-            choice = self.selector.choice(layers)
+            selection = self.selector.token_selection(layers)
             for state, wanted in zip(self.sequences, observing, strict=True):
                 if wanted:
                     rows = state.batch_rows
                     w = None if weights is None else weights[rows].to(seen.shown.device)
-                    own = LayerObservation(*(None if t is None else t[:, rows] for t in seen))
-                    part = None if f is None else f[:, rows]
+                    part = seen.map(lambda t, rows=rows: t[:, rows])  # type: ignore[misc]
+                    features = None if f is None else f[:, rows]
                     evidence = [state.evidence[layer] for layer in layers]
-                    self.selector.statistics.add(evidence, own, w, part, choice)
+                    self.selector.statistics.add(evidence, part, w, features, selection)
 
     def observe_signal(self, v: Tensor) -> None:
         """What drift watches of this forward, [B, T, D]: the last layer's attention output, say."""
@@ -280,7 +272,7 @@ class PruningController:
 
     @torch.no_grad()
     def settle(self, cached: int | None = None) -> None:
-        """Account for the forward in hand; ``cached``: tokens that stayed (None: all of them)."""
+        """Account for the current forward; ``cached``: tokens that stayed (None: all of them)."""
         self._settle(cached)
 
     def _settle(self, cached: int | None) -> None:
@@ -294,11 +286,8 @@ class PruningController:
         self.length = call.cached + accepted
         if pending.layers and accepted:
             weights = evidence_weights(call, accepted, self._lengths, self.config.skip_sinks)
-            sampled = pending.sampled, pending.sampled_by
-            self._queue.add(
-                pending.observing,
-                ObservedForward.accepted(pending.layers, call.rows, accepted, weights, *sampled),
-            )
+            forward = ObservedForward.accepted(pending.layers, call.rows, accepted, weights)
+            self._queue.add(pending.observing, forward)
         with outside_inference():
             if self.on_tokens is not None:  # first: what follows may change the sequences
                 self.on_tokens(pending, accepted, self.sequences)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from dart_llm.pruning.records import DriftCheck
+from dart_llm.pruning.registry import DRIFT_RULES
 
 SINKS = 4
 """The first tokens of a sequence (attention sinks) never enter the centroid or a window."""
@@ -83,10 +84,9 @@ def never() -> Rule:
 
 def make_rule(text: str) -> Rule:
     """The rule behind a validated ``drift.rule`` setting, e.g. ``paper`` or ``interval 64``."""
-    from dart_llm.pruning.registry import DRIFT_RULES
-
     name, *numbers = text.split()
-    return DRIFT_RULES.get(name)(*(int(n) if n.isdecimal() else float(n) for n in numbers))
+    rule: Rule = DRIFT_RULES.get(name)(*(int(n) if n.isdecimal() else float(n) for n in numbers))
+    return rule
 
 
 @dataclass

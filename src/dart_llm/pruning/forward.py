@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from typing import ParamSpec, TypeVar
@@ -42,7 +42,7 @@ class ForwardCall:
     live: Tensor | None = None
     observable: int | None = None
     forced: bool = False
-    """Whether tokens of a known text stand for decode steps of one token each."""
+    """Whether tokens of a fixed text stand for decode steps of one token each."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -55,7 +55,7 @@ class ForwardPlan:
     """What the layers do in one forward: ``masks[sequence][layer]``, None where dense.
 
     ``observe``: hand on what is seen; ``signal``: hand on what drift watches; ``stream``: the
-    stream before and after the FFN too; ``inputs``: the FFN's input too, where low-rank
+    FFN's output and the stream before it too; ``inputs``: the FFN's input too, where low-rank
     compensation reads it.  ``into``: where dense layers put what they saw by themselves,
     [B, T, ...] outside any graph; None: the controller does.
     """
@@ -77,8 +77,6 @@ class PendingForward:
     """A forward that runs, or ran and is not settled; private to ``controller.py``.
 
     ``observing``: one flag per sequence.  ``counts``: prompt tokens of each row, padding left out.
-    ``sampled``: tokens of a decode forward on which sensitivities are read; ``sampled_by``: which
-    of these each sequence reads itself, [sequences, n]; None: all.
     """
 
     call: ForwardCall
@@ -86,8 +84,6 @@ class PendingForward:
     observing: list[bool]
     counts: list[float]
     layers: dict[int, LayerObservation]
-    sampled: list[int] = field(default_factory=list)
-    sampled_by: Tensor | None = None
     signal: Tensor | None = None
     ended: bool = False
     """False while the forward runs, and for ever if it raised."""
@@ -96,7 +92,7 @@ class PendingForward:
 T = TypeVar("T", Tensor, Tensor | None)
 
 
-def bare(t: T) -> T:
+def detached(t: T) -> T:
     """``t`` outside any graph."""
     return t.detach() if t is not None and t.requires_grad else t
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.compensation import LowRank
+from dart_llm.pruning.weights import FfnWeights
 
-if TYPE_CHECKING:
-    from dart_llm.pruning.weights import FfnWeights
+Ids = Mapping[int, Sequence[int] | Tensor]
+"""{layer: neuron ids}."""
 
 
 def largest(values: Tensor, count: int) -> Tensor:
@@ -141,8 +141,8 @@ def _neuron_ids(layer: int, ids: Sequence[int] | Tensor) -> Tensor:
 
 def user_masks(
     widths: Sequence[int],
-    keep: Mapping[int, Sequence[int] | Tensor] | None,
-    remove: Mapping[int, Sequence[int] | Tensor] | None,
+    keep: Ids | None,
+    remove: Ids | None,
 ) -> list[Tensor | None]:
     """A user's own masks: neuron ids per layer to keep, or to remove; other layers stay dense.
 
@@ -174,8 +174,8 @@ def user_masks(
 
 def masks_on_devices(
     layers: Sequence[FfnWeights],
-    keep: Mapping[int, Sequence[int] | Tensor] | None,
-    remove: Mapping[int, Sequence[int] | Tensor] | None,
+    keep: Ids | None,
+    remove: Ids | None,
 ) -> tuple[LayerMask | None, ...]:
     """The masks of ``given_masks`` on the layers' devices; None where a layer keeps all."""
     found = user_masks([layer.width for layer in layers], keep, remove)

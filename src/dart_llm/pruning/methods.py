@@ -1,49 +1,63 @@
-"""Every method by name, and what can be chosen by name."""
+"""Every method by name, and what can be chosen by name.
+
+The first paragraph below each method is what ``dart-llm methods`` lists.
+"""
 
 from __future__ import annotations
 
+import ast
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from dart_llm.pruning.config import (
+    DEFAULT_METHOD,
     BudgetConfig,
     CalibrationConfig,
     DriftConfig,
-    PriorConfig,
     PruneConfig,
     RemaskConfig,
     ScoreConfig,
+    SelfStatsConfig,
     TokenConfig,
 )
-from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES, Registry
+from dart_llm.pruning.registry import (
+    BUDGETS,
+    DRIFT_RULES,
+    METHODS,
+    SCORES,
+    TOKEN_RULES,
+    Registry,
+)
 
 
-def _by_token(method: str, **token: Any) -> PruneConfig:
-    """Tokens choose by ``token``: nothing is learnt, nothing of the prompt is read."""
+def _per_token(rule: str, **options: Any) -> PruneConfig:
+    """Tokens select by ``rule``: nothing is learned, nothing of the prompt is read."""
     return PruneConfig(
-        method=method,
+        method=rule,
         score=ScoreConfig(name="weight"),  # asks for no evidence; no score ranks anything here
         budget=BudgetConfig(name="uniform"),
         drift=DriftConfig(rule="never"),
-        token=TokenConfig(**token),
+        token=TokenConfig(rule=rule, **options),
     )
 
 
-CATS = _by_token("cats", rule="gate")
-"""CATS (arXiv 2404.08763): the gate is computed whole, and its largest outputs say which neurons.
+CATS = _per_token("cats")
+"""CATS (arXiv 2404.08763): the gate is computed whole; its largest outputs select neurons.
 
 ``v = act(W_gate x)``; ``z = W_down[:, S] (v_S * (W_up[S] x))`` with S the k largest ``abs(v_i)``.
 The paper's threshold is a percentile over a calibration text; here every token keeps exactly k
 neurons, as for ``teal``.  In a plain FFN, which has no gate, v is u itself.  Bytes: the gate whole,
-up and down of k neurons.  Plain PyTorch: for quality at equal bytes, not for speed.
+up and down of k neurons.
 """
 
-COUNTDOWN = _by_token("countdown", rule="up")
-"""CountDown (arXiv 2505.17701), its variant M: up is computed whole and says which neurons.
+COUNTDOWN = _per_token("countdown")
+"""CountDown (arXiv 2505.17701), its variant M: up is computed whole and selects neurons.
 
 ``s = W_up x``; ``z = W_down[:, S] (act(W_gate[S] x) * s_S)`` with S the k largest ``abs(s_i)``.
 Exactly k per token where the paper has a threshold.  The variant D of the paper trains a predictor,
 which nothing does here.  In a plain FFN s is u itself, as for ``cats``.  Bytes: up whole, gate and
-down of k neurons.  Plain PyTorch: for quality at equal bytes, not for speed.
+down of k neurons.
 """
 
 DART = PruneConfig(
@@ -54,16 +68,16 @@ DART = PruneConfig(
         rule="dart", signal="hidden", min_distance=64, max_dense_share=0.05, allowance=32
     ),
     remask=RemaskConfig(evidence="decay", decay=0.1, observe_tokens=32),
-    prior=PriorConfig(tokens=32),
+    self_stats=SelfStatsConfig(tokens=32),
     min_evidence=16,
     skip_sinks=True,
     compensation=True,
     compensation_rank=32,
 )
-"""DART for LLMs: one mask for a text, made anew on drift.
+"""DART for LLMs: one mask per sequence, rebuilt on drift.
 
 Fisher scores (arXiv 2204.09656) ranked over all layers at once, with the activations of the prompt
-and gradients that are learnt once from the model's own text; low-rank compensation, after FLAP's
+and gradients that are learned once from self-generated text; low-rank compensation, after FLAP's
 mean (arXiv 2312.11983); re-masks from decayed evidence when the last hidden state leaves the
 topic.  docs/method.md has the formulas and what each part is worth.
 """
@@ -77,7 +91,7 @@ DART_PROMPT = PruneConfig(
     min_evidence=64,
     compensation=True,
 )
-"""DART for LLMs from the prompt alone: nothing is learnt of the model beforehand.
+"""DART for LLMs from the prompt alone: nothing is learned of the model beforehand.
 
 The first default of this project.
 
@@ -91,35 +105,22 @@ DART_TOKEN = PruneConfig(
     score=ScoreConfig(name="fisher"),
     budget=BudgetConfig(name="uniform"),
     drift=DriftConfig(rule="never"),
-    prior=PriorConfig(tokens=32),
+    self_stats=SelfStatsConfig(tokens=32),
     skip_sinks=True,
     compensation=True,
     token=TokenConfig(bits=4, group=32),
 )
 """Token-level tracing: every token computes only its own strongest neurons.
 
-4-bit copies of gate and up rank the neurons by ``abs(u~_i)`` times the root of the loss's mean
-squared gradient by u_i, learnt once from the model's own text; the winners are computed with the
-model's own weights.  The idea of copies and winners is that of Prox (arXiv 2607.27591) and WINA
-(arXiv 2505.19427).  The others stand at what they are worth on average where tokens leave them out.
-Uniform budget, no drift rule: there is no mask that could grow stale.
+4-bit proxies of gate and up rank the neurons by ``abs(u~_i)`` times the root of the loss's mean
+squared gradient by u_i, learned once from self-generated text; the winners are computed with the
+model's weights.  The idea of proxies and winners is that of Prox (arXiv 2607.27591) and WINA
+(arXiv 2505.19427).  The others are replaced by their mean activation over tokens that leave them
+out.  Uniform budget, no drift rule: there is no mask that could grow stale.
 """
 
 DENSE = PruneConfig(method="dense", sparsity=0.0)
 """Dense: nothing is removed.  The baseline of every comparison."""
-
-DENSE_4BIT = PruneConfig(method="dense-4bit", sparsity=0.0, weight_bits=4)
-"""Dense with 4-bit weights: what quantisation gives instead of pruning.
-
-GGUF's format Q4_1, 5 bits a weight with its scales; as in such files, token embedding and output
-head have 8 (Q8_0).  All neurons are kept.
-"""
-
-DENSE_8BIT = PruneConfig(method="dense-8bit", sparsity=0.0, weight_bits=8)
-"""Dense with 8-bit weights: what quantisation gives instead of pruning.
-
-GGUF's format Q8_0, 8.5 bits a weight with its scales.  All neurons are kept.
-"""
 
 FLAP = PruneConfig(
     method="flap",
@@ -142,7 +143,7 @@ GLASS = PruneConfig(
 )
 """GLASS (arXiv 2508.14302): GRIFFIN's prompt statistic and a global prior, by mean rank.
 
-The prior is the same statistic over 64 sequences of 128 tokens that the model writes itself.
+The prior is the same statistic over 64 self-generated sequences of 128 tokens.
 ``score={"prior_weight": w}``: 0 is GRIFFIN, 1 the prior alone.  Uniform budget, never a re-mask.
 """
 
@@ -152,7 +153,7 @@ GRIFFIN = PruneConfig(
     budget=BudgetConfig(name="uniform"),
     drift=DriftConfig(rule="never"),
 )
-"""GRIFFIN (arXiv 2404.01365): the prompt's normalised activations choose, once.
+"""GRIFFIN (arXiv 2404.01365): the prompt's normalised activations select neurons, once.
 
 Uniform budget, never a re-mask.
 """
@@ -164,20 +165,19 @@ GRIFFIN_REFRESH = PruneConfig(
     drift=DriftConfig(rule="interval 64"),
     remask=RemaskConfig(evidence="fresh", observe_tokens=16),
 )
-"""GRIFFIN (arXiv 2404.01365), chosen anew every 64 pruned tokens from 16 dense ones.
+"""GRIFFIN (arXiv 2404.01365), repeated every 64 pruned tokens from 16 dense ones.
 
 Only the newly observed tokens count.  Another period N is ``--drift "interval N"``.  The dense
 tokens lower the achieved sparsity, which the report gives.
 """
 
-PROX = _by_token("prox", rule="copies", bits=4, group=32, inputs=0.5)
-"""Prox (arXiv 2607.27591): low-bit estimates at the large inputs choose, winners are exact.
+PROX = _per_token("prox", bits=4, group=32, inputs=0.5)
+"""Prox (arXiv 2607.27591): low-bit estimates at the large inputs select, winners are exact.
 
 ``u~ = act(gate~ x~) * (up~ x~)``, where x~ keeps the half of x with the largest ``abs(x_j)``, and
-gate~, up~ are 4-bit copies; the k largest ``abs(u~_i) * ||w_i||_2`` are computed with the model's
-own weights.  No code of the paper was found: this is its idea on this project's copies.  Bytes:
-half of the copies with all of their scales, and k neurons.  Plain PyTorch: for quality at equal
-bytes, not for speed.
+gate~, up~ are 4-bit proxies; the k largest ``abs(u~_i) * ||w_i||_2`` are computed with the model's
+weights.  The paper has no public code: this is its idea on this project's proxies.  Bytes: half of
+the proxies with all of their scales, and k neurons.
 """
 
 PUBLISHED = PruneConfig(
@@ -204,7 +204,7 @@ defect of the scripts:
 RANDOM = PruneConfig(
     method="random", score=ScoreConfig(name="random"), budget=BudgetConfig(name="uniform")
 )
-"""Random: neurons are drawn by lot, from the seed; the floor under every other method.
+"""Random: a seeded random subset; the lower bound for every method.
 
 The same mask for every text, uniform budget, never a re-mask.
 """
@@ -217,20 +217,20 @@ STATIC = PruneConfig(
 The classical magnitude-pruning baseline, for whole neurons: uniform budget, no activations.
 """
 
-TEAL = _by_token("teal", rule="inputs")
-"""TEAL (arXiv 2408.14690) on the FFNs: each matrix is read at its largest inputs.
+TEAL = _per_token("teal")
+"""TEAL (arXiv 2408.14690) on the FFNs: each matrix is read at its largest inputs; sparsity is of
+inputs.
 
 ``W x`` becomes ``W s(x)``, where s keeps the entries of largest ``abs(x_j)`` and sets the others to
 0: x of gate and up, u of down.  Sparsity is here the fraction of each matrix's inputs that is
 dropped; those of down are the neurons.  The paper sets a threshold per matrix by a calibration text
 and, in its best variant, a sparsity per matrix by a greedy search.  Here every token keeps exactly
-the same share everywhere: no text is needed, what was asked for is what is read, token by token,
-and no threshold of another text or of the prompt can go stale.  Plain PyTorch: for quality at equal
-bytes, not for speed.
+the same share everywhere: no text is needed, what was requested is what is read, token by token,
+and no threshold of another text or of the prompt can grow stale.
 """
 
-TEAL_ATTENTION = _by_token("teal-attention", rule="inputs", attention=True)
-"""TEAL (arXiv 2408.14690) as in the paper: the projections of attention too.
+TEAL_ATTENTION = _per_token("teal-attention")
+"""TEAL (arXiv 2408.14690) as in the paper: the projections of attention too; sparsity is of inputs.
 
 As ``teal``, and q, k, v and the output projection keep the same share of their inputs.  Sparsity
 and the shares of FFN bytes count the FFNs alone; bytes per token count attention too.
@@ -248,97 +248,70 @@ The paper's criterion, weight magnitude times activation norm, summed over the w
 output column: ``||w_i||_1 * ||u_i||_2`` over 128 x 256 tokens.  Uniform budget.
 """
 
-WINA = _by_token("wina", rule="inputs", weighted=True)
-"""WINA (arXiv 2505.19427) on the FFNs: as TEAL, inputs weighted by what they meet.
+WINA = _per_token("wina")
+"""WINA (arXiv 2505.19427) on the FFNs: as TEAL, inputs weighted by column norms; sparsity is of
+inputs.
 
 The entries of largest ``abs(x_j) * ||W[:, j]||_2`` stay, by matrix; as many for every token, as in
 the paper.  The rotation of the weights that its error bound assumes is not made.  Sparsity is the
-fraction of each matrix's inputs that is dropped.  Plain PyTorch: for quality at equal bytes, not
-for speed.
+fraction of each matrix's inputs that is dropped.
 """
 
-SUMMARIES = {
-    "cats": (
-        "CATS (arXiv 2404.08763): the gate is computed whole, and its largest outputs say which "
-        "neurons; reference speed."
-    ),
-    "countdown": (
-        "CountDown (arXiv 2505.17701), its variant M: up is computed whole and says which neurons; "
-        "reference speed."
-    ),
-    "dart": "DART for LLMs: one mask for a text, made anew on drift.",
-    "dart-prompt": (
-        "DART for LLMs from the prompt alone: nothing is learnt of the model beforehand."
-    ),
-    "dart-token": (
-        "Token-level tracing: every token computes only its own strongest neurons.  The default "
-        "of every command and of prune."
-    ),
-    "dense": "Dense: nothing is removed.  The baseline of every comparison.",
-    "dense-4bit": "Dense with 4-bit weights: what quantisation gives instead of pruning.",
-    "dense-8bit": "Dense with 8-bit weights: what quantisation gives instead of pruning.",
-    "flap": ("FLAP (arXiv 2312.11983): static masks from a calibration text, with compensation."),
-    "glass": (
-        "GLASS (arXiv 2508.14302): GRIFFIN's prompt statistic and a global prior, by mean rank."
-    ),
-    "griffin": ("GRIFFIN (arXiv 2404.01365): the prompt's normalised activations choose, once."),
-    "griffin-refresh": (
-        "GRIFFIN (arXiv 2404.01365), chosen anew every 64 pruned tokens from 16 dense ones."
-    ),
-    "prox": (
-        "Prox (arXiv 2607.27591): low-bit estimates at the large inputs choose, winners are exact; "
-        "reference speed."
-    ),
-    "published": (
-        "DART as its scripts were published (arXiv 2601.22632), with their defects mended."
-    ),
-    "random": (
-        "Random: neurons are drawn by lot, from the seed; the floor under every other method."
-    ),
-    "static": (
-        "Static: neurons ranked by the norms of their weights; the same mask for every text."
-    ),
-    "teal": (
-        "TEAL (arXiv 2408.14690) on the FFNs: each matrix is read at its largest inputs; sparsity "
-        "is of inputs; reference speed."
-    ),
-    "teal-attention": (
-        "TEAL (arXiv 2408.14690) as in the paper: the projections of attention too; sparsity is of "
-        "inputs; reference speed."
-    ),
-    "wanda": ("Wanda (arXiv 2306.11695) for whole neurons: static masks from a calibration text."),
-    "wina": (
-        "WINA (arXiv 2505.19427) on the FFNs: as TEAL, inputs weighted by what they meet; sparsity "
-        "is of inputs; reference speed."
-    ),
-}
-"""One line on each method."""
+
+def _first_paragraphs() -> dict[str, str]:
+    """Of the text below each constant of this module, by the constant's name."""
+    body = ast.parse(Path(__file__).read_text("utf-8")).body
+    return {
+        node.targets[0].id: text.value.value.split("\n\n")[0].strip().replace("\n", " ")
+        for node, text in pairwise(body)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        if isinstance(text.value.value, str)
+    }
+
+
+def summaries() -> dict[str, str]:
+    """One line on each method of this package."""
+    found = {}
+    for constant, text in _first_paragraphs().items():
+        name = constant.lower().replace("_", "-")
+        token = METHODS.get(name).token
+        if token is not None and not TOKEN_RULES.get(token.rule).native:
+            text = f"{text[:-1]}; reference speed."
+        if name == DEFAULT_METHOD:
+            text += "  The default of every command and of prune."
+        found[name] = text
+    return found
 
 
 def listing() -> dict[str, list[dict[str, str]]]:
-    """Name, one-line description and source of every method, score, budget and drift rule."""
+    """Name, one-line description and source of everything that can be chosen by name."""
 
     def entry(name: str, summary: str, source: str) -> dict[str, str]:
         return {"name": name, "summary": summary, "source": source}
 
-    def entries(table: Registry[Any]) -> list[dict[str, str]]:
-        found = [(name, table.get(name)) for name in table.names()]
-        return [entry(name, rule.summary, rule.source) for name, rule in found]
+    def entries(table: Registry) -> list[dict[str, str]]:
+        return [entry(n, table.get(n).summary, table.get(n).source) for n in table.names()]
 
-    methods = [(name, METHODS.get(name)) for name in METHODS.names()]
-    rules = [(name, DRIFT_RULES.get(name).__doc__ or "") for name in DRIFT_RULES.names()]
+    def documented(table: Registry) -> list[dict[str, str]]:
+        each = [(name, table.get(name).__doc__ or "") for name in table.names()]
+        return [entry(name, text.strip().split("\n")[0], "") for name, text in each]
+
+    lines = summaries()
     blend = "The mean of two budgets' keep counts.", "this project; docs/method.md"
     return {
-        "methods": [entry(name, SUMMARIES.get(name, ""), _settings(one)) for name, one in methods],
+        "methods": [
+            entry(name, lines.get(name, ""), _settings(METHODS.get(name)))
+            for name in METHODS.names()
+        ],
         "scores": entries(SCORES),
         "budgets": [*entries(BUDGETS), entry("blend A B", *blend)],
-        "drift_rules": [entry(name, text.strip().split("\n")[0], "") for name, text in rules],
+        "drift_rules": documented(DRIFT_RULES),
+        "token_rules": documented(TOKEN_RULES),
     }
 
 
 def _settings(config: PruneConfig) -> str:
-    if config.weight_bits is not None:
-        return f"weights of {config.weight_bits} bits, nothing removed"
     parts = [
         f"score {config.score.name}",
         f"budget {config.budget.name}",
@@ -347,23 +320,8 @@ def _settings(config: PruneConfig) -> str:
         f"compensation {'on' if config.compensation else 'off'}",
     ]
     if config.token is not None:
-        parts.append(_choice(config.token))
+        parts.append(TOKEN_RULES.get(config.token.rule).describe(config.token))
     if config.calibration is not None:
         size = f"{config.calibration.sequences} x {config.calibration.length} tokens"
         parts.append(f"{config.calibration.purpose} from calibration on {size}")
     return ", ".join(parts)
-
-
-def _choice(token: TokenConfig) -> str:
-    """What every token chooses, in words."""
-    if token.rule == "inputs":
-        weighted = " times column norm" if token.weighted else ""
-        where = "FFN and attention" if token.attention else "FFN"
-        return f"every token's largest inputs{weighted} of each matrix of {where}"
-    if token.rule != "copies":
-        return f"winners of every token by the exact {token.rule}"
-    copies = f"{token.bits}-bit copies in groups of {token.group}"
-    if token.by_weights(blocks=True):
-        copies += ", or by weights that are in blocks themselves"
-    at = "" if token.inputs == 1 else f", read at {token.inputs:.0%} of the inputs"
-    return f"winners of every token by {copies}{at}"

@@ -1,4 +1,4 @@
-"""One Python file of scores, budgets, drift rules and methods, named by ``--plugin`` or a variable.
+"""One Python file of scores, budgets, rules and methods, named by ``--plugin`` or a variable.
 
 The variable is how processes that a study starts know the file too.
 """
@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dart_llm.errors import ConfigError
 from dart_llm.files import file_sha256
-
-if TYPE_CHECKING:
-    from dart_llm.pruning.config import PruneConfig
 
 VARIABLE = "DART_PLUGIN"
 
@@ -58,7 +55,7 @@ def load() -> None:
     if path not in _owned.values():
         raise ConfigError(
             f'the plug-in {path} registers nothing: call SCORES.register("my-score", my_score), or '
-            "the same of METHODS, BUDGETS or DRIFT_RULES"
+            "the same of METHODS, BUDGETS, DRIFT_RULES or TOKEN_RULES"
         )
 
 
@@ -72,7 +69,7 @@ def _run(path: str) -> None:
 
 
 def hint() -> str:
-    """What a name that is not known may lack, where no file was named; else ""."""
+    """What a message about an unknown name adds where no file was given; else ""."""
     return "" if os.environ.get(VARIABLE) else "one of your own: --plugin FILE"
 
 
@@ -82,13 +79,10 @@ def registered(kind: str, name: str) -> None:
         _owned[kind, name] = _loading[-1]
 
 
-def digest(config: PruneConfig | None = None) -> dict[str, str]:
-    """``plugin``: sha256 of the file that ``config`` takes a part from; None: of any loaded."""
+def digest(names: Iterable[tuple[str, str]] | None = None) -> dict[str, str]:
+    """``plugin``: sha256 of the file behind any (kind, name) of ``names``; None: of any loaded."""
     load()
     paths = set(_digests)
-    if config is not None:
-        named = [("method", config.method), ("score", config.score.name)]
-        named += [("budget", word) for word in config.budget.name.split()]
-        named += [("drift rule", config.drift.rule.split()[0])]
-        paths = {_owned[one] for one in named if one in _owned}
+    if names is not None:
+        paths = {_owned[one] for one in names if one in _owned}
     return {"plugin": " ".join(_digests[path] for path in sorted(paths))} if paths else {}

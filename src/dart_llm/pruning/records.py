@@ -1,4 +1,4 @@
-"""What flows out of a run: frozen, JSON-able records, one schema for every door.
+"""What a run returns: frozen, JSON-able records.
 
 Sparsity is always the fraction of FFN neurons removed.  "Decoded tokens" are those fed in decode
 forwards; the first generated token, which comes from the prompt's logits, is not one of them.
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Remask:
-    """Masks of all layers were built; they hold from decode step ``step`` of ``sequence`` on."""
+    """Masks of all layers were built; they apply from decode step ``step`` of ``sequence`` on."""
 
     sequence: int
     row: int | None
@@ -23,7 +23,7 @@ class Remask:
     """Decoded tokens before the first forward that used these masks."""
     cause: str
     """``first``, ``prompt`` (new prefill tokens), ``drift``, ``interval``, ``given``, or ``forced``
-    (at a known moment)."""
+    (at a set moment)."""
     evidence_tokens: float
     """Tokens that the masks were made from; after a decay they count less."""
     kept: tuple[int, ...]
@@ -51,9 +51,9 @@ class DriftCheck:
     """None while the detector is not armed."""
     counter: int
     trigger: bool
-    """Whether the masks are made anew after it."""
+    """Whether the masks are rebuilt after it."""
     state: str
-    """``arming``, ``armed``, or ``held`` (a trigger that the guards put off)."""
+    """``arming``, ``armed``, or ``held`` (a trigger that the guards suppress)."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,7 @@ class LayerStat:
 
 @dataclass(frozen=True)
 class SequenceReport:
-    """Accounting of one sequence (one batch row, or one batch that shares its masks).
-
-    Numbers as in ``RunReport``.
-    """
+    """One sequence (one batch row, or one batch that shares its masks); as in ``RunReport``."""
 
     sequence: int
     row: int | None
@@ -82,15 +79,13 @@ class SequenceReport:
     decoded_tokens: int
     dense_tokens: int
     achieved_sparsity: float
-    sparsity_while_pruned: float
-    dense_token_share: float
     remasks: tuple[Remask, ...]
 
 
 def bytes_limit(
     ffn_share: float, sparsity: float, proxy_share: float = 0.0, head_saved: float = 0.0
 ) -> float:
-    """Largest speed-up that the bytes read allow: low-bit copies are read on top.
+    """Bandwidth limit of the speed-up: what selecting reads counts on top.
 
     ``head_saved``: of all bytes, those of the output head that a screened one leaves out.
     """
@@ -103,11 +98,11 @@ class HeadReport:
 
     tokens: int
     bytes_share: float
-    """Bytes of one token over the whole head's: rough scores, exact words, and the looks at it."""
+    """Bytes of one token over the whole head's: rough scores, exact entries, and the samples."""
     sampled: int
     """Tokens that the whole head scored too."""
     same_share: float
-    """Share of these whose best word is the same."""
+    """Share of these whose best vocabulary entry is the same."""
     kl: float
     """Mean KL of the whole head against the screened one over these, in nats."""
     share_of_bytes: float = 0.0
@@ -124,24 +119,28 @@ class HeadReport:
 
     def __str__(self) -> str:
         return (
-            f"head screened at {self.bytes_share:.2f} of its bytes (KL {self.kl:.4f}, best word "
-            f"kept in {self.same_share:.1%} of {self.sampled} tokens looked at)"
+            f"head screened at {self.bytes_share:.2f} of its bytes (KL {self.kl:.4f}, same best "
+            f"token in {self.same_share:.1%} of {self.sampled} samples)"
         )
 
 
-def merge_heads(heads: Sequence[HeadReport | None]) -> HeadReport | None:
+def merge_heads(heads: Iterable[HeadReport | None]) -> HeadReport | None:
     """One over the tokens of all; None where no head was screened."""
-    found = [one for one in heads if one is not None]
-    if not found:
+    screened = [one for one in heads if one is not None]
+    if not screened:
         return None
-    tokens, sampled = sum(h.tokens for h in found), sum(h.sampled for h in found)
+
+    def mean(name: str, count: str) -> float:
+        total = sum(getattr(h, name) * getattr(h, count) for h in screened)
+        return float(total / max(1, sum(getattr(h, count) for h in screened)))
+
     return HeadReport(
-        tokens,
-        sum(h.bytes_share * h.tokens for h in found) / tokens,
-        sampled,
-        sum(h.same_share * h.sampled for h in found) / max(1, sampled),
-        sum(h.kl * h.sampled for h in found) / max(1, sampled),
-        sum(h.share_of_bytes * h.tokens for h in found) / tokens,
+        sum(h.tokens for h in screened),
+        mean("bytes_share", "tokens"),
+        sum(h.sampled for h in screened),
+        mean("same_share", "sampled"),
+        mean("kl", "sampled"),
+        mean("share_of_bytes", "tokens"),
     )
 
 
@@ -164,29 +163,25 @@ class RunReport:
     remask_causes: dict[str, int]
     layers: tuple[LayerStat, ...]
     executor: str
-    ffn_flops_share: float
-    """FFN FLOPs per decoded token over dense, as executed, tracing and mask building included."""
     ffn_bytes_share: float
-    """FFN bytes touched per decode forward over dense, as executed, likewise."""
-    ffn_flops_share_if_compact: float
+    """FFN bytes read per decode forward over dense, as executed, with tracing and mask building."""
     ffn_bytes_share_if_compact: float
+    """The same if every forward read its winners alone."""
     ffn_share_of_bytes: float
     """FFN bytes over all weight bytes that one decoded token reads (embedding rows left out)."""
     extra_memory_bytes: int
-    """Held beside the model: evidence, detector, masks, compact and low-bit copies."""
+    """Memory beside the model: evidence, detector, masks, compact weights, low-bit proxies."""
     sequences: tuple[SequenceReport, ...]
-    proxy_flops_share: float = 0.0
-    """Part of the FFN FLOPs over dense that estimating and ranking per token takes, likewise."""
     proxy_bytes_share: float = 0.0
-    """Part of the FFN bytes over dense that choosing per token takes, if run compactly: low-bit
-    copies, or the losers' rows of a projection that is read whole; 0 unless tokens choose."""
+    """Part of the FFN bytes over dense that per-token selection reads, if run compactly: low-bit
+    proxies, or the losers' rows of a projection that is read whole."""
     proxy_error: float | None = None
-    """Relative Frobenius error of the low-bit copies; None without them."""
+    """Relative Frobenius error of the low-bit proxies; None without them."""
     proxy_error_gaussian: float | None = None
     """The same of Gaussian matrices on the same grid: much more means a file that flatters it."""
     token_bytes_share: float | None = None
     """Bytes that a decoded token reads over those of the dense model at bfloat16, if run compactly:
-    FFN, attention, head and cache, what chooses as read, weights in blocks as stored, all else as
+    FFN, attention, head and cache, selection included, weights in blocks as stored, all else as
     two bytes, whatever the dtype of the run."""
     dense_token_bytes_share: float | None = None
     """The same of the model with nothing removed: less than 1 where weights are in blocks."""
@@ -197,7 +192,7 @@ class RunReport:
 
     @property
     def bytes_limit(self) -> float:
-        """Largest speed-up that the bytes read allow at the achieved sparsity."""
+        """Bandwidth limit of the speed-up at the achieved sparsity."""
         saved = 0.0 if self.head is None else self.head.saved(self.decoded_tokens)
         shares = self.ffn_share_of_bytes, self.achieved_sparsity, self.proxy_bytes_share
         return bytes_limit(*shares, saved)
@@ -210,61 +205,53 @@ class RunReport:
         return data
 
     def __str__(self) -> str:
-        asked = copies = ""
+        requested = selection = ""
         if self.requested_sparsity is not None:
-            asked = f" of {self.requested_sparsity:.0%} asked"
+            requested = f" of {self.requested_sparsity:.0%} requested"
         if self.proxy_bytes_share:
-            copies = f" ({self.proxy_bytes_share:.2f} to choose neurons)"
+            selection = f" ({self.proxy_bytes_share:.2f}x for neuron selection)"
         remasks = f"{self.remasks} re-mask{'' if self.remasks == 1 else 's'}"
         return (
-            f"{self.method}: {self.achieved_sparsity:.1%} of the FFN neurons removed{asked}, mean "
-            f"over {self.decoded_tokens} decoded tokens ({self.dense_token_share:.1%} of them "
+            f"{self.method}: {self.achieved_sparsity:.1%} of the FFN neurons removed{requested}, "
+            f"mean over {self.decoded_tokens} decoded tokens ({self.dense_token_share:.1%} of them "
             f"dense; {self.sparsity_while_pruned:.1%} while pruned), {remasks}, "
-            f"{self.executor} executor, {self.ffn_bytes_share:.2f} of the dense FFN bytes{copies}, "
-            f"{self.extra_memory_bytes / 2**20:.1f} MiB held"
+            f"{self.executor} executor, reads {self.ffn_bytes_share:.2f}x of the dense FFN bytes"
+            f"{selection}, {self.extra_memory_bytes / 2**20:.1f} MiB extra memory"
             f"{'' if self.head is None else f', {self.head}'}"
         )
 
 
-# Adding up the reports of several runs of the same configuration.
+# Adding up reports, as ``RunReport.to_dict``, of several runs of the same configuration.
 
-
-_WEIGHTED = (
+_MEANS = (
     "achieved_sparsity",
     "dense_token_share",
-    "ffn_flops_share",
     "ffn_bytes_share",
-    "ffn_flops_share_if_compact",
     "ffn_bytes_share_if_compact",
-    "proxy_flops_share",
     "proxy_bytes_share",
+    "token_bytes_share",
+    "dense_token_bytes_share",
+    "mean_context",
 )
 
-_KNOWN_LATELY = ("token_bytes_share", "dense_token_bytes_share", "mean_context")
-"""As ``_WEIGHTED``, where all reports have them."""
-
-_NONE_WHEN_DENSE = ("achieved_sparsity", "proxy_flops_share", "proxy_bytes_share")
-
-_ADDED = ("prompt_tokens", "decoded_tokens", "remasks")
+_SUMS = ("prompt_tokens", "decoded_tokens", "remasks")
 
 
 def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One report (as ``RunReport.to_dict``) over all; means are weighted by decoded tokens.
+    """One report over all; means are weighted by decoded tokens, None where one has none.
 
     ``layers`` keeps the last run's counts with the mean sparsity; ``sequences`` are joined.
     """
-    total = sum(report["decoded_tokens"] for report in reports)
+    total = max(1, sum(report["decoded_tokens"] for report in reports))
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        weights = [report["decoded_tokens"] for report in reports]
+        terms = [v * w for v, w in zip(values, weights, strict=True) if v is not None]
+        return float(sum(terms) / total) if len(terms) == len(values) else None
+
     merged = dict(reports[-1])
-
-    def mean(values: Iterable[float]) -> float:
-        weighted = zip(values, reports, strict=True)
-        return float(sum(value * r["decoded_tokens"] for value, r in weighted) / max(1, total))
-
-    merged.update({key: mean(report[key] for report in reports) for key in _WEIGHTED})
-    for key in _KNOWN_LATELY:
-        known = [report.get(key) for report in reports]
-        merged[key] = None if None in known else mean(one for one in known if one is not None)
-    merged.update({key: sum(report[key] for report in reports) for key in _ADDED})
+    merged |= {key: mean([report.get(key) for report in reports]) for key in _MEANS}
+    merged |= {key: sum(report[key] for report in reports) for key in _SUMS}
     pruned = 1 - merged["dense_token_share"]
     merged["sparsity_while_pruned"] = merged["achieved_sparsity"] / pruned if pruned else 0.0
     merged["extra_memory_bytes"] = max(report["extra_memory_bytes"] for report in reports)
@@ -273,29 +260,21 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         causes.update(report["remask_causes"])
     merged["remask_causes"] = dict(causes)
     merged["layers"] = [
-        {**each[-1], "sparsity_decoded": mean(layer["sparsity_decoded"] for layer in each)}
+        {**each[-1], "sparsity_decoded": mean([layer["sparsity_decoded"] for layer in each])}
         for each in zip(*(report["layers"] for report in reports), strict=True)
     ]
     merged["sequences"] = [
         {**sequence, "sequence": number}
         for number, sequence in enumerate(s for r in reports for s in r["sequences"])
     ]
-    head = merge_heads([_head(report) for report in reports])
+    heads = [HeadReport(**report["head"]) if report.get("head") else None for report in reports]
+    head = merge_heads(heads)
     if head is not None:
         merged["head"] = asdict(head)
-    merged["bytes_limit"] = _limit(merged)
+    saved = 0.0 if head is None else head.saved(merged["decoded_tokens"])
+    sparsity, proxy = merged["achieved_sparsity"], merged["proxy_bytes_share"]
+    merged["bytes_limit"] = bytes_limit(merged["ffn_share_of_bytes"], sparsity, proxy, saved)
     return merged
-
-
-def _head(report: dict[str, Any]) -> HeadReport | None:
-    found = report.get("head")
-    return None if found is None else HeadReport(**found)
-
-
-def _limit(report: dict[str, Any]) -> float:
-    head, proxy = _head(report), report["proxy_bytes_share"]
-    saved = 0.0 if head is None else head.saved(report["decoded_tokens"])
-    return bytes_limit(report["ffn_share_of_bytes"], report["achieved_sparsity"], proxy, saved)
 
 
 def slim(report: dict[str, Any]) -> dict[str, Any]:
@@ -307,21 +286,19 @@ def add_dense(report: dict[str, Any], tokens: int) -> dict[str, Any]:
     """The report with ``tokens`` decoded tokens more that ran dense, outside any run."""
     if not tokens:
         return report
-    before = report["decoded_tokens"]
-    total = before + tokens
-
-    def mixed(value: float, dense: float) -> float:
-        return float((value * before + dense * tokens) / total)
-
-    merged = dict(report)
-    for key in _WEIGHTED:
-        merged[key] = mixed(report[key], 0.0 if key in _NONE_WHEN_DENSE else 1.0)
-    if (whole := report.get("dense_token_bytes_share")) is not None:
-        merged["token_bytes_share"] = mixed(report["token_bytes_share"], whole)
-    merged["decoded_tokens"] = total
-    merged["layers"] = [
-        {**layer, "sparsity_decoded": mixed(layer["sparsity_decoded"], 0.0)}
-        for layer in report["layers"]
-    ]
-    merged["bytes_limit"] = _limit(merged)
-    return merged
+    nothing = {"achieved_sparsity": 0.0, "proxy_bytes_share": 0.0, "prompt_tokens": 0, "remasks": 0}
+    dense = {
+        **report,
+        **nothing,
+        "decoded_tokens": tokens,
+        "dense_token_share": 1.0,
+        "ffn_bytes_share": 1.0,
+        "ffn_bytes_share_if_compact": 1.0,
+        "token_bytes_share": report.get("dense_token_bytes_share"),
+        "remask_causes": {},
+        "layers": [{**layer, "sparsity_decoded": 0.0} for layer in report["layers"]],
+        "sequences": [],
+        "head": None,
+    }
+    kept = ("sparsity_while_pruned", "mean_context", "sequences")
+    return {**merge_reports([dense, report]), **{key: report.get(key) for key in kept}}

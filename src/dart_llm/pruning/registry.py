@@ -1,50 +1,48 @@
 """The one place that lists everything that can be chosen by name.
 
-A built-in is one line in a table below, imported only when it is asked for.  Outsiders register
-with ``SCORES.register("name", score)``, in a file of their own (``plugins``) too, or through the
-entry-point group that the registry names.
+A built-in is one line in a table below, imported only when it is asked for.  Others register with
+``SCORES.register("name", score)``, in a file that ``--plugin`` names (``plugins``) too, or through
+the entry-point group that the registry names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any
 
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.pruning import plugins
 
-if TYPE_CHECKING:
-    from dart_llm.pruning.budgets import Budget
-    from dart_llm.pruning.config import PruneConfig
-    from dart_llm.pruning.drift import Rule
-    from dart_llm.pruning.scores import Score
+SETTING = "file:"
+"""Begins the name of a setting that is kept in a file."""
 
 
-T = TypeVar("T")
-
-
-class Registry(Generic[T]):
+class Registry:
     """Names mapped to objects, or to a lazy ``"module:attribute"``.
 
     ``kind``: the word for messages; ``group``: the entry-point group of other packages.
+    ``readers``: by the prefix of names that are not listed, a lazy function of the whole name.
     """
 
-    def __init__(self, kind: str, group: str, lazy: dict[str, str]) -> None:
+    def __init__(
+        self, kind: str, group: str, lazy: dict[str, str], readers: Mapping[str, str] | None = None
+    ) -> None:
         self.kind = kind
         self.group = group
-        self._own = frozenset(lazy)
+        self._built_in = frozenset(lazy)
         self._lazy = dict(lazy)
-        self._objects: dict[str, T] = {}
+        self._objects: dict[str, Any] = {}
+        self._readers = dict(readers or {})
         self._scanned = False
 
-    def register(self, name: str, value: T) -> T:
+    def register(self, name: str, value: Any) -> Any:
         """Add ``value`` under ``name``; a name that is taken raises ``ConfigError``.
 
         That of an entry point is free: the module behind it may register its object by hand too.
         """
-        if name in self._own or name in self._objects:
+        if name in self._built_in or name in self._objects:
             raise ConfigError(f"{self.kind} {name!r} is already registered: take another name")
         self._objects[name] = value
         plugins.registered(self.kind, name)
@@ -55,7 +53,7 @@ class Registry(Generic[T]):
         self._objects.pop(name, None)
 
     def names(self) -> tuple[str, ...]:
-        """All known names, sorted."""
+        """All listed names, sorted."""
         plugins.load()
         if not self._scanned:
             self._scanned = True
@@ -67,19 +65,37 @@ class Registry(Generic[T]):
         return name in self.names()
 
     def check(self, name: str) -> str:
-        """Return ``name`` when it is known; raise ``UnknownName`` with the near names otherwise."""
-        known = self.names()
-        if name not in known:
-            raise UnknownName(self.kind, name, known, plugins.hint())
+        """Return ``name`` where there is an object; raise ``UnknownName`` with the near names."""
+        reader = self._reader(name)
+        if reader is not None:
+            reader(name)
+        elif name not in (names := self.names()):
+            raise UnknownName(self.kind, name, names, plugins.hint())
         return name
 
-    def get(self, name: str) -> T:
+    def get(self, name: str) -> Any:
         """The object behind ``name``, imported on first use; raises ``UnknownName``."""
-        self.check(name)
+        reader = self._reader(name)
+        return self.get_listed(name) if reader is None else reader(name)
+
+    def get_listed(self, name: str) -> Any:
+        """As ``get``, for a name that comes over the network: it opens no file."""
+        if name not in self.names():
+            raise UnknownName(self.kind, name, self.names(), plugins.hint())
         if name not in self._objects:
-            module, _, attribute = self._lazy[name].partition(":")
-            self._objects[name] = getattr(import_module(module), attribute)
+            self._objects[name] = _imported(self._lazy[name])
         return self._objects[name]
+
+    def _reader(self, name: str) -> Callable[[str], Any] | None:
+        for prefix, place in self._readers.items():
+            if name.startswith(prefix):
+                return _imported(place)  # type: ignore[no-any-return]
+        return None
+
+
+def _imported(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def _table(module: str, names: str, attribute: Callable[[str], str] = str) -> dict[str, str]:
@@ -90,47 +106,20 @@ def _table(module: str, names: str, attribute: Callable[[str], str] = str) -> di
     }
 
 
-SETTING = "file:"
-"""Begins the name of a setting that is kept in a file."""
-
-
-class MethodRegistry(Registry["PruneConfig"]):
-    """Methods by name, and settings that ``dart-llm tune`` kept, by ``file:`` and their path."""
-
-    def check(self, name: str) -> str:
-        if name.startswith(SETTING):
-            self.get(name)
-            return name
-        return super().check(name)
-
-    def get(self, name: str) -> PruneConfig:
-        """Of a file anew each time: it may have changed; raises ``ConfigError`` for a bad one."""
-        if not name.startswith(SETTING):
-            return super().get(name)
-        from dart_llm.pruning.setting_file import path_of, read_setting
-
-        path = path_of(name)
-        assert path is not None
-        return read_setting(path).config
-
-    def named(self, name: str) -> PruneConfig:
-        """Of a name alone: what comes over the network opens no file."""
-        return super().get(super().check(name))
-
-
-METHODS = MethodRegistry(
+METHODS = Registry(
     "method",
     "dart_llm.methods",
     _table(
         "methods",
-        "dense dense-8bit dense-4bit random static wanda flap griffin griffin-refresh glass "
-        "published dart dart-prompt dart-token teal teal-attention wina cats countdown prox",
+        "dense random static wanda flap griffin griffin-refresh glass published dart dart-prompt "
+        "dart-token teal teal-attention wina cats countdown prox",
         str.upper,
     ),
+    {SETTING: "dart_llm.pruning.setting_file:method_of"},
 )
 """Methods: names of a ``PruneConfig``.  Entry-point group ``dart_llm.methods``."""
 
-SCORES: Registry[Score] = Registry(
+SCORES = Registry(
     "score",
     "dart_llm.scores",
     _table(
@@ -140,21 +129,33 @@ SCORES: Registry[Score] = Registry(
     )
     | _table("scores", "max mean", "{}_proxy".format),
 )
-"""Scores of neurons.  Entry-point group ``dart_llm.scores``."""
+"""``Score``s of neurons.  Entry-point group ``dart_llm.scores``."""
 
-BUDGETS: Registry[Budget] = Registry(
-    "budget",
-    "dart_llm.budgets",
-    _table("budgets", "uniform depth depth-residual energy ranked standardized")
-    | _table("budgets", "global", "{}_rank".format),
+BUDGETS = Registry(
+    "budget", "dart_llm.budgets", _table("budgets", "uniform depth energy ranked standardized")
 )
-"""Budgets of layers.  Entry-point group ``dart_llm.budgets``."""
+"""``Budget``s of layers.  Entry-point group ``dart_llm.budgets``."""
 
-DRIFT_RULES: Registry[Callable[..., Rule]] = Registry(
+DRIFT_RULES = Registry(
     "drift rule",
     "dart_llm.drift_rules",
     _table("drift", "published paper dart windows interval never"),
 )
 """Drift rules: functions that return a ``Rule``.  Entry-point group ``dart_llm.drift_rules``."""
 
-ALL: tuple[Registry[Any], ...] = (METHODS, SCORES, BUDGETS, DRIFT_RULES)
+TOKEN_RULES = Registry(
+    "token rule",
+    "dart_llm.token_rules",
+    {
+        "low-bit": "dart_llm.pruning.token_rules.low_bit:LowBit",
+        "prox": "dart_llm.pruning.token_rules.prox:Prox",
+        "cats": "dart_llm.pruning.token_rules.cats:Cats",
+        "countdown": "dart_llm.pruning.token_rules.countdown:Countdown",
+        "teal": "dart_llm.pruning.token_rules.teal:Teal",
+        "teal-attention": "dart_llm.pruning.token_rules.teal:TealAttention",
+        "wina": "dart_llm.pruning.token_rules.wina:Wina",
+    },
+)
+"""``TokenRule`` classes, by which tokens select.  Entry-point group ``dart_llm.token_rules``."""
+
+ALL: tuple[Registry, ...] = (METHODS, SCORES, BUDGETS, DRIFT_RULES, TOKEN_RULES)

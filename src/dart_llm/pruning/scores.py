@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from dart_llm.errors import ConfigError
+from dart_llm.pruning.statistics import EPS, PerToken, squared, squared_share
 from dart_llm.pruning.weights import FfnWeights
 
-EPS = 1e-12
-
-PerToken = Callable[[Tensor], Tensor]
+__all__ = ["Score", "mix_ranks", "ranks", "score", "squared", "squared_share"]
 
 
 @dataclass(frozen=True)
@@ -36,22 +35,20 @@ class Score:
     """Whether ``a`` is the standard deviation of u; ``per_token`` is then ``squared``."""
     average: bool = False
     """Whether ``a`` is the mean of the per-token statistic, so that layers compare."""
-    learns: bool = False
-    """Whether the score reads the gradients of the layer's prior (``FfnWeights.learnt``)."""
-    reach: bool = False
-    """Whether the score reads ``FfnWeights.reach``, which is worth keeping."""
+    needs_fisher: bool = False
+    """Whether the score reads ``FfnWeights.fisher``, learned from self-generated text."""
 
     def __call__(self, a: Tensor, weights: FfnWeights) -> Tensor:
         """a: [I] float32 accumulated statistic.  Returns [I] float32, larger is kept first."""
         return self.function(a, weights)
 
     @property
-    def undecayed(self) -> str:
-        """Why no ``ema_decay`` applies; "" where one does."""
+    def no_decay_reason(self) -> str | None:
+        """Why no ``ema_decay`` applies; None where one does."""
         if self.per_token is None:
             return "reads no activations"
         kind = "variance" if self.spread else "mean"
-        return f"is a {kind} over all tokens alike" if self.spread or self.average else ""
+        return f"is a {kind} over all tokens alike" if self.spread or self.average else None
 
     @property
     def summary(self) -> str:
@@ -64,25 +61,14 @@ def score(
     source: str,
     spread: bool = False,
     average: bool = False,
-    learns: bool = False,
-    reach: bool = False,
+    needs_fisher: bool = False,
 ) -> Callable[[Callable[[Tensor, FfnWeights], Tensor]], Score]:
     """Turn a function ``(a, weights) -> [I]`` into a ``Score``; the arguments are its fields."""
 
     def wrap(function: Callable[[Tensor, FfnWeights], Tensor]) -> Score:
-        return Score(function, per_token, source, spread, average, learns, reach)
+        return Score(function, per_token, source, spread, average, needs_fisher)
 
     return wrap
-
-
-def squared(u: Tensor) -> Tensor:
-    """u_i^2 of each token.  u: [..., I] float32."""
-    return u.square()
-
-
-def squared_share(u: Tensor) -> Tensor:
-    """(u_i / ||u||_2)^2 of each token.  u: [..., I] float32."""
-    return u.square() / u.square().sum(-1, keepdim=True).clamp_min(EPS)
 
 
 @score(squared, "DART, arXiv 2601.22632, the published scripts' default")
@@ -118,22 +104,22 @@ def flap(a: Tensor, weights: FfnWeights) -> Tensor:
 @score(
     squared,
     "the diagonal Fisher information of a mask on the neuron (as in arXiv 2204.09656), with the "
-    "activations of the prompt and the gradients of a prior",
+    "activations of the prompt and learned gradients",
     average=True,
-    learns=True,
+    needs_fisher=True,
 )
 def fisher(a: Tensor, weights: FfnWeights) -> Tensor:
     """Mean squared activation times the mean squared gradient of the loss by it."""
-    if weights.learnt is None or weights.learnt.curvature is None:
-        raise RuntimeError("score fisher needs the layers' priors")
-    return a * weights.learnt.curvature
+    if weights.fisher is None:
+        raise RuntimeError("score fisher needs the layers' learned statistics")
+    return a * weights.fisher
 
 
 @score(
     squared,
     "this project: the Fisher information of a layer, shared out by energy; docs/lab-notes.md",
     average=True,
-    learns=True,
+    needs_fisher=True,
 )
 def fisher_layer(a: Tensor, weights: FfnWeights) -> Tensor:
     """Mean squared activation times one gain per layer, which keeps the layer's ``fisher`` sum.
@@ -169,13 +155,13 @@ def ranks(scores: Tensor) -> Tensor:
 def mix_ranks(scores: Tensor, prior: Tensor, weight: float) -> Tensor:
     """``(1 - weight) ranks(scores) + weight ranks(prior)``, [I] float32.
 
-    Rank aggregation of GLASS (arXiv 2508.14302) of what the text shows and of a prior.
+    Rank aggregation of GLASS (arXiv 2508.14302): the text's ranking and a prior.
     """
     own, other = ranks(scores), ranks(prior.to(scores.device))
     return (1 - weight) * own + weight * other
 
 
-# Forward proxies: how far a neuron's output column reaches towards the vocabulary; kept per model.
+# Forward proxies: how far a neuron's output column reaches towards the vocabulary.
 
 _SOURCE = "DART, arXiv 2601.22632, the published scripts' ranking methods"
 
@@ -194,25 +180,25 @@ def proxy(weights: FfnWeights) -> tuple[Tensor, Tensor]:
     return weights.reach
 
 
-@score(squared, _SOURCE, reach=True)
+@score(squared, _SOURCE)
 def max_proxy(a: Tensor, weights: FfnWeights) -> Tensor:
     """Magnitude times the neuron's largest reach towards a vocabulary row."""
     return a * proxy(weights)[0]
 
 
-@score(squared, _SOURCE, reach=True)
+@score(squared, _SOURCE)
 def mean_proxy(a: Tensor, weights: FfnWeights) -> Tensor:
     """Magnitude times the neuron's mean reach towards the vocabulary rows."""
     return a * proxy(weights)[1]
 
 
-@score(squared, _SOURCE, reach=True)
+@score(squared, _SOURCE)
 def combined(a: Tensor, weights: FfnWeights) -> Tensor:
     """Sum of the ``max`` and the ``mean`` score."""
     return max_proxy(a, weights) + mean_proxy(a, weights)
 
 
-@score(squared, _SOURCE, reach=True)
+@score(squared, _SOURCE)
 def product(a: Tensor, weights: FfnWeights) -> Tensor:
     """Product of the ``max`` and the ``mean`` score."""
     return max_proxy(a, weights) * mean_proxy(a, weights)

@@ -17,9 +17,9 @@ from dart_llm.pruning.compensation import CompensationInputs, compensation, low_
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.layer_table import AUTO, parse_layer_spec
 from dart_llm.pruning.masks import LayerMask, Masks, auto_count, split
-from dart_llm.pruning.registry import BUDGETS, SCORES
-from dart_llm.pruning.scores import mix_ranks
-from dart_llm.pruning.statistics import Choice, LayerStatistics, Statistics, pooled
+from dart_llm.pruning.registry import BUDGETS, SCORES, TOKEN_RULES
+from dart_llm.pruning.scores import Score, mix_ranks
+from dart_llm.pruning.statistics import LayerStatistics, Statistics, TokenSelection, pooled
 from dart_llm.pruning.token_level import candidate_count, token_mask
 from dart_llm.pruning.weights import FfnWeights
 
@@ -46,12 +46,20 @@ class MaskSelector:
 
     def __post_init__(self) -> None:
         self.targets  # noqa: B018 - raises early when the table does not fit the model
-        score = self.config.score
-        rule = SCORES.get(score.name)
-        if score.ema_decay is not None and rule.undecayed and not self.removes_nothing:
-            raise ConfigError(f'score "{score.name}" {rule.undecayed}: drop the ema_decay')
-        if rule.learns and self.config.prior is None:
-            raise ConfigError(f'score "{score.name}" needs a prior: give prior={{}} too')
+        score, reason = self.config.score, self.rule.no_decay_reason
+        if score.ema_decay is not None and reason and not self.removes_nothing:
+            raise ConfigError(f'score "{score.name}" {reason}: drop the ema_decay')
+        if self.rule.needs_fisher and self.config.self_stats is None:
+            raise ConfigError(
+                f'score "{score.name}" needs learned statistics: give self_stats={{}} too'
+            )
+        if self.config.token is not None:
+            TOKEN_RULES.get(self.config.token.rule).check(self.config)
+
+    @cached_property
+    def rule(self) -> Score:
+        """The neuron score."""
+        return SCORES.get(self.config.score.name)  # type: ignore[no-any-return]
 
     @cached_property
     def targets(self) -> tuple[int | str | None, ...]:
@@ -64,7 +72,7 @@ class MaskSelector:
     @cached_property
     def statistics(self) -> Statistics:
         """What must be summed over the observed tokens."""
-        config, score = self.config, SCORES.get(self.config.score.name)
+        config, score = self.config, self.rule
         needs = set[str]()
         if config.score.strategy == "topk" and AUTO in self.targets:
             needs.update(*(BUDGETS.get(name).needs for name in config.budget.parts()))
@@ -75,15 +83,15 @@ class MaskSelector:
         decay = config.score.ema_decay
         return Statistics(score.per_token, decay, frozenset(needs), score.spread, score.average)
 
-    def choice(self, layers: Sequence[int]) -> Choice | None:
-        """How the tokens of some layers choose, for ``Statistics.add``; None where they do not."""
+    def token_selection(self, layers: Sequence[int]) -> TokenSelection | None:
+        """How tokens select in some layers, for ``Statistics.add``; None where they do not."""
         if "lost" not in self.statistics.needs:
             return None
-        worth = torch.stack([self.layers[layer].unit_worth for layer in layers])
-        return Choice(worth, tuple(self.keeps(layer) for layer in layers))
+        saliency = torch.stack([self.layers[layer].saliency for layer in layers])
+        return TokenSelection(saliency, tuple(self.keeps(layer) for layer in layers))
 
     def keeps(self, layer: int) -> float:
-        """Share of a layer's neurons that is kept, before a budget is asked."""
+        """Share of a layer's neurons that is kept, before a budget shifts it."""
         target = self.targets[layer]
         if isinstance(target, int):
             return target / self.layers[layer].width
@@ -93,7 +101,7 @@ class MaskSelector:
     def needs_evidence(self) -> bool:
         return self.statistics.per_token is not None or bool(self.statistics.needs)
 
-    @cached_property  # asked at every token
+    @cached_property  # read at every token
     def removes_nothing(self) -> bool:
         """Whether no neuron can ever be removed (sparsity 0, or a table of ones)."""
         if self.config.score.strategy == "auto":
@@ -104,8 +112,8 @@ class MaskSelector:
         )
 
     @property
-    def asks_total(self) -> bool:
-        """Whether the sparsity asked for is one of the whole model, not of some layers."""
+    def total_requested(self) -> bool:
+        """Whether the requested sparsity is one of the whole model, not of some layers."""
         return self.config.score.strategy == "topk" and all(t == AUTO for t in self.targets)
 
     def select(
@@ -115,16 +123,16 @@ class MaskSelector:
 
         Raises ``DartError`` when a score is not finite.
         """
-        tokens = 0 if self.config.prior is None else self.config.prior.tokens
-        known = zip(evidence, self.layers, strict=True)
-        evidence = [pooled(observed, layer.learnt, tokens) for observed, layer in known]
+        tokens = 0 if self.config.self_stats is None else self.config.self_stats.tokens
+        pairs = zip(evidence, self.layers, strict=True)
+        evidence = [pooled(observed, layer.self_stats, tokens) for observed, layer in pairs]
         scores = self.scores(evidence)
         if (weight := self.config.score.prior_weight) is not None:
             priors = [layer.prior for layer in self.layers if layer.prior is not None]
             if len(priors) < len(self.layers):
                 raise RuntimeError("a score with a prior_weight needs the layers' priors")
-            pairs = zip(scores, priors, strict=True)
-            scores = [mix_ranks(score, prior, weight) for score, prior in pairs]
+            ranked = zip(scores, priors, strict=True)
+            scores = [mix_ranks(score, prior, weight) for score, prior in ranked]
         if counts is None:
             counts = self.counts(scores, evidence)
         counts = [self.clamp.most(index, count) for index, count in enumerate(counts)]
@@ -132,17 +140,16 @@ class MaskSelector:
         return MaskSelection(self.clamp.of(masks), tuple(counts), tuple(scores))
 
     def scores(self, evidence: Sequence[LayerStatistics]) -> list[Tensor]:
-        """What the neuron score says of each layer, [I].
+        """The neuron scores of each layer, [I].
 
         Raises ``ConfigError`` unless there is one number per neuron, ``DartError`` unless finite.
         """
-        rule = SCORES.get(self.config.score.name)
         scores = [
-            rule(self.statistics.score_input(known, layer.width, layer.device), layer)
+            self.rule(self.statistics.score_input(known, layer.width, layer.device), layer)
             for known, layer in zip(evidence, self.layers, strict=True)
         ]
         for score, layer in zip(scores, self.layers, strict=True):
-            if score.shape != (layer.width,):  # a short one cuts neurons unasked
+            if score.shape != (layer.width,):  # a short one would cut neurons
                 raise ConfigError(
                     f"score {self.config.score.name!r} gave {list(score.shape)} numbers for "
                     f"[{layer.width}] neurons: it must return one number per neuron"
@@ -181,67 +188,52 @@ class MaskSelector:
     def _allocate(self, views: Sequence[LayerView]) -> list[int]:
         widths = [view.width for view in views]
         keep = round((1 - self.config.target) * sum(widths))
-        found = [BUDGETS.get(name)(views, keep) for name in self.config.budget.parts()]
-        counts = found[0] if len(found) == 1 else blend_counts(found[0], found[1], widths)
+        first, *second = [BUDGETS.get(name)(views, keep) for name in self.config.budget.parts()]
+        counts = blend_counts(first, second[0], widths) if second else first
         return align_counts(counts, widths, self.config.budget.multiple)
 
     def _view(self, index: int, score: Tensor, evidence: LayerStatistics) -> LayerView:
-        layer, sums = self.layers[index], evidence.sums
-        impact = None
-        if "squares" in sums:
-            gain = sums["gain"].mean / sums["stream"].total.clamp_min(1e-30)
-            impact = (sums["squares"].total * layer.down_norm.square() * gain).cpu().double()
-            if not bool(impact.isfinite().all()):
-                raise self._overflow(index, "output energies")
-        return LayerView(
-            layer.width,
-            layer.depth,
-            score,
-            self._sensitivity(index, evidence, ""),
-            self._sensitivity(index, evidence, "-residual"),
-            impact,
-        )
-
-    def _sensitivity(self, index: int, evidence: LayerStatistics, suffix: str) -> float | None:
-        """S_l = (1 - mean cosine) x mean relative change."""
-        if f"cosine{suffix}" not in evidence.sums:
-            return None
-        cosine = float(evidence.sums[f"cosine{suffix}"].mean)
-        change = float(evidence.sums[f"change{suffix}"].mean)
-        if not math.isfinite(cosine * change):
-            raise self._overflow(index, "sensitivities")
-        return (1 - cosine) * change
+        layer, sensitivity = self.layers[index], None
+        if "cosine" in evidence.sums:  # S_l = (1 - mean cosine) x mean relative change
+            cosine, change = (float(evidence.sums[name].mean) for name in ("cosine", "change"))
+            sensitivity = (1 - cosine) * change
+            if not math.isfinite(sensitivity):
+                raise self._overflow(index, "sensitivities")
+        return LayerView(layer.width, layer.depth, score, sensitivity)
 
     def _masks(
         self, scores: Sequence[Tensor], evidence: Sequence[LayerStatistics], counts: Sequence[int]
     ) -> Masks:
         masks = list[LayerMask | None]()
-        gone = dict[int, CompensationInputs]()
-        for index, known in enumerate(evidence):
-            layer, score, count = self.layers[index], scores[index], counts[index]
-            basis = None if layer.learnt is None else layer.learnt.basis
+        low_ranks = dict[int, CompensationInputs]()
+        for index, (layer, score, sums) in enumerate(
+            zip(self.layers, scores, evidence, strict=True)
+        ):
+            count = counts[index]
             if count >= layer.width:
                 masks.append(None)
-            elif (mask := self._token_mask(index, score, known, count)) is not None:
-                masks.append(mask)
-            else:
+                continue
+            mask = self._token_mask(index, score, sums, count)
+            if mask is None:
                 kept, removed = split(score, count)
                 removed = self.clamp.without(index, removed)
                 bias = None
-                if self.config.compensation and "features" in known.sums and basis is not None:
-                    gone[index] = CompensationInputs(layer.down, known, basis, removed)
+                if self.config.compensation and "features" in sums.sums and layer.basis is not None:
+                    low_ranks[index] = CompensationInputs(layer.down, sums, layer.basis, removed)
                 elif self.config.compensation:
-                    bias = compensation(layer.down, known.sums["signed"].mean, removed)
-                masks.append(LayerMask(kept, layer.width, bias))
-        for index, (bias, linear) in zip(gone, low_rank(list(gone.values())), strict=True):
+                    bias = compensation(layer.down, sums.sums["signed"].mean, removed)
+                mask = LayerMask(kept, layer.width, bias)
+            masks.append(mask)
+        for index, (bias, linear) in zip(low_ranks, low_rank([*low_ranks.values()]), strict=True):
             mask = masks[index]
-            masks[index] = None if mask is None else replace(mask, bias=bias, low_rank=linear)
+            assert mask is not None
+            masks[index] = replace(mask, bias=bias, low_rank=linear)
         return tuple(masks)
 
     def _token_mask(
         self, index: int, score: Tensor, evidence: LayerStatistics, count: int
     ) -> LayerMask | None:
-        """Candidates among which each token chooses; None where tokens choose nothing."""
+        """Candidates among which each token selects; None where tokens select nothing."""
         if (token := self.config.token) is None:
             return None
         layer = self.layers[index]
@@ -251,8 +243,8 @@ class MaskSelector:
         mean = None
         if self.config.compensation:
             mean = self.clamp.silent(index, evidence.mean_when_lost())
-        worth = None if layer.learnt is None else layer.unit_worth
-        return token_mask(score, wide, count, layer.down, mean, worth)
+        saliency = None if layer.self_stats is None else layer.saliency
+        return token_mask(score, wide, count, layer.down, mean, saliency)
 
     def _overflow(self, layer: int, what: str) -> DartError:
         dtype = str(self.layers[layer].up.dtype).removeprefix("torch.")

@@ -60,7 +60,7 @@ class SequenceState:
     sequence: int
     row: int | None
     rows: int
-    given: Masks | None = None
+    fixed_masks: Masks | None = None
     cached: int = 0
     """Positions that the cache held before the first token that was seen."""
     phase: Phase = Phase.PREFILL
@@ -79,7 +79,7 @@ class SequenceState:
     refresh_tokens: int = 0
     in_refresh: bool = False
     finished: bool = False
-    """Whether every row is known to have ended."""
+    """Whether every row has ended."""
     mask_spans: list[MaskSpan] = field(default_factory=list)
     remasks: list[Remask] = field(default_factory=list)
     mask_count: int = 0
@@ -90,7 +90,7 @@ class SequenceState:
 
     @property
     def batch_rows(self) -> slice:
-        """The batch rows that this state speaks for."""
+        """The batch rows that this state is of."""
         return slice(None) if self.row is None else slice(self.row, self.row + 1)
 
     def has_finished(self, live: Tensor | None) -> bool:
@@ -103,7 +103,7 @@ class SequenceState:
         """``tokens`` (per row) of prefill are about to be observed."""
         self.prompt_tokens += tokens
         self.finished = False
-        if self.phase is Phase.RELEASED or self.given is not None:
+        if self.phase is Phase.RELEASED or self.fixed_masks is not None:
             return
         if self.phase is Phase.PRUNED:
             self._age(keep=True)
@@ -118,7 +118,7 @@ class SequenceState:
         """The phase of the decode forward that is about to run; builds masks when it is time."""
         if self._to_be_released:
             self.phase, self.masks = Phase.RELEASED, None
-        elif self.selector.removes_nothing and self.given is None:
+        elif self.selector.removes_nothing and self.fixed_masks is None:
             self.phase = Phase.RELEASED
         if self.phase is Phase.PREFILL:
             self.tokens_to_observe = self._first_length()
@@ -133,7 +133,7 @@ class SequenceState:
         return release is not None and self.decoded >= release
 
     def _first_length(self) -> int:
-        if self.given is not None:
+        if self.fixed_masks is not None:
             return 0
         first = self.cause == "first"
         if not self.selector.needs_evidence:
@@ -145,12 +145,12 @@ class SequenceState:
     def _build(self) -> None:
         old = self.masks or (self.selection.masks if self.selection else None)
         cause = self.cause
-        if self.given is not None:
+        if self.fixed_masks is not None:
             counts = tuple(
                 layer.width if mask is None else mask.kept
-                for layer, mask in zip(self.selector.layers, self.given, strict=True)
+                for layer, mask in zip(self.selector.layers, self.fixed_masks, strict=True)
             )
-            self.selection, cause = MaskSelection(self.given, counts, ()), "given"
+            self.selection, cause = MaskSelection(self.fixed_masks, counts, ()), "given"
         else:
             fixed = self.selection is not None and self.config.budget.refresh == "first"
             counts_before = self.selection.counts if fixed and self.selection else None

@@ -1,8 +1,8 @@
-"""A setting that ``dart-llm tune`` found for a model, kept in a file: ``file:setting.yaml``.
+"""A setting that ``dart-llm tune`` chose for a model, kept in a file: ``file:setting.yaml``.
 
-It stands wherever a method's name does.  The file holds what was measured, for people, and
-``setting``: ``weights`` (how ``load`` is to hold them), ``method``, and what else differs from the
-method's preset, as a variants file says it.
+It can be named wherever a method can.  The file has what was measured, for people, and
+``setting``: ``weights`` (their format, as ``load`` takes it), ``method``, and what else differs
+from the method's preset, as in a variants file.
 """
 
 from __future__ import annotations
@@ -57,27 +57,29 @@ class KeptSetting:
 
 def changes_of(config: PruneConfig) -> dict[str, Any]:
     """``method``, and what differs from its preset; of parts only what differs in them."""
-    preset, found = METHODS.get(config.method).to_dict(), {"method": config.method}
+    preset = METHODS.get(config.method).to_dict()
+    changes: dict[str, Any] = {"method": config.method}
     for name, value in config.to_dict().items():
         before = preset.get(name)
         if value == before:
             continue
         if isinstance(value, Mapping):
             usual = before if isinstance(before, Mapping) else {}
-            value = {key: one for key, one in value.items() if one != usual.get(key, ...)}
-        found[name] = value
-    return found
+            value = {key: new for key, new in value.items() if new != usual.get(key, ...)}
+        changes[name] = value
+    return changes
 
 
 def path_of(method: str) -> Path | None:
     """The file behind ``file:...``; None for the name of a method."""
     if not method.startswith(SETTING):
         return None
-    return Path(os.path.expanduser(method[len(SETTING) :]))  # any name, also of a user unknown
+    return Path(os.path.expanduser(method[len(SETTING) :]))  # not Path's: it fails for no user
 
 
 def read_setting(path: Path) -> KeptSetting:
-    """Raises ``ConfigError``, one sentence, for a file that is missing or holds no setting."""
+    """Raises ``ConfigError``, one sentence, for a file that is missing or has no setting."""
+    again = f"by dart-llm tune --save {path}"
     if not path.is_file():
         raise ConfigError(
             f"there is no setting file {path}: dart-llm tune --save {path} writes one"
@@ -86,16 +88,15 @@ def read_setting(path: Path) -> KeptSetting:
     setting = data.get("setting")
     if not isinstance(setting, Mapping) or "method" not in setting:
         raise ConfigError(
-            f"{path} is no setting file, for it has no setting with a method: write one by "
-            f"dart-llm tune --save {path}"
+            f"{path} is not a setting file, for it has no setting with a method: write one {again}"
         )
     if SECTIONS[0] in data and data.get(LAST) is not True:
         raise ConfigError(
-            f"{path} is cut off, for its last line, {LAST}: true, is missing: write it again by "
-            f"dart-llm tune --save {path}"
+            f"{path} is cut off, for its last line, {LAST}: true, is missing: write it again "
+            f"{again}"
         )
-    own = {str(name): value for name, value in setting.items()}
-    method, weights = own.pop("method"), own.pop("weights", None)
+    changes = {str(name): value for name, value in setting.items()}
+    method, weights = changes.pop("method"), changes.pop("weights", None)
     sections = {name: data.get(name) or {} for name in SECTIONS[:-1]}
     for name, value in sections.items():
         if not isinstance(value, Mapping):
@@ -105,7 +106,7 @@ def read_setting(path: Path) -> KeptSetting:
     if not (weights is None or isinstance(weights, str)):
         raise ConfigError(f"weights in {path} must be a word as --weights takes it, not {weights}")
     try:
-        config = PruneConfig.build(method, **own)
+        config = PruneConfig.build(method, **changes)
     except ConfigError as error:
         raise ConfigError(f"the setting in {path}: {error}") from None
     return KeptSetting(config, weights, **sections)
@@ -115,3 +116,8 @@ def kept_setting(method: str) -> KeptSetting | None:
     """The setting behind ``file:...``; None for the name of a method."""
     path = path_of(method)
     return None if path is None else read_setting(path)
+
+
+def method_of(method: str) -> PruneConfig:
+    """The configuration behind ``file:...``, read anew each time: it may have changed."""
+    return read_setting(Path(str(path_of(method)))).config

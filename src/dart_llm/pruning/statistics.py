@@ -1,4 +1,4 @@
-"""Which sums over tokens a configuration needs, how they are made, and what a prior adds to them.
+"""Which sums over tokens a configuration needs, how they are made, and what learned ones add.
 
 Sums are weighted, per layer, float32 and detached.  Token weights are 1 for a real token of a live
 row and 0 for padding and finished rows.
@@ -7,7 +7,7 @@ row and 0 for padding and finished rows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,10 +15,24 @@ import torch
 from torch import Tensor
 
 from dart_llm.pruning.observations import LayerObservation
-from dart_llm.pruning.scores import EPS, PerToken
+
+EPS = 1e-12
 
 REFERENCE_TOKENS = 256
 """Decayed evidence weighs at most as much as this many tokens before the decay."""
+
+PerToken = Callable[[Tensor], Tensor]
+"""What a score sums over tokens: u [..., I] float32 to [..., I]."""
+
+
+def squared(u: Tensor) -> Tensor:
+    """u_i^2 of each token.  u: [..., I] float32."""
+    return u.square()
+
+
+def squared_share(u: Tensor) -> Tensor:
+    """(u_i / ||u||_2)^2 of each token.  u: [..., I] float32."""
+    return u.square() / u.square().sum(-1, keepdim=True).clamp_min(EPS)
 
 
 def full_precision(t: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -54,27 +68,23 @@ class Sum:
 
 @dataclass
 class LayerStatistics:
-    """Named sums of one layer: ``score`` [I], ``signed`` [I], ``squares`` [I] and scalars.
+    """Named sums of one layer: ``score`` [I], ``signed`` [I] and scalars.
 
-    ``lost`` [I] holds the activations of neurons where a token would not choose them, ``losses``
+    ``lost`` [I] holds the activations of neurons where a token would not select them, ``losses``
     [I] how often that was.  For low-rank compensation also ``features`` [r], ``moments`` [r, r]
     and ``cross`` [I, r].
     """
 
     sums: dict[str, Sum] = field(default_factory=dict)
 
-    def add(self, name: str, values: Tensor, weights: Tensor | None) -> None:
-        """Add per-token ``values`` [T] or [T, I]; ``weights``: [T] or None for all ones."""
-        add_sums([self], name, values[None], weights)
-
-    def more(self, name: str, part: Tensor, weight: Tensor | float) -> None:
+    def add(self, name: str, total: Tensor, weight: Tensor | float) -> None:
         """Add a sum over tokens and its weight."""
-        known = self.sums.get(name)
-        if known is None:
-            self.sums[name] = Sum(part, weight)
+        before = self.sums.get(name)
+        if before is None:
+            self.sums[name] = Sum(total, weight)
         else:
-            known.total += part
-            known.weight = known.weight + weight
+            before.total += total
+            before.weight = before.weight + weight
 
     def add_ema(self, values: Tensor, decay: float, weights: Tensor | None) -> None:
         """``s <- d s + a`` over the tokens of [B, T, I] in order, rows summed."""
@@ -89,106 +99,121 @@ class LayerStatistics:
             factors = decay**later * weights
             shift = decay ** alive.sum()
         with full_precision(values):
-            part, weight = torch.einsum("bt,bti->i", factors, values), factors.sum()
-        known = self.sums.get("score")
-        if known is None:
-            self.sums["score"] = Sum(part, weight)
-        else:
-            known.total = known.total * shift + part
-            known.weight = known.weight * shift + weight
+            total, weight = torch.einsum("bt,bti->i", factors, values), factors.sum()
+        before = self.sums.get("score")
+        if before is not None:
+            total, weight = before.total * shift + total, before.weight * shift + weight
+        self.sums["score"] = Sum(total, weight)
 
     def decay(self, decay: float, rows: int) -> None:
         """Scale all sums by ``decay * min(1, 256 / n)``, n = tokens per row seen so far."""
-        for known in self.sums.values():
-            ratio = REFERENCE_TOKENS * rows / known.divisor
-            most = ratio.clamp_max(1.0) if isinstance(ratio, Tensor) else min(1.0, ratio)
-            factor = decay * most
-            known.total = known.total * factor
-            known.weight = known.weight * factor
+        for name, one in self.sums.items():
+            ratio = REFERENCE_TOKENS * rows / one.divisor
+            factor = decay * (
+                ratio.clamp_max(1.0) if isinstance(ratio, Tensor) else min(1.0, ratio)
+            )
+            self.sums[name] = Sum(one.total * factor, one.weight * factor)
 
     def mean_when_lost(self) -> Tensor:
         """Mean activation of each neuron over the tokens that would leave it out, [I]."""
         return self.sums["lost"].total / self.sums["losses"].total.clamp_min(EPS)
 
     def nbytes(self) -> int:
-        return sum(known.total.numel() * known.total.element_size() for known in self.sums.values())
+        return sum(one.total.nbytes for one in self.sums.values())
 
 
 Layers = Sequence[LayerStatistics]
-"""What is remembered of some layers, in the order of the first dimension of what is added."""
+"""The sums of some layers, in the order of the first dimension of what is added."""
 
 
 def add_sums(evidence: Layers, name: str, values: Tensor, weights: Tensor | None) -> None:
     """Add per-token values [L, T] or [L, T, I] of some layers; weights: [T] or None."""
     weight: Tensor | float = float(values.shape[1]) if weights is None else weights.sum()
     if weights is None:
-        parts = values.sum(1)
+        totals = values.sum(1)
     else:
         with full_precision(values):
-            parts = torch.einsum("t,lt...->l...", weights, values)
-    add_parts(evidence, name, parts, weight)
+            totals = torch.einsum("t,lt...->l...", weights, values)
+    add_totals(evidence, name, totals, weight)
 
 
-def add_parts(evidence: Layers, name: str, parts: Tensor, weight: Tensor | float) -> None:
+def add_totals(evidence: Layers, name: str, totals: Tensor, weight: Tensor | float) -> None:
     """Add sums over tokens [L, ...] of some layers, and the tokens' weight."""
-    for one, part in zip(evidence, parts.unbind(0), strict=True):
-        one.more(name, part, weight)
+    for layer, total in zip(evidence, totals.unbind(0), strict=True):
+        layer.add(name, total, weight)
 
 
 def summed(parts: Iterable[Layers], devices: Sequence[torch.device]) -> list[LayerStatistics]:
-    """The evidence of several texts, layer by layer, on ``devices``.
+    """The evidence of several sequences, layer by layer, on ``devices``.
 
     Added up in float64 on the host, for thousands of tokens come together.
     """
-    totals: list[dict[str, tuple[Tensor, float]]] = [{} for _ in devices]
+    totals = [LayerStatistics() for _ in devices]
     for evidence in parts:
-        for total, found in zip(totals, evidence, strict=True):
-            for name, known in found.sums.items():
-                part, weight = known.total.cpu().double(), float(known.weight)
-                old = total.get(name)
-                total[name] = (part, weight) if old is None else (old[0] + part, old[1] + weight)
-    return [
-        LayerStatistics({name: Sum(t.float().to(device), w) for name, (t, w) in total.items()})
-        for total, device in zip(totals, devices, strict=True)
-    ]
+        for total, layer in zip(totals, evidence, strict=True):
+            for name, one in layer.sums.items():
+                total.add(name, one.total.to("cpu", torch.float64, copy=True), float(one.weight))
+    for total, device in zip(totals, devices, strict=True):
+        for one in total.sums.values():
+            one.total = one.total.float().to(device)
+    return totals
+
+
+def to_tensors(evidence: Layers) -> dict[str, Tensor]:
+    """All sums and weights as named tensors, for a file."""
+    found = {}
+    for number, layer in enumerate(evidence):
+        for name, one in layer.sums.items():
+            found[f"{number}.{name}"] = one.total
+            found[f"{number}.{name}.weight"] = torch.tensor(float(one.weight)).double()
+    return found
+
+
+def from_tensors(tensors: Mapping[str, Tensor], layers: int) -> list[LayerStatistics]:
+    """What ``to_tensors`` was given; raises ``KeyError``, ``ValueError`` or ``IndexError``."""
+    found = [LayerStatistics() for _ in range(layers)]
+    for key, total in tensors.items():
+        number, name, *weight = key.split(".")
+        if not weight:
+            found[int(number)].sums[name] = Sum(total, float(tensors[f"{key}.weight"]))
+    return found
 
 
 @dataclass(frozen=True)
-class LayerPrior:
-    """What is learnt once of a layer, from text that the model wrote (docs/method.md, "Prior").
+class SelfStats:
+    """What is learned once of a layer, from self-generated text (docs/method.md).
 
-    ``evidence``: the sums of a run, over that text.  ``curvature``: [I] float32, mean squared
+    ``evidence``: the sums of a run, over that text.  ``fisher``: [I] float32, mean squared
     gradient of the loss by u_i; None where the run does not read it.  ``basis``: [r, D] in the
     model's dtype, directions of the FFN's input that low-rank compensation reads; None: it has no
     such compensation.
     """
 
     evidence: LayerStatistics
-    curvature: Tensor | None = None
+    fisher: Tensor | None = None
     basis: Tensor | None = None
 
     def nbytes(self) -> int:
-        """Bytes held."""
-        held = [t for t in (self.curvature, self.basis) if t is not None]
-        return self.evidence.nbytes() + sum(t.numel() * t.element_size() for t in held)
+        tensors = [t for t in (self.fisher, self.basis) if t is not None]
+        return self.evidence.nbytes() + sum(t.nbytes for t in tensors)
 
 
-def pooled(observed: LayerStatistics, prior: LayerPrior | None, tokens: float) -> LayerStatistics:
-    """``observed`` and the prior, which weighs as much as ``tokens`` observed tokens.
+def pooled(observed: LayerStatistics, learned: SelfStats | None, tokens: float) -> LayerStatistics:
+    """``observed`` and the learned sums, which weigh as much as ``tokens`` observed tokens.
 
-    Returns new sums; a prior of None, or of no tokens, leaves what was observed.
+    Returns new sums; ``learned`` of None, or of no tokens, leaves what was observed.
     """
-    if prior is None or tokens <= 0:
+    if learned is None or tokens <= 0:
         return observed
-    found = dict(observed.sums)
-    for name, known in prior.evidence.sums.items():
-        share, seen = tokens / float(known.divisor), found.get(name)
+    sums = dict(observed.sums)
+    for name, one in learned.evidence.sums.items():
+        share, seen = tokens / float(one.divisor), sums.get(name)
         if seen is None:
-            found[name] = Sum(share * known.total, tokens)
+            sums[name] = Sum(share * one.total, tokens)
         else:
-            there = known.total.to(seen.total.device)
-            found[name] = Sum(torch.add(seen.total, there, alpha=share), seen.weight + tokens)
-    return LayerStatistics(found)
+            total = torch.add(seen.total, one.total.to(seen.total.device), alpha=share)
+            sums[name] = Sum(total, seen.weight + tokens)
+    return LayerStatistics(sums)
 
 
 CHUNK_ELEMENTS = 1 << 24
@@ -199,24 +224,24 @@ TOGETHER = 1 << 18
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How tokens of some layers choose, if they choose for themselves.
+class TokenSelection:
+    """How tokens of some layers select neurons, if they do so one by one.
 
-    ``worth``: [L, I], what a unit of each neuron's activation is worth; ``keeps``: the share of its
+    ``saliency``: [L, I], what multiplies each neuron's activation; ``keeps``: the share of its
     neurons that a token keeps, per layer.
     """
 
-    worth: Tensor
+    saliency: Tensor
     keeps: tuple[float, ...]
 
-    def of(self, layers: slice) -> Choice:
+    def of(self, layers: slice) -> TokenSelection:
         """That of some of the layers."""
-        return Choice(self.worth[layers], self.keeps[layers])
+        return TokenSelection(self.saliency[layers], self.keeps[layers])
 
     def losers(self, u: Tensor) -> Tensor:
-        """``losers`` of every layer; u: [L, T, I]."""
-        each = zip(u, self.worth, self.keeps, strict=True)
-        return torch.stack([pruned_indicator(one, worth, keep) for one, worth, keep in each])
+        """``pruned_indicator`` of every layer; u: [L, T, I]."""
+        each = zip(u, self.saliency, self.keeps, strict=True)
+        return torch.stack([pruned_indicator(*one) for one in each])
 
 
 @dataclass(frozen=True)
@@ -224,9 +249,9 @@ class Statistics:
     """Which sums a configuration needs, and how to add one forward's tokens to them.
 
     ``needs`` holds any of ``signed`` (compensation), ``features`` (its low-rank part),
-    ``sensitivity``, ``sensitivity-residual``, ``squares`` (budget ``global``) and ``lost``
-    (compensation where tokens choose).  ``spread``: scores take the standard deviation of u;
-    ``average``: the mean of the per-token statistic.
+    ``sensitivity`` (budget ``depth``) and ``lost`` (compensation of per-token selection).
+    ``spread``: scores take the standard deviation of u; ``average``: the mean of the per-token
+    statistic.
     """
 
     per_token: PerToken | None
@@ -242,30 +267,8 @@ class Statistics:
 
     @property
     def needs_stream(self) -> bool:
-        """Whether x and r, beside u and z, must be captured."""
-        return bool(self.needs & {"sensitivity", "sensitivity-residual", "squares"})
-
-    def update(
-        self,
-        evidence: LayerStatistics,
-        u: Tensor,
-        z: Tensor,
-        x: Tensor | None,
-        r: Tensor | None,
-        weights: Tensor | None,
-        f: Tensor | None = None,
-        choice: Choice | None = None,
-    ) -> None:
-        """Add tokens of one layer; parts as below, tensors without their first dimension.
-
-        Raises ``RuntimeError`` when x and r are needed and missing.
-        """
-        parts = (t if t is None else t[None] for t in (u, None, z, x, r))
-        if self.needs_stream and (x is None or r is None):
-            raise RuntimeError("x and r were not captured")
-        self.add(
-            [evidence], LayerObservation(*parts), weights, None if f is None else f[None], choice
-        )
+        """Whether x, beside u and z, must be captured."""
+        return "sensitivity" in self.needs
 
     def add(
         self,
@@ -273,24 +276,24 @@ class Statistics:
         seen: LayerObservation,
         weights: Tensor | None,
         f: Tensor | None = None,
-        choice: Choice | None = None,
+        selection: TokenSelection | None = None,
     ) -> None:
         """Add tokens of some layers: parts [L, B, T, ...] of ``seen`` that are there.
 
-        f: [L, B, T, F] features of the FFN's input; weights: [B, T] float32 or None; ``choice``:
-        needed for ``lost``.
+        f: [L, B, T, F] features of the FFN's input; weights: [B, T] float32 or None;
+        ``selection``: needed for ``lost``.
         """
         if (u := seen.u) is not None:
             step = max(1, TOGETHER // max(1, u[0].numel()))
             for start in range(0, len(u), step):
                 part = slice(start, start + step)
-                own = None if f is None else f[part]
-                chosen = None if choice is None else choice.of(part)
-                self._add_neurons(evidence[part], u[part], weights, own, chosen)
-        if self.needs_stream and seen.z is not None and seen.x is not None and seen.r is not None:
+                features = None if f is None else f[part]
+                selected = None if selection is None else selection.of(part)
+                self._add_neurons(evidence[part], u[part], weights, features, selected)
+        if self.needs_stream and seen.z is not None and seen.x is not None:
             flat = None if weights is None else weights.flatten()
-            x, z, r = (t.flatten(1, 2).float() for t in (seen.x, seen.z, seen.r))
-            self._stream(evidence, x, z, r, flat)
+            x, z = seen.x.flatten(1, 2).float(), seen.z.flatten(1, 2).float()
+            _add_sensitivity(evidence, x, z, flat)
 
     def _add_neurons(
         self,
@@ -298,71 +301,58 @@ class Statistics:
         u: Tensor,
         weights: Tensor | None,
         f: Tensor | None,
-        choice: Choice | None,
+        selection: TokenSelection | None,
     ) -> None:
         step = max(1, CHUNK_ELEMENTS // (u.shape[0] * u.shape[1] * u.shape[3]))
         for start in range(0, u.shape[2], step):
             part = slice(start, start + step)
             w = None if weights is None else weights[:, part]
-            some = u[:, :, part].float()
-            self._neurons(evidence, some, w, choice)
+            chunk = u[:, :, part].float()
+            self._add_chunk(evidence, chunk, w, selection)
             if f is not None and "features" in self.needs:
-                _add_features(evidence, some, f[:, :, part].float(), w)
+                _add_features(evidence, chunk, f[:, :, part].float(), w)
 
-    def _neurons(
-        self, evidence: Layers, u: Tensor, weights: Tensor | None, choice: Choice | None
+    def _add_chunk(
+        self, evidence: Layers, u: Tensor, weights: Tensor | None, selection: TokenSelection | None
     ) -> None:
         flat = u.flatten(1, 2)
         w = None if weights is None else weights.flatten()
         if self.per_token is not None and self.ema_decay is not None:
-            for one, own in zip(evidence, self.per_token(u).sqrt(), strict=True):
-                one.add_ema(own, self.ema_decay, weights)
+            for layer, values in zip(evidence, self.per_token(u).sqrt(), strict=True):
+                layer.add_ema(values, self.ema_decay, weights)
         elif self.per_token is not None:
             add_sums(evidence, "score", self.per_token(flat), w)
-        if "signed" in self.needs or self.spread:
+        if "signed" in self.beside_score:
             add_sums(evidence, "signed", flat, w)
-        if "squares" in self.needs:
-            add_sums(evidence, "squares", flat.square(), w)
-        if "lost" in self.needs and choice is not None:
-            lost = choice.losers(flat)
+        if "lost" in self.needs and selection is not None:
+            lost = selection.losers(flat)
             add_sums(evidence, "lost", flat * lost, w)
             add_sums(evidence, "losses", lost, w)
-
-    def _stream(self, evidence: Layers, x: Tensor, z: Tensor, r: Tensor, w: Tensor | None) -> None:
-        size = x.norm(dim=-1).clamp_min(EPS)
-        if "sensitivity" in self.needs:
-            _add_sensitivity(evidence, "", x, z, z - x, size, w)
-        if "sensitivity-residual" in self.needs:
-            _add_sensitivity(evidence, "-residual", x, x + r, r, size, w)
-        if "squares" in self.needs:
-            z2, r2 = z.square().sum(-1), r.square().sum(-1)
-            add_sums(evidence, "gain", r2 / z2.clamp_min(EPS), w)
-            add_sums(evidence, "stream", size.square(), w)
 
     def score_input(self, evidence: LayerStatistics, width: int, device: torch.device) -> Tensor:
         """The accumulated statistic ``a`` that score functions take: [I], float32."""
         if self.per_token is None:
             return torch.zeros(width, device=device)
-        known = evidence.sums["score"]
+        score = evidence.sums["score"]
         if self.spread:
-            variance = known.mean - evidence.sums["signed"].mean.square()
+            variance = score.mean - evidence.sums["signed"].mean.square()
             return variance.clamp_min(0).sqrt()
         if self.average or self.ema_decay is not None:
-            return known.mean
-        return known.total.sqrt()
+            return score.mean
+        return score.total.sqrt()
 
 
-def pruned_indicator(u: Tensor, worth: Tensor, keep: float) -> Tensor:
-    """1 where a token would leave a neuron out, else 0: u [T, I] float32; worth [I].
+def pruned_indicator(u: Tensor, saliency: Tensor, keep: float) -> Tensor:
+    """1 where a token would leave a neuron out, else 0: u [T, I] float32; saliency [I].
 
-    A token keeps the share ``keep`` of the neurons, those of the largest ``abs(u_i) * worth_i``;
+    A token keeps the share ``keep`` of the neurons, those of the largest ``abs(u_i) * saliency_i``;
     of equals at the border it leaves out all.
     """
     lost = u.shape[-1] - max(1, round(keep * u.shape[-1]))
     if not lost:
         return torch.zeros_like(u)
-    score = u.abs() * worth
-    return (score <= _nth_smallest(score, lost)).to(u.dtype)
+    strengths = u.abs() * saliency
+    return (strengths <= _nth_smallest(strengths, lost)).to(u.dtype)
 
 
 def _nth_smallest(values: Tensor, number: int) -> Tensor:
@@ -370,8 +360,8 @@ def _nth_smallest(values: Tensor, number: int) -> Tensor:
     if values.device.type != "cpu":
         return values.kthvalue(number, -1, keepdim=True).values
     # a sixth of the time of torch's own, which a prompt would feel
-    found = np.partition(values.detach().numpy(), number - 1, -1)
-    return torch.from_numpy(found[:, number - 1 : number])
+    ordered = np.partition(values.detach().numpy(), number - 1, -1)
+    return torch.from_numpy(ordered[:, number - 1 : number])
 
 
 def _add_features(evidence: Layers, u: Tensor, f: Tensor, weights: Tensor | None) -> None:
@@ -382,19 +372,13 @@ def _add_features(evidence: Layers, u: Tensor, f: Tensor, weights: Tensor | None
     weight: Tensor | float = float(f.shape[1]) if w is None else w.sum()
     weighted = f if w is None else f * w[:, None]
     with full_precision(f):
-        add_parts(evidence, "moments", f.mT @ weighted, weight)
-        add_parts(evidence, "cross", u.mT @ weighted, weight)
+        add_totals(evidence, "moments", f.mT @ weighted, weight)
+        add_totals(evidence, "cross", u.mT @ weighted, weight)
 
 
-def _add_sensitivity(
-    evidence: Layers,
-    suffix: str,
-    x: Tensor,
-    y: Tensor,
-    change: Tensor,
-    size: Tensor,
-    w: Tensor | None,
-) -> None:
-    cosine = (x * y).sum(-1) / (size * y.norm(dim=-1)).clamp_min(EPS)
-    add_sums(evidence, f"cosine{suffix}", cosine, w)
-    add_sums(evidence, f"change{suffix}", change.norm(dim=-1) / size, w)
+def _add_sensitivity(evidence: Layers, x: Tensor, z: Tensor, weights: Tensor | None) -> None:
+    """Sums of cos(x, z) and ||z - x|| / ||x||; x, z: [L, T, D] float32."""
+    size = x.norm(dim=-1).clamp_min(EPS)
+    cosine = (x * z).sum(-1) / (size * z.norm(dim=-1)).clamp_min(EPS)
+    add_sums(evidence, "cosine", cosine, weights)
+    add_sums(evidence, "change", (z - x).norm(dim=-1) / size, weights)

@@ -1,7 +1,7 @@
-"""Token-level selection: every token's own winners, from cheap estimates of its neurons.
+"""Token-level selection: the winners of each token, from cheap estimates of its neurons.
 
 The idea is that of Prox (arXiv 2607.27591) and WINA (arXiv 2505.19427); docs/method.md has the
-formulas.  Estimates come from low-bit copies of the weights: the D inputs of a row are cut into
+formulas.  Estimates come from low-bit proxies of the weights: the D inputs of a row are cut into
 groups, each with the scale ``max abs(w) / m`` in bfloat16, m = 2^(bits - 1) - 1, and levels are
 whole numbers from -m to m, rounded to the nearest.  Symmetric, because a file that is 4-bit already
 has at most 16 values per group of 32: an asymmetric grid would copy it almost exactly and say
@@ -83,7 +83,7 @@ class QuantizedProxy:
 
 @torch.no_grad()
 def low_bit(matrix: Tensor, bits: int, group: int) -> QuantizedProxy:
-    """The copy of ``matrix`` [N, D] (any float dtype and layout), on its device."""
+    """The proxy of ``matrix`` [N, D] (any float dtype and layout), on its device."""
     rows, inputs = matrix.shape
     made = [
         _grid(matrix[span].float(), bits, group) for span in _spans(rows, inputs, matrix.is_cpu)
@@ -115,12 +115,12 @@ def _spans(rows: int, inputs: int, on_cpu: bool) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def squared_error(matrix: Tensor, copy: QuantizedProxy) -> tuple[float, float]:
-    """Squared Frobenius norms of (copy - matrix) and of matrix."""
+def squared_error(matrix: Tensor, proxy: QuantizedProxy) -> tuple[float, float]:
+    """Squared Frobenius norms of (proxy - matrix) and of matrix."""
     off = whole = 0.0
-    for span in _spans(*copy.shape, matrix.is_cpu):
-        part = matrix[span].float().contiguous()  # sums round alike, however it lies
-        off += float((copy.dense(span) - part).square().sum())
+    for span in _spans(*proxy.shape, matrix.is_cpu):
+        part = matrix[span].float().contiguous()  # sums round alike, whatever the layout
+        off += float((proxy.dense(span) - part).square().sum())
         whole += float(part.square().sum())
     return off, whole
 
@@ -138,10 +138,10 @@ def gaussian_error(rows: int, inputs: int, bits: int, group: int) -> float:
 
 
 NO_MASK = (
-    "token-level selection has no sequence mask: every token chooses its own neurons, and only "
+    "token-level selection has no sequence mask: every token selects its own neurons, and only "
     "their number per layer is kept"
 )
-"""What is said where kept neurons are asked for."""
+"""The message where kept neurons are requested."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,13 @@ class TokenMask(LayerMask):
 
     ``ids``: the candidates, ascending.  With compensation ``mean`` is m, the mean activation of
     each neuron where tokens leave it out, [I] float32, and ``bias`` is W_down m over all neurons:
-    winners add (u - m) to it.  ``worth``: what a unit of activation is worth, [I] float32; None:
+    winners add (u - m) to it.  ``saliency``: what multiplies each activation, [I] float32; None:
     the norm of the output column.
     """
 
     winners: int = field(kw_only=True)
     mean: Tensor | None = field(default=None, kw_only=True)
-    worth: Tensor | None = field(default=None, kw_only=True)
+    saliency: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def kept(self) -> int:
@@ -168,8 +168,8 @@ class TokenMask(LayerMask):
         return None if len(self.ids) == self.width else self.ids
 
     def nbytes(self) -> int:
-        held = (t for t in (self.mean, self.worth) if t is not None)
-        return super().nbytes() + sum(t.numel() * t.element_size() for t in held)
+        tensors = (t for t in (self.mean, self.saliency) if t is not None)
+        return super().nbytes() + sum(t.nbytes for t in tensors)
 
 
 def candidate_count(share: float | None, width: int, keep: int) -> int:
@@ -183,26 +183,26 @@ def token_mask(
     keep: int,
     down: Tensor,
     mean: Tensor | None,
-    worth: Tensor | None = None,
+    saliency: Tensor | None = None,
 ) -> TokenMask:
     """``keep`` winners per token out of the ``candidates`` best by the sequence's ``score`` [I].
 
-    down: [D, I]; mean: [I] float32, or None without compensation; worth: [I] float32, or None for
-    the norms of down's columns.
+    down: [D, I]; mean: [I] float32, or None without compensation; saliency: [I] float32, or None
+    for the norms of down's columns.
     """
     width = len(score)
     every = torch.arange(width, device=score.device)
     ids = every if candidates >= width else top_ids(score, candidates)
     bias = None if mean is None else compensation(down, mean, every)
-    return TokenMask(ids, width, bias, winners=keep, mean=mean, worth=worth)
+    return TokenMask(ids, width, bias, winners=keep, mean=mean, saliency=saliency)
 
 
-def contribution_estimate(estimate: Tensor, worth: Tensor) -> Tensor:
-    """``abs(u~) * worth``: what leaving a neuron out would cost, [..., n] float32.
+def contribution_estimate(estimate: Tensor, saliency: Tensor) -> Tensor:
+    """``abs(u~) * saliency``: what leaving a neuron out would cost, [..., n] float32.
 
-    estimate: u~ [..., n]; worth: of a unit of activation, [n].
+    estimate: u~ [..., n]; saliency: [n].
     """
-    return estimate.abs() * worth
+    return estimate.abs() * saliency
 
 
 def winner_places(strengths: Tensor, keep: int) -> Tensor:
@@ -234,14 +234,14 @@ def at_largest(x: Tensor, count: int, norms: Tensor | None = None) -> Tensor:
 
 
 def sequence_masks(masks: Masks) -> Masks:
-    """``masks`` without those of layers whose tokens choose for themselves."""
+    """``masks`` without those of layers with per-token selection."""
     if not any(isinstance(mask, TokenMask) for mask in masks):
         return masks
     return tuple(None if isinstance(mask, TokenMask) else mask for mask in masks)
 
 
 def plain_masks(masks: Masks) -> Masks:
-    """``masks``; raises ``ConfigError`` where a layer's tokens choose for themselves."""
+    """``masks``; raises ``ConfigError`` where a layer has per-token selection."""
     if any(isinstance(mask, TokenMask) for mask in masks):
         raise ConfigError(f"{NO_MASK}: use a method with masks of the sequence, e.g. dart")
     return masks

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dart_llm.pruning.statistics import LayerPrior
-
+from dart_llm.pruning.statistics import SelfStats
 
 REACH_CHUNK = 4096
 """Rows of an embedding that are multiplied at a time."""
@@ -22,11 +20,11 @@ REACH_CHUNK = 4096
 class FfnWeights:
     """Views of one layer's FFN weights in the model's dtype; I = neurons, D = hidden size.
 
-    ``stored_up``: ``up``, or its transpose where it lies ``by_inputs``; ``gate``: [I, D] or None;
-    ``down``: [D, I].
+    ``stored_up``: ``up``, or its transpose where it is stored ``by_inputs``; ``gate``: [I, D] or
+    None; ``down``: [D, I].
     ``embedding``: [V, D] rows for forward proxies, shared by all layers.  ``prior``: [I] float32,
-    what is known of the neurons before any text is seen, larger is kept first.  ``learnt``: what
-    the model's own text taught about the layer.  ``known_reach``: ``reach``, where it is kept.
+    a calibrated ranking of the neurons, larger is kept first.  ``self_stats``: what was learned of
+    the layer from self-generated text.
     """
 
     index: int
@@ -38,15 +36,14 @@ class FfnWeights:
     embedding: Tensor | None = None
     seed: int = 0
     prior: Tensor | None = None
-    learnt: LayerPrior | None = None
-    known_reach: tuple[Tensor, Tensor] | None = None
+    self_stats: SelfStats | None = None
     by_inputs: bool = False
 
     @property
     def up(self) -> Tensor:
         """[I, D] (``fc`` in a plain FFN).
 
-        Taken anew, for a view does not notice that an executor lays its parameter out transposed.
+        Taken anew, for a view does not notice that an executor transposes its parameter.
         """
         return self.stored_up.t() if self.by_inputs else self.stored_up
 
@@ -61,15 +58,30 @@ class FfnWeights:
         return int(self.down.shape[0])
 
     @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Up, gate if there is one, down, as they are stored."""
+        inputs = (self.stored_up,) if self.gate is None else (self.stored_up, self.gate)
+        return (*inputs, self.down)
+
+    @property
     def neuron_bytes(self) -> float:
         """Bytes of one neuron as it is stored: its input rows and its output column."""
-        held = (self.stored_up, self.gate, self.down)
-        return sum(matrix.nbytes for matrix in held if matrix is not None) / self.width
+        return sum(matrix.nbytes for matrix in self.matrices) / self.width
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """Where the weights are."""
         return self.down.device
+
+    @property
+    def fisher(self) -> Tensor | None:
+        """Mean squared gradient of the loss by each activation, [I] float32, where learned."""
+        return None if self.self_stats is None else self.self_stats.fisher
+
+    @property
+    def basis(self) -> Tensor | None:
+        """Directions of the input that low-rank compensation reads, [r, D], where learned."""
+        return None if self.self_stats is None else self.self_stats.basis
 
     @cached_property
     def down_norm(self) -> Tensor:
@@ -77,13 +89,9 @@ class FfnWeights:
         return norms_of(self.down, 0)
 
     @cached_property
-    def unit_worth(self) -> Tensor:
-        """What a unit of each neuron's activation is worth, [I] float32.
-
-        The root of its mean squared gradient where that was learnt, else ``down_norm``.
-        """
-        curvature = None if self.learnt is None else self.learnt.curvature
-        return self.down_norm if curvature is None else curvature.sqrt()
+    def saliency(self) -> Tensor:
+        """sqrt of the mean squared gradient where it was learned, else ``down_norm``: [I]."""
+        return self.down_norm if self.fisher is None else self.fisher.sqrt()
 
     @cached_property
     def down_l1(self) -> Tensor:
@@ -97,10 +105,15 @@ class FfnWeights:
         ``w_i``: column i of the down projection; ``e_v``: row v of ``embedding``, which must be
         there.
         """
-        if self.known_reach is not None:
-            return self.known_reach
         assert self.embedding is not None
-        return reach_of(self.down.detach(), self.embedding.detach())
+        high = torch.zeros(self.width, device=self.device)
+        total = torch.zeros(self.width, device=self.device)
+        columns = self.down.detach().float()
+        for chunk in torch.split(self.embedding.detach(), REACH_CHUNK):
+            products = (chunk.to(self.device).float() @ columns).abs_()
+            high = torch.maximum(high, products.amax(0))
+            total += products.sum(0)
+        return high, total / len(self.embedding)
 
     @cached_property
     def in_norms(self) -> Tensor:
@@ -109,29 +122,22 @@ class FfnWeights:
         return norm if self.gate is None else norm * norms_of(self.gate, 1)
 
 
-def with_prior(layers: Sequence[FfnWeights], **parts: Sequence[Any]) -> tuple[FfnWeights, ...]:
-    """The layers, each with its part of what is known: ``prior=``, ``learnt=``, one per layer."""
-    found = tuple(layers)
+def with_parts(layers: Sequence[FfnWeights], **parts: Sequence[Any]) -> tuple[FfnWeights, ...]:
+    """The layers, each with its part: ``prior=``, ``self_stats=``, ..., one per layer."""
+    changed = tuple(layers)
     for name, each in parts.items():
-        found = tuple(replace(one, **{name: part}) for one, part in zip(found, each, strict=True))
-    return found
-
-
-def reach_of(down: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``FfnWeights.reach`` of down [D, I] and rows [V, D]: V x D x I products, in chunks of V."""
-    high = torch.zeros(down.shape[1], device=down.device)
-    total = torch.zeros(down.shape[1], device=down.device)
-    columns = down.float()
-    for chunk in torch.split(rows, REACH_CHUNK):
-        found = (chunk.to(down.device).float() @ columns).abs_()
-        high = torch.maximum(high, found.amax(0))
-        total += found.sum(0)
-    return high, total / len(rows)
+        changed = tuple(replace(one, **{name: p}) for one, p in zip(changed, each, strict=True))
+    return changed
 
 
 def in_blocks(matrix: Tensor) -> bool:
     """Whether a matrix is stored in low-bit blocks, and not in its dtype."""
     return int(matrix.nbytes) != matrix.numel() * matrix.element_size()
+
+
+def stored_bytes(matrix: Tensor, width: int | None = None) -> float:
+    """Bytes of a matrix as it is stored, or with ``width`` per weight where it is not in blocks."""
+    return matrix.nbytes if width is None or in_blocks(matrix) else matrix.numel() * width
 
 
 def norms_of(matrix: Tensor, dim: int, order: float = 2) -> Tensor:

@@ -135,7 +135,6 @@ ACCOUNTING = (
     "remask_causes",
     "executor",
     "ffn_bytes_share",
-    "ffn_flops_share",
     "bytes_limit",
     "extra_memory_bytes",
 )

@@ -400,7 +400,7 @@ class RequestReader:
         config, changes, field = self._default, _changes(dart), "dart.method"
         try:
             if dart.method not in (None, config.method):
-                other = METHODS.named(str(dart.method))
+                other = METHODS.get_listed(str(dart.method))
                 if config.sparsity and "sparsity" not in changes and removes_neurons(other.method):
                     changes["sparsity"] = config.sparsity
                 config = other
@@ -428,7 +428,7 @@ class RequestReader:
 def is_ready(method: str, settings: ServeSettings) -> bool:
     """Whether requests by ``method`` can start at once, without learning."""
     config = METHODS.get(method)
-    learns = config.prior is not None or config.calibration is not None
+    learns = config.self_stats is not None or config.calibration is not None
     return not learns or method in settings.ready
 
 

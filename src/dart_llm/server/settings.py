@@ -128,4 +128,4 @@ class ServeSettings(BaseSettings):
 
 def removes_neurons(method: str) -> bool:
     """Whether a method removes neurons, so that it takes a sparsity."""
-    return METHODS.get(method).sparsity != 0
+    return bool(METHODS.get(method).sparsity != 0)

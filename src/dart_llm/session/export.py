@@ -60,7 +60,7 @@ def check_plain(masks: Sequence[LayerMask | None]) -> None:
     """Raise ``ConfigError`` for low-rank compensation."""
     if any(mask is not None and mask.low_rank is not None for mask in masks):
         raise ConfigError(
-            "low-rank compensation has no place in a plain checkpoint: use compensation_rank=0 to "
+            "a plain checkpoint cannot have low-rank compensation: use compensation_rank=0 to "
             "export"
         )
 

@@ -1,4 +1,4 @@
-"""Whether a setting that is kept in a file was found for the model at hand."""
+"""Whether a setting that is kept in a file was measured on this model."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from dart_llm.models.fingerprint import fingerprint
 from dart_llm.pruning.setting_file import kept_setting, path_of
 
 SAME = ("name", "sha256", "file_quantisation", "parameters")
-"""What a setting's file says of its checkpoint."""
+"""What a setting file records of its checkpoint."""
 
 
 def identity(model: Any) -> dict[str, Any]:
-    """What tells the checkpoint of ``model`` from others; a digest of the weights where no file's
-    is known, which holds for one way to hold them alone."""
+    """What distinguishes the checkpoint of ``model``; a digest of the weights where no file's
+    is available, which is of one weight format alone."""
     facts = checkpoint_facts(model)
     found = {name: facts.get(name) for name in SAME}
     return found if found["sha256"] else {**found, "fingerprint": fingerprint(model)}
 
 
 def held_words(model: Any) -> str:
-    """How ``model`` holds its weights: in blocks, or in a dtype."""
+    """How ``model`` stores its weights: in blocks, or in a dtype."""
     facts = checkpoint_facts(model)
     return str(facts.get("weights") or facts["dtype"])
 
 
 def other_model(method: str, model: Any, held: bool = False) -> str:
-    """A sentence where the setting ``file:...`` was found for another checkpoint, else "".
+    """A sentence where the setting ``file:...`` was measured on another checkpoint, else "".
 
-    ``held``: also where the weights are held otherwise: who loads by the setting knows it.
+    ``held``: also where the weights are stored otherwise.
     """
     kept, path = kept_setting(method), path_of(method)
     if kept is None or path is None or not kept.model:
@@ -50,7 +50,7 @@ def other_model(method: str, model: Any, held: bool = False) -> str:
     was = kept.model.get("held")
     if held and was and was != held_words(model):
         return (
-            f"{path.name} was found on weights held as {was}, and this model's are "
+            f"{path.name} was found on weights stored as {was}, and this model's are "
             f"{held_words(model)}: load it with weights={kept.weights!r}"
         )
     return ""

@@ -1,36 +1,39 @@
-"""``prune(model, ...)`` and ``Run``: a context manager that joins policy, model and accounting."""
+"""``prune(model, ...)``, ``Run`` and what it runs: a method bound to a model."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from dart_llm.calibration.head import learn_screen
-from dart_llm.calibration.learn import self_calibrate
+from dart_llm.calibration.self_calibration import learn_screen, self_calibrate
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.checkpoint import tokenizer_of
 from dart_llm.models.describe import ModelView, describe
 from dart_llm.models.float32_products import note_slow_prompts
 from dart_llm.patching.executors import check_executor, choose_executor
+from dart_llm.patching.executors.token_ffn import winner_rows
 from dart_llm.patching.executors.whole_step import effective_executor
 from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.accounting import Costs, known_bytes, run_report
 from dart_llm.pruning.clamp import Given, make_clamp
-from dart_llm.pruning.config import DEFAULT_METHOD, PruneConfig, check_prepared
+from dart_llm.pruning.config import DEFAULT_METHOD, PruneConfig
 from dart_llm.pruning.controller import PruningController, RemaskHook, TokensHook
 from dart_llm.pruning.forward import PendingForward
-from dart_llm.pruning.masks import USER_MASKS, LayerMask, Masks, masks_on_devices
+from dart_llm.pruning.masks import USER_MASKS, Ids, LayerMask, Masks, masks_on_devices
 from dart_llm.pruning.records import DriftCheck, HeadReport, Remask, RunReport
 from dart_llm.pruning.selection import MaskSelector, check_fits
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import plain_masks, sequence_masks
-from dart_llm.pruning.weights import FfnWeights, with_prior
+from dart_llm.pruning.weights import FfnWeights, in_blocks, with_parts
+from dart_llm.session.export import export
+from dart_llm.session.gguf_file import source_file, write_masks
 from dart_llm.session.kept import other_model
 from dart_llm.session.trace import Trace, open_trace
 
@@ -39,7 +42,7 @@ logger = logging.getLogger("dart_llm")
 
 @dataclass(frozen=True)
 class PatchCosts:
-    """What a patch holds and did: bytes beside the model, whole steps, errors of low-bit copies.
+    """What a patch allocated and did: bytes beside the model, whole steps, errors of proxies.
 
     ``head``: of a screened output head.
     """
@@ -50,48 +53,90 @@ class PatchCosts:
     head: HeadReport | None = None
 
 
-@dataclass(frozen=True)
-class MethodOnModel:
-    """A configuration and what it knows of a model.
+def likelihood_config(config: PruneConfig) -> PruneConfig:
+    """The configuration under which likelihood tasks run: masks at once, never a re-mask."""
+    return config.replace({"masking_step": 0, "min_evidence": 0, "drift": {"rule": "never"}})
 
-    ``layers``: the weights, with what was learnt of them.  ``fixed_masks``: masks that were given
-    or calibrated, one per layer (None: dense), or None where masks are chosen.  ``prior``: [I] per
-    layer, as of calibration.  ``by_hand``: whether the masks are the user's own.
+
+@dataclass(frozen=True)
+class BoundMethod:
+    """A configuration bound to a model's weights, statistics and fixed masks.
+
+    ``config`` None: the untouched model.  ``masks``: the user's, {layer: kept ids}.
+    ``fixed_masks``: one per layer (None: dense), calibrated or the user's; None: masks are chosen.
+    ``prior``: calibrated ranks, [I] per layer, for scores that mix it in.  ``learned``: the layers
+    with learned statistics; None: without.  ``notes``: what a reader of its numbers must know.
+    ``facts``: further numbers for tables, such as ``weight_bytes``.
     """
 
-    config: PruneConfig
-    layers: tuple[FfnWeights, ...]
-    selector: MaskSelector
+    model: Any
+    tokenizer: Any
+    config: PruneConfig | None
+    masks: Ids | None = None
     fixed_masks: Masks | None = None
     prior: tuple[Tensor, ...] | None = None
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    learned: tuple[FfnWeights, ...] | None = None
+    clamp: Given | None = None
     by_hand: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        view: ModelView,
-        config: PruneConfig,
-        fixed_masks: Masks | None = None,
-        prior: Sequence[Tensor] | None = None,
-        layers: tuple[FfnWeights, ...] | None = None,
-        by_hand: bool = False,
-        clamp: Given | None = None,
-    ) -> MethodOnModel:
-        """``layers``: what learning made of the weights; None: the weights as they are.
-
-        Raises ``ConfigError`` where the configuration or the clamp does not fit the layers.
-        """
-        if layers is None:
-            layers = view.weights(config.score.proxy_embedding, config.seed)
-        if prior is not None:
-            layers = with_prior(layers, prior=prior)
-        ranks = None if prior is None else tuple(prior)
-        selector = check_fits(config, layers, make_clamp(layers, clamp or {}))
-        return cls(config, layers, selector, fixed_masks, ranks, by_hand)
+    """Whether ``fixed_masks`` are the user's."""
 
     @property
-    def chooses(self) -> bool:
-        """Whether it chooses masks by itself."""
+    def label(self) -> str:
+        """``dense``, or method and sparsity as in ``dart@0.5``."""
+        if self.name:
+            return self.name
+        if self.config is None:
+            return "dense"
+        if self.masks is not None:
+            return USER_MASKS
+        amount = "table" if self.requested is None else f"{self.requested:g}"
+        return f"{self.config.method}@{amount}"
+
+    @property
+    def method(self) -> str:
+        """Name of the method; of the untouched model and of the user's masks, their label."""
+        return self.label if self.config is None or self.masks is not None else self.config.method
+
+    @property
+    def requested(self) -> float | None:
+        """The requested sparsity; None where a table, ``auto`` or masks set the counts."""
+        if self.config is None:
+            return 0.0
+        fixed = self.config.budget.table is not None or self.config.score.strategy == "auto"
+        if self.masks is not None or (fixed and self.config.sparsity is None):
+            return None
+        return self.config.target
+
+    @property
+    def settings(self) -> PruneConfig:
+        """``config``, where there is one."""
+        assert self.config is not None
+        return self.config
+
+    @cached_property
+    def view(self) -> ModelView:
+        """The model's parts."""
+        return describe(self.model)
+
+    @cached_property
+    def layers(self) -> tuple[FfnWeights, ...]:
+        """The weights of every FFN, with learned statistics and prior."""
+        config, layers = self.settings, self.learned
+        if layers is None:
+            layers = self.view.weights(config.score.proxy_embedding, config.seed)
+        return layers if self.prior is None else with_parts(layers, prior=self.prior)
+
+    @cached_property
+    def selector(self) -> MaskSelector:
+        """Raises ``ConfigError`` where the configuration or the clamp does not fit the layers."""
+        return check_fits(self.settings, self.layers, make_clamp(self.layers, self.clamp or {}))
+
+    @property
+    def selects(self) -> bool:
+        """Whether it selects masks by itself."""
         return self.fixed_masks is None and not self.selector.removes_nothing
 
     @property
@@ -101,39 +146,75 @@ class MethodOnModel:
             return all(mask is None for mask in self.fixed_masks)
         return self.selector.removes_nothing
 
-    @property
-    def asked(self) -> float | None:
-        """The sparsity asked for; None where it is not one of the whole model."""
-        return self.config.target if self.selector.asks_total and not self.by_hand else None
+    def with_fixed_masks(self, remove: Ids | None = None) -> BoundMethod:
+        """The same, with the user's masks on the layers' devices, clamped.
+
+        ``remove``: {layer: ids} in place of ``masks``.  Where nothing is selected, a clamp is a
+        fixed mask itself.
+        """
+        fixed, clamp = self.fixed_masks, self.selector.clamp
+        if self.masks is not None or remove is not None:
+            fixed = masks_on_devices(self.layers, self.masks, remove)
+        if clamp.layers and (fixed is not None or self.selector.removes_nothing):
+            fixed = clamp.of(fixed or (None,) * len(self.layers))
+        by_hand = self.by_hand or self.masks is not None or remove is not None
+        return replace(self, masks=None, fixed_masks=fixed, by_hand=by_hand)
+
+    def check_prepared(self) -> None:
+        """Raise ``ConfigError`` for a method that needs what only ``prepare`` makes."""
+        calibration = self.settings.calibration
+        if calibration is None or not self.selects or self.prior is not None:
+            return
+        text = calibration.source == "text"
+        argument, option = (", calibration=FILE", " --calibration FILE") if text else ("", "")
+        raise ConfigError(
+            f'method "{self.method}" takes its {calibration.purpose} from calibration, which prune '
+            "does not do: use dart_llm.session.prepare.prepare(model, tokenizer, config"
+            f"{argument}), or dart-llm eval --method {self.method}{option}"
+        )
+
+    def run(self, likelihood: bool = False, make: Callable[..., Run] | None = None) -> Run | None:
+        """A new run, not attached; None for the untouched model.
+
+        ``likelihood``: with the settings of likelihood tasks (masks at once, never a re-mask).
+        ``make``: called as ``Run`` is, for another kind of run.
+        """
+        if self.config is None:
+            return None
+        config = likelihood_config(self.config) if likelihood else self.config
+        return (make or Run)(
+            self.model,
+            config,
+            masks=self.masks,
+            fixed_masks=self.fixed_masks,
+            prior=self.prior,
+        )
 
     def controller(
         self, on_remask: RemaskHook | None = None, on_tokens: TokensHook | None = None
     ) -> PruningController:
-        """One that has seen nothing."""
+        """A new one."""
         clamp = self.selector.clamp
         hooks = on_remask, on_tokens
-        return PruningController(self.config, self.layers, self.fixed_masks, *hooks, clamp)
+        return PruningController(self.settings, self.layers, self.fixed_masks, *hooks, clamp)
 
-    def report(
-        self, view: ModelView, controller: PruningController, executor: str, costs: PatchCosts
-    ) -> RunReport:
+    def report(self, controller: PruningController, executor: str, costs: PatchCosts) -> RunReport:
         """Accounting of what ``controller`` counted."""
-        sequences = controller.all_sequences()
+        sequences, config, view = controller.all_sequences(), self.settings, self.view
+        executor = effective_executor(executor, costs.steps, sequences)
+        by_hand = self.by_hand
+        blocks = all(in_blocks(layer.stored_up) for layer in self.layers)
         return run_report(
             sequences,
-            Costs(
-                self.layers, view.parameter_bytes, self.config.compensation, traffic=view.traffic
-            ),
-            effective_executor(executor, costs.steps, sequences),
+            Costs(self.layers, view.parameter_bytes, config.compensation, traffic=view.traffic),
+            executor,
             costs.nbytes + known_bytes(self.layers, self.prior),
-            USER_MASKS if self.by_hand else self.config.method,
-            self.asked,
+            USER_MASKS if by_hand else config.method,
+            config.target if self.selector.total_requested and not by_hand else None,
             costs.proxy_errors,
             costs.head,
+            winner_rows(config.token, executor, blocks),
         )
-
-
-Ids = Mapping[int, Sequence[int] | Tensor]
 
 
 def newest_masks(
@@ -168,11 +249,11 @@ class Run:
         masks: Ids | None = None,
         remove: Ids | None = None,
         on_remask: Callable[[Remask], None] | None = None,
-        held: Masks | None = None,
+        fixed_masks: Masks | None = None,
         prior: Sequence[Tensor] | None = None,
         clamp: Given | None = None,
     ) -> None:
-        """As ``prune``; ``held``: masks chosen by calibration, ``prior``: [I] per layer.
+        """As ``prune``; ``fixed_masks``: chosen by calibration, ``prior``: [I] per layer.
 
         Both come from ``dart_llm.session.prepare``.
         """
@@ -181,29 +262,25 @@ class Run:
         self.on_remask = on_remask
         self.on_selection: Callable[[Remask, SequenceState], None] | None = None
         self.on_masks: Callable[[Masks], None] | None = None
-        self._view, self._clamp = describe(model), clamp
         self.tracing: Trace | None = None
-        by_hand = masks is not None or remove is not None
-        method = MethodOnModel.of(self._view, config, held, prior, by_hand=by_hand, clamp=clamp)
-        if by_hand:
-            method = replace(method, fixed_masks=masks_on_devices(method.layers, masks, remove))
-        method = _clamp_fixed(method)
-        self._method = method
+        ranks = None if prior is None else tuple(prior)
+        method = BoundMethod(model, None, config, masks, fixed_masks, ranks, clamp=clamp)
+        self._method = method = method.with_fixed_masks(remove)
         self._first_masks = method.fixed_masks
         self.controller = self._new_controller()
         self.patch: ModelPatch | None = None
         self._costs = PatchCosts()
-        check_prepared(config, method.chooses, prior is not None)
-        check_executor(self._view.blocks, method.selector, model, method.chooses)
+        method.check_prepared()
+        check_executor(method.view.blocks, method.selector, model, method.selects)
 
     @property
     def layers(self) -> tuple[FfnWeights, ...]:
-        """The weights of every FFN, with what was learnt of them."""
+        """The weights of every FFN, with learned statistics."""
         return self._method.layers
 
     @property
     def fixed_masks(self) -> Masks | None:
-        """Masks that are given or held, one per layer; None where they are chosen."""
+        """Fixed masks, one per layer; None where they are chosen."""
         return self._method.fixed_masks
 
     def _notify(self, remask: Remask, state: SequenceState) -> None:
@@ -228,10 +305,10 @@ class Run:
     @property
     def executor(self) -> str:
         """What runs the pruned FFNs; ``auto`` is the fastest that can run this model here."""
-        return choose_executor(self._method.selector, self._view.blocks, self.model)
+        return choose_executor(self._method.selector, self._method.view.blocks, self.model)
 
     def attach(self) -> Run:
-        """Start pruning the model, and learn first what the method wants to know of it.
+        """Start pruning the model; what the method needs of it is learned first.
 
         Raises ``AttachError`` when it is pruned already.
         """
@@ -241,31 +318,22 @@ class Run:
             raise AttachError("this run is being traced: leave that block before it attaches anew")
         note_slow_prompts(self.model, logger.warning)
         if not self.controller.sequence_count:  # the model may have moved since this run was made
-            self._method = self._learnt()
+            self._method = self._with_statistics()
             self.controller = self._new_controller()
-        screen = learn_screen(self.model, self.config, self._method.layers)
-        patch = ModelPatch(self.model, self._view, self.controller, self.executor, screen=screen)
-        self.patch = patch  # first, so that ``detach`` knows of it however this ends
+        method = self._method
+        screen = learn_screen(self.model, self.config, method.layers)
+        patch = ModelPatch(self.model, method.view, self.controller, self.executor, screen=screen)
+        self.patch = patch  # first, so that ``detach`` finds it however this ends
         patch.install()
         return self
 
-    def _learnt(self) -> MethodOnModel:
-        """The method with what it wants to know of the model."""
-        old = self._method
-        method = MethodOnModel.of(
-            self._view,
-            self.config,
-            old.fixed_masks,
-            old.prior,
-            by_hand=old.by_hand,
-            clamp=self._clamp,
-        )
-        # masks that are held now may be let go later, those given from the start never
+    def _with_statistics(self) -> BoundMethod:
+        """The method with the statistics that it needs of the model."""
+        method = replace(self._method, learned=None)
+        # fixed masks may be let go later (``hold``), those of the start never
         if self._first_masks is not None or method.selector.removes_nothing:
             return method
-        layers = self_calibrate(self.model, self.config, method.layers)
-        known = old.fixed_masks, old.prior, layers
-        return MethodOnModel.of(self._view, self.config, *known, clamp=self._clamp)
+        return replace(method, learned=self_calibrate(self.model, self.config, method.layers))
 
     def detach(self) -> None:
         """Stop pruning; the model is exactly what it was.  Safe to call twice."""
@@ -307,7 +375,7 @@ class Run:
         """Inside, every forward that continues a cache counts as decode, whatever its length.
 
         ``prompt``: forwards that start a sequence, or that are ``generate``'s prompt step, too;
-        held masks (``hold``) then serve the prompt too.  Raises ``AttachError`` when detached.
+        fixed masks (``hold``) then apply to the prompt too.  Raises ``AttachError`` when detached.
         """
         patch = self.patch
         if patch is None or not patch.installed:
@@ -326,12 +394,12 @@ class Run:
         """A block whose tokens are written to ``path``: which neurons each layer ran for each.
 
         ``activations``: and what these were, which needs executor ``masked``.  The file is there
-        when the block is left, also by an error; ``read_trace`` reads it, and docs/trace.md says
-        what it holds.  Memory holds some hundred tokens at a time, the rest lies beside ``path``.
+        when the block is left, also by an error; ``read_trace`` reads it, and docs/trace.md
+        describes it.  Memory has some hundred tokens at a time, the rest is beside ``path``.
 
         Raises ``AttachError`` when detached, or traced already; ``ConfigError`` for activations
-        under another executor, and for methods whose tokens choose no neurons (``teal`` and others
-        of ``token.rule`` ``inputs``); ``ResultsError`` where nothing can be written.
+        under another executor, and for methods that select inputs and not neurons (``teal``, ...);
+        ``ResultsError`` where nothing can be written.
         """
         return open_trace(self, Path(path), activations)
 
@@ -381,7 +449,7 @@ class Run:
     def masks(self) -> dict[int, Tensor]:
         """Kept neuron ids per layer of the newest mask, [k] int64 on the host; none where dense.
 
-        Raises ``AttachError`` before the first, ``ConfigError`` where every token chooses its own.
+        Raises ``AttachError`` before the first, ``ConfigError`` with per-token selection.
         """
         return {
             layer: mask.ids.cpu()
@@ -418,7 +486,7 @@ class Run:
         """Accounting so far, in total and per sequence."""
         self._catch_up()
         costs = self._costs if self.patch is None else _costs_of(self.patch)
-        return self._method.report(self._view, self.controller, self.executor, costs)
+        return self._method.report(self.controller, self.executor, costs)
 
     @property
     def asks_for_pruning(self) -> bool:
@@ -428,7 +496,7 @@ class Run:
     def export(self, folder: str | Path) -> Path:
         """Write the newest mask as a dense, narrower checkpoint that ``from_pretrained`` loads.
 
-        The tokenizer too, where it is known.
+        The tokenizer too, where there is one.
         ``folder``: where to; a name that ends in ``.gguf`` is a file for llama.cpp, made of the
         one whose blocks the model holds (``dart_llm.export_gguf`` chooses masks for many texts).
 
@@ -436,27 +504,15 @@ class Run:
         Llama's architecture may hold any), and for low-rank compensation, which has no place
         there; ``AttachError`` before the first mask.
         """
-        from dart_llm.session.export import export
-
-        masks = plain_masks(self._newest_masks())
-        if Path(folder).suffix == ".gguf":
-            from dart_llm.session.gguf_export import source_file, write_masks
-
-            return write_masks(source_file(self.model), masks, folder).path
-        if Path(folder).is_file():
+        masks, path = plain_masks(self._newest_masks()), Path(folder)
+        if path.suffix == ".gguf":
+            return write_masks(source_file(self.model), masks, path).path
+        if path.is_file():
             raise ConfigError(f"export writes a folder, and {folder} is a file: give another name")
-        written = export(self.model, self._view.blocks, masks, Path(folder))
+        written = export(self.model, self._method.view.blocks, masks, path)
         if (tokenizer := tokenizer_of(self.model)) is not None:
             tokenizer.save_pretrained(written)
         return written
-
-
-def _clamp_fixed(method: MethodOnModel) -> MethodOnModel:
-    """The same, whose masks are clamped; where nothing is chosen a clamp is a fixed mask itself."""
-    fixed, clamp = method.fixed_masks, method.selector.clamp
-    if not clamp.layers or method.chooses:
-        return method
-    return replace(method, fixed_masks=clamp.of(fixed or (None,) * len(method.layers)))
 
 
 def _costs_of(patch: ModelPatch) -> PatchCosts:

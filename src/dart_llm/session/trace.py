@@ -1,4 +1,4 @@
-"""What an attached run tells of its tokens, written while it runs: ``Run.trace``."""
+"""Which neurons each token of an attached run used, written while it runs: ``Run.trace``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -18,9 +18,11 @@ from dart_llm.models.capture import LayerActivations, capture_activations
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.forward import ForwardCall, Kind, PendingForward
 from dart_llm.pruning.masks import LayerMask, Masks
 from dart_llm.pruning.records import Remask, RunReport
+from dart_llm.pruning.registry import TOKEN_RULES
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import TokenMask
 from dart_llm.pruning.weights import norms_of
@@ -34,9 +36,6 @@ from dart_llm.session.trace_file import (
     hook_name,
     norm_name,
 )
-
-if TYPE_CHECKING:
-    from dart_llm.session.run import Run
 
 CHUNK_TOKENS, CHUNK_BYTES = 256, 1 << 22
 """What memory holds at most before it goes to the disk, and one forward beside it."""
@@ -124,15 +123,6 @@ class Trace:
         if number != DENSE:
             return lambda token: (number, bits)
         chosen = self._patch.chosen(layers)
-        every_layer = len(layers) == len(self._widths)
-        if every_layer and isinstance(chosen, Tensor) and chosen[:, 0].numel() == len(bits):
-            every = chosen.numpy()  # layers are equally wide, so nothing is done for each
-
-            def of_step(token: int) -> tuple[int, Array]:
-                own = every[:, token].ravel()
-                return self._add(own), own
-
-            return of_step
         parts = [part.numpy() for part in chosen]
 
         def choice(token: int) -> tuple[int, Array]:
@@ -248,16 +238,31 @@ def _bits(mask: LayerMask | None, width: int) -> Array:
 
 
 def check_traceable(config: PruneConfig) -> None:
-    """Raise ``ConfigError`` for a method of which nobody can say which neurons ran."""
-    if config.token is not None and config.token.rule == "inputs":
+    """Raise ``ConfigError`` for a method that selects no neurons."""
+    if config.token is not None and not TOKEN_RULES.get(config.token.rule).selects_neurons:
         raise ConfigError(
-            f"method {config.method} chooses inputs of matrices, not neurons, so that there are "
+            f"method {config.method} selects inputs of matrices, not neurons, so that there are "
             "none to trace: use a method with masks, or dart-token"
         )
 
 
+class Traced(Protocol):
+    """An attached run."""
+
+    model: Any
+    config: PruneConfig
+    controller: PruningController
+    patch: ModelPatch | None
+    tracing: Trace | None
+
+    @property
+    def executor(self) -> str: ...
+
+    def report(self) -> RunReport: ...
+
+
 @contextlib.contextmanager
-def open_trace(run: Run, path: Path, activations: bool) -> Iterator[Trace]:
+def open_trace(run: Traced, path: Path, activations: bool) -> Iterator[Trace]:
     """``Run.trace``."""
     patch = run.patch
     if patch is None or not patch.installed:

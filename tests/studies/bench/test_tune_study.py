@@ -220,7 +220,7 @@ def test_the_quick_grid():
         "dense, screened head, weights file",
         "dart-token 30 %, weights file",
     ]
-    dense, screened, token = (one.config.prior for one in grid)
+    dense, screened, token = (one.config.self_stats for one in grid)
     assert dense is None and screened.sequences == token.sequences == 8  # a quarter of the text
     assert (screened.tokens, token.tokens) == (0, 32)
     rounded = Formats(("dense", "q8_0", "q4_0"), ("q8_0",))

@@ -10,8 +10,7 @@ from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.evaluation.text_metrics import NAMES, TextMetrics
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.console import Ui
-from dart_llm.session.prepare import PreparedMethod
-from dart_llm.session.run import Run
+from dart_llm.session.run import BoundMethod, Run
 from dart_llm.studies.drift.sources import Source, read_prompt
 from dart_llm.studies.drift.study import write_text
 from drift_cases import PROMPTS, draw_nothing, free, results, study
@@ -67,13 +66,13 @@ def test_texts_are_those_of_the_models_own_generate(tmp_path):
 def test_a_text_ends_where_the_model_ends_it():
     model, tokenizer = loaded()
     reading = read_prompt(Source("one", PROMPTS[0]["text"]), tokenizer, None, 20, None)
-    made = write_text(PreparedMethod(model, tokenizer, None), None, reading, 20)
+    made = write_text(BoundMethod(model, tokenizer, None), None, reading, 20)
     assert (len(made["pieces"]), made["finish"]) == (20, "length")
     ending = copy.deepcopy(model)
     with torch.inference_mode():
         third = int(model.generate(reading.ids[None], max_new_tokens=3, do_sample=False)[0, -1])
     ending.generation_config.eos_token_id = third
-    stopped = write_text(PreparedMethod(ending, tokenizer, None), None, reading, 20)
+    stopped = write_text(BoundMethod(ending, tokenizer, None), None, reading, 20)
     first = made["pieces"].index(made["pieces"][2])
     assert stopped["pieces"] == [*made["pieces"][:first], ""]
     assert (stopped["text"], stopped["finish"]) == ("".join(made["pieces"][:first]), "eos")

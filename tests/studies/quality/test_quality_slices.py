@@ -11,8 +11,7 @@ from dart_llm.data.documents import Source
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation.perplexity import score_window
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import PreparedMethod
-from dart_llm.session.run import Run
+from dart_llm.session.run import BoundMethod, Run
 from dart_llm.studies.quality.settings import CONTINUATION, LEAD, SHIFT, Shape
 from dart_llm.studies.quality.slices import (
     MOMENT,
@@ -128,7 +127,7 @@ def dart(sparsity=0.5, **settings):
 
 def measured(config, cell, told=False):
     """``told``: the moment of the change."""
-    candidate = PreparedMethod(*loaded(), config)
+    candidate = BoundMethod(*loaded(), config)
     return score_single(candidate, None if told else candidate.run(), cell, read_pairs(1)[0])
 
 

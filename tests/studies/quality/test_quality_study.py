@@ -140,7 +140,6 @@ def asked(given):
         ({"cells": " , "}, "--cells is empty: give continuation or topic-shift"),
         ({"set": "test"}, "unknown set 'test'; known: choose, report"),
         ({"sparsities": "0.5,x"}, '--sparsities "0.5,x" must be numbers'),
-        ({"methods": "dense-8bit"}, "method dense-8bit removes nothing"),
         ({"oracle": "grifin"}, "unknown variant for --oracle 'grifin'"),
         ({"model": ["a/x", "b/x"]}, 'the model "x" was given twice'),
         ({"roundings": "4,9"}, '--roundings "4,9" must be whole numbers of bits, 2 to 8, or none'),

@@ -51,8 +51,8 @@ def test_cells_come_in_table_order_and_are_computed_by_model():
 
 
 def test_a_cell_has_what_decides_its_result_alone():
-    found = cells(methods="dense,dense-8bit,griffin", sparsities="0.1,0.2")
-    assert [c.label for c in found] == ["dense", "dense-8bit", "griffin@0.1", "griffin@0.2"]
+    found = cells(methods="dense,griffin", sparsities="0.1,0.2")
+    assert [c.label for c in found] == ["dense", "griffin@0.1", "griffin@0.2"]
     assert cells(methods="dense") == cells(
         methods="dense", sparsities="0.5", overrides={"seed": 3}, calibration="embedded"
     )

@@ -24,7 +24,7 @@ from dart_llm.patching.executors.native_ffn import (
 )
 from dart_llm.patching.executors.step_agreement import disagreement_reason, model_signature
 from dart_llm.patching.executors.triton_ffn import triton_unsupported_reason
-from dart_llm.pruning.registry import SCORES
+from dart_llm.pruning.registry import SCORES, TOKEN_RULES
 from dart_llm.pruning.selection import MaskSelector
 
 NATIVE = ("native", "slim")
@@ -52,7 +52,7 @@ def choose_executor(selector: MaskSelector, blocks: Sequence[FfnBlock], model: A
         return "masked"
     if selector.removes_nothing and not config.screens:
         return "compact"
-    if config.token is not None and not config.token.native:
+    if config.token is not None and not TOKEN_RULES.get(config.token.rule).native:
         return "masked"
     odd = [bool(weights_unsupported_reason(block)) for block in blocks]
     if any(odd):
@@ -141,10 +141,11 @@ def _objections(executor: str, blocks: Sequence[FfnBlock], model: Any) -> Iterat
 
 def _reads_weights(selector: MaskSelector, layer: int) -> bool:
     """Whether masks are made from the weights of ``layer`` too, not from activations alone."""
-    if selector.config.compensation or "squares" in selector.statistics.needs:
+    if selector.config.compensation:
         return True
     weights = selector.layers[layer]
     try:
-        return SCORES.get(selector.config.score.name)(torch.zeros(weights.width), weights).is_meta
+        score = SCORES.get(selector.config.score.name)
+        return bool(score(torch.zeros(weights.width), weights).is_meta)
     except RuntimeError:  # activations and weights that are not there do not mix
         return True

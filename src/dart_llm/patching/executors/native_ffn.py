@@ -17,8 +17,7 @@ from dart_llm.models.ffn import FfnBlock, matrix_of
 from dart_llm.models.packed import PackedTensor
 from dart_llm.native.build import ops
 from dart_llm.native.memory import RESERVE, Span, available, private_maps
-from dart_llm.patching.executors.token_ffn import OwnFfn, TokenFfn
-from dart_llm.pruning.accounting import most_rows
+from dart_llm.patching.executors.token_ffn import TokenFfn, most_rows
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask
 
@@ -272,7 +271,7 @@ class NativeFfn:
     @property
     def chooses(self) -> bool:
         """Whether the kernels choose a token's neurons as its method does."""
-        return self.token is not None and self.token.config.native
+        return self.token is not None and self.token.rule.native
 
     @property
     def token_rows(self) -> int:
@@ -285,7 +284,7 @@ class NativeFfn:
     @property
     def by_weights(self) -> bool:
         """Whether they choose by the activations of all neurons, read as a whole."""
-        return isinstance(self.token, OwnFfn)
+        return self.token is not None and self.token.rule.by_weights
 
     def everything(self) -> KernelMask:
         """All neurons."""
@@ -346,13 +345,12 @@ class NativeFfn:
     def _choice(self, mask: TokenMask) -> Any:
         """What the kernels read to choose ``mask.winners`` neurons."""
         assert self.token is not None
-        copies, mean, config = self.token.copies, mask.mean, self.token.config
-        worth = self.token.norms if mask.worth is None else mask.worth
-        parts = [part for copy in copies for part in (copy.levels, copy.scales)]
+        mean, config = mask.mean, self.token.rule.config
+        parts = [part for proxy in self.token.proxies for part in (proxy.levels, proxy.scales)]
         return torch.classes.dart_llm.Choice(
             *([None] * (4 - len(parts))),
             *parts,
-            worth.float().contiguous(),
+            self.token.saliency(mask).float().contiguous(),
             None if mean is None else mean.float().contiguous(),
             [self.up.shape[1], config.bits, config.group, mask.winners],
         )

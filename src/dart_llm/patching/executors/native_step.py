@@ -36,8 +36,8 @@ from dart_llm.models.steps import (
 )
 from dart_llm.native.build import ops
 from dart_llm.patching.executors.native_ffn import KernelMask, Layout, NativeFfn
+from dart_llm.patching.executors.token_ffn import STEP_ROWS
 from dart_llm.patching.executors.whole_step import See, StepDecoder
-from dart_llm.pruning.accounting import STEP_ROWS
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.token_level import TokenMask

@@ -15,7 +15,7 @@ from dart_llm.models.screen import Screen, divergence
 from dart_llm.native.build import ops, why_not
 from dart_llm.patching.executors.native_ffn import Layout
 from dart_llm.patching.executors.step_formulas import capped
-from dart_llm.pruning.accounting import STEP_ROWS
+from dart_llm.patching.executors.token_ffn import STEP_ROWS
 from dart_llm.pruning.records import HeadReport
 
 EVERY = 32

@@ -1,15 +1,10 @@
-"""One FFN block under token-level selection: each token chooses, the model's weights compute.
-
-``TokenFfn`` ranks neurons by low-bit copies; ``OwnFfn`` by their activations; ``ExactFfn`` by a
-projection that is read whole; ``InputsFfn`` ranks no neurons, but the inputs of each matrix.
-"""
+"""One FFN block under token-level selection: a rule selects, the model's weights compute."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,32 +12,48 @@ from torch import Tensor, nn
 from dart_llm.errors import ConfigError
 from dart_llm.models.ffn import FfnBlock, matrix_of
 from dart_llm.patching.executors.torch_ffn import Project, stacked
-from dart_llm.pruning.accounting import READ_WINNERS, STEP_ROWS, most_rows
 from dart_llm.pruning.config import TokenConfig
 from dart_llm.pruning.masks import LayerMask
-from dart_llm.pruning.token_level import (
-    QuantizedProxy,
-    TokenMask,
-    at_largest,
-    contribution_estimate,
-    gaussian_error,
-    input_count,
-    low_bit,
-    squared_error,
-    winner_places,
-)
-from dart_llm.pruning.weights import in_blocks, norms_of
+from dart_llm.pruning.registry import TOKEN_RULES
+from dart_llm.pruning.token_level import QuantizedProxy, TokenMask, gaussian_error
+from dart_llm.pruning.token_rules.low_bit import LowBit
+from dart_llm.pruning.token_rules.rule import TokenRule
+from dart_llm.pruning.token_rules.teal import Teal
+from dart_llm.pruning.weights import in_blocks
 
 logger = logging.getLogger("dart_llm")
 
+STEP_ROWS = 8
+"""Rows of the largest batch that a native step, or Triton's kernels, take."""
+
+READ_WINNERS = {"native": 1, "slim": STEP_ROWS, "triton": STEP_ROWS}
+"""Executors that read the winners of a token alone, and of how many rows; all else is dense."""
+
+
+def most_rows(executor: str, by_weights: bool) -> int:
+    """As ``READ_WINNERS``; ``by_weights``: weights in blocks rank the neurons themselves."""
+    rows = READ_WINNERS.get(executor, 0)
+    return STEP_ROWS if rows and by_weights else rows
+
+
+def winner_rows(config: TokenConfig | None, executor: str, blocks: bool) -> int:
+    """Rows of the largest batch whose winners alone ``executor`` reads; 0: it reads all neurons.
+
+    ``blocks``: whether the weights are stored in low-bit blocks.
+    """
+    if config is None:
+        return 0
+    rule: type[TokenRule] = TOKEN_RULES.get(config.rule).for_weights(config, blocks)
+    return most_rows(executor, rule.by_weights) if rule.native else 0
+
 
 def say_slower(method: str, token: TokenFfn, executor: str, rows: int) -> None:
-    """Say once where tokens that choose their neurons take longer than all neurons would."""
-    if not token.config.native:
+    """Warn once if per-token selection is slower than the dense model here."""
+    if not token.rule.native:
         _say_reference(method)
     elif executor not in READ_WINNERS:
         _say_slower(method, f"under executor {executor}")
-    elif rows > most_rows(executor, isinstance(token, OwnFfn)):
+    elif rows > most_rows(executor, token.rule.by_weights):
         _say_slower(method, f"in a batch of several rows under executor {executor}")
 
 
@@ -50,7 +61,7 @@ def say_slower(method: str, token: TokenFfn, executor: str, rows: int) -> None:
 def _say_slower(method: str, where: str) -> None:
     logger.warning(
         "%s is slower than the unpruned model %s: all neurons are computed, and estimated first; "
-        "executors native and slim run the chosen ones alone, of one row and of up to %d",
+        "executors native and slim run the selected ones alone, of one row and of up to %d",
         method,
         where,
         STEP_ROWS,
@@ -67,71 +78,23 @@ def _say_reference(method: str) -> None:
 
 
 class TokenFfn:
-    """Copies of one block's gate and up (or fc), and what they choose.
+    """One block whose tokens select by ``rule``, by dense arithmetic."""
 
-    Raises ``ConfigError`` for an offloaded block, whose weights cannot be copied.
-    """
-
-    def __init__(self, block: FfnBlock, config: TokenConfig) -> None:
-        if block.offloaded:
-            raise ConfigError(
-                f"layer {block.index} is offloaded, so no low-bit copies of its weights can be "
-                "made: load the model without offloading, or use a method without token"
-            )
-        self.block, self.config = block, config
+    def __init__(self, block: FfnBlock, rule: TokenRule) -> None:
+        self.block, self.rule = block, rule
         self.watched = False
         self.marks: Tensor | None = None
-        """What the tokens of the newest forward chose here, [B, T, I] bool, while ``watched``."""
-        self._prepare()
+        """Selected by the tokens of the newest forward, [B, T, I] bool, while ``watched``."""
 
-    def _prepare(self) -> None:
-        config = self.config
-        with torch.inference_mode(False):
-            *_, down = self.block.matrices()
-            parts = self._copied()
-            self.copies: tuple[QuantizedProxy, ...] = tuple(
-                low_bit(part, config.bits, config.group) for part in parts
-            )
-            self.norms = norms_of(down.detach(), 0)
-        self.error = [
-            squared_error(part, copy) for part, copy in zip(parts, self.copies, strict=True)
-        ]
+    @property
+    def proxies(self) -> tuple[QuantizedProxy, ...]:
+        """Low-bit proxies of gate and up, for kernels."""
+        return self.rule.proxies
 
-    def _copied(self) -> list[Tensor]:
-        """The matrices of which low-bit copies are made."""
-        *inputs, _ = self.block.matrices()
-        return [part.detach() for part in inputs if part is not None]
-
-    def estimate(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """u~ [..., n] float32 of the neurons ``ids`` (None: all), from the copies alone."""
-        x = at_largest(x, math.ceil(self.config.inputs * x.shape[-1]))
-        made = [copy.product(x, ids) for copy in self.copies]
-        for at, bias in enumerate(self.block.biases()[2 - len(made) : 2]):
-            if bias is not None:
-                made[at] += bias if ids is None else bias[ids]
-        act = self.block.act
-        return act(made[0]) if len(made) == 1 else act(made[0]) * made[1]
-
-    def strengths(self, x: Tensor, mask: TokenMask) -> Tensor:
-        """What each candidate is ranked by, [..., n].  x: what ``ranks`` says, [..., D or I]."""
-        ids = mask.candidates
-        worth = self.norms if mask.worth is None else mask.worth
-        worth = worth if ids is None else worth[ids]
-        return contribution_estimate(self.estimate(x, ids), worth)
-
-    def ranks(self, fed: Tensor, u: Tensor) -> Tensor:
-        """What the choice is made by: the input [..., D] or the activations u [..., I]."""
-        return fed
-
-    @torch.no_grad()
-    def winners(self, x: Tensor, mask: TokenMask) -> Tensor:
-        """Ids of the neurons that each token keeps, ascending, [..., k] int64.
-
-        x: as of ``strengths``.
-        """
-        ids = mask.candidates
-        places = winner_places(self.strengths(x, mask), mask.winners)
-        return places if ids is None else ids[places]
+    def saliency(self, mask: TokenMask) -> Tensor:
+        """What multiplies each activation, [I] float32, for kernels."""
+        assert isinstance(self.rule, LowBit)
+        return self.rule.saliency(mask)
 
     def run_dense(
         self, project: Project, x: Tensor, fed: Tensor, masks: Sequence[LayerMask | None]
@@ -141,142 +104,77 @@ class TokenFfn:
         x: [B, T, .], what the host is given; fed: [B, T, D], what the input projections are given
         (the same, but for OPT).  ``masks``: one for all rows, or one per row.
         """
-        mean = stacked([m.mean if isinstance(m, TokenMask) else None for m in masks])
         bias = stacked([None if m is None else m.bias for m in masks])
-        u = self.block.hidden(x)
-        marks = by_row(self._keep, self.ranks(fed, u), masks)
-        self.marks = marks if self.watched else None
-        keep = marks.to(x.dtype)
-        z = project((u if mean is None else u - mean[:, None].to(x)) * keep)
+        if self.rule.selects_neurons:
+            mean = stacked([m.mean if isinstance(m, TokenMask) else None for m in masks])
+            u = self.block.hidden(x)
+            marks = by_row(self._marks, masks, fed, u)
+            self.marks = marks if self.watched else None
+            kept = (u if mean is None else u - mean[:, None].to(x)) * marks.to(x.dtype)
+        else:
+            u = kept = by_row(self.rule.hidden, masks, fed)
+        z = project(kept)
         return u, (z if bias is None else z + bias[:, None].to(x))
 
-    def _keep(self, x: Tensor, mask: LayerMask | None) -> Tensor:
+    def _marks(self, fed: Tensor, u: Tensor, mask: LayerMask | None) -> Tensor:
         """[B, T, I] bool."""
-        shape = (*x.shape[:-1], self.block.down_width)
+        shape = (*u.shape[:-1], self.block.down_width)
         if mask is None:
-            return torch.ones(shape, dtype=torch.bool, device=x.device)
+            return torch.ones(shape, dtype=torch.bool, device=u.device)
         if not isinstance(mask, TokenMask):
-            return mask.dense(torch.bool).to(x.device).expand(shape)
-        none = torch.zeros(shape, dtype=torch.bool, device=x.device)
-        return none.scatter_(-1, self.winners(x, mask), True)
+            return mask.dense(torch.bool).to(u.device).expand(shape)
+        none = torch.zeros(shape, dtype=torch.bool, device=u.device)
+        return none.scatter_(-1, self.rule.winners(fed, u, mask), True)
+
+    def attention_input(
+        self, module: nn.Module, x: Tensor, masks: Sequence[LayerMask | None]
+    ) -> Tensor:
+        """x [B, T, M] as a projection of attention reads it."""
+        rule = self.rule
+        assert isinstance(rule, Teal)
+        matrix = matrix_of(module)
+        return by_row(lambda part, mask: rule.largest(part, mask, module, matrix), masks, x)
 
     def nbytes(self) -> int:
-        norms: int = self.norms.numel() * self.norms.element_size()
-        return norms + sum(copy.nbytes() for copy in self.copies)
-
-
-class OwnFfn(TokenFfn):
-    """Weights in low-bit blocks stand for copies of themselves: u itself ranks the neurons."""
-
-    def _copied(self) -> list[Tensor]:
-        return []
-
-    def estimate(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """u [..., n] float32 of the neurons ``ids``; x: u of all of them."""
-        return (x if ids is None else x[..., ids]).float()
-
-    def ranks(self, fed: Tensor, u: Tensor) -> Tensor:
-        return u
-
-
-class ExactFfn(TokenFfn):
-    """Gate or up, read whole, ranks the neurons (in a plain FFN: u itself)."""
-
-    def _prepare(self) -> None:
-        self.copies, self.error = (), []
-
-    def strengths(self, x: Tensor, mask: TokenMask) -> Tensor:
-        block = self.block
-        if block.plain:
-            return block.act(block.up_of(x)).abs()
-        return (block.up_of(x) if self.config.rule == "up" else block.act(block.gate_of(x))).abs()
-
-    def nbytes(self) -> int:
-        return 0
-
-
-GATE, UP, DOWN = range(3)
-"""Places in ``FfnBlock.matrices``."""
-
-
-class InputsFfn(TokenFfn):
-    """Every matrix is read at its own largest inputs; no neuron is ranked."""
-
-    def _prepare(self) -> None:
-        self.copies, self.error = (), []
-        self._norms: dict[int | nn.Module, Tensor] = {}
-
-    def run_dense(
-        self, project: Project, x: Tensor, fed: Tensor, masks: Sequence[LayerMask | None]
-    ) -> tuple[Tensor, Tensor]:
-        u = by_row(self._hidden, fed, masks)
-        bias = stacked([None if m is None else m.bias for m in masks])
-        z = project(u)
-        return u, (z if bias is None else z + bias[:, None].to(x))
-
-    def _hidden(self, x: Tensor, mask: LayerMask | None) -> Tensor:
-        """What the down projection is given of some rows, [B, T, I]."""
-        block, up = self.block, self.block.up_of(self.at_largest(x, mask, UP))
-        u = block.act(up) if block.plain else up
-        if not block.plain:
-            u = u * block.act(block.gate_of(self.at_largest(x, mask, GATE)))
-        if mask is None or isinstance(mask, TokenMask):
-            return self.at_largest(u, mask, DOWN)
-        return u * mask.dense(u.dtype).to(u.device)
-
-    def at_largest(self, x: Tensor, mask: LayerMask | None, matrix: int | nn.Module) -> Tensor:
-        """x [..., M] as a matrix reads it: all of it unless ``mask`` lets tokens choose.
-
-        ``matrix``: ``GATE``, ``UP``, ``DOWN``, or a projection of attention.
-        """
-        if not isinstance(mask, TokenMask):
-            return x
-        count = input_count(x.shape[-1], mask.winners, mask.width)
-        return at_largest(x, count, self._norms_of(matrix) if self.config.weighted else None)
-
-    def _norms_of(self, matrix: int | nn.Module) -> Tensor:
-        """Of its columns, known from the first time that they are asked for."""
-        if matrix not in self._norms:
-            own = self.block.matrices()[matrix] if isinstance(matrix, int) else matrix_of(matrix)
-            assert own is not None
-            with torch.inference_mode(False):
-                self._norms[matrix] = norms_of(own, 0)
-        return self._norms[matrix]
-
-    def nbytes(self) -> int:
-        return sum(norms.nbytes for norms in self._norms.values())
-
-
-KINDS: Mapping[str, type[TokenFfn]] = {"copies": TokenFfn, "inputs": InputsFfn}
+        return self.rule.nbytes()
 
 
 def token_ffn(block: FfnBlock, config: TokenConfig) -> TokenFfn:
-    """What the rule of ``config`` makes of one block; raises ``ConfigError``, see ``TokenFfn``."""
+    """One block under the rule of ``config``.
+
+    Raises ``ConfigError`` for an offloaded block, whose weights cannot be read between forwards.
+    """
+    if block.offloaded:
+        raise ConfigError(
+            f"layer {block.index} is offloaded, so no low-bit proxies of its weights can be "
+            "made: load the model without offloading, or use a method without token"
+        )
     _, up, _ = block.matrices()
-    own = config.by_weights(in_blocks(up))
-    return (OwnFfn if own else KINDS.get(config.rule, ExactFfn))(block, config)
+    rule = TOKEN_RULES.get(config.rule).for_weights(config, in_blocks(up))
+    return TokenFfn(block, rule(block, config))
 
 
 def by_row(
-    run: Callable[[Tensor, LayerMask | None], Tensor], x: Tensor, masks: Sequence[LayerMask | None]
+    run: Callable[..., Tensor], masks: Sequence[LayerMask | None], *tensors: Tensor
 ) -> Tensor:
-    """``run`` of x [B, ...] and one mask for all rows, or of each row and its own."""
+    """``run`` of tensors [B, ...] and one mask for all rows, or of each row and its own."""
     if len(masks) == 1:
-        return run(x, masks[0])
-    return torch.cat([run(x[b : b + 1], mask) for b, mask in enumerate(masks)])
+        return run(*tensors, masks[0])
+    rows = [[t[b : b + 1] for t in tensors] for b in range(len(masks))]
+    return torch.cat([run(*row, mask) for row, mask in zip(rows, masks, strict=True)])
 
 
 def errors(layers: Sequence[TokenFfn]) -> tuple[float, float] | None:
-    """Relative Frobenius error of all copies, and that of Gaussian matrices of their shapes.
+    """Relative Frobenius error of all proxies, and that of Gaussian matrices of their shapes.
 
-    None where there are no copies.
+    None where there are no proxies.
     """
-    pairs = [pair for layer in layers for pair in layer.error]
+    pairs = [pair for layer in layers for pair in layer.rule.error]
     if not pairs:
         return None
-    copies = [copy for layer in layers for copy in layer.copies]
-    sizes = [copy.shape[0] * copy.shape[1] for copy in copies]
-    drawn = [gaussian_error(*copy.shape, copy.bits, copy.group) for copy in copies]
+    proxies = [proxy for layer in layers for proxy in layer.proxies]
+    sizes = [proxy.shape[0] * proxy.shape[1] for proxy in proxies]
+    drawn = [gaussian_error(*proxy.shape, proxy.bits, proxy.group) for proxy in proxies]
     whole = max(sum(whole for _, whole in pairs), 1e-300)
     gauss = sum(n * e * e for n, e in zip(sizes, drawn, strict=True)) / sum(sizes)
     return float((sum(off for off, _ in pairs) / whole) ** 0.5), float(gauss**0.5)

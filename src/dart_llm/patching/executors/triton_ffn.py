@@ -17,9 +17,8 @@ from dart_llm.errors import MissingExtra
 from dart_llm.models.ffn import FfnBlock
 from dart_llm.models.packed import PackedTensor
 from dart_llm.patching.executors.native_ffn import NO_MODULE
-from dart_llm.patching.executors.token_ffn import TokenFfn
+from dart_llm.patching.executors.token_ffn import STEP_ROWS, TokenFfn, most_rows
 from dart_llm.patching.executors.torch_ffn import buffer
-from dart_llm.pruning.accounting import STEP_ROWS, most_rows
 from dart_llm.pruning.compensation import LowRank
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask, contribution_estimate
@@ -81,7 +80,7 @@ class TritonFfn:
     def token_rows(self) -> int:
         """Rows of the largest batch whose tokens choose here; 0 where somebody looks on."""
         token = self.token
-        if token is None or not token.config.native or token.watched:
+        if token is None or not token.rule.native or token.watched:
             return 0
         return 0 if torch.compiler.is_compiling() else most_rows("triton", by_weights=False)
 
@@ -110,7 +109,7 @@ class TritonFfn:
             self.winners, self.mean, self.worth = 0, None, None
             return
         assert self.token is not None
-        worth = self.token.norms if mask.worth is None else mask.worth
+        worth = self.token.saliency(mask)
         self.worth = _held(self.worth, worth.float()[mask.ids])
         self.winners, self.mean = mask.winners, _held(self.mean, mask.mean)
 
@@ -141,7 +140,7 @@ class TritonFfn:
         assert self.token is not None and self.ids is not None and self.worth is not None
         make = kernels()
         biases = self.block.biases()[:2]
-        made = [make.low_bit_product(x, copy, self.ids) for copy in self.token.copies]
+        made = [make.low_bit_product(x, copy, self.ids) for copy in self.token.proxies]
         for at, bias in enumerate(biases[2 - len(made) :]):
             if bias is not None:
                 made[at] += bias[self.ids]

@@ -308,7 +308,7 @@ class WholeStepForward:
     def _observe(self, controller: PruningController) -> None:
         stream = controller.plan.stream
         parts = [t[:, :, None].unbind(0) for t in self.decoder.observed(stream)]
-        parts = parts if stream else parts[:2]
+        parts = parts[: 4 if stream else 2]
         controller.observe_step(
             {i: LayerObservation(*one) for i, one in enumerate(zip(*parts, strict=True))}
         )

@@ -15,7 +15,7 @@ from dart_llm.files import size_text
 from dart_llm.models.block_types import ROUNDED
 from dart_llm.models.gguf_file import read_gguf
 from dart_llm.models.loading import is_default
-from dart_llm.pruning.config import PriorConfig, PruneConfig
+from dart_llm.pruning.config import PruneConfig, SelfStatsConfig
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.words import count, duration, percent
 from dart_llm.studies.bench.settings import SpeedSettings, TuneSettings
@@ -177,10 +177,10 @@ def quick_grid(
 
 def _learning_less(candidate: Candidate) -> Candidate:
     config = candidate.config
-    if config is None or (config.prior is None and not config.screens):
+    if config is None or (config.self_stats is None and not config.screens):
         return candidate
-    prior = {"sequences": QUICK_SEQUENCES} | ({} if config.prior else {"tokens": 0})
-    return replace(candidate, config=config.replace({"prior": prior}))
+    prior = {"sequences": QUICK_SEQUENCES} | ({} if config.self_stats else {"tokens": 0})
+    return replace(candidate, config=config.replace({"self_stats": prior}))
 
 
 # What ``tune`` takes, before it starts
@@ -229,8 +229,8 @@ def estimate(settings: TuneSettings, grid: Sequence[Candidate], billions: float 
         return "the size of the model is not known, nor how long it takes"
     text = f"roughly {duration(rough_seconds(settings, len(grid), billions))} on two CPU cores"
     width = sum(WEIGHT_BYTES.get(name, 2.0) for name in {one.weights for one in grid})
-    if any(one.config and (one.config.prior or one.config.screens) for one in grid):
-        share = QUICK_SEQUENCES / PriorConfig().sequences if settings.quick else 1.0
+    if any(one.config and (one.config.self_stats or one.config.screens) for one in grid):
+        share = QUICK_SEQUENCES / SelfStatsConfig().sequences if settings.quick else 1.0
         text += f", and {duration(share * billions * LEARN_S)} to learn from self-generated text"
         width += 12.0  # a copy of the model in float32, and what a backward pass stores
     return f"{text}; about {size_text(int(width * billions * 1e9 + OTHER_BYTES))} of memory"

@@ -24,7 +24,7 @@ from dart_llm.evaluation.divergence import compare_window
 from dart_llm.evaluation.perplexity import perplexity
 from dart_llm.evaluation.windows import Window, slice_windows
 from dart_llm.experiments import stats
-from dart_llm.pruning.config import PriorConfig
+from dart_llm.pruning.config import SelfStatsConfig
 from dart_llm.reporting.table import grouped
 from dart_llm.reporting.words import FEWEST_ITEMS
 from dart_llm.session.run import Run
@@ -65,7 +65,7 @@ def generate_text(model: Any, count: int, length: int, seed: int, skip: int = 0)
     ``skip``: sequences that were generated before: these are others.  Raises ``ConfigError`` for a
     model without a head.
     """
-    prior, generator = PriorConfig(), torch.Generator().manual_seed(seed + STEPS_AHEAD + skip)
+    prior, generator = SelfStatsConfig(), torch.Generator().manual_seed(seed + STEPS_AHEAD + skip)
     begin = opening_ids(model, skip + count, min(prior.opening, length - 1))
     if begin is not None:
         begin = begin[skip:]

@@ -24,6 +24,7 @@ from dart_llm.experiments.timing import (
 from dart_llm.files import file_sha256
 from dart_llm.models.describe import describe
 from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.registry import TOKEN_RULES
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.words import TRANSFORMERS
@@ -66,7 +67,8 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         slow = [
             one.label
             for one in self.candidates
-            if one.config and one.config.token is not None and not one.config.token.native
+            if one.config and one.config.token is not None
+            if not TOKEN_RULES.get(one.config.token.rule).native
         ]
         served = f"{'; '.join(slow)}: plain PyTorch under any executor, all neurons computed; for "
         notes = report.left_out(self.left_out)

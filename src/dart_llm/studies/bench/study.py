@@ -172,7 +172,9 @@ class BenchStudy(Study[B]):
             whole = config.executor == "native"
 
             def make() -> Run:
-                return Run(loaded.model, config, held=full_masks(loaded.model) if whole else None)
+                return Run(
+                    loaded.model, config, fixed_masks=full_masks(loaded.model) if whole else None
+                )
 
             make()
             return make

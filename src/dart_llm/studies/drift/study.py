@@ -29,8 +29,8 @@ from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.session.generation import CheckedModel, generate, text_ends
-from dart_llm.session.prepare import PreparedMethod, prepare
-from dart_llm.session.run import Run
+from dart_llm.session.prepare import prepare
+from dart_llm.session.run import BoundMethod, Run
 from dart_llm.studies.drift import report, summary
 from dart_llm.studies.drift.cell import (
     DONE,
@@ -91,7 +91,7 @@ def read_losses(model: Any, run: Run | None, reading: Reading) -> list[float | N
 
 
 def write_text(
-    method: PreparedMethod, run: Run | None, reading: Reading, tokens: int, **sampling: Any
+    method: BoundMethod, run: Run | None, reading: Reading, tokens: int, **sampling: Any
 ) -> dict[str, Any]:
     """``text``, ``pieces`` and ``finish`` of up to ``tokens`` tokens.
 
@@ -131,7 +131,7 @@ class DriftStudy(Study[Any]):
         self.tools: TextTools | None = None
         self.notes: list[str] = []
         self._readings: dict[str, Reading] = {}
-        self._methods: dict[str, PreparedMethod | DartError] = {}
+        self._methods: dict[str, BoundMethod | DartError] = {}
         self._written = 0.0
 
     def inputs(self) -> Mapping[str, Any]:
@@ -194,7 +194,7 @@ class DriftStudy(Study[Any]):
             )
         return self._readings[source.id]
 
-    def method(self, cell: DriftCell) -> PreparedMethod:
+    def method(self, cell: DriftCell) -> BoundMethod:
         """The model as the cell prunes it, calibrated where the method is.
 
         Raises the ``DartError`` that preparing it gave, at once when it was tried before.
@@ -261,7 +261,7 @@ class DriftStudy(Study[Any]):
         return dict(json.loads(json.dumps(finite({**EMPTY, **new}))))
 
     def _decode(
-        self, cell: DriftCell, method: PreparedMethod, run: Run | None, reading: Reading
+        self, cell: DriftCell, method: BoundMethod, run: Run | None, reading: Reading
     ) -> dict[str, Any]:
         """What the method reads or writes, and how well."""
         new: dict[str, Any] = {"prompt_tokens": reading.prompt}

@@ -19,7 +19,8 @@ from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import widths
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.table import Table
-from dart_llm.session.prepare import PreparedMethod, prepare
+from dart_llm.session.prepare import prepare
+from dart_llm.session.run import BoundMethod
 from dart_llm.studies.evaluate.settings import MeasureSettings
 
 
@@ -59,7 +60,7 @@ class MeasureStudy(Study[MeasureSettings]):
             for task in self.tasks
         ]
 
-    def _candidates(self) -> list[PreparedMethod]:
+    def _candidates(self) -> list[BoundMethod]:
         settings, own = self.settings, self.settings.prune_config()
         if settings.masks:
             check_masks(settings.masks, widths(self.model))

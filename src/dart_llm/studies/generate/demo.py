@@ -32,7 +32,7 @@ from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.reporting.words import TRANSFORMERS
-from dart_llm.session.prepare import PreparedMethod
+from dart_llm.session.run import BoundMethod
 from dart_llm.studies.generate import pace, report
 from dart_llm.studies.generate.settings import RunSettings
 from dart_llm.studies.generate.study import RunStudy
@@ -173,7 +173,7 @@ class DemoStudy(RunStudy):
         return {**super().answer(), "perplexity": self._document()}
 
 
-def _row(candidate: PreparedMethod, measured: Measurement, dense: Measurement) -> Row:
+def _row(candidate: BoundMethod, measured: Measurement, dense: Measurement) -> Row:
     """One row of perplexity.json; ``interval``: 95 % of the ratio to dense, paired by slice."""
     losses, base = ([sample["losses"] for sample in one.samples] for one in (measured, dense))
     perplexity = measured.metrics["perplexity"]
@@ -182,7 +182,7 @@ def _row(candidate: PreparedMethod, measured: Measurement, dense: Measurement) -
     return {
         "method": candidate.method,
         "label": candidate.label,
-        "sparsity": candidate.asked,
+        "sparsity": candidate.requested,
         "perplexity": perplexity,
         "mean_loss": measured.metrics["mean_loss"],
         "ratio_to_dense": ratio,

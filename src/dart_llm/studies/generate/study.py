@@ -38,8 +38,8 @@ from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table, bytes_text
 from dart_llm.reporting.words import OUR_KERNELS, TRANSFORMERS
 from dart_llm.session.generation import generate
-from dart_llm.session.prepare import PreparedMethod, is_untouched, prepare
-from dart_llm.session.run import Run
+from dart_llm.session.prepare import is_untouched, prepare
+from dart_llm.session.run import BoundMethod, Run
 from dart_llm.session.trace import check_traceable
 from dart_llm.studies.generate import pace, plots, report
 from dart_llm.studies.generate.pace import DENSE, PRUNED
@@ -111,7 +111,7 @@ class RunStudy(Study[RunSettings]):
     """Units: the dense text, the pruned one, and their times."""
 
     kind = "run"
-    bound: PreparedMethod
+    bound: BoundMethod
     """The configuration with what it learned of the model."""
 
     def __init__(self, settings: RunSettings, ui: Ui) -> None:
@@ -166,7 +166,7 @@ class RunStudy(Study[RunSettings]):
         if settings.tokens > 1:
             yield Unit("times", "timing")
 
-    def prepare(self, config: PruneConfig | None) -> PreparedMethod:
+    def prepare(self, config: PruneConfig | None) -> BoundMethod:
         """A configuration with what it learns of the model."""
         settings = self.settings
         return prepare(
@@ -268,7 +268,7 @@ class RunStudy(Study[RunSettings]):
         """Method and sparsity of a text."""
         if variant == DENSE:
             return {"method": DENSE, "sparsity": 0.0}
-        return {"method": self.bound.method, "sparsity": self.bound.asked}
+        return {"method": self.bound.method, "sparsity": self.bound.requested}
 
     def _dense_run(self) -> Run | None:
         """What runs the model dense by the kernels of the pruned text; None: nothing is needed."""

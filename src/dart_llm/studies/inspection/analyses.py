@@ -20,7 +20,7 @@ from dart_llm.pruning.config import PruneConfig, ScoreConfig
 from dart_llm.pruning.drift import SINKS
 from dart_llm.pruning.masks import top_ids
 from dart_llm.pruning.registry import SCORES
-from dart_llm.pruning.scores import EPS
+from dart_llm.pruning.statistics import EPS
 from dart_llm.pruning.weights import REACH_CHUNK, FfnWeights
 from dart_llm.session.run import prune
 from dart_llm.studies.inspection.readings import FIRST, SECOND, WHOLE, Readings

@@ -13,7 +13,7 @@ import torch
 from scipy.stats import kurtosis, skew
 from torch import Tensor
 
-from dart_llm.calibration.learn import self_calibrate
+from dart_llm.calibration.self_calibration import self_calibrate
 from dart_llm.errors import ConfigError
 from dart_llm.experiments.artifacts import Saver
 from dart_llm.models.capture import LayerActivations, capture_activations
@@ -22,10 +22,10 @@ from dart_llm.models.ffn import FfnBlock
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.drift import SINKS
 from dart_llm.pruning.forward import without_sinks
+from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.registry import SCORES
-from dart_llm.pruning.scores import EPS
 from dart_llm.pruning.selection import MaskSelector, check_fits
-from dart_llm.pruning.statistics import LayerStatistics
+from dart_llm.pruning.statistics import EPS, LayerStatistics
 from dart_llm.pruning.token_level import NO_MASK
 from dart_llm.pruning.weights import FfnWeights, norms_of
 from dart_llm.studies.inspection.settings import InspectSettings, InspectText
@@ -276,10 +276,10 @@ def _evidence(seen: LayerActivations, selector: MaskSelector) -> dict[str, Layer
     spans = {WHOLE: slice(None), FIRST: slice(0, middle), SECOND: slice(middle, None)}
     evidence = {}
     for part, span in spans.items():
-        u, z, x, r = (t[:, span] for t in (seen.u, seen.z, seen.x, seen.r))
+        u, z, x = (t[None, :, span] for t in (seen.u, seen.z, seen.x))
         weights = None
         if selector.config.skip_sinks:
-            weights = without_sinks(None, [float(span.start or 0)], 1, u.shape[1]).to(u.device)
+            weights = without_sinks(None, [float(span.start or 0)], 1, u.shape[2]).to(u.device)
         evidence[part] = LayerStatistics()
-        selector.statistics.update(evidence[part], u, z, x, r, weights)
+        selector.statistics.add([evidence[part]], LayerObservation(u, None, z, x), weights)
     return evidence

@@ -103,7 +103,6 @@ def account(lines: Sequence[Line]) -> Row:
         "remasks": remasks,
         "remasks_per_slice": remasks / len(parts),
         "ffn_bytes_share": mean("ffn_bytes_share_if_compact"),
-        "ffn_flops_share": mean("ffn_flops_share_if_compact"),
         "token_bytes_share": None if unknown else mean("token_bytes_share"),
         "extra_memory_bytes": max(part["extra_memory_bytes"] for part in parts),
     }

@@ -72,7 +72,6 @@ COLUMNS = (
     Column("dense tokens", "dense_token_share", percent),
     Column("re-masks per slice", "remasks_per_slice", ".1f"),
     Column("FFN bytes", "ffn_bytes_share", ".3f", terminal=False),
-    Column("FFN FLOPs", "ffn_flops_share", ".3f", terminal=False),
     Column("bytes per token", "token_bytes_share", ".3f"),
     Column("perplexity", "perplexity", figure),
     Column("x dense", "times_dense", times),

@@ -31,8 +31,7 @@ from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import Masks
 from dart_llm.pruning.selection import check_fits
 from dart_llm.reporting.words import count
-from dart_llm.session.prepare import PreparedMethod
-from dart_llm.session.run import Run
+from dart_llm.session.run import BoundMethod, Run
 from dart_llm.studies.quality.settings import CONTINUATION, LEAD, Shape
 
 USUAL = 16
@@ -188,7 +187,6 @@ FACTS = (
     "sparsity_while_pruned",
     "dense_token_share",
     "remasks",
-    "ffn_flops_share_if_compact",
     "ffn_bytes_share_if_compact",
     "extra_memory_bytes",
     "token_bytes_share",
@@ -233,13 +231,13 @@ def score_shared_prompt(
             yield cell, sparsity, _part(found, None, pair, began)
         else:
             config = griffin.replace({"sparsity": sparsity})
-            with Run(model, config, held=observer.masks_at(config)) as run:
+            with Run(model, config, fixed_masks=observer.masks_at(config)) as run:
                 found = score_window(model, run, window, prompt=cache)
             yield cell, sparsity, _part(found, run, pair, began)
         began = time.perf_counter()
 
 
-def score_single(candidate: PreparedMethod, run: Run | None, cell: str, pair: Pair) -> Part:
+def score_single(candidate: BoundMethod, run: Run | None, cell: str, pair: Pair) -> Part:
     """The part of any method; ``run``: one of the candidate's, not attached, or None for a new one
     that is told the moment of the change.
 
@@ -277,7 +275,6 @@ def score_rounded(rounded: Quantised, cell: str, pair: Pair) -> Part:
     accounting = dict.fromkeys(FACTS, 0.0) | {
         "decoded_tokens": decoded,
         "dense_token_share": 1.0,
-        "ffn_flops_share_if_compact": 1.0,
         "ffn_bytes_share_if_compact": share,
         "token_bytes_share": traffic.share(context),
         "mean_context": context,

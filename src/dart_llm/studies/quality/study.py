@@ -25,8 +25,8 @@ from dart_llm.models.quantised import Quantised, round_weights_to
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
-from dart_llm.session.prepare import PreparedMethod, prepare
-from dart_llm.session.run import Run
+from dart_llm.session.prepare import prepare
+from dart_llm.session.run import BoundMethod, Run
 from dart_llm.settings import LOADING
 from dart_llm.studies.quality import report
 from dart_llm.studies.quality.gaps import groups, summarise, yardsticks
@@ -63,7 +63,7 @@ class QualityStudy(Study[QualitySettings]):
         self.sources = documents.sources(settings.text)
         self.checkpoints: dict[str, dict[str, Any]] = {}
         self.slices: dict[str, int] = {}
-        self.prepared: dict[tuple[str, float], tuple[PreparedMethod, Run | None]] = {}
+        self.prepared: dict[tuple[str, float], tuple[BoundMethod, Run | None]] = {}
         self.shared: Iterator[tuple[str, float, Part]] = iter(())
         """Parts of one slice that follow from one pass over its prompt."""
 
@@ -209,7 +209,7 @@ class QualityStudy(Study[QualitySettings]):
             return part
         return score_single(*self._prepare(variant, line["sparsity"]), line["cell"], pair)
 
-    def _prepare(self, variant: Variant, sparsity: float) -> tuple[PreparedMethod, Run | None]:
+    def _prepare(self, variant: Variant, sparsity: float) -> tuple[BoundMethod, Run | None]:
         """The variant made ready once; no run where one is told the moment: each has its own."""
         key = (variant.label, sparsity)
         if key not in self.prepared:

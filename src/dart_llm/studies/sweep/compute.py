@@ -27,7 +27,7 @@ from dart_llm.studies.sweep.cells import DONE, FAILED, MASKS, RESULT, SAMPLES, T
 
 if TYPE_CHECKING:
     from dart_llm.evaluation.measurement import Measurement
-    from dart_llm.session.prepare import PreparedMethod
+    from dart_llm.session.run import BoundMethod
 
 _CHECKPOINT = ("name", "revision", "file_quantisation", "sha256", "dtype", "weights")
 """What ``result.json`` says of the checkpoint: nothing that differs between machines."""
@@ -41,7 +41,7 @@ class LoadedModelCache:
     model: Any = None
     tokenizer: Any = None
     prepared: str = ""
-    candidate: PreparedMethod | None = None
+    candidate: BoundMethod | None = None
     seconds: float = 0.0
     """What loading took, until ``loading_time`` is asked."""
     broken: dict[str, DartError] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class LoadedModelCache:
         self.prepared, self.candidate = "", None
         gc.collect()
 
-    def make(self, cell: Cell, ui: Ui) -> PreparedMethod:
+    def make(self, cell: Cell, ui: Ui) -> BoundMethod:
         """The cell's model, pruned as it asks.
 
         Raises ``DartError`` when it cannot be had, at once when that is known from an earlier cell.

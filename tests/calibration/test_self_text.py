@@ -11,7 +11,7 @@ from dart_llm.calibration.self_text import (
     opening_ids,
     own_start,
     sample_continuations,
-    sample_sequences,
+    start_ids,
 )
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError, DartError
@@ -27,7 +27,7 @@ class Fixed:
     device = torch.device("cpu")
 
     config = SimpleNamespace(
-        get_text_config=lambda: SimpleNamespace(vocab_size=4),
+        get_text_config=lambda: SimpleNamespace(vocab_size=4, bos_token_id=None, eos_token_id=None),
         is_encoder_decoder=True,  # no layers that could say how far they are
     )
 
@@ -38,6 +38,12 @@ class Fixed:
         assert use_cache and logits_to_keep == 1 and ids.shape[1] == 1
         rows = torch.stack([self.logits.roll(self.step * int(token)) for token in ids[:, 0]])
         return SimpleNamespace(logits=rows[:, None], cache=0)
+
+
+def sample_sequences(model, start, count, length, seed, news=lambda share: None):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.full((count, 1), start[0]) if start else start_ids(model, count, generator)
+    return sample_continuations(model, ids, length, generator, news)
 
 
 UNEVEN = (0.4, 0.3, 0.2, 0.1)
@@ -61,15 +67,6 @@ def test_likeliest_keeps_what_a_whole_sort_keeps(sharpness):
     assert torch.equal(
         likeliest(chances, 0.95), torch.zeros_like(chances).scatter(1, tokens, ordered)
     )
-
-
-def test_likeliest_by_hand():
-    chances = torch.tensor([[0.1, 0.5, 0.25, 0.15], [0.25, 0.25, 0.25, 0.25]])
-    assert torch.equal(likeliest(chances, 1.0), chances)
-    for top_p, first, count in ((0.7, [0, 0.5, 0.25, 0], 3), (0.01, [0, 0.5, 0, 0], 1)):
-        found = likeliest(chances, top_p)
-        assert found[0].tolist() == first and int((found[1] > 0).sum()) == count
-    assert float(chances.sum()) == pytest.approx(2), "the chances given are not changed"
 
 
 def test_tokens_come_with_their_chances():
@@ -121,7 +118,7 @@ def test_models_that_write_nothing():
     model = Fixed(*UNEVEN)
     for value in (float("nan"), float("inf")):
         model.logits[2] = value
-        with pytest.raises(DartError, match="a logit of the model's own text is not finite"):
+        with pytest.raises(DartError, match="a logit of the model's self-generated text is not"):
             sample_sequences(model, [3], 2, 4, 0)
     with pytest.raises(ConfigError, match="LlamaModel has no language-model head"):
         sample_sequences(shared_model().model, [1], 2, 4, 0)

@@ -1,4 +1,4 @@
-"""What a model teaches before it is first pruned: once, in parts, kept, and without a trace."""
+"""Self-calibration: once per model, in parts, cached, and leaving the model as it was."""
 
 from unittest.mock import Mock
 
@@ -12,7 +12,8 @@ from accelerate_cases import on_the_host
 from damage import DAMAGES, TENSOR_DAMAGES
 from dart_llm import cache as kept
 from dart_llm.calibration.calibrate import observing
-from dart_llm.calibration.learn import BASIS, CURVATURE, REACH, SCORE, wanted
+from dart_llm.calibration.collect import FISHER
+from dart_llm.calibration.self_calibration import BASIS, SCORE, wanted
 from dart_llm.errors import AttachError, ConfigError, DartError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import prune
@@ -75,7 +76,7 @@ def test_what_changes_the_text():
     model = tiny()
     lengths(model)
     parts = ({"temperature": 1.0}, {"top_p": 1.0}, {"length": 23}, {"sequences": 3})
-    for changes in ({"seed": 1}, *({"prior": part} for part in parts)):
+    for changes in ({"seed": 1}, *({"self_stats": part} for part in parts)):
         assert len(lengths(model, **changes)) >= 24, changes
         assert lengths(model, **changes) == lengths(model) == [], "the first is known still"
 
@@ -85,11 +86,11 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path):
     blocked.write_text("")
     learnt(model, blocked, news=news)
     assert news[:2] == [
-        "learning from the model's own text, once per model: a few seconds",
-        "no tokenizer is at hand: the model's own text begins with its start token",
+        "learning from self-generated text, once per model; griffin and dart-prompt learn nothing",
+        "without a tokenizer self-generated text begins with the model's start token",
     ]
     assert len(news) == 3
-    assert news[2].startswith("what was learnt is not kept for the next time: the cache folder")
+    assert news[2].startswith("what was learned is not kept for the next time: the cache folder")
     assert forward_lengths(model, lambda: learnt(model, blocked)) == []
 
 
@@ -103,20 +104,21 @@ def test_what_each_configuration_reads(cache):
     layers = layers_of(tiny())
     sums = [SCORE, "signed", "features"]
     for changes, names in (
-        ({}, [CURVATURE, BASIS, *sums]),
-        ({"score": "max"}, [REACH, BASIS, *sums]),
+        ({}, [FISHER, BASIS, *sums]),
+        ({"score": "max"}, [BASIS, *sums]),
         ({"score": "weight", "compensation": False}, []),
-        ({"budget": "global", "compensation_rank": 0}, [CURVATURE, SCORE, "signed", "squares"]),
-        ({"prior": {"tokens": 0}}, [CURVATURE, BASIS]),
+        (
+            {"budget": "depth", "compensation_rank": 0},
+            [FISHER, SCORE, "signed", "sensitivity"],
+        ),
+        ({"self_stats": {"tokens": 0}}, [FISHER, BASIS]),
     ):
         assert wanted(CONFIG.replace(changes), layers) == names, changes
     assert wanted(GRIFFIN, layers) == []
-    token = PruneConfig.build("dart-token", sparsity=0.5, score="magnitude", prior=SMALL)
-    assert wanted(token, layers) == [CURVATURE, SCORE, "signed"], "tokens choose by gradients"
+    token = PruneConfig.build("dart-token", sparsity=0.5, score="magnitude", self_stats=SMALL)
+    assert wanted(token, layers) == [FISHER, SCORE, "signed"], "tokens choose by gradients"
     model = tiny()
     assert lengths(model, CONFIG.replace({"compensation_rank": 0})) == [*ONE_BY_ONE, 24]
-    # the weights alone say how far a neuron reaches
-    assert lengths(model, GRIFFIN, score="combined") == []
 
 
 @pytest.mark.parametrize(
@@ -124,9 +126,9 @@ def test_what_each_configuration_reads(cache):
     [
         ({}, {"score": "magnitude", "sparsity": 0.8}, []),
         ({}, {"budget": "uniform", "drift": "interval 5", "min_evidence": 9}, []),
-        ({}, {"budget": "global"}, [24]),  # one more sum
+        ({}, {"budget": "depth"}, [24]),  # one more sum
         ({}, {"compensation_rank": 4}, [24, 24]),  # another basis
-        ({"score": "max"}, {}, [24]),  # the gradients
+        ({"score": "magnitude"}, {}, [24]),  # the gradients
     ],
 )
 def test_configurations_share_what_they_can(first, second, forwards, cache):
@@ -178,12 +180,12 @@ def test_damaged_files_are_learnt_anew(cache, damage, caplog):
     """Features are not looked for: they belong to a basis that is not there."""
     config = CONFIG.replace({"score": "max"})
     first, whole = masks_of(tiny(), config), files(cache)
-    assert len(whole) == 6
+    assert len(whole) == 5
     for path in whole:
         damage(path)
     assert same_masks(first, masks_of(tiny(), config))
     assert [one.name for one in files(cache)] == [one.name for one in whole]
-    assert len([one for one in caplog.records if "a damaged file" in one.getMessage()]) == 5
+    assert len([one for one in caplog.records if "a damaged file" in one.getMessage()]) == 4
     caplog.clear()
     assert lengths(tiny(), config) == [] and not caplog.records
 
@@ -191,14 +193,14 @@ def test_damaged_files_are_learnt_anew(cache, damage, caplog):
 def test_one_damaged_part_is_learnt_alone(cache):
     """Parts of two texts are never mixed: machines that round otherwise write another one."""
     first = tensors(learnt(tiny(), cache))
-    (text,) = [one for one in files(cache) if b"learnt of a model: text" in one.read_bytes()]
+    (text,) = [one for one in files(cache) if b"learned of a model: text" in one.read_bytes()]
     for path in set(files(cache)) - {text}:
         DAMAGES["flip"](path)
         model = tiny()
         assert len(lengths(model)) in (1, 2)
         assert equal(tensors(learnt(model, cache)), first)
     ids = load(text.read_bytes())
-    ids["0.ids.total"] = ids["0.ids.total"].flip(0).contiguous()
+    ids["ids"] = ids["ids"].flip(0).contiguous()
     text.unlink()
     kept.write(text.parent, text.name.rpartition("-")[0], ".safetensors", save(ids))
     assert lengths(tiny()) == [24, 24], "all but the text, of the other one"
@@ -239,7 +241,9 @@ def test_an_interrupted_lesson_leaves_its_text_alone(monkeypatch, cache):
     model = tiny("gpt2").train()
 
     with monkeypatch.context() as patch:
-        patch.setattr("dart_llm.calibration.collect.gradients", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(
+            "dart_llm.calibration.collect.run_forward", Mock(side_effect=KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             prune(model, CONFIG).attach()
     assert all(module.training for module in model.modules())
@@ -260,7 +264,7 @@ def _broken(where):
     return model
 
 
-BARE = PruneConfig(method="mine", sparsity=0.5, prior=SMALL)
+BARE = PruneConfig(method="mine", sparsity=0.5, self_stats=SMALL)
 
 
 @pytest.mark.parametrize(
@@ -280,16 +284,6 @@ def test_models_that_cannot_be_learnt_from(cache, make, config, error, said):
     assert said in str(caught.value) and files(cache) == []
 
 
-def test_what_was_learned_into_another_folder_serves_attaching(cache, tmp_path):
-    model = tiny()
-    learnt(model, tmp_path / "elsewhere")
-    run = prune(model, CONFIG)
-    assert forward_lengths(model, run.attach) == []
-    run.detach()
-    assert len(files(tmp_path / "elsewhere")) == PARTS
-    assert files(cache) == []
-
-
 def test_nothing_is_learnt_inside_another_run_nor_from_a_calibration(cache):
     model = tiny()
     with prune(model, "griffin", sparsity=0.5):
@@ -300,6 +294,6 @@ def test_nothing_is_learnt_inside_another_run_nor_from_a_calibration(cache):
                 run.attach()
             handle.remove()
     assert files(cache) == []
-    config = PruneConfig.build("wanda", sparsity=0.5, score="fisher", prior={})
-    with pytest.raises(ConfigError, match='score "fisher" learns from the model itself'):
-        observing(config)
+    config = PruneConfig.build("wanda", sparsity=0.5, score="fisher", self_stats={})
+    with pytest.raises(ConfigError, match='score "fisher" reads gradients'):
+        observing(config, layers_of(model))

@@ -1,0 +1,149 @@
+"""What ids show of a model: gradients against leaves of the test's own, sums, bases."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from dart_llm.calibration import collect as module
+from dart_llm.calibration.collect import Needs, collect, evaluating, find_bases, run_forward
+from dart_llm.models.describe import describe
+from dart_llm.pruning.compensation import find_basis
+from dart_llm.pruning.config import PruneConfig
+from prior_cases import STATISTICS, layers_of, observed
+from products import SHAPES
+from steps import Same, shared_model
+from tiny import HIDDEN, LAYERS, VOCAB, tiny, tokens
+
+ROWS, LENGTH = 3, 14
+INNER = slice(4, LENGTH - 1)
+KEPT = LENGTH - 5
+"""Without the four sinks and the last token, which predicts nothing."""
+
+
+def by_leaves(model, ids):
+    """u and dL/du per layer, [B, T, I], by a zero added to the down projection's input."""
+    leaves, seen, handles = {}, {}, []
+    for block in describe(model).blocks:
+
+        def add(module, args, layer=block.index):
+            seen[layer] = args[0].detach()
+            leaves[layer] = torch.zeros_like(args[0], requires_grad=True)
+            return (args[0].detach() * 1 + leaves[layer] + (args[0] - args[0].detach()),)
+
+        handles.append(block.down.register_forward_pre_hook(add))
+    try:
+        logits = model(ids).logits
+        loss = -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).sum()
+        found = torch.autograd.grad(loss, list(leaves.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    shape = (*ids.shape, -1)
+    return {
+        layer: (seen[layer].reshape(shape), gradient.reshape(shape))
+        for layer, gradient in zip(leaves, found, strict=True)
+    }
+
+
+def found_by(model, ids):
+    """What ``run_forward`` hands on: per layer u and dL/du."""
+    found = {}
+    with evaluating(model):
+        run_forward(model, ids, lambda n, seen, g: found.setdefault(n, (seen.u, g)), kept=INNER)
+    return found
+
+
+@pytest.mark.contract("exact restore")
+@pytest.mark.parametrize("name", [*SHAPES, "gemma2", "bloom", "opt-postnorm"])
+def test_gradients(name):
+    model, ids = shared_model(name), tokens(ROWS, LENGTH, seed=5)
+    wanted = by_leaves(model, ids)
+    frozen = tiny(name).requires_grad_(False)
+    with Same(frozen):
+        by_frozen = found_by(frozen, ids)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    found = found_by(model, ids)
+    assert list(found) == list(range(LAYERS))
+    for layer, (seen, gradient) in found.items():
+        u, g = (t[:, INNER] for t in wanted[layer])
+        assert gradient.shape == u.shape == (ROWS, KEPT, u.shape[-1])
+        torch.testing.assert_close(seen, u, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, g, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(by_frozen[layer][1], gradient)
+        assert float(g.abs().max()) > 1e-3
+
+
+@pytest.mark.contract("exact restore")
+@pytest.mark.parametrize("name", ["phi3", "gpt2"])
+def test_flags_and_gradients_of_the_model_stay(name):
+    model = tiny(name).train()
+    modules = list(model.modules())
+    for part in modules[::3]:
+        part.training = False
+    model.get_input_embeddings().requires_grad_(False)
+    modes = [part.training for part in modules]
+    flags = [p.requires_grad for p in model.parameters()]
+    *others, last = model.parameters()
+    kept = last.grad = torch.full_like(last, 7.0)
+    with evaluating(model):
+        assert not any(part.training for part in modules)
+        with Same(model):
+            found_by(model, tokens(2, LENGTH))
+    found_by(model, tokens(2, LENGTH))
+    assert [part.training for part in modules] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert last.grad is kept and bool((kept == 7).all()) and all(p.grad is None for p in others)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_sums_and_squared_gradients(name, monkeypatch):
+    """In parts of two rows: the progress grows by layers, forward and backward."""
+    model, ids, news = shared_model(name), tokens(ROWS, LENGTH, seed=5), []
+    bases = find_bases(model, ids, 3, layers_of(model))
+    monkeypatch.setattr(module, "LOGITS", 2 * LENGTH * VOCAB)
+    found = collect(model, ids, Needs(STATISTICS, bases, True, inner=True), news.append)
+    assert news == sorted(news) and news[-1] == pytest.approx(1)
+    assert len(news) == 2 * 2 * LAYERS and max(b - a for a, b in pairwise([0, *news])) < 0.17
+    for layer, (u, g) in by_leaves(model, ids).items():
+        u, g = (t[:, INNER].flatten(0, 1) for t in (u, g))
+        sums = found[layer].sums
+        mean = g.square().mean(0)
+        torch.testing.assert_close(sums["fisher"].total, mean, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(sums["score"].total, u.square().sum(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sums["signed"].total, u.sum(0), rtol=1e-4, atol=1e-4)
+        assert (sums["score"].weight, sums["fisher"].weight) == (ROWS * KEPT, 1)
+        # OPT's blocks never see the FFN's input while they are pruned
+        features = set() if name == "opt" else {"features", "moments", "cross"}
+        assert set(sums) == {"score", "signed", "fisher", *features}
+
+
+def test_batches_are_added_up(monkeypatch):
+    model, ids = shared_model(), tokens(10, 12)
+    config = PruneConfig.build("flap", budget="blend depth energy")
+    together = observed(model, config, ids)
+    monkeypatch.setattr(module, "BATCH", 3)
+    for first, second in zip(together, observed(model, config, ids), strict=True):
+        assert set(first.sums) == set(second.sums) == {"score", "signed", "cosine", "change"}
+        for key, one in first.sums.items():
+            assert one.weight == second.sums[key].weight == 120
+            assert torch.allclose(one.total, second.sums[key].total, rtol=1e-5, atol=1e-5)
+
+
+def test_bases_come_from_the_inputs_of_the_ffn(monkeypatch):
+    """The first sequences that have enough tokens, without their sinks."""
+    model, ids = shared_model(), tokens(7, LENGTH, seed=5)
+    layers, inputs = layers_of(model), list[Tensor]()
+    monkeypatch.setattr(module, "BASIS_TOKENS", 45)  # five sequences of ten
+    found = find_bases(model, ids, 6, layers)
+    handle = model.model.layers[1].mlp.up_proj.register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0].detach())
+    )
+    with torch.no_grad():
+        model(ids[:5])
+    handle.remove()
+    wanted = find_basis(inputs[0][:, 4:].reshape(50, HIDDEN), 6)
+    signs = (found[1] * wanted).sum(1).sign()[:, None]
+    torch.testing.assert_close(found[1] * signs, wanted, rtol=1e-2, atol=1e-3)
+    assert find_bases(model, ids, 0, layers) == [None] * LAYERS
