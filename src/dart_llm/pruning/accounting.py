@@ -26,7 +26,10 @@ IF_COMPACT = "if compact"
 STEP_ROWS = 8
 """Rows of the largest batch that a native step, or Triton's kernels, take."""
 
-READ_WINNERS = {"native": 1, "slim": STEP_ROWS, "triton": STEP_ROWS}
+WHOLE_STEPS = "native, whole steps"
+"""How reports name executor native where it decoded by whole steps."""
+
+READ_WINNERS = {"native": 1, WHOLE_STEPS: STEP_ROWS, "cuda": STEP_ROWS}
 """Executors that read the winners of a token alone, and of how many rows; all else is dense."""
 
 
@@ -478,7 +481,7 @@ def _shares(states: Sequence[SequenceState], costs: Costs, executor: str) -> _Sh
     """``executor``: one of the executors, or ``IF_COMPACT``."""
     flops = moved = forwards = tokens = proxy_flops = proxy_bytes = 0.0
     skips = executor != "masked"
-    copied = executor in ("compact", "graph")  # in the dtype; ``IF_COMPACT``: as they are stored
+    copied = executor == "compact"  # in the dtype; ``IF_COMPACT``: as they are stored
     copies = copied or executor == IF_COMPACT
     for state in states:
         masks = state.given or ()

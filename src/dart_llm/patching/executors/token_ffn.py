@@ -1,7 +1,8 @@
-"""One FFN block under token-level selection: each token chooses, the model's weights compute.
+"""One FFN block under per-token selection.
 
-``TokenFfn`` ranks neurons by low-bit copies; ``OwnFfn`` by their activations; ``ExactFfn`` by a
-projection that is read whole; ``InputsFfn`` ranks no neurons, but the inputs of each matrix.
+``TokenFfn`` ranks neurons by low-bit proxies; ``PackedTokenFfn`` by their exact activations;
+``ExactFfn`` by a projection that is read whole; ``InputsFfn`` ranks not neurons, but the inputs of
+each matrix.
 """
 
 from __future__ import annotations
@@ -36,21 +37,23 @@ from dart_llm.pruning.weights import in_blocks, norms_of
 logger = logging.getLogger("dart_llm")
 
 
-def say_slower(method: str, token: TokenFfn, executor: str, rows: int) -> None:
-    """Say once where tokens that choose their neurons take longer than all neurons would."""
+def warn_if_slower_than_dense(method: str, token: TokenFfn, executor: str, rows: int) -> None:
+    """Warn once if per-token selection is slower than dense here."""
     if not token.config.native:
-        _say_reference(method)
-    elif executor not in READ_WINNERS:
-        _say_slower(method, f"under executor {executor}")
-    elif rows > most_rows(executor, isinstance(token, OwnFfn)):
-        _say_slower(method, f"in a batch of several rows under executor {executor}")
-
-
-@functools.cache
-def _say_slower(method: str, where: str) -> None:
-    logger.warning(
+        _warn_once(
+            "%s runs in plain PyTorch and is slower than the unpruned model: it is there to "
+            "compare quality at equal bytes; no kernel reads less for it",
+            method,
+        )
+        return
+    where = f"under executor {executor.partition(',')[0]}"
+    if executor in READ_WINNERS:
+        if rows <= most_rows(executor, isinstance(token, PackedTokenFfn)):
+            return
+        where = f"in a batch of several rows {where}"
+    _warn_once(
         "%s is slower than the unpruned model %s: all neurons are computed, and estimated first; "
-        "executors native and slim run the chosen ones alone, of one row and of up to %d",
+        "executor native runs the selected ones alone, of one row and of up to %d",
         method,
         where,
         STEP_ROWS,
@@ -58,16 +61,12 @@ def _say_slower(method: str, where: str) -> None:
 
 
 @functools.cache
-def _say_reference(method: str) -> None:
-    logger.warning(
-        "%s runs in plain PyTorch and is slower than the unpruned model: it is there to compare "
-        "quality at equal bytes; no kernel reads less for it",
-        method,
-    )
+def _warn_once(message: str, *values: object) -> None:
+    logger.warning(message, *values)
 
 
 class TokenFfn:
-    """Copies of one block's gate and up (or fc), and what they choose.
+    """Low-bit proxies of one block's gate and up (or fc), and what they select.
 
     Raises ``ConfigError`` for an offloaded block, whose weights cannot be copied.
     """
@@ -75,20 +74,20 @@ class TokenFfn:
     def __init__(self, block: FfnBlock, config: TokenConfig) -> None:
         if block.offloaded:
             raise ConfigError(
-                f"layer {block.index} is offloaded, so no low-bit copies of its weights can be "
+                f"layer {block.index} is offloaded, so no low-bit proxies of its weights can be "
                 "made: load the model without offloading, or use a method without token"
             )
         self.block, self.config = block, config
         self.watched = False
         self.marks: Tensor | None = None
-        """What the tokens of the newest forward chose here, [B, T, I] bool, while ``watched``."""
+        """What the tokens of the newest forward selected, [B, T, I] bool, while ``watched``."""
         self._prepare()
 
     def _prepare(self) -> None:
         config = self.config
         with torch.inference_mode(False):
             *_, down = self.block.matrices()
-            parts = self._copied()
+            parts = self._proxied()
             self.copies: tuple[QuantizedProxy, ...] = tuple(
                 low_bit(part, config.bits, config.group) for part in parts
             )
@@ -97,13 +96,13 @@ class TokenFfn:
             squared_error(part, copy) for part, copy in zip(parts, self.copies, strict=True)
         ]
 
-    def _copied(self) -> list[Tensor]:
-        """The matrices of which low-bit copies are made."""
+    def _proxied(self) -> list[Tensor]:
+        """The matrices of which low-bit proxies are made."""
         *inputs, _ = self.block.matrices()
         return [part.detach() for part in inputs if part is not None]
 
     def estimate(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """u~ [..., n] float32 of the neurons ``ids`` (None: all), from the copies alone."""
+        """u~ [..., n] float32 of the neurons ``ids`` (None: all), from the proxies alone."""
         x = at_largest(x, math.ceil(self.config.inputs * x.shape[-1]))
         made = [copy.product(x, ids) for copy in self.copies]
         for at, bias in enumerate(self.block.biases()[2 - len(made) : 2]):
@@ -120,7 +119,7 @@ class TokenFfn:
         return contribution_estimate(self.estimate(x, ids), worth)
 
     def ranks(self, fed: Tensor, u: Tensor) -> Tensor:
-        """What the choice is made by: the input [..., D] or the activations u [..., I]."""
+        """What the selection reads: the input [..., D] or the activations u [..., I]."""
         return fed
 
     @torch.no_grad()
@@ -138,8 +137,8 @@ class TokenFfn:
     ) -> tuple[Tensor, Tensor]:
         """``(u, z)`` by dense arithmetic, for any number of tokens.
 
-        x: [B, T, .], what the host is given; fed: [B, T, D], what the input projections are given
-        (the same, but for OPT).  ``masks``: one for all rows, or one per row.
+        x: [B, T, .], input of the host; fed: [B, T, D], input of the first projections (the same,
+        but for OPT).  ``masks``: one for all rows, or one per row.
         """
         mean = stacked([m.mean if isinstance(m, TokenMask) else None for m in masks])
         bias = stacked([None if m is None else m.bias for m in masks])
@@ -165,10 +164,10 @@ class TokenFfn:
         return norms + sum(copy.nbytes() for copy in self.copies)
 
 
-class OwnFfn(TokenFfn):
-    """Weights in low-bit blocks stand for copies of themselves: u itself ranks the neurons."""
+class PackedTokenFfn(TokenFfn):
+    """Quantised gate/up rank neurons by their exact activations; no proxy is made."""
 
-    def _copied(self) -> list[Tensor]:
+    def _proxied(self) -> list[Tensor]:
         return []
 
     def estimate(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -196,7 +195,7 @@ class ExactFfn(TokenFfn):
 
 
 GATE, UP, DOWN = range(3)
-"""Places in ``FfnBlock.matrices``."""
+"""Indices in ``FfnBlock.matrices``."""
 
 
 class InputsFfn(TokenFfn):
@@ -215,7 +214,7 @@ class InputsFfn(TokenFfn):
         return u, (z if bias is None else z + bias[:, None].to(x))
 
     def _hidden(self, x: Tensor, mask: LayerMask | None) -> Tensor:
-        """What the down projection is given of some rows, [B, T, I]."""
+        """u of some rows, [B, T, I]."""
         block, up = self.block, self.block.up_of(self.at_largest(x, mask, UP))
         u = block.act(up) if block.plain else up
         if not block.plain:
@@ -225,7 +224,7 @@ class InputsFfn(TokenFfn):
         return u * mask.dense(u.dtype).to(u.device)
 
     def at_largest(self, x: Tensor, mask: LayerMask | None, matrix: int | nn.Module) -> Tensor:
-        """x [..., M] as a matrix reads it: all of it unless ``mask`` lets tokens choose.
+        """x [..., M] as a matrix reads it: all of it unless ``mask`` selects per token.
 
         ``matrix``: ``GATE``, ``UP``, ``DOWN``, or a projection of attention.
         """
@@ -235,12 +234,13 @@ class InputsFfn(TokenFfn):
         return at_largest(x, count, self._norms_of(matrix) if self.config.weighted else None)
 
     def _norms_of(self, matrix: int | nn.Module) -> Tensor:
-        """Of its columns, known from the first time that they are asked for."""
+        """Of its columns, computed at the first call."""
         if matrix not in self._norms:
-            own = self.block.matrices()[matrix] if isinstance(matrix, int) else matrix_of(matrix)
-            assert own is not None
+            by_index = isinstance(matrix, int)
+            weight = self.block.matrices()[matrix] if by_index else matrix_of(matrix)  # type: ignore[index, arg-type]
+            assert weight is not None
             with torch.inference_mode(False):
-                self._norms[matrix] = norms_of(own, 0)
+                self._norms[matrix] = norms_of(weight, 0)
         return self._norms[matrix]
 
     def nbytes(self) -> int:
@@ -251,25 +251,26 @@ KINDS: Mapping[str, type[TokenFfn]] = {"copies": TokenFfn, "inputs": InputsFfn}
 
 
 def token_ffn(block: FfnBlock, config: TokenConfig) -> TokenFfn:
-    """What the rule of ``config`` makes of one block; raises ``ConfigError``, see ``TokenFfn``."""
+    """Per-token selection of one block by the rule of ``config``; raises as ``TokenFfn``."""
     _, up, _ = block.matrices()
-    own = config.by_weights(in_blocks(up))
-    return (OwnFfn if own else KINDS.get(config.rule, ExactFfn))(block, config)
+    if config.by_weights(in_blocks(up)):
+        return PackedTokenFfn(block, config)
+    return KINDS.get(config.rule, ExactFfn)(block, config)
 
 
 def by_row(
     run: Callable[[Tensor, LayerMask | None], Tensor], x: Tensor, masks: Sequence[LayerMask | None]
 ) -> Tensor:
-    """``run`` of x [B, ...] and one mask for all rows, or of each row and its own."""
+    """``run`` of x [B, ...] and one mask for all rows, or of each row with its mask."""
     if len(masks) == 1:
         return run(x, masks[0])
     return torch.cat([run(x[b : b + 1], mask) for b, mask in enumerate(masks)])
 
 
 def errors(layers: Sequence[TokenFfn]) -> tuple[float, float] | None:
-    """Relative Frobenius error of all copies, and that of Gaussian matrices of their shapes.
+    """Relative Frobenius error of all proxies, and that of Gaussian matrices of their shapes.
 
-    None where there are no copies.
+    None where there are no proxies.
     """
     pairs = [pair for layer in layers for pair in layer.error]
     if not pairs:

@@ -335,7 +335,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
 def native_dense_config(model: Any, config: PruneConfig) -> PruneConfig:
     """Dense (native): by whole native steps where they can run, else as transformers does."""
     try:
-        steps = config.replace({"executor": "slim"})
+        steps = config.replace({"executor": "native"})
         Run(model, steps)
     except DartError:
         return config
