@@ -302,9 +302,7 @@ class PruningOptions(Settings):
     head: str | None = setting(
         "Pruning", 'Output head of decoded tokens: full, or "screened 0.25" (of its bytes).'
     )
-    executor: str | None = setting(
-        "Pruning", "auto, masked, compact, native, slim, graph or triton."
-    )
+    executor: str | None = setting("Pruning", "auto, masked, compact, native or cuda.")
 
     @model_validator(mode="after")
     def _check_pruning(self) -> Self:

@@ -19,7 +19,7 @@ from tiny import CONFIGS
 
 pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.contract("exact restore")]
 
-HOOKED, PLAIN = ("native", "dart-prompt"), ("slim", "griffin")
+HOOKED, PLAIN = ("native", "dart-prompt"), ("native", "griffin")
 """Executor and method: with hooks on every layer and a signal that is watched, and with neither."""
 FILES = {str(module.__file__) for module in (agreement, changes, patch, native_ffn, session)}
 """Where a model is changed and put back."""

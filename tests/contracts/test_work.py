@@ -14,12 +14,9 @@ from dart_llm.session.run import prune
 from prior_cases import CONFIG, SMALL
 from products import cases
 from steps import (
-    apart,
     decode,
     new_cache,
     pruned,
-    same_masks,
-    selections,
     shared_model,
     step,
     storages,
@@ -99,40 +96,6 @@ def test_opt_says_that_it_skips_nothing():
     report = pruned(shared_model("opt"), tokens(1, 90), 70)[0].report()
     assert report.executor == "masked" and report.achieved_sparsity == 0.5
     assert report.ffn_bytes_share >= 1 and report.ffn_bytes_share_if_compact < 0.7
-
-
-REMASKING = {
-    "drift": {"rule": "interval 4", "min_distance": 0, "max_dense_share": 1.0},
-    "remask": {"observe_tokens": 2, "evidence": "decay", "decay": 0.3},
-}
-"""Masks before the decode steps 0, 6, 12, 18; counts stay."""
-
-
-@pytest.mark.contract("masked equals compact")
-@pytest.mark.parametrize("name", ["llama-bias", "phi3", "gpt2", "falcon", "opt"])
-def test_remasks_refill_the_same_buffers(name):
-    """A captured decode step stays valid: addresses stay, contents are those of the new mask."""
-    model, ids = shared_model(name), tokens(1, 44, seed=1)
-    _, wanted, logits = pruned(model, ids, 20, method=CONFIG, executor="masked", **REMASKING)
-    run = prune(model, CONFIG, **REMASKING)
-    masks, addresses, columns = selections(run), [], []
-    with run:
-        cache = new_cache(model)
-        parts = [step(model, ids[:, :20], cache)]
-        for at in range(20, 44):
-            parts.append(step(model, ids[:, at : at + 1], cache))
-            held = [layer.kept for layer in run.patch.layers if name != "opt"]
-            for layer, one in zip(run.patch.layers, held, strict=False):
-                assert torch.equal(one.linear.out, one.mask.low_rank.out)
-                assert torch.equal(one.columns, layer.block.matrices()[2][:, one.mask.ids])
-            buffers = [(k.rows, k.columns, k.row_bias, k.bias, k.linear.out) for k in held]
-            addresses.append([t.data_ptr() for one in buffers for t in one if t is not None])
-            columns += [one.columns.clone() for one in held[:1]]
-    assert apart(torch.cat(parts, 1), logits) < 1e-5
-    assert [mask[0] for mask in masks] == [0, 6, 12, 18]
-    assert all(same_masks(a[2], b[2]) for a, b in zip(masks, wanted, strict=True))
-    assert addresses == [addresses[0]] * 24
-    assert name == "opt" or not torch.equal(columns[0], columns[-1])
 
 
 @pytest.mark.contract("accounting equals a count by hooks")

@@ -267,22 +267,6 @@ def test_what_cannot_be_served(engine):
     assert len(full.tokens[0]) == 3 and full.finish == ("length",)
 
 
-def test_whole_steps_by_graph():
-    """Without a GPU the same steps run call by call; the attention signal needs other ones."""
-    configs = [(None, 39), (half(), 39), (half("dart-prompt"), 0), (half(), 39)]
-    model = tiny()
-    with Same(model), Engine(model, tokenizer(), executor="graph") as engine:
-        for config, steps in configs:
-            before = engine._host.patch.slim.steps
-            answer, _ = ask(engine, config)
-            tokens, report = alone(tiny(), config)
-            assert answer.tokens[0] == tokens and engine.executor == "graph"
-            assert engine._host.patch.slim.steps - before == steps
-            if report is not None:
-                assert answer.report.executor == ("graph" if steps else "compact")
-                assert answer.report.achieved_sparsity == report.achieved_sparsity
-
-
 def test_engines_that_cannot_be():
     model = tiny()
     with pytest.raises(ConfigError, match=r"call model\.eval\(\) first"):

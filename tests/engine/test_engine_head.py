@@ -3,7 +3,6 @@
 import pytest
 
 from dart_llm.engine.engine import Engine
-from dart_llm.errors import ConfigError
 from dart_llm.models.checkpoint import remember_tokenizer
 from dart_llm.pruning.config import PruneConfig
 from engine_cases import alone, ask, half, tokenizer
@@ -28,7 +27,7 @@ def model_of():
     return model
 
 
-@pytest.mark.parametrize("executor", ["compact", "native", "slim"])
+@pytest.mark.parametrize("executor", ["compact", "native"])
 def test_each_request_has_the_head_that_it_asks_for(executor, request):
     if executor != "compact":
         request.getfixturevalue("native")
@@ -53,13 +52,3 @@ def test_each_request_has_the_head_that_it_asks_for(executor, request):
                 assert found["head"] == pytest.approx(expected["head"], rel=1e-3, abs=1e-6)
                 assert found["head"]["tokens"] == 39
     assert "forward" not in model.get_output_embeddings().__dict__
-
-
-def test_recorded_steps_have_the_whole_head():
-    words = "which records steps with the whole head: leave"
-    model = model_of()
-    with (
-        Engine(model, tokenizer(), executor="graph") as engine,
-        pytest.raises(ConfigError, match=words),
-    ):
-        engine.prepare(screened())

@@ -16,14 +16,14 @@ CONFIGS = {"griffin": half(), "dart": PruneConfig.build("dart", sparsity=0.3)}
 
 
 def test_requests_and_turns_are_those_alone(smollm2):
-    """Dense in float32: plain transformers' own greedy answer, though slim steps decode it."""
+    """Dense in float32: plain transformers' own greedy answer, though whole steps decode it."""
     model, tokenizer = smollm2
     messages = [{"role": "user", "content": TEXT}]
     ids = chat_ids(tokenizer, messages)
     wanted = {name: alone(model, config, ids, NEW)[0] for name, config in CONFIGS.items()}
     plain = alone(model, None, ids, NEW)[0]
     with Same(model), Engine(*smollm2) as engine:
-        assert engine.executor == "slim"
+        assert engine.executor == "native"
         for name, config in CONFIGS.items():
             first, _ = ask(engine, config, ids, NEW, conversation=name)
             assert first.tokens[0] == wanted[name], name

@@ -10,8 +10,7 @@ import torch
 from dart_llm.errors import AttachError, ConfigError, DartError
 from dart_llm.evaluation.likelihood import score_context
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.run import likelihood_config
-from dart_llm.session.run import Run
+from dart_llm.session.run import Run, likelihood_config
 from lm_cases import Forwards
 from tiny import LAYERS, WIDTH, tiny, tokens
 

@@ -64,7 +64,7 @@ def test_what_changes_nothing():
     assert fingerprint(model) == fingerprint(copy.deepcopy(model)) == before
 
 
-@pytest.mark.parametrize("executor", ["masked", "compact", "native", "slim"])
+@pytest.mark.parametrize("executor", ["masked", "compact", "native"])
 def test_an_attached_run_is_not_seen(native, executor):
     """Also where weights lie transposed in place, and methods of the model are replaced."""
     model = tiny("qwen2")

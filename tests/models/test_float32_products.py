@@ -187,7 +187,7 @@ def test_gradients_of_weights():
 
 @pytest.mark.contract("exact restore")
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("executor", ["masked", "compact", "native", "slim"])
+@pytest.mark.parametrize("executor", ["masked", "compact", "native"])
 def test_a_pruned_model_keeps_it(executor):
     """Prompts and scored texts run in float32 by every executor; afterwards the forward is back."""
     model = wide()
@@ -215,7 +215,7 @@ def test_sparsity_zero(method):
 def test_executors_agree():
     model = wide()
     found = {}
-    for executor in ("masked", "compact", "native", "slim"):
+    for executor in ("masked", "compact", "native"):
         with prune(model, "griffin", sparsity=0.5, executor=executor):
             found[executor] = decode(model, IDS, PROMPT)
     for executor, logits in found.items():

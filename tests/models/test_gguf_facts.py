@@ -131,7 +131,7 @@ def test_phi3(tmp_path):
         assert one.config.sliding_window == 24 and len(frequencies(one)) == 12
     check_alike(packed, dense)
     _, _, wanted = pruned(dense, IDS, 40, executor="masked", sparsity=0.5)
-    _, _, found = pruned(packed, IDS, 40, executor="slim", sparsity=0.5)
+    _, _, found = pruned(packed, IDS, 40, executor="native", sparsity=0.5)
     assert apart(found, wanted) < 5e-2
     short, long = torch.linspace(1, 2, 16), torch.linspace(1, 9, 16)
     packed, dense = both(
@@ -167,7 +167,7 @@ def test_mistral_keeps_its_window(tmp_path):
     assert apart(decode(model, IDS, 40), logits) < 5e-2 < apart(decode(dense, IDS, 40), logits)
     for sparsity in (0.0, 0.5):
         _, _, theirs = pruned(wanted, IDS, 40, executor="masked", sparsity=sparsity)
-        _, _, found = pruned(model, IDS, 40, executor="slim", sparsity=sparsity)
+        _, _, found = pruned(model, IDS, 40, executor="native", sparsity=sparsity)
         assert apart(found, theirs) < 5e-2
 
 

@@ -13,7 +13,7 @@ from dart_llm.models.gguf_facts import ARCHITECTURES
 from dart_llm.models.loading import load
 from dart_llm.models.packed import PackedTensor
 from dart_llm.models.packed_loading import random_packed, round_weights
-from dart_llm.models.steps import slim_unsupported_reason
+from dart_llm.models.steps import step_unsupported_reason
 from steps import apart, decode, pruned, same_masks
 from tiny import tiny, tokens
 
@@ -106,10 +106,10 @@ def test_dense_weights_are_what_transformers_reads(architecture, mix, files, fol
 def test_whole_steps_say_it_too(architecture, mix, files):
     """Dense and pruned, with the masks of the dequantised model."""
     packed, theirs = files(architecture, mix)
-    assert slim_unsupported_reason(packed) == slim_unsupported_reason(theirs) == ""
+    assert step_unsupported_reason(packed) is step_unsupported_reason(theirs) is None
     for sparsity in (0.0, 0.5):
         _, masks, wanted = pruned(theirs, IDS, PROMPT, executor="masked", sparsity=sparsity)
-        for executor in ("native", "slim"):
+        for executor in ("native",):
             _, same, found = pruned(packed, IDS, PROMPT, executor=executor, sparsity=sparsity)
             assert apart(found, wanted) < ROUNDING, (executor, sparsity)
             assert len(masks) == len(same) == (sparsity > 0)
@@ -141,7 +141,7 @@ def test_matrices_that_are_stored_by_inputs_are_rounded(kind):
         wanted.data = held.contiguous()
     for sparsity in (0.0, 0.5):
         _, masks, wanted = pruned(dense, IDS, PROMPT, executor="masked", sparsity=sparsity)
-        for executor in ("native", "slim", "compact"):
+        for executor in ("native", "compact"):
             _, same, found = pruned(model, IDS, PROMPT, executor=executor, sparsity=sparsity)
             assert apart(found, wanted) < ROUNDING, (executor, sparsity)
             assert all(same_masks(a[2], b[2]) for a, b in zip(masks, same, strict=True))

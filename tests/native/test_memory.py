@@ -48,5 +48,5 @@ def test_memory_that_is_left(tmp_path, monkeypatch):
 def test_weights_of_a_pruned_model_lie_in_them(smollm2):
     model, _ = smollm2
     size = sum(one.nbytes for one in model.parameters()) // 1024
-    with prune(model, method="griffin", sparsity=0.5, executor="slim"):
+    with prune(model, method="griffin", sparsity=0.5, executor="native"):
         assert huge_kilobytes() > 0.8 * size

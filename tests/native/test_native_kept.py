@@ -8,7 +8,7 @@ import pytest
 
 from damage import DAMAGES
 from dart_llm import cache as kept
-from dart_llm.cli.info import _held
+from dart_llm.cli.info import _default_weights
 from dart_llm.native import build
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="native kernels are Linux's")
@@ -71,11 +71,11 @@ def test_a_library_that_does_not_load_is_built_again(loaded, monkeypatch, caplog
 
 def test_what_is_missing_is_said_before_anything_is_built(monkeypatch):
     assert build.state().startswith("not built yet")
-    assert _held(build.state(), gpu=False) == "Q4_1 as in the file"
+    assert _default_weights(build.state(), gpu=False) == "Q4_1 as in the file"
     monkeypatch.setenv("CXX", "no-such-compiler")
     missing = "no C++ compiler no-such-compiler is here: install g++, or set CXX to one"
     assert build.state() == f"none: {missing}" and missing in _why_not()
-    assert _held(build.state(), gpu=False) == "bfloat16: blocks need the native kernels"
+    assert _default_weights(build.state(), gpu=False) == "bfloat16: blocks need the native kernels"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert build.state() == f"none: {_why_not()}"
 

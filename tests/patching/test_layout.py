@@ -59,9 +59,9 @@ def test_checkpoints_are_memory_of_their_own(make, tmp_path):
     assert not model.model.layers[0].mlp.down_proj.weight.untyped_storage().resizable()
     model.tie_weights()
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert prune(model, masks=HALF).executor == "slim"
+    assert prune(model, masks=HALF).executor == "native"
     with Same(model):
-        found = _pruned(model, "slim")
+        found = _pruned(model, "native")
     assert apart(found, _pruned(model, "masked")) < 1e-5
     assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -84,7 +84,7 @@ def test_gradients_never_cross_a_change_of_layout():
         before.backward()
 
 
-@pytest.mark.parametrize("executor", ["native", "slim", "compact"])
+@pytest.mark.parametrize("executor", ["native", "compact"])
 def test_what_is_kept_of_a_block_is_the_original_after_it(executor):
     model = tiny()
     dense = decode(model, IDS, PROMPT)

@@ -1,4 +1,4 @@
-"""Executors native, slim and graph: what compact computes, by kernels and by whole steps."""
+"""Executor native: whole decode steps, and what the model runs itself.  See test_executors.py."""
 
 import contextlib
 import copy
@@ -6,20 +6,19 @@ from itertools import product
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dart_llm.errors import ConfigError
 from dart_llm.models import growing_cache
 from dart_llm.models.describe import describe
 from dart_llm.models.packed_loading import round_weights
-from dart_llm.models.steps import graph_unsupported_reason as why_not_graph
-from dart_llm.models.steps import slim_unsupported_reason as why_not_slim
+from dart_llm.models.steps import step_unsupported_reason
 from dart_llm.native import build
-from dart_llm.patching.executors.whole_step import WITHOUT
+from dart_llm.patching.executors.token_ffn import WHOLE_STEPS
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import prune
-from products import SHAPES, cases
+from products import SHAPES
 from steps import (
     EVIDENCE,
     Same,
@@ -41,21 +40,14 @@ pytestmark = pytest.mark.usefixtures("native")
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
-CHOICES = (
-    {"sparsity": 0.5},
-    {"sparsity": 0.7, "token": {"bits": 8, "group": 12, "candidates": 0.6}},
-    {"sparsity": 0.7, "compensation": False, "score": "normalized"},
-)
-
-SLIM = tuple(name for name in NAMES if not why_not_slim(shared_model(name)))
-GRAPH = tuple(name for name in NAMES if not why_not_graph(shared_model(name)))
+STEPS = tuple(name for name in NAMES if step_unsupported_reason(shared_model(name)) is None)
 WINDOWS = {"mistral", "gemma2", "gemma3"}
 PROMPT, DECODED = 66, 8
 IDS = tokens(1, PROMPT + DECODED, seed=3)
 PRIOR = {"sequences": 2, "length": 24, "opening": 0}
 REMASKS = {"drift": "interval 2", "self_stats": PRIOR, "sparsity": 0.5}
 OFTEN = {"rule": "interval 2", "min_distance": 0, "max_dense_share": None}
-BOTH = ("compact", "slim")
+BOTH = ("compact", "native")
 
 
 def _logits(name, dtype, method, **settings):
@@ -63,117 +55,28 @@ def _logits(name, dtype, method, **settings):
     return pruned(shared_model(name, dtype), IDS, PROMPT, method=method, **settings)
 
 
-def _executors(name):
-    return ["native", *(["slim"] if name in SLIM else []), *(["graph"] if name in GRAPH else [])]
-
-
 RUN = tuple(name for name in NAMES if not name.startswith("opt"))
 """Models whose FFNs the kernels can run."""
 
-KINDS = tuple(name for name in SHAPES if name in RUN)
-METHODS = ("griffin", "dart", "dart-prompt")
 
-
-@pytest.mark.contract("masked equals compact")
-@pytest.mark.parametrize(
-    ("name", "dtype", "method"),
-    cases(
-        [
-            *product(RUN, DTYPES[:1], METHODS[:1]),
-            *product(KINDS, DTYPES[:1], METHODS),
-            *product(KINDS, DTYPES, ["dart"]),
-            *product(SLIM, DTYPES[:1], ["dart"]),
-        ],
-        RUN,
-        DTYPES,
-        METHODS,
-    ),
-    ids=str,
-)
-def test_equal_to_compact(name, dtype, method):
-    settings = {"sparsity": 0.6, "self_stats": PRIOR} if method == "dart" else {"sparsity": 0.6}
-    compact, masks, wanted = _logits(name, dtype, method, executor="compact", **settings)
-    for executor in _executors(name):
-        run, same, found = _logits(name, dtype, method, executor=executor, **settings)
-        assert apart(found, wanted) < TOLERANCE[dtype]
-        assert len(same) == len(masks) == 1
-        ours, theirs = run.report(), compact.report()
-        # its drift signal is an attention output, which a whole step does not show
-        watched = WITHOUT if method == "dart-prompt" else {}
-        assert ours.executor == watched.get(executor, executor)
-        assert ours.achieved_sparsity == theirs.achieved_sparsity > 0.5
-        assert ours.ffn_bytes_share <= theirs.ffn_bytes_share
-        if executor == "native":  # slim holds the room of a step too, much beside tiny weights
-            assert ours.extra_memory_bytes < theirs.extra_memory_bytes
-
-
-@pytest.mark.contract("masked equals compact")
-@pytest.mark.parametrize(
-    ("name", "choice"),
-    cases([*product(KINDS, [0]), *product(["llama", "gpt2"], range(3))], RUN, range(3)),
-)
-def test_tokens_choose_natively(name, choice):
-    """Copies, candidates, winners and what the others stand at: what masking by torch gives."""
-    model, found = shared_model(name), {}
-    kernels = [one for one in _executors(name) if one != "graph"]
-    for executor in ("masked", "compact", *kernels):
-        run = prune(model, "dart-token", executor=executor, self_stats=PRIOR, **CHOICES[choice])
-        with run:
-            found[executor] = decode(model, IDS, PROMPT)
-            taken = run.patch.slim
-            assert taken is None or taken.steps == DECODED
-        report = run.report()
-        assert report.executor == executor and report.achieved_sparsity > 0.45
-    for executor in kernels:
-        assert apart(found[executor], found["masked"]) < TOLERANCE[torch.float32], executor
-        assert apart(found[executor], found["compact"]) < TOLERANCE[torch.float32], executor
-
-
-@pytest.mark.contract("masked equals compact")
-@pytest.mark.parametrize("name", SLIM)
-def test_observed_tokens_and_new_masks(name):
-    """Evidence of decoded tokens leads to compact's masks: of dart, of a published run's."""
-    remasked = {**REMASKS, "drift": OFTEN, "remask": {"observe_tokens": 1}}
-    late = {"masking_step": 3, "sparsity": 0.5, "drift": "interval 2"}
-    for method, settings, count in (("dart", remasked, 3), ("published", late, 1)):
-        _, wanted, logits = _logits(name, torch.float32, method, executor="compact", **settings)
-        _, found, close = _logits(name, torch.float32, method, executor="slim", **settings)
-        assert apart(close, logits) < TOLERANCE[torch.float32]
-        assert [step for step, _, _ in found] == [step for step, _, _ in wanted]
-        assert len(found) >= count
-        for ours, theirs in zip(found, wanted, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(ours[2], theirs[2], strict=True))
-
-
-@pytest.mark.contract("masked equals compact")
-@pytest.mark.parametrize(
-    ("name", "rows", "dtype"),
-    [*product(SLIM, (3, 8), DTYPES[:1]), *product(SLIM[:1], (3, 8), DTYPES[1:])],
-    ids=str,
-)
-def test_rows_of_a_batch(name, rows, dtype):
-    """Whole steps of several rows: the model's own dense tokens, and compact's of one mask."""
-    model, ids = shared_model(name, dtype), tokens(rows, 40, seed=6)
-    dense, found = generate(model, ids, 8), {}
-    for executor, sparsity in (("compact", 0.6), ("slim", 0.0), ("slim", 0.6)):
-        with prune(model, "griffin", sparsity=sparsity, executor=executor) as run:
-            found[executor, sparsity] = generate(model, ids, 8)
-            assert run.patch.steps == (7 if executor == "slim" else 0)
-            if sparsity == 0 and dtype == torch.float32:
-                steps = [decode(model, part, 36)[:, 36:] for part in (ids, *ids.split(1))]
-                assert torch.equal(steps[0], torch.cat(steps[1:])), "whoever else is there"
-    pairs = [(found["slim", 0.0], dense), (found["slim", 0.6], found["compact", 0.6])]
-    for ours, theirs in pairs:
-        same = (ours.sequences == theirs.sequences).all(1)
-        if dtype == torch.float32:
-            assert same.all()
-        both = torch.stack(ours.logits)[:, same], torch.stack(theirs.logits)[:, same]
-        assert same.any() and apart(*both) < TOLERANCE[dtype]
-    assert apart(torch.stack(pairs[0][0].logits), torch.stack(pairs[1][0].logits)) > 1e-2
+@pytest.mark.parametrize(("rows", "dtype"), [*product((3, 8), DTYPES)], ids=str)
+def test_rows_of_a_batch(rows, dtype):
+    """Whole steps of several rows compute the model's own dense tokens, whoever else is there."""
+    model, ids = shared_model("llama", dtype), tokens(rows, 40, seed=6)
+    dense = generate(model, ids, 8)
+    with prune(model, "griffin", sparsity=0.0, executor="native") as run:
+        found = generate(model, ids, 8)
+        assert run.patch.steps == 7
+        parts = [decode(model, part, 36)[:, 36:] for part in (ids, *ids.split(1))]
+        assert dtype != torch.float32 or torch.equal(parts[0], torch.cat(parts[1:]))
+    same = (found.sequences == dense.sequences).all(1)
+    assert same.any() and (dtype != torch.float32 or same.all())
+    both = torch.stack(found.logits)[:, same], torch.stack(dense.logits)[:, same]
+    assert apart(*both) < TOLERANCE[dtype]
 
 
 @pytest.mark.contract("same report whatever the batch")
-@pytest.mark.parametrize("name", [name for name in KINDS if name in SLIM])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name in STEPS])
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
@@ -190,7 +93,7 @@ def test_observed_rows(name, method, settings):
     for run, _, _ in whole:
         sums.append([known.sums for known in state_of(run).evidence])
     (_, wanted, logits), (run, masks, close) = whole
-    assert run.report().executor == "slim" and run.report().decoded_tokens == 30
+    assert run.report().executor == WHOLE_STEPS and run.report().decoded_tokens == 30
     assert apart(close, logits) < TOLERANCE[torch.float32]
     assert len(masks) == len(wanted) >= (3 if "remask" in settings else 0)
     for ours, theirs in zip(masks, wanted, strict=True):
@@ -200,25 +103,11 @@ def test_observed_rows(name, method, settings):
             assert apart(known.total, theirs[kind].total) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_each_row_of_a_batch_chooses(name):
-    """Tokens of several rows choose their own neurons: what masking by torch gives."""
-    model, ids = shared_model(name), tokens(3, 40, seed=6)
-    for settings in CHOICES:
-        found = {}
-        for executor in ("masked", "slim"):
-            run = prune(model, "dart-token", executor=executor, self_stats=PRIOR, **settings)
-            with run:
-                found[executor] = decode(model, ids, 30)
-            assert run.report().executor == executor
-        assert apart(found["slim"], found["masked"]) < TOLERANCE[torch.float32]
-
-
 def test_batches_that_a_whole_step_leaves_to_the_model():
     """Too many rows, and rows of other lengths; sizes that change go on with the room there is."""
     model, mask = shared_model(), torch.ones(3, 30, dtype=torch.int64)
     mask[1, :4] = 0
-    with prune(model, "griffin", sparsity=0.5, executor="slim") as run:
+    with prune(model, "griffin", sparsity=0.5, executor="native") as run:
         for rows, steps in ((8, 10), (1, 10), (9, 0), (3, 10)):
             before, ids = run.patch.steps, tokens(rows, 30, seed=6)
             decode(model, ids, 20)
@@ -238,12 +127,12 @@ def test_beams_and_rows_that_end():
     for executor in BOTH:
         with prune(model, "griffin", sparsity=0.5, executor=executor) as run:
             found.append([generate(model, ids, 24, **way) for way in ways])
-            assert (run.patch.steps > 40) == (executor == "slim")
+            assert (run.patch.steps > 40) == (executor == "native")
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours.sequences, theirs.sequences)
 
 
-@pytest.mark.parametrize("name", [name for name in SLIM if "-" not in name])
+@pytest.mark.parametrize("name", [name for name in STEPS if "-" not in name])
 def test_a_static_cache(name):
     """Written in place, by generate too; a window that is full is the model's own from there."""
     model, found = shared_model(name), {}
@@ -256,7 +145,7 @@ def test_a_static_cache(name):
             taken = run.patch.steps
             assert int(cache.get_seq_length()) == 40
             done = generate(model, ids[:, :16], 12, cache_implementation="static")
-            steps = {"slim": (8, 16) if name in WINDOWS else (24, 35), "compact": (0, 0)}
+            steps = {"native": (8, 16) if name in WINDOWS else (24, 35), "compact": (0, 0)}
             assert (taken, run.patch.steps) == steps[executor]
         found[rows, executor] = torch.cat(logits, 1), done
     for rows in (1, 3):
@@ -270,7 +159,7 @@ def test_a_static_cache(name):
 def test_a_static_cache_that_others_change(mode):
     """Cropped, continued by several tokens, full, and with masks that hide something."""
     model, ids, found = shared_model(), tokens(2, 40, seed=6), []
-    for executor in ("compact", "slim", "graph"):
+    for executor in BOTH:
         with prune(model, masks=picked(), executor=executor) as run, mode():
             cache = StaticCache(config=model.config, max_cache_len=32)
             logits = [step(model, ids[:, :16], cache)]
@@ -285,7 +174,7 @@ def test_a_static_cache_that_others_change(mode):
             hidden = run.patch.steps - taken
             logits.append(step(model, ids[:, 31:32], cache, _seeing(slice(0, 32))))
             assert int(cache.get_seq_length()) == 32
-            assert (taken, hidden) == ((11, 1) if executor == "slim" else (0, 0))
+            assert (taken, hidden) == ((11, 1) if executor == "native" else (0, 0))
             with pytest.raises((IndexError, RuntimeError)):
                 step(model, ids[:, 32:33], cache)
         found.append(torch.cat(logits, 1))
@@ -302,58 +191,51 @@ def _seeing(shown):
 @pytest.mark.contract("sparsity 0 is bit-identical")
 @pytest.mark.parametrize(("name", "dtype"), [*product(RUN, DTYPES)], ids=str)
 def test_sparsity_zero(name, dtype):
-    """Native runs the model's own forward; whole steps are dense within rounding."""
+    """``auto`` runs the model's own forward; by the kernels dense is so within rounding."""
     kinds = {"llama", "llama-bias", "qwen2", "qwen3", "smollm3", "gemma", "olmo2", "phi3"}
-    kinds |= {"gpt2", "gpt_neox", "gpt_neox-serial"}
-    assert set(SLIM) == kinds | WINDOWS and set(GRAPH) == kinds
+    assert set(STEPS) == kinds | {"gpt2", "gpt_neox", "gpt_neox-serial"} | WINDOWS
     dense = decode(shared_model(name, dtype), IDS, PROMPT)
-    for executor in _executors(name):
+    for executor in ("auto", "native"):
         run, masks, logits = _logits(name, dtype, "griffin", sparsity=0.0, executor=executor)
         assert masks == [] and run.report().decoded_tokens == DECODED
+        assert apart(logits, dense) <= (TOLERANCE[dtype] if executor == "native" else 0)
         # windows are attended to in a cache that is laid out otherwise, whose sums may round so
-        if executor == "native" or name not in WINDOWS:
-            assert torch.equal(logits[:, :PROMPT], dense[:, :PROMPT])
-        assert apart(logits, dense) <= (0 if executor == "native" else TOLERANCE[dtype])
+        assert name in WINDOWS or torch.equal(logits[:, :PROMPT], dense[:, :PROMPT])
 
 
 @pytest.mark.contract("exact restore")
-@pytest.mark.parametrize(
-    ("name", "executor"),
-    [*product(["qwen2"], ["native", "slim", "graph"]), ("gemma3", "slim"), ("gpt2", "slim")],
-)
-def test_generate_and_leave_nothing_behind(name, executor):
+@pytest.mark.parametrize("name", ["qwen2", "gemma3", "gpt2", "bloom"])
+def test_generate_and_leave_nothing_behind(name):
     """Rows of neurons, and gpt2's attention by rows, lie as they did."""
     model = shared_model(name)
     down = describe(model).blocks[0].down.weight
     as_it_was = down.stride()
-    laid = as_it_was if name == "gpt2" else (1, 32)  # it stores them by inputs
+    laid = as_it_was if name == "gpt2" else (1, down.shape[0])  # it stores them by inputs
     with Same(model):
         with (
             contextlib.suppress(ZeroDivisionError),
-            prune(model, "dart", executor=executor, **REMASKS),
+            prune(model, "dart", executor="native", **REMASKS),
         ):
             generate(model, tokens(1, 70), 8)
             raise ZeroDivisionError
-        run = prune(model, "griffin", sparsity=0.5, executor=executor)
+        run = prune(model, "griffin", sparsity=0.5, executor="native")
         for rows in (1, 3):
             with prune(model, "griffin", sparsity=0.5, executor="compact"):
                 wanted = generate(model, tokens(rows, 20, seed=5), 12)
             with run:
-                assert down.stride() == (as_it_was if executor == "graph" else laid)
+                assert down.stride() == laid
                 found = generate(model, tokens(rows, 20, seed=5), 12)
             assert down.stride() == as_it_was
             assert torch.equal(found.sequences, wanted.sequences)
             assert apart(found.logits, wanted.logits) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("name", "executor"), [("gemma3", "slim"), ("gpt2", "slim"), ("gemma", "graph")]
-)
-def test_norms_that_change_while_attached_count_from_the_next_prompt(name, executor):
+@pytest.mark.parametrize("name", ["gemma3", "gpt2"])
+def test_norms_that_change_while_attached_count_from_the_next_prompt(name):
     """The kernels read copies of what is not float32, or is one more than the weight."""
     model = tiny(name, dtype=torch.bfloat16)
     norms = [one for one in model.modules() if "Norm" in type(one).__name__]
-    with prune(model, masks=picked(), executor=executor):
+    with prune(model, masks=picked(), executor="native"):
         before = decode(model, IDS, PROMPT)
         with torch.no_grad():
             for norm in norms:
@@ -366,7 +248,7 @@ def test_norms_that_change_while_attached_count_from_the_next_prompt(name, execu
 
 def test_the_context_of_learned_positions_is_no_longer():
     model = shared_model("gpt2")
-    with prune(model, "griffin", sparsity=0.5, executor="slim"), torch.no_grad():
+    with prune(model, "griffin", sparsity=0.5, executor="native"), torch.no_grad():
         output = model(tokens(1, 511), use_cache=True)
         output = model(tokens(1, 1), cache=output.cache)
         with pytest.raises(IndexError):
@@ -374,7 +256,7 @@ def test_the_context_of_learned_positions_is_no_longer():
         assert output.cache.get_seq_length() == 512
 
 
-@pytest.mark.parametrize("name", [name for name in SLIM if "-" not in name])
+@pytest.mark.parametrize("name", [name for name in STEPS if "-" not in name])
 def test_packed_weights_of_every_family(name, monkeypatch):
     """Whole steps on blocks are the model's own products on them; fused matrices in parts too."""
     kind, settings = CONFIGS[name]
@@ -385,11 +267,11 @@ def test_packed_weights_of_every_family(name, monkeypatch):
     rows = tokens(3, 46, seed=6)
     for ids, sparsity in ((IDS, 0.5), (rows, 0.5), (rows, 0.0)):
         found = []
-        for executor in ("masked", "native", "slim"):
+        for executor in ("masked", "native"):
             run = prune(model, "griffin", sparsity=sparsity, executor=executor)
             with run:
                 found.append(decode(model, ids, ids.shape[1] - DECODED))
-            assert run.report().executor == executor
+            assert run.report().executor.startswith(executor)
         # inputs of products are rounded to 8 bits: rounding before decides between two levels
         assert max(apart(one, found[0]) for one in found[1:]) < 5e-2
 
@@ -428,7 +310,7 @@ def test_a_changed_cache_and_a_long_one(monkeypatch, name, change, whole):
     monkeypatch.setattr(growing_cache, "ROOM", 16)
     model, found = shared_model(name), []
     ids = tokens(1, 100, seed=9)
-    for executor in ("compact", *(one for one in _executors(name) if one != "native")):
+    for executor in BOTH:
         run = prune(model, "griffin", sparsity=0.5, executor=executor)
         with run, torch.no_grad():
             cache = DynamicCache() if whole else new_cache(model)
@@ -440,14 +322,14 @@ def test_a_changed_cache_and_a_long_one(monkeypatch, name, change, whole):
             ]
             assert cache.get_seq_length() == start + 9
             found.append(torch.cat(logits))
-        assert run.report().executor == executor
-    assert all(apart(one, found[0]) < 1e-5 for one in found[1:]) and len(found) > 1
+        assert run.report().executor == {"native": WHOLE_STEPS}.get(executor, executor)
+    assert apart(found[1], found[0]) < 1e-5
 
 
 def test_a_window_goes_on_in_the_models_own_steps():
     """What a step shows is what transformers' own layers hold: keys, values and the length."""
     model, ids, caches = shared_model("gemma3"), tokens(1, 60, seed=9), []
-    for executor in ("compact", "slim"):
+    for executor in ("compact", "native"):
         with prune(model, "griffin", sparsity=0.5, executor=executor):
             caches.append(new_cache(model))
             step(model, ids[:, :20], caches[-1])
@@ -466,13 +348,13 @@ def test_a_window_goes_on_in_the_models_own_steps():
 def test_a_cache_that_remembers_for_a_crop_is_the_models_own(name):
     """Candidates of assisted decoding are taken back, also from behind a window."""
     model, ids, found = shared_model(name), tokens(1, 30, seed=5), []
-    for executor in ("compact", "slim"):
+    for executor in ("compact", "native"):
         with prune(model, "griffin", sparsity=0.5, executor=executor):
             found.append(generate(model, ids.repeat(1, 2), 16, prompt_lookup_num_tokens=3))
     assert torch.equal(found[0].sequences, found[1].sequences)
 
 
-@pytest.mark.parametrize("executor", ["masked", "compact", "native", "slim", "graph"])
+@pytest.mark.parametrize("executor", ["masked", "compact", "native"])
 def test_tokens_observed_after_a_second_prompt_are_those_of_the_untouched_model(executor):
     """Logits, evidence and accounting: the masks of the turn before have no part in them."""
     model, text = shared_model(), tokens(1, 40)
@@ -540,7 +422,7 @@ LEFT = {
 def test_what_a_whole_step_leaves_to_the_model(case):
     run, make = LEFT[case]
     found = []
-    for executor in ("compact", "slim", "graph"):
+    for executor in BOTH:
         model = make()
         with prune(model, "griffin", sparsity=0.5, executor=executor):
             found.append(run(model))
@@ -548,14 +430,14 @@ def test_what_a_whole_step_leaves_to_the_model(case):
         assert apart(one, found[0]) < (1e-4 if case == "gradients" else TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("executor", ["slim", "native", "compact", "masked"])
+@pytest.mark.parametrize("executor", ["native", "compact", "masked"])
 def test_ids_outside_the_vocabulary_are_an_index_error(executor):
     for wrong in (VOCAB, -1):
         with prune(shared_model(), masks=picked(), executor=executor) as run:
             cache = new_cache(run.model)
             step(run.model, tokens(1, 24), cache)
             said = f"token id {wrong} is outside the vocabulary of {VOCAB}"
-            with pytest.raises(IndexError, match=said if executor == "slim" else None):
+            with pytest.raises(IndexError, match=said if executor == "native" else None):
                 step(run.model, torch.tensor([[wrong]]), cache)
 
 
@@ -585,7 +467,7 @@ def test_without_a_compiler_compact_runs(monkeypatch, tmp_path, caplog):
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "no C++ compiler" in caplog.text and "slower executor compact" in caplog.text
     with pytest.raises(ConfigError, match='use executor "compact" or "auto"'):
-        prune(model, "griffin", sparsity=0.5, executor="slim")
+        prune(model, "griffin", sparsity=0.5, executor="native")
     monkeypatch.delenv("CXX")
     wrong = {**build.sources(), "kernels.cpp": '#error "not today"\n'}
     monkeypatch.setattr(build, "sources", lambda: wrong)
@@ -594,7 +476,7 @@ def test_without_a_compiler_compact_runs(monkeypatch, tmp_path, caplog):
 
 
 def test_auto_is_the_fastest_that_can_run():
-    wanted = {"llama": "slim", "gemma3": "slim", "gpt2": "slim", "bloom": "native", "opt": "masked"}
+    wanted = {"llama": "native", "gpt2": "native", "bloom": "native", "opt": "masked"}
     for name, executor in wanted.items():
         assert prune(shared_model(name), "griffin", sparsity=0.5).executor == executor
         assert prune(shared_model(name), "griffin", sparsity=0.0).executor in ("compact", "masked")
@@ -605,9 +487,28 @@ def test_auto_is_the_fastest_that_can_run():
     for model, executor, said in (
         (half, "native", "float16, not float32 or bfloat16"),
         (shared_model("opt"), "native", "no FFN module"),
-        (shared_model("phi"), "slim", r'which is a phi model, not one of .*; use "native"'),
     ):
         with pytest.raises(ConfigError, match=said):
             prune(model, "griffin", sparsity=0.5, executor=executor)
+    assert prune(shared_model("llama"), "griffin", executor="slim").executor == "native"
+    run = prune(shared_model("phi"), "griffin", sparsity=0.5)
+    with run:
+        assert run.patch.no_steps.startswith("is a phi model, not one of gemma, ")
+        decode(run.model, IDS, PROMPT)
+    assert run.report().executor == "native"
     with pytest.raises(ConfigError, match="a mask per row"):
         PruneConfig.build("griffin", executor="native", batch="per_row")
+
+
+def test_transformers_own_compiling_of_a_static_cache_stays_correct():
+    """``generate`` compiles the forward of an attached model on its own where there is a GPU."""
+    model, ids = tiny("llama"), tokens(1, 20, seed=5)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    compiling = CompileConfig(backend="eager", mode=None)
+    compiling._compile_all_devices = True
+    found = []
+    for more in ({}, {"cache_implementation": "static", "compile_config": compiling}):
+        with prune(model, "griffin", sparsity=0.5, executor="compact") as run:
+            found.append(generate(model, ids, 5, **more).sequences)
+        assert run.report().achieved_sparsity == 0.5 and run.report().decoded_tokens == 4
+    assert torch.equal(found[0], found[1])

@@ -18,7 +18,7 @@ def test_a_second_generate_is_refused_and_the_run_goes_on():
     said = []
 
     def again(_):
-        with pytest.raises(ConfigError, match=r"let threads wait for a lock") as error:
+        with pytest.raises(ConfigError, match=r"use one lock per model") as error:
             model.generate(ids, max_new_tokens=2)
         said.append(str(error.value))
 
@@ -66,7 +66,7 @@ def halted(model, ids, halt):
 
 
 IDS = torch.tensor([[5, 6, 7, 8]])
-EXECUTORS = pytest.mark.parametrize("executor", ["slim", "native", "compact", "masked"])
+EXECUTORS = pytest.mark.parametrize("executor", ["native", "compact", "masked"])
 
 
 @pytest.mark.usefixtures("native")

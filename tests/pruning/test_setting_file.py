@@ -18,7 +18,7 @@ from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
 from dart_llm.pruning.setting_file import KeptSetting, changes_of, read_setting
 from dart_llm.reporting.console import Ui
-from dart_llm.server.schemas import RequestReader, Dart
+from dart_llm.server.schemas import Dart, RequestReader
 from dart_llm.server.settings import ServeSettings
 from dart_llm.session.kept import identity, other_model
 from dart_llm.settings import merge

@@ -254,19 +254,18 @@ def test_there_is_no_sequence_mask(tmp_path):
 def test_where_it_is_slower_one_sentence_says_so(caplog):
     """Once per process and place, when a prompt is read; for batches that no kernel serves."""
     model, start = shared_model(), "dart-token is slower than the unpruned model "
-    token_ffn._say_slower.cache_clear()
+    token_ffn._warn_once.cache_clear()
     for executor, rows, said in (
         ("compact", 1, 1),
         ("compact", 1, 1),
         ("native", 1, 1),
-        ("slim", 8, 1),
-        ("native", 2, 2),
-        ("slim", 9, 3),
+        ("native", 8, 1),
+        ("native", 9, 2),
     ):
         with prune(model, LEARNT, sparsity=0.5, executor=executor):
             decode(model, tokens(rows, 14), 12)
         assert len(caplog.records) == said
     batch = "in a batch of several rows under executor"
-    places = ("under executor compact", f"{batch} native", f"{batch} slim")
+    places = ("under executor compact", f"{batch} native")
     for record, where in zip(caplog.records, places, strict=True):
         assert record.getMessage().startswith(start + where)

@@ -58,7 +58,7 @@ def dense_but_for(model, trace, ids=IDS):
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("executor", ["masked", "compact", "native", "slim"])
+@pytest.mark.parametrize("executor", ["masked", "compact", "native"])
 @pytest.mark.parametrize("way", ["once", "re-masks", "tokens"])
 def test_the_neurons_of_a_trace_are_those_that_ran(way, executor, tmp_path):
     """Zeroed by hand in the dense model, the others give the logits of the run."""
@@ -67,7 +67,8 @@ def test_the_neurons_of_a_trace_are_those_that_ran(way, executor, tmp_path):
     if way == "once":
         settings["compensation"] = False
     trace, run, logits = traced(tmp_path / "a", model, **settings)
-    assert run.report().executor == executor == trace.facts["executor"]
+    label = run.report().executor
+    assert label == trace.facts["executor"] and label.startswith(executor)
     assert apart(logits, dense_but_for(model, trace)) < 1e-5
     assert apart(logits, decode(model, IDS, PROMPT)) > 1e-3
     report = run.report()
@@ -79,7 +80,7 @@ def test_the_neurons_of_a_trace_are_those_that_ran(way, executor, tmp_path):
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("executor", ["native", "slim"])
+@pytest.mark.parametrize("executor", ["native"])
 def test_what_tokens_choose_of_weights_in_blocks(executor, tmp_path):
     """By their activations, also two rows at a time, each of which chooses as it does alone."""
     model = tiny(hidden_size=64, intermediate_size=96)
@@ -88,7 +89,7 @@ def test_what_tokens_choose_of_weights_in_blocks(executor, tmp_path):
     settings = {**TOKENS, "executor": executor}
     alone = [traced(tmp_path / f"{row}", model, both[row : row + 1], **settings) for row in (0, 1)]
     together, run, _ = traced(tmp_path / "both", model, both, **settings)
-    assert run.report().executor == executor
+    assert run.report().executor.startswith(executor)
     assert together.arrays["row"].tolist()[-2:] == [0, 1]
     for row, (trace, _, logits) in enumerate(alone):
         assert apart(logits, dense_but_for(model, trace, both[row : row + 1])) < 0.03
@@ -283,7 +284,7 @@ def test_what_cannot_be_traced(tmp_path):
         run.trace(path).__enter__()
     for given, words in (
         ({"trace_activations": True}, "adds to a trace: give --trace FILE too"),
-        ({"trace": "a", "trace_activations": True, "executor": "slim"}, "cannot see the neurons"),
+        ({"trace": "a", "trace_activations": True, "executor": "native"}, "cannot see the neurons"),
     ):
         with pytest.raises(ConfigError, match=words):
             RunSettings(**given)

@@ -105,11 +105,6 @@ class PatchHost:
                 f'this model is served by executor "{self.executor}", so no request can have '
                 f'"{config.executor}": leave it out'
             )
-        if config.screens and self.executor == "graph":
-            raise ConfigError(
-                'this model is served by executor "graph", which records steps with the whole '
-                'head: leave head.kind at "full"'
-            )
         method = BoundMethod(self.model, self.tokenizer, config)
         if method.selector.removes_nothing:
             return method

@@ -49,11 +49,11 @@ def compare_window(
 ) -> Compared:
     """One window under the ``decode`` protocol; ``reference``: [C, V] as of ``reference_logits``.
 
-    ``run``: attached; under ``slim`` every token is a step of its own, which is what will run, and
+    ``run``: attached; under ``native`` every token is one whole step, which is what will run, and
     the faster way on weights in blocks.  ``prompt``: as of ``score_window``.  Raises ``DartError``
     where a loss is not finite.
     """
-    chunk = 1 if run.executor == "slim" else CHUNK
+    chunk = 1 if run.executor == "native" else CHUNK
     losses: list[Tensor] = []
     divergences: list[Tensor] = []
     done = 0

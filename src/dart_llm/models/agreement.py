@@ -1,7 +1,7 @@
-"""Whether modules compute what stands in their place: one small step of both is compared.
+"""Whether an FFN computes what runs in its place, and what stands on an attached model.
 
-What runs a pruned FFN is a formula (gate, up, activation, down) on its projections, or on their
-weights.  An FFN that computes something else would silently become another one.
+A pruned FFN runs as a formula (gate, up, activation, down) on its projections, or on their weights.
+An FFN that computes something else would silently become another one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from torch.nn.modules import module as everywhere
 from dart_llm.errors import AttachError, UnsupportedModel
 from dart_llm.models.ffn import FfnBlock
 
-# What stands on an attached model in place of its own methods.
-
 
 class NotCopied:
-    """What hangs on an attached model: a copy would go on running the original's weights."""
+    """Part of an attached model: a copy of it would run the original's weights."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise AttachError(
@@ -41,7 +39,7 @@ class NotCopied:
 
 
 class Replacement(NotCopied):
-    """A method of an attached module; once ``end`` was called, the method that it stood for."""
+    """A method of an attached module; after ``end`` it calls the original one."""
 
     def __init__(self, original: Callable[..., Any], make: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
@@ -51,39 +49,33 @@ class Replacement(NotCopied):
         return self.make(self.original, *args, **kwargs)
 
     def end(self) -> None:
-        """Whoever kept this (tools that wrap a forward, shallow copies) calls the original now."""
-        self.make = _plain
+        """Anything that kept this (a wrapped forward, a shallow copy) calls the original now."""
+        self.make = _call_original
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if self.make is not _plain:
+        if self.make is not _call_original:
             return super().__deepcopy__(memo)
         return copy.deepcopy(self.original, memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if self.make is not _plain:
+        if self.make is not _call_original:
             return super().__reduce_ex__(protocol)
-        return _itself, (self.original,)
+        return _identity, (self.original,)
 
 
-def _plain(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _call_original(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
-def _itself(original: Any) -> Any:
+def _identity(original: Any) -> Any:
     return original
 
 
-# Modules as they compute: without hooks, without torch.compile, and without what stands on them.
-#
-# ``Bare`` makes stand-ins that can be run beside the modules; ``signature`` says what decides what
-# a module computes beside its weights, so that what was found out once need not be asked again.
-
-
 HOMES = ("torch.nn.", "transformers.")
-"""Packages whose modules and forwards are known."""
+"""Packages whose modules and forwards are trusted to be what their names say."""
 
 COMPILED = "_torchdynamo_orig_callable"
-"""Where torch.compile keeps the function that it was given."""
+"""Attribute in which torch.compile keeps the original function."""
 
 _HOOKS = (
     "_forward_hooks",
@@ -96,28 +88,33 @@ _HOOKS = (
 _OWN = frozenset(nn.Module().__dict__) | {"forward", "_old_forward", "_hf_hook", "layer_idx"}
 """Attributes that are no part of a signature: hooks are looked at where they matter."""
 
-_CHANGES = frozenset({"forward", "_old_forward", "_hf_hook", "_compiled_call_impl"})
-"""Attributes by which a module computes otherwise than its class."""
-
 Function = Callable[..., Any]
 
 
 def forward_of(module: nn.Module) -> tuple[Function, bool]:
     """The function behind a module's forward, and whether it takes the module as ``self``.
 
-    What accelerate, torch.compile and this package put around it is left out.
+    Wrappers of accelerate, torch.compile and this package are removed.
     """
-    held = module.__dict__
-    given = held.get("_old_forward" if "_hf_hook" in held else "forward")
-    found: Any = type(module).forward if given is None else given
+    attributes = module.__dict__
+    own = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
+    function: Any = type(module).forward if own is None else own
     while True:
-        inner = found.original if isinstance(found, Replacement) else getattr(found, COMPILED, None)
+        wrapped = isinstance(function, Replacement)
+        inner = function.original if wrapped else getattr(function, COMPILED, None)
         if inner is None:
             break
-        found = inner
-    if getattr(found, "__self__", None) is module:
-        return found.__func__, True
-    return found, given is None
+        function = inner
+    if getattr(function, "__self__", None) is module:
+        return function.__func__, True
+    return function, own is None
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a forward was set on ``module`` that is neither accelerate's nor this package's."""
+    forward = module.__dict__.get("forward")
+    trusted = forward is None or isinstance(forward, Replacement)
+    return not trusted and "_hf_hook" not in module.__dict__
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -126,48 +123,47 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    held = module.__dict__
+    attributes = module.__dict__
     return (
-        held.get("_compiled_call_impl") is not None
+        attributes.get("_compiled_call_impl") is not None
         or "_orig_mod" in module._modules
-        or hasattr(held.get("forward") or type(module).forward, COMPILED)
+        or hasattr(attributes.get("forward") or type(module).forward, COMPILED)
     )
 
 
-class Bare:
-    """Stand-ins of modules: the same weights and forwards, in evaluation mode, without hooks.
+class UnhookedView:
+    """Shallow copies of modules that share weights and skip hooks and torch.compile.
 
-    The modules stay untouched.  A forward that was put on one module and holds on to it runs as it
-    is, with the hooks inside it.
+    They are in evaluation mode; the modules stay untouched.  A forward that was set on one module
+    and refers to it runs as it is, with the hooks inside it.
     """
 
     def __init__(self) -> None:
-        self._made: dict[int, nn.Module] = {}
+        self._copies: dict[int, nn.Module] = {}
 
-    def of(self, module: nn.Module) -> nn.Module:
-        """The stand-in of ``module``, made when first asked for."""
+    def copy_of(self, module: nn.Module) -> nn.Module:
+        """The copy of ``module``, made at the first call."""
         module = module._modules.get("_orig_mod") or module
-        known = self._made.get(id(module))
-        if known is not None:
-            return known
-        made: nn.Module = object.__new__(type(module))
-        self._made[id(module)] = made
-        held = made.__dict__
-        held.update(module.__dict__)
-        held.update({name: OrderedDict() for name in _HOOKS}, training=False)
-        held["_modules"] = {
-            name: None if child is None else self.of(child)
+        if id(module) in self._copies:
+            return self._copies[id(module)]
+        copied: nn.Module = object.__new__(type(module))
+        self._copies[id(module)] = copied
+        attributes = copied.__dict__
+        attributes.update(module.__dict__)
+        attributes.update({name: OrderedDict() for name in _HOOKS}, training=False)
+        attributes["_modules"] = {
+            name: None if child is None else self.copy_of(child)
             for name, child in module._modules.items()
         }
         function, bound = forward_of(module)
-        held["forward"] = types.MethodType(function, made) if bound else function
-        held["_compiled_call_impl"] = held["forward"]  # what a call runs, past every hook
-        return made
+        attributes["forward"] = types.MethodType(function, copied) if bound else function
+        attributes["_compiled_call_impl"] = attributes["forward"]  # runs instead of every hook
+        return copied
 
 
 @contextlib.contextmanager
-def unnoticed(device: torch.device) -> Iterator[None]:
-    """Inside, what is computed has no gradients and no autocast, and uses up no random numbers."""
+def isolated(device: torch.device) -> Iterator[None]:
+    """No autograd, no autocast, RNG state preserved."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -177,24 +173,19 @@ def unnoticed(device: torch.device) -> Iterator[None]:
         yield
 
 
-def signature(module: nn.Module, parts: Sequence[nn.Module] | None = None) -> tuple[Any, ...]:
+def signature(module: nn.Module, without: Sequence[nn.Module] = ()) -> tuple[Any, ...]:
     """What decides what a module computes beside its weights and its input.
 
-    Of it and its parts: classes, forwards, numbers and functions.  Nothing in it is kept alive.
-    ``parts``: ``parts_of(module)``, where they are known.
+    Classes, forwards, numbers and functions of its parts but ``without``, none kept alive.
     """
     found: list[Any] = []
-    classes: dict[type, tuple[Any, ...]] = {}
-    for one in parts_of(module) if parts is None else parts:
-        held, kind = one.__dict__.copy(), type(one)  # another thread may attach meanwhile
-        if not _CHANGES.isdisjoint(held) or "_orig_mod" in one._modules:
-            found += _computes(one)
-        elif kind in classes:  # most parts of a model are of few classes
-            found += classes[kind]
-        else:
-            found += classes.setdefault(kind, _computes(one))
-        for value in [value for name, value in held.items() if name not in _OWN]:
-            # a configuration, asked by isinstance for its class, takes long to answer
+    for part in parts_of(module):
+        if any(part is other for other in without):
+            continue
+        attributes = part.__dict__.copy()  # another thread may attach meanwhile
+        found += [weakref.ref(type(part)), weak(forward_of(part)[0]), _is_compiled(part)]
+        for value in [value for name, value in attributes.items() if name not in _OWN]:
+            # isinstance is slow on a configuration
             if issubclass(type(value), (int, float, str)):
                 found.append(value)
             elif callable(value) and not isinstance(value, Replacement):
@@ -202,24 +193,20 @@ def signature(module: nn.Module, parts: Sequence[nn.Module] | None = None) -> tu
     return tuple(found)
 
 
-def _computes(module: nn.Module) -> tuple[Any, ...]:
-    return weakref.ref(type(module)), weak(forward_of(module)[0]), _is_compiled(module)
-
-
 def parts_of(module: nn.Module) -> list[nn.Module]:
-    """What ``module.modules()`` gives, in a fraction of its time."""
-    found = {id(module): module}
+    """``module.modules()``, several times faster."""
+    parts = {id(module): module}
     waiting = [module]
     while waiting:
         for child in waiting.pop()._modules.values():
-            if child is not None and id(child) not in found:
-                found[id(child)] = child
+            if child is not None and id(child) not in parts:
+                parts[id(child)] = child
                 waiting.append(child)
-    return list(found.values())
+    return list(parts.values())
 
 
 def weak(value: Any) -> Any:
-    """A reference that is equal as long as it is the same thing, and keeps nothing alive."""
+    """A reference that compares equal for the same object, and does not keep it alive."""
     if isinstance(value, functools.partial):
         return weak(value.func), repr(value.args), repr(value.keywords)
     try:
@@ -234,36 +221,34 @@ TRUSTED = ("dart_llm.", "transformers.", "torch.")
 TOKENS = 2
 """Vectors that an FFN is compared on."""
 
-_LEAST, _ROUNDINGS = 1e-5, 4.0
-"""What may lie between two ways to compute the same: the larger of these, in units of the largest
-value; the second counts roundings of the dtype."""
+_TOLERANCE, _ROUNDINGS = 1e-5, 4.0
+"""Largest difference of two ways to compute the same, relative to the largest value: a number, or
+if that is more, roundings of the dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """What was found of one FFN.
-
-    ``parts``: its forward is the formula on its projections; ``weights``: these are plain products
-    with their weights.
+    """``parts``: an FFN's forward is the formula on its projections; ``weights``: these are plain
+    products with their weights.
     """
 
     parts: bool
     weights: bool
 
 
-_known: deque[tuple[Any, Agreement]] = deque(maxlen=256)
-"""By what decides it; FFNs that are alike but for their weights are compared once."""
+_compared: deque[tuple[Any, Agreement]] = deque(maxlen=256)
+"""By signature: FFNs that differ in their weights alone are compared once."""
 
 
-def same(found: Any, expected: Tensor) -> bool:
-    """Whether two results differ by no more than the rounding of their dtype explains."""
+def same(found: Any, expected: Tensor, layers: int = 1) -> bool:
+    """Whether two results differ by no more than rounding in ``layers`` layers explains."""
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         return False
     if found.dtype != expected.dtype or not torch.equal(found.isfinite(), expected.isfinite()):
         return False
     a, b = (t.float().nan_to_num(0, 0, 0) for t in (found, expected))
-    room = max(_LEAST, _ROUNDINGS * torch.finfo(expected.dtype).eps)
-    return bool((a - b).abs().max() <= room * b.abs().max())
+    tolerance = layers * max(_TOLERANCE, _ROUNDINGS * torch.finfo(expected.dtype).eps)
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
 
 
 def check_ffns(model: str, blocks: Sequence[FfnBlock]) -> None:
@@ -288,25 +273,24 @@ def check_ffns(model: str, blocks: Sequence[FfnBlock]) -> None:
             )
 
 
-def weights_unsupported_reason(block: FfnBlock, known: bool = False) -> str:
-    """Why a block's weights cannot stand for its projections: "", or a clause.
+def weights_unsupported_reason(block: FfnBlock, attached: bool = False) -> str | None:
+    """Why a block's weights cannot stand for its projections; None if they can.
 
-    ``masked`` runs the modules themselves; every other executor goes by their weights.  ``known``:
-    they could before, and nothing but hooks has changed.
+    ``masked`` runs the modules themselves; every other executor reads their weights.  ``attached``:
+    they could before, and only hooks and forwards of the projections may have changed since.
     """
     called = [*block.projections, *([block.act] if isinstance(block.act, nn.Module) else [])]
     if any(map(_has_hooks, called)):
         return "has hooks on its projections or its activation"
-    if known:
-        return ""
     if not all(forward_of(part)[0].__module__.startswith(HOMES) for part in block.projections):
-        return "has a projection with a forward of its own"
-    return "" if agreement(block).weights else "has projections that are no plain linear layers"
+        return "has a projection with a changed forward"
+    plain = not any(map(is_patched, block.projections)) if attached else agreement(block).weights
+    return None if plain else "has projections that are not plain linear layers"
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether somebody else's hooks run before or after ``module``."""
-    held = (
+    """Whether user hooks run before or after ``module``."""
+    registered = (
         module._forward_hooks,
         module._forward_pre_hooks,
         everywhere._global_forward_hooks,
@@ -314,64 +298,64 @@ def _has_hooks(module: nn.Module) -> bool:
     )
     return any(
         not str(getattr(hook, "__module__", "")).startswith(TRUSTED)
-        for hooks in held
+        for hooks in registered
         for hook in hooks.values()
     )
 
 
 def agreement(block: FfnBlock) -> Agreement:
-    """What a block computes, compared with what would stand for it."""
+    """An FFN compared with the formula that replaces it."""
     if block.inline:  # what is replaced there is a projection, and its own forward runs
         return Agreement(True, True)
     weight: Any = block.up.weight
     act = signature(block.act) if isinstance(block.act, nn.Module) else block.act
     key = (signature(block.ffn), act, block.fused, weight.dtype, weight.device.type)
-    for known, found in tuple(_known):
-        if known == key:
-            return found
-    found = _known_by_name(block) if block.offloaded else _compare(block)
-    _known.appendleft((key, found))
-    return found
+    for earlier, result in tuple(_compared):
+        if earlier == key:
+            return result
+    result = _by_name(block) if block.offloaded else _compare(block)
+    _compared.appendleft((key, result))
+    return result
 
 
-def _known_by_name(block: FfnBlock) -> Agreement:
-    """Of weights that are elsewhere: whether FFN and forward are transformers' own."""
+def _by_name(block: FfnBlock) -> Agreement:
+    """Of offloaded weights: whether FFN and forward are transformers'."""
     names = type(block.ffn).__module__, forward_of(block.ffn)[0].__module__
     return Agreement(all(name.startswith(HOMES) for name in names), True)
 
 
 def _compare(block: FfnBlock) -> Agreement:
-    own = _stand_in(block)
-    gate, up, down = own.matrices()
+    copied = _unhooked(block)
+    gate, up, down = copied.matrices()
     generator = torch.Generator().manual_seed(0)
     x, residual = (
         torch.randn(1, TOKENS, size, generator=generator, device="cpu").to(up)
         for size in (up.shape[1], down.shape[0])
     )
-    given = (x, residual) if own.adds_residual else (x,)
-    with unnoticed(up.device):
-        u = own.hidden(x)
-        z = own.down(u)
+    args = (x, residual) if copied.adds_residual else (x,)
+    with isolated(up.device):
+        z = copied.down(copied.hidden(x))
         try:
-            found = own.ffn(*given)
-        except Exception:  # it wants something else than x
+            found = copied.ffn(*args)
+        except Exception:  # it takes other arguments
             return Agreement(False, False)
-        parts = same(found, own.finish(z, given))
-        return Agreement(parts, same(z, _by_weights(own, x, gate, up, down)))
+        parts = same(found, copied.finish(z, args))
+        return Agreement(parts, same(z, _by_weights(copied, x, gate, up, down)))
 
 
-def _by_weights(own: FfnBlock, x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
+def _by_weights(
+    block: FfnBlock, x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor
+) -> Tensor:
     """z as ``compact`` computes it, from all neurons."""
-    first, second, third = own.biases()
-    u = F.linear(x, up, second)
-    u = own.act(u) if gate is None else own.act(F.linear(x, gate, first)) * u
-    return F.linear(u, down, third)
+    gate_bias, up_bias, down_bias = block.biases()
+    u = F.linear(x, up, up_bias)
+    u = block.act(u) if gate is None else block.act(F.linear(x, gate, gate_bias)) * u
+    return F.linear(u, down, down_bias)
 
 
-def _stand_in(block: FfnBlock) -> FfnBlock:
-    """``block`` with modules that call no hooks."""
-    bare = Bare()
+def _unhooked(block: FfnBlock) -> FfnBlock:
+    view = UnhookedView()
     names = ("ffn", "up", "gate", "down", "act", "dropout")
     parts = {name: part for name in names if isinstance(part := getattr(block, name), nn.Module)}
-    made: dict[str, Any] = {name: bare.of(part) for name, part in parts.items()}
-    return dataclasses.replace(block, **made)
+    copies: dict[str, Any] = {name: view.copy_of(part) for name, part in parts.items()}
+    return dataclasses.replace(block, **copies)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dart_llm.errors import ConfigError
-from dart_llm.models.growing_cache import extendable, held, is_cache, is_static
+from dart_llm.models.growing_cache import extendable, is_growing, is_static, layer_tensors
 from dart_llm.pruning.forward import ForwardCall, Kind
 
 GENERATE = "generate"
@@ -26,36 +26,40 @@ PREFILL = "_prefill"
 
 @dataclass(frozen=True)
 class ForwardArgs:
-    """What a root forward was called with."""
+    """What a root forward was called with; ``valid``: as of ``ForwardCall``."""
 
     cached: int
     tokens: int
     rows: int
     input_ids: Tensor | None
     valid: Tensor | None
-    """[B, T] float32, 0 for padding; None when nothing says that there is padding."""
     cache: Any = None
+
+    def as_call(self, kind: Kind, **more: Any) -> ForwardCall:
+        """What the controller reads of it, which keeps neither ids nor cache alive."""
+        more = {"valid": self.valid, **more}
+        return ForwardCall(kind, self.cached, self.tokens, self.rows, **more)
 
 
 @functools.lru_cache(maxsize=64)
 def forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
     """Parameters of a model class's forward, ``self`` left out."""
-    found = tuple(inspect.signature(kind.forward).parameters)
-    return tuple(name for name in found if name not in ("self", "args"))
+    parameters = inspect.signature(kind.forward).parameters
+    return tuple(name for name in parameters if name not in ("self", "args"))
 
 
 def read_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardArgs:
     """Read cache length, new tokens and padding of a call of ``model``."""
     names = forward_names(type(model)) if args else ()  # type: ignore[arg-type]
-    given = {**kwargs, **dict(zip(names, args, strict=False))}
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    named = {**kwargs, **dict(zip(names, args, strict=False))}
+    ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
     tensor = ids if ids is not None else embeds
     if tensor is None:
         raise ConfigError("a forward of a pruned model needs input_ids or inputs_embeds")
-    cache = next((given[k] for k in ("cache", "past_key_values") if given.get(k) is not None), None)
+    cache = next((named[k] for k in ("cache", "past_key_values") if named.get(k) is not None), None)
     cached = 0 if cache is None else int(cache.get_seq_length())
     rows, tokens = int(tensor.shape[0]), int(tensor.shape[1])
-    valid = _valid(given.get("attention_mask"), tokens)
+    valid = _valid(named.get("attention_mask"), tokens)
     return ForwardArgs(cached, tokens, rows, ids, valid, cache)
 
 
@@ -102,19 +106,19 @@ def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         for source in (kwargs.get(name), getattr(config, name, None)):
             if source is not None:
                 return source
-        known = getattr(model.generation_config, name, None)
-        return default if known is None else known
+        configured = getattr(model.generation_config, name, None)
+        return default if configured is None else configured
 
     if not setting("use_cache", True):
         raise ConfigError(
-            "generate without a cache runs the whole text again for every token, so there is no "
+            "generate without a cache runs the whole sequence for every token, so there is no "
             "decode step to prune; leave use_cache on"
         )
     for name, neutral in _SECOND_TEXT.items():
         if setting(name, neutral) != neutral:
             raise ConfigError(
-                f"generate with {name} runs a second text through the model between the steps, so "
-                "the steps cannot be told apart; leave it out"
+                f"generate with {name} runs a second sequence through the model between the steps, "
+                "so the steps cannot be distinguished; leave it out"
             )
     prompt = 1 if inputs is None else int(inputs.shape[1])
     loop = Loop(prompt, int(setting("num_beams", 1)))
@@ -142,17 +146,17 @@ class Loop:
         """Read a call of ``_prefill``: its mask [B, cached + prompt tokens], and the ids that end a
         row or pad it after its end.
         """
-        given = inspect.signature(prefill).bind(*args, **kwargs).arguments
-        device = given["input_ids"].device
+        arguments = inspect.signature(prefill).bind(*args, **kwargs).arguments
+        device = arguments["input_ids"].device
 
         def ids(name: str) -> Tensor | None:
-            found = getattr(given["generation_config"], name, None)
-            return found.flatten().to(device) if isinstance(found, Tensor) else None
+            tensor = getattr(arguments["generation_config"], name, None)
+            return tensor.flatten().to(device) if isinstance(tensor, Tensor) else None
 
         ends, pads = ids("_eos_token_tensor"), ids("_pad_token_tensor")
         if ends is not None and pads is not None:
             ends = torch.cat([ends, pads])
-        mask = given["model_kwargs"].get("attention_mask")
+        mask = arguments["model_kwargs"].get("attention_mask")
         self._ends = ends
         self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -160,15 +164,15 @@ class Loop:
         """What the next forward of this loop is; raises ``ConfigError`` without a cache."""
         first, self.forwards, self.cache = self.forwards == 0, self.forwards + 1, seen.cache
         if self.in_prefill:
-            return _call(Kind.PREFILL, seen, valid=self._prompt_part(seen))
+            return seen.as_call(Kind.PREFILL, valid=self._prompt_part(seen))
         if first:  # assisted decoding has no prompt step: candidates ride along with the prompt
             prompt = self.prompt_tokens
             sliced = prompt > seen.tokens
             new = prompt - seen.cached * int(sliced)
-            return _call(Kind.PREFILL, seen, seen.valid, observable=new)
+            return seen.as_call(Kind.PREFILL, observable=new)
         if not seen.cached:
             raise ConfigError("this generation runs without a cache, so nothing is decoded")
-        return _call(Kind.DECODE, seen, seen.valid, live=self._live(seen.input_ids))
+        return seen.as_call(Kind.DECODE, live=self._live(seen.input_ids))
 
     def _prompt_part(self, seen: ForwardArgs) -> Tensor | None:
         """The prompt's padding, also where the forward itself got a 4-D mask (static caches)."""
@@ -200,143 +204,125 @@ class OwnLoop:
         """What the next forward is."""
         self.cache = seen.cache
         if self.prompt:
-            return _call(Kind.PREFILL, seen, seen.valid)
-        return _call(Kind.DECODE, seen, seen.valid, live=self.live)
+            return seen.as_call(Kind.PREFILL)
+        return seen.as_call(Kind.DECODE, live=self.live)
 
 
 def bare_call(seen: ForwardArgs, forced_decode: bool) -> ForwardCall:
     """What a forward outside ``generate`` is."""
     decode = seen.cached and (seen.tokens == 1 or forced_decode)
-    call = _call(Kind.DECODE if decode else Kind.PREFILL, seen, seen.valid)
-    return replace(call, forced=forced_decode)
-
-
-def _call(
-    kind: Kind,
-    seen: ForwardArgs,
-    valid: Tensor | None,
-    live: Tensor | None = None,
-    observable: int | None = None,
-) -> ForwardCall:
-    return ForwardCall(kind, seen.cached, seen.tokens, seen.rows, valid, live, observable)
+    return seen.as_call(Kind.DECODE if decode else Kind.PREFILL, forced=forced_decode)
 
 
 @dataclass(frozen=True)
-class SlimCall:
-    """A forward that decodes one token of each row, ids [B, 1], after transformers' own cache.
+class TokenCall:
+    """A root forward that is about token ids [B, T] alone: one token a row, or a whole prompt.
 
-    ``forbidden``: token ids, where nothing is wanted but the likeliest next tokens other than
-    these; None: logits are.
+    ``cache``: transformers' own; of a prompt an empty one, or None where ``use_cache`` asks for
+    one.  ``keep``: last tokens whose logits are wanted, 0 for all.  ``forbidden``: token ids, where
+    nothing is wanted but the likeliest next tokens other than these; None: logits are.
     """
 
     ids: Tensor
     cache: Any
     forbidden: list[int] | None = None
+    use_cache: bool = True
+    keep: int = 0
 
 
 @dataclass(frozen=True)
-class PromptCall:
-    """A forward of whole texts ids [B, T] from their beginning, without padding.
-
-    ``cache``: transformers' own, which is empty, or None for one that ``cached`` asks for;
-    ``keep``: last tokens whose logits are asked for, 0 for all.
-    """
+class _PlainArgs:
+    """Arguments of a forward; ``keep``: None where it is not a number of last tokens."""
 
     ids: Tensor
     cache: Any
-    cached: bool
-    keep: int
+    mask: Any
+    positions: Any
+    use_cache: Any
+    keep: Any
 
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_cache": (True,),
-    "return_dict": (True,),
-    "logits_to_keep": (0, 1),
-    "output_attentions": (False,),
-    "output_hidden_states": (False,),
-}
-"""Arguments of a forward, and the values with which a whole step can serve it."""
+_OFF = ("output_attentions", "output_hidden_states")
 
 
-def read_call(
-    kwargs: dict[str, Any],
+def _plain_args(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _PlainArgs | None:
+    """None where a forward has arguments that a whole step or prompt cannot serve."""
+    rest = {key: value for key, value in kwargs.items() if value is not None}
+    ids = rest.pop("input_ids", args[0] if len(args) == 1 else None)
+    if len(args) > 1 or not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+        return None
+    caches = [rest.pop(name) for name in ("cache", "past_key_values") if name in rest]
+    names = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
+    mask, positions, use_cache, keep = (rest.pop(name, None) for name in names)
+    rest.pop("tokenizer", None)  # of stop strings: generate hands it on, and no model reads it
+    neutral = rest.pop("return_dict", True) is True
+    if not neutral or any(name not in _OFF or value is not False for name, value in rest.items()):
+        return None
+    return _PlainArgs(ids, caches[0] if caches else None, mask, positions, use_cache, keep)
+
+
+def read_step(
     args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
     dtype: torch.dtype,
     windows: Sequence[int | None],
-    most: int | None = 1,
-) -> SlimCall | None:
-    """The call of a root forward when a whole step can serve it, else None.
+    most: int,
+) -> TokenCall | None:
+    """The call of a root forward that a whole step can serve, else None.
 
     ``dtype``: of the weights; ``windows``: positions that each layer sees, None: all; ``most``:
-    rows that a step takes, None: any number.
+    rows that a step takes.
     """
-    given = {key: value for key, value in kwargs.items() if value is not None}
-    ids = given.pop("input_ids", args[0] if len(args) == 1 else None)
-    cache = given.pop("cache", None) or given.pop("past_key_values", None)
-    if len(args) > 1 or not isinstance(ids, Tensor) or ids.dim() != 2 or cache is None:
+    seen = _plain_args(args, kwargs)
+    if seen is None or seen.cache is None or seen.use_cache not in (None, True):
         return None
-    rows = len(ids)
-    if ids.shape[1] != 1 or not rows or (most is not None and rows > most):
-        return None
-    if not extendable(cache, windows):
+    ids, cache, (rows, tokens) = seen.ids, seen.cache, seen.ids.shape
+    keeps = isinstance(seen.keep, Tensor) or seen.keep not in (None, 0, 1)
+    if tokens != 1 or rows > most or keeps or not extendable(cache, windows):
         return None
     length = int(cache.get_seq_length())
     if not length:
         return None
-    keys, values = held(cache.layers[0])
-    if len(keys) != rows:
-        return None
-    if keys.dtype != dtype or values.dtype != dtype:
-        return None  # filled under autocast: the model's own forward says what comes of it
-    given.pop("tokenizer", None)  # of stop strings: generate hands it on, and no model reads it
-    mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
+    keys, values = layer_tensors(cache.layers[0])
+    if len(keys) != rows or keys.dtype != dtype or values.dtype != dtype:
+        return None  # filled under autocast: the model's own forward decides what comes of it
     whole = is_static(cache) and all(window is None or window > length for window in windows)
-    if mask is not None and not _hides_nothing(mask, rows, length, whole):
+    if seen.mask is not None and not _hides_nothing(seen.mask, rows, length, whole):
         return None
-    if positions is not None and not bool((positions[..., -1] == length).all()):
+    if seen.positions is not None and not bool((seen.positions[..., -1] == length).all()):
         return None
-    neutral = all(
-        not isinstance(value, Tensor) and value in _NEUTRAL.get(key, ())
-        for key, value in given.items()
-    )
-    return SlimCall(ids, cache) if neutral else None
+    return TokenCall(ids, cache)
 
 
 def read_prompt(
-    kwargs: dict[str, Any], args: tuple[Any, ...], windows: Sequence[int | None], cached: bool
-) -> PromptCall | None:
-    """The call of a root forward where its token ids are all that it is about, from a text's start.
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    windows: Sequence[int | None],
+    use_cache: bool,
+) -> TokenCall | None:
+    """The call of a root forward with whole prompts alone, without padding, else None.
 
-    ``windows``: positions that each layer sees, None: all; no text may be longer.  ``cached``:
-    whether the model makes a cache where nothing says so.
+    ``windows``: positions that each layer sees, None: all; no prompt may be longer.
+    ``use_cache``: whether the model makes a cache where no argument decides it.
     """
-    given = {key: value for key, value in kwargs.items() if value is not None}
-    ids = given.pop("input_ids", args[0] if len(args) == 1 else None)
-    caches = [given.pop(name) for name in ("cache", "past_key_values") if name in given]
-    cache = caches[0] if caches else None
-    if len(args) > 1 or not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+    seen = _plain_args(args, kwargs)
+    if seen is None:
         return None
-    length = ids.shape[1]
+    ids, cache, mask, positions = seen.ids, seen.cache, seen.mask, seen.positions
+    length, keep = ids.shape[1], seen.keep or 0
+    use_cache = use_cache if seen.use_cache is None else seen.use_cache
     if length < 2 or any(window is not None and window < length for window in windows):
         return None
     if cache is not None and not _is_empty(cache, windows):
         return None
-    given.pop("tokenizer", None)
-    mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
-    if mask is not None and not (
-        isinstance(mask, Tensor) and mask.shape == ids.shape and mask.all()
-    ):
-        return None
-    if positions is not None and not _count_up(positions, length):
-        return None
-    keep, cached = given.pop("logits_to_keep", 0), given.pop("use_cache", cached)
-    if not isinstance(keep, int) or keep < 0 or not isinstance(cached, bool):
-        return None
-    neutral = all(
-        not isinstance(value, Tensor) and value in _NEUTRAL.get(key, ())
-        for key, value in given.items()
+    shown = mask is None or (
+        isinstance(mask, Tensor) and mask.shape == ids.shape and bool(mask.all())
     )
-    return PromptCall(ids, cache, cached or cache is not None, keep) if neutral else None
+    if not shown or (positions is not None and not _count_up(positions, length)):
+        return None
+    if not isinstance(keep, int) or keep < 0 or not isinstance(use_cache, bool):
+        return None
+    return TokenCall(ids, cache, use_cache=use_cache or cache is not None, keep=keep)
 
 
 def _count_up(positions: Any, length: int) -> bool:
@@ -347,12 +333,12 @@ def _count_up(positions: Any, length: int) -> bool:
 
 def _is_empty(cache: Any, windows: Sequence[int | None]) -> bool:
     """Whether ``cache`` is the one of transformers that grows, and holds nothing."""
-    known = is_cache(cache) and (not cache.layers or extendable(cache, windows))
-    return known and not cache.get_seq_length()
+    grows = is_growing(cache) and (not cache.layers or extendable(cache, windows))
+    return grows and not cache.get_seq_length()
 
 
 def new_cache(model: Any) -> Any:
-    """The cache that ``model`` makes when it is given none."""
+    """The cache that ``model`` makes by default."""
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config.get_text_config())

@@ -1,11 +1,8 @@
-"""What a decode step of a model is made of: a table of model types, and the weights of one model.
-
-It looks at what is there, and says why a model is not one of these.
-"""
+"""What a whole decode step of a model reads: a table of model types, and one model's weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -112,7 +109,7 @@ class LayerParts:
 
     ``qkv``: matrices [., D], three or one; ``biases``: theirs, None for none.  ``window``:
     positions that a token sees, itself among them, None for all.  ``table``: number of the angles,
-    None for a layer that turns nothing.
+    None for a layer without rotary embeddings.
     """
 
     before: tuple[Norm | None, Norm | None]
@@ -128,7 +125,7 @@ class LayerParts:
 
 @dataclass(frozen=True)
 class StepParts:
-    """Sizes and weights.  ``sizes``: D, H, K, S, I, V, R (of S, the values that angles turn).
+    """Sizes and weights.  ``sizes``: D, H, K, S, I, V, R (of S, the values that are rotated).
 
     ``embedding_scale``: of its rows, rounded as the model rounds it; ``attention_cap``,
     ``logits_cap``: c of c tanh(x / c), 0 for none; ``parallel``: the FFN reads the stream that the
@@ -157,29 +154,8 @@ class StepParts:
         return [layer.window for layer in self.layers]
 
 
-def slim_unsupported_reason(model: Any) -> str:
-    """Why ``model`` cannot be decoded natively as a whole: "", or a clause."""
-    if reason := step_unsupported_reason(model):
-        return reason
-    some = next(model.parameters())
-    if some.device.type != "cpu":
-        return "is not on the CPU"
-    if some.dtype not in (torch.float32, torch.bfloat16):
-        return "is not float32 or bfloat16 throughout"
-    return ""
-
-
-def graph_unsupported_reason(model: Any) -> str:
-    """Why decode steps of ``model`` cannot run on fixed tensors: "", or a clause."""
-    if reason := step_unsupported_reason(model):
-        return reason
-    if any(step_parts(model).windows):
-        return "has layers of sliding attention"
-    return ""
-
-
-def step_unsupported_reason(model: Any) -> str:
-    """Why whole decode steps of ``model`` are not known: "", or a clause."""
+def step_unsupported_reason(model: Any) -> str | None:
+    """Why ``model`` cannot be decoded natively by whole steps; None if it can."""
     _, _, text = decoder_layers(model)
     if text.model_type not in FAMILIES:
         return f"is a {text.model_type} model, not one of {', '.join(sorted(FAMILIES))}"
@@ -191,8 +167,8 @@ def step_unsupported_reason(model: Any) -> str:
     return _odd_attention(text, FAMILIES[text.model_type]) or _odd_modules(model)
 
 
-def _odd_attention(text: Any, family: Family) -> str:
-    """What of a configuration's attention no step does: "", or a clause."""
+def _odd_attention(text: Any, family: Family) -> str | None:
+    """What of a configuration's attention no step computes; None if nothing."""
     for rope in _ropes(text):
         if rope.get("rope_type", "default") not in STATIC_ROPE:
             return f"has rotary embeddings of type {rope.get('rope_type')}"
@@ -203,7 +179,7 @@ def _odd_attention(text: Any, family: Family) -> str:
         return "has attention to both sides"
     if family.capped and text.attn_logit_softcapping and text._attn_implementation == "sdpa":
         return "has a soft cap that its attention leaves out"
-    return ""
+    return None
 
 
 def _ropes(text: Any) -> Iterator[dict[str, Any]]:
@@ -213,29 +189,33 @@ def _ropes(text: Any) -> Iterator[dict[str, Any]]:
     yield from nested or [found]
 
 
-def _odd_modules(model: Any) -> str:
-    """What of a model's modules and weights no step does: "", or a clause."""
+def _odd_modules(model: Any) -> str | None:
+    """What of a model's modules and weights no step reads; None if nothing."""
     tensors = [*model.parameters()]
     if any(
         type(t) not in (Tensor, nn.Parameter, PackedTensor) for t in (*tensors, *model.buffers())
     ):
-        return "has weights of a tensor class of its own"
+        return "has weights of a tensor class that is not known"
     if len({(p.device, p.dtype) for p in tensors}) > 1 or not tensors[0].is_floating_point():
         return "is not of one floating-point dtype on one device"
+    if tensors[0].device.type != "cpu":
+        return "is not on the CPU"
+    if tensors[0].dtype not in (torch.float32, torch.bfloat16):
+        return "is not float32 or bfloat16 throughout"
     modules = parts_of(model)
     if any("_hf_hook" in module.__dict__ for module in modules):
         return "is spread by accelerate"
-    odd = next((module for module in modules if not _known(module)), None)
+    odd = next((module for module in modules if not _is_known(module)), None)
     if odd is not None:
-        return f"has a forward of its own in a {type(odd).__name__}"
+        return f"has a changed forward in a {type(odd).__name__}"
     for name in ("variance_epsilon", "eps", "scaling"):
         if len({m.__dict__[name] for m in modules if name in m.__dict__}) > 1:
             return f"has layers that differ in their {name}"
-    return "" if _fits(model) else "has weights of other shapes or layouts than its kind"
+    return None if _fits(model) else "has weights of other shapes or layouts than its model type"
 
 
-def _known(module: nn.Module) -> bool:
-    """Whether a module does what transformers' own does: its class, and its forward."""
+def _is_known(module: nn.Module) -> bool:
+    """Whether class and forward of a module are transformers' or torch's."""
     patched = module.__dict__.get("forward")
     ours = patched is None or isinstance(patched, Replacement)
     ours = ours and "parametrizations" not in module._modules  # weights computed at every use
@@ -255,14 +235,14 @@ def _fits(model: Any) -> bool:
     if parts.family.by_heads and heads != kv_heads:
         return False
     layers, names, _ = decoder_layers(model)
-    for own, layer in zip(parts.layers, layers, strict=True):
+    for layer_parts, layer in zip(parts.layers, layers, strict=True):
         ffn: Any = layer.get_submodule(names.ffn)
         ffns = [getattr(ffn, name) for name in (names.gate, names.up, names.down) if name]
         attention = _attention_of(layer, names, parts.family)
         expected = [*((n, hidden) for n in rows), (hidden, heads * size)]
         expected += [(width * (2 if names.fused else 1), hidden)] * (len(ffns) - 1)
         expected += [(hidden, width)]
-        found = [*own.qkv, own.out, *(matrix_of(one) for one in ffns)]
+        found = [*layer_parts.qkv, layer_parts.out, *(matrix_of(one) for one in ffns)]
         if [tuple(t.shape) for t in found] != expected:
             return False
         if not all(_in_one_piece(one) for one in (*attention, *ffns[:-1])):
@@ -295,7 +275,7 @@ def attention_by_inputs(model: Any) -> list[nn.Module]:
 
 
 def step_parts(model: Any) -> StepParts:
-    """The parts of a model for which ``step_unsupported_reason`` says nothing."""
+    """The parts of a model for which ``step_unsupported_reason`` is None."""
     layers, names, text = decoder_layers(model)
     family = FAMILIES[text.model_type]
     decoder: Any = decoder_of(model)
@@ -322,7 +302,7 @@ def step_parts(model: Any) -> StepParts:
     scale = getattr(embedding, "embed_scale", None)
     return StepParts(
         family,
-        [*sizes, _turned(rotary)],
+        [*sizes, _rotated_size(rotary)],
         norm.eps,
         float(attention.scaling),
         embedding.weight.detach(),
@@ -339,8 +319,8 @@ def step_parts(model: Any) -> StepParts:
     )
 
 
-def _turned(rotary: nn.Module | None) -> int:
-    """Of a head's values, how many rotary angles turn."""
+def _rotated_size(rotary: nn.Module | None) -> int:
+    """Of a head's values, how many are rotated."""
     return 0 if rotary is None else 2 * len(next(_frequencies(rotary)))
 
 
@@ -348,25 +328,6 @@ def _frequencies(rotary: nn.Module) -> Iterator[Tensor]:
     for name, one in rotary.named_buffers():
         if name.endswith("inv_freq") and "original" not in name:
             yield one
-
-
-def step_numbers(model: Any) -> tuple[Any, ...]:
-    """What whole steps of a model read once: eps, scale, and what the angles are made of."""
-    layers, names, text = decoder_layers(model)
-    decoder: Any = decoder_of(model)
-    rotary = getattr(decoder, "rotary_emb", None)
-    attention = layers[0].get_submodule(names.attention_out.rpartition(".")[0])
-    norm = getattr(decoder, FAMILIES[text.model_type].last_norm)
-    scaling = attention.scaling, getattr(rotary, "attention_scaling", None)
-    caps = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
-    embed_scale = getattr(model.get_input_embeddings(), "embed_scale", None)
-    return (
-        _eps(norm),
-        scaling,
-        None if embed_scale is None else float(embed_scale),
-        [getattr(text, name, None) for name in caps],
-        [] if rotary is None else [one.tolist() for one in _frequencies(rotary)],
-    )
 
 
 def _layer(
@@ -378,7 +339,7 @@ def _layer(
     kinds = getattr(text, "layer_types", None)
     kind = kinds[index] if kinds else ("sliding_attention" if family.slides else "full_attention")
     window = getattr(text, "sliding_window", None) if kind == "sliding_attention" else None
-    turns = not family.positions and getattr(attention, "use_rope", True)
+    rotates = not family.positions and getattr(attention, "use_rope", True)
     table = tables.index(kind) if family.kinds else 0
     before, after, of_heads = _layer_norms(family, layer, attention)
     return LayerParts(
@@ -390,7 +351,7 @@ def _layer(
         None if out.bias is None else out.bias.detach(),
         of_heads,
         window,
-        table if turns else None,
+        table if rotates else None,
     )
 
 
@@ -425,34 +386,9 @@ def norms_of(parts: StepParts) -> Iterator[Norm | None]:
     """The last one, and those of each layer: around its attention, around its FFN, of q and k."""
     yield parts.norm
     for layer in parts.layers:
-        yield from _in_turn(layer.before, layer.after, layer.head_norms)
-
-
-def norms_now(model: Any) -> Iterator[Norm | None]:
-    """As ``norms_of(step_parts(model))``, and nothing else is read."""
-    layers, names, text = decoder_layers(model)
-    family = FAMILIES[text.model_type]
-    yield _norm(family, getattr(decoder_of(model), family.last_norm))
-    for layer in layers:
-        attention = layer.get_submodule(names.attention_out.rpartition(".")[0])
-        yield from _in_turn(*_layer_norms(family, layer, attention))
-
-
-Pair = tuple[Norm | None, Norm | None]
-
-
-def _in_turn(before: Pair, after: Pair, of_heads: Pair) -> Iterator[Norm | None]:
-    for both in zip(before, after, strict=True):
-        yield from both
-    yield from of_heads
-
-
-def copy_again(kept: Iterable[Tensor], now: Iterable[Tensor]) -> None:
-    """Write into each tensor that is a copy of weights what they are now."""
-    with torch.inference_mode(False), torch.no_grad():
-        for old, new in zip(kept, now, strict=True):
-            if old.data_ptr() != new.data_ptr():
-                old.copy_(new)
+        for pair in zip(layer.before, layer.after, strict=True):
+            yield from pair
+        yield from layer.head_norms
 
 
 def angles(

@@ -1,9 +1,9 @@
-"""transformers' token loop of one row, greedy or sampled, with less around each token.
+"""transformers' token loop of one row, greedy or sampled, with less work around each token.
 
-``generate`` prepares everything and calls a ``TokenLoop`` in place of its ``_sample``.  It does
-what that does, in the same order, so that tokens, random numbers and what is asked of processors,
-criteria and streamers are the same.  What it leaves out: arguments of a forward that a whole step
-does not need, and work that is known to have no effect.
+``generate`` prepares everything and calls a ``TokenLoop`` instead of its ``_sample``.  It makes the
+same calls in the same order, so that tokens, random numbers and what processors, criteria and
+streamers see are the same.  It leaves out the arguments of a forward that a whole step does not
+need, and work without effect.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dart_llm.models.growing_cache import is_cache
+from dart_llm.models.growing_cache import is_growing
 
 Step = Callable[[Tensor, Any, list[int] | None], Tensor | None]
 """Logits [1, V] after ids [1, 1] and a cache; None where the model has to run itself.
@@ -29,16 +29,16 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 """Scores [1, V] float32 from ids [1, T] and scores."""
 
 Criterion = Callable[[Tensor, int], Any]
-"""Whether ids [1, T] end, whose last one is given as a number too."""
+"""Whether ids [1, T] end; the last one is passed as a number too."""
 
 OWN_METHODS = ("_sample", "_update_model_kwargs_for_generation")
-"""What a model must have of transformers' mixin as it is, beside ``generate``."""
+"""Methods that a model must not override, beside ``generate``."""
 
 OWN_CLASS = ("prepare_inputs_for_generation", "_has_unfinished_sequences")
-"""What must be that of the model's class: the loop does not call them."""
+"""Methods that must not be set on the instance: the loop does not call them."""
 
-_GIVEN = {"cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}
-"""Arguments of a model for which the loop knows what the next token gets."""
+_ARGUMENTS = {"cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}
+"""Arguments of a model whose values for the next token the loop derives."""
 
 _EXTRAS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
@@ -82,8 +82,8 @@ class TokenLoop:
                 streamer=self._streamer,
                 **model_kwargs,
             )
-        text = _Text(model, self._step, generation_config, model_kwargs)
-        ids = self._decode(text, input_ids, logits_processor, stopping_criteria)
+        sequence = _Sequence(model, self._step, generation_config, model_kwargs)
+        ids = self._decode(sequence, input_ids, logits_processor, stopping_criteria)
         if self._streamer is not None:
             self._streamer.end()
         if not generation_config.return_dict_in_generate:
@@ -91,18 +91,18 @@ class TokenLoop:
         from transformers.generation.utils import GenerateDecoderOnlyOutput
 
         made: Any = GenerateDecoderOnlyOutput
-        return made(sequences=ids, cache=text.cache)
+        return made(sequences=ids, cache=sequence.cache)
 
-    def _decode(self, text: _Text, ids: Tensor, processors: Any, criteria: Any) -> Tensor:
+    def _decode(self, sequence: _Sequence, ids: Tensor, processors: Any, criteria: Any) -> Tensor:
         process = _processors(processors)
-        scored = text.sampled or any(not isinstance(one, _NoEnds) for one in process)
+        scored = sequence.sampled or any(not isinstance(one, _NoEnds) for one in process)
         ends, foreign = _criteria(criteria)
-        token = scores = text.prompt(ids)
+        token = scores = sequence.prompt(ids)
         while True:
             if scores.is_floating_point():
                 for one in process:
                     scores = one(ids, scores)
-                token = _drawn(scores) if text.sampled else _likeliest(scores)
+                token = _drawn(scores) if sequence.sampled else _likeliest(scores)
             ids = torch.cat([ids, token[:, None]], dim=-1)
             number = int(token)
             over = any(criterion(ids, number) for criterion in ends)
@@ -112,7 +112,9 @@ class TokenLoop:
                 self._streamer.put(token.cpu())
             if over:
                 return ids
-            token = scores = text.next(ids, None if scored else _forbidden(process, ids.shape[1]))
+            token = scores = sequence.next(
+                ids, None if scored else _forbidden(process, ids.shape[1])
+            )
 
 
 def _drawn(scores: Tensor) -> Tensor:
@@ -128,15 +130,15 @@ def _likeliest(scores: Tensor) -> Tensor:
     return torch.from_numpy(scores.numpy().argmax(-1))
 
 
-class _Text:
-    """One text that a model goes on with: the logits after it, in float32 for processors to write.
+class _Sequence:
+    """One sequence that a model continues: the logits after it, in float32 for processors to write.
 
     ``cache``: the one of the newest forward.
     """
 
-    def __init__(self, model: Any, step: Step, config: Any, given: dict[str, Any]) -> None:
-        self._model, self._step, self._config, self._given = model, step, config, given
-        self.cache = given["cache"]
+    def __init__(self, model: Any, step: Step, config: Any, kwargs: dict[str, Any]) -> None:
+        self._model, self._step, self._config, self._kwargs = model, step, config, kwargs
+        self.cache = kwargs["cache"]
         self.sampled = bool(config.do_sample)
         self._prompt = 0
         self._steps = False
@@ -144,11 +146,11 @@ class _Text:
     def prompt(self, ids: Tensor) -> Tensor:
         """Logits [1, V] after the prompt [1, T]."""
         self._prompt = ids.shape[1]
-        outputs = self._model._prefill(ids, self._config, self._given, is_first_iteration=True)
+        outputs = self._model._prefill(ids, self._config, self._kwargs, is_first_iteration=True)
         logits = self._read(outputs)
-        positions = self._given.get("position_ids")
+        positions = self._kwargs.get("position_ids")
         end = self.cache.get_seq_length()
-        # where positions are not the cache's the model says what they are
+        # other positions than the cache's are the model's business
         self._steps = positions is None or bool((positions[..., -1] == end - 1).all())
         return logits
 
@@ -158,15 +160,15 @@ class _Text:
         With ``forbidden``, the likeliest token [1] but for these, where a step knows it.
         """
         if self._steps:
-            found = self._step(ids[:, -1:], self.cache, forbidden)
-            if found is not None:
-                return found.float() if found.is_floating_point() else found
-        given = {**self._given, "cache": self.cache}
-        positions = given.get("position_ids")
+            logits = self._step(ids[:, -1:], self.cache, forbidden)
+            if logits is not None:
+                return logits.float() if logits.is_floating_point() else logits
+        kwargs = {**self._kwargs, "cache": self.cache}
+        positions = kwargs.get("position_ids")
         if positions is not None:
-            given["position_ids"] = positions[..., -1:] + (ids.shape[1] - self._prompt)
+            kwargs["position_ids"] = positions[..., -1:] + (ids.shape[1] - self._prompt)
         model = self._model
-        inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **given)
+        inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
         return self._read(model(**inputs, return_dict=True))
 
     def _read(self, outputs: Any) -> Tensor:
@@ -176,61 +178,60 @@ class _Text:
         return logits
 
 
-def _serves(ids: Tensor, config: Any, given: dict[str, Any]) -> bool:
-    """Whether the loop does what ``_sample`` would with this."""
-    asked = config.return_dict_in_generate and any(getattr(config, name) for name in _EXTRAS)
+def _serves(ids: Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the loop would do as ``_sample`` does."""
+    extras = config.return_dict_in_generate and any(getattr(config, name) for name in _EXTRAS)
     special = (
-        asked
+        extras
         or getattr(config, "is_assistant", False)
         or config.prefill_chunk_size is not None
         or config.compile_config is not None
     )
-    known = {name for name, value in given.items() if value is not None} <= _GIVEN
+    arguments = {name for name, value in kwargs.items() if value is not None}
     return (
         not special
-        and known
+        and arguments <= _ARGUMENTS
         and ids.device.type == "cpu"
         and ids.dim() == 2
         and len(ids) == 1
         and ids.shape[1] > 0
-        and bool(given.get("use_cache"))
-        and given.get("attention_mask") is None
-        and is_cache(given.get("cache"))
+        and bool(kwargs.get("use_cache"))
+        and kwargs.get("attention_mask") is None
+        and is_growing(kwargs.get("cache"))
     )
 
 
-def _processors(given: Any) -> list[Processor]:
-    """The processors of a list, which looks at their signatures at every token."""
+def _processors(processors: Any) -> list[Processor]:
+    """The processors of a list, which itself inspects their signatures at every token."""
     from transformers import LogitsProcessorList
 
-    named = [len(inspect.signature(one.__call__).parameters) for one in given]
-    if type(given) is not LogitsProcessorList or any(count > 2 for count in named):
-        return [given]
-    found: list[Processor] = []
-    for one in given:
-        shortest = _without_ends(one)
-        if shortest is None:  # what it returns may be somebody else's too
-            return found + list(given)[len(found) :]
-        found.append(shortest)
-    return found
+    counts = [len(inspect.signature(one.__call__).parameters) for one in processors]
+    if type(processors) is not LogitsProcessorList or any(count > 2 for count in counts):
+        return [processors]
+    shorter: list[Processor] = []
+    for one in processors:
+        short = _without_ends(one)
+        if short is None:  # others may keep the scores that they return
+            return shorter + list(processors)[len(shorter) :]
+        shorter.append(short)
+    return shorter
 
 
 @dataclass(frozen=True)
 class _NoEnds:
-    """Forbids the ``ends`` of a text that has fewer than ``least`` tokens."""
+    """Forbids the ``ends`` of a sequence with fewer than ``least`` tokens."""
 
     least: int
     ends: list[int]
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[-1] < self.least:
-            known = [one for one in self.ends if one < scores.shape[-1]]
-            scores[:, known] = -math.inf
+            scores[:, [end for end in self.ends if end < scores.shape[-1]]] = -math.inf
         return scores
 
 
 def _without_ends(processor: Any) -> _NoEnds | None:
-    """What a processor does that forbids the ends of a text, on scores that are the loop's own.
+    """A processor that forbids the ends of a sequence, in place; None for any other.
 
     Those of transformers compare the whole vocabulary with the ends, also when all tokens are
     allowed again.
@@ -247,38 +248,32 @@ def _without_ends(processor: Any) -> _NoEnds | None:
 
 
 def _forbidden(process: Sequence[Processor], length: int) -> list[int]:
-    """What may not come after ``length`` tokens."""
-    known = [one for one in process if isinstance(one, _NoEnds) and length < one.least]
-    return list(dict.fromkeys(end for one in known for end in one.ends))
+    """The tokens that may not follow ``length`` tokens."""
+    active = [one for one in process if isinstance(one, _NoEnds) and length < one.least]
+    return list(dict.fromkeys(end for one in active for end in one.ends))
 
 
-def _criteria(given: Any) -> tuple[list[Criterion], Any]:
-    """Criteria whose answers are known from numbers, and a list of the others or None."""
+def _criteria(criteria: Any) -> tuple[list[Criterion], Any]:
+    """Criteria that numbers decide, and a list of the others or None."""
     from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
-    if type(given) is not StoppingCriteriaList:
-        return [], given
-    known: list[Criterion] = []
+    if type(criteria) is not StoppingCriteriaList:
+        return [], criteria
+    numbers: list[Criterion] = []
     others = StoppingCriteriaList()
-    for one in given:
+    for one in criteria:
         if type(one) is EosTokenCriteria:
-            known.append(_is_in(set(one.eos_token_id.flatten().tolist())))
+            ends = set(one.eos_token_id.flatten().tolist())
+            numbers.append(lambda ids, token, ends=ends: token in ends)  # type: ignore[misc]
         elif type(one) is MaxLengthCriteria and _never_warns(one):
-            known.append(_is_long(one.max_length))
+            most = one.max_length
+            numbers.append(lambda ids, token, most=most: ids.shape[1] >= most)  # type: ignore[misc]
         else:
             others.append(one)
-    return known, others or None
-
-
-def _is_in(ends: set[int]) -> Criterion:
-    return lambda ids, token: token in ends
-
-
-def _is_long(most: int) -> Criterion:
-    return lambda ids, token: ids.shape[1] >= most
+    return numbers, others or None
 
 
 def _never_warns(criterion: Any) -> bool:
-    """Whether a text cannot grow longer than its model knows positions."""
-    places = criterion.max_position_embeddings
-    return places is None or criterion.max_length <= places + 1
+    """Whether a sequence cannot grow longer than the model has positions."""
+    positions = criterion.max_position_embeddings
+    return positions is None or criterion.max_length <= positions + 1

@@ -1,8 +1,7 @@
-"""What is changed on a model's modules, and put back: hooks and replaced methods.
+"""Undo log of hooks and replaced methods on a model's modules.
 
-An exception of a signal (Ctrl-C) may come between any two instructions.  So what undoes a change
-is noted before the change is made and forgotten after it was undone, and undoing twice is undoing
-once.
+An exception of a signal (Ctrl-C) may come between any two instructions.  So the undo step is
+recorded before a change is made and forgotten after it ran, and running it twice is harmless.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ class Changes:
 
     def replace(self, module: nn.Module, name: str, make: Callable[..., Any]) -> None:
         """Set an instance attribute that calls ``make(original, *args, **kwargs)``."""
-        held = name in module.__dict__
+        overrides = name in module.__dict__
         original = getattr(module, name)
         replacement = Replacement(original, make)
 
         def undo() -> None:
-            if held:
+            if overrides:
                 module.__dict__[name] = original
             else:
                 module.__dict__.pop(name, None)
@@ -64,12 +63,12 @@ class Changes:
 
 
 def _unhook(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Take ``hook`` off ``module``, where it is still there."""
+    """Remove ``hook`` from ``module``, if it is still there."""
     sides = (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_with_kwargs),
     )
     for hooks, with_kwargs in sides:
-        for key in [key for key, known in hooks.items() if known is hook]:
+        for key in [key for key, other in hooks.items() if other is hook]:
             with_kwargs.pop(key, None)
             hooks.pop(key, None)

@@ -7,6 +7,7 @@ x, r and v are read, and wrappers around ``generate``.  ``remove`` puts back exa
 from __future__ import annotations
 
 import dataclasses
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,16 +21,26 @@ from dart_llm.models.agreement import NotCopied, Replacement
 from dart_llm.models.calls import Loop, OwnLoop, bare_call
 from dart_llm.models.packed import memory_of
 from dart_llm.models.screen import Screen
+from dart_llm.models.steps import attention_by_inputs
 from dart_llm.models.token_loop import TokenLoop, can_stand_in
 from dart_llm.native.memory import into_huge_pages
 from dart_llm.patching.changes import Changes
-from dart_llm.patching.executors import no_steps_reason
-from dart_llm.patching.executors.graph_step import GraphDecoder, Kept
-from dart_llm.patching.executors.native_ffn import Layout, NativeFfn, native_linears
-from dart_llm.patching.executors.native_step import SlimDecoder
+from dart_llm.patching.executors.native_ffn import (
+    Layout,
+    NativeFfn,
+    native_linears,
+    not_in_place_reason,
+)
+from dart_llm.patching.executors.native_step import NativeDecoder
 from dart_llm.patching.executors.screened_head import ScreenedHead
-from dart_llm.patching.executors.token_ffn import errors, say_slower, token_ffn
-from dart_llm.patching.executors.whole_step import WITHOUT, StepDecoder, WholeStepForward
+from dart_llm.patching.executors.step_check import no_steps_reason
+from dart_llm.patching.executors.token_ffn import (
+    WHOLE_STEPS,
+    errors,
+    token_ffn,
+    warn_if_slower_than_dense,
+)
+from dart_llm.patching.executors.whole_step import WholeStepForward
 from dart_llm.patching.patched_ffn import PatchedFFN
 from dart_llm.patching.watch import Turn, Watch
 from dart_llm.pruning.config import TokenConfig
@@ -37,18 +48,20 @@ from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.forward import ForwardPlan, Kind, outside_inference
 from dart_llm.pruning.token_level import TokenMask
 
+logger = logging.getLogger("dart_llm")
+
 _active: weakref.WeakSet[ModelPatch] = weakref.WeakSet()
-"""Weak: an attached model that nobody holds any more is freed with its patch."""
+"""Weak: an attached model without other references is freed with its patch."""
 
 
 OnForward = Callable[[Tensor | None, bool], None]
-"""Takes the ids [B, T] of a forward that comes, and whether it decodes."""
+"""Called with the ids [B, T] of the next forward, and whether it decodes."""
 
 
 class ModelPatch(NotCopied):
     """One controller on one model.
 
-    ``many``: others will follow it (``serve``), so that everything is made ready at once.
+    ``many``: more will follow it (``serve``), so that everything is prepared at once.
     ``screen``: of its output head, for decoded tokens; None: the head is whole.  With ``many`` it
     serves the controllers whose configuration asks for it.
     """
@@ -72,18 +85,20 @@ class ModelPatch(NotCopied):
         self.forced_prompt = 0
         self._turn = Turn(model, self)
         self._begun = False
-        """Whether the next forward of the model was read and planned already."""
+        """Whether the next forward of the model was planned already."""
         self.loop: Loop | OwnLoop | None = None
         self.proxy_errors: tuple[float, float] | None = None
-        """Of low-bit copies and of Gaussian matrices on the same grid; None without copies."""
+        """Of low-bit proxies and of Gaussian matrices on the same grid; None without proxies."""
         self._view, self._many = view, many
         self.layout = Layout()
         self._native: list[NativeFfn] = []
-        self.slim: WholeStepForward | None = None
+        self.whole_steps: WholeStepForward | None = None
+        self.no_steps: str | None = None
+        """Under ``native``: why whole steps cannot run; None if they can."""
         self.head: ScreenedHead | None = None
         if screen is not None:
             self.head = ScreenedHead(model, screen, view.parameter_bytes)
-        self._watch = Watch(model, self.layers, executor)
+        self._watch = Watch(model, self.layers)
         self._changes = Changes()
         self._on_forward: OnForward | None = None
         self._steps_before = 0
@@ -97,7 +112,7 @@ class ModelPatch(NotCopied):
         """Whether the forward that runs is one of decoded tokens."""
 
     def install(self) -> None:
-        """Attach; raises ``AttachError`` when the model already is, and leaves nothing behind."""
+        """Attach; raises ``AttachError`` if the model is attached already, without a trace."""
         check_free(self.model)
         _active.add(self)
         try:
@@ -110,24 +125,28 @@ class ModelPatch(NotCopied):
 
     def _install(self) -> None:
         """Later steps replace or lay out what earlier ones hooked."""
-        prunes = self._many or not _only_counts(self.controller)  # else only tokens are counted
-        native = self.executor == "slim" or (self.executor == "native" and prunes)
+        native = self.executor == "native"
+        # without masks or observation only tokens are counted, except by the native kernels
+        prunes = native or self._many or not _only_counts(self.controller)
+        if native:  # before anything stands on the model
+            self.no_steps = no_steps_reason(self.model) or not_in_place_reason(
+                self.model, (), attention_by_inputs(self.model)
+            )
         self._hook_root()
         self._wrap_generate()
         self._turn.begin()
         if prunes:
             self._replace_ffns()
-            if self.executor == "triton":
+            if self.executor == "cuda":
                 for layer in self.layers:
-                    layer.go_triton()
+                    layer.go_cuda()
             self._equip(self.controller)
         if native:
             self._lay_out_weights()
         if self.head is not None:
             self._screen_head(self.head, native)
-        if self.executor in WITHOUT and not self._steps_are_its_own():
-            self._replace_steps()
         if native:
+            self._replace_steps()
             screen = () if self.head is None else self.head.screen.tensors()
             into_huge_pages([*memory_of(self.model), *screen])
             self._make_room(self.controller)
@@ -152,14 +171,14 @@ class ModelPatch(NotCopied):
             self._watch.hosts.append((host, name, type(host).forward))
 
     def _lay_out_weights(self) -> None:
-        """Lay the weights out for the native kernels; other projections run by them too."""
+        """Lay the weights out for the native kernels, which run other projections too."""
         self._native = [layer.go_native(self.layout) for layer in self.layers]
         for linear in native_linears(self.model, self._view.blocks):
             self._changes.replace(linear.module, "forward", linear.run)
             self._watch.linears.append(linear.module)
 
     def _screen_head(self, head: ScreenedHead, native: bool) -> None:
-        """Score decoded tokens by the screen, before anything reads how the head lies."""
+        """Score decoded tokens by the screen, before anything reads the layout of the head."""
         if native:
             head.go_native(self.layout)
         self._changes.replace(head.module, "forward", self._run_head)
@@ -171,32 +190,27 @@ class ModelPatch(NotCopied):
         return head.run(hidden)
 
     def _head_of(self, controller: PruningController) -> ScreenedHead | None:
-        """The screened head, where ``controller`` has its tokens scored by it."""
+        """The screened head, if the tokens of ``controller`` are scored by it."""
         return self.head if controller.config.screens else None
 
-    def _steps_are_its_own(self) -> bool:
-        """Whether an executor that can do without whole steps has to."""
-        return self.executor == "triton" and bool(no_steps_reason("triton", self.model))
-
     def _replace_steps(self) -> None:
-        """Take whole decode steps over."""
-        decoder: StepDecoder
-        if self.executor == "slim":
-            decoder = SlimDecoder(self.model, self._native, self.layout)
-        else:
-            decoder = GraphDecoder(self.model, self._view.blocks, self._kept)
-        self.slim = WholeStepForward(self.model, decoder, lambda: self.controller)
-        self.slim.take_head(self._head_of(self.controller))
+        """Take whole decode steps over, where that is possible."""
+        if self.no_steps is not None:
+            logger.info("native without whole steps: the model %s", self.no_steps)
+            return
+        decoder = NativeDecoder(self.model, self._native, self.layout)
+        self.whole_steps = WholeStepForward(self.model, decoder, lambda: self.controller)
+        self.whole_steps.take_head(self._head_of(self.controller))
         self._changes.replace(self.model, "forward", self._run_forward)
 
     def serve(self, controller: PruningController) -> None:
-        """Run by ``controller`` from now on; of the one before only its own records stay."""
+        """Run by ``controller`` from now on; the one before keeps its records."""
         for layer in self.layers:
             layer.unload()
-        if self.slim is not None:
-            self.slim.decoder.unload()
-            self._served = self.slim.steps
-            self.slim.take_head(self._head_of(controller))
+        if self.whole_steps is not None:
+            self.whole_steps.decoder.unload()
+            self._served = self.whole_steps.steps
+            self.whole_steps.take_head(self._head_of(controller))
         if self.head is not None:
             self.head.forget()
         self.plan = ForwardPlan(False, False, ())
@@ -205,7 +219,7 @@ class ModelPatch(NotCopied):
         self.controller = controller
 
     def _equip(self, controller: PruningController) -> None:
-        """What ``controller`` needs and none before it has needed: hooks, low-bit copies."""
+        """Add what ``controller`` is the first to need: hooks, low-bit proxies."""
         if _only_counts(controller):
             return
         if controller.selector.statistics.needs_stream and not self._streams:
@@ -220,39 +234,34 @@ class ModelPatch(NotCopied):
             self._changes.hook(source, self._signal_hook(signal))
 
     def _make_room(self, controller: PruningController) -> None:
-        """Memory for what masks of ``controller`` will keep of packed weights, where that is known.
+        """Reserve memory for the compact weights of ``controller``'s masks, if their size is known.
 
-        Now, for the system takes longer to give it than the copying does.
+        Now, as the system takes longer to provide it than the copying does.
         """
         counts = controller.expected_counts() if self._native else []
         pairs = zip(self._native, counts, strict=True)
         self.layout.make_room(sum(ffn.copied_bytes(count) for ffn, count in pairs))
 
     def _equip_tokens(self, controller: PruningController) -> None:
-        """Make what tokens choose their own neurons by: low-bit copies, hooks on attention."""
+        """Prepare per-token selection: low-bit proxies, hooks on attention."""
         config, fixed = controller.config.token, controller.fixed_masks
-        wanted = fixed is None or any(isinstance(mask, TokenMask) for mask in fixed)
-        if config is None or not wanted or config == self._token:
+        selects = fixed is None or any(isinstance(mask, TokenMask) for mask in fixed)
+        if config is None or not selects or config == self._token:
             return
-        made = [token_ffn(layer.block, config) for layer in self.layers]
-        for layer, token in zip(self.layers, made, strict=True):
+        tokens = [token_ffn(layer.block, config) for layer in self.layers]
+        for layer, token in zip(self.layers, tokens, strict=True):
             layer.choose_per_token(token, self._changes)
-        if made[0].rule.attention and not self._attention:
+        if tokens[0].rule.attention and not self._attention:
             self._attention = True
             for layer, projections in zip(self.layers, self._view.attention, strict=True):
                 layer.hook_attention(projections, self._changes)
-        self.proxy_errors, self._token = errors(made), config
+        self.proxy_errors, self._token = errors(tokens), config
 
     def _run_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        assert self.slim is not None
+        assert self.whole_steps is not None
         if not self._watch.steps or torch.compiler.is_compiling():  # which traces no native call
             return original(*args, **kwargs)
-        return self.slim.forward(original, *args, **kwargs)
-
-    def _kept(self, index: int) -> Kept:
-        kept = self.layers[index].kept
-        assert isinstance(kept, Kept)
-        return kept
+        return self.whole_steps.forward(original, *args, **kwargs)
 
     def remove(self) -> None:
         """Put back exactly what was there; safe to call twice.
@@ -269,10 +278,10 @@ class ModelPatch(NotCopied):
         self._released = self.nbytes()
         self._changes.end()
         self._turn.close()
-        self.layout.restore()  # while hooks on the model still hold what knows of it
+        self.layout.restore()  # while the hooks keep the layout alive
         self._changes.undo()
-        if self.slim is not None and self._native:
-            self.slim.decoder.unload()  # whoever holds the run, for its report, holds no copies
+        if self.whole_steps is not None:
+            self.whole_steps.decoder.unload()  # a run that is kept for its report keeps no copies
         for layer in self.layers:
             layer.release()
         _active.discard(self)
@@ -297,26 +306,27 @@ class ModelPatch(NotCopied):
             self._watch.look()
             token, config = self.layers[0].token, self.controller.config
             if config.token and token is not None:
-                say_slower(config.method, token, self.executor, self.rows)
+                executor = self.executor if self.whole_steps is None else WHOLE_STEPS
+                warn_if_slower_than_dense(config.method, token, executor, self.rows)
         if self.forced_prompt:
             call = dataclasses.replace(call, kind=Kind.DECODE, observable=None)
         self._decodes = call.kind is Kind.DECODE
         self.plan = self.controller.before_forward(call)
         if self._on_forward is not None:
-            steps = self.slim.steps if self.slim else 0
-            if steps == self._steps_before:  # the layers ran by themselves since
+            steps = self.whole_steps.steps if self.whole_steps else 0
+            if steps == self._steps_before:  # the layers ran one by one since
                 self._forget_choices()
             self._steps_before = steps
             self._on_forward(seen.input_ids, self._decodes)
 
     def watch(self, on_forward: OnForward | None) -> None:
-        """Call ``on_forward`` before each forward, and remember what its tokens choose; or stop."""
+        """Call ``on_forward`` before each forward, and record what its tokens select; or stop."""
         self._on_forward = on_forward
         for layer in self.layers:
             if layer.token is not None:
                 layer.token.watched = on_forward is not None
-        if self.slim is not None:
-            self.slim.decoder.watch(on_forward is not None)
+        if self.whole_steps is not None:
+            self.whole_steps.decoder.watch(on_forward is not None)
         self._forget_choices()
 
     def _forget_choices(self) -> None:
@@ -325,46 +335,44 @@ class ModelPatch(NotCopied):
                 layer.token.marks = None
 
     def chosen(self, layers: Sequence[int]) -> Tensor | list[Tensor]:
-        """What the tokens of the newest forward chose in ``layers``, where they did, while watched.
+        """What the tokens of the newest forward selected in ``layers``, while watched.
 
         As of ``PatchedFFN.chosen``; after a whole step one tensor of all these layers.
         """
-        if self.slim is not None and self.slim.steps > self._steps_before:
-            every = self.slim.decoder.chosen()
+        if self.whole_steps is not None and self.whole_steps.steps > self._steps_before:
+            every = self.whole_steps.decoder.chosen()
             return every if len(layers) == len(every) else every[list(layers)]
         return [self.layers[index].chosen() for index in layers]
 
     def _decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:
         """Logits [1, V] after ids [1, 1], by a whole step, without a call of the model.
 
-        ``forbidden``: as of ``SlimCall``.
+        ``forbidden``: as of ``TokenCall``.
 
-        None where only that will do: before the first step on a cache, and where somebody looks on.
+        None where the model must be called: before the first step on a cache, and with user hooks.
         """
-        slim = self.slim
+        whole = self.whole_steps
         self._turn.check()
-        if slim is None or not self._is_alone() or not slim.goes_on(cache):
+        if whole is None or not self._is_alone() or not whole.continues(cache):
             return None
         self._take_turn()
         with outside_inference():
             seen = calls.ForwardArgs(cache.get_seq_length(), 1, 1, ids, None, cache)
             self._plan_forward(seen)
-        found = slim.decode(ids, cache, forbidden)
-        if found is None:
+        logits = whole.decode(ids, cache, forbidden)
+        if logits is None:
             self._begun = True
         else:
             self._end_forward()
-        return found
+        return logits
 
     def _is_alone(self) -> bool:
-        """Whether a call of the model comes to nothing but this patch."""
+        """Whether a call of the model runs nothing but this patch."""
         model = self.model
         hooks = len(model._forward_pre_hooks), len(model._forward_hooks)
-        return hooks == (1, 1) and self._watch.steps and self._owns_forward()
-
-    def _owns_forward(self) -> bool:
-        held = self.model.__dict__.get("forward")
-        return isinstance(held, Replacement) and held.make == self._run_forward
+        forward = model.__dict__.get("forward")
+        ours = isinstance(forward, Replacement) and forward.make == self._run_forward
+        return hooks == (1, 1) and self._watch.steps and ours
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
         self._end_forward()
@@ -388,23 +396,21 @@ class ModelPatch(NotCopied):
             raise ConfigError('beam search reorders rows: use batch "shared"')
         if self.loop is not None:
             raise ConfigError(
-                "this model is generating already: a pruned model runs one generate at a time, so "
-                "let threads wait for a lock, and take another model as the assistant"
+                "this model is generating already: a pruned model runs one generate at a time; use "
+                "one lock per model, and a separate model as assistant_model"
             )
         self.loop = loop
         self._turn.reserve()
-        if self.executor == "slim" and loop.plain and can_stand_in(self.model, original):
-            loop_method = TokenLoop(self._decode, kwargs.get("streamer"))
-            kwargs = {**kwargs, "custom_generate": loop_method}
+        if self.whole_steps and loop.plain and can_stand_in(self.model, original):
+            token_loop = TokenLoop(self._decode, kwargs.get("streamer"))
+            kwargs = {**kwargs, "custom_generate": token_loop}
         try:
-            found = original(*args, **kwargs)
+            generated = original(*args, **kwargs)
             self._turn.check()  # else some of its tokens are dense
-            return found
+            return generated
         finally:
             self.loop, self.plan, self._begun = None, ForwardPlan(False, False, ()), False
             self._turn.free()
-            if self.slim is not None:
-                self.slim.decoder.show_cache()
             if loop.cache is not None:
                 self.controller.end_generate(int(loop.cache.get_seq_length()))
 
@@ -420,19 +426,19 @@ class ModelPatch(NotCopied):
             loop.in_prefill = False
 
     def nbytes(self) -> int:
-        """Bytes beside model, cache and states (after ``remove``: what they were)."""
-        steps = 0 if self.slim is None else self.slim.decoder.nbytes()
+        """Bytes beside model, cache and states; after ``remove`` those before it."""
+        steps = 0 if self.whole_steps is None else self.whole_steps.decoder.nbytes()
         steps += 0 if self.head is None else self.head.nbytes()
         return self._released or steps + sum(layer.nbytes() for layer in self.layers)
 
     @property
     def steps(self) -> int:
-        """Whole decode steps that were taken over for the controller in force."""
-        return self.slim.steps - self._served if self.slim else 0
+        """Whole decode steps that ran for the controller in force."""
+        return self.whole_steps.steps - self._served if self.whole_steps else 0
 
     @property
     def installed(self) -> bool:
-        """False once it was removed, by its run or by ``restore``."""
+        """False after its run or ``restore`` removed it."""
         return self in _active
 
 
@@ -440,17 +446,17 @@ def _only_counts(controller: PruningController) -> bool:  # nothing is masked or
     return controller.selector.removes_nothing and controller.fixed_masks is None
 
 
-def _holders(model: nn.Module) -> list[ModelPatch]:
-    """Patches that hold an FFN of ``model``, whether through it, a part or a wrapper of it."""
+def _patches_of(model: nn.Module) -> list[ModelPatch]:
+    """Patches with an FFN of ``model``, whether through it, a part or a wrapper of it."""
     modules = {id(module) for module in model.modules()}
     return [
-        held for held in _active if any(id(layer.block.host) in modules for layer in held.layers)
+        patch for patch in _active if any(id(layer.block.host) in modules for layer in patch.layers)
     ]
 
 
 def check_free(model: nn.Module) -> None:
     """Raise ``AttachError`` when ``model``, a part or a wrapper of it is being pruned."""
-    if _holders(model):
+    if _patches_of(model):
         raise AttachError(
             "this model is already being pruned: leave that block first, or call "
             "dart_llm.restore(model)"
@@ -459,5 +465,5 @@ def check_free(model: nn.Module) -> None:
 
 def restore(model: nn.Module) -> None:
     """Detach whatever dart_llm attached to ``model``; always safe, also when nothing is."""
-    for held in _holders(model):
-        held.remove()
+    for patch in _patches_of(model):
+        patch.remove()

@@ -1,4 +1,4 @@
-"""The replaced forward of one FFN: picks the executor, and hands on what was observed."""
+"""The replaced forward of one FFN: runs the executor, and passes on what was observed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from dart_llm.models.ffn import FfnBlock
 from dart_llm.patching.changes import Changes
+from dart_llm.patching.executors.cuda_ffn import CudaFfn
 from dart_llm.patching.executors.native_ffn import Layout, NativeFfn
 from dart_llm.patching.executors.token_ffn import TokenFfn
 from dart_llm.patching.executors.torch_ffn import CompactFfn, run_masked, stacked
-from dart_llm.patching.executors.triton_ffn import TritonFfn
 from dart_llm.pruning.compensation import LowRank
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.forward import ForwardPlan, detached
@@ -25,11 +25,11 @@ from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.token_level import TokenMask
 
 Stacked = tuple[list[LayerMask | None], Tensor, Tensor | None, LowRank | None]
-"""Masks, and what ``_stack`` made of them."""
+"""Cached multipliers of the current masks."""
 
 
 class PatchContext(Protocol):
-    """What a layer asks of its patch."""
+    """What a layer reads of its patch."""
 
     controller: PruningController
     executor: str
@@ -37,7 +37,7 @@ class PatchContext(Protocol):
     rows: int
 
 
-class Way(Enum):
+class Mode(Enum):
     """How one forward of an FFN runs."""
 
     DENSE = "the model's own forward"
@@ -48,7 +48,7 @@ class Way(Enum):
 
 @dataclass
 class CapturedInputs:
-    """What hooks of other modules hand to an FFN during a forward, in the order of a layer.
+    """What hooks of other modules pass to an FFN during a forward, in the order of a layer.
 
     1. ``x``: the stream, before the FFN's norm
     2. ``fed``: the input of fc1, where only the down projection is replaced
@@ -65,10 +65,10 @@ class PatchedFFN:
     def __init__(self, block: FfnBlock, context: PatchContext) -> None:
         self.block = block
         self.context = context
-        self.kept: CompactFfn | NativeFfn | TritonFfn = CompactFfn(block)
+        self.kept: CompactFfn | NativeFfn | CudaFfn = CompactFfn(block)
         self.token: TokenFfn | None = None
         self.by_weights = True
-        """Whether its weights may stand for its projections: else it runs as by ``masked``."""
+        """Whether its weights may replace its projections; else it runs as by ``masked``."""
         self._captured = CapturedInputs()
         self._stacked: Stacked | None = None
 
@@ -79,25 +79,25 @@ class PatchedFFN:
 
     def go_native(self, layout: Layout) -> NativeFfn:
         """Run masks by the native kernels; the weights are laid out for them."""
-        self.kept = made = NativeFfn(self.block, layout)
-        made.token = self.token
-        return made
+        self.kept = kept = NativeFfn(self.block, layout)
+        kept.token = self.token
+        return kept
 
-    def go_triton(self) -> None:
+    def go_cuda(self) -> None:
         """Run masks by Triton's kernels."""
-        self.kept = TritonFfn(self.block)
+        self.kept = CudaFfn(self.block)
 
     def choose_per_token(self, token: TokenFfn, changes: Changes) -> None:
-        """Tokens choose their own neurons by ``token`` where the plan says so."""
+        """Tokens select their neurons by ``token`` where the plan has ``TokenMask``s."""
         first, self.token = self.token is None, token
         if not isinstance(self.kept, CompactFfn):
             self.kept.token = token
-        # what the down projection is given ranks nothing: read fc1's input
+        # neurons are ranked by fc1's input, which the host does not get
         if self.block.inline and first:
             changes.hook(self.block.up, self._take_fed, before=True)
 
     def hook_attention(self, projections: Sequence[nn.Module], changes: Changes) -> None:
-        """Give each projection of the layer's attention its largest inputs, where tokens choose."""
+        """Under per-token selection, keep the largest inputs of attention projections."""
         for module in projections:
             changes.hook(module, self._drop_inputs, before=True)
 
@@ -109,11 +109,11 @@ class PatchedFFN:
         return token.attention_input(module, args[0], masks), *args[1:]
 
     def forget(self) -> None:
-        """Drop what an interrupted forward left behind."""
+        """Drop the leftovers of an interrupted forward."""
         self._captured = CapturedInputs()
 
     def unload(self) -> None:
-        """Free what masks left: their copies and the multipliers."""
+        """Free the compact weights and the multipliers of masks."""
         self.forget()
         self.kept.unload()
         self._stacked = None
@@ -138,27 +138,27 @@ class PatchedFFN:
             return original(*args, **kwargs)
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         masks = [None if layers is None else layers[self.block.index] for layers in plan.masks]
-        match self._way(plan, masks, x):
-            case Way.OBSERVED:
+        match self._mode(plan, masks, x):
+            case Mode.OBSERVED:
                 z = self._run_observed(plan, x)
-            case Way.COMPACT:
+            case Mode.COMPACT:
                 self.kept.load(masks[0])  # type: ignore[arg-type]
                 z = self.kept.run(x)
-            case Way.MASKED:
+            case Mode.MASKED:
                 z = self._run_masked(original, x, masks)
             case _:
                 return original(*args, **kwargs)
         return self.block.finish(z, (*args, *kwargs.values())[: 2 if args else None])
 
-    def _way(self, plan: ForwardPlan, masks: list[LayerMask | None], x: Tensor) -> Way:
+    def _mode(self, plan: ForwardPlan, masks: list[LayerMask | None], x: Tensor) -> Mode:
         if plan.into is not None and not self.block.inline and not torch.is_grad_enabled():
-            return Way.OBSERVED  # inline blocks flatten their tokens
+            return Mode.OBSERVED  # inline blocks flatten their tokens
         if plan.observe:
-            return Way.MASKED
+            return Mode.MASKED
         if all(mask is None for mask in masks):
-            return Way.DENSE
+            return Mode.DENSE
         only = masks[0] if len(masks) == 1 else None
-        return Way.COMPACT if only is not None and self._compacts(x, only) else Way.MASKED
+        return Mode.COMPACT if only is not None and self._compacts(x, only) else Mode.MASKED
 
     def _run_observed(self, plan: ForwardPlan, x: Tensor) -> Tensor:
         assert plan.into is not None
@@ -204,14 +204,14 @@ class PatchedFFN:
     def _multipliers(
         self, masks: list[LayerMask | None], x: Tensor
     ) -> tuple[Tensor, Tensor | None, LowRank | None]:
-        known = self._stacked
+        cached = self._stacked
         if (
-            known is None
-            or list(map(id, known[0])) != list(map(id, masks))
-            or known[1].dtype != x.dtype
+            cached is None
+            or list(map(id, cached[0])) != list(map(id, masks))
+            or cached[1].dtype != x.dtype
         ):
-            self._stacked = known = (masks, *_stack(masks, x))
-        return known[1:]
+            self._stacked = cached = (masks, *_stack(masks, x))
+        return cached[1:]
 
     def _observed(self, u: Tensor, z: Tensor, x: Tensor) -> None:
         plan, rows = self.context.plan, self.context.rows
@@ -226,7 +226,7 @@ class PatchedFFN:
         self.context.controller.observe(self.block.index, seen)
 
     def chosen(self) -> Tensor:
-        """What the tokens of the newest forward, if they chose, chose in this layer.
+        """What the tokens of the newest forward selected in this layer, if they did.
 
         uint8 [B T, I / 8 rounded up]: bit i % 8 of byte i / 8 is neuron i.
         """
@@ -237,13 +237,13 @@ class PatchedFFN:
         return self.kept.kept.choice.marks()  # type: ignore[no-any-return]
 
     def nbytes(self) -> int:
-        """Bytes of the compact copies and of the multipliers, beside the masks themselves."""
+        """Bytes of the compact weights and of the multipliers, beside the masks themselves."""
         total = self.kept.nbytes() + (0 if self.token is None else self.token.nbytes())
         if self._stacked is not None:
             masks, ones, bias, linear = self._stacked
             counted = [mask.bias for mask in masks if mask is not None]
             for t in (ones, bias):
-                if t is not None and not any(t is known for known in counted):
+                if t is not None and not any(t is mask_bias for mask_bias in counted):
                     total += t.numel() * t.element_size()
             if linear is not None and len(masks) > 1:
                 total += linear.nbytes()

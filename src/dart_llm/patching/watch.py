@@ -1,4 +1,4 @@
-"""Whether an attached model still computes what runs in its place: asked at every prompt."""
+"""What must hold while a model is attached: at every prompt, and between threads."""
 
 from __future__ import annotations
 
@@ -11,60 +11,54 @@ from typing import Any
 import torch
 from torch import nn
 
-from dart_llm.errors import AttachError, ConfigError, UnsupportedModel
+from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.agreement import (
     Replacement,
-    check_ffns,
+    agreement,
+    is_patched,
     parts_of,
+    signature,
     weights_unsupported_reason,
 )
 from dart_llm.models.packed import PackedTensor, place_of
-from dart_llm.models.steps import step_numbers
-from dart_llm.patching.executors import no_steps_reason
-from dart_llm.patching.executors.step_agreement import model_signature
-from dart_llm.patching.executors.whole_step import WITHOUT
 from dart_llm.patching.patched_ffn import PatchedFFN
 
 LEAVE = "while this model is being pruned: leave the block first, or call dart_llm.restore(model)"
 
 
 class Watch:
-    """One attached model, and what was found of it last.
+    """Whether what replaces parts of an attached model may still do so.
 
-    ``steps``: whether a whole decode step may stand for the model's own.  ``hosts``: modules whose
-    forward was replaced, under which name, and that of their class; ``linears``: those whose
-    forward was replaced by a product with their weights.
+    ``steps``: whether whole steps may run, once they could when the model was attached.
+    ``hosts``: modules whose forward was replaced, under which name, and that of their class;
+    ``linears``: those whose forward was replaced by a product with their weights.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[PatchedFFN], executor: str) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[PatchedFFN]) -> None:
         self.hosts: list[tuple[nn.Module, str, Any]] = []
         self.linears: list[nn.Linear] = []
-        self.steps = self._alike = True
-        self._numbers: tuple[Any, ...] = ()
-        self._model, self._layers, self._executor = model, layers, executor
+        self.steps = True
+        self._model, self._layers = model, layers
+        self._plain = [agreement(layer.block).weights for layer in layers]
         self._places: list[tuple[Any, ...]] = []
-        self._mark: tuple[Any, ...] = ()
+        self._ffns = self._ffn_marks()
+        self._mark = _model_mark(model)
 
     def remember_places(self) -> None:
-        """The native kernels go on reading the weights where they lie now."""
+        """The native kernels read the weights at their present addresses."""
         self._places = _weight_places(parts_of(self._model))
 
     def look(self) -> None:
-        """Fall back where that is right; raise ``AttachError`` for what changed and cannot be.
+        """Fall back where that is right; raise ``AttachError`` for what cannot run any more.
 
-        A layer whose projections have hooks or forwards of their own runs as by ``masked``, a model
-        whose steps would differ runs its own.
+        A layer whose projections have hooks or other forwards runs as by ``masked``; a model in
+        which anything else changed runs its own steps.
         """
         if torch.compiler.is_compiling():  # torch cannot trace this, nor any native call
             return
         parts = parts_of(self._model)
         if self._places and self._places != _weight_places(parts):
             raise AttachError(f"weights were replaced or moved {LEAVE}")
-        mark = model_signature(self._model, parts)
-        unchanged = mark == self._mark
-        for layer in self._layers:
-            known = layer.by_weights and unchanged
-            layer.by_weights = not weights_unsupported_reason(layer.block, known)
         for host, name, forward in self.hosts:
             ours = isinstance(host.__dict__.get(name), Replacement)
             if not ours or type(host).forward is not forward:
@@ -72,39 +66,44 @@ class Watch:
         odd = next((type(one).__name__ for one in self.linears if type(one) is not nn.Linear), "")
         if odd:
             raise AttachError(f"a linear layer was made a {odd} {LEAVE}")
-        self._look_at_modules(mark)
-        if self._executor in WITHOUT:
-            self.steps = self._alike
-            if self._alike:
-                numbers = step_numbers(self._model)
-                self._numbers = self._numbers or numbers
-                self.steps = numbers == self._numbers
+        for layer, plain in zip(self._layers, self._plain, strict=True):
+            reason = weights_unsupported_reason(layer.block, attached=True)
+            layer.by_weights = plain and reason is None
+        same = _model_mark(self._model) == self._mark
+        if not same and self._ffns != self._ffn_marks():
+            raise AttachError(f"an FFN was changed {LEAVE}")
+        self.steps = same and not any(map(is_patched, parts[1:]))
 
-    def _look_at_modules(self, mark: tuple[Any, ...]) -> None:
-        if mark == self._mark:
-            return
-        try:
-            check_ffns(type(self._model).__name__, [layer.block for layer in self._layers])
-        except UnsupportedModel as error:
-            raise AttachError(f"an FFN was changed {LEAVE} ({error})") from error
-        if self._executor in WITHOUT:
-            self._alike = not no_steps_reason(self._executor, self._model, mark)
-        self._mark = mark
+    def _ffn_marks(self) -> list[tuple[Any, ...]]:
+        blocks = [layer.block for layer in self._layers]
+        return [signature(block.ffn, without=block.projections) for block in blocks]
+
+
+SMALL = 4096
+"""Values of a buffer that is compared: scales and the frequencies of rotary embeddings."""
+
+
+def _model_mark(model: Any) -> tuple[Any, ...]:
+    """What whole steps read once, beside the weights: code, numbers, small buffers, settings."""
+    buffers = [one for one in model.buffers() if one.numel() <= SMALL and not one.is_meta]
+    text = model.config.get_text_config()
+    names = ("_attn_implementation", "attn_logit_softcapping", "final_logit_softcapping")
+    settings = [getattr(text, name, None) for name in names]
+    return signature(model), [one.tolist() for one in buffers], settings
 
 
 def _weight_places(parts: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
-    held = (one for part in parts for one in part._parameters.values())
-    weights = [one for one in held if one is not None]
-    strides = [() if isinstance(one, PackedTensor) else one.stride() for one in weights]
+    weights = [t for part in parts for t in part._parameters.values() if t is not None]
+    strides = [() if isinstance(t, PackedTensor) else t.stride() for t in weights]
     return list(zip(map(place_of, weights), strides, strict=True))
 
 
 RUNS, GENERATES = ("_call_impl", "_decode"), ("_call_impl", "generate")
-"""Names of the functions in which a thread is while a forward, or any text, is under way."""
+"""Functions in which a thread is during a forward, and during any call of the model."""
 
 
 class Turn:
-    """Which thread runs an attached model: what its hooks see must be one text.
+    """Which thread runs an attached model: its hooks must see one sequence at a time.
 
     ``owners``: the model, and the patch that may take steps without a call of it.
     """
@@ -134,7 +133,7 @@ class Turn:
         if self.is_over:
             raise AttachError(
                 "the run was left while another thread was generating in it: let it wait for that "
-                "thread, or let both take turns by a lock"
+                "thread, or use one lock for both"
             )
 
     def end(self) -> None:

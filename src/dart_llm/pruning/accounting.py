@@ -350,7 +350,7 @@ def _ffn_bytes(
     """
     total = selection = forwards = 0.0
     skips = executor != "masked"
-    copied = executor in ("compact", "graph")  # in the dtype; ``IF_COMPACT``: as they are stored
+    copied = executor == "compact"  # in the dtype; ``IF_COMPACT``: as they are stored
     for state in states:
         fixed = state.fixed_masks
         biased = any(mask is not None and mask.bias is not None for mask in fixed or ())

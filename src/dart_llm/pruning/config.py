@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dart_llm.errors import ConfigError
 from dart_llm.files import read_yaml, write_text
@@ -334,8 +341,14 @@ class PruneConfig(Part):
     compensation: bool = False
     compensation_rank: AtLeast0 = 0
     batch: Literal["shared", "per_row"] = "shared"
-    executor: Literal["auto", "masked", "compact", "native", "slim", "graph", "triton"] = "auto"
+    executor: Literal["auto", "masked", "compact", "native", "cuda"] = "auto"
     seed: int = Field(default=0, lt=2**63)
+
+    @field_validator("executor", mode="before")
+    @classmethod
+    def _earlier_name(cls, executor: Any) -> Any:
+        """Accept ``slim`` for ``native`` until the next version."""
+        return "native" if executor == "slim" else executor
 
     @model_validator(mode="before")
     @classmethod
@@ -354,11 +367,6 @@ class PruneConfig(Part):
             )
         if self.executor not in ("auto", "masked") and self.batch == "per_row":
             raise ConfigError('batch "per_row" has a mask per row: use executor "masked" or "auto"')
-        if self.executor in ("graph", "triton") and self.screens:
-            raise ConfigError(
-                f'executor "{self.executor}" records steps with the whole head: leave head.kind at '
-                '"full", or use executor "auto"'
-            )
         if self.selects_per_token and self.drift.rule != "never":
             raise ConfigError(
                 f"with method {self.method} every token selects its own neurons, so no mask grows "

@@ -17,9 +17,8 @@ from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.checkpoint import tokenizer_of
 from dart_llm.models.describe import ModelView, describe
 from dart_llm.models.float32_products import note_slow_prompts
-from dart_llm.patching.executors import check_executor, choose_executor
+from dart_llm.patching.executors import check_executor, choose_executor, effective_executor
 from dart_llm.patching.executors.token_ffn import winner_rows
-from dart_llm.patching.executors.whole_step import effective_executor
 from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.accounting import Costs, known_bytes, run_report
 from dart_llm.pruning.clamp import Given, make_clamp

@@ -47,16 +47,16 @@ def asked(gguf):
     root = gguf.parent
     given = {"shape": None, "model": str(gguf), "cache_dir": str(root / "cache"), "dtype": None}
     given |= {"prompt_tokens": PROMPT, "tokens": TOKENS, "prefill_tokens": PREFILL}
-    return {**given, "executors": "slim", "repeats": 1}
+    return {**given, "executors": "native", "repeats": 1}
 
 
 def test_one_table_holds_all(whole):
     found = json.loads((whole.path / "speed.json").read_text(encoding="utf-8"))
     rows = {row["row"]: row for row in found["rows"]}
-    own = [f"{way}, slim, {form}" for form in ("file", "q8_0", "bfloat16")
+    own = [f"{way}, native, {form}" for form in ("file", "q8_0", "bfloat16")
            for way in ("dense", "griffin 50 %")]  # fmt: skip
     assert list(rows) == ["transformers", *own, "llama.cpp Q4_1"]
-    assert found["base"] == "dense, slim, bfloat16" and found["kernels"]
+    assert found["base"] == "dense, native, bfloat16" and found["kernels"]
     said = {name: one["stored_as"] for name, one in found["formats"].items()}
     assert said == {"file": "Q4_1 as in the file", "q8_0": "rounded to Q8_0", "dense": "bfloat16"}
     assert sorted(found["orders"][0]) == sorted(rows)
@@ -69,23 +69,23 @@ def test_one_table_holds_all(whole):
     assert held["file"] == pytest.approx(FFN + ATTENTION + HEAD, rel=0.1)  # rows are padded
     for name in held:
         label = "bfloat16" if name == "dense" else name
-        assert rows[f"dense, slim, {label}"]["bytes_per_token"] == held[name] + cache
+        assert rows[f"dense, native, {label}"]["bytes_per_token"] == held[name] + cache
     sizes = found["formats"]["file"]["weights"]
-    saved = held["file"] + cache - rows["griffin 50 %, slim, file"]["bytes_per_token"]
+    saved = held["file"] + cache - rows["griffin 50 %, native, file"]["bytes_per_token"]
     assert saved == pytest.approx(sizes["ffn_bytes"] / 2)
     assert sizes["ffn_bytes"] == pytest.approx(FFN, rel=0.2)
     weights = 2 * 3 * 64 * 96 + 2 * 4 * 64 * 64 + 300 * 64
     dense = 2 * (weights + NORMS) + cache
     assert rows["transformers"]["bytes_per_token"] == dense
     allowed = dense / (held["q8_0"] + cache)
-    assert rows["dense, slim, q8_0"]["base_limit"] == pytest.approx(allowed)
-    assert rows["dense, slim, bfloat16"]["times_base"] == 1.0
+    assert rows["dense, native, q8_0"]["base_limit"] == pytest.approx(allowed)
+    assert rows["dense, native, bfloat16"]["times_base"] == 1.0
     # a method beside our own dense path on the same weights
-    slim, own = rows["griffin 50 %, slim, q8_0"], rows["dense, slim, q8_0"]
+    slim, own = rows["griffin 50 %, native, q8_0"], rows["dense, native, q8_0"]
     assert slim["times_dense"] == pytest.approx(own["ms"] / slim["ms"])
     assert slim["bandwidth_limit"] == pytest.approx(1 / (1 - weights_share(found, "q8_0") / 2))
     # llama.cpp: what it says of itself, on the model's own file, whose norms are float32
-    other, own = rows["llama.cpp Q4_1"], rows["dense, slim, file"]
+    other, own = rows["llama.cpp Q4_1"], rows["dense, native, file"]
     assert (other["ms"], other["first_token_ms"], other["prefill_ms"]) == (2, 24, 48)
     assert other["bytes_per_token"] == FFN + ATTENTION + HEAD + 4 * NORMS + cache
     assert other["times_dense"] == pytest.approx(own["ms"] / 2)
@@ -118,15 +118,15 @@ def test_it_is_asked_for_the_same_tokens(whole, bench):
 def test_words(whole):
     text = (whole.path / "speed.md").read_text(encoding="utf-8")
     assert "file: Q4_1 as in the file, q8_0: rounded to Q8_0, dense: bfloat16" in text
-    assert "x dense over dense, slim, bfloat16" in text and "| llama.cpp Q4_1 | Q4_1 |" in text
+    assert "x dense over dense, native, bfloat16" in text and "| llama.cpp Q4_1 | Q4_1 |" in text
     method, beside = report.speed_sentences(whole.summary)
-    assert beside.startswith("dense, slim, file: ") and "as fast as llama.cpp Q4_1" in beside
-    assert method.startswith("griffin 50 %, slim, ") and "as fast as dense, slim, " in method
+    assert beside.startswith("dense, native, file: ") and "as fast as llama.cpp Q4_1" in beside
+    assert method.startswith("griffin 50 %, native, ") and "as fast as dense, native, " in method
     assert str(whole.path.parents[2]) not in json.dumps(whole.summary)
     lines = written.lines(whole.path / "rows.jsonl")
     weights = {line["label"]: (line["method"], line["weights"]) for line in lines}
-    assert weights["griffin 50 %, slim, q8_0"] == ("griffin", "q8_0")
-    assert weights["dense, slim, file"] == ("dense", "q4_1")
+    assert weights["griffin 50 %, native, q8_0"] == ("griffin", "q8_0")
+    assert weights["dense, native, file"] == ("dense", "q4_1")
     assert weights["llama.cpp Q4_1"] == ("llama.cpp", "Q4_1")
 
 
@@ -136,13 +136,13 @@ def test_random_weights_are_rounded_beside_dense_ones(tmp_path, monkeypatch):
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
     file.write_text(json.dumps({"model_type": "llama", **sizes}), encoding="utf-8")
-    more = {"shape": str(file), "dtype": "bfloat16", "executors": "slim", "repeats": 1}
+    more = {"shape": str(file), "dtype": "bfloat16", "executors": "native", "repeats": 1}
     found = job(tmp_path, **more, weights="q4_0,q4_1", prefill_tokens=None).summary
     sizes = [found["formats"][name]["weights"]["ffn_bytes"] for name in ("q4_0", "q4_1", "dense")]
     assert sizes == pytest.approx([2 * 3 * 64 * 64 * bits / 8 for bits in (4.5, 5, 16)], rel=0.15)
     plain, native = found["rows"][:2]  # plain transformers runs on dense weights beside them
     assert (plain["row"], plain["weights"]) == ("transformers", "dense")
-    assert native["row"] == found["base"] == "dense, slim, q4_0" and plain["base_limit"] < 0.5
+    assert native["row"] == found["base"] == "dense, native, q4_0" and plain["base_limit"] < 0.5
     assert found["formats"]["dense"]["base"] is None and found["prefill_tokens"] is None
 
 

@@ -49,13 +49,13 @@ def test_formulas_by_hand():
     assert {value: report.number(value) for value in wanted} == wanted
 
 
-GRIFFIN = PruneConfig.build("griffin", sparsity=0.5, executor="slim")
+GRIFFIN = PruneConfig.build("griffin", sparsity=0.5, executor="native")
 DENSE = GRIFFIN.replace({"sparsity": 0.0})
 CANDIDATES = (
     Candidate("transformers", weights="dense"),
-    Candidate("dense, slim", DENSE, "dense"),
-    Candidate("griffin 50, slim", GRIFFIN, "dense", "griffin"),
-    Candidate("griffin 70, slim", GRIFFIN.replace({"sparsity": 0.7}), "dense", "griffin"),
+    Candidate("dense, native", DENSE, "dense"),
+    Candidate("griffin 50, native", GRIFFIN, "dense", "griffin"),
+    Candidate("griffin 70, native", GRIFFIN.replace({"sparsity": 0.7}), "dense", "griffin"),
 )
 COUNTED = [
     {"achieved_sparsity": share, "dense_token_share": 0.25, "ffn_bytes_share": 1 - share}
@@ -71,8 +71,8 @@ def document(*rows):
         for one, row, more in zip(CANDIDATES, rows, ({}, {}, *COUNTED), strict=False)
     }
     sizes = {"ffn_bytes": 600.0, "weight_bytes": 800, "cache_bytes_per_position": 10}
-    formats = {"dense": {"weights": sizes, "base": "dense, slim", "stored_as": "float32"}}
-    about = {"formats": formats, "base": "dense, slim", "prompt_tokens": 16, "tokens": 3}
+    formats = {"dense": {"weights": sizes, "base": "dense, native", "stored_as": "float32"}}
+    about = {"formats": formats, "base": "dense, native", "prompt_tokens": 16, "tokens": 3}
     about |= {"read_bandwidth": {"bytes_per_second": 55000.0}, "reference": {}}
     about |= {"checkpoint": {"name": "m", "dtype": "float32"}, "versions": {"torch": "2"}}
     about |= {"machine": {"processor": "p", "threads": 1, "device": "cpu"}, "kernels": None}
@@ -122,15 +122,15 @@ def test_rows_by_hand():
 def test_what_the_bytes_do_not_allow_is_disturbed(dense, half, less, ratios):
     rows = rows_of([2 * ms for ms in dense], dense, half, less)
     for share, ratio in zip((50, 70), ratios, strict=True):
-        row = rows[f"griffin {share}, slim"]
+        row = rows[f"griffin {share}, native"]
         assert row["times_dense"] == (None if ratio is None else pytest.approx(ratio)), row
         assert row["share_of_limit"] == (ratio and pytest.approx(ratio / row["bandwidth_limit"]))
         assert row["disturbed"] == (None if ratio else DISTURBED)
-    assert rows["dense, slim"]["times_dense"] == 1.0
+    assert rows["dense, native"]["times_dense"] == 1.0
 
 
 def test_what_scatters_is_disturbed_beside_transformers_alone():
-    row = rows_of([40, 44, 90], [21] * 3, [15] * 3, [13] * 3)["griffin 50, slim"]
+    row = rows_of([40, 44, 90], [21] * 3, [15] * 3, [13] * 3)["griffin 50, native"]
     assert (row["times_transformers"], row["all_times_transformers"]) == (None, None)
     assert row["times_dense"] == pytest.approx(1.4) and row["disturbed"] == DISTURBED
 
@@ -140,13 +140,13 @@ def test_a_disturbed_row_shows_no_ratio_anywhere():
     row = found["rows"][-1]
     ratios = ("times_dense", "share_of_limit", "times_base", "all_times_dense")
     assert [row[name] for name in ratios] == [None] * 4 and "quiet machine" in DISTURBED
-    (line,) = [x for x in report.table("speed", found).lines() if "| griffin 70, slim |" in x]
+    (line,) = [x for x in report.table("speed", found).lines() if "| griffin 70, native |" in x]
     assert "2.33" not in line and line.endswith("| disturbed: repeat it |")
-    assert report.speed_sentences(found)[0].startswith("griffin 50, slim: 2.80 x as fast as")
+    assert report.speed_sentences(found)[0].startswith("griffin 50, native: 2.80 x as fast as")
     (axes,) = axes_of(report.speed_plot(found))
     assert "9.00 (disturbed)" in [text.get_text() for text in axes.texts]
     (sentence,) = report.speed_sentences(document([60] * 3, [40] * 3, [15] * 3, [13] * 3))
-    assert sentence == f"griffin 50, slim; griffin 70, slim: {DISTURBED}"
+    assert sentence == f"griffin 50, native; griffin 70, native: {DISTURBED}"
 
 
 def test_the_order_follows_from_the_seed():
@@ -165,7 +165,7 @@ def test_candidates(tmp_path):
     assert (config.drift.min_distance, config.drift.max_dense_share) == (0, None)
     assert config.remask.evidence == "decay"  # the rest is the method's
     dense = [one.label for device in ("cpu", "cuda") for one in native_dense("q", ", q", device)]
-    assert dense == ["dense, slim, q", "dense, native, q", "dense, graph, q"]
+    assert dense == ["dense, native, q", "dense, cuda, q"]
     file = tmp_path / "v.yaml"
     file.write_text("calm: {drift: never}\ng2: {method: griffin}\n", encoding="utf-8")
     given = settings(tmp_path, variants=str(file), sparsities="0.5,0.7")
@@ -173,12 +173,12 @@ def test_candidates(tmp_path):
     assert methods == [("griffin", "griffin"), ("calm", "dart"), ("g2", "griffin")]
     assert given.variant_list()[1].config.drift.rule == "never"
     grid = speed_grid(given, "dense", "")
-    assert len(grid) == 3 * 2 * 3
-    assert (grid[3].label, grid[3].executor) == ("griffin 70 %, compact", "compact")
+    assert len(grid) == 3 * 2 * 2
+    assert (grid[2].label, grid[2].executor) == ("griffin 70 %, compact", "compact")
     named = merge(SpeedSettings, {"model": "Qwen/Qwen2.5-0.5B"}, environment={})
     assert (named.name, named.experiment) == ("qwen2.5-0.5b", "speed-qwen2.5-0.5b")
     assert not named.is_random and given.is_random
-    file.write_text("x: {executor: slim}\n", encoding="utf-8")
+    file.write_text("x: {executor: native}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r'"x" of .* sets the executor, which --executors does'):
         settings(tmp_path, variants=str(file))
 
@@ -186,8 +186,8 @@ def test_candidates(tmp_path):
 @pytest.mark.parametrize(
     ("given", "error"),
     [
-        ({"executors": "slm"}, "unknown executor 'slm'; did you mean slim"),
-        ({"executors": ","}, "--executors is empty: give some of masked, compact, native, slim"),
+        ({"executors": "nativ"}, "unknown executor 'nativ'; did you mean native"),
+        ({"executors": ","}, "--executors is empty: give some of masked, compact, native, cuda"),
         ({"methods": "dense"}, "method dense removes nothing, and dense runs anyway"),
         ({"methods": ""}, "--methods is empty: give at least one"),
         ({"sparsities": "50"}, "--sparsities 50 must lie between 0 and 1"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,41 +18,42 @@ from dart_llm.models.packed import PackedTensor
 from dart_llm.native.build import ops
 from dart_llm.native.memory import RESERVE, Span, available, private_maps
 from dart_llm.patching.executors.token_ffn import TokenFfn, most_rows
+from dart_llm.patching.executors.torch_ffn import run_rows
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask
 
-# Weight matrices whose neurons lie one after the other, without a second copy.
+# Weight matrices in which a neuron is a row, without a second copy.
 #
-# A down projection [D, I] holds a neuron as a column.  While a model is attached its values lie
+# A down projection [D, I] stores a neuron as a column.  While a model is attached its values are
 # transposed in the same memory, so that a neuron is a row that can be read alone; shape, values,
-# name and address of the parameter stay what they are.  ``restore`` puts the order back.
+# name and address of the parameter stay the same.  ``restore`` undoes it.
 #
-# Only memory of the parameter's own is written: what PyTorch allocated, or mapped for this process
-# alone, and nothing else of the model lies on.
+# Only memory of the parameter alone is written: allocated by PyTorch, or mapped for this process
+# alone, and not shared with other tensors of the model.
 
 
 class Layout:
-    """Parameters that were laid out transposed, and where they lie; packed matrices, and how.
+    """Parameters that were transposed in place, and packed matrices that were reordered.
 
-    ``room``: memory in which copies of kept neurons of all layers lie.
+    ``room``: memory for the compact weights of all layers.
     """
 
     def __init__(self) -> None:
-        self._laid: list[tuple[nn.Parameter, int]] = []
-        self._turned: list[tuple[Any, str]] = []
+        self._transposed: list[tuple[nn.Parameter, int]] = []
+        self._reordered: list[tuple[Any, str]] = []
         self.room: Any = None
 
     def make_room(self, size: int) -> None:
-        """Memory for ``size`` bytes of copies, before any token waits for it; 0: none.
+        """Reserve ``size`` bytes for compact weights, before any token waits for them; 0: none.
 
-        None either where it would leave less than ``RESERVE`` to others.
+        None either where less than ``RESERVE`` would be left to others.
         """
-        self.room = None  # first: what lay in it may be what is missing
+        self.room = None  # first: the old room may be what is missing
         if size and available() - size > RESERVE:
             self.room = torch.classes.dart_llm.HugeRoom(size)
 
     def has_room(self, size: int) -> bool:
-        """Whether ``room`` has ``size`` bytes for copies, or may grow by these."""
+        """Whether ``room`` has ``size`` bytes left, or may grow by as many."""
         if self.room is not None and self.room.left() >= size:
             return True
         if available() - size <= RESERVE:
@@ -64,73 +65,73 @@ class Layout:
     def neuron_rows(self, matrix: Tensor, parameter: nn.Parameter) -> Tensor:
         """``matrix`` [I, D], a view of ``parameter`` or of its transpose, as contiguous rows.
 
-        Ask ``why_not_in_place`` first.  Raises ``ConfigError`` for a parameter not in one piece.
+        Check ``not_in_place_reason`` first.  Raises ``ConfigError`` if it is not contiguous.
         """
         if matrix.is_contiguous():
             return matrix
         if not parameter.is_contiguous():
             raise ConfigError(
-                "native kernels lay weights out anew, and these do not lie in one piece: use "
+                "native kernels transpose weights in place, and these are not contiguous: use "
                 "executor compact"
             )
-        # noted first: an interrupt may come between any two steps, and none divides lay_out
-        self._laid.append((parameter, parameter.data_ptr()))
+        # recorded first: an interrupt may come between any two lines, and none divides lay_out
+        self._transposed.append((parameter, parameter.data_ptr()))
         ops().lay_out(parameter, True)
         return parameter.data.t()
 
-    def turned(self, matrix: Any, order: str) -> Any:
-        """A packed matrix of rows or tiles, in that order; a part of another as a copy."""
+    def reorder(self, matrix: Any, order: str) -> Any:
+        """A packed matrix by rows or tiles, as ``order`` names it; a part of another as a copy."""
         if matrix.order() == order:
             return matrix
-        self._turned.append((matrix, matrix.order()))  # first, as above
+        self._reordered.append((matrix, matrix.order()))  # first, as above
         return ops().packed_turned(matrix, order, False)
 
     def restore(self) -> None:
-        """Every parameter lies as it did; safe to call again, wherever it was interrupted."""
-        while self._turned:
-            ops().packed_turned(*self._turned[-1], False)
-            self._turned.pop()
-        while self._laid:
-            parameter, address = self._laid[-1]
+        """Undo all; safe to call again, wherever it was interrupted."""
+        while self._reordered:
+            ops().packed_turned(*self._reordered[-1], False)
+            self._reordered.pop()
+        while self._transposed:
+            parameter, address = self._transposed[-1]
             if not parameter.is_contiguous():
                 if parameter.data_ptr() == address:
                     ops().lay_out(parameter, False)
                 else:  # replaced or moved meanwhile, strides and all
                     parameter.data = parameter.data.contiguous()
-            self._laid.pop()
+            self._transposed.pop()
         self.room = None
 
 
 def not_in_place_reason(
     model: nn.Module, blocks: Sequence[FfnBlock], others: Sequence[nn.Module] = ()
-) -> str:
-    """Why the projections that must be cannot be laid out where they are: "", or a clause.
+) -> str | None:
+    """Why weights that must be transposed in place cannot be; None if all can.
 
-    ``others``: beside those of the FFNs.  Needs the native kernels.
+    ``others``: projections beside those of the FFNs.  Needs the native kernels.
     """
-    wanted = [found for block in blocks for found in _not_in_rows(block)]
+    wanted = [pair for block in blocks for pair in _not_in_rows(block)]
     attention = [one for one in others if not matrix_of(one).is_contiguous()]
     wanted += [(_parameter(one), "a projection of the attention") for one in attention]
-    held = list(_held(model)) if wanted else []
+    spans = list(_named_spans(model)) if wanted else []
     private: list[Span] | None = None
-    for weight, place in wanted:
+    for weight, role in wanted:
         start, end = _span(weight)
         if bool(weight.is_shared()):  # type: ignore[no-untyped-call]
-            return f"{place} shares its memory with another process"
+            return f"{role} shares its memory with another process"
         if not weight.is_contiguous() or weight.untyped_storage().nbytes() != end - start:
-            return f"{place} is a view of something larger"
-        on_it = [name for (low, high), name in held if low < end and start < high]
+            return f"{role} is a view of something larger"
+        on_it = [name for (low, high), name in spans if low < end and start < high]
         if len(on_it) > 1:
             return f"{' and '.join(on_it)} lie on the same memory"
         if not ops().allocated(weight):
             private = list(private_maps()) if private is None else private
             if not any(low <= start and end <= high for low, high in private):
-                return f"{place} lies in memory that PyTorch did not allocate"
-    return ""
+                return f"{role} lies in memory that PyTorch did not allocate"
+    return None
 
 
 def _not_in_rows(block: FfnBlock) -> Iterator[tuple[nn.Parameter, str]]:
-    """The projections whose neurons are columns, and what they are called."""
+    """The projections whose neurons are columns, and their names in messages."""
     _, up, down = block.matrices()
     for role, module, rows in (("up", block.up, up), ("down", block.down, down.t())):
         if not rows.is_contiguous() and (role == "down" or block.by_inputs):
@@ -139,8 +140,8 @@ def _not_in_rows(block: FfnBlock) -> Iterator[tuple[nn.Parameter, str]]:
             yield weight, f"the {role} projection of layer {block.index}"
 
 
-def _held(model: nn.Module) -> Iterator[tuple[Span, str]]:
-    """Where the parameters and buffers lie, by each of their names."""
+def _named_spans(model: nn.Module) -> Iterator[tuple[Span, str]]:
+    """Addresses of the parameters and buffers, by each of their names."""
     parameters = model.named_parameters(remove_duplicate=False)
     for name, one in chain(parameters, model.named_buffers(remove_duplicate=False)):
         if type(one) in (Tensor, nn.Parameter) and one.device.type == "cpu":
@@ -154,13 +155,13 @@ def _span(tensor: Tensor) -> Span:
 
 
 TILE = 16
-"""Rows of a packed matrix that lie interleaved."""
+"""Rows of a packed matrix that are interleaved."""
 
 PADDING = 192
-"""Bytes that a part of a copy takes at most beside its rows."""
+"""Most bytes that a part of compact weights takes beside its rows."""
 
 FEW = 32
-"""Vectors up to which the kernel is used; more are a matrix product on rows that are gathered."""
+"""Vectors up to which the kernel is used; more are matrix products on copied rows."""
 
 ACTS: Mapping[int, Callable[[Tensor], Tensor]] = {
     0: F.silu,
@@ -169,8 +170,7 @@ ACTS: Mapping[int, Callable[[Tensor], Tensor]] = {
     3: F.relu,
     4: lambda x: F.relu(x).square(),
 }
-"""Activations that the kernels know, by number; kernels.h has the same."""
-
+"""Activations of the kernels, by number; kernels.h has the same."""
 
 NO_MODULE = "has no FFN module of its own"
 
@@ -180,8 +180,8 @@ class KernelMask:
     """What the kernels run for one mask.
 
     ``ids``: [k] int32, None for all; ``bias``: [D] float32; ``basis``, ``features``: [r, D];
-    ``choice``: by what each token chooses out of ``ids``, None where it runs them all;
-    ``matrices``: of packed weights, gate, up and down (all of them, or copies of ``ids``).
+    ``choice``: how each token selects out of ``ids``, None where it runs them all; ``matrices``: of
+    packed weights, gate, up and down (all of them, or compact weights of ``ids``).
     """
 
     ids: Tensor | None = None
@@ -192,23 +192,23 @@ class KernelMask:
     matrices: tuple[Any, ...] = ()
 
     def nbytes(self) -> int:
-        held = (self.ids, self.bias, self.features)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        parts = (self.ids, self.bias, self.features)
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
 
 def act_number(act: Callable[[Tensor], Tensor]) -> int | None:
-    """Which of ``ACTS`` an activation is, found by what it does; None where it is another."""
+    """Which of ``ACTS`` an activation is, by its values on a grid; None where it is another."""
     grid = torch.linspace(-6, 6, 193)
     try:
-        found = act(grid)
+        values = act(grid)
     except (RuntimeError, TypeError):
         return None
-    same = (n for n, known in ACTS.items() if torch.allclose(found, known(grid), atol=1e-5))
+    same = (n for n, other in ACTS.items() if torch.allclose(values, other(grid), atol=1e-5))
     return next(same, None)
 
 
-def native_unsupported_reason(block: FfnBlock) -> str:
-    """Why the kernels cannot run ``block``: "", or a clause."""
+def native_unsupported_reason(block: FfnBlock) -> str | None:
+    """Why the kernels cannot run ``block``; None if they can."""
     if block.inline:
         return NO_MODULE
     if block.offloaded:
@@ -221,7 +221,7 @@ def native_unsupported_reason(block: FfnBlock) -> str:
     if not all(isinstance(part.weight, nn.Parameter) for part in block.projections):
         return "has weights that are computed from others"
     if len({isinstance(part.weight, PackedTensor) for part in block.projections}) > 1:
-        return "holds some of its matrices in blocks and others not"
+        return "stores some of its matrices in blocks and others not"
     gate, up, _ = block.matrices()
     if not up.is_contiguous() and not block.by_inputs:
         return "stores its up projection by inputs"
@@ -229,7 +229,7 @@ def native_unsupported_reason(block: FfnBlock) -> str:
         return "stores its gate by inputs"
     if act_number(block.act) is None:
         return "has an activation that they do not know"
-    return ""
+    return None
 
 
 class NativeFfn:
@@ -263,19 +263,19 @@ class NativeFfn:
         self.unload()
 
     def unload(self) -> None:
-        """Hold no mask."""
+        """Keep no mask."""
         self.mask: LayerMask | None = None
         self._copies = ()
         self.kept = KernelMask(matrices=self._packs)
 
     @property
     def chooses(self) -> bool:
-        """Whether the kernels choose a token's neurons as its method does."""
+        """Whether the kernels select a token's neurons as its method does."""
         return self.token is not None and self.token.rule.native
 
     @property
     def token_rows(self) -> int:
-        """Rows of the largest batch whose tokens choose here, beside whole steps; 0: none do.
+        """Rows of the largest batch with per-token selection, beside whole steps; 0: none.
 
         Several tokens together would read most neurons.
         """
@@ -283,7 +283,7 @@ class NativeFfn:
 
     @property
     def by_weights(self) -> bool:
-        """Whether they choose by the activations of all neurons, read as a whole."""
+        """Whether tokens select by the exact activations of all neurons."""
         return self.token is not None and self.token.rule.by_weights
 
     def everything(self) -> KernelMask:
@@ -293,10 +293,10 @@ class NativeFfn:
 
     @torch.no_grad()
     def load(self, mask: LayerMask) -> None:
-        """Take over a mask; a no-op when it is in force already."""
+        """Switch to a mask; a no-op when it is in force already."""
         if mask is self.mask:
             return
-        self.mask = None  # its copies are written over, and that may be interrupted
+        self.mask = None  # compact weights are overwritten, and that may be interrupted
         with torch.inference_mode(False):
             linear = mask.low_rank
             parts = [t.float() for t in (self.down_bias, mask.bias) if t is not None]
@@ -310,19 +310,19 @@ class NativeFfn:
             self.kept = KernelMask(ids, bias, basis, features, choice, matrices)
         self.mask = mask
 
-    def _matrices(self, ids: Tensor | None, chosen: bool) -> tuple[Any, ...]:
+    def _matrices(self, ids: Tensor | None, per_token: bool) -> tuple[Any, ...]:
         """The packed matrices that a mask reads.
 
-        Rows here and there take the machine more than their bytes, so that what a mask keeps for
-        many tokens is copied, where memory is left for it; what each token chooses is read where
-        it lies, row by row: of the down projection alone where all activations choose.
+        Scattered rows cost more time than their bytes, so that what a mask keeps for many tokens is
+        copied, where memory is left for it.  What each token selects is read in place, row by row:
+        of the down projection alone where exact activations select.
         """
-        if not self._packs or (ids is None and (not chosen or self.by_weights)):
+        if not self._packs or (ids is None and (not per_token or self.by_weights)):
             self._copies = ()
             return self._packs
-        copied = not chosen and ids is not None and (bool(self._copies) or self._fits(ids))
+        copied = not per_token and ids is not None and (bool(self._copies) or self._fits(ids))
         order, (*outer, down) = "tiles" if copied else "rows", self._packs
-        self._packs = (*(self._layout.turned(one, order) for one in outer), down)
+        self._packs = (*(self._layout.reorder(one, order) for one in outer), down)
         if not copied:
             self._copies = ()
             return self._packs
@@ -334,16 +334,16 @@ class NativeFfn:
         return self._layout.has_room(self.copied_bytes(len(ids)))
 
     def copied_bytes(self, count: int) -> int:
-        """Bytes of the copies that a mask of ``count`` neurons has, at most; 0: it has none."""
+        """Most bytes of compact weights for a mask of ``count`` neurons; 0: it has none."""
         if not self._packs or not 0 < count < self.block.down_width:
             return 0
         *outer, down = self._packs
         parts = [part for one in outer for part in one.parts()] + [down.parts()[0]]
-        rows = count + TILE - 1  # they lie in whole tiles
+        rows = count + TILE - 1  # in whole tiles
         return sum(one.nbytes * rows // self.block.down_width + PADDING for one in parts)
 
     def _choice(self, mask: TokenMask) -> Any:
-        """What the kernels read to choose ``mask.winners`` neurons."""
+        """What the kernels read to select ``mask.winners`` neurons."""
         assert self.token is not None
         mean, config = mask.mean, self.token.rule.config
         parts = [part for proxy in self.token.proxies for part in (proxy.levels, proxy.scales)]
@@ -356,7 +356,7 @@ class NativeFfn:
         )
 
     def run(self, x: Tensor) -> Tensor:
-        """z from the kept neurons alone.  x: [..., D]; of one token where tokens choose."""
+        """z from the kept neurons alone.  x: [..., D]; of one token with per-token selection."""
         flat = x.reshape(-1, x.shape[-1])
         many = len(flat) > FEW or torch.compiler.is_compiling()  # which traces no native call
         z = self._product(flat) if many else self._kernel(flat)
@@ -381,15 +381,9 @@ class NativeFfn:
         return z
 
     def _product(self, x: Tensor) -> Tensor:
-        """As ``_kernel``, for many vectors: their products are worth a copy of the rows."""
-        kept, ids = self.kept, self.kept.ids
-        up = F.linear(x, _rows(self.up, ids), _rows(self.up_bias, ids))
-        if self.gate is not None:
-            gate = F.linear(x, _rows(self.gate, ids), _rows(self.gate_bias, ids))
-            u = ACTS[self.act](gate) * up
-        else:
-            u = ACTS[self.act](up)
-        z: Tensor = u @ _rows(self.down, ids)
+        """As ``_kernel``, for many vectors."""
+        kept, biases = self.kept, (self.gate_bias, self.up_bias)
+        z = run_rows(x, (self.gate, self.up, self.down), biases, kept.ids, ACTS[self.act])
         if kept.bias is not None:
             z = z + kept.bias.to(z.dtype)
         if kept.basis is not None and kept.features is not None:
@@ -397,27 +391,15 @@ class NativeFfn:
         return z
 
     def nbytes(self) -> int:
-        """Bytes held for the mask in force, beside the mask itself."""
-        held = (self.gate, self.up, self.down)
-        known = {_address(one.matrix) for one in held if isinstance(one, PackedTensor)}
-        copies = (one for one in (*self._copies, *self._packs) if _address(one) not in known)
+        """Bytes for the mask in force, beside the mask itself."""
+        weights = (self.gate, self.up, self.down)
+        stored = {_address(one.matrix) for one in weights if isinstance(one, PackedTensor)}
+        copies = (one for one in (*self._copies, *self._packs) if _address(one) not in stored)
         return self.kept.nbytes() + sum(int(one.nbytes()) for one in copies)
 
 
-@overload
-def _rows(matrix: Tensor, ids: Tensor | None) -> Tensor: ...
-
-
-@overload
-def _rows(matrix: Tensor | None, ids: Tensor | None) -> Tensor | None: ...
-
-
-def _rows(matrix: Tensor | None, ids: Tensor | None) -> Tensor | None:
-    return matrix if matrix is None or ids is None else matrix[ids]
-
-
 def _address(matrix: Any) -> int:
-    """Where a packed matrix lies."""
+    """Of a packed matrix."""
     return int(matrix.parts()[0].data_ptr())
 
 
@@ -428,13 +410,13 @@ def _parameter(module: nn.Module) -> nn.Parameter:
 
 
 PLAIN = "torch.nn.modules.linear"
-"""Where the forward is that the kernel stands for."""
+"""Module of the forward that the kernel replaces."""
 
 
 class NativeLinear:
     """One linear layer outside the FFNs, for the few vectors of a decode step.
 
-    torch's products of one vector with a small matrix take several times what their bytes allow.
+    torch multiplies a vector with a small matrix at a fraction of the memory bandwidth.
     """
 
     def __init__(self, module: nn.Linear) -> None:
@@ -442,7 +424,7 @@ class NativeLinear:
         self._run: Any = ops().linear.default
 
     def run(self, original: Callable[..., Any], x: Tensor) -> Tensor:
-        """Its forward; what the kernel does not serve, the module's own one does."""
+        """Its forward; the original one where the kernel cannot run."""
         weight, size = self.module.weight, x.shape[-1]
         few = 0 < x.numel() <= FEW * size and x.dtype == weight.dtype and size == weight.shape[1]
         few = few and not isinstance(weight, PackedTensor)  # which runs on its blocks by itself
@@ -466,5 +448,5 @@ def native_linears(model: nn.Module, blocks: tuple[FfnBlock, ...]) -> Iterator[N
 
 
 def _readable(weight: Any) -> bool:
-    known = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
-    return known and type(weight) is nn.Parameter and weight.is_contiguous()
+    floats = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
+    return floats and type(weight) is nn.Parameter and weight.is_contiguous()

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dart_llm.models.calls import SlimCall
+from dart_llm.models.calls import TokenCall
 from dart_llm.models.packed import PackedTensor
 from dart_llm.models.screen import Screen, divergence
 from dart_llm.native.build import ops, why_not
 from dart_llm.patching.executors.native_ffn import Layout
-from dart_llm.patching.executors.step_formulas import capped
+from dart_llm.patching.executors.step_check import capped
 from dart_llm.patching.executors.token_ffn import STEP_ROWS
 from dart_llm.pruning.records import HeadReport
 
 EVERY = 32
-"""Of so many screened tokens one is scored by the whole head too, to see what is lost."""
+"""One in so many screened tokens is scored by the whole head too, to measure the loss."""
 
 
 class ScreenedHead:
@@ -44,13 +44,13 @@ class ScreenedHead:
         if why_not() or weight.device.type != "cpu":
             return
         if isinstance(weight, PackedTensor):
-            layout.turned(weight.matrix, "rows")
+            layout.reorder(weight.matrix, "rows")
             self._packed = weight.matrix
         if self._packed is not None or weight.is_contiguous():
             self._native = weight.dtype
 
     def forget(self) -> None:
-        """Count anew: another request begins."""
+        """Reset the counts: another request begins."""
         self._tokens = self._sampled = self._same = self._exact = 0
         self._divergence = 0.0
 
@@ -62,33 +62,31 @@ class ScreenedHead:
     def run(self, hidden: Tensor) -> Tensor:
         """The module's forward for decoded tokens, [..., D] to [..., V]."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        few = 0 < len(rows) <= STEP_ROWS
-        by_kernels = few and rows.dtype == self._native
+        by_kernels = 0 < len(rows) <= STEP_ROWS and rows.dtype == self._native
         with torch.no_grad():
             scores, exact = self._by_kernels(rows) if by_kernels else self._by_torch(rows)
         self.count(rows, capped(scores, self._cap), exact)  # the model itself caps them later
         return scores.reshape(*hidden.shape[:-1], scores.shape[-1])
 
-    def ask(self, call: SlimCall) -> SlimCall:
-        """What a whole step is asked for: scores, where a token is looked at."""
-        return replace(call, forbidden=None) if self._looked(len(call.ids)) else call
+    def with_scores(self, call: TokenCall) -> TokenCall:
+        """``call``, of logits where one of its tokens is sampled."""
+        return replace(call, forbidden=None) if self._sampled_rows(len(call.ids)) else call
 
     @torch.no_grad()
     def count(self, hidden: Tensor, logits: Tensor, exact: int) -> None:
-        """Tokens with last hidden states [n, D] were screened, and ``exact`` words were read.
+        """Tokens with last hidden states [n, D] were screened, and ``exact`` entries were read.
 
-        ``logits``: [n, V], as the model gives them, where one of the tokens is looked at.
+        ``logits``: [n, V], as the model gives them, where one of the tokens is sampled.
         """
-        for place in self._looked(len(hidden)):
-            own = slice(place, place + 1)
-            full = capped(F.linear(hidden[own], self._weight), self._cap).float()
+        for row in self._sampled_rows(len(hidden)):
+            full = capped(F.linear(hidden[row : row + 1], self._weight), self._cap).float()
             self._sampled += 1
-            self._same += int(full.argmax() == logits[own].float().argmax())
-            self._divergence += float(divergence(full, logits[own]))
+            self._same += int(full.argmax() == logits[row : row + 1].float().argmax())
+            self._divergence += float(divergence(full, logits[row : row + 1]))
         self._tokens += len(hidden)
         self._exact += exact
 
-    def _looked(self, count: int) -> range:
+    def _sampled_rows(self, count: int) -> range:
         """Which of the next tokens the whole head scores too: the first, then each 32nd."""
         return range(-self._tokens % EVERY, count, EVERY)
 
@@ -106,26 +104,26 @@ class ScreenedHead:
         return scores, sum(exact)
 
     def _by_torch(self, hidden: Tensor) -> tuple[Tensor, int]:
-        """The same by formulas: of one token its words alone, of several all of them."""
+        """The same in PyTorch: of one token its entries alone, of several all of them."""
         rough = self.screen.rough(hidden)
         near = self.screen.near(rough)
         if len(hidden) > 1 or isinstance(self._weight, PackedTensor):
             full = F.linear(hidden, self._weight)
             return torch.where(near, full, rough.to(hidden.dtype)), int(near.sum())
-        words = near[0].nonzero()[:, 0]
-        exact = F.linear(hidden, self._weight.index_select(0, words))
-        return rough.to(hidden.dtype).index_copy(1, words, exact), len(words)
+        entries = near[0].nonzero()[:, 0]
+        exact = F.linear(hidden, self._weight.index_select(0, entries))
+        return rough.to(hidden.dtype).index_copy(1, entries, exact), len(entries)
 
     def report(self) -> HeadReport | None:
-        """What was read and lost so far; None before the first token."""
+        """Bytes read and divergence so far; None before the first token."""
         if not self._tokens:
             return None
         weight = self._weight
         read = self.screen.nbytes() / weight.nbytes
-        looked = self._sampled / self._tokens
+        sampled = self._sampled / self._tokens
         return HeadReport(
             tokens=self._tokens,
-            bytes_share=read + self._exact / self._tokens / len(weight) + looked,
+            bytes_share=read + self._exact / self._tokens / len(weight) + sampled,
             sampled=self._sampled,
             same_share=self._same / self._sampled,
             kl=self._divergence / self._sampled,

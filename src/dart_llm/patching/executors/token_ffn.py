@@ -1,4 +1,4 @@
-"""One FFN block under token-level selection: a rule selects, the model's weights compute."""
+"""One FFN block under per-token selection: a rule selects, the model's weights compute."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ from dart_llm.pruning.weights import in_blocks
 logger = logging.getLogger("dart_llm")
 
 STEP_ROWS = 8
-"""Rows of the largest batch that a native step, or Triton's kernels, take."""
+"""Rows of the largest batch that a native step, or the cuda kernels, take."""
 
-READ_WINNERS = {"native": 1, "slim": STEP_ROWS, "triton": STEP_ROWS}
+WHOLE_STEPS = "native, whole steps"
+"""How reports name executor native where it decoded by whole steps."""
+
+READ_WINNERS = {"native": 1, WHOLE_STEPS: STEP_ROWS, "cuda": STEP_ROWS}
 """Executors that read the winners of a token alone, and of how many rows; all else is dense."""
 
 
@@ -47,21 +50,23 @@ def winner_rows(config: TokenConfig | None, executor: str, blocks: bool) -> int:
     return most_rows(executor, rule.by_weights) if rule.native else 0
 
 
-def say_slower(method: str, token: TokenFfn, executor: str, rows: int) -> None:
-    """Warn once if per-token selection is slower than the dense model here."""
+def warn_if_slower_than_dense(method: str, token: TokenFfn, executor: str, rows: int) -> None:
+    """Warn once if per-token selection is slower than dense here."""
     if not token.rule.native:
-        _say_reference(method)
-    elif executor not in READ_WINNERS:
-        _say_slower(method, f"under executor {executor}")
-    elif rows > most_rows(executor, token.rule.by_weights):
-        _say_slower(method, f"in a batch of several rows under executor {executor}")
-
-
-@functools.cache
-def _say_slower(method: str, where: str) -> None:
-    logger.warning(
+        _warn_once(
+            "%s runs in plain PyTorch and is slower than the unpruned model: it is there to "
+            "compare quality at equal bytes; no kernel reads less for it",
+            method,
+        )
+        return
+    where = f"under executor {executor.partition(',')[0]}"
+    if executor in READ_WINNERS:
+        if rows <= most_rows(executor, token.rule.by_weights):
+            return
+        where = f"in a batch of several rows {where}"
+    _warn_once(
         "%s is slower than the unpruned model %s: all neurons are computed, and estimated first; "
-        "executors native and slim run the selected ones alone, of one row and of up to %d",
+        "executor native runs the selected ones alone, of one row and of up to %d",
         method,
         where,
         STEP_ROWS,
@@ -69,12 +74,8 @@ def _say_slower(method: str, where: str) -> None:
 
 
 @functools.cache
-def _say_reference(method: str) -> None:
-    logger.warning(
-        "%s runs in plain PyTorch and is slower than the unpruned model: it is there to compare "
-        "quality at equal bytes; no kernel reads less for it",
-        method,
-    )
+def _warn_once(message: str, *values: object) -> None:
+    logger.warning(message, *values)
 
 
 class TokenFfn:
@@ -101,8 +102,8 @@ class TokenFfn:
     ) -> tuple[Tensor, Tensor]:
         """``(u, z)`` by dense arithmetic, for any number of tokens.
 
-        x: [B, T, .], what the host is given; fed: [B, T, D], what the input projections are given
-        (the same, but for OPT).  ``masks``: one for all rows, or one per row.
+        x: [B, T, .], input of the host; fed: [B, T, D], input of the first projections (the same,
+        but for OPT).  ``masks``: one for all rows, or one per row.
         """
         bias = stacked([None if m is None else m.bias for m in masks])
         if self.rule.selects_neurons:

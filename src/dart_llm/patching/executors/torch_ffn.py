@@ -35,24 +35,24 @@ def run_masked(
 
 
 class CompactFfn:
-    """Copies of one block's kept rows and columns, refilled in place on every re-mask.
+    """Compact weights of one block: its kept rows and columns, refilled in place on every re-mask.
 
     ``rows``: [k or 2k, D], gate above up; ``columns``: [D, k].
     """
 
     token_rows = 0
-    """Rows of the largest batch whose tokens choose here: none do."""
+    """Rows of the largest batch with per-token selection here: none."""
 
     def __init__(self, block: FfnBlock) -> None:
         self.block = block
         self.unload()
 
     def unload(self) -> None:
-        """Hold no copies."""
+        """Keep no compact weights."""
         self.mask: LayerMask | None = None
         self.rows = self.columns = self.row_bias = self.bias = None  # type: Tensor | None
         self.linear: LowRank | None = None
-        self.own_bias = False
+        self.sums_biases = False
 
     @torch.no_grad()
     def load(self, mask: LayerMask) -> None:
@@ -92,13 +92,13 @@ class CompactFfn:
             rows = torch.cat([(none if bias is None else bias)[mask.ids] for bias in inputs])
             self.row_bias = buffer(self.row_bias, tuple(rows.shape), rows).copy_(rows)
         if mask.bias is None:
-            self.bias, self.own_bias = down, False
+            self.bias, self.sums_biases = down, False
             return
         assert self.columns is not None
         total = mask.bias if down is None else down.float() + mask.bias
-        known = self.bias if self.own_bias else None
-        self.bias = buffer(known, tuple(total.shape), self.columns).copy_(total)
-        self.own_bias = True
+        old = self.bias if self.sums_biases else None
+        self.bias = buffer(old, tuple(total.shape), self.columns).copy_(total)
+        self.sums_biases = True
 
     def run(self, x: Tensor) -> Tensor:
         """z from the kept neurons alone."""
@@ -112,16 +112,32 @@ class CompactFfn:
         z = F.linear(u, self.columns, self.bias)
         return z if self.linear is None else z + self.linear(x)
 
-    def places(self) -> tuple[int, ...]:
-        """What a recorded step would read: shapes and addresses."""
-        out = None if self.linear is None else self.linear.out
-        held = (self.rows, self.columns, self.row_bias, self.bias, out)
-        return tuple(part for t in held if t is not None for part in (t.data_ptr(), len(t)))
-
     def nbytes(self) -> int:
         out = None if self.linear is None else self.linear.out
-        held = (self.rows, self.columns, self.row_bias, self.bias if self.own_bias else None, out)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        bias = self.bias if self.sums_biases else None
+        parts = (self.rows, self.columns, self.row_bias, bias, out)
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
+
+
+def run_rows(
+    x: Tensor,
+    matrices: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    ids: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """z [M, D] without bias, for many vectors x [M, D]: copies of the rows ``ids`` (None: all).
+
+    ``matrices``: gate (or None), up and down, [I, D] each; ``biases``: of gate and up.
+    """
+    parts = (*matrices, *biases)
+    gate, up, down, gate_bias, up_bias = (
+        part if part is None or ids is None else part[ids] for part in parts
+    )
+    assert up is not None and down is not None
+    u = F.linear(x, up, up_bias)
+    u = act(u) if gate is None else act(F.linear(x, gate, gate_bias)) * u
+    return u @ down
 
 
 def stacked(parts: Sequence[Tensor | None]) -> Tensor | None:

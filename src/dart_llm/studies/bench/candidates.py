@@ -73,7 +73,7 @@ def make_candidate(
 def native_dense(weights: str, suffix: str, device: str) -> Iterator[Candidate]:
     """Candidates of ``bench speed`` for dense (native), the faster first."""
     griffin = PruneConfig.build("griffin", sparsity=0.0)
-    for executor in ("graph",) if device == "cuda" else ("slim", "native"):
+    for executor in ("cuda",) if device == "cuda" else ("native",):
         yield make_candidate(griffin.replace({"executor": executor}), weights, suffix)
 
 

@@ -30,7 +30,7 @@ REFERENCE = "llama.cpp"
 FORMATS = ("auto", "file", "dense", *ROUNDED)
 """Weight formats by name; ``bench speed`` takes GGUF files too."""
 
-GPU_EXECUTORS = ("graph", "triton", "cuda")
+GPU_EXECUTORS = ("cuda",)
 
 EXECUTORS = tuple(get_args(PruneConfig.model_fields["executor"].annotation))[1:]
 """All but ``auto``."""

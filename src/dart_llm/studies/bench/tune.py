@@ -10,6 +10,7 @@ import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dart_llm import __version__
 from dart_llm.errors import DartError
 from dart_llm.evaluation.divergence import reference_logits
 from dart_llm.experiments.study import Unit, load_model, run_study
@@ -299,7 +299,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         row = next(one for one in document["rows"] if one["recommended"])
         loaded = self.models[row["weights"]]
         model = {**identity(loaded.model), "held": held_words(loaded.model), "dtype": loaded.dtype}
-        date = {"date": self.config["started"][:10], "by": f"dart-llm {__version__}"}
+        date = {"date": self.config["started"][:10], "by": f"dart-llm {version('dart-llm')}"}
         config = PruneConfig.from_mapping(row["config"])
         return KeptSetting(config, loaded.weights, model, report.measured(document, row), date)
 
@@ -335,7 +335,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
 def native_dense_config(model: Any, config: PruneConfig) -> PruneConfig:
     """Dense (native): by whole native steps where they can run, else as transformers does."""
     try:
-        steps = config.replace({"executor": "slim"})
+        steps = config.replace({"executor": "native"})
         Run(model, steps)
     except DartError:
         return config

@@ -118,7 +118,7 @@ class QualitySettings(StudyOptions, ModelOptions):
     prompt_tokens: int = setting(STUDY, "Prompt tokens of a slice.", 256, ge=16)
     tokens: int = setting(STUDY, "Scored tokens of a slice.", 256, ge=1)
     calibration: str | None = setting(STUDY, "Text for methods that calibrate.")
-    executor: str | None = setting(STUDY, "auto, masked, compact, native, slim, graph or triton.")
+    executor: str | None = setting(STUDY, "auto, masked, compact, native or cuda.")
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Executor triton: kernels by an index, on a GPU or in Triton's interpreter, beside compact."""
+"""Executor cuda: kernels by an index, on a GPU or in Triton's interpreter."""
 
 import importlib.util
 import os
@@ -11,16 +11,15 @@ import torch
 from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.models.describe import describe
 from dart_llm.models.packed_loading import round_weights
-from dart_llm.patching.executors import graph_step, triton_ffn
+from dart_llm.patching.executors import cuda_ffn
+from dart_llm.patching.executors.cuda_ffn import CudaFfn
+from dart_llm.patching.executors.token_ffn import STEP_ROWS
 from dart_llm.patching.executors.torch_ffn import CompactFfn
-from dart_llm.patching.executors.triton_ffn import FEW, TritonFfn
 from dart_llm.pruning.compensation import LowRank
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import low_bit, winner_places
 from dart_llm.session.run import prune
-from prior_cases import SMALL
-from replays import Replay
-from steps import Same, apart, decode, generate, pruned, same_masks
+from steps import Same, apart, generate
 from tiny import tiny, tokens
 
 pytestmark = [
@@ -35,14 +34,11 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 FORMS = ("llama", "llama-bias", "phi3", "gpt2", "gpt_neox")
 """Gate, up and down; with biases; gate and up fused; plain with biases, by inputs and by rows."""
 
-PROMPT, DECODED = 66, 3
-IDS = tokens(1, PROMPT + DECODED, seed=3).to(DEVICE)
-
 
 @pytest.fixture
 def kernels(monkeypatch):
     """The kernels; in the interpreter with few programs, each of which takes 10 ms."""
-    made = triton_ffn.kernels()
+    made = cuda_ffn.kernels()
     if made.INTERPRETED:
         monkeypatch.setattr(made, "ROWS", 64)
         monkeypatch.setattr(made, "CHUNK", 64)
@@ -62,7 +58,7 @@ def model_of(name, dtype=torch.float32, **sizes):
 @pytest.mark.parametrize(("inputs", "width", "keep"), [(300, 40, 3), (33, 130, 11)])
 def test_rows_and_their_sum(inputs, width, keep, dtype):
     """Sizes that no block divides, one neuron of a program's eight, ids of each vector's own."""
-    made = triton_ffn.kernels()
+    made = cuda_ffn.kernels()
     gate, up = drawn(width, inputs, dtype=dtype), drawn(width, inputs, dtype=dtype, seed=1)
     x, ids = drawn(2, inputs, dtype=dtype), torch.arange(width - keep, width, device=DEVICE)
     found = made.rows(x, (gate, up), ids)
@@ -107,7 +103,7 @@ def test_the_largest_are_those_of_a_stable_sort(kernels):
 def test_one_ffn(kernels, name, dtype):
     """Under one mask after the other, with compensation and without; few vectors and many."""
     block = describe(model_of(name, dtype)).blocks[1]
-    ours, theirs = TritonFfn(block), CompactFfn(block)
+    ours, theirs = CudaFfn(block), CompactFfn(block)
     hidden = block.matrices()[2].shape[0]
     maps = LowRank(drawn(4, hidden, dtype=dtype), drawn(hidden, 4, dtype=dtype, seed=1))
     masks = [
@@ -118,71 +114,14 @@ def test_one_ffn(kernels, name, dtype):
         for mask in masks:
             ours.load(mask)
             theirs.load(mask)
-            for shape in ((1, 2), (1, FEW + 1)):
+            for shape in ((1, 2), (1, STEP_ROWS + 1)):
                 x = drawn(*shape, hidden, dtype=dtype)
                 assert ours.run(x).shape == x.shape and ours.run(x).dtype == dtype
                 assert apart(ours.run(x), theirs.run(x)) < TOLERANCE[dtype]
     size = block.down_width * hidden * torch.finfo(dtype).bits // 8
-    own = ours.ids.nbytes + ours.bias.nbytes + ours.linear.out.nbytes
-    assert ours.nbytes() == size + own  # down is copied, or an up by inputs
+    assert ours.nbytes() == size + ours.bias.nbytes  # down is copied, or an up by inputs
     ours.unload()
     assert ours.nbytes() == 0
-
-
-@pytest.mark.contract("masked equals compact")
-@pytest.mark.parametrize(
-    ("name", "method", "dtype"),
-    [
-        ("llama", "dart", torch.float32),
-        ("llama", "griffin", torch.bfloat16),
-        ("gpt2", "dart-token", torch.float32),
-        ("falcon", "griffin", torch.float32),  # of which no whole step runs
-    ],
-    ids=str,
-)
-def test_equal_to_compact(kernels, name, method, dtype):
-    model = model_of(name, dtype)
-    more = {} if method == "griffin" else {"self_stats": SMALL}
-    settings = {"method": method, "sparsity": 0.6, **more}
-    compact, masks, wanted = pruned(model, IDS, PROMPT, executor="compact", **settings)
-    run, same, found = pruned(model, IDS, PROMPT, executor="triton", **settings)
-    assert apart(found, wanted) < TOLERANCE[dtype] and len(masks) == len(same) == 1
-    assert same_masks(same[0][2], masks[0][2])
-    ours, theirs = run.report(), compact.report()
-    assert ours.executor == "triton" and ours.achieved_sparsity == theirs.achieved_sparsity > 0.5
-    assert ours.ffn_bytes_share < theirs.ffn_bytes_share  # no copies of what is kept
-
-
-def test_rows_choose_one_by_one(kernels):
-    """A batch's tokens have neurons of their own, in whole steps and beside them."""
-    ids = tokens(3, 20, seed=4).to(DEVICE)
-    for name in ("llama", "falcon"):
-        model, found = model_of(name, num_hidden_layers=1), []
-        settings = {"sparsity": 0.6, "score": "weight", "self_stats": None, "compensation": False}
-        for executor in ("masked", "triton"):
-            given = {**settings, "skip_sinks": False, "executor": executor}
-            with prune(model, "dart-token", **given) as run:
-                found.append(decode(model, ids, 18))
-                steps = run.patch.steps
-            assert steps == (2 if (name, executor) == ("llama", "triton") else 0)
-        assert apart(found[1], found[0]) < 1e-5
-
-
-def test_recorded_steps_go_on_reading_the_same_buffers(kernels, monkeypatch):
-    """New masks of the same counts, and choices of tokens, need no new recording."""
-    monkeypatch.setattr(graph_step, "Recorded", Replay)
-    monkeypatch.setattr(graph_step, "WARM_UPS", 0)
-    model, ids = model_of("llama", num_hidden_layers=1), IDS[:, :-1]
-    again = {"sparsity": 0.5, "drift": "interval 1", "remask": {"observe_tokens": 1}}
-    choice = {"sparsity": 0.5, "self_stats": SMALL}
-    for method, settings, recordings in (("griffin", again, 2), ("dart-token", choice, 1)):
-        monkeypatch.setattr(Replay, "made", 0)
-        found = [
-            pruned(model, ids, PROMPT - 4, method=method, executor=executor, **settings)
-            for executor in ("compact", "triton")
-        ]
-        assert apart(found[1][2], found[0][2]) < 1e-5 and Replay.made == recordings
-        assert len(found[0][1]) == len(found[1][1]) == (3 if method == "griffin" else 1)
 
 
 @pytest.mark.contract("exact restore")
@@ -194,16 +133,16 @@ def test_generate_and_leave_nothing_behind(kernels):
     with Same(model):
         with prune(model, "griffin", sparsity=0.5, executor="compact"):
             wanted = generate(model, ids, 4)
-        with prune(model, "griffin", sparsity=0.5, executor="triton") as run:
+        with prune(model, "griffin", sparsity=0.5, executor="cuda") as run:
             found = generate(model, ids, 4)
-            held = run.patch.layers[0].kept
+            kept = run.patch.layers[0].kept
         assert torch.equal(found.sequences, wanted.sequences)
-        assert apart(found.logits, wanted.logits) < 1e-5 and held.nbytes() == 0
+        assert apart(found.logits, wanted.logits) < 1e-5 and kept.nbytes() == 0
 
 
 def test_weights_that_change_in_place_count_from_the_next_mask(kernels):
     block = describe(model_of("llama")).blocks[0]
-    ffn, x = TritonFfn(block), drawn(1, 32)
+    ffn, x = CudaFfn(block), drawn(1, 32)
     masks = [LayerMask(torch.arange(20, device=DEVICE), 48) for _ in range(2)]
     with torch.no_grad():
         ffn.load(masks[0])
@@ -216,10 +155,10 @@ def test_weights_that_change_in_place_count_from_the_next_mask(kernels):
 def test_what_it_cannot_run_is_refused(kernels, monkeypatch):
     def refused(model, sentence, **settings):
         with pytest.raises(ConfigError, match=sentence):
-            prune(model, "griffin", sparsity=0.5, executor="triton", **settings)
+            prune(model, "griffin", sparsity=0.5, executor="cuda", **settings)
 
-    refused(model_of("opt"), r'executor "triton" cannot run OPT.* layer 0 has no FFN module')
-    refused(model_of("llama"), '"triton" records steps with the whole head', head="screened")
+    refused(model_of("opt"), r'executor "cuda" cannot run OPT.* layer 0 has no FFN module')
+    assert prune(model_of("llama"), "griffin", sparsity=0.5).executor != "cuda"
     refused(model_of("llama"), 'use executor "masked"', batch="per_row")
     monkeypatch.setattr(kernels, "MOST", 47)
     refused(model_of("llama"), 'layer 0 has more than 47 neurons; use executor "compact"')
@@ -231,25 +170,25 @@ def test_what_it_cannot_run_is_refused(kernels, monkeypatch):
 def test_weights_in_blocks_are_refused():
     model = tiny("llama", intermediate_size=64)
     round_weights(model, "q8_0")
-    with pytest.raises(ConfigError, match="layer 0 holds its weights in blocks"):
-        prune(model, "griffin", sparsity=0.5, executor="triton")
+    with pytest.raises(ConfigError, match="layer 0 stores its weights in blocks"):
+        prune(model, "griffin", sparsity=0.5, executor="cuda")
 
 
 def test_without_triton_one_sentence_says_what_to_install(monkeypatch):
-    triton_ffn.kernels.cache_clear()
+    cuda_ffn.kernels.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     try:
         with pytest.raises(MissingExtra, match=r"needs triton, .* pip install 'dart-llm\[gpu\]'"):
-            prune(tiny("llama"), "griffin", sparsity=0.5, executor="triton")
+            prune(tiny("llama"), "griffin", sparsity=0.5, executor="cuda")
     finally:
-        triton_ffn.kernels.cache_clear()
+        cuda_ffn.kernels.cache_clear()
 
 
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dart_llm.patching.executors import triton_kernels as kernels
+from dart_llm.patching.executors import cuda_kernels as kernels
 
 HALF, SINGLE, LONG = "*bf16", "*fp32", "*i64"
 CASES = (

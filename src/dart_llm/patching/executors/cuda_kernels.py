@@ -1,9 +1,9 @@
-"""Triton kernels for a decode step's FFNs: neurons are read by their ids, where they lie.
+"""Triton kernels for the FFNs of decoded tokens: neurons are read in place, by their ids.
 
-The only file that imports triton; ``TRITON_INTERPRET=1``, set before it is imported, runs the same
-kernels on a CPU, slowly, to be tested there.
+The only file that imports triton; with ``TRITON_INTERPRET=1``, set before the import, the kernels
+run on a CPU, slowly, for tests.
 
-A few vectors x [M, D] at a time; ids are [k], of all vectors, or [M, k], each vector's own.
+A few vectors x [M, D] at a time; ids are [k], for all vectors, or [M, k], one set per vector.
 Products are summed in float32.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from dart_llm.pruning.token_level import QuantizedProxy
 
 ROWS = 8
-"""Neurons of one program, where these are rows."""
+"""Neurons of one program where neurons are rows."""
 
 COLUMNS, CHUNK = 128, 32
 """Outputs of one program of the down projection, and neurons that it reads at once."""
@@ -28,7 +28,7 @@ SPLITS = 32
 """Parts at most into which the neurons of one output are cut, each summed by a program."""
 
 MOST = 32768
-"""Neurons of a layer at most of which one program can choose the strongest."""
+"""Neurons of the largest layer whose strongest ones a program can select."""
 
 
 @triton.jit
@@ -36,14 +36,14 @@ def _rows(x, first, second, ids, out, k, inputs, ids_step, BLOCK: tl.constexpr, 
     """out[part, m, n] = W_part[ids[n]] . x[m]; ``first``, ``second``: W by rows, contiguous."""
     m, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = block * N + tl.arange(0, N)
-    there = n < k
-    row = tl.load(ids + m * ids_step + n, mask=there, other=0).to(tl.int64)
+    valid = n < k
+    row = tl.load(ids + m * ids_step + n, mask=valid, other=0).to(tl.int64)
     total = tl.zeros((N, BLOCK), dtype=tl.float32)
     for start in range(0, inputs, BLOCK):
         d = start + tl.arange(0, BLOCK)
         inside = d < inputs
         value = tl.load(x + m * inputs + d, mask=inside, other=0.0).to(tl.float32)
-        both = there[:, None] & inside[None, :]
+        both = valid[:, None] & inside[None, :]
         at = row[:, None] * inputs + d[None, :]
         if part == 0:
             w = tl.load(first + at, mask=both, other=0.0)
@@ -51,7 +51,7 @@ def _rows(x, first, second, ids, out, k, inputs, ids_step, BLOCK: tl.constexpr, 
             w = tl.load(second + at, mask=both, other=0.0)
         total += w.to(tl.float32) * value[None, :]
     place = (part * tl.num_programs(0) + m) * k + n
-    tl.store(out + place, tl.sum(total, 1), mask=there)
+    tl.store(out + place, tl.sum(total, 1), mask=valid)
 
 
 @triton.jit
@@ -64,10 +64,10 @@ def _sum(u, down, ids, out, k, outputs, ids_step, part, COLUMNS: tl.constexpr, C
     end = tl.minimum((split + 1) * part, k)
     for start in range(split * part, end, CHUNK):
         n = start + tl.arange(0, CHUNK)
-        there = n < end
-        row = tl.load(ids + m * ids_step + n, mask=there, other=0).to(tl.int64)
-        value = tl.load(u + m * k + n, mask=there, other=0.0).to(tl.float32)
-        both = there[:, None] & inside[None, :]
+        valid = n < end
+        row = tl.load(ids + m * ids_step + n, mask=valid, other=0).to(tl.int64)
+        value = tl.load(u + m * k + n, mask=valid, other=0.0).to(tl.float32)
+        both = valid[:, None] & inside[None, :]
         w = tl.load(down + row[:, None] * outputs + d[None, :], mask=both, other=0.0)
         total += w.to(tl.float32) * value[:, None]
     place = (split * tl.num_programs(0) + m) * outputs + d
@@ -82,19 +82,19 @@ def _low_bit(
     """out[m, n] = Q[ids[n]] . x[m] of a low-bit copy Q; ``HALVES``: 2 levels of 4 bits a byte."""
     m, block = tl.program_id(0), tl.program_id(1)
     n = block * N + tl.arange(0, N)
-    there = n < k
-    row = tl.load(ids + n, mask=there, other=0).to(tl.int64)
+    valid = n < k
+    row = tl.load(ids + n, mask=valid, other=0).to(tl.int64)
     total = tl.zeros((N, BLOCK), dtype=tl.float32)
     for start in range(0, stored, BLOCK):
         d = start + tl.arange(0, BLOCK)
-        both = there[:, None] & (d < stored)[None, :]
+        both = valid[:, None] & (d < stored)[None, :]
         level = tl.load(levels + row[:, None] * stored + d[None, :], mask=both, other=0)
         level = level.to(tl.int32)
         for half in tl.static_range(HALVES):
             column = d + half * stored
             inside = (d < stored) & (column < inputs)
             value = tl.load(x + m * inputs + column, mask=inside, other=0.0).to(tl.float32)
-            some = there[:, None] & inside[None, :]
+            some = valid[:, None] & inside[None, :]
             at = row[:, None] * groups + (column // GROUP)[None, :]
             scale = tl.load(scales + at, mask=some, other=0.0).to(tl.float32)
             if HALVES == 2:
@@ -102,7 +102,7 @@ def _low_bit(
             else:
                 whole = level
             total += whole.to(tl.float32) * scale * value[None, :]
-    tl.store(out + m * k + n, tl.sum(total, 1), mask=there)
+    tl.store(out + m * k + n, tl.sum(total, 1), mask=valid)
 
 
 @triton.jit
@@ -114,9 +114,9 @@ def _largest(strengths, ids, out, n, k, WIDTH: tl.constexpr):
     """
     m = tl.program_id(0)
     place = tl.arange(0, WIDTH)
-    there = place < n
-    value = tl.load(strengths + m * n + place, mask=there, other=0.0)
-    bits = tl.where(there, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
+    valid = place < n
+    value = tl.load(strengths + m * n + place, mask=valid, other=0.0)
+    bits = tl.where(valid, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
     edge = tl.full((), 0, tl.int32)
     for shift in range(31):
         tried = edge | (1 << (30 - shift))
@@ -125,7 +125,7 @@ def _largest(strengths, ids, out, n, k, WIDTH: tl.constexpr):
     left = k - tl.sum(more, 0)
     taken = more + tied * (tl.cumsum(tied, 0) <= left).to(tl.int32)
     to = tl.cumsum(taken, 0) - 1
-    tl.store(out + m * k + to, tl.load(ids + place, mask=there, other=0), mask=taken > 0)
+    tl.store(out + m * k + to, tl.load(ids + place, mask=valid, other=0), mask=taken > 0)
 
 
 INTERPRETED = not isinstance(_rows, triton.JITFunction)
