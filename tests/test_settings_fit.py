@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from dart_llm.cli.chat_settings import ChatSettings
-from dart_llm.cli.commands import COMPARED, HELP
+from dart_llm.cli.commands import HELP
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY, PruneConfig
 from dart_llm.pruning.methods import summaries
@@ -13,11 +13,16 @@ from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import merge
 from dart_llm.studies.bench.settings import SpeedSettings
 from dart_llm.studies.drift.settings import collect as collect_study
-from dart_llm.studies.evaluate.settings import EvalSettings, PerplexitySettings, SummarizeSettings
 from dart_llm.studies.generate.settings import RunSettings, collect
 from dart_llm.studies.inspection.settings import InspectSettings
 from dart_llm.studies.quality.settings import QualitySettings
-from dart_llm.studies.sweep import grid
+from dart_llm.studies.sweep.settings import (
+    CompareSettings,
+    EvalSettings,
+    PerplexitySettings,
+    SummarizeSettings,
+    SweepSettings,
+)
 from shells import DRIFT, EXPERIMENT, VARIABLES, make_desk
 
 DECAY = (
@@ -107,10 +112,11 @@ def test_one_method_and_one_sparsity_are_the_default_of_every_command():
     rebuilt = merge(SpeedSettings, {"rebuild_every": 64}, None, {})
     assert [one.label for one in rebuilt.variant_list()] == ["dart"]
     assert QualitySettings().variant_list()[1].label == DEFAULT_METHOD
-    cell = grid.collect({"tasks": "perplexity:embedded"}, defaults=COMPARED)
-    assert (cell.methods, cell.sparsities) == (("dense", "griffin", "dart-token"), (0.3,))
-    assert grid.collect({"tasks": "a"}).methods == ("dense", DEFAULT_METHOD)
-    drifting = grid.collect({"tasks": "a", "overrides": {"drift": "paper"}}, defaults=COMPARED)
+    compared = merge(CompareSettings, {"tasks": "a"}, None, {})
+    assert compared.methods == ("dense", "griffin", "dart-token")
+    assert compared.sparsities == (0.3,)
+    assert merge(SweepSettings, {"tasks": "a"}, None, {}).methods == ("dense", DEFAULT_METHOD)
+    drifting = merge(CompareSettings, {"tasks": "a", "drift": "paper"}, None, {})
     assert drifting.methods == ("dense", "griffin", "dart") and len(drifting.notes) == 1
     assert "dense, griffin and dart-token at sparsity 0.3" in HELP["compare"]["help"]
     (told,) = [name for name, text in summaries().items() if "default" in text]

@@ -32,7 +32,7 @@ def file_sha256(path: Path) -> str:
 
 
 MOST_VALUES = 100_000
-"""In a YAML file, those of an alias counted wherever it stands."""
+"""In a YAML file, those of an alias counted at each use."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-            if "\\ud" in line.lower():  # an escape may be half a character, which is no text
+            if "\\ud" in line.lower():  # an escape may be half a character, which is not text
                 json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = f"\\u{ord(error.object[error.start]):04x}"
@@ -231,8 +231,17 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON document; empty where there is none, or it is damaged."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 def page_json(data: Any) -> str:
-    """JSON for a page: no ``<`` in it, so nothing can end the element that it stands in."""
+    """JSON for a page: no ``<`` in it, so nothing can end the element around it."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.replace("<", "\\u003c")
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -52,6 +54,9 @@ class Settings(BaseModel):
     RIVALS: ClassVar[tuple[set[str], ...]] = ()
     """What is rivals in this command alone, as of ``RIVALS`` below."""
 
+    ALIASES: ClassVar[Mapping[str, str]] = {}
+    """Other names of fields in files and variables, such as ``task`` of ``tasks``."""
+
     _notes: tuple[str, ...] = PrivateAttr(())
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -68,10 +73,25 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, data: Any) -> Any:
-        for name in data:
+        return cls.read(cls.named(data))
+
+    @classmethod
+    def named(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The values that are not None by the names of their fields."""
+        given: dict[str, Any] = {}
+        for key, value in data.items():
+            name = cls.ALIASES.get(key, key)
             if name not in cls.model_fields:
                 raise unknown_key(cls, str(name))
-        return cls.read(data)
+            if value is not None and name in given:
+                raise ConfigError(f"{name} is given twice: write one list")
+            if value is not None:
+                given[name] = value
+        return given
+
+    def fitted(self) -> Self:
+        """The same with what its settings require of others; ``notes`` says what changed."""
+        return self
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,6 +134,38 @@ def _problem_text(error: ValidationError) -> str:
     if problem["type"] == "finite_number":
         return f"{_flag(str(problem['loc'][0]))} {problem['input']} must be a finite number"
     return first_problem(error)
+
+
+def split_commas(value: Any) -> Any:
+    """A list without doubles, from a text with commas, a list or one value."""
+    parts = words(value) if isinstance(value, str) else value
+    parts = parts if isinstance(parts, list | tuple) else [parts]
+    for part in parts:
+        if isinstance(part, list | dict):
+            raise ConfigError(f"lists must be plain, and one has {part} in it")
+    return tuple(dict.fromkeys(parts))
+
+
+def check_fractions(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Raises ``ConfigError`` for sparsities outside of 0 to 1."""
+    for value in values:
+        check_sparsity(value)
+    return values
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (*map(str, split_commas(value)),))]
+Numbers = Annotated[tuple[int, ...], BeforeValidator(split_commas)]
+Fractions = Annotated[tuple[float, ...], BeforeValidator(split_commas)]
+Sparsities = Annotated[Fractions, AfterValidator(check_fractions)]
+"""Lists that are written with commas, in flags, variables and files alike."""
+
+
+def check_removed(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Raises ``ConfigError`` for fractions that remove nothing, or everything."""
+    for value in values:
+        if not 0 < value < 1:
+            raise ConfigError(f"{value:g} must be between 0 and 1: the fraction to remove")
+    return values
 
 
 def words(text: str | None) -> list[str]:
@@ -233,12 +285,17 @@ RIVALS = (
 """Settings of which one source may give only one."""
 
 
-class ModelOptions(Settings):
-    """Which model, and how it is loaded."""
+class ModelName(Settings):
+    """Which model."""
 
     model: str = setting(
         "Model", "Hub id, local folder, .gguf file, or smollm2-135m.", "smollm2-135m"
     )
+
+
+class LoadOptions(Settings):
+    """How a model is loaded."""
+
     cache_dir: str | None = setting(
         "Model", "Where weights are kept (default: the hub's own cache)."
     )
@@ -253,7 +310,11 @@ class ModelOptions(Settings):
     trust_remote_code: bool = setting("Model", "Run code that comes with the checkpoint.", False)
 
 
-LOADING = tuple(name for name in ModelOptions.model_fields if name != "model")
+class ModelOptions(LoadOptions, ModelName):
+    """Which model, and how it is loaded."""
+
+
+LOADING = tuple(LoadOptions.model_fields)
 
 
 def load_arguments(settings: Any) -> dict[str, Any]:
@@ -327,7 +388,7 @@ class PruningOptions(Settings):
         return self.noted({"method": method}, note)
 
     def target_sparsity(self) -> float | None:
-        """The sparsity that was asked for, as a fraction; None when nothing was said."""
+        """The requested sparsity, as a fraction; None when none is given."""
         percent = self.total_prune_percent
         if percent is None:
             return None if self.sparsity is None else check_sparsity(self.sparsity)
@@ -345,6 +406,13 @@ class PruningOptions(Settings):
 
     def prune_config(self) -> PruneConfig:
         """The preset with every setting that was given on top of it."""
+        changes = self.prune_changes()
+        if changes["sparsity"] and METHODS.get(self.method).method == "dense":
+            raise ConfigError("method dense removes nothing: drop the sparsity")
+        return PruneConfig.build(self.method, **changes)
+
+    def prune_changes(self) -> dict[str, Any]:
+        """The changes to the preset, as ``PruneConfig.build`` takes them."""
         names = ("masking_step", "release_step", "min_evidence", "compensation", "executor")
         changes: dict[str, Any] = {name: getattr(self, name) for name in names}
         changes |= {"sparsity": self.target_sparsity(), "seed": getattr(self, "seed", None)}
@@ -361,9 +429,7 @@ class PruningOptions(Settings):
         for part, values in parts.items():
             given = {key: value for key, value in values.items() if value is not None}
             changes[part] = given or None
-        if changes["sparsity"] and METHODS.get(self.method).method == "dense":
-            raise ConfigError("method dense removes nothing: drop the sparsity")
-        return PruneConfig.build(self.method, **changes)
+        return changes
 
     def _table(self) -> str | None:
         spec = self.layer_topk
@@ -385,10 +451,9 @@ class PruningOptions(Settings):
 STYLE = "Plots for the screen, or paper: also PDFs as wide as a column and a page."
 
 
-class StudyOptions(Settings):
-    """Where results go, and the seed of what is random in them."""
+class ResultOptions(Settings):
+    """Where results go."""
 
-    seed: int = setting("Results", "Seed of everything random.", 0, ge=0, lt=2**63)
     experiment_name: str | None = setting("Results", "Default: <model>-<method>-<sparsity>.")
     results_dir: str = setting("Results", "Folder for results.", "results")
     style: str = setting("Results", STYLE, "screen")
@@ -404,8 +469,18 @@ class StudyOptions(Settings):
         raise NotImplementedError
 
 
+class Seed(Settings):
+    """The seed of what is random."""
+
+    seed: int = setting("Results", "Seed of everything random.", 0, ge=0, lt=2**63)
+
+
+class StudyOptions(ResultOptions, Seed):
+    """Where results go, and the seed of what is random in them."""
+
+
 class TaskOptions(Settings):
-    """Which items of a task are measured, what methods calibrate on, who watches."""
+    """Which items of a task are measured, what methods calibrate on, which tracker logs."""
 
     limit: int | None = setting("Evaluation", "Items per task (default: all).", ge=1)
     sample_seed: int | None = setting(
@@ -428,7 +503,7 @@ class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
         return kept_setting(self.method)
 
     def fitted(self) -> Self:
-        """As of its base; weights are held as a kept setting wants them, or the log says so."""
+        """Also applies the weight format stored in a tuned setting, or logs the mismatch."""
         settings, kept = super().fitted(), self.kept
         if kept is None or kept.weights is None:
             return settings
@@ -465,7 +540,7 @@ def given_of(settings: BaseModel) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in shared & settings.model_fields_set}
 
 
-S = TypeVar("S", bound=BaseModel)
+S = TypeVar("S", bound=Settings)
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -479,18 +554,22 @@ def merge(
     file: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> S:
-    """Merge the sources into settings of one kind; ``flags`` holds None for what was not given.
+    """Merge the sources into settings of one kind; in ``flags`` None means not given.
 
     A setting also replaces its rivals of weaker sources: --sparsity beats DART_TOTAL_PRUNE_PERCENT.
     Raises ``ConfigError``, also for an experiment outside the results folder.
     """
     known = os.environ if environment is None else environment
-    named = {field: known.get(f"DART_{field.upper()}", "") for field in kind.model_fields}
-    variables = {field: value for field, value in named.items() if value}
+    names = {**{name: name for name in kind.model_fields}, **kind.ALIASES}
+    variables = {
+        field: value
+        for name, field in sorted(names.items())  # "models" wins over "model"
+        if (value := known.get(f"DART_{name.upper()}"))
+    }
     merged: dict[str, Any] = {}
-    rivals = (*RIVALS, *getattr(kind, "RIVALS", ()))
+    rivals = (*RIVALS, *kind.RIVALS)
     for source in (read_file(file) if file else {}, variables, flags):
-        given = {key: value for key, value in source.items() if value is not None}
+        given = kind.named(source)
         beaten = {name for group in rivals if given.keys() & group for name in group}
         merged = {key: value for key, value in merged.items() if key not in beaten} | given
     settings = kind.model_validate(merged)
@@ -501,7 +580,7 @@ def merge(
             f"--experiment-name {name} leaves the results folder: give the name of a folder in it, "
             "and the place with --results-dir"
         )
-    return settings.fitted() if isinstance(settings, PruningOptions) else settings
+    return settings.fitted()
 
 
 # Which activations ``--save-activations`` keeps: layers, tokens and tensors.  Needs no torch.

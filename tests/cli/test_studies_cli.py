@@ -122,7 +122,7 @@ def test_compare_sweep_and_results(tmp_path):
     assert [row["label"] for row in fresh.json["rows"]] == ["dense", "static@0.3"]
     (tmp_path / "grid.yaml").write_text(
         f"model: {place() / 'model'}\nmethods: [dense, griffin]\nsparsities: [0.25, 0.5]\n"
-        f"tasks: [{TASK}]\noptions: {{limit: 2, prompt_tokens: 48, scored_tokens: 24}}\n",
+        f"tasks: [{TASK}]\nlimit: 2\nprompt_tokens: 48\nscored_tokens: 24\n",
         encoding="utf-8",
     )
     grid = ["sweep", tmp_path / "grid.yaml", "--device", "cpu", "--results-dir", tmp_path]
@@ -144,7 +144,8 @@ def test_compare_sweep_and_results(tmp_path):
     assert set(table()) == {"compare", "grid", "perplexity-model-griffin-0.5"}
     assert table("--experiment", "grid", "--long") == ["grid dense", "grid griffin@0.5"]
     assert "grid" not in table("--method", "static")
-    assert "| griffin | 50.0% |" in call("results", tmp_path, "--long", "--markdown").out
+    markdown = call("results", tmp_path, "--long", "--markdown").out
+    assert "| griffin | model |" in markdown and "| 50.0% |" in markdown
     assert TASK in call("results", sweep["folder"]).out
     done = call("results", tmp_path / "nowhere")
     assert done.code == 2 and "there is no results folder" in done.err
@@ -158,7 +159,7 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path):
     assert [row["status"] for row in lines(done.json)] == ["done", "done", "failed", "failed"]
     compared = json.loads((Path(done.json["folder"]) / "compare.json").read_text("utf-8"))
     assert {name: done.json[name] for name in compared} == compared
-    assert len(compared["failures"]) == 2 and done.json["computed"] == 4
+    assert len(compared["failures"]) == 2 and done.json["computed"] == 2
     assert [row["value"] is None for row in compared["rows"]] == [False, False, True, True]
 
 
@@ -167,7 +168,7 @@ WRONG = [
     ("eval", "--tasks tiny_choise", "unknown task 'tiny_choise'; did you mean tiny_choice"),
     ("eval", "--tasks tiny_choice --apply-chat-template", "no chat template: drop --apply-chat"),
     ("eval", "--tasks tiny_write --min-evidence 400", "ran dense"),
-    ("sweep", "--limit 0", "limit = 0 must be 1 or more"),
+    ("sweep", "--limit 0", "--limit 0 must be at least 1"),
     ("sweep", "--engine rya", "ray"),
     ("sweep", "--experiment-name ../x", "../x leaves the results folder"),
     ("sweep", "--tasks arc_esy", "unknown task 'arc_esy'; did you mean arc_easy"),

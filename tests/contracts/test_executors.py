@@ -37,12 +37,8 @@ ROUNDING = 1e-3
 PROMPT, DECODED = 66, 8
 """More prompt tokens than any preset wants as evidence."""
 
-PRUNING = [
-    name
-    for name in METHODS.names()
-    if METHODS.get(name).weight_bits is None and METHODS.get(name).sparsity != 0
-]
-LEARNING = [name for name in PRUNING if METHODS.get(name).prior is not None]
+PRUNING = [name for name in METHODS.names() if METHODS.get(name).sparsity != 0]
+LEARNING = [name for name in PRUNING if METHODS.get(name).self_stats is not None]
 PER_TOKEN = [name for name in PRUNING if METHODS.get(name).token is not None]
 OFTEN = {"rule": "interval 2", "min_distance": 0, "max_dense_share": None}
 

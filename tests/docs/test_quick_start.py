@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from dart_llm.files import read_yaml
-from dart_llm.studies.sweep.grid import collect, expand
+from dart_llm.studies.sweep.grid import expand
+from dart_llm.studies.sweep.settings import SweepSettings
 from shells import DRIFT, EXPERIMENT, ROOT, make_desk
 from tiny_gpt2 import write_gpt2
 
@@ -54,7 +55,7 @@ def test_the_published_quick_start_runs_line_by_line(tmp_path):
 def test_recipes_hold_every_method_at_every_sparsity(monkeypatch):
     monkeypatch.chdir(ROOT)
     for recipe, tasks in (("small", 2), ("paper-llama-3.1-8b", 13)):
-        cells = expand(collect(read_yaml(ROOT / f"recipes/{recipe}.yaml"), {}))
+        cells = expand(SweepSettings(**read_yaml(ROOT / f"recipes/{recipe}.yaml")))
         counts = Counter(cell.task for cell in cells)
         assert len(counts) == tasks and set(counts.values()) == {1 + 4 * len(SPARSITIES)}
         methods = list(dict.fromkeys(cell.method for cell in cells))

@@ -1,6 +1,5 @@
 """The plots and the page of a comparison: the rows' numbers, readable in grey, self-contained."""
 
-import json
 import sys
 
 import pytest
@@ -8,7 +7,8 @@ import pytest
 from dart_llm.experiments import comparison, comparison_plots, comparison_report
 from dart_llm.experiments.comparison_report import LEAK_NOTE
 from dart_llm.reporting import figures
-from fake_cells import ACC, METHODS, PPL, ROUGE, failed, grid, layer_curve, one, write_comparison
+from fake_cells import ACC, METHODS, PPL, ROUGE, failed, grid, layer_curve, one
+from fake_results import config
 from html_page import Page, check_alone
 from written import axes_of
 
@@ -81,8 +81,8 @@ def test_few_items_have_no_whiskers_and_say_so():
     cells = comparison_report.tables(rows)[0].cells()
     assert [row[5] for row in cells] == ["0.025 (too few: n = 2) §", "0.000", "0.025 §"]
     assert [row[6] for row in cells] == ["–", "-0.500 (too few: n = 2)", "2 of 2 alike"]
-    told = "beats griffin on 0 of 1 task; no interval on arc_easy_local (too few: n = 2)."
-    assert comparison_report.conclusion(rows) == f"dart at 50 % {told}"
+    told = "better on 0 of 1 task, no clear difference on 1."
+    assert comparison_report.conclusion(rows) == f"dart at 50 % against griffin: {told}"
 
 
 def test_methods_differ_without_colours():
@@ -92,15 +92,17 @@ def test_methods_differ_without_colours():
     assert figures.looks_of(["flap"], palette)["flap"] == looks["flap"]  # the same in every plot
 
 
-def written(folder):
-    return Page(comparison_report.write(folder).read_text("utf-8"))
+def html_of(cells, **changes):
+    return comparison_report.page_text({**config(), **changes}, comparison.rows(cells))
 
 
-def test_the_page(tmp_path, monkeypatch):
-    folder = write_comparison(tmp_path / "run", CELLS)
-    path = comparison_report.write(folder)
-    html, rows = path.read_text("utf-8"), comparison.rows(CELLS)
-    assert path == folder / "report.html" and len(html) < 3_000_000
+def page_of(cells, **changes):
+    return Page(html_of(cells, **changes))
+
+
+def test_the_page(monkeypatch):
+    html, rows = html_of(CELLS), comparison.rows(CELLS)
+    assert len(html) < 3_000_000
     page = Page(html)
     text = page.text.replace("\xa0", " ")
     assert "3 methods compared on SmolLM2-135M-Instruct" in text and "21 done, 1 failed" in text
@@ -117,32 +119,25 @@ def test_the_page(tmp_path, monkeypatch):
     (image,) = page.attributes("img")
     assert "arc_easy_local (acc): dense 0.487" in str(image["alt"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    without = written(folder)
+    without = page_of(CELLS)
     assert without.attributes("img") == []
     assert "No plots: this needs matplotlib" in without.text
 
 
-def test_the_leak_is_impossible_to_overlook(tmp_path):
+def test_the_leak_is_impossible_to_overlook():
     asked = ((ACC,), ("published",))
     cells = [*grid(*asked, protocol="full"), *grid(*asked, protocol="published")]
-    page = written(write_comparison(tmp_path / "run", cells))
+    page = page_of(cells)
     assert page.text.index(LEAK_NOTE) < page.text.index("Quality")
     assert "LEAK, arc_easy_local" in page.text
     assert "published@0.5 on arc_easy_local: published against full" in page.text
-    assert "LEAK" not in written(write_comparison(tmp_path / "two", CELLS[:3])).text
+    assert "LEAK" not in page_of(CELLS[:3]).text
 
 
-def test_other_pages(tmp_path):
-    page = written(write_comparison(tmp_path / "run", layer_curve(count=14)))
+def test_other_pages():
+    page = page_of(layer_curve(count=14))
     assert "Layer by layer on SmolLM2-135M-Instruct" in page.text
     assert len(page.attributes("img")) == 1
     assert page.row("griffin, layer 13, keep 25 %")[1] == "–"
-    folder = write_comparison(tmp_path / "two", [], status="interrupted")
-    for text in ("", "{broken\n", "[]\n7\nnull\n", '{"key": "x"}\n'):
-        (folder / "results.jsonl").write_text(text, encoding="utf-8")
-        page = written(folder)
-        assert "Nothing was measured." in page.text and "This run is interrupted." in page.text
-    folder = write_comparison(tmp_path / "three", CELLS[:2])
-    with (folder / "results.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(CELLS[2])[:100])  # a line that is being written
-    assert written(folder).row("griffin@0.3")
+    page = page_of([], status="interrupted")
+    assert "Nothing was measured." in page.text and "This run is interrupted." in page.text

@@ -7,15 +7,14 @@ import pytest
 from checkpoints import write_folder, write_gguf
 from dart_llm.experiments import model_facts
 from dart_llm.experiments.cell import Cell
-from dart_llm.experiments.index import ResultsSummary, _model_words
-from dart_llm.experiments.rows import checkpoint_of, table
+from dart_llm.experiments.index import Run, _model_words
+from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.rows import table
 from dart_llm.experiments.store import checkpoint_line
 from dart_llm.models.bundled import MODEL_WHEEL_BYTES
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.loading import load
-from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.words import dtype_text
-from dart_llm.session.prepare import prepare
 from dart_llm.studies.quality.report import _caption
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -37,19 +36,6 @@ def test_facts_say_how_weights_are_held(tmp_path):
         assert facts["dtype"] == "bfloat16" and facts["parameters"] > 0
         said = "bfloat16" if held is None else f"bfloat16, weights {held}"
         assert dtype_text(facts) == said
-
-
-def test_weights_that_a_method_rounds_are_told_once(tmp_path):
-    """They run dequantised, whatever blocks the loaded model holds."""
-    model, tokenizer = load(write_gguf(tmp_path / "tiny.gguf"), cache_dir=tmp_path / "cache")
-    facts = checkpoint_facts(model)
-    methods = {"dense": facts, "griffin": facts, "dense-8bit": {**facts, "weights": None}}
-    for method, wanted in methods.items():
-        config = None if method == "dense" else PruneConfig.build(method)
-        found = checkpoint_of(prepare(model, tokenizer, config), facts)
-        assert found == {
-            name: value for name, value in wanted.items() if value or name != "weights"
-        }
 
 
 @pytest.mark.parametrize("weights", [None, "file", "dense"])
@@ -77,12 +63,12 @@ def test_every_line_says_it():
     assert table([row]).caption == (
         "m (file quantisation Q4_1, bfloat16, weights Q4_1 as in the file), protocol decode"
     )
-    run = ResultsSummary(
-        Path(), "e", "t", None, "complete", "run", ("m",), ("Q4_1",), ("bfloat16",)
-    )
-    assert _model_words(run) == ["m", "Q4_1, bfloat16"]
-    packed = ResultsSummary(**{**vars(run), "weights": ("Q4_1 as in the file",)})
-    assert _model_words(packed) == ["m", "Q4_1, bfloat16, weights Q4_1 as in the file"]
+    line = ResultLine(label="d", method="d", model="m", task="t", metric="acc")
+    run = Run(Path(), "e", {"checkpoint": held}, (line,), 1)
+    assert _model_words(run) == [
+        "m",
+        "file quantisation Q4_1, bfloat16, weights Q4_1 as in the file",
+    ]
     first = {"model": "m", "cell": "continuation", "slices": 1, "kinds": ["k"]}
     first |= {"dense_perplexity": 20.0}
     document = {"checkpoints": {"m": held}, "lead_tokens": 64, "prompt_tokens": 8, "tokens": 8}

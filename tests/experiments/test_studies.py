@@ -28,13 +28,13 @@ from dart_llm.studies.bench.tune import TuneStudy
 from dart_llm.studies.drift.detect import DetectionStudy
 from dart_llm.studies.drift.settings import DetectSettings
 from dart_llm.studies.drift.study import DriftStudy
-from dart_llm.studies.evaluate.settings import PerplexitySettings
-from dart_llm.studies.evaluate.study import MeasureStudy
 from dart_llm.studies.generate.settings import RunSettings
 from dart_llm.studies.generate.study import RunStudy
 from dart_llm.studies.inspection.settings import InspectSettings
 from dart_llm.studies.inspection.study import InspectionStudy
 from dart_llm.studies.quality.study import QualityStudy
+from dart_llm.studies.sweep.settings import CompareSettings, PerplexitySettings
+from dart_llm.studies.sweep.study import MeasureStudy
 from detect_cases import folder as detect_model
 from detect_cases import passage
 from drift_cases import PROMPT, THREE, TWO, write_rows
@@ -56,6 +56,7 @@ class Case:
 
     ``prepare`` writes the inputs of one version.  ``command``: with its flags, where its answer is
     the document.  ``timed``: its lines hold times.  ``finer``: it keeps pieces of its units.
+    ``adopts``: it reuses units of earlier runs.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Case:
     command: tuple[str, Callable[[], dict[str, Any]]] | None = None
     timed: bool = False
     finer: bool = False
+    adopts: bool = False
 
 
 def _model(**given):
@@ -134,6 +136,12 @@ def _perplexity(ui):
     return MeasureStudy(merge(PerplexitySettings, given, environment={}), ui)
 
 
+def _compare(ui):
+    sizes = {"prompt_tokens": 48, "scored_tokens": 24, "limit": 2}
+    given = _model(tasks="perplexity:a.txt,perplexity:b.txt", methods="griffin", **sizes)
+    return MeasureStudy(merge(CompareSettings, given, environment={}), ui)
+
+
 def _run(ui):
     prompt = {"prompt_file": "a.txt", "prompt_length": 40, "generation": 4}
     given = _model(method="griffin", sparsity=0.5, **prompt)
@@ -152,9 +160,10 @@ CASES = (
     Case("detect", 3, _passages, _detection, ("detect", _detect)),
     Case("inspect", 3, _texts, _inspection, ("inspect layers weights space", _inspect)),
     Case("perplexity", 4, _texts, _perplexity, finer=True),
+    Case("compare", 4, _texts, _compare, finer=True, adopts=True),
     Case("run", 3, _texts, _run, timed=True, finer=True),
     Case("drift", 4, _drift_passages, _drift),
-    Case("quality", 16, _quality_text, _quality),
+    Case("quality", 8, _quality_text, _quality, finer=True),
     Case("speed", 3, _shape, _speed, timed=True),
     Case("tune", 14, _tune_text, _tune, timed=True),
 )
@@ -242,9 +251,9 @@ def test_a_finished_folder(case):
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.contract("equal bytes however often a study is interrupted")
 def test_an_interrupted_study_resumes_to_the_same_bytes(case):
-    whole = run_study(case.make(quiet()), fresh=True)
+    whole = run_study(case.make(quiet()), fresh=True).path.rename("whole")  # not reused below
     first = stopped(case, 1, KeyboardInterrupt())
-    assert first.path != whole.path and config(first.path)["status"] == "interrupted"
+    assert config(first.path)["status"] == "interrupted"
     kept = f"what was finished is kept in {first.path}; the same command resumes"
     assert first.ui.log[-1] == kept
     assert (
@@ -256,11 +265,11 @@ def test_an_interrupted_study_resumes_to_the_same_bytes(case):
     assert last.path == first.path
     assert case.finer or last.computed == case.units - 2
     assert config(last.path)["status"] == "complete"
-    assert set(results(last.path)) == set(results(whole.path))
+    assert set(results(last.path)) == set(results(whole))
     if not case.timed:
-        assert results(last.path) == results(whole.path)
+        assert results(last.path) == results(whole)
     anew = run_study(case.make(quiet()))
-    assert anew.path != last.path and anew.computed == case.units
+    assert anew.path != last.path and anew.computed == (0 if case.adopts else case.units)
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -3,8 +3,7 @@
 import math
 import random
 
-from dart_llm.files import write_json, write_lines
-from fake_results import accounting, config
+from fake_results import accounting
 
 MODEL = "SmolLM2-135M-Instruct"
 ACC, PPL, ROUGE = "arc_easy_local", "perplexity:wikitext2", "summarize:xsum"
@@ -105,13 +104,6 @@ def layer_curve(task=PPL, count=30):
 def failed(method, sparsity, task, error):
     found = cell(method, sparsity, None, task=task)
     return {**found, "status": "failed", "error": error, "facts": {}}
-
-
-def write_comparison(folder, cells, **changes):
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {**config(), "settings": {"seed": 0}, **changes})
-    write_lines(folder / "results.jsonl", cells)
-    return folder
 
 
 def flags(good, total=40):

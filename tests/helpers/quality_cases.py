@@ -3,11 +3,11 @@
 import json
 
 from dart_llm.data.documents import Source
+from dart_llm.evaluation.slices import Shape, pairs
 from dart_llm.experiments.study import run_study
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
-from dart_llm.studies.quality.settings import QualitySettings, Shape
-from dart_llm.studies.quality.slices import pairs
+from dart_llm.studies.quality.settings import QualitySettings
 from dart_llm.studies.quality.study import QualityStudy
 from lm_cases import loaded, place
 

@@ -1,4 +1,4 @@
-"""For tests of sweeps: a tiny model on disk, cells of it, and a ``compute`` that dies."""
+"""For tests of grids: a tiny model on disk, studies of it, and computations that die."""
 
 import json
 import os
@@ -6,12 +6,14 @@ import signal
 import time
 from pathlib import Path
 
+from dart_llm.errors import CellsFailed
 from dart_llm.experiments.cell import Cell
+from dart_llm.experiments.study import run_study
 from dart_llm.reporting.console import Ui
+from dart_llm.settings import merge
 from dart_llm.studies.sweep import compute as sweep_compute
-from dart_llm.studies.sweep.cells import SweepPlace
-from dart_llm.studies.sweep.grid import collect, expand
-from dart_llm.studies.sweep.study import run_sweep
+from dart_llm.studies.sweep.settings import SweepSettings
+from dart_llm.studies.sweep.study import MeasureStudy
 from tiny_gpt2 import write_gpt2
 
 SLOW = "SWEEP_TEST_SECONDS"
@@ -32,34 +34,43 @@ def config(path):
     return json.loads((path / "config.json").read_text(encoding="utf-8"))
 
 
-def cells(folder, **changes):
-    """Cells of the model in ``folder/model`` on ``folder/text.txt``."""
+def settings(folder, root, **changes):
+    """A sweep of the model in ``folder/model`` on ``folder/text.txt`` into ``root/sweep``."""
     grid = {"models": [str(folder / "model")], "tasks": [f"perplexity:{folder / 'text.txt'}"]}
     grid |= {"methods": ["dense", "griffin"], "sparsities": [0.25, 0.5], "device": "cpu"}
-    grid["options"] = {"limit": 2, "prompt_tokens": 48, "scored_tokens": 24}
-    return expand(collect({**grid, **changes}))
+    grid |= {"limit": 2, "prompt_tokens": 48, "scored_tokens": 24, "results_dir": str(root)}
+    return merge(SweepSettings, {**grid, **changes}, environment={})
 
 
-def quiet_sweep(where, root, **arguments):
-    """``run_sweep`` into ``root/sweep``, without a terminal."""
-    return run_sweep(where, SweepPlace(root, "sweep"), Ui(quiet=True), **arguments)
+def sweep(folder, root, fresh=False, ui=None, study=MeasureStudy, **changes):
+    """The study of ``settings`` after its work, also where cells failed."""
+    made = study(settings(folder, root, **changes), ui or Ui(quiet=True))
+    try:
+        return run_study(made, fresh)
+    except CellsFailed:
+        return made
 
 
-def compute(data, held):
+def failures(study):
+    """The documents of the cells that failed."""
+    return [line for line in study.lines if line["status"] != "done"]
+
+
+def compute(data, cache):
     """``compute.compute``, slow and mortal where the environment says so."""
-    files = sweep_compute.compute(data, held)
+    value = sweep_compute.compute(data, cache)
     time.sleep(float(os.environ[SLOW]))
     marker = Path(os.environ[KILL])
     if marker.exists():
         marker.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
-    return files
+    return value
 
 
-def without_model(data, held):
+def without_model(data, cache):
     """A cell that fails at once, so that no model is loaded; its worker may die instead."""
     if data["seed"] == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if data["seed"] == 2:
         raise ValueError("no\nresult")
-    return sweep_compute.document_files(Cell.from_dict(data), None, "failed by hand")
+    return sweep_compute.failed_value(Cell.from_dict(data), "failed by hand")

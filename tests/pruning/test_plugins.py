@@ -11,7 +11,8 @@ from dart_llm.pruning import plugins
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS, SCORES
 from dart_llm.session.run import prune
-from dart_llm.studies.sweep.grid import collect, expand
+from dart_llm.studies.sweep.grid import expand
+from dart_llm.studies.sweep.settings import SweepSettings
 from lm_cases import place
 from steps import decode
 from tiny import tiny, tokens
@@ -58,7 +59,7 @@ def test_a_file_adds_to_the_names_and_keys_what_it_adds(file):
     assert plugins.digest(PruneConfig.build("dart", score="loudest").names()) == own
     assert plugins.digest(PruneConfig.build("griffin").names()) == {}
     asked = {"models": str(place() / "model"), "methods": "dense,griffin,griffin-loudest"}
-    cells = expand(collect({**asked, "sparsities": "0.5", "tasks": "arc_easy"}))
+    cells = expand(SweepSettings(**asked, sparsities="0.5", tasks="arc_easy"))
     assert ["plugin" in cell.inputs for cell in cells] == [False, False, True]
     model, ids = tiny(), tokens(1, 12)
     with prune(model, "griffin-loudest", sparsity=0.5), torch.no_grad():

@@ -22,9 +22,9 @@ from dart_llm.server.schemas import Dart, RequestReader
 from dart_llm.server.settings import ServeSettings
 from dart_llm.session.kept import identity, other_model
 from dart_llm.settings import merge
-from dart_llm.studies.evaluate.settings import PerplexitySettings
 from dart_llm.studies.generate.settings import RunSettings
-from dart_llm.studies.sweep.grid import collect, expand
+from dart_llm.studies.sweep.grid import expand
+from dart_llm.studies.sweep.settings import PerplexitySettings, SweepSettings
 from lm_cases import loaded, place
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -158,14 +158,14 @@ def test_loading_says_where_the_setting_was_found_for_another_model(tmp_path):
 def test_a_comparison_holds_all_methods_as_the_file_says(tmp_path):
     path = keep(tmp_path / "s.yaml", weights="dense", sparsity=0.4)
     asked = {"methods": f"dense,griffin,file:{path}", "sparsities": "0.5", "tasks": "arc_easy"}
-    grid = collect(asked)
-    assert grid.weights == "dense"
+    grid = merge(SweepSettings, asked, environment={})
+    assert grid.weights == ("dense",)
     cells = expand(grid)
     assert [cell.config().target for cell in cells] == [0.0, 0.5, 0.4]
     assert "setting" in cells[2].inputs and "setting" not in cells[1].inputs
     second = keep(tmp_path / "t.yaml", weights="q8_0", sparsity=0.4)
-    with pytest.raises(ConfigError, match="hold weights as dense and q8_0: give --weights one"):
-        collect({**asked, "methods": f"file:{path},file:{second}"})
+    with pytest.raises(ConfigError, match="use weights dense and q8_0: give --weights one"):
+        merge(SweepSettings, {**asked, "methods": f"file:{path},file:{second}"}, environment={})
 
 
 def test_answers_have_the_head_that_the_file_says(tmp_path):

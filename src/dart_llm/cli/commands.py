@@ -23,16 +23,21 @@ from dart_llm.cli.options import Config, Fresh, Json, Plugin, with_settings
 from dart_llm.errors import CellsFailed, ConfigError
 from dart_llm.files import finite, write_text
 from dart_llm.pruning import plugins
-from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY
+from dart_llm.pruning.config import DEFAULT_METHOD
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import Settings, merge
 from dart_llm.studies.bench.settings import SpeedSettings, TuneSettings
 from dart_llm.studies.drift.settings import DetectSettings, DriftSettings
-from dart_llm.studies.evaluate.settings import EvalSettings, PerplexitySettings, SummarizeSettings
 from dart_llm.studies.generate.settings import RunSettings, check_elsewhere
 from dart_llm.studies.inspection.settings import TEXTS, InspectSettings
 from dart_llm.studies.quality.settings import QualitySettings
-from dart_llm.studies.sweep.grid import SweepFlags
+from dart_llm.studies.sweep.settings import (
+    CompareSettings,
+    EvalSettings,
+    PerplexitySettings,
+    SummarizeSettings,
+    SweepSettings,
+)
 
 if TYPE_CHECKING:
     from dart_llm.reporting.console import Ui
@@ -94,7 +99,7 @@ def _finished(name: str, fresh: bool, *arguments: Any) -> Any:
 
 
 def _tell(compute: Callable[[Ui], Any], as_json: bool) -> None:
-    """Print what a study answers; what was measured also where some was not.
+    """Print the study's JSON; where cells failed print the partial result, then raise.
 
     ``compute`` imports what it needs: the terminal is there first.
     """
@@ -206,12 +211,8 @@ DryRun = Annotated[
 FreshCells = Annotated[bool, typer.Option("--fresh", metavar="", help="Compute every cell anew.")]
 
 
-COMPARED = {"methods": f"dense,griffin,{DEFAULT_METHOD}", "sparsities": str(DEFAULT_SPARSITY)}
-"""What ``compare`` measures when nothing is said of it."""
-
-
-def _grid_command(kind: str, **defaults: str) -> Callable[..., None]:
-    """``compare`` or ``sweep``; ``defaults``: the grid when nothing is said of it."""
+def _grid_command(settings_kind: type[SweepSettings]) -> Callable[..., None]:
+    """``compare`` or ``sweep``."""
 
     def measure_grid(
         flags: dict[str, Any],
@@ -220,11 +221,16 @@ def _grid_command(kind: str, **defaults: str) -> Callable[..., None]:
         fresh: FreshCells = False,
         as_json: Json = False,
     ) -> None:
-        def compute(ui: Ui) -> Any:
-            from dart_llm.studies.sweep import study
+        settings = merge(settings_kind, flags, file)
+        if file is not None and settings.experiment_name is None:
+            settings = settings.noted({"experiment_name": file.stem})
 
-            request = study.SweepRequest.collect(kind, flags, file, defaults, fresh)
-            return study.dry_run(request, ui).to_dict() if dry_run else study.run(request, ui)
+        def compute(ui: Ui) -> Any:
+            if not dry_run:
+                return _finished("sweep.study:MeasureStudy", fresh, settings, ui).answer()
+            from dart_llm.studies.sweep import dry_run as planning
+
+            return planning.dry_run(settings, ui, fresh)
 
         _tell(compute, as_json)
 
@@ -394,11 +400,11 @@ GROUPS = {
 COMMANDS = (
     Command("run", run, RunSettings, RunCommand),
     Command("chat", chat, ChatSettings),
-    Command("eval", "evaluate.study:MeasureStudy", EvalSettings),
-    Command("perplexity", "evaluate.study:MeasureStudy", PerplexitySettings),
-    Command("summarize", "evaluate.study:MeasureStudy", SummarizeSettings),
-    Command("compare", _grid_command("compare", **COMPARED), SweepFlags),
-    Command("sweep", _grid_command("sweep"), SweepFlags),
+    Command("eval", "sweep.study:MeasureStudy", EvalSettings),
+    Command("perplexity", "sweep.study:MeasureStudy", PerplexitySettings),
+    Command("summarize", "sweep.study:MeasureStudy", SummarizeSettings),
+    Command("compare", _grid_command(CompareSettings), CompareSettings),
+    Command("sweep", _grid_command(SweepSettings), SweepSettings),
     Command("drift", "drift.study:DriftStudy", DriftSettings),
     Command("detect", "drift.detect:DetectionStudy", DetectSettings),
     Command("inspect", inspect, InspectSettings),

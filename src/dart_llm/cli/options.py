@@ -56,13 +56,14 @@ def parameters(settings: type[Settings]) -> list[inspect.Parameter]:
             continue
         flag = "--" + name.replace("_", "-")
         kind = _plain(field.annotation)
+        kind = str if get_origin(kind) is tuple else kind  # a list that is written with commas
         names = [flag, *ALIASES.get(name, ())]
         if kind is bool:
             names = [f"{flag}/--no-{flag[2:]}", *ALIASES.get(name, ())]
         text = field.description or ""
         default = field.default
-        if default not in (None, False):
-            shown = ",".join(map(str, default)) if isinstance(default, list) else default
+        if default not in (None, False, ()):
+            shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else default
             # in brackets it would be read as markup, and vanish
             text = f"{text.removesuffix('.')} (default: {shown})."
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}

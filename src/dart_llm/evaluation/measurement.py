@@ -63,6 +63,7 @@ class MeasureOptions:
     """How a task is measured, whatever the method; None: the task's own default.
 
     ``limit``: items (per task), the first ones, or a random choice when ``sample_seed`` is set.
+    ``oracle``: new masks at the known change of topic of a ``shift`` task.
     """
 
     protocol: str = "decode"
@@ -77,6 +78,7 @@ class MeasureOptions:
     window: int = 2048
     stride: int | None = None
     max_output: int = 256
+    oracle: bool = False
     seed: int = 0
 
 

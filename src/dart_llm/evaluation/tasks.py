@@ -80,8 +80,11 @@ def _local(subject: str) -> dict[str, Any]:
 
 # The kind of a task, and the protocols that it can run under.
 
-KINDS = ("perplexity", "summarize")
-"""Tasks that are not lm-eval's: ``perplexity:<text>``, ``summarize:<data>``."""
+SLICED = ("continuation", "shift")
+"""Tasks over slices of texts: ``shift:wiki.txt+news.jsonl#report`` (``slices.py``)."""
+
+KINDS = ("perplexity", "summarize", *SLICED)
+"""Kinds of tasks that are not lm-eval's: ``perplexity:<text>``, ``summarize:<data>``."""
 
 
 def split(task: str) -> tuple[str, str]:
@@ -92,7 +95,18 @@ def split(task: str) -> tuple[str, str]:
 
 def protocols(task: str) -> tuple[str, ...]:
     """The protocols that a task can run under."""
-    return (*PROTOCOLS, "standard") if split(task)[0] == "perplexity" else tuple(PROTOCOLS)
+    kind = split(task)[0]
+    if kind in SLICED:
+        return ("decode",)
+    return (*PROTOCOLS, *(("standard",) if kind == "perplexity" else ()))
+
+
+def slice_sources(name: str) -> tuple[list[str], str]:
+    """``a.txt+b.jsonl#report`` -> (texts, the set ``report`` of their documents)."""
+    texts, _, which = name.rpartition("#")
+    if which not in documents.SETS or not texts:
+        texts, which = name, documents.REPORT
+    return texts.split("+"), which
 
 
 def short(task: str) -> str:
@@ -113,7 +127,9 @@ def measure(
     Raises ``ConfigError``, ``LoadError`` or ``MissingExtra`` for a task that cannot be run,
     ``DartError`` where a loss is not finite.
     """
-    return _module(task).measure(candidate, split(task)[1], options, parts, advance)  # type: ignore[no-any-return]
+    kind, name = split(task)
+    named = task if kind in SLICED else name
+    return _module(task).measure(candidate, named, options, parts, advance)  # type: ignore[no-any-return]
 
 
 def check_calibration(
@@ -125,7 +141,9 @@ def check_calibration(
         return
     for kind, name in map(split, tasks):
         first = kind == "summarize" and options.sample_seed is None  # else spread over the text
-        documents.check_disjoint(source, {name: options.limit if first else None})
+        texts = slice_sources(name)[0] if kind in SLICED else [name]
+        rows = options.limit if first else None
+        documents.check_disjoint(source, dict.fromkeys(texts, rows))
 
 
 def check_task(task: str, options: MeasureOptions) -> None:
@@ -136,6 +154,8 @@ def check_task(task: str, options: MeasureOptions) -> None:
     kind, name = split(task)
     if kind == "summarize":
         documents.check(name)
+    elif kind in SLICED:
+        documents.sources(slice_sources(name)[0])
     elif kind == "lm-eval":
         _module(task).check(name, options.include_path)
 
@@ -143,6 +163,8 @@ def check_task(task: str, options: MeasureOptions) -> None:
 def count(task: str, options: MeasureOptions, tokenizer: Any, model: Any = None) -> int:
     """Items that ``measure`` will go through; ``model``: its context bounds windows."""
     kind, name = split(task)
+    if kind in SLICED:
+        return int(_module(task).count(task, options, tokenizer))
     if kind == "perplexity":
         from dart_llm.models.describe import context_length
 
@@ -153,5 +175,10 @@ def count(task: str, options: MeasureOptions, tokenizer: Any, model: Any = None)
 
 def _module(task: str) -> Any:
     """What measures the task; imported late, for it needs optional packages."""
-    modules = {"perplexity": "perplexity", "summarize": "summarization", "lm-eval": "lm_eval"}
-    return import_module(f"dart_llm.evaluation.{modules[split(task)[0]]}")
+    modules = {
+        "summarize": "summarization",
+        "lm-eval": "lm_eval",
+        **dict.fromkeys(SLICED, "slices"),
+    }
+    kind = split(task)[0]
+    return import_module(f"dart_llm.evaluation.{modules.get(kind, kind)}")

@@ -107,7 +107,7 @@ class Saver:
 
 
 def saver(settings: ActivationSettings, model: Any, folder: Path, tokens: int) -> Saver | None:
-    """A ``Saver`` when activations were asked for.  ``tokens``: the longest text, all told."""
+    """A ``Saver`` when activations are to be saved.  ``tokens``: of the longest text in all."""
     if not settings.save_activations:
         return None
     return Saver(model, settings.wanted(len(describe(model).blocks)), folder, tokens)
@@ -168,7 +168,7 @@ def _entries(file: Any, kind: str) -> Iterator[tuple[int, int, str]]:
 def read_masks(path: str) -> dict[int, Tensor]:
     """The newest masks of a masks.safetensors: {layer: kept neuron ids}.
 
-    Raises ``ConfigError`` when the file cannot be read or holds no masks.
+    Raises ``ConfigError`` when the file cannot be read or has no masks.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -1,4 +1,4 @@
-"""One cell of a sweep: everything that decides one measurement, as plain data with a stable key.
+"""One cell of a grid: everything that decides one measurement, as plain data with a stable key.
 
 A cell travels as JSON (``to_dict``, ``from_dict``), so that any process on any machine can
 compute it.
@@ -16,13 +16,14 @@ from typing import Any
 
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.masks import USER_MASKS
 from dart_llm.pruning.registry import METHODS
 from dart_llm.settings import load_arguments
 
 _SLUG = 56
 
 _ELSEWHERE = ("cache_dir",)
-"""Fields that decide where files lie, not what a result is."""
+"""Fields that decide where files are, not what a result is."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,11 @@ class Cell:
     """One model, pruned in one way, measured on one task.
 
     ``overrides``: changes to the preset, as ``PruneConfig.build`` takes them.  ``layers``,
-    ``keep``, ``base_keep``: how the layer table in ``overrides`` came about, for tables and plots.
-    ``calibration``: name of the text that calibrated methods read; None: their own default.
-    ``inputs``: sha256 of the files that the cell only points at.
+    ``keep``, ``base_keep``: how the layer table in ``overrides`` was made, for tables and plots.
+    ``calibration``: name of the text that calibrated methods read; None: their default.
+    ``masks``: a file with the masks to use.  ``rounding``: the bits of the dense model's weights
+    and which weights those are, e.g. ``4 ffn``.  ``name``: label in the results, where the method
+    and the sparsity are not enough.  ``inputs``: sha256 of the files that the cell only names.
     """
 
     model: str
@@ -46,6 +49,9 @@ class Cell:
     options: MeasureOptions = field(default_factory=MeasureOptions)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     calibration: str | None = None
+    masks: str | None = None
+    rounding: str = ""
+    name: str = ""
     dtype: str | None = None
     weights: str | None = None
     device: str | None = None
@@ -58,16 +64,18 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A readable name and a hash of everything that decides the result; a folder's name."""
-        data = {name: value for name, value in self.to_dict().items() if name not in _ELSEWHERE}
-        if self.weights is None:  # a later field: keys of earlier results stay
-            del data["weights"]
+        """A readable name and a hash of everything that decides the result."""
+        data = {k: v for k, v in self.to_dict().items() if k not in _ELSEWHERE and v is not None}
         text = json.dumps(data, sort_keys=True, ensure_ascii=True)
         return f"{self._slug}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     @property
     def label(self) -> str:
         """What is measured: ``dense``, ``dart@0.5`` or ``griffin layers 0-3 keep 0.5``."""
+        if self.name:
+            return self.name
+        if self.masks:
+            return USER_MASKS
         if self.layers:
             return f"{self.method} layers {self.layers} keep {self.keep:g}"
         return self.method if self.sparsity is None else f"{self.method}@{self.sparsity:g}"
@@ -85,7 +93,7 @@ class Cell:
 
     @property
     def load_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of ``dart_llm.load``; equal ones mean that a model is shared."""
+        """Keyword arguments of ``dart_llm.load``; cells with equal ones share a model."""
         return load_arguments(self)
 
     def config(self) -> PruneConfig:

@@ -1,6 +1,6 @@
 """Rows of a comparison: methods by sparsity and task, each paired with dense and with GRIFFIN.
 
-A row comes from one line of ``results.jsonl`` (``ResultRow``).  Rows are comparable when model,
+A row comes from one line of ``results.jsonl``.  Rows are comparable when model,
 dtype, task and protocol agree; dense and GRIFFIN are those of the same seed where there are any,
 else of another seed.  Differences are paired by item.
 """
@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from typing import Any
 
 from dart_llm.evaluation.tasks import short
 from dart_llm.experiments import stats
+from dart_llm.experiments.result_line import ResultLine
 from dart_llm.experiments.stats import Interval, Sample, Value
-from dart_llm.experiments.store import mapping, number
+from dart_llm.experiments.store import number
 from dart_llm.pruning.accounting import TokenTraffic
 from dart_llm.reporting.table import grouped
 from dart_llm.reporting.words import mostly_dense, percent, quantity, times
@@ -29,93 +28,19 @@ TOO_FEW = "few differ"
 TOLERANCE = 0.01
 """Achieved sparsities, or byte shares, this close count as equal: one point."""
 
-
-# A line of results.jsonl, typed: unknown keys are ignored, what is missing or of no use is None.
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
-def _whole(value: Any) -> int | None:
-    known = number(value)
-    return None if known is None else round(known)
-
-
-def _layers(value: Any) -> str | None:
-    """The layers that were pruned, where not all."""
-    if value in (None, "", "all", [], ()):
-        return None
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _sequence(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else ()
-
-
-Text = Annotated[str | None, BeforeValidator(_text)]
-Number = Annotated[float | None, BeforeValidator(number)]
-Whole = Annotated[int | None, BeforeValidator(_whole)]
-Facts = Annotated[dict[str, Any], BeforeValidator(mapping)]
-
-
-class Stored(BaseModel):
-    model_config = ConfigDict(extra="ignore", protected_namespaces=(), frozen=True)
-
-
-class StoredCell(Stored):
-    """What was asked for."""
-
-    model: Text = None
-    dtype: Text = None
-    method: Text = None
-    sparsity: Number = None
-    task: Text = None
-    protocol: Text = None
-    seed: Whole = None
-    layers: Annotated[str | None, BeforeValidator(_layers)] = None
-    keep: Number = None
-    base_keep: Number = None
-    options: Facts = {}
-
-
-class StoredAccounting(Stored):
-    """What was counted over the decoded tokens, under a row's names."""
-
-    achieved: Number = Field(None, alias="achieved_sparsity")
-    while_pruned: Number = Field(None, alias="sparsity_while_pruned")
-    dense_share: Number = Field(None, alias="dense_token_share")
-    remasks: Whole = None
-    decoded: Whole = Field(None, alias="decoded_tokens")
-    executor: Text = None
-    bytes_executed: Number = Field(None, alias="ffn_bytes_share")
-    bytes_if_compact: Number = Field(None, alias="ffn_bytes_share_if_compact")
-    token_bytes_share: Number = None
-    mean_context: Number = None
-    requested: Number = Field(None, alias="requested_sparsity", exclude=True)
-
-
-class StoredMeasurement(Stored):
-    task: Text = None
-    protocol: Text = None
-    metric: Annotated[str, BeforeValidator(lambda value: str(value or ""))] = ""
-    higher_is_better: Annotated[bool, BeforeValidator(bool)] = True
-    metrics: Facts = {}
-    items: Annotated[tuple[Any, ...], BeforeValidator(_sequence)] = ()
-    accounting: Facts = {}
-    notes: Annotated[tuple[Any, ...], BeforeValidator(_sequence)] = ()
-
-
-class ResultRow(Stored):
-    """One line of ``results.jsonl``."""
-
-    label: Text = None
-    status: Text = None
-    error: Text = None
-    cell: Annotated[StoredCell, BeforeValidator(mapping)] = StoredCell()
-    measurement: Annotated[StoredMeasurement, BeforeValidator(mapping)] = StoredMeasurement()
-    checkpoint: Facts = {}
-    facts: Facts = {}
+ACCOUNTING = {
+    "achieved": "achieved_sparsity",
+    "while_pruned": "sparsity_while_pruned",
+    "dense_share": "dense_token_share",
+    "remasks": "remasks",
+    "decoded": "decoded_tokens",
+    "executor": "executor",
+    "bytes_executed": "ffn_bytes_share",
+    "bytes_if_compact": "ffn_bytes_share_if_compact",
+    "token_bytes_share": "token_bytes_share",
+    "mean_context": "mean_context",
+}
+"""Fields of a row, and what they are called in the accounting of a measurement."""
 
 
 # The items of a measurement, paired by id.
@@ -151,18 +76,18 @@ def is_perplexity(metric: str) -> bool:
     return "perplexity" in metric.lower() or metric.lower() == "ppl"
 
 
-def scores(measurement: Mapping[str, Any] | StoredMeasurement) -> Scores:
-    """The items that hold the headline metric; the sample is empty where none does.
+def scores(measurement: Mapping[str, Any]) -> Scores:
+    """The items that have the headline metric; the sample is empty where none does.
 
-    An item holds the metric under its name, as a number or as lm-eval's pair of log-likelihood and
-    weight; one of a perplexity holds ``mean_loss`` (nats per token) and ``tokens`` instead.
+    An item has the metric under its name, as a number or as lm-eval's pair of log-likelihood and
+    weight; one of a perplexity has ``mean_loss`` (nats per token) and ``tokens`` instead.
     """
-    known = StoredMeasurement.model_validate(measurement)
-    exponential = is_perplexity(known.metric)
+    metric = str(measurement.get("metric") or "")
+    exponential = is_perplexity(metric)
     read = _loss if exponential else _plain
     sample: dict[str, Value] = {}
-    for place, item in enumerate(map(mapping, known.items)):
-        value = read(item, known.metric)
+    for place, item in enumerate(measurement.get("items") or ()):
+        value = read(item, metric)
         if value is not None:
             sample[str(item.get("id", place))] = value
     return Scores(sample, exponential)
@@ -254,9 +179,9 @@ class Row:
     weight_bytes: float | None = None
     to_dense: Interval | None = None
     to_griffin: Interval | None = None
-    """At the same asked sparsity, whatever was achieved."""
+    """At the same requested sparsity, whatever was achieved."""
     gap: float | None = None
-    """Achieved sparsity minus GRIFFIN's at the same asked sparsity."""
+    """Achieved sparsity minus GRIFFIN's at the same requested sparsity."""
     equal_sparsity: Equal | None = None
     equal_bytes: Equal | None = None
     notes: tuple[str, ...] = ()
@@ -276,7 +201,7 @@ class Row:
 
     @property
     def pruned(self) -> bool:
-        """Whether the method is no form of the dense model."""
+        """Whether the method prunes."""
         return not self.method.startswith(DENSE)
 
     @property
@@ -286,7 +211,7 @@ class Row:
 
     @property
     def unequal(self) -> bool:
-        """Whether GRIFFIN at the same asked sparsity removed more, or less, by over a point."""
+        """Whether GRIFFIN at the same requested sparsity removed more, or less, by over a point."""
         return self.gap is not None and abs(self.gap) > TOLERANCE + 1e-9
 
     @property
@@ -301,7 +226,7 @@ class Row:
 
     @property
     def mostly_dense(self) -> str:
-        """What stands behind the row's name where most of its tokens ran dense, or ""."""
+        """Follows the row's name where most of its tokens ran dense, else ""."""
         return mostly_dense({"dense_token_share": self.dense_share}) if self.pruned else ""
 
     def change(self, interval: Interval | None) -> str | None:
@@ -336,54 +261,79 @@ def amount(interval: Interval, perplexity: bool) -> str:
 
 def read_row(line: Mapping[str, Any]) -> Row:
     """The row of one line of ``results.jsonl``, not compared with anything yet."""
-    stored = ResultRow.model_validate(line)
-    cell, measured, facts = stored.cell, stored.measurement, stored.facts
-    method, label = cell.method, stored.label or ""
-    if method in (None, "", DENSE):  # ``dense-8bit`` and the like may stand in the label alone
+    cell, facts = line.get("cell") or {}, line.get("facts") or {}
+    measured, checkpoint = line.get("measurement") or {}, line.get("checkpoint") or {}
+    method, label = cell.get("method"), str(line.get("label") or "")
+    if cell.get("name") or method in (None, DENSE):  # the label has the weight format too
         method = label.partition("@")[0] or method
-    method = method or "unknown"
-    value = number(measured.metrics.get(measured.metric))
-    failed = stored.status == "failed" or value is None
-    accounting = measured.accounting
+    method, metric = str(method or "unknown"), str(measured.get("metric") or "")
+    value = number((measured.get("metrics") or {}).get(metric))
+    failed = line.get("status") == "failed" or value is None
+    missing = f"{metric} is not a finite number" if measured else "no measurement was written"
+    accounting = measured.get("accounting") or {}
     if not accounting and method.startswith(DENSE) and not failed:
         # not pruned; rounded weights have fewer bytes all the same
         share = 1.0 if method == DENSE else facts.get("ffn_bytes_share")
         shares = {"ffn_bytes_share": share, "ffn_bytes_share_if_compact": share}
         accounting = {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0, **shares}
-    counted = StoredAccounting.model_validate(accounting)
-    asked = cell.sparsity
-    if asked is None and cell.layers is None:
-        asked = counted.requested
-    missing = f"{measured.metric or 'the metric'} is not a finite number"
-    if measured == StoredMeasurement():
-        missing = "no measurement was written"
+    layers = cell.get("layers") or None
+    asked = cell.get("sparsity")
+    if asked is None and layers is None:
+        asked = accounting.get("requested_sparsity")
     known = scores(measured)
     return Row(
-        model=str(stored.checkpoint.get("name") or cell.model or "unknown model")
-        .rstrip("/")
-        .rsplit("/", 1)[-1],
-        dtype=_text(stored.checkpoint.get("dtype") or cell.dtype),
+        model=short_name(checkpoint.get("name") or cell.get("model")),
+        dtype=checkpoint.get("dtype") or cell.get("dtype"),
         method=method,
         label=label or (method if asked is None else f"{method}@{asked:g}"),
-        task=measured.task or cell.task or "unknown task",
-        protocol=measured.protocol or cell.protocol or _text(cell.options.get("protocol")),
-        seed=cell.seed,
+        task=measured.get("task") or cell.get("task") or "unknown task",
+        protocol=measured.get("protocol") or cell.get("protocol"),
+        seed=cell.get("seed"),
         asked=0.0 if method.startswith(DENSE) else asked,
-        layers=cell.layers,
-        keep=None if cell.layers is None else cell.keep,
-        base_keep=cell.base_keep,
+        layers=layers,
+        keep=None if layers is None else cell.get("keep"),
+        base_keep=cell.get("base_keep"),
         status="failed" if failed else "done",
-        error=(stored.error or missing) if failed else None,
-        metric=measured.metric,
-        higher_is_better=measured.higher_is_better,
+        error=(line.get("error") or missing) if failed else None,
+        metric=metric,
+        higher_is_better=bool(measured.get("higher_is_better", True)),
         value=None if failed else value,
         items=len(known.sample),
-        weight_bytes=number(facts.get("weight_bytes")),
-        notes=tuple(map(str, measured.notes)),
-        checkpoint=stored.checkpoint,
+        weight_bytes=facts.get("weight_bytes"),
+        notes=tuple(measured.get("notes") or ()),
+        checkpoint=checkpoint,
         scores=known,
         traffic=read_traffic(facts),
-        **counted.model_dump(),
+        **{field: accounting.get(key) for field, key in ACCOUNTING.items()},
+    )
+
+
+def short_name(model: Any) -> str:
+    """The last part of a model's name or path."""
+    return str(model or "unknown model").rstrip("/").rsplit("/", 1)[-1]
+
+
+def result_line(row: Row) -> ResultLine:
+    """A row for ``rows.jsonl``."""
+    low, high = (row.interval.ends if row.interval else None) or (None, None)
+    return ResultLine(
+        label=f"{row.label}, layers {row.layers}" if row.layers else row.label,
+        method=row.method,
+        model=row.model,
+        task=row.task,
+        metric=row.metric,
+        value=row.value,
+        higher_is_better=row.higher_is_better,
+        requested=row.asked,
+        achieved=row.achieved,
+        low=low,
+        high=high,
+        dense_share=row.dense_share,
+        remasks=row.remasks,
+        seed=row.seed,
+        dtype=row.dtype,
+        weights=row.checkpoint.get("weights"),
+        error=row.error,
     )
 
 
@@ -395,7 +345,7 @@ def rows(lines: Iterable[Mapping[str, Any]], seed: int = 0) -> list[Row]:
     first, then each method by sparsity.  ``seed``: of the bootstrap; the same lines give the same
     numbers.  Missing fields are None; failed cells keep their sentence.
     """
-    known = _named(_ordered([read_row(line) for line in _with_checkpoints(map(mapping, lines))]))
+    known = _named(_ordered([read_row(line) for line in _with_checkpoints(lines)]))
     groups = {
         key: _with_bytes(members) for key, members in grouped(known, lambda row: row.group).items()
     }
@@ -403,16 +353,17 @@ def rows(lines: Iterable[Mapping[str, Any]], seed: int = 0) -> list[Row]:
     return [_compared(next(waiting[row.group]), groups[row.group], seed) for row in known]
 
 
-def _with_checkpoints(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A cell that failed before its model was known takes what another cell of it knew."""
+def _with_checkpoints(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A cell that failed before its model was loaded gets the checkpoint of another cell."""
 
-    def asked(line: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(mapping(line.get("cell")).get(key) for key in ("model", "revision", "dtype"))
+    def model(line: Mapping[str, Any]) -> tuple[Any, ...]:
+        cell = line.get("cell") or {}
+        return tuple(cell.get(key) for key in ("model", "revision", "dtype"))
 
     every = list(lines)
-    known = {asked(line): line["checkpoint"] for line in every if line.get("checkpoint")}
+    known = {model(line): line["checkpoint"] for line in every if line.get("checkpoint")}
     return [
-        {**line, "checkpoint": line.get("checkpoint") or known.get(asked(line))} for line in every
+        {**line, "checkpoint": line.get("checkpoint") or known.get(model(line))} for line in every
     ]
 
 
@@ -470,8 +421,8 @@ def common_context(contexts: Iterable[float | None]) -> float:
 
 
 def read_traffic(facts: Mapping[str, Any]) -> TokenTraffic | None:
-    """What ``weight_facts`` knew of the bytes that a token reads; None where it did not."""
-    known = mapping(facts.get("token_traffic"))
+    """The bytes that a token reads, as ``weight_facts`` counted them; None where it did not."""
+    known = facts.get("token_traffic")
     if not known:
         return None
     cache = tuple((each, most) for each, most in known.get("cache", ()))
@@ -545,19 +496,6 @@ class LayerCurve:
         kept = "" if first.keep is None else f", keep {percent(first.keep)}"
         base = "" if first.base_keep is None else f" (others {percent(first.base_keep)})"
         return f"{first.method}{kept}{base}"
-
-    @property
-    def sentence(self) -> str:
-        """Which layer costs the most."""
-        first = self.rows[0]
-        sign = -1 if first.higher_is_better else 1
-        ranked = sorted(self.rows, key=lambda row: sign * (row.value or 0.0))
-        best, worst = ranked[0], ranked[-1]
-        dense = f"; dense has {self.dense.quantity}" if self.dense else ""
-        return (
-            f"{self.name} on {first.task}: layer {worst.layers} costs the most ({first.metric} "
-            f"{worst.quantity}), layer {best.layers} the least ({best.quantity}){dense}."
-        )
 
 
 def curves(rows: Sequence[Row]) -> list[LayerCurve]:

@@ -300,11 +300,14 @@ def _layers_plot(name: str, tasks: Sequence[Sequence[LayerCurve]]) -> Plot:
             for place, name in enumerate(names)
         }
 
-    told = " ".join(curve.sentence for curve in curves)
+    values = "; ".join(
+        f"{curve.name}: " + ", ".join(f"{row.layers} {row.quantity}" for row in curve.rows)
+        for curve in curves
+    )
     return _plot(
         name,
         "One layer pruned at a time",
-        f"Lines: the metric by the layer that was pruned. {told}",
+        f"Lines: the metric by the layer that was pruned. {values}.",
         [row for curve in curves for row in curve.rows],
         tasks,
         looks,

@@ -6,17 +6,14 @@ counted where both removed the same share of neurons, to a point.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from dart_llm.evaluation.measurement import LEAK
-from dart_llm.experiments import comparison, comparison_plots, run_facts
+from dart_llm.experiments import comparison_plots, run_facts
 from dart_llm.experiments.comparison import DENSE, GRIFFIN, TOO_FEW, Equal, Row, amount
 from dart_llm.experiments.stats import Interval
-from dart_llm.experiments.store import Files, ResultsView, read
-from dart_llm.files import write_csv, write_json, write_text
 from dart_llm.reporting import page
 from dart_llm.reporting.table import (
     Column,
@@ -42,42 +39,26 @@ LEAK_NOTE = f"LEAK - {LEAK}. Its numbers are no measure of a method's quality."
 USUAL = 0.5
 """The sparsity that the conclusion speaks of, or the nearest one measured."""
 
-LONG, MANY = 24, 4
-"""On the page, a table of more rows and a list of more sentences are folded."""
+LONG = 24
+"""On the page, a table of more rows is folded."""
 
 
-# The conclusion: verdicts counted by task, then one sentence for all of them.
+# The conclusion: one sentence per model and protocol.
 
 
 def conclusion(rows: Sequence[Row]) -> str:
-    """How the first method does at 50 %, or near it, on each model."""
-    return conclusions(rows)[0]
-
-
-def conclusions(rows: Sequence[Row]) -> list[str]:
-    """The conclusion, then a sentence of every other method and sparsity."""
+    """How the first method does at the usual sparsity, or near it, on each model."""
     groups = _groups(rows)
-    honest = [name for name, members in groups.items() if not any(row.leaks for row in members)]
-    headlines, further = [], [curve.sentence for curve in comparison.curves(rows)]
-    for name, members in groups.items():
-        for place, (method, asked) in enumerate(_shown(members)):
-            own = [row for row in members if (row.method, row.asked) == (method, asked)]
-            told = f"{f'{name}: ' if name else ''}{_statement(own)}"
-            if not place and (name in honest or not honest):
-                headlines.append(told)
-            else:
-                further.append(f"{told}.")
-    if further and not headlines:
-        headlines = [further.pop(0).removesuffix(".")]
+    honest = {name: own for name, own in groups.items() if not any(row.leaks for row in own)}
+    parts = [f"{name}: {_headline(own)}" if name else _headline(own)
+             for name, own in (honest or groups).items()]  # fmt: skip
     failed = sum(not row.done for row in rows)
-    if failed:
-        further.append(f"{count(failed, 'cell')} failed and not counted.")
-    return [f"{'; '.join(headlines) or 'Nothing was measured'}.", *further]
+    parts += [f"{count(failed, 'cell')} failed"] if failed else []
+    return f"{'; '.join(parts) or 'Nothing was measured'}."
 
 
 def _groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows of whole-model pruning by model, dtype and protocol; named by what differs."""
-    layered = any(row.layers is not None for row in rows)
     found = grouped(
         (row for row in rows if row.layers is None and row.done),
         lambda row: (row.model, row.dtype, f"protocol {row.protocol or 'not known'}"),
@@ -85,41 +66,25 @@ def _groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     varied = [place for place in range(3) if len({key[place] for key in found}) > 1]
     groups = {}
     for key, members in found.items():
-        if layered and not any(row.pruned for row in members):
-            continue  # the dense line of a layer sweep is no finding
         leak = ["LEAK"] if any(row.leaks for row in members) else []
         groups[" ".join([*(str(key[place]) for place in varied), *leak])] = members
     return groups
 
 
-def _shown(rows: Sequence[Row]) -> list[tuple[str, float | None]]:
-    """Methods and sparsities, first those that the conclusion speaks of: ``dart``, else as they
-    come, at the sparsity nearest to the usual one; dense and GRIFFIN only where they are alone."""
+def _headline(rows: Sequence[Row]) -> str:
+    """One method at one sparsity over its tasks: against GRIFFIN, else dense, else by itself."""
     pruned = [row for row in rows if row.pruned]
     shown = [row for row in pruned if row.method != GRIFFIN] or pruned or rows
-    methods = sorted(dict.fromkeys(r.method for r in shown), key=lambda method: method != "dart")
-    order = {method: place for place, method in enumerate(methods)}
-    pairs = sorted(
-        dict.fromkeys((row.method, row.asked) for row in shown), key=lambda pair: order[pair[0]]
-    )
-    first = [pair for pair in pairs if pair[0] == methods[0]]
-    usual = min(first, key=lambda p: (p[1] is None, abs((p[1] or 0.0) - USUAL), p[1] or 0.0))
-    return [usual, *(pair for pair in pairs if pair != usual)]
-
-
-def _statement(rows: Sequence[Row]) -> str:
-    """One method at one sparsity, over its tasks: against GRIFFIN, else dense, else by itself."""
-    first = rows[0]
-    amount_asked = "" if first.asked is None or not first.pruned else f" at {percent(first.asked)}"
-    subject = f"{first.method}{amount_asked}"
-    fair = any(row.to_griffin is not None or row.equal_sparsity is not None for row in rows)
-    if first.method != GRIFFIN and fair:
-        return _verdicts(rows, subject, GRIFFIN, _against_griffin)
-    if any(row.to_dense is not None for row in rows):
-        return _verdicts(rows, subject, DENSE, lambda row: row.to_dense)
-    values = ", ".join(f"{row.metric} {row.quantity} on {row.task}" for row in rows)
-    why = "nothing to compare it with" if first.pruned else "no pruned model"
-    return f"{subject} has {values}; {why}"
+    method = next((row.method for row in shown if row.method == "dart"), shown[0].method)
+    amounts = {row.asked for row in shown if row.method == method}
+    asked = min(amounts, key=lambda one: (one is None, abs((one or 0.0) - USUAL), one or 0.0))
+    own = [row for row in shown if (row.method, row.asked) == (method, asked)]
+    subject = method if asked is None or not own[0].pruned else f"{method} at {percent(asked)}"
+    if method != GRIFFIN and any(row.to_griffin or row.equal_sparsity for row in own):
+        return _verdicts(own, subject, GRIFFIN, _against_griffin)
+    if any(row.to_dense is not None for row in own):
+        return _verdicts(own, subject, DENSE, lambda row: row.to_dense)
+    return f"{subject}: " + ", ".join(f"{r.metric} {r.quantity} on {r.task}" for r in own)
 
 
 def _against_griffin(row: Row) -> Interval | None:
@@ -132,47 +97,18 @@ def _against_griffin(row: Row) -> Interval | None:
 def _verdicts(
     rows: Sequence[Row], subject: str, other: str, against: Callable[[Row], Interval | None]
 ) -> str:
-    """ "dart at 50 % beats griffin on 2 of 3 tasks; within noise on mmlu (-0.010 to 0.020)"."""
-    told: dict[str, list[str]] = {}
-    seeds = len({row.seed for row in rows}) > 1
-    dense = [f"on {row.task}{row.mostly_dense}" for row in rows if row.mostly_dense]
+    """ "dart at 50 % against griffin: better on 2 of 3 tasks, no clear difference on 1"."""
+    outcomes = dict.fromkeys(("better", "worse", UNCLEAR, "not compared at equal sparsity"), 0)
     for row in rows:
         interval = against(row)
-        name = f"{row.task} (seed {row.seed})" if seeds else row.task
-        words = _words(row, interval)
-        if interval is not None and words in (NOISE, DIFFER_TOO_FEW, TOO_FEW_ITEMS):
-            name += f" ({amount(interval, row.perplexity).partition(' (')[2]}"
-        told.setdefault(words, []).append(name)
-    won = len(told.pop("", ()))
-    parts = [f"{subject} beats {other} on {won} of {count(len(rows), 'task')}"]
-    order = ("loses on", NOISE, DIFFER_TOO_FEW, TOO_FEW_ITEMS)
-    listed = sorted(told, key=lambda words: order.index(words) if words in order else len(order))
-    return "; ".join([*parts, *(f"{words} {', '.join(told[words])}" for words in listed), *dense])
+        verdict = "not compared at equal sparsity" if interval is None else row.verdict(interval)
+        outcomes[verdict if verdict in outcomes else UNCLEAR] += 1
+    won = f"better on {outcomes.pop('better')} of {count(len(rows), 'task')}"
+    others = [f"{words} on {number}" for words, number in outcomes.items() if number]
+    return f"{subject} against {other}: {', '.join([won, *others])}"
 
 
-NOISE, DIFFER_TOO_FEW = "within noise on", "too few items differ on"
-
-TOO_FEW_ITEMS = "no interval on"
-
-
-def _words(row: Row, interval: Interval | None) -> str:
-    """How a row's comparison came out, before the name of its task; "" where it is better."""
-    if interval is None:
-        return "no comparison at equal sparsity on"
-    if interval.alike:
-        kinds = {"acc": "answers", "perplexity": "slices"}
-        kind = next((noun for metric, noun in kinds.items() if metric in row.metric), "items")
-        return f"{interval.n} of {interval.n} {kind} alike on"
-    if interval.ends is None:
-        return TOO_FEW_ITEMS
-    words = {"better": "", "worse": "loses on", TOO_FEW: DIFFER_TOO_FEW}
-    return words.get(row.verdict(interval), NOISE)
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """What ends the terminal's tables: the conclusion, and how many cells failed."""
-    failed = sum(not row.done for row in rows)
-    return f"{conclusion(rows)} {count(failed, 'cell')} failed." if failed else conclusion(rows)
+UNCLEAR = "no clear difference"
 
 
 # What the published protocol leaks.
@@ -194,8 +130,8 @@ class Leak:
         if self.interval is None:
             return f"{row.label} on {row.task}: not known: no shared items."
         change, verdict = amount(self.interval, row.perplexity), row.verdict(self.interval)
-        told = {"better": "flattered by the leak", "": "within noise"}
-        known = f", {told.get(verdict, verdict)}" if self.interval.ends else ""
+        words = {"better": "flattered by the leak", "": "within noise"}
+        known = f", {words.get(verdict, verdict)}" if self.interval.ends else ""
         return f"{row.label} on {row.task}: published against full {change}{known}."
 
 
@@ -239,7 +175,7 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
         (whole and GRIFFIN not in measured, "GRIFFIN was not measured: its columns are empty."),
         (
             any(row.unequal for row in whole),
-            f"{UNEQUAL} achieved sparsity differs from GRIFFIN's at the same asked sparsity by "
+            f"{UNEQUAL} achieved sparsity differs from GRIFFIN's at the same requested sparsity by "
             "more than 1 point: compare at equal achieved sparsity instead.",
         ),
         (
@@ -303,7 +239,7 @@ NAMED = "95 % intervals under a score are of the score itself, under a differenc
 
 
 class ComparisonTable(Table):
-    """On the terminal, heads are short and intervals stand under their numbers."""
+    """On the terminal, heads are short and intervals are under their numbers."""
 
     @property
     def terminal_caption(self) -> str:
@@ -322,7 +258,7 @@ def _in_lines(cell: str) -> str:
 
 
 def stacked(cell: str) -> tuple[str, str, str]:
-    """ "0.4 (0.3 to 0.5) better" as its number, its interval and what is said of it."""
+    """ "0.4 (0.3 to 0.5) better" as its number, its interval and its verdict."""
     value, _, rest = cell.partition(" (")
     ends, closed, said = rest.partition(")")
     return (value, ends, said.strip()) if closed else (cell, "", "")
@@ -353,13 +289,13 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
 
     columns = (
         _column("method", lambda row: name(row, seeds)),
-        _column("asked", lambda row: _share(row.asked), False),
+        _column("requested", lambda row: _share(row.asked), False),
         _column("achieved", lambda row: _marked(_share(row.achieved), row)),
         _column("dense tokens", lambda row: _share(row.dense_share)),
         _column("re-masks", lambda row: None if row.remasks is None else f"{row.remasks:,}"),
         _column(f"{metric} ({better} is better; 95 % of itself)", _metric),
         _column("against dense (95 %, paired)", lambda row: row.change(row.to_dense)),
-        _column("against GRIFFIN, same asked sparsity (95 %, paired)", griffin),
+        _column("against GRIFFIN, same requested sparsity (95 %, paired)", griffin),
         _column("at equal achieved sparsity", lambda row: _equal(row, row.equal_sparsity), False),
         _column("at equal FFN bytes", lambda row: _equal(row, row.equal_bytes), False),
         _column("FFN bytes", _bytes, False),
@@ -434,12 +370,10 @@ def _equal(row: Row, equal: Equal | None) -> str | None:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The whole comparison as one Markdown document."""
-    first, *further = conclusions(rows)
-    parts = ["# Comparison", escaped(first)]
+    parts = ["# Comparison", escaped(conclusion(rows))]
     for table in tables(rows):
         parts.append("\n".join([f"## {escaped(table.caption)}", "", *table.lines()]))
     for head, lines in (
-        ("In words", further),
         ("What the published protocol leaks", [leak.sentence for leak in leaks(rows)]),
         ("Failed cells", failures(rows)),
         ("Notes", footnotes(rows)),
@@ -480,11 +414,9 @@ def record(row: Row) -> dict[str, Any]:
 
 def document(rows: Sequence[Row]) -> dict[str, Any]:
     """The whole comparison as JSON-able data."""
-    told = conclusions(rows)
     return {
         "schema": SCHEMA,
-        "conclusion": told[0],
-        "conclusions": told,
+        "conclusion": conclusion(rows),
         "rows": [record(row) for row in rows],
         "leaks": [
             {
@@ -519,43 +451,22 @@ def _csv_row(row: Row) -> dict[str, Any]:
     return line
 
 
-def write_all(folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """Write ``compare.md``, ``compare.csv`` and ``compare.json``; returns their paths.
-
-    Raises ``ResultsError`` when a file cannot be written.
-    """
-    paths = [folder / f"compare.{kind}" for kind in ("md", "csv", "json")]
-    write_text(paths[0], markdown(rows))
-    table = [_csv_row(row) for row in rows]
-    write_csv(paths[1], table[0] if table else [], (row.values() for row in table))
-    write_json(paths[2], document(rows))
-    return paths
+def csv_table(rows: Sequence[Row]) -> Table:
+    """compare.csv: a line per row."""
+    lines = [_csv_row(row) for row in rows]
+    fields_of_rows = list(lines[0]) if lines else []
+    return Table("compare", "", (), lines, terminal=False, fields=fields_of_rows)
 
 
-def write(folder: Path, rows: Sequence[Row] | None = None) -> Path:
-    """Write ``report.html`` into ``folder`` and return its path.
-
-    ``rows``: what ``compare.rows`` gave for the folder's cells (default: computed here).  Without
-    matplotlib the page has no plots and says so.  Raises ``ResultsError`` when the folder does not
-    exist or cannot be written.
-    """
-    view = read(folder)
-    known = comparison.rows(Files(folder).lines("results.jsonl")) if rows is None else rows
-    path = folder / "report.html"
-    write_text(path, run_facts.render(view, "compare.html", _content(view, known), stacked=stacked))
-    return path
-
-
-def _content(view: ResultsView, rows: Sequence[Row]) -> dict[str, Any]:
-    """What the page's template shows."""
-    first, *further = conclusions(rows)
+def page_text(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """``report.html``; ``config``: config.json.  Without matplotlib it has no plots."""
     pictures, missing = page.pictures(comparison_plots.make(rows))
-    return {
+    content = {
         "title": title(rows),
-        "conclusion": first,
-        "further": further,
-        "many": len(further) > MANY,
-        "facts": _facts(view, rows),
+        "conclusion": conclusion(rows),
+        "further": [],
+        "many": False,
+        "facts": _facts(config, rows),
         "leak": LEAK_NOTE if any(row.leaks for row in rows) else "",
         "leaks": [leak.sentence for leak in leaks(rows)],
         "pictures": pictures,
@@ -565,6 +476,7 @@ def _content(view: ResultsView, rows: Sequence[Row]) -> dict[str, Any]:
         "notes": footnotes(rows),
         "checkpoints": _checkpoints(rows),
     }
+    return run_facts.render(config, "compare.html", content, stacked=stacked)
 
 
 def title(rows: Sequence[Row]) -> str:
@@ -580,7 +492,7 @@ def title(rows: Sequence[Row]) -> str:
     return f"{what} on {models[0] if len(models) == 1 else f'{len(models)} models'}"
 
 
-def _facts(view: ResultsView, rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
+def _facts(config: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
     """Name, value, and whether the value is to be set as code."""
     done = sum(row.done for row in rows)
     asked = sorted({row.asked for row in rows if row.asked})
@@ -588,14 +500,14 @@ def _facts(view: ResultsView, rows: Sequence[Row]) -> list[tuple[str, str, bool]
         "models": run_facts.named(row.model for row in rows),
         "dtype": run_facts.named(row.dtype for row in rows),
         "methods": run_facts.named(row.method for row in rows),
-        "sparsities asked for": ", ".join(map(percent, asked)) or "none",
+        "requested sparsities": ", ".join(map(percent, asked)) or "none",
         "tasks": run_facts.named(row.task for row in rows),
         "protocols": run_facts.named(row.protocol for row in rows),
         "seeds": run_facts.named(row.seed for row in rows),
         "cells": f"{done} done, {len(rows) - done or 'none'} failed",
     }
-    known = [fact for fact in run_facts.facts(view) if fact[0] in ("device", "date", "command")]
-    return [*((name, value, False) for name, value in varied.items()), *known]
+    origin = run_facts.origin_facts(config)
+    return [*((name, value, False) for name, value in varied.items()), *origin]
 
 
 def _checkpoints(rows: Sequence[Row]) -> PageTable | None:

@@ -1,6 +1,6 @@
 """Where a result comes from: versions, git, machine, digests of weights, texts and data.
 
-Digests of the files that a cell or a run only points at: a changed file makes it another one.
+A digest of every file that a run only names: a changed file makes it another run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,20 @@ from dart_llm.data import documents
 from dart_llm.data.datasets import LOCAL_MMLU
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation.measurement import MeasureOptions
+from dart_llm.evaluation.tasks import SLICED, slice_sources
 from dart_llm.experiments.cell import Cell
 from dart_llm.files import file_sha256
 from dart_llm.pruning import plugins
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.setting_file import path_of
-from dart_llm.settings import LOADING
 
 TASK_FILES = (".yaml", ".yml", ".py")
-"""The files of an lm-eval task folder that say what a task is."""
+"""The files of an lm-eval task folder that define a task."""
 
 DENSE_WEIGHTS = "dense"
-"""How weights were always held; whatever else they are is told with a result."""
+"""The usual weight format, which is not recorded as an input."""
 
-_NAMED = ("text", "data")
+_NAMED = ("text", "data", "slices")
 """Inputs that a task names: an empty name is one that does not exist."""
 
 
@@ -49,41 +48,49 @@ class Digests:
         self._models: dict[str, dict[str, str]] = {}
 
     def of(self, cell: Cell, config: PruneConfig | None = None) -> dict[str, str]:
-        """By name of the input; what is no local file has no entry.
+        """By name of the input; what is not a local file has no entry.
 
-        ``config``: by which alone the cell is pruned; None: plug-ins count whatever they add.
+        ``config``: the only one that prunes the cell; None: plug-ins count whatever they add.
         Raises ``ConfigError`` when a file cannot be read.
         """
-        kind, _, data = cell.task.partition(":")
-        asked = {"calibration": cell.calibration or ""}
-        if kind == "perplexity":
-            asked["text"] = data
-        elif kind == "summarize":
-            asked["data"] = data
-        else:
-            asked["tasks"] = cell.options.include_path or ""
-        if kept := path_of(cell.method):
-            asked["setting"] = str(kept)
-        if kind == "mmlu" or (kind == "perplexity" and data.partition(":")[0] in documents.MMLU):
-            asked["mmlu"] = LOCAL_MMLU.as_posix()
-        found = {
-            name: self._digest(name, value)
-            for name, value in asked.items()
-            if value or name in _NAMED
-        }
-        read = {name: digest for name, digest in found.items() if digest}
+        files = self.of_files(cell.method, cell.calibration, cell.masks)
+        files |= self.of_task(cell.task, cell.options)
         return {
             **self.of_model(cell),
-            **read,
+            **files,
             **plugins.digest(None if config is None else config.names()),
         }
 
-    def of_model(self, given: Any) -> dict[str, str]:
-        """``model``, the weights of a local one, ``model_files``, what else is loaded.
+    def of_task(self, task: str, options: MeasureOptions) -> dict[str, str]:
+        """The local texts, documents and task files that ``task`` reads."""
+        kind, _, data = task.partition(":")
+        if kind in SLICED:
+            return self._digests({"slices": data})
+        if kind == "summarize":
+            return self._digests({"data": data})
+        named = {"text": data} if kind == "perplexity" else {"tasks": options.include_path or ""}
+        if kind == "mmlu" or (kind == "perplexity" and data.partition(":")[0] in documents.MMLU):
+            named["mmlu"] = LOCAL_MMLU.as_posix()
+        return self._digests(named)
 
-        And ``weights``, how they are held where they are not dense.  ``given``: has the fields of
-        ``ModelOptions``.  No digests of a model of the hub, which id and revision name, and of the
-        default.
+    def of_files(
+        self, method: str, calibration: str | None, masks: str | None = None, table: str = ""
+    ) -> dict[str, str]:
+        """The local files that a method reads; ``table``: a layer table, ``@FILE``."""
+        named = {
+            "calibration": calibration or "",
+            "setting": str(path_of(method) or ""),
+            "masks": masks or "",
+            "layer_topk": table[1:] if table.startswith("@") else "",
+        }
+        return self._digests(named)
+
+    def of_model(self, given: Any) -> dict[str, str]:
+        """``model``, the weights of a local one; ``model_files``, what else is loaded of it.
+
+        And ``weights``, their format unless it is dense.  ``given``: has the fields of
+        ``ModelOptions``.  A model of the hub, which id and revision identify, and the default have
+        no digests.
         """
         from dart_llm.experiments.model_facts import held_weights  # which loads torch
 
@@ -95,29 +102,25 @@ class Digests:
             path, known = Path(model).expanduser(), is_default(model)
             with _readable(model):
                 single = path.is_file() and not known
-                found = {"model": file_sha256(path)} if single else {}
-                self._models[model] = contents(path) if path.is_dir() and not known else found
-        held = held_weights(given)
-        return {**self._models[model], **({} if held == DENSE_WEIGHTS else {"weights": held})}
+                digests = {"model": file_sha256(path)} if single else {}
+                self._models[model] = contents(path) if path.is_dir() and not known else digests
+        weights = held_weights(given)
+        stored = {} if weights == DENSE_WEIGHTS else {"weights": weights}
+        return {**self._models[model], **stored}
 
     def of_settings(
         self, settings: Any, tasks: Iterable[tuple[str, MeasureOptions]] = ()
     ) -> dict[str, Any]:
-        """What a run of ``settings`` reads: the model, given masks and table, each task's files."""
-        calibration = getattr(settings, "calibration", None)
-        loading = {name: getattr(settings, name) for name in LOADING}
-        cell = Cell(settings.model, settings.method, "", calibration=calibration, **loading)
-        found: dict[str, Any] = {**self.of(cell)}
-        for task, options in tasks:
-            every = self.of(replace(cell, task=task, options=options))
-            found[task] = {name: digest for name, digest in every.items() if name not in found}
-        table = settings.layer_topk or ""
-        files = {"masks": settings.masks, "layer_topk": table[1:] if table[:1] == "@" else None}
-        for name, path in files.items():
-            if path:
-                with _readable(path):
-                    found[name] = file_sha256(Path(path))
-        return found
+        """What a run of ``settings`` reads: the model, masks, a table, and each task's files."""
+        calibration, table = getattr(settings, "calibration", None), settings.layer_topk or ""
+        files = self.of_files(settings.method, calibration, settings.masks, table)
+        shared: dict[str, Any] = {**self.of_model(settings), **files, **plugins.digest(None)}
+        return shared | {task: self.of_task(task, options) for task, options in tasks}
+
+    def _digests(self, named: Mapping[str, str]) -> dict[str, str]:
+        wanted = {name: value for name, value in named.items() if value or name in _NAMED}
+        digests = {name: self._digest(name, value) for name, value in wanted.items()}
+        return {name: digest for name, digest in digests.items() if digest}
 
     def _digest(self, name: str, value: str) -> str | None:
         if (name, value) not in self._known:
@@ -135,17 +138,20 @@ def _readable(what: str) -> Iterator[None]:
 
 
 def _read(name: str, value: str) -> str | None:
+    if name == "slices":
+        sources = documents.sources(slice_sources(value)[0])
+        return hashlib.sha256("".join(source.digest for source in sources).encode()).hexdigest()
     if name == "tasks":
         return _folder(Path(value))
     if name == "mmlu":  # read instead of the hub's where there are any
         return _sums(Path(value), Path(value).glob("*.jsonl"))
-    if name == "text":  # raises for a name that is nothing: a sweep says so at once
+    if name == "text":  # raises at once for a name that does not exist
         if documents.resolve(value).path is None:
             return None
         return hashlib.sha256(documents.read(value).encode()).hexdigest()
     if name == "data":
         documents.check(value)
-    if name == "setting":
+    if name in ("setting", "masks", "layer_topk"):
         return file_sha256(Path(value))
     path = documents.find_file(value)
     return None if path is None else file_sha256(path)
@@ -186,7 +192,7 @@ def _sums(folder: Path, files: Iterable[Path]) -> str | None:
     return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
 
 
-# Processes: whether one lives, what a library changes in ours, and its prints kept quiet.
+# Process helpers: temporary changes of the environment, silencing stdout.
 
 
 logger = logging.getLogger("dart_llm")
@@ -244,19 +250,6 @@ def same_sigterm() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
-
-
-def is_alive(process: Any) -> bool:
-    """Whether this machine has a process of that number; True where that cannot be found out."""
-    if not isinstance(process, int) or isinstance(process, bool) or process <= 0:
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True
 
 
 # Where a result came from: versions, git state, machine.
@@ -343,7 +336,7 @@ def origin(device: str | None) -> dict[str, Any]:
 
 
 def memory_gib() -> float | None:
-    """Physical memory in GiB, or None where the system does not say."""
+    """Physical memory in GiB; None where the system does not report it."""
     try:
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

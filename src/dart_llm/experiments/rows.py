@@ -6,15 +6,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dart_llm.evaluation.measurement import Measurement
 from dart_llm.evaluation.tasks import short
 from dart_llm.experiments import comparison, stats
-from dart_llm.files import finite
 from dart_llm.pruning.records import merge_reports
 from dart_llm.reporting.table import Column, Table
 from dart_llm.reporting.words import dtype_text, file_text, mostly_dense, too_few
-from dart_llm.session.run import BoundMethod
-from dart_llm.settings import BaseSettings
 
 DENSE: dict[str, Any] = {
     "method": "dense",
@@ -30,44 +26,7 @@ DENSE: dict[str, Any] = {
 Row = Mapping[str, Any]
 
 COUNTS = ("tokens", "pruned_tokens", "mean_loss", "mean_loss_pruned_tokens")
-"""Metrics that stand in the JSON documents alone."""
-
-
-def row(
-    candidate: BoundMethod,
-    found: Measurement,
-    settings: BaseSettings,
-    checkpoint: dict[str, Any],
-) -> dict[str, Any]:
-    """The same shape as a finished cell of a sweep."""
-    cell = {
-        "model": settings.model,
-        "dtype": checkpoint.get("dtype"),
-        "method": candidate.method,
-        "sparsity": candidate.requested,
-        "task": found.task,
-        "protocol": found.protocol,
-        "seed": settings.seed,
-    }
-    return finite(  # type: ignore[no-any-return]
-        {
-            "key": f"{candidate.label}/{found.task}",
-            "status": "done",
-            "cell": cell,
-            "label": candidate.label,
-            "measurement": found.to_dict(),
-            "checkpoint": checkpoint_of(candidate, checkpoint),
-            "facts": dict(candidate.facts),
-        }
-    )
-
-
-def checkpoint_of(candidate: BoundMethod, known: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of the checkpoint, without how its weights are held where a candidate's own,
-    which were rounded, run dequantised.
-    """
-    rounded = "weight_format" in candidate.facts
-    return {name: value for name, value in known.items() if not (rounded and name == "weights")}
+"""Metrics that only the JSON documents have."""
 
 
 def document(rows: Sequence[Row]) -> dict[str, Any]:
@@ -101,7 +60,7 @@ def _task(row: Row) -> str:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader of the numbers must know, each once."""
+    """The measurements' notes, each once."""
     found = [f"{short(_task(r))}: {note}" for r in rows for note in r["measurement"]["notes"]]
     return list(dict.fromkeys(found))
 
@@ -116,8 +75,8 @@ def table(rows: Sequence[Row], compared: Sequence[comparison.Row] | None = None)
     paired = {(one.label, one.task): one for one in beside if one.to_dense is not None}
     protocols = sorted({str(r["measurement"]["protocol"]) for r in rows})
     first = rows[0]["checkpoint"]
-    held = f"{file_text(first)}, {dtype_text(first)}"
-    title = f"{first.get('name')} ({held}), protocol {', '.join(protocols)}"
+    formats = f"{file_text(first)}, {dtype_text(first)}"
+    title = f"{first.get('name')} ({formats}), protocol {', '.join(protocols)}"
     columns = (
         Column("task", "task"),
         Column("method", "method"),

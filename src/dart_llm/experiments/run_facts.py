@@ -26,30 +26,44 @@ PROVENANCE = {
 
 
 def render(
-    view: ResultsView, template: str, content: Mapping[str, Any], **filters: Callable[..., Any]
+    source: ResultsView | Mapping[str, Any],
+    template: str,
+    content: Mapping[str, Any],
+    **filters: Callable[..., Any],
 ) -> str:
-    """The page of a folder: ``content``, and the run's status, settings and provenance.
+    """The page of a run: ``content``, and the run's status, settings and provenance.
 
-    What was not given is left out of the settings.
+    ``source``: config.json, or a folder that was read.
     """
+    config = source.config if isinstance(source, ResultsView) else source
     own = {
-        "status": view.status,
-        "settings": _tables(view, SETTINGS, "setting"),
-        "provenance": _tables(view, PROVENANCE, "what"),
+        "status": str(config.get("status") or "unknown"),
+        "settings": _tables(config, SETTINGS, "setting"),
+        "provenance": _tables(config, PROVENANCE, "what"),
     }
     return page.render(template, {**own, **content}, filters)
 
 
-def _tables(view: ResultsView, captions: Mapping[str, str], head: str) -> list[PageTable]:
-    """Entries of config.json as tables of names and values; settings that were given alone."""
-    found, given = [], view.config.get("given")
+def _tables(config: Mapping[str, Any], captions: Mapping[str, str], head: str) -> list[PageTable]:
+    """Entries of config.json as tables of names and values; only settings that were given."""
+    found, given = [], config.get("given")
     for key, caption in captions.items():
-        entries = flat(mapping(view.config.get(key)))
+        entries = flat(mapping(config.get(key)))
         if key == "settings" and isinstance(given, list):
             entries = {name: value for name, value in entries.items() if name in given}
         rows = tuple((name, _plain(value)) for name, value in entries.items())
         found += [PageTable(caption, (head, "value"), rows, numeric=False)] if rows else []
     return found
+
+
+def origin_facts(config: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
+    """Device, date and command: name, value, and whether the value is set as code."""
+    facts: list[tuple[str, Any, bool]] = [
+        ("device", mapping(config.get("machine")).get("device"), False),
+        ("date", _date(config), False),
+        ("command", _command(config.get("command")), True),
+    ]
+    return [(name, str(value), code) for name, value, code in facts if value is not None]
 
 
 def _plain(value: Any) -> str:

@@ -29,7 +29,7 @@ MANY_ITEMS, MANY_RESAMPLES = 4000, 2000
 """With more than ``MANY_ITEMS`` items fewer resamples do, and BCa's correction is negligible."""
 
 BATCH = 2_000_000
-"""Numbers that one batch of resamples holds."""
+"""Numbers in one batch of resamples."""
 
 
 LARGEST = 700.0
@@ -153,9 +153,9 @@ def gap_closed(groups: Sequence[tuple[Array, Array]]) -> float | None:
 
 
 def gap_closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) -> Interval | None:
-    """95 % interval of ``closed``; the items of a group are drawn together, groups for themselves.
+    """95 % interval of ``gap_closed``; items are drawn together within a group, groups separately.
 
-    A draw in which there is no gap to close counts as the worst.  None where ``closed`` is None,
+    A draw in which there is no gap to close counts as the worst.  None where ``gap_closed`` is,
     with fewer than ``FEWEST_ITEMS`` items in a group, and where so many draws are of that kind that
     an end has no value.
     """

@@ -1,10 +1,8 @@
-"""Results folder: atomic, status, finished units, resuming; read back.
+"""A run's results folder, ``<results>/<experiment>/<time>/``: created, locked, resumed, read back.
 
-A run's results folder: ``<results>/<experiment>/<time>/``.
-
-``config.json`` is written first and says how far the run came.  Every file is replaced whole, so a
-reader never sees half of one, and what is finished survives an interruption: ``parts.jsonl`` keeps
-the finished parts until everything else is written.  While a run lives it holds the folder's lock.
+``config.json`` is written first and has the run's status.  Every file is replaced whole, so a
+reader never sees half of one.  ``parts.jsonl`` caches finished work until everything else is
+written, so that an interruption loses none of it.  A running process has the lock on ``.lock``.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import datetime
+import errno
 import json
 import math
 import re
@@ -22,10 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock, FileLock, Timeout
 from pydantic import TypeAdapter
 
 from dart_llm.errors import ResultsError
-from dart_llm.experiments.folder_lock import LOCK, FolderLock, is_taken, take
 from dart_llm.files import append_row, finite, whole_rows
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting.words import dtype_text, file_text
@@ -33,7 +32,7 @@ from dart_llm.reporting.words import dtype_text, file_text
 PARTS = "parts.jsonl"
 
 INPUTS = "inputs"
-"""Of a run's settings: digests of what they only point at (cell_inputs.py)."""
+"""In a run's settings: digests of the files that they only name (``provenance.Digests``)."""
 
 _NAMED = {
     "model": "the model's weights",
@@ -41,15 +40,21 @@ _NAMED = {
     "sources": "the prompts or passages",
     "layer_topk": "the layer table",
 }
-"""Inputs whose name says too little."""
+"""Inputs in words, where their name alone would be unclear."""
 
 _CHECK = TypeAdapter(DriftCheck)
 
 _STAMP = re.compile(r"\d{8}-\d{6}(-\d+)?")
 
 _CONFIG_PART = ".config.json.*.part"
-"""An unfinished ``config.json``: it and the lock are all that a run writes before its folder says
-what it is."""
+"""An unfinished ``config.json``: besides the lock the first file of a run."""
+
+LOCK = ".lock"
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+LOCK_SECONDS = 0.05
+"""``is_taken`` locks for an instant: ``take`` waits that long."""
 
 MIN_FREE_BYTES = 50 * 2**20
 
@@ -58,26 +63,26 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class ResultsFolder:
-    """One run's folder; ``parts`` are the finished parts that a resumed run starts from."""
+    """One run's folder; ``parts``: finished work by key, from which a resumed run starts."""
 
     path: Path
     parts: dict[str, Any]
     resumed: bool
-    lock: FolderLock | None = None
+    lock: BaseFileLock | None = None
     note: str = ""
     """Why an unfinished folder with equal settings was not resumed."""
 
     @property
     def stamp(self) -> str:
-        """The run's time, as it stands in the log names."""
+        """The run's time, as in the names of its logs."""
         return self.path.name[:15]
 
     def part(self, key: str) -> Any:
-        """What ``save_part`` kept under ``key``, or None."""
+        """What ``save_part`` stored under ``key``, or None."""
         return self.parts.get(key)
 
     def save_part(self, key: str, value: Any) -> None:
-        """Keep a finished part; it survives any interruption after this call."""
+        """Store finished work; it survives any interruption after this call."""
         self.parts[key] = value
         try:
             append_row(self.path / PARTS, {"key": key, "value": finite(value)})
@@ -87,22 +92,64 @@ class ResultsFolder:
             ) from None
 
     def finish(self) -> None:
-        """Drop the parts: the files proper hold everything."""
+        """Delete the cache of finished work."""
         (self.path / PARTS).unlink(missing_ok=True)
 
     def release(self) -> None:
-        """This run writes no more: another may go on here."""
-        if self.lock is not None:
-            self.lock.release()
+        """Release the lock so that another run can resume here."""
+        release(self.lock)
 
     def discard(self) -> None:
-        """Remove a folder of this call that holds no result, and its experiment if empty."""
+        """Remove a new folder without results, and its experiment's folder if empty."""
         if self.resumed or self.parts:
             return
         self.release()
         shutil.rmtree(self.path, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty: it holds other runs
+        with contextlib.suppress(OSError):  # not empty: there are other runs
             self.path.parent.rmdir()
+
+
+def take(folder: Path) -> BaseFileLock | None:
+    """The lock of ``folder``; None while another process has it.
+
+    The system frees it with the process.  Raises ``OSError`` where its file cannot be written.
+    """
+    path = folder / LOCK
+    lock = FileLock(path, timeout=LOCK_SECONDS, thread_local=False)
+    try:
+        lock.acquire(poll_interval=0.01)
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
+        return lock  # a file system without locks: two runs in one folder are not noticed
+    if path.exists():
+        return lock
+    lock.release()  # the run before has just removed the file
+    return take(folder)
+
+
+def release(lock: BaseFileLock | None) -> None:
+    """Remove the lock's file and free it; a second call does nothing."""
+    if lock is not None and lock.is_locked:
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a running process has the lock of ``folder``."""
+    path = folder / LOCK
+    if not path.is_file():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # a folder of somebody else, or without locks
+        return False
 
 
 def now() -> datetime.datetime:
@@ -145,7 +192,7 @@ def open_folder(
 
 
 def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str | None:
-    """The newest unfinished folder that no run holds, or why one is not taken."""
+    """The newest unfinished, unlocked folder of equal settings, or why one is not resumed."""
     why = None
     for folder in sorted(base.iterdir(), reverse=True):
         changed = _changes(folder, settings)
@@ -158,8 +205,7 @@ def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str | No
         if lock is not None and _changes(folder, settings) == []:  # it may have ended meanwhile
             parts = {row["key"]: row["value"] for row in whole_rows(folder / PARTS)}
             return ResultsFolder(folder, parts, True, lock)
-        if lock is not None:
-            lock.release()
+        release(lock)
     return why
 
 
@@ -174,7 +220,7 @@ def _remove_empty(base: Path) -> None:
                 if _is_empty(folder):
                     for part in folder.glob(_CONFIG_PART):
                         part.unlink(missing_ok=True)
-                lock.release()
+                release(lock)
                 folder.rmdir()
 
 
@@ -182,7 +228,7 @@ def _is_empty(folder: Path) -> bool:
     return all(path.name == LOCK or path.match(_CONFIG_PART) for path in folder.iterdir())
 
 
-def _new_folder(base: Path) -> tuple[Path, FolderLock | None]:
+def _new_folder(base: Path) -> tuple[Path, BaseFileLock | None]:
     stamp = now().strftime("%Y%m%d-%H%M%S")
     for number in range(1000):
         folder = base / (stamp if number == 0 else f"{stamp}-{number}")
@@ -193,7 +239,7 @@ def _new_folder(base: Path) -> tuple[Path, FolderLock | None]:
 
 
 def _changes(folder: Path, settings: Mapping[str, Any]) -> list[str] | None:
-    """What was read by an unfinished run with equal settings and is another now.
+    """Which inputs changed since an unfinished run with equal settings began.
 
     None for a folder that is finished, or of other settings.
     """
@@ -284,7 +330,7 @@ class ResultsView:
 
     @property
     def asked(self) -> float | None:
-        """The sparsity that was asked for; None when the run did not say."""
+        """The requested sparsity; None when it is not known."""
         found = (self.generated or {}).get("requested_sparsity")
         return number(mapping(self.config.get("prune")).get("sparsity") if found is None else found)
 
@@ -412,13 +458,13 @@ def number(value: Any) -> float | None:
 
 
 def mappings(value: Any) -> tuple[dict[str, Any], ...]:
-    """The mappings of a list; nothing of what is no list."""
+    """The dicts in a list; empty if ``value`` is not a list."""
     items = value if isinstance(value, list) else []
     return tuple(dict(item) for item in items if isinstance(item, Mapping))
 
 
 def _counts(mask: Mapping[str, Any]) -> list[int]:
-    """The kept neurons of every layer, or nothing where one of them is no number."""
+    """The kept neurons of every layer, or nothing where one of them is not a number."""
     items = mask.get("kept")
     return items if isinstance(items, list) and all(isinstance(n, int) for n in items) else []
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -35,9 +35,9 @@ from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.reporting.words import dtype_text, file_text
 from dart_llm.session.kept import other_model
-from dart_llm.settings import ModelOptions, PruningOptions, StudyOptions, load_arguments
+from dart_llm.settings import ModelOptions, PruningOptions, ResultOptions, load_arguments
 
-S = TypeVar("S", bound=StudyOptions)
+S = TypeVar("S", bound=ResultOptions)
 AnyStudy = TypeVar("AnyStudy", bound="Study[Any]")
 Line = dict[str, Any]
 
@@ -63,16 +63,18 @@ class Study(Generic[S]):
 
     kind: str
     """``config.json``'s "kind"."""
-    document: ClassVar[str] = ""
-    """File of the summary, e.g. ``detection.json``; its tables in Markdown lie beside it."""
-    on_error: ClassVar[Literal["stop", "record"]] = "stop"
-    """``record``: a unit that fails is noted, and the others go on."""
+    document: str = ""
+    """File of the summary, e.g. ``detection.json``; its tables are beside it in Markdown."""
+    on_error: Literal["stop", "record"] = "stop"
+    """``record``: a unit that fails is recorded, and the others are computed."""
+    fresh: bool = False
+    """Whether nothing of earlier runs is reused."""
     progress: ClassVar[str] = ""
     """What the progress bar counts; "": the study shows its own progress."""
     noun: ClassVar[str] = "cell"
     """What lines of progress call a unit, where all are known before: "cell 2 of 3"."""
     unit_times: ClassVar[str] = ""
-    """Key of timing.json that holds the seconds of each unit that was computed."""
+    """Key of timing.json with the seconds of each unit that was computed."""
     longest: ClassVar[int | None] = None
     """Rows that a table may have on the terminal."""
     shown: ClassVar[frozenset[str]] = frozenset({"style"})
@@ -131,7 +133,7 @@ class Study(Generic[S]):
 
     @property
     def model_name(self) -> str:
-        """What a message about memory calls the model."""
+        """Model name for out-of-memory messages."""
         return str(getattr(self.settings, "model", ""))
 
     def load(self) -> None:
@@ -146,6 +148,16 @@ class Study(Generic[S]):
     def around(self) -> contextlib.AbstractContextManager[Any]:
         """Entered while the study loads and computes, e.g. a tracker."""
         return contextlib.nullcontext()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether a model was loaded; a new folder of a run that fails earlier is removed."""
+        return self.model is not None
+
+    @property
+    def device(self) -> str | None:
+        """The device of the model, once it is loaded."""
+        return None if self.model is None else str(self.model.device)
 
     # units
 
@@ -171,7 +183,7 @@ class Study(Generic[S]):
         write_lines(self.path / "results.jsonl", self.lines)
 
     def fail(self, unit: Unit, sentence: str) -> None:
-        """Note a failed unit (``on_error`` "record")."""
+        """Record a failed unit (``on_error`` "record")."""
         self.take(unit, {"key": unit.key, "status": "failed", "error": sentence})
 
     @property
@@ -199,7 +211,7 @@ class Study(Generic[S]):
         return ()
 
     def sentences(self) -> Sequence[str]:
-        """What is said at the end."""
+        """The last lines of the log."""
         return ()
 
     def markdown(self) -> str:
@@ -226,7 +238,7 @@ def run_study(study: AnyStudy, fresh: bool = False) -> AnyStudy:
     ``fresh``: begin a new folder.  An interruption or an error keeps what was computed and is
     raised again; ``CellsFailed`` is raised at the end where failed units were recorded.
     """
-    settings = study.settings
+    settings, study.fresh = study.settings, fresh
     study.identity = study.identify()
     study.folder = open_folder(
         Path(settings.results_dir), settings.experiment, study.identity, fresh
@@ -266,7 +278,7 @@ def _resumable(study: Study[Any]) -> Iterator[None]:
         yield
     except BaseException as error:
         ui.end_line()
-        unloaded = study.model is None and isinstance(error, DartError)
+        unloaded = not study.loaded and isinstance(error, DartError)
         if unloaded and not folder.resumed and not folder.parts:
             folder.discard()
         else:
@@ -300,9 +312,12 @@ def _compute_units(study: Study[Any]) -> None:
                 advance(1)
         return
     total = len(units) if isinstance(units, Sequence) else 0
-    for number, unit in enumerate(units, 1):
-        with ui.working(unit.label or unit.key, number if total else 0, total, study.noun):
-            _compute(study, unit)
+    with contextlib.ExitStack() as stack:
+        if isinstance(units, Generator):  # which may have a cluster to close
+            stack.callback(units.close)
+        for number, unit in enumerate(units, 1):
+            with ui.working(unit.label or unit.key, number if total else 0, total, study.noun):
+                _compute(study, unit)
 
 
 def _compute(study: Study[Any], unit: Unit) -> None:
@@ -316,7 +331,8 @@ def _compute(study: Study[Any], unit: Unit) -> None:
                 raise
             known = None if isinstance(error, DartError) else _memory_failure(study, error)
             sentence = failure_text(known or error)
-            study.ui.say(f"{unit.label or unit.key} failed: {sentence}")
+            why = "for the same reason" if sentence in study.failed.values() else sentence
+            study.ui.say(f"{unit.label or unit.key} failed: {why}")
             study.failed[unit.key] = sentence
             study.fail(unit, sentence)
             return
@@ -329,17 +345,18 @@ def _compute(study: Study[Any], unit: Unit) -> None:
 
 
 def _write_config(study: Study[Any], status: str) -> None:
-    """config.json: what was asked for, how far it came, and where the result comes from."""
+    """config.json: the settings, the status, and where the result comes from."""
     model = study.model
     done = status in ("complete", "interrupted", "failed")
     found = {
         "schema": SCHEMA,
         "kind": study.kind,
+        "document": study.document,
         "status": status,
         "settings": dict(study.identity),
         "given": study.settings.given,
         "prune": study.prune_document(),
-        **origin(None if model is None else str(model.device)),
+        **origin(study.device),
         "checkpoint": None if model is None else dict(checkpoint_facts(model)),
         "seed": study.identity.get("seed"),
         "started": study.config.get("started", now().isoformat()),
@@ -396,7 +413,7 @@ def _write_page(study: Study[Any]) -> None:
 
 
 def _write_logs(study: Study[Any]) -> None:
-    """output_<time>.log, what was said, and timing_<time>.log, for people."""
+    """output_<time>.log, the messages, and timing_<time>.log, for people."""
     stamp = study.folder.stamp
     write_text(study.path / f"output_{stamp}.log", "\n".join(study.ui.log) + "\n")
     write_text(study.path / f"timing_{stamp}.log", timing_text(study.timing))
@@ -417,6 +434,6 @@ def load_model(
     )
     if note := float32_note(model):
         ui.say(note)
-    if isinstance(settings, PruningOptions) and (said := other_model(settings.method, model)):
-        ui.say(said)
+    if isinstance(settings, PruningOptions) and (note := other_model(settings.method, model)):
+        ui.say(note)
     return model, tokenizer, time.perf_counter() - begin

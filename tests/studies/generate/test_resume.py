@@ -15,18 +15,15 @@ from typer.testing import CliRunner
 
 from dart_llm.cli.app import app
 from dart_llm.errors import UnknownName
-from dart_llm.experiments import folder_lock
 from dart_llm.experiments import study as runner
-from dart_llm.experiments.folder_lock import is_taken, take
-from dart_llm.experiments.store import open_folder
+from dart_llm.experiments.store import is_taken, open_folder, take
 from dart_llm.files import append_row, whole_rows, write_json
-from dart_llm.studies.sweep import cells as sweep_cells
 from tiny_gpt2 import write_gpt2
 
 WAIT = """\
 import sys
 from pathlib import Path
-from dart_llm.experiments.folder_lock import take
+from dart_llm.experiments.store import take
 lock = take(Path(sys.argv[1]))
 assert lock
 print("held", flush=True)
@@ -97,29 +94,14 @@ def test_a_folder_that_another_process_writes_is_left_alone(tmp_path):
     assert not (left / ".lock").exists()
 
 
-def test_where_nothing_can_be_locked_place_number_and_start_decide(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
     def none(handle, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", none)
-    parent = os.getppid()
-    states = {"place": folder_lock._place(), "process": parent}
-    states["started"] = folder_lock._started(parent)
-    for writer, taken in (
-        (states, True),
-        ({**states, "started": "7"}, False),  # the number was given again
-        ({**states, "process": 2**22 + 1}, False),
-        ({**states, "place": ["another host"]}, True),  # nobody here can know
-        ({}, False),
-    ):
-        (tmp_path / ".lock").write_text(json.dumps(writer) if writer else '{"pla')
-        assert is_taken(tmp_path) is taken
-        lock = take(tmp_path)
-        assert (lock is None) is taken
-        if lock is not None:
-            assert is_taken(tmp_path) and take(tmp_path) is None
-            lock.release()
-            assert not is_taken(tmp_path)
+    folder = open_folder(tmp_path, "x", {})
+    assert not is_taken(folder.path)
+    folder.release()
 
 
 def test_what_a_kill_left_empty_goes_with_the_next_run(tmp_path, monkeypatch):
@@ -174,8 +156,7 @@ def test_every_command_names_the_checkpoint_by_its_contents(name, monkeypatch):
     def opened(root, experiment, identity, fresh=False):
         raise Opened(json.dumps(identity))
 
-    for module in (sweep_cells, runner):
-        monkeypatch.setattr(module, "open_folder", opened)
+    monkeypatch.setattr(runner, "open_folder", opened)
 
     def ask():
         done = CliRunner().invoke(app, [*COMMANDS[name], "--model", "model"])

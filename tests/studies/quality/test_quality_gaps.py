@@ -22,36 +22,36 @@ DENSE = {"m": [2.0, 3.0], "n": [1.0, 2.0]}
 
 
 def spent(sparsity, bytes_share, dense=0.0, remasks=0):
-    found = {"decoded_tokens": 10, "achieved_sparsity": sparsity, "remasks": remasks}
-    found |= {"sparsity_while_pruned": sparsity / (1 - dense), "dense_token_share": dense}
+    found = {"achieved_sparsity": sparsity, "dense_token_share": dense, "remasks": remasks}
     found |= {"extra_memory_bytes": 7}
-    return {**found, "ffn_bytes_share_if_compact": bytes_share, "remask_steps": []}
+    return {**found, "ffn_bytes_share_if_compact": bytes_share, "decoded_tokens": 10}
 
 
-def lines(model, variant, sparsity, gaps, *parts):
-    accounting = list(parts) * (3 - len(parts)) if parts else [None, None]
-    row = {"model": model, "cell": "continuation", "variant": variant, "sparsity": sparsity}
-    found = []
-    for place, (source, gap) in enumerate(zip(("wiki", "news"), gaps, strict=True)):
-        own = {"slice": f"{source}/0", "source": source, "tokens": 5}
-        loss = DENSE[model][place] + gap
-        found.append({**row, **own, "loss": loss, "accounting": accounting[place]})
-    return found
+def line(model, variant, sparsity, gaps, accounting=None):
+    """The document of a cell: two slices under one model, ``gaps`` above the dense losses."""
+    items = [
+        {"id": f"{source}/0", "source": source, "tokens": 5, "mean_loss": loss + gap}
+        for source, loss, gap in zip(("wiki", "news"), DENSE[model], gaps, strict=True)
+    ]
+    label = variant if variant == "dense" else f"{variant}@{sparsity:g}"
+    cell = {"model": model, "task": "continuation:x#report"}
+    cell["options"] = {"prompt_tokens": 8, "scored_tokens": 5}
+    measurement = {"items": items, "accounting": accounting}
+    return {"label": label, "cell": cell, "facts": {}, "measurement": measurement}
 
 
 def measured(model="m", factor=1.0):
     """dart achieves 0.45 of 0.5 and 0.7 of 0.7; GRIFFIN's gaps are 1.0, 0.8 and 2.0, 1.5."""
     return [
-        *lines(model, "dense", 0.0, [0.0, 0.0]),
-        *lines(model, "griffin", 0.5, [1.2, 1.0], spent(0.5, 0.51)),
-        *lines(model, "griffin", 0.7, [2.4, 1.6], spent(0.7, 0.31)),
-        *lines(model, "dart", 0.5, [0.5 * factor, 0.3 * factor],
-               spent(0.5, 0.52), spent(0.4, 0.62, 0.2, 1)),
-        *lines(model, "dart", 0.7, [2.0 * factor, 1.0 * factor], spent(0.7, 0.33)),
-        *lines(model, "griffin", 0.45, [1.1, 0.9], spent(0.45, 0.56)),
-        *lines(model, "griffin", 0.43, [0.9, 0.7], spent(0.43, 0.58)),
-        *lines(model, "griffin", 0.67, [1.8, 1.2], spent(0.67, 0.34)),
-    ]  # fmt: skip
+        line(model, "dense", 0.0, [0.0, 0.0]),
+        line(model, "griffin", 0.5, [1.2, 1.0], spent(0.5, 0.51)),
+        line(model, "griffin", 0.7, [2.4, 1.6], spent(0.7, 0.31)),
+        line(model, "dart", 0.5, [0.5 * factor, 0.3 * factor], spent(0.45, 0.57, 0.1, 1)),
+        line(model, "dart", 0.7, [2.0 * factor, 1.0 * factor], spent(0.7, 0.33)),
+        line(model, "griffin", 0.45, [1.1, 0.9], spent(0.45, 0.56)),
+        line(model, "griffin", 0.43, [0.9, 0.7], spent(0.43, 0.58)),
+        line(model, "griffin", 0.67, [1.8, 1.2], spent(0.67, 0.34)),
+    ]
 
 
 LABELS = ["griffin", "dart"]
@@ -100,28 +100,26 @@ def test_pooled_sums_gaps_and_never_averages_ratios():
 
 
 def test_where_there_is_no_gap_to_close():
-    found = [one for one in measured() if (one["variant"], one["sparsity"]) != ("griffin", 0.45)]
-    found += lines("m", "griffin", 0.45, [0.3, -0.3], spent(0.45, 0.56))
+    found = [one for one in measured() if one["label"] != "griffin@0.45"]
+    found.append(line("m", "griffin", 0.45, [0.3, -0.3], spent(0.45, 0.56)))
     equal = cell_rows(groups(found), LABELS, [0.5], 0)[1]["equal_sparsity"]
     assert (equal["gap_closed"], equal["interval"]) == (None, None)
     assert equal["gap"] == pytest.approx(0.4) and report.closed(equal) == "n/a"
-    told = report.sentences(summarise(found, {**HEAD, "sparsities": [0.5], "pool": [0.5]}))
-    assert told[0].endswith("GRIFFIN at equal sparsity loses nothing, so dart has no gap to close")
+    (told,) = report.sentences(summarise(found, {**HEAD, "sparsities": [0.5], "pool": [0.5]}))
+    assert "dart closes n/a of GRIFFIN's gap at equal sparsity" in told
     # more bytes than dense compare with dense
-    found = [one for one in measured() if (one["variant"], one["sparsity"]) != ("dart", 0.5)]
-    found += lines("m", "dart", 0.5, [0.5, 0.3], spent(0.45, 1.2))
+    found = [one for one in measured() if one["label"] != "dart@0.5"]
+    found.append(line("m", "dart", 0.5, [0.5, 0.3], spent(0.45, 1.2)))
     equal = cell_rows(groups(found), LABELS, [0.5], 0)[1]["equal_bytes"]
     assert (equal["sparsity"], equal["griffin_gap"], equal["gap_closed"]) == (0.0, 0.0, None)
 
 
-def test_sparsities_of_griffin_and_shares_by_decoded_tokens():
+def test_sparsities_of_griffin_and_what_dense_models_cost():
     wanted = {0.4504: 0.45, 0.4506: 0.451, -0.2: 0.0, 0.9999: 0.999}
     assert {value: matched_sparsity(value) for value in wanted} == wanted
-    long = {**spent(0.8, 0.2), "decoded_tokens": 30}
-    found = account(lines("m", "dart", 0.5, [0, 0], spent(0.4, 0.6, 0.2), long))
-    assert found["achieved_sparsity"] == pytest.approx((0.4 * 10 + 0.8 * 30) / 40)
-    assert found["ffn_bytes_share"] == pytest.approx((0.6 * 10 + 0.2 * 30) / 40)
-    assert found["dense_token_share"] == pytest.approx(0.05)
+    dense = account(line("m", "dense", 0.0, [0, 0]))
+    assert (dense["dense_token_share"], dense["ffn_bytes_share"]) == (1.0, 1.0)
+    assert dense["sparsity_while_pruned"] == 0.0 and dense["token_bytes_share"] is None
 
 
 def test_an_interval_is_that_of_the_resampled_ratio():

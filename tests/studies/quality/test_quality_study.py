@@ -5,15 +5,17 @@ from pathlib import Path
 import pytest
 
 from dart_llm.errors import ConfigError
+from dart_llm.evaluation import tasks
 from dart_llm.experiments.comparison import read_traffic
 from dart_llm.models.quantised import round_weights_to
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting import figures
+from dart_llm.session.prepare import MemoryStore
+from dart_llm.session.run import BoundMethod
 from dart_llm.settings import merge
 from dart_llm.studies.quality.settings import QualitySettings
-from dart_llm.studies.quality.slices import score_rounded
 from lm_cases import call, loaded, place
-from quality_cases import PROMPT, TOKENS, job, read_pairs, write_texts
+from quality_cases import PROMPT, TOKENS, job, write_texts
 from written import lines, read
 
 
@@ -27,59 +29,59 @@ def no_plots(monkeypatch):
     monkeypatch.setattr(figures, "save", lambda folder, wanted, style: [])
 
 
-def test_every_measurement_is_one_line_and_made_once(whole):
-    rows = lines(whole.path / "results.jsonl")
-    labels = ("dense", "griffin", "dart", "dart (oracle)")
-    by_place = {}
+def losses_of(rows):
+    """Mean losses by cell and label."""
+    found = {}
     for row in rows:
-        place = row["cell"], row["variant"], row["sparsity"]
-        by_place.setdefault(place, []).append(row["slice"])
-        assert (row["model"], row["tokens"]) == ("model", TOKENS)
-    slices = ["bees/0", "bees/1", "loans/0", "loans/1"]
-    assert all(names == slices for names in by_place.values())
-    every = {(cell, label) for cell in ("continuation", "topic-shift") for label in labels[:3]}
-    found = {(cell, variant) for cell, variant, _ in by_place}
-    assert found == every | {("topic-shift", "dart (oracle)")}
+        items = row["measurement"]["items"]
+        key = row["cell"]["task"].partition(":")[0], row["label"]
+        found[key] = sum(item["mean_loss"] for item in items) / len(items)
+    return found
 
 
 def test_griffin_is_measured_where_each_method_asks_for_it(whole):
     found, rows = read(whole.path / "quality.json"), lines(whole.path / "results.jsonl")
-    losses = {}
-    for row in rows:
-        losses.setdefault((row["cell"], row["variant"], row["sparsity"]), []).append(row["loss"])
-    mean = {place: sum(own) / len(own) for place, own in losses.items()}
+    names = [item["id"] for item in rows[0]["measurement"]["items"]]
+    assert names == ["bees/0", "bees/1", "loans/0", "loans/1"]
+    mean = losses_of(rows)
+    asked = {"dense", *(f"{name}@{s}" for name in ("griffin", "dart") for s in (0.5, 0.7))}
+    assert asked <= {label for kind, label in mean if kind == "continuation"}
+    assert ("shift", "dart (oracle)@0.5") in mean and (
+        "continuation",
+        "dart (oracle)@0.5",
+    ) not in mean
     for row in found["cells"]:
-        cell, dense = row["cell"], mean[row["cell"], "dense", 0.0]
-        assert row["gap"] == pytest.approx(mean[cell, row["variant"], row["sparsity"]] - dense)
+        kind = {"topic-shift": "shift"}.get(row["cell"], row["cell"])
+        dense = mean[kind, "dense"]
+        assert row["gap"] == pytest.approx(
+            mean[kind, f"{row['variant']}@{row['sparsity']:g}"] - dense
+        )
         wanted = {"equal_sparsity": row["achieved_sparsity"]}
         # low-rank maps weigh more than the FFN of this tiny model: then dense is as cheap
         wanted["equal_bytes"] = max(0.0, 1 - row["ffn_bytes_share"])
         for column, sparsity in wanted.items() if row["variant"] != "griffin" else ():
             at = row[column]["sparsity"]
             assert at == round(sparsity, 3)
-            griffin = mean[cell, "griffin" if at else "dense", at] - dense
+            griffin = mean[kind, f"griffin@{at:g}" if at else "dense"] - dense
             assert row[column]["griffin_gap"] == pytest.approx(griffin)
 
 
-def test_dense_weights_in_fewer_bits_stand_beside(tmp_path):
+def test_dense_weights_in_fewer_bits_are_rows(tmp_path):
     """Of each number of bits a row per cell, measured as a rounded copy is, at its bytes."""
     done = job(tmp_path, roundings="4,3", sparsities="0.5", methods="griffin,teal", oracle="none")
     rows = {(row["cell"], row["variant"]): row for row in done.summary["cells"]}
     labels = ["griffin", "teal", "dense, FFN 4 bits", "dense, FFN 3 bits"]
     assert [label for cell, label in rows if cell == "continuation"] == labels
-    model = loaded()[0]
-    pair = read_pairs(2)[1]
+    model, tokenizer = loaded()
     for bits in (4, 3):
         row = rows["continuation", f"dense, FFN {bits} bits"]
         assert (row["sparsity"], row["equal_sparsity"], row["achieved_sparsity"]) == (0, None, 0)
         rounded = round_weights_to(model, bits, ffn=True)
-        loss = score_rounded(rounded, "continuation", pair)["loss"]
-        kept = [
-            line["loss"]
-            for line in lines(done.path / "results.jsonl")
-            if line["variant"] == row["variant"] and line["cell"] == "continuation"
-        ]
-        assert len(kept) == 4 and kept[1] == pytest.approx(loss)
+        (cell,) = [c for c in done.cells if c.name == row["variant"] and "continuation" in c.task]
+        direct = tasks.measure(
+            BoundMethod(rounded.model, tokenizer, None), cell.task, cell.options, MemoryStore()
+        )
+        assert row["perplexity"] == pytest.approx(direct.metrics["perplexity"])
         traffic = read_traffic(rounded.facts)
         assert row["token_bytes_share"] == pytest.approx(traffic.share(PROMPT - 1 + 41 / 2))
         # half of this FFN has rows of another multiple than 32, and stays
@@ -99,15 +101,6 @@ def test_two_models_have_rows_of_their_own_and_common_ones(tmp_path):
     assert config["checkpoint"] is None and list(config["checkpoints"]) == ["model", "chatty"]
     first, second, both = (row["equal_sparsity"] for row in done.summary["pooled"])
     assert both["gap"] == pytest.approx(first["gap"] + second["gap"])
-
-
-def test_slices_longer_than_the_context_are_refused(tmp_path):
-    text = tmp_path / "long.txt"
-    text.write_text("\n\n".join(["a" * 1200, "b" * 1200]), encoding="utf-8")
-    with pytest.raises(ConfigError, match="of up to 1104 tokens are longer than the context of"):
-        job(tmp_path, prompt_tokens=1000, slices=1, text=[str(text)], cells="continuation")
-    (left,) = (tmp_path / "results").glob("*/*")
-    assert read(left / "config.json")["status"] == "failed"
 
 
 def test_the_command_speaks_json(tmp_path):
@@ -137,9 +130,10 @@ def asked(given):
     ("given", "error"),
     [
         ({"cells": "continuaton"}, "unknown cell 'continuaton'; did you mean continuation"),
-        ({"cells": " , "}, "--cells is empty: give continuation or topic-shift"),
+        ({"cells": " , "}, "--cells is empty: give at least one"),
         ({"set": "test"}, "unknown set 'test'; known: choose, report"),
-        ({"sparsities": "0.5,x"}, '--sparsities "0.5,x" must be numbers'),
+        ({"sparsities": "0.5,1"}, "1 must be between 0 and 1: the fraction to remove"),
+        ({"methods": "dense"}, "method dense removes nothing"),
         ({"oracle": "grifin"}, "unknown variant for --oracle 'grifin'"),
         ({"model": ["a/x", "b/x"]}, 'the model "x" was given twice'),
         ({"roundings": "4,9"}, '--roundings "4,9" must be whole numbers of bits, 2 to 8, or none'),
@@ -194,7 +188,8 @@ def test_variants_change_their_presets(tmp_path):
 
 def test_lists_come_with_commas_or_from_a_file(tmp_path):
     usual = asked({})
-    assert (usual.sparsity_list(), usual.pool_list()) == ((0.3, 0.5, 0.7), (0.5, 0.7))
+    assert (usual.sparsities, usual.pooled) == ((0.3, 0.5, 0.7), (0.5, 0.7))
+    assert asked({"text": ["a,b", "c"]}).text == ["a", "b", "c"]
     assert usual.experiment == "quality-report-smollm2-135m"
     assert [one.label for one in usual.variant_list()] == ["griffin", "dart-token"]
     told = asked({"methods": "dart"}).variant_list()

@@ -1,4 +1,4 @@
-"""From flags, files and variables to the specification of a sweep, its cells and their keys."""
+"""From flags, files and variables to the cells of a grid and their keys."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,9 @@ from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.model_facts import DEFAULT_LAYERS, layer_count
 from dart_llm.experiments.provenance import Digests
-from dart_llm.studies.sweep.grid import collect, expand
-from dart_llm.studies.sweep.study import SweepRequest, execution_order
+from dart_llm.settings import merge
+from dart_llm.studies.sweep.grid import execution_order, expand
+from dart_llm.studies.sweep.settings import CompareSettings, SweepSettings
 from tiny import LAYERS
 from tiny_gpt2 import write_gpt2
 
@@ -24,8 +25,8 @@ def gpt2(tmp_path_factory):
     return write_gpt2(tmp_path_factory.mktemp("gpt2") / "model")
 
 
-def cells(**data):
-    return expand(collect({"tasks": TASK, **data}))
+def cells(kind=SweepSettings, **data):
+    return expand(merge(kind, {"tasks": TASK, **data}, environment={}))
 
 
 def test_cells_come_in_table_order_and_are_computed_by_model():
@@ -80,13 +81,20 @@ def test_layers_by_themselves_with_the_dense_line(gpt2):
         (group, keep, 0.9) for keep in (0.5, 0.25) for group in ("0-1", "2,3")
     ]
     assert len(found) == 5 and found[1].config().budget.table == "all:0.9,2,3:0.5"
-    request = SweepRequest.collect(
-        "compare",
-        {"tasks": TASK, "methods": "griffin", "layers": "0-1", "keep": "0.5"},
-        defaults={"sparsities": "0.5"},
-    )
-    assert request.grid.sparsities == ()  # layers set the counts
-    assert [cell.method for cell in request.cells()] == ["dense", "griffin"]
+    layers = {"methods": "griffin", "layers": "0-1", "keep": "0.5"}
+    compared = cells(CompareSettings, **layers)  # layers set the counts
+    assert [cell.label for cell in compared] == ["dense", "griffin layers 0-1 keep 0.5"]
+
+
+def test_weight_formats_are_rows_of_their_own():
+    found = cells(methods="dense,griffin", sparsities="0.5", weights="dense,auto")
+    assert [(c.label, c.weights) for c in found] == [
+        ("dense", "dense"),
+        ("griffin@0.5", "dense"),
+        ("dense auto", "auto"),
+        ("griffin auto@0.5", "auto"),
+    ]
+    assert [c.label for c in cells(methods="dense", weights="auto")] == ["dense"]
 
 
 def test_tasks_have_shortcuts_and_options_of_their_own():
@@ -94,7 +102,8 @@ def test_tasks_have_shortcuts_and_options_of_their_own():
     found = cells(
         methods="dense",
         tasks=["general-nlp", "arc_easy", TASK],
-        options={"limit": 4, "batch_size": 2},
+        limit=4,
+        batch_size=2,
         task_options={"general-nlp": {"limit": 3}},
     )
     assert [c.task for c in found][:7] == seven and found[-1].task == TASK
@@ -117,33 +126,28 @@ def test_layers_of_the_default(smollm2):
     assert smollm2[0].config.num_hidden_layers == DEFAULT_LAYERS
 
 
-def test_flags_win_over_variables_over_the_file_over_defaults(tmp_path, monkeypatch):
+def test_flags_win_over_variables_over_the_file_over_defaults(tmp_path):
     file = tmp_path / "grid.yaml"
     data = {"model": "a/b", "method": ["dense", "griffin"], "sparsity": [0.3, 0.5], "task": TASK}
-    data |= {"options": {"limit": 4, "batch_size": 2}, "dtype": "float32"}
+    data |= {"limit": 4, "batch_size": 2, "dtype": "float32"}
     file.write_text(yaml.safe_dump(data), encoding="utf-8")
     flags = {"sparsities": "0.7", "limit": 8, "seeds": None}
 
-    def collected(*names):
-        request = SweepRequest.collect("sweep", flags, file)
-        every = {**vars(request.flags), **vars(request.grid), **vars(request.place)}
-        return tuple(every[name] for name in names)
+    def merged(environment, *names):
+        settings = merge(SweepSettings, flags, file, environment)
+        return tuple(getattr(settings, name) for name in names)
 
-    assert collected("models", "methods") == (("a/b",), ("dense", "griffin"))
-    assert collected("sparsities", "seeds", "dtype") == ((0.7,), (0,), "float32")
-    assert collected("options") == ({"limit": 8, "batch_size": 2},)
-    assert collected("root", "experiment") == (Path("results"), "grid")
-    variables = (
-        "MODEL=c/d METHODS=flap SPARSITY=0.2 LIMIT=9 PROMPT_TOKENS=32 DRIFT=never ENGINE=ray"
-    )
-    for name, value in (word.split("=") for word in variables.split()):
-        monkeypatch.setenv(f"DART_{name}", value)
-    assert collected("models", "methods", "sparsities") == (("c/d",), ("flap",), (0.7,))
-    options, overrides, engine = collected("options", "overrides", "engine")
-    assert options == {"limit": 8, "batch_size": 2, "prompt_tokens": 32}
-    assert (overrides["drift"], engine) == ("never", "ray")
-    plain = SweepRequest.collect("compare", {"tasks": TASK}, defaults={"seeds": "5"})
-    assert (plain.grid.seeds, plain.grid.methods) == ((5,), ("flap",))
+    assert merged({}, "models", "methods") == (("a/b",), ("dense", "griffin"))
+    assert merged({}, "sparsities", "seeds", "dtype") == ((0.7,), (0,), "float32")
+    assert merged({}, "limit", "batch_size") == (8, 2)
+    words = "MODEL=c/d METHODS=flap SPARSITY=0.2 LIMIT=9 PROMPT_TOKENS=32 DRIFT=never ENGINE=ray"
+    variables = dict(f"DART_{word}".split("=") for word in words.split())
+    lists = merged(variables, "models", "methods", "sparsities")
+    assert lists == (("c/d",), ("flap",), (0.7,))
+    assert merged(variables, "limit", "batch_size", "prompt_tokens") == (8, 2, 32)
+    assert merged(variables, "drift", "engine") == ("never", "ray")
+    plain = merge(CompareSettings, {"tasks": TASK}, None, {"DART_METHODS": "flap"})
+    assert (plain.sparsities, plain.methods, plain.experiment) == ((0.3,), ("flap",), "compare")
 
 
 REFUSED = [
@@ -151,12 +155,12 @@ REFUSED = [
     ({"methods": "grifin"}, "did you mean griffin"),
     ({"protocols": "standard", "tasks": "arc_easy"}, 'arc_easy has no protocol "standard"'),
     ({"tasks": ""}, "no tasks are named"),
-    ({"tasks": "perplexity:no-such-text"}, 'no text "no-such-text"'),
+    ({"tasks": "perplexity:no-such-text"}, 'unknown text "no-such-text"'),
     ({"models": []}, "no models are named"),
     ({"sparsities": "50"}, "did you mean 0.5"),
-    ({"sparsities": [[0.3]]}, "sparsities must be a plain list"),
+    ({"sparsities": [[0.3]]}, "lists must be plain"),
     ({"seeds": "-1"}, "seed -1"),
-    ({"task": "x", "tasks": "y"}, "gives tasks twice"),
+    ({"task": "x", "tasks": "y"}, "tasks is given twice"),
     ({"base_keep": 0.5}, "belong to layers"),
     ({"layers": "each"}, "needs keep"),
     ({"layers": "each", "keep": 0.5, "sparsities": 0.3}, "drop the sparsities"),
@@ -164,24 +168,28 @@ REFUSED = [
     ({"layers": "0-3:0.5", "keep": 0.5}, "the value in keep"),
     ({"layers": "0-3", "keep": 50}, "a keep ratio lies in"),
     ({"layers": "0-3", "keep": 0.5, "methods": "dense"}, "a method that prunes"),
-    ({"options": {"limit": True}}, "limit = True"),
-    ({"options": {"protocol": "full"}}, "write protocols"),
+    ({"task_options": {TASK: {"protocol": "full"}}}, "write protocols"),
+    ({"protocols": "full", "tasks": "shift:embedded"}, 'no protocol "full"'),
     ({"task_options": {"arc_eazy": {"limit": 1}}, "tasks": "arc_easy"}, "did you mean arc_easy"),
-    ({"task_options": {TASK: {"limit": 0}}}, "limit = 0 must be 1 or more"),
+    ({"task_options": {TASK: {"limit": 0}}}, "--limit 0 must be at least 1"),
     ({"overrides": {"compensate": True}}, 'did you mean "compensation"'),
 ]
 
 
 @pytest.mark.parametrize(("data", "words"), REFUSED)
 def test_errors_are_one_sentence(data, words):
+    usual = {"methods": "griffin", "tasks": TASK}
+    given = {name: value for name, value in usual.items() if name != "tasks" or "task" not in data}
+    if data.keys() >= {"task", "tasks"}:
+        given = {}
     with pytest.raises(ConfigError) as error:
-        cells(**{"methods": "griffin", **data})
+        expand(merge(SweepSettings, {**given, **data}, environment={}))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.contract("every parser round-trips")
 def test_a_cell_travels_as_data():
-    for cell in cells(sparsities="0.3", options={"limit": 3}, overrides={"budget": "uniform"}):
+    for cell in cells(sparsities="0.3", limit=3, overrides={"budget": "uniform"}):
         back = Cell.from_dict(json.loads(json.dumps(cell.to_dict())))
         assert back == cell and back.key == cell.key
         assert isinstance(back.options, MeasureOptions)
@@ -190,7 +198,7 @@ def test_a_cell_travels_as_data():
 def test_the_key_follows_what_decides_the_result(tmp_path):
     half = {"methods": "griffin", "sparsities": "0.5"}
     changes = [{"sparsities": "0.4"}, {"seeds": "1"}, {"dtype": "float32"}, {"device": "cpu"}]
-    changes += [{"protocols": "full"}, {"options": {"limit": 9}}, {"models": "some/model"}]
+    changes += [{"protocols": "full"}, {"limit": 9}, {"models": "some/model"}]
     changes += [{"overrides": {"compensation": True}}, {"revision": "abc"}, {}]
     keys = [cells(**{**half, **change})[0].key for change in changes]
     assert len(set(keys)) == len(changes)
@@ -206,7 +214,7 @@ def test_a_changed_file_is_another_cell(gpt2, tmp_path, monkeypatch):
     for name in files:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(files[name] + more if "yaml" in name else files[name])
-    asked = {"models": str(gpt2), "methods": "dense", "options": {"include_path": "tasks"}}
+    asked = {"models": str(gpt2), "methods": "dense", "include_path": "tasks"}
     asked["tasks"] = "perplexity:text.txt,mine,mmlu,mmlu:anatomy,perplexity:mmlu-answers"
 
     def keys(*changed):

@@ -11,8 +11,8 @@ import pytest
 import sweep_fakes
 from dart_llm.errors import LoadError, MissingExtra
 from dart_llm.studies.sweep import ray_backend as engine_ray
-from dart_llm.studies.sweep.cells import read_timing
-from sweep_fakes import KILL, SLOW, cells, compute, quiet_sweep, without_model
+from dart_llm.studies.sweep.study import MeasureStudy
+from sweep_fakes import KILL, SLOW, compute, failures, sweep, without_model
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray (extra cluster) is not installed"
@@ -37,36 +37,49 @@ def listening():
     return found
 
 
+class Mortal(MeasureStudy):
+    """Cells that die; ``look`` is called after every one."""
+
+    look = staticmethod(lambda: None)
+    remote = staticmethod(compute)
+
+    def take(self, unit, value):
+        super().take(unit, value)
+        type(self).look()
+
+
+class Empty(Mortal):
+    remote = staticmethod(without_model)
+
+
 @needs_ray
 @pytest.mark.contract("resume gives the same bytes")
 def test_a_worker_that_is_killed_changes_nothing(base, monkeypatch, capsys):
     import ray
 
-    wanted = cells(base, seeds=[0, 1])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    alone = quiet_sweep(wanted, base / "alone")
+    alone = sweep(base, base / "alone", seeds=[0, 1])
     (base / "kill").touch()
     monkeypatch.setenv(KILL, str(base / "kill"))
     monkeypatch.setenv(SLOW, "0.5")
     before, opened, handler = listening(), set(), signal.getsignal(signal.SIGTERM)
     capsys.readouterr()
 
-    def look(document):
+    def look():
         opened.update(listening() - before)
         print("seen")
 
-    result = quiet_sweep(
-        wanted, base / "ray", engine="ray", workers=2, compute=compute, on_cell=look
-    )
-    assert not result.failed, result.failed[0]["error"]
+    monkeypatch.setattr(Mortal, "look", staticmethod(look))
+    study = sweep(base, base / "ray", study=Mortal, engine="ray", workers=2, seeds=[0, 1])
+    assert not study.failed
     assert not (base / "kill").exists(), "no worker was killed"
     assert not ray.is_initialized()
     assert signal.getsignal(signal.SIGTERM) == handler
     assert capsys.readouterr().out == 6 * "seen\n"
     assert opened and {a.split(":")[0][-8:] for a in opened} == {"0100007F"}  # 127.0.0.1 alone
-    for name in ("results.jsonl", "masks.safetensors", "cells.csv"):
-        assert (result.path / name).read_bytes() == (alone.path / name).read_bytes()
-    times = [read_timing(result.path / "cells" / cell.key) for cell in wanted]
+    for name in ("results.jsonl", "samples.jsonl", "masks.safetensors", "cells.csv"):
+        assert (study.path / name).read_bytes() == (alone.path / name).read_bytes()
+    times = [value["times"] for value in study.values.values()]
     processes = {time["process"] for time in times}
     assert sum(time["load_s"] > 0 for time in times) == len(processes)
     assert 2 <= len(processes) <= 3 and os.getpid() not in processes
@@ -75,25 +88,25 @@ def test_a_worker_that_is_killed_changes_nothing(base, monkeypatch, capsys):
 @needs_ray
 def test_what_a_worker_cannot_do_fails_its_cell_only(base, monkeypatch):
     monkeypatch.setattr(engine_ray, "RETRIES", 0)
-    wanted = cells(base, methods="dense", seeds=[0, 1, 2])
-    result = quiet_sweep(wanted, base / "ray", engine="ray", workers=1, compute=without_model)
-    by_hand, died, raised = (row["error"] for row in result.failed)
+    ray = {"engine": "ray", "workers": 1, "study": Empty}
+    study = sweep(base, base / "ray", methods="dense", seeds=[0, 1, 2], **ray)
+    by_hand, died, raised = (row["error"] for row in failures(study))
     assert (by_hand, raised) == ("failed by hand", "ValueError: no result")
     assert died.startswith("the worker died in each of 1 attempts")
 
 
 @needs_ray
-def test_an_interrupt_closes_the_cluster(base):
+def test_an_interrupt_closes_the_cluster(base, monkeypatch):
     import ray
 
-    def stop(document):
+    def stop():
         raise KeyboardInterrupt
 
-    arguments = {"engine": "ray", "workers": 2, "compute": without_model}
+    monkeypatch.setattr(Empty, "look", staticmethod(stop))
     with pytest.raises(KeyboardInterrupt):
-        quiet_sweep(cells(base), base / "ray", on_cell=stop, **arguments)
+        sweep(base, base / "ray", study=Empty, engine="ray", workers=2)
     assert not ray.is_initialized()
-    again = quiet_sweep(cells(base), base / "ray")
+    again = sweep(base, base / "ray")
     assert again.computed == 3 and not again.failed
     assert len(list((base / "ray" / "sweep").iterdir())) == 1
 
@@ -103,15 +116,15 @@ def test_a_cluster_that_is_not_there(base, monkeypatch):
 
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(LoadError, match=r"127\.0\.0\.1:9 could not be reached .nothing answers"):
-        quiet_sweep(cells(base), base / "ray", engine="ray")
+        sweep(base, base / "ray", engine="ray")
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtra, match=r"pip install 'dart-llm\[cluster\]'"):
-        quiet_sweep(cells(base), base / "ray", engine="ray")
+        sweep(base, base / "ray", engine="ray")
 
 
 def test_a_worker_holds_one_model_through_a_sweep_and_no_longer():
     seen = []
-    for sweep in ("first", "first", "second", "first"):
-        engine_ray._task(lambda data, held: seen.append(held) or {}, {}, sweep)
+    for sweep_id in ("first", "first", "second", "first"):
+        engine_ray._task(lambda data, cache: seen.append(cache) or {}, {}, sweep_id)
     assert seen[0] is seen[1] and len({id(held) for held in seen}) == 3

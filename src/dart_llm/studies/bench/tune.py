@@ -77,7 +77,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
     def __init__(
         self, settings: TuneSettings, ui: Ui, loaded: tuple[Any, Any] | None = None
     ) -> None:
-        self.loaded, only = loaded, (LOADED,)
+        self.from_caller, only = loaded, (LOADED,)
         self.formats = Formats(only, only) if loaded else Formats.from_settings(settings)
         grid = tune_grid(settings, self.formats)
         super().__init__(settings, ui, grid, {settings.text: None})
@@ -99,7 +99,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
 
     def inputs(self) -> Mapping[str, Any]:
         digests = self.digests(f"perplexity:{self.settings.text}", "dense")
-        return {**digests, **identity(self.loaded[0])} if self.loaded else digests
+        return {**digests, **identity(self.from_caller[0])} if self.from_caller else digests
 
     # models
 
@@ -108,9 +108,9 @@ class TuneStudy(BenchStudy[TuneSettings]):
         settings, began = self.settings, time.perf_counter()
         size = model_billions(settings)
         models = {}
-        if self.loaded is not None:
-            size = sum(weight.numel() for weight in self.loaded[0].parameters()) / 1e9
-            models = {LOADED: LoadedModel(LOADED, None, *self.loaded)}
+        if self.from_caller is not None:
+            size = sum(weight.numel() for weight in self.from_caller[0].parameters()) / 1e9
+            models = {LOADED: LoadedModel(LOADED, None, *self.from_caller)}
         text = estimate(settings, self.tried, size)
         self.ui.say(f"{count(len(self.tried), 'candidate')}: {text}")
         tried = {self.formats.reference, *(one.weights for one in self.tried)}

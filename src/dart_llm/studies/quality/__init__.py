@@ -1,4 +1,4 @@
-"""``bench quality``: the loss of every method on held-out slices.
+"""``bench quality``: two tasks of the grid, and what each method closes of GRIFFIN's gap.
 
-Start with ``study.py``; ``gaps.py`` has the shares of GRIFFIN's gap.
+Start with ``study.py``; ``gaps.py`` has the shares of the gap.
 """

@@ -16,15 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dart_llm.evaluation.perplexity import perplexity
+from dart_llm.evaluation.slices import LEAD
 from dart_llm.experiments import stats
+from dart_llm.experiments.comparison import read_traffic
 from dart_llm.experiments.store import SCHEMA
 from dart_llm.experiments.variants import DENSE, GRIFFIN
+from dart_llm.reporting.table import grouped
 from dart_llm.reporting.words import too_few
-from dart_llm.studies.quality.settings import CELLS
+from dart_llm.studies.quality.settings import CELLS, TASKS, model_name
 
 Line = Mapping[str, Any]
-"""One line of results.jsonl: ``model``, ``cell``, ``variant``, ``sparsity``, ``slice``, ``source``,
-``loss``, ``tokens``, ``accounting``."""
+"""A line of results.jsonl: one model and method on one task."""
 
 Row = dict[str, Any]
 
@@ -35,7 +37,7 @@ STEP = 3
 
 EQUAL_SPARSITY, EQUAL_BYTES = "equal_sparsity", "equal_bytes"
 
-YARDSTICKS = {
+BASELINES = {
     EQUAL_SPARSITY: "GRIFFIN at the method's achieved sparsity, dense tokens counting 0",
     EQUAL_BYTES: "GRIFFIN at 1 - the method's share of the dense FFN bytes, if run compactly",
 }
@@ -43,74 +45,98 @@ YARDSTICKS = {
 
 ALL = "all models"
 
+KINDS = {task: cell for cell, task in TASKS.items()}
+
 
 class Group:
-    """The lines of one model and cell; of each place the slices come in the dense ones' order."""
+    """The lines of one model and cell, by variant and sparsity."""
 
     def __init__(self, model: str, cell: str, lines: Iterable[Line]) -> None:
         self.model, self.cell = model, cell
-        self._found: dict[tuple[str, float], dict[str, Line]] = {}
-        for line in lines:
-            if (line["model"], line["cell"]) == (model, cell):
-                place = line["variant"], float(line["sparsity"])
-                self._found.setdefault(place, {})[line["slice"]] = line
+        self._lines = {place_of(line): line for line in lines}
 
     def has(self, variant: str, sparsity: float) -> bool:
-        """Whether the place was measured."""
-        return (variant, sparsity) in self._found
+        """Whether the variant was measured at this sparsity."""
+        return (variant, sparsity) in self._lines
 
-    def at(self, variant: str, sparsity: float) -> list[Line]:
-        """The lines of one place, one per slice; raises ``KeyError`` for one that is missing."""
-        found = self._found[variant, sparsity]
-        return [found[name] for name in self._found[DENSE, 0.0]]
+    def at(self, variant: str, sparsity: float) -> Line:
+        """The line of one variant and sparsity; raises ``KeyError`` if it is missing."""
+        return self._lines[variant, sparsity]
 
-    def griffin(self, sparsity: float) -> list[Line]:
+    def griffin(self, sparsity: float) -> Line:
         """GRIFFIN at ``sparsity``; at 0 it is the untouched model."""
         return self.at(GRIFFIN if sparsity else DENSE, sparsity)
 
-    def gaps(self, lines: Sequence[Line]) -> Array:
+    def gaps(self, line: Line) -> Array:
         """Mean loss of each slice minus the untouched model's, nats; [slices]."""
-        return losses(lines) - losses(self.at(DENSE, 0.0))
+        return losses(line) - losses(self.at(DENSE, 0.0))
+
+
+def place_of(line: Line) -> tuple[str, float]:
+    """Variant and sparsity of a line, by its label."""
+    variant, _, sparsity = str(line["label"]).rpartition("@")
+    return (variant, float(sparsity)) if variant else (str(line["label"]), 0.0)
 
 
 def groups(lines: Iterable[Line]) -> list[Group]:
-    """Lines in any order, by model and cell."""
-    lines = list(lines)
-    names = dict.fromkeys((line["model"], line["cell"]) for line in lines)
-    return [Group(model, cell, lines) for model, cell in names]
+    """Measured lines in any order, by model and cell."""
+    found = grouped(
+        (line for line in lines if line["measurement"]),
+        lambda line: (
+            model_name(line["cell"]["model"]),
+            KINDS[line["cell"]["task"].partition(":")[0]],
+        ),
+    )
+    return [Group(model, cell, members) for (model, cell), members in found.items()]
 
 
-def losses(lines: Sequence[Line]) -> Array:
+def items(line: Line) -> list[dict[str, Any]]:
+    """The slices of a line."""
+    return list(line["measurement"]["items"])
+
+
+def losses(line: Line) -> Array:
     """Mean loss of each slice; [slices]."""
-    return np.array([line["loss"] for line in lines], dtype=np.float64)
+    return np.array([item["mean_loss"] for item in items(line)], dtype=np.float64)
 
 
-def account(lines: Sequence[Line]) -> Row:
-    """What a variant cost over all slices of a cell; shares are weighted by decoded tokens."""
-    parts = [line["accounting"] for line in lines]
-    total = sum(part["decoded_tokens"] for part in parts)
-
-    def mean(name: str) -> float:
-        return float(sum(part[name] * part["decoded_tokens"] for part in parts) / total)
-
-    achieved, dense = mean("achieved_sparsity"), mean("dense_token_share")
-    remasks = sum(part["remasks"] for part in parts)
-    unknown = any(part.get("token_bytes_share") is None for part in parts)  # of older runs
+def account(line: Line) -> Row:
+    """What a variant cost over all slices of a cell."""
+    facts, counted = line["facts"], line["measurement"]["accounting"]
+    if counted is None:  # a dense model, of which rounded weights may be fewer bytes
+        share = facts.get("ffn_share_of_bfloat16", 1.0)
+        traffic, context = read_traffic(facts), _mean_context(line)
+        counted = {
+            "achieved_sparsity": 0.0,
+            "dense_token_share": 1.0,
+            "remasks": 0,
+            "ffn_bytes_share_if_compact": share,
+            "token_bytes_share": None if traffic is None else traffic.share(context),
+            "extra_memory_bytes": 0,
+        }
+    achieved, dense = counted["achieved_sparsity"], counted["dense_token_share"]
     return {
         "achieved_sparsity": achieved,
         "sparsity_while_pruned": achieved / (1 - dense) if dense < 1 else 0.0,
         "dense_token_share": dense,
-        "remasks": remasks,
-        "remasks_per_slice": remasks / len(parts),
-        "ffn_bytes_share": mean("ffn_bytes_share_if_compact"),
-        "token_bytes_share": None if unknown else mean("token_bytes_share"),
-        "extra_memory_bytes": max(part["extra_memory_bytes"] for part in parts),
+        "remasks": counted["remasks"],
+        "remasks_per_slice": counted["remasks"] / len(items(line)),
+        "ffn_bytes_share": counted["ffn_bytes_share_if_compact"],
+        "token_bytes_share": counted.get("token_bytes_share"),
+        "extra_memory_bytes": counted["extra_memory_bytes"],
     }
 
 
-def yardsticks(lines: Sequence[Line]) -> dict[str, float]:
+def _mean_context(line: Line) -> float:
+    """Positions of the cache that a decoded token of a dense model sees, on average."""
+    options = line["cell"]["options"]
+    lead = LEAD if line["cell"]["task"].startswith("shift") else 0
+    return float(options["prompt_tokens"] - 1 + (lead + options["scored_tokens"] + 1) / 2)
+
+
+def matched_sparsities(line: Line) -> dict[str, float]:
     """GRIFFIN's sparsity in each column; never below 0, where GRIFFIN is dense."""
-    spent = account(lines)
+    spent = account(line)
     wanted = {
         EQUAL_SPARSITY: spent["achieved_sparsity"],
         EQUAL_BYTES: 1 - spent["ffn_bytes_share"],
@@ -151,16 +177,16 @@ def _row(group: Group, variant: str, sparsity: float, seed: int, compared: bool 
     gap = float(group.gaps(own).mean())
     columns = {
         name: _column(group, own, equal, seed) if compared and variant != GRIFFIN else None
-        for name, equal in yardsticks(own).items()
+        for name, equal in matched_sparsities(own).items()
     }
     return {
         "model": group.model,
         "cell": group.cell,
         "sparsity": sparsity,
         "variant": variant,
-        "slices": len(own),
-        "kinds": list(dict.fromkeys(line["source"] for line in own)),
-        "tokens": sum(line["tokens"] for line in own),
+        "slices": len(items(own)),
+        "kinds": list(dict.fromkeys(item["source"] for item in items(own))),
+        "tokens": sum(item["tokens"] for item in items(own)),
         "dense_perplexity": perplexity(float(losses(dense).mean())),
         "perplexity": perplexity(float(losses(own).mean())),
         "times_dense": perplexity(gap),
@@ -170,11 +196,12 @@ def _row(group: Group, variant: str, sparsity: float, seed: int, compared: bool 
     }
 
 
-def _column(group: Group, own: Sequence[Line], sparsity: float, seed: int) -> Row:
+def _column(group: Group, own: Line, sparsity: float, seed: int) -> Row:
     """A comparison with GRIFFIN at ``sparsity``."""
     griffin = group.griffin(sparsity)
     gaps, others = group.gaps(own), group.gaps(griffin)
-    kinds = {line["source"]: [one["source"] == line["source"] for one in own] for line in own}
+    sources = [item["source"] for item in items(own)]
+    kinds = {source: [one == source for one in sources] for source in sources}
     return {
         "sparsity": sparsity,
         "perplexity": perplexity(float(losses(griffin).mean())),
@@ -229,14 +256,14 @@ def _sums(group: Group, variant: str, pool: Sequence[float]) -> dict[str, Array]
     found: dict[str, Array] = {}
     for sparsity in pool:
         own = group.at(variant, sparsity)
-        for name, equal in yardsticks(own).items():
+        for name, equal in matched_sparsities(own).items():
             pair = np.stack([group.gaps(own), group.gaps(group.griffin(equal))])
             found[name] = found.get(name, 0.0) + pair
     return found
 
 
 def _pooled(sums: Sequence[dict[str, Array]], seed: int) -> Row:
-    columns = {name: [(own[name][0], own[name][1]) for own in sums] for name in YARDSTICKS}
+    columns = {name: [(own[name][0], own[name][1]) for own in sums] for name in BASELINES}
     slices = sum(len(gaps) for gaps, _ in columns[EQUAL_BYTES])
     return {"slices": slices, **{name: compare(own, seed) for name, own in columns.items()}}
 
@@ -247,32 +274,34 @@ DEFINITIONS = {
     "gap": "mean loss minus the untouched model's on the same scored tokens, nats",
     "gap_closed": "1 - gap / griffin_gap; null where GRIFFIN loses nothing",
     "interval": "95 %, bootstrap over slices, the variant and GRIFFIN on the same ones",
-    "token_bytes_share": "bytes that a decoded token reads (FFN, attention, head, cache, what "
-    "chooses) over those of the dense model at bfloat16, if run compactly; weights in blocks as "
+    "token_bytes_share": "bytes that a decoded token reads (FFN, attention, head, cache, "
+    "selection) over those of the dense model at bfloat16, if run compactly; weights in blocks as "
     "stored",
-    **YARDSTICKS,
+    **BASELINES,
     **CELLS,
 }
-"""What the words of quality.json mean."""
+"""What the names in quality.json mean."""
 
 
-def summarise(lines: Iterable[Line], asked: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(lines: Iterable[Line], requested: Mapping[str, Any]) -> dict[str, Any]:
     """The document; nothing in it depends on when or how often a run was started.
 
-    ``asked``: ``set``, ``seed``, ``sparsities``, ``pool`` (of the measured ones), ``variants``
-    (configurations by label, GRIFFIN's first), ``texts``, ``checkpoints`` and ``slices`` (by
-    model), tokens of a slice.
+    ``requested``: ``set``, ``seed``, ``sparsities``, ``pool`` (of the measured ones), ``variants``
+    (configurations by label, GRIFFIN's first), ``roundings``, ``texts``, ``checkpoints`` by model,
+    tokens of a slice.
     """
-    found, labels, seed = groups(lines), list(asked["variants"]), asked["seed"]
-    none = "note: nothing is pooled, for no sparsity of --pool was measured"
+    found, seed = groups(lines), requested["seed"]
+    labels = list(requested["variants"])
+    none = "note: nothing is pooled, because no sparsity of --pool was measured"
     return {
         "schema": SCHEMA,
-        **asked,
+        **requested,
+        "slices": {one.model: len(items(one.at(DENSE, 0.0))) for one in found},
         "cells": [
-            *cell_rows(found, labels, asked["sparsities"], seed),
-            *rounded_rows(found, asked.get("roundings", ()), seed),
+            *cell_rows(found, labels, requested["sparsities"], seed),
+            *rounded_rows(found, requested.get("roundings", ()), seed),
         ],
-        "pooled": pooled_rows(found, labels, asked["pool"], seed),
-        "notes": [] if asked["pool"] else [none],
+        "pooled": pooled_rows(found, labels, requested["pool"], seed),
+        "notes": [] if requested["pool"] else [none],
         "definitions": DEFINITIONS,
     }

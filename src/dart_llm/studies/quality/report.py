@@ -30,7 +30,7 @@ from dart_llm.reporting.words import (
     percent,
     times,
 )
-from dart_llm.studies.quality.gaps import ALL, EQUAL_BYTES, EQUAL_SPARSITY, YARDSTICKS
+from dart_llm.studies.quality.gaps import ALL, BASELINES, EQUAL_BYTES, EQUAL_SPARSITY
 from dart_llm.studies.quality.settings import SHIFT
 
 if TYPE_CHECKING:
@@ -38,15 +38,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NONE = "n/a"
-"""Stands where GRIFFIN loses nothing, so that there is no gap to close."""
+"""Where GRIFFIN loses nothing, so that there is no gap to close."""
 
 POOLED = "pooled"
 
 Row = Mapping[str, Any]
 
 
-def _asked(row: Row) -> str:
-    return f"{POOLED} {_percents(row)}" if "sparsities" in row else percent(row["sparsity"])
+def _requested(row: Row) -> str:
+    if "sparsities" not in row:
+        return percent(row["sparsity"])
+    amounts = [percent(value).removesuffix(" %") for value in row["sparsities"]]
+    return f"{POOLED} {' + '.join(amounts)} %"
 
 
 def _griffin(name: str) -> Callable[[Row], str | None]:
@@ -66,7 +69,7 @@ def _closed(name: str) -> Callable[[Row], str | None]:
 
 COLUMNS = (
     Column("variant", "variant"),
-    Column("asked", _asked),
+    Column("requested", _requested),
     Column("achieved", "achieved_sparsity", percent),
     Column("while pruned", "sparsity_while_pruned", percent, terminal=False),
     Column("dense tokens", "dense_token_share", percent),
@@ -117,40 +120,23 @@ def _caption(document: Row, first: Row) -> str:
 
 
 def sentences(document: Row) -> list[str]:
-    """What every variant closes of GRIFFIN's gap: a line per cell, and per pooled row."""
-    rows = [row for row in document["cells"] if row[EQUAL_SPARSITY] is not None]
-    amounts = [percent(row["sparsity"]) for row in rows]
-    amounts += [f"{POOLED} over {_percents(row)}" for row in document["pooled"]]
+    """What every variant closes of GRIFFIN's gap: pooled, or else at every sparsity."""
+    rows = document["pooled"] or [r for r in document["cells"] if r[EQUAL_SPARSITY] is not None]
     return [
-        f"{row['model']}, {row['cell']}, {amount}: {_line(row)}"
-        for row, amount in zip((*rows, *document["pooled"]), amounts, strict=True)
+        f"{row['model']}, {row['cell']}, {_requested(row)}: {row['variant']} closes "
+        f"{closed(row[EQUAL_SPARSITY])} of GRIFFIN's gap at equal sparsity, "
+        f"{closed(row[EQUAL_BYTES])} at equal bytes"
+        for row in rows
     ]
 
 
-def _percents(row: Row) -> str:
-    """Fractions as "50 + 70 %"."""
-    return " + ".join(percent(value).removesuffix(" %") for value in row["sparsities"]) + " %"
-
-
-def _line(row: Row) -> str:
-    equal, other = row[EQUAL_SPARSITY], row[EQUAL_BYTES]
-    if equal["gap_closed"] is None:
-        return f"GRIFFIN at equal sparsity loses nothing, so {row['variant']} has no gap to close"
-    lower = "" if equal["interval"] is None else f", lower end {percent(equal['interval'][0])}"
-    return (
-        f"{row['variant']} - GRIFFIN = {percent(equal['gap_closed'])} of the gap{lower}; at equal "
-        f"bytes {closed(other)}"
-    )
-
-
 def markdown(document: Row) -> str:
-    """All tables, the lines, and what the columns mean."""
+    """All tables, and what the columns mean."""
     lines = ["# Quality", ""]
     for table in tables(document):
         rows = [[cell.replace("\n", " ") for cell in row] for row in table.cells()]
         lines += [f"## {escaped(table.caption)}", "", *table_lines(table.head, rows), ""]
-    lines += ["## In words", "", *(f"- {escaped(line)}" for line in sentences(document)), ""]
-    lines += ["## What the words mean", ""]
+    lines += ["## Definitions", ""]
     lines += [f"- `{name}`: {words}" for name, words in document["definitions"].items()]
     lines += ["", *document["notes"]]
     return "\n".join(lines).rstrip("\n") + "\n"
@@ -173,7 +159,7 @@ def _flat(row: Row) -> dict[str, Any]:
         elif name == "interval":
             low, high = value or (None, None)
             found.update({"interval.low": low, "interval.high": high})
-        elif name not in YARDSTICKS:
+        elif name not in BASELINES:
             found[name] = ";".join(map(str, value)) if isinstance(value, list) else value
     return found
 
@@ -260,7 +246,7 @@ def _bytes_plot(document: Row) -> list[Plot]:
         "lower and further left is better"
     )
     alt = "Curves of perplexity over dense by bytes per token. " + " ".join(
-        f"{row['model']}, {row['cell']}, {row['variant']} {_asked(row)}: "
+        f"{row['model']}, {row['cell']}, {row['variant']} {_requested(row)}: "
         f"{row['token_bytes_share']:.3f} of the bytes, perplexity x {times(row['times_dense'])}."
         for row in rows
     )

@@ -2,51 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import model_validator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from dart_llm.data.documents import SETS
 from dart_llm.errors import ConfigError, check_name
 from dart_llm.experiments.variants import GRIFFIN, Variant, oracles, parse
 from dart_llm.pruning.config import DEFAULT_METHOD
-from dart_llm.settings import ModelOptions, StudyOptions, read_sparsities, setting, words
+from dart_llm.settings import (
+    Fractions,
+    ModelOptions,
+    StudyOptions,
+    Texts,
+    check_removed,
+    setting,
+    split_commas,
+    words,
+)
+from dart_llm.studies.sweep.settings import MeasureSettings, SliceOptions
 
 STUDY = "Study"
-
-LISTS = ("model", "text")
-"""Options that may be repeated; commas do as well."""
 
 CONTINUATION, SHIFT = "continuation", "topic-shift"
 
 CELLS = {
-    CONTINUATION: "the text goes on after the prompt",
+    CONTINUATION: "the text continues after the prompt",
     SHIFT: "after the prompt and a little more, another text begins",
 }
 
-LEAD = 64
-"""Tokens of the first topic that are decoded before the second one begins."""
+TASKS = {CONTINUATION: "continuation", SHIFT: "shift"}
+"""The task that measures each cell."""
+
+ROUNDED = ("ffn", "all")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Tokens of a slice: ``prompt`` of the prompt, ``scored`` of what is scored."""
+def _split_each(value: Any) -> list[str]:
+    return [word for part in split_commas(value) for word in words(str(part))]
 
-    prompt: int
-    scored: int
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence that a model reads."""
-        return self.prompt + LEAD + self.scored
+Repeated = Annotated[list[str], BeforeValidator(_split_each)]
+"""A list whose flag may be repeated; commas do as well."""
 
-    @property
-    def size(self) -> int:
-        """Tokens of a slice: enough for its part in either cell."""
-        return self.prompt + max(LEAD, self.scored)
+Removed = Annotated[Fractions, AfterValidator(check_removed)]
 
 
 @dataclass(frozen=True)
@@ -54,57 +54,52 @@ class Rounding:
     """The dense model with weights of ``bits`` bits: the FFNs' alone (``ffn``), or all."""
 
     bits: int
-    ffn: bool
+    part: str
 
     @property
     def label(self) -> str:
-        """What it is called among the variants."""
-        return f"dense, {'FFN ' if self.ffn else ''}{self.bits} bits"
+        """Its row's name."""
+        return f"dense, {'FFN ' if self.part == 'ffn' else ''}{self.bits} bits"
 
 
-BITS = range(2, 9)
+class QualitySettings(SliceOptions, MeasureSettings, StudyOptions, ModelOptions):
+    """``dart-llm bench quality``; None means "not given"."""
 
-ROUNDED = ("ffn", "all")
+    kind, document = "quality", "quality.json"
+    UNUSED: ClassVar = ("limit", "sample_seed", "scored_tokens")
 
-
-class QualitySettings(StudyOptions, ModelOptions):
-    """What ``dart-llm bench quality`` is asked to do; None means "not given"."""
-
-    COMMAS: ClassVar = ("methods", "oracle", "sparsities", "pool", "cells")
-
-    model: list[str] = setting(  # type: ignore[assignment]
+    model: Repeated = setting(  # type: ignore[assignment]
         "Model",
         "Hub id, local folder, .gguf file, or smollm2-135m; repeat for several.",
         ["smollm2-135m"],
     )
-    seed: int = setting("Results", "Seed of everything random, the intervals among it.", 0)
-    experiment_name: str | None = setting("Results", "Default: quality-<set>-<model>.")
-    methods: str = setting(
-        STUDY, "Methods, comma-separated; griffin, the yardstick, always runs.", DEFAULT_METHOD
+    methods: Texts = setting(
+        STUDY, "Methods, comma-separated; griffin, the baseline, always runs.", (DEFAULT_METHOD,)
     )
     variants: str | None = setting(
         STUDY, "YAML file: LABEL: {SETTING: VALUE}, changes of method (default: dart)."
     )
     oracle: str | None = setting(
         STUDY,
-        "Methods told the moment of the change too, or none (default: all with a live drift rule).",
+        "Methods to re-mask at the known change of topic too, or none (default: all with a live "
+        "drift rule).",
     )
-    sparsities: str = setting(
-        STUDY, "Fractions of FFN neurons to remove, comma-separated.", "0.3,0.5,0.7"
+    sparsities: Removed = setting(
+        STUDY, "Fractions of FFN neurons to remove, comma-separated.", (0.3, 0.5, 0.7)
     )
-    pool: str = setting(STUDY, "Sparsities whose gaps are added up, where measured.", "0.5,0.7")
-    cells: str = setting(
-        STUDY, "continuation, topic-shift, or both, comma-separated.", "continuation,topic-shift"
+    pool: Removed = setting(
+        STUDY, "Sparsities whose gaps are added up, where measured.", (0.5, 0.7)
     )
-    roundings: str = setting(
+    cells: Texts = setting(
+        STUDY, "continuation, topic-shift, or both, comma-separated.", (CONTINUATION, SHIFT)
+    )
+    roundings: Texts = setting(
         STUDY,
-        "Bits of dense weights measured beside, 2 to 8, comma-separated, or none.",
-        "8,6,5,4,3",
+        "Bits of dense weights measured for comparison, 2 to 8, comma-separated, or none.",
+        ("8", "6", "5", "4", "3"),
     )
-    rounded: str = setting(
-        STUDY, "What is rounded: ffn, the weights that methods leave out of, or all.", "ffn"
-    )
-    text: list[str] = setting(
+    rounded: str = setting(STUDY, "Which weights to round: ffn, or all.", "ffn")
+    text: Repeated = setting(
         STUDY,
         "A text file, JSONL (FILE:COLUMN names the column), or data name; repeat for several.",
         ["embedded"],
@@ -112,79 +107,60 @@ class QualitySettings(StudyOptions, ModelOptions):
     set: str = setting(STUDY, "choose: first half of a text's documents; report: second.", "report")
     slices: int | None = setting(
         STUDY,
-        "Slices of each text (default: 16; of the embedded texts alone, what there is).",
+        "Slices of each text (default: 16; of the embedded texts alone, as many as there are).",
         ge=1,
     )
     prompt_tokens: int = setting(STUDY, "Prompt tokens of a slice.", 256, ge=16)
     tokens: int = setting(STUDY, "Scored tokens of a slice.", 256, ge=1)
-    calibration: str | None = setting(STUDY, "Text for methods that calibrate.")
     executor: str | None = setting(STUDY, "auto, masked, compact, native or cuda.")
-
-    @classmethod
-    def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        return super().read({k: _parts(v) if k in LISTS else v for k, v in data.items()})
 
     @model_validator(mode="after")
     def _check(self) -> QualitySettings:
         check_name("set", self.set, SETS)
-        if not self.model:
-            raise ConfigError("no model is named: give --model one, or leave it out")
         check_name("part for --rounded", self.rounded, ROUNDED)
-        self.cell_list()
-        self.pool_list()
+        for name in self.cells:
+            check_name("cell", name, CELLS)
+        for name in ("model", "text", "cells", "sparsities"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} is empty: give at least one, or leave it out")
         self.rounding_list()
         self.variant_list()
         return self
 
     @property
-    def shape(self) -> Shape:
-        """Tokens of a slice."""
-        return Shape(self.prompt_tokens, self.tokens)
-
-    def cell_list(self) -> tuple[str, ...]:
-        """The cells in order; raises ``UnknownName``."""
-        found = tuple(dict.fromkeys(words(self.cells)))
-        for name in found:
-            check_name("cell", name, CELLS)
-        if not found:
-            raise ConfigError(f"--cells is empty: give {' or '.join(CELLS)}")
-        return found
-
-    def sparsity_list(self) -> tuple[float, ...]:
-        """The sparsities, each once; raises ``ConfigError`` for what is none."""
-        return read_sparsities("sparsities", self.sparsities)
-
-    def pool_list(self) -> tuple[float, ...]:
+    def pooled(self) -> tuple[float, ...]:
         """The measured sparsities whose gaps are pooled; may be empty."""
-        pool, measured = read_sparsities("pool", self.pool), self.sparsity_list()
-        return tuple(value for value in measured if value in pool)
+        return tuple(value for value in self.sparsities if value in self.pool)
+
+    def task(self, cell: str) -> str:
+        """The task that measures ``cell``."""
+        return f"{TASKS[cell]}:{'+'.join(self.text)}#{self.set}"
 
     def rounding_list(self) -> tuple[Rounding, ...]:
-        """Dense models with fewer bits; raises ``ConfigError`` for what is no number of bits."""
-        asked = [] if words(self.roundings) == ["none"] else words(self.roundings)
-        known = {str(bits): bits for bits in BITS}
-        for one in asked:
-            if one not in known:
-                raise ConfigError(
-                    f'--roundings "{self.roundings}" must be whole numbers of bits, 2 to 8, or none'
-                )
-        return tuple(Rounding(known[one], self.rounded == "ffn") for one in dict.fromkeys(asked))
+        """Dense models with fewer bits; raises ``ConfigError`` for other numbers of bits."""
+        wanted = () if self.roundings == ("none",) else self.roundings
+        if any(bits not in map(str, range(2, 9)) for bits in wanted):
+            raise ConfigError(
+                f'--roundings "{",".join(self.roundings)}" must be whole numbers of bits, 2 to 8, '
+                "or none"
+            )
+        return tuple(Rounding(int(bits), self.rounded) for bits in wanted)
 
     def variant_list(self) -> tuple[Variant, ...]:
         """What is compared, GRIFFIN first; raises ``ConfigError`` or ``UnknownName``."""
         changes = {"seed": self.seed, "executor": self.executor}
         given = {name: value for name, value in changes.items() if value is not None}
-        methods = [GRIFFIN, *(name for name in words(self.methods) if name != GRIFFIN)]
+        methods = [GRIFFIN, *(name for name in self.methods if name != GRIFFIN)]
         variants = parse(methods, self.variants, given)
         for variant in variants:
-            variant.at(self.sparsity_list()[0])
+            variant.at(self.sparsities[0])
         return (*variants, *oracles(variants[1:], self.oracle))
 
     def names(self) -> dict[str, str]:
-        """What each model is called in the results, without its folders, and where it lies."""
+        """Each model's name in the results, without its folders, and where it is."""
         found: dict[str, str] = {}
         for model in self.model:
-            name = Path(model.rstrip("/")).name.lower()
+            name = model_name(model)
             if name in found:
                 raise ConfigError(f'the model "{name}" was given twice: leave one out')
             found[name] = model
@@ -196,9 +172,6 @@ class QualitySettings(StudyOptions, ModelOptions):
         return self.experiment_name or f"quality-{self.set}-{'-'.join(self.names())}"
 
 
-def _parts(value: Any) -> Any:
-    """A list of texts, also from one text with commas."""
-    given = [value] if isinstance(value, str | Path) else value
-    if not isinstance(given, list | tuple):
-        return value
-    return [word for item in given for word in words(str(item))]
+def model_name(model: str) -> str:
+    """A model's name in the results."""
+    return Path(model.rstrip("/")).name.lower()

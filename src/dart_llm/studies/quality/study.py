@@ -1,4 +1,5 @@
-"""`bench quality`: every slice through every method, on one model after the other.
+"""`bench quality`: the tasks ``continuation`` and ``shift`` of a grid, and what each method closes
+of GRIFFIN's gap to the dense model.
 
 First the untouched model, GRIFFIN and all variants; then GRIFFIN at the sparsities that those
 achieved and at their shares of bytes, each distinct one once; last the dense model in fewer bits.
@@ -6,248 +7,162 @@ achieved and at their shares of bytes, each distinct one once; last the dense mo
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dart_llm.data import documents
-from dart_llm.data.documents import check_disjoint
-from dart_llm.errors import ConfigError
+from dart_llm.evaluation.measurement import MeasureOptions
+from dart_llm.evaluation.slices import LEAD
+from dart_llm.experiments import comparison
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.provenance import Digests
-from dart_llm.experiments.study import Study, Unit, load_model
-from dart_llm.experiments.variants import DENSE, GRIFFIN, Variant
-from dart_llm.files import write_lines
-from dart_llm.models.checkpoint import checkpoint_facts
-from dart_llm.models.describe import context_length
-from dart_llm.models.quantised import Quantised, round_weights_to
+from dart_llm.experiments.study import Unit
+from dart_llm.experiments.variants import DENSE, Variant
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
-from dart_llm.session.prepare import prepare
-from dart_llm.session.run import BoundMethod, Run
 from dart_llm.settings import LOADING
 from dart_llm.studies.quality import report
-from dart_llm.studies.quality.gaps import groups, summarise, yardsticks
-from dart_llm.studies.quality.settings import LEAD, SHIFT, QualitySettings, Rounding
-from dart_llm.studies.quality.slices import (
-    Pair,
-    Part,
-    pairs,
-    score_rounded,
-    score_shared_prompt,
-    score_single,
-)
+from dart_llm.studies.quality.gaps import groups, matched_sparsities, summarise
+from dart_llm.studies.quality.settings import SHIFT, QualitySettings, Rounding
+from dart_llm.studies.sweep.grid import check_cells
+from dart_llm.studies.sweep.study import MeasureStudy
 
 
-class QualityStudy(Study[QualitySettings]):
-    """A unit is one slice, measured in one way.
+class QualityStudy(MeasureStudy[QualitySettings]):
+    """A unit is one model, method and sparsity on one task.
 
     Raises ``ConfigError`` and ``UnknownName`` before a model is loaded where that is possible.
     """
 
-    kind = "quality"
-    document = "quality.json"
-
     def __init__(self, settings: QualitySettings, ui: Ui) -> None:
-        super().__init__(settings, ui)
         self.variants = settings.variant_list()
         """GRIFFIN is the first of them."""
         self.roundings = settings.rounding_list()
-        self.in_bits: Quantised | None = None
-        """The dense model in the bits that are being measured."""
-        self.cells, self.sparsities = settings.cell_list(), settings.sparsity_list()
-        if any(variant.config.calibration is not None for variant in self.variants):
-            check_disjoint(settings.calibration, dict.fromkeys(settings.text))
-        self.sources = documents.sources(settings.text)
-        self.checkpoints: dict[str, dict[str, Any]] = {}
-        self.slices: dict[str, int] = {}
-        self.prepared: dict[tuple[str, float], tuple[BoundMethod, Run | None]] = {}
-        self.shared: Iterator[tuple[str, float, Part]] = iter(())
-        """Parts of one slice that follow from one pass over its prompt."""
-
-    @property
-    def model_name(self) -> str:
-        return ", ".join(self.settings.names())
-
-    def inputs(self) -> Mapping[str, Any]:
-        digests = Digests()
-        cell = Cell("", DENSE, "quality", calibration=self.settings.calibration)
-        cell = replace(cell, **{name: getattr(self.settings, name) for name in LOADING})
-        models = {
-            name: digests.of(replace(cell, model=model))
-            for name, model in self.settings.names().items()
-        }
-        return {**models, "texts": {source.label: source.digest for source in self.sources}}
+        self.digests, self.calibration_text = Digests(), settings.calibration
+        cells = [
+            cell for model in settings.names().values() for cell in self._cells(settings, model)
+        ]
+        check_cells(cells)
+        super().__init__(settings, ui, cells)
 
     def identify(self) -> dict[str, Any]:
         presets = {variant.label: variant.config.to_dict() for variant in self.variants}
         return {**super().identify(), "presets": presets}
 
     def config_extra(self) -> dict[str, Any]:
-        extra: dict[str, Any] = {"checkpoints": self.checkpoints}
-        if len(self.settings.model) > 1:
-            extra["checkpoint"] = None  # which one would be chance
-        extra["cells"] = [
-            {"model": name, "method": one.label, "sparsity": sparsity, "task": f"quality:{cell}"}
-            for name in self.settings.names()
-            for cell in self.cells
-            for one in (self.variants[0], *self.measured(cell))
-            for sparsity in self.sparsities
-        ]
-        return extra
+        return {**super().config_extra(), "checkpoints": self._checkpoints()}
 
-    def load(self) -> None:
-        """Nothing: the models are loaded one after the other."""
+    def _checkpoints(self) -> dict[str, Any]:
+        return {
+            name: next(
+                (
+                    one["checkpoint"]
+                    for one in self.lines
+                    if one["cell"]["model"] == model and one["checkpoint"]
+                ),
+                {},
+            )
+            for name, model in self.settings.names().items()
+        }
 
-    @contextlib.contextmanager
-    def around(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            write_lines(self.path / "results.jsonl", self.lines)
+    # cells
 
-    def measured(self, cell: str) -> list[Variant]:
-        """The variants of a cell, GRIFFIN left out: in one without a moment none is told it."""
-        return [one for one in self.variants[1:] if cell == SHIFT or not one.oracle]
+    def _cells(self, settings: QualitySettings, model: str) -> Iterator[Cell]:
+        """Everything of one model but GRIFFIN at equal sparsity and bytes."""
+        for cell in settings.cells:
+            base = self._cell(settings, model, cell)
+            yield base
+            for sparsity in settings.sparsities:
+                yield self._pruned(base, self.variants[0], sparsity)
+            for variant in self.variants[1:]:
+                if cell == SHIFT or not variant.oracle:  # without a change there is no oracle
+                    for sparsity in settings.sparsities:
+                        yield self._pruned(base, variant, sparsity)
+            for rounding in self.roundings:
+                yield self._rounded(base, rounding)
 
-    # units
+    def _cell(self, settings: QualitySettings, model: str, cell: str) -> Cell:
+        """The untouched model on the task of ``cell``."""
+        options = MeasureOptions(
+            limit=settings.slices,
+            prompt_tokens=settings.prompt_tokens,
+            scored_tokens=settings.tokens,
+            seed=settings.seed,
+        )
+        loading = {name: getattr(settings, name) for name in LOADING}
+        task = settings.task(cell)
+        plain = Cell(model, DENSE, task, seed=settings.seed, options=options, **loading)
+        return replace(plain, inputs=self.digests.of(plain, plain.config()))
+
+    def _pruned(self, base: Cell, variant: Variant, sparsity: float) -> Cell:
+        config = variant.at(sparsity).to_dict()
+        taken = ("method", "sparsity", "seed")
+        cell = replace(
+            base,
+            method=variant.config.method,
+            name=f"{variant.label}@{sparsity:g}",
+            sparsity=sparsity,
+            seed=variant.config.seed,
+            overrides={k: v for k, v in config.items() if k not in taken and v is not None},
+            options=replace(base.options, oracle=variant.oracle),
+        )
+        learns = variant.config.calibration
+        if learns is not None and learns.source == "text":
+            cell = replace(cell, calibration=self.calibration_text)
+        return replace(cell, inputs=self.digests.of(cell, cell.config()))
+
+    def _rounded(self, base: Cell, rounding: Rounding) -> Cell:
+        return replace(base, name=rounding.label, rounding=f"{rounding.bits} {rounding.part}")
 
     def units(self) -> Iterator[Unit]:
         for name, model in self.settings.names().items():
-            slices = self._load(name, model)
-            asked = {cell: [0.0, *self.sparsities] for cell in self.cells}
-            yield from self._pass(name, "methods", slices, asked, others=True)
-            equal = self.equal_sparsities(name)
-            yield from self._pass(name, "GRIFFIN at equal sparsity and bytes", slices, equal)
-            yield from self._rounded(name, slices)
+            own = [cell for cell in self.cells if cell.model == model]
+            yield from self.units_of([cell for cell in own if not cell.rounding])
+            equal = list(self._equal_cells(name, model))
+            self.cells = (*self.cells, *(cell for cell in equal if cell not in self.cells))
+            yield from self.units_of([*equal, *(cell for cell in own if cell.rounding)])
 
-    def _load(self, name: str, model: str) -> Sequence[Pair]:
-        """The model's slices; raises ``ConfigError`` for slices longer than its context."""
-        settings = self.settings
-        self.model, self.prepared = None, {}
-        one = settings.model_copy(update={"model": model})
-        self.model, self.tokenizer, seconds = load_model(one, self.ui)
-        self.timing.setdefault("load_s", {})[name] = seconds
-        self.checkpoints[name] = dict(checkpoint_facts(self.model))
-        shift = SHIFT in self.cells
-        shape = settings.shape
-        slices = pairs(self.sources, settings.set, self.tokenizer, shape, settings.slices, shift)
-        self.slices[name] = len(slices)
-        longest = context_length(self.model)
-        if longest is not None and shape.longest > longest:
-            raise ConfigError(
-                f"slices of up to {shape.longest} tokens are longer than the context of "
-                f"{name}, {longest}: give fewer --prompt-tokens or --tokens"
-            )
-        return slices
-
-    def equal_sparsities(self, name: str) -> dict[str, list[float]]:
-        """GRIFFIN's sparsities by cell that the variants ask for and that were not measured."""
-        equal: dict[str, list[float]] = {}
-        for group in groups(line for line in self.lines if line["model"] == name):
+    def _equal_cells(self, name: str, model: str) -> Iterator[Cell]:
+        """GRIFFIN where the variants are compared with it and it was not measured."""
+        for group in groups(one for one in self.lines if one["cell"]["model"] == model):
             wanted = {
                 sparsity
-                for variant in self.measured(group.cell)
-                for asked in self.sparsities
-                for sparsity in yardsticks(group.at(variant.label, asked)).values()
+                for variant in self.variants[1:]
+                for requested in self.settings.sparsities
+                if group.has(variant.label, requested)
+                for sparsity in matched_sparsities(group.at(variant.label, requested)).values()
             }
-            equal[group.cell] = sorted(wanted - {0.0, *self.sparsities})
-        return equal
-
-    def _pass(
-        self,
-        name: str,
-        what: str,
-        slices: Sequence[Pair],
-        griffin: Mapping[str, Sequence[float]],
-        others: bool = False,
-    ) -> Iterator[Unit]:
-        """All measurements of every slice: dense and GRIFFIN, and with ``others`` the variants."""
-        variants = {cell: self.measured(cell) if others else [] for cell in self.cells}
-        each = sum(len(griffin[c]) + len(variants[c]) * len(self.sparsities) for c in self.cells)
-        with self.ui.progress(f"{name}, {what}", each * len(slices)) as advance:
-            for pair in slices:
-                units = [_unit(name, c, None, s, pair) for c in griffin for s in griffin[c]]
-                wanted = [one.data[0] for one in units if self.finished(one) is None]
-                if wanted:
-                    places = [(line["cell"], line["sparsity"]) for line in wanted]
-                    config = self.variants[0].config
-                    self.shared = score_shared_prompt(self.model, config, pair, places)
-                units += [
-                    _unit(name, cell, variant, sparsity, pair)
-                    for cell in self.cells
-                    for variant in variants[cell]
-                    for sparsity in self.sparsities
-                ]
-                for unit in units:
-                    yield unit
-                    advance(1)
-
-    def _rounded(self, name: str, slices: Sequence[Pair]) -> Iterator[Unit]:
-        """The dense model rounded to each number of bits, one after the other."""
-        total = len(self.roundings) * len(self.cells) * len(slices)
-        with self.ui.progress(f"{name}, dense with fewer bits", total) as advance:
-            for rounding in self.roundings:
-                self.in_bits = None
-                for cell in self.cells:
-                    for pair in slices:
-                        yield _unit(name, cell, rounding, 0.0, pair)
-                        advance(1)
-            self.in_bits = None
-
-    def compute(self, unit: Unit) -> Part:
-        line, variant, pair = unit.data
-        if isinstance(variant, Rounding):
-            if self.in_bits is None:
-                self.in_bits = round_weights_to(self.model, variant.bits, variant.ffn)
-            return score_rounded(self.in_bits, line["cell"], pair)
-        if variant is None:
-            cell, sparsity, part = next(self.shared)
-            assert (cell, sparsity) == (line["cell"], line["sparsity"])
-            return part
-        return score_single(*self._prepare(variant, line["sparsity"]), line["cell"], pair)
-
-    def _prepare(self, variant: Variant, sparsity: float) -> tuple[BoundMethod, Run | None]:
-        """The variant made ready once; no run where one is told the moment: each has its own."""
-        key = (variant.label, sparsity)
-        if key not in self.prepared:
-            where = (self.settings.calibration, self.settings.cache_dir, self.ui.say)
-            method = prepare(self.model, self.tokenizer, variant.at(sparsity), *where)
-            self.prepared[key] = (method, None if variant.oracle else method.run())
-        return self.prepared[key]
-
-    def take(self, unit: Unit, value: Part) -> None:
-        """The part becomes a line; times stay out of it, so that equal runs give equal lines."""
-        line = unit.data[0]
-        seconds = self.timing.setdefault("variants_s", {})
-        label = f"{line['model']}, {line['variant']}"
-        seconds[label] = seconds.get(label, 0.0) + value["seconds"]
-        self.lines.append({**line, **{k: v for k, v in value.items() if k != "seconds"}})
+            base = self._cell(self.settings, model, group.cell)
+            for sparsity in sorted(wanted - {0.0, *self.settings.sparsities}):
+                yield self._pruned(base, self.variants[0], sparsity)
 
     # what is made of them
 
     def summarise(self) -> dict[str, Any]:
+        self.rows = comparison.rows(self.lines)
+        self._write_samples()
         settings = self.settings
-        asked = {
+        sources = documents.sources(settings.text)
+        requested = {
             "set": settings.set,
             "seed": settings.seed,
             "prompt_tokens": settings.prompt_tokens,
             "tokens": settings.tokens,
             "lead_tokens": LEAD,
-            "sparsities": list(self.sparsities),
-            "pool": list(settings.pool_list()),
+            "sparsities": list(settings.sparsities),
+            "pool": list(settings.pooled),
             "texts": [
                 {"label": one.label, "documents": len(one.documents), "sha256": one.digest}
-                for one in self.sources
+                for one in sources
             ],
             "variants": {one.label: one.config.to_dict() for one in self.variants},
             "roundings": [one.label for one in self.roundings],
-            "slices": self.slices,
-            "checkpoints": self.checkpoints,
+            "checkpoints": self._checkpoints(),
         }
-        return summarise(self.lines, asked)
+        return summarise(self.lines, requested)
 
     def tables(self) -> Sequence[Table]:
         return [report.csv_table(self.summary), *report.tables(self.summary)]
@@ -261,26 +176,9 @@ class QualityStudy(Study[QualitySettings]):
     def figures(self) -> Iterable[Plot]:
         return report.make(self.summary)
 
+    def write_page(self) -> Path | None:
+        return None
+
     def answer(self) -> dict[str, Any]:
         known = {name: self.config[name] for name in ("versions", "machine", "git")}
-        return {"folder": str(self.path), **self.summary, **known, "timing": self.timing}
-
-
-def _unit(
-    model: str, cell: str, variant: Variant | Rounding | None, sparsity: float, pair: Pair
-) -> Unit:
-    """One measurement: how its line begins, the variant and the pair.
-
-    ``variant`` None: the untouched model (sparsity 0), or GRIFFIN.
-    """
-    label = variant.label if variant else GRIFFIN if sparsity else DENSE
-    line = {
-        "model": model,
-        "cell": cell,
-        "variant": label,
-        "sparsity": sparsity,
-        "slice": pair.first.id,
-        "source": pair.first.source,
-    }
-    key = f"{model}|{cell}|{label}@{sparsity:g}|{pair.first.id}"
-    return Unit(key, data=(line, variant, pair))
+        return {**super().answer(), **known}

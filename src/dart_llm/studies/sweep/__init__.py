@@ -1,4 +1,4 @@
-"""``sweep`` and ``compare``: a grid of cells, each measured once.
+"""``eval``, ``perplexity``, ``summarize``, ``compare`` and ``sweep``: cells of a grid, measured.
 
-Start with ``cells.py``, then ``study.py``.
+Start with ``settings.py`` and ``grid.py``, which make cells, then ``study.py``.
 """

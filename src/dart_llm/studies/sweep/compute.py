@@ -1,9 +1,7 @@
-"""One cell of a sweep, computed: plain data in, the bytes of its files out.
+"""One cell, computed: plain data in, plain data out.
 
-``compute`` runs in any process, on any machine.  The model that it is handed is used again, so
-that the cells of one model load it once per worker.  Nothing in ``result.json``,
-``samples.jsonl`` and ``masks.safetensors`` depends on when or where it ran; times and provenance
-are in ``timing.json``.
+``measure_cell`` runs in any process, on any machine, and keeps its model for the next cell.
+Nothing in a value but ``times`` depends on when or where it was computed.
 """
 
 from __future__ import annotations
@@ -19,23 +17,27 @@ from typing import TYPE_CHECKING, Any
 
 from dart_llm.errors import DartError, failure_text
 from dart_llm.experiments.cell import Cell
-from dart_llm.experiments.provenance import machine, versions
-from dart_llm.experiments.store import now
 from dart_llm.files import finite
 from dart_llm.reporting.console import Ui
-from dart_llm.studies.sweep.cells import DONE, FAILED, MASKS, RESULT, SAMPLES, TIMING
 
 if TYPE_CHECKING:
     from dart_llm.evaluation.measurement import Measurement
+    from dart_llm.session.prepare import UnitStore
     from dart_llm.session.run import BoundMethod
 
-_CHECKPOINT = ("name", "revision", "file_quantisation", "sha256", "dtype", "weights")
-"""What ``result.json`` says of the checkpoint: nothing that differs between machines."""
+DONE, FAILED = "done", "failed"
+
+CHECKPOINT = ("name", "revision", "file_quantisation", "sha256", "dtype", "weights")
+"""What a result records of its checkpoint: nothing that differs between machines."""
+
+Value = dict[str, Any]
+"""A computed cell: ``document``, a line of results.jsonl; ``samples``; ``counts``, per layer how
+often each neuron was kept; ``times``."""
 
 
 @dataclass
 class LoadedModelCache:
-    """The newest model of one process's share of a sweep, and the newest candidate made of it."""
+    """The newest model of a process, and the newest method that was prepared on it."""
 
     name: str = ""
     model: Any = None
@@ -43,7 +45,9 @@ class LoadedModelCache:
     prepared: str = ""
     candidate: BoundMethod | None = None
     seconds: float = 0.0
-    """What loading took, until ``loading_time`` is asked."""
+    """What the newest loading took, until a value records it."""
+    loads: int = 0
+    """Models loaded so far."""
     broken: dict[str, DartError] = field(default_factory=dict)
     """Models that could not be loaded: not tried again for the next cell."""
 
@@ -53,49 +57,52 @@ class LoadedModelCache:
         self.prepared, self.candidate = "", None
         gc.collect()
 
-    def make(self, cell: Cell, ui: Ui) -> BoundMethod:
-        """The cell's model, pruned as it asks.
-
-        Raises ``DartError`` when it cannot be had, at once when that is known from an earlier cell.
-        """
+    def prepare(self, cell: Cell, ui: Ui) -> BoundMethod:
+        """The cell's model, pruned as it requests; raises ``DartError``."""
         self._load(cell, ui)
         config = cell.config()
-        wanted = json.dumps([config.to_dict(), cell.calibration, cell.inputs.get("calibration")])
+        files = [cell.inputs.get(name) for name in ("calibration", "setting", "masks")]
+        wanted = json.dumps([config.to_dict(), cell.label, cell.calibration, cell.masks, files])
         if self.candidate is None or self.prepared != wanted:
             from dart_llm.session.kept import other_model  # which loads torch
-            from dart_llm.session.prepare import prepare
 
             self.candidate = None
-            self.candidate = prepare(
-                self.model,
-                self.tokenizer,
-                config,
-                calibration=cell.calibration,
-                cache_dir=cell.cache_dir,
-                say=ui.say,
-            )
+            self.candidate = self._prepared(cell, ui)
             self.prepared = wanted
-            if said := other_model(cell.method, self.model):
-                ui.say(said)
+            if note := other_model(cell.method, self.model):
+                ui.say(note)
         return self.candidate
 
-    def checkpoint(self) -> dict[str, Any]:
-        """What is known of the model's checkpoint, the same on every machine."""
-        from dart_llm.models.checkpoint import checkpoint_facts
+    def _prepared(self, cell: Cell, ui: Ui) -> BoundMethod:
+        from dart_llm.session.prepare import prepare
+        from dart_llm.session.run import BoundMethod
 
-        facts = checkpoint_facts(self.model)
-        return {name: facts[name] for name in _CHECKPOINT if name in facts}
+        if cell.rounding:
+            from dart_llm.models.quantised import round_weights_to
 
-    def loading_time(self) -> float:
-        """Seconds that loading took; 0 when they have been told already."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
+            bits, part = cell.rounding.split()
+            rounded = round_weights_to(self.model, int(bits), part == "ffn")
+            facts, notes = rounded.facts, rounded.notes
+            return BoundMethod(
+                rounded.model, self.tokenizer, None, facts=facts, notes=notes, name=cell.label
+            )
+        masks = None
+        if cell.masks:
+            from dart_llm.experiments.artifacts import check_masks, read_masks
+            from dart_llm.models.describe import widths
+
+            check_masks(cell.masks, widths(self.model))
+            masks = read_masks(cell.masks)
+        where = (cell.calibration, cell.cache_dir, ui.say)
+        return prepare(self.model, self.tokenizer, cell.config(), *where, masks=masks)
 
     def _load(self, cell: Cell, ui: Ui) -> None:
         import torch
 
+        from dart_llm.models.checkpoint import checkpoint_facts
         from dart_llm.models.float32_products import float32_note
         from dart_llm.models.loading import load
+        from dart_llm.reporting.words import dtype_text, file_text
 
         arguments = cell.load_arguments
         name = json.dumps([arguments, cell.inputs.get("model")])
@@ -114,95 +121,94 @@ class LoadedModelCache:
             self.broken[name] = error
             raise
         self.name, self.seconds = name, time.perf_counter() - began
+        self.loads += 1
+        facts = checkpoint_facts(self.model)
+        described = f"{file_text(facts)}, dtype {dtype_text(facts)}, device {self.model.device}"
+        ui.say(f"{facts.get('name')}: {described}")
         if note := float32_note(self.model):
             ui.say(note)
 
 
-def compute(
-    data: Mapping[str, Any], held: LoadedModelCache, ui: Ui | None = None
-) -> dict[str, bytes]:
-    """The files of the cell ``data`` (``Cell.to_dict``), by name.
+def measure_cell(
+    cell: Cell, cache: LoadedModelCache, ui: Ui | None = None, parts: UnitStore | None = None
+) -> Value:
+    """The value of a cell; ``failed`` where a number is not finite.
 
-    ``held``: the model of the cell before; afterwards that of this one.  ``ui``: shows progress.
-    An error becomes a failed cell, never an exception; only an interrupt is passed on.
+    ``cache``: has the model of the cell before, afterwards that of this one.  ``parts``: where
+    finished items are kept.  Raises what went wrong.
     """
-    from dart_llm.native.memory import peak  # which loads torch
+    import torch
 
-    cell = Cell.from_dict(data)
-    began, started = time.perf_counter(), now()
-    measurement: Measurement | None = None
+    from dart_llm.evaluation.tasks import count, measure
+    from dart_llm.models.devices import memory_failure
+    from dart_llm.session.prepare import MemoryStore
+
+    began, ui = time.perf_counter(), ui or Ui(quiet=True)
     try:
-        measurement = _measure(cell, held, ui or Ui(quiet=True))
-        error = not_finite(measurement)
-    except Exception as found:
-        error = _sentence(found, cell, held)
-    files = document_files(cell, measurement, error, held)
-    device = getattr(held.model, "device", None)
-    timing = {
-        "started": started.isoformat(),
-        "seconds": time.perf_counter() - began,
-        "finished": now().isoformat(),
-        "load_s": held.loading_time(),
-        "device": None if device is None else str(device),
-        "process": os.getpid(),
-        "peak_memory_bytes": peak(),
-        "machine": machine(None if device is None else str(device)),
-        "versions": versions(),
+        candidate = cache.prepare(cell, ui)
+        torch.manual_seed(cell.seed)  # whatever ran before in this process
+        items = count(cell.task, cell.options, candidate.tokenizer, candidate.model)
+        with ui.progress(f"{cell.label} on {cell.short_task}", items) as advance:
+            store = MemoryStore() if parts is None else parts
+            measurement = measure(candidate, cell.task, cell.options, store, advance)
+    except Exception as error:
+        memory = memory_failure(error, cell.model, cell.dtype or "the checkpoint's dtype")
+        if memory is None or isinstance(error, DartError):
+            raise
+        cache.forget()  # the next cell starts with all the memory that there is
+        raise memory from None
+    device = str(cache.model.device)
+    seconds, loading = time.perf_counter() - began, cache.seconds
+    cache.seconds = 0.0
+    times = {"seconds": seconds, "load_s": loading, "process": os.getpid(), "device": device}
+    value = {
+        "document": document(cell, measurement, not_finite(measurement), cache),
+        "samples": list(measurement.samples),
+        "counts": [layer.tolist() for layer in measurement.counts],
+        "times": times,
     }
-    return {**files, TIMING: _lines([timing])}
+    return dict(finite(value))
 
 
-def document_files(
+def compute(data: Mapping[str, Any], cache: LoadedModelCache) -> Value:
+    """The value of the cell ``data`` (``Cell.to_dict``); an error becomes a failed cell."""
+    cell = Cell.from_dict(data)
+    try:
+        return measure_cell(cell, cache)
+    except Exception as error:
+        return failed_value(cell, failure_text(error))
+
+
+def failed_value(cell: Cell, error: str) -> Value:
+    """The value of a cell of which nothing was measured."""
+    return {"document": finite(document(cell, None, error)), "samples": [], "counts": []}
+
+
+def document(
     cell: Cell,
     measurement: Measurement | None,
     error: str | None,
-    held: LoadedModelCache | None = None,
-) -> dict[str, bytes]:
-    """The files that do not depend on time or place.  ``held``: what was measured, if anything."""
-    candidate = held.candidate if held is not None and measurement is not None else None
-    checkpoint = None
-    if held is not None and candidate is not None:
-        from dart_llm.experiments import rows as measure_rows  # which loads torch
+    cache: LoadedModelCache | None = None,
+) -> dict[str, Any]:
+    """A cell as a line of results.jsonl."""
+    checkpoint, facts = None, {}
+    if cache is not None and cache.candidate is not None:
+        from dart_llm.models.checkpoint import checkpoint_facts
 
-        checkpoint = measure_rows.checkpoint_of(candidate, held.checkpoint())
-    document = {
+        known, facts = checkpoint_facts(cache.model), dict(cache.candidate.facts)
+        checkpoint = {name: known[name] for name in CHECKPOINT if name in known}
+        if "weight_format" in facts:  # rounded weights run dequantised
+            checkpoint.pop("weights", None)
+    return {
         "key": cell.key,
         "label": cell.label,
         "status": DONE if error is None else FAILED,
         "error": error,
         "cell": {**cell.to_dict(), "protocol": cell.options.protocol},
         "checkpoint": checkpoint,
-        "facts": {} if candidate is None else dict(candidate.facts),
+        "facts": facts,
         "measurement": None if measurement is None else measurement.to_dict(),
     }
-    files = {RESULT: _lines([document])}
-    if measurement is not None:
-        from safetensors.torch import save
-
-        from dart_llm.evaluation.masks_seen import tensors
-
-        files[SAMPLES] = _lines(measurement.samples)
-        files[MASKS] = save(tensors(measurement.counts))
-    return files
-
-
-def _lines(rows: Any) -> bytes:
-    """One JSON document a line; keys sorted, so that equal results are equal bytes."""
-    texts = (json.dumps(finite(row), sort_keys=True, allow_nan=False) for row in rows)
-    return "".join(f"{text}\n" for text in texts).encode()
-
-
-def _measure(cell: Cell, held: LoadedModelCache, ui: Ui) -> Measurement:
-    import torch
-
-    from dart_llm.evaluation.tasks import count, measure
-    from dart_llm.session.prepare import MemoryStore
-
-    candidate = held.make(cell, ui)
-    torch.manual_seed(cell.seed)  # whatever ran before in this process
-    items = count(cell.task, cell.options, candidate.tokenizer, candidate.model)
-    with ui.progress(f"{cell.label} on {cell.short_task}", items) as advance:
-        return measure(candidate, cell.task, cell.options, MemoryStore(), advance)
 
 
 def not_finite(measurement: Measurement) -> str | None:
@@ -210,12 +216,11 @@ def not_finite(measurement: Measurement) -> str | None:
 
     A metric other than the headline one may be None: some have no value on few items.
     """
+    where = _first_item(measurement)
     for name, value in measurement.metrics.items():
         headline = name == measurement.metric
         if (value is None and headline) or (value is not None and not math.isfinite(value)):
-            where = _first_item(measurement)
             return f"{name} of {measurement.task} is not finite{where}; try dtype float32"
-    where = _first_item(measurement)
     if where:
         return f"a number of {measurement.task} is not finite{where}; try dtype float32"
     if measurement.metric not in measurement.metrics:
@@ -230,14 +235,3 @@ def _first_item(measurement: Measurement) -> str:
             if any(isinstance(one, float) and not math.isfinite(one) for one in values):
                 return f" (first in item {item.get('id')}, {name})"
     return ""
-
-
-def _sentence(error: Exception, cell: Cell, held: LoadedModelCache) -> str:
-    """What went wrong, for people; with the type of what is no error of ours."""
-    from dart_llm.models.devices import memory_failure
-
-    memory = memory_failure(error, cell.model, cell.dtype or "it is stored")
-    if memory is not None and not isinstance(error, DartError):
-        held.forget()  # the next cell starts with all the memory that there is
-        return str(memory)
-    return failure_text(error)

@@ -1,8 +1,8 @@
 """Cells of a sweep as tasks of a Ray cluster; the only file that imports ray.
 
 With ``RAY_ADDRESS`` the cells go to that cluster, else to one that is started here, listens on
-127.0.0.1 only, has no dashboard, and is gone afterwards.  Results come back as bytes; nothing is
-written by workers.  A worker that dies loses its own cell, which is run again.
+127.0.0.1 only, has no dashboard, and is shut down afterwards.  Workers return plain data and write
+nothing.  A worker that dies loses only its cell, which is run again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from dart_llm.errors import DartError, LoadError, MissingExtra, chain
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.provenance import environment, keep_off_stdout, same_sigterm, silent
-from dart_llm.studies.sweep.compute import LoadedModelCache, document_files
+from dart_llm.studies.sweep.compute import LoadedModelCache, Value, failed_value
 
 RETRIES = 3
 """Further attempts for a cell whose worker died."""
@@ -33,7 +33,7 @@ FETCH_SECONDS = 300.0
 """A finished result may take so long to arrive."""
 
 SILENT_SECONDS = 60.0
-"""After so long without a worker that could take a cell, the user is told."""
+"""After so long without a free worker a message is shown."""
 
 OBJECT_STORE_BYTES = 256 * 2**20
 
@@ -44,15 +44,14 @@ _OWN = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_task_oom_retries": str(RETRIES),
 }
-"""Settings of a cluster of ours.  The first is Ray's switch to a single machine: without it every
-port is open to the network, for Ray takes 127.0.0.1 to mean the machine's outer address."""
+"""Settings of a cluster that is started here.  The first is Ray's switch to a single machine:
+without it every port is open to the network, for Ray takes 127.0.0.1 to mean the outer address."""
 
 _REFUSED = (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError)
 
 
 class Pool(NamedTuple):
-    """An open cluster.  ``slots``: cells at once; ``threads``: of each; ``cpus``: what Ray is told
-    that a cell needs."""
+    """An open cluster: ``slots`` cells at once, ``threads`` of each, for Ray ``cpus`` of each."""
 
     ray: Any
     slots: int
@@ -62,11 +61,11 @@ class Pool(NamedTuple):
 
 def results(
     cells: Sequence[Cell],
-    compute: Callable[..., dict[str, bytes]],
+    compute: Callable[..., Value],
     workers: int | None,
     say: Callable[[str], None],
-) -> Generator[tuple[Cell, dict[str, bytes]]]:
-    """Cells with their files, in the order in which they finish.
+) -> Generator[tuple[Cell, Value]]:
+    """Cells with their values, in the order in which they finish.
 
     Raises ``MissingExtra`` without ray, ``LoadError`` when the cluster cannot be reached.
     """
@@ -88,24 +87,22 @@ def results(
                     running[task.remote(compute, cell.to_dict(), sweep)] = cell
                 for reference in _ready(pool.ray, list(running), say):
                     cell = running.pop(reference)
-                    yield cell, _files(pool.ray, reference, cell)
+                    yield cell, _value(pool.ray, reference, cell)
         finally:
             for reference in running:
                 with contextlib.suppress(Exception):
                     pool.ray.cancel(reference, force=True)
 
 
-def _task(
-    compute: Callable[..., dict[str, bytes]], data: dict[str, Any], sweep: str
-) -> dict[str, bytes]:
-    return compute(data, _held(sweep))
+def _task(compute: Callable[..., Value], data: dict[str, Any], sweep: str) -> Value:
+    return compute(data, _cache(sweep))
 
 
 @functools.lru_cache(maxsize=1)
-def _held(sweep: str) -> LoadedModelCache:
-    """What this worker holds between the cells of ``sweep``, and drops at the next sweep's first.
+def _cache(sweep: str) -> LoadedModelCache:
+    """This worker's model between the cells of ``sweep``; dropped at the next sweep's first cell.
 
-    A cache, for Ray hands a task no object of its worker.
+    Remembered here, because Ray gives a task no object of its worker.
     """
     return LoadedModelCache()
 
@@ -126,8 +123,8 @@ def _ready(ray: Any, references: list[Any], say: Callable[[str], None]) -> list[
                 say("no Ray worker has taken a cell yet: the cluster has no free processor")
 
 
-def _files(ray: Any, reference: Any, cell: Cell) -> dict[str, bytes]:
-    """The files of a finished cell, or those of a failed one when its workers died."""
+def _value(ray: Any, reference: Any, cell: Cell) -> Value:
+    """The value of a finished cell, or that of a failed one when its workers died."""
     try:
         return dict(ray.get(reference, timeout=FETCH_SECONDS))
     except ray.exceptions.RayTaskError as error:
@@ -137,11 +134,11 @@ def _files(ray: Any, reference: Any, cell: Cell) -> dict[str, bytes]:
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
         name, tries = type(error).__name__, RETRIES + 1
         sentence = f"the worker died in each of {tries} attempts ({name}); try fewer workers"
-    return document_files(cell, None, sentence)
+    return failed_value(cell, sentence)
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Variables of a worker: its share of the cores, and what the user said of the hub."""
+    """Variables of a worker: its share of the cores, and the user's settings of the hub."""
     passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -197,7 +194,7 @@ def _at_loopback(ray: Any, address: str) -> bool:
     """
     host, _, port = address.rpartition(":")
     if not port.isdigit() or "://" in address:
-        return False  # auto, or Ray's client: it says for itself what is wrong
+        return False  # auto, or Ray's client, which report their own errors
     local = host in ("127.0.0.1", "localhost")
     if _answers(ray.util.get_node_ip_address() if local else host, int(port)):
         return False
@@ -222,7 +219,7 @@ def _unreachable(address: str, why: str) -> LoadError:
 
 
 def _shared(ray: Any, workers: int | None, most: int) -> Pool:
-    """A part of a cluster of others: a quarter of its cores as workers unless it is said."""
+    """A part of a shared cluster: a quarter of its cores as workers by default."""
     cores = int(ray.cluster_resources().get("CPU", 1))
     slots = min(most, workers or max(1, cores // 4))
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
@@ -278,7 +275,7 @@ def _short(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _one_machine(wanted: bool) -> Iterator[None]:
-    """Tell Ray that 127.0.0.1 means just that; it reads its switch when it is imported."""
+    """Keep Ray on 127.0.0.1; it reads its switch when it is imported."""
     constants = vars(sys.modules["ray._private.ray_constants"]) if wanted else {}
     known = constants.get("ENABLE_RAY_CLUSTER")
     constants["ENABLE_RAY_CLUSTER"] = False

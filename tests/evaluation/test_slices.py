@@ -1,4 +1,4 @@
-"""The texts of ``bench quality``: sources, sets, slices, second topics; and one slice scored."""
+"""The tasks ``continuation`` and ``shift``: sets, slices, second topics, and their measurement."""
 
 import pytest
 import torch
@@ -9,21 +9,24 @@ from torch.nn.functional import cross_entropy
 
 from dart_llm.data.documents import Source
 from dart_llm.errors import ConfigError
-from dart_llm.evaluation.perplexity import score_window
-from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.run import BoundMethod, Run
-from dart_llm.studies.quality.settings import CONTINUATION, LEAD, SHIFT, Shape
-from dart_llm.studies.quality.slices import (
+from dart_llm.evaluation import tasks
+from dart_llm.evaluation.measurement import MeasureOptions
+from dart_llm.evaluation.slices import (
+    CONTINUATION,
+    LEAD,
     MOMENT,
+    SHIFT,
     Pair,
+    Shape,
     Slice,
     cut,
     pairs,
-    score_shared_prompt,
-    score_single,
 )
-from lm_cases import Forwards, loaded
-from quality_cases import PROMPT, SHAPE, TOKENS, bees, loans, read_pairs
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.session.prepare import MemoryStore
+from dart_llm.session.run import BoundMethod, Run
+from lm_cases import loaded
+from quality_cases import PROMPT, SHAPE, TOKENS, bees, loans, read_pairs, write_texts
 
 
 class Letters:
@@ -117,49 +120,39 @@ def test_too_little_text_says_how_much_there_is(snapshot):
         pairs([bees(1)], "choose", loaded()[1], SHAPE, 1)
 
 
-GRIFFIN = PruneConfig.build("griffin")
-CELLS = (CONTINUATION, SHIFT)
+OPTIONS = MeasureOptions(limit=1, prompt_tokens=PROMPT, scored_tokens=TOKENS)
 
 
-def dart(sparsity=0.5, **settings):
-    return PruneConfig.build("dart", sparsity=sparsity, **settings)
+@pytest.fixture
+def texts(tmp_path):
+    """The names of two texts, as a task has them."""
+    return "+".join(map(str, write_texts(tmp_path)))
 
 
-def measured(config, cell, told=False):
-    """``told``: the moment of the change."""
+def measured(texts, kind, config=None, **changes):
     candidate = BoundMethod(*loaded(), config)
-    return score_single(candidate, None if told else candidate.run(), cell, read_pairs(1)[0])
+    options = OPTIONS if not changes else MeasureOptions(**{**vars(OPTIONS), **changes})
+    task = f"{kind}:{texts}#report"
+    return tasks.measure(candidate, task, options, MemoryStore(), lambda items: None)
 
 
 def mean(losses):
     return sum(losses) / len(losses)
 
 
-def test_one_prompt_serves_dense_and_griffin_at_every_sparsity():
+def test_the_untouched_model_by_one_plain_forward(texts):
+    """No cache, no chunks; the last tokens of a slice are scored in either task."""
     model, pair = loaded()[0], read_pairs(1)[0]
-    wanted = [(cell, sparsity) for cell in CELLS for sparsity in (0.0, 0.3, 0.7)]
-    with Forwards(model) as seen:
-        shared = score_shared_prompt(model, GRIFFIN, pair, wanted)
-        found = {(cell, sparsity): part for cell, sparsity, part in shared}
-    assert seen.shapes.count((1, PROMPT - 1)) == 1  # and then only what follows it
-    assert list(found) == wanted
-    for (cell, sparsity), part in found.items():
-        ids = pair.window(cell).ids
-        assert part["tokens"] == TOKENS
-        if not sparsity:  # by one plain forward: no cache, no chunks
-            with torch.inference_mode():
-                logits = model(ids[None]).logits[0, -TOKENS - 1 : -1]
-            loss = float(cross_entropy(logits, ids[-TOKENS:]))
-            assert part["loss"] == pytest.approx(loss, abs=1e-5) and part["accounting"] is None
-            continue
-        with Run(model, GRIFFIN.replace({"sparsity": sparsity})) as run:
-            losses = score_window(model, run, pair.window(cell)).losses
-        report, own = run.report().to_dict(), dict(part["accounting"])
-        assert own.pop("remask_steps") == [] and own.pop("extra_memory_bytes") > 0
-        assert own == {name: report[name] for name in own}
-        assert own["decoded_tokens"] == (TOKENS if cell == CONTINUATION else LEAD + TOKENS)
-        assert part["loss"] == pytest.approx(mean(losses[-TOKENS:]), abs=1e-8)
-    assert len({round(part["loss"], 5) for part in found.values()}) == 6
+    for kind in (CONTINUATION, SHIFT):
+        ids = pair.window(kind).ids
+        with torch.inference_mode():
+            logits = model(ids[None]).logits[0, -TOKENS - 1 : -1]
+        found = measured(texts, kind)
+        assert found.items[0]["mean_loss"] == pytest.approx(
+            float(cross_entropy(logits, ids[-TOKENS:])), abs=1e-5
+        )
+        assert [item["id"] for item in found.items] == ["bees/0", "loans/0"]
+        assert (found.items[0]["tokens"], found.accounting) == (TOKENS, None)
 
 
 @torch.inference_mode()
@@ -179,22 +172,26 @@ def step_by_step(run, ids, moment=None):
     return kept
 
 
-def test_told_the_moment_the_new_topic_begins_dense():
-    config = dart(drift="never", remask={"observe_tokens": 9})
-    part, pair = measured(config, SHIFT, told=True), read_pairs(1)[0]
-    own = part["accounting"]
-    assert own["remask_steps"] == [MOMENT + 9]
-    assert own["dense_token_share"] == pytest.approx(9 / (LEAD + TOKENS))
+def test_an_oracle_makes_the_new_topic_begin_dense(texts):
+    config = PruneConfig.build(
+        "dart", sparsity=0.5, drift="never", remask={"observe_tokens": 9}, compensation=False
+    )
+    found, pair = measured(texts, SHIFT, config, oracle=True), read_pairs(1)[0]
+    assert found.accounting["remasks"] == 2  # one in each slice
+    assert found.accounting["dense_token_share"] == pytest.approx(9 / (LEAD + TOKENS))
     # step 0 feeds the prompt's last token, so step LEAD + 1 the new topic's first
     ids = pair.window(SHIFT).ids
     assert MOMENT == LEAD + 1 and ids[PROMPT - 1 + MOMENT] == pair.second.body[0]
     with Run(loaded()[0], config) as run:
         slow = step_by_step(run, ids, MOMENT)
-    assert part["loss"] == pytest.approx(mean(slow[-TOKENS:]), abs=2e-5)
-    assert part["loss"] != measured(config, SHIFT)["loss"]
+    assert found.items[0]["mean_loss"] == pytest.approx(mean(slow[-TOKENS:]), abs=2e-5)
+    assert found.items != measured(texts, SHIFT, config).items
 
 
-def test_a_slice_that_ran_dense_is_refused():
-    config = dart(min_evidence=PROMPT + LEAD + TOKENS + 1)
-    with pytest.raises(ConfigError, match=r"all 40 decoded tokens of slice bees/0 ran dense"):
-        measured(config, CONTINUATION)
+def test_a_slice_that_ran_dense_or_does_not_fit_is_refused(texts):
+    late = PruneConfig.build("dart", sparsity=0.5, min_evidence=PROMPT + LEAD + TOKENS + 1)
+    with pytest.raises(ConfigError, match=r"all 40 scored tokens of a slice ran dense"):
+        measured(texts, CONTINUATION, late)
+    long = {"prompt_tokens": 1000, "scored_tokens": 40}
+    with pytest.raises(ConfigError, match="of up to 1104 tokens are longer than the model's con"):
+        measured(f"{texts}", CONTINUATION, **long)

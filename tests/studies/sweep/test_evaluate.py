@@ -10,12 +10,8 @@ from dart_llm.errors import ConfigError
 from dart_llm.experiments.study import run_study
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
-from dart_llm.studies.evaluate.settings import (
-    EvalSettings,
-    PerplexitySettings,
-    SummarizeSettings,
-)
-from dart_llm.studies.evaluate.study import MeasureStudy
+from dart_llm.studies.sweep.settings import EvalSettings, PerplexitySettings, SummarizeSettings
+from dart_llm.studies.sweep.study import MeasureStudy
 from lm_cases import LETTERS, QUESTIONS, candidate, measured, place
 from summary_cases import write_documents
 from written import lines
@@ -51,12 +47,12 @@ def test_one_method_beside_dense_on_two_tasks(tmp_path):
         direct = measured(own, row["cell"]["task"]).to_dict()
         assert row["measurement"] == json.loads(json.dumps(direct))
         assert (row["status"], row["cell"]["protocol"]) == ("done", "decode")
-    assert rows[2]["cell"]["sparsity"] == 0.5 and rows[0]["cell"]["sparsity"] == 0.0
+    assert rows[2]["cell"]["sparsity"] == 0.5 and rows[0]["cell"]["sparsity"] is None
     samples = lines(study.path / "samples.jsonl")
     assert len(samples) == 2 * (2 * len(QUESTIONS) + len(LETTERS))
     assert samples[0]["label"] == "dense" and len(samples[0]["answers"]) == 3
     assert study.path.parent.name == "eval-model-griffin-0.5"
-    (table,) = study.tables()  # one result, one table
+    _, table = study.tables()  # beside cells.csv
     assert "against dense (95 %, paired)" in table.head and len(table.rows) >= 4
     answer = study.answer()
     assert answer["results"] == {

@@ -1,0 +1,357 @@
+"""The settings of ``eval``, ``perplexity``, ``summarize``, ``compare`` and ``sweep``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from dart_llm.errors import ConfigError, check_name
+from dart_llm.evaluation.measurement import PROTOCOLS, MeasureOptions
+from dart_llm.evaluation.tasks import expand, protocols
+from dart_llm.experiments.cell import removes_nothing
+from dart_llm.experiments.trackers import TRACKERS
+from dart_llm.experiments.variants import NEVER
+from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY
+from dart_llm.pruning.layer_table import parse_layer_spec
+from dart_llm.pruning.registry import METHODS
+from dart_llm.pruning.setting_file import kept_setting
+from dart_llm.settings import (
+    MASKED,
+    BaseSettings,
+    Fractions,
+    LoadOptions,
+    Numbers,
+    ResultOptions,
+    Settings,
+    Sparsities,
+    TaskOptions,
+    Texts,
+    check_seed,
+    setting,
+)
+
+PANEL, GRID, RUN = "Evaluation", "Grid", "Run"
+
+DENSE, EACH = "dense", "each"
+
+OPTIONS = tuple(one.name for one in fields(MeasureOptions))
+
+
+class SliceOptions(Settings):
+    """Slices of perplexity, and windows of lm-eval's rolling tasks."""
+
+    prompt_tokens: int = setting(PANEL, "Prompt tokens of a slice or window.", 256, ge=1)
+    scored_tokens: int = setting(PANEL, "Scored tokens of a slice or window.", 256, ge=1)
+
+
+class WindowOptions(Settings):
+    """Windows of the protocol ``standard``."""
+
+    window: int = setting(PANEL, "Tokens of a window (protocol standard).", 2048, ge=1)
+    stride: int | None = setting(
+        PANEL, "Tokens that windows move on (protocol standard; default: the window).", ge=1
+    )
+
+
+class HarnessOptions(Settings):
+    """Options of lm-eval's tasks."""
+
+    num_fewshot: int | None = setting(
+        PANEL, "Examples before each item (default: the task's).", ge=0
+    )
+    include_path: str | None = setting(PANEL, "Folder with further lm-eval task files.")
+    batch_size: int = setting(
+        PANEL, "Continuations of one context in one forward, at most.", 8, ge=1
+    )
+
+
+class PromptOptions(Settings):
+    """How the prompts of tasks are written."""
+
+    apply_chat_template: bool | None = setting(
+        PANEL, "Use the model's chat template (default: for summaries, if it has one)."
+    )
+
+
+class SummaryOptions(Settings):
+    """How long summaries may be."""
+
+    max_output: int = setting(PANEL, "Tokens per summary, at most.", 256, ge=1)
+
+
+class MeasureSettings(TaskOptions, ResultOptions):
+    """What all five commands share."""
+
+    kind: ClassVar[str]
+    """Name of the command."""
+    document: ClassVar[str]
+    """Name of the file with the summary."""
+    adopts: ClassVar[bool] = False
+    """Whether finished cells of earlier runs are reused, and failed ones do not stop the others."""
+
+    @model_validator(mode="after")
+    def _check_tracker(self) -> MeasureSettings:
+        check_name("tracker", self.tracker or None, TRACKERS)
+        return self
+
+    def options(self) -> MeasureOptions:
+        """How the tasks are measured."""
+        known = {name: getattr(self, name, None) for name in OPTIONS}
+        return MeasureOptions(**{name: v for name, v in known.items() if v is not None})
+
+
+# One method on some tasks.
+
+
+class MethodSettings(MeasureSettings, BaseSettings):
+    """``eval``, ``perplexity`` and ``summarize``."""
+
+    protocol: str = setting(PANEL, "decode, full, or published (leaks answers).", "decode")
+    dense: bool = setting(PANEL, "Measure the untouched model on the same items too.", False)
+
+    @model_validator(mode="after")
+    def _check_protocol(self) -> MethodSettings:
+        for task in self.task_names():
+            check_name("protocol", self.protocol, protocols(task))
+        return self
+
+    def task_names(self) -> list[str]:
+        """Tasks as ``measure`` takes them."""
+        raise NotImplementedError
+
+    @property
+    def experiment(self) -> str:
+        """Name of the experiment's folder."""
+        return self.experiment_name or f"{self.kind}-{super().experiment}"
+
+
+class EvalSettings(SliceOptions, PromptOptions, HarnessOptions, MethodSettings):
+    """``dart-llm eval``."""
+
+    kind, document = "eval", "eval.json"
+
+    tasks: Texts = setting(
+        PANEL,
+        "lm-eval tasks or groups, comma-separated; also mmlu, general-nlp, gpqa, medmcqa.",
+        (),
+    )
+    log_samples: bool = setting(PANEL, "Keep every request and answer in samples.jsonl.", True)
+
+    def task_names(self) -> list[str]:
+        return expand(",".join(self.tasks))
+
+
+class PerplexitySettings(WindowOptions, SliceOptions, MethodSettings):
+    """``dart-llm perplexity``."""
+
+    kind, document = "perplexity", "perplexity.json"
+
+    protocol: str = setting(
+        PANEL,
+        "decode, full, published (leaks), or standard: whole text in windows.",
+        "decode",
+    )
+    limit: int | None = setting(PANEL, "Slices per text (default: all).", ge=1)
+    dense: bool = setting(PANEL, "Measure the untouched model on the same tokens too.", True)
+    data: Texts = setting(
+        PANEL,
+        "embedded, wikitext2, c4, mmlu, mmlu-answers, text files, or "
+        "hub:owner/name/config:split:column; comma-separated.",
+        ("embedded",),
+    )
+
+    def task_names(self) -> list[str]:
+        from dart_llm.data.documents import names
+
+        return [f"perplexity:{name}" for name in names(",".join(self.data))]
+
+
+class SummarizeSettings(SummaryOptions, PromptOptions, MethodSettings):
+    """``dart-llm summarize``."""
+
+    kind, document = "summarize", "summarize.json"
+
+    data: Texts = setting(
+        PANEL,
+        "xsum, cnn_dailymail, multi_news, gov_report, a JSON-lines file of document/summary, or "
+        "hub:owner/name/config:split:document:summary.",
+        ("xsum",),
+    )
+
+    def task_names(self) -> list[str]:
+        if not self.data:
+            raise ConfigError("no data to summarize: give --data, e.g. xsum or a JSON-lines file")
+        from dart_llm.data.documents import check
+
+        for name in self.data:
+            check(name)
+        return [f"summarize:{name}" for name in self.data]
+
+
+# A grid of models, methods, sparsities or layers, tasks, protocols and seeds.
+
+OVERRIDES = ("compensation", "budget", "drift")
+
+
+class SweepSettings(
+    SummaryOptions,
+    PromptOptions,
+    HarnessOptions,
+    WindowOptions,
+    SliceOptions,
+    MeasureSettings,
+    LoadOptions,
+):
+    """``dart-llm sweep``.
+
+    ``layers``: ``each``, or groups such as ``0-3,4-7``; every group is pruned to ``keep`` by
+    itself, while the other layers stay dense or are pruned to ``base_keep``.  Only in a file:
+    ``task_options``, fields for single tasks; ``overrides``, changes to every preset.
+    """
+
+    kind, document, adopts = "sweep", "compare.json", True
+    UNUSED: ClassVar = ("overrides", "task_options")
+    ALIASES: ClassVar = {
+        "model": "models",
+        "method": "methods",
+        "sparsity": "sparsities",
+        "task": "tasks",
+        "seed": "seeds",
+        "protocol": "protocols",
+    }
+
+    models: Texts = setting(GRID, "Models.", ("smollm2-135m",))
+    methods: Texts = setting(GRID, "Methods; dart-llm methods lists them.", (DENSE, DEFAULT_METHOD))
+    sparsities: Sparsities = setting(GRID, "Fractions of FFN neurons to remove, e.g. 0.3,0.5.", ())
+    tasks: Texts = setting(
+        GRID,
+        "lm-eval tasks, perplexity:TEXT, summarize:DATA, continuation:TEXT, shift:TEXT; "
+        "e.g. arc_easy,perplexity:embedded.",
+        (),
+    )
+    seeds: Numbers = setting(GRID, "Seeds.", (0,))
+    protocols: Texts = setting(GRID, "decode, full, published, standard.", ("decode",))
+    layers: Texts = setting(GRID, "Prune layers by themselves: each, or ranges 0-3,4-7.", ())
+    keep: Fractions = setting(GRID, "Fraction that such a layer keeps, e.g. 0.5.", ())
+    base_keep: float | None = setting(GRID, "Fraction that the other layers keep (default: all).")
+    compensation: bool | None = setting(GRID, "For every method: with or without compensation.")
+    budget: str | None = setting(GRID, "For every method: this allocator over layers.")
+    drift: str | None = setting(GRID, "For every method: this drift rule.")
+    weights: Texts = setting(  # type: ignore[assignment]
+        "Model", "Formats of the weights: auto, file, dense, q8_0, q4_0, q4_1.", ()
+    )
+    engine: str = setting(RUN, "local, or ray: spread cells over a cluster.", "local")
+    workers: int | None = setting(RUN, "Worker processes of the ray engine.", ge=1)
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    task_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        counts = {"sparsities": ()} if data.get("layers") else {}  # layers set the counts
+        return super().read({**counts, **data})
+
+    @model_validator(mode="after")
+    def _check(self) -> SweepSettings:
+        check_name("engine", self.engine, ("local", "ray"))
+        for name in ("models", "methods", "tasks", "seeds", "protocols"):
+            if not getattr(self, name):
+                raise ConfigError(
+                    f"no {name} are named: give at least one ({name} in the file, or --{name})"
+                )
+        for method in self.methods:
+            METHODS.check(method)
+        for protocol in self.protocols:
+            check_name("protocol", protocol, (*PROTOCOLS, "standard"))
+        for seed in self.seeds:
+            check_seed(seed)
+        self._check_layers()
+        for task in self.task_options:
+            check_name("task in task_options", task, self.tasks)
+            self.options_of(task)
+        return self
+
+    def _check_layers(self) -> None:
+        if not self.layers:
+            if self.keep or self.base_keep is not None:
+                raise ConfigError(
+                    "keep and base_keep belong to layers: add layers (each, or ranges such as "
+                    "0-3,4-7), or give sparsities"
+                )
+            return
+        if not self.keep:
+            raise ConfigError("layers needs keep, the fraction that a layer keeps, e.g. 0.5")
+        if self.sparsities:
+            raise ConfigError("layers and keep set the counts themselves: drop the sparsities")
+        if EACH in self.layers and len(self.layers) > 1:
+            raise ConfigError("layers is either each or a list of ranges, not both")
+        for group in self.layers:
+            if ":" in group:
+                raise ConfigError(f'"{group}" in layers: write the range alone, the value in keep')
+            for keep in self.keep:
+                spec = layer_table("0" if group == EACH else group, keep, self.base_keep)
+                parse_layer_spec(spec)
+        if all(removes_nothing(method) for method in self.methods):
+            raise ConfigError("layers needs a method that prunes, such as griffin")
+
+    def fitted(self) -> SweepSettings:
+        """With a method that has masks for a drift rule, and the weights of settings in files."""
+        settings = self
+        rule = self.changes().get("drift")
+        if "methods" not in self.model_fields_set and rule not in (None, NEVER):
+            methods = [MASKED if name == DEFAULT_METHOD else name for name in self.methods]
+            note = f"--drift: method {MASKED} replaces {DEFAULT_METHOD}, which has no masks"
+            settings = settings.noted({"methods": tuple(methods)}, note)
+        kept = [one for name in self.methods if (one := kept_setting(name)) and one.weights]
+        formats = list(dict.fromkeys(str(one.weights) for one in kept))
+        if self.weights or not formats:
+            return settings
+        if len(formats) > 1:
+            raise ConfigError(
+                f"the settings of these files use weights {' and '.join(formats)}: give --weights "
+                "one of them"
+            )
+        return settings.noted({"weights": (formats[0],)})
+
+    def changes(self) -> dict[str, Any]:
+        """The changes to every preset."""
+        flags = {name: getattr(self, name) for name in OVERRIDES}
+        return {**self.overrides, **{name: v for name, v in flags.items() if v is not None}}
+
+    def options_of(self, task: str) -> MeasureOptions:
+        """How ``task`` is measured; raises ``ConfigError`` for options that do not exist."""
+        own = self.task_options.get(task, {})
+        for name in own:
+            if name in ("protocol", "seed"):
+                raise ConfigError(f"{name} is not an option of a task: write {name}s, a list")
+            check_name("measuring option", str(name), OPTIONS)
+        checked = type(self).model_validate({"tasks": self.tasks, **own})
+        return replace(self.options(), **{name: getattr(checked, name) for name in own})
+
+    @property
+    def experiment(self) -> str:
+        """Name of the experiment's folder."""
+        return self.experiment_name or self.kind
+
+
+def layer_table(group: str, keep: float, base: float | None) -> str:
+    """A layer table; layers outside ``group`` stay dense, or keep ``base`` of their neurons."""
+    own = f"{group}:{keep:.12g}"
+    return own if base is None else f"all:{base:.12g},{own}"
+
+
+class CompareSettings(SweepSettings):
+    """``dart-llm compare``: the untouched model is always measured."""
+
+    kind = "compare"
+
+    methods: Texts = setting(
+        GRID,
+        "Methods; dart-llm methods lists them.",
+        (DENSE, "griffin", DEFAULT_METHOD),
+    )
+    sparsities: Sparsities = setting(
+        GRID, "Fractions of FFN neurons to remove, e.g. 0.3,0.5.", (DEFAULT_SPARSITY,)
+    )
