@@ -85,7 +85,7 @@ def checkpoints() -> str:
                 files.setdefault(key, set()).add(path.stem)
     parts = []
     for key, found in sorted(facts.items(), key=lambda pair: str(pair[1]["name"]).lower()):
-        links = ", ".join(f"[{n}](benchmarks/results/{n}.json)" for n in sorted(files[key]))
+        links = ", ".join(f"[{n}](../benchmarks/results/{n}.json)" for n in sorted(files[key]))
         parts.append(
             f"**{found['name']}**: {found['source']}; file quantisation "
             f"{found['file_quantisation']}; {found['parameters']:,} parameters as loaded; run in "
