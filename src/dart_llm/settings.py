@@ -82,12 +82,17 @@ class Settings(BaseModel):
         for key, value in data.items():
             name = cls.ALIASES.get(key, key)
             if name not in cls.model_fields:
-                raise unknown_key(cls, str(name))
+                raise cls.unknown(str(name))
             if value is not None and name in given:
                 raise ConfigError(f"{name} is given twice: write one list")
             if value is not None:
                 given[name] = value
         return given
+
+    @classmethod
+    def unknown(cls, name: str) -> ConfigError:
+        """The error for a setting that these settings do not have."""
+        return unknown_key(cls, name)
 
     def fitted(self) -> Self:
         """The same with what its settings require of others; ``notes`` says what changed."""
@@ -376,6 +381,11 @@ class PruningOptions(Settings):
             raise ConfigError("give --knowledge-drift or --drift, not both")
         self.model_copy(update={"method": method_for(self)[0]}).prune_config()
         return self
+
+    @classmethod
+    def unknown(cls, name: str) -> ConfigError:
+        """The error for a setting that these settings do not have."""
+        return unknown_key(cls, name)
 
     def fitted(self) -> Self:
         """The same with what its settings ask of others; ``notes`` says what was taken.

@@ -81,7 +81,8 @@ GENERAL = ["--tasks=boolq", "--dense", "--limit=7"]
 
 def taken(settings, names):
     """The settings that the variables are."""
-    return {name: str(getattr(settings, name.lower())) for name in names}
+    values = {name: getattr(settings, name.lower()) for name in names}
+    return {n: ",".join(v) if isinstance(v, tuple) else str(v) for n, v in values.items()}
 
 
 @pytest.mark.parametrize(

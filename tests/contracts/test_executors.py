@@ -15,7 +15,7 @@ from dart_llm.models.packed_loading import round_weights
 from dart_llm.models.steps import step_unsupported_reason
 from dart_llm.patching.executors import EXECUTORS, cuda_ffn
 from dart_llm.patching.executors.token_ffn import WHOLE_STEPS
-from dart_llm.pruning.registry import METHODS, SCORES
+from dart_llm.pruning.registry import METHODS, SCORES, TOKEN_RULES
 from prior_cases import SMALL, ready
 from products import DTYPES, SHAPES
 from steps import apart, decode, pruned, same_masks, shared_model
@@ -73,7 +73,7 @@ SETTINGS = {
     "8-bit proxies": {**TOKEN, "token": {"bits": 8, "group": 12, "candidates": 0.6}},
     "activations alone": {**TOKEN, "compensation": False, "score": "normalized"},
     "candidates": {**TOKEN, "token": {"candidates": 0.8}},
-    "proxies of packed": {**TOKEN, "token": {"proxy": "copies"}},
+    "proxies of packed": {**TOKEN, "token": {"proxy": "always"}},
 }
 WEIGHTS = ("contribution", "fisher", "max", "weight")
 """Scores that read weights as each shape stores them, or learn."""
@@ -192,6 +192,6 @@ def _label(executor, run):
     config = run.config
     # a drift signal inside the model, and selection that no kernel implements, need its modules
     watched = run.controller.rule.window and config.drift.signal != "hidden"
-    plain = config.token is None or config.token.native
+    plain = config.token is None or TOKEN_RULES.get(config.token.rule).native
     whole = step_unsupported_reason(run.model) is None and not watched and plain
     return WHOLE_STEPS if executor == "native" and whole else executor

@@ -173,7 +173,7 @@ def test_what_generate_cannot_do_while_pruned(where):
         for how, words in (
             ({"guidance_scale": 1.5}, "guidance_scale"),
             ({"assistant_early_exit": 2}, "assistant_early_exit"),
-            ({"assistant_model": model}, "another model as the assistant"),
+            ({"assistant_model": model}, "a separate model as assistant_model"),
         ):
             with pytest.raises(ConfigError, match=words):
                 generate(model, tokens(), 6, **how)

@@ -97,4 +97,4 @@ def ready(model, method, **settings):
     if config.calibration is None or config.target == 0:
         return Run(model, config)
     masks, prior = choose(model, config, observed(model, config, tokens(6, 24, seed=9)))
-    return Run(model, config, fixed_masks=masks, self_stats=prior)
+    return Run(model, config, fixed_masks=masks, prior=prior)

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm.evaluation.measurement import MeasureOptions
-from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.masks import USER_MASKS
+from dart_llm.pruning.config import USER_MASKS, PruneConfig
 from dart_llm.pruning.registry import METHODS
 from dart_llm.settings import load_arguments
 

@@ -309,7 +309,7 @@ def read_prompt(
     if seen is None:
         return None
     ids, cache, mask, positions = seen.ids, seen.cache, seen.mask, seen.positions
-    length, keep = ids.shape[1], seen.keep or 0
+    length, keep = ids.shape[1], 0 if seen.keep is None else seen.keep
     use_cache = use_cache if seen.use_cache is None else seen.use_cache
     if length < 2 or any(window is not None and window < length for window in windows):
         return None

@@ -277,6 +277,9 @@ def first_problem(error: ValidationError, called: str = "") -> str:
     return f"{where}{shown}: {problem['msg'].lower()}"
 
 
+USER_MASKS = "given masks"
+"""What stands in place of a method's name where the user chose the neurons."""
+
 DEFAULT_METHOD = "dart-token"
 """The method of every command and of ``prune`` where none is named: its texts stay within 2 % of
 the dense model's (README).

@@ -44,10 +44,6 @@ def floor_count(width: int) -> int:
     return math.ceil(FLOOR * width - 1e-9)
 
 
-USER_MASKS = "given masks"
-"""What stands in place of a method's name where the user chose the neurons."""
-
-
 @dataclass(frozen=True)
 class LayerMask:
     """The neurons that one layer keeps.

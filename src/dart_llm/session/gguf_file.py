@@ -23,7 +23,8 @@ from dart_llm.models.gguf_write import (
     written_architecture,
     written_kind,
 )
-from dart_llm.pruning.masks import USER_MASKS, LayerMask, Masks
+from dart_llm.pruning.config import USER_MASKS
+from dart_llm.pruning.masks import LayerMask, Masks
 from dart_llm.session.export import check_plain
 
 

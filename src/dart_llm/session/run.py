@@ -22,10 +22,10 @@ from dart_llm.patching.executors.token_ffn import winner_rows
 from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.accounting import Costs, known_bytes, run_report
 from dart_llm.pruning.clamp import Given, make_clamp
-from dart_llm.pruning.config import DEFAULT_METHOD, PruneConfig
+from dart_llm.pruning.config import DEFAULT_METHOD, USER_MASKS, PruneConfig
 from dart_llm.pruning.controller import PruningController, RemaskHook, TokensHook
 from dart_llm.pruning.forward import PendingForward
-from dart_llm.pruning.masks import USER_MASKS, Ids, LayerMask, Masks, masks_on_devices
+from dart_llm.pruning.masks import Ids, LayerMask, Masks, masks_on_devices
 from dart_llm.pruning.records import DriftCheck, HeadReport, Remask, RunReport
 from dart_llm.pruning.selection import MaskSelector, check_fits
 from dart_llm.pruning.sequence import SequenceState

@@ -89,7 +89,7 @@ def test_a_dtype_leaves_the_blocks_of_a_gguf_file_to_be_tried(native, dtype):
         ({"weights": "auto"}, "tune measures formats of one model"),
         ({"max_loss": 0}, "--max-loss 0 must be more than 0"),
         ({"max_loss": 2}, "--max-loss 2 must be at most 1"),
-        ({"text": "no-such-text"}, 'there is no text "no-such-text"'),
+        ({"text": "no-such-text"}, 'unknown text "no-such-text"'),
         ({"slices": 1}, "--slices 1 must be at least 2"),
     ],
 )

@@ -47,8 +47,7 @@ def test_a_token_that_holds_the_break_too_belongs_to_the_new_topic(is_fast):
 
 
 REFUSED = [
-    ({"method": "dart"}, "leave out method"),
-    ({"sparsity": 0.5}, "leave out sparsity"),
+    ({"method": "dart"}, 'unknown setting "method"'),
     ({"signals": "hiden"}, "did you mean hidden"),
     ({"signals": " , "}, "--signals is empty"),
     ({"thresholds": "0,x"}, 'thresholds "0,x" must be numbers'),

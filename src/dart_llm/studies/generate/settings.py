@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 from pydantic import model_validator
 
@@ -72,13 +71,10 @@ class RunSettings(ActivationSettings):
     )
     verbose: bool = setting("Results", "Log every mask and every drift window.", False)
 
-    @model_validator(mode="before")
     @classmethod
-    def _check_elsewhere(cls, data: Any) -> Any:
-        for name in data:
-            if name not in cls.model_fields:
-                check_elsewhere(str(name))
-        return data
+    def unknown(cls, name: str) -> ConfigError:
+        check_elsewhere(name)
+        return super().unknown(name)
 
     @model_validator(mode="after")
     def _check(self) -> RunSettings:
