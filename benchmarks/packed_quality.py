@@ -34,9 +34,9 @@ from common import parser, read_text, save
 from torch import Tensor
 
 from dart_llm.models.checkpoint import checkpoint_facts
+from dart_llm.models.describe import weight_facts
 from dart_llm.models.gguf_file import read_gguf
 from dart_llm.models.loading import load
-from dart_llm.models.quantised import weight_facts
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.words import dtype_text
 from dart_llm.session.run import Run

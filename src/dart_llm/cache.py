@@ -1,8 +1,8 @@
-"""Folders for what is kept; files named by all that decides them, whole or absent.
+"""Cache folders; files named by all that decides them, whole or absent.
 
-A kept file is ``<key>-<digest><suffix>``: ``key`` says what was asked for, ``digest`` what is in
-it.  One rename puts content and digest in place together, and the file stays what its suffix says.
-What does not fit its own digest is removed, said in one sentence, and made anew by whoever asked.
+A cached file is ``<key>-<digest><suffix>``: ``key`` identifies the request, ``digest`` the content.
+One rename puts content and digest in place together.
+A file that does not match its digest is removed with one warning, and the caller makes it anew.
 """
 
 from __future__ import annotations
@@ -91,14 +91,14 @@ def digest_of(data: bytes) -> str:
 
 def read(folder: Path, key: str, suffix: str) -> bytes | None:
     """What is kept under ``key``; None where nothing is, or nothing that is whole."""
-    found = _find(folder, key, suffix)
-    return None if found is None else found[1]
+    entry = _find(folder, key, suffix)
+    return None if entry is None else entry[1]
 
 
 def find(folder: Path, key: str, suffix: str) -> Path | None:
     """The verified file that is kept under ``key``, for readers that want a path; or None."""
-    found = _find(folder, key, suffix)
-    return None if found is None else found[0]
+    entry = _find(folder, key, suffix)
+    return None if entry is None else entry[0]
 
 
 def _find(folder: Path, key: str, suffix: str) -> tuple[Path, bytes] | None:
@@ -112,7 +112,7 @@ def _find(folder: Path, key: str, suffix: str) -> tuple[Path, bytes] | None:
         damaged = True
         _remove(path)
     if damaged:
-        logger.warning("a damaged file in %s is not used: what it held is made anew", folder)
+        logger.warning("a damaged file in %s is not used: its content is made anew", folder)
     return None
 
 

@@ -5,7 +5,7 @@ Every exception that dart_llm raises on purpose.
 ::
 
     DartError                     anything below; the command line exits with 2
-    ├── ConfigError               a value that was asked for cannot be used
+    ├── ConfigError               a requested value cannot be used
     │   └── UnknownName           a name (method, score, model, prompt, ...) that does not exist
     ├── UnsupportedModel          the model's FFN is not one that can be pruned
     ├── AttachError               the model is already being pruned, or is not being pruned
@@ -49,13 +49,13 @@ class UnknownName(ConfigError):
 
 
 def check_name(kind: str, name: str | None, known: Collection[str]) -> None:
-    """Raise ``UnknownName`` unless ``name`` is one of ``known``, or None: not asked for."""
+    """Raise ``UnknownName`` unless ``name`` is one of ``known``, or None."""
     if name is not None and name not in known:
         raise UnknownName(kind, name, known)
 
 
 class UnsupportedModel(DartError):
-    """The model holds a module that cannot be pruned; the message names it."""
+    """The model has a module that cannot be pruned; the message names it."""
 
 
 class AttachError(DartError):
@@ -101,7 +101,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def failure_text(error: BaseException) -> str:
-    """What went wrong, for people; with the type of what is no error of ours."""
+    """What went wrong, for people; with the type of errors that are not dart-llm's."""
     if isinstance(error, DartError):
         return str(error)
     text = " ".join(str(error).split())

@@ -74,7 +74,7 @@ def _count_values(node: Any, counts: dict[int, int]) -> int:
     if id(node) not in counts:
         counts[id(node)] = MOST_VALUES + 1
         names = set[str]()
-        parts = [part for one in node.value for part in (one if type(one) is tuple else (one,))]
+        parts = [part for item in node.value for part in (item if type(item) is tuple else (item,))]
         for key in parts[::2] if node.id == "mapping" else ():
             if isinstance(key.value, str) and key.value in names:
                 where = f"line {key.start_mark.line + 1}"
@@ -147,9 +147,9 @@ def cut_torn_line(file: BinaryIO) -> None:
     while end:
         start = max(0, end - BLOCK)
         file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            end = start + found + 1
+        line_break = file.read(end - start).rfind(b"\n")
+        if line_break >= 0:
+            end = start + line_break + 1
             break
         end = start
     if end < size:

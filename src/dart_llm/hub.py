@@ -65,7 +65,7 @@ def hub_failure(
     """The sentence for ``error``, which loading ``model`` from the hub raised.
 
     ``instead`` is the way out that is named when the hub cannot be reached.  Returns ``None`` when
-    the chain of causes holds nothing that the hub or the network did.
+    nothing in the chain of causes comes from the hub or the network.
     """
     from huggingface_hub import constants
 
@@ -124,7 +124,7 @@ def not_reached(model: str, instead: str = INSTEAD) -> str:
 
 
 def unreachable(error: BaseException) -> bool:
-    """Whether ``error`` says that there is no way to the hub, rather than that it refused."""
+    """Whether ``error`` means that the hub is unreachable, rather than that it refused."""
     return any(base.__name__ in UNREACHABLE for base in type(error).__mro__)
 
 
@@ -164,17 +164,17 @@ def weight_files(names: Iterable[str]) -> list[str]:
     """The files among ``names`` that transformers fetches: the first kind that is there."""
     listed = list(names)
     for kind in _KINDS:
-        found = [name for name in listed if re.fullmatch(kind, name)]
-        if found:
-            return found
+        files = [name for name in listed if re.fullmatch(kind, name)]
+        if files:
+            return files
     return []
 
 
 def check_download(model: str, revision: str | None, cache: Path | None) -> int | None:
     """Bytes of weights of ``model`` that are still to be downloaded.
 
-    Raises ``LoadError`` when the disk has less room than that, or the repository holds nothing
-    that transformers loads.  ``None`` means that the hub cannot be asked, so that only the cache
+    Raises ``LoadError`` when the disk has less room than that, or the repository has nothing
+    that transformers loads.  ``None`` means that the hub is unreachable, so that only the cache
     can help.  Any other failure returns 0: loading reports it.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache

@@ -43,16 +43,16 @@ from dart_llm.reporting.figures import STYLES
 
 
 class Settings(BaseModel):
-    """Frozen settings; a name that is none of them is an error that suggests the near one."""
+    """Frozen settings; a name that is none of them is an error that suggests a similar one."""
 
     COMMAS: ClassVar[tuple[str, ...]] = ()
-    """Texts with commas, which a YAML file may hold as lists."""
+    """Texts with commas, which may be lists in a YAML file."""
 
     UNUSED: ClassVar[tuple[str, ...]] = ()
-    """Fields of a base class that the command has no use for: they are no flags of it."""
+    """Fields of a base class that the command has no use for: they are not among its flags."""
 
     RIVALS: ClassVar[tuple[set[str], ...]] = ()
-    """What is rivals in this command alone, as of ``RIVALS`` below."""
+    """Rivals only in this command, like ``RIVALS`` below."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {}
     """Other names of fields in files and variables, such as ``task`` of ``tasks``."""
@@ -95,16 +95,16 @@ class Settings(BaseModel):
         return unknown_key(cls, name)
 
     def fitted(self) -> Self:
-        """The same with what its settings require of others; ``notes`` says what changed."""
+        """The same with what its settings require of others; ``notes`` reports changes."""
         return self
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """The given values as the fields take them."""
+        """The values as the fields take them."""
         return {name: joined(v) if name in cls.COMMAS else v for name, v in data.items()}
 
     def noted(self, changes: Mapping[str, Any], *notes: str) -> Self:
-        """A copy with ``changes`` that says why."""
+        """A copy with ``changes``, and notes that explain them."""
         copy = self.model_copy(update=dict(changes))
         copy._notes = (*self._notes, *notes)
         return copy
@@ -117,7 +117,7 @@ class Settings(BaseModel):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the log says of the settings."""
+        """Notes for the log."""
         return self._notes
 
 
@@ -186,35 +186,34 @@ def joined(value: Any) -> Any:
 
 
 def check_seed(seed: int) -> None:
-    """Raises ``ConfigError`` for what no generator of random numbers takes."""
+    """Raises ``ConfigError`` for seeds that generators of random numbers reject."""
     if not 0 <= seed < 2**63:
         raise ConfigError(f"--seed {seed} must be a whole number from 0 to 2^63 - 1")
 
 
 def read_sparsities(name: str, text: str) -> tuple[float, ...]:
-    """The sparsities of ``--name``, each once; raises ``ConfigError`` for what is none."""
+    """The sparsities of ``--name``, each once; raises ``ConfigError`` for anything else."""
     try:
-        found = tuple(dict.fromkeys(float(word) for word in words(text)))
+        sparsities = tuple(dict.fromkeys(float(word) for word in words(text)))
     except ValueError:
         raise ConfigError(
             f'--{name} "{text}" must be numbers with commas between them, e.g. 0.5,0.7'
         ) from None
-    if not found and name == "sparsities":
+    if not sparsities and name == "sparsities":
         raise ConfigError("--sparsities is empty: give at least one, e.g. 0.5")
-    for value in found:
+    for value in sparsities:
         if not 0 < value < 1:
             raise ConfigError(
                 f"--{name} {value:g} must lie between 0 and 1: the fraction of neurons to remove"
             )
-    return found
+    return sparsities
 
 
 # What a setting requires: a method that can honour it.
 #
-# A setting that is given alone works under the defaults: where the default method cannot honour
-# it, the first of ``FITTING_METHODS`` that can is taken, and the log says so.  A method that was
-# named is never replaced: then a setting that does not fit is an error.
-
+# A single setting works with the defaults: where the default method cannot honour it, the first of
+# ``FITTING_METHODS`` that can is used and logged.  A named method is never replaced: then a setting
+# that does not fit is an error.
 
 MASKED = "dart"
 """The method of commands that look at sequence masks, such as ``inspect`` and ``drift``."""
@@ -226,22 +225,22 @@ MASK_SETTINGS = ("masks", "knowledge_drift", "drift", "ranking_method")
 """Settings of sequence masks, which methods with per-token selection do not have."""
 
 
-def decay_problem(config: PruneConfig) -> str:
-    """Why a configuration cannot honour its ema_decay; "" when it can."""
+def decay_problem(config: PruneConfig) -> str | None:
+    """Why a configuration cannot honour its ema_decay; None if it can."""
     if config.score.ema_decay is None or config.target == 0:
-        return ""
+        return None
     why = SCORES.get(config.score.name).no_decay_reason
-    return f'score "{config.score.name}" {why}' if why else ""
+    return f'score "{config.score.name}" {why}' if why else None
 
 
 def check(config: PruneConfig) -> None:
-    """Raise ``ConfigError`` for a configuration that asks for what it cannot honour."""
-    if sentence := decay_problem(config):
-        raise ConfigError(f"{sentence}: drop the ema_decay, or give another --ranking-method")
+    """Raise ``ConfigError`` for a configuration whose settings it cannot honour."""
+    if problem := decay_problem(config):
+        raise ConfigError(f"{problem}: drop the ema_decay, or give another --ranking-method")
 
 
-def misfit(settings: PruningOptions) -> tuple[str, str]:
-    """The first setting that the method cannot honour, and why; two empty texts: it honours all.
+def misfit(settings: PruningOptions) -> tuple[str, str] | None:
+    """The first setting that the method cannot honour, and why; None if it honours all.
 
     Everything else that is set overrides its part of any method.  Raises ``ConfigError`` for
     settings that do not fit each other.
@@ -252,17 +251,18 @@ def misfit(settings: PruningOptions) -> tuple[str, str]:
             if getattr(settings, name) not in (None, False, "", "never", method.score.name):
                 return name, f"with method {settings.method} every token selects its own neurons"
     why = decay_problem(settings.prune_config())
-    return ("ema_decay", why) if why else ("", "")
+    return ("ema_decay", why) if why else None
 
 
-def method_for(settings: PruningOptions) -> tuple[str, str]:
-    """The method that honours ``settings``, and what the log says where it is not their own.
+def method_for(settings: PruningOptions) -> tuple[str, str | None]:
+    """The method that honours ``settings``, and a note for the log where it is another one.
 
-    Raises ``ConfigError`` where the one that was named, or every one, cannot.
+    Raises ``ConfigError`` where the named method, or every one, cannot.
     """
-    name, why = misfit(settings)
-    if not why:
-        return settings.method, ""
+    problem = misfit(settings)
+    if problem is None:
+        return settings.method, None
+    name, why = problem
     able = next((method for method in FITTING_METHODS if _honours(settings, method)), None)
     if able is None:
         raise ConfigError(f"{why}: drop {_flag(name)}")
@@ -273,7 +273,7 @@ def method_for(settings: PruningOptions) -> tuple[str, str]:
 
 def _honours(settings: PruningOptions, method: str) -> bool:
     try:
-        return not misfit(settings.model_copy(update={"method": method}))[1]
+        return misfit(settings.model_copy(update={"method": method})) is None
     except ConfigError:  # other settings do not fit this one
         return False
 
@@ -324,8 +324,8 @@ LOADING = tuple(LoadOptions.model_fields)
 
 def load_arguments(settings: Any) -> dict[str, Any]:
     """Keyword arguments of ``dart_llm.load``, from what has the fields of ``ModelOptions``."""
-    own = {name: getattr(settings, name) for name in ("model", *LOADING)}
-    return {**own, "device": settings.device or (None if settings.device_map else "auto")}
+    arguments = {name: getattr(settings, name) for name in ("model", *LOADING)}
+    return {**arguments, "device": settings.device or (None if settings.device_map else "auto")}
 
 
 class PruningOptions(Settings):
@@ -388,17 +388,15 @@ class PruningOptions(Settings):
         return unknown_key(cls, name)
 
     def fitted(self) -> Self:
-        """The same with what its settings ask of others; ``notes`` says what was taken.
+        """The same with a method that honours its settings; ``notes`` reports a change.
 
-        Raises ``ConfigError`` where the method that was named cannot honour them.
+        Raises ``ConfigError`` where the named method cannot honour them.
         """
         method, note = method_for(self)
-        if not note:
-            return self
-        return self.noted({"method": method}, note)
+        return self if note is None else self.noted({"method": method}, note)
 
     def target_sparsity(self) -> float | None:
-        """The requested sparsity, as a fraction; None when none is given."""
+        """The requested sparsity, as a fraction; None by default."""
         percent = self.total_prune_percent
         if percent is None:
             return None if self.sparsity is None else check_sparsity(self.sparsity)
@@ -415,7 +413,7 @@ class PruningOptions(Settings):
         return percent / 100
 
     def prune_config(self) -> PruneConfig:
-        """The preset with every setting that was given on top of it."""
+        """The preset with all explicit settings on top of it."""
         changes = self.prune_changes()
         if changes["sparsity"] and METHODS.get(self.method).method == "dense":
             raise ConfigError("method dense removes nothing: drop the sparsity")
@@ -545,7 +543,7 @@ class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
 
 
 def given_of(settings: BaseModel) -> dict[str, Any]:
-    """What ``settings`` of another kind were given for fields that ``BaseSettings`` has too."""
+    """The explicitly set fields of ``settings`` that ``BaseSettings`` has too."""
     shared = BaseSettings.model_fields.keys() & type(settings).model_fields.keys()
     return {name: getattr(settings, name) for name in shared & settings.model_fields_set}
 
@@ -564,17 +562,17 @@ def merge(
     file: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> S:
-    """Merge the sources into settings of one kind; in ``flags`` None means not given.
+    """Merge the sources into settings of one kind; in ``flags`` None means not set.
 
     A setting also replaces its rivals of weaker sources: --sparsity beats DART_TOTAL_PRUNE_PERCENT.
     Raises ``ConfigError``, also for an experiment outside the results folder.
     """
-    known = os.environ if environment is None else environment
+    environ = os.environ if environment is None else environment
     names = {**{name: name for name in kind.model_fields}, **kind.ALIASES}
     variables = {
         field: value
         for name, field in sorted(names.items())  # "models" wins over "model"
-        if (value := known.get(f"DART_{name.upper()}"))
+        if (value := environ.get(f"DART_{name.upper()}"))
     }
     merged: dict[str, Any] = {}
     rivals = (*RIVALS, *kind.RIVALS)

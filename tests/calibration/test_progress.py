@@ -20,7 +20,7 @@ from dart_llm.calibration.progress import (
 )
 from dart_llm.calibration.self_calibration import BASES
 from dart_llm.errors import ConfigError
-from dart_llm.models import float32_copy, float32_products
+from dart_llm.models import float32_products
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import prune
 from prior_cases import CONFIG, layers_of, learn
@@ -147,7 +147,7 @@ def test_the_copy_is_part_of_the_memory(monkeypatch):
     model, news = tiny(dtype=torch.bfloat16), []
     size = 4 * sum(one.numel() for one in model.parameters())
     for free in (2 * size, 2 * size - 1):
-        monkeypatch.setattr(float32_copy, "available", lambda free=free: free)
+        monkeypatch.setattr(float32_products, "available", lambda free=free: free)
         with learning(model, news.append, "learning", {"first": 1.0}, 500_000) as (found, progress):
             assert (found is model) == (free < 2 * size)
             progress.stage("first")(1.0)

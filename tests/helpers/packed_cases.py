@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 from torch import nn
 
-from dart_llm.models.block_types import BLOCKS
+from dart_llm.models.gguf_file import BLOCKS
 from dart_llm.models.packed import PackedTensor
 from dart_llm.models.packed_loading import round_weights
 from dart_llm.native import build

@@ -72,9 +72,9 @@ REFUSED = [
     (lambda text: parse_layers(text, 4), "2-4", "layer 4 is out of range: .* 4 layers"),
     (parse_tokens, "256", '"256" is not a range of tokens'),
     (parse_tokens, "9:9", "is not a range of tokens"),
-    (parse_tensors, "u,w", '"w" is no activation: choose among u, x, z, r'),
+    (parse_tensors, "u,w", '"w" is not an activation: choose among u, x, z, r'),
     (lambda name: RunSettings(save_activations=True, executor=name), "compact", "executor masked"),
-    (lambda name: RunSettings(activation_tensors=name), "v", "no activation"),
+    (lambda name: RunSettings(activation_tensors=name), "v", "not an activation"),
 ]
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dart_llm.calibration.collect import run_forward
 from dart_llm.models import float32_products
 from dart_llm.models.fingerprint import fingerprint
 from dart_llm.models.float32_products import (
@@ -17,10 +18,11 @@ from dart_llm.models.float32_products import (
     Float32Products,
     compute_prompts_in_float32,
     float32_note,
+    in_float32,
     note_slow_prompts,
 )
 from dart_llm.models.loading import load
-from dart_llm.models.packed import pack
+from dart_llm.models.packed import PackedTensor, pack
 from dart_llm.models.steps import step_unsupported_reason
 from dart_llm.session.run import prune
 from steps import Same, apart, decode, generate
@@ -28,6 +30,7 @@ from tiny import tiny, tokens
 
 BFLOAT16, HALF = torch.bfloat16, torch.float16
 PROMPT, IDS = 20, tokens(1, 24, seed=3)
+TEXTS = torch.arange(3, 67).reshape(2, 32)
 
 
 @pytest.fixture(autouse=True)
@@ -279,3 +282,76 @@ def test_models_of_others_are_noted_once(monkeypatch):
         "dart_llm.load(...) without a dtype, or model.float(), reads them about 5 times as fast"
     ]
     assert "forward" not in model.__dict__
+
+
+# Float32 copies, on which calibration runs.
+
+
+def taken(model):
+    found = {}
+    run_forward(model, TEXTS, lambda layer, seen, g: found.setdefault(layer, g))
+    return found
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """No memory for a copy."""
+    monkeypatch.setattr(float32_products, "available", lambda: 0)
+
+
+def test_a_copy_has_the_gradients_of_the_same_weights_in_float32():
+    model = tiny("llama").to(BFLOAT16)
+    before = {name: (id(one), one.clone()) for name, one in model.named_parameters()}
+    with in_float32(model) as copied:
+        assert copied is not model and {one.dtype for one in copied.parameters()} == {torch.float32}
+        found = taken(copied)
+    for layer, g in taken(model.float()).items():
+        assert torch.equal(found[layer], g)
+    for name, one in model.named_parameters():
+        assert id(one) == before[name][0] and torch.equal(one, before[name][1].float())
+
+
+@pytest.mark.usefixtures("native")
+def test_blocks_are_dequantised_and_tied_weights_stay_tied():
+    model = tiny("llama", tie_word_embeddings=True).to(BFLOAT16)
+    packed = torch.nn.Parameter(pack(model.lm_head.weight, "q8_0"), requires_grad=False)
+    model.lm_head.weight = model.model.embed_tokens.weight = packed
+    with in_float32(model) as copied:
+        assert copied.lm_head.weight is copied.model.embed_tokens.weight
+        assert not isinstance(copied.lm_head.weight, PackedTensor)
+        assert torch.equal(copied.lm_head.weight, packed.dequantise().float())
+    assert isinstance(model.lm_head.weight, PackedTensor)
+
+
+@pytest.mark.contract("exact restore")
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gradients_where_memory_is_short(name):
+    """As of the copy but for rounding; no product runs in 16 bits, and the model stays as it is."""
+    model, wide = tiny(name).to(BFLOAT16), taken(tiny(name).to(BFLOAT16).float())
+    model.get_output_embeddings().weight.requires_grad_(False)
+    flags = [one.requires_grad for one in model.parameters()]
+    with Same(model), in_float32(model) as found:
+        assert found is model and not any(one.requires_grad for one in model.parameters())
+        narrow = taken(model)
+    assert [one.requires_grad for one in model.parameters()] == flags
+    for layer, g in wide.items():
+        assert narrow[layer].dtype == BFLOAT16
+        assert float((narrow[layer].float() - g).norm() / g.norm()) < 0.03
+
+
+def test_the_model_itself_where_memory_is_short_or_nothing_is_gained(monkeypatch):
+    def copies(model):
+        with in_float32(model) as found:
+            return found is not model
+
+    model = tiny("llama")
+    assert not copies(model)
+    model.to(BFLOAT16)
+    size = 4 * sum(one.numel() for one in model.parameters())
+    monkeypatch.setattr(float32_products, "available", lambda: 2 * size - 1)
+    assert not copies(model)
+    monkeypatch.setattr(float32_products, "available", lambda: 2 * size)
+    assert copies(model)
+    monkeypatch.setattr(float32_products, "emulates", lambda dtype: False)
+    assert not copies(model)

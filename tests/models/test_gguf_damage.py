@@ -132,7 +132,7 @@ def test_a_file_of_fewer_layers_than_it_holds(tmp_path):
     at = whole.index(key) + len(key) + 4
     file.write_bytes(whole[:at] + (1).to_bytes(4, "little") + whole[at + 4 :])
     assert sentence(file, tmp_path) == (
-        "tiny.gguf is damaged: it states block_count 1 and holds 2 layers; fetch it again"
+        "tiny.gguf is damaged: it states block_count 1 but has 2 layers; fetch it again"
     )
 
 
@@ -159,5 +159,5 @@ def test_norms_that_are_no_numbers(value, tmp_path):
     whole[place : place + 4] = struct.pack("<f", float(value))
     file.write_bytes(whole)
     assert sentence(file, tmp_path)
-    with pytest.raises(LoadError, match=r"weights of output_norm\.weight are no numbers; fetch it"):
+    with pytest.raises(LoadError, match=r"weights of output_norm\.weight are not finite; fetch it"):
         load(file, cache_dir=tmp_path, weights="file")

@@ -6,7 +6,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
 
-from dart_llm.models.gguf_levels import BLOCK, LEVELS, homes, moved_columns
+from dart_llm.models.gguf_write import BLOCK, LEVELS, homes, moved_columns
 
 ROWS, WIDTH = 12, 256
 

@@ -15,10 +15,9 @@ from dart_llm.cache import cache_folder, hub_cache
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.files import size_text
 from dart_llm.hub import plain, redact, weight_files
-from dart_llm.models.checkpoint import Checkpoint, checkpoint_facts, weights_sha256
+from dart_llm.models.checkpoint import Checkpoint, checkpoint_facts, weights_sha256, weights_size
 from dart_llm.models.gguf_facts import ARCHITECTURES
 from dart_llm.models.loading import load, parse_dtype
-from dart_llm.models.room import weights_size
 from dart_llm.native import memory
 
 
@@ -178,7 +177,8 @@ def test_the_size_of_weights(folder, tmp_path):
     }
     assert {key: weights_size(checkpoint, *key).bytes for key in sizes} == sizes
     gguf = write_gguf(tmp_path / "tiny.gguf")
-    assert weights_size(Checkpoint("tiny", "gguf", "", gguf, blocks=gguf), "auto", "file").bytes > 0
+    packed = Checkpoint("tiny", "gguf", "", file=gguf, packed=True)
+    assert weights_size(packed, "auto", "file").bytes > 0
     empty = Checkpoint("tiny", "folder", str(tmp_path), tmp_path)
     assert weights_size(empty, "auto", "dense") is None
     (tmp_path / "model.safetensors").write_bytes(b"damaged")

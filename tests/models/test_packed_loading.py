@@ -1,7 +1,6 @@
 """Models whose matrices stay in blocks: a GGUF's own, or rounded; and what is refused, when."""
 
 import json
-import os
 import re
 import struct
 
@@ -18,8 +17,7 @@ from dart_llm.files import file_sha256
 from dart_llm.models import packed_loading
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.fingerprint import fingerprint
-from dart_llm.models.gguf import converted_folder, is_intact
-from dart_llm.models.gguf_facts import ARCHITECTURES
+from dart_llm.models.gguf import converted_folder
 from dart_llm.models.gguf_file import StoredTensor, read_gguf
 from dart_llm.models.loading import load
 from dart_llm.models.packed import PackedTensor
@@ -123,8 +121,8 @@ def _put(data, at, form, value):
 
 
 def test_damage_in_the_table_of_tensors(gguf, nothing_made):
-    """Whatever is written there: a sentence, or a table; never another error."""
-    whole, start = gguf.read_bytes(), int(GGUFReader(gguf).data_offset)
+    """A sentence that names the tensor; random changes are in test_gguf_damage."""
+    whole = gguf.read_bytes()
     at = _entry(whole, UP)
     incomplete = "tiny.gguf is not a complete GGUF file; fetch it again and compare its size"
     cases = [
@@ -163,17 +161,6 @@ def test_damage_in_the_table_of_tensors(gguf, nothing_made):
         gguf.write_bytes(data)
         assert sentence(lambda: read_gguf(gguf)).startswith(text)
         assert sentence(lambda: load(gguf)).startswith(text)
-    drawn = torch.Generator().manual_seed(0)
-    refused = 0
-    for _ in range(300):
-        data, place = bytearray(whole), int(torch.randint(start, (1,), generator=drawn))
-        data[place] ^= 1 << int(torch.randint(8, (1,), generator=drawn))
-        gguf.write_bytes(data)
-        try:
-            read_gguf(gguf)
-        except LoadError as error:
-            refused += "\n" not in str(error)
-    assert refused > 10
 
 
 def wrong_files(folder):
@@ -188,40 +175,20 @@ def wrong_files(folder):
     )
     yield (
         write_gguf(gguf, change={UP: None}),
-        f"lacks 1 of the model's weights, such as {target}",
+        f"is missing 1 of the model's weights, such as {target}",
     )
     yield (
         write_gguf(gguf, change=shape),
         f": tensor {UP} is [96, 128], and the model's {target} is [96, 64]",
     )
-    whole = write_gguf(gguf).read_bytes()
-    gguf.write_bytes(whole[:-1000])
+    data = bytearray(write_gguf(gguf).read_bytes())
+    _put(data, _entry(data, NORM) + 12, "I", Kind.I32)
+    gguf.write_bytes(data)
     yield (
         gguf,
-        "is cut off: tensor blk.1.ffn_down.weight takes 3840 bytes, and the file holds 3608 of "
-        "them; fetch it again and compare its size",
+        f": tensor {NORM} is of type I32, which cannot be read; give a file of another "
+        "quantisation",
     )
-    kind, columns = _entry(whole, UP) + 20, _entry(whole, UP) + 4
-    for place, form, value, text in (
-        (kind, "I", 99, f": tensor {UP} is of the unknown type 99"),
-        (
-            _entry(whole, NORM) + 12,
-            "I",
-            Kind.I32,
-            f": tensor {NORM} is of type I32, in which no weights are read; give a file of another "
-            "quantisation",
-        ),
-        (
-            columns,
-            "Q",
-            48,
-            f": tensor {UP} has rows of 48 weights, no multiple of the 32 of a block of Q4_1",
-        ),
-    ):
-        data = bytearray(whole)
-        _put(data, place, form, value)
-        gguf.write_bytes(data)
-        yield gguf, text
 
 
 def test_files_that_are_not_read(tmp_path, nothing_made):
@@ -276,7 +243,7 @@ def test_a_gguf_keeps_its_blocks(gguf, tmp_path):
 
 
 def test_the_folder_of_what_belongs_to_a_file(gguf, tmp_path):
-    """Configuration, tokenizer and names; damaged in any way, it is made again."""
+    """Configuration, tokenizer and names."""
     load(gguf, cache_dir=tmp_path)
     folder = converted_folder(tmp_path / "dart-llm", file_sha256(gguf), packed=True)
     assert folder.name == f"gguf-{file_sha256(gguf)}-packed"
@@ -287,20 +254,6 @@ def test_the_folder_of_what_belongs_to_a_file(gguf, tmp_path):
     record = json.loads((folder / "source.json").read_text())
     assert record["tensors"][UP] == "model.layers.1.mlp.up_proj.weight"
     assert record["quantisation"] == "Q4_1" and files == {*record["files"], "source.json"}
-    config = (folder / "config.json").read_bytes()
-    damages = {
-        "cut": lambda: os.truncate(folder / "tokenizer.json", 100),
-        "record": lambda: (folder / "source.json").write_text("{"),
-        "missing": (folder / "config.json").unlink,
-        "one byte": lambda: (folder / "config.json").write_bytes(b"X" + config[1:]),
-    }
-    for damage, make in damages.items():
-        make()
-        assert is_intact(folder, file_sha256(gguf)) == (damage == "one byte")
-        said = []
-        load(gguf, cache_dir=tmp_path, verify=damage == "one byte", progress=said.append)
-        assert said[0] == READING and (folder / "config.json").read_bytes() == config, damage
-        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
 
 
@@ -320,22 +273,6 @@ def test_one_layer_may_hold_blocks_of_several_types(tmp_path):
     with torch.no_grad():
         difference = (model(ids).logits - dense(ids).logits).float().abs().max()
     assert difference < 0.02 * dense(ids).logits.float().abs().max()
-
-
-@pytest.mark.usefixtures("dequantised_prompts")
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_every_architecture_is_what_transformers_reads(architecture, tmp_path):
-    """Order of rows in q and k, norms with and without the one, biases."""
-    file = write_gguf(tmp_path / "tiny.gguf", architecture=architecture)
-    model, tokenizer = load(file, cache_dir=tmp_path, dtype="float32", weights="file")
-    dense, _ = load(file, cache_dir=tmp_path, dtype="float32")
-    assert any(kinds(model).values()) and type(model) is type(dense)
-    for name, one in dense.named_parameters():
-        found = model.get_parameter(name) + 0
-        torch.testing.assert_close(found, one.detach(), rtol=1e-6, atol=1e-7, msg=name)
-    ids = tokenizer("the tide rises and falls twice a day", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -399,7 +336,7 @@ def test_when_auto_keeps_blocks(gguf, tmp_path, monkeypatch):
     assert not is_packed(folder) and not is_packed(folder, weights="dense")
     text = sentence(lambda: load(other, weights="file", **where), ConfigError)
     assert text == (
-        "weights 'file' cannot be had: files of architecture starcoder2 are read dense alone; give "
+        "weights 'file' cannot be used: files of architecture starcoder2 are only read dense; give "
         "weights dense, or q8_0, q4_0, q4_1 to round them again"
     )
     monkeypatch.setenv(build.SWITCH, "0")
@@ -408,30 +345,35 @@ def test_when_auto_keeps_blocks(gguf, tmp_path, monkeypatch):
     off = "DART_NATIVE=0 keeps the native kernels off; give weights dense"
     for kind in ("file", "q8_0"):
         text = sentence(lambda kind=kind: load(gguf, weights=kind, **where), ConfigError)
-        assert text == f"weights '{kind}' cannot be had: {off}"
+        assert text == f"weights '{kind}' cannot be used: {off}"
     monkeypatch.setenv(build.SWITCH, "1")
     build.why_not.cache_clear()
 
 
 def test_refusals(gguf, tmp_path):
     folder = write_folder(tmp_path / "copy")
-    on_cpu = "they lie on a CPU alone; give device cpu, or weights dense"
+    on_cpu = "blocks need the CPU; give device cpu, or weights dense"
     cases = [
         (gguf, "int4", "unknown weights 'int4'; write auto, file, dense, q8_0, q4_0 or q4_1", {}),
         (gguf, "q4_k", "unknown weights 'q4_k'; write auto, file, dense, q8_0, q4_0 or q4_1", {}),
-        (gguf, "file", f"weights 'file' cannot be had: {on_cpu}", {"device_map": "cpu"}),
-        (folder, "q8_0", f"weights 'q8_0' cannot be had: {on_cpu}", {"device_map": "auto"}),
+        (gguf, "file", f"weights 'file' cannot be used: {on_cpu}", {"device_map": "cpu"}),
+        (
+            folder,
+            "q8_0",
+            f"weights 'q8_0' cannot be used: {on_cpu}",
+            {"device_map": "auto"},
+        ),
         (
             folder,
             "file",
-            f"weights 'file' cannot be had: {folder} is no GGUF file; write q8_0, q4_0, "
+            f"weights 'file' cannot be used: {folder} is not a GGUF file; write q8_0, q4_0, "
             "q4_1 to round its weights",
             {},
         ),
         (
             "owner/name",
             "file",
-            "weights 'file' cannot be had: owner/name is no GGUF file; write q8_0, "
+            "weights 'file' cannot be used: owner/name is not a GGUF file; write q8_0, "
             "q4_0, q4_1 to round its weights",
             {},
         ),
@@ -446,5 +388,5 @@ def test_refusals(gguf, tmp_path):
     state["model.layers.1.self_attn.q_proj.weight"][0, 3] = float("nan")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     assert sentence(lambda: load(folder, weights="q8_0")) == (
-        "copy could not be loaded: weights that are infinite or no numbers cannot be rounded"
+        "copy could not be loaded: weights with inf or NaN cannot be rounded"
     )

@@ -12,8 +12,7 @@ from dart_llm.errors import ConfigError, LoadError
 from dart_llm.models.describe import describe
 from dart_llm.models.gguf_facts import ARCHITECTURES
 from dart_llm.models.gguf_file import read_gguf
-from dart_llm.models.gguf_levels import homes
-from dart_llm.models.gguf_write import ABOUT, write_narrow
+from dart_llm.models.gguf_write import ABOUT, homes, write_narrow
 from dart_llm.models.loading import load
 from dart_llm.session import gguf_file
 from dart_llm.session.gguf_export import export_gguf
@@ -183,7 +182,7 @@ def test_compensation_is_the_bias_of_the_down_projection(exported, tmp_path):
         bias = new[f"blk.{layer}.ffn_down.bias"]
         assert bias.kind == "f32" and float(mask.bias.norm()) > 0
         torch.testing.assert_close(bias.values(), mask.bias, rtol=1e-4, atol=1e-6)
-    with pytest.raises(LoadError, match=r"holds blk.0.ffn_down.bias, .* LlamaForCausalLM has no"):
+    with pytest.raises(LoadError, match=r"has blk.0.ffn_down.bias, .* LlamaForCausalLM has no"):
         loaded(found.path, tmp_path)
 
 
@@ -217,7 +216,7 @@ REFUSED = [
     (
         {"architecture": "qwen3"},
         {"sparsity": 0.5, "compensation": True},
-        "architecture qwen3, of which llama.cpp reads no bias",
+        "architecture qwen3, where llama.cpp reads no bias",
     ),
     ({}, {"method": "dart-token"}, "selects neurons for every token, and a file has one mask"),
     ({}, {"method": "dense"}, "removes nothing"),
@@ -243,7 +242,7 @@ def test_files_of_other_shapes_are_refused(tmp_path):
     experts = write_gguf(tmp_path / "moe.gguf", tensors={"blk.0.ffn_gate_inp.weight": [[1.0] * 32]})
     other = write_gguf(tmp_path / "other.gguf")
     model, tokenizer = loaded(other, tmp_path)
-    with pytest.raises(ConfigError, match=r"holds blk.0.ffn_gate_inp.weight: .*no mixture"):
+    with pytest.raises(ConfigError, match=r"has blk.0.ffn_gate_inp.weight: .*not a mixture"):
         export_gguf(model, tokenizer, tmp_path / "x.gguf", TEXTS, source=experts)
     wide = write_gguf(tmp_path / "wide.gguf", width=256)
     with pytest.raises(

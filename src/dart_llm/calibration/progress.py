@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from dart_llm.errors import ConfigError, UnsupportedModel
 from dart_llm.files import size_text
 from dart_llm.models.describe import decoder_layers, describe
-from dart_llm.models.float32_copy import can_copy, copy_bytes, in_float32
-from dart_llm.models.float32_products import is_emulated
+from dart_llm.models.float32_products import can_copy, copy_bytes, in_float32, is_emulated
 from dart_llm.native.memory import available
 from dart_llm.reporting.words import duration
 

@@ -13,7 +13,7 @@ from dart_llm.hub import check_download, hub_failure, plain, weight_files
 from dart_llm.models.bundled import MODEL_SHA256, MODEL_WHEEL_BYTES
 from dart_llm.models.devices import placement
 from dart_llm.models.gguf import converted_folder, is_intact
-from dart_llm.models.loading import held_as, is_default, resolve
+from dart_llm.models.loading import is_default, resolve, weight_format
 from dart_llm.settings import load_arguments
 
 DEFAULT_LAYERS = 30
@@ -69,7 +69,7 @@ def held_weights(given: Any) -> str:
     arguments = load_arguments(given)
     placed = placement(arguments["device"], arguments["device_map"])
     chosen, away = given.dtype is not None, "device_map" in placed
-    return held_as(given.model, given.weights, chosen=chosen, away=away)
+    return weight_format(given.model, given.weights, chosen=chosen, away=away)
 
 
 def download_size(cell: Cell) -> int | None:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as everywhere
 
 from dart_llm.errors import AttachError, UnsupportedModel
-from dart_llm.models.ffn import FfnBlock
+from dart_llm.models.ffn import HOMES, FfnBlock
 
 
 class NotCopied:
@@ -71,9 +71,6 @@ def _identity(original: Any) -> Any:
     return original
 
 
-HOMES = ("torch.nn.", "transformers.")
-"""Packages whose modules and forwards are trusted to be what their names say."""
-
 COMPILED = "_torchdynamo_orig_callable"
 """Attribute in which torch.compile keeps the original function."""
 
@@ -86,7 +83,7 @@ _HOOKS = (
 )
 
 _OWN = frozenset(nn.Module().__dict__) | {"forward", "_old_forward", "_hf_hook", "layer_idx"}
-"""Attributes that are no part of a signature: hooks are looked at where they matter."""
+"""Attributes that do not belong to a signature: hooks are checked where they matter."""
 
 Function = Callable[..., Any]
 
@@ -97,8 +94,8 @@ def forward_of(module: nn.Module) -> tuple[Function, bool]:
     Wrappers of accelerate, torch.compile and this package are removed.
     """
     attributes = module.__dict__
-    own = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
-    function: Any = type(module).forward if own is None else own
+    forward = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
+    function: Any = type(module).forward if forward is None else forward
     while True:
         wrapped = isinstance(function, Replacement)
         inner = function.original if wrapped else getattr(function, COMPILED, None)
@@ -107,7 +104,7 @@ def forward_of(module: nn.Module) -> tuple[Function, bool]:
         function = inner
     if getattr(function, "__self__", None) is module:
         return function.__func__, True
-    return function, own is None
+    return function, forward is None
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -178,19 +175,19 @@ def signature(module: nn.Module, without: Sequence[nn.Module] = ()) -> tuple[Any
 
     Classes, forwards, numbers and functions of its parts but ``without``, none kept alive.
     """
-    found: list[Any] = []
+    entries: list[Any] = []
     for part in parts_of(module):
         if any(part is other for other in without):
             continue
         attributes = part.__dict__.copy()  # another thread may attach meanwhile
-        found += [weakref.ref(type(part)), weak(forward_of(part)[0]), _is_compiled(part)]
+        entries += [weakref.ref(type(part)), weak(forward_of(part)[0]), _is_compiled(part)]
         for value in [value for name, value in attributes.items() if name not in _OWN]:
             # isinstance is slow on a configuration
             if issubclass(type(value), (int, float, str)):
-                found.append(value)
+                entries.append(value)
             elif callable(value) and not isinstance(value, Replacement):
-                found.append(weak(value))
-    return tuple(found)
+                entries.append(weak(value))
+    return tuple(entries)
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
@@ -237,16 +234,16 @@ class Agreement:
 
 
 _compared: deque[tuple[Any, Agreement]] = deque(maxlen=256)
-"""By signature: FFNs that differ in their weights alone are compared once."""
+"""By signature: FFNs that differ only in their weights are compared once."""
 
 
-def same(found: Any, expected: Tensor, layers: int = 1) -> bool:
+def same(result: Any, expected: Tensor, layers: int = 1) -> bool:
     """Whether two results differ by no more than rounding in ``layers`` layers explains."""
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
+    if not isinstance(result, Tensor) or result.shape != expected.shape:
         return False
-    if found.dtype != expected.dtype or not torch.equal(found.isfinite(), expected.isfinite()):
+    if result.dtype != expected.dtype or not torch.equal(result.isfinite(), expected.isfinite()):
         return False
-    a, b = (t.float().nan_to_num(0, 0, 0) for t in (found, expected))
+    a, b = (t.float().nan_to_num(0, 0, 0) for t in (result, expected))
     tolerance = layers * max(_TOLERANCE, _ROUNDINGS * torch.finfo(expected.dtype).eps)
     return bool((a - b).abs().max() <= tolerance * b.abs().max())
 
@@ -262,7 +259,7 @@ def check_ffns(model: str, blocks: Sequence[FfnBlock]) -> None:
         if first != block.index:
             raise UnsupportedModel(
                 f"{model}: layers {first} and {block.index} share one FFN ({kind}), and every "
-                "layer is pruned for itself: give each a copy of its own (copy.deepcopy)"
+                "layer is pruned separately: give each its own copy (copy.deepcopy)"
             )
         if not agreement(block).parts:
             gated = block.gate is not None or block.fused
@@ -336,10 +333,10 @@ def _compare(block: FfnBlock) -> Agreement:
     with isolated(up.device):
         z = copied.down(copied.hidden(x))
         try:
-            found = copied.ffn(*args)
+            output = copied.ffn(*args)
         except Exception:  # it takes other arguments
             return Agreement(False, False)
-        parts = same(found, copied.finish(z, args))
+        parts = same(output, copied.finish(z, args))
         return Agreement(parts, same(z, _by_weights(copied, x, gate, up, down)))
 
 

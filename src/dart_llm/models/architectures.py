@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 class LayerNames:
     """Where the parts of one decoder layer are found.
 
-    ``ffn``: the FFN module, or "" when the layer itself holds the projections.  ``up`` is the
+    ``ffn``: the FFN module, or "" when the projections are the layer's own.  ``up`` is the
     fused projection when ``fused``.  ``x_from``: modules whose input is x, the residual stream
     entering the FFN half (the first that exists; none: the FFN's own input).  ``post_norm``: the
     module whose output is added to the residual stream, when that is not the FFN's output.

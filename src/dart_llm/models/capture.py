@@ -91,22 +91,22 @@ def _tap(
     block: FfnBlock, take: Callable[..., None], keep: Callable[[Any], None]
 ) -> dict[str, Tensor]:
     """Hook one layer; x, h, u and z wait in what is returned until r, the last, is there."""
-    held: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            held[name] = args[0] if args else next(iter(kwargs.values()))
+            tensors[name] = args[0] if args else next(iter(kwargs.values()))
 
         return hook
 
     def note_z(module: nn.Module, args: Any, z: Tensor) -> None:
-        held["z"] = z
+        tensors["z"] = z
         if block.post_norm is None:
             note_r(module, args, z)
 
     def note_r(module: nn.Module, args: Any, r: Tensor) -> None:
-        seen = dict(held)
-        held.clear()
+        seen = dict(tensors)
+        tensors.clear()
         if {"u", "x", "z"} <= seen.keys():
             z = seen["z"]
             take(block.index, seen["u"], seen["x"], z, r, seen.get("h", z))
@@ -117,7 +117,7 @@ def _tap(
     keep(block.down.register_forward_hook(note_z))
     if block.post_norm is not None:
         keep(block.post_norm.register_forward_hook(note_r))
-    return held
+    return tensors
 
 
 class Recording:
@@ -181,19 +181,19 @@ class Recording:
     def _cut(self, fed: int) -> None:
         keep = max(0, fed - self.wanted.start)
         self._kept = {name: [torch.cat(parts)[:keep]] for name, parts in self._kept.items()}
-        known = [ids for ids in self._ids if ids is not None]
-        whole = known and len(known) == len(self._ids)
-        self._ids = [torch.cat(known)[:keep]] if whole else self._ids
+        id_parts = [ids for ids in self._ids if ids is not None]
+        whole = id_parts and len(id_parts) == len(self._ids)
+        self._ids = [torch.cat(id_parts)[:keep]] if whole else self._ids
 
     def tensors(self) -> dict[str, Tensor]:
         """``layer{l}.{name}``: [tokens, I or D] in the model's dtype; ``token_ids``: int32 [tokens]
         unless a forward was given embeddings.
         """
-        found = {name: torch.cat(parts) for name, parts in self._kept.items()}
-        known = [ids for ids in self._ids if ids is not None]
-        if known and len(known) == len(self._ids):
-            found["token_ids"] = torch.cat(known)
-        return found
+        tensors = {name: torch.cat(parts) for name, parts in self._kept.items()}
+        id_parts = [ids for ids in self._ids if ids is not None]
+        if id_parts and len(id_parts) == len(self._ids):
+            tensors["token_ids"] = torch.cat(id_parts)
+        return tensors
 
 
 EAGER = "eager"
@@ -227,13 +227,13 @@ def attention_outputs(
     v: output of the attention's output projection, before the residual add and before any norm.
     One row per forward.
     """
-    found, names, _ = decoder_layers(model)
+    decoder, names, _ = decoder_layers(model)
 
     def hook(layer: int) -> Callable[..., None]:
         return lambda module, args, v: take(layer, v.reshape(-1, v.shape[-1]))
 
     return _hooked(
-        (found[layer].get_submodule(names.attention_out), hook(layer)) for layer in layers
+        (decoder[layer].get_submodule(names.attention_out), hook(layer)) for layer in layers
     )
 
 
@@ -245,13 +245,13 @@ def attention_weights(
     H heads, T queries, S keys; each row sums to 1.  Only eager attention has them.  Raises
     ``UnsupportedModel``, from the forward, where none are given.
     """
-    found, names, _ = decoder_layers(model)
+    decoder, names, _ = decoder_layers(model)
     path = names.attention_out.rpartition(".")[0]
 
     def hook(layer: int) -> Callable[..., None]:
         return lambda module, args, output: take(layer, _weights(module, output))
 
-    return _hooked((found[layer].get_submodule(path), hook(layer)) for layer in layers)
+    return _hooked((decoder[layer].get_submodule(path), hook(layer)) for layer in layers)
 
 
 def last_hidden(
@@ -269,11 +269,11 @@ def last_hidden(
 
 
 def _weights(module: nn.Module, output: Any) -> Tensor:
-    given = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-    if isinstance(given, Tensor) and given.dim() == 4 and len(given) == 1:
-        total = given[0].float().sum(-1)
+    weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+    if isinstance(weights, Tensor) and weights.dim() == 4 and len(weights) == 1:
+        total = weights[0].float().sum(-1)
         if bool(((total - 1).abs() < _SUM_TOLERANCE).all()):
-            return given[0]
+            return weights[0]
     raise UnsupportedModel(
         f"{type(module).__name__} does not give the attention weights of one text (attention must "
         "run eager): leave the signal attention-scores out"

@@ -44,7 +44,7 @@ def parse_layers(text: str, count: int | None = None) -> tuple[int, ...] | None:
     """
     if text.strip() == "all":
         return None if count is None else tuple(range(count))
-    found: set[int] = set()
+    layers: set[int] = set()
     for part in text.split(","):
         match = _RANGE.match(part.strip())
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
@@ -52,8 +52,8 @@ def parse_layers(text: str, count: int | None = None) -> tuple[int, ...] | None:
             raise ConfigError(f'"{part}" is not a layer or a range: write all, 0-5 or 0,3,7-9')
         if count is not None and high >= count:
             raise ConfigError(f"layer {high} is out of range: this model has {count} layers")
-        found.update(range(low, high + 1))
-    return tuple(sorted(found))
+        layers.update(range(low, high + 1))
+    return tuple(sorted(layers))
 
 
 def parse_tokens(text: str) -> tuple[int, int | None]:
@@ -70,5 +70,5 @@ def parse_tensors(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in names:
         if name not in TENSORS:
-            raise ConfigError(f'"{name}" is no activation: choose among {", ".join(TENSORS)}')
+            raise ConfigError(f'"{name}" is not an activation: choose among {", ".join(TENSORS)}')
     return names

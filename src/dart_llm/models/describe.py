@@ -73,7 +73,7 @@ def describe(model: nn.Module) -> ModelView:
         _weight(model.get_input_embeddings()),  # type: ignore[operator]
         _weight(model.get_output_embeddings()),  # type: ignore[operator]
         attention,
-        sum(one.nbytes for one in _read(model)),
+        sum(weight.nbytes for weight in _read(model)),
         token_traffic(model, blocks, attention),
     )
 
@@ -163,14 +163,14 @@ def _x_from(layer: nn.Module, names: LayerNames) -> nn.Module | None:
     if names.up == "fc1" and not names.ffn and not getattr(layer, "do_layer_norm_before", True):
         return getattr(layer, names.up)  # type: ignore[no-any-return]  # OPT-350m: norm after
     # a part that a configuration leaves out may be an attribute that is None (StableLM's)
-    found = (getattr(layer, name, None) for name in names.x_from)
-    return next((module for module in found if module is not None), None)
+    modules = (getattr(layer, name, None) for name in names.x_from)
+    return next((module for module in modules if module is not None), None)
 
 
 def _attention(layer: nn.Module, names: LayerNames) -> tuple[nn.Module, ...]:
     out = layer.get_submodule(names.attention_out)
     whole = layer.get_submodule(names.attention_out.rpartition(".")[0])
-    inputs = (one for one in whole.modules() if is_plain(one) and one is not out)
+    inputs = (module for module in whole.modules() if is_plain(module) and module is not out)
     return *inputs, out
 
 
@@ -180,7 +180,7 @@ def _weight(module: nn.Module | None) -> Tensor | None:
 
 
 def context_length(model: Any) -> int | None:
-    """Tokens that the model's context holds, or None when its configuration does not say."""
+    """The model's context in tokens, or None when its configuration does not state it."""
     return configured_context(model.config)
 
 
@@ -205,22 +205,22 @@ def token_traffic(
 ) -> TokenTraffic:
     """What a token reads; ``sizes``: {id of a parameter: its bytes}, else as it is stored."""
     ffn = {id(part.weight) for block in blocks for part in block.projections}
-    heads = {id(one.weight) for layer in attention for one in layer}
+    heads = {id(module.weight) for layer in attention for module in layer}
     parts = dict.fromkeys(("ffn", "attention", "others"), 0.0)
-    read, known = _read(model), sizes or {}
+    read = _read(model)
     output, head = _weight(model.get_output_embeddings()), 0.0  # type: ignore[operator]
-    for one in read:
-        part = "ffn" if id(one) in ffn else "attention" if id(one) in heads else "others"
-        size = known.get(id(one), stored_bytes(one, BFLOAT16))
+    for weight in read:
+        part = "ffn" if id(weight) in ffn else "attention" if id(weight) in heads else "others"
+        size = (sizes or {}).get(id(weight), stored_bytes(weight, BFLOAT16))
         parts[part] += size
-        head += size if one is output else 0
+        head += size if weight is output else 0
     cache = Counter[int | None]()
     text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     for index, (*inputs, out) in enumerate(attention):
         # what q, k and v make, less the queries, which are as many as the output projection takes
-        values = sum(len(matrix_of(one)) for one in inputs) - matrix_of(out).shape[1]
+        values = sum(len(matrix_of(module)) for module in inputs) - matrix_of(out).shape[1]
         cache[_window(text, index)] += BFLOAT16 * values
-    dense = BFLOAT16 * sum(one.numel() for one in read)
+    dense = BFLOAT16 * sum(weight.numel() for weight in read)
     caches = tuple((each, most) for most, each in cache.items())
     return TokenTraffic(dense, **parts, cache=caches, head=head)
 
@@ -230,3 +230,43 @@ def _window(text: Any, index: int) -> int | None:
     kinds = getattr(text, "layer_types", None)
     slides = kinds is None or kinds[index] == "sliding_attention"
     return getattr(text, "sliding_window", None) if slides else None
+
+
+def weight_facts(model: Any, sizes: Mapping[int, int] | None = None) -> dict[str, Any]:
+    """Exact bytes of the weights.  ``sizes``: {id of a parameter: its bytes}, else as stored.
+
+    ``weight_bytes``: all weights; ``dtype_bytes``: the same in the model's dtype;
+    ``weight_bits`` and ``mean_weight_bits``: per weight.  Of a model that can be pruned also
+    ``bytes_per_token``: those that one decoded token reads, ``ffn_bytes_share``: bytes of the FFN
+    over those in the dtype, ``ffn_share_of_bfloat16``: over 2 bytes per weight, and
+    ``token_traffic``: a ``TokenTraffic`` as plain data.
+    """
+    sizes = sizes or {}
+    parameters = list(model.parameters())
+    stored = {id(weight): sizes.get(id(weight), weight.nbytes) for weight in parameters}
+    total = sum(stored.values())
+    facts = {
+        "weight_bytes": total,
+        "dtype_bytes": sum(map(_dtype_bytes, parameters)),
+        "weight_bits": 8 * model.dtype.itemsize,
+        "mean_weight_bits": 8 * total / sum(weight.numel() for weight in parameters),
+    }
+    try:
+        view = describe(model)
+    except UnsupportedModel:
+        return facts
+    ffn: list[Any] = [part.weight for block in view.blocks for part in block.projections]
+    rows, head = view.input_embedding, view.output_embedding
+    looked_up = stored.get(id(rows), 0) if rows is not None and rows is not head else 0
+    traffic = token_traffic(model, view.blocks, view.attention, sizes)
+    return {
+        **facts,
+        "bytes_per_token": total - looked_up,
+        "token_traffic": traffic.to_dict(),
+        "ffn_share_of_bfloat16": traffic.ffn / (BFLOAT16 * sum(weight.numel() for weight in ffn)),
+        "ffn_bytes_share": sum(stored[id(weight)] for weight in ffn) / sum(map(_dtype_bytes, ffn)),
+    }
+
+
+def _dtype_bytes(weight: Tensor) -> int:
+    return weight.numel() * weight.element_size()

@@ -34,8 +34,8 @@ class DeviceChoice:
 def parse_device(text: str | None) -> DeviceChoice:
     """What ``text`` means on this machine.
 
-    ``None``, ``""`` and ``auto`` are GPU 0 if there is one, else the CPU.  A GPU that was asked
-    for on a machine without GPUs logs a warning and becomes the CPU.  Anything malformed, and an
+    ``None``, ``""`` and ``auto`` are GPU 0 if there is one, else the CPU.  A requested GPU on a
+    machine without GPUs logs a warning and becomes the CPU.  Anything malformed, and an
     index that this machine's GPUs do not reach, raises ``ConfigError``.
     """
     word = (text or "auto").strip().lower()
@@ -59,7 +59,7 @@ def parse_device(text: str | None) -> DeviceChoice:
 
 
 def placement(device: str | None, device_map: str | dict[str, Any] | None) -> dict[str, Any]:
-    """Keyword arguments that make ``from_pretrained`` put a model where it was asked for.
+    """Keyword arguments that make ``from_pretrained`` put a model on the requested device.
 
     ``device=None`` with ``device_map=None`` leaves the model on the CPU, as transformers does, so
     that the tokenizer's tensors can be handed to it unchanged.
@@ -101,15 +101,15 @@ def memory_failure(error: BaseException, model: str, dtype: str) -> LoadError | 
 
 
 def _indices(word: str) -> tuple[int, ...]:
-    found: list[int] = []
+    indices: list[int] = []
     for part in map(str.strip, word.split(",")):
         match = re.fullmatch(r"cuda|(?:cuda:)?(\d+)", part)
         if match is None:
-            raise ConfigError(f"{part!r} in device {word!r} is no device; {FORMS}")
-        found.append(int(match[1] or 0))
-    if len(set(found)) < len(found):
+            raise ConfigError(f"{part!r} in device {word!r} is not a device; {FORMS}")
+        indices.append(int(match[1] or 0))
+    if len(set(indices)) < len(indices):
         raise ConfigError(f"device {word!r} names a GPU twice; {FORMS}")
-    return tuple(found)
+    return tuple(indices)
 
 
 def _parse_map(value: str | dict[str, Any]) -> str | dict[str, Any]:

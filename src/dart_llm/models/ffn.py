@@ -15,13 +15,13 @@ from dart_llm.pruning.weights import FfnWeights
 
 _PLAIN = ("Linear", "Conv1D", "FalconLinear", "NonDynamicallyQuantizableLinear")
 
-_HOMES = ("torch.nn.", "transformers.")
-"""Packages whose classes of these names hold plain matrices."""
+HOMES = ("torch.nn.", "transformers.")
+"""Packages whose modules and forwards are trusted to be what their names say."""
 
 
 @dataclass(frozen=True)
 class FfnBlock:
-    """The parts of one layer's FFN.  ``inline``: the layer holds the projections (OPT)."""
+    """The parts of one layer's FFN.  ``inline``: the projections are the layer's own (OPT)."""
 
     index: int
     ffn: nn.Module
@@ -78,11 +78,12 @@ class FfnBlock:
                 type(weight) in (Tensor, nn.Parameter, PackedTensor)
                 and weight.dtype.is_floating_point
             )
-            home = kind.__module__.startswith(_HOMES) and kind.__name__ in _PLAIN
+            home = kind.__module__.startswith(HOMES) and kind.__name__ in _PLAIN
             if not home or not plain:
-                found = f"{kind.__module__}.{kind.__name__} with {type(weight).__name__} weights"
+                weights = f"{type(weight).__name__} weights"
                 raise UnsupportedModel(
-                    f"{where}: found {found}; only plain floating-point linear layers are pruned "
+                    f"{where}: found {kind.__module__}.{kind.__name__} with {weights}; "
+                    "only plain floating-point linear layers are pruned "
                     "(load without quantisation, a GGUF file with GgufConfig(dequantize=True))"
                 )
 

@@ -1,8 +1,8 @@
 """A digest of the function that a model computes: the same for equal models, another for others.
 
-Of all parameters and buffers, the whole content; of every module, its class, the code of its
+It covers the content of all parameters and buffers; of every module, its class, the code of its
 ``forward`` and its plain attributes (eps, scaling, activation functions); and the configuration.
-How weights lie in memory does not enter, nor does an attached run.  Hooks do not either: they
+The layout of weights in memory does not matter, nor does an attached run.  Neither do hooks: they
 mostly watch.
 """
 
@@ -44,20 +44,20 @@ STATE = (
     *("forward", "training", "gradient_checkpointing", "max_seq_len_cached", "config"),
     "save_pretrained",
 )
-"""Attributes of modules that are told otherwise, or do not change what is computed in the end."""
+"""Attributes of modules that are covered elsewhere, or do not change what is computed."""
 
 
 def fingerprint(model: nn.Module) -> str:
     """32 hexadecimal digits.  Reads all weights once, at about the speed of memory.
 
-    Of offloaded weights only names and shapes are known here.
+    Offloaded weights count by names and shapes alone.
     """
-    found = hashlib.sha256(_settings(model).encode())
+    digest = hashlib.sha256(_settings(model).encode())
     for name, module in model.named_modules():
-        found.update(f"{name} {_about(module)}".encode())
+        digest.update(f"{name} {_about(module)}".encode())
     for name, tensor in _tensors(model):
-        found.update(f"{name} {digest_of(tensor)}".encode())
-    return found.hexdigest()[:DIGITS]
+        digest.update(f"{name} {digest_of(tensor)}".encode())
+    return digest.hexdigest()[:DIGITS]
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -69,8 +69,8 @@ def _settings(model: nn.Module) -> str:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return ""
-    known = config.get_text_config().to_dict()
-    kept = {name: value for name, value in known.items() if name not in ASIDE and name[0] != "_"}
+    values = config.get_text_config().to_dict()
+    kept = {name: value for name, value in values.items() if name not in ASIDE and name[0] != "_"}
     return json.dumps(kept, sort_keys=True, default=str)
 
 
@@ -84,12 +84,12 @@ def digest_of(tensor: Tensor) -> str:
         return key_of(about, str(context), [digest_of(getattr(tensor, name)) for name in names])
     raw = tensor.detach().contiguous().flatten().view(torch.int8)
     whole = len(raw) - len(raw) % ROW
-    found = hashlib.sha256(about.encode())
+    digest = hashlib.sha256(about.encode())
     if whole:
         sums = _row_sums(raw[:whole].view(-1, ROW))
-        found.update(sums.cpu().contiguous().numpy().tobytes())
-    found.update(raw[whole:].cpu().numpy().tobytes())
-    return found.hexdigest()[:DIGITS]
+        digest.update(sums.cpu().contiguous().numpy().tobytes())
+    digest.update(raw[whole:].cpu().numpy().tobytes())
+    return digest.hexdigest()[:DIGITS]
 
 
 def _row_sums(rows: Tensor) -> Tensor:
@@ -114,24 +114,25 @@ def _factors() -> Tensor:
 
 def _about(module: nn.Module) -> str:
     kind = type(module)
-    held = vars(module)
-    forward = held.get("_old_forward", held.get("forward", kind.forward))  # accelerate's first
-    told = {
+    attributes = vars(module)
+    forward = attributes.get("forward", kind.forward)
+    forward = attributes.get("_old_forward", forward)  # accelerate's first
+    settings = {
         name: plain(value)
-        for name, value in sorted(held.items())
+        for name, value in sorted(attributes.items())
         if name[0] != "_" and name not in STATE and not isinstance(value, Replacement)
     }
-    return repr([kind.__module__, kind.__qualname__, plain(forward), told])
+    return repr([kind.__module__, kind.__qualname__, plain(forward), settings])
 
 
 def plain(value: object, depth: int = 4) -> object:
-    """What can be told of a value without its address: itself, the code of a function, its type."""
+    """A value without its address: itself, the code of a function, its type."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype):
         return value
     if isinstance(value, Replacement):
         return plain(value.original, depth)
     if depth and isinstance(value, tuple | list):
-        return [plain(one, depth - 1) for one in value]
+        return [plain(item, depth - 1) for item in value]
     if isinstance(value, Tensor):
         return digest_of(value)
     if isinstance(value, functools.partial):
@@ -145,13 +146,13 @@ def plain(value: object, depth: int = 4) -> object:
 
 def _function(function: FunctionType, depth: int) -> object:
     cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
-    held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *cells]
+    values = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *cells]
     name = f"{_home(function.__module__)}.{function.__qualname__}"
-    return [name, _code(function.__code__), [plain(one, depth) for one in held]]
+    return [name, _code(function.__code__), [plain(value, depth) for value in values]]
 
 
 def _home(module: str) -> str:
-    """The module's name; of this package its file alone, so that no move makes it another."""
+    """The module's name; of this package only the file's, so that moving a file changes nothing."""
     package, _, path = module.partition(".")
     return f"{package}.{path.rpartition('.')[2]}" if package == "dart_llm" else module
 
@@ -165,7 +166,7 @@ def _filled(cell: Any) -> bool:
 
 @functools.cache
 def _code(code: CodeType) -> str:
-    return key_of(code.co_code, code.co_names, [_constant(one) for one in code.co_consts])
+    return key_of(code.co_code, code.co_names, [_constant(constant) for constant in code.co_consts])
 
 
 def _constant(value: object) -> object:

@@ -7,8 +7,9 @@ half the bytes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from dart_llm.models.agreement import Replacement
+from dart_llm.models.packed import PackedTensor
+from dart_llm.native.memory import available
 
 FEW = 4
 """Rows up to which a product stays in 16 bits: widening the weights would take longer."""
@@ -28,13 +31,16 @@ LEAST_ROWS = 256
 """Rows of a weight that are widened at a time, at least."""
 
 LARGE = 1 << 24
-"""Parameters from which the time of a prompt is worth a line in the log."""
+"""Parameters from which the time of a prompt deserves a line in the log."""
 
 _CHECKS = {
     torch.bfloat16: "_is_mkldnn_bf16_supported",
     torch.float16: "_is_mkldnn_fp16_supported",
 }
 """torch's own answers to which 16-bit matrices this CPU multiplies."""
+
+FREE_COPIES = 2
+"""How often the memory of a float32 copy must be free for it to be made."""
 
 _noted: set[torch.dtype] = set()
 
@@ -60,12 +66,12 @@ class Float32Products(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         run = _PRODUCTS.get(func)
-        found = None if run is None else run(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if found is None else found
+        result = None if run is None else run(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if result is None else result
 
 
 def _is_slow(x: Any) -> bool:
-    """Whether products of the rows of x [..., n, K] are worth float32."""
+    """Whether products of the rows of x [..., n, K] are faster in float32."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.dim() > 1
@@ -84,8 +90,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return None  # which torch refuses
     times: Any = _Product.apply if torch.is_grad_enabled() else _times
     product = times(rows, weight)
-    found: Tensor = product if bias is None else product + bias.float()
-    return found.to(input.dtype).reshape(*input.shape[:-1], len(weight))
+    result: Tensor = product if bias is None else product + bias.float()
+    return result.to(input.dtype).reshape(*input.shape[:-1], len(weight))
 
 
 def _addmm(
@@ -105,14 +111,14 @@ def _times(rows: Tensor, weight: Tensor) -> Tensor:
     wide, step = rows.float(), _rows_at_once(weight)
     if len(weight) <= step:
         return F.linear(wide, weight.float())
-    found = wide.new_empty(len(rows), len(weight))
+    result = wide.new_empty(len(rows), len(weight))
     for begin in range(0, len(weight), step):
-        found[:, begin : begin + step] = F.linear(wide, weight[begin : begin + step].float())
-    return found
+        result[:, begin : begin + step] = F.linear(wide, weight[begin : begin + step].float())
+    return result
 
 
 class _Product(torch.autograd.Function):
-    """``_times``, whose graph holds the weight in its 16 bits."""
+    """``_times``, whose graph keeps the weight in its 16 bits."""
 
     @staticmethod
     def forward(rows: Tensor, weight: Tensor) -> Tensor:
@@ -135,23 +141,24 @@ class _Product(torch.autograd.Function):
 def _back(gradient: Tensor, weight: Tensor) -> Tensor:
     """gradient [n, N] times weight [N, K]: [n, K] float32."""
     step = _rows_at_once(weight)
-    found = gradient.new_zeros(len(gradient), weight.shape[1])
+    result = gradient.new_zeros(len(gradient), weight.shape[1])
     for begin in range(0, len(weight), step):
         part = slice(begin, begin + step)
-        found = torch.addmm(found, gradient[:, part], weight[part].float())
-    return found
+        result = torch.addmm(result, gradient[:, part], weight[part].float())
+    return result
 
 
 def _in_float32(func: Any) -> Callable[..., Tensor | None]:
-    """``func`` of activations alone: all of them are widened."""
+    """``func`` of activations: all of them are widened."""
 
     def run(*args: Any, **kwargs: Any) -> Tensor | None:
-        first = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        first = next(tensors, None)
         if first is None or not _is_slow(first) or kwargs.get("out") is not None:
             return None
         wide = torch.utils._pytree.tree_map_only(Tensor, _widened, (args, kwargs))
-        found: Tensor = func(*wide[0], **wide[1])
-        return found.to(first.dtype)
+        result: Tensor = func(*wide[0], **wide[1])
+        return result.to(first.dtype)
 
     return run
 
@@ -176,7 +183,7 @@ _PRODUCTS: Mapping[Any, Callable[..., Tensor | None]] = {
         )
     },
 }
-"""What runs otherwise, by the function that is called; None of it: as torch runs it."""
+"""Replacements by torch function; one that returns None leaves the call to torch."""
 
 
 class WidePrompts(Replacement):
@@ -223,7 +230,7 @@ def compute_prompts_in_float32(model: Any) -> bool:
 
 
 def float32_note(model: Any) -> str:
-    """What a reader of ``model``'s dtype must know of its prompts: "", or a sentence."""
+    """How prompts of ``model`` are computed, where not in its dtype; else ""."""
     if not _is_wide(model) or not is_emulated(model):
         return ""
     name = _name(model.dtype)
@@ -237,7 +244,7 @@ def note_slow_prompts(model: Any, warn: Callable[[str], None]) -> None:
     """Call ``warn`` once for models that emulate their prompts, as somebody else loaded them."""
     if model.dtype in _noted or _is_wide(model) or not is_emulated(model):
         return
-    if sum(one.numel() for one in model.parameters()) < LARGE:
+    if sum(weight.numel() for weight in model.parameters()) < LARGE:
         return
     _noted.add(model.dtype)
     name = _name(model.dtype)
@@ -254,11 +261,63 @@ def is_emulated(model: Any) -> bool:
 
 def _is_wide(model: nn.Module) -> bool:
     """Whether its prompts are float32; also while it is being pruned."""
-    held = model.__dict__.get("forward")
-    while isinstance(held, Replacement) and not isinstance(held, WidePrompts):
-        held = held.original
-    return isinstance(held, WidePrompts)
+    forward = model.__dict__.get("forward")
+    while isinstance(forward, Replacement) and not isinstance(forward, WidePrompts):
+        forward = forward.original
+    return isinstance(forward, WidePrompts)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def in_float32(model: Any) -> Iterator[Any]:
+    """What to run many tokens on in place of ``model``.
+
+    Where torch emulates products in the model's dtype: its float32 copy, or, where memory is short,
+    the model itself, matrix by matrix in float32.  Both compute the same but for rounding, and
+    inside neither computes gradients of weights.
+    """
+    if not is_emulated(model):
+        yield model
+    elif can_copy(model):
+        yield float32_copy(model).requires_grad_(False)
+    else:
+        with Float32Products(), _frozen(model):
+            yield model
+
+
+def can_copy(model: Any) -> bool:
+    """Whether a float32 copy of ``model`` leaves enough memory, and would be one."""
+    if any(weight.is_meta for weight in model.parameters()):
+        return False
+    return available() >= FREE_COPIES * copy_bytes(model)
+
+
+def copy_bytes(model: Any) -> int:
+    """Bytes of a float32 copy of ``model``."""
+    return sum(4 * weight.numel() for weight in model.parameters())
+
+
+def float32_copy(model: Any) -> Any:
+    """A copy of ``model`` in float32, weights in blocks dequantised, tied weights still tied."""
+    memo: dict[int, Any] = {}  # weights are not copied twice, in blocks and out of them
+    for weight in model.parameters():
+        plain = weight.dequantise() if isinstance(weight, PackedTensor) else weight.detach()
+        wide = plain.to(torch.float32, copy=True)
+        memo[id(weight)] = nn.Parameter(wide, requires_grad=weight.requires_grad)
+    return copy.deepcopy(model, memo).float()
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no weight requires a gradient: only those of activations are computed."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad = False
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad = True

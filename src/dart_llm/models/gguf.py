@@ -1,14 +1,13 @@
-"""What belongs to a GGUF file, made once and kept by the file's checksum.
+"""Converted GGUF files: written once, and cached by the file's checksum.
 
-Of an architecture that is read in blocks a folder ``gguf-<sha256>-packed`` has configuration and
-tokenizer; its weights are read from the file at every load, also where they are dequantised.  Of
-any other a folder ``gguf-<sha256>`` has them beside a dense copy, in float32, as transformers
-reads it.  The configuration says bfloat16, so that the default load is bfloat16 and float32 is
-exact.
+For an architecture that is read in blocks, a folder ``gguf-<sha256>-packed`` has configuration and
+tokenizer; the weights are read from the file at every load, also where they are dequantised.  For
+any other, a folder ``gguf-<sha256>`` also has a dense copy in float32, as transformers reads it.
+The configuration states bfloat16, so that the default load is bfloat16 and float32 is exact.
 
-A folder is complete or absent: it is written beside its place and renamed.  ``source.json``,
-written last, names where the file came from, its quantisation and every file of the folder with
-size and sha256.
+A folder is complete or absent: it is written in a scratch folder and renamed.  ``source.json``,
+written last, names the origin of the file, its quantisation and every file of the folder with size
+and sha256.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from dart_llm.hub import no_stray_bars, plain
 from dart_llm.models.devices import memory_failure
 from dart_llm.models.gguf_facts import ARCHITECTURES, Settings, check_facts, complete, left_out
 from dart_llm.models.gguf_file import GgufFile, quick_gguf
-from dart_llm.models.skeleton import check_fit, empty_model
+from dart_llm.models.packed_loading import check_fit, empty_model
 
 Progress = Callable[[str], None]
 FILE_NAMES = {"mistral": "llama"}
@@ -43,9 +42,9 @@ PACKED_SPACE = 50_000_000
 
 
 def converted_folder(cache: Path, sha256: str, *, packed: bool = False) -> Path:
-    """Where the dense copy of the GGUF with this checksum lies, or will lie.
+    """The folder of the dense copy of the GGUF with this checksum.
 
-    ``packed``: what is needed beside the file whose blocks are kept: configuration and tokenizer.
+    ``packed``: the folder of configuration and tokenizer of a file that is read in blocks.
     """
     return cache / (f"gguf-{sha256}-packed" if packed else f"gguf-{sha256}")
 
@@ -61,7 +60,7 @@ def read_source(folder: Path) -> dict[str, Any] | None:
         return None
     files = record["files"]
     each = files.values() if isinstance(files, dict) else [None]
-    whole = all(isinstance(one, dict) and {"size", "sha256"} <= one.keys() for one in each)
+    whole = all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in each)
     return record if whole else None
 
 
@@ -70,7 +69,7 @@ def is_intact(
 ) -> bool:
     """Whether ``folder`` is complete: sizes always, checksums of all files if ``full``.
 
-    ``settings``: those that its configuration must have beside what transformers reads.
+    ``settings``: those that its configuration must have in addition to what transformers reads.
     """
     record = read_source(folder)
     if record is None or record["format"] != FORMAT or record["sha256"] != sha256:
@@ -91,8 +90,8 @@ def check_architecture(file: GgufFile) -> None:
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     # transformers writes qwen2_moe for qwen2moe
-    known = {re.sub("[_-]", "", name) for name in GGUF_SUPPORTED_ARCHITECTURES}
-    if re.sub("[_-]", "", file.architecture) not in known:
+    supported = {re.sub("[_-]", "", name) for name in GGUF_SUPPORTED_ARCHITECTURES}
+    if re.sub("[_-]", "", file.architecture) not in supported:
         raise LoadError(
             f"{file.path.name} is of architecture {file.architecture}, whose GGUF files "
             "transformers does not read; give the model itself, a folder or hub id"
@@ -107,10 +106,10 @@ def convert(
     *,
     packed: bool = False,
 ) -> Path:
-    """Write the dense copy of ``file``, or what its blocks need (``packed``), return its folder.
+    """Write the folder of ``file``, with a dense copy unless ``packed``, and return it.
 
-    ``origin`` is added to ``source.json``.  A file in a scratch folder of ``cache`` is kept with
-    what its blocks need.  Another process may do the same at the same time: the first one wins,
+    ``origin`` is added to ``source.json``.  With ``packed`` a file in a scratch folder of ``cache``
+    moves into the folder.  Another process may do the same at the same time: the first one wins,
     and both return a complete folder.  Raises ``LoadError`` when the file cannot be read, or when
     disk or cache folder do not allow it.
     """
@@ -143,7 +142,7 @@ def convert(
         }
         (fresh / SOURCE).write_text(json.dumps(record, indent=2) + "\n")
         folder = converted_folder(cache, sha256, packed=packed)
-        publish(fresh, folder, lambda found: is_intact(found, sha256, full=True, settings=settings))
+        publish(fresh, folder, lambda path: is_intact(path, sha256, full=True, settings=settings))
     return folder
 
 
@@ -151,11 +150,11 @@ def gguf_arguments(file: GgufFile) -> dict[str, Any]:
     """Keyword arguments that make ``from_pretrained`` read ``file`` as a dense model."""
     from transformers import GgufConfig
 
-    known = {"config": _config(file)} if left_out(file) else {}
+    config = {"config": _config(file)} if left_out(file) else {}
     return {
         "gguf_file": file.path.name,
         "quantization_config": GgufConfig(dequantize=True),
-        **known,
+        **config,
     }
 
 
@@ -180,7 +179,7 @@ def scratch_folder(cache: Path) -> Iterator[Path]:
 
 
 def _write_dense(file: GgufFile, folder: Path) -> dict[str, str]:
-    """No names: the folder has transformers' own."""
+    """No names: the folder uses transformers' names."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -192,7 +191,9 @@ def _write_dense(file: GgufFile, folder: Path) -> dict[str, str]:
     )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
-        raise LoadError(f"{gguf.name} lacks {len(missing)} of the model's weights: {missing[0]}")
+        raise LoadError(
+            f"{gguf.name} is missing {len(missing)} of the model's weights: {missing[0]}"
+        )
     model.save_pretrained(folder)
     _write_rest(gguf, model.config, folder)
     return {}
@@ -224,15 +225,15 @@ def _checked(file: GgufFile) -> tuple[Any, dict[str, str]]:
     names = dict(get_gguf_hf_weights_map(model, make(), FILE_NAMES.get(config.model_type)))
     if stray := [name for name in file.tensors if name.endswith(".bias") and name not in names]:
         raise LoadError(
-            f"{file.path.name} holds {stray[0]}, for which transformers' {type(model).__name__} "
-            "has no place: it would be another model without it"
+            f"{file.path.name} has {stray[0]}, but transformers' {type(model).__name__} has no "
+            "such bias: without it, it would be another model"
         )
     check_fit(file.path.name, model, file.of(names))
     return model, names
 
 
 def _write_rest(gguf: Path, config: Any, folder: Path) -> None:
-    """The tokenizer, and a configuration that says bfloat16."""
+    """The tokenizer, and a configuration that states bfloat16."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
@@ -240,10 +241,10 @@ def _write_rest(gguf: Path, config: Any, folder: Path) -> None:
     if longest is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
     tokenizer.save_pretrained(folder)
-    known = json.loads((folder / "config.json").read_text())
-    known.pop("_model_name_or_path", None)
-    known["dtype"] = "bfloat16"
-    (folder / "config.json").write_text(json.dumps(known, indent=2) + "\n")
+    values = json.loads((folder / "config.json").read_text())
+    values.pop("_model_name_or_path", None)
+    values["dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _inventory(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""What GGUF files hold otherwise than transformers does, and state beside what transformers reads.
+"""How GGUF files differ from transformers' weights, and settings that transformers does not read.
 
-Without these settings a model would run and be another: with other angles, or without its window.
+Without these settings a model would run but compute something else: other angles, no window.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dart_llm.models.gguf_file import GgufFile
 
 @dataclass(frozen=True)
 class Stored:
-    """In what the weights of a file differ from transformers', apart from their names.
+    """How the weights of a file differ from transformers', apart from their names.
 
-    ``pairs``: rows of q and k lie by rotary pairs (llama.cpp's order), not by halves of a head;
-    ``plus_one``: norms hold the one that transformers adds by itself.
+    ``pairs``: rows of q and k are in the order of rotary pairs, as in llama.cpp, not of halves;
+    ``plus_one``: norms include the 1 that transformers adds itself.
     """
 
     pairs: bool = False
@@ -39,7 +39,7 @@ LONGEST = 4096
 """Heads, and values and frequencies of one, more than any model has."""
 
 Settings = dict[str, Any]
-"""Keys of a configuration and their values, as JSON holds them."""
+"""Keys of a configuration and their values, as in JSON."""
 
 SIZES = {
     "embedding_length": ("token_embd.weight", 1),
@@ -47,11 +47,14 @@ SIZES = {
     "feed_forward_length": ("blk.0.ffn_down.weight", 1),
     "context_length": ("position_embd.weight", 0),
 }
-"""Facts that a tensor bears out, and by which of its dimensions."""
+"""Facts that are the size of a tensor, and which of its dimensions."""
 
 SMALL = (
     "rope.dimension_count",
-    *(f"attention.{one}" for one in ("key_length", "value_length", "head_count", "head_count_kv")),
+    *(
+        f"attention.{name}"
+        for name in ("key_length", "value_length", "head_count", "head_count_kv")
+    ),
 )
 """Facts that are sizes or numbers of heads."""
 
@@ -60,29 +63,29 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""What all of Llama 3.1 to 3.3 share; a file holds factors of frequencies that were made of it."""
+"""Common to Llama 3.1 to 3.3; a file stores the factors of frequencies that follow from it."""
 
 
 def is_mistral(file: GgufFile) -> bool:
-    """Whether transformers takes a file for Mistral's: files of it are otherwise Llama's."""
+    """Whether transformers treats a file as Mistral's; its architecture is Llama's."""
     return file.architecture == "llama" and file.metadata.get("general.name") == "mistral"
 
 
 def check_facts(file: GgufFile) -> None:
-    """Raise ``LoadError`` for facts that are larger than what the file holds, or fewer layers.
+    """Raise ``LoadError`` for facts that are larger than the file's tensors, or for fewer layers.
 
-    A model of these would be made, only to see that no weight fits; one of fewer layers would run.
+    A model of these would be built only to find that no weight fits; fewer layers would run.
     """
     layers = [re.match(r"blk\.(\d+)\.", tensor) for tensor in file.tensors]
-    count = 1 + max((int(one[1]) for one in layers if one), default=-1)
+    count = 1 + max((int(match[1]) for match in layers if match), default=-1)
     most = {"block_count": (count, "its layers"), **dict.fromkeys(SMALL, (LONGEST, "any model"))}
     for fact, (tensor, dimension) in SIZES.items():
-        found = file.tensors.get(tensor)
-        if found is not None and len(found.shape) == 2:
-            most[fact] = (found.shape[dimension], tensor)
+        stored = file.tensors.get(tensor)
+        if stored is not None and len(stored.shape) == 2:
+            most[fact] = (stored.shape[dimension], tensor)
     if (stated := file.number("block_count")) and stated < count:
         raise LoadError(
-            f"{file.path.name} is damaged: it states block_count {stated} and holds {count} "
+            f"{file.path.name} is damaged: it states block_count {stated} but has {count} "
             "layers; fetch it again"
         )
     for fact, (size, what) in most.items():
@@ -94,36 +97,36 @@ def check_facts(file: GgufFile) -> None:
 
 
 def left_out(file: GgufFile) -> Settings:
-    """Mostly nothing; raises ``LoadError`` for factors that are none."""
-    found: Settings = {}
-    if file.architecture not in ARCHITECTURES:  # which may mean something else by these words
-        return found
+    """Settings that transformers leaves out, mostly none; raises ``LoadError`` for bad factors."""
+    settings: Settings = {}
+    if file.architecture not in ARCHITECTURES:  # whose facts may mean something else
+        return settings
     window = file.number("attention.sliding_window")
     if window and (is_mistral(file) or file.architecture == "phi3"):
-        found["sliding_window"] = window
+        settings["sliding_window"] = window
     if file.architecture == "gpt2":
-        found |= _gpt2(file)
-    if rope := {**_turned_part(file), **_scaling(file), **_factors(file)}:
-        found[ROPE] = rope
-    return found
+        settings |= _gpt2(file)
+    if rope := {**_rotated_part(file), **_scaling(file), **_factors(file)}:
+        settings[ROPE] = rope
+    return settings
 
 
-def complete(config: Any, found: Settings) -> Any:
-    """``config`` with what ``left_out`` found; itself, if that is nothing."""
-    if not found:
+def complete(config: Any, settings: Settings) -> Any:
+    """``config`` with the settings of ``left_out``; itself, if there are none."""
+    if not settings:
         return config
-    known = config.to_dict()
-    rope = found.get(ROPE, {})
-    before = known.get(ROPE) or {}
+    values = config.to_dict()
+    rope = settings.get(ROPE, {})
+    before = values.get(ROPE) or {}
     if "full_attention" in before:  # layers of sliding attention keep their own angles
         after = {**before, "full_attention": {**before["full_attention"], **rope}}
     else:
         after = {**before, **rope}
     original = rope.get("original_max_position_embeddings")
-    if original and "original_max_position_embeddings" in known:
-        known["original_max_position_embeddings"] = original
-    known |= {**found, **({ROPE: after} if rope else {})}
-    return type(config).from_dict(known)
+    if original and "original_max_position_embeddings" in values:
+        values["original_max_position_embeddings"] = original
+    values |= {**settings, **({ROPE: after} if rope else {})}
+    return type(config).from_dict(values)
 
 
 def _gpt2(file: GgufFile) -> Settings:
@@ -137,13 +140,13 @@ def _gpt2(file: GgufFile) -> Settings:
     }
 
 
-def _turned_part(file: GgufFile) -> Settings:
-    """How much of a head is turned by angles."""
-    turned, width = file.number("rope.dimension_count"), file.number("embedding_length")
+def _rotated_part(file: GgufFile) -> Settings:
+    """Which part of a head is rotated."""
+    rotated, width = file.number("rope.dimension_count"), file.number("embedding_length")
     heads = file.number("attention.head_count")
-    if file.architecture != "phi3" or not (turned and width and heads):
+    if file.architecture != "phi3" or not (rotated and width and heads):
         return {}
-    share = turned * heads / width
+    share = rotated * heads / width
     return {"partial_rotary_factor": share} if share < 1 else {}
 
 
@@ -152,23 +155,25 @@ def _scaling(file: GgufFile) -> Settings:
     kind, factor = file.fact("rope.scaling.type"), file.number("rope.scaling.factor")
     if kind not in ("linear", "yarn") or not factor:
         return {}
-    found: Settings = {"rope_type": kind, "factor": float(factor)}
+    settings: Settings = {"rope_type": kind, "factor": float(factor)}
     if kind == "yarn" and (original := file.number("rope.scaling.original_context_length")):
-        found["original_max_position_embeddings"] = original
-    return found
+        settings["original_max_position_embeddings"] = original
+    return settings
 
 
 def _factors(file: GgufFile) -> Settings:
-    """Of each frequency: Llama 3's, or any others, for short and for long texts."""
-    own, long, short = (_numbers(file, name) for name in ("freqs", "factors_long", "factors_short"))
-    if own:
-        factor = max(own)
-        if factor == min(own) == 1:
+    """Factors of frequencies: Llama 3's, or any others, for short and for long sequences."""
+    factors, long, short = (
+        _numbers(file, name) for name in ("freqs", "factors_long", "factors_short")
+    )
+    if factors:
+        factor = max(factors)
+        if factor == min(factors) == 1:
             return {}
-        wanted = _llama_3(len(own), factor, float(file.number("rope.freq_base") or 10000.0))
-        if all(math.isclose(*pair, rel_tol=1e-3) for pair in zip(own, wanted, strict=True)):
+        wanted = _llama_3(len(factors), factor, float(file.number("rope.freq_base") or 10000.0))
+        if all(math.isclose(*pair, rel_tol=1e-3) for pair in zip(factors, wanted, strict=True)):
             return {"rope_type": "llama3", "factor": factor, **LLAMA_3}
-        return _longrope(own, own, file.number("context_length"), 1.0)
+        return _longrope(factors, factors, file.number("context_length"), 1.0)
     if not (long and short):
         return {}
     original = file.number("rope.scaling.original_context_length") or file.number("context_length")
@@ -176,29 +181,29 @@ def _factors(file: GgufFile) -> Settings:
 
 
 def _numbers(file: GgufFile, name: str) -> list[float]:
-    """Factors of frequencies; raises ``LoadError`` for what can be none."""
+    """Factors of frequencies; raises ``LoadError`` unless they are numbers above 0."""
     tensor = file.tensors.get(f"rope_{name}.weight")
     if tensor is None:
         return []
     fits = tensor.is_known and math.prod(tensor.shape) <= LONGEST
-    found = [float(one) for one in tensor.values().flatten()] if fits else []
-    if not found or not all(0 < one < math.inf for one in found):
+    numbers = [float(number) for number in tensor.values().flatten()] if fits else []
+    if not numbers or not all(0 < number < math.inf for number in numbers):
         raise LoadError(
-            f"{tensor.path.name}: tensor {tensor.name} holds no factors of frequencies, which are "
+            f"{tensor.path.name}: tensor {tensor.name} must have factors of frequencies, "
             "numbers above 0"
         )
-    return found
+    return numbers
 
 
 def _longrope(short: list[float], long: list[float], original: Any, attention: Any) -> Settings:
-    found: Settings = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
-    found["original_max_position_embeddings"] = original
-    return {**found, **({"attention_factor": float(attention)} if attention else {})}
+    settings: Settings = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+    settings["original_max_position_embeddings"] = original
+    return {**settings, **({"attention_factor": float(attention)} if attention else {})}
 
 
 def _llama_3(count: int, factor: float, base: float) -> list[float]:
     """The factors of Llama 3's frequencies, as llama.cpp's converter makes them."""
     low, high = LLAMA_3["low_freq_factor"], LLAMA_3["high_freq_factor"]
     turns = [8192 / (2 * math.pi * base ** (i / count)) for i in range(count)]
-    smooth = [min(1.0, max(0.0, (one - low) / (high - low))) for one in turns]
-    return [1 / ((1 - one) / factor + one) for one in smooth]
+    smooth = [min(1.0, max(0.0, (period - low) / (high - low))) for period in turns]
+    return [1 / ((1 - period) / factor + period) for period in smooth]

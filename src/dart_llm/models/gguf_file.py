@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself: its metadata, and the table of its tensors."""
+"""GGUF files: their metadata, and the table of their tensors."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ SCALARS = {
 """Types of metadata that take a fixed number of bytes, as ``struct`` names them."""
 
 STRING, ARRAY = 8, 9
+
+BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
+"""Low-bit block types that the native kernels read."""
+
+ROUNDED = ("q8_0", "q4_0", "q4_1")
+"""Block types that weights of another dtype can be rounded to."""
 
 PLAIN = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 """Types of tensors that are torch's own."""
@@ -73,7 +79,7 @@ class StoredTensor:
         return torch.from_numpy(data)
 
     def values(self) -> Tensor:
-        """Dequantised, in the file's own dtype where that is a plain one."""
+        """Dequantised; in the file's dtype where that is one of ``PLAIN``."""
         import torch
 
         if self.kind in PLAIN:
@@ -87,7 +93,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """``metadata``: single values alone, None for lists; ``tensors``: by their names."""
+    """``metadata``: only single values, None for lists; ``tensors``: by their names."""
 
     path: Path
     metadata: dict[str, Any]
@@ -100,20 +106,20 @@ class GgufFile:
     @property
     def types(self) -> dict[str, int]:
         """Number of weights of each storage type: ``{"Q4_1": 106168320, "F32": 35136}``."""
-        found = Counter[str]()
-        for one in self.tensors.values():
-            found[one.kind.upper()] += math.prod(one.shape)
-        return dict(found)
+        counts = Counter[str]()
+        for tensor in self.tensors.values():
+            counts[tensor.kind.upper()] += math.prod(tensor.shape)
+        return dict(counts)
 
     @property
     def file_type(self) -> str:
-        """What the file calls itself, such as ``Q4_K_M``; empty where it does not say."""
+        """The file's stated type, such as ``Q4_K_M``; empty where there is none."""
         number = self.metadata.get("general.file_type")
         return file_type_name(number) if isinstance(number, int) else ""
 
     @property
     def quantisation(self) -> str:
-        """The file's quantisation in words: ``Q4_1``, or ``Q4_K, Q6_K mix``."""
+        """The file's quantisation for people: ``Q4_1``, or ``Q4_K, Q6_K mix``."""
         return quantisation_name(self.types, self.file_type)
 
     @property
@@ -123,22 +129,22 @@ class GgufFile:
 
     def of(self, names: Mapping[str, str]) -> dict[str, StoredTensor]:
         """Tensors by a model's names; ``names``: of the file's -> of the model's."""
-        return {names[name]: one for name, one in self.tensors.items() if name in names}
+        return {names[name]: tensor for name, tensor in self.tensors.items() if name in names}
 
     def fact(self, name: str) -> Any:
-        """What the file says of its architecture under ``name``, None if nothing."""
+        """The architecture's metadata under ``name``, None if there is none."""
         return self.metadata.get(f"{self.architecture}.{name}")
 
     def number(self, name: str) -> Any:
         """The same, where it is a number above 0."""
-        found = self.fact(name)
-        return found if isinstance(found, int | float) and 0 < found < math.inf else None
+        value = self.fact(name)
+        return value if isinstance(value, int | float) and 0 < value < math.inf else None
 
 
 class _Header:
     """Reads a GGUF file's metadata and its table of tensors, in the file's order.
 
-    gguf's own reader takes seconds for the words of a large vocabulary, which are passed over here.
+    gguf's reader takes seconds for the tokens of a large vocabulary, which are skipped here.
     """
 
     def __init__(self, data: Any) -> None:
@@ -178,8 +184,8 @@ class _Header:
         sizes = [self.take("Q") for _ in range(self.take("I"))]
         if not sizes or 0 in sizes:
             raise ValueError(f"tensor {name} without weights")
-        kind, place = self.take("IQ")
-        return name, tuple(reversed(sizes)), kind, place
+        kind, offset = self.take("IQ")
+        return name, tuple(reversed(sizes)), kind, offset
 
 
 LONG = 256
@@ -191,7 +197,7 @@ def quick_gguf() -> Iterator[None]:
     """Inside the block transformers reads a configuration from a GGUF file in about a second.
 
     gguf's reader makes two arrays of every token, 17 s for a vocabulary of 262,144, of which a
-    configuration needs the length; here it keeps of long lists their length alone (transformers
+    configuration needs the length; here it keeps only the length of long lists (transformers
     reads the tokens of a tokenizer by itself).  And the table of tensor names is made once, not
     for every module.
     """
@@ -221,7 +227,7 @@ def quick_gguf() -> Iterator[None]:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """What a file says of itself, none of its tensors read yet.
+    """Metadata and table of tensors of a file; no tensor is read yet.
 
     Raises ``LoadError``, before anything is allocated, for a file that is cut off, a type that
     is not known, rows that do not divide into blocks, and tensors that overlap; it names them.
@@ -250,18 +256,18 @@ def read_gguf(path: Path) -> GgufFile:
         ) from error
     start = (header.at + align - 1) // align * align
     stored = [_stored(path, start, len(data), *entry) for entry in entries]
-    by_place = sorted(stored, key=lambda one: one.begin)
-    for one, after in pairwise(by_place):
-        if after.begin < one.begin + one.size:
+    by_place = sorted(stored, key=lambda tensor: tensor.begin)
+    for tensor, after in pairwise(by_place):
+        if after.begin < tensor.begin + tensor.size:
             raise LoadError(
-                f"{path.name} is damaged: tensors {one.name} and {after.name} overlap; fetch it "
+                f"{path.name} is damaged: tensors {tensor.name} and {after.name} overlap; fetch it "
                 "again"
             )
-    return GgufFile(path, metadata, {one.name: one for one in stored})
+    return GgufFile(path, metadata, {tensor.name: tensor for tensor in stored})
 
 
 def _stored(
-    path: Path, start: int, end: int, name: str, shape: tuple[int, ...], number: int, place: int
+    path: Path, start: int, end: int, name: str, shape: tuple[int, ...], number: int, offset: int
 ) -> StoredTensor:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -276,13 +282,13 @@ def _stored(
             f"{weights} of a block of {kind.name}"
         )
     wanted = math.prod(shape) // weights * size
-    there = max(0, min(wanted, end - start - place))
+    there = max(0, min(wanted, end - start - offset))
     if there != wanted:
         raise LoadError(
             f"{path.name} is cut off: tensor {name} takes {wanted} bytes, and the file holds "
             f"{there} of them; fetch it again and compare its size"
         )
-    return StoredTensor(path, name, kind.name.lower(), shape, start + place, wanted)
+    return StoredTensor(path, name, kind.name.lower(), shape, start + offset, wanted)
 
 
 def file_type_name(number: int) -> str:

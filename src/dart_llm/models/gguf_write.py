@@ -1,8 +1,8 @@
-"""GGUF files of narrower FFNs, made of another file: what is not of the FFN keeps its bytes.
+"""GGUF files with narrower FFNs, written from another file: all other tensors keep their bytes.
 
 llama.cpp loads them as they are.  Rows of gate and up are whole rows of blocks and are copied.  The
 columns of down lie within blocks; the order of neurons is free, so that most of them stay in theirs
-(``gguf_levels``).
+(``moved_columns``).
 """
 
 from __future__ import annotations
@@ -22,10 +22,70 @@ from dart_llm.errors import ConfigError
 from dart_llm.files import replacing
 from dart_llm.models.gguf_facts import ARCHITECTURES
 from dart_llm.models.gguf_file import PLAIN, GgufFile, StoredTensor
-from dart_llm.models.gguf_levels import BLOCK, LEVELS, homes, moved_columns
+
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Levels:
+    """How a type stores 32 values ``scale * (level - zero) + least``; least is 0 where not stored.
+
+    ``bits`` of a level; of 5, the fifth ones lie before the others.
+    """
+
+    bits: int
+    zero: int
+    has_least: bool
+
+    @property
+    def head(self) -> int:
+        """Bytes before the levels."""
+        return 4 if self.has_least else 2
+
+    def read(self, data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale and least [..., 1] and levels [..., 32], float32, of blocks [..., bytes]."""
+        ends = data[..., : self.head].contiguous().view(torch.float16).float()
+        scale, least = ends[..., :1], ends[..., 1:] if self.has_least else 0 * ends[..., :1]
+        body = data[..., self.head :]
+        if self.bits == 8:
+            return scale, least, body.contiguous().view(torch.int8).float()
+        low = body[..., -BLOCK // 2 :]
+        levels = torch.cat([low & 15, low >> 4], -1)
+        if self.bits == 5:
+            places = torch.arange(8, dtype=torch.uint8)
+            fifth = (body[..., :4, None] >> places) & 1
+            levels = levels | (fifth.flatten(-2) << 4)
+        return scale, least, levels.float()
+
+    def written(self, data: Tensor, levels: Tensor) -> Tensor:
+        """Blocks with the ends of ``data`` and other levels."""
+        head = data[..., : self.head]
+        if self.bits == 8:
+            return torch.cat([head, levels.to(torch.int8).view(torch.uint8)], -1)
+        whole = levels.to(torch.uint8)
+        low = (whole[..., : BLOCK // 2] & 15) | ((whole[..., BLOCK // 2 :] & 15) << 4)
+        if self.bits == 4:
+            return torch.cat([head, low], -1)
+        places = torch.arange(8, dtype=torch.uint8)
+        fifth = ((whole >> 4).reshape(*whole.shape[:-1], 4, 8) << places).sum(-1, dtype=torch.uint8)
+        return torch.cat([head, fifth, low], -1)
+
+    @property
+    def most(self) -> tuple[int, int]:
+        """The least and the largest level."""
+        return (-128, 127) if self.bits == 8 else (0, 2**self.bits - 1)
+
+
+LEVELS = {
+    "q8_0": Levels(8, 0, False),
+    "q4_0": Levels(4, 8, False),
+    "q4_1": Levels(4, 0, True),
+    "q5_0": Levels(5, 16, False),
+    "q5_1": Levels(5, 0, True),
+}
 
 UNEQUAL = {"llama": "deci"}
-"""The architecture that is the same computation with a width of its own in every layer."""
+"""The architecture that computes the same with a different width in every layer."""
 
 BIASED = ("llama", "gpt2")
 """Architectures of which llama.cpp reads a bias of the down projection."""
@@ -42,15 +102,15 @@ FFN = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(.*)")
 DOWN, BIAS = "blk.{}.ffn_down.weight", "blk.{}.ffn_down.bias"
 
 ABOUT = "dart_llm.export"
-"""Metadata that says what was removed; llama.cpp passes it over."""
+"""Metadata that states what was removed; llama.cpp ignores it."""
 
 
 @dataclass(frozen=True)
 class NarrowLayer:
-    """What is left of one layer's FFN.
+    """One layer's FFN after pruning.
 
-    ``ids``: [k] int64 on the host, the neurons that are kept; ``width``: how many are written, the
-    others without effect; ``bias``: [D] float32 for the output, or None.
+    ``ids``: [k] int64 on the host, the kept neurons; ``width``: how many are written, those beyond
+    k without effect; ``bias``: [D] float32 for the output, or None.
     """
 
     ids: Tensor
@@ -79,14 +139,14 @@ def layer_widths(file: GgufFile) -> list[int]:
     for tensor in file.tensors:
         if (part := FFN.fullmatch(tensor)) and part[3] not in (".weight", ".bias"):
             raise ConfigError(
-                f"{name} holds {tensor}: plain feed-forward layers are exported, and no mixture "
+                f"{name} has {tensor}: only plain feed-forward layers are exported, not a mixture "
                 "of experts"
             )
     layers = int(file.number("block_count") or 0)
     downs = [file.tensors.get(DOWN.format(layer)) for layer in range(layers)]
     widths = [down.shape[1] for down in downs if down is not None]
     if not widths or len(widths) < layers:
-        raise ConfigError(f"{name} lacks the down projection of some layer: nothing is exported")
+        raise ConfigError(f"{name} is missing the down projection of a layer: nothing is exported")
     return widths
 
 
@@ -114,22 +174,23 @@ def block_of(file: GgufFile) -> int:
 
 
 def written_architecture(file: GgufFile, layers: Sequence[NarrowLayer | None]) -> str:
-    """The architecture that holds these layers; raises ``ConfigError`` where llama.cpp has none."""
-    name, own = file.path.name, file.architecture
-    if own not in BIASED and any(one is not None and one.bias is not None for one in layers):
+    """The architecture for these layers; raises ``ConfigError`` where llama.cpp has none."""
+    name, architecture = file.path.name, file.architecture
+    biased = any(layer is not None and layer.bias is not None for layer in layers)
+    if biased and architecture not in BIASED:
         raise ConfigError(
-            f"{name} is of architecture {own}, of which llama.cpp reads no bias that could carry "
-            "the compensation; use compensation=False (--no-compensation) to export"
+            f"{name} is of architecture {architecture}, where llama.cpp reads no bias that could "
+            "carry the compensation; use compensation=False (--no-compensation) to export"
         )
     widths = _widths(file, layers)
     if len(set(widths)) == 1:
-        return own
-    if own not in UNEQUAL:
+        return architecture
+    if architecture not in UNEQUAL:
         raise ConfigError(
             f"the layers keep {min(widths)} to {max(widths)} neurons, and llama.cpp knows no "
-            f'architecture like {own} with a width for every layer; use budget "uniform"'
+            f'architecture like {architecture} with a width for every layer; use budget "uniform"'
         )
-    return UNEQUAL[own]
+    return UNEQUAL[architecture]
 
 
 def write_narrow(
@@ -137,7 +198,7 @@ def write_narrow(
 ) -> None:
     """Write ``file`` with narrower FFNs to ``path``, whole or not at all.
 
-    ``layers``: one each, None: as it is.  ``about``: what is said of it under ``ABOUT``.  Raises
+    ``layers``: one each, None: unchanged.  ``about``: the metadata under ``ABOUT``.  Raises
     what ``written_architecture`` raises, and ``ResultsError`` where ``path`` cannot be written.
     """
     architecture = written_architecture(file, layers)
@@ -215,8 +276,8 @@ def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
             data = tensor.bytes().reshape(len(values), tensor.shape[1] // BLOCK, -1)
             return moved_columns(data, values, kind, slots, stay)
         kept = values[:, slots.clamp_min(0)] * (slots >= 0)
-        found = quantize(kept.contiguous().numpy(), GGMLQuantizationType[kind.upper()])
-        return torch.from_numpy(found).view(torch.uint8)
+        blocks = quantize(kept.contiguous().numpy(), GGMLQuantizationType[kind.upper()])
+        return torch.from_numpy(blocks).view(torch.uint8)
 
     return _Entry(tensor.name, kind, (tensor.shape[0], layer.width), make)
 
@@ -237,17 +298,17 @@ def _write(
     writer.add_string(ABOUT, about)
     equal = len(set(widths)) == 1
     writer.add_feed_forward_length(widths[0] if equal else list(widths))
-    for one in entries:
-        kind = GGMLQuantizationType[one.kind.upper()]
+    for entry in entries:
+        kind = GGMLQuantizationType[entry.kind.upper()]
         weights, size = GGML_QUANT_SIZES[kind]
-        shape = (*one.shape[:-1], one.shape[-1] // weights * size)
+        shape = (*entry.shape[:-1], entry.shape[-1] // weights * size)
         count = torch.Size(shape).numel()
-        writer.add_tensor_info(one.name, shape, np.dtype(np.uint8), count, kind)
+        writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), count, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for one in entries:
-        writer.write_tensor_data(one.make().numpy())
+    for entry in entries:
+        writer.write_tensor_data(entry.make().numpy())
     writer.close()
 
 
@@ -255,14 +316,64 @@ def _copy_metadata(file: GgufFile, writer: Any, architecture: str) -> None:
     """All but the widths, under the names of ``architecture``."""
     from gguf import GGUFReader, GGUFValueType
 
-    own = f"{file.architecture}."
-    left = {"general.architecture", "general.alignment", f"{own}feed_forward_length", ABOUT}
+    prefix = f"{file.architecture}."
+    left = {"general.architecture", "general.alignment", f"{prefix}feed_forward_length", ABOUT}
     for name, field in GGUFReader(file.path).fields.items():
         value = field.contents()
         if name in left or name.startswith("GGUF.") or value == []:  # which it does not write
             continue
-        if name.startswith(own):
-            name = f"{architecture}.{name.removeprefix(own)}"
+        if name.startswith(prefix):
+            name = f"{architecture}.{name.removeprefix(prefix)}"
         kind, *_, inner = (*field.types, field.types[-1])
         sub = inner if kind is GGUFValueType.ARRAY else None
         writer.add_key_value(name, value, kind, sub)
+
+
+# Columns of a matrix in blocks, moved without rounding most of them.
+#
+# A block stores 32 neighbouring columns of a row as levels between two ends.  Fewer columns make
+# fewer blocks: those that keep most of their columns stay, levels and ends, and take in the columns
+# of the others; only these are rounded, to the ends of their new block.
+
+
+def homes(ids: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Where columns ``ids`` go in ``width`` of them: slots [width], -1: empty; and the blocks
+    [width / 32] that stay.  Columns of these keep their places in them.
+    """
+    occupied = torch.bincount(ids // BLOCK, minlength=width // BLOCK)
+    stay = occupied.argsort(descending=True, stable=True)[: width // BLOCK].sort().values
+    slots = torch.full((len(stay), BLOCK), -1)
+    at_home = torch.isin(ids // BLOCK, stay)
+    block = torch.searchsorted(stay, ids[at_home] // BLOCK)
+    slots[block, ids[at_home] % BLOCK] = ids[at_home]
+    slots = slots.flatten()
+    guests = ids[~at_home]
+    slots[(slots < 0).nonzero().flatten()[: len(guests)]] = guests
+    return slots, stay
+
+
+def moved_columns(data: Tensor, values: Tensor, kind: str, slots: Tensor, stay: Tensor) -> Tensor:
+    """Blocks [D, bytes] of the columns ``slots``; data [D, I / 32, bytes], values [D, I] float32.
+
+    A block of which rounding all anew comes nearer is rounded so.
+    """
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    how, rows = LEVELS[kind], len(values)
+    there = slots.reshape(-1, BLOCK) >= 0
+    wanted = values[:, slots.clamp_min(0)].reshape(rows, -1, BLOCK) * there
+    host = data[:, stay]
+    scale, least, levels = how.read(host)
+    home = (slots.reshape(-1, BLOCK) // BLOCK == stay[:, None]) | ~there
+    near = ((wanted - least) / torch.where(scale == 0, 1, scale)).round() + how.zero
+    kept = how.written(host, torch.where(home, levels, near.clamp(*how.most)))
+    anew = quantize(wanted.flatten(1).contiguous().numpy(), GGMLQuantizationType[kind.upper()])
+    fresh = torch.from_numpy(anew).reshape(kept.shape)
+    apart = [((_values(how, blocks) - wanted) * there).square().sum(-1) for blocks in (kept, fresh)]
+    return torch.where((apart[0] <= apart[1])[..., None], kept, fresh).flatten(1)
+
+
+def _values(how: Levels, data: Tensor) -> Tensor:
+    scale, least, levels = how.read(data)
+    return scale * (levels - how.zero) + least

@@ -61,7 +61,7 @@ class Buffers:
         return self.end + self.steps.done >= self.keys.shape[2]
 
     def views(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, K, n, S] that the layer holds now."""
+        """The layer's current keys and values [B, K, n, S]."""
         done = self.steps.done  # read once: another thread may be between two steps
         count = self._kept(done)
         begin = self.end + done - count
@@ -77,7 +77,7 @@ class Buffers:
         return Buffers(keys, values, end, count, self.length + done, self.most, self.seen, steps)
 
     def nbytes(self) -> int:
-        """Bytes beside what the layer holds."""
+        """Bytes of the spare positions."""
         capacity = self.keys.shape[2]
         spare = capacity - self._kept(self.steps.done)
         return (self.keys.nbytes + self.values.nbytes) // capacity * spare
@@ -87,8 +87,8 @@ class _Growing:
     """A cache layer whose key and value views are created lazily.
 
     A view costs more than a microsecond, and there are two per layer and token.  So between steps
-    the layer has ``buffers`` alone; once it is given other tensors (a crop, a reordering, an
-    update), it holds these as its base class does.
+    the layer has only ``buffers``; once other tensors are assigned (a crop, a reordering, an
+    update), it keeps these as its base class does.
     """
 
     buffers: Buffers | None = None
@@ -103,10 +103,10 @@ class _Growing:
         return {"keys": keys, "values": values, **length}
 
     def __getattr__(self, name: str) -> Any:
-        found = self._current() if name in LAZY else {}
-        if name not in found:
+        current = self._current() if name in LAZY else {}
+        if name not in current:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return found[name]
+        return current[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in LAZY and self.buffers is not None:
@@ -130,7 +130,7 @@ class _Growing:
 
 
 LAZY = ("keys", "values", "cumulative_length")
-"""Attributes that a growing layer lacks while it has buffers; the last of sliding layers alone."""
+"""Attributes that a growing layer omits while it has buffers; the last only in sliding layers."""
 
 
 class GrowingLayer(_Growing, DynamicLayer):  # type: ignore[no-untyped-call]
@@ -148,7 +148,7 @@ def _layer(kind: type, attributes: dict[str, Any]) -> Any:
 
 
 def _grow_from(layer: Any, buffers: Buffers) -> Any:
-    """``layer``, or one like it, that holds ``buffers``."""
+    """``layer``, or a growing copy of it, with these ``buffers``."""
     if isinstance(layer, _Growing):
         layer.__dict__["buffers"] = buffers
         for name in LAZY:
@@ -270,7 +270,7 @@ class PreallocatedKVCache:
         self.steps.done += 1
 
     def nbytes(self) -> int:
-        """Bytes beside what the cache itself shows."""
+        """Bytes in addition to the cache's own views."""
         return sum(room.nbytes() for room in self.rooms)
 
 
@@ -304,7 +304,7 @@ how many a step reads beside its own, -1 for all."""
 
 
 def static_places(cache: Any, windows: Sequence[int | None]) -> Places:
-    """Where the next step reads and writes what a static cache holds."""
+    """Where the next step reads and writes a static cache."""
     layers = cache.layers
     counts = [int(layer.get_seq_length()) for layer in layers]
     seen = [-1 if window is None else window - 1 for window in windows]

@@ -27,7 +27,6 @@ from dart_llm.hub import (
     not_reached,
     plain,
 )
-from dart_llm.models.block_types import ROUNDED
 from dart_llm.models.bundled import (
     MEMBER,
     MODEL_HUB_ID,
@@ -36,7 +35,15 @@ from dart_llm.models.bundled import (
     MODEL_VERSION,
     default_folder,
 )
-from dart_llm.models.checkpoint import Checkpoint, remember, remember_tokenizer
+from dart_llm.models.checkpoint import (
+    Checkpoint,
+    Size,
+    check_room,
+    remember,
+    remember_tokenizer,
+    stored_size,
+    weights_size,
+)
 from dart_llm.models.devices import memory_failure, placement
 from dart_llm.models.gguf import (
     Progress,
@@ -48,8 +55,7 @@ from dart_llm.models.gguf import (
     read_source,
 )
 from dart_llm.models.gguf_facts import ARCHITECTURES, left_out
-from dart_llm.models.gguf_file import quick_gguf, read_gguf
-from dart_llm.models.room import Size, check_room, stored_size, weights_size
+from dart_llm.models.gguf_file import ROUNDED, quick_gguf, read_gguf
 from dart_llm.reporting.heartbeat import logged
 
 if TYPE_CHECKING:
@@ -84,19 +90,19 @@ def is_default(model: str) -> bool:
 
 
 def _in_folder(folder: Path, name: str, source: str) -> Checkpoint:
-    """The checkpoint in a folder, with what the record of a conversion says of it."""
+    """The checkpoint in a folder, with the record of its conversion if there is one."""
     record = read_source(folder) or {}
-    kept, sha256 = record.get("quantisation"), record.get("sha256")
-    return Checkpoint(name, source, str(folder), folder, kept, sha256)
+    quantisation, sha256 = record.get("quantisation"), record.get("sha256")
+    return Checkpoint(name, source, str(folder), folder, quantisation, sha256)
 
 
 WEIGHTS = ("auto", "file", "dense", *ROUNDED)
-"""How weights are held: as ``load`` says."""
+"""Formats of weights, which ``load`` explains."""
 
 SUFFIX = ".gguf"
 
 TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
-"""What transformers calls its warning of a text that is longer than the context."""
+"""Transformers' name of its warning about a sequence that is longer than the context."""
 
 
 def resolve(
@@ -110,20 +116,20 @@ def resolve(
 ) -> Checkpoint:
     """The checkpoint that ``model`` names.
 
-    What belongs to a ``.gguf`` file is made here; ``packed``: its blocks are kept.  The default
-    comes from the cache or through pip.  Raises ``LoadError`` for a path that holds no checkpoint
-    and a default that cannot be had, ``UnknownName`` for a name that is neither path nor hub id,
-    ``ConfigError`` for a revision of something that has none.
+    Configuration and tokenizer of a ``.gguf`` file are written here; ``packed``: its blocks are
+    kept.  The default comes from the cache or through pip.  Raises ``LoadError`` for a path without
+    a checkpoint and a default that cannot be fetched, ``UnknownName`` for a name that is neither
+    path nor hub id, ``ConfigError`` for a revision of something that has none.
     """
     cache = cache_folder(cache_dir)
     if is_default(model):
         if revision:
             raise ConfigError(f"revision {revision!r} {ONLY_HUB}; {DEFAULT} is pinned")
         folder = default_folder(cache, verify=verify, progress=say)
-        held, file = "as in the file" if packed else "dequantised", Path(MEMBER).name
-        source = f"{file} of the pip package {MODEL_PACKAGE} {MODEL_VERSION}, {held}"
-        found = replace(_in_folder(folder, MODEL_NAME, source), file=folder / file)
-        return replace(found, blocks=found.file) if packed else found
+        file, blocks = Path(MEMBER).name, "as in the file" if packed else "dequantised"
+        source = f"{file} of the pip package {MODEL_PACKAGE} {MODEL_VERSION}, {blocks}"
+        checkpoint = _in_folder(folder, MODEL_NAME, source)
+        return replace(checkpoint, file=folder / file, packed=packed)
     path = Path(model).expanduser()
     if path.exists() and revision:
         raise ConfigError(f"revision {revision!r} {ONLY_HUB}; {model} is a path")
@@ -162,39 +168,44 @@ def _folder(path: Path) -> Checkpoint:
     if not (path / "config.json").is_file():
         hint = "give the folder that save_pretrained wrote"
         for file in sorted(path.glob("*.gguf"))[:1]:
-            hint = f"it holds {file.name}: give {file}"
-        raise LoadError(f"{path} is no checkpoint, for it has no config.json; {hint}")
+            hint = f"it contains {file.name}: give {file}"
+        raise LoadError(f"{path} is not a checkpoint: it has no config.json; {hint}")
     path = path.resolve()
     return _in_folder(path, path.name, "folder")
 
 
 def _gguf(path: Path, cache: Path, *, verify: bool, packed: bool, say: Progress) -> Checkpoint:
-    """A GGUF file and what belongs to it, made if it is not there.
+    """A GGUF file with its cached folder, written if it is missing.
 
     Of an architecture that is not read in blocks a dense copy, or the file itself if it is large.
     """
     path = path.resolve()
     file = read_gguf(path)
-    sha256, known = file_sha256(path), file.architecture in ARCHITECTURES
-    folder = converted_folder(cache, sha256, packed=known)
-    source = "gguf file, as it is" if packed else "gguf file, dequantised"
-    checkpoint = Checkpoint(path.stem, source, str(folder), path, sha256=sha256)
-    checkpoint = replace(checkpoint, file=path if known else None, blocks=path if packed else None)
+    sha256, in_blocks = file_sha256(path), file.architecture in ARCHITECTURES
+    folder = converted_folder(cache, sha256, packed=in_blocks)
+    checkpoint = Checkpoint(
+        path.stem,
+        "gguf file, as it is" if packed else "gguf file, dequantised",
+        str(folder),
+        path,
+        file.quantisation,
+        sha256,
+        file=path if in_blocks or packed else None,
+        packed=packed,
+    )
     if is_intact(folder, sha256, full=verify, settings=left_out(file)):
-        kept = (read_source(folder) or {})["quantisation"]
-        return replace(checkpoint, quantisation=kept)
+        return checkpoint
     check_architecture(file)
-    checkpoint = replace(checkpoint, quantisation=file.quantisation)
-    if file.float32_bytes > CONVERT_UP_TO and not known:
+    if file.float32_bytes > CONVERT_UP_TO and not in_blocks:
         say(f"reading {path.name} without a converted copy, which would be large")
         return replace(checkpoint, reference=str(path.parent), arguments=gguf_arguments(file))
-    if known:
+    if in_blocks:
         say(f"reading the tokenizer of {path.name}, once (a few seconds)")
     else:
         check_room(path.name, Size(file.float32_bytes, "in float32 to be converted", {}))
         seconds = 5 + file.float32_bytes // CONVERTED_PER_SECOND
         say(f"converting {path.name} to safetensors, once (about {seconds} seconds)")
-    convert(file, sha256, cache, {"file": path.name}, packed=known)
+    convert(file, sha256, cache, {"file": path.name}, packed=in_blocks)
     return checkpoint
 
 
@@ -223,31 +234,36 @@ def load(
     """Load a causal language model, ready for inference, and its tokenizer.
 
     ``model``: a hub id (``owner/name``), a folder, a ``.gguf`` file, or ``smollm2-135m``.
-    ``dtype``: the checkpoint's unless given; bfloat16 for a GGUF.  Where none is given and the CPU
-    emulates products in the checkpoint's, many tokens at a time are computed in float32, and one in
-    its dtype.  ``weights``: ``file`` keeps the blocks of a GGUF file on a CPU, and every executor
-    reads them so; ``q8_0``, ``q4_0``, ``q4_1`` round a checkpoint to such blocks; ``dense`` holds
-    every weight in ``dtype``; ``auto``: ``file`` for a GGUF on a CPU where no dtype is given, else
+    ``dtype``: default: the checkpoint's; bfloat16 for a GGUF.  By default, and where the CPU
+    emulates products in that dtype, many tokens at a time are computed in float32, and one in its
+    dtype.  ``weights``: ``file`` keeps the blocks of a GGUF file on a CPU, and every executor
+    reads them; ``q8_0``, ``q4_0``, ``q4_1`` round a checkpoint to such blocks; ``dense`` stores
+    every weight in ``dtype``; ``auto``: ``file`` for a GGUF on a CPU without a ``dtype``, else
     ``dense``.  ``device``: ``cpu``, ``cuda:0``, ``0``, ``0,1``, ``mps``, or ``auto`` for GPU 0 if
-    there is one; not given, the model stays on the CPU or goes where ``device_map`` says.
+    there is one; by default the model stays on the CPU or goes where ``device_map`` puts it.
     ``cache_dir`` (else ``DART_CACHE``) moves fetched and converted models and the hub's cache.
     ``verify`` compares the checksums of cached conversions, not only their sizes.  ``progress``
-    is called with a line of text whenever there is news.  ``check`` is called with the tokenizer
-    and the configuration before weights are read, and may raise what is wrong with them.
+    is called with a line of text at every step.  ``check`` is called with the tokenizer and the
+    configuration before weights are read, and may raise an error.
 
-    Raises ``LoadError`` when the checkpoint cannot be had or does not fit, ``UnknownName`` and
-    ``ConfigError`` for arguments that mean nothing.
+    Raises ``LoadError`` when the checkpoint cannot be read or does not fit, ``UnknownName`` and
+    ``ConfigError`` for invalid arguments.
     """
     name = str(model)
     with nullcontext(progress) if progress else logged(logger, f"loading {name}") as say:
         arguments: dict[str, Any] = {"dtype": parse_dtype(dtype), **placement(device, device_map)}
         if attn_implementation:
             arguments["attn_implementation"] = attn_implementation
-        held = held_as(name, weights, chosen=dtype is not None, away="device_map" in arguments)
+        chosen, away = dtype is not None, "device_map" in arguments
         builder = _Builder(
-            arguments, trust_remote_code, hub_cache(cache_dir), say, bars_shown=progress is None
+            arguments,
+            trust_remote_code,
+            hub_cache(cache_dir),
+            say,
+            bars_shown=progress is None,
+            weights=weight_format(name, weights, chosen=chosen, away=away),
+            check=check,
         )
-        builder.weights, builder.check = held, check
         try:
             with bars(shown=progress is None):
                 checkpoint = resolve(
@@ -255,7 +271,7 @@ def load(
                     revision=revision,
                     cache_dir=cache_dir,
                     verify=verify,
-                    packed=held == "file",
+                    packed=builder.weights == "file",
                     say=say,
                 )
         except LoadError as error:
@@ -279,11 +295,11 @@ def parse_dtype(value: str | torch.dtype | None) -> torch.dtype | str:
     raise ConfigError(f"unknown dtype {word!r}; write float32, float16, bfloat16 or auto")
 
 
-def held_as(model: str, weights: str | None, *, chosen: bool, away: bool) -> str:
-    """How ``load`` holds weights: ``file``, ``dense``, or the blocks that they are rounded to.
+def weight_format(model: str, weights: str | None, *, chosen: bool, away: bool) -> str:
+    """The format in which ``load`` stores weights: ``file``, ``dense``, or a type of blocks.
 
-    ``chosen``: a dtype is given; ``away``: the model does not lie on the CPU.  Raises
-    ``ConfigError`` for what cannot be had, ``LoadError`` for a file that cannot be read.
+    ``chosen``: the caller gave a dtype; ``away``: the model is not on the CPU.  Raises
+    ``ConfigError`` for an unsupported format, ``LoadError`` for a file that cannot be read.
     """
     kind = str(weights or "auto").strip().lower()
     if kind not in WEIGHTS:
@@ -292,48 +308,48 @@ def held_as(model: str, weights: str | None, *, chosen: bool, away: bool) -> str
     is_file = is_default(model) or Path(model).expanduser().is_file()
     if kind == "dense" or (kind == "auto" and (chosen or away or not is_file)):
         return "dense"
-    reason = _no_blocks_reason(kind, model, is_file, away)
+    reason = _blocks_unsupported_reason(kind, model, is_file, away)
     if reason and kind != "auto":
-        raise ConfigError(f"weights {kind!r} cannot be had: {reason}")
+        raise ConfigError(f"weights {kind!r} cannot be used: {reason}")
     return "dense" if reason else "file" if kind == "auto" else kind
 
 
-def _no_blocks_reason(kind: str, model: str, is_file: bool, away: bool) -> str:
-    """Why weights cannot be held in blocks: "", or what is wrong and what to do."""
+def _blocks_unsupported_reason(kind: str, model: str, is_file: bool, away: bool) -> str | None:
+    """Why weights cannot be stored in blocks, and the way out; None if they can."""
     from dart_llm.native.build import why_not
 
     if away:
-        return "they lie on a CPU alone; give device cpu, or weights dense"
+        return "blocks need the CPU; give device cpu, or weights dense"
     if reason := why_not():
         return f"{reason}; give weights dense"
     if kind in ROUNDED or is_default(model):
-        return ""
+        return None
     if _looks_like_path(model) and not Path(model).expanduser().exists():
-        return ""  # which has a sentence of its own
+        return None  # ``resolve`` reports it
     if not is_file:
-        return f"{model} is no GGUF file; write {', '.join(ROUNDED)} to round its weights"
+        return f"{model} is not a GGUF file; write {', '.join(ROUNDED)} to round its weights"
     file = read_gguf(Path(model).expanduser())
     check_architecture(file)
     if file.architecture not in ARCHITECTURES:
         return (
-            f"files of architecture {file.architecture} are read dense alone; give weights dense, "
+            f"files of architecture {file.architecture} are only read dense; give weights dense, "
             f"or {', '.join(ROUNDED)} to round them again"
         )
-    return ""
+    return None
 
 
 Check = Callable[[Any, Any], None]
-"""Raises what is wrong with a tokenizer and a configuration."""
+"""Raises an error for an unsuitable tokenizer or configuration."""
 
 
-def _of_file(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The file that ``from_pretrained`` reads in place of a folder's, if one is given."""
+def _gguf_file(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The file that ``from_pretrained`` reads instead of a folder's, if there is one."""
     return {key: value for key, value in arguments.items() if key == "gguf_file"}
 
 
 @dataclass
 class _Builder:
-    """Everything about a load but the checkpoint."""
+    """Everything about a load but the checkpoint.  ``weights``: of ``weight_format``."""
 
     arguments: dict[str, Any]
     trust: bool
@@ -343,9 +359,8 @@ class _Builder:
     instead: str = INSTEAD
     """The way out that is named when the hub cannot be reached."""
     cache_only: bool = False
-    """The hub cannot be asked."""
+    """Whether the hub is unreachable."""
     weights: str = "dense"
-    """What ``held_as`` says."""
     check: Check | None = None
 
     def build(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -354,8 +369,8 @@ class _Builder:
         common: dict[str, Any] = {"trust_remote_code": self.trust}
         if on_hub:
             common |= self._from_hub(checkpoint)
-        place = self._located(checkpoint) if on_hub else checkpoint
-        size = weights_size(place, self.arguments["dtype"], self.weights)
+        located = self._located(checkpoint) if on_hub else checkpoint
+        size = weights_size(located, self.arguments["dtype"], self.weights)
         self._check_room(checkpoint, size)
         self.say(f"loading {checkpoint.name}{f': {size}' if size else ''}")
         from_gguf = "gguf_file" in checkpoint.arguments
@@ -390,7 +405,7 @@ class _Builder:
             raise self._failure(error, checkpoint) from error
 
     def _from_hub(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """What ``from_pretrained`` needs for a hub model; checks the room for it first."""
+        """Arguments of ``from_pretrained`` for a hub model; checks the room for it first."""
         needed = check_download(checkpoint.reference, checkpoint.revision, self.cache)
         self.cache_only = needed is None
         if needed:
@@ -404,14 +419,14 @@ class _Builder:
         }
 
     def _check_room(self, checkpoint: Checkpoint, size: Size | None) -> None:
-        """Of models on the CPU, whose memory the system's is."""
+        """Only for models on the CPU, which use the system's memory."""
         if size is not None and "device_map" not in self.arguments:
             check_room(checkpoint.name, size)
 
     def _tokenizer(self, checkpoint: Checkpoint, common: dict[str, Any]) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        extra = _of_file(checkpoint.arguments)
+        extra = _gguf_file(checkpoint.arguments)
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 checkpoint.reference, **common, **extra
@@ -420,17 +435,17 @@ class _Builder:
             if checkpoint.source != "folder" or "trust_remote_code" in str(error):
                 raise
             raise LoadError(
-                f"{checkpoint.path} holds no tokenizer that can be read; copy the tokenizer files "
-                "of the original model into it"
+                f"{checkpoint.path} has no readable tokenizer; copy the tokenizer files of the "
+                "original model into it"
             ) from error
-        tokenizer.deprecation_warnings[TOO_LONG] = True  # what is too long, dart-llm refuses itself
+        tokenizer.deprecation_warnings[TOO_LONG] = True  # dart-llm itself refuses it
         return tokenizer
 
     def _config(self, checkpoint: Checkpoint, common: dict[str, Any]) -> Any:
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(
-            checkpoint.reference, **common, **_of_file(checkpoint.arguments)
+            checkpoint.reference, **common, **_gguf_file(checkpoint.arguments)
         )
 
     def _model(self, checkpoint: Checkpoint, common: dict[str, Any]) -> PreTrainedModel:
@@ -438,7 +453,7 @@ class _Builder:
 
         read = self._pretrained if checkpoint.file is None else self._of_file
         model = read(checkpoint, common)
-        if checkpoint.blocks is not None:
+        if checkpoint.packed:
             return model
         model.train(False)
         if self.weights in ROUNDED:
@@ -464,7 +479,7 @@ class _Builder:
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
             raise LoadError(
-                f"{checkpoint.name} lacks {len(missing)} of the model's weights, such as "
+                f"{checkpoint.name} is missing {len(missing)} of the model's weights, such as "
                 f"{missing[0]}; it is incomplete, or not a causal language model"
             )
         return model
@@ -481,7 +496,7 @@ class _Builder:
         names = (read_source(Path(folder)) or {}).get("tensors", {})
         arguments = dict(self.arguments)
         dtype: Any = arguments.pop("dtype")
-        read = load_dense if checkpoint.blocks is None else load_packed
+        read = load_packed if checkpoint.packed else load_dense
         model: Any = read(
             checkpoint.file,
             AutoConfig.from_pretrained(folder),
@@ -495,12 +510,11 @@ class _Builder:
     def _failure(self, error: Exception, checkpoint: Checkpoint) -> LoadError:
         name, text = checkpoint.name, str(error)
         dtype = str(self.arguments["dtype"]).removeprefix("torch.").replace("auto", "it is stored")
-        if found := memory_failure(error, name, dtype):
-            return found
+        if failure := memory_failure(error, name, dtype):
+            return failure
         if checkpoint.source == "hub":
-            found = hub_failure(error, name, checkpoint.revision, self.instead)
-            if found:
-                return found
+            if failure := hub_failure(error, name, checkpoint.revision, self.instead):
+                return failure
             if self.cache_only and isinstance(error, OSError):
                 return LoadError(not_reached(name, self.instead))
         if "trust_remote_code" in text:
@@ -515,10 +529,12 @@ class _Builder:
         from huggingface_hub import try_to_load_from_cache
 
         name, revision = checkpoint.reference, checkpoint.revision
-        found = try_to_load_from_cache(name, "config.json", cache_dir=self.cache, revision=revision)
-        if not isinstance(found, str):
+        config = try_to_load_from_cache(
+            name, "config.json", cache_dir=self.cache, revision=revision
+        )
+        if not isinstance(config, str):
             return checkpoint
-        folder = Path(found).parent
+        folder = Path(config).parent
         return replace(checkpoint, path=folder, revision=folder.name)
 
 

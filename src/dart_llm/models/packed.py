@@ -1,7 +1,7 @@
 """Weights that stay in low-bit blocks: a matrix that torch takes for a tensor of the model's dtype.
 
-Products with few vectors run on the blocks; whatever else is asked of such a weight sees it
-dequantised, in a copy that lasts as long as the operation.  Weights are read, never written.
+Products with few vectors run on the blocks; every other operation gets a dequantised copy, which
+lasts as long as the operation.  Weights are read, never written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.models.block_types import ROUNDED
+from dart_llm.models.gguf_file import ROUNDED
 from dart_llm.native.build import ops
 
 ORDERS = ("rows", "tiles", "neurons")
@@ -30,7 +30,7 @@ READ_ONLY = (
 )
 
 NOT_SAVED = (
-    "weights in blocks are neither saved, pickled nor turned into another dtype: load "
+    "weights in blocks are neither saved, pickled nor converted to another dtype: load "
     'the model with weights="dense" for that'
 )
 
@@ -38,7 +38,7 @@ NOT_SAVED = (
 class PackedTensor(Tensor):
     """A matrix in blocks, seen as [N, M] of a floating-point dtype.
 
-    ``matrix``: the native kernels' object.  ``neurons``: it holds the transpose [M, N], rows that
+    ``matrix``: the native kernels' object.  ``neurons``: it stores the transpose [M, N], whose rows
     are neurons of a down projection.
     """
 
@@ -77,7 +77,7 @@ class PackedTensor(Tensor):
             return (_linear if func is F.linear else func)(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """The same blocks in memory of their own: a run may lay rows out anew."""
+        """The same blocks in new memory, because a run may reorder rows."""
         again: Tensor = PackedTensor(ops().packed_copy(self.matrix), self.dtype, self.neurons)
         if isinstance(self, nn.Parameter):
             again = nn.Parameter(again, self.requires_grad)
@@ -96,36 +96,36 @@ class PackedTensor(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         written = _written(func, args, kwargs or {})
-        if any(isinstance(one, PackedTensor | PackedView) for one in written):
+        if any(isinstance(tensor, PackedTensor | PackedView) for tensor in written):
             raise DartError(READ_ONLY)
         if not func.is_view:
             return _computed(func, args, kwargs or {})
         with torch.inference_mode(False):  # as for the weight itself
-            found = _computed(func, args, kwargs or {})
-        return torch.utils._pytree.tree_map_only(Tensor, PackedView.of, found)
+            result = _computed(func, args, kwargs or {})
+        return torch.utils._pytree.tree_map_only(Tensor, PackedView.of, result)
 
     def dequantise(self, begin: int = 0, end: int | None = None) -> Tensor:
-        """Rows ``begin`` to ``end`` of the stored matrix, turned as this one is."""
+        """Rows ``begin`` to ``end`` of the stored matrix, transposed back if it is by neurons."""
         last = self.matrix.shape()[0] if end is None else end
-        found: Tensor = ops().packed_span(self.matrix, begin, last, _wide(self.dtype))
-        stored = found.to(self.dtype)
+        values: Tensor = ops().packed_span(self.matrix, begin, last, _wide(self.dtype))
+        stored = values.to(self.dtype)
         return stored.t() if self.neurons else stored
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` [n] of the stored matrix."""
-        found: Tensor = ops().packed_rows(self.matrix, ids, _wide(self.dtype))
-        return found.to(self.dtype)
+        values: Tensor = ops().packed_rows(self.matrix, ids, _wide(self.dtype))
+        return values.to(self.dtype)
 
     def part(self, begin: int, end: int) -> PackedTensor:
         """Rows ``begin`` to ``end`` in their blocks; not of a matrix by neurons."""
         return PackedTensor(ops().packed_part(self.matrix, begin, end), self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """What it is made of, by name: for digests of weights."""
-        known = self.matrix  # in one order, whatever a run has made of it
-        if known.order() == "rows":
-            known = ops().packed_turned(known, "tiles", True)
-        parts = {f"part{i}": part for i, part in enumerate(known.parts())}
+        """Its parts by name: for digests of weights."""
+        matrix = self.matrix  # in one order, even if a run has reordered rows
+        if matrix.order() == "rows":
+            matrix = ops().packed_turned(matrix, "tiles", True)
+        parts = {f"part{i}": part for i, part in enumerate(matrix.parts())}
         self.__dict__.update(parts)
         return list(parts), (self.matrix.type(), self.neurons)
 
@@ -145,8 +145,8 @@ class PackedView(Tensor):
     """
 
     @staticmethod
-    def of(found: Tensor) -> Tensor:
-        return found.as_subclass(PackedView) if type(found) is Tensor else found
+    def of(tensor: Tensor) -> Tensor:
+        return tensor.as_subclass(PackedView) if type(tensor) is Tensor else tensor
 
     @classmethod
     def __torch_function__(
@@ -157,33 +157,33 @@ class PackedView(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        views = [one for one in leaves if isinstance(one, PackedView)]
+        views = [tensor for tensor in leaves if isinstance(tensor, PackedView)]
         with torch._C.DisableTorchFunctionSubclass():
-            before = [one._version for one in views]
-            found = func(*args, **(kwargs or {}))
-            if before != [one._version for one in views]:
+            before = [tensor._version for tensor in views]
+            result = func(*args, **(kwargs or {}))
+            if before != [tensor._version for tensor in views]:
                 raise DartError(READ_ONLY)
-            own = {one.untyped_storage().data_ptr() for one in views}
+            storages = {tensor.untyped_storage().data_ptr() for tensor in views}
 
-            def kept(one: Tensor) -> Tensor:
-                return cls.of(one) if one.untyped_storage().data_ptr() in own else one
+            def kept(tensor: Tensor) -> Tensor:
+                return cls.of(tensor) if tensor.untyped_storage().data_ptr() in storages else tensor
 
-            return torch.utils._pytree.tree_map_only(Tensor, kept, found)
+            return torch.utils._pytree.tree_map_only(Tensor, kept, result)
 
 
 def few() -> int:
-    """Vectors up to which a product runs on the blocks; more are worth dequantised rows."""
+    """Vectors up to which a product runs on the blocks; for more, rows are dequantised."""
     return int(ops().packed_few())
 
 
 def memory_of(model: nn.Module) -> Iterator[Tensor]:
     """Plain tensors on the memory that the weights of ``model`` take."""
-    for one in model.parameters():
-        yield from one.matrix.parts() if isinstance(one, PackedTensor) else (one.detach(),)
+    for weight in model.parameters():
+        yield from weight.matrix.parts() if isinstance(weight, PackedTensor) else (weight.detach(),)
 
 
 def place_of(tensor: Any) -> tuple[Any, ...]:
-    """Where the values of a weight lie, and as what; equal while nobody moved them."""
+    """Location and type of a weight's values; equal while nobody moved them."""
     if isinstance(tensor, PackedTensor):  # whose attributes of a tensor take a way through Python
         return id(tensor.matrix), tensor.neurons
     return tensor.data_ptr(), tensor.dtype, tensor.device
@@ -192,18 +192,18 @@ def place_of(tensor: Any) -> tuple[Any, ...]:
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
     """The arguments that an operation writes to."""
     if func._schema.is_mutable:
-        for place, one in enumerate(func._schema.arguments):
-            if one.alias_info is not None and one.alias_info.is_write:
-                found = args[place] if place < len(args) else kwargs.get(one.name)
-                yield from found if isinstance(found, list | tuple) else (found,)
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
+                yield from value if isinstance(value, list | tuple) else (value,)
 
 
 def _computed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """By the rule for ``func``, or on dequantised weights."""
-    known = None if "out" in kwargs else RULES.get(func.overloadpacket)
-    found = NotImplemented if known is None else known(*args, **kwargs)
-    if found is not NotImplemented:
-        return found
+    rule = None if "out" in kwargs else RULES.get(func.overloadpacket)
+    result = NotImplemented if rule is None else rule(*args, **kwargs)
+    if result is not NotImplemented:
+        return result
     plain = torch.utils._pytree.tree_map_only(PackedTensor, PackedTensor.dequantise, (args, kwargs))
     return func(*plain[0], **plain[1])
 
@@ -212,12 +212,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 else torch.float32
 
 
-def _turned(weight: PackedTensor) -> PackedTensor:
+def _swapped(weight: PackedTensor) -> PackedTensor:
     return PackedTensor(weight.matrix, weight.dtype, not weight.neurons)
 
 
-def _same(weight: PackedTensor, **asked: Any) -> Any:
-    if asked.get("dtype") not in (None, weight.dtype) or asked.get("device") not in (
+def _same(weight: PackedTensor, **options: Any) -> Any:
+    if options.get("dtype") not in (None, weight.dtype) or options.get("device") not in (
         None,
         weight.device,
     ):
@@ -226,16 +226,16 @@ def _same(weight: PackedTensor, **asked: Any) -> Any:
 
 
 def _transposed(weight: PackedTensor, first: int, second: int) -> Any:
-    return _turned(weight) if {first % 2, second % 2} == {0, 1} else NotImplemented
+    return _swapped(weight) if {first % 2, second % 2} == {0, 1} else NotImplemented
 
 
-def _product(x: Tensor, weight: Any, turned: bool = False) -> Any:
-    """x [n, N] times weight [N, M]; or, ``turned``, times the transpose of weight [M, N]."""
+def _product(x: Tensor, weight: Any, transposed: bool = False) -> Any:
+    """x [n, N] times weight [N, M]; or, ``transposed``, times the transpose of weight [M, N]."""
     if not isinstance(weight, PackedTensor) or isinstance(x, PackedTensor):
         return NotImplemented
     if x.dtype != weight.dtype or _has_gradients(x):
         return NotImplemented
-    return ops().packed_product(x, weight.matrix, weight.neurons != turned, few())
+    return ops().packed_product(x, weight.matrix, weight.neurons != transposed, few())
 
 
 def _has_gradients(x: Tensor) -> bool:
@@ -246,11 +246,11 @@ def _has_gradients(x: Tensor) -> bool:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch's, by one product of rows: of three dimensions it would copy the whole weight."""
     rows = x.reshape(-1, x.shape[-1])
-    y: Any = _product(rows, weight, turned=True)
+    y: Any = _product(rows, weight, transposed=True)
     if y is NotImplemented:
         y = torch.mm(rows, weight.t())
-    found: Tensor = y.reshape(*x.shape[:-1], len(weight))
-    return found if bias is None else found + bias
+    result: Tensor = y.reshape(*x.shape[:-1], len(weight))
+    return result if bias is None else result + bias
 
 
 _OF_STORAGE = (
@@ -300,7 +300,7 @@ def _sliced(
 
 _aten = torch.ops.aten
 RULES: Mapping[Any, Callable[..., Any]] = {
-    _aten.t: _turned,
+    _aten.t: _swapped,
     _aten.transpose: _transposed,
     _aten.detach: _same,
     _aten.alias: _same,
@@ -312,14 +312,14 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     _aten.index: _indexed,
     _aten.slice: _sliced,
 }
-"""What is done without dequantising the whole."""
+"""Operations that do not dequantise the whole matrix."""
 
 
 def pack(weight: Tensor, kind: str, order: str = "rows") -> PackedTensor:
     """``weight`` [N, M] rounded to blocks of ``kind``, as llama.cpp rounds.
 
-    ``order``: how its rows lie, one of ``ORDERS``.  Raises ``ConfigError`` for a kind that nothing
-    is rounded to, rows that are no multiple of 32, and what is no finite number.
+    ``order``: how its rows lie, one of ``ORDERS``.  Raises ``ConfigError`` for a kind without
+    rounding, rows that are not a multiple of 32, and weights with inf or NaN.
     """
     return packed_from(lambda begin, end: weight[begin:end], weight, kind, order)
 
@@ -332,12 +332,12 @@ def packed_from(
         raise ConfigError(f"weights cannot be rounded to {kind}; choose {', '.join(ROUNDED)}")
     height, width = like.shape
     if width % 32:
-        raise ConfigError(f"rows of {width} weights are no multiple of {kind}'s 32")
+        raise ConfigError(f"rows of {width} weights are not a multiple of {kind}'s 32")
     matrix = ops().packed_zeros(kind, height, width, order)
     step = height if order == "neurons" else max(1, CHUNK // width)
     for begin in range(0, height, step):
         piece = rows(begin, min(begin + step, height)).detach()
         if not bool(piece.isfinite().all()):
-            raise ConfigError("weights that are infinite or no numbers cannot be rounded")
+            raise ConfigError("weights with inf or NaN cannot be rounded")
         ops().packed_round(matrix, begin, piece)
     return PackedTensor(matrix, like.dtype, order == "neurons")

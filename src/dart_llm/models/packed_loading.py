@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from dart_llm.errors import DartError, LoadError, UnsupportedModel
-from dart_llm.models.block_types import BLOCKS
 from dart_llm.models.describe import describe
 from dart_llm.models.ffn import FfnBlock, is_by_inputs, matrix_of
 from dart_llm.models.gguf_facts import ARCHITECTURES, Stored
-from dart_llm.models.gguf_file import StoredTensor, read_gguf
+from dart_llm.models.gguf_file import BLOCKS, StoredTensor, read_gguf
 from dart_llm.models.packed import NOT_SAVED, PackedTensor, pack, packed_from
-from dart_llm.models.skeleton import check_fit, empty_model, tie_embeddings
 from dart_llm.native.build import ops
 
 SPREAD = 0.02
@@ -35,14 +33,14 @@ def load_packed(
     file = read_gguf(path)
     stored = ARCHITECTURES[file.architecture]
     model = empty_model(config, dtype=dtype, **arguments)
-    found = file.of(names)
-    check_fit(path.name, model, found)
+    tensors = file.of(names)
+    check_fit(path.name, model, tensors)
     order = _orders(model)
-    for target, tensor in found.items():
+    for target, tensor in tensors.items():
         module_name, _, attribute = target.rpartition(".")
         module = model.get_submodule(module_name)
-        turned = is_by_inputs(module)
-        weight = _weight(tensor, stored, config, dtype, order(module), by_inputs=turned)
+        by_inputs = is_by_inputs(module)
+        weight = _weight(tensor, stored, config, dtype, order(module), by_inputs=by_inputs)
         setattr(module, attribute, nn.Parameter(weight, requires_grad=False))
     tie_embeddings(model, config)
     _refuse_saving(model)
@@ -58,15 +56,15 @@ def load_dense(
     """
     file = read_gguf(path)
     stored, model = ARCHITECTURES[file.architecture], empty_model(config)
-    found = file.of(names)
-    check_fit(path.name, model, found)
+    tensors = file.of(names)
+    check_fit(path.name, model, tensors)
 
     def weight(target: str) -> Tensor:
         by_inputs = is_by_inputs(model.get_submodule(target.rpartition(".")[0]))
-        return _dense(found[target], stored, config, dtype, by_inputs=by_inputs)
+        return _dense(tensors[target], stored, config, dtype, by_inputs=by_inputs)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        weights = dict(zip(found, pool.map(weight, found), strict=True))
+        weights = dict(zip(tensors, pool.map(weight, tensors), strict=True))
     kind: Any = type(model)
     loaded: Any = kind.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, **arguments
@@ -77,7 +75,7 @@ def load_dense(
 
 def _refuse_saving(model: Any) -> None:
     """Where there are blocks: ``save_pretrained`` writes configurations before it finds them."""
-    if any(isinstance(one, PackedTensor) for one in model.parameters()):
+    if any(isinstance(weight, PackedTensor) for weight in model.parameters()):
         model.save_pretrained = _not_saved
 
 
@@ -94,7 +92,7 @@ def _weight(
     *,
     by_inputs: bool,
 ) -> Tensor:
-    """``by_inputs``: transformers holds the matrix [in, out], and the file [out, in]."""
+    """``by_inputs``: transformers stores the matrix [in, out], the file [out, in]."""
     if tensor.kind in BLOCKS and len(tensor.shape) == 2:
         rows, columns = tensor.shape
         blocks = tensor.bytes().reshape(rows, -1)
@@ -115,16 +113,16 @@ def _dense(
         values = _by_halves(values, tensor.name, config)
     if stored.plus_one and tensor.name.endswith("norm.weight"):
         values = values.float() - 1
-    turned = by_inputs and values.dim() == 2  # of a bias there is one order
-    found = (values.t() if turned else values).to(dtype)
+    transposed = by_inputs and values.dim() == 2  # of a bias there is one order
+    weight = (values.t() if transposed else values).to(dtype)
     # never the file's or numpy's memory, which cannot have huge pages
-    return found.clone(memory_format=torch.contiguous_format)
+    return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _check_finite(tensor: StoredTensor, what: str, *values: Tensor) -> None:
-    if not all(bool(one.isfinite().all()) for one in values):
+    if not all(bool(tensor_values.isfinite().all()) for tensor_values in values):
         raise LoadError(
-            f"{tensor.path.name} is damaged: {what} of {tensor.name} are no numbers; fetch it again"
+            f"{tensor.path.name} is damaged: {what} of {tensor.name} are not finite; fetch it again"
         )
 
 
@@ -140,24 +138,24 @@ def _by_halves(rows: Tensor, name: str, config: Any) -> Tensor:
 def _ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
     try:
         return describe(model).blocks
-    except UnsupportedModel:  # whoever prunes it is told why
+    except UnsupportedModel:  # pruning it reports the reason
         return ()
 
 
 def _orders(model: nn.Module) -> Callable[..., str]:
     """How the rows of a matrix lie that these modules share."""
     blocks = _ffn_blocks(model)
-    known = {id(block.down): "neurons" for block in blocks}
+    orders = {id(block.down): "neurons" for block in blocks}
     # of two matrices in one, the second begins in the middle of a tile
     odd = [one for one in blocks if one.fused and one.down_width % 16]
-    known |= {id(block.up): "rows" for block in odd}
-    return lambda *modules: next((known[id(m)] for m in modules if id(m) in known), "tiles")
+    orders |= {id(block.up): "rows" for block in odd}
+    return lambda *modules: next((orders[id(m)] for m in modules if id(m) in orders), "tiles")
 
 
 def round_weights(model: nn.Module, kind: str) -> list[str]:
     """Round the matrices of ``model`` to blocks in place, one after the other; names of those kept.
 
-    Rows that are no multiple of 32 stay as they are, and with them the other matrices of an FFN.
+    Matrices whose rows are not a multiple of 32 stay, and so do the others of the same FFN.
     """
     blocks, order = _ffn_blocks(model), _orders(model)
     mixed = [one for block in blocks if _is_odd(*block.projections) for one in block.projections]
@@ -173,8 +171,8 @@ def round_weights(model: nn.Module, kind: str) -> list[str]:
 
 def _put(matrix: Tensor, modules: Sequence[Any]) -> None:
     """Let ``modules`` share ``matrix`` [out, in] as their weight."""
-    held = matrix.t() if is_by_inputs(modules[0]) else matrix
-    parameter = nn.Parameter(held, requires_grad=False)
+    weight = matrix.t() if is_by_inputs(modules[0]) else matrix
+    parameter = nn.Parameter(weight, requires_grad=False)
     for module in modules:
         module.weight = parameter
 
@@ -185,15 +183,15 @@ def _is_odd(*modules: nn.Module) -> bool:
 
 
 def _matrices(model: nn.Module) -> list[tuple[list[str], list[nn.Module]]]:
-    """The modules that hold each matrix, and their names; not embeddings of positions."""
-    found: dict[int, tuple[list[str], list[nn.Module]]] = {}
-    words = model.get_input_embeddings()  # type: ignore[operator]
+    """The modules that share each matrix, and their names; without embeddings of positions."""
+    matrices: dict[int, tuple[list[str], list[nn.Module]]] = {}
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or module is words or is_by_inputs(module):
-            names, modules = found.setdefault(id(module.weight), ([], []))
+        if isinstance(module, nn.Linear) or module is embedding or is_by_inputs(module):
+            names, modules = matrices.setdefault(id(module.weight), ([], []))
             names.append(name)
             modules.append(module)
-    return list(found.values())
+    return list(matrices.values())
 
 
 def _drawn(width: int, begin: int, end: int) -> Tensor:
@@ -213,13 +211,53 @@ def random_packed(config: Any, kind: str, dtype: torch.dtype, **arguments: Any) 
         drawn = functools.partial(_drawn, like.shape[1])
         made = packed_from(drawn, like, kind, order(*modules))
         _put(made, modules)
-    for name, one in list(model.named_parameters()):
-        if one.is_meta:
+    for name, weight in list(model.named_parameters()):
+        if weight.is_meta:
             module_name, _, attribute = name.rpartition(".")
-            if one.dim() > 1:
-                values = _drawn(one.shape[1], 0, len(one))
+            if weight.dim() > 1:
+                values = _drawn(weight.shape[1], 0, len(weight))
             else:
-                values = torch.full(one.shape, float(not name.endswith("bias")))
+                values = torch.full(weight.shape, float(not name.endswith("bias")))
             plain = nn.Parameter(values.to(dtype), requires_grad=False)
             setattr(model.get_submodule(module_name), attribute, plain)
     return model.eval()
+
+
+def empty_model(config: Any, **arguments: Any) -> nn.Module:
+    """The model without its weights; its buffers are there, and what it ties is tied."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        make: Any = AutoModelForCausalLM.from_config
+        model: nn.Module = make(config, **arguments)
+    tie_embeddings(model, config)
+    return model
+
+
+def tie_embeddings(model: Any, config: Any) -> None:
+    """Make the output head the input embedding, where the configuration says so."""
+    if config.get_text_config().tie_word_embeddings:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+
+
+def check_fit(file: str, model: nn.Module, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise ``LoadError`` where the tensors are not the model's, before any is read."""
+    for target, tensor in tensors.items():
+        expected = tuple(model.get_parameter(target).shape)
+        if len(expected) == 2 and is_by_inputs(model.get_submodule(target.rpartition(".")[0])):
+            expected = expected[::-1]
+        if tensor.shape != expected:
+            raise LoadError(
+                f"{file}: tensor {tensor.name} is {list(tensor.shape)}, and the model's {target} "
+                f"is {list(expected)}"
+            )
+        if not tensor.is_known:
+            raise LoadError(
+                f"{file}: tensor {tensor.name} is of type {tensor.kind.upper()}, which "
+                "cannot be read; give a file of another quantisation"
+            )
+    if missing := [name for name, _ in model.named_parameters() if name not in tensors]:
+        raise LoadError(
+            f"{file} is missing {len(missing)} of the model's weights, such as {missing[0]}"
+        )

@@ -1,7 +1,7 @@
-"""A screened output head: rough scores of all words, exact ones for the few that can matter.
+"""A screened output head: rough scores of all tokens, exact ones for the few that can matter.
 
 The head's rows are written in the eigenvectors of E[h h'], along which hidden states h lie, and
-kept there at 4 bits.  Every token reads only the directions in which its own state is large.  Words
+kept there at 4 bits.  Every step reads only the directions in which its own state is large.  Tokens
 whose rough score comes within a threshold of the best are scored again by the head itself; the
 others keep their rough scores.
 """
@@ -20,25 +20,25 @@ from dart_llm.errors import ConfigError
 from dart_llm.models.packed import PackedTensor
 
 RUN, UNIT, GROUP = 4096, 64, 32
-"""Words whose levels lie together; words of a unit; directions that are rounded together."""
+"""Vocabulary entries whose levels are adjacent; of a unit; directions rounded together."""
 
 MIDDLE, LEVELS = 7.5, 16
 """A weight is a scale times its level less ``MIDDLE``."""
 
 STEPS = (0.28, 0.335, 0.40)
-"""Distances of levels that a word tries, over its standard deviation; 0.335 suits a Gaussian."""
+"""Steps between levels that are tried, over a row's standard deviation; 0.335 suits a Gaussian."""
 
 SHARE_OF_SCREEN = 0.6
 """Of the bytes that may be read, those of the rough scores; the others are exact rows."""
 
 WIDEST, BINS = 64.0, 4096
-"""Thresholds end here: a word that lies so far below the best has no chance at all."""
+"""Thresholds end here: a token so far below the best cannot be chosen."""
 
 SAMPLED, FEW = 256, 16
 """Hidden states that set a threshold; and how many are scored at a time."""
 
 CHUNK = 1 << 24
-"""Weights that are turned at a time, about."""
+"""Weights that are projected at a time, about."""
 
 
 def fixed_bytes(words: int, hidden: int) -> int:
@@ -50,7 +50,7 @@ def keep_of(share: float, words: int, hidden: int, nbytes: float) -> int:
     """Directions that a token reads, so that it reads ``share`` of the ``nbytes`` of a head.
 
     Of a head [words, hidden]; a multiple of 8.  Raises ``ConfigError`` where fewer than ``GROUP``
-    fit, and for states that are no whole eights.
+    fit, and for states whose size is not a multiple of 8.
     """
     room = SHARE_OF_SCREEN * share * nbytes - fixed_bytes(words, hidden)
     keep = min(int(room / (words / 2)), hidden) // 8 * 8
@@ -66,8 +66,8 @@ def directions_of(states: Tensor) -> Tensor:
     """Eigenvectors of E[h h'] as rows [D, D] float32, the largest first; states [n, D]."""
     h = states.double()
     _, vectors = torch.linalg.eigh(h.t() @ h / len(h))
-    found: Tensor = vectors.flip(1).t().float().contiguous()
-    return found
+    directions: Tensor = vectors.flip(1).t().float().contiguous()
+    return directions
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Screen:
         words, hidden = weight.shape
         keep = keep_of(share, words, hidden, nbytes)
         axes = directions_of(states).to(weight.device)
-        made = cls(*_turned(weight, axes, states), words, keep, WIDEST)
+        made = cls(*_projected(weight, axes, states), words, keep, WIDEST)
         gaps = Gaps()
         some = states[:: max(1, len(states) // SAMPLED)]
         for few in torch.split(some, FEW):
@@ -122,13 +122,13 @@ class Screen:
     def along(self, z: Tensor) -> Tensor:
         """Of ``z`` [n, D] the ``keep`` largest, rounded to 8 bits in groups of 32; 0 elsewhere."""
         ids = z.abs().topk(self.keep, -1, sorted=False).indices.sort(-1).values
-        found = F.pad(z.gather(1, ids), (0, -self.keep % GROUP)).reshape(len(z), -1, GROUP)
-        scales = found.abs().amax(-1, keepdim=True) / 127
-        levels = torch.where(scales > 0, found / scales, 0.0).round()
+        groups = F.pad(z.gather(1, ids), (0, -self.keep % GROUP)).reshape(len(z), -1, GROUP)
+        scales = groups.abs().amax(-1, keepdim=True) / 127
+        levels = torch.where(scales > 0, groups / scales, 0.0).round()
         return torch.zeros_like(z).scatter(1, ids, (levels * scales).flatten(1)[:, : self.keep])
 
     def near(self, rough: Tensor) -> Tensor:
-        """Which words [n, V] are scored exactly."""
+        """Which tokens [n, V] are scored exactly."""
         return rough >= rough.amax(-1, keepdim=True) - self.threshold
 
     def nbytes(self) -> int:
@@ -136,12 +136,12 @@ class Screen:
         return fixed_bytes(self.words, len(self.basis)) + self.words * self.keep // 2
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What it holds."""
+        """Its tensors."""
         return self.basis, self.levels, self.by
 
 
 class Gaps:
-    """How far words lie below the best one of their token."""
+    """How far tokens score below the best one of their step."""
 
     def __init__(self) -> None:
         self.counts = torch.zeros(BINS, dtype=torch.float64)
@@ -159,7 +159,7 @@ class Gaps:
         return int((within <= rows).sum()) * WIDEST / BINS
 
 
-def _turned(weight: Tensor, axes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _projected(weight: Tensor, axes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``basis``, ``levels`` and ``by`` of a head [V, D] along ``axes`` [D, D], rows of unit length.
 
     One scale a word and one a direction: words differ along a direction as much as along another.
@@ -173,9 +173,9 @@ def _turned(weight: Tensor, axes: Tensor, states: Tensor) -> tuple[Tensor, Tenso
     strength = F.linear(states.float().to(axes.device), basis).square().mean(0)
     levels, by = [], []
     for piece in _pieces(weight):
-        found, scales = _rounded(F.linear(piece.float(), axes) / sizes, strength)
-        whole = (0, 0, 0, -len(found) % RUN)
-        levels += [_packed(run) for run in torch.split(F.pad(found, whole), RUN)]
+        piece_levels, scales = _rounded(F.linear(piece.float(), axes) / sizes, strength)
+        whole = (0, 0, 0, -len(piece_levels) % RUN)
+        levels += [_packed(run) for run in torch.split(F.pad(piece_levels, whole), RUN)]
         by.append(F.pad(scales, whole[2:]))
     return basis, torch.stack(levels), torch.cat(by)
 
@@ -189,11 +189,11 @@ def _rounded(rows: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
     for step in STEPS:
         tried = (rows / (spread * step) + MIDDLE).round_().clamp_(0, LEVELS - 1)
         centred = tried - MIDDLE
-        fit, own = (rows * centred) @ strength, centred.square() @ strength
-        gained = fit.square() / own  # less is the error, by so much, with the scale fit / own
+        fit, norm = (rows * centred) @ strength, centred.square() @ strength
+        gained = fit.square() / norm  # less is the error, by so much, with the scale fit / norm
         better = gained > best
         levels = torch.where(better[:, None], tried, levels)
-        scales = torch.where(better, fit / own, scales)
+        scales = torch.where(better, fit / norm, scales)
         best = torch.maximum(best, gained)
     return levels.byte(), scales
 
@@ -226,7 +226,7 @@ def _pieces(weight: Any) -> Iterator[Tensor]:
         yield weight.dequantise(at, end) if packed else weight.detach()[at:end]
 
 
-def divergence(full: Tensor, found: Tensor) -> Tensor:
+def divergence(full: Tensor, approximate: Tensor) -> Tensor:
     """KL(full || found) of scores [n, V]: [n] in nats."""
-    known, other = full.float().log_softmax(-1), found.float().log_softmax(-1)
-    return (known.exp() * (known - other)).sum(-1).clamp_min(0)
+    log_full, log_approximate = full.float().log_softmax(-1), approximate.float().log_softmax(-1)
+    return (log_full.exp() * (log_full - log_approximate)).sum(-1).clamp_min(0)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dart_llm.models.agreement import HOMES, Replacement, forward_of, parts_of
+from dart_llm.models.agreement import Replacement, forward_of, parts_of
 from dart_llm.models.architectures import LayerNames
 from dart_llm.models.describe import decoder_layers, decoder_of
-from dart_llm.models.ffn import is_by_inputs, matrix_of
+from dart_llm.models.ffn import HOMES, is_by_inputs, matrix_of
 from dart_llm.models.packed import PackedTensor
 
 
@@ -81,7 +81,7 @@ FAMILIES: dict[str, Family] = {
 """The model types that whole steps know, by the configuration's ``model_type``."""
 
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
-"""Kinds of rotary embedding whose angles depend on the position alone."""
+"""Kinds of rotary embedding whose angles depend only on the position."""
 
 
 class Norm(NamedTuple):
@@ -184,9 +184,9 @@ def _odd_attention(text: Any, family: Family) -> str | None:
 
 def _ropes(text: Any) -> Iterator[dict[str, Any]]:
     """The rotary settings of a configuration, or of each kind of its layers."""
-    found = getattr(text, "rope_parameters", None) or {}
-    nested = [one for one in found.values() if isinstance(one, dict)]
-    yield from nested or [found]
+    rope = getattr(text, "rope_parameters", None) or {}
+    nested = [settings for settings in rope.values() if isinstance(settings, dict)]
+    yield from nested or [rope]
 
 
 def _odd_modules(model: Any) -> str | None:
@@ -242,10 +242,10 @@ def _fits(model: Any) -> bool:
         expected = [*((n, hidden) for n in rows), (hidden, heads * size)]
         expected += [(width * (2 if names.fused else 1), hidden)] * (len(ffns) - 1)
         expected += [(hidden, width)]
-        found = [*layer_parts.qkv, layer_parts.out, *(matrix_of(one) for one in ffns)]
-        if [tuple(t.shape) for t in found] != expected:
+        matrices = [*layer_parts.qkv, layer_parts.out, *(matrix_of(module) for module in ffns)]
+        if [tuple(t.shape) for t in matrices] != expected:
             return False
-        if not all(_in_one_piece(one) for one in (*attention, *ffns[:-1])):
+        if not all(_in_one_piece(module) for module in (*attention, *ffns[:-1])):
             return False
     ends = (parts.embedding, parts.head, parts.norm.factor)
     return len(parts.embedding) >= vocabulary and all(t.is_contiguous() for t in ends)
@@ -253,9 +253,9 @@ def _fits(model: Any) -> bool:
 
 def _attention_of(layer: nn.Module, names: LayerNames, family: Family) -> list[Any]:
     """The projections of one layer's attention."""
-    found = layer.get_submodule(names.attention_out.rpartition(".")[0])
+    attention = layer.get_submodule(names.attention_out.rpartition(".")[0])
     return [
-        *(getattr(found, name) for name in family.qkv),
+        *(getattr(attention, name) for name in family.qkv),
         layer.get_submodule(names.attention_out),
     ]
 
@@ -270,8 +270,8 @@ def attention_by_inputs(model: Any) -> list[nn.Module]:
     """The projections of attention that store their weights by inputs, of a model with steps."""
     layers, names, text = decoder_layers(model)
     family = FAMILIES[text.model_type]
-    found = [one for layer in layers for one in _attention_of(layer, names, family)]
-    return [one for one in found if is_by_inputs(one)]
+    projections = [module for layer in layers for module in _attention_of(layer, names, family)]
+    return [module for module in projections if is_by_inputs(module)]
 
 
 def step_parts(model: Any) -> StepParts:
@@ -325,9 +325,9 @@ def _rotated_size(rotary: nn.Module | None) -> int:
 
 
 def _frequencies(rotary: nn.Module) -> Iterator[Tensor]:
-    for name, one in rotary.named_buffers():
+    for name, buffer in rotary.named_buffers():
         if name.endswith("inv_freq") and "original" not in name:
-            yield one
+            yield buffer
 
 
 def _layer(
@@ -345,8 +345,8 @@ def _layer(
     return LayerParts(
         before,
         after,
-        tuple(matrix_of(one).detach() for one in qkv),
-        tuple(None if one.bias is None else one.bias.detach() for one in qkv),
+        tuple(matrix_of(module).detach() for module in qkv),
+        tuple(None if module.bias is None else module.bias.detach() for module in qkv),
         matrix_of(out).detach(),
         None if out.bias is None else out.bias.detach(),
         of_heads,
@@ -378,8 +378,8 @@ def _norm(family: Family, module: Any) -> Norm | None:
 
 
 def _eps(norm: Any) -> float:
-    found = getattr(norm, "variance_epsilon", None)
-    return float(norm.eps if found is None else found)
+    eps = getattr(norm, "variance_epsilon", None)
+    return float(norm.eps if eps is None else eps)
 
 
 def norms_of(parts: StepParts) -> Iterator[Norm | None]:
@@ -403,6 +403,6 @@ def angles(
     positions = torch.arange(count, device=device)[None]
     like = torch.empty(0, dtype=dtype, device=device)
     kinds = [(kind,) if kind else () for kind in parts.tables]
-    found = [parts.rotary(like, positions, *kind) for kind in kinds]
-    cosine, sine = (torch.stack([one[side][0].float() for one in found], 1) for side in (0, 1))
+    tables = [parts.rotary(like, positions, *kind) for kind in kinds]
+    cosine, sine = (torch.stack([table[side][0].float() for table in tables], 1) for side in (0, 1))
     return cosine, sine

@@ -44,13 +44,13 @@ _EXTRAS = ("output_scores", "output_logits", "output_attentions", "output_hidden
 
 
 def can_stand_in(model: Any, generate: Any) -> bool:
-    """Whether ``generate``, a model's own, calls transformers' loop and nothing of the model's."""
+    """Whether ``generate`` of a model calls transformers' loop and no method of the model."""
     from transformers import GenerationMixin
 
-    own = getattr(generate, "__func__", None) is GenerationMixin.generate
+    plain_generate = getattr(generate, "__func__", None) is GenerationMixin.generate
     if any(name in model.__dict__ for name in OWN_CLASS):
         return False
-    return own and all(
+    return plain_generate and all(
         name not in model.__dict__ and getattr(type(model), name) is getattr(GenerationMixin, name)
         for name in OWN_METHODS
     )
@@ -95,13 +95,13 @@ class TokenLoop:
 
     def _decode(self, sequence: _Sequence, ids: Tensor, processors: Any, criteria: Any) -> Tensor:
         process = _processors(processors)
-        scored = sequence.sampled or any(not isinstance(one, _NoEnds) for one in process)
+        scored = sequence.sampled or not all(isinstance(item, _NoEnds) for item in process)
         ends, foreign = _criteria(criteria)
         token = scores = sequence.prompt(ids)
         while True:
             if scores.is_floating_point():
-                for one in process:
-                    scores = one(ids, scores)
+                for processor in process:
+                    scores = processor(ids, scores)
                 token = _drawn(scores) if sequence.sampled else _likeliest(scores)
             ids = torch.cat([ids, token[:, None]], dim=-1)
             number = int(token)
@@ -205,12 +205,12 @@ def _processors(processors: Any) -> list[Processor]:
     """The processors of a list, which itself inspects their signatures at every token."""
     from transformers import LogitsProcessorList
 
-    counts = [len(inspect.signature(one.__call__).parameters) for one in processors]
+    counts = [len(inspect.signature(processor.__call__).parameters) for processor in processors]
     if type(processors) is not LogitsProcessorList or any(count > 2 for count in counts):
         return [processors]
     shorter: list[Processor] = []
-    for one in processors:
-        short = _without_ends(one)
+    for processor in processors:
+        short = _without_ends(processor)
         if short is None:  # others may keep the scores that they return
             return shorter + list(processors)[len(shorter) :]
         shorter.append(short)
@@ -244,13 +244,14 @@ def _without_ends(processor: Any) -> _NoEnds | None:
         least = processor.min_new_tokens + processor.prompt_length_to_skip
     else:
         return None
-    return _NoEnds(least, [one for one in processor.eos_token_id.flatten().tolist() if one >= 0])
+    ends = processor.eos_token_id.flatten().tolist()
+    return _NoEnds(least, [token for token in ends if token >= 0])
 
 
 def _forbidden(process: Sequence[Processor], length: int) -> list[int]:
     """The tokens that may not follow ``length`` tokens."""
-    active = [one for one in process if isinstance(one, _NoEnds) and length < one.least]
-    return list(dict.fromkeys(end for one in active for end in one.ends))
+    active = [rule for rule in process if isinstance(rule, _NoEnds) and length < rule.least]
+    return list(dict.fromkeys(end for rule in active for end in rule.ends))
 
 
 def _criteria(criteria: Any) -> tuple[list[Criterion], Any]:
@@ -261,15 +262,15 @@ def _criteria(criteria: Any) -> tuple[list[Criterion], Any]:
         return [], criteria
     numbers: list[Criterion] = []
     others = StoppingCriteriaList()
-    for one in criteria:
-        if type(one) is EosTokenCriteria:
-            ends = set(one.eos_token_id.flatten().tolist())
+    for criterion in criteria:
+        if type(criterion) is EosTokenCriteria:
+            ends = set(criterion.eos_token_id.flatten().tolist())
             numbers.append(lambda ids, token, ends=ends: token in ends)  # type: ignore[misc]
-        elif type(one) is MaxLengthCriteria and _never_warns(one):
-            most = one.max_length
+        elif type(criterion) is MaxLengthCriteria and _never_warns(criterion):
+            most = criterion.max_length
             numbers.append(lambda ids, token, most=most: ids.shape[1] >= most)  # type: ignore[misc]
         else:
-            others.append(one)
+            others.append(criterion)
     return numbers, others or None
 
 

@@ -1,7 +1,7 @@
 """The native CPU kernels: C++ that is compiled when it is first needed, and kept for the next time.
 
 The only file that builds or loads them.  Built through torch's extension loader into the cache
-folder, under a name that holds the sources' hash, torch's version and the kind of CPU, and its own
+folder, under a name with the sources' hash, torch's version and the kind of CPU, and its own
 digest: a damaged library is never loaded, but built again.
 """
 
@@ -41,7 +41,7 @@ WITHOUT = {
     "avx512f": "-DDART_WITHOUT_AVX512",
     "avx_vnni": "-DDART_WITHOUT_AVXVNNI",
 }
-"""What leaves out the kernels of a CPU that has not this."""
+"""Compiler flags that leave out kernels, by the CPU feature that they need."""
 
 CPU = Path("/proc/cpuinfo")
 
@@ -54,18 +54,18 @@ ELSEWHERE = "the native kernels are built on Linux alone"
 def sources() -> dict[str, str]:
     """The C++ files by name."""
     folder = resources.files("dart_llm.native") / "csrc"
-    names = sorted(one.name for one in folder.iterdir() if one.name.endswith((".h", ".cpp")))
+    names = sorted(file.name for file in folder.iterdir() if file.name.endswith((".h", ".cpp")))
     return {name: (folder / name).read_text(encoding="utf-8") for name in names}
 
 
 def built_name() -> str:
     """The key of this machine's build."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, text in sources().items():
-        found.update(f"{name}\n{text}\n".encode())
+        digest.update(f"{name}\n{text}\n".encode())
     about = (torch.__version__, platform.machine(), sys.platform, _flags(), _compiler())
-    found.update(repr(about).encode())
-    return found.hexdigest()[:24]
+    digest.update(repr(about).encode())
+    return digest.hexdigest()[:24]
 
 
 def _flags() -> tuple[str, ...]:
@@ -106,7 +106,7 @@ def why_not() -> str:
 
 
 def state(cache_dir: str | None = None) -> str:
-    """In words, and without building anything: the kernels that run, or why none do."""
+    """The kernels that run, or why none do, for people; builds nothing."""
     if os.environ.get(SWITCH) == "0":
         return f"off ({SWITCH}=0)"
     if cache.find(cache_folder(cache_dir) / "native", built_name(), SUFFIX) is not None:
@@ -143,7 +143,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _silent_about_cuda() -> Iterator[None]:
-    """A PyTorch made for CUDA warns where it finds none, which is no matter of CPU kernels."""
+    """A PyTorch built for CUDA warns where there is none, which does not matter to CPU kernels."""
 
     def other(record: logging.LogRecord) -> bool:
         return "CUDA" not in record.getMessage()
@@ -166,20 +166,20 @@ def _build(folder: Path) -> None:
     logger.info("compiling the native CPU kernels, once (about a minute on two cores)")
     make_folder(folder)
     with (
-        tempfile.TemporaryDirectory(dir=folder, prefix=cache.SCRATCH) as own,
+        tempfile.TemporaryDirectory(dir=folder, prefix=cache.SCRATCH) as scratch,
         _tools_of_this_environment(),
     ):
         for name, text in sources().items():
-            (Path(own) / name).write_text(text, encoding="utf-8")
+            (Path(scratch) / name).write_text(text, encoding="utf-8")
         cpp_extension.load(
             NAME,
-            [str(Path(own) / name) for name in sources() if name.endswith(".cpp")],
+            [str(Path(scratch) / name) for name in sources() if name.endswith(".cpp")],
             extra_cflags=list(_flags()),
             extra_ldflags=["-fopenmp"],
-            build_directory=own,
+            build_directory=scratch,
             is_python_module=False,
         )
-        cache.write(folder, built_name(), SUFFIX, (Path(own) / f"{NAME}.so").read_bytes())
+        cache.write(folder, built_name(), SUFFIX, (Path(scratch) / f"{NAME}.so").read_bytes())
 
 
 @contextlib.contextmanager

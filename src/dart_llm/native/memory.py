@@ -1,7 +1,7 @@
 """Where weights lie in the memory of this process, and better places for them.
 
 A decoded token reads every weight once.  In pages of 4 KB that is more addresses than a CPU keeps,
-and looking them up costs as much as the reading; docs/performance.md has what huge pages are worth.
+and looking them up costs as much as the reading; docs/performance.md has measurements.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ PAGE = 2 << 20
 """Bytes of a huge page."""
 
 LEAST = 32 << 20
-"""Bytes of weights from which it is worth doing."""
+"""Bytes of weights from which it pays off."""
 
 COLLAPSE = 25
-"""MADV_COLLAPSE of madvise(2): the memory stays where it is, and what it holds."""
+"""MADV_COLLAPSE of madvise(2): the memory keeps its address and its content."""
 
 
 RESERVE = 1 << 30
@@ -47,19 +47,19 @@ RESERVE = 1 << 30
 def available() -> int:
     """Bytes that this process can still take, of the machine's or of its control group's."""
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    found = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     if MEMORY.is_file():
-        known = (line.split() for line in MEMORY.read_text("utf-8").splitlines())
-        found = next((int(n) * 1024 for name, n, *_ in known if name == "MemAvailable:"), found)
+        fields = (line.split() for line in MEMORY.read_text("utf-8").splitlines())
+        free = next((int(n) * 1024 for name, n, *_ in fields if name == "MemAvailable:"), free)
     try:
         limit, used = (
             (GROUP / name).read_text("utf-8") for name in ("memory.max", "memory.current")
         )
     except OSError:
-        return found
+        return free
     if limit.strip() == "max":
-        return found
-    return min(found, int(limit) - int(used) + _cached_files())
+        return free
+    return min(free, int(limit) - int(used) + _cached_files())
 
 
 def _cached_files() -> int:
@@ -84,7 +84,7 @@ def peak() -> int | None:
 
 
 def private_maps() -> Iterator[Span]:
-    """Maps of files that this process alone writes to, as safetensors makes them; joined."""
+    """Private writable maps of files, as safetensors makes them; adjacent ones are joined."""
     start = end = 0
     lines = MAPS.read_text("utf-8", "replace").splitlines() if MAPS.is_file() else []
     for line in lines:
@@ -104,20 +104,17 @@ def private_maps() -> Iterator[Span]:
 def out_of_files(model: nn.Module) -> int:
     """Copy CPU weights that lie in maps of files into memory that can have huge pages; the bytes.
 
-    Only where half of the memory that is left is enough; for a model that nobody else holds yet.
+    Only where half of the memory that is left is enough; for a model that nothing else uses yet.
     """
     maps = list(private_maps())
-    found = [
-        one
-        for one in model.parameters()
-        if type(one) is nn.Parameter and any(low <= one.data_ptr() < high for low, high in maps)
-    ]
-    size = sum(one.nbytes for one in found)
+    plain = [weight for weight in model.parameters() if type(weight) is nn.Parameter]
+    weights = [w for w in plain if any(low <= w.data_ptr() < high for low, high in maps)]
+    size = sum(weight.nbytes for weight in weights)
     if size < LEAST or size > available() / 2:
         return 0
     with torch.inference_mode(False), torch.no_grad():
-        for one in found:
-            one.data = one.data.clone()
+        for weight in weights:
+            weight.data = weight.data.clone()
     return size
 
 
@@ -127,7 +124,7 @@ def into_huge_pages(tensors: Iterable[Tensor]) -> int:
     Not for fewer than ``LEAST`` bytes.  Linux 6.1 and later.  Where it cannot (another system,
     memory of a file), the pages stay small.
     """
-    spans = [(one.data_ptr(), one.nbytes) for one in tensors if one.device.type == "cpu"]
+    spans = [(t.data_ptr(), t.nbytes) for t in tensors if t.device.type == "cpu"]
     if sys.platform != "linux" or sum(size for _, size in spans) < LEAST:
         return 0
     pages = {n for at, size in spans for n in range(at // PAGE, (at + size - 1) // PAGE + 1)}

@@ -12,7 +12,7 @@ from dart_llm.cli.commands import _print_json
 from dart_llm.experiments import run_facts, timing
 from dart_llm.experiments.store import read
 from dart_llm.experiments.study import load_model
-from dart_llm.models import float32_copy
+from dart_llm.models import float32_products
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.speed_up import DISTURBED
 from dart_llm.studies.generate import pace
@@ -98,7 +98,7 @@ def test_the_dtype_in_which_transformers_decodes_fastest(monkeypatch):
         assert pace.fastest(iter(plain), tokens()).dtype == torch.float32
         took[torch.float32] = 0.03
         assert pace.fastest(iter(plain), tokens()) is model
-        monkeypatch.setattr(float32_copy, "available", lambda: 0)
+        monkeypatch.setattr(float32_products, "available", lambda: 0)
         assert list(pace.untouched(model, False, pytest.fail)) == [model]
         assert list(pace.untouched(model, True, lambda: "dequantised")) == ["dequantised"]
     finally:

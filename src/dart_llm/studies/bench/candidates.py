@@ -12,8 +12,7 @@ from dart_llm.experiments.llama_bench import LLAMA_CPP
 from dart_llm.experiments.model_facts import configuration, held_weights
 from dart_llm.experiments.variants import DENSE
 from dart_llm.files import size_text
-from dart_llm.models.block_types import ROUNDED
-from dart_llm.models.gguf_file import read_gguf
+from dart_llm.models.gguf_file import ROUNDED, read_gguf
 from dart_llm.models.loading import is_default
 from dart_llm.pruning.config import PruneConfig, SelfStatsConfig
 from dart_llm.reporting.console import Ui

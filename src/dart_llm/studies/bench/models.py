@@ -16,10 +16,10 @@ from dart_llm.errors import ConfigError, LoadError
 from dart_llm.experiments.model_facts import configuration
 from dart_llm.experiments.study import load_model
 from dart_llm.hub import plain
-from dart_llm.models.block_types import ROUNDED
 from dart_llm.models.bundled import MEMBER, default_folder
 from dart_llm.models.checkpoint import Checkpoint, checkpoint_facts, remember
 from dart_llm.models.devices import parse_device
+from dart_llm.models.gguf_file import ROUNDED
 from dart_llm.models.loading import is_default, parse_dtype
 from dart_llm.models.packed_loading import random_packed
 from dart_llm.reporting.console import Ui

@@ -12,7 +12,7 @@ from pydantic import field_validator, model_validator
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError, check_name
 from dart_llm.experiments.variants import Variant, parse
-from dart_llm.models.block_types import ROUNDED
+from dart_llm.models.gguf_file import ROUNDED
 from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY, PruneConfig
 from dart_llm.settings import (
     MASKED,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dart_llm.experiments.timing import WARM, Make, decode
-from dart_llm.models.float32_copy import can_copy, float32_copy
+from dart_llm.models.float32_products import can_copy, float32_copy
 from dart_llm.pruning.records import RunReport
 from dart_llm.reporting.speed_up import judge
 from dart_llm.session.run import Run
