@@ -328,14 +328,19 @@ def load_arguments(settings: Any) -> dict[str, Any]:
     return {**arguments, "device": settings.device or (None if settings.device_map else "auto")}
 
 
-class PruningOptions(Settings):
-    """How the model is pruned."""
+class MethodName(Settings):
+    """Which method."""
 
     method: str = setting(
         "Pruning",
         "Preset (dart-llm methods lists them), or file:SETTING.yaml of tune.",
         DEFAULT_METHOD,
     )
+
+
+class MaskOptions(Settings):
+    """How many neurons a method removes, which ones, and when."""
+
     sparsity: float | None = setting(
         "Pruning", f"Fraction of FFN neurons to remove (default: {DEFAULT_SPARSITY})."
     )
@@ -344,12 +349,6 @@ class PruningOptions(Settings):
     )
     layer_topk: str | None = setting(
         "Pruning", "Keep ratios per layer: all:auto, 0-5:0.6,6-11:0.8, 3:#512, or @FILE."
-    )
-    save_layer_topk: str | None = setting(
-        "Pruning", "Write the keep counts of the run to this file."
-    )
-    masks: str | None = setting(
-        "Pruning", "A masks.safetensors: use its newest masks, choose none."
     )
     masking_step: int | None = setting("Pruning", "Dense decode tokens before the first mask.")
     release_step: int | None = setting("Pruning", "Decode step from which all runs dense.")
@@ -360,15 +359,26 @@ class PruningOptions(Settings):
     budget: str | None = setting(
         "Pruning", 'Allocator over layers, e.g. uniform, "blend energy depth".'
     )
+    compensation: bool | None = setting("Pruning", "Add the removed neurons' mean contribution.")
+    executor: str | None = setting("Pruning", "auto, masked, compact, native or cuda.")
+
+
+class PruningOptions(MaskOptions, MethodName):
+    """How the model is pruned."""
+
+    save_layer_topk: str | None = setting(
+        "Pruning", "Write the keep counts of the run to this file."
+    )
+    masks: str | None = setting(
+        "Pruning", "A masks.safetensors: use its newest masks, choose none."
+    )
     knowledge_drift: bool | None = setting("Pruning", "Re-mask on drift by the preset's rule.")
     drift: str | None = setting(
         "Pruning", 'Drift rule: never, published, paper, dart, "interval 64", "windows 10 1 3".'
     )
-    compensation: bool | None = setting("Pruning", "Add the removed neurons' mean contribution.")
     head: str | None = setting(
         "Pruning", 'Output head of decoded tokens: full, or "screened 0.25" (of its bytes).'
     )
-    executor: str | None = setting("Pruning", "auto, masked, compact, native or cuda.")
 
     @model_validator(mode="after")
     def _check_pruning(self) -> Self:

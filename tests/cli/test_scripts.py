@@ -268,7 +268,7 @@ def test_the_variables_become_flags_of_a_study(desk):
     done = desk.run(DRIFT, "--passages=shipped", **variables)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     found = drift_settings(desk)
-    assert (found.kind, found.model, found.seeds) == ("forced", "gpt2", "4")
+    assert (found.kind, found.model, found.seeds) == ("forced", "gpt2", (4,))
     assert (found.experiment, found.results_dir, found.prompt) == ("mine", "else where", None)
     never = found.candidates()[1]
     assert never.label == "never@0.3" and never.config.score.name == "magnitude"

@@ -159,7 +159,7 @@ def test_the_documents(snapshot):
     console = Console(width=100, no_color=True)
     with console.capture() as capture:
         for table in tables(comparison.rows(grid(tasks=(ACC, PPL), methods=("griffin", "dart")))):
-            console.print(table.rich())
+            console.print(table)
     assert "…" not in capture.get() and capture.get() == snapshot(name="terminal")
 
 

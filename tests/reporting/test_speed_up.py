@@ -11,7 +11,6 @@ def test_a_ratio_below_the_limit_is_the_median_of_the_repetitions() -> None:
     found = judge([2.0, 2.2, 2.0], [1.6, 2.0, 1.0], limit=2.5)
     assert found.ratio == pytest.approx(1.25)
     assert not found.disturbed
-    assert str(found) == "1.25 x"
 
 
 @pytest.mark.parametrize(
@@ -28,7 +27,6 @@ def test_what_cannot_be_is_disturbed(
     found = judge(base, other, limit)
     assert found.disturbed
     assert found.ratio is None
-    assert str(found) == DISTURBED
     assert found.to_dict()["speed_up"] is None
     assert found.to_dict()["disturbed"] == DISTURBED
 

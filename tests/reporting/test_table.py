@@ -33,7 +33,7 @@ def test_people_see_words():
     ]
     console = Console(width=60, markup=False)
     with console.capture() as capture:
-        console.print(TABLE.rich())
+        console.print(TABLE)
     text = capture.get()  # which has no room for some columns
     assert "A | caption" in text and "50% [25%, 75%]" in text and "how many" not in text
 
@@ -50,7 +50,7 @@ def at(width, rows, left=2):
     columns = [Column(head, head, needed=head == "value") for head in HEADS]
     console = Console(width=width, no_color=True, markup=False)
     with console.capture() as capture:
-        console.print(Table("", "Caption", tuple(columns), rows, left=left).rich())
+        console.print(Table("", "Caption", tuple(columns), rows, left=left))
     return capture.get()
 
 

@@ -17,12 +17,12 @@ from dart_llm.reporting.figures import (
     Look,
     Palette,
     Plot,
-    heights,
     key,
     log_scale,
     looks_of,
     mark,
     panels,
+    panels_height,
     whisker_lengths,
 )
 from dart_llm.reporting.table import grouped
@@ -87,26 +87,27 @@ def _plot(
     tasks: Sequence[T],
     looks: Callable[[Palette], dict[str, Look]],
     names: Sequence[str],
-    columns: tuple[int, int],
+    columns: int,
     draw_task: Callable[[Axes, T, dict[str, Look]], None],
     footnote: str = "",
 ) -> Plot:
-    """One panel per task under a common legend of ``names``, in ``columns`` where there is little
-    room or enough; ``rows``: those that are drawn as points."""
+    """One panel per task under a common legend of ``names`` in ``columns`` columns.
+
+    ``rows``: those that are drawn as points.
+    """
     first = rows[0]
     leak = " (LEAK: the masks have seen the answers)" if first.protocol == "published" else ""
     title = f"{title}: {first.model}, protocol {first.protocol or 'not known'}{leak}"
     facts = {**first.checkpoint, "dtype": first.dtype}
 
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        wide = columns[not narrow]
-        above, *drawn = panels(figure, len(tasks), narrow, math.ceil((len(names) + 1) / wide))
+    def draw(figure: Figure, palette: Palette) -> None:
+        above, *drawn = panels(figure, len(tasks), math.ceil((len(names) + 1) / columns))
         for axes, task in zip(drawn, tasks, strict=True):
             draw_task(axes, task, looks(palette))
-        key(above, drawn, wide)
+        key(above, drawn, columns)
 
     small = f"{checkpoint_line(first.model, facts)} · {_whiskers(rows)}{footnote}"
-    return Plot(name, title, alt, small, *heights(len(tasks), draw, len(names)))
+    return Plot(name, title, alt, small, panels_height(len(tasks), len(names)), draw)
 
 
 def _whiskers(rows: Sequence[Row]) -> str:
@@ -203,7 +204,7 @@ def _comparison_plot(name: str, tasks: Sequence[Sequence[Row]]) -> Plot:
         tasks,
         lambda palette: looks_of(methods, palette),
         methods,
-        (3, 6),
+        6,
         _draw_comparison,
         MOVED if len(methods) > 1 and curved else "",
     )
@@ -312,7 +313,7 @@ def _layers_plot(name: str, tasks: Sequence[Sequence[LayerCurve]]) -> Plot:
         tasks,
         looks,
         names,
-        (2, 4),
+        4,
         _draw_layers,
     )
 

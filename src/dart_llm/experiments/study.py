@@ -377,7 +377,7 @@ def _finish(study: Study[Any]) -> None:
         if table.terminal and study.longest is not None and len(table.rows) > study.longest:
             study.ui.say(f"{table.caption}: {len(table.rows)} rows in {table.name}.csv")
         elif table.terminal:
-            study.ui.table(table.rich())
+            study.ui.table(table)
     if study.document:
         write_text((study.path / study.document).with_suffix(".md"), study.markdown())
     for sentence in study.sentences():

@@ -6,7 +6,6 @@ figure and its colours.
 
 from __future__ import annotations
 
-import inspect
 import io
 import math
 import textwrap
@@ -14,12 +13,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dart_llm.errors import MissingExtra
 from dart_llm.files import write_bytes
-from dart_llm.reporting.words import quantity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,10 +43,8 @@ class Plot:
     alt: str
     small: str
     height: float
-    draw: Callable[..., None]
+    draw: Callable[[Figure, Palette], None]
     """Called with an empty figure and the colours."""
-    narrow_height: float | None = None
-    """Has no effect: there is one size."""
 
 
 DASHES = (0, (5, 3))
@@ -65,30 +62,21 @@ def reference_line(
             axes.axhline(y, label=name, **look)
 
 
-def _labelled(drawn: Iterable[Axes]) -> dict[str, Any]:
-    """The handle of every label, each once, in the order in which they are met."""
+def _legend(axes: Axes, drawn: Iterable[Axes], columns: int, **place: Any) -> None:
+    """In ``axes`` a legend of every label in ``drawn``, each once, in the order of the axes."""
     handles: dict[str, Any] = {}
-    for axes in drawn:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+    for one in drawn:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    return handles
+    if handles:
+        shape: dict[str, Any] = {"ncols": columns, "columnspacing": 1.4, "borderpad": 0.0}
+        axes.legend(list(handles.values()), list(handles), **shape, **place)
 
 
 def legend(axes: Axes, columns: int, others: Sequence[Axes] = ()) -> None:
     """A legend above the axes, on the left, of what has a label in them or in ``others``."""
-    handles = _labelled((axes, *others))
-    if handles:
-        axes.legend(
-            list(handles.values()),
-            list(handles),
-            loc="lower left",
-            bbox_to_anchor=(0.0, 1.0),
-            ncols=columns,
-            borderaxespad=0.4,
-            borderpad=0.0,
-            columnspacing=1.4,
-            handletextpad=0.6,
-        )
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
+    _legend(axes, (axes, *others), columns, borderaxespad=0.4, handletextpad=0.6, **place)
 
 
 def draw_whisker(axes: Axes, low: float, high: float, place: float) -> None:
@@ -129,8 +117,6 @@ def name_bars(axes: Axes, names: Sequence[str]) -> None:
 
 HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
 
-COLOURS = (3, 4, 2, 0, 1, 8)
-
 GREY = "#868e98"
 """What is dense, or in the background."""
 
@@ -138,21 +124,7 @@ CONTRAST = 3.0
 """Of a mark against white, at least, as WCAG 2 asks of graphics."""
 
 
-def _log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers between two perplexities, at least three of them where they fit."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), tuple(range(1, 10))):
-        ticks = [step * 10.0**d for d in decades for step in steps if low <= step * 10.0**d <= high]
-        if len(ticks) >= 3:
-            return ticks[:: math.ceil(len(ticks) / most)]
-    step = 10.0 ** math.floor(math.log10((high - low) / 2))
-    first = math.ceil(low / step)
-    ticks = [step * n for n in range(first, math.floor(high / step) + 1)]
-    return ticks[:: math.ceil(len(ticks) / most)]
-
-
 # What the plots of comparisons share: panels, legend, methods' looks, curves with intervals.
-
 
 METHODS = ("dart", "griffin", "flap", "static", "published", "wanda", "glass", "random")
 """These look the same in every plot; further methods take the looks that are left."""
@@ -179,20 +151,18 @@ KEY_LINE = 0.22
 Look = dict[str, Any]
 
 
-def heights(
-    count: int, draw: Callable[..., None], lines: int
-) -> tuple[float, Callable[..., None], None]:
-    """Height and drawing of a plot with ``count`` panels, as ``Plot`` takes them."""
-    wide = 0.7 + (2.5 if count > 1 else 3.1) * math.ceil(count / 2) + KEY_LINE * (1 + lines // 6)
-    return wide, draw, None
+def panels_height(count: int, names: int) -> float:
+    """Inches of ``count`` panels below a legend of ``names``."""
+    panel = 2.5 if count > 1 else 3.1
+    return 0.7 + panel * math.ceil(count / 2) + KEY_LINE * (1 + names // 6)
 
 
-def panels(figure: Figure, count: int, narrow: bool, lines: int) -> list[Axes]:
+def panels(figure: Figure, count: int, lines: int) -> list[Axes]:
     """A place for the legend of ``lines`` lines, and below it one panel per task, in two columns.
 
     The first axes are the legend's.
     """
-    columns = 1 if narrow or count == 1 else 2
+    columns = 1 if count == 1 else 2
     rows = math.ceil(count / columns)
     ratios = [KEY_LINE * lines, *[2.4] * rows]
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=ratios)
@@ -204,17 +174,11 @@ def panels(figure: Figure, count: int, narrow: bool, lines: int) -> list[Axes]:
 
 def looks_of(names: Sequence[str], palette: Palette) -> dict[str, Look]:
     """Colour, marker and line by name; ``dart`` is the boldest."""
-    left = iter(
-        [look for look, name in zip(LOOKS, METHODS, strict=False) if name not in names][::-1]
-    )
-    further = [*LOOKS[len(METHODS) :], *left, *LOOKS]
-    strangers = [name for name in names if name not in METHODS]
+    left = [look for look, name in zip(LOOKS, METHODS, strict=False) if name not in names]
+    further = cycle([*LOOKS[len(METHODS) :], *left[::-1], *LOOKS])
     looks = {}
     for name in names:
-        if name in METHODS:
-            look = LOOKS[METHODS.index(name)]
-        else:
-            look = further[strangers.index(name) % len(further)]
+        look = LOOKS[METHODS.index(name)] if name in METHODS else next(further)
         looks[name] = {**mark(look, palette), **({"linewidth": 2.2} if name == "dart" else {})}
     return looks
 
@@ -233,41 +197,31 @@ def mark(look: tuple[int, str, Any], palette: Palette) -> Look:
 
 
 def log_scale(axes: Axes, low: float, high: float) -> None:
-    """Limits and round ticks of a log axis."""
-    ticks = _log_ticks(low, high, 6)
-    if len(ticks) < 4 and high < 2 * low:  # nearly straight: round numbers at even distances
-        unit = 10.0 ** math.floor(math.log10((high - low) / 4))
-        step = next(n * unit for n in (1, 2, 5, 10) if n * unit >= (high - low) / 6)
-        ticks = [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    axes.set_yticks(ticks, [quantity(tick, True).removesuffix(".0") for tick in ticks])
-    axes.set_yticks([], minor=True)
+    """A log axis between two limits."""
+    axes.set_yscale("log")
     axes.set_ylim(low, high)
+    log_axis(axes)
 
 
 def log_axis(axes: Axes) -> None:
-    """A log axis whose ticks are plain numbers."""
-    from matplotlib.ticker import LogLocator
+    """A log axis whose ticks are plain numbers, at even distances within one decade."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axes.get_ylim()
+    if high < 10 * low:
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+    else:
+        steps = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+        axes.yaxis.set_major_locator(LogLocator(subs=steps))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_yticks([], minor=True)
 
 
 def key(above: Axes, drawn: Sequence[Axes], columns: int) -> None:
     """One legend for all panels, above them."""
-    handles = _labelled(drawn)
-    above.legend(
-        list(handles.values()),
-        list(handles),
-        loc="center left",
-        bbox_to_anchor=(0.0, 0.5),
-        ncols=columns,
-        handlelength=3.2,
-        columnspacing=1.4,
-        borderaxespad=0.0,
-        borderpad=0.0,
-    )
+    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (0.0, 0.5)}
+    _legend(above, drawn, columns, borderaxespad=0.0, handlelength=3.2, **place)
 
 
 def looks(labels: Sequence[str], palette: Palette) -> dict[str, Look]:
@@ -281,9 +235,8 @@ def looks(labels: Sequence[str], palette: Palette) -> dict[str, Look]:
 # A plot has one size.  It can be read in grey: hatches, markers and line styles carry the meaning,
 # colours only repeat it.
 
-
-WIDE, NARROW = 8.0, 4.1
-"""Inches of a figure; nothing is drawn narrow any more."""
+WIDE = 8.0
+"""Inches of a figure."""
 
 STYLES = ("screen", "paper")
 
@@ -342,16 +295,10 @@ def render(plot: Plot, kind: str) -> bytes:
             figure = Figure(figsize=(WIDE, plot.height + extra))
             figure.suptitle("\n".join(title), x=0.012, ha="left", fontsize=10.5, fontweight="bold")
             figure.supxlabel("\n".join(small), x=0.012, ha="left", fontsize=7, color=SOFT)
-        draw(plot, figure, palette)
+        plot.draw(figure, palette)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, dpi=200, metadata=UNDATED[kind])
     return buffer.getvalue()
-
-
-def draw(plot: Plot, figure: Figure, palette: Palette) -> None:
-    """Draw into an empty figure; some drawings still take whether it is narrow."""
-    narrow = [False] if len(inspect.signature(plot.draw).parameters) > 2 else []
-    plot.draw(figure, palette, *narrow)
 
 
 HEADLINE = 0.4

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from dart_llm.reporting.words import duration
 
@@ -64,6 +65,7 @@ class Pace:
         return max(each * rest - waited, waited * rest / 2)
 
 
+@dataclass(eq=False)
 class Work:
     """A block of work.
 
@@ -72,21 +74,17 @@ class Work:
     within it unless that is loud, too.  ``moving``: a spinner or bar shows it.
     """
 
-    def __init__(
-        self,
-        text: str,
-        *,
-        pace: Pace | None = None,
-        number: int = 0,
-        of: int = 0,
-        noun: str = "cell",
-        loud: bool = False,
-        moving: bool = False,
-    ) -> None:
-        self.text, self.pace, self.loud, self.moving = text, pace, loud, moving
-        self.number, self.of, self.noun = number, of, noun
+    text: str
+    pace: Pace | None = None
+    number: int = 0
+    of: int = 0
+    noun: str = "cell"
+    loud: bool = False
+    moving: bool = False
+
+    def __post_init__(self) -> None:
         self.began = clock()
-        self.reported = pace is None
+        self.reported = self.pace is None
         """Whether it had its first line; uncounted work has none before a long silence."""
 
     def is_due(self, spoke: float) -> bool:

@@ -49,9 +49,6 @@ class SpeedUp:
         """Whether the timings contradict the bytes or each other."""
         return self.ratio is None
 
-    def __str__(self) -> str:
-        return DISTURBED if self.ratio is None else f"{self.ratio:.2f} x"
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: ``speed_up`` (null where disturbed), ``bytes_limit``, ``scatter``,
         ``disturbed`` (null, or a sentence)."""

@@ -31,6 +31,10 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 
+LONGEST_WORD = 60
+"""Characters of a word that is never broken, at most."""
+
+
 @dataclass(frozen=True)
 class Column:
     """One column for people.
@@ -100,10 +104,6 @@ class Table:
         """What the templates' ``table`` takes."""
         return PageTable(self.caption, self.head, self.cells(), strong=self.strong)
 
-    def rich(self) -> TerminalTable:
-        """For the terminal."""
-        return TerminalTable(self)
-
     @property
     def terminal_caption(self) -> str:
         """The caption on the terminal."""
@@ -147,24 +147,14 @@ class Table:
         nested = {key for row in self.rows for key, v in row.items() if isinstance(v, Mapping)}
         return [key for key in (self.rows[0] if self.rows else ()) if key not in nested]
 
-
-LONGEST_WORD = 60
-"""Characters of a word that is never broken, at most."""
-
-
-@dataclass(frozen=True)
-class TerminalTable:
-    """A table as wide as the terminal has room for: lines end between words.
-
-    Where there is too little room the last columns go, and the caption names them.
-    """
-
-    table: Table
-
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
-        table, gone = self.table, list[str]()
-        shown = [column for column in table.columns if column.terminal]
-        words = [column.head for column in table.columns[: table.left]]
+        """As wide as the terminal has room for: lines end between words.
+
+        Where there is too little room the last columns go, and the caption names them.
+        """
+        gone = list[str]()
+        shown = [column for column in self.columns if column.terminal]
+        words = [column.head for column in self.columns[: self.left]]
         kept = {*words, *ACCOUNTING, *(column.head for column in shown if column.needed)}
         while sum(self._least(column) for column in shown) > self._room(options, shown):
             free = [column for column in shown if column.head not in kept]
@@ -174,19 +164,21 @@ class TerminalTable:
             gone.insert(0, free[-1].head)
         more = f"widen the terminal to see: {', '.join(gone)}" if gone else ""
         widths = self._widths(shown, self._room(options, shown))
-        yield self._drawn(shown, widths, "; ".join(filter(None, (table.terminal_caption, more))))
+        yield self._drawn(shown, widths, "; ".join(filter(None, (self.terminal_caption, more))))
 
     def _room(self, options: ConsoleOptions, columns: Sequence[Column]) -> int:
         """Characters that are left for the cells of these columns."""
-        return options.max_width - (2 if self.table.tight else 3) * len(columns) - 1
+        return options.max_width - (2 if self.tight else 3) * len(columns) - 1
 
     def _widths(self, columns: Sequence[Column], room: int) -> list[int]:
         """Heads get more lines first, the longest ones, then cells."""
         least = [self._least(column) for column in columns]
-        cells = [max(few, _longest(self._cells(c))) for c, few in zip(columns, least, strict=True)]
+        cells = [
+            max(few, _longest(self._terminal_cells(c)))
+            for c, few in zip(columns, least, strict=True)
+        ]
         widths = [
-            max(n, _longest([self.table.terminal_head(c)]))
-            for c, n in zip(columns, cells, strict=True)
+            max(n, _longest([self.terminal_head(c)])) for c, n in zip(columns, cells, strict=True)
         ]
         while sum(widths) > max(room, sum(least)):
             bounds = cells if any(map(gt, widths, cells)) else least
@@ -196,25 +188,24 @@ class TerminalTable:
             widths[widest] -= 1
         return widths
 
-    def _cells(self, column: Column) -> list[str]:
-        return [self.table.terminal_cell(column, row) for row in self.table.rows]
+    def _terminal_cells(self, column: Column) -> list[str]:
+        return [self.terminal_cell(column, row) for row in self.rows]
 
     def _least(self, column: Column) -> int:
         """Characters of a column's longest word; of its longest line where it does not wrap."""
-        texts = [self.table.terminal_head(column), *self._cells(column)]
+        texts = [self.terminal_head(column), *self._terminal_cells(column)]
         words = (word for text in texts for word in text.split())
         return min(_longest(words if column.wrap else texts), LONGEST_WORD)
 
     def _drawn(self, columns: Sequence[Column], widths: Sequence[int], caption: str) -> RichTable:
-        table = self.table
         drawn = RichTable(title=caption, title_justify="left")
-        if table.tight:
+        if self.tight:
             drawn.box, drawn.padding = SIMPLE_HEAD, (0, 1, 0, 0)
         for column, width in zip(columns, widths, strict=True):
-            justify: Any = "left" if column in table.columns[: table.left] else "right"
-            head = table.terminal_head(column)
+            justify: Any = "left" if column in self.columns[: self.left] else "right"
+            head = self.terminal_head(column)
             drawn.add_column(head, justify=justify, overflow="fold", width=width)
-        for row in zip(*map(self._cells, columns), strict=True):
+        for row in zip(*map(self._terminal_cells, columns), strict=True):
             drawn.add_row(*row)
         return drawn
 

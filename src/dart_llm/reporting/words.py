@@ -1,9 +1,7 @@
-"""Numbers, bytes, durations and counts as words; conclusions of perplexity and time.
+"""Numbers, bytes, durations and counts as words; the conclusion of a run as a sentence.
 
-Results as plain sentences: what ends a table, heads a report and titles a plot.
-
-Every sentence is computed from the rows and records that are passed in; what was not measured is
-left out.  Rows are those of perplexity.json, accounting is ``RunReport.to_dict()``.
+What was not measured is left out.  Rows are those of perplexity.json, accounting is
+``RunReport.to_dict()``.
 """
 
 from __future__ import annotations
@@ -11,9 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-CLOSE = 1.1
-"""A perplexity below this multiple of dense counts as close to dense."""
 
 TRANSFORMERS, OUR_KERNELS = "transformers", "our kernels"
 """What decodes a dense text: the untouched model, or the kernels that the pruned one runs by."""
@@ -41,6 +36,13 @@ def intervals_over(marks: str, n: int, items: str) -> str:
         if few
         else f"{marks}: 95 % bootstrap intervals over {n} {items}"
     )
+
+
+def with_interval(value: float, interval: Row, form: str) -> str:
+    """ "0.123 (0.100 to 0.150)", or why there is no interval.  ``interval``: low, high and n."""
+    if interval["low"] is None:
+        return f"{value:{form}} {too_few(interval['n']) or ''}".rstrip()
+    return f"{value:{form}} ({interval['low']:{form}} to {interval['high']:{form}})"
 
 
 def mostly_dense(accounting: Row | None) -> str:
@@ -89,7 +91,7 @@ def times(ratio: float) -> str:
 
 
 def row_name(row: Row) -> str:
-    """ "dense", "dart 50 %", or "dart, own counts" where no sparsity was asked for.
+    """ "dense", "dart 50 %", or "dart, own counts" where no sparsity was requested.
 
     Behind it that most of its tokens ran dense, where they did.
     """
@@ -128,7 +130,7 @@ def headline(rows: Sequence[Row], method: str | None = None) -> Row | None:
 
 
 def _removed(row: Row) -> float:
-    """The sparsity asked for, or what was achieved where the method set the counts itself."""
+    """The requested sparsity, or what was achieved where the method set the counts itself."""
     requested = row.get("sparsity")
     if requested is None:
         requested = (row.get("accounting") or {}).get("achieved_sparsity")
@@ -146,7 +148,7 @@ def ratio(row: Row, rows: Sequence[Row]) -> float | None:
 def conclusion(
     rows: Sequence[Row], *, accounting: Row | None = None, method: str | None = None
 ) -> str:
-    """What was removed, what that saves, what it costs, and where to start: one sentence.
+    """What was removed, what that saves, and what it costs: one sentence.
 
     ``accounting``: of the run, where no row has one.
     """
@@ -158,7 +160,7 @@ def conclusion(
     elif row is not None:
         parts.append(f"{percent(_removed(row))} of the FFN neurons removed")
     if row is not None:
-        parts += _quality(row, rows)
+        parts.append(_quality(row, rows))
     text = "; ".join(parts)
     return f"{text}." if text else "Nothing was measured."
 
@@ -175,7 +177,7 @@ def _bytes(accounting: Row) -> str:
     removed = f"{percent(achieved)} of the FFN neurons removed"
     if requested is not None and abs(requested - achieved) >= 0.005:
         shares = percent(requested), percent(achieved)
-        removed = f"{shares[0]} of the FFN neurons asked for, {shares[1]} removed on average"
+        removed = f"{shares[0]} of the FFN neurons requested, {shares[1]} removed on average"
     proxies = accounting.get("proxy_bytes_share") or 0.0  # read on top, to rank the neurons
     saved = (accounting.get("ffn_share_of_bytes") or 0.0) * (achieved - proxies)
     if head := accounting.get("head"):
@@ -190,38 +192,12 @@ def _bytes(accounting: Row) -> str:
     return f"{removed} = {less} ({limit})"
 
 
-def _quality(row: Row, rows: Sequence[Row]) -> list[str]:
+def _quality(row: Row, rows: Sequence[Row]) -> str:
     dense, over = dense_row(rows), ratio(row, rows)
     if dense is None or over is None:
-        return [f"perplexity {figure(row['perplexity'])} (dense was not measured)"]
+        return f"perplexity {figure(row['perplexity'])} (dense was not measured)"
     change = f"({figure(dense['perplexity'])} to {figure(row['perplexity'])})"
-    return [f"perplexity x {times(over)} {change}", advice(rows, row.get("method"))]
-
-
-def advice(rows: Sequence[Row], method: str | None = None) -> str:
-    """What the largest sparsity close to dense costs and gains, of ``method`` first."""
-    of_method = [row for row in measured(rows) if row.get("method") == method] if method else []
-    tried = of_method or [row for row in measured(rows) if row.get("method") != "dense"]
-    close, limit = _close(tried, rows), f"within {percent(CLOSE - 1, 0)} of dense"
-    if close is None:
-        if best := _close(measured(rows), rows):
-            return f"of what was measured {row_name(best)} stays {limit}"
-        return f"try lower sparsities: nothing measured here stays {limit}"
-    amount, low = percent(_removed(close)), (close.get("interval") or (math.inf,))[0]
-    cost = "costs this model nothing measurable" if low <= 1 else f"stays {limit}"
-    return f"up to {amount} {cost}{_gain(close.get('accounting') or {})}"
-
-
-def _close(tried: Sequence[Row], rows: Sequence[Row]) -> Row | None:
-    """The largest sparsity of ``tried`` that stays close to dense."""
-    near = [row for row in tried if _removed(row) and (ratio(row, rows) or CLOSE) < CLOSE]
-    return max(near, key=_removed, default=None)
-
-
-def _gain(accounting: Row) -> str:
-    """What reading fewer bytes gains at most, where that is little."""
-    gain = (accounting.get("bytes_limit") or math.inf) - 1
-    return f"; it also gains only {percent(gain, 0)} at most" if gain < WORTH else ""
+    return f"perplexity x {times(over)} {change}"
 
 
 def timing_sentence(timing: Mapping[str, Any]) -> str:

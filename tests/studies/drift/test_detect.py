@@ -50,7 +50,7 @@ REFUSED = [
     ({"method": "dart"}, 'unknown setting "method"'),
     ({"signals": "hiden"}, "did you mean hidden"),
     ({"signals": " , "}, "--signals is empty"),
-    ({"thresholds": "0,x"}, 'thresholds "0,x" must be numbers'),
+    ({"thresholds": "0,x"}, "thresholds.1 = 'x': input should be a valid number"),
     ({"thresholds": "0,inf"}, "finite"),
     ({"counts": "0,1"}, "0 is too small: give 1 or more"),
     ({"attn_implementation": "sdpa"}, "only eager attention gives: drop"),

@@ -134,7 +134,6 @@ def test_jaccard_left_and_joined_per_layer():
     for number, ids in enumerate(masks):
         kept = tuple(len(ids.get(layer, range(8))) for layer in range(2))
         recorder.remasks.append(Remask(0, None, 10 * number, "drift", 1.0, kept, None))
-        recorder.observed.append(number)
         for layer, own in ids.items():
             recorder.tensors[f"remask{number}.layer{layer}.ids"] = torch.tensor(own).int()
     first, second, third = remasks(recorder, [8, 8])
@@ -142,7 +141,6 @@ def test_jaccard_left_and_joined_per_layer():
     assert (second["jaccard"], second["left"], second["joined"]) == ([0.2, 1.0], [2, 0], [2, 0])
     assert third["jaccard"] == [1.0, 0.25]  # the second layer runs dense now: all 8 neurons
     assert (third["left"], third["joined"], third["kept"]) == ([0, 0], [0, 6], [3, 8])
-    assert [m["observed"] for m in (first, second, third)] == [0, 1, 2]
 
 
 NEVER = {"drift": {"rule": "never"}}
@@ -150,15 +148,13 @@ FREE = {"min_distance": 0, "max_dense_share": None}
 
 
 @pytest.mark.parametrize(
-    ("changes", "steps", "dense_from"),
+    ("changes", "steps", "released"),
     [
         ({**NEVER, "release_step": 90}, [0], 90),
         ({"drift": {"rule": "interval 50", **FREE}}, [0, 82, 164, 246, 328], None),
     ],
 )
-def test_the_record_of_a_run_its_masks_and_where_pruning_ended(
-    changes, steps, dense_from, tmp_path
-):
+def test_the_record_of_a_run_its_masks_and_where_pruning_ended(changes, steps, released, tmp_path):
     found, recorder = reading(), DriftRecorder()
     run = Run(loaded()[0], config(**changes))
     run.on_selection = recorder
@@ -167,13 +163,16 @@ def test_the_record_of_a_run_its_masks_and_where_pruning_ended(
     kept = record(run, recorder, [48] * 4)
     decoded = found.decoded - 1  # the last token is never fed
     assert [mask["step"] for mask in kept["remasks"]] == steps == [r.step for r in run.remasks]
-    assert [mask["observed"] for mask in kept["remasks"]] == [0, *[32] * (len(steps) - 1)]
-    assert kept["accounting"]["remasks"] == len(steps) - 1 and kept["dense_from"] == dense_from
+    spans = [(start, start + 50, number) for number, start in enumerate(steps)]
+    dense_spans = [(step - 32, step, None) for step in steps[1:]]
+    whole = sorted([*spans[:-1], *dense_spans, (steps[-1], decoded, len(steps) - 1)])
+    assert kept["spans"] == ([(0, 90, 0), (90, decoded, None)] if released else whole)
+    assert kept["accounting"]["remasks"] == len(steps) - 1
     assert "sequences" not in kept["accounting"]
-    dense = (decoded - dense_from if dense_from else 0) + 32 * (len(steps) - 1)
+    dense = (decoded - released if released else 0) + 32 * (len(steps) - 1)
     assert kept["accounting"]["dense_token_share"] == pytest.approx(dense / decoded)
     recorder.write(tmp_path / "masks" / "a.safetensors", "tiny", "any")
     newest = read_masks(str(tmp_path / "masks" / "a.safetensors"))
-    if dense_from is None:
+    if released is None:
         own = {layer: ids.tolist() for layer, ids in run.masks().items()}
         assert {layer: ids.tolist() for layer, ids in newest.items()} == own

@@ -11,7 +11,8 @@ DART = PruneConfig.build("dart", sparsity=0.5)
 
 
 def parse(text, moment=64, **base):
-    found = parse_methods(text, BaseSettings(**{"method": "dart", "sparsity": 0.5, **base}), moment)
+    settings = BaseSettings(**{"method": "dart", "sparsity": 0.5, **base})
+    found = parse_methods(text.split(","), settings, moment)
     return {method.label: method for method in found}
 
 
@@ -21,7 +22,7 @@ def given(**flags):
 
 def test_methods_of_a_study():
     assert (given().kind, given(passages=None, prompts="shipped").kind) == ("forced", "free")
-    assert given(seeds="3,1,3").seed_list() == (3, 1)
+    assert given(seeds="3,1,3").seeds == (3, 1)
     found = given().candidates()
     names = "never interval:64 published paper dart"
     assert [m.label for m in found] == ["dense", *(f"{name}@0.5" for name in names.split())]
@@ -74,13 +75,13 @@ SETTINGS = [
     ({"methods": "dart@1.5"}, r"sparsity 1.5 must lie in \[0, 1\)"),
     ({"methods": "dense@0.5"}, "method dense removes nothing: drop the @0.5"),
     ({"methods": "dart,dart@0.5"}, r'"dart@0.5" was given twice'),
-    ({"methods": " , "}, "no method is named"),
+    ({"methods": " , "}, "--methods is empty"),
     ({"passages": None}, "mode free does not fit no source"),
     ({"passages": None, "prompt": " \n"}, "the prompt is empty: give at least one word"),
     ({"prompt": "a"}, r"does not fit 2 source\(s\): give one of --prompt TEXT, --prompts"),
     ({"mode": "forced", "passages": None, "prompt": "a"}, "mode forced does not fit 1 source"),
     ({"mode": "free"}, "mode free does not fit 1 source"),
-    ({"seeds": "1,x"}, '--seeds "1,x" must be numbers'),
+    ({"seeds": "1,x"}, "seeds.1 = 'x': input should be a valid integer"),
     ({"seeds": "-1"}, "--seed -1 must be a whole number from 0"),
     ({"remask_at_change": 32}, "--remask-at-change concerns fresh:N and decay:N"),
     ({"passages": None, "prompt": "a", "methods": "fresh:1"}, "fresh:1 makes new masks at a"),

@@ -71,19 +71,20 @@ def test_masks_and_their_overlap(view):
 
 
 def test_spans_of_masks(view):
-    """A trigger's window ended at 220, and 16 tokens were observed from 224 on."""
-    end = cell(view).decoded
-    check = {"sequence": 0, "row": 0, "step": 220, "layer": 3, "window": 22, "similarity": 0.5}
-    check |= {"threshold": 0.7, "counter": 1, "trigger": True, "state": "armed"}
-    remasks = [{"step": 0, "observed": 0}, {"step": 240, "observed": 16}]
-    own = cell(view, remasks=remasks, checks=[check], dense_from=None)
-    spans = [MaskSpan(0, 220, 0), MaskSpan(220, 224, None), MaskSpan(224, 240, None)]
-    assert masks.mask_spans(own) == [*spans, MaskSpan(240, end, 1)]
-    never = "forced/two/never@0.5/0"
-    assert masks.mask_spans(cell(view, never)) == [MaskSpan(0, end, 0)]
-    released = cell(view, never, dense_from=100)
-    assert masks.mask_spans(released) == [MaskSpan(0, 100, 0), MaskSpan(100, end, None)]
-    assert masks.mask_spans(cell(view, "forced/two/dense/0")) == [MaskSpan(0, end, None)]
+    """As the run counted them: 40 pruned tokens, 32 observed ones, and again."""
+    own = cell(view)
+    spans = masks.mask_spans(own)
+    starts = [0, 40, 72, 112, 144, 184]
+    assert [(span.start, span.mask) for span in spans[:6]] == [
+        (start, None if number % 2 else number // 2) for number, start in enumerate(starts)
+    ]
+    assert [span.start for span in spans if span.mask is not None] == [
+        mask["step"] for mask in own.record["remasks"]
+    ]
+    assert spans[-1].end == own.decoded
+    whole = [MaskSpan(0, own.decoded, 0)]
+    assert masks.mask_spans(cell(view, "forced/two/never@0.5/0")) == whole
+    assert masks.mask_spans(cell(view, "forced/two/dense/0")) == [replace(whole[0], mask=None)]
 
 
 def test_loss_around_the_change(view):

@@ -23,14 +23,9 @@ def shifting(*at, length=600, noise=0.3, seed=7):
     return torch.eye(HIDDEN)[axis] + noise * torch.randn(length, HIDDEN, generator=generator)
 
 
-def watcher(name, observe=50, **guards):
-    plain = make_watcher(name, observe)
-    return Watcher(name, plain.rule, observe, **guards)
-
-
 def test_a_change_is_noticed_after_three_windows_and_the_reference_is_renewed():
     """Reference: 80 tokens after the sinks.  Windows end at 94, 104, ..., the third low at 234."""
-    signal = Recorded("made up", shifting(204, 454))
+    signal = Recorded(shifting(204, 454))
     steady = Rule(10, lambda mu, sigma: mu - 6 * sigma, 3)
     found = replay(signal, PROMPT, Watcher("steady", steady, 50))
     # after the first: 50 tokens observed, windows from 284 on: 464 holds the change at 454 alone
@@ -63,11 +58,10 @@ def test_guards_by_hand():
 def test_rules_and_methods_by_name():
     dart = make_watcher("dart-prompt", 7)
     assert (dart.rule.window, dart.rule.count, dart.observe) == (10, 3, 32)
-    assert (dart.min_distance, dart.max_dense_share) == (64, 0.1)
+    assert dart.guards[:2] == (64, 0.1)
     for name in ("paper", "published", "dart"):  # the rule, not the method
         watcher = make_watcher(name, 7)
-        guards = watcher.min_distance, watcher.max_dense_share, watcher.allowance
-        assert (watcher.observe, *guards) == (7, 0, None, 0)
+        assert (watcher.observe, watcher.guards) == (7, (0, None, 0))
     for name, error in (
         ("griffin", "never re-masks"),
         ("interval", "interval N"),
@@ -86,22 +80,25 @@ def test_rules_and_methods_by_name():
 @pytest.mark.parametrize(
     ("rule", "guards", "observe"),
     [
-        ("published", {}, 1),
-        ("published", {"min_distance": 90}, 50),
-        ("paper", {"min_distance": 64, "max_dense_share": 0.1}, 32),
-        ("interval 40", {}, 32),
-        ("interval 40", {"min_distance": 64, "max_dense_share": 0.1}, 50),
+        ("published", (0, None), 1),
+        ("published", (90, None), 50),
+        ("paper", (64, 0.1), 32),
+        ("interval 40", (0, None), 32),
+        ("interval 40", (64, 0.1), 50),
     ],
 )
 def test_equal_to_the_tracer_on_the_same_values(rule, guards, observe):
     layers = make_layers()
     stream = Stream(layers, 1, 600)
     stream.v = shifting(204, 454)[None]
-    own = config(drift={"rule": rule, **guards}, remask={"observe_tokens": observe})
+    distance, share = guards
+    drift = {"rule": rule, "min_distance": distance, "max_dense_share": share}
+    own = config(drift=drift, remask={"observe_tokens": observe})
     live = Driver(own, layers=layers, stream=stream)
     live.prefill(PROMPT)
     live.steps(600 - PROMPT)
-    found = replay(Recorded("made up", stream.v[0]), PROMPT, watcher(rule, observe, **guards))
+    watcher = Watcher(rule, make_watcher(rule, observe).rule, observe, (*guards, 0))
+    found = replay(Recorded(stream.v[0]), PROMPT, watcher)
     triggers = [check.step + PROMPT for check in live.tracer.checks if check.trigger]
     if rule.startswith("interval"):
         # a mask is built observe tokens after each trigger

@@ -104,7 +104,7 @@ def test_the_page_tells_the_run(html, page):
         "2026-03-04 05:06:07 UTC, took 132 s",
         "dart-llm run --prompt 'Why is the sky blue? <script>' --sparsity 0.5",
         "50 % of the FFN neurons removed = 30 % fewer weight bytes read per token (at most 1.42 x "
-        "faster); perplexity x 2.1 (17.6 to 37.0); up to 20 % stays within 10 % of dense.",
+        "faster); perplexity x 2.1 (17.6 to 37.0).",
         "400 tokens, 43.8 % of the FFN neurons removed, 2 re-masks",
         "embedded: 6 slices of 256 prompt + 256 scored tokens, protocol decode",
         "Loading took 2.5 s, the whole run 132.0 s, peak memory 1.2 GiB.",

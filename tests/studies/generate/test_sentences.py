@@ -18,34 +18,6 @@ def row(method, sparsity, ratio, **more):
 DENSE = row("dense", 0.0, 1.0)
 
 
-def test_advice_comes_from_the_measured_rows():
-    lower = "try lower sparsities: nothing measured here stays within 10 % of dense"
-    for ratios, advice in (
-        ({0.1: 1.03, 0.2: 1.09, 0.5: 2.1}, "up to 20 % stays within 10 % of dense"),
-        ({0.2: 1.0999, 0.5: 2.1}, "up to 20 % stays within 10 % of dense"),
-        ({0.2: 1.1, 0.5: 2.1}, lower),
-        ({0.1: 1.03, 0.125: 1.04, 0.3: 1.2}, "up to 12.5 % stays within 10 % of dense"),
-    ):
-        rows = [DENSE, *(row("dart", sparsity, ratio) for sparsity, ratio in ratios.items())]
-        assert words.advice(rows, "dart") == advice
-    rows = [DENSE, row("griffin", 0.3, 1.01), row("dart", 0.5, 2.0), row("dart", 0.0, 1.0)]
-    other = "of what was measured griffin 30 % stays within 10 % of dense"
-    assert words.advice(rows, "dart") == other  # else of another method's, of pruned ones
-    assert words.advice(rows, "griffin") == "up to 30 % stays within 10 % of dense"
-
-
-def test_advice_says_what_a_loss_that_cannot_be_measured_gains():
-    """Nothing lost is said where the interval holds 1; a gain below a tenth is said too."""
-    free = "up to 30 % costs this model nothing measurable"
-    for interval, limit, advice in (
-        ([0.98, 1.01], 1.052, f"{free}; it also gains only 5 % at most"),
-        ([0.98, 1.01], 1.2, free),
-        ([1.01, 1.02], 1.2, "up to 30 % stays within 10 % of dense"),
-    ):
-        own = row("dart-token", 0.3, 1.0, interval=interval, accounting={"bytes_limit": limit})
-        assert words.advice([DENSE, own], "dart-token") == advice
-
-
 TUNE = "dart-llm tune --quick."
 PRUNE = "On this model griffin 50 % gains {} and multiplies perplexity by 2.1; on yours run "
 

@@ -308,7 +308,7 @@ def speed_plot(document: Row) -> Plot:
     rows = sorted(document["rows"], key=lambda row: float(row["ms"]), reverse=True)
     read = document["read_bandwidth"]["bytes_per_second"]
 
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
+    def draw(figure: Figure, palette: Palette) -> None:
         axes = figure.add_subplot()
         looks = looks_of(list(dict.fromkeys(str(row["executor"]) for row in rows)), palette)
         for place, row in enumerate(rows):
@@ -344,8 +344,8 @@ def tune_plot(document: Row) -> Plot:
         weights = "" if row["weights"] == usual else f", {row['weights']}"
         return f"{row['method']}{screened}{weights}"
 
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        above, *both = panels(figure, 2, narrow, 2)
+    def draw(figure: Figure, palette: Palette) -> None:
+        above, *both = panels(figure, 2, 2)
         looks = looks_of(list(dict.fromkeys(map(series, rows))), palette)
         for axes, name, words in zip(
             both,
@@ -368,14 +368,14 @@ def tune_plot(document: Row) -> Plot:
             axes.set_yticks([], minor=True)
         for row in document["reference_rows"]:
             both[0].axvline(row["ms"], color=SOFT, linewidth=1.2, linestyle=":", label=row["row"])
-        key(above, both, 2 if narrow else 3)
+        key(above, both, 3)
 
     points = "; ".join(
         f"{row['row']} {loss_words(row)}" + ("" if row["ms"] is None else f" at {row['ms']:.2f} ms")
         for row in rows
     )
     title = "Loss over time, and over the bytes of a token"
-    return Plot("tune", title, f"Points per setting: {points}.", caption(document), 4.1, draw, 6.6)
+    return Plot("tune", title, f"Points per setting: {points}.", caption(document), 4.1, draw)
 
 
 def _draw_point(axes: Axes, row: Row, x: float, look: Look) -> None:

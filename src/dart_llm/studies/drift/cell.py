@@ -33,7 +33,7 @@ EMPTY: Record = {
     "finish": None,
     "checks": [],
     "remasks": [],
-    "dense_from": None,
+    "spans": [],
     "accounting": None,
     "metrics": None,
 }
@@ -48,8 +48,8 @@ class DriftCell:
     """One candidate on one source.
 
     ``record``: what its run gave, empty before; the keys of ``EMPTY``, ``pieces`` and ``text`` or
-    ``losses``.  ``dense_from``: the decode step from which all ran dense to the end, where there is
-    one; ``accounting``: ``RunReport.to_dict()``, None for the untouched model.
+    ``losses``.  ``spans``: first decode step, the one after the last, and the number of the mask
+    in force (None: dense); ``accounting``: ``RunReport.to_dict()``, None for the untouched model.
     """
 
     mode: str
@@ -145,7 +145,7 @@ def expand(
     cells = tuple(
         DriftCell(settings.kind, source, candidate, seed)
         for source in sources
-        for seed in settings.seed_list()
+        for seed in settings.seeds
         for candidate in candidates
     )
     files: dict[str, DriftCell] = {}

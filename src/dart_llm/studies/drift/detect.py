@@ -64,7 +64,7 @@ class DetectionStudy(Study[DetectSettings]):
         super().__init__(settings, ui)
         watchers(settings)  # an unknown name is refused before the model is loaded
         self.passages = load_passages(settings)
-        self.notes = [EAGER_NOTE] if SCORES in settings.signal_names() else []
+        self.notes = [EAGER_NOTE] if SCORES in settings.signals else []
 
     def inputs(self) -> Mapping[str, Any]:
         passages = {"passages": digest(self.passages)}
@@ -75,7 +75,7 @@ class DetectionStudy(Study[DetectSettings]):
 
     @property
     def load_settings(self) -> ModelOptions:
-        if SCORES not in self.settings.signal_names():
+        if SCORES not in self.settings.signals:
             return self.settings
         return self.settings.noted({"attn_implementation": EAGER}, EAGER_NOTE)
 
@@ -113,13 +113,13 @@ class DetectionStudy(Study[DetectSettings]):
         ]
 
     def tables(self) -> Sequence[Table]:
-        return [detect_report.rules_table(self.summary)]
+        return [
+            detect_report.rules_table(self.summary),
+            detect_report.signals_table(self.summary),
+        ]
 
     def sentences(self) -> Sequence[str]:
         return [detect_report.headline(self.summary)]
-
-    def markdown(self) -> str:
-        return detect_report.markdown(self.summary)
 
     def figures(self) -> Iterable[Plot]:
         return detect_report.make_curves(self.summary)
@@ -141,7 +141,7 @@ def study_passage(model: Any, reading: Reading, settings: DetectSettings) -> dic
 
     A trigger is the number of tokens of the passage that were read by then, prompt included.
     """
-    signals = record(model, reading.ids, reading.prompt, settings.signal_names())
+    signals = record(model, reading.ids, reading.prompt, settings.signals)
     return {
         "key": reading.source.id,
         "status": "done",
@@ -173,7 +173,7 @@ def _rules(signals: Signals, prompt: int, settings: DetectSettings) -> Iterator[
 
 def _sweep(signals: Signals, prompt: int, settings: DetectSettings) -> Iterator[dict[str, Any]]:
     for name, signal in signals.items():
-        for window, count, k in settings.sweep_list():
+        for window, count, k in settings.curve_points():
             watcher = Watcher("sweep", windows(window, count, k), settings.observe_tokens)
             triggers = replay(signal, prompt, watcher).triggers
             yield {"signal": name, "window": window, "n0": count, "k": k, "triggers": triggers}
@@ -186,7 +186,7 @@ def _aucs(signals: Signals, reading: Reading, settings: DetectSettings) -> Itera
     """
     first, second = (*reading.changes, len(reading.ids))[:2]
     for name, signal in signals.items():
-        for window in settings.window_list():
+        for window in settings.windows:
             values = similarities(signal, reading.prompt, window)
             same = [value for at, value in values if at <= first]
             other = [value for at, value in values if at - window >= first and at <= second]

@@ -72,11 +72,9 @@ def name(row: Row) -> str:
     return f"{row['rule']} on {row['signal']}" if row["signal"] != "none" else str(row["rule"])
 
 
-def markdown(document: Row) -> str:
-    """The headline and the tables; the points of the curves are in detection.json."""
-    signals = Table("", "Signals", SIGNALS, document["signals"], nothing="-")
-    tables = (table.markdown() for table in (rules_table(document), signals))
-    return "\n\n".join(["# Detection quality", headline(document), *tables, ""])
+def signals_table(document: Row) -> Table:
+    """How well one window of each signal tells old topic from new; in detection.md alone."""
+    return Table("", "Signals", SIGNALS, document["signals"], nothing="-", terminal=False)
 
 
 # Detection rate and delay against false alarms, a curve per signal.
@@ -104,7 +102,7 @@ def _plot(document: Row, window: int, first: bool) -> Plot:
         styles = {
             name: mark(look, palette) for name, look in zip(names, cycle(LOOKS), strict=False)
         }
-        above, *drawn = panels(figure, 2 * len(counts), False, 1 + len(names) // 3)
+        above, *drawn = panels(figure, 2 * len(counts), 1 + len(names) // 3)
         for number, axes in enumerate(drawn):
             if number > 1:
                 axes.sharex(drawn[number % 2])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,32 +21,32 @@ from dart_llm.studies.drift.cell import DriftCell
 
 
 class DriftRecorder(MaskRecorder):
-    """Also keeps how many dense tokens came right before each mask, and where pruning ended."""
+    """Also keeps the sequence, which counts the tokens under every mask."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.observed: list[int] = []
-        self._life: SequenceState | None = None
+        self._sequence: SequenceState | None = None
 
     def __call__(self, remask: Remask, life: SequenceState) -> None:
         super().__call__(remask, life)
-        self.observed.append(life.observed)
-        self._life = life
+        self._sequence = life
 
-    def dense_from(self) -> int | None:
-        """The decode step from which all ran dense to the end; None where the last was pruned.
-
-        Released, or the text ended while tokens were observed for masks that never came.
-        """
-        if self._life is None:
-            return None
-        ends = itertools.takewhile(lambda span: span.kept is None, reversed(self._life.mask_spans))
-        dense = sum(span.length for span in ends)
-        return self._life.decoded - dense if dense else None
+    def spans(self) -> list[tuple[int, int, int | None]]:
+        """``MaskSpan``s of all decode steps, as JSON-able data."""
+        steps = [remask.step for remask in self.remasks]
+        spans, start = list[tuple[int, int, int | None]](), 0
+        for span in self._sequence.mask_spans if self._sequence else ():
+            end = start + span.length
+            cuts = [start, *(step for step in steps if start < step < end), end]
+            for first, last in pairwise(cuts):
+                mask = None if span.kept is None else bisect_right(steps, first) - 1
+                spans += [(first, last, mask)] if first < last else []
+            start = end
+        return spans
 
 
 def record(run: Run, recorder: DriftRecorder, widths: Sequence[int]) -> dict[str, Any]:
-    """``checks``, ``remasks``, ``dense_from`` and ``accounting`` of a run of one sequence.
+    """``checks``, ``remasks``, ``spans`` and ``accounting`` of a run of one sequence.
 
     ``widths``: neurons per layer.
     """
@@ -54,14 +55,14 @@ def record(run: Run, recorder: DriftRecorder, widths: Sequence[int]) -> dict[str
     return {
         "checks": [asdict(check) for check in run.drift_checks],
         "remasks": remasks(recorder, widths),
-        "dense_from": recorder.dense_from(),
+        "spans": recorder.spans(),
         "accounting": accounting,
     }
 
 
 def remasks(recorder: DriftRecorder, widths: Sequence[int]) -> list[dict[str, Any]]:
     """One entry per mask; per layer the Jaccard overlap with the mask before, |A & B| / |A | B|,
-    and how many neurons left and joined.  ``observed``: dense tokens right before it."""
+    and how many neurons left and joined."""
     entries: list[dict[str, Any]] = []
     before: list[LiveNeurons] | None = None
     for number, remask in enumerate(recorder.remasks):
@@ -71,7 +72,6 @@ def remasks(recorder: DriftRecorder, widths: Sequence[int]) -> list[dict[str, An
             "cause": remask.cause,
             "kept": list(remask.kept),
             "evidence_tokens": remask.evidence_tokens,
-            "observed": recorder.observed[number],
             **dict.fromkeys(("jaccard", "left", "joined")),
         }
         if before is not None and not recorder.per_token:
@@ -141,21 +141,8 @@ class MaskSpan:
 
 
 def mask_spans(cell: DriftCell) -> list[MaskSpan]:
-    """The decoded tokens cut where masks change.
-
-    Dense: before the first mask, the tokens observed for a mask, from a trigger on, and where
-    pruning ended.
-    """
-    cuts: dict[int, int | None] = {0: None}
-    if cell.record["dense_from"] is not None:
-        cuts[cell.record["dense_from"]] = None
-    cuts |= dict.fromkeys(check.step for check in cell.checks if check.trigger)
-    before = 0
-    for mask in cell.record["remasks"]:
-        if mask["observed"]:
-            cuts[max(before, mask["step"] - mask["observed"])] = None
-        before = mask["step"]
-    cuts |= {mask["step"]: number for number, mask in enumerate(cell.record["remasks"])}
-    starts = sorted(step for step in cuts if step < cell.decoded)
-    ends = [*starts[1:], cell.decoded]
-    return [MaskSpan(a, b, cuts[a]) for a, b in zip(starts, ends, strict=True) if b > a]
+    """The decoded tokens cut where masks change; the last token, never fed, is of the last span."""
+    spans = [MaskSpan(*span) for span in cell.record["spans"]]
+    if not spans:
+        return [MaskSpan(0, cell.decoded, None)]
+    return [*spans[:-1], replace(spans[-1], end=cell.decoded)]

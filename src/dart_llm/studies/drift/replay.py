@@ -31,17 +31,15 @@ from dart_llm.studies.drift.signals import Recorded
 
 @dataclass(frozen=True)
 class Watcher:
-    """A rule, what is observed after a trigger, and the guards that may suppress one.
+    """A rule, the tokens observed after a trigger, and the guards that may suppress one.
 
-    ``observe``: tokens; the guards are those of ``DriftConfig``.
+    ``guards``: ``min_distance``, ``max_dense_share`` and ``allowance`` of ``DriftConfig``.
     """
 
     name: str
     rule: Rule
     observe: int
-    min_distance: int = 0
-    max_dense_share: float | None = None
-    allowance: int = 0
+    guards: tuple[int, float | None, int] = (0, None, 0)
 
 
 def make_watcher(name: str, observe: int) -> Watcher:
@@ -60,14 +58,9 @@ def make_watcher(name: str, observe: int) -> Watcher:
     config = METHODS.get(name)
     if config.drift.rule == "never":
         raise ConfigError(f"the method {name} never re-masks, so it has no drift rule to study")
-    return Watcher(
-        name,
-        make_rule(config.drift.rule),
-        config.remask.observe_tokens or max(1, config.masking_step),
-        config.drift.min_distance,
-        config.drift.max_dense_share,
-        config.drift.allowance,
-    )
+    drift, tokens = config.drift, config.remask.observe_tokens or max(1, config.masking_step)
+    guards = drift.min_distance, drift.max_dense_share, drift.allowance
+    return Watcher(name, make_rule(drift.rule), tokens, guards)
 
 
 @dataclass
@@ -90,7 +83,6 @@ def replay(signal: Recorded, prompt: int, watcher: Watcher) -> Replay:
     and the detector, its window and its counter start anew.
     """
     replayed, rule, v = Replay(), watcher.rule, signal.values[None]
-    guards = watcher.observe, watcher.min_distance, watcher.max_dense_share, watcher.allowance
     detector = _armed(signal, rule, v[:, signal.first : prompt])
     at, end, run, spent, last = prompt, v.shape[1], 0, 0, None
     while at < end and (rule.window or rule.interval):
@@ -102,7 +94,7 @@ def replay(signal: Recorded, prompt: int, watcher: Watcher) -> Replay:
             checks = detector.watch(part, None)
             replayed.checks += [(at, check) for check in checks]
             fired = any(check.fired for check in checks)
-        if fired and guards_allow(at - prompt, last, spent, *guards):
+        if fired and guards_allow(at - prompt, last, spent, watcher.observe, *watcher.guards):
             replayed.triggers.append(at)
             last, run = at - prompt, 0
             detector = _armed(signal, rule, v[:, at : at + watcher.observe])

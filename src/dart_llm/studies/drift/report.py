@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +13,7 @@ from dart_llm.files import write_text
 from dart_llm.reporting import page
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Column, PageTable, Table, grouped
+from dart_llm.reporting.words import quantity
 from dart_llm.studies.drift import detect_report, plots, summary
 from dart_llm.studies.drift.cell import DriftCell
 from dart_llm.studies.drift.plots import DriftView, accounted
@@ -35,20 +36,19 @@ SECTIONS = {
 """Headings."""
 
 
-def pictures(view: DriftView) -> Iterator[tuple[str, Iterator[Plot]]]:
-    """The section and the pictures of each kind that has some, the best to show first."""
-    kinds: list[tuple[str, Iterator[Plot | None]]] = [
-        ("methods", iter([plots.make_methods(view)] if view.summary else [])),
-        ("methods", iter([plots.make_loss(view)])),
+def pictures(view: DriftView, most: int = MOST_PICTURES) -> Iterator[tuple[str, list[Plot]]]:
+    """The section and up to ``most`` pictures of each kind that has some, the best ones first."""
+    kinds: list[tuple[str, Iterable[Plot | None]]] = [
+        ("methods", [plots.make_methods(view)] if view.summary else []),
+        ("methods", [plots.make_loss(view)]),
         ("similarity", plots.make_timelines(view)),
         ("masks", (plots.make_overlap(view, *masks) for masks in plots.remasked(view))),
         ("masks", (plots.make_raster(view, *masks) for masks in plots.remasked(view))),
-        ("detection", iter(detect_report.make_curves(view.detection or {}))),
+        ("detection", detect_report.make_curves(view.detection or {})),
     ]
-    for section, made in kinds:
-        drawn = filter(None, made)
-        if (first := next(drawn, None)) is not None:
-            yield section, (plot for some in ([first], drawn) for plot in some)
+    for section, kind in kinds:
+        if drawn := list(islice(filter(None, kind), most)):
+            yield section, drawn
 
 
 def remasks(view: DriftView) -> PageTable | None:
@@ -95,8 +95,7 @@ def _note(cell: DriftCell) -> str:
     if cell.record["accounting"]:
         parts.append(accounted(cell.record["accounting"]))
     for name, value in (cell.record["metrics"] or {}).items():
-        digits = "not known" if value is None else f"{value:.{3 if abs(value) < 10 else 1}f}"
-        parts.append(f"{name} {digits}")
+        parts.append(f"{name} {quantity(value, perplexity=False) or 'not known'}")
     return " · ".join(parts)
 
 
@@ -177,15 +176,14 @@ FACTS = {"checkpoint", "file quantisation", "dtype", "device", "date", "sha256",
 
 def _sections(view: DriftView) -> tuple[list[dict[str, Any]], str]:
     """The sections that show something, and why there are no pictures."""
-    detection: Mapping[str, Any] = view.detection or {}
     tables = {
         "methods": summary.table(view.summary).html() if view.summary else None,
-        "detection": detect_report.rules_table(detection).html() if detection else None,
+        "detection": detect_report.rules_table(view.detection).html() if view.detection else None,
     }
     folded = {"masks": remasks(view)}
     drawn: dict[str, list[Plot]] = {name: [] for name in SECTIONS}
     for name, kind in pictures(view):
-        drawn[name] += islice(kind, MOST_PICTURES)
+        drawn[name] += kind
     sections, missing = [], ""
     for name, heading in SECTIONS.items():
         shown, reason = page.pictures(drawn[name])

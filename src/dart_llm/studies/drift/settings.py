@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 from pydantic import model_validator
 
@@ -16,18 +17,19 @@ from dart_llm import settings
 from dart_llm.errors import ConfigError, check_name
 from dart_llm.pruning.config import PruneConfig, check_sparsity
 from dart_llm.pruning.registry import DRIFT_RULES, METHODS
-from dart_llm.reporting.figures import STYLES
 from dart_llm.settings import (
     MASKED,
-    STYLE,
     BaseSettings,
+    Fractions,
+    MaskOptions,
     ModelOptions,
-    PruningOptions,
+    Numbers,
+    ResultOptions,
     StudyOptions,
+    Texts,
     given_of,
     merge,
     setting,
-    words,
 )
 
 DENSE, NEVER, DART = "dense", "never", MASKED
@@ -84,31 +86,29 @@ class Candidate:
         return f"{self.name}@{'table' if self.sparsity is None else f'{self.sparsity:g}'}"
 
 
-def parse_methods(text: str, base: BaseSettings, moment: int) -> tuple[Candidate, ...]:
-    """The methods that ``text`` names, with commas between them; dense is the first.
+def parse_methods(names: Sequence[str], base: BaseSettings, moment: int) -> tuple[Candidate, ...]:
+    """The methods of these names; dense is the first.
 
     ``base``: settings of dart and its variants, with the study's sparsity.  ``moment``: tokens
     after a change at which new masks of the timed ones are in force.  Raises ``ConfigError`` for
     an unknown name, a number that does not fit, a name that occurs twice.
     """
-    if not words(text):
-        raise ConfigError("no method is named: give --methods one or more, e.g. never,dart")
     candidates = {DENSE: Candidate(DENSE)}
-    for word in words(text):
-        candidate = _parse(word, base, moment)
+    for name in names:
+        candidate = _parse(name, base, moment)
         if candidate.label in candidates and candidate.label != DENSE:
             raise ConfigError(f'the method "{candidate.label}" was given twice: leave one out')
         candidates[candidate.label] = candidate
     return tuple(candidates.values())
 
 
-def _parse(word: str, base: BaseSettings, moment: int) -> Candidate:
+def _parse(text: str, base: BaseSettings, moment: int) -> Candidate:
     parts = re.fullmatch(
-        r"(?P<name>[^:@]+(:(?P<tokens>[1-9]\d*))?)(@(?P<sparsity>\d*\.?\d+))?", word
+        r"(?P<name>[^:@]+(:(?P<tokens>[1-9]\d*))?)(@(?P<sparsity>\d*\.?\d+))?", text
     )
     if parts is None:
         raise ConfigError(
-            f'cannot read the method "{word}": write NAME, or NAME:N with a whole number of tokens '
+            f'cannot read the method "{text}": write NAME, or NAME:N with a whole number of tokens '
             "from 1 on, and behind it @SPARSITY if it has its own, as in interval:64@0.5"
         )
     name, tokens = parts["name"], int(parts["tokens"] or 0)
@@ -150,55 +150,46 @@ class PassageOptions(ModelOptions):
 
 FREE, FORCED = "free", "forced"
 
-STUDY, PRUNING, METRICS, RESULTS = "Study", "Pruning", "Metrics", "Results"
+STUDY, METRICS, RESULTS = "Study", "Metrics", "Results"
 
 DETECTION = "detection.json"
 
 
-class DriftSettings(PassageOptions):
-    """What a drift study is asked to do; None means "not given"."""
+def check_named(settings: PassageOptions, *fields: str) -> None:
+    """Raise ``ConfigError`` for a list that is empty."""
+    for name in fields:
+        if not getattr(settings, name):
+            raise ConfigError(f"--{name} is empty: give at least one")
 
-    COMMAS: ClassVar = ("methods", "seeds")
+
+class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
+    """A drift study; its pruning options are those of dart and its variants."""
 
     mode: str | None = setting(
         STUDY, "free: write after prompts; forced: read passages (default: by the source)."
     )
-    methods: str = setting(
+    methods: Texts = setting(
         STUDY,
         "Methods side by side: presets, never, interval:N, paper, fresh:N, decay:N; any with "
-        "@SPARSITY.",
-        "dense,never,interval:64,published,paper,dart",
+        "@SPARSITY. Pruning options concern dart and its variants, presets stay as they are.",
+        ("dense", "never", "interval:64", "published", "paper", "dart"),
     )
-    seeds: str = setting(STUDY, "Seeds, comma-separated.", "0")
+    seeds: Numbers = setting(STUDY, "Seeds, comma-separated.", (0,))
     prompt: str | None = setting(STUDY, "One prompt: its text.")
     prompts: str | None = setting(STUDY, "shipped, or a JSONL file of prompts.")
-    remask_at_change: int | None = setting(
-        STUDY,
-        "Tokens after a change at which fresh:N and decay:N have new masks (default: 64).",
-        ge=1,
+    remask_at_change: int = setting(
+        STUDY, "Tokens after a change at which fresh:N and decay:N have new masks.", 64, ge=1
     )
     generation: int = setting(STUDY, "Tokens to write after a prompt, at most.", 300, ge=2)
     temperature: float | None = setting(
         STUDY, "Sample at this temperature (default: greedy).", ge=0, allow_inf_nan=False
     )
     chat: bool | None = setting(STUDY, "Use the model's chat template (default: if it has one).")
-    # pruning: of dart and of its variants; other presets stay as they are
     sparsity: float | None = setting(
-        PRUNING,
+        "Pruning",
         f"Fraction of FFN neurons to remove, where a method names none (default: {SPARSITY}).",
     )
-    total_prune_percent: float | None = setting(PRUNING, "The same in percent, 0 to 100.")
-    layer_topk: str | None = setting(PRUNING, "dart's keep ratios per layer: all:auto, 3:#512.")
-    masking_step: int | None = setting(PRUNING, "dart's dense tokens before the first mask.")
-    release_step: int | None = setting(PRUNING, "dart's decode step from which all runs dense.")
-    min_evidence: int | None = setting(PRUNING, "dart's tokens to observe before the first mask.")
-    ranking_method: str | None = setting(PRUNING, "dart's neuron score.")
-    ema_decay: float | None = setting(PRUNING, "dart's decay of averaged activations.")
-    prune_strategy: str | None = setting(PRUNING, "dart's: topk, or auto.")
-    budget: str | None = setting(PRUNING, "dart's allocator over layers.")
-    compensation: bool | None = setting(PRUNING, "dart with or without compensation.")
-    executor: str | None = setting(PRUNING, "auto, masked, compact, native or cuda.")
-    calibration: str | None = setting(PRUNING, "Text for presets that calibrate.")
+    calibration: str | None = setting("Pruning", "Text for presets that calibrate.")
     metrics: bool = setting(METRICS, "Compare every free text with the dense one.", True)
     embedder: str | None = setting(
         METRICS, "sentence-transformers model (default: all-MiniLM-L6-v2)."
@@ -207,8 +198,6 @@ class DriftSettings(PassageOptions):
         METRICS, "Model of BERTScore (default: all-MiniLM-L6-v2, labelled as such)."
     )
     experiment_name: str | None = setting(RESULTS, "Default: drift-<mode>-<model>.")
-    results_dir: str = setting(RESULTS, "Folder for results.", "results")
-    style: str = setting(RESULTS, STYLE, "screen")
     detection: str | None = setting(
         RESULTS, "A results folder of dart-llm detect that the report shows too."
     )
@@ -216,24 +205,26 @@ class DriftSettings(PassageOptions):
     @model_validator(mode="after")
     def _check(self) -> DriftSettings:
         check_name("mode", self.mode, (FREE, FORCED))
-        check_name("style", self.style, STYLES)
+        check_named(self, "methods", "seeds")
         self._check_sources()
         if self.detection is not None and not (Path(self.detection) / DETECTION).is_file():
             raise ConfigError(
                 f"there is no {DETECTION} in --detection {self.detection}: give the results folder "
                 "of a finished dart-llm detect"
             )
-        self.seed_list()
-        for candidate in self.candidates():
+        for seed in self.seeds:
+            settings.check_seed(seed)
+        candidates = self.candidates()
+        for candidate in candidates:
             if candidate.config is not None:
                 settings.check(candidate.config)
-        timed = [c.name for c in self.candidates() if c.observed is not None]
+        timed = [c.name for c in candidates if c.observed is not None]
         if timed and self.kind == FREE:
             raise ConfigError(
                 f"{timed[0]} makes new masks at a known change of topic, and what a model writes "
                 "has none: use --passages shipped, or leave it out of --methods"
             )
-        if self.remask_at_change is not None and not timed:
+        if "remask_at_change" in self.model_fields_set and not timed:
             raise ConfigError(
                 "--remask-at-change concerns fresh:N and decay:N, and --methods names neither: "
                 "add one, e.g. decay:32"
@@ -258,26 +249,14 @@ class DriftSettings(PassageOptions):
         return self.mode or (FORCED if self.passages else FREE)
 
     @property
-    def moment(self) -> int:
-        """Tokens after a change at which the timed methods have new masks."""
-        return 64 if self.remask_at_change is None else self.remask_at_change
-
-    @property
     def experiment(self) -> str:
         """Name of the experiment's folder."""
         model = Path(self.model.rstrip("/")).name.lower()
         return self.experiment_name or f"drift-{self.kind}-{model}"
 
-    def seed_list(self) -> tuple[int, ...]:
-        """The seeds, each once; raises ``ConfigError`` for what is not a seed."""
-        seeds = _list("seeds", self.seeds, int)
-        for seed in seeds:
-            settings.check_seed(seed)
-        return seeds
-
     def candidates(self) -> tuple[Candidate, ...]:
         """The methods in order, dense first; raises ``ConfigError`` or ``UnknownName``."""
-        return parse_methods(self.methods, self.base(), self.moment)
+        return parse_methods(self.methods, self.base(), self.remask_at_change)
 
     def base(self) -> BaseSettings:
         """What dart and its variants start from, and how the model is loaded."""
@@ -305,94 +284,64 @@ SIGNALS = {
 }
 """What a drift rule can watch, by name."""
 
-T = TypeVar("T")
-
 
 class DetectSettings(StudyOptions, PassageOptions):
-    """``dart-llm detect``: the model runs dense, so nothing about pruning can be set."""
+    """``dart-llm detect``: the model runs dense, so it has no pruning options."""
 
-    COMMAS: ClassVar = ("signals", "rules", "windows", "counts", "thresholds")
-
-    signals: str = setting(
+    signals: Texts = setting(
         PANEL,
         "Signals, comma-separated; attention-scores needs eager attention.",
-        ",".join(SIGNALS),
+        tuple(SIGNALS),
     )
-    rules: str | None = setting(
+    rules: Texts = setting(
         PANEL,
         'Drift rules, or methods whose rule and guards to take, e.g. paper,dart,"interval 64" '
         "(default: every rule, interval 64, and dart-prompt).",
+        (),
     )
     observe_tokens: int = setting(
         PANEL, "Tokens observed after a trigger, by rules that are not a method's.", 32, ge=1
     )
     horizon: int = setting(PANEL, "A change is detected within so many tokens.", 128, ge=1)
-    windows: str = setting(PANEL, "Curves: tokens of a window.", "10")
-    counts: str = setting(PANEL, "Curves: low windows to a trigger (n0).", "1,2,3")
-    thresholds: str = setting(
-        PANEL, "Curves: k of theta = mu - k sigma.", "0,0.25,0.5,0.75,1,1.5,2,2.5,3,4,6"
+    windows: Numbers = setting(PANEL, "Curves: tokens of a window.", (10,))
+    counts: Numbers = setting(PANEL, "Curves: low windows to a trigger (n0).", (1, 2, 3))
+    thresholds: Fractions = setting(
+        PANEL,
+        "Curves: k of theta = mu - k sigma.",
+        (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, 6),
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nothing_about_pruning(cls, data: Any) -> Any:
-        for name in sorted(PruningOptions.model_fields.keys() & set(data)):
-            raise ConfigError(f"detect runs the model dense: leave out {name}")
-        return data
 
     @model_validator(mode="after")
     def _check_detect(self) -> DetectSettings:
+        check_named(self, "signals", "windows", "counts", "thresholds")
+        for name in self.signals:
+            check_name("signal", name, SIGNALS)
         kernel = self.attn_implementation
-        if SCORES in self.signal_names() and kernel not in (None, "eager"):
+        if SCORES in self.signals and kernel not in (None, "eager"):
             raise ConfigError(
                 f"attention-scores needs the attention weights, which only eager attention gives: "
                 f"drop --attn-implementation {kernel}, or leave attention-scores out of --signals"
             )
-        for least, values in ((2, self.window_list()), (1, _list("counts", self.counts, int))):
+        for least, values in ((2, self.windows), (1, self.counts)):
             if min(values) < least:
                 raise ConfigError(f"{min(values)} is too small: give {least} or more")
-        self.sweep_list()
+        if not all(map(math.isfinite, self.thresholds)):
+            raise ConfigError("--thresholds must be finite numbers")
         return self
-
-    def signal_names(self) -> tuple[str, ...]:
-        """Names in the order given; raises ``UnknownName``."""
-        names = _list("signals", self.signals, str)
-        for name in names:
-            check_name("signal", name, SIGNALS)
-        return names
 
     def rule_names(self) -> tuple[str, ...]:
         """Rules and methods in the order given."""
-        if self.rules is not None:
-            return _list("rules", self.rules, str)
+        if self.rules:
+            return self.rules
         others = ("interval", "never", "windows")  # need numbers, or never trigger
         plain = (name for name in DRIFT_RULES.names() if name not in others)
         return (*plain, "interval 64", "dart-prompt")
 
-    def window_list(self) -> tuple[int, ...]:
-        """Window lengths of the curves."""
-        return _list("windows", self.windows, int)
-
-    def sweep_list(self) -> list[tuple[int, int, float]]:
+    def curve_points(self) -> list[tuple[int, int, float]]:
         """(window, n0, k) of every point of the curves, k rising."""
-        thresholds = _list("thresholds", self.thresholds, float)
-        if not all(abs(k) < float("inf") for k in thresholds):
-            raise ConfigError(f'--thresholds "{self.thresholds}" must be finite numbers')
-        counts = _list("counts", self.counts, int)
-        return list(product(self.window_list(), counts, sorted(thresholds)))
+        return list(product(self.windows, self.counts, sorted(self.thresholds)))
 
     @property
     def experiment(self) -> str:
         """Name of the experiment's folder."""
         return self.experiment_name or f"detect-{Path(self.model.rstrip('/')).name.lower()}"
-
-
-def _list(name: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:
-    """The parts of a comma-separated list, without repetitions."""
-    parts = words(text)
-    if not parts:
-        raise ConfigError(f"--{name} is empty: give at least one")
-    try:
-        return tuple(dict.fromkeys(kind(part) for part in parts))
-    except ValueError:
-        raise ConfigError(f'--{name} "{text}" must be numbers, comma-separated') from None

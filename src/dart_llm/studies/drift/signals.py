@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +31,6 @@ class Recorded:
     begins.  ``compare``: similarity of two means.
     """
 
-    name: str
     values: Tensor
     first: int = SINKS
     compare: Compare = cosine
@@ -66,11 +65,6 @@ def first_query(prompt: int) -> int:
     and just after the keys that would be the keys themselves.
     """
     return prompt // 2 + prompt // 16
-
-
-def several(outputs: Mapping[Any, Tensor], layers: Sequence[int]) -> Tensor:
-    """Outputs [T, D] of ``layers``, each token's scaled to unit length, side by side: [T, n D]."""
-    return torch.cat([normalize(outputs[layer].float(), dim=-1) for layer in layers], -1)
 
 
 def distribution(weights: Tensor, prompt: int) -> Tensor:
@@ -132,13 +126,12 @@ def record(model: Any, ids: Tensor, prompt: int, signals: Sequence[str]) -> dict
     recorded = {}
     for name in signals:
         if name == SCORES:
-            recorded[name] = Recorded(name, taken[SCORES], first_query(prompt), shannon)
-        elif name == "attention-several":
-            recorded[name] = Recorded(name, several(taken, layers[name]))
+            recorded[name] = Recorded(taken[SCORES], first_query(prompt), shannon)
+        elif name == "attention-several":  # each token's vectors of unit length, side by side
+            parts = [normalize(taken[layer], dim=-1) for layer in layers[name]]
+            recorded[name] = Recorded(torch.cat(parts, -1))
         else:
-            recorded[name] = Recorded(
-                name, taken["hidden" if name == "hidden" else layers[name][0]]
-            )
+            recorded[name] = Recorded(taken[name if name == "hidden" else layers[name][0]])
         if not bool(recorded[name].values.isfinite().all()):
             raise DartError(
                 f"the signal {name} is not finite: the model overflows; try dtype float32"

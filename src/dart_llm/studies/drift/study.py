@@ -145,7 +145,7 @@ class DriftStudy(Study[Any]):
 
     def config_extra(self) -> dict[str, Any]:
         return {
-            "seed": list(self.settings.seed_list()),
+            "seed": list(self.settings.seeds),
             "mode": self.settings.kind,
             "cells": [cell.facts(self.settings.model, self.dtype) for cell in self.cells],
             "sources": [{"id": source.id, "text": source.text} for source in self.sources],
@@ -158,7 +158,7 @@ class DriftStudy(Study[Any]):
         self.dtype = checkpoint_facts(self.model).get("dtype")
         self._load_tools()
         sampled = self.settings.kind != FORCED and self.settings.temperature
-        if len(self.settings.seed_list()) > 1 and not sampled:
+        if len(self.settings.seeds) > 1 and not sampled:
             self.ui.say(
                 "seeds differ only where a method draws at random, or with --temperature in mode "
                 "free"
@@ -313,7 +313,10 @@ class DriftStudy(Study[Any]):
         starts, losses = [topic["start"] for topic in cell.record["topics"]], cell.record["losses"]
         dense = self.measured.get(cell.dense_key)
         regained = dense and recovery(losses, dense.record["losses"], starts)
-        return {"topics": topic_losses(losses, starts, self.settings.moment), "recovery": regained}
+        return {
+            "topics": topic_losses(losses, starts, self.settings.remask_at_change),
+            "recovery": regained,
+        }
 
     def _write_files(self) -> None:
         """results.jsonl, tokens.jsonl, texts.jsonl and drift.csv of what is measured."""
@@ -346,9 +349,6 @@ class DriftStudy(Study[Any]):
     def tables(self) -> list[Table]:
         return [summary.table(self.summary)]
 
-    def markdown(self) -> str:
-        return summary.markdown(self.summary)
-
     def sentences(self) -> list[str]:
         notes = [f"note: {note}" for note in self.summary["notes"]]
         return [*filter(None, [summary.headline(self.summary)]), *notes]
@@ -359,7 +359,7 @@ class DriftStudy(Study[Any]):
         return DriftView(read(self.path), self.summary, cells, self.failed, self.detection)
 
     def figures(self) -> Iterator[Plot]:
-        return (next(iter(plots)) for _, plots in report.pictures(self.view()))
+        return (plots[0] for _, plots in report.pictures(self.view(), most=1))
 
     def write_page(self) -> Path | None:
         return report.write(self.view())

@@ -16,11 +16,11 @@ from dart_llm.experiments import stats
 from dart_llm.experiments.index import ACCOUNTING
 from dart_llm.experiments.result_line import ResultLine
 from dart_llm.experiments.rows import DENSE as UNTOUCHED
-from dart_llm.experiments.stats import Interval, Sample, Value
+from dart_llm.experiments.stats import Interval, Value
 from dart_llm.experiments.store import flat
 from dart_llm.pruning.records import merge_reports
 from dart_llm.reporting.table import Column, Table, keys_of
-from dart_llm.reporting.words import count, percent, too_few
+from dart_llm.reporting.words import count, percent, with_interval
 from dart_llm.studies.drift.cell import DONE, SOURCES
 from dart_llm.studies.drift.settings import DENSE, FORCED, NEVER
 
@@ -84,10 +84,11 @@ def losses(rows: Sequence[Row], dense: Sequence[Row], never: Sequence[Row]) -> d
     numbers: dict[str, Any] = {}
     for name in ("before", "after", "later"):
         values = _losses(rows, name)
-        numbers[name] = _mean(values)
+        numbers[name] = _with_mean(stats.interval(values))
         for other, others in (("dense", dense), ("never", never)):
             if name != "before":
-                numbers[f"{name}_minus_{other}"] = _paired(values, _losses(others, name))
+                difference = stats.paired_interval(values, _losses(others, name))
+                numbers[f"{name}_minus_{other}"] = _with_mean(difference)
     froms = [t["later"]["from"] for r in rows for t in r["loss"]["topics"] if t["later"]]
     numbers["from"] = froms[0] if froms else None
     changes = [change for row in rows for change in row["loss"]["recovery"] or ()]
@@ -126,33 +127,17 @@ def metrics(rows: Sequence[Row]) -> dict[str, Any] | None:
             if value is not None:
                 sources.setdefault(row["cell"]["source"], []).append(value)
     return {
-        name: _mean({source: fmean(seeds) for source, seeds in sources.items()})
+        name: _with_mean(stats.interval([fmean(seeds) for seeds in sources.values()]))
         for name, sources in values.items()
     } or None
 
 
-def _mean(values: Sample) -> dict[str, Any] | None:
-    """``mean`` with its interval over ``n`` sources; None of nothing."""
-    if not values:
+def _with_mean(interval: Interval | None) -> dict[str, Any] | None:
+    """``mean`` over ``n`` sources, weighted by their tokens, and its interval; None of nothing."""
+    if interval is None:
         return None
-    return {"mean": stats.mean(values), **_ends(stats.interval(values), len(values))}
-
-
-def _paired(method: Sample, other: Sample) -> dict[str, Any] | None:
-    """The mean difference over shared sources, weighted by their tokens; None without any."""
-    shared = method.keys() & other.keys()
-    first, second = ({name: values[name] for name in shared} for values in (method, other))
-    mean, other_mean = stats.mean(first), stats.mean(second)
-    if mean is None or other_mean is None:
-        return None
-    interval = stats.paired_interval(first, second)
-    significant = interval.significant if interval and interval.ends else None
-    return {"mean": mean - other_mean, **_ends(interval, len(shared)), "significant": significant}
-
-
-def _ends(interval: Interval | None, n: int) -> dict[str, Any]:
-    low, high = (interval and interval.ends) or (None, None)
-    return {"low": low, "high": high, "n": n, "no_interval": too_few(n)}
+    entry = interval.to_dict()
+    return {"mean": entry.pop("estimate"), **entry}
 
 
 CLOSEST = ("document_similarity", "rougeL")
@@ -254,10 +239,7 @@ def _estimate(head: str, group: str, name: str, terminal: bool = True) -> Column
         return estimate if estimate and estimate["mean"] is not None else None
 
     def text(estimate: Row) -> str:
-        mean, low, high = (estimate[key] for key in ("mean", "low", "high"))
-        if low is None:
-            return f"{mean:{form}} {too_few(estimate['n']) or ''}".rstrip()
-        return f"{mean:{form}} ({low:{form}} to {high:{form}})"
+        return with_interval(estimate["mean"], estimate, form)
 
     return Column(head, value, text, terminal=terminal)
 
@@ -278,13 +260,6 @@ def title(summary: Row) -> str:
         f"drift, mode {summary['mode']}: {count(summary['sources'], SOURCES[summary['mode']])}, "
         f"{_short(summary)} ({summary['dtype']}), means with 95 % intervals{unit}"
     )
-
-
-def markdown(summary: Row) -> str:
-    """summary.md."""
-    body = "\n".join(table(summary).lines())
-    notes = "".join(f"- {note}\n" for note in [headline(summary), *summary["notes"]] if note)
-    return f"# {title(summary)}\n\n{body}\n\n{notes}"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:

@@ -149,8 +149,7 @@ class DemoStudy(RunStudy):
             if row["interval"]:
                 low, high = row["interval"]
                 ratio = {"metric": "perplexity_over_dense", "value": row["ratio_to_dense"]}
-                facts |= {**ratio, "low": low, "high": high}
-                lines.append(line.model_copy(update=facts))
+                lines.append(lines[-1].model_copy(update={**ratio, "low": low, "high": high}))
         return lines
 
     def tables(self) -> list[Table]:

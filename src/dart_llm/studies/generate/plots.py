@@ -35,7 +35,7 @@ def kept_neurons(view: ResultsView) -> Plot | None:
     if not layer_widths or not all(layer_widths) or not masks or _is_uniform(view):
         return None
 
-    def draw(figure: Figure, palette: Palette, narrow: bool = False) -> None:
+    def draw(figure: Figure, palette: Palette) -> None:
         axes = figure.subplots()
         _draw_kept(axes, palette, masks, layer_widths)
         legend(axes, 3)

@@ -31,7 +31,6 @@ from dart_llm.studies.inspection.readings import FIRST, SECOND, WHOLE, Readings
 # tokens run as decode tokens with the neurons removed, after a dense pass over the first half
 # (protocol ``decode``).  No scored token has been seen by the choice.
 
-
 BLOCK = 16
 """Consecutive tokens that the bootstrap draws together: their losses depend on each other."""
 
@@ -156,7 +155,6 @@ def _losses(study: Readings, text: int, remove: Ids) -> tuple[list[float], dict[
 
 
 # The strongest and the weakest neurons of every layer by forward proxy.
-
 
 TOKENS = 5
 """Vocabulary entries listed for a strong neuron."""

@@ -32,7 +32,6 @@ from dart_llm.studies.inspection.settings import InspectSettings, InspectText
 
 # Quantiles and moments of many numbers, as JSON-able data.
 
-
 LEVELS = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
 """Quantiles that are kept."""
 
@@ -91,7 +90,6 @@ def _spread(values: Tensor) -> dict[str, float]:
 
 
 # Distributions: norms of the neurons' weights, and the activations on a text, per layer.
-
 
 NEAR = (0.01, 0.1)
 """An activation counts as near zero below these shares of its token's root mean square."""

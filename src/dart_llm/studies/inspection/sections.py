@@ -20,7 +20,7 @@ from dart_llm.reporting.figures import (
     whisker_lengths,
 )
 from dart_llm.reporting.table import Column, Record, Table, keys_of, number, value_columns
-from dart_llm.reporting.words import percent, too_few
+from dart_llm.reporting.words import percent, with_interval
 from dart_llm.studies.inspection.analyses import ARMS
 
 if TYPE_CHECKING:
@@ -239,10 +239,7 @@ def space(data: Record) -> list[Shown]:
 
 
 def _with_ends(interval: Record) -> str:
-    """ "+0.123 (+0.100 to +0.150)", or why there is no interval."""
-    if interval["low"] is None:
-        return f"{interval['estimate']:+.3f} {too_few(interval['n'])}"
-    return f"{interval['estimate']:+.3f} ({interval['low']:+.3f} to {interval['high']:+.3f})"
+    return with_interval(interval["estimate"], interval, "+.3f")
 
 
 class Bars(Shown):

@@ -117,7 +117,6 @@ class InspectSettings(ActivationSettings):
 
 # The texts that are looked at: none, A, or A and B.
 
-
 LONGEST_NAME = 48
 """Characters of a text that name it where it has no name."""
 

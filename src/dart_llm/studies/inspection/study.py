@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,38 +149,33 @@ class InspectionStudy(Study[InspectSettings]):
     def result_lines(self) -> list[ResultLine]:
         """The overlap of the kept neurons, and the losses of the ablation."""
         facts = checkpoint_facts(self.model)
-        common: dict[str, Any] = {
-            "method": self.settings.prune_config().method,
-            "model": str(facts.get("name")),
-            "seed": self.settings.seed,
-            "dtype": facts.get("dtype"),
-        }
-        lines = []
+        line = partial(
+            ResultLine,
+            method=self.settings.prune_config().method,
+            model=str(facts.get("name")),
+            seed=self.settings.seed,
+            dtype=facts.get("dtype"),
+        )
+        lines = list[ResultLine]()
         if overlap := self.sections.get("overlap"):
-            lines.append(
-                ResultLine(
-                    label="kept for A and B",
-                    task="inspect:overlap",
-                    metric="jaccard",
-                    value=overlap["mean"]["jaccard"],
-                    requested=overlap["sparsity"],
-                    achieved=overlap["removed"],
-                    **common,
-                )
-            )
+            shares = {"requested": overlap["sparsity"], "achieved": overlap["removed"]}
+            value, task = overlap["mean"]["jaccard"], "inspect:overlap"
+            lines = [
+                line(label="kept for A and B", task=task, metric="jaccard", value=value, **shares)
+            ]
         for row in self.sections.get("ablation", {}).get("rows", ()):
+            ends = row["loss_interval"] or {}
             lines.append(
-                ResultLine(
+                line(
                     label=f"without {analyses.ARMS[row['arm']]}, loss on {row['text']}",
                     task="inspect:ablation",
                     metric="loss",
                     value=row["loss"],
-                    low=(row["loss_interval"] or {}).get("low"),
-                    high=(row["loss_interval"] or {}).get("high"),
+                    low=ends.get("low"),
+                    high=ends.get("high"),
                     achieved=row["achieved_sparsity"],
                     dense_share=row["dense_token_share"],
                     remasks=row["remasks"],
-                    **common,
                 )
             )
         return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,11 @@ from dart_llm.reporting.figures import (
     Look,
     Palette,
     Plot,
-    heights,
     key,
     log_scale,
     looks_of,
     panels,
+    panels_height,
     reference_line,
     whisker_lengths,
 )
@@ -189,13 +190,13 @@ def _gaps_plot(document: Row) -> list[Plot]:
     if not drawn:
         return []
 
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        above, *places = panels(figure, len(drawn), narrow, 1)
+    def draw(figure: Figure, palette: Palette) -> None:
+        above, *places = panels(figure, len(drawn), 1)
         for axes, (caption, rows) in zip(places, drawn, strict=True):
             _draw(axes, rows, palette)
             title = "\n".join(textwrap.wrap(caption, 44))
             axes.set_title(title, loc="left", fontsize=8.5, color=INK)
-        key(above, places, 1 if narrow else 2)
+        key(above, places, 2)
 
     high = 0.9 + 0.24 * max(len(rows) for _, rows in drawn)
     cell = document["cells"][0]
@@ -206,8 +207,8 @@ def _gaps_plot(document: Row) -> list[Plot]:
     )
     title = "Share of GRIFFIN's log-perplexity gap to dense that is closed"
     alt = "Points with intervals per sparsity and variant. " + " ".join(sentences(document))
-    wide = 0.9 + high * -(-len(drawn) // (1 if len(drawn) == 1 else 2))
-    return [Plot("quality", title, alt, small, wide, draw, 0.9 + high * len(drawn))]
+    height = 0.9 + high * math.ceil(len(drawn) / 2)
+    return [Plot("quality", title, alt, small, height, draw)]
 
 
 ROUNDED = "dense, rounded"
@@ -224,9 +225,9 @@ def _bytes_plot(document: Row) -> list[Plot]:
     if not rows:
         return []
 
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
+    def draw(figure: Figure, palette: Palette) -> None:
         looks = looks_of(names, palette)
-        above, *places = panels(figure, len(drawn), narrow, 1 + len(names) // 3)
+        above, *places = panels(figure, len(drawn), 1 + len(names) // 3)
         for axes, (model, cell) in zip(places, drawn, strict=True):
             own = drawn[model, cell]
             for name in names:
@@ -238,7 +239,7 @@ def _bytes_plot(document: Row) -> list[Plot]:
             log_scale(axes, 0.92 * min(1.0, *values), 1.08 * max(1.1, *values))
             reference_line(axes, y=1.0, label="_dense")
             axes.grid(axis="both")
-        key(above, places, 2 if narrow else 3)
+        key(above, places, 3)
 
     cell = rows[0]
     small = (
@@ -251,8 +252,8 @@ def _bytes_plot(document: Row) -> list[Plot]:
         for row in rows
     )
     title = "Perplexity over dense, by the bytes that a token reads"
-    wide, drawing, narrow = heights(len(drawn), draw, len(names))
-    return [Plot("quality-bytes", title, alt, small, wide, drawing, narrow)]
+    height = panels_height(len(drawn), len(names))
+    return [Plot("quality-bytes", title, alt, small, height, draw)]
 
 
 def _is_in(row: Row, roundings: Sequence[str]) -> bool:
