@@ -1,9 +1,7 @@
 """The package's face, its errors, and that importing it is cheap; import-linter has the layers."""
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,15 +11,6 @@ HEAVY = set(
     "torch transformers lm_eval fastapi prometheus_client matplotlib ray sentence_transformers "
     "bert_score sacrebleu pandas".split()
 )
-
-
-def test_no_test_imports_another():
-    """What tests share stands in files of its own, so that no test module is loaded twice."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    tests = {path.stem for path in files if path.name.startswith("test_")}
-    for path in files:
-        taken = re.findall(r"^ *(?:from|import) (\w+)", path.read_text("utf-8"), re.M)
-        assert not tests & set(taken), path
 
 
 def test_the_face_of_the_package():

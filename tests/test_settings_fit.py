@@ -1,6 +1,4 @@
-"""Every variable alone, and what it asks of other settings: methods and switches that it takes."""
-
-import shlex
+"""What one setting asks of others: the methods and switches that it takes."""
 
 import pytest
 
@@ -23,7 +21,6 @@ from dart_llm.studies.sweep.settings import (
     SummarizeSettings,
     SweepSettings,
 )
-from shells import DRIFT, EXPERIMENT, VARIABLES, make_desk
 
 DECAY = (
     "--ema-decay: method dart-prompt is used instead of dart-token, because "
@@ -124,6 +121,21 @@ def test_one_method_and_one_sparsity_are_the_default_of_every_command():
 
 
 @pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"temperature": -1.0}, "--temperature -1"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"seed": 2**70}, "--seed"),
+        ({"prompt": "\udcff\udcfe"}, "not valid UTF-8"),
+        ({"masks": "m.safetensors", "sparsity": 0.2}, "drop the sparsity"),
+    ],
+)
+def test_values_that_cannot_be(flags, words):
+    with pytest.raises(ConfigError, match=words):
+        told(**flags)
+
+
+@pytest.mark.parametrize(
     ("flags", "changed", "notes"),
     [
         (
@@ -142,60 +154,3 @@ def test_a_subject_without_a_prompt_is_a_mmlu_prompt(flags, changed, notes):
     found, said = told(**flags)
     assert {name: getattr(found, name) for name in changed} == changed
     assert said == notes
-
-
-ALONE = [
-    word.split("=")
-    for word in shlex.split("""
-METHOD=published METHOD=dense MODEL=model 'CACHE_DIR=some cache' DEVICE=cpu DEVICE=0
-LAYER_TOPK=0:0.5 LAYER_TOPK=all:auto,0:0.9 LAYER_TOPK=@table.txt TOTAL_PRUNE_PERCENT=0
-TOTAL_PRUNE_PERCENT=99.5 MASKING_STEP=0 MASKING_STEP=3 RELEASE_STEP=4 EMA_DECAY=0.9
-RANKING_METHOD=max RANKING_METHOD=magnitude PRUNE_STRATEGY=topk PRUNE_STRATEGY=auto
-KNOWLEDGE_DRIFT=true KNOWLEDGE_DRIFT=false PROMPT_TYPE=custom PROMPT_SUBJECT=astronomy
-'CUSTOM_PROMPT_TEXT=the sea' PROMPT_LENGTH=4 GENERATION=5 EVAL_PERPLEXITY=false
-PPL_DATASETS=text.txt PPL_SUBJECTS=astronomy PPL_MAX_SAMPLES=1 PPL_MAX_SAMPLES=all EVAL_MMLU=false
-MMLU_DATASETS=astronomy MMLU_SHOTS=2 MMLU_MAX_SAMPLES=1 EVAL_GENERAL_NLP=false
-GENERAL_NLP_DATASETS=boolq GENERAL_NLP_MAX_SAMPLES=1 EVAL_SUMMARIZATION=false
-SUMMARIZATION_DATASETS=documents.jsonl SUMMARIZATION_MAX_SAMPLES=1 SUMMARIZATION_MAX_OUTPUT=8 SEED=7
-VERBOSE=true SAVE_ACTIVATIONS=true EXPERIMENT_NAME=mine 'RESULTS_DIR=else where'
-""")
-]
-# Where a variable must arrive in the configuration that masks are made by.
-ARRIVES = {
-    "METHOD": lambda prune: prune["method"],
-    "TOTAL_PRUNE_PERCENT": lambda prune: f"{100 * prune['sparsity']:g}",
-    "MASKING_STEP": lambda prune: str(prune["masking_step"]),
-    "RELEASE_STEP": lambda prune: str(prune["release_step"]),
-    "EMA_DECAY": lambda prune: str(prune["score"]["ema_decay"]),
-    "RANKING_METHOD": lambda prune: prune["score"]["name"],
-    "PRUNE_STRATEGY": lambda prune: prune["score"]["strategy"],
-    "KNOWLEDGE_DRIFT": lambda prune: str(prune["drift"]["rule"] != "never").lower(),
-    "SEED": lambda prune: str(prune["seed"]),
-    "SAVE_ACTIVATIONS": lambda prune: str(prune["executor"] == "masked").lower(),
-}
-DIFFERENT = ("METHOD", "EMA_DECAY", "RANKING_METHOD", "KNOWLEDGE_DRIFT")
-"""Variables that may get on badly with the drift detection that the second script switches on."""
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory):
-    found = make_desk(tmp_path_factory.mktemp("desk"))
-    (found.root / "table.txt").write_text("0:0.5\n1:auto\n")
-    return found
-
-
-@pytest.mark.parametrize(
-    ("script", "name", "value"),
-    [
-        *((EXPERIMENT, *pair) for pair in ALONE),
-        *((DRIFT, *pair) for pair in ALONE if pair[0] in DIFFERENT),
-    ],
-)
-def test_every_variable_alone_fits_the_defaults(desk, monkeypatch, script, name, value):
-    assert list(dict.fromkeys(name for name, _ in ALONE)) == VARIABLES
-    monkeypatch.chdir(desk.root)
-    done = desk.run(script, **{name: value})
-    assert done.returncode == 0, done.stderr
-    config = desk.settings().prune_config()
-    assert name not in ARRIVES or ARRIVES[name](config.to_dict()) == value
-    assert config.method == {"METHOD": value, "EMA_DECAY": "dart-prompt"}.get(name, "dart")

@@ -12,7 +12,6 @@ from dart_llm.cli.chat import (
     check_chat_template,
     interruptible,
     read_message,
-    settings_line,
     talk,
     turn_line,
 )
@@ -188,15 +187,3 @@ def test_messages_of_several_lines():
         assert [read_message(read) for _ in messages] == messages
         with pytest.raises(EOFError):
             read_message(read)
-
-
-def test_a_drift_rule_needs_masks_that_grow_stale():
-    for given in ({"drift": "paper"}, {"knowledge_drift": True}):
-        masks = ChatSettings(method="griffin", **given)
-        assert masks.served().drift.rule == "paper"
-        assert settings_line(masks).endswith("drift rule paper")
-        with pytest.raises(
-            ConfigError, match="dart-token every token selects its own neurons: drop --"
-        ):
-            masks.changed(method="dart-token")
-    assert ChatSettings(drift="never").served().drift.rule == "never"

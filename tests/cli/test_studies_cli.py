@@ -18,6 +18,7 @@ from lm_cases import (
     measured,
     options,
     place,
+    refusal,
 )
 from summary_cases import write_documents
 
@@ -165,9 +166,7 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path):
 
 WRONG = [
     ("eval", "--tasks=", "--tasks"),
-    ("eval", "--tasks tiny_choise", "unknown task 'tiny_choise'; did you mean tiny_choice"),
     ("eval", "--tasks tiny_choice --apply-chat-template", "no chat template: drop --apply-chat"),
-    ("eval", "--tasks tiny_write --min-evidence 400", "ran dense"),
     ("sweep", "--limit 0", "--limit 0 must be at least 1"),
     ("sweep", "--engine rya", "ray"),
     ("sweep", "--experiment-name ../x", "../x leaves the results folder"),
@@ -178,6 +177,4 @@ WRONG = [
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
     for command, flags, words in WRONG:
         start = eval_command("--sparsity", "0.5") if command == "eval" else on_grid(command)
-        done = call(*start, "--results-dir", tmp_path, "--json", *flags.split())
-        assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), flags
-        assert words in done.err, (flags, done.err)
+        assert words in refusal(*start, "--results-dir", tmp_path, "--json", *flags.split())

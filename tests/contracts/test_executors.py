@@ -38,7 +38,6 @@ PROMPT, DECODED = 66, 8
 """More prompt tokens than any preset wants as evidence."""
 
 PRUNING = [name for name in METHODS.names() if METHODS.get(name).sparsity != 0]
-LEARNING = [name for name in PRUNING if METHODS.get(name).self_stats is not None]
 PER_TOKEN = [name for name in PRUNING if METHODS.get(name).token is not None]
 OFTEN = {"rule": "interval 2", "min_distance": 0, "max_dense_share": None}
 

@@ -1,9 +1,6 @@
 """What counts as prompt and what as decode, for every way a model can be driven."""
 
 import copy
-import queue
-import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -256,24 +253,6 @@ TEXT = torch.arange(3, 40)[None]
 """No n-gram twice: the first forward carries no candidates."""
 LOOKUP = {"prompt_lookup_num_tokens": 3}
 same_report = pytest.mark.contract("same report whatever the batch")
-
-
-@pytest.mark.parametrize("assisted", [{}, LOOKUP], ids=["plain", "assisted"])
-def test_streamer_in_a_thread(assisted):
-    model, got = shared_model(), []
-    items = queue.Queue()  # what TextIteratorStreamer fills, without text
-    pipe = SimpleNamespace(
-        put=lambda ids: items.put(ids.flatten().tolist()), end=lambda: items.put(None)
-    )
-    wanted = written(model, TEXT, 30)[1].sequences[0].tolist()
-    with prune(model, **HALF) as run:
-        how = {"streamer": pipe, **assisted}
-        thread = threading.Thread(target=lambda: generate(model, TEXT, 30, **how))
-        thread.start()
-        while (item := items.get(timeout=20)) is not None:
-            got += item
-        thread.join()
-    assert got == wanted and run.report().decoded_tokens == 29
 
 
 @same_report

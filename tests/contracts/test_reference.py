@@ -1,14 +1,22 @@
 """Every executor against the independent reference: the same neurons, and the same logits."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from dart_llm.data import texts
-from reference import decode
-from reference_compare import compare, method_of
+from dart_llm.session.run import prune
+from reference import Dart, Griffin, decode, learn
+from reference_model import own_text
+from steps import decode as decoded
+from steps import selections
 from tiny import LAYERS, WIDTH, tiny
 
 pytestmark = pytest.mark.usefixtures("native")
+
+LOGITS = 3e-4
+"""Largest difference of a float32 logit that agreement allows."""
 
 SMALL = {"sequences": 4, "length": 40, "opening": 0}
 RANK = 8
@@ -25,6 +33,47 @@ def other_topic(seed, prompt=60, more=90):
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(3, 20, (prompt,), generator=generator)
     return torch.cat([first, torch.randint(60, 90, (more,), generator=generator)])
+
+
+@dataclass(frozen=True)
+class Agreement:
+    executor: str
+    steps: tuple[int, ...]  # decode steps of the masks
+    wanted: tuple[int, ...]  # ... and of the reference's
+    kept: int  # neurons that the masks keep, all together
+    differ: int  # kept by one of the two only
+    logits: float  # largest difference
+    spread: float  # standard deviation of the logits
+
+    @property
+    def holds(self):
+        return self.steps == self.wanted and self.differ == 0 and self.logits <= LOGITS
+
+
+def method_of(model, name, sparsity, prior, rank=32):
+    """The reference's method, which learns anew what it needs."""
+    if name == "griffin":
+        return Griffin(sparsity)
+    return Dart(model, sparsity, learn(model, own_text(model, **prior), rank))
+
+
+def compare(model, ids, prompt, method, sparsity, wanted, executor, **changes):
+    """Decode ids [T] after ``prompt`` of them under ``executor``; ``wanted``: by the reference."""
+    run = prune(model, method, sparsity=sparsity, executor=executor, **changes)
+    masks = selections(run)
+    with run:
+        logits = decoded(model, ids[None], prompt)[0]
+    pairs = zip([ids for *_, ids in masks], [ids for _, ids in wanted.masks], strict=False)
+    sets = [(set(a.tolist()), set(b.tolist())) for one in pairs for a, b in zip(*one, strict=True)]
+    return Agreement(
+        executor=run.report().executor,
+        steps=tuple(step for step, *_ in masks),
+        wanted=tuple(step for step, _ in wanted.masks),
+        kept=sum(len(b) for _, b in sets),
+        differ=sum(len(a ^ b) for a, b in sets),
+        logits=float((logits - wanted.logits).abs().max()),
+        spread=float(wanted.logits.std()),
+    )
 
 
 def agreed(model, ids, prompt, name, sparsity, executors):

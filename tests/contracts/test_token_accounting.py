@@ -11,7 +11,6 @@ from dart_llm.data import texts
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation.perplexity import score, slices
 from dart_llm.experiments.artifacts import MaskRecorder, read_masks, write_masks
-from dart_llm.pruning.records import add_dense, merge_reports
 from dart_llm.reporting.words import bytes_sentence
 from dart_llm.session.run import prune
 from dart_llm.studies.drift.masks import DriftRecorder, record
@@ -83,17 +82,6 @@ def test_compensation_reads_the_down_projection_once():
     preset = _report(method=LEARNT)  # what it learnt costs nothing more per token
     assert preset.ffn_bytes_share == pytest.approx(report.ffn_bytes_share)
     assert preset.proxy_bytes_share == plain.proxy_bytes_share
-
-
-def test_merged_reports_weigh_the_copies():
-    one, two = _report().to_dict(), _report(masking_step=2, count=15).to_dict()
-    merged = merge_reports([one, two])
-    share = (5 * one["proxy_bytes_share"] + 15 * two["proxy_bytes_share"]) / 20
-    assert merged["proxy_bytes_share"] == pytest.approx(share)
-    more = add_dense(merged, 20)
-    assert more["proxy_bytes_share"] == pytest.approx(share / 2)
-    saved = more["achieved_sparsity"] - more["proxy_bytes_share"]
-    assert more["bytes_limit"] == pytest.approx(1 / (1 - more["ffn_share_of_bytes"] * saved))
 
 
 # doors

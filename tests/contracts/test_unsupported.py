@@ -8,8 +8,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from dart_llm.errors import UnsupportedModel
 from dart_llm.models.architectures import LAYER_NAMES
 from dart_llm.session.run import prune
-from refused import refused
-from steps import pruned
+from steps import pruned, refused
 from steps import snapshot as snapshot_of
 from tiny import VOCAB, tiny, tokens
 

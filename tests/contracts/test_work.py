@@ -21,7 +21,7 @@ from steps import (
     step,
     storages,
 )
-from tiny import NAMES, tiny, tokens
+from tiny import LAYERS, NAMES, WIDTH, tiny, tokens
 
 SKIPPING = tuple(name for name in NAMES if not name.startswith("opt"))
 
@@ -96,6 +96,18 @@ def test_opt_says_that_it_skips_nothing():
     report = pruned(shared_model("opt"), tokens(1, 90), 70)[0].report()
     assert report.executor == "masked" and report.achieved_sparsity == 0.5
     assert report.ffn_bytes_share >= 1 and report.ffn_bytes_share_if_compact < 0.7
+
+
+@pytest.mark.contract("accounting equals a count by hooks")
+def test_layers_that_stay_dense_are_not_counted_as_copied():
+    for masks, decoded, wanted in (
+        ({}, 4, 1.0),
+        # one layer's half is saved; it is read and written once in 8 tokens
+        ({0: range(WIDTH // 2)}, 8, 1 - 0.5 / LAYERS + 2 * 0.5 / LAYERS / 8),
+    ):
+        with prune(tiny(), masks=masks) as run:
+            decode(run.model, tokens(1, 24 + decoded), 24)
+        assert run.report().ffn_bytes_share == pytest.approx(wanted)
 
 
 @pytest.mark.contract("accounting equals a count by hooks")

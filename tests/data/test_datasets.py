@@ -21,8 +21,8 @@ from dart_llm.data.datasets import (
     rows,
 )
 from dart_llm.errors import ConfigError, LoadError
-from fake_datasets import install
-from refused import refused
+from fake_hub import install_datasets
+from steps import refused
 
 ROLES = {
     "perplexity": {"text"},
@@ -38,7 +38,7 @@ ROLES = {
 def hub(tmp_path, monkeypatch):
     """A fake ``datasets`` module, and an empty current folder."""
     monkeypatch.chdir(tmp_path)
-    return install(monkeypatch)
+    return install_datasets(monkeypatch)
 
 
 @pytest.mark.contract("nothing evaluated calibrates")

@@ -13,8 +13,8 @@ from dart_llm.errors import ConfigError
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.evaluation.tasks import check_calibration
 from dart_llm.pruning.config import PruneConfig
-from fake_datasets import install
-from refused import refused
+from fake_hub import install_datasets
+from steps import refused
 
 QUESTION = {"question": " Which? ", "choices": ["red", "blue"], "answer": 1}
 
@@ -23,7 +23,7 @@ QUESTION = {"question": " Which? ", "choices": ["red", "blue"], "answer": 1}
 def hub(tmp_path, monkeypatch):
     """A fake ``datasets`` module, and an empty current folder."""
     monkeypatch.chdir(tmp_path)
-    return install(monkeypatch)
+    return install_datasets(monkeypatch)
 
 
 def write(name, *rows):

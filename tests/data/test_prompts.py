@@ -1,7 +1,6 @@
 """Resolving prompts and building MMLU-style ones, with a word tokenizer and small files."""
 
 import io
-import json
 import re
 
 import pytest
@@ -89,7 +88,7 @@ def test_names_of_shipped_prompts_and_of_files_under_datasets(here):
         resolve_prompt("bad")
 
 
-def test_a_mmlu_prompt_has_this_form_and_shows_no_answer(here, monkeypatch):
+def test_a_mmlu_prompt_has_this_form_and_shows_no_answer():
     first = (
         "The following are multiple choice questions about us history.\n\n"
         "what is us_history number 0?\nA. one\nB. two\nC. three\nD. four"
@@ -100,17 +99,6 @@ def test_a_mmlu_prompt_has_this_form_and_shows_no_answer(here, monkeypatch):
         assert mmlu_prompt(["us_history"], Words(), length) == prompt
     prompt = mmlu_prompt(["law", "art"], Words(), 900)
     assert "SECRET" not in prompt and "nswer" not in prompt
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
-    folder = here / "datasets/mmlu"  # local files first, and never the test split
-    folder.mkdir(parents=True)
-    for split, text in (("dev", "what is near?"), ("test", "what is hidden?")):
-        row = {"question": text, "choices": ["the Moon", "the Sun"], "answer": 0}
-        (folder / f"astronomy_{split}.jsonl").write_text(json.dumps(row) + "\n")
-    assert mmlu_prompt(["astronomy"], Words(), 100) == (
-        "The following are multiple choice questions about astronomy.\n\n"
-        "what is near?\nA. the Moon\nB. the Sun"
-    )
 
 
 def test_subjects_get_equal_shares_within_one_question():

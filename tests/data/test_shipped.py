@@ -1,9 +1,10 @@
-"""What is shipped: texts, prompts, openings and passages; passages of one's own."""
+"""What is shipped: texts, prompts, openings and passages; passages and prompts of one's own."""
 
 import hashlib
 import json
-import re
-from collections import Counter
+import subprocess
+import sys
+from importlib import resources
 
 import pytest
 
@@ -11,6 +12,7 @@ from dart_llm.data import texts, topic_prompts
 from dart_llm.data.passages import Passage, Segment, Topic, read_passages, shipped
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.files import write_lines
+from shells import ROOT
 
 SUBJECTS = ("aqueduct", "bicycle", "bread", "court", "immunity", "tides")
 PROMPTS = tuple("arithmetic code continue letter sky story summary two_topics".split())
@@ -19,15 +21,10 @@ FROZEN = {
     "texts": "3b3843426e01780d",
     "prompts": "8b4d3cf248bf4028",
     "openings": "c9fd726398486dc6",
-    "passages": "76504e183ca6eac8",
+    "passages": "a15012363fce4502",
+    "two-topic prompts": "738940215a3967cb",
 }
 """sha256 of what is shipped: published numbers were measured on it."""
-
-
-def runs(text, words=8):
-    """All runs of so many words."""
-    found = re.findall(r"[\w'-]+", text.lower())
-    return [" ".join(found[at : at + words]) for at in range(len(found) - words + 1)]
 
 
 def test_what_is_shipped_never_changes():
@@ -35,7 +32,8 @@ def test_what_is_shipped_never_changes():
         "texts": texts.all_text(),
         "prompts": "".join(map(texts.read_prompt, PROMPTS)),
         "openings": "".join(texts.openings()),
-        "passages": "".join(passage.text for passage in PASSAGES),
+        "passages": json.dumps([passage.to_dict() for passage in PASSAGES]),
+        "two-topic prompts": json.dumps([one.to_dict() for one in topic_prompts.shipped()]),
     }
     digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in found.items()}
     assert digests == FROZEN
@@ -50,32 +48,6 @@ def test_names_of_texts_and_prompts():
     for name in ("", "prompts/sky", "../errors", "tides.txt"):  # a name is not a path
         with pytest.raises(UnknownName):
             texts.read(name)
-
-
-def test_nothing_is_shipped_twice():
-    """Nor do openings share eight words in a row with a text that is evaluated."""
-    every = Counter(run for passage in PASSAGES for run in runs(passage.text))
-    assert max(every.values()) == 1
-    long = [*map(texts.read, SUBJECTS), *map(texts.read_prompt, PROMPTS)]
-    long += [prompt.text for prompt in topic_prompts.shipped()]
-    every.update(run for text in long for run in runs(text))
-    openings = texts.openings()
-    assert len(openings) == len(set(openings)) == 32
-    assert not any(run in every for opening in openings for run in runs(opening))
-
-
-def test_passages_change_their_topic_where_the_index_says():
-    begins = {passage.id: passage.segments() for passage in PASSAGES}
-    assert [len(parts) for parts in begins.values()] == [2] * 8 + [3] * 4
-    for passage in PASSAGES:
-        parts = begins[passage.id]
-        assert [part.start for part in parts] == [0, *passage.changes]
-        assert "\n\n".join(part.text for part in parts) == passage.text
-        assert min(len(part.text.split()) for part in parts) >= 320
-    topics = [topic for passage in PASSAGES for topic in passage.topics]
-    assert len(topics) == 28 == len({topic.name for topic in topics})
-    domains = {domain for prompt in topic_prompts.shipped() for domain in prompt.domains}
-    assert {topic.domain for topic in topics} == domains and len(domains) == 16
 
 
 PLAIN = {
@@ -117,3 +89,56 @@ def test_passages_of_ones_own(tmp_path):
         write_lines(path, rows)
         with pytest.raises(ConfigError, match=problem):
             read_passages(path)
+
+
+SCRIPT = ROOT / "benchmarks/make_prompts.py"
+ONTOLOGY = """
+domains:
+  law: {field: law, expert: a judge, place: a court, singular: [a trial], plural: [patents]}
+  sea: {field: seafaring, expert: an admiral, place: a port, singular: [the compass]}
+templates: {plain: "{Topic_a} {is_a} for {expert_a}: why {it_a}? {Place_b}, {topic_b}, {word}."}
+choices: {word: [so]}
+"""
+
+
+def make(*arguments):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_shipped_prompts_are_what_the_script_makes(tmp_path):
+    data = resources.files("dart_llm.data") / "shipped" / "drift" / "prompts.jsonl"
+    assert make(480).stdout == data.read_text(encoding="utf-8")
+    assert make(3).stdout == "".join(data.read_text(encoding="utf-8").splitlines(True)[:3])
+    ontology = tmp_path / "own.yaml"
+    ontology.write_text(ONTOLOGY)
+    made = [json.loads(line) for line in make(4, "--ontology", ontology).stdout.splitlines()]
+    assert {prompt["text"] for prompt in made} == {
+        "A trial is for a judge: why it? A port, the compass, so.",
+        "Patents are for a judge: why they? A port, the compass, so.",
+        "The compass is for an admiral: why it? A court, a trial, so.",
+        "The compass is for an admiral: why it? A court, patents, so.",
+    }
+    assert "gives 4 prompts at most" in make(5, "--ontology", ontology).stderr
+
+
+@pytest.mark.contract("every parser round-trips")
+def test_prompts_are_written_and_read_back(tmp_path):
+    path, prompts = tmp_path / "own.jsonl", topic_prompts.shipped()[:30]
+    write_lines(path, [prompt.to_dict() for prompt in prompts])
+    assert topic_prompts.read_prompts(path) == prompts
+    path.write_text('{"text": "a"}\n\n{"text": "b", "id": 7}\n')  # only a text is needed
+    assert topic_prompts.read_prompts(path) == [
+        topic_prompts.DriftPrompt("1", "a"),
+        topic_prompts.DriftPrompt("7", "b"),
+    ]
+    for line, problem in (
+        ("", "the file .* is empty"),
+        ("{", "line 1 of .* is not JSON"),
+        ('{"text": " "}', 'the prompt "1" has no text'),
+        ('{"text": "a", "domains": ["law", "law"]}', "needs two different domains, not law and"),
+        ('{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}', 'id "x" in line 2 of .* is taken'),
+    ):
+        path.write_text(line)
+        with pytest.raises(ConfigError, match=problem):
+            topic_prompts.read_prompts(path)

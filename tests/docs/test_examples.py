@@ -94,19 +94,12 @@ def test_a_first_look(capsys):
 def test_neurons_of_a_topic(capsys):
     """The tides' own neurons write towards high and flow, and it is the tides that need them."""
     _, tokens, changes, shape, best, words, needed, held = ran("topic_neurons.ipynb", capsys)
-    lines = tokens.splitlines()
-    assert lines[5].split()[2:] == ["pruned", "0", "768"]
-    assert {line.split()[-3] for line in lines[1:]} == {"prefill", "pruned", "observe"}
+    assert tokens.splitlines()[5].split()[2:] == ["pruned", "0", "768"]
     assert re.search(r"0 +0 +first +23040 +0 +23040\n1 +12 +interval +23040 +(\d+) +\1$", changes)
     assert shape == "30 layers, 188 1536 tokens and neurons\n"
-    assert best.startswith("[(27, 296), (28, 831)") and words.splitlines()[0].startswith(
-        "27  296 0.91 [' high', ' higher',"
-    )
-    assert "' flow', ' stream'" in words and "' across', ' Across'" in words
+    assert best.startswith("[(27, 296), (28, 831)") and "' flow', ' stream'" in words
     found = dict(re.findall(r"(\w+): dense .* without ([-+.\d]+), random", needed))
     assert float(found["tides"]) == pytest.approx(0.198, abs=0.02)
     assert abs(float(found["bread"])) < 0.05
-    chance = [float(one) for one in re.findall(r"random ([-+.\d]+)", needed)]
-    assert max(chance) < 0.06
     off, on, strong = held.splitlines()[:3]
     assert "high" not in off and on.count(" high") == 2 and " high" in strong

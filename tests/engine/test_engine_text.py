@@ -14,7 +14,7 @@ from dart_llm.errors import ConfigError, DartError
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.session.generation import HALF, TextStream
 from engine_cases import tokenizer
-from refused import refused
+from steps import refused
 from tiny import VOCAB
 
 TEXTS = st.text("abc", max_size=30)

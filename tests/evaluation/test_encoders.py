@@ -1,14 +1,13 @@
 """Encoders: what their names mean, texts as vectors, and long texts in windows that fit."""
 
-import json
-import os
-import re
-import subprocess
-import sys
+import shutil
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModel, AutoTokenizer
 
 from dart_llm.errors import LoadError
@@ -21,9 +20,9 @@ from dart_llm.evaluation.encoders import (
 )
 from dart_llm.files import file_sha256
 from encoders import WIDTH, count_words, write_encoder
-from fake_hub import COMMIT, Repository, _Handler, serve
 
 pytest.importorskip("sentence_transformers")
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
 @pytest.fixture(scope="module")
@@ -77,78 +76,38 @@ def test_a_text_is_the_weighted_mean_of_its_windows(embedder, folder):
     assert cosine(*embedder.embed([base + "Fish swam.", base + "The moon rose."])) < 1 - 1e-6
 
 
-CLIENT = """
-import json, sys
-from dart_llm.evaluation.encoders import find_encoder
-from dart_llm.errors import LoadError
-for name in json.loads(sys.argv[1]):
-    said = []
-    try:
-        found = find_encoder(name, progress=said.append)
-        files = sorted(str(p.relative_to(found.folder)) for p in found.folder.rglob("*.*"))
-        answer = {**found.to_dict(), "files": files, "label": found.label}
-    except LoadError as error:
-        answer = {"error": str(error)}
-    print(json.dumps({**answer, "said": said}))
-"""
-
-
 @pytest.fixture
-def trees(monkeypatch):
-    """Let the fake hub list a repository's files, which a download of several asks for."""
-    answer = _Handler.do_GET
-
-    def do_get(handler):
-        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/?]+(?:\?.*)?", handler.path)
-        if not match:
-            return answer(handler)
-        listed = [
-            {"type": "file", "path": path, "size": len(content), "oid": "0" * 40}
-            for path, content in handler.state.repositories[match[1]].files.items()
-        ]
-        return handler._send(200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
-
-    monkeypatch.setattr(_Handler, "do_GET", do_get)
-
-
-def client(endpoint, home, *names, offline="0"):
-    """Answers of a process of its own: the hub library reads its settings when imported."""
-    environment = {key: value for key, value in os.environ.items() if key != "DART_CACHE"}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": offline}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    environment |= {"NO_PROXY": "127.0.0.1", "XDG_CACHE_HOME": str(home / "cache")}
-    environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
-    command = [sys.executable, "-c", CLIENT, json.dumps(names)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_hub_ids_and_bare_names(trees, tmp_path, folder):
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    weights = files["model.safetensors"]
-    safe = {**files, "onnx/model.onnx": b"onnx"}
-    old = {**safe, "pytorch_model.bin": weights}
+def hub(folder, tmp_path, monkeypatch):
+    """In place of the hub's library: repositories by id, of which the wanted files are copied."""
+    weights = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    safe = {**weights, "onnx/model.onnx": folder / "vocab.txt"}
+    old = {**safe, "pytorch_model.bin": weights["model.safetensors"]}
     del old["model.safetensors"]
-    repositories = {
-        "tiny/safe": Repository(safe),
-        "sentence-transformers/old": Repository(old),
-        "meta/private": Repository(status=401, api_status=401),
-    }
-    names = ("tiny/safe", "old", "meta/private", "nobody/nothing")
-    home = tmp_path / "home"
-    with serve(repositories) as hub:
-        first, second, *refused = client(hub.endpoint, home, *names)
+    repositories = {"tiny/safe": safe, "sentence-transformers/old": old}
+
+    def download(name, cache_dir, ignore_patterns):
+        if name not in repositories:
+            response = httpx.Response(404, request=httpx.Request("GET", f"https://hub/{name}"))
+            raise RepositoryNotFoundError("not found", response=response)
+        target = tmp_path / name / COMMIT
+        for path in filter_repo_objects(repositories[name], ignore_patterns=ignore_patterns):
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repositories[name][path], target / path)
+        return str(target)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+
+
+def test_hub_ids_and_bare_names(hub, folder):
     sha256 = file_sha256(folder / "model.safetensors")
-    assert first["files"] == sorted(files)
-    assert (first["name"], first["source"], first["revision"]) == ("tiny/safe", "hub", COMMIT)
-    assert first["label"] == f"tiny/safe (hub, revision {COMMIT[:12]}, sha256 {sha256[:12]})"
-    assert (second["name"], second["sha256"]) == ("sentence-transformers/old", sha256)
-    for name, answer in zip(names[2:], refused, strict=True):
-        assert answer["error"].startswith(f"the hub has no model '{name}' that you may read")
-    again, never = client("http://127.0.0.1:9", home, "tiny/safe", "tiny/never", offline="1")
-    assert again["sha256"] == first["sha256"] == sha256
-    assert "tiny/never" in never["error"]
-    assert "give a local folder or all-MiniLM-L6-v2" in never["error"]
+    first, second = find_encoder("tiny/safe"), find_encoder("old")
+    names = [{p.name for p in one.rglob("*") if p.is_file()} for one in (first.folder, folder)]
+    assert names[0] == names[1]
+    assert (first.name, first.origin, first.revision) == ("tiny/safe", "hub", COMMIT)
+    assert first.label == f"tiny/safe (hub, revision {COMMIT[:12]}, sha256 {sha256[:12]})"
+    assert (second.name, second.sha256) == ("sentence-transformers/old", sha256)
+    with pytest.raises(LoadError, match="the hub has no model 'nobody/nothing' that you may read"):
+        find_encoder("nobody/nothing")
 
 
 def test_folders(tmp_path, folder, monkeypatch):

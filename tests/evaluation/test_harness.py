@@ -1,8 +1,6 @@
-"""lm-eval's tasks through our path: dense as lm-eval's own model, different when pruned, and the
-same bytes when an interrupted measurement is resumed."""
+"""lm-eval's tasks through our path: dense as lm-eval's own model, different when pruned."""
 
 import functools
-import json
 import math
 
 import pytest
@@ -13,21 +11,17 @@ from dart_llm.errors import ConfigError
 from dart_llm.evaluation import lm_eval as harness
 from dart_llm.evaluation.measurement import LEAK
 from dart_llm.experiments import comparison
-from dart_llm.session.prepare import prepare
-from dart_llm.session.run import BoundMethod
 from lm_cases import (
     LETTERS,
     PAGES,
     QUESTIONS,
     WRITING,
-    Forwards,
     candidate,
     loaded,
     logprobs,
     measured,
     options,
 )
-from summary_cases import Kept
 from tiny import LAYERS, WIDTH
 
 AT_ONCE = (
@@ -174,76 +168,3 @@ def test_a_group_has_subtasks_and_means_over_all_documents_where_tasks_have_mean
     assert mean == pytest.approx(own.metrics["byte_perplexity"])
     lasts = measured(candidate("griffin"), "tiny_lasts")  # no mean of perplexities
     assert lasts.metrics == {"acc": sum(item["acc"] for item in lasts.items) / len(lasts.items)}
-
-
-def stop(documents):
-    raise InterruptedError
-
-
-def everything(found):
-    """All that is kept of a measurement, as bytes would be."""
-    counts = [count.tolist() for count in found.counts]
-    return json.dumps([found.to_dict(), list(found.samples), counts])
-
-
-def resumed(found, task, **how):
-    parts, steps = Kept(), []
-    for _ in range(2):
-        with pytest.raises(InterruptedError):
-            measured(found, task, options(**how), parts, stop)
-    whole = measured(found, task, options(**how), parts, steps.append)
-    assert sum(steps) == harness.count(task, options(**how)) == len(whole.items)  # not per repeat
-    return whole
-
-
-@pytest.mark.contract("resume gives the same bytes")
-@pytest.mark.parametrize(
-    ("task", "method", "how"),
-    [
-        ("tiny_choice", "griffin", {"protocol": "published"}),
-        ("tiny_short", "griffin", {"protocol": "full"}),
-        ("tiny_roll", "dart", {"prompt_tokens": 80, "scored_tokens": 30}),
-        ("tiny_draw", "griffin", {}),
-        ("tiny_group", "dart", {}),
-    ],
-)
-def test_no_context_is_computed_twice_and_the_result_is_the_same(task, method, how):
-    found = candidate(method)
-    with Forwards(found.model) as ran:
-        whole = measured(found, task, options(**how))
-    with Forwards(found.model) as again:
-        assert everything(resumed(found, task, **how)) == everything(whole)
-    assert sorted(again.shapes) == sorted(ran.shapes)
-
-
-def test_masks_that_were_chosen_beforehand_count_alike_after_an_interruption(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("the tide comes in twice a day and goes out again. " * 60, encoding="utf-8")
-    config = candidate("wanda", calibration={"sequences": 4, "length": 64}).config
-    own = prepare(*loaded(), config, str(text), str(tmp_path / "cache"))
-    assert own.fixed_masks is not None
-    given = BoundMethod(*loaded(), candidate("griffin").config, {0: [1, 2, 3], 2: [5, 7]})
-    for found in (own, given):
-        whole = measured(found, "tiny_choice")
-        assert everything(resumed(found, "tiny_choice")) == everything(whole)
-        assert whole.masks == 4  # one per context, as for masks that are chosen from it
-    assert whole.counts[0].tolist()[:5] == [0, 4, 4, 4, 0]
-    assert len(whole.counts[1]) == 0
-
-
-def test_parts_of_one_method_or_protocol_are_not_those_of_another():
-    parts = Kept()
-    first = measured(candidate("griffin"), "tiny_choice", options(), parts)
-    for found, how in (
-        (candidate("griffin", 0.25), options()),
-        (candidate(), options()),
-        (candidate("griffin"), options(protocol="full")),
-        (candidate("griffin"), options(num_fewshot=1)),
-    ):
-        size = len(parts.parts)
-        other = measured(found, "tiny_choice", how, parts)
-        assert everything(other) != everything(first)
-        assert len(parts.parts) == size + 4
-    size = len(parts.parts)
-    assert measured(candidate("griffin"), "tiny_choice", options(), parts) == first
-    assert len(parts.parts) == size

@@ -1,20 +1,18 @@
-"""``summarize``: prompts cut to fit, the protocols on a tiny model, resuming, refusals."""
+"""``summarize``: prompts cut to fit, the protocols on a tiny model, refusals."""
 
 import copy
-import json
 
 import pytest
 import torch
 
 from dart_llm.errors import ConfigError, DartError, UnknownName
-from dart_llm.evaluation import summarization, text_metrics
+from dart_llm.evaluation import text_metrics
 from dart_llm.evaluation.measurement import MeasureOptions
-from dart_llm.evaluation.summarization import CUE, INSTRUCTION, count, fit, measure
+from dart_llm.evaluation.summarization import CUE, INSTRUCTION, count, fit
 from dart_llm.models.loading import load
-from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.run import BoundMethod, prune
+from dart_llm.session.run import prune
 from steps import Same
-from summary_cases import DOCUMENTS, OPTIONS, Kept, candidate, run, texts_of, write_documents
+from summary_cases import DOCUMENTS, OPTIONS, candidate, run, texts_of, write_documents
 from tiny_gpt2 import make_talk, write_gpt2
 
 TEMPLATE = (
@@ -172,61 +170,3 @@ def test_what_is_refused(loaded, data, monkeypatch):
     monkeypatch.setattr(weight, "data", torch.full_like(weight.data, torch.nan))
     with pytest.raises(DartError, match="a logit of document cat is not finite"):
         run(candidate(loaded, "griffin"), data)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The prompt lengths of all texts that were generated."""
-    made = []
-    real = summarization.generate
-
-    def counted(model, tokenizer, ids, *args, **kwargs):
-        made.append(ids.shape[1])
-        return real(model, tokenizer, ids, *args, **kwargs)
-
-    monkeypatch.setattr(summarization, "generate", counted)
-    return made
-
-
-@pytest.mark.contract("resume gives the same bytes")
-@pytest.mark.parametrize(("method", "options"), [("dart", OPTIONS), ("griffin", FULL)])
-def test_a_resumed_measurement_equals_an_uninterrupted_one(loaded, data, calls, method, options):
-    parts, done = Kept(), []
-
-    def advance(n):
-        done.append(n)
-        if len(done) == 2:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        measure(candidate(loaded, method), data, options, parts, advance)
-    assert (len(calls), len(parts.parts)) == (2, 2)
-    resumed = measure(candidate(loaded, method), data, options, parts, done.append)
-    assert (len(calls), sum(done)) == (4, 6)
-    again = run(candidate(loaded, method), data, options, parts)
-    assert len(calls) == 4
-    whole = run(candidate(loaded, method), data, options)
-    for found in (resumed, again):
-        assert found == whole
-        assert json.dumps(found.to_dict()) == json.dumps(whole.to_dict())
-        assert all(map(torch.equal, found.counts, whole.counts))
-
-
-def test_nothing_is_reused_where_the_value_would_differ(loaded, data, tmp_path, calls):
-    parts, dart = Kept(), PruneConfig.build("dart")
-    other = [{**row, "summary": "another one."} for row in DOCUMENTS]
-    runs = [
-        (candidate(loaded), write_documents(tmp_path / "changed.jsonl", *other), OPTIONS),
-        (candidate(loaded), data, MeasureOptions(max_output=13)),
-        (candidate(loaded, "griffin"), data, FULL),
-        (candidate(loaded, "griffin"), data, OPTIONS),
-        (candidate(loaded, "griffin", executor="masked"), data, OPTIONS),
-        (BoundMethod(*loaded, dart, masks={0: [1, 2]}), data, OPTIONS),
-        (BoundMethod(*loaded, dart, masks={0: [1, 3]}), data, OPTIONS),
-    ]
-    for done, (found, documents, options) in enumerate(runs, 1):
-        run(found, documents, options, parts)
-        assert len(calls) == 4 * done
-    changed = run(candidate(loaded), data, OPTIONS, parts)  # the first run's were other summaries
-    assert [one["reference"] for one in changed.samples] == [row["summary"] for row in DOCUMENTS]
-    assert changed.items == run(candidate(loaded), data).items

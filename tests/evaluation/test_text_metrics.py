@@ -182,14 +182,6 @@ def test_each_number_is_that_of_its_own_function(folder, tools):
     }
 
 
-def test_notes_and_facts_name_the_models(tools):
-    sha256 = tools.embedder.source.sha256
-    for note in tools.notes[2:4]:
-        assert f"tiny (folder, sha256 {sha256[:12]})" in note and "22 tokens" in note
-    facts = tools.to_dict()
-    assert (facts["bertscore"]["layers"], facts["embedder"]["sha256"]) == (2, sha256)
-
-
 def test_packages_are_imported_late_and_a_missing_one_is_named(monkeypatch, folder):
     for module, name in PACKAGES.items():
         text_metrics.rouge_scorer.cache_clear()

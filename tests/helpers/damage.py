@@ -1,17 +1,12 @@
 """What can happen to a kept file: damages by name, each a function of its path."""
 
 import os
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from safetensors.torch import load, save
 
-Damage = Callable[[Path], None]
-
 
 def changed(change):
-
     def damage(path):
         path.write_bytes(change(path.read_bytes()))
 
@@ -35,7 +30,7 @@ def folder(path):
     (path / "something").mkdir(parents=True)
 
 
-DAMAGES: dict[str, Damage] = {
+DAMAGES = {
     "flip": changed(flip),
     "zero page": changed(zero_page),
     "cut": changed(lambda data: data[:-3]),
@@ -59,7 +54,7 @@ def without_the_last(found):
     return {key: t for key, t in found.items() if not key.startswith(stem)}
 
 
-TENSOR_DAMAGES: dict[str, Damage] = {
+TENSOR_DAMAGES = {
     "without a tensor": tensors(without_the_last),
     "another shape": each(lambda t: (t[..., :-1] if t.dim() else t).contiguous()),
     "not numbers": each(lambda t: t * torch.nan if t.is_floating_point() else t),

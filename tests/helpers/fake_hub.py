@@ -17,6 +17,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import ModuleType
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ALWAYS = 10**6
@@ -136,6 +137,33 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content[: len(content) // 2] if cut else content)
         self.close_connection = True
+
+
+class FakeDatasets:
+    """Stands in for the ``datasets`` library and records what was asked for.
+
+    ``rows`` by call (id, configuration, split, streamed); ``error`` is raised when it is set.
+    """
+
+    def __init__(self):
+        self.calls, self.revisions, self.rows, self.read, self.error = [], [], {}, 0, None
+
+    def load_dataset(self, path, name, *, split, streaming, revision=None):
+        self.calls.append((path, name, split, streaming))
+        self.revisions.append(revision)
+        if self.error is not None:
+            raise self.error
+        for row in self.rows[self.calls[-1]]:
+            self.read += 1
+            yield row
+
+
+def install_datasets(monkeypatch):
+    fake = FakeDatasets()
+    module = ModuleType("datasets")
+    module.load_dataset = fake.load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return fake
 
 
 def _attempt(case):

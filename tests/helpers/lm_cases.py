@@ -221,6 +221,13 @@ def call(*arguments):
     return Called(code, out.getvalue(), err.getvalue())
 
 
+def refusal(*arguments):
+    """What is said of arguments that are refused: one line, and exit code 2."""
+    done = call(*arguments)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), (arguments, done.err)
+    return done.err
+
+
 def eval_command(*arguments, model="model"):
     """``eval`` on the tiny model with the tasks of this file."""
     root = place()

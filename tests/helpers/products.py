@@ -5,8 +5,6 @@ from itertools import product
 import pytest
 import torch
 
-from tiny import NAMES
-
 SHAPES = ("llama-bias", "phi3", "gpt2", "falcon", "opt")
 """One architecture per shape of FFN: gated with biases, fused, Conv1D, parallel, flattened."""
 
@@ -18,17 +16,6 @@ def cases(chosen, *axes):
     always, every = set(chosen), list(product(*axes))
     assert always <= set(every)
     return [pytest.param(*case, marks=() if case in always else pytest.mark.full) for case in every]
-
-
-def method_cases(methods):
-    """(architecture, method, dtype): every architecture, and every shape by method and by dtype."""
-    methods = tuple(methods)
-    chosen = [
-        *product(NAMES, ["dart"], DTYPES[:1]),
-        *product(SHAPES, methods, DTYPES[:1]),
-        *product(SHAPES, ["dart"], DTYPES),
-    ]
-    return cases(chosen, NAMES, methods, DTYPES)
 
 
 def in_turn(first, second):

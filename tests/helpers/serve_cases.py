@@ -34,13 +34,12 @@ def bearer(number):
 
 
 class ByteTokenizer:
-    """Every ``width`` bytes are a token; a conversation is written as ``<role>text``."""
+    """Every byte is a token; a conversation is written as ``<role>text``."""
 
     chat_template = "there is one"
-    width = 1
 
     def __call__(self, text, **options):
-        return SimpleNamespace(input_ids=list(text.encode())[:: self.width])
+        return SimpleNamespace(input_ids=list(text.encode()))
 
     def decode(self, ids, **options):
         return bytes(ids).decode(errors="replace")

@@ -71,10 +71,6 @@ class Desk:
         lines = (self.root / "record.json").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
-    def recorded_all(self):
-        """The same of the last one."""
-        return self.commands()[-1]
-
     def recorded(self, command="run"):
         """The arguments of the only ``dart-llm COMMAND``, without its name."""
         (arguments,) = (found[1:] for found in self.commands() if found[0] == command)

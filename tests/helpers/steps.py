@@ -4,10 +4,12 @@ import functools
 import gc
 import inspect
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor
 
+from dart_llm.errors import DartError
 from dart_llm.models.packed import place_of
 from dart_llm.session.run import prune
 from tiny import LAYERS, WIDTH, tiny, tokens
@@ -166,10 +168,10 @@ HOOKS = tuple(name for name in nn.Module().__dict__ if "hooks" in name)
 
 
 def snapshot(model):
-    """Everything that a restored model must still have: attributes, hooks, names, weights."""
+    """What a restored model must still have: modules, types, attributes, hooks, weights."""
     modules = dict(model.named_modules())
     return {
-        "names": list(modules),
+        "types": [(name, type(module)) for name, module in modules.items()],
         "attributes": {
             name: [(key, id(value)) for key, value in module.__dict__.items()]
             for name, module in modules.items()
@@ -206,6 +208,16 @@ class Same:
         for part, value in self.before.items():
             assert after[part] == value, part
         assert torch.equal(decode(self.model, self.ids, 8), self.logits)
+
+
+def refused(call, inputs, kind=DartError):
+    """What ``call`` says of inputs that it refuses, by the input: for a snapshot."""
+    said = {}
+    for given in inputs:
+        with pytest.raises(kind) as caught:
+            call(given)
+        said[ascii(given)] = str(caught.value)
+    return said
 
 
 def storages():

@@ -65,3 +65,12 @@ def _mask(index, first):
 def write(path, found):
     path.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
     return path
+
+
+def past_run(folder, kind="run", **files):
+    """A finished run's folder; ``rows_jsonl`` among ``files`` is the text of rows.jsonl."""
+    folder.mkdir(parents=True)
+    config = {"kind": kind, "status": "complete", "prune": {"method": "griffin", "sparsity": 0.4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, text in files.items():
+        (folder / name.replace("_", ".")).write_text(text)

@@ -15,7 +15,7 @@ from dart_llm.server.window import IMPORT, STATIC, page, read_records
 from html_page import Page
 from lm_cases import call
 from serve_cases import running
-from window_cases import QUESTION, records, write
+from window_cases import QUESTION, past_run, records, write
 
 SCRIPTS = {path.name: path.read_text(encoding="utf-8") for path in sorted(STATIC.glob("*.js"))}
 TEXT = (STATIC / "index.html").read_text(encoding="utf-8")
@@ -65,22 +65,15 @@ def test_names_lead_somewhere():
 # past runs
 
 
-def a_run(folder, config, **files):
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"status": "complete", **config}))
-    for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(text)
-
-
 def test_runs_are_opened_below_their_folder_alone(tmp_path):
     root, outside = tmp_path / "results", tmp_path / "20260101-130000"
     run = root / "sky/20260101-120000"
     lines = '{"text": "a"}\n{"text": "b"}\n'
     table = "step,similarity\n1,0.5\n"
-    a_run(run, {"kind": "run"}, generation__jsonl=lines, drift__csv=table)
+    past_run(run, generation_jsonl=lines, drift_csv=table)
     broken = "step\n" + "1" * 200_000 + "\n"  # beyond csv's field limit
-    a_run(root / "sky/20260101-110000", {"kind": "run"}, drift__csv=broken)
-    a_run(outside, {"secret": 1})
+    past_run(root / "sky/20260101-110000", drift_csv=broken)
+    past_run(outside)
     (root / "20260101-140000").symlink_to(outside)
     (run / "masks.json").symlink_to(outside / "config.json")
     with running(results_dir=str(root)) as server, server.client() as client:
@@ -98,8 +91,8 @@ def test_runs_are_opened_below_their_folder_alone(tmp_path):
 def test_the_numbers_and_tables_of_a_run_are_shown(tmp_path):
     line = ResultLine(label="griffin@0.5", method="griffin", model="m", task="t", metric="acc")
     line = line.model_copy(update={"value": 0.25, "achieved": 0.48, "remasks": 3})
-    files = {"rows__jsonl": line.model_dump_json() + "\n{broken", "compare__md": "# Comparison"}
-    a_run(tmp_path / "a/20260101-120000", {"kind": "compare"}, **files)
+    files = {"rows_jsonl": line.model_dump_json() + "\n{broken", "compare_md": "# Comparison"}
+    past_run(tmp_path / "a/20260101-120000", "compare", **files)
     with running(results_dir=str(tmp_path)) as server, server.client() as client:
         shown = client.get("/api/runs/a/20260101-120000").json()
     assert shown["rows"] == [line.model_dump()] and shown["tables"] == "# Comparison"

@@ -13,7 +13,7 @@ from dart_llm.pruning.config import DEFAULT_SPARSITY
 from dart_llm.server import window as server_window
 from dart_llm.server.window import GREETING, STATIC, page, read_records
 from serve_cases import KEYS, FakeEngine, running, until
-from window_cases import QUESTION, READY, records
+from window_cases import QUESTION, past_run, records
 
 ENDED = "document.getElementById('stop').hidden"
 TEXTS = "[...document.querySelectorAll('.answer .text')].map((t) => t.textContent)"
@@ -215,7 +215,7 @@ def test_six_terms_are_explained_on_focus(start):
 def test_a_key_is_asked_for_and_a_report_behind_it_is_saved(start, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
-    a_run(tmp_path, "tides/20260102-030405", report_html="<p>the report</p>")
+    past_run(tmp_path / "results/tides/20260102-030405", report_html="<p>the report</p>")
     _, window = start(results_dir=str(tmp_path / "results"), api_key=KEYS[0])
     assert window.js("document.querySelectorAll('#prompts button').length") == 0
     key = window.driver.find_element("id", "key")
@@ -239,19 +239,10 @@ def test_a_key_is_asked_for_and_a_report_behind_it_is_saved(start, tmp_path):
     assert file.read_text() == "<p>the report</p>"
 
 
-def a_run(root, name, kind="run", **files):
-    folder = root / "results" / name
-    folder.mkdir(parents=True)
-    config = {"kind": kind, "status": "complete", "prune": {"method": "griffin", "sparsity": 0.4}}
-    (folder / "config.json").write_text(json.dumps(config))
-    for file, text in files.items():
-        (folder / file.replace("_", ".")).write_text(text)
-
-
 def test_past_runs_open_at_the_newest_and_have_addresses(start, tmp_path, monkeypatch):
     report = "<!doctype html><title>T</title><p id=p>no</p><script>p.textContent = 'yes'</script>"
     for second in (4, 5, 6):
-        a_run(tmp_path, f"tides/20260102-03040{second}", report_html=report)
+        past_run(tmp_path / f"results/tides/20260102-03040{second}", report_html=report)
     monkeypatch.setattr(server_window, "MOST_RUNS", 2)
     _, window = start(results_dir=str(tmp_path / "results"))
     heading = "document.querySelector('#run h2')?.textContent.includes('20260102-03040{}')"
@@ -307,8 +298,8 @@ def test_runs_of_other_kinds_and_what_axe_says(start, tmp_path):
         "a,0,0,10,1,1,0.8,0.7,0,0,armed\n"
     )
     tables = "# Tables <b>side by side</b>\n" + "| wide " * 60 + "\n" + "| row\n" * 60
-    a_run(
-        *(tmp_path, "tides/20260102-030405", "drift"),
+    past_run(
+        *(tmp_path / "results/tides/20260102-030405", "drift"),
         rows_jsonl=line.model_dump_json(),
         summary_md=tables,
         drift_csv=checks,
@@ -318,8 +309,8 @@ def test_runs_of_other_kinds_and_what_axe_says(start, tmp_path):
     given |= {"tokens": ["Just", " because"], "phases": ["prefill", "pruned"], "token_ids": [1, 2]}
     account = {"achieved_sparsity": 0.375, "dense_token_share": 0.1, "remasks": 2}
     layers = [{"layer": i, "width": 8, "kept": k, "kept_share": k / 8} for i, k in ((0, 3), (1, 5))]
-    a_run(
-        *(tmp_path, "first/20260102-030405"),
+    past_run(
+        tmp_path / "results/first/20260102-030405",
         generation_jsonl=json.dumps({**given, "accounting": account}),
         masks_json=json.dumps({"remasks": [], "layers": layers}),
         drift_csv=checks.replace("key,", "").replace("a,", ""),
@@ -406,6 +397,10 @@ def test_a_recording_plays_and_pauses(replay):
     assert replay.js(HEADLINES) == [said]
     replay.js("(location.hash = '#answer/2')")
     replay.wait("document.getElementById('view-of').textContent === 'Dense: 24 tokens'")
+    seek(replay, len(records()) // 2)  # colours are told by more than colour
+    style = "getComputedStyle(document.querySelector('.text {}')).{}"
+    for phase, border in (("prefill", "dotted"), ("observe", "solid"), ("pruned", "none")):
+        assert replay.js(style.format(f".{phase}", "borderBottomStyle")) == border
     for width in (390, 1280, 1920):  # nothing sticks out, nor does axe find anything
         replay.size(width, 844, dark=width == 390)
         assert replay.js("document.documentElement.scrollWidth") == width
@@ -461,18 +456,3 @@ def test_the_first_word_that_differs_is_marked(tmp_path):
         assert window.js(HEADLINES)[0].endswith("identical for 7 tokens")
         seek(window, 30)  # the dense answer is not there yet
         assert window.js(parts) == [] and window.js(HEADLINES) == [""]
-
-
-def test_a_recording_jumps_to_any_place(replay):
-    found = records()
-    mask = [i for i, record in enumerate(found) if record["kind"] == "mask"][1]
-    seek(replay, mask - 1)  # before the second mask: every neuron runs
-    replay.wait(f"{NOTE}.includes('every neuron runs here')")
-    assert (replay.js(TOKENS), replay.text("count-remasks")) == ([READY + 1, 0], "0")
-    seek(replay, mask + 2)
-    replay.wait(f"{NOTE}.startsWith('Mask 2')")
-    assert replay.text("count-remasks") == "1"
-    seek(replay, len(found) // 2)  # colours are told by more than colour
-    style = "getComputedStyle(document.querySelector('.text {}')).{}"
-    for phase, border in (("prefill", "dotted"), ("observe", "solid"), ("pruned", "none")):
-        assert replay.js(style.format(f".{phase}", "borderBottomStyle")) == border

@@ -1,0 +1,130 @@
+"""Interrupted measurements of every task resume to the same bytes and compute nothing twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dart_llm.evaluation import tasks
+from dart_llm.session.prepare import prepare
+from dart_llm.session.run import BoundMethod
+from lm_cases import Forwards, candidate, loaded, options
+from summary_cases import DOCUMENTS as ROWS
+from summary_cases import Kept, write_documents
+
+SLICES = {"limit": 4, "prompt_tokens": 40, "scored_tokens": 30}
+INTERVAL = {
+    "min_evidence": 0,
+    "drift": {"rule": "interval 8", "min_distance": 0, "max_dense_share": 1.0},
+    "remask": {"observe_tokens": 3},
+}
+TEXT, DOCUMENTS = "perplexity:text.txt", "summarize:four.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "".join(f"number {n * n} comes before {n * 7}. " for n in range(60))
+    Path("text.txt").write_text(text, encoding="utf-8")
+    write_documents(Path("four.jsonl"))
+
+
+def everything(found):
+    """All that is kept of a measurement, as bytes would be."""
+    counts = [count.tolist() for count in found.counts]
+    return json.dumps([found.to_dict(), list(found.samples), counts])
+
+
+def stop(items):
+    raise InterruptedError
+
+
+def resumed(found, task, asked):
+    parts, steps = Kept(), []
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            tasks.measure(found, task, asked, parts, stop)
+    whole = tasks.measure(found, task, asked, parts, steps.append)
+    count = tasks.count(task, asked, found.tokenizer, found.model)
+    assert sum(steps) == count == len(whole.items)  # not per repeat
+    return whole
+
+
+@pytest.mark.contract("resume gives the same bytes")
+@pytest.mark.parametrize(
+    ("task", "method", "settings", "how"),
+    [
+        ("tiny_choice", "griffin", {}, {"protocol": "published"}),
+        ("tiny_short", "griffin", {}, {"protocol": "full"}),
+        ("tiny_roll", "dart", {}, {"prompt_tokens": 80, "scored_tokens": 30}),
+        ("tiny_draw", "griffin", {}, {}),
+        ("tiny_group", "dart", {}, {}),
+        (TEXT, "dart", INTERVAL, SLICES),
+        (TEXT, "griffin", {}, {**SLICES, "protocol": "published"}),
+        (TEXT, "dart", {}, {"protocol": "standard", "window": 100, "limit": 4}),
+        (DOCUMENTS, "dart", {}, {"max_output": 12}),
+        (DOCUMENTS, "griffin", {}, {"max_output": 12, "protocol": "full"}),
+    ],
+)
+def test_nothing_is_computed_twice_and_the_result_is_the_same(task, method, settings, how):
+    found, asked = candidate(method, **settings), options(**how)
+    with found.run():  # what the model teaches is learnt before anything is counted
+        pass
+    with Forwards(found.model) as ran:
+        whole = tasks.measure(found, task, asked, Kept())
+    with Forwards(found.model) as again:
+        assert everything(resumed(found, task, asked)) == everything(whole)
+    assert sorted(again.shapes) == sorted(ran.shapes)
+
+
+def test_masks_that_were_chosen_beforehand_count_alike_after_an_interruption(tmp_path):
+    config = candidate("wanda", calibration={"sequences": 4, "length": 64}).config
+    own = prepare(*loaded(), config, "text.txt", str(tmp_path / "cache"))
+    assert own.fixed_masks is not None
+    given = BoundMethod(*loaded(), candidate("griffin").config, {0: [1, 2, 3], 2: [5, 7]})
+    for found in (own, given):
+        whole = tasks.measure(found, "tiny_choice", options(), Kept())
+        assert everything(resumed(found, "tiny_choice", options())) == everything(whole)
+        assert whole.masks == 4  # one per context, as for masks that are chosen from it
+    assert whole.counts[0].tolist()[:5] == [0, 4, 4, 4, 0]
+    assert len(whole.counts[1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "how", "other"),
+    [
+        ("tiny_choice", {}, {"num_fewshot": 1}),
+        (TEXT, SLICES, {"scored_tokens": 31}),
+        (DOCUMENTS, {"max_output": 12}, {"max_output": 13}),
+    ],
+)
+def test_parts_serve_only_what_they_were_computed_for(task, how, other):
+    griffin, parts, found = candidate("griffin"), Kept(), []
+    masks = [[1, 2]] if task == "tiny_choice" else [[1, 2], [1, 3]]
+    for number, (method, changes) in enumerate(
+        (
+            *((griffin, {}), (griffin, {"protocol": "full"}), (griffin, other)),
+            *((candidate(), {}), (candidate("griffin", 0.25), {})),
+            *((BoundMethod(*loaded(), griffin.config, {0: ids}), {}) for ids in masks),
+        ),
+        1,
+    ):
+        found.append(tasks.measure(method, task, options(**{**how, **changes}), parts))
+        assert len(parts.parts) == 4 * number
+    assert everything(tasks.measure(griffin, task, options(**how), parts)) == everything(found[0])
+    assert len(parts.parts) == 4 * len(found)
+
+
+def test_parts_of_a_text_or_document_are_not_those_of_another():
+    griffin, parts, documents = candidate("griffin"), Kept(), {"max_output": 12}
+    for task, how in ((TEXT, SLICES), (DOCUMENTS, documents)):
+        tasks.measure(griffin, task, options(**how), parts)
+    Path("text.txt").write_text(Path("text.txt").read_text("utf-8")[::-1], encoding="utf-8")
+    rows = [{**row, "summary": "another one."} for row in ROWS]
+    write_documents(Path("four.jsonl"), *rows)
+    tasks.measure(griffin, TEXT, options(**SLICES), parts)
+    assert len(parts.parts) == 12
+    found = tasks.measure(griffin, DOCUMENTS, options(**documents), parts)
+    assert len(parts.parts) == 16
+    assert [one["reference"] for one in found.samples] == ["another one."] * 4
+    assert found.items == tasks.measure(griffin, DOCUMENTS, options(**documents), Kept()).items
