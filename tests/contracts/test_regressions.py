@@ -54,7 +54,7 @@ def test_given_masks_and_tables_are_not_called_dart_at_its_default(gpt2, texts):
     own = {"masks": str(made.path / "masks.safetensors"), "sparsity": None, "method": "dart"}
     job = run_job(settings(gpt2, texts, **own), Ui(quiet=True))
     text = job.generations["pruned"]
-    assert (text["method"], text["sparsity"]) == ("given masks", None)
+    assert (text["method"], text["sparsity"]) == ("fixed masks", None)
     table = run_job(settings(gpt2, texts, sparsity=None, layer_topk="all:0.5"), Ui(quiet=True))
     assert table.generations["pruned"]["sparsity"] is None
 
