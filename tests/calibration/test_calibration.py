@@ -31,13 +31,13 @@ def config(method="wanda", **changes):
 
 def run_calibration(model, made, source, cache):
     """What ``calibrate`` gives, and the lengths of the forwards that it made."""
-    found = []
+    result = []
 
     def body():
-        found.append(calibrate(model, Letters(), made, source, str(cache), lambda news: None))
+        result.append(calibrate(model, Letters(), made, source, str(cache), lambda news: None))
 
     lengths = forward_lengths(model, body)
-    return found[0], lengths
+    return result[0], lengths
 
 
 def kept(masks):
@@ -104,23 +104,23 @@ def quiet(made, source, cache):
 
 
 def test_static_methods_have_fixed_masks(tmp_path, text):
-    found = quiet(config("flap"), text, tmp_path)
-    said = "calibration: 10 sequences of 16 tokens (160 tokens) of calibration.txt"
-    assert found.notes == (said,) and found.label == "flap@0.5"
+    result = quiet(config("flap"), text, tmp_path)
+    message = "calibration: 10 sequences of 16 tokens (160 tokens) of calibration.txt"
+    assert result.notes == (message,) and result.label == "flap@0.5"
     for likelihood in (False, True):
-        with found.run(likelihood) as run:
+        with result.run(likelihood) as run:
             decode(run.model, tokens(1, 24), 20)
         report = run.report()
         assert report.achieved_sparsity == pytest.approx(0.5, abs=1 / (LAYERS * WIDTH))
-        assert report.remask_causes == {"given": 1}
-        assert same_masks([run.masks()[layer] for layer in range(LAYERS)], kept(found.fixed_masks))
-    (said,) = quiet(config(calibration={"length": 200}), text, tmp_path).notes
+        assert report.remask_causes == {"fixed": 1}
+        assert same_masks([run.masks()[layer] for layer in range(LAYERS)], kept(result.fixed_masks))
+    (message,) = quiet(config(calibration={"length": 200}), text, tmp_path).notes
     assert re.match(
-        r"calibration: [1-9]\d of 128 sequences of 200 tokens \([\d,]+ tokens\) of ", said
+        r"calibration: [1-9]\d of 128 sequences of 200 tokens \([\d,]+ tokens\) of ", message
     )
 
 
 def test_glass_has_a_prior(tmp_path):
-    found = quiet(config("glass"), None, tmp_path)
-    assert found.notes[0].endswith("(160 tokens) of self-generated text")
-    assert sum(layer.nbytes for layer in found.prior) == 4 * LAYERS * WIDTH
+    result = quiet(config("glass"), None, tmp_path)
+    assert result.notes[0].endswith("(160 tokens) of self-generated text")
+    assert sum(layer.nbytes for layer in result.prior) == 4 * LAYERS * WIDTH

@@ -36,23 +36,23 @@ def by_leaves(model, ids):
     try:
         logits = model(ids).logits
         loss = -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).sum()
-        found = torch.autograd.grad(loss, list(leaves.values()))
+        result = torch.autograd.grad(loss, list(leaves.values()))
     finally:
         for handle in handles:
             handle.remove()
     shape = (*ids.shape, -1)
     return {
         layer: (seen[layer].reshape(shape), gradient.reshape(shape))
-        for layer, gradient in zip(leaves, found, strict=True)
+        for layer, gradient in zip(leaves, result, strict=True)
     }
 
 
 def found_by(model, ids):
     """What ``run_forward`` hands on: per layer u and dL/du."""
-    found = {}
+    result = {}
     with evaluating(model):
-        run_forward(model, ids, lambda n, seen, g: found.setdefault(n, (seen.u, g)), kept=INNER)
-    return found
+        run_forward(model, ids, lambda n, seen, g: result.setdefault(n, (seen.u, g)), kept=INNER)
+    return result
 
 
 @pytest.mark.contract("exact restore")
@@ -64,9 +64,9 @@ def test_gradients(name):
     with Same(frozen):
         by_frozen = found_by(frozen, ids)
     assert not any(p.requires_grad for p in frozen.parameters())
-    found = found_by(model, ids)
-    assert list(found) == list(range(LAYERS))
-    for layer, (seen, gradient) in found.items():
+    result = found_by(model, ids)
+    assert list(result) == list(range(LAYERS))
+    for layer, (seen, gradient) in result.items():
         u, g = (t[:, INNER] for t in wanted[layer])
         assert gradient.shape == u.shape == (ROWS, KEPT, u.shape[-1])
         torch.testing.assert_close(seen, u, rtol=1e-4, atol=1e-5)
@@ -103,12 +103,12 @@ def test_sums_and_squared_gradients(name, monkeypatch):
     model, ids, news = shared_model(name), tokens(ROWS, LENGTH, seed=5), []
     bases = find_bases(model, ids, 3, layers_of(model))
     monkeypatch.setattr(module, "LOGITS", 2 * LENGTH * VOCAB)
-    found = collect(model, ids, Needs(STATISTICS, bases, True, inner=True), news.append)
+    result = collect(model, ids, Needs(STATISTICS, bases, True, inner=True), news.append)
     assert news == sorted(news) and news[-1] == pytest.approx(1)
     assert len(news) == 2 * 2 * LAYERS and max(b - a for a, b in pairwise([0, *news])) < 0.17
     for layer, (u, g) in by_leaves(model, ids).items():
         u, g = (t[:, INNER].flatten(0, 1) for t in (u, g))
-        sums = found[layer].sums
+        sums = result[layer].sums
         mean = g.square().mean(0)
         torch.testing.assert_close(sums["fisher"].total, mean, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(sums["score"].total, u.square().sum(0), rtol=1e-4, atol=1e-5)
@@ -136,7 +136,7 @@ def test_bases_come_from_the_inputs_of_the_ffn(monkeypatch):
     model, ids = shared_model(), tokens(7, LENGTH, seed=5)
     layers, inputs = layers_of(model), list[Tensor]()
     monkeypatch.setattr(module, "BASIS_TOKENS", 45)  # five sequences of ten
-    found = find_bases(model, ids, 6, layers)
+    result = find_bases(model, ids, 6, layers)
     handle = model.model.layers[1].mlp.up_proj.register_forward_pre_hook(
         lambda module, args: inputs.append(args[0].detach())
     )
@@ -144,6 +144,6 @@ def test_bases_come_from_the_inputs_of_the_ffn(monkeypatch):
         model(ids[:5])
     handle.remove()
     wanted = find_basis(inputs[0][:, 4:].reshape(50, HIDDEN), 6)
-    signs = (found[1] * wanted).sum(1).sign()[:, None]
-    torch.testing.assert_close(found[1] * signs, wanted, rtol=1e-2, atol=1e-3)
+    signs = (result[1] * wanted).sum(1).sign()[:, None]
+    torch.testing.assert_close(result[1] * signs, wanted, rtol=1e-2, atol=1e-3)
     assert find_bases(model, ids, 0, layers) == [None] * LAYERS

@@ -70,8 +70,8 @@ def test_a_library_call_warns_where_it_takes_long(clock, caplog):
         for second in range(1, seconds + 1):
             clock[0] = start + second
             advance(second / 100)
-    found = [(one.levelname, one.getMessage()) for one in caplog.records]
-    assert found == [
+    result = [(one.levelname, one.getMessage()) for one in caplog.records]
+    assert result == [
         ("WARNING", "learning"),
         ("WARNING", "learning (first): 5 %, about 2 min left"),
         ("WARNING", "learning (first): 15 %, about 80 s left"),
@@ -94,8 +94,8 @@ def test_learning_speaks_between_layers(tmp_path, monkeypatch):
     learn(tiny(), CONFIG, layers_of(tiny()), str(tmp_path), say)
     times = [time for time, _ in news]
     assert max(b - a for a, b in pairwise(times)) <= 15
-    said = "".join(text for _, text in news)
-    assert all(f"learning ({stage})" in said for stage in (WRITING, BASES, READING))
+    lines = "".join(text for _, text in news)
+    assert all(f"learning ({stage})" in lines for stage in (WRITING, BASES, READING))
 
 
 @pytest.mark.parametrize("method", ["dart", "glass", "wanda"])
@@ -148,8 +148,9 @@ def test_the_copy_is_part_of_the_memory(monkeypatch):
     size = 4 * sum(one.numel() for one in model.parameters())
     for free in (2 * size, 2 * size - 1):
         monkeypatch.setattr(float32_products, "available", lambda free=free: free)
-        with learning(model, news.append, "learning", {"first": 1.0}, 500_000) as (found, progress):
-            assert (found is model) == (free < 2 * size)
+        work = {"first": 1.0}
+        with learning(model, news.append, "learning", work, 500_000) as (used, progress):
+            assert (used is model) == (free < 2 * size)
             progress.stage("first")(1.0)
     whole = (500_000 + size) / 1e6
     assert news == [f"learning, {mb:.1f} MB of memory" for mb in (whole, 0.5)]

@@ -94,7 +94,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path):
     assert forward_lengths(model, lambda: learnt(model, blocked)) == []
 
 
-def test_nothing_is_learnt_where_nothing_is_chosen(cache):
+def test_nothing_is_learned_where_nothing_is_chosen(cache):
     for one in ({"sparsity": 0.0}, {"budget": {"table": "all:1.0"}}, {"masks": {0: range(20)}}):
         assert lengths(tiny(), CONFIG.replace({"sparsity": None}), **one) == [], one
     assert files(cache) == []
@@ -137,8 +137,8 @@ def test_configurations_share_what_they_can(first, second, forwards, cache):
     lengths(model, **first)
     assert lengths(model, **second) == forwards and lengths(other, **second) == []
     config = CONFIG.replace(second)
-    found, wanted = learnt(other, cache, config), learnt(alone, cache / "other", config)
-    assert equal(tensors(found), tensors(wanted))
+    result, wanted = learnt(other, cache, config), learnt(alone, cache / "other", config)
+    assert equal(tensors(result), tensors(wanted))
 
 
 def _numpy(model):
@@ -176,7 +176,7 @@ def test_changes_that_torch_does_not_count_are_noticed(change, score):
 @pytest.mark.parametrize(
     "damage", [DAMAGES["flip"], *TENSOR_DAMAGES.values()], ids=["flip", *TENSOR_DAMAGES]
 )
-def test_damaged_files_are_learnt_anew(cache, damage, caplog):
+def test_damaged_files_are_learned_anew(cache, damage, caplog):
     """Features are not looked for: they belong to a basis that is not there."""
     config = CONFIG.replace({"score": "max"})
     first, whole = masks_of(tiny(), config), files(cache)
@@ -190,7 +190,7 @@ def test_damaged_files_are_learnt_anew(cache, damage, caplog):
     assert lengths(tiny(), config) == [] and not caplog.records
 
 
-def test_one_damaged_part_is_learnt_alone(cache):
+def test_one_damaged_part_is_learned_alone(cache):
     """Parts of two texts are never mixed: machines that round otherwise write another one."""
     first = tensors(learnt(tiny(), cache))
     (text,) = [one for one in files(cache) if b"learned of a model: text" in one.read_bytes()]
@@ -268,7 +268,7 @@ BARE = PruneConfig(method="mine", sparsity=0.5, self_stats=SMALL)
 
 
 @pytest.mark.parametrize(
-    ("make", "config", "error", "said"),
+    ("make", "config", "error", "message"),
     [
         (lambda: on_the_host(tiny(), None), CONFIG, ConfigError, "layer 0 is offloaded"),
         (lambda: on_the_host(tiny(), None), BARE, ConfigError, "an offloaded model does not write"),
@@ -277,14 +277,14 @@ BARE = PruneConfig(method="mine", sparsity=0.5, self_stats=SMALL)
         (lambda: _broken("model.layers.1.mlp.down_proj"), CONFIG, DartError, "not finite"),
     ],
 )
-def test_models_that_cannot_be_learnt_from(cache, make, config, error, said):
+def test_models_that_cannot_be_learned_from(cache, make, config, error, message):
     model = make()
     with pytest.raises(error) as caught:
         prune(model, config).attach()
-    assert said in str(caught.value) and files(cache) == []
+    assert message in str(caught.value) and files(cache) == []
 
 
-def test_nothing_is_learnt_inside_another_run_nor_from_a_calibration(cache):
+def test_nothing_is_learned_inside_another_run_nor_from_a_calibration(cache):
     model = tiny()
     with prune(model, "griffin", sparsity=0.5):
         for inner in (model, model.model):

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dart_llm.calibration.self_text import (
     likeliest,
     opening_ids,
-    own_start,
     sample_continuations,
     start_ids,
+    start_tokens,
 )
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError, DartError
@@ -40,22 +40,17 @@ class Fixed:
         return SimpleNamespace(logits=rows[:, None], cache=0)
 
 
-def sample_sequences(model, start, count, length, seed, news=lambda share: None):
+def sample_sequences(model, start, count, length, seed, news=lambda share: None, **how):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((count, 1), start[0]) if start else start_ids(model, count, generator)
-    return sample_continuations(model, ids, length, generator, news)
+    return sample_continuations(model, ids, length, generator, news, **how)
 
 
 UNEVEN = (0.4, 0.3, 0.2, 0.1)
 
 
-def shares(found):
-    return [float((found == token).float().mean()) for token in range(4)]
-
-
-def continued(model, first, rows, length, **how):
-    ids, generator = torch.full((rows, 1), first), torch.Generator().manual_seed(0)
-    return sample_continuations(model, ids, length, generator, lambda text: None, **how)
+def shares(result):
+    return [float((result == token).float().mean()) for token in range(4)]
 
 
 @pytest.mark.parametrize("sharpness", [0.1, 3.0, 8.0])  # flat rows need more than NUCLEUS
@@ -77,9 +72,9 @@ def test_tokens_come_with_their_chances():
         ({"temperature": 0.5}, sharp),
         ({"top_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
     ):
-        found = continued(Fixed(*UNEVEN), 3, 4000, 4, **how)
-        assert bool((found[:, 0] == 3).all())
-        assert shares(found[:, 1:]) == pytest.approx(wanted, abs=0.02)
+        result = sample_sequences(Fixed(*UNEVEN), [3], 4000, 4, 0, **how)
+        assert bool((result[:, 0] == 3).all())
+        assert shares(result[:, 1:]) == pytest.approx(wanted, abs=0.02)
     sure = Fixed(0, 1, 0, 0, step=1)  # token t + 1 follows token t
     assert sample_sequences(sure, [2], 2, 6, 0).tolist() == [[2, 3, 0, 1, 2, 3]] * 2
     free = sample_sequences(sure, [], 4000, 3, 0)  # no start: any token
@@ -103,15 +98,15 @@ def test_no_global_random_number_is_drawn():
 
 def test_where_a_text_starts():
     model = tiny()
-    assert own_start(model) == [1]
+    assert start_tokens(model) == [1]
     model.generation_config.bos_token_id = None
-    assert own_start(model) == [2], "the end token, where generation names no start"
+    assert start_tokens(model) == [2], "the end token, where generation names no start"
     model.generation_config.eos_token_id = [7, 8]
-    assert own_start(model) == [7]
+    assert start_tokens(model) == [7]
     model.generation_config.eos_token_id = None
-    assert own_start(model) == [1], "then what the configuration says"
+    assert start_tokens(model) == [1], "then what the configuration says"
     model.config.bos_token_id = model.config.eos_token_id = None
-    assert own_start(model) == []
+    assert start_tokens(model) == []
 
 
 def test_models_that_write_nothing():
@@ -141,9 +136,9 @@ def test_openings_are_cut_to_one_length_and_taken_in_turn():
     sizes = sorted(map(len, every))
     for length in (10, sizes[len(sizes) // 2], sizes[-1]):
         fits = [ids[:length] for ids in every if len(ids) >= length]
-        found = opening_ids(model, len(every) + 3, length)
-        assert found is not None and found.dtype == torch.int64
-        assert found.tolist() == [fits[row % len(fits)] for row in range(len(every) + 3)]
+        result = opening_ids(model, len(every) + 3, length)
+        assert result is not None and result.dtype == torch.int64
+        assert result.tolist() == [fits[row % len(fits)] for row in range(len(every) + 3)]
     for one, length in ((tiny(), 10), (model, 0), (model, sizes[-1] + 1)):
         assert opening_ids(one, 4, length) is None, "no tokenizer, none wanted, all too short"
     unread = taught(lambda text: {"input_ids": [0, VOCAB]})  # an id that the model has not
@@ -153,10 +148,10 @@ def test_openings_are_cut_to_one_length_and_taken_in_turn():
 def test_a_tokenizer_is_read_from_where_the_model_came_from(tmp_path):
     folder = write_gpt2(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    found = tokenizer_of(model)
-    assert found("tide") == AutoTokenizer.from_pretrained(folder)("tide")
+    result = tokenizer_of(model)
+    assert result("tide") == AutoTokenizer.from_pretrained(folder)("tide")
     model.name_or_path = str(tmp_path / "elsewhere")
-    assert tokenizer_of(model) is found, "it is read once"
+    assert tokenizer_of(model) is result, "it is read once"
     other = AutoModelForCausalLM.from_pretrained(folder)
     other.name_or_path = str(tmp_path / "elsewhere")
     assert tokenizer_of(other) is None

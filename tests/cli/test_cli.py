@@ -95,7 +95,7 @@ def test_run_writes_everything_and_prints_one_json_document(gpt2, tmp_path):
     assert table["kept"] == accounting["kept"]
     masks = call(*again, "--masks", folder / "masks.safetensors")
     told = masks.json["generation"][1]["accounting"]
-    assert told["remask_causes"] == {"given": 1}
+    assert told["remask_causes"] == {"fixed": 1}
     assert told["achieved_sparsity"] == pytest.approx(0.5)
     (tmp_path / "long.txt").write_text("a" * 1100, encoding="utf-8")  # the context is 1024
     long = ["run", "--model", gpt2, "--prompt-file", "long.txt", "--generation", "4"]

@@ -55,8 +55,8 @@ def test_given_masks_do_what_they_say(name, executor):
     assert [layer.kept for layer in report.layers] == [20, width, 20, 20]
     assert report.achieved_sparsity == pytest.approx(3 * (width - 20) / (4 * width))
     assert report.decoded_tokens == 6 and report.dense_token_share == 0
-    assert report.method == "given masks" and report.requested_sparsity is None
-    assert report.remask_causes == {"given": 1} and report.remasks == 0
+    assert report.method == "fixed masks" and report.requested_sparsity is None
+    assert report.remask_causes == {"fixed": 1} and report.remasks == 0
     assert {layer: kept.tolist() for layer, kept in run.masks().items()} == masks
 
 
@@ -94,7 +94,7 @@ def test_masks_that_remove_nothing():
         with prune(model, **given) as run:
             found = decode(model, ids, 70)
         assert torch.equal(found, decode(model, ids, 70))
-        assert run.report().achieved_sparsity == 0 and run.report().method == "given masks"
+        assert run.report().achieved_sparsity == 0 and run.report().method == "fixed masks"
 
 
 def test_how_far_a_run_is_from_its_first_mask():

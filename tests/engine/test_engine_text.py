@@ -145,7 +145,12 @@ def test_a_character_comes_when_it_is_whole():
 
 def test_the_first_window_has_no_similarity():
     values = {field.name: 0 for field in dataclasses.fields(DriftCheck)}
-    wanted = {("arming", 0.0): None, ("arming", 0.4): 0.4, ("armed", 0.0): 0.0, ("held", 0.3): 0.3}
+    wanted = {
+        ("arming", 0.0): None,
+        ("arming", 0.4): 0.4,
+        ("armed", 0.0): 0.0,
+        ("suppressed", 0.3): 0.3,
+    }
     for (state, similarity), expected in wanted.items():
         check = DriftCheck(**{**values, "state": state, "similarity": similarity})
         assert Check(check).to_dict()["similarity"] == expected

@@ -78,7 +78,7 @@ def drift_checks():
         armed = not 22 <= step <= 52
         similarity = 0.86 + noise.gauss(0, 0.02) - (0.2 if step in low else 0.0)
         threshold = None if not armed else 0.8 if step < 180 else 0.78
-        state = "held" if step == 244 else "armed" if armed else "arming"
+        state = "suppressed" if step == 244 else "armed" if armed else "arming"
         told = (low.get(step, 0), step in (142, 264), state)
         checks.append(DriftCheck(0, 0, step, 29, window, similarity, threshold, *told))
     return checks

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dart_llm.calibration.self_text import opening_ids, own_start
+from dart_llm.calibration.self_text import opening_ids, start_tokens
 from dart_llm.calibration.self_text import sample_continuations as go_on
 from steps import CACHE
 
@@ -97,5 +97,5 @@ def own_text(model, sequences=32, length=128, opening=24):
     if first is None:
         vocabulary = model.config.get_text_config().vocab_size
         first = torch.randint(vocabulary, (sequences, 1), generator=generator)
-        first.fill_(own_start(model)[0])
+        first.fill_(start_tokens(model)[0])
     return go_on(model, first, length, generator, lambda text: None, 0.8, 0.95).clone()

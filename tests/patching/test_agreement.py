@@ -52,8 +52,8 @@ def _masks(model):
 
 def _decoded(model, executor="auto"):
     with prune(model, masks=_masks(model), executor=executor) as run:
-        found = decode(model, IDS, PROMPT)
-    return found, run.report().executor
+        result = decode(model, IDS, PROMPT)
+    return result, run.report().executor
 
 
 def _scaled(factor, function):
@@ -188,8 +188,8 @@ def test_the_numbers_are_those_of_the_modules(case):
     model = tiny()
     change(model)
     expected, _ = _decoded(model, "masked")
-    found, ran = _decoded(model)
-    assert ran == executor and apart(found, expected) < CLOSE
+    result, ran = _decoded(model)
+    assert ran == executor and apart(result, expected) < CLOSE
     for one in refused:
         with pytest.raises(ConfigError, match=f'executor "{one}" cannot run Llama.*{sentence}'):
             prune(model, masks=_masks(model), executor=one)
@@ -197,11 +197,11 @@ def test_the_numbers_are_those_of_the_modules(case):
 
 def test_a_change_that_hides_its_name_is_found_by_its_numbers():
     """``functools.wraps`` makes a patch look like what it wraps: only a step tells."""
-    for dtype, model_type in ((torch.float32, "llama"), (torch.bfloat16, "llama")):
+    for dtype in (torch.float32, torch.bfloat16):
         model = tiny(dtype=dtype)
         _class_forward("LlamaAttention", 1.3)(model)
         assert step_unsupported_reason(model) is None
-        assert no_steps_reason(model) == f"computes something else than a {model_type} model"
+        assert no_steps_reason(model) == "computes something else than a llama model"
 
 
 class Doubled(modeling.LlamaMLP):
@@ -262,8 +262,8 @@ def test_a_model_of_which_torch_compiled_a_part_runs_compact():
     expected, _ = _decoded(model, "masked")
     layer = model.model.layers[1]
     layer.mlp = torch.compile(layer.mlp, backend="eager")
-    found, executor = _decoded(model)
-    assert executor == "compact" and apart(found, expected) < CLOSE
+    result, executor = _decoded(model)
+    assert executor == "compact" and apart(result, expected) < CLOSE
     with pytest.raises(ConfigError, match="was compiled by torch"):
         prune(model, masks={0: [1]}, executor="native")
 
@@ -286,9 +286,9 @@ def test_a_change_while_attached_counts_from_the_next_prompt(change, executor):
     with prune(model, masks=picked(), executor=executor):
         before = decode(model, IDS, PROMPT)
         change(model)
-        found = decode(model, IDS, PROMPT)
+        result = decode(model, IDS, PROMPT)
     expected, _ = _decoded(model, "masked")  # as it was left
-    assert apart(found, expected) < CLOSE < apart(found, before)
+    assert apart(result, expected) < CLOSE < apart(result, before)
 
 
 def _loud_head(model):
@@ -355,13 +355,13 @@ def test_no_false_alarm(name, dtype):
 
 
 def test_two_threads_are_told_apart():
-    model, ids, said = tiny(), tokens(1, 12), []
+    model, ids, messages = tiny(), tokens(1, 12), []
 
     def run():
         try:
             step(model, ids, new_cache(model))
         except ConfigError as error:
-            said.append(str(error))
+            messages.append(str(error))
 
     def meanwhile(*_):
         thread = threading.Thread(target=run)
@@ -373,6 +373,6 @@ def test_two_threads_are_told_apart():
         run()
         handle.remove()
         assert generate(model, ids, 3).sequences.shape == (1, 15)
-    assert said == [
+    assert messages == [
         "another thread is running this model: a pruned model runs one forward at a time"
     ]

@@ -61,11 +61,11 @@ def test_rows_and_their_sum(inputs, width, keep, dtype):
     made = cuda_ffn.kernels()
     gate, up = drawn(width, inputs, dtype=dtype), drawn(width, inputs, dtype=dtype, seed=1)
     x, ids = drawn(2, inputs, dtype=dtype), torch.arange(width - keep, width, device=DEVICE)
-    found = made.rows(x, (gate, up), ids)
-    for one, matrix in zip(found, (gate, up), strict=True):
+    result = made.rows(x, (gate, up), ids)
+    for one, matrix in zip(result, (gate, up), strict=True):
         assert apart(one, x.float() @ matrix[ids].float().T) < 1e-6
     own = torch.stack([ids, ids - keep])
-    assert torch.equal(made.rows(x, (up,), own)[0, 0], found[1, 0])
+    assert torch.equal(made.rows(x, (up,), own)[0, 0], result[1, 0])
     u = drawn(2, keep, dtype=dtype)
     wanted = torch.stack([u[m].float() @ up[own[m]].float() for m in range(2)])
     assert apart(made.weighted_sum(u, up, own), wanted) < 1e-6
@@ -134,10 +134,10 @@ def test_generate_and_leave_nothing_behind(kernels):
         with prune(model, "griffin", sparsity=0.5, executor="compact"):
             wanted = generate(model, ids, 4)
         with prune(model, "griffin", sparsity=0.5, executor="cuda") as run:
-            found = generate(model, ids, 4)
+            result = generate(model, ids, 4)
             kept = run.patch.layers[0].kept
-        assert torch.equal(found.sequences, wanted.sequences)
-        assert apart(found.logits, wanted.logits) < 1e-5 and kept.nbytes() == 0
+        assert torch.equal(result.sequences, wanted.sequences)
+        assert apart(result.logits, wanted.logits) < 1e-5 and kept.nbytes() == 0
 
 
 def test_weights_that_change_in_place_count_from_the_next_mask(kernels):

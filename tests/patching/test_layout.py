@@ -61,8 +61,8 @@ def test_checkpoints_are_memory_of_their_own(make, tmp_path):
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert prune(model, masks=HALF).executor == "native"
     with Same(model):
-        found = _pruned(model, "native")
-    assert apart(found, _pruned(model, "masked")) < 1e-5
+        result = _pruned(model, "native")
+    assert apart(result, _pruned(model, "masked")) < 1e-5
     assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 

@@ -75,12 +75,12 @@ def test_numbers_and_cache_are_the_models_own(name, dtype, on_blocks, prompts):
     close = CLOSE[dtype] + (ROUNDED if on_blocks else 0)
     wanted, theirs = after_prompt(model, ids)
     with prune(model, "griffin", executor="native"):
-        found, ours = after_prompt(model, ids)
+        result, ours = after_prompt(model, ids)
         last, _ = after_prompt(model, ids, logits_to_keep=1)
     assert prompts == [(2, PROMPT)] * 2
-    assert found.dtype == dtype and apart(found, wanted) < close
+    assert result.dtype == dtype and apart(result, wanted) < close
     assert last.shape == (2, 1, wanted.shape[-1])  # few rows: a product with inputs of 8 bits
-    assert apart(last, found[:, -1:]) < ROUNDED
+    assert apart(last, result[:, -1:]) < ROUNDED
     assert ours.get_seq_length() == PROMPT
     for a, b in zip(ours.layers, theirs.layers, strict=True):
         for mine, own in ((a.keys, b.keys), (a.values, b.values)):
@@ -94,8 +94,8 @@ def test_sizes_and_kinds(kind, shape, on_blocks, prompts):
     model, ids = packed_model("qwen2", kind=kind, hidden_size=96), tokens(*shape, seed=2)
     wanted, _ = after_prompt(model, ids)
     with prune(model, "griffin", executor="native"):
-        found, _ = after_prompt(model, ids)
-    assert prompts == [shape] and apart(found, wanted) < ROUNDED
+        result, _ = after_prompt(model, ids)
+    assert prompts == [shape] and apart(result, wanted) < ROUNDED
 
 
 LONGEST = 256
@@ -118,13 +118,13 @@ def test_on_the_blocks_a_prompt_says_nearly_what_dequantised_rows_say(
     wanted, _ = after_prompt(model, ids)
     limit(monkeypatch, LONGEST)
     with prune(model, "griffin", executor=executor):
-        found, _ = after_prompt(model, ids)
-    far = float((found - wanted).norm() / wanted.norm())
-    assert 1e-4 < far < 0.04 and apart(found, wanted) < 0.1
+        result, _ = after_prompt(model, ids)
+    far = float((result - wanted).norm() / wanted.norm())
+    assert 1e-4 < far < 0.04 and apart(result, wanted) < 0.1
     first, second = wanted.topk(2).values.unbind(-1)
     clear = first - second > 0.1 * wanted.abs().max()
     assert clear.float().mean() > 0.1
-    assert torch.equal(found.argmax(-1)[clear], wanted.argmax(-1)[clear])
+    assert torch.equal(result.argmax(-1)[clear], wanted.argmax(-1)[clear])
 
 
 def overlap(first, second):
@@ -143,11 +143,11 @@ def test_on_the_blocks_masks_are_nearly_those_of_dequantised_rows(
     settings = {"sparsity": 0.5, "method": method, "executor": executor}
     if method == "dart":
         settings["self_stats"] = {"sequences": 2, "length": 24, "opening": 0}
-    model, ids, found = model_in_blocks(kind), tokens(1, 102, seed=7), []
+    model, ids, result = model_in_blocks(kind), tokens(1, 102, seed=7), []
     for most in (16, LONGEST):
         limit(monkeypatch, most)
-        found.append(pruned(model, ids, 100, **settings)[1][0][2])
-    assert overlap(*found) > 0.95
+        result.append(pruned(model, ids, 100, **settings)[1][0][2])
+    assert overlap(*result) > 0.95
 
 
 @pytest.mark.smollm2
@@ -157,25 +157,25 @@ def test_masks_of_the_default_models_prompt(method, monkeypatch):
     model, tokenizer = load()
     ids = tokenizer(texts.all_text(), return_tensors="pt").input_ids[:, :102]
     for length in (32, 100):
-        found = []
+        result = []
         for most in (16, LONGEST):
             limit(monkeypatch, most)
             settings = {"sparsity": 0.5, "method": method, "executor": "native"}
-            found.append(pruned(model, ids[:, : length + 2], length, **settings)[1][0][2])
-        assert overlap(*found) > 0.95
+            result.append(pruned(model, ids[:, : length + 2], length, **settings)[1][0][2])
+        assert overlap(*result) > 0.95
 
 
 def test_the_number_of_threads_changes_no_bit(monkeypatch, prompts):
     """On the blocks; torch's own products may add otherwise."""
     limit(monkeypatch, 1000)
     model, ids, before = packed_model("llama"), IDS[:, :PROMPT], torch.get_num_threads()
-    found = []
+    result = []
     with prune(model, "griffin", executor="native"):
         for count in (1, 3):
             torch.set_num_threads(count)
-            found.append(after_prompt(model, ids)[0])
+            result.append(after_prompt(model, ids)[0])
     torch.set_num_threads(before)
-    assert torch.equal(*found)
+    assert torch.equal(*result)
 
 
 @pytest.mark.usefixtures("dequantised_prompts")
@@ -188,10 +188,10 @@ def test_masks_are_those_of_the_models_own_prompt(method, prompts):
     model, ids = packed_model("llama"), IDS[:1]
     _, theirs, wanted = pruned(model, ids, PROMPT, method=method, executor="masked", **settings)
     assert prompts == []
-    _, ours, found = pruned(model, ids, PROMPT, method=method, executor="native", **settings)
+    _, ours, result = pruned(model, ids, PROMPT, method=method, executor="native", **settings)
     assert (1, PROMPT) in prompts and len(ours) == len(theirs) > 0
     assert all(same_masks(a[2], b[2]) for a, b in zip(ours, theirs, strict=True))
-    assert apart(found, wanted) < ROUNDED
+    assert apart(result, wanted) < ROUNDED
 
 
 def test_what_it_does_not_serve_runs_in_the_model(prompts):
@@ -245,9 +245,9 @@ def test_changed_norms_are_noticed(prompts):
         before, _ = after_prompt(model, ids)
         model.model.layers[0].input_layernorm.weight.data.mul_(1.5)
         model.model.norm.weight.data.add_(0.25)
-        found, _ = after_prompt(model, ids)
+        result, _ = after_prompt(model, ids)
     wanted, _ = after_prompt(model, ids)
-    assert len(prompts) == 2 and apart(found, wanted) < 1e-5 < 1e-2 < apart(before, wanted)
+    assert len(prompts) == 2 and apart(result, wanted) < 1e-5 < 1e-2 < apart(before, wanted)
 
 
 def test_ids_beyond_the_vocabulary_are_refused(prompts):

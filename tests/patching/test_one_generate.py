@@ -15,16 +15,16 @@ from tiny import tiny
 
 def test_a_second_generate_is_refused_and_the_run_goes_on():
     model, ids = tiny("llama"), torch.tensor([[5, 6, 7, 8]])
-    said = []
+    messages = []
 
     def again(_):
         with pytest.raises(ConfigError, match=r"use one lock per model") as error:
             model.generate(ids, max_new_tokens=2)
-        said.append(str(error.value))
+        messages.append(str(error.value))
 
     with prune(model, "griffin", sparsity=0.5, on_remask=again) as run:
         model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    assert len(said) == 1
+    assert len(messages) == 1
     assert run.report().decoded_tokens == 5
 
 
@@ -47,19 +47,19 @@ class Halt:
 @contextlib.contextmanager
 def halted(model, ids, halt):
     """Another thread is in the middle of a text; a list that gets it, or the error, in the end."""
-    found = []
+    result = []
 
     def write():
         try:
-            found.append(generate(model, ids, 6, streamer=halt).sequences)
+            result.append(generate(model, ids, 6, streamer=halt).sequences)
         except DartError as error:
-            found.append(error)
+            result.append(error)
 
     thread = threading.Thread(target=write)
     thread.start()
     assert halt.begun.wait(60)
     try:
-        yield found
+        yield result
     finally:
         halt.goes_on.set()
         thread.join()
@@ -75,11 +75,11 @@ def test_a_run_does_not_attach_in_the_middle_of_another_threads_text(executor):
     model = tiny("llama")
     dense = generate(model, IDS, 6).sequences
     with Same(model):
-        with halted(model, IDS, Halt()) as found:
+        with halted(model, IDS, Halt()) as result:
             match = "another thread is generating with this model: attach when it has finished"
             with pytest.raises(AttachError, match=match):
                 prune(model, "griffin", sparsity=0.5, executor=executor).attach()
-        assert torch.equal(found[0], dense)
+        assert torch.equal(result[0], dense)
         with prune(model, "griffin", sparsity=0.5, executor=executor):
             generate(model, IDS, 6)
 
@@ -91,9 +91,9 @@ def test_a_text_in_the_middle_of_which_the_run_is_left_is_an_error(executor):
     halt = Halt()
     with Same(model), contextlib.ExitStack() as after:
         with prune(model, "griffin", sparsity=0.5, executor=executor):
-            found = after.enter_context(halted(model, IDS, halt))
+            result = after.enter_context(halted(model, IDS, halt))
         after.close()
-        (error,) = found
+        (error,) = result
         assert isinstance(error, AttachError) and "the run was left while another" in str(error)
 
 

@@ -34,13 +34,6 @@ def model_of(name="llama", dtype=torch.float32):
     return tiny(name, dtype=dtype, vocab_size=WORDS, hidden_size=64)
 
 
-def parts_of(run, model, states):
-    """Rough scores and the words that are exact, of hidden states [n, D]."""
-    screen = run.patch.head.screen
-    rough = screen.rough(states)
-    return rough, screen.near(rough)
-
-
 @torch.no_grad()
 def hidden_of(model, ids):
     return model.get_decoder()(ids, use_cache=False)[0][0, PROMPT:]
@@ -52,14 +45,15 @@ def test_exact_words_have_the_scores_of_the_head_and_others_rough_ones(name, exe
     model = tiny("gpt2", vocab_size=WORDS, n_embd=64) if name == "gpt2" else model_of(name)
     full, states = decode(model, IDS, PROMPT), hidden_of(model, IDS)
     with prune(model, "griffin", executor=executor, **SCREENED) as run:
-        found = decode(model, IDS, PROMPT)
-        rough, near = parts_of(run, model, states)
-    assert torch.equal(found[:, :PROMPT], full[:, :PROMPT])  # prompts have the whole head
+        result = decode(model, IDS, PROMPT)
+        rough = run.patch.head.screen.rough(states)
+        near = run.patch.head.screen.near(rough)
+    assert torch.equal(result[:, :PROMPT], full[:, :PROMPT])  # prompts have the whole head
     cap = getattr(model.config, "final_logit_softcapping", None)
     rough = rough if cap is None else cap * torch.tanh(rough / cap)
     want = torch.where(near, full[0, PROMPT:], rough)
     assert 0 < int(near.sum()) < near.numel()
-    assert apart(found[0, PROMPT:], want) < 1e-5
+    assert apart(result[0, PROMPT:], want) < 1e-5
     assert "forward" not in model.get_output_embeddings().__dict__
     assert torch.equal(decode(model, IDS, PROMPT), full)
 
@@ -71,13 +65,13 @@ def test_kernels_compute_the_same(dtype):
     with prune(model, "griffin", executor="compact", **SCREENED):
         want = decode(model, IDS, PROMPT)
     with prune(model, "griffin", executor="native", **SCREENED) as run:
-        found = decode(model, IDS, PROMPT)
+        result = decode(model, IDS, PROMPT)
         assert run.patch.steps == IDS.shape[1] - PROMPT
     # words at the threshold may be rough here and exact there, by the rounding of the inputs
-    off = (found.float() - want.float()).abs() > (2e-2 if dtype == torch.float32 else 1e-1)
+    off = (result.float() - want.float()).abs() > (2e-2 if dtype == torch.float32 else 1e-1)
     # and a direction may be read here and not there, by that of the states
     assert float(off.float().mean()) < (0.01 if dtype == torch.float32 else 0.1)
-    assert bool((found.argmax(-1) == want.argmax(-1)).all())
+    assert bool((result.argmax(-1) == want.argmax(-1)).all())
 
 
 def read_all(run):
@@ -102,12 +96,12 @@ def test_steps_that_read_everything_are_those_of_the_whole_head(name, rows, stor
         assert run.patch.head is None
     with prune(model, "griffin", executor="native", **{**SCREENED, "head": "screened 0.8"}) as run:
         read_all(run)
-        found = generate(model, ids, 12)
+        result = generate(model, ids, 12)
         greedy = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
         assert run.patch.steps == 2 * 11
         head = run.report().head
-    assert torch.equal(found.sequences, plain.sequences) and torch.equal(greedy, whole)
-    assert apart(found.logits, plain.logits) < (1e-6 if stored == "float32" else 1e-2)
+    assert torch.equal(result.sequences, plain.sequences) and torch.equal(greedy, whole)
+    assert apart(result.logits, plain.logits) < (1e-6 if stored == "float32" else 1e-2)
     assert head.tokens == 2 * 11 * rows and head.sampled == -(-head.tokens // EVERY)
     looked, weight = head.sampled / head.tokens, model.get_output_embeddings().weight
     screen = 4 * (64 * 64 + WORDS) + WORDS * 64 // 2
@@ -142,11 +136,11 @@ def test_the_likeliest_word_is_that_of_the_scores_but_for_what_may_not_come():
         cache.crop(-1)
         best = scores[0].topk(3).indices.tolist()
         for forbidden in ([], best[:1], best[:2]):
-            found = decoder.step(replace(call, forbidden=forbidden), False)[0]
+            result = decoder.step(replace(call, forbidden=forbidden), False)[0]
             cache.crop(-1)
             kept = scores[0].clone()
             kept[forbidden] = -torch.inf
-            assert found.tolist() == [int(kept.argmax())]
+            assert result.tolist() == [int(kept.argmax())]
 
 
 @pytest.mark.usefixtures("native")
@@ -193,13 +187,13 @@ def test_every_32nd_token_is_looked_at():
     model = model_of()
     full, states = decode(model, IDS, PROMPT), hidden_of(model, IDS)
     with prune(model, "griffin", executor="compact", **SCREENED) as run:
-        found = decode(model, IDS, PROMPT)
+        result = decode(model, IDS, PROMPT)
         decode(model, IDS, PROMPT)
         head = run.report().head
         screen = run.patch.head.screen
         assert run.patch.head.nbytes() == 4 * 64 * 64 + 4096 * 64 // 2 + 4 * 4096 > screen.nbytes()
     assert len(states) == 8 and head.tokens == 16 and head.sampled == 1 < EVERY
-    assert head.kl == pytest.approx(float(divergence(full, found)[0, PROMPT]), rel=1e-4)
+    assert head.kl == pytest.approx(float(divergence(full, result)[0, PROMPT]), rel=1e-4)
 
 
 def test_reports_are_added_up():
@@ -286,7 +280,7 @@ def test_a_head_with_a_bias_stays_whole():
         prune(model, "griffin", **SCREENED).attach()
 
 
-def test_nothing_is_learnt_of_a_model_that_is_being_pruned():
+def test_nothing_is_learned_of_a_model_that_is_being_pruned():
     model = model_of()
     with (
         prune(model, "griffin", sparsity=0.0),
@@ -296,10 +290,10 @@ def test_nothing_is_learnt_of_a_model_that_is_being_pruned():
 
 
 def test_methods_share_the_screen_of_a_model():
-    model, found = model_of(), []
-    asked = SCREENED["head"]
-    for more in ({}, {"self_stats": {**OWN, "tokens": 32}}, {"head": {**asked, "bytes": 0.3}}):
+    model, result = model_of(), []
+    settings = SCREENED["head"]
+    for more in ({}, {"self_stats": {**OWN, "tokens": 32}}, {"head": {**settings, "bytes": 0.3}}):
         with prune(model, "griffin", **{**SCREENED, **more}) as run:
-            found.append(run.patch.head.screen)
-    assert found[0] is found[1]
-    assert found[2].threshold < found[0].threshold
+            result.append(run.patch.head.screen)
+    assert result[0] is result[1]
+    assert result[2].threshold < result[0].threshold

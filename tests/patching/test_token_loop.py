@@ -29,21 +29,21 @@ OFF = {"eos_token_id": None, "do_sample": False}
 @pytest.fixture
 def count(monkeypatch):
     """How often the own loop ran, and how many tokens passed the model by."""
-    found = {"loops": 0, "steps": 0}
+    result = {"loops": 0, "steps": 0}
     loop, decode = TokenLoop._decode, patch.ModelPatch._decode
 
     def counted_loop(self, *given):
-        found["loops"] += 1
+        result["loops"] += 1
         return loop(self, *given)
 
     def counted_step(self, ids, cache, forbidden):
         logits = decode(self, ids, cache, forbidden)
-        found["steps"] += logits is not None
+        result["steps"] += logits is not None
         return logits
 
     monkeypatch.setattr(TokenLoop, "_decode", counted_loop)
     monkeypatch.setattr(patch.ModelPatch, "_decode", counted_step)
-    return found
+    return result
 
 
 class Streamer:
@@ -92,7 +92,7 @@ def flat(value):
 
 def both(monkeypatch, ask, name="llama", method="griffin", dtype=torch.float32, **settings):
     """What ``ask(model)`` gives with transformers' loop and with the own one, and their runs."""
-    found, runs, model = [], [], shared_model(name, dtype)
+    result, runs, model = [], [], shared_model(name, dtype)
     for own in (False, True):
         with monkeypatch.context() as change:
             if not own:
@@ -101,16 +101,16 @@ def both(monkeypatch, ask, name="llama", method="griffin", dtype=torch.float32, 
             with prune(model, method, **how) as run:
                 masks = selections(run)
                 torch.manual_seed(7)
-                found.append([ask(model), torch.rand(1)])
+                result.append([ask(model), torch.rand(1)])
             runs.append((run, masks))
-    assert len(flat(found[0])) == len(flat(found[1]))
-    for theirs, ours in zip(flat(found[0]), flat(found[1]), strict=True):
+    assert len(flat(result[0])) == len(flat(result[1]))
+    for theirs, ours in zip(flat(result[0]), flat(result[1]), strict=True):
         assert theirs.dtype == ours.dtype and torch.equal(theirs, ours)
     reports = [run.report() for run, _ in runs]
     assert reports[0].decoded_tokens == reports[1].decoded_tokens
     assert reports[0].achieved_sparsity == reports[1].achieved_sparsity
     assert [at for at, _, _ in runs[0][1]] == [at for at, _, _ in runs[1][1]]
-    return found[1][0], runs[1][0]
+    return result[1][0], runs[1][0]
 
 
 def generated(model, **how):
@@ -163,12 +163,12 @@ def test_ends_of_a_text(monkeypatch, count):
     made, _ = both(monkeypatch, lambda model: generated(model, eos_token_id=ends))
     first = int((ids[0, 24:] == ends[0]).nonzero()[0])
     assert made.shape[1] == 24 + first + 1
-    asked = {"eos_token_id": ends, "min_new_tokens": first + 3}
-    made, _ = both(monkeypatch, lambda model: generated(model, **asked))
+    settings = {"eos_token_id": ends, "min_new_tokens": first + 3}
+    made, _ = both(monkeypatch, lambda model: generated(model, **settings))
     assert made.shape[1] > 24 + first + 1
     word = tokenizer().decode(ids[0, 30:32])
-    asked = {"stop_strings": [word], "tokenizer": tokenizer()}
-    made, run = both(monkeypatch, lambda model: generated(model, **asked))
+    settings = {"stop_strings": [word], "tokenizer": tokenizer()}
+    made, run = both(monkeypatch, lambda model: generated(model, **settings))
     assert 24 < made.shape[1] <= 32 and run.report().executor == "native, whole steps"
     assert count["loops"] == 3  # a tokenizer does not come through to a loop of one's own
 
@@ -506,21 +506,21 @@ def test_the_likeliest_token_of_a_step_is_the_first_of_its_largest_logits(
 
 
 def test_scores_are_only_made_where_somebody_reads_them(monkeypatch, count):
-    asked, run = [], native_step.NativeDecoder.step
+    forbidden, run = [], native_step.NativeDecoder.step
 
     def noted(self, call, observe):
-        asked.append(call.forbidden)
+        forbidden.append(call.forbidden)
         return run(self, call, observe)
 
     monkeypatch.setattr(native_step.NativeDecoder, "step", noted)
     model = shared_model()
 
     def greedy_steps(**how):
-        asked.clear()
+        forbidden.clear()
         with prune(model, sparsity=0.0, executor="native"):
             generated(model, **how)
-        assert len(asked) == NEW - 1
-        return [one for one in asked if one is not None]
+        assert len(forbidden) == NEW - 1
+        return [one for one in forbidden if one is not None]
 
     ends = {"eos_token_id": [95, 1000], "min_new_tokens": 4}
     known = NEW - 2  # the first step is a call of the model

@@ -41,19 +41,19 @@ def views(scores, sensitivity=None):
 
 def test_depth_by_hand():
     for rho, wanted in GOLDEN.items():
-        found = depth_sparsities(S, depths(8), rho)
-        assert found == pytest.approx(wanted, abs=5e-5)
-        assert sum(found) / 8 == pytest.approx(rho, abs=1e-12)
+        result = depth_sparsities(S, depths(8), rho)
+        assert result == pytest.approx(wanted, abs=5e-5)
+        assert sum(result) / 8 == pytest.approx(rho, abs=1e-12)
     profile = {0: 0.25, 0.15: 0.625, 0.3: 1, 0.5: 1, 0.85: 1, 0.925: 0.675, 1: 0.35}
     assert {y: pytest.approx(depth_profile(y)) for y in profile} == profile
     # L = 3: y = 0, 1/2, 1; D = .25, 1, .35; R = 1, 1/2, 0 (to 1e-6); P = .25, .5, 0;
     # scaled: .4, .8, 0 -> .4, .8, .1; residue -.1 over layers 0 and 1 as 1 : 2
-    found = depth_sparsities((1, 2, 3), depths(3), 0.4)
-    assert found == pytest.approx([0.4 - 0.1 / 3, 0.8 - 0.2 / 3, 0.1], abs=1e-5)
+    result = depth_sparsities((1, 2, 3), depths(3), 0.4)
+    assert result == pytest.approx([0.4 - 0.1 / 3, 0.8 - 0.2 / 3, 0.1], abs=1e-5)
     # R = P = .05, 1, .4, .4, 0, scaled by 2.5 / 1.85: layers 0 and 4 are clipped to .1 and layer 1
     # to .9; layers 2 and 3 alone take what is missing of 2.5
-    found = depth_sparsities((0.95, 0.0, 0.6, 0.6, 1.0), [0.5] * 5, 0.5)
-    assert found == pytest.approx([0.1, 0.9, 0.7, 0.7, 0.1], abs=1e-5)
+    result = depth_sparsities((0.95, 0.0, 0.6, 0.6, 1.0), [0.5] * 5, 0.5)
+    assert result == pytest.approx([0.1, 0.9, 0.7, 0.7, 0.1], abs=1e-5)
     # the bounds give way where nothing else can
     assert depth_sparsities((0.0, 1.0), (0.5, 0.5), 0.6) == pytest.approx([0.9, 0.3])
 
@@ -61,9 +61,9 @@ def test_depth_by_hand():
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=40), st.floats(0.001, 0.999))
 def test_depth_meets_total_and_bounds(sensitivity, rho):
-    found = depth_sparsities(sensitivity, depths(len(sensitivity)), rho)
-    assert sum(found) / len(found) == pytest.approx(rho, abs=1e-9)
-    assert min(found) >= min(0.1, rho) - 1e-9 and max(found) <= max(0.9, rho) + 1e-9
+    result = depth_sparsities(sensitivity, depths(len(sensitivity)), rho)
+    assert sum(result) / len(result) == pytest.approx(rho, abs=1e-9)
+    assert min(result) >= min(0.1, rho) - 1e-9 and max(result) <= max(0.9, rho) + 1e-9
 
 
 RISING = torch.arange(1.0, 21)
@@ -140,8 +140,8 @@ def evidence():
 
     def seen(layer):
         values = {"cosine": 0.0, "change": S[layer]}
-        found = {name: Sum(torch.tensor(float(one)), 1.0) for name, one in values.items()}
-        return {"score": Sum(torch.rand(100, generator=generator) ** 3, 1.0), **found}
+        result = {name: Sum(torch.tensor(float(one)), 1.0) for name, one in values.items()}
+        return {"score": Sum(torch.rand(100, generator=generator) ** 3, 1.0), **result}
 
     return [LayerStatistics(seen(layer)) for layer in range(8)]
 
@@ -171,7 +171,7 @@ def test_blends_tables_and_alignment():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_said(bad):
     for budget, what, layer in (("uniform", "scores", 3), ("depth", "sensitivities", 2)):
-        found = evidence()
-        found[layer].sums["score" if layer == 3 else "change"].total.view(-1)[0] = bad
+        result = evidence()
+        result[layer].sums["score" if layer == 3 else "change"].total.view(-1)[0] = bad
         with pytest.raises(DartError, match=rf"{what} of layer {layer} are not finite.*float32"):
-            selector(budget=budget).select(found)
+            selector(budget=budget).select(result)

@@ -82,14 +82,14 @@ REFUSED = (
 
 
 def test_refused(snapshot):
-    said = {}
+    messages = {}
     for data in REFUSED:
         for make in (PruneConfig.from_mapping, lambda given: PruneConfig(**given)):
             with pytest.raises(ConfigError) as caught:
                 make(data)
-        said[str(data)] = str(caught.value)
-        assert "\n" not in said[str(data)]
-    assert said == snapshot
+        messages[str(data)] = str(caught.value)
+        assert "\n" not in messages[str(data)]
+    assert messages == snapshot
 
 
 def test_parts():
@@ -110,9 +110,9 @@ def test_parts():
 
 def test_the_methods(snapshot):
     """What differs from the default configuration."""
-    found = {name: METHODS.get(name).model_dump(exclude_defaults=True) for name in METHODS.names()}
-    assert found == snapshot
-    assert all(PruneConfig.build(name).method == name for name in found)
+    result = {name: METHODS.get(name).model_dump(exclude_defaults=True) for name in METHODS.names()}
+    assert result == snapshot
+    assert all(PruneConfig.build(name).method == name for name in result)
     with pytest.raises(UnknownName, match=r"unknown method 'grifin'; did you mean griffin"):
         PruneConfig.build("grifin")
 
@@ -120,11 +120,11 @@ def test_the_methods(snapshot):
 def test_changes_are_laid_on_top():
     """A partial mapping changes only what it holds; a change to None is none."""
     base = PruneConfig.build("dart")
-    found = PruneConfig.build("dart", sparsity=0.5, drift={"min_distance": 8}, remask="fresh")
+    result = PruneConfig.build("dart", sparsity=0.5, drift={"min_distance": 8}, remask="fresh")
     wanted = base.to_dict()
     wanted["sparsity"], wanted["drift"]["min_distance"] = 0.5, 8
     wanted["remask"]["evidence"] = "fresh"
-    assert found.to_dict() == wanted
+    assert result.to_dict() == wanted
     longer = CONFIG.replace({"self_stats": {"tokens": 9}}).replace({"self_stats": {"length": 50}})
     assert longer.self_stats == SelfStatsConfig(sequences=2, length=50, opening=0, tokens=9)
     with pytest.raises(ConfigError, match="needs learned statistics"):

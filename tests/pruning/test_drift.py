@@ -212,11 +212,11 @@ def test_sinks_are_counted_from_the_first_real_token(chunks):
         assert run.state.detector.total[row].tolist() == pytest.approx(wanted, rel=1e-4)
 
 
-def test_triggers_that_the_guards_put_off_are_said_to_be_held():
+def test_triggers_that_the_guards_put_off_are_suppressed():
     drift = {"rule": "published", "max_dense_share": 0.1}
     run = Driver(config(drift=drift, remask={"observe_tokens": 5}), stream=shifting(80))
     run.prefill(80)
     assert run.steps(60).index("observe") == 45  # (0 + 5) <= 0.1 (45 + 5)
     early = [(check.state, check.trigger) for check in run.checks if check.step < 45]
-    assert early == [("held", False)] * 8
+    assert early == [("suppressed", False)] * 8
     assert run.checks[8].trigger and run.checks[8].state == "armed"

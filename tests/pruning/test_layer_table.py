@@ -32,13 +32,13 @@ def text_of(parts, blank=""):
 
 def expected(parts, sizes):
     """What each layer keeps, straight from the definition: the last entry that names it wins."""
-    found = [None] * len(sizes)
+    result = [None] * len(sizes)
     for layers, value in parts:
         for layer, width in enumerate(sizes):
             if layers is None or any(low <= layer <= high for low, high in layers):
                 ratio = isinstance(value, float)
-                found[layer] = max(1, round(value * width)) if ratio else value
-    return found
+                result[layer] = max(1, round(value * width)) if ratio else value
+    return result
 
 
 @pytest.mark.contract("every parser round-trips")
@@ -81,13 +81,13 @@ VALUES = (
 
 
 def test_malformed(snapshot):
-    said = {}
+    messages = {}
     for text in (*SYNTAX, *(f"1:0.5,0:{value}" for value in VALUES)):
         with pytest.raises(ConfigError) as caught:
             parse_layer_spec(text)
-        said[text] = str(caught.value)
-    assert not any("\n" in sentence for sentence in said.values())
-    assert said == snapshot
+        messages[text] = str(caught.value)
+    assert not any("\n" in sentence for sentence in messages.values())
+    assert messages == snapshot
 
 
 def test_layers_and_counts_out_of_range_are_named_with_the_range():
@@ -96,8 +96,8 @@ def test_layers_and_counts_out_of_range_are_named_with_the_range():
         if wrong is None:
             assert table.resolve([8] * 4) == [2 if low <= n <= high else 4 for n in range(4)]
             continue
-        said = rf'layer {wrong} is out of range: .* 4 layers \(0-3\).*"{low}-{high}:0.25"'
-        with pytest.raises(ConfigError, match=said):
+        message = rf'layer {wrong} is out of range: .* 4 layers \(0-3\).*"{low}-{high}:0.25"'
+        with pytest.raises(ConfigError, match=message):
             table.resolve([8] * 4)
     with pytest.raises(ConfigError, match=r'"1-2:#49" .* layer 2 has 48: .*from #1 to #48'):
         parse_layer_spec("0:0.5,1-2:#49").resolve([48, 64, 48])
@@ -109,9 +109,9 @@ def test_table_files(tmp_path):
     assert parse_layer_spec(read_table(path)).resolve([9999] * 40) == kept
     path.write_text("# a comment\n\n0-1: #5   # ends of the model\n2:0.5,\n  3 : auto # later\n")
     assert parse_layer_spec(read_table(path)).resolve([10] * 4) == [5, 5, 5, AUTO]
-    for data, said in ((b"\xff\xfe\x00\x81", "not a text file"), (b"# nothing\n", "empty part")):
+    for data, message in ((b"\xff\xfe\x00\x81", "not a text file"), (b"# nothing\n", "empty part")):
         path.write_bytes(data)
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             read_table(path)
     with pytest.raises(ConfigError, match=r"cannot read the layer table .*none\.txt"):
         read_table(tmp_path / "none.txt")

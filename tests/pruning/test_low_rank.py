@@ -28,8 +28,8 @@ DOWN, MIX = noise(D, I, seed=8), noise(D, I, seed=4)
 
 
 def one_map(down, evidence, basis, removed):
-    (found,) = low_rank([CompensationInputs(down, evidence, basis, removed)])
-    return found
+    (result,) = low_rank([CompensationInputs(down, evidence, basis, removed)])
+    return result
 
 
 def inputs(seed=0, tokens=T):
@@ -74,8 +74,8 @@ def least_squares(u, f, ridge):
     u64, f64 = (t.double().numpy() for t in (u - u.mean(0), f - f.mean(0)))
     below = np.sqrt(ridge * len(f64)) * np.eye(f64.shape[1])
     zeros = np.zeros((f64.shape[1], u64.shape[1]))
-    found, *_ = np.linalg.lstsq(np.vstack([f64, below]), np.vstack([u64, zeros]), rcond=None)
-    return found.T
+    result, *_ = np.linalg.lstsq(np.vstack([f64, below]), np.vstack([u64, zeros]), rcond=None)
+    return result.T
 
 
 def slopes(evidence):
@@ -90,9 +90,9 @@ def test_slopes_are_ridge_regression(cuts):
     h = inputs()
     u = (h @ MIX).relu() + noise(T, I, seed=5)
     basis = find_basis(h, R)
-    found = slopes(seen(u, h, basis, cuts=cuts))
-    assert found.shape == (I, R) and found.dtype == torch.float32
-    np.testing.assert_allclose(found, least_squares(u, h @ basis.T, RIDGE), rtol=1e-3, atol=2e-3)
+    result = slopes(seen(u, h, basis, cuts=cuts))
+    assert result.shape == (I, R) and result.dtype == torch.float32
+    np.testing.assert_allclose(result, least_squares(u, h @ basis.T, RIDGE), rtol=1e-3, atol=2e-3)
     assert float(slopes(seen(u[:1], h[:1], basis)).abs().max()) < 1e-3
     assert bool(slopes(seen(u[:2], h[:2], basis)).isfinite().all())
 
@@ -105,8 +105,8 @@ def test_what_is_linear_in_the_input_is_reproduced(monkeypatch):
     def missing():
         bias, linear = one_map(DOWN, seen(u, h, basis), basis, removed)
         assert bias.shape == (D,) and linear.out.shape == (D, D) and linear.basis is basis
-        found = bias + linear(new)
-        return float((found - wanted).norm() / (wanted - wanted.mean(0)).norm())
+        result = bias + linear(new)
+        return float((result - wanted).norm() / (wanted - wanted.mean(0)).norm())
 
     assert 0.05 < missing() < 0.15, "the ridge shrinks, by 0.1 / 1.1 where the variance is 1"
     monkeypatch.setattr(module, "RIDGE", 1e-6)
@@ -124,7 +124,7 @@ def test_at_the_mean_input_only_the_mean_is_added():
         assert linear.out.shape == (D, rank) and linear.nbytes() == 4 * D * rank
         torch.testing.assert_close(bias + linear(h.mean(0)), wanted, rtol=1e-3, atol=1e-3)
     lost = u[:, removed] @ DOWN[:, removed].T
-    left, plain = ((lost - told).square().sum() for told in (bias + linear(h), wanted))
+    left, plain = ((lost - added).square().sum() for added in (bias + linear(h), wanted))
     assert float(left) < 0.5 * float(plain)
 
 

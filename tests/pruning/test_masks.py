@@ -25,8 +25,8 @@ def test_the_kept_neurons_are_the_best_ones(values, data):
 
 def test_auto_keeps_what_reaches_the_mean_and_at_least_a_tenth():
     values = ([1, 2, 3, 4], [1, 1, 1, 1], [0, 0, 0, 12], [0] * 39 + [40], [0] * 34 + [35], [5])
-    found = [auto_count(torch.tensor(one, dtype=torch.float64)) for one in values]
-    assert found == [2, 4, 1, 4, 4, 1]
+    result = [auto_count(torch.tensor(one, dtype=torch.float64)) for one in values]
+    assert result == [2, 4, 1, 4, 4, 1]
 
 
 def test_masks_by_hand():
@@ -39,14 +39,14 @@ def test_masks_by_hand():
     mask = LayerMask(torch.tensor([1, 4]), 6, torch.zeros(3))
     assert mask.nbytes() == 2 * 8 + 3 * 4 and mask.removed().tolist() == [0, 2, 3, 5]
     assert mask.dense(torch.float16).tolist() == [0, 1, 0, 0, 1, 0]
-    a, b = torch.tensor([0, 1, 2, 3]), torch.tensor([2, 3, 4])
-    assert overlap([a], [b]) == pytest.approx(2 / 3)  # the share that was kept before
-    assert overlap([b], [a]) == pytest.approx(2 / 4)
-    assert overlap([a, None, b], [b, a, b]) == pytest.approx(5 / 6)
+    a, b = (LayerMask(torch.tensor(ids), 6) for ids in ([0, 1, 2, 3], [2, 3, 4]))
+    assert overlap((a,), (b,)) == pytest.approx(2 / 3)  # the share that was kept before
+    assert overlap((b,), (a,)) == pytest.approx(2 / 4)
+    assert overlap((a, None, b), (b, a, b)) == pytest.approx(5 / 6)
 
 
 @pytest.mark.parametrize(
-    ("keep", "remove", "said"),
+    ("keep", "remove", "message"),
     [
         ({2: [0]}, None, "layer 2 is out of range: this model has 2 layers"),
         ({0: [4]}, None, "layer 0 has neurons 0-3; got id 4"),
@@ -59,20 +59,20 @@ def test_masks_by_hand():
         ({0: [1]}, {0: [1]}, "give either masks= (neurons to keep) or remove=, not both"),
     ],
 )
-def test_given_masks_that_do_not_fit(keep, remove, said):
+def test_user_masks_that_do_not_fit(keep, remove, message):
     with pytest.raises(ConfigError) as caught:
         user_masks([4, 5], keep, remove)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_given_masks():
+def test_user_masks():
     for keep, remove, kept in (
         ({1: [3, 0, 3]}, None, [None, [0, 3]]),
         ({0: torch.tensor([2]), 1: (2, 1)}, None, [[2], [1, 2]]),
         (None, {0: [1], 1: []}, [[0, 2, 3], [0, 1, 2, 3, 4]]),
     ):
-        found = user_masks([4, 5], keep, remove)
-        assert [None if ids is None else ids.tolist() for ids in found] == kept
+        result = user_masks([4, 5], keep, remove)
+        assert [None if ids is None else ids.tolist() for ids in result] == kept
 
 
 def selector(**settings):
@@ -81,18 +81,18 @@ def selector(**settings):
 
 
 def evidence(scores, signed=None):
-    found = [LayerStatistics({"score": Sum(value.square(), 1.0)}) for value in scores]
-    for one, mean in zip(found, signed or (), strict=False):
+    result = [LayerStatistics({"score": Sum(value.square(), 1.0)}) for value in scores]
+    for one, mean in zip(result, signed or (), strict=False):
         one.sums["signed"] = Sum(4 * mean, 4.0)
-    return found
+    return result
 
 
 def test_scores_are_obeyed_exactly():
     drawn = list(torch.rand(3, 20, generator=torch.Generator().manual_seed(0)))
     chosen = selector(sparsity=0.35).select(evidence(drawn))
     assert chosen.counts == (13, 13, 13)
-    for score, said, mask in zip(drawn, chosen.scores, chosen.masks, strict=True):
-        torch.testing.assert_close(said, score)
+    for score, computed, mask in zip(drawn, chosen.scores, chosen.masks, strict=True):
+        torch.testing.assert_close(computed, score)
         assert mask.ids.tolist() == top(score, 13)
     chosen = selector().select(evidence(drawn), (4, 20, 7))  # counts of an earlier mask
     assert chosen.counts == (4, 20, 7)

@@ -58,19 +58,19 @@ def test_a_file_adds_to_the_names_and_keys_what_it_adds(file):
     assert plugins.digest(PruneConfig.build("griffin-loudest").names()) == own
     assert plugins.digest(PruneConfig.build("dart", score="loudest").names()) == own
     assert plugins.digest(PruneConfig.build("griffin").names()) == {}
-    asked = {"models": str(place() / "model"), "methods": "dense,griffin,griffin-loudest"}
-    cells = expand(SweepSettings(**asked, sparsities="0.5", tasks="arc_easy"))
+    settings = {"models": str(place() / "model"), "methods": "dense,griffin,griffin-loudest"}
+    cells = expand(SweepSettings(**settings, sparsities="0.5", tasks="arc_easy"))
     assert ["plugin" in cell.inputs for cell in cells] == [False, False, True]
     model, ids = tiny(), tokens(1, 12)
     with prune(model, "griffin-loudest", sparsity=0.5), torch.no_grad():
-        found = decode(model, ids, 6)
+        result = decode(model, ids, 6)
     with prune(model, "griffin", score="loudest", sparsity=0.5), torch.no_grad():
-        assert torch.equal(decode(model, ids, 6), found)
+        assert torch.equal(decode(model, ids, 6), result)
 
 
 def test_a_variable_names_it_for_processes_and_commands_have_a_flag(file, monkeypatch):
-    found = CliRunner().invoke(app, ["methods", "--plugin", str(file), "--json"])
-    assert found.exit_code == 0 and "griffin-loudest" in found.stdout
+    result = CliRunner().invoke(app, ["methods", "--plugin", str(file), "--json"])
+    assert result.exit_code == 0 and "griffin-loudest" in result.stdout
     METHODS.unregister("griffin-loudest")
     SCORES.unregister("loudest")
     monkeypatch.setattr(plugins, "_digests", {})  # as in a process that such a command starts
@@ -78,7 +78,7 @@ def test_a_variable_names_it_for_processes_and_commands_have_a_flag(file, monkey
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (None, "cannot read the plug-in .*: No such file or directory"),
         ("x = 1", "registers nothing: call SCORES.register"),
@@ -86,11 +86,11 @@ def test_a_variable_names_it_for_processes_and_commands_have_a_flag(file, monkey
         (TEXT.replace("griffin-loudest", "griffin"), "method 'griffin' is already registered"),
     ],
 )
-def test_what_cannot_be_used_is_one_sentence(tmp_path, text, said):
+def test_what_cannot_be_used_is_one_sentence(tmp_path, text, message):
     path = tmp_path / "own.py"
     if text is not None:
         path.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=said) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         plugins.use(path)
     assert "\n" not in str(caught.value)
 
@@ -98,11 +98,11 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path, text, said):
 def test_a_score_that_is_not_one_number_per_neuron_is_refused(file):
     file.write_text(TEXT.replace("return a\n", "return a[:-1]\n"), encoding="utf-8")
     plugins.use(file)
-    said = r"^score 'loudest' gave \[47\] numbers for \[48\] neurons: it must return one number"
+    message = r"^score 'loudest' gave \[47\] numbers for \[48\] neurons: it must return one number"
     model, ids = tiny(), tokens(1, 12)
     with (
         prune(model, "griffin-loudest", sparsity=0.5),
         torch.no_grad(),
-        pytest.raises(ConfigError, match=said),
+        pytest.raises(ConfigError, match=message),
     ):
         decode(model, ids, 6)

@@ -60,17 +60,17 @@ EMA_HALF = {  # weights 1/4, 1/2, 1 over 7/4
 def scored(name, chunks, decay=None, weights=None, layer=LAYER):
     """The score of [B, T, I] ``chunks`` that arrive one after the other."""
     rule = SCORES.get(name)
-    asked = Statistics(rule.per_token, decay, frozenset(), rule.spread, rule.average)
+    sums = Statistics(rule.per_token, decay, frozenset(), rule.spread, rule.average)
     evidence = LayerStatistics()
     for index, chunk in enumerate(chunks):
         w = None if weights is None else weights[index]
-        asked.add([evidence], LayerObservation(chunk[None]), w)
-    return rule(asked.score_input(evidence, layer.width, layer.device), layer)
+        sums.add([evidence], LayerObservation(chunk[None]), w)
+    return rule(sums.score_input(evidence, layer.width, layer.device), layer)
 
 
-def same(found, wanted, rel=1e-6):
-    assert found.dtype == torch.float32
-    assert found.tolist() == pytest.approx(wanted.tolist(), rel=rel, abs=rel)
+def same(result, wanted, rel=1e-6):
+    assert result.dtype == torch.float32
+    assert result.tolist() == pytest.approx(wanted.tolist(), rel=rel, abs=rel)
 
 
 @pytest.mark.parametrize("name", [name for name in SCORES.names() if name != "random"])
@@ -81,8 +81,8 @@ def test_golden(name, cuts, monkeypatch):
     average = EMA_HALF["normalized" if name == "normalized" else "magnitude"]
     factor = {"contribution": torch.tensor([5, 1, 2]), "max": MAX, "mean": MEAN}.get(name)
     if name in EMA_HALF or factor is not None:
-        found = scored(name, TOKENS[None].split(cuts, 1), decay=0.5)
-        same(found, average if factor is None else average * factor)
+        result = scored(name, TOKENS[None].split(cuts, 1), decay=0.5)
+        same(result, average if factor is None else average * factor)
 
 
 def test_random_depends_on_seed_and_layer_alone():
@@ -125,11 +125,11 @@ def test_odd_tokens_and_weights(monkeypatch):
 def test_names(table, snapshot):
     assert table.names() == snapshot
     for name in table.names():
-        found = table.get(name)
-        assert name in table and table.check(name) == name and table.get(name) is found
-        assert found.__doc__
+        result = table.get(name)
+        assert name in table and table.check(name) == name and table.get(name) is result
+        assert result.__doc__
         if table.kind in ("score", "budget"):
-            assert found.summary.endswith(".") and found.source
+            assert result.summary.endswith(".") and result.source
     near, own = table.names()[0], r" \(one of your own: --plugin FILE\)"
     with pytest.raises(UnknownName, match=f"^unknown {table.kind} '{near}x'; did you mean {near}"):
         table.get(f"{near}x")

@@ -129,8 +129,8 @@ def test_a_roll_back_takes_the_state_back():
 @pytest.mark.parametrize(("step", "stay"), [(8, 0), (8, 3), (0, 1), (0, 5)])
 def test_rejected_tokens_enter_nothing(step, stay):
     """Assisted decoding: of five candidates the next forward shows how many stayed."""
-    asked = {"masking_step": step, "drift": "paper", "compensation": True, "budget": "depth"}
-    plain, assisted = (after(60, 1, **asked) for _ in range(2))
+    settings = {"masking_step": step, "drift": "paper", "compensation": True, "budget": "depth"}
+    plain, assisted = (after(60, 1, **settings) for _ in range(2))
     plain.steps(stay)
     spoilt = assisted.stream = Stream(assisted.layers)
     for tensor in (*spoilt.u, *spoilt.z, *spoilt.x):
@@ -143,20 +143,20 @@ def test_rejected_tokens_enter_nothing(step, stay):
         run.steps(20)
     assert ids_of(assisted.plans[-1]) == ids_of(plain.plans[-1])
     assert len(same_checks(assisted, plain)) > 0
-    found, want = assisted.report(), plain.report()
-    assert found.decoded_tokens == want.decoded_tokens == 21 + stay
-    assert found.achieved_sparsity == pytest.approx(want.achieved_sparsity)
+    result, want = assisted.report(), plain.report()
+    assert result.decoded_tokens == want.decoded_tokens == 21 + stay
+    assert result.achieved_sparsity == pytest.approx(want.achieved_sparsity)
 
 
 def same_checks(one, other):
-    found = [
+    result = [
         [(c.row, c.step, c.window, c.counter, c.trigger, c.state) for c in run.checks]
         for run in (one, other)
     ]
-    assert found[0] == found[1]
+    assert result[0] == result[1]
     similar = [[c.similarity for c in run.checks] for run in (one, other)]
     assert similar[0] == pytest.approx(similar[1], abs=1e-5)
-    return found[0]
+    return result[0]
 
 
 @pytest.mark.parametrize("gone", [1, 4])
@@ -212,8 +212,8 @@ def test_counts_are_kept_or_made_anew():
         assert counts[1] != counts[0]
         wanted = counts if refresh == "every" else counts[:1] * 3
         assert [remask.kept for remask in run.announced] == wanted
-        found = [ids_of(run.plans[place]) for place in (1, 6, 11)]
-        assert [tuple(map(len, ids)) for ids in found] == wanted
+        result = [ids_of(run.plans[place]) for place in (1, 6, 11)]
+        assert [tuple(map(len, ids)) for ids in result] == wanted
 
 
 def continued(settings, first, steps, second, then):

@@ -97,9 +97,9 @@ def test_bad_files_are_one_sentence(tmp_path, text, sentence):
     if text is not None:
         path.write_text(text)
     for build in (lambda: PruneConfig.build(f"file:{path}"), lambda: METHODS.check(f"file:{path}")):
-        with pytest.raises(ConfigError, match=sentence) as found:
+        with pytest.raises(ConfigError, match=sentence) as result:
             build()
-        assert "\n" not in str(found.value)
+        assert "\n" not in str(result.value)
 
 
 def test_the_home_of_nobody_is_a_file_that_is_missing():
@@ -129,17 +129,18 @@ def test_another_checkpoint_is_said_in_one_sentence(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         prune(model, f"file:{path}")
     assert caplog.messages == [sentence]
-    held = keep(tmp_path / "held.yaml", model={**identity(model), "held": "Q4_1 as in the file"})
-    assert "was found on weights stored as Q4_1" in other_model(f"file:{held}", model, held=True)
-    assert other_model(f"file:{held}", model) == ""
+    blocks = {**identity(model), "stored_as": "Q4_1 as in the file"}
+    method = f"file:{keep(tmp_path / 'blocks.yaml', model=blocks)}"
+    assert "was found on weights stored as Q4_1" in other_model(method, model, weights=True)
+    assert other_model(method, model) == ""
 
 
 @pytest.mark.parametrize("kind", [RunSettings, PerplexitySettings, ChatSettings, ServeSettings])
 def test_commands_hold_the_weights_as_the_file_says(tmp_path, kind):
     path = keep(tmp_path / "s.yaml", weights="q8_0", sparsity=0.5)
-    found = merge(kind, {"method": f"file:{path}"}, environment={})
-    assert found.weights == "q8_0" and found.notes == ("s.yaml asks for --weights q8_0: taken",)
-    assert found.prune_config().target == 0.5
+    result = merge(kind, {"method": f"file:{path}"}, environment={})
+    assert result.weights == "q8_0" and result.notes == ("s.yaml asks for --weights q8_0: taken",)
+    assert result.prune_config().target == 0.5
     given = merge(kind, {"method": f"file:{path}", "weights": "dense"}, environment={})
     assert given.weights == "dense"
     assert given.notes[0].startswith("s.yaml was found with --weights q8_0, not dense")
@@ -157,15 +158,15 @@ def test_loading_says_where_the_setting_was_found_for_another_model(tmp_path):
 
 def test_a_comparison_holds_all_methods_as_the_file_says(tmp_path):
     path = keep(tmp_path / "s.yaml", weights="dense", sparsity=0.4)
-    asked = {"methods": f"dense,griffin,file:{path}", "sparsities": "0.5", "tasks": "arc_easy"}
-    grid = merge(SweepSettings, asked, environment={})
+    settings = {"methods": f"dense,griffin,file:{path}", "sparsities": "0.5", "tasks": "arc_easy"}
+    grid = merge(SweepSettings, settings, environment={})
     assert grid.weights == ("dense",)
     cells = expand(grid)
     assert [cell.config().target for cell in cells] == [0.0, 0.5, 0.4]
     assert "setting" in cells[2].inputs and "setting" not in cells[1].inputs
     second = keep(tmp_path / "t.yaml", weights="q8_0", sparsity=0.4)
     with pytest.raises(ConfigError, match="use weights dense and q8_0: give --weights one"):
-        merge(SweepSettings, {**asked, "methods": f"file:{path},file:{second}"}, environment={})
+        merge(SweepSettings, {**settings, "methods": f"file:{path},file:{second}"}, environment={})
 
 
 def test_answers_have_the_head_that_the_file_says(tmp_path):

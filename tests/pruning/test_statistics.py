@@ -76,7 +76,7 @@ def test_golden_sums(cuts, dtype):
     assert sums["signed"].mean.tolist() == [0, 1, 0.25]
     for name, values in GOLDEN.items():
         assert float(sums[name].mean) == pytest.approx((values[0] + values[2]) / 2, rel=1e-6)
-    assert all(float(known.weight) == 2 for known in sums.values())
+    assert all(float(entry.weight) == 2 for entry in sums.values())
 
 
 def test_nothing_is_no_division_by_zero():
@@ -85,7 +85,7 @@ def test_nothing_is_no_division_by_zero():
     evidence, zero = LayerStatistics(), torch.zeros(1, 1, 2, 2)
     silent = Statistics(squared_share, None, ALL)
     silent.add([evidence], LayerObservation(torch.zeros(1, 1, 2, 3), None, zero, zero), None)
-    assert all(bool(known.total.isfinite().all()) for known in evidence.sums.values())
+    assert all(bool(entry.total.isfinite().all()) for entry in evidence.sums.values())
 
 
 @pytest.mark.parametrize("cuts", [(3,), (1, 2), (1, 1, 1)])
@@ -101,10 +101,10 @@ def test_losers_by_hand(cuts):
     both = TokenSelection(WORTH.expand(2, -1), (1 / 3, 2 / 3))
     assert both.losers(U.expand(2, -1, -1)).tolist() == [third, two_thirds]
     needs = frozenset({"lost"})
-    found = summed(cuts, needs=needs, keep=1 / 3)
-    assert set(found.sums) == {"lost", "losses"}
-    assert found.sums["lost"].total.tolist() == [0, 0, -0.5]  # 1 - 1, -2 + 2, -0.5 + 0
-    assert found.sums["losses"].total.tolist() == [2, 2, 2]
+    result = summed(cuts, needs=needs, keep=1 / 3)
+    assert set(result.sums) == {"lost", "losses"}
+    assert result.sums["lost"].total.tolist() == [0, 0, -0.5]  # 1 - 1, -2 + 2, -0.5 + 0
+    assert result.sums["losses"].total.tolist() == [2, 2, 2]
     for keep, weights, mean in (
         (1 / 3, None, [0, 0, -0.25]),
         (2 / 3, None, [1, 2, 0]),
@@ -123,10 +123,10 @@ def test_decay(decay, seen, rows, as_tensor):
     evidence = LayerStatistics({name: Sum(torch.full((3,), 6.0), weight) for name in "ab"})
     mean, factor = evidence.sums["a"].mean.tolist(), decay * min(1.0, 256 / seen)
     evidence.decay(decay, rows)
-    for known in evidence.sums.values():
-        assert known.total.tolist() == pytest.approx([6 * factor] * 3, rel=1e-5)
-        assert float(known.weight) == pytest.approx(seen * rows * factor, rel=1e-5)
-        assert known.mean.tolist() == pytest.approx(mean, rel=1e-5)
+    for entry in evidence.sums.values():
+        assert entry.total.tolist() == pytest.approx([6 * factor] * 3, rel=1e-5)
+        assert float(entry.weight) == pytest.approx(seen * rows * factor, rel=1e-5)
+        assert entry.mean.tolist() == pytest.approx(mean, rel=1e-5)
 
 
 def test_only_what_a_configuration_needs_is_summed():
@@ -146,13 +146,13 @@ def test_only_what_a_configuration_needs_is_summed():
 
 def queued(*forwards):
     """What is added of forwards of so many tokens, with their weights and marks, and a flush."""
-    found = []
-    queue = Observations(lambda flags, *added: found.append(added))
+    result = []
+    queue = Observations(lambda flags, *added: result.append(added))
     for layers, weights, tokens in forwards:
         rows = next(iter(layers.values())).shown.shape[0]
         queue.add([True] * rows, ObservedForward.accepted(layers, rows, tokens, weights))
     queue.flush()
-    return found
+    return result
 
 
 def token(value):
@@ -161,14 +161,14 @@ def token(value):
 
 
 def test_tokens_wait_up_to_a_limit_of_tokens_or_bytes(monkeypatch):
-    found = queued(*(token(float(value)) for value in range(LIMIT + 3)))
-    assert [seen.u.shape for _, seen, _ in found] == [(2, 1, LIMIT, 4), (2, 1, 3, 4)]
-    layers, seen, weights = found[0]  # in order, all layers at once
+    result = queued(*(token(float(value)) for value in range(LIMIT + 3)))
+    assert [seen.u.shape for _, seen, _ in result] == [(2, 1, LIMIT, 4), (2, 1, 3, 4)]
+    layers, seen, weights = result[0]  # in order, all layers at once
     assert (layers, weights, seen.h.shape) == ((0, 1), None, seen.u.shape)
     assert seen.u[:, 0, :, 0].tolist() == [[k + float(v) for v in range(LIMIT)] for k in (0, 100)]
     monkeypatch.setattr(observations, "MAX_BYTES", 3 * 2 * 2 * 4 * 4)  # tokens, layers, u and h
-    found = queued(*(token(1.0) for _ in range(5)))
-    assert [seen.u.shape[2] for _, seen, _ in found] == [3, 2]
+    result = queued(*(token(1.0) for _ in range(5)))
+    assert [seen.u.shape[2] for _, seen, _ in result] == [3, 2]
 
 
 def test_what_waits_is_added_as_it_came():
@@ -176,8 +176,8 @@ def test_what_waits_is_added_as_it_came():
     ((_, _, weights),) = queued(token(1.0), (some, torch.zeros(1, 1), *rest))
     assert weights.tolist() == [[1.0, 0.0]]
     layers = {i: LayerObservation(torch.full((1, 1, w), 1.0 + i)) for i, w in enumerate((4, 6, 4))}
-    found = queued((layers, None, 1))
-    shown = [(ids, seen.u[:, 0, 0, -1].tolist()) for ids, seen, _ in found]
+    result = queued((layers, None, 1))
+    shown = [(ids, seen.u[:, 0, 0, -1].tolist()) for ids, seen, _ in result]
     assert shown == [((0, 2), [1.0, 3.0]), ((1,), [2.0])]
 
 
@@ -202,11 +202,11 @@ def test_means_are_pooled_by_tokens():
     for size in (1.0, 1e4):  # the size of the prior's own text does not matter
         score, signed = [5 * size, size], [8 * size, -8 * size]
         prior = SelfStats(sums(score=(score, size), signed=(signed, size)))
-        found = pooled(seen, prior, 30).sums
-        assert set(found) == {"score", "stream", "signed"}  # names of one side alone too
-        assert found["score"].total.tolist() == [170, 60] and found["score"].weight == 40
-        assert found["signed"].mean.tolist() == [8, -8] and found["signed"].weight == 30
-        found["score"].total += 100  # neither side is changed
+        result = pooled(seen, prior, 30).sums
+        assert set(result) == {"score", "stream", "signed"}  # names of one side alone too
+        assert result["score"].total.tolist() == [170, 60] and result["score"].weight == 40
+        assert result["signed"].mean.tolist() == [8, -8] and result["signed"].weight == 30
+        result["score"].total += 100  # neither side is changed
         assert seen.sums["score"].total.tolist() == [20, 30] and seen.sums["score"].weight == 10
         assert prior.evidence.sums["score"].total.tolist() == [5 * size, size]
         for nothing in (sums(score=([0.0, 0.0], torch.tensor(0.0))), LayerStatistics()):
@@ -228,16 +228,16 @@ def test_fisher_ranks_all_neurons_of_the_model(count, tokens):
     config = CONFIG.replace({"compensation_rank": 0, "self_stats": {"tokens": tokens}})
     u = torch.randn(3, count, width, generator=torch.Generator().manual_seed(9))
     seen = [known(t.square().sum(0), t.sum(0), float(count)) for t in u]
-    found = MaskSelector(config, layers).select(seen)
+    result = MaskSelector(config, layers).select(seen)
     scores = (u.square().sum(1) + tokens * drawn[:, 0]) / (count + tokens) * drawn[:, 2]
     means = (u.sum(1) + tokens * drawn[:, 1]) / (count + tokens)
-    torch.testing.assert_close(torch.stack(found.scores), scores)
-    assert sum(found.counts) == 30 and min(found.counts) >= 2
+    torch.testing.assert_close(torch.stack(result.scores), scores)
+    assert sum(result.counts) == 30 and min(result.counts) >= 2
     floors = scores.scatter(1, scores.topk(2).indices, torch.inf)  # two of twenty stay everywhere
     wanted = sorted(floors.flatten().argsort(descending=True)[:30].tolist())
-    kept = [width * i + int(n) for i, mask in enumerate(found.masks) if mask for n in mask.ids]
+    kept = [width * i + int(n) for i, mask in enumerate(result.masks) if mask for n in mask.ids]
     assert kept == wanted
-    for mask, layer, mean in zip(found.masks, layers, means, strict=True):
+    for mask, layer, mean in zip(result.masks, layers, means, strict=True):
         assert mask.low_rank is None
         removed = mask.removed()
         torch.testing.assert_close(mask.bias, layer.down[:, removed] @ mean[removed])

@@ -29,9 +29,9 @@ def others(model):
 
 
 def report(method, dtype=torch.float32, model=None, **settings):
-    asked = {"method": method, "sparsity": 0.75, **settings}
+    requested = {"method": method, "sparsity": 0.75, **settings}
     model = model or shared_model("llama-bias", dtype)
-    return pruned(model, tokens(1, 17), 12, **asked)[0].report()
+    return pruned(model, tokens(1, 17), 12, **requested)[0].report()
 
 
 def share(ffn, attention=1.0):
@@ -56,10 +56,10 @@ def share(ffn, attention=1.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bytes_of_a_token_by_hand(method, ffn, attention, dtype):
     """In whatever dtype the run is: two bytes a weight, copies and norms as they are."""
-    found = report(method, dtype)
-    assert found.mean_context == CONTEXT
-    assert found.token_bytes_share == pytest.approx(share(ffn, attention))
-    assert found.dense_token_bytes_share == 1
+    result = report(method, dtype)
+    assert result.mean_context == CONTEXT
+    assert result.token_bytes_share == pytest.approx(share(ffn, attention))
+    assert result.dense_token_bytes_share == 1
 
 
 def test_nothing_removed_is_one():
@@ -77,9 +77,9 @@ def test_a_cache_that_was_there_before_is_read_too():
 
 
 def test_dense_tokens_count_as_dense():
-    found = report("teal", masking_step=1)
+    result = report("teal", masking_step=1)
     wanted = share(FFN * (1 + 4 / 4) / 5)
-    assert found.token_bytes_share == pytest.approx(wanted)
+    assert result.token_bytes_share == pytest.approx(wanted)
     attention = report("teal-attention", masking_step=1)
     assert attention.token_bytes_share == pytest.approx(share(FFN * 2 / 5, 2 / 5))
 
@@ -99,16 +99,16 @@ def test_weights_in_blocks_count_as_stored():
     model = tiny("llama", hidden_size=64, intermediate_size=64)
     plain = describe(model).traffic
     assert round_weights(model, "q8_0") == []
-    found = describe(model).traffic
+    result = describe(model).traffic
     view = describe(model)
     ffn = [part.weight.nbytes for block in view.blocks for part in block.projections]
     heads = [part.weight.nbytes for layer in view.attention for part in layer]
-    assert found.dense == plain.dense and found.ffn == sum(ffn) < 0.6 * plain.ffn
-    assert found.attention == sum(heads) < 0.6 * plain.attention
+    assert result.dense == plain.dense and result.ffn == sum(ffn) < 0.6 * plain.ffn
+    assert result.attention == sum(heads) < 0.6 * plain.attention
     dense = report("griffin", model=model, sparsity=0.0)
-    assert dense.token_bytes_share == dense.dense_token_bytes_share == found.share(CONTEXT) < 0.6
+    assert dense.token_bytes_share == dense.dense_token_bytes_share == result.share(CONTEXT) < 0.6
     half = report("teal", model=model, sparsity=0.5)
-    assert half.token_bytes_share == pytest.approx(found.share(CONTEXT, found.ffn / 2))
+    assert half.token_bytes_share == pytest.approx(result.share(CONTEXT, result.ffn / 2))
 
 
 def test_windows_bound_the_cache():

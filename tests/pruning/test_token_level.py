@@ -39,7 +39,7 @@ def drawn(*shape, seed=1):
 
 def by_hand(w, bits, group):
     """Round-to-nearest, group by group; halves to even, as IEEE does."""
-    most, found = 2 ** (bits - 1) - 1, []
+    most, result = 2 ** (bits - 1) - 1, []
     for row in w.float().numpy():
         values = []
         for start in range(0, len(row), group):
@@ -48,8 +48,8 @@ def by_hand(w, bits, group):
             scale = np.float32(largest.to(torch.bfloat16).item())
             levels = np.rint(part / scale) if scale else 0 * part
             values += (np.clip(levels, -most, most) * scale).tolist()
-        found.append(values)
-    return found
+        result.append(values)
+    return result
 
 
 @pytest.mark.parametrize(
@@ -92,15 +92,15 @@ def test_errors_of_the_copies():
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.data())
 def test_winners_are_the_largest_and_ties_go_to_the_lower(values, data):
     keep = data.draw(st.integers(1, len(values)))
-    found = winner_places(torch.tensor([[values, values[::-1]]]).float(), keep)
-    assert found.tolist() == [[best(values, keep), best(values[::-1], keep)]]
+    result = winner_places(torch.tensor([[values, values[::-1]]]).float(), keep)
+    assert result.tolist() == [[best(values, keep), best(values[::-1], keep)]]
 
 
 def test_estimates_and_candidates():
     u, worth = torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.0, -1.0]]), torch.tensor([3.0, 1.0, 5.0])
     assert contribution_estimate(u, worth).tolist() == [[3.0, 2.0, 0.0], [1.5, 0.0, 5.0]]
-    asked = [(None, 5), (1.0, 5), (0.5, 5), (0.1, 5), (0.34, 2), (0.5, 40)]
-    assert [candidate_count(share, 40, keep) for share, keep in asked] == [40, 40, 20, 5, 14, 40]
+    settings = [(None, 5), (1.0, 5), (0.5, 5), (0.1, 5), (0.34, 2), (0.5, 40)]
+    assert [candidate_count(share, 40, keep) for share, keep in settings] == [40, 40, 20, 5, 14, 40]
 
 
 @pytest.fixture
@@ -114,26 +114,26 @@ def _executors(name):
 
 
 def _recorded(monkeypatch):
-    found, choose = [], LowBit.winners
+    result, choose = [], LowBit.winners
 
     def winners(self, fed, u, mask):
         ids = choose(self, fed, u, mask)
-        found.append((self, fed, mask, ids))
+        result.append((self, fed, mask, ids))
         return ids
 
     monkeypatch.setattr(LowBit, "winners", winners)
-    return found
+    return result
 
 
 @pytest.mark.parametrize(("name", "learns"), in_turn(SHAPES, (True, False)))
 def test_winners_by_independent_computation(name, learns, monkeypatch):
     """x, the grid by hand and the block's own modules; no code of the method."""
-    model, found = shared_model(name), _recorded(monkeypatch)
+    model, result = shared_model(name), _recorded(monkeypatch)
     run = prune(model, LEARNT if learns else PLAIN, sparsity=0.75, token={"group": 8})
     with run:
         decode(model, tokens(1, PROMPT + 2), PROMPT)
-    assert len(found) == 8
-    for token, x, mask, ids in found:
+    assert len(result) == 8
+    for token, x, mask, ids in result:
         block = token.block
         gate, up, down = block.matrices()
         parts = [up] if gate is None else [gate, up]
@@ -152,10 +152,10 @@ def test_winners_by_independent_computation(name, learns, monkeypatch):
 
 def _lost(model, ids, keep, worth=None):
     """Per layer over the tokens ids: the losers' u [I] and their number [I]."""
-    found = {}
-    with lost_u(model, keep, found, worth):
+    result = {}
+    with lost_u(model, keep, result, worth):
         step(model, ids, new_cache(model))
-    return found
+    return result
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -210,12 +210,12 @@ def test_rows_and_chunks_equal_single_tokens(name, batch):
 
 
 def test_candidates_are_the_sequences_best(monkeypatch, exact):
-    model, ids, found = shared_model("llama-bias"), tokens(1, PROMPT + 2), _recorded(monkeypatch)
+    model, ids, result = shared_model("llama-bias"), tokens(1, PROMPT + 2), _recorded(monkeypatch)
     with prune(model, LEARNT, sparsity=0.75, token={"candidates": 0.5}) as run:
         decode(model, ids, PROMPT)
     selection = state_of(run).selection
     assert selection.counts == (12, 12, 12, 12)
-    for token, x, mask, winners in found:
+    for token, x, mask, winners in result:
         index = token.block.index
         assert mask.ids.tolist() == best(selection.scores[index].tolist(), 24)
         u = token.block.hidden(x).detach().flatten()
@@ -255,7 +255,7 @@ def test_where_it_is_slower_one_sentence_says_so(caplog):
     """Once per process and place, when a prompt is read; for batches that no kernel serves."""
     model, start = shared_model(), "dart-token is slower than the unpruned model "
     token_ffn._warn_once.cache_clear()
-    for executor, rows, said in (
+    for executor, rows, message in (
         ("compact", 1, 1),
         ("compact", 1, 1),
         ("native", 1, 1),
@@ -264,7 +264,7 @@ def test_where_it_is_slower_one_sentence_says_so(caplog):
     ):
         with prune(model, LEARNT, sparsity=0.5, executor=executor):
             decode(model, tokens(rows, 14), 12)
-        assert len(caplog.records) == said
+        assert len(caplog.records) == message
     batch = "in a batch of several rows under executor"
     places = ("under executor compact", f"{batch} native")
     for record, where in zip(caplog.records, places, strict=True):

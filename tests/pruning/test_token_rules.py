@@ -77,11 +77,11 @@ def test_three_neurons_by_hand(method, wanted):
 def test_estimates_at_the_large_inputs_by_hand():
     """Rows of the 4-bit copies: 1 is 2/7 of 4, -1 is -4/7 of 2, -0.5 is -1/7 of 3."""
     x = torch.tensor([[X]])
-    found = ways.token_ffn(three_neurons(), METHODS.get("prox").token).rule.estimate(x)
+    result = ways.token_ffn(three_neurons(), METHODS.get("prox").token).rule.estimate(x)
     gate = [8 / 7 * 2, -3, 5]
     up = [-1, 8 / 7 * 3 + 4, -3 / 7 * 2]
     wanted = [g * u for g, u in zip(gate, up, strict=True)]
-    assert found.flatten().tolist() == pytest.approx(wanted, rel=0.01)  # scales are bfloat16
+    assert result.flatten().tolist() == pytest.approx(wanted, rel=0.01)  # scales are bfloat16
     whole = ways.token_ffn(three_neurons(), TokenConfig()).rule.estimate(x)
     assert whole.flatten().tolist()[0] == pytest.approx(0, abs=1e-6), "up x of neuron 0 is 0"
 
@@ -106,12 +106,12 @@ def test_the_largest_inputs_stay_as_they_are(xs, data):
     norms = data.draw(st.lists(st.integers(0, 5), min_size=len(xs), max_size=len(xs)))
     x, weights = torch.tensor([xs, xs[::-1]]).float(), torch.tensor(norms).float()
     for norm in (None, weights, torch.full_like(weights, 2.0)):
-        found = at_largest(x, count, norm)
+        result = at_largest(x, count, norm)
         strengths = x.abs() if norm is None else x.abs() * norm
-        for row, own, strong in zip(x, found, strengths, strict=True):
+        for row, own, strong in zip(x, result, strengths, strict=True):
             kept = sorted(range(len(xs)), key=lambda place: (-strong[place], place))[:count]
             assert own.tolist() == [v if i in kept else 0 for i, v in enumerate(row.tolist())]
-        assert torch.equal(at_largest(found, count, norm), found)
+        assert torch.equal(at_largest(result, count, norm), result)
     assert torch.equal(at_largest(x, count, torch.full_like(weights, 2.0)), at_largest(x, count))
 
 
@@ -124,10 +124,10 @@ def test_as_large_a_share_of_inputs_as_of_neurons(inputs, width, data):
     assert input_count(inputs, width, width) == inputs
 
 
-def _nonzeros(model, module, found):
+def _nonzeros(model, module, result):
     def take(_, args):
         if args[0].shape[-2] == 1:  # a decoded token
-            found.append(int((args[0] != 0).sum(-1).max()))
+            result.append(int((args[0] != 0).sum(-1).max()))
 
     return module.register_forward_pre_hook(take)
 
@@ -157,8 +157,8 @@ def test_every_matrix_is_given_its_share_of_inputs(name, method):
 
 
 def test_the_projections_of_attention_end_with_the_output():
-    found = {name: [len(one) for one in describe(shared_model(name)).attention] for name in SHAPES}
-    assert found == {"llama-bias": [4] * 4, "phi3": [2] * 4, "gpt2": [2] * 4, "opt": [4] * 4}
+    result = {name: [len(one) for one in describe(shared_model(name)).attention] for name in SHAPES}
+    assert result == {"llama-bias": [4] * 4, "phi3": [2] * 4, "gpt2": [2] * 4, "opt": [4] * 4}
     view = describe(shared_model("llama-bias"))
     assert view.attention[-1][-1] is view.attention_out
 
@@ -170,8 +170,8 @@ WEIGHTS = I * 3 * D
 
 
 def _report(method, sparsity=0.75, rows=1, **settings):
-    asked = {"method": method, "sparsity": sparsity, **settings}
-    return pruned(shared_model("llama-bias"), tokens(rows, 17), 12, **asked)[0].report()
+    requested = {"method": method, "sparsity": sparsity, **settings}
+    return pruned(shared_model("llama-bias"), tokens(rows, 17), 12, **requested)[0].report()
 
 
 @pytest.mark.contract("accounting equals a count by hooks")

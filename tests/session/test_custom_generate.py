@@ -27,28 +27,30 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_the_folder_generates_what_prune_does(recipe):
-    model, told = tiny(), []
+    model, reports = tiny(), []
     dense = model.generate(IDS, **ASKED)
     for settings in ({"method": "griffin", "sparsity": 0.5}, {"method": "dart-prompt"}):
         more = {"min_evidence": 4} if settings["method"] == "dart-prompt" else {}
         with prune(model, **settings, **more) as run:
             wanted = model.generate(IDS, **ASKED)
-        found = model.generate(IDS, **ASKED, **recipe, **settings, dart=more, on_report=told.append)
-        assert torch.equal(found, wanted) and not torch.equal(found, dense)
-        assert told[-1].to_dict() == run.report().to_dict()
+        result = model.generate(
+            IDS, **ASKED, **recipe, **settings, dart=more, on_report=reports.append
+        )
+        assert torch.equal(result, wanted) and not torch.equal(result, dense)
+        assert reports[-1].to_dict() == run.report().to_dict()
     assert torch.equal(model.generate(IDS, **ASKED), dense)  # nothing stays on the model
 
 
 def test_what_transformers_gives_and_takes_goes_through(recipe):
     model = tiny()
     mask = torch.ones_like(IDS)
-    asked = {**ASKED, "attention_mask": mask, "return_dict_in_generate": True}
-    asked["output_scores"] = True
+    settings = {**ASKED, "attention_mask": mask, "return_dict_in_generate": True}
+    settings["output_scores"] = True
     with prune(model, "griffin", sparsity=0.5):
-        wanted = model.generate(input_ids=IDS, **asked)
-    found = model.generate(input_ids=IDS, **asked, **recipe, method="griffin", sparsity=0.5)
-    assert torch.equal(found.sequences, wanted.sequences) and len(found.scores) == 12
-    assert all(torch.equal(a, b) for a, b in zip(found.scores, wanted.scores, strict=True))
+        wanted = model.generate(input_ids=IDS, **settings)
+    result = model.generate(input_ids=IDS, **settings, **recipe, method="griffin", sparsity=0.5)
+    assert torch.equal(result.sequences, wanted.sequences) and len(result.scores) == 12
+    assert all(torch.equal(a, b) for a, b in zip(result.scores, wanted.scores, strict=True))
     with pytest.raises(ConfigError, match="sparsity"):
         model.generate(IDS, **ASKED, **recipe, sparsity=50)
     with pytest.raises(ValueError, match="trust_remote_code"):
@@ -63,5 +65,5 @@ def test_a_pipeline_is_pruned_both_ways(recipe, tmp_path):
     with prune(write.model, "griffin", sparsity=0.5) as run:
         wanted = write(text, **ASKED)
     assert run.report().achieved_sparsity == pytest.approx(0.5)
-    found = write(text, **ASKED, **recipe, method="griffin", sparsity=0.5)
-    assert found == wanted != dense
+    result = write(text, **ASKED, **recipe, method="griffin", sparsity=0.5)
+    assert result == wanted != dense

@@ -52,12 +52,12 @@ def masked(model, masks):
 
 @pytest.fixture
 def exported(tmp_path):
-    def export(masks=None, texts=(), asked=None, **file):
+    def export(masks=None, texts=(), settings=None, **file):
         source = write_gguf(tmp_path / "tiny.gguf", **file)
         model, tokenizer = loaded(source, tmp_path)
-        arguments = {"masks": masks, "source": source, **(asked or {})}
-        found = export_gguf(model, tokenizer, tmp_path / "narrow.gguf", texts, **arguments)
-        return model, read_gguf(source), found
+        arguments = {"masks": masks, "source": source, **(settings or {})}
+        result = export_gguf(model, tokenizer, tmp_path / "narrow.gguf", texts, **arguments)
+        return model, read_gguf(source), result
 
     return export
 
@@ -66,33 +66,33 @@ def exported(tmp_path):
 def test_read_back_it_is_the_masked_model(architecture, exported, tmp_path):
     """Its own architecture and a smaller width; fused projections lose rows of both halves."""
     masks = dict.fromkeys(range(LAYERS), KEPT)
-    model, source, found = exported(masks, architecture=architecture, **PLAIN)
-    assert found.architecture == architecture and found.written == (32,) * LAYERS
+    model, source, result = exported(masks, architecture=architecture, **PLAIN)
+    assert result.architecture == architecture and result.written == (32,) * LAYERS
     wide = source.tensors["blk.0.ffn_down.weight"].shape[1]
-    assert found.achieved_sparsity == pytest.approx(1 - 32 / wide)
-    narrow, _ = loaded(found.path, tmp_path)
+    assert result.achieved_sparsity == pytest.approx(1 - 32 / wide)
+    narrow, _ = loaded(result.path, tmp_path)
     assert {block.down_width for block in describe(narrow).blocks} == {32}
     with torch.no_grad():
         assert apart(narrow(IDS).logits, masked(model, masks)) < 1e-5
-    said = GGUFReader(found.path).fields
-    assert f'"kept": {32 * LAYERS}' in said[ABOUT].contents()
+    message = GGUFReader(result.path).fields
+    assert f'"kept": {32 * LAYERS}' in message[ABOUT].contents()
     before = GGUFReader(source.path).fields
-    changed = {name for name in before if said[name].contents() != before[name].contents()}
+    changed = {name for name in before if message[name].contents() != before[name].contents()}
     counts = {"GGUF.kv_count", f"{architecture}.feed_forward_length"}
-    assert changed == counts and set(said) == {*before, ABOUT}
+    assert changed == counts and set(message) == {*before, ABOUT}
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q4_0", "Q8_0", "Q5_0", "Q5_1", "F16", "BF16"])
 def test_rows_keep_their_bytes_and_columns_move(kind, exported, tmp_path):
     """Columns of the block that keeps most stay as they are; the others are rounded to its ends."""
     masks = dict.fromkeys(range(LAYERS), KEPT)
-    model, source, found = exported(masks, ffn=Kind[kind])
+    model, source, result = exported(masks, ffn=Kind[kind])
     plain = "F16" in kind
     slots, stay = homes(KEPT, 32)
     assert sorted(slots.tolist()) == KEPT.tolist() and stay.tolist() == [0]
-    old, new = source.tensors, read_gguf(found.path).tensors
-    assert list(new) == list(old) and found.kinds == {kind: kind}
-    assert found.rounded == (0 if plain else 21 / 32)  # 11 neurons of the first block stay
+    old, new = source.tensors, read_gguf(result.path).tensors
+    assert list(new) == list(old) and result.kinds == {kind: kind}
+    assert result.rounded == (0 if plain else 21 / 32)  # 11 neurons of the first block stay
     for name, tensor in new.items():
         stored = old[name].bytes()
         if ".ffn_" not in name or "norm" in name:
@@ -105,27 +105,27 @@ def test_rows_keep_their_bytes_and_columns_move(kind, exported, tmp_path):
             step = 0.0 if plain else float(wanted.abs().max()) * 2 / 2 ** (int(kind[1]) - 1)
             assert float((got - wanted).abs().max()) <= step, name
     with torch.no_grad():
-        differ = apart(loaded(found.path, tmp_path)[0](IDS).logits, masked(model, masks))
+        differ = apart(loaded(result.path, tmp_path)[0](IDS).logits, masked(model, masks))
     assert differ < (1e-5 if plain else 0.15 if "Q4" in kind else 0.05)
-    assert found.bytes < found.bytes_before == source.path.stat().st_size
+    assert result.bytes < result.bytes_before == source.path.stat().st_size
 
 
 def test_types_to_which_nothing_rounds_become_8_bits(exported):
     masks = dict.fromkeys(range(LAYERS), range(60))
-    _, source, found = exported(masks, width=256, ffn=Kind.Q4_K, down=Kind.Q6_K)
-    assert found.kinds == {"Q6_K": "Q8_0"} and found.written == (64,) * LAYERS
-    assert found.rounded == 1
-    new = read_gguf(found.path).tensors["blk.1.ffn_down.weight"]
+    _, source, result = exported(masks, width=256, ffn=Kind.Q4_K, down=Kind.Q6_K)
+    assert result.kinds == {"Q6_K": "Q8_0"} and result.written == (64,) * LAYERS
+    assert result.rounded == 1
+    new = read_gguf(result.path).tensors["blk.1.ffn_down.weight"]
     old = source.tensors["blk.1.ffn_down.weight"].values()[:, :60]
     assert apart(new.values()[:, :60], old) < 0.01
 
 
-def test_held_masks_are_filled_up_without_effect(exported):
+def test_fixed_masks_are_filled_up_without_effect(exported):
     """Rows of zeros in gate and up: whatever down holds for them, nothing comes of it."""
     masks = {0: KEPT[:20], 1: range(40)}
-    _, source, found = exported(masks, ffn=Kind.Q4_1, down=Kind.Q8_0)
-    assert (found.asked, found.written, found.block) == ((20, 40), (32, 64), 32)
-    new, old = read_gguf(found.path).tensors, source.tensors
+    _, source, result = exported(masks, ffn=Kind.Q4_1, down=Kind.Q8_0)
+    assert (result.requested, result.written, result.block) == ((20, 40), (32, 64), 32)
+    new, old = read_gguf(result.path).tensors, source.tensors
     for layer, width, ids in ((0, 32, KEPT[:20]), (1, 64, torch.arange(40))):
         slots, _ = homes(ids, width)
         assert slots[slots >= 0].sort().values.tolist() == ids.tolist() and len(slots) == width
@@ -138,9 +138,9 @@ def test_held_masks_are_filled_up_without_effect(exported):
 
 
 def test_unequal_layers_are_an_architecture_with_a_list_of_widths(exported):
-    _, source, found = exported({1: KEPT}, **PLAIN)
-    assert found.architecture == "deci" and found.written == (FFN_WIDTH, 32)
-    fields = GGUFReader(found.path).fields
+    _, source, result = exported({1: KEPT}, **PLAIN)
+    assert result.architecture == "deci" and result.written == (FFN_WIDTH, 32)
+    fields = GGUFReader(result.path).fields
     assert fields["general.architecture"].contents() == "deci"
     assert fields["deci.feed_forward_length"].contents() == [FFN_WIDTH, 32]
     renamed = {name.replace("llama.", "deci.") for name in GGUFReader(source.path).fields}
@@ -150,10 +150,10 @@ def test_unequal_layers_are_an_architecture_with_a_list_of_widths(exported):
 
 def test_texts_are_read_one_by_one_and_added_up(exported):
     """GRIFFIN's score of both texts; the count is rounded up, and the next best fill it."""
-    model, source, found = exported(texts=TEXTS, asked={"sparsity": 0.5}, ffn=Kind.Q8_0)
-    assert (found.method, found.asked, found.written) == ("griffin@0.5", (48, 48), (64, 64))
-    assert found.achieved_sparsity == pytest.approx(1 / 3)
-    new = read_gguf(found.path).tensors
+    model, source, result = exported(texts=TEXTS, settings={"sparsity": 0.5}, ffn=Kind.Q8_0)
+    assert (result.method, result.requested, result.written) == ("griffin@0.5", (48, 48), (64, 64))
+    assert result.achieved_sparsity == pytest.approx(1 / 3)
+    new = read_gguf(result.path).tensors
     _, tokenizer = loaded(source.path, source.path.parent)
     sums = torch.zeros(FFN_WIDTH)
     for text in TEXTS:
@@ -170,25 +170,25 @@ def test_texts_are_read_one_by_one_and_added_up(exported):
 
 
 def test_compensation_is_the_bias_of_the_down_projection(exported, tmp_path):
-    asked = {"sparsity": 0.5, "compensation": True}
-    model, source, found = exported(texts=TEXTS[:1], asked=asked, ffn=Kind.F32)
-    assert found.compensated
+    settings = {"sparsity": 0.5, "compensation": True}
+    model, source, result = exported(texts=TEXTS[:1], settings=settings, ffn=Kind.F32)
+    assert result.compensated
     _, tokenizer = loaded(source.path, tmp_path)
-    with prune(model, "griffin", **asked) as run, torch.no_grad():
+    with prune(model, "griffin", **settings) as run, torch.no_grad():
         model(tokenizer(TEXTS[0], return_tensors="pt").input_ids)
         masks = run.select()
-    new = read_gguf(found.path).tensors
+    new = read_gguf(result.path).tensors
     for layer, mask in enumerate(masks):
         bias = new[f"blk.{layer}.ffn_down.bias"]
         assert bias.kind == "f32" and float(mask.bias.norm()) > 0
         torch.testing.assert_close(bias.values(), mask.bias, rtol=1e-4, atol=1e-6)
     with pytest.raises(LoadError, match=r"has blk.0.ffn_down.bias, .* LlamaForCausalLM has no"):
-        loaded(found.path, tmp_path)
+        loaded(result.path, tmp_path)
 
 
 def test_a_run_writes_its_newest_mask(exported, tmp_path, monkeypatch):
     """What it keeps, filled up to whole blocks; low-rank compensation is refused."""
-    model, source, _ = exported(texts=TEXTS[:1], asked={"sparsity": 0.5}, ffn=Kind.F32)
+    model, source, _ = exported(texts=TEXTS[:1], settings={"sparsity": 0.5}, ffn=Kind.F32)
     narrow = tmp_path / "again.gguf"
     with pytest.raises(ConfigError, match=r"only such a file is narrowed: load one with weights="):
         prune(model, masks={0: KEPT}).export(narrow)
@@ -227,10 +227,10 @@ REFUSED = [
 
 
 def test_what_no_file_can_hold_is_refused(tmp_path):
-    for number, (file, asked, sentence) in enumerate(REFUSED):
+    for number, (file, settings, sentence) in enumerate(REFUSED):
         source = write_gguf(tmp_path / f"{number}.gguf", **PLAIN, **file)
         model, tokenizer = loaded(source, tmp_path)
-        arguments = {"texts": TEXTS, "source": source, **asked}
+        arguments = {"texts": TEXTS, "source": source, **settings}
         with pytest.raises(ConfigError, match=re.escape(sentence)):
             export_gguf(model, tokenizer, tmp_path / "x.gguf", **arguments)
         assert not (tmp_path / "x.gguf").exists(), sentence
@@ -258,13 +258,21 @@ def test_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "a.jsonl").write_text('{"text": "the quick"}\n{"text": "brown fox"}\n', "utf-8")
-    asked = ["export", "--model", str(source), "--cache-dir", str(tmp_path), "--gguf", "new.gguf"]
-    done = call(*asked, "--text", "a.jsonl", "--prompt", "jumps", "--sparsity", "0.5", "--json")
+    settings = [
+        "export",
+        "--model",
+        str(source),
+        "--cache-dir",
+        str(tmp_path),
+        "--gguf",
+        "new.gguf",
+    ]
+    done = call(*settings, "--text", "a.jsonl", "--prompt", "jumps", "--sparsity", "0.5", "--json")
     assert done.code == 0, done.err
-    assert done.json["asked"] == [48, 48] and done.json["written"] == [64, 64]
+    assert done.json["requested"] == [48, 48] and done.json["written"] == [64, 64]
     assert done.json["kinds"] == {"Q4_1": "Q4_1"} and done.json["architecture"] == "llama"
     assert done.json["bytes"] == (tmp_path / "new.gguf").stat().st_size
-    done = call(*asked, "--prompt", "jumps", "--sparsity", "0.3", "--method", "dart-prompt")
+    done = call(*settings, "--prompt", "jumps", "--sparsity", "0.3", "--method", "dart-prompt")
     assert f"new.gguf: {SIZES}, 64 to 96 neurons per layer (before: 96), achieved" in done.out
     assert "achieved sparsity 16.7%, architecture deci, " in done.out
     assert re.search(r"down projections Q4_1, \d\d% of their columns rounded again", done.out)
@@ -275,6 +283,6 @@ def test_command(tmp_path, monkeypatch):
         (["--masks", "m.safetensors", "--prompt", "x"], "drop the prompt and the texts"),
         (["--model", "owner/name", "--prompt", "x"], "owner/name is not a GGUF file"),
     ):
-        done = call(*asked, *given)
+        done = call(*settings, *given)
         assert (done.code, done.out) == (2, "") and sentence in done.err, done.err
     assert "give --gguf FILE.gguf" in call("export", "--prompt", "x").err

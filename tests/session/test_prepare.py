@@ -24,13 +24,13 @@ CASES = [
     (PruneConfig.build("dense"), None, ("dense", "dense", 0.0)),
     (HALF, None, ("griffin@0.5", "griffin", 0.5)),
     (TABLE, None, ("griffin@table", "griffin", None)),
-    (HALF, picked(), ("given masks", "given masks", None)),
+    (HALF, picked(), ("fixed masks", "fixed masks", None)),
 ]
 
 
-@pytest.mark.parametrize(("config", "masks", "told"), CASES)
-def test_what_it_is_called(config, masks, told):
+@pytest.mark.parametrize(("config", "masks", "expected"), CASES)
+def test_what_it_is_called(config, masks, expected):
     method = prepare(shared_model(), None, config, masks=masks)
-    assert (method.label, method.method, method.requested) == told
-    assert (method.run() is None) == (told[0].startswith("dense"))
+    assert (method.label, method.method, method.requested) == expected
+    assert (method.run() is None) == (expected[0].startswith("dense"))
     assert ("weight_bytes" in method.facts) == (method.run() is None)

@@ -78,7 +78,7 @@ def keep(
 def _kept(model: nn.Module, key: str) -> dict[str, Tensors]:
     """What is in memory of ``model`` as it is now; what belongs to other weights is dropped."""
     kept = _memory.setdefault(model, {})
-    for other in [one for one in kept if one[:MODEL_DIGITS] != key[:MODEL_DIGITS]]:
+    for other in [name for name in kept if name[:MODEL_DIGITS] != key[:MODEL_DIGITS]]:
         del kept[other]
     return kept
 

@@ -1,7 +1,7 @@
 """Calibration: what a method collects from the dense model before any prompt is seen.
 
 Static methods (``wanda``, ``flap``) take their masks from a text, ``glass`` a prior from
-self-generated text (docs/method.md, "Calibration").
+self-generated text (docs/reference.md, "Self-calibration").
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from dart_llm.calibration.progress import (
 )
 from dart_llm.calibration.self_text import (
     WRITTEN,
-    own_start,
     sample_continuations,
     start_ids,
+    start_tokens,
 )
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError, LoadError
@@ -74,7 +74,7 @@ def calibrate(
         ids = documents.sequences(tokenizer, texts, part.sequences, part.length)
         tokens = digest_of(ids)
     else:
-        tokens = f"self {part.sequences} {part.length} {own_start(model)} {config.seed}"
+        tokens = f"self {part.sequences} {part.length} {start_tokens(model)} {config.seed}"
     parts = cache.rule_of(statistics), statistics.ema_decay, sorted(statistics.beside_score)
     key = cache.key_of(fingerprint(model), *parts, tokens)
     count = part.sequences if ids is None else len(ids)
@@ -148,9 +148,9 @@ def choose(
     """(masks, None) or (None, prior), by the calibration's purpose."""
     part, layers = config.calibration, _layers(model, config)
     assert part is not None
-    for layer, known in zip(layers, evidence, strict=True):
-        for one in known.sums.values():
-            one.total = one.total.to(layer.device)
+    for layer, statistics in zip(layers, evidence, strict=True):
+        for entry in statistics.sums.values():
+            entry.total = entry.total.to(layer.device)
     with torch.inference_mode(False):
         if part.purpose == "masks":
             return check_fits(config, layers).select(evidence).masks, None

@@ -2,7 +2,7 @@
 
 For text that the model sampled itself, the gradient of its log-likelihood is the score function, so
 the mean of g^2 is the diagonal of the Fisher information of the neuron's activation
-(docs/method.md).
+(docs/reference.md).
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def collect(
             yield evidence
 
     with torch.inference_mode(False), evaluating(model):
-        found = summed(batches(), devices)
-    for layer in found if needs.fisher else ():
+        evidence_sums = summed(batches(), devices)
+    for layer in evidence_sums if needs.fisher else ():
         mean = layer.sums[FISHER].mean
         if not bool(mean.isfinite().all()):
             raise DartError(
@@ -97,7 +97,7 @@ def collect(
                 "float32 or bfloat16"
             )
         layer.sums[FISHER] = Sum(mean, 1.0)
-    return found
+    return evidence_sums
 
 
 @torch.no_grad()

@@ -44,9 +44,9 @@ from dart_llm.calibration.progress import (
 from dart_llm.calibration.self_text import (
     WRITTEN,
     opening_ids,
-    own_start,
     sample_continuations,
     start_ids,
+    start_tokens,
 )
 from dart_llm.errors import ConfigError, LoadError
 from dart_llm.models.checkpoint import remember_tokenizer
@@ -144,7 +144,7 @@ class SelfCalibration:
         """The parts of ``names`` that the self-generated text gives."""
         assert self.text is not None
         made: Parts = {}
-        bases = [_of_layer(parts, BASIS, one) for one in self.layers]
+        bases = [_of_layer(parts, BASIS, layer) for layer in self.layers]
         if BASIS in names:
             rank = self.config.compensation_rank
             bases = find_bases(model, self.text, rank, self.layers, progress.stage(BASES))
@@ -159,12 +159,12 @@ class SelfCalibration:
         needs = Needs(statistics, bases, FISHER in names, inner=True)
         evidence = collect(model, self.text, needs, progress.stage(READING))
         if FISHER in names:
-            made[FISHER] = {str(n): one.sums[FISHER].total for n, one in enumerate(evidence)}
+            made[FISHER] = {str(n): layer.sums[FISHER].total for n, layer in enumerate(evidence)}
         for name in names:
             if name not in made:
                 wanted = SUMS.get(name, (name,))
-                sums = [{k: v for k, v in one.sums.items() if k in wanted} for one in evidence]
-                made[name] = to_tensors([LayerStatistics(one) for one in sums])
+                sums = [{k: v for k, v in layer.sums.items() if k in wanted} for layer in evidence]
+                made[name] = to_tensors([LayerStatistics(layer) for layer in sums])
         for name in names:
             self._keep(name, made[name], parts | made)
         return made
@@ -212,7 +212,7 @@ class SelfCalibration:
         rounds, and so writes, otherwise, and parts of two texts would not fit together.
         """
         if name == TEXT:
-            first = own_start(self.model) if self.opening is None else digest_of(self.opening)
+            first = start_tokens(self.model) if self.opening is None else digest_of(self.opening)
             decides: list[object] = [
                 first,
                 self.settings.model_dump(exclude={"tokens"}),
@@ -314,9 +314,9 @@ def _with_parts(
     sums = [from_tensors(parts[n], len(layers)) for n in parts if n == SCORE or n in SUMS]
     stats = []
     for number, layer in enumerate(layers):
-        evidence = LayerStatistics({k: v for one in sums for k, v in one[number].sums.items()})
-        for one in evidence.sums.values():
-            one.total = one.total.to(layer.device)
+        evidence = LayerStatistics({k: v for entry in sums for k, v in entry[number].sums.items()})
+        for entry in evidence.sums.values():
+            entry.total = entry.total.to(layer.device)
         fisher, basis = (_of_layer(parts, name, layer) for name in (FISHER, BASIS))
         stats.append(SelfStats(evidence, fisher, basis))
     return with_parts(layers, self_stats=stats)

@@ -28,14 +28,14 @@ def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
     if tokenizer is None or not length:
         return None
     made = [tokenizer(text)["input_ids"][:length] for text in texts.openings()]
-    found = [ids for ids in made if len(ids) == length]
+    openings = [ids for ids in made if len(ids) == length]
     vocabulary = int(model.config.get_text_config().vocab_size)
-    if not found or max(max(ids) for ids in found) >= vocabulary:
+    if not openings or max(max(ids) for ids in openings) >= vocabulary:
         return None
-    return torch.tensor([found[row % len(found)] for row in range(count)])
+    return torch.tensor([openings[row % len(openings)] for row in range(count)])
 
 
-def own_start(model: Any) -> list[int]:
+def start_tokens(model: Any) -> list[int]:
     """The token that a text of ``model`` starts with: its start or end token, or ignore."""
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         for name in ("bos_token_id", "eos_token_id"):
@@ -50,7 +50,7 @@ def start_ids(model: Any, count: int, generator: torch.Generator) -> Tensor:
     """[count, 1] int64: the token that the model's texts start with, or random ones."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     first = torch.randint(vocabulary, (count, 1), generator=generator)
-    start = own_start(model)
+    start = start_tokens(model)
     return first.fill_(start[0]) if start else first
 
 
@@ -90,13 +90,13 @@ def sample_continuations(
 
 def _last_logits(model: Any, output: Any) -> Tensor:
     """[B, V] float32 on the host."""
-    found = getattr(output, "logits", None)
-    if found is None:
+    outputs = getattr(output, "logits", None)
+    if outputs is None:
         raise ConfigError(
             f"{type(model).__name__} has no language-model head, so it writes no text to learn "
             "from: prune the causal language model around it, or use dart-prompt or griffin"
         )
-    logits: Tensor = found[:, -1].float().cpu()
+    logits: Tensor = outputs[:, -1].float().cpu()
     if bool((logits.isnan() | logits.isposinf()).any()):
         raise DartError(
             "a logit of the model's self-generated text is not finite: the model overflows; try "

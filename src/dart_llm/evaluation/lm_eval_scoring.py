@@ -16,7 +16,7 @@ from dart_llm.errors import ConfigError, DartError
 from dart_llm.evaluation.likelihood import SHORT, decoded_tokens, score_context
 from dart_llm.evaluation.masks_seen import Part, TakenMasks, finished_part, merge_accounting
 from dart_llm.evaluation.measurement import MeasureOptions
-from dart_llm.pruning.records import merge_reports, slim
+from dart_llm.pruning.records import merge_reports, without_sequences
 from dart_llm.session.prepare import UnitStore
 from dart_llm.session.run import BoundMethod, Run
 
@@ -146,7 +146,7 @@ class Scorer:
             self._check_pruned(run, reports, len(context))
         return {
             "answers": [[one.logprob, one.greedy] for one in scored],
-            "report": slim(merge_reports(reports)) if reports else None,
+            "report": without_sequences(merge_reports(reports)) if reports else None,
             "dense_tokens": decoded_tokens(continuations) if run is None else 0,
             "masks": self.taken.take(),
         }
@@ -203,7 +203,7 @@ class Scorer:
         torch.manual_seed(seed)
         text, report = make(), None
         if run is not None:
-            report = slim(run.report().to_dict())
+            report = without_sequences(run.report().to_dict())
             if report["decoded_tokens"] > 1:
                 self._check_pruned(run, [report], report["prompt_tokens"])
         return {"text": text, "report": report, "dense_tokens": 0, "masks": self.taken.take()}

@@ -35,7 +35,7 @@ from dart_llm.evaluation.masks_seen import (
 from dart_llm.evaluation.measurement import LEAK, Measurement, MeasureOptions, mean
 from dart_llm.evaluation.windows import STANDARD, Window, cut, slice_windows
 from dart_llm.models.describe import context_length
-from dart_llm.pruning.records import RunReport, slim
+from dart_llm.pruning.records import RunReport, without_sequences
 from dart_llm.pruning.sequence import Phase
 from dart_llm.session.prepare import UnitStore
 from dart_llm.session.run import BoundMethod, Run
@@ -205,7 +205,7 @@ def score_part(candidate: BoundMethod, run: Run | None, window: Window, protocol
     run.on_masks = taken = TakenMasks()
     with run:
         part = _part(candidate, run, window, protocol, masks=taken.packed)
-        part["report"] = slim(run.report().to_dict())
+        part["report"] = without_sequences(run.report().to_dict())
     if prunes and not any(ran_pruned(part)):
         raise ConfigError(
             f"perplexity of {candidate.label}: all {window.scored} scored tokens of a slice ran "

@@ -34,7 +34,7 @@ from dart_llm.evaluation.measurement import PROTOCOLS, Measurement, MeasureOptio
 from dart_llm.files import finite
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length
-from dart_llm.pruning.records import RunReport, slim
+from dart_llm.pruning.records import RunReport, without_sequences
 from dart_llm.session.generation import CheckedModel, Generation, generate, text_ends
 from dart_llm.session.prepare import UnitStore
 from dart_llm.session.run import BoundMethod, Run
@@ -173,7 +173,7 @@ class Summarizer:
                 "text": text,
                 "finish": "stop" if ended else "length",
             },
-            "report": None if report is None else slim(report.to_dict()),
+            "report": None if report is None else without_sequences(report.to_dict()),
             "unpruned": report is not None and self._unpruned(report),
             "masks": taken.packed,
         }

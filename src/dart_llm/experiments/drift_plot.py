@@ -28,7 +28,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "armed": ("window", {"marker": "o"}),
     "low": ("low window", {"marker": "v", "markersize": 8}),
     "trigger": ("trigger", {"marker": "*", "markersize": 14}),
-    "held": ("suppressed by the guards", {"marker": "D", "markeredgewidth": 1.8}),
+    "suppressed": ("suppressed by the guards", {"marker": "D", "markeredgewidth": 1.8}),
     "arming": ("arming: no threshold yet", {"marker": "o"}),
 }
 """Label and look of each kind of window."""
@@ -50,7 +50,7 @@ def drift_sentence(checks: Sequence[DriftCheck], remasks: Masks) -> str:
         return len({(c.sequence, -1 if shared else c.row, c.step) for c in chosen})
 
     rebuilt = sum(remask.get("cause") == "drift" for remask in remasks)
-    suppressed = number([check for check in checks if check.state == "held"])
+    suppressed = number([check for check in checks if check.state == "suppressed"])
     triggers = number([check for check in checks if check.trigger])
     lows = sum(is_low(check) for check in armed)
     words = [f"{lows} of {count(len(armed), 'window')} fell below the threshold"]
@@ -116,7 +116,7 @@ def draw_checks(axes: Axes, palette: Palette, checks: Sequence[DriftCheck], mask
         axes.plot(steps, limits, "--", label="_" if number else "threshold", **look)
     for kind, (label, look) in KINDS.items():
         points = [check for check in checks if _kind(check) == kind]
-        colours = {"armed": palette[0], "held": "white", "arming": "white"}
+        colours = {"armed": palette[0], "suppressed": "white", "arming": "white"}
         style: dict[str, Any] = {
             "color": colours.get(kind, palette[4]),
             "markersize": 6.5,
@@ -134,7 +134,7 @@ def draw_checks(axes: Axes, palette: Palette, checks: Sequence[DriftCheck], mask
 def _kind(check: DriftCheck) -> str:
     if check.trigger:
         return "trigger"
-    if check.state in ("held", "arming"):
+    if check.state in ("suppressed", "arming"):
         return check.state
     return "low" if is_low(check) else "armed"
 

@@ -52,8 +52,8 @@ class Changes:
 
     def end(self) -> None:
         """Every replaced method runs as the original from now on, whoever calls it."""
-        for one in self._replaced:
-            one.end()
+        for replacement in self._replaced:
+            replacement.end()
 
     def undo(self) -> None:
         """Put everything back; safe to call again, wherever it was interrupted."""

@@ -63,7 +63,7 @@ class ModelPatch(NotCopied):
 
     ``many``: more will follow it (``serve``), so that everything is prepared at once.
     ``screen``: of its output head, for decoded tokens; None: the head is whole.  With ``many`` it
-    serves the controllers whose configuration asks for it.
+    serves the controllers whose configuration requests it.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class ModelPatch(NotCopied):
             return
         tokens = [token_ffn(layer.block, config) for layer in self.layers]
         for layer, token in zip(self.layers, tokens, strict=True):
-            layer.choose_per_token(token, self._changes)
+            layer.select_per_token(token, self._changes)
         if tokens[0].rule.attention and not self._attention:
             self._attention = True
             for layer, projections in zip(self.layers, self._view.attention, strict=True):
@@ -315,7 +315,7 @@ class ModelPatch(NotCopied):
         if self._on_forward is not None:
             steps = self.whole_steps.steps if self.whole_steps else 0
             if steps == self._steps_before:  # the layers ran one by one since
-                self._forget_choices()
+                self._forget_selections()
             self._steps_before = steps
             self._on_forward(seen.input_ids, self._decodes)
 
@@ -327,22 +327,22 @@ class ModelPatch(NotCopied):
                 layer.token.watched = on_forward is not None
         if self.whole_steps is not None:
             self.whole_steps.decoder.watch(on_forward is not None)
-        self._forget_choices()
+        self._forget_selections()
 
-    def _forget_choices(self) -> None:
+    def _forget_selections(self) -> None:
         for layer in self.layers:
             if layer.token is not None:
                 layer.token.marks = None
 
-    def chosen(self, layers: Sequence[int]) -> Tensor | list[Tensor]:
+    def selected(self, layers: Sequence[int]) -> Tensor | list[Tensor]:
         """What the tokens of the newest forward selected in ``layers``, while watched.
 
-        As of ``PatchedFFN.chosen``; after a whole step one tensor of all these layers.
+        As of ``PatchedFFN.selected``; after a whole step one tensor of all these layers.
         """
         if self.whole_steps is not None and self.whole_steps.steps > self._steps_before:
-            every = self.whole_steps.decoder.chosen()
+            every = self.whole_steps.decoder.selected()
             return every if len(layers) == len(every) else every[list(layers)]
-        return [self.layers[index].chosen() for index in layers]
+        return [self.layers[index].selected() for index in layers]
 
     def _decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:
         """Logits [1, V] after ids [1, 1], by a whole step, without a call of the model.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,15 +34,6 @@ class PatchContext(Protocol):
     executor: str
     plan: ForwardPlan
     rows: int
-
-
-class Mode(Enum):
-    """How one forward of an FFN runs."""
-
-    DENSE = "the model's own forward"
-    OBSERVED = "dense, its activations put straight into the plan"
-    COMPACT = "the kept neurons of one mask, or of one token, alone"
-    MASKED = "all neurons, multiplied by masks; also where more than activations is observed"
 
 
 @dataclass
@@ -87,7 +77,7 @@ class PatchedFFN:
         """Run masks by Triton's kernels."""
         self.kept = CudaFfn(self.block)
 
-    def choose_per_token(self, token: TokenFfn, changes: Changes) -> None:
+    def select_per_token(self, token: TokenFfn, changes: Changes) -> None:
         """Tokens select their neurons by ``token`` where the plan has ``TokenMask``s."""
         first, self.token = self.token is None, token
         if not isinstance(self.kept, CompactFfn):
@@ -138,32 +128,26 @@ class PatchedFFN:
             return original(*args, **kwargs)
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         masks = [None if layers is None else layers[self.block.index] for layers in plan.masks]
-        match self._mode(plan, masks, x):
-            case Mode.OBSERVED:
-                z = self._run_observed(plan, x)
-            case Mode.COMPACT:
-                self.kept.load(masks[0])  # type: ignore[arg-type]
-                z = self.kept.run(x)
-            case Mode.MASKED:
-                z = self._run_masked(original, x, masks)
-            case _:
-                return original(*args, **kwargs)
+        only = masks[0] if len(masks) == 1 else None
+        if plan.into is not None and not self.block.inline and not torch.is_grad_enabled():
+            z = self._run_observed(plan, plan.into, x)  # inline blocks flatten their tokens
+        elif plan.observe:
+            z = self._run_masked(original, x, masks)
+        elif all(mask is None for mask in masks):
+            return original(*args, **kwargs)
+        elif only is not None and self._compacts(x, only):
+            self.kept.load(only)
+            z = self.kept.run(x)
+        else:
+            z = self._run_masked(original, x, masks)
         return self.block.finish(z, (*args, *kwargs.values())[: 2 if args else None])
 
-    def _mode(self, plan: ForwardPlan, masks: list[LayerMask | None], x: Tensor) -> Mode:
-        if plan.into is not None and not self.block.inline and not torch.is_grad_enabled():
-            return Mode.OBSERVED  # inline blocks flatten their tokens
-        if plan.observe:
-            return Mode.MASKED
-        if all(mask is None for mask in masks):
-            return Mode.DENSE
-        only = masks[0] if len(masks) == 1 else None
-        return Mode.COMPACT if only is not None and self._compacts(x, only) else Mode.MASKED
-
-    def _run_observed(self, plan: ForwardPlan, x: Tensor) -> Tensor:
-        assert plan.into is not None
+    def _run_observed(
+        self, plan: ForwardPlan, into: dict[int, LayerObservation], x: Tensor
+    ) -> Tensor:
+        """Dense; its activations go straight ``into`` the plan."""
         u = self.block.hidden(x)
-        plan.into[self.block.index] = LayerObservation(u, x if plan.inputs else None)
+        into[self.block.index] = LayerObservation(u, x if plan.inputs else None)
         z: Tensor = self.block.down(u)
         return z
 
@@ -182,6 +166,7 @@ class PatchedFFN:
     def _run_masked(
         self, original: Callable[..., Any], x: Tensor, masks: list[LayerMask | None]
     ) -> Tensor:
+        """All neurons, multiplied by masks."""
         project = original if self.block.inline else self.block.down
         if any(isinstance(mask, TokenMask) for mask in masks):
             assert self.token is not None
@@ -225,7 +210,7 @@ class PatchedFFN:
             seen = seen.map(lambda t: t.reshape(rows, -1, t.shape[-1]))
         self.context.controller.observe(self.block.index, seen)
 
-    def chosen(self) -> Tensor:
+    def selected(self) -> Tensor:
         """What the tokens of the newest forward selected in this layer, if they did.
 
         uint8 [B T, I / 8 rounded up]: bit i % 8 of byte i / 8 is neuron i.
@@ -268,6 +253,6 @@ def _stack(
 
 def _maps(linear: Sequence[LowRank | None]) -> LowRank | None:
     """The rows' maps as one: they share the basis; ``out`` becomes [B, D, r]."""
-    some = next((one for one in linear if one is not None), None)
-    out = stacked([None if one is None else one.out for one in linear])
+    some = next((low_rank for low_rank in linear if low_rank is not None), None)
+    out = stacked([None if low_rank is None else low_rank.out for low_rank in linear])
     return None if some is None or out is None else LowRank(some.basis, out)

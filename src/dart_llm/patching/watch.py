@@ -63,7 +63,8 @@ class Watch:
             ours = isinstance(host.__dict__.get(name), Replacement)
             if not ours or type(host).forward is not forward:
                 raise AttachError(f"the forward of a {type(host).__name__} was changed {LEAVE}")
-        odd = next((type(one).__name__ for one in self.linears if type(one) is not nn.Linear), "")
+        kinds = (type(linear) for linear in self.linears)
+        odd = next((kind.__name__ for kind in kinds if kind is not nn.Linear), "")
         if odd:
             raise AttachError(f"a linear layer was made a {odd} {LEAVE}")
         for layer, plain in zip(self._layers, self._plain, strict=True):
@@ -85,11 +86,11 @@ SMALL = 4096
 
 def _model_mark(model: Any) -> tuple[Any, ...]:
     """What whole steps read once, beside the weights: code, numbers, small buffers, settings."""
-    buffers = [one for one in model.buffers() if one.numel() <= SMALL and not one.is_meta]
+    buffers = [t for t in model.buffers() if t.numel() <= SMALL and not t.is_meta]
     text = model.config.get_text_config()
     names = ("_attn_implementation", "attn_logit_softcapping", "final_logit_softcapping")
     settings = [getattr(text, name, None) for name in names]
-    return signature(model), [one.tolist() for one in buffers], settings
+    return signature(model), [t.tolist() for t in buffers], settings
 
 
 def _weight_places(parts: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
@@ -118,13 +119,13 @@ class Turn:
 
         Raises ``ConfigError`` while another thread runs the model, ``AttachError`` after ``close``.
         """
-        own, before = threading.get_ident(), self._runs
-        others = {self._generates, before if self._is_inside(before, RUNS) else 0} - {0, own}
+        thread, before = threading.get_ident(), self._runs
+        others = {self._generates, before if self._is_inside(before, RUNS) else 0} - {0, thread}
         if others:
             raise ConfigError(
                 "another thread is running this model: a pruned model runs one forward at a time"
             )
-        self._runs = own
+        self._runs = thread
         self.check()
         return before != 0
 
@@ -150,15 +151,15 @@ class Turn:
 
     def begin(self) -> None:
         """Raise ``AttachError`` where another thread is in the middle of a text."""
-        own = threading.get_ident()
-        if any(self._is_inside(one, GENERATES) for one in sys._current_frames() if one != own):
+        others = sys._current_frames().keys() - {threading.get_ident()}
+        if any(self._is_inside(thread, GENERATES) for thread in others):
             raise AttachError(
                 "another thread is generating with this model: attach when it has finished, or "
                 "let both take turns by a lock"
             )
 
     def close(self) -> None:
-        """No forward begins any more, and none of another thread goes on after this."""
+        """No forward begins any more, and none of another thread continues after this."""
         self.is_over = True
         while self._runs != threading.get_ident() and self._is_inside(self._runs, RUNS):
             time.sleep(0.001)  # it reads what is freed next
@@ -168,7 +169,7 @@ class Turn:
         frame = sys._current_frames().get(thread) if thread else None
         while frame is not None:
             called = frame.f_code.co_name in names and frame.f_locals.get("self")
-            if any(called is one for one in self._owners):
+            if any(called is owner for owner in self._owners):
                 return True
             frame = frame.f_back
         return False

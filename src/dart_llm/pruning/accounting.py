@@ -1,6 +1,6 @@
 """Bytes and achieved sparsity: from the states of a run to its report.
 
-Bytes are counted from the shapes and dtypes that exist (docs/method.md, "Accounting").
+Bytes are counted from the shapes and dtypes that exist (docs/reference.md, "Accounting").
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class TokenTraffic:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data; ``TokenTraffic(**data)`` is this again."""
-        return {**asdict(self), "cache": [list(one) for one in self.cache]}
+        return {**asdict(self), "cache": [list(entry) for entry in self.cache]}
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def tracing_flops(
 
 @dataclass(frozen=True)
 class TokenCosts:
-    """What per-token selection reads (docs/method.md, "Token-level").
+    """What per-token selection reads (docs/reference.md, "Per-token selection").
 
     ``rows``: of the largest batch of which the executor reads each token's winners alone; in others
     it computes all neurons (``masked``: those of fixed masks too).
@@ -197,7 +197,7 @@ class TokenCosts:
         rows = self.state.rows
         if self.executor == IF_COMPACT or tokens <= rows <= self.rows:
             most = [min(w, math.ceil(k * tokens)) for k, w in zip(kept, widths, strict=True)]
-            return [k or own for k, own in zip(fixed, most, strict=True)]
+            return [k or most_layer for k, most_layer in zip(fixed, most, strict=True)]
         masked = self.executor == "masked"
         return [width if masked else k or width for k, width in zip(fixed, widths, strict=True)]
 
@@ -208,9 +208,9 @@ class TokenCosts:
         each = zip(self.costs.layers, self.candidates(kept), kept, computed, strict=True)
         return round(
             sum(
-                self.rule.selection_bytes(config, LayerCost(*one, self.costs.width))
-                for one in each
-                if one[1]
+                self.rule.selection_bytes(config, LayerCost(*counts, self.costs.width))
+                for counts in each
+                if counts[1]
             )
         )
 
@@ -225,7 +225,8 @@ def selects_per_token(state: SequenceState) -> bool:
 def known_bytes(layers: Iterable[FfnWeights], prior: Iterable[Tensor] | None) -> int:
     """Bytes of what was there before a run: calibrated ``prior`` [I] per layer, and learned."""
     calibrated = sum(part.nbytes for part in prior or ())
-    return calibrated + sum(one.self_stats.nbytes() for one in layers if one.self_stats is not None)
+    learned = [layer.self_stats for layer in layers if layer.self_stats is not None]
+    return calibrated + sum(stats.nbytes() for stats in learned)
 
 
 class _Decoded:
@@ -302,7 +303,7 @@ def run_report(
         dense_token_share=decoded.dense_share,
         prompt_tokens=round(sum(state.prompt_tokens * state.rows for state in states)),
         decoded_tokens=round(decoded.tokens),
-        remasks=causes.total() - causes["first"] - causes["given"],
+        remasks=causes.total() - causes["first"] - causes["fixed"],
         remask_causes=dict(causes),
         layers=layers,
         executor=executor,
@@ -326,8 +327,8 @@ def _token_bytes(
     traffic = costs.traffic
     if traffic is None:
         return {}
-    weights = [max(1e-9, sum(float(one.tokens) for one in state.mask_spans)) for state in states]
-    ends = (one.cached + one.prompt_tokens + (one.decoded + 1) / 2 for one in states)
+    weights = [max(1e-9, sum(float(span.tokens) for span in state.mask_spans)) for state in states]
+    ends = (state.cached + state.prompt_tokens + (state.decoded + 1) / 2 for state in states)
     positions = zip(weights, ends, strict=True)
     context = sum(n * end for n, end in positions) / max(1e-9, sum(weights))
     ffn, _ = _ffn_bytes(states, replace(costs, width=BFLOAT16), IF_COMPACT)

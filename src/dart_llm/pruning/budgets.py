@@ -1,4 +1,4 @@
-"""Layer budgets: how many neurons each layer keeps (docs/method.md, "Budgets").
+"""Layer budgets: how many neurons each layer keeps (docs/reference.md, "Budgets").
 
 A budget is one function ``(layers, keep) -> keep counts``: whole numbers that sum to ``keep``.
 Everything here runs on the host in float64, so that all executors and devices agree.
@@ -197,7 +197,7 @@ def depth_sparsities(
     priority = [r * depth_profile(y) for r, y in zip(robust, depths, strict=True)]
     lo, hi = min(0.1, rho), max(0.9, rho)
     scale = rho * count / max(sum(priority), 1e-300)
-    p = [min(max(scale * one, lo), hi) for one in priority]
+    p = [min(max(scale * value, lo), hi) for value in priority]
     for _ in range(1000):
         residue = rho * count - sum(p)
         inside = [i for i in range(count) if lo < p[i] < hi]

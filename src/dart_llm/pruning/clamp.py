@@ -1,7 +1,7 @@
 """Clamps: neurons whose activation is fixed at a value while the model decodes.
 
-A neuron whose activation is v adds ``v W_down[:, i]``, whatever it would have said: so it is a
-neuron that is removed, and a constant beside it.  That is a mask with a bias, which every executor
+A neuron whose activation is v adds ``v W_down[:, i]`` to every token: so it is a neuron that
+is removed, and a constant beside it.  That is a mask with a bias, which every executor
 runs already.
 """
 
@@ -19,7 +19,7 @@ from dart_llm.pruning.compensation import compensation
 from dart_llm.pruning.masks import LayerMask, Masks
 from dart_llm.pruning.weights import FfnWeights
 
-Given = Mapping[int, Mapping[int, float]]
+ClampValues = Mapping[int, Mapping[int, float]]
 """{layer: {neuron id: its activation}}."""
 
 
@@ -57,48 +57,48 @@ class Clamp:
 
     def of(self, masks: Masks) -> Masks:
         """``masks`` under the clamp."""
-        known = self.layers
-        return tuple(known[n].of(mask) if n in known else mask for n, mask in enumerate(masks))
+        layers = self.layers
+        return tuple(layers[n].of(mask) if n in layers else mask for n, mask in enumerate(masks))
 
-    # what a choice of masks asks, so that the clamped neurons are not chosen
+    # for the selection of masks, which must leave the clamped neurons out
 
     def last(self, scores: Sequence[Tensor]) -> list[Tensor]:
         """``scores``, [I] each, with the clamped neurons behind all others."""
-        known = self.layers
+        clamped = self.layers
         return [
-            score.index_fill(0, known[n].ids, -torch.inf) if n in known else score
+            score.index_fill(0, clamped[n].ids, -torch.inf) if n in clamped else score
             for n, score in enumerate(scores)
         ]
 
     def most(self, layer: int, count: int) -> int:
         """``count``, or as many neurons as the layer has that are not clamped."""
-        own = self.layers.get(layer)
-        return count if own is None else min(count, own.width - len(own.ids))
+        clamped = self.layers.get(layer)
+        return count if clamped is None else min(count, clamped.width - len(clamped.ids))
 
     def without(self, layer: int, ids: Tensor) -> Tensor:
-        """Those of ``ids`` that are not clamped: nothing else stands for a clamped neuron."""
-        own = self.layers.get(layer)
-        return ids if own is None else ids[~torch.isin(ids, own.ids)]
+        """Those of ``ids`` that are not clamped: only the clamp replaces these."""
+        clamped = self.layers.get(layer)
+        return ids if clamped is None else ids[~torch.isin(ids, clamped.ids)]
 
     def silent(self, layer: int, mean: Tensor) -> Tensor:
         """``mean`` activations [I] with 0 for the clamped neurons, likewise."""
-        own = self.layers.get(layer)
-        return mean if own is None else mean.index_fill(0, own.ids, 0.0)
+        clamped = self.layers.get(layer)
+        return mean if clamped is None else mean.index_fill(0, clamped.ids, 0.0)
 
 
 NO_CLAMP = Clamp({})
 
 
-def make_clamp(layers: Sequence[FfnWeights], given: Given) -> Clamp:
-    """Of ``given`` activations.
+def make_clamp(layers: Sequence[FfnWeights], values: ClampValues) -> Clamp:
+    """Of the activations ``values``.
 
     Raises ``ConfigError`` for a layer, a neuron or a value that cannot be.
     """
-    layered = isinstance(given, Mapping) and all(isinstance(v, Mapping) for v in given.values())
-    ids = [*given, *(neuron for own in given.values() for neuron in own)] if layered else [None]
-    if not all(isinstance(one, Integral) and not isinstance(one, bool) for one in ids):
+    layered = isinstance(values, Mapping) and all(isinstance(v, Mapping) for v in values.values())
+    ids = [*values, *(n for neurons in values.values() for n in neurons)] if layered else [None]
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in ids):
         raise ConfigError("clamp= takes {layer: {neuron id: activation}}, numbers all of them")
-    return Clamp({n: _of_layer(layers, n, given[n]) for n in sorted(given) if given[n]})
+    return Clamp({n: _of_layer(layers, n, values[n]) for n in sorted(values) if values[n]})
 
 
 def _fits(value: float) -> bool:

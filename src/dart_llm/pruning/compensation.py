@@ -1,8 +1,8 @@
-"""Compensation: what the removed neurons would have said, as a linear map of few features.
+"""Compensation: what the removed neurons would have added, as a linear map of few features.
 
-Their output is predicted by least squares from r features of the FFN's input, ``f = P h``, over the
-observed tokens (and the prior's).  Mean compensation is r = 0: a constant, after FLAP (arXiv
-2312.11983), which does so for static pruning.  docs/method.md, "Compensation".
+Their output is predicted by least squares from r features of the FFN's input, ``f = P h``, over
+the observed and the learned tokens.  Mean compensation is r = 0: a constant, after FLAP (arXiv
+2312.11983), which does so for static pruning.  docs/reference.md, "Compensation".
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def compensation(down: Tensor, mean: Tensor, removed: Tensor) -> Tensor:
 
 
 RIDGE = 0.1
-"""Added to the features' covariance, in units of their variance over the prior's text (1)."""
+"""Added to the features' covariance; over the self-generated text each has variance 1."""
 
 ROUNDING = 1e-6
 """Share of the mean square of h up to which its variance counts as rounding: nothing to read."""
@@ -55,18 +55,18 @@ class LowRank:
         return features @ self.out.mT
 
     def nbytes(self) -> int:
-        """Bytes of ``out``; the basis belongs to the prior."""
+        """Bytes of ``out``; the basis belongs to the learned statistics."""
         return self.out.numel() * self.out.element_size()
 
 
 def read_features(h: Tensor | None, layers: Sequence[FfnWeights]) -> Tensor | None:
     """Features [L, B, T, r] of the layers' FFN inputs h [L, B, T, D]; None where none are read."""
     bases = [None if layer.self_stats is None else layer.basis for layer in layers]
-    found = [basis for basis in bases if basis is not None]
-    if h is None or len(found) < len(bases):
+    learned = [basis for basis in bases if basis is not None]
+    if h is None or len(learned) < len(bases):
         return None
     with full_precision(h):
-        parts = [functional.linear(t.to(basis), basis) for t, basis in zip(h, found, strict=True)]
+        parts = [functional.linear(t.to(basis), basis) for t, basis in zip(h, learned, strict=True)]
     return torch.stack(parts)
 
 
@@ -115,28 +115,31 @@ class CompensationInputs:
 def low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank]]:
     """The constant [D] float32 and the map that stand for each layer's removed neurons."""
     alike = dict[tuple[torch.device, torch.Size], list[int]]()
-    for place, one in enumerate(layers):
-        alike.setdefault((one.basis.device, one.basis.shape), []).append(place)
-    found = dict[int, tuple[Tensor, LowRank]]()
+    for index, layer in enumerate(layers):
+        alike.setdefault((layer.basis.device, layer.basis.shape), []).append(index)
+    maps = dict[int, tuple[Tensor, LowRank]]()
     for places in alike.values():
-        found.update(zip(places, _low_rank([layers[i] for i in places]), strict=True))
-    return [found[place] for place in range(len(layers))]
+        maps.update(zip(places, _low_rank([layers[i] for i in places]), strict=True))
+    return [maps[index] for index in range(len(layers))]
 
 
 def _low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank]]:
     """For layers of one device and rank: a few operations on all of them cost as one on each."""
     with full_precision(layers[0].down):
-        f = torch.stack([one.evidence.sums["features"].mean for one in layers])
+        f = torch.stack([layer.evidence.sums["features"].mean for layer in layers])
         # the hidden size is smaller than the number of neurons: the inverse is applied last
         both = torch.stack(
-            [_folded(one.down.detach().t(), one.removed, one.covariances()) for one in layers]
+            [
+                _folded(layer.down.detach().t(), layer.removed, layer.covariances())
+                for layer in layers
+            ]
         )
         out = both[..., :-1] @ inverses(layers, f)
         bias = both[..., -1] - (out @ f[..., None])[..., 0]
         maps = out.to(layers[0].down.dtype).unbind(0)
     return [
-        (constant, LowRank(one.basis, linear))
-        for constant, linear, one in zip(bias.unbind(0), maps, layers, strict=True)
+        (constant, LowRank(layer.basis, linear))
+        for constant, linear, layer in zip(bias.unbind(0), maps, layers, strict=True)
     ]
 
 
@@ -145,17 +148,17 @@ def inverses(layers: Sequence[CompensationInputs], f: Tensor) -> Tensor:
 
     ``covariances() @ inverse`` is the ridge regression of the removed neurons' u on the features.
     """
-    moments = torch.stack([one.evidence.sums["moments"].mean for one in layers])
+    moments = torch.stack([layer.evidence.sums["moments"].mean for layer in layers])
     ridge = RIDGE * torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
-    found: Tensor = torch.linalg.inv(moments - f[:, :, None] * f[:, None, :] + ridge)
-    return found
+    inverse: Tensor = torch.linalg.inv(moments - f[:, :, None] * f[:, None, :] + ridge)
+    return inverse
 
 
 def _folded(rows: Tensor, ids: Tensor, factors: Tensor) -> Tensor:
     """``rows[ids].T @ factors`` in float32, [D, c].  rows: [I, D]; ids: [n]; factors: [n, c]."""
     laid = rows.device.type == "cpu" and rows.is_contiguous() and type(rows) is Tensor
     if laid and rows.dtype in (torch.float32, torch.bfloat16) and not why_not():
-        found: Tensor = ops().fold(rows, ids.to(torch.int32), factors.contiguous())
-        return found.t()
+        product: Tensor = ops().fold(rows, ids.to(torch.int32), factors.contiguous())
+        return product.t()
     wide = rows.index_select(0, ids).float()
     return (factors.t() @ wide).t()  # takes half the time of wide.t() @ factors

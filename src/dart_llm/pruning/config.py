@@ -1,4 +1,4 @@
-"""What a run is asked to do: one frozen ``PruneConfig`` with its parts, validated on creation."""
+"""The settings of a run: one frozen ``PruneConfig`` with its parts, validated on creation."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ class Part(BaseModel):
 
 def unknown_key(part: type[BaseModel], key: str) -> ConfigError:
     """The error for a setting that does not exist; suggests the near one."""
-    known = sorted(part.model_fields)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f'did you mean "{near[0]}"?' if near else f"known settings: {', '.join(known)}"
+    settings = sorted(part.model_fields)
+    near = difflib.get_close_matches(key, settings, n=1, cutoff=0.5)
+    hint = f'did you mean "{near[0]}"?' if near else f"known settings: {', '.join(settings)}"
     return ConfigError(f'unknown setting "{key}" in {part.__name__}; {hint}')
 
 
 class ScoreConfig(Part):
-    """How neurons are ranked (docs/method.md, "Scores").
+    """How neurons are ranked (docs/reference.md, "Scores").
 
     ``ema_decay``: weight that an older token keeps with each new one, (0, 1); None: all count
     alike.  ``strategy``: ``topk``, or ``auto``: neurons whose score reaches the layer's mean.
@@ -84,7 +84,7 @@ class ScoreConfig(Part):
 
 
 class BudgetConfig(Part):
-    """How many neurons each layer keeps (docs/method.md, "Budgets").
+    """How many neurons each layer keeps (docs/reference.md, "Budgets").
 
     ``name``: a budget, or ``blend A B``.  ``table``: a layer table such as ``0-3:0.9,4-29:auto``.
     ``multiple``: counts are multiples of it, or the width.  ``refresh``: whether counts stay as at
@@ -129,7 +129,7 @@ RULE_NUMBERS = {
 
 
 class DriftConfig(Part):
-    """When masks are rebuilt (docs/method.md, "Drift").
+    """When masks are rebuilt (docs/reference.md, "Drift").
 
     ``rule``: ``never``, ``published``, ``paper``, ``dart``, ``interval N`` (tokens) or
     ``windows W N K`` (N windows of W tokens below mu - K sigma).  ``signal``: what is watched, the
@@ -160,7 +160,7 @@ class DriftConfig(Part):
 
 
 class RemaskConfig(Part):
-    """What happens to the evidence on a re-mask (docs/method.md, "Evidence").
+    """What happens to the evidence on a re-mask (docs/reference.md, "Evidence").
 
     ``evidence``: masks are made ``fresh`` from what is observed after the trigger, or older tokens
     count too, less by ``decay``, (0, 1].  ``observe_tokens``: dense tokens observed after a
@@ -173,7 +173,7 @@ class RemaskConfig(Part):
 
 
 class CalibrationConfig(Part):
-    """What is collected from tokens that belong to no prompt (docs/method.md, "Calibration").
+    """What is collected from tokens of no prompt (docs/reference.md, "Self-calibration").
 
     ``source``: a ``text``, or what the model writes by ``self``.  ``sequences`` of ``length``
     tokens are run dense and observed.  ``purpose``: static ``masks``, or a ``prior`` of the score.
@@ -211,7 +211,7 @@ class SelfStatsConfig(Part):
 
 
 class TokenConfig(Part):
-    """Every token selects what it reads (docs/method.md, "Token-level tracing").
+    """Every token selects what it reads (docs/reference.md, "Per-token selection").
 
     ``rule``: a class of ``TOKEN_RULES``, which says which of the others it reads.  Low-bit proxies
     of gate and up have ``bits`` (4 or 8) per weight and ``group`` inputs per scale; they are read
@@ -235,7 +235,7 @@ class TokenConfig(Part):
 
 
 class HeadConfig(Part):
-    """How decoded tokens are scored (docs/method.md, "Screened head").
+    """How decoded tokens are scored (docs/reference.md, "Screened head").
 
     ``kind``: by the ``full`` output head, or ``screened``: rough scores of the whole vocabulary,
     exact ones of entries near the best.  ``bytes``: share of the head's bytes that a screened one
@@ -277,7 +277,7 @@ def first_problem(error: ValidationError, called: str = "") -> str:
     return f"{where}{shown}: {problem['msg'].lower()}"
 
 
-USER_MASKS = "given masks"
+USER_MASKS = "fixed masks"
 """What stands in place of a method's name where the user chose the neurons."""
 
 DEFAULT_METHOD = "dart-token"

@@ -101,7 +101,7 @@ class PruningController:
         selector = self.selector
         if self.config.token is not None or self.config.score.strategy == "auto":
             return [0] * len(selector.layers)
-        return [round(selector.keeps(i) * one.width) for i, one in enumerate(selector.layers)]
+        return [round(selector.keeps(i) * layer.width) for i, layer in enumerate(selector.layers)]
 
     @without_graph
     def before_forward(self, call: ForwardCall) -> ForwardPlan:
@@ -271,11 +271,12 @@ class PruningController:
             self.length = pending.call.cached + pending.call.tokens
 
     @torch.no_grad()
-    def settle(self, cached: int | None = None) -> None:
-        """Account for the current forward; ``cached``: tokens that stayed (None: all of them)."""
-        self._settle(cached)
+    def settle(self) -> None:
+        """Account for the current forward, all of whose tokens stayed."""
+        self._settle(None)
 
     def _settle(self, cached: int | None) -> None:
+        """``cached``: tokens that stayed in the cache; None: all of them."""
         pending, self._pending = self._pending, None
         if pending is None or not pending.ended:
             return

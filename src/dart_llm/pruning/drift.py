@@ -3,7 +3,7 @@
 Rules as data, the detector, and guards on re-masking.  ``v``: output of the last layer's attention
 after its output projection, before the residual add.  Means of non-overlapping windows of W tokens
 are compared by cosine with the centroid c of the observed tokens (DART, arXiv 2601.22632;
-docs/method.md, "Drift").
+docs/reference.md, "Drift").
 """
 
 from __future__ import annotations
@@ -42,14 +42,13 @@ class Rule:
 
     ``threshold``: of mean and standard deviation of the reference's similarities, [B] float32 each,
     one number per batch row.  ``window`` 0: no window is ever formed.  ``interval``: trigger after
-    that many pruned tokens.  ``source``: where the rule is from.
+    that many pruned tokens.
     """
 
     window: int
     threshold: Callable[[Tensor, Tensor], Tensor] | None
     count: int
     interval: int = 0
-    source: str = ""
 
 
 def published() -> Rule:
@@ -103,9 +102,9 @@ class Check:
     def records(
         self, sequence: int, row: int | None, step: int, layer: int, allowed: bool
     ) -> list[DriftCheck]:
-        """One record per live row; ``row``: the batch row of a detector of its own, or None."""
-        held = "held" if self.fired and not allowed else "armed"
-        state = "arming" if self.threshold is None else held
+        """One record per live row; ``row``: the batch row of a detector of one row, or None."""
+        state = "suppressed" if self.fired and not allowed else "armed"
+        state = "arming" if self.threshold is None else state
         return [
             DriftCheck(
                 sequence,
@@ -163,7 +162,7 @@ class Detector:
         """
         if not self.rule.window or not v.shape[1]:
             return
-        v = v.to(torch.float32, copy=True)  # the model may go on in place
+        v = v.to(torch.float32, copy=True)  # the model may write into v later
         if weights is not None or live is not None:
             self.catch_up()
             self._add(v, weights, live)
@@ -213,9 +212,9 @@ class Detector:
             self.partial = [torch.cat(self.partial, 1)[:, :left]] if left else []
 
     def nbytes(self) -> int:
-        held = [self.total, self.tokens, self.mu, self.sigma]
-        held += [*self.windows, *self.partial, *self.waiting]
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        tensors = [self.total, self.tokens, self.mu, self.sigma]
+        tensors += [*self.windows, *self.partial, *self.waiting]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def _fill(self, v: Tensor) -> list[Tensor]:
         """Cut [B, T, D] into windows, completing the one in progress; returns their means."""
@@ -295,7 +294,7 @@ def guards_allow(
     max_dense_share: float | None,
     allowance: int = 0,
 ) -> bool:
-    """Whether the guards of a rule let a trigger through (docs/method.md, "Drift", in tokens).
+    """Whether the guards of a rule let a trigger through (docs/reference.md, "Drift", in tokens).
 
     ``decoded`` so far; ``last``: decoded at the trigger before, or None; ``spent``: dense ones on
     re-masks so far; ``need``: those of the coming one; ``allowance``: those beside the share.

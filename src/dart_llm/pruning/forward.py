@@ -20,7 +20,7 @@ from dart_llm.pruning.sequence import SequenceState
 
 
 class Kind(StrEnum):
-    """What a root forward is (docs/method.md)."""
+    """What a root forward is (docs/reference.md)."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -146,7 +146,7 @@ def prompt_counts(call: ForwardCall) -> list[float]:
 
 # Which tokens count as evidence, and for a drift detector's reference; sinks are left out.
 #
-# The first tokens of a sequence draw attention whatever they say (docs/method.md, "Drift").
+# The first tokens of a sequence draw attention whatever they say (docs/reference.md, "Drift").
 
 
 def add_reference(

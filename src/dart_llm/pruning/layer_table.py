@@ -63,10 +63,10 @@ class LayerTable:
         return [self._value(layer, width) for layer, width in enumerate(widths)]
 
     def _value(self, layer: int, width: int) -> int | str | None:
-        found = [entry for entry in self.entries if entry.covers(layer)]
-        if not found:
+        matching = [entry for entry in self.entries if entry.covers(layer)]
+        if not matching:
             return None
-        entry = found[-1]
+        entry = matching[-1]
         if isinstance(entry.value, str):
             return entry.value
         if isinstance(entry.value, float):

@@ -107,31 +107,28 @@ def auto_count(score: Tensor) -> int:
     return max(above, floor_count(score.numel()))
 
 
-def overlap(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> float:
-    """Share of the neurons in ``second`` that ``first`` also holds, over all masked layers."""
+def overlap(first: Masks, second: Masks) -> float:
+    """Share of the neurons of ``second`` that ``first`` keeps too, where both have masks."""
     same = total = 0
     for old, new in zip(first, second, strict=True):
-        if old is None or new is None:
-            continue
-        marks = torch.zeros(int(max(new[-1], old[-1])) + 1, dtype=torch.bool, device=new.device)
-        marks[old.to(new.device)] = True
-        same += int(marks[new].sum())
-        total += new.numel()
+        if old is not None and new is not None:
+            same += int(torch.isin(new.ids, old.ids.to(new.ids.device)).sum())
+            total += len(new.ids)
     return same / total if total else 1.0
 
 
 def _neuron_ids(layer: int, ids: Sequence[int] | Tensor) -> Tensor:
     """Unique ids, ascending, int64 on the host; refuses masks of booleans and fractions."""
     try:
-        found = torch.as_tensor(ids)
+        neurons = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"layer {layer} was given {ids!r}: give a list of neuron ids") from None
-    if found.numel() and (found.dtype == torch.bool or found.is_floating_point()):
+    if neurons.numel() and (neurons.dtype == torch.bool or neurons.is_floating_point()):
         raise ConfigError(
-            f"layer {layer} was given {str(found.dtype).removeprefix('torch.')} values: give "
+            f"layer {layer} was given {str(neurons.dtype).removeprefix('torch.')} values: give "
             "neuron ids, whole numbers (mask.nonzero() makes them from a mask)"
         )
-    unique: Tensor = torch.unique(found.long())
+    unique: Tensor = torch.unique(neurons.long())
     return unique.cpu()
 
 
@@ -146,13 +143,13 @@ def user_masks(
     """
     if (keep is None) == (remove is None):
         raise ConfigError("give either masks= (neurons to keep) or remove=, not both")
-    given = keep if keep is not None else remove
-    if not isinstance(given, Mapping) or not all(
-        hasattr(layer, "__index__") and not isinstance(layer, bool) for layer in given
+    requested = keep if keep is not None else remove
+    if not isinstance(requested, Mapping) or not all(
+        hasattr(layer, "__index__") and not isinstance(layer, bool) for layer in requested
     ):
         raise ConfigError("masks= and remove= take a mapping from layer numbers to neuron ids")
-    found: list[Tensor | None] = [None] * len(widths)
-    for layer, ids in given.items():
+    masks: list[Tensor | None] = [None] * len(widths)
+    for layer, ids in requested.items():
         if not 0 <= int(layer) < len(widths):
             raise ConfigError(f"layer {layer} is out of range: this model has {len(widths)} layers")
         width = widths[int(layer)]
@@ -164,8 +161,8 @@ def user_masks(
         kept = (mask if keep is not None else ~mask).nonzero().flatten()
         if not kept.numel():
             raise ConfigError(f"layer {layer} would keep no neuron: keep at least one")
-        found[int(layer)] = kept
-    return found
+        masks[int(layer)] = kept
+    return masks
 
 
 def masks_on_devices(
@@ -173,11 +170,11 @@ def masks_on_devices(
     keep: Ids | None,
     remove: Ids | None,
 ) -> tuple[LayerMask | None, ...]:
-    """The masks of ``given_masks`` on the layers' devices; None where a layer keeps all."""
-    found = user_masks([layer.width for layer in layers], keep, remove)
+    """The masks of ``user_masks`` on the layers' devices; None where a layer keeps all."""
+    kept = user_masks([layer.width for layer in layers], keep, remove)
     return tuple(
         None
         if ids is None or len(ids) == layer.width
         else LayerMask(ids if layer.down.is_meta else ids.to(layer.device), layer.width)
-        for ids, layer in zip(found, layers, strict=True)
+        for ids, layer in zip(kept, layers, strict=True)
     )

@@ -1,6 +1,7 @@
 """Every method by name, and what can be chosen by name.
 
-The first paragraph below each method is what ``dart-llm methods`` lists.
+The first paragraph below each method is what ``dart-llm methods`` lists; docs/reference.md has the
+formulas, the bytes, and what per-token methods leave out of their papers.
 """
 
 from __future__ import annotations
@@ -46,18 +47,14 @@ CATS = _per_token("cats")
 """CATS (arXiv 2404.08763): the gate is computed whole; its largest outputs select neurons.
 
 ``v = act(W_gate x)``; ``z = W_down[:, S] (v_S * (W_up[S] x))`` with S the k largest ``abs(v_i)``.
-The paper's threshold is a percentile over a calibration text; here every token keeps exactly k
-neurons, as for ``teal``.  In a plain FFN, which has no gate, v is u itself.  Bytes: the gate whole,
-up and down of k neurons.
+In a plain FFN, which has no gate, v is u itself.
 """
 
 COUNTDOWN = _per_token("countdown")
 """CountDown (arXiv 2505.17701), its variant M: up is computed whole and selects neurons.
 
 ``s = W_up x``; ``z = W_down[:, S] (act(W_gate[S] x) * s_S)`` with S the k largest ``abs(s_i)``.
-Exactly k per token where the paper has a threshold.  The variant D of the paper trains a predictor,
-which nothing does here.  In a plain FFN s is u itself, as for ``cats``.  Bytes: up whole, gate and
-down of k neurons.
+In a plain FFN s is u itself, as for ``cats``.
 """
 
 DART = PruneConfig(
@@ -176,8 +173,7 @@ PROX = _per_token("prox", bits=4, group=32, inputs=0.5)
 
 ``u~ = act(gate~ x~) * (up~ x~)``, where x~ keeps the half of x with the largest ``abs(x_j)``, and
 gate~, up~ are 4-bit proxies; the k largest ``abs(u~_i) * ||w_i||_2`` are computed with the model's
-weights.  The paper has no public code: this is its idea on this project's proxies.  Bytes: half of
-the proxies with all of their scales, and k neurons.
+weights.  The paper has no public code: this is its idea on this project's proxies.
 """
 
 PUBLISHED = PruneConfig(
@@ -189,16 +185,10 @@ PUBLISHED = PruneConfig(
 )
 """DART as its scripts were published (arXiv 2601.22632), with their defects mended.
 
-Magnitude scores, the depth budget, the scripts' drift rule, fresh evidence.  Departures, each a
-defect of the scripts:
-
-- masks are built from earlier tokens only; the scripts masked the forward that made the mask;
-- a re-mask holds for all layers at once; the scripts lost every other layer's mask on a trigger;
-- the reference of the drift rule is never a single token, whose deviation is undefined;
-- the sensitivity behind the budget uses the FFN's output everywhere;
-- budgets stay with their layers and meet the requested total; the scripts clipped it to 10-90 %;
-- sums are float32, all rows and all tokens count, padding does not;
-- the published rule never triggers after the release step.
+Magnitude scores, the depth budget, the scripts' drift rule, fresh evidence.  docs/method.md lists
+the departures, each a defect of the scripts ("Choices where the sources are silent or differ").
+Beside these, sums are float32, the sensitivity behind the budget uses the FFN's output everywhere,
+and the published rule never triggers after the release step.
 """
 
 RANDOM = PruneConfig(
@@ -223,10 +213,7 @@ inputs.
 
 ``W x`` becomes ``W s(x)``, where s keeps the entries of largest ``abs(x_j)`` and sets the others to
 0: x of gate and up, u of down.  Sparsity is here the fraction of each matrix's inputs that is
-dropped; those of down are the neurons.  The paper sets a threshold per matrix by a calibration text
-and, in its best variant, a sparsity per matrix by a greedy search.  Here every token keeps exactly
-the same share everywhere: no text is needed, what was requested is what is read, token by token,
-and no threshold of another text or of the prompt can grow stale.
+dropped; those of down are the neurons.
 """
 
 TEAL_ATTENTION = _per_token("teal-attention")
@@ -252,9 +239,7 @@ WINA = _per_token("wina")
 """WINA (arXiv 2505.19427) on the FFNs: as TEAL, inputs weighted by column norms; sparsity is of
 inputs.
 
-The entries of largest ``abs(x_j) * ||W[:, j]||_2`` stay, by matrix; as many for every token, as in
-the paper.  The rotation of the weights that its error bound assumes is not made.  Sparsity is the
-fraction of each matrix's inputs that is dropped.
+The entries of largest ``abs(x_j) * ||W[:, j]||_2`` stay, by matrix; as many for every token.
 """
 
 
@@ -272,7 +257,7 @@ def _first_paragraphs() -> dict[str, str]:
 
 def summaries() -> dict[str, str]:
     """One line on each method of this package."""
-    found = {}
+    lines = {}
     for constant, text in _first_paragraphs().items():
         name = constant.lower().replace("_", "-")
         token = METHODS.get(name).token
@@ -280,8 +265,8 @@ def summaries() -> dict[str, str]:
             text = f"{text[:-1]}; reference speed."
         if name == DEFAULT_METHOD:
             text += "  The default of every command and of prune."
-        found[name] = text
-    return found
+        lines[name] = text
+    return lines
 
 
 def listing() -> dict[str, list[dict[str, str]]]:

@@ -123,8 +123,8 @@ class Observations:
             self.flush()
         self.observing = observing
         self.forwards.append(forward)
-        tokens = sum(one.tokens for one in self.forwards)
-        if tokens >= LIMIT or sum(one.nbytes() for one in self.forwards) >= MAX_BYTES:
+        tokens = sum(queued.tokens for queued in self.forwards)
+        if tokens >= LIMIT or sum(queued.nbytes() for queued in self.forwards) >= MAX_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -147,7 +147,7 @@ def _joined(forwards: Sequence[ObservedForward], layers: tuple[int, ...]) -> Lay
     """The tokens of some forwards, of some layers, in one tensor per part: [L, B, T, ...]."""
     parts: list[Tensor | None] = []
     for part in range(len(LayerObservation._fields)):
-        each = [[one.layers[layer][part] for one in forwards] for layer in layers]
+        each = [[forward.layers[layer][part] for forward in forwards] for layer in layers]
         rows = [
             torch.cat([t for t in seen if t is not None], 1) for seen in each if seen[0] is not None
         ]
@@ -156,13 +156,13 @@ def _joined(forwards: Sequence[ObservedForward], layers: tuple[int, ...]) -> Lay
 
 
 def _weights(forwards: Sequence[ObservedForward]) -> Tensor | None:
-    some = next((one.weights for one in forwards if one.weights is not None), None)
+    some = next((forward.weights for forward in forwards if forward.weights is not None), None)
     if some is None:
         return None
     parts = [
-        torch.ones((one.rows, one.tokens), device=some.device)
-        if one.weights is None
-        else one.weights
-        for one in forwards
+        torch.ones((forward.rows, forward.tokens), device=some.device)
+        if forward.weights is None
+        else forward.weights
+        for forward in forwards
     ]
     return torch.cat(parts, 1)

@@ -84,5 +84,5 @@ def digest(names: Iterable[tuple[str, str]] | None = None) -> dict[str, str]:
     load()
     paths = set(_digests)
     if names is not None:
-        paths = {_owned[one] for one in names if one in _owned}
+        paths = {_owned[entry] for entry in names if entry in _owned}
     return {"plugin": " ".join(_digests[path] for path in sorted(paths))} if paths else {}

@@ -22,7 +22,7 @@ class Remask:
     step: int
     """Decoded tokens before the first forward that used these masks."""
     cause: str
-    """``first``, ``prompt`` (new prefill tokens), ``drift``, ``interval``, ``given``, or ``forced``
+    """``first``, ``prompt`` (new prefill tokens), ``drift``, ``interval``, ``fixed`` or ``forced``
     (at a set moment)."""
     evidence_tokens: float
     """Tokens that the masks were made from; after a decay they count less."""
@@ -53,7 +53,7 @@ class DriftCheck:
     trigger: bool
     """Whether the masks are rebuilt after it."""
     state: str
-    """``arming``, ``armed``, or ``held`` (a trigger that the guards suppress)."""
+    """``arming``, ``armed``, or ``suppressed`` (a trigger that the guards do not let through)."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class HeadReport:
 
 def merge_heads(heads: Iterable[HeadReport | None]) -> HeadReport | None:
     """One over the tokens of all; None where no head was screened."""
-    screened = [one for one in heads if one is not None]
+    screened = [head for head in heads if head is not None]
     if not screened:
         return None
 
@@ -277,7 +277,7 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def slim(report: dict[str, Any]) -> dict[str, Any]:
+def without_sequences(report: dict[str, Any]) -> dict[str, Any]:
     """The report without its list of sequences, for keeping one per item."""
     return {**report, "sequences": []}
 

@@ -1,6 +1,6 @@
 """The one place that lists everything that can be chosen by name.
 
-A built-in is one line in a table below, imported only when it is asked for.  Others register with
+A built-in is one line in a table below, imported on first use.  Others register with
 ``SCORES.register("name", score)``, in a file that ``--plugin`` names (``plugins``) too, or through
 the entry-point group that the registry names.
 """
@@ -87,14 +87,14 @@ class Registry:
         return self._objects[name]
 
     def _reader(self, name: str) -> Callable[[str], Any] | None:
-        for prefix, place in self._readers.items():
+        for prefix, target in self._readers.items():
             if name.startswith(prefix):
-                return _imported(place)  # type: ignore[no-any-return]
+                return _imported(target)  # type: ignore[no-any-return]
         return None
 
 
-def _imported(place: str) -> Any:
-    module, _, attribute = place.partition(":")
+def _imported(target: str) -> Any:
+    module, _, attribute = target.partition(":")
     return getattr(import_module(module), attribute)
 
 

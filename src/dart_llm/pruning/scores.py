@@ -1,4 +1,4 @@
-"""Neuron scores (docs/method.md, "Scores"), one decorated function each.
+"""Neuron scores (docs/reference.md, "Scores"), one decorated function each.
 
 A score is one function ``(a, weights) -> [I]``.  ``a`` is what was accumulated over the observed
 tokens from the per-token statistic that the decorator names: ``sqrt(sum_t e_t)``, or with an
@@ -157,8 +157,8 @@ def mix_ranks(scores: Tensor, prior: Tensor, weight: float) -> Tensor:
 
     Rank aggregation of GLASS (arXiv 2508.14302): the text's ranking and a prior.
     """
-    own, other = ranks(scores), ranks(prior.to(scores.device))
-    return (1 - weight) * own + weight * other
+    by_text, by_prior = ranks(scores), ranks(prior.to(scores.device))
+    return (1 - weight) * by_text + weight * by_prior
 
 
 # Forward proxies: how far a neuron's output column reaches towards the vocabulary.

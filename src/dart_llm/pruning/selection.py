@@ -145,8 +145,8 @@ class MaskSelector:
         Raises ``ConfigError`` unless there is one number per neuron, ``DartError`` unless finite.
         """
         scores = [
-            self.rule(self.statistics.score_input(known, layer.width, layer.device), layer)
-            for known, layer in zip(evidence, self.layers, strict=True)
+            self.rule(self.statistics.score_input(sums, layer.width, layer.device), layer)
+            for sums, layer in zip(evidence, self.layers, strict=True)
         ]
         for score, layer in zip(scores, self.layers, strict=True):
             if score.shape != (layer.width,):  # a short one would cut neurons

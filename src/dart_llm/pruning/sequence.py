@@ -7,7 +7,6 @@ on modules or configurations.  docs/method.md, "Life of a sequence".
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.drift import Detector, Rule, guards_allow
-from dart_llm.pruning.masks import LayerMask, Masks, overlap
+from dart_llm.pruning.masks import Masks, overlap
 from dart_llm.pruning.records import Remask
 from dart_llm.pruning.selection import MaskSelection, MaskSelector
 from dart_llm.pruning.statistics import LayerStatistics
@@ -43,11 +42,11 @@ class MaskSpan:
 
     def cut(self, tokens: int) -> int:
         """Take back up to ``tokens`` per row; returns how many more must come from elsewhere."""
-        taken = min(tokens, self.length)
-        if taken:
-            self.tokens = self.tokens * ((self.length - taken) / self.length)
-            self.length -= taken
-        return tokens - taken
+        removed = min(tokens, self.length)
+        if removed:
+            self.tokens = self.tokens * ((self.length - removed) / self.length)
+            self.length -= removed
+        return tokens - removed
 
 
 @dataclass
@@ -62,7 +61,7 @@ class SequenceState:
     rows: int
     fixed_masks: Masks | None = None
     cached: int = 0
-    """Positions that the cache held before the first token that was seen."""
+    """Positions in the cache before the first token that was seen."""
     phase: Phase = Phase.PREFILL
     evidence: list[LayerStatistics] = field(default_factory=list)
     detector: Detector = field(init=False)
@@ -150,7 +149,7 @@ class SequenceState:
                 layer.width if mask is None else mask.kept
                 for layer, mask in zip(self.selector.layers, self.fixed_masks, strict=True)
             )
-            self.selection, cause = MaskSelection(self.fixed_masks, counts, ()), "given"
+            self.selection, cause = MaskSelection(self.fixed_masks, counts, ()), "fixed"
         else:
             fixed = self.selection is not None and self.config.budget.refresh == "first"
             counts_before = self.selection.counts if fixed and self.selection else None
@@ -159,7 +158,7 @@ class SequenceState:
         self.mask_count += 1
         self.phase, self.pruned_run, self.in_refresh = Phase.PRUNED, 0, False
         self.detector.start()
-        shared = None if old is None or self.config.token else overlap(_ids(old), _ids(self.masks))
+        shared = None if old is None or self.config.token else overlap(old, self.masks)
         where, counts = (self.sequence, self.row, self.decoded), self.selection.counts
         self.remasks.append(Remask(*where, cause, self.evidence_tokens, counts, shared))
 
@@ -294,7 +293,7 @@ class SequenceState:
         return max(1, min(bounds)) if bounds else None
 
     def nbytes(self) -> int:
-        """Memory held by this state beside the model."""
+        """Memory of this state beside the model."""
         masks = self.selection.masks if self.selection else ()
         scores = self.selection.scores if self.selection else ()
         return (
@@ -303,7 +302,3 @@ class SequenceState:
             + sum(mask.nbytes() for mask in masks if mask is not None)
             + sum(score.numel() * score.element_size() for score in scores)
         )
-
-
-def _ids(masks: Sequence[LayerMask | None]) -> list[Tensor | None]:
-    return [None if mask is None else mask.ids for mask in masks]

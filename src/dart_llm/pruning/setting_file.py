@@ -21,7 +21,7 @@ from dart_llm.pruning.registry import METHODS, SETTING
 
 HEAD = '# Found by dart-llm tune; use it by --method file:{name}, or prune(model, "file:{name}").\n'
 
-SECTIONS = ("found", "model", "measured", "setting")
+SECTIONS = ("origin", "model", "measured", "setting")
 
 LAST = "complete"
 """The last key of a file that ``save`` wrote: one that was cut off would be another setting."""
@@ -31,15 +31,15 @@ LAST = "complete"
 class KeptSetting:
     """``weights``: as ``load`` takes it; None: as they come.
 
-    ``model``: the checkpoint for which it was found: name, sha256, parameters.  ``measured``: loss,
-    time and what they were measured on.  ``found``: date and version.
+    ``model``: the checkpoint that was measured: name, sha256, parameters.  ``measured``: loss, time
+    and what they were measured on.  ``origin``: date and version.
     """
 
     config: PruneConfig
     weights: str | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
-    found: Mapping[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
         """Write as YAML, whole; raises ``ResultsError`` where that cannot be."""

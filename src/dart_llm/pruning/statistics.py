@@ -107,19 +107,19 @@ class LayerStatistics:
 
     def decay(self, decay: float, rows: int) -> None:
         """Scale all sums by ``decay * min(1, 256 / n)``, n = tokens per row seen so far."""
-        for name, one in self.sums.items():
-            ratio = REFERENCE_TOKENS * rows / one.divisor
+        for name, entry in self.sums.items():
+            ratio = REFERENCE_TOKENS * rows / entry.divisor
             factor = decay * (
                 ratio.clamp_max(1.0) if isinstance(ratio, Tensor) else min(1.0, ratio)
             )
-            self.sums[name] = Sum(one.total * factor, one.weight * factor)
+            self.sums[name] = Sum(entry.total * factor, entry.weight * factor)
 
     def mean_when_lost(self) -> Tensor:
         """Mean activation of each neuron over the tokens that would leave it out, [I]."""
         return self.sums["lost"].total / self.sums["losses"].total.clamp_min(EPS)
 
     def nbytes(self) -> int:
-        return sum(one.total.nbytes for one in self.sums.values())
+        return sum(entry.total.nbytes for entry in self.sums.values())
 
 
 Layers = Sequence[LayerStatistics]
@@ -151,37 +151,39 @@ def summed(parts: Iterable[Layers], devices: Sequence[torch.device]) -> list[Lay
     totals = [LayerStatistics() for _ in devices]
     for evidence in parts:
         for total, layer in zip(totals, evidence, strict=True):
-            for name, one in layer.sums.items():
-                total.add(name, one.total.to("cpu", torch.float64, copy=True), float(one.weight))
+            for name, entry in layer.sums.items():
+                total.add(
+                    name, entry.total.to("cpu", torch.float64, copy=True), float(entry.weight)
+                )
     for total, device in zip(totals, devices, strict=True):
-        for one in total.sums.values():
-            one.total = one.total.float().to(device)
+        for entry in total.sums.values():
+            entry.total = entry.total.float().to(device)
     return totals
 
 
 def to_tensors(evidence: Layers) -> dict[str, Tensor]:
     """All sums and weights as named tensors, for a file."""
-    found = {}
+    tensors = {}
     for number, layer in enumerate(evidence):
-        for name, one in layer.sums.items():
-            found[f"{number}.{name}"] = one.total
-            found[f"{number}.{name}.weight"] = torch.tensor(float(one.weight)).double()
-    return found
+        for name, entry in layer.sums.items():
+            tensors[f"{number}.{name}"] = entry.total
+            tensors[f"{number}.{name}.weight"] = torch.tensor(float(entry.weight)).double()
+    return tensors
 
 
 def from_tensors(tensors: Mapping[str, Tensor], layers: int) -> list[LayerStatistics]:
     """What ``to_tensors`` was given; raises ``KeyError``, ``ValueError`` or ``IndexError``."""
-    found = [LayerStatistics() for _ in range(layers)]
+    evidence = [LayerStatistics() for _ in range(layers)]
     for key, total in tensors.items():
         number, name, *weight = key.split(".")
         if not weight:
-            found[int(number)].sums[name] = Sum(total, float(tensors[f"{key}.weight"]))
-    return found
+            evidence[int(number)].sums[name] = Sum(total, float(tensors[f"{key}.weight"]))
+    return evidence
 
 
 @dataclass(frozen=True)
 class SelfStats:
-    """What is learned once of a layer, from self-generated text (docs/method.md).
+    """What is learned once of a layer, from self-generated text (docs/reference.md).
 
     ``evidence``: the sums of a run, over that text.  ``fisher``: [I] float32, mean squared
     gradient of the loss by u_i; None where the run does not read it.  ``basis``: [r, D] in the
@@ -206,12 +208,12 @@ def pooled(observed: LayerStatistics, learned: SelfStats | None, tokens: float) 
     if learned is None or tokens <= 0:
         return observed
     sums = dict(observed.sums)
-    for name, one in learned.evidence.sums.items():
-        share, seen = tokens / float(one.divisor), sums.get(name)
+    for name, prior in learned.evidence.sums.items():
+        share, seen = tokens / float(prior.divisor), sums.get(name)
         if seen is None:
-            sums[name] = Sum(share * one.total, tokens)
+            sums[name] = Sum(share * prior.total, tokens)
         else:
-            total = torch.add(seen.total, one.total.to(seen.total.device), alpha=share)
+            total = torch.add(seen.total, prior.total.to(seen.total.device), alpha=share)
             sums[name] = Sum(total, seen.weight + tokens)
     return LayerStatistics(sums)
 
@@ -241,7 +243,7 @@ class TokenSelection:
     def losers(self, u: Tensor) -> Tensor:
         """``pruned_indicator`` of every layer; u: [L, T, I]."""
         each = zip(u, self.saliency, self.keeps, strict=True)
-        return torch.stack([pruned_indicator(*one) for one in each])
+        return torch.stack([pruned_indicator(*layer) for layer in each])
 
 
 @dataclass(frozen=True)

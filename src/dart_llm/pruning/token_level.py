@@ -1,6 +1,6 @@
 """Token-level selection: the winners of each token, from cheap estimates of its neurons.
 
-The idea is that of Prox (arXiv 2607.27591) and WINA (arXiv 2505.19427); docs/method.md has the
+The idea is that of Prox (arXiv 2607.27591) and WINA (arXiv 2505.19427); docs/reference.md has the
 formulas.  Estimates come from low-bit proxies of the weights: the D inputs of a row are cut into
 groups, each with the scale ``max abs(w) / m`` in bfloat16, m = 2^(bits - 1) - 1, and levels are
 whole numbers from -m to m, rounded to the nearest.  Symmetric, because a file that is 4-bit already

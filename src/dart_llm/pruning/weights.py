@@ -64,11 +64,6 @@ class FfnWeights:
         return (*inputs, self.down)
 
     @property
-    def neuron_bytes(self) -> float:
-        """Bytes of one neuron as it is stored: its input rows and its output column."""
-        return sum(matrix.nbytes for matrix in self.matrices) / self.width
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.down.device
@@ -126,7 +121,7 @@ def with_parts(layers: Sequence[FfnWeights], **parts: Sequence[Any]) -> tuple[Ff
     """The layers, each with its part: ``prior=``, ``self_stats=``, ..., one per layer."""
     changed = tuple(layers)
     for name, each in parts.items():
-        changed = tuple(replace(one, **{name: p}) for one, p in zip(changed, each, strict=True))
+        changed = tuple(replace(layer, **{name: p}) for layer, p in zip(changed, each, strict=True))
     return changed
 
 

@@ -21,8 +21,8 @@ def export(
     """Write ``model`` with only the kept neurons; compensation goes into the output biases.
 
     Raises ``ConfigError`` when the layers keep different numbers of neurons, when the
-    architecture's width is fixed, when a bias is needed that the architecture lacks, or when the
-    masks come with low-rank compensation, which no plain checkpoint can carry.
+    architecture's width is fixed, when a bias is needed for which it has no room, or when the masks
+    come with low-rank compensation, which no plain checkpoint can carry.
     """
     check_plain(masks)
     kept = {

@@ -58,8 +58,8 @@ class CheckedModel:
 
 def text_ends(model: Any, tokenizer: Any) -> frozenset[int]:
     """The tokens that end a text, for the model's generation settings or the tokenizer."""
-    found = model.generation_config.eos_token_id
-    several = found if isinstance(found, list | tuple) else [found]
+    ends = model.generation_config.eos_token_id
+    several = ends if isinstance(ends, list | tuple) else [ends]
     ids = [*several, tokenizer.eos_token_id]
     return frozenset(int(token) for token in ids if token is not None)
 
@@ -108,7 +108,7 @@ def decode_ids(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str
 
 
 class TextStream:
-    """Decodes one answer token by token; special tokens say nothing."""
+    """Decodes one answer token by token; special tokens are left out."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -170,11 +170,11 @@ class _Collector(BaseStreamer):
 
 
 class _Stop(StoppingCriteria):
-    def __init__(self, asked: Callable[[], bool]) -> None:
-        self.asked = asked
+    def __init__(self, stops: Callable[[], bool]) -> None:
+        self.stops = stops
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.asked(), device=input_ids.device)
+        return torch.full((len(input_ids),), self.stops(), device=input_ids.device)
 
 
 def generate(
@@ -192,7 +192,7 @@ def generate(
     """Generate up to ``tokens`` tokens after ``ids`` [1, T]; greedy unless ``temperature``.
 
     ``run``: the attached run, for the phase of each token.  ``on_step`` is called with every
-    token; ``stop`` is asked after every token.
+    token; ``stop`` is called after every token.
     """
     collector = _Collector(tokenizer, run, on_step)
     torch.manual_seed(seed)

@@ -50,19 +50,19 @@ def export_gguf(
     narrowed; None: that whose blocks the model holds.  ``calibration``, ``cache_dir``: for methods
     that calibrate, as of the command line.  ``settings``: fields of ``PruneConfig``.
 
-    Raises ``ConfigError`` for what no such file can hold: neurons that every token chooses, layers
+    Raises ``ConfigError`` for what no such file can hold: neurons that every token selects, layers
     of unequal widths or compensation in an architecture without them, a mixture of experts; and
     ``ResultsError`` where ``path`` cannot be written.
     """
     file = source_file(model, source)
-    layer_widths(file)  # raises for a file of another kind, before anything is learnt
+    layer_widths(file)  # raises for a file of another kind, before anything is learned
     config = exportable(PruneConfig.build(method, sparsity=sparsity, **settings), say)
     ready = prepare(model, tokenizer, config, calibration, cache_dir, say, masks)
     run = ready.run(likelihood=True)
     if run is None or not run.asks_for_pruning:
         raise ConfigError(f"method {ready.label} removes nothing: give a sparsity above 0")
-    chosen, asked = choose_masks(run, _prompts(model, tokenizer, texts), block_of(file))
-    return write_masks(file, chosen, path, asked, ready.label)
+    chosen, counts = choose_masks(run, _prompts(model, tokenizer, texts), block_of(file))
+    return write_masks(file, chosen, path, counts, ready.label)
 
 
 def exportable(config: PruneConfig, say: Callable[[str], None]) -> PruneConfig:
@@ -79,16 +79,14 @@ def exportable(config: PruneConfig, say: Callable[[str], None]) -> PruneConfig:
 
 def _prompts(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[Tensor]:
     most = context_length(model)
-    found = [tokenizer(text, return_tensors="pt", verbose=False).input_ids for text in texts]
-    return [ids[:, :most].to(model.device) for ids in found if ids.shape[1]]
+    prompts = [tokenizer(text, return_tensors="pt", verbose=False).input_ids for text in texts]
+    return [ids[:, :most].to(model.device) for ids in prompts if ids.shape[1]]
 
 
-def choose_masks(
-    run: Run, prompts: Sequence[Tensor], block: int = 1
-) -> tuple[Masks, tuple[int, ...]]:
-    """The masks of a run for several prompts, ids [1, T] each, and the counts that it asks for.
+def choose_masks(run: Run, prompts: Sequence[Tensor], block: int) -> tuple[Masks, tuple[int, ...]]:
+    """The masks of a run for several prompts, ids [1, T] each, and the counts that it requests.
 
-    Counts are rounded up to multiples of ``block``, but masks that are held stay as they are.
+    The masks' counts are rounded up to multiples of ``block``, but fixed masks stay as they are.
     Raises ``ConfigError`` where a prompt is needed and none is there.
     """
     if run.fixed_masks is not None:
@@ -102,10 +100,10 @@ def choose_masks(
         selector, layers = run.controller.selector, run.layers
         evidence = summed(_observed(run, prompts), [layer.device for layer in layers])
         with torch.inference_mode(False):
-            asked = selector.select(evidence).counts
-            whole = [math.ceil(count / block) * block for count in asked]
+            requested = selector.select(evidence).counts
+            whole = [math.ceil(count / block) * block for count in requested]
             counts = [min(n, layer.width) for n, layer in zip(whole, layers, strict=True)]
-            return selector.select(evidence, counts).masks, asked
+            return selector.select(evidence, counts).masks, requested
 
 
 def _observed(run: Run, prompts: Sequence[Tensor]) -> Iterator[Sequence[LayerStatistics]]:

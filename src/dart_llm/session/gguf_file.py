@@ -32,7 +32,7 @@ from dart_llm.session.export import check_plain
 class GgufExport:
     """What was written.
 
-    Per layer: ``neurons`` of the model, how many the method ``asked`` to keep, and how many are
+    Per layer: ``neurons`` of the model, how many the method ``requested``, and how many are
     ``written``: a multiple of ``block``.  ``kinds``: types of the down projections, and those that
     they are written in; ``rounded``: fraction of their columns that lie in another block than
     before, and are rounded for that.
@@ -44,7 +44,7 @@ class GgufExport:
     architecture: str
     method: str
     neurons: tuple[int, ...]
-    asked: tuple[int, ...]
+    requested: tuple[int, ...]
     written: tuple[int, ...]
     block: int
     compensated: bool
@@ -83,18 +83,20 @@ def write_masks(
     file: GgufFile,
     masks: Masks,
     path: str | Path,
-    asked: Sequence[int] | None = None,
+    requested: Sequence[int] | None = None,
     label: str = USER_MASKS,
 ) -> GgufExport:
-    """Narrow ``file`` to ``masks`` and write it to ``path``; ``asked``: counts, ``label``: method.
+    """Narrow ``file`` to ``masks`` and write it to ``path``.
+
+    ``requested``: counts per layer; ``label``: of the method.
 
     Raises ``ConfigError`` for masks that no such file can hold, as ``export_gguf``.
     """
     check_plain(masks)
     neurons, block, path = layer_widths(file), block_of(file), Path(path)
-    known = [None if mask is None else mask.width for mask in masks]
-    if len(known) != len(neurons) or any(
-        one not in (None, width) for one, width in zip(known, neurons, strict=True)
+    widths = [None if mask is None else mask.width for mask in masks]
+    if len(widths) != len(neurons) or any(
+        width not in (None, whole) for width, whole in zip(widths, neurons, strict=True)
     ):
         raise ConfigError(
             f"{file.path.name} has {len(neurons)} layers of {neurons[0]} neurons, and these masks "
@@ -102,15 +104,15 @@ def write_masks(
         )
     layers = [None if mask is None else _narrow(mask, block) for mask in masks]
     pairs = list(zip(neurons, layers, strict=True))
-    written = tuple(width if one is None else one.width for width, one in pairs)
-    kept = tuple(width if one is None else len(one.ids) for width, one in pairs)
-    downs = [file.tensors[DOWN.format(layer)].kind for layer in range(len(layers))]
-    narrow = [(kind, one) for kind, one in zip(downs, layers, strict=True) if one is not None]
+    written = tuple(width if layer is None else layer.width for width, layer in pairs)
+    kept = tuple(width if layer is None else len(layer.ids) for width, layer in pairs)
+    downs = [file.tensors[DOWN.format(index)].kind for index in range(len(layers))]
+    narrow = [(kind, layer) for kind, layer in zip(downs, layers, strict=True) if layer is not None]
     if written == tuple(neurons):
         raise ConfigError(
             f"in whole blocks of {block} neurons no layer loses any: give a higher sparsity"
         )
-    rounded = sum(rounded_columns(kind, one) for kind, one in narrow)
+    rounded = sum(rounded_columns(kind, layer) for kind, layer in narrow)
     facts = {"method": label, "kept": sum(kept), "of": sum(neurons)}
     write_narrow(file, layers, path, json.dumps({**facts, "source": file_sha256(file.path)}))
     return GgufExport(
@@ -119,12 +121,12 @@ def write_masks(
         architecture=written_architecture(file, layers),
         method=label,
         neurons=tuple(neurons),
-        asked=tuple(asked or kept),
+        requested=tuple(requested or kept),
         written=written,
         block=block,
-        compensated=any(one is not None and one.bias is not None for one in layers),
+        compensated=any(layer is not None and layer.bias is not None for layer in layers),
         kinds={kind.upper(): written_kind(kind).upper() for kind, _ in narrow},
-        rounded=rounded / max(1, sum(len(one.ids) for _, one in narrow)),
+        rounded=rounded / max(1, sum(len(layer.ids) for _, layer in narrow)),
         bytes_before=file.path.stat().st_size,
         bytes=path.stat().st_size,
     )

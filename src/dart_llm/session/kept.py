@@ -16,20 +16,20 @@ def identity(model: Any) -> dict[str, Any]:
     """What distinguishes the checkpoint of ``model``; a digest of the weights where no file's
     is available, which is of one weight format alone."""
     facts = checkpoint_facts(model)
-    found = {name: facts.get(name) for name in SAME}
-    return found if found["sha256"] else {**found, "fingerprint": fingerprint(model)}
+    recorded = {name: facts.get(name) for name in SAME}
+    return recorded if recorded["sha256"] else {**recorded, "fingerprint": fingerprint(model)}
 
 
-def held_words(model: Any) -> str:
+def stored_as(model: Any) -> str:
     """How ``model`` stores its weights: in blocks, or in a dtype."""
     facts = checkpoint_facts(model)
     return str(facts.get("weights") or facts["dtype"])
 
 
-def other_model(method: str, model: Any, held: bool = False) -> str:
+def other_model(method: str, model: Any, weights: bool = False) -> str:
     """A sentence where the setting ``file:...`` was measured on another checkpoint, else "".
 
-    ``held``: also where the weights are stored otherwise.
+    ``weights``: also where these are stored in another format.
     """
     kept, path = kept_setting(method), path_of(method)
     if kept is None or path is None or not kept.model:
@@ -38,8 +38,8 @@ def other_model(method: str, model: Any, held: bool = False) -> str:
     digest = kept.model.get("sha256")
     if digest and facts["sha256"]:
         other = digest != facts["sha256"]
-    elif known := kept.model.get("fingerprint"):
-        other = known != fingerprint(model)
+    elif recorded := kept.model.get("fingerprint"):
+        other = recorded != fingerprint(model)
     else:
         other = kept.model.get("parameters") not in (None, facts["parameters"])
     if other:
@@ -47,10 +47,10 @@ def other_model(method: str, model: Any, held: bool = False) -> str:
             f"{path.name} was found for {kept.model.get('name')}, not for {facts['name']}: measure "
             "this model by dart-llm tune before you trust it"
         )
-    was = kept.model.get("held")
-    if held and was and was != held_words(model):
+    before, now = kept.model.get("stored_as"), stored_as(model)
+    if weights and before and before != now:
         return (
-            f"{path.name} was found on weights stored as {was}, and this model's are "
-            f"{held_words(model)}: load it with weights={kept.weights!r}"
+            f"{path.name} was found on weights stored as {before}, and this model's are "
+            f"{now}: load it with weights={kept.weights!r}"
         )
     return ""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dart_llm.calibration.self_calibration import learn_screen, self_calibrate
 from dart_llm.errors import AttachError, ConfigError
+from dart_llm.models.capture import capture_activations
 from dart_llm.models.checkpoint import tokenizer_of
 from dart_llm.models.describe import ModelView, describe
 from dart_llm.models.float32_products import note_slow_prompts
@@ -21,7 +22,7 @@ from dart_llm.patching.executors import check_executor, choose_executor, effecti
 from dart_llm.patching.executors.token_ffn import winner_rows
 from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.accounting import Costs, known_bytes, run_report
-from dart_llm.pruning.clamp import Given, make_clamp
+from dart_llm.pruning.clamp import ClampValues, make_clamp
 from dart_llm.pruning.config import DEFAULT_METHOD, USER_MASKS, PruneConfig
 from dart_llm.pruning.controller import PruningController, RemaskHook, TokensHook
 from dart_llm.pruning.forward import PendingForward
@@ -34,7 +35,7 @@ from dart_llm.pruning.weights import FfnWeights, in_blocks, with_parts
 from dart_llm.session.export import export
 from dart_llm.session.gguf_file import source_file, write_masks
 from dart_llm.session.kept import other_model
-from dart_llm.session.trace import Trace, open_trace
+from dart_llm.session.trace import Trace, check_traceable
 
 logger = logging.getLogger("dart_llm")
 
@@ -78,7 +79,7 @@ class BoundMethod:
     facts: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
     learned: tuple[FfnWeights, ...] | None = None
-    clamp: Given | None = None
+    clamp: ClampValues | None = None
     by_hand: bool = False
     """Whether ``fixed_masks`` are the user's."""
 
@@ -250,7 +251,7 @@ class Run:
         on_remask: Callable[[Remask], None] | None = None,
         fixed_masks: Masks | None = None,
         prior: Sequence[Tensor] | None = None,
-        clamp: Given | None = None,
+        clamp: ClampValues | None = None,
     ) -> None:
         """As ``prune``; ``fixed_masks``: chosen by calibration, ``prior``: [I] per layer.
 
@@ -369,7 +370,7 @@ class Run:
         if self.patch is not None:
             self.patch.controller = self.controller
 
-    @contextlib.contextmanager
+    @contextmanager
     def decoding(self, prompt: bool = False) -> Iterator[None]:
         """Inside, every forward that continues a cache counts as decode, whatever its length.
 
@@ -387,9 +388,8 @@ class Run:
             patch.forced_decode -= 1
             patch.forced_prompt -= prompt
 
-    def trace(
-        self, path: str | Path, activations: bool = False
-    ) -> contextlib.AbstractContextManager[Trace]:
+    @contextmanager
+    def trace(self, path: str | Path, activations: bool = False) -> Iterator[Trace]:
         """A block whose tokens are written to ``path``: which neurons each layer ran for each.
 
         ``activations``: and what these were, which needs executor ``masked``.  The file is there
@@ -400,7 +400,28 @@ class Run:
         under another executor, and for methods that select inputs and not neurons (``teal``, ...);
         ``ResultsError`` where nothing can be written.
         """
-        return open_trace(self, Path(path), activations)
+        patch = self.patch
+        if patch is None or not patch.installed:
+            raise AttachError("trace() needs an attached run: use it inside the with block")
+        if self.tracing is not None:
+            raise AttachError("this run is being traced already: leave that block first")
+        check_traceable(self.config)
+        self.controller.flush()
+        trace = Trace(patch, Path(path), activations)
+        capture = capture_activations(self.model, trace.see) if activations else nullcontext()
+        try:
+            with capture:
+                self.tracing = trace
+                patch.watch(trace.begin)
+                yield trace
+        finally:
+            try:
+                report = self.report()  # which accounts for the newest forward first
+                trace.finish(self.model, report)
+            finally:
+                self.tracing = None
+                patch.watch(None)
+                trace.close()
 
     def select(self) -> Masks:
         """The masks that the tokens observed so far give, compensation included; None: dense.
@@ -526,7 +547,7 @@ def prune(
     sparsity: float | None = None,
     masks: Ids | None = None,
     remove: Ids | None = None,
-    clamp: Given | None = None,
+    clamp: ClampValues | None = None,
     on_remask: Callable[[Remask], None] | None = None,
     **settings: Any,
 ) -> Run:
@@ -551,6 +572,6 @@ def prune(
     if sparsity is not None and (masks is not None or remove is not None):
         raise ConfigError("masks= and remove= name the neurons themselves: drop the sparsity")
     config = PruneConfig.build(method, sparsity=sparsity, **settings)
-    if isinstance(method, str) and (said := other_model(method, model, held=True)):
-        logger.warning(said)
+    if isinstance(method, str) and (note := other_model(method, model, weights=True)):
+        logger.warning(note)
     return Run(model, config, masks, remove, on_remask, clamp=clamp)

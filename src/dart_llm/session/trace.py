@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from os.path import isdir
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from dart_llm.errors import AttachError, ConfigError
-from dart_llm.models.capture import LayerActivations, capture_activations
+from dart_llm.errors import ConfigError
+from dart_llm.models.capture import LayerActivations
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.forward import ForwardCall, Kind, PendingForward
 from dart_llm.pruning.masks import LayerMask, Masks
 from dart_llm.pruning.records import Remask, RunReport
@@ -34,6 +32,7 @@ from dart_llm.session.trace_file import (
     Array,
     ColumnFile,
     hook_name,
+    layer_slices,
     norm_name,
 )
 
@@ -45,21 +44,27 @@ class Trace:
     """One trace that is being written; ``nbytes``: of the finished file."""
 
     def __init__(self, patch: ModelPatch, path: Path, activations: bool) -> None:
+        if isdir(path):  # which takes any name
+            raise ConfigError(f"the trace {path} is a folder: give the name of a file")
+        if activations and patch.executor != "masked":
+            raise ConfigError(
+                f"executor {patch.executor} never computes the activations of what it skips, nor "
+                'shows the others: give executor="masked" to trace activations, or trace without '
+                "them"
+            )
         self.path, self.activations, self.nbytes = path, activations, 0
         self.tokens = 0
         """Tokens that are on the disk."""
         self._patch = patch
         self._blocks = [layer.block for layer in patch.layers]
         self._widths = [block.down_width for block in self._blocks]
-        sizes = [-(-width // 8) for width in self._widths]
-        ends = np.cumsum(sizes).tolist()
-        self._places = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        self._slices = layer_slices(self._widths)
         self._ids: list[list[int]] | None = None
         self._decodes = False
         self._u: dict[int, Tensor] = {}
         """Of the newest forward that decodes, [B, T, I] by layer."""
         self._masks: dict[int | None, tuple[Masks, int, Array, list[int]]] = {}
-        """By batch row: the newest masks, their number, their bits, layers whose tokens choose."""
+        """By batch row: the newest masks, their number, their bits, layers whose tokens select."""
         self._before: dict[int | None, tuple[int, int]] = {}
         """By batch row: the newest sequence with a mask, and the mask's number."""
         self.remasks: list[dict[str, Any]] = []
@@ -67,8 +72,8 @@ class Trace:
         self._bits: list[Array] = []
         self._count = 0
         self._values: dict[int, list[Array]] = {n: [] for n in range(len(self._widths))}
-        self._held = 0
-        self._file = ColumnFile(path, self._columns(ends[-1]))
+        self._buffered = 0
+        self._file = ColumnFile(path, self._columns(self._slices[-1].stop))
 
     def _columns(self, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         layers = range(len(self._widths)) if self.activations else ()
@@ -76,7 +81,7 @@ class Trace:
         made: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(COLUMNS, ("<i4", ()))
         return {**made, **dict.fromkeys(values, ("<f4", ())), "masks": ("|u1", (size,))}
 
-    # what the run tells
+    # what the run reports
 
     def begin(self, ids: Tensor | None, decodes: bool) -> None:
         """A forward comes: its token ids [B, T], None where it was given embeddings."""
@@ -104,13 +109,13 @@ class Trace:
         call = pending.call
         for state, masks in zip(states, pending.plan.masks, strict=True) if accepted else ():
             phase, mask_of = PHASES.index(state.phase), self._masks_of(state.row, masks)
-            for row, place in _tokens(call, accepted, state.row):
-                mask, bits = mask_of(row * call.tokens + place)
-                token = -1 if self._ids is None else self._ids[row][place]
-                self._rows.append((state.sequence, row, call.cached + place, token, phase, mask))
+            for row, position in _tokens(call, accepted, state.row):
+                mask, bits = mask_of(row * call.tokens + position)
+                token = -1 if self._ids is None else self._ids[row][position]
+                self._rows.append((state.sequence, row, call.cached + position, token, phase, mask))
                 if self.activations and call.kind is Kind.DECODE:
-                    self._keep_values(row, place, bits, masks)
-        if len(self._rows) >= CHUNK_TOKENS or self._held >= CHUNK_BYTES:
+                    self._keep_values(row, position, bits, masks)
+        if len(self._rows) >= CHUNK_TOKENS or self._buffered >= CHUNK_BYTES:
             self._flush()
 
     def _masks_of(
@@ -122,53 +127,54 @@ class Trace:
         number, bits, layers = self._number(row, masks)
         if number != DENSE:
             return lambda token: (number, bits)
-        chosen = self._patch.chosen(layers)
-        parts = [part.numpy() for part in chosen]
+        parts = [part.numpy() for part in self._patch.selected(layers)]
 
-        def choice(token: int) -> tuple[int, Array]:
-            own = bits.copy()
+        def bits_of(token: int) -> tuple[int, Array]:
+            selected = bits.copy()
             for layer, part in zip(layers, parts, strict=True):
-                own[self._places[layer]] = part[token]
-            return self._add(own), own
+                selected[self._slices[layer]] = part[token]
+            return self._add(selected), selected
 
-        return choice
+        return bits_of
 
     def _number(self, row: int | None, masks: Masks) -> tuple[int, Array, list[int]]:
-        """The number of ``masks``, their bits, and layers whose tokens choose: then ``DENSE``."""
-        known = self._masks.get(row)
-        if known is None or known[0] is not masks:
-            bits = np.concatenate([_bits(*one) for one in zip(masks, self._widths, strict=True)])
-            layers = _choosing(masks)
+        """The number of ``masks``, their bits, and layers whose tokens select: then ``DENSE``."""
+        cached = self._masks.get(row)
+        if cached is None or cached[0] is not masks:
+            bits = np.concatenate([_bits(*pair) for pair in zip(masks, self._widths, strict=True)])
+            layers = _selecting(masks)
             number = DENSE if layers else self._add(bits)
-            self._masks[row] = known = (masks, number, bits, layers)
-        return known[1:]
+            self._masks[row] = cached = (masks, number, bits, layers)
+        return cached[1:]
 
     def _add(self, bits: Array) -> int:
         self._bits.append(bits)
-        self._held += bits.nbytes
+        self._buffered += bits.nbytes
         self._count += 1
         return self._count - 1
 
-    def _keep_values(self, row: int, place: int, bits: Array | None, masks: Masks | None) -> None:
+    def _keep_values(
+        self, row: int, position: int, bits: Array | None, masks: Masks | None
+    ) -> None:
         for layer, width in enumerate(self._widths):
-            seen, mask = self._u[layer][row, place].float(), masks[layer] if masks else None
+            seen, mask = self._u[layer][row, position].float(), masks[layer] if masks else None
             mean = mask.mean if isinstance(mask, TokenMask) else None
             if mean is not None and not self._blocks[layer].inline:  # which is shown u itself
                 seen = seen + mean
             u = seen.cpu().numpy()
             if bits is not None:
-                part = bits[self._places[layer]]
+                part = bits[self._slices[layer]]
                 u = u[np.unpackbits(part, count=width, bitorder="little").astype(bool)]
             self._values[layer].append(u)
-            self._held += u.nbytes
+            self._buffered += u.nbytes
 
     # the file
 
     def _flush(self) -> None:
-        """Memory holds nothing of what was told so far."""
+        """Write everything that is in memory."""
         numbers = np.array(self._rows, np.int32).reshape(-1, len(COLUMNS))
-        for place, name in enumerate(COLUMNS):
-            self._file.append(name, numbers[:, place])
+        for column, name in enumerate(COLUMNS):
+            self._file.append(name, numbers[:, column])
         if self._bits:
             self._file.append("masks", np.stack(self._bits))
         for layer, parts in self._values.items():
@@ -176,7 +182,7 @@ class Trace:
                 self._file.append(hook_name(layer), np.concatenate(parts))
                 parts.clear()
         self.tokens += len(self._rows)
-        self._rows, self._bits, self._held = [], [], 0
+        self._rows, self._bits, self._buffered = [], [], 0
 
     def finish(self, model: Any, report: RunReport) -> None:
         """Write the file."""
@@ -184,17 +190,17 @@ class Trace:
         names = {id(module): name for name, module in model.named_modules()}
         layers = []
         for layer, block in enumerate(self._blocks):
-            own = {"layer": layer, "width": self._widths[layer], "hook": hook_name(layer)}
-            layers.append({**own, "module": names.get(id(block.down), "")})
+            facts = {"layer": layer, "width": self._widths[layer], "hook": hook_name(layer)}
+            layers.append({**facts, "module": names.get(id(block.down), "")})
             if self.activations:
                 norms = norms_of(block.matrices()[2].detach(), 0).cpu().numpy()
                 self._file.append(norm_name(layer), norms)
-        facts = checkpoint_facts(model)
-        told = {
+        checkpoint = checkpoint_facts(model)
+        metadata = {
             "format": FORMAT,
-            "checkpoint": str(facts.get("name")),
-            "checkpoint_sha256": str(facts.get("sha256")),
-            "dtype": str(facts.get("dtype")),
+            "checkpoint": str(checkpoint.get("name")),
+            "checkpoint_sha256": str(checkpoint.get("sha256")),
+            "dtype": str(checkpoint.get("dtype")),
             "method": report.method,
             "executor": report.executor,
             "achieved_sparsity": f"{report.achieved_sparsity:.6f}",
@@ -203,7 +209,7 @@ class Trace:
             "neurons": str(sum(self._widths)),
             "remasks": json.dumps(self.remasks),
         }
-        self.nbytes = self._file.finish(told)
+        self.nbytes = self._file.finish(metadata)
 
     def close(self) -> None:
         """Leave nothing behind but the file that was finished."""
@@ -216,19 +222,19 @@ def _tokens(call: ForwardCall, count: int, row: int | None) -> Iterator[tuple[in
     """
     live = None if call.live is None else call.live.tolist()
     valid = None if call.valid is None else call.valid.tolist()
-    for one in range(call.rows) if row is None else (row,):
-        for place in range(count) if live is None or live[one] else ():
-            if valid is None or valid[one][place]:
-                yield one, place
+    for index in range(call.rows) if row is None else (row,):
+        for position in range(count) if live is None or live[index] else ():
+            if valid is None or valid[index][position]:
+                yield index, position
 
 
-def _choosing(masks: Masks) -> list[int]:
-    """Layers whose tokens choose their own neurons."""
+def _selecting(masks: Masks) -> list[int]:
+    """Layers whose tokens select their neurons."""
     return [layer for layer, mask in enumerate(masks) if isinstance(mask, TokenMask)]
 
 
 def _bits(mask: LayerMask | None, width: int) -> Array:
-    """Bit i % 8 of byte i / 8 for each kept neuron i; zeros where tokens choose."""
+    """Bit i % 8 of byte i / 8 for each kept neuron i; zeros where tokens select."""
     marks = np.ones(width, bool)
     if mask is not None:
         marks[:] = False
@@ -244,52 +250,3 @@ def check_traceable(config: PruneConfig) -> None:
             f"method {config.method} selects inputs of matrices, not neurons, so that there are "
             "none to trace: use a method with masks, or dart-token"
         )
-
-
-class Traced(Protocol):
-    """An attached run."""
-
-    model: Any
-    config: PruneConfig
-    controller: PruningController
-    patch: ModelPatch | None
-    tracing: Trace | None
-
-    @property
-    def executor(self) -> str: ...
-
-    def report(self) -> RunReport: ...
-
-
-@contextlib.contextmanager
-def open_trace(run: Traced, path: Path, activations: bool) -> Iterator[Trace]:
-    """``Run.trace``."""
-    patch = run.patch
-    if patch is None or not patch.installed:
-        raise AttachError("trace() needs an attached run: use it inside the with block")
-    if run.tracing is not None:
-        raise AttachError("this run is being traced already: leave that block first")
-    check_traceable(run.config)
-    if os.path.isdir(path):  # which takes any name
-        raise ConfigError(f"the trace {path} is a folder: give the name of a file")
-    if activations and run.executor != "masked":
-        raise ConfigError(
-            f"executor {run.executor} never computes the activations of what it skips, nor shows "
-            'the others: give executor="masked" to trace activations, or trace without them'
-        )
-    run.controller.flush()
-    trace = Trace(patch, path, activations)
-    tap = capture_activations(run.model, trace.see) if activations else contextlib.nullcontext()
-    try:
-        with tap:
-            run.tracing = trace
-            patch.watch(trace.begin)
-            yield trace
-    finally:
-        try:
-            report = run.report()  # which accounts for the newest forward first
-            trace.finish(run.model, report)
-        finally:
-            run.tracing = None
-            patch.watch(None)
-            trace.close()

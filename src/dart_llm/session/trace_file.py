@@ -1,6 +1,6 @@
 """A trace in a file: safetensors, a column per tensor.  Written by pieces; read without torch.
 
-docs/trace.md describes every column; ``COLUMNS`` is what all traces have.  pandas is asked for by
+docs/trace.md describes every column; ``COLUMNS`` is what all traces have.  pandas is needed by
 ``TraceFile.frame`` and ``.remasks`` alone.
 """
 
@@ -45,6 +45,12 @@ def hook_name(layer: int) -> str:
 def norm_name(layer: int) -> str:
     """The column of the norms of a layer's output weights."""
     return f"blocks.{layer}.mlp.W_out.norm"
+
+
+def layer_slices(widths: Sequence[int]) -> list[slice]:
+    """Where the bytes of each layer lie in a row of ``masks``: a bit per neuron."""
+    ends = np.cumsum([-(-width // 8) for width in widths]).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 @dataclass
@@ -94,10 +100,11 @@ class ColumnFile:
         """Join the columns at ``path``, whole or not at all; the bytes of the file."""
         header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
         end = 0
-        for name, one in self._columns.items():
-            start, end = end, end + one.rows * int(np.prod(one.row, initial=one.dtype.itemsize))
-            shape = [one.rows, *one.row]
-            kind = _KINDS[one.dtype.str]
+        for name, column in self._columns.items():
+            size = int(np.prod(column.row, initial=column.dtype.itemsize))
+            start, end = end, end + column.rows * size
+            shape = [column.rows, *column.row]
+            kind = _KINDS[column.dtype.str]
             header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
         data = json.dumps(header, separators=(",", ":")).encode()
         data = data.ljust(-(-len(data) // 8) * 8)
@@ -105,10 +112,10 @@ class ColumnFile:
         try:
             with joined.open("wb") as file:
                 file.write(len(data).to_bytes(8, "little") + data)
-                for one in self._columns.values():
-                    one.file.seek(0)
-                    shutil.copyfileobj(one.file, file)
-                    one.file.truncate(0)  # never twice on the disk, but for this one
+                for column in self._columns.values():
+                    column.file.seek(0)
+                    shutil.copyfileobj(column.file, file)
+                    column.file.truncate(0)  # never twice on the disk, but for this one
             joined.replace(self.path)
         except OSError as error:
             raise self._cannot(error) from None
@@ -116,8 +123,8 @@ class ColumnFile:
 
     def close(self) -> None:
         """Leave nothing behind but what ``finish`` wrote."""
-        for one in self._columns.values():
-            one.file.close()
+        for column in self._columns.values():
+            column.file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -138,15 +145,15 @@ def read_trace(path: str | Path) -> TraceFile:
                     "run.trace or dart-llm run --trace wrote"
                 )
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = TraceFile(dict(facts), arrays)
-        found.check()
+        trace = TraceFile(dict(facts), arrays)
+        trace.check()
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(
             f"cannot read the trace {path}: {reason}; a run that was killed leaves none, so "
             "trace it again"
         ) from None
-    return found
+    return trace
 
 
 @dataclass(frozen=True)
@@ -164,16 +171,16 @@ class TraceFile:
         """Of each layer ``layer``, ``width`` (neurons), ``hook`` (TransformerLens' name of its
         activations) and ``module`` (the model's name of what they are the input of).
         """
-        found: list[dict[str, Any]] = json.loads(self.facts["layers"])
-        return found
+        facts: list[dict[str, Any]] = json.loads(self.facts["layers"])
+        return facts
 
     @cached_property
     def remasks(self) -> list[dict[str, Any]]:
         """The records of all re-masks (``Remask``), with ``mask`` and ``before``: rows of the
-        column ``masks``, None where tokens choose, or where there was none before.
+        column ``masks``, None where tokens select, or where there was none before.
         """
-        found: list[dict[str, Any]] = json.loads(self.facts["remasks"])
-        return found
+        records: list[dict[str, Any]] = json.loads(self.facts["remasks"])
+        return records
 
     @property
     def has_activations(self) -> bool:
@@ -183,13 +190,13 @@ class TraceFile:
     def check(self) -> None:
         """Raise ``ValueError``, ``TypeError`` or ``KeyError`` where parts do not fit together."""
         numbers, masks = self.arrays["mask"], self.arrays["masks"]
-        bits = sum(-(-one["width"] // 8) for one in self.layers)
+        bits = sum(-(-entry["width"] // 8) for entry in self.layers)
         shapes = {self.arrays[name].shape for name in COLUMNS}
         if shapes != {(len(numbers),)} or masks.shape[1:] != (bits,):
             raise ValueError("its columns have lengths that do not fit")
         if ((numbers < DENSE) | (numbers >= len(masks))).any():
             raise ValueError("it names masks that it does not have")
-        if not all({"mask", "before", "kept"} <= one.keys() for one in self.remasks):
+        if not all({"mask", "before", "kept"} <= entry.keys() for entry in self.remasks):
             raise ValueError("its re-masks are not complete")
         for layer in range(len(self.layers)) if self.has_activations else ():
             ran = int(self._counts(layer)[self._has_values].sum())
@@ -204,15 +211,13 @@ class TraceFile:
     # which neurons
 
     @cached_property
-    def _places(self) -> list[slice]:
-        """Where a layer's bytes lie in a row of ``masks``."""
-        ends = np.cumsum([-(-one["width"] // 8) for one in self.layers]).tolist()
-        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    def _slices(self) -> list[slice]:
+        return layer_slices([layer["width"] for layer in self.layers])
 
     def _marks(self, layer: int) -> Array:
         """[M + 1, I] bool; the last row are all neurons, for ``DENSE``."""
         width = self.layers[layer]["width"]
-        bits = self.arrays["masks"][:, self._places[layer]]
+        bits = self.arrays["masks"][:, self._slices[layer]]
         marks = np.unpackbits(bits, axis=1, count=width, bitorder="little").astype(bool)
         return np.concatenate([marks, np.ones((1, width), bool)])
 
@@ -234,35 +239,35 @@ class TraceFile:
         width = self.layers[layer]["width"]
         if mask == DENSE:
             return np.arange(width)
-        bits = self.arrays["masks"][mask, self._places[layer]]
+        bits = self.arrays["masks"][mask, self._slices[layer]]
         return np.flatnonzero(np.unpackbits(bits, count=width, bitorder="little"))
 
     @cached_property
     def stayed(self) -> Array:
         """[N] bool: False where a later token of the sequence and row took a token's place."""
-        places = np.stack([self.arrays[name] for name in ("sequence", "row")])
-        found = np.ones(places.shape[1], bool)
-        for group in np.unique(places, axis=1).T:
-            mine = np.flatnonzero((places == group[:, None]).all(0))
-            at = self.arrays["position"][mine]
+        sequences = np.stack([self.arrays[name] for name in ("sequence", "row")])
+        stays = np.ones(sequences.shape[1], bool)
+        for group in np.unique(sequences, axis=1).T:
+            members = np.flatnonzero((sequences == group[:, None]).all(0))
+            at = self.arrays["position"][members]
             later = np.minimum.accumulate(at[::-1])[::-1]
-            found[mine[:-1]] = at[:-1] < later[1:]
-        return found
+            stays[members[:-1]] = at[:-1] < later[1:]
+        return stays
 
     # tables: columns as numpy arrays and lists, and pandas frames of them
 
     @property
     def _has_values(self) -> Array:
-        own: Array = self.arrays["phase"] != PHASES.index("prefill")
-        return own
+        decoded: Array = self.arrays["phase"] != PHASES.index("prefill")
+        return decoded
 
     def _values(self, layer: int, neurons: Sequence[Array]) -> Iterator[tuple[Array, Array]]:
         """Activations and contributions of each token; not-a-number for a prompt's."""
         flat, norms = self.arrays[hook_name(layer)], self.arrays[norm_name(layer)]
         none = np.full(len(norms), np.nan, np.float32)
         start = 0
-        for ids, own in zip(neurons, self._has_values, strict=True):
-            if not own:
+        for ids, has_values in zip(neurons, self._has_values, strict=True):
+            if not has_values:
                 yield none[: len(ids)], none[: len(ids)]
                 continue
             part = flat[start : start + len(ids)]
@@ -278,20 +283,20 @@ class TraceFile:
         count, mask = len(self.arrays["mask"]), self.arrays["mask"]
         tokens = {name: self.arrays[name] for name in COLUMNS}
         tokens |= {"phase": np.array(PHASES, object)[tokens["phase"]], "stayed": self.stayed}
-        found = {"token": np.arange(count), **tokens}
-        found = {name: np.repeat(column, len(chosen)) for name, column in found.items()}
-        found["layer"] = np.tile(np.array(chosen, np.int64), count)
-        found["hook"] = np.tile(np.array([hook_name(n) for n in chosen], object), count)
+        table = {"token": np.arange(count), **tokens}
+        table = {name: np.repeat(column, len(chosen)) for name, column in table.items()}
+        table["layer"] = np.tile(np.array(chosen, np.int64), count)
+        table["hook"] = np.tile(np.array([hook_name(n) for n in chosen], object), count)
         names = ("neurons", *(("activation", "contribution") if self.has_activations else ()))
         cells = {name: np.empty((count, len(chosen)), object) for name in names}
-        for place, layer in enumerate(chosen):
+        for column, layer in enumerate(chosen):
             rows = [np.flatnonzero(marks) for marks in self._marks(layer)]
-            own = [rows[number] for number in mask]
-            _fill(cells["neurons"][:, place], own)
+            kept = [rows[number] for number in mask]
+            _fill(cells["neurons"][:, column], kept)
             if self.has_activations:
-                for row, values in enumerate(self._values(layer, own)):
-                    cells["activation"][row, place], cells["contribution"][row, place] = values
-        return found | {name: cell.ravel() for name, cell in cells.items()}
+                for row, values in enumerate(self._values(layer, kept)):
+                    cells["activation"][row, column], cells["contribution"][row, column] = values
+        return table | {name: cell.ravel() for name, cell in cells.items()}
 
     def frame(self, layers: Sequence[int] | None = None) -> Any:
         """A pandas frame with a row per token and layer (of ``layers``, or all).
@@ -304,14 +309,14 @@ class TraceFile:
 
     def remask_columns(self) -> dict[str, list[Any]]:
         """The table of ``remask_frame``, by column."""
-        found: dict[str, list[Any]] = {}
-        for number, one in enumerate(self.remasks):
-            for layer, kept in enumerate(one["kept"]):
-                row = {"remask": number, **one, "layer": layer, "hook": hook_name(layer)}
-                row |= {"kept": kept, **self._changes(one, layer)}
+        table: dict[str, list[Any]] = {}
+        for number, remask in enumerate(self.remasks):
+            for layer, kept in enumerate(remask["kept"]):
+                row = {"remask": number, **remask, "layer": layer, "hook": hook_name(layer)}
+                row |= {"kept": kept, **self._changes(remask, layer)}
                 for name, value in row.items():
-                    found.setdefault(name, []).append(value)
-        return found
+                    table.setdefault(name, []).append(value)
+        return table
 
     def _changes(self, remask: Mapping[str, Any], layer: int) -> dict[str, Array | None]:
         if remask["mask"] is None:
@@ -326,15 +331,15 @@ class TraceFile:
     def remask_frame(self) -> Any:
         """A pandas frame with a row per re-mask and layer: its record, and the ids ``grown`` (kept
         now and not before) and ``dropped`` (the reverse), against the mask before it in its
-        sequence and row, or against all neurons; None where every token chooses.
+        sequence and row, or against all neurons; None where every token selects.
         """
         return _frame(self.remask_columns())
 
 
 def _fill(cells: Array, values: Sequence[Array]) -> None:
     """Put arrays into cells of objects, each as it is."""
-    for place, value in enumerate(values):
-        cells[place] = value
+    for index, value in enumerate(values):
+        cells[index] = value
 
 
 def _frame(columns: Mapping[str, Any]) -> Any:

@@ -147,7 +147,7 @@ def test_seeds_are_averaged_within_a_source(tmp_path):
     assert line["loss"]["after"]["low"] is None  # one source says nothing of the spread
     own = rows["forced/two/wanda@0.5/0"]  # calibrated presets stand beside dart
     assert own["accounting"]["achieved_sparsity"] == pytest.approx(0.5, abs=0.01)
-    assert own["remasks"][0]["cause"] == "given"
+    assert own["remasks"][0]["cause"] == "fixed"
 
 
 def test_sources_that_cannot_be_used(tmp_path):

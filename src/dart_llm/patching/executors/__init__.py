@@ -1,7 +1,4 @@
-"""The executors: which one runs a model, and why one cannot.
-
-``EXECUTORS`` has them all; ``masked`` runs everything.
-"""
+"""The executors: which one runs a model, and why one cannot."""
 
 from __future__ import annotations
 
@@ -30,49 +27,32 @@ Blocks = Sequence[FfnBlock]
 
 def unsupported_reason(executor: str, model: Any, blocks: Blocks) -> str | None:
     """Why ``executor`` cannot run ``model``, and what can; None if it can."""
-    for reason, instead in EXECUTORS[executor](model, blocks):
+    for reason, instead in _reasons(executor, model, blocks):
         cannot = f'executor "{executor}" cannot run {type(model).__name__}'
         return f'{cannot}: {reason}; use executor "{instead}" or "auto"'
     return None
 
 
-Reasons = Iterator[tuple[str, str]]
-"""Clauses, and the executor to use instead."""
-
-
-def _masked_reasons(model: Any, blocks: Blocks) -> Reasons:
-    yield from ()
-
-
-def _compact_reasons(model: Any, blocks: Blocks) -> Reasons:
+def _reasons(executor: str, model: Any, blocks: Blocks) -> Iterator[tuple[str, str]]:
+    """Clauses, and the executor to use instead; ``masked`` runs everything."""
+    if executor == "masked":
+        return
     yield from _layer_reasons(blocks, weights_unsupported_reason, "masked")
-    yield from _layer_reasons(blocks, _not_copied_reason, "masked")
-
-
-def _native_reasons(model: Any, blocks: Blocks) -> Reasons:
-    yield from _kernel_reasons(model, blocks, native_unsupported_reason)
-    if missing := why_not():
-        yield missing, "compact"
-    if reason := not_in_place_reason(model, blocks):
-        yield reason, "compact"
-
-
-def _cuda_reasons(model: Any, blocks: Blocks) -> Reasons:
-    yield from _kernel_reasons(model, blocks, cuda_unsupported_reason)
-
-
-def _kernel_reasons(
-    model: Any, blocks: Blocks, reason_of: Callable[[FfnBlock], str | None]
-) -> Reasons:
-    yield from _layer_reasons(blocks, weights_unsupported_reason, "masked")
+    if executor == "compact":
+        yield from _layer_reasons(blocks, _not_copied_reason, "masked")
+        return
     if is_compiled(model):
         yield "it was compiled by torch", "compact"
-    yield from _layer_reasons(blocks, reason_of, "compact")
+    native = executor == "native"
+    kernels = native_unsupported_reason if native else cuda_unsupported_reason
+    yield from _layer_reasons(blocks, kernels, "compact")
+    if native and (reason := why_not() or not_in_place_reason(model, blocks)):
+        yield reason, "compact"
 
 
 def _layer_reasons(
     blocks: Blocks, reason_of: Callable[[FfnBlock], str | None], instead: str
-) -> Reasons:
+) -> Iterator[tuple[str, str]]:
     for block in blocks:
         if reason := reason_of(block):
             yield f"layer {block.index} {reason}", instead
@@ -80,15 +60,6 @@ def _layer_reasons(
 
 def _not_copied_reason(block: FfnBlock) -> str | None:
     return "is offloaded" if block.offloaded else NO_MODULE if block.inline else None
-
-
-EXECUTORS: dict[str, Callable[[Any, Blocks], Reasons]] = {
-    "masked": _masked_reasons,
-    "compact": _compact_reasons,
-    "native": _native_reasons,
-    "cuda": _cuda_reasons,
-}
-"""Of each executor, what checks a model."""
 
 
 def choose_executor(selector: MaskSelector, blocks: Blocks, model: Any) -> str:

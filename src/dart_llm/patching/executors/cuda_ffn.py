@@ -102,7 +102,7 @@ class CudaFfn:
         self.mask = mask
 
     def _read_weights(self) -> None:
-        versions = [(one.data_ptr(), _version(one)) for one in _weights(self.block)]
+        versions = [(weight.data_ptr(), _version(weight)) for weight in _weights(self.block)]
         if versions == self._versions:
             return
         gate, up, down = self.block.matrices()

@@ -50,8 +50,8 @@ def _rows(x, first, second, ids, out, k, inputs, ids_step, BLOCK: tl.constexpr, 
         else:
             w = tl.load(second + at, mask=both, other=0.0)
         total += w.to(tl.float32) * value[None, :]
-    place = (part * tl.num_programs(0) + m) * k + n
-    tl.store(out + place, tl.sum(total, 1), mask=valid)
+    target = (part * tl.num_programs(0) + m) * k + n
+    tl.store(out + target, tl.sum(total, 1), mask=valid)
 
 
 @triton.jit
@@ -70,8 +70,8 @@ def _sum(u, down, ids, out, k, outputs, ids_step, part, COLUMNS: tl.constexpr, C
         both = valid[:, None] & inside[None, :]
         w = tl.load(down + row[:, None] * outputs + d[None, :], mask=both, other=0.0)
         total += w.to(tl.float32) * value[:, None]
-    place = (split * tl.num_programs(0) + m) * outputs + d
-    tl.store(out + place, tl.sum(total, 0), mask=inside)
+    target = (split * tl.num_programs(0) + m) * outputs + d
+    tl.store(out + target, tl.sum(total, 0), mask=inside)
 
 
 @triton.jit
@@ -113,9 +113,9 @@ def _largest(strengths, ids, out, n, k, WIDTH: tl.constexpr):
     are in their order: the k-th is found bit by bit.
     """
     m = tl.program_id(0)
-    place = tl.arange(0, WIDTH)
-    valid = place < n
-    value = tl.load(strengths + m * n + place, mask=valid, other=0.0)
+    position = tl.arange(0, WIDTH)
+    valid = position < n
+    value = tl.load(strengths + m * n + position, mask=valid, other=0.0)
     bits = tl.where(valid, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
     edge = tl.full((), 0, tl.int32)
     for shift in range(31):
@@ -123,9 +123,9 @@ def _largest(strengths, ids, out, n, k, WIDTH: tl.constexpr):
         edge = tl.where(tl.sum((bits >= tried).to(tl.int32), 0) >= k, tried, edge)
     more, tied = (bits > edge).to(tl.int32), (bits == edge).to(tl.int32)
     left = k - tl.sum(more, 0)
-    taken = more + tied * (tl.cumsum(tied, 0) <= left).to(tl.int32)
-    to = tl.cumsum(taken, 0) - 1
-    tl.store(out + m * k + to, tl.load(ids + place, mask=valid, other=0), mask=taken > 0)
+    chosen = more + tied * (tl.cumsum(tied, 0) <= left).to(tl.int32)
+    to = tl.cumsum(chosen, 0) - 1
+    tl.store(out + m * k + to, tl.load(ids + position, mask=valid, other=0), mask=chosen > 0)
 
 
 INTERPRETED = not isinstance(_rows, triton.JITFunction)

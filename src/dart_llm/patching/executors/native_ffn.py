@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +109,8 @@ def not_in_place_reason(
     ``others``: projections beside those of the FFNs.  Needs the native kernels.
     """
     wanted = [pair for block in blocks for pair in _not_in_rows(block)]
-    attention = [one for one in others if not matrix_of(one).is_contiguous()]
-    wanted += [(_parameter(one), "a projection of the attention") for one in attention]
+    attention = [_parameter(part) for part in others if not matrix_of(part).is_contiguous()]
+    wanted += [(weight, "a projection of the attention") for weight in attention]
     spans = list(_named_spans(model)) if wanted else []
     private: list[Span] | None = None
     for weight, role in wanted:
@@ -143,9 +142,9 @@ def _not_in_rows(block: FfnBlock) -> Iterator[tuple[nn.Parameter, str]]:
 def _named_spans(model: nn.Module) -> Iterator[tuple[Span, str]]:
     """Addresses of the parameters and buffers, by each of their names."""
     parameters = model.named_parameters(remove_duplicate=False)
-    for name, one in chain(parameters, model.named_buffers(remove_duplicate=False)):
-        if type(one) in (Tensor, nn.Parameter) and one.device.type == "cpu":
-            yield _span(one), name
+    for name, tensor in chain(parameters, model.named_buffers(remove_duplicate=False)):
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu":
+            yield _span(tensor), name
 
 
 def _span(tensor: Tensor) -> Span:
@@ -175,9 +174,8 @@ ACTS: Mapping[int, Callable[[Tensor], Tensor]] = {
 NO_MODULE = "has no FFN module of its own"
 
 
-@dataclass(frozen=True)
-class KernelMask:
-    """What the kernels run for one mask.
+class KernelMask(NamedTuple):
+    """What the kernels run for one mask, in the order of their arguments.
 
     ``ids``: [k] int32, None for all; ``bias``: [D] float32; ``basis``, ``features``: [r, D];
     ``choice``: how each token selects out of ``ids``, None where it runs them all; ``matrices``: of
@@ -256,7 +254,7 @@ class NativeFfn:
         self._packs: tuple[Any, ...] = ()
         if isinstance(self.up, PackedTensor):
             self._run = ops().packed_ffn.default
-            self._packs = tuple(one.matrix for one in matrices if isinstance(one, PackedTensor))
+            self._packs = tuple(part.matrix for part in matrices if isinstance(part, PackedTensor))
         self._copies: tuple[Any, ...] = ()
         self.gate_bias, self.up_bias, self.down_bias = block.biases()
         self.token: TokenFfn | None = None
@@ -269,7 +267,7 @@ class NativeFfn:
         self.kept = KernelMask(matrices=self._packs)
 
     @property
-    def chooses(self) -> bool:
+    def selects(self) -> bool:
         """Whether the kernels select a token's neurons as its method does."""
         return self.token is not None and self.token.rule.native
 
@@ -279,7 +277,7 @@ class NativeFfn:
 
         Several tokens together would read most neurons.
         """
-        return most_rows("native", self.by_weights) if self.chooses else 0
+        return most_rows("native", self.by_weights) if self.selects else 0
 
     @property
     def by_weights(self) -> bool:
@@ -322,7 +320,7 @@ class NativeFfn:
             return self._packs
         copied = not per_token and ids is not None and (bool(self._copies) or self._fits(ids))
         order, (*outer, down) = "tiles" if copied else "rows", self._packs
-        self._packs = (*(self._layout.reorder(one, order) for one in outer), down)
+        self._packs = (*(self._layout.reorder(matrix, order) for matrix in outer), down)
         if not copied:
             self._copies = ()
             return self._packs
@@ -338,9 +336,9 @@ class NativeFfn:
         if not self._packs or not 0 < count < self.block.down_width:
             return 0
         *outer, down = self._packs
-        parts = [part for one in outer for part in one.parts()] + [down.parts()[0]]
+        parts = [part for matrix in outer for part in matrix.parts()] + [down.parts()[0]]
         rows = count + TILE - 1  # in whole tiles
-        return sum(one.nbytes * rows // self.block.down_width + PADDING for one in parts)
+        return sum(matrix.nbytes * rows // self.block.down_width + PADDING for matrix in parts)
 
     def _choice(self, mask: TokenMask) -> Any:
         """What the kernels read to select ``mask.winners`` neurons."""
@@ -371,11 +369,7 @@ class NativeFfn:
             *matrices,
             self.gate_bias,
             self.up_bias,
-            kept.ids,
-            kept.bias,
-            kept.basis,
-            kept.features,
-            kept.choice,
+            *kept[:-1],
             self.act,
         )
         return z
@@ -393,9 +387,10 @@ class NativeFfn:
     def nbytes(self) -> int:
         """Bytes for the mask in force, beside the mask itself."""
         weights = (self.gate, self.up, self.down)
-        stored = {_address(one.matrix) for one in weights if isinstance(one, PackedTensor)}
-        copies = (one for one in (*self._copies, *self._packs) if _address(one) not in stored)
-        return self.kept.nbytes() + sum(int(one.nbytes()) for one in copies)
+        stored = {_address(part.matrix) for part in weights if isinstance(part, PackedTensor)}
+        packs = (*self._copies, *self._packs)
+        copies = (pack for pack in packs if _address(pack) not in stored)
+        return self.kept.nbytes() + sum(int(pack.nbytes()) for pack in copies)
 
 
 def _address(matrix: Any) -> int:
@@ -438,9 +433,9 @@ class NativeLinear:
 
 def native_linears(model: nn.Module, blocks: tuple[FfnBlock, ...]) -> Iterator[NativeLinear]:
     """The linear layers of ``model`` that the kernel can run, those of its FFNs left out."""
-    taken = {id(part) for block in blocks for part in block.projections}
+    in_ffns = {id(part) for block in blocks for part in block.projections}
     for module in model.modules():
-        if type(module) is not nn.Linear or id(module) in taken:
+        if type(module) is not nn.Linear or id(module) in in_ffns:
             continue
         plain = "forward" not in module.__dict__ and forward_of(module)[0].__module__ == PLAIN
         if plain and not hasattr(module, "_hf_hook") and _readable(module.weight):

@@ -104,20 +104,20 @@ class NativeDecoder:
         rotations = sum(t.nbytes for t in self._angles or ())
         return cache + rotations + int(self._native.nbytes()) + norms
 
-    def watch(self, choices: bool) -> None:
+    def watch(self, selections: bool) -> None:
         """From the next step on remember which neurons its tokens select, or stop."""
-        self._native.watch(choices)
+        self._native.watch(selections)
 
-    def chosen(self) -> Tensor:
+    def selected(self) -> Tensor:
         """What the tokens of the last step selected, if it was watched, uint8
-        [L, B, I / 8 rounded up]: bits as of ``PatchedFFN.chosen``; zeros in other layers.
+        [L, B, I / 8 rounded up]: bits as of ``PatchedFFN.selected``; zeros in other layers.
         """
         return self._native.marks()  # type: ignore[no-any-return]
 
     def serves(self, masks: Sequence[LayerMask | None]) -> bool:
         """Whether a step can run these masks."""
         return all(
-            ffn.chooses
+            ffn.selects
             for mask, ffn in zip(masks, self._ffns, strict=False)
             if isinstance(mask, TokenMask)
         )
@@ -146,15 +146,7 @@ class NativeDecoder:
                 ffn.load(mask)
                 kept = ffn.kept
             if kept is not self._loaded[index]:
-                self._native.set_mask(
-                    index,
-                    kept.ids,
-                    kept.bias,
-                    kept.basis,
-                    kept.features,
-                    kept.choice,
-                    kept.matrices,
-                )
+                self._native.set_mask(index, *kept)
                 self._loaded[index] = kept
         self._masks = masks
 
@@ -227,9 +219,9 @@ class NativeDecoder:
     def _bind(self, room: PreallocatedKVCache) -> None:
         """Name the buffers once, not at every token: a step passes how many came before it."""
         rooms, self._bound = room.rooms, None
-        keys, values = [one.keys for one in rooms], [one.values for one in rooms]
-        ends, counts = [one.end for one in rooms], [one.count for one in rooms]
-        seen = [-1 if one.seen is None else one.seen for one in rooms]
+        keys, values = [layer.keys for layer in rooms], [layer.values for layer in rooms]
+        ends, counts = [layer.end for layer in rooms], [layer.count for layer in rooms]
+        seen = [-1 if layer.seen is None else layer.seen for layer in rooms]
         self._native.bind(keys, values, ends, counts, seen)
         self._bound = room.steps
 

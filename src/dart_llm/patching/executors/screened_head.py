@@ -132,4 +132,4 @@ class ScreenedHead:
 
     def nbytes(self) -> int:
         """Bytes beside the model."""
-        return sum(one.nbytes for one in self.screen.tensors())
+        return sum(tensor.nbytes for tensor in self.screen.tensors())

@@ -69,10 +69,10 @@ def _disagreement_reason(model: Any) -> str | None:
     rotary = None if parts.rotary is None else view.copy_of(parts.rotary)
     with isolated(parts.head.device):
         try:
-            token, before, *found = _model_step(model, view, cache, parts)
+            token, before, *computed = _model_step(model, view, cache, parts)
             wanted = reference_step(replace(parts, rotary=rotary), ffns, token, before)
             agrees = all(
-                same(t[:, 0], other, len(chosen)) for t, other in zip(found, wanted, strict=True)
+                same(t[:, 0], other, len(chosen)) for t, other in zip(computed, wanted, strict=True)
             )
         except Exception as error:  # not called as its model type is
             return f"cannot be run as a {text.model_type} model is ({type(error).__name__})"
@@ -103,8 +103,8 @@ def _model_step(
         return hidden[-1]
 
     norm.__dict__["_compiled_call_impl"] = note
-    taken = forward_names(type(model))  # type: ignore[arg-type]
-    name = "cache" if "cache" in taken else "past_key_values"
+    arguments = forward_names(type(model))  # type: ignore[arg-type]
+    name = "cache" if "cache" in arguments else "past_key_values"
     options = {name: cache, "use_cache": True, "output_attentions": False}
     options["output_hidden_states"] = False
     run = view.copy_of(model)

@@ -35,7 +35,7 @@ def run_masked(
 
 
 class CompactFfn:
-    """Compact weights of one block: its kept rows and columns, refilled in place on every re-mask.
+    """Compact weights of one block: its kept rows and columns, refilled on every re-mask.
 
     ``rows``: [k or 2k, D], gate above up; ``columns``: [D, k].
     """
@@ -52,7 +52,7 @@ class CompactFfn:
         self.mask: LayerMask | None = None
         self.rows = self.columns = self.row_bias = self.bias = None  # type: Tensor | None
         self.linear: LowRank | None = None
-        self.sums_biases = False
+        self.owns_bias = False
 
     @torch.no_grad()
     def load(self, mask: LayerMask) -> None:
@@ -71,34 +71,23 @@ class CompactFfn:
                 )
             torch.index_select(down.detach(), 1, mask.ids, out=self.columns)
             self._load_biases(mask)
-            self._load_linear(mask)
+        self.linear = mask.low_rank
         self.mask = mask
-
-    def _load_linear(self, mask: LayerMask) -> None:
-        new = mask.low_rank
-        if new is None:
-            self.linear = None
-            return
-        old = None if self.linear is None else self.linear.out
-        out = buffer(old, tuple(new.out.shape), new.out).copy_(new.out)
-        self.linear = LowRank(new.basis, out)
 
     def _load_biases(self, mask: LayerMask) -> None:
         gate, up, down = self.block.biases()
         inputs = [up] if self.block.matrices()[0] is None else [gate, up]
         some = next((bias for bias in inputs if bias is not None), None)
         if some is not None:
-            none = torch.zeros_like(some)
-            rows = torch.cat([(none if bias is None else bias)[mask.ids] for bias in inputs])
-            self.row_bias = buffer(self.row_bias, tuple(rows.shape), rows).copy_(rows)
-        if mask.bias is None:
-            self.bias, self.sums_biases = down, False
-            return
+            zeros = torch.zeros_like(some)
+            rows = [(zeros if bias is None else bias)[mask.ids] for bias in inputs]
+            self.row_bias = torch.cat(rows)
+        self.bias = down
         assert self.columns is not None
-        total = mask.bias if down is None else down.float() + mask.bias
-        old = self.bias if self.sums_biases else None
-        self.bias = buffer(old, tuple(total.shape), self.columns).copy_(total)
-        self.sums_biases = True
+        if mask.bias is not None:
+            total = mask.bias if down is None else down.float() + mask.bias
+            self.bias = total.to(self.columns)
+        self.owns_bias = self.bias is not down and self.bias is not mask.bias
 
     def run(self, x: Tensor) -> Tensor:
         """z from the kept neurons alone."""
@@ -113,9 +102,9 @@ class CompactFfn:
         return z if self.linear is None else z + self.linear(x)
 
     def nbytes(self) -> int:
-        out = None if self.linear is None else self.linear.out
-        bias = self.bias if self.sums_biases else None
-        parts = (self.rows, self.columns, self.row_bias, bias, out)
+        """Bytes of the compact weights, beside the mask itself."""
+        bias = self.bias if self.owns_bias else None
+        parts = (self.rows, self.columns, self.row_bias, bias)
         return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
 

@@ -178,5 +178,5 @@ class WholeStepForward:
         parts = [t[:, :, None].unbind(0) for t in self.decoder.observed(stream)]
         parts = parts[: 4 if stream else 2]
         controller.observe_step(
-            {i: LayerObservation(*one) for i, one in enumerate(zip(*parts, strict=True))}
+            {i: LayerObservation(*tensors) for i, tensors in enumerate(zip(*parts, strict=True))}
         )

@@ -37,7 +37,7 @@ export const isDense = (answer) => answer.start?.method === "dense" || answer.st
 export const finished = (answer) => Boolean(answer.done || answer.error);
 export const textOf = (answer) => answer.done?.texts?.[0] ?? answer.tokens.map((t) => t.text).join("");
 
-const OPENING = ["first", "given", "prompt"];
+const OPENING = ["first", "fixed", "prompt"];
 
 /** The masks that were built while the text was being written. */
 export const rebuilt = (answer) => answer.remasks.filter((mask) => !OPENING.includes(mask.cause));

@@ -162,7 +162,7 @@ export function windowInWords(answer, check) {
   if (check.similarity == null) return `tokens ${from} to ${to}: the first window, nothing to compare with yet`;
   return `tokens ${from} to ${to}: similarity ${check.similarity.toFixed(2)}` +
     (check.threshold == null ? ", detector not armed" : `, threshold ${check.threshold.toFixed(2)}`) +
-    (isLow(check) ? `, low window number ${check.counter}` : "") + (check.state === "held" ? ", suppressed" : "");
+    (isLow(check) ? `, low window number ${check.counter}` : "") + (check.state === "suppressed" ? ", suppressed" : "");
 }
 
 /** The number of the check whose window holds this token, or -1. */

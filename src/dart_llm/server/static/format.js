@@ -26,7 +26,7 @@ const CAUSES = {
   prompt: "a new prompt",
   drift: "unlike the beginning",
   interval: "the interval passed",
-  given: "user-supplied masks",
+  fixed: "user-supplied masks",
   forced: "requested",
 };
 

@@ -197,7 +197,7 @@ function driftNote(answer) {
   if (isDense(answer)) return "A dense answer has no detector.";
   if (!last) return rule ? `Rule ${rule}: no window is complete yet.` : "No window is complete yet.";
   if (last.threshold == null) return `Rule ${rule}: learning what the beginning is like.`;
-  if (last.state === "held") return `Rule ${rule}: low, but a new mask would cost too many dense tokens.`;
+  if (last.state === "suppressed") return `Rule ${rule}: low, but a new mask would cost too many dense tokens.`;
   const low = last.similarity < last.threshold;
   return `Rule ${rule}: ${low ? `unlike the beginning, ${counted(last.counter, "low window")} in a row` : "like the beginning"}.`;
 }

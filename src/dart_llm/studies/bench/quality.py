@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dart_llm.calibration.self_text import opening_ids, own_start, sample_continuations
+from dart_llm.calibration.self_text import opening_ids, sample_continuations, start_tokens
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation.divergence import compare_window
@@ -72,7 +72,7 @@ def generate_text(model: Any, count: int, length: int, seed: int, skip: int = 0)
     else:
         vocabulary = int(model.config.get_text_config().vocab_size)
         begin = torch.randint(vocabulary, (count, 1), generator=generator)
-        if start := own_start(model):
+        if start := start_tokens(model):
             begin[:] = start[0]
     sequences: list[list[int]] = sample_continuations(
         model, begin, length, generator, lambda text: None, prior.temperature, prior.top_p

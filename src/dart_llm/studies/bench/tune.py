@@ -29,7 +29,7 @@ from dart_llm.pruning.setting_file import KeptSetting
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.words import count
-from dart_llm.session.kept import held_words, identity
+from dart_llm.session.kept import identity, stored_as
 from dart_llm.session.run import Run
 from dart_llm.studies.bench import quality, report
 from dart_llm.studies.bench.candidates import (
@@ -298,7 +298,11 @@ class TuneStudy(BenchStudy[TuneSettings]):
         """The recommended setting, as its file states it."""
         row = next(one for one in document["rows"] if one["recommended"])
         loaded = self.models[row["weights"]]
-        model = {**identity(loaded.model), "held": held_words(loaded.model), "dtype": loaded.dtype}
+        model = {
+            **identity(loaded.model),
+            "stored_as": stored_as(loaded.model),
+            "dtype": loaded.dtype,
+        }
         date = {"date": self.config["started"][:10], "by": f"dart-llm {version('dart-llm')}"}
         config = PruneConfig.from_mapping(row["config"])
         return KeptSetting(config, loaded.weights, model, report.measured(document, row), date)

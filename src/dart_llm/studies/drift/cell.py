@@ -132,7 +132,7 @@ class DriftCell:
     @property
     def rebuilt(self) -> int:
         """Masks after the first ones."""
-        return sum(mask["cause"] not in ("first", "given") for mask in self.record["remasks"])
+        return sum(mask["cause"] not in ("first", "fixed") for mask in self.record["remasks"])
 
 
 def expand(
