@@ -19,5 +19,5 @@ def axes_of(plot):
 
     figure = Figure()
     with figures._style() as palette:
-        figures.draw(plot, figure, palette)
+        plot.draw(figure, palette)
     return figure.axes

@@ -6,7 +6,6 @@ figure and its colours.
 
 from __future__ import annotations
 
-import inspect
 import io
 import math
 import textwrap
@@ -44,10 +43,8 @@ class Plot:
     alt: str
     small: str
     height: float
-    draw: Callable[..., None]
+    draw: Callable[[Figure, Palette], None]
     """Called with an empty figure and the colours."""
-    narrow_height: float | None = None
-    """Has no effect: there is one size."""
 
 
 DASHES = (0, (5, 3))
@@ -129,8 +126,6 @@ def name_bars(axes: Axes, names: Sequence[str]) -> None:
 
 HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
 
-COLOURS = (3, 4, 2, 0, 1, 8)
-
 GREY = "#868e98"
 """What is dense, or in the background."""
 
@@ -179,20 +174,18 @@ KEY_LINE = 0.22
 Look = dict[str, Any]
 
 
-def heights(
-    count: int, draw: Callable[..., None], lines: int
-) -> tuple[float, Callable[..., None], None]:
-    """Height and drawing of a plot with ``count`` panels, as ``Plot`` takes them."""
-    wide = 0.7 + (2.5 if count > 1 else 3.1) * math.ceil(count / 2) + KEY_LINE * (1 + lines // 6)
-    return wide, draw, None
+def panels_height(count: int, names: int) -> float:
+    """Inches of ``count`` panels below a legend of ``names``."""
+    panel = 2.5 if count > 1 else 3.1
+    return 0.7 + panel * math.ceil(count / 2) + KEY_LINE * (1 + names // 6)
 
 
-def panels(figure: Figure, count: int, narrow: bool, lines: int) -> list[Axes]:
+def panels(figure: Figure, count: int, lines: int) -> list[Axes]:
     """A place for the legend of ``lines`` lines, and below it one panel per task, in two columns.
 
     The first axes are the legend's.
     """
-    columns = 1 if narrow or count == 1 else 2
+    columns = 1 if count == 1 else 2
     rows = math.ceil(count / columns)
     ratios = [KEY_LINE * lines, *[2.4] * rows]
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=ratios)
@@ -282,8 +275,8 @@ def looks(labels: Sequence[str], palette: Palette) -> dict[str, Look]:
 # colours only repeat it.
 
 
-WIDE, NARROW = 8.0, 4.1
-"""Inches of a figure; nothing is drawn narrow any more."""
+WIDE = 8.0
+"""Inches of a figure."""
 
 STYLES = ("screen", "paper")
 
@@ -342,16 +335,10 @@ def render(plot: Plot, kind: str) -> bytes:
             figure = Figure(figsize=(WIDE, plot.height + extra))
             figure.suptitle("\n".join(title), x=0.012, ha="left", fontsize=10.5, fontweight="bold")
             figure.supxlabel("\n".join(small), x=0.012, ha="left", fontsize=7, color=SOFT)
-        draw(plot, figure, palette)
+        plot.draw(figure, palette)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, dpi=200, metadata=UNDATED[kind])
     return buffer.getvalue()
-
-
-def draw(plot: Plot, figure: Figure, palette: Palette) -> None:
-    """Draw into an empty figure; some drawings still take whether it is narrow."""
-    narrow = [False] if len(inspect.signature(plot.draw).parameters) > 2 else []
-    plot.draw(figure, palette, *narrow)
 
 
 HEADLINE = 0.4

@@ -10,7 +10,6 @@ from dart_llm.experiments import run_facts
 from dart_llm.experiments.comparison_report import stacked
 from dart_llm.experiments.llama_bench import LLAMA_CPP
 from dart_llm.experiments.result_line import ResultLine
-from dart_llm.experiments.store import read
 from dart_llm.files import write_text
 from dart_llm.reporting import page
 from dart_llm.reporting.figures import (
@@ -308,7 +307,7 @@ def speed_plot(document: Row) -> Plot:
     rows = sorted(document["rows"], key=lambda row: float(row["ms"]), reverse=True)
     read = document["read_bandwidth"]["bytes_per_second"]
 
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
+    def draw(figure: Figure, palette: Palette) -> None:
         axes = figure.add_subplot()
         looks = looks_of(list(dict.fromkeys(str(row["executor"]) for row in rows)), palette)
         for place, row in enumerate(rows):
@@ -344,8 +343,8 @@ def tune_plot(document: Row) -> Plot:
         weights = "" if row["weights"] == usual else f", {row['weights']}"
         return f"{row['method']}{screened}{weights}"
 
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        above, *both = panels(figure, 2, narrow, 2)
+    def draw(figure: Figure, palette: Palette) -> None:
+        above, *both = panels(figure, 2, 2)
         looks = looks_of(list(dict.fromkeys(map(series, rows))), palette)
         for axes, name, words in zip(
             both,
@@ -368,14 +367,14 @@ def tune_plot(document: Row) -> Plot:
             axes.set_yticks([], minor=True)
         for row in document["reference_rows"]:
             both[0].axvline(row["ms"], color=SOFT, linewidth=1.2, linestyle=":", label=row["row"])
-        key(above, both, 2 if narrow else 3)
+        key(above, both, 3)
 
     points = "; ".join(
         f"{row['row']} {loss_words(row)}" + ("" if row["ms"] is None else f" at {row['ms']:.2f} ms")
         for row in rows
     )
     title = "Loss over time, and over the bytes of a token"
-    return Plot("tune", title, f"Points per setting: {points}.", caption(document), 4.1, draw, 6.6)
+    return Plot("tune", title, f"Points per setting: {points}.", caption(document), 4.1, draw)
 
 
 def _draw_point(axes: Axes, row: Row, x: float, look: Look) -> None:
@@ -392,21 +391,20 @@ def _draw_point(axes: Axes, row: Row, x: float, look: Look) -> None:
         axes.plot([x], [y], **ring)
 
 
-def write_page(folder: Path, document: Row, plots: list[Plot]) -> Path:
-    """``report.html`` of ``tune``."""
-    view = read(folder)
+def write_page(folder: Path, config: Mapping[str, Any], document: Row, plots: list[Plot]) -> Path:
+    """``report.html`` of ``tune``; ``config``: config.json."""
     first, *further = tune_sentences(document)
     pictures, missing = page.pictures(plots)
     content = {
         "title": f"Which setting for {document['model']}?",
         "conclusion": first,
         "further": further,
-        "facts": run_facts.facts(view),
+        "facts": run_facts.facts(config),
         "pictures": pictures,
         "missing": missing,
         "tables": [(table("tune", document).html(), False)],
         **dict.fromkeys(("notes", "many", "leak", "leaks", "failures", "checkpoints")),
     }
     path = folder / "report.html"
-    write_text(path, run_facts.render(view, "compare.html", content, stacked=stacked))
+    write_text(path, run_facts.render(config, "compare.html", content, stacked=stacked))
     return path

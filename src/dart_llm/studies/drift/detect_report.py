@@ -104,7 +104,7 @@ def _plot(document: Row, window: int, first: bool) -> Plot:
         styles = {
             name: mark(look, palette) for name, look in zip(names, cycle(LOOKS), strict=False)
         }
-        above, *drawn = panels(figure, 2 * len(counts), False, 1 + len(names) // 3)
+        above, *drawn = panels(figure, 2 * len(counts), 1 + len(names) // 3)
         for number, axes in enumerate(drawn):
             if number > 1:
                 axes.sharex(drawn[number % 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,11 @@ from dart_llm.reporting.figures import (
     Look,
     Palette,
     Plot,
-    heights,
     key,
     log_scale,
     looks_of,
     panels,
+    panels_height,
     reference_line,
     whisker_lengths,
 )
@@ -154,8 +155,8 @@ def _flat(row: Row) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
-            own = _flat({key: part for key, part in value.items() if key != "by_kind"})
-            found.update({f"{name}.{key}": part for key, part in own.items()})
+            nested = _flat({key: part for key, part in value.items() if key != "by_kind"})
+            found.update({f"{name}.{key}": part for key, part in nested.items()})
         elif name == "interval":
             low, high = value or (None, None)
             found.update({"interval.low": low, "interval.high": high})
@@ -189,13 +190,13 @@ def _gaps_plot(document: Row) -> list[Plot]:
     if not drawn:
         return []
 
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        above, *places = panels(figure, len(drawn), narrow, 1)
+    def draw(figure: Figure, palette: Palette) -> None:
+        above, *places = panels(figure, len(drawn), 1)
         for axes, (caption, rows) in zip(places, drawn, strict=True):
             _draw(axes, rows, palette)
             title = "\n".join(textwrap.wrap(caption, 44))
             axes.set_title(title, loc="left", fontsize=8.5, color=INK)
-        key(above, places, 1 if narrow else 2)
+        key(above, places, 2)
 
     high = 0.9 + 0.24 * max(len(rows) for _, rows in drawn)
     cell = document["cells"][0]
@@ -206,8 +207,8 @@ def _gaps_plot(document: Row) -> list[Plot]:
     )
     title = "Share of GRIFFIN's log-perplexity gap to dense that is closed"
     alt = "Points with intervals per sparsity and variant. " + " ".join(sentences(document))
-    wide = 0.9 + high * -(-len(drawn) // (1 if len(drawn) == 1 else 2))
-    return [Plot("quality", title, alt, small, wide, draw, 0.9 + high * len(drawn))]
+    height = 0.9 + high * math.ceil(len(drawn) / 2)
+    return [Plot("quality", title, alt, small, height, draw)]
 
 
 ROUNDED = "dense, rounded"
@@ -218,27 +219,25 @@ def _bytes_plot(document: Row) -> list[Plot]:
     rows = [row for row in document["cells"] if row.get("token_bytes_share") is not None]
     drawn = grouped(rows, lambda row: (row["model"], row["cell"]))
     roundings = document.get("roundings", ())
-    names = list(
-        dict.fromkeys(ROUNDED if _is_in(row, roundings) else row["variant"] for row in rows)
-    )
+    names = list(dict.fromkeys(_series(row, roundings) for row in rows))
     if not rows:
         return []
 
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
+    def draw(figure: Figure, palette: Palette) -> None:
         looks = looks_of(names, palette)
-        above, *places = panels(figure, len(drawn), narrow, 1 + len(names) // 3)
+        above, *places = panels(figure, len(drawn), 1 + len(names) // 3)
         for axes, (model, cell) in zip(places, drawn, strict=True):
-            own = drawn[model, cell]
+            members = drawn[model, cell]
             for name in names:
-                _draw_curve(axes, own, name, roundings, looks[name])
+                _draw_curve(axes, members, name, roundings, looks[name])
             axes.set_title(f"{model}, {cell}", loc="left", fontsize=8.5, color=INK)
             axes.set_xlabel("bytes per token over dense at bfloat16", fontsize=8, color=SOFT)
-            values = [row["times_dense"] for row in own]
+            values = [row["times_dense"] for row in members]
             axes.set_yscale("log")
             log_scale(axes, 0.92 * min(1.0, *values), 1.08 * max(1.1, *values))
             reference_line(axes, y=1.0, label="_dense")
             axes.grid(axis="both")
-        key(above, places, 2 if narrow else 3)
+        key(above, places, 3)
 
     cell = rows[0]
     small = (
@@ -251,19 +250,20 @@ def _bytes_plot(document: Row) -> list[Plot]:
         for row in rows
     )
     title = "Perplexity over dense, by the bytes that a token reads"
-    wide, drawing, narrow = heights(len(drawn), draw, len(names))
-    return [Plot("quality-bytes", title, alt, small, wide, drawing, narrow)]
+    height = panels_height(len(drawn), len(names))
+    return [Plot("quality-bytes", title, alt, small, height, draw)]
 
 
-def _is_in(row: Row, roundings: Sequence[str]) -> bool:
-    return row["variant"] in roundings
+def _series(row: Row, roundings: Sequence[str]) -> str:
+    """The curve of a row: all roundings are one."""
+    return ROUNDED if row["variant"] in roundings else str(row["variant"])
 
 
 def _draw_curve(
     axes: Axes, rows: Sequence[Row], name: str, roundings: Sequence[str], look: Look
 ) -> None:
-    own = [row for row in rows if (ROUNDED if _is_in(row, roundings) else row["variant"]) == name]
-    points = sorted((row["token_bytes_share"], row["times_dense"]) for row in own)
+    curve = [row for row in rows if _series(row, roundings) == name]
+    points = sorted((row["token_bytes_share"], row["times_dense"]) for row in curve)
     if points:
         axes.plot(*zip(*points, strict=True), label=name, **look)
 
