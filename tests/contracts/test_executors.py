@@ -13,7 +13,7 @@ import torch
 
 from dart_llm.models.packed_loading import round_weights
 from dart_llm.models.steps import step_unsupported_reason
-from dart_llm.patching.executors import EXECUTORS, cuda_ffn
+from dart_llm.patching.executors import cuda_ffn
 from dart_llm.patching.executors.token_ffn import WHOLE_STEPS
 from dart_llm.pruning.registry import METHODS, SCORES, TOKEN_RULES
 from prior_cases import SMALL, ready
@@ -90,6 +90,10 @@ CUDA = {
 """Triton's interpreter takes 10 ms per program: these alone."""
 
 
+EXECUTORS = ("compact", "native", "cuda")
+"""What is compared with masked."""
+
+
 def supports(executor, name, weights, case):
     """Whether ``executor`` is to be compared."""
     if name.startswith("opt"):
@@ -117,7 +121,7 @@ def _matrix():
         if half and SETTINGS[case].get("method") in PER_TOKEN:
             continue  # it rounds some choices otherwise, and one neuron is much here
         for executor in EXECUTORS:
-            if executor != "masked" and supports(executor, name, weights, case):
+            if supports(executor, name, weights, case):
                 marks = [] if (name, weights, case) in chosen else [pytest.mark.full]
                 marks += [pytest.mark.gpu] if executor == "cuda" else []
                 yield pytest.param(executor, name, weights, case, marks=marks)

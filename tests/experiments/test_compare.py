@@ -40,7 +40,7 @@ def test_rows_come_by_task_dense_first_with_their_accounting(rows):
     labels = [row.label for row in rows if row.task == ACC]
     assert [*labels[:3], labels[-1]] == ["dense", "static@0.3", "static@0.5", "dart@0.7"]
     row, dense = find(rows, "dart@0.5", ROUGE), find(rows, "dense")
-    counted = (row.asked, row.achieved, row.dense_share, row.while_pruned, row.bytes_share)
+    counted = (row.requested, row.achieved, row.dense_share, row.while_pruned, row.bytes_share)
     assert counted == pytest.approx((0.5, 0.4375, 0.125, 0.5, 1 - 0.4375 + 0.031))
     assert (row.remasks, row.executor, row.items) == (0, "compact", 10)
     assert row.weight_bytes == 538_060_032

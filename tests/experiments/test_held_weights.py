@@ -1,21 +1,16 @@
 """What is told of a checkpoint whose weights are held in blocks, and nothing of a dense one."""
 
-from pathlib import Path
-
 import pytest
 
 from checkpoints import write_folder, write_gguf
 from dart_llm.experiments import model_facts
 from dart_llm.experiments.cell import Cell
-from dart_llm.experiments.index import Run, _model_words
-from dart_llm.experiments.result_line import ResultLine
 from dart_llm.experiments.rows import table
 from dart_llm.experiments.store import checkpoint_line
 from dart_llm.models.bundled import MODEL_WHEEL_BYTES
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.loading import load
 from dart_llm.reporting.words import dtype_text
-from dart_llm.studies.quality.report import _caption
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -63,14 +58,3 @@ def test_every_line_says_it():
     assert table([row]).caption == (
         "m (file quantisation Q4_1, bfloat16, weights Q4_1 as in the file), protocol decode"
     )
-    line = ResultLine(label="d", method="d", model="m", task="t", metric="acc")
-    run = Run(Path(), "e", {"checkpoint": held}, (line,), 1)
-    assert _model_words(run) == [
-        "m",
-        "file quantisation Q4_1, bfloat16, weights Q4_1 as in the file",
-    ]
-    first = {"model": "m", "cell": "continuation", "slices": 1, "kinds": ["k"]}
-    first |= {"dense_perplexity": 20.0}
-    document = {"checkpoints": {"m": held}, "lead_tokens": 64, "prompt_tokens": 8, "tokens": 8}
-    said = _caption({**document, "set": "report"}, first)
-    assert said.startswith("m (file quantisation Q4_1, bfloat16, weights Q4_1 as in the file), con")

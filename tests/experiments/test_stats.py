@@ -69,11 +69,6 @@ def test_ratios_of_perplexities_weigh_items_by_their_tokens():
     assert (single.ends, found.ends, found.n) == (None, None, 2)
     uneven = paired_interval({"x": (1.0, 1), "y": (3.0, 3)}, {"x": (1.0, 3), "y": (3.0, 1)})
     assert uneven.estimate == pytest.approx(10 / 4 - 6 / 4)
-    one = [[1.0], [2.0, 2.0, 2.0]] * 3
-    assert stats.ratio_interval(one, one) == (1.0, 1.0)
-    low, high = stats.ratio_interval(one, [[0.0], [2.0, 2.0, 2.0]] * 3)
-    assert 1 <= low < math.exp(0.25) < high <= math.e
-    assert stats.ratio_interval(one[:5], one[:5]) is None
 
 
 def test_what_is_all_equal_has_no_width():

@@ -366,7 +366,7 @@ class Counting(Study[CountSettings]):
     on_error = "record"
     fault: Exception | None = ConfigError("b is too long")
 
-    def asked(self):
+    def requested(self):
         return self.settings.model_dump(exclude={"broken"})
 
     def load(self):

@@ -1,13 +1,13 @@
-"""A results folder with known numbers, as a finished run would have written it."""
+"""A run with known numbers, as its page shows it."""
 
 import math
 import random
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import replace
 
-from dart_llm.files import write_csv, write_json, write_lines
 from dart_llm.pruning.records import DriftCheck, LayerStat, Remask, RunReport, SequenceReport
 from dart_llm.reporting.speed_up import judge
+from dart_llm.studies.generate.plots import RunView
 
 LAYERS, WIDTH = 30, 1536
 FFN_SHARE = 0.592
@@ -161,17 +161,7 @@ def timing():
     }
 
 
-def write_results(folder, changes=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {**config(), **(changes or {})})
-    write_lines(folder / "generation.jsonl", generations())
-    write_json(folder / "perplexity.json", perplexity())
-    write_json(folder / "timing.json", timing())
-    layers = generations()[1]["accounting"]["layers"]
-    masks = {"remasks": [asdict(mask) for mask in remasks(kept_counts())], "layers": layers}
-    write_json(folder / "masks.json", masks)
-    header = [field.name for field in fields(DriftCheck)]
-    rows = [[getattr(check, name) for name in header] for check in drift_checks()]
-    rows = [[int(v) if isinstance(v, bool) else v for v in row] for row in rows]
-    write_csv(folder / "drift.csv", header, rows)
-    return folder
+def fake_view(**changes):
+    """A finished run as its page shows it."""
+    view = RunView(config(), generations(), timing(), drift_checks(), perplexity())
+    return replace(view, **changes)

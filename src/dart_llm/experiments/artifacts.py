@@ -6,7 +6,9 @@ The files of a results folder that come from a pruned run.
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from dart_llm.errors import ConfigError, ResultsError
@@ -220,3 +223,12 @@ def write_drift(folder: Path, checks: tuple[DriftCheck, ...]) -> None:
         for check in checks
     ]
     write_csv(folder / "drift.csv", header, rows)
+
+
+def read_checks(folder: Path) -> list[DriftCheck]:
+    """The windows of drift.csv; none where there is no such file."""
+    path = folder / "drift.csv"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = ({**row, "threshold": row["threshold"] or None} for row in csv.DictReader(lines))
+    checks = [TypeAdapter(DriftCheck).validate_python(row) for row in rows]
+    return [check for check in checks if math.isfinite(check.similarity)]

@@ -61,14 +61,14 @@ class Scores:
     def mean(self) -> float | None:
         return stats.mean(self.sample, self._kind)
 
-    def interval(self, seed: int) -> Interval | None:
+    def interval(self) -> Interval | None:
         """Of the metric itself."""
-        return stats.interval(self.sample, self._kind, seed)
+        return stats.interval(self.sample, self._kind)
 
-    def against(self, other: Scores, seed: int) -> Interval | None:
+    def against(self, other: Scores) -> Interval | None:
         """Paired: a difference, or a ratio of perplexities."""
         kind: stats.Kind = "ratio_of_exp_mean" if self.exponential else "difference"
-        return stats.paired_interval(self.sample, other.sample, kind, seed)
+        return stats.paired_interval(self.sample, other.sample, kind)
 
 
 def is_perplexity(metric: str) -> bool:
@@ -150,7 +150,7 @@ class Row:
     task: str
     protocol: str | None
     seed: int | None
-    asked: float | None
+    requested: float | None
     layers: str | None = None
     """The layer or layers that were pruned, where not all; ``keep``: the share kept there."""
     keep: float | None = None
@@ -277,19 +277,19 @@ def read_row(line: Mapping[str, Any]) -> Row:
         shares = {"ffn_bytes_share": share, "ffn_bytes_share_if_compact": share}
         accounting = {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0, **shares}
     layers = cell.get("layers") or None
-    asked = cell.get("sparsity")
-    if asked is None and layers is None:
-        asked = accounting.get("requested_sparsity")
+    requested = cell.get("sparsity")
+    if requested is None and layers is None:
+        requested = accounting.get("requested_sparsity")
     known = scores(measured)
     return Row(
         model=short_name(checkpoint.get("name") or cell.get("model")),
         dtype=checkpoint.get("dtype") or cell.get("dtype"),
         method=method,
-        label=label or (method if asked is None else f"{method}@{asked:g}"),
+        label=label or (method if requested is None else f"{method}@{requested:g}"),
         task=measured.get("task") or cell.get("task") or "unknown task",
         protocol=measured.get("protocol") or cell.get("protocol"),
         seed=cell.get("seed"),
-        asked=0.0 if method.startswith(DENSE) else asked,
+        requested=0.0 if method.startswith(DENSE) else requested,
         layers=layers,
         keep=None if layers is None else cell.get("keep"),
         base_keep=cell.get("base_keep"),
@@ -324,7 +324,7 @@ def result_line(row: Row) -> ResultLine:
         metric=row.metric,
         value=row.value,
         higher_is_better=row.higher_is_better,
-        requested=row.asked,
+        requested=row.requested,
         achieved=row.achieved,
         low=low,
         high=high,
@@ -340,17 +340,17 @@ def result_line(row: Row) -> ResultLine:
 # Rows beside dense and GRIFFIN.
 
 
-def rows(lines: Iterable[Mapping[str, Any]], seed: int = 0) -> list[Row]:
+def rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
     """One row per line, in a fixed order: model, protocol and task as they first appear, dense
-    first, then each method by sparsity.  ``seed``: of the bootstrap; the same lines give the same
-    numbers.  Missing fields are None; failed cells keep their sentence.
+    first, then each method by sparsity.  The same lines give the same numbers.  Missing fields are
+    None; failed cells keep their sentence.
     """
     known = _named(_ordered([read_row(line) for line in _with_checkpoints(lines)]))
     groups = {
         key: _with_bytes(members) for key, members in grouped(known, lambda row: row.group).items()
     }
     waiting = {key: iter(members) for key, members in groups.items()}
-    return [_compared(next(waiting[row.group]), groups[row.group], seed) for row in known]
+    return [_compared(next(waiting[row.group]), groups[row.group]) for row in known]
 
 
 def _with_checkpoints(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -386,7 +386,7 @@ def _ordered(every: Sequence[Row]) -> list[Row]:
 
     def order(row: Row) -> tuple[Any, ...]:
         first = (row.layers is not None, row.pruned, method(row))
-        return model(row), protocol(row), task(row), *first, row.asked or 0.0, row.seed or 0
+        return model(row), protocol(row), task(row), *first, row.requested or 0.0, row.seed or 0
 
     return sorted(every, key=order)
 
@@ -429,29 +429,31 @@ def read_traffic(facts: Mapping[str, Any]) -> TokenTraffic | None:
     return TokenTraffic(**{**known, "cache": cache})
 
 
-def _compared(row: Row, group: Sequence[Row], seed: int) -> Row:
+def _compared(row: Row, group: Sequence[Row]) -> Row:
     if not row.done:
         return row
-    row = replace(row, interval=row.scores.interval(seed))
+    row = replace(row, interval=row.scores.interval())
     dense = next(iter(_seeded(row, [other for other in group if other.method == DENSE])), None)
     if dense is not None and row.method != DENSE:
-        row = replace(row, to_dense=row.scores.against(dense.scores, seed))
+        row = replace(row, to_dense=row.scores.against(dense.scores))
     if row.method in (DENSE, GRIFFIN) or row.layers is not None:
         return row
     curve = _seeded(row, [o for o in group if o.method == GRIFFIN and o.layers is None])
     griffin = None
-    if row.asked is not None:
-        same = (o for o in curve if o.asked is not None and abs(o.asked - row.asked) < 1e-9)
+    if row.requested is not None:
+        same = (
+            o for o in curve if o.requested is not None and abs(o.requested - row.requested) < 1e-9
+        )
         griffin = next(same, None)
     if griffin is not None:
         gap = None
         if row.achieved is not None and griffin.achieved is not None:
             gap = row.achieved - griffin.achieved
-        row = replace(row, to_griffin=row.scores.against(griffin.scores, seed), gap=gap)
+        row = replace(row, to_griffin=row.scores.against(griffin.scores), gap=gap)
     return replace(
         row,
-        equal_sparsity=_equal(row, curve, lambda other: other.achieved, seed),
-        equal_bytes=_equal(row, curve, lambda other: other.bytes_share, seed),
+        equal_sparsity=_equal(row, curve, lambda other: other.achieved),
+        equal_bytes=_equal(row, curve, lambda other: other.bytes_share),
     )
 
 
@@ -465,9 +467,7 @@ def _seeded(row: Row, candidates: Sequence[Row]) -> list[Row]:
     return [other for other in done if other.seed == chosen]
 
 
-def _equal(
-    row: Row, curve: Sequence[Row], x: Callable[[Row], float | None], seed: int
-) -> Equal | None:
+def _equal(row: Row, curve: Sequence[Row], x: Callable[[Row], float | None]) -> Equal | None:
     """GRIFFIN measured within ``TOLERANCE`` of the row's ``x``; None where it was not."""
     at = x(row)
     points = [(here, other) for other in curve if (here := x(other)) is not None]
@@ -476,7 +476,7 @@ def _equal(
     here, griffin = min(points, key=lambda point: (abs(point[0] - at), point[0]))
     if abs(here - at) > TOLERANCE + 1e-9:
         return None
-    return Equal(griffin.value, row.scores.against(griffin.scores, seed), here)
+    return Equal(griffin.value, row.scores.against(griffin.scores), here)
 
 
 # Sweeps over layers: the metric by the layer that was pruned, one curve per share kept.

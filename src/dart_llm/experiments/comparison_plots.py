@@ -55,12 +55,13 @@ def make(rows: Sequence[Row]) -> list[Plot]:
     One plot per model, dtype and protocol and up to six tasks.
     """
     whole = [row for row in rows if row.layers is None and row.value is not None]
-    tasks = [own for own in grouped(whole, lambda row: row.group).values() if len(_placed(own)) > 1]
+    groups = grouped(whole, lambda row: row.group).values()
+    tasks = [task for task in groups if len(_placed(task)) > 1]
     curves = [curve for curve in comparison.curves(rows) if len(curve.rows) > 1]
     layers = list(grouped(curves, lambda curve: curve.rows[0].group).values())
     return [
-        *(_comparison_plot(*page) for page in _pages("quality", tasks, lambda own: own[0])),
-        *(_layers_plot(*page) for page in _pages("layers", layers, lambda own: own[0].rows[0])),
+        *(_comparison_plot(*page) for page in _pages("quality", tasks, lambda task: task[0])),
+        *(_layers_plot(*page) for page in _pages("layers", layers, lambda task: task[0].rows[0])),
     ]
 
 
@@ -72,9 +73,9 @@ def _pages(name: str, tasks: Sequence[T], first: Callable[[T], Row]) -> list[tup
         return row.model, row.dtype, row.protocol
 
     pages = [
-        own[start : start + MOST_PANELS]
-        for own in grouped(tasks, settings).values()
-        for start in range(0, len(own), MOST_PANELS)
+        group[start : start + MOST_PANELS]
+        for group in grouped(tasks, settings).values()
+        for start in range(0, len(group), MOST_PANELS)
     ]
     return [(f"{name}_{n}" if n > 1 else name, page) for n, page in enumerate(pages, 1)]
 
@@ -186,20 +187,20 @@ def _equal(rows: Sequence[Row]) -> bool:
 
 
 def _comparison_plot(name: str, tasks: Sequence[Sequence[Row]]) -> Plot:
-    placed = [row for own in tasks for row in _placed(own)]
-    curved = [own for own in tasks if not _equal(_placed(own))]
+    placed = [row for task in tasks for row in _placed(task)]
+    curved = [task for task in tasks if not _equal(_placed(task))]
     what = "against achieved sparsity" if curved else "at equal achieved sparsity"
     methods = list(dict.fromkeys(row.method for row in placed))
-    told = []
-    for own in tasks:
-        points = [f"{row.label} {row.quantity} at {percent(row.achieved)}" for row in _placed(own)]
-        dense = _dense(own)
+    points_of_tasks = []
+    for task in tasks:
+        points = [f"{row.label} {row.quantity} at {percent(row.achieved)}" for row in _placed(task)]
+        dense = _dense(task)
         line = [f"dense {dense.quantity}"] if dense else []
-        told.append(f"{own[0].task} ({own[0].metric}): {', '.join([*line, *points])}")
+        points_of_tasks.append(f"{task[0].task} ({task[0].metric}): {', '.join([*line, *points])}")
     return _plot(
         name,
         f"Quality {what}",
-        f"Points: quality {what}, by method. {'. '.join(told)}.",
+        f"Points: quality {what}, by method. {'. '.join(points_of_tasks)}.",
         placed,
         tasks,
         lambda palette: looks_of(methods, palette),
@@ -220,11 +221,13 @@ def _draw_comparison(axes: Axes, rows: Sequence[Row], looks: dict[str, Look]) ->
     methods = list(dict.fromkeys(row.method for row in placed))
     spots: list[tuple[Row, float]] = []
     for place, method in enumerate(methods):
-        own = sorted((r for r in placed if r.method == method), key=lambda r: r.achieved or 0.0)
+        method_rows = sorted(
+            (r for r in placed if r.method == method), key=lambda r: r.achieved or 0.0
+        )
         shift = SIDEWAYS * (place - (len(methods) - 1) / 2)
-        for line in grouped(own, lambda row: row.seed).values():
+        for line in grouped(method_rows, lambda row: row.seed).values():
             x = [100 * ((row.achieved or 0.0) + shift) for row in line]
-            label = method if line[0] is own[0] else "_"
+            label = method if line[0] is method_rows[0] else "_"
             _draw_curve(axes, line, x, dense, {**looks[method], "label": label})
             spots += zip(line, x, strict=True)
     _dense_line(axes, dense)
@@ -273,8 +276,8 @@ def _name_far_points(axes: Axes, spots: Sequence[tuple[Row, float]], dense: Row 
     log_scale(axes, low, 2.2 * highest)
     columns: dict[float | None, int] = {}
     for row, x in beyond:
-        line = columns.setdefault(row.asked, 0)
-        columns[row.asked] += 1
+        line = columns.setdefault(row.requested, 0)
+        columns[row.requested] += 1
         axes.annotate(
             f"{row.method} {quantity(row.value, True)} \u2191",
             (x, 1.0),
@@ -292,7 +295,7 @@ def _name_far_points(axes: Axes, spots: Sequence[tuple[Row, float]], dense: Row 
 
 
 def _layers_plot(name: str, tasks: Sequence[Sequence[LayerCurve]]) -> Plot:
-    curves = [curve for own in tasks for curve in own]
+    curves = [curve for task in tasks for curve in task]
     names = list(dict.fromkeys(curve.name for curve in curves))
 
     def looks(palette: Palette) -> dict[str, Look]:
@@ -318,15 +321,17 @@ def _layers_plot(name: str, tasks: Sequence[Sequence[LayerCurve]]) -> Plot:
     )
 
 
-def _draw_layers(axes: Axes, own: Sequence[LayerCurve], looks: dict[str, dict[str, Any]]) -> None:
-    rows = [row for one in own for row in one.rows]
+def _draw_layers(
+    axes: Axes, curves: Sequence[LayerCurve], looks: dict[str, dict[str, Any]]
+) -> None:
+    rows = [row for curve in curves for row in curve.rows]
     groups = sorted({str(row.layers) for row in rows}, key=comparison.first_layer)
     numbered = all(group.isdigit() for group in groups)
     places = {group: int(group) if numbered else place for place, group in enumerate(groups)}
-    for one in own:
-        x = [float(places[str(row.layers)]) for row in one.rows]
-        _draw_curve(axes, one.rows, x, one.dense, {**looks[one.name], "label": one.name})
-    _dense_line(axes, own[0].dense)
+    for curve in curves:
+        x = [float(places[str(row.layers)]) for row in curve.rows]
+        _draw_curve(axes, curve.rows, x, curve.dense, {**looks[curve.name], "label": curve.name})
+    _dense_line(axes, curves[0].dense)
     _metric_axis(axes, rows)
     axes.margins(x=0.02)
     axes.set_xlabel("layer that is pruned" if numbered else "layers that are pruned together")

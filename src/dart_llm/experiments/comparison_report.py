@@ -14,6 +14,7 @@ from dart_llm.evaluation.measurement import LEAK
 from dart_llm.experiments import comparison_plots, run_facts
 from dart_llm.experiments.comparison import DENSE, GRIFFIN, TOO_FEW, Equal, Row, amount
 from dart_llm.experiments.stats import Interval
+from dart_llm.experiments.store import SCHEMA
 from dart_llm.reporting import page
 from dart_llm.reporting.table import (
     Column,
@@ -25,8 +26,6 @@ from dart_llm.reporting.table import (
     grouped,
 )
 from dart_llm.reporting.words import FEWEST_ITEMS, count, dtype_text, percent, quantity
-
-SCHEMA = 1
 
 UNEQUAL, OTHER_MEAN = "†", "§"
 """Marks in the tables."""
@@ -49,9 +48,9 @@ LONG = 24
 def conclusion(rows: Sequence[Row]) -> str:
     """How the first method does at the usual sparsity, or near it, on each model."""
     groups = _groups(rows)
-    honest = {name: own for name, own in groups.items() if not any(row.leaks for row in own)}
-    parts = [f"{name}: {_headline(own)}" if name else _headline(own)
-             for name, own in (honest or groups).items()]  # fmt: skip
+    honest = {name: group for name, group in groups.items() if not any(row.leaks for row in group)}
+    parts = [f"{name}: {_headline(group)}" if name else _headline(group)
+             for name, group in (honest or groups).items()]  # fmt: skip
     failed = sum(not row.done for row in rows)
     parts += [f"{count(failed, 'cell')} failed"] if failed else []
     return f"{'; '.join(parts) or 'Nothing was measured'}."
@@ -76,15 +75,16 @@ def _headline(rows: Sequence[Row]) -> str:
     pruned = [row for row in rows if row.pruned]
     shown = [row for row in pruned if row.method != GRIFFIN] or pruned or rows
     method = next((row.method for row in shown if row.method == "dart"), shown[0].method)
-    amounts = {row.asked for row in shown if row.method == method}
-    asked = min(amounts, key=lambda one: (one is None, abs((one or 0.0) - USUAL), one or 0.0))
-    own = [row for row in shown if (row.method, row.asked) == (method, asked)]
-    subject = method if asked is None or not own[0].pruned else f"{method} at {percent(asked)}"
-    if method != GRIFFIN and any(row.to_griffin or row.equal_sparsity for row in own):
-        return _verdicts(own, subject, GRIFFIN, _against_griffin)
-    if any(row.to_dense is not None for row in own):
-        return _verdicts(own, subject, DENSE, lambda row: row.to_dense)
-    return f"{subject}: " + ", ".join(f"{r.metric} {r.quantity} on {r.task}" for r in own)
+    amounts = {row.requested for row in shown if row.method == method}
+    requested = min(amounts, key=lambda one: (one is None, abs((one or 0.0) - USUAL), one or 0.0))
+    compared = [row for row in shown if (row.method, row.requested) == (method, requested)]
+    amount = "" if requested is None or not compared[0].pruned else f" at {percent(requested)}"
+    subject = f"{method}{amount}"
+    if method != GRIFFIN and any(row.to_griffin or row.equal_sparsity for row in compared):
+        return _verdicts(compared, subject, GRIFFIN, _against_griffin)
+    if any(row.to_dense is not None for row in compared):
+        return _verdicts(compared, subject, DENSE, lambda row: row.to_dense)
+    return f"{subject}: " + ", ".join(f"{r.metric} {r.quantity} on {r.task}" for r in compared)
 
 
 def _against_griffin(row: Row) -> Interval | None:
@@ -135,7 +135,7 @@ class Leak:
         return f"{row.label} on {row.task}: published against full {change}{known}."
 
 
-def leaks(rows: Sequence[Row], seed: int = 0) -> list[Leak]:
+def leaks(rows: Sequence[Row]) -> list[Leak]:
     """Every row that was measured under both protocols; what differs is what the masks leak."""
     found: dict[Any, dict[str | None, Row]] = {}
     for row in rows:
@@ -143,7 +143,7 @@ def leaks(rows: Sequence[Row], seed: int = 0) -> list[Leak]:
             key = (row.model, row.dtype, row.task, row.label, row.layers, row.keep, row.seed)
             found.setdefault(key, {})[row.protocol] = row
     pairs = [(p["full"], p["published"]) for p in found.values() if {"full", "published"} <= {*p}]
-    return [Leak(full, row, row.scores.against(full.scores, seed)) for full, row in pairs]
+    return [Leak(full, row, row.scores.against(full.scores)) for full, row in pairs]
 
 
 # Footnotes: only what applies to the rows that are shown.
@@ -253,15 +253,15 @@ class ComparisonTable(Table):
 
 
 def _in_lines(cell: str) -> str:
-    value, ends, said = stacked(cell)
-    return "\n".join(filter(None, (f"{value} {said}".rstrip(), ends)))
+    value, ends, verdict = stacked(cell)
+    return "\n".join(filter(None, (f"{value} {verdict}".rstrip(), ends)))
 
 
 def stacked(cell: str) -> tuple[str, str, str]:
     """ "0.4 (0.3 to 0.5) better" as its number, its interval and its verdict."""
     value, _, rest = cell.partition(" (")
-    ends, closed, said = rest.partition(")")
-    return (value, ends, said.strip()) if closed else (cell, "", "")
+    ends, closed, verdict = rest.partition(")")
+    return (value, ends, verdict.strip()) if closed else (cell, "", "")
 
 
 def tables(rows: Sequence[Row]) -> list[ComparisonTable]:
@@ -269,8 +269,10 @@ def tables(rows: Sequence[Row]) -> list[ComparisonTable]:
     whole = {row.group for row in rows if row.layers is None and row.method != DENSE}
     found = grouped(rows, lambda row: (*row.group, row.layers is not None and row.group in whole))
     return [
-        ComparisonTable("", caption(own), _columns(own), [{"row": row} for row in own], tight=True)
-        for own in found.values()
+        ComparisonTable(
+            "", caption(group), _columns(group), [{"row": row} for row in group], tight=True
+        )
+        for group in found.values()
     ]
 
 
@@ -289,7 +291,7 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
 
     columns = (
         _column("method", lambda row: name(row, seeds)),
-        _column("requested", lambda row: _share(row.asked), False),
+        _column("requested", lambda row: _share(row.requested), False),
         _column("achieved", lambda row: _marked(_share(row.achieved), row)),
         _column("dense tokens", lambda row: _share(row.dense_share)),
         _column("re-masks", lambda row: None if row.remasks is None else f"{row.remasks:,}"),
@@ -495,12 +497,12 @@ def title(rows: Sequence[Row]) -> str:
 def _facts(config: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
     """Name, value, and whether the value is to be set as code."""
     done = sum(row.done for row in rows)
-    asked = sorted({row.asked for row in rows if row.asked})
+    requested = sorted({row.requested for row in rows if row.requested})
     varied = {
         "models": run_facts.named(row.model for row in rows),
         "dtype": run_facts.named(row.dtype for row in rows),
         "methods": run_facts.named(row.method for row in rows),
-        "requested sparsities": ", ".join(map(percent, asked)) or "none",
+        "requested sparsities": ", ".join(map(percent, requested)) or "none",
         "tasks": run_facts.named(row.task for row in rows),
         "protocols": run_facts.named(row.protocol for row in rows),
         "seeds": run_facts.named(row.seed for row in rows),

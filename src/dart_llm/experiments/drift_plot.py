@@ -6,7 +6,6 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dart_llm.experiments.store import ResultsView
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting.figures import INK, MAX_PANELS, SOFT, Palette, Plot, legend
 from dart_llm.reporting.table import grouped
@@ -64,24 +63,24 @@ def drift_sentence(checks: Sequence[DriftCheck], remasks: Masks) -> str:
     return "; ".join(words) + "."
 
 
-def make(view: ResultsView) -> Plot | None:
+def plot_similarity(checks: Sequence[DriftCheck], remasks: Masks, small: str) -> Plot | None:
     """One panel per sequence and row; those with triggers first, in order, at most four.
 
-    None of texts with few windows, and of detectors that never armed.
+    ``small``: the small print.  None of texts with few windows, and of detectors that never armed.
     """
-    sequences = grouped(view.drift, lambda check: (check.sequence, check.row))
-    groups = {key: checks for key, checks in sequences.items() if worth_drawing(checks)}
+    sequences = grouped(checks, lambda check: (check.sequence, check.row))
+    groups = {key: windows for key, windows in sequences.items() if worth_drawing(windows)}
     if not groups:
         return None
     ranked = sorted(groups, key=lambda key: (-sum(c.trigger for c in groups[key]), key))
     shown = sorted(ranked[:MAX_PANELS])
-    words = drift_sentence(view.drift, view.remasks)
+    words = drift_sentence(checks, remasks)
     some = f"{len(shown)} of {len(groups)} sequences shown · " if len(groups) > len(shown) else ""
 
     def draw(figure: Figure, palette: Palette) -> None:
         panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (sequence, row) in zip(panels, shown, strict=True):
-            masks = [m for m in view.remasks if _belongs(m, sequence, row)]
+            masks = [m for m in remasks if _belongs(m, sequence, row)]
             draw_checks(axes, palette, groups[sequence, row], masks)
             if len(groups) > 1:
                 axes.set_title(f"sequence {sequence}, row {row}", loc="right", fontsize=8)
@@ -89,7 +88,7 @@ def make(view: ResultsView) -> Plot | None:
         legend(panels[0], 4)
 
     alt = f"Marks: similarity of the attention output to its reference, over decode steps. {words}"
-    return Plot("similarity", words, alt, some + view.small_print, 2.2 + 1.5 * len(shown), draw)
+    return Plot("similarity", words, alt, some + small, 2.2 + 1.5 * len(shown), draw)
 
 
 def worth_drawing(checks: Sequence[DriftCheck]) -> bool:
@@ -99,8 +98,7 @@ def worth_drawing(checks: Sequence[DriftCheck]) -> bool:
 
 
 def _belongs(mask: Mapping[str, Any], sequence: int, row: int) -> bool:
-    has_step = isinstance(mask.get("step"), int)
-    return has_step and mask.get("sequence") == sequence and mask.get("row") in (None, row)
+    return mask["sequence"] == sequence and mask["row"] in (None, row)
 
 
 def draw_checks(axes: Axes, palette: Palette, checks: Sequence[DriftCheck], masks: Masks) -> None:

@@ -37,15 +37,6 @@ STAMP = re.compile(r"(\d{8}-\d{6})(-\d+)?")
 DEEPEST = 4
 """Folders below the root; the name of an experiment may have slashes."""
 
-ACCOUNTING = (
-    "achieved_sparsity",
-    "sparsity_while_pruned",
-    "dense_token_share",
-    "remasks",
-    "ffn_bytes_share",
-)
-"""What is shown beside every number, of the merged reports of a method."""
-
 MOST = 4
 """Results of one run that are listed one by one in the short table."""
 

@@ -13,7 +13,9 @@ from dart_llm.hub import check_download, hub_failure, plain, weight_files
 from dart_llm.models.bundled import MODEL_SHA256, MODEL_WHEEL_BYTES
 from dart_llm.models.devices import placement
 from dart_llm.models.gguf import converted_folder, is_intact
-from dart_llm.models.loading import is_default, resolve, weight_format
+from dart_llm.models.gguf_file import read_gguf
+from dart_llm.models.loading import is_default, resolve
+from dart_llm.models.loading import weight_format as loaded_format
 from dart_llm.settings import load_arguments
 
 DEFAULT_LAYERS = 30
@@ -29,47 +31,42 @@ def layer_count(cell: Cell) -> int:
         return DEFAULT_LAYERS
     path = Path(cell.model).expanduser()
     if path.is_file():
-        from gguf import GGUFReader
-
-        try:
-            fields = GGUFReader(path).fields
-            name = next(name for name in fields if name.endswith(".block_count"))
-            return int(fields[name].contents())
-        except (OSError, ValueError, IndexError, KeyError, StopIteration) as error:
-            why = f"{path} does not say how many layers it has: {plain(error)}"
-            raise LoadError(why) from error
+        layers = read_gguf(path).fact("block_count")
+        if not isinstance(layers, int):
+            raise LoadError(f"{path} does not say how many layers it has")
+        return layers
     return int(configuration(cell).get_text_config(decoder=True).num_hidden_layers)
 
 
-def configuration(asked: Any, say: Callable[[str], None] = lambda text: None) -> Any:
-    """transformers' configuration of a model; ``asked``: a cell, or what has its fields.
+def configuration(options: Any, say: Callable[[str], None] = lambda text: None) -> Any:
+    """transformers' configuration of a model; ``options``: a cell, or what has its fields.
 
     Raises ``LoadError`` when it cannot be had.
     """
     from transformers import AutoConfig
 
-    found = resolve(asked.model, revision=asked.revision, cache_dir=asked.cache_dir, say=say)
+    found = resolve(options.model, revision=options.revision, cache_dir=options.cache_dir, say=say)
     file = found.arguments.get("gguf_file")
     try:
         return AutoConfig.from_pretrained(
             found.reference,
-            revision=asked.revision or "main",
-            cache_dir=hub_cache(asked.cache_dir),
-            trust_remote_code=asked.trust_remote_code,
+            revision=options.revision or "main",
+            cache_dir=hub_cache(options.cache_dir),
+            trust_remote_code=options.trust_remote_code,
             **({"gguf_file": file} if file else {}),
         )
     except Exception as error:
-        raise hub_failure(error, asked.model, asked.revision) or LoadError(
-            f"the configuration of {asked.model} could not be read: {plain(error)}"
+        raise hub_failure(error, options.model, options.revision) or LoadError(
+            f"the configuration of {options.model} could not be read: {plain(error)}"
         ) from error
 
 
-def held_weights(given: Any) -> str:
-    """How the model of ``given``, with the fields of ``ModelOptions``, will hold its weights."""
-    arguments = load_arguments(given)
+def weight_format(options: Any) -> str:
+    """The weight format that ``options``, with the fields of ``ModelOptions``, lead to."""
+    arguments = load_arguments(options)
     placed = placement(arguments["device"], arguments["device_map"])
-    chosen, away = given.dtype is not None, "device_map" in placed
-    return weight_format(given.model, given.weights, chosen=chosen, away=away)
+    chosen, away = options.dtype is not None, "device_map" in placed
+    return loaded_format(options.model, options.weights, chosen=chosen, away=away)
 
 
 def download_size(cell: Cell) -> int | None:

@@ -85,16 +85,16 @@ class Digests:
         }
         return self._digests(named)
 
-    def of_model(self, given: Any) -> dict[str, str]:
+    def of_model(self, options: Any) -> dict[str, str]:
         """``model``, the weights of a local one; ``model_files``, what else is loaded of it.
 
-        And ``weights``, their format unless it is dense.  ``given``: has the fields of
+        And ``weights``, their format unless it is dense.  ``options``: has the fields of
         ``ModelOptions``.  A model of the hub, which id and revision identify, and the default have
         no digests.
         """
-        from dart_llm.experiments.model_facts import held_weights  # which loads torch
+        from dart_llm.experiments.model_facts import weight_format  # which loads torch
 
-        model = given.model
+        model = options.model
         if model not in self._models:
             from dart_llm.models.checkpoint import contents
             from dart_llm.models.loading import is_default
@@ -104,18 +104,15 @@ class Digests:
                 single = path.is_file() and not known
                 digests = {"model": file_sha256(path)} if single else {}
                 self._models[model] = contents(path) if path.is_dir() and not known else digests
-        weights = held_weights(given)
+        weights = weight_format(options)
         stored = {} if weights == DENSE_WEIGHTS else {"weights": weights}
         return {**self._models[model], **stored}
 
-    def of_settings(
-        self, settings: Any, tasks: Iterable[tuple[str, MeasureOptions]] = ()
-    ) -> dict[str, Any]:
-        """What a run of ``settings`` reads: the model, masks, a table, and each task's files."""
+    def of_settings(self, settings: Any) -> dict[str, Any]:
+        """What a run of ``settings`` reads: the model, the files of its method, plug-ins."""
         calibration, table = getattr(settings, "calibration", None), settings.layer_topk or ""
         files = self.of_files(settings.method, calibration, settings.masks, table)
-        shared: dict[str, Any] = {**self.of_model(settings), **files, **plugins.digest(None)}
-        return shared | {task: self.of_task(task, options) for task, options in tasks}
+        return {**self.of_model(settings), **files, **plugins.digest(None)}
 
     def _digests(self, named: Mapping[str, str]) -> dict[str, str]:
         wanted = {name: value for name, value in named.items() if value or name in _NAMED}

@@ -31,15 +31,15 @@ COUNTS = ("tokens", "pruned_tokens", "mean_loss", "mean_loss_pruned_tokens")
 
 def document(rows: Sequence[Row]) -> dict[str, Any]:
     """``results`` by task and ``accounting`` of the method; the untouched model under ``dense``."""
-    own = [r for r in rows if r["label"] == rows[-1]["label"]]
+    of_method = [r for r in rows if r["label"] == rows[-1]["label"]]
     others = [r for r in rows if r["label"] != rows[-1]["label"]]
-    reports = {_task(r): r["measurement"]["accounting"] or DENSE for r in own}
+    reports = {_task(r): r["measurement"]["accounting"] or DENSE for r in of_method}
     found: dict[str, Any] = {
-        "results": {_task(r): r["measurement"]["metrics"] for r in own},
+        "results": {_task(r): r["measurement"]["metrics"] for r in of_method},
         "accounting": {**_merged(list(reports.values())), "tasks": reports},
-        "notes": notes(own),
+        "notes": notes(of_method),
     }
-    subtasks = {_task(r): r["measurement"]["subtasks"] for r in own}
+    subtasks = {_task(r): r["measurement"]["subtasks"] for r in of_method}
     if groups := {task: parts for task, parts in subtasks.items() if parts}:
         found["subtasks"] = groups
     if others:
@@ -108,24 +108,24 @@ def _lines(
     shown = {n: v for n, v in measurement["metrics"].items() if n not in COUNTS}
     for number, (metric, value) in enumerate(shown.items()):
         task, label = short(_task(row)), str(row["label"])
-        own = paired.get((label, _task(row))) or paired.get((label, task))
-        own = own if metric == measurement["metric"] else None
+        paired_row = paired.get((label, _task(row))) or paired.get((label, task))
+        paired_row = paired_row if metric == measurement["metric"] else None
         yield {
             **accounting,
             "task": "" if number else task,
             "method": "" if number else label + mostly_dense(measurement.get("accounting")),
             "metric": metric,
             "value": "not finite" if value is None else f"{value:.4g}",
-            "interval": None if own else _interval(measurement, metric),
+            "interval": None if paired_row else _interval(measurement, metric),
             "items": len(measurement["items"]),
-            "change": own and own.change(own.to_dense),
+            "change": paired_row and paired_row.change(paired_row.to_dense),
         }
 
 
 def _interval(measurement: Mapping[str, Any], name: str) -> str | None:
     """95 % interval over items; None where the metric is not their mean."""
     if name == measurement["metric"]:
-        found = comparison.scores(measurement).interval(0)
+        found = comparison.scores(measurement).interval()
     else:
         items = measurement["items"]
         found = stats.interval({i["id"]: i[name] for i in items if i.get(name) is not None})

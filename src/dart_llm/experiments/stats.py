@@ -183,21 +183,6 @@ def gap_closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) ->
     return None if ends is None else Interval(ends, estimate, n, 0.0, differing)
 
 
-def ratio_interval(
-    losses: Sequence[Sequence[float]], base: Sequence[Sequence[float]], seed: int = 0
-) -> tuple[float, float] | None:
-    """95 % interval of a ratio of perplexities, from the losses of every slice's tokens.
-
-    Slices count by their tokens.  None with fewer than ``FEWEST_ITEMS``.
-    """
-
-    def sample(slices: Sequence[Sequence[float]]) -> Sample:
-        return {f"{n:09d}": (math.fsum(one) / len(one), len(one)) for n, one in enumerate(slices)}
-
-    found = paired_interval(sample(losses), sample(base), "ratio_of_exp_mean", seed)
-    return None if found is None else found.ends
-
-
 def text_intervals(
     statistics: Callable[[Array], Mapping[str, Array]], n: int, seed: int = 0
 ) -> dict[str, tuple[float, float] | None]:

@@ -1,4 +1,4 @@
-"""A run's results folder, ``<results>/<experiment>/<time>/``: created, locked, resumed, read back.
+"""A run's results folder, ``<results>/<experiment>/<time>/``: created, locked, resumed.
 
 ``config.json`` is written first and has the run's status.  Every file is replaced whole, so a
 reader never sees half of one.  ``parts.jsonl`` caches finished work until everything else is
@@ -8,25 +8,21 @@ written, so that an interruption loses none of it.  A running process has the lo
 from __future__ import annotations
 
 import contextlib
-import csv
 import datetime
 import errno
 import json
-import math
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
-from pydantic import TypeAdapter
 
 from dart_llm.errors import ResultsError
 from dart_llm.files import append_row, finite, whole_rows
-from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting.words import dtype_text, file_text
 
 PARTS = "parts.jsonl"
@@ -41,8 +37,6 @@ _NAMED = {
     "layer_topk": "the layer table",
 }
 """Inputs in words, where their name alone would be unclear."""
-
-_CHECK = TypeAdapter(DriftCheck)
 
 _STAMP = re.compile(r"\d{8}-\d{6}(-\d+)?")
 
@@ -282,73 +276,7 @@ def timing_text(timing: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# A results folder as read back: what is missing or damaged is empty, never an error.
-#
-# Plots, the report page and later comparisons read runs through this one file.
-
-
-EVALUATIONS = ("mmlu", "general_nlp", "summarization")
-"""Files that an evaluation of ``dart-llm run`` writes, without their ending."""
-
-
-@dataclass(frozen=True)
-class ResultsView:
-    """The files of one folder, parsed; every field may be empty."""
-
-    folder: Path
-    config: dict[str, Any]
-    generations: tuple[dict[str, Any], ...]
-    perplexity: tuple[dict[str, Any], ...]
-    """One document per text, each with ``rows``."""
-    timing: dict[str, Any]
-    remasks: tuple[dict[str, Any], ...]
-    layers: tuple[dict[str, Any], ...]
-    drift: tuple[DriftCheck, ...]
-    evaluations: tuple[tuple[str, tuple[dict[str, Any], ...]], ...] = ()
-    """Name of the evaluation (``mmlu``, ...) and its rows, one per method and task."""
-
-    @property
-    def checkpoint(self) -> dict[str, Any]:
-        return mapping(self.config.get("checkpoint"))
-
-    @property
-    def accountings(self) -> dict[str, dict[str, Any]]:
-        """Accounting of every pruned text, by the name of its variant."""
-        known = {str(one.get("variant")): one.get("accounting") for one in self.generations}
-        return {name: mapping(one) for name, one in known.items() if one and name != "dense"}
-
-    @property
-    def generated(self) -> dict[str, Any] | None:
-        """Accounting of the pruned generation, the first of several, if there is one."""
-        return next(iter(self.accountings.values()), None)
-
-    @property
-    def method(self) -> str:
-        """The method of the run, or "unknown"."""
-        own = self.generated or mapping(self.config.get("prune"))
-        return str(own.get("method") or "unknown")
-
-    @property
-    def asked(self) -> float | None:
-        """The requested sparsity; None when it is not known."""
-        found = (self.generated or {}).get("requested_sparsity")
-        return number(mapping(self.config.get("prune")).get("sparsity") if found is None else found)
-
-    @property
-    def name(self) -> str:
-        """The checkpoint's short name."""
-        known = self.checkpoint.get("name") or mapping(self.config.get("settings")).get("model")
-        return str(known or "unknown model").rstrip("/").rsplit("/", 1)[-1]
-
-    @property
-    def status(self) -> str:
-        """How far the run came, as config.json says."""
-        return str(self.config.get("status") or "unknown")
-
-    @property
-    def small_print(self) -> str:
-        """The checkpoint in one line."""
-        return checkpoint_line(self.name, self.checkpoint)
+# What pages say of a folder's configuration.
 
 
 def checkpoint_line(name: str, facts: Mapping[str, Any]) -> str:
@@ -361,78 +289,6 @@ def checkpoint_line(name: str, facts: Mapping[str, Any]) -> str:
     if facts.get("sha256"):
         parts.append(f"sha256 {str(facts['sha256'])[:12]}")
     return " · ".join(parts)
-
-
-@dataclass(frozen=True)
-class Files:
-    """The files of one folder; ``problems`` collects what is damaged."""
-
-    folder: Path
-    problems: list[str] = field(default_factory=list)
-
-    def json(self, name: str) -> dict[str, Any]:
-        """A document; empty when there is no such file, or it is damaged."""
-        with self._damage(name):
-            return mapping(json.loads(self.text(name) or "{}"))
-        return {}
-
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a JSONL file, without damaged ones."""
-        rows = []
-        for line in self.text(name).split("\n"):
-            with self._damage(name):
-                value = json.loads(line) if line.strip() else {}
-                if not isinstance(value, Mapping):
-                    raise ValueError
-                rows += [dict(value)] if value else []
-        return rows
-
-    def text(self, name: str) -> str:
-        """A whole file; empty where it cannot be read."""
-        try:
-            return (self.folder / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return ""
-        except (OSError, UnicodeDecodeError):
-            self._note(f"{name} cannot be read")
-            return ""
-
-    @contextlib.contextmanager
-    def _damage(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except (ValueError, RecursionError):
-            self._note(f"{name} is damaged")
-
-    def _note(self, problem: str) -> None:
-        if problem not in self.problems:
-            self.problems.append(problem)
-
-
-def read(folder: Path) -> ResultsView:
-    """Read what is there; raises ``ResultsError`` when there is no such folder."""
-    if not folder.is_dir():
-        raise ResultsError(f"{folder} is not a results folder: give the folder that a run wrote")
-    files = Files(folder)
-    masks, ppl = files.json("masks.json"), files.json("perplexity.json")
-    documents = mappings(ppl["texts"]) if "texts" in ppl else (ppl,)
-    evaluations = ((name, _rows(files.json(f"{name}.json"))) for name in EVALUATIONS)
-    return ResultsView(
-        folder,
-        files.json("config.json"),
-        tuple(files.lines("generation.jsonl")),
-        tuple(_document(document) for document in documents if document.get("rows")),
-        files.json("timing.json"),
-        tuple({**one, "kept": _counts(one)} for one in mappings(masks.get("remasks"))),
-        mappings(masks.get("layers")),
-        _checks(files.text("drift.csv")),
-        tuple((name, rows) for name, rows in evaluations if rows),
-    )
-
-
-def _rows(document: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    rows = mappings(document.get("rows"))
-    return tuple(row for row in rows if mapping(row.get("measurement")))
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -455,34 +311,3 @@ def number(value: Any) -> float | None:
     """``value`` as a float when it is a number, else None."""
     usable = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if usable else None
-
-
-def mappings(value: Any) -> tuple[dict[str, Any], ...]:
-    """The dicts in a list; empty if ``value`` is not a list."""
-    items = value if isinstance(value, list) else []
-    return tuple(dict(item) for item in items if isinstance(item, Mapping))
-
-
-def _counts(mask: Mapping[str, Any]) -> list[int]:
-    """The kept neurons of every layer, or nothing where one of them is not a number."""
-    items = mask.get("kept")
-    return items if isinstance(items, list) and all(isinstance(n, int) for n in items) else []
-
-
-def _document(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A perplexity document whose rows are mappings; intervals that are not finite are dropped."""
-    rows = []
-    for row in mappings(document["rows"]):
-        interval = row.get("interval") or ()
-        whole = len(interval) == 2 and all(number(end) is not None for end in interval)
-        rows.append({**row, "interval": interval if whole else None})
-    return {**document, "rows": rows}
-
-
-def _checks(text: str) -> tuple[DriftCheck, ...]:
-    checks = []
-    for row in csv.DictReader(text.splitlines()):
-        with contextlib.suppress(ValueError):  # pydantic's are of that kind
-            read = _CHECK.validate_python({**row, "threshold": row.get("threshold") or None})
-            checks += [read] if math.isfinite(read.similarity) else []
-    return tuple(checks)

@@ -108,13 +108,13 @@ class Study(Generic[S]):
         """Digests of what the settings only point at: weights, texts, files."""
         return {}
 
-    def asked(self) -> dict[str, Any]:
+    def requested(self) -> dict[str, Any]:
         """The settings that decide what is computed."""
         return self.settings.model_dump(mode="json", exclude=set(self.shown))
 
     def identify(self) -> dict[str, Any]:
         """What makes two runs the same run."""
-        return {"kind": self.kind, **self.asked(), "inputs": dict(self.inputs())}
+        return {"kind": self.kind, **self.requested(), "inputs": dict(self.inputs())}
 
     def prune_document(self) -> dict[str, Any]:
         """``config.json``'s "prune"."""
@@ -419,6 +419,16 @@ def _write_logs(study: Study[Any]) -> None:
     write_text(study.path / f"timing_{stamp}.log", timing_text(study.timing))
 
 
+def announce_model(model: Any, ui: Ui) -> None:
+    """Say what was loaded: the checkpoint, its numbers and its device."""
+    facts = checkpoint_facts(model)
+    ui.say(
+        f"{facts.get('name')}: {file_text(facts)}, dtype {dtype_text(facts)}, device {model.device}"
+    )
+    if note := float32_note(model):
+        ui.say(note)
+
+
 def load_model(
     settings: ModelOptions, ui: Ui, check: Check | None = None
 ) -> tuple[Any, Any, float]:
@@ -428,12 +438,7 @@ def load_model(
     begin = time.perf_counter()
     with ui.status(f"loading {settings.model}") as news:
         model, tokenizer = load(**load_arguments(settings), progress=news, check=check)
-    facts = checkpoint_facts(model)
-    ui.say(
-        f"{facts.get('name')}: {file_text(facts)}, dtype {dtype_text(facts)}, device {model.device}"
-    )
-    if note := float32_note(model):
-        ui.say(note)
+    announce_model(model, ui)
     if isinstance(settings, PruningOptions) and (note := other_model(settings.method, model)):
         ui.say(note)
     return model, tokenizer, time.perf_counter() - begin

@@ -1,5 +1,5 @@
-"""Trackio, wandb, mlflow and tensorboard through ``accelerate.tracking``: off, and offline, unless
-asked for.
+"""Trackio, wandb, mlflow and tensorboard through ``accelerate.tracking``: off by default, and
+offline unless configured otherwise.
 
 A tracker is a copy of the numbers for people who look at curves; the results folder stays the
 record.  So a tracker that fails is reported once and never stops a run.
@@ -93,8 +93,8 @@ def _local(name: str, folder: Path) -> dict[str, str]:
         },
         "trackio": {"TRACKIO_DIR": str(data)},
     }
-    own = variables.get(name, {})
-    return {variable: value for variable, value in own.items() if not os.environ.get(variable)}
+    wanted = variables.get(name, {})
+    return {variable: value for variable, value in wanted.items() if not os.environ.get(variable)}
 
 
 def _start(name: str, run_name: str, config: Mapping[str, Any], folder: Path) -> Any:
@@ -103,29 +103,19 @@ def _start(name: str, run_name: str, config: Mapping[str, Any], folder: Path) ->
     if name != "tensorboard":
         import_module(name)
     PartialState()
-    start: dict[str, Callable[[], Any]] = {
-        "trackio": lambda: tracking.TrackioTracker(
-            PROJECT,
-            name=run_name,
-            config=dict(config),
-            resume="allow",
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
-        ),
-        "wandb": lambda: tracking.WandBTracker(
-            PROJECT,
-            name=run_name,
-            config=dict(config),
-            dir=str(folder),
-            settings={"console": "off", "quiet": True},  # terminal output is not copied
-        ),
-        "mlflow": lambda: tracking.MLflowTracker(
-            PROJECT, (folder / name / "artifacts").as_uri(), run_name=run_name
-        ),
-        "tensorboard": lambda: tracking.TensorBoardTracker(run_name, folder / name / PROJECT),
-    }
-    backend = start[name]()
+    options: dict[str, Any] = {"name": run_name, "config": dict(config)}
+    backend: Any
+    if name == "trackio":
+        options |= {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+        backend = tracking.TrackioTracker(PROJECT, resume="allow", **options)
+    elif name == "wandb":
+        terminal = {"console": "off", "quiet": True}  # its output is not copied
+        backend = tracking.WandBTracker(PROJECT, dir=str(folder), settings=terminal, **options)
+    elif name == "mlflow":
+        artifacts = (folder / name / "artifacts").as_uri()
+        backend = tracking.MLflowTracker(PROJECT, artifacts, run_name=run_name)
+    else:
+        backend = tracking.TensorBoardTracker(run_name, folder / name / PROJECT)
     backend.start()
     if name == "mlflow":
         known = {re.sub(r"[^\w./ -]", "_", key): str(v)[:LONGEST] for key, v in config.items()}
@@ -153,8 +143,8 @@ def _hint(name: str, folder: Path) -> str:
     """Where the numbers are, and the command that shows them."""
     where = shlex.quote(str(folder / name))
     if name == "trackio":
-        own = shlex.quote(os.environ["TRACKIO_DIR"])
-        return f"TRACKIO_DIR={own} trackio show --project {PROJECT}"
+        data = shlex.quote(os.environ["TRACKIO_DIR"])
+        return f"TRACKIO_DIR={data} trackio show --project {PROJECT}"
     if name == "mlflow":
         return f"mlflow server --backend-store-uri {shlex.quote(os.environ['MLFLOW_TRACKING_URI'])}"
     if name == "wandb":

@@ -103,15 +103,6 @@ def row_name(row: Row) -> str:
     return f"{name}{mostly_dense(row.get('accounting'))}"
 
 
-def label_text(label: str) -> str:
-    """ "dart@0.5" -> "dart 50 %"; other labels as they are."""
-    method, _, amount = label.partition("@")
-    try:
-        return f"{method} {percent(float(amount))}"
-    except ValueError:
-        return label
-
-
 def measured(rows: Sequence[Row]) -> list[Row]:
     """The rows with a finite perplexity."""
     return [row for row in rows if isinstance(row.get("perplexity"), int | float)]

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from dart_llm.cli.commands import _print_json
-from dart_llm.experiments import run_facts, timing
-from dart_llm.experiments.store import read
+from dart_llm.experiments import timing
 from dart_llm.experiments.study import load_model
 from dart_llm.models import float32_products
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.speed_up import DISTURBED
-from dart_llm.studies.generate import pace
+from dart_llm.studies.generate import pace, report
 from dart_llm.studies.generate.settings import RunSettings
 from dart_llm.studies.generate.study import RunStudy, run_job
 from html_page import Page
@@ -51,7 +50,7 @@ def ratios(study, text):
     """Every speed-up that a run shows, as numbers; "disturbed" is none."""
     page = Page((study.path / "report.html").read_text(encoding="utf-8"))
     cell = dict(zip(page.row("decoding"), page.row("pruned"), strict=True))["x dense"]
-    cards = [card[0] for card in run_facts.cards(read(study.path)) if "speed" in card[1]]
+    cards = [card[0] for card in report.cards(study.view()) if "speed" in card[1]]
     shown = " ".join([cell, *cards])
     found = re.findall(r"(\d+(?:\.\d+)?) x as fast", text)
     return [float(one) for one in (*found, *re.findall(r"\d+\.\d+", shown))]
@@ -118,7 +117,7 @@ def test_a_run_that_was_disturbed_shows_no_ratio(gpt2, tmp_path, monkeypatch, ca
     assert ratios(study, everything) == [] and " x slower" not in everything
     assert "9.0 ms: disturbed: measure with dart-llm bench speed" in everything
     assert "Dense 35.0 ms per token" in everything and "pruned 9.0: disturbed" in everything
-    names = [card for card in run_facts.cards(read(study.path)) if card[0] == "disturbed"]
+    names = [card for card in report.cards(study.view()) if card[0] == "disturbed"]
     assert names == [
         (
             "disturbed",

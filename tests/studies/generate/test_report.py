@@ -1,35 +1,30 @@
-"""Pictures and page of a run: the folder's numbers, escaped, in one file that asks nobody."""
+"""Pictures and page of a run: its numbers, escaped, in one file that asks nobody."""
 
-import json
 import re
 import sys
+from copy import deepcopy
+from dataclasses import replace
 from importlib import resources
 
 import pytest
 
 from dart_llm.errors import MissingExtra
-from dart_llm.experiments.store import read
 from dart_llm.reporting import figures
 from dart_llm.studies.generate import plots, report
-from fake_results import PROMPT, perplexity, write_results
+from fake_results import PROMPT, fake_view, perplexity, timing
 from html_page import Page
 
 PICTURES = ("kept_neurons", "similarity")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_results(tmp_path_factory.mktemp("results") / "run")
+def view():
+    return fake_view()
 
 
-@pytest.fixture(scope="module")
-def view(folder):
-    return read(folder)
-
-
-def test_every_picture_is_written(folder, view, tmp_path):
-    paths = figures.save(folder, plots.available(view))
-    names = [path.relative_to(folder).as_posix() for path in paths]
+def test_every_picture_is_written(view, tmp_path):
+    paths = figures.save(tmp_path, plots.available(view))
+    names = [path.relative_to(tmp_path).as_posix() for path in paths]
     assert names == [f"plots/{name}.png" for name in PICTURES]
     for path in paths:
         data = path.read_bytes()
@@ -39,7 +34,7 @@ def test_every_picture_is_written(folder, view, tmp_path):
         svg = figures.render(plot, "svg")
         assert len(svg) < 150_000
         assert not any(word in svg for word in (b"<script", b"matplotlib.org", b"@import"))
-    assert plots.available(read(tmp_path)) == []
+    assert plots.available(replace(view, generations=(), checks=())) == []
 
 
 def test_the_style_for_paper_adds_the_figure_in_vectors(view, tmp_path):
@@ -54,37 +49,34 @@ def test_the_style_for_paper_adds_the_figure_in_vectors(view, tmp_path):
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "cmcrameri"])
-def test_a_missing_package_is_one_sentence(folder, monkeypatch, package):
+def test_a_missing_package_is_one_sentence(view, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtra, match=rf"needs {package}.*'dart-llm\[plots\]'"):
-        figures.save(folder, plots.available(read(folder)))
-    page = Page(report.render(read(folder)))
+        figures.save(tmp_path, plots.available(view))
+    page = Page(report.render(view))
     assert page.attributes("img") == []
     assert f"No plots: this needs {package}, which is not installed" in page.text
     assert page.row("dart", "50 %")[5] == "37.00"
 
 
-def test_two_slices_have_no_interval_and_say_so(tmp_path):
-    folder, document = write_results(tmp_path / "run"), perplexity()
+def test_two_slices_have_no_interval_and_say_so():
+    document = perplexity()
     for row in document["rows"]:
         row |= {"interval": None, "no_interval": "too few (n = 2)"}
-    (folder / "perplexity.json").write_text(json.dumps(document), encoding="utf-8")
-    page = Page(report.render(read(folder)))
+    page = Page(report.render(fake_view(perplexity=document)))
     assert page.row("dart", "50 %")[6:8] == ["2.10", "too few (n = 2)"]
 
 
-def test_pictures_that_say_nothing_are_left_out(tmp_path):
-    folder = write_results(tmp_path / "run")
-    masks = json.loads((folder / "masks.json").read_text(encoding="utf-8"))
-    for mask in masks["remasks"]:
+def test_pictures_that_say_nothing_are_left_out(view):
+    even = deepcopy(list(view.generations))
+    for mask in even[1]["accounting"]["sequences"][0]["remasks"]:
         mask["kept"] = [768 + layer % 2 for layer in range(30)]
-    (folder / "masks.json").write_text(json.dumps(masks), encoding="utf-8")
-    head, *windows = (folder / "drift.csv").read_text(encoding="utf-8").splitlines()
+    windows = view.checks
     for kept, shown in ((windows[:8], True), (windows[:7], False), (windows[:4] * 2, False)):
-        (folder / "drift.csv").write_text("\n".join([head, *kept]), encoding="utf-8")
-        names = [plot.name for plot in plots.available(read(folder))]
+        names = [plot.name for plot in plots.available(fake_view(generations=even, checks=kept))]
         assert names == ["similarity"] * shown
-    assert "Kept neurons per layer" not in Page(report.render(read(folder))).text
+    page = Page(report.render(fake_view(generations=even, checks=())))
+    assert "Kept neurons per layer" not in page.text
 
 
 @pytest.fixture(scope="module")
@@ -121,31 +113,19 @@ def test_tables(page, snapshot):
     assert len(page.attributes("caption")) == len(page.attributes("table")) > 6
 
 
-def test_an_interrupted_run_has_the_pictures_whose_files_there_are(tmp_path):
-    folder = write_results(tmp_path / "run", {"status": "interrupted", "finished": None})
-    for name in ("generation.jsonl", "perplexity.json", "drift.csv", "timing.json"):
-        (folder / name).unlink()
-    assert [plot.name for plot in plots.available(read(folder))] == ["kept_neurons"]
-    page = Page(report.write(folder).read_text(encoding="utf-8"))
-    assert "This run is interrupted." in page.text and "Kept neurons per layer" in page.text
-
-
-def test_damaged_files(tmp_path):
-    folder = write_results(tmp_path / "run")
+def test_what_was_not_measured_is_left_out(view):
     document = perplexity()
     document["rows"][2] |= {"perplexity": None, "ratio_to_dense": None, "accounting": None}
     document["rows"][3] |= {"sparsity": None}
-    (folder / "perplexity.json").write_text(json.dumps(document), encoding="utf-8")
-    (folder / "timing.json").write_text('{"seconds_per_token": {"dense": null}}', encoding="utf-8")
-    (folder / "masks.json").write_text('{"remasks": [{"step": 3}], "layers": [{}]}', "utf-8")
-    with (folder / "drift.csv").open("a", encoding="utf-8") as file:
-        file.write("0,0,nonsense\n0,0,1,2,3,nan,,0,0,armed\n")
-    record = {"id": "a", "variant": "pruned", "method": "dart", "sparsity": 0.3, "text": "hi <i>"}
-    record |= {"tokens": ["h"], "phases": ["pruned"]}  # these are not the text
-    (folder / "generation.jsonl").write_text(json.dumps(record) + '\n{"half": ', encoding="utf-8")
-    html = report.write(folder).read_text(encoding="utf-8")
-    assert '<div class="text">hi &lt;i&gt;</div>' in html
+    record = {"variant": "pruned", "method": "dart", "sparsity": 0.3, "text": "hi <i>"}
+    record |= {"tokens": ["h"], "phases": ["pruned"], "prompt": "p", "accounting": None}
+    config = {**view.config, "status": "failed"}
+    times = {name: timing()[name] for name in ("load_s", "total_s")}
+    changes = {"perplexity": document, "generations": [record], "timing": times}
+    html = report.render(fake_view(config=config, checks=(), **changes))
+    assert '<div class="text">hi &lt;i&gt;</div>' in html  # its tokens are not the text
     page = Page(html)
+    assert "This run is failed." in page.text and page.attributes("img") == []
     assert page.row("dart", "50 %")[2:] == ["–", "–", "–", "–", "–", "1.98 to 2.25", "3.611"]
     assert page.row("griffin", "set by the method")[2:4] == ["50 %", "0 %"]
 

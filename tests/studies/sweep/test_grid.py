@@ -117,7 +117,7 @@ def test_layers_of_models(gpt2, tmp_path):
     with pytest.raises(LoadError, match="not in the hub's cache"):
         layer_count(Cell("nobody/nothing", "dense", TASK))
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    with pytest.raises(LoadError, match="does not say how many layers"):
+    with pytest.raises(LoadError, match=r"x\.gguf"):
         layer_count(Cell(str(tmp_path / "x.gguf"), "dense", TASK))
 
 

@@ -10,7 +10,6 @@ from dart_llm.experiments import run_facts
 from dart_llm.experiments.comparison_report import stacked
 from dart_llm.experiments.llama_bench import LLAMA_CPP
 from dart_llm.experiments.result_line import ResultLine
-from dart_llm.experiments.store import read
 from dart_llm.files import write_text
 from dart_llm.reporting import page
 from dart_llm.reporting.figures import (
@@ -392,21 +391,20 @@ def _draw_point(axes: Axes, row: Row, x: float, look: Look) -> None:
         axes.plot([x], [y], **ring)
 
 
-def write_page(folder: Path, document: Row, plots: list[Plot]) -> Path:
-    """``report.html`` of ``tune``."""
-    view = read(folder)
+def write_page(folder: Path, config: Mapping[str, Any], document: Row, plots: list[Plot]) -> Path:
+    """``report.html`` of ``tune``; ``config``: config.json."""
     first, *further = tune_sentences(document)
     pictures, missing = page.pictures(plots)
     content = {
         "title": f"Which setting for {document['model']}?",
         "conclusion": first,
         "further": further,
-        "facts": run_facts.facts(view),
+        "facts": run_facts.facts(config),
         "pictures": pictures,
         "missing": missing,
         "tables": [(table("tune", document).html(), False)],
         **dict.fromkeys(("notes", "many", "leak", "leaks", "failures", "checkpoints")),
     }
     path = folder / "report.html"
-    write_text(path, run_facts.render(view, "compare.html", content, stacked=stacked))
+    write_text(path, run_facts.render(config, "compare.html", content, stacked=stacked))
     return path

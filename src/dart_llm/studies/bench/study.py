@@ -89,7 +89,7 @@ class BenchStudy(Study[B]):
         cell = Cell(settings.model, "dense", task, calibration=calibration, **loading)
         return Digests().of(cell)
 
-    def asked(self) -> dict[str, Any]:
+    def requested(self) -> dict[str, Any]:
         left_out = {*self.shown, *self.settings.UNUSED, "save"}
         return self.settings.model_dump(mode="json", exclude=left_out)
 

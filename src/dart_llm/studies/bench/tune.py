@@ -330,7 +330,8 @@ class TuneStudy(BenchStudy[TuneSettings]):
         return report.markdown("Which setting for this model?", sentences, *self.tables())
 
     def write_page(self) -> Path:
-        return report.write_page(self.path, self.summary, [report.tune_plot(self.summary)])
+        plots = [report.tune_plot(self.summary)]
+        return report.write_page(self.path, self.config, self.summary, plots)
 
     def answer(self) -> dict[str, Any]:
         return {**super().answer(), "setting": str(self.setting_file)}

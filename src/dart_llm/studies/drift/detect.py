@@ -13,7 +13,6 @@ from typing import Any
 from dart_llm.experiments import stats
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.result_line import ResultLine
-from dart_llm.experiments.store import read
 from dart_llm.experiments.study import Study, Unit
 from dart_llm.models.capture import EAGER, layer_count
 from dart_llm.models.checkpoint import checkpoint_facts
@@ -125,7 +124,7 @@ class DetectionStudy(Study[DetectSettings]):
         return detect_report.make_curves(self.summary)
 
     def write_page(self) -> Path:
-        return report.write(DriftView(read(self.path), {}, detection=self.summary))
+        return report.write(DriftView(self.path, self.config, {}, detection=self.summary))
 
 
 def watchers(settings: DetectSettings) -> list[Watcher]:

@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dart_llm.evaluation.text_metrics import NUMBERS
-from dart_llm.experiments import stats
+from dart_llm.experiments import run_facts, stats
 from dart_llm.experiments.drift_plot import draw_checks, worth_drawing
 from dart_llm.experiments.stats import Interval
-from dart_llm.experiments.store import ResultsView
 from dart_llm.reporting.figures import (
     GREY,
     HATCHES,
@@ -54,11 +53,12 @@ if TYPE_CHECKING:
 class DriftView:
     """What pictures and page are made of: ``cells`` are measured, ``failed`` are sentences by key.
 
-    ``results``: the folder.  ``summary``: of the cells, empty of ``dart-llm detect``.
+    ``folder``, ``config``: the study's.  ``summary``: of the cells, empty of ``dart-llm detect``.
     ``detection``: a document of ``dart-llm detect``, or nothing.
     """
 
-    results: ResultsView
+    folder: Path
+    config: Mapping[str, Any]
     summary: Mapping[str, Any]
     cells: Sequence[DriftCell] = ()
     failed: Mapping[str, str] | None = None
@@ -76,7 +76,7 @@ class DriftView:
 
     def noted(self, words: str) -> str:
         """A picture's small print: ``words``, then what was run."""
-        return f"{words} · {self.results.small_print}"
+        return f"{words} · {run_facts.small_print(self.config)}"
 
 
 def plural(remasks: float | None) -> str:
@@ -330,7 +330,7 @@ def remasked(view: DriftView) -> Iterator[Masks]:
     cells = [cell for cell in view.cells if len(cell.record["remasks"]) > 1]
     cells.sort(key=lambda c: (c.candidate.name != DART, abs(len(c.record["remasks"]) - 3)))
     for cell in cells:
-        if masks := read_masks(cell, Path(view.results.folder)):
+        if masks := read_masks(cell, view.folder):
             yield cell, masks
 
 

@@ -145,7 +145,7 @@ def _spans(cell: DriftCell, dense: Sequence[float | None]) -> Iterator[tuple[str
 
 def write(view: DriftView) -> Path:
     """Write ``report.html`` into the results folder and return its path."""
-    path = Path(view.results.folder) / "report.html"
+    path = view.folder / "report.html"
     write_text(path, render(view))
     return path
 
@@ -158,17 +158,17 @@ def render(view: DriftView) -> str:
         conclusion = detect_report.headline(view.detection)
     kind = "Knowledge drift" if view.summary else "Drift detection"
     content = {
-        "title": f"{kind} on {view.results.name}",
+        "title": f"{kind} on {run_facts.model_name(view.config)}",
         "conclusion": conclusion or "Nothing can be compared.",
         "notes": (view.summary or view.detection or {}).get("notes") or [],
-        "facts": [fact for fact in run_facts.facts(view.results) if fact[0] in FACTS],
+        "facts": [fact for fact in run_facts.facts(view.config) if fact[0] in FACTS],
         "sections": sections,
         "missing": missing,
         "texts": list(islice(free_texts(view), MOST_TEXTS)),
         "passages": list(islice(passage_texts(view), MOST_TEXTS)),
         "failures": [f"{key}: {sentence}" for key, sentence in (view.failed or {}).items()],
     }
-    return run_facts.render(view.results, "drift.html", content)
+    return run_facts.render(view.config, "drift.html", content)
 
 
 FACTS = {"checkpoint", "file quantisation", "dtype", "device", "date", "sha256", "command"}

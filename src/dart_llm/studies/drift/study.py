@@ -19,7 +19,6 @@ from dart_llm.evaluation.windows import Window
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.result_line import ResultLine
-from dart_llm.experiments.store import read
 from dart_llm.experiments.study import Study, Unit
 from dart_llm.files import finite, write_csv, write_lines
 from dart_llm.models.checkpoint import checkpoint_facts
@@ -356,7 +355,7 @@ class DriftStudy(Study[Any]):
     def view(self) -> DriftView:
         """What pictures and page are made of."""
         cells = tuple(self.measured.values())
-        return DriftView(read(self.path), self.summary, cells, self.failed, self.detection)
+        return DriftView(self.path, self.config, self.summary, cells, self.failed, self.detection)
 
     def figures(self) -> Iterator[Plot]:
         return (plots[0] for _, plots in report.pictures(self.view(), most=1))

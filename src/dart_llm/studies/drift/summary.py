@@ -13,7 +13,6 @@ from statistics import fmean
 from typing import Any
 
 from dart_llm.experiments import stats
-from dart_llm.experiments.index import ACCOUNTING
 from dart_llm.experiments.result_line import ResultLine
 from dart_llm.experiments.rows import DENSE as UNTOUCHED
 from dart_llm.experiments.stats import Interval, Value
@@ -25,6 +24,15 @@ from dart_llm.studies.drift.cell import DONE, SOURCES
 from dart_llm.studies.drift.settings import DENSE, FORCED, NEVER
 
 Row = Mapping[str, Any]
+
+ACCOUNTING = (
+    "achieved_sparsity",
+    "sparsity_while_pruned",
+    "dense_token_share",
+    "remasks",
+    "ffn_bytes_share",
+)
+"""What is taken of the merged reports of a method."""
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:

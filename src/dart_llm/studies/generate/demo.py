@@ -7,6 +7,7 @@ where its ``llama-bench`` is at hand; then perplexity: dense, the default, and s
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch import Tensor
 from dart_llm.errors import DartError
 from dart_llm.evaluation.measurement import Measurement, MeasureOptions
 from dart_llm.evaluation.tasks import count, measure, split
+from dart_llm.experiments.comparison import scores
 from dart_llm.experiments.llama_bench import LLAMA_CPP, ReferenceFile, decode_row, find_bench
 from dart_llm.experiments.result_line import ResultLine
-from dart_llm.experiments.stats import ratio_interval
 from dart_llm.experiments.study import Unit, load_model, run_study
 from dart_llm.experiments.timing import WARM
-from dart_llm.files import write_json
+from dart_llm.files import finite, write_json
 from dart_llm.models.checkpoint import blocks_file
 from dart_llm.models.describe import describe
 from dart_llm.models.loading import is_default
@@ -34,6 +35,7 @@ from dart_llm.reporting.table import Table
 from dart_llm.reporting.words import TRANSFORMERS
 from dart_llm.session.run import BoundMethod
 from dart_llm.studies.generate import pace, report
+from dart_llm.studies.generate.plots import RunView
 from dart_llm.studies.generate.settings import RunSettings
 from dart_llm.studies.generate.study import RunStudy
 
@@ -165,6 +167,9 @@ class DemoStudy(RunStudy):
         default = is_default(self.settings.model)
         return [report.verdict(self.timing, over, self.accounting, default)]
 
+    def view(self) -> RunView:
+        return replace(super().view(), perplexity=finite(self._document()))
+
     def figures(self) -> Iterable[Plot]:
         return ()
 
@@ -174,7 +179,8 @@ class DemoStudy(RunStudy):
 
 def _row(candidate: BoundMethod, measured: Measurement, dense: Measurement) -> Row:
     """One row of perplexity.json; ``interval``: 95 % of the ratio to dense, paired by slice."""
-    losses, base = ([sample["losses"] for sample in one.samples] for one in (measured, dense))
+    own, base = (scores(one.to_dict()) for one in (measured, dense))
+    interval = None if measured is dense else own.against(base)
     perplexity = measured.metrics["perplexity"]
     base_perplexity = dense.metrics["perplexity"]
     ratio = perplexity / base_perplexity if perplexity and base_perplexity else None
@@ -185,8 +191,8 @@ def _row(candidate: BoundMethod, measured: Measurement, dense: Measurement) -> R
         "perplexity": perplexity,
         "mean_loss": measured.metrics["mean_loss"],
         "ratio_to_dense": ratio,
-        "interval": None if measured is dense else ratio_interval(losses, base),
-        "no_interval": words.too_few(len(losses)),
+        "interval": interval and interval.ends,
+        "no_interval": words.too_few(len(own.sample)),
         "accounting": measured.accounting,
     }
 

@@ -1,4 +1,4 @@
-"""The picture of a run's masks: the share of its FFN neurons that each layer keeps.
+"""What a run's page is made of, and the picture of the FFN neurons that each layer keeps.
 
 Drift over time is drawn by ``experiments/drift_plot.py``.
 """
@@ -6,10 +6,11 @@ Drift over time is drawn by ``experiments/drift_plot.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dart_llm.experiments import drift_plot
-from dart_llm.experiments.store import ResultsView
+from dart_llm.experiments import drift_plot, run_facts
+from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting.figures import INK, Palette, Plot, legend, reference_line
 from dart_llm.reporting.words import percent
 
@@ -20,19 +21,64 @@ if TYPE_CHECKING:
 Mask = Mapping[str, Any]
 
 
-def available(view: ResultsView) -> list[Plot]:
-    """The plots that can be drawn from the files of a folder; needs no matplotlib."""
-    makers = (kept_neurons, drift_plot.make)
-    return [plot for plot in (make(view) for make in makers) if plot is not None]
+@dataclass(frozen=True)
+class RunView:
+    """A run as pictures and page show it.
+
+    ``config``: config.json.  ``generations``: lines of generation.jsonl.  ``timing``: timing.json.
+    ``checks``: windows of the drift detector.  ``perplexity``: perplexity.json, of a demo.
+    """
+
+    config: Mapping[str, Any]
+    generations: Sequence[Mapping[str, Any]]
+    timing: Mapping[str, Any]
+    checks: Sequence[DriftCheck] = ()
+    perplexity: Mapping[str, Any] | None = None
+
+    @property
+    def accounting(self) -> Mapping[str, Any]:
+        """Of the pruned text; empty without one."""
+        return next((one["accounting"] for one in self.generations if one["accounting"]), {})
+
+    @property
+    def method(self) -> str:
+        """The method of the pruned text, or else of the configuration."""
+        return str(self.accounting.get("method") or self.config["prune"]["method"])
+
+    @property
+    def requested(self) -> float | None:
+        """The requested sparsity; None where the method sets it."""
+        sparsity = self.accounting.get("requested_sparsity")
+        found: float | None = self.config["prune"]["sparsity"] if sparsity is None else sparsity
+        return found
+
+    @property
+    def masks(self) -> list[Mask]:
+        """The masks in the order in which they were made."""
+        sequences = self.accounting.get("sequences", ())
+        return [remask for sequence in sequences for remask in sequence["remasks"]]
+
+    @property
+    def small_print(self) -> str:
+        """Under every picture."""
+        return run_facts.small_print(self.config)
 
 
-def kept_neurons(view: ResultsView) -> Plot | None:
+def available(view: RunView) -> list[Plot]:
+    """The plots that a run has; needs no matplotlib."""
+    similarity = drift_plot.plot_similarity(view.checks, view.masks, view.small_print)
+    return [plot for plot in (kept_neurons(view), similarity) if plot is not None]
+
+
+def kept_neurons(view: RunView) -> Plot | None:
     """Bars for the first mask, steps for the last where it differs, a line for an even spread.
 
-    None where all layers keep the same share.
+    None where all layers keep the same share, to half a point, which is rounding.
     """
-    layer_widths, masks = _widths(view), _masks(view)
-    if not layer_widths or not all(layer_widths) or not masks or _is_uniform(view):
+    masks = view.masks
+    layer_widths = [layer["width"] for layer in view.accounting.get("layers", ())]
+    shares = [_shares(mask["kept"], layer_widths) for mask in masks]
+    if all(max(kept) - min(kept) < 0.5 for kept in shares):
         return None
 
     def draw(figure: Figure, palette: Palette) -> None:
@@ -43,27 +89,6 @@ def kept_neurons(view: ResultsView) -> Plot | None:
     title = "FFN neurons kept in each layer"
     alt = f"Bars: share of the FFN neurons kept in each of {len(layer_widths)} layers."
     return Plot("kept_neurons", title, alt, view.small_print, 3.4, draw)
-
-
-def _widths(view: ResultsView) -> list[int]:
-    return [int(layer.get("width") or 0) for layer in view.layers]
-
-
-def _masks(view: ResultsView) -> list[Mask]:
-    """The masks that have a count for every layer."""
-    return [mask for mask in view.remasks if len(mask.get("kept") or ()) == len(view.layers)]
-
-
-def _is_uniform(view: ResultsView) -> bool:
-    """Whether every mask keeps the same share of each layer, so that a line per layer says nothing.
-
-    Shares that differ by less than half a point are rounding.
-    """
-    layer_widths = _widths(view)
-    if not all(layer_widths):
-        return False
-    shares = [_shares(mask["kept"], layer_widths) for mask in _masks(view)]
-    return bool(shares) and all(max(kept) - min(kept) < 0.5 for kept in shares)
 
 
 def _draw_kept(
@@ -96,6 +121,5 @@ def _shares(kept: Sequence[int], layer_widths: Sequence[int]) -> list[float]:
 
 
 def _when(mask: Mask) -> str:
-    cause = mask.get("cause", "first")
-    step = f"step {mask.get('step', '?')}"
-    return step if cause == "first" else f"{step}, {cause}"
+    cause = mask["cause"]
+    return f"step {mask['step']}" + ("" if cause == "first" else f", {cause}")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm.experiments import run_facts
-from dart_llm.experiments.store import ResultsView, mapping, number, read
+from dart_llm.experiments.store import mapping, number
 from dart_llm.files import write_text
 from dart_llm.reporting import page, words
+from dart_llm.reporting.speed_up import ADVICE
 from dart_llm.reporting.table import Column, Record, Table, bytes_text
 from dart_llm.reporting.words import percent
 from dart_llm.studies.generate import plots
@@ -206,45 +207,103 @@ def phases(texts: Sequence[Text]) -> list[tuple[str, str]]:
     return [(phase, text) for phase, text in PHASES.items() if phase in seen]
 
 
-# ``report.html``: one self-contained page about a run, built from its results folder.
+# ``report.html``: one self-contained page about a run.
 
 
-def write(folder: Path) -> Path:
-    """Write ``report.html`` into ``folder`` and return its path.
-
-    Files that are missing leave their section out; without matplotlib the page has no plots and
-    says so.  Raises ``ResultsError`` when the folder does not exist or cannot be written.
-    """
+def write(folder: Path, view: plots.RunView) -> Path:
+    """Write ``report.html`` into ``folder``; without matplotlib it has no plots and says so."""
     path = folder / "report.html"
-    write_text(path, render(read(folder)))
+    write_text(path, render(view))
     return path
 
 
-def render(view: ResultsView) -> str:
-    """The page of one folder."""
+def render(view: plots.RunView) -> str:
+    """The page of one run."""
     pictures, missing = page.pictures(plots.available(view))
     texts = [page_text(record) for record in view.generations]
-    times = pace_table(view.timing)
+    times, counted, document = pace_table(view.timing), view.accounting, view.perplexity
     shown = [one for one in times.columns if any(one.raw(row) is not None for row in times.rows)]
-    counted = view.generated
     content = {
-        "title": run_facts.title(view),
-        "conclusion": run_facts.conclusion(view),
-        "facts": run_facts.facts(view),
-        "cards": run_facts.cards(view),
-        "prompt": str(view.generations[0].get("prompt") or "") if texts else "",
+        "title": title(view),
+        "conclusion": words.conclusion(_rows(view), accounting=counted, method=view.method),
+        "facts": facts(view),
+        "cards": cards(view),
+        "prompt": view.generations[0]["prompt"] if texts else "",
         "texts": texts,
         "phases": phases(texts),
         "pictures": {picture.name: picture for picture in pictures},
         "missing": missing,
         "accounting": accounting_table({PRUNED: counted}, {}).html() if counted else None,
-        "perplexity": [perplexity_table(document).html() for document in view.perplexity],
+        "perplexity": perplexity_table(document).html() if document else None,
         "timing": replace(times, columns=tuple(shown)).html() if times.rows else None,
         "timing_words": words.timing_sentence(view.timing),
-        "other_times": run_facts.other_times(view.timing),
-        "name": view.name,
+        "other_times": other_times(view.timing),
     }
-    return run_facts.render(view, "report.html", content)
+    return run_facts.render(view.config, "report.html", content)
+
+
+def _rows(view: plots.RunView) -> Sequence[Record]:
+    """The rows of perplexity.json."""
+    return view.perplexity["rows"] if view.perplexity else []
+
+
+def title(view: plots.RunView) -> str:
+    """Method, requested sparsity and model."""
+    name = run_facts.model_name(view.config)
+    if view.method == DENSE:
+        return f"Dense on {name}"
+    amount = "" if view.requested is None else f" at {percent(view.requested)}"
+    return f"{view.method}{amount} on {name}"
+
+
+def facts(view: plots.RunView) -> list[tuple[str, str, bool]]:
+    """Name, value, and whether the value is to be set as code."""
+    found = [("method", view.method, False)]
+    if view.requested is not None:
+        found.append(("requested sparsity", percent(view.requested), False))
+    if view.accounting:
+        found.append(("achieved sparsity", percent(view.accounting["achieved_sparsity"]), False))
+    return [*found, *run_facts.facts(view.config)]
+
+
+def cards(view: plots.RunView) -> list[tuple[str, str, str]]:
+    """The figures that head the page: value, what it is, and a note."""
+    found, counted, rows = [], view.accounting, _rows(view)
+    if counted:
+        note = "in the generated text"
+        note += "" if view.requested is None else f"; {percent(view.requested)} requested"
+        removed = percent(counted["achieved_sparsity"])
+        found.append((removed, "of the FFN neurons removed", note))
+    row = words.headline(rows, view.method)
+    over = None if row is None else words.ratio(row, rows)
+    if view.perplexity and row is not None and over is not None:
+        note = f"{words.row_name(row)}, text {view.perplexity['text']}"
+        found.append((f"x {words.times(over)}", "perplexity over dense", note))
+    found += _speed_card(view.timing)
+    if counted:
+        remasks = words.count(counted["remasks"], "re-mask")
+        share = percent(counted["dense_token_share"])
+        found.append((share, "of the decoded tokens ran dense", remasks))
+    return found
+
+
+def _speed_card(timing: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    what = f"speed of decoding over dense{words.dense_by(timing)}"
+    if timing.get("disturbed"):
+        return [("disturbed", what, ADVICE)]
+    speed, limit = timing.get("speed_up"), timing.get("bytes_limit")
+    if speed is None:
+        return []
+    return [(f"{speed:.2f} x", what, "" if limit is None else f"bandwidth limit {limit:.2f} x")]
+
+
+def other_times(timing: Mapping[str, Any]) -> str:
+    """What loading and the whole run took, and the memory, as one sentence."""
+    parts = [f"loading took {timing['load_s']:,.1f} s, the whole run {timing['total_s']:,.1f} s"]
+    if peak := timing.get("peak_memory_bytes"):
+        parts.append(f"peak memory {bytes_text(peak)}")
+    text = ", ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 # What ends a demo on the terminal.

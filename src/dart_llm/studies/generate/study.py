@@ -18,6 +18,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.experiments.artifacts import (
     MaskRecorder,
     check_masks,
+    read_checks,
     read_masks,
     saver,
     write_drift,
@@ -25,7 +26,6 @@ from dart_llm.experiments.artifacts import (
 )
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.result_line import ResultLine
-from dart_llm.experiments.store import read
 from dart_llm.experiments.study import Study, Unit, run_study
 from dart_llm.files import write_lines
 from dart_llm.models.checkpoint import checkpoint_facts
@@ -386,11 +386,16 @@ class RunStudy(Study[RunSettings]):
     def sentences(self) -> list[str]:
         return [words.bytes_sentence(self.accounting)] if self.accounting else []
 
+    def view(self) -> plots.RunView:
+        """What pictures and page are made of."""
+        texts, checks = tuple(self.generations.values()), read_checks(self.path)
+        return plots.RunView(self.config, texts, self.timing, checks)
+
     def figures(self) -> Iterable[Plot]:
-        return plots.available(read(self.path))
+        return plots.available(self.view())
 
     def write_page(self) -> Path:
-        return report.write(self.path)
+        return report.write(self.path, self.view())
 
     def answer(self) -> dict[str, Any]:
         return {

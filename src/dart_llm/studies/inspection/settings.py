@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import model_validator
 
 from dart_llm.data.prompts import given_prompt, read_prompt_file
 from dart_llm.data.texts import prompt_names
 from dart_llm.errors import ConfigError, check_name
-from dart_llm.experiments.store import read
+from dart_llm.files import whole_rows
 from dart_llm.pruning.config import DEFAULT_SPARSITY, PruneConfig
 from dart_llm.settings import MASKED, ActivationSettings, setting
 
@@ -140,7 +140,7 @@ class InspectText:
 
 
 def inspect_texts(settings: InspectSettings) -> tuple[InspectText, ...]:
-    """The texts; ``ConfigError`` or ``ResultsError`` for what cannot be read or is empty."""
+    """The texts; ``ConfigError`` for what cannot be read or is empty."""
     if settings.passage:
         named = _passage(settings.passage)
     elif settings.runs:
@@ -190,7 +190,7 @@ def _runs(folders: str) -> list[tuple[str, str]]:
 
 def _generated(path: Path) -> list[tuple[str, str]]:
     """Variant and text of a run, dense first."""
-    rows: list[dict[str, Any]] = [row for row in read(path).generations if row.get("text")]
+    rows = [row for row in whole_rows(path / "generation.jsonl") if row.get("text")]
     if not rows:
         raise ConfigError(f"{path} has no generated text: give the folder of a run that wrote one")
     rows.sort(key=lambda row: row.get("variant") != "dense")

@@ -13,7 +13,6 @@ from dart_llm.experiments import run_facts
 from dart_llm.experiments.artifacts import saver
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.result_line import ResultLine
-from dart_llm.experiments.store import read
 from dart_llm.experiments.study import Study, Unit
 from dart_llm.files import write_json, write_text
 from dart_llm.models.checkpoint import checkpoint_facts
@@ -86,8 +85,8 @@ class InspectionStudy(Study[InspectSettings]):
         texts = {f"text {text.label}": text.sha256 for text in self.texts}
         return {**Digests().of_settings(self.settings), **texts}
 
-    def asked(self) -> dict[str, Any]:
-        return {**super().asked(), "what": self.wanted}
+    def requested(self) -> dict[str, Any]:
+        return {**super().requested(), "what": self.wanted}
 
     def load(self) -> None:
         super().load()
@@ -195,12 +194,12 @@ class InspectionStudy(Study[InspectSettings]):
             yield from self._plots(name)
 
     def _plots(self, name: str) -> list[Plot]:
-        small = read(self.path).small_print
+        small = run_facts.small_print(self.config)
         return [shown.plot(small) for shown in self.show(name) if shown.panels]
 
     def write_page(self) -> Path:
         """``report.html``; without matplotlib it has no plots and says so."""
-        view, parts, missing = read(self.path), [], ""
+        parts, missing = [], ""
         for name in self.sections:
             drawn, reason = page.pictures(self._plots(name))
             missing = missing or reason
@@ -213,14 +212,15 @@ class InspectionStudy(Study[InspectSettings]):
             for text in self.summary["texts"]
         ]
         content = {
-            "title": f"Inside {view.name}",
+            "title": f"Inside {run_facts.model_name(self.config)}",
             "conclusion": headline(self.sections),
-            "facts": texts + [fact for fact in run_facts.facts(view) if fact[0] in FACTS],
+            "facts": texts + [fact for fact in run_facts.facts(self.config) if fact[0] in FACTS],
             "texts": self.summary["texts"],
             "sections": parts,
             "missing": missing,
         }
-        write_text(self.path / "report.html", run_facts.render(view, "inspect.html", content))
+        html = run_facts.render(self.config, "inspect.html", content)
+        write_text(self.path / "report.html", html)
         return self.path / "report.html"
 
 

@@ -152,7 +152,10 @@ def matched_sparsity(value: float) -> float:
 def cell_rows(
     found: Sequence[Group], variants: Sequence[str], sparsities: Sequence[float], seed: int
 ) -> list[Row]:
-    """One row per model, cell, sparsity and variant that was measured."""
+    """One row per model, cell, sparsity and variant that was measured.
+
+    Those of sparsity 0, dense models in fewer bits, are not compared with GRIFFIN.
+    """
     return [
         _row(group, variant, sparsity, seed)
         for group in found
@@ -162,45 +165,35 @@ def cell_rows(
     ]
 
 
-def rounded_rows(found: Sequence[Group], labels: Sequence[str], seed: int) -> list[Row]:
-    """One row per model, cell and dense model with fewer bits that was measured."""
-    return [
-        _row(group, label, 0.0, seed, compared=False)
-        for group in found
-        for label in labels
-        if group.has(label, 0.0)
-    ]
-
-
-def _row(group: Group, variant: str, sparsity: float, seed: int, compared: bool = True) -> Row:
-    own, dense = group.at(variant, sparsity), group.at(DENSE, 0.0)
-    gap = float(group.gaps(own).mean())
+def _row(group: Group, variant: str, sparsity: float, seed: int) -> Row:
+    line, dense = group.at(variant, sparsity), group.at(DENSE, 0.0)
+    gap = float(group.gaps(line).mean())
     columns = {
-        name: _column(group, own, equal, seed) if compared and variant != GRIFFIN else None
-        for name, equal in matched_sparsities(own).items()
+        name: _column(group, line, equal, seed) if sparsity and variant != GRIFFIN else None
+        for name, equal in matched_sparsities(line).items()
     }
     return {
         "model": group.model,
         "cell": group.cell,
         "sparsity": sparsity,
         "variant": variant,
-        "slices": len(items(own)),
-        "kinds": list(dict.fromkeys(item["source"] for item in items(own))),
-        "tokens": sum(item["tokens"] for item in items(own)),
+        "slices": len(items(line)),
+        "kinds": list(dict.fromkeys(item["source"] for item in items(line))),
+        "tokens": sum(item["tokens"] for item in items(line)),
         "dense_perplexity": perplexity(float(losses(dense).mean())),
-        "perplexity": perplexity(float(losses(own).mean())),
+        "perplexity": perplexity(float(losses(line).mean())),
         "times_dense": perplexity(gap),
         "gap": gap,
-        **account(own),
+        **account(line),
         **columns,
     }
 
 
-def _column(group: Group, own: Line, sparsity: float, seed: int) -> Row:
+def _column(group: Group, line: Line, sparsity: float, seed: int) -> Row:
     """A comparison with GRIFFIN at ``sparsity``."""
     griffin = group.griffin(sparsity)
-    gaps, others = group.gaps(own), group.gaps(griffin)
-    sources = [item["source"] for item in items(own)]
+    gaps, others = group.gaps(line), group.gaps(griffin)
+    sources = [item["source"] for item in items(line)]
     kinds = {source: [one == source for one in sources] for source in sources}
     return {
         "sparsity": sparsity,
@@ -245,9 +238,9 @@ def pooled_rows(
                 if group.cell == cell and all(group.has(variant, one) for one in pool)
             }
             if len(sums) > 1:
-                sums[ALL] = [own for (own,) in sums.values()]
+                sums[ALL] = [pairs for (pairs,) in sums.values()]
             head = {"cell": cell, "variant": variant, "sparsities": list(pool)}
-            rows += [{"model": m, **head, **_pooled(own, seed)} for m, own in sums.items()]
+            rows += [{"model": m, **head, **_pooled(pairs, seed)} for m, pairs in sums.items()]
     return rows
 
 
@@ -255,20 +248,20 @@ def _sums(group: Group, variant: str, pool: Sequence[float]) -> dict[str, Array]
     """Per column the gaps of every slice, summed over ``pool``: the variant's, GRIFFIN's [2, n]."""
     found: dict[str, Array] = {}
     for sparsity in pool:
-        own = group.at(variant, sparsity)
-        for name, equal in matched_sparsities(own).items():
-            pair = np.stack([group.gaps(own), group.gaps(group.griffin(equal))])
+        line = group.at(variant, sparsity)
+        for name, equal in matched_sparsities(line).items():
+            pair = np.stack([group.gaps(line), group.gaps(group.griffin(equal))])
             found[name] = found.get(name, 0.0) + pair
     return found
 
 
 def _pooled(sums: Sequence[dict[str, Array]], seed: int) -> Row:
-    columns = {name: [(own[name][0], own[name][1]) for own in sums] for name in BASELINES}
+    columns = {name: [(each[name][0], each[name][1]) for each in sums] for name in BASELINES}
     slices = sum(len(gaps) for gaps, _ in columns[EQUAL_BYTES])
-    return {"slices": slices, **{name: compare(own, seed) for name, own in columns.items()}}
+    return {"slices": slices, **{name: compare(pairs, seed) for name, pairs in columns.items()}}
 
 
-# quality.json: made from the measured lines and from what was asked, of one run or of several.
+# quality.json: made from the measured lines and from what was requested, of one run or of several.
 
 DEFINITIONS = {
     "gap": "mean loss minus the untouched model's on the same scored tokens, nats",
@@ -299,7 +292,7 @@ def summarise(lines: Iterable[Line], requested: Mapping[str, Any]) -> dict[str, 
         "slices": {one.model: len(items(one.at(DENSE, 0.0))) for one in found},
         "cells": [
             *cell_rows(found, labels, requested["sparsities"], seed),
-            *rounded_rows(found, requested.get("roundings", ()), seed),
+            *cell_rows(found, requested.get("roundings", ()), [0.0], seed),
         ],
         "pooled": pooled_rows(found, labels, requested["pool"], seed),
         "notes": [] if requested["pool"] else [none],

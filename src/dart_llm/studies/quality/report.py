@@ -155,8 +155,8 @@ def _flat(row: Row) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
-            own = _flat({key: part for key, part in value.items() if key != "by_kind"})
-            found.update({f"{name}.{key}": part for key, part in own.items()})
+            nested = _flat({key: part for key, part in value.items() if key != "by_kind"})
+            found.update({f"{name}.{key}": part for key, part in nested.items()})
         elif name == "interval":
             low, high = value or (None, None)
             found.update({"interval.low": low, "interval.high": high})
@@ -219,9 +219,7 @@ def _bytes_plot(document: Row) -> list[Plot]:
     rows = [row for row in document["cells"] if row.get("token_bytes_share") is not None]
     drawn = grouped(rows, lambda row: (row["model"], row["cell"]))
     roundings = document.get("roundings", ())
-    names = list(
-        dict.fromkeys(ROUNDED if _is_in(row, roundings) else row["variant"] for row in rows)
-    )
+    names = list(dict.fromkeys(_series(row, roundings) for row in rows))
     if not rows:
         return []
 
@@ -229,12 +227,12 @@ def _bytes_plot(document: Row) -> list[Plot]:
         looks = looks_of(names, palette)
         above, *places = panels(figure, len(drawn), 1 + len(names) // 3)
         for axes, (model, cell) in zip(places, drawn, strict=True):
-            own = drawn[model, cell]
+            members = drawn[model, cell]
             for name in names:
-                _draw_curve(axes, own, name, roundings, looks[name])
+                _draw_curve(axes, members, name, roundings, looks[name])
             axes.set_title(f"{model}, {cell}", loc="left", fontsize=8.5, color=INK)
             axes.set_xlabel("bytes per token over dense at bfloat16", fontsize=8, color=SOFT)
-            values = [row["times_dense"] for row in own]
+            values = [row["times_dense"] for row in members]
             axes.set_yscale("log")
             log_scale(axes, 0.92 * min(1.0, *values), 1.08 * max(1.1, *values))
             reference_line(axes, y=1.0, label="_dense")
@@ -256,15 +254,16 @@ def _bytes_plot(document: Row) -> list[Plot]:
     return [Plot("quality-bytes", title, alt, small, height, draw)]
 
 
-def _is_in(row: Row, roundings: Sequence[str]) -> bool:
-    return row["variant"] in roundings
+def _series(row: Row, roundings: Sequence[str]) -> str:
+    """The curve of a row: all roundings are one."""
+    return ROUNDED if row["variant"] in roundings else str(row["variant"])
 
 
 def _draw_curve(
     axes: Axes, rows: Sequence[Row], name: str, roundings: Sequence[str], look: Look
 ) -> None:
-    own = [row for row in rows if (ROUNDED if _is_in(row, roundings) else row["variant"]) == name]
-    points = sorted((row["token_bytes_share"], row["times_dense"]) for row in own)
+    curve = [row for row in rows if _series(row, roundings) == name]
+    points = sorted((row["token_bytes_share"], row["times_dense"]) for row in curve)
     if points:
         axes.plot(*zip(*points, strict=True), label=name, **look)
 

@@ -26,7 +26,7 @@ from dart_llm.reporting.table import Table
 from dart_llm.settings import LOADING
 from dart_llm.studies.quality import report
 from dart_llm.studies.quality.gaps import groups, matched_sparsities, summarise
-from dart_llm.studies.quality.settings import SHIFT, QualitySettings, Rounding
+from dart_llm.studies.quality.settings import SHIFT, QualitySettings
 from dart_llm.studies.sweep.grid import check_cells
 from dart_llm.studies.sweep.study import MeasureStudy
 
@@ -56,17 +56,9 @@ class QualityStudy(MeasureStudy[QualitySettings]):
         return {**super().config_extra(), "checkpoints": self._checkpoints()}
 
     def _checkpoints(self) -> dict[str, Any]:
-        return {
-            name: next(
-                (
-                    one["checkpoint"]
-                    for one in self.lines
-                    if one["cell"]["model"] == model and one["checkpoint"]
-                ),
-                {},
-            )
-            for name, model in self.settings.names().items()
-        }
+        loaded = [line for line in reversed(self.lines) if line["checkpoint"]]
+        checkpoints = {line["cell"]["model"]: line["checkpoint"] for line in loaded}
+        return {name: checkpoints.get(model, {}) for name, model in self.settings.names().items()}
 
     # cells
 
@@ -82,7 +74,8 @@ class QualityStudy(MeasureStudy[QualitySettings]):
                     for sparsity in settings.sparsities:
                         yield self._pruned(base, variant, sparsity)
             for rounding in self.roundings:
-                yield self._rounded(base, rounding)
+                weights = f"{rounding.bits} {rounding.part}"
+                yield replace(base, name=rounding.label, rounding=weights)
 
     def _cell(self, settings: QualitySettings, model: str, cell: str) -> Cell:
         """The untouched model on the task of ``cell``."""
@@ -114,16 +107,13 @@ class QualityStudy(MeasureStudy[QualitySettings]):
             cell = replace(cell, calibration=self.calibration_text)
         return replace(cell, inputs=self.digests.of(cell, cell.config()))
 
-    def _rounded(self, base: Cell, rounding: Rounding) -> Cell:
-        return replace(base, name=rounding.label, rounding=f"{rounding.bits} {rounding.part}")
-
     def units(self) -> Iterator[Unit]:
         for name, model in self.settings.names().items():
-            own = [cell for cell in self.cells if cell.model == model]
-            yield from self.units_of([cell for cell in own if not cell.rounding])
+            of_model = [cell for cell in self.cells if cell.model == model]
+            yield from self.units_of([cell for cell in of_model if not cell.rounding])
             equal = list(self._equal_cells(name, model))
             self.cells = (*self.cells, *(cell for cell in equal if cell not in self.cells))
-            yield from self.units_of([*equal, *(cell for cell in own if cell.rounding)])
+            yield from self.units_of([*equal, *(cell for cell in of_model if cell.rounding)])
 
     def _equal_cells(self, name: str, model: str) -> Iterator[Cell]:
         """GRIFFIN where the variants are compared with it and it was not measured."""

@@ -99,10 +99,8 @@ class LoadedModelCache:
     def _load(self, cell: Cell, ui: Ui) -> None:
         import torch
 
-        from dart_llm.models.checkpoint import checkpoint_facts
-        from dart_llm.models.float32_products import float32_note
+        from dart_llm.experiments.study import announce_model
         from dart_llm.models.loading import load
-        from dart_llm.reporting.words import dtype_text, file_text
 
         arguments = cell.load_arguments
         name = json.dumps([arguments, cell.inputs.get("model")])
@@ -122,11 +120,7 @@ class LoadedModelCache:
             raise
         self.name, self.seconds = name, time.perf_counter() - began
         self.loads += 1
-        facts = checkpoint_facts(self.model)
-        described = f"{file_text(facts)}, dtype {dtype_text(facts)}, device {self.model.device}"
-        ui.say(f"{facts.get('name')}: {described}")
-        if note := float32_note(self.model):
-            ui.say(note)
+        announce_model(self.model, ui)
 
 
 def measure_cell(

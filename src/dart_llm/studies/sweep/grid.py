@@ -51,9 +51,9 @@ def check_cells(cells: Sequence[Cell]) -> None:
 def method_cells(settings: MethodSettings) -> tuple[Cell, ...]:
     """The untouched model where it is wanted, then the method, on every task."""
     loading = {name: getattr(settings, name) for name in LOADING}
-    own = _method_cell(settings, Cell(settings.model, settings.method, "", **loading))
-    methods = [own]
-    if settings.dense and own.label != DENSE:
+    cell = _method_cell(settings, Cell(settings.model, settings.method, "", **loading))
+    methods = [cell]
+    if settings.dense and cell.label != DENSE:
         methods.insert(0, Cell(settings.model, DENSE, "", seed=settings.seed, **loading))
     digests, options = Digests(), replace(settings.options(), seed=settings.seed)
     cells = [

@@ -322,13 +322,13 @@ class SweepSettings(
 
     def options_of(self, task: str) -> MeasureOptions:
         """How ``task`` is measured; raises ``ConfigError`` for options that do not exist."""
-        own = self.task_options.get(task, {})
-        for name in own:
+        changes = self.task_options.get(task, {})
+        for name in changes:
             if name in ("protocol", "seed"):
                 raise ConfigError(f"{name} is not an option of a task: write {name}s, a list")
             check_name("measuring option", str(name), OPTIONS)
-        checked = type(self).model_validate({"tasks": self.tasks, **own})
-        return replace(self.options(), **{name: getattr(checked, name) for name in own})
+        checked = type(self).model_validate({"tasks": self.tasks, **changes})
+        return replace(self.options(), **{name: getattr(checked, name) for name in changes})
 
     @property
     def experiment(self) -> str:
@@ -338,8 +338,8 @@ class SweepSettings(
 
 def layer_table(group: str, keep: float, base: float | None) -> str:
     """A layer table; layers outside ``group`` stay dense, or keep ``base`` of their neurons."""
-    own = f"{group}:{keep:.12g}"
-    return own if base is None else f"all:{base:.12g},{own}"
+    table = f"{group}:{keep:.12g}"
+    return table if base is None else f"all:{base:.12g},{table}"
 
 
 class CompareSettings(SweepSettings):
