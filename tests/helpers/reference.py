@@ -1,4 +1,4 @@
-"""`griffin` and `dart` a second time: docs/method.md in plain torch and float64.
+"""`griffin` and `dart` a second time: docs/reference.md in plain torch and float64.
 
 Shares no scoring, budget, drift, evidence or mask code with dart_llm.  One sequence, whose tokens
 are given.

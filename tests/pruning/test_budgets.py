@@ -1,4 +1,4 @@
-"""Layer budgets: golden values of docs/method.md, and what must hold for every input."""
+"""Layer budgets: golden values of docs/reference.md, and what must hold for every input."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations under the three protocols (docs/method.md, "Evaluation").
+"""Log-likelihoods of continuations under the three protocols (docs/reference.md, "Protocols").
 
 One dense pass over the prompt serves all continuations of a context; continuations that share the
 masks run as the rows of one batch.

@@ -2,7 +2,7 @@
 
 lm-eval builds the requests and computes the metrics; this module runs the model.  Context and
 continuation arrive as tokens in ``_loglikelihood_tokens``, so that the prompt is known apart from
-what is scored (docs/method.md, "Evaluation").
+what is scored (docs/reference.md, "Protocols").
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ PROTOCOLS: dict[str, str] = {
     "full": "masks from the context only, applied to the context and the continuation",
     "published": "masks from the whole scored text, answer included: leaks, not causal",
 }
-"""How a task is pruned (docs/method.md, "Evaluation")."""
+"""How a task is pruned (docs/reference.md, "Protocols")."""
 
 LEAK = "published protocol: the masks have seen the answers (leaking, not causal)"
 

@@ -3,7 +3,7 @@
 ``decode``: the first P - 1 tokens of a slice are the prompt (dense, observed); token P and the
 C - 1 that follow run as decode tokens, so all C predictions are pruned.  ``full``, ``published``
 and ``standard``: masks from a dense pass over the P prompt tokens, over the whole slice, or over
-the text before the window, applied to every position of it (docs/method.md, "Evaluation").
+the text before the window, applied to every position of it (docs/reference.md, "Protocols").
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Summaries of documents and their ROUGE; prompts cut to fit (docs/method.md, "Evaluation").
+"""Summaries of documents and their ROUGE; prompts cut to fit (docs/reference.md, "Protocols").
 
 One document at a time, greedy, to the end of the sequence or ``max_output`` tokens.  Under
 ``decode`` the prompt is dense and observed and the summary runs pruned; under ``full`` the masks

@@ -31,7 +31,7 @@ PPL_PROTOCOLS: dict[str, str] = {
     **PROTOCOLS,
     STANDARD: "the whole text in windows, each pruned by the text before it",
 }
-"""The protocols of perplexity (docs/method.md, "Evaluation")."""
+"""The protocols of perplexity (docs/reference.md, "Protocols")."""
 
 
 @dataclass(frozen=True, eq=False)

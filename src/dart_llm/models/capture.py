@@ -1,4 +1,4 @@
-"""Read-only hooks: FFN tensors (docs/method.md has them), attention, the last hidden state.
+"""Read-only hooks: FFN tensors (docs/reference.md has them), attention, the last hidden state.
 
 Outputs are what they would be without them, and every hook is gone after the block.
 ``capture_activations`` hands each layer's tensors on; ``Recording`` keeps those of one sequence.

@@ -112,7 +112,7 @@ def uniform(layers: Sequence[LayerView], keep: int) -> list[int]:
     return round_counts([keep / sum(widths) * width for width in widths], widths, keep)
 
 
-@budget("this project; docs/method.md")
+@budget("this project; docs/reference.md")
 def energy(layers: Sequence[LayerView], keep: int) -> list[int]:
     """One level e: each layer keeps the fewest neurons that have the share e of its energy.
 
@@ -128,7 +128,7 @@ def energy(layers: Sequence[LayerView], keep: int) -> list[int]:
     return _smallest(reached, keep)
 
 
-@budget("this project; docs/method.md: for scores whose values compare between layers")
+@budget("this project; docs/reference.md: for scores whose values compare between layers")
 def ranked(layers: Sequence[LayerView], keep: int) -> list[int]:
     """All neurons in one ranking by the score itself, as it is.
 

@@ -76,7 +76,7 @@ DART = PruneConfig(
 Fisher scores (arXiv 2204.09656) ranked over all layers at once, with the activations of the prompt
 and gradients that are learned once from self-generated text; low-rank compensation, after FLAP's
 mean (arXiv 2312.11983); re-masks from decayed evidence when the last hidden state leaves the
-topic.  docs/method.md has the formulas and what each part is worth.
+topic.  docs/reference.md has the formulas and what each part is worth.
 """
 
 DART_PROMPT = PruneConfig(
@@ -94,7 +94,7 @@ The first default of this project.
 
 GRIFFIN's scores (arXiv 2404.01365), the mean of the energy and the depth budget, the paper's drift
 rule (arXiv 2601.22632) with guards, decayed evidence, and compensation after FLAP
-(arXiv 2312.11983).  docs/method.md has the formulas and the measurements behind each choice.
+(arXiv 2312.11983).  docs/reference.md has the formulas and the measurements behind each choice.
 """
 
 DART_TOKEN = PruneConfig(

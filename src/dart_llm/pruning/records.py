@@ -146,7 +146,7 @@ def merge_heads(heads: Iterable[HeadReport | None]) -> HeadReport | None:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Accounting of a run (docs/method.md, "Accounting")."""
+    """Accounting of a run (docs/reference.md, "Accounting")."""
 
     method: str
     requested_sparsity: float | None

@@ -39,7 +39,7 @@ class Recorded:
 def layers_of(name: str, count: int) -> tuple[int, ...]:
     """The layers, of ``count``, that a signal reads; none for the hidden state.
 
-    The depth of layer l is l / (count - 1), as everywhere in docs/method.md.
+    The depth of layer l is l / (count - 1), as everywhere in docs/reference.md.
     """
     last = count - 1
     if name == "attention-80":

@@ -166,7 +166,7 @@ SHARES = (0.01, 0.1)
 def neurons(study: Readings) -> dict[str, Any]:
     """``strong`` and ``weak`` neurons per layer with score, mean activation and top tokens.
 
-    The score is ``settings.neuron_score`` over text A (docs/method.md, "Scores"); without a text
+    The score is ``settings.neuron_score`` over text A (docs/reference.md, "Scores"); without a text
     the magnitude is 1, so the proxy decides alone.  ``tokens``: the rows e_v of the output
     embedding whose w . e_v is largest in the direction that the neuron writes (that of its mean
     activation), for strong neurons.  ``concentration``: the part of the layer's summed scores that

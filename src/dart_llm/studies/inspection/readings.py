@@ -59,7 +59,7 @@ def moments(values: Tensor) -> dict[str, float | None]:
     }
 
 
-# How much each FFN changes the residual stream (docs/method.md, "Budgets": the sensitivities).
+# How much each FFN changes the residual stream (docs/reference.md, "Budgets": the sensitivities).
 
 
 def impact(seen: LayerActivations) -> dict[str, Any]:
