@@ -13,6 +13,7 @@ import tables
 from dart_llm.files import write_json
 from shells import ROOT
 
+PAGES = {path: path.read_text(encoding="utf-8") for path in tables.pages()}
 NAMES = sorted(path.stem for path in tables.RESULTS.glob("*.md"))
 
 
@@ -31,6 +32,27 @@ def test_every_kept_table_names_its_commands_files_and_commit():
 
 def test_no_table_or_list_is_stale(capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_stale_page_is_named_and_written_again(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n\n<!-- table: kills -->\nold\n<!-- end of table -->\n\nAfter.\n")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "pages", lambda: [page])
+    assert tables.main(["--check"]) == 1
+    assert capsys.readouterr().out == "page.md is stale: run python benchmarks/tables.py\n"
+    assert tables.main([]) == 0 == tables.main(["--check"])
+    text = page.read_text()
+    assert text.startswith("Before.\n\n<!-- table: kills -->\n\n| command | SIGKILLs |")
+    assert "benchmarks/results/kills.json)" in text and "old" not in text
+    assert text.endswith("\n\n<!-- end of table -->\n\nAfter.\n")
+
+
+def test_a_page_of_prose_shows_two_tables_at_most_and_no_placeholder():
+    for path, text in PAGES.items():
+        assert len(re.findall("<!-- table: .* -->\n", text)) <= 2, path.name
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+        assert "{{" not in re.sub(r"`[^`]+`", "", prose), path
 
 
 def test_a_finished_run_is_kept_in_the_layout_that_pages_read(tmp_path, monkeypatch, capsys):

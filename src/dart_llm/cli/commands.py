@@ -157,9 +157,10 @@ def run(
         )
 
     def compute(ui: Ui) -> Any:
-        from dart_llm.studies.generate.study import run_job
+        from dart_llm.studies.generate.study import run_each
 
-        return run_job(settings, ui, fresh).answer()
+        answers = [study.answer() for study in run_each(settings, ui, fresh)]
+        return answers[0] if len(answers) == 1 else {"runs": answers}
 
     _tell(compute, as_json)
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from dart_llm.studies.generate.study import RunStudy, run_job
 from html_page import Page
 from steps import shared_model
 from tiny import tokens
+
+BUSY = "while True: pass"
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -138,6 +142,30 @@ def test_a_quiet_run_shows_the_ratio_up_to_its_limit(gpt2, tmp_path, monkeypatch
     everything = told(study, capsys)
     assert f"10.0 ms: 1.05 x as fast (bandwidth limit {limit:.2f} x)" in everything
     assert set(ratios(study, everything)) == {1.05} and "disturbed:" not in everything
+
+
+def test_busy_loops_from_the_middle_on(gpt2, tmp_path, monkeypatch, capsys):
+    """Whatever the machine does meanwhile, what is shown is never above the limit."""
+    loops = []
+    seconds, timed = pace.Decoding.seconds, []
+
+    def disturbed(decoding, ids, count):
+        timed.append(seconds(decoding, ids, count))
+        if len(timed) == pace.REPETITIONS and not loops:  # half of those of two texts
+            loops.extend(subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(2))
+        return timed[-1]
+
+    monkeypatch.setattr(pace.Decoding, "seconds", disturbed)
+    try:
+        study = run_job(settings(gpt2, tmp_path), Ui())
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+    assert len(loops) == 2 and len(study.timing["repetitions"]["dense"]) >= pace.FEWEST_REPETITIONS
+    limit, speed_up = study.timing["bytes_limit"], study.timing["speed_up"]
+    assert speed_up is None or speed_up <= limit
+    assert all(one <= round(limit, 2) for one in ratios(study, told(study, capsys)))
 
 
 def test_masking_skips_no_work(gpt2, tmp_path, monkeypatch):

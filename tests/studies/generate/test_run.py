@@ -11,7 +11,7 @@ from dart_llm.models.loading import _Builder
 from dart_llm.reporting.console import Ui
 from dart_llm.session.trace_file import read_trace
 from dart_llm.studies.generate.settings import RunSettings, collect
-from dart_llm.studies.generate.study import RunStudy, run_job
+from dart_llm.studies.generate.study import RunStudy, run_each, run_job
 from tiny_gpt2 import CONTEXT
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -47,6 +47,32 @@ def test_two_texts_their_accounting_and_their_files(gpt2, tmp_path):
     assert [line["value"] for line in lines[:2]] == [*study.timing["seconds_per_token"].values()]
     assert [line["achieved"] for line in lines] == [None, 0.5, 0.5]
     assert lines[2]["value"] == speed_up and lines[2]["error"] == study.timing["disturbed"]
+
+
+def test_several_settings_of_one_prompt_share_the_model_and_the_dense_text(
+    gpt2, tmp_path, monkeypatch
+):
+    loads, load = [], RunStudy.load
+    monkeypatch.setattr(RunStudy, "load", lambda one: loads.append(one.first) or load(one))
+    ui = Ui(quiet=True)
+    several = {"methods": "griffin,static", "sparsities": "0.3,0.5", "sparsity": None}
+    studies = run_each(settings(gpt2, tmp_path, **several), ui)
+    assert [study.path.parent.name.partition("-")[2] for study in studies] == [
+        *("griffin-0.3", "griffin-0.5", "static-0.3", "static-0.5")
+    ]
+    assert loads == [None, *[studies[0]] * 3]
+    assert all(study.model is studies[0].model for study in studies)
+    texts = [study.generations["dense"] for study in studies]
+    assert texts == [texts[0]] * 4
+    removed = [study.accounting["achieved_sparsity"] for study in studies]
+    assert removed == pytest.approx([0.3, 0.5, 0.3, 0.5], abs=0.02)
+    (table,) = [text for text in ui.log if "The same prompt with every setting" in text]
+    for label in ("griffin 30 %", "griffin 50 %", "static 30 %", "static 50 %"):
+        assert label in table
+    with pytest.raises(ConfigError, match="--trace belongs to one text"):
+        settings(gpt2, tmp_path, trace="t", **several)
+    with pytest.raises(ConfigError, match="unknown method 'grifin'"):
+        run_each(settings(gpt2, tmp_path, methods="grifin"), ui)
 
 
 def test_a_dense_run_has_one_text(gpt2, tmp_path):
@@ -122,7 +148,6 @@ def test_what_the_context_cannot_hold_is_refused_before_weights_are_read(
         ("--no-eval-general-nlp", "dart-llm eval --tasks general-nlp"),
         ("--summarization-datasets", "dart-llm summarize"),
         ("--include-path", "dart-llm eval --tasks TASK"),
-        ("--methods", "dart-llm compare"),
     ],
 )
 def test_what_another_command_measures_is_an_error_that_names_it(flag, command):

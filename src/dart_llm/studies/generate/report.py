@@ -66,6 +66,29 @@ def accounting_table(accountings: Mapping[str, Record], timing: Mapping[str, Any
     return Table("", caption, (Column("quantity", "quantity"), Column("value", "value")), rows)
 
 
+SETTINGS = (
+    Column("setting", words.row_name, needed=True),
+    Column("removed", "achieved_sparsity", percent),
+    Column("dense tokens", "dense_token_share", percent),
+    Column("re-masks", "remasks", ","),
+    Column("bytes over dense", _bytes_read),
+    Column("ms per token", "seconds", lambda v: f"{1000 * v:,.1f}"),
+    Column("x dense", "over_dense", needed=True),
+)
+
+
+def settings_table(runs: Sequence[tuple[Record | None, Mapping[str, Any]]]) -> Table:
+    """Accounting and time of several settings of one prompt; ``runs``: accounting, timing."""
+    rows = []
+    for accounting, timing in runs:
+        if accounting is not None:
+            seconds = mapping(timing.get("seconds_per_token")).get(PRUNED)
+            sparsity = accounting.get("requested_sparsity")
+            more = {"sparsity": sparsity, "seconds": seconds, "over_dense": _ratio(timing)}
+            rows.append({**accounting, **more})
+    return Table("", "The same prompt with every setting", SETTINGS, rows)
+
+
 # The time of a token, and perplexity.
 
 PACE = (

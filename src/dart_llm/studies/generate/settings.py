@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import product
 from types import MappingProxyType
+from typing import ClassVar
 
 from pydantic import model_validator
 
 from dart_llm.data.prompts import is_text
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.settings import ActivationSettings, merge, setting
+from dart_llm.settings import ActivationSettings, Sparsities, Texts, merge, setting
 
 ELSEWHERE: Mapping[str, str] = MappingProxyType(
     {
@@ -21,8 +23,6 @@ ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "general_nlp": "dart-llm eval --tasks general-nlp",
         "summarization": "dart-llm summarize",
         "include_path": "dart-llm eval --tasks TASK",
-        "methods": "dart-llm compare",
-        "sparsities": "dart-llm compare",
     }
 )
 """What names of settings begin with that ``run`` does not have, and the command that does."""
@@ -60,6 +60,10 @@ class RunSettings(ActivationSettings):
     temperature: float | None = setting(
         "Prompt", "Sample at this temperature (default: greedy).", ge=0, allow_inf_nan=False
     )
+    methods: Texts = setting(
+        "Pruning", "Several methods for the same prompt, comma-separated; one text each.", ()
+    )
+    sparsities: Sparsities = setting("Pruning", "Several sparsities, comma-separated.", ())
     calibration: str | None = setting(
         "Pruning", "Text for methods that calibrate (default: c4 of the hub)."
     )
@@ -76,9 +80,12 @@ class RunSettings(ActivationSettings):
         check_elsewhere(name)
         return super().unknown(name)
 
+    RIVALS: ClassVar = ({"method", "methods"},)
+
     @model_validator(mode="after")
     def _check(self) -> RunSettings:
         self._check_recording()
+        self._check_several()
         if self.prompt_type not in ("custom", "mmlu"):
             raise ConfigError(f'prompt type "{self.prompt_type}": write custom or mmlu')
         if self.prompt_type == "mmlu" and not self.prompt_subject:
@@ -103,6 +110,26 @@ class RunSettings(ActivationSettings):
                 f"{flag} cannot see the neurons that executor {self.executor} skips: give "
                 "--executor masked, or leave the executor out"
             )
+
+    def _check_several(self) -> None:
+        """Raise ``ConfigError`` for several texts where a setting names one file or one mask."""
+        if not (self.methods or self.sparsities):
+            return
+        for name in ("trace", "save_layer_topk", "masks", "layer_topk", "experiment_name"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} belongs to one text: give one --method and one "
+                    "--sparsity"
+                )
+
+    def each(self) -> list[RunSettings]:
+        """The settings of each text: every method at every sparsity."""
+        if not (self.methods or self.sparsities):
+            return [self]
+        pairs = product(self.methods or (self.method,), self.sparsities or (self.sparsity,))
+        one = {"methods": (), "sparsities": ()}
+        copies = [self.model_copy(update={**one, "method": m, "sparsity": s}) for m, s in pairs]
+        return [copy.fitted() for copy in copies]
 
     @property
     def _records(self) -> bool:

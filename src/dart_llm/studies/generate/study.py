@@ -114,8 +114,10 @@ class RunStudy(Study[RunSettings]):
     bound: BoundMethod
     """The configuration with what it learned of the model."""
 
-    def __init__(self, settings: RunSettings, ui: Ui) -> None:
+    def __init__(self, settings: RunSettings, ui: Ui, first: RunStudy | None = None) -> None:
+        """``first``: a finished run of the same prompt, whose model and dense text are used."""
         super().__init__(settings, ui)
+        self.first = first
         self.prune_config = settings.prune_config()
         self.prompt = read_prompt(settings)
         self.masks = read_masks(settings.masks) if settings.masks else None
@@ -143,6 +145,13 @@ class RunStudy(Study[RunSettings]):
             data = self.prompt.encode("utf-8", "surrogatepass")
             digests["prompt"] = hashlib.sha256(data).hexdigest()
         return digests
+
+    def load(self) -> None:
+        if self.first is None:
+            super().load()
+            return
+        self.model, self.tokenizer = self.first.model, self.first.tokenizer
+        self.encoded, self.timing["load_s"] = self.first.encoded, 0.0
 
     def check(self, tokenizer: Any, config: Any) -> None:
         if self.settings.tokens:
@@ -193,11 +202,17 @@ class RunStudy(Study[RunSettings]):
         """A text, if all of its files are there."""
         if not unit.key.startswith("generation/"):
             return None
+        if unit.data == DENSE and self.first is not None and self._shares_dense(self.first):
+            return self.first.generations[DENSE]
         files = [] if self.saver is None else [self.saver.path(unit.data)]
         if unit.data == PRUNED:
             files.append(self.path / "masks.safetensors")
             files += [Path(self.settings.trace)] if self.settings.trace else []
         return self.folder.part(unit.key) if all(path.exists() for path in files) else None
+
+    def _shares_dense(self, first: RunStudy) -> bool:
+        """Whether the dense text of ``first`` is this run's: same kernels, nothing recorded."""
+        return self.saver is None and first._own_kernels == self._own_kernels
 
     def save(self, unit: Unit, value: Any) -> None:
         """Keep a text; times are measured again."""
@@ -404,6 +419,19 @@ class RunStudy(Study[RunSettings]):
             "generation": list(self.generations.values()),
             "timing": self.timing,
         }
+
+
+def run_each(settings: RunSettings, ui: Ui, fresh: bool = False) -> list[RunStudy]:
+    """One run for each method and sparsity of ``settings``; the model is loaded once."""
+    studies: list[RunStudy] = []
+    for one in settings.each():
+        study = RunStudy(one, ui, studies[0] if studies else None)
+        studies.append(study)  # all of them first: none computes where another is refused
+    for study in studies:
+        run_study(study, fresh)
+    if len(studies) > 1:
+        ui.table(report.settings_table([(one.accounting, one.timing) for one in studies]))
+    return studies
 
 
 def run_job(settings: RunSettings, ui: Ui, fresh: bool = False) -> RunStudy:
