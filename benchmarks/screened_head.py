@@ -30,7 +30,7 @@ from dart_llm.data.prompts import encode_prompt
 from dart_llm.errors import ConfigError
 from dart_llm.models.loading import load
 from dart_llm.models.screen import Gaps, Screen, directions_of, divergence
-from dart_llm.pruning.config import SelfStatsConfig, PruneConfig
+from dart_llm.pruning.config import PruneConfig, SelfStatsConfig
 from dart_llm.session.run import Run
 
 FORMATS = {"bfloat16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}

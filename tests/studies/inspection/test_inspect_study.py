@@ -125,7 +125,7 @@ def test_texts_of_runs_passages_and_prompts():
         folder.mkdir(parents=True)
         variants = zip(("pruned", "dense"), texts, strict=True)
         lines = [json.dumps({"variant": variant, "text": text}) for variant, text in variants]
-        (folder / "generation.jsonl").write_text("\n".join(lines))
+        (folder / "generation.jsonl").write_text("".join(f"{line}\n" for line in lines))
         folders.append(str(folder))
     both = inspect_texts(InspectSettings(runs=",".join(folders)))
     assert [text.text for text in both] == ["sea", "moon"]
