@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -77,15 +77,17 @@ class Settings(BaseModel):
 
     @classmethod
     def named(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """The values that are not None by the names of their fields."""
+        """The values by the names of their fields; None only where a field may be None."""
         given: dict[str, Any] = {}
         for key, value in data.items():
             name = cls.ALIASES.get(key, key)
             if name not in cls.model_fields:
                 raise cls.unknown(str(name))
-            if value is not None and name in given:
+            if value is None and type(None) not in get_args(cls.model_fields[name].annotation):
+                continue
+            if given.get(name) is not None and value is not None:
                 raise ConfigError(f"{name} is given twice: write one list")
-            if value is not None:
+            if value is not None or name not in given:
                 given[name] = value
         return given
 
@@ -587,7 +589,7 @@ def merge(
     merged: dict[str, Any] = {}
     rivals = (*RIVALS, *kind.RIVALS)
     for source in (read_file(file) if file else {}, variables, flags):
-        given = kind.named(source)
+        given = {name: value for name, value in kind.named(source).items() if value is not None}
         beaten = {name for group in rivals if given.keys() & group for name in group}
         merged = {key: value for key, value in merged.items() if key not in beaten} | given
     settings = kind.model_validate(merged)

@@ -75,6 +75,12 @@ def test_several_settings_of_one_prompt_share_the_model_and_the_dense_text(
         run_each(settings(gpt2, tmp_path, methods="grifin"), ui)
 
 
+def test_a_setting_that_may_be_none_keeps_it():
+    """The demo asks for the chat template only of models that have one."""
+    assert RunSettings(chat=None).chat is None and RunSettings(results_dir=None).chat is False
+    assert collect({"chat": None}, environment={}).chat is False
+
+
 def test_a_dense_run_has_one_text(gpt2, tmp_path):
     study = run_job(settings(gpt2, tmp_path, method="dense", sparsity=None), Ui(quiet=True))
     assert list(study.generations) == ["dense"] == list(study.timing["seconds_per_token"])
