@@ -83,12 +83,12 @@ class Settings(BaseModel):
             name = cls.ALIASES.get(key, key)
             if name not in cls.model_fields:
                 raise cls.unknown(str(name))
-            if value is None and type(None) not in get_args(cls.model_fields[name].annotation):
+            optional = type(None) in get_args(cls.model_fields[name].annotation)
+            if value is None and (name in given or not optional):
                 continue
-            if given.get(name) is not None and value is not None:
+            if given.get(name) is not None:
                 raise ConfigError(f"{name} is given twice: write one list")
-            if value is not None or name not in given:
-                given[name] = value
+            given[name] = value
         return given
 
     @classmethod
