@@ -14,8 +14,7 @@ from dart_llm.models.bundled import MODEL_SHA256, MODEL_WHEEL_BYTES
 from dart_llm.models.devices import placement
 from dart_llm.models.gguf import converted_folder, is_intact
 from dart_llm.models.gguf_file import read_gguf
-from dart_llm.models.loading import is_default, resolve
-from dart_llm.models.loading import weight_format as loaded_format
+from dart_llm.models.loading import is_default, resolve, weight_format
 from dart_llm.settings import load_arguments
 
 DEFAULT_LAYERS = 30
@@ -61,12 +60,12 @@ def configuration(options: Any, say: Callable[[str], None] = lambda text: None) 
         ) from error
 
 
-def weight_format(options: Any) -> str:
+def requested_format(options: Any) -> str:
     """The weight format that ``options``, with the fields of ``ModelOptions``, lead to."""
     arguments = load_arguments(options)
     placed = placement(arguments["device"], arguments["device_map"])
     chosen, away = options.dtype is not None, "device_map" in placed
-    return loaded_format(options.model, options.weights, chosen=chosen, away=away)
+    return weight_format(options.model, options.weights, chosen=chosen, away=away)
 
 
 def download_size(cell: Cell) -> int | None:

@@ -92,7 +92,7 @@ class Digests:
         ``ModelOptions``.  A model of the hub, which id and revision identify, and the default have
         no digests.
         """
-        from dart_llm.experiments.model_facts import weight_format  # which loads torch
+        from dart_llm.experiments.model_facts import requested_format  # which loads torch
 
         model = options.model
         if model not in self._models:
@@ -104,7 +104,7 @@ class Digests:
                 single = path.is_file() and not known
                 digests = {"model": file_sha256(path)} if single else {}
                 self._models[model] = contents(path) if path.is_dir() and not known else digests
-        weights = weight_format(options)
+        weights = requested_format(options)
         stored = {} if weights == DENSE_WEIGHTS else {"weights": weights}
         return {**self._models[model], **stored}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.experiments.llama_bench import LLAMA_CPP
-from dart_llm.experiments.model_facts import configuration, weight_format
+from dart_llm.experiments.model_facts import configuration, requested_format
 from dart_llm.experiments.variants import DENSE
 from dart_llm.files import size_text
 from dart_llm.models.gguf_file import ROUNDED, read_gguf
@@ -101,7 +101,7 @@ class Formats:
         """
         if requested := settings.format_list():
             return cls(requested, requested)
-        if weight_format(settings.model_copy(update={"dtype": None})) == "file":
+        if requested_format(settings.model_copy(update={"dtype": None})) == "file":
             return cls(("file", "q4_0"), ("file",))
         blocks = tuple(name for name in ("q8_0", "q4_0") if _is_possible(settings, name))
         return cls((DENSE, *blocks), blocks[:1] or (DENSE,))
@@ -118,7 +118,7 @@ class Formats:
 def _is_possible(settings: TuneSettings, weights: str) -> bool:
     """Whether this machine can load the model in a format."""
     try:
-        weight_format(settings.model_copy(update={"weights": weights}))
+        requested_format(settings.model_copy(update={"weights": weights}))
     except ConfigError:
         return False
     return True
