@@ -13,7 +13,7 @@ from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.evaluation.windows import Window
 from dart_llm.experiments.cell import Cell
 from dart_llm.models.describe import describe
-from dart_llm.pruning.selection import check_fits
+from dart_llm.pruning.selection import MaskSelector
 from dart_llm.session.run import BoundMethod
 from tiny import tiny
 
@@ -36,5 +36,5 @@ def test_keys_of_results_and_of_what_was_learnt():
 def test_a_score_keeps_its_name_where_its_file_moves(method, name):
     config = PruneConfig.build(method, sparsity=0.5)
     layers = describe(tiny()).weights(config.score.proxy_embedding, config.seed)
-    rule = rule_of(check_fits(config, layers).statistics)
+    rule = rule_of(MaskSelector(config, layers).statistics)
     assert isinstance(rule, list) and rule[0] == f"dart_llm.statistics.{name}"

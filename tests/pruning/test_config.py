@@ -20,7 +20,7 @@ FULL = PruneConfig(
     method="mine",
     sparsity=0.25,
     score={"name": "mean", "ema_decay": 1 / 3, "proxy_embedding": "input", "prior_weight": 0.5},
-    budget={"name": "blend energy depth", "table": "2:auto", "multiple": 8, "refresh": "every"},
+    budget={"name": "blend energy depth", "table": "2:auto", "refresh": "every"},
     drift={"rule": "interval 7", "signal": "hidden", "min_distance": 3, "max_dense_share": 1e-9},
     remask={"evidence": "decay", "decay": 0.7, "observe_tokens": 9},
     calibration={"source": "self", "sequences": 5, "length": 50, "purpose": "prior"},
@@ -42,14 +42,9 @@ FULL = PruneConfig(
 @pytest.mark.parametrize(
     "config", [FULL, *map(METHODS.get, METHODS.names())], ids=lambda c: c.method
 )
-def test_round_trips(tmp_path, config):
+def test_round_trips(config):
     assert PruneConfig.from_mapping(json.loads(json.dumps(config.to_dict()))) == config
-    path = tmp_path / "run.yaml"
-    config.save(path)
-    assert PruneConfig.load(path) == config
     assert PruneConfig.build(config) == config == config.replace({})
-    path.write_text("# nothing\n", encoding="utf-8")
-    assert PruneConfig.load(path) == PruneConfig()
 
 
 REFUSED = (
@@ -127,7 +122,7 @@ def test_changes_are_laid_on_top():
     assert result.to_dict() == wanted
     longer = CONFIG.replace({"self_stats": {"tokens": 9}}).replace({"self_stats": {"length": 50}})
     assert longer.self_stats == SelfStatsConfig(sequences=2, length=50, opening=0, tokens=9)
-    with pytest.raises(ConfigError, match="needs learned statistics"):
+    with pytest.raises(ConfigError, match="need learned statistics"):
         CONFIG.replace({"self_stats": None})
     token = PruneConfig.build("dart-token", sparsity=0.7, token={"bits": 8})
     assert token.token == TokenConfig(bits=8, group=32)

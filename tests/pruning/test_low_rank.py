@@ -121,7 +121,7 @@ def test_at_the_mean_input_only_the_mean_is_added():
     for rank in (0, R):
         basis = find_basis(h, rank)
         bias, linear = one_map(DOWN, seen(u, h, basis), basis, removed)
-        assert linear.out.shape == (D, rank) and linear.nbytes() == 4 * D * rank
+        assert linear.out.shape == (D, rank) and linear.nbytes == 4 * D * rank
         torch.testing.assert_close(bias + linear(h.mean(0)), wanted, rtol=1e-3, atol=1e-3)
     lost = u[:, removed] @ DOWN[:, removed].T
     left, plain = ((lost - added).square().sum() for added in (bias + linear(h), wanted))

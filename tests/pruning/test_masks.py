@@ -9,7 +9,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.pruning.compensation import compensation
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import LayerMask, auto_count, overlap, top_ids, user_masks
-from dart_llm.pruning.selection import check_fits
+from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.statistics import LayerStatistics, Sum
 from synthetic import make_layers, top
 
@@ -77,7 +77,7 @@ def test_user_masks():
 
 def selector(**settings):
     made = PruneConfig.from_mapping({"sparsity": 0.5, "score": "magnitude", **settings})
-    return check_fits(made, make_layers())
+    return MaskSelector(made, make_layers())
 
 
 def evidence(scores, signed=None):

@@ -8,15 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dart_llm.errors import ConfigError
-from dart_llm.pruning import observations
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.observations import (
-    LIMIT,
-    LayerObservation,
-    Observations,
-    ObservedForward,
-)
-from dart_llm.pruning.selection import MaskSelector, check_fits
+from dart_llm.pruning.observations import LayerObservation, stacked_alike
+from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.statistics import (
     LayerStatistics,
     SelfStats,
@@ -141,44 +135,14 @@ def test_only_what_a_configuration_needs_is_summed():
         assert MaskSelector(config, make_layers()).statistics.needs == needs
 
 
-# the queue of observed decode tokens
-
-
-def queued(*forwards):
-    """What is added of forwards of so many tokens, with their weights and marks, and a flush."""
-    result = []
-    queue = Observations(lambda flags, *added: result.append(added))
-    for layers, weights, tokens in forwards:
-        rows = next(iter(layers.values())).shown.shape[0]
-        queue.add([True] * rows, ObservedForward.accepted(layers, rows, tokens, weights))
-    queue.flush()
-    return result
-
-
-def token(value):
-    u = torch.full((1, 1, 4), value)
-    return {layer: LayerObservation(u + 100 * layer, u) for layer in range(2)}, None, 1
-
-
-def test_tokens_wait_up_to_a_limit_of_tokens_or_bytes(monkeypatch):
-    result = queued(*(token(float(value)) for value in range(LIMIT + 3)))
-    assert [seen.u.shape for _, seen, _ in result] == [(2, 1, LIMIT, 4), (2, 1, 3, 4)]
-    layers, seen, weights = result[0]  # in order, all layers at once
-    assert (layers, weights, seen.h.shape) == ((0, 1), None, seen.u.shape)
-    assert seen.u[:, 0, :, 0].tolist() == [[k + float(v) for v in range(LIMIT)] for k in (0, 100)]
-    monkeypatch.setattr(observations, "MAX_BYTES", 3 * 2 * 2 * 4 * 4)  # tokens, layers, u and h
-    result = queued(*(token(1.0) for _ in range(5)))
-    assert [seen.u.shape[2] for _, seen, _ in result] == [3, 2]
-
-
-def test_what_waits_is_added_as_it_came():
-    some, _, *rest = token(2.0)
-    ((_, _, weights),) = queued(token(1.0), (some, torch.zeros(1, 1), *rest))
-    assert weights.tolist() == [[1.0, 0.0]]
-    layers = {i: LayerObservation(torch.full((1, 1, w), 1.0 + i)) for i, w in enumerate((4, 6, 4))}
-    result = queued((layers, None, 1))
-    shown = [(ids, seen.u[:, 0, 0, -1].tolist()) for ids, seen, _ in result]
-    assert shown == [((0, 2), [1.0, 3.0]), ((1,), [2.0])]
+def test_layers_of_one_shape_are_added_together():
+    u = {layer: torch.full((1, 2, width), 1.0 + layer) for layer, width in enumerate((4, 6, 4))}
+    seen = {layer: LayerObservation(t, t + 1) for layer, t in u.items()}
+    result = [(ids, part.u.tolist(), part.h.shape) for ids, part in stacked_alike(seen, 1)]
+    assert result == [
+        ((0, 2), [[[[1.0] * 4]], [[[3.0] * 4]]], (2, 1, 1, 4)),
+        ((1,), [[[[2.0] * 6]]], (1, 1, 1, 6)),
+    ]
 
 
 def sums(**known):
@@ -248,6 +212,6 @@ def test_a_score_that_learns_wants_its_prior():
         with pytest.raises(
             ConfigError, match=r'^score "fisher" needs learned statistics: give self_stats='
         ):
-            check_fits(PruneConfig(sparsity=sparsity, score="fisher"), make_layers())
+            MaskSelector(PruneConfig(sparsity=sparsity, score="fisher"), make_layers())
     with pytest.raises(ConfigError, match="is a mean over all tokens alike: drop the ema_decay"):
-        check_fits(CONFIG.replace({"score": {"ema_decay": 0.5}}), make_layers())
+        MaskSelector(CONFIG.replace({"score": {"ema_decay": 0.5}}), make_layers())

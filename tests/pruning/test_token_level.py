@@ -14,6 +14,7 @@ from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.describe import describe
 from dart_llm.patching.executors import token_ffn
 from dart_llm.pruning import token_level
+from dart_llm.pruning import token_rules as low_bit_rule
 from dart_llm.pruning.token_level import (
     candidate_count,
     contribution_estimate,
@@ -22,8 +23,7 @@ from dart_llm.pruning.token_level import (
     squared_error,
     winner_places,
 )
-from dart_llm.pruning.token_rules import low_bit as low_bit_rule
-from dart_llm.pruning.token_rules.low_bit import LowBit
+from dart_llm.pruning.token_rules import LowBit
 from dart_llm.session.run import prune
 from products import SHAPES, in_turn
 from steps import apart, decode, new_cache, shared_model, state_of, step

@@ -39,7 +39,7 @@ from dart_llm.patching.patch import check_free
 from dart_llm.pruning.config import BudgetConfig, CalibrationConfig, PruneConfig
 from dart_llm.pruning.masks import Masks
 from dart_llm.pruning.registry import SCORES
-from dart_llm.pruning.selection import MaskSelector, check_fits
+from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.statistics import LayerStatistics, from_tensors, to_tensors
 from dart_llm.pruning.weights import FfnWeights
 
@@ -138,7 +138,7 @@ def observing(config: PruneConfig, layers: Sequence[FfnWeights]) -> MaskSelector
         compensation=masks,
         seed=config.seed,
     )
-    return check_fits(observed, layers)
+    return MaskSelector(observed, layers)
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def choose(
             entry.total = entry.total.to(layer.device)
     with torch.inference_mode(False):
         if part.purpose == "masks":
-            return check_fits(config, layers).select(evidence).masks, None
+            return MaskSelector(config, layers).select(evidence).masks, None
         return None, tuple(observing(config, layers).scores(evidence))
 
 

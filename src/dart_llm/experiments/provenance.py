@@ -27,7 +27,6 @@ from dart_llm.evaluation.tasks import SLICED, slice_sources
 from dart_llm.experiments.cell import Cell
 from dart_llm.files import file_sha256
 from dart_llm.pruning import plugins
-from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.setting_file import path_of
 
 TASK_FILES = (".yaml", ".yml", ".py")
@@ -47,19 +46,14 @@ class Digests:
         self._known: dict[tuple[str, str], str | None] = {}
         self._models: dict[str, dict[str, str]] = {}
 
-    def of(self, cell: Cell, config: PruneConfig | None = None) -> dict[str, str]:
+    def of(self, cell: Cell) -> dict[str, str]:
         """By name of the input; what is not a local file has no entry.
 
-        ``config``: the only one that prunes the cell; None: plug-ins count whatever they add.
         Raises ``ConfigError`` when a file cannot be read.
         """
         files = self.of_files(cell.method, cell.calibration, cell.masks)
         files |= self.of_task(cell.task, cell.options)
-        return {
-            **self.of_model(cell),
-            **files,
-            **plugins.digest(None if config is None else config.names()),
-        }
+        return {**self.of_model(cell), **files, **plugins.digest()}
 
     def of_task(self, task: str, options: MeasureOptions) -> dict[str, str]:
         """The local texts, documents and task files that ``task`` reads."""
@@ -112,7 +106,7 @@ class Digests:
         """What a run of ``settings`` reads: the model, the files of its method, plug-ins."""
         calibration, table = getattr(settings, "calibration", None), settings.layer_topk or ""
         files = self.of_files(settings.method, calibration, settings.masks, table)
-        return {**self.of_model(settings), **files, **plugins.digest(None)}
+        return {**self.of_model(settings), **files, **plugins.digest()}
 
     def _digests(self, named: Mapping[str, str]) -> dict[str, str]:
         wanted = {name: value for name, value in named.items() if value or name in _NAMED}

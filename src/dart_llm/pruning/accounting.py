@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from dart_llm.pruning.config import TokenConfig
 from dart_llm.pruning.records import HeadReport, LayerStat, RunReport, SequenceReport
 from dart_llm.pruning.registry import TOKEN_RULES
-from dart_llm.pruning.sequence import MaskSpan, SequenceState
+from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import TokenMask, candidate_count
-from dart_llm.pruning.token_rules.rule import LayerCost, TokenRule
+from dart_llm.pruning.token_rules import LayerCost, TokenRule
 from dart_llm.pruning.weights import FfnWeights, in_blocks, stored_bytes
 
 IF_COMPACT = "if compact"
@@ -96,17 +97,15 @@ class Costs:
         for index, layer in enumerate(self.layers):
             count = layer.width if kept is None else kept[index]
             masked = count < layer.width
-            neuron = self._copy(layer) if copied and masked else self._neuron(layer)
+            neuron = self._neuron(layer, copied and masked)
             total += (count if skips else layer.width) * neuron + self._linear(layer) * masked
         return round(total)
 
-    def _neuron(self, layer: FfnWeights) -> float:
-        """Bytes of one neuron: its input rows and its output column."""
+    def _neuron(self, layer: FfnWeights, copied: bool = False) -> float:
+        """Bytes of one neuron: its input rows and its output column; ``copied``: in the dtype."""
+        if copied:
+            return layer.hidden * len(layer.matrices) * self._weight(layer)
         return sum(stored_bytes(m, self.width) for m in layer.matrices) / layer.width
-
-    def _copy(self, layer: FfnWeights) -> int:
-        """Bytes of one neuron in the model's dtype, in whatever blocks it is stored."""
-        return layer.hidden * len(layer.matrices) * self._weight(layer)
 
     def _weight(self, layer: FfnWeights) -> int:
         """Bytes of one weight that is not in blocks."""
@@ -128,72 +127,63 @@ class Costs:
         total = 0.0
         for count, layer in zip(kept, self.layers, strict=True):
             if compact and count < layer.width:
-                written = self._copy(layer) if copied else self._neuron(layer)
-                total += count * (self._neuron(layer) + written) + self._linear(layer)
+                read_and_written = self._neuron(layer) + self._neuron(layer, copied)
+                total += count * read_and_written + self._linear(layer)
             if compensates:
                 removed = layer.width - count
                 total += removed * stored_bytes(layer.down, self.width) / layer.width
         return round(total)
 
 
-def tracing_flops(
-    costs: Costs, observed: int, kept: Sequence[int] | None = None, compensates: bool = False
-) -> int:
-    """FLOPs of tracing ``observed`` tokens and of building one mask (``kept``), if any.
-
-    For the paper's claim that tracing costs 0.1 %.  A multiply-add is 2; 8 per neuron and token for
-    scores and signed means, and per hidden unit for S_l; a mask sorts, and fits its compensation.
-    """
-    total = 0
-    for index, layer in enumerate(costs.layers):
-        rank = costs.rank(layer)
-        total += observed * 8 * (layer.width + layer.hidden)
-        total += observed * 2 * (layer.width + layer.hidden + rank) * rank
-        if kept is not None:
-            total += layer.width * layer.width.bit_length()
-            if compensates:
-                removed = layer.width - kept[index]
-                total += 2 * removed * layer.hidden * (1 + rank)
-                total += 2 * (layer.width + rank) * rank**2
-    return total
-
-
-@dataclass(frozen=True)
-class TokenCosts:
-    """What per-token selection reads (docs/reference.md, "Per-token selection").
+class _SequenceBytes:
+    """What the FFNs read for one sequence under ``executor``, one of them or ``IF_COMPACT``.
 
     ``rows``: of the largest batch of which the executor reads each token's winners alone; in others
     it computes all neurons (``masked``: those of fixed masks too).
     """
 
-    state: SequenceState
-    costs: Costs
-    rows: int
-    executor: str
+    def __init__(self, state: SequenceState, costs: Costs, executor: str, rows: int) -> None:
+        self.state, self.costs, self.executor, self.rows = state, costs, executor, rows
+        fixed = state.fixed_masks
+        by_hand = fixed is not None and not any(isinstance(mask, TokenMask) for mask in fixed)
+        self.token = None if by_hand else state.config.token
+        biased = any(mask is not None and mask.bias is not None for mask in fixed or ())
+        self.compensates = biased or (state.config.compensation and fixed is None)
 
-    @property
-    def rule(self) -> type[TokenRule]:
-        assert self.state.config.token is not None
-        blocks = all(in_blocks(layer.stored_up) for layer in self.costs.layers)
-        rule: type[TokenRule] = TOKEN_RULES.get(self.state.config.token.rule)
-        return rule.for_weights(self.state.config.token, blocks)
+    def total(self) -> tuple[float, float]:
+        """Bytes of all forwards and masks, and beside them what per-token selection reads."""
+        read = selection = 0.0
+        copied = self.executor == "compact"  # in the dtype; ``IF_COMPACT``: as they are stored
+        compact, skips = copied or self.executor == IF_COMPACT, self.executor != "masked"
+        for span in self.state.mask_spans:
+            if self.state.selector.needs_evidence:
+                read += span.observed * self.costs.observe_bytes()
+            if self.token is None or span.kept is None:
+                read += span.forwards * self.costs.bytes(span.kept, skips, copied=copied)
+                continue
+            computed = self._computed(span.kept, float(span.tokens) / max(1, span.forwards))
+            read += span.forwards * self.costs.bytes(computed)
+            selection += span.forwards * self._selection(self.token, span.kept, computed)
+        for remask in self.state.remasks:
+            kept = remask.kept if self.token is None else self._fixed(remask.kept)
+            read += self.costs.build_bytes(kept, compact, self.compensates, copied=copied)
+        return read, selection
 
-    def candidates(self, kept: Sequence[int]) -> list[int]:
+    def _candidates(self, kept: Sequence[int]) -> list[int]:
         """Neurons per layer that are ranked for each token; 0 where there is nothing to select."""
-        assert self.state.config.token is not None
-        share = self.state.config.token.candidates
-        pairs = zip(self.costs.layers, kept, strict=True)
+        assert self.token is not None
+        share, pairs = self.token.candidates, zip(self.costs.layers, kept, strict=True)
         counts = [(candidate_count(share, layer.width, keep), keep) for layer, keep in pairs]
         return [n if n > keep else 0 for n, keep in counts]
 
-    def fixed(self, kept: Sequence[int]) -> list[int]:
+    def _fixed(self, kept: Sequence[int]) -> list[int]:
         """Neurons per layer that the sequence's mask keeps; 0 where every token selects."""
-        pairs = zip(self.candidates(kept), kept, strict=True)
+        pairs = zip(self._candidates(kept), kept, strict=True)
         return [0 if n else keep for n, keep in pairs]
 
-    def computed(self, kept: Sequence[int], tokens: float) -> list[int]:
+    def _computed(self, kept: Sequence[int], tokens: float) -> list[int]:
         """Neurons per layer whose rows a forward of ``tokens`` reads."""
-        fixed, widths = self.fixed(kept), [layer.width for layer in self.costs.layers]
+        fixed, widths = self._fixed(kept), [layer.width for layer in self.costs.layers]
         rows = self.state.rows
         if self.executor == IF_COMPACT or tokens <= rows <= self.rows:
             most = [min(w, math.ceil(k * tokens)) for k, w in zip(kept, widths, strict=True)]
@@ -201,25 +191,25 @@ class TokenCosts:
         masked = self.executor == "masked"
         return [width if masked else k or width for k, width in zip(fixed, widths, strict=True)]
 
-    def selection_bytes(self, kept: Sequence[int], computed: Sequence[int]) -> float:
+    def _selection(self, token: TokenConfig, kept: Sequence[int], computed: Sequence[int]) -> float:
         """Bytes that selecting reads per forward, beside the rows of ``computed``."""
-        config = self.state.config.token
-        assert config is not None
-        each = zip(self.costs.layers, self.candidates(kept), kept, computed, strict=True)
-        return round(
-            sum(
-                self.rule.selection_bytes(config, LayerCost(*counts, self.costs.width))
-                for counts in each
-                if counts[1]
-            )
-        )
+        blocks = all(in_blocks(layer.stored_up) for layer in self.costs.layers)
+        rule: type[TokenRule] = TOKEN_RULES.get(token.rule).for_weights(token, blocks)
+        layers = zip(self.costs.layers, self._candidates(kept), kept, computed, strict=True)
+        each = [LayerCost(*counts, self.costs.width) for counts in layers]
+        return round(sum(rule.selection_bytes(token, cost) for cost in each if cost.candidates))
 
 
-def selects_per_token(state: SequenceState) -> bool:
-    """Whether the tokens of ``state`` select for themselves."""
-    fixed = state.fixed_masks
-    by_hand = fixed is not None and not any(isinstance(mask, TokenMask) for mask in fixed)
-    return state.config.token is not None and not by_hand
+def _ffn_bytes(
+    states: Sequence[SequenceState], costs: Costs, executor: str, token_rows: int = 0
+) -> tuple[float, float]:
+    """FFN bytes over those of dense decoding: all, and of these what per-token selection reads."""
+    totals = [_SequenceBytes(state, costs, executor, token_rows).total() for state in states]
+    forwards = sum(span.forwards for state in states for span in state.mask_spans)
+    if not forwards:
+        return 1.0, 0.0
+    dense, selection = forwards * costs.bytes(None), sum(part for _, part in totals)
+    return (sum(read for read, _ in totals) + selection) / dense, selection / dense
 
 
 def known_bytes(layers: Iterable[FfnWeights], prior: Iterable[Tensor] | None) -> int:
@@ -233,27 +223,18 @@ class _Decoded:
     """Decoded tokens of some states by their keep counts (None: dense)."""
 
     def __init__(self, states: Iterable[SequenceState], widths: Sequence[int]) -> None:
-        spans: list[MaskSpan] = [span for state in states for span in state.mask_spans]
+        spans = [span for state in states for span in state.mask_spans]
         self.spans = [(span.kept, float(span.tokens)) for span in spans]
         self.widths = widths
         self.tokens = sum(tokens for _, tokens in self.spans)
         self.dense = sum(tokens for kept, tokens in self.spans if kept is None)
-        self.dense_share = self.dense / self.tokens if self.tokens else 0.0
 
     def sparsity(self, layers: slice = slice(None)) -> float:
         """Mean over decoded tokens of the fraction removed, of all layers or of some."""
         width = sum(self.widths[layers])
-        removed = 0.0
-        for kept, tokens in self.spans:
-            if kept is not None:
-                removed += tokens * (1 - sum(kept[layers]) / width)
+        pruned = [(kept, tokens) for kept, tokens in self.spans if kept is not None]
+        removed = sum(tokens * (1 - sum(kept[layers]) / width) for kept, tokens in pruned)
         return removed / self.tokens if self.tokens else 0.0
-
-    @property
-    def while_pruned(self) -> float:
-        """The same over the tokens that ran with masks."""
-        pruned = self.tokens - self.dense
-        return self.sparsity() * self.tokens / pruned if pruned else 0.0
 
 
 def _sequence_report(state: SequenceState) -> SequenceReport:
@@ -294,13 +275,15 @@ def run_report(
         LayerStat(index, width, kept, kept / width, decoded.sparsity(slice(index, index + 1)))
         for index, (width, kept) in enumerate(zip(widths, last, strict=True))
     )
+    sparsity, pruned = decoded.sparsity(), decoded.tokens - decoded.dense
     compact, proxy = _ffn_bytes(states, costs, IF_COMPACT, token_rows)
+    error, gaussian = proxy_errors or (None, None)
     return RunReport(
         method=method,
         requested_sparsity=requested,
-        achieved_sparsity=decoded.sparsity(),
-        sparsity_while_pruned=decoded.while_pruned,
-        dense_token_share=decoded.dense_share,
+        achieved_sparsity=sparsity,
+        sparsity_while_pruned=sparsity * decoded.tokens / pruned if pruned else 0.0,
+        dense_token_share=decoded.dense / decoded.tokens if decoded.tokens else 0.0,
         prompt_tokens=round(sum(state.prompt_tokens * state.rows for state in states)),
         decoded_tokens=round(decoded.tokens),
         remasks=causes.total() - causes["first"] - causes["fixed"],
@@ -310,8 +293,8 @@ def run_report(
         ffn_bytes_share=_ffn_bytes(states, costs, executor, token_rows)[0],
         ffn_bytes_share_if_compact=compact,
         proxy_bytes_share=proxy,
-        proxy_error=None if proxy_errors is None else proxy_errors[0],
-        proxy_error_gaussian=None if proxy_errors is None else proxy_errors[1],
+        proxy_error=error,
+        proxy_error_gaussian=gaussian,
         ffn_share_of_bytes=costs.bytes(None) / max(1, costs.total_bytes),
         extra_memory_bytes=extra_bytes + sum(state.nbytes() for state in states),
         sequences=tuple(map(_sequence_report, states)),
@@ -340,39 +323,3 @@ def _token_bytes(
         "token_bytes_share": traffic.share(context, ffn * traffic.ffn, attention, head_share),
         "dense_token_bytes_share": traffic.share(context),
     }
-
-
-def _ffn_bytes(
-    states: Sequence[SequenceState], costs: Costs, executor: str, token_rows: int = 0
-) -> tuple[float, float]:
-    """FFN bytes over those of dense decoding: all, and of these what per-token selection reads.
-
-    ``executor``: one of the executors, or ``IF_COMPACT``.
-    """
-    total = selection = forwards = 0.0
-    skips = executor != "masked"
-    copied = executor == "compact"  # in the dtype; ``IF_COMPACT``: as they are stored
-    for state in states:
-        fixed = state.fixed_masks
-        biased = any(mask is not None and mask.bias is not None for mask in fixed or ())
-        compensates = biased or (state.config.compensation and fixed is None)
-        per_token = selects_per_token(state)
-        token = TokenCosts(state, costs, token_rows, executor)
-        for span in state.mask_spans:
-            forwards += span.forwards
-            if state.selector.needs_evidence:
-                total += span.observed * costs.observe_bytes()
-            if not per_token or span.kept is None:
-                total += span.forwards * costs.bytes(span.kept, skips, copied=copied)
-                continue
-            computed = token.computed(span.kept, float(span.tokens) / max(1, span.forwards))
-            total += span.forwards * costs.bytes(computed)
-            selection += span.forwards * token.selection_bytes(span.kept, computed)
-        for remask in state.remasks:
-            built = token.fixed(remask.kept) if per_token else remask.kept
-            compact = copied or executor == IF_COMPACT
-            total += costs.build_bytes(built, compact, compensates, copied=copied)
-    if not forwards:
-        return 1.0, 0.0
-    dense = forwards * costs.bytes(None)
-    return (total + selection) / dense, selection / dense

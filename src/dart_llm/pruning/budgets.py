@@ -6,7 +6,6 @@ Everything here runs on the host in float64, so that all executors and devices a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -48,11 +47,6 @@ class Budget:
         """Keep counts, one per layer, each in 1..width, summing to ``keep``."""
         return self.function(layers, keep)
 
-    @property
-    def summary(self) -> str:
-        """First line of the function's docstring."""
-        return (self.function.__doc__ or "").split("\n")[0]
-
 
 def budget(source: str, needs: Sequence[str] = ()) -> Callable[[Allocate], Budget]:
     """Turn a function ``(layers, keep) -> counts`` into a ``Budget``."""
@@ -80,23 +74,6 @@ def round_counts(wanted: Sequence[float], widths: Sequence[int], keep: int) -> l
         for layer in free[: abs(missing)]:
             counts[layer] += sign
     return counts
-
-
-def align_counts(counts: Sequence[int], widths: Sequence[int], multiple: int) -> list[int]:
-    """Counts moved to multiples of ``multiple`` (the full width is always allowed).
-
-    The total moves by less than one multiple per layer.
-    """
-    if multiple <= 1:
-        return list(counts)
-    units = [math.ceil(width / multiple) for width in widths]
-    wanted = []
-    for count, width, unit in zip(counts, widths, units, strict=True):
-        whole = (unit - 1) * multiple  # the last unit has what is left of the width
-        last = (count - whole) / (width - whole)
-        wanted.append(count / multiple if count <= whole else unit - 1 + last)
-    aligned = round_counts(wanted, units, round(sum(wanted)))
-    return [min(unit * multiple, width) for unit, width in zip(aligned, widths, strict=True)]
 
 
 def blend_counts(first: Sequence[int], second: Sequence[int], widths: Sequence[int]) -> list[int]:

@@ -60,8 +60,6 @@ class Clamp:
         layers = self.layers
         return tuple(layers[n].of(mask) if n in layers else mask for n, mask in enumerate(masks))
 
-    # for the selection of masks, which must leave the clamped neurons out
-
     def last(self, scores: Sequence[Tensor]) -> list[Tensor]:
         """``scores``, [I] each, with the clamped neurons behind all others."""
         clamped = self.layers
@@ -98,21 +96,23 @@ def make_clamp(layers: Sequence[FfnWeights], values: ClampValues) -> Clamp:
     ids = [*values, *(n for neurons in values.values() for n in neurons)] if layered else [None]
     if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in ids):
         raise ConfigError("clamp= takes {layer: {neuron id: activation}}, numbers all of them")
-    return Clamp({n: _of_layer(layers, n, values[n]) for n in sorted(values) if values[n]})
+    for number in values:
+        if not 0 <= number < len(layers):
+            raise ConfigError(
+                f"layer {number} is out of range: this model has {len(layers)} layers"
+            )
+    return Clamp({n: _clamp_layer(layers[n], values[n]) for n in sorted(values) if values[n]})
 
 
-def _fits(value: float) -> bool:
-    """Whether it is a number that float32 holds."""
+def _is_float32(value: float) -> bool:
     try:
         return abs(float(value)) <= torch.finfo(torch.float32).max
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return False
 
 
-def _of_layer(layers: Sequence[FfnWeights], number: int, values: Mapping[int, float]) -> LayerClamp:
-    if not 0 <= number < len(layers):
-        raise ConfigError(f"layer {number} is out of range: this model has {len(layers)} layers")
-    layer = layers[number]
+def _clamp_layer(layer: FfnWeights, values: Mapping[int, float]) -> LayerClamp:
+    number = layer.index
     if layer.down.is_meta:
         raise ConfigError(
             f"layer {number} is offloaded, so its weights cannot be read between forwards: clamp "
@@ -121,7 +121,7 @@ def _of_layer(layers: Sequence[FfnWeights], number: int, values: Mapping[int, fl
     for neuron, value in values.items():
         if not 0 <= neuron < layer.width:
             raise ConfigError(f"layer {number} has neurons 0-{layer.width - 1}; got id {neuron}")
-        if not _fits(value):
+        if not _is_float32(value):
             raise ConfigError(
                 f"neuron {neuron} of layer {number} is clamped at {value}: not a finite float32"
             )

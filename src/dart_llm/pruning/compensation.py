@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,9 +55,10 @@ class LowRank:
             return functional.linear(features, self.out)
         return features @ self.out.mT
 
+    @property
     def nbytes(self) -> int:
         """Bytes of ``out``; the basis belongs to the learned statistics."""
-        return self.out.numel() * self.out.element_size()
+        return self.out.nbytes
 
 
 def read_features(h: Tensor | None, layers: Sequence[FfnWeights]) -> Tensor | None:
@@ -90,8 +92,7 @@ def find_basis(h: Tensor, rank: int) -> Tensor:
     return basis.contiguous()  # as it comes from the disk: kernels round by the layout
 
 
-@dataclass(frozen=True)
-class CompensationInputs:
+class CompensationInputs(NamedTuple):
     """What a layer's map is found from.
 
     ``down``: [D, I]; ``evidence``: the sums ``signed`` [I], ``features`` [r], ``cross`` [I, r] and
@@ -114,33 +115,28 @@ class CompensationInputs:
 
 def low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank]]:
     """The constant [D] float32 and the map that stand for each layer's removed neurons."""
-    alike = dict[tuple[torch.device, torch.Size], list[int]]()
+    alike = dict[object, list[int]]()
     for index, layer in enumerate(layers):
         alike.setdefault((layer.basis.device, layer.basis.shape), []).append(index)
     maps = dict[int, tuple[Tensor, LowRank]]()
-    for places in alike.values():
-        maps.update(zip(places, _low_rank([layers[i] for i in places]), strict=True))
+    for indices in alike.values():  # a few operations on all of a kind cost as one on each
+        maps |= zip(indices, _low_rank([layers[i] for i in indices]), strict=True)
     return [maps[index] for index in range(len(layers))]
 
 
 def _low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank]]:
-    """For layers of one device and rank: a few operations on all of them cost as one on each."""
     with full_precision(layers[0].down):
         f = torch.stack([layer.evidence.sums["features"].mean for layer in layers])
         # the hidden size is smaller than the number of neurons: the inverse is applied last
-        both = torch.stack(
-            [
-                _folded(layer.down.detach().t(), layer.removed, layer.covariances())
-                for layer in layers
-            ]
-        )
+        folded = [
+            _folded(layer.down.detach().t(), layer.removed, layer.covariances()) for layer in layers
+        ]
+        both = torch.stack(folded)
         out = both[..., :-1] @ inverses(layers, f)
         bias = both[..., -1] - (out @ f[..., None])[..., 0]
         maps = out.to(layers[0].down.dtype).unbind(0)
-    return [
-        (constant, LowRank(layer.basis, linear))
-        for constant, linear, layer in zip(bias.unbind(0), maps, layers, strict=True)
-    ]
+    each = zip(bias.unbind(0), maps, layers, strict=True)
+    return [(constant, LowRank(layer.basis, linear)) for constant, linear, layer in each]
 
 
 def inverses(layers: Sequence[CompensationInputs], f: Tensor) -> Tensor:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from dart_llm.errors import ConfigError
-from dart_llm.files import read_yaml, write_text
 from dart_llm.pruning.layer_table import parse_layer_spec
 from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES, TOKEN_RULES
 
@@ -26,6 +25,17 @@ AtLeast0 = Annotated[int, Field(ge=0)]
 AtLeast1 = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 """(0, 1]."""
+Below1 = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+From0To1 = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def check_sparsity(value: float) -> float:
+    """Return ``value`` when it lies in [0, 1); raise ``ConfigError`` otherwise."""
+    if not 0 <= value < 1:
+        hint = f" (did you mean {value / 100:g}?)" if 2 <= value < 100 else ""
+        raise ConfigError(f"sparsity {value:g} must lie in [0, 1): the fraction removed{hint}")
+    return value
 
 
 class Part(BaseModel):
@@ -37,20 +47,16 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     called: ClassVar[str] = ""
 
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise ConfigError(first_problem(error, self.called)) from None
-
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise unknown_key(cls, str(key))
-        return data
+    def _validated(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        for key in data if isinstance(data, Mapping) else ():
+            if key not in cls.model_fields:
+                raise unknown_key(cls, str(key))
+        try:
+            return validate(data)
+        except ValidationError as error:
+            raise ConfigError(first_problem(error, cls.called)) from None
 
 
 def unknown_key(part: type[BaseModel], key: str) -> ConfigError:
@@ -71,29 +77,22 @@ class ScoreConfig(Part):
     weight; None: the text alone.
     """
 
-    name: str = "normalized"
-    ema_decay: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
+    name: Annotated[str, AfterValidator(SCORES.check)] = "normalized"
+    ema_decay: Below1 | None = None
     strategy: Literal["topk", "auto"] = "topk"
     proxy_embedding: Literal["output", "input"] = "output"
-    prior_weight: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
-
-    @model_validator(mode="after")
-    def _check(self) -> ScoreConfig:
-        SCORES.check(self.name)
-        return self
+    prior_weight: From0To1 | None = None
 
 
 class BudgetConfig(Part):
     """How many neurons each layer keeps (docs/reference.md, "Budgets").
 
     ``name``: a budget, or ``blend A B``.  ``table``: a layer table such as ``0-3:0.9,4-29:auto``.
-    ``multiple``: counts are multiples of it, or the width.  ``refresh``: whether counts stay as at
-    the ``first`` mask, or are set anew with ``every`` one.
+    ``refresh``: whether counts stay as at the ``first`` mask, or are set anew with ``every`` one.
     """
 
     name: str = "uniform"
     table: str | None = None
-    multiple: AtLeast1 = 1
     refresh: Literal["first", "every"] = "first"
 
     @model_validator(mode="after")
@@ -106,26 +105,25 @@ class BudgetConfig(Part):
     def parts(self) -> tuple[str, ...]:
         """The budgets behind the name: one, or the two of ``blend A B``."""
         words = self.name.split()
-        if words and words[0] == "blend":
-            if len(words) != 3:
-                raise ConfigError(
-                    f'"{self.name}" must name two budgets, as in "blend energy depth"'
-                )
+        if len(words) == 3 and words[0] == "blend":
             words = words[1:]
         elif len(words) != 1:
-            raise ConfigError(f'"{self.name}" is not a budget; write "blend A B" to mix two')
+            raise ConfigError(
+                f'"{self.name}" is not a budget; write "blend A B" to mix two, as in "blend energy '
+                'depth"'
+            )
         return tuple(BUDGETS.check(word) for word in words)
 
 
-RULE_NUMBERS = {
-    "interval": {"N": (r"[1-9]\d*", "a whole number of tokens >= 1")},
-    "windows": {
-        "W": (r"[2-9]|[1-9]\d+", "a whole number of tokens >= 2"),
-        "N": (r"[1-9]\d*", "a whole number of windows >= 1"),
-        "K": (r"\d+(\.\d+)?", "a number >= 0"),
-    },
+RULE_FORMS = {
+    "interval": ("interval N", r"[1-9]\d*", "N whole tokens >= 1"),
+    "windows": (
+        "windows W N K",
+        r"([2-9]|[1-9]\d+) [1-9]\d* \d+(\.\d+)?",
+        "W whole tokens >= 2, N whole windows >= 1, K a number >= 0",
+    ),
 }
-"""The numbers that drift rules take: by their letter what they look like, and what they are."""
+"""Drift rules that take numbers: how they are written, what the numbers look like, and are."""
 
 
 class DriftConfig(Part):
@@ -146,16 +144,11 @@ class DriftConfig(Part):
 
     @model_validator(mode="after")
     def _check(self) -> DriftConfig:
-        name, *numbers = self.rule.split(" ")
+        name, _, numbers = self.rule.partition(" ")
         DRIFT_RULES.check(name)
-        wanted = RULE_NUMBERS.get(name, {})
-        form = " ".join((name, *wanted))
-        if len(numbers) != len(wanted):
-            others = "" if wanted else '; "interval N" and "windows W N K" take numbers'
-            raise ConfigError(f'drift rule "{self.rule}": write "{form}"{others}')
-        for number, (letter, (pattern, what)) in zip(numbers, wanted.items(), strict=True):
-            if not re.fullmatch(pattern, number, re.ASCII):
-                raise ConfigError(f'drift rule "{self.rule}": {letter} of "{form}" must be {what}')
+        form, pattern, what = RULE_FORMS.get(name, (name, "", "it takes no numbers"))
+        if not re.fullmatch(pattern, numbers, re.ASCII):
+            raise ConfigError(f'drift rule "{self.rule}": write "{form}", {what}')
         return self
 
 
@@ -197,7 +190,7 @@ class SelfStatsConfig(Part):
     sequences: AtLeast1 = 32
     length: int = Field(default=128, ge=16)
     opening: AtLeast0 = 24
-    temperature: float = Field(default=0.8, gt=0, allow_inf_nan=False)
+    temperature: Above0 = 0.8
     top_p: Share = 0.95
     tokens: AtLeast0 = 32
 
@@ -221,17 +214,12 @@ class TokenConfig(Part):
     sequence's scores, out of which tokens select, (0, 1]; None: all.
     """
 
-    rule: str = "low-bit"
+    rule: Annotated[str, AfterValidator(TOKEN_RULES.check)] = "low-bit"
     proxy: Literal["auto", "always"] = "auto"
     bits: Literal[4, 8] = 4
     group: AtLeast1 = 32
     inputs: Share = 1.0
     candidates: Share | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> TokenConfig:
-        TOKEN_RULES.check(self.rule)
-        return self
 
 
 class HeadConfig(Part):
@@ -328,7 +316,7 @@ class PruneConfig(Part):
     """
 
     method: str = "dart"
-    sparsity: float | None = None
+    sparsity: Annotated[float, AfterValidator(check_sparsity)] | None = None
     score: ScoreConfig = ScoreConfig()
     budget: BudgetConfig = BudgetConfig()
     drift: DriftConfig = DriftConfig()
@@ -347,12 +335,6 @@ class PruneConfig(Part):
     executor: Literal["auto", "masked", "compact", "native", "cuda"] = "auto"
     seed: int = Field(default=0, lt=2**63)
 
-    @field_validator("executor", mode="before")
-    @classmethod
-    def _earlier_name(cls, executor: Any) -> Any:
-        """Accept ``slim`` for ``native`` until the next version."""
-        return "native" if executor == "slim" else executor
-
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, data: Any) -> Any:
@@ -360,65 +342,49 @@ class PruneConfig(Part):
 
     @model_validator(mode="after")
     def _check(self) -> PruneConfig:
-        if self.sparsity is not None:
-            check_sparsity(self.sparsity)
-        self._check_counts()
+        for problem in (*self._contradictions(), *self._double_counts()):
+            raise ConfigError(problem)
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        """Settings that exclude or need one another."""
         if self.release_step is not None and self.release_step <= self.masking_step:
-            raise ConfigError(
+            yield (
                 f"release step {self.release_step} must come after masking step "
                 f"{self.masking_step}: nothing would ever be pruned"
             )
         if self.executor not in ("auto", "masked") and self.batch == "per_row":
-            raise ConfigError('batch "per_row" has a mask per row: use executor "masked" or "auto"')
+            yield 'batch "per_row" has a mask per row: use executor "masked" or "auto"'
         if self.selects_per_token and self.drift.rule != "never":
-            raise ConfigError(
+            yield (
                 f"with method {self.method} every token selects its own neurons, so no mask grows "
                 "stale: leave the drift rule out, or name a method with masks, such as dart"
             )
-        self._check_statistics()
-        self._check_candidates()
-        return self
-
-    def _check_statistics(self) -> None:
         prior = self.calibration is not None and self.calibration.purpose == "prior"
         if prior != (self.score.prior_weight is not None):
-            raise ConfigError(
-                'prior_weight and a calibration with purpose "prior" belong together: give both '
-                "or neither"
-            )
+            yield 'prior_weight and a calibration with purpose "prior" need one another'
         if self.token is not None and self.compensation_rank:
-            raise ConfigError(
-                "per-token selection has no low-rank compensation: drop compensation_rank"
-            )
+            yield "per-token selection has no low-rank compensation: drop compensation_rank"
         # without learned statistics a prompt of sinks alone would leave nothing at all
-        needs = f"compensation_rank {self.compensation_rank}" if self.compensation_rank else ""
-        needs = needs or ("skip_sinks" if self.skip_sinks else "")
-        if needs and self.self_stats is None:
-            raise ConfigError(f"{needs} needs learned statistics: give self_stats={{}} too")
+        if self.self_stats is None and (self.compensation_rank or self.skip_sinks):
+            yield "compensation_rank and skip_sinks need learned statistics: give self_stats={} too"
 
-    def _check_counts(self) -> None:
-        """What sets the counts twice."""
+    def _double_counts(self) -> Iterator[str]:
+        """What sets the counts twice, or leaves too few candidates for them."""
         table, sparse = self.budget.table, self.sparsity is not None
+        uniform = self.budget.name == "uniform" and table is None
         if self.score.strategy == "auto":
-            other = "the sparsity" if sparse else "the layer table" if table is not None else ""
-            if not other and self.budget.name != "uniform":
-                other = f'the budget "{self.budget.name}"'
-            if other:
-                raise ConfigError(f'strategy "auto" sets the counts itself: drop {other}')
-        elif sparse and table is not None and not parse_layer_spec(table).has_auto:
-            raise ConfigError(
+            if sparse or not uniform:
+                yield 'strategy "auto" sets the counts: drop the sparsity, layer table and budget'
+            return
+        if sparse and table is not None and not parse_layer_spec(table).has_auto:
+            yield (
                 f'the layer table "{table}" fixes every count: drop the sparsity, or hand layers '
                 'to the allocator with "auto"'
             )
-
-    def _check_candidates(self) -> None:
-        """Where every layer keeps ``1 - target`` of its neurons, as many must be candidates."""
-        share = None if self.token is None else self.token.candidates
-        uniform = self.budget.name == "uniform" and self.budget.table is None
-        if share is None or self.target == 0 or not uniform or self.score.strategy != "topk":
-            return
-        if share < 1 - self.target - 1e-9:
-            raise ConfigError(
+        share = None if self.token is None or not uniform else self.token.candidates
+        if share is not None and self.target and share < 1 - self.target - 1e-9:
+            yield (
                 f"token.candidates {share:g} leaves fewer neurons than sparsity {self.target:g} "
                 f"keeps: give at least {1 - self.target:g}, or None"
             )
@@ -438,13 +404,6 @@ class PruneConfig(Part):
         """Whether decoded tokens are scored by a screened head."""
         return self.head.kind == "screened"
 
-    def names(self) -> list[tuple[str, str]]:
-        """Everything that it chooses by name: (kind, name), with the kinds of the registries."""
-        chosen = [(METHODS.kind, self.method), (SCORES.kind, self.score.name)]
-        chosen += [(BUDGETS.kind, name) for name in self.budget.parts()]
-        chosen += [(DRIFT_RULES.kind, self.drift.rule.split()[0])]
-        return chosen + ([(TOKEN_RULES.kind, self.token.rule)] if self.token else [])
-
     def replace(self, changes: Mapping[str, Any]) -> PruneConfig:
         """A copy with ``changes``; a mapping for a part changes only the keys that it holds.
 
@@ -462,10 +421,7 @@ class PruneConfig(Part):
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> PruneConfig:
         """Build from plain data; raises ``ConfigError`` (an unknown key suggests the near one)."""
-        try:
-            return cls.model_validate(dict(data))
-        except ValidationError as error:
-            raise ConfigError(first_problem(error)) from None
+        return cls.model_validate(dict(data))
 
     @classmethod
     def build(cls, method: str | PruneConfig = DEFAULT_METHOD, /, **changes: Any) -> PruneConfig:
@@ -486,22 +442,3 @@ class PruneConfig(Part):
         A full head is left out.
         """
         return self.model_dump(mode="json", exclude={"head"} if not self.screens else set())
-
-    def save(self, path: str | Path) -> None:
-        """Write as YAML, whole; raises ``ResultsError`` where that cannot be."""
-        import yaml
-
-        write_text(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False))
-
-    @classmethod
-    def load(cls, path: str | Path) -> PruneConfig:
-        """Read what ``save`` wrote; raises ``ConfigError`` when the file cannot be read."""
-        return cls.from_mapping(read_yaml(Path(path)))
-
-
-def check_sparsity(value: float) -> float:
-    """Return ``value`` when it lies in [0, 1); raise ``ConfigError`` otherwise."""
-    if not 0 <= value < 1:
-        hint = f" (did you mean {value / 100:g}?)" if 2 <= value < 100 else ""
-        raise ConfigError(f"sparsity {value:g} must lie in [0, 1): the fraction removed{hint}")
-    return value

@@ -38,15 +38,9 @@ from dart_llm.pruning.forward import (
     without_graph,
 )
 from dart_llm.pruning.masks import Masks
-from dart_llm.pruning.observations import (
-    LayerObservation,
-    Observations,
-    ObservedForward,
-    detached_copy,
-    weak_callback,
-)
+from dart_llm.pruning.observations import LayerObservation, detached_copy, stacked_alike
 from dart_llm.pruning.records import DriftCheck, Remask
-from dart_llm.pruning.selection import MaskSelector, check_fits
+from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.sequence import Phase, SequenceState
 from dart_llm.pruning.token_level import TokenMask
 from dart_llm.pruning.weights import FfnWeights
@@ -70,7 +64,7 @@ class PruningController:
         clamp: Clamp = NO_CLAMP,
     ) -> None:
         self.config = config
-        self.selector: MaskSelector = check_fits(config, layers, clamp)
+        self.selector = MaskSelector(config, layers, clamp)
         self.rule = make_rule("never" if fixed_masks is not None else config.drift.rule)
         self.fixed_masks = fixed_masks
         self.on_remask, self.on_tokens = on_remask, on_tokens
@@ -79,14 +73,12 @@ class PruningController:
         self.sequences: list[SequenceState] = []
         self.finished: list[SequenceState] = []
         self.checks: list[DriftCheck] = []
-        self.sequence_count = 0
-        self.length = 0
+        self.sequence_count = self.length = 0
         self.plan = ForwardPlan(False, False, ())
         self.last_phase = Phase.PREFILL
         self._pending: PendingForward | None = None
         self._lengths: list[float] = []
         """Unpadded length of each row before the current forward."""
-        self._queue = Observations(weak_callback(self._update))
 
     def expected_counts(self) -> list[int]:
         """How many neurons of each layer masks will keep, as far as no text is needed for it.
@@ -115,8 +107,6 @@ class PruningController:
             self._lengths = [min(self._lengths)] * call.rows
         self.length = call.cached
         prefill = call.kind is Kind.PREFILL
-        if prefill or any(state.ready for state in self.sequences):
-            self._queue.flush()
         before = [state.mask_count for state in self.sequences]
         counts = prompt_counts(call)
         if prefill:
@@ -152,26 +142,17 @@ class PruningController:
             self.length = cached
 
     def _new_sequence(self, call: ForwardCall) -> None:
-        self._queue.flush()
         for state in self.finished:
             state.drop_masks()
         for state in self.sequences:
             state.close()
         self.finished += self.sequences
-        per_row = self.config.batch == "per_row"
-        alone: list[tuple[int | None, int]] = [(row, 1) for row in range(call.rows)]
+        groups: list[tuple[int | None, int]] = [(None, call.rows)]
+        if self.config.batch == "per_row":
+            groups = [(row, 1) for row in range(call.rows)]
+        shared = self.config, self.selector, self.rule, self.sequence_count
         self.sequences = [
-            SequenceState(
-                self.config,
-                self.selector,
-                self.rule,
-                self.sequence_count,
-                row,
-                rows,
-                self.fixed_masks,
-                call.cached,
-            )
-            for row, rows in (alone if per_row else [(None, call.rows)])
+            SequenceState(*shared, row, rows, self.fixed_masks, call.cached) for row, rows in groups
         ]
         self.sequence_count += 1
         self.length = 0
@@ -179,8 +160,8 @@ class PruningController:
 
     def _prefill(self, counts: list[float]) -> list[bool]:
         for state in self.sequences:
-            mean = sum(counts) / len(counts) if state.row is None else counts[state.row]
-            state.observe_prefill(mean)
+            own = counts[state.batch_rows]
+            state.observe_prefill(sum(own) / len(own))
         wanted = self.fixed_masks is None and not self.selector.removes_nothing
         return [wanted and state.phase is Phase.PREFILL for state in self.sequences]
 
@@ -188,16 +169,18 @@ class PruningController:
         self, call: ForwardCall, observing: list[bool], counts: list[float]
     ) -> PendingForward:
         prefill = call.kind is Kind.PREFILL
-        masks = tuple(
-            None if prefill else state.masks or self._unmasked for state in self.sequences
+        unmasked = None if prefill else self._unmasked
+        masks = tuple(None if prefill else state.masks or unmasked for state in self.sequences)
+        statistics = self.selector.statistics
+        observe = any(observing) and self.selector.needs_evidence
+        stream, inputs = (
+            observe and needed
+            for needed in (statistics.needs_stream, "features" in statistics.needs)
         )
         watched = any(observing) or any(state.phase is Phase.PRUNED for state in self.sequences)
-        observe = any(observing) and self.selector.needs_evidence
-        stream = observe and self.selector.statistics.needs_stream
-        inputs = observe and "features" in self.selector.statistics.needs
-        signal = bool(self.rule.window) and watched
         layers: dict[int, LayerObservation] = {}
         into = None if not observe or prefill or stream or any(masks) else layers
+        signal = bool(self.rule.window) and watched
         plan = ForwardPlan(observe, signal, masks, stream, inputs, into)
         return PendingForward(call, plan, observing, counts, layers)
 
@@ -213,26 +196,21 @@ class PruningController:
             return
         if pending.call.kind is Kind.DECODE:
             pending.layers[layer] = detached_copy(seen, pending.plan.stream)
-        else:
-            self._observe_prompt(pending, layer, seen)
+            return
+        with torch.no_grad():
+            end = pending.call.prompt_tokens
+            weights = evidence_weights(pending.call, end, self._lengths, self.config.skip_sinks)
+            part = seen.map(lambda t: t.detach()[None, :, :end])
+            self._update(pending.observing, (layer,), part, weights)
 
     def observe_step(self, layers: dict[int, LayerObservation]) -> None:
         """All layers of one forward of one token, in tensors that nobody changes."""
         pending = self._pending
-        if pending is None or not pending.plan.observe:
-            return
-        if pending.call.kind is Kind.DECODE:
+        if pending is not None and pending.plan.observe and pending.call.kind is Kind.DECODE:
             pending.layers = layers
             return
         for layer, seen in layers.items():  # a piece of a prompt, of one token
-            self._observe_prompt(pending, layer, seen)
-
-    @torch.no_grad()
-    def _observe_prompt(self, pending: PendingForward, layer: int, seen: LayerObservation) -> None:
-        end = pending.call.prompt_tokens
-        weights = evidence_weights(pending.call, end, self._lengths, self.config.skip_sinks)
-        part = seen.map(lambda t: t.detach()[None, :, :end])
-        self._update(pending.observing, (layer,), part, weights)
+            self.observe(layer, seen)
 
     def _update(
         self,
@@ -287,8 +265,8 @@ class PruningController:
         self.length = call.cached + accepted
         if pending.layers and accepted:
             weights = evidence_weights(call, accepted, self._lengths, self.config.skip_sinks)
-            forward = ObservedForward.accepted(pending.layers, call.rows, accepted, weights)
-            self._queue.add(pending.observing, forward)
+            for layers, seen in stacked_alike(pending.layers, accepted):
+                self._update(pending.observing, layers, seen, weights)
         with outside_inference():
             if self.on_tokens is not None:  # first: what follows may change the sequences
                 self.on_tokens(pending, accepted, self.sequences)
@@ -328,7 +306,6 @@ class PruningController:
     ) -> None:
         if self.rule.interval and state.pruned_run >= self.rule.interval:
             if state.may_trigger() and not state.has_finished(pending.call.live):
-                self._queue.flush()
                 state.trigger("interval")
             return
         if pending.signal is None:
@@ -340,7 +317,6 @@ class PruningController:
             last = len(self.selector.layers) - 1
             self.checks += check.records(state.sequence, state.row, state.decoded, last, allowed)
             if allowed:
-                self._queue.flush()
                 state.trigger("drift")
                 break
 
@@ -368,7 +344,6 @@ class PruningController:
     def flush(self) -> None:
         """Account for everything that was seen."""
         self.settle()
-        self._queue.flush()
 
     def all_sequences(self) -> list[SequenceState]:
         """Finished and running states, in order."""

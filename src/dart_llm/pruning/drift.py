@@ -105,21 +105,15 @@ class Check:
         """One record per live row; ``row``: the batch row of a detector of one row, or None."""
         state = "suppressed" if self.fired and not allowed else "armed"
         state = "arming" if self.threshold is None else state
+        thresholds = self.threshold or [None] * len(self.similarity)
+        rows = zip(self.similarity, thresholds, self.live, strict=True)
         return [
             DriftCheck(
-                sequence,
-                index if row is None else row,
-                step,
-                layer,
-                self.window,
-                similarity,
-                None if self.threshold is None else self.threshold[index],
-                self.counter,
-                allowed,
-                state,
+                *(sequence, index if row is None else row, step, layer, self.window),
+                *(similarity, threshold, self.counter, allowed, state),
             )
-            for index, similarity in enumerate(self.similarity)
-            if self.live[index]
+            for index, (similarity, threshold, live) in enumerate(rows)
+            if live
         ]
 
 
@@ -138,8 +132,6 @@ class Detector:
     windows: list[Tensor] = field(default_factory=list)
     partial: list[Tensor] = field(default_factory=list)
     """[B, t, D] each: tokens of the window in progress, fewer than W in all."""
-    waiting: list[Tensor] = field(default_factory=list)
-    """[B, t, D] each: tokens of the reference that are not in ``total`` yet, fewer than W."""
     mu: Tensor | None = None
     sigma: Tensor | None = None
     counter: int = 0
@@ -163,21 +155,6 @@ class Detector:
         if not self.rule.window or not v.shape[1]:
             return
         v = v.to(torch.float32, copy=True)  # the model may write into v later
-        if weights is not None or live is not None:
-            self.catch_up()
-            self._add(v, weights, live)
-            return
-        self.waiting.append(v)  # single tokens are added together: that takes as long as one
-        if sum(part.shape[1] for part in self.waiting) >= self.rule.window:
-            self.catch_up()
-
-    def catch_up(self) -> None:
-        """Add what is waiting to the reference."""
-        if self.waiting:
-            waiting, self.waiting = self.waiting, []
-            self._add(torch.cat(waiting, 1), None, None)
-
-    def _add(self, v: Tensor, weights: Tensor | None, live: Tensor | None) -> None:
         if weights is None:
             self._count(v.sum(1), v.shape[1])
         else:
@@ -193,7 +170,6 @@ class Detector:
 
     def start(self) -> None:
         """Enter PRUNED: fix the reference if there is one; window and counter start at 0."""
-        self.catch_up()
         self.partial, self.counter = [], 0
         if self.total is not None and len(self.windows) >= MIN_WINDOWS:
             self._arm()
@@ -206,15 +182,13 @@ class Detector:
 
     def cut(self, tokens: int) -> None:
         """Forget the last ``tokens`` of a window in progress (they were rolled back)."""
-        self.catch_up()
         if tokens > 0:
             left = max(0, self.filled - tokens)
             self.partial = [torch.cat(self.partial, 1)[:, :left]] if left else []
 
     def nbytes(self) -> int:
-        tensors = [self.total, self.tokens, self.mu, self.sigma]
-        tensors += [*self.windows, *self.partial, *self.waiting]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        tensors = [self.total, self.tokens, self.mu, self.sigma, *self.windows, *self.partial]
+        return sum(t.nbytes for t in tensors if t is not None)
 
     def _fill(self, v: Tensor) -> list[Tensor]:
         """Cut [B, T, D] into windows, completing the one in progress; returns their means."""
@@ -240,34 +214,31 @@ class Detector:
         self.windows = []
 
     def _check(self, mean: Tensor, live: Tensor | None) -> Check:
+        """Compare one window; while the detector is not armed, it joins the reference."""
         self.checks += 1
-        if not self.armed:
-            return self._collect(mean, live)
-        assert self.total is not None and self.tokens is not None and self.rule.threshold
-        assert self.mu is not None and self.sigma is not None
-        centroid = self.total / self.tokens[:, None].clamp_min(1)
-        similarity = self.compare(mean, centroid)
-        threshold = self.rule.threshold(self.mu, self.sigma).expand_as(similarity)
+        mu, threshold = self.mu, None
+        if mu is None:
+            self.windows.append(mean)
+            self._count(self.rule.window * mean, self.rule.window)
+        assert self.total is not None and self.tokens is not None
+        if mu is None:
+            similarity = self.compare(mean, self.total - self.rule.window * mean)
+            if len(self.windows) >= MIN_WINDOWS:
+                self._arm()
+        else:
+            assert self.sigma is not None and self.rule.threshold is not None
+            similarity = self.compare(mean, self.total / self.tokens[:, None].clamp_min(1))
+            threshold = self.rule.threshold(mu, self.sigma).expand_as(similarity)
         alive = torch.ones_like(similarity) if live is None else live.to(similarity)
-        table = torch.stack([similarity, threshold, alive]).tolist()  # the step's one transfer
-        rows = list(zip(*table, strict=True))
-        low_rows = sum(1 for s, t, a in rows if a and s < t)
-        low = low_rows > sum(a for _, _, a in rows) / 2
-        self.counter = self.counter + 1 if low else max(0, self.counter - 1)
-        states, fired = [bool(a) for a in table[2]], self.counter >= self.rule.count
-        return Check(self.checks, table[0], table[1], states, self.counter, fired)
-
-    def _collect(self, mean: Tensor, live: Tensor | None) -> Check:
-        self.windows.append(mean)
-        part = self.rule.window * mean
-        self._count(part, self.rule.window)
-        assert self.total is not None
-        similarity = self.compare(mean, self.total - part)
-        alive = torch.ones_like(similarity) if live is None else live.to(similarity)
-        similar, states = torch.stack([similarity, alive]).tolist()
-        if len(self.windows) >= MIN_WINDOWS:
-            self._arm()
-        return Check(self.checks, similar, None, [bool(a) for a in states], 0, False)
+        edge = torch.full_like(similarity, -torch.inf) if threshold is None else threshold
+        table = torch.stack([similarity, edge, alive]).tolist()  # the step's one transfer
+        rows = zip(*table, strict=True)
+        low = sum(s < edge for s, edge, alive in rows if alive) > sum(table[2]) / 2
+        if threshold is not None:
+            self.counter = self.counter + 1 if low else max(0, self.counter - 1)
+        fired = threshold is not None and self.counter >= self.rule.count
+        edges, states = None if threshold is None else table[1], [bool(a) for a in table[2]]
+        return Check(self.checks, table[0], edges, states, self.counter, fired)
 
 
 def _compact(v: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:
@@ -280,9 +251,6 @@ def _compact(v: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:
     shortest = int(counts.min())
     order = weights.sort(dim=1, descending=True, stable=True).indices[:, :shortest]
     return v.gather(1, order[..., None].expand(-1, -1, v.shape[2]))
-
-
-# Guards on re-masking: a distance between triggers, and a cap on dense tokens.
 
 
 def guards_allow(

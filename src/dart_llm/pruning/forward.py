@@ -32,6 +32,7 @@ class ForwardCall:
 
     ``valid``: [B, T] float32, 0 for padding, or None.  ``live``: [B] bool, False for rows that
     have ended, or None.  ``observable``: leading tokens of a prefill that belong to the prompt.
+    ``forced``: tokens of a fixed text stand for decode steps of one token each.
     """
 
     kind: Kind
@@ -42,7 +43,6 @@ class ForwardCall:
     live: Tensor | None = None
     observable: int | None = None
     forced: bool = False
-    """Whether tokens of a fixed text stand for decode steps of one token each."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -77,6 +77,7 @@ class PendingForward:
     """A forward that runs, or ran and is not settled; private to ``controller.py``.
 
     ``observing``: one flag per sequence.  ``counts``: prompt tokens of each row, padding left out.
+    ``ended``: False while the forward runs, and for ever if it raised.
     """
 
     call: ForwardCall
@@ -86,7 +87,6 @@ class PendingForward:
     layers: dict[int, LayerObservation]
     signal: Tensor | None = None
     ended: bool = False
-    """False while the forward runs, and for ever if it raised."""
 
 
 T = TypeVar("T", Tensor, Tensor | None)
@@ -100,12 +100,10 @@ def detached(t: T) -> T:
 # torch's own contexts take as long as the rest of a token's accounting, also where they change
 # nothing.
 
-_NOTHING = nullcontext()
-
 
 def outside_inference() -> AbstractContextManager[object]:
     """What is made in it serves later forwards of any mode."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 P = ParamSpec("P")
@@ -117,9 +115,7 @@ def without_graph(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_grad_enabled():
-            return function(*args, **kwargs)
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             return function(*args, **kwargs)
 
     return run
@@ -144,28 +140,24 @@ def prompt_counts(call: ForwardCall) -> list[float]:
     return counts
 
 
-# Which tokens count as evidence, and for a drift detector's reference; sinks are left out.
-#
-# The first tokens of a sequence draw attention whatever they say (docs/reference.md, "Drift").
+# Which tokens count as evidence, and for a drift detector's reference.  Attention sinks are left
+# out: they draw attention whatever they say (docs/reference.md, "Drift").
+# ``lengths``: unpadded tokens of each row before the forward.
 
 
 def add_reference(
     states: Sequence[SequenceState], pending: PendingForward, v: Tensor, lengths: Sequence[float]
 ) -> None:
-    """Hand v [B, T, D] to the detectors of the states that observe.
-
-    ``lengths``: unpadded tokens of each row before this forward, padding left out.
-    """
-    end = v.shape[1]
-    weights, live = token_weights(pending.call, end), pending.call.live
-    padded = pending.call.kind is Kind.PREFILL and weights is not None
-    if padded:
-        weights = without_sinks(weights, lengths, pending.call.rows, end)
+    """Hand v [B, T, D] to the detectors of the states that observe."""
+    weights, live = (
+        evidence_weights(pending.call, v.shape[1], lengths, skip=True),
+        pending.call.live,
+    )
     for state, wanted in zip(states, pending.observing, strict=True):
         if wanted:
-            rows, skip = state.batch_rows, 0 if padded else sinks_ahead(state, end, lengths)
-            w = None if weights is None else weights[rows, skip:].to(v.device)
-            state.detector.observe(v[rows, skip:], w, None if live is None else live[rows])
+            rows = state.batch_rows
+            w = None if weights is None else weights[rows].to(v.device)
+            state.detector.observe(v[rows], w, None if live is None else live[rows])
 
 
 def sinks_ahead(state: SequenceState, tokens: int, lengths: Sequence[float]) -> int:
@@ -177,9 +169,9 @@ def sinks_ahead(state: SequenceState, tokens: int, lengths: Sequence[float]) -> 
 def evidence_weights(
     call: ForwardCall, end: int, lengths: Sequence[float], skip: bool
 ) -> Tensor | None:
-    """Weights of a forward's first ``end`` tokens in the evidence: [B, end], or None for all ones.
+    """Weights of a forward's first ``end`` tokens: [B, end], or None for all ones.
 
-    ``lengths``: unpadded tokens of each row before them; ``skip``: sinks weigh nothing.
+    ``skip``: sinks weigh nothing.
     """
     weights = token_weights(call, end)
     if not skip or min(lengths) >= SINKS:
@@ -188,10 +180,7 @@ def evidence_weights(
 
 
 def without_sinks(weights: Tensor | None, lengths: Sequence[float], rows: int, end: int) -> Tensor:
-    """Token weights [B, end] with 0 where a token is one of the first of its row.
-
-    ``weights``: [B, end] or None for all ones; ``lengths``: as of ``evidence_weights``.
-    """
+    """Token weights [B, end] (None: all ones) with 0 where a token is one of its row's first."""
     if weights is None:
         weights = torch.ones(rows, end, dtype=torch.float32)
     before = torch.tensor(lengths, device=weights.device)[:, None]

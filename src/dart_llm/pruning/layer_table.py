@@ -17,7 +17,7 @@ from dart_llm.files import write_text
 
 AUTO = "auto"
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?$")
+_ENTRY = re.compile(r"(all|\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*):(auto|#\d+|[\d.]+(?:e-?\d+)?)", re.ASCII)
 
 _FORMS = 'use forms such as "all:auto", "0-5:0.6,6-11:0.8", "0,1,2:0.6" or "3:#512"'
 
@@ -53,88 +53,62 @@ class LayerTable:
         Raises ``ConfigError`` for a layer outside the model and a count outside 1..width.
         """
         for entry in self.entries:
-            for low, high in entry.layers or ():
-                if high >= len(widths):
-                    layer = high if low < len(widths) else low
-                    raise ConfigError(
-                        f"layer {layer} is out of range: this model has {len(widths)} layers "
-                        f'(0-{len(widths) - 1}). In "{self}" correct "{entry.text}", or drop it.'
-                    )
+            outside = [n for bounds in entry.layers or () for n in bounds if n >= len(widths)]
+            if outside:
+                raise ConfigError(
+                    f"layer {outside[0]} is out of range: this model has {len(widths)} layers "
+                    f'(0-{len(widths) - 1}); correct "{entry.text}"'
+                )
         return [self._value(layer, width) for layer, width in enumerate(widths)]
 
     def _value(self, layer: int, width: int) -> int | str | None:
-        matching = [entry for entry in self.entries if entry.covers(layer)]
-        if not matching:
-            return None
-        entry = matching[-1]
-        if isinstance(entry.value, str):
-            return entry.value
+        entry = next((entry for entry in reversed(self.entries) if entry.covers(layer)), None)
+        if entry is None or isinstance(entry.value, str):
+            return None if entry is None else AUTO
         if isinstance(entry.value, float):
             return max(1, round(entry.value * width))
         if entry.value > width:
             raise ConfigError(
                 f'"{entry.text}" keeps {entry.value} neurons, but layer {layer} has {width}: '
-                f"write a count from #1 to #{width}."
+                f"write a count from #1 to #{width}"
             )
         return entry.value
 
 
 def parse_layer_spec(text: str) -> LayerTable:
-    """Parse a specification; raise ``ConfigError`` that names the offending part."""
-    entries: list[Entry] = []
-    pending: list[str] = []
-    for part in text.strip().replace("\n", ",").split(","):
-        part = part.strip()
-        if not part:
-            raise ConfigError(f'empty part in the layer specification "{text}"; {_FORMS}.')
-        left, colon, right = part.partition(":")
-        pending.append(left.strip())
-        if colon:
-            entries.append(_entry(pending, right.strip(), text))
-            pending = []
-    if pending or not entries:
-        part = ",".join(pending) or text
-        raise ConfigError(f'"{part}" in the layer specification has no value; {_FORMS}.')
+    """Parse a specification; raise ``ConfigError`` that names the part at fault."""
+    spec = re.sub(r"\s*\n\s*", ",", text.strip())
+    spec = re.sub(r"\s*([,:])\s*", r"\1", spec)
+    entries, end = [], 0
+    while match := _ENTRY.match(spec, end):
+        entries.append(_entry(*match.groups()))
+        end = match.end() + 1
+        if spec[match.end() : end] != ",":
+            break
+    if not entries or end != len(spec) + 1:
+        raise ConfigError(f'"{spec[end:]}" in the layer specification "{text}": {_FORMS}')
     return LayerTable(tuple(entries))
 
 
-def _entry(parts: list[str], value: str, whole: str) -> Entry:
-    text = f"{','.join(parts)}:{value}"
-    if parts == ["all"]:
-        return Entry(None, _parse_value(value, text, whole), text)
-    ranges = []
-    for part in parts:
-        match = _RANGE.match(part)
-        if not match:
-            raise ConfigError(f'"{part}" in "{whole}" is not a layer or a range; {_FORMS}.')
-        low, high = int(match[1]), int(match[2] or match[1])
-        if low > high:
-            raise ConfigError(f'the range "{part}" in "{whole}" runs backwards: {high}-{low}?')
-        ranges.append((low, high))
-    return Entry(tuple(ranges), _parse_value(value, text, whole), text)
-
-
-def _parse_value(value: str, text: str, whole: str) -> float | int | str:
+def _entry(layers: str, value: str) -> Entry:
+    text = f"{layers}:{value}"
+    ranges = None
+    if layers != "all":
+        bounds = [part.partition("-") for part in layers.split(",")]
+        ranges = tuple((int(low), int(high or low)) for low, _, high in bounds)
+        if any(low > high for low, high in ranges):
+            raise ConfigError(f'a range of "{text}" runs backwards: write the lower layer first')
     if value == AUTO:
-        return AUTO
-    if re.fullmatch(r"#\d+", value):
-        if int(value[1:]) == 0:
-            raise ConfigError(f'"{text}" in "{whole}" keeps no neuron: write a count from #1 up.')
-        return int(value[1:])
+        return Entry(ranges, AUTO, text)
     try:
-        ratio = float(value)
+        kept = int(value[1:]) if value.startswith("#") else float(value)
     except ValueError:
+        kept = 0
+    if not (0 < kept <= 1 or (isinstance(kept, int) and kept)):
         raise ConfigError(
-            f'"{value}" in "{whole}" is neither a keep ratio in (0, 1], a count such as #512, '
-            'nor "auto".'
-        ) from None
-    if ratio > 1 and ratio.is_integer():
-        raise ConfigError(
-            f'"{text}" in "{whole}": a keep ratio lies in (0, 1]; write #{int(ratio)} to count.'
+            f'"{text}": a keep ratio lies in (0, 1], a count of neurons is written #1 and up'
         )
-    if not 0 < ratio <= 1:
-        raise ConfigError(f'"{text}" in "{whole}": a keep ratio lies in (0, 1].')
-    return ratio
+    return Entry(ranges, kept, text)
 
 
 def write_table(path: Path, counts: Sequence[int], note: str) -> None:
@@ -148,12 +122,8 @@ def read_table(path: Path) -> str:
     """The specification in a table file: comments dropped, lines joined."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the layer table {path}: {error.strerror or error}"
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"cannot read the layer table {path}: it is not a text file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the layer table {path}: {error}") from None
     lines = (re.split(r"\s#(?!\d)", line)[0].strip() for line in text.splitlines())
     spec = ",".join(line.rstrip(",") for line in lines if line and not line.startswith("#"))
     parse_layer_spec(spec)

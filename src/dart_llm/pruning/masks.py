@@ -20,8 +20,7 @@ Ids = Mapping[int, Sequence[int] | Tensor]
 def largest(values: Tensor, count: int) -> Tensor:
     """Marks of the ``count`` largest of values [n], bool [n]; ties go to the lower index.
 
-    Not-a-number counts as infinite.  In linear time: sorting takes longer than all else that a mask
-    needs.
+    NaN counts as infinite.  In linear time: sorting takes longer than all else that a mask needs.
     """
     if count >= len(values):
         return torch.ones_like(values, dtype=torch.bool)
@@ -48,9 +47,8 @@ def floor_count(width: int) -> int:
 class LayerMask:
     """The neurons that one layer keeps.
 
-    ``ids``: [k] int64, ascending, on the layer's device.  ``bias``: [D] float32, added to the
-    FFN's output while the mask is in force (compensation), or None.  ``low_rank``: what is added
-    beside it as a linear map of the FFN's input, or None.
+    ``ids``: [k] int64, ascending, on the layer's device.  Compensation, or None: ``bias``, [D]
+    float32, is added to the FFN's output, and beside it ``low_rank``, a map of the FFN's input.
     """
 
     ids: Tensor
@@ -75,9 +73,7 @@ class LayerMask:
         return gone.nonzero().flatten()
 
     def nbytes(self) -> int:
-        bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
-        extra = 0 if self.low_rank is None else self.low_rank.nbytes()
-        return self.ids.numel() * self.ids.element_size() + bias + extra
+        return sum(part.nbytes for part in (self.ids, self.bias, self.low_rank) if part is not None)
 
 
 Masks = tuple[LayerMask | None, ...]
@@ -117,7 +113,7 @@ def overlap(first: Masks, second: Masks) -> float:
     return same / total if total else 1.0
 
 
-def _neuron_ids(layer: int, ids: Sequence[int] | Tensor) -> Tensor:
+def _neuron_ids(layer: int, ids: Sequence[int] | Tensor, width: int) -> Tensor:
     """Unique ids, ascending, int64 on the host; refuses masks of booleans and fractions."""
     try:
         neurons = torch.as_tensor(ids)
@@ -128,15 +124,14 @@ def _neuron_ids(layer: int, ids: Sequence[int] | Tensor) -> Tensor:
             f"layer {layer} was given {str(neurons.dtype).removeprefix('torch.')} values: give "
             "neuron ids, whole numbers (mask.nonzero() makes them from a mask)"
         )
-    unique: Tensor = torch.unique(neurons.long())
-    return unique.cpu()
+    unique: Tensor = torch.unique(neurons.long()).cpu()
+    outside = unique[(unique < 0) | (unique >= width)]
+    if len(outside):
+        raise ConfigError(f"layer {layer} has neurons 0-{width - 1}; got id {int(outside[0])}")
+    return unique
 
 
-def user_masks(
-    widths: Sequence[int],
-    keep: Ids | None,
-    remove: Ids | None,
-) -> list[Tensor | None]:
+def user_masks(widths: Sequence[int], keep: Ids | None, remove: Ids | None) -> list[Tensor | None]:
     """A user's own masks: neuron ids per layer to keep, or to remove; other layers stay dense.
 
     Raises ``ConfigError`` for an unknown layer or neuron, or for a layer left with no neuron.
@@ -152,12 +147,8 @@ def user_masks(
     for layer, ids in requested.items():
         if not 0 <= int(layer) < len(widths):
             raise ConfigError(f"layer {layer} is out of range: this model has {len(widths)} layers")
-        width = widths[int(layer)]
-        index = _neuron_ids(int(layer), ids)
-        if outside := [int(i) for i in index if not 0 <= i < width]:
-            raise ConfigError(f"layer {layer} has neurons 0-{width - 1}; got id {outside[0]}")
-        mask = torch.zeros(width, dtype=torch.bool)
-        mask[index] = True
+        mask = torch.zeros(widths[int(layer)], dtype=torch.bool)
+        mask[_neuron_ids(int(layer), ids, len(mask))] = True
         kept = (mask if keep is not None else ~mask).nonzero().flatten()
         if not kept.numel():
             raise ConfigError(f"layer {layer} would keep no neuron: keep at least one")
@@ -165,11 +156,7 @@ def user_masks(
     return masks
 
 
-def masks_on_devices(
-    layers: Sequence[FfnWeights],
-    keep: Ids | None,
-    remove: Ids | None,
-) -> tuple[LayerMask | None, ...]:
+def masks_on_devices(layers: Sequence[FfnWeights], keep: Ids | None, remove: Ids | None) -> Masks:
     """The masks of ``user_masks`` on the layers' devices; None where a layer keeps all."""
     kept = user_masks([layer.width for layer in layers], keep, remove)
     return tuple(

@@ -1,7 +1,8 @@
 """Every method by name, and what can be chosen by name.
 
-The first paragraph below each method is what ``dart-llm methods`` lists; docs/reference.md has the
-formulas, the bytes, and what per-token methods leave out of their papers.
+The first paragraph below each method is what ``dart-llm methods`` lists.  The formulas stand with
+the scores, budgets and rules that it names, and in docs/reference.md, with the bytes and what
+per-token methods leave out of their papers.
 """
 
 from __future__ import annotations
@@ -37,25 +38,15 @@ def _per_token(rule: str, **options: Any) -> PruneConfig:
     return PruneConfig(
         method=rule,
         score=ScoreConfig(name="weight"),  # asks for no evidence; no score ranks anything here
-        budget=BudgetConfig(name="uniform"),
-        drift=DriftConfig(rule="never"),
         token=TokenConfig(rule=rule, **options),
     )
 
 
 CATS = _per_token("cats")
-"""CATS (arXiv 2404.08763): the gate is computed whole; its largest outputs select neurons.
-
-``v = act(W_gate x)``; ``z = W_down[:, S] (v_S * (W_up[S] x))`` with S the k largest ``abs(v_i)``.
-In a plain FFN, which has no gate, v is u itself.
-"""
+"""CATS (arXiv 2404.08763): the gate is computed whole; its largest outputs select neurons."""
 
 COUNTDOWN = _per_token("countdown")
-"""CountDown (arXiv 2505.17701), its variant M: up is computed whole and selects neurons.
-
-``s = W_up x``; ``z = W_down[:, S] (act(W_gate[S] x) * s_S)`` with S the k largest ``abs(s_i)``.
-In a plain FFN s is u itself, as for ``cats``.
-"""
+"""CountDown (arXiv 2505.17701), its variant M: up is computed whole and selects neurons."""
 
 DART = PruneConfig(
     method="dart",
@@ -88,20 +79,11 @@ DART_PROMPT = PruneConfig(
     min_evidence=64,
     compensation=True,
 )
-"""DART for LLMs from the prompt alone: nothing is learned of the model beforehand.
-
-The first default of this project.
-
-GRIFFIN's scores (arXiv 2404.01365), the mean of the energy and the depth budget, the paper's drift
-rule (arXiv 2601.22632) with guards, decayed evidence, and compensation after FLAP
-(arXiv 2312.11983).  docs/reference.md has the formulas and the measurements behind each choice.
-"""
+"""DART for LLMs from the prompt alone: nothing is learned of the model beforehand."""
 
 DART_TOKEN = PruneConfig(
     method="dart-token",
     score=ScoreConfig(name="fisher"),
-    budget=BudgetConfig(name="uniform"),
-    drift=DriftConfig(rule="never"),
     self_stats=SelfStatsConfig(tokens=32),
     skip_sinks=True,
     compensation=True,
@@ -126,54 +108,33 @@ FLAP = PruneConfig(
     calibration=CalibrationConfig(source="text", sequences=128, length=256, purpose="masks"),
     compensation=True,
 )
-"""FLAP (arXiv 2312.11983): static masks from a calibration text, with compensation.
-
-``Var(u_i) * ||w_i||_2^2`` over 128 x 256 tokens, standardised per layer and ranked over all layers
-at once; at least 10 % of a layer stay.  The paper prunes attention heads too; this does not.
-"""
+"""FLAP (arXiv 2312.11983): static masks from a calibration text, with compensation."""
 
 GLASS = PruneConfig(
     method="glass",
     score=ScoreConfig(name="normalized", prior_weight=0.5),
-    budget=BudgetConfig(name="uniform"),
     calibration=CalibrationConfig(source="self", sequences=64, length=128, purpose="prior"),
 )
-"""GLASS (arXiv 2508.14302): GRIFFIN's prompt statistic and a global prior, by mean rank.
-
-The prior is the same statistic over 64 self-generated sequences of 128 tokens.
-``score={"prior_weight": w}``: 0 is GRIFFIN, 1 the prior alone.  Uniform budget, never a re-mask.
-"""
+"""GLASS (arXiv 2508.14302): GRIFFIN's prompt statistic and a global prior, by mean rank."""
 
 GRIFFIN = PruneConfig(
     method="griffin",
     score=ScoreConfig(name="normalized"),
-    budget=BudgetConfig(name="uniform"),
-    drift=DriftConfig(rule="never"),
 )
-"""GRIFFIN (arXiv 2404.01365): the prompt's normalised activations select neurons, once.
-
-Uniform budget, never a re-mask.
-"""
+"""GRIFFIN (arXiv 2404.01365): the prompt's normalised activations select neurons, once."""
 
 GRIFFIN_REFRESH = PruneConfig(
     method="griffin-refresh",
     score=ScoreConfig(name="normalized"),
-    budget=BudgetConfig(name="uniform"),
     drift=DriftConfig(rule="interval 64"),
     remask=RemaskConfig(evidence="fresh", observe_tokens=16),
 )
-"""GRIFFIN (arXiv 2404.01365), repeated every 64 pruned tokens from 16 dense ones.
-
-Only the newly observed tokens count.  Another period N is ``--drift "interval N"``.  The dense
-tokens lower the achieved sparsity, which the report gives.
-"""
+"""GRIFFIN (arXiv 2404.01365), repeated every 64 pruned tokens from 16 dense ones."""
 
 PROX = _per_token("prox", bits=4, group=32, inputs=0.5)
 """Prox (arXiv 2607.27591): low-bit estimates at the large inputs select, winners are exact.
 
-``u~ = act(gate~ x~) * (up~ x~)``, where x~ keeps the half of x with the largest ``abs(x_j)``, and
-gate~, up~ are 4-bit proxies; the k largest ``abs(u~_i) * ||w_i||_2`` are computed with the model's
-weights.  The paper has no public code: this is its idea on this project's proxies.
+The paper has no public code: this is its idea on this project's proxies, read at half the inputs.
 """
 
 PUBLISHED = PruneConfig(
@@ -183,64 +144,36 @@ PUBLISHED = PruneConfig(
     drift=DriftConfig(rule="published"),
     remask=RemaskConfig(evidence="fresh"),
 )
-"""DART as its scripts were published (arXiv 2601.22632), with their defects mended.
+"""DART as its scripts were published (arXiv 2601.22632), with their defects mended."""
 
-Magnitude scores, the depth budget, the scripts' drift rule, fresh evidence.  docs/method.md lists
-the departures, each a defect of the scripts ("Choices where the sources are silent or differ").
-Beside these, sums are float32, the sensitivity behind the budget uses the FFN's output everywhere,
-and the published rule never triggers after the release step.
-"""
+RANDOM = PruneConfig(method="random", score=ScoreConfig(name="random"))
+"""Random: a seeded random subset; the lower bound for every method."""
 
-RANDOM = PruneConfig(
-    method="random", score=ScoreConfig(name="random"), budget=BudgetConfig(name="uniform")
-)
-"""Random: a seeded random subset; the lower bound for every method.
-
-The same mask for every text, uniform budget, never a re-mask.
-"""
-
-STATIC = PruneConfig(
-    method="static", score=ScoreConfig(name="weight"), budget=BudgetConfig(name="uniform")
-)
-"""Static: neurons ranked by the norms of their weights; the same mask for every text.
-
-The classical magnitude-pruning baseline, for whole neurons: uniform budget, no activations.
-"""
+STATIC = PruneConfig(method="static", score=ScoreConfig(name="weight"))
+"""Static: neurons ranked by the norms of their weights; the same mask for every text."""
 
 TEAL = _per_token("teal")
 """TEAL (arXiv 2408.14690) on the FFNs: each matrix is read at its largest inputs; sparsity is of
 inputs.
 
-``W x`` becomes ``W s(x)``, where s keeps the entries of largest ``abs(x_j)`` and sets the others to
-0: x of gate and up, u of down.  Sparsity is here the fraction of each matrix's inputs that is
-dropped; those of down are the neurons.
+Sparsity is here the fraction of each matrix's inputs that is dropped; those of down are the
+neurons.
 """
 
 TEAL_ATTENTION = _per_token("teal-attention")
-"""TEAL (arXiv 2408.14690) as in the paper: the projections of attention too; sparsity is of inputs.
-
-As ``teal``, and q, k, v and the output projection keep the same share of their inputs.  Sparsity
-and the shares of FFN bytes count the FFNs alone; bytes per token count attention too.
-"""
+"""TEAL (arXiv 2408.14690) as in the paper: the projections of attention too; sparsity is of
+inputs."""
 
 WANDA = PruneConfig(
     method="wanda",
     score=ScoreConfig(name="wanda"),
-    budget=BudgetConfig(name="uniform"),
     calibration=CalibrationConfig(source="text", sequences=128, length=256, purpose="masks"),
 )
-"""Wanda (arXiv 2306.11695) for whole neurons: static masks from a calibration text.
-
-The paper's criterion, weight magnitude times activation norm, summed over the weights of a neuron's
-output column: ``||w_i||_1 * ||u_i||_2`` over 128 x 256 tokens.  Uniform budget.
-"""
+"""Wanda (arXiv 2306.11695) for whole neurons: static masks from a calibration text."""
 
 WINA = _per_token("wina")
 """WINA (arXiv 2505.19427) on the FFNs: as TEAL, inputs weighted by column norms; sparsity is of
-inputs.
-
-The entries of largest ``abs(x_j) * ||W[:, j]||_2`` stay, by matrix; as many for every token.
-"""
+inputs."""
 
 
 def _first_paragraphs() -> dict[str, str]:
@@ -272,28 +205,27 @@ def summaries() -> dict[str, str]:
 def listing() -> dict[str, list[dict[str, str]]]:
     """Name, one-line description and source of everything that can be chosen by name."""
 
-    def entry(name: str, summary: str, source: str) -> dict[str, str]:
-        return {"name": name, "summary": summary, "source": source}
-
     def entries(table: Registry) -> list[dict[str, str]]:
-        return [entry(n, table.get(n).summary, table.get(n).source) for n in table.names()]
-
-    def documented(table: Registry) -> list[dict[str, str]]:
-        each = [(name, table.get(name).__doc__ or "") for name in table.names()]
-        return [entry(name, text.strip().split("\n")[0], "") for name, text in each]
+        return [{"name": name, **_described(table.get(name))} for name in table.names()]
 
     lines = summaries()
-    blend = "The mean of two budgets' keep counts.", "this project; docs/method.md"
+    blend = {"summary": "The mean of two budgets' keep counts.", "source": "this project"}
     return {
         "methods": [
-            entry(name, lines.get(name, ""), _settings(METHODS.get(name)))
+            {"name": name, "summary": lines.get(name, ""), "source": _settings(METHODS.get(name))}
             for name in METHODS.names()
         ],
         "scores": entries(SCORES),
-        "budgets": [*entries(BUDGETS), entry("blend A B", *blend)],
-        "drift_rules": documented(DRIFT_RULES),
-        "token_rules": documented(TOKEN_RULES),
+        "budgets": [*entries(BUDGETS), {"name": "blend A B", **blend}],
+        "drift_rules": entries(DRIFT_RULES),
+        "token_rules": entries(TOKEN_RULES),
     }
+
+
+def _described(value: Any) -> dict[str, str]:
+    """Of a score or a budget its function and its paper; of rules what they are."""
+    text = getattr(value, "function", value).__doc__ or ""
+    return {"summary": text.strip().split("\n")[0], "source": getattr(value, "source", "")}
 
 
 def _settings(config: PruneConfig) -> str:
@@ -306,7 +238,6 @@ def _settings(config: PruneConfig) -> str:
     ]
     if config.token is not None:
         parts.append(TOKEN_RULES.get(config.token.rule).describe(config.token))
-    if config.calibration is not None:
-        size = f"{config.calibration.sequences} x {config.calibration.length} tokens"
-        parts.append(f"{config.calibration.purpose} from calibration on {size}")
+    if (part := config.calibration) is not None:
+        parts.append(f"{part.purpose} from calibration on {part.sequences} x {part.length} tokens")
     return ", ".join(parts)

@@ -223,17 +223,8 @@ class RunReport:
 
 # Adding up reports, as ``RunReport.to_dict``, of several runs of the same configuration.
 
-_MEANS = (
-    "achieved_sparsity",
-    "dense_token_share",
-    "ffn_bytes_share",
-    "ffn_bytes_share_if_compact",
-    "proxy_bytes_share",
-    "token_bytes_share",
-    "dense_token_bytes_share",
-    "mean_context",
-)
-
+_MEANS = "achieved_sparsity dense_token_share ffn_bytes_share ffn_bytes_share_if_compact".split()
+_MEANS += "proxy_bytes_share token_bytes_share dense_token_bytes_share mean_context".split()
 _SUMS = ("prompt_tokens", "decoded_tokens", "remasks")
 
 
@@ -242,12 +233,11 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     ``layers`` keeps the last run's counts with the mean sparsity; ``sequences`` are joined.
     """
-    total = max(1, sum(report["decoded_tokens"] for report in reports))
+    weights = [report["decoded_tokens"] for report in reports]
 
     def mean(values: Sequence[float | None]) -> float | None:
-        weights = [report["decoded_tokens"] for report in reports]
         terms = [v * w for v, w in zip(values, weights, strict=True) if v is not None]
-        return float(sum(terms) / total) if len(terms) == len(values) else None
+        return float(sum(terms) / max(1, sum(weights))) if len(terms) == len(values) else None
 
     merged = dict(reports[-1])
     merged |= {key: mean([report.get(key) for report in reports]) for key in _MEANS}
@@ -263,13 +253,10 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         {**each[-1], "sparsity_decoded": mean([layer["sparsity_decoded"] for layer in each])}
         for each in zip(*(report["layers"] for report in reports), strict=True)
     ]
-    merged["sequences"] = [
-        {**sequence, "sequence": number}
-        for number, sequence in enumerate(s for r in reports for s in r["sequences"])
-    ]
+    sequences = [sequence for report in reports for sequence in report["sequences"]]
+    merged["sequences"] = [{**s, "sequence": number} for number, s in enumerate(sequences)]
     heads = [HeadReport(**report["head"]) if report.get("head") else None for report in reports]
-    head = merge_heads(heads)
-    if head is not None:
+    if (head := merge_heads(heads)) is not None:
         merged["head"] = asdict(head)
     saved = 0.0 if head is None else head.saved(merged["decoded_tokens"])
     sparsity, proxy = merged["achieved_sparsity"], merged["proxy_bytes_share"]

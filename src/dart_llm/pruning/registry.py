@@ -7,7 +7,7 @@ the entry-point group that the registry names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -16,25 +16,22 @@ from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.pruning import plugins
 
 SETTING = "file:"
-"""Begins the name of a setting that is kept in a file."""
+"""Begins the name of a method whose setting is kept in a file."""
 
 
 class Registry:
     """Names mapped to objects, or to a lazy ``"module:attribute"``.
 
     ``kind``: the word for messages; ``group``: the entry-point group of other packages.
-    ``readers``: by the prefix of names that are not listed, a lazy function of the whole name.
+    ``read_file``: lazy too, the function of names that begin with ``SETTING``; "": there is none.
     """
 
-    def __init__(
-        self, kind: str, group: str, lazy: dict[str, str], readers: Mapping[str, str] | None = None
-    ) -> None:
-        self.kind = kind
-        self.group = group
+    def __init__(self, kind: str, group: str, lazy: dict[str, str], read_file: str = "") -> None:
+        self.kind, self.group = kind, group
         self._built_in = frozenset(lazy)
         self._lazy = dict(lazy)
         self._objects: dict[str, Any] = {}
-        self._readers = dict(readers or {})
+        self._read_file = read_file
         self._scanned = False
 
     def register(self, name: str, value: Any) -> Any:
@@ -45,7 +42,6 @@ class Registry:
         if name in self._built_in or name in self._objects:
             raise ConfigError(f"{self.kind} {name!r} is already registered: take another name")
         self._objects[name] = value
-        plugins.registered(self.kind, name)
         return value
 
     def unregister(self, name: str) -> None:
@@ -66,31 +62,25 @@ class Registry:
 
     def check(self, name: str) -> str:
         """Return ``name`` where there is an object; raise ``UnknownName`` with the near names."""
-        reader = self._reader(name)
-        if reader is not None:
-            reader(name)
+        if self._read_file and name.startswith(SETTING):
+            self.get(name)
         elif name not in (names := self.names()):
             raise UnknownName(self.kind, name, names, plugins.hint())
         return name
 
     def get(self, name: str) -> Any:
         """The object behind ``name``, imported on first use; raises ``UnknownName``."""
-        reader = self._reader(name)
-        return self.get_listed(name) if reader is None else reader(name)
+        if self._read_file and name.startswith(SETTING):
+            return _imported(self._read_file)(name)
+        return self.get_listed(name)
 
     def get_listed(self, name: str) -> Any:
         """As ``get``, for a name that comes over the network: it opens no file."""
-        if name not in self.names():
-            raise UnknownName(self.kind, name, self.names(), plugins.hint())
+        if name not in (names := self.names()):
+            raise UnknownName(self.kind, name, names, plugins.hint())
         if name not in self._objects:
             self._objects[name] = _imported(self._lazy[name])
         return self._objects[name]
-
-    def _reader(self, name: str) -> Callable[[str], Any] | None:
-        for prefix, target in self._readers.items():
-            if name.startswith(prefix):
-                return _imported(target)  # type: ignore[no-any-return]
-        return None
 
 
 def _imported(target: str) -> Any:
@@ -115,7 +105,7 @@ METHODS = Registry(
         "dart-token teal teal-attention wina cats countdown prox",
         str.upper,
     ),
-    {SETTING: "dart_llm.pruning.setting_file:method_of"},
+    "dart_llm.pruning.setting_file:method_of",
 )
 """Methods: names of a ``PruneConfig``.  Entry-point group ``dart_llm.methods``."""
 
@@ -124,8 +114,7 @@ SCORES = Registry(
     "dart_llm.scores",
     _table(
         "scores",
-        "magnitude normalized contribution fisher fisher-layer wanda flap weight random combined "
-        "product",
+        "magnitude normalized contribution fisher wanda flap weight random combined product",
     )
     | _table("scores", "max mean", "{}_proxy".format),
 )
@@ -146,15 +135,11 @@ DRIFT_RULES = Registry(
 TOKEN_RULES = Registry(
     "token rule",
     "dart_llm.token_rules",
-    {
-        "low-bit": "dart_llm.pruning.token_rules.low_bit:LowBit",
-        "prox": "dart_llm.pruning.token_rules.prox:Prox",
-        "cats": "dart_llm.pruning.token_rules.cats:Cats",
-        "countdown": "dart_llm.pruning.token_rules.countdown:Countdown",
-        "teal": "dart_llm.pruning.token_rules.teal:Teal",
-        "teal-attention": "dart_llm.pruning.token_rules.teal:TealAttention",
-        "wina": "dart_llm.pruning.token_rules.wina:Wina",
-    },
+    _table(
+        "token_rules",
+        "low-bit prox cats countdown teal teal-attention wina",
+        lambda name: name.title().replace("_", ""),
+    ),
 )
 """``TokenRule`` classes, by which tokens select.  Entry-point group ``dart_llm.token_rules``."""
 

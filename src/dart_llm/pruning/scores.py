@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dart_llm.errors import ConfigError
-from dart_llm.pruning.statistics import EPS, PerToken, squared, squared_share
+from dart_llm.pruning.statistics import PerToken, squared, squared_share
 from dart_llm.pruning.weights import FfnWeights
 
 __all__ = ["Score", "mix_ranks", "ranks", "score", "squared", "squared_share"]
@@ -50,25 +50,12 @@ class Score:
         kind = "variance" if self.spread else "mean"
         return f"is a {kind} over all tokens alike" if self.spread or self.average else None
 
-    @property
-    def summary(self) -> str:
-        """First line of the function's docstring."""
-        return (self.function.__doc__ or "").split("\n")[0]
-
 
 def score(
-    per_token: PerToken | None,
-    source: str,
-    spread: bool = False,
-    average: bool = False,
-    needs_fisher: bool = False,
+    per_token: PerToken | None, source: str, **flags: bool
 ) -> Callable[[Callable[[Tensor, FfnWeights], Tensor]], Score]:
     """Turn a function ``(a, weights) -> [I]`` into a ``Score``; the arguments are its fields."""
-
-    def wrap(function: Callable[[Tensor, FfnWeights], Tensor]) -> Score:
-        return Score(function, per_token, source, spread, average, needs_fisher)
-
-    return wrap
+    return lambda function: Score(function, per_token, source, **flags)
 
 
 @score(squared, "DART, arXiv 2601.22632, the published scripts' default")
@@ -113,20 +100,6 @@ def fisher(a: Tensor, weights: FfnWeights) -> Tensor:
     if weights.fisher is None:
         raise RuntimeError("score fisher needs the layers' learned statistics")
     return a * weights.fisher
-
-
-@score(
-    squared,
-    "this project: the Fisher information of a layer, shared out by energy; docs/lab-notes.md",
-    average=True,
-    needs_fisher=True,
-)
-def fisher_layer(a: Tensor, weights: FfnWeights) -> Tensor:
-    """Mean squared activation times one gain per layer, which keeps the layer's ``fisher`` sum.
-
-    For models on which the gradients' order within a layer misleads.
-    """
-    return a * (fisher(a, weights).sum() / a.sum().clamp_min(EPS))
 
 
 @score(None, "static baseline: norms of the neuron's weights")

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dart_llm.errors import AttachError, ConfigError, DartError
-from dart_llm.pruning.budgets import LayerView, align_counts, blend_counts
+from dart_llm.pruning.budgets import LayerView, blend_counts
 from dart_llm.pruning.clamp import NO_CLAMP, Clamp
 from dart_llm.pruning.compensation import CompensationInputs, compensation, low_rank
 from dart_llm.pruning.config import PruneConfig
@@ -24,8 +25,7 @@ from dart_llm.pruning.token_level import candidate_count, token_mask
 from dart_llm.pruning.weights import FfnWeights
 
 
-@dataclass(frozen=True)
-class MaskSelection:
+class MaskSelection(NamedTuple):
     """Masks of all layers, their counts and the scores behind."""
 
     masks: Masks
@@ -37,7 +37,8 @@ class MaskSelection:
 class MaskSelector:
     """The policy of one configuration over the layers of one model; holds no run state.
 
-    ``clamp``: neurons that masks never keep, whose activations are fixed.
+    ``clamp``: neurons that masks never keep, whose activations are fixed.  Raises ``ConfigError``
+    when the configuration cannot work on this model.
     """
 
     config: PruneConfig
@@ -45,6 +46,8 @@ class MaskSelector:
     clamp: Clamp = NO_CLAMP
 
     def __post_init__(self) -> None:
+        if not self.layers:
+            raise ConfigError("the model has no FFN layers")
         self.targets  # noqa: B018 - raises early when the table does not fit the model
         score, reason = self.config.score, self.rule.no_decay_reason
         if score.ema_decay is not None and reason and not self.removes_nothing:
@@ -124,13 +127,11 @@ class MaskSelector:
         Raises ``DartError`` when a score is not finite.
         """
         tokens = 0 if self.config.self_stats is None else self.config.self_stats.tokens
-        pairs = zip(evidence, self.layers, strict=True)
+        pairs = list(zip(evidence, self.layers, strict=True))
         evidence = [pooled(observed, layer.self_stats, tokens) for observed, layer in pairs]
         scores = self.scores(evidence)
         if (weight := self.config.score.prior_weight) is not None:
             priors = [layer.prior for layer in self.layers if layer.prior is not None]
-            if len(priors) < len(self.layers):
-                raise RuntimeError("a score with a prior_weight needs the layers' priors")
             ranked = zip(scores, priors, strict=True)
             scores = [mix_ranks(score, prior, weight) for score, prior in ranked]
         if counts is None:
@@ -174,23 +175,19 @@ class MaskSelector:
         host = [score.cpu().double() for score in scores]
         if self.config.score.strategy == "auto":
             return [auto_count(score) for score in host]
-        counts = [
-            layer.width if target is None else 0 if isinstance(target, str) else target
-            for target, layer in zip(self.targets, self.layers, strict=True)
-        ]
         automatic = [index for index, target in enumerate(self.targets) if target == AUTO]
-        if automatic:
-            views = [self._view(index, host[index], evidence[index]) for index in automatic]
-            for index, count in zip(automatic, self._allocate(views), strict=True):
-                counts[index] = count
-        return counts
+        views = [self._view(index, host[index], evidence[index]) for index in automatic]
+        allocated = dict(zip(automatic, self._allocate(views) if views else (), strict=True))
+        return [
+            allocated.get(index, layer.width) if not isinstance(target, int) else target
+            for index, (target, layer) in enumerate(zip(self.targets, self.layers, strict=True))
+        ]
 
     def _allocate(self, views: Sequence[LayerView]) -> list[int]:
         widths = [view.width for view in views]
         keep = round((1 - self.config.target) * sum(widths))
         first, *second = [BUDGETS.get(name)(views, keep) for name in self.config.budget.parts()]
-        counts = blend_counts(first, second[0], widths) if second else first
-        return align_counts(counts, widths, self.config.budget.multiple)
+        return blend_counts(first, second[0], widths) if second else first
 
     def _view(self, index: int, score: Tensor, evidence: LayerStatistics) -> LayerView:
         layer, sensitivity = self.layers[index], None
@@ -206,15 +203,11 @@ class MaskSelector:
     ) -> Masks:
         masks = list[LayerMask | None]()
         low_ranks = dict[int, CompensationInputs]()
-        for index, (layer, score, sums) in enumerate(
-            zip(self.layers, scores, evidence, strict=True)
+        for index, (layer, score, sums, count) in enumerate(
+            zip(self.layers, scores, evidence, counts, strict=True)
         ):
-            count = counts[index]
-            if count >= layer.width:
-                masks.append(None)
-                continue
-            mask = self._token_mask(index, score, sums, count)
-            if mask is None:
+            mask = None if count >= layer.width else self._token_mask(index, score, sums, count)
+            if mask is None and count < layer.width:
                 kept, removed = split(score, count)
                 removed = self.clamp.without(index, removed)
                 bias = None
@@ -234,15 +227,14 @@ class MaskSelector:
         self, index: int, score: Tensor, evidence: LayerStatistics, count: int
     ) -> LayerMask | None:
         """Candidates among which each token selects; None where tokens select nothing."""
-        if (token := self.config.token) is None:
+        layer, token = self.layers[index], self.config.token
+        if token is None:
             return None
-        layer = self.layers[index]
         wide = self.clamp.most(index, candidate_count(token.candidates, layer.width, count))
         if wide <= count:
             return None
-        mean = None
-        if self.config.compensation:
-            mean = self.clamp.silent(index, evidence.mean_when_lost())
+        lost = evidence.mean_when_lost() if self.config.compensation else None
+        mean = None if lost is None else self.clamp.silent(index, lost)
         saliency = None if layer.self_stats is None else layer.saliency
         return token_mask(score, wide, count, layer.down, mean, saliency)
 
@@ -252,12 +244,3 @@ class MaskSelector:
             f"the {what} of layer {layer} are not finite: the model's activations overflow in "
             f"{dtype}; try dtype float32"
         )
-
-
-def check_fits(
-    config: PruneConfig, layers: Sequence[FfnWeights], clamp: Clamp = NO_CLAMP
-) -> MaskSelector:
-    """A ``MaskSelector``, or ``ConfigError`` when the configuration cannot work on this model."""
-    if not layers:
-        raise ConfigError("the model has no FFN layers")
-    return MaskSelector(config, tuple(layers), clamp)

@@ -31,14 +31,16 @@ class Phase(StrEnum):
 
 @dataclass
 class MaskSpan:
-    """Decoded tokens under one set of keep counts (``kept`` None: dense)."""
+    """Decoded tokens under one set of keep counts (``kept`` None: dense).
+
+    ``length``: tokens per row, finished rows included.
+    """
 
     kept: tuple[int, ...] | None
     tokens: Tensor | float = 0.0
     forwards: int = 0
     observed: int = 0
     length: int = 0
-    """Tokens per row, finished rows included."""
 
     def cut(self, tokens: int) -> int:
         """Take back up to ``tokens`` per row; returns how many more must come from elsewhere."""
@@ -132,28 +134,25 @@ class SequenceState:
         return release is not None and self.decoded >= release
 
     def _first_length(self) -> int:
+        """Dense decode tokens between the prompt and its mask."""
         if self.fixed_masks is not None:
             return 0
-        first = self.cause == "first"
+        waits = self.config.masking_step if self.cause == "first" else 0
         if not self.selector.needs_evidence:
-            return self.config.masking_step if first else 0
-        short = max(0, math.ceil(self.config.min_evidence - self.evidence_tokens))
-        alone = 1 if self.evidence_tokens <= 0 else 0
-        return max(self.config.masking_step if first else 0, short, alone)
+            return waits
+        short = math.ceil(self.config.min_evidence - self.evidence_tokens)
+        return max(waits, short, 1 if self.evidence_tokens <= 0 else 0)
 
     def _build(self) -> None:
-        old = self.masks or (self.selection.masks if self.selection else None)
-        cause = self.cause
+        old, cause = self.masks or (self.selection.masks if self.selection else None), self.cause
         if self.fixed_masks is not None:
-            counts = tuple(
-                layer.width if mask is None else mask.kept
-                for layer, mask in zip(self.selector.layers, self.fixed_masks, strict=True)
-            )
+            pairs = zip(self.selector.layers, self.fixed_masks, strict=True)
+            counts = tuple(layer.width if mask is None else mask.kept for layer, mask in pairs)
             self.selection, cause = MaskSelection(self.fixed_masks, counts, ()), "fixed"
         else:
-            fixed = self.selection is not None and self.config.budget.refresh == "first"
-            counts_before = self.selection.counts if fixed and self.selection else None
-            self.selection = self.selector.select(self.evidence, counts_before)
+            again = self.selection is not None and self.config.budget.refresh == "first"
+            before = self.selection.counts if again and self.selection else None
+            self.selection = self.selector.select(self.evidence, before)
         self.masks = self.selection.masks
         self.mask_count += 1
         self.phase, self.pruned_run, self.in_refresh = Phase.PRUNED, 0, False
@@ -219,16 +218,9 @@ class SequenceState:
 
     def may_trigger(self) -> bool:
         """Whether the guards allow a re-mask now (distance, cap on dense tokens)."""
-        drift = self.config.drift
-        return guards_allow(
-            self.decoded,
-            self.last_trigger,
-            self.refresh_tokens,
-            self._refresh_length(),
-            drift.min_distance,
-            drift.max_dense_share,
-            drift.allowance,
-        )
+        drift, need = self.config.drift, self._refresh_length()
+        guards = drift.min_distance, drift.max_dense_share, drift.allowance
+        return guards_allow(self.decoded, self.last_trigger, self.refresh_tokens, need, *guards)
 
     def trigger(self, cause: str) -> None:
         """Leave PRUNED: the next tokens run dense and are observed, for all layers at once."""
@@ -281,24 +273,18 @@ class SequenceState:
         if self.phase is Phase.RELEASED or self._to_be_released:
             return None
         bounds = [] if release is None else [release - self.decoded]
-        dense = self.tokens_to_mask
-        if dense > 0:
+        if (dense := self.tokens_to_mask) > 0:
             bounds.append(dense)
         else:
             pruned = self.phase is Phase.PRUNED
             if self.rule.window:
-                bounds.append(self.rule.window - (self.detector.filled if pruned else 0))
+                bounds.append(self.rule.window - pruned * self.detector.filled)
             if self.rule.interval:
-                bounds.append(self.rule.interval - (self.pruned_run if pruned else 0))
+                bounds.append(self.rule.interval - pruned * self.pruned_run)
         return max(1, min(bounds)) if bounds else None
 
     def nbytes(self) -> int:
         """Memory of this state beside the model."""
-        masks = self.selection.masks if self.selection else ()
-        scores = self.selection.scores if self.selection else ()
-        return (
-            sum(layer.nbytes() for layer in self.evidence)
-            + self.detector.nbytes()
-            + sum(mask.nbytes() for mask in masks if mask is not None)
-            + sum(score.numel() * score.element_size() for score in scores)
-        )
+        masks, scores = ((), ()) if self.selection is None else self.selection[::2]
+        parts = [*self.evidence, self.detector, *(mask for mask in masks if mask is not None)]
+        return sum(part.nbytes() for part in parts) + sum(score.nbytes for score in scores)

@@ -21,10 +21,7 @@ from dart_llm.pruning.registry import METHODS, SETTING
 
 HEAD = '# Found by dart-llm tune; use it by --method file:{name}, or prune(model, "file:{name}").\n'
 
-SECTIONS = ("origin", "model", "measured", "setting")
-
-LAST = "complete"
-"""The last key of a file that ``save`` wrote: one that was cut off would be another setting."""
+FACTS = ("origin", "model", "measured")
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,11 @@ class KeptSetting:
         import yaml
 
         path = Path(path)
+        facts = {name: dict(getattr(self, name)) for name in FACTS}
         setting = {"weights": self.weights, **changes_of(self.config)}
-        parts = {**{name: dict(getattr(self, name)) for name in SECTIONS[:-1]}, "setting": setting}
-        text = yaml.safe_dump({**parts, LAST: True}, sort_keys=False, width=100)
         with contextlib.suppress(OSError):  # the next step says what is wrong with it
             path.parent.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump({**facts, "setting": setting}, sort_keys=False, width=100)
         write_text(path, HEAD.format(name=path.name) + text)
         return path
 
@@ -61,12 +58,11 @@ def changes_of(config: PruneConfig) -> dict[str, Any]:
     changes: dict[str, Any] = {"method": config.method}
     for name, value in config.to_dict().items():
         before = preset.get(name)
-        if value == before:
-            continue
-        if isinstance(value, Mapping):
-            usual = before if isinstance(before, Mapping) else {}
+        if isinstance(value, Mapping) and value != before:
+            usual = before or {}
             value = {key: new for key, new in value.items() if new != usual.get(key, ...)}
-        changes[name] = value
+        if value != before:
+            changes[name] = value
     return changes
 
 
@@ -79,37 +75,29 @@ def path_of(method: str) -> Path | None:
 
 def read_setting(path: Path) -> KeptSetting:
     """Raises ``ConfigError``, one sentence, for a file that is missing or has no setting."""
-    again = f"by dart-llm tune --save {path}"
     if not path.is_file():
         raise ConfigError(
             f"there is no setting file {path}: dart-llm tune --save {path} writes one"
         )
     data = read_yaml(path)
-    setting = data.get("setting")
-    if not isinstance(setting, Mapping) or "method" not in setting:
+    setting, facts = data.get("setting"), {name: data.get(name) or {} for name in FACTS}
+    changes = dict(setting) if isinstance(setting, Mapping) else {}
+    method, weights = changes.pop("method", None), changes.pop("weights", None)
+    if (
+        not isinstance(method, str)
+        or method.startswith(SETTING)
+        or not isinstance(weights, str | None)
+        or not all(isinstance(value, Mapping) for value in facts.values())
+    ):
         raise ConfigError(
-            f"{path} is not a setting file, for it has no setting with a method: write one {again}"
+            f"{path} is not a setting file: its setting must name a method, and weights as "
+            f"--weights takes them; write one by dart-llm tune --save {path}"
         )
-    if SECTIONS[0] in data and data.get(LAST) is not True:
-        raise ConfigError(
-            f"{path} is cut off, for its last line, {LAST}: true, is missing: write it again "
-            f"{again}"
-        )
-    changes = {str(name): value for name, value in setting.items()}
-    method, weights = changes.pop("method"), changes.pop("weights", None)
-    sections = {name: data.get(name) or {} for name in SECTIONS[:-1]}
-    for name, value in sections.items():
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} in {path} must hold names and values")
-    if not isinstance(method, str) or method.startswith(SETTING):
-        raise ConfigError(f"the setting in {path} names no method: write one of dart-llm methods")
-    if not (weights is None or isinstance(weights, str)):
-        raise ConfigError(f"weights in {path} must be a word as --weights takes it, not {weights}")
     try:
-        config = PruneConfig.build(method, **changes)
+        config = PruneConfig.build(method, **{str(name): value for name, value in changes.items()})
     except ConfigError as error:
         raise ConfigError(f"the setting in {path}: {error}") from None
-    return KeptSetting(config, weights, **sections)
+    return KeptSetting(config, weights, **facts)
 
 
 def kept_setting(method: str) -> KeptSetting | None:

@@ -7,7 +7,7 @@ row and 0 for padding and finished rows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,20 +88,14 @@ class LayerStatistics:
 
     def add_ema(self, values: Tensor, decay: float, weights: Tensor | None) -> None:
         """``s <- d s + a`` over the tokens of [B, T, I] in order, rows summed."""
-        tokens = values.shape[1]
-        if weights is None:
-            later = torch.arange(tokens - 1, -1, -1, device=values.device)
-            factors = (decay ** later.float()).expand(len(values), tokens)
-            shift: Tensor | float = float(decay**tokens)
-        else:
-            alive = weights.amax(0)
-            later = alive.flip(0).cumsum(0).flip(0) - alive
-            factors = decay**later * weights
-            shift = decay ** alive.sum()
+        alive = values.new_ones(values.shape[1]) if weights is None else weights.amax(0)
+        later = alive.flip(0).cumsum(0).flip(0) - alive
+        factors = (decay**later).expand(values.shape[:2])
+        factors = factors if weights is None else factors * weights
+        shift = decay ** alive.sum()
         with full_precision(values):
             total, weight = torch.einsum("bt,bti->i", factors, values), factors.sum()
-        before = self.sums.get("score")
-        if before is not None:
+        if (before := self.sums.get("score")) is not None:
             total, weight = before.total * shift + total, before.weight * shift + weight
         self.sums["score"] = Sum(total, weight)
 
@@ -109,10 +103,8 @@ class LayerStatistics:
         """Scale all sums by ``decay * min(1, 256 / n)``, n = tokens per row seen so far."""
         for name, entry in self.sums.items():
             ratio = REFERENCE_TOKENS * rows / entry.divisor
-            factor = decay * (
-                ratio.clamp_max(1.0) if isinstance(ratio, Tensor) else min(1.0, ratio)
-            )
-            self.sums[name] = Sum(entry.total * factor, entry.weight * factor)
+            share = ratio.clamp_max(1.0) if isinstance(ratio, Tensor) else min(1.0, ratio)
+            self.sums[name] = Sum(entry.total * (decay * share), entry.weight * (decay * share))
 
     def mean_when_lost(self) -> Tensor:
         """Mean activation of each neuron over the tokens that would leave it out, [I]."""
@@ -152,9 +144,8 @@ def summed(parts: Iterable[Layers], devices: Sequence[torch.device]) -> list[Lay
     for evidence in parts:
         for total, layer in zip(totals, evidence, strict=True):
             for name, entry in layer.sums.items():
-                total.add(
-                    name, entry.total.to("cpu", torch.float64, copy=True), float(entry.weight)
-                )
+                wide = entry.total.to("cpu", torch.float64, copy=True)
+                total.add(name, wide, float(entry.weight))
     for total, device in zip(totals, devices, strict=True):
         for entry in total.sums.values():
             entry.total = entry.total.float().to(device)
@@ -174,10 +165,11 @@ def to_tensors(evidence: Layers) -> dict[str, Tensor]:
 def from_tensors(tensors: Mapping[str, Tensor], layers: int) -> list[LayerStatistics]:
     """What ``to_tensors`` was given; raises ``KeyError``, ``ValueError`` or ``IndexError``."""
     evidence = [LayerStatistics() for _ in range(layers)]
-    for key, total in tensors.items():
+    for key in tensors:
         number, name, *weight = key.split(".")
         if not weight:
-            evidence[int(number)].sums[name] = Sum(total, float(tensors[f"{key}.weight"]))
+            weighed = float(tensors[f"{key}.weight"])
+            evidence[int(number)].sums[name] = Sum(tensors[key], weighed)
     return evidence
 
 
@@ -186,9 +178,8 @@ class SelfStats:
     """What is learned once of a layer, from self-generated text (docs/reference.md).
 
     ``evidence``: the sums of a run, over that text.  ``fisher``: [I] float32, mean squared
-    gradient of the loss by u_i; None where the run does not read it.  ``basis``: [r, D] in the
-    model's dtype, directions of the FFN's input that low-rank compensation reads; None: it has no
-    such compensation.
+    gradient of the loss by u_i.  ``basis``: [r, D] in the model's dtype, directions of the FFN's
+    input that low-rank compensation reads.  None: the run does not read it.
     """
 
     evidence: LayerStatistics
@@ -252,8 +243,7 @@ class Statistics:
 
     ``needs`` holds any of ``signed`` (compensation), ``features`` (its low-rank part),
     ``sensitivity`` (budget ``depth``) and ``lost`` (compensation of per-token selection).
-    ``spread``: scores take the standard deviation of u; ``average``: the mean of the per-token
-    statistic.
+    ``spread``, ``average``: as of ``Score``.
     """
 
     per_token: PerToken | None
@@ -286,18 +276,21 @@ class Statistics:
         ``selection``: needed for ``lost``.
         """
         if (u := seen.u) is not None:
-            step = max(1, TOGETHER // max(1, u[0].numel()))
-            for start in range(0, len(u), step):
-                part = slice(start, start + step)
-                features = None if f is None else f[part]
-                selected = None if selection is None else selection.of(part)
-                self._add_neurons(evidence[part], u[part], weights, features, selected)
+            count = max(1, TOGETHER // max(1, u[0].numel()))
+            tokens = max(1, CHUNK_ELEMENTS // (min(count, len(u)) * u.shape[1] * u.shape[3]))
+            for layers in _slices(len(u), count):
+                selected = None if selection is None else selection.of(layers)
+                for part in _slices(u.shape[2], tokens):
+                    w = None if weights is None else weights[:, part]
+                    features = None if f is None else f[layers, :, part].float()
+                    chunk = u[layers, :, part].float()
+                    self._add_chunk(evidence[layers], chunk, w, features, selected)
         if self.needs_stream and seen.z is not None and seen.x is not None:
             flat = None if weights is None else weights.flatten()
             x, z = seen.x.flatten(1, 2).float(), seen.z.flatten(1, 2).float()
             _add_sensitivity(evidence, x, z, flat)
 
-    def _add_neurons(
+    def _add_chunk(
         self,
         evidence: Layers,
         u: Tensor,
@@ -305,20 +298,7 @@ class Statistics:
         f: Tensor | None,
         selection: TokenSelection | None,
     ) -> None:
-        step = max(1, CHUNK_ELEMENTS // (u.shape[0] * u.shape[1] * u.shape[3]))
-        for start in range(0, u.shape[2], step):
-            part = slice(start, start + step)
-            w = None if weights is None else weights[:, part]
-            chunk = u[:, :, part].float()
-            self._add_chunk(evidence, chunk, w, selection)
-            if f is not None and "features" in self.needs:
-                _add_features(evidence, chunk, f[:, :, part].float(), w)
-
-    def _add_chunk(
-        self, evidence: Layers, u: Tensor, weights: Tensor | None, selection: TokenSelection | None
-    ) -> None:
-        flat = u.flatten(1, 2)
-        w = None if weights is None else weights.flatten()
+        flat, w = u.flatten(1, 2), None if weights is None else weights.flatten()
         if self.per_token is not None and self.ema_decay is not None:
             for layer, values in zip(evidence, self.per_token(u).sqrt(), strict=True):
                 layer.add_ema(values, self.ema_decay, weights)
@@ -330,6 +310,8 @@ class Statistics:
             lost = selection.losers(flat)
             add_sums(evidence, "lost", flat * lost, w)
             add_sums(evidence, "losses", lost, w)
+        if f is not None and "features" in self.needs:
+            _add_features(evidence, flat, f.flatten(1, 2), w)
 
     def score_input(self, evidence: LayerStatistics, width: int, device: torch.device) -> Tensor:
         """The accumulated statistic ``a`` that score functions take: [I], float32."""
@@ -366,13 +348,15 @@ def _nth_smallest(values: Tensor, number: int) -> Tensor:
     return torch.from_numpy(ordered[:, number - 1 : number])
 
 
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, length, step))
+
+
 def _add_features(evidence: Layers, u: Tensor, f: Tensor, weights: Tensor | None) -> None:
-    """Sums of f, f f^T and u f^T; u: [L, B, T, I], f: [L, B, T, F], both float32."""
-    u, f = u.flatten(1, 2), f.flatten(1, 2)
-    w = None if weights is None else weights.flatten()
-    add_sums(evidence, "features", f, w)
-    weight: Tensor | float = float(f.shape[1]) if w is None else w.sum()
-    weighted = f if w is None else f * w[:, None]
+    """Sums of f, f f^T and u f^T; u: [L, T, I], f: [L, T, F], both float32; weights: [T]."""
+    add_sums(evidence, "features", f, weights)
+    weight: Tensor | float = float(f.shape[1]) if weights is None else weights.sum()
+    weighted = f if weights is None else f * weights[:, None]
     with full_precision(f):
         add_totals(evidence, "moments", f.mT @ weighted, weight)
         add_totals(evidence, "cross", u.mT @ weighted, weight)

@@ -168,8 +168,8 @@ class TokenMask(LayerMask):
         return None if len(self.ids) == self.width else self.ids
 
     def nbytes(self) -> int:
-        tensors = (t for t in (self.mean, self.saliency) if t is not None)
-        return super().nbytes() + sum(t.nbytes for t in tensors)
+        extra = (self.mean, self.saliency)
+        return super().nbytes() + sum(t.nbytes for t in extra if t is not None)
 
 
 def candidate_count(share: float | None, width: int, keep: int) -> int:
@@ -227,16 +227,13 @@ def at_largest(x: Tensor, count: int, norms: Tensor | None = None) -> Tensor:
     if count >= x.shape[-1]:
         return x
     with torch.no_grad():
-        strengths = x.abs() if norms is None else x.abs() * norms
-        none = torch.zeros(x.shape, dtype=torch.bool, device=x.device)
-        keep = none.scatter_(-1, winner_places(strengths, count), True)
-    return torch.where(keep, x, torch.zeros_like(x))
+        places = winner_places(x.abs() if norms is None else x.abs() * norms, count)
+        keep = torch.zeros(x.shape, dtype=torch.bool, device=x.device).scatter_(-1, places, True)
+    return x.where(keep, 0.0)
 
 
 def sequence_masks(masks: Masks) -> Masks:
     """``masks`` without those of layers with per-token selection."""
-    if not any(isinstance(mask, TokenMask) for mask in masks):
-        return masks
     return tuple(None if isinstance(mask, TokenMask) else mask for mask in masks)
 
 

@@ -65,7 +65,6 @@ class FfnWeights:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return self.down.device
 
     @property

@@ -28,7 +28,7 @@ from dart_llm.pruning.controller import PruningController, RemaskHook, TokensHoo
 from dart_llm.pruning.forward import PendingForward
 from dart_llm.pruning.masks import Ids, LayerMask, Masks, masks_on_devices
 from dart_llm.pruning.records import DriftCheck, HeadReport, Remask, RunReport
-from dart_llm.pruning.selection import MaskSelector, check_fits
+from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import plain_masks, sequence_masks
 from dart_llm.pruning.weights import FfnWeights, in_blocks, with_parts
@@ -132,7 +132,7 @@ class BoundMethod:
     @cached_property
     def selector(self) -> MaskSelector:
         """Raises ``ConfigError`` where the configuration or the clamp does not fit the layers."""
-        return check_fits(self.settings, self.layers, make_clamp(self.layers, self.clamp or {}))
+        return MaskSelector(self.settings, self.layers, make_clamp(self.layers, self.clamp or {}))
 
     @property
     def selects(self) -> bool:

@@ -24,7 +24,7 @@ from dart_llm.pruning.drift import SINKS
 from dart_llm.pruning.forward import without_sinks
 from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.registry import SCORES
-from dart_llm.pruning.selection import MaskSelector, check_fits
+from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.statistics import EPS, LayerStatistics
 from dart_llm.pruning.token_level import NO_MASK
 from dart_llm.pruning.weights import FfnWeights, norms_of
@@ -201,10 +201,10 @@ class Readings:
         """The method that selects a text's neurons; ``ConfigError`` where it reads no text."""
         config = self.settings.prune_config()
         layers = self.view.weights(config.score.proxy_embedding, config.seed)
-        selector = check_fits(_choosing(config), layers)
+        selector = MaskSelector(_choosing(config), layers)
         if selector.removes_nothing:
             return selector
-        return check_fits(config, self.knowing(config, layers))
+        return MaskSelector(config, self.knowing(config, layers))
 
     def knowing(self, config: PruneConfig, layers: Sequence[FfnWeights]) -> tuple[FfnWeights, ...]:
         """The layers with what ``config`` reads of the model: cached, or learned now."""

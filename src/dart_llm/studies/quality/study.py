@@ -105,7 +105,7 @@ class QualityStudy(MeasureStudy[QualitySettings]):
         learns = variant.config.calibration
         if learns is not None and learns.source == "text":
             cell = replace(cell, calibration=self.calibration_text)
-        return replace(cell, inputs=self.digests.of(cell, cell.config()))
+        return replace(cell, inputs=self.digests.of(cell))
 
     def units(self) -> Iterator[Unit]:
         for name, model in self.settings.names().items():

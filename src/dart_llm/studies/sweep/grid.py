@@ -61,7 +61,7 @@ def method_cells(settings: MethodSettings) -> tuple[Cell, ...]:
         for one in methods
         for task in settings.task_names()
     ]
-    return tuple(replace(cell, inputs=digests.of(cell, cell.config())) for cell in cells)
+    return tuple(replace(cell, inputs=digests.of(cell)) for cell in cells)
 
 
 def _method_cell(settings: MethodSettings, cell: Cell) -> Cell:
@@ -112,7 +112,7 @@ def expand(grid: SweepSettings) -> tuple[Cell, ...]:
                 here = replace(options, protocol=protocol, seed=seed)
                 one = replace(base, task=task, seed=seed, options=here)
                 for cell in _methods(grid, one, groups):
-                    complete = replace(cell, inputs=digests.of(cell, cell.config()))
+                    complete = replace(cell, inputs=digests.of(cell))
                     cells.setdefault(complete.key, complete)
     return tuple(cells.values())
 
