@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dart_llm.pruning.records import DriftCheck, Remask, RunReport
     from dart_llm.session.gguf_export import export_gguf
     from dart_llm.session.run import Run, prune
-    from dart_llm.session.trace_file import TraceFile, read_trace
+    from dart_llm.session.trace import TraceFile, read_trace
     from dart_llm.studies.bench.tune import tune
 
 __version__ = "0.1.0"
@@ -41,11 +41,11 @@ _LAZY = {
     "Remask": "dart_llm.pruning.records",
     "Run": "dart_llm.session.run",
     "RunReport": "dart_llm.pruning.records",
-    "TraceFile": "dart_llm.session.trace_file",
+    "TraceFile": "dart_llm.session.trace",
     "export_gguf": "dart_llm.session.gguf_export",
     "load": "dart_llm.models.loading",
     "prune": "dart_llm.session.run",
-    "read_trace": "dart_llm.session.trace_file",
+    "read_trace": "dart_llm.session.trace",
     "restore": "dart_llm.patching.patch",
     "tune": "dart_llm.studies.bench.tune",
 }

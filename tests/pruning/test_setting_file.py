@@ -20,7 +20,7 @@ from dart_llm.pruning.setting_file import KeptSetting, changes_of, read_setting
 from dart_llm.reporting.console import Ui
 from dart_llm.server.schemas import Dart, RequestReader
 from dart_llm.server.settings import ServeSettings
-from dart_llm.session.kept import identity, other_model
+from dart_llm.session.run import identity, other_model
 from dart_llm.settings import merge
 from dart_llm.studies.generate.settings import RunSettings
 from dart_llm.studies.sweep.grid import expand
@@ -111,10 +111,6 @@ def test_another_checkpoint_is_said_in_one_sentence(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         prune(model, f"file:{path}")
     assert caplog.messages == [sentence]
-    blocks = {**identity(model), "stored_as": "Q4_1 as in the file"}
-    method = f"file:{keep(tmp_path / 'blocks.yaml', model=blocks)}"
-    assert "was found on weights stored as Q4_1" in other_model(method, model, weights=True)
-    assert other_model(method, model) == ""
 
 
 @pytest.mark.parametrize("kind", [RunSettings, PerplexitySettings, ChatSettings, ServeSettings])

@@ -14,9 +14,9 @@ from dart_llm.models.gguf_facts import ARCHITECTURES
 from dart_llm.models.gguf_file import read_gguf
 from dart_llm.models.gguf_write import ABOUT, homes, write_narrow
 from dart_llm.models.loading import load
-from dart_llm.session import gguf_file
+from dart_llm.session import export as gguf_file
+from dart_llm.session.export import source_file
 from dart_llm.session.gguf_export import export_gguf
-from dart_llm.session.gguf_file import source_file
 from dart_llm.session.run import prune
 from lm_cases import call
 from steps import apart

@@ -17,7 +17,7 @@ from dart_llm.files import finite, size_text
 from dart_llm.settings import BaseSettings, load_arguments, merge, setting, words
 
 if TYPE_CHECKING:
-    from dart_llm.session.gguf_file import GgufExport
+    from dart_llm.session.export import GgufExport
 
 PANEL = "Export"
 

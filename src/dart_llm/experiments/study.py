@@ -34,7 +34,7 @@ from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.reporting.words import dtype_text, file_text
-from dart_llm.session.kept import other_model
+from dart_llm.session.run import other_model
 from dart_llm.settings import ModelOptions, PruningOptions, ResultOptions, load_arguments
 
 S = TypeVar("S", bound=ResultOptions)

@@ -1,9 +1,12 @@
-"""A mask as a dense checkpoint of narrower width."""
+"""A mask in a file: a dense checkpoint of narrower width, or a narrower GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from dart_llm.errors import ConfigError
+from dart_llm.files import file_sha256
+from dart_llm.models.checkpoint import blocks_file
 from dart_llm.models.ffn import FfnBlock
-from dart_llm.pruning.masks import LayerMask
+from dart_llm.models.gguf_file import GgufFile, read_gguf
+from dart_llm.models.gguf_write import (
+    DOWN,
+    NarrowLayer,
+    block_of,
+    layer_widths,
+    rounded_columns,
+    write_narrow,
+    written_architecture,
+    written_kind,
+)
+from dart_llm.pruning.config import USER_MASKS
+from dart_llm.pruning.masks import LayerMask, Masks
 
 
 def export(
@@ -24,25 +41,24 @@ def export(
     architecture's width is fixed, when a bias is needed for which it has no room, or when the masks
     come with low-rank compensation, which no plain checkpoint can carry.
     """
-    check_plain(masks)
-    kept = {
-        block.down_width if mask is None else mask.kept
-        for block, mask in zip(blocks, masks, strict=True)
-    }
+    _check_plain(masks)
+    pairs = list(zip(blocks, masks, strict=True))
+    kept = {block.down_width if mask is None else mask.kept for block, mask in pairs}
     if len(kept) != 1:
         raise ConfigError(
             f"export needs the same number of neurons in every layer, this mask keeps {min(kept)} "
             f'to {max(kept)}; use budget "uniform" and a sparsity that comes out even, such as 0.25'
         )
-    key = blocks[0].width_key
-    if key is None:
+    if blocks[0].width_key is None:
         raise ConfigError(f"{type(model).__name__} fixes its FFN width, so it cannot be narrowed")
     if any(block.offloaded for block in blocks):
         raise ConfigError("an offloaded model cannot be exported: load it without offloading")
-    narrow = _narrow_model(model, key, kept.pop(), _needs_bias(blocks, masks))
+    biased = [block for block, mask in pairs if mask is not None and mask.bias is not None]
+    bias = any(getattr(block.down, "bias", None) is None for block in biased)
+    narrow = _narrow_model(model, blocks[0].width_key, kept.pop(), bias)
     state = model.state_dict()
     names = {id(module): name for name, module in model.named_modules()}
-    for block, mask in zip(blocks, masks, strict=True):
+    for block, mask in pairs:
         if mask is not None:
             _slice(state, names, block, mask)
     missing, unexpected = narrow.load_state_dict(state, strict=False)
@@ -56,20 +72,12 @@ def export(
     return folder
 
 
-def check_plain(masks: Sequence[LayerMask | None]) -> None:
-    """Raise ``ConfigError`` for low-rank compensation."""
+def _check_plain(masks: Sequence[LayerMask | None]) -> None:
     if any(mask is not None and mask.low_rank is not None for mask in masks):
         raise ConfigError(
             "a plain checkpoint cannot have low-rank compensation: use compensation_rank=0 to "
             "export"
         )
-
-
-def _needs_bias(blocks: Sequence[FfnBlock], masks: Sequence[LayerMask | None]) -> bool:
-    return any(
-        mask is not None and mask.bias is not None and getattr(block.down, "bias", None) is None
-        for block, mask in zip(blocks, masks, strict=True)
-    )
 
 
 def _narrow_model(model: Any, key: str, width: int, bias: bool) -> Any:
@@ -90,20 +98,123 @@ def _narrow_model(model: Any, key: str, width: int, bias: bool) -> Any:
 def _slice(
     state: dict[str, Tensor], names: dict[int, str], block: FfnBlock, mask: LayerMask
 ) -> None:
-    ids = mask.ids
-    for module in (block.up, block.gate):
+    both = torch.cat([mask.ids, mask.ids + mask.width]) if block.fused else mask.ids
+    for module, dim, ids in ((block.up, 0, both), (block.gate, 0, both), (block.down, 1, mask.ids)):
         if module is None:
             continue
-        rows = torch.cat([ids, ids + mask.width]) if block.fused else ids
-        prefix = names[id(module)]
-        dim = 1 if type(module).__name__ == "Conv1D" else 0
-        state[f"{prefix}.weight"] = state[f"{prefix}.weight"].index_select(dim, rows)
-        if f"{prefix}.bias" in state:
-            state[f"{prefix}.bias"] = state[f"{prefix}.bias"].index_select(0, rows)
-    prefix = names[id(block.down)]
-    dim = 0 if type(block.down).__name__ == "Conv1D" else 1
-    state[f"{prefix}.weight"] = state[f"{prefix}.weight"].index_select(dim, ids)
+        weight, bias = (f"{names[id(module)]}.{part}" for part in ("weight", "bias"))
+        transposed = type(module).__name__ == "Conv1D"
+        state[weight] = state[weight].index_select(1 - dim if transposed else dim, ids)
+        if dim == 0 and bias in state:
+            state[bias] = state[bias].index_select(0, ids)
     if mask.bias is not None:
-        old = state.get(f"{prefix}.bias")
-        total = mask.bias if old is None else old.float() + mask.bias
-        state[f"{prefix}.bias"] = total.to(state[f"{prefix}.weight"].dtype)
+        old = state.get(bias)
+        state[bias] = (mask.bias if old is None else old.float() + mask.bias).to(state[weight])
+
+
+@dataclass(frozen=True)
+class GgufExport:
+    """What was written.
+
+    Per layer: ``neurons`` of the model, how many the method ``requested``, and how many are
+    ``written``: a multiple of ``block``.  ``kinds``: types of the down projections, and those that
+    they are written in; ``rounded``: fraction of their columns that lie in another block than
+    before, and are rounded for that.  Bytes are those of the files.
+    """
+
+    path: Path
+    source: Path
+    architecture: str
+    method: str
+    neurons: tuple[int, ...]
+    requested: tuple[int, ...]
+    written: tuple[int, ...]
+    block: int
+    compensated: bool
+    kinds: Mapping[str, str]
+    rounded: float
+    bytes_before: int
+    bytes: int
+
+    @property
+    def achieved_sparsity(self) -> float:
+        """Fraction of the neurons that the file has no more."""
+        return 1 - sum(self.written) / sum(self.neurons)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data."""
+        names = {"path": str(self.path), "source": self.source.name}
+        return {**asdict(self), **names, "achieved_sparsity": self.achieved_sparsity}
+
+
+def source_file(model: Any, source: str | Path | None = None) -> GgufFile:
+    """The file to narrow: ``source``, or what ``model`` was loaded from.
+
+    Raises ``ConfigError`` where the model holds no file's blocks.
+    """
+    path = blocks_file(model) if source is None else Path(source).expanduser()
+    if path is None:
+        raise ConfigError(
+            f"{type(model).__name__} was not loaded from the blocks of a GGUF file, and only such "
+            "a file is narrowed: load one with weights='file' or give source=FILE.gguf, which "
+            "llama.cpp's convert_hf_to_gguf.py makes of a checkpoint"
+        )
+    return read_gguf(path)
+
+
+def write_masks(
+    file: GgufFile,
+    masks: Masks,
+    path: str | Path,
+    requested: Sequence[int] | None = None,
+    label: str = USER_MASKS,
+) -> GgufExport:
+    """Narrow ``file`` to ``masks`` and write it to ``path``.
+
+    ``requested``: counts per layer; ``label``: of the method.  Raises ``ConfigError`` for masks
+    that no such file can hold, as ``export_gguf``.
+    """
+    _check_plain(masks)
+    neurons, block, path = layer_widths(file), block_of(file), Path(path)
+    widths = [whole if mask is None else mask.width for mask, whole in zip(masks, neurons)]  # noqa: B905
+    if len(masks) != len(neurons) or widths != list(neurons):
+        raise ConfigError(
+            f"{file.path.name} has {len(neurons)} layers of {neurons[0]} neurons, and these masks "
+            "are of another model: give its file"
+        )
+    layers = [None if mask is None else _narrow(mask, block) for mask in masks]
+    pairs = list(zip(neurons, layers, strict=True))
+    written = tuple(width if layer is None else layer.width for width, layer in pairs)
+    kept = tuple(width if layer is None else len(layer.ids) for width, layer in pairs)
+    if written == tuple(neurons):
+        raise ConfigError(
+            f"in whole blocks of {block} neurons no layer loses any: give a higher sparsity"
+        )
+    facts = {"method": label, "kept": sum(kept), "of": sum(neurons)}
+    write_narrow(file, layers, path, json.dumps({**facts, "source": file_sha256(file.path)}))
+    narrow = [
+        (file.tensors[DOWN.format(index)].kind, layer)
+        for index, layer in enumerate(layers)
+        if layer is not None
+    ]
+    rounded = sum(rounded_columns(kind, layer) for kind, layer in narrow)
+    return GgufExport(
+        path=path,
+        source=file.path,
+        architecture=written_architecture(file, layers),
+        method=label,
+        neurons=tuple(neurons),
+        requested=tuple(requested or kept),
+        written=written,
+        block=block,
+        compensated=any(layer.bias is not None for _, layer in narrow),
+        kinds={kind.upper(): written_kind(kind).upper() for kind, _ in narrow},
+        rounded=rounded / max(1, sum(len(layer.ids) for _, layer in narrow)),
+        bytes_before=file.path.stat().st_size,
+        bytes=path.stat().st_size,
+    )
+
+
+def _narrow(mask: LayerMask, block: int) -> NarrowLayer:
+    width = min(math.ceil(mask.kept / block) * block, mask.width)
+    return NarrowLayer(mask.ids.cpu(), width, mask.bias)

@@ -39,17 +39,14 @@ class FiniteLogits(LogitsProcessor):
 
 
 class CheckedModel:
-    """A model as ``generate.generate`` uses it, which checks its logits and stops at ``ends``.
-
-    ``what``: whose logits they are, as of ``FiniteLogits``.
+    """A model for ``generate`` below, which checks its logits (``FiniteLogits``) and stops at
+    ``ends``.
     """
 
     def __init__(self, model: Any, ends: frozenset[int], what: str) -> None:
         self.model, self.device = model, model.device
-        self._settings: dict[str, Any] = {
-            "logits_processor": LogitsProcessorList([FiniteLogits(what)]),
-            "eos_token_id": sorted(ends) or None,
-        }
+        checks = LogitsProcessorList([FiniteLogits(what)])
+        self._settings = {"logits_processor": checks, "eos_token_id": sorted(ends) or None}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own ``generate``."""
@@ -59,8 +56,7 @@ class CheckedModel:
 def text_ends(model: Any, tokenizer: Any) -> frozenset[int]:
     """The tokens that end a text, for the model's generation settings or the tokenizer."""
     ends = model.generation_config.eos_token_id
-    several = ends if isinstance(ends, list | tuple) else [ends]
-    ids = [*several, tokenizer.eos_token_id]
+    ids = [*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id]
     return frozenset(int(token) for token in ids if token is not None)
 
 
@@ -124,9 +120,8 @@ class TextStream:
 
     def end(self) -> str:
         """What is left, half characters too: no token will follow."""
-        if not self._pending:
-            return ""
-        return self._take(decode_ids(self._tokenizer, self._context + self._pending))
+        rest = self._context + self._pending
+        return self._take(decode_ids(self._tokenizer, rest)) if self._pending else ""
 
     def _take(self, after: str) -> str:
         new = after[len(self._before) :]
@@ -137,7 +132,7 @@ class TextStream:
 
 
 class _Collector(BaseStreamer):
-    """Receives tokens from ``generate``."""
+    """Receives tokens from ``generate``, the prompt's first."""
 
     def __init__(self, tokenizer: Any, run: Run | None, on_step: OnStep | None) -> None:
         self.run, self.on_step = run, on_step
@@ -147,23 +142,27 @@ class _Collector(BaseStreamer):
         self._clock = time.perf_counter()
 
     def put(self, value: Tensor) -> None:
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        for token in value.flatten().tolist():
+        for token in value.flatten().tolist() if self._prompt_seen else ():
             self._add(int(token))
+        self._prompt_seen = True
 
     def _add(self, token: int) -> None:
-        now = time.perf_counter()
-        result, index = self.result, len(self.result.token_ids)
-        text = self._stream.add(token)
-        result.token_ids.append(token)
-        result.tokens.append(text)
-        result.phases.append("prefill" if index == 0 else self.run.phase if self.run else "dense")
-        result.seconds.append(now - self._clock)
+        now, result = time.perf_counter(), self.result
+        index, phase = len(result.token_ids), self.run.phase if self.run else "dense"
+        step = Step(
+            index,
+            token,
+            self._stream.add(token),
+            "prefill" if index == 0 else phase,
+            now - self._clock,
+        )
         self._clock = now
+        result.token_ids.append(token)
+        result.tokens.append(step.text)
+        result.phases.append(step.phase)
+        result.seconds.append(step.seconds)
         if self.on_step is not None:
-            self.on_step(Step(index, token, text, result.phases[-1], result.seconds[-1]))
+            self.on_step(step)
 
     def end(self) -> None:
         return
@@ -196,18 +195,15 @@ def generate(
     """
     collector = _Collector(tokenizer, run, on_step)
     torch.manual_seed(seed)
-    sampling = (
-        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    )
-    criteria = StoppingCriteriaList([_Stop(stop)] if stop else [])
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     pad = tokenizer.pad_token_id
     model.generate(
         ids.to(model.device),
         attention_mask=torch.ones_like(ids, device=model.device),
         max_new_tokens=tokens,
         streamer=collector,
-        stopping_criteria=criteria,
+        stopping_criteria=StoppingCriteriaList([_Stop(stop)] if stop else []),
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
-        **sampling,
+        **{"do_sample": False, **sampling},
     )
     return collector.result

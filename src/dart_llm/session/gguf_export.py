@@ -17,14 +17,11 @@ from dart_llm.models.gguf_write import block_of, layer_widths
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import Ids, Masks
 from dart_llm.pruning.statistics import LayerStatistics, summed
-from dart_llm.session.gguf_file import GgufExport, source_file, write_masks
+from dart_llm.session.export import GgufExport, source_file, write_masks
 from dart_llm.session.prepare import prepare
 from dart_llm.session.run import Run
 
 logger = logging.getLogger("dart_llm")
-
-METHOD = "griffin"
-"""The default method of an exported file."""
 
 
 def export_gguf(
@@ -32,7 +29,7 @@ def export_gguf(
     tokenizer: Any,
     path: str | Path,
     texts: Sequence[str] = (),
-    method: str | PruneConfig = METHOD,
+    method: str | PruneConfig = "griffin",
     *,
     sparsity: float | None = None,
     masks: Ids | None = None,
@@ -61,7 +58,10 @@ def export_gguf(
     run = ready.run(likelihood=True)
     if run is None or not run.asks_for_pruning:
         raise ConfigError(f"method {ready.label} removes nothing: give a sparsity above 0")
-    chosen, counts = choose_masks(run, _prompts(model, tokenizer, texts), block_of(file))
+    most = context_length(model)
+    prompts = [tokenizer(text, return_tensors="pt", verbose=False).input_ids for text in texts]
+    prompts = [ids[:, :most].to(model.device) for ids in prompts if ids.shape[1]]
+    chosen, counts = choose_masks(run, prompts, block_of(file))
     return write_masks(file, chosen, path, counts, ready.label)
 
 
@@ -77,12 +77,6 @@ def exportable(config: PruneConfig, say: Callable[[str], None]) -> PruneConfig:
     return config.replace({"compensation_rank": 0, "head": "full"})
 
 
-def _prompts(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[Tensor]:
-    most = context_length(model)
-    prompts = [tokenizer(text, return_tensors="pt", verbose=False).input_ids for text in texts]
-    return [ids[:, :most].to(model.device) for ids in prompts if ids.shape[1]]
-
-
 def choose_masks(run: Run, prompts: Sequence[Tensor], block: int) -> tuple[Masks, tuple[int, ...]]:
     """The masks of a run for several prompts, ids [1, T] each, and the counts that it requests.
 
@@ -96,17 +90,17 @@ def choose_masks(run: Run, prompts: Sequence[Tensor], block: int) -> tuple[Masks
         raise ConfigError(
             f"method {run.config.method} selects neurons by what it reads: give --prompt or --text"
         )
+
+    def observed() -> Iterator[Sequence[LayerStatistics]]:
+        for ids in prompts:
+            run.model(ids, use_cache=False, logits_to_keep=1)
+            yield run.controller.sequences[-1].evidence
+
     with torch.no_grad(), run:
         selector, layers = run.controller.selector, run.layers
-        evidence = summed(_observed(run, prompts), [layer.device for layer in layers])
+        evidence = summed(observed(), [layer.device for layer in layers])
         with torch.inference_mode(False):
             requested = selector.select(evidence).counts
             whole = [math.ceil(count / block) * block for count in requested]
             counts = [min(n, layer.width) for n, layer in zip(whole, layers, strict=True)]
             return selector.select(evidence, counts).masks, requested
-
-
-def _observed(run: Run, prompts: Sequence[Tensor]) -> Iterator[Sequence[LayerStatistics]]:
-    for ids in prompts:
-        run.model(ids, use_cache=False, logits_to_keep=1)
-        yield run.controller.sequences[-1].evidence

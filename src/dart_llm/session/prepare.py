@@ -18,13 +18,11 @@ logger = logging.getLogger("dart_llm")
 
 
 class UnitStore(Protocol):
-    """Where finished items of a measurement are cached; a results folder is one."""
+    """Where finished items of a measurement are cached, JSON-able: a results folder is one."""
 
-    def part(self, key: str) -> Any:
-        """What was saved under ``key``, or None."""
+    def part(self, key: str) -> Any: ...
 
-    def save_part(self, key: str, value: Any) -> None:
-        """Keep JSON-able ``value``."""
+    def save_part(self, key: str, value: Any) -> None: ...
 
 
 @dataclass

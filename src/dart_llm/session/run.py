@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from dart_llm.calibration.self_calibration import learn_screen, self_calibrate
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.capture import capture_activations
-from dart_llm.models.checkpoint import tokenizer_of
+from dart_llm.models.checkpoint import checkpoint_facts, tokenizer_of
 from dart_llm.models.describe import ModelView, describe
+from dart_llm.models.fingerprint import fingerprint
 from dart_llm.models.float32_products import note_slow_prompts
 from dart_llm.patching.executors import check_executor, choose_executor, effective_executor
 from dart_llm.patching.executors.token_ffn import winner_rows
@@ -25,16 +26,14 @@ from dart_llm.pruning.accounting import Costs, known_bytes, run_report
 from dart_llm.pruning.clamp import ClampValues, make_clamp
 from dart_llm.pruning.config import DEFAULT_METHOD, USER_MASKS, PruneConfig
 from dart_llm.pruning.controller import PruningController, RemaskHook, TokensHook
-from dart_llm.pruning.forward import PendingForward
-from dart_llm.pruning.masks import Ids, LayerMask, Masks, masks_on_devices
+from dart_llm.pruning.masks import Ids, Masks, masks_on_devices
 from dart_llm.pruning.records import DriftCheck, HeadReport, Remask, RunReport
 from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.sequence import SequenceState
+from dart_llm.pruning.setting_file import kept_setting, path_of
 from dart_llm.pruning.token_level import plain_masks, sequence_masks
 from dart_llm.pruning.weights import FfnWeights, in_blocks, with_parts
-from dart_llm.session.export import export
-from dart_llm.session.gguf_file import source_file, write_masks
-from dart_llm.session.kept import other_model
+from dart_llm.session.export import export, source_file, write_masks
 from dart_llm.session.trace import Trace, check_traceable
 
 logger = logging.getLogger("dart_llm")
@@ -42,15 +41,17 @@ logger = logging.getLogger("dart_llm")
 
 @dataclass(frozen=True)
 class PatchCosts:
-    """What a patch allocated and did: bytes beside the model, whole steps, errors of proxies.
-
-    ``head``: of a screened output head.
-    """
+    """What a patch allocated and did: bytes, whole steps, errors of proxies, a screened head."""
 
     nbytes: int = 0
     steps: int = 0
     proxy_errors: tuple[float, float] | None = None
     head: HeadReport | None = None
+
+    @classmethod
+    def from_patch(cls, patch: ModelPatch) -> PatchCosts:
+        head = None if patch.head is None else patch.head.report()
+        return cls(patch.nbytes(), patch.steps, patch.proxy_errors, head)
 
 
 def likelihood_config(config: PruneConfig) -> PruneConfig:
@@ -80,16 +81,13 @@ class BoundMethod:
     name: str = ""
     learned: tuple[FfnWeights, ...] | None = None
     clamp: ClampValues | None = None
-    by_hand: bool = False
-    """Whether ``fixed_masks`` are the user's."""
+    by_hand: bool = False  # whether ``fixed_masks`` are the user's
 
     @property
     def label(self) -> str:
         """``dense``, or method and sparsity as in ``dart@0.5``."""
-        if self.name:
-            return self.name
-        if self.config is None:
-            return "dense"
+        if self.name or self.config is None:
+            return self.name or "dense"
         if self.masks is not None:
             return USER_MASKS
         amount = "table" if self.requested is None else f"{self.requested:g}"
@@ -106,9 +104,8 @@ class BoundMethod:
         if self.config is None:
             return 0.0
         fixed = self.config.budget.table is not None or self.config.score.strategy == "auto"
-        if self.masks is not None or (fixed and self.config.sparsity is None):
-            return None
-        return self.config.target
+        unset = self.masks is not None or (fixed and self.config.sparsity is None)
+        return None if unset else self.config.target
 
     @property
     def settings(self) -> PruneConfig:
@@ -118,15 +115,13 @@ class BoundMethod:
 
     @cached_property
     def view(self) -> ModelView:
-        """The model's parts."""
         return describe(self.model)
 
     @cached_property
     def layers(self) -> tuple[FfnWeights, ...]:
         """The weights of every FFN, with learned statistics and prior."""
-        config, layers = self.settings, self.learned
-        if layers is None:
-            layers = self.view.weights(config.score.proxy_embedding, config.seed)
+        score, layers = self.settings.score, self.learned
+        layers = layers or self.view.weights(score.proxy_embedding, self.settings.seed)
         return layers if self.prior is None else with_parts(layers, prior=self.prior)
 
     @cached_property
@@ -142,9 +137,8 @@ class BoundMethod:
     @property
     def dense(self) -> bool:
         """Whether it can remove nothing: sparsity 0, a table of ones, masks of everything."""
-        if self.fixed_masks is not None:
-            return all(mask is None for mask in self.fixed_masks)
-        return self.selector.removes_nothing
+        fixed = self.fixed_masks
+        return self.selector.removes_nothing if fixed is None else not any(fixed)
 
     def with_fixed_masks(self, remove: Ids | None = None) -> BoundMethod:
         """The same, with the user's masks on the layers' devices, clamped.
@@ -153,25 +147,22 @@ class BoundMethod:
         fixed mask itself.
         """
         fixed, clamp = self.fixed_masks, self.selector.clamp
-        if self.masks is not None or remove is not None:
+        users = self.masks is not None or remove is not None
+        if users:
             fixed = masks_on_devices(self.layers, self.masks, remove)
         if clamp.layers and (fixed is not None or self.selector.removes_nothing):
             fixed = clamp.of(fixed or (None,) * len(self.layers))
-        by_hand = self.by_hand or self.masks is not None or remove is not None
-        return replace(self, masks=None, fixed_masks=fixed, by_hand=by_hand)
+        return replace(self, masks=None, fixed_masks=fixed, by_hand=self.by_hand or users)
 
     def check_prepared(self) -> None:
         """Raise ``ConfigError`` for a method that needs what only ``prepare`` makes."""
         calibration = self.settings.calibration
-        if calibration is None or not self.selects or self.prior is not None:
-            return
-        text = calibration.source == "text"
-        argument, option = (", calibration=FILE", " --calibration FILE") if text else ("", "")
-        raise ConfigError(
-            f'method "{self.method}" takes its {calibration.purpose} from calibration, which prune '
-            "does not do: use dart_llm.session.prepare.prepare(model, tokenizer, config"
-            f"{argument}), or dart-llm eval --method {self.method}{option}"
-        )
+        if calibration is not None and self.selects and self.prior is None:
+            raise ConfigError(
+                f'method "{self.method}" takes its {calibration.purpose} from calibration, which '
+                "prune does not do: use dart_llm.session.prepare.prepare(model, tokenizer, config, "
+                f"calibration=FILE), or dart-llm eval --method {self.method}"
+            )
 
     def run(self, likelihood: bool = False, make: Callable[..., Run] | None = None) -> Run | None:
         """A new run, not attached; None for the untouched model.
@@ -182,44 +173,36 @@ class BoundMethod:
         if self.config is None:
             return None
         config = likelihood_config(self.config) if likelihood else self.config
-        return (make or Run)(
-            self.model,
-            config,
-            masks=self.masks,
-            fixed_masks=self.fixed_masks,
-            prior=self.prior,
-        )
+        chosen = {"masks": self.masks, "fixed_masks": self.fixed_masks, "prior": self.prior}
+        return (make or Run)(self.model, config, **chosen)
 
     def controller(
         self, on_remask: RemaskHook | None = None, on_tokens: TokensHook | None = None
     ) -> PruningController:
         """A new one."""
-        clamp = self.selector.clamp
-        hooks = on_remask, on_tokens
-        return PruningController(self.settings, self.layers, self.fixed_masks, *hooks, clamp)
+        chosen = self.settings, self.layers, self.fixed_masks, on_remask, on_tokens
+        return PruningController(*chosen, self.selector.clamp)
 
     def report(self, controller: PruningController, executor: str, costs: PatchCosts) -> RunReport:
         """Accounting of what ``controller`` counted."""
         sequences, config, view = controller.all_sequences(), self.settings, self.view
         executor = effective_executor(executor, costs.steps, sequences)
-        by_hand = self.by_hand
+        requested = self.selector.total_requested and not self.by_hand
         blocks = all(in_blocks(layer.stored_up) for layer in self.layers)
         return run_report(
             sequences,
             Costs(self.layers, view.parameter_bytes, config.compensation, traffic=view.traffic),
             executor,
             costs.nbytes + known_bytes(self.layers, self.prior),
-            USER_MASKS if by_hand else config.method,
-            config.target if self.selector.total_requested and not by_hand else None,
+            USER_MASKS if self.by_hand else config.method,
+            config.target if requested else None,
             costs.proxy_errors,
             costs.head,
             winner_rows(config.token, executor, blocks),
         )
 
 
-def newest_masks(
-    states: Sequence[SequenceState], selector: MaskSelector
-) -> tuple[LayerMask | None, ...]:
+def newest_masks(states: Sequence[SequenceState], selector: MaskSelector) -> Masks:
     """Of the newest mask, per layer; None: dense.  Raises ``AttachError`` before the first."""
     for state in reversed(states):
         if state.selection is not None:
@@ -253,10 +236,7 @@ class Run:
         prior: Sequence[Tensor] | None = None,
         clamp: ClampValues | None = None,
     ) -> None:
-        """As ``prune``; ``fixed_masks``: chosen by calibration, ``prior``: [I] per layer.
-
-        Both come from ``dart_llm.session.prepare``.
-        """
+        """As ``prune``; ``fixed_masks`` and ``prior`` come from ``dart_llm.session.prepare``."""
         self.model = model
         self.config = config
         self.on_remask = on_remask
@@ -293,14 +273,12 @@ class Run:
         if self.tracing is not None:
             self.tracing.remask(remask, state)
 
-    def _take_tokens(
-        self, pending: PendingForward, accepted: int, states: list[SequenceState]
-    ) -> None:
-        if self.tracing is not None:
-            self.tracing.take(pending, accepted, states)
-
     def _new_controller(self) -> PruningController:
-        return self._method.controller(self._notify, self._take_tokens)
+        def on_tokens(*settled: Any) -> None:
+            if self.tracing is not None:
+                self.tracing.take(*settled)
+
+        return self._method.controller(self._notify, on_tokens)
 
     @property
     def executor(self) -> str:
@@ -318,7 +296,11 @@ class Run:
             raise AttachError("this run is being traced: leave that block before it attaches anew")
         note_slow_prompts(self.model, logger.warning)
         if not self.controller.sequence_count:  # the model may have moved since this run was made
-            self._method = self._with_statistics()
+            method = self._method = replace(self._method, learned=None)
+            # fixed masks may be let go later (``hold``), those of the start never
+            if self._first_masks is None and not method.selector.removes_nothing:
+                learned = self_calibrate(self.model, self.config, method.layers)
+                self._method = replace(method, learned=learned)
             self.controller = self._new_controller()
         method = self._method
         screen = learn_screen(self.model, self.config, method.layers)
@@ -326,14 +308,6 @@ class Run:
         self.patch = patch  # first, so that ``detach`` finds it however this ends
         patch.install()
         return self
-
-    def _with_statistics(self) -> BoundMethod:
-        """The method with the statistics that it needs of the model."""
-        method = replace(self._method, learned=None)
-        # fixed masks may be let go later (``hold``), those of the start never
-        if self._first_masks is not None or method.selector.removes_nothing:
-            return method
-        return replace(method, learned=self_calibrate(self.model, self.config, method.layers))
 
     def detach(self) -> None:
         """Stop pruning; the model is exactly what it was.  Safe to call twice."""
@@ -344,7 +318,7 @@ class Run:
             self.controller.flush()
         finally:
             patch.remove()
-            self._costs = _costs_of(patch)
+            self._costs = PatchCosts.from_patch(patch)
             self.patch = None
 
     def __enter__(self) -> Run:
@@ -370,6 +344,11 @@ class Run:
         if self.patch is not None:
             self.patch.controller = self.controller
 
+    def _attached(self, name: str) -> ModelPatch:
+        if self.patch is None or not self.patch.installed:
+            raise AttachError(f"{name}() needs an attached run: use it inside the with block")
+        return self.patch
+
     @contextmanager
     def decoding(self, prompt: bool = False) -> Iterator[None]:
         """Inside, every forward that continues a cache counts as decode, whatever its length.
@@ -377,9 +356,7 @@ class Run:
         ``prompt``: forwards that start a sequence, or that are ``generate``'s prompt step, too;
         fixed masks (``hold``) then apply to the prompt too.  Raises ``AttachError`` when detached.
         """
-        patch = self.patch
-        if patch is None or not patch.installed:
-            raise AttachError("decoding() needs an attached run: use it inside the with block")
+        patch = self._attached("decoding")
         patch.forced_decode += 1
         patch.forced_prompt += prompt
         try:
@@ -392,17 +369,15 @@ class Run:
     def trace(self, path: str | Path, activations: bool = False) -> Iterator[Trace]:
         """A block whose tokens are written to ``path``: which neurons each layer ran for each.
 
-        ``activations``: and what these were, which needs executor ``masked``.  The file is there
-        when the block is left, also by an error; ``read_trace`` reads it, and docs/trace.md
-        describes it.  Memory has some hundred tokens at a time, the rest is beside ``path``.
+        ``activations``: and what these were, which needs executor ``masked``.  Memory holds the
+        trace; the file is written when the block is left, also by an error; ``read_trace`` reads
+        it, and docs/trace.md describes it.
 
         Raises ``AttachError`` when detached, or traced already; ``ConfigError`` for activations
         under another executor, and for methods that select inputs and not neurons (``teal``, ...);
         ``ResultsError`` where nothing can be written.
         """
-        patch = self.patch
-        if patch is None or not patch.installed:
-            raise AttachError("trace() needs an attached run: use it inside the with block")
+        patch = self._attached("trace")
         if self.tracing is not None:
             raise AttachError("this run is being traced already: leave that block first")
         check_traceable(self.config)
@@ -421,13 +396,12 @@ class Run:
             finally:
                 self.tracing = None
                 patch.watch(None)
-                trace.close()
 
     def select(self) -> Masks:
         """The masks that the tokens observed so far give, compensation included; None: dense.
 
-        Changes nothing.  With masks of the user's own: those.  Raises ``AttachError`` when the
-        configuration needs observed tokens and there are none.
+        Changes nothing.  Raises ``AttachError`` when the configuration needs observed tokens and
+        there are none.
         """
         fixed = self._method.fixed_masks
         masks = fixed if fixed is not None else self.controller.select()
@@ -455,7 +429,7 @@ class Run:
     def tokens_until_change(self) -> int | None:
         """Tokens that one decode forward may hold before the masks can change; None: no bound.
 
-        For forwards of your own: raises ``AttachError`` while ``generate`` runs.
+        Raises ``AttachError`` while ``generate`` runs.
         """
         if self._generating:
             raise AttachError("generate is running: it decides itself how long a forward is")
@@ -471,16 +445,12 @@ class Run:
 
         Raises ``AttachError`` before the first, ``ConfigError`` with per-token selection.
         """
-        return {
-            layer: mask.ids.cpu()
-            for layer, mask in enumerate(plain_masks(self._newest_masks()))
-            if mask is not None
-        }
+        masks = enumerate(plain_masks(self._newest_masks()))
+        return {layer: mask.ids.cpu() for layer, mask in masks if mask is not None}
 
-    def _newest_masks(self) -> tuple[LayerMask | None, ...]:
-        if self._method.fixed_masks is not None:
-            return self._method.fixed_masks
-        return newest_masks(self.controller.all_sequences(), self.controller.selector)
+    def _newest_masks(self) -> Masks:
+        fixed, controller = self._method.fixed_masks, self.controller
+        return fixed or newest_masks(controller.all_sequences(), controller.selector)
 
     @property
     def remasks(self) -> tuple[Remask, ...]:
@@ -498,14 +468,13 @@ class Run:
         return self.patch is not None and self.patch.loop is not None
 
     def _catch_up(self) -> None:
-        """Account for the newest forward, unless ``generate`` may still roll it back."""
-        if not self._generating:
+        if not self._generating:  # else it may still roll the newest forward back
             self.controller.flush()
 
     def report(self) -> RunReport:
         """Accounting so far, in total and per sequence."""
         self._catch_up()
-        costs = self._costs if self.patch is None else _costs_of(self.patch)
+        costs = self._costs if self.patch is None else PatchCosts.from_patch(self.patch)
         return self._method.report(self.controller, self.executor, costs)
 
     @property
@@ -516,9 +485,9 @@ class Run:
     def export(self, folder: str | Path) -> Path:
         """Write the newest mask as a dense, narrower checkpoint that ``from_pretrained`` loads.
 
-        The tokenizer too, where there is one.
-        ``folder``: where to; a name that ends in ``.gguf`` is a file for llama.cpp, made of the
-        one whose blocks the model holds (``dart_llm.export_gguf`` chooses masks for many texts).
+        The tokenizer too, where there is one.  ``folder``: where to; a name that ends in ``.gguf``
+        is a file for llama.cpp, made of the one whose blocks the model holds
+        (``dart_llm.export_gguf`` chooses masks for many texts).
 
         Raises ``ConfigError`` unless every layer keeps the same number of neurons (a GGUF of
         Llama's architecture may hold any), and for low-rank compensation, which has no place
@@ -535,9 +504,38 @@ class Run:
         return written
 
 
-def _costs_of(patch: ModelPatch) -> PatchCosts:
-    head = None if patch.head is None else patch.head.report()
-    return PatchCosts(patch.nbytes(), patch.steps, patch.proxy_errors, head)
+SAME = ("name", "sha256", "file_quantisation", "parameters")
+"""What a setting file records of its checkpoint."""
+
+
+def identity(model: Any) -> dict[str, Any]:
+    """What distinguishes the checkpoint of ``model``; a digest of the weights where no file's
+    is available, which is of one weight format alone."""
+    facts = checkpoint_facts(model)
+    recorded = {name: facts.get(name) for name in SAME}
+    return recorded if recorded["sha256"] else {**recorded, "fingerprint": fingerprint(model)}
+
+
+def stored_as(model: Any) -> str:
+    """How ``model`` stores its weights: in blocks, or in a dtype."""
+    facts = checkpoint_facts(model)
+    return str(facts.get("weights") or facts["dtype"])
+
+
+def other_model(method: str, model: Any) -> str:
+    """A sentence where the setting ``file:...`` was measured on another checkpoint, else ""."""
+    kept, path = kept_setting(method), path_of(method)
+    if kept is None or path is None or not kept.model:
+        return ""
+    facts = identity(model)
+    marks = ("sha256", "fingerprint", "parameters")  # the first that both have decides
+    mark = next((name for name in marks if kept.model.get(name) and facts.get(name)), None)
+    if mark is None or kept.model[mark] == facts[mark]:
+        return ""
+    return (
+        f"{path.name} was found for {kept.model.get('name')}, not for {facts['name']}: measure "
+        "this model by dart-llm tune before you trust it"
+    )
 
 
 def prune(
@@ -572,6 +570,6 @@ def prune(
     if sparsity is not None and (masks is not None or remove is not None):
         raise ConfigError("masks= and remove= name the neurons themselves: drop the sparsity")
     config = PruneConfig.build(method, sparsity=sparsity, **settings)
-    if isinstance(method, str) and (note := other_model(method, model, weights=True)):
+    if isinstance(method, str) and (note := other_model(method, model)):
         logger.warning(note)
     return Run(model, config, masks, remove, on_remask, clamp=clamp)

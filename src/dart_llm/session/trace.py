@@ -1,18 +1,24 @@
-"""Which neurons each token of an attached run used, written while it runs: ``Run.trace``."""
+"""Which neurons each token of a run used: ``Run.trace`` writes it, ``read_trace`` reads it.
+
+The file is safetensors, a column per tensor; docs/trace.md describes it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from os.path import isdir
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from dart_llm.errors import ConfigError
+from dart_llm.errors import ConfigError, ResultsError
+from dart_llm.files import write_bytes
 from dart_llm.models.capture import LayerActivations
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.patching.patch import ModelPatch
@@ -24,28 +30,55 @@ from dart_llm.pruning.registry import TOKEN_RULES
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import TokenMask
 from dart_llm.pruning.weights import norms_of
-from dart_llm.session.trace_file import (
-    COLUMNS,
-    DENSE,
-    FORMAT,
-    PHASES,
-    Array,
-    ColumnFile,
-    hook_name,
-    layer_slices,
-    norm_name,
-)
+from dart_llm.reporting import words
 
-CHUNK_TOKENS, CHUNK_BYTES = 256, 1 << 22
-"""What memory holds at most before it goes to the disk, and one forward beside it."""
+Array = NDArray[Any]
+
+FORMAT = "dart-llm trace 1"
+
+COLUMNS = ("sequence", "row", "position", "token_id", "phase", "mask")
+"""int32 [N], one number per token."""
+
+PHASES = ("prefill", "observe", "pruned", "released")
+"""What ``phase`` counts."""
+
+DENSE = -1
+"""In ``mask``: every neuron ran."""
+
+
+def hook_name(layer: int) -> str:
+    """What TransformerLens calls the activations of a layer's neurons, [batch, pos, d_mlp]."""
+    return f"blocks.{layer}.mlp.hook_post"
+
+
+def norm_name(layer: int) -> str:
+    """The column of the norms of a layer's output weights."""
+    return f"blocks.{layer}.mlp.W_out.norm"
+
+
+def layer_slices(widths: Sequence[int]) -> list[slice]:
+    """Where the bytes of each layer lie in a row of ``masks``: a bit per neuron."""
+    ends = np.cumsum([-(-width // 8) for width in widths]).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def check_traceable(config: PruneConfig) -> None:
+    """Raise ``ConfigError`` for a method that selects no neurons."""
+    if config.token is not None and not TOKEN_RULES.get(config.token.rule).selects_neurons:
+        raise ConfigError(
+            f"method {config.method} selects inputs of matrices, not neurons, so that there are "
+            "none to trace: use a method with masks, or dart-token"
+        )
 
 
 class Trace:
-    """One trace that is being written; ``nbytes``: of the finished file."""
+    """One trace that is being recorded, in memory; ``nbytes``: of the finished file."""
 
     def __init__(self, patch: ModelPatch, path: Path, activations: bool) -> None:
         if isdir(path):  # which takes any name
             raise ConfigError(f"the trace {path} is a folder: give the name of a file")
+        if not isdir(path.parent):
+            raise ResultsError(f"cannot write the trace {path}: there is no such folder")
         if activations and patch.executor != "masked":
             raise ConfigError(
                 f"executor {patch.executor} never computes the activations of what it skips, nor "
@@ -53,8 +86,7 @@ class Trace:
                 "them"
             )
         self.path, self.activations, self.nbytes = path, activations, 0
-        self.tokens = 0
-        """Tokens that are on the disk."""
+        self.remasks: list[dict[str, Any]] = []
         self._patch = patch
         self._blocks = [layer.block for layer in patch.layers]
         self._widths = [block.down_width for block in self._blocks]
@@ -67,27 +99,18 @@ class Trace:
         """By batch row: the newest masks, their number, their bits, layers whose tokens select."""
         self._before: dict[int | None, tuple[int, int]] = {}
         """By batch row: the newest sequence with a mask, and the mask's number."""
-        self.remasks: list[dict[str, Any]] = []
         self._rows: list[tuple[int, ...]] = []
         self._bits: list[Array] = []
-        self._count = 0
-        self._values: dict[int, list[Array]] = {n: [] for n in range(len(self._widths))}
-        self._buffered = 0
-        self._file = ColumnFile(path, self._columns(self._slices[-1].stop))
+        self._values: list[list[Array]] = [[] for _ in self._widths]
 
-    def _columns(self, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        layers = range(len(self._widths)) if self.activations else ()
-        values = [name(n) for name in (hook_name, norm_name) for n in layers]
-        made: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(COLUMNS, ("<i4", ()))
-        return {**made, **dict.fromkeys(values, ("<f4", ())), "masks": ("|u1", (size,))}
-
-    # what the run reports
+    @property
+    def tokens(self) -> int:
+        return len(self._rows)
 
     def begin(self, ids: Tensor | None, decodes: bool) -> None:
         """A forward comes: its token ids [B, T], None where it was given embeddings."""
         self._ids = None if ids is None else ids.tolist()
-        self._decodes = decodes
-        self._u = {}
+        self._decodes, self._u = decodes, {}
 
     def see(self, layer: int, seen: LayerActivations) -> None:
         """A layer's activations."""
@@ -96,13 +119,13 @@ class Trace:
 
     def remask(self, remask: Remask, state: SequenceState) -> None:
         """Masks were built."""
-        number = None if state.masks is None else self._number(state.row, state.masks)[0]
-        number = None if number == DENSE else number
+        number = DENSE if state.masks is None else self._number(state.row, state.masks)[0]
         sequence, before = self._before.get(state.row, (-1, None))
-        if number is not None:
+        numbers = {"mask": None, "before": before if sequence == state.sequence else None}
+        if number != DENSE:
             self._before[state.row] = state.sequence, number
-        before = before if sequence == state.sequence else None
-        self.remasks.append({**asdict(remask), "mask": number, "before": before})
+            numbers["mask"] = number
+        self.remasks.append({**asdict(remask), **numbers})
 
     def take(self, pending: PendingForward, accepted: int, states: list[SequenceState]) -> None:
         """The first ``accepted`` tokens of a forward stayed."""
@@ -115,13 +138,11 @@ class Trace:
                 self._rows.append((state.sequence, row, call.cached + position, token, phase, mask))
                 if self.activations and call.kind is Kind.DECODE:
                     self._keep_values(row, position, bits, masks)
-        if len(self._rows) >= CHUNK_TOKENS or self._buffered >= CHUNK_BYTES:
-            self._flush()
 
     def _masks_of(
         self, row: int | None, masks: Masks | None
     ) -> Callable[[int], tuple[int, Array | None]]:
-        """Gives number and bits of what each token ran, by its place in [B T] of the forward."""
+        """Gives number and bits of what each token ran, by its index in [B T] of the forward."""
         if masks is None:
             return lambda token: (DENSE, None)
         number, bits, layers = self._number(row, masks)
@@ -142,16 +163,14 @@ class Trace:
         cached = self._masks.get(row)
         if cached is None or cached[0] is not masks:
             bits = np.concatenate([_bits(*pair) for pair in zip(masks, self._widths, strict=True)])
-            layers = _selecting(masks)
+            layers = [layer for layer, mask in enumerate(masks) if isinstance(mask, TokenMask)]
             number = DENSE if layers else self._add(bits)
             self._masks[row] = cached = (masks, number, bits, layers)
         return cached[1:]
 
     def _add(self, bits: Array) -> int:
         self._bits.append(bits)
-        self._buffered += bits.nbytes
-        self._count += 1
-        return self._count - 1
+        return len(self._bits) - 1
 
     def _keep_values(
         self, row: int, position: int, bits: Array | None, masks: Masks | None
@@ -163,38 +182,26 @@ class Trace:
                 seen = seen + mean
             u = seen.cpu().numpy()
             if bits is not None:
-                part = bits[self._slices[layer]]
-                u = u[np.unpackbits(part, count=width, bitorder="little").astype(bool)]
+                u = u[_marks(bits[self._slices[layer]], width)]
             self._values[layer].append(u)
-            self._buffered += u.nbytes
-
-    # the file
-
-    def _flush(self) -> None:
-        """Write everything that is in memory."""
-        numbers = np.array(self._rows, np.int32).reshape(-1, len(COLUMNS))
-        for column, name in enumerate(COLUMNS):
-            self._file.append(name, numbers[:, column])
-        if self._bits:
-            self._file.append("masks", np.stack(self._bits))
-        for layer, parts in self._values.items():
-            if parts:
-                self._file.append(hook_name(layer), np.concatenate(parts))
-                parts.clear()
-        self.tokens += len(self._rows)
-        self._rows, self._bits, self._buffered = [], [], 0
 
     def finish(self, model: Any, report: RunReport) -> None:
         """Write the file."""
-        self._flush()
+        from safetensors.numpy import save
+
         names = {id(module): name for name, module in model.named_modules()}
+        numbers = np.array(self._rows, np.int32).reshape(-1, len(COLUMNS))
+        arrays = {name: numbers[:, column].copy() for column, name in enumerate(COLUMNS)}
+        arrays["masks"] = np.array(self._bits, np.uint8).reshape(-1, self._slices[-1].stop)
         layers = []
         for layer, block in enumerate(self._blocks):
             facts = {"layer": layer, "width": self._widths[layer], "hook": hook_name(layer)}
             layers.append({**facts, "module": names.get(id(block.down), "")})
             if self.activations:
-                norms = norms_of(block.matrices()[2].detach(), 0).cpu().numpy()
-                self._file.append(norm_name(layer), norms)
+                empty = np.zeros(0, np.float32)
+                arrays[hook_name(layer)] = np.concatenate([empty, *self._values[layer]])
+                norms = norms_of(block.matrices()[2].detach(), 0)
+                arrays[norm_name(layer)] = norms.cpu().numpy()
         checkpoint = checkpoint_facts(model)
         metadata = {
             "format": FORMAT,
@@ -209,11 +216,9 @@ class Trace:
             "neurons": str(sum(self._widths)),
             "remasks": json.dumps(self.remasks),
         }
-        self.nbytes = self._file.finish(metadata)
-
-    def close(self) -> None:
-        """Leave nothing behind but the file that was finished."""
-        self._file.close()
+        data = save(arrays, metadata)
+        write_bytes(self.path, data)
+        self.nbytes = len(data)
 
 
 def _tokens(call: ForwardCall, count: int, row: int | None) -> Iterator[tuple[int, int]]:
@@ -228,25 +233,144 @@ def _tokens(call: ForwardCall, count: int, row: int | None) -> Iterator[tuple[in
                 yield index, position
 
 
-def _selecting(masks: Masks) -> list[int]:
-    """Layers whose tokens select their neurons."""
-    return [layer for layer, mask in enumerate(masks) if isinstance(mask, TokenMask)]
-
-
 def _bits(mask: LayerMask | None, width: int) -> Array:
     """Bit i % 8 of byte i / 8 for each kept neuron i; zeros where tokens select."""
-    marks = np.ones(width, bool)
-    if mask is not None:
-        marks[:] = False
-        if not isinstance(mask, TokenMask):
-            marks[mask.ids.cpu().numpy()] = True
+    marks = np.full(width, mask is None)
+    if mask is not None and not isinstance(mask, TokenMask):
+        marks[mask.ids.cpu().numpy()] = True
     return np.packbits(marks, bitorder="little")
 
 
-def check_traceable(config: PruneConfig) -> None:
-    """Raise ``ConfigError`` for a method that selects no neurons."""
-    if config.token is not None and not TOKEN_RULES.get(config.token.rule).selects_neurons:
-        raise ConfigError(
-            f"method {config.method} selects inputs of matrices, not neurons, so that there are "
-            "none to trace: use a method with masks, or dart-token"
-        )
+def _marks(bits: Array, width: int) -> Array:
+    """[..., width] bool of packed bits."""
+    return np.unpackbits(bits, axis=-1, count=width, bitorder="little").astype(bool)
+
+
+def read_trace(path: str | Path) -> TraceFile:
+    """The trace in a file that ``Run.trace`` or ``dart-llm run --trace`` wrote.
+
+    Raises ``ConfigError`` for a file that is missing, damaged, or no trace.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            facts = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot read the trace {path}: {error}; trace it again") from None
+    if facts.get("format") != FORMAT:
+        raise ConfigError(f"{path} is not a {FORMAT}: give a file that run.trace wrote")
+    return TraceFile(dict(facts), arrays)
+
+
+@dataclass(frozen=True)
+class TraceFile:
+    """A trace that was read.  N tokens, M masks, L layers.
+
+    ``facts``: the file's metadata, strings.  ``arrays``: its columns, numpy, by name.
+    """
+
+    facts: dict[str, str]
+    arrays: dict[str, Array]
+
+    @cached_property
+    def layers(self) -> list[dict[str, Any]]:
+        """Of each layer ``layer``, ``width`` (neurons), ``hook`` (TransformerLens' name of its
+        activations) and ``module`` (the model's name of what they are the input of).
+        """
+        facts: list[dict[str, Any]] = json.loads(self.facts["layers"])
+        return facts
+
+    @cached_property
+    def remasks(self) -> list[dict[str, Any]]:
+        """The records of all re-masks (``Remask``), with ``mask`` and ``before``: rows of the
+        column ``masks``, None where tokens select, or where there was none before.
+        """
+        records: list[dict[str, Any]] = json.loads(self.facts["remasks"])
+        return records
+
+    @property
+    def has_activations(self) -> bool:
+        """Whether activations were kept."""
+        return hook_name(0) in self.arrays
+
+    def __repr__(self) -> str:
+        tokens, masks = len(self.arrays["mask"]), len(self.arrays["masks"])
+        counts = {"token": tokens, "layer": len(self.layers), "mask": masks}
+        return "trace of " + ", ".join(words.count(number, noun) for noun, number in counts.items())
+
+    @cached_property
+    def _slices(self) -> list[slice]:
+        return layer_slices([layer["width"] for layer in self.layers])
+
+    def neurons(self, mask: int, layer: int) -> Array:
+        """Ids of the neurons of ``layer`` that ran under row ``mask`` of ``masks`` (or ``DENSE``),
+        ascending, int64 [k].  Raises ``ConfigError`` for a mask or a layer that is not there.
+        """
+        count, layers = len(self.arrays["masks"]), len(self.layers)
+        if not (DENSE <= mask < count and 0 <= layer < layers):
+            raise ConfigError(
+                f"this trace has no mask {mask} of layer {layer}: masks go from {DENSE} (all "
+                f"neurons) to {count - 1}, layers from 0 to {layers - 1}"
+            )
+        width = self.layers[layer]["width"]
+        if mask == DENSE:
+            return np.arange(width)
+        return np.flatnonzero(_marks(self.arrays["masks"][mask, self._slices[layer]], width))
+
+    @cached_property
+    def stayed(self) -> Array:
+        """[N] bool: False where a later token of the sequence and row took a token's place."""
+        sequences = np.stack([self.arrays[name] for name in ("sequence", "row")])
+        stays = np.ones(sequences.shape[1], bool)
+        for group in np.unique(sequences, axis=1).T:
+            members = np.flatnonzero((sequences == group[:, None]).all(0))
+            at = self.arrays["position"][members]
+            later = np.minimum.accumulate(at[::-1])[::-1]
+            stays[members[:-1]] = at[:-1] < later[1:]
+        return stays
+
+    def rows(self, layers: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+        """A row per token and layer (of ``layers``, or all), as ``pandas.DataFrame`` takes them.
+
+        ``neurons``, and ``activation`` and ``contribution`` where they were kept (NaN in a prompt),
+        are arrays, equally long.  Raises ``ConfigError`` for a layer that is not there.
+        """
+        chosen = [*range(len(self.layers))] if layers is None else layers
+        starts = dict.fromkeys(chosen, 0)
+        ids = {
+            (mask, layer): self.neurons(mask, layer)
+            for mask in {DENSE, *self.arrays["mask"].tolist()}
+            for layer in chosen
+        }
+        tokens = zip(*(self.arrays[name].tolist() for name in COLUMNS), strict=True)
+        for number, values in enumerate(tokens):
+            token = {"token": number, **dict(zip(COLUMNS, values, strict=True))}
+            token |= {"phase": PHASES[token["phase"]], "stayed": bool(self.stayed[number])}
+            for layer in chosen:
+                neurons = ids[token["mask"], layer]
+                row = {**token, "layer": layer, "hook": hook_name(layer), "neurons": neurons}
+                if self.has_activations:
+                    u = np.full(len(neurons), np.nan, np.float32)
+                    if token["phase"] != "prefill":
+                        start, starts[layer] = starts[layer], starts[layer] + len(neurons)
+                        u = self.arrays[hook_name(layer)][start : starts[layer]]
+                    norms = self.arrays[norm_name(layer)][neurons]
+                    row |= {"activation": u, "contribution": u * norms}
+                yield row
+
+    def remask_rows(self) -> Iterator[dict[str, Any]]:
+        """A row per re-mask and layer: its record, and the ids ``grown`` (kept now and not before)
+        and ``dropped`` (the reverse), against the mask before it in its sequence and row, or
+        against all neurons; None where every token selects.
+        """
+        for number, remask in enumerate(self.remasks):
+            for layer, kept in enumerate(remask["kept"]):
+                grown = dropped = None
+                if remask["mask"] is not None:
+                    before = DENSE if remask["before"] is None else remask["before"]
+                    old, new = (self.neurons(mask, layer) for mask in (before, remask["mask"]))
+                    grown, dropped = np.setdiff1d(new, old), np.setdiff1d(old, new)
+                row = {"remask": number, **remask, "layer": layer, "hook": hook_name(layer)}
+                yield {**row, "kept": kept, "grown": grown, "dropped": dropped}

@@ -9,7 +9,7 @@ from dart_llm.cli.app import app
 from dart_llm.errors import ConfigError
 from dart_llm.models.loading import _Builder
 from dart_llm.reporting.console import Ui
-from dart_llm.session.trace_file import read_trace
+from dart_llm.session.trace import read_trace
 from dart_llm.studies.generate.settings import RunSettings, collect
 from dart_llm.studies.generate.study import RunStudy, run_each, run_job
 from tiny_gpt2 import CONTEXT

@@ -29,8 +29,7 @@ from dart_llm.pruning.setting_file import KeptSetting
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.words import count
-from dart_llm.session.kept import identity, stored_as
-from dart_llm.session.run import Run
+from dart_llm.session.run import Run, identity, stored_as
 from dart_llm.studies.bench import quality, report
 from dart_llm.studies.bench.candidates import (
     LOADED,

@@ -64,7 +64,7 @@ class LoadedModelCache:
         files = [cell.inputs.get(name) for name in ("calibration", "setting", "masks")]
         wanted = json.dumps([config.to_dict(), cell.label, cell.calibration, cell.masks, files])
         if self.candidate is None or self.prepared != wanted:
-            from dart_llm.session.kept import other_model  # which loads torch
+            from dart_llm.session.run import other_model  # which loads torch
 
             self.candidate = None
             self.candidate = self._prepared(cell, ui)
