@@ -23,7 +23,7 @@ from common import parser, read_text, save
 from torch import Tensor
 from torch.nn import functional as F
 
-from dart_llm.calibration.self_text import opening_ids, sample_continuations
+from dart_llm.calibration.collect import opening_ids, sample_continuations
 from dart_llm.data import texts
 from dart_llm.data.passages import listed_prompts
 from dart_llm.data.prompts import encode_prompt

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calibration_cases import WORDS, Letters
-from dart_llm.calibration.calibrate import calibrate
+from dart_llm.calibration.self_calibration import calibrate
 from dart_llm.errors import AttachError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.prepare import prepare

@@ -1,12 +1,13 @@
-"""What ids show of a model: gradients against leaves of the test's own, sums, bases."""
+"""What ids show of a model: gradients against leaves of the test's own, sums, bases; progress."""
 
-from itertools import pairwise
+import logging
 
 import pytest
 import torch
 from torch import Tensor
 
 from dart_llm.calibration import collect as module
+from dart_llm.calibration import progress
 from dart_llm.calibration.collect import Needs, collect, evaluating, find_bases, run_forward
 from dart_llm.models.describe import describe
 from dart_llm.pruning.compensation import find_basis
@@ -99,13 +100,12 @@ def test_flags_and_gradients_of_the_model_stay(name):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_sums_and_squared_gradients(name, monkeypatch):
-    """In parts of two rows: the progress grows by layers, forward and backward."""
+    """In parts of two rows, after each of which the progress grows."""
     model, ids, news = shared_model(name), tokens(ROWS, LENGTH, seed=5), []
     bases = find_bases(model, ids, 3, layers_of(model))
     monkeypatch.setattr(module, "LOGITS", 2 * LENGTH * VOCAB)
     result = collect(model, ids, Needs(STATISTICS, bases, True, inner=True), news.append)
-    assert news == sorted(news) and news[-1] == pytest.approx(1)
-    assert len(news) == 2 * 2 * LAYERS and max(b - a for a, b in pairwise([0, *news])) < 0.17
+    assert news == [0.5, 1]
     for layer, (u, g) in by_leaves(model, ids).items():
         u, g = (t[:, INNER].flatten(0, 1) for t in (u, g))
         sums = result[layer].sums
@@ -147,3 +147,51 @@ def test_bases_come_from_the_inputs_of_the_ffn(monkeypatch):
     signs = (result[1] * wanted).sum(1).sign()[:, None]
     torch.testing.assert_close(result[1] * signs, wanted, rtol=1e-2, atol=1e-3)
     assert find_bases(model, ids, 0, layers) == [None] * LAYERS
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that a test sets."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_lines_by_the_clock(clock):
+    """The first line after five seconds, then every ten; the time left by the measured speed."""
+    news = []
+    bar = progress.Progress(news.append, {"first": 100.0, "second": 300.0}, "learning")
+    advance = bar.stage("first")
+    for second in range(1, 31):
+        clock[0] = float(second)
+        advance(second / 30)
+    advance = bar.stage("second")
+    for second in range(31, 61):
+        clock[0] = float(second)
+        advance((second - 30) / 30)
+    assert news == [
+        "learning",
+        "learning (first): 4 %, about 2 min left",
+        "learning (first): 12 %, about 2 min left",
+        "learning (first): 21 %, about 2 min left",
+        "learning (second): 38 %, about 60 s left",
+        "learning (second): 62 %, about 30 s left",
+        "learning (second): 88 %, about 8 s left",
+    ]
+
+
+def test_a_library_call_warns_where_it_takes_long(clock, caplog):
+    """Else a call that is silent for minutes seems to hang; a quick one logs nothing."""
+    for seconds in (4, 20):
+        bar = progress.Progress(logging.getLogger("dart_llm").info, {"first": 100.0}, "learning")
+        advance = bar.stage("first")
+        start = clock[0]
+        for second in range(1, seconds + 1):
+            clock[0] = start + second
+            advance(second / 100)
+    result = [(one.levelname, one.getMessage()) for one in caplog.records]
+    assert result == [
+        ("WARNING", "learning"),
+        ("WARNING", "learning (first): 5 %, about 2 min left"),
+        ("WARNING", "learning (first): 15 %, about 80 s left"),
+    ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dart_llm.calibration.self_text import (
+from dart_llm.calibration.collect import (
     likeliest,
     opening_ids,
     sample_continuations,
@@ -28,7 +28,6 @@ class Fixed:
 
     config = SimpleNamespace(
         get_text_config=lambda: SimpleNamespace(vocab_size=4, bos_token_id=None, eos_token_id=None),
-        is_encoder_decoder=True,  # no layers that could say how far they are
     )
 
     def __init__(self, *chances, step=0):
@@ -113,7 +112,7 @@ def test_models_that_write_nothing():
     model = Fixed(*UNEVEN)
     for value in (float("nan"), float("inf")):
         model.logits[2] = value
-        with pytest.raises(DartError, match="a logit of the model's self-generated text is not"):
+        with pytest.raises(DartError, match="logits of the model's self-generated text are not"):
             sample_sequences(model, [3], 2, 4, 0)
     with pytest.raises(ConfigError, match="LlamaModel has no language-model head"):
         sample_sequences(shared_model().model, [1], 2, 4, 0)

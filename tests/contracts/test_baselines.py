@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dart_llm.calibration.calibrate import choose
+from dart_llm.calibration.self_calibration import choose
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import floor_count

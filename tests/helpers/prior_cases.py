@@ -2,8 +2,8 @@
 
 import torch
 
-from dart_llm.calibration.calibrate import choose, observing
 from dart_llm.calibration.collect import Needs, collect
+from dart_llm.calibration.self_calibration import choose, observing
 from dart_llm.calibration.self_calibration import self_calibrate as learn
 from dart_llm.models.describe import describe
 from dart_llm.pruning.config import PruneConfig
@@ -56,8 +56,8 @@ def seen(u, h, basis, weights=None, cuts=()):
     return evidence
 
 
-PARTS = 6
-"""Files of what ``CONFIG`` learns: text, gradients, basis, score, signed means, features."""
+PARTS = 2
+"""Files of what a configuration learns: the text, and what it shows."""
 
 ONE_BY_ONE = [1] * 23
 """Two sequences of 24 tokens, of which the first is given."""

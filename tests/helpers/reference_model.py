@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dart_llm.calibration.self_text import opening_ids, start_tokens
-from dart_llm.calibration.self_text import sample_continuations as go_on
+from dart_llm.calibration.collect import opening_ids, start_tokens
+from dart_llm.calibration.collect import sample_continuations as go_on
 from steps import CACHE
 
 DOWN = ("down_proj", "c_proj")

@@ -17,8 +17,11 @@ from dart_llm.cache import cache_folder
 from dart_llm.models.fingerprint import plain
 from dart_llm.pruning.statistics import Statistics
 
-FORMAT = 4
-"""Another one finds nothing of the old in the cache."""
+FORMAT = 5
+"""Of what is collected and how: another one finds nothing of the old in the cache.
+
+In which dtype it is computed does not enter: that is rounding.
+"""
 
 SUFFIX = ".safetensors"
 
@@ -45,22 +48,23 @@ def find(model: nn.Module, key: str, cache_dir: str | None) -> Tensors | None:
 
     They stay in memory as long as the model is there, whatever folder they came from.
     """
-    kept = _kept(model, key)
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    kept = _of_model(model, key)
     if key not in kept:
         data = cache.read(cache_folder(cache_dir) / "calibration", key, SUFFIX)
-        tensors = None if data is None else _load(data)
-        if tensors is None:
+        if data is None:
             return None
-        kept[key] = tensors
+        try:  # copies: a part of the file may start anywhere, and kernels round by the address
+            kept[key] = {name: tensor.clone() for name, tensor in load(data).items()}
+        except (SafetensorError, ValueError):
+            return None
     return kept[key]
 
 
 def keep(
-    model: nn.Module,
-    key: str,
-    cache_dir: str | None,
-    tensors: Tensors,
-    about: Mapping[str, str],
+    model: nn.Module, key: str, cache_dir: str | None, tensors: Tensors, about: Mapping[str, str]
 ) -> None:
     """Keep tensors; ``about``: words for whoever looks into the file.
 
@@ -68,29 +72,16 @@ def keep(
     """
     from safetensors.torch import save
 
-    _kept(model, key)[key] = tensors
+    _of_model(model, key)[key] = tensors
     if not any(parameter.is_meta for parameter in model.parameters()):
         folder = cache_folder(cache_dir) / "calibration"
         on_host = {name: t.contiguous().cpu() for name, t in tensors.items()}
         cache.write(folder, key, SUFFIX, save(on_host, dict(about)))
 
 
-def _kept(model: nn.Module, key: str) -> dict[str, Tensors]:
+def _of_model(model: nn.Module, key: str) -> dict[str, Tensors]:
     """What is in memory of ``model`` as it is now; what belongs to other weights is dropped."""
     kept = _memory.setdefault(model, {})
     for other in [name for name in kept if name[:MODEL_DIGITS] != key[:MODEL_DIGITS]]:
         del kept[other]
     return kept
-
-
-def _load(data: bytes) -> Tensors | None:
-    """The tensors of a file; None where it is not one."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors = load(data)
-    except (SafetensorError, KeyError, ValueError, IndexError):
-        return None
-    # copies: a part of the file may start anywhere, and kernels round by the address
-    return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -1,8 +1,8 @@
-"""What token ids show of a dense model: sums over tokens, squared gradients, bases, last states.
+"""What the dense model writes by itself, and what token ids show of it.
 
-For text that the model sampled itself, the gradient of its log-likelihood is the score function, so
-the mean of g^2 is the diagonal of the Fisher information of the neuron's activation
-(docs/reference.md).
+Sums over tokens, squared gradients, bases, last states.  For text that the model sampled itself,
+the gradient of its log-likelihood is the score function, so the mean of g^2 is the diagonal of the
+Fisher information of the neuron's activation (docs/reference.md).
 """
 
 from __future__ import annotations
@@ -16,15 +16,115 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dart_llm.calibration.progress import Advance, forwards, ignore, layer_ticks, part_of
-from dart_llm.errors import DartError
+from dart_llm.calibration.progress import Advance, ignore
+from dart_llm.data import texts
+from dart_llm.errors import ConfigError, DartError
 from dart_llm.models.capture import LayerActivations, capture_activations
+from dart_llm.models.checkpoint import tokenizer_of
 from dart_llm.models.describe import decoder_of, describe
 from dart_llm.pruning.compensation import find_basis
 from dart_llm.pruning.drift import SINKS
 from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.statistics import LayerStatistics, Statistics, Sum, summed
 from dart_llm.pruning.weights import FfnWeights
+
+WRITTEN = 64
+"""Sequences that the model writes at a time."""
+
+NUCLEUS = 1024
+"""Tokens that nearly always reach ``top_p``: they need not all be sorted."""
+
+
+def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
+    """``count`` openings of ``length`` tokens, [count, length] int64; None without a tokenizer.
+
+    Openings of fewer tokens are left out.
+    """
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None or not length:
+        return None
+    made = [tokenizer(text)["input_ids"][:length] for text in texts.openings()]
+    openings = [ids for ids in made if len(ids) == length]
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    if not openings or max(max(ids) for ids in openings) >= vocabulary:
+        return None
+    return torch.tensor([openings[row % len(openings)] for row in range(count)])
+
+
+def start_tokens(model: Any) -> list[int]:
+    """The token that a text of ``model`` starts with: its start or end token, or none."""
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(config, name, None)
+            token = token[0] if isinstance(token, list) and token else token
+            if isinstance(token, int):
+                return [token]
+    return []
+
+
+def start_ids(model: Any, count: int, generator: torch.Generator) -> Tensor:
+    """[count, 1] int64: the token that the model's texts start with, or random ones."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    first = torch.randint(vocabulary, (count, 1), generator=generator)
+    start = start_tokens(model)
+    return first.fill_(start[0]) if start else first
+
+
+@torch.inference_mode()
+def sample_continuations(
+    model: Any,
+    ids: Tensor,
+    length: int,
+    generator: torch.Generator,
+    advance: Advance,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Tensor:
+    """ids [B, n] and what the dense model writes after them, up to ``length`` tokens in all.
+
+    ``temperature`` and ``top_p`` select as in ``generate``; an end of sequence stops nothing.
+    Returns [B, length] int64 on the host.  Raises ``ConfigError`` for a model without a head,
+    ``DartError`` for logits that are not finite.
+    """
+    written = []
+    for number, rows in enumerate(parts := torch.split(ids, WRITTEN)):
+        cache = None
+        while rows.shape[1] < length:
+            past: dict[str, Any] = {} if cache is None else {"cache": cache}
+            new = rows if cache is None else rows[:, -1:]
+            output = model(new.to(model.device), use_cache=True, logits_to_keep=1, **past)
+            cache = output.cache
+            chances = likeliest((_last_logits(model, output) / temperature).softmax(-1), top_p)
+            rows = torch.cat([rows, torch.multinomial(chances, 1, generator=generator)], 1)
+            done = (rows.shape[1] - ids.shape[1]) / (length - ids.shape[1])
+            advance((number + done) / len(parts))
+        written.append(rows)
+    return torch.cat(written).clone()
+
+
+def _last_logits(model: Any, output: Any) -> Tensor:
+    """[B, V] float32 on the host."""
+    if getattr(output, "logits", None) is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no language-model head, so it writes no text to learn "
+            "from: prune the causal language model around it, or use dart-prompt or griffin"
+        )
+    logits: Tensor = output.logits[:, -1].float().cpu()
+    if bool((logits.isnan() | logits.isposinf()).any()):
+        _check_finite([logits], "logits of the model's self-generated text")
+    return logits
+
+
+def likeliest(chances: Tensor, top_p: float) -> Tensor:
+    """Chances [B, V] with 0 for tokens after the likeliest ones that reach ``top_p`` together."""
+    if top_p >= 1:
+        return chances
+    ordered, tokens = chances.topk(min(NUCLEUS, chances.shape[-1]))
+    if bool((ordered.sum(-1) <= top_p).any()):  # a flat row: rare, and eight times as slow
+        ordered, tokens = chances.sort(descending=True)
+    ordered[ordered.cumsum(-1) - ordered > top_p] = 0
+    return torch.zeros_like(chances).scatter(1, tokens, ordered)
+
 
 LOGITS = 1 << 24
 """Elements of the logits of one backward pass at most."""
@@ -41,10 +141,9 @@ FISHER = "fisher"
 Take = Callable[[int, LayerActivations, Tensor | None], None]
 
 
-def rows_at_once(model: Any, length: int, backward: bool = True) -> int:
-    """Sequences of ``length`` tokens that go forward (and backward) together."""
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    return max(1, LOGITS // (length * vocabulary)) if backward else BATCH
+def _check_finite(tensors: Sequence[Tensor], what: str) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise DartError(f"the {what} are not finite: load it in float32 or bfloat16")
 
 
 @dataclass(frozen=True)
@@ -70,7 +169,11 @@ def collect(
     Raises ``DartError`` when the gradients are not finite.
     """
     devices = [block.matrices()[-1].device for block in describe(model).blocks]
-    parts = torch.split(ids, rows_at_once(model, ids.shape[1], needs.fisher))
+    rows = BATCH
+    if needs.fisher:
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        rows = max(1, LOGITS // (ids.shape[1] * vocabulary))
+    parts = torch.split(ids, rows)
     kept = slice(SINKS, ids.shape[1] - 1) if needs.inner else slice(None)
 
     def batches() -> Iterator[list[LayerStatistics]]:
@@ -78,42 +181,32 @@ def collect(
             evidence = [LayerStatistics() for _ in devices]
 
             def take(layer: int, seen: LayerActivations, gradient: Tensor | None) -> None:
-                basis = needs.bases[layer] if needs.bases else None
-                _add(needs.statistics, evidence[layer], seen, basis)  # noqa: B023 - called here
+                basis, sums = needs.bases[layer] if needs.bases else None, evidence[layer]  # noqa: B023
+                with torch.no_grad():
+                    f = None if basis is None else F.linear(seen.h, basis.to(seen.h.dtype))[None]
+                    part = LayerObservation(seen.u, None, seen.z, seen.x).map(lambda t: t[None])
+                    needs.statistics.add([sums], part, None, f)
                 if gradient is not None:
                     squares = gradient.flatten(0, 1).float().square()
-                    evidence[layer].add(FISHER, squares.sum(0), float(len(squares)))  # noqa: B023
+                    sums.add(FISHER, squares.sum(0), float(len(squares)))
 
-            run_forward(model, part, take, part_of(advance, number, len(parts)), needs.fisher, kept)
+            run_forward(model, part, take, needs.fisher, kept)
+            advance((number + 1) / len(parts))
             yield evidence
 
     with torch.inference_mode(False), evaluating(model):
         evidence_sums = summed(batches(), devices)
     for layer in evidence_sums if needs.fisher else ():
         mean = layer.sums[FISHER].mean
-        if not bool(mean.isfinite().all()):
-            raise DartError(
-                "the gradients of this model's self-generated text are not finite: load it in "
-                "float32 or bfloat16"
-            )
+        _check_finite([mean], "gradients of this model's self-generated text")
         layer.sums[FISHER] = Sum(mean, 1.0)
     return evidence_sums
-
-
-@torch.no_grad()
-def _add(
-    statistics: Statistics, evidence: LayerStatistics, seen: LayerActivations, basis: Tensor | None
-) -> None:
-    features = None if basis is None else F.linear(seen.h, basis.to(seen.h.dtype))[None]
-    part = LayerObservation(seen.u, None, seen.z, seen.x).map(lambda t: t[None])
-    statistics.add([evidence], part, None, features)
 
 
 def run_forward(
     model: Any,
     ids: Tensor,
     take: Take,
-    advance: Advance = ignore,
     backward: bool = True,
     kept: slice = slice(None),
 ) -> None:
@@ -129,15 +222,11 @@ def run_forward(
         return t.detach().reshape(len(ids), -1, t.shape[-1])[:, kept]
 
     def hand_on(layer: int, seen: LayerActivations, gradient: Tensor | None = None) -> None:
-        tensors = (seen.u, seen.x, seen.z, seen.r, seen.h)
-        take(
-            layer,
-            LayerActivations(*map(cut, tensors)),
-            gradient if gradient is None else cut(gradient),
-        )
+        parts = LayerActivations(*map(cut, (seen.u, seen.x, seen.z, seen.r, seen.h)))
+        take(layer, parts, None if gradient is None else cut(gradient))
 
     if not backward:
-        with torch.no_grad(), capture_activations(model, hand_on), layer_ticks(model, advance):
+        with torch.no_grad(), capture_activations(model, hand_on):
             model(ids, use_cache=False, logits_to_keep=1)
         return
     captured: dict[int, LayerActivations] = {}
@@ -145,31 +234,14 @@ def run_forward(
         with (
             capture_activations(model, captured.__setitem__, graph=True),
             _in_graph(model.get_input_embeddings()),
-            layer_ticks(model, lambda share: advance(share / BACKWARD)),
         ):
             logits = model(ids, use_cache=False).logits
+        predicted, following = logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+        loss = F.cross_entropy(predicted, following.to(logits.device), reduction="sum")
         layers = sorted(captured)
-        gradients = _gradients(logits, ids, [captured[n].u for n in layers], advance)
+        gradients = torch.autograd.grad(loss, [captured[n].u for n in layers])
     for layer, gradient in zip(layers, gradients, strict=True):
         hand_on(layer, captured.pop(layer), gradient)
-
-
-def _gradients(
-    logits: Tensor, ids: Tensor, inputs: Sequence[Tensor], advance: Advance
-) -> Sequence[Tensor]:
-    """Of the summed loss of the next tokens, by each of ``inputs``."""
-    loss = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
-        ids[:, 1:].flatten().to(logits.device),
-        reduction="sum",
-    )
-
-    def tick(share: float) -> Callable[[Tensor], None]:
-        return lambda gradient: advance((1 + (BACKWARD - 1) * share) / BACKWARD)
-
-    for layer, u in enumerate(inputs):
-        u.register_hook(tick(1 - layer / len(inputs)))  # type: ignore[no-untyped-call]
-    return torch.autograd.grad(loss, inputs)
 
 
 @contextlib.contextmanager
@@ -224,7 +296,7 @@ def find_bases(
         inputs.setdefault(layer, []).append(seen.h[:, SINKS:].flatten(0, 1))
 
     with torch.inference_mode(False), capture_activations(model, take):
-        forwards(model, torch.split(ids[:rows].clone(), 4), part_of(advance, 0, 2))
+        _forwards(model, ids[:rows].clone(), lambda share: advance(share / 2))
     bases: list[Tensor | None] = []
     for number, layer in enumerate(layers):
         advance(0.5 + 0.5 * number / len(layers))
@@ -232,10 +304,16 @@ def find_bases(
             bases.append(None)
             continue
         h = torch.cat(inputs[layer.index]).float()
-        if not bool(h.isfinite().all()):
-            raise DartError(f"the FFN inputs of layer {layer.index} are not finite: try float32")
+        _check_finite([h], f"FFN inputs of layer {layer.index}")
         bases.append(find_basis(h, rank).to(layer.down.dtype))
     return bases
+
+
+def _forwards(model: Any, ids: Tensor, advance: Advance) -> None:
+    """Run ids [n, T] through ``model``, four at a time; what reads them is hooked."""
+    for number, part in enumerate(parts := torch.split(ids, 4)):
+        model(part.to(model.device), use_cache=False, logits_to_keep=1)
+        advance((number + 1) / len(parts))
 
 
 @torch.no_grad()
@@ -249,9 +327,8 @@ def last_states(model: Any, ids: Tensor, advance: Advance = ignore) -> Tensor:
 
     handle = decoder_of(model).register_forward_hook(take)
     try:
-        forwards(model, torch.split(ids, 4), advance)
+        _forwards(model, ids, advance)
     finally:
         handle.remove()
-    if not all(bool(part.isfinite().all()) for part in states):
-        raise DartError("the model's last hidden states are not finite: try dtype float32")
+    _check_finite(states, "model's last hidden states")
     return torch.cat(states)

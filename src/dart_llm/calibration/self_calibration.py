@@ -1,8 +1,8 @@
-"""Self-calibration: statistics collected once per model from self-generated text, and their cache.
+"""What is learned of a model before its first token, once, and cached.
 
-They come in parts, each one thing that scores, budgets or compensation read: the squared gradients,
-the basis of compensation, or a sum over the tokens.  Each is cached under a key of what decides it
-alone, so that configurations share what they can.
+``calibrate`` takes static masks from a text (``wanda``, ``flap``) or a prior from self-generated
+text (``glass``); ``self_calibrate`` learns what scores, budgets and compensation read beside the
+prompt, ``learn_screen`` a screened head (docs/reference.md, "Self-calibration").
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from dart_llm.calibration import cache
-from dart_llm.calibration.cache import Tensors
 from dart_llm.calibration.collect import (
     BACKWARD,
     BASIS_TOKENS,
@@ -27,207 +26,156 @@ from dart_llm.calibration.collect import (
     evaluating,
     find_bases,
     last_states,
-    rows_at_once,
-)
-from dart_llm.calibration.progress import (
-    INSTEAD,
-    ONE_BY_ONE,
-    READING,
-    WRITING,
-    Advance,
-    Progress,
-    Say,
-    graph_bytes,
-    learning,
-    text_bytes,
-)
-from dart_llm.calibration.self_text import (
-    WRITTEN,
     opening_ids,
     sample_continuations,
     start_ids,
     start_tokens,
 )
+from dart_llm.calibration.progress import Progress, Say
+from dart_llm.data import documents
 from dart_llm.errors import ConfigError, LoadError
 from dart_llm.models.checkpoint import remember_tokenizer
+from dart_llm.models.describe import describe
 from dart_llm.models.fingerprint import digest_of, fingerprint
+from dart_llm.models.float32_products import in_float32
 from dart_llm.models.packed import place_of
 from dart_llm.models.screen import Screen
 from dart_llm.patching.patch import check_free
-from dart_llm.pruning.config import PruneConfig, SelfStatsConfig
+from dart_llm.pruning.config import BudgetConfig, PruneConfig, SelfStatsConfig
+from dart_llm.pruning.masks import Masks
 from dart_llm.pruning.registry import SCORES
 from dart_llm.pruning.selection import MaskSelector
-from dart_llm.pruning.statistics import (
-    LayerStatistics,
-    SelfStats,
-    from_tensors,
-    to_tensors,
-)
+from dart_llm.pruning.statistics import LayerStatistics, SelfStats, from_tensors, to_tensors
 from dart_llm.pruning.weights import FfnWeights, with_parts
 
 logger = logging.getLogger("dart_llm")
 
-VERSION = 4
-"""Of what is learned and how: another one finds nothing of the old in the cache.
-
-In which dtype it is computed does not enter: that is rounding.
-"""
-
-TEXT, BASIS, SCORE, STATES = "text", "basis", "score", "states"
-"""Parts beside ``FISHER`` and ``SUMS``; ``STATES``: last hidden states, for a screened head."""
-
-SUMS = {
-    "signed": ("signed",),
-    "features": ("features", "moments", "cross"),
-    "sensitivity": ("cosine", "change"),
-}
-"""Parts that are sums: what a configuration needs (``Statistics.needs``), and its sums' names."""
-
+WRITING, READING = "the model writes text", "the model reads it"
 BASES = "features of compensation"
-"""A stage beside ``WRITING`` and ``READING``, for people."""
+"""Stages, for people."""
 
-LEARNING = "learning from self-generated text, once per model"
+ONE_BY_ONE = 3
+"""Tokens that are read in the time in which one is written: all weights for a few rows."""
 
-Parts = dict[str, Tensors]
+LEARNING = (
+    "learning from self-generated text, once per model; griffin and dart-prompt learn nothing"
+)
+
+BASIS, SCORE, STATES = "basis", "score", "states"
+"""What is learned, beside ``FISHER`` and sums; ``STATES``: last hidden states, for a screen."""
+
+SUMS = ("signed", "features", "sensitivity")
+"""Sums that a configuration may need (``Statistics.needs``)."""
 
 
-@dataclass
-class SelfCalibration:
-    """Which statistics a configuration needs, and how each is found in the cache or computed."""
+def _keep(model: Any, key: str, cache_dir: str | None, part: cache.Tensors, say: Say) -> None:
+    try:
+        cache.keep(model, key, cache_dir, part, {"note": "what dart_llm learned of a model"})
+    except LoadError as error:
+        say(f"what was learned is not kept for the next time: {error}")
 
-    model: Any
-    config: PruneConfig
-    layers: tuple[FfnWeights, ...]
-    cache_dir: str | None
-    say: Say
 
-    def __post_init__(self) -> None:
-        self.statistics = MaskSelector(self.config, self.layers).statistics
-        self.digest = fingerprint(self.model)
-        self.settings = self.config.self_stats or SelfStatsConfig(tokens=0)
-        self.opening = opening_ids(self.model, self.settings.sequences, self.settings.opening)
-        self.text: Tensor | None = None
-        self._warned = False
+# masks and priors
 
-    def parts(self, names: Sequence[str]) -> Parts:
-        """The parts of ``names``; those that are not cached are computed."""
-        parts = self.cached(names)
-        missing = [name for name in names if name not in parts]
-        return self._computed(missing, parts) if missing else parts
 
-    def cached(self, names: Sequence[str]) -> Parts:
-        """Those of the parts that are cached, of the text that is cached."""
-        parts: Parts = {}
-        if self.text is None:
-            text = cache.find(self.model, self._key(TEXT, {}), self.cache_dir)
-            self.text = None if text is None else text["ids"]
-        for name in names if self.text is not None else ():
-            part = cache.find(self.model, self._key(name, parts), self.cache_dir)
-            parts |= {} if part is None else {name: part}
-        return parts
+@dataclass(frozen=True)
+class Calibrated:
+    """Masks, or a prior [I] per layer, and a note of where they came from."""
 
-    def _computed(self, names: Sequence[str], parts: Parts) -> Parts:
-        work, memory = self._effort(names)
-        with learning(self.model, self.say, LEARNING, work, memory, INSTEAD) as (model, progress):
-            if self.text is None:
-                self.text = self._written(model, progress.stage(WRITING))
-                self._keep(TEXT, {"ids": self.text}, {})
-                parts = parts | self.cached(names)  # of this very text: it alone was lost
-            missing = [name for name in names if name not in parts]
-            if STATES in missing:
-                states = last_states(model, self.text, progress.stage(READING))
-                self._keep(STATES, part := {"states": states.to(self.model.dtype)}, {})
-                return parts | {STATES: part}
-            return parts | (self._read(model, missing, parts, progress) if missing else {})
+    fixed_masks: Masks | None
+    prior: tuple[Tensor, ...] | None
+    note: str
 
-    def _read(self, model: Any, names: Sequence[str], parts: Parts, progress: Progress) -> Parts:
-        """The parts of ``names`` that the self-generated text gives."""
-        assert self.text is not None
-        made: Parts = {}
-        bases = [_of_layer(parts, BASIS, layer) for layer in self.layers]
-        if BASIS in names:
-            rank = self.config.compensation_rank
-            bases = find_bases(model, self.text, rank, self.layers, progress.stage(BASES))
-            each = enumerate(bases)
-            made[BASIS] = {str(n): basis.float() for n, basis in each if basis is not None}
-        statistics = replace(
-            self.statistics,
-            per_token=self.statistics.per_token if SCORE in names else None,
-            needs=frozenset(names) & SUMS.keys(),
-            spread=False,
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    config: PruneConfig,
+    source: str | None,
+    cache_dir: str | None,
+    say: Say,
+) -> Calibrated:
+    """What ``config.calibration`` requests; ``source`` as in data/documents.py.
+
+    Raises ``ConfigError`` and ``LoadError`` for a text that cannot be used or had.
+    """
+    part, layers = config.calibration, _layers(model, config)
+    assert part is not None
+    statistics = observing(config, layers).statistics
+    ids, name = None, "self-generated text"
+    tokens = f"self {part.sequences} {part.length} {start_tokens(model)} {config.seed}"
+    if part.source == "text":
+        texts = documents.calibration_texts(source)
+        ids = documents.sequences(tokenizer, texts, part.sequences, part.length)
+        tokens, name = digest_of(ids), documents.calibration_source(source).title()
+    count = part.sequences if ids is None else len(ids)
+    short = "" if count == part.sequences else f" of {part.sequences}"
+    size = f"{count}{short} sequences of {part.length} tokens ({count * part.length:,} tokens)"
+    note = f"calibration: {size} of {name}"
+    parts = cache.rule_of(statistics), statistics.ema_decay, sorted(statistics.beside_score)
+    key = cache.key_of(fingerprint(model), *parts, tokens)
+    tensors = cache.find(model, key, cache_dir)
+    if tensors is None:
+        check_free(model)
+        work = {READING: float(count * part.length)}
+        work = {WRITING: ONE_BY_ONE * work[READING], **work} if ids is None else work
+        with in_float32(model) as faster:
+            progress = Progress(say, work, f"calibrating {config.method}, once per model ({note})")
+            if ids is None:
+                generator = torch.Generator().manual_seed(config.seed)
+                first = start_ids(faster, part.sequences, generator)
+                write = progress.stage(WRITING)
+                ids = sample_continuations(faster, first, part.length, generator, write)
+            tensors = to_tensors(collect(faster, ids, Needs(statistics), progress.stage(READING)))
+        _keep(model, key, cache_dir, tensors, say)
+    masks, prior = choose(model, config, from_tensors(tensors, len(layers)))
+    return Calibrated(masks, prior, note)
+
+
+def observing(config: PruneConfig, layers: Sequence[FfnWeights]) -> MaskSelector:
+    """The selector that observes all that ``config`` needs at any sparsity and table.
+
+    Signed means are observed for masks with and without compensation alike.  Raises
+    ``ConfigError`` for a score that reads learned gradients instead.
+    """
+    if SCORES.get(config.score.name).needs_fisher:
+        raise ConfigError(
+            f'score "{config.score.name}" reads gradients that the model learns from itself, not '
+            "a calibration: drop the calibration"
         )
-        needs = Needs(statistics, bases, FISHER in names, inner=True)
-        evidence = collect(model, self.text, needs, progress.stage(READING))
-        if FISHER in names:
-            made[FISHER] = {str(n): layer.sums[FISHER].total for n, layer in enumerate(evidence)}
-        for name in names:
-            if name not in made:
-                wanted = SUMS.get(name, (name,))
-                sums = [{k: v for k, v in layer.sums.items() if k in wanted} for layer in evidence]
-                made[name] = to_tensors([LayerStatistics(layer) for layer in sums])
-        for name in names:
-            self._keep(name, made[name], parts | made)
-        return made
+    masks = config.calibration is not None and config.calibration.purpose == "masks"
+    observed = PruneConfig(
+        method=config.method,
+        sparsity=0.5,
+        score=config.score.model_copy(update={"strategy": "topk", "prior_weight": None}),
+        budget=BudgetConfig(name=config.budget.name if masks else "uniform"),
+        compensation=masks,
+        seed=config.seed,
+    )
+    return MaskSelector(observed, tuple(layers))
 
-    def _effort(self, names: Sequence[str]) -> tuple[dict[str, float], int]:
-        """Tokens of each stage that makes parts, and bytes beside the model, about."""
-        count, length, backward = self.settings.sequences, self.settings.length, FISHER in names
-        tokens = float(count * length)
-        work = {WRITING: ONE_BY_ONE * tokens} if self.text is None else {}
-        if BASIS in names:  # the eigenvectors take as long as the forwards
-            work[BASES] = 2 * min(tokens, BASIS_TOKENS)
-        work[READING] = tokens * (BACKWARD if backward else 1)
-        rows = min(rows_at_once(self.model, length, backward), count)
-        written = text_bytes(self.model, min(WRITTEN, count), length)
-        return work, max(written, graph_bytes(self.model, rows * length, backward))
 
-    def _written(self, model: Any, advance: Advance) -> Tensor:
-        """Self-generated text, [n, T] int64 on the host."""
-        settings, opening = self.settings, self.opening
-        generator = torch.Generator().manual_seed(self.config.seed)
-        if opening is None:
-            self.say("without a tokenizer self-generated text begins with the model's start token")
-            opening = start_ids(self.model, settings.sequences, generator)
-        how = settings.temperature, settings.top_p
-        return sample_continuations(model, opening, settings.length, generator, advance, *how)
+@torch.no_grad()
+def choose(
+    model: Any, config: PruneConfig, evidence: Sequence[LayerStatistics]
+) -> tuple[Masks | None, tuple[Tensor, ...] | None]:
+    """(masks, None) or (None, prior), by the calibration's purpose."""
+    part, layers = config.calibration, _layers(model, config)
+    assert part is not None
+    for layer, statistics in zip(layers, evidence, strict=True):
+        for entry in statistics.sums.values():
+            entry.total = entry.total.to(layer.device)
+    with torch.inference_mode(False):
+        if part.purpose == "masks":
+            return MaskSelector(config, layers).select(evidence).masks, None
+        return None, tuple(observing(config, layers).scores(evidence))
 
-    def _keep(self, name: str, part: Tensors, parts: Parts) -> None:
-        about = {"note": f"what dart_llm learned of a model: {name}"}
-        try:
-            cache.keep(self.model, self._key(name, parts), self.cache_dir, part, about)
-        except LoadError as error:
-            if not self._warned:  # one sentence is enough for all parts
-                self.say(f"what was learned is not kept for the next time: {error}")
-            self._warned = True
 
-    @property
-    def text_key(self) -> str:
-        """Of the model and of what decides which text it writes."""
-        return self._key(TEXT, {})
+def _layers(model: Any, config: PruneConfig) -> tuple[FfnWeights, ...]:
+    return describe(model).weights(config.score.proxy_embedding, config.seed)
 
-    def _key(self, name: str, parts: Parts) -> str:
-        """The part's name in the cache.
 
-        Of the text and the basis what is in them decides, not what was requested: another machine
-        rounds, and so writes, otherwise, and parts of two texts would not fit together.
-        """
-        if name == TEXT:
-            first = start_tokens(self.model) if self.opening is None else digest_of(self.opening)
-            decides: list[object] = [
-                first,
-                self.settings.model_dump(exclude={"tokens"}),
-                self.config.seed,
-            ]
-        else:
-            assert self.text is not None
-            decides = [digest_of(self.text)]
-            if name == BASIS:
-                decides += [self.config.compensation_rank]
-            elif name == "features":
-                decides += [digest_of(parts[BASIS][n]) for n in sorted(parts.get(BASIS, ()))]
-            elif name == SCORE:
-                decides += [cache.rule_of(self.statistics), self.statistics.ema_decay]
-        return cache.key_of(self.digest, VERSION, name, *decides)
+# statistics beside the prompt, and the screened head
 
 
 def self_calibrate(
@@ -247,89 +195,24 @@ def self_calibrate(
     """
     names = wanted(config, layers)
     if not names:
-        return _with_parts(config, layers, {})
-    check_free(model)
-    if tokenizer is not None:
-        remember_tokenizer(model, tokenizer)
+        return _with_statistics(config, layers, {})
     _check_learnable(model, config.method, layers, FISHER in names)
-    # what is kept must serve later forwards of any mode; dropout would draw random numbers
-    with torch.inference_mode(False), evaluating(model):
-        parts = SelfCalibration(model, config, tuple(layers), cache_dir, say).parts(names)
-    return _with_parts(config, layers, parts)
+    learned = _SelfText(model, config, tuple(layers), cache_dir, say, tokenizer).learned(names)
+    return _with_statistics(config, layers, learned)
 
 
 def cached_calibration(
     model: Any, config: PruneConfig, layers: Sequence[FfnWeights], cache_dir: str | None = None
 ) -> tuple[FfnWeights, ...] | None:
-    """As ``self_calibrate``, also while the model is being pruned; None where parts are missing."""
+    """As ``self_calibrate``, also while the model is being pruned; None where it is not cached."""
     names = wanted(config, layers)
-    if not names:
-        return _with_parts(config, layers, {})
-    with torch.inference_mode(False):
-        parts = SelfCalibration(model, config, tuple(layers), cache_dir, logger.info).cached(names)
-    return None if len(parts) < len(names) else _with_parts(config, layers, parts)
+    learned: cache.Tensors | None = {}
+    if names:
+        with torch.inference_mode(False):
+            source = _SelfText(model, config, tuple(layers), cache_dir, logger.info)
+            learned = source.cached(names)
+    return None if learned is None else _with_statistics(config, layers, learned)
 
-
-def wanted(config: PruneConfig, layers: Sequence[FfnWeights]) -> list[str]:
-    """Names of the parts that ``config`` reads.
-
-    The gradients are read by scores that need them and by per-token selection, the basis by
-    low-rank compensation, and sums where they count beside what is observed.
-    """
-    if config.self_stats is None:
-        return []
-    names: list[str] = []
-    rule = SCORES.get(config.score.name)
-    statistics = MaskSelector(config, tuple(layers)).statistics
-    if rule.needs_fisher or config.token is not None:
-        names.append(FISHER)
-    if "features" in statistics.needs:
-        names.append(BASIS)
-    if config.self_stats.tokens:
-        names += [SCORE] if statistics.per_token is not None else []
-        names += [name for name in SUMS if name in statistics.beside_score]
-    return names
-
-
-def _check_learnable(
-    model: nn.Module, method: str, layers: Sequence[FfnWeights], backward: bool
-) -> None:
-    why = ""
-    if any(layer.down.is_meta for layer in layers):
-        why = "self-generated text, which an offloaded model does not write: load it whole, or use"
-        why += " griffin"
-    elif backward and any(p.is_inference() for p in model.parameters()):
-        why = "gradients, which weights made in torch.inference_mode() have not: load the model"
-        why += " outside it, or use dart-prompt or griffin"
-    if why:
-        raise ConfigError(f'method "{method}" learns from {why}')
-
-
-def _with_parts(
-    config: PruneConfig, layers: Sequence[FfnWeights], parts: Parts
-) -> tuple[FfnWeights, ...]:
-    """The layers with the parts; with ``self_stats`` and no parts they have empty statistics."""
-    if config.self_stats is None:
-        return tuple(layers)
-    sums = [from_tensors(parts[n], len(layers)) for n in parts if n == SCORE or n in SUMS]
-    stats = []
-    for number, layer in enumerate(layers):
-        evidence = LayerStatistics({k: v for entry in sums for k, v in entry[number].sums.items()})
-        for entry in evidence.sums.values():
-            entry.total = entry.total.to(layer.device)
-        fisher, basis = (_of_layer(parts, name, layer) for name in (FISHER, BASIS))
-        stats.append(SelfStats(evidence, fisher, basis))
-    return with_parts(layers, self_stats=stats)
-
-
-def _of_layer(parts: Parts, name: str, layer: FfnWeights) -> Tensor | None:
-    """The tensor of one layer, on its device (a basis in its dtype); None where there is none."""
-    tensor = parts.get(name, {}).get(str(layer.index))
-    dtype = layer.down.dtype if name == BASIS else torch.float32
-    return None if tensor is None else tensor.to(layer.device, dtype)
-
-
-# The screened head, which is made from last hidden states of self-generated text.
 
 _screens: WeakKeyDictionary[nn.Module, tuple[object, Screen]] = WeakKeyDictionary()
 """The newest screen of a model, and what it was made for."""
@@ -350,28 +233,169 @@ def learn_screen(
     """
     if not config.screens:
         return None
-    weight = _screenable(model)
-    check_free(model)
-    if tokenizer is not None:
-        remember_tokenizer(model, tokenizer)
-    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
-        learned = SelfCalibration(model, config, tuple(layers), cache_dir, say)
-        mark = learned.text_key, place_of(weight), config.head.bytes
-        newest = _screens.get(model)
-        if newest is not None and newest[0] == mark:
-            return newest[1]
-        states = learned.parts([STATES])[STATES]["states"].to(weight.device)
-        screen = Screen.of(weight, states, config.head.bytes)
-    _screens[model] = mark, screen
-    return screen
-
-
-def _screenable(model: Any) -> Tensor:
-    """The weight [V, D] of the head; raises ``ConfigError`` unless it is a plain linear layer."""
     head = model.get_output_embeddings()
     weight: Any = getattr(head, "weight", None)
     if weight is None or getattr(head, "bias", None) is not None or weight.is_meta:
         raise ConfigError(
             f'{type(model).__name__} has no plain output head: leave head.kind at "full"'
         )
-    return weight.detach()  # type: ignore[no-any-return]
+    source = _SelfText(model, config, tuple(layers), cache_dir, say, tokenizer)
+    mark = source.text_key, place_of(weight.detach()), config.head.bytes
+    newest = _screens.get(model)
+    if newest is not None and newest[0] == mark:
+        return newest[1]
+    states = source.learned([STATES])[STATES].to(weight.device)
+    with torch.inference_mode(False), torch.no_grad():
+        screen = Screen.of(weight.detach(), states, config.head.bytes)
+    _screens[model] = mark, screen
+    return screen
+
+
+class _SelfText:
+    """The text that a model writes for one configuration, and what is learned from it.
+
+    Both are cached.  Of the text what is in it decides what is learned, not what was requested:
+    another machine rounds, and so writes, otherwise.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: PruneConfig,
+        layers: tuple[FfnWeights, ...],
+        cache_dir: str | None,
+        say: Say,
+        tokenizer: Any = None,
+    ) -> None:
+        if tokenizer is not None:
+            remember_tokenizer(model, tokenizer)
+        self.model, self.config, self.layers = model, config, layers
+        self.cache_dir, self.say = cache_dir, say
+        self.statistics = MaskSelector(config, layers).statistics
+        self.settings = config.self_stats or SelfStatsConfig(tokens=0)
+        self.opening = opening_ids(model, self.settings.sequences, self.settings.opening)
+        self.digest = fingerprint(model)
+        first = start_tokens(model) if self.opening is None else digest_of(self.opening)
+        decides = first, self.settings.model_dump(exclude={"tokens"}), config.seed
+        self.text_key = cache.key_of(self.digest, "text", *decides)
+
+    def cached(self, names: Sequence[str]) -> cache.Tensors | None:
+        """What was learned of ``names``, if it is cached."""
+        text = cache.find(self.model, self.text_key, self.cache_dir)
+        key = None if text is None else self._key(names, text["ids"])
+        return None if key is None else cache.find(self.model, key, self.cache_dir)
+
+    def learned(self, names: Sequence[str]) -> cache.Tensors:
+        """What is learned of ``names``: the model writes and reads, unless that is cached."""
+        check_free(self.model)
+        # what is kept must serve later forwards of any mode; dropout would draw random numbers
+        with torch.inference_mode(False), evaluating(self.model):
+            tensors = self.cached(names)
+            if tensors is not None:
+                return tensors
+            text = cache.find(self.model, self.text_key, self.cache_dir)
+            tokens = float(self.settings.sequences * self.settings.length)
+            work = {WRITING: ONE_BY_ONE * tokens} if text is None else {}
+            if BASIS in names:  # the eigenvectors take as long as the forwards
+                work[BASES] = 2 * min(tokens, BASIS_TOKENS)
+            work[READING] = tokens * (BACKWARD if FISHER in names else 1)
+            with in_float32(self.model) as faster:
+                progress = Progress(self.say, work, LEARNING)
+                if text is None:
+                    text = {"ids": self._written(faster, progress)}
+                    _keep(self.model, self.text_key, self.cache_dir, text, self.say)
+                tensors = self._read(faster, text["ids"], names, progress)
+            key = self._key(names, text["ids"])
+            _keep(self.model, key, self.cache_dir, tensors, self.say)
+            return tensors
+
+    def _key(self, names: Sequence[str], ids: Tensor) -> str:
+        rule = cache.rule_of(self.statistics), self.statistics.ema_decay
+        decides = sorted(names), digest_of(ids)
+        rank = self.config.compensation_rank if BASIS in names else 0
+        return cache.key_of(self.digest, *decides, rank, rule if SCORE in names else None)
+
+    def _written(self, model: Any, progress: Progress) -> Tensor:
+        """[n, T] int64 on the host."""
+        settings, opening = self.settings, self.opening
+        generator = torch.Generator().manual_seed(self.config.seed)
+        if opening is None:
+            self.say("without a tokenizer self-generated text begins with the model's start token")
+            opening = start_ids(self.model, settings.sequences, generator)
+        how = progress.stage(WRITING), settings.temperature, settings.top_p
+        return sample_continuations(model, opening, settings.length, generator, *how)
+
+    def _read(
+        self, model: Any, ids: Tensor, names: Sequence[str], progress: Progress
+    ) -> cache.Tensors:
+        if STATES in names:
+            states = last_states(model, ids, progress.stage(READING))
+            return {STATES: states.to(self.model.dtype)}
+        tensors: cache.Tensors = {}
+        bases: list[Tensor | None] = []
+        if BASIS in names:
+            rank = self.config.compensation_rank
+            bases = find_bases(model, ids, rank, self.layers, progress.stage(BASES))
+            each = enumerate(bases)
+            tensors = {f"{BASIS}.{n}": basis.float() for n, basis in each if basis is not None}
+        statistics = replace(
+            self.statistics,
+            per_token=self.statistics.per_token if SCORE in names else None,
+            needs=frozenset(names) & {*SUMS},
+            spread=False,
+        )
+        needs = Needs(statistics, bases, FISHER in names, inner=True)
+        evidence = collect(model, ids, needs, progress.stage(READING))
+        for number, layer in enumerate(evidence):
+            if FISHER in names:
+                tensors[f"{FISHER}.{number}"] = layer.sums.pop(FISHER).total
+        return {**tensors, **to_tensors(evidence)}
+
+
+def wanted(config: PruneConfig, layers: Sequence[FfnWeights]) -> list[str]:
+    """Names of what ``config`` reads.
+
+    The gradients are read by scores that need them and by per-token selection, the basis by
+    low-rank compensation, and sums where they count beside what is observed.
+    """
+    if config.self_stats is None:
+        return []
+    statistics = MaskSelector(config, tuple(layers)).statistics
+    gradients = SCORES.get(config.score.name).needs_fisher or config.token is not None
+    names = [FISHER] if gradients else []
+    if "features" in statistics.needs:
+        names.append(BASIS)
+    if config.self_stats.tokens:
+        names += [SCORE] if statistics.per_token is not None else []
+        names += [name for name in SUMS if name in statistics.beside_score]
+    return names
+
+
+def _check_learnable(
+    model: nn.Module, method: str, layers: Sequence[FfnWeights], backward: bool
+) -> None:
+    why = ""
+    if any(layer.down.is_meta for layer in layers):
+        why = "self-generated text, which an offloaded model does not write: load it whole"
+    elif backward and any(p.is_inference() for p in model.parameters()):
+        why = "gradients, which weights made in torch.inference_mode() have not: load it outside"
+    if why:
+        raise ConfigError(f'method "{method}" learns from {why}, or use griffin')
+
+
+def _with_statistics(
+    config: PruneConfig, layers: Sequence[FfnWeights], learned: cache.Tensors
+) -> tuple[FfnWeights, ...]:
+    """The layers with what was learned, on their devices; nothing of it: empty statistics."""
+    if config.self_stats is None:
+        return tuple(layers)
+    sums = {name: tensor for name, tensor in learned.items() if name[0].isdigit()}
+    stats = []
+    for layer, evidence in zip(layers, from_tensors(sums, len(layers)), strict=True):
+        for entry in evidence.sums.values():
+            entry.total = entry.total.to(layer.device)
+        fisher, basis = (learned.get(f"{name}.{layer.index}") for name in (FISHER, BASIS))
+        fisher = None if fisher is None else fisher.to(layer.device)
+        basis = None if basis is None else basis.to(layer.device, layer.down.dtype)
+        stats.append(SelfStats(evidence, fisher, basis))
+    return with_parts(layers, self_stats=stats)

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dart_llm.calibration.calibrate import calibrate
-from dart_llm.calibration.self_calibration import learn_screen, self_calibrate
+from dart_llm.calibration.self_calibration import calibrate, learn_screen, self_calibrate
 from dart_llm.models.describe import weight_facts
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import Ids

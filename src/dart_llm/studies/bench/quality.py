@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dart_llm.calibration.self_text import opening_ids, sample_continuations, start_tokens
+from dart_llm.calibration.collect import opening_ids, sample_continuations, start_tokens
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation.divergence import compare_window
