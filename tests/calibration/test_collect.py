@@ -4,18 +4,16 @@ import logging
 
 import pytest
 import torch
-from torch import Tensor
 
 from dart_llm.calibration import collect as module
 from dart_llm.calibration import progress
 from dart_llm.calibration.collect import Needs, collect, evaluating, find_bases, run_forward
 from dart_llm.models.describe import describe
-from dart_llm.pruning.compensation import find_basis
 from dart_llm.pruning.config import PruneConfig
 from prior_cases import STATISTICS, layers_of, observed
 from products import SHAPES
 from steps import Same, shared_model
-from tiny import HIDDEN, LAYERS, VOCAB, tiny, tokens
+from tiny import LAYERS, VOCAB, tiny, tokens
 
 ROWS, LENGTH = 3, 14
 INNER = slice(4, LENGTH - 1)
@@ -129,24 +127,6 @@ def test_batches_are_added_up(monkeypatch):
         for key, one in first.sums.items():
             assert one.weight == second.sums[key].weight == 120
             assert torch.allclose(one.total, second.sums[key].total, rtol=1e-5, atol=1e-5)
-
-
-def test_bases_come_from_the_inputs_of_the_ffn(monkeypatch):
-    """The first sequences that have enough tokens, without their sinks."""
-    model, ids = shared_model(), tokens(7, LENGTH, seed=5)
-    layers, inputs = layers_of(model), list[Tensor]()
-    monkeypatch.setattr(module, "BASIS_TOKENS", 45)  # five sequences of ten
-    result = find_bases(model, ids, 6, layers)
-    handle = model.model.layers[1].mlp.up_proj.register_forward_pre_hook(
-        lambda module, args: inputs.append(args[0].detach())
-    )
-    with torch.no_grad():
-        model(ids[:5])
-    handle.remove()
-    wanted = find_basis(inputs[0][:, 4:].reshape(50, HIDDEN), 6)
-    signs = (result[1] * wanted).sum(1).sign()[:, None]
-    torch.testing.assert_close(result[1] * signs, wanted, rtol=1e-2, atol=1e-3)
-    assert find_bases(model, ids, 0, layers) == [None] * LAYERS
 
 
 @pytest.fixture

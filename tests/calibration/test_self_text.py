@@ -11,7 +11,6 @@ from dart_llm.calibration.collect import (
     opening_ids,
     sample_continuations,
     start_ids,
-    start_tokens,
 )
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError, DartError
@@ -93,19 +92,6 @@ def test_no_global_random_number_is_drawn():
     news.clear()
     sample_sequences(Fixed(*UNEVEN), [3], 65, 3, 0, news.append)
     assert news == [0.25, 0.5, 0.75, 1], "in two lots of rows"
-
-
-def test_where_a_text_starts():
-    model = tiny()
-    assert start_tokens(model) == [1]
-    model.generation_config.bos_token_id = None
-    assert start_tokens(model) == [2], "the end token, where generation names no start"
-    model.generation_config.eos_token_id = [7, 8]
-    assert start_tokens(model) == [7]
-    model.generation_config.eos_token_id = None
-    assert start_tokens(model) == [1], "then what the configuration says"
-    model.config.bos_token_id = model.config.eos_token_id = None
-    assert start_tokens(model) == []
 
 
 def test_models_that_write_nothing():

@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from dart_llm.errors import DartError
 from dart_llm.pruning.budgets import (
     LayerView,
-    blend_counts,
     depth_profile,
     depth_sparsities,
-    round_counts,
 )
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import BUDGETS
@@ -117,14 +115,6 @@ def test_totals_floors_and_bounds(case, name):
     assert all(1 <= count <= layer.width for count, layer in zip(counts, layers, strict=True))
     if name in ("energy", "ranked", "standardized") and keep >= sum(floors):
         assert all(map(int.__ge__, counts, floors))
-
-
-def test_whole_numbers_by_hand():
-    assert round_counts([1.2, 1.7, 1.6, 2.5], [9] * 4, 7) == [1, 2, 2, 2]  # largest remainders
-    assert round_counts([3.0, 3.0], [3, 9], 8) == [3, 5]
-    assert round_counts([5.0, 5.0], [9, 9], 0) == [1, 1]
-    assert round_counts([5.0, 5.0], [9, 9], 99) == [9, 9]
-    assert blend_counts([5, 8, 5], [8, 4, 6], [10] * 3) == [7, 6, 5]
 
 
 def selector(count=8, width=100, **settings):

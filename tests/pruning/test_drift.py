@@ -5,10 +5,7 @@ from statistics import stdev
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from dart_llm.pruning.config import DriftConfig
 from dart_llm.pruning.drift import MAX_WINDOWS, Detector, Rule, make_rule
 from synthetic import HIDDEN, Driver, Stream, config, make_layers
 
@@ -62,15 +59,6 @@ def test_the_rules():
         assert rule.threshold(mu, sigma).tolist() == pytest.approx(thresholds)
     assert make_rule("interval 48") == Rule(0, None, 0, interval=48)
     assert make_rule("never") == Rule(0, None, 0)
-
-
-@given(st.integers(2, 999), st.integers(1, 99), st.decimals(0, 99, places=3))
-def test_windows_that_were_written_are_the_rule(size, low, k):
-    rule = make_rule(DriftConfig(rule=f"windows {size} {low} {k}").rule)
-    assert (rule.window, rule.count, rule.interval) == (size, low, 0)
-    assert float(rule.threshold(torch.tensor(0.5), torch.tensor(2.0))) == pytest.approx(
-        0.5 - 2 * float(k), abs=1e-4
-    )
 
 
 def test_windows_by_hand():
@@ -167,28 +155,6 @@ def test_more_than_half_of_the_live_rows(angles, live, low):
     assert check.live == list(live or [True] * 4)
 
 
-def test_padding_and_rows_that_ended():
-    """Padding enters nothing, and no window waits for a row that has ended."""
-    real, junk = noise(2, 9, 2, seed=2), torch.full((1, 3, 2), 1e6)
-    weights = torch.ones(2, 12)
-    weights[0, :3] = weights[1, 9:] = 0
-    padded, plain = Detector(PAIRS), armed(PAIRS, real)
-    padded.observe(
-        torch.cat([torch.cat([junk, real[:1]], 1), torch.cat([real[1:], junk], 1)]), weights
-    )
-    padded.start()
-    more = noise(2, 4, 2, seed=3)
-    for a, b in zip(padded.watch(more, None), plain.watch(more, None), strict=True):
-        assert a.similarity == pytest.approx(b.similarity, abs=1e-5)
-        assert a.threshold == pytest.approx(b.threshold, abs=1e-5)
-    both = Detector(PAIRS)
-    for token in real.split(1, 1):
-        both.observe(token, torch.tensor([[1.0], [0.0]]), torch.tensor([True, False]))
-    both.start()
-    assert bool(both.mu.isfinite().all())
-    assert float(both.mu[0]) == pytest.approx(float(armed(PAIRS, real[:1]).mu), abs=1e-6)
-
-
 def shifting(at):
     """v keeps one direction (with noise) up to ``at``, then another."""
     stream = Stream(make_layers(), 1, 400)
@@ -196,20 +162,6 @@ def shifting(at):
     drawn = 0.3 * (noise(1, 400, HIDDEN, seed=7) - 1)
     stream.v = drawn + torch.where(torch.arange(400)[:, None] < at, first, second)
     return stream
-
-
-@pytest.mark.parametrize("chunks", [(40,), (6, 34)])
-def test_sinks_are_counted_from_the_first_real_token(chunks):
-    """Left padding of 10: the sinks of that row lie at positions 10 to 13."""
-    run = Driver(config(drift="published"), rows=2)
-    run.stream.v[0, :14] = run.stream.v[1, :4] = 1e6
-    valid = torch.ones(2, 40)
-    valid[0, :10] = 0
-    for part in valid.split(chunks, 1):
-        run.prefill(part.shape[1], valid=part)
-    for row, first in ((0, 14), (1, 4)):
-        wanted = run.stream.v[row, first:40].sum(0).tolist()
-        assert run.state.detector.total[row].tolist() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_triggers_that_the_guards_put_off_are_suppressed():

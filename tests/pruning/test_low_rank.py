@@ -59,16 +59,6 @@ def test_the_basis_spans_the_principal_directions(rank):
     np.testing.assert_allclose(variance, values[:rank] / (values[:rank] + floor), rtol=1e-3)
 
 
-def test_inputs_that_hardly_vary():
-    """T tokens vary in T - 1 directions."""
-    for tokens in (1, 2, 4):
-        h = inputs(tokens=tokens)
-        basis = find_basis(h, R)
-        assert basis.shape == (tokens - 1, D) and bool(basis.isfinite().all())
-        centred, unit = h - h.mean(0), basis / basis.norm(dim=1, keepdim=True)
-        torch.testing.assert_close(centred @ unit.T @ unit, centred, rtol=1e-3, atol=1e-3)
-
-
 def least_squares(u, f, ridge):
     """[I, r]: the ridge as rows of its own below the centred features."""
     u64, f64 = (t.double().numpy() for t in (u - u.mean(0), f - f.mean(0)))

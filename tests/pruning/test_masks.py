@@ -13,6 +13,8 @@ from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.statistics import LayerStatistics, Sum
 from synthetic import make_layers, top
 
+TWO = (*make_layers(1, width=4), *make_layers(1, width=5))
+
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=50), st.data())
@@ -61,7 +63,7 @@ def test_masks_by_hand():
 )
 def test_user_masks_that_do_not_fit(keep, remove, message):
     with pytest.raises(ConfigError) as caught:
-        user_masks([4, 5], keep, remove)
+        user_masks(TWO, keep, remove)
     assert message in str(caught.value)
 
 
@@ -69,10 +71,10 @@ def test_user_masks():
     for keep, remove, kept in (
         ({1: [3, 0, 3]}, None, [None, [0, 3]]),
         ({0: torch.tensor([2]), 1: (2, 1)}, None, [[2], [1, 2]]),
-        (None, {0: [1], 1: []}, [[0, 2, 3], [0, 1, 2, 3, 4]]),
+        (None, {0: [1], 1: []}, [[0, 2, 3], None]),
     ):
-        result = user_masks([4, 5], keep, remove)
-        assert [None if ids is None else ids.tolist() for ids in result] == kept
+        result = user_masks(TWO, keep, remove)
+        assert [None if mask is None else mask.ids.tolist() for mask in result] == kept
 
 
 def selector(**settings):

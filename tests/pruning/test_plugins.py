@@ -29,27 +29,21 @@ METHODS.register("griffin-loudest", METHODS.get("griffin").replace(
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch):
+def file(tmp_path, monkeypatch):
     """Nothing is loaded before, nor afterwards."""
     monkeypatch.setenv(plugins.VARIABLE, "")
     monkeypatch.setattr(plugins, "_digests", {})
-    yield
+    path = tmp_path / "my_score.py"
+    path.write_text(TEXT, encoding="utf-8")
+    yield path
     METHODS.unregister("griffin-loudest")
     SCORES.unregister("loudest")
 
 
-@pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "my_score.py"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
-
-
-def test_a_file_adds_to_the_names_and_keys_what_it_adds(file):
+def test_a_file_adds_to_the_names_and_keys_results(file):
     assert "griffin-loudest" not in METHODS and plugins.digest() == {}
     plugins.use(file)
-    own = {"plugin": file_sha256(file)}
-    assert "griffin-loudest" in METHODS and plugins.digest() == own
+    assert "griffin-loudest" in METHODS and plugins.digest() == {"plugin": file_sha256(file)}
     model, ids = tiny(), tokens(1, 12)
     with prune(model, "griffin-loudest", sparsity=0.5), torch.no_grad():
         result = decode(model, ids, 6)
@@ -87,10 +81,9 @@ def test_a_score_that_is_not_one_number_per_neuron_is_refused(file):
     file.write_text(TEXT.replace("return a\n", "return a[:-1]\n"), encoding="utf-8")
     plugins.use(file)
     message = r"^score 'loudest' gave \[47\] numbers for \[48\] neurons: it must return one number"
-    model, ids = tiny(), tokens(1, 12)
     with (
-        prune(model, "griffin-loudest", sparsity=0.5),
+        prune(tiny(), "griffin-loudest", sparsity=0.5) as run,
         torch.no_grad(),
         pytest.raises(ConfigError, match=message),
     ):
-        decode(model, ids, 6)
+        decode(run.model, tokens(1, 12), 6)

@@ -321,13 +321,3 @@ def test_chunks_up_to_the_next_change_equal_single_tokens(method, text, limit, r
     same_checks(chunked, single)
     assert ours.achieved_sparsity == pytest.approx(theirs.achieved_sparsity)
     assert ours.decoded_tokens == theirs.decoded_tokens
-
-
-def test_tokens_until_change_by_hand():
-    run, bounds = after(8, masking_step=3, release_step=30, drift="interval 8"), []
-    for _ in range(32):
-        bounds.append(run.tokens_until_change())
-        run.decode()
-    cycle = [8, 7, 6, 5, 4, 3, 2, 1, 3, 2, 1]
-    assert bounds == [3, 2, 1, *cycle, *cycle, 5, 4, 3, 2, 1, None, None]
-    assert after(80, 3, drift="paper").tokens_until_change() == 7

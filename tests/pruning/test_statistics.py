@@ -24,7 +24,6 @@ from dart_llm.pruning.statistics import (
     squared_share,
     to_tensors,
 )
-from dart_llm.pruning.weights import with_parts
 from prior_cases import CONFIG
 from synthetic import make_layers
 
@@ -177,34 +176,6 @@ def test_means_are_pooled_by_tokens():
             alone = pooled(nothing, prior, 128).sums["score"]  # the prior decides
             assert alone.mean.tolist() == [5, 1] and float(alone.weight) == 128
     assert pooled(seen, None, 128) is pooled(seen, prior, 0) is pooled(seen, prior, -1) is seen
-
-
-def known(score, signed, weight):
-    return LayerStatistics({"score": Sum(score, weight), "signed": Sum(signed, weight)})
-
-
-@pytest.mark.parametrize(("count", "tokens"), [(0, 16), (40, 0), (40, 16)])
-def test_fisher_ranks_all_neurons_of_the_model(count, tokens):
-    """mean u^2 of text and prior together, times g^2, in one ranking; compensation likewise."""
-    drawn, width = torch.rand(3, 3, 20, generator=torch.Generator().manual_seed(4)), 20
-    learnt = [SelfStats(known(50 * a, 50 * b, 50.0), g) for a, b, g in drawn]
-    layers = with_parts(make_layers(), self_stats=learnt)
-    config = CONFIG.replace({"compensation_rank": 0, "self_stats": {"tokens": tokens}})
-    u = torch.randn(3, count, width, generator=torch.Generator().manual_seed(9))
-    seen = [known(t.square().sum(0), t.sum(0), float(count)) for t in u]
-    result = MaskSelector(config, layers).select(seen)
-    scores = (u.square().sum(1) + tokens * drawn[:, 0]) / (count + tokens) * drawn[:, 2]
-    means = (u.sum(1) + tokens * drawn[:, 1]) / (count + tokens)
-    torch.testing.assert_close(torch.stack(result.scores), scores)
-    assert sum(result.counts) == 30 and min(result.counts) >= 2
-    floors = scores.scatter(1, scores.topk(2).indices, torch.inf)  # two of twenty stay everywhere
-    wanted = sorted(floors.flatten().argsort(descending=True)[:30].tolist())
-    kept = [width * i + int(n) for i, mask in enumerate(result.masks) if mask for n in mask.ids]
-    assert kept == wanted
-    for mask, layer, mean in zip(result.masks, layers, means, strict=True):
-        assert mask.low_rank is None
-        removed = mask.removed()
-        torch.testing.assert_close(mask.bias, layer.down[:, removed] @ mean[removed])
 
 
 def test_a_score_that_learns_wants_its_prior():

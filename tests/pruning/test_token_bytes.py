@@ -62,10 +62,6 @@ def test_bytes_of_a_token_by_hand(method, ffn, attention, dtype):
     assert result.dense_token_bytes_share == 1
 
 
-def test_nothing_removed_is_one():
-    assert report("griffin", sparsity=0.0).token_bytes_share == 1
-
-
 def test_a_cache_that_was_there_before_is_read_too():
     """``bench quality`` reads a prompt once for many runs."""
     model, ids = shared_model("llama-bias"), tokens(1, 17)

@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.describe import describe
-from dart_llm.patching.executors import token_ffn
 from dart_llm.pruning import token_level
 from dart_llm.pruning import token_rules as low_bit_rule
 from dart_llm.pruning.token_level import (
     candidate_count,
     contribution_estimate,
-    gaussian_error,
     low_bit,
     squared_error,
     winner_places,
@@ -78,14 +76,6 @@ def test_products_of_all_rows_and_of_some(monkeypatch):
         assert torch.allclose(copy.product(x), wanted, atol=1e-5)
         assert torch.allclose(copy.product(x, rows), wanted[..., rows], atol=1e-5)
     assert squared_error(w, parts) == pytest.approx(squared_error(w, whole))
-
-
-def test_errors_of_the_copies():
-    """A step is max / 7, and its rounding error uniform: step / sqrt(12), with a bfloat16 scale."""
-    steps = drawn(4000, 2, 32, seed=4).abs().amax(-1) / 7
-    expected = float((steps.square().mean() / 12).sqrt())
-    assert gaussian_error(4000, 64, 4, 32) == pytest.approx(expected, rel=0.02)
-    assert gaussian_error(4000, 64, 4, 48) > gaussian_error(4000, 64, 4, 32)
 
 
 @examples(deadline=None)
@@ -187,28 +177,6 @@ def test_exact_copies_give_the_oracle(name, exact):
         assert apart(pruned, decode(model, ids, PROMPT)) > 1e-2
 
 
-@pytest.mark.parametrize(("name", "batch"), in_turn(SHAPES, ("shared", "per_row")))
-def test_rows_and_chunks_equal_single_tokens(name, batch):
-    """Without compensation: what the losers stand at is shared by rows that share the count."""
-    method = LEARNT.replace({"compensation": batch == "per_row"})
-    model, ids = shared_model(name), tokens(2, PROMPT + 6)
-    seen, padding = torch.ones_like(ids), 0 if name == "gpt2" else 3  # its positions would shift
-    seen[1, :padding] = 0
-    with prune(model, method, sparsity=0.7, batch=batch) as run, run.decoding():
-        cache = new_cache(model)
-        step(model, ids[:, :PROMPT], cache, seen[:, :PROMPT])
-        chunk = step(model, ids[:, PROMPT:], cache, seen)
-    report = run.report()
-    assert report.decoded_tokens == 12 and report.dense_token_share == 0
-    assert report.achieved_sparsity == pytest.approx(0.7, abs=0.01)
-    with prune(model, method, sparsity=0.7, batch=batch):
-        assert apart(decode(model, ids, PROMPT, seen)[:, PROMPT:], chunk) < 1e-5
-    for row, start in ((0, 0), (1, padding)):
-        with prune(model, method, sparsity=0.7, executor=_executors(name)[-1]):
-            alone = decode(model, ids[row : row + 1, start:], PROMPT - start)
-        assert apart(alone[:, PROMPT - start :], chunk[row : row + 1]) < 1e-5
-
-
 def test_candidates_are_the_sequences_best(monkeypatch, exact):
     model, ids, result = shared_model("llama-bias"), tokens(1, PROMPT + 2), _recorded(monkeypatch)
     with prune(model, LEARNT, sparsity=0.75, token={"candidates": 0.5}) as run:
@@ -223,20 +191,6 @@ def test_candidates_are_the_sequences_best(monkeypatch, exact):
         assert winners.flatten().tolist() == mask.ids[best(strengths.tolist(), 12)].tolist()
 
 
-def test_copies_live_while_tokens_may_choose():
-    model = shared_model()
-    for settings in ({"sparsity": 0.0}, {"masks": {0: [1, 2]}}):
-        with prune(model, LEARNT, **settings) as run:
-            decode(model, tokens(1, PROMPT + 2), PROMPT)
-            assert all(layer.token is None for layer in run.patch.layers)
-        assert run.report().proxy_error is None and run.report().proxy_bytes_share == 0
-    assert {layer: ids.tolist() for layer, ids in run.masks().items()} == {0: [1, 2]}
-    with prune(model, LEARNT, sparsity=0.5) as run:
-        layers = run.patch.layers
-        assert all(layer.token is not None for layer in layers)
-    assert all(layer.token is None and layer._captured.fed is None for layer in layers)
-
-
 def test_there_is_no_sequence_mask(tmp_path):
     model, seen = shared_model(), list[Any]()
     with prune(model, LEARNT, sparsity=0.5) as run:
@@ -248,24 +202,3 @@ def test_there_is_no_sequence_mask(tmp_path):
             with pytest.raises(ConfigError, match=r"no sequence mask.*e\.g\. dart"):
                 ask()
     assert seen == [(None,) * 4]
-
-
-@pytest.mark.usefixtures("native")
-def test_where_it_is_slower_one_sentence_says_so(caplog):
-    """Once per process and place, when a prompt is read; for batches that no kernel serves."""
-    model, start = shared_model(), "dart-token is slower than the unpruned model "
-    token_ffn._warn_once.cache_clear()
-    for executor, rows, message in (
-        ("compact", 1, 1),
-        ("compact", 1, 1),
-        ("native", 1, 1),
-        ("native", 8, 1),
-        ("native", 9, 2),
-    ):
-        with prune(model, LEARNT, sparsity=0.5, executor=executor):
-            decode(model, tokens(rows, 14), 12)
-        assert len(caplog.records) == message
-    batch = "in a batch of several rows under executor"
-    places = ("under executor compact", f"{batch} native")
-    for record, where in zip(caplog.records, places, strict=True):
-        assert record.getMessage().startswith(start + where)

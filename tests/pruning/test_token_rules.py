@@ -13,7 +13,7 @@ from dart_llm.models.ffn import FfnBlock
 from dart_llm.patching.executors import token_ffn as ways
 from dart_llm.pruning.config import TokenConfig
 from dart_llm.pruning.registry import METHODS, TOKEN_RULES
-from dart_llm.pruning.token_level import TokenMask, at_largest, input_count
+from dart_llm.pruning.token_level import TokenMask, at_largest
 from dart_llm.pruning.token_rules import LayerCost, TokenRule
 from dart_llm.session.run import prune
 from steps import decode, pruned, shared_model
@@ -74,18 +74,6 @@ def test_three_neurons_by_hand(method, wanted):
     assert run(method) == wanted
 
 
-def test_estimates_at_the_large_inputs_by_hand():
-    """Rows of the 4-bit copies: 1 is 2/7 of 4, -1 is -4/7 of 2, -0.5 is -1/7 of 3."""
-    x = torch.tensor([[X]])
-    result = ways.token_ffn(three_neurons(), METHODS.get("prox").token).rule.estimate(x)
-    gate = [8 / 7 * 2, -3, 5]
-    up = [-1, 8 / 7 * 3 + 4, -3 / 7 * 2]
-    wanted = [g * u for g, u in zip(gate, up, strict=True)]
-    assert result.flatten().tolist() == pytest.approx(wanted, rel=0.01)  # scales are bfloat16
-    whole = ways.token_ffn(three_neurons(), TokenConfig()).rule.estimate(x)
-    assert whole.flatten().tolist()[0] == pytest.approx(0, abs=1e-6), "up x of neuron 0 is 0"
-
-
 @pytest.mark.parametrize("method", ["cats", "countdown"])
 def test_without_a_gate_what_is_read_whole_is_u(method):
     assert run(method, winners=1, plain=True) == [0, 7, 7]  # u = up x = (0, 7, 2)
@@ -113,15 +101,6 @@ def test_the_largest_inputs_stay_as_they_are(xs, data):
             assert own.tolist() == [v if i in kept else 0 for i, v in enumerate(row.tolist())]
         assert torch.equal(at_largest(result, count, norm), result)
     assert torch.equal(at_largest(x, count, torch.full_like(weights, 2.0)), at_largest(x, count))
-
-
-@examples()
-@given(st.integers(1, 500), st.integers(1, 500), st.data())
-def test_as_large_a_share_of_inputs_as_of_neurons(inputs, width, data):
-    winners = data.draw(st.integers(1, width))
-    count = input_count(inputs, winners, width)
-    assert 0 <= count / inputs - winners / width < 1 / inputs + 1e-12
-    assert input_count(inputs, width, width) == inputs
 
 
 def _nonzeros(model, module, result):
@@ -156,15 +135,6 @@ def test_every_matrix_is_given_its_share_of_inputs(name, method):
     assert report.achieved_sparsity == 0.75 and report.executor == "masked"
 
 
-def test_the_projections_of_attention_end_with_the_output():
-    result = {name: [len(one) for one in describe(shared_model(name)).attention] for name in SHAPES}
-    assert result == {"llama-bias": [4] * 4, "phi3": [2] * 4, "gpt2": [2] * 4, "opt": [4] * 4}
-    view = describe(shared_model("llama-bias"))
-    assert view.attention[-1][-1] is view.attention_out
-
-
-SHAPES = ("llama-bias", "phi3", "gpt2", "opt")
-
 L, I, D, K = 4, 48, 32, 12  # noqa: E741 - the method's own names
 WEIGHTS = I * 3 * D
 
@@ -195,15 +165,6 @@ def test_bytes_by_hand(method, more):
     read = 0 if method in ("cats", "countdown") else more  # which masked has computed anyway
     assert report.ffn_bytes_share == pytest.approx(1 + read / (4 * WEIGHTS))
     assert report.proxy_error is None or method == "prox"
-
-
-def test_inputs_are_counted_whole():
-    """14 or 15 neurons of 48 stay, and 10 inputs of 32: shares of 9.33 and 10."""
-    report = _report("teal", 0.7)
-    kept = [layer.kept for layer in report.layers]
-    assert sorted(set(kept)) == [14, 15]
-    read = sum(2 * 10 * I + k * D for k in kept)
-    assert report.ffn_bytes_share_if_compact == pytest.approx(read / (L * WEIGHTS), rel=1e-3)
 
 
 @pytest.mark.usefixtures("native")
@@ -249,12 +210,3 @@ def test_a_new_rule_is_one_class():
         assert report.proxy_bytes_share == pytest.approx(100 / (4 * WEIGHTS))
     finally:
         TOKEN_RULES.unregister("last")
-
-
-def test_one_sentence_says_that_no_kernel_serves_it(caplog):
-    ways._warn_once.cache_clear()
-    for executor in ("masked", "compact"):
-        with prune(shared_model(), "teal", sparsity=0.5, executor=executor):
-            decode(shared_model(), tokens(1, 14), 12)
-    (record,) = caplog.records
-    assert record.getMessage().startswith("teal runs in plain PyTorch and is slower")

@@ -39,22 +39,8 @@ def test_the_folder_generates_what_prune_does(recipe):
         assert torch.equal(result, wanted) and not torch.equal(result, dense)
         assert reports[-1].to_dict() == run.report().to_dict()
     assert torch.equal(model.generate(IDS, **ASKED), dense)  # nothing stays on the model
-
-
-def test_what_transformers_gives_and_takes_goes_through(recipe):
-    model = tiny()
-    mask = torch.ones_like(IDS)
-    settings = {**ASKED, "attention_mask": mask, "return_dict_in_generate": True}
-    settings["output_scores"] = True
-    with prune(model, "griffin", sparsity=0.5):
-        wanted = model.generate(input_ids=IDS, **settings)
-    result = model.generate(input_ids=IDS, **settings, **recipe, method="griffin", sparsity=0.5)
-    assert torch.equal(result.sequences, wanted.sequences) and len(result.scores) == 12
-    assert all(torch.equal(a, b) for a, b in zip(result.scores, wanted.scores, strict=True))
     with pytest.raises(ConfigError, match="sparsity"):
         model.generate(IDS, **ASKED, **recipe, sparsity=50)
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        model.generate(IDS, **ASKED, custom_generate=FOLDER, trust_remote_code=False)
 
 
 def test_a_pipeline_is_pruned_both_ways(recipe, tmp_path):

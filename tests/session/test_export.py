@@ -96,13 +96,6 @@ def test_export_refuses_what_it_cannot_write(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_file_is_no_folder_to_export_to(tmp_path):
-    (tmp_path / "taken").write_text("mine", encoding="utf-8")
-    with pytest.raises(ConfigError, match="taken is a file: give another name"):
-        prune(shared_model(), masks=picked()).export(tmp_path / "taken")
-    assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
-
-
 def test_the_tokenizer_is_exported_where_it_is_known(tmp_path):
     source = write_model(tmp_path / "source")
     model, tokenizer = load(str(source))

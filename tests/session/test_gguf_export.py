@@ -12,7 +12,7 @@ from dart_llm.errors import ConfigError, LoadError
 from dart_llm.models.describe import describe
 from dart_llm.models.gguf_facts import ARCHITECTURES
 from dart_llm.models.gguf_file import read_gguf
-from dart_llm.models.gguf_write import ABOUT, homes, write_narrow
+from dart_llm.models.gguf_write import ABOUT, homes
 from dart_llm.models.loading import load
 from dart_llm.session import export as gguf_file
 from dart_llm.session.export import source_file
@@ -110,16 +110,6 @@ def test_rows_keep_their_bytes_and_columns_move(kind, exported, tmp_path):
     assert result.bytes < result.bytes_before == source.path.stat().st_size
 
 
-def test_types_to_which_nothing_rounds_become_8_bits(exported):
-    masks = dict.fromkeys(range(LAYERS), range(60))
-    _, source, result = exported(masks, width=256, ffn=Kind.Q4_K, down=Kind.Q6_K)
-    assert result.kinds == {"Q6_K": "Q8_0"} and result.written == (64,) * LAYERS
-    assert result.rounded == 1
-    new = read_gguf(result.path).tensors["blk.1.ffn_down.weight"]
-    old = source.tensors["blk.1.ffn_down.weight"].values()[:, :60]
-    assert apart(new.values()[:, :60], old) < 0.01
-
-
 def test_fixed_masks_are_filled_up_without_effect(exported):
     """Rows of zeros in gate and up: whatever down holds for them, nothing comes of it."""
     masks = {0: KEPT[:20], 1: range(40)}
@@ -135,17 +125,6 @@ def test_fixed_masks_are_filled_up_without_effect(exported):
             rows, stored = new[name].values(), old[name].values()
             assert torch.equal(rows[slots >= 0], stored[slots[slots >= 0]])
             assert not rows[slots < 0].any()
-
-
-def test_unequal_layers_are_an_architecture_with_a_list_of_widths(exported):
-    _, source, result = exported({1: KEPT}, **PLAIN)
-    assert result.architecture == "deci" and result.written == (FFN_WIDTH, 32)
-    fields = GGUFReader(result.path).fields
-    assert fields["general.architecture"].contents() == "deci"
-    assert fields["deci.feed_forward_length"].contents() == [FFN_WIDTH, 32]
-    renamed = {name.replace("llama.", "deci.") for name in GGUFReader(source.path).fields}
-    assert set(fields) == renamed | {ABOUT}
-    assert fields["deci.context_length"].contents() == 128
 
 
 def test_texts_are_read_one_by_one_and_added_up(exported):
@@ -236,22 +215,6 @@ def test_what_no_file_can_hold_is_refused(tmp_path):
         assert not (tmp_path / "x.gguf").exists(), sentence
     with pytest.raises(ConfigError, match="LlamaForCausalLM was not loaded from the blocks"):
         source_file(tiny())
-
-
-def test_files_of_other_shapes_are_refused(tmp_path):
-    experts = write_gguf(tmp_path / "moe.gguf", tensors={"blk.0.ffn_gate_inp.weight": [[1.0] * 32]})
-    other = write_gguf(tmp_path / "other.gguf")
-    model, tokenizer = loaded(other, tmp_path)
-    with pytest.raises(ConfigError, match=r"has blk.0.ffn_gate_inp.weight: .*not a mixture"):
-        export_gguf(model, tokenizer, tmp_path / "x.gguf", TEXTS, source=experts)
-    wide = write_gguf(tmp_path / "wide.gguf", width=256)
-    with pytest.raises(
-        ConfigError, match=r"wide\.gguf has 2 layers of 512 neurons, and these masks"
-    ):
-        export_gguf(model, tokenizer, tmp_path / "x.gguf", masks={0: KEPT}, source=wide)
-    with pytest.raises(ConfigError, match="is the file that is read: give another name"):
-        write_narrow(read_gguf(other), [None] * LAYERS, other, "")
-    assert sorted(path.suffix for path in tmp_path.iterdir() if path.is_file()) == [".gguf"] * 3
 
 
 def test_command(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from itertools import product
 
 import numpy as np
 import pytest
@@ -14,14 +13,12 @@ from safetensors.numpy import load_file, save_file
 from dart_llm import read_trace
 from dart_llm.errors import AttachError, ConfigError, ResultsError
 from dart_llm.models.describe import describe
-from dart_llm.models.packed_loading import round_weights
 from dart_llm.session.run import prune
 from dart_llm.session.trace import COLUMNS, PHASES, hook_name, norm_name
 from dart_llm.studies.generate.settings import RunSettings
-from lm_cases import call, place
 from observed_cases import Recorder
 from steps import Same, apart, decode, generate, new_cache, selections, shared_model, step
-from tiny import LAYERS, WIDTH, tiny, tokens
+from tiny import LAYERS, WIDTH, tokens
 from token_cases import LEARNT, PLAIN, before_down
 
 PROMPT = 10
@@ -74,27 +71,6 @@ def test_the_neurons_of_a_trace_are_those_that_ran(way, executor, tmp_path):
     kept = sum(len(row["neurons"]) for row in trace.rows() if row["phase"] != "prefill")
     share = kept / (report.decoded_tokens * LAYERS * WIDTH)
     assert 1 - share == pytest.approx(report.achieved_sparsity)
-
-
-@pytest.mark.usefixtures("native")
-def test_what_tokens_select_of_weights_in_blocks(tmp_path):
-    """By their activations, also two rows at a time, each of which selects as it does alone."""
-    model = tiny(hidden_size=64, intermediate_size=96)
-    assert round_weights(model, "q8_0") == []
-    both, settings = tokens(2, 26, seed=4), {**TOKENS, "executor": "native"}
-    alone = [traced(tmp_path / f"{row}", model, both[row : row + 1], **settings) for row in (0, 1)]
-    together, run, _ = traced(tmp_path / "both", model, both, **settings)
-    assert run.report().executor.startswith("native")
-    assert together.arrays["row"].tolist()[-2:] == [0, 1]
-    for row, (trace, _, logits) in enumerate(alone):
-        assert apart(logits, dense_but_for(model, trace, both[row : row + 1])) < 0.03
-        mine = together.arrays["mask"][together.arrays["row"] == row]
-        pairs = zip(trace.arrays["mask"][PROMPT:], mine[PROMPT:], strict=True)
-        for (one, other), layer in product(pairs, range(LAYERS)):
-            first, second = trace.neurons(one, layer), together.neurons(other, layer)
-            assert len(first) == trace.remasks[0]["kept"][layer]
-            assert len(second) == together.remasks[0]["kept"][layer]
-            assert len({*first.tolist()} & {*second.tolist()}) >= len(first) - 3
 
 
 def test_masks_of_the_sequence_stand_once_per_remask(tmp_path):
@@ -261,11 +237,6 @@ def test_what_cannot_be_traced(tmp_path):
     assert RunSettings(trace="a").prune_config().executor == "auto"
 
 
-def test_it_is_one_line_for_people(tmp_path):
-    trace, _, _ = traced(tmp_path / ("a" * 250), shared_model(), **HALF)
-    assert str(trace) == f"trace of 26 tokens, {LAYERS} layers, 1 mask"
-
-
 def test_files_that_are_not_traces(tmp_path):
     path = tmp_path / "a"
     traced(path, shared_model(), **HALF)
@@ -307,29 +278,6 @@ def test_others_read_it(tmp_path):
     assert pruned["neurons"].tolist() == trace.neurons(0, 2).tolist()
     assert len(remasks) == 3 * LAYERS
     assert remasks["cause"].tolist()[:5] == ["first"] * 4 + ["interval"]
-
-
-def test_run_writes_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model = ("--model", place() / "model", "--device", "cpu")
-    settings = ("run", *model, "--prompt", "the sea and the moon", "--generation", 12)
-    done = call(*settings, "--sparsity", 0.5, "--method", "griffin", "--trace", "a.safetensors")
-    assert done.code == 0 and "trace of 31 tokens: a.safetensors, 2." in done.err, done.err
-    (folder,) = (tmp_path / "results").glob("*/*")
-    pruned = [json.loads(line) for line in (folder / "generation.jsonl").read_text().splitlines()][
-        1
-    ]
-    trace = read_trace("a.safetensors")
-    assert trace.arrays["token_id"][-11:].tolist() == pruned["token_ids"][:-1]
-    masks = load_file(folder / "masks.safetensors")
-    for layer in range(LAYERS):
-        assert trace.neurons(0, layer).tolist() == masks[f"remask0.layer{layer}.ids"].tolist()
-    for extra, words in (
-        (("--method", "dense"), "method dense removes none: give a method and a sparsity"),
-        (("--method", "teal", "--sparsity", 0.5), "method teal selects inputs of matrices"),
-    ):
-        done = call(*settings, *extra, "--trace", "b.safetensors")
-        assert done.code == 2 and words in done.err and not (tmp_path / "b.safetensors").exists()
 
 
 def test_a_trace_goes_to_a_file_and_stays_with_its_patch(tmp_path):

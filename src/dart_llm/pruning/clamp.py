@@ -62,11 +62,15 @@ class Clamp:
 
     def last(self, scores: Sequence[Tensor]) -> list[Tensor]:
         """``scores``, [I] each, with the clamped neurons behind all others."""
-        clamped = self.layers
-        return [
-            score.index_fill(0, clamped[n].ids, -torch.inf) if n in clamped else score
-            for n, score in enumerate(scores)
-        ]
+        return [self._filled(n, score, -torch.inf) for n, score in enumerate(scores)]
+
+    def silent(self, layer: int, mean: Tensor) -> Tensor:
+        """``mean`` activations [I] with 0 for the clamped neurons, which the clamp replaces."""
+        return self._filled(layer, mean, 0.0)
+
+    def _filled(self, layer: int, values: Tensor, value: float) -> Tensor:
+        clamped = self.layers.get(layer)
+        return values if clamped is None else values.index_fill(0, clamped.ids, value)
 
     def most(self, layer: int, count: int) -> int:
         """``count``, or as many neurons as the layer has that are not clamped."""
@@ -77,11 +81,6 @@ class Clamp:
         """Those of ``ids`` that are not clamped: only the clamp replaces these."""
         clamped = self.layers.get(layer)
         return ids if clamped is None else ids[~torch.isin(ids, clamped.ids)]
-
-    def silent(self, layer: int, mean: Tensor) -> Tensor:
-        """``mean`` activations [I] with 0 for the clamped neurons, likewise."""
-        clamped = self.layers.get(layer)
-        return mean if clamped is None else mean.index_fill(0, clamped.ids, 0.0)
 
 
 NO_CLAMP = Clamp({})

@@ -41,15 +41,18 @@ def check_sparsity(value: float) -> float:
 class Part(BaseModel):
     """A frozen group of settings; a bad value or an unknown key raises ``ConfigError``.
 
-    ``called``: how messages name it, before its own settings; "": not at all.
+    ``called``: how messages name it, before its own settings; "": not at all.  ``short``: the
+    setting for which a text alone stands.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     called: ClassVar[str] = ""
+    short: ClassVar[str] = ""
 
     @model_validator(mode="wrap")
     @classmethod
     def _validated(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        data = cls.expanded(data)
         for key in data if isinstance(data, Mapping) else ():
             if key not in cls.model_fields:
                 raise unknown_key(cls, str(key))
@@ -57,6 +60,11 @@ class Part(BaseModel):
             return validate(data)
         except ValidationError as error:
             raise ConfigError(first_problem(error, cls.called)) from None
+
+    @classmethod
+    def expanded(cls, data: Any) -> Any:
+        """``data``; a text alone as the mapping that it stands for."""
+        return {cls.short: data} if cls.short and isinstance(data, str) else data
 
 
 def unknown_key(part: type[BaseModel], key: str) -> ConfigError:
@@ -77,6 +85,8 @@ class ScoreConfig(Part):
     weight; None: the text alone.
     """
 
+    short: ClassVar[str] = "name"
+
     name: Annotated[str, AfterValidator(SCORES.check)] = "normalized"
     ema_decay: Below1 | None = None
     strategy: Literal["topk", "auto"] = "topk"
@@ -90,6 +100,8 @@ class BudgetConfig(Part):
     ``name``: a budget, or ``blend A B``.  ``table``: a layer table such as ``0-3:0.9,4-29:auto``.
     ``refresh``: whether counts stay as at the ``first`` mask, or are set anew with ``every`` one.
     """
+
+    short: ClassVar[str] = "name"
 
     name: str = "uniform"
     table: str | None = None
@@ -136,6 +148,8 @@ class DriftConfig(Part):
     decoded tokens is spent, dense, on re-masks, and ``allowance`` tokens beside it; None: no cap.
     """
 
+    short: ClassVar[str] = "rule"
+
     rule: str = "never"
     signal: Literal["attention", "hidden"] = "attention"
     min_distance: AtLeast0 = 0
@@ -160,6 +174,8 @@ class RemaskConfig(Part):
     trigger; None: ``max(1, masking_step)``.
     """
 
+    short: ClassVar[str] = "evidence"
+
     evidence: Literal["fresh", "decay"] = "fresh"
     decay: Share = 0.1
     observe_tokens: AtLeast1 | None = None
@@ -171,6 +187,8 @@ class CalibrationConfig(Part):
     ``source``: a ``text``, or what the model writes by ``self``.  ``sequences`` of ``length``
     tokens are run dense and observed.  ``purpose``: static ``masks``, or a ``prior`` of the score.
     """
+
+    short: ClassVar[str] = "source"
 
     source: Literal["text", "self"] = "text"
     sequences: AtLeast1 = 128
@@ -235,18 +253,16 @@ class HeadConfig(Part):
     kind: Literal["full", "screened"] = "full"
     bytes: Share = 0.25
 
-    @model_validator(mode="before")
     @classmethod
-    def _short_form(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
+    def expanded(cls, data: Any) -> Any:
+        if not isinstance(data, str):
             return data
-        kind, _, share = str(data.get("kind", "")).partition(" ")
-        return {**data, "kind": kind, "bytes": share} if share and kind == "screened" else data
+        kind, _, share = data.partition(" ")
+        return {"kind": kind, "bytes": share} if share else {"kind": kind}
 
 
 SECRET = ("api_key",)
 """Settings whose value no message shows."""
-
 
 BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 """What pydantic calls the bounds of a field, in words."""
@@ -276,24 +292,17 @@ the dense model's (README).
 DEFAULT_SPARSITY = 0.3
 """The fraction of FFN neurons that every command and ``prune`` remove where none is given."""
 
-_SHORT = {
-    "score": "name",
-    "budget": "name",
-    "drift": "rule",
-    "remask": "evidence",
-    "calibration": "source",
-    "head": "kind",
+PARTS: dict[str, type[Part]] = {
+    "score": ScoreConfig,
+    "budget": BudgetConfig,
+    "drift": DriftConfig,
+    "remask": RemaskConfig,
+    "calibration": CalibrationConfig,
+    "self_stats": SelfStatsConfig,
+    "token": TokenConfig,
+    "head": HeadConfig,
 }
-
-_PARTS = frozenset({*_SHORT, "self_stats", "token"})
-
-
-def _expand(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Parts that are given as their name alone become mappings."""
-    return {
-        key: {_SHORT[key]: value} if key in _SHORT and isinstance(value, str) else value
-        for key, value in data.items()
-    }
+"""Fields of ``PruneConfig`` that are groups of settings."""
 
 
 class PruneConfig(Part):
@@ -334,11 +343,6 @@ class PruneConfig(Part):
     batch: Literal["shared", "per_row"] = "shared"
     executor: Literal["auto", "masked", "compact", "native", "cuda"] = "auto"
     seed: int = Field(default=0, lt=2**63)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, data: Any) -> Any:
-        return _expand(data) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _check(self) -> PruneConfig:
@@ -409,13 +413,14 @@ class PruneConfig(Part):
 
         Raises ``ConfigError`` for what does not fit.
         """
-        data, changes = self.model_dump(), _expand(changes)
-        score = changes.get("score")
-        if isinstance(score, Mapping) and score.get("strategy") == "auto":
-            data["budget"] = BudgetConfig().model_dump()  # the preset's budget has no part in it
+        data = self.model_dump()
         for key, value in changes.items():
-            nested = key in _PARTS and isinstance(value, Mapping)
+            value = PARTS[key].expanded(value) if key in PARTS else value
+            nested = key in PARTS and isinstance(value, Mapping)
             data[key] = {**(data[key] or {}), **value} if nested else value
+            if key == "score" and nested and value.get("strategy") == "auto":
+                # the preset's budget has no part in it
+                data["budget"] = {**BudgetConfig().model_dump(), **changes.get("budget", {})}
         return PruneConfig.from_mapping(data)
 
     @classmethod

@@ -35,7 +35,6 @@ from dart_llm.pruning.forward import (
     prompt_counts,
     sinks_ahead,
     token_weights,
-    without_graph,
 )
 from dart_llm.pruning.masks import Masks
 from dart_llm.pruning.observations import LayerObservation, detached_copy, stacked_alike
@@ -95,7 +94,7 @@ class PruningController:
             return [0] * len(selector.layers)
         return [round(selector.keeps(i) * layer.width) for i, layer in enumerate(selector.layers)]
 
-    @without_graph
+    @torch.no_grad()
     def before_forward(self, call: ForwardCall) -> ForwardPlan:
         """Settle the forward before, then plan this one."""
         self._settle(call.cached)
@@ -236,7 +235,7 @@ class PruningController:
         if self._pending is not None and self._pending.plan.signal:
             self._pending.signal = v.detach()
 
-    @without_graph
+    @torch.no_grad()
     def after_forward(self) -> None:
         """The forward ran: settle it, unless it must wait for the next one."""
         pending = self._pending
@@ -294,8 +293,7 @@ class PruningController:
             add_reference(self.sequences, pending, pending.signal[:, :accepted], self._lengths)
         for state in self.sequences:
             rows = state.batch_rows
-            count = call.rows if state.row is None else 1
-            live = float(accepted * count) if weights is None else weights[rows].sum()
+            live = float(accepted * state.rows) if weights is None else weights[rows].sum()
             pruned = state.phase is Phase.PRUNED
             state.count(accepted, live, accepted if call.forced else 1)
             if pruned:

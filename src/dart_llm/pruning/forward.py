@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -97,28 +96,9 @@ def detached(t: T) -> T:
     return t.detach() if t is not None and t.requires_grad else t
 
 
-# torch's own contexts take as long as the rest of a token's accounting, also where they change
-# nothing.
-
-
 def outside_inference() -> AbstractContextManager[object]:
     """What is made in it serves later forwards of any mode."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def without_graph(function: Callable[P, R]) -> Callable[P, R]:
-    """``torch.no_grad``, entered only where gradients are on."""
-
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            return function(*args, **kwargs)
-
-    return run
+    return torch.inference_mode(False)
 
 
 def token_weights(call: ForwardCall, end: int) -> Tensor | None:
@@ -162,8 +142,7 @@ def add_reference(
 
 def sinks_ahead(state: SequenceState, tokens: int, lengths: Sequence[float]) -> int:
     """How many of the next ``tokens`` are attention sinks (of the shortest row)."""
-    before = min(lengths) if state.row is None else lengths[state.row]
-    return max(0, min(SINKS - int(before), tokens))
+    return max(0, min(SINKS - int(min(lengths[state.batch_rows])), tokens))
 
 
 def evidence_weights(

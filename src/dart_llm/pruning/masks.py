@@ -131,10 +131,11 @@ def _neuron_ids(layer: int, ids: Sequence[int] | Tensor, width: int) -> Tensor:
     return unique
 
 
-def user_masks(widths: Sequence[int], keep: Ids | None, remove: Ids | None) -> list[Tensor | None]:
+def user_masks(layers: Sequence[FfnWeights], keep: Ids | None, remove: Ids | None) -> Masks:
     """A user's own masks: neuron ids per layer to keep, or to remove; other layers stay dense.
 
-    Raises ``ConfigError`` for an unknown layer or neuron, or for a layer left with no neuron.
+    On the layers' devices; None where a layer keeps all.  Raises ``ConfigError`` for an unknown
+    layer or neuron, or for a layer left with no neuron.
     """
     if (keep is None) == (remove is None):
         raise ConfigError("give either masks= (neurons to keep) or remove=, not both")
@@ -143,25 +144,19 @@ def user_masks(widths: Sequence[int], keep: Ids | None, remove: Ids | None) -> l
         hasattr(layer, "__index__") and not isinstance(layer, bool) for layer in requested
     ):
         raise ConfigError("masks= and remove= take a mapping from layer numbers to neuron ids")
-    masks: list[Tensor | None] = [None] * len(widths)
-    for layer, ids in requested.items():
-        if not 0 <= int(layer) < len(widths):
-            raise ConfigError(f"layer {layer} is out of range: this model has {len(widths)} layers")
-        mask = torch.zeros(widths[int(layer)], dtype=torch.bool)
-        mask[_neuron_ids(int(layer), ids, len(mask))] = True
-        kept = (mask if keep is not None else ~mask).nonzero().flatten()
+    masks: list[LayerMask | None] = [None] * len(layers)
+    for number, ids in requested.items():
+        if not 0 <= int(number) < len(layers):
+            raise ConfigError(
+                f"layer {number} is out of range: this model has {len(layers)} layers"
+            )
+        layer = layers[int(number)]
+        marks = torch.zeros(layer.width, dtype=torch.bool)
+        marks[_neuron_ids(int(number), ids, layer.width)] = True
+        kept = (marks if keep is not None else ~marks).nonzero().flatten()
         if not kept.numel():
-            raise ConfigError(f"layer {layer} would keep no neuron: keep at least one")
-        masks[int(layer)] = kept
-    return masks
-
-
-def masks_on_devices(layers: Sequence[FfnWeights], keep: Ids | None, remove: Ids | None) -> Masks:
-    """The masks of ``user_masks`` on the layers' devices; None where a layer keeps all."""
-    kept = user_masks([layer.width for layer in layers], keep, remove)
-    return tuple(
-        None
-        if ids is None or len(ids) == layer.width
-        else LayerMask(ids if layer.down.is_meta else ids.to(layer.device), layer.width)
-        for ids, layer in zip(kept, layers, strict=True)
-    )
+            raise ConfigError(f"layer {number} would keep no neuron: keep at least one")
+        if len(kept) < layer.width:
+            on_device = kept if layer.down.is_meta else kept.to(layer.device)
+            masks[int(number)] = LayerMask(on_device, layer.width)
+    return tuple(masks)

@@ -23,14 +23,7 @@ from dart_llm.pruning.config import (
     SelfStatsConfig,
     TokenConfig,
 )
-from dart_llm.pruning.registry import (
-    BUDGETS,
-    DRIFT_RULES,
-    METHODS,
-    SCORES,
-    TOKEN_RULES,
-    Registry,
-)
+from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES, TOKEN_RULES, Registry
 
 
 def _per_token(rule: str, **options: Any) -> PruneConfig:
@@ -229,15 +222,8 @@ def _described(value: Any) -> dict[str, str]:
 
 
 def _settings(config: PruneConfig) -> str:
-    parts = [
-        f"score {config.score.name}",
-        f"budget {config.budget.name}",
-        f"drift {config.drift.rule}",
-        f"evidence {config.remask.evidence}",
-        f"compensation {'on' if config.compensation else 'off'}",
-    ]
+    parts = [f"score {config.score.name}", f"budget {config.budget.name}"]
+    parts += [f"drift {config.drift.rule}"] + ["compensation"] * config.compensation
     if config.token is not None:
         parts.append(TOKEN_RULES.get(config.token.rule).describe(config.token))
-    if (part := config.calibration) is not None:
-        parts.append(f"{part.purpose} from calibration on {part.sequences} x {part.length} tokens")
     return ", ".join(parts)

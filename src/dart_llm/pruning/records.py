@@ -273,19 +273,11 @@ def add_dense(report: dict[str, Any], tokens: int) -> dict[str, Any]:
     """The report with ``tokens`` decoded tokens more that ran dense, outside any run."""
     if not tokens:
         return report
-    nothing = {"achieved_sparsity": 0.0, "proxy_bytes_share": 0.0, "prompt_tokens": 0, "remasks": 0}
-    dense = {
-        **report,
-        **nothing,
-        "decoded_tokens": tokens,
-        "dense_token_share": 1.0,
-        "ffn_bytes_share": 1.0,
-        "ffn_bytes_share_if_compact": 1.0,
-        "token_bytes_share": report.get("dense_token_bytes_share"),
-        "remask_causes": {},
-        "layers": [{**layer, "sparsity_decoded": 0.0} for layer in report["layers"]],
-        "sequences": [],
-        "head": None,
-    }
+    zeros = "achieved_sparsity proxy_bytes_share prompt_tokens remasks".split()
+    ones = "dense_token_share ffn_bytes_share ffn_bytes_share_if_compact".split()
+    dense = {**report, **dict.fromkeys(zeros, 0), **dict.fromkeys(ones, 1.0)}
+    dense |= {"decoded_tokens": tokens, "remask_causes": {}, "sequences": [], "head": None}
+    dense["token_bytes_share"] = report.get("dense_token_bytes_share")
+    dense["layers"] = [{**layer, "sparsity_decoded": 0.0} for layer in report["layers"]]
     kept = ("sparsity_while_pruned", "mean_context", "sequences")
     return {**merge_reports([dense, report]), **{key: report.get(key) for key in kept}}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -216,8 +217,7 @@ TOGETHER = 1 << 18
 """Layers are added together up to so many elements: what lies in between stays in the caches."""
 
 
-@dataclass(frozen=True)
-class TokenSelection:
+class TokenSelection(NamedTuple):
     """How tokens of some layers select neurons, if they do so one by one.
 
     ``saliency``: [L, I], what multiplies each neuron's activation; ``keeps``: the share of its
@@ -226,10 +226,6 @@ class TokenSelection:
 
     saliency: Tensor
     keeps: tuple[float, ...]
-
-    def of(self, layers: slice) -> TokenSelection:
-        """That of some of the layers."""
-        return TokenSelection(self.saliency[layers], self.keeps[layers])
 
     def losers(self, u: Tensor) -> Tensor:
         """``pruned_indicator`` of every layer; u: [L, T, I]."""
@@ -279,7 +275,7 @@ class Statistics:
             count = max(1, TOGETHER // max(1, u[0].numel()))
             tokens = max(1, CHUNK_ELEMENTS // (min(count, len(u)) * u.shape[1] * u.shape[3]))
             for layers in _slices(len(u), count):
-                selected = None if selection is None else selection.of(layers)
+                selected = selection and TokenSelection(*(part[layers] for part in selection))
                 for part in _slices(u.shape[2], tokens):
                     w = None if weights is None else weights[:, part]
                     features = None if f is None else f[layers, :, part].float()

@@ -26,7 +26,7 @@ from dart_llm.pruning.accounting import Costs, known_bytes, run_report
 from dart_llm.pruning.clamp import ClampValues, make_clamp
 from dart_llm.pruning.config import DEFAULT_METHOD, USER_MASKS, PruneConfig
 from dart_llm.pruning.controller import PruningController, RemaskHook, TokensHook
-from dart_llm.pruning.masks import Ids, Masks, masks_on_devices
+from dart_llm.pruning.masks import Ids, Masks, user_masks
 from dart_llm.pruning.records import DriftCheck, HeadReport, Remask, RunReport
 from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.sequence import SequenceState
@@ -149,7 +149,7 @@ class BoundMethod:
         fixed, clamp = self.fixed_masks, self.selector.clamp
         users = self.masks is not None or remove is not None
         if users:
-            fixed = masks_on_devices(self.layers, self.masks, remove)
+            fixed = user_masks(self.layers, self.masks, remove)
         if clamp.layers and (fixed is not None or self.selector.removes_nothing):
             fixed = clamp.of(fixed or (None,) * len(self.layers))
         return replace(self, masks=None, fixed_masks=fixed, by_hand=self.by_hand or users)
