@@ -104,10 +104,7 @@ def test_what_each_configuration_reads(cache):
         ({}, [FISHER, BASIS, *sums]),
         ({"score": "max"}, [BASIS, *sums]),
         ({"score": "weight", "compensation": False}, []),
-        (
-            {"budget": "depth", "compensation_rank": 0},
-            [FISHER, SCORE, "signed", "sensitivity"],
-        ),
+        ({"budget": "depth", "compensation_rank": 0}, [FISHER, SCORE, "signed", "sensitivity"]),
         ({"self_stats": {"tokens": 0}}, [FISHER, BASIS]),
     ):
         assert wanted(CONFIG.replace(changes), layers) == names, changes

@@ -6,12 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dart_llm.calibration.collect import (
-    likeliest,
-    opening_ids,
-    sample_continuations,
-    start_ids,
-)
+from dart_llm.calibration.collect import likeliest, opening_ids, sample_continuations, start_ids
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.models.checkpoint import remember_tokenizer, tokenizer_of
@@ -26,7 +21,7 @@ class Fixed:
     device = torch.device("cpu")
 
     config = SimpleNamespace(
-        get_text_config=lambda: SimpleNamespace(vocab_size=4, bos_token_id=None, eos_token_id=None),
+        get_text_config=lambda: SimpleNamespace(vocab_size=4, bos_token_id=None, eos_token_id=None)
     )
 
     def __init__(self, *chances, step=0):

@@ -8,11 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dart_llm.errors import DartError
-from dart_llm.pruning.budgets import (
-    LayerView,
-    depth_profile,
-    depth_sparsities,
-)
+from dart_llm.pruning.budgets import LayerView, depth_profile, depth_sparsities
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import BUDGETS
 from dart_llm.pruning.selection import MaskSelector

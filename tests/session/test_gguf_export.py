@@ -14,7 +14,6 @@ from dart_llm.models.gguf_facts import ARCHITECTURES
 from dart_llm.models.gguf_file import read_gguf
 from dart_llm.models.gguf_write import ABOUT, homes
 from dart_llm.models.loading import load
-from dart_llm.session import export as gguf_file
 from dart_llm.session.export import source_file
 from dart_llm.session.gguf_export import export_gguf
 from dart_llm.session.run import prune
@@ -163,31 +162,6 @@ def test_compensation_is_the_bias_of_the_down_projection(exported, tmp_path):
         torch.testing.assert_close(bias.values(), mask.bias, rtol=1e-4, atol=1e-6)
     with pytest.raises(LoadError, match=r"has blk.0.ffn_down.bias, .* LlamaForCausalLM has no"):
         loaded(result.path, tmp_path)
-
-
-def test_a_run_writes_its_newest_mask(exported, tmp_path, monkeypatch):
-    """What it keeps, filled up to whole blocks; low-rank compensation is refused."""
-    model, source, _ = exported(texts=TEXTS[:1], settings={"sparsity": 0.5}, ffn=Kind.F32)
-    narrow = tmp_path / "again.gguf"
-    with pytest.raises(ConfigError, match=r"only such a file is narrowed: load one with weights="):
-        prune(model, masks={0: KEPT}).export(narrow)
-    monkeypatch.setattr(gguf_file, "blocks_file", lambda model: source.path)
-    with prune(model, "griffin", sparsity=0.5) as run:
-        model.generate(IDS, max_new_tokens=2)
-    assert run.export(narrow) == narrow
-    new = read_gguf(narrow).tensors
-    for layer, ids in run.masks().items():
-        up = describe(model).blocks[layer].up.weight[ids]
-        assert torch.equal(new[f"blk.{layer}.ffn_up.weight"].values(), up)
-    narrow.unlink()
-    settings = {"sparsity": 0.5, "min_evidence": 0, "self_stats": {"tokens": 1}}
-    with prune(model, "dart", **settings) as run:
-        model.generate(IDS, max_new_tokens=2)
-    with pytest.raises(
-        ConfigError, match="cannot have low-rank compensation: use compensation_rank"
-    ):
-        run.export(narrow)
-    assert not narrow.exists()
 
 
 REFUSED = [

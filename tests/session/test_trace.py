@@ -14,12 +14,10 @@ from dart_llm import read_trace
 from dart_llm.errors import AttachError, ConfigError, ResultsError
 from dart_llm.models.describe import describe
 from dart_llm.session.run import prune
-from dart_llm.session.trace import COLUMNS, PHASES, hook_name, norm_name
-from dart_llm.studies.generate.settings import RunSettings
-from observed_cases import Recorder
+from dart_llm.session.trace import COLUMNS, PHASES
 from steps import Same, apart, decode, generate, new_cache, selections, shared_model, step
 from tiny import LAYERS, WIDTH, tokens
-from token_cases import LEARNT, PLAIN, before_down
+from token_cases import PLAIN, before_down
 
 PROMPT = 10
 IDS = tokens(1, 26, seed=4)
@@ -30,9 +28,9 @@ TOKENS = {"method": PLAIN, "sparsity": 0.6}
 WAYS = {"once": HALF, "re-masks": OFTEN, "tokens": TOKENS}
 
 
-def traced(path, model, ids=IDS, activations=False, **settings):
+def traced(path, model, ids=IDS, **settings):
     """Decode ids and read the trace; also the run and its logits."""
-    with prune(model, **settings) as run, run.trace(path, activations):
+    with prune(model, **settings) as run, run.trace(path):
         logits = decode(model, ids, PROMPT)
     return read_trace(path), run, logits
 
@@ -102,38 +100,6 @@ def test_masks_of_the_sequence_stand_once_per_remask(tmp_path):
     assert run.report().remasks == 2
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-@pytest.mark.parametrize("way", ["re-masks", "tokens", "compensated"])
-def test_activations_are_those_of_direct_hooks(way, name, tmp_path):
-    """And a contribution is an activation times the norm of the neuron's output column."""
-    model = shared_model(name)
-    settings = {**WAYS, "compensated": {"method": LEARNT, "sparsity": 0.6}}[way]
-    with prune(model, executor="masked", **settings) as run, Recorder(model) as outside:
-        with run.trace(tmp_path / "a", activations=True) as writing_now:
-            decode(model, IDS, PROMPT)
-        masks = run.controller.sequences[0].selection.masks
-    trace = read_trace(tmp_path / "a")
-    assert (tmp_path / "a").stat().st_size == writing_now.nbytes and trace.has_activations
-    rows = list(trace.rows())
-    for layer, block in enumerate(describe(model).blocks):
-        u, norms = outside.get(layer, "u"), block.matrices()[2].detach().norm(dim=0)
-        mean = getattr(masks[layer], "mean", None)
-        torch.testing.assert_close(torch.from_numpy(trace.arrays[norm_name(layer)]), norms)
-        for token in range(26):
-            row = rows[token * LAYERS + layer]
-            ids, activation = row["neurons"], row["activation"]
-            assert (row["layer"], row["token"]) == (layer, token)
-            if token < PROMPT:
-                assert len(ids) == WIDTH and np.isnan(activation).all()
-                assert np.isnan(row["contribution"]).all()
-                continue
-            seen = u[token, ids]
-            if mean is not None and name != "opt":  # the projection is given u less its mean
-                seen = seen + mean[ids]
-            np.testing.assert_allclose(activation, seen, rtol=1e-6, atol=1e-6)
-            assert np.array_equal(row["contribution"], activation * norms.numpy()[ids])
-
-
 def test_rows_of_a_batch_with_masks_each(tmp_path):
     """Padding and what follows the end of a row are no tokens."""
     model, ids = shared_model(), tokens(2, 12, seed=5)
@@ -189,7 +155,7 @@ def test_an_error_in_the_block_leaves_the_trace_and_the_model(tmp_path):
         Same(model),
         contextlib.suppress(ZeroDivisionError),
         prune(model, executor="masked", **HALF) as run,
-        run.trace(tmp_path / "a", activations=True),
+        run.trace(tmp_path / "a"),
     ):
         decode(model, IDS, PROMPT)
         raise ZeroDivisionError
@@ -210,11 +176,6 @@ def test_what_cannot_be_traced(tmp_path):
         run.trace(path).__enter__()
     with run:
         for given, error, words in (
-            (
-                (path, True),
-                ConfigError,
-                'executor compact never computes .*: give executor="masked"',
-            ),
             ((tmp_path / "no" / "a",), ResultsError, "cannot write the trace .*: there is no such"),
         ):
             with pytest.raises(error, match=words):
@@ -226,15 +187,6 @@ def test_what_cannot_be_traced(tmp_path):
         pytest.raises(ConfigError, match="method teal selects inputs of matrices, not neurons"),
     ):
         run.trace(path).__enter__()
-    for given, words in (
-        ({"trace_activations": True}, "adds to a trace: give --trace FILE too"),
-        ({"trace": "a", "trace_activations": True, "executor": "native"}, "cannot see the neurons"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            RunSettings(**given)
-    settings = RunSettings(trace="a", trace_activations=True)
-    assert settings.prune_config().executor == "masked"
-    assert RunSettings(trace="a").prune_config().executor == "auto"
 
 
 def test_files_that_are_not_traces(tmp_path):
@@ -256,24 +208,22 @@ def test_files_that_are_not_traces(tmp_path):
 def test_others_read_it(tmp_path):
     """With safetensors and numpy alone; names are those of the model and of TransformerLens."""
     model, path = shared_model(), tmp_path / "a.safetensors"
-    trace, *_ = traced(path, model, activations=True, executor="masked", **OFTEN)
+    trace, *_ = traced(path, model, **OFTEN)
     arrays = load_file(path)
     with safe_open(path, "numpy") as file:
         facts = file.metadata()
-    assert arrays.keys() == {*COLUMNS, "masks"} | {
-        name(layer) for layer in range(LAYERS) for name in (hook_name, norm_name)
-    }
+    assert arrays.keys() == {*COLUMNS, "masks"}
     assert {str(arrays[name].dtype) for name in COLUMNS} == {"int32"}
     assert facts["method"] == "griffin" and facts["format"] == "dart-llm trace 1"
     layers = json.loads(facts["layers"])
     for one, block in zip(layers, describe(model).blocks, strict=True):
         assert model.get_submodule(one["module"]) is block.down and one["width"] == WIDTH
-        assert one["hook"] == f"blocks.{block.index}.mlp.hook_post" in arrays
+        assert one["hook"] == f"blocks.{block.index}.mlp.hook_post"
     bits = np.unpackbits(arrays["masks"], axis=1, bitorder="little").reshape(-1, LAYERS, WIDTH)
     assert bits[1, 2].nonzero()[0].tolist() == trace.neurons(1, 2).tolist()
     frame, remasks = DataFrame(trace.rows([2, 0])), DataFrame(trace.remask_rows())
     assert len(frame) == 26 * 2 and frame["layer"].tolist()[:3] == [2, 0, 2]
-    each = frame[frame.phase != "prefill"].explode(["neurons", "activation", "contribution"])
+    each = frame[frame.phase != "prefill"].explode("neurons")
     pruned = each[(each.token == 12) & (each.layer == 2)]
     assert pruned["neurons"].tolist() == trace.neurons(0, 2).tolist()
     assert len(remasks) == 3 * LAYERS

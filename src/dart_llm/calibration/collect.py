@@ -204,11 +204,7 @@ def collect(
 
 
 def run_forward(
-    model: Any,
-    ids: Tensor,
-    take: Take,
-    backward: bool = True,
-    kept: slice = slice(None),
+    model: Any, ids: Tensor, take: Take, backward: bool = True, kept: slice = slice(None)
 ) -> None:
     """One forward of ids [B, T] through the dense model, and one backward pass.
 
@@ -276,11 +272,7 @@ BASIS_TOKENS = 1024
 
 @torch.no_grad()
 def find_bases(
-    model: Any,
-    ids: Tensor,
-    rank: int,
-    layers: Sequence[FfnWeights],
-    advance: Advance = ignore,
+    model: Any, ids: Tensor, rank: int, layers: Sequence[FfnWeights], advance: Advance = ignore
 ) -> list[Tensor | None]:
     """Per layer the basis [r, D] of its FFN's input over ids [n, T], in the model's dtype.
 

@@ -153,8 +153,7 @@ class PatchHost:
         if not by_token:  # the low-bit proxies are those of other requests
             proxies = (layer.token for layer in patch.layers)
             extra_bytes -= sum(proxy.nbytes() for proxy in proxies if proxy is not None)
-        errors = patch.proxy_errors if by_token else None
-        costs = PatchCosts(extra_bytes, patch.steps, errors, head)
+        costs = PatchCosts(extra_bytes, patch.steps, head)
         return method.report(controller, self.executor_of(method.settings), costs)
 
     def executor_of(self, config: PruneConfig) -> str:

@@ -36,7 +36,6 @@ from dart_llm.patching.executors.screened_head import ScreenedHead
 from dart_llm.patching.executors.step_check import no_steps_reason
 from dart_llm.patching.executors.token_ffn import (
     WHOLE_STEPS,
-    errors,
     token_ffn,
     warn_if_slower_than_dense,
 )
@@ -87,8 +86,6 @@ class ModelPatch(NotCopied):
         self._begun = False
         """Whether the next forward of the model was planned already."""
         self.loop: Loop | OwnLoop | None = None
-        self.proxy_errors: tuple[float, float] | None = None
-        """Of low-bit proxies and of Gaussian matrices on the same grid; None without proxies."""
         self._view, self._many = view, many
         self.layout = Layout()
         self._native: list[NativeFfn] = []
@@ -255,7 +252,7 @@ class ModelPatch(NotCopied):
             self._attention = True
             for layer, projections in zip(self.layers, self._view.attention, strict=True):
                 layer.hook_attention(projections, self._changes)
-        self.proxy_errors, self._token = errors(tokens), config
+        self._token = config
 
     def _run_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self.whole_steps is not None

@@ -46,11 +46,7 @@ class TokenTraffic:
     head: float = 0.0
 
     def share(
-        self,
-        context: float,
-        ffn: float | None = None,
-        attention: float = 1.0,
-        head: float = 1.0,
+        self, context: float, ffn: float | None = None, attention: float = 1.0, head: float = 1.0
     ) -> float:
         """Bytes that a token reads over those of the dense model at bfloat16.
 
@@ -257,15 +253,13 @@ def run_report(
     extra_bytes: int,
     method: str,
     requested: float | None,
-    proxy_errors: tuple[float, float] | None = None,
     head: HeadReport | None = None,
     token_rows: int = 0,
 ) -> RunReport:
     """Accounting of a run; ``extra_bytes``: beside the states (compact weights, a prior).
 
-    ``proxy_errors``: of the low-bit proxies, and of Gaussian matrices on their grid.  ``head``: of
-    a screened output head.  ``token_rows``: of the largest batch of which ``executor`` reads each
-    token's winners alone.
+    ``head``: of a screened output head.  ``token_rows``: of the largest batch of which ``executor``
+    reads each token's winners alone.
     """
     widths = tuple(layer.width for layer in costs.layers)
     decoded = _Decoded(states, widths)
@@ -277,7 +271,6 @@ def run_report(
     )
     sparsity, pruned = decoded.sparsity(), decoded.tokens - decoded.dense
     compact, proxy = _ffn_bytes(states, costs, IF_COMPACT, token_rows)
-    error, gaussian = proxy_errors or (None, None)
     return RunReport(
         method=method,
         requested_sparsity=requested,
@@ -293,8 +286,6 @@ def run_report(
         ffn_bytes_share=_ffn_bytes(states, costs, executor, token_rows)[0],
         ffn_bytes_share_if_compact=compact,
         proxy_bytes_share=proxy,
-        proxy_error=error,
-        proxy_error_gaussian=gaussian,
         ffn_share_of_bytes=costs.bytes(None) / max(1, costs.total_bytes),
         extra_memory_bytes=extra_bytes + sum(state.nbytes() for state in states),
         sequences=tuple(map(_sequence_report, states)),

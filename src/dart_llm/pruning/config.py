@@ -442,8 +442,5 @@ class PruneConfig(Part):
         return base.replace(changes) if changes else base
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able data; ``from_mapping`` reads it back.
-
-        A full head is left out.
-        """
+        """Plain JSON-able data; ``from_mapping`` reads it back.  A full head is left out."""
         return self.model_dump(mode="json", exclude={"head"} if not self.screens else set())

@@ -110,10 +110,7 @@ GLASS = PruneConfig(
 )
 """GLASS (arXiv 2508.14302): GRIFFIN's prompt statistic and a global prior, by mean rank."""
 
-GRIFFIN = PruneConfig(
-    method="griffin",
-    score=ScoreConfig(name="normalized"),
-)
+GRIFFIN = PruneConfig(method="griffin", score=ScoreConfig(name="normalized"))
 """GRIFFIN (arXiv 2404.01365): the prompt's normalised activations select neurons, once."""
 
 GRIFFIN_REFRESH = PruneConfig(

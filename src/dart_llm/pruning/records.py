@@ -175,10 +175,6 @@ class RunReport:
     proxy_bytes_share: float = 0.0
     """Part of the FFN bytes over dense that per-token selection reads, if run compactly: low-bit
     proxies, or the losers' rows of a projection that is read whole."""
-    proxy_error: float | None = None
-    """Relative Frobenius error of the low-bit proxies; None without them."""
-    proxy_error_gaussian: float | None = None
-    """The same of Gaussian matrices on the same grid: much more means a file that flatters it."""
     token_bytes_share: float | None = None
     """Bytes that a decoded token reads over those of the dense model at bfloat16, if run compactly:
     FFN, attention, head and cache, selection included, weights in blocks as stored, all else as

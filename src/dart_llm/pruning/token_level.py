@@ -10,7 +10,6 @@ nothing of other weights.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,9 +24,6 @@ from dart_llm.pruning.masks import LayerMask, Masks, top_ids
 
 CHUNK, CACHED = 1 << 22, 1 << 18
 """Weights that are float32 at a time, and on the CPU, whose cache then holds them."""
-
-SAMPLE = 1 << 20
-"""Weights of the Gaussian matrix that a grid's error is compared with."""
 
 SCALE_BYTES = 2
 """One bfloat16 scale per group."""
@@ -112,29 +108,6 @@ def _spans(rows: int, inputs: int, on_cpu: bool) -> Iterator[slice]:
     step = max(1, (CACHED if on_cpu else CHUNK) // inputs)
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
-
-
-@torch.no_grad()
-def squared_error(matrix: Tensor, proxy: QuantizedProxy) -> tuple[float, float]:
-    """Squared Frobenius norms of (proxy - matrix) and of matrix."""
-    off = whole = 0.0
-    for span in _spans(*proxy.shape, matrix.is_cpu):
-        part = matrix[span].float().contiguous()  # sums round alike, whatever the layout
-        off += float((proxy.dense(span) - part).square().sum())
-        whole += float(part.square().sum())
-    return off, whole
-
-
-@functools.cache
-def gaussian_error(rows: int, inputs: int, bits: int, group: int) -> float:
-    """Relative Frobenius error of the same grid on a Gaussian matrix [rows, inputs].
-
-    Of at most ``SAMPLE`` weights: rows are alike.  Drawn on the host, always the same.
-    """
-    rows = min(rows, max(1, SAMPLE // inputs))
-    drawn = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(0))
-    off, whole = squared_error(drawn, low_bit(drawn, bits, group))
-    return math.sqrt(off / whole)
 
 
 NO_MASK = (

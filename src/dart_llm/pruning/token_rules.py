@@ -26,7 +26,6 @@ from dart_llm.pruning.token_level import (
     contribution_estimate,
     input_count,
     low_bit,
-    squared_error,
     winner_places,
 )
 from dart_llm.pruning.weights import FfnWeights, norms_of, stored_bytes
@@ -83,8 +82,6 @@ class TokenRule:
         self.block, self.config = block, config
         self.proxies: tuple[QuantizedProxy, ...] = ()
         """Low-bit proxies of gate and up, where it makes any."""
-        self.error: list[tuple[float, float]] = []
-        """Squared norms of each proxy's error, and of the matrix."""
         with torch.inference_mode(False):
             self.prepare()
 
@@ -172,7 +169,6 @@ class LowBit(TokenRule):
         parts = [part.detach() for part in inputs if part is not None]
         config = self.config
         self.proxies = tuple(low_bit(part, config.bits, config.group) for part in parts)
-        self.error = [squared_error(*pair) for pair in zip(parts, self.proxies, strict=True)]
         self.norms = norms_of(down.detach(), 0)
 
     def estimate(self, fed: Tensor, ids: Tensor | None = None) -> Tensor:

@@ -117,9 +117,8 @@ class GgufExport:
     """What was written.
 
     Per layer: ``neurons`` of the model, how many the method ``requested``, and how many are
-    ``written``: a multiple of ``block``.  ``kinds``: types of the down projections, and those that
-    they are written in; ``rounded``: fraction of their columns that lie in another block than
-    before, and are rounded for that.  Bytes are those of the files.
+    ``written``: a multiple of ``block``.  ``kinds``: types of the down projections before and now;
+    ``rounded``: fraction of their columns that lie in another block now, rounded for that.
     """
 
     path: Path

@@ -149,13 +149,8 @@ class _Collector(BaseStreamer):
     def _add(self, token: int) -> None:
         now, result = time.perf_counter(), self.result
         index, phase = len(result.token_ids), self.run.phase if self.run else "dense"
-        step = Step(
-            index,
-            token,
-            self._stream.add(token),
-            "prefill" if index == 0 else phase,
-            now - self._clock,
-        )
+        text, phase = self._stream.add(token), phase if index else "prefill"
+        step = Step(index, token, text, phase, now - self._clock)
         self._clock = now
         result.token_ids.append(token)
         result.tokens.append(step.text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from dart_llm.calibration.self_calibration import calibrate, learn_screen, self_calibrate
@@ -52,9 +52,7 @@ def prepare(
     say: Callable[[str], None] = logger.info,
     masks: Ids | None = None,
 ) -> BoundMethod:
-    """Make ``config`` ready to be measured; None and the method ``dense``: the untouched model.
-
-    ``dense`` under an executor that was named runs by it: whole steps of the kernels are faster.
+    """Make ``config`` ready to be measured; None, or ``dense`` by no executor: the untouched model.
 
     ``calibration``: the text of static methods (data/documents.py; None: C4 from the hub).
     ``cache_dir``: where calibrations and learned statistics are cached.  ``masks``: the user's,
@@ -70,11 +68,10 @@ def prepare(
     learn_screen(model, config, method.layers, cache_dir, say, tokenizer)
     if method.selector.removes_nothing:
         how = "screened head" if config.screens else config.executor
-        name = f"dense, {how}" if config.method == "dense" else ""
-        return BoundMethod(model, tokenizer, config, name=name)
+        return replace(method, name=f"dense, {how}" if config.method == "dense" else "")
     if config.calibration is None:  # what attaching would learn, with progress and the tokenizer
         self_calibrate(model, config, method.layers, cache_dir, say, tokenizer)
         return method
     ready = calibrate(model, tokenizer, config, calibration, cache_dir, say)
-    parts = {"fixed_masks": ready.fixed_masks, "prior": ready.prior, "notes": (ready.note,)}
-    return BoundMethod(model, tokenizer, config, **parts)  # type: ignore[arg-type]
+    chosen = {"fixed_masks": ready.fixed_masks, "prior": ready.prior}
+    return replace(method, notes=(ready.note,), **chosen)  # type: ignore[arg-type]

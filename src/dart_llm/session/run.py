@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dart_llm.calibration.self_calibration import learn_screen, self_calibrate
 from dart_llm.errors import AttachError, ConfigError
-from dart_llm.models.capture import capture_activations
 from dart_llm.models.checkpoint import checkpoint_facts, tokenizer_of
 from dart_llm.models.describe import ModelView, describe
 from dart_llm.models.fingerprint import fingerprint
@@ -33,7 +32,7 @@ from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.setting_file import kept_setting, path_of
 from dart_llm.pruning.token_level import plain_masks, sequence_masks
 from dart_llm.pruning.weights import FfnWeights, in_blocks, with_parts
-from dart_llm.session.export import export, source_file, write_masks
+from dart_llm.session.export import export
 from dart_llm.session.trace import Trace, check_traceable
 
 logger = logging.getLogger("dart_llm")
@@ -41,17 +40,16 @@ logger = logging.getLogger("dart_llm")
 
 @dataclass(frozen=True)
 class PatchCosts:
-    """What a patch allocated and did: bytes, whole steps, errors of proxies, a screened head."""
+    """What a patch allocated and did: bytes, whole steps, a screened head."""
 
     nbytes: int = 0
     steps: int = 0
-    proxy_errors: tuple[float, float] | None = None
     head: HeadReport | None = None
 
     @classmethod
     def from_patch(cls, patch: ModelPatch) -> PatchCosts:
         head = None if patch.head is None else patch.head.report()
-        return cls(patch.nbytes(), patch.steps, patch.proxy_errors, head)
+        return cls(patch.nbytes(), patch.steps, head)
 
 
 def likelihood_config(config: PruneConfig) -> PruneConfig:
@@ -141,10 +139,9 @@ class BoundMethod:
         return self.selector.removes_nothing if fixed is None else not any(fixed)
 
     def with_fixed_masks(self, remove: Ids | None = None) -> BoundMethod:
-        """The same, with the user's masks on the layers' devices, clamped.
+        """The same, with the user's masks, or all but ``remove``, on the layers' devices, clamped.
 
-        ``remove``: {layer: ids} in place of ``masks``.  Where nothing is selected, a clamp is a
-        fixed mask itself.
+        Where nothing is selected, a clamp is a fixed mask itself.
         """
         fixed, clamp = self.fixed_masks, self.selector.clamp
         users = self.masks is not None or remove is not None
@@ -165,10 +162,9 @@ class BoundMethod:
             )
 
     def run(self, likelihood: bool = False, make: Callable[..., Run] | None = None) -> Run | None:
-        """A new run, not attached; None for the untouched model.
+        """A new run, not attached; None for the untouched model.  ``make``: another kind of run.
 
         ``likelihood``: with the settings of likelihood tasks (masks at once, never a re-mask).
-        ``make``: called as ``Run`` is, for another kind of run.
         """
         if self.config is None:
             return None
@@ -196,7 +192,6 @@ class BoundMethod:
             costs.nbytes + known_bytes(self.layers, self.prior),
             USER_MASKS if self.by_hand else config.method,
             config.target if requested else None,
-            costs.proxy_errors,
             costs.head,
             winner_rows(config.token, executor, blocks),
         )
@@ -219,10 +214,9 @@ def newest_masks(states: Sequence[SequenceState], selector: MaskSelector) -> Mas
 
 
 class Run:
-    """A model and how it is pruned.  Use it as a context manager, or ``attach``/``detach``.
+    """A model and how it is pruned, as ``prune`` returns it: use it as a context manager.
 
-    Not made directly: ``prune`` returns it.  ``controller`` and ``patch`` (None while detached)
-    are there to be looked at, not changed.
+    ``controller`` and ``patch`` (None while detached) are there to be looked at, not changed.
     """
 
     def __init__(
@@ -366,29 +360,26 @@ class Run:
             patch.forced_prompt -= prompt
 
     @contextmanager
-    def trace(self, path: str | Path, activations: bool = False) -> Iterator[Trace]:
+    def trace(self, path: str | Path) -> Iterator[Trace]:
         """A block whose tokens are written to ``path``: which neurons each layer ran for each.
 
-        ``activations``: and what these were, which needs executor ``masked``.  Memory holds the
-        trace; the file is written when the block is left, also by an error; ``read_trace`` reads
-        it, and docs/trace.md describes it.
+        Memory holds the trace; the file is written when the block is left, also by an error;
+        ``read_trace`` reads it, and docs/trace.md describes it.
 
-        Raises ``AttachError`` when detached, or traced already; ``ConfigError`` for activations
-        under another executor, and for methods that select inputs and not neurons (``teal``, ...);
-        ``ResultsError`` where nothing can be written.
+        Raises ``AttachError`` when detached, or traced already; ``ConfigError`` for methods that
+        select inputs and not neurons (``teal``, ...); ``ResultsError`` where nothing can be
+        written.
         """
         patch = self._attached("trace")
         if self.tracing is not None:
             raise AttachError("this run is being traced already: leave that block first")
         check_traceable(self.config)
         self.controller.flush()
-        trace = Trace(patch, Path(path), activations)
-        capture = capture_activations(self.model, trace.see) if activations else nullcontext()
+        trace = Trace(patch, Path(path))
         try:
-            with capture:
-                self.tracing = trace
-                patch.watch(trace.begin)
-                yield trace
+            self.tracing = trace
+            patch.watch(trace.begin)
+            yield trace
         finally:
             try:
                 report = self.report()  # which accounts for the newest forward first
@@ -479,23 +470,18 @@ class Run:
 
     @property
     def asks_for_pruning(self) -> bool:
-        """False where nothing can be removed: sparsity 0, a table of ones, masks of everything."""
+        """Whether any neuron can be removed."""
         return not self._method.dense
 
     def export(self, folder: str | Path) -> Path:
         """Write the newest mask as a dense, narrower checkpoint that ``from_pretrained`` loads.
 
-        The tokenizer too, where there is one.  ``folder``: where to; a name that ends in ``.gguf``
-        is a file for llama.cpp, made of the one whose blocks the model holds
-        (``dart_llm.export_gguf`` chooses masks for many texts).
+        The tokenizer too, where there is one.  ``dart_llm.export_gguf`` writes a GGUF file.
 
-        Raises ``ConfigError`` unless every layer keeps the same number of neurons (a GGUF of
-        Llama's architecture may hold any), and for low-rank compensation, which has no place
-        there; ``AttachError`` before the first mask.
+        Raises ``ConfigError`` unless every layer keeps the same number of neurons, and for low-rank
+        compensation, which has no place there; ``AttachError`` before the first mask.
         """
         masks, path = plain_masks(self._newest_masks()), Path(folder)
-        if path.suffix == ".gguf":
-            return write_masks(source_file(self.model), masks, path).path
         if path.is_file():
             raise ConfigError(f"export writes a folder, and {folder} is a file: give another name")
         written = export(self.model, self._method.view.blocks, masks, path)
@@ -504,15 +490,12 @@ class Run:
         return written
 
 
-SAME = ("name", "sha256", "file_quantisation", "parameters")
-"""What a setting file records of its checkpoint."""
-
-
 def identity(model: Any) -> dict[str, Any]:
     """What distinguishes the checkpoint of ``model``; a digest of the weights where no file's
     is available, which is of one weight format alone."""
     facts = checkpoint_facts(model)
-    recorded = {name: facts.get(name) for name in SAME}
+    names = ("name", "sha256", "file_quantisation", "parameters")
+    recorded = {name: facts.get(name) for name in names}
     return recorded if recorded["sha256"] else {**recorded, "fingerprint": fingerprint(model)}
 
 

@@ -19,17 +19,15 @@ from torch import Tensor
 
 from dart_llm.errors import ConfigError, ResultsError
 from dart_llm.files import write_bytes
-from dart_llm.models.capture import LayerActivations
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.forward import ForwardCall, Kind, PendingForward
+from dart_llm.pruning.forward import ForwardCall, PendingForward
 from dart_llm.pruning.masks import LayerMask, Masks
 from dart_llm.pruning.records import Remask, RunReport
 from dart_llm.pruning.registry import TOKEN_RULES
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import TokenMask
-from dart_llm.pruning.weights import norms_of
 from dart_llm.reporting import words
 
 Array = NDArray[Any]
@@ -51,11 +49,6 @@ def hook_name(layer: int) -> str:
     return f"blocks.{layer}.mlp.hook_post"
 
 
-def norm_name(layer: int) -> str:
-    """The column of the norms of a layer's output weights."""
-    return f"blocks.{layer}.mlp.W_out.norm"
-
-
 def layer_slices(widths: Sequence[int]) -> list[slice]:
     """Where the bytes of each layer lie in a row of ``masks``: a bit per neuron."""
     ends = np.cumsum([-(-width // 8) for width in widths]).tolist()
@@ -74,34 +67,24 @@ def check_traceable(config: PruneConfig) -> None:
 class Trace:
     """One trace that is being recorded, in memory; ``nbytes``: of the finished file."""
 
-    def __init__(self, patch: ModelPatch, path: Path, activations: bool) -> None:
+    def __init__(self, patch: ModelPatch, path: Path) -> None:
         if isdir(path):  # which takes any name
             raise ConfigError(f"the trace {path} is a folder: give the name of a file")
         if not isdir(path.parent):
             raise ResultsError(f"cannot write the trace {path}: there is no such folder")
-        if activations and patch.executor != "masked":
-            raise ConfigError(
-                f"executor {patch.executor} never computes the activations of what it skips, nor "
-                'shows the others: give executor="masked" to trace activations, or trace without '
-                "them"
-            )
-        self.path, self.activations, self.nbytes = path, activations, 0
+        self.path, self.nbytes = path, 0
         self.remasks: list[dict[str, Any]] = []
         self._patch = patch
         self._blocks = [layer.block for layer in patch.layers]
         self._widths = [block.down_width for block in self._blocks]
         self._slices = layer_slices(self._widths)
         self._ids: list[list[int]] | None = None
-        self._decodes = False
-        self._u: dict[int, Tensor] = {}
-        """Of the newest forward that decodes, [B, T, I] by layer."""
         self._masks: dict[int | None, tuple[Masks, int, Array, list[int]]] = {}
         """By batch row: the newest masks, their number, their bits, layers whose tokens select."""
         self._before: dict[int | None, tuple[int, int]] = {}
         """By batch row: the newest sequence with a mask, and the mask's number."""
         self._rows: list[tuple[int, ...]] = []
         self._bits: list[Array] = []
-        self._values: list[list[Array]] = [[] for _ in self._widths]
 
     @property
     def tokens(self) -> int:
@@ -110,12 +93,6 @@ class Trace:
     def begin(self, ids: Tensor | None, decodes: bool) -> None:
         """A forward comes: its token ids [B, T], None where it was given embeddings."""
         self._ids = None if ids is None else ids.tolist()
-        self._decodes, self._u = decodes, {}
-
-    def see(self, layer: int, seen: LayerActivations) -> None:
-        """A layer's activations."""
-        if self._decodes:
-            self._u[layer] = seen.u
 
     def remask(self, remask: Remask, state: SequenceState) -> None:
         """Masks were built."""
@@ -133,30 +110,26 @@ class Trace:
         for state, masks in zip(states, pending.plan.masks, strict=True) if accepted else ():
             phase, mask_of = PHASES.index(state.phase), self._masks_of(state.row, masks)
             for row, position in _tokens(call, accepted, state.row):
-                mask, bits = mask_of(row * call.tokens + position)
+                mask = mask_of(row * call.tokens + position)
                 token = -1 if self._ids is None else self._ids[row][position]
                 self._rows.append((state.sequence, row, call.cached + position, token, phase, mask))
-                if self.activations and call.kind is Kind.DECODE:
-                    self._keep_values(row, position, bits, masks)
 
-    def _masks_of(
-        self, row: int | None, masks: Masks | None
-    ) -> Callable[[int], tuple[int, Array | None]]:
-        """Gives number and bits of what each token ran, by its index in [B T] of the forward."""
+    def _masks_of(self, row: int | None, masks: Masks | None) -> Callable[[int], int]:
+        """Gives the number of what each token ran, by its index in [B T] of the forward."""
         if masks is None:
-            return lambda token: (DENSE, None)
+            return lambda token: DENSE
         number, bits, layers = self._number(row, masks)
         if number != DENSE:
-            return lambda token: (number, bits)
+            return lambda token: number
         parts = [part.numpy() for part in self._patch.selected(layers)]
 
-        def bits_of(token: int) -> tuple[int, Array]:
+        def add_selected(token: int) -> int:
             selected = bits.copy()
             for layer, part in zip(layers, parts, strict=True):
                 selected[self._slices[layer]] = part[token]
-            return self._add(selected), selected
+            return self._add(selected)
 
-        return bits_of
+        return add_selected
 
     def _number(self, row: int | None, masks: Masks) -> tuple[int, Array, list[int]]:
         """The number of ``masks``, their bits, and layers whose tokens select: then ``DENSE``."""
@@ -172,19 +145,6 @@ class Trace:
         self._bits.append(bits)
         return len(self._bits) - 1
 
-    def _keep_values(
-        self, row: int, position: int, bits: Array | None, masks: Masks | None
-    ) -> None:
-        for layer, width in enumerate(self._widths):
-            seen, mask = self._u[layer][row, position].float(), masks[layer] if masks else None
-            mean = mask.mean if isinstance(mask, TokenMask) else None
-            if mean is not None and not self._blocks[layer].inline:  # which is shown u itself
-                seen = seen + mean
-            u = seen.cpu().numpy()
-            if bits is not None:
-                u = u[_marks(bits[self._slices[layer]], width)]
-            self._values[layer].append(u)
-
     def finish(self, model: Any, report: RunReport) -> None:
         """Write the file."""
         from safetensors.numpy import save
@@ -197,11 +157,6 @@ class Trace:
         for layer, block in enumerate(self._blocks):
             facts = {"layer": layer, "width": self._widths[layer], "hook": hook_name(layer)}
             layers.append({**facts, "module": names.get(id(block.down), "")})
-            if self.activations:
-                empty = np.zeros(0, np.float32)
-                arrays[hook_name(layer)] = np.concatenate([empty, *self._values[layer]])
-                norms = norms_of(block.matrices()[2].detach(), 0)
-                arrays[norm_name(layer)] = norms.cpu().numpy()
         checkpoint = checkpoint_facts(model)
         metadata = {
             "format": FORMAT,
@@ -290,11 +245,6 @@ class TraceFile:
         records: list[dict[str, Any]] = json.loads(self.facts["remasks"])
         return records
 
-    @property
-    def has_activations(self) -> bool:
-        """Whether activations were kept."""
-        return hook_name(0) in self.arrays
-
     def __repr__(self) -> str:
         tokens, masks = len(self.arrays["mask"]), len(self.arrays["masks"])
         counts = {"token": tokens, "layer": len(self.layers), "mask": masks}
@@ -334,31 +284,18 @@ class TraceFile:
     def rows(self, layers: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
         """A row per token and layer (of ``layers``, or all), as ``pandas.DataFrame`` takes them.
 
-        ``neurons``, and ``activation`` and ``contribution`` where they were kept (NaN in a prompt),
-        are arrays, equally long.  Raises ``ConfigError`` for a layer that is not there.
+        ``neurons``: the ids that ran.  Raises ``ConfigError`` for a layer that is not there.
         """
         chosen = [*range(len(self.layers))] if layers is None else layers
-        starts = dict.fromkeys(chosen, 0)
-        ids = {
-            (mask, layer): self.neurons(mask, layer)
-            for mask in {DENSE, *self.arrays["mask"].tolist()}
-            for layer in chosen
-        }
+        masks = {DENSE, *self.arrays["mask"].tolist()}
+        ids = {(mask, layer): self.neurons(mask, layer) for mask in masks for layer in chosen}
         tokens = zip(*(self.arrays[name].tolist() for name in COLUMNS), strict=True)
         for number, values in enumerate(tokens):
             token = {"token": number, **dict(zip(COLUMNS, values, strict=True))}
             token |= {"phase": PHASES[token["phase"]], "stayed": bool(self.stayed[number])}
             for layer in chosen:
                 neurons = ids[token["mask"], layer]
-                row = {**token, "layer": layer, "hook": hook_name(layer), "neurons": neurons}
-                if self.has_activations:
-                    u = np.full(len(neurons), np.nan, np.float32)
-                    if token["phase"] != "prefill":
-                        start, starts[layer] = starts[layer], starts[layer] + len(neurons)
-                        u = self.arrays[hook_name(layer)][start : starts[layer]]
-                    norms = self.arrays[norm_name(layer)][neurons]
-                    row |= {"activation": u, "contribution": u * norms}
-                yield row
+                yield {**token, "layer": layer, "hook": hook_name(layer), "neurons": neurons}
 
     def remask_rows(self) -> Iterator[dict[str, Any]]:
         """A row per re-mask and layer: its record, and the ids ``grown`` (kept now and not before)

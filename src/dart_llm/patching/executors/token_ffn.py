@@ -15,7 +15,7 @@ from dart_llm.patching.executors.torch_ffn import Project, stacked
 from dart_llm.pruning.config import TokenConfig
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.registry import TOKEN_RULES
-from dart_llm.pruning.token_level import QuantizedProxy, TokenMask, gaussian_error
+from dart_llm.pruning.token_level import QuantizedProxy, TokenMask
 from dart_llm.pruning.token_rules import LowBit, Teal, TokenRule
 from dart_llm.pruning.weights import in_blocks
 
@@ -161,19 +161,3 @@ def by_row(
         return run(*tensors, masks[0])
     rows = [[t[b : b + 1] for t in tensors] for b in range(len(masks))]
     return torch.cat([run(*row, mask) for row, mask in zip(rows, masks, strict=True)])
-
-
-def errors(layers: Sequence[TokenFfn]) -> tuple[float, float] | None:
-    """Relative Frobenius error of all proxies, and that of Gaussian matrices of their shapes.
-
-    None where there are no proxies.
-    """
-    pairs = [pair for layer in layers for pair in layer.rule.error]
-    if not pairs:
-        return None
-    proxies = [proxy for layer in layers for proxy in layer.proxies]
-    sizes = [proxy.shape[0] * proxy.shape[1] for proxy in proxies]
-    drawn = [gaussian_error(*proxy.shape, proxy.bits, proxy.group) for proxy in proxies]
-    whole = max(sum(whole for _, whole in pairs), 1e-300)
-    gauss = sum(n * e * e for n, e in zip(sizes, drawn, strict=True)) / sum(sizes)
-    return float((sum(off for off, _ in pairs) / whole) ** 0.5), float(gauss**0.5)

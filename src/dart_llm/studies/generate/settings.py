@@ -70,9 +70,6 @@ class RunSettings(ActivationSettings):
     trace: str | None = setting(
         "Results", "Write which neurons ran for every token to this file (docs: Traces)."
     )
-    trace_activations: bool = setting(
-        "Results", "Write their activations too (by executor masked).", False
-    )
     verbose: bool = setting("Results", "Log every mask and every drift window.", False)
 
     @classmethod
@@ -102,13 +99,10 @@ class RunSettings(ActivationSettings):
         return self
 
     def _check_recording(self) -> None:
-        if self.trace_activations and self.trace is None:
-            raise ConfigError("--trace-activations adds to a trace: give --trace FILE too")
-        if self._records and self.executor not in (None, "auto", "masked"):
-            flag = "--save-activations" if self.save_activations else "--trace-activations"
+        if self.save_activations and self.executor not in (None, "auto", "masked"):
             raise ConfigError(
-                f"{flag} cannot see the neurons that executor {self.executor} skips: give "
-                "--executor masked, or leave the executor out"
+                f"--save-activations cannot see the neurons that executor {self.executor} skips: "
+                "give --executor masked, or leave the executor out"
             )
 
     def _check_several(self) -> None:
@@ -131,11 +125,6 @@ class RunSettings(ActivationSettings):
         copies = [self.model_copy(update={**one, "method": m, "sparsity": s}) for m, s in pairs]
         return [copy.fitted() for copy in copies]
 
-    @property
-    def _records(self) -> bool:
-        """Whether activations are kept."""
-        return self.save_activations or self.trace_activations
-
     def fitted(self) -> RunSettings:
         """Also takes ``--prompt-type mmlu`` where a subject alone was given."""
         settings = super().fitted()
@@ -150,7 +139,7 @@ class RunSettings(ActivationSettings):
     def prune_config(self) -> PruneConfig:
         """The preset with every setting on top of it; recorded runs use the masked executor."""
         config = super().prune_config()
-        return config.replace({"executor": "masked"}) if self._records else config
+        return config.replace({"executor": "masked"}) if self.save_activations else config
 
     @property
     def tokens(self) -> int:

@@ -251,7 +251,7 @@ class RunStudy(Study[RunSettings]):
                 stack.enter_context(self.saver.recording(variant, text))
             trace = None
             if settings.trace and run is not None:
-                recording = run.trace(settings.trace, settings.trace_activations)
+                recording = run.trace(settings.trace)
                 trace = stack.enter_context(recording)
             generation = generate(
                 self.model,
