@@ -69,21 +69,6 @@ def test_one_calibration_serves_all_sparsities_and_both_kinds_of_masks(tmp_path,
     assert run_calibration(model, config(score="normalized"), text, tmp_path)[1] == TWICE
 
 
-@pytest.mark.parametrize("method", ["flap", "glass"])
-def test_the_disk_gives_the_same(tmp_path, text, method):
-    made = config(method, compensation=True)
-    first, lengths = run_calibration(tiny(), made, text, tmp_path)
-    assert lengths
-    again, lengths = run_calibration(tiny(), made, text, tmp_path)  # another object, equal weights
-    assert lengths == [] and first.note == again.note
-    if method == "glass":
-        assert all(torch.equal(a, b) for a, b in zip(first.prior, again.prior, strict=True))
-    else:
-        assert same_masks(kept(first.fixed_masks), kept(again.fixed_masks))
-        for one, other in zip(first.fixed_masks, again.fixed_masks, strict=True):
-            assert torch.equal(one.bias, other.bias)
-
-
 def test_other_weights_texts_and_damaged_files_are_calibrated_anew(tmp_path, text):
     changed, other = tiny(), tmp_path / "other.txt"
     other.write_text(WORDS[1:])

@@ -4,15 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dart_llm.calibration.collect import likeliest, opening_ids, sample_continuations, start_ids
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.models.checkpoint import remember_tokenizer, tokenizer_of
+from dart_llm.models.checkpoint import remember_tokenizer
 from steps import shared_model
 from tiny import VOCAB, tiny
-from tiny_gpt2 import write_gpt2
 
 
 class Fixed:
@@ -123,15 +121,3 @@ def test_openings_are_cut_to_one_length_and_taken_in_turn():
         assert opening_ids(one, 4, length) is None, "no tokenizer, none wanted, all too short"
     unread = taught(lambda text: {"input_ids": [0, VOCAB]})  # an id that the model has not
     assert opening_ids(unread, 1, 2) is None
-
-
-def test_a_tokenizer_is_read_from_where_the_model_came_from(tmp_path):
-    folder = write_gpt2(tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    result = tokenizer_of(model)
-    assert result("tide") == AutoTokenizer.from_pretrained(folder)("tide")
-    model.name_or_path = str(tmp_path / "elsewhere")
-    assert tokenizer_of(model) is result, "it is read once"
-    other = AutoModelForCausalLM.from_pretrained(folder)
-    other.name_or_path = str(tmp_path / "elsewhere")
-    assert tokenizer_of(other) is None

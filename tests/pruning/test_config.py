@@ -7,11 +7,9 @@ import pytest
 
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.pruning.config import (
-    DEFAULT_SPARSITY,
     PruneConfig,
     SelfStatsConfig,
     TokenConfig,
-    check_sparsity,
 )
 from dart_llm.pruning.registry import METHODS
 from prior_cases import CONFIG
@@ -85,22 +83,6 @@ def test_refused(snapshot):
         messages[str(data)] = str(caught.value)
         assert "\n" not in messages[str(data)]
     assert messages == snapshot
-
-
-def test_parts():
-    for part, field, name in (
-        ("score", "name", "contribution"),
-        ("budget", "name", "blend energy depth"),
-        ("drift", "rule", "interval 8"),
-        ("remask", "evidence", "decay"),
-        ("calibration", "source", "self"),
-    ):
-        long = PruneConfig(**{part: {field: name}})
-        assert PruneConfig(**{part: name}) == long == PruneConfig.from_mapping({part: name})
-    assert check_sparsity(0.0) == 0.0
-    assert PruneConfig().sparsity is None and PruneConfig().target == DEFAULT_SPARSITY
-    with pytest.raises(ConfigError, match=r"did you mean 0\.2\?"):
-        check_sparsity(20)
 
 
 def test_the_methods(snapshot):

@@ -159,20 +159,6 @@ def same_checks(one, other):
     return result[0]
 
 
-@pytest.mark.parametrize("gone", [1, 4])
-def test_tokens_taken_back_one_by_one_leave_the_window(gone):
-    """Single tokens were counted already; cutting the cache takes them out of the window."""
-    clean, cut = (after(60, 3, drift="paper") for _ in range(2))
-    cut.stream = Stream(cut.layers)
-    cut.stream.v[:, 63:] *= -1
-    cut.steps(gone)
-    cut.stream = clean.stream
-    cut.roll_back(gone)
-    for run in (clean, cut):
-        run.steps(17)
-    assert [check[1] for check in same_checks(clean, cut)] == [10, 20]
-
-
 def test_decayed_evidence():
     """Old sums times g min(1, 256 / n), the new tokens on top; then the same again."""
     seen, layers = 600, make_layers()

@@ -122,18 +122,6 @@ def test_decay(decay, seen, rows, as_tensor):
         assert entry.mean.tolist() == pytest.approx(mean, rel=1e-5)
 
 
-def test_only_what_a_configuration_needs_is_summed():
-    for changes, needs in (
-        ({"budget": "uniform"}, set()),
-        ({"budget": "energy", "compensation": True}, {"signed"}),
-        ({"budget": "blend energy depth"}, {"sensitivity"}),
-        ({"budget": {"name": "depth", "table": "all:0.5"}, "sparsity": None}, set()),
-        ({"compensation": True, "token": {}}, {"signed", "lost"}),
-    ):
-        config = PruneConfig(sparsity=0.5).replace(changes)
-        assert MaskSelector(config, make_layers()).statistics.needs == needs
-
-
 def test_layers_of_one_shape_are_added_together():
     u = {layer: torch.full((1, 2, width), 1.0 + layer) for layer, width in enumerate((4, 6, 4))}
     seen = {layer: LayerObservation(t, t + 1) for layer, t in u.items()}

@@ -8,8 +8,7 @@ from dart_llm.models.describe import describe
 from dart_llm.models.packed_loading import round_weights
 from dart_llm.pruning.accounting import TokenTraffic
 from dart_llm.pruning.records import add_dense, merge_reports
-from dart_llm.session.run import prune
-from steps import new_cache, pruned, shared_model, step
+from steps import pruned, shared_model
 from tiny import HIDDEN, LAYERS, VOCAB, WIDTH, tiny, tokens
 
 FFN = LAYERS * 3 * HIDDEN * WIDTH * 2
@@ -60,24 +59,6 @@ def test_bytes_of_a_token_by_hand(method, ffn, attention, dtype):
     assert result.mean_context == CONTEXT
     assert result.token_bytes_share == pytest.approx(share(ffn, attention))
     assert result.dense_token_bytes_share == 1
-
-
-def test_a_cache_that_was_there_before_is_read_too():
-    """``bench quality`` reads a prompt once for many runs."""
-    model, ids = shared_model("llama-bias"), tokens(1, 17)
-    cache = new_cache(model)
-    step(model, ids[:, :12], cache)
-    with prune(model, "random", sparsity=0.75) as run, run.decoding():
-        step(model, ids[:, 12:], cache)
-    assert run.report().mean_context == CONTEXT
-
-
-def test_dense_tokens_count_as_dense():
-    result = report("teal", masking_step=1)
-    wanted = share(FFN * (1 + 4 / 4) / 5)
-    assert result.token_bytes_share == pytest.approx(wanted)
-    attention = report("teal-attention", masking_step=1)
-    assert attention.token_bytes_share == pytest.approx(share(FFN * 2 / 5, 2 / 5))
 
 
 def test_merged_reports_weigh_tokens():

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from transformers import dynamic_module_utils
 
 from dart_llm.errors import ConfigError
 from dart_llm.session.run import prune
 from tiny import tiny, tokens
-from tiny_gpt2 import write_gpt2
 
 FOLDER = str(Path(__file__).parents[2] / "examples" / "transformers")
 IDS = tokens(1, 24)
@@ -41,15 +39,3 @@ def test_the_folder_generates_what_prune_does(recipe):
     assert torch.equal(model.generate(IDS, **ASKED), dense)  # nothing stays on the model
     with pytest.raises(ConfigError, match="sparsity"):
         model.generate(IDS, **ASKED, **recipe, sparsity=50)
-
-
-def test_a_pipeline_is_pruned_both_ways(recipe, tmp_path):
-    folder = write_gpt2(tmp_path / "gpt2")
-    write = transformers.pipeline("text-generation", model=str(folder))
-    text = "the quick brown fox " * 4
-    dense = write(text, **ASKED)
-    with prune(write.model, "griffin", sparsity=0.5) as run:
-        wanted = write(text, **ASKED)
-    assert run.report().achieved_sparsity == pytest.approx(0.5)
-    result = write(text, **ASKED, **recipe, method="griffin", sparsity=0.5)
-    assert result == wanted != dense

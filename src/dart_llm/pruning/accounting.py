@@ -233,17 +233,11 @@ class _Decoded:
         return removed / self.tokens if self.tokens else 0.0
 
 
-def _sequence_report(state: SequenceState) -> SequenceReport:
-    decoded = _Decoded([state], [layer.width for layer in state.selector.layers])
-    return SequenceReport(
-        state.sequence,
-        state.row,
-        round(state.prompt_tokens),
-        round(decoded.tokens),
-        round(decoded.dense),
-        decoded.sparsity(),
-        tuple(state.remasks),
-    )
+def _sequence_report(state: SequenceState, widths: Sequence[int]) -> SequenceReport:
+    decoded = _Decoded([state], widths)
+    counts = state.prompt_tokens, decoded.tokens, decoded.dense
+    where, remasks = (state.sequence, state.row), tuple(state.remasks)
+    return SequenceReport(*where, *map(round, counts), decoded.sparsity(), remasks)
 
 
 def run_report(
@@ -288,7 +282,7 @@ def run_report(
         proxy_bytes_share=proxy,
         ffn_share_of_bytes=costs.bytes(None) / max(1, costs.total_bytes),
         extra_memory_bytes=extra_bytes + sum(state.nbytes() for state in states),
-        sequences=tuple(map(_sequence_report, states)),
+        sequences=tuple(_sequence_report(state, widths) for state in states),
         **_token_bytes(states, costs, decoded, head),
         head=head,
     )

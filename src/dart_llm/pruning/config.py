@@ -374,23 +374,15 @@ class PruneConfig(Part):
             yield "compensation_rank and skip_sinks need learned statistics: give self_stats={} too"
 
     def _double_counts(self) -> Iterator[str]:
-        """What sets the counts twice, or leaves too few candidates for them."""
+        """What sets the counts twice."""
         table, sparse = self.budget.table, self.sparsity is not None
         uniform = self.budget.name == "uniform" and table is None
-        if self.score.strategy == "auto":
-            if sparse or not uniform:
-                yield 'strategy "auto" sets the counts: drop the sparsity, layer table and budget'
-            return
-        if sparse and table is not None and not parse_layer_spec(table).has_auto:
+        if self.score.strategy == "auto" and (sparse or not uniform):
+            yield 'strategy "auto" sets the counts: drop the sparsity, layer table and budget'
+        elif sparse and table is not None and not parse_layer_spec(table).has_auto:
             yield (
                 f'the layer table "{table}" fixes every count: drop the sparsity, or hand layers '
                 'to the allocator with "auto"'
-            )
-        share = None if self.token is None or not uniform else self.token.candidates
-        if share is not None and self.target and share < 1 - self.target - 1e-9:
-            yield (
-                f"token.candidates {share:g} leaves fewer neurons than sparsity {self.target:g} "
-                f"keeps: give at least {1 - self.target:g}, or None"
             )
 
     @property

@@ -201,19 +201,17 @@ class RunReport:
         return data
 
     def __str__(self) -> str:
-        requested = selection = ""
-        if self.requested_sparsity is not None:
-            requested = f" of {self.requested_sparsity:.0%} requested"
-        if self.proxy_bytes_share:
-            selection = f" ({self.proxy_bytes_share:.2f}x for neuron selection)"
-        remasks = f"{self.remasks} re-mask{'' if self.remasks == 1 else 's'}"
+        requested, proxy = self.requested_sparsity, self.proxy_bytes_share
+        of = "" if requested is None else f" of {requested:.0%} requested"
+        selection = f" ({proxy:.2f}x for neuron selection)" if proxy else ""
+        head = "" if self.head is None else f", {self.head}"
         return (
-            f"{self.method}: {self.achieved_sparsity:.1%} of the FFN neurons removed{requested}, "
+            f"{self.method}: {self.achieved_sparsity:.1%} of the FFN neurons removed{of}, "
             f"mean over {self.decoded_tokens} decoded tokens ({self.dense_token_share:.1%} of them "
-            f"dense; {self.sparsity_while_pruned:.1%} while pruned), {remasks}, "
-            f"{self.executor} executor, reads {self.ffn_bytes_share:.2f}x of the dense FFN bytes"
-            f"{selection}, {self.extra_memory_bytes / 2**20:.1f} MiB extra memory"
-            f"{'' if self.head is None else f', {self.head}'}"
+            f"dense; {self.sparsity_while_pruned:.1%} while pruned), {self.remasks} re-mask"
+            f"{'' if self.remasks == 1 else 's'}, {self.executor} executor, reads "
+            f"{self.ffn_bytes_share:.2f}x of the dense FFN bytes{selection}, "
+            f"{self.extra_memory_bytes / 2**20:.1f} MiB extra memory{head}"
         )
 
 

@@ -175,19 +175,18 @@ class MaskSelector:
         host = [score.cpu().double() for score in scores]
         if self.config.score.strategy == "auto":
             return [auto_count(score) for score in host]
-        automatic = [index for index, target in enumerate(self.targets) if target == AUTO]
-        views = [self._view(index, host[index], evidence[index]) for index in automatic]
-        allocated = dict(zip(automatic, self._allocate(views) if views else (), strict=True))
-        return [
-            allocated.get(index, layer.width) if not isinstance(target, int) else target
-            for index, (target, layer) in enumerate(zip(self.targets, self.layers, strict=True))
-        ]
-
-    def _allocate(self, views: Sequence[LayerView]) -> list[int]:
-        widths = [view.width for view in views]
-        keep = round((1 - self.config.target) * sum(widths))
-        first, *second = [BUDGETS.get(name)(views, keep) for name in self.config.budget.parts()]
-        return blend_counts(first, second[0], widths) if second else first
+        targets = list(zip(self.targets, self.layers, strict=True))
+        counts = [t if isinstance(t, int) else layer.width for t, layer in targets]
+        automatic = [index for index, (target, _) in enumerate(targets) if target == AUTO]
+        if automatic:
+            views = [self._view(index, host[index], evidence[index]) for index in automatic]
+            widths = [view.width for view in views]
+            keep = round((1 - self.config.target) * sum(widths))
+            first, *second = [BUDGETS.get(name)(views, keep) for name in self.config.budget.parts()]
+            allocated = blend_counts(first, second[0], widths) if second else first
+            for index, count in zip(automatic, allocated, strict=True):
+                counts[index] = count
+        return counts
 
     def _view(self, index: int, score: Tensor, evidence: LayerStatistics) -> LayerView:
         layer, sensitivity = self.layers[index], None
