@@ -10,7 +10,6 @@ from dart_llm.pruning.methods import summaries
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import merge
 from dart_llm.studies.bench.settings import SpeedSettings
-from dart_llm.studies.drift.settings import collect as collect_study
 from dart_llm.studies.generate.settings import RunSettings, collect
 from dart_llm.studies.inspection.settings import InspectSettings
 from dart_llm.studies.quality.settings import QualitySettings
@@ -22,12 +21,6 @@ from dart_llm.studies.sweep.settings import (
     SweepSettings,
 )
 
-DECAY = (
-    "--ema-decay: method dart-prompt is used instead of dart-token, because "
-    'score "fisher" is a mean over all tokens alike'
-)
-
-
 PER_TOKEN = "with method dart-token every token selects its own neurons"
 MASKS = f"--{{}}: method dart is used instead of dart-token, because {PER_TOKEN}"
 
@@ -35,31 +28,6 @@ MASKS = f"--{{}}: method dart is used instead of dart-token, because {PER_TOKEN}
 def told(**flags):
     found = collect(flags, environment={})
     return found, list(found.notes)
-
-
-def test_a_decay_takes_a_method_that_averages_where_none_was_named():
-    found, notes = told(ema_decay=0.9, sparsity=0.5)
-    config = found.prune_config()
-    assert notes == [DECAY]
-    taken = (found.method, config.score.name, config.score.ema_decay, config.sparsity)
-    assert taken == ("dart-prompt", "normalized", 0.9, 0.5)
-    assert found.experiment == "smollm2-135m-dart-prompt-0.5"
-    for score in ("magnitude", "max"):
-        found, notes = told(ema_decay=0.9, ranking_method=score)
-        assert (found.method, notes) == ("dart", [MASKS.format("ranking-method")])
-    given = {"tasks": "perplexity:embedded"}
-    other = merge(EvalSettings, given, None, {"DART_EMA_DECAY": "0.9"})
-    assert (other.method, other.notes) == ("dart-prompt", (DECAY,))
-    with pytest.raises(ConfigError, match=r"drop the ema_decay, or give another --ranking-method"):
-        collect_study({"ema_decay": 0.9, "passages": "shipped"}, environment={})
-    can = ": drop --ema-decay, or leave the method out: dart-prompt can"
-    for flags, sentence in (
-        ({"method": "dart"}, f'score "fisher" is a mean over all tokens alike{can}'),
-        ({"method": "static"}, f'score "weight" reads no activations{can}'),
-    ):
-        with pytest.raises(ConfigError) as caught:
-            told(ema_decay=0.9, **flags)
-        assert str(caught.value) == sentence
 
 
 def test_settings_of_masks_take_a_method_with_masks_where_none_was_named():

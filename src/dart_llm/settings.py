@@ -37,7 +37,7 @@ from dart_llm.pruning.config import (
     unknown_key,
 )
 from dart_llm.pruning.layer_table import parse_layer_spec, read_table
-from dart_llm.pruning.registry import METHODS, SCORES, SETTING
+from dart_llm.pruning.registry import METHODS, SETTING
 from dart_llm.pruning.setting_file import KeptSetting, kept_setting, path_of
 from dart_llm.reporting.figures import STYLES
 
@@ -227,20 +227,6 @@ MASK_SETTINGS = ("masks", "knowledge_drift", "drift", "ranking_method")
 """Settings of sequence masks, which methods with per-token selection do not have."""
 
 
-def decay_problem(config: PruneConfig) -> str | None:
-    """Why a configuration cannot honour its ema_decay; None if it can."""
-    if config.score.ema_decay is None or config.target == 0:
-        return None
-    why = SCORES.get(config.score.name).no_decay_reason
-    return f'score "{config.score.name}" {why}' if why else None
-
-
-def check(config: PruneConfig) -> None:
-    """Raise ``ConfigError`` for a configuration whose settings it cannot honour."""
-    if problem := decay_problem(config):
-        raise ConfigError(f"{problem}: drop the ema_decay, or give another --ranking-method")
-
-
 def misfit(settings: PruningOptions) -> tuple[str, str] | None:
     """The first setting that the method cannot honour, and why; None if it honours all.
 
@@ -252,8 +238,7 @@ def misfit(settings: PruningOptions) -> tuple[str, str] | None:
         for name in MASK_SETTINGS:
             if getattr(settings, name) not in (None, False, "", "never", method.score.name):
                 return name, f"with method {settings.method} every token selects its own neurons"
-    why = decay_problem(settings.prune_config())
-    return ("ema_decay", why) if why else None
+    return None
 
 
 def method_for(settings: PruningOptions) -> tuple[str, str | None]:
@@ -356,7 +341,6 @@ class MaskOptions(Settings):
     release_step: int | None = setting("Pruning", "Decode step from which all runs dense.")
     min_evidence: int | None = setting("Pruning", "Tokens to observe before the first mask.")
     ranking_method: str | None = setting("Pruning", "Neuron score; dart-llm methods lists them.")
-    ema_decay: float | None = setting("Pruning", "Decay of averaged activations (default: sums).")
     prune_strategy: str | None = setting("Pruning", "topk, or auto: keep scores above the mean.")
     budget: str | None = setting(
         "Pruning", 'Allocator over layers, e.g. uniform, "blend energy depth".'
@@ -437,11 +421,7 @@ class PruningOptions(MaskOptions, MethodName):
         changes: dict[str, Any] = {name: getattr(self, name) for name in names}
         changes |= {"sparsity": self.target_sparsity(), "seed": getattr(self, "seed", None)}
         parts: dict[str, dict[str, Any]] = {
-            "score": {
-                "name": self.ranking_method,
-                "ema_decay": self.ema_decay,
-                "strategy": self.prune_strategy,
-            },
+            "score": {"name": self.ranking_method, "strategy": self.prune_strategy},
             "budget": {"name": self.budget, "table": self._table()},
             "drift": {"rule": self._drift_rule()},
             "head": {"kind": self.head},

@@ -114,5 +114,3 @@ def test_what_removes_nothing_or_is_chosen_by_hand_needs_no_calibration():
     assert prune(shared_model(), "glass", masks={0: [1, 2]}).asks_for_pruning
     held = (None,) * LAYERS
     assert not Run(shared_model(), PruneConfig.build("flap"), fixed_masks=held).asks_for_pruning
-    with pytest.raises(ConfigError, match=r'score "flap" is a variance.*drop the ema_decay'):
-        prune(shared_model(), "griffin", score={"name": "flap", "ema_decay": 0.9})

@@ -125,15 +125,11 @@ def test_padding_of_bare_forwards(name, side):
     assert {weight for _, weight in evidence_sums(run)[0].values()} == {float(sum(LENGTHS))}
 
 
-AGED = {**ALL_NEEDS, "score": {"name": "magnitude", "ema_decay": 0.9}}
-
-
 @pytest.mark.parametrize(
     ("name", "method"),
     [
         *[(name, ALL_NEEDS) for name in ROWS],
         *[(name, {"method": CONFIG}) for name in SHAPES],
-        *[(name, AGED) for name in ("llama", "opt")],
     ],
 )
 def test_rows_of_their_own_equal_rows_alone(name, method):

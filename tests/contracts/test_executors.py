@@ -69,16 +69,15 @@ SETTINGS = {
     "3 rows": {"method": "griffin", "sparsity": 0.6},
     "8 rows": {"method": "griffin", "sparsity": 0.6},
     "3 rows per token": TOKEN,
-    "8-bit proxies": {**TOKEN, "token": {"bits": 8, "group": 12, "candidates": 0.6}},
+    "8-bit proxies": {**TOKEN, "token": {"bits": 8, "group": 12}},
     "activations alone": {**TOKEN, "compensation": False, "score": "normalized"},
-    "candidates": {**TOKEN, "token": {"candidates": 0.8}},
     "proxies of packed": {**TOKEN, "token": {"proxy": "always"}},
 }
 WEIGHTS = ("contribution", "fisher", "max", "weight")
 """Scores that read weights as each shape stores them, or learn."""
 
 PACKED = (("llama", "q8_0"), ("qwen2", "q4_0"), ("gemma2", "q4_1"))
-PACKED_CASES = ("griffin", "dart", "dart-token", "3 rows per token", "candidates")
+PACKED_CASES = ("griffin", "dart", "dart-token", "3 rows per token")
 EXTRA = list(SETTINGS)[len(PRUNING) + len(SCORES.names()) :]
 
 CUDA = {

@@ -63,10 +63,10 @@ def test_a_batch_reads_each_rows_winners_or_runs_dense(executor):
 
 
 def test_which_copies_are_read():
-    """Of candidates alone, of fc alone in plain FFNs, and none while tokens run dense."""
-    report = _report(token={"candidates": 0.5, "bits": 8, "group": 12})
+    """Of gate and up, of fc alone in plain FFNs, and none while tokens run dense."""
+    report = _report(token={"bits": 8, "group": 12})
     each = 2 * (D + 2 * 3) + 4  # three groups of 12, the last of 8
-    assert report.proxy_bytes_share == pytest.approx(L * 24 * each / DENSE_BYTES)
+    assert report.proxy_bytes_share == pytest.approx(L * I * each / DENSE_BYTES)
     plain = _report(name="gpt2", method=LEARNT, count=3)
     fc = L * I * (D // 2 + 2 + 4) / (L * I * 2 * D * 4)
     assert plain.proxy_bytes_share == pytest.approx(fc)

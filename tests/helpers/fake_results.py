@@ -125,7 +125,7 @@ def generations():
 
 def config():
     prompt = ["--prompt", "Why is the sky blue? <script>", "--sparsity", "0.5"]
-    score = {"name": "normalized", "ema_decay": None}
+    score = {"name": "normalized"}
     checkpoint = {"name": "SmolLM2-135M-Instruct", "source": "embedded", "dtype": "bfloat16"}
     checkpoint |= {"file_quantisation": "Q4_K_M", "sha256": "ab12" * 16}
     return {

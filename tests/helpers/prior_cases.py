@@ -27,7 +27,7 @@ CONFIG = PruneConfig(
     **RANK,
 )
 
-STATISTICS = Statistics(squared, None, frozenset({"signed", "features"}), average=True)
+STATISTICS = Statistics(squared, frozenset({"signed", "features"}), average=True)
 """What ``CONFIG`` sums."""
 
 

@@ -17,8 +17,8 @@ from prior_cases import CONFIG
 FULL = PruneConfig(
     method="mine",
     sparsity=0.25,
-    score={"name": "mean", "ema_decay": 1 / 3, "proxy_embedding": "input", "prior_weight": 0.5},
-    budget={"name": "blend energy depth", "table": "2:auto", "refresh": "every"},
+    score={"name": "mean", "proxy_embedding": "input", "prior_weight": 0.5},
+    budget={"name": "blend energy depth", "table": "2:auto"},
     drift={"rule": "interval 7", "signal": "hidden", "min_distance": 3, "max_dense_share": 1e-9},
     remask={"evidence": "decay", "decay": 0.7, "observe_tokens": 9},
     calibration={"source": "self", "sequences": 5, "length": 50, "purpose": "prior"},
@@ -47,7 +47,7 @@ def test_round_trips(config):
 
 REFUSED = (
     *({"sparsity": value} for value in (1.0, -0.1, 50, nan, "half")),
-    *({"release_step": 0}, {"masking_step": 8, "release_step": 8}, {"score": {"ema_decay": 1}}),
+    *({"release_step": 0}, {"masking_step": 8, "release_step": 8}, {"score": {"prior_weight": 2}}),
     *({"budget": {"name": name}} for name in ("energy depth", "blend energy", "blend a b c")),
     *({"drift": f"interval{value}"} for value in ("", " 0", " -4", " 2.5")),
     *({"drift": f"windows {value}"} for value in ("10 1", "10 1 2 3", "1 1 2", "10 0 2")),
@@ -65,10 +65,9 @@ REFUSED = (
     {"executor": "compact", "batch": "per_row"},
     {"compensation_rank": 8, "compensation": True},
     {"compensation_rank": 8, "self_stats": {}, "token": {}},
-    {"token": {"candidates": 0.2}, "sparsity": 0.7},
     {"token": {}, "drift": "paper"},
     # names
-    *({"sparsty": 0.5}, {"compensate": True}, {"score": {"ema": 0.5, "ema_decays": 0.5}}),
+    *({"sparsty": 0.5}, {"compensate": True}, {"score": {"prior_weigt": 0.5}}),
     *({"score": "normalised"}, {"budget": "energie"}, {"budget": "blend energy dept"}),
     *({"drift": "publised"}, {"drift": "intervall 5"}),
 )

@@ -46,18 +46,12 @@ GOLDEN = {
     "product": MAGNITUDE**2 * MAX * MEAN,
     "weight": torch.tensor([5.0 * 1 * 2, 1 * 5 * 3, 2 * 2 * 10]),
 }
-FIFTH = 1 / math.sqrt(5)
-UNIT = torch.tensor([0.6 / 4 + 0 + 1 / 3, 0.8 / 4 + FIFTH / 2 + 2 / 3, 0 + FIFTH + 2 / 3])
-EMA_HALF = {  # weights 1/4, 1/2, 1 over 7/4
-    "magnitude": torch.tensor([0.75 + 0 + 1, 1 + 0.5 + 2, 0 + 1 + 2]) / 1.75,
-    "normalized": UNIT / 1.75,
-}
 
 
-def scored(name, chunks, decay=None, weights=None, layer=LAYER):
+def scored(name, chunks, weights=None, layer=LAYER):
     """The score of [B, T, I] ``chunks`` that arrive one after the other."""
     rule = SCORES.get(name)
-    sums = Statistics(rule.per_token, decay, frozenset(), rule.spread, rule.average)
+    sums = Statistics(rule.per_token, frozenset(), rule.spread, rule.average)
     evidence = LayerStatistics()
     for index, chunk in enumerate(chunks):
         w = None if weights is None else weights[index]
@@ -75,23 +69,15 @@ def same(result, wanted, rel=1e-6):
 def test_golden(name, cuts, monkeypatch):
     monkeypatch.setattr(statistics, "CHUNK_ELEMENTS", 3 * len(cuts))  # tokens are summed in chunks
     same(scored(name, TOKENS[None].split(cuts, 1)), GOLDEN[name])
-    average = EMA_HALF["normalized" if name == "normalized" else "magnitude"]
-    factor = {"contribution": torch.tensor([5, 1, 2]), "max": MAX, "mean": MEAN}.get(name)
-    if name in EMA_HALF or factor is not None:
-        result = scored(name, TOKENS[None].split(cuts, 1), decay=0.5)
-        same(result, average if factor is None else average * factor)
 
 
 def test_rows_of_a_batch_are_summed():
-    """A finished or padded row enters neither the sum nor the average."""
+    """A finished or padded row does not enter the sum."""
     other = torch.tensor([[2.0, 0.0, 1.0], [0.0, 2.0, 0.0], [4.0, 4.0, 4.0]])
     both, weights = torch.stack([TOKENS, other]), torch.tensor([[1.0, 1, 1], [0, 1, 0]])
     squares = TOKENS.square().sum(0)
     same(scored("magnitude", [both]), (squares + other.square().sum(0)).sqrt())
-    same(scored("magnitude", [both], None, [weights]), (squares + other[1].square()).sqrt())
-    # EMA: token t of every row weighs d^(T - 1 - t)
-    total = 0.25 * TOKENS[0].abs() + 0.5 * (TOKENS[1].abs() + other[1]) + TOKENS[2].abs()
-    same(scored("magnitude", [both], 0.5, [weights]), total / 2.25)
+    same(scored("magnitude", [both], [weights]), (squares + other[1].square()).sqrt())
 
 
 def test_odd_tokens_and_weights(monkeypatch):

@@ -24,7 +24,6 @@ from dart_llm.pruning.statistics import (
     squared_share,
     to_tensors,
 )
-from prior_cases import CONFIG
 from synthetic import make_layers
 
 ALL = frozenset({"signed", "sensitivity"})
@@ -42,7 +41,7 @@ WORTH = torch.tensor([1.0, 1.0, 5.0])
 def summed(cuts=(3,), weights=None, dtype=torch.float32, needs=ALL, keep=0):
     """The sums over the three tokens, in pieces of ``cuts``."""
     evidence = LayerStatistics()
-    statistics = Statistics(squared if needs is ALL else None, None, needs)
+    statistics = Statistics(squared if needs is ALL else None, needs)
     for part in torch.arange(3).split(list(cuts)):
         u, z, x = (t[None, :, part].to(dtype) for t in (U, Z, X))
         w = None if weights is None else weights[:, part]
@@ -76,7 +75,7 @@ def test_nothing_is_no_division_by_zero():
     sums = summed(weights=torch.zeros(1, 3)).sums
     assert sums["signed"].mean.tolist() == [0, 0, 0] and float(sums["cosine"].mean) == 0
     evidence, zero = LayerStatistics(), torch.zeros(1, 1, 2, 2)
-    silent = Statistics(squared_share, None, ALL)
+    silent = Statistics(squared_share, ALL)
     silent.add([evidence], LayerObservation(torch.zeros(1, 1, 2, 3), None, zero, zero), None)
     assert all(bool(entry.total.isfinite().all()) for entry in evidence.sums.values())
 
@@ -172,5 +171,3 @@ def test_a_score_that_learns_wants_its_prior():
             ConfigError, match=r'^score "fisher" needs learned statistics: give self_stats='
         ):
             MaskSelector(PruneConfig(sparsity=sparsity, score="fisher"), make_layers())
-    with pytest.raises(ConfigError, match="is a mean over all tokens alike: drop the ema_decay"):
-        MaskSelector(CONFIG.replace({"score": {"ema_decay": 0.5}}), make_layers())

@@ -15,7 +15,6 @@ from dart_llm.models.describe import describe
 from dart_llm.pruning import token_level
 from dart_llm.pruning import token_rules as low_bit_rule
 from dart_llm.pruning.token_level import (
-    candidate_count,
     contribution_estimate,
     low_bit,
     winner_places,
@@ -23,7 +22,7 @@ from dart_llm.pruning.token_level import (
 from dart_llm.pruning.token_rules import LowBit
 from dart_llm.session.run import prune
 from products import SHAPES, in_turn
-from steps import apart, decode, new_cache, shared_model, state_of, step
+from steps import apart, decode, new_cache, shared_model, step
 from tiny import tokens
 from token_cases import LEARNT, PLAIN, Exact, best, lost_u, oracle
 
@@ -84,11 +83,9 @@ def test_winners_are_the_largest_and_ties_go_to_the_lower(values, data):
     assert result.tolist() == [[best(values, keep), best(values[::-1], keep)]]
 
 
-def test_estimates_and_candidates():
+def test_estimates():
     u, worth = torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.0, -1.0]]), torch.tensor([3.0, 1.0, 5.0])
     assert contribution_estimate(u, worth).tolist() == [[3.0, 2.0, 0.0], [1.5, 0.0, 5.0]]
-    settings = [(None, 5), (1.0, 5), (0.5, 5), (0.1, 5), (0.34, 2), (0.5, 40)]
-    assert [candidate_count(share, 40, keep) for share, keep in settings] == [40, 40, 20, 5, 14, 40]
 
 
 @pytest.fixture
@@ -172,20 +169,6 @@ def test_exact_copies_give_the_oracle(name, exact):
         assert apart(pruned, decode(model, ids, PROMPT)) < 1e-4
     with oracle(model, keep, PROMPT, mean):
         assert apart(pruned, decode(model, ids, PROMPT)) > 1e-2
-
-
-def test_candidates_are_the_sequences_best(monkeypatch, exact):
-    model, ids, result = shared_model("llama-bias"), tokens(1, PROMPT + 2), _recorded(monkeypatch)
-    with prune(model, LEARNT, sparsity=0.75, token={"candidates": 0.5}) as run:
-        decode(model, ids, PROMPT)
-    selection = state_of(run).selection
-    assert selection.counts == (12, 12, 12, 12)
-    for token, x, mask, winners in result:
-        index = token.block.index
-        assert mask.ids.tolist() == best(selection.scores[index].tolist(), 24)
-        u = token.block.hidden(x).detach().flatten()
-        strengths = (u.abs() * run.layers[index].fisher ** 0.5)[mask.ids]
-        assert winners.flatten().tolist() == mask.ids[best(strengths.tolist(), 12)].tolist()
 
 
 def test_there_is_no_sequence_mask(tmp_path):

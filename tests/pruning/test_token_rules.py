@@ -176,7 +176,6 @@ def test_no_kernel_is_said_to_have_read_less():
     ("settings", "sentence"),
     [
         ({"token": {"rule": "cats", "inputs": 0.5}}, 'token rule "cats" does not read inputs'),
-        ({"token": {"rule": "teal", "candidates": 0.5}}, 'token rule "teal" does not read cand'),
         ({"token": {"rule": "wina", "proxy": "always"}}, 'token rule "wina" does not read proxy'),
         ({"token": {"inputs": 0.5}}, 'token rule "low-bit" does not read inputs'),
         ({"token": {"rule": "teal"}, "compensation": True}, '"teal" has no mean of what it leaves'),

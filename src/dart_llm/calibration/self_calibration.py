@@ -112,7 +112,7 @@ def calibrate(
     short = "" if count == part.sequences else f" of {part.sequences}"
     size = f"{count}{short} sequences of {part.length} tokens ({count * part.length:,} tokens)"
     note = f"calibration: {size} of {name}"
-    parts = cache.rule_of(statistics), statistics.ema_decay, sorted(statistics.beside_score)
+    parts = cache.rule_of(statistics), sorted(statistics.beside_score)
     key = cache.key_of(fingerprint(model), *parts, tokens)
     tensors = cache.find(model, key, cache_dir)
     if tensors is None:
@@ -310,7 +310,7 @@ class _SelfText:
             return tensors
 
     def _key(self, names: Sequence[str], ids: Tensor) -> str:
-        rule = cache.rule_of(self.statistics), self.statistics.ema_decay
+        rule = cache.rule_of(self.statistics)
         decides = sorted(names), digest_of(ids)
         rank = self.config.compensation_rank if BASIS in names else 0
         return cache.key_of(self.digest, *decides, rank, rule if SCORE in names else None)

@@ -17,7 +17,7 @@ from dart_llm.pruning.config import TokenConfig
 from dart_llm.pruning.records import HeadReport, LayerStat, RunReport, SequenceReport
 from dart_llm.pruning.registry import TOKEN_RULES
 from dart_llm.pruning.sequence import SequenceState
-from dart_llm.pruning.token_level import TokenMask, candidate_count
+from dart_llm.pruning.token_level import TokenMask
 from dart_llm.pruning.token_rules import LayerCost, TokenRule
 from dart_llm.pruning.weights import FfnWeights, in_blocks, stored_bytes
 
@@ -140,6 +140,7 @@ class _SequenceBytes:
 
     def __init__(self, state: SequenceState, costs: Costs, executor: str, rows: int) -> None:
         self.state, self.costs, self.executor, self.rows = state, costs, executor, rows
+        self.widths = [layer.width for layer in costs.layers]
         fixed = state.fixed_masks
         by_hand = fixed is not None and not any(isinstance(mask, TokenMask) for mask in fixed)
         self.token = None if by_hand else state.config.token
@@ -161,39 +162,29 @@ class _SequenceBytes:
             read += span.forwards * self.costs.bytes(computed)
             selection += span.forwards * self._selection(self.token, span.kept, computed)
         for remask in self.state.remasks:
-            kept = remask.kept if self.token is None else self._fixed(remask.kept)
+            kept = [
+                k if self.token is None or k == w else 0
+                for k, w in zip(remask.kept, self.widths, strict=True)
+            ]
             read += self.costs.build_bytes(kept, compact, self.compensates, copied=copied)
         return read, selection
 
-    def _candidates(self, kept: Sequence[int]) -> list[int]:
-        """Neurons per layer that are ranked for each token; 0 where there is nothing to select."""
-        assert self.token is not None
-        share, pairs = self.token.candidates, zip(self.costs.layers, kept, strict=True)
-        counts = [(candidate_count(share, layer.width, keep), keep) for layer, keep in pairs]
-        return [n if n > keep else 0 for n, keep in counts]
-
-    def _fixed(self, kept: Sequence[int]) -> list[int]:
-        """Neurons per layer that the sequence's mask keeps; 0 where every token selects."""
-        pairs = zip(self._candidates(kept), kept, strict=True)
-        return [0 if n else keep for n, keep in pairs]
-
     def _computed(self, kept: Sequence[int], tokens: float) -> list[int]:
         """Neurons per layer whose rows a forward of ``tokens`` reads."""
-        fixed, widths = self._fixed(kept), [layer.width for layer in self.costs.layers]
         rows = self.state.rows
         if self.executor == IF_COMPACT or tokens <= rows <= self.rows:
-            most = [min(w, math.ceil(k * tokens)) for k, w in zip(kept, widths, strict=True)]
-            return [k or most_layer for k, most_layer in zip(fixed, most, strict=True)]
-        masked = self.executor == "masked"
-        return [width if masked else k or width for k, width in zip(fixed, widths, strict=True)]
+            pairs = zip(kept, self.widths, strict=True)
+            return [min(width, math.ceil(count * tokens)) for count, width in pairs]
+        return self.widths
 
     def _selection(self, token: TokenConfig, kept: Sequence[int], computed: Sequence[int]) -> float:
         """Bytes that selecting reads per forward, beside the rows of ``computed``."""
         blocks = all(in_blocks(layer.stored_up) for layer in self.costs.layers)
         rule: type[TokenRule] = TOKEN_RULES.get(token.rule).for_weights(token, blocks)
-        layers = zip(self.costs.layers, self._candidates(kept), kept, computed, strict=True)
-        each = [LayerCost(*counts, self.costs.width) for counts in layers]
-        return round(sum(rule.selection_bytes(token, cost) for cost in each if cost.candidates))
+        layers = zip(self.costs.layers, kept, computed, strict=True)
+        costs = [LayerCost(*layer, self.costs.width) for layer in layers]
+        selecting = [cost for cost in costs if cost.winners < cost.layer.width]
+        return round(sum(rule.selection_bytes(token, cost) for cost in selecting))
 
 
 def _ffn_bytes(

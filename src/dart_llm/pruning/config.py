@@ -25,7 +25,6 @@ AtLeast0 = Annotated[int, Field(ge=0)]
 AtLeast1 = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 """(0, 1]."""
-Below1 = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 From0To1 = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -78,8 +77,7 @@ def unknown_key(part: type[BaseModel], key: str) -> ConfigError:
 class ScoreConfig(Part):
     """How neurons are ranked (docs/reference.md, "Scores").
 
-    ``ema_decay``: weight that an older token keeps with each new one, (0, 1); None: all count
-    alike.  ``strategy``: ``topk``, or ``auto``: neurons whose score reaches the layer's mean.
+    ``strategy``: ``topk``, or ``auto``: neurons whose score reaches the layer's mean.
     ``proxy_embedding``: whose rows the scores ``max`` to ``product`` read.
     ``prior_weight``: ranks by the text and by a calibrated prior are averaged, the prior with this
     weight; None: the text alone.
@@ -88,7 +86,6 @@ class ScoreConfig(Part):
     short: ClassVar[str] = "name"
 
     name: Annotated[str, AfterValidator(SCORES.check)] = "normalized"
-    ema_decay: Below1 | None = None
     strategy: Literal["topk", "auto"] = "topk"
     proxy_embedding: Literal["output", "input"] = "output"
     prior_weight: From0To1 | None = None
@@ -98,14 +95,12 @@ class BudgetConfig(Part):
     """How many neurons each layer keeps (docs/reference.md, "Budgets").
 
     ``name``: a budget, or ``blend A B``.  ``table``: a layer table such as ``0-3:0.9,4-29:auto``.
-    ``refresh``: whether counts stay as at the ``first`` mask, or are set anew with ``every`` one.
     """
 
     short: ClassVar[str] = "name"
 
     name: str = "uniform"
     table: str | None = None
-    refresh: Literal["first", "every"] = "first"
 
     @model_validator(mode="after")
     def _check(self) -> BudgetConfig:
@@ -228,8 +223,7 @@ class TokenConfig(Part):
     of gate and up have ``bits`` (4 or 8) per weight and ``group`` inputs per scale; they are read
     at the share ``inputs`` of the inputs, those with the largest magnitudes, (0, 1].  ``proxy``:
     ``auto`` makes none where gate and up are stored in low-bit blocks, which then rank the neurons
-    themselves; ``always`` makes them.  ``candidates``: fraction of each layer's neurons, by the
-    sequence's scores, out of which tokens select, (0, 1]; None: all.
+    themselves; ``always`` makes them.
     """
 
     rule: Annotated[str, AfterValidator(TOKEN_RULES.check)] = "low-bit"
@@ -237,7 +231,6 @@ class TokenConfig(Part):
     bits: Literal[4, 8] = 4
     group: AtLeast1 = 32
     inputs: Share = 1.0
-    candidates: Share | None = None
 
 
 class HeadConfig(Part):
@@ -392,8 +385,8 @@ class PruneConfig(Part):
 
     @property
     def selects_per_token(self) -> bool:
-        """Whether every token selects among all neurons, so that there is no sequence mask."""
-        return self.token is not None and self.token.candidates is None
+        """Whether every token selects its own neurons, so that there is no sequence mask."""
+        return self.token is not None
 
     @property
     def screens(self) -> bool:

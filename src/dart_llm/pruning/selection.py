@@ -21,7 +21,7 @@ from dart_llm.pruning.masks import LayerMask, Masks, auto_count, split
 from dart_llm.pruning.registry import BUDGETS, SCORES, TOKEN_RULES
 from dart_llm.pruning.scores import Score, mix_ranks
 from dart_llm.pruning.statistics import LayerStatistics, Statistics, TokenSelection, pooled
-from dart_llm.pruning.token_level import candidate_count, token_mask
+from dart_llm.pruning.token_level import token_mask
 from dart_llm.pruning.weights import FfnWeights
 
 
@@ -49,12 +49,10 @@ class MaskSelector:
         if not self.layers:
             raise ConfigError("the model has no FFN layers")
         self.targets  # noqa: B018 - raises early when the table does not fit the model
-        score, reason = self.config.score, self.rule.no_decay_reason
-        if score.ema_decay is not None and reason and not self.removes_nothing:
-            raise ConfigError(f'score "{score.name}" {reason}: drop the ema_decay')
         if self.rule.needs_fisher and self.config.self_stats is None:
             raise ConfigError(
-                f'score "{score.name}" needs learned statistics: give self_stats={{}} too'
+                f'score "{self.config.score.name}" needs learned statistics: give '
+                "self_stats={} too"
             )
         if self.config.token is not None:
             TOKEN_RULES.get(self.config.token.rule).check(self.config)
@@ -83,8 +81,7 @@ class MaskSelector:
             needs.add("signed")
             if config.token is not None or config.compensation_rank:
                 needs.add("features" if config.token is None else "lost")
-        decay = config.score.ema_decay
-        return Statistics(score.per_token, decay, frozenset(needs), score.spread, score.average)
+        return Statistics(score.per_token, frozenset(needs), score.spread, score.average)
 
     def token_selection(self, layers: Sequence[int]) -> TokenSelection | None:
         """How tokens select in some layers, for ``Statistics.add``; None where they do not."""
@@ -226,11 +223,9 @@ class MaskSelector:
         self, index: int, score: Tensor, evidence: LayerStatistics, count: int
     ) -> LayerMask | None:
         """Candidates among which each token selects; None where tokens select nothing."""
-        layer, token = self.layers[index], self.config.token
-        if token is None:
-            return None
-        wide = self.clamp.most(index, candidate_count(token.candidates, layer.width, count))
-        if wide <= count:
+        layer = self.layers[index]
+        wide = self.clamp.most(index, layer.width)
+        if self.config.token is None or wide <= count:
             return None
         lost = evidence.mean_when_lost() if self.config.compensation else None
         mean = None if lost is None else self.clamp.silent(index, lost)

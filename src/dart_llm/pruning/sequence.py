@@ -150,8 +150,7 @@ class SequenceState:
             counts = tuple(layer.width if mask is None else mask.kept for layer, mask in pairs)
             self.selection, cause = MaskSelection(self.fixed_masks, counts, ()), "fixed"
         else:
-            again = self.selection is not None and self.config.budget.refresh == "first"
-            before = self.selection.counts if again and self.selection else None
+            before = None if self.selection is None else self.selection.counts
             self.selection = self.selector.select(self.evidence, before)
         self.masks = self.selection.masks
         self.mask_count += 1

@@ -87,19 +87,6 @@ class LayerStatistics:
             before.total += total
             before.weight = before.weight + weight
 
-    def add_ema(self, values: Tensor, decay: float, weights: Tensor | None) -> None:
-        """``s <- d s + a`` over the tokens of [B, T, I] in order, rows summed."""
-        alive = values.new_ones(values.shape[1]) if weights is None else weights.amax(0)
-        later = alive.flip(0).cumsum(0).flip(0) - alive
-        factors = (decay**later).expand(values.shape[:2])
-        factors = factors if weights is None else factors * weights
-        shift = decay ** alive.sum()
-        with full_precision(values):
-            total, weight = torch.einsum("bt,bti->i", factors, values), factors.sum()
-        if (before := self.sums.get("score")) is not None:
-            total, weight = before.total * shift + total, before.weight * shift + weight
-        self.sums["score"] = Sum(total, weight)
-
     def decay(self, decay: float, rows: int) -> None:
         """Scale all sums by ``decay * min(1, 256 / n)``, n = tokens per row seen so far."""
         for name, entry in self.sums.items():
@@ -243,7 +230,6 @@ class Statistics:
     """
 
     per_token: PerToken | None
-    ema_decay: float | None
     needs: frozenset[str]
     spread: bool = False
     average: bool = False
@@ -295,10 +281,7 @@ class Statistics:
         selection: TokenSelection | None,
     ) -> None:
         flat, w = u.flatten(1, 2), None if weights is None else weights.flatten()
-        if self.per_token is not None and self.ema_decay is not None:
-            for layer, values in zip(evidence, self.per_token(u).sqrt(), strict=True):
-                layer.add_ema(values, self.ema_decay, weights)
-        elif self.per_token is not None:
+        if self.per_token is not None:
             add_sums(evidence, "score", self.per_token(flat), w)
         if "signed" in self.beside_score:
             add_sums(evidence, "signed", flat, w)
@@ -317,9 +300,7 @@ class Statistics:
         if self.spread:
             variance = score.mean - evidence.sums["signed"].mean.square()
             return variance.clamp_min(0).sqrt()
-        if self.average or self.ema_decay is not None:
-            return score.mean
-        return score.total.sqrt()
+        return score.mean if self.average else score.total.sqrt()
 
 
 def pruned_indicator(u: Tensor, saliency: Tensor, keep: float) -> Tensor:

@@ -145,11 +145,6 @@ class TokenMask(LayerMask):
         return super().nbytes() + sum(t.nbytes for t in extra if t is not None)
 
 
-def candidate_count(share: float | None, width: int, keep: int) -> int:
-    """Candidates of a layer: ``share`` of its neurons, never fewer than it keeps; None: all."""
-    return width if share is None else max(keep, min(width, round(share * width)))
-
-
 def token_mask(
     score: Tensor,
     candidates: int,

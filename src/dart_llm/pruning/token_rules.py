@@ -38,24 +38,18 @@ NORM_BYTES = 4
 class LayerCost:
     """One layer whose tokens select, for the count of bytes.
 
-    ``candidates``: neurons that are ranked; ``winners``: those that are kept; ``computed``: those
-    whose rows are read anyway.  ``width``: bytes of a weight that is not in low-bit blocks; None:
-    as it is stored.
+    ``winners``: neurons that are kept; ``computed``: those whose rows are read anyway.  ``width``:
+    bytes of a weight that is not in low-bit blocks; None: as it is stored.
     """
 
     layer: FfnWeights
-    candidates: int
     winners: int
     computed: int
     width: int | None = None
 
-    def losing_rows(self, *matrices: Tensor, of: int | None = None) -> float:
-        """Bytes of the rows of ``matrices`` that are read for the ranking alone.
-
-        ``of``: the number of neurons that are ranked; None: all.
-        """
-        ranked = self.layer.width if of is None else of
-        share = max(0, ranked - self.computed) / self.layer.width
+    def losing_rows(self, *matrices: Tensor) -> float:
+        """Bytes of the rows of ``matrices`` that are read for the ranking alone."""
+        share = 1 - self.computed / self.layer.width
         return share * sum(stored_bytes(matrix, self.width) for matrix in matrices)
 
 
@@ -143,7 +137,7 @@ class LowBit(TokenRule):
 
     native = True
     compensates = True
-    options = frozenset({"proxy", "bits", "group", "candidates"})
+    options = frozenset({"proxy", "bits", "group"})
 
     @classmethod
     def for_weights(cls, config: TokenConfig, blocks: bool) -> type[TokenRule]:
@@ -158,11 +152,11 @@ class LowBit(TokenRule):
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """The rows of the proxies with all of their scales, and a norm per candidate."""
+        """The rows of the proxies with all of their scales, and a norm per neuron."""
         inputs, matrices = cost.layer.hidden, len(cost.layer.matrices) - 1
         levels = math.ceil(math.ceil(config.inputs * inputs) * config.bits / 8)
         row = levels + SCALE_BYTES * math.ceil(inputs / config.group)
-        return cost.candidates * (matrices * row + NORM_BYTES)
+        return cost.layer.width * (matrices * row + NORM_BYTES)
 
     def prepare(self) -> None:
         *inputs, down = self.block.matrices()
@@ -200,9 +194,8 @@ class ByActivations(LowBit):
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """Gate and up of the candidates that lose, and a norm per candidate."""
-        inputs = cost.layer.matrices[:-1]
-        return cost.losing_rows(*inputs, of=cost.candidates) + NORM_BYTES * cost.candidates
+        """Gate and up of the neurons that lose, and a norm per neuron."""
+        return cost.losing_rows(*cost.layer.matrices[:-1]) + NORM_BYTES * cost.layer.width
 
     def prepare(self) -> None:
         self.norms = norms_of(self.block.matrices()[-1].detach(), 0)

@@ -215,9 +215,6 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
         for seed in self.seeds:
             settings.check_seed(seed)
         candidates = self.candidates()
-        for candidate in candidates:
-            if candidate.config is not None:
-                settings.check(candidate.config)
         timed = [c.name for c in candidates if c.observed is not None]
         if timed and self.kind == FREE:
             raise ConfigError(
