@@ -128,11 +128,6 @@ class BoundMethod:
         return MaskSelector(self.settings, self.layers, make_clamp(self.layers, self.clamp or {}))
 
     @property
-    def selects(self) -> bool:
-        """Whether it selects masks by itself."""
-        return self.fixed_masks is None and not self.selector.removes_nothing
-
-    @property
     def dense(self) -> bool:
         """Whether it can remove nothing: sparsity 0, a table of ones, masks of everything."""
         fixed = self.fixed_masks
@@ -150,16 +145,6 @@ class BoundMethod:
         if clamp.layers and (fixed is not None or self.selector.removes_nothing):
             fixed = clamp.of(fixed or (None,) * len(self.layers))
         return replace(self, masks=None, fixed_masks=fixed, by_hand=self.by_hand or users)
-
-    def check_prepared(self) -> None:
-        """Raise ``ConfigError`` for a method that needs what only ``prepare`` makes."""
-        calibration = self.settings.calibration
-        if calibration is not None and self.selects and self.prior is None:
-            raise ConfigError(
-                f'method "{self.method}" takes its {calibration.purpose} from calibration, which '
-                "prune does not do: use dart_llm.session.prepare.prepare(model, tokenizer, config, "
-                f"calibration=FILE), or dart-llm eval --method {self.method}"
-            )
 
     def run(self, likelihood: bool = False, make: Callable[..., Run] | None = None) -> Run | None:
         """A new run, not attached; None for the untouched model.  ``make``: another kind of run.
@@ -197,22 +182,6 @@ class BoundMethod:
         )
 
 
-def newest_masks(states: Sequence[SequenceState], selector: MaskSelector) -> Masks:
-    """Of the newest mask, per layer; None: dense.  Raises ``AttachError`` before the first."""
-    for state in reversed(states):
-        if state.selection is not None:
-            return state.selection.masks
-    if selector.removes_nothing:
-        raise AttachError("no mask is built where nothing is removed: ask for a sparsity above 0")
-    seen, left = 0.0, max(1, selector.config.min_evidence)
-    if states:
-        seen, left = states[-1].evidence_tokens, states[-1].tokens_to_mask
-    raise AttachError(
-        f"no mask has been built yet: {seen:.0f} tokens were seen and {seen + left:.0f} are "
-        f"needed, so decode at least {left + 1} more"
-    )
-
-
 class Run:
     """A model and how it is pruned, as ``prune`` returns it: use it as a context manager.
 
@@ -244,8 +213,14 @@ class Run:
         self.controller = self._new_controller()
         self.patch: ModelPatch | None = None
         self._costs = PatchCosts()
-        method.check_prepared()
-        check_executor(method.view.blocks, method.selector, model, method.selects)
+        selects = method.fixed_masks is None and not method.selector.removes_nothing
+        check_executor(method.view.blocks, method.selector, model, selects)
+        if selects and config.calibration is not None and prior is None:
+            raise ConfigError(
+                f'method "{config.method}" takes its {config.calibration.purpose} from '
+                "calibration, which prune does not do: use dart_llm.session.prepare.prepare("
+                f"model, tokenizer, config), or dart-llm eval --method {config.method}"
+            )
 
     @property
     def layers(self) -> tuple[FfnWeights, ...]:
@@ -440,8 +415,21 @@ class Run:
         return {layer: mask.ids.cpu() for layer, mask in masks if mask is not None}
 
     def _newest_masks(self) -> Masks:
-        fixed, controller = self._method.fixed_masks, self.controller
-        return fixed or newest_masks(controller.all_sequences(), controller.selector)
+        if self._method.fixed_masks is not None:
+            return self._method.fixed_masks
+        selector, states = self.controller.selector, self.controller.all_sequences()
+        for state in reversed(states):
+            if state.selection is not None:
+                return state.selection.masks
+        if selector.removes_nothing:
+            raise AttachError("nothing is removed: ask for a sparsity above 0")
+        seen, left = 0.0, max(1, selector.config.min_evidence)
+        if states:
+            seen, left = states[-1].evidence_tokens, states[-1].tokens_to_mask
+        raise AttachError(
+            f"no mask has been built yet: {seen:.0f} tokens were seen and {seen + left:.0f} are "
+            f"needed, so decode at least {left + 1} more"
+        )
 
     @property
     def remasks(self) -> tuple[Remask, ...]:
