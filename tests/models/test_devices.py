@@ -7,7 +7,7 @@ import torch
 
 from dart_llm.errors import ConfigError
 from dart_llm.models import devices
-from dart_llm.models.devices import DeviceChoice, memory_failure, parse_device, placement
+from dart_llm.models.loading import DeviceChoice, memory_failure, parse_device, placement
 from steps import refused
 
 CPU = DeviceChoice("cpu")

@@ -16,7 +16,7 @@ from checkpoints import write_folder
 from dart_llm import cache
 from dart_llm.errors import LoadError
 from dart_llm.hub import check_download
-from dart_llm.models.bundled import MODEL_HUB_ID as HUB_ID
+from dart_llm.models.cached import MODEL_HUB_ID as HUB_ID
 from fake_hub import ALWAYS, COMMIT, Repository, repository, serve
 
 TOKEN = "hf_fakeTokenThatMustStaySecret123"

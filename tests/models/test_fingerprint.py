@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dart_llm.models import fingerprint as module
-from dart_llm.models.fingerprint import digest_of, fingerprint
+from dart_llm.models import checkpoint as module
+from dart_llm.models.checkpoint import digest_of, fingerprint
 from dart_llm.session.run import prune
 from steps import decode
 from tiny import NAMES, tiny, tokens

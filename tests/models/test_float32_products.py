@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dart_llm.calibration.collect import run_forward
 from dart_llm.models import float32_products
-from dart_llm.models.fingerprint import fingerprint
+from dart_llm.models.checkpoint import fingerprint
 from dart_llm.models.float32_products import (
     FEW,
     LARGE,

@@ -15,10 +15,16 @@ from dart_llm import cache
 from dart_llm.errors import LoadError
 from dart_llm.files import file_sha256
 from dart_llm.models import loading
+from dart_llm.models.cached import converted_folder, is_intact
 from dart_llm.models.checkpoint import checkpoint_facts
-from dart_llm.models.gguf import converted_folder, is_intact
-from dart_llm.models.gguf_facts import ARCHITECTURES
-from dart_llm.models.gguf_file import LONG, file_type_name, quantisation_name, quick_gguf, read_gguf
+from dart_llm.models.gguf_file import (
+    ARCHITECTURES,
+    LONG,
+    file_type_name,
+    quantisation_name,
+    quick_gguf,
+    read_gguf,
+)
 
 load = functools.partial(loading.load, weights="dense")
 READING = "reading the tokenizer of tiny.gguf, once (a few seconds)"

@@ -13,9 +13,8 @@ from checkpoints import write_gguf
 from dart_llm.errors import LoadError
 from dart_llm.files import file_sha256
 from dart_llm.models import gguf as conversion
-from dart_llm.models.gguf import converted_folder, read_source
-from dart_llm.models.gguf_facts import ARCHITECTURES, left_out
-from dart_llm.models.gguf_file import read_gguf
+from dart_llm.models.cached import converted_folder, read_source
+from dart_llm.models.gguf_file import ARCHITECTURES, left_out, read_gguf
 from dart_llm.models.loading import load
 from dart_llm.models.packed_loading import load_packed
 

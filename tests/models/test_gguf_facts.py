@@ -10,9 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 from checkpoints import WIDTH, write_gguf
 from dart_llm.errors import LoadError
 from dart_llm.files import file_sha256
-from dart_llm.models.gguf import converted_folder
-from dart_llm.models.gguf_facts import left_out
-from dart_llm.models.gguf_file import read_gguf
+from dart_llm.models.cached import converted_folder
+from dart_llm.models.gguf_file import left_out, read_gguf
 from dart_llm.models.loading import load
 from steps import apart, decode, pruned
 from tiny import tokens

@@ -16,7 +16,7 @@ from dart_llm.errors import ConfigError, DartError
 from dart_llm.files import size_text
 from dart_llm.hub import plain, redact, weight_files
 from dart_llm.models.checkpoint import Checkpoint, checkpoint_facts, weights_sha256, weights_size
-from dart_llm.models.gguf_facts import ARCHITECTURES
+from dart_llm.models.gguf_file import ARCHITECTURES
 from dart_llm.models.loading import load, parse_dtype
 from dart_llm.native import memory
 

@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from checkpoints import write_gguf
-from dart_llm.models.gguf_facts import ARCHITECTURES
+from dart_llm.models.gguf_file import ARCHITECTURES
 from dart_llm.models.loading import load
 from dart_llm.models.packed import PackedTensor
 from dart_llm.models.packed_loading import random_packed, round_weights

@@ -15,9 +15,8 @@ from checkpoints import FFN_WIDTH, LAYERS, VOCABULARY, WIDTH, write_folder, writ
 from dart_llm.errors import ConfigError, DartError, LoadError
 from dart_llm.files import file_sha256
 from dart_llm.models import packed_loading
-from dart_llm.models.checkpoint import checkpoint_facts
-from dart_llm.models.fingerprint import fingerprint
-from dart_llm.models.gguf import converted_folder
+from dart_llm.models.cached import converted_folder
+from dart_llm.models.checkpoint import checkpoint_facts, fingerprint
 from dart_llm.models.gguf_file import StoredTensor, read_gguf
 from dart_llm.models.loading import load
 from dart_llm.models.packed import PackedTensor

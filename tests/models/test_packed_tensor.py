@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.models.fingerprint import digest_of
+from dart_llm.models.checkpoint import digest_of
 from dart_llm.models.packed import PackedTensor, PackedView, few, pack
 from dart_llm.native.build import ops
 from packed_cases import differ, drawn_blocks, packed, rounded

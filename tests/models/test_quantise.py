@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dart_llm.models.quantised import round_symmetric, round_weights_to
+from dart_llm.models.packed_loading import round_symmetric, round_weights_to
 from steps import Same, decode
 from tiny import HIDDEN, LAYERS, VOCAB, WIDTH, tiny, tokens
 
@@ -37,7 +37,7 @@ def test_symmetric_groups(bits, monkeypatch):
     assert len({*rounded.reshape(-1, 32)[0].tolist()}) <= 2 * most
     error, usual = (float((t.reshape(-1, 32) - groups).square().sum()) for t in (rounded, plain))
     assert error <= usual * 1.0001
-    monkeypatch.setattr("dart_llm.models.quantised.CHUNK", 2 * 64)
+    monkeypatch.setattr("dart_llm.models.packed_loading.CHUNK", 2 * 64)
     assert torch.equal(round_symmetric(rows, bits), rounded)
 
 

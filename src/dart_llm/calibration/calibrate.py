@@ -33,8 +33,8 @@ from dart_llm.calibration.self_text import (
 )
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError, LoadError
+from dart_llm.models.checkpoint import digest_of, fingerprint
 from dart_llm.models.describe import describe
-from dart_llm.models.fingerprint import digest_of, fingerprint
 from dart_llm.patching.patch import check_free
 from dart_llm.pruning.config import BudgetConfig, CalibrationConfig, PruneConfig
 from dart_llm.pruning.masks import Masks

@@ -49,8 +49,7 @@ from dart_llm.calibration.self_text import (
     start_tokens,
 )
 from dart_llm.errors import ConfigError, LoadError
-from dart_llm.models.checkpoint import remember_tokenizer
-from dart_llm.models.fingerprint import digest_of, fingerprint
+from dart_llm.models.checkpoint import digest_of, fingerprint, remember_tokenizer
 from dart_llm.models.packed import place_of
 from dart_llm.models.screen import Screen
 from dart_llm.patching.patch import check_free

@@ -23,8 +23,7 @@ from torch import Tensor
 from dart_llm.errors import ConfigError, ResultsError
 from dart_llm.experiments.store import MIN_FREE_BYTES
 from dart_llm.files import write_csv, write_json, write_tensors
-from dart_llm.models.capture import Recording
-from dart_llm.models.capture_spec import Wanted
+from dart_llm.models.capture import Recording, Wanted
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import describe
 from dart_llm.pruning.records import DriftCheck, Remask

@@ -207,29 +207,23 @@ def token_traffic(
     ffn = {id(part.weight) for block in blocks for part in block.projections}
     heads = {id(module.weight) for layer in attention for module in layer}
     parts = dict.fromkeys(("ffn", "attention", "others"), 0.0)
-    read = _read(model)
-    output, head = _weight(model.get_output_embeddings()), 0.0  # type: ignore[operator]
+    read, output = _read(model), _weight(model.get_output_embeddings())  # type: ignore[operator]
+    stored = {id(weight): stored_bytes(weight, BFLOAT16) for weight in read} | dict(sizes or {})
     for weight in read:
         part = "ffn" if id(weight) in ffn else "attention" if id(weight) in heads else "others"
-        size = (sizes or {}).get(id(weight), stored_bytes(weight, BFLOAT16))
-        parts[part] += size
-        head += size if weight is output else 0
+        parts[part] += stored[id(weight)]
     cache = Counter[int | None]()
     text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
     for index, (*inputs, out) in enumerate(attention):
         # what q, k and v make, less the queries, which are as many as the output projection takes
         values = sum(len(matrix_of(module)) for module in inputs) - matrix_of(out).shape[1]
-        cache[_window(text, index)] += BFLOAT16 * values
+        slides = kinds is None or kinds[index] == "sliding_attention"
+        cache[window if slides else None] += BFLOAT16 * values
     dense = BFLOAT16 * sum(weight.numel() for weight in read)
     caches = tuple((each, most) for most, each in cache.items())
+    head = sum(stored[id(weight)] for weight in read if weight is output)
     return TokenTraffic(dense, **parts, cache=caches, head=head)
-
-
-def _window(text: Any, index: int) -> int | None:
-    """Positions that a layer's tokens see, None for all."""
-    kinds = getattr(text, "layer_types", None)
-    slides = kinds is None or kinds[index] == "sliding_attention"
-    return getattr(text, "sliding_window", None) if slides else None
 
 
 def weight_facts(model: Any, sizes: Mapping[int, int] | None = None) -> dict[str, Any]:
@@ -241,15 +235,13 @@ def weight_facts(model: Any, sizes: Mapping[int, int] | None = None) -> dict[str
     over those in the dtype, ``ffn_share_of_bfloat16``: over 2 bytes per weight, and
     ``token_traffic``: a ``TokenTraffic`` as plain data.
     """
-    sizes = sizes or {}
-    parameters = list(model.parameters())
-    stored = {id(weight): sizes.get(id(weight), weight.nbytes) for weight in parameters}
-    total = sum(stored.values())
+    stored = {id(weight): weight.nbytes for weight in model.parameters()} | dict(sizes or {})
+    total, count = sum(stored.values()), sum(weight.numel() for weight in model.parameters())
     facts = {
         "weight_bytes": total,
-        "dtype_bytes": sum(map(_dtype_bytes, parameters)),
+        "dtype_bytes": sum(_dtype_bytes(weight) for weight in model.parameters()),
         "weight_bits": 8 * model.dtype.itemsize,
-        "mean_weight_bits": 8 * total / sum(weight.numel() for weight in parameters),
+        "mean_weight_bits": 8 * total / count,
     }
     try:
         view = describe(model)

@@ -1,21 +1,23 @@
-"""A GGUF file as a model: its matrices repacked from the file's blocks, or dequantised."""
+"""Models whose weights are low-bit: a GGUF file's, dequantised or not, or rounded ones."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dart_llm.errors import DartError, LoadError, UnsupportedModel
-from dart_llm.models.describe import describe
+from dart_llm.errors import ConfigError, DartError, LoadError, UnsupportedModel
+from dart_llm.models.checkpoint import checkpoint_facts
+from dart_llm.models.describe import describe, weight_facts
 from dart_llm.models.ffn import FfnBlock, is_by_inputs, matrix_of
-from dart_llm.models.gguf_facts import ARCHITECTURES, Stored
-from dart_llm.models.gguf_file import BLOCKS, StoredTensor, read_gguf
+from dart_llm.models.gguf_file import ARCHITECTURES, BLOCKS, Stored, StoredTensor, read_gguf
 from dart_llm.models.packed import NOT_SAVED, PackedTensor, pack, packed_from
 from dart_llm.native.build import ops
 
@@ -261,3 +263,100 @@ def check_fit(file: str, model: nn.Module, tensors: Mapping[str, StoredTensor]) 
         raise LoadError(
             f"{file} is missing {len(missing)} of the model's weights, such as {missing[0]}"
         )
+
+
+# What rounding costs instead of pruning: copies of a model, run in its dtype.
+
+GROUP = 32
+"""Weights of a group that shares a float16 scale."""
+
+CHUNK = 1 << 22
+"""Weights that are rounded at a time."""
+
+TRIES = 19
+"""Scales that are tried for a group, around the one that fits its largest weight."""
+
+
+@dataclass(frozen=True)
+class RoundedModel:
+    """A rounded copy, bytes that its format would take, and notes on its numbers."""
+
+    model: Any
+    facts: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def round_weights_to(model: Any, bits: int, ffn: bool) -> RoundedModel:
+    """A copy of ``model`` whose weights have ``bits`` bits by ``round_symmetric``.
+
+    ``ffn``: only the projections of the FFNs, which are what methods prune; else every linear
+    layer, and token embedding and head with at least 8 bits.  Matrices whose rows are not a
+    multiple of 32 weights stay in the model's dtype.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError("an offloaded model cannot be quantised: load it without a device map")
+    rounded = copy.deepcopy(model)
+    ends = (rounded.get_input_embeddings(), rounded.get_output_embeddings())
+    projections = [part for block in describe(rounded).blocks for part in block.projections]
+    sizes: dict[int, int] = {}
+    kept: list[str] = []
+    for names, modules in _matrices(rounded):
+        if ffn and modules[0] not in projections:
+            continue
+        if _is_odd(*modules):
+            kept += names
+            continue
+        rows = matrix_of(modules[0]).detach()
+        width = max(8, bits) if any(module in ends for module in modules) else bits
+        _put(round_symmetric(rows, width), modules)
+        sizes[id(modules[0].weight)] = rows.numel() // GROUP * (GROUP * width // 8 + 2)
+    facts = {
+        **weight_facts(rounded, sizes),
+        "weight_bits": bits,
+        "weight_format": f"symmetric {bits} bits",
+    }
+    part = " (FFNs alone)" if ffn else " (token embedding and head 8 bits)" if bits < 8 else ""
+    notes = [
+        f"weights rounded through symmetric {bits} bits{part}; run dequantised, bytes are the "
+        "format's"
+    ]
+    if kept:
+        notes.append(
+            f"{len(kept)} matrices stay in the model's dtype, such as {kept[0]}: their "
+            f"rows are not a multiple of {GROUP} weights"
+        )
+    before = checkpoint_facts(model)["file_quantisation"]
+    if before not in (None, "none"):
+        notes.append(f"the checkpoint's weights had been rounded before ({before}) on another grid")
+    return RoundedModel(rounded, facts, tuple(notes))
+
+
+def round_symmetric(rows: Tensor, bits: int) -> Tensor:
+    """rows [n, m] on levels -2^(bits - 1) to 2^(bits - 1) - 1 times a float16 scale per 32 weights.
+
+    m is a multiple of 32; of several scales the one with the least squared error is taken.  The
+    result keeps dtype and device.
+    """
+    pieces = torch.split(rows, max(1, CHUNK // rows.shape[1]))
+    return torch.cat([_with_best_scales(piece, bits) for piece in pieces])
+
+
+def _with_best_scales(rows: Tensor, bits: int) -> Tensor:
+    groups = rows.float().reshape(-1, GROUP)
+    low = -float(2 ** (bits - 1))
+    largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+    best, least = groups, torch.full_like(largest, torch.inf)
+    for number in range(TRIES):
+        # the largest weight falls on the lowest level, or a little beside it
+        level = low + 0.1 * (number - TRIES // 2)
+        levels = (groups * _inverse(largest / level)).round_().clamp_(low, -low - 1)
+        scale = (groups * levels).sum(1, True) * _inverse(levels.square().sum(1, True))
+        values = levels * scale.half().float()
+        error = (values - groups).square_().sum(1, True)
+        better = error < least
+        best, least = torch.where(better, values, best), torch.where(better, error, least)
+    return best.reshape(rows.shape).to(rows)
+
+
+def _inverse(values: Tensor) -> Tensor:
+    return torch.where(values == 0, torch.zeros_like(values), 1 / values)

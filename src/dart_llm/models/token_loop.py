@@ -181,71 +181,59 @@ class _Sequence:
 def _serves(ids: Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the loop would do as ``_sample`` does."""
     extras = config.return_dict_in_generate and any(getattr(config, name) for name in _EXTRAS)
-    special = (
-        extras
-        or getattr(config, "is_assistant", False)
-        or config.prefill_chunk_size is not None
-        or config.compile_config is not None
-    )
+    if extras or getattr(config, "is_assistant", False):
+        return False
+    if config.prefill_chunk_size is not None or config.compile_config is not None:
+        return False
+    if ids.device.type != "cpu" or ids.dim() != 2 or len(ids) != 1 or not ids.shape[1]:
+        return False
     arguments = {name for name, value in kwargs.items() if value is not None}
-    return (
-        not special
-        and arguments <= _ARGUMENTS
-        and ids.device.type == "cpu"
-        and ids.dim() == 2
-        and len(ids) == 1
-        and ids.shape[1] > 0
-        and bool(kwargs.get("use_cache"))
-        and kwargs.get("attention_mask") is None
-        and is_growing(kwargs.get("cache"))
-    )
+    plain = arguments <= _ARGUMENTS and "attention_mask" not in arguments
+    return plain and bool(kwargs.get("use_cache")) and is_growing(kwargs.get("cache"))
 
 
 def _processors(processors: Any) -> list[Processor]:
-    """The processors of a list, which itself inspects their signatures at every token."""
+    """The processors of a list, which itself inspects their signatures at every token.
+
+    Those at its beginning that forbid the ends of short sequences become ``_NoEnds``: transformers'
+    compare the whole vocabulary with the ends, also when all tokens are allowed again.
+    """
     from transformers import LogitsProcessorList
 
     counts = [len(inspect.signature(processor.__call__).parameters) for processor in processors]
     if type(processors) is not LogitsProcessorList or any(count > 2 for count in counts):
         return [processors]
-    shorter: list[Processor] = []
-    for processor in processors:
-        short = _without_ends(processor)
-        if short is None:  # others may keep the scores that they return
-            return shorter + list(processors)[len(shorter) :]
-        shorter.append(short)
-    return shorter
+    shorter = [_NoEnds.from_processor(processor) for processor in processors]
+    # others may keep the scores that they return
+    first = shorter.index(None) if None in shorter else len(shorter)
+    return [*shorter[:first], *processors[first:]]  # type: ignore[list-item]
 
 
 @dataclass(frozen=True)
 class _NoEnds:
-    """Forbids the ``ends`` of a sequence with fewer than ``least`` tokens."""
+    """Forbids the ``ends`` of a sequence with fewer than ``least`` tokens, in place."""
 
     least: int
     ends: list[int]
+
+    @classmethod
+    def from_processor(cls, processor: Any) -> _NoEnds | None:
+        """As a processor of transformers does; None for any other."""
+        from transformers import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
+
+        if type(processor) is MinLengthLogitsProcessor:
+            least = processor.min_length
+        elif type(processor) is MinNewTokensLengthLogitsProcessor:
+            least = processor.min_new_tokens + processor.prompt_length_to_skip
+        else:
+            return None
+        ends = processor.eos_token_id.flatten().tolist()
+        return cls(least, [token for token in ends if token >= 0])
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[-1] < self.least:
             scores[:, [end for end in self.ends if end < scores.shape[-1]]] = -math.inf
         return scores
-
-
-def _without_ends(processor: Any) -> _NoEnds | None:
-    """A processor that forbids the ends of a sequence, in place; None for any other.
-
-    Those of transformers compare the whole vocabulary with the ends, also when all tokens are
-    allowed again.
-    """
-    from transformers import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
-
-    if type(processor) is MinLengthLogitsProcessor:
-        least = processor.min_length
-    elif type(processor) is MinNewTokensLengthLogitsProcessor:
-        least = processor.min_new_tokens + processor.prompt_length_to_skip
-    else:
-        return None
-    ends = processor.eos_token_id.flatten().tolist()
-    return _NoEnds(least, [token for token in ends if token >= 0])
 
 
 def _forbidden(process: Sequence[Processor], length: int) -> list[int]:
@@ -266,15 +254,9 @@ def _criteria(criteria: Any) -> tuple[list[Criterion], Any]:
         if type(criterion) is EosTokenCriteria:
             ends = set(criterion.eos_token_id.flatten().tolist())
             numbers.append(lambda ids, token, ends=ends: token in ends)  # type: ignore[misc]
-        elif type(criterion) is MaxLengthCriteria and _never_warns(criterion):
+        elif type(criterion) is MaxLengthCriteria:
             most = criterion.max_length
             numbers.append(lambda ids, token, most=most: ids.shape[1] >= most)  # type: ignore[misc]
         else:
             others.append(criterion)
     return numbers, others or None
-
-
-def _never_warns(criterion: Any) -> bool:
-    """Whether a sequence cannot grow longer than the model has positions."""
-    positions = criterion.max_position_embeddings
-    return positions is None or criterion.max_length <= positions + 1

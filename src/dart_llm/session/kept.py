@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dart_llm.models.checkpoint import checkpoint_facts
-from dart_llm.models.fingerprint import fingerprint
+from dart_llm.models.checkpoint import checkpoint_facts, fingerprint
 from dart_llm.pruning.setting_file import kept_setting, path_of
 
 SAME = ("name", "sha256", "file_quantisation", "parameters")
