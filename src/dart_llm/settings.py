@@ -605,35 +605,15 @@ def merge(
     return settings.fitted()
 
 
-# Which activations ``--save-activations`` keeps: layers, tokens and tensors.
-
-ACTIVATIONS = "Activations"
-
-
 class ActivationSettings(BaseSettings):
-    """The settings of commands that can keep activations."""
+    """The settings of commands that can keep activations: u of all layers."""
 
     save_activations: bool = setting(
-        ACTIVATIONS, "Save activations as safetensors (says the size first).", False
-    )
-    activation_layers: str = setting(ACTIVATIONS, "Their layers: all, 0-5 or 0,3,7-9.", "all")
-    activation_tokens: str = setting(
-        ACTIVATIONS, "Their tokens: 0:256, or 128: to the end.", "0:256"
-    )
-    activation_tensors: str = setting(
-        ACTIVATIONS, "Which: u (neurons), x (stream before), z, r (FFN output); as in u,x.", "u"
+        "Activations", "Save 256 tokens' neuron values as safetensors (says the size).", False
     )
 
-    @model_validator(mode="after")
-    def _check_activations(self) -> ActivationSettings:
-        if self.save_activations:
-            self.wanted()
-        return self
+    def wanted(self, layers: int) -> Wanted:
+        """What is kept of a model with this many layers."""
+        from dart_llm.models.capture import Wanted
 
-    def wanted(self, layers: int | None = None) -> Wanted:
-        """What is kept of a model with this many layers; raises ``ConfigError``."""
-        from dart_llm.models.capture import Wanted, parse_layers, parse_tensors, parse_tokens
-
-        start, end = parse_tokens(self.activation_tokens)
-        chosen = parse_layers(self.activation_layers, layers) or ()
-        return Wanted(chosen, start, end, parse_tensors(self.activation_tensors))
+        return Wanted(tuple(range(layers)), 0, 256)

@@ -47,10 +47,9 @@ class Replacement(NotCopied):
         self.make: Callable[..., Any] | None = make
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        make = self.make  # read once: another thread may end it
-        return (
-            self.original(*args, **kwargs) if make is None else make(self.original, *args, **kwargs)
-        )
+        if (make := self.make) is None:  # read once: another thread may end it
+            return self.original(*args, **kwargs)
+        return make(self.original, *args, **kwargs)
 
     def end(self) -> None:
         """Anything that kept this (a wrapped forward, a shallow copy) calls the original now."""
@@ -70,13 +69,8 @@ def _identity(original: Any) -> Any:
 COMPILED = "_torchdynamo_orig_callable"
 """Attribute in which torch.compile keeps the original function."""
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
+_HOOKS = [name for name in nn.Module().__dict__ if name.startswith("_forward_")]
+"""Attributes that hold the hooks of a forward."""
 
 _OWN = frozenset(nn.Module().__dict__) | {"forward", "_old_forward", "_hf_hook", "layer_idx"}
 """Attributes that do not belong to a signature: hooks are checked where they matter."""
@@ -92,12 +86,9 @@ def forward_of(module: nn.Module) -> tuple[Function, bool]:
     attributes = module.__dict__
     forward = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
     function: Any = type(module).forward if forward is None else forward
-    while True:
+    while isinstance(function, Replacement) or hasattr(function, COMPILED):
         wrapped = isinstance(function, Replacement)
-        inner = function.original if wrapped else getattr(function, COMPILED, None)
-        if inner is None:
-            break
-        function = inner
+        function = function.original if wrapped else getattr(function, COMPILED)
     if getattr(function, "__self__", None) is module:
         return function.__func__, True
     return function, forward is None

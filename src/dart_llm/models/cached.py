@@ -312,15 +312,11 @@ def _download(requirement: str, scratch: Path) -> Path:
 
 
 def pip_failure(output: str) -> str:
-    """The last error line that pip printed, in one sentence without addresses."""
-    lines = [line.strip() for line in output.splitlines()]
-    if "No module named pip" in output:
-        return "pip is not installed in this environment (python -m ensurepip installs it)"
-    network = ("NewConnectionError", "NameResolutionError", "Max retries")
-    if any(error in output for error in network):
+    """The last line that pip printed, without addresses, or that it has no network."""
+    if re.search("NewConnectionError|NameResolutionError|Max retries", output):
         return "the package index could not be reached"
-    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    return redact(errors[-1] if errors else (lines or ["it printed nothing"])[-1]).rstrip(".")
+    last = output.strip().rpartition("\n")[2] or "it printed nothing"
+    return redact(last.removeprefix("ERROR:").strip()).rstrip(".")
 
 
 ENCODER_NAME = "all-MiniLM-L6-v2"

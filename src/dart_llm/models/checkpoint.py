@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -88,33 +88,27 @@ def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
     blocks: ``Q4_1 as in the file``, or ``rounded to Q8_0``.
     """
     checkpoint = _LOADED.get(model)
-    weight_format = _weight_format(model, checkpoint)
-    current = {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        **({"weights": weight_format} if weight_format else {}),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-    stated = _stated_quantisation(model)
+    weight_format, stated = _weight_format(model, checkpoint), _stated_quantisation(model)
     if checkpoint is None:
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        return {
-            "name": name,
-            "source": "not loaded by dart_llm",
-            "path": name if Path(name).is_dir() else None,
-            "revision": getattr(model.config, "_commit_hash", None),
-            "file_quantisation": stated,
-            "sha256": None,
-            **current,
-        }
-    path = checkpoint.path
+        path = Path(name) if Path(name).is_dir() else None
+        revision = getattr(model.config, "_commit_hash", None)
+        checkpoint = Checkpoint(name, "not loaded by dart_llm", name, path, revision=revision)
+        quantisation, sha256 = stated, None
+    else:
+        path = checkpoint.path
+        quantisation = checkpoint.quantisation or stated or "none"
+        sha256 = checkpoint.sha256 or (weights_sha256(path) if path else None)
     return {
         "name": checkpoint.name,
         "source": checkpoint.source,
         "path": str(path) if path else None,
         "revision": checkpoint.revision,
-        "file_quantisation": checkpoint.quantisation or stated or "none",
-        "sha256": checkpoint.sha256 or (weights_sha256(path) if path else None),
-        **current,
+        "file_quantisation": quantisation,
+        "sha256": sha256,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **({"weights": weight_format} if weight_format else {}),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 
 
@@ -132,9 +126,8 @@ def _weight_format(model: nn.Module, checkpoint: Checkpoint | None) -> str | Non
 def weights_sha256(folder: Path) -> str | None:
     """The checksum of a folder's weight files, as ``checkpoint_facts`` describes it."""
     files = _weight_files(folder)
-    if sum(path.stat().st_size for path in files) > HASH_UP_TO:
-        return None
-    return _sums(files)
+    too_large = sum(path.stat().st_size for path in files) > HASH_UP_TO
+    return None if too_large else _sums(files)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -309,11 +302,8 @@ def _stored(folder: Path) -> tuple[dict[str, int], int]:
 # The layout of weights in memory does not matter, nor does an attached run.  Neither do hooks: they
 # mostly watch.
 
-ROW = 1024
-"""Bytes that are summed up together."""
-
-SUMS = 8
-"""Sums of each row, each with other factors."""
+ROW, SUMS = 1024, 8
+"""Bytes that are summed up together, and sums of each row, each with other factors."""
 
 FACTOR = 63
 """Largest factor: pairs of products fit 16 bits, in which some CPUs add them."""
@@ -343,14 +333,9 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(_settings(model).encode())
     for name, module in model.named_modules():
         digest.update(f"{name} {_about(module)}".encode())
-    for name, tensor in _tensors(model):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {digest_of(tensor)}".encode())
     return digest.hexdigest()[:DIGITS]
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def _settings(model: nn.Module) -> str:

@@ -98,8 +98,8 @@ def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, LayerNames, Any]:
     layers = _layer_list(model, text.num_hidden_layers, text.model_type)
     if names is None:
         raise UnsupportedModel(
-            f"model type {text.model_type!r} ({_ffn_found(layers[0])}) is not supported; "
-            f"supported: {', '.join(sorted(LAYER_NAMES))}"
+            f"model type {text.model_type!r} (its layer is {type(layers[0]).__name__}) is not "
+            f"supported; supported are {', '.join(sorted(LAYER_NAMES))}"
         )
     return layers, names, text
 
@@ -119,13 +119,6 @@ def _layer_list(model: nn.Module, count: int, model_type: str) -> nn.ModuleList:
     raise UnsupportedModel(
         f"{type(model).__name__} (model type {model_type!r}) has no list of {count} decoder layers"
     )
-
-
-def _ffn_found(layer: nn.Module) -> str:
-    for name in ("mlp", "feed_forward", "block_sparse_moe", "ffn"):
-        if hasattr(layer, name):
-            return f"its FFN is {type(getattr(layer, name)).__name__}"
-    return f"its layer is {type(layer).__name__}"
 
 
 def _block(index: int, layer: nn.Module, names: LayerNames, text: Any) -> FfnBlock:

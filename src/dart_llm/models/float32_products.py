@@ -30,9 +30,6 @@ CHUNK = 1 << 20
 LEAST_ROWS = 256
 """Rows of a weight that are widened at a time, at least."""
 
-LARGE = 1 << 24
-"""Parameters from which the time of a prompt deserves a line in the log."""
-
 _CHECKS = {
     torch.bfloat16: "_is_mkldnn_bf16_supported",
     torch.float16: "_is_mkldnn_fp16_supported",
@@ -41,8 +38,6 @@ _CHECKS = {
 
 FREE_COPIES = 2
 """How often the memory of a float32 copy must be free for it to be made."""
-
-_noted: set[torch.dtype] = set()
 
 
 def emulates(dtype: torch.dtype) -> bool:
@@ -186,24 +181,10 @@ def float32_note(model: Any) -> str:
     """How prompts of ``model`` are computed, where not in its dtype; else ""."""
     if not _is_wide(model) or not is_emulated(model):
         return ""
-    name = _name(model.dtype)
+    name = str(model.dtype).removeprefix("torch.")
     return (
         f"this CPU has no {name} arithmetic: prompts are computed in float32, decoding stays "
         f"{name}; --dtype overrides"
-    )
-
-
-def note_slow_prompts(model: Any, warn: Callable[[str], None]) -> None:
-    """Call ``warn`` once for models that emulate their prompts, as somebody else loaded them."""
-    if model.dtype in _noted or _is_wide(model) or not is_emulated(model):
-        return
-    if sum(weight.numel() for weight in model.parameters()) < LARGE:
-        return
-    _noted.add(model.dtype)
-    name = _name(model.dtype)
-    warn(
-        f"this CPU has no {name} arithmetic, and this model computes prompts in it: "
-        "dart_llm.load(...) without a dtype, or model.float(), reads them about 5 times as fast"
     )
 
 
@@ -218,10 +199,6 @@ def _is_wide(model: nn.Module) -> bool:
     while isinstance(forward, Replacement) and not isinstance(forward, WidePrompts):
         forward = forward.original
     return isinstance(forward, WidePrompts)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager

@@ -104,20 +104,15 @@ class GgufFile:
         return dict(counts)
 
     @property
-    def file_type(self) -> str:
-        """The file's stated type, such as ``Q4_K_M``; empty where there is none."""
+    def quantisation(self) -> str:
+        """The file's stated type, such as ``Q4_K_M``, else the types of its weights."""
         from gguf import LlamaFileType
 
         try:
-            number = LlamaFileType(self.metadata.get("general.file_type", -1))
+            name = LlamaFileType(self.metadata.get("general.file_type", -1)).name
         except ValueError:
-            return ""
-        return number.name.removeprefix("MOSTLY_")
-
-    @property
-    def quantisation(self) -> str:
-        """The file's quantisation for people: ``Q4_1``, or ``Q4_K, Q6_K mix``."""
-        return quantisation_name(self.types, self.file_type)
+            return ", ".join(sorted(self.types))
+        return name.removeprefix("MOSTLY_").removeprefix("ALL_")
 
     @property
     def float32_bytes(self) -> int:
@@ -136,16 +131,6 @@ class GgufFile:
         """The same, where it is a number above 0."""
         value = self.fact(name)
         return value if isinstance(value, int | float) and 0 < value < math.inf else None
-
-
-def quantisation_name(types: Mapping[str, int], named: str) -> str:
-    """The file type's name where a storage type has that name, else the storage types."""
-    low_bit = sorted(name for name in types if name not in ("F32", "F16", "BF16"))
-    if not low_bit:
-        return max(types, key=lambda name: types[name], default="none")
-    if named in low_bit or len(low_bit) == 1:
-        return named if named in low_bit else low_bit[0]
-    return f"{', '.join(low_bit)} mix"
 
 
 LONG = 256
@@ -286,14 +271,8 @@ SIZES = {
 }
 """Facts that are the size of a tensor, and which of its dimensions."""
 
-SMALL = (
-    "rope.dimension_count",
-    *(
-        f"attention.{name}"
-        for name in ("key_length", "value_length", "head_count", "head_count_kv")
-    ),
-)
-"""Facts that are sizes or numbers of heads."""
+HEADS = ("key_length", "value_length", "head_count", "head_count_kv")
+"""Facts of the attention that are sizes or numbers of heads."""
 
 LLAMA_3 = {
     "low_freq_factor": 1.0,
@@ -303,11 +282,6 @@ LLAMA_3 = {
 """Common to Llama 3.1 to 3.3; a file stores the factors of frequencies that follow from it."""
 
 
-def is_mistral(file: GgufFile) -> bool:
-    """Whether transformers treats a file as Mistral's; its architecture is Llama's."""
-    return file.architecture == "llama" and file.metadata.get("general.name") == "mistral"
-
-
 def check_facts(file: GgufFile) -> None:
     """Raise ``LoadError`` for facts that are larger than the file's tensors, or for fewer layers.
 
@@ -315,21 +289,18 @@ def check_facts(file: GgufFile) -> None:
     """
     layers = [re.match(r"blk\.(\d+)\.", tensor) for tensor in file.tensors]
     count = 1 + max((int(match[1]) for match in layers if match), default=-1)
-    most = {"block_count": (count, "its layers"), **dict.fromkeys(SMALL, (LONGEST, "any model"))}
+    small = ("rope.dimension_count", *(f"attention.{name}" for name in HEADS))
+    most = {"block_count": count, **dict.fromkeys(small, LONGEST)}
     for fact, (tensor, dimension) in SIZES.items():
         stored = file.tensors.get(tensor)
         if stored is not None and len(stored.shape) == 2:
-            most[fact] = (stored.shape[dimension], tensor)
-    if (stated := file.number("block_count")) and stated < count:
-        raise LoadError(
-            f"{file.path.name} is damaged: it states block_count {stated} but has {count} "
-            "layers; fetch it again"
-        )
-    for fact, (size, what) in most.items():
-        if (stated := file.number(fact) or 0) > size:
+            most[fact] = stored.shape[dimension]
+    for fact, size in most.items():
+        stated = file.number(fact) or 0
+        if stated > size or (fact == "block_count" and 0 < stated < size):
             raise LoadError(
-                f"{file.path.name} is damaged: it states {fact} {stated}, more than the {size} of "
-                f"{what}; fetch it again"
+                f"{file.path.name} is damaged: it states {fact} {stated}, and its tensors are for "
+                f"{size}; fetch it again"
             )
 
 
@@ -338,12 +309,18 @@ def left_out(file: GgufFile) -> Settings:
     settings: Settings = {}
     if file.architecture not in ARCHITECTURES:  # whose facts may mean something else
         return settings
+    # transformers treats a Llama file of this name as Mistral's
+    mistral = file.architecture == "llama" and file.metadata.get("general.name") == "mistral"
     window = file.number("attention.sliding_window")
-    if window and (is_mistral(file) or file.architecture == "phi3"):
+    if window and (mistral or file.architecture == "phi3"):
         settings["sliding_window"] = window
     if file.architecture == "gpt2":
-        settings |= _gpt2(file)
-    if rope := {**_rotated_part(file), **_scaling(file), **_factors(file)}:
+        width, neurons = file.number("embedding_length"), file.number("feed_forward_length")
+        if length := file.number("context_length"):
+            settings["n_positions"] = length
+        if neurons and width and neurons != 4 * width:
+            settings["n_inner"] = neurons
+    if rope := {**_angles(file), **_factors(file)}:
         settings[ROPE] = rope
     return settings
 
@@ -366,35 +343,19 @@ def complete(config: Any, settings: Settings) -> Any:
     return type(config).from_dict(values)
 
 
-def _gpt2(file: GgufFile) -> Settings:
-    """Its context, and neurons where they are not four times the hidden size."""
-    length, width = file.number("context_length"), file.number("embedding_length")
-    neurons = file.number("feed_forward_length")
-    narrow = neurons and width and neurons != 4 * width
-    return {
-        **({"n_positions": length} if length else {}),
-        **({"n_inner": neurons} if narrow else {}),
-    }
-
-
-def _rotated_part(file: GgufFile) -> Settings:
-    """Which part of a head is rotated."""
+def _angles(file: GgufFile) -> Settings:
+    """Which part of a head is rotated, and positions beyond those of the training."""
+    settings: Settings = {}
     rotated, width = file.number("rope.dimension_count"), file.number("embedding_length")
     heads = file.number("attention.head_count")
-    if file.architecture != "phi3" or not (rotated and width and heads):
-        return {}
-    share = rotated * heads / width
-    return {"partial_rotary_factor": share} if share < 1 else {}
-
-
-def _scaling(file: GgufFile) -> Settings:
-    """Positions beyond those of the training: ``linear`` and ``yarn``."""
+    if file.architecture == "phi3" and rotated and width and heads and rotated * heads < width:
+        settings["partial_rotary_factor"] = rotated * heads / width
     kind, factor = file.fact("rope.scaling.type"), file.number("rope.scaling.factor")
-    if kind not in ("linear", "yarn") or not factor:
-        return {}
-    settings: Settings = {"rope_type": kind, "factor": float(factor)}
-    if kind == "yarn" and (original := file.number("rope.scaling.original_context_length")):
-        settings["original_max_position_embeddings"] = original
+    if kind in ("linear", "yarn") and factor:
+        settings |= {"rope_type": kind, "factor": float(factor)}
+        original = file.number("rope.scaling.original_context_length")
+        if kind == "yarn" and original:
+            settings["original_max_position_embeddings"] = original
     return settings
 
 

@@ -105,12 +105,8 @@ def resolve(
 
 
 def _looks_like_path(model: str) -> bool:
-    return (
-        model.startswith((".", "~", os.sep))
-        or model.lower().endswith(".gguf")
-        or model.count("/") > 1
-        or "\\" in model
-    )
+    has_parts = model.startswith((".", "~", os.sep)) or model.count("/") > 1 or "\\" in model
+    return has_parts or model.lower().endswith(".gguf")
 
 
 def _in_folder(folder: Path, name: str, source: str) -> Checkpoint:
@@ -248,9 +244,9 @@ def _blocks_unsupported_reason(kind: str, model: str, is_file: bool, away: bool)
         return f"{reason}; give weights dense"
     if kind in ROUNDED or is_default(model):
         return None
+    if _looks_like_path(model) and not Path(model).expanduser().exists():
+        return None  # ``resolve`` reports it
     if not is_file:
-        if _looks_like_path(model):
-            return None  # ``resolve`` reports it
         return f"{model} is not a GGUF file; write {', '.join(ROUNDED)} to round its weights"
     file = read_gguf(Path(model).expanduser())
     cached.check_architecture(file)
@@ -384,14 +380,14 @@ class _Builder:
         import torch
         from transformers import AutoConfig, GenerationConfig
 
-        from dart_llm.models.packed_loading import load_dense, load_packed
+        from dart_llm.models.packed_loading import load_gguf
 
         folder, arguments = checkpoint.reference, dict(self.arguments)
         names = (cached.read_source(Path(folder)) or {}).get("tensors", {})
-        dtype: Any = arguments.pop("dtype")
-        dtype = torch.bfloat16 if dtype == "auto" else dtype
-        read = load_packed if checkpoint.packed else load_dense
-        model: Any = read(file, AutoConfig.from_pretrained(folder), dtype, names, **arguments)
+        if arguments["dtype"] == "auto":
+            arguments["dtype"] = torch.bfloat16
+        config = AutoConfig.from_pretrained(folder)
+        model: Any = load_gguf(file, config, names, packed=checkpoint.packed, **arguments)
         model.generation_config = GenerationConfig.from_pretrained(folder)
         return model  # type: ignore[no-any-return]
 

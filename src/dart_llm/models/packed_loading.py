@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,61 +17,51 @@ from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import describe, weight_facts
 from dart_llm.models.ffn import FfnBlock, is_by_inputs, matrix_of
 from dart_llm.models.gguf_file import ARCHITECTURES, BLOCKS, Stored, StoredTensor, read_gguf
-from dart_llm.models.packed import NOT_SAVED, PackedTensor, pack, packed_from
+from dart_llm.models.packed import NOT_SAVED, PackedTensor, pack
 from dart_llm.native.build import ops
 
-SPREAD = 0.02
-"""Standard deviation of random weights, as transformers draws them."""
 
-
-def load_packed(
-    path: Path, config: Any, dtype: torch.dtype, names: Mapping[str, str], **arguments: Any
+def load_gguf(
+    path: Path,
+    config: Any,
+    names: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    packed: bool,
+    **arguments: Any,
 ) -> nn.Module:
-    """The model of a GGUF file, its matrices in the file's blocks; norms and biases in ``dtype``.
+    """The model of a GGUF file, its norms and biases in ``dtype``.
 
-    ``names``: of the file's tensors -> of the model's parameters; ``arguments``: for the model.
+    ``names``: of the file's tensors -> of the model's parameters; ``packed``: matrices stay in the
+    file's blocks, else they are dequantised; ``arguments``: for the model, or ``from_pretrained``.
     """
     file = read_gguf(path)
-    stored = ARCHITECTURES[file.architecture]
-    model = empty_model(config, dtype=dtype, **arguments)
-    tensors = file.of(names)
+    stored, tensors = ARCHITECTURES[file.architecture], file.of(names)
+    model = empty_model(config, **({"dtype": dtype, **arguments} if packed else {}))
     check_fit(path.name, model, tensors)
     order = _orders(model)
-    for target, tensor in tensors.items():
-        module_name, _, attribute = target.rpartition(".")
-        module = model.get_submodule(module_name)
-        by_inputs = is_by_inputs(module)
-        weight = _weight(tensor, stored, config, dtype, order(module), by_inputs=by_inputs)
-        setattr(module, attribute, nn.Parameter(weight, requires_grad=False))
+
+    def weight(target: str) -> Tensor:
+        module = model.get_submodule(target.rpartition(".")[0])
+        laid = order(module) if packed else None
+        return _weight(tensors[target], stored, config, dtype, laid, by_inputs=is_by_inputs(module))
+
+    if not packed:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            weights = dict(zip(tensors, pool.map(weight, tensors), strict=True))
+        kind: Any = type(model)
+        loaded: Any = kind.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, **arguments
+        )
+        loaded.name_or_path = loaded.config.name_or_path = config.name_or_path
+        return loaded  # type: ignore[no-any-return]
+    for target in tensors:
+        name, _, attribute = target.rpartition(".")
+        parameter = nn.Parameter(weight(target), requires_grad=False)
+        setattr(model.get_submodule(name), attribute, parameter)
     tie_embeddings(model, config)
     _refuse_saving(model)
     return model.eval()
-
-
-def load_dense(
-    path: Path, config: Any, dtype: torch.dtype, names: Mapping[str, str], **arguments: Any
-) -> nn.Module:
-    """The model of a GGUF file with every weight dequantised, then rounded to ``dtype``.
-
-    ``names``: as in ``load_packed``; ``arguments``: for ``from_pretrained``, such as where it lies.
-    """
-    file = read_gguf(path)
-    stored, model = ARCHITECTURES[file.architecture], empty_model(config)
-    tensors = file.of(names)
-    check_fit(path.name, model, tensors)
-
-    def weight(target: str) -> Tensor:
-        by_inputs = is_by_inputs(model.get_submodule(target.rpartition(".")[0]))
-        return _dense(tensors[target], stored, config, dtype, by_inputs=by_inputs)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        weights = dict(zip(tensors, pool.map(weight, tensors), strict=True))
-    kind: Any = type(model)
-    loaded: Any = kind.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, **arguments
-    )
-    loaded.name_or_path = loaded.config.name_or_path = config.name_or_path
-    return loaded  # type: ignore[no-any-return]
 
 
 def _refuse_saving(model: Any) -> None:
@@ -90,12 +79,14 @@ def _weight(
     stored: Stored,
     config: Any,
     dtype: torch.dtype,
-    order: str,
+    order: str | None,
     *,
     by_inputs: bool,
 ) -> Tensor:
-    """``by_inputs``: transformers stores the matrix [in, out], the file [out, in]."""
-    if tensor.kind in BLOCKS and len(tensor.shape) == 2:
+    """``order``: of a matrix that stays in blocks, None: it is dequantised; ``by_inputs``:
+    transformers stores the matrix [in, out], the file [out, in].
+    """
+    if order and tensor.kind in BLOCKS and len(tensor.shape) == 2:
         rows, columns = tensor.shape
         blocks = tensor.bytes().reshape(rows, -1)
         if stored.pairs:
@@ -103,12 +94,6 @@ def _weight(
         matrix = ops().packed_from_blocks(blocks.contiguous(), tensor.kind, rows, columns, order)
         _check_finite(tensor, "scales", *matrix.parts())
         return PackedTensor(matrix, dtype, (order == "neurons") != by_inputs)
-    return _dense(tensor, stored, config, dtype, by_inputs=by_inputs)
-
-
-def _dense(
-    tensor: StoredTensor, stored: Stored, config: Any, dtype: torch.dtype, *, by_inputs: bool
-) -> Tensor:
     values = tensor.values()
     _check_finite(tensor, "weights", values)
     if stored.pairs:
@@ -194,35 +179,6 @@ def _matrices(model: nn.Module) -> list[tuple[list[str], list[nn.Module]]]:
             names.append(name)
             modules.append(module)
     return list(matrices.values())
-
-
-def _drawn(width: int, begin: int, end: int) -> Tensor:
-    return torch.randn(end - begin, width).mul_(SPREAD)
-
-
-def random_packed(config: Any, kind: str, dtype: torch.dtype, **arguments: Any) -> nn.Module:
-    """A model of random weights in blocks of ``kind``, made matrix by matrix.
-
-    ``arguments``: for the model.  Norms are 1, biases 0, embeddings of positions random and dense;
-    draws from torch's global generator.
-    """
-    model = empty_model(config, dtype=dtype, **arguments)
-    order = _orders(model)
-    for _, modules in _matrices(model):
-        like = matrix_of(modules[0])
-        drawn = functools.partial(_drawn, like.shape[1])
-        made = packed_from(drawn, like, kind, order(*modules))
-        _put(made, modules)
-    for name, weight in list(model.named_parameters()):
-        if weight.is_meta:
-            module_name, _, attribute = name.rpartition(".")
-            if weight.dim() > 1:
-                values = _drawn(weight.shape[1], 0, len(weight))
-            else:
-                values = torch.full(weight.shape, float(not name.endswith("bias")))
-            plain = nn.Parameter(values.to(dtype), requires_grad=False)
-            setattr(model.get_submodule(module_name), attribute, plain)
-    return model.eval()
 
 
 def empty_model(config: Any, **arguments: Any) -> nn.Module:

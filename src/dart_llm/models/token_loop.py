@@ -206,7 +206,7 @@ def _processors(processors: Any) -> list[Processor]:
     shorter = [_NoEnds.from_processor(processor) for processor in processors]
     # others may keep the scores that they return
     first = shorter.index(None) if None in shorter else len(shorter)
-    return [*shorter[:first], *processors[first:]]  # type: ignore[list-item]
+    return [*shorter[:first], *processors[first:]]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.capture import capture_activations
 from dart_llm.models.checkpoint import tokenizer_of
 from dart_llm.models.describe import ModelView, describe
-from dart_llm.models.float32_products import note_slow_prompts
 from dart_llm.patching.executors import check_executor, choose_executor, effective_executor
 from dart_llm.patching.executors.token_ffn import winner_rows
 from dart_llm.patching.patch import ModelPatch
@@ -316,7 +315,6 @@ class Run:
             raise AttachError("this run is attached already")
         if self.tracing is not None:
             raise AttachError("this run is being traced: leave that block before it attaches anew")
-        note_slow_prompts(self.model, logger.warning)
         if not self.controller.sequence_count:  # the model may have moved since this run was made
             self._method = self._with_statistics()
             self.controller = self._new_controller()

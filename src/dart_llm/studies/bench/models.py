@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from dart_llm.models.cached import MEMBER, default_folder
 from dart_llm.models.checkpoint import Checkpoint, checkpoint_facts, remember
 from dart_llm.models.gguf_file import ROUNDED
 from dart_llm.models.loading import is_default, parse_device, parse_dtype
-from dart_llm.models.packed_loading import random_packed
+from dart_llm.models.packed_loading import round_weights
 from dart_llm.reporting.console import Ui
 from dart_llm.studies.bench.settings import SpeedSettings, is_file
 
@@ -127,15 +126,15 @@ def _random(settings: SpeedSettings, ui: Ui) -> Any:
     torch.manual_seed(settings.seed)
     try:
         make: Any = AutoModelForCausalLM.from_config
-        if settings.weights in ROUNDED:
-            if device != "cpu":
-                raise ConfigError("weights in blocks need a CPU: give --device cpu")
-            make = functools.partial(random_packed, kind=settings.weights)
+        if settings.weights in ROUNDED and device != "cpu":
+            raise ConfigError("weights in blocks need a CPU: give --device cpu")
         with torch.device(device):  # billions of weights are drawn there at once
             model = make(config, dtype=dtype, **arguments)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise LoadError(f"no model can be made of {settings.name}: {plain(error)}") from None
     model = model.eval().to(device)
+    if settings.weights in ROUNDED:
+        round_weights(model, settings.weights)
     name = f"{settings.name} (random weights)"
     remember(model, Checkpoint(name, "random weights", settings.name, None, "none"))
     return model
