@@ -14,12 +14,10 @@ from dart_llm.models import float32_products
 from dart_llm.models.checkpoint import fingerprint
 from dart_llm.models.float32_products import (
     FEW,
-    LARGE,
     Float32Products,
     compute_prompts_in_float32,
     float32_note,
     in_float32,
-    note_slow_prompts,
 )
 from dart_llm.models.loading import load
 from dart_llm.models.packed import PackedTensor, pack
@@ -42,22 +40,15 @@ def slow(monkeypatch):
 class Narrow(TorchDispatchMode):
     """Counts products in 16 bits, of more than ``FEW`` rows, below whatever called them."""
 
-    PRODUCTS = (  # torch's; our kernels compute in float32 anyway
-        "mm",
-        "addmm",
-        "bmm",
-        "baddbmm",
-        "_scaled_dot_product",
-        "linear",
-        "matmul",
-    )
+    # torch's; our kernels compute in float32 anyway
+    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "linear", "matmul")
 
     def __init__(self):
         super().__init__()
         self.found = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        first = next((one for one in args if isinstance(one, torch.Tensor) and one.dim() > 1), None)
+        first = next((t for t in args if isinstance(t, torch.Tensor) and t.dim() > 1), None)
         name = func.overloadpacket.__name__ if func.namespace == "aten" else ""
         if first is not None and name.startswith(self.PRODUCTS) and first.shape[-2] > FEW:
             self.found += [name] if first.dtype in (BFLOAT16, HALF) else []
@@ -179,29 +170,23 @@ def test_the_model_is_the_same_in_every_other_way(tmp_path):
     assert narrow.found, "autocast has its own dtype"
 
 
-def test_gradients_of_weights():
-    plain, model = tiny(dtype=BFLOAT16).float(), wide()
-    for one in (plain, model):
-        one(IDS, labels=IDS).loss.backward()
-    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert one.grad.dtype == BFLOAT16
-        assert float((one.grad.float() - other.grad).norm() / other.grad.norm()) < 0.05, name
-
-
 @pytest.mark.contract("exact restore")
+@pytest.mark.contract("masked equals compact")
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("executor", ["masked", "compact", "native"])
-def test_a_pruned_model_keeps_it(executor):
+def test_a_pruned_model_keeps_it():
     """Prompts and scored texts run in float32 by every executor; afterwards the forward is back."""
-    model = wide()
+    model, logits = wide(), {}
     forward = model.__dict__["forward"]
-    with Same(model), prune(model, "griffin", sparsity=0.5, executor=executor) as run:
-        assert run.executor == executor and float32_note(model)
-        with Narrow() as narrow, torch.inference_mode():
-            generate(model, IDS, 4)
-            model(IDS)
-        assert narrow.found == []
-    assert model.__dict__["forward"] is forward
+    for executor in ("masked", "compact", "native"):
+        with Same(model), prune(model, "griffin", sparsity=0.5, executor=executor) as run:
+            assert run.executor == executor and float32_note(model)
+            with Narrow() as narrow, torch.inference_mode():
+                generate(model, IDS, 4)
+                model(IDS)
+            assert narrow.found == []
+            logits[executor] = decode(model, IDS, PROMPT)
+        assert model.__dict__["forward"] is forward
+        assert apart(logits[executor][:, PROMPT:], logits["masked"][:, PROMPT:]) < 3e-2, executor
 
 
 @pytest.mark.contract("sparsity 0 is bit-identical")
@@ -211,18 +196,6 @@ def test_sparsity_zero(method):
     dense = decode(model, IDS, PROMPT)
     with prune(model, method, sparsity=0.0):
         assert torch.equal(decode(model, IDS, PROMPT), dense)
-
-
-@pytest.mark.contract("masked equals compact")
-@pytest.mark.usefixtures("native")
-def test_executors_agree():
-    model = wide()
-    found = {}
-    for executor in ("masked", "compact", "native"):
-        with prune(model, "griffin", sparsity=0.5, executor=executor):
-            found[executor] = decode(model, IDS, PROMPT)
-    for executor, logits in found.items():
-        assert apart(logits[:, PROMPT:], found["masked"][:, PROMPT:]) < 3e-2, executor
 
 
 class Other(TorchFunctionMode):
@@ -269,21 +242,6 @@ def test_a_cpu_that_has_the_arithmetic_is_left_alone(monkeypatch):
     assert narrow.found
 
 
-def test_models_of_others_are_noted_once(monkeypatch):
-    news, model = [], tiny(dtype=BFLOAT16)
-    monkeypatch.setattr(float32_products, "_noted", set())
-    note_slow_prompts(model, news.append)
-    assert news == [] and LARGE > 1e7, "a prompt takes no time there"
-    monkeypatch.setattr(float32_products, "LARGE", 1)
-    for one in (tiny(), wide(), model, model, tiny(dtype=BFLOAT16)):
-        note_slow_prompts(one, news.append)
-    assert news == [
-        "this CPU has no bfloat16 arithmetic, and this model computes prompts in it: "
-        "dart_llm.load(...) without a dtype, or model.float(), reads them about 5 times as fast"
-    ]
-    assert "forward" not in model.__dict__
-
-
 # Float32 copies, on which calibration runs.
 
 
@@ -291,12 +249,6 @@ def taken(model):
     found = {}
     run_forward(model, TEXTS, lambda layer, seen, g: found.setdefault(layer, g))
     return found
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """No memory for a copy."""
-    monkeypatch.setattr(float32_products, "available", lambda: 0)
 
 
 def test_a_copy_has_the_gradients_of_the_same_weights_in_float32():
@@ -321,23 +273,6 @@ def test_blocks_are_dequantised_and_tied_weights_stay_tied():
         assert not isinstance(copied.lm_head.weight, PackedTensor)
         assert torch.equal(copied.lm_head.weight, packed.dequantise().float())
     assert isinstance(model.lm_head.weight, PackedTensor)
-
-
-@pytest.mark.contract("exact restore")
-@pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_gradients_where_memory_is_short(name):
-    """As of the copy but for rounding; no product runs in 16 bits, and the model stays as it is."""
-    model, wide = tiny(name).to(BFLOAT16), taken(tiny(name).to(BFLOAT16).float())
-    model.get_output_embeddings().weight.requires_grad_(False)
-    flags = [one.requires_grad for one in model.parameters()]
-    with Same(model), in_float32(model) as found:
-        assert found is model and not any(one.requires_grad for one in model.parameters())
-        narrow = taken(model)
-    assert [one.requires_grad for one in model.parameters()] == flags
-    for layer, g in wide.items():
-        assert narrow[layer].dtype == BFLOAT16
-        assert float((narrow[layer].float() - g).norm() / g.norm()) < 0.03
 
 
 def test_the_model_itself_where_memory_is_short_or_nothing_is_gained(monkeypatch):

@@ -1,7 +1,5 @@
 """What a GGUF file states of its model beside what transformers reads; dense and in blocks."""
 
-import json
-
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -9,8 +7,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from checkpoints import WIDTH, write_gguf
 from dart_llm.errors import LoadError
-from dart_llm.files import file_sha256
-from dart_llm.models.cached import converted_folder
 from dart_llm.models.gguf_file import left_out, read_gguf
 from dart_llm.models.loading import load
 from steps import apart, decode, pruned
@@ -168,16 +164,3 @@ def test_mistral_keeps_its_window(tmp_path):
         _, _, theirs = pruned(wanted, IDS, 40, executor="masked", sparsity=sparsity)
         _, _, found = pruned(model, IDS, 40, executor="native", sparsity=sparsity)
         assert apart(found, theirs) < 5e-2
-
-
-def test_a_copy_of_an_earlier_version_is_made_again(tmp_path):
-    """Its configuration lacks what the file states."""
-    file = write_gguf(tmp_path / "tiny.gguf", facts=LINEAR)
-    load(file, cache_dir=tmp_path, weights="dense")
-    folder = converted_folder(tmp_path / "dart-llm", file_sha256(file), packed=True)
-    record = folder / "source.json"
-    about = json.loads(record.read_text())
-    assert about.pop("settings")["rope_parameters"]["factor"] == 8
-    record.write_text(json.dumps(about))
-    load(file, cache_dir=tmp_path, weights="dense")
-    assert "settings" in json.loads(record.read_text())

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dart_llm.errors import ConfigError, DartError
+from dart_llm.errors import DartError
 from dart_llm.models.checkpoint import digest_of
-from dart_llm.models.packed import PackedTensor, PackedView, few, pack
+from dart_llm.models.packed import PackedTensor, PackedView, few
 from dart_llm.native.build import ops
 from packed_cases import differ, drawn_blocks, packed, rounded
 
@@ -44,19 +44,10 @@ def test_linear_layers(name, neurons, dtype):
     bias, layer.weight = layer.bias.double(), weight
     alone = 16 if neurons and name == "q6_k" else 32  # values of one vector that share a scale
     allowed = 1e-6 if dtype == torch.float32 else 4e-3
-    for shape in (
-        (256,),
-        (3, 256),
-        (2, 3, 256),
-        (few(), 256),
-        (few() + 1, 256),
-        (2, 20, 256),
-        (2, few(), 256),
-        (0, 256),
-    ):
-        x = drawn(*shape).to(dtype)
+    for shape in ((), (3,), (2, 3), (few(),), (few() + 1,), (2, few()), (0,)):
+        x = drawn(*shape, 256).to(dtype)
         found, flat = layer(x), x.reshape(-1, 256)
-        assert found.shape == (*shape[:-1], 24) and found.dtype == dtype
+        assert found.shape == (*shape, 24) and found.dtype == dtype
         if len(flat):
             near = rounded(flat, alone if len(flat) == 1 else 32) if len(flat) <= few() else flat
             y = found.reshape(-1, 24).double() - bias
@@ -153,24 +144,33 @@ def test_it_is_read_and_never_written():
             write()
     assert not weight.requires_grad_(False).requires_grad
     aways = [lambda: pickle.dumps(weight), weight.share_memory_, lambda: layer.to(torch.bfloat16)]
-    for away in (*aways, lambda: torch.save(layer, os.devnull)):
+    aways += [lambda: torch.from_dlpack(weight), lambda: np.from_dlpack(weight.data)]
+    for away in (*aways, weight.data_ptr, lambda: torch.save(layer, os.devnull)):
         with pytest.raises(DartError, match='load the model with weights="dense"'):
             away()
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):  # C asks C
+        torch.utils.dlpack.to_dlpack(weight)
     assert torch.equal(weight.dequantise(), dense)
 
 
 VIEWS = {
     "row": lambda w: w[0],
-    "rows": lambda w: w[:4],
     "columns": lambda w: w[:, 3],
     "data": lambda w: w.data[3:5],
-    "transposed": lambda w: w.T[0],
     "flat": lambda w: w.view(-1)[:9],
     "split": lambda w: w.split(8)[0],
-    "unbind": lambda w: w.unbind(0)[2],
-    "reshape": lambda w: w.reshape(2, -1),
     "a view of a view": lambda w: w[2:9].detach().T[1],
 }
+WRITES = [
+    lambda view: view.zero_(),
+    lambda view: view.__setitem__(0, 1.0),
+    lambda view: view.copy_(torch.ones_like(view)),
+    lambda view: view.masked_fill_(torch.ones(view.shape, dtype=torch.bool), 0.0),
+    nn.init.zeros_,
+    lambda view: torch.add(torch.ones(view.shape), 1, out=view),
+    lambda view: torch._foreach_mul_([torch.ones(1), view], 2.0),
+    lambda view: F.relu(view, inplace=True),
+]
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
@@ -178,37 +178,12 @@ VIEWS = {
 def test_views_are_read_and_never_written(view, mode):
     """A write would go to a dequantised copy, and be lost without a word."""
     weight, dense = made()
-    writes = [
-        lambda one: one.zero_(),
-        lambda one: one.mul_(2),
-        lambda one: one.__setitem__(0, 1.0),
-        lambda one: one.copy_(torch.ones_like(one)),
-        lambda one: one.masked_fill_(torch.ones(one.shape, dtype=torch.bool), 0.0),
-        nn.init.zeros_,
-        lambda one: torch.add(torch.ones(one.shape), 1, out=one),
-        lambda one: torch._foreach_mul_([torch.ones(1), one], 2.0),
-        lambda one: F.relu(one, inplace=True),
-    ]
     with mode():
         assert torch.equal(view(weight) + 0, view(dense)) and type(view(weight) * 1) is torch.Tensor
-        assert view(weight).tolist() == view(dense).tolist()
-        for write in writes:
+        for write in WRITES:
             with pytest.raises(DartError, match="weights in blocks are read, never written"):
                 write(view(weight))
     assert torch.equal(weight.dequantise(), dense)
-
-
-def test_memory_that_is_none_is_handed_to_nobody():
-    weight, _ = made()
-    for ask in (
-        lambda: torch.from_dlpack(weight),
-        lambda: np.from_dlpack(weight.data),
-        weight.data_ptr,
-    ):
-        with pytest.raises(DartError, match='load the model with weights="dense"'):
-            ask()
-    with pytest.raises(RuntimeError, match="Cannot access data pointer"):  # C asks C
-        torch.utils.dlpack.to_dlpack(weight)
 
 
 def test_copies_hold_the_same_blocks():
@@ -241,10 +216,3 @@ def test_digests_tell_every_level_and_factor():
         found.add(digest(other))
     assert len(found) == 9
     assert digest_of(PackedTensor(made()[0].matrix, torch.float32).t().t()) == digest_of(made()[0])
-
-
-def test_what_cannot_be_rounded():
-    with pytest.raises(ConfigError, match="cannot be rounded to q4_k; choose q8_0, q4_0, q4_1"):
-        pack(torch.zeros(2, 256), "q4_k")
-    with pytest.raises(ConfigError, match="rows of 48 weights are not a multiple of q8_0's 32"):
-        pack(torch.zeros(2, 48), "q8_0")

