@@ -90,6 +90,7 @@ def test_other_factors_of_frequencies(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
 def test_scaled_positions(architecture, tmp_path):
+    """Linearly; and by yarn."""
     packed, dense = both(tmp_path, architecture=architecture, facts=LINEAR)
     for one in (packed, dense):
         known = one.config.rope_parameters
@@ -100,19 +101,14 @@ def test_scaled_positions(architecture, tmp_path):
             torch.testing.assert_close(frequencies(one), PLAIN_16 / 8)
         assert (known["rope_type"], known["factor"]) == ("linear", 8)
     check_alike(packed, dense)
-
-
-def test_yarn(tmp_path):
-    packed, dense = both(
-        tmp_path,
-        architecture="qwen2",
-        facts={**YARN, "rope.scaling.original_context_length": 32},
-    )
-    for one in (packed, dense):
-        known = one.config.rope_parameters
-        assert known["original_max_position_embeddings"] == 32 and known["rope_type"] == "yarn"
-        assert not torch.allclose(frequencies(one), PLAIN_16)
-    check_alike(packed, dense)
+    if architecture == "qwen2":
+        yarn = {**YARN, "rope.scaling.original_context_length": 32}
+        packed, dense = both(tmp_path, architecture=architecture, facts=yarn)
+        for one in (packed, dense):
+            known = one.config.rope_parameters
+            assert known["original_max_position_embeddings"] == 32 and known["rope_type"] == "yarn"
+            assert not torch.allclose(frequencies(one), PLAIN_16)
+        check_alike(packed, dense)
 
 
 def test_phi3(tmp_path):
@@ -142,12 +138,6 @@ def test_phi3(tmp_path):
     check_alike(packed, dense)
 
 
-def test_gpt2_of_another_context(tmp_path):
-    packed, dense = both(tmp_path, architecture="gpt2", context=128)
-    assert packed.config.n_positions == packed.transformer.wpe.weight.shape[0] == 128
-    check_alike(packed, dense)
-
-
 def test_mistral_keeps_its_window(tmp_path):
     """Which transformers takes for its type by the name; beside such a model of these weights."""
     file = write_gguf(tmp_path / "tiny.gguf", ffn=Kind.Q8_0)
@@ -160,7 +150,6 @@ def test_mistral_keeps_its_window(tmp_path):
     assert (model.config.model_type, model.config.sliding_window) == ("mistral", 24)
     logits = decode(wanted, IDS, 40)
     assert apart(decode(model, IDS, 40), logits) < 5e-2 < apart(decode(dense, IDS, 40), logits)
-    for sparsity in (0.0, 0.5):
-        _, _, theirs = pruned(wanted, IDS, 40, executor="masked", sparsity=sparsity)
-        _, _, found = pruned(model, IDS, 40, executor="native", sparsity=sparsity)
-        assert apart(found, theirs) < 5e-2
+    _, _, theirs = pruned(wanted, IDS, 40, executor="masked", sparsity=0.5)
+    _, _, ours = pruned(model, IDS, 40, executor="native", sparsity=0.5)
+    assert apart(ours, theirs) < 5e-2

@@ -189,31 +189,6 @@ def test_a_copy_of_kept_neurons_gives_what_they_give_where_they_lie(name, kind):
             assert copy.nbytes() <= share * whole.nbytes() + 512
 
 
-def test_many_tiles_are_copied_by_several_threads():
-    """Every row where its number among the kept says, to the bit; the last tile is not full."""
-    hidden, width = 256, 4096
-    ids = drawn(width).topk(1500).indices.sort().values
-    before = torch.get_num_threads()
-    for name, threads in itertools.product(("q4_0", "q6_k"), (1, 3)):
-        tiles, _ = packed(name, width, hidden, "tiles")
-        down, _ = packed(name, hidden, width, "neurons")
-        torch.set_num_threads(threads)
-        room = torch.classes.dart_llm.HugeRoom(0)
-        copies = ops().packed_kept([tiles, down], ids.int(), [], room)
-        torch.set_num_threads(before)
-        for i, whole in enumerate(tiles.parts()):
-            copied = _of_tiles(copies[0].parts()[i], len(ids), 1 if i else 4)
-            assert torch.equal(copied, _of_tiles(whole, width, 1 if i else 4)[ids])
-        levels, kept = (matrix.parts()[0][:-64] for matrix in (down, copies[1]))
-        assert torch.equal(kept.view(len(ids), -1), levels.view(width, -1)[ids])
-
-
-def _of_tiles(part, rows, run):
-    """What of a matrix's part belongs to each row; ``run``: values of one that lie together."""
-    values = part[:-64].view(-(-rows // 16), -1, 16, run).transpose(1, 2)
-    return values.reshape(-1, values.shape[2] * run)[:rows]
-
-
 @pytest.mark.parametrize("name", BLOCKS)
 def test_rows_turn_into_tiles_and_back(name):
     """In their own memory, to the bit; a part of a matrix is copied, and the whole stays."""
@@ -313,95 +288,54 @@ def test_the_number_of_threads_changes_no_bit():
     )
 
 
-def test_bytes_are_those_of_the_blocks():
-    """Levels of 5 and 6 bits take a byte, factors of 6 too; nothing else grows, but for padding."""
-    grown = {"q5_0": 34 / 22, "q5_1": 36 / 24}
-    grown |= {"q4_k": 148 / 144, "q5_k": 276 / 176, "q6_k": 274 / 210}
-    for name, order in itertools.product(BLOCKS, ORDERS):
-        matrix, _ = packed(name, 256, 512, order)
-        file = drawn_blocks(name, 256, 512)[0].nbytes * grown.get(name, 1)
-        assert file <= matrix.nbytes() <= 1.02 * file, name
-        assert matrix.nbytes() == sum(part.nbytes for part in matrix.parts())
-
-
 def test_what_does_not_fit_is_refused_and_not_read():
-    run, none = ops(), [None] * 4
-    matrix, down, tiles, neurons, more = (
-        packed("q4_0", *case)[0]
-        for case in (
-            (5, 64),
-            (5, 64, "neurons"),
-            (64, 32, "tiles"),
-            (32, 64, "neurons"),
-            (32, 96, "neurons"),
-        )
+    run, room = ops(), torch.classes.dart_llm.HugeRoom(0)
+    shapes = (
+        (5, 64),
+        (5, 64, "neurons"),
+        (64, 32, "tiles"),
+        (32, 64, "neurons"),
+        (32, 96, "neurons"),
     )
-    some, room = torch.arange(3, dtype=torch.int32), torch.classes.dart_llm.HugeRoom(0)
-    blocks, weights = drawn_blocks("q4_0", 5, 64)[0], torch.zeros(4, 64)
-    rows, span, zeros, of_blocks = (
-        *(run.packed_rows, run.packed_span),
-        *(run.packed_zeros, run.packed_from_blocks),
-    )
+    matrix, down, tiles, neurons, more = (packed("q4_0", *shape)[0] for shape in shapes)
+    some, weights = torch.arange(3, dtype=torch.int32), torch.zeros(4, 64)
+
+    def made(*shape):
+        return run.packed_from_blocks(drawn_blocks("q4_0", 5, 64)[0], *shape, "tiles")
 
     def copied(matrices, ids, old=()):
         return run.packed_kept(matrices, ids, list(old), room)
 
     def ffn(up, down, ids):
-        return run.packed_ffn(torch.zeros(1, 32), None, up, down, None, None, ids, *none, 0)
+        return run.packed_ffn(torch.zeros(1, 32), None, up, down, None, None, ids, *[None] * 4, 0)
+
+    def rounded_to(kind, rows=0, weights=weights):
+        return run.packed_round(run.packed_zeros(kind, 4, 64, "rows"), rows, weights)
 
     kept = copied([tiles, neurons], some)
-    for sentence, *calls in (
-        (
-            "180 bytes do not hold",
-            *(
-                lambda at=at: of_blocks(blocks, *at, "tiles")
-                for at in (("q4_0", 5, 96), ("q4_0", 6, 64), ("q4_0", -5, -64), ("q8_0", 5, 64))
-            ),
-        ),
-        ("there are no blocks of type q2_k", lambda: of_blocks(blocks, "q2_k", 5, 64, "tiles")),
-        (
-            "nothing rounds to q5_0",
-            lambda: run.packed_round(zeros("q5_0", 4, 64, "rows"), 0, weights),
-        ),
-        ("rows of 48 weights of q4_0", lambda: zeros("q4_0", 4, 48, "rows")),
-        ("row 5 is outside the 5", lambda: rows(matrix, torch.tensor([0, 5]), torch.float32)),
-        ("row -1 is outside the 5", lambda: rows(matrix, torch.tensor([-1]), torch.float32)),
-        ("by rows, tiles or neurons, not by columns", lambda: zeros("q4_0", 4, 64, "columns")),
-        ("no such rows", lambda: span(matrix, 3, 6, torch.float32)),
-        ("float32 or bfloat16", lambda: span(matrix, 0, 1, torch.float16)),
-        ("read of rows alone", lambda: ffn(tiles, neurons, some)),
-        ("neurons here and there are", lambda: ffn(*kept, None)),
-        ("kept neurons are no matrix", lambda: rows(kept[0], some[:1].long(), torch.float32)),
-        (
-            "copied",
-            lambda: copied([matrix], some),
-            lambda: copied([kept[1]], some),
-            lambda: copied([tiles], some.long()),
-            lambda: copied([tiles], some[:0]),
-            lambda: copied([tiles, neurons], some, kept[:1]),
-            lambda: copied([tiles, more], some),
-        ),
-        (
-            "such neurons",
-            lambda: copied([tiles], some + 62),
-            lambda: copied([tiles], some.flip(0)),
-        ),
-        ("this matrix has one order", lambda: run.packed_turned(down, "rows", False)),
-        (
-            "shapes do not fit",
-            lambda: run.packed_linear(torch.zeros(1, 32), matrix),
-            lambda: run.packed_linear(torch.zeros(64), matrix),
-            lambda: run.packed_linear(torch.zeros(1, 5), down),
-            lambda: run.packed_down(torch.zeros(1, 64), matrix),
-            lambda: run.packed_down(torch.zeros(1, 32), down),
-            lambda: ffn(kept[0], neurons, some),
-            lambda: ffn(*kept, some[:2]),
-            lambda: run.packed_round(matrix, 2, weights),  # rows beyond the last
-            lambda: run.packed_round(matrix, 0, weights[:, :32]),
-        ),
+    wide = torch.zeros(1, 32)
+    for sentence, call, *cases in (
+        ("180 bytes do not hold", made, ("q4_0", 5, 96), ("q4_0", -5, -64), ("q8_0", 5, 64)),
+        ("there are no blocks of type q2_k", made, ("q2_k", 5, 64)),
+        ("nothing rounds to q5_0", rounded_to, ("q5_0",)),
+        ("rows of 48 weights of q4_0", run.packed_zeros, ("q4_0", 4, 48, "rows")),
+        ("by rows, tiles or neurons, not by", run.packed_zeros, ("q4_0", 4, 64, "columns")),
+        ("row 5 is outside the 5", run.packed_rows, (matrix, torch.tensor([5]), torch.float32)),
+        ("row -1 is outside the 5", run.packed_rows, (matrix, torch.tensor([-1]), torch.float32)),
+        ("no such rows", run.packed_span, (matrix, 3, 6, torch.float32)),
+        ("float32 or bfloat16", run.packed_span, (matrix, 0, 1, torch.float16)),
+        ("read of rows alone", ffn, (tiles, neurons, some)),
+        ("neurons here and there are", ffn, (*kept, None)),
+        ("copied", copied, ([matrix], some), ([kept[1]], some), ([tiles], some.long())),
+        ("copied", copied, ([tiles, neurons], some, kept[:1]), ([tiles, more], some)),
+        ("such neurons", copied, ([tiles], some + 62), ([tiles], some.flip(0))),
+        ("this matrix has one order", run.packed_turned, (down, "rows", False)),
+        ("shapes do not fit", run.packed_linear, (wide, matrix), (wide[0], matrix), (wide, down)),
+        ("shapes do not fit", run.packed_down, (torch.zeros(1, 64), matrix), (wide, down)),
+        ("shapes do not fit", ffn, (kept[0], neurons, some), (*kept, some[:2])),
+        ("shapes do not fit", rounded_to, ("q4_0", 2), ("q4_0", 0, weights[:, :32])),
     ):
-        for call in calls:
+        for given in cases:
             with pytest.raises((RuntimeError, IndexError), match=sentence):
-                call()
+                call(*given)
     assert run.packed_linear(torch.zeros(0, 64), matrix).shape == (0, 5)
-    assert rows(matrix, torch.zeros(0, dtype=torch.int64), torch.float32).shape == (0, 64)

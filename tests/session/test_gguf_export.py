@@ -11,7 +11,7 @@ from checkpoints import FFN_WIDTH, LAYERS, write_gguf
 from dart_llm.errors import ConfigError, LoadError
 from dart_llm.models.describe import describe
 from dart_llm.models.gguf_file import ARCHITECTURES, read_gguf
-from dart_llm.models.gguf_write import ABOUT, NarrowLayer, slots_of, write_narrow
+from dart_llm.models.gguf_write import ABOUT, write_narrow
 from dart_llm.models.loading import load
 from dart_llm.session import gguf_file
 from dart_llm.session.gguf_export import export_gguf
@@ -83,12 +83,10 @@ def test_read_back_it_is_the_masked_model(architecture, exported, tmp_path):
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q4_0", "Q8_0", "Q5_0", "Q5_1", "F16", "BF16"])
 def test_rows_keep_their_bytes_and_columns_move(kind, exported, tmp_path):
-    """Columns of the block that keeps most stay together; all are rounded again."""
+    """Columns of down are rounded again."""
     masks = dict.fromkeys(range(LAYERS), KEPT)
     model, source, result = exported(masks, ffn=Kind[kind])
     plain = "F16" in kind
-    slots = slots_of(NarrowLayer(KEPT, 32))
-    assert sorted(slots.tolist()) == KEPT.tolist()
     old, new = source.tensors, read_gguf(result.path).tensors
     assert list(new) == list(old) and result.kinds == {kind: kind}
     assert result.rounded == (0 if plain else 1)
@@ -97,10 +95,10 @@ def test_rows_keep_their_bytes_and_columns_move(kind, exported, tmp_path):
         if ".ffn_" not in name or "norm" in name:
             assert torch.equal(tensor.bytes(), stored), name
         elif "down" not in name:
-            rows = stored.reshape(FFN_WIDTH, -1)[slots]
+            rows = stored.reshape(FFN_WIDTH, -1)[KEPT]
             assert torch.equal(tensor.bytes(), rows.flatten()), name
         else:
-            got, wanted = tensor.values().float(), old[name].values().float()[:, slots]
+            got, wanted = tensor.values().float(), old[name].values().float()[:, KEPT]
             step = 0.0 if plain else float(wanted.abs().max()) * 2 / 2 ** (int(kind[1]) - 1)
             assert float((got - wanted).abs().max()) <= step, name
     with torch.no_grad():
@@ -126,14 +124,12 @@ def test_fixed_masks_are_filled_up_without_effect(exported):
     assert (result.requested, result.written, result.block) == ((20, 40), (32, 64), 32)
     new, old = read_gguf(result.path).tensors, source.tensors
     for layer, width, ids in ((0, 32, KEPT[:20]), (1, 64, torch.arange(40))):
-        slots = slots_of(NarrowLayer(ids, width))
-        assert slots[slots >= 0].sort().values.tolist() == ids.tolist() and len(slots) == width
         assert new[f"blk.{layer}.ffn_down.weight"].shape[1] == width
         for part in ("gate", "up"):
             name = f"blk.{layer}.ffn_{part}.weight"
             rows, stored = new[name].values(), old[name].values()
-            assert torch.equal(rows[slots >= 0], stored[slots[slots >= 0]])
-            assert not rows[slots < 0].any()
+            assert len(rows) == width and torch.equal(rows[: len(ids)], stored[ids])
+            assert not rows[len(ids) :].any()
 
 
 def test_unequal_layers_are_an_architecture_with_a_list_of_widths(exported):
@@ -164,7 +160,7 @@ def test_texts_are_read_one_by_one_and_added_up(exported):
         handle.remove()
         sums += (seen[0] / seen[0].norm(dim=-1, keepdim=True)).square().sum(0)
     wanted = sums.topk(64).indices.sort().values
-    rows = source.tensors["blk.1.ffn_gate.weight"].values()[slots_of(NarrowLayer(wanted, 64))]
+    rows = source.tensors["blk.1.ffn_gate.weight"].values()[wanted]
     assert torch.equal(new["blk.1.ffn_gate.weight"].values(), rows)
 
 

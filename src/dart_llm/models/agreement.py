@@ -75,10 +75,8 @@ _HOOKS = [name for name in nn.Module().__dict__ if name.startswith("_forward_")]
 _OWN = frozenset(nn.Module().__dict__) | {"forward", "_old_forward", "_hf_hook", "layer_idx"}
 """Attributes that do not belong to a signature: hooks are checked where they matter."""
 
-Function = Callable[..., Any]
 
-
-def forward_of(module: nn.Module) -> tuple[Function, bool]:
+def forward_of(module: nn.Module) -> tuple[Callable[..., Any], bool]:
     """The function behind a module's forward, and whether it takes the module as ``self``.
 
     Wrappers of accelerate, torch.compile and this package are removed.

@@ -52,8 +52,7 @@ Progress = Callable[[str], None]
 FILE_NAMES = {"mistral": "llama"}
 """Model types whose tensors are named as another's, where transformers does not know it."""
 
-FORMAT = 1
-SOURCE = "source.json"
+FORMAT, SOURCE = 1, "source.json"
 
 SPACE = 50_000_000
 """Bytes of configuration and tokenizer, with room for a large vocabulary."""

@@ -299,17 +299,12 @@ def read_prompt(
         return None
     if mask is not None and not _hides_nothing(mask, len(ids), length):
         return None
-    if positions is not None and not _count_up(positions, length):
+    counts = positions is None or positions.shape[-1:] == (length,)
+    if not counts or (positions is not None and bool((positions != torch.arange(length)).any())):
         return None
     if not isinstance(keep, int) or keep < 0 or not isinstance(use_cache, bool):
         return None
     return TokenCall(ids, cache, use_cache=use_cache or cache is not None, keep=keep)
-
-
-def _count_up(positions: Any, length: int) -> bool:
-    """Whether ``positions`` [., length] are those of texts that begin."""
-    fits = isinstance(positions, Tensor) and positions.shape[-1:] == (length,)
-    return fits and bool((positions == torch.arange(length)).all())
 
 
 def _is_empty(cache: Any, windows: Sequence[int | None]) -> bool:

@@ -75,7 +75,7 @@ def remember(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 def blocks_file(model: PreTrainedModel) -> Path | None:
     """The GGUF file whose blocks are the weights of ``model``."""
     checkpoint = _LOADED.get(model)
-    return None if checkpoint is None else checkpoint.blocks
+    return checkpoint.blocks if checkpoint else None
 
 
 def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
@@ -135,12 +135,10 @@ def contents(folder: Path) -> dict[str, str]:
 
     Weights of more than ``HASH_UP_TO`` bytes are identified by the sizes and times of their files.
     """
-    weights, files = _weight_files(folder), sorted(p for n in READ for p in folder.glob(n))
-    states = [(path.name, *_state(path)) for path in weights]
-    digests = {
-        "model": weights_sha256(folder) or (f"states of files {states}" if states else None),
-        "model_files": _sums([path for path in files if path.is_file()]),
-    }
+    files = sorted(path for name in READ for path in folder.glob(name) if path.is_file())
+    states = [(path.name, *_state(path)) for path in _weight_files(folder)]
+    weights = weights_sha256(folder) or (f"states of files {states}" if states else None)
+    digests = {"model": weights, "model_files": _sums(files)}
     return {name: digest for name, digest in digests.items() if digest}
 
 

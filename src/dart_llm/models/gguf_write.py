@@ -21,9 +21,6 @@ from dart_llm.errors import ConfigError
 from dart_llm.files import replacing
 from dart_llm.models.gguf_file import ARCHITECTURES, PLAIN, GgufFile, StoredTensor
 
-BLOCK = 32
-"""Columns of a down projection that share a block, in the types that stay."""
-
 UNEQUAL = {"llama": "deci"}
 """The architecture that computes the same with a different width in every layer."""
 
@@ -31,10 +28,7 @@ BIASED = ("llama", "gpt2")
 """Architectures of which llama.cpp reads a bias of the down projection."""
 
 WRITTEN = (*PLAIN, "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
-"""Types in which down projections stay."""
-
-INSTEAD = "q8_0"
-"""The type of the others, to which gguf does not round."""
+"""Types in which down projections stay; gguf does not round to the others."""
 
 FFN = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(.*)")
 """Tensors of neurons: layer, projection, the rest of the name."""
@@ -92,7 +86,7 @@ def layer_widths(file: GgufFile) -> list[int]:
 
 def written_kind(kind: str) -> str:
     """The type in which a down projection of ``kind`` is written."""
-    return kind if kind in WRITTEN else INSTEAD
+    return kind if kind in WRITTEN else "q8_0"
 
 
 def rounded_columns(kind: str, layer: NarrowLayer) -> int:
@@ -137,12 +131,29 @@ def write_narrow(
     ``layers``: one each, None: unchanged.  ``about``: the metadata under ``ABOUT``.  Raises
     what ``written_architecture`` raises, and ``ResultsError`` where ``path`` cannot be written.
     """
-    architecture = written_architecture(file, layers)
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+
+    architecture, widths = written_architecture(file, layers), _widths(file, layers)
     entries = list(_entries(file, layers))
-    with replacing(path) as partial:
+    with replacing(path) as scratch:
         if path.exists() and path.samefile(file.path):
             raise ConfigError(f"{path} is the file that is read: give another name")
-        _write(file, architecture, _widths(file, layers), entries, partial, about)
+        writer = GGUFWriter(scratch, architecture)
+        _copy_metadata(file, writer, architecture)
+        writer.add_string(ABOUT, about)
+        writer.add_feed_forward_length(widths[0] if len(set(widths)) == 1 else widths)
+        for entry in entries:
+            kind = GGMLQuantizationType[entry.kind.upper()]
+            weights, size = GGML_QUANT_SIZES[kind]
+            shape = (*entry.shape[:-1], entry.shape[-1] // weights * size)
+            count = torch.Size(shape).numel()
+            writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), count, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in entries:  # one tensor in memory after the other
+            writer.write_tensor_data(entry.make().numpy())
+        writer.close()
 
 
 def _widths(file: GgufFile, layers: Sequence[NarrowLayer | None]) -> list[int]:
@@ -177,29 +188,14 @@ def _vector(name: str, values: Tensor) -> _Entry:
     return _Entry(name, "f32", tuple(data.shape), lambda: data.view(torch.uint8))
 
 
-def slots_of(layer: NarrowLayer) -> Tensor:
-    """The order in which neurons are written [width], -1: one without effect.
-
-    Blocks of down that keep most of their columns keep these together: rounded again, they mostly
-    keep their values.
-    """
-    if layer.width % BLOCK:
-        return torch.cat([layer.ids, torch.full((layer.width - len(layer.ids),), -1)])
-    count, block = layer.width // BLOCK, layer.ids // BLOCK
-    stay = torch.bincount(block, minlength=count).argsort(descending=True, stable=True)[:count]
-    stay = stay.sort().values
-    at_home = torch.isin(block, stay)
-    slots = torch.full((count, BLOCK), -1)
-    slots[torch.searchsorted(stay, block[at_home]), layer.ids[at_home] % BLOCK] = layer.ids[at_home]
-    slots = slots.flatten()
-    guests = layer.ids[~at_home]
-    slots[(slots < 0).nonzero().flatten()[: len(guests)]] = guests
-    return slots
+def _slots(layer: NarrowLayer) -> Tensor:
+    """The neurons that are written [width], -1: one without effect."""
+    return torch.cat([layer.ids, torch.full((layer.width - len(layer.ids),), -1)])
 
 
 def _rows(tensor: StoredTensor, layer: NarrowLayer, width: int) -> _Entry:
     """Of gate and up, the kept rows as they are stored; fused, those of both halves."""
-    slots = slots_of(layer)
+    slots = _slots(layer)
     if tensor.shape[0] == 2 * width:
         slots = torch.cat([slots, torch.where(slots < 0, -1, slots + width)])
 
@@ -213,7 +209,7 @@ def _rows(tensor: StoredTensor, layer: NarrowLayer, width: int) -> _Entry:
 
 def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
     """Of down, the kept columns, dequantised and rounded again."""
-    kind, slots = written_kind(tensor.kind), slots_of(layer)
+    kind, slots = written_kind(tensor.kind), _slots(layer)
 
     def make() -> Tensor:
         from gguf import GGMLQuantizationType
@@ -224,36 +220,6 @@ def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
         return torch.from_numpy(blocks).view(torch.uint8)
 
     return _Entry(tensor.name, kind, (tensor.shape[0], layer.width), make)
-
-
-def _write(
-    file: GgufFile,
-    architecture: str,
-    widths: Sequence[int],
-    entries: Sequence[_Entry],
-    path: Path,
-    about: str,
-) -> None:
-    """The file itself, one tensor in memory after the other."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
-
-    writer = GGUFWriter(path, architecture)
-    _copy_metadata(file, writer, architecture)
-    writer.add_string(ABOUT, about)
-    equal = len(set(widths)) == 1
-    writer.add_feed_forward_length(widths[0] if equal else list(widths))
-    for entry in entries:
-        kind = GGMLQuantizationType[entry.kind.upper()]
-        weights, size = GGML_QUANT_SIZES[kind]
-        shape = (*entry.shape[:-1], entry.shape[-1] // weights * size)
-        count = torch.Size(shape).numel()
-        writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), count, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for entry in entries:
-        writer.write_tensor_data(entry.make().numpy())
-    writer.close()
 
 
 def _copy_metadata(file: GgufFile, writer: Any, architecture: str) -> None:

@@ -83,14 +83,19 @@ def resolve(
         raise ConfigError(f"revision {revision!r} applies to hub models only; {what}")
     if is_default(model):
         folder = cached.default_folder(cache, progress=say)
-        file, blocks = Path(cached.MEMBER).name, "as in the file" if packed else "dequantised"
-        source = (
-            f"{file} of the pip package {cached.MODEL_PACKAGE} {cached.MODEL_VERSION}, {blocks}"
-        )
+        name, release = Path(cached.MEMBER).name, f"{cached.MODEL_PACKAGE} {cached.MODEL_VERSION}"
+        blocks = "as in the file" if packed else "dequantised"
+        source = f"{name} of the pip package {release}, {blocks}"
         checkpoint = _in_folder(folder, cached.MODEL_NAME, source)
-        return replace(checkpoint, file=folder / file, packed=packed)
+        return replace(checkpoint, file=folder / name, packed=packed)
     if path.is_dir():
-        return _folder(path.resolve())
+        path = path.resolve()
+        if not (path / "config.json").is_file():
+            hint = "give the folder that save_pretrained wrote"
+            for file in sorted(path.glob("*.gguf"))[:1]:
+                hint = f"it contains {file.name}: give {file}"
+            raise LoadError(f"{path} is not a checkpoint: it has no config.json; {hint}")
+        return _in_folder(path, path.name, "folder")
     if path.is_file():
         return _gguf(path.resolve(), cache, packed=packed, say=say)
     if _looks_like_path(model):
@@ -114,15 +119,6 @@ def _in_folder(folder: Path, name: str, source: str) -> Checkpoint:
     record = cached.read_source(folder) or {}
     quantisation, sha256 = record.get("quantisation"), record.get("sha256")
     return Checkpoint(name, source, str(folder), folder, quantisation, sha256)
-
-
-def _folder(path: Path) -> Checkpoint:
-    if not (path / "config.json").is_file():
-        hint = "give the folder that save_pretrained wrote"
-        for file in sorted(path.glob("*.gguf"))[:1]:
-            hint = f"it contains {file.name}: give {file}"
-        raise LoadError(f"{path} is not a checkpoint: it has no config.json; {hint}")
-    return _in_folder(path, path.name, "folder")
 
 
 def _gguf(path: Path, cache: Path, *, packed: bool, say: Progress) -> Checkpoint:
@@ -192,14 +188,9 @@ def load(
             weights=weight_format(name, weights, chosen=chosen, away=away),
             check=check,
         )
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
         with hub.bars(shown=progress is None):
-            checkpoint = resolve(
-                name,
-                revision=revision,
-                cache_dir=cache_dir,
-                packed=builder.weights == "file",
-                say=say,
-            )
+            checkpoint = resolve(name, **where, packed=builder.weights == "file", say=say)
         return builder.build(checkpoint)
 
 
@@ -479,13 +470,9 @@ def placement(device: str | None, device_map: str | dict[str, Any] | None) -> di
 
 def memory_failure(error: BaseException, model: str, dtype: str) -> LoadError | None:
     """A sentence with next steps when ``error`` means that memory ran out, else ``None``."""
-    import torch
-
     for cause in chain(error):
         full = re.search("out of memory|can't allocate memory", str(cause), re.IGNORECASE)
-        if isinstance(cause, torch.OutOfMemoryError | MemoryError) or (
-            isinstance(cause, RuntimeError) and full
-        ):
+        if isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and full):
             return LoadError(
                 f"{model} does not fit in memory as {dtype}; try --dtype bfloat16, a smaller "
                 "batch, a shorter --prompt-length, or --device-map auto to spread it over "

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dart_llm.models.growing_cache import is_growing
 
@@ -31,12 +31,6 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 Criterion = Callable[[Tensor, int], Any]
 """Whether ids [1, T] end; the last one is passed as a number too."""
 
-OWN_METHODS = ("_sample", "_update_model_kwargs_for_generation")
-"""Methods that a model must not override, beside ``generate``."""
-
-OWN_CLASS = ("prepare_inputs_for_generation", "_has_unfinished_sequences")
-"""Methods that must not be set on the instance: the loop does not call them."""
-
 _ARGUMENTS = {"cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}
 """Arguments of a model whose values for the next token the loop derives."""
 
@@ -47,13 +41,15 @@ def can_stand_in(model: Any, generate: Any) -> bool:
     """Whether ``generate`` of a model calls transformers' loop and no method of the model."""
     from transformers import GenerationMixin
 
-    plain_generate = getattr(generate, "__func__", None) is GenerationMixin.generate
-    if any(name in model.__dict__ for name in OWN_CLASS):
+    theirs = ("_sample", "_update_model_kwargs_for_generation")
+    # the loop does not call these two
+    own = {*theirs, "prepare_inputs_for_generation", "_has_unfinished_sequences"}
+    if (
+        getattr(generate, "__func__", None) is not GenerationMixin.generate
+        or own & vars(model).keys()
+    ):
         return False
-    return plain_generate and all(
-        name not in model.__dict__ and getattr(type(model), name) is getattr(GenerationMixin, name)
-        for name in OWN_METHODS
-    )
+    return all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in theirs)
 
 
 class TokenLoop:
@@ -102,7 +98,10 @@ class TokenLoop:
             if scores.is_floating_point():
                 for processor in process:
                     scores = processor(ids, scores)
-                token = _drawn(scores) if sequence.sampled else _likeliest(scores)
+                if sequence.sampled:
+                    token = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+                else:
+                    token = _likeliest(scores)
             ids = torch.cat([ids, token[:, None]], dim=-1)
             number = int(token)
             over = any(criterion(ids, number) for criterion in ends)
@@ -115,12 +114,6 @@ class TokenLoop:
             token = scores = sequence.next(
                 ids, None if scored else _forbidden(process, ids.shape[1])
             )
-
-
-def _drawn(scores: Tensor) -> Tensor:
-    """One of scores [1, V] by its chance, [1]."""
-    chances = nn.functional.softmax(scores, dim=-1)
-    return torch.multinomial(chances, num_samples=1).squeeze(1)
 
 
 def _likeliest(scores: Tensor) -> Tensor:

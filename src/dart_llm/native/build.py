@@ -146,13 +146,11 @@ def _build(folder: Path) -> None:
     logger.info("compiling the native CPU kernels, once (about a minute on two cores)")
     make_folder(folder)
     before = os.environ.get("PATH", "")
-    # ninja as pip installs it is found, also where the environment was not activated
-    paths = os.pathsep.join([str(Path(sys.executable).parent), before])
     with tempfile.TemporaryDirectory(dir=folder, prefix=cache.SCRATCH) as scratch:
         for name, text in sources().items():
             (Path(scratch) / name).write_text(text, encoding="utf-8")
-        try:
-            os.environ["PATH"] = paths
+        try:  # ninja as pip installs it is found, also where the environment was not activated
+            os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
             cpp_extension.load(
                 NAME,
                 [str(Path(scratch) / name) for name in sources() if name.endswith(".cpp")],
