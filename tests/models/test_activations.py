@@ -93,22 +93,15 @@ def test_run_keeps_those_of_both_texts(tmp_path, monkeypatch):
     assert done.code == 0 and "--save-activations writes up to" in done.err, done.err
     (folder,) = (tmp_path / "results").glob("*/*")
     rows = [json.loads(line) for line in (folder / "generation.jsonl").read_text().splitlines()]
-    settings = json.loads((folder / "config.json").read_text())
-    assert settings["prune"]["executor"] == "masked"
     net, tokenizer = load(place() / "model", device="cpu")
     prompt = tokenizer("the sea and the moon").input_ids
     for row in rows:
         kept = load_file(folder / f"activations-{row['variant']}.safetensors")
         fed = [*prompt, *row["token_ids"]][:-1]
         assert kept["token_ids"].tolist() == fed and kept["layer1.u"].shape == (len(fed), WIDTH)
-        if row["variant"] == "dense":
-            with Recording(net, Wanted((1, 2))) as again, torch.no_grad():
-                net(torch.tensor([fed]))
-            plain = again.tensors()
-            torch.testing.assert_close(kept["layer2.u"], plain["layer2.u"], rtol=1e-3, atol=1e-4)
-        else:
-            gone = torch.ones(WIDTH, dtype=torch.bool)
-            gone[load_file(folder / "masks.safetensors")["remask0.layer1.ids"].long()] = False
-            u = kept["layer1.u"][:, gone]
-            assert gone.sum() == WIDTH // 2 and bool((u[len(prompt) :] == 0).all())
-            assert float((u[: len(prompt)] == 0).float().mean()) < 0.2  # the prompt ran dense
+        with Recording(net, Wanted((1,))) as again, torch.no_grad():
+            net(torch.tensor([fed]))
+        u, plain = kept["layer1.u"], again.tensors()["layer1.u"]
+        dense = len(fed) if row["variant"] == "dense" else len(prompt)  # the prompt ran dense
+        torch.testing.assert_close(u[:dense], plain[:dense], rtol=1e-3, atol=1e-4)
+        assert int((u[dense:] == 0).all(0).sum()) in (WIDTH, WIDTH // 2)  # of no token: all

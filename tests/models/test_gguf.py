@@ -39,24 +39,11 @@ pytestmark = pytest.mark.usefixtures("native")
 
 READING = "reading the tokenizer of tiny.gguf, once (a few seconds)"
 UP, NORM = "blk.1.ffn_up.weight", "blk.1.attn_norm.weight"
-MIXED = {
-    "blk.0.ffn_gate.weight": (FFN_WIDTH, WIDTH, Kind.Q8_0),
-    "blk.0.ffn_up.weight": (FFN_WIDTH, WIDTH, Kind.Q5_0),
-    "blk.0.ffn_down.weight": (WIDTH, FFN_WIDTH, Kind.Q5_1),
-    UP: (FFN_WIDTH, WIDTH, Kind.F16),
-    "blk.0.attn_v.weight": (WIDTH, WIDTH, Kind.BF16),
-}
 
 
 @pytest.fixture
 def gguf(tmp_path):
     return write_gguf(tmp_path / "tiny.gguf")
-
-
-@pytest.fixture
-def unknown(monkeypatch):
-    """As if Llama's files were not read in blocks."""
-    monkeypatch.delitem(ARCHITECTURES, "llama")
 
 
 @pytest.fixture
@@ -121,25 +108,6 @@ def test_dense_weights(gguf, tmp_path):
     assert checkpoint_facts(model) == facts(**stated)
 
 
-def test_dense_weights_are_those_that_transformers_reads(tmp_path, request):
-    """To the last bit, in both dtypes and where a device is given; of several types of blocks."""
-    gguf = write_gguf(tmp_path / "mixed.gguf", change=MIXED)
-    stored = kinds(load(gguf, cache_dir=tmp_path)[0])
-    assert set(stored.values()) == {"q8_0", "q5_0", "q5_1", "q4_1", ""}
-    read = functools.partial(load, gguf, cache_dir=tmp_path, weights="dense")
-    ours = [read(dtype="float32"), read(), read(dtype="float32", device_map={"": "cpu"})]
-    request.getfixturevalue("unknown")
-    theirs = [read(dtype="float32"), read(), read(dtype="float32")]
-    for (model, _), (other, tokenizer) in zip(ours, theirs, strict=True):
-        assert type(model) is type(other) and model.dtype == other.dtype
-        wanted = other.state_dict()
-        for name, value in model.state_dict().items():
-            assert torch.equal(value, wanted[name])
-        assert model.lm_head.weight is model.model.embed_tokens.weight
-        assert len(tokenizer) == VOCABULARY
-        assert checkpoint_facts(model) == checkpoint_facts(other)
-
-
 @pytest.mark.usefixtures("dequantised_prompts")
 def test_a_gguf_keeps_its_blocks(gguf, tmp_path):
     """On a CPU, where no dtype is asked for; what belongs to it is made once."""
@@ -164,6 +132,9 @@ def test_a_gguf_keeps_its_blocks(gguf, tmp_path):
     assert ids.shape[1] > 16  # many: by dequantised rows
     with torch.no_grad():
         torch.testing.assert_close(exact(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(DartError, match='load the model with weights="dense" for that'):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
     stated = {"source": "gguf file, as it is", "file_quantisation": "Q4_1", "dtype": "bfloat16"}
     assert checkpoint_facts(model).items() >= stated.items()
 
@@ -189,16 +160,6 @@ def test_weights_are_rounded_where_asked(kind, tied, tmp_path):
     assert checkpoint_facts(model)["parameters"] == checkpoint_facts(dense)["parameters"]
 
 
-def test_saving_is_refused_before_anything_is_written(gguf, tmp_path):
-    folder, where = write_folder(tmp_path / "copy"), {"cache_dir": tmp_path / "cache"}
-    for model, _ in (load(gguf, **where), load(folder, weights="q8_0")):
-        with pytest.raises(DartError, match='load the model with weights="dense" for that'):
-            model.save_pretrained(tmp_path / "saved")
-        assert not (tmp_path / "saved").exists()
-    load(gguf, weights="dense", **where)[0].save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / "model.safetensors").exists()
-
-
 def test_when_auto_keeps_blocks(gguf, tmp_path, monkeypatch):
     where = {"cache_dir": tmp_path}
     other = write_gguf(tmp_path / "other.gguf", architecture="starcoder2")
@@ -214,6 +175,8 @@ def test_when_auto_keeps_blocks(gguf, tmp_path, monkeypatch):
     assert set(again.values()) == {"", "q4_0"} and not is_packed(folder)
     text = sentence(lambda: load(other, weights="file", **where), ConfigError)
     assert "files of architecture starcoder2 are only read dense; give weights dense" in text
+    text = sentence(lambda: load(other, **where))  # the file has Llama's tensors alone
+    assert text.startswith("other is missing ") and "of the model's weights" in text
     with monkeypatch.context() as off:
         off.setenv(build.SWITCH, "0")
         build.why_not.cache_clear()
@@ -300,19 +263,6 @@ def test_files_and_folders_that_cannot_be_used(gguf, tmp_path, monkeypatch):
 # Damaged files.
 
 
-def test_a_file_that_is_cut_off_anywhere(gguf, nothing_made):
-    whole = gguf.read_bytes()
-    start = int(GGUFReader(gguf).data_offset)
-    for size in (*range(4, start, 97), start, start + 1, len(whole) // 2, len(whole) - 40):
-        gguf.write_bytes(whole[:size])
-        text = sentence(lambda: read_gguf(gguf))
-        assert text.startswith("tiny.gguf is not a whole GGUF file (")
-        assert text.endswith("); fetch it again and compare its size")
-    assert sentence(lambda: load(gguf)) == text
-    gguf.write_bytes(whole[:3])
-    assert sentence(lambda: load(gguf)).startswith(f"{gguf} is not a GGUF file; give a folder")
-
-
 def _entry(data, name):
     """Where the number of dimensions of tensor ``name`` stands."""
     return data.index(name.encode(), data.index(b"token_embd.weight")) + len(name)
@@ -331,15 +281,19 @@ TABLE = [
 HEADER = [(4, "I", 7), (8, "Q", 0), (8, "Q", 1 << 60), (16, "Q", 1 << 60)]
 
 
-def test_damage_in_the_table_of_tensors(gguf, nothing_made):
+def test_files_that_are_cut_off_or_have_another_header(gguf, nothing_made):
     whole = gguf.read_bytes()
-    at = _entry(whole, UP)
+    start, at = int(GGUFReader(gguf).data_offset), _entry(whole, UP)
+    sizes = (*range(4, start, 97), start, start + 1, len(whole) // 2, len(whole) - 40)
+    files = [whole[:size] for size in sizes]
     for place, form, value in [*((at + place, *rest) for place, *rest in TABLE), *HEADER]:
-        data = bytearray(whole)
-        struct.pack_into(f"<{form}", data, place, value)
+        files.append(bytearray(whole))
+        struct.pack_into(f"<{form}", files[-1], place, value)
+    for data in files:
         gguf.write_bytes(data)
         text = sentence(lambda: read_gguf(gguf))
-        assert text.startswith("tiny.gguf is not a whole GGUF file ("), (place - at, value)
+        assert text.startswith("tiny.gguf is not a whole GGUF file (")
+        assert text.endswith("); fetch it again and compare its size")
     assert sentence(lambda: load(gguf)) == text
 
 

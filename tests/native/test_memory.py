@@ -63,12 +63,11 @@ def room_for(size):
 
 def taken(room, tiles, count):
     """A copy of ``count`` rows that lies in ``room``."""
-    (found,) = torch.ops.dart_llm.packed_kept([tiles], torch.arange(count).int(), [], room)
-    return found
+    return torch.ops.dart_llm.packed_kept([tiles], torch.arange(count).int(), [], room)[0]
 
 
 def spans(copy):
-    return [(one.data_ptr(), one.data_ptr() + one.nbytes) for one in copy.parts()]
+    return [(part.data_ptr(), part.data_ptr() + part.nbytes) for part in copy.parts()]
 
 
 @pytest.fixture(scope="module")
@@ -98,32 +97,17 @@ def test_what_is_taken_lies_one_after_the_other_and_comes_back(tiles):
     assert spans(whole)[0][0] == places[0][0]
 
 
-def test_a_room_grows_where_it_is_too_small(tiles):
-    """Beyond what it was made for, and beyond the map that was added."""
+def test_a_room_grows_and_goes_with_the_last_that_lies_in_it(tiles):
+    """Beyond what it was made for, and beyond the map that was added; in huge pages."""
     room, alone = room_for(PAGE), taken(room_for(0), tiles, 4096)
     copies = [taken(room, tiles, 4096) for _ in range(40)]
     places = sorted(span for copy in copies for span in spans(copy))
     assert all(end <= begin for (_, end), (begin, _) in zip(places, places[1:], strict=False))
-    for copy in copies:
-        assert all(map(torch.equal, copy.parts(), alone.parts()))
-    del copies, copy
-    assert room.left() >= 40 * alone.nbytes()
-
-
-def test_memory_goes_with_the_last_that_lies_in_it(tiles):
-    room = room_for(4 * PAGE)
-    copy = taken(room, tiles, 2048)
+    assert all(map(torch.equal, copies[-1].parts(), alone.parts()))
+    room, copy = room_for(16 * PAGE), taken(room_for(16 * PAGE), tiles, 16)
     address = copy.parts()[0].data_ptr()
-    del room
-    assert mapped(address)["Size"] >= 4 * PAGE // 1024
-    assert all(map(torch.equal, copy.parts(), taken(room_for(0), tiles, 2048).parts()))
+    assert mapped(address)["Size"] >= 16 * PAGE // 1024
+    assert not HUGE or mapped(address)["AnonHugePages"] > 0.8 * 16 * PAGE // 1024
     del copy
-    assert mapped(address).get("Size", 0) < 4 * PAGE // 1024
-
-
-@pytest.mark.skipif(not HUGE, reason="this system gives no huge pages")
-def test_they_are_huge(tiles):
-    room = room_for(16 * PAGE)
-    copy = taken(room, tiles, 16)
-    found = mapped(copy.parts()[0].data_ptr())
-    assert found["AnonHugePages"] > 0.8 * 16 * PAGE // 1024
+    assert mapped(address).get("Size", 0) < 16 * PAGE // 1024
+    assert room.left() == 16 * PAGE
