@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -26,7 +26,6 @@ from pydantic import (
 
 from dart_llm.errors import ConfigError, check_name
 from dart_llm.files import read_yaml
-from dart_llm.models.capture_spec import PANEL, Wanted, parse_layers, parse_tensors, parse_tokens
 from dart_llm.pruning.config import (
     BOUNDS,
     DEFAULT_METHOD,
@@ -40,6 +39,9 @@ from dart_llm.pruning.layer_table import parse_layer_spec, read_table
 from dart_llm.pruning.registry import METHODS, SETTING
 from dart_llm.pruning.setting_file import KeptSetting, kept_setting, path_of
 from dart_llm.reporting.figures import STYLES
+
+if TYPE_CHECKING:
+    from dart_llm.models.capture import Wanted
 
 
 class Settings(BaseModel):
@@ -291,7 +293,7 @@ class LoadOptions(Settings):
     cache_dir: str | None = setting(
         "Model", "Where weights are kept (default: the hub's own cache)."
     )
-    device: str | None = setting("Model", "0, 0,1, cuda:0, cpu or mps (default: GPU 0, else CPU).")
+    device: str | None = setting("Model", "0, cuda:0, cpu or mps (default: GPU 0, else CPU).")
     device_map: str | None = setting("Model", "How layers are spread over devices, e.g. auto.")
     dtype: str | None = setting("Model", "float32, float16, bfloat16 (default: the checkpoint's).")
     weights: str | None = setting(
@@ -583,30 +585,15 @@ def merge(
     return settings.fitted()
 
 
-# Which activations ``--save-activations`` keeps: layers, tokens and tensors.  Needs no torch.
-
-
 class ActivationSettings(BaseSettings):
-    """The settings of commands that can keep activations."""
+    """The settings of commands that can keep activations: u of all layers."""
 
     save_activations: bool = setting(
-        PANEL, "Save activations as safetensors (says the size first).", False
+        "Activations", "Save 256 tokens' neuron values as safetensors (says the size).", False
     )
-    activation_layers: str = setting(PANEL, "Their layers: all, 0-5 or 0,3,7-9.", "all")
-    activation_tokens: str = setting(PANEL, "Their tokens: 0:256, or 128: to the end.", "0:256")
-    activation_tensors: str = setting(
-        PANEL, "Which: u (neurons), x (stream before), z, r (FFN output); as in u,x.", "u"
-    )
-
-    @model_validator(mode="after")
-    def _check_activations(self) -> ActivationSettings:
-        parse_layers(self.activation_layers)
-        parse_tokens(self.activation_tokens)
-        parse_tensors(self.activation_tensors)
-        return self
 
     def wanted(self, layers: int) -> Wanted:
         """What is kept of a model with this many layers."""
-        start, end = parse_tokens(self.activation_tokens)
-        chosen = parse_layers(self.activation_layers, layers) or ()
-        return Wanted(chosen, start, end, parse_tensors(self.activation_tensors))
+        from dart_llm.models.capture import Wanted
+
+        return Wanted(tuple(range(layers)), 0, 256)

@@ -15,12 +15,11 @@ from torch import nn
 
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError
+from dart_llm.models.checkpoint import fingerprint
 from dart_llm.models.describe import describe, weight_facts
-from dart_llm.models.fingerprint import fingerprint
 from dart_llm.models.loading import load
 from dart_llm.models.packed import PackedTensor
-from dart_llm.models.packed_loading import round_weights
-from dart_llm.models.quantised import round_weights_to
+from dart_llm.models.packed_loading import round_weights, round_weights_to
 from dart_llm.patching.executors import native_ffn
 from dart_llm.pruning.accounting import Costs
 from dart_llm.session.run import prune

@@ -12,7 +12,7 @@ from torch import nn
 
 import dart_llm
 from dart_llm.errors import AttachError
-from dart_llm.models.fingerprint import fingerprint
+from dart_llm.models.checkpoint import fingerprint
 from dart_llm.models.packed_loading import round_weights
 from dart_llm.session.run import prune
 from prior_cases import CONFIG, SMALL

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dart_llm.models.fingerprint import digest_of
+from dart_llm.models.checkpoint import digest_of
 from dart_llm.session.run import prune
 from prior_cases import CONFIG, SMALL
 from products import cases

@@ -7,7 +7,7 @@ from dart_llm.experiments import model_facts
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.rows import table
 from dart_llm.experiments.store import checkpoint_line
-from dart_llm.models.bundled import MODEL_WHEEL_BYTES
+from dart_llm.models.cached import MODEL_WHEEL_BYTES
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.loading import load
 from dart_llm.reporting.words import dtype_text

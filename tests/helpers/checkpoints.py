@@ -22,21 +22,23 @@ def write_gguf(path, ffn=Kind.Q4_1, architecture="llama", change=None, **setting
     """
     draw = np.random.default_rng(0)
     width, attention = settings.get("width", WIDTH), settings.get("attention", Kind.Q4_1)
-    shape = Shape(architecture, width, settings.get("context", CONTEXT))
+    context = settings.get("context", CONTEXT)
+    facts, matrices, vectors = _layer(architecture, width)
     writer = gguf.GGUFWriter(str(path), architecture)
-    for name, value in {**SETTINGS, **shape.facts(), "name": settings.get("name", "tiny")}.items():
+    facts |= {"context_length": context, "name": settings.get("name", "tiny")}
+    for name, value in {**SETTINGS, **facts}.items():
         getattr(writer, f"add_{name}")(value)
     for name, value in settings.get("facts", {}).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](f"{architecture}.{name}", value)
 
     def add(name, rows, columns, kind):
-        if (found := (change or {}).get(name, (rows, columns, kind))) is None:
+        if (size := (change or {}).get(name, (rows, columns, kind))) is None:
             return
-        rows, columns, kind = found
+        rows, columns, kind = size
         if kind in (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K):  # which gguf does not round to
-            seed, size = int(draw.integers(1 << 30)), 0.005 if kind == Kind.Q6_K else 0.02
-            blocks = drawn_blocks(kind.name.lower(), rows, columns, seed, size)[0].numpy()
+            seed, scale = int(draw.integers(1 << 30)), 0.005 if kind == Kind.Q6_K else 0.02
+            blocks = drawn_blocks(kind.name.lower(), rows, columns, seed, scale)[0].numpy()
         else:
             weights = 0.1 * draw.standard_normal((rows, columns), dtype=np.float32)
             blocks = gguf.quants.quantize(weights, kind)
@@ -45,21 +47,20 @@ def write_gguf(path, ffn=Kind.Q4_1, architecture="llama", change=None, **setting
     add("token_embd.weight", VOCABULARY, width, settings.get("embedding", Kind.Q8_0))
     if not settings.get("tied", True):
         add("output.weight", VOCABULARY, width, attention)
+    plain = {"output_norm.weight": np.ones(width)}
     for layer in range(LAYERS):
-        for part, sizes in shape.attention().items():
-            add(f"blk.{layer}.{part}.weight", *sizes, attention)
-        for part, sizes in shape.ffn().items():
-            kind = settings.get("down", ffn) if part == "ffn_down" else ffn
+        for part, sizes in matrices.items():
+            kind = attention if part.startswith("attn") else ffn
+            kind = settings.get("down", ffn) if part == "ffn_down" else kind
             add(f"blk.{layer}.{part}.weight", *sizes, kind)
-        for part, length in shape.drawn().items():
-            values = 1 + 0.1 * draw.standard_normal(length, dtype=np.float32)
-            writer.add_tensor(f"blk.{layer}.{part}", values)
+        for part, length in vectors.items():
+            plain[f"blk.{layer}.{part}"] = 1 + 0.1 * draw.standard_normal(length)
         for part in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{part}.weight", np.ones(width, dtype=np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(width, dtype=np.float32))
-    for name, values in shape.ends(draw).items():
-        writer.add_tensor(name, values)
-    for name, values in settings.get("tensors", {}).items():
+            plain[f"blk.{layer}.{part}.weight"] = np.ones(width)
+    if architecture == "gpt2":
+        plain["position_embd.weight"] = 0.1 * draw.standard_normal((context, width))
+        plain["output_norm.bias"] = 0.1 * draw.standard_normal(width)
+    for name, values in {**plain, **settings.get("tensors", {})}.items():
         writer.add_tensor(name, np.asarray(values, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -68,74 +69,42 @@ def write_gguf(path, ffn=Kind.Q4_1, architecture="llama", change=None, **setting
     return path
 
 
-class Shape:
-    """Names and sizes of what a file of ``architecture`` holds, of two heads."""
-
-    def __init__(self, architecture, width, context):
-        self.architecture, self.width, self.context = architecture, width, context
-        self.size = 128 if architecture == "qwen3" else width // 2  # transformers has it fixed
-
-    @property
-    def ffn_width(self):
-        if self.architecture == "gpt2":  # which transformers does not read from a file
-            return 4 * self.width
-        return 2 * self.width if self.width > WIDTH else FFN_WIDTH
-
-    def facts(self):
-        found = {"context_length": self.context, "embedding_length": self.width}
-        found |= {"feed_forward_length": self.ffn_width}
-        if self.architecture != "llama":
-            found |= {"key_length": self.size, "value_length": self.size}
-        if self.architecture == "gpt2":
-            found |= {"layer_norm_eps": 1e-5}
-        if self.architecture == "phi3":  # or it has one outside of a small vocabulary
-            found |= {"pad_token_id": 1}
-        return found
-
-    def attention(self):
-        inner = 2 * self.size
-        if self.architecture in ("phi3", "gpt2"):
-            found = {"attn_qkv": (3 * inner, self.width)}
-        else:
-            found = {f"attn_{part}": (inner, self.width) for part in "qkv"}
-        return found | {"attn_output": (self.width, inner)}
-
-    def ffn(self):
-        gated, rows = {"ffn_gate": (self.ffn_width, self.width)}, self.ffn_width
-        if self.architecture in ("phi3", "gpt2"):
-            gated, rows = {}, rows * (2 if self.architecture == "phi3" else 1)
-        return {**gated, "ffn_up": (rows, self.width), "ffn_down": (self.width, self.ffn_width)}
-
-    def drawn(self):
-        """Vectors that a layer has beside Llama's."""
-        after = {f"post_{part}.weight": self.width for part in ("attention_norm", "ffw_norm")}
-        normed = {f"attn_{part}_norm.weight": self.size for part in "qk"}
-        matrices = {**self.attention(), **self.ffn()}
-        biases = {f"{part}.bias": rows for part, (rows, _) in matrices.items()}
-        biases |= {f"{part}.bias": self.width for part in ("attn_norm", "ffn_norm")}
-        return {
-            "qwen2": {f"attn_{part}.bias": 2 * self.size for part in "qkv"},
-            "qwen3": normed,
-            "gemma2": after,
-            "gemma3": after | normed,
-            "gpt2": biases,
-        }.get(self.architecture, {})
-
-    def ends(self, draw):
-        """Vectors and positions that stand outside of the layers."""
-        if self.architecture != "gpt2":
-            return {}
-        return {
-            "position_embd.weight": 0.1
-            * draw.standard_normal((self.context, self.width), dtype=np.float32),
-            "output_norm.bias": 0.1 * draw.standard_normal(self.width, dtype=np.float32),
-        }
+def _layer(architecture, width):
+    """Metadata, matrices and vectors beside Llama's norms, of a layer with two heads."""
+    size = 128 if architecture == "qwen3" else width // 2  # transformers has it fixed
+    neurons = 2 * width if width > WIDTH else FFN_WIDTH
+    neurons = 4 * width if architecture == "gpt2" else neurons  # transformers does not read it
+    fused = architecture in ("phi3", "gpt2")
+    facts = {"embedding_length": width, "feed_forward_length": neurons}
+    if architecture != "llama":
+        facts |= {"key_length": size, "value_length": size}
+    if architecture == "gpt2":
+        facts |= {"layer_norm_eps": 1e-5}
+    if architecture == "phi3":  # or it has one outside of a small vocabulary
+        facts |= {"pad_token_id": 1}
+    matrices = {"attn_qkv": (6 * size, width)} if fused else {}
+    matrices |= {} if fused else {f"attn_{part}": (2 * size, width) for part in "qkv"}
+    matrices |= {"attn_output": (width, 2 * size)}
+    matrices |= {} if fused else {"ffn_gate": (neurons, width)}
+    matrices |= {"ffn_up": (neurons * (2 if architecture == "phi3" else 1), width)}
+    matrices |= {"ffn_down": (width, neurons)}
+    after = {f"post_{part}.weight": width for part in ("attention_norm", "ffw_norm")}
+    normed = {f"attn_{part}_norm.weight": size for part in "qk"}
+    biases = {f"{part}.bias": rows for part, (rows, _) in matrices.items()}
+    biases |= {f"{part}.bias": width for part in ("attn_norm", "ffn_norm")}
+    vectors = {
+        "qwen2": {f"attn_{part}.bias": 2 * size for part in "qkv"},
+        "qwen3": normed,
+        "gemma2": after,
+        "gemma3": after | normed,
+        "gpt2": biases,
+    }
+    return facts, matrices, vectors.get(architecture, {})
 
 
-def facts(**known):
-    """What is recorded of a checkpoint, where nothing else is known."""
-    plain = {"revision": None, "file_quantisation": "none", "dtype": "bfloat16"}
-    return {**plain, **known}
+def facts(**stated):
+    """What is recorded of a checkpoint, where nothing else is stated."""
+    return {"revision": None, "file_quantisation": "none", "dtype": "bfloat16", **stated}
 
 
 def write_folder(folder, **settings):

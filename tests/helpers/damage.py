@@ -19,12 +19,6 @@ def flip(data):
     return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
-def zero_page(data):
-    """A page that never reached the disk: the last one of up to 4 KiB."""
-    hole = min(4096, len(data) // 2)
-    return data[:-hole] + bytes(hole)
-
-
 def folder(path):
     path.unlink()
     (path / "something").mkdir(parents=True)
@@ -32,7 +26,7 @@ def folder(path):
 
 DAMAGES = {
     "flip": changed(flip),
-    "zero page": changed(zero_page),
+    "zero page": changed(lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2)),
     "cut": changed(lambda data: data[:-3]),
     "empty": changed(lambda data: b""),
     "random": changed(lambda data: os.urandom(len(data))),
@@ -45,13 +39,13 @@ def tensors(change):
 
 
 def each(change):
-    return tensors(lambda found: {key: change(t) for key, t in found.items()})
+    return tensors(lambda kept: {key: change(t) for key, t in kept.items()})
 
 
-def without_the_last(found):
+def without_the_last(kept):
     """Without its weight either."""
-    stem = sorted(found)[-1].rpartition(".")[0]
-    return {key: t for key, t in found.items() if not key.startswith(stem)}
+    stem = sorted(kept)[-1].rpartition(".")[0]
+    return {key: t for key, t in kept.items() if not key.startswith(stem)}
 
 
 TENSOR_DAMAGES = {

@@ -1,4 +1,4 @@
-"""Maps of this process, as /proc tells them."""
+"""Maps of this process, as /proc lists them."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ HUGE = SWITCH.is_file() and "[never]" not in SWITCH.read_text()
 
 
 def mapped(address):
-    """Sizes, in kilobytes, that are said of the map on which ``address`` lies; {} of none."""
-    found, inside = {}, False
+    """Sizes, in kilobytes, of the map on which ``address`` lies; {} of none."""
+    sizes, inside = {}, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, *rest = line.split()
         if not name.endswith(":"):
-            low, high = (int(one, 16) for one in name.split("-"))
+            low, high = (int(address, 16) for address in name.split("-"))
             inside = low <= address < high
         elif inside and rest[-1] == "kB":
-            found[name[:-1]] = int(rest[0])
-    return found
+            sizes[name[:-1]] = int(rest[0])
+    return sizes

@@ -62,15 +62,15 @@ def rounded(x, group=32):
     groups = torch.nn.functional.pad(x.float(), (0, room)).reshape(*x.shape[:-1], -1, group)
     most = groups.abs().amax(-1, keepdim=True)
     levels = torch.round(groups * torch.where(most > 0, 127 / most, 0.0))
-    found = levels.double() * (most / 127).double()
-    return found.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    values = levels.double() * (most / 127).double()
+    return values.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
 
 
-def differ(found, x, weights):
-    """Largest difference of ``found`` from x [n, M] times weights [M, N], by size of the terms."""
+def differ(product, x, weights):
+    """Largest difference of ``product`` from x [n, M] times weights [M, N], by size of terms."""
     x, weights = x.double(), weights.double()
     size = (x.abs() @ weights.abs()).clamp(min=1e-30)
-    return float(((found.double() - x @ weights).abs() / size).max())
+    return float(((product.double() - x @ weights).abs() / size).max())
 
 
 def mixed_model(name):

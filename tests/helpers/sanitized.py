@@ -51,12 +51,12 @@ def kernel_objects(folder, tools=Tools()):
     tools.compile(folder, "-c", *sorted({*KERNELS.glob("*.cpp")} - torch - idle - slow))
     if slow:
         Tools(flags=tools.flags.replace("-O1", "-O0")).compile(folder, "-c", *sorted(slow))
-    found = sorted(folder.glob("*.o"))
+    objects = sorted(folder.glob("*.o"))
     if idle:  # last in the list, for a linker takes the first of equal inline functions
         (folder / "idle").mkdir()
         Tools(flags=f"{WARNINGS} -O0").compile(folder / "idle", "-c", *sorted(idle))
-        found += sorted((folder / "idle").glob("*.o"))
-    return [str(one) for one in found]
+        objects += sorted((folder / "idle").glob("*.o"))
+    return [str(path) for path in objects]
 
 
 def driver(name, objects, folder, tools=Tools()):

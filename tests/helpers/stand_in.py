@@ -8,9 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from checkpoints import write_gguf
 from dart_llm.data import texts
-from dart_llm.models.bundled import MEMBER
-from dart_llm.models.bundled import MODEL_SHA256 as SHA256
-from dart_llm.models.gguf import convert, scratch_folder
+from dart_llm.models.cached import MEMBER, convert, scratch_folder
+from dart_llm.models.cached import MODEL_SHA256 as SHA256
 from dart_llm.models.gguf_file import read_gguf
 
 VOCABULARY, WIDTH, FFN_WIDTH, LAYERS, CONTEXT = 512, 32, 64, 4, 8192

@@ -5,22 +5,16 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from dart_llm.models import fingerprint as module
-from dart_llm.models.fingerprint import digest_of, fingerprint
+from dart_llm.models import checkpoint as module
+from dart_llm.models.checkpoint import digest_of, fingerprint
 from dart_llm.session.run import prune
 from steps import decode
-from tiny import NAMES, tiny, tokens
+from tiny import tiny, tokens
 
 
 def down(model):
     return model.model.layers[1].mlp.down_proj.weight.data
-
-
-def _relu(model):
-    del model.model.layers[0].mlp.act_fn  # a function in a module's place
-    model.model.layers[0].mlp.act_fn = F.relu
 
 
 def _own_forward(model, by=2):
@@ -28,12 +22,9 @@ def _own_forward(model, by=2):
 
 
 CHANGES = {
-    "mul": lambda m: down(m).mul_(1.5),
-    "numpy view": lambda m: down(m).numpy().put(5, 0.25),
     "one number, one bit": lambda m: down(m).view(torch.int32)[2, 3].bitwise_xor_(1),
     "a negated neuron": lambda m: down(m)[:, 7].neg_(),
     "activation": lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.GELU()),
-    "activation as a function": _relu,
     "norm eps": lambda m: setattr(m.model.norm, "variance_epsilon", 0.1),
     "attention scaling": lambda m: setattr(m.model.layers[0].self_attn, "scaling", 0.5),
     "a buffer": lambda m: m.model.rotary_emb.inv_freq.mul_(2),
@@ -76,21 +67,14 @@ def test_an_attached_run_is_not_seen(native, executor):
     assert fingerprint(model) == before
 
 
-def test_every_family_has_one():
-    for name in NAMES:
-        first = fingerprint(tiny(name))
-        assert fingerprint(tiny(name)) == first != fingerprint(tiny(name, seed=1)), name
-
-
 def test_digests_of_tensors(monkeypatch):
     """The CPU multiplies in int8, others in float32: both are exact, however it lies."""
     drawn = torch.randint(-128, 128, (300, 1000), generator=torch.Generator().manual_seed(0))
-    drawn = [drawn.to(one) for one in (torch.float32, torch.bfloat16, torch.int64, torch.bool)]
-    there = [digest_of(one) for one in drawn]
+    drawn = [drawn.to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.bool)]
+    digests = [digest_of(tensor) for tensor in drawn]
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(module, "ROWS", 7)
-    assert [digest_of(one.t().contiguous().t()) for one in drawn] == there
-    assert not set(there) & {digest_of(one.t()) for one in drawn}
-    made = [torch.tensor(1.0), torch.tensor(2.0), torch.zeros(3), torch.zeros(0), torch.zeros(0, 2)]
-    assert len({digest_of(one) for one in made}) == len(made)
-    assert digest_of(torch.zeros(3, device="meta")) != digest_of(torch.zeros(3))
+    assert [digest_of(tensor.t().contiguous().t()) for tensor in drawn] == digests
+    assert not set(digests) & {digest_of(tensor.t()) for tensor in drawn}
+    others = [torch.tensor(1.0), torch.zeros(3), torch.zeros(3, device="meta"), torch.zeros(0, 2)]
+    assert len({digest_of(tensor) for tensor in others}) == len(others)

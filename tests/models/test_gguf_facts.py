@@ -1,18 +1,14 @@
 """What a GGUF file states of its model beside what transformers reads; dense and in blocks."""
 
-import json
-
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from checkpoints import WIDTH, write_gguf
 from dart_llm.errors import LoadError
-from dart_llm.files import file_sha256
-from dart_llm.models.gguf import converted_folder
-from dart_llm.models.gguf_facts import left_out
-from dart_llm.models.gguf_file import read_gguf
+from dart_llm.models.gguf_file import left_out, read_gguf
 from dart_llm.models.loading import load
 from steps import apart, decode, pruned
 from tiny import tokens
@@ -47,30 +43,18 @@ def check_alike(packed, dense):
     assert apart(decode(packed, IDS, 40), decode(dense, IDS, 40)) < 5e-2
 
 
-def llama_3_of_transformers(factor):
-    """Factors of 16 frequencies, by the function that runs such models."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    settings = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    settings |= {"rope_type": "llama3", "original_max_position_embeddings": 8192}
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=WIDTH,
-        num_attention_heads=2,
-        rope_parameters={**settings, "factor": factor, "rope_theta": 10000.0},
-    )
-    return PLAIN_16 / ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
-
-
 def test_llama_3(tmp_path):
     """Whose file holds the factors, and no word of what they were made of."""
-    factors = llama_3_of_transformers(32.0)
+    settings = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0}
+    settings |= {"rope_type": "llama3", "original_max_position_embeddings": 8192, "factor": 32.0}
+    sizes = {"hidden_size": WIDTH, "num_attention_heads": 2}
+    config = AutoConfig.for_model("llama", **sizes, rope_parameters=settings)
+    factors = PLAIN_16 / ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0]
     assert factors[0] == 1 and factors[-1] == 32 and 1 < factors[11] < 32
     packed, dense = both(tmp_path, tensors={"rope_freqs.weight": factors})
-    for one in (packed, dense):
-        known = one.config.rope_parameters
-        assert (known["rope_type"], known["factor"], known["rope_theta"]) == ("llama3", 32, 10000)
-        torch.testing.assert_close(frequencies(one), PLAIN_16 / factors)
+    for model in (packed, dense):
+        assert model.config.rope_parameters.items() >= settings.items()
+        torch.testing.assert_close(frequencies(model), PLAIN_16 / factors)
     check_alike(packed, dense)
 
 
@@ -95,6 +79,7 @@ def test_other_factors_of_frequencies(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
 def test_scaled_positions(architecture, tmp_path):
+    """Linearly; and by yarn."""
     packed, dense = both(tmp_path, architecture=architecture, facts=LINEAR)
     for one in (packed, dense):
         known = one.config.rope_parameters
@@ -105,19 +90,14 @@ def test_scaled_positions(architecture, tmp_path):
             torch.testing.assert_close(frequencies(one), PLAIN_16 / 8)
         assert (known["rope_type"], known["factor"]) == ("linear", 8)
     check_alike(packed, dense)
-
-
-def test_yarn(tmp_path):
-    packed, dense = both(
-        tmp_path,
-        architecture="qwen2",
-        facts={**YARN, "rope.scaling.original_context_length": 32},
-    )
-    for one in (packed, dense):
-        known = one.config.rope_parameters
-        assert known["original_max_position_embeddings"] == 32 and known["rope_type"] == "yarn"
-        assert not torch.allclose(frequencies(one), PLAIN_16)
-    check_alike(packed, dense)
+    if architecture == "qwen2":
+        yarn = {**YARN, "rope.scaling.original_context_length": 32}
+        packed, dense = both(tmp_path, architecture=architecture, facts=yarn)
+        for one in (packed, dense):
+            known = one.config.rope_parameters
+            assert known["original_max_position_embeddings"] == 32 and known["rope_type"] == "yarn"
+            assert not torch.allclose(frequencies(one), PLAIN_16)
+        check_alike(packed, dense)
 
 
 def test_phi3(tmp_path):
@@ -147,12 +127,6 @@ def test_phi3(tmp_path):
     check_alike(packed, dense)
 
 
-def test_gpt2_of_another_context(tmp_path):
-    packed, dense = both(tmp_path, architecture="gpt2", context=128)
-    assert packed.config.n_positions == packed.transformer.wpe.weight.shape[0] == 128
-    check_alike(packed, dense)
-
-
 def test_mistral_keeps_its_window(tmp_path):
     """Which transformers takes for its type by the name; beside such a model of these weights."""
     file = write_gguf(tmp_path / "tiny.gguf", ffn=Kind.Q8_0)
@@ -165,20 +139,6 @@ def test_mistral_keeps_its_window(tmp_path):
     assert (model.config.model_type, model.config.sliding_window) == ("mistral", 24)
     logits = decode(wanted, IDS, 40)
     assert apart(decode(model, IDS, 40), logits) < 5e-2 < apart(decode(dense, IDS, 40), logits)
-    for sparsity in (0.0, 0.5):
-        _, _, theirs = pruned(wanted, IDS, 40, executor="masked", sparsity=sparsity)
-        _, _, found = pruned(model, IDS, 40, executor="native", sparsity=sparsity)
-        assert apart(found, theirs) < 5e-2
-
-
-def test_a_copy_of_an_earlier_version_is_made_again(tmp_path):
-    """Its configuration lacks what the file states."""
-    file = write_gguf(tmp_path / "tiny.gguf", facts=LINEAR)
-    load(file, cache_dir=tmp_path, weights="dense")
-    folder = converted_folder(tmp_path / "dart-llm", file_sha256(file), packed=True)
-    record = folder / "source.json"
-    about = json.loads(record.read_text())
-    assert about.pop("settings")["rope_parameters"]["factor"] == 8
-    record.write_text(json.dumps(about))
-    load(file, cache_dir=tmp_path, weights="dense")
-    assert "settings" in json.loads(record.read_text())
+    _, _, theirs = pruned(wanted, IDS, 40, executor="masked", sparsity=0.5)
+    _, _, ours = pruned(model, IDS, 40, executor="native", sparsity=0.5)
+    assert apart(ours, theirs) < 5e-2

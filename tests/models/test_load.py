@@ -1,8 +1,9 @@
-"""What a model's name may be, its dtype, what is known of it, and every sentence of a refusal."""
+"""What a model's name may be, its dtype and device, and what is refused before weights are read."""
 
 import hashlib
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,7 @@ from dart_llm.errors import ConfigError, DartError
 from dart_llm.files import size_text
 from dart_llm.hub import plain, redact, weight_files
 from dart_llm.models.checkpoint import Checkpoint, checkpoint_facts, weights_sha256, weights_size
-from dart_llm.models.gguf_facts import ARCHITECTURES
-from dart_llm.models.loading import load, parse_dtype
+from dart_llm.models.loading import load, memory_failure, parse_device, parse_dtype, placement
 from dart_llm.native import memory
 
 
@@ -48,25 +48,21 @@ def test_a_folder_loads_in_its_own_dtype_and_in_others(folder, caplog):
     assert load(folder, dtype=torch.float16, device="cpu")[0].dtype == torch.float16
 
 
-def test_the_facts_of_a_folder(folder):
+def test_the_facts_of_a_folder(folder, tmp_path):
+    """The checksum of several files is that of their ``sha256sum`` lines."""
     weights = folder / "model.safetensors"
-    known = {"name": folder.name, "source": "folder", "path": str(folder), "dtype": "float32"}
-    known["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    known["parameters"] = sum(tensor.numel() for tensor in load_file(weights).values())
-    assert checkpoint_facts(load(folder)[0].float()) == facts(**known)
+    stated = {"name": folder.name, "source": "folder", "path": str(folder), "dtype": "float32"}
+    stated["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    stated["parameters"] = parameters(folder)
+    assert checkpoint_facts(load(folder)[0].float()) == facts(**stated)
     own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
-    known = {"name": str(folder), "path": str(folder), "source": "not loaded by dart_llm"}
-    known |= {"dtype": "float16", "sha256": None, "file_quantisation": None}
-    assert checkpoint_facts(own).items() >= known.items()
-
-
-def test_the_checksum_of_several_files_is_that_of_their_sha256sum_lines(tmp_path):
-    for name in ("b.safetensors", "a.safetensors"):
+    stated = {"name": str(folder), "path": str(folder), "source": "not loaded by dart_llm"}
+    stated |= {"dtype": "float16", "sha256": None, "file_quantisation": None}
+    assert checkpoint_facts(own).items() >= stated.items()
+    lines = ""
+    for name in ("a.safetensors", "b.safetensors"):
         save_file({"x": torch.full((3,), float(ord(name[0])))}, tmp_path / name)
-    lines = "".join(
-        f"{hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}  {name}\n"
-        for name in ("a.safetensors", "b.safetensors")
-    )
+        lines += f"{hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}  {name}\n"
     assert weights_sha256(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
     assert weights_sha256(tmp_path / "nothing") is None
 
@@ -96,33 +92,60 @@ def test_folders_that_are_no_whole_checkpoint(tmp_path, snapshot):
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "own.py").write_text("raise SystemExit('this code ran')\n")
     said.append(sentence(copy, root=tmp_path))
-    for path in copy.glob("tokenizer*"):
-        path.unlink()
-    said.append(sentence(copy, root=tmp_path))
     assert said == snapshot
 
 
 def test_dtypes():
     for value, expected in (
-        *[(one, "auto") for one in (None, "auto")],
-        *[(one, torch.float32) for one in ("fp32", "Float32")],
-        *[(one, torch.float16) for one in ("half", "fp16", torch.float16)],
-        *[(one, torch.bfloat16) for one in ("bf16", "torch.bfloat16")],
+        *[(word, "auto") for word in (None, "auto")],
+        *[(word, torch.float32) for word in ("fp32", "Float32")],
+        *[(word, torch.float16) for word in ("half", "fp16", torch.float16)],
+        *[(word, torch.bfloat16) for word in ("bf16", "torch.bfloat16")],
     ):
         assert parse_dtype(value) == expected
-    for value in ("int8", torch.float64):
+    for value in ("int8", torch.float64, "Tensor"):
         with pytest.raises(ConfigError, match="; write float32, float16, bfloat16 or auto"):
             parse_dtype(value)
 
 
-def test_cache_folders(tmp_path, monkeypatch):
-    monkeypatch.delenv("DART_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert (cache_folder(), hub_cache()) == (tmp_path / "dart-llm", None)
-    monkeypatch.setenv("DART_CACHE", str(tmp_path / "env"))
-    assert (cache_folder(), hub_cache()) == (tmp_path / "env" / "dart-llm", tmp_path / "env")
-    chosen = tmp_path / "argument"
-    assert (cache_folder(chosen), hub_cache(chosen)) == (chosen / "dart-llm", chosen)
+def test_devices(monkeypatch, caplog):
+    """Of a machine with two GPUs, with MPS, and with neither, where a warning names the CPU."""
+    names = (None, "auto", "cpu", "0", "cuda:3", "mps")
+    assert [parse_device(text) for text in names] == ["cpu"] * 6 and len(caplog.messages) == 3
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpus = {**dict.fromkeys((None, "", "auto", "cuda", "0"), "cuda:0"), "CUDA:1": "cuda:1"}
+    assert {text: parse_device(text) for text in gpus} == gpus
+    for text, problem in (
+        ("5", "this machine has 2"),
+        ("gpu", "is not a device"),
+        ("-1", "is not"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            parse_device(text)
+    table = '{"model": 0, "lm_head": "cpu"}'
+    for device, device_map, expected in (
+        (None, None, {}),
+        ("mps", None, {"device_map": {"": "mps"}}),
+        (None, {"": 1}, {"device_map": {"": 1}}),
+        ("", table, {"device_map": {"model": 0, "lm_head": "cpu"}}),
+    ):
+        assert placement(device, device_map) == expected
+    with pytest.raises(ConfigError, match="device and device_map exclude each other"):
+        placement("cpu", "auto")
+    with pytest.raises(ConfigError, match=r"is not JSON \(.* at character 1\); write auto"):
+        placement(None, "{model: 0}")
+
+
+def test_memory_failure_names_the_next_steps():
+    cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), cpu, MemoryError()):
+        outer = ValueError("loading failed")
+        outer.__cause__ = error
+        text = "big/model does not fit in memory as float32; try --dtype bfloat16"
+        assert str(memory_failure(outer, "big/model", "float32")).startswith(text)
+    assert memory_failure(RuntimeError("shapes differ"), "m", "float32") is None
 
 
 def test_what_is_said_of_the_hub(monkeypatch):
@@ -138,37 +161,20 @@ def test_what_is_said_of_the_hub(monkeypatch):
     both = ["pytorch_model.bin", *shards, "consolidated.safetensors", "onnx/model.safetensors"]
     assert weight_files(both) == shards
     assert weight_files(["pytorch_model.bin", "tf_model.h5"]) == ["pytorch_model.bin"]
-    assert weight_files(["model.gguf"]) == []
-
-
-@pytest.mark.parametrize(
-    ("dtype", "free", "told"),
-    [
-        (None, 1.5, "in bfloat16, and 0.1 MB are free: give --weights q8_0 (0."),
-        (None, 0.7, "in bfloat16, and 0.0 MB are free: give --weights q4_1 (0."),
-        (None, 0.5, "in bfloat16, and 0.0 MB are free: give a smaller model"),
-        ("float32", 3.0, "in float32, and 0.1 MB are free: give --dtype bfloat16 (0."),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_a_weight_is_read(
-    dtype, free, told, folder, monkeypatch
-):
-    """``free``: bytes per weight."""
-    monkeypatch.setattr(memory, "available", lambda: int(free * parameters(folder)))
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    said = sentence(folder, dtype=dtype)
-    assert said.startswith(f"{folder.name} needs 0.") and f" of memory {told}" in said
-    assert said.endswith(", or end what takes the rest")
+    for folder in ("env", "argument"):
+        monkeypatch.setenv("DART_CACHE", "/env")
+        chosen = None if folder == "env" else f"/{folder}"
+        caches = (Path(f"/{folder}/dart-llm"), Path(f"/{folder}"))
+        assert (cache_folder(chosen), hub_cache(chosen)) == caches
 
 
 def parameters(folder):
-    return sum(one.numel() for one in load_file(folder / "model.safetensors").values())
+    return sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
 
 
-def test_the_size_of_weights(folder, tmp_path):
-    """In memory, by the headers of the files: in the dtype of the configuration or in another."""
-    checkpoint = Checkpoint("tiny", "folder", str(folder), folder)
-    weights = parameters(folder)
+def test_the_size_of_weights(folder, tmp_path, monkeypatch):
+    """In memory, by the headers of the files; what does not fit is refused before a read."""
+    checkpoint, weights = Checkpoint("tiny", "folder", str(folder), folder), parameters(folder)
     sizes = {
         ("auto", "dense"): 2 * weights,
         (torch.float32, "dense"): 4 * weights,
@@ -178,23 +184,14 @@ def test_the_size_of_weights(folder, tmp_path):
     assert {key: weights_size(checkpoint, *key).bytes for key in sizes} == sizes
     gguf = write_gguf(tmp_path / "tiny.gguf")
     packed = Checkpoint("tiny", "gguf", "", file=gguf, packed=True)
-    assert weights_size(packed, "auto", "file").bytes > 0
-    empty = Checkpoint("tiny", "folder", str(tmp_path), tmp_path)
-    assert weights_size(empty, "auto", "dense") is None
+    assert 0 < weights_size(packed, "auto", "file").bytes < gguf.stat().st_size
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    assert weights_size(empty, "auto", "dense") is None
-    assert weights_size(Checkpoint("o/x", "hub", "o/x"), "auto", "dense") is None
-
-
-def test_a_conversion_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda: 140_000)
-    gguf = write_gguf(tmp_path / "tiny.gguf")
-    told = sentence(gguf, weights="dense", cache_dir=tmp_path)
-    assert told.startswith("tiny needs 0.2 MB of memory in bfloat16, and 0.1 MB are free: give ")
-    assert "give --weights file (0.1 MB)" in told
-    monkeypatch.delitem(ARCHITECTURES, "llama")  # as one that transformers alone reads
-    told = sentence(gguf, weights="dense", cache_dir=tmp_path / "other")
-    assert told.startswith(
-        "tiny.gguf needs 0.4 MB of memory in float32 to be converted, and 0.1 MB are free: give a "
-        "smaller model"
-    )
+    for name in (tmp_path, tmp_path / "nothing"):
+        assert weights_size(Checkpoint("x", "folder", str(name), name), "auto", "dense") is None
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(memory, "available", lambda: 2 * weights - 1)
+    said = sentence(folder)
+    assert said.startswith(f"{folder.name} needs 0.1 MB of memory in bfloat16, and 0.1 MB are free")
+    assert "give --dtype bfloat16, --weights q8_0 or q4_0" in said
+    said = sentence(gguf, weights="dense", dtype="float32", cache_dir=tmp_path)
+    assert said.startswith("tiny needs 0.4 MB of memory in float32, and 0.1 MB are free: give ")

@@ -38,28 +38,24 @@ def test_five_rows_of_every_data_set(source):
 
 def test_texts_questions_and_documents():
     assert "Robert Boulter" in hub_text("wikitext2", 20)
-    assert len(hub_text("c4", 5)) > 500
     assert hub_text("hub:allenai/c4/en:validation[:5]:text").split() == (hub_text("c4", 5).split())
     assert hub_text("c4_train", 5) != hub_text("c4", 5)
     assert len(mmlu_questions("astronomy")) == 5 + 16
     assert {row["answer"] for row in mmlu_questions("anatomy", answers=True)} <= {0, 1, 2, 3}
     for name in ("xsum", "cnn_dailymail", "multi_news", "gov_report"):
-        found = documents(name, 5)
-        assert len({row.id for row in found}) == 5
-        for row in found:  # clean summaries
-            assert len(row.document) > len(row.summary) > 10
-            assert row.summary[0] not in "[–"
+        read = documents(name, 5)
+        assert len({row.id for row in read}) == 5
+        for row in read:  # clean summaries
+            assert len(row.document) > len(row.summary) > 10 and row.summary[0] not in "[–"
             assert not {"|||||", "NEWLINE_CHAR"} & set(row.document.split())
 
 
-def test_a_model_of_the_hub_is_loaded_pruned_and_generates():
+def test_a_model_of_the_hub_is_loaded_and_pruned():
     model, tokenizer = load("HuggingFaceTB/SmolLM2-135M-Instruct")
-    prompt = " ".join(texts.read("tides").split()[:40])  # too short a prompt is not pruned
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(" ".join(texts.read("tides").split()[:40]), return_tensors="pt")
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     before = model.generate(**inputs, **settings)
     with prune(model, method="griffin", sparsity=0.5) as run:
-        pruned = model.generate(**inputs, **settings)
-    assert pruned.shape == before.shape
+        assert model.generate(**inputs, **settings).shape == before.shape
     assert run.report().sparsity_while_pruned == pytest.approx(0.5, abs=0.01)
     assert torch.equal(model.generate(**inputs, **settings), before)

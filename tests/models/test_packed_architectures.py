@@ -9,10 +9,10 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from checkpoints import write_gguf
-from dart_llm.models.gguf_facts import ARCHITECTURES
+from dart_llm.models.gguf_file import ARCHITECTURES
 from dart_llm.models.loading import load
 from dart_llm.models.packed import PackedTensor
-from dart_llm.models.packed_loading import random_packed, round_weights
+from dart_llm.models.packed_loading import round_weights
 from dart_llm.models.steps import step_unsupported_reason
 from steps import apart, decode, pruned, same_masks
 from tiny import tiny, tokens
@@ -72,17 +72,33 @@ OF_MIXES = pytest.mark.parametrize("mix", MIXES)
 
 @CASES
 @OF_MIXES
-def test_modules_say_what_transformers_says(architecture, mix, files):
-    """A prompt by dequantised rows, exactly; then tokens by products with rounded inputs."""
+def test_modules_compute_what_transformers_computes(architecture, mix, files):
+    """A prompt by dequantised rows, exactly; then tokens by products with rounded inputs.
+
+    Whole steps too, dense and pruned, with the masks of the dequantised model.
+    """
     packed, theirs = files(architecture, mix)
     assert type(packed) is type(theirs) and facts(packed) == facts(theirs)
-    for name, one in packed.named_parameters():
-        assert isinstance(one, PackedTensor) == (one.dim() == 2 and "wpe" not in name), name
+    for name, weight in packed.named_parameters():
+        in_blocks = weight.dim() == 2 and "wpe" not in name
+        assert isinstance(weight, PackedTensor) == in_blocks, name
         wanted = theirs.get_parameter(name).detach()
-        torch.testing.assert_close(one + 0, wanted, rtol=1e-6, atol=1e-7, msg=name)
-    found, wanted = decode(packed, IDS, PROMPT), decode(theirs, IDS, PROMPT)
-    assert apart(found[:, :PROMPT], wanted[:, :PROMPT]) < EXACT
-    assert EXACT < apart(found[:, PROMPT:], wanted[:, PROMPT:]) < ROUNDING
+        torch.testing.assert_close(weight + 0, wanted, rtol=1e-6, atol=1e-7, msg=name)
+    logits, wanted = decode(packed, IDS, PROMPT), decode(theirs, IDS, PROMPT)
+    assert apart(logits[:, :PROMPT], wanted[:, :PROMPT]) < EXACT
+    assert EXACT < apart(logits[:, PROMPT:], wanted[:, PROMPT:]) < ROUNDING
+    assert step_unsupported_reason(packed) is step_unsupported_reason(theirs) is None
+    for sparsity in (0.0, 0.5):
+        agree(packed, theirs, "native", sparsity)
+
+
+def agree(packed, dense, executor, sparsity):
+    """Both pruned with the same masks and logits."""
+    _, masks, wanted = pruned(dense, IDS, PROMPT, executor="masked", sparsity=sparsity)
+    _, same, logits = pruned(packed, IDS, PROMPT, executor=executor, sparsity=sparsity)
+    assert apart(logits, wanted) < ROUNDING, (executor, sparsity)
+    assert len(masks) == len(same) == (sparsity > 0)
+    assert all(same_masks(a[2], b[2]) for a, b in zip(masks, same, strict=True))
 
 
 @CASES
@@ -95,37 +111,8 @@ def test_dense_weights_are_what_transformers_reads(architecture, mix, files, fol
     assert type(ours) is type(theirs) and facts(ours) == facts(theirs)
     wanted = theirs.state_dict()
     assert list(ours.state_dict()) == list(wanted)
-    for name, one in ours.state_dict().items():
-        assert torch.equal(one, wanted[name]), name
-    half, _ = load(file, cache_dir=folder, weights="dense")
-    assert torch.equal(half.state_dict()[name], one.bfloat16())
-
-
-@CASES
-@OF_MIXES
-def test_whole_steps_say_it_too(architecture, mix, files):
-    """Dense and pruned, with the masks of the dequantised model."""
-    packed, theirs = files(architecture, mix)
-    assert step_unsupported_reason(packed) is step_unsupported_reason(theirs) is None
-    for sparsity in (0.0, 0.5):
-        _, masks, wanted = pruned(theirs, IDS, PROMPT, executor="masked", sparsity=sparsity)
-        for executor in ("native",):
-            _, same, found = pruned(packed, IDS, PROMPT, executor=executor, sparsity=sparsity)
-            assert apart(found, wanted) < ROUNDING, (executor, sparsity)
-            assert len(masks) == len(same) == (sparsity > 0)
-            assert all(same_masks(a[2], b[2]) for a, b in zip(masks, same, strict=True))
-
-
-@pytest.mark.parametrize(("name", "positions"), [("gpt2", "wpe"), ("opt", "embed_positions")])
-def test_embeddings_of_positions_are_not_rounded(name, positions):
-    """llama.cpp keeps them in float32."""
-    model = tiny(name)
-    before = copy.deepcopy(model)
-    round_weights(model, "q4_0")
-    kept = {key: one for key, one in model.named_parameters() if positions in key}
-    assert len(kept) == 1 and isinstance(model.get_input_embeddings().weight, PackedTensor)
-    for key, one in kept.items():
-        assert type(one) is torch.nn.Parameter and torch.equal(one, before.get_parameter(key))
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, wanted[name]), name
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
@@ -134,18 +121,12 @@ def test_matrices_that_are_stored_by_inputs_are_rounded(kind):
     dense = tiny("gpt2", n_embd=64, n_inner=160, n_head=2)
     model = copy.deepcopy(dense)
     assert round_weights(model, kind) == []
-    for name, one in model.named_parameters():
-        assert isinstance(one, PackedTensor) == (one.dim() == 2 and "wpe" not in name), name
-        wanted, held = dense.get_parameter(name), (one + 0).detach()
-        assert apart(held, wanted.detach()) < 0.13
-        wanted.data = held.contiguous()
+    for name, weight in model.named_parameters():
+        stays = weight.dim() == 1 or "wpe" in name  # llama.cpp keeps positions in float32
+        assert isinstance(weight, PackedTensor) != stays, name
+        wanted, rounded = dense.get_parameter(name), (weight + 0).detach()
+        assert apart(rounded, wanted.detach()) < 0.13
+        wanted.data = rounded.contiguous()
     for sparsity in (0.0, 0.5):
-        _, masks, wanted = pruned(dense, IDS, PROMPT, executor="masked", sparsity=sparsity)
         for executor in ("native", "compact"):
-            _, same, found = pruned(model, IDS, PROMPT, executor=executor, sparsity=sparsity)
-            assert apart(found, wanted) < ROUNDING, (executor, sparsity)
-            assert all(same_masks(a[2], b[2]) for a, b in zip(masks, same, strict=True))
-    drawn = random_packed(model.config, kind, torch.float32)
-    assert drawn.transformer.h[0].mlp.c_proj.weight.shape == (160, 64)
-    assert 0.01 < drawn.transformer.wpe.weight.std() < 0.03
-    assert decode(drawn, IDS, PROMPT).isfinite().all()
+            agree(model, dense, executor, sparsity)

@@ -1,4 +1,4 @@
-"""Weights in huge pages: where they lie and what they hold stays; a loaded model left its file."""
+"""Memory of the kernels: what is left, huge pages under weights, and room for copies in them."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ import torch
 from dart_llm import prune
 from dart_llm.native import memory
 from dart_llm.native.memory import LEAST, PAGE, into_huge_pages
-from maps import HUGE
+from maps import HUGE, mapped
+from packed_cases import packed
 
 
 def huge_kilobytes():
@@ -35,12 +36,11 @@ def test_memory_that_is_left(tmp_path, monkeypatch):
     assert memory.available() == 700 * 1024
     group.mkdir()
     (group / "memory.current").write_text("1000\n")
-    for limit, wanted in (("max\n", 700 * 1024), ("5000\n", 4000), ("9000000\n", 700 * 1024)):
+    # files that lie in memory are dropped when it is needed
+    (group / "memory.stat").write_text("anon 600\ninactive_file 300\nactive_file 50\n")
+    for limit, wanted in (("max\n", 700 * 1024), ("5000\n", 4350), ("9000000\n", 700 * 1024)):
         (group / "memory.max").write_text(limit)
         assert memory.available() == wanted
-    (group / "memory.max").write_text("5000\n")
-    (group / "memory.stat").write_text("anon 600\ninactive_file 300\nactive_file 50\n")
-    assert memory.available() == 4350  # files that lie in memory are dropped when it is needed
 
 
 @pytest.mark.skipif(not HUGE, reason="this system gives no huge pages")
@@ -50,3 +50,64 @@ def test_weights_of_a_pruned_model_lie_in_them(smollm2):
     size = sum(one.nbytes for one in model.parameters()) // 1024
     with prune(model, method="griffin", sparsity=0.5, executor="native"):
         assert huge_kilobytes() > 0.8 * size
+
+
+# Room for copies: pieces lie apart, come back, and are freed with the room.
+
+LINE = 64
+
+
+def room_for(size):
+    return torch.classes.dart_llm.HugeRoom(size)
+
+
+def taken(room, tiles, count):
+    """A copy of ``count`` rows that lies in ``room``."""
+    return torch.ops.dart_llm.packed_kept([tiles], torch.arange(count).int(), [], room)[0]
+
+
+def spans(copy):
+    return [(part.data_ptr(), part.data_ptr() + part.nbytes) for part in copy.parts()]
+
+
+@pytest.fixture(scope="module")
+def tiles(native):
+    """4096 rows of 1024 weights: 2 MiB of levels, 256 KiB of scales."""
+    return packed("q4_0", 4096, 1024, "tiles")[0]
+
+
+def test_what_is_taken_lies_one_after_the_other_and_comes_back(tiles):
+    for size, wanted in ((0, 0), (1, PAGE), (PAGE, PAGE), (3 * PAGE + 1, 4 * PAGE)):
+        assert room_for(size).left() == wanted  # before anything is written
+    room = room_for(8 * PAGE)
+    first, second, third = (taken(room, tiles, count) for count in (1024, 160, 2048))
+    places = [span for copy in (first, second, third) for span in spans(copy)]
+    gaps = [begin - end for (_, end), (begin, _) in zip(places, places[1:], strict=False)]
+    assert all(0 <= gap < LINE for gap in gaps) and places[0][0] % PAGE == 0
+    used = sum(-(-(end - begin) // LINE) * LINE for begin, end in places)
+    assert room.left() == 8 * PAGE - used
+    place = spans(second)[0]
+    del second
+    assert room.left() > 8 * PAGE - used
+    again = taken(room, tiles, 160)  # where the one before lay
+    assert spans(again)[0] == place and room.left() == 8 * PAGE - used
+    del first, third, again
+    assert room.left() == 8 * PAGE
+    whole = taken(room, tiles, 4096)  # pieces that came back are one again
+    assert spans(whole)[0][0] == places[0][0]
+
+
+def test_a_room_grows_and_goes_with_the_last_that_lies_in_it(tiles):
+    """Beyond what it was made for, and beyond the map that was added; in huge pages."""
+    room, alone = room_for(PAGE), taken(room_for(0), tiles, 4096)
+    copies = [taken(room, tiles, 4096) for _ in range(40)]
+    places = sorted(span for copy in copies for span in spans(copy))
+    assert all(end <= begin for (_, end), (begin, _) in zip(places, places[1:], strict=False))
+    assert all(map(torch.equal, copies[-1].parts(), alone.parts()))
+    room, copy = room_for(16 * PAGE), taken(room_for(16 * PAGE), tiles, 16)
+    address = copy.parts()[0].data_ptr()
+    assert mapped(address)["Size"] >= 16 * PAGE // 1024
+    assert not HUGE or mapped(address)["AnonHugePages"] > 0.8 * 16 * PAGE // 1024
+    del copy
+    assert mapped(address).get("Size", 0) < 16 * PAGE // 1024
+    assert room.left() == 16 * PAGE

@@ -1,6 +1,5 @@
 """The native kernels' library: verified before it is loaded, built again where damaged."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -73,25 +72,8 @@ def test_what_is_missing_is_said_before_anything_is_built(monkeypatch):
     assert build.state().startswith("not built yet")
     assert _default_weights(build.state(), gpu=False) == "Q4_1 as in the file"
     monkeypatch.setenv("CXX", "no-such-compiler")
-    missing = "no C++ compiler no-such-compiler is here: install g++, or set CXX to one"
+    missing = "there is no C++ compiler no-such-compiler: install g++, or set CXX"
     assert build.state() == f"none: {missing}" and missing in _why_not()
     assert _default_weights(build.state(), gpu=False) == "bfloat16: blocks need the native kernels"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert build.state() == f"none: {_why_not()}"
-
-
-LOAD = """
-from dart_llm import cache as kept
-from dart_llm.native import build
-library = kept.find(build.cache_folder() / "native", build.built_name(), ".so")
-assert library is None
-"""
-
-
-def test_a_cut_library_does_not_kill_the_process(tmp_path):
-    """Mapped memory beyond the end of a file is a SIGBUS when it is read."""
-    path = kept.write(build.cache_folder() / "native", build.built_name(), ".so", LIBRARY)
-    DAMAGES["cut"](path)
-    done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "a damaged file in" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 from dart_llm.models.screen import Screen
 from dart_llm.native import build
@@ -110,18 +111,17 @@ def test_what_does_not_fit_is_refused_and_not_read():
         choose([8, 4, 32, 3], copy.levels, up=torch.randn(7, 8))
     with pytest.raises(RuntimeError, match="one at a time"):
         choose([8, 4, 32, 3], copy.levels, x=torch.randn(2, 8))
-
-
-def test_activations_are_known_by_what_they_do():
-    from transformers.activations import ACT2FN
-
-    names = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4}
-    assert {name: act_number(ACT2FN[name]) for name in names} == names
-    assert act_number(ACT2FN["mish"]) is None and act_number(ACT2FN["quick_gelu"]) is None
+    screen = Screen.of(torch.eye(64).repeat(2, 1), torch.eye(64), 4.0)
+    other = screen.basis, screen.levels[:, :32], screen.by, 64, 1.0, torch.ones(100, 64), None
+    with pytest.raises(RuntimeError, match="this screen has another shape"):
+        build.ops().screened_head(torch.ones(1, 64), *other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_a_number_stays_so(kind):
+    """By every activation, which is known by what it does."""
+    names = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3, "mish": None}
+    assert {name: act_number(ACT2FN[name]) for name in names} == names
     x, one = torch.tensor([[1.0], [-2.0], [float("nan")], [3.0]]), torch.ones(1, 1)
     with kernels(kind):
         for number, act in ACTS.items():
@@ -157,12 +157,3 @@ def test_a_screened_head(words, size, keep, dtype, kind):
     assert found.dtype == dtype
     off = (found - torch.where(near, full, rough.to(dtype))).abs().float()
     assert int((off > 2 * TOLERANCE[dtype] * float(full.abs().max())).sum()) <= 6
-
-
-def test_a_screen_of_another_head_is_refused():
-    weight, x = torch.ones(100, 64), torch.ones(1, 64)
-    screen = Screen.of(torch.eye(64).repeat(2, 1), torch.eye(64), 4.0)
-    with pytest.raises(RuntimeError, match="this screen has another shape"):
-        build.ops().screened_head(
-            x, screen.basis, screen.levels[:, :32], screen.by, 64, 1.0, weight, None
-        )

@@ -57,69 +57,31 @@ def test_weights_are_those_of_the_file(name, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", BLOCKS)
-def test_products_of_rows(name, kind):
-    """With rounded inputs; the dtype of the input is that of the result."""
-    for (rows, columns), order in itertools.product(shapes(name), ("rows", "tiles")):
-        matrix, dense = packed(name, rows, columns, order)
-        x = drawn(7, columns, seed=columns)
-        x[1, ::3] = 0
-        x[2] = 0
-        with kernels(kind):
-            found = ops().packed_linear(x, matrix)
-            narrow = ops().packed_linear(x.bfloat16(), matrix)
-            alike = ops().packed_linear(x.bfloat16().float(), matrix)
-        assert differ(found, rounded(x), dense.t()) < CLOSE, (rows, columns)
-        assert torch.equal(narrow, alike.bfloat16())
+def test_products(name, kind):
+    """With rounded inputs, on blocks in every order of the rows, against float64.
 
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", BLOCKS)
-def test_products_of_neurons(name, kind):
-    """Their activations are rounded by the blocks whose scales neurons share."""
-    group = 16 if name == "q6_k" else 32
-    for hidden, width in shapes(name):
-        matrix, dense = packed(name, hidden, width, "neurons")
-        u = drawn(2, width, seed=width) * (drawn(2, width, seed=1) > 0)
-        with kernels(kind):
-            found = ops().packed_down(u, matrix)
-        assert differ(found, rounded(u, group), dense.t()) < CLOSE, (hidden, width)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", BLOCKS)
-def test_products_of_many_vectors(name, kind):
-    """On the blocks, in every order of the rows, against float64; more columns than are unpacked
-    at a time."""
-    long = (40, 1120 if name in SMALL else 1280)
+    The activations of neurons are rounded by the blocks whose scales neurons share.  The dtype of
+    the input is that of the result, and a vector's numbers are its own.
+    """
+    long = (40, 1120 if name in SMALL else 1280)  # more columns than are unpacked at a time
     for (rows, columns), order in itertools.product([*shapes(name), long], ORDERS):
         matrix, dense = packed(name, rows, columns, order)
-        for count in (2, 3, 4, 5, 8, 17):
-            x = drawn(count, columns, seed=count)
-            x[1, ::3] = 0
-            x[-1] = 0
-            with kernels(kind):
-                found = ops().packed_product(x, matrix, order != "neurons", count)
-            assert differ(found, rounded(x), dense.t()) < CLOSE, (order, rows, columns, count)
-            if count > 2:
-                with kernels(kind):  # a vector's numbers are its own
-                    some = ops().packed_product(x[1:], matrix, order != "neurons", count)
-                assert torch.equal(some, found[1:])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("order", ORDERS)
-def test_products_with_dequantised_rows(order, dtype):
-    """In several pieces, from both sides: those of the dense weights, whose dtype x has."""
-    rows, columns = 2070, 576  # more weights than are dequantised at a time, and no whole tile
-    matrix, dense = packed("q4_1", rows, columns, order)
-    dense = (dense.t() if order == "neurons" else dense).to(dtype)
-    allowed = {torch.bfloat16: 8e-3, torch.float32: 1e-6, torch.float64: 1e-9}[dtype]
-    for turned, weights in ((True, dense.t()), (False, dense)):
-        x = drawn(20, len(weights)).to(dtype)
-        found = ops().packed_product(x, matrix, turned, 0)
-        assert found.dtype == dtype and differ(found, x, weights) < allowed
-        none = ops().packed_product(x[:0], matrix, turned, 0)
-        assert none.shape == (0, weights.shape[1])
+        by_rows, case = order != "neurons", (order, rows, columns)
+        alone = ops().packed_linear if by_rows else ops().packed_down
+        group = 16 if name == "q6_k" and not by_rows else 32
+        x = drawn(7, columns, seed=columns)
+        x[1, ::3] = 0
+        x[-1] = 0
+        with kernels(kind):
+            product, halves = alone(x, matrix), x.bfloat16()
+            assert differ(product, rounded(x, group), dense.t()) < CLOSE, case
+            assert torch.equal(alone(halves, matrix), alone(halves.float(), matrix).bfloat16())
+            for count in (2, 3, 5, 7):
+                product = ops().packed_product(x[-count:], matrix, by_rows, count)
+                assert differ(product, rounded(x[-count:]), dense.t()) < CLOSE, (*case, count)
+                if count > 2:
+                    some = ops().packed_product(x[1 - count :], matrix, by_rows, count)
+                    assert torch.equal(some, product[1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,32 +173,6 @@ def test_a_copy_of_kept_neurons_gives_what_they_give_where_they_lie(name, kind):
             assert copy.nbytes() <= share * whole.nbytes() + 512
 
 
-def test_many_tiles_are_copied_by_several_threads():
-    """Every row where its number among the kept says, to the bit; the last tile is not full."""
-    hidden, width = 256, 4096
-    ids = drawn(width).topk(1500).indices.sort().values
-    before = torch.get_num_threads()
-    for name in ("q4_0", "q6_k", "q8_0"):
-        tiles, _ = packed(name, width, hidden, "tiles")
-        down, _ = packed(name, hidden, width, "neurons")
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            room = torch.classes.dart_llm.HugeRoom(0)
-            copies = ops().packed_kept([tiles, down], ids.int(), [], room)
-            torch.set_num_threads(before)
-            for i, whole in enumerate(tiles.parts()):
-                found = _of_tiles(copies[0].parts()[i], len(ids), 1 if i else 4)
-                assert torch.equal(found, _of_tiles(whole, width, 1 if i else 4)[ids])
-            levels, kept = (one.parts()[0][:-64] for one in (down, copies[1]))
-            assert torch.equal(kept.view(len(ids), -1), levels.view(width, -1)[ids])
-
-
-def _of_tiles(part, rows, run):
-    """What of a matrix's part belongs to each row; ``run``: values of one that lie together."""
-    found = part[:-64].view(-(-rows // 16), -1, 16, run).transpose(1, 2)
-    return found.reshape(-1, found.shape[2] * run)[:rows]
-
-
 @pytest.mark.parametrize("name", BLOCKS)
 def test_rows_turn_into_tiles_and_back(name):
     """In their own memory, to the bit; a part of a matrix is copied, and the whole stays."""
@@ -261,31 +197,29 @@ def test_rows_turn_into_tiles_and_back(name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_number_gives_none(kind):
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_is_no_number_gives_none(name, kind):
     """In its own vector alone; the smallest numbers, whose inverse is infinite, do no harm."""
-    tiny = 2.0**-140
-    for name in BLOCKS:
-        rows, columns = 7, 256
-        matrix, dense = packed(name, rows, columns)
-        down, _ = packed(name, rows, columns, "neurons")
-        for odd in (float("nan"), float("inf"), -float("inf")):
-            x = drawn(3, columns)
-            x[1, 37] = odd
-            with kernels(kind):
-                every = [ops().packed_linear(x, matrix), ops().packed_down(x, down)]
-                for one in (matrix, down, packed(name, rows, columns, "tiles")[0]):
-                    turned = one.order() != "neurons"
-                    every.append(ops().packed_product(x, one, turned, len(x)))
-                for found in every:
-                    assert found[1].isnan().all() and found[::2].isfinite().all(), (name, odd)
-        x = drawn(2, columns)
-        x[:, :64] = tiny * torch.linspace(-1, 1, 64)
-        x[:, 64] = 1e36
+    rows, columns = 7, 256
+    by_rows, dense = packed(name, rows, columns)
+    matrices = [by_rows, *(packed(name, rows, columns, order)[0] for order in ("tiles", "neurons"))]
+    down = matrices[-1]
+    for odd in (float("nan"), -float("inf")):
+        x = drawn(3, columns)
+        x[1, 37] = odd
         with kernels(kind):
-            found = ops().packed_linear(x, matrix)
-            small = ops().packed_down(x[:, :64].repeat(1, 4), down)
-        assert differ(found, rounded(x)[:, 64:], dense[:, 64:].t()) < CLOSE
-        assert float(small.abs().max()) < 1e-30
+            every = [ops().packed_linear(x, by_rows), ops().packed_down(x, down)]
+            every += [ops().packed_product(x, one, one is not down, len(x)) for one in matrices]
+        for product in every:
+            assert product[1].isnan().all() and product[::2].isfinite().all(), odd
+    x = drawn(2, columns)
+    x[:, :64] = 2.0**-140 * torch.linspace(-1, 1, 64)
+    x[:, 64] = 1e36
+    with kernels(kind):
+        product = ops().packed_linear(x, by_rows)
+        small = ops().packed_down(x[:, :64].repeat(1, 4), down)
+    assert differ(product, rounded(x)[:, 64:], dense[:, 64:].t()) < CLOSE
+    assert float(small.abs().max()) < 1e-30
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -305,124 +239,77 @@ def test_rounding_is_that_of_gguf(name):
         assert torch.equal(found, torch.from_numpy(wanted))
     parts = [pack(one, name).matrix.parts() for one in (narrow, narrow.float())]
     assert all(map(torch.equal, *parts))
-    for odd in (float("nan"), float("inf")):
-        weights[20, 20] = odd
-        with pytest.raises(ConfigError, match="inf or NaN cannot be rounded"):
-            pack(weights, name)
+    weights[20, 20] = float("inf")
+    for given, kind, problem in (
+        (weights, name, "inf or NaN cannot be rounded"),
+        (torch.zeros(2, 256), "q4_k", "cannot be rounded to q4_k; choose q8_0, q4_0, q4_1"),
+        (torch.zeros(2, 48), name, f"rows of 48 weights are not a multiple of {name}'s 32"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            pack(given, kind)
 
 
 def test_the_number_of_threads_changes_no_bit():
-    """Work is divided alike, and the neurons of a block are rounded together."""
-    hidden, width = 96, 320
-    up, _ = packed("q4_0", width, hidden)
-    down, _ = packed("q4_0", hidden, width, "neurons")
+    """Work is divided alike; by dequantised rows, in several pieces, products come near."""
+    hidden, width = 576, 2080
+    up, dense_up = packed("q4_0", width, hidden)
+    down, dense_down = packed("q4_0", hidden, width, "neurons")
     x, u, ids = drawn(3, hidden), drawn(3, width), torch.arange(0, width, 3)
-    kept = torch.zeros(3, width)
-    found = []
+    results, before = [], torch.get_num_threads()
     for threads in (1, 2, 3):
-        before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        rows, whole = ops().packed_linear(x, up), ops().packed_down(u, down)
         part = ops().packed_ffn(x, None, up, down, None, None, ids.int(), *[None] * 4, 3)
         many = [ops().packed_product(x, up, True, 3), ops().packed_product(u, down, False, 3)]
+        results.append((part, ops().packed_linear(x, up), ops().packed_down(u, down), *many))
         torch.set_num_threads(before)
-        found.append((rows, whole, part, *many))
-        kept[:, ids] = rows[:, ids].relu()
-        torch.testing.assert_close(part, ops().packed_down(kept, down), rtol=1e-5, atol=1e-5)
-    assert all(
-        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
-    )
-
-
-def test_bytes_are_those_of_the_blocks():
-    """Levels of 5 and 6 bits take a byte, factors of 6 too; nothing else grows, but for padding."""
-    grown = {"q5_0": 34 / 22, "q5_1": 36 / 24}
-    grown |= {"q4_k": 148 / 144, "q5_k": 276 / 176, "q6_k": 274 / 210}
-    for name in BLOCKS:
-        for order in ORDERS:
-            matrix, _ = packed(name, 256, 512, order)
-            file = drawn_blocks(name, 256, 512)[0].nbytes * grown.get(name, 1)
-            assert file <= matrix.nbytes() <= 1.02 * file, name
-            assert matrix.nbytes() == sum(part.nbytes for part in matrix.parts())
+    assert all(all(map(torch.equal, results[0], other)) for other in results[1:])
+    assert differ(ops().packed_product(x, up, True, 0), x, dense_up.t()) < CLOSE
+    assert differ(ops().packed_product(u, down, False, 0), u, dense_down.t()) < CLOSE
 
 
 def test_what_does_not_fit_is_refused_and_not_read():
-    run = ops()
-    matrix, _ = packed("q4_0", 5, 64)
-    down, _ = packed("q4_0", 5, 64, "neurons")
-    tiles, _ = packed("q4_0", 64, 32, "tiles")
-    neurons, _ = packed("q4_0", 32, 64, "neurons")
-    some = torch.arange(3, dtype=torch.int32)
-    more, _ = packed("q4_0", 32, 96, "neurons")
-    room = torch.classes.dart_llm.HugeRoom(0)
+    run, room = ops(), torch.classes.dart_llm.HugeRoom(0)
+    matrix, tiles = packed("q4_0", 5, 64)[0], packed("q4_0", 64, 32, "tiles")[0]
+    shapes = (5, 64), (32, 64), (32, 96)
+    down, neurons, more = (packed("q4_0", *shape, "neurons")[0] for shape in shapes)
+    some, weights = torch.arange(3, dtype=torch.int32), torch.zeros(4, 64)
+
+    def made(*shape):
+        return run.packed_from_blocks(drawn_blocks("q4_0", 5, 64)[0], *shape, "tiles")
 
     def copied(matrices, ids, old=()):
         return run.packed_kept(matrices, ids, list(old), room)
 
-    kept = copied([tiles, neurons], some)
-    x, none = torch.zeros(1, 32), [None] * 4
-
     def ffn(up, down, ids):
-        return run.packed_ffn(x, None, up, down, None, None, ids, *none, 0)
+        return run.packed_ffn(torch.zeros(1, 32), None, up, down, None, None, ids, *[None] * 4, 0)
 
-    blocks, _ = drawn_blocks("q4_0", 5, 64)
-    rows, span, zeros, weights = (
-        run.packed_rows,
-        run.packed_span,
-        run.packed_zeros,
-        torch.zeros(4, 64),
-    )
-    cases = {
-        "180 bytes do not hold [5, 96] of q4_0": lambda: _from(blocks, "q4_0", 5, 96),
-        "180 bytes do not hold [6, 64] of q4_0": lambda: _from(blocks, "q4_0", 6, 64),
-        "180 bytes do not hold [5, 48] of q4_0": lambda: _from(blocks, "q4_0", 5, 48),
-        "180 bytes do not hold [-5, -64] of q4_0": lambda: _from(blocks, "q4_0", -5, -64),
-        "180 bytes do not hold [5, 64] of q8_0": lambda: _from(blocks, "q8_0", 5, 64),
-        "there are no blocks of type q2_k": lambda: _from(blocks, "q2_k", 5, 64),
-        "nothing rounds to q4_k": lambda: run.packed_round(
-            zeros("q4_k", 4, 256, "rows"), 0, weights
-        ),
-        "nothing rounds to q5_0": lambda: run.packed_round(
-            zeros("q5_0", 4, 64, "rows"), 0, weights
-        ),
-        "rows of 48 weights of q4_0": lambda: zeros("q4_0", 4, 48, "rows"),
-        "rows of 0 weights of q4_0": lambda: zeros("q4_0", 4, 0, "rows"),
-        "row 5 is outside the 5": lambda: rows(matrix, torch.tensor([0, 5]), torch.float32),
-        "row -1 is outside the 5": lambda: rows(matrix, torch.tensor([-1]), torch.float32),
-        "by rows, tiles or neurons, not by columns": lambda: zeros("q4_0", 4, 64, "columns"),
-        "no such rows": lambda: span(matrix, 3, 6, torch.float32),
-        "float32 or bfloat16": lambda: span(matrix, 0, 1, torch.float16),
-        "read of rows alone": lambda: ffn(tiles, neurons, some),
-        "neurons here and there are": lambda: ffn(*kept, None),
-        "kept neurons are no matrix": lambda: rows(kept[0], torch.tensor([0]), torch.float32),
-        "these neurons cannot be copied": lambda: copied([matrix], some),
-        "neurons cannot be copied": lambda: copied([kept[1]], some),
-        "be copied": lambda: copied([tiles], some.long()),
-        "copied": lambda: copied([tiles], some[:0]),
-        "native: these neurons cannot": lambda: copied([tiles, neurons], some, kept[:1]),
-        "native: these neurons cannot be": lambda: copied([tiles, more], some),
-        "no such neurons": lambda: copied([tiles], some + 62),
-        "such neurons": lambda: copied([tiles], some.flip(0)),
-        "this matrix has one order": lambda: run.packed_turned(down, "rows", False),
-    }
-    wrong = [lambda: run.packed_linear(torch.zeros(1, 32), matrix)]
-    wrong += [lambda: run.packed_linear(torch.zeros(64), matrix)]
-    wrong += [lambda: run.packed_linear(torch.zeros(1, 5), down)]
-    wrong += [lambda: run.packed_down(torch.zeros(1, 64), matrix)]
-    wrong += [lambda: run.packed_down(torch.zeros(1, 32), down)]
-    wrong += [lambda: ffn(kept[0], neurons, some), lambda: ffn(*kept, some[:2])]
-    wrong += [lambda: run.packed_round(matrix, 2, weights)]  # rows beyond the last
-    wrong += [lambda: run.packed_round(matrix, 0, weights[:, :32])]
-    for one in (matrix, down):
-        given = torch.zeros(1, one.shape()[1]), None, one, down, *[None] * 7, 0
-        wrong += [lambda given=given: run.packed_ffn(*given)]
-    for sentence, call in [*cases.items(), *(("shapes do not fit", one) for one in wrong)]:
-        with pytest.raises((RuntimeError, IndexError)) as caught:
-            call()
-        assert sentence in str(caught.value)
+    def rounded_to(kind, rows=0, weights=weights):
+        return run.packed_round(run.packed_zeros(kind, 4, 64, "rows"), rows, weights)
+
+    kept = copied([tiles, neurons], some)
+    wide = torch.zeros(1, 32)
+    for sentence, call, *cases in (
+        ("180 bytes do not hold", made, ("q4_0", 5, 96), ("q4_0", -5, -64), ("q8_0", 5, 64)),
+        ("there are no blocks of type q2_k", made, ("q2_k", 5, 64)),
+        ("nothing rounds to q5_0", rounded_to, ("q5_0",)),
+        ("rows of 48 weights of q4_0", run.packed_zeros, ("q4_0", 4, 48, "rows")),
+        ("by rows, tiles or neurons, not by", run.packed_zeros, ("q4_0", 4, 64, "columns")),
+        ("row 5 is outside the 5", run.packed_rows, (matrix, torch.tensor([5]), torch.float32)),
+        ("row -1 is outside the 5", run.packed_rows, (matrix, torch.tensor([-1]), torch.float32)),
+        ("no such rows", run.packed_span, (matrix, 3, 6, torch.float32)),
+        ("float32 or bfloat16", run.packed_span, (matrix, 0, 1, torch.float16)),
+        ("read of rows alone", ffn, (tiles, neurons, some)),
+        ("neurons here and there are", ffn, (*kept, None)),
+        ("copied", copied, ([matrix], some), ([kept[1]], some), ([tiles], some.long())),
+        ("copied", copied, ([tiles, neurons], some, kept[:1]), ([tiles, more], some)),
+        ("such neurons", copied, ([tiles], some + 62), ([tiles], some.flip(0))),
+        ("this matrix has one order", run.packed_turned, (down, "rows", False)),
+        ("shapes do not fit", run.packed_linear, (wide, matrix), (wide[0], matrix), (wide, down)),
+        ("shapes do not fit", run.packed_down, (torch.zeros(1, 64), matrix), (wide, down)),
+        ("shapes do not fit", ffn, (kept[0], neurons, some), (*kept, some[:2])),
+        ("shapes do not fit", rounded_to, ("q4_0", 2), ("q4_0", 0, weights[:, :32])),
+    ):
+        for given in cases:
+            with pytest.raises((RuntimeError, IndexError), match=sentence):
+                call(*given)
     assert run.packed_linear(torch.zeros(0, 64), matrix).shape == (0, 5)
-    assert rows(matrix, torch.zeros(0, dtype=torch.int64), torch.float32).shape == (0, 64)
-
-
-def _from(blocks, *about):
-    return ops().packed_from_blocks(blocks, *about, "tiles")

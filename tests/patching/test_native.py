@@ -138,7 +138,7 @@ def test_ways_to_generate(name, rows, way):
 
 @pytest.mark.parametrize("name", [name for name in STEPS if "-" not in name])
 def test_a_static_cache(name):
-    """Written in place, by generate too; a window that is full is the model's own from there."""
+    """Whose steps are the model's own, by generate too."""
     model, result = shared_model(name), {}
     for rows, executor in product((1, 3), BOTH):
         ids = tokens(rows, 40, seed=6)
@@ -149,8 +149,7 @@ def test_a_static_cache(name):
             taken = run.patch.steps
             assert int(cache.get_seq_length()) == 40
             done = generate(model, ids[:, :16], 12, cache_implementation="static")
-            steps = {"native": (8, 16) if name in WINDOWS else (24, 35), "compact": (0, 0)}
-            assert (taken, run.patch.steps) == steps[executor]
+            assert (taken, run.patch.steps) == (0, 0)
         result[rows, executor] = torch.cat(logits, 1), done
     for rows in (1, 3):
         (ours, done), (theirs, wanted) = (result[rows, executor] for executor in BOTH[::-1])
@@ -178,7 +177,7 @@ def test_a_static_cache_that_others_change(mode):
             hidden = run.patch.steps - taken
             logits.append(step(model, ids[:, 31:32], cache, _seeing(slice(0, 32))))
             assert int(cache.get_seq_length()) == 32
-            assert (taken, hidden) == ((11, 1) if executor == "native" else (0, 0))
+            assert (taken, hidden) == (0, 0)
             with pytest.raises((IndexError, RuntimeError)):
                 step(model, ids[:, 32:33], cache)
         result.append(torch.cat(logits, 1))

@@ -10,9 +10,8 @@ from gguf import GGUFReader
 from checkpoints import FFN_WIDTH, LAYERS, write_gguf
 from dart_llm.errors import ConfigError, LoadError
 from dart_llm.models.describe import describe
-from dart_llm.models.gguf_facts import ARCHITECTURES
-from dart_llm.models.gguf_file import read_gguf
-from dart_llm.models.gguf_write import ABOUT, homes
+from dart_llm.models.gguf_file import ARCHITECTURES, read_gguf
+from dart_llm.models.gguf_write import ABOUT
 from dart_llm.models.loading import load
 from dart_llm.session.export import source_file
 from dart_llm.session.gguf_export import export_gguf
@@ -82,24 +81,22 @@ def test_read_back_it_is_the_masked_model(architecture, exported, tmp_path):
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q4_0", "Q8_0", "Q5_0", "Q5_1", "F16", "BF16"])
 def test_rows_keep_their_bytes_and_columns_move(kind, exported, tmp_path):
-    """Columns of the block that keeps most stay as they are; the others are rounded to its ends."""
+    """Columns of down are rounded again."""
     masks = dict.fromkeys(range(LAYERS), KEPT)
     model, source, result = exported(masks, ffn=Kind[kind])
     plain = "F16" in kind
-    slots, stay = homes(KEPT, 32)
-    assert sorted(slots.tolist()) == KEPT.tolist() and stay.tolist() == [0]
     old, new = source.tensors, read_gguf(result.path).tensors
     assert list(new) == list(old) and result.kinds == {kind: kind}
-    assert result.rounded == (0 if plain else 21 / 32)  # 11 neurons of the first block stay
+    assert result.rounded == (0 if plain else 1)
     for name, tensor in new.items():
         stored = old[name].bytes()
         if ".ffn_" not in name or "norm" in name:
             assert torch.equal(tensor.bytes(), stored), name
         elif "down" not in name:
-            rows = stored.reshape(FFN_WIDTH, -1)[slots]
+            rows = stored.reshape(FFN_WIDTH, -1)[KEPT]
             assert torch.equal(tensor.bytes(), rows.flatten()), name
         else:
-            got, wanted = tensor.values().float(), old[name].values().float()[:, slots]
+            got, wanted = tensor.values().float(), old[name].values().float()[:, KEPT]
             step = 0.0 if plain else float(wanted.abs().max()) * 2 / 2 ** (int(kind[1]) - 1)
             assert float((got - wanted).abs().max()) <= step, name
     with torch.no_grad():
@@ -115,14 +112,12 @@ def test_fixed_masks_are_filled_up_without_effect(exported):
     assert (result.requested, result.written, result.block) == ((20, 40), (32, 64), 32)
     new, old = read_gguf(result.path).tensors, source.tensors
     for layer, width, ids in ((0, 32, KEPT[:20]), (1, 64, torch.arange(40))):
-        slots, _ = homes(ids, width)
-        assert slots[slots >= 0].sort().values.tolist() == ids.tolist() and len(slots) == width
         assert new[f"blk.{layer}.ffn_down.weight"].shape[1] == width
         for part in ("gate", "up"):
             name = f"blk.{layer}.ffn_{part}.weight"
             rows, stored = new[name].values(), old[name].values()
-            assert torch.equal(rows[slots >= 0], stored[slots[slots >= 0]])
-            assert not rows[slots < 0].any()
+            assert len(rows) == width and torch.equal(rows[: len(ids)], stored[ids])
+            assert not rows[len(ids) :].any()
 
 
 def test_texts_are_read_one_by_one_and_added_up(exported):
@@ -142,7 +137,7 @@ def test_texts_are_read_one_by_one_and_added_up(exported):
         handle.remove()
         sums += (seen[0] / seen[0].norm(dim=-1, keepdim=True)).square().sum(0)
     wanted = sums.topk(64).indices.sort().values
-    rows = source.tensors["blk.1.ffn_gate.weight"].values()[homes(wanted, 64)[0]]
+    rows = source.tensors["blk.1.ffn_gate.weight"].values()[wanted]
     assert torch.equal(new["blk.1.ffn_gate.weight"].values(), rows)
 
 

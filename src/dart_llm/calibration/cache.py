@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dart_llm import cache
 from dart_llm.cache import cache_folder
-from dart_llm.models.fingerprint import plain
+from dart_llm.models.checkpoint import plain
 from dart_llm.pruning.statistics import Statistics
 
 FORMAT = 5

@@ -34,9 +34,8 @@ from dart_llm.calibration.collect import (
 from dart_llm.calibration.progress import Progress, Say
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError, LoadError
-from dart_llm.models.checkpoint import remember_tokenizer
+from dart_llm.models.checkpoint import digest_of, fingerprint, remember_tokenizer
 from dart_llm.models.describe import describe
-from dart_llm.models.fingerprint import digest_of, fingerprint
 from dart_llm.models.float32_products import in_float32
 from dart_llm.models.packed import place_of
 from dart_llm.models.screen import Screen

@@ -173,7 +173,7 @@ def demo(
         str, typer.Option("--method", "-m", help="Preset, or file:SETTING.yaml of tune.")
     ] = DEFAULT_METHOD,
     device: Annotated[
-        str | None, typer.Option(help="0, 0,1, cuda:0, cpu or mps (default: GPU 0, else CPU).")
+        str | None, typer.Option(help="0, cuda:0, cpu or mps (default: GPU 0, else CPU).")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16, bfloat16 (default: the checkpoint's).")

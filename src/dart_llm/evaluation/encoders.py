@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from dart_llm.cache import cache_folder, hub_cache
 from dart_llm.errors import LoadError, MissingExtra
 from dart_llm.hub import bars, hub_failure, plain
-from dart_llm.models import bundled
-from dart_llm.models.bundled import FetchProgress
+from dart_llm.models import cached
+from dart_llm.models.cached import Progress
 from dart_llm.models.checkpoint import weights_sha256
-from dart_llm.models.devices import memory_failure
+from dart_llm.models.loading import memory_failure
 
-DEFAULT = bundled.ENCODER_NAME
+DEFAULT = cached.ENCODER_NAME
 
 OWNER = "sentence-transformers"
 """Whose model a bare name is, as sentence-transformers itself reads it."""
@@ -68,7 +68,7 @@ def find_encoder(
     *,
     owner: str | None = OWNER,
     cache_dir: str | Path | None = None,
-    progress: FetchProgress | None = None,
+    progress: Progress | None = None,
 ) -> EncoderSource:
     """The files of the encoder ``name``: ``all-MiniLM-L6-v2`` (if None), a folder or a hub id.
 
@@ -80,13 +80,13 @@ def find_encoder(
     path = Path(text).expanduser()
     if path.is_dir():
         return _folder(path)
-    if text.lower() in (DEFAULT.lower(), bundled.ENCODER_HUB_ID.lower()):
+    if text.lower() in (DEFAULT.lower(), cached.ENCODER_HUB_ID.lower()):
         try:
-            folder = bundled.embedder_folder(cache_folder(cache_dir), progress=progress)
+            folder = cached.embedder_folder(cache_folder(cache_dir), progress=progress)
         except LoadError as error:
             raise LoadError(f"{error}; or give a local folder as --embedder") from error
-        origin = f"pip package {bundled.ENCODER_PACKAGE} {bundled.ENCODER_VERSION}"
-        return EncoderSource(DEFAULT, folder, origin, bundled.FILES[bundled.WEIGHTS])
+        origin = f"pip package {cached.ENCODER_PACKAGE} {cached.ENCODER_VERSION}"
+        return EncoderSource(DEFAULT, folder, origin, cached.FILES[cached.WEIGHTS])
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text, re.ASCII):
         raise LoadError(
             f"there is no folder {text}; give a hub id (owner/name), a folder that "
@@ -249,7 +249,7 @@ def load_embedder(
     name: str | None = None,
     *,
     cache_dir: str | Path | None = None,
-    progress: FetchProgress | None = None,
+    progress: Progress | None = None,
 ) -> Embedder:
     """Load ``name``: all-MiniLM-L6-v2 (if None), a folder or a hub id.
 

@@ -33,9 +33,9 @@ from dart_llm.evaluation.encoders import (
     unit,
 )
 from dart_llm.hub import bars, plain
-from dart_llm.models import bundled
-from dart_llm.models.bundled import FetchProgress
-from dart_llm.models.devices import memory_failure
+from dart_llm.models import cached
+from dart_llm.models.cached import Progress
+from dart_llm.models.loading import memory_failure
 
 
 def _package(module: str, name: str, extra: str = "drift") -> Any:
@@ -50,7 +50,7 @@ def _package(module: str, name: str, extra: str = "drift") -> Any:
 # embeddings.  No IDF, so that the score of a pair depends on that pair alone, and no rescaling:
 # unrelated texts are far above 0.  Tokens beyond the encoder's window are not compared.
 
-LAYERS = {bundled.ENCODER_NAME: 5, bundled.ENCODER_HUB_ID: 5}
+LAYERS = {cached.ENCODER_NAME: 5, cached.ENCODER_HUB_ID: 5}
 """Layers below the embeddings used, for encoders that bert-score has no number for.  MiniLM: 5 of
 its 6, the share of the depth that bert-score uses for the encoders that were trained on sentence
 similarity (sup-simcse-bert-base: 10 of 12)."""
@@ -77,7 +77,7 @@ def load_bertscore(
     name: str | None = None,
     *,
     cache_dir: str | Path | None = None,
-    progress: FetchProgress | None = None,
+    progress: Progress | None = None,
 ) -> BertScorer:
     """Load the encoder ``name``: all-MiniLM-L6-v2 (if None), a folder, or a hub id.
 
@@ -313,7 +313,7 @@ def load_tools(
     *,
     bertscore: str | None = None,
     cache_dir: str | Path | None = None,
-    progress: FetchProgress | None = None,
+    progress: Progress | None = None,
 ) -> TextTools:
     """Everything that ``compare`` needs, loaded once, before anything long is computed.
 

@@ -23,8 +23,7 @@ from torch import Tensor
 from dart_llm.errors import ConfigError, ResultsError
 from dart_llm.experiments.store import MIN_FREE_BYTES
 from dart_llm.files import write_csv, write_json, write_tensors
-from dart_llm.models.capture import Recording
-from dart_llm.models.capture_spec import Wanted
+from dart_llm.models.capture import Recording, Wanted
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import describe
 from dart_llm.pruning.records import DriftCheck, Remask
@@ -60,22 +59,18 @@ class Saver:
 
     def announce(self, texts: int, say: Callable[[str], None]) -> None:
         """Say how much ``texts`` texts will take; raises ``ResultsError`` when it does not fit."""
-        if not self.wanted.tokens(self.tokens):
-            raise ConfigError(
-                f"no token lies in --activation-tokens {self.wanted.range}: there are "
-                f"{self.tokens}; give a range that begins earlier"
-            )
         need, free = texts * self.nbytes, shutil.disk_usage(self.folder).free
         if need + MIN_FREE_BYTES > free:
             raise ResultsError(
                 f"--save-activations needs {bytes_text(need)} in {self.folder}, where "
-                f"{bytes_text(free)} are free: choose fewer layers, tokens or tensors"
+                f"{bytes_text(free)} are free: keep fewer in Python, with models.capture.Recording"
             )
         layers = len(self.wanted.layers)
         say(
             f"--save-activations writes up to {bytes_text(need)} to {self.folder}: "
             f"{', '.join(self.wanted.tensors)} of {layers} layer{'' if layers == 1 else 's'}, "
-            f"tokens {self.wanted.range}; recording takes time that the measured times include"
+            f"{self.wanted.tokens(self.tokens)} tokens of a text; recording takes time that the "
+            "measured times include"
         )
 
     def path(self, name: str) -> Path:

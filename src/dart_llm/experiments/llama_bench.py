@@ -54,7 +54,7 @@ class ReferenceFile:
         file = read_gguf(path)
         sizes = {name: tensor.size for name, tensor in file.tensors.items()}
         looked_up = sizes.get("token_embd.weight", 0) if "output.weight" in sizes else 0
-        return cls(path, file.file_type or file.quantisation, sum(sizes.values()) - looked_up)
+        return cls(path, file.quantisation, sum(sizes.values()) - looked_up)
 
 
 def reference_repetition(

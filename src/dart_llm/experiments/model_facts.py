@@ -10,11 +10,9 @@ from dart_llm.cache import cache_folder, hub_cache
 from dart_llm.errors import LoadError
 from dart_llm.experiments.cell import Cell
 from dart_llm.hub import check_download, hub_failure, plain, weight_files
-from dart_llm.models.bundled import MODEL_SHA256, MODEL_WHEEL_BYTES
-from dart_llm.models.devices import placement
-from dart_llm.models.gguf import converted_folder, is_intact
+from dart_llm.models.cached import MODEL_SHA256, MODEL_WHEEL_BYTES, converted_folder, is_intact
 from dart_llm.models.gguf_file import read_gguf
-from dart_llm.models.loading import is_default, resolve, weight_format
+from dart_llm.models.loading import is_default, placement, resolve, weight_format
 from dart_llm.settings import load_arguments
 
 DEFAULT_LAYERS = 30
@@ -74,8 +72,8 @@ def download_size(cell: Cell) -> int | None:
     Raises ``LoadError`` for a model that does not exist or that the disk has no room for.
     """
     if is_default(cell.model):
-        folder = converted_folder(cache_folder(cell.cache_dir), MODEL_SHA256, packed=True)
-        return 0 if is_intact(folder, MODEL_SHA256, full=False) else MODEL_WHEEL_BYTES
+        folder = converted_folder(cache_folder(cell.cache_dir), MODEL_SHA256)
+        return 0 if is_intact(folder, MODEL_SHA256) else MODEL_WHEEL_BYTES
     place: Any = {"revision": cell.revision, "cache_dir": cell.cache_dir}
     local = Path(cell.model).expanduser().is_file()
     if local or resolve(cell.model, **place, say=lambda text: None).path is not None:

@@ -26,9 +26,8 @@ from dart_llm.experiments.result_line import ROWS, ResultLine
 from dart_llm.experiments.store import SCHEMA, ResultsFolder, now, open_folder, timing_text
 from dart_llm.files import finite, write_json, write_lines, write_text
 from dart_llm.models.checkpoint import checkpoint_facts
-from dart_llm.models.devices import memory_failure
 from dart_llm.models.float32_products import float32_note
-from dart_llm.models.loading import Check, load
+from dart_llm.models.loading import Check, load, memory_failure
 from dart_llm.native.memory import peak
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot

@@ -14,7 +14,7 @@ import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,28 +43,23 @@ class Replacement(NotCopied):
 
     def __init__(self, original: Callable[..., Any], make: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
-        self.original, self.make = original, make
+        self.original = original
+        self.make: Callable[..., Any] | None = make
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.make(self.original, *args, **kwargs)
+        if (make := self.make) is None:  # read once: another thread may end it
+            return self.original(*args, **kwargs)
+        return make(self.original, *args, **kwargs)
 
     def end(self) -> None:
         """Anything that kept this (a wrapped forward, a shallow copy) calls the original now."""
-        self.make = _call_original
+        self.make = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        if self.make is not _call_original:
-            return super().__deepcopy__(memo)
-        return copy.deepcopy(self.original, memo)
+        return super().__deepcopy__(memo) if self.make else copy.deepcopy(self.original, memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if self.make is not _call_original:
-            return super().__reduce_ex__(protocol)
-        return _identity, (self.original,)
-
-
-def _call_original(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return original(*args, **kwargs)
+        return super().__reduce_ex__(protocol) if self.make else (_identity, (self.original,))
 
 
 def _identity(original: Any) -> Any:
@@ -74,21 +69,14 @@ def _identity(original: Any) -> Any:
 COMPILED = "_torchdynamo_orig_callable"
 """Attribute in which torch.compile keeps the original function."""
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
+_HOOKS = [name for name in nn.Module().__dict__ if name.startswith("_forward_")]
+"""Attributes that hold the hooks of a forward."""
 
 _OWN = frozenset(nn.Module().__dict__) | {"forward", "_old_forward", "_hf_hook", "layer_idx"}
 """Attributes that do not belong to a signature: hooks are checked where they matter."""
 
-Function = Callable[..., Any]
 
-
-def forward_of(module: nn.Module) -> tuple[Function, bool]:
+def forward_of(module: nn.Module) -> tuple[Callable[..., Any], bool]:
     """The function behind a module's forward, and whether it takes the module as ``self``.
 
     Wrappers of accelerate, torch.compile and this package are removed.
@@ -96,12 +84,9 @@ def forward_of(module: nn.Module) -> tuple[Function, bool]:
     attributes = module.__dict__
     forward = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
     function: Any = type(module).forward if forward is None else forward
-    while True:
+    while isinstance(function, Replacement) or hasattr(function, COMPILED):
         wrapped = isinstance(function, Replacement)
-        inner = function.original if wrapped else getattr(function, COMPILED, None)
-        if inner is None:
-            break
-        function = inner
+        function = function.original if wrapped else getattr(function, COMPILED)
     if getattr(function, "__self__", None) is module:
         return function.__func__, True
     return function, forward is None
@@ -223,8 +208,7 @@ _TOLERANCE, _ROUNDINGS = 1e-5, 4.0
 if that is more, roundings of the dtype."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Agreement:
+class Agreement(NamedTuple):
     """``parts``: an FFN's forward is the formula on its projections; ``weights``: these are plain
     products with their weights.
     """
@@ -250,10 +234,9 @@ def same(result: Any, expected: Tensor, layers: int = 1) -> bool:
 
 def check_ffns(model: str, blocks: Sequence[FfnBlock]) -> None:
     """Raise ``UnsupportedModel`` for FFNs that are not what their parts make, or are one module."""
-    for block in blocks:
-        block.check(model)
     owner: dict[int, int] = {}
     for block in blocks:
+        block.check(model)
         kind = type(block.ffn).__name__
         first = owner.setdefault(id(block.host), block.index)
         if first != block.index:
@@ -261,12 +244,12 @@ def check_ffns(model: str, blocks: Sequence[FfnBlock]) -> None:
                 f"{model}: layers {first} and {block.index} share one FFN ({kind}), and every "
                 "layer is pruned separately: give each its own copy (copy.deepcopy)"
             )
+    for block in blocks:
         if not agreement(block).parts:
-            gated = block.gate is not None or block.fused
-            steps = "gate, up, activation, down" if gated else "up, activation, down"
+            steps = "up, activation, down" if block.plain else "gate, up, activation, down"
             raise UnsupportedModel(
-                f"{model}: the FFN of layer {block.index} ({kind}) computes something else than "
-                f"{steps}: dart-llm cannot prune it"
+                f"{model}: the FFN of layer {block.index} ({type(block.ffn).__name__}) computes "
+                f"something else than {steps}: dart-llm cannot prune it"
             )
 
 
@@ -287,17 +270,11 @@ def weights_unsupported_reason(block: FfnBlock, attached: bool = False) -> str |
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether user hooks run before or after ``module``."""
-    registered = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        everywhere._global_forward_hooks,
-        everywhere._global_forward_pre_hooks,
-    )
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith(TRUSTED)
-        for hooks in registered
-        for hook in hooks.values()
-    )
+    own = (module._forward_hooks, module._forward_pre_hooks)
+    for hooks in (*own, everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks):
+        if not all(str(getattr(h, "__module__", "")).startswith(TRUSTED) for h in hooks.values()):
+            return True
+    return False
 
 
 def agreement(block: FfnBlock) -> Agreement:
@@ -310,20 +287,22 @@ def agreement(block: FfnBlock) -> Agreement:
     for earlier, result in tuple(_compared):
         if earlier == key:
             return result
-    result = _by_name(block) if block.offloaded else _compare(block)
+    if block.offloaded:  # whether FFN and forward are transformers'
+        homes = type(block.ffn).__module__, forward_of(block.ffn)[0].__module__
+        result = Agreement(all(home.startswith(HOMES) for home in homes), True)
+    else:
+        result = _compare(block)
     _compared.appendleft((key, result))
     return result
 
 
-def _by_name(block: FfnBlock) -> Agreement:
-    """Of offloaded weights: whether FFN and forward are transformers'."""
-    names = type(block.ffn).__module__, forward_of(block.ffn)[0].__module__
-    return Agreement(all(name.startswith(HOMES) for name in names), True)
-
-
 def _compare(block: FfnBlock) -> Agreement:
-    copied = _unhooked(block)
-    gate, up, down = copied.matrices()
+    view = UnhookedView()
+    names = ("ffn", "up", "gate", "down", "act", "dropout")
+    parts = {name: part for name in names if isinstance(part := getattr(block, name), nn.Module)}
+    copies: dict[str, Any] = {name: view.copy_of(part) for name, part in parts.items()}
+    copied = dataclasses.replace(block, **copies)
+    (gate, up, down), (gate_bias, up_bias, down_bias) = copied.matrices(), copied.biases()
     generator = torch.Generator().manual_seed(0)
     x, residual = (
         torch.randn(1, TOKENS, size, generator=generator, device="cpu").to(up)
@@ -336,23 +315,7 @@ def _compare(block: FfnBlock) -> Agreement:
             output = copied.ffn(*args)
         except Exception:  # it takes other arguments
             return Agreement(False, False)
-        parts = same(output, copied.finish(z, args))
-        return Agreement(parts, same(z, _by_weights(copied, x, gate, up, down)))
-
-
-def _by_weights(
-    block: FfnBlock, x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor
-) -> Tensor:
-    """z as ``compact`` computes it, from all neurons."""
-    gate_bias, up_bias, down_bias = block.biases()
-    u = F.linear(x, up, up_bias)
-    u = block.act(u) if gate is None else block.act(F.linear(x, gate, gate_bias)) * u
-    return F.linear(u, down, down_bias)
-
-
-def _unhooked(block: FfnBlock) -> FfnBlock:
-    view = UnhookedView()
-    names = ("ffn", "up", "gate", "down", "act", "dropout")
-    parts = {name: part for name in names if isinstance(part := getattr(block, name), nn.Module)}
-    copies: dict[str, Any] = {name: view.copy_of(part) for name, part in parts.items()}
-    return dataclasses.replace(block, **copies)
+        u = F.linear(x, up, up_bias)
+        u = copied.act(u) if gate is None else copied.act(F.linear(x, gate, gate_bias)) * u
+        by_weights = F.linear(u, down, down_bias)
+        return Agreement(same(output, copied.finish(z, args)), same(z, by_weights))

@@ -35,17 +35,17 @@ class LayerNames:
     width: str | None = "intermediate_size"
 
 
-_GATED = LayerNames(
-    attention_out="self_attn.o_proj",
-    gate="gate_proj",
-    up="up_proj",
-    down="down_proj",
-    act="act_fn",
-)
+_GATED = LayerNames("self_attn.o_proj", "up_proj", "down_proj", "act_fn", gate="gate_proj")
 
 _GEMMA = replace(
     _GATED, x_from=("pre_feedforward_layernorm",), post_norm="post_feedforward_layernorm"
 )
+
+_NEOX = LayerNames("attention.dense", "dense_h_to_4h", "dense_4h_to_h", "act")
+
+_BLOOM = replace(_NEOX, attention_out="self_attention.dense")
+
+_PHI = LayerNames("self_attn.dense", "fc1", "fc2", "activation_fn", x_from=("input_layernorm",))
 
 LAYER_NAMES: dict[str, LayerNames] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"), _GATED),
@@ -54,45 +54,19 @@ LAYER_NAMES: dict[str, LayerNames] = {
     "stablelm": replace(_GATED, x_from=("post_attention_layernorm", "input_layernorm")),
     "phi3": replace(_GATED, gate=None, up="gate_up_proj", act="activation_fn", fused=True),
     "gpt2": LayerNames(
-        attention_out="attn.c_proj",
-        up="c_fc",
-        down="c_proj",
-        act="act",
-        x_from=("ln_2",),
-        dropout="dropout",
-        width="n_inner",
+        "attn.c_proj", "c_fc", "c_proj", "act", x_from=("ln_2",), dropout="dropout", width="n_inner"
     ),
-    "gpt_neox": LayerNames(
-        attention_out="attention.dense", up="dense_h_to_4h", down="dense_4h_to_h", act="act"
-    ),
-    "falcon": LayerNames(
-        attention_out="self_attention.dense",
-        up="dense_h_to_4h",
-        down="dense_4h_to_h",
-        act="act",
+    "gpt_neox": _NEOX,
+    "falcon": replace(
+        _BLOOM,
         x_from=("ln_mlp", "post_attention_layernorm", "input_layernorm"),
         width="ffn_hidden_size",
     ),
-    "bloom": LayerNames(
-        attention_out="self_attention.dense",
-        up="dense_h_to_4h",
-        down="dense_4h_to_h",
-        act="gelu_impl",
-        adds_residual=True,
-        width=None,
-    ),
-    "phi": LayerNames(
-        attention_out="self_attn.dense",
-        up="fc1",
-        down="fc2",
-        act="activation_fn",
-        x_from=("input_layernorm",),
-    ),
-    "opt": LayerNames(
+    "bloom": replace(_BLOOM, act="gelu_impl", adds_residual=True, width=None),
+    "phi": _PHI,
+    "opt": replace(
+        _PHI,
         attention_out="self_attn.out_proj",
-        up="fc1",
-        down="fc2",
-        act="activation_fn",
         ffn="",
         x_from=("final_layer_norm",),
         width="ffn_dim",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_llm.errors import ConfigError
-from dart_llm.models.growing_cache import extendable, is_growing, is_static, layer_tensors
+from dart_llm.models.growing_cache import extendable, is_growing, layer_tensors
 from dart_llm.pruning.forward import ForwardCall, Kind
 
 GENERATE = "generate"
@@ -73,22 +73,12 @@ def _valid(mask: Any, tokens: int) -> Tensor | None:
 _SECOND_TEXT = {"guidance_scale": 1, "assistant_early_exit": None}
 """Settings with which ``generate`` runs its model on a second sequence, and their off values."""
 
-
 _OTHER_CALLS = (
-    "custom_generate",
-    "synced_gpus",
-    "assistant_model",
-    "assistant_tokenizer",
-    "tokenizer",
+    *("custom_generate", "synced_gpus", "assistant_model", "assistant_tokenizer", "tokenizer"),
 )
 _OTHER_LOOPS = (
-    "constraints",
-    "force_words_ids",
-    "penalty_alpha",
-    "use_mtp",
-    "dola_layers",
-    "prompt_lookup_num_tokens",
-    "cache_implementation",
+    *("constraints", "force_words_ids", "penalty_alpha", "use_mtp", "dola_layers"),
+    *("prompt_lookup_num_tokens", "cache_implementation"),
 )
 """Arguments and settings of ``generate`` with which it runs another loop than its usual one, or
 does not hand them to one that is given (the tokenizer of stop strings).
@@ -230,35 +220,25 @@ class TokenCall:
     keep: int = 0
 
 
-@dataclass(frozen=True)
-class _PlainArgs:
-    """Arguments of a forward; ``keep``: None where it is not a number of last tokens."""
-
-    ids: Tensor
-    cache: Any
-    mask: Any
-    positions: Any
-    use_cache: Any
-    keep: Any
-
-
+_READ = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
 _OFF = ("output_attentions", "output_hidden_states")
 
 
-def _plain_args(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _PlainArgs | None:
-    """None where a forward has arguments that a whole step or prompt cannot serve."""
+def _plain_args(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Any, Any, Any, Any, Any] | None:
+    """Ids, cache, and ``_READ`` of a forward; None where a whole step or prompt cannot serve it."""
     rest = {key: value for key, value in kwargs.items() if value is not None}
     ids = rest.pop("input_ids", args[0] if len(args) == 1 else None)
     if len(args) > 1 or not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
         return None
     caches = [rest.pop(name) for name in ("cache", "past_key_values") if name in rest]
-    names = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
-    mask, positions, use_cache, keep = (rest.pop(name, None) for name in names)
+    mask, positions, use_cache, keep = (rest.pop(name, None) for name in _READ)
     rest.pop("tokenizer", None)  # of stop strings: generate hands it on, and no model reads it
     neutral = rest.pop("return_dict", True) is True
     if not neutral or any(name not in _OFF or value is not False for name, value in rest.items()):
         return None
-    return _PlainArgs(ids, caches[0] if caches else None, mask, positions, use_cache, keep)
+    return ids, caches[0] if caches else None, mask, positions, use_cache, keep
 
 
 def read_step(
@@ -273,11 +253,14 @@ def read_step(
     ``dtype``: of the weights; ``windows``: positions that each layer sees, None: all; ``most``:
     rows that a step takes.
     """
-    seen = _plain_args(args, kwargs)
-    if seen is None or seen.cache is None or seen.use_cache not in (None, True):
+    plain = _plain_args(args, kwargs)
+    if plain is None:
         return None
-    ids, cache, (rows, tokens) = seen.ids, seen.cache, seen.ids.shape
-    keeps = isinstance(seen.keep, Tensor) or seen.keep not in (None, 0, 1)
+    ids, cache, mask, positions, use_cache, keep = plain
+    if cache is None or use_cache not in (None, True):
+        return None
+    rows, tokens = ids.shape
+    keeps = isinstance(keep, Tensor) or keep not in (None, 0, 1)
     if tokens != 1 or rows > most or keeps or not extendable(cache, windows):
         return None
     length = int(cache.get_seq_length())
@@ -286,10 +269,9 @@ def read_step(
     keys, values = layer_tensors(cache.layers[0])
     if len(keys) != rows or keys.dtype != dtype or values.dtype != dtype:
         return None  # filled under autocast: the model's own forward decides what comes of it
-    whole = is_static(cache) and all(window is None or window > length for window in windows)
-    if seen.mask is not None and not _hides_nothing(seen.mask, rows, length, whole):
+    if mask is not None and not _hides_nothing(mask, rows, length + 1):
         return None
-    if seen.positions is not None and not bool((seen.positions[..., -1] == length).all()):
+    if positions is not None and not bool((positions[..., -1] == length).all()):
         return None
     return TokenCall(ids, cache)
 
@@ -305,30 +287,24 @@ def read_prompt(
     ``windows``: positions that each layer sees, None: all; no prompt may be longer.
     ``use_cache``: whether the model makes a cache where no argument decides it.
     """
-    seen = _plain_args(args, kwargs)
-    if seen is None:
+    plain = _plain_args(args, kwargs)
+    if plain is None:
         return None
-    ids, cache, mask, positions = seen.ids, seen.cache, seen.mask, seen.positions
-    length, keep = ids.shape[1], 0 if seen.keep is None else seen.keep
-    use_cache = use_cache if seen.use_cache is None else seen.use_cache
+    ids, cache, mask, positions, requested, keep = plain
+    length, keep = ids.shape[1], 0 if keep is None else keep
+    use_cache = use_cache if requested is None else requested
     if length < 2 or any(window is not None and window < length for window in windows):
         return None
     if cache is not None and not _is_empty(cache, windows):
         return None
-    shown = mask is None or (
-        isinstance(mask, Tensor) and mask.shape == ids.shape and bool(mask.all())
-    )
-    if not shown or (positions is not None and not _count_up(positions, length)):
+    if mask is not None and not _hides_nothing(mask, len(ids), length):
+        return None
+    counts = positions is None or positions.shape[-1:] == (length,)
+    if not counts or (positions is not None and bool((positions != torch.arange(length)).any())):
         return None
     if not isinstance(keep, int) or keep < 0 or not isinstance(use_cache, bool):
         return None
     return TokenCall(ids, cache, use_cache=use_cache or cache is not None, keep=keep)
-
-
-def _count_up(positions: Any, length: int) -> bool:
-    """Whether ``positions`` [., length] are those of texts that begin."""
-    fits = isinstance(positions, Tensor) and positions.shape[-1:] == (length,)
-    return fits and bool((positions == torch.arange(length)).all())
 
 
 def _is_empty(cache: Any, windows: Sequence[int | None]) -> bool:
@@ -344,26 +320,10 @@ def new_cache(model: Any) -> Any:
     return DynamicCache(config=model.config.get_text_config())
 
 
-def _hides_nothing(mask: Any, rows: int, length: int, whole: bool) -> bool:
-    """Whether an attention mask shows a token the ``length`` positions before it and itself.
-
-    ``whole``: it may be [B, 1, 1, capacity] (floats: added to scores), or one for every kind of
-    layer, as ``generate`` makes them for a static cache.
-    """
-    if isinstance(mask, Mapping):
-        masks = mask.values()
-        return whole and all(_hides_nothing(each, rows, length, whole) for each in masks)
-    if not isinstance(mask, Tensor):
-        return False
-    if not whole or mask.dim() == 2:
-        return mask.shape == (rows, length + 1) and bool(mask.all())
-    if mask.shape[:-1] not in ((rows, 1, 1), (1, 1, 1)) or mask.shape[-1] <= length:
-        return False
-    before, after = mask[..., : length + 1], mask[..., length + 1 :]
-    if mask.dtype == torch.bool:
-        return bool(before.all()) and not bool(after.any())
-    least = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
-    return least < 0 and not bool(before.any()) and bool((after <= least).all())
+def _hides_nothing(mask: Any, rows: int, length: int) -> bool:
+    """Whether an attention mask shows every row all of its ``length`` positions."""
+    fits = isinstance(mask, Tensor) and mask.shape == (rows, length)
+    return fits and bool(mask.all())
 
 
 def as_output(logits: Tensor, cache: Any) -> Any:

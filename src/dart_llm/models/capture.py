@@ -16,9 +16,26 @@ from torch import Tensor, nn
 
 from dart_llm.errors import ConfigError, UnsupportedModel
 from dart_llm.models.calls import ForwardArgs, read_forward
-from dart_llm.models.capture_spec import Wanted
 from dart_llm.models.describe import decoder_layers, decoder_of, describe
 from dart_llm.models.ffn import FfnBlock
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is kept: layers, tokens ``start`` to ``end`` (not included; None: to the end), tensors.
+
+    Tokens are counted from the beginning of the sequence, the prompt included.  ``tensors``: names
+    of ``LayerActivations``.
+    """
+
+    layers: tuple[int, ...]
+    start: int = 0
+    end: int | None = None
+    tensors: tuple[str, ...] = ("u",)
+
+    def tokens(self, total: int) -> int:
+        """How many tokens of a sequence of ``total`` are kept."""
+        return max(0, (total if self.end is None else min(self.end, total)) - self.start)
 
 
 @dataclass(frozen=True)
@@ -59,15 +76,14 @@ def capture_activations(
     for masked layers.
     """
     taps: list[dict[str, Tensor]] = []
-    handles: list[Any] = []
     rows = 1
 
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal rows
         seen = read_forward(module, args, kwargs)
         rows = seen.rows
-        for one in taps:
-            one.clear()
+        for tensors in taps:
+            tensors.clear()
         before(seen)
 
     def handed(layer: int, *tensors: Tensor) -> None:
@@ -75,16 +91,17 @@ def capture_activations(
             tensors = tuple(t.detach().reshape(rows, -1, t.shape[-1]) for t in tensors)  # OPT: flat
         take(layer, LayerActivations(*tensors))
 
-    try:
-        handles.append(model.register_forward_pre_hook(begin, with_kwargs=True))
-        handles.append(model.register_forward_hook(lambda *_: after()))
+    with contextlib.ExitStack() as stack:
+
+        def keep(handle: Any) -> None:
+            stack.callback(handle.remove)
+
+        keep(model.register_forward_pre_hook(begin, with_kwargs=True))
+        keep(model.register_forward_hook(lambda *_: after()))
         for block in describe(model).blocks:
             if layers is None or block.index in layers:
-                taps.append(_tap(block, handed, handles.append))
+                taps.append(_tap(block, handed, keep))
         yield
-    finally:
-        for handle in reversed(handles):
-            handle.remove()
 
 
 def _tap(
@@ -131,7 +148,8 @@ class Recording:
         self.model = model
         self.wanted = wanted
         self._kept: dict[str, list[Tensor]] = {}
-        self._ids: list[Tensor | None] = []
+        self._ids: list[Tensor] | None = []
+        """None once a forward was given embeddings."""
         self._fed = 0
         self._span = slice(0, 0)
         self._taken: set[int] = set()
@@ -159,8 +177,10 @@ class Recording:
         self._fed = seen.cached + seen.tokens
         self._taken = set()
         ids = seen.input_ids
-        if self._span.start < self._span.stop:
-            self._ids.append(None if ids is None else ids[0, self._span].to("cpu", torch.int32))
+        if ids is None:
+            self._ids = None
+        elif self._ids is not None and self._span.start < self._span.stop:
+            self._ids.append(ids[0, self._span].cpu().int())
 
     def _take(self, layer: int, seen: LayerActivations) -> None:
         self._taken.add(layer)
@@ -181,19 +201,14 @@ class Recording:
     def _cut(self, fed: int) -> None:
         keep = max(0, fed - self.wanted.start)
         self._kept = {name: [torch.cat(parts)[:keep]] for name, parts in self._kept.items()}
-        id_parts = [ids for ids in self._ids if ids is not None]
-        whole = id_parts and len(id_parts) == len(self._ids)
-        self._ids = [torch.cat(id_parts)[:keep]] if whole else self._ids
+        self._ids = self._ids and [torch.cat(self._ids)[:keep]]
 
     def tensors(self) -> dict[str, Tensor]:
         """``layer{l}.{name}``: [tokens, I or D] in the model's dtype; ``token_ids``: int32 [tokens]
         unless a forward was given embeddings.
         """
         tensors = {name: torch.cat(parts) for name, parts in self._kept.items()}
-        id_parts = [ids for ids in self._ids if ids is not None]
-        if id_parts and len(id_parts) == len(self._ids):
-            tensors["token_ids"] = torch.cat(id_parts)
-        return tensors
+        return {**tensors, "token_ids": torch.cat(self._ids)} if self._ids else tensors
 
 
 EAGER = "eager"

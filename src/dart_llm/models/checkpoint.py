@@ -1,25 +1,29 @@
-"""Checkpoints: the facts that every number is reported with, digests, and size in memory."""
+"""What a model is: the facts that every number is reported with, its size in memory, its digest."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import re
-import struct
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from dart_llm.cache import DIGITS, key_of
 from dart_llm.errors import LoadError
 from dart_llm.files import file_sha256, read_json, size_text
 from dart_llm.hub import weight_files
+from dart_llm.models.agreement import Replacement
 from dart_llm.models.gguf_file import read_gguf
 
 if TYPE_CHECKING:
@@ -71,7 +75,7 @@ def remember(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 def blocks_file(model: PreTrainedModel) -> Path | None:
     """The GGUF file whose blocks are the weights of ``model``."""
     checkpoint = _LOADED.get(model)
-    return None if checkpoint is None else checkpoint.blocks
+    return checkpoint.blocks if checkpoint else None
 
 
 def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
@@ -84,33 +88,27 @@ def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
     blocks: ``Q4_1 as in the file``, or ``rounded to Q8_0``.
     """
     checkpoint = _LOADED.get(model)
-    weight_format = _weight_format(model, checkpoint)
-    current = {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        **({"weights": weight_format} if weight_format else {}),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-    stated = _stated_quantisation(model)
+    weight_format, stated = _weight_format(model, checkpoint), _stated_quantisation(model)
     if checkpoint is None:
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        return {
-            "name": name,
-            "source": "not loaded by dart_llm",
-            "path": name if Path(name).is_dir() else None,
-            "revision": getattr(model.config, "_commit_hash", None),
-            "file_quantisation": stated,
-            "sha256": None,
-            **current,
-        }
-    path = checkpoint.path
+        path = Path(name) if Path(name).is_dir() else None
+        revision = getattr(model.config, "_commit_hash", None)
+        checkpoint = Checkpoint(name, "not loaded by dart_llm", name, path, revision=revision)
+        quantisation, sha256 = stated, None
+    else:
+        path = checkpoint.path
+        quantisation = checkpoint.quantisation or stated or "none"
+        sha256 = checkpoint.sha256 or (weights_sha256(path) if path else None)
     return {
         "name": checkpoint.name,
         "source": checkpoint.source,
         "path": str(path) if path else None,
         "revision": checkpoint.revision,
-        "file_quantisation": checkpoint.quantisation or stated or "none",
-        "sha256": checkpoint.sha256 or (weights_sha256(path) if path else None),
-        **current,
+        "file_quantisation": quantisation,
+        "sha256": sha256,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **({"weights": weight_format} if weight_format else {}),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 
 
@@ -128,9 +126,8 @@ def _weight_format(model: nn.Module, checkpoint: Checkpoint | None) -> str | Non
 def weights_sha256(folder: Path) -> str | None:
     """The checksum of a folder's weight files, as ``checkpoint_facts`` describes it."""
     files = _weight_files(folder)
-    if sum(path.stat().st_size for path in files) > HASH_UP_TO:
-        return None
-    return _sums(files)
+    too_large = sum(path.stat().st_size for path in files) > HASH_UP_TO
+    return None if too_large else _sums(files)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -138,12 +135,10 @@ def contents(folder: Path) -> dict[str, str]:
 
     Weights of more than ``HASH_UP_TO`` bytes are identified by the sizes and times of their files.
     """
-    weights, files = _weight_files(folder), sorted(p for n in READ for p in folder.glob(n))
-    states = [(path.name, *_state(path)) for path in weights]
-    digests = {
-        "model": weights_sha256(folder) or (f"states of files {states}" if states else None),
-        "model_files": _sums([path for path in files if path.is_file()]),
-    }
+    files = sorted(path for name in READ for path in folder.glob(name) if path.is_file())
+    states = [(path.name, *_state(path)) for path in _weight_files(folder)]
+    weights = weights_sha256(folder) or (f"states of files {states}" if states else None)
+    digests = {"model": weights, "model_files": _sums(files)}
     return {name: digest for name, digest in digests.items() if digest}
 
 
@@ -176,7 +171,7 @@ def _sha256(path: Path) -> str:
     return _remembered_sha256(blob, _state(blob))
 
 
-@lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)
 def _remembered_sha256(path: Path, _state: tuple[int, ...]) -> str:
     return file_sha256(path)
 
@@ -210,10 +205,10 @@ def tokenizer_of(model: Any) -> Any:
 
 # Size in memory, and whether that is free, before a weight is read.
 
+WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Types of weights that loading turns into the model's dtype, as safetensors names them."""
-
-WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 ROUNDED_BYTES = {"q8_0": 34 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32}
 """Bytes of a weight that is rounded to blocks."""
@@ -221,17 +216,13 @@ ROUNDED_BYTES = {"q8_0": 34 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32}
 
 @dataclass(frozen=True)
 class Size:
-    """Memory of a checkpoint's weights.
-
-    ``words``: their format, for people; ``others``: bytes of smaller formats by their flags.
-    """
+    """Memory of a checkpoint's weights, and their format for people."""
 
     bytes: int
-    words: str
-    others: Mapping[str, int]
+    format: str
 
     def __str__(self) -> str:
-        return f"{size_text(self.bytes)} {self.words}"
+        return f"{size_text(self.bytes)} {self.format}"
 
 
 def weights_size(checkpoint: Checkpoint, dtype: Any, weights: str) -> Size | None:
@@ -239,88 +230,217 @@ def weights_size(checkpoint: Checkpoint, dtype: Any, weights: str) -> Size | Non
 
     None where the files do not state it, or are not there yet.
     """
-    if checkpoint.blocks is not None:
-        stored = read_gguf(checkpoint.blocks).tensors.values()
-        return Size(sum(tensor.size for tensor in stored), "in the file's blocks", {})
+    name = str(dtype).removeprefix("torch.")
     if checkpoint.file is not None:
         gguf = read_gguf(checkpoint.file)
-        name = str(dtype).removeprefix("torch.").replace("auto", "bfloat16")
-        packed = {"--weights file": sum(tensor.size for tensor in gguf.tensors.values())}
-        return Size(WIDTHS.get(name, 4) * gguf.float32_bytes // 4, f"in {name}", packed)
+        if checkpoint.packed:
+            stored = sum(tensor.size for tensor in gguf.tensors.values())
+            return Size(stored, "in the file's blocks")
+        name = name.replace("auto", "bfloat16")
+        return Size(WIDTHS.get(name, 4) * gguf.float32_bytes // 4, f"in {name}")
     if file := checkpoint.arguments.get("gguf_file"):
-        size = read_gguf(Path(checkpoint.reference) / file).float32_bytes
-        return Size(size, "in float32", {})
+        return Size(read_gguf(Path(checkpoint.reference) / file).float32_bytes, "in float32")
     folder = checkpoint.path if checkpoint.source == "hub" else Path(checkpoint.reference)
-    if folder is None or not folder.is_dir():
+    counts, others = ({}, 0) if folder is None or not folder.is_dir() else _stored(folder)
+    if folder is None or not counts:
         return None
-    counts, others = _stored(folder)
-    if not counts:
-        return None
-    name = str(dtype).removeprefix("torch.")
     if name == "auto":
-        name = _configured(folder) or FLOATS[max(counts, key=counts.__getitem__)]
+        config = read_json(folder / "config.json")
+        configured = str(config.get("dtype") or config.get("torch_dtype") or "")
+        name = configured or FLOATS[max(counts, key=counts.__getitem__)]
     total = sum(counts.values())
     size = WIDTHS.get(name, 4) * total + others
-    rounded = {f"--weights {kind}": int(each * total) for kind, each in ROUNDED_BYTES.items()}
-    if weights in ROUNDED_BYTES:
-        # read from the files one after the other, unless all of them change their dtype before
-        as_stored = {FLOATS[kind] for kind in counts} == {name}
-        size = rounded[f"--weights {weights}"] if as_stored else size
-        return Size(size, f"in {weights}" if as_stored else f"in {name}, to be rounded", {})
-    narrow = {} if WIDTHS.get(name, 4) == 2 else {"--dtype bfloat16": 2 * total + others}
-    return Size(size, f"in {name}", {**narrow, **rounded})
-
-
-def stored_size(count: int) -> Size:
-    """Of files that are not there yet, ``count`` bytes: weights take 16 bits or more."""
-    rounded = {f"--weights {kind}": int(each * count / 2) for kind, each in ROUNDED_BYTES.items()}
-    return Size(count, "as stored", rounded)
+    if weights not in ROUNDED_BYTES:
+        return Size(size, f"in {name}")
+    # read from the files one after the other, unless all of them change their dtype before
+    if {FLOATS[kind] for kind in counts} == {name}:
+        return Size(int(ROUNDED_BYTES[weights] * total), f"in {weights}")
+    return Size(size, f"in {name}, to be rounded")
 
 
 def check_room(name: str, size: Size) -> None:
-    """Raise ``LoadError`` where less memory is free than a model takes; it names what fits."""
+    """Raise ``LoadError`` where less memory is free than a model takes."""
     from dart_llm.native.memory import available
 
     free = available()
-    if size.bytes <= free:
-        return
-    fitting = [f"{flag} ({size_text(n)})" for flag, n in size.others.items() if n <= free]
-    way = f"give {fitting[0]}" if fitting else "give a smaller model"
-    raise LoadError(
-        f"{name} needs {size_text(size.bytes)} of memory {size.words}, and "
-        f"{size_text(max(0, free))} are free: {way}, or end what takes the rest"
-    )
+    if size.bytes > free:
+        raise LoadError(
+            f"{name} needs {size_text(size.bytes)} of memory {size.format}, and "
+            f"{size_text(max(0, free))} are free: give --dtype bfloat16, --weights q8_0 or q4_0 "
+            "(of a GGUF file --weights file) or a smaller model, or end what takes the rest"
+        )
 
 
 def _stored(folder: Path) -> tuple[dict[str, int], int]:
-    """Weights of a folder's safetensors files by type, and the bytes of all other tensors."""
-    counts, others = dict[str, int](), 0
+    """Weights of a folder's safetensors files by type, and about the bytes of other tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    counts, others = Counter[str](), 0
     for name in weight_files(path.name for path in sorted(folder.iterdir())):
         if not name.endswith(".safetensors"):
             return {}, 0
-        for tensor in _header(folder / name).values():
-            kind, shape, (begin, end) = (tensor[key] for key in ("dtype", "shape", "data_offsets"))
-            if kind in FLOATS:
-                counts[kind] = counts.get(kind, 0) + math.prod(shape)
-            else:
-                others += end - begin
-    return counts, others
+        try:
+            with safe_open(folder / name, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (it is not a dictionary)
+                    tensor = file.get_slice(key)
+                    kind, count = tensor.get_dtype(), math.prod(tensor.get_shape())
+                    if kind in FLOATS:
+                        counts[kind] += count
+                    else:
+                        others += count
+        except (OSError, SafetensorError):  # which loading reports
+            return {}, 0
+    return dict(counts), others
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """Tensors of a safetensors file; none where it is damaged, which loading reports."""
+# A digest of the function that a model computes: equal for equal models, another for others.
+#
+# It covers the content of all parameters and buffers; of every module, its class, the code of its
+# ``forward`` and its plain attributes (eps, scaling, activation functions); and the configuration.
+# The layout of weights in memory does not matter, nor does an attached run.  Neither do hooks: they
+# mostly watch.
+
+ROW, SUMS = 1024, 8
+"""Bytes that are summed up together, and sums of each row, each with other factors."""
+
+FACTOR = 63
+"""Largest factor: pairs of products fit 16 bits, in which some CPUs add them."""
+
+ROWS = 1 << 14
+"""Rows at a time where sums are made in float32."""
+
+ASIDE = (
+    *("transformers_version", "architectures", "dtype", "torch_dtype", "initializer_range"),
+    *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "problem_type"),
+    *("id2label", "label2id", "chunk_size_feed_forward", "pretraining_tp", "quantization_config"),
+)
+"""Entries of a configuration that do not change what a causal model computes from its weights."""
+
+STATE = (
+    *("forward", "training", "gradient_checkpointing", "max_seq_len_cached", "config"),
+    "save_pretrained",
+)
+"""Attributes of modules that are covered elsewhere, or do not change what is computed."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """32 hexadecimal digits.  Reads all weights once, at about the speed of memory.
+
+    Offloaded weights count by names and shapes alone.
+    """
+    digest = hashlib.sha256(_settings(model).encode())
+    for name, module in model.named_modules():
+        digest.update(f"{name} {_about(module)}".encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {digest_of(tensor)}".encode())
+    return digest.hexdigest()[:DIGITS]
+
+
+def _settings(model: nn.Module) -> str:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return ""
+    values = config.get_text_config().to_dict()
+    kept = {name: value for name, value in values.items() if name not in ASIDE and name[0] != "_"}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def digest_of(tensor: Tensor) -> str:
+    """A digest of a tensor's shape, dtype and every bit, however it lies in memory."""
+    about = f"{tuple(tensor.shape)} {tensor.dtype}"
+    if tensor.is_meta:
+        return about
+    if hasattr(tensor, "__tensor_flatten__"):  # packed weights: what they are made of
+        names, context = tensor.__tensor_flatten__()
+        return key_of(about, str(context), [digest_of(getattr(tensor, name)) for name in names])
+    raw = tensor.detach().contiguous().flatten().view(torch.int8)
+    whole = len(raw) - len(raw) % ROW
+    digest = hashlib.sha256(about.encode())
+    if whole:
+        sums = _row_sums(raw[:whole].view(-1, ROW))
+        digest.update(sums.cpu().contiguous().numpy().tobytes())
+    digest.update(raw[whole:].cpu().numpy().tobytes())
+    return digest.hexdigest()[:DIGITS]
+
+
+def _row_sums(rows: Tensor) -> Tensor:
+    """``rows @ factors``, exact: [n, ROW] int8 to [n, SUMS] int32."""
+    factors = _factors().to(rows.device)
+    if rows.device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return torch._int_mm(rows, factors)
+    parts = [  # no sum exceeds 2^23: float32 is exact, in any order and however it multiplies
+        (part.float() @ factors.float()).to(torch.int32) for part in torch.split(rows, ROWS)
+    ]
+    return torch.cat(parts)
+
+
+@functools.cache
+def _factors() -> Tensor:
+    """[ROW, SUMS] int8 from -63 to 63, never 0: no change of one byte goes unnoticed."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randint(1, FACTOR + 1, (ROW, SUMS), generator=generator)
+    signs = 1 - 2 * torch.randint(2, (ROW, SUMS), generator=generator)
+    return (drawn * signs).to(torch.int8)
+
+
+def _about(module: nn.Module) -> str:
+    kind = type(module)
+    attributes = vars(module)
+    forward = attributes.get("forward", kind.forward)
+    forward = attributes.get("_old_forward", forward)  # accelerate's first
+    settings = {
+        name: plain(value)
+        for name, value in sorted(attributes.items())
+        if name[0] != "_" and name not in STATE and not isinstance(value, Replacement)
+    }
+    return repr([kind.__module__, kind.__qualname__, plain(forward), settings])
+
+
+def plain(value: object, depth: int = 4) -> object:
+    """A value without its address: itself, the code of a function, its type."""
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype):
+        return value
+    if isinstance(value, Replacement):
+        return plain(value.original, depth)
+    if depth and isinstance(value, tuple | list):
+        return [plain(item, depth - 1) for item in value]
+    if isinstance(value, Tensor):
+        return digest_of(value)
+    if isinstance(value, functools.partial):
+        return [plain(part, depth) for part in (value.func, value.args, [*value.keywords.items()])]
+    function = getattr(value, "__func__", value)
+    if depth and isinstance(function, FunctionType):
+        return _function(function, depth - 1)
+    name = getattr(value, "__qualname__", None) or type(value).__qualname__
+    return f"{getattr(value, '__module__', '')}.{name}"
+
+
+def _function(function: FunctionType, depth: int) -> object:
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+    values = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *cells]
+    name = f"{_home(function.__module__)}.{function.__qualname__}"
+    return [name, _code(function.__code__), [plain(value, depth) for value in values]]
+
+
+def _home(module: str) -> str:
+    """The module's name; of this package only the file's, so that moving a file changes nothing."""
+    package, _, path = module.partition(".")
+    return f"{package}.{path.rpartition('.')[2]}" if package == "dart_llm" else module
+
+
+def _filled(cell: Any) -> bool:
     try:
-        with file.open("rb") as data:
-            (length,) = struct.unpack("<Q", data.read(8))
-            header = json.loads(data.read(min(length, file.stat().st_size)))
-    except (OSError, ValueError, struct.error):
-        return {}
-    if not isinstance(header, dict):
-        return {}
-    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        return cell.cell_contents is not None
+    except ValueError:  # a function that names itself before it is made
+        return False
 
 
-def _configured(folder: Path) -> str:
-    """The dtype that a folder's configuration names; "" where it names none."""
-    config = read_json(folder / "config.json")
-    return str(config.get("dtype") or config.get("torch_dtype") or "")
+@functools.cache
+def _code(code: CodeType) -> str:
+    return key_of(code.co_code, code.co_names, [_constant(constant) for constant in code.co_consts])
+
+
+def _constant(value: object) -> object:
+    if isinstance(value, CodeType):
+        return _code(value)
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else value

@@ -98,8 +98,8 @@ def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, LayerNames, Any]:
     layers = _layer_list(model, text.num_hidden_layers, text.model_type)
     if names is None:
         raise UnsupportedModel(
-            f"model type {text.model_type!r} ({_ffn_found(layers[0])}) is not supported; "
-            f"supported: {', '.join(sorted(LAYER_NAMES))}"
+            f"model type {text.model_type!r} (its layer is {type(layers[0]).__name__}) is not "
+            f"supported; supported are {', '.join(sorted(LAYER_NAMES))}"
         )
     return layers, names, text
 
@@ -119,13 +119,6 @@ def _layer_list(model: nn.Module, count: int, model_type: str) -> nn.ModuleList:
     raise UnsupportedModel(
         f"{type(model).__name__} (model type {model_type!r}) has no list of {count} decoder layers"
     )
-
-
-def _ffn_found(layer: nn.Module) -> str:
-    for name in ("mlp", "feed_forward", "block_sparse_moe", "ffn"):
-        if hasattr(layer, name):
-            return f"its FFN is {type(getattr(layer, name)).__name__}"
-    return f"its layer is {type(layer).__name__}"
 
 
 def _block(index: int, layer: nn.Module, names: LayerNames, text: Any) -> FfnBlock:
@@ -207,29 +200,23 @@ def token_traffic(
     ffn = {id(part.weight) for block in blocks for part in block.projections}
     heads = {id(module.weight) for layer in attention for module in layer}
     parts = dict.fromkeys(("ffn", "attention", "others"), 0.0)
-    read = _read(model)
-    output, head = _weight(model.get_output_embeddings()), 0.0  # type: ignore[operator]
+    read, output = _read(model), _weight(model.get_output_embeddings())  # type: ignore[operator]
+    stored = {id(weight): stored_bytes(weight, BFLOAT16) for weight in read} | dict(sizes or {})
     for weight in read:
         part = "ffn" if id(weight) in ffn else "attention" if id(weight) in heads else "others"
-        size = (sizes or {}).get(id(weight), stored_bytes(weight, BFLOAT16))
-        parts[part] += size
-        head += size if weight is output else 0
+        parts[part] += stored[id(weight)]
     cache = Counter[int | None]()
     text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
     for index, (*inputs, out) in enumerate(attention):
         # what q, k and v make, less the queries, which are as many as the output projection takes
         values = sum(len(matrix_of(module)) for module in inputs) - matrix_of(out).shape[1]
-        cache[_window(text, index)] += BFLOAT16 * values
+        slides = kinds is None or kinds[index] == "sliding_attention"
+        cache[window if slides else None] += BFLOAT16 * values
     dense = BFLOAT16 * sum(weight.numel() for weight in read)
     caches = tuple((each, most) for most, each in cache.items())
+    head = sum(stored[id(weight)] for weight in read if weight is output)
     return TokenTraffic(dense, **parts, cache=caches, head=head)
-
-
-def _window(text: Any, index: int) -> int | None:
-    """Positions that a layer's tokens see, None for all."""
-    kinds = getattr(text, "layer_types", None)
-    slides = kinds is None or kinds[index] == "sliding_attention"
-    return getattr(text, "sliding_window", None) if slides else None
 
 
 def weight_facts(model: Any, sizes: Mapping[int, int] | None = None) -> dict[str, Any]:
@@ -241,15 +228,13 @@ def weight_facts(model: Any, sizes: Mapping[int, int] | None = None) -> dict[str
     over those in the dtype, ``ffn_share_of_bfloat16``: over 2 bytes per weight, and
     ``token_traffic``: a ``TokenTraffic`` as plain data.
     """
-    sizes = sizes or {}
-    parameters = list(model.parameters())
-    stored = {id(weight): sizes.get(id(weight), weight.nbytes) for weight in parameters}
-    total = sum(stored.values())
+    stored = {id(weight): weight.nbytes for weight in model.parameters()} | dict(sizes or {})
+    total, count = sum(stored.values()), sum(weight.numel() for weight in model.parameters())
     facts = {
         "weight_bytes": total,
-        "dtype_bytes": sum(map(_dtype_bytes, parameters)),
+        "dtype_bytes": sum(_dtype_bytes(weight) for weight in model.parameters()),
         "weight_bits": 8 * model.dtype.itemsize,
-        "mean_weight_bits": 8 * total / sum(weight.numel() for weight in parameters),
+        "mean_weight_bits": 8 * total / count,
     }
     try:
         view = describe(model)

@@ -67,24 +67,16 @@ class FfnBlock:
         for role, module in (("up", self.up), ("gate", self.gate), ("down", self.down)):
             if module is None:
                 continue
-            kind, where = type(module), f"{model}, layer {self.index}, {role} projection"
-            if kind.__module__.startswith("peft."):
-                raise UnsupportedModel(
-                    f"{where}: found {kind.__module__}.{kind.__name__}; call merge_and_unload() "
-                    "on the PEFT model first"
-                )
-            weight: Any = getattr(module, "weight", None)
-            plain = (
-                type(weight) in (Tensor, nn.Parameter, PackedTensor)
-                and weight.dtype.is_floating_point
-            )
+            kind, weight = type(module), getattr(module, "weight", None)
+            plain = type(weight) in (Tensor, nn.Parameter, PackedTensor)
             home = kind.__module__.startswith(HOMES) and kind.__name__ in _PLAIN
-            if not home or not plain:
-                weights = f"{type(weight).__name__} weights"
+            if not (home and plain and weight.dtype.is_floating_point):  # type: ignore[union-attr]
                 raise UnsupportedModel(
-                    f"{where}: found {kind.__module__}.{kind.__name__} with {weights}; "
-                    "only plain floating-point linear layers are pruned "
-                    "(load without quantisation, a GGUF file with GgufConfig(dequantize=True))"
+                    f"{model}, layer {self.index}, {role} projection: found {kind.__module__}."
+                    f"{kind.__name__} with {type(weight).__name__} weights; only plain "
+                    "floating-point linear layers are pruned (call merge_and_unload() on a PEFT "
+                    "model; load without quantisation, a GGUF file with "
+                    "GgufConfig(dequantize=True))"
                 )
 
     def hidden(self, x: Tensor) -> Tensor:

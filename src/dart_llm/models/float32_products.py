@@ -30,9 +30,6 @@ CHUNK = 1 << 20
 LEAST_ROWS = 256
 """Rows of a weight that are widened at a time, at least."""
 
-LARGE = 1 << 24
-"""Parameters from which the time of a prompt deserves a line in the log."""
-
 _CHECKS = {
     torch.bfloat16: "_is_mkldnn_bf16_supported",
     torch.float16: "_is_mkldnn_fp16_supported",
@@ -41,8 +38,6 @@ _CHECKS = {
 
 FREE_COPIES = 2
 """How often the memory of a float32 copy must be free for it to be made."""
-
-_noted: set[torch.dtype] = set()
 
 
 def emulates(dtype: torch.dtype) -> bool:
@@ -54,8 +49,8 @@ def emulates(dtype: torch.dtype) -> bool:
 class Float32Products(TorchFunctionMode):
     """Inside, products of more than ``FEW`` rows of 16-bit CPU matrices run in float32.
 
-    Results and gradients have the dtype that they would have had, and nothing of a weight but a
-    chunk is ever widened.  Low-bit blocks are left to themselves.
+    Results and gradients have the dtype that they would have had.  Only a chunk of a weight is
+    widened at a time, unless a graph keeps it.  Low-bit blocks are left to themselves.
     """
 
     def __torch_function__(
@@ -88,9 +83,10 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return None
     if weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
         return None  # which torch refuses
-    times: Any = _Product.apply if torch.is_grad_enabled() else _times
-    product = times(rows, weight)
-    result: Tensor = product if bias is None else product + bias.float()
+    step = max(LEAST_ROWS, CHUNK // weight.shape[1])
+    wide = rows.float()
+    product = torch.cat([F.linear(wide, part.float()) for part in torch.split(weight, step)], 1)
+    result = product if bias is None else product + bias.float()
     return result.to(input.dtype).reshape(*input.shape[:-1], len(weight))
 
 
@@ -99,53 +95,6 @@ def _addmm(
 ) -> Tensor | None:
     """``torch.addmm``, by which a Conv1D multiplies."""
     return _linear(mat1, mat2.t(), input) if beta == alpha == 1 and input.dim() == 1 else None
-
-
-def _rows_at_once(weight: Tensor) -> int:
-    """Rows of ``weight`` that are widened at a time."""
-    return max(LEAST_ROWS, CHUNK // weight.shape[1])
-
-
-def _times(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows [n, K] times the transpose of weight [N, K]: [n, N] float32."""
-    wide, step = rows.float(), _rows_at_once(weight)
-    if len(weight) <= step:
-        return F.linear(wide, weight.float())
-    result = wide.new_empty(len(rows), len(weight))
-    for begin in range(0, len(weight), step):
-        result[:, begin : begin + step] = F.linear(wide, weight[begin : begin + step].float())
-    return result
-
-
-class _Product(torch.autograd.Function):
-    """``_times``, whose graph keeps the weight in its 16 bits."""
-
-    @staticmethod
-    def forward(rows: Tensor, weight: Tensor) -> Tensor:
-        return _times(rows, weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
-        for_rows, for_weight = ctx.needs_input_grad
-        return (
-            _back(gradient, weight).to(rows.dtype) if for_rows else None,
-            (gradient.t() @ rows.float()).to(weight.dtype) if for_weight else None,
-        )
-
-
-def _back(gradient: Tensor, weight: Tensor) -> Tensor:
-    """gradient [n, N] times weight [N, K]: [n, K] float32."""
-    step = _rows_at_once(weight)
-    result = gradient.new_zeros(len(gradient), weight.shape[1])
-    for begin in range(0, len(weight), step):
-        part = slice(begin, begin + step)
-        result = torch.addmm(result, gradient[:, part], weight[part].float())
-    return result
 
 
 def _in_float32(func: Any) -> Callable[..., Tensor | None]:
@@ -212,10 +161,9 @@ def _wide_prompt(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """How many tokens a forward is given, in all its rows."""
     ids = args[0] if args else kwargs.get("input_ids")
-    if isinstance(ids, Tensor):
-        return ids.numel()
-    embeddings = kwargs.get("inputs_embeds")
-    return embeddings[..., 0].numel() if isinstance(embeddings, Tensor) else 0
+    if ids is None and (embeddings := kwargs.get("inputs_embeds")) is not None:
+        ids = embeddings[..., 0]
+    return ids.numel() if isinstance(ids, Tensor) else 0
 
 
 def compute_prompts_in_float32(model: Any) -> bool:
@@ -233,24 +181,10 @@ def float32_note(model: Any) -> str:
     """How prompts of ``model`` are computed, where not in its dtype; else ""."""
     if not _is_wide(model) or not is_emulated(model):
         return ""
-    name = _name(model.dtype)
+    name = str(model.dtype).removeprefix("torch.")
     return (
         f"this CPU has no {name} arithmetic: prompts are computed in float32, decoding stays "
         f"{name}; --dtype overrides"
-    )
-
-
-def note_slow_prompts(model: Any, warn: Callable[[str], None]) -> None:
-    """Call ``warn`` once for models that emulate their prompts, as somebody else loaded them."""
-    if model.dtype in _noted or _is_wide(model) or not is_emulated(model):
-        return
-    if sum(weight.numel() for weight in model.parameters()) < LARGE:
-        return
-    _noted.add(model.dtype)
-    name = _name(model.dtype)
-    warn(
-        f"this CPU has no {name} arithmetic, and this model computes prompts in it: "
-        "dart_llm.load(...) without a dtype, or model.float(), reads them about 5 times as fast"
     )
 
 
@@ -267,25 +201,15 @@ def _is_wide(model: nn.Module) -> bool:
     return isinstance(forward, WidePrompts)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @contextlib.contextmanager
 def in_float32(model: Any) -> Iterator[Any]:
-    """What to run many tokens on in place of ``model``.
+    """What to run many tokens on in place of ``model``: computes the same but for rounding.
 
-    Where torch emulates products in the model's dtype: its float32 copy, or, where memory is short,
-    the model itself, matrix by matrix in float32.  Both compute the same but for rounding, and
-    inside neither computes gradients of weights.
+    Its float32 copy, whose weights have no gradients, where torch emulates products in the model's
+    dtype and memory is left; else the model itself.
     """
-    if not is_emulated(model):
-        yield model
-    elif can_copy(model):
-        yield float32_copy(model).requires_grad_(False)
-    else:
-        with Float32Products(), _frozen(model):
-            yield model
+    copied = is_emulated(model) and can_copy(model)
+    yield float32_copy(model).requires_grad_(False) if copied else model
 
 
 def can_copy(model: Any) -> bool:
@@ -308,16 +232,3 @@ def float32_copy(model: Any) -> Any:
         wide = plain.to(torch.float32, copy=True)
         memo[id(weight)] = nn.Parameter(wide, requires_grad=weight.requires_grad)
     return copy.deepcopy(model, memo).float()
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no weight requires a gradient: only those of activations are computed."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    try:
-        for weight in weights:
-            weight.requires_grad = False
-        yield
-    finally:
-        for weight in weights:
-            weight.requires_grad = True

@@ -1,9 +1,13 @@
-"""GGUF files: their metadata, and the table of their tensors."""
+"""GGUF files: metadata, table of tensors, and settings of a model that transformers does not read.
+
+Without these settings a model would run but compute something else: other angles, no window.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,22 +23,8 @@ from dart_llm.errors import LoadError
 if TYPE_CHECKING:  # which commands that read no file do without
     from torch import Tensor
 
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-"""Types of metadata that take a fixed number of bytes, as ``struct`` names them."""
-
 STRING, ARRAY = 8, 9
+"""Types of metadata, by GGUF's numbers."""
 
 BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 """Low-bit block types that the native kernels read."""
@@ -72,6 +62,7 @@ class StoredTensor:
         return True
 
     def bytes(self) -> Tensor:
+        """As stored, uint8 [size]."""
         import numpy as np
         import torch
 
@@ -101,6 +92,7 @@ class GgufFile:
 
     @property
     def architecture(self) -> str:
+        """The value of ``general.architecture``."""
         return str(self.metadata.get("general.architecture"))
 
     @property
@@ -112,15 +104,15 @@ class GgufFile:
         return dict(counts)
 
     @property
-    def file_type(self) -> str:
-        """The file's stated type, such as ``Q4_K_M``; empty where there is none."""
-        number = self.metadata.get("general.file_type")
-        return file_type_name(number) if isinstance(number, int) else ""
-
-    @property
     def quantisation(self) -> str:
-        """The file's quantisation for people: ``Q4_1``, or ``Q4_K, Q6_K mix``."""
-        return quantisation_name(self.types, self.file_type)
+        """The file's stated type, such as ``Q4_K_M``, else the types of its weights."""
+        from gguf import LlamaFileType
+
+        try:
+            name = LlamaFileType(self.metadata.get("general.file_type", -1)).name
+        except ValueError:
+            return ", ".join(sorted(self.types))
+        return name.removeprefix("MOSTLY_").removeprefix("ALL_")
 
     @property
     def float32_bytes(self) -> int:
@@ -141,85 +133,57 @@ class GgufFile:
         return value if isinstance(value, int | float) and 0 < value < math.inf else None
 
 
-class _Header:
-    """Reads a GGUF file's metadata and its table of tensors, in the file's order.
-
-    gguf's reader takes seconds for the tokens of a large vocabulary, which are skipped here.
-    """
-
-    def __init__(self, data: Any) -> None:
-        self.data, self.at = memoryview(data), 0
-
-    def take(self, form: str) -> Any:
-        values = struct.unpack_from(f"<{form}", self.data, self.at)
-        self.at += struct.calcsize(f"<{form}")
-        return values if len(values) > 1 else values[0]
-
-    def text(self) -> str:
-        length = self.take("Q")
-        self.at += length
-        return bytes(self.data[self.at - length : self.at]).decode("utf-8")
-
-    def value(self) -> Any:
-        """A metadata value; None for an array."""
-        kind = self.take("I")
-        if kind in SCALARS:
-            return self.take(SCALARS[kind])
-        if kind == STRING:
-            return self.text()
-        if kind != ARRAY:
-            raise ValueError(f"metadata of type {kind}")
-        each, count = self.take("IQ")
-        if each in SCALARS:
-            self.at += count * struct.calcsize(f"<{SCALARS[each]}")
-        elif each != STRING:
-            raise ValueError(f"an array of type {each}")
-        for _ in range(count if each == STRING else 0):
-            self.at += 8 + struct.unpack_from("<Q", self.data, self.at)[0]
-        return None
-
-    def entry(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape in torch's order, number of the type, and place in the data."""
-        name = self.text()
-        sizes = [self.take("Q") for _ in range(self.take("I"))]
-        if not sizes or 0 in sizes:
-            raise ValueError(f"tensor {name} without weights")
-        kind, offset = self.take("IQ")
-        return name, tuple(reversed(sizes)), kind, offset
-
-
 LONG = 256
 """Elements of a list above which it is a vocabulary's, or its merges: layers are fewer."""
+
+
+@functools.cache
+def _quick_reader() -> Any:
+    """gguf's reader, which keeps only the length of long lists.
+
+    It would make two arrays of every token: 17 s for a vocabulary of 262,144.
+    """
+    import numpy as np
+    from gguf import GGUFReader, GGUFValueType
+
+    class QuickReader(GGUFReader):
+        def _get_str(self, offset: int) -> Any:
+            length, text = super()._get_str(offset)
+            if len(text) != length[0]:
+                raise ValueError("a string is cut off")
+            return length, text
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            data, end = memoryview(self.data.data), orig_offs + 12
+            kind, count = struct.unpack_from("<IQ", data, orig_offs)
+            if count <= LONG:
+                return super()._get_field_parts(orig_offs, raw_type)
+            if kind == STRING:
+                for _ in range(count):
+                    end += 8 + struct.unpack_from("<Q", data, end)[0]
+            else:
+                number = self.gguf_scalar_to_np[GGUFValueType(kind)]
+                end += count * np.dtype(number).itemsize
+            if end > len(data):
+                raise ValueError("a list is cut off")
+            types = [GGUFValueType.ARRAY, GGUFValueType.UINT8]
+            return end - orig_offs, [np.zeros(1, np.uint8)], [0] * count, types
+
+    return QuickReader
 
 
 @contextmanager
 def quick_gguf() -> Iterator[None]:
     """Inside the block transformers reads a configuration from a GGUF file in about a second.
 
-    gguf's reader makes two arrays of every token, 17 s for a vocabulary of 262,144, of which a
-    configuration needs the length; here it keeps only the length of long lists (transformers
-    reads the tokens of a tokenizer by itself).  And the table of tensor names is made once, not
-    for every module.
+    It needs the vocabulary's length, and reads the tokens of a tokenizer by itself.  And the table
+    of tensor names is made once, not for every module.
     """
-    import numpy as np
-
     gguf: Any = import_module("gguf")
-
-    class Quick(gguf.GGUFReader):  # type: ignore[misc]
-        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            if raw_type != ARRAY:
-                return super()._get_field_parts(orig_offs, raw_type)
-            kind, count = struct.unpack_from("<IQ", memoryview(self.data), orig_offs)
-            if count <= LONG or kind == ARRAY:
-                return super()._get_field_parts(orig_offs, raw_type)
-            header = _Header(self.data)
-            header.at = orig_offs - 4  # where its type is
-            header.value()
-            types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT8]
-            return header.at - orig_offs, [np.zeros(1, np.uint8)], [0] * count, types
-
     whole = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = Quick, functools.cache(whole[1])
+    gguf.GGUFReader, gguf.get_tensor_name_map = _quick_reader(), functools.cache(whole[1])
     try:
         yield
     finally:
@@ -229,8 +193,7 @@ def quick_gguf() -> Iterator[None]:
 def read_gguf(path: Path) -> GgufFile:
     """Metadata and table of tensors of a file; no tensor is read yet.
 
-    Raises ``LoadError``, before anything is allocated, for a file that is cut off, a type that
-    is not known, rows that do not divide into blocks, and tensors that overlap; it names them.
+    Raises ``LoadError``, before anything is allocated, for a file that is cut off or damaged.
     """
     import numpy as np
 
@@ -238,74 +201,207 @@ def read_gguf(path: Path) -> GgufFile:
         if file.read(4) != b"GGUF":
             raise LoadError(f"{path} is not a GGUF file; give a folder, or a file that is one")
     try:
-        data = np.memmap(path, mode="r", dtype=np.uint8)
-        header = _Header(data)
-        _, version, count, facts = header.take("4sIQQ")
-        if version not in (2, 3):
-            raise LoadError(f"{path.name} is a GGUF file of version {version}, not of 2 or 3")
-        metadata = {header.text(): header.value() for _ in range(facts)}
-        entries = [header.entry() for _ in range(count)]
-        if not entries:
+        with np.errstate(all="ignore"):
+            reader = _quick_reader()(path)
+        stored = [_stored(path, tensor, len(reader.data)) for tensor in reader.tensors]
+        if not stored:
             raise ValueError("no tensors")
-        align = metadata.get("general.alignment", 32)
-        if not isinstance(align, int) or align < 1:
-            raise ValueError(f"an alignment of {align}")
-    except (struct.error, ValueError, OSError, OverflowError) as error:
+        for tensor, after in pairwise(sorted(stored, key=lambda tensor: tensor.begin)):
+            if after.begin < tensor.begin + tensor.size:
+                raise ValueError(f"tensors {tensor.name} and {after.name} overlap")
+        metadata = {
+            name: None if field.types[0] == ARRAY else field.contents()
+            for name, field in reader.fields.items()
+        }
+    except Exception as error:  # whatever gguf's reader stumbles over
+        reason = str(error).partition("\n")[0]
         raise LoadError(
-            f"{path.name} is not a complete GGUF file; fetch it again and compare its size"
+            f"{path.name} is not a whole GGUF file ({reason}); fetch it again and compare its size"
         ) from error
-    start = (header.at + align - 1) // align * align
-    stored = [_stored(path, start, len(data), *entry) for entry in entries]
-    by_place = sorted(stored, key=lambda tensor: tensor.begin)
-    for tensor, after in pairwise(by_place):
-        if after.begin < tensor.begin + tensor.size:
-            raise LoadError(
-                f"{path.name} is damaged: tensors {tensor.name} and {after.name} overlap; fetch it "
-                "again"
-            )
     return GgufFile(path, metadata, {tensor.name: tensor for tensor in stored})
 
 
-def _stored(
-    path: Path, start: int, end: int, name: str, shape: tuple[int, ...], number: int, offset: int
-) -> StoredTensor:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+def _stored(path: Path, tensor: Any, end: int) -> StoredTensor:
+    from gguf import GGML_QUANT_SIZES
 
-    try:
-        kind = GGMLQuantizationType(number)
-    except ValueError as error:
-        raise LoadError(f"{path.name}: tensor {name} is of the unknown type {number}") from error
-    weights, size = GGML_QUANT_SIZES[kind]
-    if shape[-1] % weights:
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    weights, size = GGML_QUANT_SIZES[tensor.tensor_type]
+    size = math.prod(shape) // weights * size
+    begin = int(tensor.data_offset)
+    if not shape or not size or begin + size > end:
+        raise ValueError(f"tensor {tensor.name} is cut off")
+    return StoredTensor(path, tensor.name, tensor.tensor_type.name.lower(), shape, begin, size)
+
+
+# How files differ from transformers' weights, and settings that transformers leaves out.
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the weights of a file differ from transformers', apart from their names.
+
+    ``pairs``: rows of q and k are in the order of rotary pairs, as in llama.cpp, not of halves;
+    ``plus_one``: norms include the 1 that transformers adds itself.
+    """
+
+    pairs: bool = False
+    plus_one: bool = False
+
+
+ARCHITECTURES = {
+    "llama": Stored(pairs=True),
+    **dict.fromkeys(("qwen2", "qwen3", "phi3", "gpt2"), Stored()),
+    **dict.fromkeys(("gemma2", "gemma3"), Stored(plus_one=True)),
+}
+"""The architectures whose files are read in blocks, by ``general.architecture``."""
+
+ROPE = "rope_parameters"
+
+LONGEST = 4096
+"""Heads, and values and frequencies of one, more than any model has."""
+
+Settings = dict[str, Any]
+"""Keys of a configuration and their values, as in JSON."""
+
+SIZES = {
+    "embedding_length": ("token_embd.weight", 1),
+    "vocab_size": ("token_embd.weight", 0),
+    "feed_forward_length": ("blk.0.ffn_down.weight", 1),
+    "context_length": ("position_embd.weight", 0),
+}
+"""Facts that are the size of a tensor, and which of its dimensions."""
+
+HEADS = ("key_length", "value_length", "head_count", "head_count_kv")
+"""Facts of the attention that are sizes or numbers of heads."""
+
+LLAMA_3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Common to Llama 3.1 to 3.3; a file stores the factors of frequencies that follow from it."""
+
+
+def check_facts(file: GgufFile) -> None:
+    """Raise ``LoadError`` for facts that are larger than the file's tensors, or for fewer layers.
+
+    A model of these would be built only to find that no weight fits; fewer layers would run.
+    """
+    layers = [re.match(r"blk\.(\d+)\.", tensor) for tensor in file.tensors]
+    count = 1 + max((int(match[1]) for match in layers if match), default=-1)
+    small = ("rope.dimension_count", *(f"attention.{name}" for name in HEADS))
+    most = {"block_count": count, **dict.fromkeys(small, LONGEST)}
+    for fact, (tensor, dimension) in SIZES.items():
+        stored = file.tensors.get(tensor)
+        if stored is not None and len(stored.shape) == 2:
+            most[fact] = stored.shape[dimension]
+    for fact, size in most.items():
+        stated = file.number(fact) or 0
+        if stated > size or (fact == "block_count" and 0 < stated < size):
+            raise LoadError(
+                f"{file.path.name} is damaged: it states {fact} {stated}, and its tensors are for "
+                f"{size}; fetch it again"
+            )
+
+
+def left_out(file: GgufFile) -> Settings:
+    """Settings that transformers leaves out, mostly none; raises ``LoadError`` for bad factors."""
+    settings: Settings = {}
+    if file.architecture not in ARCHITECTURES:  # whose facts may mean something else
+        return settings
+    # transformers treats a Llama file of this name as Mistral's
+    mistral = file.architecture == "llama" and file.metadata.get("general.name") == "mistral"
+    window = file.number("attention.sliding_window")
+    if window and (mistral or file.architecture == "phi3"):
+        settings["sliding_window"] = window
+    if file.architecture == "gpt2":
+        width, neurons = file.number("embedding_length"), file.number("feed_forward_length")
+        if length := file.number("context_length"):
+            settings["n_positions"] = length
+        if neurons and width and neurons != 4 * width:
+            settings["n_inner"] = neurons
+    if rope := {**_angles(file), **_factors(file)}:
+        settings[ROPE] = rope
+    return settings
+
+
+def complete(config: Any, settings: Settings) -> Any:
+    """``config`` with the settings of ``left_out``; itself, if there are none."""
+    if not settings:
+        return config
+    values = config.to_dict()
+    rope = settings.get(ROPE, {})
+    before = values.get(ROPE) or {}
+    if "full_attention" in before:  # layers of sliding attention keep their own angles
+        after = {**before, "full_attention": {**before["full_attention"], **rope}}
+    else:
+        after = {**before, **rope}
+    original = rope.get("original_max_position_embeddings")
+    if original and "original_max_position_embeddings" in values:
+        values["original_max_position_embeddings"] = original
+    values |= {**settings, **({ROPE: after} if rope else {})}
+    return type(config).from_dict(values)
+
+
+def _angles(file: GgufFile) -> Settings:
+    """Which part of a head is rotated, and positions beyond those of the training."""
+    settings: Settings = {}
+    rotated, width = file.number("rope.dimension_count"), file.number("embedding_length")
+    heads = file.number("attention.head_count")
+    if file.architecture == "phi3" and rotated and width and heads and rotated * heads < width:
+        settings["partial_rotary_factor"] = rotated * heads / width
+    kind, factor = file.fact("rope.scaling.type"), file.number("rope.scaling.factor")
+    if kind in ("linear", "yarn") and factor:
+        settings |= {"rope_type": kind, "factor": float(factor)}
+        original = file.number("rope.scaling.original_context_length")
+        if kind == "yarn" and original:
+            settings["original_max_position_embeddings"] = original
+    return settings
+
+
+def _factors(file: GgufFile) -> Settings:
+    """Factors of frequencies: Llama 3's, or any others, for short and for long sequences."""
+    factors, long, short = (
+        _numbers(file, name) for name in ("freqs", "factors_long", "factors_short")
+    )
+    if factors:
+        factor = max(factors)
+        if factor == min(factors) == 1:
+            return {}
+        wanted = _llama_3(len(factors), factor, float(file.number("rope.freq_base") or 10000.0))
+        if all(math.isclose(*pair, rel_tol=1e-3) for pair in zip(factors, wanted, strict=True)):
+            return {"rope_type": "llama3", "factor": factor, **LLAMA_3}
+        return _longrope(factors, factors, file.number("context_length"), 1.0)
+    if not (long and short):
+        return {}
+    original = file.number("rope.scaling.original_context_length") or file.number("context_length")
+    return _longrope(short, long, original, file.number("rope.scaling.attn_factor"))
+
+
+def _numbers(file: GgufFile, name: str) -> list[float]:
+    """Factors of frequencies; raises ``LoadError`` unless they are numbers above 0."""
+    tensor = file.tensors.get(f"rope_{name}.weight")
+    if tensor is None:
+        return []
+    fits = tensor.is_known and math.prod(tensor.shape) <= LONGEST
+    numbers = [float(number) for number in tensor.values().flatten()] if fits else []
+    if not numbers or not all(0 < number < math.inf for number in numbers):
         raise LoadError(
-            f"{path.name}: tensor {name} has rows of {shape[-1]} weights, no multiple of the "
-            f"{weights} of a block of {kind.name}"
+            f"{tensor.path.name}: tensor {tensor.name} must have factors of frequencies, "
+            "numbers above 0"
         )
-    wanted = math.prod(shape) // weights * size
-    there = max(0, min(wanted, end - start - offset))
-    if there != wanted:
-        raise LoadError(
-            f"{path.name} is cut off: tensor {name} takes {wanted} bytes, and the file holds "
-            f"{there} of them; fetch it again and compare its size"
-        )
-    return StoredTensor(path, name, kind.name.lower(), shape, start + offset, wanted)
+    return numbers
 
 
-def file_type_name(number: int) -> str:
-    """The name behind ``general.file_type``: ``Q4_1`` for 3; empty when it is not known."""
-    from gguf import LlamaFileType
-
-    try:
-        return LlamaFileType(number).name.removeprefix("MOSTLY_")
-    except ValueError:
-        return ""
+def _longrope(short: list[float], long: list[float], original: Any, attention: Any) -> Settings:
+    settings: Settings = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+    settings["original_max_position_embeddings"] = original
+    return {**settings, **({"attention_factor": float(attention)} if attention else {})}
 
 
-def quantisation_name(types: Mapping[str, int], named: str) -> str:
-    """The file type's name where a storage type has that name, else the storage types."""
-    low_bit = sorted(name for name in types if name not in ("F32", "F16", "BF16"))
-    if not low_bit:
-        return max(types, key=lambda name: types[name], default="none")
-    if named in low_bit or len(low_bit) == 1:
-        return named if named in low_bit else low_bit[0]
-    return f"{', '.join(low_bit)} mix"
+def _llama_3(count: int, factor: float, base: float) -> list[float]:
+    """The factors of Llama 3's frequencies, as llama.cpp's converter makes them."""
+    low, high = LLAMA_3["low_freq_factor"], LLAMA_3["high_freq_factor"]
+    turns = [8192 / (2 * math.pi * base ** (i / count)) for i in range(count)]
+    smooth = [min(1.0, max(0.0, (period - low) / (high - low))) for period in turns]
+    return [1 / ((1 - period) / factor + period) for period in smooth]

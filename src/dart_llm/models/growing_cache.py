@@ -10,14 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticCache,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 ROOM = 256
 """Positions that are added at a time."""
@@ -25,7 +18,7 @@ ROOM = 256
 
 @dataclass(eq=False)
 class Steps:
-    """Positions that all layers of one cache got since their buffers were bound.
+    """Positions that all layers of one cache got since their buffers were made.
 
     ``changed``: whether a layer was given other tensors since.
     """
@@ -38,49 +31,45 @@ class Steps:
 class Buffers:
     """Keys and values of one layer, [B, K, capacity, S].
 
-    ``end``: where the cache's positions ended before ``steps``; ``count``: how many they were;
-    ``length``: of the whole sequence then.  ``most``: positions that the layer keeps; ``seen``:
-    those that the next step reads, None: all.
+    ``end``: how many positions were filled before ``steps``; ``length``: of the whole sequence
+    then.  ``most``: positions that the layer keeps, None: all.
     """
 
     keys: Tensor
     values: Tensor
     end: int
-    count: int
     length: int
     most: int | None
-    seen: int | None
     steps: Steps
-
-    def _kept(self, done: int) -> int:
-        count = self.count + done
-        return count if self.most is None else min(count, self.most)
-
-    @property
-    def full(self) -> bool:
-        return self.end + self.steps.done >= self.keys.shape[2]
 
     def views(self) -> tuple[Tensor, Tensor]:
         """The layer's current keys and values [B, K, n, S]."""
-        done = self.steps.done  # read once: another thread may be between two steps
-        count = self._kept(done)
-        begin = self.end + done - count
+        end = self.end + self.steps.done  # read once: another thread may be between two steps
+        begin = 0 if self.most is None else max(0, end - self.most)
         with torch.inference_mode(False), torch.no_grad():
-            return self.keys.narrow(2, begin, count), self.values.narrow(2, begin, count)
-
-    def rebased(self, steps: Steps, grow: torch.dtype | None) -> Buffers:
-        """The same positions before other steps; ``grow``: copied, of this dtype, with room."""
-        done = self.steps.done
-        count, end, keys, values = self._kept(done), self.end + done, self.keys, self.values
-        if grow is not None:
-            end, (keys, values) = count, (_roomy(t, count, grow) for t in self.views())
-        return Buffers(keys, values, end, count, self.length + done, self.most, self.seen, steps)
+            return self.keys[:, :, begin:end], self.values[:, :, begin:end]
 
     def nbytes(self) -> int:
         """Bytes of the spare positions."""
-        capacity = self.keys.shape[2]
-        spare = capacity - self._kept(self.steps.done)
-        return (self.keys.nbytes + self.values.nbytes) // capacity * spare
+        used = sum(view.nbytes for view in self.views())
+        return self.keys.nbytes + self.values.nbytes - used
+
+
+def _lazy(name: str) -> Any:
+    """An attribute that ``buffers`` decide, until it is assigned."""
+
+    def read(layer: _Growing) -> Any:
+        current = layer.current()
+        return current[name] if name in current else layer.__dict__[name]
+
+    def write(layer: _Growing, value: Any) -> None:
+        if layer.buffers is not None:
+            layer.buffers.steps.changed = True  # first: an interrupt may come in between
+            layer.__dict__.update(layer.current())
+            layer.buffers = None
+        layer.__dict__[name] = value
+
+    return property(read, write)
 
 
 class _Growing:
@@ -92,28 +81,14 @@ class _Growing:
     """
 
     buffers: Buffers | None = None
-    is_sliding: bool
+    keys, values = _lazy("keys"), _lazy("values")
 
-    def _current(self) -> dict[str, Any]:
+    def current(self) -> dict[str, Any]:
         """The attributes that ``buffers`` decide."""
         if self.buffers is None:
             return {}
         keys, values = self.buffers.views()
-        length = {"cumulative_length": self.get_seq_length()} if self.is_sliding else {}
-        return {"keys": keys, "values": values, **length}
-
-    def __getattr__(self, name: str) -> Any:
-        current = self._current() if name in LAZY else {}
-        if name not in current:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return current[name]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in LAZY and self.buffers is not None:
-            self.buffers.steps.changed = True  # first: an interrupt may come in between
-            self.__dict__.update(self._current())
-            self.__dict__["buffers"] = None
-        object.__setattr__(self, name, value)
+        return {"keys": keys, "values": values}
 
     def get_seq_length(self) -> int:
         """As of the base class; called before every step."""
@@ -124,13 +99,9 @@ class _Growing:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copied and pickled as the plain layer."""
-        attributes = {**self.__dict__, **self._current()}
-        attributes.pop("buffers")
+        attributes = {**self.__dict__, **self.current()}
+        attributes.pop("buffers", None)
         return _layer, (type(self).__bases__[1], attributes)
-
-
-LAZY = ("keys", "values", "cumulative_length")
-"""Attributes that a growing layer omits while it has buffers; the last only in sliding layers."""
 
 
 class GrowingLayer(_Growing, DynamicLayer):  # type: ignore[no-untyped-call]
@@ -140,6 +111,13 @@ class GrowingLayer(_Growing, DynamicLayer):  # type: ignore[no-untyped-call]
 class GrowingSlidingLayer(_Growing, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
     """A layer that keeps those of a window."""
 
+    cumulative_length = _lazy("cumulative_length")
+
+    def current(self) -> dict[str, Any]:
+        """The same, and the length of the whole sequence."""
+        views = super().current()
+        return {**views, "cumulative_length": self.get_seq_length()} if views else {}
+
 
 def _layer(kind: type, attributes: dict[str, Any]) -> Any:
     layer: Any = object.__new__(kind)
@@ -147,21 +125,12 @@ def _layer(kind: type, attributes: dict[str, Any]) -> Any:
     return layer
 
 
-def _grow_from(layer: Any, buffers: Buffers) -> Any:
-    """``layer``, or a growing copy of it, with these ``buffers``."""
-    if isinstance(layer, _Growing):
-        layer.__dict__["buffers"] = buffers
-        for name in LAZY:
-            layer.__dict__.pop(name, None)
-        return layer
-    attributes = {name: v for name, v in layer.__dict__.items() if name not in LAZY}
+def _grow(layer: Any, buffers: Buffers) -> Any:
+    """A growing layer in place of ``layer``, with these ``buffers``."""
     kind = GrowingSlidingLayer if layer.is_sliding else GrowingLayer
+    lazy = ("keys", "values", "cumulative_length")
+    attributes = {name: v for name, v in layer.__dict__.items() if name not in lazy}
     return _layer(kind, {**attributes, "buffers": buffers})
-
-
-def is_static(cache: Any) -> bool:
-    """Whether ``cache`` is one of transformers whose tensors stay where they are."""
-    return type(cache) is StaticCache
 
 
 def is_growing(cache: Any) -> bool:
@@ -171,10 +140,8 @@ def is_growing(cache: Any) -> bool:
 
 def extendable(cache: Any, windows: Sequence[int | None]) -> bool:
     """Whether steps of a model whose layers see ``windows`` positions can extend ``cache``."""
-    if not (is_growing(cache) or is_static(cache)) or len(cache.layers) != len(windows):
+    if not is_growing(cache) or len(cache.layers) != len(windows):
         return False
-    if is_static(cache):
-        return all(map(_has_room, cache.layers))
     for layer, window in zip(cache.layers, windows, strict=True):
         # one that keeps the past too does so for a later crop
         slides = type(layer) in (DynamicSlidingWindowLayer, GrowingSlidingLayer)
@@ -183,15 +150,6 @@ def extendable(cache: Any, windows: Sequence[int | None]) -> bool:
         if not slides and type(layer) not in (DynamicLayer, GrowingLayer):
             return False
     return True
-
-
-def _has_room(layer: Any) -> bool:
-    """Of a static layer: whether the next position has its own slot.
-
-    A window that is full moves all others instead.
-    """
-    static = type(layer) in (StaticLayer, StaticSlidingWindowLayer) and layer.is_initialized
-    return static and int(layer.get_seq_length()) < layer.max_cache_len
 
 
 def fill_layer(cache: Any, keys: Tensor, values: Tensor, index: int) -> None:
@@ -209,12 +167,8 @@ def fill_layer(cache: Any, keys: Tensor, values: Tensor, index: int) -> None:
 
 def layer_tensors(layer: Any) -> tuple[Tensor, Tensor]:
     """Keys and values of a layer, maybe of more positions than it has: for rows and dtypes."""
-    buffers = _buffers_of(layer)
-    return (layer.keys, layer.values) if buffers is None else (buffers.keys, buffers.values)
-
-
-def _buffers_of(layer: Any) -> Buffers | None:
-    return layer.buffers if isinstance(layer, _Growing) else None
+    source = (layer.buffers if isinstance(layer, _Growing) else None) or layer
+    return source.keys, source.values
 
 
 class PreallocatedKVCache:
@@ -222,8 +176,8 @@ class PreallocatedKVCache:
 
     A cache of transformers copies all its keys and values for every token.  Here each layer is a
     ``GrowingLayer`` over larger buffers, and a step writes the next position in place; what a
-    sliding window leaves behind stays in front of its view until the buffer is full.  A layer that
-    is given other tensors is copied anew.
+    sliding window leaves behind stays in front of its view.  Once a buffer is full, or a layer is
+    given other tensors, all are copied anew.
 
     ``windows``: positions that a token of each layer sees, itself among them; None: all.
     """
@@ -231,39 +185,35 @@ class PreallocatedKVCache:
     def __init__(self, cache: Any, windows: Sequence[int | None]) -> None:
         self.of = weakref.ref(cache, functools.partial(_free, weakref.ref(self)))
         self._windows = list(windows)
-        self.rooms: list[Buffers] = []
         self.steps = Steps()
         self._layers: list[Any] = []
-        self._spare = 0
 
     def ready(self, cache: Any) -> bool:
         """Whether a step can be made at once: nothing was changed, and there is room."""
         steps = self.steps
-        return steps.done < self._spare and not steps.changed and cache.layers == self._layers
+        return steps.done < ROOM and not steps.changed and cache.layers == self._layers
 
     def prepare(self, cache: Any) -> None:
-        """Make room for a position; ``rooms`` and ``steps`` are others where that helps."""
+        """Make room for a position; ``places`` and ``steps`` are others where that helps."""
         if self.ready(cache):
             return
+        steps, dtype = Steps(), layer_tensors(cache.layers[0])[0].dtype  # a step reads one dtype
         with torch.inference_mode(False), torch.no_grad():
-            self._make_rooms(cache)
+            layers = [_grow(layer, _copied(layer, dtype, steps)) for layer in cache.layers]
         # an interrupt may come between any two lines: each leaves layers that work
-        for index, buffers in enumerate(self.rooms):
-            cache.layers[index] = _grow_from(cache.layers[index], buffers)
-        self._layers = list(cache.layers)
-        self.steps.changed = False
+        self.steps, self._layers = steps, layers
+        cache.layers[:] = layers
+        steps.changed = False
 
-    def _make_rooms(self, cache: Any) -> None:
-        steps, rooms = Steps(), []
-        dtype = layer_tensors(cache.layers[0])[0].dtype  # a step reads all in one dtype
-        for index, (layer, window) in enumerate(zip(cache.layers, self._windows, strict=True)):
-            current = _buffers_of(layer)
-            if current is not None and current in self.rooms[index : index + 1]:
-                rooms.append(current.rebased(steps, dtype if current.full else None))
-            else:
-                rooms.append(_adopt(layer, window).rebased(steps, dtype))
-        self.rooms, self.steps = rooms, steps
-        self._spare = min(room.keys.shape[2] - room.end for room in rooms)
+    def places(self) -> tuple[list[Tensor], list[Tensor], list[int], list[int], list[int]]:
+        """What the native object binds, per layer: buffers of keys and of values, where the filled
+        positions end, how many they are, and how many a step reads beside its own, -1 for all.
+        """
+        rooms = [layer.buffers for layer in self._layers]
+        ends = [room.end for room in rooms]
+        keys, values = [room.keys for room in rooms], [room.values for room in rooms]
+        seen = [-1 if window is None else window - 1 for window in self._windows]
+        return keys, values, ends, ends, seen
 
     def advance(self) -> None:
         """A step has written the next position of all layers."""
@@ -271,51 +221,22 @@ class PreallocatedKVCache:
 
     def nbytes(self) -> int:
         """Bytes in addition to the cache's own views."""
-        return sum(room.nbytes() for room in self.rooms)
+        return sum(layer.buffers.nbytes() for layer in self._layers if layer.buffers is not None)
 
 
 def _free(owner: weakref.ref[PreallocatedKVCache], gone: object) -> None:
     if (growing := owner()) is not None:
-        growing.rooms, growing._layers, growing._spare = [], [], 0
+        growing._layers = []
 
 
-def _adopt(layer: Any, window: int | None) -> Buffers:
-    """The positions of a cache's layer that a step may read, where they lie."""
-    keys, values = layer.keys, layer.values
-    end = keys.shape[2]
-    seen = None if window is None else window - 1
-    most = seen if layer.is_sliding else None
-    count = end if most is None else min(end, most)
-    return Buffers(keys, values, end, count, layer.get_seq_length(), most, seen, Steps())
-
-
-def _roomy(old: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    rows, heads, _, size = old.shape
-    capacity = (length // ROOM + 1) * ROOM + ROOM // 4
-    with torch.inference_mode(False):
-        made = torch.zeros(rows, heads, capacity, size, dtype=dtype, device=old.device)
-    made[:, :, :length] = old
-    return made
-
-
-Places = tuple[list[Tensor], list[Tensor], list[int], list[int], list[int]]
-"""Per layer: buffers of keys and of values, where the filled positions end, how many they are, and
-how many a step reads beside its own, -1 for all."""
-
-
-def static_places(cache: Any, windows: Sequence[int | None]) -> Places:
-    """Where the next step reads and writes a static cache."""
-    layers = cache.layers
-    counts = [int(layer.get_seq_length()) for layer in layers]
-    seen = [-1 if window is None else window - 1 for window in windows]
-    keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
-    return keys, values, counts, counts, seen
-
-
-def count_static(cache: Any) -> None:
-    """Let a static cache count the position that a step has written."""
-    with torch.inference_mode():  # in which the counts may have been made
-        torch._foreach_add_([layer.cumulative_length for layer in cache.layers], 1)
-    for layer in cache.layers:
-        if layer.is_sliding:
-            layer.cumulative_length_int += 1
+def _copied(layer: Any, dtype: torch.dtype, steps: Steps) -> Buffers:
+    """The positions of a cache's layer that a step may read, with room for more."""
+    most = layer.sliding_window - 1 if layer.is_sliding else None
+    begin = 0 if most is None else max(0, layer.keys.shape[2] - most)
+    old = [t[:, :, begin:] for t in (layer.keys, layer.values)]
+    rows, heads, count, size = old[0].shape
+    shape = rows, heads, count + ROOM, size
+    keys, values = (torch.zeros(shape, dtype=dtype, device=t.device) for t in old)
+    for room, positions in ((keys, old[0]), (values, old[1])):
+        room[:, :, :count] = positions
+    return Buffers(keys, values, count, layer.get_seq_length(), most, steps)

@@ -6,56 +6,31 @@ that name: ``from dart_llm import load`` would give the module instead of the fu
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dart_llm import hub
 from dart_llm.cache import cache_folder, hub_cache
-from dart_llm.errors import ConfigError, LoadError, UnknownName
+from dart_llm.errors import ConfigError, LoadError, UnknownName, chain
 from dart_llm.files import file_sha256, size_text
-from dart_llm.hub import (
-    INSTEAD,
-    bars,
-    check_download,
-    hub_failure,
-    no_stray_bars,
-    not_reached,
-    plain,
-)
-from dart_llm.models.bundled import (
-    MEMBER,
-    MODEL_HUB_ID,
-    MODEL_NAME,
-    MODEL_PACKAGE,
-    MODEL_VERSION,
-    default_folder,
-)
+from dart_llm.models import cached
+from dart_llm.models.cached import Progress
 from dart_llm.models.checkpoint import (
     Checkpoint,
     Size,
     check_room,
     remember,
     remember_tokenizer,
-    stored_size,
     weights_size,
 )
-from dart_llm.models.devices import memory_failure, placement
-from dart_llm.models.gguf import (
-    Progress,
-    check_architecture,
-    convert,
-    converted_folder,
-    gguf_arguments,
-    is_intact,
-    read_source,
-)
-from dart_llm.models.gguf_facts import ARCHITECTURES, left_out
-from dart_llm.models.gguf_file import ROUNDED, quick_gguf, read_gguf
+from dart_llm.models.gguf_file import ARCHITECTURES, ROUNDED, left_out, quick_gguf, read_gguf
 from dart_llm.reporting.heartbeat import logged
 
 if TYPE_CHECKING:
@@ -72,16 +47,14 @@ SHORT_NAMES = (DEFAULT, "smollm2")
 LEGACY_HUB_NAMES = ("distilgpt2", "gpt2", "gpt2-large", "gpt2-medium", "gpt2-xl", "openai-gpt")
 """Hub models from before owners were part of the name."""
 
-ONLY_HUB = "applies to hub models only"
+WEIGHTS = ("auto", "file", "dense", *ROUNDED)
+"""Formats of weights, which ``load`` explains."""
 
-CONVERT_UP_TO = 8_000_000_000
-"""Bytes of the float32 copy above which a GGUF is read directly, slowly, at every load.
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
+"""Transformers' name of its warning about a sequence that is longer than the context."""
 
-It is for architectures that are not read in blocks: of the others no copy is made.
-"""
-
-CONVERTED_PER_SECOND = 30_000_000
-"""Bytes of such a copy, roughly."""
+Check = Callable[[Any, Any], None]
+"""Raises an error for an unsuitable tokenizer or configuration."""
 
 
 def is_default(model: str) -> bool:
@@ -89,28 +62,11 @@ def is_default(model: str) -> bool:
     return model.lower() in SHORT_NAMES
 
 
-def _in_folder(folder: Path, name: str, source: str) -> Checkpoint:
-    """The checkpoint in a folder, with the record of its conversion if there is one."""
-    record = read_source(folder) or {}
-    quantisation, sha256 = record.get("quantisation"), record.get("sha256")
-    return Checkpoint(name, source, str(folder), folder, quantisation, sha256)
-
-
-WEIGHTS = ("auto", "file", "dense", *ROUNDED)
-"""Formats of weights, which ``load`` explains."""
-
-SUFFIX = ".gguf"
-
-TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
-"""Transformers' name of its warning about a sequence that is longer than the context."""
-
-
 def resolve(
     model: str,
     *,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
-    verify: bool = False,
     packed: bool = False,
     say: Progress,
 ) -> Checkpoint:
@@ -121,99 +77,69 @@ def resolve(
     a checkpoint and a default that cannot be fetched, ``UnknownName`` for a name that is neither
     path nor hub id, ``ConfigError`` for a revision of something that has none.
     """
-    cache = cache_folder(cache_dir)
+    cache, path = cache_folder(cache_dir), Path(model).expanduser()
+    if revision and (is_default(model) or path.exists()):
+        what = f"{DEFAULT} is pinned" if is_default(model) else f"{model} is a path"
+        raise ConfigError(f"revision {revision!r} applies to hub models only; {what}")
     if is_default(model):
-        if revision:
-            raise ConfigError(f"revision {revision!r} {ONLY_HUB}; {DEFAULT} is pinned")
-        folder = default_folder(cache, verify=verify, progress=say)
-        file, blocks = Path(MEMBER).name, "as in the file" if packed else "dequantised"
-        source = f"{file} of the pip package {MODEL_PACKAGE} {MODEL_VERSION}, {blocks}"
-        checkpoint = _in_folder(folder, MODEL_NAME, source)
-        return replace(checkpoint, file=folder / file, packed=packed)
-    path = Path(model).expanduser()
-    if path.exists() and revision:
-        raise ConfigError(f"revision {revision!r} {ONLY_HUB}; {model} is a path")
+        folder = cached.default_folder(cache, progress=say)
+        name, release = Path(cached.MEMBER).name, f"{cached.MODEL_PACKAGE} {cached.MODEL_VERSION}"
+        blocks = "as in the file" if packed else "dequantised"
+        source = f"{name} of the pip package {release}, {blocks}"
+        checkpoint = _in_folder(folder, cached.MODEL_NAME, source)
+        return replace(checkpoint, file=folder / name, packed=packed)
     if path.is_dir():
-        return _folder(path)
+        path = path.resolve()
+        if not (path / "config.json").is_file():
+            hint = "give the folder that save_pretrained wrote"
+            for file in sorted(path.glob("*.gguf"))[:1]:
+                hint = f"it contains {file.name}: give {file}"
+            raise LoadError(f"{path} is not a checkpoint: it has no config.json; {hint}")
+        return _in_folder(path, path.name, "folder")
     if path.is_file():
-        return _gguf(path, cache, verify=verify, packed=packed, say=say)
+        return _gguf(path.resolve(), cache, packed=packed, say=say)
     if _looks_like_path(model):
         raise LoadError(
             f"there is no file or folder {model}; give a hub id (owner/name), a folder, a .gguf "
             f"file or {DEFAULT}"
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII) and model not in LEGACY_HUB_NAMES:
-        unknown = UnknownName("model", model, (*SHORT_NAMES, *LEGACY_HUB_NAMES))
-        text, mark = str(unknown).removesuffix("?"), "?" if str(unknown).endswith("?") else ""
-        unknown.args = (f"{text}, or a hub id (owner/name), a folder or a .gguf file{mark}",)
-        raise unknown
-    return hub_checkpoint(model, revision)
-
-
-def hub_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
-    """A hub model, by its id."""
+        others = "or a hub id (owner/name), a folder or a .gguf file"
+        raise UnknownName("model", model, (*SHORT_NAMES, *LEGACY_HUB_NAMES), others)
     return Checkpoint(name=model, source="hub", reference=model, revision=revision)
 
 
 def _looks_like_path(model: str) -> bool:
-    return (
-        model.startswith((".", "~", os.sep))
-        or model.lower().endswith(".gguf")
-        or model.count("/") > 1
-        or "\\" in model
-    )
+    has_parts = model.startswith((".", "~", os.sep)) or model.count("/") > 1 or "\\" in model
+    return has_parts or model.lower().endswith(".gguf")
 
 
-def _folder(path: Path) -> Checkpoint:
-    if not (path / "config.json").is_file():
-        hint = "give the folder that save_pretrained wrote"
-        for file in sorted(path.glob("*.gguf"))[:1]:
-            hint = f"it contains {file.name}: give {file}"
-        raise LoadError(f"{path} is not a checkpoint: it has no config.json; {hint}")
-    path = path.resolve()
-    return _in_folder(path, path.name, "folder")
+def _in_folder(folder: Path, name: str, source: str) -> Checkpoint:
+    """The checkpoint in a folder, with the record of its conversion if there is one."""
+    record = cached.read_source(folder) or {}
+    quantisation, sha256 = record.get("quantisation"), record.get("sha256")
+    return Checkpoint(name, source, str(folder), folder, quantisation, sha256)
 
 
-def _gguf(path: Path, cache: Path, *, verify: bool, packed: bool, say: Progress) -> Checkpoint:
+def _gguf(path: Path, cache: Path, *, packed: bool, say: Progress) -> Checkpoint:
     """A GGUF file with its cached folder, written if it is missing.
 
-    Of an architecture that is not read in blocks a dense copy, or the file itself if it is large.
+    Of an architecture that is not read in blocks: the file itself, which transformers reads.
     """
-    path = path.resolve()
-    file = read_gguf(path)
-    sha256, in_blocks = file_sha256(path), file.architecture in ARCHITECTURES
-    folder = converted_folder(cache, sha256, packed=in_blocks)
-    checkpoint = Checkpoint(
-        path.stem,
-        "gguf file, as it is" if packed else "gguf file, dequantised",
-        str(folder),
-        path,
-        file.quantisation,
-        sha256,
-        file=path if in_blocks or packed else None,
-        packed=packed,
-    )
-    if is_intact(folder, sha256, full=verify, settings=left_out(file)):
-        return checkpoint
-    check_architecture(file)
-    if file.float32_bytes > CONVERT_UP_TO and not in_blocks:
-        say(f"reading {path.name} without a converted copy, which would be large")
-        return replace(checkpoint, reference=str(path.parent), arguments=gguf_arguments(file))
-    if in_blocks:
+    from transformers import GgufConfig
+
+    file, sha256 = read_gguf(path), file_sha256(path)
+    source = "gguf file, as it is" if packed else "gguf file, dequantised"
+    checkpoint = Checkpoint(path.stem, source, str(path.parent), path, file.quantisation, sha256)
+    cached.check_architecture(file)
+    if file.architecture not in ARCHITECTURES:
+        arguments = {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+        return replace(checkpoint, arguments=arguments)
+    folder = cached.converted_folder(cache, sha256)
+    if not cached.is_intact(folder, sha256, settings=left_out(file)):
         say(f"reading the tokenizer of {path.name}, once (a few seconds)")
-    else:
-        check_room(path.name, Size(file.float32_bytes, "in float32 to be converted", {}))
-        seconds = 5 + file.float32_bytes // CONVERTED_PER_SECOND
-        say(f"converting {path.name} to safetensors, once (about {seconds} seconds)")
-    convert(file, sha256, cache, {"file": path.name}, packed=in_blocks)
-    return checkpoint
-
-
-DTYPES = {
-    "float32": ("float32", "fp32", "float"),
-    "float16": ("float16", "fp16", "half"),
-    "bfloat16": ("bfloat16", "bf16"),
-}
+        cached.convert(file, sha256, cache, {"file": path.name})
+    return replace(checkpoint, reference=str(folder), file=path, packed=packed)
 
 
 def load(
@@ -227,7 +153,6 @@ def load(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     cache_dir: str | Path | None = None,
-    verify: bool = False,
     progress: Progress | None = None,
     check: Check | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -239,12 +164,11 @@ def load(
     dtype.  ``weights``: ``file`` keeps the blocks of a GGUF file on a CPU, and every executor
     reads them; ``q8_0``, ``q4_0``, ``q4_1`` round a checkpoint to such blocks; ``dense`` stores
     every weight in ``dtype``; ``auto``: ``file`` for a GGUF on a CPU without a ``dtype``, else
-    ``dense``.  ``device``: ``cpu``, ``cuda:0``, ``0``, ``0,1``, ``mps``, or ``auto`` for GPU 0 if
+    ``dense``.  ``device``: ``cpu``, ``cuda:0``, ``0``, ``mps``, or ``auto`` for GPU 0 if
     there is one; by default the model stays on the CPU or goes where ``device_map`` puts it.
     ``cache_dir`` (else ``DART_CACHE``) moves fetched and converted models and the hub's cache.
-    ``verify`` compares the checksums of cached conversions, not only their sizes.  ``progress``
-    is called with a line of text at every step.  ``check`` is called with the tokenizer and the
-    configuration before weights are read, and may raise an error.
+    ``progress`` is called with a line of text at every step.  ``check`` is called with the
+    tokenizer and the configuration before weights are read, and may raise an error.
 
     Raises ``LoadError`` when the checkpoint cannot be read or does not fit, ``UnknownName`` and
     ``ConfigError`` for invalid arguments.
@@ -264,20 +188,9 @@ def load(
             weights=weight_format(name, weights, chosen=chosen, away=away),
             check=check,
         )
-        try:
-            with bars(shown=progress is None):
-                checkpoint = resolve(
-                    name,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    verify=verify,
-                    packed=builder.weights == "file",
-                    say=say,
-                )
-        except LoadError as error:
-            if not is_default(name):
-                raise
-            return _default_from_hub(builder, error)
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+        with hub.bars(shown=progress is None):
+            checkpoint = resolve(name, **where, packed=builder.weights == "file", say=say)
         return builder.build(checkpoint)
 
 
@@ -286,13 +199,11 @@ def parse_dtype(value: str | torch.dtype | None) -> torch.dtype | str:
     import torch
 
     word = str(value or "auto").strip().lower().removeprefix("torch.")
-    for name, spellings in DTYPES.items():
-        if word in spellings:
-            dtype: torch.dtype = getattr(torch, name)
-            return dtype
-    if word == "auto":
-        return word
-    raise ConfigError(f"unknown dtype {word!r}; write float32, float16, bfloat16 or auto")
+    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    dtype = word if word == "auto" else getattr(torch, short.get(word, word), None)
+    if dtype not in ("auto", torch.float32, torch.float16, torch.bfloat16):
+        raise ConfigError(f"unknown dtype {word!r}; write float32, float16, bfloat16 or auto")
+    return dtype
 
 
 def weight_format(model: str, weights: str | None, *, chosen: bool, away: bool) -> str:
@@ -329,22 +240,13 @@ def _blocks_unsupported_reason(kind: str, model: str, is_file: bool, away: bool)
     if not is_file:
         return f"{model} is not a GGUF file; write {', '.join(ROUNDED)} to round its weights"
     file = read_gguf(Path(model).expanduser())
-    check_architecture(file)
+    cached.check_architecture(file)
     if file.architecture not in ARCHITECTURES:
         return (
             f"files of architecture {file.architecture} are only read dense; give weights dense, "
             f"or {', '.join(ROUNDED)} to round them again"
         )
     return None
-
-
-Check = Callable[[Any, Any], None]
-"""Raises an error for an unsuitable tokenizer or configuration."""
-
-
-def _gguf_file(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The file that ``from_pretrained`` reads instead of a folder's, if there is one."""
-    return {key: value for key, value in arguments.items() if key == "gguf_file"}
 
 
 @dataclass
@@ -356,8 +258,6 @@ class _Builder:
     cache: Path | None
     say: Progress
     bars_shown: bool
-    instead: str = INSTEAD
-    """The way out that is named when the hub cannot be reached."""
     cache_only: bool = False
     """Whether the hub is unreachable."""
     weights: str = "dense"
@@ -365,28 +265,32 @@ class _Builder:
 
     def build(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Read tokenizer and weights; whatever goes wrong becomes one ``LoadError``."""
-        on_hub = checkpoint.source == "hub"
+        from transformers import AutoConfig
+
         common: dict[str, Any] = {"trust_remote_code": self.trust}
-        if on_hub:
-            common |= self._from_hub(checkpoint)
+        on_cpu = "device_map" not in self.arguments
+        if on_hub := checkpoint.source == "hub":
+            common |= self._from_hub(checkpoint, on_cpu)
         located = self._located(checkpoint) if on_hub else checkpoint
         size = weights_size(located, self.arguments["dtype"], self.weights)
-        self._check_room(checkpoint, size)
+        if size is not None and on_cpu:
+            check_room(checkpoint.name, size)
         self.say(f"loading {checkpoint.name}{f': {size}' if size else ''}")
-        from_gguf = "gguf_file" in checkpoint.arguments
+        file = {key: v for key, v in checkpoint.arguments.items() if key == "gguf_file"}
         with (
-            bars(shown=on_hub or self.bars_shown),
-            no_stray_bars() if from_gguf else nullcontext(),
-            quick_gguf() if from_gguf else nullcontext(),
+            hub.bars(shown=on_hub or self.bars_shown),
+            hub.no_stray_bars() if file else nullcontext(),
+            quick_gguf() if file else nullcontext(),
         ):
             with self._one_error(checkpoint):
-                tokenizer = self._tokenizer(checkpoint, common)
-                config = None if self.check is None else self._config(checkpoint, common)
+                tokenizer = self._tokenizer(checkpoint, {**common, **file})
             if self.check is not None:
+                with self._one_error(checkpoint):
+                    config = AutoConfig.from_pretrained(checkpoint.reference, **common, **file)
                 self.check(tokenizer, config)
             with self._one_error(checkpoint):
                 model = self._model(checkpoint, common)
-        if self.arguments["dtype"] == "auto" and "device_map" not in self.arguments:
+        if on_cpu and self.arguments["dtype"] == "auto":
             from dart_llm.models.float32_products import compute_prompts_in_float32
 
             compute_prompts_in_float32(model)
@@ -404,13 +308,13 @@ class _Builder:
         except Exception as error:
             raise self._failure(error, checkpoint) from error
 
-    def _from_hub(self, checkpoint: Checkpoint) -> dict[str, Any]:
+    def _from_hub(self, checkpoint: Checkpoint, on_cpu: bool) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` for a hub model; checks the room for it first."""
-        needed = check_download(checkpoint.reference, checkpoint.revision, self.cache)
+        needed = hub.check_download(checkpoint.reference, checkpoint.revision, self.cache)
         self.cache_only = needed is None
         if needed:
-            if self.arguments["dtype"] == "auto" and self.weights == "dense":
-                self._check_room(checkpoint, stored_size(needed))
+            if on_cpu and self.arguments["dtype"] == "auto" and self.weights == "dense":
+                check_room(checkpoint.name, Size(needed, "as stored"))
             self.say(f"downloading {checkpoint.name}: {size_text(needed)}")
         return {
             "revision": checkpoint.revision or "main",
@@ -418,49 +322,27 @@ class _Builder:
             "local_files_only": self.cache_only,
         }
 
-    def _check_room(self, checkpoint: Checkpoint, size: Size | None) -> None:
-        """Only for models on the CPU, which use the system's memory."""
-        if size is not None and "device_map" not in self.arguments:
-            check_room(checkpoint.name, size)
-
-    def _tokenizer(self, checkpoint: Checkpoint, common: dict[str, Any]) -> PreTrainedTokenizerBase:
+    def _tokenizer(self, checkpoint: Checkpoint, extra: dict[str, Any]) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        extra = _gguf_file(checkpoint.arguments)
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                checkpoint.reference, **common, **extra
-            )
-        except Exception as error:
-            if checkpoint.source != "folder" or "trust_remote_code" in str(error):
-                raise
-            raise LoadError(
-                f"{checkpoint.path} has no readable tokenizer; copy the tokenizer files of the "
-                "original model into it"
-            ) from error
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            checkpoint.reference, **extra
+        )
         tokenizer.deprecation_warnings[TOO_LONG] = True  # dart-llm itself refuses it
         return tokenizer
 
-    def _config(self, checkpoint: Checkpoint, common: dict[str, Any]) -> Any:
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(
-            checkpoint.reference, **common, **_gguf_file(checkpoint.arguments)
-        )
-
     def _model(self, checkpoint: Checkpoint, common: dict[str, Any]) -> PreTrainedModel:
+        from dart_llm.models.packed_loading import round_weights
         from dart_llm.native.memory import out_of_files
 
-        read = self._pretrained if checkpoint.file is None else self._of_file
-        model = read(checkpoint, common)
-        if checkpoint.packed:
-            return model
+        if checkpoint.file is not None:
+            model = self._of_file(checkpoint, checkpoint.file)
+        else:
+            model = self._pretrained(checkpoint, common)
         model.train(False)
         if self.weights in ROUNDED:
-            from dart_llm.models.packed_loading import round_weights
-
             round_weights(model, self.weights)
-        else:
+        elif not checkpoint.packed:
             out_of_files(model)
         return model
 
@@ -484,45 +366,38 @@ class _Builder:
             )
         return model
 
-    def _of_file(self, checkpoint: Checkpoint, _common: dict[str, Any]) -> PreTrainedModel:
+    def _of_file(self, checkpoint: Checkpoint, file: Path) -> PreTrainedModel:
         """The model of a GGUF file, its blocks kept or dequantised."""
         import torch
         from transformers import AutoConfig, GenerationConfig
 
-        from dart_llm.models.packed_loading import load_dense, load_packed
+        from dart_llm.models.packed_loading import load_gguf
 
-        assert checkpoint.file is not None
-        folder = checkpoint.reference
-        names = (read_source(Path(folder)) or {}).get("tensors", {})
-        arguments = dict(self.arguments)
-        dtype: Any = arguments.pop("dtype")
-        read = load_packed if checkpoint.packed else load_dense
-        model: Any = read(
-            checkpoint.file,
-            AutoConfig.from_pretrained(folder),
-            torch.bfloat16 if dtype == "auto" else dtype,
-            names,
-            **arguments,
-        )
+        folder, arguments = checkpoint.reference, dict(self.arguments)
+        names = (cached.read_source(Path(folder)) or {}).get("tensors", {})
+        if arguments["dtype"] == "auto":
+            arguments["dtype"] = torch.bfloat16
+        config = AutoConfig.from_pretrained(folder)
+        model: Any = load_gguf(file, config, names, packed=checkpoint.packed, **arguments)
         model.generation_config = GenerationConfig.from_pretrained(folder)
         return model  # type: ignore[no-any-return]
 
     def _failure(self, error: Exception, checkpoint: Checkpoint) -> LoadError:
-        name, text = checkpoint.name, str(error)
+        name = checkpoint.name
         dtype = str(self.arguments["dtype"]).removeprefix("torch.").replace("auto", "it is stored")
         if failure := memory_failure(error, name, dtype):
             return failure
         if checkpoint.source == "hub":
-            if failure := hub_failure(error, name, checkpoint.revision, self.instead):
+            if failure := hub.hub_failure(error, name, checkpoint.revision):
                 return failure
             if self.cache_only and isinstance(error, OSError):
-                return LoadError(not_reached(name, self.instead))
-        if "trust_remote_code" in text:
+                return LoadError(hub.not_reached(name))
+        if "trust_remote_code" in str(error):
             return LoadError(
                 f"{name} brings its own Python code; read that code, then allow it with "
                 "--trust-remote-code"
             )
-        return LoadError(f"{name} could not be loaded: {plain(error)}")
+        return LoadError(f"{name} could not be loaded: {hub.plain(error)}")
 
     def _located(self, checkpoint: Checkpoint) -> Checkpoint:
         """A hub checkpoint with the commit and the folder that it was read from."""
@@ -538,17 +413,69 @@ class _Builder:
         return replace(checkpoint, path=folder, revision=folder.name)
 
 
-def _default_from_hub(
-    builder: _Builder, first: LoadError
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The hub's original of the default, when the cache and pip did not give the pinned copy."""
-    builder.say(f"{first}; trying {MODEL_HUB_ID} on the hub")
-    builder.instead = "give a local folder or a .gguf file"
-    try:
-        loaded = builder.build(hub_checkpoint(MODEL_HUB_ID))
-    except LoadError as second:
-        raise LoadError(
-            f"{DEFAULT} is not in the cache and could not be fetched: {first}; {second}"
-        ) from first
-    logger.warning("%s: loaded the hub's original %s instead (%s)", DEFAULT, MODEL_HUB_ID, first)
-    return loaded
+# Which device a model goes to.
+
+
+def parse_device(text: str | None) -> str:
+    """What ``text`` means on this machine, as torch spells it: ``cuda:0``, ``cpu``, ``mps``.
+
+    ``None``, ``""`` and ``auto`` are GPU 0 if there is one, else the CPU.  A requested GPU on a
+    machine without GPUs logs a warning and becomes the CPU.  Anything malformed, and an
+    index that this machine's GPUs do not reach, raises ``ConfigError``.
+    """
+    import torch
+
+    word = (text or "auto").strip().lower()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if word == "cpu" or (word == "auto" and not count):
+        return "cpu"
+    if word == "mps" and torch.backends.mps.is_available():
+        return word
+    match = re.fullmatch(r"auto|mps|cuda|(?:cuda:)?(\d+)", word)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a device; write 0, cuda:0, cpu, mps or auto")
+    if word == "mps" or not count:
+        logger.warning("device %s: this machine has none that PyTorch can use; using the CPU", word)
+        return "cpu"
+    index = int(match[1] or 0)
+    if index >= count:
+        raise ConfigError(
+            f"GPU {index} of device {text!r} does not exist: this machine has {count} "
+            f"(0 to {count - 1})"
+        )
+    return f"cuda:{index}"
+
+
+def placement(device: str | None, device_map: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Keyword arguments that make ``from_pretrained`` put a model on the requested device.
+
+    ``device=None`` with ``device_map=None`` leaves the model on the CPU, as transformers does, so
+    that the tokenizer's tensors can be handed to it unchanged.
+    """
+    if device and device_map:
+        raise ConfigError("device and device_map exclude each other; give one of them")
+    if isinstance(device_map, str) and device_map.lstrip().startswith("{"):
+        try:
+            device_map = json.loads(device_map)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"device map {device_map!r} is not JSON ({error.msg} at character {error.pos}); "
+                'write auto, or a table such as {"model.layers.0": 0, "": "cpu"}'
+            ) from None
+    if device_map:
+        return {"device_map": device_map}
+    chosen = parse_device(device or "cpu")
+    return {} if chosen == "cpu" else {"device_map": {"": chosen}}
+
+
+def memory_failure(error: BaseException, model: str, dtype: str) -> LoadError | None:
+    """A sentence with next steps when ``error`` means that memory ran out, else ``None``."""
+    for cause in chain(error):
+        full = re.search("out of memory|can't allocate memory", str(cause), re.IGNORECASE)
+        if isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and full):
+            return LoadError(
+                f"{model} does not fit in memory as {dtype}; try --dtype bfloat16, a smaller "
+                "batch, a shorter --prompt-length, or --device-map auto to spread it over "
+                "several devices"
+            )
+    return None

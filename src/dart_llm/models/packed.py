@@ -217,10 +217,8 @@ def _swapped(weight: PackedTensor) -> PackedTensor:
 
 
 def _same(weight: PackedTensor, **options: Any) -> Any:
-    if options.get("dtype") not in (None, weight.dtype) or options.get("device") not in (
-        None,
-        weight.device,
-    ):
+    same = (None, weight.dtype, weight.device)
+    if options.get("dtype") not in same or options.get("device") not in same:
         return NotImplemented
     return PackedTensor(weight.matrix, weight.dtype, weight.neurons)
 
@@ -321,23 +319,16 @@ def pack(weight: Tensor, kind: str, order: str = "rows") -> PackedTensor:
     ``order``: how its rows lie, one of ``ORDERS``.  Raises ``ConfigError`` for a kind without
     rounding, rows that are not a multiple of 32, and weights with inf or NaN.
     """
-    return packed_from(lambda begin, end: weight[begin:end], weight, kind, order)
-
-
-def packed_from(
-    rows: Callable[[int, int], Tensor], like: Tensor, kind: str, order: str = "rows"
-) -> PackedTensor:
-    """As ``pack``, of pieces ``rows(begin, end)``; shape and dtype are those of ``like``."""
     if kind not in ROUNDED:
         raise ConfigError(f"weights cannot be rounded to {kind}; choose {', '.join(ROUNDED)}")
-    height, width = like.shape
+    height, width = weight.shape
     if width % 32:
         raise ConfigError(f"rows of {width} weights are not a multiple of {kind}'s 32")
     matrix = ops().packed_zeros(kind, height, width, order)
     step = height if order == "neurons" else max(1, CHUNK // width)
     for begin in range(0, height, step):
-        piece = rows(begin, min(begin + step, height)).detach()
+        piece = weight[begin : begin + step].detach()
         if not bool(piece.isfinite().all()):
             raise ConfigError("weights with inf or NaN cannot be rounded")
         ops().packed_round(matrix, begin, piece)
-    return PackedTensor(matrix, like.dtype, order == "neurons")
+    return PackedTensor(matrix, weight.dtype, order == "neurons")

@@ -1,76 +1,67 @@
-"""A GGUF file as a model: its matrices repacked from the file's blocks, or dequantised."""
+"""Models whose weights are low-bit: a GGUF file's, dequantised or not, or rounded ones."""
 
 from __future__ import annotations
 
-import functools
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dart_llm.errors import DartError, LoadError, UnsupportedModel
-from dart_llm.models.describe import describe
+from dart_llm.errors import ConfigError, DartError, LoadError, UnsupportedModel
+from dart_llm.models.checkpoint import checkpoint_facts
+from dart_llm.models.describe import describe, weight_facts
 from dart_llm.models.ffn import FfnBlock, is_by_inputs, matrix_of
-from dart_llm.models.gguf_facts import ARCHITECTURES, Stored
-from dart_llm.models.gguf_file import BLOCKS, StoredTensor, read_gguf
-from dart_llm.models.packed import NOT_SAVED, PackedTensor, pack, packed_from
+from dart_llm.models.gguf_file import ARCHITECTURES, BLOCKS, Stored, StoredTensor, read_gguf
+from dart_llm.models.packed import NOT_SAVED, PackedTensor, pack
 from dart_llm.native.build import ops
 
-SPREAD = 0.02
-"""Standard deviation of random weights, as transformers draws them."""
 
-
-def load_packed(
-    path: Path, config: Any, dtype: torch.dtype, names: Mapping[str, str], **arguments: Any
+def load_gguf(
+    path: Path,
+    config: Any,
+    names: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    packed: bool,
+    **arguments: Any,
 ) -> nn.Module:
-    """The model of a GGUF file, its matrices in the file's blocks; norms and biases in ``dtype``.
+    """The model of a GGUF file, its norms and biases in ``dtype``.
 
-    ``names``: of the file's tensors -> of the model's parameters; ``arguments``: for the model.
+    ``names``: of the file's tensors -> of the model's parameters; ``packed``: matrices stay in the
+    file's blocks, else they are dequantised; ``arguments``: for the model, or ``from_pretrained``.
     """
     file = read_gguf(path)
-    stored = ARCHITECTURES[file.architecture]
-    model = empty_model(config, dtype=dtype, **arguments)
-    tensors = file.of(names)
+    stored, tensors = ARCHITECTURES[file.architecture], file.of(names)
+    model = empty_model(config, **({"dtype": dtype, **arguments} if packed else {}))
     check_fit(path.name, model, tensors)
     order = _orders(model)
-    for target, tensor in tensors.items():
-        module_name, _, attribute = target.rpartition(".")
-        module = model.get_submodule(module_name)
-        by_inputs = is_by_inputs(module)
-        weight = _weight(tensor, stored, config, dtype, order(module), by_inputs=by_inputs)
-        setattr(module, attribute, nn.Parameter(weight, requires_grad=False))
+
+    def weight(target: str) -> Tensor:
+        module = model.get_submodule(target.rpartition(".")[0])
+        laid = order(module) if packed else None
+        return _weight(tensors[target], stored, config, dtype, laid, by_inputs=is_by_inputs(module))
+
+    if not packed:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            weights = dict(zip(tensors, pool.map(weight, tensors), strict=True))
+        kind: Any = type(model)
+        loaded: Any = kind.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, **arguments
+        )
+        loaded.name_or_path = loaded.config.name_or_path = config.name_or_path
+        return loaded  # type: ignore[no-any-return]
+    for target in tensors:
+        name, _, attribute = target.rpartition(".")
+        parameter = nn.Parameter(weight(target), requires_grad=False)
+        setattr(model.get_submodule(name), attribute, parameter)
     tie_embeddings(model, config)
     _refuse_saving(model)
     return model.eval()
-
-
-def load_dense(
-    path: Path, config: Any, dtype: torch.dtype, names: Mapping[str, str], **arguments: Any
-) -> nn.Module:
-    """The model of a GGUF file with every weight dequantised, then rounded to ``dtype``.
-
-    ``names``: as in ``load_packed``; ``arguments``: for ``from_pretrained``, such as where it lies.
-    """
-    file = read_gguf(path)
-    stored, model = ARCHITECTURES[file.architecture], empty_model(config)
-    tensors = file.of(names)
-    check_fit(path.name, model, tensors)
-
-    def weight(target: str) -> Tensor:
-        by_inputs = is_by_inputs(model.get_submodule(target.rpartition(".")[0]))
-        return _dense(tensors[target], stored, config, dtype, by_inputs=by_inputs)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        weights = dict(zip(tensors, pool.map(weight, tensors), strict=True))
-    kind: Any = type(model)
-    loaded: Any = kind.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, **arguments
-    )
-    loaded.name_or_path = loaded.config.name_or_path = config.name_or_path
-    return loaded  # type: ignore[no-any-return]
 
 
 def _refuse_saving(model: Any) -> None:
@@ -88,12 +79,14 @@ def _weight(
     stored: Stored,
     config: Any,
     dtype: torch.dtype,
-    order: str,
+    order: str | None,
     *,
     by_inputs: bool,
 ) -> Tensor:
-    """``by_inputs``: transformers stores the matrix [in, out], the file [out, in]."""
-    if tensor.kind in BLOCKS and len(tensor.shape) == 2:
+    """``order``: of a matrix that stays in blocks, None: it is dequantised; ``by_inputs``:
+    transformers stores the matrix [in, out], the file [out, in].
+    """
+    if order and tensor.kind in BLOCKS and len(tensor.shape) == 2:
         rows, columns = tensor.shape
         blocks = tensor.bytes().reshape(rows, -1)
         if stored.pairs:
@@ -101,12 +94,6 @@ def _weight(
         matrix = ops().packed_from_blocks(blocks.contiguous(), tensor.kind, rows, columns, order)
         _check_finite(tensor, "scales", *matrix.parts())
         return PackedTensor(matrix, dtype, (order == "neurons") != by_inputs)
-    return _dense(tensor, stored, config, dtype, by_inputs=by_inputs)
-
-
-def _dense(
-    tensor: StoredTensor, stored: Stored, config: Any, dtype: torch.dtype, *, by_inputs: bool
-) -> Tensor:
     values = tensor.values()
     _check_finite(tensor, "weights", values)
     if stored.pairs:
@@ -194,35 +181,6 @@ def _matrices(model: nn.Module) -> list[tuple[list[str], list[nn.Module]]]:
     return list(matrices.values())
 
 
-def _drawn(width: int, begin: int, end: int) -> Tensor:
-    return torch.randn(end - begin, width).mul_(SPREAD)
-
-
-def random_packed(config: Any, kind: str, dtype: torch.dtype, **arguments: Any) -> nn.Module:
-    """A model of random weights in blocks of ``kind``, made matrix by matrix.
-
-    ``arguments``: for the model.  Norms are 1, biases 0, embeddings of positions random and dense;
-    draws from torch's global generator.
-    """
-    model = empty_model(config, dtype=dtype, **arguments)
-    order = _orders(model)
-    for _, modules in _matrices(model):
-        like = matrix_of(modules[0])
-        drawn = functools.partial(_drawn, like.shape[1])
-        made = packed_from(drawn, like, kind, order(*modules))
-        _put(made, modules)
-    for name, weight in list(model.named_parameters()):
-        if weight.is_meta:
-            module_name, _, attribute = name.rpartition(".")
-            if weight.dim() > 1:
-                values = _drawn(weight.shape[1], 0, len(weight))
-            else:
-                values = torch.full(weight.shape, float(not name.endswith("bias")))
-            plain = nn.Parameter(values.to(dtype), requires_grad=False)
-            setattr(model.get_submodule(module_name), attribute, plain)
-    return model.eval()
-
-
 def empty_model(config: Any, **arguments: Any) -> nn.Module:
     """The model without its weights; its buffers are there, and what it ties is tied."""
     from accelerate import init_empty_weights
@@ -261,3 +219,100 @@ def check_fit(file: str, model: nn.Module, tensors: Mapping[str, StoredTensor]) 
         raise LoadError(
             f"{file} is missing {len(missing)} of the model's weights, such as {missing[0]}"
         )
+
+
+# What rounding costs instead of pruning: copies of a model, run in its dtype.
+
+GROUP = 32
+"""Weights of a group that shares a float16 scale."""
+
+CHUNK = 1 << 22
+"""Weights that are rounded at a time."""
+
+TRIES = 19
+"""Scales that are tried for a group, around the one that fits its largest weight."""
+
+
+@dataclass(frozen=True)
+class RoundedModel:
+    """A rounded copy, bytes that its format would take, and notes on its numbers."""
+
+    model: Any
+    facts: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def round_weights_to(model: Any, bits: int, ffn: bool) -> RoundedModel:
+    """A copy of ``model`` whose weights have ``bits`` bits by ``round_symmetric``.
+
+    ``ffn``: only the projections of the FFNs, which are what methods prune; else every linear
+    layer, and token embedding and head with at least 8 bits.  Matrices whose rows are not a
+    multiple of 32 weights stay in the model's dtype.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError("an offloaded model cannot be quantised: load it without a device map")
+    rounded = copy.deepcopy(model)
+    ends = (rounded.get_input_embeddings(), rounded.get_output_embeddings())
+    projections = [part for block in describe(rounded).blocks for part in block.projections]
+    sizes: dict[int, int] = {}
+    kept: list[str] = []
+    for names, modules in _matrices(rounded):
+        if ffn and modules[0] not in projections:
+            continue
+        if _is_odd(*modules):
+            kept += names
+            continue
+        rows = matrix_of(modules[0]).detach()
+        width = max(8, bits) if any(module in ends for module in modules) else bits
+        _put(round_symmetric(rows, width), modules)
+        sizes[id(modules[0].weight)] = rows.numel() // GROUP * (GROUP * width // 8 + 2)
+    facts = {
+        **weight_facts(rounded, sizes),
+        "weight_bits": bits,
+        "weight_format": f"symmetric {bits} bits",
+    }
+    part = " (FFNs alone)" if ffn else " (token embedding and head 8 bits)" if bits < 8 else ""
+    notes = [
+        f"weights rounded through symmetric {bits} bits{part}; run dequantised, bytes are the "
+        "format's"
+    ]
+    if kept:
+        notes.append(
+            f"{len(kept)} matrices stay in the model's dtype, such as {kept[0]}: their "
+            f"rows are not a multiple of {GROUP} weights"
+        )
+    before = checkpoint_facts(model)["file_quantisation"]
+    if before not in (None, "none"):
+        notes.append(f"the checkpoint's weights had been rounded before ({before}) on another grid")
+    return RoundedModel(rounded, facts, tuple(notes))
+
+
+def round_symmetric(rows: Tensor, bits: int) -> Tensor:
+    """rows [n, m] on levels -2^(bits - 1) to 2^(bits - 1) - 1 times a float16 scale per 32 weights.
+
+    m is a multiple of 32; of several scales the one with the least squared error is taken.  The
+    result keeps dtype and device.
+    """
+    pieces = torch.split(rows, max(1, CHUNK // rows.shape[1]))
+    return torch.cat([_with_best_scales(piece, bits) for piece in pieces])
+
+
+def _with_best_scales(rows: Tensor, bits: int) -> Tensor:
+    groups = rows.float().reshape(-1, GROUP)
+    low = -float(2 ** (bits - 1))
+    largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+    best, least = groups, torch.full_like(largest, torch.inf)
+    for number in range(TRIES):
+        # the largest weight falls on the lowest level, or a little beside it
+        level = low + 0.1 * (number - TRIES // 2)
+        levels = (groups * _inverse(largest / level)).round_().clamp_(low, -low - 1)
+        scale = (groups * levels).sum(1, True) * _inverse(levels.square().sum(1, True))
+        values = levels * scale.half().float()
+        error = (values - groups).square_().sum(1, True)
+        better = error < least
+        best, least = torch.where(better, values, best), torch.where(better, error, least)
+    return best.reshape(rows.shape).to(rows)
+
+
+def _inverse(values: Tensor) -> Tensor:
+    return torch.where(values == 0, torch.zeros_like(values), 1 / values)

@@ -8,7 +8,7 @@ others keep their rough scores.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,12 +103,10 @@ class Screen:
         keep = keep_of(share, words, hidden, nbytes)
         axes = directions_of(states).to(weight.device)
         made = cls(*_projected(weight, axes, states), words, keep, WIDEST)
-        gaps = Gaps()
-        some = states[:: max(1, len(states) // SAMPLED)]
-        for few in torch.split(some, FEW):
-            gaps.add(made.rough(few.to(weight.device)))
+        some = torch.split(states[:: max(1, len(states) // SAMPLED)], FEW)
+        rough = (made.rough(few.to(weight.device)) for few in some)
         rows = (share - made.nbytes() / nbytes) * words
-        return replace(made, threshold=gaps.threshold(rows))
+        return replace(made, threshold=threshold_for(rough, rows))
 
     def rough(self, h: Tensor) -> Tensor:
         """Scores [n, V] float32 of hidden states h [n, D]."""
@@ -140,23 +138,17 @@ class Screen:
         return self.basis, self.levels, self.by
 
 
-class Gaps:
-    """How far tokens score below the best one of their step."""
-
-    def __init__(self) -> None:
-        self.counts = torch.zeros(BINS, dtype=torch.float64)
-        self.tokens = 0
-
-    def add(self, rough: Tensor) -> None:
-        """Of scores [n, V]."""
-        gaps = rough.amax(-1, keepdim=True) - rough
-        self.counts += torch.histc(gaps.float(), BINS, 0, WIDEST).double().cpu()
-        self.tokens += len(rough)
-
-    def threshold(self, rows: float) -> float:
-        """The largest gap within which at most ``rows`` words lie on average."""
-        within = self.counts.cumsum(0) / max(1, self.tokens)
-        return int((within <= rows).sum()) * WIDEST / BINS
+def threshold_for(rough: Iterable[Tensor], rows: float) -> float:
+    """The largest gap below the best score of a step within which at most ``rows`` words lie on
+    average.  ``rough``: scores [n, V] of some steps at a time.
+    """
+    counts, steps = torch.zeros(BINS, dtype=torch.float64), 0
+    for scores in rough:
+        gaps = scores.amax(-1, keepdim=True) - scores
+        counts += torch.histc(gaps.float(), BINS, 0, WIDEST).double().cpu()
+        steps += len(scores)
+    within = counts.cumsum(0) / max(1, steps)
+    return int((within <= rows).sum()) * WIDEST / BINS
 
 
 def _projected(weight: Tensor, axes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,6 +219,6 @@ def _pieces(weight: Any) -> Iterator[Tensor]:
 
 
 def divergence(full: Tensor, approximate: Tensor) -> Tensor:
-    """KL(full || found) of scores [n, V]: [n] in nats."""
+    """KL(full || approximate) of scores [n, V]: [n] in nats."""
     log_full, log_approximate = full.float().log_softmax(-1), approximate.float().log_softmax(-1)
     return (log_full.exp() * (log_full - log_approximate)).sum(-1).clamp_min(0)

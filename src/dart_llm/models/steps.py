@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -17,39 +17,24 @@ from dart_llm.models.ffn import HOMES, is_by_inputs, matrix_of
 from dart_llm.models.packed import PackedTensor
 
 
-def _factors(norm: Any) -> Tensor:
-    weight: Tensor = norm.weight.detach()
-    return weight
-
-
-def _factors_wide(norm: Any) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        return _factors(norm).float()
-
-
-def _factors_less_one(norm: Any) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        return 1 + _factors(norm).float()
-
-
 @dataclass(frozen=True)
 class Family:
     """What a step of one model type is made of, by transformers' names.
 
     ``before`` and ``after``: the norms of the stream before attention and FFN, and of what each
-    adds to it, "" for none; ``last_norm``: of the decoder.  ``factors``: of a norm, float32 where
-    the product is rounded after them.  ``qkv``: the projections, or the one of all three;
-    ``by_heads``: that one holds q, k and v of one head after those of another.  ``over_all``: norms
-    of q and k are of all heads together.  ``slides``: the configuration's window is that of all
-    layers, if it does not name their kinds.  ``kinds``: each kind of layer has rotary angles of its
-    own.  ``positions``: the embedding of learned positions.  ``capped``: the configuration's soft
-    cap is that of the attention's scores.
+    adds to it, "" for none; ``last_norm``: of the decoder.  ``offset``: what a norm adds to its
+    weight, in float32, in which the product is then rounded; None: the weight as it is.  ``qkv``:
+    the projections, or the one of all three; ``by_heads``: that one holds q, k and v of one head
+    after those of another.  ``over_all``: norms of q and k are of all heads together.  ``slides``:
+    the configuration's window is that of all layers, if it does not name their kinds.  ``kinds``:
+    each kind of layer has rotary angles of its own.  ``positions``: the embedding of learned
+    positions.  ``capped``: the configuration's soft cap is that of the attention's scores.
     """
 
     before: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
     after: tuple[str, str] = ("", "")
     last_norm: str = "norm"
-    factors: Callable[[Any], Tensor] = _factors
+    offset: float | None = None
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     by_heads: bool = False
     over_all: bool = False
@@ -60,17 +45,17 @@ class Family:
 
 
 _LLAMA = Family()
-_GEMMA = Family(factors=_factors_less_one)
+_GEMMA = Family(offset=1.0)
 _GEMMA_2 = Family(
     before=("input_layernorm", "pre_feedforward_layernorm"),
     after=("post_attention_layernorm", "post_feedforward_layernorm"),
-    factors=_factors_less_one,
+    offset=1.0,
 )
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "smollm3"), _LLAMA),
     "phi3": replace(_LLAMA, qkv=("qkv_proj",), slides=True),
-    "olmo2": replace(_GEMMA_2, before=("", ""), factors=_factors_wide, over_all=True),
+    "olmo2": replace(_GEMMA_2, before=("", ""), offset=0.0, over_all=True),
     "mistral": replace(_LLAMA, slides=True),
     "gpt2": Family(("ln_1", "ln_2"), last_norm="ln_f", qkv=("c_attn",), positions="wpe"),
     "gpt_neox": Family(last_norm="final_layer_norm", qkv=("query_key_value",), by_heads=True),
@@ -169,9 +154,11 @@ def step_unsupported_reason(model: Any) -> str | None:
 
 def _odd_attention(text: Any, family: Family) -> str | None:
     """What of a configuration's attention no step computes; None if nothing."""
-    for rope in _ropes(text):
-        if rope.get("rope_type", "default") not in STATIC_ROPE:
-            return f"has rotary embeddings of type {rope.get('rope_type')}"
+    rope = getattr(text, "rope_parameters", None) or {}
+    nested = [settings for settings in rope.values() if isinstance(settings, dict)]
+    for settings in nested or [rope]:
+        if settings.get("rope_type", "default") not in STATIC_ROPE:
+            return f"has rotary embeddings of type {settings.get('rope_type')}"
     kinds = set(getattr(text, "layer_types", None) or ())
     if odd := kinds - {"full_attention", "sliding_attention"}:
         return f"has layers of {min(odd).replace('_', ' ')}"
@@ -182,19 +169,11 @@ def _odd_attention(text: Any, family: Family) -> str | None:
     return None
 
 
-def _ropes(text: Any) -> Iterator[dict[str, Any]]:
-    """The rotary settings of a configuration, or of each kind of its layers."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    nested = [settings for settings in rope.values() if isinstance(settings, dict)]
-    yield from nested or [rope]
-
-
 def _odd_modules(model: Any) -> str | None:
     """What of a model's modules and weights no step reads; None if nothing."""
     tensors = [*model.parameters()]
-    if any(
-        type(t) not in (Tensor, nn.Parameter, PackedTensor) for t in (*tensors, *model.buffers())
-    ):
+    kinds = {type(t) for t in (*tensors, *model.buffers())}
+    if kinds - {Tensor, nn.Parameter, PackedTensor}:
         return "has weights of a tensor class that is not known"
     if len({(p.device, p.dtype) for p in tensors}) > 1 or not tensors[0].is_floating_point():
         return "is not of one floating-point dtype on one device"
@@ -253,11 +232,9 @@ def _fits(model: Any) -> bool:
 
 def _attention_of(layer: nn.Module, names: LayerNames, family: Family) -> list[Any]:
     """The projections of one layer's attention."""
-    attention = layer.get_submodule(names.attention_out.rpartition(".")[0])
-    return [
-        *(getattr(attention, name) for name in family.qkv),
-        layer.get_submodule(names.attention_out),
-    ]
+    path, _, out = names.attention_out.rpartition(".")
+    attention = layer.get_submodule(path)
+    return [getattr(attention, name) for name in (*family.qkv, out)]
 
 
 def _in_one_piece(module: Any) -> bool:
@@ -289,20 +266,13 @@ def step_parts(model: Any) -> StepParts:
     rotary = getattr(decoder, "rotary_emb", None)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     down = getattr(first.get_submodule(names.ffn), names.down)
-    sizes = [
-        hidden,
-        heads,
-        kv_heads,
-        size,
-        int(matrix_of(down).shape[1]),
-        int(head.weight.shape[0]),
-    ]
+    width, vocabulary = int(matrix_of(down).shape[1]), int(head.weight.shape[0])
     norm = _norm(family, getattr(decoder, family.last_norm))
     assert norm is not None
     scale = getattr(embedding, "embed_scale", None)
     return StepParts(
         family,
-        [*sizes, _rotated_size(rotary)],
+        [hidden, heads, kv_heads, size, width, vocabulary, _rotated_size(rotary)],
         norm.eps,
         float(attention.scaling),
         embedding.weight.detach(),
@@ -321,13 +291,9 @@ def step_parts(model: Any) -> StepParts:
 
 def _rotated_size(rotary: nn.Module | None) -> int:
     """Of a head's values, how many are rotated."""
-    return 0 if rotary is None else 2 * len(next(_frequencies(rotary)))
-
-
-def _frequencies(rotary: nn.Module) -> Iterator[Tensor]:
-    for name, buffer in rotary.named_buffers():
-        if name.endswith("inv_freq") and "original" not in name:
-            yield buffer
+    buffers = () if rotary is None else rotary.named_buffers()
+    frequencies = [t for name, t in buffers if name.endswith("inv_freq") and "original" not in name]
+    return 2 * len(frequencies[0]) if frequencies else 0
 
 
 def _layer(
@@ -341,45 +307,36 @@ def _layer(
     window = getattr(text, "sliding_window", None) if kind == "sliding_attention" else None
     rotates = not family.positions and getattr(attention, "use_rope", True)
     table = tables.index(kind) if family.kinds else 0
-    before, after, of_heads = _layer_norms(family, layer, attention)
+
+    def norms(module: Any, names: tuple[str, str]) -> tuple[Norm | None, Norm | None]:
+        # an attribute that is missing takes longer
+        first, second = (module._modules.get(name) for name in names)
+        return _norm(family, first), _norm(family, second)
+
     return LayerParts(
-        before,
-        after,
+        norms(layer, family.before),
+        norms(layer, family.after),
         tuple(matrix_of(module).detach() for module in qkv),
         tuple(None if module.bias is None else module.bias.detach() for module in qkv),
         matrix_of(out).detach(),
         None if out.bias is None else out.bias.detach(),
-        of_heads,
+        norms(attention, ("q_norm", "k_norm")),
         window,
         table if rotates else None,
     )
 
 
-def _layer_norms(
-    family: Family, layer: Any, attention: Any
-) -> list[tuple[Norm | None, Norm | None]]:
-    """Those before and after attention and FFN, and of the heads."""
-
-    def of(module: Any, first: str, second: str) -> tuple[Norm | None, Norm | None]:
-        one, other = (module._modules.get(name) for name in (first, second))
-        return _norm(family, one), _norm(family, other)
-
-    return [of(layer, *family.before), of(layer, *family.after), of(attention, "q_norm", "k_norm")]
-
-
 def _norm(family: Family, module: Any) -> Norm | None:
     if module is None:
         return None
-    bias = module._parameters.get("bias")  # an attribute that is missing takes longer
-    centred = isinstance(module, nn.LayerNorm)
-    return Norm(
-        family.factors(module), None if bias is None else bias.detach(), _eps(module), centred
-    )
-
-
-def _eps(norm: Any) -> float:
-    eps = getattr(norm, "variance_epsilon", None)
-    return float(norm.eps if eps is None else eps)
+    factor, bias = module.weight.detach(), module._parameters.get("bias")
+    if family.offset is not None:
+        with torch.inference_mode(False), torch.no_grad():
+            factor = family.offset + factor.float()
+    bias = None if bias is None else bias.detach()
+    eps = getattr(module, "variance_epsilon", None)
+    eps = float(module.eps if eps is None else eps)
+    return Norm(factor, bias, eps, isinstance(module, nn.LayerNorm))
 
 
 def norms_of(parts: StepParts) -> Iterator[Norm | None]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dart_llm.models.growing_cache import is_growing
 
@@ -31,12 +31,6 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 Criterion = Callable[[Tensor, int], Any]
 """Whether ids [1, T] end; the last one is passed as a number too."""
 
-OWN_METHODS = ("_sample", "_update_model_kwargs_for_generation")
-"""Methods that a model must not override, beside ``generate``."""
-
-OWN_CLASS = ("prepare_inputs_for_generation", "_has_unfinished_sequences")
-"""Methods that must not be set on the instance: the loop does not call them."""
-
 _ARGUMENTS = {"cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}
 """Arguments of a model whose values for the next token the loop derives."""
 
@@ -47,13 +41,15 @@ def can_stand_in(model: Any, generate: Any) -> bool:
     """Whether ``generate`` of a model calls transformers' loop and no method of the model."""
     from transformers import GenerationMixin
 
-    plain_generate = getattr(generate, "__func__", None) is GenerationMixin.generate
-    if any(name in model.__dict__ for name in OWN_CLASS):
+    theirs = ("_sample", "_update_model_kwargs_for_generation")
+    # the loop does not call these two
+    own = {*theirs, "prepare_inputs_for_generation", "_has_unfinished_sequences"}
+    if (
+        getattr(generate, "__func__", None) is not GenerationMixin.generate
+        or own & vars(model).keys()
+    ):
         return False
-    return plain_generate and all(
-        name not in model.__dict__ and getattr(type(model), name) is getattr(GenerationMixin, name)
-        for name in OWN_METHODS
-    )
+    return all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in theirs)
 
 
 class TokenLoop:
@@ -102,7 +98,10 @@ class TokenLoop:
             if scores.is_floating_point():
                 for processor in process:
                     scores = processor(ids, scores)
-                token = _drawn(scores) if sequence.sampled else _likeliest(scores)
+                if sequence.sampled:
+                    token = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+                else:
+                    token = _likeliest(scores)
             ids = torch.cat([ids, token[:, None]], dim=-1)
             number = int(token)
             over = any(criterion(ids, number) for criterion in ends)
@@ -115,12 +114,6 @@ class TokenLoop:
             token = scores = sequence.next(
                 ids, None if scored else _forbidden(process, ids.shape[1])
             )
-
-
-def _drawn(scores: Tensor) -> Tensor:
-    """One of scores [1, V] by its chance, [1]."""
-    chances = nn.functional.softmax(scores, dim=-1)
-    return torch.multinomial(chances, num_samples=1).squeeze(1)
 
 
 def _likeliest(scores: Tensor) -> Tensor:
@@ -181,71 +174,59 @@ class _Sequence:
 def _serves(ids: Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the loop would do as ``_sample`` does."""
     extras = config.return_dict_in_generate and any(getattr(config, name) for name in _EXTRAS)
-    special = (
-        extras
-        or getattr(config, "is_assistant", False)
-        or config.prefill_chunk_size is not None
-        or config.compile_config is not None
-    )
+    if extras or getattr(config, "is_assistant", False):
+        return False
+    if config.prefill_chunk_size is not None or config.compile_config is not None:
+        return False
+    if ids.device.type != "cpu" or ids.dim() != 2 or len(ids) != 1 or not ids.shape[1]:
+        return False
     arguments = {name for name, value in kwargs.items() if value is not None}
-    return (
-        not special
-        and arguments <= _ARGUMENTS
-        and ids.device.type == "cpu"
-        and ids.dim() == 2
-        and len(ids) == 1
-        and ids.shape[1] > 0
-        and bool(kwargs.get("use_cache"))
-        and kwargs.get("attention_mask") is None
-        and is_growing(kwargs.get("cache"))
-    )
+    plain = arguments <= _ARGUMENTS and "attention_mask" not in arguments
+    return plain and bool(kwargs.get("use_cache")) and is_growing(kwargs.get("cache"))
 
 
 def _processors(processors: Any) -> list[Processor]:
-    """The processors of a list, which itself inspects their signatures at every token."""
+    """The processors of a list, which itself inspects their signatures at every token.
+
+    Those at its beginning that forbid the ends of short sequences become ``_NoEnds``: transformers'
+    compare the whole vocabulary with the ends, also when all tokens are allowed again.
+    """
     from transformers import LogitsProcessorList
 
     counts = [len(inspect.signature(processor.__call__).parameters) for processor in processors]
     if type(processors) is not LogitsProcessorList or any(count > 2 for count in counts):
         return [processors]
-    shorter: list[Processor] = []
-    for processor in processors:
-        short = _without_ends(processor)
-        if short is None:  # others may keep the scores that they return
-            return shorter + list(processors)[len(shorter) :]
-        shorter.append(short)
-    return shorter
+    shorter = [_NoEnds.from_processor(processor) for processor in processors]
+    # others may keep the scores that they return
+    first = shorter.index(None) if None in shorter else len(shorter)
+    return [*shorter[:first], *processors[first:]]
 
 
 @dataclass(frozen=True)
 class _NoEnds:
-    """Forbids the ``ends`` of a sequence with fewer than ``least`` tokens."""
+    """Forbids the ``ends`` of a sequence with fewer than ``least`` tokens, in place."""
 
     least: int
     ends: list[int]
+
+    @classmethod
+    def from_processor(cls, processor: Any) -> _NoEnds | None:
+        """As a processor of transformers does; None for any other."""
+        from transformers import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
+
+        if type(processor) is MinLengthLogitsProcessor:
+            least = processor.min_length
+        elif type(processor) is MinNewTokensLengthLogitsProcessor:
+            least = processor.min_new_tokens + processor.prompt_length_to_skip
+        else:
+            return None
+        ends = processor.eos_token_id.flatten().tolist()
+        return cls(least, [token for token in ends if token >= 0])
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[-1] < self.least:
             scores[:, [end for end in self.ends if end < scores.shape[-1]]] = -math.inf
         return scores
-
-
-def _without_ends(processor: Any) -> _NoEnds | None:
-    """A processor that forbids the ends of a sequence, in place; None for any other.
-
-    Those of transformers compare the whole vocabulary with the ends, also when all tokens are
-    allowed again.
-    """
-    from transformers import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
-
-    if type(processor) is MinLengthLogitsProcessor:
-        least = processor.min_length
-    elif type(processor) is MinNewTokensLengthLogitsProcessor:
-        least = processor.min_new_tokens + processor.prompt_length_to_skip
-    else:
-        return None
-    ends = processor.eos_token_id.flatten().tolist()
-    return _NoEnds(least, [token for token in ends if token >= 0])
 
 
 def _forbidden(process: Sequence[Processor], length: int) -> list[int]:
@@ -266,15 +247,9 @@ def _criteria(criteria: Any) -> tuple[list[Criterion], Any]:
         if type(criterion) is EosTokenCriteria:
             ends = set(criterion.eos_token_id.flatten().tolist())
             numbers.append(lambda ids, token, ends=ends: token in ends)  # type: ignore[misc]
-        elif type(criterion) is MaxLengthCriteria and _never_warns(criterion):
+        elif type(criterion) is MaxLengthCriteria:
             most = criterion.max_length
             numbers.append(lambda ids, token, most=most: ids.shape[1] >= most)  # type: ignore[misc]
         else:
             others.append(criterion)
     return numbers, others or None
-
-
-def _never_warns(criterion: Any) -> bool:
-    """Whether a sequence cannot grow longer than the model has positions."""
-    positions = criterion.max_position_embeddings
-    return positions is None or criterion.max_length <= positions + 1

@@ -7,7 +7,6 @@ digest: a damaged library is never loaded, but built again.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import logging
@@ -17,7 +16,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,7 @@ from dart_llm.errors import DartError, LoadError
 
 logger = logging.getLogger("dart_llm")
 
-NAME = "dart_llm_native"
-
-SUFFIX = ".so"
+NAME, SUFFIX = "dart_llm_native", ".so"
 
 FLAGS = ("-O3", "-fopenmp")
 
@@ -81,9 +77,8 @@ def _compiler() -> str:
 
 def _no_compiler() -> str:
     """The sentence for a machine without one; "" where there is one."""
-    if shutil.which(shlex.split(_compiler())[0]) is not None:
-        return ""
-    return f"no C++ compiler {_compiler()} is here: install g++, or set CXX to one"
+    found = shutil.which(shlex.split(_compiler())[0])
+    return "" if found else f"there is no C++ compiler {_compiler()}: install g++, or set CXX"
 
 
 @functools.cache
@@ -118,10 +113,9 @@ def state(cache_dir: str | None = None) -> str:
 
 def _loads(library: Path) -> bool:
     """Load a library that is what was built; False, and it is gone, where this system cannot."""
-    if _registered():
-        return True
     try:
-        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        if not _registered():
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         logger.warning("the native kernels do not load and are built again: %s", _reason(error))
         library.unlink(missing_ok=True)
@@ -141,56 +135,33 @@ def _reason(error: BaseException) -> str:
     return next(wrong, lines[0] if lines else type(error).__name__)
 
 
-@contextlib.contextmanager
-def _silent_about_cuda() -> Iterator[None]:
-    """A PyTorch built for CUDA warns where there is none, which does not matter to CPU kernels."""
-
-    def other(record: logging.LogRecord) -> bool:
-        return "CUDA" not in record.getMessage()
-
-    theirs = logging.getLogger("torch.utils.cpp_extension")
-    theirs.addFilter(other)
-    try:
-        yield
-    finally:
-        theirs.removeFilter(other)
-
-
 def _build(folder: Path) -> None:
     """Compile and load; whole, or not at all, and no process waits for another one's lock."""
     if missing := _no_compiler():
         raise LoadError(missing)
-    with _silent_about_cuda():
-        from torch.utils import cpp_extension
+    # a PyTorch built for CUDA warns where there is none, which does not matter to CPU kernels
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch.utils import cpp_extension
 
     logger.info("compiling the native CPU kernels, once (about a minute on two cores)")
     make_folder(folder)
-    with (
-        tempfile.TemporaryDirectory(dir=folder, prefix=cache.SCRATCH) as scratch,
-        _tools_of_this_environment(),
-    ):
+    before = os.environ.get("PATH", "")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=cache.SCRATCH) as scratch:
         for name, text in sources().items():
             (Path(scratch) / name).write_text(text, encoding="utf-8")
-        cpp_extension.load(
-            NAME,
-            [str(Path(scratch) / name) for name in sources() if name.endswith(".cpp")],
-            extra_cflags=list(_flags()),
-            extra_ldflags=["-fopenmp"],
-            build_directory=scratch,
-            is_python_module=False,
-        )
+        try:  # ninja as pip installs it is found, also where the environment was not activated
+            os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
+            cpp_extension.load(
+                NAME,
+                [str(Path(scratch) / name) for name in sources() if name.endswith(".cpp")],
+                extra_cflags=list(_flags()),
+                extra_ldflags=["-fopenmp"],
+                build_directory=scratch,
+                is_python_module=False,
+            )
+        finally:
+            os.environ["PATH"] = before
         cache.write(folder, built_name(), SUFFIX, (Path(scratch) / f"{NAME}.so").read_bytes())
-
-
-@contextlib.contextmanager
-def _tools_of_this_environment() -> Any:
-    """ninja as pip installs it is found, also where the environment was not activated."""
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
 
 
 def ops() -> Any:

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-MAPS = Path("/proc/self/maps")
-"""What lies where in this process: one line per range of addresses."""
-
-MEMORY = Path("/proc/meminfo")
-"""How much memory there is, and is left."""
+MAPS, MEMORY = Path("/proc/self/maps"), Path("/proc/meminfo")
+"""What lies where in this process, a line per range of addresses; and how much memory is left."""
 
 GROUP = Path("/sys/fs/cgroup")
 """What the control group of this process may take, where it has limits."""
-
-CACHED = ("active_file", "inactive_file")
-"""What the kernel keeps of files in memory, as memory.stat names it."""
 
 Span = tuple[int, int]
 """The first address of something, and the one after its last."""
@@ -39,7 +34,6 @@ LEAST = 32 << 20
 COLLAPSE = 25
 """MADV_COLLAPSE of madvise(2): the memory keeps its address and its content."""
 
-
 RESERVE = 1 << 30
 """Bytes that copies made for speed leave to others."""
 
@@ -52,23 +46,16 @@ def available() -> int:
         fields = (line.split() for line in MEMORY.read_text("utf-8").splitlines())
         free = next((int(n) * 1024 for name, n, *_ in fields if name == "MemAvailable:"), free)
     try:
-        limit, used = (
-            (GROUP / name).read_text("utf-8") for name in ("memory.max", "memory.current")
+        limit, used, parts = (
+            (GROUP / f"memory.{name}").read_text("utf-8") for name in ("max", "current", "stat")
         )
     except OSError:
         return free
     if limit.strip() == "max":
         return free
-    return min(free, int(limit) - int(used) + _cached_files())
-
-
-def _cached_files() -> int:
-    """Bytes of files that count as the group's memory, and are dropped when it is needed."""
-    try:
-        lines = (GROUP / "memory.stat").read_text("utf-8").splitlines()
-    except OSError:
-        return 0
-    return sum(int(n) for name, n in map(str.split, lines) if name in CACHED)
+    # files in memory count as the group's, and are dropped when it is needed
+    files = re.findall(r"^(?:in)?active_file (\d+)$", parts, re.MULTILINE)
+    return min(free, int(limit) - int(used) + sum(map(int, files)))
 
 
 def peak() -> int | None:
@@ -83,22 +70,18 @@ def peak() -> int | None:
     return int(size if sys.platform == "darwin" else size * 1024)
 
 
-def private_maps() -> Iterator[Span]:
+def private_maps() -> list[Span]:
     """Private writable maps of files, as safetensors makes them; adjacent ones are joined."""
-    start = end = 0
-    lines = MAPS.read_text("utf-8", "replace").splitlines() if MAPS.is_file() else []
-    for line in lines:
+    spans: list[Span] = []
+    for line in MAPS.read_text("utf-8", "replace").splitlines() if MAPS.is_file() else []:
         where, rights, _, _, inode, *_ = line.split(maxsplit=5)
         if not rights.startswith("rw") or not rights.endswith("p") or inode == "0":
             continue
         low, high = (int(address, 16) for address in where.split("-"))
-        if low != end:
-            if end:
-                yield start, end
-            start = low
-        end = high
-    if end:
-        yield start, end
+        if spans and spans[-1][1] == low:
+            low = spans.pop()[0]
+        spans.append((low, high))
+    return spans
 
 
 def out_of_files(model: nn.Module) -> int:
@@ -106,7 +89,7 @@ def out_of_files(model: nn.Module) -> int:
 
     Only where half of the memory that is left is enough; for a model that nothing else uses yet.
     """
-    maps = list(private_maps())
+    maps = private_maps()
     plain = [weight for weight in model.parameters() if type(weight) is nn.Parameter]
     weights = [w for w in plain if any(low <= w.data_ptr() < high for low, high in maps)]
     size = sum(weight.nbytes for weight in weights)

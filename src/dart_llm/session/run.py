@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from dart_llm.calibration.self_calibration import learn_screen, self_calibrate
 from dart_llm.errors import AttachError, ConfigError
-from dart_llm.models.checkpoint import checkpoint_facts, tokenizer_of
+from dart_llm.models.checkpoint import checkpoint_facts, fingerprint, tokenizer_of
 from dart_llm.models.describe import ModelView, describe
-from dart_llm.models.fingerprint import fingerprint
-from dart_llm.models.float32_products import note_slow_prompts
 from dart_llm.patching.executors import check_executor, choose_executor, effective_executor
 from dart_llm.patching.executors.token_ffn import winner_rows
 from dart_llm.patching.patch import ModelPatch
@@ -263,7 +261,6 @@ class Run:
             raise AttachError("this run is attached already")
         if self.tracing is not None:
             raise AttachError("this run is being traced: leave that block before it attaches anew")
-        note_slow_prompts(self.model, logger.warning)
         if not self.controller.sequence_count:  # the model may have moved since this run was made
             method = self._method = replace(self._method, learned=None)
             # fixed masks may be let go later (``hold``), those of the start never

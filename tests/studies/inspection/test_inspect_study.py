@@ -155,7 +155,6 @@ REFUSED = [
     ({"what": "space", "prompt": "x"}, r"needs 2 text\(s\): give --prompt and"),
     ({"what": "space", "passage": "01", "layer": 4}, "this model has 4 layers"),
     ({"what": "overlap", "passage": "01", "method": "wanda"}, "e.g. griffin"),
-    ({"prompt": "x", "activation_layers": "9-1"}, "not a layer or a range"),
 ]
 
 

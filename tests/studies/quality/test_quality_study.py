@@ -7,7 +7,7 @@ import pytest
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation import tasks
 from dart_llm.experiments.comparison import read_traffic
-from dart_llm.models.quantised import round_weights_to
+from dart_llm.models.packed_loading import round_weights_to
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting import figures
 from dart_llm.session.prepare import MemoryStore

@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 
 from dart_llm.models.calls import TokenCall
-from dart_llm.models.growing_cache import (
-    PreallocatedKVCache,
-    Steps,
-    count_static,
-    fill_layer,
-    is_static,
-    static_places,
-)
+from dart_llm.models.growing_cache import PreallocatedKVCache, Steps, fill_layer
 from dart_llm.models.packed import PackedTensor, few
 from dart_llm.models.screen import Screen
 from dart_llm.models.steps import (
@@ -158,14 +151,6 @@ class NativeDecoder:
         cache = call.cache
         position, tokens = int(cache.get_seq_length()), call.ids.flatten().tolist()
         rotations = self._rotations(position)
-        if is_static(cache):
-            self._bound = None  # its tensors may be others at the next step
-            self._native.bind(*static_places(cache, self.windows))
-            logits, hidden = self._native.step(
-                tokens, 0, position, *rotations, observe, call.forbidden
-            )
-            count_static(cache)
-            return logits, hidden
         room = self._cache
         if room is None or room.of() is not cache:
             room = self._cache = PreallocatedKVCache(cache, self.windows)
@@ -218,11 +203,8 @@ class NativeDecoder:
 
     def _bind(self, room: PreallocatedKVCache) -> None:
         """Name the buffers once, not at every token: a step passes how many came before it."""
-        rooms, self._bound = room.rooms, None
-        keys, values = [layer.keys for layer in rooms], [layer.values for layer in rooms]
-        ends, counts = [layer.end for layer in rooms], [layer.count for layer in rooms]
-        seen = [-1 if layer.seen is None else layer.seen for layer in rooms]
-        self._native.bind(keys, values, ends, counts, seen)
+        self._bound = None
+        self._native.bind(*room.places())
         self._bound = room.steps
 
     def _rotations(self, position: int) -> tuple[Tensor, Tensor]:

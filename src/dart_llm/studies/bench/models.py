@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,12 +15,11 @@ from dart_llm.errors import ConfigError, LoadError
 from dart_llm.experiments.model_facts import configuration
 from dart_llm.experiments.study import load_model
 from dart_llm.hub import plain
-from dart_llm.models.bundled import MEMBER, default_folder
+from dart_llm.models.cached import MEMBER, default_folder
 from dart_llm.models.checkpoint import Checkpoint, checkpoint_facts, remember
-from dart_llm.models.devices import parse_device
 from dart_llm.models.gguf_file import ROUNDED
-from dart_llm.models.loading import is_default, parse_dtype
-from dart_llm.models.packed_loading import random_packed
+from dart_llm.models.loading import is_default, parse_device, parse_dtype
+from dart_llm.models.packed_loading import round_weights
 from dart_llm.reporting.console import Ui
 from dart_llm.studies.bench.settings import SpeedSettings, is_file
 
@@ -123,20 +121,20 @@ def _random(settings: SpeedSettings, ui: Ui) -> Any:
     dtype = parse_dtype(settings.dtype)
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.bfloat16
-    device, attention = parse_device(settings.device).first, settings.attn_implementation
+    device, attention = parse_device(settings.device), settings.attn_implementation
     arguments = {"attn_implementation": attention} if attention else {}
     torch.manual_seed(settings.seed)
     try:
         make: Any = AutoModelForCausalLM.from_config
-        if settings.weights in ROUNDED:
-            if device != "cpu":
-                raise ConfigError("weights in blocks need a CPU: give --device cpu")
-            make = functools.partial(random_packed, kind=settings.weights)
+        if settings.weights in ROUNDED and device != "cpu":
+            raise ConfigError("weights in blocks need a CPU: give --device cpu")
         with torch.device(device):  # billions of weights are drawn there at once
             model = make(config, dtype=dtype, **arguments)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise LoadError(f"no model can be made of {settings.name}: {plain(error)}") from None
     model = model.eval().to(device)
+    if settings.weights in ROUNDED:
+        round_weights(model, settings.weights)
     name = f"{settings.name} (random weights)"
     remember(model, Checkpoint(name, "random weights", settings.name, None, "none"))
     return model

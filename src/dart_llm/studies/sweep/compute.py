@@ -78,7 +78,7 @@ class LoadedModelCache:
         from dart_llm.session.run import BoundMethod
 
         if cell.rounding:
-            from dart_llm.models.quantised import round_weights_to
+            from dart_llm.models.packed_loading import round_weights_to
 
             bits, part = cell.rounding.split()
             rounded = round_weights_to(self.model, int(bits), part == "ffn")
@@ -134,7 +134,7 @@ def measure_cell(
     import torch
 
     from dart_llm.evaluation.tasks import count, measure
-    from dart_llm.models.devices import memory_failure
+    from dart_llm.models.loading import memory_failure
     from dart_llm.session.prepare import MemoryStore
 
     began, ui = time.perf_counter(), ui or Ui(quiet=True)
