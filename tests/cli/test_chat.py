@@ -16,7 +16,7 @@ from dart_llm.cli.chat import (
     turn_line,
 )
 from dart_llm.cli.chat_settings import ChatSettings
-from dart_llm.data.prompts import chat_ids
+from dart_llm.data.texts import chat_ids
 from dart_llm.engine.engine import Engine
 from dart_llm.engine.events import Token
 from dart_llm.errors import ConfigError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dart_llm.data.prompts import chat_ids
+from dart_llm.data.texts import chat_ids
 from dart_llm.engine.engine import Engine
 from dart_llm.pruning.config import PruneConfig
 from engine_cases import alone, ask, half

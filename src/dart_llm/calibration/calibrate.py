@@ -70,7 +70,7 @@ def calibrate(
     statistics = observing(config, _layers(model, config)).statistics
     ids = None
     if part.source == "text":
-        texts = documents.calibration_texts(source)
+        texts = documents.load(documents.calibration_source(source))
         ids = documents.sequences(tokenizer, texts, part.sequences, part.length)
         tokens = digest_of(ids)
     else:
@@ -112,7 +112,7 @@ def _effort(model: Any, part: CalibrationConfig, count: int) -> tuple[dict[str, 
 def _note(part: CalibrationConfig, source: str | None, count: int) -> str:
     words = "self-generated text"
     if part.source == "text":
-        words = documents.calibration_source(source).title()
+        words = documents.calibration_source(source).label
     short = "" if count == part.sequences else f" of {part.sequences}"
     size = f"{count}{short} sequences of {part.length} tokens ({count * part.length:,} tokens)"
     return f"calibration: {size} of {words}"

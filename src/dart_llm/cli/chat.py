@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm.cli.chat_settings import ChatSettings
-from dart_llm.data.prompts import chat_ids, chat_text
+from dart_llm.data.texts import chat_ids, chat_text
 from dart_llm.engine.engine import Engine
 from dart_llm.engine.events import Record, Token
 from dart_llm.engine.requests import GenerationRequest, GenerationResult

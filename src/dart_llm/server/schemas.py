@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from dart_llm.data.prompts import chat_text
+from dart_llm.data.texts import chat_text
 from dart_llm.engine.requests import GenerationRequest, Sampling
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig

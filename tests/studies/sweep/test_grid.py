@@ -215,7 +215,7 @@ def test_a_changed_file_is_another_cell(gpt2, tmp_path, monkeypatch):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(files[name] + more if "yaml" in name else files[name])
     asked = {"models": str(gpt2), "methods": "dense", "include_path": "tasks"}
-    asked["tasks"] = "perplexity:text.txt,mine,mmlu,mmlu:anatomy,perplexity:mmlu-answers"
+    asked["tasks"] = "perplexity:text.txt,mine,mmlu,mmlu:anatomy"
 
     def keys(*changed):
         """The keys, of which those at the places ``changed`` are new."""
