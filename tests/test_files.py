@@ -192,5 +192,5 @@ def test_rows_that_are_not_objects_are_named(line, problem, tmp_path):
         next(rows)
     path.write_bytes(b"\xff")
     for bad in (path, tmp_path, tmp_path / "none"):
-        with pytest.raises(ConfigError, match="cannot read the file"):
+        with pytest.raises(ConfigError, match="cannot be read as UTF-8 text"):
             next(read_rows(bad))

@@ -72,10 +72,7 @@ DIGITS = 32
 
 
 def key_of(*parts: object) -> str:
-    """The name of what ``parts`` decide: 32 hexadecimal digits.
-
-    Parts are told apart by their ``repr``: give plain values, in an order that does not change.
-    """
+    """The name of what ``parts``, compared by their ``repr``, decide: 32 hexadecimal digits."""
     return digest_of(repr(parts).encode())
 
 

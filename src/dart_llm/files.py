@@ -78,7 +78,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read the file {path}: {reason}") from None
+        raise ConfigError(f"the file {path} cannot be read as UTF-8 text: {reason}") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -159,10 +159,7 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, mode: int = 0o666) -> None:
-    """Replace ``path`` whole; raises ``ResultsError`` when the disk is full or read-only.
-
-    ``mode``: permissions of a new file.
-    """
+    """Replace ``path`` whole, or raise ``ResultsError``; ``mode``: permissions of a new file."""
     write_bytes(path, text.encode("utf-8"), mode=mode)
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,7 @@ def no_stray_bars() -> Iterator[None]:
     from transformers.utils import logging
 
     switch: Any = logging
-    if switch.is_progress_bar_enabled():
-        yield
-        return
-    with redirect_stderr(io.StringIO()):
+    with nullcontext() if switch.is_progress_bar_enabled() else redirect_stderr(io.StringIO()):
         yield
 
 
@@ -122,14 +119,10 @@ def not_reached(model: str, instead: str = INSTEAD) -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return (
-            f"{model} is not in the hub's cache and HF_HUB_OFFLINE is set; unset it to download, "
-            f"or {instead}"
-        )
-    return (
-        f"the hub at {constants.ENDPOINT} could not be reached to load {model}; check the "
-        f"network, or {instead}"
-    )
+        reason = "is not in the hub's cache and HF_HUB_OFFLINE is set; unset it to download"
+        return f"{model} {reason}, or {instead}"
+    reason = f"the hub at {constants.ENDPOINT} could not be reached to load {model}"
+    return f"{reason}; check the network, or {instead}"
 
 
 def plain(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import torch
 import dart_llm
 from dart_llm.engine import request as requests
 from dart_llm.engine.engine import Engine
-from dart_llm.engine.events import Mask, Token
+from dart_llm.engine.requests import Mask, Token
 from dart_llm.engine.request import mask_record
 from dart_llm.engine.requests import GenerationRequest as Ask
 from dart_llm.engine.requests import Sampling

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dart_llm.engine.events import Check
+from dart_llm.engine.requests import Check
 from dart_llm.engine.request import FEW, Pieces, Sampler, StopFinder
 from dart_llm.engine.requests import Sampling
 from dart_llm.errors import ConfigError, DartError

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dart_llm.engine.events import Token
+from dart_llm.engine.requests import Token
 from dart_llm.engine.requests import GenerationRequest as Ask
 from dart_llm.engine.requests import Sampling
 from dart_llm.models.checkpoint import remember_tokenizer, tokenizer_of

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from dart_llm.engine.events import Done, Likely, PromptToken, Scores, Start, Timings, Token, Usage
+from dart_llm.engine.requests import Done, Likely, PromptToken, Scores, Start, Timings, Token, Usage
 from dart_llm.pruning.records import RunReport
 from dart_llm.server.app import build
 from dart_llm.server.run import Server, bind, server_config

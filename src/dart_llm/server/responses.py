@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any
 
-from dart_llm.engine.events import Done, Likely, Record, Scores, Start, Token
-from dart_llm.engine.requests import Sampling
+from dart_llm.engine.requests import Done, Likely, Record, Sampling, Scores, Start, Token
 from dart_llm.files import finite
 
 TYPES = {

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm.engine.engine import Engine
-from dart_llm.engine.events import Done, Failed, Masked, Record, Token
-from dart_llm.engine.requests import GenerationRequest
+from dart_llm.engine.requests import Done, Failed, GenerationRequest, Masked, Record, Token
 from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length
