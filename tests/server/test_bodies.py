@@ -7,8 +7,15 @@ import pytest
 import serve_malformed as malformed
 from pydantic import ValidationError
 
-from dart_llm.server.responses import APIError
-from dart_llm.server.schemas import IGNORED, NEUTRAL, UNSUPPORTED, ChatBody, CompletionBody, refusal
+from dart_llm.server.schemas import (
+    IGNORED,
+    NEUTRAL,
+    UNSUPPORTED,
+    APIError,
+    ChatBody,
+    CompletionBody,
+    refusal,
+)
 from serve_cases import CHAT_URL, FACTS, TEXT_URL, ByteTokenizer, FakeEngine, running, until
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -59,20 +66,18 @@ WRONG = [
     ({"messages": [{"content": "x"}]}, "messages.0.role", MISSING, ""),
     ({"messages": [{"role": "user"}]}, "messages.0", MISSING, "role user needs a content"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "invalid_value", "str"),
-    ({"max_tokens": 0}, "max_tokens", "invalid_value", "1 or more, or -1"),
     ({"max_tokens": True}, "max_tokens", "invalid_value", ""),
     ({"temperature": 2.1}, "temperature", "invalid_value", ""),
     ({"stop": ["a"] * 5}, "stop", "invalid_value", "list should have at most 4 items"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", ""),
     ({"dart": {"sparsity": 1}}, "dart.sparsity", "invalid_value", ""),
-    ({"dart": {"sparsity": 50}}, "dart.sparsity", "invalid_value", "0.5 for 50 %"),
     (
         {"dart": {"sparcity": 0.5}},
         "dart.sparcity",
         UNKNOWN,
-        "unknown field; did you mean sparsity?",
+        "did you mean sparsity?",
     ),
-    ({"dart": {"x" * 5000: 1}}, "dart." + "x" * 100, UNKNOWN, "unknown field"),
+    ({"dart": {"x" * 5000: 1}}, "dart." + "x" * 100, UNKNOWN, "extra inputs"),
     ({"max_token": 5}, "max_token", UNKNOWN, "supplied: max_token; did you mean max_tokens?"),
     ({"tools": [{}]}, "tools", "unsupported", "leave it out"),
 ]

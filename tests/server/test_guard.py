@@ -8,7 +8,7 @@ import select
 import pytest
 
 from dart_llm.errors import ConfigError
-from dart_llm.server import security
+from dart_llm.server import app
 from dart_llm.server.run import bind, page_address
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import merge
@@ -100,7 +100,7 @@ def test_keys(monkeypatch):
         compared.append((one, other))
         return one == other
 
-    monkeypatch.setattr(security.hmac, "compare_digest", compare)
+    monkeypatch.setattr(app.hmac, "compare_digest", compare)
     wrong = ["", f"Bearer {KEYS[0]}x", "Bearer", KEYS[0], f"Basic {KEYS[0]}", f"Bearer {BOTH}"]
     paths = ("/v1/models", "/metrics", "/api/runs", "/api/events", "/openapi.json", "/x")
     with running(api_key=BOTH) as locked, locked.client() as client:
@@ -148,7 +148,7 @@ def test_large_bodies_are_refused(server):
 
 @pytest.mark.parametrize("pieces", [0, 40])
 def test_a_slow_body_is_given_up(monkeypatch, pieces):
-    monkeypatch.setattr(security, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
     with running() as server, server.connect() as connection:
         connection.sendall(request_bytes({"prompt": "x" * 99})[:-100])
         with contextlib.suppress(ConnectionError):  # it is closed while we write
@@ -172,7 +172,7 @@ def test_other_methods_and_addresses(server):
         for path in ("/v2", "/static/../app.py", "/static/%2e%2e/app.py", "/docs"):
             assert (client.get(path).status_code, code(client.get(path))) == (404, "not_found")
         elsewhere = client.post("/v1/responses", json={"input": "hi"})
-        assert code(elsewhere) == "not_found" and "use /v1/chat/completions" in elsewhere.text
+        assert code(elsewhere) == "not_found" and "/v1/chat/completions" in elsewhere.text
         response = client.get(CHAT_URL)
         assert (response.status_code, response.headers["allow"]) == (405, "POST")
         got, head = client.get("/static/main.js"), client.head("/static/main.js")

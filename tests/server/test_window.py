@@ -10,7 +10,7 @@ import pytest
 
 from dart_llm.errors import ConfigError
 from dart_llm.experiments.result_line import ResultLine
-from dart_llm.server.security import CONTENT_POLICY
+from dart_llm.server.app import CONTENT_POLICY
 from dart_llm.server.window import IMPORT, STATIC, page, read_records
 from html_page import Page
 from lm_cases import call

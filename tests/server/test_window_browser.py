@@ -96,26 +96,3 @@ def test_the_dense_answer_beside_and_a_stop_that_frees_the_model(window):
     assert window.focused() == "message"
     ask("Again, please.", 4)  # the model is free at once
     window.wait(f"{ANSWERS}.length === 4 && {ENDED}", 30)
-
-
-def test_the_keyboard_alone(window):
-    from selenium.webdriver.common.keys import Keys
-
-    def press(name, *keys):
-        window.js("document.querySelector(arguments[0]).focus()", name)
-        window.keys(*keys)
-
-    window.put("max-tokens", 6)
-    press("#show-tour", Keys.ENTER)
-    assert window.focused() == "tour-title"
-    for step in ("Step 1 of 3", "Step 2 of 3", "Step 3 of 3"):
-        assert window.text("tour-count") == step
-        press("#tour-next", Keys.ENTER)
-    assert window.js("document.getElementById('tour').hidden")
-    assert window.focused() == "show-tour"
-    window.wait(f"{ANSWERS}.length === 2 && {ENDED}")  # the tour asked its prompt
-    press("#message", "Name three colours.", Keys.ENTER)
-    window.wait(f"{ANSWERS}.length === 4 && {ENDED}")
-    press(".text", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-    assert window.js("document.querySelector('.text .current').dataset.token") == "1"
-    assert re.search(r"token 1; pruned, probability [\d.]+ %; [\d.]+ ms", window.text("detail"))

@@ -22,7 +22,6 @@ from dart_llm.engine.requests import (
     PromptToken,
     Record,
     Sampling,
-    Scores,
     Start,
     Timings,
     Token,
@@ -47,9 +46,6 @@ COLDEST = 1e-30
 
 PIECE = 512
 """Prompt tokens per forward: between two a request can be cancelled."""
-
-SCORED_PIECE = 64
-"""The same where the logits of every token are needed, a vocabulary of numbers each."""
 
 Emit = Callable[[Record], None]
 
@@ -292,28 +288,14 @@ class Request:
         )
 
     def _read_prompt(self) -> Tensor | None:
-        """Logits [rows, V] of the first token, None if no answer is wanted."""
-        sampling, ids = self.ask.sampling, self.ask.ids
-        size, kept = (SCORED_PIECE, 0) if sampling.prompt_logprobs else (PIECE, 1)
-        scores: list[list[tuple[int, float]]] = []
-        logits = None
-        for start in range(self._cached, len(ids), size):
+        """Logits [rows, V] of the first token, None when the request was cancelled."""
+        ids, logits = self.ask.ids, None
+        for start in range(self._cached, len(ids), PIECE):
             if self._cancelled():
                 return None
-            piece = torch.tensor([ids[start : start + size]] * len(self._rows))
-            logits = self._forward(piece, logits_to_keep=kept)
-            if sampling.prompt_logprobs:
-                following = ids[start + 1 :][:size]
-                count = sampling.logprobs or 0
-                scores += logprobs(logits[0, : len(following)], following, count)
-        if sampling.prompt_logprobs:
-            likely = [self._likely(row) for row in scores]
-            values, tops = [value for value, _ in likely], [top for _, top in likely]
-            self._emit(Scores((None, *values), ((), *tops)))
-        if not sampling.max_tokens:
-            for row in self._rows:
-                row.finish = "length"
-        return logits[:, -1] if logits is not None and sampling.max_tokens else None
+            piece = torch.tensor([ids[start : start + PIECE]] * len(self._rows))
+            logits = self._forward(piece, logits_to_keep=1)[:, -1]
+        return logits
 
     def _decode(self) -> Tensor:
         """Feed the last token of each row; logits [rows, V]."""

@@ -1,8 +1,7 @@
 """Requests to an engine, the records that it emits while one runs, and the results.
 
-Every request gives one ``start``, then ``scores``, ``token``, ``check``, ``remask`` and ``mask``
-records as things happen, and one ``done`` or ``error``.  ``to_dict`` gives JSON-able data with a
-``kind``.
+Every request gives one ``start``, then ``token``, ``check``, ``remask`` and ``mask`` records as
+things happen, and one ``done`` or ``error``.  ``to_dict`` gives JSON-able data with a ``kind``.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ class Sampling:
     probability.  ``seed``: the same one gives the same answer; None: another at every request.
     ``n``: answers, decoded as one batch that shares its masks.  ``stop``: strings that end an
     answer, which does not include them.  ``logprobs``: k for the log-probabilities of the sampled
-    token and of the k likeliest, before temperature; None for none.  ``prompt_logprobs``: those of
-    the prompt's tokens too; ``max_tokens`` may then be 0.
+    token and of the k likeliest, before temperature; None for none.
     """
 
     max_tokens: int = 256
@@ -38,21 +36,18 @@ class Sampling:
     n: int = 1
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
-    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        count, scored = self.logprobs, self.prompt_logprobs
-        fewest = 0 if scored else 1
+        count = self.logprobs
         valid_stop = len(self.stop) <= MAX_STOPS and all(self.stop)
         for name, valid, expected in (
-            ("max_tokens", self.max_tokens >= fewest, f"{fewest} or more"),
+            ("max_tokens", self.max_tokens >= 1, "1 or more"),
             ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "an integer of 64 bits"),
             ("n", 1 <= self.n <= MAX_CHOICES, f"1 to {MAX_CHOICES}"),
             ("stop", valid_stop, f"at most {MAX_STOPS} strings, none of them empty"),
             ("logprobs", count is None or 0 <= count <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
-            ("prompt_logprobs", not scored or count is not None, "used with logprobs"),
         ):
             if not valid:
                 raise ConfigError(f"{name} {getattr(self, name)} must be {expected}")
@@ -74,21 +69,10 @@ class GenerationRequest:
     id: str = ""
 
     def __post_init__(self) -> None:
-        scored = self.sampling.prompt_logprobs
-        problem = None
         if not self.ids:
-            problem = "the prompt has no token"
-        elif self.conversation is not None and self.sampling.n > 1:
-            problem = "a conversation continues one answer: ask for n 1"
-        elif scored and self.config is not None:
-            problem = (
-                "a prompt is read by the dense model, so its log-probabilities are those of the "
-                'dense model: ask for method "dense"; dart-llm eval scores pruned models'
-            )
-        elif scored and self.conversation is not None:
-            problem = "prompt_logprobs needs the whole prompt read: leave the conversation out"
-        if problem:
-            raise ConfigError(problem)
+            raise ConfigError("the prompt has no token")
+        if self.conversation is not None and self.sampling.n > 1:
+            raise ConfigError("a conversation continues one answer: ask for n 1")
 
 
 def _plain(value: Any) -> Any:
@@ -166,18 +150,6 @@ class Token(_Record):
     logprob: float | None
     top: tuple[Likely, ...] | None
     seconds: float
-
-
-@dataclass(frozen=True)
-class Scores(_Record):
-    """Log-probabilities (nats) of the prompt's tokens, given all before; None for the first one.
-
-    ``top``: the likeliest tokens in its position; none for the first one.
-    """
-
-    kind: ClassVar[str] = "scores"
-    logprobs: tuple[float | None, ...]
-    top: tuple[tuple[Likely, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -290,5 +262,5 @@ class Failed(_Record):
     message: str
 
 
-Record = Start | Scores | Token | Check | Masked | Mask | Done | Failed
+Record = Start | Token | Check | Masked | Mask | Done | Failed
 """What an engine emits."""
