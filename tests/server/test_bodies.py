@@ -69,7 +69,7 @@ WRONG = [
     ({"max_tokens": True}, "max_tokens", "invalid_value", ""),
     ({"temperature": 2.1}, "temperature", "invalid_value", ""),
     ({"stop": ["a"] * 5}, "stop", "invalid_value", "list should have at most 4 items"),
-    ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", ""),
+    ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "invalid_value", ""),
     ({"dart": {"sparsity": 1}}, "dart.sparsity", "invalid_value", ""),
     (
         {"dart": {"sparcity": 0.5}},

@@ -209,7 +209,6 @@ def test_past_runs_are_not_for_several_keys(tmp_path):
         ({}, 200),
         ({"api_key": KEYS[0]}, 200),
         ({"api_key": BOTH}, 403),
-        ({"api_key": BOTH, "share_runs": True}, 200),
     ):
         with running(results_dir=str(tmp_path), **settings) as server, server.client() as client:
             found = client.get("/api/runs", headers=bearer(0))

@@ -8,7 +8,6 @@ from serve_cases import (
     CHAT,
     CHAT_URL,
     KEYS,
-    TEXT_URL,
     FakeEngine,
     bearer,
     events,
@@ -80,21 +79,18 @@ def test_who_leaves_while_waiting_never_runs():
         assert first.result(10).status_code == 200 and len(engine.asked) == 1
 
 
-def test_requests_run_one_at_a_time_and_a_list_lets_others_in_between():
+def test_requests_run_one_at_a_time_in_their_order():
     engine = FakeEngine(pause=0.5)  # until all wait
-    with running(engine, api_key=BOTH) as server:
-        posts = [server.beside(headers=bearer(1), max_tokens=40)]
+    with running(engine) as server:
+        posts = [server.beside(max_tokens=40)]
         until(lambda: bool(engine.asked))
-        body = {"prompt": [[1], [2], [3]], "max_tokens": 1, "seed": 6}
-        posts.append(server.beside(TEXT_URL, headers=bearer(0), **body))
-        server.waiting(1)
-        for number in range(2):
-            posts.append(server.beside(headers=bearer(1), seed=number))
-            server.waiting(number + 2)
+        for number in range(3):
+            posts.append(server.beside(seed=number))
+            server.waiting(number + 1)
         engine.pause = 0.0
         assert [post.result(20).status_code for post in posts] == [200] * 4
     assert engine.most_at_once == 1
-    assert [ask.sampling.seed for ask in engine.asked[1:]] == [6, 0, 1, 6, 6]
+    assert [ask.sampling.seed for ask in engine.asked[1:]] == [0, 1, 2]
 
 
 def test_a_request_that_takes_too_long_is_given_up():
@@ -120,19 +116,17 @@ def test_a_fault_is_told_without_its_insides(caplog):
     engine = FakeEngine(fault=ValueError("secret prompt"), fault_at=0)
     with running(engine) as server, server.client() as client:
         whole = client.post(CHAT_URL, json=CHAT)
-        many = client.post(TEXT_URL, json={"prompt": [[1], [2]], "max_tokens": 5})
         engine.fault_at = 2
         late = client.post(CHAT_URL, json={**CHAT, "stream": True})
         records = client.post("/api/events", json=CHAT)
         engine.fault = None
         assert client.post(CHAT_URL, json=CHAT).status_code == 200
-    assert [one.status_code for one in (whole, many, late, records)] == [500, 500, 200, 200]
-    errors = [whole.json(), many.json(), events(late.text)[-1]]
+    assert [one.status_code for one in (whole, late, records)] == [500, 200, 200]
+    errors = [whole.json(), events(late.text)[-1]]
     assert {error["error"]["code"] for error in errors} == {"internal_error"}
     assert whole.headers["x-request-id"] in errors[0]["error"]["message"]
     assert events(records.text)[-1]["kind"] == "error"
-    assert engine.asked[1].ids == (1,) and len(engine.asked) == 5  # a fault ends a list
-    assert "secret" not in whole.text + many.text + late.text + records.text
+    assert "secret" not in whole.text + late.text + records.text
     assert whole.headers["x-request-id"] in caplog.text and "ValueError" in caplog.text
     assert "secret" not in caplog.text
 

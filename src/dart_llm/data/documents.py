@@ -162,7 +162,7 @@ def plain_summary(value: Any) -> str:
 
 
 def load(source: TextSource) -> list[str]:
-    """The rows of a JSONL file, or one text.
+    """The rows of a JSONL file, the embedded texts, or one text.
 
     Raises ``ConfigError`` for a file that cannot be used or has no text, and ``MissingExtra`` or
     ``LoadError`` for the hub.
@@ -174,7 +174,7 @@ def load(source: TextSource) -> list[str]:
             raise LoadError(f"the column {column} of {source.data.where} is empty or not text")
         found = [source.data.separator.join(rows)]
     elif source.name == EMBEDDED:
-        found = [texts.all_text()]
+        found = [texts.read(subject) for subject in texts.subjects()]
     elif source.name == MMLU:
         subjects = source.subjects or datasets.local_subjects() or datasets.MMLU_SUBJECTS
         questions = (row for subject in subjects for row in datasets.mmlu_questions(subject))
@@ -199,8 +199,6 @@ def read(name: str) -> str:
 
 def whole_texts(name: str) -> list[str]:
     """The texts behind ``name``, each to be read separately; raises what ``read`` raises."""
-    if name == EMBEDDED:
-        return [texts.read(subject) for subject in texts.subjects()]
     return load(resolve(name))
 
 

@@ -143,7 +143,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         with self._exclusive():
             self._closed = True
             self._conversations.clear()
-            self._host.close()
+            self._host.patch.remove()
 
     def __exit__(self, *error: object) -> None:
         self.close()

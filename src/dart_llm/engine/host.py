@@ -154,10 +154,6 @@ class PatchHost:
         has_kernel = config.token is None or TOKEN_RULES.get(config.token.rule).native
         return self.executor if has_kernel and config.batch != "per_row" else "masked"
 
-    def close(self) -> None:
-        """Detach: the model is exactly what it was."""
-        self.patch.remove()
-
 
 @dataclass
 class Conversation:

@@ -29,7 +29,6 @@ from dart_llm.engine.requests import (
 )
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.models.calls import OwnLoop
-from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.forward import ForwardPlan
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.records import Remask
@@ -243,7 +242,8 @@ class Request:
         self._first_time = 0.0
         self._loop = OwnLoop()
         self._cache: Any = None
-        self._controller: PruningController | None = None
+        self.controller: Any = None
+        """The ``PruningController``, until ``release``."""
 
     def run(self, earlier: Conversation | None, emit: Emit, cancelled: Callable[[], bool]) -> Done:
         """Answer; ``earlier``: the conversation that this prompt continues."""
@@ -251,13 +251,13 @@ class Request:
         self._began = self._last_time = time.perf_counter()
         emit(self._start())
         if earlier is None:
-            self._controller = self.method.controller(self._on_remask)
+            self.controller = self.method.controller(self._on_remask)
         else:
             self._cached = earlier.shared(self.ask.ids)
             earlier.crop(self._cached)
-            self._controller, self._cache = earlier.controller, earlier.cache
-            self._controller.on_remask = self._on_remask
-        self.host.serve(self._controller)
+            self.controller, self._cache = earlier.controller, earlier.cache
+            self.controller.on_remask = self._on_remask
+        self.host.serve(self.controller)
         self.host.patch.loop = self._loop
         with torch.no_grad():
             logits = self._read_prompt()
@@ -266,11 +266,6 @@ class Request:
         for row in self._rows:
             row.finish = row.finish or "cancelled"
         return self._result()
-
-    @property
-    def controller(self) -> PruningController:
-        assert self._controller is not None
-        return self._controller
 
     def _start(self) -> Start:
         method, ids = self.method, self.ask.ids
@@ -323,7 +318,8 @@ class Request:
         tokens = self._sampler.choose(logits)
         count = self.ask.sampling.logprobs
         scores = None if count is None else logprobs(logits, tokens, count)
-        phase, now = self._phase(), time.perf_counter()
+        phase = "dense" if self.method.dense else str(self.controller.last_phase)
+        phase, now = phase if self._rows[0].tokens else "prefill", time.perf_counter()
         self._first_time = self._first_time or now
         seconds, self._last_time = now - self._last_time, now
         for choice, (row, token) in enumerate(zip(self._rows, tokens, strict=True)):
@@ -339,11 +335,6 @@ class Request:
         """The token's log-probability, and the likeliest tokens in its position."""
         top = (Likely(id, self._pieces[id], value) for id, value in scores[1:])
         return scores[0][1], tuple(top)
-
-    def _phase(self) -> str:
-        if not self._rows[0].tokens:
-            return "prefill"
-        return "dense" if self.method.dense else str(self.controller.last_phase)
 
     def _emit_events(self) -> None:
         """Checks and masks of the last forward."""
@@ -373,19 +364,19 @@ class Request:
 
     def release(self) -> None:
         """Drop what was seen and the cache now: this and its controller refer to each other."""
-        controller = self._controller
+        controller = self.controller
         if controller is not None:
             controller.on_remask, controller.plan = None, ForwardPlan(False, False, ())
             controller.sequences, controller.finished, controller.checks = [], [], []
-        self._controller = self._cache = None
+        self.controller = self._cache = None
         self._loop.cache = None
 
     def conversation(self) -> Conversation | None:
         """What the next request of a conversation continues; None if no prompt was read."""
-        tokens, controller = self._rows[0].tokens, self._controller
+        tokens, controller = self._rows[0].tokens, self.controller
         if not tokens or controller is None:
             return None
-        self._controller = controller.on_remask = None
+        self.controller = controller.on_remask = None
         ids = [*self.ask.ids, *tokens[:-1]]
         kept = Conversation(self.method, controller, self._cache, ids, len(self.ask.ids))
         kept.reset_accounting()

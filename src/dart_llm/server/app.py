@@ -248,15 +248,11 @@ async def _service(request: Request) -> Service:  # async: others go to a pool o
 
 
 async def _with_runs(request: Request) -> Service:
-    """The service, where past runs may be shown."""
+    """The service, where past runs may be shown: they contain prompts."""
     service = await _service(request)
-    if not service.settings.shows_runs:
-        raise APIError(
-            403,
-            "past runs contain prompts, and this server has several keys: start it with "
-            "--share-runs to show them to every key",
-            code="runs_not_shared",
-        )
+    if len(service.settings.keys) > 1:
+        text = "a server with several keys does not show past runs, for they contain prompts"
+        raise APIError(403, text, code="runs_not_shared")
     return service
 
 
@@ -361,12 +357,11 @@ async def _answer(
     """The answer in OpenAI's form, or in ``shape``."""
     client, request_id = request.scope["dart"]["client"], request.scope["dart"]["request_id"]
     async with service.reading:
-        asks = await asyncio.to_thread(service.reader.requests, body, request_id, client)
+        ask = await asyncio.to_thread(service.reader.request, body, request_id, client)
     if service.settings.log_prompts:
-        for ask in asks:
-            logger.warning("%s asks %r", ask.id, service.reader.tokenizer.decode(list(ask.ids)))
-    shape = shape or Format(body, service.facts.name, asks[0].sampling, len(asks))
-    chunks = _answer_bytes(service, QueuedRequest(asks, client, request_id), shape)
+        logger.warning("%s asks %r", ask.id, service.reader.tokenizer.decode(list(ask.ids)))
+    shape = shape or Format(body, service.facts.name, ask.sampling)
+    chunks = _answer_bytes(service, QueuedRequest(ask, client), shape)
     kind = "text/event-stream" if shape.streams else "application/json"
     # proxies such as nginx would collect a stream before they send it
     return Streamed(chunks, media_type=kind, headers={"x-accel-buffering": "no"})

@@ -45,8 +45,6 @@ class Server(uvicorn.Server):
             server.close()
         ending = asyncio.create_task(asyncio.to_thread(self.service.close))
         await super().shutdown(sockets)
-        if self.force_exit:  # a second signal: do not wait for the running answer
-            self.service.worker.hurry()
         await ending
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from secrets import token_hex
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from dart_llm.data.texts import chat_text
+from dart_llm.data.texts import chat_text, is_text
 from dart_llm.engine.requests import (
     Done,
     GenerationRequest,
@@ -131,11 +131,6 @@ class Dart(Body):
     conversation: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
 
-class StreamOptions(Body):
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
-
-
 class TextPart(Body):
     type: Literal["text"]
     text: str
@@ -176,7 +171,7 @@ class Common(Body):
 
     model: Name | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: dict[Literal["include_usage", "include_obfuscation"], bool] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     max_tokens: Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -203,12 +198,6 @@ class Common(Body):
                 raise APIError(400, text, name[:100], "unknown_parameter")
         return {name: value for name, value in data.items() if name in cls.model_fields}
 
-    @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise APIError(400, "stream_options requires stream: true", "stream_options")
-        return self
-
 
 class ChatBody(Common):
     """Body of ``POST /v1/chat/completions`` and ``POST /api/events``."""
@@ -220,7 +209,7 @@ class ChatBody(Common):
 
 
 class CompletionBody(Common):
-    """Body of ``POST /v1/completions``; ``prompt``: a text or token ids, or a list of these."""
+    """Body of ``POST /v1/completions``; ``prompt``: a text or token ids, or a list of one."""
 
     prompt: str | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
@@ -287,15 +276,15 @@ class RequestReader:
         """Tokens of the longest prompt; None: unknown."""
         self._default = settings.prune_config()
 
-    def requests(self, body: Common, request_id: str, client: str) -> tuple[GenerationRequest, ...]:
-        """One request to the engine per prompt; raises ``APIError`` for what cannot be served."""
+    def request(self, body: Common, request_id: str, client: str) -> GenerationRequest:
+        """What the engine gets; raises ``APIError`` for what cannot be served."""
         if body.model is not None and body.model not in self.names:
             text = f"the model {body.model!r} is not served here: use {self.names[0]!r}"
             raise APIError(404, text, "model", "model_not_found")
         config = self.config(body.dart)
-        conversation = _conversation(body, client, config)
+        max_tokens: int | None
         if isinstance(body, ChatBody):
-            prompts = [self._chat_ids(body.messages)]
+            ids = self._chat_ids(body.messages)
             limits = (body.max_completion_tokens, body.max_tokens)
             max_tokens = next((limit for limit in limits if limit is not None), None)
             if body.top_logprobs and not body.logprobs:
@@ -303,18 +292,15 @@ class RequestReader:
             logprobs = (body.top_logprobs or 0) if body.logprobs else None
         else:
             assert isinstance(body, CompletionBody)
-            prompts = self._completion_ids(body.prompt, conversation)
+            ids = self._completion_ids(body.prompt)
             max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
             logprobs = body.logprobs
-        requests = []
+        conversation = _conversation(body, client, config)
         try:
-            for ids in prompts:
-                sampling = self._sampling(body, len(ids), max_tokens, logprobs)
-                request = GenerationRequest(ids, sampling, config, conversation, request_id)
-                requests.append(request)
+            sampling = self._sampling(body, len(ids), max_tokens, logprobs)
+            return GenerationRequest(ids, sampling, config, conversation, request_id)
         except ConfigError as error:
             raise APIError(400, str(error)) from None
-        return tuple(requests)
 
     def _chat_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """A conversation as the model's own template writes it."""
@@ -330,17 +316,16 @@ class RequestReader:
             raise APIError(400, reason, "messages") from None
         return self._ids(text, add_special_tokens=False)
 
-    def _completion_ids(self, prompt: Any, conversation: str | None) -> list[tuple[int, ...]]:
-        single = isinstance(prompt, str) or all(isinstance(part, int) for part in prompt)
-        prompts: list[str | list[int]] = [prompt] if single else prompt
-        limit = 1 if conversation else self.settings.max_prompts
-        if len(prompts) > limit:
-            raise APIError(400, f"{len(prompts)} prompts are too many: at most {limit}", "prompt")
-        for ids in prompts:
-            if isinstance(ids, list) and any(not 0 <= id < self.vocabulary for id in ids):
-                text = f"token ids must lie in 0 to {self.vocabulary - 1}"
-                raise APIError(400, text, "prompt")
-        return [self._ids(text) if isinstance(text, str) else tuple(text) for text in prompts]
+    def _completion_ids(self, prompt: Any) -> tuple[int, ...]:
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            if len(prompt) > 1:
+                raise APIError(400, "give one prompt, and each in a request of its own", "prompt")
+            (prompt,) = prompt
+        if isinstance(prompt, str):
+            return self._ids(prompt)
+        if any(not 0 <= id < self.vocabulary for id in prompt):
+            raise APIError(400, f"token ids must lie in 0 to {self.vocabulary - 1}", "prompt")
+        return tuple(prompt)
 
     def _ids(self, text: str, **options: Any) -> tuple[int, ...]:
         """Token ids of ``text``.
@@ -348,6 +333,8 @@ class RequestReader:
         Raises ``APIError`` when its beginning is too long already, so that no text costs more than
         the longest prompt.
         """
+        if not is_text(text):
+            raise APIError(400, "a text has half a character: correct it")
         longest = self.longest
         if longest is not None:
             limit = longest + CUT_TOKENS
@@ -529,20 +516,15 @@ class Choice:
 
 
 class Format:
-    """Builds one of OpenAI's answers from records, whole or as a stream of chunks.
+    """Builds one of OpenAI's answers from records, whole or as a stream of chunks."""
 
-    With several ``prompts`` the choices of one come after those of the one before.
-    """
-
-    def __init__(self, body: Common, model: str, sampling: Sampling, prompts: int) -> None:
+    def __init__(self, body: Common, model: str, sampling: Sampling) -> None:
         self.chat = isinstance(body, ChatBody)
         self.streams = bool(body.stream)
-        self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self.with_usage = (body.stream_options or {}).get("include_usage", False)
         self.scored = sampling.logprobs is not None
-        self.n, self.prompts = sampling.n, prompts
-        self.choices = [Choice() for _ in range(sampling.n * prompts)]
-        self.done: list[Done] = []
-        """Of each prompt that was answered."""
+        self.choices = [Choice() for _ in range(sampling.n)]
+        self.done: Done | None = None
         name = f"{'chatcmpl' if self.chat else 'cmpl'}-{token_hex(12)}"
         kind = "chat.completion" if self.chat else "text_completion"
         kind += ".chunk" if self.chat and self.streams else ""
@@ -551,41 +533,38 @@ class Format:
     def on_record(self, record: Record) -> bytes:
         """The chunks of a record; nothing where the answer is sent whole."""
         chunks = []
-        first = self.n * len(self.done)
-        current = range(first, first + self.n)
         if isinstance(record, Start) and self.chat:
             opening = {"delta": {"role": "assistant", "content": ""}}
-            chunks += [self._chunk(index, opening) for index in current]
-        for index, text in self._new_texts(record, current):
+            chunks += [self._chunk(index, opening) for index in range(len(self.choices))]
+        for index, text in self._new_texts(record):
             choice = self.choices[index]
-            unsent = choice.tokens[choice.sent :]
-            logprobs = self._logprobs(unsent, len(choice.text))
+            logprobs = self._logprobs(choice.tokens[choice.sent :], len(choice.text))
             chunks.append(self._chunk(index, self._content(text), logprobs))
             choice.text += text
             choice.sent = len(choice.tokens)
         if isinstance(record, Done):
-            self.done.append(record)
-            chunks += self._last_chunks(current, record)
+            self.done = record
+            chunks += self._last_chunks(record)
         return b"".join(chunks) if self.streams else b""
 
     def end(self) -> bytes:
         """The whole answer; nothing at the end of a stream."""
         if self.streams:
             return b""
-        if len(self.done) != self.prompts:
+        if self.done is None:
             raise RuntimeError("the engine ended an answer without a done record")
-        reasons = [reason for done in self.done for reason in done.finish]
         choices = [
             {
                 "index": index,
                 **self._content(choice.text, whole=True),
                 "logprobs": self._logprobs(choice.tokens[: choice.sent], 0),
-                "finish_reason": reasons[index],
+                "finish_reason": reason,
             }
-            for index, choice in enumerate(self.choices)
+            for index, (choice, reason) in enumerate(
+                zip(self.choices, self.done.finish, strict=True)
+            )
         ]
-        usage = {"usage": _usage(self.done)}
-        return json_bytes({**self._head, "choices": choices, **usage, **self._extras()})
+        return json_bytes({**self._head, "choices": choices, **_accounting(self.done)})
 
     def error(self, error: APIError) -> bytes:
         """The last event of a stream; OpenAI's clients raise it."""
@@ -603,29 +582,28 @@ class Format:
             return None
         return _chat_logprobs(tokens) if self.chat else _text_logprobs(tokens, offset)
 
-    def _new_texts(self, record: Record, current: range) -> list[tuple[int, str]]:
+    def _new_texts(self, record: Record) -> list[tuple[int, str]]:
         """The choices that have new text with this record, and the text."""
         if isinstance(record, Token):
-            index = current[record.choice]
-            self.choices[index].tokens.append(record)
-            return [(index, record.text)] if record.text else []
+            self.choices[record.choice].tokens.append(record)
+            return [(record.choice, record.text)] if record.text else []
         if not isinstance(record, Done):
             return []
-        texts = zip(current, record.texts, strict=True)
-        rests = [(index, text[len(self.choices[index].text) :]) for index, text in texts]
+        pairs = zip(self.choices, record.texts, strict=True)
+        rests = enumerate(text[len(choice.text) :] for choice, text in pairs)
         return [(index, rest) for index, rest in rests if rest]
 
-    def _last_chunks(self, current: range, record: Done) -> list[bytes]:
-        """The ends of a prompt's choices, and after the last prompt the end of the stream."""
-        ended, chunks = len(self.done) == self.prompts, []
+    def _last_chunks(self, record: Done) -> list[bytes]:
+        """The ends of the choices and of the stream."""
+        chunks, extras = [], _accounting(record)
+        usage = extras.pop("usage")
         closing: Json = {"delta": {}} if self.chat else {"text": ""}
-        for index, reason in zip(current, record.finish, strict=True):
-            extras = self._extras() if ended and index == current[-1] else {}
-            chunks.append(self._chunk(index, closing, None, reason, extras))
-        if ended and self.with_usage:
-            last = {**self._head, "choices": [], **self._extras(), "usage": _usage(self.done)}
-            chunks.append(sse(last))
-        return [*chunks, b"data: [DONE]\n\n"] if ended else chunks
+        for index, reason in enumerate(record.finish):
+            last = extras if index == len(record.finish) - 1 else {}
+            chunks.append(self._chunk(index, closing, None, reason, last))
+        if self.with_usage:
+            chunks.append(sse({**self._head, "choices": [], **extras, "usage": usage}))
+        return [*chunks, b"data: [DONE]\n\n"]
 
     def _chunk(
         self,
@@ -639,24 +617,17 @@ class Format:
         usage = {"usage": None} if self.with_usage else {}
         return sse({**self._head, "choices": [choice], **(extras or {}), **usage})
 
-    def _extras(self) -> Json:
-        """``timings`` and ``dart``: of several prompts a list, one for each."""
-        timings = [done.timings.to_dict() for done in self.done]
-        reports = [done.report for done in self.done]
-        accounts = [{name: getattr(report, name) for name in ACCOUNTING} for report in reports]
-        if self.prompts == 1:
-            return {"timings": timings[0], "dart": accounts[0]}
-        return {"timings": timings, "dart": accounts}
 
-
-def _usage(answered: Sequence[Done]) -> Json:
-    """``usage`` of all prompts, in OpenAI's names."""
-    prompt = sum(done.usage.prompt_tokens for done in answered)
-    completion = sum(done.usage.completion_tokens for done in answered)
-    cached = sum(done.usage.cached_tokens for done in answered)
+def _accounting(done: Done) -> Json:
+    """``usage`` in OpenAI's names, ``timings`` in llama.cpp's, and ``dart``."""
+    usage = done.usage
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        },
+        "timings": done.timings.to_dict(),
+        "dart": {name: getattr(done.report, name) for name in ACCOUNTING},
     }

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,13 +52,10 @@ class QueuedRequest:
     """A request in the queue and later on the model; its mailbox gets records of the engine.
 
     A mailbox ends with ``END_OF_STREAM``, or with the ``APIError`` that ended the request.
-    ``prompts``: what the engine runs, one after the other.
     """
 
-    def __init__(self, prompts: Sequence[GenerationRequest], client: str, request_id: str) -> None:
-        self.prompts = deque(prompts)
-        self.client = client
-        self.request_id = request_id
+    def __init__(self, ask: GenerationRequest, client: str) -> None:
+        self.ask, self.client = ask, client
         self.mail: asyncio.Queue[Any] = asyncio.Queue()
         self.submitted = time.perf_counter()
         self.started: float | None = None
@@ -158,13 +155,9 @@ class Worker:
         if self._thread.ident is None:
             return
         self._thread.join(grace)
-        self.hurry()
-        self._thread.join(LAST_TOKEN_SECONDS)
-
-    def hurry(self) -> None:
-        """Cancel the running answer, because the server ends."""
         if running := self.running:
             running.cancel(_shutting_down())
+        self._thread.join(LAST_TOKEN_SECONDS)
 
     def _loop(self) -> None:
         try:
@@ -181,20 +174,14 @@ class Worker:
     def _next(self) -> QueuedRequest | None:
         """Wait for the next request; None at the end."""
         with self._changed:
-            last, self.running = self.running, None
-            if last is not None and last.prompts and not last.cancelled():
-                self._queue.append(last)  # others come between the prompts of a list
+            self.running = None
             while not self._queue and not self._stopping:
                 self._changed.wait()
-            if self._stopping:
-                for queued in self._queue:
-                    queued.cancel(_shutting_down())
-                return None
-            self.running = self._queue.popleft()
+            self.running = self._queue.popleft() if self._queue else None
             return self.running
 
     def _serve(self, queued: QueuedRequest) -> None:
-        """Answer the request's next prompt; a fault ends the request."""
+        """Answer a request; a fault ends it."""
         queued.started = time.perf_counter()
 
         def emit(record: Record) -> None:
@@ -203,13 +190,12 @@ class Worker:
             self.on_record(queued, record)
 
         try:
-            self.engine.run(queued.prompts.popleft(), emit, queued.cancelled)
-            if not queued.prompts or queued.cancelled():
-                queued.put(END_OF_STREAM)
+            self.engine.run(queued.ask, emit, queued.cancelled)
+            queued.put(END_OF_STREAM)
         except ConfigError as error:
             queued.cancel(APIError(400, str(error)))
         except Exception as error:
-            queued.cancel(internal_error(queued.request_id, error, self.log_messages))
+            queued.cancel(internal_error(queued.ask.id, error, self.log_messages))
         self._mean_seconds += 0.2 * (time.perf_counter() - queued.started - self._mean_seconds)
 
 
@@ -290,7 +276,7 @@ class Metrics:
         return generate_latest(self.registry).decode()
 
 
-LIMITS = ("max_tokens", "max_prompt_tokens", "max_prompts", "max_choices", "max_waiting")
+LIMITS = ("max_tokens", "max_prompt_tokens", "max_choices", "max_waiting")
 """Settings in ``/api/methods``."""
 
 
