@@ -4,7 +4,6 @@ import contextlib
 import gc
 import json
 import random
-import threading
 import warnings
 from unittest.mock import Mock
 
@@ -111,9 +110,12 @@ def test_the_raster_is_the_mask(engine):
     assert record.kept_share == (1.0, 0.5, 0.5, 1 / WIDTH)
     rows = [[255] * WIDTH, [255, 0] * 24, [255] * 24 + [0] * 24, [255] + [0] * 47]
     assert [list(row) for row in record.raster] == rows
-    _, records = ask(engine, CONFIGS["dart-token"])  # tokens choose: half of all, somewhere
-    chosen = next(record for record in records if isinstance(record, Mask))
-    assert chosen.raster == (bytes([128] * WIDTH),) * LAYERS
+    wide = mask_record([LayerMask(torch.arange(0, 1000, 2), 1000, None), None], [1000, 97], 1, 0)
+    assert [len(row) for row in wide.raster] == [96, 96]
+    assert all(116 <= value <= 140 for value in wide.raster[0])
+    _, records = ask(engine, CONFIGS["dart-token"])  # tokens select: half of all, somewhere
+    mask = next(record for record in records if isinstance(record, Mask))
+    assert mask.raster == (bytes([128] * WIDTH),) * LAYERS
 
 
 def test_logprobs_are_those_of_a_plain_forward(engine):
@@ -195,22 +197,13 @@ def test_an_error_leaves_nothing(engine, wanted):
 
 
 def test_one_at_a_time(engine):
-    refused = []
-
-    def second():
-        for call in (lambda: ask(engine), lambda: engine.prepare(None), engine.close):
-            with pytest.raises(AttachError, match="answering another request") as error:
-                call()
-            refused.append(error.value)
-
     def emit(record):
         if record.kind == "start":
-            thread = threading.Thread(target=second)
-            thread.start()
-            thread.join()
+            for call in (lambda: ask(engine), lambda: engine.prepare(None), engine.close):
+                with pytest.raises(AttachError, match="answering another request"):
+                    call()
 
     engine.run(Ask(PROMPT, Sampling(max_tokens=2)), emit)
-    assert len(refused) == 3
     with pytest.raises(AttachError, match="already being pruned"):  # between requests, too
         prune(own_model(), "griffin").attach()
 
@@ -256,7 +249,7 @@ def test_what_cannot_be_served(engine):
     assert len(full.tokens[0]) == 3 and full.finish == ("length",)
 
 
-def test_engines_that_cannot_be():
+def test_engines_that_cannot_be(monkeypatch):
     model = tiny()
     with pytest.raises(ConfigError, match=r"call model\.eval\(\) first"):
         Engine(model.train(), tokenizer())
@@ -272,11 +265,7 @@ def test_engines_that_cannot_be():
             ask(engine)
     with pytest.raises(AttachError, match="closed"):
         ask(engine)
-
-
-def test_an_engine_that_fails_to_attach_leaves_nothing(monkeypatch):
-    monkeypatch.setattr(Watch, "look", Mock(side_effect=RuntimeError))  # the last step
-    model = tiny()
+    monkeypatch.setattr(Watch, "look", Mock(side_effect=RuntimeError))  # the last step of attaching
     with Same(model), pytest.raises(RuntimeError):
         Engine(model, tokenizer())
 

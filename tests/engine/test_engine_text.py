@@ -150,14 +150,11 @@ def test_a_character_comes_when_it_is_whole():
     assert pieces.of(ids[:2]) == ["<s>", HALF]
 
 
-def test_the_first_window_has_no_similarity():
+@pytest.mark.parametrize(
+    ("state", "similarity", "shown"),
+    [("arming", 0.0, None), ("arming", 0.4, 0.4), ("armed", 0.0, 0.0), ("suppressed", 0.3, 0.3)],
+)
+def test_the_first_window_has_no_similarity(state, similarity, shown):
     values = {field.name: 0 for field in dataclasses.fields(DriftCheck)}
-    wanted = {
-        ("arming", 0.0): None,
-        ("arming", 0.4): 0.4,
-        ("armed", 0.0): 0.0,
-        ("suppressed", 0.3): 0.3,
-    }
-    for (state, similarity), expected in wanted.items():
-        check = DriftCheck(**{**values, "state": state, "similarity": similarity})
-        assert Check(check).to_dict()["similarity"] == expected
+    check = DriftCheck(**{**values, "state": state, "similarity": similarity})
+    assert Check(check).to_dict()["similarity"] == shown

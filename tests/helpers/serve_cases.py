@@ -48,15 +48,24 @@ class ByteTokenizer:
         return "".join(f"<{one['role']}>{one['content']}" for one in turns) + "<assistant>"
 
 
-def report(method, asked, tokens):
-    share = asked or 0.0
-    zero = ("remasks", "extra_memory_bytes")
-    known = {f"ffn_bytes_share{end}": 1 - share for end in ("", "_if_compact")}
-    known |= {"method": method, "requested_sparsity": asked, "achieved_sparsity": share}
-    known |= {"sparsity_while_pruned": share, "dense_token_share": 0.0 if share else 1.0}
-    known |= {"prompt_tokens": 3, "decoded_tokens": tokens, "ffn_share_of_bytes": 0.5}
-    known |= {"remask_causes": {}, "layers": (), "sequences": (), "executor": "masked"}
-    return RunReport(**known, **dict.fromkeys(zero, 0))
+def report(method, requested, tokens):
+    share = requested or 0.0
+    names = ("remasks", "extra_memory_bytes", "ffn_bytes_share", "ffn_bytes_share_if_compact")
+    return RunReport(
+        method=method,
+        requested_sparsity=requested,
+        achieved_sparsity=share,
+        sparsity_while_pruned=share,
+        dense_token_share=0.0 if share else 1.0,
+        prompt_tokens=3,
+        decoded_tokens=tokens,
+        ffn_share_of_bytes=0.5,
+        remask_causes={},
+        layers=(),
+        sequences=(),
+        executor="masked",
+        **dict.fromkeys(names, 0),
+    )
 
 
 @dataclass

@@ -39,14 +39,14 @@ def code(response):
 def test_every_answer_is_guarded(server):
     with server.client() as client:
         for path in ("/", "/nix", "/v1/models", "/metrics"):
-            found = client.get(path, headers={"Origin": server.url}).headers
-            policy = found["content-security-policy"]
+            headers = client.get(path, headers={"Origin": server.url}).headers
+            policy = headers["content-security-policy"]
             assert "default-src 'none'" in policy and "script-src 'self'" in policy
-            assert "unsafe" not in policy and "*" not in policy and "server" not in found
-            assert found["x-content-type-options"] == "nosniff"
-            assert found["referrer-policy"] == "no-referrer"
-            assert found["x-request-id"].startswith("req_")
-            assert not [name for name in found if name.lower().startswith("access-control")]
+            assert "unsafe" not in policy and "*" not in policy and "server" not in headers
+            assert headers["x-content-type-options"] == "nosniff"
+            assert headers["referrer-policy"] == "no-referrer"
+            assert headers["x-request-id"].startswith("req_")
+            assert not [name for name in headers if name.lower().startswith("access-control")]
 
 
 OWN = ("localhost", "127.0.0.1", "LOCALHOST:99", "[::1]:8000", "localhost.", "localhost.:8000")
