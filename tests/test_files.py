@@ -145,7 +145,7 @@ BOMB = "a: &a [x, x]\nsetting: {method: griffin, drift: *a}"
         ("setting: {method: griffin, seed: 1, seed: 2}", 'the name "seed" is given twice'),
         (f"setting: {{method: griffin, drift: [{'x, ' * 9_000}]}}", r"drift = \['x'.*\.\.\.: "),
         ("setting: {method: griffin, seed: 2020-99-99}", "month must be in"),
-        ("- a", "must contain names and values"),
+        ("- a", "must hold names and values"),
     ],
 )
 def test_foreign_yaml_is_one_short_sentence_soon(text, problem, tmp_path):

@@ -61,7 +61,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ConfigError(f"cannot read the settings file {path}: {reason}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"the settings file {path} must contain names and values")
+        raise ConfigError(f"the settings file {path} must hold names and values")
     return data
 
 

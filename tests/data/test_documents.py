@@ -99,7 +99,7 @@ REFUSED = [
     (documents.read, "a.jsonl", '{"text": "x"}\n{"b": 1}', "line 2 of a.jsonl has no text under"),
     (documents.read, "a.jsonl", '{"text": null}', "line 1 of a.jsonl has no text"),
     (documents.read, "a.jsonl:b", '{"text": "x"}', "no text under b but text"),
-    (documents.read, "a.jsonl", '["text"]', "line 1 of a.jsonl needs a JSON object"),
+    (documents.read, "a.jsonl", '["text"]', "line 1 of a.jsonl is not a JSON object"),
     (documents.names, "a.jsonl", '{"text": " "}', "a.jsonl has no text"),
     (documents.names, "a.txt:column", "x", "unknown text"),
     (documents.names, "hub:x:test", "", "is not a data set of the hub"),
@@ -117,7 +117,12 @@ REFUSED = [
     (load_documents, "a.jsonl:b:c", '{"b": "x"}', "has no summary under c but b"),
     (load_documents, "a.jsonl", '\n{"document": "a", "summary": " "}', "line 2 .* no summary"),
     (load_documents, "a.jsonl", '{"document": 3, "summary": "a"}', "has no document"),
-    (load_documents, "a.jsonl", '{"document": "a \\ud83d b", "summary": "s"}', "half a character"),
+    (
+        load_documents,
+        "a.jsonl",
+        '{"document": "a \\ud83d b", "summary": "s"}',
+        "line 1 .* not JSON",
+    ),
     (load_documents, "a.jsonl", '{"document": ', "line 1 of a.jsonl is not JSON"),
     (load_documents, "a.jsonl", f'{PAIR}, "id": 2}}\n{PAIR}}}', 'lines 1 and 2 .* the same id "2"'),
 ]

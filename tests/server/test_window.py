@@ -91,8 +91,8 @@ def test_recordings_are_read(tmp_path):
     wrong = [
         (b"\n{nothing", "line 2 is not a JSON record"),
         (b'{"kind": "start", "method": NaN}', "line 1 is not a JSON record"),
-        (b"[1]", "line 1 is not a JSON record of the kind start, token"),
-        (b'{"kind": "start"}', "of the kind start with method, layers, neurons, prompt"),
+        (b"[1]", "line 1 is not a JSON record"),
+        (b'{"kind": "x"}', "line 1 is not a JSON record"),
         (b'{"kind": "done"}', "does not begin with a start record"),
         (b"\xff\xfe\x00", "it is not UTF-8 text"),
     ]

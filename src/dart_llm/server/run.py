@@ -73,16 +73,8 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
     from dart_llm.engine.engine import Engine
     from dart_llm.server.app import build
 
-    def note_missing_template(tokenizer: Any, config: Any) -> None:
-        """Before weights are read."""
-        if not getattr(tokenizer, "chat_template", None):
-            ui.say(
-                "note: this model has no chat template, so the page and /v1/chat/completions "
-                'cannot answer; use /v1/completions, or dart-llm run --prompt "..."'
-            )
-
     with contextlib.closing(bind(settings.host, settings.port)) as listening:
-        model, tokenizer, _ = load_model(settings, ui, note_missing_template)
+        model, tokenizer, _ = load_model(settings, ui)
         engine = Engine(
             model,
             tokenizer,

@@ -15,13 +15,7 @@ from itertools import accumulate
 from secrets import token_hex
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from dart_llm.data.texts import chat_text, is_text
@@ -112,13 +106,7 @@ NEUTRAL: tuple[Any, ...] = (None, 0, "", [], {}, "none", "auto", ["text"], {"typ
 class Body(BaseModel):
     """Strict: no text for a number, no unknown field, only finite numbers."""
 
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
-        protected_namespaces=(),
-        allow_inf_nan=False,
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Dart(Body):
@@ -136,10 +124,6 @@ class TextPart(Body):
     text: str
 
 
-Nothing = Annotated[None, BeforeValidator(lambda value: None if value == [] else value)]
-"""null, or an empty list."""
-
-
 class Message(Body):
     """Only an assistant may leave out ``content``; ``reasoning_content`` is ignored."""
 
@@ -148,7 +132,7 @@ class Message(Body):
     name: Name | None = None
     reasoning_content: str | None = None
     refusal: None = None
-    tool_calls: Nothing = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: None = None
     audio: None = None
     annotations: list[Any] | None = None
@@ -282,11 +266,10 @@ class RequestReader:
             text = f"the model {body.model!r} is not served here: use {self.names[0]!r}"
             raise APIError(404, text, "model", "model_not_found")
         config = self.config(body.dart)
-        max_tokens: int | None
         if isinstance(body, ChatBody):
             ids = self._chat_ids(body.messages)
-            limits = (body.max_completion_tokens, body.max_tokens)
-            max_tokens = next((limit for limit in limits if limit is not None), None)
+            newer = body.max_completion_tokens
+            max_tokens = body.max_tokens if newer is None else newer
             if body.top_logprobs and not body.logprobs:
                 raise APIError(400, "top_logprobs requires logprobs: true", "top_logprobs")
             logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -558,11 +541,9 @@ class Format:
                 "index": index,
                 **self._content(choice.text, whole=True),
                 "logprobs": self._logprobs(choice.tokens[: choice.sent], 0),
-                "finish_reason": reason,
+                "finish_reason": self.done.finish[index],
             }
-            for index, (choice, reason) in enumerate(
-                zip(self.choices, self.done.finish, strict=True)
-            )
+            for index, choice in enumerate(self.choices)
         ]
         return json_bytes({**self._head, "choices": choices, **_accounting(self.done)})
 

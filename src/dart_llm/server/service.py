@@ -30,7 +30,7 @@ from dart_llm.server.schemas import APIError, RequestReader, is_ready
 from dart_llm.server.settings import ServeSettings
 
 try:
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 except ImportError:
     raise MissingExtra("prometheus-client", "serve") from None
 
@@ -57,9 +57,7 @@ class QueuedRequest:
     def __init__(self, ask: GenerationRequest, client: str) -> None:
         self.ask, self.client = ask, client
         self.mail: asyncio.Queue[Any] = asyncio.Queue()
-        self.submitted = time.perf_counter()
-        self.started: float | None = None
-        self.first_token: float | None = None
+        self.started = time.perf_counter()
         self._loop = asyncio.get_running_loop()
         self._cancelled = threading.Event()
 
@@ -214,9 +212,6 @@ def internal_error(request_id: str, error: BaseException, with_message: bool) ->
     return APIError(500, text, code="internal_error")
 
 
-SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
-"""Upper bounds of the histograms' buckets."""
-
 COUNTERS = {
     "requests": ("Requests answered.", "route", "status"),
     "prompt_tokens": ("Tokens of prompts.",),
@@ -227,11 +222,6 @@ COUNTERS = {
     "busy_seconds": ("Time that the model was in use.",),
 }
 """Counters with their help and labels."""
-
-HISTOGRAMS = {
-    "queue_seconds": "From arrival to the model.",
-    "first_token_seconds": "From arrival to the first token.",
-}
 
 
 class Metrics:
@@ -244,10 +234,6 @@ class Metrics:
             name: Counter(name, text, labels, **options)
             for name, (text, *labels) in COUNTERS.items()
         }
-        self.histograms = {
-            name: Histogram(name, text, buckets=SECONDS, **options)
-            for name, text in HISTOGRAMS.items()
-        }
         waiting = Gauge("waiting_requests", "Requests in the queue.", **options)
         waiting.set_function(lambda: worker.waiting)
         running = Gauge("running_requests", "Requests on the model.", **options)
@@ -255,13 +241,9 @@ class Metrics:
 
     def count(self, queued: QueuedRequest, record: Record) -> None:
         """Count a record; in the model's thread, so nothing slow."""
-        counters, now = self.counters, time.perf_counter()
+        counters = self.counters
         if isinstance(record, Token):
             counters["generated_tokens"].labels(record.phase).inc()
-            if queued.first_token is None and queued.started is not None:
-                queued.first_token = now
-                self.histograms["queue_seconds"].observe(queued.started - queued.submitted)
-                self.histograms["first_token_seconds"].observe(now - queued.submitted)
         elif isinstance(record, Masked):
             counters["masks"].labels(record.remask.cause).inc()
         elif isinstance(record, Done):
@@ -269,7 +251,7 @@ class Metrics:
             counters["cached_tokens"].inc(record.usage.cached_tokens)
             for reason in record.finish:
                 counters["finished"].labels(record.report.method, reason).inc()
-            counters["busy_seconds"].inc(now - (queued.started or queued.submitted))
+            counters["busy_seconds"].inc(time.perf_counter() - queued.started)
 
     def text(self) -> str:
         """Everything, in the text format of Prometheus."""

@@ -23,20 +23,14 @@ class ServeSettings(BaseSettings):
 
     host: str = setting(SERVER, "Address to listen on; any other needs --api-key.", "127.0.0.1")
     port: int = setting(SERVER, "Port; 0 takes a free one.", 8000, ge=0, le=65535)
-    api_key: str | None = setting(
-        SERVER, "API key that requests must send; several with commas. Prefer DART_API_KEY."
-    )
+    api_key: str | None = setting(SERVER, "API keys, comma-separated. Prefer DART_API_KEY.")
     allow_host: str | None = setting(SERVER, "Further host names of this server, comma-separated.")
     open: bool = setting(SERVER, "Open the page in a browser.", False)
     methods: str | None = setting(
         SERVER, "Methods to prepare before the first request, comma-separated (default: --method)."
     )
-    calibration: str | None = setting(
-        SERVER, "Text for methods that calibrate (default: c4 of the hub)."
-    )
-    temperature: float = setting(
-        SERVER, "Temperature of requests without one; 0 is greedy.", 0.0, ge=0, le=2
-    )
+    calibration: str | None = setting(SERVER, "Text for methods that calibrate (default: c4).")
+    temperature: float = setting(SERVER, "Default temperature; 0 is greedy.", 0.0, ge=0, le=2)
     conversations: int = setting(SERVER, "Conversations whose cache is kept.", 4, ge=0)
     max_waiting: int = setting(LIMITS, "Requests that may wait; further ones get 429.", 64, ge=1)
     max_tokens: int = setting(LIMITS, "Largest number of tokens per answer.", 2048, ge=1)

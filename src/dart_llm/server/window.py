@@ -16,7 +16,6 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from dart_llm.data.texts import prompt_names, read_prompt
 from dart_llm.errors import ConfigError
 from dart_llm.experiments import index
 from dart_llm.experiments.result_line import ROWS
@@ -33,10 +32,7 @@ Record = dict[str, Any]
 
 
 def ready_prompts(is_ready: Callable[[str], bool]) -> Record:
-    """``prompts``: those on the page; ``shipped``: those of ``--prompt NAME``.
-
-    A prompt whose method is not ready runs with the server's settings.
-    """
+    """Those on the page; one whose method is not ready runs with the server's settings."""
     prompts = json.loads(_static(PROMPTS))
     for number, prompt in enumerate(prompts):
         method = prompt["dart"]["method"]
@@ -47,8 +43,7 @@ def ready_prompts(is_ready: Callable[[str], bool]) -> Record:
                 "note": "With this server's settings. To see its masks, start the server with "
                 f"--methods {method}.",
             }
-    shipped = [{"title": name, "text": read_prompt(name), "note": ""} for name in prompt_names()]
-    return {"prompts": prompts, "shipped": shipped}
+    return {"prompts": prompts}
 
 
 # past runs: folders below the configured one, and nothing else
@@ -139,16 +134,7 @@ def _documents(*texts: str) -> Any:
 
 # A recorded run: the records of ``/api/events``, one JSON document a line.
 
-KINDS = {
-    "start": ("method", "layers", "neurons", "prompt"),
-    "token": ("index", "text", "phase"),
-    "check": ("step", "similarity"),
-    "remask": ("step", "cause"),
-    "mask": ("number", "token", "kept_share", "raster"),
-    "done": (),
-    "error": ("message",),
-}
-"""Kinds of records and the fields that the page needs."""
+KINDS = ("start", "token", "check", "remask", "mask", "done", "error")
 
 
 def read_records(source: str) -> list[Record]:
@@ -170,11 +156,8 @@ def read_records(source: str) -> list[Record]:
         record = None
         with contextlib.suppress(ValueError):
             record = from_json(data, allow_inf_nan=False)
-        kind = record.get("kind") if isinstance(record, dict) else None
-        needed = KINDS.get(str(kind))
-        if needed is None or not {*needed} <= {*record}:
-            fields = f"{kind} with {', '.join(needed)}" if needed else ", ".join(KINDS)
-            raise ConfigError(f"{name}, line {number} is not a JSON record of the kind {fields}")
+        if not isinstance(record, dict) or record.get("kind") not in KINDS:
+            raise ConfigError(f"{name}, line {number} is not a JSON record of a request")
         records.append(record)
     if not records or records[0]["kind"] != "start":
         raise ConfigError(
@@ -200,7 +183,7 @@ def page(records: Sequence[Record]) -> str:
     _add_module("main.js", modules)
     script = "\n".join(modules.values())
     text = LINKS.sub("", STYLE.sub("", text)).replace('data-mode="live"', 'data-mode="replay"')
-    model = html.escape(str(records[0].get("model") or records[0]["method"]))
+    model = html.escape(str(records[0].get("model")))
     text = text.replace("<title>DART for LLMs</title>", f"<title>DART for LLMs: {model}</title>")
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
