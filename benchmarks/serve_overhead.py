@@ -22,7 +22,7 @@ import common
 from dart_llm.data.texts import read as read_text
 from dart_llm.data.texts import subjects
 from dart_llm.engine.engine import Engine
-from dart_llm.engine.events import Record, Token
+from dart_llm.engine.requests import Record, Token
 from dart_llm.server.app import build
 from dart_llm.server.run import Server, bind, server_config, warm_up
 from dart_llm.server.schemas import ChatBody

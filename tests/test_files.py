@@ -3,13 +3,21 @@
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from checkpoints import write_gguf
-from dart_llm.errors import ConfigError, DartError, ResultsError
-from dart_llm.files import read_yaml, write_bytes, write_tensors, write_text
+from dart_llm.errors import ConfigError, ResultsError
+from dart_llm.files import (
+    append_row,
+    read_rows,
+    whole_rows,
+    write_bytes,
+    write_tensors,
+    write_text,
+)
 from dart_llm.models.gguf_file import read_gguf
 from dart_llm.models.gguf_write import NarrowLayer, write_narrow
 from dart_llm.pruning.config import PruneConfig
@@ -28,10 +36,9 @@ WRITERS = {
         *("--save-config", path),
     ),
 }
-each_writer = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 
 
-@each_writer
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_a_full_disk_keeps_what_was_there(write, tmp_path, monkeypatch):
     """Also one that says so as late as it may; of what was begun nothing stays."""
     path = tmp_path / "kept"
@@ -79,36 +86,24 @@ def test_what_is_not_a_file_is_written_to(tmp_path):
         write_text(tmp_path, "x")
 
 
-@pytest.mark.parametrize("length", [57, 250, 300])
+@pytest.mark.parametrize("length", [57, 250])
 def test_long_names(length, tmp_path):
     """Of four bytes a letter the file system takes 63, which the partial name must not exceed."""
     path = tmp_path / ("x" * length if length > 60 else "\U00010400" * length)
-    if length < 256:
-        write_text(path, "x")
-        assert path.read_text() == "x"
-        return
-    with pytest.raises(ResultsError, match=r"cannot write .*: File name too long"):
-        write_text(path, "x")
+    write_text(path, "x")
+    assert path.read_text() == "x"
 
 
 def race(write, path, sizes):
-    """Write both at once; what each said."""
-    start, said = threading.Barrier(len(sizes)), {}
+    """Write both at once; returns what each raised."""
+    start = threading.Barrier(len(sizes))
 
-    def one(size):
+    def write_one(size):
         start.wait()
-        try:
-            write(path, size)
-            said[size] = "written"
-        except DartError as error:
-            said[size] = str(error)
+        write(path, size)
 
-    threads = [threading.Thread(target=one, args=(size,)) for size in sizes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return said
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        return [future.exception() for future in [pool.submit(write_one, size) for size in sizes]]
 
 
 def exporter(folder):
@@ -132,46 +127,66 @@ def test_two_writers_at_once(name, sizes, tmp_path, tmp_path_factory):
         write(path, size)
         wholes[size] = path.read_bytes()
     for _ in range(15):
-        assert race(write, path, sizes) == dict.fromkeys(wholes, "written")
+        assert race(write, path, sizes) == [None, None]
         assert path.read_bytes() in wholes.values()
     assert os.listdir(tmp_path) == ["kept"]
 
 
-def bomb(levels, last):
-    """Nine times the level before in each: nine to the power of all in the last."""
-    names = "abcdefghi"
-    lines = [f"a: &a [{', '.join('x' * 9)}]"]
-    for before, name in zip(names, names[1 : levels + 1], strict=False):
-        lines.append(f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]")
-    return "\n".join([*lines, last.format(names[levels])])
+BOMB = "a: &a [x, x]\nsetting: {method: griffin, drift: *a}"
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "problem"),
     [
         ("setting: " + "[" * 3000, "is nested too deeply"),
         ("setting: " + "{a: " * 3000, "is nested too deeply"),
-        (bomb(5, "setting: {{method: griffin, drift: *{}}}"), "holds more than 100000 values"),
-        (bomb(8, "setting: {{method: griffin, drift: *{}}}"), "holds more than 100000 values"),
-        ("setting: &x\n  method: griffin\n  score: *x\n", "holds more than 100000 values"),
+        (BOMB, r"has an alias \(\*name\)"),
         ("setting: {method: griffin}\nsetting: {method: dart}", 'name "setting" is given twice'),
         ("setting: {method: griffin, seed: 1, seed: 2}", 'the name "seed" is given twice'),
         (f"setting: {{method: griffin, drift: [{'x, ' * 9_000}]}}", r"drift = \['x'.*\.\.\.: "),
         ("setting: {method: griffin, seed: 2020-99-99}", "month must be in"),
+        ("- a", "must hold names and values"),
     ],
 )
-def test_yaml_of_strangers_is_one_short_sentence_soon(text, said, tmp_path):
+def test_foreign_yaml_is_one_short_sentence_soon(text, problem, tmp_path):
     path = tmp_path / "setting.yaml"
     path.write_text(text)
     start = time.process_time()
-    with pytest.raises(ConfigError, match=said) as found:
+    with pytest.raises(ConfigError, match=problem) as caught:
         PruneConfig.build(f"file:{path}")
-    assert len(str(found.value)) < 600 and "\n" not in str(found.value)
-    assert time.process_time() - start < 20  # minutes, and megabytes, without a bound
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+    assert time.process_time() - start < 20
 
 
-def test_aliases_are_read(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text("base: &b {x: 1}\nown: {<<: *b, y: 2}\nlist: [*b, *b]\n")
-    x = {"x": 1}
-    assert read_yaml(path) == {"base": x, "own": {**x, "y": 2}, "list": [x, x]}
+def test_rows_survive_a_torn_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_row(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": 2')  # a kill, or a full disk
+    append_row(path, {"a": 3})
+    assert list(whole_rows(path)) == [{"a": 1}, {"a": 3}]
+    assert list(whole_rows(tmp_path / "none")) == []
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        append_row(path, {"a": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "EOF"),
+        ("[1]", "not a JSON object"),
+        ('{"a": NaN}', "JSON"),
+        ('{"a": "\\ud83d"}', "JSON"),
+    ],
+)
+def test_rows_that_are_not_objects_are_named(line, problem, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'\ufeff{{"text": "\u2028"}}\n\n{line}\n', encoding="utf-8")
+    rows = read_rows(path)
+    assert next(rows) == (1, {"text": "\u2028"})
+    with pytest.raises(ConfigError, match=f"^line 3 of .*{problem}"):
+        next(rows)
+    path.write_bytes(b"\xff")
+    for bad in (path, tmp_path, tmp_path / "none"):
+        with pytest.raises(ConfigError, match="cannot be read as UTF-8 text"):
+            next(read_rows(bad))

@@ -48,11 +48,12 @@ def test_damage_is_noticed_said_and_mended(tmp_path, damage, caplog):
 
 
 def test_what_killed_writers_left_is_removed_after_a_day(tmp_path):
-    old, folder, new = (tmp_path / f".tmp-{name}" for name in ("old", "folder", "new"))
+    names = (".tmp-old", ".key-1.bin.abc.part", ".tmp-folder", ".tmp-new")
+    old, part, folder, new = (tmp_path / name for name in names)
     folder.mkdir()
-    for path in (old, folder / "part", new):
+    for path in (old, part, folder / "part", new):
         path.touch()
-    for path in (old, folder):
+    for path in (old, part, folder):
         os.utime(path, (0, 0))
     assert kept.read(tmp_path, "key", ".bin") is None
     assert [one.name for one in tmp_path.iterdir()] == [new.name]
@@ -76,7 +77,7 @@ def test_content_is_on_the_disk_before_its_name_and_a_full_disk_leaves_nothing(
     kept.write(tmp_path / "a", "key", ".bin", DATA)
     assert done == ["file", "rename", "folder"]
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(LoadError, match=r"cannot write into .*: No space left on device"):
+    with pytest.raises(LoadError, match=r"cannot write .*: No space left on device"):
         kept.write(tmp_path / "b", "key", ".bin", DATA)
     assert list((tmp_path / "b").iterdir()) == []
 

@@ -1,7 +1,7 @@
 """Cache folders; files named by all that decides them, whole or absent.
 
 A cached file is ``<key>-<digest><suffix>``: ``key`` identifies the request, ``digest`` the content.
-One rename puts content and digest in place together.
+One rename puts content and digest there together.
 A file that does not match its digest is removed with one warning, and the caller makes it anew.
 """
 
@@ -15,10 +15,10 @@ import shutil
 import time
 from pathlib import Path
 
-from dart_llm.errors import LoadError
-from dart_llm.files import size_text
+from dart_llm.errors import LoadError, ResultsError
+from dart_llm.files import size_text, write_bytes
 
-# Where checkpoints are kept on this machine, and whether there is room for them.
+logger = logging.getLogger("dart_llm")
 
 
 def hub_cache(cache_dir: str | Path | None = None) -> Path | None:
@@ -35,12 +35,9 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 def make_folder(folder: Path) -> Path:
     """Create ``folder``; raises ``LoadError`` when it cannot be written."""
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
+    if not os.access(folder, os.W_OK):
         raise LoadError(
             f"the cache folder {folder} cannot be written; choose another one with --cache-dir "
             "or DART_CACHE"
@@ -59,15 +56,13 @@ def require_space(needed: int, folder: Path, what: str) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk that holds ``folder``, which need not exist yet."""
+    """Free bytes on the disk of ``folder``, which need not exist yet."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     return shutil.disk_usage(there).free
 
 
-logger = logging.getLogger("dart_llm")
-
 SCRATCH = ".tmp-"
-"""What the names of unfinished files and folders begin with."""
+"""What the names of unfinished files and folders begin with, beside those of ``replacing``."""
 
 STALE_AFTER = 24 * 3600.0
 """Seconds after which an unfinished file is taken to be left over from a killed process."""
@@ -77,10 +72,7 @@ DIGITS = 32
 
 
 def key_of(*parts: object) -> str:
-    """The name of what ``parts`` decide: 32 hexadecimal digits.
-
-    Parts are told apart by their ``repr``: give plain values, in an order that does not change.
-    """
+    """The name of what ``parts``, compared by their ``repr``, decide: 32 hexadecimal digits."""
     return digest_of(repr(parts).encode())
 
 
@@ -90,25 +82,19 @@ def digest_of(data: bytes) -> str:
 
 
 def read(folder: Path, key: str, suffix: str) -> bytes | None:
-    """What is kept under ``key``; None where nothing is, or nothing that is whole."""
-    entry = _find(folder, key, suffix)
-    return None if entry is None else entry[1]
+    """The content that is stored under ``key``; None where there is none, or it is damaged."""
+    path = find(folder, key, suffix)
+    return None if path is None else path.read_bytes()
 
 
 def find(folder: Path, key: str, suffix: str) -> Path | None:
-    """The verified file that is kept under ``key``, for readers that want a path; or None."""
-    entry = _find(folder, key, suffix)
-    return None if entry is None else entry[0]
-
-
-def _find(folder: Path, key: str, suffix: str) -> tuple[Path, bytes] | None:
+    """The verified file that is stored under ``key``, for readers that want a path; or None."""
     sweep(folder)
     damaged = False
     for path in sorted(folder.glob(f"{key}-*{suffix}")):
-        with contextlib.suppress(OSError):  # a directory, or not ours to read
-            data = path.read_bytes()
-            if path.name == _name(key, data, suffix):
-                return path, data
+        with contextlib.suppress(OSError):  # a directory, or unreadable
+            if path.name == _name(key, path.read_bytes(), suffix):
+                return path
         damaged = True
         _remove(path)
     if damaged:
@@ -117,28 +103,19 @@ def _find(folder: Path, key: str, suffix: str) -> tuple[Path, bytes] | None:
 
 
 def write(folder: Path, key: str, suffix: str, data: bytes) -> Path:
-    """Keep ``data`` under ``key``; any number of processes may do so at once.
+    """Store ``data`` under ``key``; any number of processes may do so at once.
 
     It is on the disk, not only on its way there, when this returns.  Raises ``LoadError`` when the
     folder cannot be written or the disk is full; nothing is left behind then.
     """
-    make_folder(folder)
-    path = folder / _name(key, data, suffix)
-    scratch = folder / f"{SCRATCH}{key}-{os.getpid()}-{os.urandom(4).hex()}"
+    path = make_folder(folder) / _name(key, data, suffix)
+    if path.is_dir():
+        _remove(path)
     try:
-        with scratch.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.is_dir():
-            _remove(path)
-        scratch.replace(path)
-        sync(folder)
-    except OSError as error:
-        raise LoadError(f"cannot write into {folder}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
+        write_bytes(path, data)
+    except ResultsError as error:
+        raise LoadError(str(error)) from None
+    sync(folder)
     return path
 
 
@@ -158,11 +135,10 @@ def sync(path: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove unfinished files and folders that a process left behind when it was killed."""
-    with contextlib.suppress(OSError):
-        for path in list(folder.glob(f"{SCRATCH}*")):
-            with contextlib.suppress(OSError):  # another process removed it first
-                if time.time() - path.lstat().st_mtime > STALE_AFTER:
-                    _remove(path)
+    for path in [*folder.glob(f"{SCRATCH}*"), *folder.glob(".*.part")]:
+        with contextlib.suppress(OSError):  # another process removed it first
+            if time.time() - path.lstat().st_mtime > STALE_AFTER:
+                _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -8,12 +8,14 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from dart_llm.cache import require_space
 from dart_llm.errors import LoadError, chain
+
+logger = logging.getLogger("dart_llm")
 
 # transformers' own progress bars: on a terminal only, and only when they are wanted.
 
@@ -43,10 +45,7 @@ def no_stray_bars() -> Iterator[None]:
     from transformers.utils import logging
 
     switch: Any = logging
-    if switch.is_progress_bar_enabled():
-        yield
-        return
-    with redirect_stderr(io.StringIO()):
+    with nullcontext() if switch.is_progress_bar_enabled() else redirect_stderr(io.StringIO()):
         yield
 
 
@@ -64,8 +63,8 @@ def hub_failure(
 ) -> LoadError | None:
     """The sentence for ``error``, which loading ``model`` from the hub raised.
 
-    ``instead`` is the way out that is named when the hub cannot be reached.  Returns ``None`` when
-    nothing in the chain of causes comes from the hub or the network.
+    ``instead``: the alternative that is named when the hub cannot be reached.  Returns ``None``
+    when nothing in the chain of causes comes from the hub or the network.
     """
     from huggingface_hub import constants
 
@@ -74,38 +73,45 @@ def hub_failure(
     text = " ".join(str(cause) for cause in causes)
     responses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in causes)
     status = next((code for code in responses if isinstance(code, int)), 0)
-    sentence = ""
-    if "Invalid credentials in Authorization header" in text:
-        sentence = (
+    login = "run `hf auth login` or set HF_TOKEN"
+    failures: tuple[tuple[bool, str], ...] = (
+        (
+            "Invalid credentials in Authorization header" in text,
             f"the hub refused the access token while loading {model}; run `hf auth login` again "
-            "or correct HF_TOKEN"
-        )
-    elif "GatedRepoError" in names or status == 403:
-        sentence = (
-            f"{model} is gated: accept the licence on {constants.ENDPOINT}/{model}, then run "
-            "`hf auth login` or set HF_TOKEN"
-        )
-    elif "RevisionNotFoundError" in names:
-        sentence = f"{model} has no revision {revision!r} on the hub; check --revision"
-    elif "RepositoryNotFoundError" in names or status == 401:
-        sentence = (
+            "or correct HF_TOKEN",
+        ),
+        (
+            "GatedRepoError" in names or status == 403,
+            f"{model} is gated: accept the licence on {constants.ENDPOINT}/{model}, then {login}",
+        ),
+        (
+            "RevisionNotFoundError" in names,
+            f"{model} has no revision {revision!r} on the hub; check --revision",
+        ),
+        (
+            "RepositoryNotFoundError" in names or status == 401,
             f"the hub has no model {model!r} that you may read; check the name, and if it is "
-            "private run `hf auth login` or set HF_TOKEN"
-        )
-    elif status == 429:
-        sentence = (
-            f"the hub limits how often {model} may be asked for; wait a few minutes and retry"
-        )
-    elif status >= 500:
-        sentence = f"the hub answered {status} while loading {model}; try again later, or {instead}"
-    elif names & _CUT or "Consistency check failed" in text:
-        sentence = (
+            f"private {login}",
+        ),
+        (
+            status == 429,
+            f"the hub limits how often {model} may be asked for; wait a few minutes and retry",
+        ),
+        (
+            status >= 500,
+            f"the hub answered {status} while loading {model}; try again later, or {instead}",
+        ),
+        (
+            bool(names & _CUT) or "Consistency check failed" in text,
             f"the download of {model} was cut off; run the same command again, it continues "
-            "where it stopped"
-        )
-    elif names & UNREACHABLE or "couldn't connect to" in text.lower():
-        sentence = not_reached(model, instead)
-    return LoadError(sentence) if sentence else None
+            "where it stopped",
+        ),
+        (
+            bool(names & UNREACHABLE) or "couldn't connect to" in text.lower(),
+            not_reached(model, instead),
+        ),
+    )
+    return next((LoadError(sentence) for happened, sentence in failures if happened), None)
 
 
 def not_reached(model: str, instead: str = INSTEAD) -> str:
@@ -113,19 +119,10 @@ def not_reached(model: str, instead: str = INSTEAD) -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return (
-            f"{model} is not in the hub's cache and HF_HUB_OFFLINE is set; unset it to download, "
-            f"or {instead}"
-        )
-    return (
-        f"the hub at {constants.ENDPOINT} could not be reached to load {model}; check the "
-        f"network, or {instead}"
-    )
-
-
-def unreachable(error: BaseException) -> bool:
-    """Whether ``error`` means that the hub is unreachable, rather than that it refused."""
-    return any(base.__name__ in UNREACHABLE for base in type(error).__mro__)
+        reason = "is not in the hub's cache and HF_HUB_OFFLINE is set; unset it to download"
+        return f"{model} {reason}, or {instead}"
+    reason = f"the hub at {constants.ENDPOINT} could not be reached to load {model}"
+    return f"{reason}; check the network, or {instead}"
 
 
 def plain(error: BaseException) -> str:
@@ -145,14 +142,10 @@ def redact(text: str) -> str:
     return re.sub(r"(\w+://)[^/\s@]+@", r"\1***@", text)
 
 
-# The size of a download against the free disk, before the download starts.
-
-logger = logging.getLogger("dart_llm")
-
 TIMEOUT = 10.0
 """Seconds that the hub may take to name the sizes; without an answer the check is left out."""
 
-_KINDS = (
+_WEIGHTS = (
     r"model\.safetensors",
     r"model-\d+-of-\d+\.safetensors",
     r"pytorch_model\.bin",
@@ -163,11 +156,8 @@ _KINDS = (
 def weight_files(names: Iterable[str]) -> list[str]:
     """The files among ``names`` that transformers fetches: the first kind that is there."""
     listed = list(names)
-    for kind in _KINDS:
-        files = [name for name in listed if re.fullmatch(kind, name)]
-        if files:
-            return files
-    return []
+    by_kind = ([name for name in listed if re.fullmatch(kind, name)] for kind in _WEIGHTS)
+    return next(filter(None, by_kind), [])
 
 
 def check_download(model: str, revision: str | None, cache: Path | None) -> int | None:
@@ -185,20 +175,18 @@ def check_download(model: str, revision: str | None, cache: Path | None) -> int 
         info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=TIMEOUT)
     except Exception as error:
         logger.debug("no sizes for %s: %s", model, type(error).__name__)
-        return None if unreachable(error) else 0
+        names = {base.__name__ for base in type(error).__mro__}
+        return None if names & UNREACHABLE else 0
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     if "config.json" not in sizes:
         raise LoadError(
             f"{model} holds no transformers checkpoint (no config.json); if it holds a .gguf file, "
             "download that and give its path"
         )
-    missing = [
-        name
+    needed = sum(
+        sizes[name]
         for name in weight_files(sizes)
         if not isinstance(try_to_load_from_cache(model, name, cache, info.sha), str)
-    ]
-    needed = sum(sizes[name] for name in missing)
-    if needed:
-        where = cache or Path(constants.HF_HUB_CACHE)
-        require_space(needed, where, f"the download of {model}")
+    )
+    require_space(needed, cache or Path(constants.HF_HUB_CACHE), f"the download of {model}")
     return needed

@@ -16,9 +16,9 @@ from dart_llm.cli.chat import (
     turn_line,
 )
 from dart_llm.cli.chat_settings import ChatSettings
-from dart_llm.data.prompts import chat_ids
+from dart_llm.data.texts import chat_ids
 from dart_llm.engine.engine import Engine
-from dart_llm.engine.events import Token
+from dart_llm.engine.requests import Token
 from dart_llm.errors import ConfigError
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge

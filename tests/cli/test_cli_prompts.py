@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from dart_llm.cli.commands import COMMANDS
-from dart_llm.data import passages, topic_prompts
+from dart_llm.data import passages
 from lm_cases import call, refusal
 
-SHIPPED, LONG = topic_prompts.shipped(), passages.shipped()
+SHIPPED, LONG = passages.listed_prompts(), passages.shipped()
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +59,9 @@ WRONG = [
     ("list --template leter", "UnknownName: .*template 'leter'; .* letter"),
     ("list --limit 0", "ConfigError: --limit 0 is too small"),
     ("list --passages --template letter", "ConfigError: .*have no template"),
-    ("list --file plain.jsonl --domain law", "ConfigError: this file names no domain: leave out"),
+    ("list --file plain.jsonl --domain law", "UnknownName: unknown domain"),
     ("show 13", "UnknownName: unknown prompt or passage '13'"),
-    ("show essay", 'ConfigError: 20 ids begin with "essay", such as essay-'),
+    ("show essay", "UnknownName: .*'essay'; known: essay-"),
 ]
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from dart_llm.engine.engine import Engine
-from dart_llm.engine.host import ConversationCache
 from dart_llm.engine.requests import GenerationRequest as Ask
 from dart_llm.engine.requests import Sampling
 from dart_llm.session.run import prune
@@ -97,14 +96,6 @@ def test_names_are_apart_and_the_oldest_goes(engine):
     with Engine(tiny(), tokenizer(), conversations=0) as none:
         turn(none, half(), PROMPT)
         assert cached(none, "a") == 0 and len(none._conversations) == 0
-
-
-def test_who_has_the_most_loses_one_first():
-    kept = ConversationCache(3)
-    for name in ("mine", "yours 1", "yours 2", "yours 3", "theirs"):
-        kept.put(name, name, owner=name.split()[0])
-    found = [kept.pop(name) for name in ("mine", "yours 1", "yours 2", "yours 3", "theirs", None)]
-    assert found == ["mine", None, None, "yours 3", "theirs", None] and len(kept) == 0
 
 
 def test_the_end_of_an_answer_may_be_left_out(engine):

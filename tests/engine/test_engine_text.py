@@ -7,14 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dart_llm.engine.events import Check
-from dart_llm.engine.request import FEW, Pieces, Sampler, StopFinder
-from dart_llm.engine.requests import Sampling
+from dart_llm.engine.request import Pieces, Sampler, StopFinder
+from dart_llm.engine.requests import Check, Sampling
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.session.generation import HALF, TextStream
 from engine_cases import tokenizer
-from steps import refused
 from tiny import VOCAB
 
 TEXTS = st.text("abc", max_size=30)
@@ -44,7 +42,6 @@ def test_top_p_keeps_the_likeliest(top_p, seed):
     logits = chances(seed)
     order = torch.softmax(logits[0].double(), 0).sort(descending=True)
     inside = int((order.values.cumsum(0) < top_p).sum()) + 1
-    assert (inside > FEW) == (top_p > 0.8)
     found = drawn(logits, 3000, temperature=1.0, top_p=top_p)
     allowed = set(order.indices[:inside].tolist())
     assert set(found.nonzero().flatten().tolist()) <= allowed
@@ -80,12 +77,22 @@ def test_seeds():
     assert tuple(alone.choose(flat[:1])[0] for _ in range(4)) == rows[0]
 
 
-def test_what_cannot_be_asked(snapshot):
-    asked = [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}]
-    asked += [{"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": 2**63}]
-    asked += [{"n": 0}, {"n": 129}, {"stop": ("a", "")}, {"stop": ("a",) * 17}]
-    asked += [{"logprobs": -1}, {"logprobs": 21}]
-    assert refused(lambda given: Sampling(**given), asked, ConfigError) == snapshot
+WRONG = [
+    *({"temperature": value} for value in (-1.0, float("nan"), float("inf"))),
+    *({"top_p": value} for value in (0.0, 1.5)),
+    *({"n": value} for value in (0, 129)),
+    *({"stop": value} for value in (("a", ""), ("a",) * 17)),
+    *({"logprobs": value} for value in (-1, 21)),
+    {"max_tokens": 0},
+    {"seed": 2**63},
+]
+
+
+@pytest.mark.parametrize("given", WRONG, ids=repr)
+def test_values_out_of_range_are_named(given):
+    (name,) = given
+    with pytest.raises(ConfigError, match=f"^{name} .* must be "):
+        Sampling(**given)
 
 
 def first_end(text, stops):
@@ -143,14 +150,11 @@ def test_a_character_comes_when_it_is_whole():
     assert pieces.of(ids[:2]) == ["<s>", HALF]
 
 
-def test_the_first_window_has_no_similarity():
+@pytest.mark.parametrize(
+    ("state", "similarity", "shown"),
+    [("arming", 0.0, None), ("arming", 0.4, 0.4), ("armed", 0.0, 0.0), ("suppressed", 0.3, 0.3)],
+)
+def test_the_first_window_has_no_similarity(state, similarity, shown):
     values = {field.name: 0 for field in dataclasses.fields(DriftCheck)}
-    wanted = {
-        ("arming", 0.0): None,
-        ("arming", 0.4): 0.4,
-        ("armed", 0.0): 0.0,
-        ("suppressed", 0.3): 0.3,
-    }
-    for (state, similarity), expected in wanted.items():
-        check = DriftCheck(**{**values, "state": state, "similarity": similarity})
-        assert Check(check).to_dict()["similarity"] == expected
+    check = DriftCheck(**{**values, "state": state, "similarity": similarity})
+    assert Check(check).to_dict()["similarity"] == shown

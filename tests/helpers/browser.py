@@ -83,21 +83,18 @@ class Window:
         return str(self.js("((e) => e.id || e.className || e.tagName)(document.activeElement)"))
 
     def complaints(self):
-        """Errors and warnings of the console so far, refusals of the policy among them.
-
-        Not those of pixels that are read: the tests alone read them.
-        """
-        said = [entry["message"] for entry in self.driver.get_log("browser")]
-        return [one for one in said if "willReadFrequently" not in one]
+        """Errors and warnings of the console so far, but of pixels that only the tests read."""
+        messages = [entry["message"] for entry in self.driver.get_log("browser")]
+        return [message for message in messages if "willReadFrequently" not in message]
 
     def strangers(self):
-        """Addresses asked for that are not the server's own."""
-        sent = [json.loads(one["message"])["message"] for one in self.driver.get_log("performance")]
-        sent = [one["params"] for one in sent if one["method"] == "Network.requestWillBeSent"]
-        assert sent, "the browser asked for nothing: the log is not kept"
-        own = (self.allowed, "data:", "blob:", "chrome:", "chrome-untrusted:")
-        asked = [one["request"]["url"] for one in sent]
-        return [url for url in asked if not url.startswith(own)]
+        """Addresses that were requested and are not the server's own."""
+        log = [json.loads(row["message"])["message"] for row in self.driver.get_log("performance")]
+        sent = [row["params"] for row in log if row["method"] == "Network.requestWillBeSent"]
+        assert sent, "the browser sent no request: the log is not kept"
+        local = (self.allowed, "data:", "blob:", "chrome:", "chrome-untrusted:")
+        urls = [row["request"]["url"] for row in sent]
+        return [url for url in urls if not url.startswith(local)]
 
 
 BODY = "document.body ? document.body.innerText.slice(0, 2000) : ''"
@@ -121,7 +118,5 @@ def opened(url, folder, width=1280, height=860):
         driver.set_page_load_timeout(60)
         driver.get(url)
         yield window
-        if pictures := os.environ.get("DART_SCREENSHOTS"):
-            driver.save_screenshot(f"{pictures}/{folder.parent.name}-{folder.name}.png")
     finally:
         driver.quit()

@@ -7,9 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dart_llm.engine.events import Token
 from dart_llm.engine.requests import GenerationRequest as Ask
-from dart_llm.engine.requests import Sampling
+from dart_llm.engine.requests import Sampling, Token
 from dart_llm.models.checkpoint import remember_tokenizer, tokenizer_of
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import prune

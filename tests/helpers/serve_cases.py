@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from dart_llm.engine.events import Done, Likely, PromptToken, Scores, Start, Timings, Token, Usage
+from dart_llm.engine.requests import Done, Likely, PromptToken, Start, Timings, Token, Usage
 from dart_llm.pruning.records import RunReport
 from dart_llm.server.app import build
 from dart_llm.server.run import Server, bind, server_config
@@ -48,15 +48,24 @@ class ByteTokenizer:
         return "".join(f"<{one['role']}>{one['content']}" for one in turns) + "<assistant>"
 
 
-def report(method, asked, tokens):
-    share = asked or 0.0
-    zero = ("remasks", "extra_memory_bytes")
-    known = {f"ffn_bytes_share{end}": 1 - share for end in ("", "_if_compact")}
-    known |= {"method": method, "requested_sparsity": asked, "achieved_sparsity": share}
-    known |= {"sparsity_while_pruned": share, "dense_token_share": 0.0 if share else 1.0}
-    known |= {"prompt_tokens": 3, "decoded_tokens": tokens, "ffn_share_of_bytes": 0.5}
-    known |= {"remask_causes": {}, "layers": (), "sequences": (), "executor": "masked"}
-    return RunReport(**known, **dict.fromkeys(zero, 0))
+def report(method, requested, tokens):
+    share = requested or 0.0
+    names = ("remasks", "extra_memory_bytes", "ffn_bytes_share", "ffn_bytes_share_if_compact")
+    return RunReport(
+        method=method,
+        requested_sparsity=requested,
+        achieved_sparsity=share,
+        sparsity_while_pruned=share,
+        dense_token_share=0.0 if share else 1.0,
+        prompt_tokens=3,
+        decoded_tokens=tokens,
+        ffn_share_of_bytes=0.5,
+        remask_causes={},
+        layers=(),
+        sequences=(),
+        executor="masked",
+        **dict.fromkeys(names, 0),
+    )
 
 
 @dataclass
@@ -88,10 +97,6 @@ class FakeEngine:
         method, share = ("dense", 0.0) if config is None else (config.method, config.target)
         prompt = tuple(PromptToken(one, chr(one)) for one in ask.ids)
         emit(Start(ask.id, "fake-model", method, share, {}, "masked", 1, (8,), prompt))
-        if sampling.prompt_logprobs:  # -1 / its id for each token after the first
-            top = tuple(Likely(i, f"t{i}", -0.001 - i) for i in range(sampling.logprobs or 0))
-            later = ask.ids[1:]
-            emit(Scores((None, *(-1 / one for one in later)), ((), *(top for _ in later))))
         texts, finish = [""] * sampling.n, ["length"] * sampling.n
         for index in range(sampling.max_tokens):
             self.index = index

@@ -1,7 +1,7 @@
 """Against the real hub, by ``make test-online`` alone: every data set, and a model end to end.
 
 Skipped unless ``DART_TEST_ONLINE=1``.  After it has passed, write the date into
-``catalogue.LAST_RUN``, into the entries that were read, and into the docs.
+``datasets.LAST_RUN`` and into the docs.
 """
 
 import os
@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dart_llm.data import texts
-from dart_llm.data.datasets import DATA_SETS, documents, hub_text, mmlu_questions, rows
+from dart_llm.data.datasets import DATA_SETS, mmlu_questions, rows
+from dart_llm.data.documents import load_documents, read
 from dart_llm.models.loading import load
 from dart_llm.session.run import prune
 
@@ -28,25 +29,24 @@ pytestmark = [
 def test_five_rows_of_every_data_set(source):
     if source.gated and not os.environ.get("HF_TOKEN"):
         pytest.skip(f"{source.hub_id} is gated: accept its conditions and set HF_TOKEN")
-    found = list(islice(rows(replace(source, first=5), "run this test online"), 5))
-    assert len(found) == 5
+    rows = list(islice(rows(replace(source, first=5), "run this test online"), 5))
+    assert len(rows) == 5
     for role, columns in source.columns.items():
         for column in columns:
-            said = [str(row[column]).strip(" []{}'\",") for row in found]
+            said = [str(row[column]).strip(" []{}'\",") for row in rows]
             assert any(said), (role, column)
 
 
 def test_texts_questions_and_documents():
-    assert "Robert Boulter" in hub_text("wikitext2", 20)
-    assert hub_text("hub:allenai/c4/en:validation[:5]:text").split() == (hub_text("c4", 5).split())
-    assert hub_text("c4_train", 5) != hub_text("c4", 5)
+    assert "Robert Boulter" in read("wikitext2")
+    assert len(read("hub:allenai/c4/en:validation[:5]:text")) > 500
     assert len(mmlu_questions("astronomy")) == 5 + 16
-    assert {row["answer"] for row in mmlu_questions("anatomy", answers=True)} <= {0, 1, 2, 3}
     for name in ("xsum", "cnn_dailymail", "multi_news", "gov_report"):
-        read = documents(name, 5)
-        assert len({row.id for row in read}) == 5
-        for row in read:  # clean summaries
-            assert len(row.document) > len(row.summary) > 10 and row.summary[0] not in "[–"
+        rows = load_documents(name, 5)
+        assert len({row.id for row in rows}) == 5
+        for row in rows:  # clean summaries
+            assert len(row.document) > len(row.summary) > 10
+            assert row.summary[0] not in "[–"
             assert not {"|||||", "NEWLINE_CHAR"} & set(row.document.split())
 
 

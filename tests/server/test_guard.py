@@ -8,7 +8,7 @@ import select
 import pytest
 
 from dart_llm.errors import ConfigError
-from dart_llm.server import security
+from dart_llm.server import app
 from dart_llm.server.run import bind, page_address
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import merge
@@ -39,14 +39,14 @@ def code(response):
 def test_every_answer_is_guarded(server):
     with server.client() as client:
         for path in ("/", "/nix", "/v1/models", "/metrics"):
-            found = client.get(path, headers={"Origin": server.url}).headers
-            policy = found["content-security-policy"]
+            headers = client.get(path, headers={"Origin": server.url}).headers
+            policy = headers["content-security-policy"]
             assert "default-src 'none'" in policy and "script-src 'self'" in policy
-            assert "unsafe" not in policy and "*" not in policy and "server" not in found
-            assert found["x-content-type-options"] == "nosniff"
-            assert found["referrer-policy"] == "no-referrer"
-            assert found["x-request-id"].startswith("req_")
-            assert not [name for name in found if name.lower().startswith("access-control")]
+            assert "unsafe" not in policy and "*" not in policy and "server" not in headers
+            assert headers["x-content-type-options"] == "nosniff"
+            assert headers["referrer-policy"] == "no-referrer"
+            assert headers["x-request-id"].startswith("req_")
+            assert not [name for name in headers if name.lower().startswith("access-control")]
 
 
 OWN = ("localhost", "127.0.0.1", "LOCALHOST:99", "[::1]:8000", "localhost.", "localhost.:8000")
@@ -100,7 +100,7 @@ def test_keys(monkeypatch):
         compared.append((one, other))
         return one == other
 
-    monkeypatch.setattr(security.hmac, "compare_digest", compare)
+    monkeypatch.setattr(app.hmac, "compare_digest", compare)
     wrong = ["", f"Bearer {KEYS[0]}x", "Bearer", KEYS[0], f"Basic {KEYS[0]}", f"Bearer {BOTH}"]
     paths = ("/v1/models", "/metrics", "/api/runs", "/api/events", "/openapi.json", "/x")
     with running(api_key=BOTH) as locked, locked.client() as client:
@@ -148,7 +148,7 @@ def test_large_bodies_are_refused(server):
 
 @pytest.mark.parametrize("pieces", [0, 40])
 def test_a_slow_body_is_given_up(monkeypatch, pieces):
-    monkeypatch.setattr(security, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
     with running() as server, server.connect() as connection:
         connection.sendall(request_bytes({"prompt": "x" * 99})[:-100])
         with contextlib.suppress(ConnectionError):  # it is closed while we write
@@ -172,7 +172,7 @@ def test_other_methods_and_addresses(server):
         for path in ("/v2", "/static/../app.py", "/static/%2e%2e/app.py", "/docs"):
             assert (client.get(path).status_code, code(client.get(path))) == (404, "not_found")
         elsewhere = client.post("/v1/responses", json={"input": "hi"})
-        assert code(elsewhere) == "not_found" and "use /v1/chat/completions" in elsewhere.text
+        assert code(elsewhere) == "not_found" and "/v1/chat/completions" in elsewhere.text
         response = client.get(CHAT_URL)
         assert (response.status_code, response.headers["allow"]) == (405, "POST")
         got, head = client.get("/static/main.js"), client.head("/static/main.js")
@@ -209,7 +209,6 @@ def test_past_runs_are_not_for_several_keys(tmp_path):
         ({}, 200),
         ({"api_key": KEYS[0]}, 200),
         ({"api_key": BOTH}, 403),
-        ({"api_key": BOTH, "share_runs": True}, 200),
     ):
         with running(results_dir=str(tmp_path), **settings) as server, server.client() as client:
             found = client.get("/api/runs", headers=bearer(0))

@@ -1,18 +1,13 @@
-"""Whose turn it is, clients that go away, watchers, faults, limits in time, and the end."""
+"""The queue, clients that go away, faults, limits in time, and the end."""
 
-import json
 import socket
-import threading
-from types import SimpleNamespace
 
 import pytest
 
-from dart_llm.server.service import FairQueue
 from serve_cases import (
     CHAT,
     CHAT_URL,
     KEYS,
-    TEXT_URL,
     FakeEngine,
     bearer,
     events,
@@ -23,15 +18,6 @@ from serve_cases import (
 )
 
 BOTH = ",".join(KEYS)
-
-
-def test_clients_take_turns():
-    queue = FairQueue()
-    for name in ("g0", "g1", "g2", "a0", "a1", "x0"):
-        queue.waiting.append(SimpleNamespace(client=name[0], name=name))
-    order = [queue.take().name for _ in range(6)]
-    assert order == ["g0", "a0", "x0", "g1", "a1", "g2"]
-    assert queue.take() is None
 
 
 def test_one_client_leaves_places_for_others():
@@ -93,21 +79,18 @@ def test_who_leaves_while_waiting_never_runs():
         assert first.result(10).status_code == 200 and len(engine.asked) == 1
 
 
-def test_requests_run_one_at_a_time_and_a_list_lets_others_in_between():
+def test_requests_run_one_at_a_time_in_their_order():
     engine = FakeEngine(pause=0.5)  # until all wait
-    with running(engine, api_key=BOTH) as server:
-        posts = [server.beside(headers=bearer(1), max_tokens=40)]
+    with running(engine) as server:
+        posts = [server.beside(max_tokens=40)]
         until(lambda: bool(engine.asked))
-        body = {"prompt": [[1], [2], [3]], "max_tokens": 1, "seed": 6}
-        posts.append(server.beside(TEXT_URL, headers=bearer(0), **body))
-        server.waiting(1)
-        for number in range(2):
-            posts.append(server.beside(headers=bearer(1), seed=number))
-            server.waiting(number + 2)
+        for number in range(3):
+            posts.append(server.beside(seed=number))
+            server.waiting(number + 1)
         engine.pause = 0.0
         assert [post.result(20).status_code for post in posts] == [200] * 4
     assert engine.most_at_once == 1
-    assert [ask.sampling.seed for ask in engine.asked[1:]] == [6, 0, 6, 1, 6]
+    assert [ask.sampling.seed for ask in engine.asked[1:]] == [0, 1, 2]
 
 
 def test_a_request_that_takes_too_long_is_given_up():
@@ -133,19 +116,17 @@ def test_a_fault_is_told_without_its_insides(caplog):
     engine = FakeEngine(fault=ValueError("secret prompt"), fault_at=0)
     with running(engine) as server, server.client() as client:
         whole = client.post(CHAT_URL, json=CHAT)
-        many = client.post(TEXT_URL, json={"prompt": [[1], [2]], "max_tokens": 5})
         engine.fault_at = 2
         late = client.post(CHAT_URL, json={**CHAT, "stream": True})
         records = client.post("/api/events", json=CHAT)
         engine.fault = None
         assert client.post(CHAT_URL, json=CHAT).status_code == 200
-    assert [one.status_code for one in (whole, many, late, records)] == [500, 500, 200, 200]
-    errors = [whole.json(), many.json(), events(late.text)[-1]]
+    assert [one.status_code for one in (whole, late, records)] == [500, 200, 200]
+    errors = [whole.json(), events(late.text)[-1]]
     assert {error["error"]["code"] for error in errors} == {"internal_error"}
     assert whole.headers["x-request-id"] in errors[0]["error"]["message"]
     assert events(records.text)[-1]["kind"] == "error"
-    assert engine.asked[1].ids == (1,) and len(engine.asked) == 5  # a fault ends a list
-    assert "secret" not in whole.text + many.text + late.text + records.text
+    assert "secret" not in whole.text + late.text + records.text
     assert whole.headers["x-request-id"] in caplog.text and "ValueError" in caplog.text
     assert "secret" not in caplog.text
 
@@ -162,40 +143,6 @@ def test_prompts_are_logged_only_when_asked(caplog):
     with running(log_prompts=True) as server, server.client() as client:
         client.post(CHAT_URL, json=body)
     assert "my secret" in caplog.text
-
-
-def watching(server, seen, headers=None):
-    def watch():
-        url = "/api/events"
-        with server.client() as client, client.stream("GET", url, headers=headers) as response:
-            seen.extend(response.iter_raw())
-
-    before = len(server.service.live)
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    until(lambda: len(server.service.live) == before + 1)
-    return thread
-
-
-def test_watchers_see_no_text_and_with_keys_their_own_requests_alone():
-    seen = [[], []]
-    asked = {"messages": [{"role": "user", "content": "my secret"}], "max_tokens": 3}
-    body = {**asked, "logprobs": True, "top_logprobs": 2}
-    with running(FakeEngine(), api_key=BOTH) as server, server.client() as client:
-        threads = [watching(server, seen[number], bearer(number)) for number in range(2)]
-        answers = [client.post(CHAT_URL, json=body, headers=bearer(n)) for n in (0, 1, 0)]
-        until(lambda: all(b'"done"' in b"".join(one) for one in seen))
-        server.server.should_exit = True  # a watcher does not keep the server from its end
-        for thread in threads:
-            thread.join(20)
-            assert not thread.is_alive()
-    ids = [answer.headers["x-request-id"] for answer in answers]
-    found = [events(b"".join(one).decode()) for one in seen]
-    assert {one.get("request") for one in found[0]} == {None, ids[0], ids[2]}
-    assert {one.get("request") for one in found[1]} == {None, ids[1]}
-    assert [one["kind"] for one in found[1]] == ["hello", "start", *["token"] * 3, "done"]
-    text = json.dumps(found)
-    assert "secret" not in text and "w0" not in text and '"t0"' not in text
 
 
 @pytest.mark.parametrize(("grace", "last"), [(5, None), (0.2, "shutting_down")])

@@ -1,7 +1,5 @@
 """The window in a real browser, in front of the real server with the real model."""
 
-import re
-
 import pytest
 
 from browser import need_browser, opened
@@ -68,54 +66,3 @@ def test_the_tours_prompt_re_masks_after_the_change_of_topic(window):
     assert window.js("document.querySelectorAll('#layers tbody tr').length") == 30
     pixels = "document.getElementById('neurons').getContext('2d').getImageData(40, 10, 300, 200)"
     assert len(set(window.js(f"[...{pixels}.data]"))) > 20
-
-
-def test_the_dense_answer_beside_and_a_stop_that_frees_the_model(window):
-    from selenium.webdriver.common.keys import Keys
-
-    def ask(text, tokens):
-        window.put("max-tokens", tokens)
-        window.driver.find_element("id", "message").send_keys(text, Keys.ENTER)
-
-    slide(window, 40)
-    ask("Why is the sky blue?", 24)
-    window.wait(f"{ANSWERS}.length === 2")
-    window.wait(ENDED)
-    window.wait(f"{VIEW_OF} === 'dart, 50 % sparsity: 24 tokens'")
-    assert share(window, "count-sparsity") == pytest.approx(50, abs=0.5)
-    notes = window.js(f"[...{ANSWERS}].map((a) => a.querySelector('footer').textContent)")
-    assert "50.0 % removed" in notes[0] and "removed" not in notes[1]
-    said = window.js("document.querySelector('.headline').textContent")
-    assert re.fullmatch(r"50\.0 % of the neurons skipped, (identical|different) .*", said)
-    window.click("compare")
-    ask("Tell a very long story about it.", 2000)
-    window.wait("document.querySelectorAll('.answer')[2]?.querySelectorAll('.pruned').length > 5")
-    window.click("stop")
-    window.wait(ENDED, 10)
-    assert "stopped" in window.js(f"{ANSWERS}[2].querySelector('footer').textContent")
-    assert window.focused() == "message"
-    ask("Again, please.", 4)  # the model is free at once
-    window.wait(f"{ANSWERS}.length === 4 && {ENDED}", 30)
-
-
-def test_the_keyboard_alone(window):
-    from selenium.webdriver.common.keys import Keys
-
-    def press(name, *keys):
-        window.js("document.querySelector(arguments[0]).focus()", name)
-        window.keys(*keys)
-
-    window.put("max-tokens", 6)
-    press("#show-tour", Keys.ENTER)
-    assert window.focused() == "tour-title"
-    for step in ("Step 1 of 3", "Step 2 of 3", "Step 3 of 3"):
-        assert window.text("tour-count") == step
-        press("#tour-next", Keys.ENTER)
-    assert window.js("document.getElementById('tour').hidden")
-    assert window.focused() == "show-tour"
-    window.wait(f"{ANSWERS}.length === 2 && {ENDED}")  # the tour asked its prompt
-    press("#message", "Name three colours.", Keys.ENTER)
-    window.wait(f"{ANSWERS}.length === 4 && {ENDED}")
-    press(".text", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-    assert window.js("document.querySelector('.text .current').dataset.token") == "1"
-    assert re.search(r"token 1; pruned, probability [\d.]+ %; [\d.]+ ms", window.text("detail"))

@@ -8,7 +8,6 @@ import axe_core_python
 import pytest
 
 from browser import need_browser, opened
-from dart_llm.experiments.result_line import ResultLine
 from dart_llm.pruning.config import DEFAULT_SPARSITY
 from dart_llm.server import window as server_window
 from dart_llm.server.window import GREETING, STATIC, page, read_records
@@ -100,26 +99,24 @@ def test_settings_and_conversation_reach_the_engine(start, tmp_path):
     assert window.complaints() == [] and window.strangers() == []
 
 
-def test_a_fault_gives_the_question_back_and_is_no_part_of_the_next(start):
+def test_faults_refusals_and_edits(start):
+    """A fault gives the question back; a refusal is shown once; an edit removes the later turns."""
+    from selenium.webdriver.common.keys import Keys
+
     engine = FakeEngine(fault=RuntimeError("a secret path"), fault_at=2)
-    server, window = start(engine)
+    server, window = start(engine, max_tokens=8)
+    message = "document.getElementById('message').value"
     send(window, "one", 1, tokens=4)
-    said = window.js(FEET)[0]
-    assert window.js(TEXTS) == ["w0 w1 "] and said and "secret" not in said
-    assert window.js("document.getElementById('message').value") == "one"
+    shown = window.js(FEET)[0]
+    assert window.js(TEXTS) == ["w0 w1 "] and shown and "secret" not in shown
+    assert window.js(message) == "one"
     engine.fault = None
+    window.click("anew")
     window.put("message", "")
-    send(window, "two", 2)
-    assert prompt(server, 1) == "<user>two<assistant>"
-
-
-def test_a_refusal_is_said_once_and_retry_asks_again(start):
-    server, window = start(max_tokens=8)
-    assert window.js("document.getElementById('max-tokens').value") == "8"  # not the page's 192
     send(window, "one", 1, tokens=-5)
-    said = window.js(FEET)[0]  # the field as the page names it
-    assert "“Longest answer”: input should be greater than or equal to -1" in said
-    assert said.startswith(window.text("alert")) and server.engine.asked == []
+    shown = window.js(FEET)[0]  # the field as the page names it
+    assert "“Longest answer”: input should be greater than or equal to -1" in shown
+    assert shown.startswith(window.text("alert"))
     window.click("anew")
     window.put("message", "")
     busy = (  # as with --max-waiting when all places are taken
@@ -128,35 +125,21 @@ def test_a_refusal_is_said_once_and_retry_asks_again(start):
         " {status: 429, headers: {'Retry-After': '1'}}); }; })()"
     )
     window.js(busy)
-    send(window, "two", 1, tokens=2)
+    send(window, "one", 1, tokens=2)
     assert window.text("alert") == "try again in 1 s"
-    assert window.js("document.getElementById('message').value") == "two"
     window.js(f"{RETRY}.click()")
     window.wait(f"{TEXTS}.join() === 'w0 w1 ' && {ENDED}")
-    assert window.js("document.getElementById('message').value") == ""
-    assert len(server.engine.asked) == 1
-
-
-def test_a_question_is_edited_or_asked_again_as_if_it_had_never_been(start):
-    from selenium.webdriver.common.keys import Keys
-
-    server, window = start()
-    for number, text in enumerate(("one", "two", "three"), 1):
-        send(window, text, number, tokens=2)
-    edit = "document.querySelectorAll('.asked .edit')[1].click()"
+    assert window.js(message) == "" and len(server.engine.asked) == 2
+    send(window, "two", 2)
+    edit = "document.querySelectorAll('.asked .edit')[0].click()"
     window.js(edit)
-    assert window.js("document.getElementById('message').value") == "two"
-    assert "removes the later turns" in window.text("hint")
+    assert window.js(message) == "one" and "removes the later turns" in window.text("hint")
     window.keys(Keys.ESCAPE)  # left alone
-    assert window.js("document.getElementById('message').value") == ""
-    assert "Enter sends" in window.text("hint") and window.js(TEXTS) == ["w0 w1 "] * 3
+    assert window.js(message) == "" and window.js(TEXTS) == ["w0 w1 "] * 2
     window.js(edit)
-    send(window, " or three", 2)  # after what stands there
-    assert prompt(server, 3) == "<user>one<assistant>w0 w1 <user>two or three<assistant>"
-    assert server.engine.asked[3].conversation != server.engine.asked[0].conversation
-    window.js("document.querySelector('.answer footer button:last-child').click()")
-    window.wait(f"document.querySelectorAll('.answer').length === 1 && {ENDED}")
-    assert prompt(server, 4) == "<user>one<assistant>"
+    send(window, " or three", 1)
+    assert prompt(server, 3) == "<user>one or three<assistant>"
+    assert server.engine.asked[3].conversation != server.engine.asked[1].conversation
 
 
 def test_a_recording_is_played_until_the_visitor_asks(start):
@@ -166,108 +149,65 @@ def test_a_recording_is_played_until_the_visitor_asks(start):
     _, window = start()
     assert "A recording, until you ask: " in window.text("greeting-of")
     count = "document.querySelectorAll('.text [data-token]').length"
-    first = window.wait(count)
-    window.wait(f"{count} > {first + 3}")
+    window.wait(f"{count} > 3")
     window.click("play")
     assert window.text("play") == "Play"
-    found = json.loads((STATIC / GREETING).read_text("utf-8"))
-    seek(window, len(found))
-    done = [one for one in found if one["kind"] == "done"]
+    recorded = json.loads((STATIC / GREETING).read_text("utf-8"))
+    seek(window, len(recorded))
+    done = [record for record in recorded if record["kind"] == "done"]
     shown = "[...arguments[0].querySelectorAll('[data-token]')].map((s) => s.textContent).join('')"
     texts = window.driver.find_elements("css selector", ".answer .text")
-    assert [window.js(shown, one) for one in texts] == [one["texts"][0] for one in done]
-    (said,) = window.js(HEADLINES)
-    assert f"{done[0]['report']['achieved_sparsity']:.1%}".replace("%", " %") in said
-    assert "speed" not in said  # one run each says nothing about it
+    assert [window.js(shown, text) for text in texts] == [record["texts"][0] for record in done]
+    (headline,) = window.js(HEADLINES)
+    assert f"{done[0]['report']['achieved_sparsity']:.1%}".replace("%", " %") in headline
     assert violations(window) == []
-    window.js("document.getElementById('drift-plot').focus()")
-    window.keys(Keys.ARROW_RIGHT)
-    said = "document.getElementById('drift-window').textContent"
-    window.wait(f"{said}.startsWith('Tokens 1 to 10: the first window')")
+    terms = window.js("[...document.querySelectorAll('.term')].map((t) => t.dataset.term)")
+    assert set(terms) == {"dense", "drift", "mask", "neuron", "remask", "sparsity"}
+    window.js("document.querySelector('.term').focus()")
+    assert len(window.text("tip")) > 40 and window.js(TIP)
+    window.keys(Keys.ESCAPE)
+    assert not window.js(TIP)
     send(window, "one", 1, tokens=1)
     assert window.js(TEXTS) == ["w0 "] and not window.js(f"{PLAYER}.checkVisibility()")
-    window.click("anew")
-    window.wait(f"{PLAYER}.checkVisibility() && {count} > 3")
     window.size(1280, 860, reduced=True)
+    window.click("anew")
     window.driver.refresh()
     window.wait(f"{PLAYER}.checkVisibility() && {count} > 0")
     assert window.text("play") == "Play"  # nothing moves by itself
     assert window.strangers() == []
 
 
-def test_six_terms_are_explained_on_focus(start):
+def test_a_key_is_asked_for_and_past_runs_have_addresses(start, tmp_path, monkeypatch):
     from selenium.webdriver.common.keys import Keys
 
-    _, window = start()
-    terms = window.js(
-        "[...new Set([...document.querySelectorAll('.term')].map((t) => t.dataset.term))]"
-    )
-    assert sorted(terms) == ["dense", "drift", "mask", "neuron", "remask", "sparsity"]
-    for term in terms:
-        window.js("document.querySelector(`[data-term=${arguments[0]}]`).focus()", term)
-        assert len(window.text("tip")) > 40 and window.js(TIP)
-        assert window.js("document.activeElement.getAttribute('aria-describedby')") == "tip"
-    assert violations(window) == []
-    window.keys(Keys.ESCAPE)
-    assert not window.js(TIP)
-
-
-def test_a_key_is_asked_for_and_a_report_behind_it_is_saved(start, tmp_path):
-    from selenium.webdriver.common.keys import Keys
-
-    past_run(tmp_path / "results/tides/20260102-030405", report_html="<p>the report</p>")
-    _, window = start(results_dir=str(tmp_path / "results"), api_key=KEYS[0])
-    assert window.js("document.querySelectorAll('#prompts button').length") == 0
-    key = window.driver.find_element("id", "key")
-    key.send_keys(KEYS[1], Keys.ENTER)
-    window.wait("document.getElementById('key-said').textContent")
-    assert window.text("key-said") == "That key is not accepted."
-    assert window.js("document.getElementById('ask-key').open") and window.focused() == "key"
-    key.send_keys(Keys.CONTROL, "a")
-    key.send_keys(KEYS[0], Keys.ENTER)
-    window.wait(READY_PAGE)
-    send(window, "one", 1, tokens=2)
-    assert window.js(TEXTS) == ["w0 w1 "]
-    assert KEYS[0] not in window.js("JSON.stringify(localStorage)")
-    complaints = window.complaints()
-    assert complaints and all("status of 401" in one for one in complaints)
-    window.click("show-runs")
-    window.wait("document.querySelector('#run a')?.textContent === 'Save its report'")
-    window.js("document.querySelector('#run a').click()")
-    file = tmp_path / "tides-20260102-030405.html"
-    until(lambda: file.exists() and file.stat().st_size)
-    assert file.read_text() == "<p>the report</p>"
-
-
-def test_past_runs_open_at_the_newest_and_have_addresses(start, tmp_path, monkeypatch):
     report = "<!doctype html><title>T</title><p id=p>no</p><script>p.textContent = 'yes'</script>"
     for second in (4, 5, 6):
         past_run(tmp_path / f"results/tides/20260102-03040{second}", report_html=report)
     monkeypatch.setattr(server_window, "MOST_RUNS", 2)
-    _, window = start(results_dir=str(tmp_path / "results"))
+    _, window = start(results_dir=str(tmp_path / "results"), api_key=KEYS[0])
+    key = window.driver.find_element("id", "key")
+    key.send_keys(KEYS[1], Keys.ENTER)
+    window.wait("document.getElementById('key-said').textContent")
+    assert window.text("key-said") == "That key is not accepted."
+    key.send_keys(Keys.CONTROL, "a")
+    key.send_keys(KEYS[0], Keys.ENTER)
+    window.wait(READY_PAGE)
+    assert KEYS[0] not in window.js("JSON.stringify(localStorage)")
+    assert all("status of 401" in complaint for complaint in window.complaints())
     heading = "document.querySelector('#run h2')?.textContent.includes('20260102-03040{}')"
     window.click("show-runs")
-    window.wait("document.querySelector('#run h2')")
-    said = "2 of the 2 newest results folders, newest first; the older ones of 3 are left out."
-    assert window.text("runs-note") == said
-    current = "document.querySelector('#runs-list [aria-current]').dataset.name"
-    assert window.js(current) == "tides/20260102-030406"
+    window.wait(heading.format(6))
+    assert window.text("runs-note").startswith("2 of the 2 newest results folders")
     window.js("document.querySelectorAll('#runs-list button')[1].click()")
     window.wait("location.hash === '#runs/tides/20260102-030405'")
     window.wait(heading.format(5))
-    window.driver.refresh()
-    window.wait(heading.format(5))
     window.driver.back()
     window.wait(heading.format(6))
-    window.driver.back()
-    window.wait("document.getElementById('page-chat').checkVisibility()")
-    window.driver.forward()
-    link = window.wait("document.querySelector('#run a')?.href")  # in one go: it is read anew
-    assert link.endswith("/api/runs/tides/20260102-030406/report.html")
-    assert window.complaints() == []
-    window.driver.get(link)  # a page of no origin
-    assert window.js("document.getElementById('p').textContent") == "yes"
-    assert window.js("self.origin") == "null"
+    window.wait("document.querySelector('#run a')?.textContent === 'Save its report'")
+    window.js("document.querySelector('#run a').click()")
+    file = tmp_path / "tides-20260102-030406.html"
+    until(lambda: file.exists() and file.stat().st_size)
+    assert file.read_text() == report and window.complaints() == []
 
 
 AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
@@ -289,84 +229,21 @@ def violations(window):
     return found
 
 
-def test_runs_of_other_kinds_and_what_axe_says(start, tmp_path):
-    line = ResultLine(label="dart", method="dart", model="m", task="t", metric="loss")
-    numbers = {"value": 4.5678, "achieved": 0.473, "dense_share": 0.053, "remasks": 7}
-    line = line.model_copy(update=numbers)
-    checks = (
-        "key,sequence,row,step,layer,window,similarity,threshold,counter,trigger,state\n"
-        "a,0,0,10,1,1,0.8,0.7,0,0,armed\n"
-    )
-    tables = "# Tables <b>side by side</b>\n" + "| wide " * 60 + "\n" + "| row\n" * 60
-    past_run(
-        *(tmp_path / "results/tides/20260102-030405", "drift"),
-        rows_jsonl=line.model_dump_json(),
-        summary_md=tables,
-        drift_csv=checks,
-        report_html="<p>report</p>",
-    )
-    given = {"variant": "pruned", "prompt": "Why?", "method": "griffin", "sparsity": 0.4}
-    given |= {"tokens": ["Just", " because"], "phases": ["prefill", "pruned"], "token_ids": [1, 2]}
-    account = {"achieved_sparsity": 0.375, "dense_token_share": 0.1, "remasks": 2}
-    layers = [{"layer": i, "width": 8, "kept": k, "kept_share": k / 8} for i, k in ((0, 3), (1, 5))]
-    past_run(
-        tmp_path / "results/first/20260102-030405",
-        generation_jsonl=json.dumps({**given, "accounting": account}),
-        masks_json=json.dumps({"remasks": [], "layers": layers}),
-        drift_csv=checks.replace("key,", "").replace("a,", ""),
-    )
-    _, window = start(results_dir=str(tmp_path / "results"))
-    window.click("show-tour")
-    assert violations(window) == []
-    window.put("max-tokens", 3)
-    window.click("compare")
-    window.driver.find_element("css selector", "#prompts button").click()
-    window.wait("document.getElementById('view-of').textContent.endsWith('3 tokens')")
-    assert violations(window) == []
-    window.size(390, 844, dark=True)
-    assert violations(window) == []
-    assert window.js("document.documentElement.scrollWidth") == 390
-    for name in ("first", "tides"):
-        window.js(f"(location.hash = 'runs/{name}/20260102-030405')")
-        window.wait(f"document.querySelector('#run h2')?.textContent.startsWith('{name}')")
-        for width, dark in ((1280, False), (390, True)):
-            window.size(width, 844, dark=dark)
-            assert violations(window) == [], (name, width)
-            assert window.js("document.documentElement.scrollWidth") == width
-        if name == "first":
-            text = window.js("document.getElementById('run').innerText")
-            for part in ("Just because", "37.5 %", "10.0 %", "Why?", "4 files in this folder"):
-                assert part in text
-            assert window.js("document.querySelectorAll('#run .similarity-dot').length") == 1
-    cells = window.js("[...document.querySelectorAll('#run tbody td')].map((c) => c.textContent)")
-    assert cells == ["t", "dart", "loss", "4.568", "47.3 %", "5.3 %", "7"]
-    assert "<b>side by side</b>" in window.js("document.querySelector('#run pre').textContent")
-    assert window.complaints() == []
-
-
 TOKENS = (
     "[...document.querySelectorAll('.text')].map((t) => t.querySelectorAll('[data-token]').length)"
 )
 
 
-@pytest.fixture(scope="module")
-def played(tmp_path_factory):
-    """A recording from the disk, which asks nobody."""
-    need_browser()
-    folder = tmp_path_factory.mktemp("replay")
-    file = folder / "replay.html"
-    file.write_text(page(records()), encoding="utf-8")
-    with opened(file.as_uri(), folder / "profile") as found:
-        yield found
-        assert found.complaints() == [] and found.strangers() == []
-
-
 @pytest.fixture
-def replay(played):
-    played.size(1280, 860)
-    played.driver.get(played.allowed)
-    played.wait("document.querySelectorAll('.answer').length === 2")
-    return played
+def replay(tmp_path):
+    """A recording from the disk, which sends no requests."""
+    need_browser()
+    file = tmp_path / "replay.html"
+    file.write_text(page(records()), encoding="utf-8")
+    with opened(file.as_uri(), tmp_path / "profile") as window:
+        window.wait("document.querySelectorAll('.answer').length === 2")
+        yield window
+        assert window.complaints() == [] and window.strangers() == []
 
 
 def seek(window, position):
@@ -376,6 +253,8 @@ def seek(window, position):
 
 
 def test_a_recording_plays_and_pauses(replay):
+    from selenium.webdriver.common.keys import Keys
+
     replay.wait(f"{TOKENS}[0] > 4")  # it plays at once
     seek(replay, 0)
     assert (replay.js(TOKENS), replay.text("position-value")) == ([0, 0], "0 tokens")
@@ -395,64 +274,19 @@ def test_a_recording_plays_and_pauses(replay):
     assert counts == {"sparsity": "41.3 %", "dense": "17 %", "remasks": "1"}
     said = "41.3 % of the neurons skipped, identical to the dense answer"
     assert replay.js(HEADLINES) == [said]
-    replay.js("(location.hash = '#answer/2')")
-    replay.wait("document.getElementById('view-of').textContent === 'Dense: 24 tokens'")
-    seek(replay, len(records()) // 2)  # colours are told by more than colour
+    end = len(records())
+    seek(replay, end // 2)  # colours are told by more than colour
     style = "getComputedStyle(document.querySelector('.text {}')).{}"
     for phase, border in (("prefill", "dotted"), ("observe", "solid"), ("pruned", "none")):
         assert replay.js(style.format(f".{phase}", "borderBottomStyle")) == border
-    for width in (390, 1280, 1920):  # nothing sticks out, nor does axe find anything
+    for width in (390, 1920):  # nothing sticks out, nor does axe find anything
         replay.size(width, 844, dark=width == 390)
         assert replay.js("document.documentElement.scrollWidth") == width
         assert violations(replay) == []
-
-
-LIT = "[...document.querySelectorAll('.text')][0].querySelectorAll('[data-lit=\"3\"]').length"
-NOTE = "document.getElementById('neurons-note').textContent"
-
-
-def end(window):
-    seek(window, len(records()))
-    window.wait(f"{TOKENS}.join() === '24,24'")
-
-
-def test_words_windows_and_cells_show_each_other(replay):
-    from selenium.webdriver.common.keys import Keys
-
-    end(replay)
-    replay.js("document.getElementById('drift-plot').focus()")
-    replay.keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)  # the second window: token 10
-    replay.wait(f"{LIT} === 1")
-    assert replay.text("drift-window").startswith(
-        "Tokens 10 to 10: similarity 0.50, threshold 0.70"
-    )
-    dots = "[...document.querySelectorAll('#drift-plot [data-check]')]"
-    assert replay.js(f"{dots}.map((d) => d.classList.contains('lit'))") == [False, True, False]
+    seek(replay, end)
     replay.js("document.querySelector('.text').focus()")
     replay.keys(Keys.HOME, *[Keys.ARROW_RIGHT] * 5)  # token 5, which ends the first window
+    dots = "[...document.querySelectorAll('#drift-plot [data-check]')]"
     replay.wait(f"{dots}.map((d) => d.classList.contains('lit')).join() === 'true,false,false'")
-    replay.wait(f"{NOTE}.startsWith('Mask 1')")
+    replay.wait("document.getElementById('neurons-note').textContent.startsWith('Mask 1')")
     assert replay.text("scrub-value") == "token 5, mask 1 of 2"
-    replay.js("document.getElementById('neurons').focus()")
-    replay.wait(f"{NOTE}.startsWith('Mask 2') && {LIT} === 0")  # the newest again
-    replay.keys(Keys.ARROW_RIGHT, Keys.ENTER)  # layer 0, group 0: kept by the second mask alone
-    replay.wait(f"{LIT} === 14")  # the prompt's token, 4 dense ones, 9 after the re-mask
-    assert replay.text("neurons-cell").endswith("0 % kept by mask 1, 100 % kept by mask 2")
-    replay.keys(Keys.ESCAPE)
-    replay.wait(f"{LIT} === 0")
-
-
-def test_the_first_word_that_differs_is_marked(tmp_path):
-    need_browser()
-    found = records()
-    tokens = [one for one in found if one["kind"] == "token"]
-    tokens[24 + 7]["id"] = 999  # of the dense answer
-    (tmp_path / "replay.html").write_text(page(found), encoding="utf-8")
-    with opened((tmp_path / "replay.html").as_uri(), tmp_path / "profile") as window:
-        window.wait("document.querySelectorAll('.answer').length === 2")
-        end(window)
-        parts = "[...document.querySelectorAll('.text .parts')].map((one) => one.textContent)"
-        assert window.js(parts) == [" <i>7</i>"] * 2
-        assert window.js(HEADLINES)[0].endswith("identical for 7 tokens")
-        seek(window, 30)  # the dense answer is not there yet
-        assert window.js(parts) == [] and window.js(HEADLINES) == [""]

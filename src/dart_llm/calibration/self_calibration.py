@@ -104,9 +104,9 @@ def calibrate(
     ids, name = None, "self-generated text"
     tokens = f"self {part.sequences} {part.length} {start_tokens(model)} {config.seed}"
     if part.source == "text":
-        texts = documents.calibration_texts(source)
+        texts = documents.load(documents.calibration_source(source))
         ids = documents.sequences(tokenizer, texts, part.sequences, part.length)
-        tokens, name = digest_of(ids), documents.calibration_source(source).title()
+        tokens, name = digest_of(ids), documents.calibration_source(source).label
     count = part.sequences if ids is None else len(ids)
     short = "" if count == part.sequences else f" of {part.sequences}"
     size = f"{count}{short} sequences of {part.length} tokens ({count * part.length:,} tokens)"

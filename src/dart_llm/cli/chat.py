@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm.cli.chat_settings import ChatSettings
-from dart_llm.data.prompts import chat_ids, chat_text
+from dart_llm.data.texts import chat_ids, chat_text
 from dart_llm.engine.engine import Engine
-from dart_llm.engine.events import Record, Token
-from dart_llm.engine.requests import GenerationRequest, GenerationResult
+from dart_llm.engine.requests import GenerationRequest, GenerationResult, Record, Token
 from dart_llm.errors import ConfigError, DartError, UnknownName
 from dart_llm.experiments.study import load_model
 from dart_llm.files import write_text

@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from dart_llm.cli.options import Config, Json
 from dart_llm.data import documents
-from dart_llm.data.prompts import given_prompt, read_prompt_file
+from dart_llm.data.texts import read_prompt_file, resolve_prompt
 from dart_llm.errors import ConfigError
 from dart_llm.files import finite, size_text
 from dart_llm.settings import BaseSettings, load_arguments, merge, setting, words
@@ -57,7 +57,7 @@ class ExportSettings(BaseSettings):
         """The texts that the mask is selected for, in order."""
         texts = [text for name in words(self.text) for text in documents.whole_texts(name)]
         if self.prompt is not None:
-            texts.append(given_prompt(self.prompt))
+            texts.append(resolve_prompt(self.prompt))
         if self.prompt_file is not None:
             texts.append(read_prompt_file(self.prompt_file))
         return texts

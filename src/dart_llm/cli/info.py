@@ -22,8 +22,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.pruning import plugins
 
 if TYPE_CHECKING:
-    from dart_llm.data.passages import Passage
-    from dart_llm.data.topic_prompts import DriftPrompt
+    from dart_llm.data.passages import DriftPrompt, Passage
 
 File = Annotated[
     Path | None, typer.Option(metavar="FILE", help="A JSONL file instead of the package's own.")
@@ -61,7 +60,7 @@ def list_prompts(
     kind = "passages" if passages else "prompts"
     records: Sequence[Any]
     if passages:
-        records = data.in_domain(data.listed_passages(file), domain)
+        records = data.choose(data.listed_passages(file), domain)
     else:
         records = data.choose(data.listed_prompts(file), domain, template)
     if as_json:
@@ -90,7 +89,7 @@ def show_prompt(
 ) -> None:
     """``dart-llm prompts show``."""
     from dart_llm.data import passages as data
-    from dart_llm.data.topic_prompts import DriftPrompt
+    from dart_llm.data.passages import DriftPrompt
     from dart_llm.reporting.console import Ui
 
     record = data.find(data.everything(file), name)

@@ -3,15 +3,13 @@
 ==============================  ===================================================================
 ``embedded``                    the package's texts
 ``wikitext2``, ``c4``, ...      a name of ``catalogue.yaml``
-``mmlu``, ``mmlu-answers``      questions that no task scores: alone, or with choices and answers;
-                                of some subjects: ``mmlu:astronomy+anatomy``
+``mmlu``                        questions that no task scores; of some subjects:
+                                ``mmlu:astronomy+anatomy``
 ``hub:owner/name:split:COLUMN`` any other data set of the hub (``datasets.parse``)
 ``FILE``                        a text file, also one under ``datasets/`` in the current folder
-``FILE.jsonl[:COLUMN][#ROW]``   JSON rows, from row ROW on, counted from 0; a source of summaries
-                                may name two columns, ``:DOCUMENT:SUMMARY``
+``FILE.jsonl[:COLUMN]``         JSON rows; a source of summaries may name two columns,
+                                ``:DOCUMENT:SUMMARY``
 ==============================  ===================================================================
-
-Without a column the text is the first of ``TEXT_COLUMNS`` that a row has.
 """
 
 from __future__ import annotations
@@ -22,12 +20,13 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dart_llm.data import datasets, texts
-from dart_llm.data.datasets import DataSet, Document
-from dart_llm.errors import ConfigError, check_name
+from dart_llm.data.datasets import DataSet
+from dart_llm.errors import ConfigError, LoadError, check_name
 from dart_llm.files import read_rows
 
 if TYPE_CHECKING:
@@ -35,46 +34,40 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"
 
-MMLU = ("mmlu", "mmlu-answers")
-"""The questions alone, or with their choices and answers."""
+MMLU = "mmlu"
 
 CALIBRATION = "c4_train"
 """The default calibration text: no evaluation scores it."""
 
-TEXTS = (EMBEDDED, *MMLU, *datasets.names("perplexity"), CALIBRATION)
-"""Texts that are not files."""
-
-SUMMARIES = datasets.names("summarize")
-"""Documents with summaries that are not files."""
-
-LOCAL = Path("datasets")
-"""A folder where files are looked for too."""
+NAMES = {
+    ("text",): (EMBEDDED, MMLU, *datasets.names("perplexity"), CALIBRATION),
+    ("document", "summary"): datasets.names("summarize"),
+}
+"""Sources that are not files, by the roles of the columns that are read."""
 
 JSONL = (".jsonl", ".ndjson")
 
-TEXT_COLUMNS = ("text", "document", "article", "report", "page")
-
-DOCUMENT_COLUMNS = ("document", "text", "article", "report")
-
-SUMMARY_COLUMNS = ("summary", "highlights")
+COLUMNS = {
+    "text": ("text", "document", "article", "report", "page"),
+    "document": ("document", "text", "article", "report"),
+    "summary": ("summary", "highlights"),
+}
+"""The columns of JSONL files by role: the first that a row has is read."""
 
 BLANK_LINE = "\n\n"
-
-_SUFFIXES = re.compile(r"(?P<file>.+?)(?P<columns>(?::[^:#/\\]+){0,2})(?:#(?P<row>\d+))?")
 
 
 @dataclass(frozen=True)
 class TextSource:
     """What a text argument means: a file, a data set of the hub, or one of the package's names.
 
-    ``columns``: those that a JSONL file's rows are read from, if they were named; ``first``: the
-    first row that is read, from 0; ``subjects``: of MMLU, all if empty.
+    ``columns``: those that a JSONL file's rows are read from, if they were named; ``subjects``: of
+    MMLU, all if empty.
     """
 
     name: str
     path: Path | None = None
     columns: tuple[str, ...] = ()
-    first: int = 0
     data: DataSet | None = None
     subjects: tuple[str, ...] = ()
 
@@ -86,138 +79,117 @@ class TextSource:
     @property
     def label(self) -> str:
         """The source without its folder."""
-        if self.path is None:
-            return self.name
-        columns = "".join(f":{column}" for column in self.columns)
-        return f"{self.path.stem}{columns}" + (f"#{self.first}" if self.first else "")
+        return self.name if self.path is None else ":".join((self.path.stem, *self.columns))
 
-    def title(self) -> str:
-        """The source in words."""
-        if self.name == CALIBRATION:
-            return "C4 (English, training split)"
-        if self.path is None:
-            return self.name
-        return f"{self.path.name} from row {self.first} on" if self.first else self.path.name
-
-    def overlaps(self, other: TextSource, rows: int | None = None) -> bool:
-        """Whether a text of this source is one of ``other``'s first ``rows`` (None: of any)."""
+    def overlaps(self, other: TextSource) -> bool:
+        """Whether both read the same file, or the same split of a data set."""
         if self.path is not None and other.path is not None:
-            last = None if rows is None else other.first + rows
-            return self.path.samefile(other.path) and (last is None or self.first < last)
+            return self.path.samefile(other.path)
         if self.data is not None and other.data is not None:
             mine, its = self.data, other.data
             one_config = mine.config == its.config or None in (mine.config, its.config)
             return one_config and (mine.hub_id, mine.split) == (its.hub_id, its.split)
-        return self.name == other.name or {self.name, other.name} <= {*MMLU}
+        return self.name == other.name
 
 
 def resolve(name: str, summaries: bool = False) -> TextSource:
     """What ``name`` means; ``summaries``: as a source of documents with summaries.
 
-    Asks no hub and opens no file.  Raises ``ConfigError``, which lists what there is, for a name
+    Asks no hub and opens no file.  Raises ``ConfigError``, which lists the choices, for a name
     that means nothing.
     """
     roles = ("document", "summary") if summaries else ("text",)
-    known = SUMMARIES if summaries else TEXTS
+    names = NAMES[roles]
     if name.startswith(datasets.PREFIX):
         return TextSource(name, data=datasets.parse(name, roles))
-    if name in known:
-        return TextSource(name, data=None if name in MMLU else datasets.DATA_SETS.get(name))
-    kind, _, listed = name.partition(":")
-    if kind in MMLU and not summaries:
-        subjects = tuple(listed.split("+"))
+    if name in names:
+        return TextSource(name, data=None if name == MMLU else datasets.DATA_SETS.get(name))
+    if name.startswith(f"{MMLU}:") and not summaries:
+        subjects = tuple(name.partition(":")[2].split("+"))
         for subject in subjects:
             check_name("MMLU subject", subject, datasets.MMLU_SUBJECTS)
-        return TextSource(kind, subjects=subjects)
-    if (file := _find_file(name)) is None:
-        near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-        what = "summarization data set" if summaries else "text"
-        raise ConfigError(
-            f'unknown {what} "{name}"{hint}: use {", ".join(known)}, a data set of the hub '
-            f"such as {datasets.EXAMPLES[roles]}, the path of a text file, or that of a JSONL "
-            "file, FILE.jsonl[:COLUMN][#ROW]"
-        )
-    if (file.columns or file.first) and not file.has_rows:
-        raise ConfigError(f'"{name}" names a column or a row, but only a JSONL file has those')
-    return file
+        return TextSource(MMLU, subjects=subjects)
+    head, *named = name.split(":")
+    for file, columns in ((name, []), (head, named)):
+        for path in (Path(file), texts.LOCAL / file, texts.LOCAL / f"{file}.txt"):
+            if path.is_file() and (path.suffix in JSONL or not columns):
+                return TextSource(name, path, tuple(columns))
+    near = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise ConfigError(
+        f'unknown {"summarization data set" if summaries else "text"} "{name}"{hint}: use '
+        f"{', '.join(names)}, a data set of the hub such as {datasets.EXAMPLES[roles]}, a text "
+        "file, or a JSONL file, FILE.jsonl[:COLUMN]"
+    )
 
 
-def _find_file(name: str) -> TextSource | None:
-    """The file that ``name`` means, by its whole name or without the suffixes; or None."""
-    spellings: list[tuple[str, ...]] = [(name, "", "")]
-    if spelled := _SUFFIXES.fullmatch(name):
-        spellings.append(spelled.groups(default=""))
-    for file, columns, row in spellings:
-        for path in (Path(file), LOCAL / file, LOCAL / f"{file}.txt"):
-            if path.is_file():
-                return TextSource(name, path, tuple(columns.split(":")[1:]), int(row or 0))
-    return None
+def check(name: str) -> None:
+    """Raise ``ConfigError`` unless ``name`` can be a source of documents with summaries."""
+    resolve(name, summaries=True)
 
 
 def find_file(name: str) -> Path | None:
     """The file that a text argument reads, whose content a run should record; or None."""
-    if name in (*TEXTS, *SUMMARIES) or name.startswith(datasets.PREFIX):
-        return None
-    file = _find_file(name)
-    return None if file is None else file.path
+    for summaries in (False, True):
+        with contextlib.suppress(ConfigError):
+            return resolve(name, summaries).path
+    return None
 
 
-def _rows(source: TextSource) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a JSONL file from the source's first row on, with their line numbers."""
-    assert source.path is not None
-    count = 0
-    for count, row in enumerate(read_rows(source.path), start=1):
-        if count > source.first:
-            yield row
-    if source.first and count <= source.first:
+def _value(source: TextSource, role: str, line: int, row: Mapping[str, Any]) -> str:
+    """The text in a row's column for ``role``; raises ``ConfigError`` where there is none."""
+    named = source.columns[1:] if role == "summary" else source.columns[:1]
+    columns = named or COLUMNS[role]
+    value = next((row[name] for name in columns if name in row), None)
+    if role == "summary":
+        value = plain_summary(value)
+    if not isinstance(value, str) or (role != "text" and not value.strip()):
         raise ConfigError(
-            f"{source.path} has {count} rows: it cannot be read from row {source.first} on"
+            f"line {line} of {source.path} has no {role} under {' or '.join(columns)} but "
+            f"{', '.join(row) or 'nothing'}: add one, or name its column, FILE.jsonl:COLUMN"
         )
+    return value
 
 
-def _row_texts(source: TextSource) -> Iterator[str]:
-    columns = source.columns[:1] or TEXT_COLUMNS
-    for line, row in _rows(source):
-        text = next((row[name] for name in columns if name in row), None)
-        if not isinstance(text, str):
-            assert source.path is not None
-            wanted = f'"{columns[0]}"' if source.columns else ", ".join(columns)
-            raise ConfigError(
-                f"line {line} of {source.path} has no text under {wanted}, but "
-                f"{', '.join(row) or 'nothing'}: name the column, as in {source.path.name}:COLUMN"
-            )
-        yield text
+def plain_summary(value: Any) -> str:
+    """A reference summary, "" if there is none; a list of sentences as one a line."""
+    if isinstance(value, list | tuple):
+        return "\n".join(filter(None, map(plain_summary, value)))
+    return value.strip() if isinstance(value, str) else ""
+
+
+# Texts.
 
 
 def load(source: TextSource) -> list[str]:
-    """The rows of a JSONL file, or one text.
+    """The rows of a JSONL file, the embedded texts, or one text.
 
-    Raises ``ConfigError`` for a file that cannot be used or has no text, and what
-    ``datasets.hub_text`` and ``datasets.mmlu_questions`` raise.
+    Raises ``ConfigError`` for a file that cannot be used or has no text, and ``MissingExtra`` or
+    ``LoadError`` for the hub.
     """
     if source.data is not None:
-        return [datasets.hub_text(source.name)]
-    if source.name == EMBEDDED:
-        return [texts.all_text()]
-    if source.name in MMLU:
+        (column,) = source.data.columns["text"]
+        rows = [row[column] for row in datasets.rows(source.data)]
+        if not all(isinstance(text, str) for text in rows) or not any(map(str.strip, rows)):
+            raise LoadError(f"the column {column} of {source.data.where} is empty or not text")
+        found = [source.data.separator.join(rows)]
+    elif source.name == EMBEDDED:
+        found = [texts.read(subject) for subject in texts.subjects()]
+    elif source.name == MMLU:
         subjects = source.subjects or datasets.local_subjects() or datasets.MMLU_SUBJECTS
-        questions = (
-            datasets.question_text(question)
-            for subject in subjects
-            for question in datasets.mmlu_questions(subject, answers=source.name == MMLU[1])
-        )
-        return [BLANK_LINE.join(questions)]
-    assert source.path is not None
-    if not source.has_rows:
+        questions = (row for subject in subjects for row in datasets.mmlu_questions(subject))
+        found = [BLANK_LINE.join(row["question"] for row in questions)]
+    elif source.path is not None and source.has_rows:
+        found = [_value(source, "text", line, row) for line, row in read_rows(source.path)]
+        if not any(text.strip() for text in found):
+            raise ConfigError(f'the file {source.path} has no text: write {{"text": "..."}} a line')
+    else:
+        assert source.path is not None
         try:
-            return [source.path.read_text(encoding="utf-8-sig")]  # a byte-order mark is not text
+            found = [source.path.read_text(encoding="utf-8-sig")]  # a byte-order mark is not text
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read {source.path} as text: {error}") from None
-    rows = list(_row_texts(source))
-    if not any(text.strip() for text in rows):
-        raise ConfigError(f'the file {source.path} has no text: write {{"text": "..."}} a line')
-    return rows
+    return found
 
 
 def read(name: str) -> str:
@@ -227,8 +199,6 @@ def read(name: str) -> str:
 
 def whole_texts(name: str) -> list[str]:
     """The texts behind ``name``, each to be read separately; raises what ``read`` raises."""
-    if name == EMBEDDED:
-        return [texts.read(subject) for subject in texts.subjects()]
     return load(resolve(name))
 
 
@@ -245,38 +215,23 @@ def names(settings: str) -> list[str]:
 
 # The text for calibration, cut into token sequences.
 
-PIECE = 1 << 17
-"""Characters that are tokenised at a time: no more of a long text is read than is needed."""
-
 
 def calibration_source(name: str | None) -> TextSource:
     """What ``--calibration`` means: nothing, and ``c4``, are ``c4_train``."""
     return resolve(CALIBRATION if name in (None, "c4") else name)
 
 
-def calibration_texts(name: str | None) -> list[str]:
-    """The calibration texts: the rows of a JSONL file, or one text; raises what ``read`` raises."""
-    return load(calibration_source(name))
-
-
-def check_disjoint(calibration: str | None, evaluated: Mapping[str, int | None]) -> None:
+def check_disjoint(calibration: str | None, evaluated: Iterable[str]) -> None:
     """Raise ``ConfigError`` when the calibration text is among what is evaluated.
 
-    ``evaluated``: texts, summaries and lm-eval's tasks, each with how many of its first rows are
-    evaluated; None: any of them.
+    ``evaluated``: texts, summaries and lm-eval's tasks.
     """
     source = calibration_source(calibration)
-    for name, rows in evaluated.items():
-        for other in _evaluated(name):
-            if not source.overlaps(other, rows):
-                continue
-            way = ""
-            if source.path is not None and rows is not None:
-                way = f", or start after the evaluated rows: {source.path}#{other.first + rows}"
-            raise ConfigError(
-                f"{source.path or source.name} is evaluated and cannot be the calibration text "
-                f"too: give another text{way}"
-            )
+    if any(source.overlaps(other) for name in evaluated for other in _evaluated(name)):
+        raise ConfigError(
+            f"{source.path or source.name} is evaluated and cannot be the calibration text too: "
+            "give another text"
+        )
 
 
 def _evaluated(name: str) -> Iterator[TextSource]:
@@ -302,13 +257,9 @@ def sequences(tokenizer: Any, texts: Iterable[str], count: int, length: int) -> 
     body = length - len(first)
     ids: list[int] = []
     for number, text in enumerate(texts):
-        joined = BLANK_LINE + text if number else text
-        for start in range(0, len(joined), PIECE):
-            if len(ids) < count * body:
-                piece = joined[start : start + PIECE]
-                ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= count * body:
-            break
+        if len(ids) < count * body:  # no more texts are tokenised than are needed
+            joined = BLANK_LINE + text if number else text
+            ids += tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
     fit = min(count, len(ids) // body)
     if not fit:
         raise ConfigError(
@@ -328,61 +279,60 @@ def start_token(tokenizer: Any) -> list[int]:
 
 # Documents with reference summaries.
 
-EXAMPLE = '{"document": "A long text ...", "summary": "A short one."}'
+
+class Document(NamedTuple):
+    """A text to summarise, its reference summary, and an ``id`` that is unique in its source."""
+
+    id: str
+    document: str
+    summary: str
 
 
 def load_documents(name: str, limit: int | None = None, seed: int | None = None) -> list[Document]:
     """At least one document of the source ``name``, in its order.
 
-    The first ``limit`` documents, or with ``seed`` a random sample of that many, of which a
-    smaller sample with the same seed is a part.  ``None`` is all.  In a JSONL file a document's id
-    is ``id``, or else its line number, and a reference that is a list of sentences becomes its
-    sentences, one a line, never the printed list.
-
-    Raises ``ConfigError``, with the line's number for a row that cannot be used, and what
-    ``datasets.documents`` raises.
+    The first ``limit`` documents (streamed), or with ``seed`` a random sample of that many; see
+    ``datasets.positions``.  The id is the row's ``id``, else its line number, or its position from
+    0 on the hub, where rows without a document or a summary are left out.  Raises ``ConfigError``,
+    with the line's number for a row that cannot be used, ``MissingExtra`` or ``LoadError``.
     """
     source = resolve(name, summaries=True)
-    if source.data is not None:
-        return datasets.documents(name, limit, seed)
-    every, lines = list[Document](), dict[str, int]()
-    for line, row in _rows(source):
-        document = _document(row, line, source)
-        if lines.setdefault(document.id, line) != line:
+    datasets.positions(0, limit, seed)
+    stream = limit is not None and seed is None
+    every = _file_documents(source) if source.data is None else _hub_documents(source.data, stream)
+    found = list(islice(every, limit if stream else None))
+    if not stream:
+        found = [found[position] for position in datasets.positions(len(found), limit, seed)]
+    if not found:
+        where = source.path or (source.data and source.data.where)
+        raise ConfigError(f"{where} has no row with a document and a summary; {datasets.INSTEAD}")
+    return found
+
+
+def _file_documents(source: TextSource) -> Iterator[Document]:
+    assert source.path is not None
+    lines = dict[str, int]()
+    for line, row in read_rows(source.path):
+        id = str(line if row.get("id") is None else row["id"])
+        if lines.setdefault(id, line) != line:
             raise ConfigError(
-                f"lines {lines[document.id]} and {line} of {source.path} have the same id "
-                f'"{document.id}": give each document its own'
+                f'lines {lines[id]} and {line} of {source.path} have the same id "{id}": give each '
+                "document its own"
             )
-        every.append(document)
-    if not every:
-        raise ConfigError(f"the file {source.path} has no documents: add lines such as {EXAMPLE}")
-    return [every[position] for position in datasets.positions(len(every), limit, seed)]
+        text, summary = (_value(source, role, line, row) for role in ("document", "summary"))
+        yield Document(id, text.strip(), summary)
 
 
-def check(name: str) -> None:
-    """Raise ``ConfigError`` unless ``name`` can be a source of documents with summaries."""
-    resolve(name, summaries=True)
-
-
-def _document(row: dict[str, Any], line: int, source: TextSource) -> Document:
-    where = f"line {line} of {source.path}"
-    texts_by_role = dict[str, str]()
-    for role, columns in (
-        ("document", source.columns[:1] or DOCUMENT_COLUMNS),
-        ("summary", source.columns[1:] or SUMMARY_COLUMNS),
-    ):
-        name = next((name for name in columns if name in row), None)
-        if name is None:
-            others = f" (or {', '.join(columns[1:])})" if columns[1:] else ""
-            raise ConfigError(
-                f"{where} has no {columns[0]}{others} but {', '.join(row) or 'nothing'}: "
-                f"write {EXAMPLE}"
-            )
-        value = datasets.reference(row[name]) if role == "summary" else row[name]
-        if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"the {role} in {where} is empty or not text: write {EXAMPLE}")
-        texts_by_role[role] = value.strip()
-    return Document(str(line if row.get("id") is None else row["id"]), **texts_by_role)
+def _hub_documents(data: DataSet, stream: bool) -> Iterator[Document]:
+    columns = {role: column for role, (column, *_) in data.columns.items()}
+    for position, row in enumerate(datasets.rows(data, stream=stream)):
+        text = str(row[columns["document"]] or "").strip()
+        summary = plain_summary(row[columns["summary"]])
+        if data.name == "multi_news":  # articles between markers; each summary begins with a dash
+            articles = map(str.strip, text.replace("NEWLINE_CHAR", "\n").split("|||||"))
+            text, summary = BLANK_LINE.join(filter(None, articles)), summary.lstrip("–— \n")
+        if text and summary:
+            yield Document(str(row[columns["id"]] if "id" in columns else position), text, summary)
 
 
 # Documents in two halves: what is chosen on the first is reported on the second, and no document
@@ -418,9 +368,8 @@ class Source:
 def sources(names: Sequence[str]) -> tuple[Source, ...]:
     """The sources that ``names`` mean, in order.
 
-    The documents of a JSONL file are its rows, those of any other text its paragraphs, or its
-    lines where no line is blank.  Raises ``ConfigError`` for an unknown name, a file that
-    cannot be used, and a source that is given twice.
+    The documents of a JSONL file are its rows, those of any other text its paragraphs.  Raises
+    ``ConfigError`` for a name or a file that cannot be used, and a source that is given twice.
     """
     by_label = dict[str, Source]()
     for name in names:
@@ -430,9 +379,12 @@ def sources(names: Sequence[str]) -> tuple[Source, ...]:
                 f'the text "{source.label}" was given twice: leave one out, or rename it'
             )
         if source.name == EMBEDDED:
-            every: Iterable[str] = _embedded()
+            every = _embedded()
         else:
-            every = load(source) if source.has_rows else paragraphs(load(source)[0])
+            every = load(source)
+            if not source.has_rows:
+                parts = re.split(r"\n\s*\n", every[0].strip())
+                every = parts if len(parts) > 1 else every[0].split("\n")
         documents = tuple(text.strip() for text in every if text.strip())
         if not documents:
             raise ConfigError(f'the text "{name}" is empty: give another one')
@@ -450,9 +402,3 @@ def _embedded() -> list[str]:
     parts = [segment.text for passage in passages.shipped() for segment in passage.segments()]
     half, middle = len(subjects) // 2, len(parts) // 2
     return [*subjects[:half], *parts[:middle], *subjects[half:], *parts[middle:]]
-
-
-def paragraphs(text: str) -> list[str]:
-    """The parts between blank lines; the lines themselves where there is no blank one."""
-    found = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
-    return found if len(found) > 1 else [line for line in text.split("\n") if line.strip()]

@@ -1,29 +1,26 @@
-"""Long passages with marked changes of topic, and the tokens at which these fall.
+"""Long passages with marked changes of topic, and two-topic prompts; shipped, or as JSONL files.
 
-The package's are under ``shipped/drift/passages``: one text file each, and ``index.jsonl`` with
-topics and changes.  In a user's JSONL file a line has ``id``, ``text``, ``topics`` (a list
-of ``{"name", "domain"}``) and ``changes`` (see ``Passage``).
+A line has the fields of ``Passage``, or of ``DriftPrompt``, which needs only ``text``.
+``benchmarks/make_prompts.py`` made the package's prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
-from importlib import resources
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import Field, StrictInt
+from pydantic import Field, StrictInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from dart_llm.data import topic_prompts
-from dart_llm.data.topic_prompts import DriftPrompt, read_records
 from dart_llm.errors import ConfigError, UnknownName, check_name
 from dart_llm.files import read_rows
 
 SHIPPED = "shipped"
 """Written in place of a file: the package's."""
+
+FOLDER = Path(__file__).parent / "shipped" / "drift"
 
 BREAK = "\n\n"
 """Separates two paragraphs."""
@@ -31,7 +28,7 @@ BREAK = "\n\n"
 
 @dataclass(frozen=True)
 class Topic:
-    """What a part of a passage is about, and the domain that this belongs to."""
+    """The subject of a part of a passage, and the domain that this belongs to."""
 
     name: str
     domain: str
@@ -49,42 +46,38 @@ class Segment(NamedTuple):
     text: str
 
 
+class _Record:
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data, as in a file."""
+        data: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
+        return data
+
+
 @dataclass(frozen=True)
-class Passage:
+class Passage(_Record):
     """Paragraphs joined by blank lines, with two topics or more.
 
     ``changes``: for every topic but the first, the offset in characters at which its first
-    paragraph begins.  Raises ``ConfigError`` for an offset that begins no paragraph, for offsets
-    that do not rise or do not match the topics, and for neighboring topics of one domain.
+    paragraph begins.  Raises ``ConfigError`` for offsets that do not rise, do not match the topics
+    or do not begin a paragraph, and for neighbouring topics of one domain.
     """
 
     id: Annotated[str, Field(min_length=1)]
     text: Annotated[str, Field(min_length=1)]
-    topics: tuple[Topic, ...]
+    topics: Annotated[tuple[Topic, ...], Field(min_length=2)]
     changes: tuple[StrictInt, ...]
 
     def __post_init__(self) -> None:
-        what = f'the passage "{self.id}"'
-        if len(self.topics) < 2 or len(self.changes) != len(self.topics) - 1:
-            raise ConfigError(
-                f"{what} has {len(self.topics)} topic(s) and {len(self.changes)} change(s): it "
-                "needs two topics or more, and one change less"
-            )
-        if list(self.changes) != sorted(set(self.changes)):
-            raise ConfigError(f"the changes {list(self.changes)} of {what} must rise")
-        for offset in self.changes:
-            starts = 0 < offset < len(self.text) and not self.text[offset].isspace()
-            if not starts or self.text[:offset][-len(BREAK) :] != BREAK:
-                raise ConfigError(
-                    f"the change at character {offset} of {what} begins no paragraph: give the "
-                    "offset of the first character after a blank line"
-                )
-        for one, other in pairwise(self.topics):
-            if one.domain == other.domain:
-                raise ConfigError(
-                    f'{what} goes from "{one.name}" to "{other.name}", both of the domain '
-                    f"{one.domain}: give them different domains"
-                )
+        problem = None
+        if [*self.changes] != sorted({*self.changes}) or len(self.changes) != len(self.topics) - 1:
+            problem = "needs one change less than topics, in rising order"
+        elif any(one == other for one, other in pairwise(self.domains)):
+            problem = f"has neighbouring topics of one domain: {', '.join(self.domains)}"
+        for at in self.changes:
+            if at <= 0 or not self.text[:at].endswith(BREAK) or not self.text[at : at + 1].strip():
+                problem = problem or f"has a change at character {at}, where no paragraph begins"
+        if problem:
+            raise ConfigError(f'the passage "{self.id}" {problem}')
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -93,126 +86,129 @@ class Passage:
 
     def segments(self) -> list[Segment]:
         """The parts about one topic each; with the breaks between them they make up the text."""
-        bounds = [0, *self.changes, len(self.text)]
+        bounds = pairwise([0, *self.changes, len(self.text)])
         return [
             Segment(topic, start, end, self.text[start:end].removesuffix(BREAK))
-            for topic, (start, end) in zip(self.topics, pairwise(bounds), strict=True)
+            for topic, (start, end) in zip(self.topics, bounds, strict=True)
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able data; ``read_passages`` reads it back from a line."""
-        return {**asdict(self), "topics": [*map(asdict, self.topics)], "changes": [*self.changes]}
 
+@dataclass(frozen=True)
+class DriftPrompt(_Record):
+    """A text that asks for two topics.
 
-def shipped() -> list[Passage]:
-    """The passages in the package, in the order of their ids."""
-    data = resources.files("dart_llm.data") / "shipped" / "drift" / "passages"
-    with resources.as_file(data) as folder:
-        index = folder / "index.jsonl"
-        rows = dict(read_rows(index))
-        for row in rows.values():
-            text = (folder / f"{row['id']}.txt").read_text(encoding="utf-8")
-            row["text"] = text.removesuffix("\n")
-        return read_records(Passage, index, rows.items())
+    ``id``: template and a hash of the text; ``slots``: what was put into the template;
+    ``domains``: of both topics.  A prompt that was not generated has neither domains nor seed.
+    """
 
-
-def passages(source: str | None) -> list[Passage]:
-    """Those of a JSONL file, or the package's (``SHIPPED``, no name); raises as ``existing``."""
-    if not source or source == SHIPPED:  # "" is how a script says that nothing is given
-        return shipped()
-    return read_passages(existing("passages", source))
-
-
-def existing(option: str, source: str) -> Path:
-    """The file of ``--passages`` or ``--prompts``; raises ``ConfigError`` where there is none."""
-    path = Path(source)
-    if not path.exists():
-        raise ConfigError(
-            f"--{option} {source}: there is no such file; --{option} {SHIPPED} takes the package's"
-        )
-    return path
-
-
-def read_passages(path: str | Path) -> list[Passage]:
-    """The passages in a JSONL file; raises as ``read_records``."""
-    return read_records(Passage, path, read_rows(Path(path)))
+    id: str
+    text: Annotated[str, Field(pattern=r"\S")]
+    template: str = ""
+    slots: Mapping[str, str] = Field(default_factory=dict)
+    domains: Annotated[tuple[str, ...], Field(max_length=2)] = ()
+    seed: int | None = None
 
 
 Record = TypeVar("Record", DriftPrompt, Passage)
 
 
-def listed_prompts(file: Path | None = None) -> list[DriftPrompt]:
-    """The package's prompts, or those in a JSONL file."""
-    return topic_prompts.shipped() if file is None else topic_prompts.read_prompts(file)
+def _read_records(
+    kind: type[Record], path: Path, rows: Iterable[tuple[int, dict[str, Any]]]
+) -> list[Record]:
+    """The numbered lines of a file; raises ``ConfigError`` unless there are some that all fit."""
+    adapter, records = TypeAdapter(kind), dict[str, Record]()
+    for number, row in rows:
+        where = f"line {number} of {path}"
+        try:
+            record: Record = adapter.validate_python(row)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(map(str, problem["loc"]))
+            raise ConfigError(f"{where}, {field}: {problem['msg']}") from None
+        if record.id in records:
+            raise ConfigError(f'the id "{record.id}" in {where} is taken: give each line its own')
+        records[record.id] = record
+    if not records:
+        raise ConfigError(f"the file {path} is empty: it has no prompts or passages")
+    return list(records.values())
 
 
-def listed_passages(file: Path | None = None) -> list[Passage]:
-    """The package's passages, or those in a JSONL file."""
-    return shipped() if file is None else read_passages(file)
+def _path(option: str, file: Path | str | None) -> Path | None:
+    """The JSONL file of ``--prompts`` or ``--passages``; None: the package's."""
+    if not file or file == SHIPPED:  # "" is how a script leaves it out
+        return None
+    if not (path := Path(file)).exists():
+        raise ConfigError(
+            f"--{option} {file}: there is no such file; --{option} {SHIPPED} takes the package's"
+        )
+    return path
+
+
+def listed_prompts(file: Path | str | None = None) -> list[DriftPrompt]:
+    """The package's prompts, or those in a JSONL file; without an ``id`` it is the line number."""
+    path = _path("prompts", file) or FOLDER / "prompts.jsonl"
+    rows = (
+        (number, {**row, "id": str(number if row.get("id") is None else row["id"])})
+        for number, row in read_rows(path)
+    )
+    return _read_records(DriftPrompt, path, rows)
+
+
+def listed_passages(file: Path | str | None = None) -> list[Passage]:
+    """The package's passages in the order of their ids, or those in a JSONL file."""
+    path = _path("passages", file) or FOLDER / "passages" / "index.jsonl"
+    rows = dict(read_rows(path))
+    if path.parent == FOLDER / "passages":
+        for row in rows.values():
+            text = path.with_name(f"{row['id']}.txt").read_text(encoding="utf-8")
+            row["text"] = text.removesuffix("\n")
+    return _read_records(Passage, path, rows.items())
+
+
+def shipped() -> list[Passage]:
+    """The package's passages."""
+    return listed_passages()
 
 
 def everything(file: Path | None = None) -> Sequence[DriftPrompt | Passage]:
     """The package's prompts and passages, or those of a JSONL file: passages have ``changes``."""
     if file is None:
-        return [*shipped(), *topic_prompts.shipped()]
+        return [*listed_passages(), *listed_prompts()]
     has_changes = any("changes" in row for _, row in read_rows(file))
     return listed_passages(file) if has_changes else listed_prompts(file)
 
 
-def in_domain(records: Sequence[Record], domain: str | None) -> list[Record]:
-    """Those of which a topic belongs to the domain; raises ``UnknownName`` when no topic does."""
-    _check("domain", domain, {name for record in records for name in record.domains})
-    return [record for record in records if domain is None or domain in record.domains]
-
-
 def choose(
-    prompts: Sequence[DriftPrompt], domain: str | None, template: str | None
-) -> list[DriftPrompt]:
-    """Those with the domain on either side and made from the template; None is any.
+    records: Sequence[Record], domain: str | None, template: str | None = None
+) -> list[Record]:
+    """The records with a topic of a domain, made from a template; None: any.
 
-    Raises ``UnknownName`` for a domain or a template that none of the prompts has.
+    Raises ``UnknownName`` for one that no record has.
     """
-    _check("template", template, {prompt.template for prompt in prompts})
-    return [one for one in in_domain(prompts, domain) if template in (None, one.template)]
-
-
-def _check(kind: str, name: str | None, known: set[str]) -> None:
-    known = known - {""}
-    if name is not None and not known:
-        raise ConfigError(f"this file names no {kind}: leave out --{kind}")
-    check_name(kind, name, known)
+    templates = [getattr(record, "template", "") for record in records]
+    check_name("domain", domain, {name for record in records for name in record.domains})
+    check_name("template", template, {*templates} - {""})
+    return [
+        record
+        for record, made_from in zip(records, templates, strict=True)
+        if domain in (None, *record.domains) and template in (None, made_from)
+    ]
 
 
 def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | Passage:
-    """The record with this id, or the only one whose id begins so.
-
-    Raises ``UnknownName``, and ``ConfigError`` when several ids begin so.
-    """
-    for record in records:
-        if record.id == name:
-            return record
-    close = [record for record in records if name and record.id.startswith(name)]
-    if len(close) == 1:
-        return close[0]
-    if close:
-        raise ConfigError(
-            f'{len(close)} ids begin with "{name}", such as {close[0].id} and {close[1].id}: '
-            "write more of the one you mean"
-        )
-    raise UnknownName("prompt or passage", name, (record.id for record in records))
+    """The record with this id, or the only one whose id begins so; raises ``UnknownName``."""
+    near = [record for record in records if record.id == name]
+    near = near or [record for record in records if name and record.id.startswith(name)]
+    if len(near) != 1:
+        raise UnknownName("prompt or passage", name, [record.id for record in near or records])
+    return near[0]
 
 
 def encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """Token ids, and for each the number of characters up to its end, which never falls."""
-    if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
-        ids, ends = list(encoded["input_ids"]), [end for _, end in encoded["offset_mapping"]]
-    else:  # no offsets: the lengths of the decoded beginnings
-        ids = list(tokenizer(text, verbose=False)["input_ids"])
-        starts = (ids[: k + 1] for k in range(len(ids)))
-        sizes = (len(tokenizer.decode(start, skip_special_tokens=True)) for start in starts)
-        ends = [min(len(text), size) for size in sizes]
-    return ids, list(accumulate(ends, max))  # a special token is at no character
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    ends = (end for _, end in encoded["offset_mapping"])
+    return list(encoded["input_ids"]), list(accumulate(ends, max))  # special tokens: no character
 
 
 def first_tokens(ends: Sequence[int], offsets: Sequence[int]) -> tuple[int, ...]:

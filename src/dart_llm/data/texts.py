@@ -1,15 +1,24 @@
-"""The embedded texts: six subjects for perplexity, and a few prompts.
+"""Texts and prompts: the embedded ones, prompts by name, from a file or a chat, and of MMLU.
 
-The texts were written for this project; each file is about 880 words of plain English.
+The embedded texts were written for this project; each is about 880 words of plain English.
 """
 
 from __future__ import annotations
 
-from importlib.resources import files
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import chain, zip_longest
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
 
-from dart_llm.errors import check_name
+from dart_llm.data.datasets import mmlu_questions, with_choices
+from dart_llm.errors import ConfigError, check_name
 
-_SHIPPED = files("dart_llm.data") / "shipped"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SHIPPED = Path(__file__).parent / "shipped"
 
 
 def subjects() -> tuple[str, ...]:
@@ -18,16 +27,13 @@ def subjects() -> tuple[str, ...]:
 
 
 def read(subject: str) -> str:
-    """One embedded text: paragraphs joined by blank lines, without a final line break.
-
-    Raises ``UnknownName`` with the near names.
-    """
+    """One embedded text: paragraphs joined by blank lines.  Raises ``UnknownName``."""
     return _read("texts", "embedded text", subject)
 
 
 def all_text() -> str:
     """All embedded texts in the order of ``subjects()``, joined by blank lines."""
-    return "\n\n".join(read(subject) for subject in subjects())
+    return "\n\n".join(map(read, subjects()))
 
 
 def openings() -> tuple[str, ...]:
@@ -42,16 +48,151 @@ def prompt_names() -> tuple[str, ...]:
 
 
 def read_prompt(name: str) -> str:
-    """One shipped prompt, without a final line break.  Raises ``UnknownName``."""
+    """One shipped prompt.  Raises ``UnknownName``."""
     return _read("prompts", "prompt", name)
 
 
 def _stems(folder: str) -> tuple[str, ...]:
-    files = (entry.name for entry in (_SHIPPED / folder).iterdir())
-    return tuple(sorted(name[:-4] for name in files if name.endswith(".txt")))
+    return tuple(sorted(path.stem for path in (_SHIPPED / folder).glob("*.txt")))
 
 
 def _read(folder: str, kind: str, name: str) -> str:
-    # Checked against the list before it becomes a path, so "../x" can never be read.
-    check_name(kind, name, _stems(folder))
+    check_name(kind, name, _stems(folder))  # before it becomes a path: "../x" is never read
     return (_SHIPPED / folder / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
+
+
+# Prompts as a user gives them.
+
+LOCAL = Path("datasets")
+"""A folder of the current one where prompts and texts are looked for too."""
+
+LONGEST_NAME = 200  # characters; a longer text is never looked up as a file
+
+
+def is_text(text: str) -> bool:
+    """Whether the command line or standard input gave valid UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_prompt_file(file: str) -> str:
+    """The text of a UTF-8 file, without a byte-order mark; ``-`` is standard input."""
+    name = "from standard input" if file == "-" else f"file {file}"
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
+        text.encode()  # standard input may give half characters
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the prompt {name}: {reason}") from None
+    return text
+
+
+def resolve_prompt(text_or_name: str) -> str:
+    """The prompt that a user means.
+
+    A shipped prompt's name gives that prompt; the name of a file under ``datasets/`` in the
+    current folder (with or without ``.txt``) gives that file's text as it is, or ``ConfigError``
+    where that is not UTF-8; anything else is the prompt itself and comes back unchanged, unless
+    the command line did not give valid UTF-8 (``ConfigError``).
+    """
+    if not is_text(text_or_name):
+        raise ConfigError("the prompt is not valid UTF-8: put the text in a file and give that")
+    if text_or_name in prompt_names():
+        return read_prompt(text_or_name)
+    path = _local_file(text_or_name)
+    if path is None:
+        return text_or_name
+    try:
+        return path.read_bytes().decode("utf-8")  # bytes: line ends stay what they are
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the prompt file {path} cannot be read as UTF-8: {error}") from error
+
+
+def _local_file(name: str) -> Path | None:
+    """The file under ``datasets/`` that ``name`` means, or None; never one outside of it."""
+    pure = PurePath(name)
+    if not name or len(name) > LONGEST_NAME or "\n" in name or pure.anchor or ".." in pure.parts:
+        return None
+    if pure.parts[:1] == (LOCAL.name,):  # "datasets/NAME" was written out
+        pure = pure.relative_to(LOCAL)
+    with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+        for path in (LOCAL / f"{pure}.txt", LOCAL / pure):
+            if path.is_file():
+                return path
+    return None
+
+
+# Prompts as a model reads them.
+
+
+def chat_text(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    instead: str = "use a model that was tuned for chats",
+    **options: Any,
+) -> str:
+    """The prompt of ``messages`` (``role``, ``content``), up to where the answer begins.
+
+    Raises ``ConfigError`` without a chat template (``instead``: what to do then), and for messages
+    that it refuses.  ``options`` are the template's own.
+    """
+    check_chat_template(tokenizer, instead)
+    from jinja2 import TemplateError
+
+    options = {"tokenize": False, "add_generation_prompt": True, **options}
+    try:
+        text: str = tokenizer.apply_chat_template(list(map(dict, messages)), **options)
+    except TemplateError as error:
+        raise ConfigError(f"the model's chat template refuses these messages: {error}") from None
+    return text
+
+
+def check_chat_template(tokenizer: Any, instead: str) -> None:
+    """Raise ``ConfigError``, which says what to do ``instead``, without a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(f"this model's tokenizer has no chat template: {instead}")
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    """``chat_text`` as token ids; the template writes special tokens itself."""
+    text = chat_text(tokenizer, messages)
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def encode_prompt(tokenizer: Any, text: str, chat: bool) -> Tensor:
+    """Token ids [1, T] of a prompt, through the chat template if ``chat``.
+
+    Raises ``ConfigError`` when the tokenizer has no chat template.
+    """
+    if chat:
+        text = chat_text(tokenizer, [{"role": "user", "content": text}], "leave --chat off")
+    # verbose False: a text that is too long is refused elsewhere
+    options = {"add_special_tokens": not chat, "verbose": False}
+    ids: Tensor = tokenizer(text, return_tensors="pt", **options).input_ids
+    return ids
+
+
+def mmlu_prompt(subjects: Sequence[str], tokenizer: Any, length: int) -> str:
+    """A prompt of MMLU questions with their choices and without answers; none is a test question.
+
+    Of the subjects in turn as many questions as fit in ``length`` tokens, special tokens included.
+    Raises ``ConfigError`` where not even one fits, and what ``mmlu_questions`` raises.
+    """
+    names = list(dict.fromkeys(subjects))
+    about = ", ".join(names).replace("_", " ")
+    prompt = heading = f"The following are multiple choice questions about {about}."
+    by_subject = [map(with_choices, mmlu_questions(name)) for name in names]
+    for question in filter(None, chain.from_iterable(zip_longest(*by_subject))):
+        longer = f"{prompt}\n\n{question}"
+        if len(tokenizer.encode(longer)) > length:
+            break
+        prompt = longer
+    if prompt == heading:
+        raise ConfigError(
+            f"a prompt of {length} tokens has no room for a question of {about or 'no subject'}: "
+            "raise the prompt length, or name another subject"
+        )
+    return prompt

@@ -5,24 +5,18 @@ Start with ``engine.py``; ``host.py`` keeps the patched model, ``request.py`` an
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from dart_llm.engine.engine import Engine
-    from dart_llm.engine.requests import Answer, Ask, Sampling
-
-_LAZY = {
-    "Answer": "dart_llm.engine.requests",
-    "Ask": "dart_llm.engine.requests",
-    "Engine": "dart_llm.engine.engine",
-    "Sampling": "dart_llm.engine.requests",
-}
+from dart_llm.engine.requests import GenerationRequest as Ask
+from dart_llm.engine.requests import GenerationResult as Answer
+from dart_llm.engine.requests import Sampling
 
 __all__ = ["Answer", "Ask", "Engine", "Sampling"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name != "Engine":
         raise AttributeError(f"module 'dart_llm.engine' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    from dart_llm.engine.engine import Engine  # imports torch
+
+    return Engine

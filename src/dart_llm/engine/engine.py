@@ -16,35 +16,26 @@ import logging
 import sys
 import threading
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dart_llm.engine.events import Done, Failed, Record
-from dart_llm.engine.host import ConversationCache, PatchHost
+from dart_llm.engine.host import Conversation, PatchHost
 from dart_llm.engine.request import Emit, Pieces, Request
-from dart_llm.engine.requests import GenerationRequest, GenerationResult
+from dart_llm.engine.requests import Failed, GenerationRequest, GenerationResult
 from dart_llm.errors import AttachError, DartError
 from dart_llm.pruning.config import PruneConfig
 
 logger = logging.getLogger("dart_llm")
 
 
-def ignore(record: Record) -> None:
-    """The default of ``emit``."""
-
-
-def never() -> bool:
-    """The default of ``cancelled``."""
-    return False
-
-
 class Engine(contextlib.AbstractContextManager["Engine"]):
     """Answers requests on one model, one at a time; use it as a context manager, or ``close`` it.
 
-    ``conversations``: how many named ones are kept, shared fairly between the owners that requests
-    name.  ``executor``: what runs the pruned FFNs of all requests, as in ``PruneConfig``.
-    ``calibration``: the text that static methods learn from.  ``cache_dir``: where learned
-    statistics are kept.  ``say`` is called with a line while a method learns.
+    ``conversations``: how many named ones are kept, those used last.  ``executor``: what runs the
+    pruned FFNs of all requests, as in ``PruneConfig``.  ``calibration``: the text that static
+    methods learn from.  ``cache_dir``: where learned statistics are stored.  ``say`` is called
+    with a line while a method learns.
 
     Raises ``AttachError`` for a model that is being pruned, ``UnsupportedModel`` and
     ``ConfigError`` for one that cannot be.
@@ -65,7 +56,9 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         self._host = PatchHost(model, tokenizer, executor, calibration, cache_dir, say)
         self._pieces = Pieces(tokenizer)
         self._ends = _end_tokens(model, tokenizer)
-        self._conversations = ConversationCache(conversations)
+        self._limit = conversations
+        self._conversations = OrderedDict[str, Conversation]()
+        """By name; those used last come last."""
         self._closed = False
 
     @property
@@ -87,7 +80,10 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
                 self._host.rest()
 
     def run(
-        self, ask: GenerationRequest, emit: Emit = ignore, cancelled: Callable[[], bool] = never
+        self,
+        ask: GenerationRequest,
+        emit: Emit = lambda record: None,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> GenerationResult:
         """Answer one request.
 
@@ -102,7 +98,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
             method = self._host.bind(ask.config)
             name = ask.id or uuid.uuid4().hex
             request = Request(self._host, method, ask, self._pieces, name, self._ends)
-            earlier = self._conversations.pop(ask.conversation)
+            earlier = self._conversations.pop(ask.conversation or "", None)
             if earlier is not None and not earlier.continues(method.settings, ask.ids):
                 earlier = None
             try:
@@ -117,16 +113,17 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
                 request.release()
                 self._host.rest()
             if ask.conversation is not None and conversation is not None:
-                self._conversations.put(ask.conversation, conversation, ask.owner)
-            texts = result.finish, result.texts
-            emit(Done(result.id, *texts, result.usage, result.timings, result.report))
+                self._conversations[ask.conversation] = conversation
+                while len(self._conversations) > self._limit:
+                    self._conversations.popitem(last=False)
+            emit(result)
             trim_heap()
             return result
 
     def forget(self, conversation: str) -> None:
         """Drop a conversation, if it is kept."""
         with self._exclusive():
-            self._conversations.pop(conversation)
+            self._conversations.pop(conversation, None)
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -146,7 +143,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         with self._exclusive():
             self._closed = True
             self._conversations.clear()
-            self._host.close()
+            self._host.patch.remove()
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -155,11 +152,8 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """Tokens that end a text: those of ``generate``, else the tokenizer's."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ends is None:
-        ends = getattr(tokenizer, "eos_token_id", None)
-    if ends is None:
-        return frozenset()
-    return frozenset([ends] if isinstance(ends, int) else ends)
+    ends = getattr(tokenizer, "eos_token_id", None) if ends is None else ends
+    return frozenset([ends] if isinstance(ends, int) else ends or ())
 
 
 def trim_heap() -> None:

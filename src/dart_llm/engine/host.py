@@ -1,10 +1,9 @@
-"""A model that stays patched between requests, and the cache of named conversations."""
+"""A model that stays patched between requests, and conversations with its caches."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +22,6 @@ from dart_llm.pruning.registry import TOKEN_RULES
 from dart_llm.session.prepare import prepare
 from dart_llm.session.run import BoundMethod, PatchCosts
 
-logger = logging.getLogger("dart_llm")
-
 DENSE = PruneConfig.build("dense")
 
 BOUND = 32
@@ -32,19 +29,16 @@ BOUND = 32
 
 
 class PatchHost:
-    """Keeps the model attached; to be used by one thread at a time.
-
-    ``executor``: what runs the pruned FFNs, as in ``PruneConfig``; it is chosen once.
-    """
+    """Keeps the model attached; to be used by one thread at a time; arguments as of ``Engine``."""
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
-        executor: str = "auto",
-        calibration: str | None = None,
-        cache_dir: str | None = None,
-        say: Callable[[str], None] = logger.info,
+        executor: str,
+        calibration: str | None,
+        cache_dir: str | None,
+        say: Callable[[str], None],
     ) -> None:
         if model.training:
             raise ConfigError("this model is in training mode: call model.eval() first")
@@ -106,28 +100,23 @@ class PatchHost:
                 f'"{config.executor}": leave it out'
             )
         method = BoundMethod(self.model, self.tokenizer, config)
-        if method.selector.removes_nothing:
-            return method
-        method = self._calibrated(method)
-        chooses = method.fixed_masks is None
-        check_executor(self.view.blocks, method.selector, self.model, chooses)
+        if not method.selector.removes_nothing:
+            method = self._calibrated(method)
+            chooses = method.fixed_masks is None
+            check_executor(self.view.blocks, method.selector, self.model, chooses)
         return method
 
     def _calibrated(self, method: BoundMethod) -> BoundMethod:
         """``method`` with its statistics of the model, from the cache or learned."""
-        config, model = method.settings, self.model
+        config, where = method.settings, (self.cache_dir, self.say)
         if config.calibration is not None:
             with self._detached():
-                return prepare(
-                    model, self.tokenizer, config, self.calibration, self.cache_dir, self.say
-                )
-        layers = cached_calibration(model, config, method.layers, self.cache_dir)
-        if layers is None:
+                return prepare(self.model, self.tokenizer, config, self.calibration, *where)
+        learned = cached_calibration(self.model, config, method.layers, self.cache_dir)
+        if learned is None:
             with self._detached():
-                layers = self_calibrate(
-                    model, config, method.layers, self.cache_dir, self.say, self.tokenizer
-                )
-        return replace(method, learned=layers)
+                learned = self_calibrate(self.model, config, method.layers, *where, self.tokenizer)
+        return replace(method, learned=learned)
 
     def serve(self, controller: PruningController) -> None:
         """``controller`` decides in the next forwards; raises ``AttachError`` when detached."""
@@ -164,10 +153,6 @@ class PatchHost:
         has_kernel = config.token is None or TOKEN_RULES.get(config.token.rule).native
         return self.executor if has_kernel and config.batch != "per_row" else "masked"
 
-    def close(self) -> None:
-        """Detach: the model is exactly what it was."""
-        self.patch.remove()
-
 
 @dataclass
 class Conversation:
@@ -191,11 +176,9 @@ class Conversation:
 
         A prompt may leave out the end of the last answer (a stop string), or spell it otherwise.
         """
-        same = 0
-        for old, new in zip(self.ids, ids, strict=False):
-            if old != new:
-                break
-            same += 1
+        pairs = enumerate(zip(self.ids, ids, strict=False))
+        differs = (index for index, (old, new) in pairs if old != new)
+        same = next(differs, min(len(self.ids), len(ids)))
         same = min(same, len(ids) - 1)  # the last token's logits are needed
         fits = all(getattr(layer, "is_croppable", False) for layer in self.cache.layers)
         return same if same >= self.answer and (fits or same == len(self.ids)) else 0
@@ -213,33 +196,3 @@ class Conversation:
         controller.finished, controller.checks = [], []
         for state in controller.sequences:
             state.mask_spans, state.remasks, state.prompt_tokens = [], [], 0.0
-
-
-class ConversationCache:
-    """At most ``limit`` conversations, those used last.
-
-    The owner with the most of them loses one first, so that no owner can evict the others'.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._entries: OrderedDict[str, tuple[str, Conversation]] = OrderedDict()
-
-    def pop(self, name: str | None) -> Conversation | None:
-        """Take out the conversation ``name``, if there is one."""
-        return None if name is None else self._entries.pop(name, ("", None))[1]
-
-    def put(self, name: str, conversation: Conversation, owner: str = "") -> None:
-        """Keep it as the one used last."""
-        self._entries[name] = (owner, conversation)
-        while len(self._entries) > self._limit:
-            counts = Counter(owner for owner, _ in self._entries.values())
-            most = max(counts.values())
-            oldest = next(n for n, (own, _) in self._entries.items() if counts[own] == most)
-            del self._entries[oldest]
-
-    def clear(self) -> None:
-        self._entries.clear()
-
-    def __len__(self) -> int:
-        return len(self._entries)

@@ -1,14 +1,18 @@
-"""Requests to an engine, and their results."""
+"""Requests to an engine, the records that it emits while one runs, and the results.
+
+Every request gives one ``start``, then ``token``, ``check``, ``remask`` and ``mask`` records as
+things happen, and one ``done`` or ``error``.  ``to_dict`` gives JSON-able data with a ``kind``.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar
 
-from dart_llm.engine.events import Timings, Usage
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.records import RunReport
+from dart_llm.pruning.records import DriftCheck, Remask, RunReport
 
 MAX_CHOICES, MAX_STOPS, MAX_LOGPROBS = 128, 16, 20
 """Bounds of ``n``, of the number of stop strings and of ``logprobs``."""
@@ -22,8 +26,7 @@ class Sampling:
     probability.  ``seed``: the same one gives the same answer; None: another at every request.
     ``n``: answers, decoded as one batch that shares its masks.  ``stop``: strings that end an
     answer, which does not include them.  ``logprobs``: k for the log-probabilities of the sampled
-    token and of the k likeliest, before temperature; None for none.  ``prompt_logprobs``: those of
-    the prompt's tokens too; ``max_tokens`` may then be 0.
+    token and of the k likeliest, before temperature; None for none.
     """
 
     max_tokens: int = 256
@@ -33,27 +36,21 @@ class Sampling:
     n: int = 1
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
-    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        if self.prompt_logprobs and self.logprobs is None:
-            raise ConfigError("prompt_logprobs requires logprobs: give their number, 0 or more")
-        if self.max_tokens < (0 if self.prompt_logprobs else 1):
-            raise ConfigError(f"max_tokens {self.max_tokens} must be 1 or more")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature {self.temperature:g} must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p {self.top_p:g} must lie in (0, 1]")
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise ConfigError(f"seed {self.seed} must fit into 64 bits")
-        if not 1 <= self.n <= MAX_CHOICES:
-            raise ConfigError(f"n {self.n} must be 1 to {MAX_CHOICES}")
-        if len(self.stop) > MAX_STOPS:
-            raise ConfigError(f"{len(self.stop)} stop strings are too many: give {MAX_STOPS}")
-        if not all(self.stop):
-            raise ConfigError("an empty stop string would end every answer at once: drop it")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise ConfigError(f"logprobs {self.logprobs} must be 0 to {MAX_LOGPROBS}")
+        count = self.logprobs
+        valid_stop = len(self.stop) <= MAX_STOPS and all(self.stop)
+        for name, valid, expected in (
+            ("max_tokens", self.max_tokens >= 1, "1 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "an integer of 64 bits"),
+            ("n", 1 <= self.n <= MAX_CHOICES, f"1 to {MAX_CHOICES}"),
+            ("stop", valid_stop, f"at most {MAX_STOPS} strings, none of them empty"),
+            ("logprobs", count is None or 0 <= count <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
+        ):
+            if not valid:
+                raise ConfigError(f"{name} {getattr(self, name)} must be {expected}")
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,8 @@ class GenerationRequest:
     """One request.
 
     ``ids``: the prompt's tokens.  ``config``: None is dense.  ``conversation``: a name; a prompt
-    that extends the conversation of this name continues from its cache.  ``owner``: whose it is:
-    beyond the limit the owner with the most conversations loses one.  ``id``: the request's id in
-    its records; "": a new one.
+    that extends the conversation of this name continues from its cache.  ``id``: the request's id
+    in its records; "": a new one.
     """
 
     ids: tuple[int, ...]
@@ -71,40 +67,200 @@ class GenerationRequest:
     config: PruneConfig | None = None
     conversation: str | None = None
     id: str = ""
-    owner: str = ""
 
     def __post_init__(self) -> None:
         if not self.ids:
             raise ConfigError("the prompt has no token")
         if self.conversation is not None and self.sampling.n > 1:
             raise ConfigError("a conversation continues one answer: ask for n 1")
-        if self.sampling.prompt_logprobs and self.config is not None:
-            raise ConfigError(
-                "a prompt is read by the dense model, so its log-probabilities are those of the "
-                'dense model: ask for method "dense"; dart-llm eval scores pruned models'
-            )
-        if self.sampling.prompt_logprobs and self.conversation is not None:
-            raise ConfigError(
-                "prompt_logprobs needs the whole prompt read: leave the conversation out"
-            )
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able data of a record or of one of its fields."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return [_plain(item) for item in value] if isinstance(value, tuple | bytes) else value
+
+
+class _Record:
+    """Base of all records."""
+
+    kind: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data: the kind, then the fields."""
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        return {"kind": self.kind, **{name: _plain(getattr(self, name)) for name in names}}
 
 
 @dataclass(frozen=True)
-class GenerationResult:
-    """Per choice its text, its tokens and why it ended; usage, timings and accounting.
+class PromptToken:
+    """One token of the prompt; special tokens by their names."""
 
-    ``finish``: ``stop`` (end of text or a stop string), ``length`` or ``cancelled``.
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Start(_Record):
+    """A request begins.  ``sparsity``: None if none was requested for the whole model."""
+
+    kind: ClassVar[str] = "start"
+    id: str
+    model: str
+    method: str
+    sparsity: float | None
+    config: dict[str, Any]
+    executor: str
+    layers: int
+    neurons: tuple[int, ...]
+    prompt: tuple[PromptToken, ...]
+
+
+@dataclass(frozen=True)
+class Likely:
+    """One of the likeliest tokens in a position; ``logprob`` in nats."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Token(_Record):
+    """One token of one choice.
+
+    ``text``: the text that became readable: "" while a character is incomplete or a stop string may
+    begin, later more than the token's; an answer is all of them joined.  ``piece``: the text of
+    this token alone.  A token that ends the answer has a ``piece`` but no ``text``.
+    ``phase``: ``prefill`` (the first, from the prompt's logits), ``observe``, ``pruned``,
+    ``released`` or ``dense``.  ``logprob`` (nats) and ``top`` are None unless requested.
+    ``seconds``: since the token before, or since the request began.
     """
 
+    kind: ClassVar[str] = "token"
+    choice: int
+    index: int
+    id: int
+    text: str
+    piece: str
+    phase: str
+    logprob: float | None
+    top: tuple[Likely, ...] | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Check(_Record):
+    """The drift detector completed a window.
+
+    The first window of a rule that is arming has nothing to compare with: ``similarity`` is None.
+    """
+
+    kind: ClassVar[str] = "check"
+    check: DriftCheck
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of ``DriftCheck``."""
+        data = {"kind": self.kind, **_plain(self.check)}
+        first = self.check.state == "arming" and self.check.similarity == 0
+        return {**data, "similarity": None} if first else data
+
+
+@dataclass(frozen=True)
+class Masked(_Record):
+    """Masks were built."""
+
+    kind: ClassVar[str] = "remask"
+    remask: Remask
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of ``Remask``."""
+        return {"kind": self.kind, **_plain(self.remask)}
+
+
+@dataclass(frozen=True)
+class Mask(_Record):
+    """A mask that is used from token ``token`` on; ``number`` counts from 1.
+
+    ``raster``: per layer one byte for each group of neighbouring neurons, the share of them that
+    is kept, 0 to 255; the same everywhere with per-token selection.
+    """
+
+    kind: ClassVar[str] = "mask"
+    number: int
+    token: int
+    kept_share: tuple[float, ...]
+    raster: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request; ``cached_tokens`` of the prompt were in its conversation's cache.
+
+    ``completion_tokens``: of all choices, tokens that end a text included.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """How long a request took, under llama.cpp's names; ``ms`` are milliseconds.
+
+    ``prompt_n`` tokens were read before the first token, ``predicted_n`` were decoded after it
+    (over all choices); rates are None if there were none.
+    """
+
+    prompt_n: int
+    prompt_ms: float
+    predicted_n: int
+    predicted_ms: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """With times per token, and tokens per second."""
+        data: dict[str, Any] = {}
+        for name in ("prompt", "predicted"):
+            count, ms = getattr(self, f"{name}_n"), getattr(self, f"{name}_ms")
+            data[f"{name}_n"], data[f"{name}_ms"] = count, ms
+            data[f"{name}_per_token_ms"] = ms / count if count else None
+            data[f"{name}_per_second"] = 1e3 * count / ms if count and ms else None
+        return data
+
+
+@dataclass(frozen=True)
+class Done(_Record):
+    """A request ended: its last record, and what ``Engine.run`` returns.
+
+    Per choice why it ended, ``stop`` (end of text or a stop string), ``length`` or ``cancelled``,
+    its text and its tokens.
+    """
+
+    kind: ClassVar[str] = "done"
     id: str
-    texts: tuple[str, ...]
-    tokens: tuple[tuple[int, ...], ...]
     finish: tuple[str, ...]
+    texts: tuple[str, ...]
     usage: Usage
     timings: Timings
     report: RunReport
+    tokens: tuple[tuple[int, ...], ...] = ()
 
 
-Ask = GenerationRequest
-Answer = GenerationResult
-"""The public names of both."""
+GenerationResult = Done
+
+
+@dataclass(frozen=True)
+class Failed(_Record):
+    """A request failed; the last record of it."""
+
+    kind: ClassVar[str] = "error"
+    id: str
+    message: str
+
+
+Record = Start | Token | Check | Masked | Mask | Done | Failed
+"""What an engine emits."""

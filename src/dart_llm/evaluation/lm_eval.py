@@ -23,7 +23,7 @@ import torch
 
 from dart_llm.data import datasets
 from dart_llm.data.datasets import LOCAL_MMLU, MMLU_SUBJECTS
-from dart_llm.data.prompts import check_chat_template
+from dart_llm.data.texts import check_chat_template
 from dart_llm.errors import ConfigError, DartError, LoadError, MissingExtra, UnknownName, chain
 from dart_llm.evaluation.likelihood import SHORT
 from dart_llm.evaluation.lm_eval_scoring import Scorer

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dart_llm.data.datasets import Document
-from dart_llm.data.documents import load_documents
-from dart_llm.data.prompts import chat_text, check_chat_template
+from dart_llm.data.documents import Document, load_documents
+from dart_llm.data.texts import chat_text, check_chat_template
 from dart_llm.errors import ConfigError, check_name
 from dart_llm.evaluation import text_metrics
 from dart_llm.evaluation.masks_seen import (

@@ -132,18 +132,13 @@ def measure(
     return _module(task).measure(candidate, named, options, parts, advance)  # type: ignore[no-any-return]
 
 
-def check_calibration(
-    config: PruneConfig, source: str | None, tasks: Iterable[str], options: MeasureOptions
-) -> None:
+def check_calibration(config: PruneConfig, source: str | None, tasks: Iterable[str]) -> None:
     """Raise ``ConfigError`` when the text that ``config`` calibrates on is evaluated by a task."""
     learns = config.calibration
     if learns is None or learns.source != "text":
         return
     for kind, name in map(split, tasks):
-        first = kind == "summarize" and options.sample_seed is None  # else spread over the text
-        texts = slice_sources(name)[0] if kind in SLICED else [name]
-        rows = options.limit if first else None
-        documents.check_disjoint(source, dict.fromkeys(texts, rows))
+        documents.check_disjoint(source, slice_sources(name)[0] if kind in SLICED else [name])
 
 
 def check_task(task: str, options: MeasureOptions) -> None:

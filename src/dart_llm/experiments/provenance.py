@@ -63,7 +63,7 @@ class Digests:
         if kind == "summarize":
             return self._digests({"data": data})
         named = {"text": data} if kind == "perplexity" else {"tasks": options.include_path or ""}
-        if kind == "mmlu" or (kind == "perplexity" and data.partition(":")[0] in documents.MMLU):
+        if kind == "mmlu" or (kind == "perplexity" and data.partition(":")[0] == documents.MMLU):
             named["mmlu"] = LOCAL_MMLU.as_posix()
         return self._digests(named)
 

@@ -1,40 +1,62 @@
-"""FastAPI routes; streaming answers.  The only file that imports fastapi."""
+"""FastAPI routes, what every request passes first, streaming answers.
+
+The only file that imports fastapi.  ``Guard`` checks host, origin, API key and limits of the body,
+and sets every response's headers.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
+import hashlib
+import hmac
+import re
+import time
+from collections.abc import AsyncGenerator
+from secrets import token_hex
 from typing import Annotated, Any, NoReturn
-
-from pydantic_core import from_json
 
 from dart_llm import __version__
 from dart_llm.errors import MissingExtra
 from dart_llm.server import window
-from dart_llm.server.responses import (
+from dart_llm.server.schemas import (
     APIError,
-    ChatFormat,
+    ChatBody,
+    Common,
+    CompletionBody,
     Format,
     RecordFormat,
+    is_ready,
     json_bytes,
-    sse,
+    refusal,
 )
-from dart_llm.server.schemas import ChatBody, Common, CompletionBody, is_ready, refusal
-from dart_llm.server.security import Guard, Receive, Scope, Send
-from dart_llm.server.service import END_OF_STREAM, QueuedRequest, Service, logger
+from dart_llm.server.service import END_OF_STREAM, QueuedRequest, Service, internal_error, logger
 
 try:
     from fastapi import APIRouter, Depends, FastAPI, Request, Response
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import FileResponse
-    from fastapi.routing import APIRoute
+    from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
     from fastapi.staticfiles import StaticFiles
+    from starlette.datastructures import Headers, MutableHeaders
     from starlette.exceptions import HTTPException
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ImportError:
     raise MissingExtra("fastapi", "serve") from None
 
-PING_SECONDS = 15.0
+CONTENT_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+HEADERS = {
+    "content-security-policy": CONTENT_POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+"""Headers of every response, unless its route sets them."""
 
 REPORT_HEADERS = {
     "content-security-policy": "sandbox allow-scripts; default-src 'none'; img-src data:; "
@@ -43,59 +65,153 @@ REPORT_HEADERS = {
 }
 """Headers of a report: a page without an origin, whose scripts cannot send requests here."""
 
-MISSING = {
-    "/v1/responses": "this server has no /v1/responses: use /v1/chat/completions (with "
-    "@ai-sdk/openai: openai.chat(model) instead of openai(model))"
-}
-"""Messages for OpenAI's addresses that this server does not have."""
+OPEN = ("/", "/healthz")
+"""Paths that need no key, beside ``/static/``: they show nothing of the model or of a user."""
+
+PROGRAMS = ("/api/", "/v1/", "/metrics")
+"""Paths that pages of other sites may not even link to."""
+
+BODY_SECONDS = 30.0  # how long a body may take to arrive
+
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+?)\.?(?::[0-9]{1,5})?")
+"""A name or an address, maybe with the dot that ends a full name, and a port."""
 
 
-class Streamed(Response):
-    """Sends what ``chunks`` yields, and closes it when the client goes away.
+class Guard:
+    """Refuses what the settings do not allow, and turns every exception into a response."""
 
-    The status waits for the first bytes, so that what fails before them is an HTTP error (a
-    StreamingResponse sends its status first).
-    """
-
-    def __init__(self, chunks: AsyncGenerator[bytes, None], media_type: str = "") -> None:
-        # proxies such as nginx would collect a stream before they send it
-        super().__init__(media_type=media_type or EVENTS, headers={"x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self.chunks = chunks
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app = app
+        self.settings, self.metrics = service.settings, service.metrics
+        self.keys = [_digest(key) for key in self.settings.keys]
+        self.max_bytes = self.settings.max_body_kib << 10
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send(send))
-        gone = asyncio.ensure_future(_disconnected(receive))
-        try:
-            await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
-        finally:
-            gone.cancel()
-            sending.cancel()
+        request_id, began = f"req_{token_hex(12)}", time.perf_counter()
+        status: int | None = None
 
-    async def _send(self, send: Send) -> None:
-        started = False
+        async def guarded(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(raw=message["headers"])
+                for name, value in {**HEADERS, "x-request-id": request_id}.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            client = self._check(scope["path"], scope["method"], Headers(scope=scope))
+            address = (scope.get("client") or ("unknown",))[0]
+            scope["dart"] = {"request_id": request_id, "client": client or address}
+            await self.app(scope, self._limited(receive), guarded)
+        except Exception as error:
+            if not isinstance(error, APIError):
+                error = internal_error(request_id, error, self.settings.log_prompts)
+            if status is None:
+                response = JSONResponse(error.to_dict(), error.status, error.headers)
+                await response(scope, receive, guarded)
+        finally:
+            # the route's pattern: a path that a client makes up is not a label
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.counters["requests"].labels(route, str(status or "none")).inc()
+            took = time.perf_counter() - began
+            logger.info("%s %s %s %s %.3f s", request_id, scope["method"], route, status, took)
+
+    def _check(self, path: str, method: str, headers: Headers) -> str:
+        """The name of the client's key, "" without keys; raises ``APIError``."""
+        hosts = headers.getlist("host")
+        self._check_host(hosts)
+        self._check_origin(path, headers, "".join(hosts).lower())
+        key = self._check_key(path, headers.get("authorization", ""))
+        content = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if method == "POST" and content != "application/json":  # forms send other types
+            raise APIError(415, "send JSON, with Content-Type: application/json")
+        length = headers.get("content-length", "0")
+        self._check_size(int(length) if length.isdigit() else 0)
+        return key
+
+    def _check_host(self, hosts: list[str]) -> None:
+        """DNS rebinding: a page whose name points to this address has that name as Host."""
+        if self.settings.hosts is None:
+            return
+        match = HOST.fullmatch(hosts[0].strip().lower()) if len(hosts) == 1 else None
+        if match is None or match[1] not in self.settings.hosts:
+            text = "unknown Host header: connect via localhost, or add the name with --allow-host"
+            raise APIError(403, text, code="host_not_allowed")
+
+    def _check_origin(self, path: str, headers: Headers, host: str) -> None:
+        """Pages of other sites: a browser names the site that a request comes from."""
+        origins = [origin.lower().partition("://")[2] for origin in headers.getlist("origin")]
+        site = headers.get("sec-fetch-site", "none")
+        foreign = site in ("cross-site", "same-site") and path.startswith(PROGRAMS)
+        if foreign or any(origin != host for origin in origins):
+            raise APIError(403, "cross-origin requests are not allowed", code="origin_not_allowed")
+
+    def _check_key(self, path: str, authorization: str) -> str:
+        """The name of the key, "" without keys; takes as long for a wrong one."""
+        if not self.keys or path in OPEN or path.startswith("/static/"):
+            return ""
+        scheme, _, key = authorization.partition(" ")
+        digest = _digest(key.strip())
+        matches = [hmac.compare_digest(digest, other) for other in self.keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            text = "this server needs an API key: send Authorization: Bearer KEY"
+            headers = {"www-authenticate": "Bearer"}
+            raise APIError(401, text, code="invalid_api_key", headers=headers)
+        return f"key {matches.index(True)}"
+
+    def _check_size(self, size: int) -> None:
+        if size > self.max_bytes:  # the rest of the body is not read
+            text = f"the body is larger than {self.max_bytes} bytes: send less"
+            headers = {"connection": "close"}
+            raise APIError(413, text, code="request_too_large", headers=headers)
+
+    def _limited(self, receive: Receive) -> Receive:
+        """``receive`` within the limits of a body: its size, announced or not, and its time."""
+        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+        size, complete = 0, False
+
+        async def limited() -> Message:
+            nonlocal size, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                text, headers = "the body took too long to arrive", {"connection": "close"}
+                raise APIError(408, text, code="timeout", headers=headers) from None
+            size += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            self._check_size(size)
+            return message
+
+        return limited
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+class Streamed(StreamingResponse):
+    """Sends its status with the first bytes, so that what fails before them is an HTTP error."""
+
+    body_iterator: AsyncGenerator[bytes, None]
+
+    async def stream_response(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        async with contextlib.aclosing(self.chunks):
-            async for data in self.chunks:
-                if not started:
+        async with contextlib.aclosing(self.body_iterator) as chunks:
+            async for data in chunks:
+                if start:
                     await send(start)
-                started = True
+                    start = {}
                 await send({"type": "http.response.body", "body": data, "more_body": True})
+        if not start:
             await send({"type": "http.response.body", "body": b""})
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-Shape = Format | RecordFormat
-
-
 async def _answer_bytes(
-    service: Service, queued: QueuedRequest, shape: Shape
+    service: Service, queued: QueuedRequest, shape: Format | RecordFormat
 ) -> AsyncGenerator[bytes, None]:
     """Queues a request and yields its answer; an error is raised before the first bytes, and part
     of the stream after them.
@@ -111,14 +227,13 @@ async def _answer_bytes(
                     item = await queued.mail.get()
             except TimeoutError:
                 item = APIError(503, f"no answer within {seconds:g} s", code="timeout")
+            if isinstance(item, APIError) and not begun:
+                raise item
             if isinstance(item, APIError):
-                if not begun:
-                    raise item
                 yield shape.error(item)
                 return
             if item is END_OF_STREAM:
-                if data := shape.end():
-                    yield data
+                yield shape.end()
                 return
             if data := shape.on_record(item):
                 begun = True
@@ -127,39 +242,17 @@ async def _answer_bytes(
         service.worker.leave(queued)
 
 
-async def _live_bytes(service: Service, client: str) -> AsyncGenerator[bytes, None]:
-    """The records of running requests, until the client leaves or the server ends."""
-    box = service.live.watch(client)
-    try:
-        yield sse({"kind": "hello", "model": service.facts.name})
-        while True:
-            try:
-                async with asyncio.timeout(PING_SECONDS):
-                    item = await box.get()
-            except TimeoutError:
-                item = b": ping\n\n"
-            if item is END_OF_STREAM:
-                return
-            yield item
-    finally:
-        service.live.leave(box)
-
-
 async def _service(request: Request) -> Service:  # async: others go to a pool of threads
     service: Service = request.app.state.service
     return service
 
 
 async def _with_runs(request: Request) -> Service:
-    """The service, where past runs may be shown."""
+    """The service, where past runs may be shown: they contain prompts."""
     service = await _service(request)
-    if not service.settings.shows_runs:
-        raise APIError(
-            403,
-            "past runs contain prompts, and this server has several keys: start it with "
-            "--share-runs to show them to every key",
-            code="runs_not_shared",
-        )
+    if len(service.settings.keys) > 1:
+        text = "a server with several keys does not show past runs, for they contain prompts"
+        raise APIError(403, text, code="runs_not_shared")
     return service
 
 
@@ -167,44 +260,16 @@ Serving = Annotated[Service, Depends(_service)]
 
 Runs = Annotated[Service, Depends(_with_runs)]
 
-JSON, EVENTS = "application/json", "text/event-stream"
-
-
-class JsonRequest(Request):
-    """Reads its body by pydantic's parser.
-
-    It refuses what the standard library's accepts: deep nesting, NaN, halves of characters.
-    """
-
-    async def json(self) -> Any:
-        return from_json(await self.body(), allow_inf_nan=False)
-
-
-class JsonRoute(APIRoute):
-    """A route whose body is read as in ``JsonRequest``."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            return await handler(JsonRequest(request.scope, request.receive))
-
-        return handle
-
-
 router = APIRouter(
-    route_class=JsonRoute,
     default_response_class=Response,
     responses={"4XX": {"description": "an error in OpenAI's form"}},
 )
-
-# OpenAI's addresses
 
 
 @router.get("/v1/models")
 async def models(service: Serving) -> Response:
     """The model that is served."""
-    return _json({"object": "list", "data": service.models()})
+    return _json({"object": "list", "data": [service.model()]})
 
 
 @router.get("/v1/models/{name:path}")
@@ -212,34 +277,25 @@ async def model(name: str, service: Serving) -> Response:
     """The model that is served, by its name."""
     if name not in service.reader.names:
         raise APIError(404, "there is no such model: /v1/models lists it", code="model_not_found")
-    return _json(service.models()[0])
+    return _json(service.model())
 
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatBody, request: Request, service: Serving) -> Response:
     """A chat completion: whole, or with ``stream: true`` as server-sent chunks."""
-    return await _answer(service, request, body, ChatFormat)
+    return await _answer(service, request, body)
 
 
 @router.post("/v1/completions")
 async def completion(body: CompletionBody, request: Request, service: Serving) -> Response:
     """A completion of texts or of token ids."""
-    return await _answer(service, request, body, Format)
-
-
-# dart-llm's addresses
+    return await _answer(service, request, body)
 
 
 @router.post("/api/events")
-async def ask_events(body: ChatBody, request: Request, service: Serving) -> Response:
+async def events(body: ChatBody, request: Request, service: Serving) -> Response:
     """A chat completion as the engine's own records, one server-sent event each."""
-    return await _answer(service, request, body, None)
-
-
-@router.get("/api/events", include_in_schema=False)
-async def watch_events(request: Request, service: Serving) -> Response:
-    """The records of requests while they run, without texts and tokens."""
-    return Streamed(_live_bytes(service, request.scope["dart"]["client"]))
+    return await _answer(service, request, body, RecordFormat())
 
 
 @router.get("/api/methods")
@@ -292,31 +348,23 @@ async def page() -> Response:
 
 
 def _json(data: Any) -> Response:
-    return Response(json_bytes(data), media_type=JSON)
+    return Response(json_bytes(data), media_type="application/json")
 
 
 async def _answer(
-    service: Service, request: Request, body: Common, kind: type[Format] | None
+    service: Service, request: Request, body: Common, shape: RecordFormat | Format | None = None
 ) -> Response:
-    """The answer in OpenAI's form ``kind``; None: as records."""
-    own = request.scope["dart"]
+    """The answer in OpenAI's form, or in ``shape``."""
+    client, request_id = request.scope["dart"]["client"], request.scope["dart"]["request_id"]
     async with service.reading:
-        asks = await asyncio.to_thread(
-            service.reader.requests, body, own["request_id"], own["client"]
-        )
+        ask = await asyncio.to_thread(service.reader.request, body, request_id, client)
     if service.settings.log_prompts:
-        for ask in asks:
-            logger.warning("%s asks %r", ask.id, service.reader.tokenizer.decode(list(ask.ids)))
-    shape: Shape
-    if kind is None:
-        shape = RecordFormat(asks[0].id)
-    else:
-        echo = isinstance(body, CompletionBody) and bool(body.echo)
-        name, sampling = service.facts.name, asks[0].sampling
-        shape = kind(name, sampling, len(asks), bool(body.stream), body.with_usage, echo)
-    queued = QueuedRequest(asks, own["client"], own["request_id"])
-    chunks = _answer_bytes(service, queued, shape)
-    return Streamed(chunks, EVENTS if shape.streams else JSON)
+        logger.warning("%s asks %r", ask.id, service.reader.tokenizer.decode(list(ask.ids)))
+    shape = shape or Format(body, service.facts.name, ask.sampling)
+    chunks = _answer_bytes(service, QueuedRequest(ask, client), shape)
+    kind = "text/event-stream" if shape.streams else "application/json"
+    # proxies such as nginx would collect a stream before they send it
+    return Streamed(chunks, media_type=kind, headers={"x-accel-buffering": "no"})
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> NoReturn:
@@ -324,12 +372,11 @@ async def _on_http_error(request: Request, error: HTTPException) -> NoReturn:
     if isinstance(error.__cause__, APIError):
         raise error.__cause__
     if error.status_code == 404:
-        path = request.url.path.rstrip("/")
-        message = MISSING.get(path, "there is no such address: /openapi.json lists all")
-        raise APIError(404, message, code="not_found")
+        text = "there is no such address: /openapi.json lists all, such as /v1/chat/completions"
+        raise APIError(404, text, code="not_found")
     if error.status_code == 405:
-        allow = (error.headers or {}).get("Allow")
-        raise APIError(405, f"this address only takes {allow}", allow=allow)
+        allow = dict(error.headers or {}).get("Allow", "")
+        raise APIError(405, f"this address only takes {allow}", headers={"allow": allow})
     raise APIError(400, "the body is not valid JSON in UTF-8", code="invalid_json")
 
 
@@ -351,7 +398,7 @@ def build(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    app.add_middleware(Guard, settings=service.settings, metrics=service.metrics)
+    app.add_middleware(Guard, service=service)
     app.include_router(router)
     app.mount("/static", StaticFiles(directory=window.STATIC))
     return app

@@ -24,14 +24,10 @@ try:
 except ImportError:
     raise MissingExtra("uvicorn", "serve") from None
 
-BACKLOG = 128
 CONNECTIONS = 512  # at the same time; further ones get 503
 KEEP_ALIVE_SECONDS = 15
 
 WARM_CHARACTERS, WARM_TOKENS = 400, 4
-
-LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Where this machine reaches a server that listens at every address."""
 
 LAST_SECONDS = 5  # beyond the grace period, for answers that are being sent when the server ends
 
@@ -49,44 +45,27 @@ class Server(uvicorn.Server):
             server.close()
         ending = asyncio.create_task(asyncio.to_thread(self.service.close))
         await super().shutdown(sockets)
-        if self.force_exit:  # a second signal: do not wait for the running answer
-            self.service.worker.hurry()
         await ending
 
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; raises ``ConfigError`` when the address is not available."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(BACKLOG)
+        return socket.create_server((host, port), family=family)
     except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]
         raise ConfigError(
-            f"cannot listen at {host}, port {port}: {error.strerror or error}; "
-            "--port 0 takes a free port"
+            f"cannot listen at {host}, port {port}: {reason}; --port 0 takes a free port"
         ) from None
-    return listening
 
 
 def page_address(settings: ServeSettings, listening: socket.socket) -> str:
     """The address of the window as a browser on this machine reaches it."""
-    port = listening.getsockname()[1]
-    host = LOOPBACK.get(settings.host, settings.host)
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # of a server that listens at every address
+    host = loopback.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host else host
-    return f"http://{host}:{port}/"
-
-
-def note_missing_template(ui: Ui, tokenizer: Any) -> None:
-    """Say, before weights are read, that a model cannot answer conversations."""
-    if not getattr(tokenizer, "chat_template", None):
-        ui.say(
-            "note: this model has no chat template, so the page and /v1/chat/completions cannot "
-            'answer; use /v1/completions, or dart-llm run --prompt "..."'
-        )
+    return f"http://{host}:{listening.getsockname()[1]}/"
 
 
 def serve(settings: ServeSettings, ui: Ui) -> None:
@@ -95,9 +74,7 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
     from dart_llm.server.app import build
 
     with contextlib.closing(bind(settings.host, settings.port)) as listening:
-        model, tokenizer, _ = load_model(
-            settings, ui, lambda tokenizer, config: note_missing_template(ui, tokenizer)
-        )
+        model, tokenizer, _ = load_model(settings, ui)
         engine = Engine(
             model,
             tokenizer,

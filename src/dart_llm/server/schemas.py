@@ -1,37 +1,80 @@
-"""Bodies of requests, in OpenAI's names, and what the engine gets for them; limits on tokens.
+"""Bodies of requests and answers in OpenAI's form; limits on tokens.
 
 A field that OpenAI does not know is refused, as OpenAI does.  A known one that this server does not
-support is refused unless it asks for nothing; those that cannot change an answer are ignored.
+support is refused unless it has no effect; those that cannot change an answer are ignored.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from dataclasses import dataclass, field
+from itertools import accumulate
+from secrets import token_hex
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from dart_llm.data.prompts import chat_text
-from dart_llm.engine.requests import GenerationRequest, Sampling
+from dart_llm.data.texts import chat_text, is_text
+from dart_llm.engine.requests import (
+    Done,
+    GenerationRequest,
+    Record,
+    Sampling,
+    Start,
+    Token,
+)
 from dart_llm.errors import ConfigError
+from dart_llm.files import finite
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
-from dart_llm.server.responses import APIError
 from dart_llm.server.settings import ServeSettings, removes_neurons
 
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "unavailable_error",
+}
+"""``error.type`` by status; of all others ``invalid_request_error``."""
 
-Stops = Annotated[list[Stop], Field(max_length=4)]
+
+class APIError(Exception):
+    """Ends a request: an HTTP status and one sentence for the client.
+
+    ``param``: the field that is wrong; ``code``: a word for programs, ``invalid_value`` by default
+    for a 400; ``headers``: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+        self.code = code or ("invalid_value" if status == 400 else None)
+        self.headers = dict(headers or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"error": {message, type, param, code}}``."""
+        kind = TYPES.get(self.status, "invalid_request_error")
+        details = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": details}
+
+
+# Bodies.
+
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 Name = Annotated[str, Field(max_length=256)]
 
@@ -41,27 +84,8 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 """Long lists: only the first error is reported."""
 
 
-def _not_zero(value: int) -> int:
-    if value == 0:
-        raise PydanticCustomError("tokens", "input should be 1 or more, or -1 for what fits")
-    return value
-
-
-TokensOrNone = Annotated[int, Field(ge=-1)]
-
-Tokens = Annotated[TokensOrNone, AfterValidator(_not_zero)]
+Tokens = Annotated[int, Field(ge=-1)]
 """A number of tokens; -1 means "as many as fit" to clients of llama.cpp."""
-
-
-def _not_percent(value: Any) -> Any:
-    if isinstance(value, int | float) and value >= 1:
-        raise PydanticCustomError(
-            "sparsity", "input should be less than 1: the fraction removed, 0.5 for 50 %"
-        )
-    return value
-
-
-Sparsity = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_not_percent)]
 
 IGNORED = (
     "metadata parallel_tool_calls prompt_cache_key prompt_cache_retention reasoning_effort "
@@ -70,7 +94,7 @@ IGNORED = (
 """Fields of OpenAI that cannot change what this server answers."""
 
 UNSUPPORTED = (
-    "audio best_of frequency_penalty function_call functions logit_bias modalities prediction "
+    "audio best_of echo frequency_penalty function_call functions logit_bias modalities prediction "
     "presence_penalty response_format suffix tool_choice tools web_search_options"
 ).split()
 """Fields of OpenAI that are refused unless their value has no effect."""
@@ -82,37 +106,22 @@ NEUTRAL: tuple[Any, ...] = (None, 0, "", [], {}, "none", "auto", ["text"], {"typ
 class Body(BaseModel):
     """Strict: no text for a number, no unknown field, only finite numbers."""
 
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
-        protected_namespaces=(),
-        allow_inf_nan=False,
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Dart(Body):
     """How this request is pruned; fields left out are the server's own settings."""
 
     method: Name | None = None
-    sparsity: Sparsity | None = None
+    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
     masking_step: Annotated[int, Field(ge=0, le=100_000)] | None = None
     drift: Name | None = None
     conversation: Annotated[str, Field(min_length=1, max_length=128)] | None = None
 
 
-class StreamOptions(Body):
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
-
-
 class TextPart(Body):
     type: Literal["text"]
     text: str
-
-
-Nothing = Annotated[None, BeforeValidator(lambda value: None if value == [] else value)]
-"""null, or an empty list, which asks for nothing either."""
 
 
 class Message(Body):
@@ -123,7 +132,7 @@ class Message(Body):
     name: Name | None = None
     reasoning_content: str | None = None
     refusal: None = None
-    tool_calls: Nothing = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     function_call: None = None
     audio: None = None
     annotations: list[Any] | None = None
@@ -146,9 +155,9 @@ class Common(Body):
 
     model: Name | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    stop: Stop | Stops | None = None
-    max_tokens: TokensOrNone | None = None
+    stream_options: dict[Literal["include_usage", "include_obfuscation"], bool] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    max_tokens: Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -158,69 +167,46 @@ class Common(Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _known_fields(cls, data: Any) -> Any:
+    def _supported_fields(cls, data: Any) -> Any:
         """The fields that this server supports; others are refused with the reason."""
         if not isinstance(data, dict):
             return data
-        known = [*cls.model_fields, *IGNORED, *UNSUPPORTED]
         for name, value in data.items():
-            if name not in known:
-                text = f"unrecognized request argument supplied: {name[:100]}{_hint(name, known)}"
-                raise APIError(400, text, name[:100], "unknown_parameter")
             neutral = value in NEUTRAL or (name, value) == ("best_of", 1)
             if name in UNSUPPORTED and not neutral:
                 text = f"this server does not support {name}: leave it out"
                 raise APIError(400, text, name, "unsupported_parameter")
+            if name not in (*cls.model_fields, *IGNORED, *UNSUPPORTED):
+                hint = _hint(name, cls.model_fields)
+                text = f"unrecognized request argument supplied: {name[:100]}{hint}"
+                raise APIError(400, text, name[:100], "unknown_parameter")
         return {name: value for name, value in data.items() if name in cls.model_fields}
-
-    @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise APIError(400, "stream_options requires stream: true", "stream_options")
-        return self
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
-    def with_usage(self) -> bool:
-        """Whether the stream ends with a chunk for the usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class ChatBody(Common):
     """Body of ``POST /v1/chat/completions`` and ``POST /api/events``."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
 class CompletionBody(Common):
-    """Body of ``POST /v1/completions``; ``prompt``: a text or token ids, or a list of these.
-
-    ``echo``: the answer begins with the prompt, in ``logprobs`` too.
-    """
+    """Body of ``POST /v1/completions``; ``prompt``: a text or token ids, or a list of one."""
 
     prompt: str | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)]
-    echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
-    @property
-    def prompts(self) -> Sequence[str | list[int]]:
-        """Each of them."""
-        prompt: Any = self.prompt
-        single = isinstance(prompt, str) or all(isinstance(part, int) for part in prompt)
-        return [prompt] if single else prompt
 
-
-def _hint(name: str, known: Iterable[str]) -> str:
+def _hint(name: str, names: Iterable[str]) -> str:
     """The nearest name, if one is near; of a long name the beginning is compared."""
-    near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name[:100], names, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+BRANCHES = ("body", "str", "int", "constrained-str")
+"""Parts of an error's location that are not fields: the whole, and branches of unions."""
 
 
 def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
@@ -229,27 +215,20 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
     Of a union's branches the plainest is the one that got furthest into the value.
     """
     if errors[0]["type"] == "json_invalid":
-        reason = errors[0]["ctx"]["error"]
-        return APIError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
+        return APIError(400, "the body is not valid JSON in UTF-8", code="invalid_json")
     error = max(errors, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
-    path = [
-        str(part)
-        for part in error["loc"]
-        if isinstance(part, int) or (part.isidentifier() and part not in BRANCHES)
-    ]
-    if error["type"] == "extra_forbidden":  # a name that the client made up
-        name, outer = str(error["loc"][-1])[:100], path[:-1]
-        hint = _hint(name, Dart.model_fields) if outer == ["dart"] else ""
-        where = ".".join([*outer, name])
-        return APIError(400, f"{where}: unknown field{hint}", where, "unknown_parameter")
-    where = ".".join(path)
-    code = "missing_required_parameter" if error["type"] == "missing" else "invalid_value"
+    fields = (str(part) for part in error["loc"] if part not in BRANCHES)
+    path = [part[:100] for part in fields if "[" not in part]
+    where, hint, code = ".".join(path), "", "invalid_value"
+    if error["type"] == "missing":
+        code = "missing_required_parameter"
+    elif error["type"] == "extra_forbidden":  # a name that the client made up
+        code, hint = "unknown_parameter", _hint(path[-1], Dart.model_fields)
     what = error["msg"][:1].lower() + error["msg"][1:]
-    return APIError(400, f"{where or 'body'}: {what}", where or None, code)
+    return APIError(400, f"{where or 'body'}: {what}{hint}", where or None, code)
 
 
-BRANCHES = ("body", "str", "int", "constrained-str")
-"""Parts of an error's location that are not fields: the whole, and branches of unions."""
+# From bodies to requests.
 
 COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions, as OpenAI has it
 SMALLEST_TOP_P = 1e-6  # for top_p 0: the likeliest token alone
@@ -257,8 +236,6 @@ CHARACTERS = 4  # of a token, about; of a longer text a part is tokenized first
 
 CUT_TOKENS = 64
 """A text that is cut off may have this many tokens more than the same part of the whole."""
-
-NOT_READY = "method_not_ready"
 
 
 class RequestReader:
@@ -283,47 +260,36 @@ class RequestReader:
         """Tokens of the longest prompt; None: unknown."""
         self._default = settings.prune_config()
 
-    def requests(self, body: Common, request_id: str, client: str) -> tuple[GenerationRequest, ...]:
-        """One request to the engine per prompt; raises ``APIError`` for what cannot be served."""
+    def request(self, body: Common, request_id: str, client: str) -> GenerationRequest:
+        """What the engine gets; raises ``APIError`` for what cannot be served."""
         if body.model is not None and body.model not in self.names:
-            text = f"the model {body.model!r} is not served here: ask for {self.names[0]!r}"
+            text = f"the model {body.model!r} is not served here: use {self.names[0]!r}"
             raise APIError(404, text, "model", "model_not_found")
         config = self.config(body.dart)
         if isinstance(body, ChatBody):
-            prompts = [self._chat_ids(body.messages)]
-            limits = (body.max_completion_tokens, body.max_tokens)
-            max_tokens = next((limit for limit in limits if limit is not None), None)
+            ids = self._chat_ids(body.messages)
+            newer = body.max_completion_tokens
+            max_tokens = body.max_tokens if newer is None else newer
             if body.top_logprobs and not body.logprobs:
                 raise APIError(400, "top_logprobs requires logprobs: true", "top_logprobs")
-            logprobs, scored = (body.top_logprobs or 0) if body.logprobs else None, False
+            logprobs = (body.top_logprobs or 0) if body.logprobs else None
         else:
             assert isinstance(body, CompletionBody)
-            prompts = self._completion_ids(body)
+            ids = self._completion_ids(body.prompt)
             max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-            logprobs, scored = body.logprobs, bool(body.echo) and body.logprobs is not None
+            logprobs = body.logprobs
         conversation = _conversation(body, client, config)
         try:
-            return tuple(
-                GenerationRequest(
-                    ids,
-                    self._sampling(body, len(ids), max_tokens, logprobs, scored),
-                    config,
-                    conversation,
-                    request_id,
-                    client,
-                )
-                for ids in prompts
-            )
+            sampling = self._sampling(body, len(ids), max_tokens, logprobs)
+            return GenerationRequest(ids, sampling, config, conversation, request_id)
         except ConfigError as error:
             raise APIError(400, str(error)) from None
 
     def _chat_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """A conversation as the model's own template writes it."""
         code = None if getattr(self.tokenizer, "chat_template", None) else "no_template"
-        plain = [
-            {"role": "system" if one.role == "developer" else one.role, "content": one.text}
-            for one in messages
-        ]
+        roles = {"developer": "system"}
+        plain = [{"role": roles.get(m.role, m.role), "content": m.text} for m in messages]
         try:
             text = chat_text(self.tokenizer, plain, "use /v1/completions")
         except ConfigError as error:
@@ -333,18 +299,16 @@ class RequestReader:
             raise APIError(400, reason, "messages") from None
         return self._ids(text, add_special_tokens=False)
 
-    def _completion_ids(self, body: CompletionBody) -> list[tuple[int, ...]]:
-        prompts, limit = body.prompts, self.settings.max_prompts
-        if len(prompts) > limit:
-            raise APIError(400, f"{len(prompts)} prompts are too many: at most {limit}", "prompt")
-        if len(prompts) > 1 and body.dart and body.dart.conversation:
-            text = "a conversation continues one prompt: give one"
-            raise APIError(400, text, "dart.conversation")
-        for prompt in prompts:
-            if isinstance(prompt, list) and any(not 0 <= id < self.vocabulary for id in prompt):
-                text = f"token ids must lie in 0 to {self.vocabulary - 1}"
-                raise APIError(400, text, "prompt")
-        return [self._ids(one) if isinstance(one, str) else tuple(one) for one in prompts]
+    def _completion_ids(self, prompt: Any) -> tuple[int, ...]:
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            if len(prompt) > 1:
+                raise APIError(400, "give one prompt, and each in a request of its own", "prompt")
+            (prompt,) = prompt
+        if isinstance(prompt, str):
+            return self._ids(prompt)
+        if any(not 0 <= id < self.vocabulary for id in prompt):
+            raise APIError(400, f"token ids must lie in 0 to {self.vocabulary - 1}", "prompt")
+        return tuple(prompt)
 
     def _ids(self, text: str, **options: Any) -> tuple[int, ...]:
         """Token ids of ``text``.
@@ -352,6 +316,8 @@ class RequestReader:
         Raises ``APIError`` when its beginning is too long already, so that no text costs more than
         the longest prompt.
         """
+        if not is_text(text):
+            raise APIError(400, "a text has half a character: correct it")
         longest = self.longest
         if longest is not None:
             limit = longest + CUT_TOKENS
@@ -363,26 +329,25 @@ class RequestReader:
         return tuple(self.tokenizer(text, verbose=False, **options).input_ids)
 
     def _sampling(
-        self, body: Common, prompt: int, requested: int | None, logprobs: int | None, scored: bool
+        self, body: Common, prompt: int, requested: int | None, logprobs: int | None
     ) -> Sampling:
         settings, n = self.settings, body.n or 1
         if n > settings.max_choices:
             raise APIError(400, f"n {n} is too large: at most {settings.max_choices}", "n")
-        tokens = 0 if scored and requested == 0 else self._max_tokens(prompt, requested)
+        tokens = self._max_tokens(prompt, requested)
         temperature = settings.temperature if body.temperature is None else body.temperature
         top_p = 1.0 if body.top_p is None else max(SMALLEST_TOP_P, body.top_p)
-        return Sampling(tokens, temperature, top_p, body.seed, n, body.stops, logprobs, scored)
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or ()
+        return Sampling(tokens, temperature, top_p, body.seed, n, tuple(stops), logprobs)
 
     def _max_tokens(self, prompt: int, requested: int | None) -> int:
         """Tokens of the answer after ``prompt`` tokens: as many as requested, if they fit."""
         if not prompt:
             raise APIError(400, "the prompt is empty: give at least one word", "prompt")
-        longest = self.longest
-        if longest is not None and prompt > longest:
-            raise _too_long(longest, str(prompt))
+        if self.longest is not None and prompt > self.longest:
+            raise _too_long(self.longest, str(prompt))
         if requested == 0:
-            text = "max_tokens 0 asks for no answer: give 1 or more, or echo with logprobs"
-            raise APIError(400, text, "max_tokens")
+            raise APIError(400, "max_tokens 0 asks for no answer: give 1 or more", "max_tokens")
         room = self.settings.max_tokens
         if self.context is not None:
             room = min(room, self.context - prompt)
@@ -397,17 +362,22 @@ class RequestReader:
         before it answers.
         """
         dart = dart or Dart()
-        config, changes, field = self._default, _changes(dart), "dart.method"
+        config, param = self._default, "dart.method"
+        changes: dict[str, Any] = dart.model_dump(
+            include={"sparsity", "masking_step"}, exclude_none=True
+        )
+        if dart.drift is not None:
+            changes["drift"] = {"rule": dart.drift}
         try:
             if dart.method not in (None, config.method):
                 other = METHODS.get_listed(str(dart.method))
                 if config.sparsity and "sparsity" not in changes and removes_neurons(other.method):
                     changes["sparsity"] = config.sparsity
                 config = other
-            field = ""
+            param = "dart"
             config = config.replace(changes)
         except ConfigError as error:
-            raise APIError(400, str(error), field or _wrong_field(config, changes)) from None
+            raise APIError(400, str(error), param) from None
         if config.method == "dense" and config.target > 0:
             text = "method dense removes nothing: drop the sparsity, or give 0"
             raise APIError(400, text, "dart.sparsity")
@@ -418,10 +388,10 @@ class RequestReader:
             ready = self.settings.ready
             text = (
                 f"method {config.method} was not prepared when the server started: start the "
-                f"server with --methods {','.join((*ready, config.method))}, or ask for method "
+                f"server with --methods {','.join((*ready, config.method))}, or use method "
                 f"{' or '.join(ready)} (GET /api/methods lists all that are ready)"
             )
-            raise APIError(400, text, "dart.method", NOT_READY)
+            raise APIError(400, text, "dart.method", "method_not_ready")
         return config
 
 
@@ -449,18 +419,196 @@ def _conversation(body: Common, client: str, config: PruneConfig | None) -> str 
     return None if name is None else json.dumps([client, body.user, side, name])
 
 
-def _wrong_field(config: PruneConfig, changes: Mapping[str, Any]) -> str:
-    """The field whose value does not fit by itself; all of ``dart`` where none is alone wrong."""
-    for name, value in changes.items():
-        try:
-            config.replace({name: value})
-        except ConfigError:
-            return f"dart.{name}"
-    return "dart"
+# From the engine's records to answers, whole ones and chunks.
+
+Json = dict[str, Any]
+
+ACCOUNTING = (
+    "method requested_sparsity achieved_sparsity sparsity_while_pruned dense_token_share "
+    "decoded_tokens remasks remask_causes executor ffn_bytes_share bytes_limit extra_memory_bytes"
+).split()
+"""Fields of the run's report under ``dart`` in an answer; ``/api/events`` has all of them."""
 
 
-def _changes(dart: Dart) -> dict[str, Any]:
-    changes: dict[str, Any] = {"sparsity": dart.sparsity, "masking_step": dart.masking_step}
-    if dart.drift is not None:
-        changes["drift"] = {"rule": dart.drift}
-    return {name: value for name, value in changes.items() if value is not None}
+def json_bytes(data: Any) -> bytes:
+    """Compact JSON; a number that is not finite becomes null."""
+    return json.dumps(finite(data), separators=(",", ":"), allow_nan=False).encode()
+
+
+def sse(data: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json_bytes(data) + b"\n\n"
+
+
+class RecordFormat:
+    """Every record of the request as the engine emits it: ``POST /api/events``.
+
+    ``on_record``: the bytes to send for a record, maybe none; ``end``: after the last record;
+    ``error``: the end of an answer that has begun and cannot continue.
+    """
+
+    streams = True
+
+    def on_record(self, record: Record) -> bytes:
+        return sse(record.to_dict())
+
+    def end(self) -> bytes:
+        return b""
+
+    def error(self, error: APIError) -> bytes:
+        return sse({"kind": "error", "message": error.message})
+
+
+def _chat_logprobs(tokens: Sequence[Token]) -> Json:
+    """``logprobs`` of a choice of a chat completion."""
+
+    def entry(text: str, logprob: float | None) -> Json:
+        whole = "\ufffd" not in text  # the bytes of half a character are unknown
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+
+    content = [
+        {
+            **entry(token.piece, token.logprob),
+            "top_logprobs": [entry(likely.text, likely.logprob) for likely in token.top or ()],
+        }
+        for token in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _text_logprobs(tokens: Sequence[Token], offset: int) -> Json:
+    """``logprobs`` of a choice of a completion; ``offset``: characters before the first token."""
+    lengths = (len(token.piece) for token in tokens)
+    # of two tokens with one text, such as halves of characters, the likelier one stays
+    tops = [{likely.text: likely.logprob for likely in reversed(t.top or ())} for t in tokens]
+    return {
+        "tokens": [token.piece for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": tops,
+        "text_offset": list(accumulate(lengths, initial=offset))[:-1],
+    }
+
+
+@dataclass
+class Choice:
+    """One of the answers: its text so far, and its tokens, of which ``sent`` were sent."""
+
+    text: str = ""
+    sent: int = 0
+    tokens: list[Token] = field(default_factory=list)
+
+
+class Format:
+    """Builds one of OpenAI's answers from records, whole or as a stream of chunks."""
+
+    def __init__(self, body: Common, model: str, sampling: Sampling) -> None:
+        self.chat = isinstance(body, ChatBody)
+        self.streams = bool(body.stream)
+        self.with_usage = (body.stream_options or {}).get("include_usage", False)
+        self.scored = sampling.logprobs is not None
+        self.choices = [Choice() for _ in range(sampling.n)]
+        self.done: Done | None = None
+        name = f"{'chatcmpl' if self.chat else 'cmpl'}-{token_hex(12)}"
+        kind = "chat.completion" if self.chat else "text_completion"
+        kind += ".chunk" if self.chat and self.streams else ""
+        self._head = {"id": name, "object": kind, "created": int(time.time()), "model": model}
+
+    def on_record(self, record: Record) -> bytes:
+        """The chunks of a record; nothing where the answer is sent whole."""
+        chunks = []
+        if isinstance(record, Start) and self.chat:
+            opening = {"delta": {"role": "assistant", "content": ""}}
+            chunks += [self._chunk(index, opening) for index in range(len(self.choices))]
+        for index, text in self._new_texts(record):
+            choice = self.choices[index]
+            logprobs = self._logprobs(choice.tokens[choice.sent :], len(choice.text))
+            chunks.append(self._chunk(index, self._content(text), logprobs))
+            choice.text += text
+            choice.sent = len(choice.tokens)
+        if isinstance(record, Done):
+            self.done = record
+            chunks += self._last_chunks(record)
+        return b"".join(chunks) if self.streams else b""
+
+    def end(self) -> bytes:
+        """The whole answer; nothing at the end of a stream."""
+        if self.streams:
+            return b""
+        if self.done is None:
+            raise RuntimeError("the engine ended an answer without a done record")
+        choices = [
+            {
+                "index": index,
+                **self._content(choice.text, whole=True),
+                "logprobs": self._logprobs(choice.tokens[: choice.sent], 0),
+                "finish_reason": self.done.finish[index],
+            }
+            for index, choice in enumerate(self.choices)
+        ]
+        return json_bytes({**self._head, "choices": choices, **_accounting(self.done)})
+
+    def error(self, error: APIError) -> bytes:
+        """The last event of a stream; OpenAI's clients raise it."""
+        return sse(error.to_dict()) if self.streams else b""
+
+    def _content(self, text: str, whole: bool = False) -> Json:
+        if not self.chat:
+            return {"text": text}
+        if whole:
+            return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"delta": {"content": text}}
+
+    def _logprobs(self, tokens: Sequence[Token], offset: int) -> Json | None:
+        if not self.scored:
+            return None
+        return _chat_logprobs(tokens) if self.chat else _text_logprobs(tokens, offset)
+
+    def _new_texts(self, record: Record) -> list[tuple[int, str]]:
+        """The choices that have new text with this record, and the text."""
+        if isinstance(record, Token):
+            self.choices[record.choice].tokens.append(record)
+            return [(record.choice, record.text)] if record.text else []
+        if not isinstance(record, Done):
+            return []
+        pairs = zip(self.choices, record.texts, strict=True)
+        rests = enumerate(text[len(choice.text) :] for choice, text in pairs)
+        return [(index, rest) for index, rest in rests if rest]
+
+    def _last_chunks(self, record: Done) -> list[bytes]:
+        """The ends of the choices and of the stream."""
+        chunks, extras = [], _accounting(record)
+        usage = extras.pop("usage")
+        closing: Json = {"delta": {}} if self.chat else {"text": ""}
+        for index, reason in enumerate(record.finish):
+            last = extras if index == len(record.finish) - 1 else {}
+            chunks.append(self._chunk(index, closing, None, reason, last))
+        if self.with_usage:
+            chunks.append(sse({**self._head, "choices": [], **extras, "usage": usage}))
+        return [*chunks, b"data: [DONE]\n\n"]
+
+    def _chunk(
+        self,
+        index: int,
+        content: Json,
+        logprobs: Json | None = None,
+        reason: str | None = None,
+        extras: Json | None = None,
+    ) -> bytes:
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
+        usage = {"usage": None} if self.with_usage else {}
+        return sse({**self._head, "choices": [choice], **(extras or {}), **usage})
+
+
+def _accounting(done: Done) -> Json:
+    """``usage`` in OpenAI's names, ``timings`` in llama.cpp's, and ``dart``."""
+    usage = done.usage
+    return {
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        },
+        "timings": done.timings.to_dict(),
+        "dart": {name: getattr(done.report, name) for name in ACCOUNTING},
+    }

@@ -23,21 +23,14 @@ class ServeSettings(BaseSettings):
 
     host: str = setting(SERVER, "Address to listen on; any other needs --api-key.", "127.0.0.1")
     port: int = setting(SERVER, "Port; 0 takes a free one.", 8000, ge=0, le=65535)
-    api_key: str | None = setting(
-        SERVER, "API key that requests must send; several with commas. Prefer DART_API_KEY."
-    )
+    api_key: str | None = setting(SERVER, "API keys, comma-separated. Prefer DART_API_KEY.")
     allow_host: str | None = setting(SERVER, "Further host names of this server, comma-separated.")
-    share_runs: bool = setting(SERVER, "Show past runs to every key, if there are several.", False)
     open: bool = setting(SERVER, "Open the page in a browser.", False)
     methods: str | None = setting(
         SERVER, "Methods to prepare before the first request, comma-separated (default: --method)."
     )
-    calibration: str | None = setting(
-        SERVER, "Text for methods that calibrate (default: c4 of the hub)."
-    )
-    temperature: float = setting(
-        SERVER, "Temperature of requests without one; 0 is greedy.", 0.0, ge=0, le=2
-    )
+    calibration: str | None = setting(SERVER, "Text for methods that calibrate (default: c4).")
+    temperature: float = setting(SERVER, "Default temperature; 0 is greedy.", 0.0, ge=0, le=2)
     conversations: int = setting(SERVER, "Conversations whose cache is kept.", 4, ge=0)
     max_waiting: int = setting(LIMITS, "Requests that may wait; further ones get 429.", 64, ge=1)
     max_tokens: int = setting(LIMITS, "Largest number of tokens per answer.", 2048, ge=1)
@@ -45,19 +38,14 @@ class ServeSettings(BaseSettings):
         LIMITS, "Largest number of tokens per prompt (default: the model's context).", ge=1
     )
     max_choices: int = setting(LIMITS, "Largest n.", 4, ge=1)
-    max_prompts: int = setting(LIMITS, "Prompts per request to /v1/completions.", 64, ge=1)
     max_body_kib: int = setting(LIMITS, "Largest body of a request, KiB.", 1024, ge=1)
     request_timeout: float = setting(
-        LIMITS,
-        "Seconds per request, including its time in the queue.",
-        600.0,
-        ge=1,
-        allow_inf_nan=False,
+        LIMITS, "Seconds per request, with its time in the queue.", 600, ge=1, allow_inf_nan=False
     )
     grace: float = setting(
         LIMITS,
-        "Seconds for the running answer to finish when the server ends.",
-        10.0,
+        "Seconds for the running answer to finish at the end.",
+        10,
         ge=0,
         allow_inf_nan=False,
     )
@@ -96,11 +84,6 @@ class ServeSettings(BaseSettings):
     @property
     def keys(self) -> tuple[str, ...]:
         return tuple(words(self.api_key))
-
-    @property
-    def shows_runs(self) -> bool:
-        """Whether past runs are shown: they contain prompts, which not every key may see."""
-        return self.share_runs or len(self.keys) < 2
 
     @property
     def hosts(self) -> frozenset[str] | None:

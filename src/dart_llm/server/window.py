@@ -7,22 +7,19 @@ import contextlib
 import csv
 import hashlib
 import html
-import io
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json
 
-from dart_llm.data.texts import prompt_names, read_prompt
 from dart_llm.errors import ConfigError
 from dart_llm.experiments import index
 from dart_llm.experiments.result_line import ROWS
-from dart_llm.files import page_json
-from dart_llm.server.responses import APIError
+from dart_llm.server.schemas import APIError
 
 STATIC = Path(__file__).parent / "static"
 """The page, its scripts, styles and data."""
@@ -31,27 +28,22 @@ PROMPTS = "prompts.json"
 GREETING = "greeting.json"
 """Records of an answer that plays before the first question (benchmarks/make_greeting.py)."""
 
-
-def ready_prompts(is_ready: Callable[[str], bool]) -> dict[str, Any]:
-    """``prompts``: those on the page; ``shipped``: those of ``--prompt NAME``.
-
-    A prompt whose method is not ready is asked with the server's settings.
-    """
-    shipped = [{"title": name, "text": read_prompt(name), "note": ""} for name in prompt_names()]
-    prompts = json.loads((STATIC / PROMPTS).read_text(encoding="utf-8"))
-    return {"prompts": [_ready_prompt(one, is_ready) for one in prompts], "shipped": shipped}
+Record = dict[str, Any]
 
 
-def _ready_prompt(prompt: Mapping[str, Any], is_ready: Callable[[str], bool]) -> Mapping[str, Any]:
-    method = prompt["dart"]["method"]
-    if is_ready(method):
-        return prompt
-    return {
-        "title": prompt["title"].partition(":")[0],
-        "text": prompt["text"],
-        "note": "With this server's settings. To see its masks, start the server with "
-        f"--methods {method}.",
-    }
+def ready_prompts(is_ready: Callable[[str], bool]) -> Record:
+    """Those on the page; one whose method is not ready runs with the server's settings."""
+    prompts = json.loads(_static(PROMPTS))
+    for number, prompt in enumerate(prompts):
+        method = prompt["dart"]["method"]
+        if not is_ready(method):
+            prompts[number] = {
+                "title": prompt["title"].partition(":")[0],
+                "text": prompt["text"],
+                "note": "With this server's settings. To see its masks, start the server with "
+                f"--methods {method}.",
+            }
+    return {"prompts": prompts}
 
 
 # past runs: folders below the configured one, and nothing else
@@ -66,61 +58,59 @@ FACTS = ("experiment", "time", "status", "kind", "models", "methods", "sparsitie
 """Facts of a run in the list, beside its name, start and duration."""
 
 
-def list_runs(root: Path) -> dict[str, Any]:
+def list_runs(root: Path) -> Record:
     """``runs``: facts of those below ``root``, the newest first; ``total``: how many there are."""
-    runs = _find_runs(root)
-    newest = [_facts(root, run) for run in reversed(runs[-MOST_RUNS:])]
+    runs = list(_runs(root).items())
+    newest = [_facts(name, run) for name, run in reversed(runs[-MOST_RUNS:])]
     return {"runs": newest, "total": len(runs)}
 
 
-def _find_runs(root: Path) -> list[Any]:
-    try:
-        runs = index.find(root)
-    except ConfigError:
-        return []
-    home = root.resolve()
-    return [run for run in runs if run.path.resolve().is_relative_to(home)]
+def _runs(root: Path) -> dict[str, Any]:
+    """Those below ``root`` by their names, the oldest first."""
+    runs = {}
+    with contextlib.suppress(ConfigError):  # there is no such folder
+        for run in index.find(root):
+            if run.path.resolve().is_relative_to(root.resolve()):
+                runs[run.path.relative_to(root).as_posix()] = run
+    return runs
 
 
-def _facts(root: Path, run: Any) -> dict[str, Any]:
-    return {
-        "name": run.path.relative_to(root).as_posix(),
-        "started": run.started and run.started.isoformat(),
-        "seconds": run.seconds,
-        **{name: getattr(run, name) for name in FACTS},
-    }
+def _facts(name: str, run: Any) -> Record:
+    started = run.started and run.started.isoformat()
+    facts = {fact: getattr(run, fact) for fact in FACTS}
+    return {"name": name, "started": started, "seconds": run.seconds, **facts}
 
 
-def read_run(root: Path, name: str) -> dict[str, Any]:
-    """One run with the content of its files; raises ``APIError`` (404) for every other name.
+def _find_run(root: Path, name: str) -> Any:
+    """``name`` is compared with the names of the runs, and never joined to a path."""
+    if (run := _runs(root).get(name)) is None:
+        raise APIError(404, "there is no such run: /api/runs lists them", code="run_not_found")
+    return run
 
-    ``name`` is compared with the names of the runs, and never joined to a path.
-    """
-    run = _named_run(root, name)
+
+def read_run(root: Path, name: str) -> Record:
+    """One run with the content of its files; raises ``APIError`` (404) for every other name."""
+    run = _find_run(root, name)
     names = sorted(path.name for path in run.path.iterdir() if path.is_file())
     tables = (_read(run.path, name) for name in names if name.endswith(".md"))
+    drift: list[Record] = []
+    with contextlib.suppress(csv.Error):  # such as a field of a megabyte
+        drift = list(csv.DictReader(_read(run.path, "drift.csv").splitlines()))
     return {
-        **_facts(root, run),
+        **_facts(name, run),
         "files": names,
-        "config": _parse_json(_read(run.path, "config.json")),
-        "masks": _parse_json(_read(run.path, "masks.json")),
-        "generation": _parse_lines(_read(run.path, "generation.jsonl")),
-        "drift": _parse_csv(_read(run.path, "drift.csv")),
-        "rows": _parse_lines(_read(run.path, ROWS)),
+        "config": next(_documents(_read(run.path, "config.json")), None),
+        "masks": next(_documents(_read(run.path, "masks.json")), None),
+        "generation": list(_documents(*_read(run.path, "generation.jsonl").splitlines())),
+        "drift": drift,
+        "rows": list(_documents(*_read(run.path, ROWS).splitlines())),
         "tables": "\n\n".join(tables),
     }
 
 
-def _named_run(root: Path, name: str) -> Any:
-    for run in _find_runs(root):
-        if run.path.relative_to(root).as_posix() == name:
-            return run
-    raise APIError(404, "there is no such run: /api/runs lists them", code="run_not_found")
-
-
 def read_report(root: Path, name: str) -> str:
     """The page of one run; raises ``APIError`` (404) where there is none."""
-    text = _read(_named_run(root, name).path, REPORT)
+    text = _read(_find_run(root, name).path, REPORT)
     if not text:
         raise APIError(404, f"this run has no readable {REPORT}", code="report_not_found")
     return text
@@ -129,48 +119,22 @@ def read_report(root: Path, name: str) -> str:
 def _read(folder: Path, name: str) -> str:
     """Text of a file; "" if it is missing, links out of its folder, is too large or not UTF-8."""
     path = folder / name
-    try:
-        if path.resolve().parent != folder.resolve() or path.stat().st_size > LARGEST_FILE:
-            return ""
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if path.resolve().parent == folder.resolve() and path.stat().st_size <= LARGEST_FILE:
+            return path.read_text(encoding="utf-8")
+    return ""
 
 
-def _parse_json(text: str) -> Any:
-    try:
-        return json.loads(text) if text else None
-    except (ValueError, RecursionError):
-        return None
-
-
-def _parse_lines(text: str) -> list[Any]:
-    return [row for line in text.splitlines() if (row := _parse_json(line)) is not None]
-
-
-def _parse_csv(text: str) -> list[dict[str, Any]]:
-    try:
-        return list(csv.DictReader(io.StringIO(text)))
-    except csv.Error:  # such as a field of a megabyte
-        return []
+def _documents(*texts: str) -> Any:
+    """The JSON documents among ``texts``."""
+    for text in texts:
+        with contextlib.suppress(ValueError, RecursionError):
+            yield json.loads(text)
 
 
 # A recorded run: the records of ``/api/events``, one JSON document a line.
 
-Record = dict[str, Any]
-
-KINDS = {
-    "start": ("method", "layers", "neurons", "prompt"),
-    "token": ("index", "text", "phase"),
-    "check": ("step", "similarity"),
-    "remask": ("step", "cause"),
-    "mask": ("number", "token", "kept_share", "raster"),
-    "done": (),
-    "error": ("message",),
-}
-"""Kinds of records and the fields that the page needs."""
-
-LARGEST_RECORDING = 64 << 20  # characters
+KINDS = ("start", "token", "check", "remask", "mask", "done", "error")
 
 
 def read_records(source: str) -> list[Record]:
@@ -180,43 +144,27 @@ def read_records(source: str) -> list[Record]:
     """
     name = "standard input" if source == "-" else source
     try:
-        with (
-            contextlib.nullcontext(sys.stdin)
-            if source == "-"
-            else open(source, encoding="utf-8-sig") as file
-        ):
-            text = file.read(LARGEST_RECORDING + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{name} is not UTF-8 text: expected a JSONL recording") from None
-    if len(text) > LARGEST_RECORDING:
-        raise ConfigError(f"{name} is larger than 64 MiB: give a shorter recording")
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"cannot read {name}: {reason}") from None
     records = []
     for number, line in enumerate(text.splitlines(), 1):
         data = line.strip().removeprefix("data:").strip()
-        if data and data != "[DONE]" and not data.startswith((":", "event:", "id:", "retry:")):
-            records.append(_parse_record(data, f"{name}, line {number}"))
+        if not data or data == "[DONE]" or data.startswith((":", "event:", "id:", "retry:")):
+            continue
+        record = None
+        with contextlib.suppress(ValueError):
+            record = from_json(data, allow_inf_nan=False)
+        if not isinstance(record, dict) or record.get("kind") not in KINDS:
+            raise ConfigError(f"{name}, line {number} is not a JSON record of a request")
+        records.append(record)
     if not records or records[0]["kind"] != "start":
         raise ConfigError(
             f"{name} does not begin with a start record: give what POST /api/events answered, or "
             "what the window saved"
         )
     return records
-
-
-def _parse_record(text: str, line: str) -> Record:
-    try:
-        record = from_json(text, allow_inf_nan=False)
-    except ValueError:
-        raise ConfigError(f"{line} is not JSON: give one record a line") from None
-    kind = record.get("kind") if isinstance(record, dict) else None
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ConfigError(f"{line} is not a record: its kind must be one of {', '.join(KINDS)}")
-    missing = [field for field in KINDS[kind] if field not in record]
-    if missing:
-        raise ConfigError(f"{line}: a {kind} record needs {', '.join(missing)}")
-    return dict(record)
 
 
 # A recording as one HTML file: the window's own page, scripts and styles, and the records.  A
@@ -235,7 +183,7 @@ def page(records: Sequence[Record]) -> str:
     _add_module("main.js", modules)
     script = "\n".join(modules.values())
     text = LINKS.sub("", STYLE.sub("", text)).replace('data-mode="live"', 'data-mode="replay"')
-    model = html.escape(str(records[0].get("model") or records[0]["method"]))
+    model = html.escape(str(records[0].get("model")))
     text = text.replace("<title>DART for LLMs</title>", f"<title>DART for LLMs: {model}</title>")
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
@@ -243,9 +191,12 @@ def page(records: Sequence[Record]) -> str:
     )
     head = f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
     text = text.replace("</head>\n", f"{head}<style>{style}</style>\n</head>\n")
+    # no "<" in it, so that nothing can end the element around it
+    data = json.dumps(list(records), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    data = data.replace("<", "\\u003c")
     return text.replace(
         "</body>\n",
-        f'<script type="application/json" id="records">{page_json(list(records))}</script>\n'
+        f'<script type="application/json" id="records">{data}</script>\n'
         f'<script type="module">{script}</script>\n</body>\n',
     )
 

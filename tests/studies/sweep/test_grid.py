@@ -215,7 +215,7 @@ def test_a_changed_file_is_another_cell(gpt2, tmp_path, monkeypatch):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(files[name] + more if "yaml" in name else files[name])
     asked = {"models": str(gpt2), "methods": "dense", "include_path": "tasks"}
-    asked["tasks"] = "perplexity:text.txt,mine,mmlu,mmlu:anatomy,perplexity:mmlu-answers"
+    asked["tasks"] = "perplexity:text.txt,mine,mmlu,mmlu:anatomy,perplexity:mmlu"
 
     def keys(*changed):
         """The keys, of which those at the places ``changed`` are new."""
@@ -246,9 +246,11 @@ def test_a_changed_file_is_another_cell(gpt2, tmp_path, monkeypatch):
     keys(0, 1, 2, 3, 4)
 
 
-def test_a_calibration_file_may_name_its_first_row(tmp_path):
+def test_a_calibration_file_may_name_its_column(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n', encoding="utf-8")
-    named = (Cell("smollm2-135m", "wanda", TASK, calibration=f"{path}{row}") for row in ("", "#9"))
+    named = (
+        Cell("smollm2-135m", "wanda", TASK, calibration=f"{path}{row}") for row in ("", ":text")
+    )
     one, other = (Digests().of(cell)["calibration"] for cell in named)
     assert one == other and len(one) == 64

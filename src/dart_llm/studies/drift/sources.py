@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from dart_llm.data import passages
-from dart_llm.data.passages import SHIPPED, Topic, encode, first_tokens
-from dart_llm.data.prompts import encode_prompt, given_prompt
-from dart_llm.data.topic_prompts import DriftPrompt
+from dart_llm.data.passages import DriftPrompt, Topic, encode, first_tokens
+from dart_llm.data.texts import encode_prompt, resolve_prompt
 from dart_llm.errors import ConfigError
 from dart_llm.studies.drift.settings import FORCED, DriftSettings, PassageOptions
 
@@ -37,7 +36,7 @@ class Source:
 
 def load_passages(settings: PassageOptions) -> tuple[Source, ...]:
     """The passages to read; raises ``ConfigError`` for a file that does not fit."""
-    chosen = passages.passages(settings.passages)[: settings.limit]
+    chosen = passages.listed_passages(settings.passages)[: settings.limit]
     return tuple(Source(p.id, p.text, p.topics, p.changes) for p in chosen)
 
 
@@ -46,13 +45,11 @@ def load_sources(settings: DriftSettings) -> tuple[Source, ...]:
     if settings.kind == FORCED:
         return load_passages(settings)
     if settings.prompt is not None:
-        text = given_prompt(settings.prompt)
+        text = resolve_prompt(settings.prompt)
         if not text.strip():
             raise ConfigError("the prompt is empty: give at least one word")
         return (Source("prompt", text),)
-    shipped = settings.prompts == SHIPPED
-    file = None if shipped else passages.existing("prompts", str(settings.prompts))
-    return tuple(map(_prompt, passages.listed_prompts(file)[: settings.limit]))
+    return tuple(map(_prompt, passages.listed_prompts(settings.prompts)[: settings.limit]))
 
 
 def _prompt(prompt: DriftPrompt) -> Source:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from pydantic import model_validator
 
-from dart_llm.data.prompts import is_text
+from dart_llm.data.texts import is_text
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.settings import ActivationSettings, Sparsities, Texts, merge, setting

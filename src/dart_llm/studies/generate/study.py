@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dart_llm.data.prompts import encode_prompt, mmlu_prompt, read_prompt_file, resolve_prompt
+from dart_llm.data.texts import encode_prompt, mmlu_prompt, read_prompt_file, resolve_prompt
 from dart_llm.errors import ConfigError
 from dart_llm.experiments.artifacts import (
     MaskRecorder,

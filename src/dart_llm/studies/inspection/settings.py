@@ -10,8 +10,7 @@ from typing import ClassVar
 
 from pydantic import model_validator
 
-from dart_llm.data.prompts import given_prompt, read_prompt_file
-from dart_llm.data.texts import prompt_names
+from dart_llm.data.texts import prompt_names, read_prompt_file, resolve_prompt
 from dart_llm.errors import ConfigError, check_name
 from dart_llm.files import whole_rows
 from dart_llm.pruning.config import DEFAULT_SPARSITY, PruneConfig
@@ -159,7 +158,7 @@ def _prompt(text: str | None, file: str | None) -> tuple[str, str]:
     if text is not None:
         name = text if text in prompt_names() else " ".join(text.split())
         short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1].rstrip()}…"
-        return short, given_prompt(text)
+        return short, resolve_prompt(text)
     return "stdin" if file == "-" else Path(str(file)).name, read_prompt_file(str(file))
 
 

@@ -45,7 +45,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
         for task, options in dict.fromkeys((cell.task, cell.options) for cell in cells):
             check_task(task, options)
     for cell in cells:
-        check_calibration(cell.config(), cell.calibration, [cell.task], cell.options)
+        check_calibration(cell.config(), cell.calibration, [cell.task])
 
 
 def method_cells(settings: MethodSettings) -> tuple[Cell, ...]:

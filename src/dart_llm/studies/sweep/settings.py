@@ -158,7 +158,7 @@ class PerplexitySettings(WindowOptions, SliceOptions, MethodSettings):
     dense: bool = setting(PANEL, "Measure the untouched model on the same tokens too.", True)
     data: Texts = setting(
         PANEL,
-        "embedded, wikitext2, c4, mmlu, mmlu-answers, text files, or "
+        "embedded, wikitext2, c4, mmlu, text files, or "
         "hub:owner/name/config:split:column; comma-separated.",
         ("embedded",),
     )
