@@ -34,7 +34,6 @@ LONGEST = (
     "docs/test_examples.py",
     "studies/sweep/test_sweep_ray.py",
     "studies/drift/test_drift_job.py",
-    "server/test_window_browser.py",
     "cli/test_cli.py",
     "cli/test_chat_terminal.py",
 )

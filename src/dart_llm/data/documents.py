@@ -95,8 +95,7 @@ class TextSource:
 def resolve(name: str, summaries: bool = False) -> TextSource:
     """What ``name`` means; ``summaries``: as a source of documents with summaries.
 
-    Asks no hub and opens no file.  Raises ``ConfigError``, which lists the choices, for a name
-    that means nothing.
+    Opens nothing.  Raises ``ConfigError``, which lists the choices, for an unknown name.
     """
     roles = ("document", "summary") if summaries else ("text",)
     names = NAMES[roles]
@@ -222,10 +221,7 @@ def calibration_source(name: str | None) -> TextSource:
 
 
 def check_disjoint(calibration: str | None, evaluated: Iterable[str]) -> None:
-    """Raise ``ConfigError`` when the calibration text is among what is evaluated.
-
-    ``evaluated``: texts, summaries and lm-eval's tasks.
-    """
+    """Raise ``ConfigError`` if one of these texts, summaries and tasks is what calibrates."""
     source = calibration_source(calibration)
     if any(source.overlaps(other) for name in evaluated for other in _evaluated(name)):
         raise ConfigError(

@@ -24,8 +24,7 @@ from dart_llm.session.run import BoundMethod, PatchCosts
 
 DENSE = PruneConfig.build("dense")
 
-BOUND = 32
-"""Configurations that stay bound to the model."""
+BOUND = 32  # configurations that stay bound to the model
 
 
 class PatchHost:

@@ -37,14 +37,9 @@ from dart_llm.pruning.token_level import TokenMask
 from dart_llm.session.generation import CONTEXT, HALF, TextStream, decode_ids
 from dart_llm.session.run import BoundMethod
 
-BINS = 96
-"""Groups of neighbouring neurons per layer in a mask's raster, where a layer has so many."""
-
-COLDEST = 1e-30
-"""The lowest temperature: in float32 lower ones would be 0."""
-
-PIECE = 512
-"""Prompt tokens per forward: between two a request can be cancelled."""
+BINS = 96  # groups of neighbouring neurons in a mask's raster, where layers have so many
+COLDEST = 1e-30  # the lowest temperature: in float32 lower ones would be 0
+PIECE = 512  # prompt tokens per forward: between two a request can be cancelled
 
 Emit = Callable[[Record], None]
 

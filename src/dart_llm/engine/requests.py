@@ -154,10 +154,7 @@ class Token(_Record):
 
 @dataclass(frozen=True)
 class Check(_Record):
-    """The drift detector completed a window.
-
-    The first window of a rule that is arming has nothing to compare with: ``similarity`` is None.
-    """
+    """The drift detector completed a window; the first has no ``similarity`` to any other."""
 
     kind: ClassVar[str] = "check"
     check: DriftCheck
@@ -198,10 +195,7 @@ class Mask(_Record):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request; ``cached_tokens`` of the prompt were in its conversation's cache.
-
-    ``completion_tokens``: of all choices, tokens that end a text included.
-    """
+    """Tokens of a request, of all choices; ``cached_tokens`` of the prompt were in its cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -210,10 +204,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """How long a request took, under llama.cpp's names; ``ms`` are milliseconds.
+    """How long a request took, under llama.cpp's names.
 
-    ``prompt_n`` tokens were read before the first token, ``predicted_n`` were decoded after it
-    (over all choices); rates are None if there were none.
+    ``prompt_n`` tokens were read before the first token, ``predicted_n`` decoded after it.
     """
 
     prompt_n: int
@@ -222,7 +215,7 @@ class Timings:
     predicted_ms: float
 
     def to_dict(self) -> dict[str, Any]:
-        """With times per token, and tokens per second."""
+        """With times per token, and tokens per second; None if there were no tokens."""
         data: dict[str, Any] = {}
         for name in ("prompt", "predicted"):
             count, ms = getattr(self, f"{name}_n"), getattr(self, f"{name}_ms")
@@ -234,10 +227,9 @@ class Timings:
 
 @dataclass(frozen=True)
 class Done(_Record):
-    """A request ended: its last record, and what ``Engine.run`` returns.
+    """A request ended: its last record, and what ``Engine.run`` returns; fields per choice.
 
-    Per choice why it ended, ``stop`` (end of text or a stop string), ``length`` or ``cancelled``,
-    its text and its tokens.
+    ``finish``: ``stop`` (end of text or a stop string), ``length`` or ``cancelled``.
     """
 
     kind: ClassVar[str] = "done"

@@ -233,9 +233,7 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
 COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions, as OpenAI has it
 SMALLEST_TOP_P = 1e-6  # for top_p 0: the likeliest token alone
 CHARACTERS = 4  # of a token, about; of a longer text a part is tokenized first
-
-CUT_TOKENS = 64
-"""A text that is cut off may have this many tokens more than the same part of the whole."""
+CUT_TOKENS = 64  # that the end of a cut text may have more than the same part of the whole
 
 
 class RequestReader:

@@ -37,12 +37,8 @@ except ImportError:
 logger = logging.getLogger("dart_llm.serve")
 
 LONGEST_WAIT = 60  # seconds; Retry-After never names more
-
-LAST_TOKEN_SECONDS = 10.0
-"""How long a cancelled answer may take to release the model when the server ends."""
-
-LARGEST_SHARE = 0.75
-"""Share of the queue that one client may take."""
+LAST_TOKEN_SECONDS = 10.0  # for a cancelled answer to release the model when the server ends
+LARGEST_SHARE = 0.75  # of the queue, that one client may take
 
 END_OF_STREAM = object()
 """The last item of a mailbox."""

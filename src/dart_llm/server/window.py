@@ -10,7 +10,7 @@ import html
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def _read(folder: Path, name: str) -> str:
     return ""
 
 
-def _documents(*texts: str) -> Any:
+def _documents(*texts: str) -> Iterator[Any]:
     """The JSON documents among ``texts``."""
     for text in texts:
         with contextlib.suppress(ValueError, RecursionError):
