@@ -48,7 +48,7 @@ def main() -> None:
 
 def record(dtype: str, place: int, method: str | None) -> list[dict[str, Any]]:
     """The records of a ready prompt's answers: pruned by the first one's settings, then dense."""
-    from dart_llm.data.prompts import chat_ids
+    from dart_llm.data.texts import chat_ids
     from dart_llm.engine.engine import Engine
     from dart_llm.engine.requests import GenerationRequest as Ask
     from dart_llm.engine.requests import Sampling

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from dart_llm.calibration.collect import opening_ids, sample_continuations
 from dart_llm.data import texts
 from dart_llm.data.passages import listed_prompts
-from dart_llm.data.prompts import encode_prompt
+from dart_llm.data.texts import encode_prompt
 from dart_llm.errors import ConfigError
 from dart_llm.models.loading import load
 from dart_llm.models.screen import Gaps, Screen, directions_of, divergence

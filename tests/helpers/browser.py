@@ -79,9 +79,6 @@ class Window:
 
         ActionChains(self.driver).send_keys(*keys).perform()
 
-    def focused(self):
-        return str(self.js("((e) => e.id || e.className || e.tagName)(document.activeElement)"))
-
     def complaints(self):
         """Errors and warnings of the console so far, but of pixels that only the tests read."""
         messages = [entry["message"] for entry in self.driver.get_log("browser")]
