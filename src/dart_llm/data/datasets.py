@@ -37,11 +37,10 @@ Column = Annotated[
 class DataSet:
     """One split of one data set of the hub.
 
-    ``columns``: the columns by role (text, document, summary, question, choices, answer, id, ...).
+    ``columns``: by role (text, document, summary, question, choices, answer, id, ...).
     ``separator``: between the rows of a text.  ``uses``: perplexity, calibration, summarize,
     prompts (questions that no task scores) or eval, with the lm-eval ``tasks`` that score it.
-    ``revision``: a branch other than the main one.  ``first``: only so many rows are read,
-    streamed.  ``megabytes``: about what is downloaded.
+    ``first``: only so many rows are read, streamed.  ``megabytes``: about what is downloaded.
     """
 
     name: str
@@ -145,8 +144,7 @@ def mmlu_questions(subject: str) -> list[dict[str, Any]]:
     """The MMLU questions of a subject that are not scored: ``dev``, then ``validation``.
 
     Each is ``{"subject", "question", "choices"}``: the answer is dropped here, so no prompt can
-    show it.  They are read from ``<subject>_dev.jsonl`` (and ``<subject>_validation.jsonl``) in
-    ``LOCAL_MMLU`` where those exist, else from the hub's ``cais/mmlu``.  Raises ``UnknownName``,
+    show it.  ``<subject>_dev.jsonl`` in ``LOCAL_MMLU`` replaces the hub.  Raises ``UnknownName``,
     ``ConfigError`` for a malformed local file, ``MissingExtra`` or ``LoadError``.
     """
     check_name("MMLU subject", subject, MMLU_SUBJECTS)

@@ -1,15 +1,10 @@
 """Every text argument: ``resolve`` reads its grammar, the loaders below read the text.
 
-==============================  ===================================================================
-``embedded``                    the package's texts
-``wikitext2``, ``c4``, ...      a name of ``catalogue.yaml``
-``mmlu``                        questions that no task scores; of some subjects:
-                                ``mmlu:astronomy+anatomy``
-``hub:owner/name:split:COLUMN`` any other data set of the hub (``datasets.parse``)
-``FILE``                        a text file, also one under ``datasets/`` in the current folder
-``FILE.jsonl[:COLUMN]``         JSON rows; a source of summaries may name two columns,
-                                ``:DOCUMENT:SUMMARY``
-==============================  ===================================================================
+``embedded``, ``wikitext2``, ``c4``, ...: the package's texts, or a name of ``catalogue.yaml``
+``mmlu``, ``mmlu:astronomy+anatomy``: questions that no task scores
+``hub:owner/name:split:COLUMN``: any other data set of the hub (``datasets.parse``)
+``FILE``, ``FILE.jsonl[:COLUMN]``: text or JSON rows, in the current folder or its ``datasets/``; a
+source of summaries may name two columns, ``:DOCUMENT:SUMMARY``
 """
 
 from __future__ import annotations
@@ -161,10 +156,9 @@ def plain_summary(value: Any) -> str:
 
 
 def load(source: TextSource) -> list[str]:
-    """The rows of a JSONL file, the embedded texts, or one text.
+    """The rows of a JSONL file, the embedded texts, or one text; all with some text.
 
-    Raises ``ConfigError`` for a file that cannot be used or has no text, and ``MissingExtra`` or
-    ``LoadError`` for the hub.
+    Raises ``ConfigError`` for a file, ``MissingExtra`` or ``LoadError`` for the hub.
     """
     if source.data is not None:
         (column,) = source.data.columns["text"]

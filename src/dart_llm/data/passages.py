@@ -35,10 +35,7 @@ class Topic:
 
 
 class Segment(NamedTuple):
-    """The characters ``start`` to ``end`` (not included) of a passage, about one topic.
-
-    ``text`` ends before the blank line that separates it from the next segment.
-    """
+    """The characters ``start`` to ``end`` of a passage, about one topic; ``text``: without BREAK."""
 
     topic: Topic
     start: int
@@ -58,8 +55,8 @@ class Passage(_Record):
     """Paragraphs joined by blank lines, with two topics or more.
 
     ``changes``: for every topic but the first, the offset in characters at which its first
-    paragraph begins.  Raises ``ConfigError`` for offsets that do not rise, do not match the topics
-    or do not begin a paragraph, and for neighbouring topics of one domain.
+    paragraph begins.  Raises ``ConfigError`` for other offsets, and for neighbouring topics of one
+    domain.
     """
 
     id: Annotated[str, Field(min_length=1)]
@@ -185,14 +182,11 @@ def choose(
 
     Raises ``UnknownName`` for one that no record has.
     """
-    templates = [getattr(record, "template", "") for record in records]
+    by_template = [(getattr(record, "template", ""), record) for record in records]
     check_name("domain", domain, {name for record in records for name in record.domains})
-    check_name("template", template, {*templates} - {""})
-    return [
-        record
-        for record, made_from in zip(records, templates, strict=True)
-        if domain in (None, *record.domains) and template in (None, made_from)
-    ]
+    check_name("template", template, {name for name, _ in by_template} - {""})
+    chosen = [record for name, record in by_template if template in (None, name)]
+    return [record for record in chosen if domain in (None, *record.domains)]
 
 
 def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | Passage:

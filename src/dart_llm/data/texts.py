@@ -91,12 +91,10 @@ def read_prompt_file(file: str) -> str:
 
 
 def resolve_prompt(text_or_name: str) -> str:
-    """The prompt that a user means.
+    """The prompt that a user means; raises ``ConfigError`` for what is not UTF-8.
 
     A shipped prompt's name gives that prompt; the name of a file under ``datasets/`` in the
-    current folder (with or without ``.txt``) gives that file's text as it is, or ``ConfigError``
-    where that is not UTF-8; anything else is the prompt itself and comes back unchanged, unless
-    the command line did not give valid UTF-8 (``ConfigError``).
+    current folder (with or without ``.txt``) gives that file's text; anything else is the prompt.
     """
     if not is_text(text_or_name):
         raise ConfigError("the prompt is not valid UTF-8: put the text in a file and give that")
