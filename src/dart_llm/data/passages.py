@@ -35,7 +35,7 @@ class Topic:
 
 
 class Segment(NamedTuple):
-    """The characters ``start`` to ``end`` of a passage, about one topic; ``text``: without BREAK."""
+    """The characters ``start`` to ``end`` of a passage, about one topic; its break is left out."""
 
     topic: Topic
     start: int
