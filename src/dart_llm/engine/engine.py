@@ -91,8 +91,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         token, and between pieces of a long prompt.  Whatever happens, nothing of the request is
         left on the model afterwards; a conversation is kept unless an error was raised.
 
-        Raises ``ConfigError`` for a request that cannot be served, ``AttachError`` while another
-        one runs.
+        Raises ``ConfigError`` for what cannot be served, ``AttachError`` while another one runs.
         """
         with self._exclusive():
             method = self._host.bind(ask.config)

@@ -14,8 +14,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.records import DriftCheck, Remask, RunReport
 
-MAX_CHOICES, MAX_STOPS, MAX_LOGPROBS = 128, 16, 20
-"""Bounds of ``n``, of the number of stop strings and of ``logprobs``."""
+MAX_CHOICES, MAX_STOPS, MAX_LOGPROBS = 128, 16, 20  # of n, stop and logprobs
 
 
 @dataclass(frozen=True)
