@@ -165,24 +165,24 @@ def load(source: TextSource) -> list[str]:
         rows = [row[column] for row in datasets.rows(source.data)]
         if not all(isinstance(text, str) for text in rows) or not any(map(str.strip, rows)):
             raise LoadError(f"the column {column} of {source.data.where} is empty or not text")
-        found = [source.data.separator.join(rows)]
+        parts = [source.data.separator.join(rows)]
     elif source.name == EMBEDDED:
-        found = [texts.read(subject) for subject in texts.subjects()]
+        parts = [texts.read(subject) for subject in texts.subjects()]
     elif source.name == MMLU:
         subjects = source.subjects or datasets.local_subjects() or datasets.MMLU_SUBJECTS
         questions = (row for subject in subjects for row in datasets.mmlu_questions(subject))
-        found = [BLANK_LINE.join(row["question"] for row in questions)]
+        parts = [BLANK_LINE.join(row["question"] for row in questions)]
     elif source.path is not None and source.has_rows:
-        found = [_value(source, "text", line, row) for line, row in read_rows(source.path)]
-        if not any(text.strip() for text in found):
+        parts = [_value(source, "text", line, row) for line, row in read_rows(source.path)]
+        if not any(text.strip() for text in parts):
             raise ConfigError(f'the file {source.path} has no text: write {{"text": "..."}} a line')
     else:
         assert source.path is not None
         try:
-            found = [source.path.read_text(encoding="utf-8-sig")]  # a byte-order mark is not text
+            parts = [source.path.read_text(encoding="utf-8-sig")]  # a byte-order mark is not text
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read {source.path} as text: {error}") from None
-    return found
+    return parts
 
 
 def read(name: str) -> str:
@@ -290,13 +290,15 @@ def load_documents(name: str, limit: int | None = None, seed: int | None = None)
     datasets.positions(0, limit, seed)
     stream = limit is not None and seed is None
     every = _file_documents(source) if source.data is None else _hub_documents(source.data, stream)
-    found = list(islice(every, limit if stream else None))
+    documents = list(islice(every, limit if stream else None))
     if not stream:
-        found = [found[position] for position in datasets.positions(len(found), limit, seed)]
-    if not found:
+        documents = [
+            documents[position] for position in datasets.positions(len(documents), limit, seed)
+        ]
+    if not documents:
         where = source.path or (source.data and source.data.where)
         raise ConfigError(f"{where} has no row with a document and a summary; {datasets.INSTEAD}")
-    return found
+    return documents
 
 
 def _file_documents(source: TextSource) -> Iterator[Document]:

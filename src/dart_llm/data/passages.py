@@ -68,7 +68,7 @@ class Passage(_Record):
         problem = None
         if [*self.changes] != sorted({*self.changes}) or len(self.changes) != len(self.topics) - 1:
             problem = "needs one change less than topics, in rising order"
-        elif any(one == other for one, other in pairwise(self.domains)):
+        elif any(before == after for before, after in pairwise(self.domains)):
             problem = f"has neighbouring topics of one domain: {', '.join(self.domains)}"
         for at in self.changes:
             if at <= 0 or not self.text[:at].endswith(BREAK) or not self.text[at : at + 1].strip():

@@ -216,7 +216,7 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
     """
     if errors[0]["type"] == "json_invalid":
         return APIError(400, "the body is not valid JSON in UTF-8", code="invalid_json")
-    error = max(errors, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
+    error = max(errors, key=lambda item: (not item["type"].endswith("_type"), len(item["loc"])))
     fields = (str(part) for part in error["loc"] if part not in BRANCHES)
     path = [part[:100] for part in fields if "[" not in part]
     where, hint, code = ".".join(path), "", "invalid_value"
