@@ -55,8 +55,15 @@ class Narrow(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def wide(name="llama", dtype=BFLOAT16, **sizes):
-    model = tiny(name, dtype=dtype, **sizes)
+def emulated(call):
+    """Products in 16 bits that ``call`` makes."""
+    with Narrow() as narrow, torch.no_grad():
+        call()
+    return narrow.found
+
+
+def wide(name="llama"):
+    model = tiny(name, dtype=BFLOAT16)
     assert compute_prompts_in_float32(model)
     return model
 
@@ -120,16 +127,12 @@ def test_a_prompt_runs_in_float32_and_a_token_as_ever(name, attention):
     plain, model = tiny(name, dtype=BFLOAT16), wide(name)
     plain.set_attn_implementation(attention)
     model.set_attn_implementation(attention)
+    assert emulated(lambda: plain(IDS)), "what this is about"
+    assert emulated(lambda: model(IDS)) == []
+    assert emulated(lambda: model(inputs_embeds=model.get_input_embeddings()(IDS))) == []
     with torch.no_grad():
-        with Narrow() as narrow:
-            emulated = plain(IDS).logits
-        assert narrow.found, "what this is about"
-        with Narrow() as narrow:
-            logits = model(IDS).logits
-            model(inputs_embeds=model.get_input_embeddings()(IDS))
-        assert narrow.found == [] and logits.dtype == BFLOAT16
-        exact = copy.deepcopy(plain).float()(IDS).logits
-        assert apart(logits, exact) < 1.2 * apart(emulated, exact) + 1e-2
+        logits, exact = model(IDS).logits, copy.deepcopy(plain).float()(IDS).logits
+        assert apart(logits, exact) < 1.2 * apart(plain(IDS).logits, exact) + 1e-2
         few = IDS[:, :FEW]
         assert torch.equal(model(input_ids=few).logits, plain(few).logits)
 
@@ -150,9 +153,8 @@ def test_the_model_is_the_same_in_every_other_way(tmp_path):
         model.save_pretrained(tmp_path)
         assert "forward" not in type(model).from_pretrained(tmp_path).__dict__
         assert torch.equal(copy.deepcopy(model).float()(IDS).logits, plain.float()(IDS).logits)
-    with torch.autocast("cpu", dtype=BFLOAT16), Narrow() as narrow:
-        model(IDS)
-    assert narrow.found, "autocast has its own dtype"
+    with torch.autocast("cpu", dtype=BFLOAT16):
+        assert emulated(lambda: model(IDS)), "autocast has its own dtype"
     with pytest.raises(IndexError):
         model(IDS + 1000)
     assert torch.overrides._len_torch_function_stack() == 0
@@ -169,10 +171,7 @@ def test_a_pruned_model_keeps_it():
     for executor in ("masked", "compact", "native"):
         with Same(model), prune(model, "griffin", sparsity=0.5, executor=executor) as run:
             assert run.executor == executor and float32_note(model)
-            with Narrow() as narrow, torch.inference_mode():
-                generate(model, IDS, 4)
-                model(IDS)
-            assert narrow.found == []
+            assert emulated(lambda: [generate(model, IDS, 4), model(IDS)]) == []
             logits[executor] = decode(model, IDS, PROMPT)
         assert model.__dict__["forward"] is forward
         assert apart(logits[executor][:, PROMPT:], logits["masked"][:, PROMPT:]) < 3e-2, executor
@@ -186,9 +185,7 @@ def test_load_does_it_where_no_dtype_is_given(tmp_path, dtype):
     folder = write_gpt2(tmp_path / "model")
     load(str(folder), dtype="bfloat16")[0].save_pretrained(folder)
     model, _ = load(str(folder), dtype=dtype)
-    with torch.no_grad(), Narrow() as narrow:
-        model(IDS)
-    assert model.dtype == BFLOAT16 and bool(narrow.found) == bool(dtype)
+    assert model.dtype == BFLOAT16 and bool(emulated(lambda: model(IDS))) == bool(dtype)
     assert ("prompts are computed in float32" in float32_note(model)) == (dtype is None)
 
 
