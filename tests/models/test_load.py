@@ -14,7 +14,7 @@ import dart_llm
 from checkpoints import facts, write_folder, write_gguf
 from dart_llm.cache import cache_folder, hub_cache
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.files import size_text
+from dart_llm.files import file_sha256, size_text
 from dart_llm.hub import plain, redact, weight_files
 from dart_llm.models.checkpoint import Checkpoint, checkpoint_facts, weights_sha256, weights_size
 from dart_llm.models.loading import load, memory_failure, parse_device, parse_dtype, placement
@@ -50,10 +50,9 @@ def test_a_folder_loads_in_its_own_dtype_and_in_others(folder, caplog):
 
 def test_the_facts_of_a_folder(folder, tmp_path):
     """The checksum of several files is that of their ``sha256sum`` lines."""
-    weights = folder / "model.safetensors"
     stated = {"name": folder.name, "source": "folder", "path": str(folder), "dtype": "float32"}
-    stated["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    stated["parameters"] = parameters(folder)
+    stated |= {"sha256": file_sha256(folder / "model.safetensors")}
+    stated |= {"parameters": parameters(folder)}
     assert checkpoint_facts(load(folder)[0].float()) == facts(**stated)
     own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
     stated = {"name": str(folder), "path": str(folder), "source": "not loaded by dart_llm"}
@@ -62,7 +61,7 @@ def test_the_facts_of_a_folder(folder, tmp_path):
     lines = ""
     for name in ("a.safetensors", "b.safetensors"):
         save_file({"x": torch.full((3,), float(ord(name[0])))}, tmp_path / name)
-        lines += f"{hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}  {name}\n"
+        lines += f"{file_sha256(tmp_path / name)}  {name}\n"
     assert weights_sha256(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
     assert weights_sha256(tmp_path / "nothing") is None
 

@@ -129,16 +129,6 @@ def test_what_is_not_a_number_stays_so(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fold(dtype, kind):
-    draw, ids = drawing(1), torch.tensor([0, 2, 3, 11, 29])
-    rows, factors = draw(30, 70).to(dtype), draw(5, 33)
-    with kernels(kind):
-        found = build.ops().fold(rows, ids.int(), factors)
-    assert apart(found.t(), rows[ids].double().t() @ factors.double()) < 1e-6
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("words", "size", "keep"), [(5000, 72, 40), (4096, 64, 64), (9, 40, 33)])
 def test_a_screened_head(words, size, keep, dtype, kind):
     """Rough scores by the largest directions, exact ones near the best."""
