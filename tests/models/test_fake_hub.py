@@ -13,9 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fake_hub
 from checkpoints import write_folder
-from dart_llm import cache
-from dart_llm.errors import LoadError
-from dart_llm.hub import check_download
 from fake_hub import ALWAYS, COMMIT, Repository, repository, serve
 
 TOKEN = "hf_fakeTokenThatMustStaySecret123"
@@ -90,24 +87,6 @@ def test_a_cut_download_is_taken_up_again(outcome):
     assert outcome.answers["tiny/cut-once"]["logits"] == outcome.answers["tiny/llama"]["logits"]
     assert outcome.hub.downloads["tiny/cut-once/model.safetensors"] == 2
     assert 2 <= outcome.hub.downloads["tiny/cut-always/model.safetensors"] <= 10
-
-
-def test_a_full_disk_is_found_before_a_download(tmp_path, monkeypatch):
-    """What is in the cache already, or is not read, needs no room."""
-    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
-    sizes = {"config.json": 500, shards[0]: 3 * 10**9, shards[1]: 2 * 10**9}
-    sizes |= {"pytorch_model.bin": 9 * 10**9}
-    files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
-    info = SimpleNamespace(siblings=files, sha=COMMIT)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **more: info)
-    monkeypatch.setattr(cache, "free_bytes", lambda folder: 4_000_000_000)
-    with pytest.raises(LoadError, match=r"a/model needs 5\.0 GB on disk and only 4\.0 GB are free"):
-        check_download("a/model", None, tmp_path)
-    kept = tmp_path / "models--a--model" / "snapshots" / COMMIT
-    kept.mkdir(parents=True)
-    (kept / shards[0]).touch()
-    assert check_download("a/model", None, tmp_path) == 2_000_000_000
 
 
 def test_the_token_is_sent_to_the_hub_and_shown_nowhere(outcome):

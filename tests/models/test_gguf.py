@@ -264,16 +264,9 @@ def _entry(data, name):
     return data.index(name.encode(), data.index(b"token_embd.weight")) + len(name)
 
 
-TABLE = [
-    (20, "I", 99),  # type
-    (4, "Q", 48),  # a row that blocks do not divide
-    (12, "Q", 1 << 40),
-    (24, "Q", 1 << 62),  # place
-    (24, "Q", 0),  # that of another
-    (0, "I", 0),  # dimensions
-    (0, "I", 1 << 31),
-    (12, "Q", 0),
-]
+# types, rows that blocks do not divide, places, numbers of dimensions
+TABLE = [(20, "I", 99), (4, "Q", 48), (12, "Q", 1 << 40), (24, "Q", 1 << 62), (24, "Q", 0)]
+TABLE += [(0, "I", 0), (0, "I", 1 << 31), (12, "Q", 0)]
 HEADER = [(4, "I", 7), (8, "Q", 0), (8, "Q", 1 << 60), (16, "Q", 1 << 60)]
 
 

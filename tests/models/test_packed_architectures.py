@@ -25,14 +25,9 @@ EXACT, ROUNDING = 1e-4, 5e-2
 MIXES = {
     "q8_0": {"ffn": Kind.Q8_0, "attention": Kind.Q8_0},
     "q4_0": {"ffn": Kind.Q4_0, "attention": Kind.Q4_0},
-    "q4_k": {
-        "width": 256,
-        "ffn": Kind.Q4_K,
-        "attention": Kind.Q4_K,
-        "down": Kind.Q6_K,
-        "embedding": Kind.Q6_K,
-    },
+    "q4_k": {"width": 256, "ffn": Kind.Q4_K, "attention": Kind.Q4_K},
 }
+MIXES["q4_k"] |= {"down": Kind.Q6_K, "embedding": Kind.Q6_K}
 PROMPT = 40
 IDS = tokens(1, PROMPT + 8, seed=3)
 
