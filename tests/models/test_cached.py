@@ -43,13 +43,11 @@ class Index:
         """A wheel that ``pip download`` accepts."""
         name = package.replace("-", "_")
         about = f"{name}-{version}.dist-info"
-        files = dict(files) | {
-            f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n",
-            f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-            f"{about}/RECORD": "",
-        }
+        metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
+        tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        files = {**files, f"{about}/METADATA": metadata, f"{about}/WHEEL": tags}
         with zipfile.ZipFile(self.wheels / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-            for member, content in files.items():
+            for member, content in {**files, f"{about}/RECORD": ""}.items():
                 wheel.writestr(member, content)
 
     def withdraw(self):

@@ -9,15 +9,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dart_llm.calibration.collect import run_forward
-from dart_llm.models import float32_products
+from dart_llm.models import float32_products as module
 from dart_llm.models.checkpoint import fingerprint
-from dart_llm.models.float32_products import (
-    FEW,
-    Float32Products,
-    compute_prompts_in_float32,
-    float32_note,
-    in_float32,
-)
 from dart_llm.models.loading import load
 from dart_llm.models.packed import pack
 from dart_llm.models.steps import step_unsupported_reason
@@ -34,11 +27,11 @@ TEXTS = torch.arange(3, 67).reshape(2, 32)
 @pytest.fixture(autouse=True)
 def slow(monkeypatch):
     """Both 16-bit dtypes are emulated, whatever the CPU."""
-    monkeypatch.setattr(float32_products, "emulates", lambda dtype: dtype in (BFLOAT16, HALF))
+    monkeypatch.setattr(module, "emulates", lambda dtype: dtype in (BFLOAT16, HALF))
 
 
 class Narrow(TorchDispatchMode):
-    """Counts products in 16 bits, of more than ``FEW`` rows, below whatever called them."""
+    """Counts products in 16 bits, of more than ``module.FEW`` rows, below whatever called them."""
 
     # torch's; our kernels compute in float32 anyway
     PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product", "linear", "matmul")
@@ -50,14 +43,21 @@ class Narrow(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         first = next((t for t in args if isinstance(t, torch.Tensor) and t.dim() > 1), None)
         name = func.overloadpacket.__name__ if func.namespace == "aten" else ""
-        if first is not None and name.startswith(self.PRODUCTS) and first.shape[-2] > FEW:
+        if first is not None and name.startswith(self.PRODUCTS) and first.shape[-2] > module.FEW:
             self.found += [name] if first.dtype in (BFLOAT16, HALF) else []
         return func(*args, **(kwargs or {}))
 
 
-def wide(name="llama", dtype=BFLOAT16, **sizes):
-    model = tiny(name, dtype=dtype, **sizes)
-    assert compute_prompts_in_float32(model)
+def emulated(call):
+    """Products in 16 bits that ``call`` makes."""
+    with Narrow() as narrow, torch.no_grad():
+        call()
+    return narrow.found
+
+
+def wide(name="llama"):
+    model = tiny(name, dtype=BFLOAT16)
+    assert module.compute_prompts_in_float32(model)
     return model
 
 
@@ -69,8 +69,8 @@ def close(found, exact, dtype):
 @pytest.mark.parametrize("dtype", [BFLOAT16, HALF], ids=str)
 def test_products_and_their_gradients(dtype, monkeypatch):
     """Against float64: results are rounded once; weights of several chunks give the same."""
-    monkeypatch.setattr(float32_products, "CHUNK", 64)
-    monkeypatch.setattr(float32_products, "LEAST_ROWS", 5)
+    monkeypatch.setattr(module, "CHUNK", 64)
+    monkeypatch.setattr(module, "LEAST_ROWS", 5)
     generator = torch.Generator().manual_seed(0)
     x, w, b, g = (
         torch.randn(shape, generator=generator).to(dtype).requires_grad_()
@@ -83,11 +83,11 @@ def test_products_and_their_gradients(dtype, monkeypatch):
         (lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w.t()), (x, w, b)),
     ):
         exact = operation(*(one.double() for one in given))
-        with Float32Products(), Narrow() as narrow:
+        with module.Float32Products(), Narrow() as narrow:
             found = operation(*given)
             grads = torch.autograd.grad(found, given, g.reshape(found.shape))
         assert narrow.found == [] and close(found, exact, dtype)
-        with torch.no_grad(), Float32Products():
+        with torch.no_grad(), module.Float32Products():
             assert torch.equal(operation(*given), found)
         wanted = torch.autograd.grad(exact, given, g.reshape(found.shape).double())
         assert all(close(a, e, dtype) for a, e in zip(grads, wanted, strict=True))
@@ -96,19 +96,19 @@ def test_products_and_their_gradients(dtype, monkeypatch):
         lambda q: q @ q.mT,
         lambda q: torch.bmm(q[0], q[1].mT),
     ):
-        with Float32Products(), Narrow() as narrow:
+        with module.Float32Products(), Narrow() as narrow:
             assert close(operation(q), operation(q.double()), dtype)
         assert narrow.found == []
 
 
 @pytest.mark.usefixtures("native")
 def test_what_stays_as_torch_has_it():
-    few, many, w = (torch.randn(n, 32).to(BFLOAT16) for n in (FEW, FEW + 1, 64))
+    few, many, w = (torch.randn(n, 32).to(BFLOAT16) for n in (module.FEW, module.FEW + 1, 64))
     for x, weight in ((few, w), (many.float(), w.float()), (many, pack(w, "q8_0"))):
         wanted = F.linear(x, weight)
-        with Float32Products():
+        with module.Float32Products():
             assert torch.equal(F.linear(x, weight), wanted)
-    with Float32Products(), pytest.raises(RuntimeError, match="dtype"):
+    with module.Float32Products(), pytest.raises(RuntimeError, match="dtype"):
         F.linear(many, w.float())
 
 
@@ -120,17 +120,13 @@ def test_a_prompt_runs_in_float32_and_a_token_as_ever(name, attention):
     plain, model = tiny(name, dtype=BFLOAT16), wide(name)
     plain.set_attn_implementation(attention)
     model.set_attn_implementation(attention)
+    assert emulated(lambda: plain(IDS)), "what this is about"
+    assert emulated(lambda: model(IDS)) == []
+    assert emulated(lambda: model(inputs_embeds=model.get_input_embeddings()(IDS))) == []
     with torch.no_grad():
-        with Narrow() as narrow:
-            emulated = plain(IDS).logits
-        assert narrow.found, "what this is about"
-        with Narrow() as narrow:
-            logits = model(IDS).logits
-            model(inputs_embeds=model.get_input_embeddings()(IDS))
-        assert narrow.found == [] and logits.dtype == BFLOAT16
-        exact = copy.deepcopy(plain).float()(IDS).logits
-        assert apart(logits, exact) < 1.2 * apart(emulated, exact) + 1e-2
-        few = IDS[:, :FEW]
+        logits, exact = model(IDS).logits, copy.deepcopy(plain).float()(IDS).logits
+        assert apart(logits, exact) < 1.2 * apart(plain(IDS).logits, exact) + 1e-2
+        few = IDS[:, : module.FEW]
         assert torch.equal(model(input_ids=few).logits, plain(few).logits)
 
 
@@ -139,7 +135,7 @@ def test_the_model_is_the_same_in_every_other_way(tmp_path):
     assert fingerprint(model) == fingerprint(plain)
     assert step_unsupported_reason(model) is step_unsupported_reason(plain) is None
     assert list(model.state_dict()) == list(plain.state_dict())
-    assert not compute_prompts_in_float32(model), "once"
+    assert not module.compute_prompts_in_float32(model), "once"
     with torch.no_grad():
         wanted = model(IDS).logits
         for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -150,9 +146,8 @@ def test_the_model_is_the_same_in_every_other_way(tmp_path):
         model.save_pretrained(tmp_path)
         assert "forward" not in type(model).from_pretrained(tmp_path).__dict__
         assert torch.equal(copy.deepcopy(model).float()(IDS).logits, plain.float()(IDS).logits)
-    with torch.autocast("cpu", dtype=BFLOAT16), Narrow() as narrow:
-        model(IDS)
-    assert narrow.found, "autocast has its own dtype"
+    with torch.autocast("cpu", dtype=BFLOAT16):
+        assert emulated(lambda: model(IDS)), "autocast has its own dtype"
     with pytest.raises(IndexError):
         model(IDS + 1000)
     assert torch.overrides._len_torch_function_stack() == 0
@@ -168,11 +163,8 @@ def test_a_pruned_model_keeps_it():
     dense, forward = decode(model, IDS, PROMPT), model.__dict__["forward"]
     for executor in ("masked", "compact", "native"):
         with Same(model), prune(model, "griffin", sparsity=0.5, executor=executor) as run:
-            assert run.executor == executor and float32_note(model)
-            with Narrow() as narrow, torch.inference_mode():
-                generate(model, IDS, 4)
-                model(IDS)
-            assert narrow.found == []
+            assert run.executor == executor and module.float32_note(model)
+            assert emulated(lambda: [generate(model, IDS, 4), model(IDS)]) == []
             logits[executor] = decode(model, IDS, PROMPT)
         assert model.__dict__["forward"] is forward
         assert apart(logits[executor][:, PROMPT:], logits["masked"][:, PROMPT:]) < 3e-2, executor
@@ -186,10 +178,8 @@ def test_load_does_it_where_no_dtype_is_given(tmp_path, dtype):
     folder = write_gpt2(tmp_path / "model")
     load(str(folder), dtype="bfloat16")[0].save_pretrained(folder)
     model, _ = load(str(folder), dtype=dtype)
-    with torch.no_grad(), Narrow() as narrow:
-        model(IDS)
-    assert model.dtype == BFLOAT16 and bool(narrow.found) == bool(dtype)
-    assert ("prompts are computed in float32" in float32_note(model)) == (dtype is None)
+    assert model.dtype == BFLOAT16 and bool(emulated(lambda: model(IDS))) == bool(dtype)
+    assert ("prompts are computed in float32" in module.float32_note(model)) == (dtype is None)
 
 
 # Float32 copies, on which calibration runs.
@@ -206,7 +196,7 @@ def test_a_copy_has_the_gradients_of_the_same_weights_in_float32():
     """Blocks are dequantised, and tied weights stay tied."""
     model = tiny("llama").to(BFLOAT16)
     before = {name: (id(weight), weight.clone()) for name, weight in model.named_parameters()}
-    with in_float32(model) as copied:
+    with module.in_float32(model) as copied:
         assert copied is not model and {w.dtype for w in copied.parameters()} == {torch.float32}
         taken = gradients(copied)
     for layer, g in gradients(model.float()).items():
@@ -216,14 +206,14 @@ def test_a_copy_has_the_gradients_of_the_same_weights_in_float32():
     model = tiny("llama", tie_word_embeddings=True).to(BFLOAT16)
     packed = torch.nn.Parameter(pack(model.lm_head.weight, "q8_0"), requires_grad=False)
     model.lm_head.weight = model.model.embed_tokens.weight = packed
-    with in_float32(model) as copied:
+    with module.in_float32(model) as copied:
         assert copied.lm_head.weight is copied.model.embed_tokens.weight
         assert torch.equal(copied.lm_head.weight, packed.dequantise().float())
 
 
 def test_the_model_itself_where_memory_is_short_or_nothing_is_gained(monkeypatch):
     def copies(model):
-        with in_float32(model) as runs:
+        with module.in_float32(model) as runs:
             return runs is not model
 
     model = tiny("llama")
@@ -231,8 +221,8 @@ def test_the_model_itself_where_memory_is_short_or_nothing_is_gained(monkeypatch
     model.to(BFLOAT16)
     size = 4 * sum(weight.numel() for weight in model.parameters())
     for free in (2 * size - 1, 2 * size):
-        monkeypatch.setattr(float32_products, "available", lambda free=free: free)
+        monkeypatch.setattr(module, "available", lambda free=free: free)
         assert copies(model) == (free == 2 * size)
-    monkeypatch.setattr(float32_products, "emulates", lambda dtype: False)
-    assert not copies(model) and not compute_prompts_in_float32(model)
+    monkeypatch.setattr(module, "emulates", lambda dtype: False)
+    assert not copies(model) and not module.compute_prompts_in_float32(model)
     assert "forward" not in model.__dict__

@@ -14,7 +14,7 @@ import dart_llm
 from checkpoints import facts, write_folder, write_gguf
 from dart_llm.cache import cache_folder, hub_cache
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.files import size_text
+from dart_llm.files import file_sha256, size_text
 from dart_llm.hub import plain, redact, weight_files
 from dart_llm.models.checkpoint import Checkpoint, checkpoint_facts, weights_sha256, weights_size
 from dart_llm.models.loading import load, memory_failure, parse_device, parse_dtype, placement
@@ -50,10 +50,9 @@ def test_a_folder_loads_in_its_own_dtype_and_in_others(folder, caplog):
 
 def test_the_facts_of_a_folder(folder, tmp_path):
     """The checksum of several files is that of their ``sha256sum`` lines."""
-    weights = folder / "model.safetensors"
     stated = {"name": folder.name, "source": "folder", "path": str(folder), "dtype": "float32"}
-    stated["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    stated["parameters"] = parameters(folder)
+    stated |= {"sha256": file_sha256(folder / "model.safetensors")}
+    stated |= {"parameters": parameters(folder)}
     assert checkpoint_facts(load(folder)[0].float()) == facts(**stated)
     own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
     stated = {"name": str(folder), "path": str(folder), "source": "not loaded by dart_llm"}
@@ -62,7 +61,7 @@ def test_the_facts_of_a_folder(folder, tmp_path):
     lines = ""
     for name in ("a.safetensors", "b.safetensors"):
         save_file({"x": torch.full((3,), float(ord(name[0])))}, tmp_path / name)
-        lines += f"{hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}  {name}\n"
+        lines += f"{file_sha256(tmp_path / name)}  {name}\n"
     assert weights_sha256(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
     assert weights_sha256(tmp_path / "nothing") is None
 
@@ -96,13 +95,9 @@ def test_folders_that_are_no_whole_checkpoint(tmp_path, snapshot):
 
 
 def test_dtypes():
-    for value, expected in (
-        *[(word, "auto") for word in (None, "auto")],
-        *[(word, torch.float32) for word in ("fp32", "Float32")],
-        *[(word, torch.float16) for word in ("half", "fp16", torch.float16)],
-        *[(word, torch.bfloat16) for word in ("bf16", "torch.bfloat16")],
-    ):
-        assert parse_dtype(value) == expected
+    spellings = {"auto": "auto", "fp32": torch.float32, "Float32": torch.float32}
+    spellings |= {"half": torch.float16, "torch.bfloat16": torch.bfloat16, None: "auto"}
+    assert {word: parse_dtype(word) for word in spellings} == spellings
     for value in ("int8", torch.float64, "Tensor"):
         with pytest.raises(ConfigError, match="; write float32, float16, bfloat16 or auto"):
             parse_dtype(value)
@@ -149,23 +144,18 @@ def test_memory_failure_names_the_next_steps():
 
 
 def test_what_is_said_of_the_hub(monkeypatch):
-    """Secrets are removed, messages shortened, sizes in words; which weight files are fetched."""
+    """Secrets are removed, messages shortened; which weight files are fetched, and to where."""
     monkeypatch.setenv("HF_TOKEN", "letmein-42")
     assert redact("sent letmein-42 and hf_AbCdEf123") == "sent *** and ***"
     assert redact("see https://me:secret@index.test/simple") == "see https://***@index.test/simple"
-    broken = OSError("It broke:\n hf_AbCdEf123 is wrong.\nLong story.")
-    assert plain(broken) == "It broke: *** is wrong" and plain(KeyError()) == "KeyError"
-    sizes = {400_000: "0.4 MB", 92_871_040: "93 MB", 16_060_000_000: "16.1 GB"}
-    assert {size: size_text(size) for size in sizes} == sizes
+    assert plain(OSError("It broke:\n hf_AbCdEf123 is wrong.\nMore.")) == "It broke: *** is wrong"
+    assert [size_text(size) for size in (400_000, 16_060_000_000)] == ["0.4 MB", "16.1 GB"]
     shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    both = ["pytorch_model.bin", *shards, "consolidated.safetensors", "onnx/model.safetensors"]
-    assert weight_files(both) == shards
+    assert weight_files(["pytorch_model.bin", *shards, "onnx/model.safetensors"]) == shards
     assert weight_files(["pytorch_model.bin", "tf_model.h5"]) == ["pytorch_model.bin"]
-    for folder in ("env", "argument"):
-        monkeypatch.setenv("DART_CACHE", "/env")
-        chosen = None if folder == "env" else f"/{folder}"
-        caches = (Path(f"/{folder}/dart-llm"), Path(f"/{folder}"))
-        assert (cache_folder(chosen), hub_cache(chosen)) == caches
+    monkeypatch.setenv("DART_CACHE", "/env")
+    for chosen, place in ((None, Path("/env")), ("/argument", Path("/argument"))):
+        assert (cache_folder(chosen), hub_cache(chosen)) == (place / "dart-llm", place)
 
 
 def parameters(folder):

@@ -25,14 +25,9 @@ EXACT, ROUNDING = 1e-4, 5e-2
 MIXES = {
     "q8_0": {"ffn": Kind.Q8_0, "attention": Kind.Q8_0},
     "q4_0": {"ffn": Kind.Q4_0, "attention": Kind.Q4_0},
-    "q4_k": {
-        "width": 256,
-        "ffn": Kind.Q4_K,
-        "attention": Kind.Q4_K,
-        "down": Kind.Q6_K,
-        "embedding": Kind.Q6_K,
-    },
+    "q4_k": {"width": 256, "ffn": Kind.Q4_K, "attention": Kind.Q4_K},
 }
+MIXES["q4_k"] |= {"down": Kind.Q6_K, "embedding": Kind.Q6_K}
 PROMPT = 40
 IDS = tokens(1, PROMPT + 8, seed=3)
 
@@ -115,18 +110,15 @@ def test_dense_weights_are_what_transformers_reads(architecture, mix, files, fol
         assert torch.equal(weight, wanted[name]), name
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
-def test_matrices_that_are_stored_by_inputs_are_rounded(kind):
-    """GPT-2's, beside the same model dequantised."""
+def test_matrices_that_are_stored_by_inputs_are_rounded():
+    """GPT-2's, beside the same model dequantised; llama.cpp keeps positions in float32."""
     dense = tiny("gpt2", n_embd=64, n_inner=160, n_head=2)
     model = copy.deepcopy(dense)
-    assert round_weights(model, kind) == []
+    assert round_weights(model, "q4_0") == []
     for name, weight in model.named_parameters():
-        stays = weight.dim() == 1 or "wpe" in name  # llama.cpp keeps positions in float32
-        assert isinstance(weight, PackedTensor) != stays, name
+        assert isinstance(weight, PackedTensor) == (weight.dim() == 2 and "wpe" not in name), name
         wanted, rounded = dense.get_parameter(name), (weight + 0).detach()
         assert apart(rounded, wanted.detach()) < 0.13
         wanted.data = rounded.contiguous()
-    for sparsity in (0.0, 0.5):
-        for executor in ("native", "compact"):
-            agree(model, dense, executor, sparsity)
+    for executor in ("native", "compact"):
+        agree(model, dense, executor, 0.5)

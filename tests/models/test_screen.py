@@ -4,21 +4,9 @@ import pytest
 import torch
 
 from dart_llm.errors import ConfigError
+from dart_llm.models import screen as module
 from dart_llm.models.packed import pack
-from dart_llm.models.screen import (
-    LEVELS,
-    MIDDLE,
-    RUN,
-    WIDEST,
-    Screen,
-    _packed,
-    _plain,
-    _rounded,
-    directions_of,
-    divergence,
-    keep_of,
-    threshold_for,
-)
+from dart_llm.models.screen import MIDDLE, RUN, WIDEST, Screen, divergence
 
 
 def drawn(*shape, seed=0):
@@ -33,52 +21,48 @@ def states_along(directions, count=400, seed=1):
 
 def test_directions_are_those_of_the_states_in_order():
     axes = torch.linalg.qr(drawn(8, 8))[0]
-    found = directions_of(states_along(axes[:3]))
+    found = module.directions_of(states_along(axes[:3]))
     assert torch.allclose(found @ found.t(), torch.eye(8), atol=1e-5)
     shares = (states_along(axes[:3]) @ found.t()).square().sum(0)
     assert bool((shares[:-1] >= shares[1:] - 1e-3).all()) and float(shares[3:].sum()) < 1e-3
     constant = torch.tensor([[3.0, 0.0], [3.0, 0.0]])  # the mean is not subtracted
-    assert directions_of(constant)[0].abs().tolist() == [1, 0]
+    assert module.directions_of(constant)[0].abs().tolist() == [1, 0]
 
 
 def test_how_many_directions_are_read_by_hand():
     # 0.6 of a quarter of 1,152 bytes a word are 172.8; basis and scale: 4 x 576^2 / 49,152 + 4
-    assert keep_of(0.25, 49_152, 576, 49_152 * 1152) == 280 == int((172.8 - 31) * 2) // 8 * 8
-    assert keep_of(1.0, 49_152, 64, 49_152 * 128) == 64  # no more than there are
+    assert module.keep_of(0.25, 49_152, 576, 49_152 * 1152) == 280 == int((172.8 - 31) * 2) // 8 * 8
+    assert module.keep_of(1.0, 49_152, 64, 49_152 * 128) == 64  # no more than there are
     with pytest.raises(ConfigError, match="no room for rough scores in 5% of its bytes"):
-        keep_of(0.05, 49_152, 576, 49_152 * 1152)
+        module.keep_of(0.05, 49_152, 576, 49_152 * 1152)
     with pytest.raises(ConfigError, match="no room for rough scores"):
-        keep_of(1.0, 49_152, 60, 49_152 * 128)
+        module.keep_of(1.0, 49_152, 60, 49_152 * 128)
 
 
 def test_where_words_lie_in_a_unit():
     """Two levels a byte; unpacked they are what they were."""
     levels = torch.zeros(RUN, 1, dtype=torch.uint8)
     levels[5], levels[64 + 17] = 3, 9  # 5 = 4 + 1 stands at 16 + 1; 17 of the next unit at 4 + 1
-    packed = _packed(levels)[0]
+    packed = module._packed(levels)[0]
     assert packed.nonzero().flatten().tolist() == [5, 17]
     assert packed[17] == 3 and packed[5] == 9 << 4
-    every = torch.randint(LEVELS, (RUN, 40), generator=torch.Generator().manual_seed(0)).byte()
-    assert _packed(every).shape == (40, RUN // 2) and torch.equal(_plain(_packed(every)), every)
+    every = (drawn(RUN, 40) * 3 + MIDDLE).clamp(0, module.LEVELS - 1).byte()
+    assert torch.equal(module._plain(module._packed(every)), every)
 
 
 def test_rounding_finds_the_levels_and_the_scale():
-    levels = torch.tensor([[0, 15, 7, 8, 2, 12, 9, 4]]).repeat(1, 8)
-    rows = 0.01 * (levels - MIDDLE)
-    found, scales = _rounded(rows, torch.ones(64))
-    off = (found.float() - MIDDLE) * scales[:, None] - rows
-    assert float(off.norm() / rows.norm()) < 0.12
-    normal = drawn(32, 256)
-    found, scales = _rounded(normal, torch.ones(256))
-    off = (found.float() - MIDDLE) * scales[:, None] - normal
-    assert 0.08 < float(off.norm() / normal.norm()) < 0.13  # 16 even levels of a Gaussian: 0.107
+    even = 0.01 * (torch.tensor([[0, 15, 7, 8, 2, 12, 9, 4]]).repeat(1, 8) - MIDDLE)
+    for rows, least, most in ((even, 0, 0.12), (drawn(32, 256), 0.08, 0.13)):
+        levels, scales = module._rounded(rows, torch.ones(rows.shape[1]))
+        off = (levels.float() - MIDDLE) * scales[:, None] - rows
+        assert least <= float(off.norm() / rows.norm()) < most  # of a Gaussian: 0.107
 
 
 def test_thresholds_by_hand():
     scores = torch.tensor([[0.0, -1.01, -2.01, -70.0], [5.0, 4.49, 1.99, 1.0]])
     # words within 0.5: one of the first step, one of the second; 1.02: two and two
     for rows, gap in ((1, 0.51), (2, 2.01), (0.5, 0), (4, WIDEST)):
-        assert threshold_for([scores[:1], scores[1:]], rows) == pytest.approx(
+        assert module.threshold_for([scores[:1], scores[1:]], rows) == pytest.approx(
             gap, abs=WIDEST / 4096
         )
 

@@ -54,8 +54,6 @@ def test_weights_of_a_pruned_model_lie_in_them(smollm2):
 
 # Room for copies: pieces lie apart, come back, and are freed with the room.
 
-LINE = 64
-
 
 def room_for(size):
     return torch.classes.dart_llm.HugeRoom(size)
@@ -83,8 +81,8 @@ def test_what_is_taken_lies_one_after_the_other_and_comes_back(tiles):
     first, second, third = (taken(room, tiles, count) for count in (1024, 160, 2048))
     places = [span for copy in (first, second, third) for span in spans(copy)]
     gaps = [begin - end for (_, end), (begin, _) in zip(places, places[1:], strict=False)]
-    assert all(0 <= gap < LINE for gap in gaps) and places[0][0] % PAGE == 0
-    used = sum(-(-(end - begin) // LINE) * LINE for begin, end in places)
+    assert all(0 <= gap < 64 for gap in gaps) and places[0][0] % PAGE == 0
+    used = sum(-(-(end - begin) // 64) * 64 for begin, end in places)
     assert room.left() == 8 * PAGE - used
     place = spans(second)[0]
     del second

@@ -89,32 +89,30 @@ def test_a_token_chooses(size, bits, group, gated, dtype, kind):
 
 
 def test_what_does_not_fit_is_refused_and_not_read():
-    x, weight = torch.randn(1, 8), torch.randn(4, 9)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        build.ops().linear(x, weight, None)
-    with pytest.raises(RuntimeError, match="float32 and bfloat16"):
-        build.ops().linear(x.half(), weight.half(), None)
-    x, up, worth = torch.randn(1, 8), torch.randn(6, 8), torch.ones(6)
+    up, worth, run = torch.randn(6, 8), torch.ones(6), build.ops()
     copy = low_bit(up, 4, 32)
 
-    def choose(numbers, levels, x=x, up=up):
-        made = torch.classes.dart_llm.Choice(None, None, levels, copy.scales, worth, None, numbers)
-        build.ops().ffn(x, None, up, up, None, None, None, None, None, None, made, 0)
+    def choose(numbers=(8, 4, 32, 3), levels=copy.levels, rows=1, up=up):
+        given = None, None, levels, copy.scales, worth, None, list(numbers)
+        choice = torch.classes.dart_llm.Choice(*given)
+        run.ffn(torch.randn(rows, 8), None, up, up, *[None] * 6, choice, 0)
 
-    choose([8, 4, 32, 3], copy.levels)
-    for numbers in ([9, 4, 32, 3], [8, 4, 7, 3], [8, 4, 32, 7], [8, 4, 32, 0]):
-        with pytest.raises(RuntimeError, match="another shape"):
-            choose(numbers, copy.levels)
-    with pytest.raises(RuntimeError, match="another shape"):
-        choose([8, 4, 32, 3], copy.levels[:5])
-    with pytest.raises(RuntimeError, match="of another FFN"):
-        choose([8, 4, 32, 3], copy.levels, up=torch.randn(7, 8))
-    with pytest.raises(RuntimeError, match="one at a time"):
-        choose([8, 4, 32, 3], copy.levels, x=torch.randn(2, 8))
+    choose()
     screen = Screen.of(torch.eye(64).repeat(2, 1), torch.eye(64), 4.0)
     other = screen.basis, screen.levels[:, :32], screen.by, 64, 1.0, torch.ones(100, 64), None
-    with pytest.raises(RuntimeError, match="this screen has another shape"):
-        build.ops().screened_head(torch.ones(1, 64), *other)
+    odd = (9, 4, 32, 3), (8, 4, 7, 3), (8, 4, 32, 7), (8, 4, 32, 0)
+    for problem, *calls in (
+        ("shapes do not fit", lambda: run.linear(torch.ones(1, 8), torch.ones(4, 9), None)),
+        ("float32 and bfloat16", lambda: run.linear(up.half(), up.half(), None)),
+        ("another shape", *(lambda numbers=numbers: choose(numbers) for numbers in odd)),
+        ("another shape", lambda: choose(levels=copy.levels[:5])),
+        ("of another FFN", lambda: choose(up=torch.randn(7, 8))),
+        ("one at a time", lambda: choose(rows=2)),
+        ("another shape", lambda: run.screened_head(torch.ones(1, 64), *other)),
+    ):
+        for call in calls:
+            with pytest.raises(RuntimeError, match=problem):
+                call()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,16 +125,6 @@ def test_what_is_not_a_number_stays_so(kind):
         for number, act in ACTS.items():
             found = build.ops().ffn(x, None, one, one, *[None] * 7, number)
             torch.testing.assert_close(found, act(x), rtol=1e-5, atol=1e-5, equal_nan=True)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fold(dtype, kind):
-    draw, ids = drawing(1), torch.tensor([0, 2, 3, 11, 29])
-    rows, factors = draw(30, 70).to(dtype), draw(5, 33)
-    with kernels(kind):
-        found = build.ops().fold(rows, ids.int(), factors)
-    assert apart(found.t(), rows[ids].double().t() @ factors.double()) < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
