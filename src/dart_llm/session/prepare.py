@@ -17,7 +17,7 @@ logger = logging.getLogger("dart_llm")
 
 
 class UnitStore(Protocol):
-    """Where finished items of a measurement are cached, JSON-able: a results folder is one."""
+    """Where finished items of a measurement are cached: a results folder is one."""
 
     def part(self, key: str) -> Any: ...
 
