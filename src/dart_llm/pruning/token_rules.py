@@ -98,11 +98,6 @@ class TokenRule:
             )
 
     @classmethod
-    def describe(cls, config: TokenConfig) -> str:
-        """What every token selects, in words."""
-        return (cls.__doc__ or "").split("\n")[0].rstrip(".")
-
-    @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
         """Bytes that selecting reads per forward, beside the rows of ``cost.computed``."""
         raise NotImplementedError
@@ -142,13 +137,6 @@ class LowBit(TokenRule):
     @classmethod
     def for_weights(cls, config: TokenConfig, blocks: bool) -> type[TokenRule]:
         return ByActivations if blocks and config.proxy == "auto" else cls
-
-    @classmethod
-    def describe(cls, config: TokenConfig) -> str:
-        proxies = f"{config.bits}-bit proxies in groups of {config.group}"
-        if cls.for_weights(config, blocks=True) is not cls:
-            proxies += ", or by weights that are in blocks themselves"
-        return f"winners of every token by {proxies}"
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
@@ -221,10 +209,6 @@ class Prox(LowBit):
     @classmethod
     def for_weights(cls, config: TokenConfig, blocks: bool) -> type[TokenRule]:
         return cls
-
-    @classmethod
-    def describe(cls, config: TokenConfig) -> str:
-        return f"{super().describe(config)}, read at {config.inputs:.0%} of the inputs"
 
     def estimate(self, fed: Tensor, ids: Tensor | None = None) -> Tensor:
         count = math.ceil(self.config.inputs * fed.shape[-1])

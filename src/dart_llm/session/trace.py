@@ -234,7 +234,7 @@ class TraceFile:
 
     @cached_property
     def remasks(self) -> list[dict[str, Any]]:
-        """The records of all re-masks (``Remask``), with ``mask`` and ``before``: rows of ``masks``,
+        """The records (``Remask``) of re-masks, with ``mask`` and ``before``: rows of ``masks``,
         None where tokens select, or where there was none before."""
         records: list[dict[str, Any]] = json.loads(self.facts["remasks"])
         return records
