@@ -331,9 +331,8 @@ class PruningController:
                 return (None,) * len(self.selector.layers)
             if evidence is None and self.selector.needs_evidence:
                 raise AttachError("no token has been observed yet: run a prompt first")
-            return self.selector.select(
-                evidence or [LayerStatistics() for _ in self.selector.layers]
-            ).masks
+            none = [LayerStatistics() for _ in self.selector.layers]
+            return self.selector.select(evidence or none).masks
 
     def branch(self) -> None:
         """Tokens decoded so far are no longer taken back by a shorter cache."""

@@ -8,7 +8,7 @@ line of its docstring is what ``dart-llm methods`` lists.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -159,7 +159,7 @@ class LowBit(TokenRule):
         for at, bias in enumerate(self.block.biases()[2 - len(made) : 2]):
             if bias is not None:
                 made[at] += bias if ids is None else bias[ids]
-        act = self.block.act
+        act: Callable[[Tensor], Tensor] = self.block.act
         return act(made[0]) if len(made) == 1 else act(made[0]) * made[1]
 
     def saliency(self, mask: TokenMask) -> Tensor:
@@ -229,7 +229,8 @@ class Cats(TokenRule):
 
     def strengths(self, fed: Tensor, u: Tensor | None, mask: TokenMask) -> Tensor:
         block = self.block
-        return block.act(block.up_of(fed) if block.plain else block.gate_of(fed)).abs()
+        v: Tensor = block.act(block.up_of(fed) if block.plain else block.gate_of(fed))
+        return v.abs()
 
 
 class Countdown(TokenRule):
@@ -244,8 +245,9 @@ class Countdown(TokenRule):
         return cost.losing_rows(cost.layer.stored_up)
 
     def strengths(self, fed: Tensor, u: Tensor | None, mask: TokenMask) -> Tensor:
-        up = self.block.up_of(fed)
-        return (self.block.act(up) if self.block.plain else up).abs()
+        up: Tensor = self.block.up_of(fed)
+        s: Tensor = self.block.act(up) if self.block.plain else up
+        return s.abs()
 
 
 class Teal(TokenRule):
@@ -271,7 +273,7 @@ class Teal(TokenRule):
     def hidden(self, fed: Tensor, mask: LayerMask | None) -> Tensor:
         """[B, T, I]; ``mask`` of the sequence: its neurons alone, of whole inputs."""
         block, (gate, up, down) = self.block, self.block.matrices()
-        u = block.up_of(self.largest(fed, mask, "up", up))
+        u: Tensor = block.up_of(self.largest(fed, mask, "up", up))
         if gate is None:
             u = block.act(u)
         else:

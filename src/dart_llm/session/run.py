@@ -152,8 +152,9 @@ class BoundMethod:
         if self.config is None:
             return None
         config = likelihood_config(self.config) if likelihood else self.config
+        build: Callable[..., Run] = make or Run
         chosen = {"masks": self.masks, "fixed_masks": self.fixed_masks, "prior": self.prior}
-        return (make or Run)(self.model, config, **chosen)
+        return build(self.model, config, **chosen)
 
     def controller(
         self, on_remask: RemaskHook | None = None, on_tokens: TokensHook | None = None
