@@ -225,18 +225,6 @@ def test_a_second_prompt():
     assert ids_of(run.plans[-1]) == best(run.stream, range(10, 17), KEEP)
 
 
-def test_a_sequence_that_is_over_holds_no_evidence():
-    run = Driver(config(compensation=True, drift="paper"))
-    for _ in range(3):
-        run.new_text()
-        run.prefill(60)
-        run.steps(3)
-    first, second, third = run.states
-    mask = 2 * KEEP * 8 // 2 + 4 * 6  # ids and bias of one layer
-    assert (first.nbytes(), second.nbytes()) == (0, LAYERS * mask)
-    assert third.nbytes() > LAYERS * (mask + 3 * 4 * WIDTH)
-
-
 def one_of(*values):
     return st.sampled_from(values)
 

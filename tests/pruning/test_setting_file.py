@@ -17,8 +17,7 @@ from dart_llm.server.settings import ServeSettings
 from dart_llm.session.run import identity, other_model
 from dart_llm.settings import merge
 from dart_llm.studies.generate.settings import RunSettings
-from dart_llm.studies.sweep.grid import expand
-from dart_llm.studies.sweep.settings import PerplexitySettings, SweepSettings
+from dart_llm.studies.sweep.settings import PerplexitySettings
 from lm_cases import loaded
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
@@ -96,19 +95,6 @@ def test_commands_hold_the_weights_as_the_file_says(tmp_path, kind):
     given = merge(kind, {"method": f"file:{path}", "weights": "dense"}, environment={})
     assert given.weights == "dense"
     assert given.notes[0].startswith("s.yaml was found with --weights q8_0, not dense")
-
-
-def test_a_comparison_holds_all_methods_as_the_file_says(tmp_path):
-    path = keep(tmp_path / "s.yaml", weights="dense", sparsity=0.4)
-    settings = {"methods": f"dense,griffin,file:{path}", "sparsities": "0.5", "tasks": "arc_easy"}
-    grid = merge(SweepSettings, settings, environment={})
-    assert grid.weights == ("dense",)
-    cells = expand(grid)
-    assert [cell.config().target for cell in cells] == [0.0, 0.5, 0.4]
-    assert "setting" in cells[2].inputs and "setting" not in cells[1].inputs
-    second = keep(tmp_path / "t.yaml", weights="q8_0", sparsity=0.4)
-    with pytest.raises(ConfigError, match="use weights dense and q8_0: give --weights one"):
-        merge(SweepSettings, {**settings, "methods": f"file:{path},file:{second}"}, environment={})
 
 
 def test_answers_have_the_head_that_the_file_says_and_clients_name_no_file(tmp_path):

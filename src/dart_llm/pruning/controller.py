@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dart_llm.errors import AttachError
 from dart_llm.pruning.clamp import NO_CLAMP, Clamp
 from dart_llm.pruning.compensation import read_features
 from dart_llm.pruning.config import PruneConfig
@@ -41,6 +42,7 @@ from dart_llm.pruning.observations import LayerObservation, detached_copy, stack
 from dart_llm.pruning.records import DriftCheck, Remask
 from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.sequence import Phase, SequenceState
+from dart_llm.pruning.statistics import LayerStatistics
 from dart_llm.pruning.token_level import TokenMask
 from dart_llm.pruning.weights import FfnWeights
 
@@ -325,7 +327,12 @@ class PruningController:
         state = self.sequences[-1] if self.sequences else None
         evidence = state.evidence if state and state.evidence_tokens else None
         with torch.inference_mode(False):
-            return self.selector.preview(evidence)
+            if self.selector.removes_nothing:
+                return (None,) * len(self.selector.layers)
+            if evidence is None and self.selector.needs_evidence:
+                raise AttachError("no token has been observed yet: run a prompt first")
+            none = [LayerStatistics() for _ in self.selector.layers]
+            return self.selector.select(evidence or none).masks
 
     def branch(self) -> None:
         """Tokens decoded so far are no longer taken back by a shorter cache."""

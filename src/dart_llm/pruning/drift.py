@@ -216,7 +216,8 @@ class Detector:
     def _check(self, mean: Tensor, live: Tensor | None) -> Check:
         """Compare one window; while the detector is not armed, it joins the reference."""
         self.checks += 1
-        mu, threshold = self.mu, None
+        mu: Tensor | None = self.mu
+        threshold: Tensor | None = None
         if mu is None:
             self.windows.append(mean)
             self._count(self.rule.window * mean, self.rule.window)

@@ -79,7 +79,7 @@ def parse_layer_spec(text: str) -> LayerTable:
     """Parse a specification; raise ``ConfigError`` that names the part at fault."""
     spec = re.sub(r"\s*\n\s*", ",", text.strip())
     spec = re.sub(r"\s*([,:])\s*", r"\1", spec)
-    entries, end = [], 0
+    entries, end = list[Entry](), 0
     while match := _ENTRY.match(spec, end):
         entries.append(_entry(*match.groups()))
         end = match.end() + 1

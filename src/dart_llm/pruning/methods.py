@@ -221,6 +221,5 @@ def _described(value: Any) -> dict[str, str]:
 def _settings(config: PruneConfig) -> str:
     parts = [f"score {config.score.name}", f"budget {config.budget.name}"]
     parts += [f"drift {config.drift.rule}"] + ["compensation"] * config.compensation
-    if config.token is not None:
-        parts.append(TOKEN_RULES.get(config.token.rule).describe(config.token))
+    parts += [f"token rule {config.token.rule}"] if config.token is not None else []
     return ", ".join(parts)

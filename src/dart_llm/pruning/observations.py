@@ -60,5 +60,6 @@ def stacked_alike(
         groups.setdefault(kind, []).append(layer)
     for group in groups.values():
         parts = zip(*(layers[layer] for layer in group), strict=True)
-        stacks = (None if each[0] is None else torch.stack(each)[:, :, :tokens] for each in parts)
+        tensors = [[t for t in each if t is not None] for each in parts]
+        stacks = (torch.stack(each)[:, :, :tokens] if each else None for each in tensors)
         yield tuple(group), LayerObservation(*stacks)

@@ -11,17 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dart_llm.errors import AttachError, ConfigError, DartError
+from dart_llm.errors import ConfigError, DartError
 from dart_llm.pruning.budgets import LayerView, blend_counts
 from dart_llm.pruning.clamp import NO_CLAMP, Clamp
 from dart_llm.pruning.compensation import CompensationInputs, compensation, low_rank
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.layer_table import AUTO, parse_layer_spec
-from dart_llm.pruning.masks import LayerMask, Masks, auto_count, split
+from dart_llm.pruning.masks import LayerMask, Masks, auto_count, split, top_ids
 from dart_llm.pruning.registry import BUDGETS, SCORES, TOKEN_RULES
 from dart_llm.pruning.scores import Score, mix_ranks
 from dart_llm.pruning.statistics import LayerStatistics, Statistics, TokenSelection, pooled
-from dart_llm.pruning.token_level import token_mask
+from dart_llm.pruning.token_level import TokenMask
 from dart_llm.pruning.weights import FfnWeights
 
 
@@ -157,16 +157,6 @@ class MaskSelector:
             raise self._overflow(bad[0], "scores")
         return scores
 
-    def preview(self, evidence: Sequence[LayerStatistics] | None) -> Masks:
-        """The masks of ``select``; raises ``AttachError`` where evidence is needed and missing."""
-        if self.removes_nothing:
-            return (None,) * len(self.layers)
-        if evidence is None:
-            if self.needs_evidence:
-                raise AttachError("no token has been observed yet: run a prompt first")
-            evidence = [LayerStatistics() for _ in self.layers]
-        return self.select(evidence).masks
-
     def counts(self, scores: Sequence[Tensor], evidence: Sequence[LayerStatistics]) -> list[int]:
         """How many neurons each layer keeps."""
         host = [score.cpu().double() for score in scores]
@@ -230,7 +220,10 @@ class MaskSelector:
         lost = evidence.mean_when_lost() if self.config.compensation else None
         mean = None if lost is None else self.clamp.silent(index, lost)
         saliency = None if layer.self_stats is None else layer.saliency
-        return token_mask(score, wide, count, layer.down, mean, saliency)
+        every = torch.arange(layer.width, device=score.device)
+        ids = every if wide == layer.width else top_ids(score, wide)
+        bias = None if mean is None else compensation(layer.down, mean, every)
+        return TokenMask(ids, layer.width, bias, winners=count, mean=mean, saliency=saliency)
 
     def _overflow(self, layer: int, what: str) -> DartError:
         dtype = str(self.layers[layer].up.dtype).removeprefix("torch.")

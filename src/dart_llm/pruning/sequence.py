@@ -284,6 +284,8 @@ class SequenceState:
 
     def nbytes(self) -> int:
         """Memory of this state beside the model."""
-        masks, scores = ((), ()) if self.selection is None else self.selection[::2]
-        parts = [*self.evidence, self.detector, *(mask for mask in masks if mask is not None)]
-        return sum(part.nbytes() for part in parts) + sum(score.nbytes for score in scores)
+        size = sum(layer.nbytes() for layer in self.evidence) + self.detector.nbytes()
+        if self.selection is not None:
+            size += sum(mask.nbytes() for mask in self.selection.masks if mask is not None)
+            size += sum(score.nbytes for score in self.selection.scores)
+        return size

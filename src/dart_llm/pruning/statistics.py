@@ -214,6 +214,10 @@ class TokenSelection(NamedTuple):
     saliency: Tensor
     keeps: tuple[float, ...]
 
+    def of(self, layers: slice) -> TokenSelection:
+        """That of some of the layers."""
+        return TokenSelection(self.saliency[layers], self.keeps[layers])
+
     def losers(self, u: Tensor) -> Tensor:
         """``pruned_indicator`` of every layer; u: [L, T, I]."""
         each = zip(u, self.saliency, self.keeps, strict=True)
@@ -261,7 +265,7 @@ class Statistics:
             count = max(1, TOGETHER // max(1, u[0].numel()))
             tokens = max(1, CHUNK_ELEMENTS // (min(count, len(u)) * u.shape[1] * u.shape[3]))
             for layers in _slices(len(u), count):
-                selected = selection and TokenSelection(*(part[layers] for part in selection))
+                selected = None if selection is None else selection.of(layers)
                 for part in _slices(u.shape[2], tokens):
                     w = None if weights is None else weights[:, part]
                     features = None if f is None else f[layers, :, part].float()

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError
-from dart_llm.pruning.compensation import compensation
-from dart_llm.pruning.masks import LayerMask, Masks, top_ids
+from dart_llm.pruning.masks import LayerMask, Masks
 
 CHUNK, CACHED = 1 << 22, 1 << 18
 """Weights that are float32 at a time, and on the CPU, whose cache then holds them."""
@@ -143,26 +142,6 @@ class TokenMask(LayerMask):
     def nbytes(self) -> int:
         extra = (self.mean, self.saliency)
         return super().nbytes() + sum(t.nbytes for t in extra if t is not None)
-
-
-def token_mask(
-    score: Tensor,
-    candidates: int,
-    keep: int,
-    down: Tensor,
-    mean: Tensor | None,
-    saliency: Tensor | None = None,
-) -> TokenMask:
-    """``keep`` winners per token out of the ``candidates`` best by the sequence's ``score`` [I].
-
-    down: [D, I]; mean: [I] float32, or None without compensation; saliency: [I] float32, or None
-    for the norms of down's columns.
-    """
-    width = len(score)
-    every = torch.arange(width, device=score.device)
-    ids = every if candidates >= width else top_ids(score, candidates)
-    bias = None if mean is None else compensation(down, mean, every)
-    return TokenMask(ids, width, bias, winners=keep, mean=mean, saliency=saliency)
 
 
 def contribution_estimate(estimate: Tensor, saliency: Tensor) -> Tensor:

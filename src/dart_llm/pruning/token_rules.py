@@ -8,7 +8,7 @@ line of its docstring is what ``dart-llm methods`` lists.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -98,11 +98,6 @@ class TokenRule:
             )
 
     @classmethod
-    def describe(cls, config: TokenConfig) -> str:
-        """What every token selects, in words."""
-        return (cls.__doc__ or "").split("\n")[0].rstrip(".")
-
-    @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
         """Bytes that selecting reads per forward, beside the rows of ``cost.computed``."""
         raise NotImplementedError
@@ -144,13 +139,6 @@ class LowBit(TokenRule):
         return ByActivations if blocks and config.proxy == "auto" else cls
 
     @classmethod
-    def describe(cls, config: TokenConfig) -> str:
-        proxies = f"{config.bits}-bit proxies in groups of {config.group}"
-        if cls.for_weights(config, blocks=True) is not cls:
-            proxies += ", or by weights that are in blocks themselves"
-        return f"winners of every token by {proxies}"
-
-    @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
         """The rows of the proxies with all of their scales, and a norm per neuron."""
         inputs, matrices = cost.layer.hidden, len(cost.layer.matrices) - 1
@@ -171,7 +159,7 @@ class LowBit(TokenRule):
         for at, bias in enumerate(self.block.biases()[2 - len(made) : 2]):
             if bias is not None:
                 made[at] += bias if ids is None else bias[ids]
-        act = self.block.act
+        act: Callable[[Tensor], Tensor] = self.block.act
         return act(made[0]) if len(made) == 1 else act(made[0]) * made[1]
 
     def saliency(self, mask: TokenMask) -> Tensor:
@@ -222,10 +210,6 @@ class Prox(LowBit):
     def for_weights(cls, config: TokenConfig, blocks: bool) -> type[TokenRule]:
         return cls
 
-    @classmethod
-    def describe(cls, config: TokenConfig) -> str:
-        return f"{super().describe(config)}, read at {config.inputs:.0%} of the inputs"
-
     def estimate(self, fed: Tensor, ids: Tensor | None = None) -> Tensor:
         count = math.ceil(self.config.inputs * fed.shape[-1])
         return super().estimate(at_largest(fed, count), ids)
@@ -245,7 +229,8 @@ class Cats(TokenRule):
 
     def strengths(self, fed: Tensor, u: Tensor | None, mask: TokenMask) -> Tensor:
         block = self.block
-        return block.act(block.up_of(fed) if block.plain else block.gate_of(fed)).abs()
+        v: Tensor = block.act(block.up_of(fed) if block.plain else block.gate_of(fed))
+        return v.abs()
 
 
 class Countdown(TokenRule):
@@ -260,8 +245,9 @@ class Countdown(TokenRule):
         return cost.losing_rows(cost.layer.stored_up)
 
     def strengths(self, fed: Tensor, u: Tensor | None, mask: TokenMask) -> Tensor:
-        up = self.block.up_of(fed)
-        return (self.block.act(up) if self.block.plain else up).abs()
+        up: Tensor = self.block.up_of(fed)
+        s: Tensor = self.block.act(up) if self.block.plain else up
+        return s.abs()
 
 
 class Teal(TokenRule):
@@ -287,7 +273,7 @@ class Teal(TokenRule):
     def hidden(self, fed: Tensor, mask: LayerMask | None) -> Tensor:
         """[B, T, I]; ``mask`` of the sequence: its neurons alone, of whole inputs."""
         block, (gate, up, down) = self.block, self.block.matrices()
-        u = block.up_of(self.largest(fed, mask, "up", up))
+        u: Tensor = block.up_of(self.largest(fed, mask, "up", up))
         if gate is None:
             u = block.act(u)
         else:

@@ -170,8 +170,7 @@ def write_masks(
 ) -> GgufExport:
     """Narrow ``file`` to ``masks`` and write it to ``path``.
 
-    ``requested``: counts per layer; ``label``: of the method.  Raises ``ConfigError`` for masks
-    that no such file can hold, as ``export_gguf``.
+    ``requested``: counts per layer; ``label``: of the method.  Raises as ``export_gguf``.
     """
     _check_plain(masks)
     neurons, block, path = layer_widths(file), block_of(file), Path(path)

@@ -185,8 +185,7 @@ def generate(
 ) -> Generation:
     """Generate up to ``tokens`` tokens after ``ids`` [1, T]; greedy unless ``temperature``.
 
-    ``run``: the attached run, for the phase of each token.  ``on_step`` is called with every
-    token; ``stop`` is called after every token.
+    ``run``: the attached one.  ``on_step`` and ``stop`` are called after every token.
     """
     collector = _Collector(tokenizer, run, on_step)
     torch.manual_seed(seed)

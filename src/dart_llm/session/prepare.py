@@ -17,7 +17,7 @@ logger = logging.getLogger("dart_llm")
 
 
 class UnitStore(Protocol):
-    """Where finished items of a measurement are cached, JSON-able: a results folder is one."""
+    """Where finished items of a measurement are cached: a results folder is one."""
 
     def part(self, key: str) -> Any: ...
 
@@ -73,5 +73,5 @@ def prepare(
         self_calibrate(model, config, method.layers, cache_dir, say, tokenizer)
         return method
     ready = calibrate(model, tokenizer, config, calibration, cache_dir, say)
-    chosen = {"fixed_masks": ready.fixed_masks, "prior": ready.prior}
-    return replace(method, notes=(ready.note,), **chosen)  # type: ignore[arg-type]
+    fixed, prior = ready.fixed_masks, ready.prior
+    return replace(method, fixed_masks=fixed, prior=prior, notes=(ready.note,))

@@ -51,7 +51,7 @@ class PatchCosts:
 
 
 def likelihood_config(config: PruneConfig) -> PruneConfig:
-    """The configuration under which likelihood tasks run: masks at once, never a re-mask."""
+    """``config`` as likelihood tasks run it: masks at once, never a re-mask."""
     return config.replace({"masking_step": 0, "min_evidence": 0, "drift": {"rule": "never"}})
 
 
@@ -152,8 +152,9 @@ class BoundMethod:
         if self.config is None:
             return None
         config = likelihood_config(self.config) if likelihood else self.config
+        build: Callable[..., Run] = make or Run
         chosen = {"masks": self.masks, "fixed_masks": self.fixed_masks, "prior": self.prior}
-        return (make or Run)(self.model, config, **chosen)
+        return build(self.model, config, **chosen)
 
     def controller(
         self, on_remask: RemaskHook | None = None, on_tokens: TokensHook | None = None
@@ -335,12 +336,10 @@ class Run:
     def trace(self, path: str | Path) -> Iterator[Trace]:
         """A block whose tokens are written to ``path``: which neurons each layer ran for each.
 
-        Memory holds the trace; the file is written when the block is left, also by an error;
-        ``read_trace`` reads it, and docs/trace.md describes it.
-
-        Raises ``AttachError`` when detached, or traced already; ``ConfigError`` for methods that
-        select inputs and not neurons (``teal``, ...); ``ResultsError`` where nothing can be
-        written.
+        Memory holds the trace; the file (docs/trace.md) is written when the block is left, also by
+        an error.  Raises ``AttachError`` when detached, or traced already; ``ConfigError`` for
+        methods that select inputs and not neurons (``teal``, ...); ``ResultsError`` where nothing
+        can be written.
         """
         patch = self._attached("trace")
         if self.tracing is not None:
@@ -373,20 +372,14 @@ class Run:
         return masks
 
     def hold(self, masks: Masks | None) -> None:
-        """From now on apply ``masks`` (as of ``select``) and choose none; None: choose again.
-
-        Forgets all sequences, as ``reset`` does.
-        """
+        """``reset``, and apply ``masks`` (as of ``select``) from now on; None: choose again."""
         choose = masks is None or self._method.selector.removes_nothing
         masks = self._first_masks if choose else masks
         self._method = replace(self._method, fixed_masks=masks)
         self.reset()
 
     def branch(self) -> None:
-        """What was decoded so far stays counted when the next forward goes back in the cache.
-
-        For several continuations of one prompt; a plain shorter cache means rolled-back tokens.
-        """
+        """What was decoded so far stays counted when the next forward goes back in the cache."""
         self.controller.branch()
 
     def tokens_until_change(self) -> int | None:
@@ -459,9 +452,7 @@ class Run:
         return not self._method.dense
 
     def export(self, folder: str | Path) -> Path:
-        """Write the newest mask as a dense, narrower checkpoint that ``from_pretrained`` loads.
-
-        The tokenizer too, where there is one.  ``dart_llm.export_gguf`` writes a GGUF file.
+        """Write the newest mask as a narrower checkpoint, and the tokenizer where there is one.
 
         Raises ``ConfigError`` unless every layer keeps the same number of neurons, and for low-rank
         compensation, which has no place there; ``AttachError`` before the first mask.
@@ -476,8 +467,7 @@ class Run:
 
 
 def identity(model: Any) -> dict[str, Any]:
-    """What distinguishes the checkpoint of ``model``; a digest of the weights where no file's
-    is available, which is of one weight format alone."""
+    """What distinguishes the checkpoint of ``model``: its file's digest, or one of its weights."""
     facts = checkpoint_facts(model)
     names = ("name", "sha256", "file_quantisation", "parameters")
     recorded = {name: facts.get(name) for name in names}

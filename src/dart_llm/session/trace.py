@@ -65,14 +65,14 @@ def check_traceable(config: PruneConfig) -> None:
 
 
 class Trace:
-    """One trace that is being recorded, in memory; ``nbytes``: of the finished file."""
+    """One trace that is being recorded, in memory; ``nbytes``, ``tokens``: of the finished file."""
 
     def __init__(self, patch: ModelPatch, path: Path) -> None:
         if isdir(path):  # which takes any name
             raise ConfigError(f"the trace {path} is a folder: give the name of a file")
         if not isdir(path.parent):
             raise ResultsError(f"cannot write the trace {path}: there is no such folder")
-        self.path, self.nbytes = path, 0
+        self.path, self.nbytes, self.tokens = path, 0, 0
         self.remasks: list[dict[str, Any]] = []
         self._patch = patch
         self._blocks = [layer.block for layer in patch.layers]
@@ -85,10 +85,6 @@ class Trace:
         """By batch row: the newest sequence with a mask, and the mask's number."""
         self._rows: list[tuple[int, ...]] = []
         self._bits: list[Array] = []
-
-    @property
-    def tokens(self) -> int:
-        return len(self._rows)
 
     def begin(self, ids: Tensor | None, decodes: bool) -> None:
         """A forward comes: its token ids [B, T], None where it was given embeddings."""
@@ -173,7 +169,7 @@ class Trace:
         }
         data = save(arrays, metadata)
         write_bytes(self.path, data)
-        self.nbytes = len(data)
+        self.nbytes, self.tokens = len(data), len(self._rows)
 
 
 def _tokens(call: ForwardCall, count: int, row: int | None) -> Iterator[tuple[int, int]]:
@@ -232,16 +228,14 @@ class TraceFile:
     @cached_property
     def layers(self) -> list[dict[str, Any]]:
         """Of each layer ``layer``, ``width`` (neurons), ``hook`` (TransformerLens' name of its
-        activations) and ``module`` (the model's name of what they are the input of).
-        """
+        activations) and ``module`` (the model's name of what they are the input of)."""
         facts: list[dict[str, Any]] = json.loads(self.facts["layers"])
         return facts
 
     @cached_property
     def remasks(self) -> list[dict[str, Any]]:
-        """The records of all re-masks (``Remask``), with ``mask`` and ``before``: rows of the
-        column ``masks``, None where tokens select, or where there was none before.
-        """
+        """The records (``Remask``) of re-masks, with ``mask`` and ``before``: rows of ``masks``,
+        None where tokens select, or where there was none before."""
         records: list[dict[str, Any]] = json.loads(self.facts["remasks"])
         return records
 
