@@ -52,7 +52,7 @@ def test_one_method_beside_dense_on_two_tasks(tmp_path):
     assert len(samples) == 2 * (2 * len(QUESTIONS) + len(LETTERS))
     assert samples[0]["label"] == "dense" and len(samples[0]["answers"]) == 3
     assert study.path.parent.name == "eval-model-griffin-0.5"
-    _, table = study.tables()  # beside cells.csv
+    (table,) = study.tables()
     assert "against dense (95 %, paired)" in table.head and len(table.rows) >= 4
     answer = study.answer()
     assert answer["results"] == {
@@ -65,14 +65,13 @@ def test_one_method_beside_dense_on_two_tasks(tmp_path):
     assert counted["achieved_sparsity"] == pytest.approx(0.5)
 
 
-def test_dense_alone_and_without_samples(tmp_path):
-    own = {"method": "dense", "sparsity": None, "log_samples": False, "limit": 3}
+def test_dense_alone(tmp_path):
+    own = {"method": "dense", "sparsity": None, "limit": 3}
     study = run(settings(tmp_path, "tiny_choice", **own))
     counted, found = study.answer()["accounting"], study.lines[0]["measurement"]
     assert (counted["method"], counted["achieved_sparsity"], counted["remasks"]) == ("dense", 0, 0)
     assert (counted["dense_token_share"], counted["ffn_bytes_share"]) == (1.0, 1.0)
     assert "dense" not in study.answer() and found["accounting"] is None
-    assert not (study.path / "samples.jsonl").exists()
     assert len(found["items"]) == 3 < len(QUESTIONS)
 
 
