@@ -10,7 +10,6 @@ from dart_llm.errors import ConfigError, LoadError
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.model_facts import DEFAULT_LAYERS, layer_count
-from dart_llm.experiments.provenance import Digests
 from dart_llm.settings import merge
 from dart_llm.studies.sweep.grid import execution_order, expand
 from dart_llm.studies.sweep.settings import CompareSettings, SweepSettings
@@ -119,11 +118,6 @@ def test_layers_of_models(gpt2, tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(LoadError, match=r"x\.gguf"):
         layer_count(Cell(str(tmp_path / "x.gguf"), "dense", TASK))
-
-
-@pytest.mark.smollm2
-def test_layers_of_the_default(smollm2):
-    assert smollm2[0].config.num_hidden_layers == DEFAULT_LAYERS
 
 
 def test_flags_win_over_variables_over_the_file_over_defaults(tmp_path):
@@ -239,13 +233,3 @@ def test_a_changed_file_is_another_cell(gpt2, tmp_path, monkeypatch):
     config = gpt2 / "config.json"
     config.write_text(config.read_text() + "\n")
     keys(0, 1, 2, 3, 4)
-
-
-def test_a_calibration_file_may_name_its_column(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a"}\n', encoding="utf-8")
-    named = (
-        Cell("smollm2-135m", "wanda", TASK, calibration=f"{path}{row}") for row in ("", ":text")
-    )
-    one, other = (Digests().of(cell)["calibration"] for cell in named)
-    assert one == other and len(one) == 64

@@ -52,9 +52,6 @@ share of the dense FFN bytes, if run compactly."""
 
 CLOSED = f"{EQUAL_SPARSITY}_gap_closed"
 
-NONE = "n/a"
-"""Where GRIFFIN loses nothing, so that there is no gap to close."""
-
 
 class Group:
     """The lines of one task, by variant and sparsity; the dense model's is 0."""
@@ -142,7 +139,6 @@ def _row(group: Group, variant: str, sparsity: float, seed: int) -> Row:
         "variant": variant,
         "sparsities": [sparsity],
         "slices": len(items),
-        "tokens": sum(item["tokens"] for item in items),
         "dense_perplexity": perplexity(float(group.losses(DENSE, 0.0).mean())),
         "perplexity": perplexity(float(group.losses(variant, sparsity).mean())),
         "times_dense": perplexity(gap),
@@ -193,8 +189,8 @@ def closed(row: Row, name: str) -> str | None:
     if f"{name}_gap_closed" not in row:
         return None
     value, low, high = (row[f"{name}_{key}"] for key in ("gap_closed", "low", "high"))
-    if value is None:
-        return NONE
+    if value is None:  # GRIFFIN loses nothing
+        return "n/a"
     interval = too_few(row["slices"]) if low is None else f"({percent(low)} to {percent(high)})"
     return f"{percent(value)} {interval or ''}".rstrip()
 
@@ -205,7 +201,6 @@ COLUMNS = (
     Column("achieved", "achieved_sparsity", percent),
     Column("dense tokens", "dense_token_share", percent),
     Column("re-masks per slice", "remasks_per_slice", ".1f"),
-    Column("FFN bytes", "ffn_bytes_share", ".3f", terminal=False),
     Column("bytes per token", "token_bytes_share", ".3f"),
     Column("perplexity", "perplexity", figure),
     Column("x dense", "times_dense", times),

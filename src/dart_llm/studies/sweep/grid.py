@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rich.table import Table
-
 from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.evaluation.tasks import SHORTCUTS, check_calibration, check_task, protocols
 from dart_llm.experiments.cell import Cell, removes_nothing
@@ -174,19 +172,20 @@ def show_plan(cells: Sequence[Cell], done: set[str], ui: Ui) -> dict[str, Any]:
     """
     from dart_llm.experiments.model_facts import download_size  # which loads torch
 
-    names = ("model", "task", "protocol", "seed", "label", "status")
     rows = [
         {
-            **{name: getattr(cell, name, None) for name in ("key", *names)},
-            "protocol": cell.options.protocol,
             "status": "finished" if cell.key in done else "to do",
+            "key": cell.key,
+            "label": cell.label,
+            "task": cell.task,
+            "protocol": cell.options.protocol,
+            "seed": cell.seed,
+            "model": cell.model,
         }
         for cell in cells
     ]
-    table = Table(*names, title="cells", title_justify="left")
     for row in rows:
-        table.add_row(*(str(row[name]) for name in names))
-    ui.result(table)
+        ui.result("{status}: {model}, {label} on {task}, {protocol}, seed {seed}".format(**row))
     models = {cell.model: cell for cell in cells if cell.key not in done}
     downloads = {model: download_size(cell) for model, cell in models.items()}
     for model, size in downloads.items():
