@@ -107,7 +107,7 @@ def _quality_text(version):
 
 
 def _quality(ui):
-    given = {"text": ["own.txt"], "sparsities": "0.5,0.7", "oracle": "", "cells": "continuation"}
+    given = {"text": ["own.txt"], "sparsities": "0.5,0.7", "oracle": "", "tasks": "continuation"}
     return QualityStudy(quality_settings(Path(), methods="griffin,static", slices=2, **given), ui)
 
 
