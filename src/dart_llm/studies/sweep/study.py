@@ -86,8 +86,9 @@ class LoadedModelCache:
                 check_masks(cell.masks, widths(self.model))
                 masks = read_masks(cell.masks)
             where = (cell.calibration, cell.cache_dir, ui.say)
-            both = (self.model, self.tokenizer)
-            self.candidate = prepare.prepare(*both, config, *where, masks=masks)
+            self.candidate = prepare.prepare(
+                self.model, self.tokenizer, config, *where, masks=masks
+            )
             self.prepared = wanted
             if note := other_model(cell.method, self.model):
                 ui.say(note)
