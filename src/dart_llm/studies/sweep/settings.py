@@ -194,6 +194,15 @@ class SweepSettings(
 
     kind, document, adopts = "sweep", "compare.json", True
     UNUSED: ClassVar = ("overrides", "task_options")
+    ALIASES: ClassVar = {
+        "model": "models",
+        "method": "methods",
+        "sparsity": "sparsities",
+        "task": "tasks",
+        "seed": "seeds",
+        "protocol": "protocols",
+    }
+
     models: Texts = setting(GRID, "Models.", ("smollm2-135m",))
     methods: Texts = setting(GRID, "Methods; dart-llm methods lists them.", (DENSE, DEFAULT_METHOD))
     sparsities: Sparsities = setting(GRID, "Fractions of FFN neurons to remove, e.g. 0.3,0.5.", ())
