@@ -23,7 +23,7 @@ pytestmark = pytest.mark.contract("keys of kept work stay")
 def test_keys_of_results_and_of_what_was_learnt():
     options, changes = MeasureOptions(limit=2), {"masking_step": 3}
     cell = Cell("m", "griffin", "perplexity:embedded", 0.5, 1, options=options, overrides=changes)
-    assert cell.key == "m-griffin@0.5-perplexity-embedded-decode-15e22fd07a"
+    assert cell.key == "m-griffin@0.5-perplexity-embedded-decode-7a298b2eef"
     method = BoundMethod(None, None, PruneConfig.build("griffin", sparsity=0.5))
     key = perplexity.part_key(method, "text", "decode", Window(torch.arange(6), 2))
     assert key == "ppl/text/griffin@0.5/decode/0-6-2/4d1a62519bf97783ba76282c"

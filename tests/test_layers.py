@@ -8,8 +8,7 @@ import pytest
 import dart_llm
 
 HEAVY = set(
-    "torch transformers lm_eval fastapi prometheus_client matplotlib ray sentence_transformers "
-    "bert_score sacrebleu pandas".split()
+    "torch transformers lm_eval fastapi prometheus_client matplotlib ray sacrebleu pandas".split()
 )
 
 

@@ -81,8 +81,6 @@ def test_one_method_and_one_sparsity_are_the_default_of_every_command():
     assert compared.methods == ("dense", "griffin", "dart-token")
     assert compared.sparsities == (0.3,)
     assert merge(SweepSettings, {"tasks": "a"}, None, {}).methods == ("dense", DEFAULT_METHOD)
-    drifting = merge(CompareSettings, {"tasks": "a", "drift": "paper"}, None, {})
-    assert drifting.methods == ("dense", "griffin", "dart") and len(drifting.notes) == 1
     assert "dense, griffin and dart-token at sparsity 0.3" in HELP["compare"]["help"]
     (told,) = [name for name, text in summaries().items() if "default" in text]
     assert told == DEFAULT_METHOD

@@ -122,15 +122,14 @@ def test_compare_sweep_and_results(tmp_path):
     assert fresh.json["computed"] == 2  # what it compares against is always measured
     assert [row["label"] for row in fresh.json["rows"]] == ["dense", "static@0.3"]
     (tmp_path / "grid.yaml").write_text(
-        f"model: {place() / 'model'}\nmethods: [dense, griffin]\nsparsities: [0.25, 0.5]\n"
+        f"models: {place() / 'model'}\nmethods: [dense, griffin]\nsparsities: [0.25, 0.5]\n"
         f"tasks: [{TASK}]\nlimit: 2\nprompt_tokens: 48\nscored_tokens: 24\n",
         encoding="utf-8",
     )
     grid = ["sweep", tmp_path / "grid.yaml", "--device", "cpu", "--results-dir", tmp_path]
     grid += ["--limit", 3, "--sparsities", "0.5"]
     plan = call(*grid, "--dry-run")
-    for word in ("2 cells: 0 finished, 2 to do", "download: nothing", "disk: about"):
-        assert word in plan.out
+    assert plan.out.count("to do: ") == 2 and "0 of 2 cells are finished" in plan.out
     assert not (tmp_path / "grid").exists()
     sweep = call(*grid, "--json").json
     assert Path(sweep["folder"]).parent == tmp_path / "grid"  # named after the file

@@ -1,7 +1,6 @@
 """Truth on the default model, dense in bfloat16, where the CPU emulates it: fast, and as exact."""
 
 import copy
-import time
 
 import pytest
 import torch
@@ -24,20 +23,6 @@ def models():
     plain = copy.deepcopy(model)
     del plain.forward
     return model, plain, tokenizer
-
-
-def test_a_prompt_takes_a_fraction_of_the_time(models):
-    """By the time of this process alone; of 64 tokens, for 512 take the plain model a minute."""
-    model, plain, tokenizer = models
-    ids = tokenizer(texts.all_text(), return_tensors="pt").input_ids[:, :64]
-
-    def seconds(one):
-        begin = time.process_time()
-        with torch.inference_mode():
-            one(ids, logits_to_keep=1)
-        return time.process_time() - begin
-
-    assert min(seconds(model) for _ in range(3)) < 0.5 * seconds(plain)
 
 
 def test_perplexity_is_the_same_but_for_rounding(models):

@@ -53,11 +53,8 @@ def test_a_long_document_loses_its_end_and_nothing_else_does(loaded):
     for context in (150, 301, 1024):
         prompt = fit(base, LONG, context, 40)
         assert prompt.shortened and base.decode(prompt.ids) == frame(prompt.document)
-        assert context - len("sentence number 10 is here. ") < len(prompt.ids) + 40 <= context
-        assert LONG.startswith(prompt.document)
-    assert fit(base, LONG, 700, 40).document.endswith("is here.")
-    words = LONG.replace(".", "")  # the cut follows a sentence where one is near, else a word
-    assert words[len(fit(base, words, 700, 40).document)] == " "
+        assert context - len("sentence ") <= len(prompt.ids) + 40 <= context
+        assert LONG.startswith(f"{prompt.document} ")  # the cut follows a word
     assert fit(base, "x" * 900, 700, 40).document == "x" * room
     for context in (8, 40 + len(frame(""))):
         with pytest.raises(ConfigError, match=f"context of {context} leaves no room"):
@@ -91,7 +88,8 @@ def test_dense_end_to_end(loaded, data, dense):
         assert dense.metrics[name] == pytest.approx(mean)
     assert dense.notes == (CUT,)
     two = MeasureOptions(max_output=12, limit=2)
-    assert (count(data, OPTIONS), count(data, two)) == (4, 2)
+    task = f"summarize:{data}"
+    assert (count(task, OPTIONS), count(task, two)) == (4, 2)
     assert run(candidate(loaded), data, two).items == dense.items[:2]
 
 
@@ -114,7 +112,6 @@ def test_pruned_summaries_are_those_of_prune(loaded, data, dense):
     assert found.accounting["decoded_tokens"] == 4 * 11
     prompts = sum(sample["prompt_tokens"] for sample in found.samples)
     assert found.accounting["prompt_tokens"] == prompts
-    assert found.masks == full.masks == 4
     assert full.accounting["decoded_tokens"] == prompts + 4 * 11
     assert full.accounting["dense_token_share"] == 0
     published = run(candidate(loaded, "griffin"), data, MeasureOptions("published", max_output=12))

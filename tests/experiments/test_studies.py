@@ -5,6 +5,7 @@ A study is added by one ``Case``.  ``Counting``, at the end, shows what the runn
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ def _quality_text(version):
 
 
 def _quality(ui):
-    given = {"text": ["own.txt"], "sparsities": "0.5,0.7", "oracle": "", "cells": "continuation"}
+    given = {"text": ["own.txt"], "sparsities": "0.5,0.7", "oracle": "", "tasks": "continuation"}
     return QualityStudy(quality_settings(Path(), methods="griffin,static", slices=2, **given), ui)
 
 
@@ -251,7 +252,9 @@ def test_a_finished_folder(case):
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.contract("equal bytes however often a study is interrupted")
 def test_an_interrupted_study_resumes_to_the_same_bytes(case):
-    whole = run_study(case.make(quiet()), fresh=True).path.rename("whole")  # not reused below
+    whole = run_study(case.make(quiet()), fresh=True).path.rename("whole")
+    for kept in Path("results").glob("*/.cells"):  # not reused below
+        shutil.rmtree(kept)
     first = stopped(case, 1, KeyboardInterrupt())
     assert config(first.path)["status"] == "interrupted"
     kept = f"what was finished is kept in {first.path}; the same command resumes"

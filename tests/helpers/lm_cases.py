@@ -20,7 +20,6 @@ import torch
 import yaml
 
 from dart_llm.cli import app as cli
-from dart_llm.evaluation import lm_eval as harness
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.models.loading import load
 from summary_cases import Kept
@@ -176,6 +175,8 @@ def options(**changes):
 
 def measured(found, task, how=None, parts=None, advance=lambda documents: None):
     """The harness on one task; parts go through JSON, as those in a file do."""
+    from dart_llm.evaluation import lm_eval as harness  # which loads lm-eval
+
     kept = Kept() if parts is None else parts
     return harness.measure(found, task, how or options(), kept, advance)
 

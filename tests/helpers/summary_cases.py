@@ -33,7 +33,9 @@ def candidate(both, method=None, sparsity=0.5, **settings):
 
 
 def run(found, data, options=OPTIONS, parts=None):
-    return measure(found, data, options, Kept() if parts is None else parts, lambda n: None)
+    return measure(
+        found, f"summarize:{data}", options, Kept() if parts is None else parts, lambda n: None
+    )
 
 
 def texts_of(measured):

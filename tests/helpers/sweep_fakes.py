@@ -7,13 +7,11 @@ import time
 from pathlib import Path
 
 from dart_llm.errors import CellsFailed
-from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.study import run_study
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
-from dart_llm.studies.sweep import compute as sweep_compute
 from dart_llm.studies.sweep.settings import SweepSettings
-from dart_llm.studies.sweep.study import MeasureStudy
+from dart_llm.studies.sweep.study import MeasureStudy, measure_cell
 from tiny_gpt2 import write_gpt2
 
 SLOW = "SWEEP_TEST_SECONDS"
@@ -56,9 +54,9 @@ def failures(study):
     return [line for line in study.lines if line["status"] != "done"]
 
 
-def compute(data, cache):
-    """``compute.compute``, slow and mortal where the environment says so."""
-    value = sweep_compute.compute(data, cache)
+def compute(cell, cache):
+    """``measure_cell``, slow and mortal where the environment says so."""
+    value = measure_cell(cell, cache)
     time.sleep(float(os.environ[SLOW]))
     marker = Path(os.environ[KILL])
     if marker.exists():
@@ -67,10 +65,8 @@ def compute(data, cache):
     return value
 
 
-def without_model(data, cache):
+def without_model(cell, cache):
     """A cell that fails at once, so that no model is loaded; its worker may die instead."""
-    if data["seed"] == 1:
+    if cell.seed == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    if data["seed"] == 2:
-        raise ValueError("no\nresult")
-    return sweep_compute.failed_value(Cell.from_dict(data), "failed by hand")
+    raise ValueError("no\nresult")

@@ -11,7 +11,7 @@ import torch
 from checkpoints import VOCABULARY, write_gguf
 from dart_llm import cache
 from dart_llm.errors import LoadError
-from dart_llm.evaluation.encoders import find_encoder
+from dart_llm.evaluation.text_metrics import find_encoder
 from dart_llm.files import file_sha256
 from dart_llm.models import cached
 from dart_llm.models.cached import FOLDER, MEMBER, WEIGHTS, embedder_folder

@@ -229,9 +229,9 @@ def _grid_command(settings_kind: type[SweepSettings]) -> Callable[..., None]:
         def compute(ui: Ui) -> Any:
             if not dry_run:
                 return _finished("sweep.study:MeasureStudy", fresh, settings, ui).answer()
-            from dart_llm.studies.sweep import dry_run as planning
+            from dart_llm.studies.sweep.study import plan
 
-            return planning.dry_run(settings, ui, fresh)
+            return plan(settings, ui, fresh)
 
         _tell(compute, as_json)
 

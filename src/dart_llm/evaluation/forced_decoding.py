@@ -1,7 +1,8 @@
-"""Given tokens fed as decode tokens, in one loop; runs with new masks at given steps."""
+"""Known tokens fed as decode tokens, in one loop; runs with new masks at known steps."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ CHUNK = 256
 """Decode tokens fed in one forward at most: bounds the logits' memory."""
 
 FORCED_REMASK = "forced"
-"""Cause of a re-mask at a given step."""
+"""Cause of a re-mask at a set step."""
 
 
 def feed(
@@ -51,8 +52,12 @@ def feed(
                 size = min(size, run.tokens_until_change() or size)
         end = start + size
         wanted = max(0, end - max(start, first))
-        given = {} if mask is None else {"attention_mask": mask[:, : cached + end]}
-        output = _decode(model, run, ids[:, start:end], cache, max(1, wanted), given)
+        more: dict[str, Any] = {} if cache is None else {"cache": cache}
+        if mask is not None:
+            more["attention_mask"] = mask[:, : cached + end]
+        step = contextlib.nullcontext() if run is None else run.decoding(prompt=cache is None)
+        with step:
+            output = model(ids[:, start:end], use_cache=True, logits_to_keep=max(1, wanted), **more)
         cache = output.cache
         if wanted:
             take(end - wanted, output.logits)
@@ -60,21 +65,8 @@ def feed(
         start = end
 
 
-def _decode(
-    model: Any, run: Run | None, ids: Tensor, cache: Any, keep: int, given: dict[str, Any]
-) -> Any:
-    """One decode forward, the first of a sequence where there is no cache."""
-    given = {**given, "use_cache": True, "logits_to_keep": keep}
-    if cache is not None:
-        given["cache"] = cache
-    if run is None:
-        return model(ids, **given)
-    with run.decoding(prompt=cache is None):
-        return model(ids, **given)
-
-
 class ScheduledRun(Run):
-    """A run that makes new masks at given steps, in addition to its drift rule's.
+    """A run that makes new masks at set steps, in addition to its drift rule's.
 
     ``triggers``: decode steps before which all layers leave PRUNED and are observed anew.  The
     other arguments are those of ``Run``.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 PROTOCOLS: dict[str, str] = {
@@ -24,7 +25,6 @@ class Measurement:
     mapping per document or slice with ``id`` and the numbers that the metrics average (paired
     over methods by ``id``).  ``samples``: raw material per item (texts, log-probabilities).
     ``accounting``: ``RunReport.to_dict()`` without ``sequences``; None for an untouched model.
-    ``counts``: per layer, [I] times each neuron was kept, over ``masks`` masks; may be empty.
     """
 
     task: str
@@ -37,25 +37,13 @@ class Measurement:
     accounting: Mapping[str, Any] | None = None
     samples: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
-    counts: tuple[Any, ...] = field(default=(), compare=False)
-    masks: int = 0
     subtasks: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """Metrics of the tasks of a group; empty for a single task."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able data without ``samples`` and ``counts``, which have files of their own."""
-        return {
-            "task": self.task,
-            "protocol": self.protocol,
-            "metric": self.metric,
-            "higher_is_better": self.higher_is_better,
-            "metrics": dict(self.metrics),
-            "subtasks": {name: dict(metrics) for name, metrics in self.subtasks.items()},
-            "items": [dict(item) for item in self.items],
-            "accounting": None if self.accounting is None else dict(self.accounting),
-            "notes": list(self.notes),
-            "masks": self.masks,
-        }
+        """JSON-able data without ``samples``, which have a file of their own."""
+        names = (each.name for each in fields(self) if each.name != "samples")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -84,4 +72,4 @@ class MeasureOptions:
 
 def mean(values: Sequence[float]) -> float:
     """Arithmetic mean; NaN of nothing."""
-    return sum(values) / len(values) if values else float("nan")
+    return math.fsum(values) / len(values) if values else math.nan

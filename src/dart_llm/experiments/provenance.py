@@ -258,9 +258,7 @@ PACKAGES = (
     "datasets",
     "rouge-score",
     "scipy",
-    "sentence-transformers",
     "sacrebleu",
-    "bert-score",
 )
 
 

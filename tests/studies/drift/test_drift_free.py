@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dart_llm.errors import ConfigError, MissingExtra
-from dart_llm.evaluation.text_metrics import NAMES, TextMetrics
+from dart_llm.evaluation.text_metrics import NUMBERS
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.console import Ui
 from dart_llm.session.run import BoundMethod, Run
@@ -31,7 +31,7 @@ def compared(monkeypatch):
     def compare(candidate, reference, tools):
         made.append((candidate, reference))
         same = sum(a == b for a, b in zip(candidate, reference, strict=False))
-        return TextMetrics(**dict.fromkeys(NAMES, same / max(1, len(reference))))
+        return dict.fromkeys(NUMBERS, same / max(1, len(reference)))
 
     monkeypatch.setattr("dart_llm.evaluation.text_metrics.load_tools", lambda *a, **k: tools)
     monkeypatch.setattr("dart_llm.evaluation.text_metrics.compare", compare)
@@ -105,7 +105,7 @@ def test_metrics_compare_with_the_dense_text_of_the_same_seed(tmp_path, compared
         own, dense = texts[key], texts[f"free/{source}/dense/{seed}"]
         assert (own, dense) in compared
         same = sum(a == b for a, b in zip(own, dense, strict=False)) / len(dense)
-        assert row["metrics"] == dict.fromkeys(NAMES, same)
+        assert row["metrics"] == dict.fromkeys(NUMBERS, same)
     summary = read(job.path / "summary.json")
     line = summary["rows"][1]
     values = [

@@ -52,7 +52,7 @@ def test_one_method_beside_dense_on_two_tasks(tmp_path):
     assert len(samples) == 2 * (2 * len(QUESTIONS) + len(LETTERS))
     assert samples[0]["label"] == "dense" and len(samples[0]["answers"]) == 3
     assert study.path.parent.name == "eval-model-griffin-0.5"
-    _, table = study.tables()  # beside cells.csv
+    (table,) = study.tables()
     assert "against dense (95 %, paired)" in table.head and len(table.rows) >= 4
     answer = study.answer()
     assert answer["results"] == {
@@ -63,17 +63,6 @@ def test_one_method_beside_dense_on_two_tasks(tmp_path):
     counted = answer["accounting"]
     assert counted["decoded_tokens"] == 93 + 93 + len(LETTERS)
     assert counted["achieved_sparsity"] == pytest.approx(0.5)
-
-
-def test_dense_alone_and_without_samples(tmp_path):
-    own = {"method": "dense", "sparsity": None, "log_samples": False, "limit": 3}
-    study = run(settings(tmp_path, "tiny_choice", **own))
-    counted, found = study.answer()["accounting"], study.lines[0]["measurement"]
-    assert (counted["method"], counted["achieved_sparsity"], counted["remasks"]) == ("dense", 0, 0)
-    assert (counted["dense_token_share"], counted["ffn_bytes_share"]) == (1.0, 1.0)
-    assert "dense" not in study.answer() and found["accounting"] is None
-    assert not (study.path / "samples.jsonl").exists()
-    assert len(found["items"]) == 3 < len(QUESTIONS)
 
 
 def test_a_calibration_text_is_named_and_never_evaluated(tmp_path):
@@ -107,9 +96,3 @@ def test_settings_that_cannot_be_used(tmp_path, given, words):
     with pytest.raises(ConfigError, match=words):
         run(settings(tmp_path, **{"tasks": "tiny_choice", **given}))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_option_of_zero_is_given_and_others_are_the_tasks_own(tmp_path):
-    options = settings(tmp_path, "tiny_choice", num_fewshot=0, limit=3).options()
-    assert (options.num_fewshot, options.limit, options.protocol) == (0, 3, "decode")
-    assert settings(tmp_path, "tiny_choice").options().num_fewshot is None

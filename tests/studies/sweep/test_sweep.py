@@ -6,27 +6,24 @@ import weakref
 from dataclasses import replace
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import sweep_fakes
 from dart_llm.errors import MissingExtra
 from dart_llm.evaluation import tasks as measure
 from dart_llm.evaluation.measurement import Measurement
+from dart_llm.experiments import model_facts
 from dart_llm.experiments.cell import Cell
 from dart_llm.models import loading
 from dart_llm.reporting.console import Ui
 from dart_llm.session import prepare
 from dart_llm.session.prepare import MemoryStore
-from dart_llm.studies.sweep import dry_run
 from dart_llm.studies.sweep import study as sweep_study
-from dart_llm.studies.sweep.compute import not_finite
-from dart_llm.studies.sweep.study import MeasureStudy
+from dart_llm.studies.sweep.grid import show_plan
+from dart_llm.studies.sweep.study import MeasureStudy, not_finite
 from sweep_fakes import config, failures, settings, sweep
-from tiny import LAYERS, WIDTH
 from written import lines
 
-TABLES = ("results.jsonl", "rows.jsonl", "samples.jsonl", "masks.safetensors", "cells.csv")
+TABLES = ("results.jsonl", "rows.jsonl", "samples.jsonl", "compare.csv")
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +97,6 @@ def test_results_are_those_of_a_direct_measurement(base, tmp_path, monkeypatch):
     assert rows[2]["measurement"] == json.loads(json.dumps(direct.to_dict()))
     samples = [one for one in lines(study.path / "samples.jsonl") if one["key"] == cell.key]
     assert [one["id"] for one in samples] == [sample["id"] for sample in direct.samples]
-    masks = load_file(study.path / "masks.safetensors")
-    kept = [f"{c.key}.layer{layer}.kept" for c in study.cells[1:] for layer in range(LAYERS)]
-    assert sorted(masks) == sorted(kept)
-    for layer, counts in enumerate(direct.counts):
-        assert torch.equal(masks[f"{cell.key}.layer{layer}.kept"], counts)
-        assert int(counts.sum()) == direct.masks * WIDTH // 2
 
 
 def test_a_model_is_loaded_once_and_does_not_outlive_its_sweep(base, tmp_path, monkeypatch):
@@ -141,7 +132,7 @@ def test_a_model_is_loaded_once_and_does_not_outlive_its_sweep(base, tmp_path, m
 
 def planned(base, root, fresh=False, **changes):
     """Statuses of the cells in the plan."""
-    plan = dry_run.dry_run(settings(base, root, **changes), Ui(quiet=True), fresh)
+    plan = sweep_study.plan(settings(base, root, **changes), Ui(quiet=True), fresh)
     return [row["status"] for row in plan["rows"]]
 
 
@@ -187,24 +178,20 @@ def test_a_failed_cell_does_not_stop_the_others_and_is_tried_again(base, tmp_pat
 @pytest.mark.parametrize("value", [math.nan, None])
 def test_a_number_that_is_not_finite_fails_the_cell(base, tmp_path, monkeypatch, value):
     def spoil(candidate, measured):
-        items = tuple({**item, "mean_loss": value} for item in measured.items)
-        return replace(measured, metrics={"perplexity": value, "n": None}, items=items)
+        return replace(measured, metrics={"perplexity": value, "n": None})
 
     fake(monkeypatch, spoil)
     study = sweep(base, tmp_path, methods="dense")
     (row,) = failures(study)
-    where = "" if value is None else " (first in item 0, mean_loss)"
-    assert row["error"] == (
-        f"perplexity of perplexity:{base / 'text.txt'} is not finite{where}; try dtype float32"
-    )
-    assert row["measurement"]["metrics"] == {"perplexity": None, "n": None}
-    assert "NaN" not in (study.path / "results.jsonl").read_text(encoding="utf-8")
+    text = f"perplexity:{base / 'text.txt'}"
+    assert row["error"] == f"perplexity of {text} is not finite; try dtype float32"
+    assert row["measurement"] is None
     # the headline metric alone must have a value
     measured = Measurement("t", "decode", "acc", True, {"acc": 0.5, "stderr": None}, ())
     assert not_finite(measured) is None
-    assert not_finite(replace(measured, metric="f1")) == "t gave no f1"
-    items = ({"id": "a", "losses": [0.1]}, {"id": "b", "losses": [0.1, math.inf]})
-    assert "first in item b, losses" in str(not_finite(replace(measured, items=items)))
+    assert not_finite(replace(measured, metric="f1")) == "f1 of t is not finite; try dtype float32"
+    items = ({"id": "a", "loss": 0.1}, {"id": "b", "loss": math.inf})
+    assert str(not_finite(replace(measured, items=items))).startswith("item b, loss of t is not")
 
 
 def test_a_model_that_cannot_be_loaded_fails_its_cells_once(base, tmp_path, monkeypatch):
@@ -223,24 +210,10 @@ def test_a_model_that_cannot_be_loaded_fails_its_cells_once(base, tmp_path, monk
     assert errors[3].endswith("pip install 'dart-llm[eval]'")
 
 
-def test_downloads_of_a_plan(tmp_path, monkeypatch):
+def test_downloads_of_a_plan(monkeypatch):
     sizes = {"a/large": 4_000_000, "b/unknown": None, "c/there": 0}
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(dry_run, "download_size", lambda cell: sizes[cell.model])
-    tasks = ("perplexity:c4", "arc_easy", "summarize:xsum", "perplexity:embedded", "mine")
-    wanted = [Cell(model, "dense", task) for model in sizes for task in tasks]
-    monkeypatch.setattr(dry_run, "cells_of", lambda settings: wanted)
-
-    def downloads():
-        plan = dry_run.dry_run(settings(tmp_path, tmp_path), Ui(quiet=True))
-        return [(one["name"], one["size"]) for one in plan["downloads"]]
-
-    assert downloads() == [
-        ("a/large", 4_000_000),
-        ("b/unknown", None),
-        ("data set allenai/c4 (en, validation)", 41_000_000),
-        ("data set allenai/ai2_arc (ARC-Easy, test)", 1_000_000),
-        ("data set EdinburghNLP/xsum (test)", 338_000_000),
-    ]
-    (tmp_path / "hub" / "datasets--allenai--c4").mkdir(parents=True)
-    assert all("c4" not in name for name, _ in downloads())
+    monkeypatch.setattr(model_facts, "download_size", lambda cell: sizes[cell.model])
+    cells = [Cell(model, "dense", "perplexity:embedded") for model in sizes]
+    plan = show_plan(cells, {cells[1].key}, Ui(quiet=True))
+    assert plan["downloads"] == {"a/large": 4_000_000, "c/there": 0}
+    assert [row["status"] for row in plan["rows"]] == ["to do", "finished", "to do"]

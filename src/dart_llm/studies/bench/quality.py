@@ -20,8 +20,7 @@ from torch import Tensor
 from dart_llm.calibration.collect import opening_ids, sample_continuations, start_tokens
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError
-from dart_llm.evaluation.divergence import compare_window
-from dart_llm.evaluation.perplexity import perplexity
+from dart_llm.evaluation.perplexity import compare_window, perplexity
 from dart_llm.evaluation.windows import Window, slice_windows
 from dart_llm.experiments import stats
 from dart_llm.pruning.config import SelfStatsConfig

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dart_llm.errors import DartError
-from dart_llm.evaluation.divergence import reference_logits
+from dart_llm.evaluation.perplexity import reference_logits
 from dart_llm.experiments.study import Unit, load_model, run_study
 from dart_llm.experiments.timing import WARM, Make
 from dart_llm.files import write_lines

@@ -252,7 +252,7 @@ def _loss_panel(axes: Axes, label: str, curves: Curves, look: Mapping[str, Any])
 METRICS = ("document_similarity", "rougeL", "bertscore", "sentence_coverage")
 """Shown of the free mode; the table has the others."""
 
-TITLES = {number.name: f"{number.title} against the dense text" for number in NUMBERS}
+TITLES = {name: f"{title} against the dense text" for name, title in NUMBERS.items()}
 
 Bars = list[tuple[Mapping[str, Any], Mapping[str, Any]]]
 """The summary's row of each method, and its estimate of one number."""

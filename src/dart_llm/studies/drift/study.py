@@ -54,7 +54,7 @@ from dart_llm.studies.drift.sources import (
 )
 
 if TYPE_CHECKING:
-    from dart_llm.evaluation.text_metrics import TextTools
+    from dart_llm.evaluation.text_metrics import Encoder
 
 EVERY = 20.0
 """Seconds between two times that the growing files are written: each is written whole."""
@@ -127,7 +127,7 @@ class DriftStudy(Study[Any]):
         self.measured: dict[str, DriftCell] = {}
         """Finished cells by key, with their records."""
         self.dtype: str | None = None
-        self.tools: TextTools | None = None
+        self.tools: Encoder | None = None
         self.notes: list[str] = []
         self._readings: dict[str, Reading] = {}
         self._methods: dict[str, BoundMethod | DartError] = {}
@@ -172,10 +172,11 @@ class DriftStudy(Study[Any]):
             return
         from dart_llm.evaluation.text_metrics import load_tools
 
-        models: dict[str, Any] = {"bertscore": settings.bertscore, "cache_dir": settings.cache_dir}
         try:
             with self.ui.status("loading the models of the metrics") as news:
-                self.tools = load_tools(settings.embedder, progress=news, **models)
+                self.tools = load_tools(
+                    settings.embedder, cache_dir=settings.cache_dir, progress=news
+                )
             self.notes += self.tools.notes
         except DartError as error:
             self.notes.append(f"no metrics: {error}")
@@ -280,7 +281,7 @@ class DriftStudy(Study[Any]):
             return None
         from dart_llm.evaluation.text_metrics import compare
 
-        return compare(text, dense.record["text"], self.tools).to_dict()
+        return compare(text, dense.record["text"], self.tools)
 
     def take(self, unit: Unit, value: Any) -> None:
         cell = replace(unit.data, record=value)

@@ -1,34 +1,45 @@
-"""Gap closed against GRIFFIN at equal sparsity and equal bytes.
-
-How much of GRIFFIN's log-perplexity gap to dense a variant closes (docs/bench.md).
+"""Gap closed against GRIFFIN at equal sparsity and equal bytes, as rows, tables and a picture.
 
 ``gap`` = mean loss minus the untouched model's on the same tokens, nats: the logarithm of the
 ratio of their perplexities.  ``gap closed`` = 1 - gap(variant) / gap(GRIFFIN).  Pooled: the gaps
-of several sparsities, or of several models, are added up first; a mean of ratios is never taken.
+of several sparsities are added up first; a mean of ratios is never taken (docs/bench.md).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dart_llm.evaluation.perplexity import perplexity
-from dart_llm.evaluation.slices import LEAD
 from dart_llm.experiments import stats
-from dart_llm.experiments.comparison import read_traffic
-from dart_llm.experiments.store import SCHEMA
 from dart_llm.experiments.variants import DENSE, GRIFFIN
-from dart_llm.reporting.table import grouped
-from dart_llm.reporting.words import too_few
-from dart_llm.studies.quality.settings import CELLS, TASKS, model_name
+from dart_llm.reporting.figures import (
+    INK,
+    SOFT,
+    Palette,
+    Plot,
+    key,
+    panels,
+    reference_line,
+    whisker_lengths,
+)
+from dart_llm.reporting.table import Column, Table, grouped, keys_of
+from dart_llm.reporting.words import figure, intervals_over, percent, times, too_few
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Line = Mapping[str, Any]
-"""A line of results.jsonl: one model and method on one task."""
+"""A line of results.jsonl: the model and one method on one task."""
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
+"""A row of quality.json."""
 
 Array = NDArray[np.float64]
 
@@ -36,265 +47,243 @@ STEP = 3
 """Decimals to which GRIFFIN's sparsities are rounded."""
 
 EQUAL_SPARSITY, EQUAL_BYTES = "equal_sparsity", "equal_bytes"
+"""GRIFFIN at the method's achieved sparsity, dense tokens counting 0; and at 1 minus the method's
+share of the dense FFN bytes, if run compactly."""
 
-BASELINES = {
-    EQUAL_SPARSITY: "GRIFFIN at the method's achieved sparsity, dense tokens counting 0",
-    EQUAL_BYTES: "GRIFFIN at 1 - the method's share of the dense FFN bytes, if run compactly",
-}
-"""The two columns of a comparison."""
-
-ALL = "all models"
-
-KINDS = {task: cell for cell, task in TASKS.items()}
+CLOSED = f"{EQUAL_SPARSITY}_gap_closed"
 
 
 class Group:
-    """The lines of one model and cell, by variant and sparsity."""
+    """The lines of one task, by variant and sparsity; the dense model's is 0."""
 
-    def __init__(self, model: str, cell: str, lines: Iterable[Line]) -> None:
-        self.model, self.cell = model, cell
-        self._lines = {place_of(line): line for line in lines}
+    def __init__(self, task: str, lines: Iterable[Line]) -> None:
+        self.task, self._lines = task, dict[tuple[str, float], Line]()
+        for line in lines:
+            variant, _, sparsity = str(line["label"]).rpartition("@")
+            self._lines[(variant, float(sparsity)) if variant else (DENSE, 0.0)] = line
 
-    def has(self, variant: str, sparsity: float) -> bool:
-        """Whether the variant was measured at this sparsity."""
-        return (variant, sparsity) in self._lines
+    def has(self, variant: str, sparsities: Iterable[float]) -> bool:
+        """Whether the variant was measured at all of these sparsities."""
+        return all((variant, sparsity) in self._lines for sparsity in sparsities)
 
     def at(self, variant: str, sparsity: float) -> Line:
         """The line of one variant and sparsity; raises ``KeyError`` if it is missing."""
         return self._lines[variant, sparsity]
 
-    def griffin(self, sparsity: float) -> Line:
-        """GRIFFIN at ``sparsity``; at 0 it is the untouched model."""
-        return self.at(GRIFFIN if sparsity else DENSE, sparsity)
+    def losses(self, variant: str, sparsity: float) -> Array:
+        """Mean loss of each slice; GRIFFIN at 0 is the untouched model; [slices]."""
+        line = self.at(variant if sparsity else DENSE, sparsity)
+        return np.array([item["mean_loss"] for item in line["measurement"]["items"]])
 
-    def gaps(self, line: Line) -> Array:
+    def gaps(self, variant: str, sparsity: float) -> Array:
         """Mean loss of each slice minus the untouched model's, nats; [slices]."""
-        return losses(line) - losses(self.at(DENSE, 0.0))
-
-
-def place_of(line: Line) -> tuple[str, float]:
-    """Variant and sparsity of a line, by its label."""
-    variant, _, sparsity = str(line["label"]).rpartition("@")
-    return (variant, float(sparsity)) if variant else (str(line["label"]), 0.0)
+        return self.losses(variant, sparsity) - self.losses(DENSE, 0.0)
 
 
 def groups(lines: Iterable[Line]) -> list[Group]:
-    """Measured lines in any order, by model and cell."""
-    found = grouped(
-        (line for line in lines if line["measurement"]),
-        lambda line: (
-            model_name(line["cell"]["model"]),
-            KINDS[line["cell"]["task"].partition(":")[0]],
-        ),
-    )
-    return [Group(model, cell, members) for (model, cell), members in found.items()]
-
-
-def items(line: Line) -> list[dict[str, Any]]:
-    """The slices of a line."""
-    return list(line["measurement"]["items"])
-
-
-def losses(line: Line) -> Array:
-    """Mean loss of each slice; [slices]."""
-    return np.array([item["mean_loss"] for item in items(line)], dtype=np.float64)
-
-
-def account(line: Line) -> Row:
-    """What a variant cost over all slices of a cell."""
-    facts, counted = line["facts"], line["measurement"]["accounting"]
-    if counted is None:  # a dense model, of which rounded weights may be fewer bytes
-        share = facts.get("ffn_share_of_bfloat16", 1.0)
-        traffic, context = read_traffic(facts), _mean_context(line)
-        counted = {
-            "achieved_sparsity": 0.0,
-            "dense_token_share": 1.0,
-            "remasks": 0,
-            "ffn_bytes_share_if_compact": share,
-            "token_bytes_share": None if traffic is None else traffic.share(context),
-            "extra_memory_bytes": 0,
-        }
-    achieved, dense = counted["achieved_sparsity"], counted["dense_token_share"]
-    return {
-        "achieved_sparsity": achieved,
-        "sparsity_while_pruned": achieved / (1 - dense) if dense < 1 else 0.0,
-        "dense_token_share": dense,
-        "remasks": counted["remasks"],
-        "remasks_per_slice": counted["remasks"] / len(items(line)),
-        "ffn_bytes_share": counted["ffn_bytes_share_if_compact"],
-        "token_bytes_share": counted.get("token_bytes_share"),
-        "extra_memory_bytes": counted["extra_memory_bytes"],
-    }
-
-
-def _mean_context(line: Line) -> float:
-    """Positions of the cache that a decoded token of a dense model sees, on average."""
-    options = line["cell"]["options"]
-    lead = LEAD if line["cell"]["task"].startswith("shift") else 0
-    return float(options["prompt_tokens"] - 1 + (lead + options["scored_tokens"] + 1) / 2)
+    """Measured lines in any order, by task."""
+    measured = (line for line in lines if line["measurement"])
+    by_task = grouped(measured, lambda line: str(line["cell"]["task"]).partition(":")[0])
+    return [Group(task, members) for task, members in by_task.items()]
 
 
 def matched_sparsities(line: Line) -> dict[str, float]:
-    """GRIFFIN's sparsity in each column; never below 0, where GRIFFIN is dense."""
-    spent = account(line)
+    """GRIFFIN's sparsity in each comparison; never below 0, where GRIFFIN is dense."""
+    spent = line["measurement"]["accounting"]
     wanted = {
         EQUAL_SPARSITY: spent["achieved_sparsity"],
-        EQUAL_BYTES: 1 - spent["ffn_bytes_share"],
+        EQUAL_BYTES: 1 - spent["ffn_bytes_share_if_compact"],
     }
-    return {name: matched_sparsity(value) for name, value in wanted.items()}
+    most = round(1 - 10.0**-STEP, STEP)
+    return {name: min(max(0.0, round(value, STEP)), most) for name, value in wanted.items()}
 
 
-def matched_sparsity(value: float) -> float:
-    """A sparsity that GRIFFIN can be run at, rounded."""
-    return min(max(0.0, round(value, STEP)), round(1 - 10.0**-STEP, STEP))
-
-
-def cell_rows(
-    found: Sequence[Group], variants: Sequence[str], sparsities: Sequence[float], seed: int
+def make_rows(
+    lines: Iterable[Line],
+    variants: Sequence[str],
+    sparsities: Sequence[float],
+    pool: Sequence[float],
+    seed: int,
 ) -> list[Row]:
-    """One row per model, cell, sparsity and variant that was measured.
+    """Per task one row per sparsity and variant that was measured, then the pooled ones.
 
-    Those of sparsity 0, dense models in fewer bits, are not compared with GRIFFIN.
-    """
-    return [
-        _row(group, variant, sparsity, seed)
-        for group in found
-        for sparsity in sparsities
-        for variant in variants
-        if group.has(variant, sparsity)
-    ]
-
-
-def _row(group: Group, variant: str, sparsity: float, seed: int) -> Row:
-    line, dense = group.at(variant, sparsity), group.at(DENSE, 0.0)
-    gap = float(group.gaps(line).mean())
-    columns = {
-        name: _column(group, line, equal, seed) if sparsity and variant != GRIFFIN else None
-        for name, equal in matched_sparsities(line).items()
-    }
-    return {
-        "model": group.model,
-        "cell": group.cell,
-        "sparsity": sparsity,
-        "variant": variant,
-        "slices": len(items(line)),
-        "kinds": list(dict.fromkeys(item["source"] for item in items(line))),
-        "tokens": sum(item["tokens"] for item in items(line)),
-        "dense_perplexity": perplexity(float(losses(dense).mean())),
-        "perplexity": perplexity(float(losses(line).mean())),
-        "times_dense": perplexity(gap),
-        "gap": gap,
-        **account(line),
-        **columns,
-    }
-
-
-def _column(group: Group, line: Line, sparsity: float, seed: int) -> Row:
-    """A comparison with GRIFFIN at ``sparsity``."""
-    griffin = group.griffin(sparsity)
-    gaps, others = group.gaps(line), group.gaps(griffin)
-    sources = [item["source"] for item in items(line)]
-    kinds = {source: [one == source for one in sources] for source in sources}
-    return {
-        "sparsity": sparsity,
-        "perplexity": perplexity(float(losses(griffin).mean())),
-        **compare([(gaps, others)], seed),
-        "by_kind": {kind: stats.gap_closed([(gaps[at], others[at])]) for kind, at in kinds.items()},
-    }
-
-
-def compare(pairs: Sequence[tuple[Array, Array]], seed: int) -> Row:
-    """``gap`` and ``griffin_gap``, summed over pairs of [slices], what is closed, its interval.
-
-    ``gap_closed`` is None where GRIFFIN's gap is not positive; ``interval`` is None there and with
-    too few slices, as ``no_interval`` says.
-    """
-    found = stats.gap_closed_interval(pairs, seed)
-    gap, griffin = (sum(float(one.mean()) for one in parts) for parts in zip(*pairs, strict=True))
-    return {
-        "gap": gap,
-        "griffin_gap": griffin,
-        "gap_closed": stats.gap_closed(pairs),
-        "interval": list(found.ends) if found and found.ends else None,
-        "no_interval": too_few(min(len(gaps) for gaps, _ in pairs)),
-    }
-
-
-def pooled_rows(
-    found: Sequence[Group], variants: Sequence[str], pool: Sequence[float], seed: int
-) -> list[Row]:
-    """One row per model, cell and variant over the sparsities ``pool``, and one over all models.
-
-    Only what was measured at every sparsity of the pool; GRIFFIN has no row.
+    A pooled row is of a variant that was measured at every sparsity of the pool; GRIFFIN has none.
     """
     rows: list[Row] = []
-    for cell in dict.fromkeys(group.cell for group in found):
-        for variant in variants:
-            if variant == GRIFFIN or not pool:
-                continue
-            sums = {
-                group.model: [_sums(group, variant, pool)]
-                for group in found
-                if group.cell == cell and all(group.has(variant, one) for one in pool)
+    for group in groups(lines):
+        for sparsity in sparsities:
+            rows += [
+                _row(group, variant, sparsity, seed)
+                for variant in variants
+                if group.has(variant, [sparsity])
+            ]
+        rows += [
+            {
+                "task": group.task,
+                "variant": variant,
+                "sparsities": list(pool),
+                "slices": len(group.losses(DENSE, 0.0)),
+                **_compared(group, variant, pool, seed),
             }
-            if len(sums) > 1:
-                sums[ALL] = [pairs for (pairs,) in sums.values()]
-            head = {"cell": cell, "variant": variant, "sparsities": list(pool)}
-            rows += [{"model": m, **head, **_pooled(pairs, seed)} for m, pairs in sums.items()]
+            for variant in variants
+            if variant != GRIFFIN and len(pool) > 1 and group.has(variant, pool)
+        ]
     return rows
 
 
-def _sums(group: Group, variant: str, pool: Sequence[float]) -> dict[str, Array]:
-    """Per column the gaps of every slice, summed over ``pool``: the variant's, GRIFFIN's [2, n]."""
-    found: dict[str, Array] = {}
-    for sparsity in pool:
-        line = group.at(variant, sparsity)
-        for name, equal in matched_sparsities(line).items():
-            pair = np.stack([group.gaps(line), group.gaps(group.griffin(equal))])
-            found[name] = found.get(name, 0.0) + pair
-    return found
-
-
-def _pooled(sums: Sequence[dict[str, Array]], seed: int) -> Row:
-    columns = {name: [(each[name][0], each[name][1]) for each in sums] for name in BASELINES}
-    slices = sum(len(gaps) for gaps, _ in columns[EQUAL_BYTES])
-    return {"slices": slices, **{name: compare(pairs, seed) for name, pairs in columns.items()}}
-
-
-# quality.json: made from the measured lines and from what was requested, of one run or of several.
-
-DEFINITIONS = {
-    "gap": "mean loss minus the untouched model's on the same scored tokens, nats",
-    "gap_closed": "1 - gap / griffin_gap; null where GRIFFIN loses nothing",
-    "interval": "95 %, bootstrap over slices, the variant and GRIFFIN on the same ones",
-    "token_bytes_share": "bytes that a decoded token reads (FFN, attention, head, cache, "
-    "selection) over those of the dense model at bfloat16, if run compactly; weights in blocks as "
-    "stored",
-    **BASELINES,
-    **CELLS,
-}
-"""What the names in quality.json mean."""
-
-
-def summarise(lines: Iterable[Line], requested: Mapping[str, Any]) -> dict[str, Any]:
-    """The document; nothing in it depends on when or how often a run was started.
-
-    ``requested``: ``set``, ``seed``, ``sparsities``, ``pool`` (of the measured ones), ``variants``
-    (configurations by label, GRIFFIN's first), ``roundings``, ``texts``, ``checkpoints`` by model,
-    tokens of a slice.
-    """
-    found, seed = groups(lines), requested["seed"]
-    labels = list(requested["variants"])
-    none = "note: nothing is pooled, because no sparsity of --pool was measured"
+def _row(group: Group, variant: str, sparsity: float, seed: int) -> Row:
+    line, gap = group.at(variant, sparsity), float(group.gaps(variant, sparsity).mean())
+    items, spent = line["measurement"]["items"], line["measurement"]["accounting"]
     return {
-        "schema": SCHEMA,
-        **requested,
-        "slices": {one.model: len(items(one.at(DENSE, 0.0))) for one in found},
-        "cells": [
-            *cell_rows(found, labels, requested["sparsities"], seed),
-            *cell_rows(found, requested.get("roundings", ()), [0.0], seed),
-        ],
-        "pooled": pooled_rows(found, labels, requested["pool"], seed),
-        "notes": [] if requested["pool"] else [none],
-        "definitions": DEFINITIONS,
+        "task": group.task,
+        "variant": variant,
+        "sparsities": [sparsity],
+        "slices": len(items),
+        "dense_perplexity": perplexity(float(group.losses(DENSE, 0.0).mean())),
+        "perplexity": perplexity(float(group.losses(variant, sparsity).mean())),
+        "times_dense": perplexity(gap),
+        "gap": gap,
+        "achieved_sparsity": spent["achieved_sparsity"],
+        "dense_token_share": spent["dense_token_share"],
+        "remasks_per_slice": spent["remasks"] / len(items),
+        "ffn_bytes_share": spent["ffn_bytes_share_if_compact"],
+        "token_bytes_share": spent.get("token_bytes_share"),
+        **({} if variant == GRIFFIN else _compared(group, variant, [sparsity], seed)),
     }
+
+
+def _compared(group: Group, variant: str, sparsities: Sequence[float], seed: int) -> Row:
+    """Both comparisons with GRIFFIN, over the sums of the gaps at ``sparsities``.
+
+    ``gap_closed`` is None where GRIFFIN's gap is not positive; ``low`` and ``high`` are None there
+    and with too few slices.
+    """
+    gaps: Array = np.sum([group.gaps(variant, sparsity) for sparsity in sparsities], axis=0)
+    matched = [matched_sparsities(group.at(variant, sparsity)) for sparsity in sparsities]
+    compared: dict[str, Any] = {}
+    for name in (EQUAL_SPARSITY, EQUAL_BYTES):
+        others: Array = np.sum([group.gaps(GRIFFIN, each[name]) for each in matched], axis=0)
+        interval = stats.gap_closed_interval([(gaps, others)], seed)
+        low, high = (interval and interval.ends) or (None, None)
+        values = {
+            "sparsities": [each[name] for each in matched],
+            "gap": float(gaps.mean()),
+            "griffin_gap": float(others.mean()),
+            "gap_closed": stats.gap_closed([(gaps, others)]),
+            "low": low,
+            "high": high,
+        }
+        compared |= {f"{name}_{key}": value for key, value in values.items()}
+    return compared
+
+
+# Tables, the headline and the picture.
+
+
+def _requested(row: Row) -> str:
+    return " + ".join(percent(sparsity) for sparsity in row["sparsities"])
+
+
+def closed(row: Row, name: str) -> str | None:
+    """ "27.1 % (20 % to 33.2 %)", or n/a; None of GRIFFIN itself."""
+    if f"{name}_gap_closed" not in row:
+        return None
+    value, low, high = (row[f"{name}_{key}"] for key in ("gap_closed", "low", "high"))
+    if value is None:  # GRIFFIN loses nothing
+        return "n/a"
+    interval = too_few(row["slices"]) if low is None else f"({percent(low)} to {percent(high)})"
+    return f"{percent(value)} {interval or ''}".rstrip()
+
+
+COLUMNS = (
+    Column("variant", "variant"),
+    Column("requested", _requested),
+    Column("achieved", "achieved_sparsity", percent),
+    Column("dense tokens", "dense_token_share", percent),
+    Column("re-masks per slice", "remasks_per_slice", ".1f"),
+    Column("bytes per token", "token_bytes_share", ".3f"),
+    Column("perplexity", "perplexity", figure),
+    Column("x dense", "times_dense", times),
+    Column("gap closed", partial(closed, name=EQUAL_SPARSITY), needed=True),
+    Column("gap closed, equal bytes", partial(closed, name=EQUAL_BYTES)),
+)
+
+
+def tables(rows: Sequence[Row], about: str) -> list[Table]:
+    """A table per task; ``about``: how it was measured."""
+    look: dict[str, Any] = {"nothing": "", "tight": True, "fields": keys_of(rows)}
+    return [
+        Table(f"quality-{task}", f"{task}: {about}", COLUMNS, members, **look)
+        for task, members in grouped(rows, lambda row: row["task"]).items()
+    ]
+
+
+def headlines(rows: Sequence[Row]) -> list[str]:
+    """Per task, the variant that closes most of GRIFFIN's gap: pooled, or at any sparsity."""
+    sentences = []
+    for task, members in grouped(rows, lambda row: row["task"]).items():
+        pooled = [row for row in members if len(row["sparsities"]) > 1]
+        compared = [row for row in pooled or members if row["variant"] != GRIFFIN]
+        for best in sorted(compared, key=lambda row: row[CLOSED] or -math.inf)[-1:]:
+            sentences.append(
+                f"{task}, {_requested(best)}: {best['variant']} closes "
+                f"{closed(best, EQUAL_SPARSITY)} of GRIFFIN's gap at equal sparsity, "
+                f"{closed(best, EQUAL_BYTES)} at equal bytes"
+            )
+    return sentences
+
+
+LOOKS: dict[str, tuple[str, int, str, float]] = {
+    EQUAL_SPARSITY: ("at equal achieved sparsity", 0, "o", 0.14),
+    EQUAL_BYTES: ("at equal FFN bytes", 4, "s", -0.14),
+}
+"""Per comparison its words, colour, marker and place beside the row."""
+
+
+def plots(rows: Sequence[Row], about: str) -> list[Plot]:
+    """Gap closed with its interval, a panel per task; none where nothing is compared."""
+    compared = [row for row in rows if row["variant"] != GRIFFIN]
+    tasks = grouped(compared, lambda row: row["task"])
+    if not tasks:
+        return []
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        above, *places = panels(figure, len(tasks), 1)
+        for axes, (task, members) in zip(places, tasks.items(), strict=True):
+            _draw(axes, members, palette)
+            axes.set_title(task, loc="left", fontsize=8.5, color=INK)
+        key(above, places, 2)
+
+    height = 1.8 + 0.24 * max(map(len, tasks.values()))
+    small = f"{about} · {intervals_over('whiskers', compared[0]['slices'], 'slices')}"
+    title = "Share of GRIFFIN's log-perplexity gap to dense that is closed"
+    alt = "Points with intervals per sparsity and variant. " + " ".join(headlines(rows))
+    return [Plot("quality", title, alt, small, height, draw)]
+
+
+def _draw(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
+    for name, (words, colour, marker, aside) in LOOKS.items():
+        values = [row[f"{name}_gap_closed"] for row in rows]
+        drawn = [at for at, value in enumerate(values) if value is not None]
+        x = [100 * values[at] for at in drawn]
+        ends = [[rows[at][f"{name}_{end}"] for end in ("low", "high")] for at in drawn]
+        intervals = [None if low is None else (100 * low, 100 * high) for low, high in ends]
+        axes.errorbar(
+            x,
+            [at - aside for at in drawn],
+            xerr=whisker_lengths(x, intervals) if x else None,
+            label=words,
+            color=palette[colour],
+            marker=marker,
+            markersize=5,
+            markeredgecolor=INK,
+            markeredgewidth=0.6,
+            linestyle="none",
+            capsize=2.5,
+        )
+    reference_line(axes, x=0.0, label="_GRIFFIN")
+    names = [f"{row['variant']}, {_requested(row)}" for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=7.5)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("gap closed (%), 0 = GRIFFIN, 100 = dense", fontsize=8, color=SOFT)
+    axes.grid(axis="x")

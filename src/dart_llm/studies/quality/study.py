@@ -2,7 +2,7 @@
 of GRIFFIN's gap to the dense model.
 
 First the untouched model, GRIFFIN and all variants; then GRIFFIN at the sparsities that those
-achieved and at their shares of bytes, each distinct one once; last the dense model in fewer bits.
+achieved and at their shares of bytes, each distinct one once.
 """
 
 from __future__ import annotations
@@ -12,27 +12,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dart_llm.data import documents
-from dart_llm.evaluation.measurement import MeasureOptions
-from dart_llm.evaluation.slices import LEAD
-from dart_llm.experiments import comparison
+from dart_llm.evaluation.tasks import SHIFT
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.provenance import Digests
+from dart_llm.experiments.store import SCHEMA
 from dart_llm.experiments.study import Unit
 from dart_llm.experiments.variants import DENSE, Variant
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
+from dart_llm.reporting.words import dtype_text, file_text
 from dart_llm.settings import LOADING
-from dart_llm.studies.quality import report
-from dart_llm.studies.quality.gaps import groups, matched_sparsities, summarise
-from dart_llm.studies.quality.settings import SHIFT, QualitySettings
+from dart_llm.studies.quality import gaps
+from dart_llm.studies.quality.settings import QualitySettings
 from dart_llm.studies.sweep.grid import check_cells
 from dart_llm.studies.sweep.study import MeasureStudy
 
 
 class QualityStudy(MeasureStudy[QualitySettings]):
-    """A unit is one model, method and sparsity on one task.
+    """A unit is one method and sparsity on one task.
 
     Raises ``ConfigError`` and ``UnknownName`` before a model is loaded where that is possible.
     """
@@ -40,135 +38,98 @@ class QualityStudy(MeasureStudy[QualitySettings]):
     def __init__(self, settings: QualitySettings, ui: Ui) -> None:
         self.variants = settings.variant_list()
         """GRIFFIN is the first of them."""
-        self.roundings = settings.rounding_list()
-        self.digests, self.calibration_text = Digests(), settings.calibration
-        cells = [
-            cell for model in settings.names().values() for cell in self._cells(settings, model)
-        ]
+        self.digests = Digests()
+        cells = [cell for kind in settings.tasks for cell in self._cells(settings, kind)]
         check_cells(cells)
         super().__init__(settings, ui, cells)
 
-    def identify(self) -> dict[str, Any]:
-        presets = {variant.label: variant.config.to_dict() for variant in self.variants}
-        return {**super().identify(), "presets": presets}
-
-    def config_extra(self) -> dict[str, Any]:
-        return {**super().config_extra(), "checkpoints": self._checkpoints()}
-
-    def _checkpoints(self) -> dict[str, Any]:
-        loaded = [line for line in reversed(self.lines) if line["checkpoint"]]
-        checkpoints = {line["cell"]["model"]: line["checkpoint"] for line in loaded}
-        return {name: checkpoints.get(model, {}) for name, model in self.settings.names().items()}
-
     # cells
 
-    def _cells(self, settings: QualitySettings, model: str) -> Iterator[Cell]:
-        """Everything of one model but GRIFFIN at equal sparsity and bytes."""
-        for cell in settings.cells:
-            base = self._cell(settings, model, cell)
-            yield base
-            for sparsity in settings.sparsities:
-                yield self._pruned(base, self.variants[0], sparsity)
-            for variant in self.variants[1:]:
-                if cell == SHIFT or not variant.oracle:  # without a change there is no oracle
-                    for sparsity in settings.sparsities:
-                        yield self._pruned(base, variant, sparsity)
-            for rounding in self.roundings:
-                weights = f"{rounding.bits} {rounding.part}"
-                yield replace(base, name=rounding.label, rounding=weights)
+    def _cells(self, settings: QualitySettings, kind: str) -> Iterator[Cell]:
+        """One task without GRIFFIN at equal sparsity and bytes."""
+        base = self._dense(settings, kind)
+        yield base
+        for variant in self.variants:
+            if kind == SHIFT or not variant.oracle:  # without a change there is no oracle
+                for sparsity in settings.sparsities:
+                    yield self._pruned(settings, base, variant, sparsity)
 
-    def _cell(self, settings: QualitySettings, model: str, cell: str) -> Cell:
-        """The untouched model on the task of ``cell``."""
-        options = MeasureOptions(
-            limit=settings.slices,
-            prompt_tokens=settings.prompt_tokens,
-            scored_tokens=settings.tokens,
-            seed=settings.seed,
-        )
+    def _dense(self, settings: QualitySettings, kind: str) -> Cell:
         loading = {name: getattr(settings, name) for name in LOADING}
-        task = settings.task(cell)
-        plain = Cell(model, DENSE, task, seed=settings.seed, options=options, **loading)
-        return replace(plain, inputs=self.digests.of(plain, plain.config()))
+        task, options = settings.task(kind), settings.options()
+        cell = Cell(settings.model, DENSE, task, seed=settings.seed, options=options, **loading)
+        return replace(cell, inputs=self.digests.of(cell))
 
-    def _pruned(self, base: Cell, variant: Variant, sparsity: float) -> Cell:
+    def _pruned(
+        self, settings: QualitySettings, base: Cell, variant: Variant, sparsity: float
+    ) -> Cell:
         config = variant.at(sparsity).to_dict()
-        taken = ("method", "sparsity", "seed")
+        fields = ("method", "sparsity", "seed")
+        learns = variant.config.calibration
         cell = replace(
             base,
             method=variant.config.method,
             name=f"{variant.label}@{sparsity:g}",
             sparsity=sparsity,
             seed=variant.config.seed,
-            overrides={k: v for k, v in config.items() if k not in taken and v is not None},
+            overrides={k: v for k, v in config.items() if k not in fields and v is not None},
             options=replace(base.options, oracle=variant.oracle),
+            calibration=settings.calibration if learns and learns.source == "text" else None,
         )
-        learns = variant.config.calibration
-        if learns is not None and learns.source == "text":
-            cell = replace(cell, calibration=self.calibration_text)
         return replace(cell, inputs=self.digests.of(cell))
 
     def units(self) -> Iterator[Unit]:
-        for name, model in self.settings.names().items():
-            of_model = [cell for cell in self.cells if cell.model == model]
-            yield from self.units_of([cell for cell in of_model if not cell.rounding])
-            equal = list(self._equal_cells(name, model))
-            self.cells = (*self.cells, *(cell for cell in equal if cell not in self.cells))
-            yield from self.units_of([*equal, *(cell for cell in of_model if cell.rounding)])
+        yield from self.units_of(self.cells)
+        matched = [cell for cell in self._matched() if cell not in self.cells]
+        self.cells = (*self.cells, *matched)
+        yield from self.units_of(matched)
 
-    def _equal_cells(self, name: str, model: str) -> Iterator[Cell]:
+    def _matched(self) -> Iterator[Cell]:
         """GRIFFIN where the variants are compared with it and it was not measured."""
-        for group in groups(one for one in self.lines if one["cell"]["model"] == model):
+        settings, (griffin, *others) = self.settings, self.variants
+        for group in gaps.groups(self.lines):
             wanted = {
                 sparsity
-                for variant in self.variants[1:]
-                for requested in self.settings.sparsities
-                if group.has(variant.label, requested)
-                for sparsity in matched_sparsities(group.at(variant.label, requested)).values()
+                for variant in others
+                for requested in settings.sparsities
+                if group.has(variant.label, [requested])
+                for sparsity in gaps.matched_sparsities(group.at(variant.label, requested)).values()
             }
-            base = self._cell(self.settings, model, group.cell)
-            for sparsity in sorted(wanted - {0.0, *self.settings.sparsities}):
-                yield self._pruned(base, self.variants[0], sparsity)
+            base = self._dense(settings, group.task)
+            for sparsity in sorted(wanted - {0.0, *settings.sparsities}):
+                yield self._pruned(settings, base, griffin, sparsity)
 
     # what is made of them
 
     def summarise(self) -> dict[str, Any]:
-        self.rows = comparison.rows(self.lines)
-        self._write_samples()
-        settings = self.settings
-        sources = documents.sources(settings.text)
-        requested = {
-            "set": settings.set,
-            "seed": settings.seed,
-            "prompt_tokens": settings.prompt_tokens,
-            "tokens": settings.tokens,
-            "lead_tokens": LEAD,
+        super().summarise()
+        settings, labels = self.settings, [variant.label for variant in self.variants]
+        amounts = (settings.sparsities, settings.pooled, settings.seed)
+        return {
+            "schema": SCHEMA,
             "sparsities": list(settings.sparsities),
             "pool": list(settings.pooled),
-            "texts": [
-                {"label": one.label, "documents": len(one.documents), "sha256": one.digest}
-                for one in sources
-            ],
-            "variants": {one.label: one.config.to_dict() for one in self.variants},
-            "roundings": [one.label for one in self.roundings],
-            "checkpoints": self._checkpoints(),
+            "variants": {each.label: each.config.to_dict() for each in self.variants},
+            "checkpoint": self.config_extra()["checkpoint"],
+            "rows": gaps.make_rows(self.lines, labels, *amounts),
         }
-        return summarise(self.lines, requested)
+
+    @property
+    def about(self) -> str:
+        """What was measured, for captions."""
+        settings, facts = self.settings, self.summary["checkpoint"]
+        model = f"{facts['name']} ({file_text(facts)}, {dtype_text(facts)})"
+        sizes = f"{settings.prompt_tokens} prompt + {settings.tokens} scored tokens"
+        return f"{model}, slices of {', '.join(settings.text)}, set {settings.set}; {sizes}"
 
     def tables(self) -> Sequence[Table]:
-        return [report.csv_table(self.summary), *report.tables(self.summary)]
+        return gaps.tables(self.summary["rows"], self.about)
 
     def sentences(self) -> Sequence[str]:
-        return [*report.sentences(self.summary), *self.summary["notes"]]
-
-    def markdown(self) -> str:
-        return report.markdown(self.summary)
+        return gaps.headlines(self.summary["rows"])
 
     def figures(self) -> Iterable[Plot]:
-        return report.make(self.summary)
+        return gaps.plots(self.summary["rows"], self.about)
 
     def write_page(self) -> Path | None:
         return None
-
-    def answer(self) -> dict[str, Any]:
-        known = {name: self.config[name] for name in ("versions", "machine", "git")}
-        return {**super().answer(), **known}

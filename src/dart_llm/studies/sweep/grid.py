@@ -1,4 +1,4 @@
-"""From the settings of a grid to its cells, in table order."""
+"""From the settings of a grid to its cells, in table order; what they would do (``--dry-run``)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.evaluation.tasks import SHORTCUTS, check_calibration, check_task, protocols
 from dart_llm.experiments.cell import Cell, removes_nothing
 from dart_llm.experiments.provenance import Digests
+from dart_llm.experiments.variants import DENSE
+from dart_llm.files import size_text
 from dart_llm.pruning.registry import SETTING
+from dart_llm.reporting.console import Ui
 from dart_llm.settings import LOADING
 from dart_llm.studies.sweep.settings import (
-    DENSE,
     EACH,
     CompareSettings,
     MeasureSettings,
     MethodSettings,
     SweepSettings,
-    layer_table,
 )
 
 
@@ -51,17 +53,15 @@ def check_cells(cells: Sequence[Cell]) -> None:
 def method_cells(settings: MethodSettings) -> tuple[Cell, ...]:
     """The untouched model where it is wanted, then the method, on every task."""
     loading = {name: getattr(settings, name) for name in LOADING}
-    cell = _method_cell(settings, Cell(settings.model, settings.method, "", **loading))
-    methods = [cell]
-    if settings.dense and cell.label != DENSE:
-        methods.insert(0, Cell(settings.model, DENSE, "", seed=settings.seed, **loading))
+    dense = Cell(settings.model, DENSE, "", seed=settings.seed, **loading)
+    pruned = _method_cell(settings, replace(dense, method=settings.method))
+    methods = [dense, pruned] if settings.dense and pruned.label != DENSE else [pruned]
     digests, options = Digests(), replace(settings.options(), seed=settings.seed)
-    cells = [
-        replace(one, task=task, options=options)
-        for one in methods
+    return tuple(
+        replace(cell, task=task, options=options, inputs=digests.of(cell))
+        for cell in methods
         for task in settings.task_names()
-    ]
-    return tuple(replace(cell, inputs=digests.of(cell)) for cell in cells)
+    )
 
 
 def _method_cell(settings: MethodSettings, cell: Cell) -> Cell:
@@ -74,7 +74,6 @@ def _method_cell(settings: MethodSettings, cell: Cell) -> Cell:
     cell = replace(
         cell,
         sparsity=None if no_amount else config.target,
-        seed=settings.seed,
         overrides={k: v for k, v in changes.items() if k not in ("sparsity", "seed")},
         calibration=settings.calibration,
         masks=settings.masks,
@@ -97,81 +96,100 @@ def expand(grid: SweepSettings) -> tuple[Cell, ...]:
         grid = grid.model_copy(update={"methods": (DENSE, *grid.methods)})
     digests = Digests()
     cells: dict[str, Cell] = {}
-    tasks = [(one, task) for task in grid.tasks for one in SHORTCUTS.get(task, (task,))]
-    for base in _models(grid):
-        groups: Sequence[str] = grid.layers
-        if EACH in groups:
-            from dart_llm.experiments.model_facts import layer_count  # which loads torch
-
-            groups = [str(layer) for layer in range(layer_count(base))]
-        for (task, name), protocol in itertools.product(tasks, grid.protocols):
+    tasks = [(task, name) for name in grid.tasks for task in SHORTCUTS.get(name, (name,))]
+    for model, weights in itertools.product(grid.models, grid.weights or (None,)):
+        loading = {name: getattr(grid, name) for name in LOADING}
+        base = Cell(model, DENSE, "", **{**loading, "weights": weights})
+        for (task, name), protocol, seed in itertools.product(tasks, grid.protocols, grid.seeds):
             if protocol not in protocols(task):
                 raise ConfigError(f'task {task} has no protocol "{protocol}": drop one of them')
-            options = grid.options_of(name)
-            for seed in grid.seeds:
-                here = replace(options, protocol=protocol, seed=seed)
-                one = replace(base, task=task, seed=seed, options=here)
-                for cell in _methods(grid, one, groups):
-                    complete = replace(cell, inputs=digests.of(cell))
-                    cells.setdefault(complete.key, complete)
+            options = replace(grid.options_of(name), protocol=protocol, seed=seed)
+            for cell in _methods(grid, replace(base, task=task, seed=seed, options=options)):
+                complete = replace(cell, inputs=digests.of(cell))
+                cells.setdefault(complete.key, complete)
     return tuple(cells.values())
 
 
-def _models(grid: SweepSettings) -> Iterator[Cell]:
-    """A dense cell per model and weight format, without a task."""
-    loading = {name: getattr(grid, name) for name in LOADING}
-    for model in grid.models:
-        for weights in grid.weights or (None,):
-            yield Cell(model, DENSE, "", **{**loading, "weights": weights})
-
-
-def _methods(grid: SweepSettings, base: Cell, groups: Sequence[str]) -> Iterator[Cell]:
+def _methods(grid: SweepSettings, base: Cell) -> Iterator[Cell]:
     curve = bool(grid.layers) and DENSE not in grid.methods  # whose plot has the dense line
     for method in (*((DENSE,) if curve else ()), *grid.methods):
         cell = replace(base, method=method)
-        if removes_nothing(method):
-            yield _named(grid, cell)
-            continue
-        cell = replace(cell, overrides=grid.changes())
-        for one in _amounts(grid, cell, groups):
-            learns = one.config().calibration  # raises before anything is loaded
-            reads = learns is not None and learns.source == "text"
-            yield _named(grid, replace(one, calibration=grid.calibration) if reads else one)
+        amounts = [cell] if removes_nothing(method) else _amounts(grid, cell)
+        for each in amounts:
+            learns = each.config().calibration  # raises before anything is loaded
+            if learns is not None and learns.source == "text":
+                each = replace(each, calibration=grid.calibration)
+            if each.weights not in (None, *grid.weights[:1]):  # several formats: named in the label
+                name, at, amount = each.label.partition("@")
+                each = replace(each, name=f"{name} {each.weights}{at}{amount}")
+            yield each
 
 
-def _named(grid: SweepSettings, cell: Cell) -> Cell:
-    """With the weight format in its name, where the grid has several and it is not the first."""
-    if cell.weights in (None, *grid.weights[:1]):
-        return cell
-    method, at, amount = cell.label.partition("@")
-    return replace(cell, name=f"{method} {cell.weights}{at}{amount}")
-
-
-def _amounts(grid: SweepSettings, cell: Cell, groups: Sequence[str]) -> Iterator[Cell]:
-    if not groups and cell.method.startswith(SETTING):  # which has a sparsity
-        yield cell
-        return
-    if not groups:
-        for sparsity in grid.sparsities or (None,):
+def _amounts(grid: SweepSettings, cell: Cell) -> Iterator[Cell]:
+    cell = replace(cell, overrides=grid.overrides)
+    if not grid.layers:
+        has_sparsity = cell.method.startswith(SETTING)
+        for sparsity in (None,) if has_sparsity else grid.sparsities or (None,):
             yield replace(cell, sparsity=sparsity)
         return
+    groups: Sequence[str] = grid.layers
+    if EACH in groups:
+        from dart_llm.experiments.model_facts import layer_count  # which loads torch
+
+        groups = [str(layer) for layer in range(layer_count(cell))]
     budget = cell.overrides.get("budget", {})
     budget = {"name": budget} if isinstance(budget, str) else budget
     for keep, group in itertools.product(grid.keep, groups):
-        table = layer_table(group, keep, grid.base_keep)
-        overrides = {**cell.overrides, "budget": {**budget, "table": table}}
+        overrides = {
+            **cell.overrides,
+            "budget": {**budget, "table": grid.layer_table(group, keep)},
+        }
         yield replace(cell, layers=group, keep=keep, base_keep=grid.base_keep, overrides=overrides)
 
 
 def execution_order(cells: Sequence[Cell]) -> list[Cell]:
     """By model, then by method: each model is loaded, and each method prepared, once."""
+    places: dict[tuple[Any, ...], int] = {}
 
-    def model(cell: Cell) -> str:
-        return repr(cell.load_arguments)
+    def place(*key: Any) -> int:
+        return places.setdefault(key, len(places))
 
-    def preparation(cell: Cell) -> str:
-        return f"{model(cell)} {cell.label} {cell.seed}"
+    def order(cell: Cell) -> tuple[int, int]:
+        model = repr(cell.load_arguments)
+        return place(model), place(model, cell.label, cell.seed)
 
-    models = {name: number for number, name in enumerate(dict.fromkeys(map(model, cells)))}
-    order = {name: number for number, name in enumerate(dict.fromkeys(map(preparation, cells)))}
-    return sorted(cells, key=lambda cell: (models[model(cell)], order[preparation(cell)]))
+    return sorted(cells, key=order)
+
+
+# The plan.
+
+
+def show_plan(cells: Sequence[Cell], done: set[str], ui: Ui) -> dict[str, Any]:
+    """Print what would be measured and which models fetched, and return it as data.
+
+    ``done``: keys of finished cells.  Raises ``LoadError`` for a model that does not exist or that
+    does not fit on the disk.
+    """
+    from dart_llm.experiments.model_facts import download_size  # which loads torch
+
+    rows = [
+        {
+            "status": "finished" if cell.key in done else "to do",
+            "key": cell.key,
+            "label": cell.label,
+            "task": cell.task,
+            "protocol": cell.options.protocol,
+            "seed": cell.seed,
+            "model": cell.model,
+        }
+        for cell in cells
+    ]
+    for row in rows:
+        ui.result("{status}: {model}, {label} on {task}, {protocol}, seed {seed}".format(**row))
+    models = {cell.model: cell for cell in cells if cell.key not in done}
+    downloads = {model: download_size(cell) for model, cell in models.items()}
+    for model, size in downloads.items():
+        if size != 0:
+            ui.result(f"download: {model}, {'size unknown' if size is None else size_text(size)}")
+    ui.result(f"{len(done)} of {len(cells)} cells are finished")
+    return {"rows": rows, "downloads": downloads}

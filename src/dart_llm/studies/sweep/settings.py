@@ -8,18 +8,16 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from dart_llm.data import documents
 from dart_llm.errors import ConfigError, check_name
 from dart_llm.evaluation.measurement import PROTOCOLS, MeasureOptions
 from dart_llm.evaluation.tasks import expand, protocols
-from dart_llm.experiments.cell import removes_nothing
-from dart_llm.experiments.trackers import TRACKERS
-from dart_llm.experiments.variants import NEVER
+from dart_llm.experiments.variants import DENSE
 from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY
 from dart_llm.pruning.layer_table import parse_layer_spec
 from dart_llm.pruning.registry import METHODS
 from dart_llm.pruning.setting_file import kept_setting
 from dart_llm.settings import (
-    MASKED,
     BaseSettings,
     Fractions,
     LoadOptions,
@@ -35,9 +33,10 @@ from dart_llm.settings import (
 
 PANEL, GRID, RUN = "Evaluation", "Grid", "Run"
 
-DENSE, EACH = "dense", "each"
+EACH = "each"
 
-OPTIONS = tuple(one.name for one in fields(MeasureOptions))
+OPTIONS = tuple(f.name for f in fields(MeasureOptions) if f.name not in ("protocol", "seed"))
+"""What can differ from task to task."""
 
 
 class SliceOptions(Settings):
@@ -56,7 +55,15 @@ class WindowOptions(Settings):
     )
 
 
-class HarnessOptions(Settings):
+class PromptOptions(Settings):
+    """How the prompts of tasks are written."""
+
+    apply_chat_template: bool | None = setting(
+        PANEL, "Use the model's chat template (default: for summaries, if it has one)."
+    )
+
+
+class HarnessOptions(PromptOptions):
     """Options of lm-eval's tasks."""
 
     num_fewshot: int | None = setting(
@@ -68,15 +75,7 @@ class HarnessOptions(Settings):
     )
 
 
-class PromptOptions(Settings):
-    """How the prompts of tasks are written."""
-
-    apply_chat_template: bool | None = setting(
-        PANEL, "Use the model's chat template (default: for summaries, if it has one)."
-    )
-
-
-class SummaryOptions(Settings):
+class SummaryOptions(PromptOptions):
     """How long summaries may be."""
 
     max_output: int = setting(PANEL, "Tokens per summary, at most.", 256, ge=1)
@@ -92,15 +91,11 @@ class MeasureSettings(TaskOptions, ResultOptions):
     adopts: ClassVar[bool] = False
     """Whether finished cells of earlier runs are reused, and failed ones do not stop the others."""
 
-    @model_validator(mode="after")
-    def _check_tracker(self) -> MeasureSettings:
-        check_name("tracker", self.tracker or None, TRACKERS)
-        return self
-
     def options(self) -> MeasureOptions:
         """How the tasks are measured."""
-        known = {name: getattr(self, name, None) for name in OPTIONS}
-        return MeasureOptions(**{name: v for name, v in known.items() if v is not None})
+        names = (*OPTIONS, "protocol", "seed")
+        values = {name: getattr(self, name, None) for name in names}
+        return MeasureOptions(**{name: v for name, v in values.items() if v is not None})
 
 
 # One method on some tasks.
@@ -128,7 +123,7 @@ class MethodSettings(MeasureSettings, BaseSettings):
         return self.experiment_name or f"{self.kind}-{super().experiment}"
 
 
-class EvalSettings(SliceOptions, PromptOptions, HarnessOptions, MethodSettings):
+class EvalSettings(SliceOptions, HarnessOptions, MethodSettings):
     """``dart-llm eval``."""
 
     kind, document = "eval", "eval.json"
@@ -138,10 +133,9 @@ class EvalSettings(SliceOptions, PromptOptions, HarnessOptions, MethodSettings):
         "lm-eval tasks or groups, comma-separated; also mmlu, general-nlp, gpqa, medmcqa.",
         (),
     )
-    log_samples: bool = setting(PANEL, "Keep every request and answer in samples.jsonl.", True)
 
     def task_names(self) -> list[str]:
-        return expand(",".join(self.tasks))
+        return expand(self.tasks)
 
 
 class PerplexitySettings(WindowOptions, SliceOptions, MethodSettings):
@@ -150,9 +144,7 @@ class PerplexitySettings(WindowOptions, SliceOptions, MethodSettings):
     kind, document = "perplexity", "perplexity.json"
 
     protocol: str = setting(
-        PANEL,
-        "decode, full, published (leaks), or standard: whole text in windows.",
-        "decode",
+        PANEL, "decode, full, published (leaks), or standard: whole text in windows.", "decode"
     )
     limit: int | None = setting(PANEL, "Slices per text (default: all).", ge=1)
     dense: bool = setting(PANEL, "Measure the untouched model on the same tokens too.", True)
@@ -164,12 +156,10 @@ class PerplexitySettings(WindowOptions, SliceOptions, MethodSettings):
     )
 
     def task_names(self) -> list[str]:
-        from dart_llm.data.documents import names
-
-        return [f"perplexity:{name}" for name in names(",".join(self.data))]
+        return [f"perplexity:{name}" for name in documents.names(",".join(self.data))]
 
 
-class SummarizeSettings(SummaryOptions, PromptOptions, MethodSettings):
+class SummarizeSettings(SummaryOptions, MethodSettings):
     """``dart-llm summarize``."""
 
     kind, document = "summarize", "summarize.json"
@@ -184,26 +174,16 @@ class SummarizeSettings(SummaryOptions, PromptOptions, MethodSettings):
     def task_names(self) -> list[str]:
         if not self.data:
             raise ConfigError("no data to summarize: give --data, e.g. xsum or a JSON-lines file")
-        from dart_llm.data.documents import check
-
         for name in self.data:
-            check(name)
+            documents.check(name)
         return [f"summarize:{name}" for name in self.data]
 
 
 # A grid of models, methods, sparsities or layers, tasks, protocols and seeds.
 
-OVERRIDES = ("compensation", "budget", "drift")
-
 
 class SweepSettings(
-    SummaryOptions,
-    PromptOptions,
-    HarnessOptions,
-    WindowOptions,
-    SliceOptions,
-    MeasureSettings,
-    LoadOptions,
+    SummaryOptions, HarnessOptions, WindowOptions, SliceOptions, MeasureSettings, LoadOptions
 ):
     """``dart-llm sweep``.
 
@@ -237,9 +217,6 @@ class SweepSettings(
     layers: Texts = setting(GRID, "Prune layers by themselves: each, or ranges 0-3,4-7.", ())
     keep: Fractions = setting(GRID, "Fraction that such a layer keeps, e.g. 0.5.", ())
     base_keep: float | None = setting(GRID, "Fraction that the other layers keep (default: all).")
-    compensation: bool | None = setting(GRID, "For every method: with or without compensation.")
-    budget: str | None = setting(GRID, "For every method: this allocator over layers.")
-    drift: str | None = setting(GRID, "For every method: this drift rule.")
     weights: Texts = setting(  # type: ignore[assignment]
         "Model", "Formats of the weights: auto, file, dense, q8_0, q4_0, q4_1.", ()
     )
@@ -258,9 +235,7 @@ class SweepSettings(
         check_name("engine", self.engine, ("local", "ray"))
         for name in ("models", "methods", "tasks", "seeds", "protocols"):
             if not getattr(self, name):
-                raise ConfigError(
-                    f"no {name} are named: give at least one ({name} in the file, or --{name})"
-                )
+                raise ConfigError(f"no {name} are named: give at least one (--{name})")
         for method in self.methods:
             METHODS.check(method)
         for protocol in self.protocols:
@@ -274,58 +249,39 @@ class SweepSettings(
         return self
 
     def _check_layers(self) -> None:
-        if not self.layers:
-            if self.keep or self.base_keep is not None:
-                raise ConfigError(
-                    "keep and base_keep belong to layers: add layers (each, or ranges such as "
-                    "0-3,4-7), or give sparsities"
-                )
-            return
-        if not self.keep:
-            raise ConfigError("layers needs keep, the fraction that a layer keeps, e.g. 0.5")
-        if self.sparsities:
+        if bool(self.layers) != bool(self.keep) or (self.base_keep and not self.layers):
+            raise ConfigError(
+                "layers (each, or ranges such as 0-3,4-7) and keep, the fraction that a layer "
+                "keeps, belong together, and base_keep to both"
+            )
+        if self.layers and self.sparsities:
             raise ConfigError("layers and keep set the counts themselves: drop the sparsities")
-        if EACH in self.layers and len(self.layers) > 1:
-            raise ConfigError("layers is either each or a list of ranges, not both")
         for group in self.layers:
-            if ":" in group:
-                raise ConfigError(f'"{group}" in layers: write the range alone, the value in keep')
             for keep in self.keep:
-                spec = layer_table("0" if group == EACH else group, keep, self.base_keep)
-                parse_layer_spec(spec)
-        if all(removes_nothing(method) for method in self.methods):
-            raise ConfigError("layers needs a method that prunes, such as griffin")
+                parse_layer_spec(self.layer_table("0" if self.layers == (EACH,) else group, keep))
+
+    def layer_table(self, group: str, keep: float) -> str:
+        """A table in which layers outside ``group`` stay dense, or keep ``base_keep``."""
+        table = f"{group}:{keep:.12g}"
+        return table if self.base_keep is None else f"all:{self.base_keep:.12g},{table}"
 
     def fitted(self) -> SweepSettings:
-        """With a method that has masks for a drift rule, and the weights of settings in files."""
-        settings = self
-        rule = self.changes().get("drift")
-        if "methods" not in self.model_fields_set and rule not in (None, NEVER):
-            methods = [MASKED if name == DEFAULT_METHOD else name for name in self.methods]
-            note = f"--drift: method {MASKED} replaces {DEFAULT_METHOD}, which has no masks"
-            settings = settings.noted({"methods": tuple(methods)}, note)
-        kept = [one for name in self.methods if (one := kept_setting(name)) and one.weights]
-        formats = list(dict.fromkeys(str(one.weights) for one in kept))
+        """With the weights that settings in files are for."""
+        kept = filter(None, map(kept_setting, self.methods))
+        formats = list(dict.fromkeys(str(each.weights) for each in kept if each.weights))
         if self.weights or not formats:
-            return settings
+            return self
         if len(formats) > 1:
             raise ConfigError(
                 f"the settings of these files use weights {' and '.join(formats)}: give --weights "
                 "one of them"
             )
-        return settings.noted({"weights": (formats[0],)})
-
-    def changes(self) -> dict[str, Any]:
-        """The changes to every preset."""
-        flags = {name: getattr(self, name) for name in OVERRIDES}
-        return {**self.overrides, **{name: v for name, v in flags.items() if v is not None}}
+        return self.noted({"weights": (formats[0],)})
 
     def options_of(self, task: str) -> MeasureOptions:
         """How ``task`` is measured; raises ``ConfigError`` for options that do not exist."""
         changes = self.task_options.get(task, {})
         for name in changes:
-            if name in ("protocol", "seed"):
-                raise ConfigError(f"{name} is not an option of a task: write {name}s, a list")
             check_name("measuring option", str(name), OPTIONS)
         checked = type(self).model_validate({"tasks": self.tasks, **changes})
         return replace(self.options(), **{name: getattr(checked, name) for name in changes})
@@ -336,21 +292,13 @@ class SweepSettings(
         return self.experiment_name or self.kind
 
 
-def layer_table(group: str, keep: float, base: float | None) -> str:
-    """A layer table; layers outside ``group`` stay dense, or keep ``base`` of their neurons."""
-    table = f"{group}:{keep:.12g}"
-    return table if base is None else f"all:{base:.12g},{table}"
-
-
 class CompareSettings(SweepSettings):
     """``dart-llm compare``: the untouched model is always measured."""
 
     kind = "compare"
 
     methods: Texts = setting(
-        GRID,
-        "Methods; dart-llm methods lists them.",
-        (DENSE, "griffin", DEFAULT_METHOD),
+        GRID, "Methods; dart-llm methods lists them.", (DENSE, "griffin", DEFAULT_METHOD)
     )
     sparsities: Sparsities = setting(
         GRID, "Fractions of FFN neurons to remove, e.g. 0.3,0.5.", (DEFAULT_SPARSITY,)

@@ -7,10 +7,14 @@ sentence that says why, and the others are computed; the same command tries it a
 from __future__ import annotations
 
 import contextlib
+import gc
+import json
+import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dart_llm.errors import DartError
 from dart_llm.experiments import comparison, comparison_plots, comparison_report
@@ -18,43 +22,188 @@ from dart_llm.experiments import rows as measure_rows
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.provenance import versions
 from dart_llm.experiments.result_line import ResultLine
-from dart_llm.experiments.store import PARTS
-from dart_llm.experiments.study import Study, Unit
+from dart_llm.experiments.study import Study, Unit, announce_model
 from dart_llm.experiments.trackers import tracked
-from dart_llm.files import read_json, whole_rows, write_lines, write_tensors, write_text
+from dart_llm.files import finite, read_json, write_json, write_lines, write_text
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
-from dart_llm.reporting.heartbeat import Pace
 from dart_llm.reporting.table import Table
 from dart_llm.reporting.words import duration
-from dart_llm.studies.sweep.compute import (
-    DONE,
-    LoadedModelCache,
-    Value,
-    compute,
-    failed_value,
-    measure_cell,
-)
-from dart_llm.studies.sweep.grid import cells_of, execution_order
+from dart_llm.studies.sweep.grid import cells_of, execution_order, show_plan
 from dart_llm.studies.sweep.settings import MeasureSettings, SweepSettings
+
+if TYPE_CHECKING:
+    from dart_llm.evaluation.measurement import Measurement
+    from dart_llm.session.prepare import UnitStore
+    from dart_llm.session.run import BoundMethod
+
+DONE, FAILED = "done", "failed"
+
+CHECKPOINT = ("name", "revision", "file_quantisation", "sha256", "dtype", "weights")
+"""What a result records of its checkpoint: nothing that differs between machines."""
+
+Value = dict[str, Any]
+"""A computed cell: ``document``, a line of results.jsonl; ``samples``; ``times``."""
+
+# One cell, computed in any process, on any machine: plain data in, plain data out.  Nothing in a
+# value but ``times`` depends on when or where it was computed.
+
+
+@dataclass
+class LoadedModelCache:
+    """The newest model of a process, and the newest method that was prepared on it."""
+
+    name: str = ""
+    model: Any = None
+    tokenizer: Any = None
+    prepared: str = ""
+    candidate: BoundMethod | None = None
+    loads: int = 0
+    """Models loaded so far."""
+    broken: dict[str, DartError] = field(default_factory=dict)
+    """Models that could not be loaded: not tried again for the next cell."""
+
+    def forget(self) -> None:
+        """Drop the model, so that its memory is free; failed models stay known."""
+        self.name, self.model, self.tokenizer = "", None, None
+        self.prepared, self.candidate = "", None
+        gc.collect()
+
+    def prepare(self, cell: Cell, ui: Ui) -> BoundMethod:
+        """The cell's model, pruned as it requests; raises ``DartError``."""
+        from dart_llm.experiments.artifacts import check_masks, read_masks
+        from dart_llm.models.describe import widths
+        from dart_llm.session import prepare
+        from dart_llm.session.run import other_model
+
+        self._load(cell, ui)
+        config = cell.config()
+        files = [cell.inputs.get(name) for name in ("calibration", "setting", "masks")]
+        wanted = json.dumps([config.to_dict(), cell.label, cell.calibration, cell.masks, files])
+        if self.candidate is None or self.prepared != wanted:
+            self.candidate, masks = None, None
+            if cell.masks:
+                check_masks(cell.masks, widths(self.model))
+                masks = read_masks(cell.masks)
+            where = (cell.calibration, cell.cache_dir, ui.say)
+            self.candidate = prepare.prepare(
+                self.model, self.tokenizer, config, *where, masks=masks
+            )
+            self.prepared = wanted
+            if note := other_model(cell.method, self.model):
+                ui.say(note)
+        return self.candidate
+
+    def _load(self, cell: Cell, ui: Ui) -> None:
+        import torch
+
+        from dart_llm.models import loading
+
+        name = json.dumps([cell.load_arguments, cell.inputs.get("model")])
+        if name in self.broken:
+            raise self.broken[name]
+        if self.name == name:
+            return
+        self.forget()  # the old model goes before the new one comes
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            with ui.status(f"loading {cell.model}") as news:
+                self.model, self.tokenizer = loading.load(**cell.load_arguments, progress=news)
+        except DartError as error:
+            self.broken[name] = error
+            raise
+        self.name, self.loads = name, self.loads + 1
+        announce_model(self.model, ui)
+
+
+def measure_cell(
+    cell: Cell, cache: LoadedModelCache, ui: Ui | None = None, parts: UnitStore | None = None
+) -> Value:
+    """The value of a cell.
+
+    ``cache``: has the model of the cell before, afterwards that of this one.  ``parts``: where
+    finished items are kept.  Raises what went wrong, and ``DartError`` for a number that is not
+    finite.
+    """
+    import torch
+
+    from dart_llm.evaluation import tasks
+    from dart_llm.models.checkpoint import checkpoint_facts
+    from dart_llm.session.prepare import MemoryStore
+
+    began, ui = time.perf_counter(), ui or Ui(quiet=True)
+    try:
+        candidate = cache.prepare(cell, ui)
+        torch.manual_seed(cell.seed)  # whatever ran before in this process
+        items = tasks.count(cell.task, cell.options, candidate.tokenizer, candidate.model)
+        with ui.progress(f"{cell.label} on {cell.short_task}", items) as advance:
+            store = MemoryStore() if parts is None else parts
+            measurement = tasks.measure(candidate, cell.task, cell.options, store, advance)
+    except Exception as error:
+        if not isinstance(error, DartError):
+            cache.forget()  # the next cell starts with all the memory that there is
+        raise
+    if problem := not_finite(measurement):
+        raise DartError(problem)
+    checkpoint = {k: v for k, v in checkpoint_facts(cache.model).items() if k in CHECKPOINT}
+    value = {
+        "document": {
+            **document(cell),
+            "checkpoint": checkpoint,
+            "facts": dict(candidate.facts),
+            "measurement": measurement.to_dict(),
+        },
+        "samples": list(measurement.samples),
+        "times": {"seconds": time.perf_counter() - began, "device": str(cache.model.device)},
+    }
+    return dict(finite(value))
+
+
+def document(cell: Cell, error: str | None = None) -> dict[str, Any]:
+    """A cell as a line of results.jsonl, before anything of it is measured."""
+    return {
+        "key": cell.key,
+        "label": cell.label,
+        "status": DONE if error is None else FAILED,
+        "error": error,
+        "cell": {**cell.to_dict(), "protocol": cell.options.protocol},
+        "checkpoint": None,
+        "facts": {},
+        "measurement": None,
+    }
+
+
+def not_finite(measurement: Measurement) -> str | None:
+    """Which number of a measurement is not finite, as one sentence; None when all are.
+
+    A metric other than the headline one may be None: some have no value on few items.
+    """
+    metrics = dict(measurement.metrics)
+    if metrics.get(measurement.metric) is None:
+        metrics[measurement.metric] = math.nan
+    for where, numbers in (
+        ("", metrics),
+        *((f"item {i.get('id')}, ", i) for i in measurement.items),
+    ):
+        for name, value in numbers.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                return f"{where}{name} of {measurement.task} is not finite; try dtype float32"
+    return None
+
+
+# The study.
 
 S = TypeVar("S", bound=MeasureSettings)
 
 PACKAGES = ("dart-llm", "torch", "transformers", "python")
 """Packages whose versions must agree before a cell of an earlier run is reused."""
 
-CSV = (
-    *("key", "status", "model", "method", "sparsity", "layers", "keep", "task", "protocol"),
-    *("seed", "metric", "value"),
-    *("achieved_sparsity", "sparsity_while_pruned", "dense_token_share", "remasks"),
-)
-"""Columns of cells.csv."""
-
 
 class MeasureStudy(Study[S], Generic[S]):
     """A unit is a cell: one method on one task."""
 
-    remote = staticmethod(compute)
+    remote = staticmethod(measure_cell)
     """Computes a cell on a cluster."""
     noun = "cell"
     shown = frozenset({"style", "engine", "workers", "tracker", "results_dir", "experiment_name"})
@@ -68,7 +217,6 @@ class MeasureStudy(Study[S], Generic[S]):
         """Finished and failed cells by key."""
         self.cache = LoadedModelCache()
         self.rows: list[comparison.Row] = []
-        self.pace = Pace(len(self.cells))
 
     @property
     def model_name(self) -> str:
@@ -79,7 +227,7 @@ class MeasureStudy(Study[S], Generic[S]):
 
     def config_extra(self) -> dict[str, Any]:
         """The cells, and the checkpoint where there is only one."""
-        checkpoints = [one["checkpoint"] for one in self.lines if one["checkpoint"]]
+        checkpoints = [line["checkpoint"] for line in self.lines if line["checkpoint"]]
         several = len({cell.model for cell in self.cells}) > 1
         return {
             "cells": [cell.to_dict() for cell in self.cells],
@@ -104,118 +252,111 @@ class MeasureStudy(Study[S], Generic[S]):
         settings = self.settings
         for note in settings.notes:
             self.ui.say(note)
-        name = f"{settings.experiment}/{self.path.name}"
-        folder = Path(settings.results_dir)
-        tracker = tracked(settings.tracker, name, self.identity, folder, self.ui.say)
+        name, folder = f"{settings.experiment}/{self.path.name}", Path(settings.results_dir)
         try:
-            with tracker as self.log_line:
+            with tracked(settings.tracker, name, self.identity, folder, self.ui.say) as self.track:
                 yield
         finally:
             self.cache.forget()
-
-    # cells
 
     def units(self) -> Iterable[Unit]:
         return self.units_of(self.cells)
 
     def units_of(self, cells: Sequence[Cell]) -> Iterable[Unit]:
         """The cells in the order in which they are computed, here or on a cluster."""
-        ordered = execution_order(cells)
+        units = list(map(_unit, execution_order(cells)))
         if isinstance(self.settings, SweepSettings) and self.settings.engine == "ray":
-            return self._units_of_cluster(ordered, self.settings.workers)
-        return [_unit(cell) for cell in ordered]
+            return self._units_of_cluster(units, self.settings.workers)
+        return units
 
-    def _units_of_cluster(self, cells: Sequence[Cell], workers: int | None) -> Iterator[Unit]:
+    def _units_of_cluster(self, units: Sequence[Unit], workers: int | None) -> Iterator[Unit]:
         from dart_llm.studies.sweep import ray_backend
 
-        finished = [cell for cell in cells if self.finished(_unit(cell)) is not None]
-        yield from map(_unit, finished)
-        todo = [cell for cell in cells if cell not in finished]
-        if todo:
-            with contextlib.closing(
-                ray_backend.results(todo, self.remote, workers, self.ui.say)
-            ) as results:
+        missing = [unit for unit in units if self.finished(unit) is None]
+        yield from (unit for unit in units if unit not in missing)
+        if missing:
+            cells = [unit.data[0] for unit in missing]
+            results = ray_backend.results(cells, self.remote, workers, self.ui.say)
+            with contextlib.closing(results):
                 yield from (_unit(cell, value) for cell, value in results)
 
+    def _kept(self, key: str) -> Path:
+        """The file of a finished cell, for every run of the experiment."""
+        settings = self.settings
+        return Path(settings.results_dir) / settings.experiment / ".cells" / f"{key}.json"
+
     def finished(self, unit: Unit) -> Value | None:
-        value: Value | None = self.folder.part(unit.key)
-        if value is None and self.settings.adopts and not self.fresh:
-            value = finished_before(self.path.parent, unit.key)
-        return value
+        """What an earlier run kept, in a grid any run under today's versions."""
+        if not self.settings.adopts:
+            return self.folder.part(unit.key)  # type: ignore[no-any-return]
+        if self.fresh and not self.folder.resumed:
+            return None
+        kept, today = read_json(self._kept(unit.key)), versions()
+        same = all(kept.get("versions", {}).get(name) == today[name] for name in PACKAGES)
+        return kept["value"] if kept and same else None
+
+    def save(self, unit: Unit, value: Value) -> None:
+        if not self.settings.adopts:
+            super().save(unit, value)
+            return
+        path = self._kept(unit.key)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"versions": versions(), "value": value})
 
     def compute(self, unit: Unit) -> Value:
         cell, value = unit.data
-        if value is None:
-            value = measure_cell(cell, self.cache, self.ui, CellStore(self.folder, cell.key))
-        if value["document"]["status"] != DONE:
-            self.values[unit.key] = value
-            raise DartError(value["document"]["error"])
-        return dict(value)
+        if isinstance(value, str):
+            raise DartError(value)
+        return value or measure_cell(cell, self.cache, self.ui, CellStore(self.folder, cell.key))
 
     def take(self, unit: Unit, value: Value) -> None:
         self.values[unit.key] = value
-        known = [self.values[cell.key] for cell in self.cells if cell.key in self.values]
-        self.lines = [one["document"] for one in known]
+        values = [self.values[cell.key] for cell in self.cells if cell.key in self.values]
+        self.lines = [each["document"] for each in values]
         write_lines(self.path / "results.jsonl", self.lines)
-        self.pace.advance(1)
-        document = value["document"]
-        if document["status"] == DONE:
-            measured, seconds = document["measurement"], value["times"]["seconds"]
+        line = value["document"]
+        if line["status"] == DONE:
+            measured, seconds = line["measurement"], value["times"]["seconds"]
             metric = f"{measured['metric']} {measured['metrics'][measured['metric']]:.4g}"
             self.timing.setdefault("measure_s", {})[unit.key] = seconds
-            left = self.pace.left()
-            rest = f"; about {duration(left)} left" if left and left > 0 else ""
-            self.ui.say(f"{unit.label}: {metric}, {duration(seconds)}{rest}")
-        self.log_line(comparison.result_line(comparison.read_row(document)))
+            self.ui.say(f"{unit.label}: {metric}, {duration(seconds)}")
+        self.track(comparison.result_line(comparison.read_row(line)))
 
     def fail(self, unit: Unit, sentence: str) -> None:
-        cell, _ = unit.data
-        value = self.values.get(unit.key)
-        self.take(unit, failed_value(cell, sentence) if value is None else value)
+        self.take(unit, {"document": document(unit.data[0], sentence), "samples": []})
 
     # what is made of them
 
     def summarise(self) -> dict[str, Any]:
         self.rows = comparison.rows(self.lines)
-        self._write_samples()
+        samples = [
+            {
+                **{name: line[name] for name in ("key", "label")},
+                "task": line["cell"]["task"],
+                **sample,
+            }
+            for line in self.lines
+            for sample in self.values[line["key"]]["samples"]
+        ]
+        if samples:
+            write_lines(self.path / "samples.jsonl", samples)
         if self.settings.adopts:
             return comparison_report.document(self.rows)
         return measure_rows.document(self.lines)
-
-    def _write_samples(self) -> None:
-        """samples.jsonl, and masks.safetensors: ``<key>.layer<l>.kept``, how often each neuron."""
-        import torch
-
-        samples, tensors = list[Any](), dict[str, Any]()
-        for key, value in ((cell.key, self.values[cell.key]) for cell in self.cells):
-            document = value["document"]
-            head = {"key": key, "label": document["label"], "task": document["cell"]["task"]}
-            samples += [{**head, **sample} for sample in value["samples"]]
-            tensors |= {
-                f"{key}.layer{layer}.kept": torch.tensor(counts, dtype=torch.int32)
-                for layer, counts in enumerate(value["counts"])
-                if counts
-            }
-        if samples and getattr(self.settings, "log_samples", True):
-            write_lines(self.path / "samples.jsonl", samples)
-        write_tensors(self.path / "masks.safetensors", tensors)
 
     def result_lines(self) -> Sequence[ResultLine]:
         return [comparison.result_line(row) for row in self.rows]
 
     def tables(self) -> Sequence[Table]:
-        cells = Table("cells", "", (), [_csv_row(one) for one in self.lines], terminal=False)
         if self.settings.adopts:
-            compared = comparison_report.csv_table(self.rows)
-            return [cells, compared, *comparison_report.tables(self.rows)]
-        return [cells, measure_rows.table(self.lines, self.rows)] if self.lines else []
+            return [comparison_report.csv_table(self.rows), *comparison_report.tables(self.rows)]
+        return [measure_rows.table(self.lines, self.rows)] if self.lines else []
 
     def sentences(self) -> Sequence[str]:
-        if self.settings.adopts:
-            return [comparison_report.conclusion(self.rows)]
-        several = len({row["label"] for row in self.lines}) > 1
+        several = self.settings.adopts or len({row["label"] for row in self.lines}) > 1
         conclusion = [comparison_report.conclusion(self.rows)] if several else []
-        return [*conclusion, *(f"note: {note}" for note in measure_rows.notes(self.lines))]
+        notes = [] if self.settings.adopts else measure_rows.notes(self.lines)
+        return [*conclusion, *(f"note: {note}" for note in notes)]
 
     def markdown(self) -> str:
         return comparison_report.markdown(self.rows)
@@ -245,59 +386,14 @@ class CellStore:
         self._folder.save_part(f"{self._key}/{key}", value)
 
 
-def _unit(cell: Cell, value: Value | None = None) -> Unit:
+def _unit(cell: Cell, value: Value | str | None = None) -> Unit:
+    """``value``: what a cluster gave, or why it gave nothing."""
     return Unit(cell.key, f"{cell.label} on {cell.short_task}", (cell, value))
 
 
-def _csv_row(document: Mapping[str, Any]) -> dict[str, Any]:
-    measured = document["measurement"] or {}
-    metric = measured.get("metric")
-    value = (measured.get("metrics") or {}).get(metric)
-    known = {
-        **(measured.get("accounting") or {}),
-        **document["cell"],
-        **document,
-        "metric": metric,
-        "value": value,
-    }
-    return {name: known.get(name) for name in CSV}
-
-
-def finished_before(experiment: Path, key: str) -> Value | None:
-    """A cell of an earlier run of the experiment, under today's versions; None without one."""
-    mine = versions()
-    for folder in sorted(experiment.glob("*/"), reverse=True):
-        theirs = read_json(folder / "config.json").get("versions") or {}
-        if any(theirs.get(name) != mine.get(name) for name in PACKAGES):
-            continue
-        value = _kept_value(folder, key)
-        if value is not None:
-            return value
-    return None
-
-
-def _kept_value(folder: Path, key: str) -> Value | None:
-    """From the cache of an unfinished run, or from the files of a finished one."""
-    for row in whole_rows(folder / PARTS):
-        if row["key"] == key:
-            return dict(row["value"])
-    lines = whole_rows(folder / "results.jsonl")
-    document = next((one for one in lines if one["key"] == key and one["status"] == DONE), None)
-    masks = folder / "masks.safetensors"
-    if document is None or not masks.exists():  # the last of these files
-        return None
-    from safetensors import safe_open
-
-    samples = [
-        {name: value for name, value in row.items() if name not in ("key", "label", "task")}
-        for row in whole_rows(folder / "samples.jsonl")
-        if row["key"] == key
-    ]
-    seconds = read_json(folder / "timing.json").get("measure_s", {}).get(key, 0.0)
-    with safe_open(masks, framework="pt") as file:
-        names = {name for name in file.keys() if name.startswith(f"{key}.")}  # noqa: SIM118
-        layers = max((int(name.split(".layer")[1].split(".")[0]) for name in names), default=-1)
-        wanted = [f"{key}.layer{layer}.kept" for layer in range(layers + 1)]
-        counts = [file.get_tensor(name).tolist() if name in names else [] for name in wanted]
-    times = {"seconds": seconds}
-    return {"document": document, "samples": samples, "counts": counts, "times": times}
+def plan(settings: SweepSettings, ui: Ui, fresh: bool = False) -> dict[str, Any]:
+    """``--dry-run``: what a study would do; nothing is downloaded, loaded or written."""
+    study = MeasureStudy(settings, ui)
+    cells = study.cells
+    done = set() if fresh else {cell.key for cell in cells if study.finished(_unit(cell))}
+    return show_plan(cells, done, ui)

@@ -1,0 +1,65 @@
+"""Finished parts of a measurement: how they are stored, merged and named.
+
+A part is JSON-able data with at least ``report`` (``RunReport.to_dict()`` or None) and, where
+tokens ran outside any run, ``dense_tokens``.  A resumed measurement reads its parts back, and
+merges the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dart_llm.errors import ConfigError
+from dart_llm.pruning.records import add_dense, merge_reports
+from dart_llm.session.prepare import UnitStore
+from dart_llm.session.run import BoundMethod, Run
+
+Part = Mapping[str, Any]
+
+
+def merge_accounting(run: Run | None, parts: Sequence[Part]) -> dict[str, Any] | None:
+    """The reports of all parts as one, without ``sequences``; None for the untouched model."""
+    if run is None:
+        return None
+    reports = [part["report"] for part in parts if part["report"]]
+    run.reset()
+    merged = merge_reports(reports) if reports else run.report().to_dict()
+    merged = dict(add_dense(merged, sum(part.get("dense_tokens", 0) for part in parts)))
+    merged.pop("sequences")
+    return merged
+
+
+def finished_part(parts: UnitStore, key: str, make: Callable[[], Part]) -> Part:
+    """The part stored under ``key``, or what ``make`` returns, which is then stored."""
+    part: Part | None = parts.part(key)
+    if part is None:
+        part = make()
+        parts.save_part(key, part)
+    return part
+
+
+def method_digest(candidate: BoundMethod) -> Any:
+    """A sha256 of how a model is pruned, masks included; the key of a part adds its tokens."""
+    digest = hashlib.sha256()
+    if candidate.config is not None:
+        digest.update(json.dumps(candidate.config.to_dict(), sort_keys=True).encode())
+    for layer, ids in sorted((candidate.masks or {}).items()):
+        digest.update(f"{layer}:{torch.as_tensor(ids).tolist()}".encode())
+    for mask in candidate.fixed_masks or ():
+        digest.update(b"dense" if mask is None else mask.ids.cpu().numpy().tobytes())
+        if mask is not None and mask.bias is not None:
+            digest.update(f"{mask.bias.tolist()}".encode())
+    return digest
+
+
+def check_pruned(pruned: bool, what: str, tokens: str, hint: str) -> None:
+    """Raise ``ConfigError`` where a method that should have pruned ran all ``tokens`` dense."""
+    if not pruned:
+        raise ConfigError(
+            f"{what}: all {tokens} ran dense, so this would measure the untouched model; {hint}"
+        )
