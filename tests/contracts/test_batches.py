@@ -124,9 +124,6 @@ def test_padding_of_bare_forwards(name, side):
     assert {weight for _, weight in evidence_sums(run)[0].values()} == {float(sum(LENGTHS))}
 
 
-AGED = {**ALL_NEEDS, "score": {"name": "magnitude", "ema_decay": 0.9}}
-
-
 DART = {"method": "dart", "self_stats": SMALL, "sparsity": 0.5}
 LATE = {"masking_step": 3}
 EVIDENCE = {"min_evidence": 10, "drift": "never"}
@@ -138,7 +135,6 @@ EVIDENCE = {"min_evidence": 10, "drift": "never"}
     [
         *[(name, {**ALL_NEEDS, **LATE}, (3, None, 3)) for name in ROWS],
         *[(name, {"method": CONFIG, **LATE}, (3, None, 3)) for name in ("phi3", "opt")],
-        *[(name, {**AGED, **LATE}, (3, None, 3)) for name in ("llama", "opt")],
         *[(name, {**DART, **EVIDENCE}, (0, 0, 2)) for name in ("llama", "bloom", "opt")],
         *[(name, {**ALL_NEEDS, **EVIDENCE}, (0, 0, 2)) for name in ("gemma2", "opt-postnorm")],
     ],

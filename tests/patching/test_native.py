@@ -101,46 +101,20 @@ def test_ways_to_generate(name, rows, way):
 
 @pytest.mark.parametrize(("name", "rows"), [("llama", 3), ("gemma2", 1), ("gpt2", 3)])
 def test_a_static_cache(name, rows):
-    """Written in place, by generate too; a window that is full is the model's own from there."""
+    """Whose steps are the model's own, by generate too."""
     model, ids, results = shared_model(name), tokens(rows, 40, seed=6), []
     for executor in BOTH:
         with prune(model, "griffin", sparsity=0.5, executor=executor) as run:
             cache = StaticCache(config=model.config, max_cache_len=48)
             logits = [step(model, ids[:, :16], cache)]
             logits += [step(model, ids[:, at : at + 1], cache) for at in range(16, 40)]
-            taken = run.patch.steps
             assert int(cache.get_seq_length()) == 40
             written = generate(model, ids[:, :16], 12, cache_implementation="static")
-            steps = {"native": (8, 16) if name in WINDOWS else (24, 35), "compact": (0, 0)}
-            assert (taken, run.patch.steps) == steps[executor]
+            assert run.patch.steps == 0
         results.append((torch.cat(logits, 1), written))
     (theirs, expected), (ours, written) = results
     assert apart(ours, theirs) < 1e-5 and apart(written.logits, expected.logits) < 1e-5
     assert torch.equal(written.sequences, expected.sequences)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_static_cache_that_others_change(mode):
-    """Cropped, continued by several tokens, full, and with a mask that hides something."""
-    model, ids, results = shared_model(), tokens(2, 40, seed=6), []
-    hiding = torch.zeros(2, 1, 1, 32, dtype=torch.bool)
-    hiding[..., 3:] = True
-    for executor in BOTH:
-        with prune(model, masks=picked(), executor=executor) as run, mode():
-            cache = StaticCache(config=model.config, max_cache_len=32)
-            parts = ids[:, :24].split([16, *[1] * 8], 1)
-            logits = [step(model, part, cache) for part in parts]
-            cache.crop(-6)
-            parts = ids[:, 18:31].split([1, 1, 10, 1], 1)
-            logits += [step(model, part, cache) for part in parts]
-            taken = run.patch.steps
-            logits.append(step(model, ids[:, 31:32], cache, hiding))
-            assert int(cache.get_seq_length()) == 32
-            assert (taken, run.patch.steps) == ((11, 11) if executor == "native" else (0, 0))
-            with pytest.raises((IndexError, RuntimeError)):
-                step(model, ids[:, 32:33], cache)
-        results.append(torch.cat(logits, 1))
-    assert apart(*results) < 1e-5
 
 
 @pytest.mark.contract("sparsity 0 is bit-identical")

@@ -15,14 +15,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from dart_llm.models.calls import TokenCall, as_output, new_cache, read_prompt, read_step
-from dart_llm.models.growing_cache import (
-    PreallocatedKVCache,
-    Steps,
-    count_static,
-    fill_layer,
-    is_static,
-    static_places,
-)
+from dart_llm.models.growing_cache import PreallocatedKVCache, Steps, fill_layer
 from dart_llm.models.packed import PackedTensor, few
 from dart_llm.models.steps import Norm, StepParts, angles, norms_of, step_parts
 from dart_llm.patching.executors.native_ffn import KernelMask, NativeFfn
@@ -231,36 +224,21 @@ class WholeSteps:
 
         With ``call.forbidden``, the likeliest tokens [B], int64, may take the place of logits.
         """
-        cache, room, done = call.cache, self._cache, 0
+        cache, room = call.cache, self._cache
         position, tokens = int(cache.get_seq_length()), call.ids.flatten().tolist()
-        if static := is_static(cache):
-            self._bound = None  # its tensors may be others at the next step
-            self.native.bind(*static_places(cache, self._windows))
-        else:
-            if room is None or room.of() is not cache:
-                room = self._cache = PreallocatedKVCache(cache, self._windows)
-            room.prepare(cache)
-            if room.steps is not self._bound:
-                self._bind(room)
-            done = room.steps.done
-        rotations = self._rotations(position)
+        if room is None or room.of() is not cache:
+            room = self._cache = PreallocatedKVCache(cache, self._windows)
+        room.prepare(cache)
+        if room.steps is not self._bound:  # named once, not at every token
+            self._bound = None
+            self.native.bind(*room.places())
+            self._bound = room.steps
+        done, rotations = room.steps.done, self._rotations(position)
         logits, hidden = self.native.step(
             tokens, done, position, *rotations, observe, call.forbidden
         )
-        if static:
-            count_static(cache)
-        elif room is not None:
-            room.advance()
+        room.advance()
         return logits, hidden
-
-    def _bind(self, room: PreallocatedKVCache) -> None:
-        """Name the buffers once, not at every token: a step passes how many came before it."""
-        rooms, self._bound = room.rooms, None
-        keys, values = [layer.keys for layer in rooms], [layer.values for layer in rooms]
-        ends, counts = [layer.end for layer in rooms], [layer.count for layer in rooms]
-        seen = [-1 if layer.seen is None else layer.seen for layer in rooms]
-        self.native.bind(keys, values, ends, counts, seen)
-        self._bound = room.steps
 
     def _rotations(self, position: int) -> tuple[Tensor, ...]:
         """Cosines and sines of all positions up to ``position``, and some more."""
