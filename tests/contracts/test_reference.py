@@ -7,8 +7,7 @@ import torch
 
 from dart_llm.data import texts
 from dart_llm.session.run import prune
-from reference import Dart, Griffin, decode, learn
-from reference_model import own_text
+from reference import Dart, Griffin, decode, learn, own_text
 from steps import decode as decoded
 from steps import selections
 from tiny import LAYERS, WIDTH, tiny
