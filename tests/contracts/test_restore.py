@@ -36,7 +36,7 @@ METHODS = (
 @pytest.mark.parametrize(
     ("name", "method"),
     cases(
-        [*product(NAMES, METHODS[:1]), *in_turn(METHODS, SHAPES), *in_turn(METHODS[::-1], SHAPES)],
+        [*product(NAMES, METHODS[:1]), *((name, m) for m, name in in_turn(METHODS, SHAPES))],
         NAMES,
         METHODS,
     ),
