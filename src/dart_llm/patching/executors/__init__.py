@@ -31,9 +31,10 @@ def unsupported_reason(executor: str, model: Any, blocks: Blocks) -> str | None:
 
 def _reasons(executor: str, model: Any, blocks: Blocks) -> Iterator[tuple[str, str]]:
     """Clauses, and the executor to use instead; ``masked`` runs everything."""
-    checks = [] if executor == "masked" else [weights_unsupported_reason, _not_copied_reason]
-    yield from _layer_reasons(blocks, checks, "masked")
-    if executor in ("masked", "compact"):
+    if executor == "masked":
+        return
+    yield from _layer_reasons(blocks, [weights_unsupported_reason, _not_copied_reason], "masked")
+    if executor == "compact":
         return
     if is_compiled(model):
         yield "it was compiled by torch", "compact"
