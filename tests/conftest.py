@@ -29,7 +29,6 @@ CONTRACTS = re.findall(r"^\* \*\*(.+?)\*\*", LISTED, re.M)
 LONGEST = (
     "native/test_native_sanitized.py",
     "native/test_packed_kernels.py",  # compiles the kernels meanwhile
-    "contracts/test_smollm2.py",
     "docs/test_commands.py",
     "docs/test_examples.py",
     "studies/sweep/test_sweep_ray.py",
@@ -140,9 +139,9 @@ def dequantised_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     bit: on the blocks inputs have 8 bits, so that a neuron at the edge of a mask may change.
     """
     from dart_llm.models import packed
-    from dart_llm.patching.executors import native_step
+    from dart_llm.patching.executors import whole_step
 
-    for module in (packed, native_step):
+    for module in (packed, whole_step):
         monkeypatch.setattr(module, "few", lambda: 16)
 
 

@@ -7,8 +7,7 @@ from dart_llm.calibration.self_calibration import choose
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import floor_count
-from dart_llm.pruning.scores import mix_ranks, ranks
-from dart_llm.session.run import Run, prune
+from dart_llm.session.run import prune
 from observed_cases import dense_u
 from prior_cases import observed, ready
 from steps import pruned, same_masks, shared_model
@@ -30,14 +29,6 @@ def chosen(method, sparsity=0.5):
 
 def columns():
     return [layer.mlp.down_proj.weight.detach().double() for layer in shared_model().model.layers]
-
-
-def test_mixed_ranks_by_hand():
-    """Order 0, 2 (a tie: the lower index first), 3, 1."""
-    scores, prior = torch.tensor([3.0, 1.0, 3.0, 2.0]), torch.tensor([-4.0, 0.0, 5.0, 9.0])
-    assert ranks(scores).tolist() == [3, 0, 2, 1]
-    for weight, mixed in ((0, [3, 0, 2, 1]), (0.25, [2.25, 0.25, 2, 1.5]), (1, [0, 1, 2, 3])):
-        assert mix_ranks(scores, prior, weight).tolist() == mixed
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.85])
@@ -75,12 +66,6 @@ def test_glass_mixes_griffins_ranks_with_the_priors():
     assert same_masks(kept("glass", 1, score={"prior_weight": 0.0}), kept("griffin", 1))
 
 
-@pytest.mark.parametrize("method", ["wanda", "flap", "random", "static"])
-def test_static_methods_keep_the_same_for_every_prompt(method):
-    assert same_masks(kept(method, 1), kept(method, 2))
-    assert method != "random" or not same_masks(kept(method, 1), kept(method, 1, seed=1))
-
-
 def test_griffin_refresh_chooses_anew_every_64_pruned_tokens():
     """64 pruned, 16 dense, 64 pruned; the re-mask knows the 16 tokens alone."""
     ids, method = tokens(1, 68 + 144, seed=4), {"method": "griffin-refresh"}
@@ -107,10 +92,3 @@ def test_prune_says_how_to_prepare():
         ) as caught:
             prune(shared_model(), method)
         assert f"eval --method {method}" in str(caught.value)
-
-
-def test_what_removes_nothing_or_is_chosen_by_hand_needs_no_calibration():
-    assert not prune(shared_model(), "wanda", sparsity=0.0).asks_for_pruning
-    assert prune(shared_model(), "glass", masks={0: [1, 2]}).asks_for_pruning
-    held = (None,) * LAYERS
-    assert not Run(shared_model(), PruneConfig.build("flap"), fixed_masks=held).asks_for_pruning

@@ -23,7 +23,7 @@ from steps import (
 )
 from tiny import tokens
 
-SHAPES = ("llama", "gemma2", "phi3", "gpt2", "falcon", "opt")
+SHAPES = ("llama", "gemma2", "phi3", "gpt2", "opt")
 PROMPT, LENGTH, CHANGED = 12, 48, 35
 """Tokens from index CHANGED on differ between the two texts."""
 

@@ -1,6 +1,7 @@
 """Every executor keeps the same neurons as ``masked`` and computes the same numbers.
 
-A new preset or score is picked up by its registration, an architecture by tests/helpers/tiny.py.
+And every method keeps as many as its budget says, and none is missing where nothing is removed.
+A new preset, score or budget is picked up by its registration, an architecture by tiny.py.
 Of each product a pairwise part runs; the whole product runs with ``-m full``.
 """
 
@@ -13,11 +14,10 @@ import torch
 
 from dart_llm.models.packed_loading import round_weights
 from dart_llm.models.steps import step_unsupported_reason
-from dart_llm.patching.executors import cuda_ffn
 from dart_llm.patching.executors.token_ffn import WHOLE_STEPS
-from dart_llm.pruning.registry import METHODS, SCORES, TOKEN_RULES
+from dart_llm.pruning.registry import BUDGETS, METHODS, SCORES, TOKEN_RULES
 from prior_cases import SMALL, ready
-from products import DTYPES, SHAPES
+from products import DTYPES, SHAPES, cases, in_turn
 from steps import apart, decode, pruned, same_masks, shared_model
 from tiny import NAMES, tiny, tokens
 
@@ -65,6 +65,7 @@ SETTINGS = {
     **{name: _preset(name) for name in PRUNING},
     **{f"score {name}": _score(name) for name in SCORES.names()},
     "new masks": {"method": "dart", **REMASK},
+    "3 rows, new masks": {"method": "dart", **REMASK},
     "late masks": {"method": "published", "masking_step": 3, "sparsity": 0.5},
     "3 rows": {"method": "griffin", "sparsity": 0.6},
     "8 rows": {"method": "griffin", "sparsity": 0.6},
@@ -83,8 +84,6 @@ EXTRA = list(SETTINGS)[len(PRUNING) + len(SCORES.names()) :]
 CUDA = {
     ("llama", "float32", "dart"),
     ("llama", "bfloat16", "griffin"),
-    ("gpt2", "float32", "dart-token"),
-    ("llama", "float32", "3 rows per token"),
 }
 """Triton's interpreter takes 10 ms per program: these alone."""
 
@@ -104,11 +103,11 @@ def supports(executor, name, weights, case):
 
 def _matrix():
     chosen = {
-        *product(NAMES, ["float32"], ["griffin", "dart"]),
-        *product(("mistral", "gemma3", "olmo2"), ["float32"], ["new masks", "3 rows"]),
-        *product(SHAPES, ["float32"], [*PRUNING, *EXTRA]),
-        *product(SHAPES, [f"score {name}" for name in WEIGHTS]),
-        *product(SHAPES, FLOATS, ["dart"]),
+        *product(NAMES, ["float32"], ["dart"]),
+        *product(("mistral", "gemma3", "olmo2"), ["float32"], ["new masks"]),
+        *((name, case) for case, name in in_turn([*PRUNING, *EXTRA], SHAPES[:4])),
+        *((name, f"score {score}") for score, name in in_turn(WEIGHTS, SHAPES[:4])),
+        *product(SHAPES, FLOATS, ["griffin"]),
         *product(SHAPES[:1], ["float32"], SETTINGS),
         *CUDA,
     }
@@ -163,9 +162,12 @@ def _masked(name, weights, case):
 @pytest.fixture
 def few_programs(monkeypatch):
     """In the interpreter, where each takes 10 ms."""
-    if importlib.util.find_spec("triton") is not None and cuda_ffn.kernels().INTERPRETED:
-        monkeypatch.setattr(cuda_ffn.kernels(), "ROWS", 64)
-        monkeypatch.setattr(cuda_ffn.kernels(), "CHUNK", 64)
+    if importlib.util.find_spec("triton") is not None:
+        from dart_llm.patching.executors import cuda
+
+        if cuda.INTERPRETED:
+            monkeypatch.setattr(cuda, "ROWS", 64)
+            monkeypatch.setattr(cuda, "CHUNK", 64)
 
 
 @pytest.mark.contract("masked equals compact")
@@ -197,3 +199,77 @@ def _label(executor, run):
     plain = config.token is None or TOKEN_RULES.get(config.token.rule).native
     whole = step_unsupported_reason(run.model) is None and not watched and plain
     return WHOLE_STEPS if executor == "native" and whole else executor
+
+
+# every method on every FFN shape and dtype
+
+IDS = tokens(1, PROMPT + DECODED, seed=3)
+EVERY = tuple(METHODS.names())
+DART = [*product(NAMES, ["dart"], DTYPES[:1]), *product(SHAPES, ["dart"], DTYPES)]
+"""Every architecture, and every shape by dtype."""
+
+decoded = functools.partial(pruned, ids=IDS, prompt=PROMPT, make=ready)
+
+
+def _check_total(run, sparsity):
+    report = run.report()
+    total = sum(layer.width for layer in report.layers)
+    assert abs(sum(layer.kept for layer in report.layers) - (1 - sparsity) * total) <= 1
+    assert abs(report.achieved_sparsity - sparsity) <= 1 / total + 1e-9
+    assert report.achieved_sparsity == pytest.approx(report.sparsity_while_pruned)
+    assert report.decoded_tokens == DECODED and report.dense_token_share == 0
+
+
+@pytest.mark.contract("sparsity 0 is bit-identical")
+@pytest.mark.parametrize(
+    ("name", "method", "dtype"),
+    cases([*DART, *product(SHAPES, EVERY, DTYPES[:1])], NAMES, EVERY, DTYPES),
+    ids=str,
+)
+def test_sparsity_zero_is_bit_identical(name, method, dtype):
+    run, masks, logits = decoded(shared_model(name, dtype), method=method, sparsity=0.0)
+    assert torch.equal(logits, decode(shared_model(name, dtype), IDS, PROMPT))
+    assert masks == []
+    report = run.report()
+    assert report.achieved_sparsity == 0 and report.decoded_tokens == DECODED
+    assert report.ffn_bytes_share == 1
+
+
+SPARSITIES = (0.05, 0.3, 0.75, 0.85)
+EACH = tuple(product([*BUDGETS.names(), "blend uniform energy"], SPARSITIES))
+
+
+@pytest.mark.contract("allocation sums to the budget")
+@pytest.mark.parametrize(
+    ("name", "budget", "sparsity"),
+    cases(
+        [(name, *each) for each, name in in_turn(EACH, SHAPES)],
+        SHAPES,
+        dict.fromkeys(budget for budget, _ in EACH),
+        SPARSITIES,
+    ),
+)
+def test_budgets(name, budget, sparsity):
+    settings = {"budget": budget, "sparsity": sparsity, "compensation": True}
+    run, masks, logits = decoded(shared_model(name), **settings)
+    if sparsity > 0.1:  # below, all that goes may be neurons that a relu had silenced anyway
+        assert apart(logits[:, PROMPT:], decode(shared_model(name), IDS, PROMPT)[:, PROMPT:]) > 1e-3
+    _check_total(run, sparsity)
+    for ids, layer in zip(masks[0][2], run.report().layers, strict=True):
+        assert layer.kept == (layer.width if ids is None else len(ids))
+        assert ids is None or (bool((ids[1:] > ids[:-1]).all()) and int(ids[-1]) < layer.width)
+
+
+@pytest.mark.contract("allocation sums to the budget")
+@pytest.mark.parametrize("name", SHAPES)
+def test_tables_name_layers_and_auto_counts_by_itself(name):
+    settings = {"score": {"name": "magnitude", "strategy": "auto"}, "sparsity": None}
+    report = decoded(shared_model(name), **settings)[0].report()
+    assert report.requested_sparsity is None and 0 < report.achieved_sparsity < 1
+    assert all(layer.kept >= 0.1 * layer.width - 1 for layer in report.layers)
+    settings = {"budget": {"table": "0:#5,2:0.5"}, "sparsity": None}
+    run, masks, _ = decoded(shared_model(name), **settings)
+    width = run.report().layers[0].width
+    assert [layer.kept for layer in run.report().layers] == [5, width, width // 2, width]
+    ids = masks[0][2]
+    assert ids[1] is None and ids[3] is None and len(ids[0]) == 5 and len(ids[2]) == width // 2

@@ -59,7 +59,7 @@ def test_one_token_prompt():
 
 
 @pytest.mark.parametrize(
-    ("name", "chunk"), [("llama", 7), ("llama", 1), ("llama", 8), ("gemma2", 3), ("gpt2", 3)]
+    ("name", "chunk"), [("llama", 7), ("llama", 1), ("gemma2", 3), ("gpt2", 3)]
 )
 def test_chunked_prefill(name, chunk):
     model, ids = shared_model(name), tokens(1, 8)
@@ -122,7 +122,7 @@ def test_bare_forwards():
 
 def test_forward_without_a_cache_is_a_prompt():
     model, ids = shared_model(), tokens(3, 10)
-    dense = model(ids).logits
+    dense, embeds = model(ids).logits, model.get_input_embeddings()(tokens()).detach()
     with prune(model, **HALF) as run:
         assert torch.equal(model(ids).logits, dense)
         assert torch.equal(model(ids, use_cache=False).logits, dense)
@@ -131,6 +131,10 @@ def test_forward_without_a_cache_is_a_prompt():
         with pytest.raises(ConfigError, match="input_ids"):
             model()
     assert len(run.report().sequences) == 4 and counted(run) == (120, 0)
+    one, expected = written(model, tokens(), 8)
+    run, out = written(model, None, 8, inputs_embeds=embeds)
+    assert torch.equal(out.sequences, expected.sequences[:, 24:])
+    assert same_masks(run.masks(), one.masks()) and counted(run) == (24, 7)
 
 
 def test_positional_arguments_and_a_decoder_without_a_head():
@@ -179,30 +183,17 @@ def test_what_generate_cannot_do_while_pruned(where):
 
 
 def test_beam_search():
-    model, ids, found = shared_model(), tokens(2, 20), []
+    model, ids = shared_model(), tokens(2, 20)
     settings = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     dense = model.generate(ids, **settings)
     with prune(model, "griffin", sparsity=0.0):
         assert torch.equal(model.generate(ids, **settings), dense)
-    for executor in ("masked", "compact"):
-        with prune(model, **HALF, executor=executor) as run:
-            found.append(model.generate(ids, **settings))
-        assert run.report().achieved_sparsity == 0.5 and counted(run) == (6 * 20, 6 * 7)
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], dense)
+    with prune(model, **HALF) as run:
+        assert not torch.equal(model.generate(ids, **settings), dense)
+    assert run.report().achieved_sparsity == 0.5 and counted(run) == (6 * 20, 6 * 7)
     one_by_one = prune(model, **HALF, batch="per_row")
     with one_by_one, pytest.raises(ConfigError, match='batch "shared"'):
         model.generate(ids, **settings)
-
-
-@pytest.mark.parametrize(("method", "chunk"), [("griffin", 5), ("dart", None), ("dart", 5)])
-def test_static_cache(method, chunk):
-    model, ids = shared_model(), tokens(1, 70)
-    one, wanted = written(model, ids, 8, {"method": method})
-    static = {"cache_implementation": "static", "prefill_chunk_size": chunk}
-    run, got = written(model, ids, 8, {"method": method}, **static)
-    assert torch.equal(got.sequences, wanted.sequences) and apart(got.logits, wanted.logits) < 1e-5
-    assert counted(run) == counted(one) == (70, 7)
-    assert run.report().layers == one.report().layers
 
 
 def test_sampling_and_returned_sequences():
@@ -219,32 +210,18 @@ def test_sampling_and_returned_sequences():
     assert torch.equal(found[0], found[1]), "the rows share a prompt, so they share a mask"
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_inputs_embeds(name):
-    model, ids = shared_model(name), tokens()
-    one, wanted = written(model, ids, 8)
-    embeds = model.get_input_embeddings()(ids).detach()
-    run, got = written(model, None, 8, inputs_embeds=embeds)
-    assert torch.equal(got.sequences, wanted.sequences[:, 24:])
-    assert same_masks(run.masks(), one.masks()) and counted(run) == (24, 7)
-
-
 def test_wrapper_is_entered_to_its_text_decoder():
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    text = tiny("gemma3").config.to_dict()
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    torch.manual_seed(0)
+    text = tiny("gemma3").config.to_dict()
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    model, ids, found = Gemma3ForConditionalGeneration(config).eval(), tokens(1, 70), []
+    model, ids = Gemma3ForConditionalGeneration(config).eval(), tokens(1, 70)
     dense = generate(model, ids, 6)
-    for executor in ("masked", "compact"):
-        run, out = written(model, ids, 6, {"method": "dart", "executor": executor})
-        found.append(out)
-        assert run.report().decoded_tokens == 5 and run.report().achieved_sparsity == 0.5
-    assert apart(found[0].logits, found[1].logits) < 1e-5
-    assert apart(found[0].logits, dense.logits) > 1e-4
+    run, out = written(model, ids, 6, {"method": "dart"})
+    assert run.report().decoded_tokens == 5 and run.report().achieved_sparsity == 0.5
+    assert apart(out.logits, dense.logits) > 1e-4
 
 
 # assisted decoding: tokens that are rolled back leave no trace, and change no text
@@ -262,6 +239,12 @@ same_report = pytest.mark.contract("same report whatever the batch")
 def test_prompt_lookup_equals_greedy(name, executor):
     """All draft tokens, kept or not, run under the same masks: the text must not change."""
     model, settings = shared_model(name), {"executor": executor}
+    for new in (1, 3, 30):  # candidates that are refused never enter the evidence
+        one, wanted = written(model, TEXT, new, {**EVIDENCE, **settings})
+        run, out = written(model, TEXT, new, {**EVIDENCE, **settings}, **LOOKUP)
+        assert torch.equal(out.sequences, wanted.sequences)
+        assert state_of(run).evidence_tokens == state_of(one).evidence_tokens == 37 + new - 1
+        assert same_sums(sums_of(run), sums_of(one))
     one, wanted = written(model, TEXT, 60, settings)
     lengths, run, out = watched(model, TEXT, 60, settings, **LOOKUP)
     assert torch.equal(out.sequences, wanted.sequences)
@@ -281,7 +264,7 @@ def _assistant(noise):
 
 
 @same_report
-@pytest.mark.parametrize(("noise", "new"), [(0.0, 20), (0.02, 21), (0.08, 23)])
+@pytest.mark.parametrize(("noise", "new"), [(0.0, 20), (0.08, 23)])
 def test_assistant_model_equals_greedy(noise, new):
     """Static masks do not depend on what was seen, so the text can be compared exactly.
 
@@ -297,18 +280,6 @@ def test_assistant_model_equals_greedy(noise, new):
     reference, wanted = written(model, ids, new, {**settings, "masking_step": dense})
     assert torch.equal(out.sequences, wanted.sequences)
     assert reference.report().achieved_sparsity == pytest.approx(report.achieved_sparsity)
-
-
-@same_report
-@pytest.mark.parametrize("new", [1, 3, 30])
-def test_refused_candidates_never_enter_the_evidence(new):
-    model = shared_model()
-    one, wanted = written(model, TEXT, new, EVIDENCE)
-    run, out = written(model, TEXT, new, EVIDENCE, **LOOKUP)
-    assert torch.equal(out.sequences, wanted.sequences)
-    assert run.report().decoded_tokens == new - 1
-    assert state_of(run).evidence_tokens == state_of(one).evidence_tokens == 37 + new - 1
-    assert same_sums(sums_of(run), sums_of(one))
 
 
 @same_report

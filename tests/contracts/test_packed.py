@@ -24,7 +24,6 @@ from dart_llm.patching.executors import native_ffn
 from dart_llm.pruning.accounting import Costs
 from dart_llm.session.run import prune
 from maps import mapped
-from packed_cases import mixed_model
 from steps import apart, decode, new_cache, pruned, same_masks, step
 from tiny import LAYERS, tiny, tokens
 
@@ -99,85 +98,39 @@ def _ffn_weights(model):
         yield from (one.weight for one in (block.gate, block.up, block.down))
 
 
-@pytest.mark.contract("sparsity 0 is bit-identical")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nothing_to_remove_changes_no_bit(dtype):
-    model = model_of("llama", "q4_1", dtype)
-    plain = decode(model, IDS, PROMPT)
-    for executor in ("auto", "compact", "masked"):
-        _, masks, found = pruned(model, IDS, PROMPT, sparsity=0.0, executor=executor)
-        assert torch.equal(found, plain) and masks == [], executor
+def _copies(run):
+    """Addresses of the compact weights."""
+    copies = [copy for layer in run.patch.layers for copy in layer.kept._copies]
+    return [matrix.parts()[0].data_ptr() for matrix in copies]
 
 
 @pytest.mark.contract("masked equals compact")
 @pytest.mark.parametrize("model", MODELS, ids=str)
-def test_without_memory_for_copies_neurons_are_read_where_they_lie(model, monkeypatch):
-    """The same logits, but for sums in another order; nothing is held then."""
+def test_compact_weights_where_there_is_memory_for_them(model, monkeypatch):
+    """They lie in the same place for all masks, and go with the run, even if that is kept.
+
+    Without memory neurons are read in place: the same logits, but for sums in another order.
+    """
     packed, before = model_of(*model), fingerprint(model_of(*model))
-    found, held = [], []
+    results, extra = [], []
     for left in (1 << 40, native_ffn.RESERVE):
         monkeypatch.setattr(native_ffn, "available", lambda left=left: left)
         with prune(packed, method="griffin", sparsity=0.5, executor="native") as run:
-            found.append(decode(packed, IDS, PROMPT))
+            results.append(decode(packed, IDS, PROMPT))
             assert fingerprint(packed) == before
-            held.append(run.report().extra_memory_bytes)
-    assert apart(*found) < 1e-3
+            extra.append(run.report().extra_memory_bytes)
+            addresses = _copies(run)
+            first = [mask.ids for mask in run.select()]
+            decode(packed, tokens(1, 90, seed=9), 80)
+            assert not same_masks(first, [mask.ids for mask in run.select()])
+            assert _copies(run) == addresses
+            assert bool(addresses) == (left > native_ffn.RESERVE)
+            patch = run.patch
+        assert run.report() is not None and patch.layout.room is None
+        assert not any(map(mapped, addresses[:1]))
+    assert apart(*results) < 1e-3
     ffn = [part.weight.nbytes for block in describe(packed).blocks for part in block.projections]
-    assert 0.45 * sum(ffn) < held[0] - held[1] < 0.6 * sum(ffn)
-
-
-def _places(run):
-    """Where the copies that the masks of a run made lie."""
-    copies = [copy for layer in run.patch.layers for copy in layer.kept._copies]
-    levels = [one.parts()[0] for one in copies]
-    return [one.data_ptr() for one in levels], sum(one.nbytes for one in levels)
-
-
-def test_compact_weights_use_room_that_was_reserved_before_any_token():
-    """Of all masks; it goes with the run, even if that is kept."""
-    model = model_of("llama", "q4_0")
-    with prune(model, method="griffin", sparsity=0.5, executor="native") as run:
-        room = run.patch.layout.room
-        whole = room.left()
-        decode(model, IDS, PROMPT)
-        places, size = _places(run)
-        left = room.left()
-        assert len(places) == 3 * LAYERS and size < whole - left < 2 * size
-        first = [mask.ids for mask in run.select()]
-        decode(model, tokens(1, 90, seed=9), 80)
-        assert not same_masks(first, [mask.ids for mask in run.select()])
-        assert _places(run)[0] == places and room.left() == left
-        patch = run.patch
-        del room
-    assert run.report() is not None and patch.layout.room is None
-    assert not mapped(places[0])
-
-
-@torch.no_grad()
-def _embedded(model):
-    """A step behind a prompt of embeddings, which the model's own modules run."""
-    cache, inputs = new_cache(model), model.get_input_embeddings()(IDS[:, :20]).detach()
-    model(inputs_embeds=inputs, use_cache=True, cache=cache)
-    return step(model, IDS[:, 20:21], cache)
-
-
-@pytest.mark.contract("masked equals compact")
-def test_masks_that_others_follow_and_precede_read_their_own_copies():
-    """Whole steps and layers share the memory of the copies, and masks come back."""
-    model, padded = model_of("llama", "q8_0"), tokens(2, 24, seed=2)
-    mask = torch.ones_like(padded)
-    mask[0, :5] = 0
-    with prune(model, method="griffin", sparsity=0.5, executor="native") as run:
-        decode(model, IDS[:, :24], 20)
-        first = run.select()
-        decode(model, tokens(1, 30, seed=7), 20)
-        second = run.select()
-        run.hold(first)
-        wanted = _embedded(model)
-        run.hold(second)
-        decode(model, padded, 20, mask)
-        run.hold(first)
-        assert torch.equal(_embedded(model), wanted)
+    assert 0.45 * sum(ffn) < extra[0] - extra[1] < 0.6 * sum(ffn)
 
 
 @pytest.mark.contract("exact restore")
@@ -192,13 +145,10 @@ def test_a_copied_model_is_not_touched_by_runs_on_the_first():
         assert torch.equal(decode(model, IDS, PROMPT), wanted)
     assert torch.equal(decode(other, IDS, PROMPT), pruned_copy)
     run.detach()
-    orders = [{one.matrix.order() for one in _packed(each)} for each in (model, other)]
-    assert orders == [{"tiles", "neurons"}] * 2
+    for each in (model, other):
+        packed = [t for t in each.parameters() if isinstance(t, PackedTensor)]
+        assert {t.matrix.order() for t in packed} == {"tiles", "neurons"}
     assert torch.equal(decode(model, IDS, PROMPT), decode(other, IDS, PROMPT))
-
-
-def _packed(model):
-    return [one for one in model.parameters() if isinstance(one, PackedTensor)]
 
 
 @pytest.mark.contract("accounting equals a count by hooks")
@@ -220,45 +170,6 @@ def test_bytes_are_those_of_the_blocks(kind):
     report = run.report()
     assert report.ffn_share_of_bytes == pytest.approx(sum(ffn) / view.parameter_bytes)
     assert report.ffn_bytes_share == pytest.approx(0.5, abs=0.02)
-
-
-@pytest.mark.contract("accounting equals a count by hooks")
-def test_bytes_of_a_layer_of_several_types():
-    """Each matrix counts the bytes that it takes: levels, and factors of 8 and of 16 bits."""
-    model = mixed_model("llama")
-    view, facts = describe(model), weight_facts(model)
-    bits = {"q4_k": 4 + 2 * 8 / 32 + 2 * 16 / 256, "q6_k": 8 + 8 / 16 + 16 / 256}
-    ffn = 0
-    for block in view.blocks:
-        weights = [one.weight for one in (block.gate, block.up, block.down)]
-        for weight, kind in zip(weights, ("q4_k", "q4_k", "q6_k"), strict=True):
-            parts = sum(part.nbytes for part in weight.matrix.parts())
-            assert weight.nbytes == parts == pytest.approx(256 * 256 * bits[kind] / 8, rel=0.02)
-            ffn += parts
-    total = sum(one.nbytes for one in model.parameters())
-    inputs = model.get_input_embeddings().weight.nbytes
-    assert facts["weight_bytes"] == total and facts["bytes_per_token"] == total - inputs
-    assert view.parameter_bytes == total - inputs
-    assert facts["ffn_bytes_share"] == pytest.approx(ffn / (LAYERS * 3 * 256 * 256 * 4))
-    run = prune(model, "griffin", sparsity=0.5)
-    costs = Costs(run.layers, view.parameter_bytes)
-    assert costs.bytes(None) == ffn and costs.bytes([64] * LAYERS) == ffn / 4
-    with run:
-        decode(model, IDS, PROMPT)
-    assert run.report().ffn_share_of_bytes == pytest.approx(ffn / view.parameter_bytes)
-
-
-@pytest.mark.parametrize("executor", ["compact", "masked", "native"])
-def test_bytes_as_executed(executor):
-    """``compact`` reads copies in the model's dtype, in whatever blocks the weights are."""
-    model = model_of("llama", "q4_0")
-    run, _, _ = pruned(model, IDS, PROMPT, sparsity=0.5, executor=executor, compensation=False)
-    report = run.report()
-    blocks, dtype = 4.5 / 8, 4
-    mask = 0.5 * (blocks + dtype) / DECODED  # read as it is stored, and written once
-    wanted = {"compact": 0.5 * dtype / blocks + mask / blocks, "masked": 1.0}
-    assert report.ffn_bytes_share == pytest.approx(wanted.get(executor, 0.5), rel=0.05)
-    assert report.ffn_bytes_share_if_compact == pytest.approx(0.5 + 1 / DECODED, rel=0.05)
 
 
 @pytest.mark.usefixtures("dequantised_prompts")
@@ -290,16 +201,6 @@ def test_what_is_made_of_it_is_dense(tmp_path):
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-@pytest.mark.contract("same report whatever the batch")
-@pytest.mark.usefixtures("dequantised_prompts")
-def test_rows_of_a_batch():
-    """Few vectors and many: a batch of two rows decodes what each row alone does."""
-    model, ids = model_of("llama", "q8_0"), tokens(2, 40, seed=5)
-    together = decode(model, ids, 30)
-    alone = torch.cat([decode(model, ids[row : row + 1], 30) for row in range(2)])
-    assert apart(together, alone) < 1e-3
 
 
 @pytest.mark.smollm2

@@ -7,8 +7,7 @@ import torch
 
 from dart_llm.data import texts
 from dart_llm.session.run import prune
-from reference import Dart, Griffin, decode, learn
-from reference_model import own_text
+from reference import Dart, Griffin, decode, learn, own_text
 from steps import decode as decoded
 from steps import selections
 from tiny import LAYERS, WIDTH, tiny
@@ -89,7 +88,7 @@ def agreed(model, ids, prompt, name, sparsity, executors):
 
 
 @pytest.mark.contract("masked equals compact")
-@pytest.mark.parametrize(("name", "seed"), [*((name, 0) for name in EXECUTORS), ("llama", 1)])
+@pytest.mark.parametrize(("name", "seed"), [*((name, 0) for name in EXECUTORS)])
 def test_griffin(name, seed):
     wanted = agreed(tiny(name, seed), other_topic(seed), 60, "griffin", 0.5, EXECUTORS[name])
     ((step, layers),) = wanted.masks
@@ -110,20 +109,13 @@ def test_dart_before_and_after_a_change_of_topic(name, seed):
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize(("sparsity", "prompt", "step"), [(0.7, 6, 10), (0.95, 2, 14)])
+@pytest.mark.parametrize(("sparsity", "prompt", "step"), [(0.95, 2, 14)])
 def test_dart_waits_for_evidence_and_keeps_a_floor(sparsity, prompt, step):
     ids = other_topic(3, prompt, 80)
     wanted = agreed(tiny("llama", 3), ids, prompt, "dart", sparsity, ("masked", "native"))
     assert wanted.masks[0][0] == step
     counts = [len(layer) for layer in wanted.masks[0][1]]
     assert sum(counts) == round((1 - sparsity) * LAYERS * WIDTH)
-
-
-def test_dart_after_more_windows_than_a_reference_holds():
-    """A prompt of 1,399 tokens is 139 windows, of which 128 count, and ages to 256 tokens."""
-    ids = other_topic(3, 1399, 100)
-    wanted = agreed(tiny("llama", 3), ids, 1399, "dart", 0.5, ("masked", "native"))
-    assert len(wanted.masks) == 2
 
 
 # the default model

@@ -46,16 +46,6 @@ def test_a_run_with_another_prompt_in_the_same_file_is_not_resumed(gpt2, texts, 
         assert [g["prompt"] for g in job.generations.values()] == [prompt, prompt]
 
 
-def test_given_masks_and_tables_are_not_called_dart_at_its_default(gpt2, texts):
-    made = run_job(settings(gpt2, texts), Ui(quiet=True))
-    own = {"masks": str(made.path / "masks.safetensors"), "sparsity": None, "method": "dart"}
-    job = run_job(settings(gpt2, texts, **own), Ui(quiet=True))
-    text = job.generations["pruned"]
-    assert (text["method"], text["sparsity"]) == ("fixed masks", None)
-    table = run_job(settings(gpt2, texts, sparsity=None, layer_topk="all:0.5"), Ui(quiet=True))
-    assert table.generations["pruned"]["sparsity"] is None
-
-
 def test_settings_that_ended_in_a_traceback_or_were_dropped():
     for given, words in (
         ({"temperature": -1.0}, "--temperature -1"),

@@ -16,7 +16,6 @@ from products import cases
 from steps import (
     decode,
     new_cache,
-    pruned,
     shared_model,
     step,
     storages,
@@ -49,7 +48,7 @@ SPARSITIES = (0.25, 0.5, 0.75)
 @pytest.mark.contract("accounting equals a count by hooks")
 @pytest.mark.parametrize(
     ("name", "sparsity"),
-    cases([*product(SKIPPING, [0.5]), *product(["llama"], SPARSITIES)], SKIPPING, SPARSITIES),
+    cases([*product(("phi3", "gpt2", "bloom"), [0.5]), ("llama", 0.25)], SKIPPING, SPARSITIES),
 )
 def test_flops_drop_by_the_stated_ratio(name, sparsity):
     model = shared_model(name)
@@ -92,13 +91,6 @@ def test_the_report_states_what_the_counter_sees(name, method):
 
 
 @pytest.mark.contract("accounting equals a count by hooks")
-def test_opt_says_that_it_skips_nothing():
-    report = pruned(shared_model("opt"), tokens(1, 90), 70)[0].report()
-    assert report.executor == "masked" and report.achieved_sparsity == 0.5
-    assert report.ffn_bytes_share >= 1 and report.ffn_bytes_share_if_compact < 0.7
-
-
-@pytest.mark.contract("accounting equals a count by hooks")
 def test_layers_that_stay_dense_are_not_counted_as_copied():
     for masks, decoded, wanted in (
         ({}, 4, 1.0),
@@ -115,7 +107,7 @@ def test_layers_that_stay_dense_are_not_counted_as_copied():
     ("name", "method", "executor"),
     [
         *(("llama-bias", "dart", executor) for executor in ("auto", "masked")),
-        *(("phi3", "griffin", "auto"), ("gpt2", "published", "masked"), ("opt", "dart", "auto")),
+        *(("gpt2", "published", "masked"), ("opt", "dart", "auto")),
         *(("llama-bias", "dart-token", "auto"), ("opt", "dart-token", "masked")),
     ],
 )

@@ -5,10 +5,8 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dart_llm.native.build import ops
 from dart_llm.session.run import prune
 from steps import Same, apart, decode
 from tiny import HIDDEN, LAYERS, WIDTH, tiny, tokens
@@ -23,20 +21,6 @@ HALF = {layer: list(range(WIDTH // 2)) for layer in range(LAYERS)}
 def _pruned(model, executor):
     with prune(model, masks=HALF, executor=executor):
         return decode(model, IDS, PROMPT)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("inference", [False, True])
-def test_laying_out_changes_nothing_but_strides(inference, dtype):
-    with torch.inference_mode(inference):
-        parameter = nn.Parameter(torch.randn(5, 7).to(dtype))
-        values, address = parameter.detach().clone(), parameter.data_ptr()
-    for columns, strides in ((True, (1, 5)), (False, (7, 1))):
-        version = None if inference else parameter._version
-        ops().lay_out(parameter, columns)
-        assert torch.equal(parameter, values) and parameter.stride() == strides
-        assert parameter.data_ptr() == address and parameter.requires_grad and parameter.is_leaf
-        assert inference or parameter._version == version + 1
 
 
 def _saved(folder):

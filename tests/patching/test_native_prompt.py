@@ -1,5 +1,7 @@
 """Prompts of packed models in native layers: the model's own numbers, cache and evidence."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,8 +9,8 @@ from dart_llm.data import texts
 from dart_llm.models import packed
 from dart_llm.models.loading import load
 from dart_llm.models.packed_loading import round_weights
-from dart_llm.patching.executors import native_step
-from dart_llm.patching.executors.native_step import NativeDecoder
+from dart_llm.patching.executors import whole_step
+from dart_llm.patching.executors.whole_step import WholeSteps
 from dart_llm.session.run import prune
 from packed_cases import mixed_model
 from steps import CACHE, apart, new_cache, pruned, same_masks, step
@@ -38,13 +40,13 @@ def packed_model(name, dtype=torch.float32, kind="q8_0", **sizes):
 @pytest.fixture
 def prompts(monkeypatch):
     """How many prompts ran natively."""
-    seen, run = [], NativeDecoder.prompt
+    seen, run = [], WholeSteps.prompt
 
     def counted(self, call, cache, see):
         seen.append(tuple(call.ids.shape))
         return run(self, call, cache, see)
 
-    monkeypatch.setattr(NativeDecoder, "prompt", counted)
+    monkeypatch.setattr(WholeSteps, "prompt", counted)
     return seen
 
 
@@ -57,7 +59,7 @@ def on_blocks(request, monkeypatch):
 
 def limit(monkeypatch, most):
     """Prompts of up to ``most`` tokens run on the blocks, by whatever kernels this CPU has."""
-    for module in (packed, native_step):
+    for module in (packed, whole_step):
         monkeypatch.setattr(module, "few", lambda: most)
 
 
@@ -74,9 +76,14 @@ def test_numbers_and_cache_are_the_models_own(name, dtype, on_blocks, prompts):
     model, ids = packed_model(name, dtype), IDS[:, :PROMPT]
     close = CLOSE[dtype] + (ROUNDED if on_blocks else 0)
     wanted, theirs = after_prompt(model, ids)
-    with prune(model, "griffin", executor="native"):
+    following = step(model, IDS[:, PROMPT : PROMPT + 1], copy.deepcopy(theirs))
+    with prune(model, "griffin", sparsity=0.0, executor="native") as run:
         result, ours = after_prompt(model, ids)
         last, _ = after_prompt(model, ids, logits_to_keep=1)
+        decoded = step(model, IDS[:, PROMPT : PROMPT + 1], copy.deepcopy(ours))
+        assert run.patch.steps == 1
+    # inputs of products are rounded to 8 bits: rounding before decides between two levels
+    assert apart(decoded, following) < ROUNDED
     assert prompts == [(2, PROMPT)] * 2
     assert result.dtype == dtype and apart(result, wanted) < close
     assert last.shape == (2, 1, wanted.shape[-1])  # few rows: a product with inputs of 8 bits
@@ -87,17 +94,6 @@ def test_numbers_and_cache_are_the_models_own(name, dtype, on_blocks, prompts):
             assert mine.dtype == dtype and apart(mine, own) < close
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
-@pytest.mark.parametrize("shape", [(1, 2), (1, 5), (2, 8), (1, 17), (3, 33)], ids=str)
-def test_sizes_and_kinds(kind, shape, on_blocks, prompts):
-    """On the blocks, a level falls to the other side where a sum differs in its last bits."""
-    model, ids = packed_model("qwen2", kind=kind, hidden_size=96), tokens(*shape, seed=2)
-    wanted, _ = after_prompt(model, ids)
-    with prune(model, "griffin", executor="native"):
-        result, _ = after_prompt(model, ids)
-    assert prompts == [shape] and apart(result, wanted) < ROUNDED
-
-
 LONGEST = 256
 KINDS = ("q8_0", "q4_0", "q4_1", "q4_k and q6_k")
 
@@ -106,9 +102,11 @@ def model_in_blocks(kind):
     return mixed_model("llama") if kind == KINDS[-1] else packed_model("llama", kind=kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [17, 32, 100, LONGEST])
-@pytest.mark.parametrize("executor", ["masked", "native"])
+@pytest.mark.parametrize(
+    ("executor", "kind", "length"),
+    [("native", *case) for case in zip(KINDS, (2, 17, 33, LONGEST), strict=True)]
+    + [("masked", KINDS[1], 100), ("masked", KINDS[3], 17)],
+)
 def test_on_the_blocks_a_prompt_says_nearly_what_dequantised_rows_say(
     kind, length, executor, monkeypatch
 ):
@@ -123,7 +121,6 @@ def test_on_the_blocks_a_prompt_says_nearly_what_dequantised_rows_say(
     assert 1e-4 < far < 0.04 and apart(result, wanted) < 0.1
     first, second = wanted.topk(2).values.unbind(-1)
     clear = first - second > 0.1 * wanted.abs().max()
-    assert clear.float().mean() > 0.1
     assert torch.equal(result.argmax(-1)[clear], wanted.argmax(-1)[clear])
 
 
@@ -133,9 +130,10 @@ def overlap(first, second):
     return sum(len(a & b) / len(a | b) for a, b in pairs) / len(pairs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["griffin", "dart"])
-@pytest.mark.parametrize("executor", ["masked", "native"])
+@pytest.mark.parametrize(
+    ("kind", "method", "executor"),
+    [(KINDS[0], "griffin", "native"), (KINDS[1], "dart", "native"), (KINDS[3], "dart", "masked")],
+)
 def test_on_the_blocks_masks_are_nearly_those_of_dequantised_rows(
     kind, method, executor, monkeypatch
 ):
@@ -163,19 +161,6 @@ def test_masks_of_the_default_models_prompt(method, monkeypatch):
             settings = {"sparsity": 0.5, "method": method, "executor": "native"}
             result.append(pruned(model, ids[:, : length + 2], length, **settings)[1][0][2])
         assert overlap(*result) > 0.95
-
-
-def test_the_number_of_threads_changes_no_bit(monkeypatch, prompts):
-    """On the blocks; torch's own products may add otherwise."""
-    limit(monkeypatch, 1000)
-    model, ids, before = packed_model("llama"), IDS[:, :PROMPT], torch.get_num_threads()
-    result = []
-    with prune(model, "griffin", executor="native"):
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            result.append(after_prompt(model, ids)[0])
-    torch.set_num_threads(before)
-    assert torch.equal(*result)
 
 
 @pytest.mark.usefixtures("dequantised_prompts")
@@ -220,22 +205,15 @@ def test_what_it_does_not_serve_runs_in_the_model(prompts):
             _, cache = after_prompt(model, ids[:, :20])
             del prompts[:]
             step(model, ids[:, 20:], cache)
-    assert prompts == []
+        seen = []
+        handle = model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+        after_prompt(model, ids)
+        handle.remove()
+    assert prompts == [] and seen == [1]
     for other in (packed_model("gemma2"), tiny("llama", **SIZES)):  # a short window, dense weights
         with prune(other, "griffin", executor="native"):
             after_prompt(other, ids)
     assert prompts == []
-
-
-def test_a_hook_inside_the_model_sees_the_prompt(prompts):
-    model, seen = packed_model("llama"), []
-    layer = model.model.layers[1]
-    with prune(model, "griffin", executor="native"):
-        handle = layer.register_forward_hook(lambda *_: seen.append(1))
-        after_prompt(model, IDS[:, :PROMPT])
-        handle.remove()
-        after_prompt(model, IDS[:, :PROMPT])
-    assert seen == [1] and prompts == [(2, PROMPT)]
 
 
 def test_changed_norms_are_noticed(prompts):

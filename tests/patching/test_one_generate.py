@@ -9,8 +9,8 @@ import torch
 from dart_llm import prune
 from dart_llm.errors import AttachError, ConfigError, DartError
 from dart_llm.models.agreement import signature
-from steps import Same, generate
-from tiny import tiny
+from steps import Same, generate, new_cache, step
+from tiny import tiny, tokens
 
 
 def test_a_second_generate_is_refused_and_the_run_goes_on():
@@ -66,7 +66,7 @@ def halted(model, ids, halt):
 
 
 IDS = torch.tensor([[5, 6, 7, 8]])
-EXECUTORS = pytest.mark.parametrize("executor", ["native", "compact", "masked"])
+EXECUTORS = pytest.mark.parametrize("executor", ["native", "compact"])
 
 
 @pytest.mark.usefixtures("native")
@@ -129,3 +129,27 @@ def test_attributes_that_change_while_they_are_read():
 
     held[Name("one")] = 1
     assert signature(module)
+
+
+def test_two_threads_are_told_apart():
+    model, ids, messages = tiny(), tokens(1, 12), []
+
+    def run():
+        try:
+            step(model, ids, new_cache(model))
+        except ConfigError as error:
+            messages.append(str(error))
+
+    def meanwhile(*_):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(60)
+
+    with prune(model, "griffin", sparsity=0.5):
+        handle = model.model.layers[1].register_forward_pre_hook(meanwhile)
+        run()
+        handle.remove()
+        assert generate(model, ids, 3).sequences.shape == (1, 15)
+    assert messages == [
+        "another thread is running this model: a pruned model runs one forward at a time"
+    ]

@@ -50,7 +50,7 @@ def run_by(config, winners=2, plain=False):
     block = three_neurons(plain)
     mask = TokenMask(torch.arange(3), 3, winners=winners)
     x = torch.tensor([[X]])
-    _, z = ways.token_ffn(block, config).run_dense(block.down, x, x, [mask])
+    _, z = ways.token_ffn(block, config).run_dense(block.down, x, x, mask)
     return z.flatten().tolist()
 
 

@@ -20,7 +20,8 @@ class Changes:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
-        self._replaced: list[Replacement] = []
+        self._replaced: list[tuple[nn.Module, str, Replacement, Any]] = []
+        """With the forward of the module's class at that time."""
 
     def hook(
         self,
@@ -46,13 +47,21 @@ class Changes:
             else:
                 module.__dict__.pop(name, None)
 
-        self._replaced.append(replacement)
+        self._replaced.append((module, name, replacement, type(module).forward))
         self._undo.append(undo)
         module.__dict__[name] = replacement
 
+    def overwritten(self, root: nn.Module) -> nn.Module | None:
+        """A module below ``root`` whose replaced forward is not in force any more, or None."""
+        for module, name, _, forward in self._replaced:
+            in_force = isinstance(module.__dict__.get(name), Replacement)
+            if module is not root and not (in_force and type(module).forward is forward):
+                return module
+        return None
+
     def end(self) -> None:
         """Every replaced method runs as the original from now on, whoever calls it."""
-        for replacement in self._replaced:
+        for _, _, replacement, _ in self._replaced:
             replacement.end()
 
     def undo(self) -> None:

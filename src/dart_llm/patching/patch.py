@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models import calls, describe
-from dart_llm.models.agreement import NotCopied, Replacement
+from dart_llm.models.agreement import NotCopied, Replacement, is_compiled
 from dart_llm.models.calls import Loop, OwnLoop, bare_call
 from dart_llm.models.packed import memory_of
 from dart_llm.models.screen import Screen
-from dart_llm.models.steps import attention_by_inputs
+from dart_llm.models.steps import attention_by_inputs, step_unsupported_reason
 from dart_llm.models.token_loop import TokenLoop, can_stand_in
 from dart_llm.native.memory import into_huge_pages
 from dart_llm.patching.changes import Changes
@@ -31,15 +31,14 @@ from dart_llm.patching.executors.native_ffn import (
     native_linears,
     not_in_place_reason,
 )
-from dart_llm.patching.executors.native_step import NativeDecoder
 from dart_llm.patching.executors.screened_head import ScreenedHead
-from dart_llm.patching.executors.step_check import no_steps_reason
+from dart_llm.patching.executors.step_check import disagreement_reason
 from dart_llm.patching.executors.token_ffn import (
     WHOLE_STEPS,
     token_ffn,
     warn_if_slower_than_dense,
 )
-from dart_llm.patching.executors.whole_step import WholeStepForward
+from dart_llm.patching.executors.whole_step import WholeSteps
 from dart_llm.patching.patched_ffn import PatchedFFN
 from dart_llm.patching.watch import Turn, Watch
 from dart_llm.pruning.config import TokenConfig
@@ -52,6 +51,9 @@ logger = logging.getLogger("dart_llm")
 _active: weakref.WeakSet[ModelPatch] = weakref.WeakSet()
 """Weak: an attached model without other references is freed with its patch."""
 
+
+IDLE = ForwardPlan(False, False, ())
+"""Between forwards."""
 
 OnForward = Callable[[Tensor | None, bool], None]
 """Called with the ids [B, T] of the next forward, and whether it decodes."""
@@ -74,39 +76,30 @@ class ModelPatch(NotCopied):
         many: bool = False,
         screen: Screen | None = None,
     ) -> None:
-        self.model = model
-        self.controller = controller
-        self.executor = executor
-        self.layers = [PatchedFFN(block, self) for block in view.blocks]
-        self.plan = ForwardPlan(False, False, ())
-        self.rows = 1
-        self.forced_decode = 0
-        self.forced_prompt = 0
+        self.model, self.controller, self.executor = model, controller, executor
+        self.layers = [PatchedFFN(block, self, executor) for block in view.blocks]
+        self.plan, self.rows = IDLE, 1
+        self.forced_decode = self.forced_prompt = 0
+        self.loop: Loop | OwnLoop | None = None
+        self.layout = Layout()
+        self.whole_steps: WholeSteps | None = None
+        self.no_steps: str | None = None
+        """Under ``native``: why whole steps cannot run; None if they can."""
+        self.head = None if screen is None else ScreenedHead(model, screen, view.parameter_bytes)
+        self._view, self._many = view, many
+        self._native: list[NativeFfn] = []
+        self._changes = Changes()
+        self._watch = Watch(model, self.layers, self._changes)
         self._turn = Turn(model, self)
         self._begun = False
         """Whether the next forward of the model was planned already."""
-        self.loop: Loop | OwnLoop | None = None
-        self._view, self._many = view, many
-        self.layout = Layout()
-        self._native: list[NativeFfn] = []
-        self.whole_steps: WholeStepForward | None = None
-        self.no_steps: str | None = None
-        """Under ``native``: why whole steps cannot run; None if they can."""
-        self.head: ScreenedHead | None = None
-        if screen is not None:
-            self.head = ScreenedHead(model, screen, view.parameter_bytes)
-        self._watch = Watch(model, self.layers)
-        self._changes = Changes()
-        self._on_forward: OnForward | None = None
-        self._steps_before = 0
-        self._released = self._served = 0
-        self._streams = False
-        self._signals: set[str] = set()
-        self._token: TokenConfig | None = None
-        self._attention = False
-        """Whether the projections of attention are hooked."""
         self._decodes = False
         """Whether the forward that runs is one of decoded tokens."""
+        self._on_forward: OnForward | None = None
+        self._steps_before = self._released = self._served = 0
+        self._hooked: set[str] = set()
+        """What hooks on the layers read already: the stream, attention, signals of drift."""
+        self._token: TokenConfig | None = None
 
     def install(self) -> None:
         """Attach; raises ``AttachError`` if the model is attached already, without a trace."""
@@ -115,7 +108,7 @@ class ModelPatch(NotCopied):
         try:
             self._turn.reserve()
             self._install()
-            self._turn.free()
+            self._turn.reserve(False)
         except BaseException:
             self.remove()
             raise
@@ -123,62 +116,34 @@ class ModelPatch(NotCopied):
     def _install(self) -> None:
         """Later steps replace or lay out what earlier ones hooked."""
         native = self.executor == "native"
-        # without masks or observation only tokens are counted, except by the native kernels
-        prunes = native or self._many or not _only_counts(self.controller)
         if native:  # before anything stands on the model
-            self.no_steps = no_steps_reason(self.model) or not_in_place_reason(
-                self.model, (), attention_by_inputs(self.model)
-            )
-        self._hook_root()
-        self._wrap_generate()
+            self.no_steps = _no_steps_reason(self.model)
+        self._changes.hook(self.model, self._before, before=True, with_kwargs=True)
+        self._changes.hook(self.model, self._after)
+        for name, run in ((calls.GENERATE, self._run_generate), (calls.PREFILL, self._run_prefill)):
+            if hasattr(self.model, name):
+                self._changes.replace(self.model, name, run)
         self._turn.begin()
-        if prunes:
-            self._replace_ffns()
-            if self.executor == "cuda":
-                for layer in self.layers:
-                    layer.go_cuda()
+        # without masks or observation only tokens are counted, except by the native kernels
+        if native or self._many or not _only_counts(self.controller):
+            for layer in self.layers:
+                host = layer.block.host
+                name = "_old_forward" if hasattr(host, "_hf_hook") else "forward"
+                self._changes.replace(host, name, layer.run)
             self._equip(self.controller)
         if native:
-            self._lay_out_weights()
+            self._native = [layer.lay_out(self.layout) for layer in self.layers]
+            for module, run in native_linears(self.model, self._view.blocks):
+                self._changes.replace(module, "forward", run)
         if self.head is not None:
-            self._screen_head(self.head, native)
+            if native:  # before anything reads the layout of the head
+                self.head.go_native(self.layout)
+            self._changes.replace(self.head.module, "forward", self._run_head)
         if native:
             self._replace_steps()
             screen = () if self.head is None else self.head.screen.tensors()
             into_huge_pages([*memory_of(self.model), *screen])
-            self._make_room(self.controller)
-            self._watch.remember_places()
-        self._watch.look()
-
-    def _hook_root(self) -> None:
-        self._changes.hook(self.model, self._before, before=True, with_kwargs=True)
-        self._changes.hook(self.model, self._after)
-
-    def _wrap_generate(self) -> None:
-        runs = {calls.GENERATE: self._run_generate, calls.PREFILL: self._run_prefill}
-        for name, run in runs.items():
-            if hasattr(self.model, name):
-                self._changes.replace(self.model, name, run)
-
-    def _replace_ffns(self) -> None:
-        for layer in self.layers:
-            host = layer.block.host
-            name = "_old_forward" if hasattr(host, "_hf_hook") else "forward"
-            self._changes.replace(host, name, layer.run)
-            self._watch.hosts.append((host, name, type(host).forward))
-
-    def _lay_out_weights(self) -> None:
-        """Lay the weights out for the native kernels, which run other projections too."""
-        self._native = [layer.go_native(self.layout) for layer in self.layers]
-        for linear in native_linears(self.model, self._view.blocks):
-            self._changes.replace(linear.module, "forward", linear.run)
-            self._watch.linears.append(linear.module)
-
-    def _screen_head(self, head: ScreenedHead, native: bool) -> None:
-        """Score decoded tokens by the screen, before anything reads the layout of the head."""
-        if native:
-            head.go_native(self.layout)
-        self._changes.replace(head.module, "forward", self._run_head)
+        self._watch.look(reads_weights=native)
 
     def _run_head(self, original: Callable[..., Any], hidden: Tensor) -> Any:
         head = self._head_of(self.controller)
@@ -192,12 +157,16 @@ class ModelPatch(NotCopied):
 
     def _replace_steps(self) -> None:
         """Take whole decode steps over, where that is possible."""
+        if self.no_steps is None:
+            weights: list[Any] = [part.weight for part in attention_by_inputs(self.model)]
+            for weight in weights:
+                self.layout.neuron_rows(weight.detach().t(), weight)
+            self.no_steps = disagreement_reason(self.model, self._native)
         if self.no_steps is not None:
             logger.info("native without whole steps: the model %s", self.no_steps)
             return
-        decoder = NativeDecoder(self.model, self._native, self.layout)
-        self.whole_steps = WholeStepForward(self.model, decoder, lambda: self.controller)
-        self.whole_steps.take_head(self._head_of(self.controller))
+        self.whole_steps = WholeSteps(self.model, self._native, lambda: self.controller)
+        self.whole_steps.use_head(self._head_of(self.controller))
         self._changes.replace(self.model, "forward", self._run_forward)
 
     def serve(self, controller: PruningController) -> None:
@@ -205,13 +174,12 @@ class ModelPatch(NotCopied):
         for layer in self.layers:
             layer.unload()
         if self.whole_steps is not None:
-            self.whole_steps.decoder.unload()
+            self.whole_steps.unload()
             self._served = self.whole_steps.steps
-            self.whole_steps.take_head(self._head_of(controller))
+            self.whole_steps.use_head(self._head_of(controller))
         if self.head is not None:
             self.head.forget()
-        self.plan = ForwardPlan(False, False, ())
-        self._make_room(controller)
+        self.plan, self.layout.room = IDLE, None
         self._equip(controller)
         self.controller = controller
 
@@ -219,37 +187,26 @@ class ModelPatch(NotCopied):
         """Add what ``controller`` is the first to need: hooks, low-bit proxies."""
         if _only_counts(controller):
             return
-        if controller.selector.statistics.needs_stream and not self._streams:
-            self._streams = True
+        if controller.selector.statistics.needs_stream and "stream" not in self._hooked:
+            self._hooked.add("stream")
             for layer in self.layers:
                 layer.hook_stream(self._changes)
-        self._equip_tokens(controller)
-        signal = controller.config.drift.signal
-        if controller.rule.window and signal not in self._signals:
-            self._signals.add(signal)
-            source = self._view.signal(signal)
-            self._changes.hook(source, self._signal_hook(signal))
-
-    def _make_room(self, controller: PruningController) -> None:
-        """Reserve memory for the compact weights of ``controller``'s masks, if their size is known.
-
-        Now, as the system takes longer to provide it than the copying does.
-        """
-        counts = controller.expected_counts() if self._native else []
-        pairs = zip(self._native, counts, strict=True)
-        self.layout.make_room(sum(ffn.copied_bytes(count) for ffn, count in pairs))
-
-    def _equip_tokens(self, controller: PruningController) -> None:
-        """Prepare per-token selection: low-bit proxies, hooks on attention."""
-        config, fixed = controller.config.token, controller.fixed_masks
+        config, fixed = controller.config, controller.fixed_masks
         selects = fixed is None or any(isinstance(mask, TokenMask) for mask in fixed)
-        if config is None or not selects or config == self._token:
-            return
+        if config.token is not None and selects and config.token != self._token:
+            self._select_per_token(config.token)
+        signal = config.drift.signal
+        if controller.rule.window and f"signal {signal}" not in self._hooked:
+            self._hooked.add(f"signal {signal}")
+            self._changes.hook(self._view.signal(signal), self._signal_hook(signal))
+
+    def _select_per_token(self, config: TokenConfig) -> None:
+        """Make low-bit proxies and whatever else the rule prepares; hook attention."""
         tokens = [token_ffn(layer.block, config) for layer in self.layers]
         for layer, token in zip(self.layers, tokens, strict=True):
             layer.select_per_token(token, self._changes)
-        if tokens[0].rule.attention and not self._attention:
-            self._attention = True
+        if tokens[0].rule.attention and "attention" not in self._hooked:
+            self._hooked.add("attention")
             for layer, projections in zip(self.layers, self._view.attention, strict=True):
                 layer.hook_attention(projections, self._changes)
         self._token = config
@@ -278,7 +235,7 @@ class ModelPatch(NotCopied):
         self.layout.restore()  # while the hooks keep the layout alive
         self._changes.undo()
         if self.whole_steps is not None:
-            self.whole_steps.decoder.unload()  # a run that is kept for its report keeps no copies
+            self.whole_steps.unload()  # a run that is kept for its report keeps no copies
         for layer in self.layers:
             layer.release()
         _active.discard(self)
@@ -287,16 +244,13 @@ class ModelPatch(NotCopied):
         if self._begun:
             self._begun = False
             return
-        self._take_turn()
         with outside_inference():
             self._plan_forward(calls.read_forward(model, args, kwargs))
 
-    def _take_turn(self) -> None:
+    def _plan_forward(self, seen: calls.ForwardArgs) -> None:
         if self._turn.take():  # the forward before was interrupted
             for layer in self.layers:
                 layer.forget()
-
-    def _plan_forward(self, seen: calls.ForwardArgs) -> None:
         self.rows = seen.rows
         call = self.loop.call(seen) if self.loop else bare_call(seen, self.forced_decode > 0)
         if call.kind is Kind.PREFILL:  # not at every token: it takes as long as a layer
@@ -310,10 +264,10 @@ class ModelPatch(NotCopied):
         self._decodes = call.kind is Kind.DECODE
         self.plan = self.controller.before_forward(call)
         if self._on_forward is not None:
-            steps = self.whole_steps.steps if self.whole_steps else 0
-            if steps == self._steps_before:  # the layers ran one by one since
-                self._forget_selections()
-            self._steps_before = steps
+            for layer in self.layers:
+                if layer.token is not None:
+                    layer.token.marks = None
+            self._steps_before = self.whole_steps.steps if self.whole_steps else 0
             self._on_forward(seen.input_ids, self._decodes)
 
     def watch(self, on_forward: OnForward | None) -> None:
@@ -322,14 +276,9 @@ class ModelPatch(NotCopied):
         for layer in self.layers:
             if layer.token is not None:
                 layer.token.watched = on_forward is not None
-        if self.whole_steps is not None:
-            self.whole_steps.decoder.watch(on_forward is not None)
-        self._forget_selections()
-
-    def _forget_selections(self) -> None:
-        for layer in self.layers:
-            if layer.token is not None:
                 layer.token.marks = None
+        if self.whole_steps is not None:
+            self.whole_steps.native.watch(on_forward is not None)
 
     def selected(self, layers: Sequence[int]) -> Tensor | list[Tensor]:
         """What the tokens of the newest forward selected in ``layers``, while watched.
@@ -337,7 +286,7 @@ class ModelPatch(NotCopied):
         As of ``PatchedFFN.selected``; after a whole step one tensor of all these layers.
         """
         if self.whole_steps is not None and self.whole_steps.steps > self._steps_before:
-            every = self.whole_steps.decoder.selected()
+            every: Tensor = self.whole_steps.native.marks()  # [L, B, I / 8]: zeros in other layers
             return every if len(layers) == len(every) else every[list(layers)]
         return [self.layers[index].selected() for index in layers]
 
@@ -352,32 +301,26 @@ class ModelPatch(NotCopied):
         self._turn.check()
         if whole is None or not self._is_alone() or not whole.continues(cache):
             return None
-        self._take_turn()
         with outside_inference():
-            seen = calls.ForwardArgs(cache.get_seq_length(), 1, 1, ids, None, cache)
-            self._plan_forward(seen)
+            self._plan_forward(calls.ForwardArgs(cache.get_seq_length(), 1, 1, ids, None, cache))
         logits = whole.decode(ids, cache, forbidden)
         if logits is None:
             self._begun = True
         else:
-            self._end_forward()
+            self._after()
         return logits
 
     def _is_alone(self) -> bool:
         """Whether a call of the model runs nothing but this patch."""
-        model = self.model
-        hooks = len(model._forward_pre_hooks), len(model._forward_hooks)
-        forward = model.__dict__.get("forward")
+        hooks = len(self.model._forward_pre_hooks), len(self.model._forward_hooks)
+        forward = self.model.__dict__.get("forward")
         ours = isinstance(forward, Replacement) and forward.make == self._run_forward
         return hooks == (1, 1) and self._watch.steps and ours
 
-    def _after(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._end_forward()
-
-    def _end_forward(self) -> None:
+    def _after(self, *_: Any) -> None:
         self._turn.end()
         self.controller.after_forward()
-        self.plan = ForwardPlan(False, False, ())
+        self.plan = IDLE
 
     def _signal_hook(self, signal: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -406,8 +349,8 @@ class ModelPatch(NotCopied):
             self._turn.check()  # else some of its tokens are dense
             return generated
         finally:
-            self.loop, self.plan, self._begun = None, ForwardPlan(False, False, ()), False
-            self._turn.free()
+            self.loop, self.plan, self._begun = None, IDLE, False
+            self._turn.reserve(False)
             if loop.cache is not None:
                 self.controller.end_generate(int(loop.cache.get_seq_length()))
 
@@ -424,9 +367,9 @@ class ModelPatch(NotCopied):
 
     def nbytes(self) -> int:
         """Bytes beside model, cache and states; after ``remove`` those before it."""
-        steps = 0 if self.whole_steps is None else self.whole_steps.decoder.nbytes()
-        steps += 0 if self.head is None else self.head.nbytes()
-        return self._released or steps + sum(layer.nbytes() for layer in self.layers)
+        steps = 0 if self.whole_steps is None else self.whole_steps.nbytes()
+        head = 0 if self.head is None else self.head.nbytes()
+        return self._released or steps + head + sum(layer.nbytes() for layer in self.layers)
 
     @property
     def steps(self) -> int:
@@ -437,6 +380,15 @@ class ModelPatch(NotCopied):
     def installed(self) -> bool:
         """False after its run or ``restore`` removed it."""
         return self in _active
+
+
+def _no_steps_reason(model: nn.Module) -> str | None:
+    """Why ``model``, before anything stands on it, cannot be decoded by whole steps."""
+    if is_compiled(model):
+        return "was compiled by torch"
+    if reason := step_unsupported_reason(model):
+        return reason
+    return not_in_place_reason(model, (), attention_by_inputs(model))
 
 
 def _only_counts(controller: PruningController) -> bool:  # nothing is masked or watched

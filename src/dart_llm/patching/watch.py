@@ -13,7 +13,6 @@ from torch import nn
 
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.agreement import (
-    Replacement,
     agreement,
     is_patched,
     parts_of,
@@ -21,52 +20,44 @@ from dart_llm.models.agreement import (
     weights_unsupported_reason,
 )
 from dart_llm.models.packed import PackedTensor, place_of
+from dart_llm.patching.changes import Changes
 from dart_llm.patching.patched_ffn import PatchedFFN
 
 LEAVE = "while this model is being pruned: leave the block first, or call dart_llm.restore(model)"
+
+SMALL = 4096
+"""Values of a buffer that is compared: scales and the frequencies of rotary embeddings."""
 
 
 class Watch:
     """Whether what replaces parts of an attached model may still do so.
 
     ``steps``: whether whole steps may run, once they could when the model was attached.
-    ``hosts``: modules whose forward was replaced, under which name, and that of their class;
-    ``linears``: those whose forward was replaced by a product with their weights.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[PatchedFFN]) -> None:
-        self.hosts: list[tuple[nn.Module, str, Any]] = []
-        self.linears: list[nn.Linear] = []
+    def __init__(self, model: nn.Module, layers: Sequence[PatchedFFN], changes: Changes) -> None:
         self.steps = True
-        self._model, self._layers = model, layers
+        self._model, self._layers, self._changes = model, layers, changes
         self._plain = [agreement(layer.block).weights for layer in layers]
+        self._ffns, self._mark = self._ffn_marks(), _model_mark(model)
         self._places: list[tuple[Any, ...]] = []
-        self._ffns = self._ffn_marks()
-        self._mark = _model_mark(model)
 
-    def remember_places(self) -> None:
-        """The native kernels read the weights at their present addresses."""
-        self._places = _weight_places(parts_of(self._model))
-
-    def look(self) -> None:
+    def look(self, reads_weights: bool = False) -> None:
         """Fall back where that is right; raise ``AttachError`` for what cannot run any more.
 
         A layer whose projections have hooks or other forwards runs as by ``masked``; a model in
-        which anything else changed runs its own steps.
+        which anything else changed runs its own steps.  ``reads_weights``: kernels read the weights
+        at their present addresses from now on.
         """
         if torch.compiler.is_compiling():  # torch cannot trace this, nor any native call
             return
         parts = parts_of(self._model)
+        if reads_weights:
+            self._places = _weight_places(parts)
         if self._places and self._places != _weight_places(parts):
             raise AttachError(f"weights were replaced or moved {LEAVE}")
-        for host, name, forward in self.hosts:
-            ours = isinstance(host.__dict__.get(name), Replacement)
-            if not ours or type(host).forward is not forward:
-                raise AttachError(f"the forward of a {type(host).__name__} was changed {LEAVE}")
-        kinds = (type(linear) for linear in self.linears)
-        odd = next((kind.__name__ for kind in kinds if kind is not nn.Linear), "")
-        if odd:
-            raise AttachError(f"a linear layer was made a {odd} {LEAVE}")
+        if (changed := self._changes.overwritten(self._model)) is not None:
+            raise AttachError(f"the forward of a {type(changed).__name__} was changed {LEAVE}")
         for layer, plain in zip(self._layers, self._plain, strict=True):
             reason = weights_unsupported_reason(layer.block, attached=True)
             layer.by_weights = plain and reason is None
@@ -76,21 +67,15 @@ class Watch:
         self.steps = same and not any(map(is_patched, parts[1:]))
 
     def _ffn_marks(self) -> list[tuple[Any, ...]]:
-        blocks = [layer.block for layer in self._layers]
-        return [signature(block.ffn, without=block.projections) for block in blocks]
-
-
-SMALL = 4096
-"""Values of a buffer that is compared: scales and the frequencies of rotary embeddings."""
+        return [signature(each.block.ffn, each.block.projections) for each in self._layers]
 
 
 def _model_mark(model: Any) -> tuple[Any, ...]:
     """What whole steps read once, beside the weights: code, numbers, small buffers, settings."""
-    buffers = [t for t in model.buffers() if t.numel() <= SMALL and not t.is_meta]
+    buffers = [t.tolist() for t in model.buffers() if t.numel() <= SMALL and not t.is_meta]
     text = model.config.get_text_config()
     names = ("_attn_implementation", "attn_logit_softcapping", "final_logit_softcapping")
-    settings = [getattr(text, name, None) for name in names]
-    return signature(model), [t.tolist() for t in buffers], settings
+    return signature(model), buffers, [getattr(text, name, None) for name in names]
 
 
 def _weight_places(parts: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
@@ -112,7 +97,8 @@ class Turn:
     def __init__(self, *owners: object) -> None:
         self._owners = owners
         self._runs = self._generates = 0
-        self.is_over = False
+        """The threads of the newest forward, until it is done, and of ``generate``."""
+        self._is_over = False
 
     def take(self) -> bool:
         """A forward begins: whether the one before it was left unfinished.
@@ -131,7 +117,7 @@ class Turn:
 
     def check(self) -> None:
         """Raise ``AttachError`` after ``close``."""
-        if self.is_over:
+        if self._is_over:
             raise AttachError(
                 "the run was left while another thread was generating in it: let it wait for that "
                 "thread, or use one lock for both"
@@ -141,13 +127,9 @@ class Turn:
         """The forward is done."""
         self._runs = 0
 
-    def reserve(self) -> None:
-        """``generate`` begins: until ``free`` no other thread's forward comes between."""
-        self._generates = threading.get_ident()
-
-    def free(self) -> None:
-        """``generate`` is done."""
-        self._generates = 0
+    def reserve(self, generates: bool = True) -> None:
+        """``generate`` begins or ends: in between no other thread's forward runs."""
+        self._generates = threading.get_ident() if generates else 0
 
     def begin(self) -> None:
         """Raise ``AttachError`` where another thread is in the middle of a text."""
@@ -160,7 +142,7 @@ class Turn:
 
     def close(self) -> None:
         """No forward begins any more, and none of another thread continues after this."""
-        self.is_over = True
+        self._is_over = True
         while self._runs != threading.get_ident() and self._is_inside(self._runs, RUNS):
             time.sleep(0.001)  # it reads what is freed next
 

@@ -43,7 +43,6 @@ from dart_llm.pruning.records import DriftCheck, Remask
 from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.sequence import Phase, SequenceState
 from dart_llm.pruning.statistics import LayerStatistics
-from dart_llm.pruning.token_level import TokenMask
 from dart_llm.pruning.weights import FfnWeights
 
 RemaskHook = Callable[[Remask, SequenceState], None]
@@ -80,21 +79,6 @@ class PruningController:
         self._pending: PendingForward | None = None
         self._lengths: list[float] = []
         """Unpadded length of each row before the current forward."""
-
-    def expected_counts(self) -> list[int]:
-        """How many neurons of each layer masks will keep, as far as no text is needed for it.
-
-        A budget divides their sum otherwise.  0: unknown, or each token selects its own.
-        """
-        if self.fixed_masks is not None:
-            return [
-                0 if mask is None or isinstance(mask, TokenMask) else mask.kept
-                for mask in self.fixed_masks
-            ]
-        selector = self.selector
-        if self.config.token is not None or self.config.score.strategy == "auto":
-            return [0] * len(selector.layers)
-        return [round(selector.keeps(i) * layer.width) for i, layer in enumerate(selector.layers)]
 
     @torch.no_grad()
     def before_forward(self, call: ForwardCall) -> ForwardPlan:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from dart_llm.errors import ConfigError
+from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.models.agreement import is_compiled, weights_unsupported_reason
 from dart_llm.models.ffn import FfnBlock
 from dart_llm.native.build import why_not
-from dart_llm.patching.executors.cuda_ffn import cuda_unsupported_reason
-from dart_llm.patching.executors.native_ffn import (
-    NO_MODULE,
-    native_unsupported_reason,
-    not_in_place_reason,
-)
+from dart_llm.patching.executors.native_ffn import native_unsupported_reason, not_in_place_reason
 from dart_llm.patching.executors.token_ffn import WHOLE_STEPS
 from dart_llm.pruning.registry import SCORES, TOKEN_RULES
 from dart_llm.pruning.selection import MaskSelector
@@ -37,29 +33,38 @@ def _reasons(executor: str, model: Any, blocks: Blocks) -> Iterator[tuple[str, s
     """Clauses, and the executor to use instead; ``masked`` runs everything."""
     if executor == "masked":
         return
-    yield from _layer_reasons(blocks, weights_unsupported_reason, "masked")
+    yield from _layer_reasons(blocks, [weights_unsupported_reason, _not_copied_reason], "masked")
     if executor == "compact":
-        yield from _layer_reasons(blocks, _not_copied_reason, "masked")
         return
     if is_compiled(model):
         yield "it was compiled by torch", "compact"
-    native = executor == "native"
-    kernels = native_unsupported_reason if native else cuda_unsupported_reason
-    yield from _layer_reasons(blocks, kernels, "compact")
-    if native and (reason := why_not() or not_in_place_reason(model, blocks)):
+    kernels = _no_triton_reason if executor == "cuda" else native_unsupported_reason
+    yield from _layer_reasons(blocks, [kernels], "compact")
+    if executor == "native" and (reason := why_not() or not_in_place_reason(model, blocks)):
         yield reason, "compact"
 
 
 def _layer_reasons(
-    blocks: Blocks, reason_of: Callable[[FfnBlock], str | None], instead: str
+    blocks: Blocks, checks: Sequence[Callable[[FfnBlock], str | None]], instead: str
 ) -> Iterator[tuple[str, str]]:
-    for block in blocks:
-        if reason := reason_of(block):
-            yield f"layer {block.index} {reason}", instead
+    for check in checks:
+        for block in blocks:
+            if reason := check(block):
+                yield f"layer {block.index} {reason}", instead
 
 
 def _not_copied_reason(block: FfnBlock) -> str | None:
-    return "is offloaded" if block.offloaded else NO_MODULE if block.inline else None
+    if block.offloaded:
+        return "is offloaded"
+    return "has no FFN module of its own" if block.inline else None
+
+
+def _no_triton_reason(block: FfnBlock) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        raise MissingExtra("triton", "gpu")
+    from dart_llm.patching.executors.cuda import cuda_unsupported_reason
+
+    return cuda_unsupported_reason(block)
 
 
 def choose_executor(selector: MaskSelector, blocks: Blocks, model: Any) -> str:
@@ -101,11 +106,6 @@ def check_executor(blocks: Blocks, selector: MaskSelector, model: Any, chooses: 
         )
 
 
-def effective_executor(executor: str, steps: int, states: Iterable[SequenceState]) -> str:
-    """``executor``; of ``native`` whether whole steps decoded tokens."""
-    return WHOLE_STEPS if steps and any(state.decoded for state in states) else executor
-
-
 def _reads_weights(selector: MaskSelector, layer: int) -> bool:
     """Whether masks are computed from the weights of ``layer`` too, not from activations alone."""
     if selector.config.compensation:
@@ -116,3 +116,8 @@ def _reads_weights(selector: MaskSelector, layer: int) -> bool:
         return bool(score(torch.zeros(weights.width), weights).is_meta)
     except RuntimeError:  # activations and offloaded weights do not mix
         return True
+
+
+def effective_executor(executor: str, steps: int, states: Iterable[SequenceState]) -> str:
+    """``executor``; of ``native`` whether whole steps decoded tokens."""
+    return WHOLE_STEPS if steps and any(state.decoded for state in states) else executor

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dart_llm.models.calls import TokenCall
@@ -14,7 +14,6 @@ from dart_llm.models.packed import PackedTensor
 from dart_llm.models.screen import Screen, divergence
 from dart_llm.native.build import ops, why_not
 from dart_llm.patching.executors.native_ffn import Layout
-from dart_llm.patching.executors.step_check import capped
 from dart_llm.patching.executors.token_ffn import STEP_ROWS
 from dart_llm.pruning.records import HeadReport
 
@@ -30,7 +29,7 @@ class ScreenedHead:
 
     def __init__(self, model: Any, screen: Screen, all_bytes: int) -> None:
         self.screen, self._all_bytes = screen, all_bytes
-        self.module: nn.Module = model.get_output_embeddings()
+        self.module: Any = model.get_output_embeddings()
         text = model.config.get_text_config()
         self._cap = float(getattr(text, "final_logit_softcapping", None) or 0)
         self._native: torch.dtype | None = None
@@ -56,8 +55,7 @@ class ScreenedHead:
 
     @property
     def _weight(self) -> Tensor:
-        weight: Any = self.module.weight
-        return weight.detach()  # type: ignore[no-any-return]
+        return self.module.weight.detach()  # type: ignore[no-any-return]
 
     def run(self, hidden: Tensor) -> Tensor:
         """The module's forward for decoded tokens, [..., D] to [..., V]."""
@@ -91,16 +89,9 @@ class ScreenedHead:
         return range(-self._tokens % EVERY, count, EVERY)
 
     def _by_kernels(self, hidden: Tensor) -> tuple[Tensor, int]:
-        screen = self.screen
-        weight = self._weight if self._packed is None else None
-        scores, exact = ops().screened_head(
-            hidden.contiguous(),
-            *screen.tensors(),
-            screen.keep,
-            screen.threshold,
-            weight,
-            self._packed,
-        )
+        screen, weight = self.screen, self._weight if self._packed is None else None
+        read = (*screen.tensors(), screen.keep, screen.threshold, weight, self._packed)
+        scores, exact = ops().screened_head(hidden.contiguous(), *read)
         return scores, sum(exact)
 
     def _by_torch(self, hidden: Tensor) -> tuple[Tensor, int]:
@@ -119,11 +110,10 @@ class ScreenedHead:
         if not self._tokens:
             return None
         weight = self._weight
-        read = self.screen.nbytes() / weight.nbytes
-        sampled = self._sampled / self._tokens
+        exact = self._exact / self._tokens / len(weight)
         return HeadReport(
             tokens=self._tokens,
-            bytes_share=read + self._exact / self._tokens / len(weight) + sampled,
+            bytes_share=self.screen.nbytes() / weight.nbytes + exact + self._sampled / self._tokens,
             sampled=self._sampled,
             same_share=self._same / self._sampled,
             kl=self._divergence / self._sampled,
@@ -133,3 +123,8 @@ class ScreenedHead:
     def nbytes(self) -> int:
         """Bytes beside the model."""
         return sum(tensor.nbytes for tensor in self.screen.tensors())
+
+
+def capped(x: Tensor, cap: float) -> Tensor:
+    """c tanh(x / c), or ``x`` where ``cap`` is 0."""
+    return cap * torch.tanh(x / cap) if cap else x

@@ -52,7 +52,6 @@ class CompactFfn:
         self.mask: LayerMask | None = None
         self.rows = self.columns = self.row_bias = self.bias = None  # type: Tensor | None
         self.linear: LowRank | None = None
-        self.owns_bias = False
 
     @torch.no_grad()
     def load(self, mask: LayerMask) -> None:
@@ -83,11 +82,8 @@ class CompactFfn:
             rows = [(zeros if bias is None else bias)[mask.ids] for bias in inputs]
             self.row_bias = torch.cat(rows)
         self.bias = down
-        assert self.columns is not None
-        if mask.bias is not None:
-            total = mask.bias if down is None else down.float() + mask.bias
-            self.bias = total.to(self.columns)
-        self.owns_bias = self.bias is not down and self.bias is not mask.bias
+        if mask.bias is not None and (total := total_bias(mask, down)) is not None:
+            self.bias = total.to(self.block.matrices()[1])
 
     def run(self, x: Tensor) -> Tensor:
         """z from the kept neurons alone."""
@@ -103,7 +99,8 @@ class CompactFfn:
 
     def nbytes(self) -> int:
         """Bytes of the compact weights, beside the mask itself."""
-        bias = self.bias if self.owns_bias else None
+        others = (self.block.biases()[2], None if self.mask is None else self.mask.bias)
+        bias = None if any(self.bias is other for other in others) else self.bias
         parts = (self.rows, self.columns, self.row_bias, bias)
         return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
@@ -129,12 +126,10 @@ def run_rows(
     return u @ down
 
 
-def stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """One tensor with zeros for what is missing; None where all are."""
-    some = next((part for part in parts if part is not None), None)
-    if some is None:
-        return None
-    return torch.stack([torch.zeros_like(some) if part is None else part for part in parts])
+def total_bias(mask: LayerMask, down: Tensor | None) -> Tensor | None:
+    """The bias of the down projection and that of a mask, [D] float32; None where there is none."""
+    parts = [bias.float() for bias in (down, mask.bias) if bias is not None]
+    return sum(parts[1:], parts[0]).contiguous() if parts else None
 
 
 def buffer(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
-"""The root forward of an attached model: whole decode steps run natively where they can."""
+"""Whole decode steps of an attached model: one native call per step.
+
+Norms, attention, FFN and head of a step run in C++ (native/csrc/decode.cpp) on the model's own
+weights, with the masks in force.  ``WholeSteps.forward`` is the root forward of the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +15,23 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from dart_llm.models.calls import TokenCall, as_output, new_cache, read_prompt, read_step
-from dart_llm.patching.executors.native_step import NativeDecoder
+from dart_llm.models.growing_cache import PreallocatedKVCache, Steps, fill_layer
+from dart_llm.models.packed import PackedTensor, few
+from dart_llm.models.steps import Norm, StepParts, angles, norms_of, step_parts
+from dart_llm.patching.executors.native_ffn import KernelMask, NativeFfn
 from dart_llm.patching.executors.screened_head import ScreenedHead
+from dart_llm.patching.executors.token_ffn import STEP_ROWS
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.forward import ForwardPlan
+from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.observations import LayerObservation
+from dart_llm.pruning.token_level import TokenMask
+
+POSITIONS = 256
+"""Positions whose angles are computed at a time."""
 
 TRUSTED = ("dart_llm.", "transformers.")
-"""Packages whose hooks change nothing."""
+"""Packages whose hooks change nothing (they only collect outputs)."""
 
 PATCH = ("dart_llm.patching.", "transformers.")
 """Those of them whose hooks need nothing of a prompt beside what the plan names."""
@@ -35,7 +48,7 @@ class Hooks:
         """Whether, at the last look, any read more than a prompt's plan names."""
 
     def foreign(self, again: bool = False) -> bool:
-        """Whether any is neither dart_llm's nor transformers' own (which only collect outputs).
+        """Whether any is not of ``TRUSTED``.
 
         ``again``: modules are only looked at when torch has registered a hook since the last time.
         """
@@ -45,124 +58,85 @@ class Hooks:
         if again and newest == self._newest[0] and not self._foreign:
             return False
         if (count := (newest, sum(map(len, self._hooks)))) != self._newest:
-            owners = {
-                getattr(hook, "__module__", "") for hooks in self._hooks for hook in hooks.values()
-            }
+            every = [hook for hooks in self._hooks for hook in hooks.values()]
+            owners = {getattr(hook, "__module__", "") for hook in every}
             self._foreign = any(not owner.startswith(TRUSTED) for owner in owners)
             self.watched = any(not owner.startswith(PATCH) for owner in owners)
             self._newest = count
         return self._foreign
 
 
-class WholeStepForward:
-    """Takes decode steps and prompts over from the model; ``current``: the run's controller."""
+class WholeSteps:
+    """Takes decode steps, and prompts of packed weights, over from ``model``.
+
+    ``ffns``: its blocks, laid out for the kernels; ``current``: the controller in force;
+    ``steps``: how many ran; ``head``: what scores tokens and counts that, None for the whole head.
+    """
 
     def __init__(
-        self,
-        model: nn.Module,
-        decoder: NativeDecoder,
-        current: Callable[[], PruningController],
-    ):
-        self.decoder = decoder
-        self.head: ScreenedHead | None = None
-        self.current = current
-        self.hooks = Hooks(model)
-        self._model: Any = model
-        self.steps = 0
+        self, model: Any, ffns: Sequence[NativeFfn], current: Callable[[], PruningController]
+    ) -> None:
+        parts = step_parts(model)
+        self._model, self._ffns, self._parts, self._current = model, list(ffns), parts, current
+        self._norms = norm_floats(norms_of(parts))
+        self.native = native_decoder(parts, self._norms, ffns)
+        self._everything = [ffn.everything() for ffn in ffns]
+        self._masks: Sequence[LayerMask | None] | None = None
+        self._loaded: list[KernelMask | None] = [None] * len(ffns)
+        self._cache: PreallocatedKVCache | None = None
+        self._bound: Steps | None = None
+        """Those of the buffers that the native object reads; it does not keep them alive."""
+        self._angles: tuple[Tensor, ...] = ()
+        self._dtype, self._windows = parts.head.dtype, parts.windows
+        self._prompts = not parts.attention_cap and all(
+            isinstance(matrix, PackedTensor) for matrix in _matrices(parts, ffns)
+        )
+        self._hooks = Hooks(model)
         self._fresh = True
+        """Whether what was copied of the weights is up to date."""
+        self.head: ScreenedHead | None = None
+        self.steps = 0
 
-    def take_head(self, head: ScreenedHead | None) -> None:
-        """What scores the tokens of steps from now on, and counts that; None: the whole head."""
-        if head is not self.head:
-            self.decoder.take_screen(None if head is None else head.screen)
-            self.head = head
+    def use_head(self, head: ScreenedHead | None) -> None:
+        """Score the tokens of steps by ``head`` from now on; None: by the whole head."""
+        if head is None and self.head is not None:
+            self.native.drop_screen()
+        elif head is not None and head is not self.head:
+            screen = head.screen
+            self.native.set_screen(*screen.tensors(), screen.keep, screen.threshold)
+        self.head = head
+
+    def unload(self) -> None:
+        """Run all neurons, and keep neither masks nor room for a cache."""
+        self.load(())
+        self._cache = None
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The root's forward."""
-        if not self._asks_for_more():
-            decoder = self.decoder
-            call = read_step(args, kwargs, decoder.dtype, decoder.windows, decoder.rows)
-            if call is not None and self._take_plan():
-                return as_output(self._step(call), call.cache)
+        if not self._must_run_modules():
+            call = read_step(args, kwargs, self._dtype, self._windows, STEP_ROWS)
+            if call is not None and self._load_plan():
+                return as_output(self._run_step(call), call.cache)
             if (prompt := self._prompt_call(args, kwargs)) is not None:
-                return self._prompt(prompt)
+                return self._run_prompt(prompt)
         self._fresh = False
         return original(*args, **kwargs)
 
     def continues(self, cache: Any) -> bool:
         """Whether the newest step was one on ``cache`` and nothing prevents another."""
-        return self.decoder.continues(cache) and not self._asks_for_more(again=True)
+        room = self._cache
+        ready = room is not None and room.of() is cache and room.ready(cache)
+        return ready and not self._must_run_modules(again=True)
 
     def decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:
         """Logits [1, V] after ids [1, 1]; None where the plan in force needs the model.
 
         ``forward`` in short, for a cache that ``continues``.  ``forbidden``: as of ``TokenCall``.
         """
-        return self._step(TokenCall(ids, cache, forbidden)) if self._take_plan() else None
+        return self._run_step(TokenCall(ids, cache, forbidden)) if self._load_plan() else None
 
-    def _prompt_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenCall | None:
-        """The prompt that a call of the root's forward is, where the decoder can serve it."""
-        if not self.decoder.prompts or self.hooks.watched:
-            return None
-        plan = self.current().plan
-        if not plan.dense or plan.stream or self._signals_inside(plan):
-            return None
-        use_cache = bool(getattr(self._model.config, "use_cache", False))
-        return read_prompt(args, kwargs, self.decoder.windows, use_cache)
-
-    def _prompt(self, call: TokenCall) -> Any:
-        """What the model returns of a prompt."""
-        controller, decoder = self.current(), self.decoder
-        plan = controller.plan
-        decoder.load(())
-        decoder.refresh()  # at every prompt, as weights may have changed between two sequences
-        self._fresh = True
-        cache = new_cache(self._model) if call.cache is None and call.use_cache else call.cache
-
-        def see(layer: int, seen: LayerObservation) -> None:
-            controller.observe(layer, seen if plan.inputs else LayerObservation(seen.u))
-
-        logits, hidden = decoder.prompt(call, cache, see if plan.observe else None)
-        if plan.signal:
-            controller.observe_signal(hidden)
-        return as_output(logits, cache)
-
-    def _signals_inside(self, plan: ForwardPlan) -> bool:
-        """Whether drift watches what a hook reads inside the model."""
-        return plan.signal and self.current().config.drift.signal != "hidden"
-
-    def _take_plan(self) -> bool:
-        """Load the masks of the plan in force; False where a step can not serve it."""
-        plan = self.current().plan
-        if len(plan.masks) > 1 or self._signals_inside(plan) or (plan.observe and not plan.dense):
-            return False
-        masks = plan.masks[0] if plan.masks else None
-        if masks and not self.decoder.serves(masks):
-            return False
-        self.decoder.load(masks or ())
-        return True
-
-    def _step(self, call: TokenCall) -> Tensor:
-        """Logits [B, V] of a step, or the tokens that it gives with ``call.forbidden``."""
-        controller = self.current()
-        plan = controller.plan
-        if not self._fresh:
-            self.decoder.refresh()
-            self._fresh = True
-        if self.head is not None:
-            call = self.head.with_scores(call)
-        logits, hidden = self.decoder.step(call, plan.observe)
-        self.steps += 1
-        if plan.observe:
-            self._observe(controller)
-        if plan.signal:
-            controller.observe_signal(hidden[:, None])
-        if self.head is not None:
-            self.head.count(hidden, logits, self.decoder.exact_entries())
-        return logits
-
-    def _asks_for_more(self, again: bool = False) -> bool:
-        """Whether the model must run itself: dropout, gradients, autocast, outputs, hooks."""
+    def _must_run_modules(self, again: bool = False) -> bool:
+        """For dropout, gradients, autocast, further outputs and hooks the model runs itself."""
         config = self._model.config
         return (
             self._model.training
@@ -170,13 +144,223 @@ class WholeStepForward:
             or torch.is_autocast_enabled("cpu")
             or getattr(config, "output_hidden_states", False)
             or getattr(config, "output_attentions", False)
-            or self.hooks.foreign(again)
+            or self._hooks.foreign(again)
         )
 
-    def _observe(self, controller: PruningController) -> None:
+    def _signals_inside(self, plan: ForwardPlan) -> bool:
+        """Whether drift watches what a hook reads inside the model."""
+        return plan.signal and self._current().config.drift.signal != "hidden"
+
+    def _load_plan(self) -> bool:
+        """Load the masks of the plan in force; False where a step can not serve it."""
+        plan = self._current().plan
+        if len(plan.masks) > 1 or self._signals_inside(plan) or (plan.observe and not plan.dense):
+            return False
+        masks = (plan.masks[0] if plan.masks else None) or ()
+        if masks is not self._masks:
+            pairs = zip(masks, self._ffns, strict=False)
+            if not all(ffn.token_rows for mask, ffn in pairs if isinstance(mask, TokenMask)):
+                return False
+        self.load(masks)
+        return True
+
+    def load(self, masks: Sequence[LayerMask | None]) -> None:
+        """Run these masks from now on; () or None for a layer: all of its neurons."""
+        if masks is self._masks and all(
+            mask is None or ffn.mask is mask for mask, ffn in zip(masks, self._ffns, strict=False)
+        ):
+            return
+        self._masks = None  # an interrupt may come between two layers
+        for index, ffn in enumerate(self._ffns):
+            mask = masks[index] if masks else None
+            if mask is None:
+                kept = self._everything[index]
+            else:
+                ffn.load(mask)
+                kept = ffn.kept
+            if kept is not self._loaded[index]:
+                self.native.set_mask(index, *kept)
+                self._loaded[index] = kept
+        self._masks = masks
+
+    def _refresh(self) -> None:
+        """Read again what was copied of the weights: they may have changed in between."""
+        norms = _norm_tensors(norms_of(step_parts(self._model)))
+        with torch.inference_mode(False), torch.no_grad():
+            for copied, norm in zip(self._norms, norms, strict=True):
+                if copied.data_ptr() != norm.data_ptr():
+                    copied.copy_(norm)
+        self._fresh = True
+
+    def _run_step(self, call: TokenCall) -> Tensor:
+        """Logits [B, V] of a step, or the tokens that it gives with ``call.forbidden``."""
+        controller = self._current()
+        plan = controller.plan
+        if not self._fresh:
+            self._refresh()
+        if self.head is not None:
+            call = self.head.with_scores(call)
+        logits, hidden = self.step(call, plan.observe)
+        self.steps += 1
+        if plan.observe:
+            self._pass_on(controller)
+        if plan.signal:
+            controller.observe_signal(hidden[:, None])
+        if self.head is not None:
+            self.head.count(hidden, logits, sum(self.native.exact_words()))
+        return logits
+
+    def _pass_on(self, controller: PruningController) -> None:
+        """Give the controller what the step computed: u, the FFNs' inputs [L, B, .], and with
+        ``stream`` their outputs and the stream before them.
+        """
         stream = controller.plan.stream
-        parts = [t[:, :, None].unbind(0) for t in self.decoder.observed(stream)]
-        parts = parts[: 4 if stream else 2]
-        controller.observe_step(
-            {i: LayerObservation(*tensors) for i, tensors in enumerate(zip(*parts, strict=True))}
+        parts = [t[:, :, None].unbind(0) for t in self.native.observed(stream)]
+        layers = enumerate(zip(*parts[: 4 if stream else 2], strict=True))
+        controller.observe_step({index: LayerObservation(*layer) for index, layer in layers})
+
+    def step(self, call: TokenCall, observe: bool) -> tuple[Tensor, Tensor]:
+        """Decode one token of each row: logits [B, V] and the last hidden states [B, D].
+
+        With ``call.forbidden``, the likeliest tokens [B], int64, may take the place of logits.
+        """
+        cache, room = call.cache, self._cache
+        position, tokens = int(cache.get_seq_length()), call.ids.flatten().tolist()
+        if room is None or room.of() is not cache:
+            room = self._cache = PreallocatedKVCache(cache, self._windows)
+        room.prepare(cache)
+        if room.steps is not self._bound:  # named once, not at every token
+            self._bound = None
+            self.native.bind(*room.places())
+            self._bound = room.steps
+        done, rotations = room.steps.done, self._rotations(position)
+        logits, hidden = self.native.step(
+            tokens, done, position, *rotations, observe, call.forbidden
         )
+        room.advance()
+        return logits, hidden
+
+    def _rotations(self, position: int) -> tuple[Tensor, ...]:
+        """Cosines and sines of all positions up to ``position``, and some more."""
+        if not self._angles or position >= len(self._angles[0]):
+            count = (position // POSITIONS + 1) * POSITIONS
+            with torch.inference_mode(False), torch.no_grad():
+                self._angles = angles(self._parts, count, self._dtype, torch.device("cpu"))
+        return self._angles
+
+    def _prompt_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenCall | None:
+        """The prompt that a call of the root's forward is, where it can be served natively."""
+        plan = self._current().plan
+        dense = plan.dense and not plan.stream and not self._signals_inside(plan)
+        if not self._prompts or self._hooks.watched or not dense:
+            return None
+        use_cache = bool(getattr(self._model.config, "use_cache", False))
+        return read_prompt(args, kwargs, self._windows, use_cache)
+
+    def _run_prompt(self, call: TokenCall) -> Any:
+        """What the model returns of a prompt."""
+        controller = self._current()
+        plan = controller.plan
+        self.load(())
+        self._refresh()  # at every prompt, as weights may have changed between two sequences
+        cache = new_cache(self._model) if call.cache is None and call.use_cache else call.cache
+
+        def see(layer: int, seen: LayerObservation) -> None:
+            controller.observe(layer, seen if plan.inputs else LayerObservation(seen.u))
+
+        logits, hidden = self.prompt(call, cache, see if plan.observe else None)
+        if plan.signal:
+            controller.observe_signal(hidden)
+        return as_output(logits, cache)
+
+    def prompt(
+        self, call: TokenCall, cache: Any, see: Callable[[int, LayerObservation], None] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, n, V] of a prompt and its last hidden states [B, T, D]; fills ``cache``.
+
+        Calls ``see`` with each layer and its activations as it proceeds.  No masks may be loaded.
+        """
+        rows, tokens = call.ids.shape
+        rotations, most, count = self._rotations(tokens - 1), few(), len(self._ffns)
+        on_blocks = rows * tokens <= most
+        stream, h = self.native.prompt_begin(call.ids, *rotations, on_blocks)
+        step = count if on_blocks and see is None else 1
+        for first in range(0, count, step):
+            last = first + step
+            if on_blocks:
+                parts = self.native.prompt_layers(
+                    first, last, stream, h, rows, *rotations, see is not None
+                )
+            else:
+                *parts, h = self.native.prompt_layer(first, stream, h, rows, *rotations, most)
+            each = len(parts) // step
+            for index in range(first, last):
+                keys, values, *seen = parts[(index - first) * each : (index - first + 1) * each]
+                if cache is not None:
+                    fill_layer(cache, keys, values, index)
+                if see is not None:
+                    see(index, LayerObservation(*seen))
+        logits, hidden = self.native.prompt_end(h, rows, call.keep, most)
+        return logits, hidden
+
+    def nbytes(self) -> int:
+        """Bytes beside the model, its masks and its cache; scratch memory too."""
+        copied = self._norms if self._dtype != torch.float32 else []
+        cache = 0 if self._cache is None else self._cache.nbytes()
+        return cache + int(self.native.nbytes()) + sum(t.nbytes for t in (*copied, *self._angles))
+
+
+def _matrices(parts: StepParts, ffns: Sequence[NativeFfn]) -> Iterator[Tensor]:
+    yield from (parts.embedding, parts.head)
+    for layer, ffn in zip(parts.layers, ffns, strict=True):
+        yield from (*layer.qkv, layer.out, ffn.up, ffn.down)
+        if ffn.gate is not None:
+            yield ffn.gate
+
+
+def native_decoder(parts: StepParts, norms: list[Tensor], ffns: Sequence[NativeFfn]) -> Any:
+    """The native object that decodes; see ops.cpp for the order of what it takes."""
+    weights = [parts.embedding, parts.head, parts.positions]
+    for layer, ffn in zip(parts.layers, ffns, strict=True):
+        rest = (None,) * (3 - len(layer.qkv))  # a fused projection takes the place of q
+        weights += [*layer.qkv, *rest, layer.out, *layer.biases, *rest, layer.out_bias]
+        weights += [ffn.gate, ffn.up, ffn.down, ffn.gate_bias, ffn.up_bias]
+    packed = {i: t.matrix for i, t in enumerate(weights) if isinstance(t, PackedTensor)}
+    empty = torch.empty(0, dtype=parts.head.dtype, device="cpu")
+    plain = [empty if t is None or i in packed else t for i, t in enumerate(weights)]
+    kind = {
+        "fused": len(parts.family.qkv) == 1,
+        "by_heads": parts.family.by_heads,
+        "over_all": parts.family.over_all,
+        "parallel": parts.parallel,
+        "centred": parts.norm.centred,
+    }
+    decoder: Any = torch.classes.dart_llm.Decoder(
+        parts.sizes,
+        [name for name, holds in kind.items() if holds],
+        [parts.eps, parts.scale, parts.embedding_scale, parts.attention_cap, parts.logits_cap],
+        plain,
+        norms,
+        [-1 if layer.table is None else layer.table for layer in parts.layers],
+        ffns[0].act,
+    )
+    for index, matrix in packed.items():
+        decoder.set_packed(index, matrix)
+    return decoder
+
+
+def norm_floats(norms: Iterable[Norm | None]) -> list[Tensor]:
+    """Factors and biases as the kernels read them."""
+    with torch.inference_mode(False), torch.no_grad():
+        return [t.float().contiguous() for t in _norm_tensors(norms)]
+
+
+_NONE = torch.empty(0, device="cpu")
+"""For a factor or bias that a model does not have."""
+
+
+def _norm_tensors(norms: Iterable[Norm | None]) -> Iterator[Tensor]:
+    """Factor and bias of each norm, as the model stores them."""
+    for norm in norms:
+        for t in (None, None) if norm is None else (norm.factor, norm.bias):
+            yield _NONE if t is None else t

@@ -1,14 +1,25 @@
-"""Clamped neurons: what a hook written by hand computes, beside every way to prune."""
+"""Clamped neurons and masks of the user: what a hook written by hand computes."""
 
 from itertools import product
 
 import pytest
 import torch
 
-from dart_llm.errors import ConfigError
+from dart_llm.errors import AttachError, ConfigError
 from dart_llm.session.run import prune
-from steps import WIDTHS, apart, decode, new_cache, picked, selections, shared_model, step
-from tiny import NAMES, WIDTH, tokens
+from products import SHAPES
+from steps import (
+    WIDTHS,
+    apart,
+    decode,
+    generate,
+    picked,
+    pruned,
+    same_masks,
+    selections,
+    shared_model,
+)
+from tiny import WIDTH, tokens
 from token_cases import PLAIN, before_down
 
 PROMPT = 10
@@ -63,7 +74,7 @@ def in_time(found):
 
 @pytest.mark.parametrize(
     ("name", "executor"),
-    [*product(NAMES, ("auto",)), ("llama", "masked"), ("opt", "masked"), ("gpt2", "compact")],
+    [*product((*SHAPES, "bloom"), ("auto",)), ("llama", "masked"), ("opt", "masked")],
 )
 def test_a_clamp_alone_is_a_hook_by_hand(name, executor):
     """Decoded tokens alone; the prompt is what it was."""
@@ -78,16 +89,8 @@ def test_a_clamp_alone_is_a_hook_by_hand(name, executor):
     assert [*kept] == [*clamp] and not {3, 17} & {*kept[0].tolist()}
 
 
-def test_given_masks_and_a_clamp():
-    """Neurons that are kept, and that are not, stand where they are clamped."""
-    model, masks = shared_model(), {layer: ids for layer, ids in picked().items() if layer != 1}
-    wanted = by_hand(model, lambda _, layer: torch.tensor(masks.get(layer, [*range(WIDTH)])))
-    with prune(model, masks=masks, clamp=CLAMP) as run:
-        assert apart(decode(model, IDS, PROMPT), wanted) < 1e-5
-    assert run.masks()[0].tolist() == [i for i in masks[0] if i not in CLAMP[0]]
-
-
-@pytest.mark.parametrize("executor", ["masked", "compact"])
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("executor", ["masked", "compact", "native"])
 def test_a_method_that_chooses_and_a_clamp(executor):
     """Observed tokens are clamped too, and masks never keep what is clamped."""
     model = shared_model()
@@ -98,19 +101,11 @@ def test_a_method_that_chooses_and_a_clamp(executor):
     assert all(len(ids[0]) == WIDTH // 2 and not {3, 17} & {*ids[0].tolist()} for *_, ids in found)
     assert apart(logits, by_hand(model, in_time(found))) < 1e-5
     assert run.report().sparsity_while_pruned == 0.5
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("method", ["griffin", "token"])
-def test_the_native_kernels_compute_the_same(method):
-    model, settings = shared_model(), {"method": "griffin", "sparsity": 0.5, **OFTEN}
-    if method == "token":
-        settings = {"method": PLAIN, "sparsity": 0.5}
-    logits = []
-    for one in ("masked", "native"):
-        with prune(model, clamp=CLAMP, executor=one, **settings) as run:
+    token, logits = {"method": PLAIN, "sparsity": 0.5, "clamp": CLAMP}, []
+    for one in ("masked", executor):
+        with prune(model, executor=one, **token):
             logits.append(decode(model, IDS, PROMPT))
-    assert apart(*logits) < 1e-5 and run.report().executor == "native, whole steps"
+    assert apart(*logits) < 1e-5
 
 
 def test_nothing_stands_for_a_clamped_neuron_but_its_value():
@@ -130,15 +125,6 @@ def test_nothing_stands_for_a_clamped_neuron_but_its_value():
         mean = run.controller.sequences[0].evidence[0].sums["signed"].mean
     gone = sorted({*range(WIDTH)} - {*silent.ids.tolist()} - {3, 17})
     torch.testing.assert_close(silent.bias, down[:, gone] @ mean[gone])
-
-
-def test_a_prompt_that_counts_as_decoded_is_clamped():
-    model = shared_model()
-    with prune(model, "dense", clamp=CLAMP) as run, run.decoding(prompt=True), torch.no_grad():
-        found = step(model, IDS, new_cache(model))
-    with before_down(model, None, lambda layer, _, u: clamped(layer, u)), torch.no_grad():
-        wanted = step(model, IDS, new_cache(model))
-    assert apart(found, wanted) < 1e-5
 
 
 @pytest.mark.contract("sparsity 0 is bit-identical")
@@ -177,3 +163,65 @@ def test_clamps_that_cannot_be():
             prune(shared_model(), sparsity=0, clamp=given)
     with pytest.raises(ConfigError, match="no neuron that is not clamped: keep more, or clamp few"):
         prune(shared_model(), masks={0: [1]}, clamp={0: {1: 0.0}})
+
+
+# masks of the user
+
+
+@pytest.mark.contract("masked equals compact")
+@pytest.mark.parametrize(("name", "executor"), [*product((*SHAPES, "bloom"), ("auto", "masked"))])
+def test_fixed_masks_keep_what_they_name(name, executor):
+    model = shared_model(name)
+    masks = {layer: ids for layer, ids in picked(name).items() if layer != 1}
+    kept = {layer: torch.tensor(ids) for layer, ids in masks.items()}
+    expected = by_hand(model, lambda _, layer: kept.get(layer), {})
+    with prune(model, masks=masks, executor=executor) as run:
+        assert apart(decode(model, IDS, PROMPT), expected) < 1e-5
+    report, width = run.report(), WIDTHS.get(name, WIDTH)
+    assert [layer.kept for layer in report.layers] == [20, width, 20, 20]
+    assert report.achieved_sparsity == pytest.approx(3 * (width - 20) / (4 * width))
+    assert report.decoded_tokens == 12 and report.dense_token_share == 0
+    assert report.method == "fixed masks" and report.requested_sparsity is None
+    assert report.remask_causes == {"fixed": 1} and report.remasks == 0
+    assert {layer: kept.tolist() for layer, kept in run.masks().items()} == masks
+
+
+def test_remove_is_the_complement_and_masks_of_another_run_are_masks():
+    model, ids, keep = shared_model(), tokens(1, 76), picked()
+    gone = {layer: sorted({*range(48)} - {*kept}) for layer, kept in keep.items()}
+    found = []
+    for given in ({"masks": keep}, {"remove": gone}):
+        with prune(model, **given) as run:
+            found.append(decode(model, ids, 70))
+        assert {layer: kept.tolist() for layer, kept in run.masks().items()} == keep
+    assert torch.equal(*found)
+    run, _, wanted = pruned(model, ids, 70)
+    with prune(model, masks=run.masks()) as again:
+        assert torch.equal(decode(model, ids, 70), wanted)
+    assert same_masks(again.masks(), run.masks())
+
+
+@pytest.mark.contract("sparsity 0 is bit-identical")
+def test_masks_that_remove_nothing():
+    """An empty mapping is a mask that keeps everything, not the default method."""
+    model, ids = shared_model(), tokens(1, 76)
+    for given in ({"masks": {}}, {"remove": {}}, {"remove": {0: []}}, {"masks": {0: range(48)}}):
+        with prune(model, **given) as run:
+            found = decode(model, ids, 70)
+        assert torch.equal(found, decode(model, ids, 70))
+        assert run.report().achieved_sparsity == 0 and run.report().method == "fixed masks"
+
+
+def test_how_far_a_run_is_from_its_first_mask():
+    model = shared_model()
+    with prune(model, "dart-prompt", sparsity=0.5) as run:
+        generate(model, tokens(1, 24), 11)
+        words = "34 tokens were seen and 64 are needed, so decode at least 31 more"
+        for call in (run.masks, lambda: run.export("nowhere")):
+            with pytest.raises(AttachError, match=words):
+                call()
+        generate(model, tokens(1, 24), 42)
+        assert len(run.masks()) == 4
+    nothing = prune(model, "griffin", sparsity=0.0)
+    with nothing, pytest.raises(AttachError, match="is removed: ask for a sparsity above 0"):
+        nothing.masks()
