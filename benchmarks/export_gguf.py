@@ -26,7 +26,7 @@ from common import parser, save
 from torch import Tensor
 
 from dart_llm.data import passages, texts
-from dart_llm.experiments.llama_bench import ReferenceFile, decode_row, program_environment
+from dart_llm.experiments.timing import ReferenceFile, decode_row, program_environment
 from dart_llm.models.gguf_file import read_gguf
 from dart_llm.models.gguf_write import block_of
 from dart_llm.models.loading import load, resolve

@@ -23,7 +23,6 @@ from dart_llm.models.gguf_write import NarrowLayer, write_narrow
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.layer_table import write_table
 from dart_llm.pruning.setting_file import KeptSetting
-from lm_cases import call
 
 WRITERS = {
     "text": lambda path, size: write_text(path, "x" * size),
@@ -31,10 +30,6 @@ WRITERS = {
     "setting": lambda path, size: KeptSetting(PruneConfig.build("griffin", seed=size)).save(path),
     "layer table": lambda path, size: write_table(path, [size], "note"),
     "tensors": lambda path, size: write_tensors(path, {"a": torch.ones(size)}, {"size": str(size)}),
-    "settings of a command": lambda path, size: call(
-        *("run", "--prompt", "x", "--generation", size, "--model", path.with_name("none")),
-        *("--save-config", path),
-    ),
 }
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dart_llm.cli.chat_settings import ChatSettings
-from dart_llm.cli.commands import HELP
+from dart_llm.cli.app import HELP
+from dart_llm.cli.chat import ChatSettings
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY, PruneConfig
 from dart_llm.pruning.methods import summaries
@@ -74,8 +74,6 @@ def test_one_method_and_one_sparsity_are_the_default_of_every_command():
     speed = merge(SpeedSettings, {}, None, {})
     assert [one.label for one in speed.variant_list()] == [DEFAULT_METHOD]
     assert {config.target for _, config in speed.method_list()} == {DEFAULT_SPARSITY}
-    rebuilt = merge(SpeedSettings, {"rebuild_every": 64}, None, {})
-    assert [one.label for one in rebuilt.variant_list()] == ["dart"]
     assert QualitySettings().variant_list()[1].label == DEFAULT_METHOD
     compared = merge(CompareSettings, {"tasks": "a"}, None, {})
     assert compared.methods == ("dense", "griffin", "dart-token")
@@ -102,21 +100,31 @@ def test_values_that_cannot_be(flags, words):
 
 
 @pytest.mark.parametrize(
-    ("flags", "changed", "notes"),
+    ("flags", "subjects"),
     [
-        (
-            {"prompt_subject": "astronomy", "generation": 4},
-            {"prompt_type": "mmlu"},
-            ["--prompt-subject without a prompt: --prompt-type mmlu is used"],
-        ),
-        (
-            {"prompt_subject": "astronomy", "custom_prompt_text": "hello"},
-            {"prompt_type": "custom"},
-            ["--prompt-subject has no effect without --prompt-type mmlu"],
-        ),
+        ({"prompt_subject": "astronomy,virology"}, ["astronomy", "virology"]),
+        ({"prompt_subject": "astronomy", "custom_prompt_text": "hello"}, []),
+        ({"prompt_subject": "astronomy", "prompt": "x", "prompt_type": "mmlu"}, ["astronomy"]),
     ],
 )
-def test_a_subject_without_a_prompt_is_a_mmlu_prompt(flags, changed, notes):
-    found, said = told(**flags)
-    assert {name: getattr(found, name) for name in changed} == changed
-    assert said == notes
+def test_a_subject_without_a_prompt_is_a_mmlu_prompt(flags, subjects):
+    assert told(**flags)[0].mmlu_subjects == subjects
+
+
+def test_what_beats_what_and_what_is_not_given_twice(tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_text("total-prune-percent: 40\ndrift: never\nmethod: dart\n")
+    environment = {"DART_KNOWLEDGE_DRIFT": "true", "DART_SPARSITY": "0.2"}
+    settings = merge(RunSettings, {"sparsity": 0.6}, file, environment)
+    assert (settings.sparsity, settings.total_prune_percent) == (0.6, None)
+    assert (settings.knowledge_drift, settings.drift, settings.method) == (True, None, "dart")
+    for flags in (
+        {"sparsity": 0.5, "total_prune_percent": 50.0},
+        {"drift": "never", "knowledge_drift": True},
+        {"prompt": "a", "prompt_file": "b"},
+    ):
+        with pytest.raises(ConfigError, match="not both"):
+            told(**flags)
+    for name in ("../x", "/tmp/x", "."):
+        with pytest.raises(ConfigError, match="leaves the results folder"):
+            told(experiment_name=name)

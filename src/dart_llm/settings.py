@@ -47,14 +47,15 @@ if TYPE_CHECKING:
 class Settings(BaseModel):
     """Frozen settings; a name that is none of them is an error that suggests a similar one."""
 
-    COMMAS: ClassVar[tuple[str, ...]] = ()
-    """Texts with commas, which may be lists in a YAML file."""
-
     UNUSED: ClassVar[tuple[str, ...]] = ()
     """Fields of a base class that the command has no use for: they are not among its flags."""
 
-    RIVALS: ClassVar[tuple[set[str], ...]] = ()
-    """Rivals only in this command, like ``RIVALS`` below."""
+    RIVALS: ClassVar[tuple[set[str], ...]] = (
+        {"sparsity", "total_prune_percent", "sparsities"},
+        {"knowledge_drift", "drift"},
+        {"prompt", "prompt_file", "custom_prompt_text"},
+    )
+    """Settings of which one source may give only one."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {}
     """Other names of fields in files and variables, such as ``task`` of ``tasks``."""
@@ -93,6 +94,14 @@ class Settings(BaseModel):
             given[name] = value
         return given
 
+    @model_validator(mode="after")
+    def _check_rivals(self) -> Self:
+        for group in self.RIVALS:
+            given = [name for name in sorted(group) if getattr(self, name, None) is not None]
+            if len(given) > 1:
+                raise ConfigError(f"give {' or '.join(map(_flag, given))}, not both")
+        return self
+
     @classmethod
     def unknown(cls, name: str) -> ConfigError:
         """The error for a setting that these settings do not have."""
@@ -105,7 +114,7 @@ class Settings(BaseModel):
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         """The values as the fields take them."""
-        return {name: joined(v) if name in cls.COMMAS else v for name, v in data.items()}
+        return dict(data)
 
     def noted(self, changes: Mapping[str, Any], *notes: str) -> Self:
         """A copy with ``changes``, and notes that explain them."""
@@ -135,14 +144,12 @@ def setting(panel: str, text: str, default: Any = None, **bounds: Any) -> Any:
 
 def _problem_text(error: ValidationError) -> str:
     """The first problem; a number out of bounds is named as the flag that sets it."""
-    problem = error.errors()[0]
-    for bound, words in BOUNDS.items():
-        if bound in problem.get("ctx", {}):
-            value, limit = problem["input"], problem["ctx"][bound]
-            return f"{_flag(str(problem['loc'][0]))} {value} must be {words} {limit}"
+    problem, text = error.errors()[0], first_problem(error)
+    name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "finite_number":
-        return f"{_flag(str(problem['loc'][0]))} {problem['input']} must be a finite number"
-    return first_problem(error)
+        return f"{_flag(name)} {problem['input']} must be a finite number"
+    bounded = BOUNDS.keys() & problem.get("ctx", {}).keys()
+    return text.replace(name, _flag(name), 1) if bounded else text
 
 
 def split_commas(value: Any) -> Any:
@@ -155,17 +162,12 @@ def split_commas(value: Any) -> Any:
     return tuple(dict.fromkeys(parts))
 
 
-def check_fractions(values: tuple[float, ...]) -> tuple[float, ...]:
-    """Raises ``ConfigError`` for sparsities outside of 0 to 1."""
-    for value in values:
-        check_sparsity(value)
-    return values
-
-
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (*map(str, split_commas(value)),))]
 Numbers = Annotated[tuple[int, ...], BeforeValidator(split_commas)]
 Fractions = Annotated[tuple[float, ...], BeforeValidator(split_commas)]
-Sparsities = Annotated[Fractions, AfterValidator(check_fractions)]
+Sparsities = Annotated[
+    tuple[Annotated[float, AfterValidator(check_sparsity)], ...], BeforeValidator(split_commas)
+]
 """Lists that are written with commas, in flags, variables and files alike."""
 
 
@@ -182,130 +184,43 @@ def words(text: str | None) -> list[str]:
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
-def joined(value: Any) -> Any:
-    """A text with commas, also from a list of a YAML file."""
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    return str(value) if isinstance(value, int | float) else value
-
-
 def check_seed(seed: int) -> None:
     """Raises ``ConfigError`` for seeds that generators of random numbers reject."""
     if not 0 <= seed < 2**63:
         raise ConfigError(f"--seed {seed} must be a whole number from 0 to 2^63 - 1")
 
 
-def read_sparsities(name: str, text: str) -> tuple[float, ...]:
-    """The sparsities of ``--name``, each once; raises ``ConfigError`` for anything else."""
-    try:
-        sparsities = tuple(dict.fromkeys(float(word) for word in words(text)))
-    except ValueError:
-        raise ConfigError(
-            f'--{name} "{text}" must be numbers with commas between them, e.g. 0.5,0.7'
-        ) from None
-    if not sparsities and name == "sparsities":
-        raise ConfigError("--sparsities is empty: give at least one, e.g. 0.5")
-    for value in sparsities:
-        if not 0 < value < 1:
-            raise ConfigError(
-                f"--{name} {value:g} must lie between 0 and 1: the fraction of neurons to remove"
-            )
-    return sparsities
-
-
-# What a setting requires: a method that can honour it.
-#
-# A single setting works with the defaults: where the default method cannot honour it, the first of
-# ``FITTING_METHODS`` that can is used and logged.  A named method is never replaced: then a setting
-# that does not fit is an error.
-
 MASKED = "dart"
 """The method of commands that look at sequence masks, such as ``inspect`` and ``drift``."""
 
 FITTING_METHODS = (MASKED, "dart-prompt", "griffin", "published")
-"""In the order in which they are tried."""
+"""Tried in this order where a setting does not fit the default method; a named one stays."""
 
 MASK_SETTINGS = ("masks", "knowledge_drift", "drift", "ranking_method")
 """Settings of sequence masks, which methods with per-token selection do not have."""
-
-
-def misfit(settings: PruningOptions) -> tuple[str, str] | None:
-    """The first setting that the method cannot honour, and why; None if it honours all.
-
-    Everything else that is set overrides its part of any method.  Raises ``ConfigError`` for
-    settings that do not fit each other.
-    """
-    method = METHODS.get(settings.method)
-    if method.selects_per_token:
-        for name in MASK_SETTINGS:
-            if getattr(settings, name) not in (None, False, "", "never", method.score.name):
-                return name, f"with method {settings.method} every token selects its own neurons"
-    return None
-
-
-def method_for(settings: PruningOptions) -> tuple[str, str | None]:
-    """The method that honours ``settings``, and a note for the log where it is another one.
-
-    Raises ``ConfigError`` where the named method, or every one, cannot.
-    """
-    problem = misfit(settings)
-    if problem is None:
-        return settings.method, None
-    name, why = problem
-    able = next((method for method in FITTING_METHODS if _honours(settings, method)), None)
-    if able is None:
-        raise ConfigError(f"{why}: drop {_flag(name)}")
-    if "method" in settings.model_fields_set:
-        raise ConfigError(f"{why}: drop {_flag(name)}, or leave the method out: {able} can")
-    return able, f"{_flag(name)}: method {able} is used instead of {settings.method}, because {why}"
-
-
-def _honours(settings: PruningOptions, method: str) -> bool:
-    try:
-        return misfit(settings.model_copy(update={"method": method})) is None
-    except ConfigError:  # other settings do not fit this one
-        return False
 
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-RIVALS = (
-    {"sparsity", "total_prune_percent", "sparsities"},
-    {"knowledge_drift", "drift"},
-    {"prompt", "prompt_file", "custom_prompt_text"},
-)
-"""Settings of which one source may give only one."""
-
-
-class ModelName(Settings):
-    """Which model."""
-
-    model: str = setting(
-        "Model", "Hub id, local folder, .gguf file, or smollm2-135m.", "smollm2-135m"
-    )
-
-
 class LoadOptions(Settings):
     """How a model is loaded."""
 
-    cache_dir: str | None = setting(
-        "Model", "Where weights are kept (default: the hub's own cache)."
-    )
+    cache_dir: str | None = setting("Model", "Where weights are kept (default: the hub's cache).")
     device: str | None = setting("Model", "0, cuda:0, cpu or mps (default: GPU 0, else CPU).")
     device_map: str | None = setting("Model", "How layers are spread over devices, e.g. auto.")
     dtype: str | None = setting("Model", "float32, float16, bfloat16 (default: the checkpoint's).")
-    weights: str | None = setting(
-        "Model", "auto, file (a GGUF's own blocks), dense, or rounded: q8_0, q4_0, q4_1."
-    )
+    weights: str | None = setting("Model", "auto, file (a GGUF's), dense, q8_0, q4_0 or q4_1.")
     revision: str | None = setting("Model", "Branch, tag or commit of a hub model.")
     attn_implementation: str | None = setting("Model", "Attention kernel: eager, sdpa, ...")
     trust_remote_code: bool = setting("Model", "Run code that comes with the checkpoint.", False)
 
 
-class ModelOptions(LoadOptions, ModelName):
+class ModelOptions(LoadOptions):
     """Which model, and how it is loaded."""
+
+    model: str = setting("Model", "Hub id, folder, .gguf file or smollm2-135m.", "smollm2-135m")
 
 
 LOADING = tuple(LoadOptions.model_fields)
@@ -317,81 +232,74 @@ def load_arguments(settings: Any) -> dict[str, Any]:
     return {**arguments, "device": settings.device or (None if settings.device_map else "auto")}
 
 
-class MethodName(Settings):
-    """Which method."""
-
-    method: str = setting(
-        "Pruning",
-        "Preset (dart-llm methods lists them), or file:SETTING.yaml of tune.",
-        DEFAULT_METHOD,
-    )
+PRUNING = "Pruning"
 
 
 class MaskOptions(Settings):
     """How many neurons a method removes, which ones, and when."""
 
     sparsity: float | None = setting(
-        "Pruning", f"Fraction of FFN neurons to remove (default: {DEFAULT_SPARSITY})."
+        PRUNING, f"Fraction of FFN neurons to remove (default: {DEFAULT_SPARSITY})."
     )
-    total_prune_percent: float | None = setting(
-        "Pruning", "Percent of FFN neurons to remove, 0 to 100."
-    )
-    layer_topk: str | None = setting(
-        "Pruning", "Keep ratios per layer: all:auto, 0-5:0.6,6-11:0.8, 3:#512, or @FILE."
-    )
-    masking_step: int | None = setting("Pruning", "Dense decode tokens before the first mask.")
-    release_step: int | None = setting("Pruning", "Decode step from which all runs dense.")
-    min_evidence: int | None = setting("Pruning", "Tokens to observe before the first mask.")
-    ranking_method: str | None = setting("Pruning", "Neuron score; dart-llm methods lists them.")
-    prune_strategy: str | None = setting("Pruning", "topk, or auto: keep scores above the mean.")
-    budget: str | None = setting(
-        "Pruning", 'Allocator over layers, e.g. uniform, "blend energy depth".'
-    )
-    compensation: bool | None = setting("Pruning", "Add the removed neurons' mean contribution.")
-    executor: str | None = setting("Pruning", "auto, masked, compact, native or cuda.")
+    total_prune_percent: float | None = setting(PRUNING, "The same in percent.", ge=0, lt=100)
+    layer_topk: str | None = setting(PRUNING, "Keep per layer: 0-5:0.6,6-11:0.8, 3:#512, @FILE.")
+    masking_step: int | None = setting(PRUNING, "Dense decode tokens before the first mask.")
+    release_step: int | None = setting(PRUNING, "Decode step from which all runs dense.")
+    min_evidence: int | None = setting(PRUNING, "Tokens to observe before the first mask.")
+    ranking_method: str | None = setting(PRUNING, "Neuron score; dart-llm methods lists them.")
+    prune_strategy: str | None = setting(PRUNING, "topk, or auto: keep scores above the mean.")
+    budget: str | None = setting(PRUNING, 'Allocator over layers: uniform, "blend energy depth".')
+    compensation: bool | None = setting(PRUNING, "Add the removed neurons' mean contribution.")
+    executor: str | None = setting(PRUNING, "auto, masked, compact, native or cuda.")
 
 
-class PruningOptions(MaskOptions, MethodName):
+class PruningOptions(MaskOptions):
     """How the model is pruned."""
 
-    save_layer_topk: str | None = setting(
-        "Pruning", "Write the keep counts of the run to this file."
-    )
-    masks: str | None = setting(
-        "Pruning", "A masks.safetensors: use its newest masks, choose none."
-    )
-    knowledge_drift: bool | None = setting("Pruning", "Re-mask on drift by the preset's rule.")
-    drift: str | None = setting(
-        "Pruning", 'Drift rule: never, published, paper, dart, "interval 64", "windows 10 1 3".'
-    )
-    head: str | None = setting(
-        "Pruning", 'Output head of decoded tokens: full, or "screened 0.25" (of its bytes).'
-    )
+    method: str = setting(PRUNING, "Preset, or file:SETTING.yaml of tune.", DEFAULT_METHOD)
+    save_layer_topk: str | None = setting(PRUNING, "Write the run's keep counts to this file.")
+    masks: str | None = setting(PRUNING, "A masks.safetensors: use its newest masks, choose none.")
+    knowledge_drift: bool | None = setting(PRUNING, "Re-mask on drift by the preset's rule.")
+    drift: str | None = setting(PRUNING, 'never, published, paper, dart, "interval 64", ...')
+    head: str | None = setting(PRUNING, 'Output head: full, or "screened 0.25" (of its bytes).')
 
     @model_validator(mode="after")
     def _check_pruning(self) -> Self:
-        METHODS.check(self.method)
-        if self.sparsity is not None and self.total_prune_percent is not None:
-            raise ConfigError("give --sparsity or --total-prune-percent, not both")
         if self.masks and self.target_sparsity() is not None:
             raise ConfigError("--masks names the neurons themselves: drop the sparsity")
-        if self.knowledge_drift is not None and self.drift is not None:
-            raise ConfigError("give --knowledge-drift or --drift, not both")
-        self.model_copy(update={"method": method_for(self)[0]}).prune_config()
+        PruningOptions.fitted(self).prune_config()
         return self
 
-    @classmethod
-    def unknown(cls, name: str) -> ConfigError:
-        """The error for a setting that these settings do not have."""
-        return unknown_key(cls, name)
+    def misfit(self) -> tuple[str, str] | None:
+        """The first setting that the method cannot honour, and why; None if it honours all."""
+        method = METHODS.get(self.method)
+        if method.selects_per_token:
+            for name in MASK_SETTINGS:
+                if getattr(self, name) not in (None, False, "", "never", method.score.name):
+                    return name, f"with method {self.method} every token selects its own neurons"
+        return None
 
     def fitted(self) -> Self:
         """The same with a method that honours its settings; ``notes`` reports a change.
 
-        Raises ``ConfigError`` where the named method cannot honour them.
+        Raises ``ConfigError`` where the named method, or every one, cannot honour them.
         """
-        method, note = method_for(self)
-        return self if note is None else self.noted({"method": method}, note)
+        problem = self.misfit()
+        if problem is None:
+            return self
+        flag, why = _flag(problem[0]), problem[1]
+        able = next(filter(self._is_honoured_by, FITTING_METHODS), None)
+        if able is None or "method" in self.model_fields_set:
+            instead = "" if able is None else f", or leave the method out: {able} can"
+            raise ConfigError(f"{why}: drop {flag}{instead}")
+        note = f"{flag}: method {able} is used instead of {self.method}, because {why}"
+        return self.noted({"method": able}, note)
+
+    def _is_honoured_by(self, method: str) -> bool:
+        try:
+            return self.model_copy(update={"method": method}).misfit() is None
+        except ConfigError:  # other settings do not fit this method
+            return False
 
     def target_sparsity(self) -> float | None:
         """The requested sparsity, as a fraction; None by default."""
@@ -399,15 +307,8 @@ class PruningOptions(MaskOptions, MethodName):
         if percent is None:
             return None if self.sparsity is None else check_sparsity(self.sparsity)
         if 0 < percent < 1:
-            raise ConfigError(
-                f"--total-prune-percent {percent:g} is a percentage: did you mean "
-                f"{100 * percent:g}? (--sparsity takes fractions)"
-            )
-        if not 0 <= percent < 100:
-            raise ConfigError(
-                f"--total-prune-percent {percent:g} must lie in [0, 100): every layer keeps a "
-                "neuron or more"
-            )
+            flag = f"--total-prune-percent {percent:g} is a percentage"
+            raise ConfigError(f"{flag}: did you mean {100 * percent:g}?")
         return percent / 100
 
     def prune_config(self) -> PruneConfig:
@@ -420,37 +321,32 @@ class PruningOptions(MaskOptions, MethodName):
     def prune_changes(self) -> dict[str, Any]:
         """The changes to the preset, as ``PruneConfig.build`` takes them."""
         names = ("masking_step", "release_step", "min_evidence", "compensation", "executor")
-        changes: dict[str, Any] = {name: getattr(self, name) for name in names}
-        changes |= {"sparsity": self.target_sparsity(), "seed": getattr(self, "seed", None)}
         parts: dict[str, dict[str, Any]] = {
             "score": {"name": self.ranking_method, "strategy": self.prune_strategy},
             "budget": {"name": self.budget, "table": self._table()},
             "drift": {"rule": self._drift_rule()},
             "head": {"kind": self.head},
         }
-        for part, values in parts.items():
-            given = {key: value for key, value in values.items() if value is not None}
-            changes[part] = given or None
-        return changes
+        changed: dict[str, Any] = {
+            part: {key: value for key, value in values.items() if value is not None} or None
+            for part, values in parts.items()
+        }
+        changed |= {"sparsity": self.target_sparsity(), "seed": getattr(self, "seed", None)}
+        return {**{name: getattr(self, name) for name in names}, **changed}
 
     def _table(self) -> str | None:
-        spec = self.layer_topk
-        if spec is None or spec.strip() in ("", "all:auto"):
+        spec = (self.layer_topk or "").strip()
+        if spec in ("", "all:auto"):
             return None
-        if spec.startswith("@"):
-            return read_table(Path(spec[1:]))
-        return str(parse_layer_spec(spec))
+        return read_table(Path(spec[1:])) if spec.startswith("@") else str(parse_layer_spec(spec))
 
     def _drift_rule(self) -> str | None:
         if self.knowledge_drift is None:
             return self.drift
-        rule = METHODS.get(self.method).drift.rule
         if not self.knowledge_drift:
             return "never"
+        rule: str = METHODS.get(self.method).drift.rule
         return "paper" if rule == "never" else rule
-
-
-STYLE = "Plots for the screen, or paper: also PDFs as wide as a column and a page."
 
 
 class ResultOptions(Settings):
@@ -458,11 +354,15 @@ class ResultOptions(Settings):
 
     experiment_name: str | None = setting("Results", "Default: <model>-<method>-<sparsity>.")
     results_dir: str = setting("Results", "Folder for results.", "results")
-    style: str = setting("Results", STYLE, "screen")
+    style: str = setting("Results", "screen, or paper: PDFs of plots too.", "screen")
 
     @model_validator(mode="after")
-    def _check_style(self) -> Self:
+    def _check_results(self) -> Self:
         check_name("style", self.style, STYLES)
+        path = Path(self.experiment_name or "a")
+        if path.is_absolute() or ".." in path.parts or path == Path():
+            name = f"--experiment-name {self.experiment_name}"
+            raise ConfigError(f"{name} leaves the results folder: name a folder in --results-dir")
         return self
 
     @property
@@ -471,28 +371,18 @@ class ResultOptions(Settings):
         raise NotImplementedError
 
 
-class Seed(Settings):
-    """The seed of what is random."""
+class StudyOptions(ResultOptions):
+    """Where results go, and the seed of what is random in them."""
 
     seed: int = setting("Results", "Seed of everything random.", 0, ge=0, lt=2**63)
-
-
-class StudyOptions(ResultOptions, Seed):
-    """Where results go, and the seed of what is random in them."""
 
 
 class TaskOptions(Settings):
     """Which items of a task are measured, what methods calibrate on, which tracker logs."""
 
     limit: int | None = setting("Evaluation", "Items per task (default: all).", ge=1)
-    sample_seed: int | None = setting(
-        "Evaluation", "Choose the --limit items at random with this seed, not the first ones.", ge=0
-    )
-    calibration: str | None = setting(
-        "Evaluation",
-        "Text for methods that calibrate: a text or JSON-lines file (FILE#100: from row 100)"
-        " (default: c4 of the hub).",
-    )
+    sample_seed: int | None = setting("Evaluation", "Draw the --limit items by this seed.", ge=0)
+    calibration: str | None = setting("Evaluation", "Text to calibrate on, or FILE#ROW (c4).")
     tracker: str | None = setting("Results", "trackio, wandb, mlflow or tensorboard.")
 
 
@@ -507,19 +397,15 @@ class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
     def fitted(self) -> Self:
         """Also applies the weight format stored in a tuned setting, or logs the mismatch."""
         settings, kept = super().fitted(), self.kept
-        if kept is None or kept.weights is None:
+        if kept is None or kept.weights in (None, self.weights):
             return settings
         name = Path(str(path_of(self.method))).name
+        asked = f"--weights {kept.weights}"
         if "weights" not in self.model_fields_set:
-            note = f"{name} asks for --weights {kept.weights}: taken"
-            return settings.noted({"weights": kept.weights}, note)
-        if self.weights == kept.weights:
-            return settings
-        note = (
-            f"{name} was found with --weights {kept.weights}, not {self.weights}: neither its loss "
-            "nor its time is that of this run"
+            return settings.noted({"weights": kept.weights}, f"{name} asks for {asked}: taken")
+        return settings.noted(
+            {}, f"{name} was found with {asked}, not {self.weights}: times differ"
         )
-        return settings.noted({}, note)
 
     @property
     def experiment(self) -> str:
@@ -528,11 +414,9 @@ class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
             return self.experiment_name
         config = self.prune_config()
         method = config.method if self.method.startswith(SETTING) else self.method
-        amount = f"{config.target:g}"
-        if self.masks:
-            amount = "masks"
-        elif config.sparsity is None and (config.budget.table or config.score.strategy == "auto"):
-            amount = "table"
+        table = config.budget.table or config.score.strategy == "auto"
+        counted = f"{config.target:g}" if config.sparsity is not None or not table else "table"
+        amount = "masks" if self.masks else counted
         return f"{Path(self.model.rstrip('/')).name.lower()}-{method}-{amount}"
 
 
@@ -545,11 +429,6 @@ def given_of(settings: BaseModel) -> dict[str, Any]:
 S = TypeVar("S", bound=Settings)
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """Settings of a YAML file; names may be written as flags are."""
-    return {str(key).replace("-", "_").lower(): value for key, value in read_yaml(path).items()}
-
-
 def merge(
     kind: type[S],
     flags: Mapping[str, Any],
@@ -559,7 +438,6 @@ def merge(
     """Merge the sources into settings of one kind; in ``flags`` None means not set.
 
     A setting also replaces its rivals of weaker sources: --sparsity beats DART_TOTAL_PRUNE_PERCENT.
-    Raises ``ConfigError``, also for an experiment outside the results folder.
     """
     environ = os.environ if environment is None else environment
     names = {**{name: name for name in kind.model_fields}, **kind.ALIASES}
@@ -569,20 +447,13 @@ def merge(
         if (value := environ.get(f"DART_{name.upper()}"))
     }
     merged: dict[str, Any] = {}
-    rivals = (*RIVALS, *kind.RIVALS)
-    for source in (read_file(file) if file else {}, variables, flags):
+    written = read_yaml(file) if file else {}
+    settings = {str(key).replace("-", "_").lower(): value for key, value in written.items()}
+    for source in (settings, variables, flags):
         given = {name: value for name, value in kind.named(source).items() if value is not None}
-        beaten = {name for group in rivals if given.keys() & group for name in group}
+        beaten = {name for group in kind.RIVALS if given.keys() & group for name in group}
         merged = {key: value for key, value in merged.items() if key not in beaten} | given
-    settings = kind.model_validate(merged)
-    name = getattr(settings, "experiment_name", None)
-    path = Path(name or "a")
-    if path.is_absolute() or ".." in path.parts or path == Path():
-        raise ConfigError(
-            f"--experiment-name {name} leaves the results folder: give the name of a folder in it, "
-            "and the place with --results-dir"
-        )
-    return settings.fitted()
+    return kind.model_validate(merged).fitted()
 
 
 class ActivationSettings(BaseSettings):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dart_llm.cli.commands import COMMANDS
+from dart_llm.cli.app import COMMANDS
 from dart_llm.data import passages
 from lm_cases import call, refusal
 
@@ -34,13 +34,12 @@ def test_list_and_show():
     result = done("list")
     assert result.err == "20 of 480 prompts; --limit 480 shows all\n"
     assert "anesthesia" in result.out and "astronomy -> medicine" in result.out
-    chosen = [p for p in SHIPPED if "law" in p.domains and p.template == "letter"]
+    chosen = [p for p in SHIPPED if "law" in p.domains]
     told = [prompt.to_dict() for prompt in chosen]
-    asked = ("list", "--domain", "law", "--template", "letter")
-    assert document(*asked) == {"total": 4, "prompts": told}
+    assert document("list", "--domain", "law") == {"total": len(chosen), "prompts": told}
     assert len(document("list")["prompts"]) == document("list", "--limit", 3)["total"] == 480
     listed = done("list", "--passages").out
-    assert re.search(r"01-bees-\S+ +zoology +how honeybees dance +574 +0 *\n", listed)
+    assert "01-bees" in listed and "zoology -> " in listed
     prompt, passage = SHIPPED[0], LONG[8]
     assert done("show", prompt.id).out.splitlines()[-1] == prompt.text
     assert document("show", prompt.id) == prompt.to_dict()
@@ -56,9 +55,7 @@ def test_list_and_show():
 
 WRONG = [
     ("list --domain astronmy", "UnknownName: .*domain 'astronmy'; .* astronomy"),
-    ("list --template leter", "UnknownName: .*template 'leter'; .* letter"),
-    ("list --limit 0", "ConfigError: --limit 0 is too small"),
-    ("list --passages --template letter", "ConfigError: .*have no template"),
+    ("list --limit 0", "ConfigError: --limit 0 must be at least 1"),
     ("list --file plain.jsonl --domain law", "UnknownName: unknown domain"),
     ("show 13", "UnknownName: unknown prompt or passage '13'"),
     ("show essay", "UnknownName: .*'essay'; known: essay-"),

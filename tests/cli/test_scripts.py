@@ -5,7 +5,6 @@ Of passages, prompts or methods run_knowledge_drift.sh makes a study of drift.
 
 import re
 import shlex
-import shutil
 import subprocess
 
 import pytest
@@ -257,26 +256,6 @@ def test_the_default_total_steps_back_where_another_setting_says_the_amount(desk
         assert f"--total-prune-percent={total}" in desk.recorded()
 
 
-def test_the_environment_is_found(desk, tmp_path):
-    """From another folder, and beside the script; without one the script says what to do."""
-    place = tmp_path / "else where"
-    place.mkdir()
-    done = desk.bash(f'cd "{place}" && CDPATH=/ "../a desk/{EXPERIMENT}" --fresh')
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert desk.recorded()[-1] == "--fresh"
-    shutil.move(desk.root / "bin", desk.root / "moved")
-    done = desk.run(EXPERIMENT)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (127, "", 1)
-    assert 'run "make setup"' in done.stderr
-    own = desk.root / ".venv/bin/dart-llm"
-    own.parent.mkdir(parents=True)
-    command = (desk.root / "moved/dart-llm").read_text()
-    own.write_text(command.replace("a desk/bin", "a desk/moved"))
-    own.chmod(0o755)
-    assert desk.run(EXPERIMENT, MODEL="found").returncode == 0
-    assert "--model=found" in desk.recorded()
-
-
 LIST = "the bees; then $HOME, `id` and 'quotes'"
 
 
@@ -307,18 +286,3 @@ def test_the_variables_become_flags_of_a_study(desk):
     assert (found.prompt, found.generation, found.sparsity) == (LIST, 300, None)
     labels = [method.label for method in found.candidates()]
     assert labels == ["dense", "never@0.5", "griffin@0.5"]
-
-
-def test_arguments_win_and_what_concerns_a_single_run_is_left_out(desk):
-    arguments = ["--prompts", "shipped", "--sparsity=0.2"]
-    done = desk.run(DRIFT, *arguments, EVAL_MMLU="true", VERBOSE="yes")
-    assert done.returncode == 0
-    assert done.stderr.splitlines() == [
-        "run_knowledge_drift.sh: the default TOTAL_PRUNE_PERCENT=50 is left out: --sparsity=0.2 "
-        "sets the amount",
-        "run_knowledge_drift.sh: EVAL_MMLU=true concerns a single run and is left out",
-        "run_knowledge_drift.sh: VERBOSE=yes concerns a single run and is left out",
-    ]
-    command = desk.commands()[-1]
-    assert command[-3:] == arguments
-    assert not any(part.startswith(("--eval", "--verbose")) for part in command)

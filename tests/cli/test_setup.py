@@ -117,17 +117,3 @@ def test_installs_once_until_the_project_changes(project):
     assert project.set_up() == both
     given = project.set_up(HAS_TORCH="1", VENV="some where")  # a torch that is there is kept
     assert given == ["-m venv --system-site-packages some where", TOOLS, INSTALL]
-
-
-def test_make(project):
-    """It runs the program of the environment, and removes only one that was made here."""
-    (project.root / "other").mkdir()
-    assert project.call("make", "clean", "VENV=other").returncode == 0
-    assert (project.root / "other").is_dir()
-    project.set_up("demo")
-    program(project.root / ".venv/bin/dart-llm", '#!/bin/sh\necho "ran: $*"\n')
-    done = project.call("make", "demo")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "ran: demo\nnext: . .venv/bin/activate\n"
-    assert project.call("make", "clean").returncode == 0
-    assert not (project.root / ".venv").exists()

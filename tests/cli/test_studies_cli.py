@@ -144,8 +144,6 @@ def test_compare_sweep_and_results(tmp_path):
     assert set(table()) == {"compare", "grid", "perplexity-model-griffin-0.5"}
     assert table("--experiment", "grid", "--long") == ["grid dense", "grid griffin@0.5"]
     assert "grid" not in table("--method", "static")
-    markdown = call("results", tmp_path, "--long", "--markdown").out
-    assert "| griffin | model |" in markdown and "| 50.0% |" in markdown
     assert TASK in call("results", sweep["folder"]).out
     done = call("results", tmp_path / "nowhere")
     assert done.code == 2 and "there is no results folder" in done.err

@@ -24,7 +24,7 @@ from dart_llm.files import write_json, write_lines
 from dart_llm.reporting import figures
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import StudyOptions, merge
-from dart_llm.studies.bench.speed import SpeedStudy
+from dart_llm.studies.bench.study import SpeedStudy
 from dart_llm.studies.bench.tune import TuneStudy
 from dart_llm.studies.drift.detect import DetectionStudy
 from dart_llm.studies.drift.settings import DetectSettings
@@ -46,7 +46,6 @@ from lm_cases import place
 from quality_cases import bees
 from quality_cases import settings as quality_settings
 from speed_cases import settings as speed_settings
-from tiny import CONFIGS
 from tune_cases import settings as tune_settings
 from tune_cases import write_text as tune_text
 
@@ -112,14 +111,13 @@ def _quality(ui):
     return QualityStudy(quality_settings(Path(), methods="griffin,static", slices=2, **given), ui)
 
 
-def _shape(version):
-    kind, layers = CONFIGS["llama"]
-    Path("own.json").write_text(json.dumps({"model_type": kind, **layers, "note": version}))
+def _calibration(version):
+    Path("own.txt").write_text(f"a text of version {version}", encoding="utf-8")
 
 
 def _speed(ui):
-    given = {"shape": "own.json", "repeats": 3, "executors": "compact"}
-    return SpeedStudy(speed_settings(Path(), **given), ui, bandwidth_mib=1)
+    given = {"calibration": "own.txt", "repeats": 3, "executors": "compact"}
+    return SpeedStudy(speed_settings(Path(), **given), ui)
 
 
 def _drift_passages(version):
@@ -165,7 +163,7 @@ CASES = (
     Case("run", 3, _texts, _run, timed=True, finer=True),
     Case("drift", 4, _drift_passages, _drift),
     Case("quality", 8, _quality_text, _quality, finer=True),
-    Case("speed", 3, _shape, _speed, timed=True),
+    Case("speed", 3, _calibration, _speed, timed=True),
     Case("tune", 14, _tune_text, _tune, timed=True),
 )
 NEVER_EQUAL = {"timing.json", "config.json", "report.html"}
@@ -227,8 +225,7 @@ def test_a_finished_folder(case):
     study = run_study(case.make(quiet()))
     found = config(study.path)
     assert (found["kind"], found["status"]) == (case.name, "complete")
-    inputs = json.dumps(found["settings"]["inputs"])  # the weights, or the shape of random ones
-    assert '"model": "' in inputs or '"shape": "' in inputs
+    assert '"model": "' in json.dumps(found["settings"]["inputs"])  # the weights
     assert found["versions"] and found["checkpoint"]["dtype"]
     assert found["started"] <= found["finished"]
     names = {path.name for path in study.path.iterdir()}

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dart_llm.pruning.records import DriftCheck, LayerStat, Remask, RunReport, SequenceReport
 from dart_llm.reporting.speed_up import judge
-from dart_llm.studies.generate.plots import RunView
+from dart_llm.studies.generate.report import RunView
 
 LAYERS, WIDTH = 30, 1536
 FFN_SHARE = 0.592

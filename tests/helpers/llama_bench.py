@@ -8,8 +8,8 @@ asked = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 with open({log!r}, "a") as log:
     seen = sorted(name for name in os.environ if name.startswith(("OMP_", "KMP_")))
     log.write(json.dumps([asked, seen]) + "\\n")
-new, prompts = int(asked["-n"]), map(int, asked["-p"].split(","))
-rows = [(0, new)] if new else [(size, 0) for size in prompts]
+new, prompt = int(asked["-n"]), int(asked["-p"])
+rows = [(0, new)] if new else [(prompt, 0)]
 print(json.dumps([
     {{"n_prompt": p, "n_gen": n, "avg_ns": (p or n) * 2_000_000, "build_commit": "abc"}}
     for p, n in rows

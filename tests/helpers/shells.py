@@ -12,8 +12,7 @@ from pathlib import Path
 
 import typer
 
-from dart_llm.cli.app import app
-from dart_llm.cli.commands import COMMANDS
+from dart_llm.cli.app import COMMANDS, app
 from dart_llm.settings import merge
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,38 +1,38 @@
-"""Jobs of ``bench speed`` on tiny models with random weights."""
+"""Jobs of ``bench speed`` on a tiny checkpoint."""
 
-import json
+import torch
 
 from dart_llm.experiments.study import run_study
 from dart_llm.experiments.timing import repetition
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
 from dart_llm.studies.bench.settings import SpeedSettings
-from dart_llm.studies.bench.speed import SpeedStudy
-from tiny import CONFIGS
+from dart_llm.studies.bench.study import SpeedStudy
+from engine_cases import tokenizer
+from tiny import tiny
 
 PROMPT, TOKENS = 12, 12
 
 
-def shape(root, name="llama"):
-    """The config.json of a tiny model."""
-    kind, settings = CONFIGS[name]
-    root.mkdir(parents=True, exist_ok=True)
-    path = root / f"{name}.json"
-    path.write_text(json.dumps({"model_type": kind, **settings}), encoding="utf-8")
-    return path
+def checkpoint(root):
+    """Folder of a tiny llama: 4 layers of width 32 with 48 neurons, float32."""
+    folder = root / "llama"
+    if not folder.exists():
+        tiny("llama").to(torch.float32).save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+    return folder
 
 
-def settings(root, name="llama", **more):
-    given = {"shape": str(shape(root, name)), "results_dir": str(root / "results")}
-    given |= {"device": "cpu", "dtype": "float32", "methods": "griffin", "sparsities": "0.5"}
-    given |= {"prompt_tokens": PROMPT, "tokens": TOKENS, "repeats": 2, "warmup": False}
+def settings(root, **more):
+    given = {"results_dir": str(root / "results"), "device": "cpu", "dtype": "float32"}
+    given |= {"methods": "griffin", "sparsities": "0.5"}
+    given |= {"prompt_tokens": PROMPT, "tokens": TOKENS, "repeats": 2}
+    given |= {} if "model" in more else {"model": str(checkpoint(root))}
     return merge(SpeedSettings, {**given, **more}, environment={})
 
 
-def job(root, name="llama", ui=None, **more):
-    return run_study(
-        SpeedStudy(settings(root, name, **more), ui or Ui(quiet=True), bandwidth_mib=1)
-    )
+def job(root, ui=None, **more):
+    return run_study(SpeedStudy(settings(root, **more), ui or Ui(quiet=True)))
 
 
 def steady(model, ids, tokens, make):
@@ -44,5 +44,4 @@ def steady(model, ids, tokens, make):
 
 def sample(steps_ms, **more):
     """A sample as the clock gives it."""
-    steps = [ms / 1000 for ms in steps_ms]
-    return {"first_token_s": 0.1, "warm_s": [0.03, 0.002], "steps_s": steps, **more}
+    return {"first_token_s": 0.1, "steps_s": [ms / 1000 for ms in steps_ms], **more}

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from dart_llm import prune
-from dart_llm.cli.chat_settings import ChatSettings
+from dart_llm.cli.chat import ChatSettings
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS

@@ -1,4 +1,1 @@
-"""The command line: the application, its commands, chat.
-
-Start with ``app.py``; ``options.py`` turns settings into flags.
-"""
+"""The command line: start with ``app.py``; ``options.py`` turns settings into flags."""

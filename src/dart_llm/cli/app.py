@@ -1,21 +1,286 @@
-"""The Typer application, exit codes and signals.  The commands themselves: ``commands``."""
+"""The Typer application: every command, its settings and what runs it; exit codes and signals.
+
+``help.yaml`` has the help and the examples of every command.
+"""
 
 from __future__ import annotations
 
 import io
+import json
 import logging
 import signal
 import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from dart_llm import __version__
-from dart_llm.cli.commands import COMMANDS, GROUPS
-from dart_llm.errors import DartError
+from dart_llm.cli import info
+from dart_llm.cli.chat import ChatSettings
+from dart_llm.cli.export import ExportSettings, export
+from dart_llm.cli.options import Config, Fresh, Json, with_settings
+from dart_llm.errors import CellsFailed, ConfigError, DartError
+from dart_llm.files import finite, write_text
+from dart_llm.server.settings import ServeSettings
+from dart_llm.settings import Settings, merge, setting
+from dart_llm.studies.bench.settings import SpeedSettings, TuneSettings
+from dart_llm.studies.drift.settings import DetectSettings, DriftSettings
+from dart_llm.studies.generate.settings import DemoSettings, RunSettings
+from dart_llm.studies.inspection.settings import TEXTS, InspectSettings
+from dart_llm.studies.quality.settings import QualitySettings
+from dart_llm.studies.sweep.settings import (
+    CompareSettings,
+    EvalSettings,
+    PerplexitySettings,
+    SummarizeSettings,
+    SweepSettings,
+)
 
-INTERRUPTED = 130
+if TYPE_CHECKING:
+    from dart_llm.reporting.console import Ui
+
+HELP: dict[str, Any] = yaml.safe_load(
+    (files("dart_llm.cli") / "help.yaml").read_text(encoding="utf-8")
+)
+"""Help and examples of every command."""
+
+Flags = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command, ``bench quality`` being one of a group.
+
+    ``function``: what runs it, or "module:class" of a ``Study`` below ``dart_llm.studies``.
+    ``only``: the settings that are flags.
+    """
+
+    name: str
+    function: Callable[..., None] | str
+    settings: type[Settings] | None = None
+    only: Collection[str] | None = None
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        return tuple(HELP[self.name]["examples"])
+
+    @property
+    def text(self) -> str:
+        """Help and examples."""
+        return "\n\n".join((HELP[self.name]["help"], "Examples:", *self.examples))
+
+    def callback(self) -> Callable[..., None]:
+        """The function with its options in its signature."""
+        function = self._run_study if isinstance(self.function, str) else self.function
+        kind = self.settings
+        return function if kind is None else with_settings(function, kind, self.only)
+
+    def _run_study(
+        self, flags: Flags, config: Config = None, fresh: Fresh = False, as_json: Json = False
+    ) -> None:
+        assert self.settings is not None
+        settings, name = merge(self.settings, flags, config), str(self.function)
+        answer(lambda ui: run_named(name, fresh, settings, ui).answer(), as_json)
+
+
+def run_named(name: str, fresh: bool, *arguments: Any) -> Any:
+    """The study ``name``, as of ``Command.function``, after its work."""
+    from dart_llm.experiments.study import run_study
+
+    module, _, kind = name.partition(":")
+    study = getattr(import_module(f"dart_llm.studies.{module}"), kind)
+    return run_study(study(*arguments), fresh)
+
+
+def answer(compute: Callable[[Ui], Any], as_json: bool) -> None:
+    """Print the study's JSON; where cells failed print the partial result, then raise."""
+    from dart_llm.reporting.console import Ui
+
+    try:
+        with Ui.started(as_json) as ui:
+            document = compute(ui)
+    except CellsFailed as failed:
+        if as_json:
+            print_json(failed.document)
+        raise
+    if as_json:
+        print_json(document)
+
+
+def print_json(document: Any) -> None:
+    """One line on stdout; numbers that JSON does not have are null."""
+    typer.echo(json.dumps(finite(document)))
+
+
+GridFile = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The grid, in YAML.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", metavar="", help="Print the plan; run nothing.")]
+
+
+def _grid_command(settings_kind: type[SweepSettings]) -> Callable[..., None]:
+    """``compare`` or ``sweep``."""
+
+    def measure_grid(
+        flags: Flags,
+        file: GridFile = None,
+        dry_run: DryRun = False,
+        fresh: Fresh = False,
+        as_json: Json = False,
+    ) -> None:
+        settings = merge(settings_kind, flags, file)
+        if file is not None and settings.experiment_name is None:
+            settings = settings.noted({"experiment_name": file.stem})
+
+        def compute(ui: Ui) -> Any:
+            if not dry_run:
+                return run_named("sweep.study:MeasureStudy", fresh, settings, ui).answer()
+            from dart_llm.studies.sweep.study import plan
+
+            return plan(settings, ui, fresh)
+
+        answer(compute, as_json)
+
+    return measure_grid
+
+
+What = Annotated[
+    list[str] | None,
+    typer.Argument(metavar=f"[{'|'.join(TEXTS)}]...", help="Default: all the texts allow."),
+]
+
+
+def inspect(
+    flags: Flags,
+    what: What = None,
+    config: Config = None,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """``dart-llm inspect``."""
+    settings, name = merge(InspectSettings, flags, config), "inspection.study:InspectionStudy"
+    answer(lambda ui: run_named(name, fresh, settings, what or (), ui).answer(), as_json)
+
+
+def chat(flags: Flags, config: Config = None) -> None:
+    """``dart-llm chat``."""
+    from dart_llm.reporting.console import Ui
+
+    settings = merge(ChatSettings, flags, config)
+    with Ui.started() as ui:
+        from dart_llm.cli.chat import run_chat
+    run_chat(settings, ui)
+
+
+def serve(flags: Flags, config: Config = None) -> None:
+    """``dart-llm serve``."""
+    settings = merge(ServeSettings, flags, config)
+    from dart_llm.reporting.console import Ui
+
+    with Ui.started() as ui:
+        from dart_llm.server.run import serve as serve_model
+
+    if settings.verbose:
+        logging.getLogger("dart_llm.serve").setLevel(logging.INFO)
+    serve_model(settings, ui)
+
+
+def replay(
+    records: Annotated[str, typer.Argument(metavar="RECORDS", help="A file; - is stdin.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page (default: RECORDS.html).")
+    ] = None,
+) -> None:
+    """``dart-llm replay``."""
+    from dart_llm.server.window import page, read_records
+
+    if out is None and records == "-":
+        raise ConfigError("give --out FILE: standard input has no name beside which to write")
+    path = Path(records).with_suffix(".html") if out is None else out
+    if path.resolve() == Path(records).resolve():
+        raise ConfigError(f"{path} is the recording itself: give --out FILE")
+    write_text(path, page(read_records(records)))
+    typer.echo(str(path))
+
+
+class ResultsFilter(Settings):
+    """Which runs ``results`` shows; names hold the given text."""
+
+    model: str | None = setting("Filter", "Runs of such a model.")
+    method: str | None = setting("Filter", "Runs of such a method.")
+    task: str | None = setting("Filter", "Runs of such a task.")
+    experiment: str | None = setting("Filter", "Runs of such an experiment.")
+    status: str | None = setting("Filter", "complete, running, interrupted, failed, stopped.")
+    since: str | None = setting("Filter", "Runs from this day on, e.g. 2026-01-31.")
+
+
+def results(
+    flags: Flags,
+    folder: Annotated[
+        Path, typer.Argument(metavar="[FOLDER]", help="All results, one experiment or one run.")
+    ] = Path("results"),
+    long: Annotated[bool, typer.Option("--long", metavar="", help="A row per number.")] = False,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", metavar="", help="Comma-separated.")] = False,
+) -> None:
+    """``dart-llm results``."""
+    from dart_llm.experiments import index
+    from dart_llm.reporting.console import Ui
+
+    chosen = merge(ResultsFilter, flags, environment={})
+    runs = index.filter(index.find(folder), **chosen.model_dump())
+    if as_json:
+        typer.echo(index.to_json(runs).rstrip("\n"))
+    elif as_csv:
+        typer.echo(index.to_csv(runs, long).rstrip("\n"))
+    elif not runs:
+        typer.echo("no run matches")
+    else:
+        out = Ui().out
+        if len(runs) == 1 and (folder / "config.json").is_file():
+            out.print(index.show(runs[0]))
+            long = True
+        out.print(index.table(runs, long))
+
+
+GROUPS = {
+    "bench": "Fixed measures of the methods: quality, speed.",
+    "prompts": "Two-topic prompts and passages: list, show.",
+}
+"""Commands of two words by their first one, with its help."""
+
+DEMO = ("model", "method", "device", "dtype", "cache_dir", "results_dir")
+
+COMMANDS = (
+    Command("run", "generate.study:RunStudy", RunSettings),
+    Command("chat", chat, ChatSettings),
+    Command("eval", "sweep.study:MeasureStudy", EvalSettings),
+    Command("perplexity", "sweep.study:MeasureStudy", PerplexitySettings),
+    Command("summarize", "sweep.study:MeasureStudy", SummarizeSettings),
+    Command("compare", _grid_command(CompareSettings), CompareSettings),
+    Command("sweep", _grid_command(SweepSettings), SweepSettings),
+    Command("drift", "drift.study:DriftStudy", DriftSettings),
+    Command("detect", "drift.detect:DetectionStudy", DetectSettings),
+    Command("inspect", inspect, InspectSettings),
+    Command("bench quality", "quality.study:QualityStudy", QualitySettings),
+    Command("bench speed", "bench.study:SpeedStudy", SpeedSettings),
+    Command("tune", "bench.tune:TuneStudy", TuneSettings),
+    Command("export", export, ExportSettings),
+    Command("serve", serve, ServeSettings),
+    Command("replay", replay),
+    Command("results", results, ResultsFilter),
+    Command("prompts list", info.list_prompts, info.PromptFilter),
+    Command("prompts show", info.show_prompt),
+    Command("demo", "generate.demo:DemoStudy", DemoSettings, DEMO),
+    Command("methods", info.show_methods),
+    Command("doctor", info.show_installation),
+)
+"""In the order of ``dart-llm --help``."""
 
 
 def _version(value: bool) -> None:
@@ -24,14 +289,13 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-def _main(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", metavar="", callback=_version, is_eager=True, help="Print the version."
-        ),
-    ] = False,
-) -> None:
+Version = Annotated[
+    bool,
+    typer.Option("--version", metavar="", callback=_version, is_eager=True, help="The version."),
+]
+
+
+def _main(version: Version = False) -> None:
     return
 
 
@@ -53,7 +317,7 @@ def make_app() -> typer.Typer:
     for command in COMMANDS:
         group, _, name = command.name.rpartition(" ")
         parent = groups[group] if group else app
-        parent.command(name=name, help=command.text, cls=command.kind)(command.callback())
+        parent.command(name=name, help=command.text)(command.callback())
     for group_app in groups.values():
         app.add_typer(group_app)
     return app
@@ -71,7 +335,7 @@ def run() -> None:
     try:
         app()
     except SystemExit as error:
-        if error.code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
+        if error.code == 130:  # typer turns Ctrl-C into this exit code
             sys.stderr.write("interrupted\n")
         raise
     except DartError as error:

@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from dart_llm.cli.options import Config, Json
 from dart_llm.data import documents
-from dart_llm.data.texts import read_prompt_file, resolve_prompt
+from dart_llm.data.texts import resolve_prompt
 from dart_llm.errors import ConfigError
 from dart_llm.files import finite, size_text
 from dart_llm.settings import BaseSettings, load_arguments, merge, setting, words
@@ -35,13 +35,8 @@ class ExportSettings(BaseSettings):
     method: str = setting("Pruning", "Preset; dart-llm methods lists them.", "griffin")
     gguf: str = setting(PANEL, "The GGUF file to write.", "")
     prompt: str | None = setting(PANEL, "A prompt to keep neurons for, or a shipped prompt's name.")
-    prompt_file: str | None = setting(PANEL, "Read that prompt from this file; - is stdin.")
-    text: str | None = setting(
-        PANEL, "Texts to keep neurons for, comma-separated: embedded, or files (a JSONL's rows)."
-    )
-    calibration: str | None = setting(
-        PANEL, "Text for methods that calibrate (default: c4 of the hub)."
-    )
+    text: str | None = setting(PANEL, "Texts to keep neurons for: embedded, or files; commas.")
+    calibration: str | None = setting(PANEL, "Text to calibrate on (default: c4 of the hub).")
 
     @model_validator(mode="after")
     def _check_export(self) -> ExportSettings:
@@ -49,7 +44,7 @@ class ExportSettings(BaseSettings):
             raise ConfigError("nothing is named to be written: give --gguf FILE.gguf")
         if Path(self.gguf).suffix != ".gguf":
             raise ConfigError(f'--gguf {self.gguf} must end in ".gguf", as llama.cpp expects')
-        if self.masks and (self.prompt or self.prompt_file or self.text):
+        if self.masks and (self.prompt or self.text):
             raise ConfigError("--masks names the neurons themselves: drop the prompt and the texts")
         return self
 
@@ -58,8 +53,6 @@ class ExportSettings(BaseSettings):
         texts = [text for name in words(self.text) for text in documents.whole_texts(name)]
         if self.prompt is not None:
             texts.append(resolve_prompt(self.prompt))
-        if self.prompt_file is not None:
-            texts.append(read_prompt_file(self.prompt_file))
         return texts
 
 
@@ -87,50 +80,29 @@ def _write(settings: ExportSettings, ui: Any) -> GgufExport:
 
     texts = settings.texts()
     masks = read_masks(settings.masks) if settings.masks else None
-    source = resolve(
-        settings.model,
-        revision=settings.revision,
-        cache_dir=settings.cache_dir,
-        packed=True,
-        say=ui.say,
-    ).blocks
+    place: dict[str, Any] = {"revision": settings.revision, "cache_dir": settings.cache_dir}
+    source = resolve(settings.model, **place, packed=True, say=ui.say).blocks
     if source is None:
-        raise ConfigError(
-            f"{settings.model} is not a GGUF file: convert it with llama.cpp's "
-            "convert_hf_to_gguf.py and give the result as --model"
-        )
+        way = "convert it by llama.cpp's convert_hf_to_gguf.py"
+        raise ConfigError(f"{settings.model} is not a GGUF file: {way}")
     with ui.status(f"loading {settings.model}") as news:
         model, tokenizer = load(**load_arguments(settings), progress=news)
     if settings.masks:
         check_masks(settings.masks, widths(model))
     with ui.status(f"selecting neurons and writing {settings.gguf}"):
-        return export_gguf(
-            model,
-            tokenizer,
-            settings.gguf,
-            texts,
-            settings.prune_config(),
-            masks=masks,
-            source=source,
-            calibration=settings.calibration,
-            cache_dir=settings.cache_dir,
-            say=ui.say,
-        )
+        selected = (model, tokenizer, settings.gguf, texts, settings.prune_config())
+        where: dict[str, Any] = {"source": source, "cache_dir": settings.cache_dir, "say": ui.say}
+        return export_gguf(*selected, masks=masks, calibration=settings.calibration, **where)
 
 
 def _summary(written: GgufExport) -> str:
     """The file, how narrow it is, and what had to be rounded for it."""
-    widths = sorted(set(written.written))
-    kept = f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else str(widths[0])
     kinds = ", ".join(
         old if old == new else f"{new} (before: {old})" for old, new in written.kinds.items()
     )
-    block = f", widths in blocks of {written.block}" if written.block > 1 else ""
-    biases = ", means of what was removed in the biases" if written.compensated else ""
     return (
         f"{written.path}: {size_text(written.bytes)} (before: {size_text(written.bytes_before)}), "
-        f"{kept} neurons per layer (before: {max(written.neurons)}), "
-        f"achieved sparsity {written.achieved_sparsity:.1%}, architecture {written.architecture}, "
-        f"down projections {kinds}, {written.rounded:.0%} of their columns rounded again"
-        f"{block}{biases}"
+        f"{min(written.written)} to {max(written.written)} neurons per layer (before: "
+        f"{max(written.neurons)}), achieved sparsity {written.achieved_sparsity:.1%}, down "
+        f"projections {kinds}, {written.rounded:.0%} of their columns rounded again"
     )

@@ -4,108 +4,80 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from dart_llm.errors import ConfigError
 from dart_llm.pruning import plugins
 from dart_llm.settings import Settings
 
 Config = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Read settings from a YAML file.")
 ]
-
 Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start again, do not resume.")]
-
 Plugin = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Python file that registers your own scores or methods."),
 ]
-
 Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
+
+NAMED = inspect.Parameter.KEYWORD_ONLY
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "generation": ("--max-new-tokens",),
     "method": ("-m",),
     "models": ("--model",),
     "prompt": ("-p",),
-    "shape": ("--model-config",),
 }
-
-METAVARS: dict[Any, str] = {str: "TEXT", list[str]: "TEXT", int: "N", float: "X", bool: ""}
 
 
 def _plain(annotation: Any) -> Any:
-    """``X`` of ``X | None``."""
+    """``X`` of ``X | None``; a list that is written with commas is a text."""
     if get_origin(annotation) in (Union, types.UnionType):
-        return next(part for part in get_args(annotation) if part is not type(None))
-    return annotation
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    return str if get_origin(annotation) is tuple else annotation
 
 
-def parameters(settings: type[Settings]) -> list[inspect.Parameter]:
-    """One keyword parameter per setting; None means "not given".
-
-    Settings in ``settings.UNUSED``, which come from a base class, are not flags.
-    """
-    found = []
-    for name, field in settings.model_fields.items():
-        if name in settings.UNUSED:
-            continue
-        flag = "--" + name.replace("_", "-")
-        kind = _plain(field.annotation)
-        kind = str if get_origin(kind) is tuple else kind  # a list that is written with commas
-        names = [flag, *ALIASES.get(name, ())]
-        if kind is bool:
-            names = [f"{flag}/--no-{flag[2:]}", *ALIASES.get(name, ())]
-        text = field.description or ""
-        default = field.default
-        if default not in (None, False, ()):
-            shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else default
-            # in brackets it would be read as markup, and vanish
-            text = f"{text.removesuffix('.')} (default: {shown})."
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        option = typer.Option(
-            *names,
-            help=text,
-            rich_help_panel=str(extra.get("panel", "")),
-            hidden=bool(extra.get("hidden")),
-            show_default=False,
-            metavar=METAVARS.get(kind),
-            parser=_sparsity if name == "sparsity" else None,
-        )
-        found.append(
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[kind | None, option],
-            )
-        )
-    return found
+def parameters(
+    settings: type[Settings], only: Collection[str] | None = None
+) -> list[inspect.Parameter]:
+    """One keyword parameter per setting, of ``only`` where given; None means "not given"."""
+    fields = settings.model_fields
+    names = [n for n in fields if n not in settings.UNUSED and (only is None or n in only)]
+    names.sort(key=lambda name: name not in ("model", "method"))  # which come first in the help
+    return [_parameter(name, fields[name]) for name in names]
 
 
-def _sparsity(text: str) -> float:
-    """A number; typer's own message for a percentage does not mention fractions."""
-    try:
-        if text.endswith("%"):
-            share = float(text[:-1]) / 100
-            raise ConfigError(f"write --sparsity {share:g}: a fraction, not a percentage")
-        return float(text)
-    except ValueError:
-        raise ConfigError(
-            f'--sparsity "{text}" is not a number: write a fraction, e.g. 0.5'
-        ) from None
+def _parameter(name: str, field: Any) -> inspect.Parameter:
+    flag, kind = "--" + name.replace("_", "-"), _plain(field.annotation)
+    flag = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    text, default = field.description or "", field.default
+    if default not in (None, False, ()):
+        shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else default
+        # in brackets it would be read as markup, and vanish
+        text = f"{text.removesuffix('.')} (default: {shown})."
+    extra = field.json_schema_extra or {}
+    option = typer.Option(
+        flag,
+        *ALIASES.get(name, ()),
+        help=text,
+        rich_help_panel=str(extra.get("panel", "")),
+        show_default=False,
+    )
+    annotation: Any = Annotated[kind | None, option]
+    return inspect.Parameter(name, NAMED, default=None, annotation=annotation)
 
 
-def with_settings(function: Callable[..., None], settings: type[Settings]) -> Callable[..., None]:
+def with_settings(
+    function: Callable[..., None], settings: type[Settings], only: Collection[str] | None = None
+) -> Callable[..., None]:
     """Give ``function(flags, ...)`` one option per setting; they arrive as the dict ``flags``."""
     signature = inspect.signature(function)
     hints = get_type_hints(function, include_extras=True)  # names of the function's own module
-    own = [
-        p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY)
+    others = [
+        p.replace(annotation=hints[p.name], kind=NAMED)
         for p in signature.parameters.values()
         if p.name != "flags"
     ]
@@ -115,15 +87,12 @@ def with_settings(function: Callable[..., None], settings: type[Settings]) -> Ca
             plugins.use(plugin)
         names = settings.model_fields
         flags = {k: None if v == [] else v for k, v in values.items() if k in names}
-        rest = {key: value for key, value in values.items() if key not in names}
-        function(flags, **rest)
+        function(flags, **{key: value for key, value in values.items() if key not in names})
 
     command.__doc__ = function.__doc__
     command.__name__ = function.__name__
-    added = inspect.Parameter(
-        "plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Plugin
-    )
-    every = [*parameters(settings), added, *own]
+    added = inspect.Parameter("plugin", NAMED, default=None, annotation=Plugin)
+    every = [*parameters(settings, only), added, *others]
     command.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in every}
     return command

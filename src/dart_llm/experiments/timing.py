@@ -1,28 +1,28 @@
-"""One timed repetition: attach, then the model's own greedy ``generate``, with a clock beside it.
-
-And what the machine can do, measured in the same run: read bandwidth, and growth of memory.
-"""
+"""One timed repetition: the model's own greedy ``generate`` with a clock, or ``llama-bench``."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import random
-import re
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from dart_llm.data import texts
-from dart_llm.models.describe import describe
-from dart_llm.pruning.masks import LayerMask
+from dart_llm.errors import ConfigError, DartError
+from dart_llm.models.gguf_file import read_gguf
 from dart_llm.pruning.records import RunReport
 from dart_llm.session.run import Run
 
@@ -36,96 +36,16 @@ Sample = dict[str, Any]
 """JSON-able, see ``repetition``."""
 
 
-def read_bandwidth(device: torch.device, mib: int = 512, reads: int = 5) -> float:
-    """Bytes per second at which this process, with its threads, reads a buffer of ``mib`` MiB.
-
-    The better of a sum and of a dot product of its halves, medians of ``reads`` after one that is
-    not timed.  No cache should be large enough for the buffer.
-    """
-    buffer = torch.ones(mib * 2**20 // 4, device=device)
-    half = len(buffer) // 2
-
-    def seconds(product: Callable[[], Tensor]) -> float:
-        times = [time.perf_counter()]
-        for _ in range(1 + reads):
-            product().item()
-            times.append(time.perf_counter())
-        return statistics.median(after - before for before, after in pairwise(times[1:]))
-
-    return buffer.nbytes / min(
-        seconds(buffer.sum), seconds(lambda: torch.dot(buffer[:half], buffer[half : 2 * half]))
-    )
-
-
-STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-class Growth:
-    """Peak memory of the process since this was made, beyond what it used then.
-
-    Of the GPU's allocator for a model on a GPU.  ``bytes`` is None where the system does not tell.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-            self.before: int | None = torch.cuda.memory_allocated(device)
-            return
-        try:
-            RESET_PEAK.write_text("5", encoding="ascii")
-        except OSError:
-            self.before = None
-        else:
-            self.before = _status("VmRSS")
-
-    @property
-    def bytes(self) -> int | None:
-        if self.before is None:
-            return None
-        peak = int(torch.cuda.max_memory_allocated()) if self.cuda else _status("VmHWM")
-        return None if peak is None else max(0, peak - self.before)
-
-
-def _status(name: str) -> int | None:
-    try:
-        text = STATUS.read_text(encoding="utf-8")
-    except OSError:
-        return None
-    match = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
-    return None if match is None else int(match[1]) * 1024
-
-
 def repetition(model: Any, ids: Tensor, tokens: int, make: Make) -> Sample:
-    """Times in seconds, counts and bytes of one repetition; ``make``: its run, not attached.
+    """Times in seconds and accounting of one repetition; ``make``: its run, not attached.
 
     ``first_token_s``: prompt ids [1, P] read and the first token chosen.  ``steps_s``: each of the
     ``tokens`` timed decode steps, with the choice of the next token and what else ``generate`` does
-    for it; ``WARM`` steps before them are ``warm_s``.  ``attach_s`` and accounting are absent of
-    the untouched model.
+    for it; ``WARM`` steps before them are not timed.  The untouched model has no accounting.
     """
-    growth = Growth(torch.device(model.device))
-    return {**decode(model, ids, tokens, make), "peak_growth_bytes": growth.bytes}
-
-
-def decode(model: Any, ids: Tensor, tokens: int, make: Make) -> Sample:
-    """As ``repetition``, without the memory."""
-    begin = time.perf_counter()
     run = make()
-    if run is None:
-        return _generate(model, ids, tokens, None)
-    with run:
-        attach = time.perf_counter() - begin
-        return {**_generate(model, ids, tokens, run), "attach_s": attach}
-
-
-def prefill(model: Any, ids: Tensor, make: Make) -> float:
-    """Seconds until the first token after ids [1, P] is chosen; ``make`` as of ``repetition``."""
-    with make() or contextlib.nullcontext(), torch.inference_mode():
-        begin = time.perf_counter()
-        logits = model(ids, use_cache=True, logits_to_keep=1).logits
-        int(logits[0, -1].argmax())  # no work is pending when the clock is read
-        return time.perf_counter() - begin
+    with run or contextlib.nullcontext():
+        return _generate(model, ids, tokens, run)
 
 
 class _Clock(BaseStreamer):
@@ -157,11 +77,7 @@ def _generate(model: Any, ids: Tensor, tokens: int, run: Run | None) -> Sample:
         streamer=clock,
     )
     seconds = [after - before for before, after in pairwise(clock.times)]
-    sample: Sample = {
-        "first_token_s": seconds[0],
-        "warm_s": seconds[1 : 1 + WARM],
-        "steps_s": seconds[1 + WARM :],
-    }
+    sample: Sample = {"first_token_s": seconds[0], "steps_s": seconds[1 + WARM :]}
     if run is not None and clock.warm is not None:
         sample |= _timed_accounting(clock.warm, run.report())
     return sample
@@ -175,10 +91,10 @@ def _timed_accounting(warm: RunReport, end: RunReport) -> Sample:
         name: timed_mean(getattr(end, name), counts[0], getattr(warm, name), counts[1])
         for name in names
     }
-    remasks = end.remasks - warm.remasks
     if end.head is not None and warm.head is not None:
         read = end.head.read(counts[0]), warm.head.read(counts[1])
         means["head_bytes_share"] = timed_mean(read[0], counts[0], read[1], counts[1])
+    remasks = end.remasks - warm.remasks
     return {**means, "remasks": remasks, "extra_memory_bytes": end.extra_memory_bytes}
 
 
@@ -188,15 +104,20 @@ def timed_mean(end: float, tokens_end: int, warm: float, tokens_warm: int) -> fl
     return (end * tokens_end - warm * tokens_warm) / timed if timed else 0.0
 
 
-def prompt_ids(model: Any, tokenizer: Any, length: int, seed: int) -> Tensor:
-    """[1, length] int64 on the model's device: bundled text, repeated, or random tokens."""
-    if tokenizer is None:
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(vocabulary, (1, length), generator=generator)
-    else:
-        text = tokenizer(texts.all_text(), return_tensors="pt", verbose=False).input_ids
-        ids = text.repeat(1, -(-length // text.shape[1]))[:, :length]
+def token_seconds(samples: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Mean time of a timed token, by repetition, in seconds."""
+    return [statistics.fmean(sample["steps_s"]) for sample in samples]
+
+
+def shuffled(labels: Sequence[str], seed: int, number: int) -> list[str]:
+    """The order of repetition ``number``: it follows from the seed and the number alone."""
+    return random.Random(f"{seed} {number}").sample(list(labels), len(labels))
+
+
+def prompt_ids(model: Any, tokenizer: Any, length: int) -> Tensor:
+    """[1, length] int64 on the model's device: bundled text, repeated."""
+    text = tokenizer(texts.all_text(), return_tensors="pt", verbose=False).input_ids
+    ids: Tensor = text.repeat(1, -(-length // text.shape[1]))[:, :length]
     return ids.to(model.device)
 
 
@@ -209,27 +130,88 @@ def cache_bytes(model: Any, ids: Tensor) -> float:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) / length
 
 
-def full_masks(model: Any) -> tuple[LayerMask, ...]:
-    """Masks that keep every neuron."""
-    return tuple(
-        LayerMask(torch.arange(layer.width, device=layer.device), layer.width)
-        for layer in describe(model).weights("output", 0)
+# llama.cpp's own ``llama-bench``, run as a program on a GGUF file.
+
+LLAMA_CPP = "llama.cpp"
+
+PROGRAM, VARIABLE = "llama-bench", "LLAMA_BENCH"
+
+THREAD_VARIABLES = ("OMP_", "GOMP_", "KMP_")
+"""Set for PyTorch's threads: llama.cpp runs without, as its users run it."""
+
+
+def find_bench() -> str | None:
+    """The program: ``LLAMA_BENCH``, else on PATH; None where there is none."""
+    return shutil.which(os.environ.get(VARIABLE) or PROGRAM)
+
+
+def require_bench() -> str:
+    """The program; raises ``ConfigError`` where there is none."""
+    if bench := find_bench():
+        return bench
+    path = os.environ.get(VARIABLE)
+    where = f"{VARIABLE}={path} is not a program" if path else f"{PROGRAM} is not on PATH"
+    raise ConfigError(
+        f"--reference {LLAMA_CPP} needs llama.cpp's own benchmark, and {where}: build llama.cpp "
+        f"and name its {PROGRAM} in {VARIABLE}"
     )
 
 
-# Statistics of repetitions, and their order.
+@dataclass(frozen=True)
+class ReferenceFile:
+    """A GGUF file: ``kind``, such as Q4_K_M; ``bytes`` of the tensors that a token reads."""
+
+    path: Path
+    kind: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> ReferenceFile:
+        """Raises ``LoadError`` for what is not a GGUF file."""
+        file = read_gguf(path)
+        sizes = {name: tensor.size for name, tensor in file.tensors.items()}
+        looked_up = sizes.get("token_embd.weight", 0) if "output.weight" in sizes else 0
+        return cls(path, file.quantisation, sum(sizes.values()) - looked_up)
 
 
-def mad(values: Sequence[float]) -> float:
-    """Median of the absolute distances to the median."""
-    return float(np.median(np.abs(np.array(values) - np.median(values))))
+def reference_repetition(bench: str, file: Path, threads: int, prompt: int, tokens: int) -> Sample:
+    """As ``repetition``, by llama-bench: a mean step stands for all."""
+    (read,) = _run(bench, file, threads, "-p", str(prompt), "-n", "0")
+    generated = decode_row(bench, file, threads, tokens, prompt + WARM)
+    steps = [generated["avg_ns"] / 1e9 / tokens]
+    build = {name: generated.get(name) for name in ("build_commit", "build_number", "backends")}
+    return {"first_token_s": read["avg_ns"] / 1e9, "steps_s": steps, "build": build}
 
 
-def token_seconds(samples: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Mean time of a timed token, by repetition, in seconds."""
-    return [statistics.fmean(sample["steps_s"]) for sample in samples]
+def decode_row(bench: str, file: Path, threads: int, tokens: int, depth: int) -> dict[str, Any]:
+    """Its row for ``tokens`` that are generated behind ``depth`` others: ``avg_ns`` of all."""
+    return _run(bench, file, threads, "-p", "0", "-n", str(tokens), "-d", str(depth))[0]
 
 
-def shuffled(labels: Sequence[str], seed: int, number: int) -> list[str]:
-    """The order of repetition ``number``: it follows from the seed and the number alone."""
-    return random.Random(f"{seed} {number}").sample(list(labels), len(labels))
+def _run(bench: str, file: Path, threads: int, *flags: str) -> list[dict[str, Any]]:
+    """Its report; raises ``DartError`` where it fails."""
+    command = [bench, "-m", str(file), "-t", str(threads), "-r", "1", "-o", "json", *flags]
+    environment = program_environment(os.environ, bench)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", env=environment
+        )
+    except OSError as error:
+        raise DartError(f"{PROGRAM} at {bench} could not be run: {error}") from error
+    try:
+        rows = json.loads(done.stdout) if done.returncode == 0 else []
+        if rows and all("avg_ns" in row for row in rows):
+            return list(rows)
+    except (ValueError, TypeError):  # not JSON, or not a list of rows
+        pass
+    output = " ".join((done.stderr.strip() or done.stdout.strip() or "no output").split())
+    raise DartError(
+        f"{PROGRAM} failed on {file.name} (exit code {done.returncode}): {output[-300:]}"
+    )
+
+
+def program_environment(environment: Mapping[str, str], bench: str) -> dict[str, str]:
+    """Without what is set for PyTorch's threads; libraries may lie beside the program."""
+    kept = {n: value for n, value in environment.items() if not n.startswith(THREAD_VARIABLES)}
+    folders = [str(Path(bench).resolve().parent), kept.get("LD_LIBRARY_PATH", "")]
+    return {**kept, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, folders))}

@@ -60,38 +60,35 @@ def parse(
     """
     rows = [(METHODS.check(name), {"method": name}, "") for name in methods]
     if file is not None:
-        changed = read_variants(Path(file), {"sparsity": "--sparsities", **(flags or {})})
-        rows += [(label, changed[label], f'the variant "{label}" of {file}: ') for label in changed]
-    variants: list[Variant] = []
+        rows += _read(Path(file), {"sparsity": "--sparsities", **(flags or {})})
+    variants: dict[str, Variant] = {}
     for label, settings, prefix in rows:
         try:
             variant = Variant(label, _build(settings, changes))
         except ConfigError as error:
             raise ConfigError(f"{prefix}{error}") from None
-        if label in (DENSE, *(variant.label for variant in variants)):
+        if label in (DENSE, *variants):
             raise ConfigError(f'the label "{label}" is taken: give each variant its own')
         if label.endswith(ORACLE) or not label.strip():
             raise ConfigError(f'"{label}" cannot be the label of a variant: give it another one')
-        variants.append(variant)
-    return variants
+        variants[label] = variant
+    return list(variants.values())
 
 
-def read_variants(path: Path, flags: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Labels and changes of a variants file; raises ``ConfigError`` when it cannot be used."""
-    variants: dict[str, dict[str, Any]] = {}
-    for label, changes in read_yaml(path).items():
-        if changes is not None and not isinstance(changes, Mapping):
-            example = f"{label}: {{compensation: false}}"
-            raise ConfigError(f'the variant "{label}" of {path} has no settings: write {example}')
-        for name in flags.keys() & (changes or {}).keys():
-            raise ConfigError(
-                f'the variant "{label}" of {path} sets the {name}, which {flags[name]} does: '
-                "drop it"
-            )
-        variants[str(label)] = dict(changes or {})
+def _read(path: Path, flags: Mapping[str, str]) -> list[tuple[str, dict[str, Any], str]]:
+    """Label, changes and beginning of an error message of every variant of a file."""
+    variants = read_yaml(path)
     if not variants:
         raise ConfigError(f"the variants file {path} is empty: write LABEL: {{SETTING: VALUE}}")
-    return variants
+    rows = []
+    for label, changes in variants.items():
+        name = f'the variant "{label}" of {path}'
+        if changes is not None and not isinstance(changes, Mapping):
+            raise ConfigError(f"{name} has no settings: write {label}: {{compensation: false}}")
+        for key in flags.keys() & (changes or {}).keys():
+            raise ConfigError(f"{name} sets the {key}, which {flags[key]} does: drop it")
+        rows.append((str(label), dict(changes or {}), f"{name}: "))
+    return rows
 
 
 def _build(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> PruneConfig:

@@ -1,4 +1,4 @@
-"""The study on a tiny model: grid, folder, what is kept; and one small run of a real model."""
+"""The study on a tiny model: grid, folder, what is kept."""
 
 import json
 import re
@@ -6,26 +6,23 @@ import re
 import pytest
 import torch
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import dart_llm
 import written
-from checkpoints import write_gguf
-from dart_llm.cli.app import app
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting import figures
-from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
-from dart_llm.studies.bench import quality
-from dart_llm.studies.bench.candidates import Formats, plan, quick_grid, tune_grid
-from dart_llm.studies.bench.quality import all_slices, generate_text, user_slices
-from dart_llm.studies.bench.settings import TuneSettings
-from dart_llm.studies.bench.tune import TuneStudy
-from llama_bench import write_bench
-from lm_cases import loaded
+from dart_llm.studies.bench import rows as row_numbers
+from dart_llm.studies.bench.settings import (
+    Formats,
+    TuneSettings,
+    estimate,
+    quick_grid,
+    tune_grid,
+)
+from dart_llm.studies.bench.tune import TuneStudy, all_slices, generate_text, user_slices
+from lm_cases import call, loaded
 from tune_cases import PROMPT, TOKENS, job, settings
 
 FORMS = ("file", "q8_0", "q4_0", "dense")
@@ -33,28 +30,6 @@ FORMS = ("file", "q8_0", "q4_0", "dense")
 
 def asked(**given):
     return merge(TuneSettings, given, environment={})
-
-
-@given(
-    st.lists(st.sampled_from(["dart", "griffin", "dart-token"]), min_size=1, unique=True),
-    st.lists(st.floats(0.01, 0.99).map(lambda x: round(x, 2)), min_size=1, max_size=4, unique=True),
-    st.lists(st.sampled_from(["full", "screened"]), min_size=1, unique=True),
-    st.lists(st.sampled_from(FORMS), min_size=1, unique=True),
-)
-def test_a_grid_that_is_given_is_the_whole_product(methods, sparsities, heads, forms):
-    given = asked(
-        methods=",".join(methods), sparsities=",".join(map(str, sparsities)), heads=",".join(heads)
-    )
-    found = tune_grid(given, Formats(tuple(forms), tuple(forms)))
-    pruned = len(methods) * len(sparsities) * len(heads)
-    screened = "screened" in heads
-    assert len(found) == len(forms) * (1 + screened + pruned)
-    assert len({one.label for one in found}) == len(found)
-    assert [one.weights for one in found[: len(forms)]] == forms
-    assert all(one.dense for one in found[: len(forms)])
-    assert not any(one.dense for one in found[len(forms) :])
-    assert {one.config.target for one in found} == {0.0, *sparsities}
-    assert {one.config.head.kind for one in found} == {"full", *heads}
 
 
 def labels(grid):
@@ -86,7 +61,7 @@ def test_a_dtype_leaves_the_blocks_of_a_gguf_file_to_be_tried(native, dtype):
     [
         ({"methods": "dart-tokens"}, 'did you mean "?dart-token'),
         ({"heads": "half"}, "head"),
-        ({"weights": "auto"}, "tune measures formats of one model"),
+        ({"weights": "auto"}, "unknown weights 'auto'"),
         ({"max_loss": 0}, "--max-loss 0 must be more than 0"),
         ({"max_loss": 2}, "--max-loss 2 must be at most 1"),
         ({"text": "no-such-text"}, 'unknown text "no-such-text"'),
@@ -136,15 +111,13 @@ def test_the_document_holds_every_candidate(whole):
     assert len(whole.lines) == 4 * 4  # the reference and three candidates on four slices
 
 
-def test_the_folder_has_table_picture_page_and_setting(whole):
+def test_the_folder_has_table_picture_and_setting(whole):
     names = {path.name for path in whole.path.iterdir()}
-    wanted = {"tune.json", "tune.md", "tune.csv", "report.html", "setting.yaml"}
-    assert wanted <= names and list(whole.path.rglob("tune.png"))
-    document = json.loads((whole.path / "tune.json").read_text())
-    page = (whole.path / "report.html").read_text(encoding="utf-8")
-    assert "Which setting for" in page and document["recommended"] in page
+    assert {"tune.json", "tune.md", "tune.csv", "setting.yaml"} <= names
+    assert list(whole.path.rglob("tune.png"))
     text = (whole.path / "tune.md").read_text()
-    assert re.search(r"\| griffin 70 % \| dense \| [\d.]+ % ", text) and text == whole.markdown()
+    assert re.search(r"\| griffin 70 % \| dense \| [\d.]+ % ", text)
+    assert whole.sentences()[0] in text
     lines = written.lines(whole.path / "rows.jsonl")
     metrics = [line["metric"] for line in lines if line["label"] == "griffin 70 %"]
     assert metrics == ["loss"]  # it is not timed
@@ -155,7 +128,7 @@ def test_the_folder_has_table_picture_page_and_setting(whole):
 
 def test_a_loss_that_is_clearly_too_much_is_not_timed(tmp_path, monkeypatch):
     """And what is left, dense, is what is kept: nothing is worth it."""
-    monkeypatch.setattr(quality, "clearly_over", lambda row, most: row["kl"] > 1e-6)
+    monkeypatch.setattr(row_numbers, "clearly_over", lambda row, most: row["kl"] > 1e-6)
     found = job(tmp_path, sparsities="0.7", max_loss=1e-7)
     dense, pruned = found.summary["rows"]
     assert pruned["ms"] is None and pruned["times_dense"] is None and dense["recommended"]
@@ -183,33 +156,22 @@ def test_what_cannot_run_is_left_out_with_its_reason(tmp_path, monkeypatch):
     assert study.sentences()[1] == "griffin 70 % is left out: no room"
 
 
-def test_llama_cpp_is_timed_beside_the_candidates(tmp_path, monkeypatch, native):
-    program, _ = write_bench(tmp_path)
-    monkeypatch.setenv("LLAMA_BENCH", str(program))
-    monkeypatch.setattr(figures, "save", lambda folder, wanted, style: [])
-    given = {"model": str(write_gguf(tmp_path / "tiny.gguf")), "cache_dir": str(tmp_path / "cache")}
-    given |= {"weights": "file", "dtype": None, "reference": "llama.cpp", "methods": "none"}
-    study = job(tmp_path, **given)
-    (row,) = study.summary["reference_rows"]
-    assert (row["row"], row["ms"], row["file"]) == ("llama.cpp Q4_1", 2, "tiny.gguf")
-    assert "| llama.cpp Q4_1 | Q4_1 |" in study.markdown()
-    monkeypatch.setenv("LLAMA_BENCH", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match="none is not a program"):
-        job(tmp_path, **given)
+def test_a_run_says_first_how_long_it_takes(tmp_path):
+    """And how much memory it needs, which --quick needs less of."""
 
+    def told(**more):
+        asked = settings(tmp_path, slices=8, **more)
+        formats = Formats.from_settings(asked)
+        grid = tune_grid(asked, formats)
+        grid = quick_grid(grid, asked, formats) if asked.quick else grid
+        return estimate(asked, grid, 1.0)
 
-def test_dry_run_says_what_and_how_long(tmp_path):
-    ui = Ui(quiet=True)
-    found = plan(settings(tmp_path), ui)
-    assert found["candidates"] == ["dense", "griffin 30 %", "griffin 70 %"]
-    assert found["slices"] == 4 and found["seconds"] > 0
-    assert "roughly" in ui.log[-1] and not (tmp_path / "results").exists()
-    assert "to learn" not in ui.log[-1] and " of memory; nothing was run" in ui.log[-1]
-    plan(settings(tmp_path, methods="dart"), ui)
-    assert "to learn from self-generated text" in ui.log[-1]
-    quick = plan(settings(tmp_path, quick=True, slices=8), ui)
-    assert quick["candidates"] == ["dense", "griffin 30 %"]
-    assert quick["slices"] == 4 and quick["seconds"] < found["seconds"]
+    whole, learning, quick = told(), told(methods="dart"), told(quick=True)
+    assert re.fullmatch(r"roughly \d+ min on two CPU cores; about [\d,.]+ GB of memory", whole)
+    assert "to learn from self-generated text" in learning
+    minutes = [int(re.search(r"(\d+) min", text)[1]) for text in (whole, quick)]
+    assert minutes[0] > minutes[1]
+    assert "not known" in estimate(settings(tmp_path), (), None)
 
 
 def test_the_quick_grid():
@@ -274,25 +236,13 @@ def test_from_python_on_a_loaded_model(tmp_path):
 
 def test_the_command_answers_in_json(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = settings(tmp_path)
-    flags = [f"--{n.replace('_', '-')}={getattr(asked, n)}" for n in asked.model_fields_set]
-    done = CliRunner().invoke(app, ["tune", *flags, "--save", "mine.yaml", "--json"])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert found["setting"] == "mine.yaml" and len(found["rows"]) == 3
+    asked = settings(tmp_path, sparsities="0.7")
+    values = {name: getattr(asked, name) for name in asked.model_fields_set}
+    flags = [
+        f"--{name.replace('_', '-')}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
+        for name, v in values.items()
+    ]
+    done = call("tune", *flags, "--save", "mine.yaml", "--json")
+    assert done.code == 0, done.err
+    assert done.json["setting"] == "mine.yaml" and len(done.json["rows"]) == 2
     assert PruneConfig.build("file:mine.yaml").method in ("dense", "griffin")
-
-
-@pytest.mark.smollm2
-def test_a_small_run_of_the_default_model(tmp_path, smollm2):
-    model, tokenizer = smollm2
-    sizes = {"slices": 2, "repeats": 1, "timed_tokens": 8, "prompt_tokens": 32, "tokens": 32}
-    found = dart_llm.tune(
-        model, tokenizer, methods="griffin", sparsities="0.5", heads="full",
-        results_dir=tmp_path, quiet=True, **sizes,
-    )  # fmt: skip
-    dense, pruned = found.rows
-    assert abs(dense["loss"]) < 0.02 and pruned["loss"] > 0.1
-    assert found.recommended is dense and pruned["achieved_sparsity"] == pytest.approx(
-        0.5, abs=0.01
-    )

@@ -1,4 +1,1 @@
-"""``bench speed`` and ``tune``: candidates, timed in interleaved repetitions, and scored.
-
-Start with ``study.py``; ``speed.py`` and ``tune.py`` are the two commands.
-"""
+"""``bench speed`` (``study.py``) and ``tune``: candidates, timed in repetitions, and scored."""

@@ -1,32 +1,25 @@
-"""Table, sentences, plots, Markdown and page of speed.json and tune.json."""
+"""Table, headline and plot of speed.json and tune.json."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dart_llm.experiments import run_facts
-from dart_llm.experiments.comparison_report import stacked
-from dart_llm.experiments.llama_bench import LLAMA_CPP
 from dart_llm.experiments.result_line import ResultLine
-from dart_llm.files import write_text
-from dart_llm.reporting import page
 from dart_llm.reporting.figures import (
     INK,
     SOFT,
     Look,
     Palette,
     Plot,
-    key,
+    legend,
     looks_of,
-    name_bars,
-    panels,
     reference_line,
     write_beside,
 )
-from dart_llm.reporting.table import Column, Table, escaped, grouped
+from dart_llm.reporting.table import Column, Table, grouped
 from dart_llm.reporting.words import count, dtype_text, figure, file_text, percent
+from dart_llm.studies.bench.settings import LLAMA_CPP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +35,7 @@ METRICS = {"loss": "loss", "ms": "ms_per_token", "times_dense": "speed_up"}
 def result_lines(task: str, document: Row, packed: Mapping[str, str]) -> list[ResultLine]:
     """Loss, time and speed-up of every row; ``packed``: names of formats in blocks."""
     lines = []
-    for row in _all_rows(document):
+    for row in document["rows"]:
         ours = row["executor"] != LLAMA_CPP
         ends = row.get("loss_interval") or (None, None)
         facts: dict[str, Any] = {
@@ -61,15 +54,11 @@ def result_lines(task: str, document: Row, packed: Mapping[str, str]) -> list[Re
         for name, metric in METRICS.items():
             value, error = row.get(name), row["disturbed"] if name == "times_dense" else None
             if value is not None or error:
+                low, high = ends if name == "loss" else (None, None)
                 facts |= {"metric": metric, "value": value, "error": None if value else error}
-                facts["higher_is_better"] = name == "times_dense"
-                facts["low"], facts["high"] = ends if name == "loss" else (None, None)
+                facts |= {"higher_is_better": name == "times_dense", "low": low, "high": high}
                 lines.append(ResultLine(**facts))
     return lines
-
-
-def _all_rows(document: Row) -> list[Row]:
-    return [*document["rows"], *document.get("reference_rows", ())]
 
 
 def number(value: float) -> str:
@@ -80,40 +69,24 @@ def number(value: float) -> str:
     return text.removeprefix("-") if float(text) == 0 else text
 
 
-def _scaled(scale: float) -> Callable[[float], str]:
-    return lambda value: number(value / scale)
-
-
 COLUMNS = (
     Column("row", "row", wrap=False),
     Column("weights", "weights", terminal=False),
     Column("loss", "loss", percent, interval="loss_interval"),
     Column("KL", "kl", ".3f"),
     Column("ms", "ms", number),
-    Column("+-", "ms_spread", number, terminal=False),
     Column("x transformers", "times_transformers", ".2f"),
     Column("x dense", "times_dense", ".2f"),
     Column("bandwidth limit", "bandwidth_limit", ".2f"),
     Column("of limit", "share_of_limit", percent, terminal=False),
-    Column("x base", "times_base", ".2f"),
-    Column("base limit", "base_limit", ".2f"),
-    Column("MB/token", "bytes_per_token", _scaled(1e6)),
+    Column("MB/token", "bytes_per_token", lambda size: number(size / 1e6)),
     Column("bytes", "bytes_share", ".2f"),
     Column("achieved", "achieved_sparsity", percent),
     Column("dense tokens", "dense_token_share", percent, terminal=False),
     Column("re-masks", "remasks", ".3g", terminal=False),
-    Column("GB/s", "bytes_per_second", _scaled(1e9)),
-    Column("of read", "share_of_read_bandwidth", percent, terminal=False),
     Column("pp tokens/s", "pp_tokens_per_second", number),
     Column("first token ms", "first_token_ms", number, terminal=False),
-    Column("long first ms", "prefill_ms", number),
-    Column("tg tokens/s", "tg_tokens_per_second", number, terminal=False),
-    Column("attach ms", "attach_ms", number, terminal=False),
-    Column("extra MiB", "extra_memory_bytes", _scaled(2**20), terminal=False),
-    Column("peak MiB", "peak_growth_bytes", _scaled(2**20), terminal=False),
-    Column("all ms", "all_ms", number, terminal=False),
-    Column("all x transformers", "all_times_transformers", ".2f", terminal=False),
-    Column("all x dense", "all_times_dense", ".2f", terminal=False),
+    Column("extra MiB", "extra_memory_bytes", lambda size: number(size / 2**20), terminal=False),
     Column("worse text", "worse_text", terminal=False),
     Column("perplexity", "perplexity", figure, terminal=False),
     Column("", "verdict", needed=True),
@@ -123,21 +96,11 @@ COLUMNS = (
 
 def table(kind: str, document: Row) -> Table:
     """The rows for people, and the CSV file; columns without a value are left out."""
-    rows = _all_rows(document)
-    several = len({one.get("base") for one in document["formats"].values()} - {None}) > 1
-    columns = tuple(
-        column
-        for column in COLUMNS
-        if any(column.raw(row) is not None for row in rows)
-        and (several or column.head not in ("x base", "base limit"))
-    )
+    rows = document["rows"]
+    shown = [one for one in COLUMNS if any(one.raw(row) is not None for row in rows)]
     best = next((n for n, row in enumerate(rows) if row.get("recommended")), None)
-    return Table(kind, caption(document), columns, rows, nothing="", strong=best, tight=True)
-
-
-def brief(row: Row) -> dict[str, Any]:
-    """What the terminal shows of a row, as data."""
-    return {c.value: c.raw(row) for c in COLUMNS if c.terminal and isinstance(c.value, str)}
+    look: dict[str, Any] = {"nothing": "", "strong": best, "tight": True}
+    return Table(kind, caption(document), tuple(shown), rows, **look)
 
 
 def caption(document: Row) -> str:
@@ -145,26 +108,19 @@ def caption(document: Row) -> str:
     facts, machine = document["checkpoint"], document["machine"]
     formats = ", ".join(f"{name}: {one['stored_as']}" for name, one in document["formats"].items())
     timed = document.get("timed_tokens", document["tokens"])
-    text = (
-        f"{facts['name']} ({file_text(facts)}, {dtype_text(facts)}; {formats}): "
-        f"{document['prompt_tokens']} prompt + {timed} timed tokens, "
-        f"{count(document['repeats'], 'repetition')} in shuffled order, x dense over "
-        f"{document['base']}; "
-    )
+    loss = ""
     if "slices" in document:
-        text += (
+        loss = (
             f"loss on {count(document['slices'], 'slice')} of {document['prompt_tokens']} prompt + "
             f"{document['tokens']} scored tokens of self-generated text and of {document['text']}; "
         )
-    else:
-        text += (
-            f"f = {document['ffn_share_of_bytes_read']:.3f} at a mean context of "
-            f"{document['mean_context']:.0f} tokens; {document['processes']} process(es); the "
-            f"machine reads {document['read_bandwidth']['bytes_per_second'] / 1e9:.1f} GB/s; "
-        )
     return (
-        f"{text}{machine['processor']}, {machine['threads']} threads, device {machine['device']}, "
-        f"torch {document['versions']['torch']}, kernels {document['kernels'] or 'none'}"
+        f"{facts['name']} ({file_text(facts)}, {dtype_text(facts)}; {formats}): "
+        f"{document['prompt_tokens']} prompt + {timed} timed tokens, "
+        f"{count(document['repeats'], 'repetition')} in shuffled order, x dense over "
+        f"{document['base']}; {loss}{machine['processor']}, {machine['threads']} threads, device "
+        f"{machine['device']}, torch {document['versions']['torch']}, kernels "
+        f"{document['kernels'] or 'none'}"
     )
 
 
@@ -188,19 +144,17 @@ def speed_sentences(document: Row) -> list[str]:
         over = f"{plain:.2f} x as fast as" if plain else "disturbed beside"
         sentences.append(
             f"{row['row']}: {over} transformers, {row['times_dense']:.2f} x as fast as "
-            f"{document['formats'][row['weights']]['base']}, {percent(row['share_of_limit'])} of "
+            f"{document['base']}, {percent(row['share_of_limit'])} of "
             f"the bandwidth limit of {row['bandwidth_limit']:.2f} x at "
             f"{percent(row['achieved_sparsity'])} removed"
         )
     elif methods:
         sentences.append(f"{'; '.join(row['row'] for row in methods)}: {methods[0]['disturbed']}")
-    for label, facts in document["reference"].items():
-        ours = rows.get(document["formats"].get(facts["format"], {}).get("base"))
-        if ours and rows[label]["times_dense"]:
-            sentences.append(
-                f"{ours['row']}: {number(ours['ms'])} ms per token, "
-                f"{1 / rows[label]['times_dense']:.2f} x as fast as {label}"
-            )
+    ours = rows[document["base"]]
+    for label in document["reference"]:
+        if rows[label]["times_dense"]:
+            ratio = f"{1 / rows[label]['times_dense']:.2f} x as fast as {label}"
+            sentences.append(f"{ours['row']}: {number(ours['ms'])} ms per token, {ratio}")
     return sentences
 
 
@@ -214,9 +168,7 @@ def verdict(document: Row, row: Row) -> str | None:
         return "disturbed: repeat it"
     if row["row"] in document["undecided"]:
         return "undecided"
-    if row["loss"] > document["max_loss"]:
-        return "loses too much"
-    return "on the front" if row["pareto"] else None
+    return "loses too much" if row["loss"] > document["max_loss"] else None
 
 
 def loss_words(row: Row) -> str:
@@ -227,18 +179,10 @@ def loss_words(row: Row) -> str:
 
 
 def tune_sentences(document: Row) -> list[str]:
-    """What is recommended and why; what could not be judged or could not run."""
-    disturbed = [row["row"] for row in document["rows"] if row["disturbed"]]
-    sentence = (
-        f"The timing of {'; '.join(disturbed)} was disturbed by other work on this machine and "
-        "decides nothing: repeat it on a quiet machine with --fresh."
-    )
-    repeat = [sentence] if disturbed and not document["quick"] else []
-    return [_recommendation(document), *repeat, *left_out(document["left_out"])]
+    """What is recommended and why; what could not be judged or could not run.
 
-
-def _recommendation(document: Row) -> str:
-    """The recommended setting; of ``--quick`` the first answer, or that there is none yet."""
+    Of ``--quick`` the first answer, or that there is none yet.
+    """
     rows = {row["row"]: row for row in document["rows"]}
     best, base = rows[document["recommended"]], rows[document["base"]]
     most, noise = percent(document["max_loss"]), percent(document["noise"])
@@ -254,13 +198,15 @@ def _recommendation(document: Row) -> str:
     else:
         answer = f"No setting within the loss of {most} is more than {noise} faster than {dense}: "
         answer += "keep the dense model."
-    if not document["quick"]:
-        return answer
-    settings = count(document["further"], "further setting")
-    return (
-        f"First answer: {answer} The same command without --quick measures {settings} and "
-        "continues from here."
-    )
+    disturbed = [label for label, row in rows.items() if row["disturbed"]]
+    if document["quick"]:
+        further = count(document["further"], "further setting")
+        answer = f"First answer: {answer} The same command without --quick measures {further} and "
+        answer += "continues from here."
+    elif disturbed:
+        answer += f" The timing of {'; '.join(disturbed)} was disturbed by other work on this "
+        answer += "machine and decides nothing: repeat it on a quiet machine with --fresh."
+    return [answer, *left_out(document["left_out"])]
 
 
 def _result(document: Row, row: Row) -> str:
@@ -293,49 +239,9 @@ def measured(document: Row, row: Row) -> dict[str, Any]:
     }
 
 
-def markdown(title: str, sentences: Iterable[str], table: Table) -> str:
-    """The words and the table."""
-    words = "\n".join(f"- {escaped(line)}" for line in sentences)
-    return f"# {title}\n\n{words}\n\n{table.markdown()}\n"
-
-
-def speed_plot(document: Row) -> Plot:
-    """A bar per row, and a line where its bytes would be read at the machine's bandwidth.
-
-    No line where a cache was faster than that.
-    """
-    rows = sorted(document["rows"], key=lambda row: float(row["ms"]), reverse=True)
-    read = document["read_bandwidth"]["bytes_per_second"]
-
-    def draw(figure: Figure, palette: Palette) -> None:
-        axes = figure.add_subplot()
-        looks = looks_of(list(dict.fromkeys(str(row["executor"]) for row in rows)), palette)
-        for place, row in enumerate(rows):
-            axes.barh(place, row["ms"], 0.62, color=looks[str(row["executor"])]["color"])
-            text = f"{number(row['ms'])}{' (disturbed)' if row['disturbed'] else ''}"
-            write_beside(axes, text, row["ms"], place, 7.5)
-            fastest = 1000 * row["bytes_per_token"] / read
-            if fastest <= row["ms"]:
-                for colour, width in (("white", 3.2), (INK, 1.5)):
-                    ends = [place - 0.4, place + 0.4]
-                    axes.plot([fastest] * 2, ends, color=colour, linewidth=width)
-        name_bars(axes, [row["row"] for row in rows])
-        axes.set_xlim(0, 1.12 * rows[0]["ms"])
-        axes.set_xlabel("ms per token", fontsize=8, color=SOFT)
-
-    title = "Time per token, and what reading its bytes would take (lines)"
-    bars = "; ".join(f"{row['row']} {number(row['ms'])} ms" for row in reversed(rows))
-    height = 1.0 + 0.26 * len(rows)
-    return Plot("speed", title, f"A bar per row: {bars}.", caption(document), height, draw)
-
-
-LOSSES = (-20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100)
-"""Per cent that the axis names: nearly even steps of its scale."""
-
-
 def tune_plot(document: Row) -> Plot:
-    """Loss over time and over bytes, a panel each."""
-    rows = [row for row in document["rows"] if row["loss"] > -1]
+    """Loss over time."""
+    rows = [row for row in document["rows"] if row["loss"] > -1 and row["ms"] is not None]
     usual = document["rows"][0]["weights"]
 
     def series(row: Row) -> str:
@@ -344,67 +250,32 @@ def tune_plot(document: Row) -> Plot:
         return f"{row['method']}{screened}{weights}"
 
     def draw(figure: Figure, palette: Palette) -> None:
-        above, *both = panels(figure, 2, 2)
+        axes = figure.subplots()
         looks = looks_of(list(dict.fromkeys(map(series, rows))), palette)
-        for axes, name, words in zip(
-            both,
-            ("ms", "bytes_share"),
-            ("ms per token", "bytes per token over bfloat16"),
-            strict=True,
-        ):
-            for row in rows:
-                if row[name] is not None:
-                    look = {**looks[series(row)], "linestyle": "none", "label": series(row)}
-                    _draw_point(axes, row, row[name], look)
-            axes.grid(axis="y")
-            reference_line(axes, y=100 * document["max_loss"], label="loss budget")
-            axes.set_xlabel(words, fontsize=8, color=SOFT)
-            axes.set_ylabel("loss (%), compressed above 1", fontsize=8, color=SOFT)
-            axes.set_yscale("symlog", linthresh=1)
-            low, high = axes.get_ylim()
-            ticks = [tick for tick in LOSSES if low <= tick <= high]
-            axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.set_yticks([], minor=True)
-        for row in document["reference_rows"]:
-            both[0].axvline(row["ms"], color=SOFT, linewidth=1.2, linestyle=":", label=row["row"])
-        key(above, both, 3)
+        for row in rows:
+            _draw_point(axes, row, {**looks[series(row)], "label": series(row)})
+        axes.grid(axis="y")
+        reference_line(axes, y=100 * document["max_loss"], label="loss budget")
+        axes.set_xlabel("ms per token", fontsize=8, color=SOFT)
+        axes.set_ylabel("loss (%), compressed above 1", fontsize=8, color=SOFT)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.yaxis.set_major_formatter("{x:g}")
+        legend(axes, 3)
 
-    points = "; ".join(
-        f"{row['row']} {loss_words(row)}" + ("" if row["ms"] is None else f" at {row['ms']:.2f} ms")
-        for row in rows
-    )
-    title = "Loss over time, and over the bytes of a token"
-    return Plot("tune", title, f"Points per setting: {points}.", caption(document), 4.1, draw)
+    points = "; ".join(f"{row['row']} {loss_words(row)} at {row['ms']:.2f} ms" for row in rows)
+    alt = f"Points per setting: {points}."
+    return Plot("tune", "Loss over the time of a token", alt, caption(document), 4.1, draw)
 
 
-def _draw_point(axes: Axes, row: Row, x: float, look: Look) -> None:
+def _draw_point(axes: Axes, row: Row, look: Look) -> None:
     """A point with its interval and sparsity; the recommended one has a ring."""
-    y, ends = 100 * row["loss"], row["loss_interval"]
+    x, y, ends = row["ms"], 100 * row["loss"], row["loss_interval"]
     if ends is not None:
         axes.plot([x, x], [100 * end for end in ends], color=look["color"], linewidth=1)
-    axes.plot([x], [y], **look)
+    axes.plot([x], [y], **{**look, "linestyle": "none"})
     if row["requested"]:
         write_beside(axes, percent(row["requested"]), x, y, 7, 9 if row["recommended"] else 5)
     if row["recommended"]:
         ring: Look = {"marker": "o", "markersize": 12, "fillstyle": "none", "color": INK}
         ring |= {"markeredgewidth": 1.3, "linestyle": "none", "label": "recommended"}
         axes.plot([x], [y], **ring)
-
-
-def write_page(folder: Path, config: Mapping[str, Any], document: Row, plots: list[Plot]) -> Path:
-    """``report.html`` of ``tune``; ``config``: config.json."""
-    first, *further = tune_sentences(document)
-    pictures, missing = page.pictures(plots)
-    content = {
-        "title": f"Which setting for {document['model']}?",
-        "conclusion": first,
-        "further": further,
-        "facts": run_facts.facts(config),
-        "pictures": pictures,
-        "missing": missing,
-        "tables": [(table("tune", document).html(), False)],
-        **dict.fromkeys(("notes", "many", "leak", "leaks", "failures", "checkpoints")),
-    }
-    path = folder / "report.html"
-    write_text(path, run_facts.render(config, "compare.html", content, stacked=stacked))
-    return path

@@ -1,28 +1,46 @@
-"""Rows of speed.json and tune.json from repetitions: times, ratios, bytes and their limits."""
+"""Rows of speed.json and tune.json: times, ratios, bytes and their limits; losses, and the choice.
+
+The loss of a candidate on a text is its perplexity over the reference's, minus 1, on the same
+tokens; the reference is the dense model in its own dtype.  A few tokens can flatter a candidate, so
+it is no less than the exponential of the mean KL, minus 1: what the loss would be on all that the
+reference may write there.  With fewer slices than an interval needs it is that alone: losses of so
+few tokens vary too much, KL varies little.  The loss of a row is that of the worse text.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from dart_llm.experiments.timing import WARM, mad, token_seconds
+from dart_llm.evaluation.perplexity import perplexity
+from dart_llm.experiments import stats
+from dart_llm.experiments.timing import WARM, token_seconds
 from dart_llm.pruning.records import bytes_limit
 from dart_llm.reporting.speed_up import contradicting, judge
 from dart_llm.reporting.table import grouped
-from dart_llm.reporting.words import TRANSFORMERS
-from dart_llm.studies.bench.candidates import Candidate
+from dart_llm.reporting.words import FEWEST_ITEMS, TRANSFORMERS
+from dart_llm.studies.bench.settings import Candidate
 
 Sample = Mapping[str, Any]
 """One repetition of one row, see ``timing.repetition``."""
+
+Line = Mapping[str, Any]
+"""One slice of one candidate: ``candidate``, ``text``, ``slice``, ``loss``, ``kl``, ``tokens``,
+``accounting``."""
 
 Row = dict[str, Any]
 
 DISTURBED = "disturbed: other work ran; repeat it on a quiet machine"
 """Replaces a ratio that the bytes do not allow, or whose repetitions scatter too far."""
+
+REFERENCE = "reference"
+"""Candidate of the lines that losses are counted from."""
+
+
+# Times, ratios and bytes.
 
 
 def mean_context(prompt: int, tokens: int) -> float:
@@ -41,13 +59,6 @@ class DecodeTraffic:
     weights: float
     cache: float
     head: float = 0.0
-
-    @classmethod
-    def from_sizes(cls, sizes: Mapping[str, float], context: float) -> DecodeTraffic:
-        """``sizes``: "weights" of speed.json; ``context``: positions of the cache."""
-        cache = context * sizes["cache_bytes_per_position"]
-        head = sizes.get("head_bytes", 0.0)
-        return cls(sizes["ffn_bytes"], sizes["weight_bytes"], cache, head)
 
     @property
     def total(self) -> float:
@@ -79,12 +90,12 @@ def time_columns(
     All None without samples.  ``limit``: bytes of ``base`` over bytes of this, which no ratio
     exceeds; a timing that contradicts it is ``disturbed``, and has no ratio.
     """
-    names = ("ms", "ms_spread", "times_dense", "scatter", "disturbed")
+    names = ("ms", "times_dense", "scatter", "disturbed")
     row: Row = {**dict.fromkeys(names), "bandwidth_limit": limit}
     if not samples:
         return row
     seconds = token_seconds(samples)
-    row |= {"ms": 1000 * statistics.median(seconds), "ms_spread": 1000 * mad(seconds)}
+    row["ms"] = 1000 * statistics.median(seconds)
     if base is None:
         return row
     judged = judge(token_seconds(base), seconds, limit)
@@ -92,23 +103,8 @@ def time_columns(
     return {**row, "times_dense": judged.ratio, "scatter": judged.scatter, "disturbed": disturbed}
 
 
-def all_ms(samples: Sequence[Sample]) -> float:
-    """Median over repetitions of what prompt and tokens took, untimed tokens too, in ms."""
-    parts = ([one["first_token_s"], *one["warm_s"], *one["steps_s"]] for one in samples)
-    return 1000 * float(statistics.median(map(sum, parts)))
-
-
 def _mean(samples: Sequence[Sample], name: str, default: float) -> float:
-    return statistics.fmean(one.get(name, default) for one in samples)
-
-
-def _median_ms(samples: Sequence[Sample], name: str) -> float | None:
-    values = [one[name] for one in samples if one.get(name) is not None]
-    return 1000 * statistics.median(values) if values else None
-
-
-def _largest(samples: Sequence[Sample], name: str) -> Any:
-    return max((one[name] for one in samples if one.get(name) is not None), default=None)
+    return statistics.fmean(sample.get(name, default) for sample in samples)
 
 
 def speed_document(
@@ -116,35 +112,29 @@ def speed_document(
 ) -> Row:
     """speed.json: ``about``, and a row per candidate.
 
-    ``about``: of ``formats`` by name the ``weights`` (bytes) and ``base`` (label of dense (native),
-    None where there is none), of ``reference`` by label what llama.cpp reads.
+    ``about``: of ``formats`` by name the ``weights`` (bytes), of ``reference`` by label what
+    llama.cpp reads; ``base``: label of dense (native), in the format ``main``.
     """
-    formats, base, rows = about["formats"], about["base"], []
+    formats, base = about["formats"], about["base"]
     context = mean_context(about["prompt_tokens"], about["tokens"])
-    traffic = {
-        name: DecodeTraffic.from_sizes(one["weights"], context) for name, one in formats.items()
-    }
-    main = next((traffic[name] for name, one in formats.items() if one["base"] == base))
+    traffic = {}
+    for name, facts in formats.items():
+        sizes = facts["weights"]
+        cache, head = context * sizes["cache_bytes_per_position"], sizes.get("head_bytes", 0.0)
+        traffic[name] = DecodeTraffic(sizes["ffn_bytes"], sizes["weight_bytes"], cache, head)
+    main = traffic[about["main"]]
+    rows = []
     for candidate in candidates:
         timed = samples[candidate.label]
+        dense: Sequence[Sample] | None = samples[base]
         if candidate.file is None:
             row = _accounting(candidate, timed, traffic[candidate.weights])
-            dense = formats[candidate.weights]["base"] or base
         else:
             facts = about["reference"][candidate.label]
-            row = {"bytes_per_token": facts["bytes"] + context * facts["cache_bytes_per_position"]}
-            dense = formats.get(facts["format"], {}).get("base")
-        row = _times(candidate, timed, row, samples[TRANSFORMERS], samples.get(dense))
-        first, speed = _median_ms(timed, "first_token_s") or 0.0, row["bytes_per_second"]
-        over_base = judge(token_seconds(samples[base]), token_seconds(timed)).ratio
-        row |= {
-            "times_base": None if row["disturbed"] else over_base,
-            "base_limit": main.total / row["bytes_per_token"],
-            "first_token_ms": first,
-            "pp_tokens_per_second": 1000 * about["prompt_tokens"] / first,
-            "prefill_ms": _median_ms(timed, "prefill_s"),
-            "share_of_read_bandwidth": speed / about["read_bandwidth"]["bytes_per_second"],
-        }
+            row = {"bytes_per_token": facts["bytes"] + context * about["reference_cache_bytes"]}
+            dense = dense if facts["comparable"] else None
+        row = _speed_row(candidate, timed, row, samples[TRANSFORMERS], dense)
+        row["pp_tokens_per_second"] = 1000 * about["prompt_tokens"] / row["first_token_ms"]
         rows.append(row)
     _mark_contradictions(rows, samples)
     for row in rows:
@@ -154,26 +144,21 @@ def speed_document(
 
 
 def _accounting(candidate: Candidate, samples: Sequence[Sample], traffic: DecodeTraffic) -> Row:
-    """What llama.cpp does not report: accounting of the timed tokens, single steps, memory."""
+    """What llama.cpp does not report: accounting of the timed tokens, and memory."""
     removed, head = _mean(samples, "achieved_sparsity", 0.0), _mean(samples, "head_bytes_share", 1)
     limit = traffic.limit(removed, _mean(samples, "proxy_bytes_share", 0.0), head)
-    steps = [1000 * step for one in samples for step in one["steps_s"]]
-    names = ("token_ms_p5", "token_ms_median", "token_ms_p95")
+    memory = [sample.get("extra_memory_bytes") for sample in samples]
     return {
         "bandwidth_limit": None if candidate.config is None else limit,
-        **dict(zip(names, np.percentile(steps, (5, 50, 95)).tolist(), strict=True)),
         "achieved_sparsity": removed,
         "dense_token_share": _mean(samples, "dense_token_share", float(candidate.config is None)),
         "remasks": _mean(samples, "remasks", 0.0),
         "bytes_per_token": traffic.read(_mean(samples, "ffn_bytes_share", 1.0), head),
-        "attach_ms": _median_ms(samples, "attach_s"),
-        "extra_memory_bytes": _largest(samples, "extra_memory_bytes"),
-        "peak_growth_bytes": _largest(samples, "peak_growth_bytes"),
-        "all_ms": all_ms(samples),
+        "extra_memory_bytes": max((size for size in memory if size is not None), default=None),
     }
 
 
-def _times(
+def _speed_row(
     candidate: Candidate,
     samples: Sequence[Sample],
     row: Row,
@@ -186,7 +171,7 @@ def _times(
     plain = judge(token_seconds(transformers), token_seconds(samples))
     if plain.disturbed:
         times["disturbed"] = DISTURBED
-    ratio, whole = times["times_dense"], row.get("all_ms")
+    ratio = times["times_dense"]
     return {
         "row": candidate.label,
         "method": candidate.method,
@@ -197,10 +182,7 @@ def _times(
         **times,
         "share_of_limit": ratio / limit if ratio and limit and candidate.method else None,
         "times_transformers": plain.ratio,
-        "tg_tokens_per_second": 1000 / times["ms"],
-        "bytes_per_second": 1000 * row["bytes_per_token"] / times["ms"],
-        "all_times_transformers": all_ms(transformers) / whole if plain.ratio and whole else None,
-        "all_times_dense": all_ms(dense) / whole if dense and ratio and whole else None,
+        "first_token_ms": 1000 * statistics.median(s["first_token_s"] for s in samples),
     }
 
 
@@ -209,10 +191,151 @@ def _mark_contradictions(rows: Sequence[Row], samples: Mapping[str, Sequence[Sam
     than it reads less; other methods choose neurons in other ways, which takes time of its own."""
     judged = [row for row in rows if row["bandwidth_limit"] and row["times_dense"] is not None]
     kinds = grouped(judged, lambda row: (row["method"], row["executor"], row["weights"]))
-    ratios = ("times_dense", "share_of_limit", "times_base", "all_times_dense")
     for same in kinds.values():
         sizes = {row["row"]: row["bytes_per_token"] for row in same}
         wrong = contradicting({label: token_seconds(samples[label]) for label in sizes}, sizes)
         for row in same:
             if row["row"] in wrong:
-                row |= {**dict.fromkeys(ratios), "disturbed": DISTURBED}
+                row |= {"times_dense": None, "share_of_limit": None, "disturbed": DISTURBED}
+
+
+# Losses.
+
+
+def quality_row(label: str, lines: Sequence[Line], seed: int) -> Row:
+    """Loss by text, the worse one's with its interval, KL and accounting of a candidate."""
+    by_candidate = grouped(lines, lambda line: line["candidate"])
+    scored, reference = by_candidate[label], by_candidate[REFERENCE]
+    dense = {line["slice"]: line for line in reference}
+    texts = {
+        text: _on_text(on_text, [dense[line["slice"]] for line in on_text], seed)
+        for text, on_text in grouped(scored, lambda line: line["text"]).items()
+    }
+    worse = max(texts, key=lambda text: texts[text]["loss"])
+    names = ("loss", "loss_interval", "loss_range", "perplexity")
+    return {
+        "worse_text": worse,
+        **{name: texts[worse][name] for name in names},
+        "kl": max(row["kl"] for row in texts.values()),
+        "slices": len(scored),
+        **_mean_accounting([line["accounting"] for line in scored]),
+        "texts": texts,
+    }
+
+
+def _on_text(scored: Sequence[Line], base: Sequence[Line], seed: int) -> Row:
+    losses, dense = (
+        {line["slice"]: (line["loss"], line["tokens"]) for line in lines}
+        for lines in (scored, base)
+    )
+    tokens = sum(line["tokens"] for line in scored)
+    loss, dense_loss = (
+        sum(line["loss"] * line["tokens"] for line in lines) / tokens for lines in (scored, base)
+    )
+    kls = [line["kl"] for line in scored]
+    kl = sum(line["kl"] * line["tokens"] for line in scored) / tokens
+    paired = stats.paired_interval(losses, dense, "ratio_of_exp_mean", seed)
+    over_kl = stats.interval(kls, seed=seed)
+    by_tokens = (
+        perplexity(loss - dense_loss) - 1,
+        paired and paired.ends and [end - 1 for end in paired.ends],
+    )
+    by_kl = math.expm1(kl), over_kl and over_kl.ends and [*map(math.expm1, over_kl.ends)]
+    enough = len(scored) >= FEWEST_ITEMS
+    lost, interval = max(by_tokens, by_kl, key=lambda pair: pair[0]) if enough else by_kl
+    return {
+        "loss": lost,
+        "loss_interval": interval,
+        "loss_range": [math.expm1(min(kls)), math.expm1(max(kls))],
+        "kl": kl,
+        "perplexity": perplexity(loss),
+        "dense_perplexity": perplexity(dense_loss),
+        "slices": len(scored),
+    }
+
+
+def _mean_accounting(reports: Sequence[Mapping[str, Any]]) -> Row:
+    """Over all slices, weighted by their decoded tokens."""
+    total = sum(report["decoded_tokens"] for report in reports)
+
+    def mean(name: str) -> float | None:
+        if any(report[name] is None for report in reports):
+            return None
+        return float(sum(r[name] * r["decoded_tokens"] for r in reports) / total)
+
+    return {
+        "achieved_sparsity": mean("achieved_sparsity"),
+        "dense_token_share": mean("dense_token_share"),
+        "remasks": sum(report["remasks"] for report in reports),
+        "bytes_share": mean("token_bytes_share"),
+        "extra_memory_bytes": max(report["extra_memory_bytes"] for report in reports),
+    }
+
+
+# What is recommended.
+
+
+def clearly_over(row: Row, max_loss: float) -> bool:
+    """Whether the whole interval of the loss lies above the budget.
+
+    With too few slices for an interval: whether the least of their losses does.
+    """
+    ends = row["loss_interval"]
+    return bool((_lost(row, -1) if ends is None else ends[0]) > max_loss)
+
+
+def recommend(rows: Sequence[Row], base: str, max_loss: float, noise: float) -> str:
+    """Label of the fastest row whose estimated loss is within ``max_loss``.
+
+    What leaves something out must beat the fastest dense row by more than ``noise``, and that one
+    the row ``base`` (the model as it is loaded): else the simpler one is taken.  Where nothing is
+    within, and ``base`` is not, it is ``base`` all the same.  Disturbed timings recommend nothing.
+    """
+    fit = [row for row in rows if _is_trusted(row) and row["loss"] <= max_loss]
+    if not fit:
+        return base
+    fit.sort(key=lambda row: float(row["ms"]))
+    best, dense = fit[0], next((row for row in fit if row["dense"]), None)
+    for simpler in (dense, next((row for row in fit if row["row"] == base), None)):
+        if simpler is not None and simpler["ms"] <= best["ms"] * (1 + noise):
+            best = simpler
+    return str(best["row"])
+
+
+def _is_trusted(row: Row) -> bool:
+    """Whether a row was timed, and its timing was not disturbed."""
+    return row["ms"] is not None and row["disturbed"] is None
+
+
+def undecided(
+    rows: Sequence[Row], base: str, recommended: str, max_loss: float, noise: float
+) -> list[str]:
+    """Labels of rows that further measurements may show to be the better choice; [] if none.
+
+    A few slices and repetitions decide only what is clear: a row is clearly good where it is faster
+    than dense by more than ``noise`` and loses no more than ``max_loss``, both beyond their scatter
+    (of the repetitions, and over the slices), and clearly not where one of the two is beyond it on
+    the other side.
+    """
+    others = [row for row in rows if row["row"] != base]
+    clear = [row for row in others if _gain(row, -1) > 1 + noise and _lost(row, 1) <= max_loss]
+    if any(row["row"] == recommended for row in clear):
+        return []
+    return [
+        row["row"]
+        for row in others
+        if row["ms"] is not None and _gain(row, 1) > 1 + noise and _lost(row, -1) <= max_loss
+    ]
+
+
+def _gain(row: Row, side: int) -> float:
+    """The least (-1) or the largest (1) speed-up that the repetitions allow."""
+    if not _is_trusted(row):
+        return math.inf if side > 0 else 0.0
+    return float(row["times_dense"] * (1 + side * (row["scatter"] or 0.0)))
+
+
+def _lost(row: Row, side: int) -> float:
+    """The least (-1) or the largest (1) loss that the slices allow."""
+    low, high = row["loss_range"]
+    return float(min(low, row["loss"]) if side < 0 else max(high, row["loss"]))

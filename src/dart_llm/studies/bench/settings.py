@@ -1,75 +1,61 @@
-"""The settings of ``dart-llm bench speed`` and ``dart-llm tune``."""
+"""What ``bench speed`` and ``tune`` measure: their settings, and the candidates of their grids."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, get_args
+from typing import Annotated, ClassVar, get_args
 
-from pydantic import field_validator, model_validator
+from pydantic import AfterValidator, model_validator
 
 from dart_llm.data import documents
-from dart_llm.errors import ConfigError, check_name
-from dart_llm.experiments.variants import Variant, parse
-from dart_llm.models.gguf_file import ROUNDED
-from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY, PruneConfig
-from dart_llm.settings import (
-    MASKED,
-    ModelOptions,
-    StudyOptions,
-    read_sparsities,
-    setting,
-    words,
-)
+from dart_llm.errors import ConfigError, DartError, check_name
+from dart_llm.experiments.variants import DENSE, Variant, parse
+from dart_llm.files import size_text
+from dart_llm.models.gguf_file import ROUNDED, read_gguf
+from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY, PruneConfig, SelfStatsConfig
+from dart_llm.reporting.words import duration, percent
+from dart_llm.settings import Fractions, ModelOptions, StudyOptions, Texts, check_removed, setting
 
-STUDY, MODEL = "Study", "Model"
+STUDY = "Study"
 
-REFERENCE = "llama.cpp"
+LLAMA_CPP = "llama.cpp"
 
-FORMATS = ("auto", "file", "dense", *ROUNDED)
-"""Weight formats by name; ``bench speed`` takes GGUF files too."""
-
-GPU_EXECUTORS = ("cuda",)
+FORMATS = ("file", "dense", *ROUNDED)
+"""Weight formats by name."""
 
 EXECUTORS = tuple(get_args(PruneConfig.model_fields["executor"].annotation))[1:]
 """All but ``auto``."""
 
-USUAL_EXECUTORS = tuple(name for name in EXECUTORS if name not in ("masked", *GPU_EXECUTORS))
-
-METHODS = "dart-token,dart,griffin"
+METHODS = ("dart-token", "dart", "griffin")
 """Methods that ``tune`` tries by default."""
 
 HEADS = ("full", "screened")
 
-QUICK_TOKENS = 24
-"""Timed tokens of a repetition of ``tune --quick``."""
+Removed = Annotated[Fractions, AfterValidator(check_removed)]
 
 
 class BenchOptions(StudyOptions, ModelOptions):
     """What both commands can be set to; None means "not given"."""
 
-    COMMAS: ClassVar = ("weights", "methods", "sparsities", "executors", "heads")
     UNUSED: ClassVar = ("device_map",)
     KIND: ClassVar[str]
 
     experiment_name: str | None = setting("Results", "Default: the command and the model's name.")
     variants: str | None = setting(STUDY, "YAML file of changed methods: LABEL: {SETTING: VALUE}.")
     repeats: int = setting(STUDY, "Repetitions of every row, in shuffled order.", 5, ge=1)
-    reference: str | None = setting(STUDY, "llama.cpp: also time its llama-bench (LLAMA_BENCH).")
     threads: int | None = setting(STUDY, "Threads (default: torch's own number).", ge=1, le=4096)
     calibration: str | None = setting(STUDY, "Text for methods that calibrate.")
 
-    @field_validator("reference")
-    @classmethod
-    def _check_reference(cls, name: str | None) -> str | None:
-        if name is not None:
-            check_name("reference", name, [REFERENCE])
-        return name
+    @model_validator(mode="after")
+    def _check_bench(self) -> BenchOptions:
+        self.variant_list()
+        return self
 
-    def format_list(self) -> tuple[str, ...]:
-        """Requested weight formats, and paths of GGUF files; raises ``ConfigError``."""
-        return tuple(dict.fromkeys(map(_format, words(self.weights))))
+    def variant_list(self) -> tuple[Variant, ...]:
+        """Methods, then variants; raises ``ConfigError`` or ``UnknownName``."""
+        raise NotImplementedError
 
     @property
     def name(self) -> str:
@@ -82,123 +68,54 @@ class BenchOptions(StudyOptions, ModelOptions):
         return self.experiment_name or f"{self.KIND}-{self.name}"
 
 
-def is_file(weights: str) -> bool:
-    """Whether a weight format is a GGUF file that replaces the model."""
-    return weights.lower().endswith(".gguf")
-
-
-def _format(word: str) -> str:
-    if not is_file(word):
-        check_name("weights", word.lower(), (*FORMATS, "FILE.gguf"))
-        return word.lower()
-    if not Path(word).expanduser().is_file():
-        known = ", ".join(FORMATS)
-        raise ConfigError(f"--weights {word} is not a file: give one, or some of {known}")
-    return str(Path(word).expanduser())
-
-
-def _names(flag: str, text: str, names: Sequence[str]) -> tuple[str, ...]:
-    """The names in a text with commas, each once; raises ``ConfigError``."""
-    requested = tuple(dict.fromkeys(words(text)))
-    for name in requested:
-        check_name(flag, name, names)
-    if not requested:
-        raise ConfigError(f"--{flag}s is empty: give some of {', '.join(names)}")
-    return requested
-
-
 class SpeedSettings(BenchOptions):
     """What ``dart-llm bench speed`` measures."""
 
     KIND: ClassVar = "speed"
 
-    weights: str | None = setting(MODEL, f"Formats: {', '.join(FORMATS)}, or GGUF files.")
-    random_weights: bool = setting(MODEL, "Random weights: only the configuration is read.", False)
-    shape: str | None = setting(MODEL, "A config.json in place of --model: random weights.")
-    methods: str = setting(
-        STUDY,
-        f"Methods, comma-separated; dense always runs (with --rebuild-every: {MASKED}).",
-        DEFAULT_METHOD,
+    methods: Texts = setting(
+        STUDY, "Methods, comma-separated; dense always runs.", (DEFAULT_METHOD,)
     )
-    sparsities: str = setting(STUDY, "Fractions to remove, e.g. 0.3,0.5.", str(DEFAULT_SPARSITY))
-    executors: str = setting(STUDY, f"Of {', '.join(EXECUTORS)}.", ",".join(USUAL_EXECUTORS))
-    rebuild_every: int | None = setting(
-        STUDY, "Rebuild masks every N pruned tokens, and by no other drift rule.", ge=1
-    )
+    sparsities: Removed = setting(STUDY, "Fractions to remove, e.g. 0.3,0.5.", (DEFAULT_SPARSITY,))
+    executors: Texts = setting(STUDY, f"Of {', '.join(EXECUTORS)}.", ("compact", "native"))
+    reference: str | None = setting(STUDY, "llama.cpp: also time its llama-bench (LLAMA_BENCH).")
     reference_file: list[str] | None = setting(
-        STUDY, "GGUF file for --reference; repeatable (default: those of the model)."
+        STUDY, "GGUF file for --reference; repeatable (default: the model's)."
     )
     prompt_tokens: int = setting(STUDY, "Tokens of the prompt.", 128, ge=1)
-    prefill_tokens: int | None = setting(
-        STUDY, "Also time the first token after N, dense rows alone (--reference: 512).", ge=0
-    )
     tokens: int = setting(STUDY, "Timed tokens of a repetition, after two that are not.", 128, ge=4)
-    warmup: bool = setting(STUDY, "Run every row once, untimed, before the first repetition.", True)
 
     @model_validator(mode="after")
     def _check(self) -> SpeedSettings:
-        if self.shape is not None and "model" in self.model_fields_set:
-            raise ConfigError("--model-config replaces --model: give one of them")
-        if self.is_random and "file" in self.format_list():
-            raise ConfigError("random weights do not come from a file: give --weights q8_0")
+        check_name("reference", self.reference, [LLAMA_CPP])
         if self.reference_file and self.reference is None:
-            raise ConfigError(f"--reference-file has no effect without --reference {REFERENCE}")
-        files = [("model-config", self.shape)]
-        files += [("reference-file", name) for name in self.reference_file or ()]
-        for flag, name in files:
-            if name is not None and not Path(name).expanduser().is_file():
-                raise ConfigError(f"--{flag} {name} is not a file")
+            raise ConfigError(f"--reference-file has no effect without --reference {LLAMA_CPP}")
+        for file in self.reference_file or ():
+            if not Path(file).expanduser().is_file():
+                raise ConfigError(f"--reference-file {file} is not a file")
+        for executor in self.executors:
+            check_name("executor", executor, EXECUTORS)
+        for name in ("executors", "sparsities"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} is empty: give at least one")
         self.method_list()
         return self
 
-    @property
-    def is_random(self) -> bool:
-        """Whether the weights are random."""
-        return self.random_weights or self.shape is not None
-
-    @property
-    def name(self) -> str:
-        if self.shape is None:
-            return super().name
-        path = Path(self.shape)
-        is_usual = path.name == "config.json" and path.parent.name
-        return (path.parent.name if is_usual else path.stem).lower()
-
-    @property
-    def prefill(self) -> int:
-        """Tokens of the longer prompt whose first token is timed; 0: none."""
-        usual = 512 if self.reference else 0
-        return usual if self.prefill_tokens is None else self.prefill_tokens
-
     def variant_list(self) -> tuple[Variant, ...]:
-        """Methods, then variants; raises ``ConfigError`` or ``UnknownName``."""
-        every = self.rebuild_every
-        usual = every is not None and "methods" not in self.model_fields_set
-        methods = [MASKED] if usual else words(self.methods)
-        variants = parse(methods, self.variants, {"seed": self.seed}, {"executor": "--executors"})
+        changes, flags = {"seed": self.seed}, {"executor": "--executors"}
+        variants = parse(self.methods, self.variants, changes, flags)
         if not variants:
             raise ConfigError("--methods is empty: give at least one, e.g. dart")
-        if every is not None:
-            variants = [replace(v, config=rebuilding(v.config, every)) for v in variants]
         return tuple(variants)
 
     def method_list(self) -> list[tuple[str, PruneConfig]]:
         """Every variant at every sparsity under every executor: label and configuration."""
-        executors = _names("executor", self.executors, EXECUTORS)
         return [
             (variant.label, variant.at(sparsity, executor=executor))
             for variant in self.variant_list()
-            for sparsity in read_sparsities("sparsities", self.sparsities)
-            for executor in executors
+            for sparsity in self.sparsities
+            for executor in self.executors
         ]
-
-
-def rebuilding(config: PruneConfig, every: int) -> PruneConfig:
-    """``config`` with a new mask after every ``every`` pruned tokens and one observed token."""
-    unguarded = {"min_distance": 0, "max_dense_share": None, "allowance": 0}
-    return config.replace(
-        {"drift": {"rule": f"interval {every}", **unguarded}, "remask": {"observe_tokens": 1}}
-    )
 
 
 def first_slices(count: int) -> tuple[int, ...]:
@@ -211,7 +128,9 @@ class TuneSettings(BenchOptions):
 
     KIND: ClassVar = "tune"
 
-    weights: str | None = setting(MODEL, f"Of {', '.join(FORMATS[1:])} (default: what suits).")
+    weights: Texts = setting(  # type: ignore[assignment]
+        "Model", f"Formats: of {', '.join(FORMATS)} (default: what suits).", ()
+    )
     max_loss: float = setting(  # at most 1: whoever gives 2 means 2 %
         STUDY, "Loss budget in perplexity: 0.02 is 2 %.", 0.02, gt=0, le=1, allow_inf_nan=False
     )
@@ -222,11 +141,9 @@ class TuneSettings(BenchOptions):
         "text; the same command without it continues from there.",
         False,
     )
-    methods: str | None = setting(
-        STUDY, f"Methods, comma-separated, or none; dense always runs (default: {METHODS})."
-    )
-    sparsities: str | None = setting(STUDY, "Fractions to remove (default: by method).")
-    heads: str | None = setting(STUDY, "Output heads: full,screened (default: by method).")
+    methods: Texts = setting(STUDY, f"Methods, or none (default: {','.join(METHODS)}).", ())
+    sparsities: Removed = setting(STUDY, "Fractions to remove (default: by method).", ())
+    heads: Texts = setting(STUDY, "Output heads: full,screened (default: by method).", ())
     text: str = setting(STUDY, "Your text: a file, JSONL or data name.", documents.EMBEDDED)
     slices: int = setting(STUDY, "Slices of each of the two texts.", 8, ge=2)
     prompt_tokens: int = setting(STUDY, "Prompt tokens, of a slice.", 64, ge=16)
@@ -236,39 +153,225 @@ class TuneSettings(BenchOptions):
 
     @model_validator(mode="after")
     def _check(self) -> TuneSettings:
-        self.variant_list()
-        self.sparsity_list()
-        self.head_list()
-        for weights in self.format_list():
-            if is_file(weights) or weights == "auto":
-                raise ConfigError(
-                    f"--weights {weights}: tune measures formats of one model: give that file as "
-                    "--model, and formats such as file, q8_0, dense"
-                )
+        for weights in self.weights:
+            check_name("weights", weights, FORMATS)
+        for head in self.heads:
+            check_name("head", head, HEADS)
         documents.names(self.text)
         return self
 
     def variant_list(self) -> tuple[Variant, ...]:
-        """What prunes; raises ``ConfigError`` or ``UnknownName``."""
-        methods = METHODS if self.methods is None and self.variants is None else self.methods
-        names = [] if words(methods) == ["none"] else words(methods)
+        methods = METHODS if not self.methods and self.variants is None else self.methods
+        names = () if methods == ("none",) else methods
         flags = {"executor": "dart-llm bench speed", "head": "--heads"}
         return tuple(parse(names, self.variants, {"seed": self.seed}, flags))
-
-    def sparsity_list(self) -> tuple[float, ...]:
-        """The requested sparsities, each once; empty: those of each method."""
-        return () if self.sparsities is None else read_sparsities("sparsities", self.sparsities)
-
-    def head_list(self) -> tuple[str, ...]:
-        """The requested heads, each once; empty: the default."""
-        return () if self.heads is None else _names("head", self.heads, HEADS)
-
-    @property
-    def scored_slices(self) -> int:
-        """Slices of each text that are scored."""
-        return len(first_slices(self.slices)) if self.quick else self.slices
 
     @property
     def repetition_tokens(self) -> int:
         """Timed tokens of a repetition."""
-        return min(self.timed_tokens, QUICK_TOKENS) if self.quick else self.timed_tokens
+        return min(self.timed_tokens, 24) if self.quick else self.timed_tokens
+
+
+# Candidates, the rows of a grid.
+
+SCREENED = "screened"
+
+LOADED = "own"
+"""The weight format of a model that is loaded already."""
+
+BY_TOKEN, BY_MASK = (0.3, 0.5, 0.7), (0.2, 0.3)
+"""Sparsities that ``tune`` tries by default: of per-token selection, of one mask per sequence."""
+
+QUICK_SEQUENCES = 8
+"""Self-generated sequences that ``--quick`` learns from."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row: a model whose weights are in a format, under a configuration.
+
+    ``config`` None: the untouched model.  ``weights``: name of the format.  ``method``: label of
+    the method that prunes; None: dense.  ``file``: a GGUF file that llama.cpp reads, and then no
+    configuration applies.
+    """
+
+    label: str
+    config: PruneConfig | None = None
+    weights: str = ""
+    method: str | None = None
+    file: Path | None = None
+
+    @property
+    def executor(self) -> str | None:
+        """What decodes; None: transformers."""
+        if self.file is not None:
+            return LLAMA_CPP
+        return None if self.config is None else self.config.executor
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is left out: neither neurons nor rows of the head."""
+        return self.config is None or (self.config.target == 0 and not self.config.screens)
+
+
+def make_candidate(
+    config: PruneConfig, weights: str, suffix: str = "", method: str | None = None
+) -> Candidate:
+    """A candidate named by what it does; ``suffix`` names the weights where there are several."""
+    parts = [f"{method} {percent(config.target)}" if method else DENSE]
+    parts += [config.executor] if config.executor != "auto" else []
+    parts += ["screened head"] if config.head.kind == SCREENED else []
+    return Candidate(", ".join(parts) + suffix, config, weights, method)
+
+
+def speed_grid(settings: SpeedSettings, weights: str) -> list[Candidate]:
+    """Every method at every sparsity under every executor."""
+    methods = settings.method_list()
+    return [make_candidate(config, weights, method=label) for label, config in methods]
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The weight formats that ``tune`` tries, the model's own first, and those of the methods."""
+
+    every: tuple[str, ...]
+    pruned: tuple[str, ...]
+
+    @classmethod
+    def from_settings(cls, settings: TuneSettings) -> Formats:
+        """The requested formats, methods on each; else what suits the model and this machine.
+
+        A GGUF file, in whatever dtype: as it is, where methods are tried too, and in 4 bits.  A
+        checkpoint: dense, and in 8 bits, where methods are tried too, and in 4.  Where no kernels
+        can read blocks: dense alone.  Raises ``ConfigError`` or ``LoadError``.
+        """
+        from dart_llm.experiments.model_facts import requested_format  # which loads torch
+
+        if settings.weights:
+            return cls(settings.weights, settings.weights)
+        usual = settings.model_copy(update={"dtype": None, "weights": None})
+        if requested_format(usual) == "file":
+            return cls(("file", "q4_0"), ("file",))
+        blocks = tuple(name for name in ("q8_0", "q4_0") if _is_possible(settings, name))
+        return cls((DENSE, *blocks), blocks[:1] or (DENSE,))
+
+    @property
+    def reference(self) -> str:
+        """The format whose dense model losses are counted from: the first that rounds nothing.
+
+        The blocks of a file are exact in forwards of many tokens, which dequantise them.
+        """
+        return next((name for name in self.every if name not in ROUNDED), DENSE)
+
+
+def _is_possible(settings: TuneSettings, weights: str) -> bool:
+    """Whether this machine can load the model in a format."""
+    from dart_llm.experiments.model_facts import requested_format
+
+    try:
+        requested_format(settings.model_copy(update={"weights": weights}))
+    except ConfigError:
+        return False
+    return True
+
+
+def tune_grid(settings: TuneSettings, formats: Formats) -> tuple[Candidate, ...]:
+    """Dense in every format first, the model's own before the others; then what leaves out.
+
+    Raises ``ConfigError`` for a method that cannot be run at a sparsity.
+    """
+    several = len({*formats.every, *formats.pruned}) > 1
+    suffix = {name: f", weights {name}" if several else "" for name in formats.every}
+    dense = PruneConfig.build(DENSE, seed=settings.seed)
+    grid = [make_candidate(dense, weights, suffix[weights]) for weights in formats.every]
+    methods: list[tuple[str | None, PruneConfig]] = [(None, dense)]
+    for variant in settings.variant_list():
+        usual = BY_MASK if variant.config.token is None else BY_TOKEN
+        for sparsity in settings.sparsities or usual:
+            methods.append((variant.label, variant.at(sparsity)))
+    for weights in formats.pruned:
+        for method, config in methods:
+            screens = method is None or config.token is not None
+            for head in settings.heads or ("full", *([SCREENED] if screens else [])):
+                if method or head == SCREENED:
+                    headed = config.replace({"head": head})
+                    grid.append(make_candidate(headed, weights, suffix[weights], method))
+    return tuple(grid)
+
+
+def quick_grid(
+    grid: Sequence[Candidate], settings: TuneSettings, formats: Formats
+) -> tuple[Candidate, ...]:
+    """Those of ``grid`` that ``--quick`` measures: a first answer, in minutes.
+
+    Dense as the model is loaded and in the first format that methods are tried on; in that format
+    dense with a screened head, and the first method (each one, where some were named) at the
+    lowest of its sparsities.  What learns does so from a quarter of the usual text.
+    """
+    named = settings.methods or settings.variants is not None
+    methods = [variant.label for variant in settings.variant_list()][: None if named else 1]
+    lowest = {
+        method: min(row.config.target for row in grid if row.config and row.method == method)
+        for method in methods
+    }
+
+    def is_quick(row: Candidate) -> bool:
+        if row.weights != formats.pruned[0] or row.config is None:
+            return row.dense and row.weights == formats.every[0]
+        if row.method is None:
+            return True
+        return row.config.head.kind == "full" and lowest.get(row.method) == row.config.target
+
+    return tuple(_learning_less(row) for row in grid if is_quick(row))
+
+
+def _learning_less(candidate: Candidate) -> Candidate:
+    config = candidate.config
+    if config is None or (config.self_stats is None and not config.screens):
+        return candidate
+    prior = {"sequences": QUICK_SEQUENCES} | ({} if config.self_stats else {"tokens": 0})
+    return replace(candidate, config=config.replace({"self_stats": prior}))
+
+
+# How long ``tune`` takes, before it starts.
+
+SCORE_S, TIME_S, LOAD_S, LEARN_S = 0.08, 0.2, 60.0, 500.0
+"""Rough seconds of two CPU cores per billion parameters: to score a token by one candidate, to time
+one, to load a model, to learn its statistics."""
+
+
+def estimate(settings: TuneSettings, grid: Sequence[Candidate], billions: float | None) -> str:
+    """How long it takes and how much memory, in words; ``billions`` of parameters."""
+    if billions is None:
+        return "the size of the model is not known, nor how long it takes"
+    tokens = settings.prompt_tokens + settings.tokens
+    slices = len(first_slices(settings.slices)) if settings.quick else settings.slices
+    scored = 2 * slices * (len(grid) + 1) * tokens * SCORE_S
+    timed = len(grid) * settings.repeats * settings.repetition_tokens * TIME_S
+    text = f"roughly {duration(billions * (scored + timed + LOAD_S))} on two CPU cores"
+    width = sum(2.0 if name == DENSE else 1.0 for name in {row.weights for row in grid})
+    if any(row.config and (row.config.self_stats or row.config.screens) for row in grid):
+        share = QUICK_SEQUENCES / SelfStatsConfig().sequences if settings.quick else 1.0
+        text += f", and {duration(share * billions * LEARN_S)} to learn from self-generated text"
+        width += 12.0  # a copy of the model in float32, and what a backward pass stores
+    size = width * billions * 1e9 + 0.7e9  # and PyTorch, caches, logits
+    return f"{text}; about {size_text(int(size))} of memory"
+
+
+def model_billions(settings: TuneSettings) -> float | None:
+    """Parameters, by a file or a configuration; only a configuration is downloaded."""
+    from dart_llm.experiments.model_facts import configuration
+    from dart_llm.models.loading import is_default
+
+    if is_default(settings.model):
+        return 0.135
+    path = Path(settings.model).expanduser()
+    try:
+        if path.is_file():
+            return read_gguf(path).float32_bytes / 4 / 1e9
+        shape = configuration(settings).get_text_config(decoder=True)
+        width, inner = shape.hidden_size, getattr(shape, "intermediate_size", None)
+        layer = 4 * width**2 + 3 * width * (inner or 4 * width)
+        return float(shape.num_hidden_layers * layer + width * shape.vocab_size) / 1e9
+    except (DartError, AttributeError, OSError):
+        return None

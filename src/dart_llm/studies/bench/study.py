@@ -1,4 +1,4 @@
-"""What both commands share: models by weight format, runs by candidate, interleaved repetitions.
+"""What both commands share, and ``bench speed``: interleaved repetitions of all candidates.
 
 A repetition runs every candidate once, in an order of its own: what drifts in a machine over
 minutes then affects all of them alike.
@@ -7,45 +7,115 @@ minutes then affects all of them alike.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from dart_llm.cache import cache_folder
 from dart_llm.data.documents import check_disjoint
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.experiments.cell import Cell
-from dart_llm.experiments.llama_bench import (
-    LLAMA_CPP,
-    ReferenceFile,
-    reference_repetition,
-    require_bench,
-)
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.result_line import ResultLine
-from dart_llm.experiments.study import Study, Unit
-from dart_llm.experiments.timing import Make, Sample, full_masks, repetition, shuffled
+from dart_llm.experiments.study import Study, Unit, load_model
+from dart_llm.experiments.timing import (
+    WARM,
+    Make,
+    ReferenceFile,
+    Sample,
+    cache_bytes,
+    prompt_ids,
+    reference_repetition,
+    repetition,
+    require_bench,
+    shuffled,
+)
+from dart_llm.experiments.variants import DENSE
+from dart_llm.files import file_sha256
+from dart_llm.models.cached import MEMBER, default_folder
 from dart_llm.models.checkpoint import checkpoint_facts
-from dart_llm.models.describe import context_length
+from dart_llm.models.describe import context_length, describe
+from dart_llm.models.gguf_file import ROUNDED
+from dart_llm.models.loading import is_default
 from dart_llm.native import build
+from dart_llm.pruning import plugins
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.registry import TOKEN_RULES
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.table import Table
+from dart_llm.reporting.words import TRANSFORMERS
 from dart_llm.session.prepare import prepare
 from dart_llm.session.run import Run
-from dart_llm.settings import LOADING
 from dart_llm.studies.bench import report
-from dart_llm.studies.bench.candidates import Candidate
-from dart_llm.studies.bench.models import LoadedModel, gguf_path
-from dart_llm.studies.bench.settings import SpeedSettings, TuneSettings
+from dart_llm.studies.bench.rows import speed_document
+from dart_llm.studies.bench.settings import (
+    LLAMA_CPP,
+    Candidate,
+    SpeedSettings,
+    TuneSettings,
+    make_candidate,
+    speed_grid,
+)
 
 B = TypeVar("B", bound=SpeedSettings | TuneSettings)
 
 WARMUP_TOKENS = 4
 """Timed tokens of a warm-up, whose times are not used."""
+
+CACHE_BYTES = 2
+"""Bytes of a number in llama.cpp's key-value cache, float16."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model whose weights are in one format: ``weights`` as ``--weights`` names it, or None."""
+
+    weights: str | None
+    model: Any
+    tokenizer: Any
+
+    @property
+    def blocks(self) -> str | None:
+        """How the weights are packed in blocks, in words; None: they are not."""
+        blocks: str | None = checkpoint_facts(self.model).get("weights")
+        return blocks
+
+    @property
+    def dtype(self) -> str:
+        """Of what is not in blocks."""
+        return str(checkpoint_facts(self.model)["dtype"])
+
+    @property
+    def width(self) -> float:
+        """Bytes of a weight that is not in blocks over those of bfloat16, as accounting counts."""
+        return 1.0 if self.blocks else self.model.dtype.itemsize / 2
+
+    @property
+    def kind(self) -> str:
+        """GGUF's name for the blocks, such as Q8_0; of others the dtype."""
+        if self.weights in ROUNDED:
+            return str(self.weights).upper()
+        return str(checkpoint_facts(self.model)["file_quantisation"]) if self.blocks else self.dtype
+
+
+def native_dense(model: Any, config: PruneConfig) -> PruneConfig:
+    """Dense (native): by whole native steps where they can run, else as transformers does.
+
+    Raises ``DartError`` where ``config`` names an executor that cannot run.
+    """
+    named = config.executor != "auto"
+    steps = config if named else config.replace({"executor": "native"})
+    try:
+        Run(model, steps)
+    except DartError:
+        if named:
+            raise
+        return config
+    return steps
 
 
 class BenchStudy(Study[B]):
@@ -59,48 +129,35 @@ class BenchStudy(Study[B]):
     ) -> None:
         super().__init__(settings, ui)
         self.grid = grid
-        if any(one.config and one.config.calibration is not None for one in grid):
+        if any(row.config and row.config.calibration is not None for row in grid):
             check_disjoint(settings.calibration, texts)
-        self.bench = require_bench() if settings.reference else ""
-        """llama.cpp's own benchmark."""
-        self.files: dict[str, ReferenceFile] = {}
-        """What it reads, by label."""
         self.models: dict[str, LoadedModel] = {}
         """By the name of their weight format."""
         self.makers: dict[str, Make] = {}
         """What makes a candidate's run, by label."""
+        self.configs: dict[str, PruneConfig] = {}
+        """The configuration that runs, by label."""
         self.left_out: dict[str, str] = {}
         """Why candidates cannot run, by label."""
         self.timed: list[Candidate] = []
         self.repetitions: list[dict[str, Any]] = []
-        self.process = f"{os.getpid()} {time.time_ns()}"
-        """Distinguishes the repetitions of one process from those of others."""
         self.advance: Callable[[int], Any]
 
-    @property
-    def model_name(self) -> str:
-        return self.settings.name
-
-    def digests(self, task: str, weights: str | None) -> dict[str, str]:
-        """Of the model, of texts of the task and of the calibration."""
-        settings = self.settings.model_copy(update={"weights": weights})
-        loading = {name: getattr(settings, name) for name in LOADING}
-        calibration = settings.calibration
-        cell = Cell(settings.model, "dense", task, calibration=calibration, **loading)
-        return Digests().of(cell)
+    def inputs(self) -> Mapping[str, Any]:
+        """Digests of the model, of the calibration and of plug-ins."""
+        digests, weights = Digests(), self.settings.weights
+        single = weights if isinstance(weights, str | None) else DENSE  # the grid names several
+        settings = self.settings.model_copy(update={"weights": single})
+        files = digests.of_files(DENSE, settings.calibration)
+        return {**digests.of_model(settings), **files, **plugins.digest()}
 
     def requested(self) -> dict[str, Any]:
         left_out = {*self.shown, *self.settings.UNUSED, "save"}
         return self.settings.model_dump(mode="json", exclude=left_out)
 
     def identify(self) -> dict[str, Any]:
-        configs = {one.label: one.config.to_dict() for one in self.grid if one.config}
+        configs = {row.label: row.config.to_dict() for row in self.grid if row.config}
         return {**super().identify(), "candidates": configs}
-
-    def config_extra(self) -> dict[str, Any]:
-        rows = dict.fromkeys((o.method or o.label, o.config and o.config.target) for o in self.grid)
-        fixed = {"model": self.settings.name, "task": self.kind}
-        return {"cells": [{**fixed, "method": name, "sparsity": target} for name, target in rows]}
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
@@ -125,35 +182,6 @@ class BenchStudy(Study[B]):
                 f"{longest}: give fewer tokens, of the prompt or behind it"
             )
 
-    def find_files(self, paths: Sequence[Path]) -> None:
-        """GGUF files that llama.cpp reads, by the labels of their rows.
-
-        ``paths``, else the model's own file and those of ``--weights``.  Raises ``ConfigError`` or
-        ``LoadError``.
-        """
-        settings = self.settings
-        if not paths:
-            candidates = [one.file for one in self.models.values()]
-            if self.tokenizer is not None:  # else the weights are random
-                candidates.insert(0, gguf_path(settings.model, settings.cache_dir, self.ui.say))
-            paths = [path for path in candidates if path]
-        if not paths:
-            raise ConfigError(
-                f"{settings.name} is not a GGUF file, which {LLAMA_CPP} needs: give it, or "
-                "--reference-file of bench speed"
-            )
-        files = [ReferenceFile.of(path) for path in dict.fromkeys(paths)]
-        kinds = [file.kind for file in files]
-        self.files = {
-            f"{LLAMA_CPP} {file.kind if kinds.count(file.kind) == 1 else file.path.stem}": file
-            for file in files
-        }
-
-    def reference_candidates(self) -> list[Candidate]:
-        """The rows of llama.cpp."""
-        files = self.files.items()
-        return [Candidate(label, weights=file.kind, file=file.path) for label, file in files]
-
     def make_ready(self, candidate: Candidate) -> bool:
         """Whether the candidate can run; else the reason is kept."""
         try:
@@ -166,35 +194,28 @@ class BenchStudy(Study[B]):
     def maker(self, candidate: Candidate) -> Make:
         """What makes the candidate's run; raises ``DartError`` where it cannot run."""
         loaded, config = self.models[candidate.weights], candidate.config
-        if config is None:
-            return lambda: None
-        if candidate.dense:  # native runs masks alone: here they keep everything
-            whole = config.executor == "native"
-
-            def make() -> Run:
-                return Run(
-                    loaded.model, config, fixed_masks=full_masks(loaded.model) if whole else None
-                )
-
-            make()
-            return make
+        assert config is not None
+        if candidate.dense:
+            self.configs[candidate.label] = dense = native_dense(loaded.model, config)
+            return lambda: Run(loaded.model, dense)
+        self.configs[candidate.label] = config
         if config.calibration is None:
             Run(loaded.model, config)  # refused before anything is learned for it
-        where = (self.settings.calibration, self.settings.cache_dir, self.ui.say)
-        prepared = prepare(loaded.model, loaded.tokenizer, config, *where)
+        learned = (self.settings.calibration, self.settings.cache_dir, self.ui.say)
+        prepared = prepare(loaded.model, loaded.tokenizer, config, *learned)
         prepared.run()
         return prepared.run
 
     # repetitions
 
     def timed_units(
-        self, candidates: Sequence[Candidate], kind: str = "repetition", warm_up: bool = True
+        self, candidates: Sequence[Candidate], kind: str = "repetition"
     ) -> Iterator[Unit]:
         """Every repetition; before the first one that is not finished, all rows once to warm up."""
         self.timed = list(candidates)
         units = [Unit(f"{kind} {n}", data=n) for n in range(self.settings.repeats)]
-        fresh = warm_up and any(self.finished(unit) is None for unit in units)
-        warm = [one for one in candidates if fresh and one.file is None]
+        fresh = any(self.finished(unit) is None for unit in units)
+        warm = [row for row in candidates if fresh and row.file is None]
         total = len(warm) + len(units) * len(candidates)
         with self.ui.progress("decoding", total) as self.advance:
             for candidate in warm:
@@ -206,25 +227,18 @@ class BenchStudy(Study[B]):
                 yield unit
 
     def repetition(self, number: int, tokens: int) -> dict[str, Any]:
-        """``samples`` by label, ``order``, ``process``."""
-        candidates, samples = {one.label: one for one in self.timed}, {}
+        """``samples`` by label, and their ``order``."""
+        candidates, samples = {row.label: row for row in self.timed}, {}
         order = shuffled(list(candidates), self.settings.seed, number)
         for label in order:
             samples[label] = self.time(candidates[label], tokens, number)
             self.advance(1)
-        return {"order": order, "process": self.process, "samples": samples}
+        return {"order": order, "samples": samples}
 
     def time(self, candidate: Candidate, tokens: int, number: int) -> Sample:
         """One candidate in repetition ``number``."""
-        if candidate.file is not None:
-            sizes = self.settings.prompt_tokens, tokens, self.long_prompt
-            threads = torch.get_num_threads()
-            return reference_repetition(self.bench, candidate.file, threads, *sizes)
         model = self.models[candidate.weights].model
         return repetition(model, self.prompt(number), tokens, self.makers[candidate.label])
-
-    long_prompt = 0
-    """Tokens of the longer prompt whose first token is timed; 0: none."""
 
     def prompt(self, number: int) -> Tensor:
         """The prompt of repetition ``number``, [1, P]."""
@@ -234,22 +248,22 @@ class BenchStudy(Study[B]):
         """All repetitions of a candidate."""
         return [one["samples"][label] for one in self.repetitions]
 
-    # what is made of them
-
     def facts(self) -> dict[str, Any]:
         """What both documents begin with."""
         checkpoint = checkpoint_facts(self.model)
+        names = ("prompt_tokens", "tokens", "repeats", "seed")
+        formats = {
+            name: {"stored_as": loaded.blocks or loaded.dtype}
+            for name, loaded in self.models.items()
+        }
         return {
             "model": self.settings.name,
             "checkpoint": {name: v for name, v in checkpoint.items() if name != "path"},
             "kernels": None if build.why_not() else build.kernels_in_use(),
             "machine": self.config["machine"],
             "versions": self.config["versions"],
-            "prompt_tokens": self.settings.prompt_tokens,
-            "tokens": self.settings.tokens,
-            "repeats": self.settings.repeats,
-            "seed": self.settings.seed,
-            "formats": {name: {"stored_as": one.stored_as} for name, one in self.models.items()},
+            **{name: getattr(self.settings, name) for name in names},
+            "formats": formats,
             "left_out": self.left_out,
         }
 
@@ -259,3 +273,146 @@ class BenchStudy(Study[B]):
 
     def tables(self) -> Sequence[Table]:
         return [report.table(self.kind, self.summary)]
+
+
+class SpeedStudy(BenchStudy[SpeedSettings]):
+    """A unit is a repetition.
+
+    Raises ``ConfigError`` and ``UnknownName`` before the model is loaded where that is possible.
+    """
+
+    kind = "speed"
+    document = "speed.json"
+
+    def __init__(self, settings: SpeedSettings, ui: Ui) -> None:
+        super().__init__(settings, ui, speed_grid(settings, ""), {})
+        self.bench = require_bench() if settings.reference else ""
+        """llama.cpp's own benchmark."""
+        self.files: dict[str, ReferenceFile] = {}
+        """What it reads, by label."""
+        self.ids = torch.empty(0)
+        """The prompt, [1, P]."""
+        self.candidates: list[Candidate] = []
+        """What this model and this machine can run, in the order of the rows."""
+        self.main = ""
+        """Name of the format in which methods are measured."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Why rows are missing, and which rows no kernel serves."""
+        tokens = {row.label: row.config.token for row in self.candidates if row.config}
+        slow = [n for n, rule in tokens.items() if rule and not TOKEN_RULES.get(rule.rule).native]
+        served = f"{'; '.join(slow)}: plain PyTorch under any executor, all neurons computed; for "
+        notes = report.left_out(self.left_out)
+        return [*notes, f"{served}quality at equal bytes, not for speed"] if slow else notes
+
+    def inputs(self) -> Mapping[str, Any]:
+        paths = [Path(name).expanduser() for name in self.settings.reference_file or ()]
+        return {**super().inputs(), **{f"file {path}": file_sha256(path) for path in paths}}
+
+    def load(self) -> None:
+        """The model, dense too for plain transformers, and the prompt.
+
+        Raises ``ConfigError`` for one longer than the model's context.
+        """
+        settings, began = self.settings, time.perf_counter()
+        loaded = LoadedModel(settings.weights, *load_model(settings, self.ui)[:2])
+        self.main = loaded.kind.lower() if loaded.blocks else DENSE
+        models = {self.main: loaded}
+        if loaded.blocks:
+            dense = settings.model_copy(update={"weights": DENSE})
+            models[DENSE] = LoadedModel(DENSE, *load_model(dense, self.ui)[:2])
+        self.take_models(models, self.main, settings.prompt_tokens + settings.tokens + WARM)
+        if self.bench:
+            self.find_files()
+        self.timing["load_s"] = time.perf_counter() - began
+        self.ids = prompt_ids(self.model, self.tokenizer, settings.prompt_tokens)
+
+    def find_files(self) -> None:
+        """The GGUF files that llama.cpp reads; raises ``ConfigError`` where there is none."""
+        settings = self.settings
+        paths = [Path(name).expanduser() for name in settings.reference_file or (settings.model,)]
+        if not settings.reference_file and is_default(settings.model):
+            folder = default_folder(cache_folder(settings.cache_dir), progress=self.ui.say)
+            paths = [folder / Path(MEMBER).name]
+        if not all(path.is_file() for path in paths):
+            raise ConfigError(
+                f"{settings.name} is not a GGUF file, which {LLAMA_CPP} needs: give it, or "
+                "--reference-file"
+            )
+        files = [ReferenceFile.of(path) for path in dict.fromkeys(paths)]
+        kinds = [file.kind for file in files]
+        names = [f.kind if kinds.count(f.kind) == 1 else f.path.stem for f in files]
+        self.files = {f"{LLAMA_CPP} {name}": f for name, f in zip(names, files, strict=True)}
+
+    def find_candidates(self) -> None:
+        """The untouched model, dense (native), all methods that can run, and llama.cpp."""
+        on_gpu = torch.device(self.model.device).type == "cuda"
+        executor = {"executor": "cuda" if on_gpu else "native"}
+        native = make_candidate(PruneConfig.build(DENSE, **executor), self.main)
+        rows = [native, *speed_grid(self.settings, self.main)]
+        self.makers[TRANSFORMERS] = lambda: None
+        self.candidates = [
+            Candidate(TRANSFORMERS, weights=DENSE),
+            *(row for row in rows if self.make_ready(row)),
+            *(Candidate(n, weights=f.kind, file=f.path) for n, f in self.files.items()),
+        ]
+        self.base = native.label if native.label in self.makers else TRANSFORMERS
+
+    def units(self) -> Iterator[Unit]:
+        self.find_candidates()
+        for note in self.notes:
+            self.ui.say(f"note: {note}")
+        yield from self.timed_units(self.candidates)
+
+    def compute(self, unit: Unit) -> dict[str, Any]:
+        return self.repetition(unit.data, self.settings.tokens)
+
+    def time(self, candidate: Candidate, tokens: int, number: int) -> Sample:
+        if candidate.file is None:
+            return super().time(candidate, tokens, number)
+        threads, prompt = torch.get_num_threads(), self.settings.prompt_tokens
+        return reference_repetition(self.bench, candidate.file, threads, prompt, tokens)
+
+    def take(self, unit: Unit, value: Any) -> None:
+        super().take(unit, value)
+        self.repetitions.append(value)
+
+    def prompt(self, number: int) -> Tensor:
+        return self.ids
+
+    def summarise(self) -> dict[str, Any]:
+        facts = self.facts()
+        for name, one in facts["formats"].items():
+            one["weights"] = self._sizes(self.models[name].model)
+        kind = self.models[self.main].kind
+        reference = {
+            label: {"file": f.path.name, "bytes": f.bytes, "comparable": f.kind == kind}
+            for label, f in self.files.items()
+        }
+        position = facts["formats"][self.main]["weights"]["cache_bytes_per_position"]
+        facts |= {
+            "notes": self.notes,
+            "reference": reference,
+            "reference_cache_bytes": position * CACHE_BYTES / self.model.dtype.itemsize,
+            "main": self.main,
+            "base": self.base,
+            "orders": [one["order"] for one in self.repetitions],
+        }
+        samples = {row.label: self.samples(row.label) for row in self.candidates}
+        return speed_document(self.candidates, samples, facts)
+
+    def _sizes(self, model: Any) -> dict[str, float]:
+        share = Run(model, PruneConfig.build(DENSE)).report().ffn_share_of_bytes
+        weights = describe(model).parameter_bytes
+        sizes = {
+            "ffn_bytes": share * weights,
+            "weight_bytes": weights,
+            "cache_bytes_per_position": cache_bytes(model, self.ids),
+        }
+        if any(row.config and row.config.screens for row in self.grid):
+            sizes["head_bytes"] = model.get_output_embeddings().weight.nbytes
+        return sizes
+
+    def sentences(self) -> Sequence[str]:
+        return [*report.speed_sentences(self.summary), *self.summary["notes"]]

@@ -18,40 +18,129 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from dart_llm.errors import DartError
-from dart_llm.evaluation.perplexity import reference_logits
+from dart_llm.calibration.collect import opening_ids, sample_continuations, start_tokens
+from dart_llm.data import documents
+from dart_llm.errors import ConfigError
+from dart_llm.evaluation.perplexity import compare_window, reference_logits
+from dart_llm.evaluation.measurement import MeasureOptions
+from dart_llm.evaluation.windows import Window, slice_windows
+from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.study import Unit, load_model, run_study
-from dart_llm.experiments.timing import WARM, Make
+from dart_llm.experiments.timing import WARM
 from dart_llm.files import write_lines
 from dart_llm.models.checkpoint import checkpoint_facts
-from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.config import PruneConfig, SelfStatsConfig
 from dart_llm.pruning.setting_file import KeptSetting
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.words import count
 from dart_llm.session.run import Run, identity, stored_as
-from dart_llm.studies.bench import quality, report
-from dart_llm.studies.bench.candidates import (
+from dart_llm.studies.bench import report, rows
+from dart_llm.studies.bench.rows import REFERENCE, Row, quality_row, time_columns
+from dart_llm.studies.bench.settings import (
     LOADED,
     Candidate,
     Formats,
+    TuneSettings,
     estimate,
+    first_slices,
     model_billions,
     quick_grid,
     tune_grid,
 )
-from dart_llm.studies.bench.models import LoadedModel
-from dart_llm.studies.bench.quality import (
-    OWN_TEXT,
-    Slice,
-    all_slices,
-    generate_text,
-    score,
-    user_slices,
+from dart_llm.studies.bench.study import BenchStudy, LoadedModel
+
+# The texts: self-generated, and the user's.
+
+OWN_TEXT = "own"
+"""Label of the self-generated text."""
+
+STEPS_AHEAD = 1_000_003
+"""Added to the seed: the text must differ from the one that statistics are learned from."""
+
+FACTS = (
+    *("decoded_tokens", "achieved_sparsity", "dense_token_share", "remasks"),
+    *("token_bytes_share", "extra_memory_bytes"),
 )
-from dart_llm.studies.bench.rows import Row, time_columns
-from dart_llm.studies.bench.settings import TuneSettings, first_slices
-from dart_llm.studies.bench.study import BenchStudy
+"""What is kept of a run's report on a slice."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """``text``: label of the text; ``window``: its tokens, prompt first."""
+
+    text: str
+    window: Window
+
+    @property
+    def id(self) -> str:
+        """Unique among the slices of a run."""
+        return f"{self.text}/{self.window.number}"
+
+
+def generate_text(model: Any, count: int, length: int, seed: int, skip: int = 0) -> list[list[int]]:
+    """``count`` sequences of ``length`` tokens that ``model`` samples, as learning does.
+
+    ``skip``: sequences that were generated before: these are others.  Raises ``ConfigError`` for a
+    model without a head.
+    """
+    prior, generator = SelfStatsConfig(), torch.Generator().manual_seed(seed + STEPS_AHEAD + skip)
+    begin = opening_ids(model, skip + count, min(prior.opening, length - 1))
+    if begin is not None:
+        begin = begin[skip:]
+    else:
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        begin = torch.randint(vocabulary, (count, 1), generator=generator)
+        if start := start_tokens(model):
+            begin[:] = start[0]
+    sequences: list[list[int]] = sample_continuations(
+        model, begin, length, generator, lambda text: None, prior.temperature, prior.top_p
+    ).tolist()
+    return sequences
+
+
+def all_slices(
+    generated: Mapping[int, Sequence[int]], user: Sequence[Slice], prompt: int
+) -> list[Slice]:
+    """Self-generated slices, by number, and those of the user's text, alternating."""
+    self_generated = [
+        Slice(OWN_TEXT, Window(torch.tensor(ids), prompt, n)) for n, ids in generated.items()
+    ]
+    return sorted([*self_generated, *user], key=lambda piece: piece.window.number)
+
+
+def user_slices(text: str, tokenizer: Any, count: int, prompt: int, scored: int) -> list[Slice]:
+    """Slices of the user's text; raises ``ConfigError`` where it is too short for two."""
+    ids: Tensor = tokenizer(documents.read(text), return_tensors="pt", verbose=False).input_ids[0]
+    if len(ids) < 2 * (prompt + scored):
+        raise ConfigError(
+            f'the text "{text}" has {len(ids)} tokens, and two slices need '
+            f"{2 * (prompt + scored)}: give a longer text, or a smaller --prompt-tokens or --tokens"
+        )
+    label = documents.resolve(text).label
+    label = f"{label}, yours" if label == OWN_TEXT else label
+    return [Slice(label, window) for window in slice_windows(ids, count, prompt, scored)]
+
+
+def score(model: Any, run: Run, piece: Slice, reference: Tensor) -> dict[str, Any]:
+    """A slice by ``run``, not attached; ``reference``: [C, V] logits of the dense model.
+
+    ``loss`` and ``kl``: means over the scored ``tokens``, nats; ``accounting``: ``FACTS``.  Raises
+    ``ConfigError`` when all of them ran dense although a sparsity was requested.
+    """
+    run.reset()
+    with run:
+        compared = compare_window(model, run, piece.window, reference)
+    report = run.report().to_dict()
+    if report["dense_token_share"] == 1 and run.asks_for_pruning:
+        raise ConfigError(
+            f"all {report['decoded_tokens']} decoded tokens of slice {piece.id} ran dense, so this "
+            "would measure the untouched model; give more --prompt-tokens or --tokens"
+        )
+    return {**compared._asdict(), "accounting": {name: report[name] for name in FACTS}}
+
+
+# The study.
 
 TEXT, FURTHER = "self-generated text", "further self-generated text"
 """The units that generate text: for the slices of ``--quick``, and for the others."""
@@ -59,8 +148,6 @@ TEXT, FURTHER = "self-generated text", "further self-generated text"
 ENOUGH, FAR = 8, 2
 """After so many slices a candidate whose loss is clearly over so many times the budget is scored no
 further."""
-
-SETTING_FILE = "setting.yaml"
 
 
 class TuneStudy(BenchStudy[TuneSettings]):
@@ -81,7 +168,6 @@ class TuneStudy(BenchStudy[TuneSettings]):
         grid = tune_grid(settings, self.formats)
         super().__init__(settings, ui, grid, {settings.text: None})
         self.tried = quick_grid(grid, settings, self.formats) if settings.quick else grid
-        self.configs: dict[str, PruneConfig] = {}
         self.generated: dict[int, list[int]] = {}
         """Ids of self-generated text by number of the slice."""
         self.slices: list[Slice] = []
@@ -97,10 +183,9 @@ class TuneStudy(BenchStudy[TuneSettings]):
         return self.grid[0].label
 
     def inputs(self) -> Mapping[str, Any]:
-        digests = self.digests(f"perplexity:{self.settings.text}", "dense")
-        return {**digests, **identity(self.from_caller[0])} if self.from_caller else digests
-
-    # models
+        text = Digests().of_task(f"perplexity:{self.settings.text}", MeasureOptions())
+        caller = identity(self.from_caller[0]) if self.from_caller else {}
+        return {**super().inputs(), **text, **caller}
 
     def load(self) -> None:
         """The formats and the reference; raises ``ConfigError`` for slices that are too long."""
@@ -109,18 +194,16 @@ class TuneStudy(BenchStudy[TuneSettings]):
         models = {}
         if self.from_caller is not None:
             size = sum(weight.numel() for weight in self.from_caller[0].parameters()) / 1e9
-            models = {LOADED: LoadedModel(LOADED, None, *self.from_caller)}
+            models = {LOADED: LoadedModel(None, *self.from_caller)}
         text = estimate(settings, self.tried, size)
         self.ui.say(f"{count(len(self.tried), 'candidate')}: {text}")
-        tried = {self.formats.reference, *(one.weights for one in self.tried)}
+        tried = {self.formats.reference, *(row.weights for row in self.tried)}
         for name in dict.fromkeys((*self.formats.every, self.formats.reference)):
             if name in tried and name not in models:
-                one = settings.model_copy(update={"weights": name})
-                models[name] = LoadedModel(name, name, *load_model(one, self.ui, self.check)[:2])
+                options = settings.model_copy(update={"weights": name})
+                models[name] = LoadedModel(name, *load_model(options, self.ui, self.check)[:2])
         tokens = settings.prompt_tokens + max(settings.tokens, settings.timed_tokens + WARM)
         self.take_models(models, self.formats.every[0], tokens)
-        if self.bench:
-            self.find_files([])
         self.timing["load_s"] = time.perf_counter() - began
 
     def check(self, tokenizer: Any, config: Any) -> None:
@@ -130,20 +213,6 @@ class TuneStudy(BenchStudy[TuneSettings]):
         settings = self.settings
         sizes = settings.slices, settings.prompt_tokens, settings.tokens
         return user_slices(settings.text, tokenizer, *sizes)
-
-    def maker(self, candidate: Candidate) -> Make:
-        """As of its base; dense runs by whole native steps where it can."""
-        assert candidate.config is not None
-        config = candidate.config
-        if candidate.dense:
-            model = self.models[candidate.weights].model
-            self.configs[candidate.label] = config = native_dense_config(model, config)
-            return lambda: Run(model, config)
-        make = super().maker(candidate)
-        self.configs[candidate.label] = config
-        return make
-
-    # units
 
     def units(self) -> Iterator[Unit]:
         settings = self.settings
@@ -155,21 +224,20 @@ class TuneStudy(BenchStudy[TuneSettings]):
         if settings.quick:
             user = [user[number] for number in first_slices(len(user))]
         self.slices = all_slices(self.generated, user, settings.prompt_tokens)
-        ready = [one for one in self.tried if self.make_ready(one)]
+        ready = [row for row in self.tried if self.make_ready(row)]
         for label, why in self.left_out.items():
             self.ui.say(f"{label} is left out: {why}")
         with self.ui.progress("slices", len(self.slices) * (1 + len(ready))) as self.advance:
-            for one in self.slices:
-                yield Unit(f"{one.id}/{quality.REFERENCE}", data=(one, None))
+            for piece in self.slices:
+                yield Unit(f"{piece.id}/{REFERENCE}", data=(piece, None))
                 self.advance(1)
                 for candidate in ready:
                     if not self._is_hopeless(candidate.label):
-                        yield Unit(f"{one.id}/{self._key(candidate)}", data=(one, candidate))
+                        yield Unit(f"{piece.id}/{self._key(candidate)}", data=(piece, candidate))
                     self.advance(1)
-        timed = [one for one in ready if one.label == self.base or not self._is_over(one.label)]
+        timed = [row for row in ready if row.label == self.base or not self._is_over(row.label)]
         over = len(ready) - len(timed)
         self.ui.say(f"{len(timed)} candidates are timed, {over} lose clearly too much")
-        timed += self.reference_candidates()
         yield from self.timed_units(timed, f"{'quick ' if settings.quick else ''}repetition")
 
     def _key(self, candidate: Candidate) -> str:
@@ -178,8 +246,8 @@ class TuneStudy(BenchStudy[TuneSettings]):
 
     def _is_over(self, label: str, times: float = 1) -> bool:
         """Whether a candidate clearly loses more than so many times the budget."""
-        row = quality.quality_row(label, self.lines, self.settings.seed)
-        return quality.clearly_over(row, times * self.settings.max_loss)
+        row = quality_row(label, self.lines, self.settings.seed)
+        return rows.clearly_over(row, times * self.settings.max_loss)
 
     def _is_hopeless(self, label: str) -> bool:
         """Whether a candidate need not be scored on further slices."""
@@ -197,18 +265,18 @@ class TuneStudy(BenchStudy[TuneSettings]):
         with self.ui.status("generating the text that candidates are scored on"):
             return generate_text(self.model, len(unit.data), length, settings.seed, skip)
 
-    def _score(self, one: Slice, candidate: Candidate | None) -> dict[str, Any]:
-        if self._logits[0] != one.id:  # of one slice at a time: they are large
+    def _score(self, piece: Slice, candidate: Candidate | None) -> dict[str, Any]:
+        if self._logits[0] != piece.id:  # of one slice at a time: they are large
             model = self.models[self.formats.reference].model
-            self._logits = one.id, reference_logits(model, one.window)
+            self._logits = piece.id, reference_logits(model, piece.window)
         logits = self._logits[1]
         if candidate is None:
-            scored = one.window.ids[one.window.first :]
+            scored = piece.window.ids[piece.window.first :]
             loss = cross_entropy(logits, scored.to(logits.device))
             return {"loss": float(loss), "kl": 0.0, "tokens": len(logits), "accounting": None}
         run = self.makers[candidate.label]()
         assert run is not None
-        return score(self.models[candidate.weights].model, run, one, logits)
+        return score(self.models[candidate.weights].model, run, piece, logits)
 
     def prompt(self, number: int) -> Tensor:
         """Of both texts by turns: the bytes that a screened head reads depend on the text."""
@@ -221,94 +289,80 @@ class TuneStudy(BenchStudy[TuneSettings]):
         elif isinstance(unit.data, int):
             self.repetitions.append(value)
         else:
-            one, candidate = unit.data
-            label = quality.REFERENCE if candidate is None else candidate.label
-            self.lines.append({"candidate": label, "text": one.text, "slice": one.id, **value})
+            piece, candidate = unit.data
+            label = REFERENCE if candidate is None else candidate.label
+            self.lines.append({"candidate": label, "text": piece.text, "slice": piece.id, **value})
 
     # what is made of them
 
     def summarise(self) -> dict[str, Any]:
         settings = self.settings
         write_lines(self.path / "results.jsonl", self.lines)
-        scores = {
-            label: quality.quality_row(label, self.lines, settings.seed) for label in self.makers
-        }
-        rows = [self._row(one, scores) for one in self.tried if one.label in scores]
+        scores = {label: quality_row(label, self.lines, settings.seed) for label in self.makers}
+        measured = [self._row(row, scores) for row in self.tried if row.label in scores]
         budget = settings.max_loss, settings.noise
-        best = quality.recommend(rows, self.base, *budget)
-        undecided = quality.undecided(rows, self.base, best, *budget) if settings.quick else []
-        best = self.base if undecided else best
-        beaten_by_none = quality.pareto(rows)
+        best = rows.recommend(measured, self.base, *budget)
+        open_rows = rows.undecided(measured, self.base, best, *budget) if settings.quick else []
+        best = self.base if open_rows else best
         names = ("text", "max_loss", "noise", "quick")
         document = {
             **self.facts(),
             **{name: getattr(settings, name) for name in names},
             "timed_tokens": settings.repetition_tokens,
-            "slices": sum(one.text == OWN_TEXT for one in self.slices),
+            "slices": sum(piece.text == OWN_TEXT for piece in self.slices),
             "further": len(self.grid) - len(self.tried),
             "base": self.base,
             "recommended": best,
-            "undecided": undecided,
-            "rows": rows,
-            "reference_rows": [self._reference_row(one) for one in self.reference_candidates()],
+            "undecided": open_rows,
+            "rows": measured,
         }
-        for row in rows:
+        for row in measured:
             row["recommended"] = row["row"] == best
-            row["pareto"] = row["row"] in beaten_by_none
             row["verdict"] = report.verdict(document, row)
         self._save(document)
         return document
 
-    def _row(self, one: Candidate, scores: Mapping[str, Row]) -> Row:
-        assert one.config is not None
-        scored = dict(scores[one.label])
+    def _row(self, row: Candidate, scores: Mapping[str, Row]) -> Row:
+        assert row.config is not None
+        scored = dict(scores[row.label])
         texts = scored.pop("texts")
-        samples = self.samples(one.label) if one in self.timed else []
-        times = time_columns(samples, self.samples(self.base), self._limit(one, scores))
+        samples = self.samples(row.label) if row in self.timed else []
+        times = time_columns(samples, self.samples(self.base), self._limit(row, scores))
         return {
-            "row": one.label,
-            "method": one.config.method,
-            "requested": one.config.target,
-            "executor": self.configs[one.label].executor,
-            "weights": one.weights,
-            "head": one.config.head.kind,
-            "dense": one.dense,
+            "row": row.label,
+            "method": row.config.method,
+            "requested": row.config.target,
+            "executor": self.configs[row.label].executor,
+            "weights": row.weights,
+            "head": row.config.head.kind,
+            "dense": row.dense,
             **scored,
             **times,
-            "config": self.configs[one.label].to_dict(),
+            "config": self.configs[row.label].to_dict(),
             "texts": texts,
         }
 
-    def _limit(self, one: Candidate, scores: Mapping[str, Row]) -> float | None:
-        """Bytes that a token of the base reads over those of ``one``."""
-        shares = scores[self.base]["bytes_share"], scores[one.label]["bytes_share"]
+    def _limit(self, row: Candidate, scores: Mapping[str, Row]) -> float | None:
+        """Bytes that a token of the base reads over those of ``row``."""
+        shares = scores[self.base]["bytes_share"], scores[row.label]["bytes_share"]
         if None in shares:
             return None
-        widths = [self.models[weights].width for weights in (self.grid[0].weights, one.weights)]
+        widths = [self.models[weights].width for weights in (self.grid[0].weights, row.weights)]
         return float(shares[0] * widths[0] / (shares[1] * widths[1]))
-
-    def _reference_row(self, one: Candidate) -> Row:
-        file = self.files[one.label]
-        facts = {"row": one.label, "method": None, "executor": one.executor, "weights": one.weights}
-        times = time_columns(self.samples(one.label), self.samples(self.base))
-        return {**facts, "file": file.path.name, "bytes": file.bytes, **times}
 
     def kept(self, document: Mapping[str, Any]) -> KeptSetting:
         """The recommended setting, as its file states it."""
-        row = next(one for one in document["rows"] if one["recommended"])
+        row = next(row for row in document["rows"] if row["recommended"])
         loaded = self.models[row["weights"]]
-        model = {
-            **identity(loaded.model),
-            "stored_as": stored_as(loaded.model),
-            "dtype": loaded.dtype,
-        }
+        stored = {"stored_as": stored_as(loaded.model), "dtype": loaded.dtype}
+        model = {**identity(loaded.model), **stored}
         date = {"date": self.config["started"][:10], "by": f"dart-llm {version('dart-llm')}"}
         config = PruneConfig.from_mapping(row["config"])
         return KeptSetting(config, loaded.weights, model, report.measured(document, row), date)
 
     def _save(self, document: Mapping[str, Any]) -> None:
         kept = self.kept(document)
-        self.setting_file = kept.save(self.path / SETTING_FILE)
+        self.setting_file = kept.save(self.path / "setting.yaml")
         if self.settings.save:
             self.setting_file = kept.save(Path(self.settings.save).expanduser())
 
@@ -324,26 +378,8 @@ class TuneStudy(BenchStudy[TuneSettings]):
     def figures(self) -> Iterable[Plot]:
         return [report.tune_plot(self.summary)]
 
-    def markdown(self) -> str:
-        sentences = report.tune_sentences(self.summary)
-        return report.markdown("Which setting for this model?", sentences, *self.tables())
-
-    def write_page(self) -> Path:
-        plots = [report.tune_plot(self.summary)]
-        return report.write_page(self.path, self.config, self.summary, plots)
-
     def answer(self) -> dict[str, Any]:
         return {**super().answer(), "setting": str(self.setting_file)}
-
-
-def native_dense_config(model: Any, config: PruneConfig) -> PruneConfig:
-    """Dense (native): by whole native steps where they can run, else as transformers does."""
-    try:
-        steps = config.replace({"executor": "native"})
-        Run(model, steps)
-    except DartError:
-        return config
-    return steps
 
 
 # From Python

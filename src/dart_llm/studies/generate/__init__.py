@@ -1,4 +1,1 @@
-"""``run`` and ``demo``: a text, dense and pruned, with its evaluations.
-
-Start with ``study.py``.
-"""
+"""``run`` and ``demo``: a text, dense and pruned, its accounting and its times."""

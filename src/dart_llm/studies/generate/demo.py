@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +17,22 @@ from dart_llm.errors import DartError
 from dart_llm.evaluation.measurement import Measurement, MeasureOptions
 from dart_llm.evaluation.tasks import count, measure, split
 from dart_llm.experiments.comparison import scores
-from dart_llm.experiments.llama_bench import LLAMA_CPP, ReferenceFile, decode_row, find_bench
 from dart_llm.experiments.result_line import ResultLine
 from dart_llm.experiments.study import Unit, load_model, run_study
-from dart_llm.experiments.timing import WARM
+from dart_llm.experiments.timing import (
+    LLAMA_CPP,
+    WARM,
+    ReferenceFile,
+    decode_row,
+    find_bench,
+    repetition,
+)
 from dart_llm.files import finite, write_json
 from dart_llm.models.checkpoint import blocks_file
 from dart_llm.models.describe import describe
+from dart_llm.models.float32_products import can_copy
 from dart_llm.models.loading import is_default
-from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY, PruneConfig
+from dart_llm.pruning.config import DEFAULT_SPARSITY, PruneConfig
 from dart_llm.pruning.registry import SETTING
 from dart_llm.reporting import words
 from dart_llm.reporting.console import Ui
@@ -34,12 +40,9 @@ from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.reporting.words import TRANSFORMERS
 from dart_llm.session.run import BoundMethod
-from dart_llm.studies.generate import pace, report
-from dart_llm.studies.generate.plots import RunView
-from dart_llm.studies.generate.settings import RunSettings
-from dart_llm.studies.generate.study import RunStudy
-
-SETTINGS = {"prompt": "sky", "chat": None, "generation": 64, "experiment_name": "demo"}
+from dart_llm.studies.generate import report
+from dart_llm.studies.generate.settings import DemoSettings
+from dart_llm.studies.generate.study import Clock, Decoding, RunStudy, accounting_facts
 
 COMPARED = (("dart", DEFAULT_SPARSITY),)
 """Methods and sparsities whose perplexity is measured beside the default's."""
@@ -47,6 +50,9 @@ COMPARED = (("dart", DEFAULT_SPARSITY),)
 TASK = "perplexity:embedded"
 
 OPTIONS = MeasureOptions(limit=6, prompt_tokens=128, scored_tokens=128)
+
+QUICK = 4
+"""Tokens by which the faster of two dtypes is chosen."""
 
 Row = Mapping[str, Any]
 
@@ -81,38 +87,44 @@ class DemoStudy(RunStudy):
         total = len(candidates) * count(TASK, OPTIONS, self.tokenizer, self.model)
         with self.ui.progress(f"perplexity on {split(TASK)[1]}", total) as advance:
             measured = [measure(one, TASK, OPTIONS, self.folder, advance) for one in candidates]
-        pairs = zip(candidates, measured, strict=True)
-        return [_row(candidate, found, measured[0]) for candidate, found in pairs]
+        return [_row(*pair, measured[0]) for pair in zip(candidates, measured, strict=True)]
 
     def _document(self) -> dict[str, Any]:
-        return {
-            "protocol": OPTIONS.protocol,
-            "text": split(TASK)[1],
-            "slices": OPTIONS.limit,
-            "prompt_tokens": OPTIONS.prompt_tokens,
-            "scored_tokens": OPTIONS.scored_tokens,
-            "rows": list(self.perplexity),
-        }
+        names = ("protocol", "prompt_tokens", "scored_tokens")
+        options = {name: getattr(OPTIONS, name) for name in names}
+        measured = {"text": split(TASK)[1], "slices": OPTIONS.limit, **options}
+        return {**measured, "rows": list(self.perplexity)}
 
     def add_clocks(
-        self, clocks: dict[str, pace.Clock], sizes: dict[str, int], ids: Tensor, tokens: int
+        self, clocks: dict[str, Clock], sizes: dict[str, int], ids: Tensor, tokens: int
     ) -> str:
-        plain = self._transformers(ids)
+        plain = self.transformers(ids)
         name = f"{TRANSFORMERS} {str(plain.dtype).removeprefix('torch.')}"
-        clocks[name] = partial(pace.Decoding(plain).seconds, ids, tokens)
+        clocks[name] = Decoding(plain, ids, tokens)
         sizes[name] = describe(plain).parameter_bytes
         self._add_llama_cpp(clocks, sizes, ids.shape[1], tokens)
         return name
 
-    def _transformers(self, ids: Tensor) -> Any:
-        """The model as transformers runs it, in the dtype in which it decodes fastest here."""
-        settings = self.settings.model_copy(update={"weights": "dense"})
-        in_blocks = blocks_file(self.model) is not None
-        models = pace.untouched(self.model, in_blocks, lambda: load_model(settings, self.ui)[0])
-        return pace.fastest(models, ids)
+    def transformers(self, ids: Tensor) -> Any:
+        """The untouched model in the dtype in which it decodes fastest after ids [1, T].
+
+        In its own dtype, and on a CPU in float32, where there is room for that.  Weights in a
+        file's blocks, which transformers does not know, are dequantised.
+        """
+        on_cpu = torch.device(self.model.device).type == "cpu"
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        dtypes = dict.fromkeys((dtype, *(["float32"] if on_cpu and can_copy(self.model) else [])))
+        timed = {}
+        for name in dtypes:
+            settings = self.settings.model_copy(update={"weights": "dense", "dtype": name})
+            as_it_is = name == dtype and blocks_file(self.model) is None
+            model = self.model if as_it_is else load_model(settings, self.ui)[0]
+            sample = repetition(model, ids.to(model.device), QUICK, lambda: None)
+            timed[min(sample["steps_s"])] = model
+        return timed[min(timed)]
 
     def _add_llama_cpp(
-        self, clocks: dict[str, pace.Clock], sizes: dict[str, int], depth: int, tokens: int
+        self, clocks: dict[str, Clock], sizes: dict[str, int], depth: int, tokens: int
     ) -> None:
         """llama.cpp on the model's file, where it is at hand and runs."""
         path, bench = blocks_file(self.model), find_bench()
@@ -136,16 +148,8 @@ class DemoStudy(RunStudy):
     def result_lines(self) -> list[ResultLine]:
         lines = [*super().result_lines()]
         for row in self.perplexity:
-            counted = row["accounting"] or {}
-            facts = {
-                "label": words.row_name(row),
-                "method": row["method"],
-                "task": TASK,
-                "requested": row["sparsity"],
-                "achieved": counted.get("achieved_sparsity"),
-                "dense_share": counted.get("dense_token_share"),
-                "remasks": counted.get("remasks"),
-            }
+            facts = {"label": words.row_name(row), "method": row["method"], "task": TASK}
+            facts |= {"requested": row["sparsity"], **accounting_facts(row["accounting"] or {})}
             line = self.line(row["label"], "perplexity", row["perplexity"])
             lines.append(line.model_copy(update=facts))
             if row["interval"]:
@@ -156,18 +160,18 @@ class DemoStudy(RunStudy):
 
     def tables(self) -> list[Table]:
         texts = report.side_by_side(self.generations, self.ui.err.width) if self.ui.live else []
-        tables = [*texts, report.pace_table(self.timing)]
-        return [*tables, report.perplexity_table(self._document())]
+        results = report.results_table(self.timing, self.accounting)
+        return [*texts, results, report.perplexity_table(self._document())]
 
     def sentences(self) -> list[str]:
-        row = next((row for row in self.perplexity if row["label"] == self.bound.label), None)
         if self.accounting is None:
             return []
-        over = None if row is None else row["ratio_to_dense"]
+        rows = [row for row in self.perplexity if row["label"] == self.bound.label]
+        over = rows[0]["ratio_to_dense"] if rows else None
         default = is_default(self.settings.model)
         return [report.verdict(self.timing, over, self.accounting, default)]
 
-    def view(self) -> RunView:
+    def view(self) -> report.RunView:
         return replace(super().view(), perplexity=finite(self._document()))
 
     def figures(self) -> Iterable[Plot]:
@@ -179,25 +183,21 @@ class DemoStudy(RunStudy):
 
 def _row(candidate: BoundMethod, measured: Measurement, dense: Measurement) -> Row:
     """One row of perplexity.json; ``interval``: 95 % of the ratio to dense, paired by slice."""
-    own, base = (scores(one.to_dict()) for one in (measured, dense))
-    interval = None if measured is dense else own.against(base)
+    scored, base = (scores(one.to_dict()) for one in (measured, dense))
+    interval = None if measured is dense else scored.against(base)
     perplexity = measured.metrics["perplexity"]
     base_perplexity = dense.metrics["perplexity"]
-    ratio = perplexity / base_perplexity if perplexity and base_perplexity else None
     return {
         "method": candidate.method,
         "label": candidate.label,
         "sparsity": candidate.requested,
         "perplexity": perplexity,
-        "mean_loss": measured.metrics["mean_loss"],
-        "ratio_to_dense": ratio,
+        "ratio_to_dense": perplexity / base_perplexity if perplexity and base_perplexity else None,
         "interval": interval and interval.ends,
-        "no_interval": words.too_few(len(own.sample)),
         "accounting": measured.accounting,
     }
 
 
 def run_demo(ui: Ui, **given: Any) -> DemoStudy:
-    """The demo; ``given``: settings of a run that win, such as model, device and results_dir."""
-    settings = RunSettings(**{**SETTINGS, "method": DEFAULT_METHOD, **given}).fitted()
-    return run_study(DemoStudy(settings, ui))
+    """The demo; ``given``: settings that win, such as model, device and results_dir."""
+    return run_study(DemoStudy(DemoSettings(**given).fitted(), ui))

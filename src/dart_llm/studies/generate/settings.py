@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from itertools import product
-from types import MappingProxyType
-from typing import ClassVar
 
 from pydantic import model_validator
 
 from dart_llm.data.texts import is_text
-from dart_llm.errors import ConfigError
+from dart_llm.errors import ConfigError, check_name
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.settings import ActivationSettings, Sparsities, Texts, merge, setting
-
-ELSEWHERE: Mapping[str, str] = MappingProxyType(
-    {
-        "perplexity": "dart-llm perplexity",
-        "ppl_": "dart-llm perplexity",
-        "mmlu": "dart-llm eval --tasks mmlu",
-        "general_nlp": "dart-llm eval --tasks general-nlp",
-        "summarization": "dart-llm summarize",
-        "include_path": "dart-llm eval --tasks TASK",
-    }
-)
-"""What names of settings begin with that ``run`` does not have, and the command that does."""
-
-
-def check_elsewhere(name: str) -> None:
-    """Raise ``ConfigError`` for a setting, or its flag, that another command has."""
-    key = name.lstrip("-").replace("-", "_").removeprefix("no_").removeprefix("eval_")
-    for start, command in ELSEWHERE.items():
-        if key.startswith(start):
-            raise ConfigError(
-                f"dart-llm run has no {name}: it generates one text, dense and pruned; use "
-                f"{command}"
-            )
+from dart_llm.settings import ActivationSettings, merge, setting, words
 
 
 class RunSettings(ActivationSettings):
@@ -44,57 +17,31 @@ class RunSettings(ActivationSettings):
 
     prompt: str | None = setting("Prompt", "The prompt, or a shipped prompt's name.")
     prompt_file: str | None = setting("Prompt", "Read the prompt from this file; - is stdin.")
-    custom_prompt_text: str | None = setting(
-        "Prompt", "The prompt, a shipped prompt's name or a text in datasets/."
-    )
+    custom_prompt_text: str | None = setting("Prompt", "The same, or a text in datasets/.")
     prompt_type: str = setting("Prompt", "custom, or mmlu: questions without answers.", "custom")
     prompt_subject: str | None = setting("Prompt", "MMLU subjects, comma-separated.")
-    prompt_length: int | None = setting(
-        "Prompt", "Tokens of the prompt (default: model's context).", ge=1
-    )
+    prompt_length: int | None = setting("Prompt", "Tokens of the prompt, at most.", ge=1)
     chat: bool | None = setting("Prompt", "Wrap the prompt in the model's chat template.", False)
     """None: if the model has one."""
-    generation: int | None = setting(
-        "Prompt", "Tokens to generate (default: 200 with a prompt).", ge=0
-    )
+    generation: int | None = setting("Prompt", "Tokens to generate (default: 200).", ge=0)
     temperature: float | None = setting(
         "Prompt", "Sample at this temperature (default: greedy).", ge=0, allow_inf_nan=False
     )
-    methods: Texts = setting(
-        "Pruning", "Several methods for the same prompt, comma-separated; one text each.", ()
-    )
-    sparsities: Sparsities = setting("Pruning", "Several sparsities, comma-separated.", ())
-    calibration: str | None = setting(
-        "Pruning", "Text for methods that calibrate (default: c4 of the hub)."
-    )
-    trace: str | None = setting(
-        "Results", "Write which neurons ran for every token to this file (docs: Traces)."
-    )
+    calibration: str | None = setting("Pruning", "Text to calibrate on (default: c4 of the hub).")
+    trace: str | None = setting("Results", "Write which neurons ran for every token to this file.")
     verbose: bool = setting("Results", "Log every mask and every drift window.", False)
-
-    @classmethod
-    def unknown(cls, name: str) -> ConfigError:
-        check_elsewhere(name)
-        return super().unknown(name)
-
-    RIVALS: ClassVar = ({"method", "methods"},)
 
     @model_validator(mode="after")
     def _check(self) -> RunSettings:
         self._check_recording()
-        self._check_several()
-        if self.prompt_type not in ("custom", "mmlu"):
-            raise ConfigError(f'prompt type "{self.prompt_type}": write custom or mmlu')
+        check_name("prompt type", self.prompt_type, ("custom", "mmlu"))
         if self.prompt_type == "mmlu" and not self.prompt_subject:
             raise ConfigError("--prompt-type mmlu needs --prompt-subject, e.g. astronomy")
-        given = [n for n in ("prompt", "prompt_file", "custom_prompt_text") if getattr(self, n)]
-        if len(given) > 1:
-            raise ConfigError(f"give one prompt: {' and '.join(given)} were both given")
         for name in ("prompt", "custom_prompt_text"):
             if not is_text(getattr(self, name) or ""):
+                flag = f"--{name.replace('_', '-')}"
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} is not valid UTF-8: put the text in a file and "
-                    "give --prompt-file"
+                    f"{flag} is not valid UTF-8: put the text in a file and give --prompt-file"
                 )
         return self
 
@@ -105,37 +52,6 @@ class RunSettings(ActivationSettings):
                 "give --executor masked, or leave the executor out"
             )
 
-    def _check_several(self) -> None:
-        """Raise ``ConfigError`` for several texts where a setting names one file or one mask."""
-        if not (self.methods or self.sparsities):
-            return
-        for name in ("trace", "save_layer_topk", "masks", "layer_topk", "experiment_name"):
-            if getattr(self, name):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} belongs to one text: give one --method and one "
-                    "--sparsity"
-                )
-
-    def each(self) -> list[RunSettings]:
-        """The settings of each text: every method at every sparsity."""
-        if not (self.methods or self.sparsities):
-            return [self]
-        pairs = product(self.methods or (self.method,), self.sparsities or (self.sparsity,))
-        one = {"methods": (), "sparsities": ()}
-        copies = [self.model_copy(update={**one, "method": m, "sparsity": s}) for m, s in pairs]
-        return [copy.fitted() for copy in copies]
-
-    def fitted(self) -> RunSettings:
-        """Also takes ``--prompt-type mmlu`` where a subject alone was given."""
-        settings = super().fitted()
-        if not self.prompt_subject or self.prompt_type == "mmlu":
-            return settings
-        if self.has_prompt:
-            note = "--prompt-subject has no effect without --prompt-type mmlu"
-            return settings.noted({}, note)
-        note = "--prompt-subject without a prompt: --prompt-type mmlu is used"
-        return settings.noted({"prompt_type": "mmlu"}, note)
-
     def prune_config(self) -> PruneConfig:
         """The preset with every setting on top of it; recorded runs use the masked executor."""
         config = super().prune_config()
@@ -144,15 +60,28 @@ class RunSettings(ActivationSettings):
     @property
     def tokens(self) -> int:
         """Tokens to generate."""
-        if self.generation is not None:
-            return self.generation
-        return 200 if self.has_prompt else 0
+        return 200 if self.generation is None else self.generation
 
     @property
-    def has_prompt(self) -> bool:
-        """Whether the settings name a prompt."""
+    def names_prompt(self) -> bool:
+        """Whether they name one that is not made of MMLU questions."""
         sources = (self.prompt, self.prompt_file, self.custom_prompt_text)
-        return self.prompt_type == "mmlu" or any(source is not None for source in sources)
+        return any(source is not None for source in sources)
+
+    @property
+    def mmlu_subjects(self) -> list[str]:
+        """Subjects of the questions that are the prompt; [] where it is another one."""
+        is_mmlu = self.prompt_type == "mmlu" or not self.names_prompt
+        return words(self.prompt_subject) if is_mmlu else []
+
+
+class DemoSettings(RunSettings):
+    """``dart-llm demo``: a run with everything chosen."""
+
+    prompt: str | None = setting("Prompt", "The prompt.", "sky")
+    chat: bool | None = setting("Prompt", "As of run; None: if the model has a template.", None)
+    generation: int | None = setting("Prompt", "Tokens to generate.", 64)
+    experiment_name: str | None = setting("Results", "Name of its folder.", "demo")
 
 
 collect = partial(merge, RunSettings)

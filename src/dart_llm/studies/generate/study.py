@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
-from functools import partial
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dart_llm.data.texts import encode_prompt, mmlu_prompt, read_prompt_file, resolve_prompt
@@ -27,7 +29,8 @@ from dart_llm.experiments.artifacts import (
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.result_line import ResultLine
 from dart_llm.experiments.study import Study, Unit, run_study
-from dart_llm.files import write_lines
+from dart_llm.experiments.timing import WARM, Make, repetition
+from dart_llm.files import write_lines, write_text
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import configured_context, context_length, describe, widths
 from dart_llm.pruning.config import PruneConfig
@@ -35,14 +38,15 @@ from dart_llm.pruning.layer_table import write_table
 from dart_llm.reporting import words
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
+from dart_llm.reporting.speed_up import judge
 from dart_llm.reporting.table import Table, bytes_text
 from dart_llm.reporting.words import OUR_KERNELS, TRANSFORMERS
 from dart_llm.session.generation import generate
 from dart_llm.session.prepare import is_untouched, prepare
 from dart_llm.session.run import BoundMethod, Run
 from dart_llm.session.trace import check_traceable
-from dart_llm.studies.generate import pace, plots, report
-from dart_llm.studies.generate.pace import DENSE, PRUNED
+from dart_llm.studies.generate import report
+from dart_llm.studies.generate.report import DENSE, PRUNED
 from dart_llm.studies.generate.settings import RunSettings
 
 # Where the prompt comes from, and how it becomes tokens.
@@ -51,11 +55,16 @@ MMLU_DEFAULT_TOKENS = 1024
 
 
 def read_prompt(settings: RunSettings) -> str:
-    """The prompt; "" when none is needed, or when it is built after loading (mmlu).
+    """The prompt; "" where it is built after loading (mmlu).
 
-    Raises ``ConfigError`` when a prompt is needed and there is none, or an empty one.
+    Raises ``ConfigError`` where there is none, or an empty one, or nothing is to be generated.
     """
-    if not settings.tokens or settings.prompt_type == "mmlu":
+    if not settings.tokens:
+        raise ConfigError(
+            "nothing to do: give --prompt TEXT and --generation N (in the scripts GENERATION=N); "
+            "dart-llm perplexity, eval and summarize measure a model without a prompt"
+        )
+    if settings.mmlu_subjects:
         return ""
     text = _prompt_text(settings)
     if text is None:
@@ -81,26 +90,110 @@ def encode(settings: RunSettings, prompt: str, config: Any, tokenizer: Any) -> t
     Raises ``ConfigError`` when prompt and generated text do not fit the context.
     """
     limit = configured_context(config)
-    if settings.prompt_type == "mmlu":
-        subjects = [subject.strip() for subject in str(settings.prompt_subject).split(",")]
+    if subjects := settings.mmlu_subjects:
         length = settings.prompt_length or min(limit or MMLU_DEFAULT_TOKENS, MMLU_DEFAULT_TOKENS)
         prompt = mmlu_prompt(subjects, tokenizer, length)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     ids = encode_prompt(tokenizer, prompt, has_template if settings.chat is None else settings.chat)
     if settings.prompt_length and ids.shape[1] > settings.prompt_length:
         ids = ids[:, -settings.prompt_length :]
-    if limit and settings.tokens >= limit:
-        raise ConfigError(
-            f"{settings.tokens} tokens are to be generated, but the model's context is {limit}: "
-            "generate less"
-        )
     if limit and ids.shape[1] + settings.tokens > limit:
         raise ConfigError(
             f"the prompt has {ids.shape[1]} tokens and {settings.tokens} are to be generated, but "
-            f"the model's context is {limit}: shorten it with --prompt-length "
-            f"{max(1, limit - settings.tokens)}, or generate less"
+            f"the model's context is {limit}: shorten it with --prompt-length, or generate less"
         )
     return prompt, ids
+
+
+# Times of a token: short interleaved repetitions on the same text.  A machine that is busy for a
+# while slows whatever runs then, so nothing is timed one after the other.
+
+REPETITIONS, FEWEST_REPETITIONS = 8, 4
+"""Repetitions of every timing, and how many a slow machine gets at least."""
+
+PATIENCE_S = 15.0
+"""Seconds after which no repetition begins, once there are ``FEWEST_REPETITIONS``."""
+
+STEPS, TAIL = 8, 16
+"""Tokens that a repetition times, and tokens of the text that it reads first, at most."""
+
+Clock = Callable[[], float]
+"""Times one repetition: seconds per token."""
+
+
+@dataclass
+class Decoding:
+    """A clock of a model: how it decodes ``tokens`` tokens after ids [1, T].
+
+    ``make``: what makes the run to attach; None stands for the untouched model.
+    """
+
+    model: Any
+    ids: Tensor
+    tokens: int
+    make: Make = lambda: None
+    limit: float | None = field(default=None, init=False)
+    """Bytes of dense over those of the tokens that were timed; None before that."""
+
+    def __call__(self) -> float:
+        run = self.make()
+        sample = repetition(self.model, self.ids.to(self.model.device), self.tokens, lambda: run)
+        if run is not None:
+            counted = run.report()
+            self.limit = 1.0 if counted.executor == "masked" else counted.bytes_limit
+        return statistics.fmean(sample["steps_s"])
+
+
+def interleave(clocks: Mapping[str, Clock]) -> dict[str, list[float]]:
+    """Seconds per token by name and repetition; every second repetition is in reversed order."""
+    seconds: dict[str, list[float]] = {name: [] for name in clocks}
+    began = time.perf_counter()
+    for number in range(REPETITIONS):
+        if number >= FEWEST_REPETITIONS and time.perf_counter() - began > PATIENCE_S:
+            break
+        for name in list(clocks) if number % 2 == 0 else reversed(list(clocks)):
+            seconds[name].append(clocks[name]())
+    return seconds
+
+
+def text_end(ids: Tensor, more: Sequence[int], tokens: int, context: int | None) -> Tensor:
+    """The end of a text, ids [1, T] and ``more``, that leaves room for a repetition."""
+    text = torch.cat([ids, torch.tensor([more], dtype=ids.dtype, device=ids.device)], dim=1)
+    room = TAIL if context is None else min(TAIL, max(1, context - 1 - WARM - tokens))
+    return text[:, -room:]
+
+
+def timing_document(
+    repetitions: Mapping[str, Sequence[float]], limit: float | None, reference: str | None
+) -> dict[str, Any]:
+    """Keys of timing.json: ``repetitions``, medians of them, and the ratios that can be trusted.
+
+    The time of the pruned text is dense's median over its speed-up, so that the two agree: machines
+    drift from repetition to repetition, and the ratio of one repetition does not.  The speed-up
+    over dense is at the top, as ``SpeedUp.to_dict`` has it.  ``over_transformers``: speed-ups over
+    ``reference``, whose weights may be in another format, so that bytes set no limit.
+    """
+    medians = {name: statistics.median(seconds) for name, seconds in repetitions.items()}
+    pruned = {}
+    if PRUNED in repetitions:
+        pruned = judge(repetitions[DENSE], repetitions[PRUNED], limit).to_dict()
+        if pruned["speed_up"]:
+            medians[PRUNED] = medians[DENSE] / pruned["speed_up"]
+    document: dict[str, Any] = {
+        "repetitions": {name: list(seconds) for name, seconds in repetitions.items()},
+        "seconds_per_token": medians,
+        **pruned,
+    }
+    if reference is not None:
+        base = repetitions[reference]
+        others = {name: seconds for name, seconds in repetitions.items() if name != reference}
+        over = {name: judge(base, seconds).to_dict() for name, seconds in others.items()}
+        if pruned:  # dense over the reference, times pruned over dense: the three agree
+            disturbed = over[DENSE]["disturbed"] or pruned["disturbed"]
+            ratio = None if disturbed else over[DENSE]["speed_up"] * pruned["speed_up"]
+            over[PRUNED] = {**over[DENSE], "speed_up": ratio, "disturbed": disturbed}
+        document["over_transformers"] = over
+    return document
 
 
 TORCH_EXECUTORS = ("auto", "masked", "compact")
@@ -114,14 +207,12 @@ class RunStudy(Study[RunSettings]):
     bound: BoundMethod
     """The configuration with what it learned of the model."""
 
-    def __init__(self, settings: RunSettings, ui: Ui, first: RunStudy | None = None) -> None:
-        """``first``: a finished run of the same prompt, whose model and dense text are used."""
+    def __init__(self, settings: RunSettings, ui: Ui) -> None:
         super().__init__(settings, ui)
-        self.first = first
         self.prune_config = settings.prune_config()
         self.prompt = read_prompt(settings)
         self.masks = read_masks(settings.masks) if settings.masks else None
-        self.encoded: tuple[str, Tensor] | None = None
+        self.encoded: tuple[str, Tensor]
         """The text of the prompt and its ids [1, T]."""
         self.generations: dict[str, dict[str, Any]] = {}
         """Lines of generation.jsonl, by variant."""
@@ -146,24 +237,14 @@ class RunStudy(Study[RunSettings]):
             digests["prompt"] = hashlib.sha256(data).hexdigest()
         return digests
 
-    def load(self) -> None:
-        if self.first is None:
-            super().load()
-            return
-        self.model, self.tokenizer = self.first.model, self.first.tokenizer
-        self.encoded, self.timing["load_s"] = self.first.encoded, 0.0
-
     def check(self, tokenizer: Any, config: Any) -> None:
-        if self.settings.tokens:
-            self.encoded = encode(self.settings, self.prompt, config, tokenizer)
+        self.encoded = encode(self.settings, self.prompt, config, tokenizer)
 
     def units(self) -> Iterator[Unit]:
         settings = self.settings
         if settings.masks:
             check_masks(settings.masks, widths(self.model))
         self.bound = self.prepare(self.prune_config)
-        if self.encoded is None:
-            return
         variants = (DENSE, PRUNED) if self.prunes else (DENSE,)
         fed = self.encoded[1].shape[1] + settings.tokens - 1  # the last token is never fed
         self.saver = saver(settings, self.model, self.path, fed)
@@ -178,15 +259,9 @@ class RunStudy(Study[RunSettings]):
     def prepare(self, config: PruneConfig | None) -> BoundMethod:
         """A configuration with what it learns of the model."""
         settings = self.settings
-        return prepare(
-            self.model,
-            self.tokenizer,
-            config,
-            settings.calibration,
-            settings.cache_dir,
-            self.ui.say,
-            masks=None if config is None else self.masks,
-        )
+        where = (settings.calibration, settings.cache_dir, self.ui.say)
+        masks = None if config is None else self.masks
+        return prepare(self.model, self.tokenizer, config, *where, masks=masks)
 
     @property
     def _own_kernels(self) -> str | None:
@@ -199,23 +274,16 @@ class RunStudy(Study[RunSettings]):
         return None if executor in TORCH_EXECUTORS else executor
 
     def finished(self, unit: Unit) -> Any:
-        """A text, if all of its files are there."""
+        """A text, if all of its files are there; times are measured again."""
         if not unit.key.startswith("generation/"):
             return None
-        if unit.data == DENSE and self.first is not None and self._shares_dense(self.first):
-            return self.first.generations[DENSE]
         files = [] if self.saver is None else [self.saver.path(unit.data)]
         if unit.data == PRUNED:
             files.append(self.path / "masks.safetensors")
             files += [Path(self.settings.trace)] if self.settings.trace else []
         return self.folder.part(unit.key) if all(path.exists() for path in files) else None
 
-    def _shares_dense(self, first: RunStudy) -> bool:
-        """Whether the dense text of ``first`` is this run's: same kernels, nothing recorded."""
-        return self.saver is None and first._own_kernels == self._own_kernels
-
     def save(self, unit: Unit, value: Any) -> None:
-        """Keep a text; times are measured again."""
         if unit.key.startswith("generation/"):
             super().save(unit, value)
 
@@ -237,19 +305,17 @@ class RunStudy(Study[RunSettings]):
     # a text
 
     def _generate(self, variant: str) -> dict[str, Any]:
-        assert self.encoded is not None
         settings, (text, ids) = self.settings, self.encoded
         run = self.bound.run() if variant == PRUNED else None
         method = self._setting(variant)
         self.ui.say(f"--- {words.row_name(method)} ---")
-        recorder = MaskRecorder()
+        recorder, trace = MaskRecorder(), None
         if run is not None:
             run.on_selection = recorder
         with contextlib.ExitStack() as stack:
             stack.enter_context(run or self._dense_run() or contextlib.nullcontext())
             if self.saver is not None:
                 stack.enter_context(self.saver.recording(variant, text))
-            trace = None
             if settings.trace and run is not None:
                 recording = run.trace(settings.trace)
                 trace = stack.enter_context(recording)
@@ -269,15 +335,9 @@ class RunStudy(Study[RunSettings]):
         if trace is not None:
             size = bytes_text(trace.nbytes)
             self.ui.say(f"trace of {trace.tokens} tokens: {settings.trace}, {size}")
-        return {
-            "id": "prompt-0",
-            "variant": variant,
-            **method,
-            "prompt": text,
-            "text": generation.text,
-            **asdict(generation),
-            "accounting": None if run is None else self._write_masks(run, recorder),
-        }
+        accounting = None if run is None else self._write_masks(run, recorder)
+        fixed = {"id": "prompt-0", "variant": variant, **method, "prompt": text}
+        return {**fixed, "text": generation.text, **asdict(generation), "accounting": accounting}
 
     def _setting(self, variant: str) -> dict[str, Any]:
         """Method and sparsity of a text."""
@@ -302,10 +362,8 @@ class RunStudy(Study[RunSettings]):
             note = f"neurons kept per layer; {settings.experiment}"
             write_table(Path(settings.save_layer_topk), counts, note)
         if settings.verbose:
-            for remask in run.remasks:
-                self.ui.say(
-                    f"mask at step {remask.step} ({remask.cause}): keeps {list(remask.kept)}"
-                )
+            for mask in run.remasks:
+                self.ui.say(f"mask at step {mask.step} ({mask.cause}): keeps {list(mask.kept)}")
             for check in run.drift_checks:
                 self.ui.say(f"window {check.window}: {check.similarity:.3f} ({check.state})")
         return run.report().to_dict()
@@ -314,27 +372,23 @@ class RunStudy(Study[RunSettings]):
 
     def _time(self) -> dict[str, Any]:
         """Keys of timing.json, measured on the end of the dense text."""
-        assert self.encoded is not None
-        tokens = min(pace.STEPS, self.settings.tokens - 1)
+        tokens = min(STEPS, self.settings.tokens - 1)
         more = self.generations[DENSE]["token_ids"]
-        ids = pace.text_end(self.encoded[1], more, tokens, context_length(self.model))
+        ids = text_end(self.encoded[1], more, tokens, context_length(self.model))
         sizes = {DENSE: describe(self.model).parameter_bytes}
-        decodings = {DENSE: pace.Decoding(self.model, self._dense_run)}
-        if self.prunes:  # masks at once: what is timed is pruned
-            make = partial(self.bound.run, likelihood=True)
-            decodings[PRUNED] = pace.Decoding(self.model, make)
-        clocks: dict[str, pace.Clock] = {
-            name: partial(decoding.seconds, ids, tokens) for name, decoding in decodings.items()
-        }
-        with self.ui.status(f"timing {', '.join(decodings)}, interleaved"):
+        clocks: dict[str, Clock] = {DENSE: Decoding(self.model, ids, tokens, self._dense_run)}
+        # masks at once: what is timed is pruned
+        pruned = Decoding(self.model, ids, tokens, lambda: self.bound.run(likelihood=True))
+        if self.prunes:
+            clocks[PRUNED] = pruned
+        with self.ui.status(f"timing {', '.join(clocks)}, interleaved"):
             reference = self.add_clocks(clocks, sizes, ids, tokens)
-            repetitions = pace.interleave(clocks)
-        limit = decodings[PRUNED].limit if self.prunes else None
-        document = pace.timing_document(repetitions, limit, reference)
+            repetitions = interleave(clocks)
+        document = timing_document(repetitions, pruned.limit, reference)
         return {**document, "weight_bytes_per_token": sizes}
 
     def add_clocks(
-        self, clocks: dict[str, pace.Clock], sizes: dict[str, int], ids: Tensor, tokens: int
+        self, clocks: dict[str, Clock], sizes: dict[str, int], ids: Tensor, tokens: int
     ) -> str | None:
         """Add what else is timed, and its bytes per token; returns the name of the reference."""
         return None
@@ -368,17 +422,11 @@ class RunStudy(Study[RunSettings]):
 
     def line(self, name: str, metric: str, value: float | None, **facts: Any) -> ResultLine:
         """A number of the dense or the pruned text, or of another program's decoding."""
-        checkpoint, counted = checkpoint_facts(self.model), {}
-        label = name
+        checkpoint, label = checkpoint_facts(self.model), name
         if name == PRUNED and self.accounting:
             setting = self._setting(PRUNED)
             label = words.row_name(setting)
-            counted = {
-                "requested": setting["sparsity"],
-                "achieved": self.accounting["achieved_sparsity"],
-                "dense_share": self.accounting["dense_token_share"],
-                "remasks": self.accounting["remasks"],
-            }
+            facts |= {"requested": setting["sparsity"], **accounting_facts(self.accounting)}
         return ResultLine(
             label=label,
             method=self.bound.method if name == PRUNED else DENSE,
@@ -389,49 +437,40 @@ class RunStudy(Study[RunSettings]):
             seed=self.settings.seed,
             dtype=checkpoint.get("dtype"),
             weights=checkpoint.get("weights"),
-            **counted,
             **facts,
         )
 
     def tables(self) -> list[Table]:
-        if self.accounting is None:
-            return []
-        return [report.accounting_table({PRUNED: self.accounting}, self.timing)]
+        return [report.results_table(self.timing, self.accounting)] if self.accounting else []
 
     def sentences(self) -> list[str]:
         return [words.bytes_sentence(self.accounting)] if self.accounting else []
 
-    def view(self) -> plots.RunView:
+    def view(self) -> report.RunView:
         """What pictures and page are made of."""
         texts, checks = tuple(self.generations.values()), read_checks(self.path)
-        return plots.RunView(self.config, texts, self.timing, checks)
+        return report.RunView(self.config, texts, self.timing, checks)
 
     def figures(self) -> Iterable[Plot]:
-        return plots.available(self.view())
+        return report.pictures(self.view())
 
     def write_page(self) -> Path:
-        return report.write(self.path, self.view())
+        write_text(self.path / "report.html", report.render(self.view()))
+        return self.path / "report.html"
 
     def answer(self) -> dict[str, Any]:
-        return {
-            "folder": str(self.path),
-            "config": self.config,
-            "generation": list(self.generations.values()),
-            "timing": self.timing,
-        }
+        texts = list(self.generations.values())
+        fixed = {"folder": str(self.path), "config": self.config}
+        return {**fixed, "generation": texts, "timing": self.timing}
 
 
-def run_each(settings: RunSettings, ui: Ui, fresh: bool = False) -> list[RunStudy]:
-    """One run for each method and sparsity of ``settings``; the model is loaded once."""
-    studies: list[RunStudy] = []
-    for one in settings.each():
-        study = RunStudy(one, ui, studies[0] if studies else None)
-        studies.append(study)  # all of them first: none computes where another is refused
-    for study in studies:
-        run_study(study, fresh)
-    if len(studies) > 1:
-        ui.table(report.settings_table([(one.accounting, one.timing) for one in studies]))
-    return studies
+def accounting_facts(accounting: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ``ResultLine`` has of an accounting."""
+    return {
+        "achieved": accounting.get("achieved_sparsity"),
+        "dense_share": accounting.get("dense_token_share"),
+        "remasks": accounting.get("remasks"),
+    }
 
 
 def run_job(settings: RunSettings, ui: Ui, fresh: bool = False) -> RunStudy:
