@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy
 from dart_llm.calibration.collect import opening_ids, sample_continuations, start_tokens
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError
-from dart_llm.evaluation.perplexity import compare_window, reference_logits
 from dart_llm.evaluation.measurement import MeasureOptions
+from dart_llm.evaluation.perplexity import compare_window, reference_logits
 from dart_llm.evaluation.windows import Window, slice_windows
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.study import Unit, load_model, run_study
