@@ -90,7 +90,7 @@ def quiet(made, source, cache):
 
 def test_static_methods_have_fixed_masks(tmp_path, text):
     result = quiet(config("flap"), text, tmp_path)
-    message = "calibration: 10 sequences of 16 tokens (160 tokens) of calibration.txt"
+    message = "calibration: 10 sequences of 16 tokens (160 tokens) of calibration"
     assert result.notes == (message,) and result.label == "flap@0.5"
     for likelihood in (False, True):
         with result.run(likelihood) as run:

@@ -57,11 +57,12 @@ def method_cells(settings: MethodSettings) -> tuple[Cell, ...]:
     pruned = _method_cell(settings, replace(dense, method=settings.method))
     methods = [dense, pruned] if settings.dense and pruned.label != DENSE else [pruned]
     digests, options = Digests(), replace(settings.options(), seed=settings.seed)
-    return tuple(
-        replace(cell, task=task, options=options, inputs=digests.of(cell))
+    cells = [
+        replace(cell, task=task, options=options)
         for cell in methods
         for task in settings.task_names()
-    )
+    ]
+    return tuple(replace(cell, inputs=digests.of(cell)) for cell in cells)
 
 
 def _method_cell(settings: MethodSettings, cell: Cell) -> Cell:
