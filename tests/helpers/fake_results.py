@@ -1,12 +1,11 @@
 """A run with known numbers, as its page shows it."""
 
 import math
-import random
 from collections import Counter
 from dataclasses import replace
 
+from dart_llm.experiments.stats import judge
 from dart_llm.pruning.records import DriftCheck, LayerStat, Remask, RunReport, SequenceReport
-from dart_llm.reporting.speed_up import judge
 from dart_llm.studies.generate.plots import RunView
 
 LAYERS, WIDTH = 30, 1536
@@ -17,46 +16,27 @@ PRUNED_TEXT = "The sky is blue since light <b>is</b> bent by the air, and so on 
 
 
 def kept_counts():
-    """Half of all neurons, the first and the last layers keeping more."""
-    raw = [
-        0.42 + 0.48 * math.exp(-layer / 1.5) + 0.25 * math.exp((layer - 29) / 2)
-        for layer in range(LAYERS)
-    ]
-    scale = 0.5 * LAYERS / sum(raw)
-    counts = [round(WIDTH * scale * share) for share in raw]
-    counts[10] += LAYERS * WIDTH // 2 - sum(counts)
-    return tuple(counts)
+    """Half of all neurons, later layers keeping more."""
+    return tuple(420 + 24 * layer for layer in range(LAYERS))
 
 
 def remasks(kept):
     """A first mask and two that drift led to."""
-    return (
-        Remask(0, None, 12, "first", 64.0, kept, None),
-        Remask(0, None, 174, "drift", 57.6, kept, 0.713),
-        Remask(0, None, 286, "drift", 57.6, kept, 0.688),
-    )
+    drift = ((174, 0.713), (286, 0.688))
+    later = (Remask(0, None, step, "drift", 57.6, kept, at) for step, at in drift)
+    return (Remask(0, None, 12, "first", 64.0, kept, None), *later)
 
 
-def accounting(method, sparsity, achieved, dense, **more):
+def accounting(method, sparsity, achieved, dense, kept=None, masks=None, decoded=1536):
     """``RunReport.to_dict()`` of a run on the fake model."""
-    kept = more.pop("kept", None) or (round(WIDTH * (1 - sparsity)),) * LAYERS
-    masks = more.pop("masks", (Remask(0, None, 0, "first", 255.0, kept, None),))
-    decoded = more.pop("decoded", 1536)
-    while_pruned = achieved / (1 - dense)
+    kept = kept or (round(WIDTH * (1 - sparsity)),) * LAYERS
+    masks = masks or (Remask(0, None, 0, "first", 255.0, kept, None),)
     sequence = SequenceReport(0, None, 52, decoded, round(dense * decoded), achieved, masks)
-    values = {
-        "executor": "compact",
-        "ffn_bytes_share": 1 - achieved + 0.031,
-        "ffn_bytes_share_if_compact": 1 - achieved + 0.031,
-        "ffn_share_of_bytes": FFN_SHARE,
-        "extra_memory_bytes": 56_000_000,
-        **more,
-    }
     return RunReport(
         method=method,
         requested_sparsity=sparsity,
         achieved_sparsity=achieved,
-        sparsity_while_pruned=while_pruned,
+        sparsity_while_pruned=achieved / (1 - dense),
         dense_token_share=dense,
         prompt_tokens=52,
         decoded_tokens=decoded,
@@ -64,39 +44,39 @@ def accounting(method, sparsity, achieved, dense, **more):
         remask_causes=dict(Counter(mask.cause for mask in masks)),
         layers=tuple(LayerStat(n, WIDTH, k, k / WIDTH, achieved) for n, k in enumerate(kept)),
         sequences=(sequence,),
-        **values,
+        executor="compact",
+        ffn_bytes_share=1 - achieved + 0.031,
+        ffn_bytes_share_if_compact=1 - achieved + 0.031,
+        ffn_share_of_bytes=FFN_SHARE,
+        extra_memory_bytes=56_000_000,
     ).to_dict()
 
 
 def drift_checks():
-    """36 windows of 10 tokens: 4 arming, low ones, two triggers and one that was held."""
-    noise = random.Random(0)
+    """36 windows of 10 tokens: 4 arming, low ones, two triggers and one that was suppressed."""
     low = {132: 1, 142: 2, 152: 3, 224: 1, 234: 2, 244: 3, 254: 4, 264: 5}
-    checks = []
     steps = [*range(22, 143, 10), *range(184, 265, 10), *range(296, 397, 10)]
+    checks = []
     for window, step in enumerate(steps, 1):
-        armed = not 22 <= step <= 52
-        similarity = 0.86 + noise.gauss(0, 0.02) - (0.2 if step in low else 0.0)
-        threshold = None if not armed else 0.8 if step < 180 else 0.78
-        state = "suppressed" if step == 244 else "armed" if armed else "arming"
-        told = (low.get(step, 0), step in (142, 264), state)
-        checks.append(DriftCheck(0, 0, step, 29, window, similarity, threshold, *told))
+        state = "suppressed" if step == 244 else "arming" if step <= 52 else "armed"
+        similarity = 0.86 + 0.002 * (step % 7) - (0.2 if step in low else 0.0)
+        threshold = None if state == "arming" else 0.8 if step < 180 else 0.78
+        rule = (low.get(step, 0), step in (142, 264), state)
+        checks.append(DriftCheck(0, 0, step, 29, window, similarity, threshold, *rule))
     return checks
 
 
 def perplexity():
     """Dense, dart at 20 and 50 %, griffin at 50 %: 1.08, 2.1 and 2.52 times dense."""
-    rows = []
-    for method, share, ratio in (
-        *(("dense", 0.0, 1.0), ("dart", 0.2, 1.08)),
-        *(("dart", 0.5, 2.1), ("griffin", 0.5, 2.52)),
-    ):
+    rows, of_dart = [], (("dart", 0.2, 1.08), ("dart", 0.5, 2.1))
+    for method, share, ratio in (("dense", 0.0, 1.0), *of_dart, ("griffin", 0.5, 2.52)):
         pruned = method != "dense"
         row = {"method": method, "label": f"{method}@{share:g}" if pruned else method}
         row |= {"sparsity": share, "perplexity": 17.62 * ratio, "ratio_to_dense": ratio}
-        row |= {"mean_loss": math.log(17.62 * ratio)}
-        row["interval"] = [ratio / 1.06, ratio * 1.07] if pruned else None
-        row["accounting"] = accounting(method, share, share, 0.0) if pruned else None
+        row |= {"mean_loss": math.log(17.62 * ratio), "interval": None, "accounting": None}
+        if pruned:
+            row["interval"] = [ratio / 1.06, ratio * 1.07]
+            row["accounting"] = accounting(method, share, share, 0.0)
         rows.append(row)
     about = {"protocol": "decode", "text": "embedded", "slices": 6, "prompt_tokens": 256}
     return {**about, "scored_tokens": 256, "rows": rows, "losses": {"dense": [[2.5, 2.9]]}}
@@ -110,10 +90,8 @@ def generations():
     phases += ["pruned"] * 130 + ["observe"] * 32 + ["pruned"] * 90 + ["observe"] * 22
     phases += ["pruned"] * (400 - len(phases))
     found = []
-    for variant, text, marks in (
-        ("dense", DENSE_TEXT, ["prefill", *["dense"] * 399]),
-        ("pruned", PRUNED_TEXT, phases),
-    ):
+    dense = ["prefill", *["dense"] * 399]
+    for variant, text, marks in (("dense", DENSE_TEXT, dense), ("pruned", PRUNED_TEXT, phases)):
         pruned, words = variant == "pruned", [word + " " for word in (text * 40).split(" ")][:400]
         one = {"id": "prompt-0", "variant": variant, "method": "dart" if pruned else "dense"}
         one |= {"sparsity": 0.5 if pruned else 0.0, "prompt": PROMPT, "text": "".join(words)}
@@ -124,21 +102,21 @@ def generations():
 
 
 def config():
+    settings = {"model": "smollm2-135m", "method": "dart", "sparsity": 0.5, "generation": 400}
     prompt = ["--prompt", "Why is the sky blue? <script>", "--sparsity", "0.5"]
     score = {"name": "normalized"}
     checkpoint = {"name": "SmolLM2-135M-Instruct", "source": "embedded", "dtype": "bfloat16"}
     checkpoint |= {"file_quantisation": "Q4_K_M", "sha256": "ab12" * 16}
     return {
-        "schema": 1,
         "status": "complete",
-        "settings": {"model": "smollm2-135m", "method": "dart", "sparsity": 0.5, "generation": 400},
+        "settings": settings,
+        "given": list(settings),
         "prune": {"method": "dart", "sparsity": 0.5, "score": score},
         "command": ["/opt/env/bin/dart-llm", "run", *prompt],
         "versions": {"python": "3.12.7", "torch": "2.13.0", "transformers": "5.24.0"},
         "git": {"commit": "0123456789" * 4, "branch": "main", "dirty": True},
         "machine": {"system": "Linux 6.12", "processor": "Fast CPU", "cores": 2, "device": "cpu"},
         "checkpoint": {**checkpoint, "parameters": 134515008, "revision": None},
-        "seed": 0,
         "started": "2026-03-04T05:06:07+00:00",
         "finished": "2026-03-04T05:08:19+00:00",
     }

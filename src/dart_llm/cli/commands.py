@@ -366,9 +366,6 @@ def results(
     ] = False,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", metavar="", help="Comma-separated.")] = False,
-    as_markdown: Annotated[
-        bool, typer.Option("--markdown", metavar="", help="A Markdown table.")
-    ] = False,
 ) -> None:
     """``dart-llm results``."""
     from dart_llm.experiments import index
@@ -379,17 +376,11 @@ def results(
     if as_json:
         typer.echo(index.to_json(runs).rstrip("\n"))
     elif as_csv:
-        typer.echo(index.to_csv(runs, long).rstrip("\n"))
-    elif as_markdown:
-        typer.echo(index.to_markdown(runs, long).rstrip("\n"))
+        typer.echo(index.to_csv(runs).rstrip("\n"))
     elif not runs:
         typer.echo("no run matches")
     else:
-        out = Ui().out
-        if len(runs) == 1 and (folder / "config.json").is_file():
-            out.print(index.show(runs[0]))
-            long = True
-        out.print(index.table(runs, long))
+        Ui().out.print(index.table(runs, long or (folder / "config.json").is_file()))
 
 
 GROUPS = {

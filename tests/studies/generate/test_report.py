@@ -48,14 +48,13 @@ def test_the_style_for_paper_adds_the_figure_in_vectors(view, tmp_path):
     assert data == figures.render(plot, "pdf")  # no date in it
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "cmcrameri"])
-def test_a_missing_package_is_one_sentence(view, tmp_path, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtra, match=rf"needs {package}.*'dart-llm\[plots\]'"):
+def test_a_missing_package_is_one_sentence(view, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtra, match=r"needs matplotlib.*'dart-llm\[plots\]'"):
         figures.save(tmp_path, plots.available(view))
     page = Page(report.render(view))
     assert page.attributes("img") == []
-    assert f"No plots: this needs {package}, which is not installed" in page.text
+    assert "No plots: this needs matplotlib, which is not installed" in page.text
     assert page.row("dart", "50 %")[5] == "37.00"
 
 
@@ -95,8 +94,7 @@ def test_the_page_tells_the_run(html, page):
         "dart at 50 % on SmolLM2-135M-Instruct",
         "2026-03-04 05:06:07 UTC, took 132 s",
         "dart-llm run --prompt 'Why is the sky blue? <script>' --sparsity 0.5",
-        "50 % of the FFN neurons removed = 30 % fewer weight bytes read per token (at most 1.42 x "
-        "faster); perplexity x 2.1 (17.6 to 37.0).",
+        "50 % of the FFN neurons requested, 43.8 % removed on average = 26 % fewer weight bytes",
         "400 tokens, 43.8 % of the FFN neurons removed, 2 re-masks",
         "embedded: 6 slices of 256 prompt + 256 scored tokens, protocol decode",
         "Loading took 2.5 s, the whole run 132.0 s, peak memory 1.2 GiB.",
@@ -137,10 +135,8 @@ def luminance(colour):
 
 
 def test_every_colour_of_a_mark_reads_on_white():
-    with figures._style() as palette:
-        shades = ["#" + bytes(round(255 * part) for part in one).hex() for one in palette]
-    assert len(set(shades)) == len(shades) >= 20
-    for shade in (*shades, figures.GREY, figures.INK, figures.SOFT):
+    assert len(set(figures.PALETTE)) == len(figures.PALETTE) == 17
+    for shade in (*figures.PALETTE, figures.GREY, figures.INK, figures.SOFT):
         assert 1.05 / (luminance(shade) + 0.05) >= 2.98, shade
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm.errors import ConfigError, DartError
+from dart_llm.experiments.cell import configuration, requested_format
 from dart_llm.experiments.llama_bench import LLAMA_CPP
-from dart_llm.experiments.model_facts import configuration, requested_format
 from dart_llm.experiments.variants import DENSE
 from dart_llm.files import size_text
 from dart_llm.models.gguf_file import ROUNDED, read_gguf

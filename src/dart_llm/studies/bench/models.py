@@ -12,7 +12,7 @@ import torch
 
 from dart_llm.cache import cache_folder
 from dart_llm.errors import ConfigError, LoadError
-from dart_llm.experiments.model_facts import configuration
+from dart_llm.experiments.cell import configuration
 from dart_llm.experiments.study import load_model
 from dart_llm.hub import plain
 from dart_llm.models.cached import MEMBER, default_folder

@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dart_llm.experiments import run_facts
-from dart_llm.experiments.comparison_report import stacked
 from dart_llm.experiments.llama_bench import LLAMA_CPP
-from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.store import ResultLine
 from dart_llm.files import write_text
 from dart_llm.reporting import page
 from dart_llm.reporting.figures import (
@@ -85,7 +83,7 @@ def _scaled(scale: float) -> Callable[[float], str]:
 
 
 COLUMNS = (
-    Column("row", "row", wrap=False),
+    Column("row", "row"),
     Column("weights", "weights", terminal=False),
     Column("loss", "loss", percent, interval="loss_interval"),
     Column("KL", "kl", ".3f"),
@@ -132,7 +130,7 @@ def table(kind: str, document: Row) -> Table:
         and (several or column.head not in ("x base", "base limit"))
     )
     best = next((n for n, row in enumerate(rows) if row.get("recommended")), None)
-    return Table(kind, caption(document), columns, rows, nothing="", strong=best, tight=True)
+    return Table(kind, caption(document), columns, rows, nothing="", strong=best)
 
 
 def brief(row: Row) -> dict[str, Any]:
@@ -399,12 +397,12 @@ def write_page(folder: Path, config: Mapping[str, Any], document: Row, plots: li
         "title": f"Which setting for {document['model']}?",
         "conclusion": first,
         "further": further,
-        "facts": run_facts.facts(config),
+        "facts": page.facts(config),
         "pictures": pictures,
         "missing": missing,
         "tables": [(table("tune", document).html(), False)],
         **dict.fromkeys(("notes", "many", "leak", "leaks", "failures", "checkpoints")),
     }
     path = folder / "report.html"
-    write_text(path, run_facts.render(config, "compare.html", content, stacked=stacked))
+    write_text(path, page.render(config, "compare.html", content))
     return path

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from dart_llm.experiments.stats import contradicting, judge
 from dart_llm.experiments.timing import WARM, mad, token_seconds
 from dart_llm.pruning.records import bytes_limit
-from dart_llm.reporting.speed_up import contradicting, judge
 from dart_llm.reporting.table import grouped
 from dart_llm.reporting.words import TRANSFORMERS
 from dart_llm.studies.bench.candidates import Candidate

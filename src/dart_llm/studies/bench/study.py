@@ -26,7 +26,7 @@ from dart_llm.experiments.llama_bench import (
     require_bench,
 )
 from dart_llm.experiments.provenance import Digests
-from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Study, Unit
 from dart_llm.experiments.timing import Make, Sample, full_masks, repetition, shuffled
 from dart_llm.models.checkpoint import checkpoint_facts

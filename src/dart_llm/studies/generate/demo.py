@@ -19,7 +19,7 @@ from dart_llm.evaluation.measurement import Measurement, MeasureOptions
 from dart_llm.evaluation.tasks import count, measure, split
 from dart_llm.experiments.comparison import scores
 from dart_llm.experiments.llama_bench import LLAMA_CPP, ReferenceFile, decode_row, find_bench
-from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Unit, load_model, run_study
 from dart_llm.experiments.timing import WARM
 from dart_llm.files import finite, write_json

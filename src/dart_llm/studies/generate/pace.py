@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dart_llm.experiments.stats import judge
 from dart_llm.experiments.timing import WARM, Make, decode
 from dart_llm.models.float32_products import can_copy, float32_copy
 from dart_llm.pruning.records import RunReport
-from dart_llm.reporting.speed_up import judge
 from dart_llm.session.run import Run
 
 DENSE, PRUNED = "dense", "pruned"

@@ -1,6 +1,6 @@
 """What a run's page is made of, and the picture of the FFN neurons that each layer keeps.
 
-Drift over time is drawn by ``experiments/drift_plot.py``.
+Drift over time is drawn by ``experiments/artifacts.py``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dart_llm.experiments import drift_plot, run_facts
+from dart_llm.experiments import artifacts
 from dart_llm.pruning.records import DriftCheck
+from dart_llm.reporting import page
 from dart_llm.reporting.figures import INK, Palette, Plot, legend, reference_line
 from dart_llm.reporting.words import percent
 
@@ -61,12 +62,12 @@ class RunView:
     @property
     def small_print(self) -> str:
         """Under every picture."""
-        return run_facts.small_print(self.config)
+        return page.small_print(self.config)
 
 
 def available(view: RunView) -> list[Plot]:
     """The plots that a run has; needs no matplotlib."""
-    similarity = drift_plot.plot_similarity(view.checks, view.masks, view.small_print)
+    similarity = artifacts.plot_similarity(view.checks, view.masks, view.small_print)
     return [plot for plot in (kept_neurons(view), similarity) if plot is not None]
 
 

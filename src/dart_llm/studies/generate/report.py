@@ -8,11 +8,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from dart_llm.experiments import run_facts
+from dart_llm.experiments import stats
+from dart_llm.experiments.stats import ADVICE
 from dart_llm.experiments.store import mapping, number
 from dart_llm.files import write_text
 from dart_llm.reporting import page, words
-from dart_llm.reporting.speed_up import ADVICE
 from dart_llm.reporting.table import Column, Record, Table, bytes_text
 from dart_llm.reporting.words import percent
 from dart_llm.studies.generate import plots
@@ -59,11 +59,17 @@ def accounting_table(accountings: Mapping[str, Record], timing: Mapping[str, Any
     each = mapping(timing.get("seconds_per_token"))
     if seconds := each.get(name):
         dense = each.get(DENSE)
-        beside = f" (dense{words.dense_by(timing)} {1000 * dense:.1f} ms)" if dense else ""
-        value = f"{1000 * seconds:.1f} ms{words.pace(timing)}"
+        beside = f" (dense{_dense_by(timing)} {1000 * dense:.1f} ms)" if dense else ""
+        value = f"{1000 * seconds:.1f} ms{stats.pace(timing)}"
         rows.append({"quantity": f"time per token{beside}", "value": value})
     caption = f"{accounting['method']}: accounting of the generated text"
     return Table("", caption, (Column("quantity", "quantity"), Column("value", "value")), rows)
+
+
+def _dense_by(timing: Mapping[str, Any]) -> str:
+    """What decoded the dense text: " by our kernels", " by transformers", or "" if unknown."""
+    name = timing.get("dense_by")
+    return f" by {name}" if name else ""
 
 
 SETTINGS = (
@@ -248,7 +254,7 @@ def render(view: plots.RunView) -> str:
     shown = [one for one in times.columns if any(one.raw(row) is not None for row in times.rows)]
     content = {
         "title": title(view),
-        "conclusion": words.conclusion(_rows(view), accounting=counted, method=view.method),
+        "conclusion": words.bytes_sentence(counted) if counted else "Nothing was pruned.",
         "facts": facts(view),
         "cards": cards(view),
         "prompt": view.generations[0]["prompt"] if texts else "",
@@ -259,10 +265,9 @@ def render(view: plots.RunView) -> str:
         "accounting": accounting_table({PRUNED: counted}, {}).html() if counted else None,
         "perplexity": perplexity_table(document).html() if document else None,
         "timing": replace(times, columns=tuple(shown)).html() if times.rows else None,
-        "timing_words": words.timing_sentence(view.timing),
         "other_times": other_times(view.timing),
     }
-    return run_facts.render(view.config, "report.html", content)
+    return page.render(view.config, "report.html", content)
 
 
 def _rows(view: plots.RunView) -> Sequence[Record]:
@@ -272,7 +277,7 @@ def _rows(view: plots.RunView) -> Sequence[Record]:
 
 def title(view: plots.RunView) -> str:
     """Method, requested sparsity and model."""
-    name = run_facts.model_name(view.config)
+    name = page.model_name(view.config)
     if view.method == DENSE:
         return f"Dense on {name}"
     amount = "" if view.requested is None else f" at {percent(view.requested)}"
@@ -286,7 +291,7 @@ def facts(view: plots.RunView) -> list[tuple[str, str, bool]]:
         found.append(("requested sparsity", percent(view.requested), False))
     if view.accounting:
         found.append(("achieved sparsity", percent(view.accounting["achieved_sparsity"]), False))
-    return [*found, *run_facts.facts(view.config)]
+    return [*found, *page.facts(view.config)]
 
 
 def cards(view: plots.RunView) -> list[tuple[str, str, str]]:
@@ -297,8 +302,8 @@ def cards(view: plots.RunView) -> list[tuple[str, str, str]]:
         note += "" if view.requested is None else f"; {percent(view.requested)} requested"
         removed = percent(counted["achieved_sparsity"])
         found.append((removed, "of the FFN neurons removed", note))
-    row = words.headline(rows, view.method)
-    over = None if row is None else words.ratio(row, rows)
+    row = next((row for row in rows if row["method"] == view.method), None)
+    over = None if row is None else row["ratio_to_dense"]
     if view.perplexity and row is not None and over is not None:
         note = f"{words.row_name(row)}, text {view.perplexity['text']}"
         found.append((f"x {words.times(over)}", "perplexity over dense", note))
@@ -311,7 +316,7 @@ def cards(view: plots.RunView) -> list[tuple[str, str, str]]:
 
 
 def _speed_card(timing: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    what = f"speed of decoding over dense{words.dense_by(timing)}"
+    what = f"speed of decoding over dense{_dense_by(timing)}"
     if timing.get("disturbed"):
         return [("disturbed", what, ADVICE)]
     speed, limit = timing.get("speed_up"), timing.get("bytes_limit")

@@ -25,7 +25,7 @@ from dart_llm.experiments.artifacts import (
     write_masks,
 )
 from dart_llm.experiments.provenance import Digests
-from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Study, Unit, run_study
 from dart_llm.files import write_lines
 from dart_llm.models.checkpoint import checkpoint_facts
@@ -229,10 +229,6 @@ class RunStudy(Study[RunSettings]):
         else:
             self.generations[unit.data] = value
             write_lines(self.path / "generation.jsonl", self.generations.values())
-
-    @property
-    def has_results(self) -> bool:
-        return bool(self.generations)
 
     # a text
 
