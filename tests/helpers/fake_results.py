@@ -5,8 +5,8 @@ import random
 from collections import Counter
 from dataclasses import replace
 
+from dart_llm.experiments.stats import judge
 from dart_llm.pruning.records import DriftCheck, LayerStat, Remask, RunReport, SequenceReport
-from dart_llm.reporting.speed_up import judge
 from dart_llm.studies.generate.report import RunView
 
 LAYERS, WIDTH = 30, 1536

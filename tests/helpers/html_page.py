@@ -1,8 +1,5 @@
 """An HTML page, parsed strictly enough to assert what stands in it."""
 
-import base64
-import hashlib
-import re
 from html.parser import HTMLParser
 
 VOID = {"meta", "img", "source", "link", "br", "hr", "input"}
@@ -13,10 +10,7 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__(convert_charrefs=True)
-        self.open = []
-        self.seen = []
-        self.cells = []
-        self.rows = []
+        self.open, self.seen, self.rows = [], [], []
         self.text = ""
         self.feed(html)
         self.close()
@@ -42,23 +36,18 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
     def row(self, *start):
-        found = [row for row in self.rows if tuple(row[: len(start)]) == start]
-        assert len(found) == 1, (start, self.rows)
-        return found[0]
+        (found,) = [row for row in self.rows if tuple(row[: len(start)]) == start]
+        return found
 
     def attributes(self, tag):
         return [attrs for name, attrs in self.seen if name == tag]
 
 
 def check_alone(html):
-    """Nothing is fetched, and no script runs that the page's policy does not name."""
-    page = Page(re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL))
+    """Nothing is fetched, and no script runs."""
+    page = Page(html)
     policy = next(str(a["content"]) for a in page.attributes("meta") if a.get("http-equiv"))
-    assert policy.startswith("default-src 'none'; img-src data:;")
-    for script in re.findall(r"<script>(.*?)</script>", html, re.DOTALL):
-        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        assert f"script-src 'sha256-{digest}'; " in policy
-        html = html.replace(script, "")
+    assert policy.startswith("default-src 'none'; img-src data:;") and "<script" not in html
     assert not any(part in html for part in ("@import", "http://", "https://"))
     for _, attributes in page.seen:
         for name, value in attributes.items():

@@ -71,6 +71,7 @@ def past_run(folder, kind="run", **files):
     """A finished run's folder; ``rows_jsonl`` among ``files`` is the text of rows.jsonl."""
     folder.mkdir(parents=True)
     config = {"kind": kind, "status": "complete", "prune": {"method": "griffin", "sparsity": 0.4}}
+    config |= {"settings": {}, "started": "2026-01-01T10:00:00+00:00", "finished": None}
     (folder / "config.json").write_text(json.dumps(config))
     for name, text in files.items():
         (folder / name.replace("_", ".")).write_text(text)

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from dart_llm.errors import ConfigError
-from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.store import ResultLine
 from dart_llm.server.app import CONTENT_POLICY
 from dart_llm.server.window import IMPORT, STATIC, page, read_records
 from html_page import Page

@@ -319,7 +319,7 @@ def _answer(chat: Chat, ui: Ui, question: str) -> None:
     with ui.working("reading the conversation"), interruptible() as stopped:
         turn = chat.ask(question, show, stopped)
     ui.end_text(turn.answer)
-    ui.aside(turn_line(turn, chat.settings.max_tokens))
+    ui.say(turn_line(turn, chat.settings.max_tokens))
 
 
 @contextlib.contextmanager

@@ -204,7 +204,7 @@ def show_installation(
     if as_json:
         typer.echo(json.dumps(report))
         return
-    from dart_llm.experiments.store import flat
+    from dart_llm.reporting.page import flat
 
     rows = [(name.replace("_", " "), _cell(value)) for name, value in flat(report).items()]
     Console().print(_table(("what", "value"), rows, "dart-llm doctor"))

@@ -1,7 +1,4 @@
-"""Files of a run: masks (written, read back), drift windows, activations.
-
-The files of a results folder that come from a pruned run.
-"""
+"""Files of a pruned run: activations, masks (written and read back), drift and its picture."""
 
 from __future__ import annotations
 
@@ -11,10 +8,11 @@ import hashlib
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import TypeAdapter
@@ -29,10 +27,15 @@ from dart_llm.models.describe import describe
 from dart_llm.pruning.records import DriftCheck, Remask
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import NO_MASK, sequence_masks
-from dart_llm.reporting.table import bytes_text
-from dart_llm.reporting.words import dtype_text
+from dart_llm.reporting.figures import INK, MAX_PANELS, SOFT, Look, Palette, Plot, legend
+from dart_llm.reporting.table import bytes_text, grouped
+from dart_llm.reporting.words import count, dtype_text
 from dart_llm.session.run import Run
 from dart_llm.settings import ActivationSettings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # ``--save-activations``: how large the files will be, whether they fit, and writing them.
 
@@ -65,10 +68,9 @@ class Saver:
                 f"--save-activations needs {bytes_text(need)} in {self.folder}, where "
                 f"{bytes_text(free)} are free: keep fewer in Python, with models.capture.Recording"
             )
-        layers = len(self.wanted.layers)
         say(
             f"--save-activations writes up to {bytes_text(need)} to {self.folder}: "
-            f"{', '.join(self.wanted.tensors)} of {layers} layer{'' if layers == 1 else 's'}, "
+            f"{', '.join(self.wanted.tensors)} of {count(len(self.wanted.layers), 'layer')}, "
             f"{self.wanted.tokens(self.tokens)} tokens of a text; recording takes time that the "
             "measured times include"
         )
@@ -85,10 +87,7 @@ class Saver:
         """
         with Recording(self.model, self.wanted) as recording:
             yield
-        self._write(name, text, recording.tensors())
-
-    def _write(self, name: str, text: str, tensors: dict[str, Tensor]) -> None:
-        facts, path = checkpoint_facts(self.model), self.path(name)
+        tensors, facts = recording.tensors(), checkpoint_facts(self.model)
         kept = max((len(tensor) for tensor in tensors.values()), default=0)
         metadata = {
             "checkpoint": str(facts.get("name")),
@@ -101,7 +100,7 @@ class Saver:
             "text_sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
             "format": "layer{l}.{tensor}: [tokens, width]; token_ids: int32 [tokens]",
         }
-        write_tensors(path, tensors, metadata)
+        write_tensors(self.path(name), tensors, metadata)
 
 
 def saver(settings: ActivationSettings, model: Any, folder: Path, tokens: int) -> Saver | None:
@@ -110,6 +109,8 @@ def saver(settings: ActivationSettings, model: Any, folder: Path, tokens: int) -
         return None
     return Saver(model, settings.wanted(len(describe(model).blocks)), folder, tokens)
 
+
+# Masks.
 
 FORMAT = "remask{i}.layer{l}.ids: kept neurons, int32; .scores: float32, larger is kept"
 
@@ -121,15 +122,15 @@ class MaskRecorder:
         self.tensors: dict[str, Tensor] = {}
         self.remasks: list[Remask] = []
         self.per_token = False
-        """Whether tokens choose their own neurons, so that there are no ids to keep."""
+        """Whether tokens select their own neurons, so that there are no ids to keep."""
 
     def __call__(self, remask: Remask, life: SequenceState) -> None:
         prefix = f"remask{len(self.remasks)}.layer"
         self.remasks.append(remask)
         assert life.selection is not None
-        plain = sequence_masks(life.selection.masks)
-        self.per_token = plain is not life.selection.masks
-        for layer, mask in enumerate(plain):
+        masks = sequence_masks(life.selection.masks)
+        self.per_token = masks is not life.selection.masks
+        for layer, mask in enumerate(masks):
             if mask is not None:
                 self.tensors[f"{prefix}{layer}.ids"] = mask.ids.to("cpu", torch.int32)
         for layer, score in enumerate(life.selection.scores):
@@ -137,30 +138,25 @@ class MaskRecorder:
 
     def write(self, path: Path, checkpoint: str, method: str) -> None:
         """Kept ids and scores of every mask; raises ``ResultsError`` when the disk is full."""
-        count = str(len(self.remasks))
-        facts = {"checkpoint": checkpoint, "method": method, "remasks": count, "format": FORMAT}
+        remasks = str(len(self.remasks))
+        facts = {"checkpoint": checkpoint, "method": method, "remasks": remasks, "format": FORMAT}
         write_tensors(path, self.tensors, facts)
 
 
 def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str) -> None:
     """masks.json (counts and causes) and masks.safetensors (kept ids and scores)."""
     report = run.report()
-    write_json(
-        folder / "masks.json",
-        {
-            "remasks": [asdict(remask) for remask in recorder.remasks],
-            "layers": [asdict(layer) for layer in report.layers],
-            **({"note": NO_MASK} if recorder.per_token else {}),
-        },
-    )
+    remasks, layers = (list(map(asdict, each)) for each in (recorder.remasks, report.layers))
+    note = {"note": NO_MASK} if recorder.per_token else {}
+    write_json(folder / "masks.json", {"remasks": remasks, "layers": layers, **note})
     recorder.write(folder / "masks.safetensors", checkpoint, report.method)
 
 
 def _entries(file: Any, kind: str) -> Iterator[tuple[int, int, str]]:
     """Mask, layer and key of the tensors of one kind, ``ids`` or ``scores``."""
     for key in file.keys():  # noqa: SIM118 - not a mapping
-        if found := re.fullmatch(rf"remask(\d+)\.layer(\d+)\.{kind}", key):
-            yield int(found[1]), int(found[2]), key
+        if match := re.fullmatch(rf"remask(\d+)\.layer(\d+)\.{kind}", key):
+            yield int(match[1]), int(match[2]), key
 
 
 def read_masks(path: str) -> dict[int, Tensor]:
@@ -170,34 +166,34 @@ def read_masks(path: str) -> dict[int, Tensor]:
     """
     from safetensors import SafetensorError, safe_open
 
-    found: dict[int, dict[int, Tensor]] = {}
+    masks: dict[int, dict[int, Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as file:
             for number, layer, key in _entries(file, "ids"):
-                found.setdefault(number, {})[layer] = file.get_tensor(key).long()
+                masks.setdefault(number, {})[layer] = file.get_tensor(key).long()
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"cannot read masks from {path}: {error}") from None
-    if not found:
+    if not masks:
         raise ConfigError(
-            f"{path} holds no masks; expected keys like remask0.layer3.ids (a method that chooses "
-            "for every token leaves none)"
+            f"{path} has no masks; expected keys like remask0.layer3.ids (a method with per-token "
+            "selection writes none)"
         )
-    return found[max(found)]
+    return masks[max(masks)]
 
 
 def check_masks(path: str, widths: Sequence[int]) -> None:
     """Raise ``ConfigError`` when the masks in ``path`` were made for a model of another shape.
 
-    ``widths``: neurons per layer of the model at hand.  Given masks have no scores: their file
-    does not say which shape they are for.
+    ``widths``: neurons per layer of the model at hand.  Masks without scores pass: their file does
+    not say which shape they are for.
     """
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         name = (file.metadata() or {}).get("checkpoint", "another model")
         scores = _entries(file, "scores")
-        found = {layer: file.get_slice(key).get_shape()[0] for _, layer, key in scores}
-    theirs = [found[layer] for layer in sorted(found)]
+        made_for = {layer: file.get_slice(key).get_shape()[0] for _, layer, key in scores}
+    theirs = [made_for[layer] for layer in sorted(made_for)]
     if theirs and theirs != list(widths):
         raise ConfigError(
             f"the masks in {path} are of {name}, which has {_shape(theirs)}; the model at hand has "
@@ -210,20 +206,130 @@ def _shape(widths: Sequence[int]) -> str:
     return f"{len(widths)} layers of {neurons} neurons"
 
 
-def write_drift(folder: Path, checks: tuple[DriftCheck, ...]) -> None:
+# Drift of one run over its tokens: similarity to the reference, its threshold and the re-masks.
+
+Masks = Sequence[Mapping[str, Any]]
+
+FEWEST_WINDOWS = 8
+"""Windows of one text below which a line over time says nothing."""
+
+MAX_NAMED = 14
+"""Masks in one panel above which they are thin lines without names."""
+
+KINDS: dict[str, tuple[str, Look]] = {
+    "armed": ("window", {"marker": "o"}),
+    "low": ("low window", {"marker": "v", "markersize": 8}),
+    "trigger": ("trigger", {"marker": "*", "markersize": 14}),
+    "suppressed": ("suppressed by the guards", {"marker": "D", "markeredgewidth": 1.8}),
+    "arming": ("arming: no threshold yet", {"marker": "o"}),
+}
+"""Label and look of each kind of window."""
+
+
+def write_drift(folder: Path, checks: Sequence[DriftCheck]) -> None:
     """drift.csv: one row per completed window and batch row."""
-    header = [field.name for field in fields(DriftCheck)]
-    rows = [
-        [int(v) if isinstance(v, bool) else v for v in (getattr(check, n) for n in header)]
-        for check in checks
-    ]
-    write_csv(folder / "drift.csv", header, rows)
+    rows = ([int(v) if isinstance(v, bool) else v for v in astuple(check)] for check in checks)
+    write_csv(folder / "drift.csv", [field.name for field in fields(DriftCheck)], rows)
 
 
 def read_checks(folder: Path) -> list[DriftCheck]:
-    """The windows of drift.csv; none where there is no such file."""
+    """The windows of drift.csv; none if there is no such file."""
     path = folder / "drift.csv"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = ({**row, "threshold": row["threshold"] or None} for row in csv.DictReader(lines))
-    checks = [TypeAdapter(DriftCheck).validate_python(row) for row in rows]
+    checks = TypeAdapter(list[DriftCheck]).validate_python(list(rows))
     return [check for check in checks if math.isfinite(check.similarity)]
+
+
+def is_low(check: DriftCheck) -> bool:
+    """Whether a window's similarity lies under its threshold."""
+    return check.threshold is not None and check.similarity < check.threshold
+
+
+def drift_sentence(checks: Sequence[DriftCheck], remasks: Masks) -> str:
+    """How many windows were low, and how often that led to new masks."""
+    rebuilt = sum(remask.get("cause") == "drift" for remask in remasks)
+    low, windows = sum(map(is_low, checks)), count(len(checks), "window")
+    return f"{low} of {windows} fell below the threshold; {count(rebuilt, 're-mask')}."
+
+
+def plot_similarity(checks: Sequence[DriftCheck], remasks: Masks, small: str) -> Plot | None:
+    """One panel per sequence and row; those with triggers first, in order, at most four.
+
+    ``small``: the small print.  None for short texts, and for detectors that never armed.
+    """
+    sequences = grouped(checks, lambda check: (check.sequence, check.row))
+    groups = {key: windows for key, windows in sequences.items() if worth_drawing(windows)}
+    if not groups:
+        return None
+    ranked = sorted(groups, key=lambda key: (-sum(c.trigger for c in groups[key]), key))
+    shown = sorted(ranked[:MAX_PANELS])
+    words = drift_sentence(checks, remasks)
+    some = f"{len(shown)} of {len(groups)} sequences shown · " if len(groups) > len(shown) else ""
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (sequence, row) in zip(panels, shown, strict=True):
+            of_row = (sequence, None), (sequence, row)
+            masks = [m for m in remasks if (m["sequence"], m["row"]) in of_row]
+            draw_checks(axes, palette, groups[sequence, row], masks)
+            if len(groups) > 1:
+                axes.set_title(f"sequence {sequence}, row {row}", loc="right", fontsize=8)
+        panels[-1].set_xlabel("decode step (tokens)")
+        legend(panels[0], 4)
+
+    alt = f"Marks: similarity of the attention output to its reference, over decode steps. {words}"
+    return Plot("similarity", words, alt, some + small, 2.2 + 1.5 * len(shown), draw)
+
+
+def worth_drawing(checks: Sequence[DriftCheck]) -> bool:
+    """Whether there are enough windows, and one of them had a threshold."""
+    armed = any(check.threshold is not None for check in checks)
+    return armed and len(checks) >= FEWEST_WINDOWS
+
+
+def draw_checks(axes: Axes, palette: Palette, checks: Sequence[DriftCheck], masks: Masks) -> None:
+    """Windows with their similarity and threshold, and lines where masks were built."""
+    starts = [int(mask["step"]) for mask in masks]
+    stretches = grouped(checks, lambda check: bisect_left(starts, check.step)).values()
+    for number, stretch in enumerate(stretches):
+        steps = [check.step for check in stretch]
+        axes.plot(steps, [c.similarity for c in stretch], color=SOFT, linewidth=0.9, zorder=2)
+        limits = [float("nan") if c.threshold is None else c.threshold for c in stretch]
+        look: Look = {"color": palette[2], "linewidth": 1.6, "zorder": 2}
+        axes.plot(steps, limits, "--", label="_" if number else "threshold", **look)
+    colours = {"armed": palette[0], "suppressed": "white", "arming": "white"}
+    for kind, points in grouped(checks, _kind).items():
+        label, look = KINDS[kind]
+        base: Look = {"color": colours.get(kind, palette[4]), "markersize": 6.5}
+        base |= {"markeredgewidth": 0.9, "markeredgecolor": INK, "linestyle": "none", "zorder": 4}
+        x, y = [check.step for check in points], [check.similarity for check in points]
+        axes.plot(x, y, label=label, **{**base, **look})
+    _draw_masks(axes, checks, masks)
+    axes.set_ylabel("cosine similarity")
+    axes.grid(axis="y")
+
+
+def _kind(check: DriftCheck) -> str:
+    if check.trigger:
+        return "trigger"
+    if check.state in ("suppressed", "arming"):
+        return check.state
+    return "low" if is_low(check) else "armed"
+
+
+def _draw_masks(axes: Axes, checks: Sequence[DriftCheck], masks: Masks) -> None:
+    """Lines where masks were built, named by their cause if there are few."""
+    end = max(check.step for check in checks)
+    low, high = axes.get_ylim()
+    axes.set(ylim=(low, high + 0.16 * (high - low)), xlim=(-0.02 * end - 1, 1.03 * end + 1))
+    few, previous = len(masks) <= MAX_NAMED, float("-inf")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+    name: Look = {"xycoords": axes.get_xaxis_transform(), "xytext": (3, -1), "rotation": 90}
+    name |= {"textcoords": "offset points", "va": "top", "ha": "left", "fontsize": 8, "bbox": box}
+    for mask in masks:
+        step = int(mask["step"])
+        axes.axvline(step, color=INK, linewidth=1.1 if few else 0.4, zorder=3 if few else 1)
+        if few and step - previous > 0.03 * end:
+            axes.annotate(str(mask.get("cause", "")), (step, 1), **name)
+            previous = step

@@ -1,7 +1,8 @@
 """One cell of a grid: everything that decides one measurement, as plain data with a stable key.
 
 A cell travels as JSON (``to_dict``, ``from_dict``), so that any process on any machine can
-compute it.
+compute it.  The functions at the end say what is known of its model before weights are loaded;
+they import PyTorch when called.
 """
 
 from __future__ import annotations
@@ -9,20 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dart_llm.errors import LoadError
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.pruning.config import USER_MASKS, PruneConfig
 from dart_llm.pruning.registry import METHODS
 from dart_llm.settings import load_arguments
 
-_SLUG = 56
-
-_ELSEWHERE = ("cache_dir",)
-"""Fields that decide where files are, not what a result is."""
+DEFAULT_LAYERS = 30
+"""Layers of the embedded default, which is pinned: no file need be fetched to know them."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,13 @@ class Cell:
     @property
     def key(self) -> str:
         """A readable name and a hash of everything that decides the result."""
-        data = {k: v for k, v in self.to_dict().items() if k not in _ELSEWHERE and v is not None}
+        # cache_dir decides where files are, not what a result is
+        data = {k: v for k, v in self.to_dict().items() if k != "cache_dir" and v is not None}
         text = json.dumps(data, sort_keys=True, ensure_ascii=True)
-        return f"{self._slug}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+        model = Path(self.model.rstrip("/")).name
+        name = "-".join((model, self.label, self.short_task, self.options.protocol)).lower()
+        slug = re.sub(r"[^a-z0-9.@_]+", "-", name)[:56].strip("-.")
+        return f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     @property
     def label(self) -> str:
@@ -79,14 +83,8 @@ class Cell:
 
     @property
     def short_task(self) -> str:
-        """The task, with the name of a file in place of its path."""
+        """As ``short_task`` below."""
         return short_task(self.task)
-
-    @property
-    def _slug(self) -> str:
-        model = Path(self.model.rstrip("/")).name
-        text = "-".join((model, self.label, self.short_task, self.options.protocol)).lower()
-        return re.sub(r"[^a-z0-9.@_]+", "-", text)[:_SLUG].strip("-.")
 
     @property
     def load_arguments(self) -> dict[str, Any]:
@@ -115,3 +113,88 @@ def removes_nothing(method: str) -> bool:
 def short_task(task: str) -> str:
     """A task, with the name of a file in place of its path."""
     return ":".join(Path(part).name for part in task.split(":"))
+
+
+# What is known of a model before its weights are loaded.
+
+
+def layer_count(cell: Cell) -> int:
+    """Decoder layers of the cell's model, from its configuration.
+
+    Raises ``LoadError`` when the configuration cannot be read.
+    """
+    from dart_llm.models.gguf_file import read_gguf
+    from dart_llm.models.loading import is_default
+
+    if is_default(cell.model):
+        return DEFAULT_LAYERS
+    path = Path(cell.model).expanduser()
+    if path.is_file():
+        layers = read_gguf(path).fact("block_count")
+        if not isinstance(layers, int):
+            raise LoadError(f"{path} does not say how many layers it has")
+        return layers
+    return int(configuration(cell).get_text_config(decoder=True).num_hidden_layers)
+
+
+def configuration(options: Any, say: Callable[[str], None] = lambda text: None) -> Any:
+    """transformers' configuration of a model; ``options``: a cell, or what has its fields.
+
+    Raises ``LoadError`` when it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    from dart_llm.cache import hub_cache
+    from dart_llm.hub import hub_failure, plain
+    from dart_llm.models.loading import resolve
+
+    model = resolve(options.model, revision=options.revision, cache_dir=options.cache_dir, say=say)
+    file = model.arguments.get("gguf_file")
+    try:
+        return AutoConfig.from_pretrained(
+            model.reference,
+            revision=options.revision or "main",
+            cache_dir=hub_cache(options.cache_dir),
+            trust_remote_code=options.trust_remote_code,
+            **({"gguf_file": file} if file else {}),
+        )
+    except Exception as error:
+        raise hub_failure(error, options.model, options.revision) or LoadError(
+            f"the configuration of {options.model} could not be read: {plain(error)}"
+        ) from error
+
+
+def requested_format(options: Any) -> str:
+    """The weight format that ``options``, with the fields of ``ModelOptions``, lead to."""
+    from dart_llm.models.loading import placement, weight_format
+
+    arguments = load_arguments(options)
+    placed = placement(arguments["device"], arguments["device_map"])
+    chosen, away = options.dtype is not None, "device_map" in placed
+    return weight_format(options.model, options.weights, chosen=chosen, away=away)
+
+
+def download_size(cell: Cell) -> int | None:
+    """Bytes still to be fetched for the cell's model; None when the hub cannot be asked.
+
+    Raises ``LoadError`` for a model that does not exist or that the disk has no room for.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    from dart_llm.cache import cache_folder, hub_cache
+    from dart_llm.hub import check_download, weight_files
+    from dart_llm.models import cached
+    from dart_llm.models.loading import is_default, resolve
+
+    model, revision, cache = cell.model, cell.revision, hub_cache(cell.cache_dir)
+    if is_default(model):
+        folder = cached.converted_folder(cache_folder(cell.cache_dir), cached.MODEL_SHA256)
+        return 0 if cached.is_intact(folder, cached.MODEL_SHA256) else cached.MODEL_WHEEL_BYTES
+    if Path(model).expanduser().is_file():
+        return 0
+    if resolve(model, revision=revision, cache_dir=cell.cache_dir, say=lambda _: None).path:
+        return 0
+    config = try_to_load_from_cache(model, "config.json", cache_dir=cache, revision=revision)
+    if isinstance(config, str) and weight_files(p.name for p in Path(config).parent.iterdir()):
+        return 0
+    return check_download(model, revision, cache)

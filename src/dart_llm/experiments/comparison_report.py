@@ -1,4 +1,4 @@
-"""Tables, notes, conclusion, files and page of a comparison.
+"""Tables, notes, headline, pictures, files and page of measured rows.
 
 A method beats another on a task when the paired 95 % interval excludes "no difference"; it is only
 counted where both removed the same share of neurons, to a point.
@@ -6,68 +6,77 @@ counted where both removed the same share of neurons, to a point.
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dart_llm.evaluation.measurement import LEAK
-from dart_llm.experiments import comparison_plots, run_facts
-from dart_llm.experiments.comparison import DENSE, GRIFFIN, TOO_FEW, Equal, Row, amount
+from dart_llm.experiments.comparison import DENSE, GRIFFIN, UNTOUCHED, Row, amount
 from dart_llm.experiments.stats import Interval
 from dart_llm.experiments.store import SCHEMA
+from dart_llm.pruning.records import merge_reports
 from dart_llm.reporting import page
-from dart_llm.reporting.table import (
-    Column,
-    PageTable,
-    Record,
-    Table,
-    bytes_text,
-    escaped,
-    grouped,
+from dart_llm.reporting.figures import (
+    DASHES,
+    INK,
+    Look,
+    Palette,
+    Plot,
+    key,
+    log_axis,
+    looks_of,
+    panels,
+    panels_height,
+    whisker_lengths,
 )
-from dart_llm.reporting.words import FEWEST_ITEMS, count, dtype_text, percent, quantity
+from dart_llm.reporting.table import Column, Table, bytes_text, escaped, grouped
+from dart_llm.reporting.words import (
+    FEWEST_ITEMS,
+    checkpoint_line,
+    count,
+    dtype_text,
+    file_text,
+    percent,
+    quantity,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 UNEQUAL, OTHER_MEAN = "†", "§"
 """Marks in the tables."""
 
-MOST_NAMES = 4
-"""Rows that a note names, at most."""
-
 LEAK_NOTE = f"LEAK - {LEAK}. Its numbers are no measure of a method's quality."
 
 USUAL = 0.5
-"""The sparsity that the conclusion speaks of, or the nearest one measured."""
+"""The sparsity that the headline speaks of, or the nearest one measured."""
 
 LONG = 24
 """On the page, a table of more rows is folded."""
 
+UNCLEAR, INCOMPARABLE = "no clear difference", "not compared at equal sparsity"
 
-# The conclusion: one sentence per model and protocol.
+
+# The headline: one clause per model and protocol.
 
 
 def conclusion(rows: Sequence[Row]) -> str:
     """How the first method does at the usual sparsity, or near it, on each model."""
-    groups = _groups(rows)
-    honest = {name: group for name, group in groups.items() if not any(row.leaks for row in group)}
-    parts = [f"{name}: {_headline(group)}" if name else _headline(group)
-             for name, group in (honest or groups).items()]  # fmt: skip
+    done = [row for row in rows if row.done and row.layers is None]
+    honest = [row for row in done if not row.leaks] or done
+    groups = grouped(honest, lambda r: (r.model, r.dtype, f"protocol {r.protocol}"))
+    varied = [part for part in range(3) if len({names[part] for names in groups}) > 1]
+    parts = []
+    for names, members in groups.items():
+        leak = ["LEAK"] if any(row.leaks for row in members) else []
+        name = " ".join([*(str(names[part]) for part in varied), *leak])
+        parts.append(f"{name}: {_headline(members)}" if name else _headline(members))
     failed = sum(not row.done for row in rows)
     parts += [f"{count(failed, 'cell')} failed"] if failed else []
     return f"{'; '.join(parts) or 'Nothing was measured'}."
-
-
-def _groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of whole-model pruning by model, dtype and protocol; named by what differs."""
-    found = grouped(
-        (row for row in rows if row.layers is None and row.done),
-        lambda row: (row.model, row.dtype, f"protocol {row.protocol or 'not known'}"),
-    )
-    varied = [place for place in range(3) if len({key[place] for key in found}) > 1]
-    groups = {}
-    for key, members in found.items():
-        leak = ["LEAK"] if any(row.leaks for row in members) else []
-        groups[" ".join([*(str(key[place]) for place in varied), *leak])] = members
-    return groups
 
 
 def _headline(rows: Sequence[Row]) -> str:
@@ -75,40 +84,35 @@ def _headline(rows: Sequence[Row]) -> str:
     pruned = [row for row in rows if row.pruned]
     shown = [row for row in pruned if row.method != GRIFFIN] or pruned or rows
     method = next((row.method for row in shown if row.method == "dart"), shown[0].method)
-    amounts = {row.requested for row in shown if row.method == method}
-    requested = min(amounts, key=lambda one: (one is None, abs((one or 0.0) - USUAL), one or 0.0))
-    compared = [row for row in shown if (row.method, row.requested) == (method, requested)]
-    amount = "" if requested is None or not compared[0].pruned else f" at {percent(requested)}"
-    subject = f"{method}{amount}"
+    of_method = [row for row in shown if row.method == method]
+    nearest = min(of_method, key=lambda row: abs((row.requested or 0.0) - USUAL))
+    compared = [row for row in of_method if row.requested == nearest.requested]
+    at = f" at {percent(nearest.requested)}" if nearest.requested and nearest.pruned else ""
     if method != GRIFFIN and any(row.to_griffin or row.equal_sparsity for row in compared):
-        return _verdicts(compared, subject, GRIFFIN, _against_griffin)
+        return _verdicts(compared, f"{method}{at} against {GRIFFIN}", _against_griffin)
     if any(row.to_dense is not None for row in compared):
-        return _verdicts(compared, subject, DENSE, lambda row: row.to_dense)
-    return f"{subject}: " + ", ".join(f"{r.metric} {r.quantity} on {r.task}" for r in compared)
+        return _verdicts(compared, f"{method}{at} against {DENSE}", lambda row: row.to_dense)
+    values = ", ".join(f"{row.metric} {row.quantity} on {row.task}" for row in compared)
+    return f"{method}{at}: {values}"
 
 
 def _against_griffin(row: Row) -> Interval | None:
     """At equal achieved sparsity; None where no such GRIFFIN was measured."""
-    if row.to_griffin is not None and row.gap is not None and not row.unequal:
+    if row.gap is not None and not row.unequal:
         return row.to_griffin
     return None if row.equal_sparsity is None else row.equal_sparsity.interval
 
 
-def _verdicts(
-    rows: Sequence[Row], subject: str, other: str, against: Callable[[Row], Interval | None]
-) -> str:
+def _verdicts(rows: Sequence[Row], subject: str, against: Callable[[Row], Interval | None]) -> str:
     """ "dart at 50 % against griffin: better on 2 of 3 tasks, no clear difference on 1"."""
-    outcomes = dict.fromkeys(("better", "worse", UNCLEAR, "not compared at equal sparsity"), 0)
+    outcomes = dict.fromkeys(("better", "worse", UNCLEAR, INCOMPARABLE), 0)
     for row in rows:
         interval = against(row)
-        verdict = "not compared at equal sparsity" if interval is None else row.verdict(interval)
+        verdict = INCOMPARABLE if interval is None else row.verdict(interval)
         outcomes[verdict if verdict in outcomes else UNCLEAR] += 1
     won = f"better on {outcomes.pop('better')} of {count(len(rows), 'task')}"
     others = [f"{words} on {number}" for words, number in outcomes.items() if number]
-    return f"{subject} against {other}: {', '.join([won, *others])}"
-
-
-UNCLEAR = "no clear difference"
+    return f"{subject}: {', '.join([won, *others])}"
 
 
 # What the published protocol leaks.
@@ -116,12 +120,14 @@ UNCLEAR = "no clear difference"
 
 @dataclass(frozen=True)
 class Leak:
-    """One method under the protocols ``full`` and ``published`` on the same items."""
+    """One method under the protocols ``full`` and ``published`` on the same items.
+
+    ``interval``: published against full, a difference or a ratio of perplexities.
+    """
 
     full: Row
     published: Row
     interval: Interval | None
-    """Published against full: a difference, or a ratio of perplexities."""
 
     @property
     def sentence(self) -> str:
@@ -131,201 +137,132 @@ class Leak:
             return f"{row.label} on {row.task}: not known: no shared items."
         change, verdict = amount(self.interval, row.perplexity), row.verdict(self.interval)
         words = {"better": "flattered by the leak", "": "within noise"}
-        known = f", {words.get(verdict, verdict)}" if self.interval.ends else ""
-        return f"{row.label} on {row.task}: published against full {change}{known}."
+        judged = f", {words.get(verdict, verdict)}" if self.interval.ends else ""
+        return f"{row.label} on {row.task}: published against full {change}{judged}."
 
 
 def leaks(rows: Sequence[Row]) -> list[Leak]:
     """Every row that was measured under both protocols; what differs is what the masks leak."""
-    found: dict[Any, dict[str | None, Row]] = {}
-    for row in rows:
-        if row.done and row.pruned:
-            key = (row.model, row.dtype, row.task, row.label, row.layers, row.keep, row.seed)
-            found.setdefault(key, {})[row.protocol] = row
-    pairs = [(p["full"], p["published"]) for p in found.values() if {"full", "published"} <= {*p}]
-    return [Leak(full, row, row.scores.against(full.scores)) for full, row in pairs]
+    done = [row for row in rows if row.done and row.pruned]
+    same = grouped(done, lambda r: (r.model, r.dtype, r.task, r.label, r.layers, r.keep, r.seed))
+    pairs = [{row.protocol: row for row in members} for members in same.values()]
+    return [
+        Leak(pair["full"], pair["published"], pair["published"].scores.against(pair["full"].scores))
+        for pair in pairs
+        if {"full", "published"} <= pair.keys()
+    ]
 
 
-# Footnotes: only what applies to the rows that are shown.
+# Notes: only what applies to the rows that are shown.
 
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
-    """What a reader of the tables must know."""
+    """What a reader of the tables must know; docs/evaluation.md defines the columns."""
     done = [row for row in rows if row.done]
-    whole = [row for row in done if row.pruned and row.method != GRIFFIN and row.layers is None]
     pairs = sum(i is not None for row in done for i in (row.to_dense, row.to_griffin))
-    measured = {row.method for row in done}
-    executors = {row.executor for row in done if row.executor}
-    notes: list[tuple[Any, str]] = [
-        (any(row.leaks for row in rows), LEAK_NOTE),
-        (
-            True,
-            "Intervals are 95 % bootstrap intervals over items: beside a score of the score "
-            "itself, beside a difference paired by item, as in the pictures. "
-            '"better" and "worse" stand where the interval excludes no difference and at least '
-            f'{FEWEST_ITEMS} items differ, "{TOO_FEW}" where fewer do. Fewer than {FEWEST_ITEMS} '
-            "items have no interval.",
+    conditions = {
+        LEAK_NOTE: any(row.leaks for row in rows),
+        "Intervals are 95 % bootstrap intervals over items, of the score itself or, beside a "
+        'difference, paired by item; "better" and "worse" need one that excludes no difference '
+        f"and at least {FEWEST_ITEMS} items that differ.": bool(done),
+        f"{count(pairs, 'comparison')} with dense and GRIFFIN: where nothing differs, about 1 in "
+        "20 still looks so.": pairs > 0,
+        f"{UNEQUAL} achieved sparsity differs from GRIFFIN's at the same requested sparsity by "
+        "more than 1 point: compare at equal achieved sparsity instead.": any(
+            row.unequal for row in done
         ),
-        (
-            pairs,
-            f"{count(pairs, 'comparison')} with dense and GRIFFIN: where nothing differs, about 1 "
-            "in 20 still looks so.",
+        f"{OTHER_MEAN} the task's own aggregate is not the mean over items, which is what the "
+        "intervals are of.": any(map(differs, done)),
+        "FFN bytes are those that the compact executor would read: masking skips no work.": any(
+            row.executor == "masked" for row in done
         ),
-        (whole and DENSE not in measured, "dense was not measured: its columns are empty."),
-        (whole and GRIFFIN not in measured, "GRIFFIN was not measured: its columns are empty."),
-        (
-            any(row.unequal for row in whole),
-            f"{UNEQUAL} achieved sparsity differs from GRIFFIN's at the same requested sparsity by "
-            "more than 1 point: compare at equal achieved sparsity instead.",
-        ),
-        (
-            whole and GRIFFIN in measured,
-            "At equal achieved sparsity, or FFN bytes: against the GRIFFIN that was measured where "
-            "it removed as much, or read as many bytes, to 1 point; empty where there is none.",
-        ),
-        (
-            any(map(differs, done)),
-            f"{OTHER_MEAN} the task's own aggregate is not the mean over items, which is what the "
-            "intervals are of.",
-        ),
-        (
-            executors and "masked" not in executors,
-            "FFN bytes: read per decoded token over dense, as executed, all overheads included.",
-        ),
-        (
-            "masked" in executors,
-            "FFN bytes: read per decoded token over dense, if the compact executor ran, all "
-            "overheads included; the masked executor reads all of them.",
-        ),
-    ]
-    return [*(note for applies, note in notes if applies), *_of_measurements(done)]
+    }
+    measured = (note for note in notes(done) if LEAK not in note)
+    return [*(note for note, applies in conditions.items() if applies), *measured]
 
 
-def _of_measurements(done: Sequence[Row]) -> list[str]:
-    """What the measurements themselves say, each once, with whom it concerns."""
-    found: dict[str, list[str]] = {}
-    for row in done:
-        for note in row.notes:
-            if note != LEAK:
-                found.setdefault(note, []).append(f"{row.label} on {row.task}")
-    notes = []
-    for note, every in found.items():
-        labels = list(dict.fromkeys(every))
-        more = f" and {len(labels) - MOST_NAMES} more" if len(labels) > MOST_NAMES else ""
-        notes.append(f"{note} ({', '.join(labels[:MOST_NAMES])}{more})")
-    return notes
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What the measurements themselves say, each once."""
+    lines = (f"{r.task}: {note}" for r in rows for note in r.measurement.get("notes", ()))
+    return list(dict.fromkeys(lines))
 
 
 def differs(row: Row) -> bool:
     """Whether the metric is not the mean over the items that the intervals are computed from."""
-    mean = row.scores.mean
-    if mean is None or row.value is None:
+    mean, value = row.scores.mean, row.value
+    if mean is None or value is None:
         return False
-    return abs(mean - row.value) > 1e-4 * max(1.0, abs(row.value))
+    return not math.isclose(mean, value, rel_tol=1e-4, abs_tol=1e-4)
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
     """One sentence per failed cell."""
     return [
-        f"{name(row, row.seed is not None)} on {row.task} ({row.model}) failed: {row.error}"
+        f"{name(row, True)} on {row.task} ({row.model}) failed: {row.error}"
         for row in rows
         if not row.done
     ]
 
 
-# The tables: columns once, for the terminal, Markdown and the page.
-
-NAMED = "95 % intervals under a score are of the score itself, under a difference paired by item"
+# The tables.
 
 
-class ComparisonTable(Table):
-    """On the terminal, heads are short and intervals are under their numbers."""
-
-    @property
-    def terminal_caption(self) -> str:
-        return f"{self.caption}; {NAMED}"
-
-    def terminal_head(self, column: Column) -> str:
-        return column.head.partition(" (")[0].partition(",")[0].removesuffix(" tokens")
-
-    def terminal_cell(self, column: Column, row: Record) -> str:
-        return _in_lines(super().terminal_cell(column, row))
-
-
-def _in_lines(cell: str) -> str:
-    value, ends, verdict = stacked(cell)
-    return "\n".join(filter(None, (f"{value} {verdict}".rstrip(), ends)))
-
-
-def stacked(cell: str) -> tuple[str, str, str]:
-    """ "0.4 (0.3 to 0.5) better" as its number, its interval and its verdict."""
-    value, _, rest = cell.partition(" (")
-    ends, closed, verdict = rest.partition(")")
-    return (value, ends, verdict.strip()) if closed else (cell, "", "")
-
-
-def tables(rows: Sequence[Row]) -> list[ComparisonTable]:
+def tables(rows: Sequence[Row]) -> list[Table]:
     """One table per model, task and protocol, layer sweeps by themselves, in the rows' order."""
     whole = {row.group for row in rows if row.layers is None and row.method != DENSE}
-    found = grouped(rows, lambda row: (*row.group, row.layers is not None and row.group in whole))
-    return [
-        ComparisonTable(
-            "", caption(group), _columns(group), [{"row": row} for row in group], tight=True
-        )
-        for group in found.values()
-    ]
-
-
-def _column(head: str, text: Callable[[Row], str | None], terminal: bool = True) -> Column:
-    return Column(head, lambda record: text(record["row"]), terminal=terminal)
+    groups = grouped(rows, lambda row: (*row.group, row.layers is not None and row.group in whole))
+    return [Table("", caption(group), _columns(group), group) for group in groups.values()]
 
 
 def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
-    measured = next((row for row in rows if row.done), None)
-    metric = measured.metric if measured else "metric"
-    better = "higher" if measured is None or measured.higher_is_better else "lower"
+    measured = next((row for row in rows if row.done), rows[0])
+    better = "higher" if measured.higher_is_better else "lower"
     seeds = len({row.seed for row in rows}) > 1
 
-    def griffin(row: Row) -> str | None:
-        return _marked(row.change(row.to_griffin), row)
+    def achieved(row: Row) -> str | None:
+        return None if row.achieved is None else _marked(percent(row.achieved), row)
+
+    def at_equal_sparsity(row: Row) -> str | None:
+        return row.change(row.equal_sparsity.interval) if row.equal_sparsity else None
 
     columns = (
-        _column("method", lambda row: name(row, seeds)),
-        _column("requested", lambda row: _share(row.requested), False),
-        _column("achieved", lambda row: _marked(_share(row.achieved), row)),
-        _column("dense tokens", lambda row: _share(row.dense_share)),
-        _column("re-masks", lambda row: None if row.remasks is None else f"{row.remasks:,}"),
-        _column(f"{metric} ({better} is better; 95 % of itself)", _metric),
-        _column("against dense (95 %, paired)", lambda row: row.change(row.to_dense)),
-        _column("against GRIFFIN, same requested sparsity (95 %, paired)", griffin),
-        _column("at equal achieved sparsity", lambda row: _equal(row, row.equal_sparsity), False),
-        _column("at equal FFN bytes", lambda row: _equal(row, row.equal_bytes), False),
-        _column("FFN bytes", _bytes, False),
-        _column("bytes per token", _token_bytes, False),
-        _column("weights", lambda row: bytes_text(row.weight_bytes), False),
+        Column("method", lambda row: name(row, seeds)),
+        Column("requested", lambda row: row.requested, percent, terminal=False),
+        Column("achieved", achieved),
+        Column("dense tokens", lambda row: row.dense_share, percent),
+        Column("re-masks", lambda row: row.remasks, ","),
+        Column(f"{measured.metric} ({better} is better)", _metric, needed=True),
+        Column("against dense", lambda row: row.change(row.to_dense), needed=True),
+        Column("against GRIFFIN", lambda row: _marked(row.change(row.to_griffin), row)),
+        Column("at equal achieved sparsity", at_equal_sparsity, terminal=False),
+        Column("FFN bytes", lambda row: row.bytes_share, ".3f", terminal=False),
+        Column("bytes per token", lambda row: row.token_bytes_share, ".3f"),
+        Column("weights", lambda row: row.weight_bytes, bytes_text, terminal=False),
+        Column("other metrics", _other_metrics),
     )
-    return columns if len(_weights(rows)) > 1 else columns[:-1]
+    return tuple(c for c in columns if c.head != "other metrics" or any(map(c.raw, rows)))
 
 
-def _weights(rows: Sequence[Row]) -> set[float | None]:
-    return {row.weight_bytes for row in rows if row.done}
+COUNTS = ("tokens", "pruned_tokens", "mean_loss", "mean_loss_pruned_tokens")
+"""Metrics that only the JSON documents have."""
+
+
+def _other_metrics(row: Row) -> str | None:
+    metrics = row.measurement.get("metrics", {}).items()
+    others = ((n, v) for n, v in metrics if n not in (*COUNTS, row.metric) and v is not None)
+    return ", ".join(f"{metric} {value:.4g}" for metric, value in others) or None
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """ "arc_easy_local: SmolLM2 (float32), protocol decode; 40 items; weights 513.1 MiB"."""
+    """ "arc_easy_local: SmolLM2 (unquantised, float32), protocol decode; 40 items"."""
     row, items = rows[-1], sorted({row.items for row in rows if row.items})
     leak = "LEAK, " if any(row.leaks for row in rows) else ""
-    dtype = f" ({row.dtype})" if row.dtype else ""
-    parts = [f"{leak}{row.task}: {row.model}{dtype}, protocol {row.protocol or 'not known'}"]
-    if row.layers is not None:
-        parts[0] += ", one layer pruned at a time"
-    if items:
-        several = f"{items[0]} to {items[-1]} items"
-        parts.append(several if len(items) > 1 else count(items[0], "item"))
-    weights = _weights(rows)
-    if len(weights) == 1 and None not in weights:
-        parts.append(f"weights {bytes_text(*weights)}")
-    return "; ".join(parts)
+    formats = f" ({file_text(row.checkpoint)}, {dtype_text(row.checkpoint)})"
+    layers = "" if row.layers is None else ", one layer pruned at a time"
+    model = f"{row.model}{formats if row.checkpoint else ''}"
+    number = " to ".join(map(str, dict.fromkeys([*items[:1], *items[-1:]])))
+    several = f"; {number} items" if items else ""
+    return f"{leak}{row.task}: {model}, protocol {row.protocol}{layers}{several}"
 
 
 def name(row: Row, seeds: bool = False) -> str:
@@ -334,20 +271,7 @@ def name(row: Row, seeds: bool = False) -> str:
     if row.layers is not None:
         keep = "" if row.keep is None else f", keep {percent(row.keep)}"
         text = f"{row.method}, layer {row.layers}{keep}"
-    seed = f", seed {'?' if row.seed is None else row.seed}" if seeds else ""
-    return f"{text}{seed}{row.mostly_dense}"
-
-
-def _share(value: float | None) -> str | None:
-    return None if value is None else percent(value)
-
-
-def _bytes(row: Row) -> str | None:
-    return None if row.bytes_share is None else f"{row.bytes_share:.3f}"
-
-
-def _token_bytes(row: Row) -> str | None:
-    return None if row.token_bytes_share is None else f"{row.token_bytes_share:.3f}"
+    return f"{text}{f', seed {row.seed}' if seeds else ''}{row.mostly_dense}"
 
 
 def _marked(text: str | None, row: Row) -> str | None:
@@ -355,19 +279,39 @@ def _marked(text: str | None, row: Row) -> str | None:
 
 
 def _metric(row: Row) -> str:
+    """The score; its own interval only without dense, else the paired one is shown."""
     if not row.done:
         return "failed"
     text = row.quantity
-    if row.interval is not None and row.to_dense is None:  # else the paired one, as in the plots
+    if row.interval is not None and row.to_dense is None:
         text += f" ({row.interval.words(lambda end: quantity(end, row.perplexity))})"
     return f"{text} {OTHER_MEAN}" if differs(row) else text
 
 
-def _equal(row: Row, equal: Equal | None) -> str | None:
-    return None if equal is None else row.change(equal.interval)
+# The files: the JSON document of one method on its tasks (``eval``, ``perplexity``, ``summarize``),
+# ``compare.md``, ``compare.json`` and ``report.html``.
 
 
-# The files: ``compare.md``, ``compare.csv``, ``compare.json`` and ``report.html``.
+def eval_document(rows: Sequence[Row]) -> dict[str, Any]:
+    """``results`` by task and ``accounting`` of the method; the untouched model under ``dense``."""
+    last = rows[-1].label
+    of_method = {r.measurement["task"]: r.measurement for r in rows if r.label == last}
+    others = {r.measurement["task"]: r.measurement for r in rows if r.label != last}
+    reports = {task: measured["accounting"] or UNTOUCHED for task, measured in of_method.items()}
+    merged = next(iter(reports.values()))
+    if all("layers" in report for report in reports.values()):
+        merged = merge_reports([{**report, "sequences": []} for report in reports.values()])
+        merged.pop("sequences")
+    document: dict[str, Any] = {
+        "results": {task: measured["metrics"] for task, measured in of_method.items()},
+        "accounting": {**merged, "tasks": reports},
+        "notes": notes([row for row in rows if row.label == last]),
+    }
+    if groups := {t: m["subtasks"] for t, m in of_method.items() if m["subtasks"]}:
+        document["subtasks"] = groups
+    if others:
+        document["dense"] = {task: measured["metrics"] for task, measured in others.items()}
+    return document
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -385,33 +329,23 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-INTERVALS, EQUALS = ("interval", "to_dense", "to_griffin"), ("equal_sparsity", "equal_bytes")
+INTERVALS = ("interval", "to_dense", "to_griffin", "equal_sparsity")
 
-ENDS = ("low", "high", "estimate", "n", "no_interval")
-
-PAIRED = (*ENDS, "differing", "significant")
-
-
-def to_dict(interval: Interval | None) -> dict[str, Any] | None:
-    """An interval as JSON-able data."""
-    return None if interval is None else interval.to_dict()
+PLAIN = [f.name for f in fields(Row) if f.repr and f.name not in INTERVALS]
 
 
 def record(row: Row) -> dict[str, Any]:
-    """A row as JSON-able data, its intervals and comparisons nested."""
-    nested = ("scores", "traffic", "checkpoint", "notes", *INTERVALS, *EQUALS)
-    data = {f.name: getattr(row, f.name) for f in fields(Row) if f.name not in nested}
-    data |= {key: to_dict(getattr(row, key)) for key in INTERVALS}
-    for key in EQUALS:
-        equal: Equal | None = getattr(row, key)
-        data[key] = equal and {
-            "griffin": equal.value,
-            "between": [equal.at],
-            "interval": to_dict(equal.interval),
-        }
-    notes, checkpoint = list(row.notes), dict(row.checkpoint)
-    facts = {"unequal": row.unequal, "leaks": row.leaks}
-    return {**data, **facts, "notes": notes, "checkpoint": checkpoint}
+    """A row as JSON-able data, its intervals nested; an ``equal_sparsity`` says ``at`` which."""
+    data = {key: getattr(row, key) for key in PLAIN}
+    data |= {"checkpoint": dict(row.checkpoint), "unequal": row.unequal, "leaks": row.leaks}
+    equal = row.equal_sparsity
+    data |= {key: (i := getattr(row, key)) and i.to_dict() for key in INTERVALS[:-1]}
+    data["equal_sparsity"] = equal and {
+        "griffin": equal.value,
+        "at": equal.at,
+        "interval": equal.interval and equal.interval.to_dict(),
+    }
+    return data
 
 
 def document(rows: Sequence[Row]) -> dict[str, Any]:
@@ -422,12 +356,10 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
         "rows": [record(row) for row in rows],
         "leaks": [
             {
-                "label": leak.published.label,
-                "model": leak.published.model,
-                "task": leak.published.task,
+                **{key: getattr(leak.published, key) for key in ("label", "model", "task")},
                 "full": leak.full.value,
                 "published": leak.published.value,
-                "interval": to_dict(leak.interval),
+                "interval": leak.interval and leak.interval.to_dict(),
             }
             for leak in leaks(rows)
         ],
@@ -436,39 +368,25 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _csv_row(row: Row) -> dict[str, Any]:
-    """All columns of one row, the same for every row: an interval is a column for each number."""
-    line: dict[str, Any] = {}
-    for key, value in record(row).items():
-        known = value or {}
-        if key in INTERVALS:
-            ends = ENDS if key == "interval" else PAIRED
-            line |= {f"{key}.{end}": known.get(end) for end in ends}
-        elif key in EQUALS:
-            line[f"{key}.griffin"] = known.get("griffin")
-            line[f"{key}.between"] = " ".join(f"{at:.6g}" for at in known.get("between", ()))
-            line |= {f"{key}.{end}": (known.get("interval") or {}).get(end) for end in PAIRED}
-        elif key not in ("notes", "checkpoint"):
-            line[key] = value
-    return line
-
-
 def csv_table(rows: Sequence[Row]) -> Table:
-    """compare.csv: a line per row."""
-    lines = [_csv_row(row) for row in rows]
-    fields_of_rows = list(lines[0]) if lines else []
-    return Table("compare", "", (), lines, terminal=False, fields=fields_of_rows)
+    """compare.csv: a line per row; what is nested is in compare.json."""
+    lines = []
+    for row in rows:
+        data = {key: v for key, v in record(row).items() if key not in (*INTERVALS, "checkpoint")}
+        ends = (row.to_dense and row.to_dense.ends) or (None, None)
+        lines.append({**data, "to_dense.low": ends[0], "to_dense.high": ends[1]})
+    return Table("compare", "", (), lines, terminal=False)
 
 
 def page_text(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """``report.html``; ``config``: config.json.  Without matplotlib it has no plots."""
-    pictures, missing = page.pictures(comparison_plots.make(rows))
+    pictures, missing = page.pictures(plots(rows))
     content = {
         "title": title(rows),
         "conclusion": conclusion(rows),
         "further": [],
         "many": False,
-        "facts": _facts(config, rows),
+        "facts": [*_facts(rows), *page.origin_facts(config)],
         "leak": LEAK_NOTE if any(row.leaks for row in rows) else "",
         "leaks": [leak.sentence for leak in leaks(rows)],
         "pictures": pictures,
@@ -476,50 +394,136 @@ def page_text(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
         "tables": [(table.html(), len(table.rows) > LONG) for table in tables(rows)],
         "failures": failures(rows),
         "notes": footnotes(rows),
-        "checkpoints": _checkpoints(rows),
+        "checkpoints": None,
     }
-    return run_facts.render(config, "compare.html", content, stacked=stacked)
+    return page.render(config, "compare.html", content)
 
 
 def title(rows: Sequence[Row]) -> str:
     """What was compared, and on which model."""
-    models = list(dict.fromkeys(row.model for row in rows))
-    labels = list(dict.fromkeys(row.label for row in rows if row.method != DENSE)) or [DENSE]
-    methods = {row.method for row in rows if row.method != DENSE}
     if not rows:
         return "Nothing was measured"
-    what = labels[0] if len(labels) == 1 else f"{count(len(methods), 'method')} compared"
-    if methods and all(row.layers is not None for row in rows if row.method != DENSE):
-        what = "Layer by layer"
+    models = list(dict.fromkeys(row.model for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows if row.pruned)) or [DENSE]
+    what = methods[0] if len(methods) == 1 else f"{len(methods)} methods compared"
     return f"{what} on {models[0] if len(models) == 1 else f'{len(models)} models'}"
 
 
-def _facts(config: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
-    """Name, value, and whether the value is to be set as code."""
+def _facts(rows: Sequence[Row]) -> page.Facts:
+    """What was varied, and the checkpoints."""
     done = sum(row.done for row in rows)
-    requested = sorted({row.requested for row in rows if row.requested})
-    varied = {
-        "models": run_facts.named(row.model for row in rows),
-        "dtype": run_facts.named(row.dtype for row in rows),
-        "methods": run_facts.named(row.method for row in rows),
-        "requested sparsities": ", ".join(map(percent, requested)) or "none",
-        "tasks": run_facts.named(row.task for row in rows),
-        "protocols": run_facts.named(row.protocol for row in rows),
-        "seeds": run_facts.named(row.seed for row in rows),
-        "cells": f"{done} done, {len(rows) - done or 'none'} failed",
+    lists: dict[str, list[Any]] = {
+        f"{key}s": [getattr(row, key) for row in rows]
+        for key in ("model", "dtype", "method", "task", "protocol", "seed")
     }
-    origin = run_facts.origin_facts(config)
-    return [*((name, value, False) for name, value in varied.items()), *origin]
+    lists["requested sparsities"] = [percent(row.requested) for row in rows if row.requested]
+    lists["checkpoints"] = [checkpoint_line(r.model, r.checkpoint) for r in rows if r.checkpoint]
+    lists["cells"] = [f"{done} done, {len(rows) - done or 'none'} failed"]
+    named = {name: dict.fromkeys(str(v) for v in vs if v is not None) for name, vs in lists.items()}
+    return [(name, ", ".join(each) or "none", False) for name, each in named.items()]
 
 
-def _checkpoints(rows: Sequence[Row]) -> PageTable | None:
-    """The files that were measured, with what identifies them."""
-    keys = ("name", "file_quantisation", "dtype", "revision", "sha256")
-    known = [dict(row.checkpoint) for row in rows if row.checkpoint]
-    for one in known:
-        one["dtype"] = one.get("dtype") and dtype_text(one)
-    body = dict.fromkeys(
-        tuple(str(one.get(key) or "not known")[:40] for key in keys) for one in known
+# The picture: quality against achieved sparsity, a panel per task.
+
+MOST_PANELS = 6  # tasks in one plot; what is more goes into further plots
+
+SIDEWAYS = 0.006  # sparsity by which the marks of two methods at one place are moved apart
+
+FAR = 30.0  # a perplexity axis ends at this multiple of dense: the rest stays legible
+
+WHISKERS = (
+    f"whiskers: 95 % bootstrap intervals from {FEWEST_ITEMS} items on, of the difference to dense, "
+    "paired by item, or of the score itself where dense was not measured; marks at one place are "
+    "moved sideways by up to 2 points"
+)
+
+
+def plots(rows: Sequence[Row]) -> list[Plot]:
+    """One plot per model, dtype and protocol and up to six tasks."""
+    pages = []
+    shown = [row for row in rows if row.layers is None and row.value is not None]
+    for members in grouped(shown, lambda r: (r.model, r.dtype, r.protocol)).values():
+        every = grouped(members, lambda row: row.task).values()
+        tasks = [task for task in every if len(_points(task)) > 1]
+        pages += [tasks[n : n + MOST_PANELS] for n in range(0, len(tasks), MOST_PANELS)]
+    names = [f"quality_{n}" if n > 1 else "quality" for n in range(1, len(pages) + 1)]
+    return [_plot(name, page) for name, page in zip(names, pages, strict=True)]
+
+
+def _points(rows: Sequence[Row]) -> list[Row]:
+    """The rows that are a point: not the untouched model, whose line runs across."""
+    return [row for row in rows if row.method != DENSE and row.achieved is not None]
+
+
+def _plot(name: str, tasks: Sequence[Sequence[Row]]) -> Plot:
+    """One panel per task under a common legend."""
+    points = [row for task in tasks for row in _points(task)]
+    first, methods = points[0], list(dict.fromkeys(row.method for row in points))
+    leak = " (LEAK: the masks have seen the answers)" if first.leaks else ""
+    values = "; ".join(f"{r.label} on {r.task}: {r.quantity}" for task in tasks for r in task)
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        above, *drawn = panels(figure, len(tasks), math.ceil((len(methods) + 1) / 6))
+        for axes, task in zip(drawn, tasks, strict=True):
+            _draw_task(axes, task, looks_of(methods, palette))
+        key(above, drawn, 6)
+
+    facts = {**first.checkpoint, "dtype": first.dtype}
+    return Plot(
+        name,
+        f"Quality against achieved sparsity: {first.model}, protocol {first.protocol}{leak}",
+        f"Points: quality against achieved sparsity, by method. {values}.",
+        f"{checkpoint_line(first.model, facts)} · {WHISKERS}",
+        panels_height(len(tasks), len(methods)),
+        draw,
     )
-    head = ("checkpoint", "file quantisation", "dtype", "revision", "sha256 (start)")
-    return PageTable("Checkpoints", head, tuple(body), numeric=False) if body else None
+
+
+def _ends(row: Row, dense: Row | None) -> tuple[float, float] | None:
+    """Of the paired difference to dense, where there is one, else of the metric itself.
+
+    Pairing takes out what all methods share, the difficulty of the items.  None with too few.
+    """
+    if row.to_dense is None or dense is None or dense.value is None:
+        return None if row.interval is None else row.interval.ends
+    if row.to_dense.ends is None:
+        return None
+    low, high = row.to_dense.ends
+    if row.perplexity:
+        return low * dense.value, high * dense.value
+    return dense.value + low, dense.value + high
+
+
+def _draw_task(axes: Axes, rows: Sequence[Row], looks: dict[str, Look]) -> None:
+    """Points with their intervals, a line per method and seed, and one across for dense."""
+    dense = next((row for row in rows if row.method == DENSE), None)
+    by_method = grouped(_points(rows), lambda row: row.method)
+    for number, (method, of_method) in enumerate(by_method.items()):
+        shift = SIDEWAYS * (number - (len(by_method) - 1) / 2)
+        label = method
+        for line in grouped(of_method, lambda row: row.seed).values():
+            line.sort(key=lambda row: row.achieved or 0.0)
+            x = [100 * ((row.achieved or 0.0) + shift) for row in line]
+            values = [row.value or 0.0 for row in line]
+            ends = whisker_lengths(values, [_ends(row, dense) for row in line])
+            look: Look = {**looks[method], "label": label, "capsize": 1.8, "elinewidth": 0.9}
+            axes.errorbar(x, values, yerr=ends, capthick=0.9, **look)
+            label = "_"
+    row, limit = _points(rows)[0], math.inf
+    if dense is not None and dense.value is not None:
+        axes.axhline(dense.value, color=INK, linestyle=DASHES, linewidth=1.4, label=DENSE)
+        limit = FAR * dense.value
+    better = "higher" if row.higher_is_better else "lower"
+    task = textwrap.shorten(row.task, 44, placeholder=" ...")
+    axes.set_title(f"{task}: {better} is better", loc="left", fontsize=9, color=INK)
+    axes.set(xlabel="achieved sparsity (%)", ylabel=row.metric)
+    axes.grid(axis="y")
+    axes.margins(x=0.06)
+    if row.perplexity:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        cut = f", cut at {FAR:g} x dense" if high > limit else ""
+        axes.set_ylabel(f"{row.metric} (log axis{cut})")
+        log_axis(axes, low, min(high, limit))
+    elif axes.get_ylim()[0] < 0 <= min(other.value or 0.0 for other in rows):
+        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])  # a difference's bar may end below zero

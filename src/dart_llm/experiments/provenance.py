@@ -1,6 +1,6 @@
-"""Where a result comes from: versions, git, machine, digests of weights, texts and data.
+"""Where a result comes from: digests of weights, texts and data; versions, git, machine.
 
-A digest of every file that a run only names: a changed file makes it another run.
+A run has a digest of every file that it only names: a changed file makes it another run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -24,26 +25,20 @@ from dart_llm.data.datasets import LOCAL_MMLU
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.evaluation.tasks import SLICED, slice_sources
-from dart_llm.experiments.cell import Cell
+from dart_llm.experiments.cell import Cell, requested_format
 from dart_llm.files import file_sha256
 from dart_llm.pruning import plugins
 from dart_llm.pruning.setting_file import path_of
 
-TASK_FILES = (".yaml", ".yml", ".py")
-"""The files of an lm-eval task folder that define a task."""
-
-DENSE_WEIGHTS = "dense"
-"""The usual weight format, which is not recorded as an input."""
-
-_NAMED = ("text", "data", "slices")
-"""Inputs that a task names: an empty name is one that does not exist."""
+_NAMED_BY_TASKS = ("text", "data", "slices")
+"""Inputs whose names are checked even if empty."""
 
 
 class Digests:
     """sha256 of local models, texts, data and task folders, each read once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str], str | None] = {}
+        self._read: dict[tuple[str, str], str | None] = {}
         self._models: dict[str, dict[str, str]] = {}
 
     def of(self, cell: Cell) -> dict[str, str]:
@@ -51,9 +46,12 @@ class Digests:
 
         Raises ``ConfigError`` when a file cannot be read.
         """
-        files = self.of_files(cell.method, cell.calibration, cell.masks)
-        files |= self.of_task(cell.task, cell.options)
-        return {**self.of_model(cell), **files, **plugins.digest()}
+        return {
+            **self.of_model(cell),
+            **self.of_files(cell.method, cell.calibration, cell.masks),
+            **self.of_task(cell.task, cell.options),
+            **plugins.digest(),
+        }
 
     def of_task(self, task: str, options: MeasureOptions) -> dict[str, str]:
         """The local texts, documents and task files that ``task`` reads."""
@@ -62,44 +60,44 @@ class Digests:
             return self._digests({"slices": data})
         if kind == "summarize":
             return self._digests({"data": data})
-        named = {"text": data} if kind == "perplexity" else {"tasks": options.include_path or ""}
+        files = {"text": data} if kind == "perplexity" else {"tasks": options.include_path or ""}
         if kind == "mmlu" or (kind == "perplexity" and data.partition(":")[0] == documents.MMLU):
-            named["mmlu"] = LOCAL_MMLU.as_posix()
-        return self._digests(named)
+            files["mmlu"] = LOCAL_MMLU.as_posix()
+        return self._digests(files)
 
     def of_files(
         self, method: str, calibration: str | None, masks: str | None = None, table: str = ""
     ) -> dict[str, str]:
         """The local files that a method reads; ``table``: a layer table, ``@FILE``."""
-        named = {
+        files = {
             "calibration": calibration or "",
             "setting": str(path_of(method) or ""),
             "masks": masks or "",
             "layer_topk": table[1:] if table.startswith("@") else "",
         }
-        return self._digests(named)
+        return self._digests(files)
 
     def of_model(self, options: Any) -> dict[str, str]:
         """``model``, the weights of a local one; ``model_files``, what else is loaded of it.
 
         And ``weights``, their format unless it is dense.  ``options``: has the fields of
-        ``ModelOptions``.  A model of the hub, which id and revision identify, and the default have
-        no digests.
+        ``ModelOptions``.  The default, and a model of the hub, which id and revision identify,
+        have no digests.
         """
-        from dart_llm.experiments.model_facts import requested_format  # which loads torch
-
         model = options.model
         if model not in self._models:
             from dart_llm.models.checkpoint import contents
             from dart_llm.models.loading import is_default
 
-            path, known = Path(model).expanduser(), is_default(model)
+            path, digests = Path(model).expanduser(), dict[str, str]()
             with _readable(model):
-                single = path.is_file() and not known
-                digests = {"model": file_sha256(path)} if single else {}
-                self._models[model] = contents(path) if path.is_dir() and not known else digests
+                if path.is_dir() and not is_default(model):
+                    digests = contents(path)
+                elif path.is_file() and not is_default(model):
+                    digests = {"model": file_sha256(path)}
+            self._models[model] = digests
         weights = requested_format(options)
-        stored = {} if weights == DENSE_WEIGHTS else {"weights": weights}
+        stored = {} if weights == "dense" else {"weights": weights}
         return {**self._models[model], **stored}
 
     def of_settings(self, settings: Any) -> dict[str, Any]:
@@ -108,83 +106,136 @@ class Digests:
         files = self.of_files(settings.method, calibration, settings.masks, table)
         return {**self.of_model(settings), **files, **plugins.digest()}
 
-    def _digests(self, named: Mapping[str, str]) -> dict[str, str]:
-        wanted = {name: value for name, value in named.items() if value or name in _NAMED}
-        digests = {name: self._digest(name, value) for name, value in wanted.items()}
-        return {name: digest for name, digest in digests.items() if digest}
-
-    def _digest(self, name: str, value: str) -> str | None:
-        if (name, value) not in self._known:
-            with _readable(value):
-                self._known[name, value] = _read(name, value)
-        return self._known[name, value]
+    def _digests(self, files: Mapping[str, str]) -> dict[str, str]:
+        digests = {}
+        for entry in files.items():
+            if not entry[1] and entry[0] not in _NAMED_BY_TASKS:
+                continue
+            if entry not in self._read:
+                with _readable(entry[1]):
+                    self._read[entry] = _digest(*entry)
+            if digest := self._read[entry]:
+                digests[entry[0]] = digest
+        return digests
 
 
 @contextlib.contextmanager
-def _readable(what: str) -> Iterator[None]:
+def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"cannot read {what}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
 
 
-def _read(name: str, value: str) -> str | None:
-    if name == "slices":
-        sources = documents.sources(slice_sources(value)[0])
-        return hashlib.sha256("".join(source.digest for source in sources).encode()).hexdigest()
-    if name == "tasks":
-        return _folder(Path(value))
-    if name == "mmlu":  # read instead of the hub's where there are any
-        return _sums(Path(value), Path(value).glob("*.jsonl"))
-    if name == "text":  # raises at once for a name that does not exist
-        if documents.resolve(value).path is None:
-            return None
-        return hashlib.sha256(documents.read(value).encode()).hexdigest()
-    if name == "data":
-        documents.check(value)
-    if name in ("setting", "masks", "layer_topk"):
-        return file_sha256(Path(value))
-    path = documents.find_file(value)
+def _digest(kind: str, name: str) -> str | None:
+    """Of one input; None if it is not a local file.  Raises at once for unknown names."""
+    if kind == "slices":
+        sources = documents.sources(slice_sources(name)[0])
+        return _sha256("".join(source.digest for source in sources))
+    if kind == "tasks":
+        return _task_folder(Path(name))
+    if kind == "mmlu":  # read instead of the hub's if there are any
+        return _sums(Path(name).glob("*.jsonl"))
+    if kind == "text":
+        return None if documents.resolve(name).path is None else _sha256(documents.read(name))
+    if kind == "data":
+        documents.check(name)
+    path = Path(name) if kind in ("setting", "masks", "layer_topk") else documents.find_file(name)
     return None if path is None else file_sha256(path)
 
 
-def _folder(folder: Path) -> str | None:
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sums(files: Iterable[Path]) -> str | None:
+    """One digest of several files and of their names; None if there are none."""
+    lines = [f"{file_sha256(path)}  {path.as_posix()}\n" for path in sorted(files)]
+    return _sha256("".join(lines)) if lines else None
+
+
+def _task_folder(folder: Path) -> str | None:
+    """Of the files that define tasks, and of the local data that these name."""
     if not folder.is_dir():
         raise ConfigError(f"the task folder {folder} does not exist: correct include_path")
-    files = [path for path in folder.rglob("*") if path.suffix in TASK_FILES]
-    data = sorted({one for path in files if path.suffix != ".py" for one in _data_files(path)})
-    lines = [f"{file_sha256(path)}  {path.as_posix()}\n" for path in data]
-    own = _sums(folder, files)
-    return hashlib.sha256("".join([own, *lines]).encode()).hexdigest() if own and lines else own
+    files = {path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py")}
+    texts = (path.read_text("utf-8", "replace") for path in files if path.suffix != ".py")
+    words = (word for text in texts for word in re.findall(r"[^\s'\"{}\[\],]{1,250}", text))
+    return _sums(files.union(path for path in map(Path, words) if path.is_file()))
 
 
-def _data_files(task: Path) -> Iterator[Path]:
-    """The local files under ``data_files`` of a task file, as ``datasets`` looks for them."""
-    import yaml
+# Versions, git state, machine.
 
-    try:  # BaseLoader: the tags of lm-eval are of no interest here
-        waiting = [(yaml.load(task.read_text(encoding="utf-8"), yaml.BaseLoader), False)]
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return  # lm-eval says what is wrong with it
-    while waiting:
-        node, inside = waiting.pop()
-        if isinstance(node, dict):
-            waiting += [(value, inside or key == "data_files") for key, value in node.items()]
-        elif isinstance(node, list):
-            waiting += [(value, inside) for value in node]
-        elif inside and Path(node).is_file():
-            yield Path(node)
+PACKAGES = (
+    *("dart-llm", "torch", "transformers", "accelerate", "safetensors", "gguf", "numpy"),
+    *("lm-eval", "datasets", "rouge-score", "scipy", "sacrebleu"),
+)
 
 
-def _sums(folder: Path, files: Iterable[Path]) -> str | None:
-    """One digest of several files and of their names within ``folder``; None of none."""
-    found = sorted(files)
-    lines = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in found]
-    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide a result."""
+    packages: dict[str, str | None] = {"python": platform.python_version()}
+    packages |= dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            packages[name] = version(name)
+    return packages
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit, branch and whether there are changes; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "branch": git("rev-parse", "--abbrev-ref", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def machine(device: str | None = None) -> dict[str, Any]:
+    """System, processor, cores and memory of this machine, and the device that was used."""
+    torch, memory = sys.modules.get("torch"), None
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not reported everywhere
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": None if torch is None else int(torch.get_num_threads()),
+        "memory_gib": memory,
+        "device": device,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
+    }
+
+
+def origin(device: str | None) -> dict[str, Any]:
+    """The entries of config.json about where results come from."""
+    return {
+        "command": sys.argv,
+        "versions": versions(),
+        "git": git_state(Path(__file__).parent),
+        "machine": machine(device),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 # Process helpers: temporary changes of the environment, silencing stdout.
-
 
 logger = logging.getLogger("dart_llm")
 
@@ -197,11 +248,11 @@ class _Stdout:
         self._prefix = prefix
 
     def write(self, text: str) -> int:
-        if threading.current_thread().name.startswith(self._prefix):
-            if text.strip():
-                logger.debug("%s", text.strip())
-            return len(text)
-        return int(self._inner.write(text))
+        if not threading.current_thread().name.startswith(self._prefix):
+            return int(self._inner.write(text))
+        if text.strip():
+            logger.debug("%s", text.strip())
+        return len(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -241,101 +292,3 @@ def same_sigterm() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
-
-
-# Where a result came from: versions, git state, machine.
-
-
-PACKAGES = (
-    "dart-llm",
-    "torch",
-    "transformers",
-    "accelerate",
-    "safetensors",
-    "gguf",
-    "numpy",
-    "lm-eval",
-    "datasets",
-    "rouge-score",
-    "scipy",
-    "sacrebleu",
-)
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide a result."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    found |= dict.fromkeys(PACKAGES)
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, branch and whether there are changes; None outside a repository."""
-
-    def ask(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(folder), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = ask("rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return {
-        "commit": commit,
-        "branch": ask("rev-parse", "--abbrev-ref", "HEAD"),
-        "dirty": bool(ask("status", "--porcelain", "--untracked-files=no")),
-    }
-
-
-def machine(device: str | None = None) -> dict[str, Any]:
-    """System, processor, cores and memory of this machine, and the device that was used."""
-    torch = sys.modules.get("torch")
-    return {
-        "system": f"{platform.system()} {platform.release()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": None if torch is None else int(torch.get_num_threads()),
-        "memory_gib": memory_gib(),
-        "device": device,
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
-    }
-
-
-def origin(device: str | None) -> dict[str, Any]:
-    """What config.json says of where results come from."""
-    return {
-        "command": sys.argv,
-        "process": os.getpid(),
-        "versions": versions(),
-        "git": git_state(Path(__file__).parent),
-        "machine": machine(device),
-    }
-
-
-def memory_gib() -> float | None:
-    """Physical memory in GiB; None where the system does not report it."""
-    try:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-    return round(size / 2**30, 1)
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Bootstrap intervals over items, pairs, texts; of means, ratios and shares of a gap closed.
+"""Bootstrap intervals over items, pairs and texts; speed-ups judged by the bandwidth limit.
 
 Items of two methods are paired by their id: both answered the same question, so what varies over
 items cancels and small differences become visible.
@@ -6,6 +6,10 @@ items cancels and small differences become visible.
 An interval speaks of the items that were drawn, not of other tasks or models.  **Of twenty
 comparisons whose true difference is zero, about one has an interval that excludes zero**: a table
 with many comparisons will hold such rows, and none of them alone is a finding.
+
+Decoding one token reads every weight that it needs once, so a way of decoding that reads fewer
+bytes is faster by the ratio of the bytes at most.  A ratio that is clearly larger means that
+something else used the machine while one of the two was timed; it is never shown.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -30,10 +35,6 @@ MANY_ITEMS, MANY_RESAMPLES = 4000, 2000
 
 BATCH = 2_000_000
 """Numbers in one batch of resamples."""
-
-
-LARGEST = 700.0
-"""Exponents are cut here: exp does not overflow."""
 
 Value = float | tuple[float, float]
 """An item's number, or its number and weight (a slice's mean loss and its tokens)."""
@@ -90,15 +91,13 @@ class Interval:
     @property
     def sign(self) -> int:
         """1 above "no difference", -1 below it, 0 where the interval does not exclude it."""
-        if self.null is None or not self.significant:
+        if not self.significant:
             return 0
-        return 1 if self.estimate > self.null else -1
+        return 1 if self.estimate > (self.null or 0.0) else -1
 
     def words(self, write: Callable[[float], str]) -> str:
         """ "0.3 to 0.5", or that there are too few items."""
-        if self.ends is None:
-            return f"too few: n = {self.n}"
-        return " to ".join(map(write, self.ends))
+        return " to ".join(map(write, self.ends)) if self.ends else f"too few: n = {self.n}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data; ``significant`` only where there is a difference to speak of.
@@ -109,9 +108,9 @@ class Interval:
         data: dict[str, Any] = {"low": low, "high": high, "estimate": self.estimate, "n": self.n}
         if self.ends is None:
             data["no_interval"] = too_few(self.n)
-        if self.null is None:
-            return data
-        return {**data, "differing": self.differing, "significant": self.significant}
+        if self.null is not None:
+            data |= {"differing": self.differing, "significant": self.significant}
+        return data
 
 
 def interval(
@@ -123,7 +122,7 @@ def interval(
     Without ends below ``FEWEST_ITEMS`` items; None of nothing.
     """
     if not isinstance(values, Mapping):
-        values = {f"{place:09d}": value for place, value in enumerate(values)}
+        values = {f"{number:09d}": value for number, value in enumerate(values)}
     data = _columns(values, sorted(values))
     return _mean_interval(data, kind == "exp_mean", seed, None)
 
@@ -133,9 +132,8 @@ def paired_interval(
 ) -> Interval | None:
     """95 % interval of mean(a) - mean(b), or of exp(mean(a) - mean(b)), over shared ids.
 
-    Pairs are drawn together.  All differences equal: ``[x, x]``.  Without ends below
-    ``FEWEST_ITEMS`` pairs; None of nothing.  The same arguments give the same interval, whatever
-    the order of the items.
+    Pairs are drawn together; the order of the items does not matter.  All differences equal:
+    ``[x, x]``.  Without ends below ``FEWEST_ITEMS`` pairs; None of nothing.
     """
     shared = sorted(a.keys() & b.keys())
     data = np.concatenate([_columns(a, shared), _columns(b, shared)])
@@ -160,11 +158,8 @@ def gap_closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) ->
     an end has no value.
     """
     estimate, n = gap_closed(groups), min(len(a) for a, _ in groups)
-    if (
-        estimate is None
-        or n < FEWEST_ITEMS
-        or not all(np.isfinite(group).all() for group in groups)
-    ):
+    finite = all(np.isfinite(group).all() for group in groups)
+    if estimate is None or n < FEWEST_ITEMS or not finite:
         return None
 
     def statistic(*drawn: Array, axis: int) -> Array:
@@ -174,8 +169,8 @@ def gap_closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) ->
             for part in (0, 1)
         )
         with np.errstate(divide="ignore", invalid="ignore"):
-            found: Array = np.where(others > 0, 1 - gaps / others, -np.inf)
-        return found
+            shares: Array = np.where(others > 0, 1 - gaps / others, -np.inf)
+        return shares
 
     ids = tuple(np.arange(len(a)) for a, _ in groups)
     differing = sum(int(np.count_nonzero(np.abs(a - b) > 1e-12)) for a, b in groups)
@@ -209,32 +204,23 @@ def mean(values: Sample, kind: Mean = "mean") -> float | None:
     """The weighted mean, or its exponential; None of nothing."""
     if not values:
         return None
-    found = _statistic(*_columns(values, sorted(values)), exponential=kind == "exp_mean")
-    return float(found)
-
-
-def _pair(value: Value) -> tuple[float, float]:
-    return value if isinstance(value, tuple) else (float(value), 1.0)
+    return float(_statistic(*_columns(values, sorted(values)), exponential=kind == "exp_mean"))
 
 
 def _columns(values: Sample, ids: list[str]) -> Array:
     """[2, n]: weighted values and weights."""
-    pairs = [_pair(values[name]) for name in ids]
+    each = (values[name] for name in ids)
+    pairs = [value if isinstance(value, tuple) else (float(value), 1.0) for value in each]
     columns = np.array([(value * weight, weight) for value, weight in pairs], dtype=np.float64)
     return columns.reshape(-1, 2).T
 
 
 def _statistic(*columns: Array, axis: int = -1, exponential: bool = False) -> Array:
     """Weighted mean of the first pair of columns, minus that of the second where there is one."""
-    found: Array = columns[0].sum(axis) / columns[1].sum(axis)
+    means: Array = columns[0].sum(axis) / columns[1].sum(axis)
     if len(columns) == 4:
-        found = found - columns[2].sum(axis) / columns[3].sum(axis)
-    return _exp(found) if exponential else found
-
-
-def _exp(values: Array) -> Array:
-    exponentials: Array = np.exp(np.minimum(values, LARGEST))
-    return exponentials
+        means = means - columns[2].sum(axis) / columns[3].sum(axis)
+    return np.exp(np.minimum(means, 700.0)) if exponential else means  # exp does not overflow
 
 
 def _mean_interval(
@@ -249,11 +235,9 @@ def _mean_interval(
     estimate = float(_statistic(*data, exponential=exponential))
     if n < FEWEST_ITEMS:
         return Interval(None, estimate, n, null, differing)
-    level = _exp(each) if exponential else each
     together = bool((data[1::2] == data[1]).all())
     if together and np.ptp(each) <= 1e-12 * max(1.0, float(np.abs(each).max())):
-        same = float(level[0])
-        return Interval((same, same), same, n, null, differing)
+        return Interval((estimate, estimate), estimate, n, null, differing)
     if together:
         data = np.stack([each * data[1], data[1]])  # one column of differences: half the work
 
@@ -277,7 +261,7 @@ def _bootstrap(
     level = _widened(n)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a degenerate BCa warns, and the percentiles follow
-        found = stats.bootstrap(
+        result = stats.bootstrap(
             data,
             statistic,
             n_resamples=RESAMPLES if n <= MANY_ITEMS else MANY_RESAMPLES,
@@ -288,21 +272,21 @@ def _bootstrap(
             method="BCa" if n <= MANY_ITEMS else "percentile",
             rng=np.random.default_rng(seed),
         )
-    lows, highs = np.atleast_1d(found.confidence_interval.low, found.confidence_interval.high)
-    draws = np.atleast_2d(found.bootstrap_distribution)
+    lows, highs = np.atleast_1d(result.confidence_interval.low, result.confidence_interval.high)
+    draws = np.atleast_2d(result.bootstrap_distribution)
     return [
-        (float(low), float(high)) if np.isfinite([low, high]).all() else _percentiles(own, level)
-        for low, high, own in zip(lows, highs, draws, strict=True)
+        (float(low), float(high)) if np.isfinite([low, high]).all() else _percentiles(each, level)
+        for low, high, each in zip(lows, highs, draws, strict=True)
     ]
 
 
 def _percentiles(draws: Array, level: float) -> tuple[float, float] | None:
     """Those of the draws that are numbers; None where an end is not finite."""
-    known = draws[~np.isnan(draws)]
-    if not len(known):
+    numbers = draws[~np.isnan(draws)]
+    if not len(numbers):
         return None
     with np.errstate(invalid="ignore"):
-        low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+        low, high = np.quantile(numbers, [(1 - level) / 2, (1 + level) / 2])
     return (float(low), float(high)) if np.isfinite([low, high]).all() else None
 
 
@@ -317,3 +301,93 @@ def _widened(n: int) -> float:
 
     tail = stats.t.ppf(0.5 + LEVEL / 2, n - 1) * math.sqrt(n / (n - 1))
     return float(stats.norm.cdf(tail) - stats.norm.cdf(-tail))
+
+
+# Speed-ups.
+
+ADVICE = "measure with dart-llm bench speed"
+
+DISTURBED = f"disturbed: {ADVICE}"
+"""Replaces a ratio that cannot be trusted."""
+
+SPEED_TOLERANCE = 0.1
+"""How far above the limit a ratio may lie on a quiet machine; it is shown as the limit.
+
+Kernels that compute as long as they read gain by the weights they leave out, not by the bytes,
+which can be some per cent more; and bytes of caches and small tensors are estimates.
+"""
+
+LARGEST_SCATTER = 0.25
+"""A ratio that varies more than this between repetitions says nothing."""
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """Time of a base over the time of something else.
+
+    ``ratio``: never above ``limit``; None if disturbed.  ``limit``: bytes of the base over bytes of
+    the other; None if not comparable.  ``scatter``: half the distance between the quartiles of the
+    ratios of the repetitions, over their median; None for one repetition.
+    """
+
+    ratio: float | None
+    limit: float | None = None
+    scatter: float | None = None
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the timings contradict the bytes or each other."""
+        return self.ratio is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; ``speed_up`` is None where ``disturbed`` says why."""
+        return {
+            "speed_up": self.ratio,
+            "bytes_limit": self.limit,
+            "scatter": self.scatter,
+            "disturbed": DISTURBED if self.ratio is None else None,
+        }
+
+
+def judge(base: Sequence[float], other: Sequence[float], limit: float | None = None) -> SpeedUp:
+    """The speed-up of ``other`` over ``base``: seconds per token of interleaved repetitions.
+
+    The k-th entries were measured one after the other.  The ratio is the median of the ratios of
+    the repetitions.  It is disturbed if it lies above ``limit`` by more than its scatter (its lower
+    quartile does too) and more than ``SPEED_TOLERANCE``, or if it scatters by more than
+    ``LARGEST_SCATTER``; any other ratio above the limit is shown as the limit.  Raises
+    ``ValueError`` for sequences that are empty or of different lengths.
+    """
+    ratios = [slow / fast for slow, fast in zip(base, other, strict=True)]
+    if not ratios:
+        raise ValueError("a speed-up needs at least one repetition")
+    low, ratio, high = map(float, np.quantile(ratios, (0.25, 0.5, 0.75)))
+    scatter = (high - low) / 2 / ratio if len(ratios) > 1 else None
+    above = limit is not None and ratio > limit * (1 + SPEED_TOLERANCE) and low > limit
+    if above or (scatter is not None and scatter > LARGEST_SCATTER):
+        return SpeedUp(None, limit, scatter)
+    return SpeedUp(ratio if limit is None else min(ratio, limit), limit, scatter)
+
+
+def contradicting(times: Mapping[str, Sequence[float]], sizes: Mapping[str, float]) -> set[str]:
+    """Names of timings that contradict each other's bytes: which one was disturbed is not known.
+
+    ``times``: seconds per token of interleaved repetitions.  ``sizes``: bytes that a token reads,
+    all by the same kernels.
+    """
+    disturbed = set[str]()
+    for pair in combinations(sizes, 2):
+        slow, fast = sorted(pair, key=lambda name: -sizes[name])
+        if judge(times[slow], times[fast], sizes[slow] / sizes[fast]).ratio is None:
+            disturbed |= {slow, fast}
+    return disturbed
+
+
+def pace(judged: Mapping[str, Any]) -> str:
+    """A speed-up as ``SpeedUp.to_dict`` has it: ": 1.21 x as fast (bandwidth limit 1.30 x)"."""
+    speed_up, limit = judged.get("speed_up"), judged.get("bytes_limit")
+    at_most = f" (bandwidth limit {limit:.2f} x)" if limit else ""
+    if speed_up is not None:
+        how = f"{speed_up:.2f} x as fast" if speed_up >= 1 else f"{1 / speed_up:.2f} x slower"
+        return f": {how}{at_most}"
+    return f": {judged['disturbed']}{at_most}" if judged.get("disturbed") else ""

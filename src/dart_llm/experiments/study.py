@@ -22,8 +22,14 @@ from dart_llm.errors import (
     failure_text,
 )
 from dart_llm.experiments.provenance import origin
-from dart_llm.experiments.result_line import ROWS, ResultLine
-from dart_llm.experiments.store import SCHEMA, ResultsFolder, now, open_folder, timing_text
+from dart_llm.experiments.store import (
+    ROWS,
+    SCHEMA,
+    ResultLine,
+    ResultsFolder,
+    now,
+    open_folder,
+)
 from dart_llm.files import finite, write_json, write_lines, write_text
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.float32_products import float32_note
@@ -36,6 +42,9 @@ from dart_llm.reporting.words import dtype_text, file_text
 from dart_llm.session.run import other_model
 from dart_llm.settings import ModelOptions, PruningOptions, ResultOptions, load_arguments
 
+LONGEST = 40
+"""A table with more rows is not shown on the terminal."""
+
 S = TypeVar("S", bound=ResultOptions)
 AnyStudy = TypeVar("AnyStudy", bound="Study[Any]")
 Line = dict[str, Any]
@@ -43,14 +52,15 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Unit:
-    """One resumable piece of a study's work."""
+    """One resumable piece of a study's work.
+
+    ``key``: names the finished piece, in any run of the study.  ``label``: what messages call it,
+    ``key`` where empty.  ``data``: what ``Study.compute`` needs to know of it.
+    """
 
     key: str
-    """Names the finished piece, in any run of the study."""
     label: str = ""
-    """What a failure calls it; ``key`` where empty."""
     data: Any = None
-    """What ``Study.compute`` needs to know of it."""
 
 
 class Study(Generic[S]):
@@ -74,8 +84,6 @@ class Study(Generic[S]):
     """What lines of progress call a unit, where all are known before: "cell 2 of 3"."""
     unit_times: ClassVar[str] = ""
     """Key of timing.json with the seconds of each unit that was computed."""
-    longest: ClassVar[int | None] = None
-    """Rows that a table may have on the terminal."""
     shown: ClassVar[frozenset[str]] = frozenset({"style"})
     """Settings that say how results are shown, and change no number."""
 
@@ -186,11 +194,6 @@ class Study(Generic[S]):
         self.take(unit, {"key": unit.key, "status": "failed", "error": sentence})
 
     @property
-    def has_results(self) -> bool:
-        """Whether there is anything that is worth resuming."""
-        return bool(self.lines)
-
-    @property
     def partial(self) -> bool:
         """Whether a later run, of equal settings, continues what this one has finished."""
         return False
@@ -223,7 +226,7 @@ class Study(Generic[S]):
         return ()
 
     def write_page(self) -> Path | None:
-        """Write ``report.html`` from the finished files."""
+        """Write ``report.html``."""
         return None
 
     def answer(self) -> dict[str, Any]:
@@ -271,8 +274,8 @@ def _resumable(study: Study[Any]) -> Iterator[None]:
     and ``LoadError`` with next steps where memory ran out.
     """
     folder, ui = study.folder, study.ui
-    if folder.resumed or folder.note:
-        ui.say(f"resuming {study.path}" if folder.resumed else folder.note)
+    if folder.resumed:
+        ui.say(f"resuming {study.path}")
     try:
         yield
     except BaseException as error:
@@ -284,10 +287,10 @@ def _resumable(study: Study[Any]) -> Iterator[None]:
             with contextlib.suppress(ResultsError):  # a full disk must not hide the first error
                 stopped = isinstance(error, KeyboardInterrupt)
                 _write_config(study, "interrupted" if stopped else "failed")
-                if study.has_results or folder.parts:
+                if study.lines or folder.parts:
                     kept = f"what was finished is kept in {study.path}"
                     ui.say(f"{kept}; the same command resumes")
-                _write_logs(study)
+                _write_log(study)
         if not isinstance(error, DartError) and (memory := _memory_failure(study, error)):
             raise memory from None
         raise
@@ -303,17 +306,17 @@ def _memory_failure(study: Study[Any], error: BaseException) -> LoadError | None
 def _compute_units(study: Study[Any]) -> None:
     """One after the other; they are counted before where there is a bar, or a list of them."""
     units, ui = study.units(), study.ui
-    if study.progress:
-        units = list(units)
-        with ui.progress(study.progress, len(units)) as advance:
-            for unit in units:
-                _compute(study, unit)
-                advance(1)
-        return
-    total = len(units) if isinstance(units, Sequence) else 0
     with contextlib.ExitStack() as stack:
         if isinstance(units, Generator):  # which may have a cluster to close
             stack.callback(units.close)
+        if study.progress:
+            units = list(units)
+            advance = stack.enter_context(ui.progress(study.progress, len(units)))
+            for unit in units:
+                _compute(study, unit)
+                advance(1)
+            return
+        total = len(units) if isinstance(units, Sequence) else 0
         for number, unit in enumerate(units, 1):
             with ui.working(unit.label or unit.key, number if total else 0, total, study.noun):
                 _compute(study, unit)
@@ -328,12 +331,7 @@ def _compute(study: Study[Any], unit: Unit) -> None:
         except Exception as error:
             if study.on_error == "stop" or isinstance(error, ResultsError):  # e.g. a full disk
                 raise
-            known = None if isinstance(error, DartError) else _memory_failure(study, error)
-            sentence = failure_text(known or error)
-            why = "for the same reason" if sentence in study.failed.values() else sentence
-            study.ui.say(f"{unit.label or unit.key} failed: {why}")
-            study.failed[unit.key] = sentence
-            study.fail(unit, sentence)
+            _record_failure(study, unit, error)
             return
         study.save(unit, value)
         study.computed += 1
@@ -343,11 +341,20 @@ def _compute(study: Study[Any], unit: Unit) -> None:
     study.take(unit, value)
 
 
+def _record_failure(study: Study[Any], unit: Unit, error: Exception) -> None:
+    memory = None if isinstance(error, DartError) else _memory_failure(study, error)
+    sentence = failure_text(memory or error)
+    why = "for the same reason" if sentence in study.failed.values() else sentence
+    study.ui.say(f"{unit.label or unit.key} failed: {why}")
+    study.failed[unit.key] = sentence
+    study.fail(unit, sentence)
+
+
 def _write_config(study: Study[Any], status: str) -> None:
     """config.json: the settings, the status, and where the result comes from."""
     model = study.model
     done = status in ("complete", "interrupted", "failed")
-    found = {
+    config = {
         "schema": SCHEMA,
         "kind": study.kind,
         "document": study.document,
@@ -361,7 +368,7 @@ def _write_config(study: Study[Any], status: str) -> None:
         "started": study.config.get("started", now().isoformat()),
         "finished": now().isoformat() if done else None,
     }
-    study.config = {**found, **study.config_extra()}
+    study.config = {**config, **study.config_extra()}
     write_json(study.path / "config.json", study.config)
 
 
@@ -373,9 +380,7 @@ def _finish(study: Study[Any]) -> None:
     write_lines(study.path / ROWS, [line.model_dump() for line in study.result_lines()])
     for table in study.tables():
         table.write_csv(study.path)
-        if table.terminal and study.longest is not None and len(table.rows) > study.longest:
-            study.ui.say(f"{table.caption}: {len(table.rows)} rows in {table.name}.csv")
-        elif table.terminal:
+        if table.terminal and len(table.rows) <= LONGEST:
             study.ui.table(table)
     if study.document:
         write_text((study.path / study.document).with_suffix(".md"), study.markdown())
@@ -383,8 +388,9 @@ def _finish(study: Study[Any]) -> None:
         study.ui.say(sentence)
     _write_figures(study)
     _write_config(study, "failed" if study.failed else "complete")
-    _write_page(study)  # it is made from the finished files
-    _write_logs(study)
+    if page := study.write_page():  # it has the status of config.json
+        study.ui.say(f"report: {page}")
+    _write_log(study)
     if not study.failed and not study.partial:  # else a later run continues with what is missing
         study.folder.finish()
     study.ui.say(f"results: {study.path}")
@@ -401,21 +407,10 @@ def _write_figures(study: Study[Any]) -> None:
         study.ui.say(f"no plots: {error}")
 
 
-def _write_page(study: Study[Any]) -> None:
-    try:
-        page = study.write_page()
-    except MissingExtra as error:
-        study.ui.say(f"no report: {error}")
-    else:
-        if page is not None:
-            study.ui.say(f"report: {page}")
-
-
-def _write_logs(study: Study[Any]) -> None:
-    """output_<time>.log, the messages, and timing_<time>.log, for people."""
-    stamp = study.folder.stamp
-    write_text(study.path / f"output_{stamp}.log", "\n".join(study.ui.log) + "\n")
-    write_text(study.path / f"timing_{stamp}.log", timing_text(study.timing))
+def _write_log(study: Study[Any]) -> None:
+    """output_<time>.log: the messages."""
+    path = study.path / f"output_{study.folder.stamp}.log"
+    write_text(path, "\n".join(study.ui.log) + "\n")
 
 
 def announce_model(model: Any, ui: Ui) -> None:

@@ -1,5 +1,4 @@
-"""Trackio, wandb, mlflow and tensorboard through ``accelerate.tracking``: off by default, and
-offline unless configured otherwise.
+"""Trackers of ``accelerate``: off by default, and offline unless configured otherwise.
 
 A tracker is a copy of the numbers for people who look at curves; the results folder stays the
 record.  So a tracker that fails is reported once and never stops a run.
@@ -13,17 +12,15 @@ import itertools
 import logging
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dart_llm.errors import ConfigError, MissingExtra, check_name
 from dart_llm.experiments.provenance import environment
-from dart_llm.experiments.result_line import ResultLine
-from dart_llm.experiments.store import flat
+from dart_llm.experiments.store import ResultLine
+from dart_llm.reporting.page import flat
 
 logger = logging.getLogger("dart_llm")
 
@@ -31,8 +28,7 @@ TRACKERS = ("trackio", "wandb", "mlflow", "tensorboard")
 
 PROJECT = "dart-llm"
 
-LONGEST = 500
-"""Characters of a parameter's value that every version of MLflow takes."""
+LONGEST = 500  # characters of a parameter's value that every version of MLflow takes
 
 Log = Callable[[ResultLine], None]
 
@@ -55,7 +51,8 @@ def tracked(
         return
     check_name("tracker", name, TRACKERS)
     folder = folder.resolve()
-    with environment(_local(name, folder)):
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    with environment(_local(name, folder / name)):
         try:
             with contextlib.redirect_stdout(io.StringIO()), _hub_offline():
                 backend = _start(name, run_name, flat(config), folder)
@@ -63,28 +60,27 @@ def tracked(
             raise MissingExtra(name, name) from None
         except Exception as error:
             raise ConfigError(
-                f"the tracker {name} cannot start ({type(error).__name__}: {_first_line(error)}): "
+                f"the tracker {name} cannot start ({_reason(error)}): "
                 "correct its settings, or leave --tracker off"
             ) from error
-        say(f"tracking with {name}: {_hint(name, folder)}")
+        address = {"trackio": "TRACKIO_DIR", "mlflow": "MLFLOW_TRACKING_URI"}.get(name, "")
+        say(f"tracking with {name}: {os.environ.get(address, folder / name)}")
         failures, steps = list[Exception](), itertools.count()
 
         def log(line: ResultLine) -> None:
-            call = partial(backend.log, numbers(line, name), step=next(steps))
-            _quietly(name, failures, call)
+            with _quiet(name, failures):
+                backend.log(numbers(line, name), step=next(steps))
 
         try:
             yield log
         finally:
-            # trackio's run would finish, and print, once more at exit
-            finish = import_module(name).finish if name == "trackio" else backend.finish
-            _quietly(name, failures, finish)
+            with _quiet(name, failures):
+                # trackio's run would finish, and print, once more at exit
+                (import_module(name) if name == "trackio" else backend).finish()
 
 
-def _local(name: str, folder: Path) -> dict[str, str]:
+def _local(name: str, data: Path) -> dict[str, str]:
     """Variables by which a tracker stays on this machine, where its user has not set them."""
-    data = folder / name
-    data.mkdir(parents=True, exist_ok=True)
     variables = {
         "wandb": {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"},
         "mlflow": {
@@ -118,8 +114,7 @@ def _start(name: str, run_name: str, config: Mapping[str, Any], folder: Path) ->
         backend = tracking.TensorBoardTracker(run_name, folder / name / PROJECT)
     backend.start()
     if name == "mlflow":
-        known = {re.sub(r"[^\w./ -]", "_", key): str(v)[:LONGEST] for key, v in config.items()}
-        backend.store_init_configuration(known)
+        backend.store_init_configuration({_plain(k): str(v)[:LONGEST] for k, v in config.items()})
     elif name == "tensorboard":  # its hyperparameters take no lists
         backend.log({"settings": "\n".join(f"    {key}: {v}" for key, v in config.items())})
     return backend
@@ -139,53 +134,43 @@ def _hub_offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _hint(name: str, folder: Path) -> str:
-    """Where the numbers are, and the command that shows them."""
-    where = shlex.quote(str(folder / name))
-    if name == "trackio":
-        data = shlex.quote(os.environ["TRACKIO_DIR"])
-        return f"TRACKIO_DIR={data} trackio show --project {PROJECT}"
-    if name == "mlflow":
-        return f"mlflow server --backend-store-uri {shlex.quote(os.environ['MLFLOW_TRACKING_URI'])}"
-    if name == "wandb":
-        mode = os.environ["WANDB_MODE"]
-        return f"wandb sync {where}/offline-run-*" if mode == "offline" else f"{where}, {mode}"
-    return f"tensorboard --logdir {where}"
-
-
 def numbers(line: ResultLine, tracker: str = "") -> dict[str, float]:
     """The value and its accounting as ``<task>/<label>/<name>``.
 
     Trackers group by what comes before the first slash: the methods of a task share a panel.
     """
-    known = {
+    values = {
         line.metric: line.value,
         "achieved_sparsity": line.achieved,
         "dense_token_share": line.dense_share,
         "remasks": line.remasks,
     }
     prefix = f"{line.task}/{line.label}"
-    if tracker == "mlflow":  # takes letters, digits and these marks on every system
-        prefix = re.sub(r"[^\w./ -]", "_", prefix)
-    return {f"{prefix}/{key}": float(value) for key, value in known.items() if value is not None}
+    prefix = _plain(prefix) if tracker == "mlflow" else prefix
+    return {f"{prefix}/{key}": float(value) for key, value in values.items() if value is not None}
 
 
-def _quietly(name: str, failures: list[Exception], call: Callable[[], None]) -> None:
+def _plain(name: str) -> str:
+    """With the letters, digits and marks alone that MLflow takes on every system."""
+    return re.sub(r"[^\w./ -]", "_", name)
+
+
+@contextlib.contextmanager
+def _quiet(name: str, failures: list[Exception]) -> Iterator[None]:
     """Stdout belongs to the results; the first failure is logged, and none stops the run."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            call()
+            yield
     except Exception as error:
         if not failures:
             logger.warning(
-                "the tracker %s failed (%s: %s): the results are not affected, and further "
-                "failures are not reported",
+                "the tracker %s failed (%s): the results are not affected, and further failures "
+                "are not reported",
                 name,
-                type(error).__name__,
-                _first_line(error),
+                _reason(error),
             )
         failures.append(error)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
+def _reason(error: BaseException) -> str:
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

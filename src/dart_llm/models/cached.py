@@ -42,7 +42,7 @@ from dart_llm.models.gguf_file import (
     read_gguf,
 )
 from dart_llm.models.packed_loading import check_fit, empty_model
-from dart_llm.reporting.heartbeat import logged
+from dart_llm.reporting.console import logged
 
 logger = logging.getLogger("dart_llm")
 

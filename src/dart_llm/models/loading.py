@@ -31,7 +31,7 @@ from dart_llm.models.checkpoint import (
     weights_size,
 )
 from dart_llm.models.gguf_file import ARCHITECTURES, ROUNDED, left_out, quick_gguf, read_gguf
-from dart_llm.reporting.heartbeat import logged
+from dart_llm.reporting.console import logged
 
 if TYPE_CHECKING:
     import torch

@@ -1,7 +1,6 @@
 """Figure record, style, methods' looks, axes; PNG, SVG and PDF of one drawing.
 
-The only file that imports matplotlib and the colour maps.  Files that draw are handed an empty
-figure and its colours.
+The only file that imports matplotlib.  Files that draw receive an empty figure and its colours.
 """
 
 from __future__ import annotations
@@ -24,19 +23,61 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Palette = Sequence[str]
+Look = dict[str, Any]
 
 INK, SOFT, FAINT = "#1d2530", "#5a6470", "#d5d8dc"
+
+GREY = "#868e98"
+"""What is dense, or in the background."""
+
+PALETTE: Palette = (
+    *("#011959", "#a889a8", "#828231", "#226061", "#c98259", "#4d734d", "#114360", "#bb8584"),
+    *("#bb8c34", "#175262", "#b48999", "#c58471", "#356a59", "#0d315d", "#a18a2b", "#677b3e"),
+    "#c38444",
+)
+"""Crameri's categorical batlow colours, darkened to a contrast of 3 against white (WCAG 2):
+0 dark blue, 1 pink, 2 olive, 3 teal, 4 salmon, ..."""
 
 MAX_PANELS = 4
 """Sequences, or texts, that one plot shows."""
 
-Palette = list[Any]
-"""Categorical batlow colours: 0 dark blue, 1 pink, 2 olive, 3 teal, 4 salmon, ..."""
+WIDE = 8.0
+"""Inches of a figure."""
+
+STYLES = ("screen", "paper")
+
+# A plot has one size.  It can be read in grey: hatches, markers and line styles carry the meaning,
+# colours only repeat it.
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.parse_math": False,
+    "axes.edgecolor": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "pdf.fonttype": 42,  # fonts that a publisher can search and edit
+    "svg.hashsalt": "dart-llm",
+    "figure.constrained_layout.use": True,
+}
+
+UNDATED: dict[str, dict[str, Any]] = {
+    "png": {},
+    "svg": {"Creator": None, "Date": None},
+    "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
+}
+"""Metadata, by format, that make equal plots equal files."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot that a folder's files allow: its file name, words, height in inches, drawing."""
+    """One plot; ``height``: inches; ``draw``: called with an empty figure and the colours."""
 
     name: str
     title: str
@@ -44,132 +85,72 @@ class Plot:
     small: str
     height: float
     draw: Callable[[Figure, Palette], None]
-    """Called with an empty figure and the colours."""
 
 
-DASHES = (0, (5, 3))
+def save(folder: Path, wanted: Iterable[Plot], style: str = "screen") -> list[Path]:
+    """Draw plots into ``plots/<name>.png``; in the style ``paper`` also as PDF, for print.
+
+    Raises ``ResultsError`` when a file cannot be written, and ``MissingExtra``.
+    """
+    written = []
+    for plot in wanted:
+        for kind in ("png", "pdf") if style == "paper" else ("png",):
+            path = folder / "plots" / f"{plot.name}.{kind}"
+            write_bytes(path, render(plot, kind), make_folder=True)
+            written.append(path)
+    return written
 
 
-def reference_line(
-    axes: Axes, *, x: float | None = None, y: float | None = None, label: str
-) -> None:
-    """A dashed line across the axes, white between the dashes so that it shows on dark bars."""
-    for colour, style, width, name in (("white", "-", 1.4, "_"), (INK, DASHES, 1.5, label)):
-        look: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": width}
-        if x is not None:
-            axes.axvline(x, label=name, **look)
-        if y is not None:
-            axes.axhline(y, label=name, **look)
+def render(plot: Plot, kind: str) -> bytes:
+    """The plot as ``png`` (200 dots per inch), ``svg`` (letters as outlines) or ``pdf``."""
+    title = textwrap.wrap(plot.title.rstrip("."), round(WIDE * 10))
+    small = textwrap.wrap(plot.small, round(WIDE * 15))
+    with _style() as palette:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(WIDE, plot.height + 0.2 * (len(title) + len(small) - 2)))
+        figure.suptitle("\n".join(title), x=0.012, ha="left", fontsize=10.5, fontweight="bold")
+        figure.supxlabel("\n".join(small), x=0.012, ha="left", fontsize=7, color=SOFT)
+        plot.draw(figure, palette)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=200, metadata=UNDATED[kind])
+    return buffer.getvalue()
 
 
-def _legend(axes: Axes, drawn: Iterable[Axes], columns: int, **place: Any) -> None:
-    """In ``axes`` a legend of every label in ``drawn``, each once, in the order of the axes."""
-    handles: dict[str, Any] = {}
-    for one in drawn:
-        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    if handles:
-        shape: dict[str, Any] = {"ncols": columns, "columnspacing": 1.4, "borderpad": 0.0}
-        axes.legend(list(handles.values()), list(handles), **shape, **place)
+@contextmanager
+def _style() -> Iterator[Palette]:
+    """The project's style inside the block; gives the colours."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingExtra("matplotlib", "plots") from None
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield PALETTE
 
 
-def legend(axes: Axes, columns: int, others: Sequence[Axes] = ()) -> None:
-    """A legend above the axes, on the left, of what has a label in them or in ``others``."""
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}
-    _legend(axes, (axes, *others), columns, borderaxespad=0.4, handletextpad=0.6, **place)
-
-
-def draw_whisker(axes: Axes, low: float, high: float, place: float) -> None:
-    """An interval across a horizontal bar, white around it so that it shows on dark ones."""
-    for colour, extra in (("white", 2.0), (INK, 0.0)):
-        look: dict[str, Any] = {"color": colour, "linewidth": 1.4 + extra, "marker": "|"}
-        look |= {"markersize": 7 + extra, "markeredgewidth": 1.2 + extra}
-        axes.plot([low, high], [place, place], **look)
-
-
-def whisker_lengths(
-    values: Sequence[float], ends: Sequence[tuple[float, float] | None]
-) -> list[list[float]]:
-    """Below and beyond each value, as ``errorbar`` takes them; None: nan, which draws nothing."""
-    nothing = (math.nan, math.nan)
-    lengths = [(v - e[0], e[1] - v) if e else nothing for v, e in zip(values, ends, strict=True)]
-    return [
-        [length if math.isnan(length) else max(0.0, length) for length in each]
-        for each in zip(*lengths, strict=True)
-    ]
-
-
-def write_beside(
-    axes: Axes, text: str, x: float, place: float, size: float = 9.0, gap: float = 5.0
-) -> None:
-    """A number ``gap`` points to the right of a bar or mark, for which the axes must have room."""
-    where: dict[str, Any] = {"xytext": (gap, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate(text, (x, place), fontsize=size, color=INK, in_layout=False, zorder=5, **where)
-
-
-def name_bars(axes: Axes, names: Sequence[str]) -> None:
-    """Horizontal bars from the top down, a name for each."""
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.45, -0.55)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x")
-
-
-HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
-
-GREY = "#868e98"
-"""What is dense, or in the background."""
-
-CONTRAST = 3.0
-"""Of a mark against white, at least, as WCAG 2 asks of graphics."""
-
-
-# What the plots of comparisons share: panels, legend, methods' looks, curves with intervals.
+# What a method looks like.
 
 METHODS = ("dart", "griffin", "flap", "static", "published", "wanda", "glass", "random")
 """These look the same in every plot; further methods take the looks that are left."""
 
-LOOKS: tuple[tuple[int, str, Any], ...] = (
-    (0, "o", "-"),
-    (4, "s", "-"),
-    (3, "^", (0, (5, 2))),
-    (8, "D", (0, (1, 1.5))),
-    (7, "v", (0, (6, 2, 1, 2))),
-    (2, "P", "-"),
-    (6, "X", (0, (5, 2))),
-    (5, "<", (0, (1, 1.5))),
-    (16, ">", (0, (6, 2, 1, 2))),
-    (12, "h", "-"),
-    (1, "*", (0, (5, 2))),
-    (14, "p", (0, (1, 1.5))),
+LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+
+LOOKS: tuple[tuple[int, str, Any], ...] = tuple(
+    zip((0, 4, 3, 8, 7, 2, 6, 5, 16, 12, 1, 14), "os^DvPX<>h*p", LINES * 3, strict=True)
 )
 """Colour, marker and line of a method; marker and line tell methods apart without colours."""
 
-KEY_LINE = 0.22
-"""Inches of one line of the legend."""
+HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
 
-Look = dict[str, Any]
-
-
-def panels_height(count: int, names: int) -> float:
-    """Inches of ``count`` panels below a legend of ``names``."""
-    panel = 2.5 if count > 1 else 3.1
-    return 0.7 + panel * math.ceil(count / 2) + KEY_LINE * (1 + names // 6)
+DASHES = (0, (5, 3))
 
 
-def panels(figure: Figure, count: int, lines: int) -> list[Axes]:
-    """A place for the legend of ``lines`` lines, and below it one panel per task, in two columns.
-
-    The first axes are the legend's.
-    """
-    columns = 1 if count == 1 else 2
-    rows = math.ceil(count / columns)
-    ratios = [KEY_LINE * lines, *[2.4] * rows]
-    grid = figure.add_gridspec(rows + 1, columns, height_ratios=ratios)
-    places = [divmod(number, columns) for number in range(count)]
-    above = figure.add_subplot(grid[0, :])
-    above.axis("off")
-    return [above, *(figure.add_subplot(grid[row + 1, column]) for row, column in places)]
+def mark(look: tuple[int, str, Any], palette: Palette) -> Look:
+    """matplotlib's arguments for a colour, a marker and a line."""
+    colour, marker, line = look
+    edge = {"markeredgecolor": INK, "markeredgewidth": 0.6, "markersize": 5.5}
+    return {"color": palette[colour], "marker": marker, "linestyle": line, "linewidth": 1.5, **edge}
 
 
 def looks_of(names: Sequence[str], palette: Palette) -> dict[str, Look]:
@@ -183,159 +164,103 @@ def looks_of(names: Sequence[str], palette: Palette) -> dict[str, Look]:
     return looks
 
 
-def mark(look: tuple[int, str, Any], palette: Palette) -> Look:
-    """matplotlib's words for a colour, a marker and a line."""
-    return {
-        "color": palette[look[0]],
-        "marker": look[1],
-        "linestyle": look[2],
-        "linewidth": 1.5,
-        "markersize": 5.5,
-        "markeredgecolor": INK,
-        "markeredgewidth": 0.6,
-    }
+# Panels and their legend.
+
+KEY_LINE = 0.22  # inches of one line of the legend
 
 
-def log_scale(axes: Axes, low: float, high: float) -> None:
-    """A log axis between two limits."""
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    log_axis(axes)
+def panels_height(count: int, names: int) -> float:
+    """Inches of ``count`` panels below a legend of ``names``."""
+    return 0.7 + 2.6 * math.ceil(count / 2) + KEY_LINE * (1 + names // 6)
 
 
-def log_axis(axes: Axes) -> None:
-    """A log axis whose ticks are plain numbers, at even distances within one decade."""
-    from matplotlib.ticker import LogLocator, MaxNLocator
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    if high < 10 * low:
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
-    else:
-        steps = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
-        axes.yaxis.set_major_locator(LogLocator(subs=steps))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_yticks([], minor=True)
+def panels(figure: Figure, count: int, lines: int) -> list[Axes]:
+    """Axes for a legend of ``lines`` lines, and below them one panel per task, in two columns."""
+    columns = 1 if count == 1 else 2
+    rows = math.ceil(count / columns)
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[KEY_LINE * lines, *[2.4] * rows])
+    above = figure.add_subplot(grid[0, :])
+    above.axis("off")
+    places = (divmod(number, columns) for number in range(count))
+    return [above, *(figure.add_subplot(grid[row + 1, column]) for row, column in places)]
 
 
 def key(above: Axes, drawn: Sequence[Axes], columns: int) -> None:
     """One legend for all panels, above them."""
-    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (0.0, 0.5)}
-    _legend(above, drawn, columns, borderaxespad=0.0, handlelength=3.2, **place)
+    place: Look = {"loc": "center left", "bbox_to_anchor": (0.0, 0.5), "handlelength": 3.2}
+    _legend(above, drawn, columns, borderaxespad=0.0, **place)
 
 
-def looks(labels: Sequence[str], palette: Palette) -> dict[str, Look]:
-    """Colour, marker and line per label: those of the method where each method has one label."""
-    methods = [label.partition("@")[0] for label in labels]
-    names = methods if len(set(methods)) == len(methods) else list(labels)
-    by_name = looks_of(names, palette)
-    return {label: by_name[name] for label, name in zip(labels, names, strict=True)}
+def legend(axes: Axes, columns: int, others: Sequence[Axes] = ()) -> None:
+    """A legend above the axes, on the left, of what has a label in them or in ``others``."""
+    place: Look = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "handletextpad": 0.6}
+    _legend(axes, (axes, *others), columns, borderaxespad=0.4, **place)
 
 
-# A plot has one size.  It can be read in grey: hatches, markers and line styles carry the meaning,
-# colours only repeat it.
-
-WIDE = 8.0
-"""Inches of a figure."""
-
-STYLES = ("screen", "paper")
-
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "text.color": INK,
-    "text.parse_math": False,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": SOFT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.7,
-    "hatch.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "pdf.fonttype": 42,  # fonts that a publisher can search and edit
-    "svg.fonttype": "path",
-    "svg.hashsalt": "dart-llm",
-    "figure.constrained_layout.use": True,
-}
+def _legend(axes: Axes, drawn: Iterable[Axes], columns: int, **place: Any) -> None:
+    """In ``axes`` a legend of every label in ``drawn``, each once, in the order of the axes."""
+    handles: dict[str, Any] = {}
+    for panel in drawn:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        shape: Look = {"ncols": columns, "columnspacing": 1.4, "borderpad": 0.0}
+        axes.legend(list(handles.values()), list(handles), **shape, **place)
 
 
-def save(folder: Path, wanted: Iterable[Plot], style: str = "screen") -> list[Path]:
-    """Draw plots into ``plots/<name>.png``; in the style ``paper`` also as PDF, for print.
-
-    The PDF has neither headline nor small print, which the paper's caption has.  Raises
-    ``ResultsError`` when a file cannot be written, and ``MissingExtra``.
-    """
-    written = []
-    for plot in wanted:
-        for kind in ("png", "pdf") if style == "paper" else ("png",):
-            path = folder / "plots" / f"{plot.name}.{kind}"
-            write_bytes(path, render(plot, kind), make_folder=True)
-            written.append(path)
-    return written
+# Lines, intervals and numbers in axes.
 
 
-def render(plot: Plot, kind: str) -> bytes:
-    """The plot as ``png`` (200 dots per inch), ``svg`` (letters as outlines) or ``pdf``."""
-    with _style() as palette:
-        from matplotlib.figure import Figure
-
-        title = textwrap.wrap(plot.title.rstrip("."), round(WIDE * 10))
-        small = textwrap.wrap(plot.small, round(WIDE * 15))
-        if kind == "pdf":
-            figure = Figure(figsize=(WIDE, plot.height - HEADLINE))
-        else:
-            extra = 0.2 * (len(title) + len(small) - 2)
-            figure = Figure(figsize=(WIDE, plot.height + extra))
-            figure.suptitle("\n".join(title), x=0.012, ha="left", fontsize=10.5, fontweight="bold")
-            figure.supxlabel("\n".join(small), x=0.012, ha="left", fontsize=7, color=SOFT)
-        plot.draw(figure, palette)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=200, metadata=UNDATED[kind])
-    return buffer.getvalue()
+def reference_line(
+    axes: Axes, *, x: float | None = None, y: float | None = None, label: str
+) -> None:
+    """A dashed line across the axes, white between the dashes so that it shows on dark bars."""
+    draw, at = (axes.axhline, y or 0.0) if x is None else (axes.axvline, x)
+    draw(at, color="white", linewidth=1.4, label="_")
+    draw(at, color=INK, linestyle=DASHES, linewidth=1.5, label=label)
 
 
-HEADLINE = 0.4
-"""Inches of a plot's height that headline and small print take."""
-
-UNDATED: dict[str, dict[str, Any]] = {
-    "png": {},
-    "svg": {"Creator": None, "Date": None},
-    "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
-}
-"""Metadata, by format, that make equal plots equal files."""
+def draw_whisker(axes: Axes, low: float, high: float, place: float) -> None:
+    """An interval across a horizontal bar, white around it so that it shows on dark ones."""
+    for colour, extra in (("white", 2.0), (INK, 0.0)):
+        look: Look = {"color": colour, "linewidth": 1.4 + extra, "markeredgewidth": 1.2 + extra}
+        axes.plot([low, high], [place, place], marker="|", markersize=7 + extra, **look)
 
 
-@contextmanager
-def _style() -> Iterator[Palette]:
-    """Our style in force inside the block; gives the colours."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise MissingExtra("matplotlib", "plots") from None
-    try:
-        from cmcrameri import cm
-    except ImportError:
-        raise MissingExtra("cmcrameri", "plots") from None
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        yield [readable(colour) for colour in cm.batlowS.colors]
+def whisker_lengths(
+    values: Sequence[float], ends: Sequence[tuple[float, float] | None]
+) -> list[list[float]]:
+    """Below and beyond each value, as ``errorbar`` takes them; None: nan, which draws nothing."""
+    lengths = [
+        (max(0.0, v - e[0]), max(0.0, e[1] - v)) if e else (math.nan, math.nan)
+        for v, e in zip(values, ends, strict=True)
+    ]
+    return [list(each) for each in zip(*lengths, strict=True)]
 
 
-def readable(colour: Sequence[float]) -> tuple[float, ...]:
-    """An RGB colour, darkened until it has ``CONTRAST`` against white."""
-    while 1.05 / (luminance(colour) + 0.05) < CONTRAST:
-        colour = [0.97 * part for part in colour]
-    return tuple(colour)
+def write_beside(
+    axes: Axes, text: str, x: float, place: float, size: float = 9.0, gap: float = 5.0
+) -> None:
+    """A number ``gap`` points to the right of a bar or mark, for which the axes must have room."""
+    where: Look = {"xytext": (gap, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(text, (x, place), fontsize=size, color=INK, in_layout=False, zorder=5, **where)
 
 
-def luminance(colour: Sequence[float]) -> float:
-    """Relative luminance of an RGB colour from 0 to 1, as WCAG 2 defines it."""
-    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in colour]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+def name_bars(axes: Axes, names: Sequence[str]) -> None:
+    """Horizontal bars from the top down, a name for each."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+
+
+def log_axis(axes: Axes, low: float | None = None, high: float | None = None) -> None:
+    """A log axis, between two limits if given, whose ticks are plain numbers."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    axes.set_yscale("log")
+    low, high = axes.set_ylim(low, high)
+    decades = high > 10 * low
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if decades else MaxNLocator(6))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_yticks([], minor=True)

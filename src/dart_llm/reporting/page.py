@@ -1,27 +1,36 @@
-"""What the report pages share: their template, their plots as data addresses.
+"""Report pages: their template, the facts, settings and provenance of a run, plots as data.
 
 No script, no request to anywhere: styles are inline, plots are data.  Everything that came from a
-model, a prompt or a file is escaped.
+model, a prompt or a file is escaped.  ``config`` is the content of config.json.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import datetime
+import shlex
+from collections.abc import Iterable, Mapping
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from dart_llm.errors import MissingExtra
 from dart_llm.reporting import figures
 from dart_llm.reporting.figures import Plot
+from dart_llm.reporting.table import PageTable
+from dart_llm.reporting.words import checkpoint_line
+
+Facts = list[tuple[str, str, bool]]
+"""Name, value, and whether the value is set as code."""
+
+PROVENANCE = ("versions", "machine", "git", "checkpoint")
+"""Entries of config.json that pages show as tables."""
 
 LARGE_SVG = 150_000
 """Bytes above which a plot travels as PNG."""
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A plot as a data address."""
 
     name: str
@@ -30,10 +39,11 @@ class Picture:
     source: str
 
 
-def render(
-    template: str, content: dict[str, Any], filters: dict[str, Callable[..., Any]] | None = None
-) -> str:
-    """The page that ``template`` (a file of templates/, over page.html) makes of ``content``."""
+def render(config: Mapping[str, Any], template: str, content: Mapping[str, Any]) -> str:
+    """The page of a run: ``content``, and the run's status, settings and provenance.
+
+    ``template``: a file of templates/, which extends page.html.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -45,10 +55,77 @@ def render(
         undefined=StrictUndefined,
     )
     environment.filters["tied"] = lambda text: str(text).replace(" %", "\u00a0%")
-    environment.filters.update(filters or {})
     css = resources.files("dart_llm.reporting") / "templates" / "report.css"
-    style = Markup(css.read_text(encoding="utf-8"))
-    return environment.get_template(template).render(style=style, **content)
+    given = {name: value for name, value in config["settings"].items() if name in config["given"]}
+    settings = _table("Settings that were given", "setting", given)
+    provenance = [_table(key.capitalize(), "what", config[key]) for key in PROVENANCE]
+    about = {
+        "style": Markup(css.read_text(encoding="utf-8")),
+        "status": config["status"],
+        "settings": [settings] if settings.rows else [],
+        "provenance": [table for table in provenance if table.rows],
+    }
+    return environment.get_template(template).render({**about, **content})
+
+
+def _table(caption: str, head: str, entries: Mapping[str, Any] | None) -> PageTable:
+    values = {
+        name: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for name, value in flat(entries or {}).items()
+    }
+    return PageTable(caption, (head, "value"), tuple(values.items()), numeric=False)
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, names joined by dots, without those that are None."""
+    settings: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            settings |= flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            settings[f"{prefix}{key}"] = value
+    return settings
+
+
+def model_name(config: Mapping[str, Any]) -> str:
+    """The checkpoint's short name."""
+    checkpoint = config["checkpoint"] or {}
+    return short_name(checkpoint.get("name") or config["settings"].get("model"))
+
+
+def short_name(model: str | None) -> str:
+    """The last part of a model's name or path."""
+    return str(model or "unknown model").rstrip("/").rpartition("/")[2]
+
+
+def small_print(config: Mapping[str, Any]) -> str:
+    """The checkpoint in one line, under figures."""
+    return checkpoint_line(model_name(config), config["checkpoint"] or {})
+
+
+def facts(config: Mapping[str, Any]) -> Facts:
+    """Checkpoint, device, date and command."""
+    checkpoint = {"checkpoint": None, **(config["checkpoint"] or {})}
+    checkpoint["checkpoint"] = checkpoint.get("name")
+    checkpoint["file quantisation"] = checkpoint.get("file_quantisation")
+    names = ("checkpoint", "file quantisation", "dtype", "weights", "sha256", "revision")
+    known = [(name, str(v)) for name in names if (v := checkpoint.get(name)) is not None]
+    return [*((*fact, fact[0] in ("sha256", "revision")) for fact in known), *origin_facts(config)]
+
+
+def origin_facts(config: Mapping[str, Any]) -> Facts:
+    """Device, date and command."""
+    program, *arguments = config["command"]
+    started, finished = (config[key] for key in ("started", "finished"))
+    begin = datetime.datetime.fromisoformat(started)
+    date = begin.strftime("%Y-%m-%d %H:%M:%S %z").replace("+0000", "UTC")
+    if finished:
+        took = datetime.datetime.fromisoformat(finished) - begin
+        date += f", took {took.total_seconds():,.0f} s"
+    device = config["machine"]["device"]
+    shown = [("device", device, False)] if device else []
+    command = shlex.join([Path(program).name, *arguments])
+    return [*shown, ("date", date, False), ("command", command, True)]
 
 
 def pictures(wanted: Iterable[Plot]) -> tuple[list[Picture], str]:

@@ -1,7 +1,7 @@
 """Column and Table: one definition -> terminal, Markdown, CSV, HTML.
 
-A ``Table`` holds records and says which of their values people see, and how.  The CSV file has the
-raw values of the records, all of them, where no fields are chosen.
+A ``Table`` holds records and says which of their values people see, and how.  Its CSV file has the
+raw values of the records: all of them, or those of ``fields``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import gt
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,38 +25,36 @@ NOTHING = "–"
 ACCOUNTING = ("n", "achieved", "dense tokens", "re-masks")
 """Heads of columns without which no number is shown."""
 
+LONGEST_WORD, GAP = 60, 2
+"""Characters of a word that is not broken on the terminal, at most; between two columns."""
+
 Record = Mapping[str, Any]
 K = TypeVar("K")
 T = TypeVar("T")
-
-
-LONGEST_WORD = 60
-"""Characters of a word that is never broken, at most."""
 
 
 @dataclass(frozen=True)
 class Column:
     """One column for people.
 
-    ``value``: a key of the records, or what makes the value of one.  ``text``: how a value is
-    written, a function or a format such as ".1%".  ``interval``: key of the ends that follow in
-    brackets, written likewise.  ``terminal``: whether 80 characters have room for it; ``needed``:
-    whether it stays there while others go.
+    ``value``: a key of the records, or a function of one.  ``text``: how a value is written, a
+    function or a format such as ".1%".  ``interval``: key of the ends that follow in brackets,
+    written likewise.  ``terminal``: whether it is shown there; ``needed``: whether it stays on a
+    narrow terminal, where others are dropped.
     """
 
     head: str
-    value: str | Callable[[Record], Any]
+    value: str | Callable[[Any], Any]
     text: str | Callable[[Any], str] = str
     interval: str = ""
     terminal: bool = True
-    wrap: bool = True
     needed: bool = False
 
-    def raw(self, row: Record) -> Any:
-        """The value of a record; None where there is none."""
+    def raw(self, row: Any) -> Any:
+        """The value of a record; None if it has none."""
         return row.get(self.value) if isinstance(self.value, str) else self.value(row)
 
-    def cell(self, row: Record, nothing: str = NOTHING) -> str:
+    def cell(self, row: Any, nothing: str = NOTHING) -> str:
         """The value in words."""
         value = self.raw(row)
         if value is None:
@@ -71,25 +68,34 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Records under a caption; ``name`` is that of the CSV file, "" for none.
+class PageTable:
+    """Cells in words; the first cell of a row is a head; ``strong``: the row to highlight."""
 
-    ``left``: columns that hold words, the others hold numbers.  ``terminal``: whether it is shown
-    there.  ``fields``: keys that the CSV file has; None: every key whose values are no mappings.
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: bool = True
+    strong: int | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Records, or other rows, under a caption; ``name`` is that of the CSV file, "" for none.
+
+    ``left``: columns that hold words; the others hold numbers.  ``terminal``: whether it is shown
+    there.  ``fields``: keys of the CSV file; None: every key whose values are not mappings.
+    ``strong``: the row to highlight on a page.
     """
 
     name: str
     caption: str
     columns: tuple[Column, ...]
-    rows: Sequence[Record]
+    rows: Sequence[Any]
     left: int = 1
     nothing: str = NOTHING
     terminal: bool = True
     fields: Sequence[str] | None = None
     strong: int | None = None
-    """The row to point out."""
-    tight: bool = False
-    """Whether the terminal's table goes without lines between columns, for there are many."""
 
     @property
     def head(self) -> tuple[str, ...]:
@@ -101,21 +107,8 @@ class Table:
         return tuple(tuple(c.cell(row, self.nothing) for c in self.columns) for row in self.rows)
 
     def html(self) -> PageTable:
-        """What the templates' ``table`` takes."""
+        """The argument of the templates' ``table``."""
         return PageTable(self.caption, self.head, self.cells(), strong=self.strong)
-
-    @property
-    def terminal_caption(self) -> str:
-        """The caption on the terminal."""
-        return self.caption
-
-    def terminal_head(self, column: Column) -> str:
-        """The head of a column on the terminal."""
-        return column.head
-
-    def terminal_cell(self, column: Column, row: Record) -> str:
-        """A cell on the terminal."""
-        return column.cell(row, self.nothing)
 
     def lines(self) -> list[str]:
         """A pipe table."""
@@ -125,103 +118,54 @@ class Table:
         """A pipe table under its caption."""
         return "\n".join([f"### {self.caption}", "", *self.lines()])
 
-    @property
-    def header(self) -> list[str]:
-        """Columns of the CSV file; an interval has one for each end."""
-        return [name for key in self._keys() for name in _names(key)]
-
-    def csv(self) -> Iterator[list[Any]]:
-        """Raw values under ``header``, a list as JSON."""
-        keys = self._keys()
-        for row in self.rows:
-            yield [value for key in keys for value in _values(key, row.get(key))]
-
     def write_csv(self, folder: Path) -> None:
-        """Write ``<name>.csv`` into ``folder``, if the table has a name."""
-        if self.name:
-            write_csv(folder / f"{self.name}.csv", self.header, self.csv())
-
-    def _keys(self) -> list[str]:
-        if self.fields is not None:
-            return list(self.fields)
-        nested = {key for row in self.rows for key, v in row.items() if isinstance(v, Mapping)}
-        return [key for key in (self.rows[0] if self.rows else ()) if key not in nested]
+        """Write ``<name>.csv`` into ``folder``, if the table has a name; lists are JSON."""
+        if not self.name:
+            return
+        keys = self.fields
+        if keys is None:
+            nested = {key for row in self.rows for key, v in row.items() if isinstance(v, Mapping)}
+            keys = [key for key in (self.rows[0] if self.rows else ()) if key not in nested]
+        rows = ([row.get(key) for key in keys] for row in self.rows)
+        cells = ([json.dumps(v) if isinstance(v, list) else v for v in row] for row in rows)
+        write_csv(folder / f"{self.name}.csv", keys, cells)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
-        """As wide as the terminal has room for: lines end between words.
-
-        Where there is too little room the last columns go, and the caption names them.
-        """
-        gone = list[str]()
-        shown = [column for column in self.columns if column.terminal]
-        words = [column.head for column in self.columns[: self.left]]
-        kept = {*words, *ACCOUNTING, *(column.head for column in shown if column.needed)}
-        while sum(self._least(column) for column in shown) > self._room(options, shown):
-            free = [column for column in shown if column.head not in kept]
-            if not free:
+        """As wide as the terminal; if words do not fit the last columns go, and are named."""
+        texts = {
+            column: [column.head, *(column.cell(row, self.nothing) for row in self.rows)]
+            for column in self.columns
+            if column.terminal
+        }
+        words = {c: _longest(word for t in each for word in t.split()) for c, each in texts.items()}
+        kept = {*self.head[: self.left], *ACCOUNTING, *(c.head for c in texts if c.needed)}
+        free, caption = [column for column in texts if column.head not in kept], self.caption
+        while free and sum(words[c] + GAP for c in texts) >= options.max_width:
+            del texts[free[-1]]
+            dropped = ", ".join(c.head for c in self.columns if c.terminal and c not in texts)
+            caption = f"{self.caption}; widen the terminal to see: {dropped}"
+            free.pop()
+        # heads wrap before cells do: a column is as wide as its longest cell
+        widths = {c: max(words[c], _longest(each[1:])) for c, each in texts.items()}
+        while sum(width + GAP for width in widths.values()) >= options.max_width:
+            slack = [column for column in widths if widths[column] > words[column]]
+            if not slack:
                 break
-            shown.remove(free[-1])
-            gone.insert(0, free[-1].head)
-        more = f"widen the terminal to see: {', '.join(gone)}" if gone else ""
-        widths = self._widths(shown, self._room(options, shown))
-        yield self._drawn(shown, widths, "; ".join(filter(None, (self.terminal_caption, more))))
-
-    def _room(self, options: ConsoleOptions, columns: Sequence[Column]) -> int:
-        """Characters that are left for the cells of these columns."""
-        return options.max_width - (2 if self.tight else 3) * len(columns) - 1
-
-    def _widths(self, columns: Sequence[Column], room: int) -> list[int]:
-        """Heads get more lines first, the longest ones, then cells."""
-        least = [self._least(column) for column in columns]
-        cells = [
-            max(few, _longest(self._terminal_cells(c)))
-            for c, few in zip(columns, least, strict=True)
-        ]
-        widths = [
-            max(n, _longest([self.terminal_head(c)])) for c, n in zip(columns, cells, strict=True)
-        ]
-        while sum(widths) > max(room, sum(least)):
-            bounds = cells if any(map(gt, widths, cells)) else least
-            widest = max(
-                (n for n, few in enumerate(bounds) if widths[n] > few), key=widths.__getitem__
-            )
-            widths[widest] -= 1
-        return widths
-
-    def _terminal_cells(self, column: Column) -> list[str]:
-        return [self.terminal_cell(column, row) for row in self.rows]
-
-    def _least(self, column: Column) -> int:
-        """Characters of a column's longest word; of its longest line where it does not wrap."""
-        texts = [self.terminal_head(column), *self._terminal_cells(column)]
-        words = (word for text in texts for word in text.split())
-        return min(_longest(words if column.wrap else texts), LONGEST_WORD)
-
-    def _drawn(self, columns: Sequence[Column], widths: Sequence[int], caption: str) -> RichTable:
-        drawn = RichTable(title=caption, title_justify="left")
-        if self.tight:
-            drawn.box, drawn.padding = SIMPLE_HEAD, (0, 1, 0, 0)
-        for column, width in zip(columns, widths, strict=True):
+            widths[max(slack, key=widths.__getitem__)] -= 1
+        drawn = RichTable(
+            title=caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
+        for column, width in widths.items():
             justify: Any = "left" if column in self.columns[: self.left] else "right"
-            head = self.terminal_head(column)
-            drawn.add_column(head, justify=justify, overflow="fold", width=width)
-        for row in zip(*map(self._terminal_cells, columns), strict=True):
-            drawn.add_row(*row)
-        return drawn
+            drawn.add_column(column.head, justify=justify, overflow="fold", width=width)
+        for cells in zip(*(each[1:] for each in texts.values()), strict=True):
+            drawn.add_row(*cells)
+        yield drawn
 
 
 def _longest(texts: Iterable[str]) -> int:
-    return max((cell_len(line) for text in texts for line in text.split("\n")), default=0)
-
-
-def _names(key: str) -> tuple[str, ...]:
-    return (f"{key}.low", f"{key}.high") if key.endswith("_interval") else (key,)
-
-
-def _values(key: str, value: Any) -> tuple[Any, ...]:
-    if key.endswith("_interval"):
-        return tuple(value or (None, None))
-    return (json.dumps(value) if isinstance(value, list) else value,)
+    lines = (line for text in texts for line in text.split("\n"))
+    return max((min(cell_len(line), LONGEST_WORD) for line in lines), default=0)
 
 
 def value_columns(
@@ -229,28 +173,6 @@ def value_columns(
 ) -> tuple[Column, ...]:
     """Columns of several keys, divided by blanks, whose values are written alike."""
     return tuple(Column(head, key, text) for key, head in zip(keys.split(), heads, strict=True))
-
-
-def number(digits: int = 3) -> Callable[[float], str]:
-    """How a number is written that may be tiny or huge."""
-
-    def write(value: float) -> str:
-        small = value != 0 and abs(value) < 0.5 * 10**-digits
-        return f"{value:.1e}" if small or abs(value) >= 1e5 else f"{value:,.{digits}f}"
-
-    return write
-
-
-@dataclass(frozen=True)
-class PageTable:
-    """Cells in words: a caption, heads, and rows whose first cell is a head."""
-
-    caption: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numeric: bool = True
-    strong: int | None = None
-    """The row to point out."""
 
 
 def grouped(members: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:

@@ -18,7 +18,7 @@ from pydantic_core import from_json
 
 from dart_llm.errors import ConfigError
 from dart_llm.experiments import index
-from dart_llm.experiments.result_line import ROWS
+from dart_llm.experiments.store import ROWS
 from dart_llm.server.schemas import APIError
 
 STATIC = Path(__file__).parent / "static"

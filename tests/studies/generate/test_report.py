@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from dart_llm.errors import MissingExtra
-from dart_llm.experiments.drift_plot import drift_sentence
+from dart_llm.experiments.artifacts import drift_sentence
+from dart_llm.experiments.stats import SpeedUp
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting import figures, words
-from dart_llm.reporting.speed_up import SpeedUp
 from dart_llm.studies.generate import report
 from fake_results import (
     PROMPT,

@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
+from dart_llm.experiments.stats import DISTURBED
 from dart_llm.experiments.study import load_model
 from dart_llm.experiments.timing import WARM
 from dart_llm.reporting.console import Ui
-from dart_llm.reporting.speed_up import DISTURBED
 from dart_llm.studies.generate import report, study
 from dart_llm.studies.generate.settings import RunSettings
 from dart_llm.studies.generate.study import RunStudy, run_job

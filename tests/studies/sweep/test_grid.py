@@ -8,8 +8,7 @@ import yaml
 
 from dart_llm.errors import ConfigError, LoadError
 from dart_llm.evaluation.measurement import MeasureOptions
-from dart_llm.experiments.cell import Cell
-from dart_llm.experiments.model_facts import DEFAULT_LAYERS, layer_count
+from dart_llm.experiments.cell import DEFAULT_LAYERS, Cell, layer_count
 from dart_llm.settings import merge
 from dart_llm.studies.sweep.grid import execution_order, expand
 from dart_llm.studies.sweep.settings import CompareSettings, SweepSettings

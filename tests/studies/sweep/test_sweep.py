@@ -11,7 +11,6 @@ import sweep_fakes
 from dart_llm.errors import MissingExtra
 from dart_llm.evaluation import tasks as measure
 from dart_llm.evaluation.measurement import Measurement
-from dart_llm.experiments import model_facts
 from dart_llm.experiments.cell import Cell
 from dart_llm.models import loading
 from dart_llm.reporting.console import Ui
@@ -212,7 +211,7 @@ def test_a_model_that_cannot_be_loaded_fails_its_cells_once(base, tmp_path, monk
 
 def test_downloads_of_a_plan(monkeypatch):
     sizes = {"a/large": 4_000_000, "b/unknown": None, "c/there": 0}
-    monkeypatch.setattr(model_facts, "download_size", lambda cell: sizes[cell.model])
+    monkeypatch.setattr("dart_llm.experiments.cell.download_size", lambda cell: sizes[cell.model])
     cells = [Cell(model, "dense", "perplexity:embedded") for model in sizes]
     plan = show_plan(cells, {cells[1].key}, Ui(quiet=True))
     assert plan["downloads"] == {"a/large": 4_000_000, "c/there": 0}

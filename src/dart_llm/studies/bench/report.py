@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.store import ResultLine
 from dart_llm.reporting.figures import (
     INK,
     SOFT,
@@ -70,7 +70,7 @@ def number(value: float) -> str:
 
 
 COLUMNS = (
-    Column("row", "row", wrap=False),
+    Column("row", "row"),
     Column("weights", "weights", terminal=False),
     Column("loss", "loss", percent, interval="loss_interval"),
     Column("KL", "kl", ".3f"),

@@ -17,9 +17,9 @@ from typing import Any
 
 from dart_llm.evaluation.perplexity import perplexity
 from dart_llm.experiments import stats
+from dart_llm.experiments.stats import contradicting, judge
 from dart_llm.experiments.timing import WARM, token_seconds
 from dart_llm.pruning.records import bytes_limit
-from dart_llm.reporting.speed_up import contradicting, judge
 from dart_llm.reporting.table import grouped
 from dart_llm.reporting.words import FEWEST_ITEMS, TRANSFORMERS
 from dart_llm.studies.bench.settings import Candidate

@@ -245,7 +245,7 @@ class Formats:
         checkpoint: dense, and in 8 bits, where methods are tried too, and in 4.  Where no kernels
         can read blocks: dense alone.  Raises ``ConfigError`` or ``LoadError``.
         """
-        from dart_llm.experiments.model_facts import requested_format  # which loads torch
+        from dart_llm.experiments.cell import requested_format  # which loads torch
 
         if settings.weights:
             return cls(settings.weights, settings.weights)
@@ -266,7 +266,7 @@ class Formats:
 
 def _is_possible(settings: TuneSettings, weights: str) -> bool:
     """Whether this machine can load the model in a format."""
-    from dart_llm.experiments.model_facts import requested_format
+    from dart_llm.experiments.cell import requested_format
 
     try:
         requested_format(settings.model_copy(update={"weights": weights}))
@@ -360,7 +360,7 @@ def estimate(settings: TuneSettings, grid: Sequence[Candidate], billions: float 
 
 def model_billions(settings: TuneSettings) -> float | None:
     """Parameters, by a file or a configuration; only a configuration is downloaded."""
-    from dart_llm.experiments.model_facts import configuration
+    from dart_llm.experiments.cell import configuration
     from dart_llm.models.loading import is_default
 
     if is_default(settings.model):

@@ -20,7 +20,7 @@ from dart_llm.cache import cache_folder
 from dart_llm.data.documents import check_disjoint
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.experiments.provenance import Digests
-from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Study, Unit, load_model
 from dart_llm.experiments.timing import (
     WARM,

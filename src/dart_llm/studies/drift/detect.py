@@ -12,7 +12,7 @@ from typing import Any
 
 from dart_llm.experiments import stats
 from dart_llm.experiments.provenance import Digests
-from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Study, Unit
 from dart_llm.models.capture import EAGER, layer_count
 from dart_llm.models.checkpoint import checkpoint_facts

@@ -7,10 +7,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dart_llm.experiments.store import checkpoint_line
 from dart_llm.reporting.figures import DASHES, INK, LOOKS, Palette, Plot, key, mark, panels
 from dart_llm.reporting.table import Column, Table
-from dart_llm.reporting.words import count
+from dart_llm.reporting.words import checkpoint_line, count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 RULES = (
-    Column("signal", "signal", wrap=False),
-    Column("rule", "rule", wrap=False),
+    Column("signal", "signal"),
+    Column("rule", "rule"),
     Column("detected", lambda row: f"{row['detected']}/{row['changes']}"),
     Column("rate", "rate", ".0%", "rate_interval"),
     Column("delay, median", "delay_median", ".0f"),

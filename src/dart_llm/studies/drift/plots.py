@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dart_llm.evaluation.text_metrics import NUMBERS
-from dart_llm.experiments import run_facts, stats
-from dart_llm.experiments.drift_plot import draw_checks, worth_drawing
+from dart_llm.experiments import stats
+from dart_llm.experiments.artifacts import draw_checks, worth_drawing
 from dart_llm.experiments.stats import Interval
+from dart_llm.reporting import page
 from dart_llm.reporting.figures import (
     GREY,
     HATCHES,
@@ -27,7 +28,7 @@ from dart_llm.reporting.figures import (
     Plot,
     draw_whisker,
     legend,
-    looks,
+    looks_of,
     name_bars,
     write_beside,
 )
@@ -76,7 +77,7 @@ class DriftView:
 
     def noted(self, words: str) -> str:
         """A picture's small print: ``words``, then what was run."""
-        return f"{words} · {run_facts.small_print(self.config)}"
+        return f"{words} · {page.small_print(self.config)}"
 
 
 def plural(remasks: float | None) -> str:
@@ -219,7 +220,7 @@ def make_loss(view: DriftView) -> Plot | None:
     def draw(figure: Figure, palette: Palette) -> None:
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, label in zip(panels.flat, curves, strict=False):
-            _loss_panel(axes, label, curves, looks(list(curves), palette)[label])
+            _loss_panel(axes, label, curves, looks_of(list(curves), palette)[label])
         for axes in panels.flat[len(curves) :]:
             axes.axis("off")
         figure.supylabel(EXCESS, fontsize=9.5)
@@ -304,7 +305,7 @@ def _quality_panels(view: DriftView) -> dict[str, Bars]:
 
 def _draw_quality(axes: Axes, bars: Bars, palette: Palette) -> None:
     labels = [str(line["label"]) for line, _ in bars]
-    colours = looks(labels, palette)
+    colours = looks_of(labels, palette)
     for row, (label, (_, estimate)) in enumerate(zip(labels, bars, strict=True)):
         mean, low, high = (estimate[name] for name in ("mean", "low", "high"))
         look = {"color": colours[label]["color"], "hatch": HATCHES[row % len(HATCHES)]}
@@ -343,7 +344,7 @@ def make_overlap(view: DriftView, cell: DriftCell, masks: Sequence[LiveNeurons])
         axes = figure.subplots()
         columns = [span.mask or 0 for span in mask_spans(cell)]
         rows = np.arange(len(masks) + 1) - 0.5
-        shades = {"cmap": "cmc.lapaz_r", "vmin": low, "vmax": 1}
+        shades = {"cmap": "GnBu", "vmin": low, "vmax": 1}
         mesh = _over_time(axes, cell, rows, values[:, columns], **shades)
         bar = figure.colorbar(mesh, ax=axes, label=OVERLAP, pad=0.02)
         bar.ax.axhline(expected, color="white", linewidth=3.0)

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dart_llm.experiments import run_facts
 from dart_llm.files import write_text
 from dart_llm.reporting import page
 from dart_llm.reporting.figures import Plot
@@ -158,17 +157,17 @@ def render(view: DriftView) -> str:
         conclusion = detect_report.headline(view.detection)
     kind = "Knowledge drift" if view.summary else "Drift detection"
     content = {
-        "title": f"{kind} on {run_facts.model_name(view.config)}",
+        "title": f"{kind} on {page.model_name(view.config)}",
         "conclusion": conclusion or "Nothing can be compared.",
         "notes": (view.summary or view.detection or {}).get("notes") or [],
-        "facts": [fact for fact in run_facts.facts(view.config) if fact[0] in FACTS],
+        "facts": [fact for fact in page.facts(view.config) if fact[0] in FACTS],
         "sections": sections,
         "missing": missing,
         "texts": list(islice(free_texts(view), MOST_TEXTS)),
         "passages": list(islice(passage_texts(view), MOST_TEXTS)),
         "failures": [f"{key}: {sentence}" for key, sentence in (view.failed or {}).items()],
     }
-    return run_facts.render(view.config, "drift.html", content)
+    return page.render(view.config, "drift.html", content)
 
 
 FACTS = {"checkpoint", "file quantisation", "dtype", "device", "date", "sha256", "command"}

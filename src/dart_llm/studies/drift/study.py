@@ -18,7 +18,7 @@ from dart_llm.evaluation.perplexity import DIGITS, score_window
 from dart_llm.evaluation.windows import Window
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.provenance import Digests
-from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Study, Unit
 from dart_llm.files import finite, write_csv, write_lines
 from dart_llm.models.checkpoint import checkpoint_facts

@@ -13,11 +13,11 @@ from statistics import fmean
 from typing import Any
 
 from dart_llm.experiments import stats
-from dart_llm.experiments.result_line import ResultLine
-from dart_llm.experiments.rows import DENSE as UNTOUCHED
+from dart_llm.experiments.comparison import UNTOUCHED
 from dart_llm.experiments.stats import Interval, Value
-from dart_llm.experiments.store import flat
+from dart_llm.experiments.store import ResultLine
 from dart_llm.pruning.records import merge_reports
+from dart_llm.reporting.page import flat
 from dart_llm.reporting.table import Column, Table, keys_of
 from dart_llm.reporting.words import count, percent, with_interval
 from dart_llm.studies.drift.cell import DONE, SOURCES

@@ -17,7 +17,7 @@ from dart_llm.errors import DartError
 from dart_llm.evaluation.measurement import Measurement, MeasureOptions
 from dart_llm.evaluation.tasks import count, measure, split
 from dart_llm.experiments.comparison import scores
-from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Unit, load_model, run_study
 from dart_llm.experiments.timing import (
     LLAMA_CPP,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dart_llm.experiments import drift_plot, run_facts
+from dart_llm.experiments import artifacts
 from dart_llm.experiments.store import mapping, number
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting import page, words
@@ -45,8 +45,8 @@ def pictures(view: RunView) -> list[Plot]:
     """The similarity over time, where there is a detector; needs no matplotlib."""
     sequences = view.accounting.get("sequences", ())
     masks = [remask for sequence in sequences for remask in sequence["remasks"]]
-    small_print = run_facts.small_print(view.config)
-    similarity = drift_plot.plot_similarity(view.checks, masks, small_print)
+    small_print = page.small_print(view.config)
+    similarity = artifacts.plot_similarity(view.checks, masks, small_print)
     return [] if similarity is None else [similarity]
 
 
@@ -147,9 +147,9 @@ def render(view: RunView) -> str:
     results = results_table(view.timing, counted)
     memory = f"peak memory {bytes_text(view.timing.get('peak_memory_bytes'))}"
     content = {
-        "title": f"{name} on {run_facts.model_name(view.config)}",
+        "title": f"{name} on {page.model_name(view.config)}",
         "conclusion": words.conclusion(rows, accounting=counted, method=method),
-        "facts": [("method", method, False), *run_facts.facts(view.config)],
+        "facts": [("method", method, False), *page.facts(view.config)],
         "prompt": view.generations[0]["prompt"] if view.generations else "",
         "texts": [_page_text(record) for record in view.generations],
         "pictures": {picture.name: picture for picture in drawn},
@@ -161,7 +161,7 @@ def render(view: RunView) -> str:
         **dict.fromkeys(("cards", "phases"), ()),
         "accounting": None,
     }
-    return run_facts.render(view.config, "report.html", content)
+    return page.render(view.config, "report.html", content)
 
 
 def _page_text(record: Record) -> dict[str, Any]:

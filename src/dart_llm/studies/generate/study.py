@@ -27,7 +27,8 @@ from dart_llm.experiments.artifacts import (
     write_masks,
 )
 from dart_llm.experiments.provenance import Digests
-from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.stats import judge
+from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Study, Unit, run_study
 from dart_llm.experiments.timing import WARM, Make, repetition
 from dart_llm.files import write_lines, write_text
@@ -38,7 +39,6 @@ from dart_llm.pruning.layer_table import write_table
 from dart_llm.reporting import words
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
-from dart_llm.reporting.speed_up import judge
 from dart_llm.reporting.table import Table, bytes_text
 from dart_llm.reporting.words import OUR_KERNELS, TRANSFORMERS
 from dart_llm.session.generation import generate
@@ -297,10 +297,6 @@ class RunStudy(Study[RunSettings]):
         else:
             self.generations[unit.data] = value
             write_lines(self.path / "generation.jsonl", self.generations.values())
-
-    @property
-    def has_results(self) -> bool:
-        return bool(self.generations)
 
     # a text
 

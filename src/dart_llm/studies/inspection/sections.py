@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dart_llm.experiments.store import flat
 from dart_llm.reporting.figures import (
     HATCHES,
     INK,
@@ -19,7 +18,8 @@ from dart_llm.reporting.figures import (
     mark,
     whisker_lengths,
 )
-from dart_llm.reporting.table import Column, Record, Table, keys_of, number, value_columns
+from dart_llm.reporting.page import flat
+from dart_llm.reporting.table import Column, Record, Table, keys_of, value_columns
 from dart_llm.reporting.words import percent, with_interval
 from dart_llm.studies.inspection.analyses import ARMS
 
@@ -97,7 +97,7 @@ MANY = 100
 
 LAYER = Column("layer", "layer")
 
-FIGURE = number()
+FIGURE = ".3g"
 
 
 def _by_layer(layers: Sequence[Record]) -> list[dict[str, Any]]:
@@ -155,7 +155,7 @@ def weights(data: Record) -> list[Shown]:
     columns = (
         LAYER,
         *value_columns(sizes, ("median |u|", "95 %", "max"), FIGURE),
-        Column("excess kurtosis", "moments.kurtosis", number(1)),
+        Column("excess kurtosis", "moments.kurtosis", ".1f"),
         *value_columns("zero near.0.01 near.0.1 holds", shares, percent),
     )
     names = ("median", "95 %", "largest")
@@ -178,7 +178,7 @@ def neurons(data: Record) -> list[Shown]:
     columns = (
         LAYER,
         *value_columns("kind rank neuron", ("kind", "rank", "neuron"), str),
-        Column("score", "score", number(2)),
+        Column("score", "score", ".2f"),
         Column("mean u", "mean_activation", FIGURE),
         Column("writes towards", "tokens", lambda tokens: " ".join(map(repr, tokens))),
     )
@@ -203,7 +203,7 @@ def overlap(data: Record) -> list[Shown]:
     }
     columns = (
         LAYER,
-        *value_columns("width kept_a kept_b", ("neurons", "kept for A", "for B"), number(0)),
+        *value_columns("width kept_a kept_b", ("neurons", "kept for A", "for B"), ",.0f"),
         *value_columns(" ".join(heads), [*heads.values()], FIGURE),
     )
     rows = [*data["layers"], {"layer": "mean", **data["mean"]}]

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm.errors import ConfigError
-from dart_llm.experiments import run_facts
 from dart_llm.experiments.artifacts import saver
 from dart_llm.experiments.provenance import Digests
-from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Study, Unit
 from dart_llm.files import write_json, write_text
 from dart_llm.models.checkpoint import checkpoint_facts
@@ -71,7 +70,6 @@ class InspectionStudy(Study[InspectSettings]):
     kind = "inspect"
     document = "inspect.json"
     unit_times = "inspect_s"
-    longest = 40
     noun = "section"
 
     def __init__(self, settings: InspectSettings, what: Sequence[str], ui: Ui) -> None:
@@ -134,10 +132,6 @@ class InspectionStudy(Study[InspectSettings]):
         self.sections[unit.key] = value
         write_json(self.path / self.document, self.summarise())
 
-    @property
-    def has_results(self) -> bool:
-        return bool(self.sections)
-
     def summarise(self) -> dict[str, Any]:
         texts = [
             {**asdict(text), "sha256": text.sha256, "tokens_read": len(ids)}
@@ -194,7 +188,7 @@ class InspectionStudy(Study[InspectSettings]):
             yield from self._plots(name)
 
     def _plots(self, name: str) -> list[Plot]:
-        small = run_facts.small_print(self.config)
+        small = page.small_print(self.config)
         return [shown.plot(small) for shown in self.show(name) if shown.panels]
 
     def write_page(self) -> Path:
@@ -212,14 +206,14 @@ class InspectionStudy(Study[InspectSettings]):
             for text in self.summary["texts"]
         ]
         content = {
-            "title": f"Inside {run_facts.model_name(self.config)}",
+            "title": f"Inside {page.model_name(self.config)}",
             "conclusion": headline(self.sections),
-            "facts": texts + [fact for fact in run_facts.facts(self.config) if fact[0] in FACTS],
+            "facts": texts + [fact for fact in page.facts(self.config) if fact[0] in FACTS],
             "texts": self.summary["texts"],
             "sections": parts,
             "missing": missing,
         }
-        html = run_facts.render(self.config, "inspect.html", content)
+        html = page.render(self.config, "inspect.html", content)
         write_text(self.path / "report.html", html)
         return self.path / "report.html"
 

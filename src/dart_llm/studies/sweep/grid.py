@@ -135,7 +135,7 @@ def _amounts(grid: SweepSettings, cell: Cell) -> Iterator[Cell]:
         return
     groups: Sequence[str] = grid.layers
     if EACH in groups:
-        from dart_llm.experiments.model_facts import layer_count  # which loads torch
+        from dart_llm.experiments.cell import layer_count  # which loads torch
 
         groups = [str(layer) for layer in range(layer_count(cell))]
     budget = cell.overrides.get("budget", {})
@@ -171,7 +171,7 @@ def show_plan(cells: Sequence[Cell], done: set[str], ui: Ui) -> dict[str, Any]:
     ``done``: keys of finished cells.  Raises ``LoadError`` for a model that does not exist or that
     does not fit on the disk.
     """
-    from dart_llm.experiments.model_facts import download_size  # which loads torch
+    from dart_llm.experiments.cell import download_size  # which loads torch
 
     rows = [
         {

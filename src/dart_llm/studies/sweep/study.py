@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dart_llm.errors import DartError
-from dart_llm.experiments import comparison, comparison_plots, comparison_report
-from dart_llm.experiments import rows as measure_rows
+from dart_llm.experiments import comparison, comparison_report
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.provenance import versions
-from dart_llm.experiments.result_line import ResultLine
+from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Study, Unit, announce_model
 from dart_llm.experiments.trackers import tracked
 from dart_llm.files import finite, read_json, write_json, write_lines, write_text
@@ -342,7 +341,7 @@ class MeasureStudy(Study[S], Generic[S]):
             write_lines(self.path / "samples.jsonl", samples)
         if self.settings.adopts:
             return comparison_report.document(self.rows)
-        return measure_rows.document(self.lines)
+        return comparison_report.eval_document(self.rows)
 
     def result_lines(self) -> Sequence[ResultLine]:
         return [comparison.result_line(row) for row in self.rows]
@@ -350,19 +349,19 @@ class MeasureStudy(Study[S], Generic[S]):
     def tables(self) -> Sequence[Table]:
         if self.settings.adopts:
             return [comparison_report.csv_table(self.rows), *comparison_report.tables(self.rows)]
-        return [measure_rows.table(self.lines, self.rows)] if self.lines else []
+        return comparison_report.tables(self.rows)
 
     def sentences(self) -> Sequence[str]:
         several = self.settings.adopts or len({row["label"] for row in self.lines}) > 1
         conclusion = [comparison_report.conclusion(self.rows)] if several else []
-        notes = [] if self.settings.adopts else measure_rows.notes(self.lines)
+        notes = [] if self.settings.adopts else comparison_report.notes(self.rows)
         return [*conclusion, *(f"note: {note}" for note in notes)]
 
     def markdown(self) -> str:
         return comparison_report.markdown(self.rows)
 
     def figures(self) -> Iterable[Plot]:
-        return comparison_plots.make(self.rows) if self.settings.adopts else ()
+        return comparison_report.plots(self.rows) if self.settings.adopts else ()
 
     def write_page(self) -> Path | None:
         path = self.path / "report.html"
