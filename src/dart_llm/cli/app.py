@@ -237,15 +237,12 @@ def results(
     if as_json:
         typer.echo(index.to_json(runs).rstrip("\n"))
     elif as_csv:
-        typer.echo(index.to_csv(runs, long).rstrip("\n"))
+        typer.echo(index.to_csv(runs).rstrip("\n"))
     elif not runs:
         typer.echo("no run matches")
     else:
-        out = Ui().out
-        if len(runs) == 1 and (folder / "config.json").is_file():
-            out.print(index.show(runs[0]))
-            long = True
-        out.print(index.table(runs, long))
+        long = long or len(runs) == 1
+        Ui().out.print(index.table(runs, long))
 
 
 GROUPS = {

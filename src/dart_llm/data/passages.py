@@ -182,11 +182,14 @@ def choose(
 
     Raises ``UnknownName`` for one that no record has.
     """
-    by_template = [(getattr(record, "template", ""), record) for record in records]
     check_name("domain", domain, {name for record in records for name in record.domains})
-    check_name("template", template, {name for name, _ in by_template} - {""})
-    chosen = [record for name, record in by_template if template in (None, name)]
-    return [record for record in chosen if domain in (None, *record.domains)]
+    templates = [str(getattr(record, "template", "")) for record in records]
+    check_name("template", template, set(templates) - {""})
+    return [
+        record
+        for record, name in zip(records, templates, strict=True)
+        if template in (None, name) and domain in (None, *record.domains)
+    ]
 
 
 def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | Passage:

@@ -226,9 +226,15 @@ class _Decoded:
 
 def _sequence_report(state: SequenceState, widths: Sequence[int]) -> SequenceReport:
     decoded = _Decoded([state], widths)
-    counts = state.prompt_tokens, decoded.tokens, decoded.dense
-    where, remasks = (state.sequence, state.row), tuple(state.remasks)
-    return SequenceReport(*where, *map(round, counts), decoded.sparsity(), remasks)
+    return SequenceReport(
+        state.sequence,
+        state.row,
+        round(state.prompt_tokens),
+        round(decoded.tokens),
+        round(decoded.dense),
+        decoded.sparsity(),
+        tuple(state.remasks),
+    )
 
 
 def run_report(

@@ -8,7 +8,7 @@ docs/reference.md, "Drift").
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -105,7 +105,7 @@ class Check:
         """One record per live row; ``row``: the batch row of a detector of one row, or None."""
         state = "suppressed" if self.fired and not allowed else "armed"
         state = "arming" if self.threshold is None else state
-        thresholds = self.threshold or [None] * len(self.similarity)
+        thresholds: Sequence[float | None] = self.threshold or [None] * len(self.similarity)
         rows = zip(self.similarity, thresholds, self.live, strict=True)
         return [
             DriftCheck(

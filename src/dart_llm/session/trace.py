@@ -147,7 +147,9 @@ class Trace:
 
         names = {id(module): name for name, module in model.named_modules()}
         numbers = np.array(self._rows, np.int32).reshape(-1, len(COLUMNS))
-        arrays = {name: numbers[:, column].copy() for column, name in enumerate(COLUMNS)}
+        arrays: dict[str, Array] = {
+            name: numbers[:, column].copy() for column, name in enumerate(COLUMNS)
+        }
         arrays["masks"] = np.array(self._bits, np.uint8).reshape(-1, self._slices[-1].stop)
         layers = []
         for layer, block in enumerate(self._blocks):

@@ -143,12 +143,11 @@ def render(view: RunView) -> str:
     method = str(counted.get("method") or view.config["prune"]["method"])
     sparsity = counted.get("requested_sparsity", view.config["prune"]["sparsity"])
     name = words.row_name({"method": method, "sparsity": sparsity})
-    rows = document["rows"] if document else []
     results = results_table(view.timing, counted)
     memory = f"peak memory {bytes_text(view.timing.get('peak_memory_bytes'))}"
     content = {
         "title": f"{name} on {page.model_name(view.config)}",
-        "conclusion": words.conclusion(rows, accounting=counted, method=method),
+        "conclusion": words.bytes_sentence(counted) if counted else "Nothing was pruned.",
         "facts": [("method", method, False), *page.facts(view.config)],
         "prompt": view.generations[0]["prompt"] if view.generations else "",
         "texts": [_page_text(record) for record in view.generations],
@@ -156,19 +155,15 @@ def render(view: RunView) -> str:
         "missing": missing,
         "perplexity": perplexity_table(document).html() if document else None,
         "timing": results.html() if results.rows else None,
-        "timing_words": words.timing_sentence(view.timing),
         "other_times": f"The whole run took {view.timing['total_s']:,.1f} s, {memory}.",
-        **dict.fromkeys(("cards", "phases"), ()),
-        "accounting": None,
     }
     return page.render(view.config, "report.html", content)
 
 
 def _page_text(record: Record) -> dict[str, Any]:
     """A line of generation.jsonl as a column of the page."""
-    span = {"phase": "", "text": str(record.get("text") or ""), "title": ""}
     note = f"{len(record.get('token_ids') or ())} tokens"
-    return {"name": words.row_name(record), "note": note, "spans": [span]}
+    return {"name": words.row_name(record), "note": note, "text": str(record.get("text") or "")}
 
 
 # What ends a demo on the terminal.
