@@ -13,7 +13,7 @@ from dart_llm.evaluation.perplexity import score, slices
 from dart_llm.experiments.artifacts import MaskRecorder, read_masks, write_masks
 from dart_llm.reporting.words import bytes_sentence
 from dart_llm.session.run import prune
-from dart_llm.studies.drift.masks import DriftRecorder, record
+from dart_llm.studies.drift.runs import remask_records
 from steps import decode, pruned, shared_model
 from tiny import tokens
 from token_cases import LEARNT, PLAIN
@@ -88,9 +88,9 @@ def test_compensation_reads_the_down_projection_once():
 
 
 def test_files_and_drift_studies_hold_counts_and_say_why_no_masks(tmp_path):
-    masks, drift = MaskRecorder(), DriftRecorder()
+    masks = MaskRecorder()
     run = prune(shared_model("llama-bias"), LEARNT, sparsity=0.75)
-    run.on_selection = lambda *made: (masks(*made), drift(*made))
+    run.on_selection = masks
     with run:
         decode(run.model, tokens(1, 20), 12)
     write_masks(tmp_path, masks, run, "tiny")
@@ -103,7 +103,7 @@ def test_files_and_drift_studies_hold_counts_and_say_why_no_masks(tmp_path):
     save_file({"blk.0.ids": torch.zeros(1), "remask0.layer0": torch.zeros(1)}, other)
     with pytest.raises(ConfigError, match=r"holds no masks; expected keys like remask0\.layer3"):
         read_masks(str(other))
-    found = record(run, drift, [I] * L)["remasks"]
+    found = remask_records(masks, [I] * L)
     assert [(one["kept"], one["jaccard"]) for one in found] == [([K] * L, None)]
 
 

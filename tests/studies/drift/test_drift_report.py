@@ -1,4 +1,4 @@
-"""The pictures and the page of a drift study: the study's numbers, escaped."""
+"""The numbers, pictures and page of a drift study: by hand, as in the records, and escaped."""
 
 import sys
 from copy import deepcopy
@@ -9,155 +9,140 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from dart_llm.studies.drift import masks, plots, report, summary
-from dart_llm.studies.drift.detect import pool
-from dart_llm.studies.drift.masks import MaskSpan
+from dart_llm.studies.drift import report, summary
+from dart_llm.studies.drift.runs import EMPTY
 from drift_cases import finished
 from html_page import Page, check_alone
 from written import axes_of
 
-OWN = "forced/two/interval:40@0.5/0"
-"""A cell whose masks were made anew."""
-
-
-def detection():
-    """Two signals under two rules, and a curve each for two counts, as `dart-llm detect` writes."""
-    passage = {"id": "a", "changes": [300, 700], "prompt_tokens": 256, "tokens": 1000}
-    signals, rules = ("attention", "hidden"), {"published": [310, 760, 800], "paper": [310]}
-    named = [(s, rule, at) for s in signals for rule, at in rules.items()]
-    line = {"passage": passage}
-    line["rules"] = [{"signal": s, "rule": rule, "triggers": at} for s, rule, at in named]
-    line["sweep"] = [
-        {"signal": s, "window": 10, "n0": n0, "k": k, "triggers": [310, 800][:n0]}
-        for s in signals
-        for n0 in (1, 3)
-        for k in (0.5, 2.0)
-    ]
-    line["auc"] = [{"signal": signal, "window": 10, "auc": 0.7} for signal in signals]
-    settings = {"model": "tiny", "prompt_tokens": 256, "horizon": 128, "seed": 0}
-    return pool([line, line], settings, {"name": "tiny", "dtype": "float32"}, 30)
+REMASKED = "forced/two/interval:40@0.5/0"
 
 
 @pytest.fixture(scope="module")
-def view():
-    """The finished study beside a detection, with a text to be escaped."""
-    found = finished().view()
-    cells = deepcopy(list(found.cells))
-    for cell in cells:
-        cell.record["pieces"][1] = " <i>&"
-    return replace(found, cells=cells, detection=detection())
+def runs():
+    return finished().runs
 
 
-def cell(view, key=OWN, **changes):
-    own = next(c for c in view.cells if c.key == key)
-    return replace(own, record={**own.record, **changes})
+def run_of(runs, key=REMASKED):
+    return next(run for run in runs if run.key == key)
 
 
-def test_masks_and_their_overlap(view):
-    own = cell(view)
-    live = masks.read_masks(own, finished().path)
-    first, second = own.record["remasks"][:2]
-    assert masks.overlap(live)[:, 1] == pytest.approx(second["jaccard"])
-    assert set(masks.overlap(live)[:, 0]) == {1.0}
-    ratios = [kept / 48 for kept in first["kept"]]
-    assert masks.chance(live) == pytest.approx(fmean(k / (2 - k) for k in ratios))
-    moved = [
-        kept - left + joined
-        for kept, left, joined in zip(first["kept"], second["left"], second["joined"], strict=True)
-    ]
-    assert moved == second["kept"] == [int(layer[1].sum()) for layer in live]
-    empty, full = np.zeros(4, dtype=np.bool_), np.ones(4, dtype=np.bool_)
-    assert (masks.jaccard(empty, empty), masks.jaccard(empty, full)) == (1.0, 0.0)
+def render(runs):
+    job = finished()
+    document = summary.summarise(runs, job.settings.model, job.dtype)
+    return report.render(runs, job.config, document)
 
 
-def test_spans_of_masks(view):
-    """As the run counted them: 40 pruned tokens, 32 observed ones, and again."""
-    own = cell(view)
-    spans = masks.mask_spans(own)
-    starts = [0, 40, 72, 112, 144, 184]
-    assert [(span.start, span.mask) for span in spans[:6]] == [
-        (start, None if number % 2 else number // 2) for number, start in enumerate(starts)
-    ]
-    assert [span.start for span in spans if span.mask is not None] == [
-        mask["step"] for mask in own.record["remasks"]
-    ]
-    assert spans[-1].end == own.decoded
-    whole = [MaskSpan(0, own.decoded, 0)]
-    assert masks.mask_spans(cell(view, "forced/two/never@0.5/0")) == whole
-    assert masks.mask_spans(cell(view, "forced/two/dense/0")) == [replace(whole[0], mask=None)]
+def test_recovery_by_hand():
+    flat = [None, *[2.0] * 99]
+    assert summary.recovery(flat, flat, [0, 50]) == [0]  # dense itself
+    late = [2.0 if loss is None else loss + (50 <= k < 70) for k, loss in enumerate(flat)]
+    assert summary.recovery(late, flat, [0, 50]) == [17]  # 3 of 32 tokens, not 4, are within 0.1
+    higher = [2.0 if loss is None else loss + 0.11 * (k >= 50) for k, loss in enumerate(flat)]
+    assert summary.recovery(higher, flat, [0, 50]) == [None]
+    assert summary.recovery(flat[:80], flat[:80], [0, 50]) == [None]  # no window of 32 fits
+    assert summary.recovery(flat, flat, [0, 40, 60]) == [None, 0]  # nor before the next change
+    assert summary.recovery(flat, flat, [0]) == []
 
 
-def test_loss_around_the_change(view):
-    curves = plots.excess_curves(view.cells)
-    assert set(curves) == {c.label for c in view.cells} - {"dense"}
-    for point in curves["dart@0.3"]:
+def test_a_method_that_removed_much_less_does_not_win():
+    def line(label, achieved, after, closeness=None):
+        metrics = None if closeness is None else {"document_similarity": {"mean": closeness}}
+        row = {"label": label, "method": label.partition("@")[0], "achieved_sparsity": achieved}
+        return {**row, "loss": None if metrics else {"after": {"mean": after}}, "metrics": metrics}
+
+    methods = [("dense", 0.0, 3.0), ("never@0.5", 0.5, 4.0), ("dart@0.5", 0.46, 3.8)]
+    methods += [("interval:8@0.5", 0.2, 3.2)]
+    rows = [line(*method) for method in methods]
+    assert [row["label"] for row in summary.comparable(rows)] == ["never@0.5", "dart@0.5"]
+    assert summary.headline({"rows": rows}) == (
+        "dart@0.5: loss after the changes 3.800 at 46 % achieved sparsity, the best of 2 methods "
+        "that removed about as much."
+    )
+    closeness = zip(methods, (1.0, 0.6, 0.7, 0.9), strict=True)
+    free = {"rows": [line(*method, close) for method, close in closeness]}
+    assert summary.headline(free).startswith("dart@0.5: document_similarity 0.700 at 46 %")
+    assert summary.headline({"rows": rows[:1]}) == ""
+
+
+def test_a_failed_run_is_counted_and_named(runs):
+    failed = [*runs[:-1], replace(runs[-1], record=EMPTY, error="no <b>memory")]
+    document = summary.summarise(failed, "tiny", "float32")
+    assert [(row["runs"], row["failed"]) for row in document["rows"]] == [(2, 0)] * 3 + [(1, 1)]
+    page = Page(render(failed))
+    assert "no <b>memory" in page.text
+    lines = summary.result_lines({**document, "rows": [{**document["rows"][3], "runs": 0}]})
+    assert lines[0].error.startswith("all 1 runs failed")
+
+
+def test_loss_around_the_change(runs):
+    curves = report.excess_curves(runs)
+    assert set(curves) == {run.label for run in runs} - {"dense"}
+    for start, interval in curves["dart@0.3"].items():
         by_source = []  # a source is one item, however many changes it has
         for source in ("two", "three"):
-            own, dense = (cell(view, f"forced/{source}/{m}/0") for m in ("dart@0.3", "dense"))
-            excess = np.subtract(own.record["losses"][1:], dense.record["losses"][1:])
+            dart, dense = (run_of(runs, f"forced/{source}/{m}/0") for m in ("dart@0.3", "dense"))
+            excess = np.subtract(dart.record["losses"][1:], dense.record["losses"][1:])
             values = []
-            for (_, low, start), (_, _, high) in pairwise(own.topics):
-                first = start + point.start
+            for (_, low, change), (_, _, high) in pairwise(dart.topics):
+                first = change + start
                 if max(low, 1) <= first <= high - 16:  # the first token has no loss
                     values.append(excess[first - 1 : first + 15].mean())
             by_source += [fmean(values)] if values else []
-        assert (point.value, point.n) == (pytest.approx(fmean(by_source)), len(by_source))
-    assert {0, 16, -16} <= {point.start for point in curves["dart@0.3"]}
+        assert (interval.estimate, interval.n) == (pytest.approx(fmean(by_source)), len(by_source))
+    assert {0, 16, -16} <= set(curves["dart@0.3"])
+    plot = report.plot_loss(runs, "")
+    assert "no bands: passages too few (n = 2)" in plot.small
+    curve = axes_of(plot)[2].lines[0]
+    assert list(curve.get_ydata()) == [mean.estimate for mean in curves["dart@0.3"].values()]
 
 
-def test_pictures_hold_the_numbers(view):
-    drawn = {plot.name: plot for _, kind in report.pictures(view) for plot in kind}
-    names = ["methods", "loss", "similarity", "overlap", "neurons", "detection"]
+def test_pictures_have_the_numbers(runs):
+    sections = report.pictures(runs, finished().config)
+    drawn = {plot.name: plot for plots in sections.values() for plot in plots}
+    names = ["loss", "similarity", "similarity-2", "overlap", "overlap-2", "overlap-3"]
     assert list(drawn) == names
-    estimates = [line["loss"]["after_minus_dense"] for line in view.lines]
-    quality, _ = axes_of(drawn["methods"])
-    means = [estimate["mean"] for estimate in estimates]
-    assert [bar.get_width() for bar in quality.patches] == pytest.approx(means)
-    assert len({bar.get_hatch() for bar in quality.patches}) == 5  # legible without colours
-    assert not [line for line in quality.lines if line.get_marker() == "|"]
-    assert f"no whiskers: passages too few (n = {estimates[0]['n']})" in drawn["methods"].small
-    known = deepcopy(view)
-    for line in known.lines:
-        line["loss"]["after_minus_dense"] |= {"low": -0.5, "high": 0.5, "n": 6}
-    quality, _ = axes_of(plots.make_methods(known))
-    whiskers = [list(line.get_xdata()) for line in quality.lines if line.get_marker() == "|"]
-    assert whiskers[::2] == [[-0.5, 0.5]] * len(estimates)
-    curve = next(line for line in axes_of(drawn["loss"])[2].lines if line.get_marker() != "None")
-    points = plots.excess_curves(view.cells)["dart@0.3"]
-    assert list(curve.get_ydata()) == [point.value for point in points]
+    remasked = run_of(runs)
+    masks = remasked.record["remasks"]
+    steps = [mask["step"] for mask in masks]
+    assert steps[:3] == [0, 72, 144]  # 40 pruned tokens, 32 observed ones, and again
+    plot = next(p for n, p in drawn.items() if n.startswith("overlap") and "two" in p.title)
+    (mesh,) = axes_of(plot)[0].collections
+    values = mesh.get_array().reshape(4, len(masks))
+    assert values[:, 1].tolist() == pytest.approx(masks[1]["jaccard"])
+    assert values[:, 0].tolist() == [1.0] * 4
+    assert report.chance([0.5, 0.5]) == pytest.approx(1 / 3)
 
 
-def test_the_page_has_the_numbers_and_escapes_the_texts(view):
-    html = report.render(view)
+def test_the_page_has_the_numbers_and_escapes_the_names(runs):
+    named = deepcopy(list(runs))
+    for run in named:
+        run.record["topics"][0]["name"] = "<i>&"
+    html = render(named)
     check_alone(html)
-    page, own = Page(html), cell(view)
-    assert page.row("dart@0.3") == [*summary.table(view.summary).cells()[3]]
-    assert summary.headline(view.summary) in page.text.replace("\xa0", " ")
-    mask = own.record["remasks"][1]
-    row = page.row("passage two, interval:40@0.5", str(mask["step"]))
-    assert row[2:5] == [
+    page, run = Page(html), run_of(named)
+    job = finished()
+    assert page.row("dart@0.3") == [*summary.table(job.summary).cells()[3]]
+    assert summary.headline(job.summary) in page.text.replace("\xa0", " ")
+    mask = run.record["remasks"][1]
+    row = page.row("passage two", "interval:40@0.5", str(mask["step"]))
+    assert row[3:6] == [
         mask["cause"],
-        f"two 0, token {mask['step']}",
+        f"<i>&, token {mask['step']}",
         f"{mask['evidence_tokens']:.0f}",
     ]
-    assert row[7:] == [f"{sum(mask['kept']):,}", f"{sum(mask['joined']):,}"]
-    assert " <i>&" in page.text and "<i>" not in html and "change of topic: two 1" in page.text
-    shaded = [span for span in page.attributes("span") if "title" in span]
-    over = np.subtract(own.record["losses"][1:], view.cells[0].record["losses"][1:])
-    first = int(np.argmax(over >= report.SEEN)) + 1
-    words = f"token {first}: {own.record['losses'][first]:.2f} nats, dense "
-    assert any(str(span["title"]).startswith(words) for span in shaded)
+    assert row[-1] == f"{sum(mask['kept']):,}" and "<i>" not in html
 
 
-def test_free_texts_are_side_by_side(view, monkeypatch):
+def test_free_texts_are_side_by_side(runs, monkeypatch):
     text = "A ledger <script>alert(1)</script> balances."
-    cells = [replace(cell(view, f"forced/two/{m}/0"), mode="free") for m in ("dense", "never@0.5")]
-    for one in cells:
-        del one.record["losses"]
-        one.record["text"] = text
+    free = [
+        replace(run, mode="free", record={**run.record, "losses": None, "text": text})
+        for run in (run_of(runs, f"forced/two/{method}/0") for method in ("dense", "dart@0.3"))
+    ]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    html = report.render(replace(view, cells=cells, detection={}))
+    html = render(free)
     assert "A ledger &lt;script&gt;alert(1)&lt;/script&gt; balances." in html
-    places = [html.index(f"<article><h3>{name}") for name in ("dense", "never@0.5")]
-    assert places == sorted(places) and "tokens dense" in Page(html).text
+    positions = [html.index(f"<article><h3>{name}") for name in ("dense", "dart@0.3")]
+    assert positions == sorted(positions) and "tokens dense" in Page(html).text
     assert "No plots: this needs matplotlib, which is not installed" in Page(html).text

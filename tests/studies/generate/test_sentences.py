@@ -2,7 +2,7 @@
 
 import pytest
 
-from dart_llm.experiments.drift_plot import drift_sentence
+from dart_llm.experiments.line_plots import drift_sentence
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting import words
 from dart_llm.reporting.speed_up import SpeedUp

@@ -1,6 +1,6 @@
 """What a run's page is made of, and the picture of the FFN neurons that each layer keeps.
 
-Drift over time is drawn by ``experiments/drift_plot.py``.
+Drift over time is drawn by ``experiments/line_plots.py``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dart_llm.experiments import drift_plot, run_facts
+from dart_llm.experiments import line_plots, run_facts
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting.figures import INK, Palette, Plot, legend, reference_line
 from dart_llm.reporting.words import percent
@@ -66,7 +66,7 @@ class RunView:
 
 def available(view: RunView) -> list[Plot]:
     """The plots that a run has; needs no matplotlib."""
-    similarity = drift_plot.plot_similarity(view.checks, view.masks, view.small_print)
+    similarity = line_plots.plot_similarity(view.checks, view.masks, view.small_print)
     return [plot for plot in (kept_neurons(view), similarity) if plot is not None]
 
 

@@ -1,19 +1,93 @@
-"""Drift of one run over its tokens: similarity to the reference, its threshold and the re-masks."""
+"""Line plots: curves in panels, and the drift detector's windows over the tokens of a text."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dart_llm.pruning.records import DriftCheck
-from dart_llm.reporting.figures import INK, MAX_PANELS, SOFT, Palette, Plot, legend
+from dart_llm.reporting.figures import (
+    DASHES,
+    INK,
+    MAX_PANELS,
+    SOFT,
+    Palette,
+    Plot,
+    legend,
+    log_axis,
+    looks,
+)
 from dart_llm.reporting.table import grouped
 from dart_llm.reporting.words import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+# Curves in panels.
+
+
+@dataclass(frozen=True)
+class Curve:
+    """``band``: lower and upper ends around it.  ``is_reference``: dashed, without marks."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+    is_reference: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves over one pair of axes."""
+
+    xlabel: str
+    ylabel: str
+    curves: Sequence[Curve]
+    is_log: bool = False
+    limits: tuple[float, float] | None = None
+
+
+def line_plot(name: str, title: str, small: str, panels: Sequence[Panel]) -> Plot:
+    """Panels in twos; marks and line styles tell their curves apart without colours."""
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        grid = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, panel in zip(grid, panels, strict=False):
+            _draw_panel(axes, palette, panel)
+        for spare in grid[len(panels) :]:
+            spare.remove()
+
+    alt = f"Lines: {'; '.join(f'{panel.ylabel} over {panel.xlabel}' for panel in panels)}."
+    return Plot(name, title, alt, small, 1.1 + 2.3 * rows, draw)
+
+
+def _draw_panel(axes: Axes, palette: Palette, panel: Panel) -> None:
+    styles = looks([curve.label for curve in panel.curves], palette)
+    for curve in panel.curves:
+        style = {**styles[curve.label], "markersize": 4.5, "markevery": len(curve.x) // 12 + 1}
+        if curve.is_reference:
+            style = {"color": INK, "linestyle": DASHES, "linewidth": 1.3, "zorder": 1}
+        axes.plot(curve.x, curve.y, label=curve.label, **style)
+        if curve.band is not None:
+            axes.fill_between(curve.x, *curve.band, color=style["color"], alpha=0.18, linewidth=0)
+    axes.grid(axis="y")
+    axes.margins(x=0.02)
+    axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+    if panel.limits is not None:
+        axes.set_ylim(*panel.limits)
+    if panel.is_log:
+        log_axis(axes)
+    legend(axes, 3)
+
+
+# The windows of the drift detector, their threshold, and the re-masks.
 
 Masks = Sequence[Mapping[str, Any]]
 
@@ -80,7 +154,7 @@ def plot_similarity(checks: Sequence[DriftCheck], remasks: Masks, small: str) ->
     def draw(figure: Figure, palette: Palette) -> None:
         panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (sequence, row) in zip(panels, shown, strict=True):
-            masks = [m for m in remasks if _belongs(m, sequence, row)]
+            masks = [m for m in remasks if m["sequence"] == sequence and m["row"] in (None, row)]
             draw_checks(axes, palette, groups[sequence, row], masks)
             if len(groups) > 1:
                 axes.set_title(f"sequence {sequence}, row {row}", loc="right", fontsize=8)
@@ -97,33 +171,23 @@ def worth_drawing(checks: Sequence[DriftCheck]) -> bool:
     return armed and len(checks) >= FEWEST_WINDOWS
 
 
-def _belongs(mask: Mapping[str, Any], sequence: int, row: int) -> bool:
-    return mask["sequence"] == sequence and mask["row"] in (None, row)
-
-
 def draw_checks(axes: Axes, palette: Palette, checks: Sequence[DriftCheck], masks: Masks) -> None:
     """Windows with their similarity and threshold, and lines where masks were built."""
     starts = [int(mask["step"]) for mask in masks]
-    for number, stretch in enumerate(
-        grouped(checks, lambda c: bisect_left(starts, c.step)).values()
-    ):
+    stretches = grouped(checks, lambda check: bisect_left(starts, check.step)).values()
+    for number, stretch in enumerate(stretches):
         steps = [check.step for check in stretch]
         axes.plot(steps, [c.similarity for c in stretch], color=SOFT, linewidth=0.9, zorder=2)
-        limits = [float("nan") if c.threshold is None else c.threshold for c in stretch]
-        look: dict[str, Any] = {"color": palette[2], "linewidth": 1.6, "zorder": 2}
-        axes.plot(steps, limits, "--", label="_" if number else "threshold", **look)
-    for kind, (label, look) in KINDS.items():
-        points = [check for check in checks if _kind(check) == kind]
-        colours = {"armed": palette[0], "suppressed": "white", "arming": "white"}
-        style: dict[str, Any] = {
-            "color": colours.get(kind, palette[4]),
-            "markersize": 6.5,
-            "markeredgewidth": 0.9,
-        }
-        style |= {"markeredgecolor": INK, "linestyle": "none", "zorder": 4, **look}
-        if points:
-            x, y = [check.step for check in points], [check.similarity for check in points]
-            axes.plot(x, y, label=label, **style)
+        limits = [math.nan if c.threshold is None else c.threshold for c in stretch]
+        label = "_" if number else "threshold"
+        axes.plot(steps, limits, "--", label=label, color=palette[2], linewidth=1.6, zorder=2)
+    colours = {"armed": palette[0], "suppressed": "white", "arming": "white"}
+    base: dict[str, Any] = {"markersize": 6.5, "markeredgewidth": 0.9, "markeredgecolor": INK}
+    base |= {"linestyle": "none", "zorder": 4}
+    for kind, windows in grouped(checks, _kind).items():
+        label, look = KINDS[kind]
+        x, y = [check.step for check in windows], [check.similarity for check in windows]
+        axes.plot(x, y, label=label, color=colours.get(kind, palette[4]), **(base | look))
     _draw_masks(axes, checks, masks)
     axes.set_ylabel("cosine similarity")
     axes.grid(axis="y")
@@ -151,18 +215,12 @@ def _draw_masks(axes: Axes, checks: Sequence[DriftCheck], masks: Masks) -> None:
     for number, (begin, stop) in enumerate(dense):
         label = "_" if number else "dense, observing"
         axes.axvspan(begin, stop, linewidth=0, zorder=1, label=label, **hatches)
-    few, previous = len(masks) <= MAX_NAMED, float("-inf")
+    few = len(masks) <= MAX_NAMED
+    look: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "xytext": (3, -1)}
+    look |= {"textcoords": "offset points", "rotation": 90, "va": "top", "ha": "left"}
     for mask, step in zip(masks, starts, strict=True):
         axes.axvline(step, color=INK, linewidth=1.1 if few else 0.4, zorder=3 if few else 1)
-        if few and step - previous > 0.03 * end:
-            _name(axes, step, str(mask.get("cause", "")))
-            previous = step
+        if few:
+            axes.annotate(str(mask.get("cause", "")), (step, 1), fontsize=8, **look)
     if not few:
         axes.plot([], [], color=INK, linewidth=0.6, label=f"{len(masks)} masks")
-
-
-def _name(axes: Axes, step: int, cause: str) -> None:
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
-    where: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "xytext": (3, -1)}
-    where |= {"textcoords": "offset points", "rotation": 90, "va": "top", "ha": "left"}
-    axes.annotate(cause, (step, 1), fontsize=8, bbox=box, **where)
