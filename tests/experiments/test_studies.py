@@ -19,7 +19,7 @@ from dart_llm.errors import CellsFailed, ConfigError, LoadError, ResultsError, U
 from dart_llm.experiments import store
 from dart_llm.experiments.store import ResultsFolder
 from dart_llm.experiments.study import Study, Unit, run_study
-from dart_llm.files import write_json, write_lines
+from dart_llm.files import write_json
 from dart_llm.reporting import figures
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import StudyOptions, merge
@@ -35,8 +35,6 @@ from dart_llm.studies.inspection.study import InspectionStudy
 from dart_llm.studies.quality.study import QualityStudy
 from dart_llm.studies.sweep.settings import CompareSettings, PerplexitySettings
 from dart_llm.studies.sweep.study import MeasureStudy
-from detect_cases import folder as detect_model
-from detect_cases import passage
 from drift_cases import PROMPT, THREE, TWO, write_rows
 from drift_cases import settings as drift_settings
 from html_page import Page
@@ -74,13 +72,13 @@ def _model(**given):
 
 
 def _passages(version):
-    write_lines(Path("passages.jsonl"), [passage(n + version).to_dict() for n in (1, 2, 3)])
+    again = {**TWO, "id": f"again {version}"}
+    write_rows(Path("passages.jsonl"), [TWO, THREE, again])
 
 
 def _detect():
-    sizes = {"prompt_tokens": 120, "horizon": 60, "thresholds": "0,2", "counts": "1"}
-    texts = {"passages": "passages.jsonl", "signals": "attention,hidden"}
-    return _model(**sizes, **texts) | {"model": str(detect_model())}
+    sizes = {"prompt_tokens": PROMPT, "horizon": 60, "thresholds": "0,2", "counts": "1"}
+    return _model(**sizes, passages="passages.jsonl", signals="attention,hidden")
 
 
 def _detection(ui):
@@ -98,7 +96,7 @@ def _inspect():
 
 def _inspection(ui):
     asked = merge(InspectSettings, _inspect(), environment={})
-    return InspectionStudy(asked, ("layers", "weights", "space"), ui)
+    return InspectionStudy(asked, ("layers", "neurons", "overlap"), ui)
 
 
 def _quality_text(version):
@@ -158,7 +156,7 @@ def _tune(ui):
 
 CASES = (
     Case("detect", 3, _passages, _detection, ("detect", _detect)),
-    Case("inspect", 3, _texts, _inspection, ("inspect layers weights space", _inspect)),
+    Case("inspect", 3, _texts, _inspection, ("inspect layers neurons overlap", _inspect)),
     Case("perplexity", 4, _texts, _perplexity, finer=True),
     Case("compare", 4, _texts, _compare, finer=True, adopts=True),
     Case("run", 3, _texts, _run, timed=True, finer=True),

@@ -14,16 +14,12 @@ from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.experiments.study import run_study
 from dart_llm.reporting.console import Ui
 from dart_llm.studies.inspection.settings import TEXTS, InspectSettings, inspect_texts
-from dart_llm.studies.inspection.study import SECTIONS, InspectionStudy
+from dart_llm.studies.inspection.study import InspectionStudy
 from html_page import Page
 from inspect_cases import A, B
 from lm_cases import place
 from tiny import LAYERS, WIDTH
-
-FILES = {
-    *("layers", "weights", "activations", "concentration", "neurons", "overlap", "ablation"),
-    *("space_layers", "space_windows", "space_tokens"),
-}
+from written import lines
 
 
 @pytest.fixture(autouse=True)
@@ -48,63 +44,51 @@ def document(result):
 def whole(tmp_path_factory):
     """The folder of one inspection of everything, and its document; A has words of HTML."""
     root = tmp_path_factory.mktemp("inspected")
-    given = {"prompt": f"{A}<script>1</script> & so on", "prompt_b": B, "ablation_seeds": 1}
-    own = {"model": str(place() / "model"), "device": "cpu", "method": "griffin", **given}
-    asked = InspectSettings(results_dir=str(root), **own)
-    folder = run_study(InspectionStudy(asked, (), Ui(quiet=True))).path
+    texts = {"prompt": f"{A}<script>1</script> & so on", "prompt_b": B, "ablation_seeds": 1}
+    given = {"model": str(place() / "model"), "device": "cpu", "method": "griffin", **texts}
+    settings = InspectSettings(results_dir=str(root), **given)
+    folder = run_study(InspectionStudy(settings, (), Ui(quiet=True))).path
     return folder, json.loads((folder / "inspect.json").read_text("utf-8"))
 
 
-def test_csv_holds_the_numbers_of_the_json(whole):
+def test_csv_files_have_the_numbers_of_the_json(whole):
     folder, kept = whole
-    found = kept["sections"]
-    assert list(found) == list(TEXTS)
+    assert list(kept["sections"]) == list(TEXTS)
     assert [text["label"] for text in kept["texts"]] == ["A", "B"]
-    assert {path.stem for path in folder.glob("*.csv")} == FILES
+    assert {path.stem for path in folder.glob("*.csv")} == {*TEXTS, "activations"}
     rows = list(csv.DictReader((folder / "layers.csv").read_text("utf-8").splitlines()))
-    for row, layer in zip(rows, found["layers"]["layers"], strict=True):
+    for row, layer in zip(rows, kept["sections"]["layers"]["layers"], strict=True):
         assert float(row["output.s"]) == layer["output"]["s"]
+    losses = [row["loss"] for row in kept["sections"]["ablation"]["rows"]]
+    mean = kept["sections"]["overlap"]["mean"]["jaccard"]
+    assert [line["value"] for line in lines(folder / "rows.jsonl")] == [mean, *losses]
 
 
 def test_headline_plots_and_page(whole):
-    folder, found = whole
-    mean = {key: f"{value:.3f}" for key, value in found["sections"]["overlap"]["mean"].items()}
+    folder, kept = whole
+    mean = {key: f"{value:.3f}" for key, value in kept["sections"]["overlap"]["mean"].items()}
     words = f"a Jaccard of {mean['jaccard']}, where chance gives {mean['chance']}."
     assert words in (folder / "inspect.md").read_text("utf-8")
-    drawn = [
-        shown.plot("x")
-        for name, data in found["sections"].items()
-        for shown in SECTIONS[name].show(data)
-        if shown.panels
-    ]
-    assert {path.stem for path in (folder / "plots").iterdir()} == {one.name for one in drawn}
-    assert len(drawn) == 9 and all(plot.alt and plot.small[:1] == "x" for plot in drawn)
+    drawn = {f"inspect_{name}" for name in ("layers", "activations", "overlap")}
+    assert {path.stem for path in (folder / "plots").iterdir()} == drawn
     html = (folder / "report.html").read_text("utf-8")
     page = Page(html)
-    assert html.count("<img ") == 9 and page.row("mean")[4] == mean["jaccard"]
+    assert html.count("<img ") == 3 and page.row("mean")[4] == mean["jaccard"]
     assert f"{A}<script>1</script> & so on" in page.text and "<script" not in html
     assert words in page.text.replace("\xa0", " ")
-    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text("utf-8").splitlines()]
-    losses = [row["loss"] for row in found["sections"]["ablation"]["rows"]]
-    assert [line["value"] for line in lines] == [
-        found["sections"]["overlap"]["mean"]["jaccard"],
-        *losses,
-    ]
 
 
 def test_what_is_looked_at_follows_from_the_texts():
-    found = document(inspect("--json"))
-    assert list(found["sections"]) == ["weights", "neurons"] and found["texts"] == []
-    assert found["sections"]["weights"]["activations"] is None
+    bare = document(inspect("--json"))
+    assert list(bare["sections"]) == ["neurons"] and bare["texts"] == []
     one = document(inspect("layers", "--prompt", "the sea", "--json"))
     assert list(one["sections"]) == ["layers"] and one["texts"][0]["tokens_read"] == len("the sea")
-    both = InspectSettings(prompt="x", prompt_b="y")
-    assert both.chosen(()) == list(TEXTS)
+    assert InspectSettings(prompt="x", prompt_b="y").chosen(()) == list(TEXTS)
     texts = ("--prompt", "the sea", "--prompt-b", "the moon")
     assert "no ablation: ablation needs 64 tokens" in inspect(*texts).stderr
     assert "needs 64 tokens" in str(inspect("ablation", *texts).exception)
     plain = document(inspect(*texts, "--method", "dense", "--json"))
-    assert "overlap" not in plain["sections"] and "space" in plain["sections"]
+    assert list(plain["sections"]) == ["layers", "neurons"]
 
 
 def test_activations_are_kept_on_request():
@@ -113,25 +97,12 @@ def test_activations_are_kept_on_request():
     assert result.exit_code == 0, result.exception
     (folder,) = Path("results").glob("*/*")
     for label in "ab":
-        found = load_file(folder / f"activations-{label}.safetensors")
-        assert found["layer3.u"].shape == (9, WIDTH) and len(found) == 2 * LAYERS + 1
-    assert "give --prompt or --pass" in str(inspect("weights", "--save-activations").exception)
+        tensors = load_file(folder / f"activations-{label}.safetensors")
+        assert tensors["layer3.u"].shape == (9, WIDTH) and len(tensors) == 2 * LAYERS + 1
+    assert "give --prompt or --pass" in str(inspect("neurons", "--save-activations").exception)
 
 
-def test_texts_of_runs_passages_and_prompts():
-    folders = []
-    for name, texts in (("one", ("sea", "sea")), ("two", ("moon", "hills and moon"))):
-        folder = Path("runs") / name / "20260101-000000"
-        folder.mkdir(parents=True)
-        variants = zip(("pruned", "dense"), texts, strict=True)
-        lines = [json.dumps({"variant": variant, "text": text}) for variant, text in variants]
-        (folder / "generation.jsonl").write_text("".join(f"{line}\n" for line in lines))
-        folders.append(str(folder))
-    both = inspect_texts(InspectSettings(runs=",".join(folders)))
-    assert [text.text for text in both] == ["sea", "moon"]
-    assert both[0].name == "one/20260101-000000"
-    own = inspect_texts(InspectSettings(runs=folders[1]))
-    assert [text.text for text in own] == ["hills and moon", "moon"]
+def test_texts_of_passages_and_prompts():
     bees, loans = inspect_texts(InspectSettings(passage="01"))
     assert bees.text.startswith("When a honeybee finds") and loans.text.startswith("A mortgage is")
     assert (bees.label, loans.label) == ("A", "B") and "honeybee" not in loans.text
@@ -142,18 +113,15 @@ def test_texts_of_runs_passages_and_prompts():
 REFUSED = [
     ({"prompt_b": "y"}, "text B without text A"),
     ({"prompt": "x", "prompt_file": "f"}, "not both"),
-    ({"prompt": "x", "passage": "01"}, "one of the three"),
+    ({"prompt": "x", "passage": "01"}, "give prompts or --passage, not both"),
     ({"share": 1.0}, r"--share 1\.0 must be less than 1"),
-    ({"neuron_score": "maxx"}, "did you mean max"),
     ({"prompt": " ", "prompt_b": "y"}, r"text A \(\) is empty"),
     ({"prompt": "x \udcff"}, "is not valid UTF-8"),
     ({"prompt_file": "none.txt"}, "there is no prompt file none.txt: give an existing"),
     ({"passage": "99"}, "unknown prompt or passage"),
-    ({"runs": "a,b,c"}, "one results folder or two, not 3"),
     ({"what": "overlaps"}, "did you mean overlap"),
     ({"what": "layers"}, r"needs 1 text\(s\): give --prompt"),
-    ({"what": "space", "prompt": "x"}, r"needs 2 text\(s\): give --prompt and"),
-    ({"what": "space", "passage": "01", "layer": 4}, "this model has 4 layers"),
+    ({"what": "overlap", "prompt": "x"}, r"needs 2 text\(s\): give --prompt"),
     ({"what": "overlap", "passage": "01", "method": "wanda"}, "e.g. griffin"),
     ({"prompt": "x", "activation_layers": "9-1"}, "not a layer or a range"),
 ]

@@ -140,7 +140,8 @@ def _mark_topics(axes: Axes, run: DriftRun) -> None:
     look: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "xytext": (3, 4)}
     look |= {"textcoords": "offset points", "fontsize": 8.5, "color": INK, "zorder": 5}
     for number, (name, start, _) in enumerate(run.topics):
-        if number:
+        if number:  # white below it shows on dark fields
+            axes.axvline(start, color="white", linewidth=2.6, zorder=3)
             axes.axvline(start, color=INK, linestyle=CHANGE, linewidth=1.5, zorder=3)
         short = textwrap.shorten(name, 28, placeholder="…")
         axes.annotate(short, (start, 0), bbox=box, **look)
@@ -184,7 +185,7 @@ def plot_overlap(name: str, run: DriftRun, small: str) -> Plot:
         axes = figure.subplots()
         steps, rows = [mask["step"] for mask in masks], np.arange(len(layers) + 1) - 0.5
         low = min(expected, float(values.min()))
-        shades = {"cmap": "cmc.lapaz_r", "vmin": low, "vmax": 1}
+        shades: dict[str, Any] = {"cmap": "cmc.lapaz_r", "vmin": low, "vmax": 1}
         mesh = axes.pcolormesh([*steps, run.decoded], rows, values, **shades)
         _mark_topics(axes, run)
         figure.colorbar(mesh, ax=axes, label=OVERLAP, pad=0.02)
