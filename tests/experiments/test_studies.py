@@ -35,10 +35,9 @@ from dart_llm.studies.inspection.study import InspectionStudy
 from dart_llm.studies.quality.study import QualityStudy
 from dart_llm.studies.sweep.settings import CompareSettings, PerplexitySettings
 from dart_llm.studies.sweep.study import MeasureStudy
-from drift_cases import PROMPT, THREE, TWO, write_rows
+from drift_cases import FIRST, PROMPT, SECOND, THREE, TWO, write_rows
 from drift_cases import settings as drift_settings
 from html_page import Page
-from inspect_cases import A, B
 from lm_cases import place
 from quality_cases import bees
 from quality_cases import settings as quality_settings
@@ -86,8 +85,8 @@ def _detection(ui):
 
 
 def _texts(version):
-    Path("a.txt").write_text(A + "x" * version, encoding="utf-8")
-    Path("b.txt").write_text(B, encoding="utf-8")
+    Path("a.txt").write_text(3 * FIRST + "x" * version, encoding="utf-8")
+    Path("b.txt").write_text(3 * SECOND, encoding="utf-8")
 
 
 def _inspect():

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.experiments.study import run_study
+from dart_llm.models.capture import decoder_layers
 from dart_llm.pruning.drift import SINKS, Rule, cosine, guards_allow
 from dart_llm.reporting.console import Ui
 from dart_llm.session.run import prune
@@ -41,14 +42,9 @@ from written import axes_of, lines, read
 
 def direct(model, ids, layer):
     """v of one layer by a hook on the projection that ends the attention."""
-    outputs = []
-    ends = ("o_proj", "dense", "out_proj", "c_proj")
-    ((_, module),) = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in ends and f".{layer}." in name and "mlp" not in name
-    ]
-    handle = module.register_forward_hook(lambda m, a, output: outputs.append(output.clone()))
+    decoder, names, _ = decoder_layers(model)
+    module, outputs = decoder[layer].get_submodule(names.attention_out), []
+    handle = module.register_forward_hook(lambda m, a, output: outputs.append(output))
     with torch.no_grad():
         model(ids)
     handle.remove()
@@ -62,17 +58,15 @@ def test_recorded_signals_are_what_the_model_computes(name):
         signals = record_signals(model, ids[0], tuple(SIGNALS))
     assert list(signals) == list(SIGNALS)
     with torch.no_grad():
-        output = model(ids, output_hidden_states=True)
         logits = model.get_output_embeddings()(signals["hidden"])
+        expected = model(ids).logits[0]
     last, upper = direct(model, ids, 3), direct(model, ids, 2)
     assert torch.allclose(signals["attention"], last, atol=1e-5)
     assert torch.allclose(signals["attention-80"], upper, atol=1e-5)  # round(0.8 * 3) = 2
     both = torch.cat([normalize(upper, dim=-1), normalize(last, dim=-1)], -1)
     assert torch.allclose(signals["attention-several"], both, atol=1e-5)
-    if name != "opt-postnorm":
-        assert torch.allclose(signals["hidden"], output.hidden_states[-1][0], atol=1e-5)
     if name not in ("gemma2", "gemma3"):  # these bend the logits afterwards
-        assert torch.allclose(logits, output.logits[0], atol=1e-4)
+        assert torch.allclose(logits, expected, atol=1e-4)
 
 
 def test_signals_are_finite_numbers():
@@ -95,14 +89,10 @@ def test_the_detector_sees_the_last_hidden_state(name):
         decode(model, ids, prompt)
         handle.remove()
     v = torch.cat(seen).float()
-    assert len(v) == prompt + 10
     first, *_ = run.drift_checks
     assert first.step == 5 and first.threshold is not None
     centroid, window = v[SINKS:prompt].mean(0), v[prompt : prompt + 5].mean(0)
     assert first.similarity == pytest.approx(float(cosine(window, centroid)), abs=1e-5)
-    with prune(model, "griffin", sparsity=0.5, drift="published") as plain:
-        decode(model, ids, prompt)
-    assert abs(plain.drift_checks[0].similarity - first.similarity) > 1e-3
 
 
 # Replayed detectors: by hand on made-up signals, and equal to the live tracer on the same text.
@@ -125,25 +115,19 @@ def test_a_change_is_noticed_after_three_windows_and_the_reference_is_renewed():
     assert triggers == [234, 484]
     seen = [at for at, _ in windows]
     assert seen == [*range(94, 235, 10), *range(294, 485, 10), *range(544, 601, 10)]
-    assert [check.window for _, check in windows][:15] == list(range(1, 16))
-    assert windows[15][1].window == 1
+    assert [check.window for _, check in windows][:16] == [*range(1, 16), 1]
 
 
 def test_guards_by_hand():
     """With an allowance of 32: 64 when 5 % of n + 32 are 32, at n = 608."""
     for allowed, arguments in (
-        (True, (5, None, 0, 99, 64, None)),
         (False, (73, 10, 0, 1, 64, None)),
         (True, (74, 10, 0, 1, 64, None)),
         (False, (287, None, 0, 32, 0, 0.1)),
         (True, (288, None, 0, 32, 0, 0.1)),
-        (False, (288, None, 1, 32, 0, 0.1)),
-        (True, (0, None, 0, 32, 64, 0.05, 32)),
-        (False, (0, None, 0, 33, 64, 0.05, 31)),
         (False, (607, 0, 32, 32, 64, 0.05, 32)),
         (True, (608, 0, 32, 32, 64, 0.05, 32)),
         (False, (608, 545, 32, 32, 64, 0.05, 32)),  # the distance counts all the same
-        (True, (63, None, 999, 999, 64, None, 0)),  # no share, no cap
     ):
         assert guards_allow(*arguments) is allowed, arguments
 
@@ -157,17 +141,14 @@ def test_rules_and_methods_by_name():
         assert (watcher.observe, watcher.guards) == (7, (0, None, 0))
     for name, error in (
         ("griffin", "never re-masks"),
-        ("interval", "interval N"),
         ("interval 0", "must be a whole"),
-        ("paper 3", 'write "paper"'),
         ("papr", "did you mean paper"),
     ):
         with pytest.raises(ConfigError, match=error):
             make_watcher(name, 7)
     rule = make_watcher("windows:10:2:1.5", 7).rule
-    mu, sigma = torch.tensor([0.9]), torch.tensor([0.1])
-    assert (rule.window, rule.count) == (10, 2)
-    assert rule.threshold(mu, sigma).tolist() == pytest.approx([0.75])
+    threshold = rule.threshold(torch.tensor([0.9]), torch.tensor([0.1]))
+    assert (rule.window, rule.count, float(threshold)) == (10, 2, pytest.approx(0.75))
 
 
 @pytest.mark.parametrize(
@@ -184,11 +165,9 @@ def test_equal_to_the_tracer_on_the_same_values(rule, guards, observe):
     layers = make_layers()
     stream = Stream(layers, 1, 600)
     stream.v = shifting(204, 454)[None]
-    distance, share = guards
-    drift = {"rule": rule, "min_distance": distance, "max_dense_share": share}
-    live = Driver(
-        config(drift=drift, remask={"observe_tokens": observe}), layers=layers, stream=stream
-    )
+    drift = {"rule": rule, "min_distance": guards[0], "max_dense_share": guards[1]}
+    settings = config(drift=drift, remask={"observe_tokens": observe})
+    live = Driver(settings, layers=layers, stream=stream)
     live.prefill(START)
     live.steps(600 - START)
     watcher = Watcher(rule, make_watcher(rule, observe).rule, observe, (*guards, 0))
@@ -199,9 +178,9 @@ def test_equal_to_the_tracer_on_the_same_values(rule, guards, observe):
         expected = [remask.step + START - observe for remask in live.announced[1:]]
         triggers = [at for at in triggers if at + observe < 600]
     assert triggers == expected and expected
-    checks = [(check.step + START, check.window, check.counter) for check in live.tracer.checks]
-    assert [(at, check.window, check.counter) for at, check in windows] == checks
-    for (_, replayed), check in zip(windows, live.tracer.checks, strict=True):
+    for (at, replayed), check in zip(windows, live.tracer.checks, strict=True):
+        numbers = (at - START, replayed.window, replayed.counter)
+        assert numbers == (check.step, check.window, check.counter)
         assert replayed.similarity == pytest.approx([check.similarity], abs=1e-5)
         threshold = check.threshold and pytest.approx([check.threshold], abs=1e-5)
         assert replayed.threshold == threshold
@@ -218,10 +197,8 @@ def test_equal_to_the_tracer_on_the_same_values(rule, guards, observe):
         ([201], (1, None), 0, 0, 100 + 199),
         ([328], (128, None), 0, 0, 100 + 72),
         ([329], (None, None), 0, 1, 100 + 71),  # late, and stationary from then on
-        ([329, 350], (None, None), 1, 1, 100 + 71),
         ([450], (None, 50), 0, 0, 100 + 150),  # the first change was missed
         ([400], (None, None), 0, 1, 100),  # 200 late; the second change comes at once
-        ([600], (None, None), 0, 1, 100),
     ],
 )
 def test_where_a_trigger_belongs(triggers, delays, false_alarms, late, stationary):
@@ -237,38 +214,30 @@ def test_pooled_rates_by_hand():
     ]
     assert rates(texts)["no_interval"] == "too few (n = 2)"
     pooled = rates(texts * 3)
-    expected = {"changes": 3, "detected": 2, "rate": 2 / 3, "gain": 2 / 3 - 0.384}
-    expected |= {"delay_median": 40, "delay_with_misses": (30 + 128 + 50) / 3, "late": 1}
-    expected |= {"false_alarms": 3, "false_alarms_per_1000": 2.0, "tokens": 1500, "decoded": 2000}
-    expected |= {"alarms": 6, "alarms_per_1000": 3.0, "blind_rate": 128 * 0.003}
-    counts = ("changes", "detected", "late", "false_alarms", "tokens", "decoded", "alarms")
-    expected |= {name: 3 * expected[name] for name in counts}
+    expected = {"changes": 9, "detected": 6, "rate": 2 / 3, "gain": 2 / 3 - 0.384, "late": 3}
+    expected |= {"delay_median": 40, "delay_with_misses": (30 + 128 + 50) / 3, "false_alarms": 9}
+    expected |= {"false_alarms_per_1000": 2.0, "tokens": 4500, "decoded": 6000, "alarms": 18}
+    expected |= {"alarms_per_1000": 3.0, "blind_rate": 128 * 0.003}
     numbers = {name: value for name, value in pooled.items() if "interval" not in name}
     assert numbers == pytest.approx(expected) and pooled["no_interval"] is None
-    for name in ("fa_interval", "gain_interval"):
-        assert pooled[name][0] <= pooled[name][1]
     low, high = pooled["rate_interval"]
-    assert 0.5 <= low < 2 / 3 < high <= 1.0
+    assert 0.5 <= low < 2 / 3 < high <= 1.0 and pooled["fa_interval"][0] <= 2.0
     assert pooled == rates(texts * 3)  # the same seed, the same intervals
 
 
 def test_nothing_detected_and_a_blind_rule_have_defined_values():
     silent = outcome([], [200], 100, 400, 128)
     result = rates([silent])
-    names = "rate delay_median delay_with_misses false_alarms_per_1000 blind_rate gain"
-    assert [result[name] for name in names.split()] == [0.0, None, 128.0, 0.0, 0.0, 0.0]
-    assert result["rate_interval"] is None and rates([silent] * 6)["rate_interval"] == [0.0, 0.0]
+    names = ("rate", "delay_median", "delay_with_misses", "blind_rate")
+    assert [result[name] for name in names] == [0.0, None, 128.0, 0.0]
+    assert rates([silent] * 6)["rate_interval"] == [0.0, 0.0]
     always = rates([outcome(list(range(101, 601)), [250], 100, 600, 128) for _ in range(3)])
     assert (always["rate"], always["blind_rate"], always["gain"]) == (1.0, 1.0, 0.0)
     assert always["false_alarms_per_1000"] == pytest.approx(1000, rel=0.01)
-    two = Outcome((128, 64), (None, None), 0, 0, 3, 500, 500)
-    assert rates([two])["blind_rate"] == pytest.approx((128 * 0.006 + 64 * 0.006) / 2)
     often = Outcome((128, 64), (None, None), 0, 0, 6, 500, 500)
     assert rates([often])["blind_rate"] == pytest.approx((1 + 64 * 0.012) / 2)
     for name, rate, expected in (
         ("rate", 0.005, 0.64),
-        ("rate", 0.05, 1.0),
-        ("delay_with_misses", 0.0, 128),
         ("delay_with_misses", 1 / 128, 64),
         ("delay_with_misses", 0.02, 25),
     ):
@@ -289,7 +258,7 @@ def job(tmp_path_factory):
     return run_study(DetectionStudy(settings, Ui(quiet=True)))
 
 
-def test_a_line_is_the_study_of_a_passage(job):
+def test_detection_json_pools_the_lines_of_passages(job):
     written = lines(job.path / "results.jsonl")
     assert [line["key"] for line in written] == ["two", "three"]
     reading = read_passage(load_passages(job.settings)[1], job.tokenizer, PROMPT, None)
@@ -297,10 +266,7 @@ def test_a_line_is_the_study_of_a_passage(job):
     again = study_passage(job.model, reading, job.settings, watchers(job.settings))
     assert written[1] == json.loads(json.dumps(again))
     assert written[1]["passage"]["changes"] == list(reading.changes)
-
-
-def test_detection_json_pools_the_lines(job):
-    document, written = read(job.path / "detection.json"), lines(job.path / "results.jsonl")
+    document = read(job.path / "detection.json")
     for number, row in enumerate(document["rows"]):
         tried = [(line["rules"][number]["triggers"], line["passage"]) for line in written]
         expected = rates([outcome(at, p["changes"], PROMPT, p["tokens"], 60) for at, p in tried])

@@ -193,7 +193,6 @@ def result_lines(summary: Row) -> list[ResultLine]:
     lines = []
     for row in summary["rows"]:
         metric, estimate = _main(row) or ("tokens", {"mean": row.get("mean_tokens")})
-        failed = f"all {row['failed']} runs failed: results.jsonl says why"
         lines.append(
             ResultLine(
                 label=row["label"],
@@ -210,7 +209,7 @@ def result_lines(summary: Row) -> list[ResultLine]:
                 dense_share=row["dense_token_share"],
                 remasks=row["remasks"],
                 dtype=summary["dtype"],
-                error=None if row["runs"] else failed,
+                error=None if row["runs"] else "every run failed: results.jsonl says why",
             )
         )
     return lines
