@@ -251,8 +251,10 @@ def plot_curves(document: Row, small: str) -> list[Plot]:
         xlabel = f"false alarms per 1,000 tokens (W = {window}, n0 = {n0})"
         for quantity, ylabel in QUANTITIES.items():
             curves = [
-                Curve(signal, [p["false_alarms_per_1000"] for p in own], [p[quantity] for p in own])
-                for signal, own in grouped(each, lambda p: p["signal"]).items()
+                Curve(
+                    signal, [p["false_alarms_per_1000"] for p in line], [p[quantity] for p in line]
+                )
+                for signal, line in grouped(each, lambda p: p["signal"]).items()
             ]
             blind = [blind_rule(quantity, rate / 1000, horizon) for rate in x]
             curves.append(Curve("blind rule", x, blind, is_reference=True))

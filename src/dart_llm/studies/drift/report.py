@@ -45,7 +45,7 @@ def pictures(runs: Runs, config: Mapping[str, Any]) -> dict[str, list[Plot]]:
     small, done = run_facts.small_print(config), [run for run in runs if run.error is None]
     loss = plot_loss(done, small)
     checked = [run for run in done if worth_drawing(run.checks)]
-    texts = list(grouped(checked, lambda run: run.text).values())
+    texts = list(grouped(checked, lambda run: run.source_key).values())
     texts.sort(key=lambda each: -sum(check.trigger for run in each for check in run.checks))
     remasked = [run for run in done if _is_remasked(run)]
     remasked.sort(key=lambda r: (r.candidate.name != DART, abs(len(r.record["remasks"]) - 3)))
@@ -81,12 +81,12 @@ def excess_curves(runs: Runs) -> dict[str, dict[int, Interval | None]]:
 
     Bins lie within the two topics, and all their tokens have a loss.
     """
-    dense = {run.text: run.record["losses"] for run in runs if run.is_dense}
+    dense = {run.source_key: run.record["losses"] for run in runs if run.is_dense}
     bins: dict[str, dict[int, dict[str, list[float]]]] = {}
     for run in runs:
-        if run.mode != FORCED or run.is_dense or run.text not in dense:
+        if run.mode != FORCED or run.is_dense or run.source_key not in dense:
             continue
-        excess = np.array(run.record["losses"], float) - np.array(dense[run.text], float)
+        excess = np.array(run.record["losses"], float) - np.array(dense[run.source_key], float)
         for (_, low, change), (_, _, high) in pairwise(run.topics):
             for start in range(-BEFORE, AFTER, BIN):
                 first = change + start
@@ -240,7 +240,7 @@ def _topic_at(run: DriftRun, step: int) -> str | None:
 def free_texts(runs: Runs) -> Iterator[dict[str, Any]]:
     """Per source what each method wrote: ``name``, ``prompt`` and ``columns``."""
     written = (run for run in runs if run.record["text"] is not None)
-    for each in list(grouped(written, lambda run: run.text).values())[:MOST_TEXTS]:
+    for each in list(grouped(written, lambda run: run.source_key).values())[:MOST_TEXTS]:
         columns = [(run.label, _note(run), run.record["text"] or "(no text)") for run in each]
         yield {"name": each[0].source_name, "prompt": each[0].source.text, "columns": columns}
 

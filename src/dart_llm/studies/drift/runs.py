@@ -67,7 +67,7 @@ class DriftRun:
         return f"{self.mode}/{self.source.id}/{self.label}/{self.seed}"
 
     @property
-    def text(self) -> tuple[str, int]:
+    def source_key(self) -> tuple[str, int]:
         """What the runs of all methods on the same source with the same seed share."""
         return self.source.id, self.seed
 

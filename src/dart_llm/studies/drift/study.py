@@ -205,7 +205,7 @@ class DriftStudy(Study[DriftSettings]):
 
     def _compare(self, run: DriftRun, text: str) -> dict[str, Any] | None:
         """The text beside the dense one of the same source and seed."""
-        dense = self.dense.get(run.text)
+        dense = self.dense.get(run.source_key)
         if self.tools is None or dense is None:
             return None
         from dart_llm.evaluation.text_metrics import compare
@@ -222,7 +222,7 @@ class DriftStudy(Study[DriftSettings]):
         self.runs.append(run)
         self.lines.append(run.line(self.settings.model, self.dtype))
         if run.is_dense and run.error is None:
-            self.dense[run.text] = run
+            self.dense[run.source_key] = run
 
     def summarise(self) -> dict[str, Any]:
         write_lines(self.path / "results.jsonl", self.lines)

@@ -93,13 +93,13 @@ def losses(
     for name, others in (("dense", dense), ("never", never)):
         difference = stats.paired_interval(after, part_losses(others, is_after=True))
         numbers[f"after_minus_{name}"] = _with_mean(difference)
-    references = {run.text: run.record["losses"] for run in dense}
+    references = {run.source_key: run.record["losses"] for run in dense}
     changes = [
         tokens
         for run in runs
-        if run.text in references
+        if run.source_key in references
         for tokens in recovery(
-            run.record["losses"], references[run.text], [start for _, start, _ in run.topics]
+            run.record["losses"], references[run.source_key], [start for _, start, _ in run.topics]
         )
     ]
     recovered = [tokens for tokens in changes if tokens is not None]
