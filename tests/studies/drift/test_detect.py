@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.experiments.study import run_study
-from dart_llm.models.capture import decoder_layers
+from dart_llm.models.describe import decoder_layers
 from dart_llm.pruning.drift import SINKS, Rule, cosine, guards_allow
 from dart_llm.reporting.console import Ui
 from dart_llm.session.run import prune

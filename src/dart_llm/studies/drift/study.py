@@ -225,6 +225,7 @@ class DriftStudy(Study[DriftSettings]):
             self.dense[run.source_key] = run
 
     def summarise(self) -> dict[str, Any]:
+        """Also writes results.jsonl, once: with all tokens its lines are long."""
         write_lines(self.path / "results.jsonl", self.lines)
         document = summary.summarise(self.runs, self.settings.model, self.dtype)
         return {**document, "notes": [*self.notes, *document["notes"]]}

@@ -60,7 +60,8 @@ def _panel(
 ) -> Panel:
     """Keys of the rows by layer; ``lines``: by label; ``band``: the ends around the first line."""
     x = [row["layer"] for row in rows]
-    ends = band and ([row[band[0]] for row in rows], [row[band[1]] for row in rows])
+    low, high = band or ("", "")
+    ends = ([row[low] for row in rows], [row[high] for row in rows]) if band else None
     curves = [
         Curve(label, x, [row[key] for row in rows], ends if index == 0 else None)
         for index, (label, key) in enumerate(lines.items())
