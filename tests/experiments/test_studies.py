@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import detect_cases
 import pytest
 from dart_llm.studies.bench.speed import SpeedStudy
+from inspect_cases import A, B
 from typer.testing import CliRunner
 
-import detect_cases
 import drift_cases
 import quality_cases
 import speed_cases
@@ -41,7 +42,6 @@ from dart_llm.studies.quality.study import QualityStudy
 from dart_llm.studies.sweep.settings import CompareSettings
 from dart_llm.studies.sweep.study import MeasureStudy
 from html_page import Page
-from inspect_cases import A, B
 from lm_cases import place
 from tiny import CONFIGS
 

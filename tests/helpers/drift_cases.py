@@ -23,24 +23,18 @@ PROMPT = 64
 def passage(name, *parts):
     """A passage of paragraphs (sentence, times), one topic each."""
     texts = [(sentence * times).strip() for sentence, times in parts]
-    text = "\n\n".join(texts)
     changes, at = [], 0
-    for one in texts[:-1]:
-        at += len(one) + 2
+    for text in texts[:-1]:
+        at += len(text) + 2
         changes.append(at)
     topics = [{"name": f"{name} {k}", "domain": f"domain {k}"} for k in range(len(texts))]
-    return {"id": name, "text": text, "topics": topics, "changes": changes}
+    return {"id": name, "text": "\n\n".join(texts), "topics": topics, "changes": changes}
 
 
 TWO = passage("two", (FIRST, 3), (SECOND, 3))
 THREE = passage("three", (SECOND, 3), (THIRD, 3), (FIRST, 2))
 PROMPTS = [
-    {
-        "id": "one",
-        "text": "write about bees and then about loans",
-        "domains": ["zoology", "finance"],
-        "slots": {"topic_a": "bees"},
-    },
+    {"id": "one", "text": "write about bees and then about loans"},
     {"id": "another", "text": "tell me of granite, and of tea"},
 ]
 
@@ -80,11 +74,10 @@ def draw_nothing(patch):
 
 @functools.cache
 def finished():
-    """A forced study of five methods beside dense on both passages, without pictures."""
+    """A forced study of three methods beside dense on both passages, without pictures."""
     with pytest.MonkeyPatch.context() as patch:
         draw_nothing(patch)
-        methods = "never,interval:40,dart@0.3,fresh:4,decay:8"
-        return study(forced(Path(tempfile.mkdtemp()), methods=methods, remask_at_change=20))
+        return study(forced(Path(tempfile.mkdtemp()), methods="never,interval:40,dart@0.3"))
 
 
 def results(job):

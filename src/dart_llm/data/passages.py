@@ -183,13 +183,14 @@ def choose(
     Raises ``UnknownName`` for one that no record has.
     """
     check_name("domain", domain, {name for record in records for name in record.domains})
-    templates = [str(getattr(record, "template", "")) for record in records]
-    check_name("template", template, set(templates) - {""})
-    return [
-        record
-        for record, name in zip(records, templates, strict=True)
-        if template in (None, name) and domain in (None, *record.domains)
-    ]
+    templates = {str(getattr(record, "template", "")) for record in records} - {""}
+    check_name("template", template, templates)
+
+    def fits(record: DriftPrompt | Passage) -> bool:
+        made_from = getattr(record, "template", "")
+        return template in (None, made_from) and domain in (None, *record.domains)
+
+    return list(filter(fits, records))
 
 
 def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | Passage:

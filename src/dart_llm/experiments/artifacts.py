@@ -1,4 +1,4 @@
-"""Files of a pruned run: activations, masks (written and read back), drift and its picture."""
+"""Files of a pruned run: activations, masks (written and read back), windows of the detector."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import hashlib
 import math
 import re
 import shutil
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter
@@ -27,15 +26,10 @@ from dart_llm.models.describe import describe
 from dart_llm.pruning.records import DriftCheck, Remask
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import NO_MASK, sequence_masks
-from dart_llm.reporting.figures import INK, MAX_PANELS, SOFT, Look, Palette, Plot, legend
-from dart_llm.reporting.table import bytes_text, grouped
+from dart_llm.reporting.table import bytes_text
 from dart_llm.reporting.words import count, dtype_text
 from dart_llm.session.run import Run
 from dart_llm.settings import ActivationSettings
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # ``--save-activations``: how large the files will be, whether they fit, and writing them.
 
@@ -206,24 +200,7 @@ def _shape(widths: Sequence[int]) -> str:
     return f"{len(widths)} layers of {neurons} neurons"
 
 
-# Drift of one run over its tokens: similarity to the reference, its threshold and the re-masks.
-
-Masks = Sequence[Mapping[str, Any]]
-
-FEWEST_WINDOWS = 8
-"""Windows of one text below which a line over time says nothing."""
-
-MAX_NAMED = 14
-"""Masks in one panel above which they are thin lines without names."""
-
-KINDS: dict[str, tuple[str, Look]] = {
-    "armed": ("window", {"marker": "o"}),
-    "low": ("low window", {"marker": "v", "markersize": 8}),
-    "trigger": ("trigger", {"marker": "*", "markersize": 14}),
-    "suppressed": ("suppressed by the guards", {"marker": "D", "markeredgewidth": 1.8}),
-    "arming": ("arming: no threshold yet", {"marker": "o"}),
-}
-"""Label and look of each kind of window."""
+# drift.csv
 
 
 def write_drift(folder: Path, checks: Sequence[DriftCheck]) -> None:
@@ -239,97 +216,3 @@ def read_checks(folder: Path) -> list[DriftCheck]:
     rows = ({**row, "threshold": row["threshold"] or None} for row in csv.DictReader(lines))
     checks = TypeAdapter(list[DriftCheck]).validate_python(list(rows))
     return [check for check in checks if math.isfinite(check.similarity)]
-
-
-def is_low(check: DriftCheck) -> bool:
-    """Whether a window's similarity lies under its threshold."""
-    return check.threshold is not None and check.similarity < check.threshold
-
-
-def drift_sentence(checks: Sequence[DriftCheck], remasks: Masks) -> str:
-    """How many windows were low, and how often that led to new masks."""
-    rebuilt = sum(remask.get("cause") == "drift" for remask in remasks)
-    low, windows = sum(map(is_low, checks)), count(len(checks), "window")
-    return f"{low} of {windows} fell below the threshold; {count(rebuilt, 're-mask')}."
-
-
-def plot_similarity(checks: Sequence[DriftCheck], remasks: Masks, small: str) -> Plot | None:
-    """One panel per sequence and row; those with triggers first, in order, at most four.
-
-    ``small``: the small print.  None for short texts, and for detectors that never armed.
-    """
-    sequences = grouped(checks, lambda check: (check.sequence, check.row))
-    groups = {key: windows for key, windows in sequences.items() if worth_drawing(windows)}
-    if not groups:
-        return None
-    ranked = sorted(groups, key=lambda key: (-sum(c.trigger for c in groups[key]), key))
-    shown = sorted(ranked[:MAX_PANELS])
-    words = drift_sentence(checks, remasks)
-    some = f"{len(shown)} of {len(groups)} sequences shown · " if len(groups) > len(shown) else ""
-
-    def draw(figure: Figure, palette: Palette) -> None:
-        panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (sequence, row) in zip(panels, shown, strict=True):
-            of_row = (sequence, None), (sequence, row)
-            masks = [m for m in remasks if (m["sequence"], m["row"]) in of_row]
-            draw_checks(axes, palette, groups[sequence, row], masks)
-            if len(groups) > 1:
-                axes.set_title(f"sequence {sequence}, row {row}", loc="right", fontsize=8)
-        panels[-1].set_xlabel("decode step (tokens)")
-        legend(panels[0], 4)
-
-    alt = f"Marks: similarity of the attention output to its reference, over decode steps. {words}"
-    return Plot("similarity", words, alt, some + small, 2.2 + 1.5 * len(shown), draw)
-
-
-def worth_drawing(checks: Sequence[DriftCheck]) -> bool:
-    """Whether there are enough windows, and one of them had a threshold."""
-    armed = any(check.threshold is not None for check in checks)
-    return armed and len(checks) >= FEWEST_WINDOWS
-
-
-def draw_checks(axes: Axes, palette: Palette, checks: Sequence[DriftCheck], masks: Masks) -> None:
-    """Windows with their similarity and threshold, and lines where masks were built."""
-    starts = [int(mask["step"]) for mask in masks]
-    stretches = grouped(checks, lambda check: bisect_left(starts, check.step)).values()
-    for number, stretch in enumerate(stretches):
-        steps = [check.step for check in stretch]
-        axes.plot(steps, [c.similarity for c in stretch], color=SOFT, linewidth=0.9, zorder=2)
-        limits = [float("nan") if c.threshold is None else c.threshold for c in stretch]
-        look: Look = {"color": palette[2], "linewidth": 1.6, "zorder": 2}
-        axes.plot(steps, limits, "--", label="_" if number else "threshold", **look)
-    colours = {"armed": palette[0], "suppressed": "white", "arming": "white"}
-    for kind, points in grouped(checks, _kind).items():
-        label, look = KINDS[kind]
-        base: Look = {"color": colours.get(kind, palette[4]), "markersize": 6.5}
-        base |= {"markeredgewidth": 0.9, "markeredgecolor": INK, "linestyle": "none", "zorder": 4}
-        x, y = [check.step for check in points], [check.similarity for check in points]
-        axes.plot(x, y, label=label, **{**base, **look})
-    _draw_masks(axes, checks, masks)
-    axes.set_ylabel("cosine similarity")
-    axes.grid(axis="y")
-
-
-def _kind(check: DriftCheck) -> str:
-    if check.trigger:
-        return "trigger"
-    if check.state in ("suppressed", "arming"):
-        return check.state
-    return "low" if is_low(check) else "armed"
-
-
-def _draw_masks(axes: Axes, checks: Sequence[DriftCheck], masks: Masks) -> None:
-    """Lines where masks were built, named by their cause if there are few."""
-    end = max(check.step for check in checks)
-    low, high = axes.get_ylim()
-    axes.set(ylim=(low, high + 0.16 * (high - low)), xlim=(-0.02 * end - 1, 1.03 * end + 1))
-    few, previous = len(masks) <= MAX_NAMED, float("-inf")
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
-    name: Look = {"xycoords": axes.get_xaxis_transform(), "xytext": (3, -1), "rotation": 90}
-    name |= {"textcoords": "offset points", "va": "top", "ha": "left", "fontsize": 8, "bbox": box}
-    for mask in masks:
-        step = int(mask["step"])
-        axes.axvline(step, color=INK, linewidth=1.1 if few else 0.4, zorder=3 if few else 1)
-        if few and step - previous > 0.03 * end:
-            axes.annotate(str(mask.get("cause", "")), (step, 1), **name)
-            previous = step

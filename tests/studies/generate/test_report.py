@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dart_llm.errors import MissingExtra
-from dart_llm.experiments.artifacts import drift_sentence
+from dart_llm.experiments.line_plots import drift_sentence
 from dart_llm.experiments.stats import SpeedUp
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting import figures, words

@@ -1,54 +1,48 @@
 """``dart-llm detect``: passages through the dense model, and what every drift rule makes of them.
 
-``detection.json``: the lines of results.jsonl pooled into rows, curves and signals.
+``detection.json``: the lines of results.jsonl pooled into a row per rule and signal, and a point
+per threshold of the curves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from dart_llm.experiments import stats
+import numpy as np
+
+from dart_llm.experiments.line_plots import Curve, Panel, line_plot
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Study, Unit
-from dart_llm.models.capture import EAGER, layer_count
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length
 from dart_llm.pruning import plugins
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.drift import windows
+from dart_llm.reporting import page
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
-from dart_llm.reporting.table import Table
-from dart_llm.reporting.words import too_few
-from dart_llm.settings import ModelOptions
-from dart_llm.studies.drift import detect_report, report
-from dart_llm.studies.drift.plots import DriftView
+from dart_llm.reporting.table import Column, Table, grouped
+from dart_llm.reporting.words import count
+from dart_llm.studies.drift import report
 from dart_llm.studies.drift.replay import (
     INTERVALS,
-    Outcome,
     Watcher,
-    auc,
     make_watcher,
     outcome,
     rates,
+    record_signals,
     replay,
-    similarities,
 )
-from dart_llm.studies.drift.settings import SCORES, SIGNALS, DetectSettings
-from dart_llm.studies.drift.signals import Recorded, layers_of, record
-from dart_llm.studies.drift.sources import Reading, cut_note, digest, load_passages, read_passage
+from dart_llm.studies.drift.settings import DetectSettings
+from dart_llm.studies.drift.sources import Reading, cut_notes, digest, load_passages, read_passage
+
+Row = Mapping[str, Any]
 
 NO_SIGNAL = "none"
 """The signal of rules that watch none: ``interval N``, ``never``."""
-
-EAGER_NOTE = (
-    "attention-scores reads the attention weights, so the model is loaded with eager attention, "
-    "for all signals"
-)
 
 
 class DetectionStudy(Study[DetectSettings]):
@@ -61,9 +55,9 @@ class DetectionStudy(Study[DetectSettings]):
 
     def __init__(self, settings: DetectSettings, ui: Ui) -> None:
         super().__init__(settings, ui)
-        watchers(settings)  # an unknown name is refused before the model is loaded
+        self.watchers = watchers(settings)  # refuses unknown names before the model is loaded
         self.passages = load_passages(settings)
-        self.notes = [EAGER_NOTE] if SCORES in settings.signals else []
+        self.notes: list[str] = []
 
     def inputs(self) -> Mapping[str, Any]:
         passages = {"passages": digest(self.passages)}
@@ -72,30 +66,23 @@ class DetectionStudy(Study[DetectSettings]):
     def prune_document(self) -> dict[str, Any]:
         return PruneConfig.build("dense", seed=self.settings.seed).to_dict()
 
-    @property
-    def load_settings(self) -> ModelOptions:
-        if SCORES not in self.settings.signals:
-            return self.settings
-        return self.settings.noted({"attn_implementation": EAGER}, EAGER_NOTE)
-
     def units(self) -> Iterable[Unit]:
         prompt, longest = self.settings.prompt_tokens, context_length(self.model)
-        read = [read_passage(one, self.tokenizer, prompt, longest) for one in self.passages]
-        self.notes += cut_note(read)
-        return [Unit(reading.source.id, data=reading) for reading in read]
+        readings = [read_passage(p, self.tokenizer, prompt, longest) for p in self.passages]
+        self.notes = cut_notes(readings)
+        return [Unit(reading.source.id, data=reading) for reading in readings]
 
     def compute(self, unit: Unit) -> dict[str, Any]:
-        return study_passage(self.model, unit.data, self.settings)
+        return study_passage(self.model, unit.data, self.settings, self.watchers)
 
     def summarise(self) -> dict[str, Any]:
-        facts = dict(checkpoint_facts(self.model))
-        document = pool(self.lines, self.identity, facts, layer_count(self.model))
-        return {**document, "notes": self.notes}
+        checkpoint = dict(checkpoint_facts(self.model))
+        return {**pool(self.lines, self.identity, checkpoint), "notes": self.notes}
 
     def result_lines(self) -> list[ResultLine]:
         return [
             ResultLine(
-                label=detect_report.name(row),
+                label=rule_name(row),
                 method="dense",
                 model=self.settings.model,
                 task=f"detect:{row['signal']}",
@@ -112,35 +99,63 @@ class DetectionStudy(Study[DetectSettings]):
         ]
 
     def tables(self) -> Sequence[Table]:
-        return [
-            detect_report.rules_table(self.summary),
-            detect_report.signals_table(self.summary),
-        ]
+        return [rules_table(self.summary)]
 
     def sentences(self) -> Sequence[str]:
-        return [detect_report.headline(self.summary)]
+        return [headline(self.summary)]
 
-    def figures(self) -> Iterable[Plot]:
-        return detect_report.make_curves(self.summary)
+    def figures(self) -> list[Plot]:
+        return plot_curves(self.summary, page.small_print(self.config))
 
     def write_page(self) -> Path:
-        return report.write(DriftView(self.path, self.config, {}, detection=self.summary))
+        html = report.render_page(
+            self.config,
+            "Drift detection",
+            headline(self.summary),
+            {"detection": self.figures()},
+            {"detection": rules_table(self.summary).html()},
+            notes=self.notes,
+        )
+        return report.write(self.path, html)
 
 
-def watchers(settings: DetectSettings) -> list[Watcher]:
-    """The rules that are tried; raises ``UnknownName`` and ``ConfigError``."""
-    return [make_watcher(name, settings.observe_tokens) for name in settings.rule_names()]
+def watchers(settings: DetectSettings) -> list[tuple[Watcher, dict[str, Any]]]:
+    """The rules that are tried, and the points of the curves with ``window``, ``n0`` and ``k``.
+
+    Raises ``UnknownName`` and ``ConfigError``.
+    """
+    observe = settings.observe_tokens
+    named = [(make_watcher(name, observe), dict[str, Any]()) for name in settings.rule_names()]
+    points = settings.curve_points()
+    curves = [
+        (Watcher("curve", windows(*p), observe), dict(zip(POINT, p, strict=True))) for p in points
+    ]
+    return named + curves
 
 
-# One passage: a line of results.jsonl.
+POINT = ("window", "n0", "k")
 
 
-def study_passage(model: Any, reading: Reading, settings: DetectSettings) -> dict[str, Any]:
-    """What every rule and threshold makes of the signals of one passage.
+def study_passage(
+    model: Any,
+    reading: Reading,
+    settings: DetectSettings,
+    watched: Sequence[tuple[Watcher, dict[str, Any]]],
+) -> dict[str, Any]:
+    """The line of one passage: the triggers of every rule on every signal.
 
     A trigger is the number of tokens of the passage that were read by then, prompt included.
     """
-    signals = record(model, reading.ids, reading.prompt, settings.signals)
+    signals = record_signals(model, reading.ids, settings.signals)
+
+    def triggers() -> Iterator[dict[str, Any]]:
+        for watcher, point in watched:
+            names = settings.signals if watcher.rule.window else settings.signals[:1]
+            for name in names:
+                label = name if watcher.rule.window else NO_SIGNAL
+                fired = replay(signals[name], reading.prompt, watcher)[0]
+                yield {"signal": label, "rule": watcher.name, **point, "triggers": fired}
+
     return {
         "key": reading.source.id,
         "status": "done",
@@ -152,123 +167,113 @@ def study_passage(model: Any, reading: Reading, settings: DetectSettings) -> dic
             "prompt_tokens": reading.prompt,
             "changes": list(reading.changes),
         },
-        "rules": list(_rules(signals, reading.prompt, settings)),
-        "sweep": list(_sweep(signals, reading.prompt, settings)),
-        "auc": list(_aucs(signals, reading, settings)),
+        "rules": list(triggers()),
     }
 
 
-Signals = Mapping[str, Recorded]
-
-
-def _rules(signals: Signals, prompt: int, settings: DetectSettings) -> Iterator[dict[str, Any]]:
-    for watcher in watchers(settings):
-        windowed = bool(watcher.rule.window)
-        for name in signals if windowed else [*signals][:1]:
-            triggers = replay(signals[name], prompt, watcher).triggers
-            label = name if windowed else NO_SIGNAL
-            yield {"signal": label, "rule": watcher.name, "triggers": triggers}
-
-
-def _sweep(signals: Signals, prompt: int, settings: DetectSettings) -> Iterator[dict[str, Any]]:
-    for name, signal in signals.items():
-        for window, count, k in settings.curve_points():
-            watcher = Watcher("sweep", windows(window, count, k), settings.observe_tokens)
-            triggers = replay(signal, prompt, watcher).triggers
-            yield {"signal": name, "window": window, "n0": count, "k": k, "triggers": triggers}
-
-
-def _aucs(signals: Signals, reading: Reading, settings: DetectSettings) -> Iterator[dict[str, Any]]:
-    """Per signal and window length: how well one window's similarity tells old topic from new.
-
-    Windows after the prompt up to the first change, against those from it to the second change.
-    """
-    first, second = (*reading.changes, len(reading.ids))[:2]
-    for name, signal in signals.items():
-        for window in settings.windows:
-            values = similarities(signal, reading.prompt, window)
-            same = [value for at, value in values if at <= first]
-            other = [value for at, value in values if at - window >= first and at <= second]
-            yield {"signal": name, "window": window, "auc": auc(same, other)}
-
-
-# All passages: detection.json.
-
-SCHEMA = 1
-
-Lines = Sequence[Mapping[str, Any]]
-
-
-def pool(
-    lines: Lines, settings: Mapping[str, Any], checkpoint: Mapping[str, Any], layers: int
-) -> dict[str, Any]:
-    """Everything of detection.json.  ``layers``: of the model; ``settings``: as config.json's."""
+def pool(lines: Sequence[Row], settings: Row, checkpoint: Row) -> dict[str, Any]:
+    """Everything of detection.json; ``settings``: as config.json's."""
     horizon, seed = int(settings["horizon"]), int(settings["seed"])
+    rows = []
+    for tried in zip(*(line["rules"] for line in lines), strict=True):
+        outcomes = []
+        for line, entry in zip(lines, tried, strict=True):
+            passage = line["passage"]
+            text = (passage["changes"], passage["prompt_tokens"], passage["tokens"], horizon)
+            outcomes.append(outcome(entry["triggers"], *text))
+        names = {name: value for name, value in tried[0].items() if name != "triggers"}
+        rows.append({**names, **rates(outcomes, seed, intervals="k" not in names)})
     return {
-        "schema": SCHEMA,
-        "rows": [
-            {**key, **rates(outcomes, seed)}
-            for key, outcomes in _groups(lines, "rules", ("signal", "rule"), horizon)
-        ],
-        "curves": _curves(lines, horizon),
-        "signals": _signals(lines, layers, seed),
+        "schema": 1,
+        "rows": [row for row in rows if "k" not in row],
+        "curves": [row for row in rows if "k" in row],
         "passages": [line["passage"] for line in lines],
         "settings": dict(settings),
         "checkpoint": dict(checkpoint),
     }
 
 
-def _groups(
-    lines: Lines, part: str, names: Sequence[str], horizon: int
-) -> list[tuple[dict[str, Any], list[Outcome]]]:
-    """The outcomes over all passages of everything that was tried, in the order of the lines."""
-    groups: dict[tuple[Any, ...], list[Outcome]] = {}
-    for line in lines:
-        passage = line["passage"]
-        text = (passage["changes"], passage["prompt_tokens"], passage["tokens"], horizon)
-        for entry in line[part]:
-            key = tuple(entry[name] for name in names)
-            groups.setdefault(key, []).append(outcome(entry["triggers"], *text))
-    return [(dict(zip(names, key, strict=True)), outcomes) for key, outcomes in groups.items()]
+# Table, headline and curves.
 
-
-POINT = (
-    *("rate", "delay_median", "delay_with_misses", "false_alarms_per_1000", "alarms_per_1000"),
-    "blind_rate",
+RULES = (
+    Column("signal", "signal"),
+    Column("rule", "rule"),
+    Column("detected", lambda row: f"{row['detected']}/{row['changes']}"),
+    Column("rate", "rate", ".0%", "rate_interval"),
+    Column("delay, median", "delay_median", ".0f"),
+    Column("delay with misses", "delay_with_misses", ".0f", "delay_with_misses_interval"),
+    Column("false alarms / 1,000", "false_alarms_per_1000", ".1f", "fa_interval"),
+    Column("late", "late"),
+    Column("blind", "blind_rate", ".0%"),
+    Column("gain", "gain", "+.0%", "gain_interval"),
 )
-"""Entries of a curve's point, from the rates."""
 
 
-def _curves(lines: Lines, horizon: int) -> list[dict[str, Any]]:
-    curves: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for key, outcomes in _groups(lines, "sweep", ("signal", "window", "n0", "k"), horizon):
-        pooled = rates(outcomes, intervals=False)
-        point = {"k": key["k"], **{name: pooled[name] for name in POINT}}
-        curves.setdefault((key["signal"], key["window"], key["n0"]), []).append(point)
-    return [
-        {"signal": signal, "window": window, "n0": count, "points": points}
-        for (signal, window, count), points in curves.items()
-    ]
+def rules_table(document: Row) -> Table:
+    """The rows; delays in tokens, intervals in brackets."""
+    passages, settings = document["passages"], document["settings"]
+    name = Path(str(document["checkpoint"].get("name") or settings["model"]).rstrip("/")).name
+    changes = sum(len(passage["changes"]) for passage in passages)
+    caption = (
+        f"{name}, dense: {count(changes, 'change')} in {count(len(passages), 'passage')}, prompt "
+        f"{settings['prompt_tokens']} tokens, horizon {settings['horizon']} tokens"
+    )
+    return Table("detection", caption, RULES, document["rows"], left=2, nothing="-")
 
 
-def _signals(lines: Lines, layers: int, seed: int) -> list[dict[str, Any]]:
-    by_signal: dict[tuple[str, int], list[float]] = {}
-    for line in lines:
-        for entry in line["auc"]:
-            values = by_signal.setdefault((entry["signal"], entry["window"]), [])
-            values += [] if entry["auc"] is None else [entry["auc"]]
-    rows = []
-    for (name, window), values in by_signal.items():
-        interval = stats.interval(values, seed=seed)
-        rows.append(
-            {
-                "signal": name,
-                "what": SIGNALS[name],
-                "layers": list(layers_of(name, layers)),
-                "window": window,
-                "auc": fmean(values) if values else None,
-                "auc_interval": list(interval.ends) if interval and interval.ends else None,
-                "no_interval": too_few(len(values)),
-            }
-        )
-    return rows
+def headline(document: Row) -> str:
+    """The rule with the largest gain over a blind one."""
+    best = max(document["rows"], key=lambda row: (row["gain"], -row["false_alarms_per_1000"]))
+    return (
+        f"Largest gain over a blind rule that fires as often: {rule_name(best)}, "
+        f"{best['detected']} of {count(best['changes'], 'change')} against "
+        f"{best['blind_rate']:.0%}, with {best['false_alarms_per_1000']:.1f} false alarms per "
+        "1,000 tokens."
+    )
+
+
+def rule_name(row: Row) -> str:
+    """Rule, and the signal that it watches if any."""
+    return row["rule"] if row["signal"] == NO_SIGNAL else f"{row['rule']} on {row['signal']}"
+
+
+QUANTITIES = {"rate": "changes detected (share)", "delay_with_misses": "mean delay (tokens)"}
+"""Of a curve's points, over false alarms, and their axes."""
+
+
+def plot_curves(document: Row, small: str) -> list[Plot]:
+    """Detection rate and delay over false alarms, a curve per signal and a marker per k."""
+    points, horizon = document["curves"], int(document["settings"]["horizon"])
+    most = max(1.0, *(point["false_alarms_per_1000"] for point in points))
+    x = np.linspace(0.0, most, 51).tolist()
+    panels = []
+    for (window, n0), each in grouped(points, lambda p: (p["window"], p["n0"])).items():
+        xlabel = f"false alarms per 1,000 tokens (W = {window}, n0 = {n0})"
+        for quantity, ylabel in QUANTITIES.items():
+            curves = [
+                Curve(
+                    signal, [p["false_alarms_per_1000"] for p in line], [p[quantity] for p in line]
+                )
+                for signal, line in grouped(each, lambda p: p["signal"]).items()
+            ]
+            blind = [blind_rule(quantity, rate / 1000, horizon) for rate in x]
+            curves.append(Curve("blind rule", x, blind, is_reference=True))
+            panels.append(Panel(xlabel, ylabel, curves))
+    title = "How early a change of topic is noticed, for how many false alarms"
+    words = (
+        "theta = mu - k sigma, a marker per k; n0 low windows of W tokens to a trigger; a miss "
+        f"counts as the horizon; blind rule: fires at equal distances, as often · {small}"
+    )
+    return [line_plot("detection", title, words, panels)]
+
+
+def blind_rule(name: str, per_token: float, horizon: int) -> float:
+    """A rule that fires every 1 / ``per_token`` tokens, the change anywhere between two alarms.
+
+    ``rate``: min(1, H f).  The wait w is uniform on (0, 1 / f], a miss counts as H: the mean of
+    min(w, H) is H - f H^2 / 2 for H f <= 1, and 1 / (2 f) beyond.
+    """
+    expected = horizon * per_token
+    if name == "rate":
+        return min(1.0, expected)
+    return horizon * (1 - expected / 2) if expected <= 1 else 1 / (2 * per_token)

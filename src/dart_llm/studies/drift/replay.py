@@ -1,4 +1,8 @@
-"""A detector replayed over a signal, and how well its triggers meet known changes.
+"""Signals of a text, drift rules replayed over them, and how well triggers meet known changes.
+
+A signal is one vector per token, [T, D] float32, recorded in one dense forward.  The detector
+compares means of windows with the mean of the reference, by cosine, as in a run; nothing is pruned,
+so every rule sees the same text.
 
 A decoded token is *stationary* while the reference is of its topic: before the first change, and
 from the first trigger after a change up to the next change.  A trigger there is a false alarm.  The
@@ -7,8 +11,11 @@ first trigger after a change detects it when it comes within the horizon, and is
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,17 +23,62 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.errors import ConfigError, DartError, UnknownName
 from dart_llm.experiments.stats import text_intervals
+from dart_llm.models import capture
 from dart_llm.pruning.config import DriftConfig
-from dart_llm.pruning.drift import Check, Detector, Rule, guards_allow, make_rule
+from dart_llm.pruning.drift import SINKS, Check, Detector, Rule, guards_allow, make_rule
 from dart_llm.pruning.registry import DRIFT_RULES, METHODS
 from dart_llm.reporting.words import too_few
-from dart_llm.studies.drift.signals import Recorded
 
-# As the controller of a run would run the detector.  Nothing is pruned here: the signals are those
-# of the dense model, so every rule sees the same text.
+
+def layers_of(name: str, count: int) -> tuple[int, ...]:
+    """The layers, of ``count``, that a signal reads; none for the hidden state.
+
+    The depth of layer l is l / (count - 1), as everywhere in docs/reference.md.
+    """
+    last = count - 1
+    if name == "attention-80":
+        return (round(0.8 * last),)
+    if name == "attention-several":
+        return tuple(range(math.ceil(last / 2), count))
+    return () if name == "hidden" else (last,)
+
+
+@torch.no_grad()
+def record_signals(model: Any, ids: Tensor, signals: Sequence[str]) -> dict[str, Tensor]:
+    """All ``signals`` of the text ``ids`` [T], by name, from one forward of the untouched model.
+
+    Each is [T, D] float32 on the host.  Raises ``DartError`` where one is not finite.
+    """
+    layers = {name: layers_of(name, capture.layer_count(model)) for name in signals}
+    vectors: dict[int | str, Tensor] = {}
+
+    def keep(name: int | str, v: Tensor) -> None:
+        vectors[name] = v.detach().to("cpu", torch.float32, copy=True)
+
+    with contextlib.ExitStack() as stack:
+        outputs = sorted({layer for each in layers.values() for layer in each})
+        stack.enter_context(capture.attention_outputs(model, outputs, keep))
+        if "hidden" in signals:
+            stack.enter_context(capture.last_hidden(model, partial(keep, "hidden")))
+        model(ids[None].to(model.device), use_cache=False, logits_to_keep=1)
+    recorded = {}
+    for name in signals:
+        parts = [vectors[layer] for layer in layers[name] or (name,)]
+        if len(parts) > 1:  # each token's vectors of unit length, side by side
+            parts = [normalize(part, dim=-1) for part in parts]
+        recorded[name] = torch.cat(parts, -1)
+        if not bool(recorded[name].isfinite().all()):
+            raise DartError(
+                f"the signal {name} is not finite: the model overflows; try dtype float32"
+            )
+    return recorded
+
+
+# A detector over a signal, as the controller of a run would run it.
 
 
 @dataclass(frozen=True)
@@ -50,78 +102,57 @@ def make_watcher(name: str, observe: int) -> Watcher:
     never re-masks.
     """
     name = name.replace(":", " ")  # as a drift study writes an interval
-    base = name.partition(" ")[0]
-    if base in DRIFT_RULES:
+    if name.partition(" ")[0] in DRIFT_RULES:
         return Watcher(name, make_rule(DriftConfig(rule=name).rule), observe)
     if name not in METHODS:
         raise UnknownName("drift rule", name, {*DRIFT_RULES.names(), *METHODS.names()})
     config = METHODS.get(name)
-    if config.drift.rule == "never":
-        raise ConfigError(f"the method {name} never re-masks, so it has no drift rule to study")
     drift, tokens = config.drift, config.remask.observe_tokens or max(1, config.masking_step)
+    if drift.rule == "never":
+        raise ConfigError(f"the method {name} never re-masks, so it has no drift rule to study")
     guards = drift.min_distance, drift.max_dense_share, drift.allowance
     return Watcher(name, make_rule(drift.rule), tokens, guards)
 
 
-@dataclass
-class Replay:
-    """What a watcher did on one text.
-
-    ``triggers``: for each, the tokens of the text seen by then, prompt included.  ``checks``: the
-    completed windows, each with the tokens seen.
-    """
-
-    triggers: list[int] = field(default_factory=list)
-    checks: list[tuple[int, Check]] = field(default_factory=list)
-
-
 @torch.no_grad()
-def replay(signal: Recorded, prompt: int, watcher: Watcher) -> Replay:
-    """Watch the tokens after ``prompt`` one after the other; the prompt is the reference.
+def replay(
+    signal: Tensor, prompt: int, watcher: Watcher
+) -> tuple[list[int], list[tuple[int, Check]]]:
+    """Watch the tokens of ``signal`` [T, D] after ``prompt``, which is the reference.
 
     After a trigger the next ``watcher.observe`` tokens are observed and become the new reference,
-    and the detector, its window and its counter start anew.
+    and the detector, its window and its counter start anew.  Returns the triggers and the completed
+    windows, each as the tokens of the text seen by then, prompt included.
     """
-    replayed, rule, v = Replay(), watcher.rule, signal.values[None]
-    detector = _armed(signal, rule, v[:, signal.first : prompt])
-    at, end, run, spent, last = prompt, v.shape[1], 0, 0, None
+    triggers, windows = list[int](), list[tuple[int, Check]]()
+    rule, v = watcher.rule, signal[None]
+    detector = _armed(rule, v[:, SINKS:prompt])
+    at, end, since, spent, last = prompt, v.shape[1], 0, 0, None
     while at < end and (rule.window or rule.interval):
-        step = min(end - at, _tokens_until_change(rule, detector, run))
+        # at most one window is completed, or the interval, at the last of these tokens
+        steps = [end - at, rule.window - detector.filled if rule.window else end]
+        steps += [rule.interval - since] if rule.interval else []
+        step = max(1, min(steps))
         part = v[:, at : at + step]
-        at, run = at + step, run + step
-        fired = bool(rule.interval) and run >= rule.interval
+        at, since = at + step, since + step
+        fired = bool(rule.interval) and since >= rule.interval
         if not fired and rule.window:
             checks = detector.watch(part, None)
-            replayed.checks += [(at, check) for check in checks]
+            windows += [(at, check) for check in checks]
             fired = any(check.fired for check in checks)
         if fired and guards_allow(at - prompt, last, spent, watcher.observe, *watcher.guards):
-            replayed.triggers.append(at)
-            last, run = at - prompt, 0
-            detector = _armed(signal, rule, v[:, at : at + watcher.observe])
+            triggers.append(at)
+            last, since = at - prompt, 0
+            detector = _armed(rule, v[:, at : at + watcher.observe])
             spent, at = spent + watcher.observe, at + watcher.observe
-    return replayed
+    return triggers, windows
 
 
-def _armed(signal: Recorded, rule: Rule, observed: Tensor) -> Detector:
-    detector = Detector(rule, signal.compare)
+def _armed(rule: Rule, observed: Tensor) -> Detector:
+    detector = Detector(rule)
     detector.observe(observed, None)
     detector.start()
     return detector
-
-
-def _tokens_until_change(rule: Rule, detector: Detector, run: int) -> int:
-    """At most one window is completed, or the interval, at the last of these tokens."""
-    bounds = [rule.window - detector.filled] if rule.window else []
-    if rule.interval:
-        bounds.append(rule.interval - run)
-    return max(1, min(bounds))
-
-
-def similarities(signal: Recorded, prompt: int, window: int) -> list[tuple[int, float]]:
-    """Similarity of every window to the prompt, with the tokens seen by its end; no trigger."""
-    quiet = Rule(window, lambda mu, sigma: torch.full_like(mu, -torch.inf), 1)
-    replayed = replay(signal, prompt, Watcher("quiet", quiet, 0))
-    return [(at, check.similarity[0]) for at, check in replayed.checks]
 
 
 Array = NDArray[np.float64]
@@ -170,10 +201,8 @@ def outcome(
         else:
             late += 1
         pending = None
-    reach = tuple(
-        min(horizon, after - change)
-        for change, after in zip(changes, [*changes[1:], end], strict=True)
-    )
+    ends = zip(changes, [*changes[1:], end], strict=True)
+    reach = tuple(min(horizon, after - change) for change, after in ends)
     counts = (false_alarms, late, len(fired), stationary, end - prompt)
     return Outcome(reach, tuple(delays), *counts)
 
@@ -197,19 +226,17 @@ def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) ->
     Intervals: 95 %, by resampling whole texts; None of too few, as ``no_interval`` says.
     """
     once = _statistics(outcomes, np.ones((1, len(outcomes))))
-    values = {name: float(value[0]) for name, value in once.items()}
     delays = [delay for outcome in outcomes for delay in outcome.delays if delay is not None]
     ends: Mapping[str, tuple[float, float] | None] = {}
     if intervals:
         ends = text_intervals(lambda weights: _statistics(outcomes, weights), len(outcomes), seed)
-    bounds = {name: ends.get(name) for name in INTERVALS}
     counts = ("false_alarms", "late", "alarms", "decoded")
     return {
         "changes": sum(len(o.delays) for o in outcomes),
         "detected": len(delays),
         "delay_median": float(median(delays)) if delays else None,
-        **values,
-        **{key: list(bounds[name] or ()) or None for name, key in INTERVALS.items()},
+        **{name: float(value[0]) for name, value in once.items()},
+        **{key: list(ends.get(name) or ()) or None for name, key in INTERVALS.items()},
         **{name: sum(getattr(o, name) for o in outcomes) for name in counts},
         "tokens": sum(o.stationary for o in outcomes),
         "no_interval": too_few(len(outcomes)),
@@ -244,14 +271,3 @@ def _statistics(outcomes: Sequence[Outcome], weights: Array) -> dict[str, Array]
 def _waited(outcome: Outcome) -> int:
     """Delays, a miss counting as its reach."""
     return sum(r if d is None else d for d, r in zip(outcome.delays, outcome.reach, strict=True))
-
-
-def auc(same: Sequence[float], other: Sequence[float]) -> float | None:
-    """Chance that a value of ``same`` is above one of ``other``, ties counting half; None: empty.
-
-    The area under the curve of the test that calls low values a change (Mann and Whitney, 1947).
-    """
-    if not same or not other:
-        return None
-    a, b = np.asarray(same)[:, None], np.asarray(other)[None]
-    return float(((a > b) + 0.5 * (a == b)).mean())

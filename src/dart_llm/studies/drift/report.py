@@ -1,199 +1,317 @@
-"""The page of ``dart-llm drift`` and ``dart-llm detect``: pictures, tables, texts by token."""
+"""Pictures and page of a drift study, from the records of its runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from dart_llm.experiments import stats
+from dart_llm.experiments.line_plots import Curve, Panel, draw_checks, line_plot, worth_drawing
+from dart_llm.experiments.stats import Interval
 from dart_llm.files import write_text
 from dart_llm.reporting import page
-from dart_llm.reporting.figures import Plot
+from dart_llm.reporting.figures import INK, MAX_PANELS, Palette, Plot, legend
 from dart_llm.reporting.table import Column, PageTable, Table, grouped
-from dart_llm.reporting.words import quantity
-from dart_llm.studies.drift import detect_report, plots, summary
-from dart_llm.studies.drift.cell import DriftCell
-from dart_llm.studies.drift.plots import DriftView, accounted
+from dart_llm.reporting.words import count, intervals_over, percent, quantity
+from dart_llm.studies.drift import summary
+from dart_llm.studies.drift.runs import DriftRun
+from dart_llm.studies.drift.settings import DART, FORCED, NEVER
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Runs = Sequence[DriftRun]
 
 MOST_PICTURES = 3
-"""Pictures of one kind on the page."""
+"""Pictures of one kind."""
 
 MOST_MASKS = 300
 """Rows of the table of re-masks."""
 
 MOST_TEXTS = 24
-"""Texts on the page; texts.jsonl and tokens.jsonl have all."""
+"""Texts on the page; results.jsonl has all."""
 
-SECTIONS = {
+
+def pictures(runs: Runs, config: Mapping[str, Any]) -> dict[str, list[Plot]]:
+    """The pictures of each section of the page."""
+    small, done = page.small_print(config), [run for run in runs if run.error is None]
+    loss = plot_loss(done, small)
+    checked = [run for run in done if worth_drawing(run.checks)]
+    texts = list(grouped(checked, lambda run: run.source_key).values())
+    texts.sort(key=lambda each: -sum(check.trigger for run in each for check in run.checks))
+    remasked = [run for run in done if _is_remasked(run)]
+    remasked.sort(key=lambda r: (r.candidate.name != DART, abs(len(r.record["remasks"]) - 3)))
+    return {
+        "methods": [] if loss is None else [loss],
+        "similarity": [plot_timeline(*each, small) for each in _numbered("similarity", texts)],
+        "masks": [plot_overlap(*each, small) for each in _numbered("overlap", remasked)],
+    }
+
+
+def _is_remasked(run: DriftRun) -> bool:
+    return any(mask["first_jaccard"] for mask in run.record["remasks"])
+
+
+def _numbered(name: str, members: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    for number, member in enumerate(members[:MOST_PICTURES], 1):
+        yield name if number == 1 else f"{name}-{number}", member
+
+
+# The loss over dense around changes of topic, in bins of tokens.  A passage is one item: its
+# changes and seeds are averaged first, because what varies within a passage says little about
+# other passages.
+
+BIN = 16
+"""Tokens of one mean."""
+
+BEFORE, AFTER = 128, 256
+"""Tokens shown before and after a change."""
+
+
+def excess_curves(runs: Runs) -> dict[str, dict[int, Interval | None]]:
+    """By method and first token of a bin, counted from the change: the mean loss over dense.
+
+    Bins lie within the two topics, and all their tokens have a loss.
+    """
+    dense = {run.source_key: run.record["losses"] for run in runs if run.is_dense}
+    bins: dict[str, dict[int, dict[str, list[float]]]] = {}
+    for run in runs:
+        if run.mode != FORCED or run.is_dense or run.source_key not in dense:
+            continue
+        excess = np.array(run.record["losses"], float) - np.array(dense[run.source_key], float)
+        for (_, low, change), (_, _, high) in pairwise(run.topics):
+            for start in range(-BEFORE, AFTER, BIN):
+                first = change + start
+                if low <= first and first + BIN <= high and not math.isnan(excess[first]):
+                    sources = bins.setdefault(run.label, {}).setdefault(start, {})
+                    mean = float(excess[first : first + BIN].mean())
+                    sources.setdefault(run.source.id, []).append(mean)
+    return {
+        label: {
+            start: stats.interval({source: fmean(values) for source, values in sources.items()})
+            for start, sources in sorted(starts.items())
+        }
+        for label, starts in bins.items()
+    }
+
+
+def plot_loss(runs: Runs, small: str) -> Plot | None:
+    """A method at a time, beside masks that are never made anew."""
+    lines = {}
+    for label, bins in excess_curves(runs).items():
+        points = [(start, bin_mean) for start, bin_mean in bins.items() if bin_mean is not None]
+        ends = [mean.ends or (math.nan, math.nan) for _, mean in points]
+        x, y = [start + BIN / 2 for start, _ in points], [mean.estimate for _, mean in points]
+        lines[label] = Curve(label, x, y, ([low for low, _ in ends], [high for _, high in ends]))
+    if not lines:
+        return None
+    never = [line for label, line in lines.items() if label.startswith(NEVER)][:1]
+    references = [Curve(line.label, line.x, line.y, is_reference=True) for line in never]
+    axes = "tokens after the change", "loss over dense (nats)"
+    panels = [
+        Panel(*axes, [line, *(r for r in references if r.label != label)])
+        for label, line in lines.items()
+    ]
+    sources = len({run.source.id for run in runs})
+    words = f"means of {BIN}-token bins; {intervals_over('bands', sources, 'passages')} · {small}"
+    return line_plot("loss", "Loss over dense around the change of topic", words, panels)
+
+
+# Similarity, and masks, over the tokens of a text.
+
+TIME = "decoded tokens"
+
+CHANGE = (0, (7, 2.5))
+"""The line of a change of topic: long dashes."""
+
+
+def _mark_topics(axes: Axes, run: DriftRun) -> None:
+    """Lines at changes of topic, and at the bottom the name of what begins there."""
+    axes.set_xlim(0, max(1, run.decoded))
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.8}
+    look: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "xytext": (3, 4)}
+    look |= {"textcoords": "offset points", "fontsize": 8.5, "color": INK, "zorder": 5}
+    for number, (name, start, _) in enumerate(run.topics):
+        if number:  # white below it shows on dark fields
+            axes.axvline(start, color="white", linewidth=2.6, zorder=3)
+            axes.axvline(start, color=INK, linestyle=CHANGE, linewidth=1.5, zorder=3)
+        short = textwrap.shorten(name, 28, placeholder="…")
+        axes.annotate(short, (start, 0), bbox=box, **look)
+
+
+def plot_timeline(name: str, runs: Runs, small: str) -> Plot:
+    """The windows of each method's detector on one text, with thresholds and re-masks."""
+    shown = runs[:MAX_PANELS]
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, run in zip(panels, shown, strict=True):
+            draw_checks(axes, palette, run.checks, run.record["remasks"])
+            low, high = axes.get_ylim()
+            axes.set_ylim(low - 0.2 * (high - low), high)
+            axes.set_title(run.label, loc="right", fontsize=9)
+            _mark_topics(axes, run)
+        panels[-1].set_xlabel(TIME)
+        legend(panels[0], 4, list(panels[1:]))
+
+    title = f"Similarity to the reference on {runs[0].source_name}"
+    built = ", ".join(
+        f"{run.label} {count(run.record['accounting']['remasks'], 're-mask')}" for run in shown
+    )
+    alt = f"Marks: cosine similarity of each window to its reference, over decoded tokens; {built}."
+    words = f"{len(shown)} of {count(len(runs), 'method')} with a detector · {small}"
+    return Plot(name, title, alt, words, 1.1 + 1.9 * len(shown), draw)
+
+
+OVERLAP = "Jaccard overlap with the first mask"
+
+
+def plot_overlap(name: str, run: DriftRun, small: str) -> Plot:
+    """A heat map: how much of each layer's first mask is in force at each token."""
+    masks, layers = run.record["remasks"], run.record["accounting"]["layers"]
+    values = np.array([mask["first_jaccard"] or [1.0] * len(layers) for mask in masks]).T
+    pairs = zip(masks[0]["kept"], layers, strict=True)
+    expected = chance([kept / layer["width"] for kept, layer in pairs])
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        axes = figure.subplots()
+        steps, rows = [mask["step"] for mask in masks], np.arange(len(layers) + 1) - 0.5
+        low = min(expected, float(values.min()))
+        shades: dict[str, Any] = {"cmap": "GnBu", "vmin": low, "vmax": 1}
+        mesh = axes.pcolormesh([*steps, run.decoded], rows, values, **shades)
+        _mark_topics(axes, run)
+        figure.colorbar(mesh, ax=axes, label=OVERLAP, pad=0.02)
+        axes.set(xlabel=TIME, ylabel="layer")
+        axes.locator_params(axis="y", integer=True)
+
+    at_end = f"mean over layers at the end {values[:, -1].mean():.2f}"
+    words = f"{at_end}, of independent masks {expected:.2f}"
+    alt = f"Heat map: {OVERLAP}, by layer and decoded token; {words}."
+    title = f"{run.source_name}, {run.label}: overlap of the masks with the first ones, by layer"
+    return Plot(name, title, alt, f"{words} · {small}", 3.9, draw)
+
+
+def chance(keep_ratios: Sequence[float]) -> float:
+    """Jaccard to expect of two independent masks: mean over layers of k / (2 - k).
+
+    k: the layer's keep ratio.  Their intersection holds k^2 of the layer, their union 2 k - k^2.
+    """
+    return fmean(k / (2 - k) for k in keep_ratios)
+
+
+# Tables and texts of the page.
+
+REMASKS = (
+    Column("source", lambda row: row["run"].source_name),
+    Column("method", lambda row: row["run"].label),
+    Column("decode step", "step"),
+    Column("cause", "cause"),
+    Column("topic", lambda row: _topic_at(row["run"], row["step"])),
+    Column("evidence (tokens)", "evidence_tokens", ".0f"),
+    Column("Jaccard with the mask before", "jaccard", lambda values: f"{fmean(values):.2f}"),
+    Column("over layers", "jaccard", lambda values: f"{min(values):.2f} to {max(values):.2f}"),
+    Column("neurons kept", lambda row: sum(row["kept"]), ","),
+)
+
+
+def remask_table(runs: Runs) -> PageTable | None:
+    """Every mask: where, why, from how many tokens, and what it keeps of the one before."""
+    rows = [{**mask, "run": run} for run in runs for mask in run.record["remasks"]]
+    caption = "Masks: when, why, and how much of the mask before they keep"
+    if len(rows) > MOST_MASKS:
+        caption += f" (the first {MOST_MASKS} of {len(rows):,})"
+    return Table("", caption, REMASKS, rows[:MOST_MASKS], left=2).html() if rows else None
+
+
+def _topic_at(run: DriftRun, step: int) -> str | None:
+    """The topic at a step, and how far into it."""
+    before = [(name, start) for name, start, _ in run.topics if start <= step]
+    return f"{before[-1][0]}, token {step - before[-1][1]}" if before else None
+
+
+def free_texts(runs: Runs) -> Iterator[dict[str, Any]]:
+    """Per source what each method wrote: ``name``, ``prompt`` and ``columns``."""
+    written = (run for run in runs if run.record["text"] is not None)
+    for each in list(grouped(written, lambda run: run.source_key).values())[:MOST_TEXTS]:
+        columns = [(run.label, _note(run), run.record["text"] or "(no text)") for run in each]
+        yield {"name": each[0].source_name, "prompt": each[0].source.text, "columns": columns}
+
+
+def _note(run: DriftRun) -> str:
+    """How a text was decoded, and how close it is to the dense one."""
+    parts = [f"{run.decoded} decoded tokens"]
+    if accounting := run.record["accounting"]:
+        parts += [
+            f"{percent(accounting['achieved_sparsity'])} of the FFN neurons removed",
+            f"{percent(accounting['dense_token_share'])} of the tokens dense",
+            count(accounting["remasks"], "re-mask"),
+        ]
+    for name, value in (run.record["metrics"] or {}).items():
+        parts.append(f"{name} {quantity(value, perplexity=False) or 'not known'}")
+    return " · ".join(parts)
+
+
+HEADINGS = {
     "methods": "Methods compared",
     "similarity": "Similarity over time",
     "masks": "Masks, before and after",
     "detection": "Detection of the change",
 }
-"""Headings."""
 
 
-def pictures(view: DriftView, most: int = MOST_PICTURES) -> Iterator[tuple[str, list[Plot]]]:
-    """The section and up to ``most`` pictures of each kind that has some, the best ones first."""
-    kinds: list[tuple[str, Iterable[Plot | None]]] = [
-        ("methods", [plots.make_methods(view)] if view.summary else []),
-        ("methods", [plots.make_loss(view)]),
-        ("similarity", plots.make_timelines(view)),
-        ("masks", (plots.make_overlap(view, *masks) for masks in plots.remasked(view))),
-        ("masks", (plots.make_raster(view, *masks) for masks in plots.remasked(view))),
-        ("detection", detect_report.make_curves(view.detection or {})),
-    ]
-    for section, kind in kinds:
-        if drawn := list(islice(filter(None, kind), most)):
-            yield section, drawn
-
-
-def remasks(view: DriftView) -> PageTable | None:
-    """Every mask: where, why, from how many tokens, and what it keeps of the one before."""
-    rows = [{**mask, "cell": cell} for cell in view.cells for mask in cell.record["remasks"]]
-    caption = "Masks: when, why, and how much of the mask before they keep"
-    if len(rows) > MOST_MASKS:
-        caption += f" (the first {MOST_MASKS} of {len(rows):,})"
-    columns = (
-        Column("cell", lambda row: row["cell"].name),
-        Column("decode step", "step"),
-        Column("cause", "cause"),
-        Column("topic", lambda row: _topic(row["cell"], row["step"])),
-        Column("evidence (tokens)", "evidence_tokens", ".0f"),
-        Column("Jaccard with the mask before", "jaccard", lambda values: f"{fmean(values):.2f}"),
-        Column("over layers", "jaccard", lambda values: f"{min(values):.2f} to {max(values):.2f}"),
-        Column("neurons kept", lambda row: sum(row["kept"]), ","),
-        Column("joined", lambda row: row["joined"] and sum(row["joined"]), ","),
+def render(runs: Runs, config: Mapping[str, Any], document: Mapping[str, Any]) -> str:
+    """The page of a drift study; without matplotlib it has no pictures and says so."""
+    done = [run for run in runs if run.error is None]
+    return render_page(
+        config,
+        "Knowledge drift",
+        summary.headline(document),
+        pictures(runs, config),
+        {"methods": summary.table(document).html()},
+        folded={"masks": remask_table(done)},
+        notes=document["notes"],
+        texts=list(free_texts(done)),
+        failures=[f"{run.key}: {run.error}" for run in runs if run.error],
     )
-    return Table("", caption, columns, rows[:MOST_MASKS]).html() if rows else None
 
 
-def _topic(cell: DriftCell, step: int) -> str | None:
-    """The topic at a step, and how far into it."""
-    before = [(name, start) for name, start, _ in cell.topics if start <= step]
-    return f"{before[-1][0]}, token {step - before[-1][1]}" if before else None
-
-
-# The texts: free ones side by side, passages token by token.
-
-
-def free_texts(view: DriftView) -> Iterator[dict[str, Any]]:
-    """Per source what each method wrote: ``name``, ``prompt`` and ``columns``."""
-    free = (cell for cell in view.cells if "text" in cell.record)
-    for cells in grouped(free, lambda cell: (cell.source.id, cell.seed)).values():
-        seed = f", seed {cells[0].seed}" if cells[0].seed else ""
-        columns = [(cell.label, _note(cell), cell.record["text"] or "(no text)") for cell in cells]
-        name = cells[0].source_name + seed
-        yield {"name": name, "prompt": cells[0].source.text, "columns": columns}
-
-
-def _note(cell: DriftCell) -> str:
-    parts = [f"{cell.decoded} decoded tokens"]
-    if cell.record["accounting"]:
-        parts.append(accounted(cell.record["accounting"]))
-    for name, value in (cell.record["metrics"] or {}).items():
-        parts.append(f"{name} {quantity(value, perplexity=False) or 'not known'}")
-    return " · ".join(parts)
-
-
-LARGE = 3.0
-"""Nats over dense at which a token's shade is full."""
-
-SEEN = 0.15
-"""Nats over dense below which a token has no shade."""
-
-
-def passage_texts(view: DriftView) -> Iterator[dict[str, Any]]:
-    """The passages under each pruned method, of several seeds the first, in ``spans``.
-
-    A span is a text, its shade from 0 to 1 by the loss over dense, the loss in words, and the name
-    of the topic that begins with it.
-    """
-    read = [cell for cell in view.cells if "losses" in cell.record]
-    dense = {cell.source.id: cell for cell in read if cell.dense}
-    pruned = (cell for cell in read if not cell.dense and cell.source.id in dense)
-    for (source, _), cells in grouped(pruned, lambda c: (c.source.id, c.label)).items():
-        cell = cells[0]
-        name = f"{cell.source_name}, {cell.label}: {accounted(cell.record['accounting'])}"
-        yield {"name": name, "spans": list(_spans(cell, dense[source].record["losses"]))}
-
-
-def _spans(cell: DriftCell, dense: Sequence[float | None]) -> Iterator[tuple[str, float, str, str]]:
-    record, plain = cell.record, ""
-    begins = {start: name for name, start, _ in cell.topics[1:]}
-    tokens = zip(record["pieces"], record["losses"], dense, strict=True)
-    for number, (piece, loss, reference) in enumerate(tokens):
-        over = 0.0 if loss is None or reference is None else loss - reference
-        if over < SEEN and number not in begins:
-            plain += piece
-            continue
-        if plain:
-            yield plain, 0.0, "", ""
-        plain = ""
-        shade = min(1.0, over / LARGE) if over >= SEEN else 0.0
-        words = f"token {number}: {loss:.2f} nats, dense {reference:.2f}" if shade else ""
-        yield piece, shade, words, begins.get(number, "")
-    if plain:
-        yield plain, 0.0, "", ""
-
-
-# The page.
-
-
-def write(view: DriftView) -> Path:
-    """Write ``report.html`` into the results folder and return its path."""
-    path = view.folder / "report.html"
-    write_text(path, render(view))
-    return path
-
-
-def render(view: DriftView) -> str:
-    """The page of one study; without matplotlib it has no pictures and says so."""
-    sections, missing = _sections(view)
-    conclusion = summary.headline(view.summary) if view.summary else ""
-    if view.detection and not conclusion:
-        conclusion = detect_report.headline(view.detection)
-    kind = "Knowledge drift" if view.summary else "Drift detection"
-    content = {
-        "title": f"{kind} on {page.model_name(view.config)}",
+def render_page(
+    config: Mapping[str, Any],
+    kind: str,
+    conclusion: str,
+    plots: Mapping[str, Sequence[Plot]],
+    tables: Mapping[str, PageTable],
+    folded: Mapping[str, PageTable | None] | None = None,
+    **content: Any,
+) -> str:
+    """A page of sections; ``plots``, ``tables`` and ``folded`` by the names of ``HEADINGS``."""
+    sections, missing = [], ""
+    for name in plots:
+        shown, reason = page.pictures(plots[name])
+        missing = missing or reason
+        parts = {"pictures": shown, "table": tables.get(name), "folded": (folded or {}).get(name)}
+        if any(parts.values()):
+            sections.append({"id": name, "heading": HEADINGS[name], **parts})
+    shown_always = {
+        "title": f"{kind} on {page.model_name(config)}",
         "conclusion": conclusion or "Nothing can be compared.",
-        "notes": (view.summary or view.detection or {}).get("notes") or [],
-        "facts": [fact for fact in page.facts(view.config) if fact[0] in FACTS],
+        "facts": page.facts(config),
         "sections": sections,
         "missing": missing,
-        "texts": list(islice(free_texts(view), MOST_TEXTS)),
-        "passages": list(islice(passage_texts(view), MOST_TEXTS)),
-        "failures": [f"{key}: {sentence}" for key, sentence in (view.failed or {}).items()],
     }
-    return page.render(view.config, "drift.html", content)
+    optional = dict.fromkeys(("notes", "texts", "failures"), ())
+    return page.render(config, "drift.html", {**optional, **shown_always, **content})
 
 
-FACTS = {"checkpoint", "file quantisation", "dtype", "device", "date", "sha256", "command"}
-
-
-def _sections(view: DriftView) -> tuple[list[dict[str, Any]], str]:
-    """The sections that show something, and why there are no pictures."""
-    tables = {
-        "methods": summary.table(view.summary).html() if view.summary else None,
-        "detection": detect_report.rules_table(view.detection).html() if view.detection else None,
-    }
-    folded = {"masks": remasks(view)}
-    drawn: dict[str, list[Plot]] = {name: [] for name in SECTIONS}
-    for name, kind in pictures(view):
-        drawn[name] += kind
-    sections, missing = [], ""
-    for name, heading in SECTIONS.items():
-        shown, reason = page.pictures(drawn[name])
-        missing = missing or reason
-        section = {
-            "id": name,
-            "heading": heading,
-            "pictures": shown,
-            "table": tables.get(name),
-            "folded": folded.get(name),
-        }
-        if shown or section["table"] or section["folded"]:
-            sections.append(section)
-    return sections, missing
+def write(folder: Path, html: str) -> Path:
+    """Write ``report.html`` into the results folder and return its path."""
+    write_text(folder / "report.html", html)
+    return folder / "report.html"

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, model_validator
 
-from dart_llm import settings
 from dart_llm.errors import ConfigError, check_name
 from dart_llm.pruning.config import PruneConfig, check_sparsity
 from dart_llm.pruning.registry import DRIFT_RULES, METHODS
 from dart_llm.settings import (
     MASKED,
     BaseSettings,
-    Fractions,
     MaskOptions,
     ModelOptions,
-    Numbers,
     ResultOptions,
     StudyOptions,
     Texts,
     given_of,
     merge,
     setting,
+    split_commas,
 )
 
 DENSE, NEVER, DART = "dense", "never", MASKED
+
+FREE, FORCED = "free", "forced"
 
 SPARSITY = 0.5
 """Where a method names none: at half of the neurons a mask that went stale shows in the loss."""
@@ -40,34 +39,21 @@ SPARSITY = 0.5
 UNGUARDED = {"min_distance": 0, "max_dense_share": None, "allowance": 0}
 
 VARIANTS: dict[str, Callable[[int], Mapping[str, Any]]] = {
-    NEVER: lambda n: {"drift": {"rule": "never"}},
-    "paper": lambda n: {"drift": {"rule": "paper", "signal": "attention", **UNGUARDED}},
-    "interval:N": lambda n: {"drift": {"rule": f"interval {n}", **UNGUARDED}},
-    "fresh:N": lambda n: _timed("fresh", n),
-    "decay:N": lambda n: _timed("decay", n),
+    NEVER: lambda n: {"rule": "never"},
+    "paper": lambda n: {"rule": "paper", "signal": "attention", **UNGUARDED},
+    "interval:N": lambda n: {"rule": f"interval {n}", **UNGUARDED},
 }
-"""Forms of dart by name: what they change, from the number N of tokens."""
+"""Forms of dart by name: the drift settings that they change, from the number N of tokens."""
 
-TIMED = ("fresh:N", "decay:N")
-"""New masks at a known moment."""
-
-
-def _timed(evidence: str, tokens: int) -> Mapping[str, Any]:
-    return {"drift": {"rule": "never"}, "remask": {"evidence": evidence, "observe_tokens": tokens}}
+METHOD = re.compile(r"(?P<name>[^:@]+(:(?P<tokens>[1-9]\d*))?)(@(?P<sparsity>\d*\.?\d+))?")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One method of a drift study.
-
-    ``config``: None for the untouched model.  ``observed``: tokens that a timed method observes
-    before its new masks are in force, ``moment`` tokens after a change; None for other methods.
-    """
+    """One method of a drift study; ``config``: None for the untouched model."""
 
     name: str
     config: PruneConfig | None = None
-    observed: int | None = None
-    moment: int = 0
 
     @property
     def sparsity(self) -> float | None:
@@ -86,30 +72,27 @@ class Candidate:
         return f"{self.name}@{'table' if self.sparsity is None else f'{self.sparsity:g}'}"
 
 
-def parse_methods(names: Sequence[str], base: BaseSettings, moment: int) -> tuple[Candidate, ...]:
+def parse_methods(names: Sequence[str], base: BaseSettings) -> tuple[Candidate, ...]:
     """The methods of these names; dense is the first.
 
-    ``base``: settings of dart and its variants, with the study's sparsity.  ``moment``: tokens
-    after a change at which new masks of the timed ones are in force.  Raises ``ConfigError`` for
-    an unknown name, a number that does not fit, a name that occurs twice.
+    ``base``: settings of dart and its variants, with the study's sparsity.  Raises ``ConfigError``
+    for an unknown name, a number that does not fit, a name that occurs twice.
     """
     candidates = {DENSE: Candidate(DENSE)}
     for name in names:
-        candidate = _parse(name, base, moment)
+        candidate = _parse(name, base)
         if candidate.label in candidates and candidate.label != DENSE:
             raise ConfigError(f'the method "{candidate.label}" was given twice: leave one out')
         candidates[candidate.label] = candidate
     return tuple(candidates.values())
 
 
-def _parse(text: str, base: BaseSettings, moment: int) -> Candidate:
-    parts = re.fullmatch(
-        r"(?P<name>[^:@]+(:(?P<tokens>[1-9]\d*))?)(@(?P<sparsity>\d*\.?\d+))?", text
-    )
+def _parse(text: str, base: BaseSettings) -> Candidate:
+    parts = METHOD.fullmatch(text)
     if parts is None:
         raise ConfigError(
-            f'cannot read the method "{text}": write NAME, or NAME:N with a whole number of tokens '
-            "from 1 on, and behind it @SPARSITY if it has its own, as in interval:64@0.5"
+            f'cannot read the method "{text}": write NAME or interval:N (N tokens), with '
+            "@SPARSITY behind it where it has its own, as in interval:64@0.5"
         )
     name, tokens = parts["name"], int(parts["tokens"] or 0)
     sparsity = None if parts["sparsity"] is None else check_sparsity(float(parts["sparsity"]))
@@ -117,24 +100,21 @@ def _parse(text: str, base: BaseSettings, moment: int) -> Candidate:
     dart = dart if sparsity is None else dart.replace({"sparsity": sparsity})
     kind = f"{name.partition(':')[0]}:N" if tokens else name
     if kind in VARIANTS:
-        config = dart.replace({"method": name, **VARIANTS[kind](tokens)})
-        if kind not in TIMED:
-            return Candidate(name, config)
-        if tokens > moment:
-            raise ConfigError(
-                f"{name} observes {tokens} tokens of the new topic, and its masks are due after "
-                f"{moment}: give --remask-at-change {tokens} or more"
-            )
-        return Candidate(name, config, tokens, moment)
+        return Candidate(name, dart.replace({"method": name, "drift": VARIANTS[kind](tokens)}))
     check_name("method", name, {*METHODS.names(), *VARIANTS})
     if name == DENSE and sparsity:
         raise ConfigError(f"method dense removes nothing: drop the @{sparsity:g}")
     if name in (DENSE, DART):
         return Candidate(name, None if name == DENSE else dart)
-    if sparsity is None:
-        sparsity = base.target_sparsity()
-    requested = SPARSITY if sparsity is None else sparsity
+    requested = base.target_sparsity() if sparsity is None else sparsity
+    requested = SPARSITY if requested is None else requested
     return Candidate(name, PruneConfig.build(name, sparsity=requested, executor=base.executor))
+
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], BeforeValidator(split_commas)]
+WindowSizes = Annotated[tuple[Annotated[int, Field(ge=2)], ...], BeforeValidator(split_commas)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(split_commas)]
+Thresholds = Annotated[tuple[FiniteFloat, ...], BeforeValidator(split_commas)]
 
 
 class PassageOptions(ModelOptions):
@@ -144,22 +124,14 @@ class PassageOptions(ModelOptions):
     limit: int | None = setting(
         "Passages", "The first N passages, or prompts (default: all).", ge=1
     )
-    # a shorter prompt has no attention distribution
     prompt_tokens: int = setting("Passages", "Tokens of a passage that are its prompt.", 256, ge=16)
 
-
-FREE, FORCED = "free", "forced"
-
-STUDY, METRICS, RESULTS = "Study", "Metrics", "Results"
-
-DETECTION = "detection.json"
+    def experiment_of(self, kind: str) -> str:
+        """The name of the experiment's folder where none is given."""
+        return f"{kind}-{Path(self.model.rstrip('/')).name.lower()}"
 
 
-def check_named(settings: PassageOptions, *fields: str) -> None:
-    """Raise ``ConfigError`` for a list that is empty."""
-    for name in fields:
-        if not getattr(settings, name):
-            raise ConfigError(f"--{name} is empty: give at least one")
+STUDY, METRICS = "Study", "Metrics"
 
 
 class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
@@ -170,16 +142,14 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
     )
     methods: Texts = setting(
         STUDY,
-        "Methods side by side: presets, never, interval:N, paper, fresh:N, decay:N; any with "
-        "@SPARSITY. Pruning options concern dart and its variants, presets stay as they are.",
+        "Methods side by side: presets, never, interval:N, paper; any with @SPARSITY. "
+        " Pruning options concern dart and its variants, presets stay as they are.",
         ("dense", "never", "interval:64", "published", "paper", "dart"),
+        min_length=1,
     )
-    seeds: Numbers = setting(STUDY, "Seeds, comma-separated.", (0,))
+    seeds: Seeds = setting(STUDY, "Seeds, comma-separated.", (0,), min_length=1)
     prompt: str | None = setting(STUDY, "One prompt: its text.")
     prompts: str | None = setting(STUDY, "shipped, or a JSONL file of prompts.")
-    remask_at_change: int = setting(
-        STUDY, "Tokens after a change at which fresh:N and decay:N have new masks.", 64, ge=1
-    )
     generation: int = setting(STUDY, "Tokens to write after a prompt, at most.", 300, ge=2)
     temperature: float | None = setting(
         STUDY, "Sample at this temperature (default: greedy).", ge=0, allow_inf_nan=False
@@ -192,50 +162,27 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
     calibration: str | None = setting("Pruning", "Text for presets that calibrate.")
     metrics: bool = setting(METRICS, "Compare every free text with the dense one.", True)
     embedder: str | None = setting(
-        METRICS, "Encoder of texts: a folder or a hub id (default: all-MiniLM-L6-v2)."
+        METRICS, "sentence-transformers model (default: all-MiniLM-L6-v2)."
     )
-    experiment_name: str | None = setting(RESULTS, "Default: drift-<mode>-<model>.")
-    detection: str | None = setting(
-        RESULTS, "A results folder of dart-llm detect that the report shows too."
+    bertscore: str | None = setting(
+        METRICS, "Model of BERTScore (default: all-MiniLM-L6-v2, labelled as such)."
     )
+    experiment_name: str | None = setting("Results", "Default: drift-<mode>-<model>.")
 
     @model_validator(mode="after")
-    def _check(self) -> DriftSettings:
+    def _check_drift(self) -> DriftSettings:
         check_name("mode", self.mode, (FREE, FORCED))
-        check_named(self, "methods", "seeds")
-        self._check_sources()
-        if self.detection is not None and not (Path(self.detection) / DETECTION).is_file():
+        sources = [name for name in ("prompt", "prompts", "passages") if getattr(self, name)]
+        reads = sources == ["passages"] or (self.mode == FORCED and not sources)
+        if len(sources) > 1 or reads != (self.kind == FORCED) or not (sources or reads):
             raise ConfigError(
-                f"there is no {DETECTION} in --detection {self.detection}: give the results folder "
-                "of a finished dart-llm detect"
-            )
-        for seed in self.seeds:
-            settings.check_seed(seed)
-        candidates = self.candidates()
-        timed = [c.name for c in candidates if c.observed is not None]
-        if timed and self.kind == FREE:
-            raise ConfigError(
-                f"{timed[0]} makes new masks at a known change of topic, and what a model writes "
-                "has none: use --passages shipped, or leave it out of --methods"
-            )
-        if "remask_at_change" in self.model_fields_set and not timed:
-            raise ConfigError(
-                "--remask-at-change concerns fresh:N and decay:N, and --methods names neither: "
-                "add one, e.g. decay:32"
-            )
-        return self
-
-    def _check_sources(self) -> None:
-        given = [name for name in ("prompt", "prompts", "passages") if getattr(self, name)]
-        read = given == ["passages"] or (self.mode == FORCED and not given)
-        if len(given) > 1 or read != (self.kind == FORCED) or not (given or read):
-            raise ConfigError(
-                f"mode {self.kind} does not fit {len(given) or 'no'} source(s): give one of "
+                f"mode {self.kind} does not fit {len(sources) or 'no'} source(s): give one of "
                 "--prompt TEXT, --prompts (shipped, or a JSONL file) to write after, or --passages "
                 "(shipped, or a JSONL file) to read in mode forced"
             )
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("the prompt is empty: give at least one word")
+        return self
 
     @property
     def kind(self) -> str:
@@ -245,12 +192,11 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
     @property
     def experiment(self) -> str:
         """Name of the experiment's folder."""
-        model = Path(self.model.rstrip("/")).name.lower()
-        return self.experiment_name or f"drift-{self.kind}-{model}"
+        return self.experiment_name or self.experiment_of(f"drift-{self.kind}")
 
     def candidates(self) -> tuple[Candidate, ...]:
         """The methods in order, dense first; raises ``ConfigError`` or ``UnknownName``."""
-        return parse_methods(self.methods, self.base(), self.remask_at_change)
+        return parse_methods(self.methods, self.base())
 
     def base(self) -> BaseSettings:
         """What dart and its variants start from, and how the model is loaded."""
@@ -267,14 +213,11 @@ collect = partial(merge, DriftSettings)
 
 PANEL = "Detection"
 
-SCORES = "attention-scores"
-
 SIGNALS = {
     "attention": "last layer's attention output, as published",
     "attention-80": "attention output of the layer at 80 % of the depth",
     "attention-several": "attention outputs of the upper half of the layers, each of unit length",
     "hidden": "last hidden state, after the last norm",
-    SCORES: "last layer's attention distribution over the first half of the prompt",
 }
 """What a drift rule can watch, by name."""
 
@@ -282,11 +225,7 @@ SIGNALS = {
 class DetectSettings(StudyOptions, PassageOptions):
     """``dart-llm detect``: the model runs dense, so it has no pruning options."""
 
-    signals: Texts = setting(
-        PANEL,
-        "Signals, comma-separated; attention-scores needs eager attention.",
-        tuple(SIGNALS),
-    )
+    signals: Texts = setting(PANEL, "Signals, comma-separated.", tuple(SIGNALS), min_length=1)
     rules: Texts = setting(
         PANEL,
         'Drift rules, or methods whose rule and guards to take, e.g. paper,dart,"interval 64" '
@@ -297,30 +236,21 @@ class DetectSettings(StudyOptions, PassageOptions):
         PANEL, "Tokens observed after a trigger, by rules that are not a method's.", 32, ge=1
     )
     horizon: int = setting(PANEL, "A change is detected within so many tokens.", 128, ge=1)
-    windows: Numbers = setting(PANEL, "Curves: tokens of a window.", (10,))
-    counts: Numbers = setting(PANEL, "Curves: low windows to a trigger (n0).", (1, 2, 3))
-    thresholds: Fractions = setting(
+    windows: WindowSizes = setting(PANEL, "Curves: tokens of a window.", (10,), min_length=1)
+    counts: Counts = setting(
+        PANEL, "Curves: low windows to a trigger (n0).", (1, 2, 3), min_length=1
+    )
+    thresholds: Thresholds = setting(
         PANEL,
         "Curves: k of theta = mu - k sigma.",
         (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, 6),
+        min_length=1,
     )
 
     @model_validator(mode="after")
     def _check_detect(self) -> DetectSettings:
-        check_named(self, "signals", "windows", "counts", "thresholds")
         for name in self.signals:
             check_name("signal", name, SIGNALS)
-        kernel = self.attn_implementation
-        if SCORES in self.signals and kernel not in (None, "eager"):
-            raise ConfigError(
-                f"attention-scores needs the attention weights, which only eager attention gives: "
-                f"drop --attn-implementation {kernel}, or leave attention-scores out of --signals"
-            )
-        for least, values in ((2, self.windows), (1, self.counts)):
-            if min(values) < least:
-                raise ConfigError(f"{min(values)} is too small: give {least} or more")
-        if not all(map(math.isfinite, self.thresholds)):
-            raise ConfigError("--thresholds must be finite numbers")
         return self
 
     def rule_names(self) -> tuple[str, ...]:
@@ -338,4 +268,4 @@ class DetectSettings(StudyOptions, PassageOptions):
     @property
     def experiment(self) -> str:
         """Name of the experiment's folder."""
-        return self.experiment_name or f"detect-{Path(self.model.rstrip('/')).name.lower()}"
+        return self.experiment_name or self.experiment_of("detect")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dart_llm.data import passages
-from dart_llm.data.passages import DriftPrompt, Topic, encode, first_tokens
+from dart_llm.data.passages import Topic, encode, first_tokens
 from dart_llm.data.texts import encode_prompt, resolve_prompt
 from dart_llm.errors import ConfigError
 from dart_llm.studies.drift.settings import FORCED, DriftSettings, PassageOptions
@@ -45,21 +45,9 @@ def load_sources(settings: DriftSettings) -> tuple[Source, ...]:
     if settings.kind == FORCED:
         return load_passages(settings)
     if settings.prompt is not None:
-        text = resolve_prompt(settings.prompt)
-        if not text.strip():
-            raise ConfigError("the prompt is empty: give at least one word")
-        return (Source("prompt", text),)
-    return tuple(map(_prompt, passages.listed_prompts(settings.prompts)[: settings.limit]))
-
-
-def _prompt(prompt: DriftPrompt) -> Source:
-    """The topics are those of the slots where the prompt has some."""
-    names = [prompt.slots.get(f"topic_{side}") for side in "ab"]
-    topics = tuple(
-        Topic(name or domain, domain)
-        for name, domain in zip(names[: len(prompt.domains)], prompt.domains, strict=True)
-    )
-    return Source(prompt.id, prompt.text, topics)
+        return (Source("prompt", resolve_prompt(settings.prompt)),)
+    prompts = passages.listed_prompts(settings.prompts)[: settings.limit]
+    return tuple(Source(prompt.id, prompt.text) for prompt in prompts)
 
 
 def digest(sources: Sequence[Source]) -> str:
@@ -73,14 +61,14 @@ class Reading:
     """A source as tokens ``ids`` [n], of which the first ``prompt`` are the prompt.
 
     ``starts``: index, counted after the prompt, of the first token of every topic, 0 for the first
-    one; None in a prompt, where they are not known.  ``pieces``: the text of every token after the
-    prompt.  ``cut``: whether the context ended before the passage did.
+    one; empty for a prompt, where they are not known.  ``pieces``: the text of every token after
+    the prompt.  ``cut``: whether the context ended before the passage did.
     """
 
     source: Source
     ids: Tensor
     prompt: int
-    starts: tuple[int, ...] | None = None
+    starts: tuple[int, ...] = ()
     pieces: tuple[str, ...] = ()
     cut: bool = False
 
@@ -92,7 +80,7 @@ class Reading:
     @property
     def changes(self) -> tuple[int, ...]:
         """Index in ``ids`` of the first token of each new topic."""
-        return tuple(self.prompt + start for start in (self.starts or ())[1:])
+        return tuple(self.prompt + start for start in self.starts[1:])
 
 
 def read_passage(source: Source, tokenizer: Any, prompt: int, longest: int | None) -> Reading:
@@ -105,13 +93,18 @@ def read_passage(source: Source, tokenizer: Any, prompt: int, longest: int | Non
     ids, ends = encode(tokenizer, source.text)
     count = min(len(ids), longest or len(ids))
     cut = count < len(ids)
-    kept = _shortened(source, ends[count - 1]) if cut else source
-    if not kept.changes:
+    if cut:
+        changes = tuple(change for change in source.changes if change < ends[count - 1])
+        topics = source.topics[: len(changes) + 1]
+        source = replace(
+            source, text=source.text[: ends[count - 1]], topics=topics, changes=changes
+        )
+    if not source.changes:
         raise ConfigError(
             f'the passage "{source.id}" changes its topic after the {longest} tokens of the '
             "model's context: give a model with a longer one, or shorter passages"
         )
-    firsts = first_tokens(ends, kept.changes)
+    firsts = first_tokens(ends, source.changes)
     if firsts[0] < prompt + 2:
         raise ConfigError(
             f'the passage "{source.id}" has {firsts[0]} tokens before its first change of topic, '
@@ -119,19 +112,12 @@ def read_passage(source: Source, tokenizer: Any, prompt: int, longest: int | Non
             "--prompt-tokens, or a longer passage"
         )
     bounds = [ends[prompt - 1], *ends[prompt:count]]
-    pieces = [kept.text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = tuple(source.text[a:b] for a, b in zip(bounds, bounds[1:], strict=False))
     starts = (0, *(first - prompt for first in firsts))
-    return Reading(kept, torch.tensor(ids[:count]), prompt, starts, tuple(pieces), cut)
+    return Reading(source, torch.tensor(ids[:count]), prompt, starts, pieces, cut)
 
 
-def _shortened(source: Source, end: int) -> Source:
-    """The passage cut at character ``end``, without the topics that begin after it."""
-    changes = tuple(change for change in source.changes if change < end)
-    topics = source.topics[: len(changes) + 1]
-    return replace(source, text=source.text[:end], topics=topics, changes=changes)
-
-
-def cut_note(readings: Iterable[Reading]) -> list[str]:
+def cut_notes(readings: Sequence[Reading]) -> list[str]:
     """A note where passages did not fit the context."""
     cut = sum(reading.cut for reading in readings)
     return [f"{cut} passages were cut where the model's context ends"] if cut else []

@@ -1,4 +1,4 @@
-"""Tables, page and headline of one run; drift over time is drawn by ``drift_plot``."""
+"""Tables, page and headline of one run; drift over time is drawn by ``experiments.line_plots``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dart_llm.experiments import artifacts
+from dart_llm.experiments import line_plots
 from dart_llm.experiments.store import mapping, number
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting import page, words
@@ -46,7 +46,7 @@ def pictures(view: RunView) -> list[Plot]:
     sequences = view.accounting.get("sequences", ())
     masks = [remask for sequence in sequences for remask in sequence["remasks"]]
     small_print = page.small_print(view.config)
-    similarity = artifacts.plot_similarity(view.checks, masks, small_print)
+    similarity = line_plots.plot_similarity(view.checks, masks, small_print)
     return [] if similarity is None else [similarity]
 
 

@@ -1,99 +1,46 @@
-"""What an inspection shows of each section: tables, and the columns of theirs that are drawn."""
+"""The sections of an inspection: what each computes, and its tables and plots."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from statistics import fmean
+from typing import Any
 
-from dart_llm.reporting.figures import (
-    HATCHES,
-    INK,
-    LOOKS,
-    Palette,
-    Plot,
-    legend,
-    log_axis,
-    mark,
-    whisker_lengths,
-)
+import torch
+from torch import Tensor
+
+from dart_llm.errors import ConfigError
+from dart_llm.evaluation.perplexity import score_window
+from dart_llm.evaluation.windows import Window
+from dart_llm.experiments.line_plots import Curve, Panel, line_plot
+from dart_llm.experiments.stats import Interval, Sample, interval, paired_interval
+from dart_llm.pruning.config import PruneConfig, ScoreConfig
+from dart_llm.pruning.masks import top_ids
+from dart_llm.pruning.registry import SCORES
+from dart_llm.pruning.weights import REACH_CHUNK, FfnWeights
+from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.page import flat
 from dart_llm.reporting.table import Column, Record, Table, keys_of, value_columns
 from dart_llm.reporting.words import percent, with_interval
-from dart_llm.studies.inspection.analyses import ARMS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Lines over the rows of a table, told apart by marker and line style.
-
-    ``lines``: keys of the rows by label.  ``band``: keys of the ends around the first line.
-    ``where``: what the drawn rows have in common.
-    """
-
-    ylabel: str
-    lines: Mapping[str, str]
-    log: bool = False
-    limits: tuple[float, float] | None = None
-    band: tuple[str, str] | None = None
-    where: Record | None = None
+from dart_llm.session.run import prune
+from dart_llm.studies.inspection.readings import FIRST, SECOND, WHOLE, Readings
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A table, and what is drawn of it over ``x`` without the first ``skip`` rows."""
+    """A table, and what is drawn of it."""
 
     table: Table
     panels: Sequence[Panel] = ()
-    x: str = "layer"
-    skip: int = 0
 
     def plot(self, small: str) -> Plot:
-        """The panels in twos."""
-        table, heights = self.table, 1.1 + 2.1 * math.ceil(len(self.panels) / 2)
-
-        def draw(figure: Figure, palette: Palette) -> None:
-            columns = min(2, len(self.panels))
-            grid = figure.subplots(-(-len(self.panels) // columns), columns, squeeze=False)
-            for axes, panel in zip(grid.flat, self.panels, strict=False):
-                self._draw(axes, palette, panel)
-            for spare in grid.flat[len(self.panels) :]:
-                spare.remove()
-
-        alt = f"Lines by {self.x}: {', '.join(panel.ylabel for panel in self.panels)}."
-        return Plot(f"inspect_{table.name}", table.caption, alt, small, heights, draw)
-
-    def _draw(self, axes: Axes, palette: Palette, panel: Panel) -> None:
-        wanted = (panel.where or {}).items()
-        every = [row for row in self.table.rows if all(row[k] == v for k, v in wanted)]
-        rows = [row for row in every if isinstance(row[self.x], int)][self.skip :]
-        x = [row[self.x] for row in rows]
-        for look, (label, key) in zip(LOOKS, panel.lines.items(), strict=False):
-            style = {**mark(look, palette), "markersize": 4.5, "markevery": max(1, len(x) // 12)}
-            if len(x) > MANY:
-                style |= {"marker": "", "linewidth": 0.8}
-            axes.plot(x, [row[key] for row in rows], label=label, **style)
-        if panel.band is not None:
-            low, high = ([row[end] for row in rows] for end in panel.band)
-            axes.fill_between(x, low, high, color=palette[0], alpha=0.18, linewidth=0)
-        axes.grid(axis="y")
-        axes.margins(x=0.02)
-        axes.set(xlabel=self.x.replace("_", " "), ylabel=panel.ylabel)
-        if panel.limits is not None:
-            axes.set_ylim(*panel.limits)
-        axes.locator_params(axis="x", integer=True)
-        if panel.log:
-            log_axis(axes)
-        legend(axes, 2)
+        return line_plot(f"inspect_{self.table.name}", self.table.caption, small, self.panels)
 
 
-MANY = 100
-"""Points above which a line is thin and has no marks."""
+Compute = Callable[[Readings], dict[str, Any]]
+Show = Callable[[Record], list[Shown]]
 
 LAYER = Column("layer", "layer")
 
@@ -101,196 +48,350 @@ FIGURE = ".3g"
 
 
 def _by_layer(layers: Sequence[Record]) -> list[dict[str, Any]]:
-    return [{"layer": number, **flat(layer)} for number, layer in enumerate(layers)]
+    return [{"layer": index, **flat(layer)} for index, layer in enumerate(layers)]
 
 
-def layers(data: Record) -> list[Shown]:
-    """What each FFN does to the residual stream."""
-    heads = (
-        *("cos(x, x+r)", "median", "|r|/|x|", "median", "S residual"),
-        *("cos(x, z)", "median", "|z-x|/|x|", "median", "S output"),
-    )
-    names = ("cosine.mean", "cosine.median", "change.mean", "change.median", "s")
-    keys = " ".join(f"{variant}.{name}" for variant in ("residual", "output") for name in names)
-    caption = f"Each FFN and the residual stream, text {data['text']} (band: 5 to 95 % of tokens)"
-    columns = (LAYER, *value_columns(keys, heads, FIGURE))
+def _panel(
+    ylabel: str,
+    rows: Sequence[Record],
+    lines: Mapping[str, str],
+    band: tuple[str, str] | None = None,
+    **options: Any,
+) -> Panel:
+    """Keys of the rows by layer; ``lines``: by label; ``band``: the ends around the first line."""
+    x = [row["layer"] for row in rows]
+    low, high = band or ("", "")
+    ends = ([row[low] for row in rows], [row[high] for row in rows]) if band else None
+    curves = [
+        Curve(label, x, [row[key] for row in rows], ends if index == 0 else None)
+        for index, (label, key) in enumerate(lines.items())
+    ]
+    return Panel("layer", ylabel, curves, **options)
+
+
+# What each FFN does to the residual stream, and its activations on text A.
+
+
+def layers(study: Readings) -> dict[str, Any]:
+    """``impact`` and ``activations`` of every layer on text A."""
+    readings = study.reading(0)
+    return {
+        "text": study.texts[0].label,
+        "layers": [reading.impact for reading in readings],
+        "activations": [reading.activations for reading in readings],
+    }
+
+
+def show_layers(data: Record) -> list[Shown]:
+    rows, text = _by_layer(data["layers"]), data["text"]
+    heads = ("cos(x, x+r)", "|r|/|x|", "S residual", "cos(x, z)", "|z-x|/|x|", "S output")
+    names = ("cosine.median", "change.median", "s")
+    keys = " ".join(f"{pair}.{name}" for pair in ("residual", "output") for name in names)
     panels = [
-        Panel(
+        _panel(
             ylabel,
-            {name: f"{one}.{what}.median" for one, name in variants.items()},
-            log=what == "change",
-            band=(f"residual.{what}.q05", f"residual.{what}.q95"),
+            rows,
+            {label: f"{pair}.{what}.median" for pair, label in labels.items()},
+            (f"residual.{what}.q05", f"residual.{what}.q95"),
+            is_log=what == "change",
         )
-        for what, ylabel, variants in (
+        for what, ylabel, labels in (
             ("cosine", "cosine with x", {"residual": "x + r", "output": "z"}),
             ("change", "relative change", {"residual": "|r| / |x|", "output": "|z - x| / |x|"}),
         )
     ]
-    return [Shown(Table("layers", caption, columns, _by_layer(data["layers"])), panels)]
+    caption = f"Each FFN and the residual stream, text {text}: medians (band: 5 to 95 % of tokens)"
+    columns = (LAYER, *value_columns(keys, heads, FIGURE))
+    impact = Shown(Table("layers", caption, columns, rows), panels)
 
-
-def weights(data: Record) -> list[Shown]:
-    """Norms of the neurons' weights, and the activations where a text was read."""
-    keys = "min q05 median q95 max mean std skewness kurtosis"
-    heads = ("min", "5 %", "median", "95 %", "max", "mean", "sd", "skewness", "excess kurtosis")
-    rows = [
-        {"layer": number, "matrix": matrix, **norms}
-        for number, layer in enumerate(data["weights"])
-        for matrix, norms in layer.items()
-    ]
-    columns = (LAYER, Column("matrix", "matrix"), *value_columns(keys, heads, FIGURE))
-    lines, band = {"median": "median", "largest": "max"}, ("q05", "q95")
-    panels = [
-        Panel(f"norms of {name}", lines, band=band, where={"matrix": name})
-        for name in data["weights"][0]
-    ]
-    norms = Shown(
-        Table("weights", "L2 norms of the neurons' weights (band: 5 to 95 %)", columns, rows),
-        panels,
+    rows, sizes = (
+        _by_layer(data["activations"]),
+        ("absolute.median", "absolute.q95", "absolute.max"),
     )
-    if not data["activations"]:
-        return [norms]
-    sizes = "absolute.median absolute.q95 absolute.max"
-    shares = ("exact zeros", "|u| < 1 % of RMS", "< 10 %", "neurons with 90 % of u²")
+    shares = {"exact zeros": "zero", "|u| < 0.1 RMS": "near", "with 90 % of u²": "concentrated"}
     columns = (
         LAYER,
-        *value_columns(sizes, ("median |u|", "95 %", "max"), FIGURE),
-        Column("excess kurtosis", "moments.kurtosis", ".1f"),
-        *value_columns("zero near.0.01 near.0.1 holds", shares, percent),
+        *value_columns(" ".join(sizes), ("median |u|", "95 %", "max"), FIGURE),
+        *value_columns(" ".join(shares.values()), [*shares], percent),
     )
-    names = ("median", "95 %", "largest")
     panels = [
-        Panel("|u|", dict(zip(names, sizes.split(), strict=True)), log=True),
-        Panel("share of neurons", {"with 90 % of u²": "holds", "|u| < 0.1 RMS": "near.0.1"}),
+        _panel("|u|", rows, dict(zip(("median", "95 %", "max"), sizes, strict=True)), is_log=True),
+        _panel("share of neurons", rows, shares),
     ]
-    caption, rows = f"Activations u on text {data['text']}", _by_layer(data["activations"])
-    return [norms, Shown(Table("activations", caption, columns, rows), panels)]
+    table = Table("activations", f"Activations u on text {text}", columns, rows)
+    return [impact, Shown(table, panels)]
 
 
-def neurons(data: Record) -> list[Shown]:
-    """The strongest and weakest neurons, and how much of the scores the strongest have."""
-    rows = [
-        {"layer": layer["layer"], "kind": kind, "rank": rank, **neuron}
-        for layer in data["layers"]
-        for kind in ("strong", "weak")
-        for rank, neuron in enumerate(layer[kind], 1)
-    ]
+# The strongest neurons of every layer by forward proxy.
+
+PROXY = "combined"
+"""The neuron score that ranks them."""
+
+TOKENS = 5
+"""Vocabulary entries listed for a neuron."""
+
+
+def neurons(study: Readings) -> dict[str, Any]:
+    """The strongest neurons per layer with score, mean activation and top tokens.
+
+    The score is ``PROXY`` over text A (docs/reference.md, "Scores"); without a text
+    the magnitude is 1, so the proxy decides alone.  ``tokens``: the rows e_v of the output
+    embedding whose w . e_v is largest in the direction that the neuron writes (that of its mean
+    activation).  Raises ``ConfigError`` without an output embedding.
+    """
+    seed, rows = study.settings.seed, []
+    proxy = PruneConfig(score=ScoreConfig(name=PROXY), seed=seed)
+    for weights in study.calibrated(proxy, study.view.weights("output", seed)):
+        magnitudes, signed = torch.ones(weights.width, device=weights.device), None
+        if study.texts:
+            reading = study.reading(0)[weights.index]
+            magnitudes, signed = reading.squares.sqrt().to(weights.device), reading.signed
+        scores = SCORES.get(PROXY)(magnitudes, weights).detach().float()
+        strongest = scores.sort(descending=True, stable=True).indices[: study.settings.top]
+        tokens = _tokens(study, weights, strongest, signed)
+        for rank, (neuron, words) in enumerate(zip(strongest.tolist(), tokens, strict=True), 1):
+            rows.append(
+                {
+                    "layer": weights.index,
+                    "rank": rank,
+                    "neuron": neuron,
+                    "score": float(scores[neuron]),
+                    "mean_activation": None if signed is None else float(signed[neuron]),
+                    "tokens": words,
+                }
+            )
+    return {"text": study.texts[0].label if study.texts else None, "rows": rows}
+
+
+def _tokens(
+    study: Readings, weights: FfnWeights, neurons: Tensor, signed: Tensor | None
+) -> list[list[str]]:
+    rows = weights.embedding
+    assert rows is not None  # the score has used it
+    columns = weights.down[:, neurons].detach().float()
+    if signed is not None:
+        columns = columns * torch.where(signed[neurons.cpu()] < 0, -1.0, 1.0).to(columns.device)
+    columns = columns.to(rows.device)
+    chunks = torch.split(rows.detach(), REACH_CHUNK)  # never a float32 copy of a large vocabulary
+    reach = torch.cat([chunk.float() @ columns for chunk in chunks])
+    ids = reach.topk(min(TOKENS, len(reach)), 0).indices.t()
+    return [[str(study.tokenizer.decode([token])) for token in row] for row in ids.tolist()]
+
+
+def show_neurons(data: Record) -> list[Shown]:
     columns = (
         LAYER,
-        *value_columns("kind rank neuron", ("kind", "rank", "neuron"), str),
+        *value_columns("rank neuron", ("rank", "neuron"), str),
         Column("score", "score", ".2f"),
         Column("mean u", "mean_activation", FIGURE),
         Column("writes towards", "tokens", lambda tokens: " ".join(map(repr, tokens))),
     )
-    heads = ("strongest 1 %", "strongest 10 %")
-    parts = (LAYER, *value_columns("0.01 0.1", heads, percent))
-    about = f"by forward proxy ({data['score']})"
-    shares = _by_layer([layer["concentration"] for layer in data["layers"]])
-    panel = Panel("part of all scores", dict(zip(heads, ("0.01", "0.1"), strict=True)))
+    caption = f"Strongest neurons by forward proxy ({PROXY})"
+    return [Shown(Table("neurons", caption, columns, data["rows"]))]
+
+
+# Which neurons two texts keep: their overlap per layer beside chance and beside one text's own.
+
+
+def jaccard(a: Tensor, b: Tensor) -> float:
+    """|a & b| / |a | b| of two sets of unique ids; 1 for two empty sets."""
+    same = int(torch.isin(a, b).sum())
+    union = len(a) + len(b) - same
+    return same / union if union else 1.0
+
+
+def expected_jaccard(width: int, a: int, b: int) -> float:
+    """The Jaccard of random sets of ``a`` and ``b`` of ``width`` neurons, of the mean size of their
+    intersection."""
+    same = a * b / width
+    return same / (a + b - same) if a + b else 1.0
+
+
+OVERLAPS = {
+    "jaccard": "Jaccard of A and B",
+    "chance": "by chance",
+    "same_text": "halves of one text",
+    "across": "halves of A and B",
+}
+
+
+def overlap(study: Readings) -> dict[str, Any]:
+    """Per layer the Jaccard of the neurons that the method keeps for A and for B.
+
+    ``jaccard``: of the whole texts; ``chance``: of random sets of the same sizes.  Halves of the
+    texts are a baseline with equal evidence: ``same_text`` (A's halves, and B's: the mean),
+    ``across`` (a half of A with a half of B: the mean of the four pairs).
+    """
+    whole = [_kept(study, text, WHOLE) for text in (0, 1)]
+    halves = [[_kept(study, text, part) for part in (FIRST, SECOND)] for text in (0, 1)]
+    layers = []
+    for index, block in enumerate(study.view.blocks):
+        a, b = (kept[index] for kept in whole)
+        parts_a, parts_b = ([half[index] for half in text] for text in halves)
+        layers.append(
+            {
+                "layer": index,
+                "width": block.down_width,
+                "kept_a": len(a),
+                "kept_b": len(b),
+                "jaccard": jaccard(a, b),
+                "chance": expected_jaccard(block.down_width, len(a), len(b)),
+                "same_text": fmean([jaccard(*parts_a), jaccard(*parts_b)]),
+                "across": fmean([jaccard(x, y) for x, y in product(parts_a, parts_b)]),
+            }
+        )
+    config = study.settings.prune_config()
+    kept, width = (sum(layer[key] for layer in layers) for key in ("kept_a", "width"))
+    return {
+        "method": config.method,
+        "sparsity": config.sparsity,
+        "removed": 1 - kept / width,
+        "mean": {key: fmean([layer[key] for layer in layers]) for key in OVERLAPS},
+        "layers": layers,
+    }
+
+
+def _kept(study: Readings, text: int, part: str) -> list[Tensor]:
+    """Ids of the kept neurons per layer, on the host; all of them where a layer stays dense."""
+    selection = study.selector.select(study.evidence(text, part))
     return [
-        Shown(Table("concentration", f"Part of all scores {about}", parts, shares), [panel]),
-        Shown(Table("neurons", f"Strongest and weakest neurons {about}", columns, rows)),
+        torch.arange(block.down_width) if mask is None else mask.ids.cpu()
+        for block, mask in zip(study.view.blocks, selection.masks, strict=True)
     ]
 
 
-def overlap(data: Record) -> list[Shown]:
-    """Jaccard of the neurons that are kept for A and for B."""
-    heads = {
-        "jaccard": "Jaccard of A and B",
-        "chance": "by chance",
-        "same_text": "halves of one text",
-        "across": "halves of A and B",
-    }
+def show_overlap(data: Record) -> list[Shown]:
     columns = (
         LAYER,
         *value_columns("width kept_a kept_b", ("neurons", "kept for A", "for B"), ",.0f"),
-        *value_columns(" ".join(heads), [*heads.values()], FIGURE),
+        *value_columns(" ".join(OVERLAPS), [*OVERLAPS.values()], FIGURE),
     )
+    lines = {head: key for key, head in OVERLAPS.items()}
+    panel = _panel("Jaccard of the kept neurons", data["layers"], lines, limits=(0, 1))
     rows = [*data["layers"], {"layer": "mean", **data["mean"]}]
-    lines = {head: key for key, head in heads.items()}
-    panel = Panel("Jaccard of the kept neurons", lines, limits=(0, 1))
     caption = f"Neurons that {data['method']} keeps for A and for B"
     return [Shown(Table("overlap", caption, columns, rows), [panel])]
 
 
-def space(data: Record) -> list[Shown]:
-    """A beside B in the residual stream: by layer, by window, by token."""
-    heads = ("cosine", "distance", "|B| / |A|", f"Jaccard of top {data['top_dims']} dimensions")
-    keys = "cosine distance norm_ratio jaccard"
-    measures = value_columns(keys, heads, FIGURE)
-    sizes = ("tokens to each side", "of A", "of B")
-    windows = value_columns("half_width tokens_a tokens_b", sizes, str)
-    layer, tokens, sinks = f"layer {data['layer']}", data["tokens"], data["sinks"]
-    panels = [Panel(head, {"_": key}) for key, head in zip(keys.split(), heads, strict=True)]
-    skip = sinks if len(tokens) > sinks else 0  # their extremes would hide all others
-    return [
-        Shown(
-            Table(f"space_{part}", f"A beside B: {words}", (*first, *measures), data[part]),
-            panels,
-            x,
-            skip if part == "tokens" else 0,
-        )
-        for part, words, first, x in (
-            ("layers", "mean vectors per layer", (LAYER,), "layer"),
-            ("windows", f"windows around the middle, {layer}", windows, "half_width"),
-            ("tokens", f"token by token, {layer}", (Column("position", "position"),), "position"),
-        )
+# Ablation: remove the neurons of one topic, and measure the loss on it and on another.
+#
+# Neurons are selected by the first half of each text; losses are those of the second half, whose
+# tokens run as decode tokens with the neurons removed, after a dense pass over the first half
+# (protocol ``decode``).  No scored token has been seen by the choice.
+
+BLOCK = 16
+"""Consecutive tokens that the bootstrap draws together: their losses depend on each other."""
+
+FEWEST = 4 * BLOCK
+"""Tokens that a text needs, so that half of it makes more than one block."""
+
+Ids = dict[int, Tensor]
+"""Neurons by layer."""
+
+
+def check_ablation(study: Readings) -> None:
+    """Raise ``ConfigError`` when a text is too short."""
+    for text, ids in zip(study.texts, study.ids, strict=True):
+        if len(ids) < FEWEST:
+            raise ConfigError(
+                f"ablation needs {FEWEST} tokens of each text, and {text.title} has {len(ids)}: "
+                "give longer texts"
+            )
+
+
+def ablation(study: Readings) -> dict[str, Any]:
+    """Rows by what is removed and scored text, with intervals over blocks of ``BLOCK`` tokens.
+
+    A's own neurons are among A's strongest and not among B's; equal texts have none.
+    ``over_dense`` and ``over_random``: the loss without them minus that of the untouched model, and
+    minus the mean over draws of as many random neurons (nats per token; all paired by block).
+    """
+    check_ablation(study)
+    share = study.settings.share
+    a, b = (
+        [
+            top_ids(scores, max(1, round(share * len(scores)))).cpu()
+            for scores in study.selector.scores(study.evidence(text, FIRST))
+        ]
+        for text in (0, 1)
+    )
+    layers = list(enumerate(zip(a, b, strict=True)))
+    removed: dict[str, Ids] = {
+        "A's own": {layer: x[~torch.isin(x, y)] for layer, (x, y) in layers},
+        "B's own": {layer: y[~torch.isin(y, x)] for layer, (x, y) in layers},
+    }
+    dense = [_losses(study, text, {})[0] for text in (0, 1)]
+    rows = [
+        {"removed": arm, "text": study.texts[text].label, **_row(study, text, ids, dense[text])}
+        for arm, ids in removed.items()
+        for text in (0, 1)
     ]
+    return {"score": study.settings.prune_config().score.name, "rows": rows}
+
+
+def _row(study: Readings, text: int, ids: Ids, dense: Sequence[float]) -> dict[str, Any]:
+    seed, draws = study.settings.seed, study.settings.ablation_seeds
+    losses, spent = _losses(study, text, ids)
+    drawn = [_losses(study, text, _random_ids(study, ids, seed + k))[0] for k in range(draws)]
+    random = [fmean(each) for each in zip(*drawn, strict=True)]
+    sample = _blocks(losses)
+    return {
+        "neurons": sum(map(len, ids.values())),
+        "tokens": len(losses),
+        **spent,
+        "dense_loss": fmean(dense),
+        "loss": fmean(losses),
+        "loss_interval": _ends(interval(sample, seed=seed)),
+        "random_loss": fmean(random),
+        "over_dense": _ends(paired_interval(sample, _blocks(dense), seed=seed)),
+        "over_random": _ends(paired_interval(sample, _blocks(random), seed=seed)),
+    }
+
+
+def _random_ids(study: Readings, ids: Ids, seed: int) -> Ids:
+    """As many neurons per layer as ``ids``, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = [block.down_width for block in study.view.blocks]
+    return {
+        layer: torch.randperm(widths[layer], generator=generator)[: len(neurons)].sort().values
+        for layer, neurons in ids.items()
+    }
+
+
+def _ends(estimate: Interval | None) -> dict[str, Any] | None:
+    return None if estimate is None else estimate.to_dict()
+
+
+def _blocks(losses: Sequence[float]) -> Sample:
+    """Mean loss and tokens of every ``BLOCK`` consecutive tokens; the last may be shorter."""
+    parts = [losses[start : start + BLOCK] for start in range(0, len(losses), BLOCK)]
+    return {f"{index:06d}": (fmean(part), len(part)) for index, part in enumerate(parts)}
+
+
+def _losses(study: Readings, text: int, ids: Ids) -> tuple[list[float], dict[str, Any]]:
+    """Loss of every token of a text's second half, and the accounting of how it ran."""
+    window = Window(study.ids[text], len(study.ids[text]) // 2)
+    removed = {layer: neurons for layer, neurons in ids.items() if len(neurons)}
+    if not removed:
+        spent = {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0}
+        return list(score_window(study.model, None, window).losses), spent
+    with prune(study.model, "griffin", remove=removed) as run:
+        scored = score_window(study.model, run, window)
+        report = run.report()
+    names = ("achieved_sparsity", "dense_token_share", "remasks")
+    return list(scored.losses), {name: getattr(report, name) for name in names}
 
 
 def _with_ends(interval: Record) -> str:
     return with_interval(interval["estimate"], interval, "+.3f")
 
 
-class Bars(Shown):
-    """The rises of the loss without some neurons beside those without as many random ones."""
-
-    def plot(self, small: str) -> Plot:
-        rows = [row for row in self.table.rows if row["neurons"] and row["arm"] != "a_top"]
-        texts = list(dict.fromkeys(row["text"] for row in rows))
-
-        def draw(figure: Figure, palette: Palette) -> None:
-            drawn = figure.subplots(1, max(1, len(texts)), sharey=True, squeeze=False)[0]
-            for axes, text in zip(drawn, texts, strict=False):
-                _draw_bars(axes, palette, [row for row in rows if row["text"] == text])
-                axes.set_title(f"loss on {text}", loc="left", fontsize=9, color=INK, pad=18)
-                legend(axes, 2)
-
-        more = "bars: 95 % intervals of the difference to dense; random: mean of the draws (points)"
-        title = "Loss with the neurons of one topic removed"
-        return Plot("inspect_ablation", title, f"Bars: {title}.", f"{small} · {more}", 3.4, draw)
-
-
-def _draw_bars(axes: Axes, palette: Palette, rows: Sequence[Record]) -> None:
-    x, rises = range(len(rows)), [row["loss"] - row["dense_loss"] for row in rows]
-    intervals = [row["over_dense"] or {"low": None} for row in rows]
-    ends = [
-        None if interval["low"] is None else (interval["low"], interval["high"])
-        for interval in intervals
-    ]
-    look: dict[str, Any] = {"color": palette[3], "label": "these neurons", "capsize": 3}
-    whiskers = whisker_lengths(rises, ends)
-    axes.bar([at - 0.2 for at in x], rises, 0.38, yerr=whiskers, edgecolor=INK, **look)
-    random = [row["random_loss"] - row["dense_loss"] for row in rows]
-    other: dict[str, Any] = {"color": "white", "hatch": HATCHES[1], "label": "random ones"}
-    axes.bar([at + 0.2 for at in x], random, 0.38, edgecolor=INK, **other)
-    for at, row in enumerate(rows):
-        draws = [loss - row["dense_loss"] for loss in row["random_losses"]]
-        axes.plot([at + 0.2] * len(draws), draws, "o", color=INK, markersize=3)
-    axes.set_xticks(x, [row["removes"] for row in rows])
-    axes.set_ylabel("loss over dense (nats per token)")
-    axes.grid(axis="y")
-    axes.axhline(0.0, color=INK, linewidth=0.8)
-
-
-def ablation(data: Record) -> list[Shown]:
-    """Losses with neurons removed, beside dense and beside random neurons."""
+def show_ablation(data: Record) -> list[Shown]:
     losses = ("dense loss", "loss", "random neurons")
     columns = (
-        *value_columns("removes text", ("removed neurons", "loss on"), str),
+        *value_columns("removed text", ("removed neurons", "loss on"), str),
         Column("achieved sparsity", "achieved_sparsity", percent),
         Column("dense tokens", "dense_token_share", percent),
-        Column("re-masks", "remasks"),
         *value_columns("dense_loss loss random_loss", losses, FIGURE),
         Column("over dense (95 %)", "over_dense", _with_ends),
         Column("over random (95 %)", "over_random", _with_ends),
@@ -299,7 +400,15 @@ def ablation(data: Record) -> list[Shown]:
         "Loss (nats per token) with neurons removed, on the second half of each text; A's own: "
         "among A's strongest and not among B's"
     )
-    rows = [{"removes": ARMS[row["arm"]], **row, **flat(row)} for row in data["rows"]]
-    fields = keys_of([{"removes": "", **flat(row)} for row in data["rows"]])
-    panel = Panel("loss over dense", {})
-    return [Bars(Table("ablation", caption, columns, rows, fields=fields), [panel])]
+    rows = [{**row, **flat(row)} for row in data["rows"]]
+    fields = keys_of(map(flat, data["rows"]))
+    return [Shown(Table("ablation", caption, columns, rows, fields=fields))]
+
+
+SECTIONS: dict[str, tuple[Compute, Show]] = {
+    "layers": (layers, show_layers),
+    "neurons": (neurons, show_neurons),
+    "overlap": (overlap, show_overlap),
+    "ablation": (ablation, show_ablation),
+}
+"""What computes the numbers of a section, and what shows them."""

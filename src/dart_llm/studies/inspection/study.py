@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,55 +13,16 @@ from dart_llm.experiments.artifacts import saver
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Study, Unit
-from dart_llm.files import write_json, write_text
+from dart_llm.files import write_text
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.reporting import page
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Record, Table
 from dart_llm.reporting.words import percent
-from dart_llm.studies.inspection import analyses, sections
-from dart_llm.studies.inspection.readings import Readings, weight_norms
-from dart_llm.studies.inspection.sections import Shown
+from dart_llm.studies.inspection.readings import Readings
+from dart_llm.studies.inspection.sections import SECTIONS, Shown, check_ablation
 from dart_llm.studies.inspection.settings import InspectSettings, inspect_texts
-
-
-def _layers(readings: Readings) -> dict[str, Any]:
-    layers = [reading.impact for reading in readings.reading(0)]
-    return {"text": readings.texts[0].label, "layers": layers}
-
-
-def _weights(readings: Readings) -> dict[str, Any]:
-    text, activations = None, None
-    if readings.texts:
-        text = readings.texts[0].label
-        activations = [layer.activations for layer in readings.reading(0)]
-    norms = weight_norms(readings.view.blocks)
-    return {"weights": norms, "text": text, "activations": activations}
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of an inspection: its numbers, and how they are shown."""
-
-    title: str
-    compute: Callable[[Readings], dict[str, Any]]
-    show: Callable[[Record], list[Shown]]
-
-
-SECTIONS = {
-    "layers": Section("Layers", _layers, sections.layers),
-    "weights": Section("Weights and activations", _weights, sections.weights),
-    "neurons": Section("Strong and weak neurons", analyses.neurons, sections.neurons),
-    "overlap": Section("Overlap of two texts", analyses.overlap, sections.overlap),
-    "ablation": Section("Ablation", analyses.ablation, sections.ablation),
-    "space": Section("Embedding space", analyses.space, sections.space),
-}
-
-LONG, MOST = 12, 300
-"""On the page a table with more rows is folded, or left to its CSV file."""
-
-FACTS = {"checkpoint", "file quantisation", "dtype", "device", "date", "sha256", "command"}
 
 
 class InspectionStudy(Study[InspectSettings]):
@@ -70,6 +31,7 @@ class InspectionStudy(Study[InspectSettings]):
     kind = "inspect"
     document = "inspect.json"
     unit_times = "inspect_s"
+    longest = 40
     noun = "section"
 
     def __init__(self, settings: InspectSettings, what: Sequence[str], ui: Ui) -> None:
@@ -101,7 +63,7 @@ class InspectionStudy(Study[InspectSettings]):
             if name in ("overlap", "ablation"):
                 self.readings.selector  # noqa: B018 - raises where the method reads no text
             if name == "ablation":
-                analyses.check(self.readings)
+                check_ablation(self.readings)
         except ConfigError as error:
             if self.named:
                 raise
@@ -125,12 +87,10 @@ class InspectionStudy(Study[InspectSettings]):
             self.readings.reading(number)
 
     def compute(self, unit: Unit) -> dict[str, Any]:
-        with self.ui.status(f"inspecting {unit.key}"):
-            return SECTIONS[unit.key].compute(self.readings)
+        return SECTIONS[unit.key][0](self.readings)
 
     def take(self, unit: Unit, value: Any) -> None:
         self.sections[unit.key] = value
-        write_json(self.path / self.document, self.summarise())
 
     def summarise(self) -> dict[str, Any]:
         texts = [
@@ -149,33 +109,36 @@ class InspectionStudy(Study[InspectSettings]):
             seed=self.settings.seed,
             dtype=facts.get("dtype"),
         )
-        lines = list[ResultLine]()
-        if overlap := self.sections.get("overlap"):
-            shares = {"requested": overlap["sparsity"], "achieved": overlap["removed"]}
-            value, task = overlap["mean"]["jaccard"], "inspect:overlap"
-            lines = [
-                line(label="kept for A and B", task=task, metric="jaccard", value=value, **shares)
-            ]
-        for row in self.sections.get("ablation", {}).get("rows", ()):
-            ends = row["loss_interval"] or {}
-            lines.append(
-                line(
-                    label=f"without {analyses.ARMS[row['arm']]}, loss on {row['text']}",
-                    task="inspect:ablation",
-                    metric="loss",
-                    value=row["loss"],
-                    low=ends.get("low"),
-                    high=ends.get("high"),
-                    achieved=row["achieved_sparsity"],
-                    dense_share=row["dense_token_share"],
-                    remasks=row["remasks"],
-                )
+        lines = [
+            line(
+                label="kept for A and B",
+                task="inspect:overlap",
+                metric="jaccard",
+                value=data["mean"]["jaccard"],
+                requested=data["sparsity"],
+                achieved=data["removed"],
             )
+            for data in filter(None, [self.sections.get("overlap")])
+        ]
+        lines += [
+            line(
+                label=f"without {row['removed']}, loss on {row['text']}",
+                task="inspect:ablation",
+                metric="loss",
+                value=row["loss"],
+                low=row["loss_interval"]["low"],
+                high=row["loss_interval"]["high"],
+                achieved=row["achieved_sparsity"],
+                dense_share=row["dense_token_share"],
+                remasks=row["remasks"],
+            )
+            for row in self.sections.get("ablation", {}).get("rows", ())
+        ]
         return lines
 
     def show(self, name: str) -> list[Shown]:
         """The tables of a section, with what is drawn of them."""
-        return SECTIONS[name].show(self.sections[name])
+        return SECTIONS[name][1](self.sections[name])
 
     def tables(self) -> Sequence[Table]:
         return [shown.table for name in self.sections for shown in self.show(name)]
@@ -183,9 +146,8 @@ class InspectionStudy(Study[InspectSettings]):
     def sentences(self) -> Sequence[str]:
         return [headline(self.sections)]
 
-    def figures(self) -> Iterator[Plot]:
-        for name in self.sections:
-            yield from self._plots(name)
+    def figures(self) -> list[Plot]:
+        return [plot for name in self.sections for plot in self._plots(name)]
 
     def _plots(self, name: str) -> list[Plot]:
         small = page.small_print(self.config)
@@ -197,18 +159,12 @@ class InspectionStudy(Study[InspectSettings]):
         for name in self.sections:
             drawn, reason = page.pictures(self._plots(name))
             missing = missing or reason
-            tables = [shown.table for shown in self.show(name)]
-            short = [(t.html(), len(t.rows) > LONG) for t in tables if len(t.rows) <= MOST]
-            left = [(t.caption, f"{t.name}.csv") for t in tables if len(t.rows) > MOST]
-            parts.append((name, SECTIONS[name].title, drawn, short, left))
-        texts = [
-            (f"text {text['label']}", f"{text['name']}: {text['tokens_read']} tokens read", False)
-            for text in self.summary["texts"]
-        ]
+            tables = [shown.table.html() for shown in self.show(name)]
+            parts.append((name, name.capitalize(), drawn, tables))
         content = {
             "title": f"Inside {page.model_name(self.config)}",
             "conclusion": headline(self.sections),
-            "facts": texts + [fact for fact in page.facts(self.config) if fact[0] in FACTS],
+            "facts": page.facts(self.config),
             "texts": self.summary["texts"],
             "sections": parts,
             "missing": missing,
