@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import detect_cases
 import pytest
-from dart_llm.studies.bench.speed import SpeedStudy
-from inspect_cases import A, B
 from typer.testing import CliRunner
 
 import drift_cases
@@ -26,10 +23,10 @@ from dart_llm.errors import CellsFailed, ConfigError, LoadError, ResultsError
 from dart_llm.experiments import store
 from dart_llm.experiments.store import ResultsFolder
 from dart_llm.experiments.study import Study, Unit, run_study
-from dart_llm.files import write_lines
 from dart_llm.reporting import figures
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import StudyOptions, merge
+from dart_llm.studies.bench.study import SpeedStudy
 from dart_llm.studies.bench.tune import TuneStudy
 from dart_llm.studies.drift.detect import DetectionStudy
 from dart_llm.studies.drift.settings import DetectSettings
@@ -43,7 +40,6 @@ from dart_llm.studies.sweep.settings import CompareSettings
 from dart_llm.studies.sweep.study import MeasureStudy
 from html_page import Page
 from lm_cases import place
-from tiny import CONFIGS
 
 
 @dataclass(frozen=True)
@@ -68,16 +64,13 @@ class Case:
 
 def write_inputs(version):
     """Those of all studies; another ``version`` changes all of them."""
-    passages = [detect_cases.passage(n + version).to_dict() for n in (1, 2, 3)]
-    write_lines(Path("passages.jsonl"), passages)
-    Path("a.txt").write_text(A + "x" * version, encoding="utf-8")
-    Path("b.txt").write_text(B, encoding="utf-8")
+    two, three = drift_cases.TWO, drift_cases.THREE
+    drift_cases.write_rows(Path("passages.jsonl"), [two, three, {**two, "id": f"again {version}"}])
+    Path("a.txt").write_text(3 * drift_cases.FIRST + "x" * version, encoding="utf-8")
+    Path("b.txt").write_text(3 * drift_cases.SECOND, encoding="utf-8")
     documents = [*quality_cases.bees().documents, f"another document, {version}"]
     Path("own.txt").write_text("\n\n".join(documents), encoding="utf-8")
-    kind, layers = CONFIGS["llama"]
-    Path("own.json").write_text(json.dumps({"model_type": kind, **layers, "note": version}))
-    rows = [drift_cases.TWO, {**drift_cases.THREE, "id": f"three {version}"}]
-    drift_cases.write_rows(Path("own.jsonl"), rows)
+    drift_cases.write_rows(Path("own.jsonl"), [two, {**three, "id": f"three {version}"}])
     tune_cases.write_text(Path(), version)
 
 
@@ -87,9 +80,9 @@ def merged(cls, **given):
 
 
 def _detect():
-    sizes = {"prompt_tokens": 120, "horizon": 60, "thresholds": "0,2", "counts": "1"}
+    sizes = {"prompt_tokens": drift_cases.PROMPT, "horizon": 60, "thresholds": "0,2", "counts": "1"}
     texts = {"passages": "passages.jsonl", "signals": "attention,hidden"}
-    return merged(DetectSettings, **sizes, **texts, model=str(detect_cases.folder()))
+    return merged(DetectSettings, **sizes, **texts)
 
 
 def _compare():
@@ -98,18 +91,17 @@ def _compare():
 
 
 INSPECT = {"method": "griffin", "prompt_file": "a.txt", "prompt_b_file": "b.txt"}
-SECTIONS = ("layers", "weights", "space")
+SECTIONS = ("layers", "neurons", "overlap")
 RUN = {"method": "griffin", "sparsity": 0.5, "prompt_file": "a.txt", "prompt_length": 40}
 RUN |= {"generation": 4}
 DRIFT = {"passages": "own.jsonl", "prompt_tokens": drift_cases.PROMPT, "methods": "never"}
 QUALITY = {"text": ["own.txt"], "sparsities": "0.5,0.7", "oracle": "", "tasks": "continuation"}
 QUALITY |= {"methods": "griffin,static", "slices": 2}
-SPEED = {"shape": "own.json", "repeats": 3, "executors": "compact"}
+SPEED = {"calibration": "own.txt", "repeats": 3, "executors": "compact"}
 TUNE = {"text": "bees.txt", "sparsities": "0.5", "repeats": 1}
 
 
 INSPECTION = partial(InspectionStudy, what=SECTIONS)
-SPEEDS = partial(SpeedStudy, bandwidth_mib=1)
 CASES = (
     Case("detect", 3, DetectionStudy, _detect),
     Case("inspect", 3, INSPECTION, lambda: merged(InspectSettings, **INSPECT)),
@@ -117,7 +109,7 @@ CASES = (
     Case("run", 3, RunStudy, lambda: merged(RunSettings, **RUN), timed=True, finer=True),
     Case("drift", 4, DriftStudy, lambda: drift_cases.settings(Path(), **DRIFT)),
     Case("quality", 8, QualityStudy, lambda: quality_cases.settings(Path(), **QUALITY), finer=True),
-    Case("speed", 3, SPEEDS, lambda: speed_cases.settings(Path(), **SPEED), timed=True),
+    Case("speed", 3, SpeedStudy, lambda: speed_cases.settings(Path(), **SPEED), timed=True),
     Case("tune", 14, TuneStudy, lambda: tune_cases.settings(Path(), **TUNE), timed=True),
 )
 NEVER_EQUAL = {"timing.json", "config.json", "report.html"}  # they hold times

@@ -17,7 +17,7 @@ import torch
 from dart_llm.data.passages import Topic
 from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.evaluation.perplexity import score_window
-from dart_llm.evaluation.text_metrics import NAMES, TextMetrics
+from dart_llm.evaluation.text_metrics import NUMBERS
 from dart_llm.evaluation.windows import Window
 from dart_llm.experiments.artifacts import MaskRecorder
 from dart_llm.pruning.config import PruneConfig
@@ -218,7 +218,7 @@ def shares(monkeypatch):
 
     def compare(candidate, reference, tools):
         same = sum(a == b for a, b in zip(candidate, reference, strict=False))
-        return TextMetrics(**dict.fromkeys(NAMES, same / len(reference)))
+        return dict.fromkeys(NUMBERS, same / len(reference))
 
     monkeypatch.setattr("dart_llm.evaluation.text_metrics.load_tools", lambda *a, **k: tools)
     monkeypatch.setattr("dart_llm.evaluation.text_metrics.compare", compare)
@@ -268,7 +268,7 @@ def test_metrics_compare_with_the_dense_text_of_the_same_seed(tmp_path):
     for key, row in rows.items():
         text, dense = row["text"], rows[f"free/{row['source']}/dense/{row['seed']}"]["text"]
         same = sum(a == b for a, b in zip(text, dense, strict=False)) / len(dense)
-        numbers = None if row["label"] == "dense" else dict.fromkeys(NAMES, same)
+        numbers = None if row["label"] == "dense" else dict.fromkeys(NUMBERS, same)
         assert row["metrics"] == numbers, key
     line = job.summary["rows"][1]
     values = [r["metrics"]["bleu"] for r in rows.values() if r["label"] == "never@0.5"]
