@@ -6,6 +6,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
+from gguf.quants import dequantize, quantize
 
 from checkpoints import FFN_WIDTH, LAYERS, write_gguf
 from dart_llm.errors import ConfigError, LoadError
@@ -25,6 +26,8 @@ TEXTS = ("the quick brown fox", "jumps over the lazy dog and runs")
 PLAIN = {"ffn": Kind.F32, "attention": Kind.F32}
 KEPT = torch.arange(0, FFN_WIDTH, 3)
 """Every third neuron: 32 of the 96."""
+MOST = torch.tensor([*range(28), *range(64, 68), *range(32, 62), 68, 69])
+"""Nearly all of two blocks, and 6 of the third where there is room."""
 
 
 def loaded(file, folder):
@@ -80,25 +83,27 @@ def test_read_back_it_is_the_masked_model(architecture, exported, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q4_0", "Q8_0", "Q5_0", "Q5_1", "F16", "BF16"])
-def test_rows_keep_their_bytes_and_columns_move(kind, exported, tmp_path):
-    """Columns of down are rounded again."""
-    masks = dict.fromkeys(range(LAYERS), KEPT)
+def test_rows_keep_their_bytes_and_most_columns_their_block(kind, exported, tmp_path):
+    """The other columns are rounded, or all of a block where that comes nearer."""
+    masks, stays = dict.fromkeys(range(LAYERS), MOST), torch.arange(64) == MOST
     model, source, result = exported(masks, ffn=Kind[kind])
     plain = "F16" in kind
     old, new = source.tensors, read_gguf(result.path).tensors
     assert list(new) == list(old) and result.kinds == {kind: kind}
-    assert result.rounded == (0 if plain else 1)
+    assert result.rounded == (0 if plain else 6 / 64)
     for name, tensor in new.items():
         stored = old[name].bytes()
         if ".ffn_" not in name or "norm" in name:
             assert torch.equal(tensor.bytes(), stored), name
         elif "down" not in name:
-            rows = stored.reshape(FFN_WIDTH, -1)[KEPT]
+            rows = stored.reshape(FFN_WIDTH, -1)[MOST]
             assert torch.equal(tensor.bytes(), rows.flatten()), name
         else:
-            got, wanted = tensor.values().float(), old[name].values().float()[:, KEPT]
-            step = 0.0 if plain else float(wanted.abs().max()) * 2 / 2 ** (int(kind[1]) - 1)
-            assert float((got - wanted).abs().max()) <= step, name
+            lost = tensor.values().float() - old[name].values().float()[:, MOST]
+            assert float((lost[:, stays].abs() < 1e-6).float().mean()) > 0.75, name
+            plainly = old[name].values().float()[:, MOST.sort().values].contiguous().numpy()
+            again = dequantize(quantize(plainly, Kind[kind]), Kind[kind])
+            assert float(lost.square().sum()) <= 0.7 * ((again - plainly) ** 2).sum(), name
     with torch.no_grad():
         differ = apart(loaded(result.path, tmp_path)[0](IDS).logits, masked(model, masks))
     assert differ < (1e-5 if plain else 0.15 if "Q4" in kind else 0.05)
@@ -116,8 +121,8 @@ def test_fixed_masks_are_filled_up_without_effect(exported):
         for part in ("gate", "up"):
             name = f"blk.{layer}.ffn_{part}.weight"
             rows, stored = new[name].values(), old[name].values()
-            assert len(rows) == width and torch.equal(rows[: len(ids)], stored[ids])
-            assert not rows[len(ids) :].any()
+            assert len(rows) == width, name
+            assert sorted(rows[rows.any(1)].tolist()) == sorted(stored[ids].tolist()), name
 
 
 def test_texts_are_read_one_by_one_and_added_up(exported):
@@ -138,7 +143,7 @@ def test_texts_are_read_one_by_one_and_added_up(exported):
         sums += (seen[0] / seen[0].norm(dim=-1, keepdim=True)).square().sum(0)
     wanted = sums.topk(64).indices.sort().values
     rows = source.tensors["blk.1.ffn_gate.weight"].values()[wanted]
-    assert torch.equal(new["blk.1.ffn_gate.weight"].values(), rows)
+    assert sorted(new["blk.1.ffn_gate.weight"].values().tolist()) == sorted(rows.tolist())
 
 
 def test_compensation_is_the_bias_of_the_down_projection(exported, tmp_path):
@@ -197,7 +202,7 @@ def test_command(tmp_path, monkeypatch):
     assert done.json["kinds"] == {"Q4_1": "Q4_1"} and done.json["architecture"] == "llama"
     assert done.json["bytes"] == (tmp_path / "new.gguf").stat().st_size
     done = call(*settings, "--prompt", "jumps", "--sparsity", "0.3", "--method", "dart-prompt")
-    assert "achieved sparsity 16.7%, architecture deci, " in done.out
+    assert "achieved sparsity 16.7%, down projections Q4_1, " in done.out
     for given, sentence in (
         ([], "ConfigError: method griffin selects neurons by what it reads: give --prompt or"),
         (["--gguf", "x.bin"], '--gguf x.bin must end in ".gguf"'),

@@ -1,7 +1,8 @@
 """GGUF files with narrower FFNs, written from another file: all other tensors keep their bytes.
 
 llama.cpp loads them as they are.  Rows of gate and up are whole rows of blocks and are copied.  The
-columns of down lie within blocks, and are rounded again.
+columns of down lie within blocks.  The order of neurons is free, so that the blocks that keep most
+of their columns stay and take in the columns of the others; only these are rounded again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,19 @@ UNEQUAL = {"llama": "deci"}
 BIASED = ("llama", "gpt2")
 """Architectures of which llama.cpp reads a bias of the down projection."""
 
-WRITTEN = (*PLAIN, "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
+BLOCK = 32
+
+LEVELS = {
+    "q8_0": (8, False),
+    "q4_0": (4, False),
+    "q4_1": (4, True),
+    "q5_0": (5, False),
+    "q5_1": (5, True),
+}
+"""Types in blocks of 32 values ``scale * level + least``: bits of a level, and whether least is
+stored; where it is not, the middle level is 0."""
+
+WRITTEN = (*PLAIN, *LEVELS)
 """Types in which down projections stay; gguf does not round to the others."""
 
 FFN = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(.*)")
@@ -90,8 +103,11 @@ def written_kind(kind: str) -> str:
 
 
 def rounded_columns(kind: str, layer: NarrowLayer) -> int:
-    """How many columns of a down projection of ``kind`` are rounded again as they are written."""
-    return 0 if kind in PLAIN else len(layer.ids)
+    """How many columns of a down projection of ``kind`` do not stay in their block."""
+    if kind not in LEVELS:
+        return 0 if kind in PLAIN else len(layer.ids)
+    slots, stay = _slots(layer)
+    return int((~_at_home(slots, stay) & (slots >= 0)).sum())
 
 
 def block_of(file: GgufFile) -> int:
@@ -188,14 +204,31 @@ def _vector(name: str, values: Tensor) -> _Entry:
     return _Entry(name, "f32", tuple(data.shape), lambda: data.view(torch.uint8))
 
 
-def _slots(layer: NarrowLayer) -> Tensor:
-    """The neurons that are written [width], -1: one without effect."""
-    return torch.cat([layer.ids, torch.full((layer.width - len(layer.ids),), -1)])
+def _slots(layer: NarrowLayer) -> tuple[Tensor, Tensor]:
+    """The neurons in the order in which they are written [width], -1: one without effect; and the
+    blocks of columns that stay [width / 32], those that keep most (none in other widths).
+    """
+    ids, width = layer.ids, layer.width
+    if width % BLOCK:
+        return torch.cat([ids, torch.full((width - len(ids),), -1)]), torch.empty(0)
+    occupied = torch.bincount(ids // BLOCK, minlength=width // BLOCK)
+    stay = occupied.argsort(descending=True, stable=True)[: width // BLOCK].sort().values
+    stays = torch.isin(ids // BLOCK, stay)
+    slots = torch.full((width,), -1)
+    slots[torch.searchsorted(stay, ids[stays] // BLOCK) * BLOCK + ids[stays] % BLOCK] = ids[stays]
+    moved = ids[~stays]
+    slots[(slots < 0).nonzero().flatten()[: len(moved)]] = moved
+    return slots, stay
+
+
+def _at_home(slots: Tensor, stay: Tensor) -> Tensor:
+    """Which of ``slots`` hold a column of the block that stayed there [width]."""
+    return slots // BLOCK == stay.repeat_interleave(BLOCK)
 
 
 def _rows(tensor: StoredTensor, layer: NarrowLayer, width: int) -> _Entry:
     """Of gate and up, the kept rows as they are stored; fused, those of both halves."""
-    slots = _slots(layer)
+    slots, _ = _slots(layer)
     if tensor.shape[0] == 2 * width:
         slots = torch.cat([slots, torch.where(slots < 0, -1, slots + width)])
 
@@ -208,18 +241,51 @@ def _rows(tensor: StoredTensor, layer: NarrowLayer, width: int) -> _Entry:
 
 
 def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
-    """Of down, the kept columns, dequantised and rounded again."""
-    kind, slots = written_kind(tensor.kind), _slots(layer)
+    """Of down, the kept columns; a block of which rounding all again comes nearer is rounded so."""
+    kind, (slots, stay) = written_kind(tensor.kind), _slots(layer)
 
     def make() -> Tensor:
         from gguf import GGMLQuantizationType
-        from gguf.quants import quantize
+        from gguf.quants import dequantize, quantize
 
-        kept = tensor.values().float()[:, slots.clamp_min(0)] * (slots >= 0)
-        blocks = quantize(kept.contiguous().numpy(), GGMLQuantizationType[kind.upper()])
-        return torch.from_numpy(blocks).view(torch.uint8)
+        written = GGMLQuantizationType[kind.upper()]
+        columns = (tensor.values().float()[:, slots.clamp_min(0)] * (slots >= 0)).contiguous()
+        rounded = quantize(columns.numpy(), written)
+        blocks = torch.from_numpy(rounded).view(torch.uint8)
+        if tensor.kind not in LEVELS:
+            return blocks
+        wanted, again, blocks = (
+            each.reshape(len(columns), len(stay), -1)
+            for each in (columns, torch.from_numpy(dequantize(rounded, written)), blocks)
+        )
+        stored = tensor.bytes().reshape(len(columns), tensor.shape[1] // BLOCK, -1)[:, stay]
+        there = (slots >= 0).reshape(-1, BLOCK)
+        same, values = _with_values(kind, stored, wanted)
+        lost = [((each - wanted) * there).square().sum(-1) for each in (values, again)]
+        return torch.where((lost[0] <= lost[1])[..., None], same, blocks).flatten(1)
 
     return _Entry(tensor.name, kind, (tensor.shape[0], layer.width), make)
+
+
+def _with_values(kind: str, blocks: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """``blocks`` [..., bytes] with the levels next to ``wanted`` [..., 32], and their values.
+
+    Scale and least stay, so that values which the block had before are exact.
+    """
+    bits, has_least = LEVELS[kind]
+    head = blocks[..., : 4 if has_least else 2]
+    ends = head.contiguous().view(torch.float16).float()
+    scale = ends[..., :1]
+    least = ends[..., 1:] if has_least else -scale * 2 ** (bits - 1)
+    levels = ((wanted - least) / torch.where(scale == 0, 1, scale)).round().clamp(0, 2**bits - 1)
+    whole = levels.to(torch.uint8)
+    if bits == 8:  # signed
+        return torch.cat([head, whole ^ 128], -1), scale * levels + least
+    first, second = (whole & 15).chunk(2, -1)
+    fifths = (whole >> 4).reshape(*whole.shape[:-1], 4, 8)
+    packed = (fifths << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    fifth = packed[..., : 4 * (bits - 4)]  # none of four bits
+    return torch.cat([head, fifth, first | second << 4], -1), scale * levels + least
 
 
 def _copy_metadata(file: GgufFile, writer: Any, architecture: str) -> None:
