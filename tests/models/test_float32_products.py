@@ -77,16 +77,19 @@ def test_products_and_their_gradients(dtype, monkeypatch):
         for shape in ((2, 3, 24), (17, 24), (17,), (2, 3, 17))
     )
     q = torch.randn(2, 4, 9, 8, generator=generator).to(dtype)
+    saved = []  # by the graph: no weight in float32
+    graph = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
     for operation, given in (
         (F.linear, (x, w, b)),
         (F.linear, (x, w)),
         (lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w.t()), (x, w, b)),
     ):
         exact = operation(*(one.double() for one in given))
-        with module.Float32Products(), Narrow() as narrow:
+        with module.Float32Products(), Narrow() as narrow, graph:
             found = operation(*given)
             grads = torch.autograd.grad(found, given, g.reshape(found.shape))
         assert narrow.found == [] and close(found, exact, dtype)
+        assert {tensor.dtype for tensor in saved} == {dtype}
         with torch.no_grad(), module.Float32Products():
             assert torch.equal(operation(*given), found)
         wanted = torch.autograd.grad(exact, given, g.reshape(found.shape).double())
@@ -212,6 +215,8 @@ def test_a_copy_has_the_gradients_of_the_same_weights_in_float32():
 
 
 def test_the_model_itself_where_memory_is_short_or_nothing_is_gained(monkeypatch):
+    """Where memory is short, matrix by matrix in float32 and without gradients of weights."""
+
     def copies(model):
         with module.in_float32(model) as runs:
             return runs is not model
@@ -220,9 +225,15 @@ def test_the_model_itself_where_memory_is_short_or_nothing_is_gained(monkeypatch
     assert not copies(model)
     model.to(BFLOAT16)
     size = 4 * sum(weight.numel() for weight in model.parameters())
-    for free in (2 * size - 1, 2 * size):
+    for free in (2 * size, 2 * size - 1):
         monkeypatch.setattr(module, "available", lambda free=free: free)
         assert copies(model) == (free == 2 * size)
+    with module.in_float32(model) as runs, Narrow() as narrow:
+        assert not any(weight.requires_grad for weight in runs.parameters())
+        taken = gradients(runs)
+    assert narrow.found == [] and all(weight.requires_grad for weight in model.parameters())
+    for layer, g in gradients(copy.deepcopy(model).float()).items():
+        assert apart(taken[layer], g) < 5e-2
     monkeypatch.setattr(module, "emulates", lambda dtype: False)
     assert not copies(model) and not module.compute_prompts_in_float32(model)
     assert "forward" not in model.__dict__

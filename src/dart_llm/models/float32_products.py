@@ -50,7 +50,7 @@ class Float32Products(TorchFunctionMode):
     """Inside, products of more than ``FEW`` rows of 16-bit CPU matrices run in float32.
 
     Results and gradients have the dtype that they would have had.  Only a chunk of a weight is
-    widened at a time, unless a graph keeps it.  Low-bit blocks are left to themselves.
+    widened at a time.  Low-bit blocks are left to themselves.
     """
 
     def __torch_function__(
@@ -83,11 +83,45 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return None
     if weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
         return None  # which torch refuses
-    step = max(LEAST_ROWS, CHUNK // weight.shape[1])
-    wide = rows.float()
-    product = torch.cat([F.linear(wide, part.float()) for part in torch.split(weight, step)], 1)
+    times: Any = _Product.apply if torch.is_grad_enabled() else _Product.forward
+    product: Tensor = times(rows, weight)
     result = product if bias is None else product + bias.float()
     return result.to(input.dtype).reshape(*input.shape[:-1], len(weight))
+
+
+def _chunks(weight: Tensor) -> tuple[Tensor, ...]:
+    """The rows of ``weight`` [N, K] that are widened at a time."""
+    return torch.split(weight, max(LEAST_ROWS, CHUNK // weight.shape[1]))
+
+
+class _Product(torch.autograd.Function):
+    """rows [n, K] times the transpose of weight [N, K]: [n, N] float32.
+
+    The graph keeps the weight in its 16 bits.
+    """
+
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor) -> Tensor:
+        wide = rows.float()
+        return torch.cat([F.linear(wide, part.float()) for part in _chunks(weight)], 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        for_rows = for_weight = None
+        if ctx.needs_input_grad[0]:
+            parts = _chunks(weight)
+            wide = gradient.new_zeros(rows.shape)
+            for columns, part in zip(torch.split(gradient, len(parts[0]), 1), parts, strict=True):
+                wide.addmm_(columns, part.float())
+            for_rows = wide.to(rows.dtype)
+        if ctx.needs_input_grad[1]:
+            for_weight = (gradient.t() @ rows.float()).to(weight.dtype)
+        return for_rows, for_weight
 
 
 def _addmm(
@@ -203,13 +237,26 @@ def _is_wide(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def in_float32(model: Any) -> Iterator[Any]:
-    """What to run many tokens on in place of ``model``: computes the same but for rounding.
+    """What to run many tokens on in place of ``model``.
 
-    Its float32 copy, whose weights have no gradients, where torch emulates products in the model's
-    dtype and memory is left; else the model itself.
+    Where torch emulates products in the model's dtype: its float32 copy, or, where memory is short,
+    the model itself, matrix by matrix in float32.  Both compute the same but for rounding, and
+    inside neither computes gradients of weights.
     """
-    copied = is_emulated(model) and can_copy(model)
-    yield float32_copy(model).requires_grad_(False) if copied else model
+    if not is_emulated(model):
+        yield model
+    elif can_copy(model):
+        yield float32_copy(model).requires_grad_(False)
+    else:
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        try:
+            for weight in weights:
+                weight.requires_grad_(False)
+            with Float32Products():
+                yield model
+        finally:
+            for weight in weights:
+                weight.requires_grad_(True)
 
 
 def can_copy(model: Any) -> bool:
