@@ -8,6 +8,7 @@ in the reversed order of the bases, as pydantic collects them.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, get_args
@@ -456,15 +457,62 @@ def merge(
     return kind.model_validate(merged).fitted()
 
 
+TENSORS = ("u", "x", "z", "r")
+"""Activations that can be saved; ``models.capture.LayerActivations`` says what they are."""
+
+
 class ActivationSettings(BaseSettings):
-    """The settings of commands that can keep activations: u of all layers."""
+    """The settings of commands that can keep activations."""
 
     save_activations: bool = setting(
-        "Activations", "Save 256 tokens' neuron values as safetensors (says the size).", False
+        "Activations", "Save activations as safetensors (says the size first).", False
+    )
+    activation_layers: str = setting("Activations", "Their layers: all, 0-5 or 0,3,7-9.", "all")
+    activation_tokens: str = setting(
+        "Activations", "Their tokens: 0:256, or 128: to the end.", "0:256"
+    )
+    activation_tensors: str = setting(
+        "Activations", "Which: u (neurons), x (stream before), z, r (FFN output); as in u,x.", "u"
     )
 
+    @model_validator(mode="after")
+    def _check_activations(self) -> ActivationSettings:
+        _parse_layers(self.activation_layers)
+        _parse_tokens(self.activation_tokens)
+        for name in words(self.activation_tensors) or [self.activation_tensors]:
+            check_name("activation", name, TENSORS)
+        return self
+
     def wanted(self, layers: int) -> Wanted:
-        """What is kept of a model with this many layers."""
+        """What is kept of a model with this many layers; ``ConfigError`` for one it lacks."""
         from dart_llm.models.capture import Wanted
 
-        return Wanted(tuple(range(layers)), 0, 256)
+        chosen = _parse_layers(self.activation_layers) or tuple(range(layers))
+        if chosen[-1] >= layers:
+            raise ConfigError(
+                f"--activation-layers: layer {chosen[-1]} is out of range, this model has {layers} "
+                "layers"
+            )
+        tensors = tuple(dict.fromkeys(words(self.activation_tensors)))
+        return Wanted(chosen, *_parse_tokens(self.activation_tokens), tensors)
+
+
+def _parse_layers(text: str) -> tuple[int, ...]:
+    """The layers of ``0-5`` or ``0,3,7-9``, in order; () of ``all``."""
+    layers: set[int] = set()
+    for part in [] if text.strip() == "all" else text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise ConfigError(f'"{part}" is not a layer or a range: write all, 0-5 or 0,3,7-9')
+        layers.update(range(first, last + 1))
+    return tuple(sorted(layers))
+
+
+def _parse_tokens(text: str) -> tuple[int, int | None]:
+    """First token and the one after the last (None: to the end) of ``0:256`` or ``128:``."""
+    match = re.fullmatch(r"\s*(\d*):(\d*)\s*", text)
+    start, end = (int(match[1] or 0), int(match[2]) if match[2] else None) if match else (0, 0)
+    if end is not None and end <= start:
+        raise ConfigError(f'"{text}" is not a range of tokens: write 0:256, or 128: to the end')
+    return start, end

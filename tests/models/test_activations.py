@@ -13,6 +13,7 @@ from dart_llm.experiments.artifacts import Saver
 from dart_llm.models.capture import Recording, Wanted
 from dart_llm.models.loading import load
 from dart_llm.session.run import prune
+from dart_llm.studies.generate.settings import RunSettings
 from lm_cases import call, place
 from observed_cases import Recorder, stream
 from steps import Same, decode, shared_model
@@ -60,6 +61,24 @@ def test_the_model_is_exactly_what_it_was(name):
         record(model, tokens(2, 12), Wanted((0,)))
 
 
+def test_what_is_kept_is_chosen():
+    chosen = {
+        "activation_layers": "3,0-1, 1",
+        "activation_tokens": "2:",
+        "activation_tensors": "x,u",
+    }
+    assert RunSettings(**chosen).wanted(4) == Wanted((0, 1, 3), 2, None, ("x", "u"))
+    assert RunSettings().wanted(2) == Wanted((0, 1), 0, 256)
+    for name, value, problem in (
+        ("layers", "5-2", "is not a layer or a range"),
+        ("layers", "2-4", "layer 4 is out of range, this model has 4 layers"),
+        ("tokens", "9:9", "is not a range of tokens"),
+        ("tensors", "u,w", "unknown activation 'w'"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            RunSettings(**{f"activation_{name}": value}).wanted(4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_announced_size_is_that_of_the_tensors(tmp_path, dtype):
     model, ids, said = shared_model(dtype=dtype), tokens(1, LENGTH), []
@@ -86,7 +105,8 @@ def test_run_keeps_those_of_both_texts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = ("--model", place() / "model", "--device", "cpu")
     text = ("--prompt", "the sea and the moon", "--generation", 12, "--sparsity", 0.5)
-    done = call("run", *model, *text, "--method", "griffin", "--save-activations")
+    keep = ("--save-activations", "--activation-layers", 1, "--activation-tokens", "4:26")
+    done = call("run", *model, *text, "--method", "griffin", *keep)
     assert done.code == 0 and "--save-activations writes up to" in done.err, done.err
     (folder,) = (tmp_path / "results").glob("*/*")
     rows = [json.loads(line) for line in (folder / "generation.jsonl").read_text().splitlines()]
@@ -95,10 +115,10 @@ def test_run_keeps_those_of_both_texts(tmp_path, monkeypatch):
     for row in rows:
         kept = load_file(folder / f"activations-{row['variant']}.safetensors")
         fed = [*prompt, *row["token_ids"]][:-1]
-        assert kept["token_ids"].tolist() == fed and kept["layer1.u"].shape == (len(fed), WIDTH)
-        with Recording(net, Wanted((1,))) as again, torch.no_grad():
+        assert kept["token_ids"].tolist() == fed[4:26] and len(kept) == 2
+        with Recording(net, Wanted((1,), 4, 26)) as again, torch.no_grad():
             net(torch.tensor([fed]))
         u, plain = kept["layer1.u"], again.tensors()["layer1.u"]
-        dense = len(fed) if row["variant"] == "dense" else len(prompt)  # the prompt ran dense
+        dense = len(u) if row["variant"] == "dense" else len(prompt) - 4  # the prompt ran dense
         torch.testing.assert_close(u[:dense], plain[:dense], rtol=1e-3, atol=1e-4)
         assert int((u[dense:] == 0).all(0).sum()) in (WIDTH, WIDTH // 2)  # of no token: all

@@ -56,11 +56,16 @@ class Saver:
 
     def announce(self, texts: int, say: Callable[[str], None]) -> None:
         """Say how much ``texts`` texts will take; raises ``ResultsError`` when it does not fit."""
+        if not self.wanted.tokens(self.tokens):
+            raise ConfigError(
+                f"--activation-tokens begin at {self.wanted.start}, and the texts have at most "
+                f"{count(self.tokens, 'token')}: give a range that begins earlier"
+            )
         need, free = texts * self.nbytes, shutil.disk_usage(self.folder).free
         if need + MIN_FREE_BYTES > free:
             raise ResultsError(
                 f"--save-activations needs {bytes_text(need)} in {self.folder}, where "
-                f"{bytes_text(free)} are free: keep fewer in Python, with models.capture.Recording"
+                f"{bytes_text(free)} are free: choose fewer layers, tokens or tensors"
             )
         say(
             f"--save-activations writes up to {bytes_text(need)} to {self.folder}: "
