@@ -1,5 +1,7 @@
 """Models that accelerate has hooked keep their hooks; offloaded weights are never read."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -13,11 +15,7 @@ from tiny import tiny, tokens
 @pytest.mark.contract("exact restore")
 @pytest.mark.parametrize(
     ("place", "name"),
-    [
-        *[(dispatched, name) for name in ("llama", "gpt2", "opt")],
-        (on_the_host, "phi3"),
-        (on_disk, "gemma2"),
-    ],
+    [*product([dispatched], ["llama", "gpt2", "opt"]), (on_the_host, "phi3"), (on_disk, "gemma2")],
 )
 def test_accelerate_hooks_stay(place, name, tmp_path):
     ids = tokens(1, 40)

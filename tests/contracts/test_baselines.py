@@ -52,9 +52,8 @@ def test_flap_keeps_the_top_of_its_definition(sparsity):
 def test_glass_mixes_griffins_ranks_with_the_priors():
     _, prior = chosen("glass")
     seen, found = dense_u(shared_model(), tokens(1, 70, seed=1)[:, :68]), kept("glass", prompt=1)
-    for ids, before, u, own in zip(
-        found, dense_u(shared_model(), CALIBRATION), seen, prior, strict=True
-    ):
+    learned = dense_u(shared_model(), CALIBRATION)
+    for ids, before, u, own in zip(found, learned, seen, prior, strict=True):
         share = (before / before.norm(dim=1, keepdim=True)).square().sum(0).sqrt()
         assert torch.allclose(own.double(), share, rtol=1e-5)
         local = (u / u.norm(dim=1, keepdim=True)).square().sum(0).sqrt()
@@ -70,10 +69,8 @@ def test_griffin_refresh_chooses_anew_every_64_pruned_tokens():
     """64 pruned, 16 dense, 64 pruned; the re-mask knows the 16 tokens alone."""
     ids, method = tokens(1, 68 + 144, seed=4), {"method": "griffin-refresh"}
     run, found, _ = pruned(shared_model(), ids, 68, **method)
-    assert [(r.step, r.cause, r.evidence_tokens) for r in run.remasks] == [
-        (0, "first", 68),
-        (80, "interval", 16),
-    ]
+    remasks = [(r.step, r.cause, r.evidence_tokens) for r in run.remasks]
+    assert remasks == [(0, "first", 68), (80, "interval", 16)]
     report = run.report()
     assert report.dense_token_share == pytest.approx(16 / 144)
     assert report.achieved_sparsity == pytest.approx(0.5 * 128 / 144)
@@ -83,12 +80,8 @@ def test_griffin_refresh_chooses_anew_every_64_pruned_tokens():
 
 
 def test_prune_says_how_to_prepare():
-    for method, words in (
-        ("wanda", "its masks from calibration"),
-        ("glass", "its prior from calibration"),
-    ):
-        with pytest.raises(
-            ConfigError, match=rf'method "{method}" .*{words}.*prepare\(model'
-        ) as caught:
+    for method, learned in (("wanda", "masks"), ("glass", "prior")):
+        words = rf'method "{method}" .*its {learned} from calibration.*prepare\(model'
+        with pytest.raises(ConfigError, match=words) as caught:
             prune(shared_model(), method)
         assert f"eval --method {method}" in str(caught.value)

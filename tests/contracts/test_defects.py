@@ -80,9 +80,8 @@ def test_defects_03_and_06_the_layer_language_does_what_it_says():
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
 def test_defect_04_no_statistic_is_ever_missing(name):
     budget = {"name": "depth", "table": "all:auto"}
-    run, found, _ = _published(
-        tokens(1, 50), name, masking_step=2, drift="interval 4", budget=budget
-    )
+    settings = {"masking_step": 2, "drift": "interval 4", "budget": budget}
+    run, found, _ = _published(tokens(1, 50), name, **settings)
     assert [at for at, _, _ in found] == [2, 8, 14]
     assert run.report().achieved_sparsity == pytest.approx(0.5 * 12 / 20, abs=0.01)
     assert run.config.masking_step == 2, "a configuration is never changed"

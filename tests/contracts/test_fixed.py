@@ -29,13 +29,6 @@ OFTEN = {"drift": {"rule": "interval 4", "min_distance": 0, "max_dense_share": N
 OFTEN |= {"remask": {"observe_tokens": 2}, "compensation": False}
 
 
-def clamped(layer, u, clamp=CLAMP):
-    u = u.clone()
-    for neuron, value in clamp.get(layer, {}).items():
-        u[..., neuron] = value
-    return u
-
-
 def by_hand(model, kept_of, clamp=CLAMP, prompt=PROMPT):
     """Logits of decoding IDS with hooks: u outside of ``kept_of(position, layer)`` is 0, then the
     clamped neurons stand where they are clamped.  Prompts of ``prompt`` tokens run dense.
@@ -47,16 +40,13 @@ def by_hand(model, kept_of, clamp=CLAMP, prompt=PROMPT):
             return None
         kept = kept_of(fed[layer], layer)
         fed[layer] += 1
-        if kept is not None:
-            u = u * torch.zeros(u.shape[-1]).index_fill(0, kept, 1)
-        return clamped(layer, u, clamp)
+        u = u.clone() if kept is None else u * torch.zeros(u.shape[-1]).index_fill(0, kept, 1)
+        for neuron, value in clamp.get(layer, {}).items():
+            u[..., neuron] = value
+        return u
 
     with before_down(model, None, change):
         return decode(model, IDS, prompt)
-
-
-def everything(position, layer):
-    return None
 
 
 def in_time(found):
@@ -79,7 +69,7 @@ def in_time(found):
 def test_a_clamp_alone_is_a_hook_by_hand(name, executor):
     """Decoded tokens alone; the prompt is what it was."""
     model, clamp = shared_model(name), {k: v for k, v in CLAMP.items() if name != "bloom" or k < 3}
-    wanted = by_hand(model, everything, clamp)
+    wanted = by_hand(model, lambda *_: None, clamp)
     with prune(model, sparsity=0, clamp=clamp, executor=executor) as run:
         assert apart(decode(model, IDS, PROMPT), wanted) < 1e-5
     assert apart(wanted, decode(model, IDS, PROMPT)) > 1e-3

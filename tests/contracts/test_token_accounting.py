@@ -1,14 +1,8 @@
 """What token-level selection is said to cost, by hand, and what its doors say of it."""
 
-import math
-
 import pytest
-import torch
 
-from dart_llm.data import texts
-from dart_llm.evaluation.perplexity import score, slices
 from dart_llm.reporting.words import bytes_sentence
-from dart_llm.session.run import prune
 from steps import pruned, shared_model
 from tiny import tokens
 from token_cases import LEARNT, PLAIN
@@ -70,26 +64,3 @@ def test_which_copies_are_read():
     assert report.proxy_bytes_share == pytest.approx(0.6 * BYTES)
     mean = _report(compensation=True).ffn_bytes_share - _report().ffn_bytes_share
     assert mean * 5 * DENSE_BYTES == pytest.approx(L * I * D * 4)  # down is read once
-
-
-@pytest.mark.smollm2
-def test_smollm2_at_70_percent(smollm2):
-    """One slice: near dense where a sequence mask is not."""
-    model, tokenizer = smollm2
-    ids = tokenizer(texts.all_text(), return_tensors="pt").input_ids[0]
-    windows = slices(ids, 1, 256, 256)
-    scored = score(model, None, windows, 256)
-    with torch.inference_mode():
-        logits = model(windows[0][None]).logits[0, 255:511]
-    losses = torch.nn.functional.cross_entropy(logits, windows[0][256:], reduction="none")
-    assert torch.allclose(losses, torch.tensor(scored.losses[0]), atol=1e-4)
-    dense = scored.perplexity
-    with prune(model, "dart-token", sparsity=0.7) as run:
-        assert 1 < score(model, run, windows, 256).perplexity / dense < 1.3
-    report = run.report()
-    assert report.achieved_sparsity == pytest.approx(0.7, abs=1e-3)
-    assert report.dense_token_share == 0 and report.remasks == 0
-    row = (math.ceil(576 / 2) + 2 * 18) * 2 + 4
-    assert report.proxy_bytes_share == pytest.approx(row / (3 * 576 * torch.float32.itemsize))
-    with prune(model, "griffin", sparsity=0.7) as run:
-        assert score(model, run, windows, 256).perplexity / dense > 4

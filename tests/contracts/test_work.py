@@ -13,13 +13,7 @@ from dart_llm.models.checkpoint import digest_of
 from dart_llm.session.run import prune
 from prior_cases import CONFIG, SMALL
 from products import cases
-from steps import (
-    decode,
-    new_cache,
-    shared_model,
-    step,
-    storages,
-)
+from steps import decode, new_cache, shared_model, step, storages
 from tiny import LAYERS, NAMES, WIDTH, tiny, tokens
 
 SKIPPING = tuple(name for name in NAMES if not name.startswith("opt"))

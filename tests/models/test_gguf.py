@@ -241,18 +241,14 @@ def test_a_damaged_folder_is_made_again(gguf, tmp_path):
         assert said[0] == READING and config.read_bytes() == intact
         assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     config.write_bytes(b"X" + intact[1:])
-    assert is_intact(folder, file_sha256(gguf)) and not is_intact(
-        folder, file_sha256(gguf), full=True
-    )
+    assert [is_intact(folder, file_sha256(gguf), full=full) for full in (False, True)] == [1, 0]
 
 
 def test_folders_that_cannot_be_used(gguf, tmp_path, monkeypatch):
     with pytest.raises(LoadError, match="cannot be written; choose another one with --cache-dir"):
         load(gguf, cache_dir=gguf)
     monkeypatch.setattr(cache, "free_bytes", lambda _folder: 100_000)
-    with pytest.raises(
-        LoadError, match=r"needs 50 MB on disk and only 0\.1 MB are free in .*/dart"
-    ):
+    with pytest.raises(LoadError, match=r"needs 50 MB on disk and only 0\.1 MB are free in "):
         load(gguf, cache_dir=tmp_path)
 
 
@@ -293,10 +289,8 @@ def wrong_files(folder):
     gguf, target = folder / "tiny.gguf", "model.layers.1.mlp.up_proj.weight"
     shape = {UP: (FFN_WIDTH, 2 * WIDTH, Kind.Q4_1)}
     yield write_gguf(gguf, architecture="olmo2"), "is of architecture olmo2, whose GGUF files"
-    yield (
-        write_gguf(gguf, change={UP: None}),
-        f"is missing 1 of the model's weights, such as {target}",
-    )
+    missing = f"is missing 1 of the model's weights, such as {target}"
+    yield write_gguf(gguf, change={UP: None}), missing
     yield write_gguf(gguf, change=shape), f"tensor {UP} is [96, 128], and the model's {target}"
     data = bytearray(write_gguf(gguf).read_bytes())
     struct.pack_into("<I", data, _entry(data, NORM) + 12, Kind.I32)
@@ -350,9 +344,8 @@ def damaged(whole, start, draw):
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_changes_anywhere(architecture, tmp_path):
     """A model or one of our sentences, of the header's reader and that of the weights."""
-    file = write_gguf(
-        tmp_path / "tiny.gguf", architecture=architecture, **FACTS.get(architecture, {})
-    )
+    settings = {"architecture": architecture, **FACTS.get(architecture, {})}
+    file = write_gguf(tmp_path / "tiny.gguf", **settings)
     whole, start = file.read_bytes(), int(GGUFReader(file).data_offset)
     load(file, cache_dir=tmp_path, weights="file")
     folder = folder_of(file, tmp_path)
@@ -376,10 +369,8 @@ STATED = [
     ("llama", "block_count", 1),  # fewer layers than there are
     ("llama", "block_count", 1 << 24),
     ("llama", "embedding_length", (1 << 32) - 1),
-    *(
-        (name, fact, 1 << 24)
-        for name, fact in (("gemma3", "vocab_size"), ("gpt2", "context_length"))
-    ),
+    ("gemma3", "vocab_size", 1 << 24),
+    ("gpt2", "context_length", 1 << 24),
     ("qwen2", "feed_forward_length", 1 << 24),
     ("llama", "rope.dimension_count", 1 << 24),
     ("gemma2", "attention.key_length", 1 << 24),
@@ -391,9 +382,8 @@ STATED = [
 def test_facts_that_the_tensors_do_not_bear_out(architecture, fact, stated, tmp_path, monkeypatch):
     """A model of these is not even made without weights, which takes memory too."""
     monkeypatch.setattr(cached, "_config", lambda _gguf: pytest.fail("a configuration was made"))
-    file = write_gguf(
-        tmp_path / "tiny.gguf", architecture=architecture, facts={"rope.dimension_count": 32}
-    )
+    facts = {"rope.dimension_count": 32}
+    file = write_gguf(tmp_path / "tiny.gguf", architecture=architecture, facts=facts)
     whole, key = file.read_bytes(), f"{architecture}.{fact}".encode()
     at = whole.index(key) + len(key) + 4  # behind its type
     file.write_bytes(whole[:at] + stated.to_bytes(4, "little") + whole[at + 4 :])

@@ -112,12 +112,8 @@ def test_devices(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     gpus = {**dict.fromkeys((None, "", "auto", "cuda", "0"), "cuda:0"), "CUDA:1": "cuda:1"}
     assert {text: parse_device(text) for text in gpus} == gpus
-    for text, problem in (
-        ("5", "this machine has 2"),
-        ("gpu", "is not a device"),
-        ("-1", "is not"),
-    ):
-        with pytest.raises(ConfigError, match=problem):
+    for text, words in (("5", "this machine has 2"), ("gpu", "is not a device"), ("-1", "is not")):
+        with pytest.raises(ConfigError, match=words):
             parse_device(text)
     table = '{"model": 0, "lm_head": "cpu"}'
     for device, device_map, expected in (

@@ -16,11 +16,10 @@ from dart_llm.data.datasets import DATA_SETS, rows
 from dart_llm.models.loading import load
 from dart_llm.session.run import prune
 
+SKIPPED = os.environ.get("DART_TEST_ONLINE") != "1"
 pytestmark = [
     pytest.mark.online,
-    pytest.mark.skipif(
-        os.environ.get("DART_TEST_ONLINE") != "1", reason="needs the hub: make test-online"
-    ),
+    pytest.mark.skipif(SKIPPED, reason="needs the hub: make test-online"),
 ]
 
 

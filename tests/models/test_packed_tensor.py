@@ -185,8 +185,7 @@ def test_digests_tell_every_level_and_factor():
         other = blocks.clone()
         other.view(-1)[place] ^= 16
         for neurons, dtype in ((False, torch.float32), (True, torch.float32), (False, torch.half)):
-            matrix = ops().packed_from_blocks(
-                other, "q4_1", 3, 64, "neurons" if neurons else "rows"
-            )
+            order = "neurons" if neurons else "rows"
+            matrix = ops().packed_from_blocks(other, "q4_1", 3, 64, order)
             digests.add(digest_of(PackedTensor(matrix, dtype, neurons)))
     assert len(digests) == 15 and digest_of(made()[0].t().t()) == digest_of(made()[0])
