@@ -201,8 +201,15 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, whole."""
+    """Write a safetensors file, whole; equal contents give equal bytes."""
     from safetensors.torch import save
 
     data = save(dict(tensors), None if metadata is None else dict(metadata))
+    if metadata:  # safetensors writes it in a new order each time
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text = text.ljust(-(-len(text) // 8) * 8)
+        data = len(text).to_bytes(8, "little") + text + data[end:]
     write_bytes(path, data, make_folder=True)
