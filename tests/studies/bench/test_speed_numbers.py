@@ -55,7 +55,7 @@ def document(*rows):
         for one, row, more in zip(CANDIDATES, rows, ({}, {}, *COUNTED), strict=False)
     }
     sizes = {"ffn_bytes": 600.0, "weight_bytes": 800, "cache_bytes_per_position": 10}
-    formats = {"dense": {"weights": sizes, "stored_as": "float32"}}
+    formats = {"dense": {"weights": sizes, "stored_as": "float32", "base": "dense, native"}}
     about = {"formats": formats, "base": "dense, native", "main": "dense", "reference": {}}
     about |= {"prompt_tokens": 16, "tokens": 3, "repeats": 3, "versions": {"torch": "2"}}
     about |= {"checkpoint": {"name": "m", "dtype": "float32"}, "kernels": None}
@@ -156,8 +156,8 @@ def test_candidates(tmp_path):
         ({"executors": "nativ"}, "unknown executor 'nativ'; did you mean native"),
         ({"executors": ","}, "--executors is empty: give at least one"),
         ({"methods": "dense"}, "method dense removes nothing, and dense runs anyway"),
-        ({"methods": ""}, "--methods is empty: give at least one"),
         ({"sparsities": "50"}, "50 must be between 0 and 1"),
+        ({"weights": "q8_0,none.gguf"}, "--weights none.gguf is not a file"),
         ({"reference": "llama"}, "unknown reference 'llama'; did you mean llama.cpp?"),
         ({"reference_file": ["a.gguf"]}, "--reference-file has no effect without --reference"),
         ({"reference": "llama.cpp", "reference_file": ["a.gguf"]}, "--reference-file a.gguf is"),

@@ -128,46 +128,52 @@ def bench(tmp_path_factory):
     return write_bench(tmp_path_factory.mktemp("bench"))
 
 
-def test_blocks_beside_llama_cpp(native, bench, tmp_path, monkeypatch):
+def test_formats_beside_llama_cpp(native, bench, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(bench[0]))
     monkeypatch.setattr(study, "repetition", steady)
-    gguf = write_gguf(tmp_path / "tiny.gguf")
+    gguf, other = (write_gguf(tmp_path / name) for name in ("tiny.gguf", "other.gguf"))
     given = {"model": str(gguf), "cache_dir": str(tmp_path / "cache"), "dtype": None}
     given |= {"tokens": 4, "executors": "native", "repeats": 1, "reference": "llama.cpp"}
-    whole = job(tmp_path, **given)
+    whole = job(tmp_path, **given, weights=f"file,q8_0,{other}")
     document = read(whole.path / "speed.json")
     rows = {row["row"]: row for row in document["rows"]}
-    labels = ["transformers", "dense, native", "griffin 50 %, native", "llama.cpp Q4_1"]
+    labels = [f"{way}, native, {name}" for name in ("file", "q8_0", "other")
+              for way in ("dense", "griffin 50 %")]  # fmt: skip
+    labels = ["transformers", *labels, "llama.cpp tiny", "llama.cpp other"]
     assert list(rows) == labels and sorted(document["orders"][0]) == sorted(labels)
     formats = {name: one["stored_as"] for name, one in document["formats"].items()}
-    assert formats == {"q4_1": "Q4_1 as in the file", "dense": "bfloat16"}
+    own = "Q4_1 as in the file"
+    assert formats == {"file": own, "q8_0": "rounded to Q8_0", "other": own, "dense": "bfloat16"}
     # bytes as they are stored: of a token, with the cache at a mean context
     cache = document["mean_context"] * 2 * 2 * 64 * 2
     stored = {n: sum(p.nbytes for p in m.model.parameters()) for n, m in whole.models.items()}
-    assert stored["q4_1"] == pytest.approx(FFN + REST, rel=0.1)  # rows are padded
-    assert rows["dense, native"]["bytes_per_token"] == stored["q4_1"] + cache
+    assert stored["file"] == pytest.approx(FFN + REST, rel=0.1)  # rows are padded
     assert rows["transformers"]["bytes_per_token"] == stored["dense"] + cache
-    sizes = document["formats"]["q4_1"]["weights"]
-    saved = stored["q4_1"] + cache - rows["griffin 50 %, native"]["bytes_per_token"]
-    assert saved == pytest.approx(sizes["ffn_bytes"] / 2)
-    limit = 1 / (1 - sizes["ffn_bytes"] / (stored["q4_1"] + cache) / 2)
-    assert rows["griffin 50 %, native"]["bandwidth_limit"] == pytest.approx(limit)
+    for name in ("file", "q8_0", "other"):  # a method beside our own dense path on its weights
+        dense, method = rows[f"dense, native, {name}"], rows[f"griffin 50 %, native, {name}"]
+        assert dense["bytes_per_token"] == stored[name] + cache
+        ffn = document["formats"][name]["weights"]["ffn_bytes"]
+        assert dense["bytes_per_token"] - method["bytes_per_token"] == pytest.approx(ffn / 2)
+        limit = 1 / (1 - ffn / (stored[name] + cache) / 2)
+        assert method["bandwidth_limit"] == pytest.approx(limit)
+        assert method["times_dense"] == pytest.approx(dense["ms"] / method["ms"])
     # llama.cpp: what it says of itself, on the model's own file, whose norms are float32
-    other, ours = rows["llama.cpp Q4_1"], rows["dense, native"]
+    assert [f["format"] for f in document["reference"].values()] == ["file", "other"]
+    other, ours = rows["llama.cpp tiny"], rows["dense, native, file"]
     assert (other["ms"], other["first_token_ms"], other["method"]) == (2, 24, None)
     assert other["bytes_per_token"] == FFN + REST + 4 * NORMS + cache
     assert other["times_dense"] == pytest.approx(ours["ms"] / 2)
-    _, beside = report.speed_sentences(document)
-    assert beside.startswith("dense, native: ") and "as fast as llama.cpp Q4_1" in beside
+    _, beside, _ = report.speed_sentences(document)
+    assert beside.startswith("dense, native, file: ") and "as fast as llama.cpp tiny" in beside
     weights = {one["label"]: one["weights"] for one in lines(whole.path / "rows.jsonl")}
-    assert (weights["dense, native"], weights["llama.cpp Q4_1"]) == ("q4_1", "Q4_1")
+    assert (weights["dense, native, file"], weights["llama.cpp tiny"]) == ("q4_1", "Q4_1")
     # it is asked for the same tokens, without what is set for PyTorch's threads
     logged = [json.loads(line) for line in bench[1].read_text().splitlines()]
     common = {"-t": str(document["machine"]["threads"]), "-r": "1", "-o": "json"}
-    read_, generated = ({k: v for k, v in one.items() if k != "-m"} for one, _ in logged)
+    read_, generated = ({k: v for k, v in one.items() if k != "-m"} for one, _ in logged[:2])
     assert read_ == {**common, "-p": str(PROMPT), "-n": "0"}
     assert generated == {**common, "-p": "0", "-n": "4", "-d": str(PROMPT + WARM)}
-    assert all(seen == [] and Path(one["-m"]).name == "tiny.gguf" for one, seen in logged)
+    assert all(seen == [] and Path(one["-m"]).stem in ("tiny", "other") for one, seen in logged)
 
 
 def test_a_llama_bench_that_is_missing_or_fails_is_one_sentence(tmp_path, monkeypatch, bench):

@@ -99,7 +99,7 @@ def table(kind: str, document: Row) -> Table:
     rows = document["rows"]
     shown = [one for one in COLUMNS if any(one.raw(row) is not None for row in rows)]
     best = next((n for n, row in enumerate(rows) if row.get("recommended")), None)
-    look: dict[str, Any] = {"nothing": "", "strong": best, "tight": True}
+    look: dict[str, Any] = {"nothing": "", "strong": best}
     return Table(kind, caption(document), tuple(shown), rows, **look)
 
 
@@ -108,6 +108,8 @@ def caption(document: Row) -> str:
     facts, machine = document["checkpoint"], document["machine"]
     formats = ", ".join(f"{name}: {one['stored_as']}" for name, one in document["formats"].items())
     timed = document.get("timed_tokens", document["tokens"])
+    bases = {one["base"] for one in document["formats"].values() if one.get("base")}
+    dense = "dense on the same weights" if len(bases) > 1 else document["base"]
     loss = ""
     if "slices" in document:
         loss = (
@@ -118,7 +120,7 @@ def caption(document: Row) -> str:
         f"{facts['name']} ({file_text(facts)}, {dtype_text(facts)}; {formats}): "
         f"{document['prompt_tokens']} prompt + {timed} timed tokens, "
         f"{count(document['repeats'], 'repetition')} in shuffled order, x dense over "
-        f"{document['base']}; {loss}{machine['processor']}, {machine['threads']} threads, device "
+        f"{dense}; {loss}{machine['processor']}, {machine['threads']} threads, device "
         f"{machine['device']}, torch {document['versions']['torch']}, kernels "
         f"{document['kernels'] or 'none'}"
     )
@@ -144,15 +146,15 @@ def speed_sentences(document: Row) -> list[str]:
         over = f"{plain:.2f} x as fast as" if plain else "disturbed beside"
         sentences.append(
             f"{row['row']}: {over} transformers, {row['times_dense']:.2f} x as fast as "
-            f"{document['base']}, {percent(row['share_of_limit'])} of "
+            f"{document['formats'][row['weights']]['base']}, {percent(row['share_of_limit'])} of "
             f"the bandwidth limit of {row['bandwidth_limit']:.2f} x at "
             f"{percent(row['achieved_sparsity'])} removed"
         )
     elif methods:
         sentences.append(f"{'; '.join(row['row'] for row in methods)}: {methods[0]['disturbed']}")
-    ours = rows[document["base"]]
-    for label in document["reference"]:
+    for label, facts in document["reference"].items():
         if rows[label]["times_dense"]:
+            ours = rows[document["formats"][facts["format"]]["base"]]
             ratio = f"{1 / rows[label]['times_dense']:.2f} x as fast as {label}"
             sentences.append(f"{ours['row']}: {number(ours['ms'])} ms per token, {ratio}")
     return sentences

@@ -112,10 +112,11 @@ def speed_document(
 ) -> Row:
     """speed.json: ``about``, and a row per candidate.
 
-    ``about``: of ``formats`` by name the ``weights`` (bytes), of ``reference`` by label what
-    llama.cpp reads; ``base``: label of dense (native), in the format ``main``.
+    ``about``: of ``formats`` by name the ``weights`` (bytes) and ``base``, the label of dense
+    (native), None where nothing was measured; of ``reference`` by label what llama.cpp reads.
     """
-    formats, base = about["formats"], about["base"]
+    formats = about["formats"]
+    bases = {name: samples.get(facts["base"]) for name, facts in formats.items()}
     context = mean_context(about["prompt_tokens"], about["tokens"])
     traffic = {}
     for name, facts in formats.items():
@@ -126,13 +127,13 @@ def speed_document(
     rows = []
     for candidate in candidates:
         timed = samples[candidate.label]
-        dense: Sequence[Sample] | None = samples[base]
         if candidate.file is None:
+            dense = bases[candidate.weights] or samples[about["base"]]
             row = _accounting(candidate, timed, traffic[candidate.weights])
         else:
             facts = about["reference"][candidate.label]
             row = {"bytes_per_token": facts["bytes"] + context * about["reference_cache_bytes"]}
-            dense = dense if facts["comparable"] else None
+            dense = bases.get(facts["format"])
         row = _speed_row(candidate, timed, row, samples[TRANSFORMERS], dense)
         row["pp_tokens_per_second"] = 1000 * about["prompt_tokens"] / row["first_token_ms"]
         rows.append(row)

@@ -23,7 +23,7 @@ STUDY = "Study"
 LLAMA_CPP = "llama.cpp"
 
 FORMATS = ("file", "dense", *ROUNDED)
-"""Weight formats by name."""
+"""Weight formats by name; ``bench speed`` takes paths of GGUF files, too."""
 
 EXECUTORS = tuple(get_args(PruneConfig.model_fields["executor"].annotation))[1:]
 """All but ``auto``."""
@@ -73,6 +73,9 @@ class SpeedSettings(BenchOptions):
 
     KIND: ClassVar = "speed"
 
+    weights: Texts = setting(  # type: ignore[assignment]
+        "Model", f"Formats: of auto, {', '.join(FORMATS)}; GGUF files.", ("auto",)
+    )
     methods: Texts = setting(
         STUDY, "Methods, comma-separated; dense always runs.", (DEFAULT_METHOD,)
     )
@@ -88,6 +91,12 @@ class SpeedSettings(BenchOptions):
     @model_validator(mode="after")
     def _check(self) -> SpeedSettings:
         check_name("reference", self.reference, [LLAMA_CPP])
+        for weights in self.weights:
+            if not is_file(weights):
+                check_name("weights", weights, ("auto", *FORMATS, "FILE.gguf"))
+        for weights in self.gguf_files:
+            if not weights.is_file():
+                raise ConfigError(f"--weights {weights} is not a file")
         if self.reference_file and self.reference is None:
             raise ConfigError(f"--reference-file has no effect without --reference {LLAMA_CPP}")
         for file in self.reference_file or ():
@@ -108,6 +117,11 @@ class SpeedSettings(BenchOptions):
             raise ConfigError("--methods is empty: give at least one, e.g. dart")
         return tuple(variants)
 
+    @property
+    def gguf_files(self) -> list[Path]:
+        """Those in ``weights``."""
+        return [Path(weights).expanduser() for weights in self.weights if is_file(weights)]
+
     def method_list(self) -> list[tuple[str, PruneConfig]]:
         """Every variant at every sparsity under every executor: label and configuration."""
         return [
@@ -116,6 +130,11 @@ class SpeedSettings(BenchOptions):
             for sparsity in self.sparsities
             for executor in self.executors
         ]
+
+
+def is_file(weights: str) -> bool:
+    """Whether a weight format is a GGUF file that replaces the model."""
+    return weights.lower().endswith(".gguf")
 
 
 def first_slices(count: int) -> tuple[int, ...]:
@@ -224,10 +243,10 @@ def make_candidate(
     return Candidate(", ".join(parts) + suffix, config, weights, method)
 
 
-def speed_grid(settings: SpeedSettings, weights: str) -> list[Candidate]:
+def speed_grid(settings: SpeedSettings, weights: str, suffix: str = "") -> list[Candidate]:
     """Every method at every sparsity under every executor."""
     methods = settings.method_list()
-    return [make_candidate(config, weights, method=label) for label, config in methods]
+    return [make_candidate(config, weights, suffix, label) for label, config in methods]
 
 
 @dataclass(frozen=True)

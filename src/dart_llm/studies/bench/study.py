@@ -57,6 +57,7 @@ from dart_llm.studies.bench.settings import (
     Candidate,
     SpeedSettings,
     TuneSettings,
+    is_file,
     make_candidate,
     speed_grid,
 )
@@ -145,11 +146,15 @@ class BenchStudy(Study[B]):
 
     def inputs(self) -> Mapping[str, Any]:
         """Digests of the model, of the calibration and of plug-ins."""
-        digests, weights = Digests(), self.settings.weights
-        single = weights if isinstance(weights, str | None) else DENSE  # the grid names several
-        settings = self.settings.model_copy(update={"weights": single})
+        digests = Digests()
+        settings = self.settings.model_copy(update={"weights": self.stated_format})
         files = digests.of_files(DENSE, settings.calibration)
         return {**digests.of_model(settings), **files, **plugins.digest()}
+
+    @property
+    def stated_format(self) -> str | None:
+        """The weight format in the digests of the model; that of several is dense."""
+        return DENSE
 
     def requested(self) -> dict[str, Any]:
         left_out = {*self.shown, *self.settings.UNUSED, "save"}
@@ -294,8 +299,8 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         """The prompt, [1, P]."""
         self.candidates: list[Candidate] = []
         """What this model and this machine can run, in the order of the rows."""
-        self.main = ""
-        """Name of the format in which methods are measured."""
+        self.bases: dict[str, str] = {}
+        """Labels of dense (native) by measured format; transformers where it cannot run."""
 
     @property
     def notes(self) -> list[str]:
@@ -306,36 +311,67 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         notes = report.left_out(self.left_out)
         return [*notes, f"{served}quality at equal bytes, not for speed"] if slow else notes
 
+    @property
+    def stated_format(self) -> str | None:
+        (*formats,) = self.settings.weights
+        return formats[0] if len(formats) == 1 and not is_file(formats[0]) else DENSE
+
     def inputs(self) -> Mapping[str, Any]:
         paths = [Path(name).expanduser() for name in self.settings.reference_file or ()]
+        paths += self.settings.gguf_files
         return {**super().inputs(), **{f"file {path}": file_sha256(path) for path in paths}}
 
     def load(self) -> None:
-        """The model, dense too for plain transformers, and the prompt.
+        """A model for every format, a dense one too for plain transformers, and the prompt.
 
-        Raises ``ConfigError`` for one longer than the model's context.
+        Raises ``ConfigError`` for a prompt longer than the model's context, and for files of
+        another model.
         """
         settings, began = self.settings, time.perf_counter()
-        loaded = LoadedModel(settings.weights, *load_model(settings, self.ui)[:2])
-        self.main = loaded.kind.lower() if loaded.blocks else DENSE
-        models = {self.main: loaded}
-        if loaded.blocks:
-            dense = settings.model_copy(update={"weights": DENSE})
-            models[DENSE] = LoadedModel(DENSE, *load_model(dense, self.ui)[:2])
+        models: dict[str, LoadedModel] = {}
+        for weights in settings.weights:
+            loaded = self._load(weights)
+            name = Path(weights).stem if is_file(weights) else weights
+            if weights == "auto":
+                name = loaded.kind.lower() if loaded.blocks else DENSE
+            if name in models:
+                raise ConfigError(f"--weights has two formats named {name}: rename a file")
+            models[name] = loaded
+        self.bases = dict.fromkeys(models, TRANSFORMERS)
+        self.main = DENSE if DENSE in models else next(iter(models))
+        if all(loaded.blocks for loaded in models.values()):
+            models[DENSE] = self._load(DENSE)
+        vocabularies = {n: m.model.config.get_text_config().vocab_size for n, m in models.items()}
+        if len(set(vocabularies.values())) > 1:
+            sizes = ", ".join(f"{name} ({size:,})" for name, size in vocabularies.items())
+            raise ConfigError(f"these differ in vocabulary: {sizes}; give files of one model")
         self.take_models(models, self.main, settings.prompt_tokens + settings.tokens + WARM)
         if self.bench:
             self.find_files()
         self.timing["load_s"] = time.perf_counter() - began
         self.ids = prompt_ids(self.model, self.tokenizer, settings.prompt_tokens)
 
+    def _load(self, weights: str) -> LoadedModel:
+        """The model in a format, or the GGUF file that replaces it."""
+        file = {"weights": "file", "model": weights}
+        changes = file if is_file(weights) else {"weights": weights}
+        settings = self.settings.model_copy(update=changes)
+        return LoadedModel(weights, *load_model(settings, self.ui)[:2])
+
     def find_files(self) -> None:
-        """The GGUF files that llama.cpp reads; raises ``ConfigError`` where there is none."""
+        """The GGUF files that llama.cpp reads, the model's own and those of ``--weights``.
+
+        Raises ``ConfigError`` where there is none.
+        """
         settings = self.settings
-        paths = [Path(name).expanduser() for name in settings.reference_file or (settings.model,)]
-        if not settings.reference_file and is_default(settings.model):
-            folder = default_folder(cache_folder(settings.cache_dir), progress=self.ui.say)
-            paths = [folder / Path(MEMBER).name]
-        if not all(path.is_file() for path in paths):
+        paths = [Path(name).expanduser() for name in settings.reference_file or ()]
+        if not paths:
+            model = Path(settings.model).expanduser()
+            if is_default(settings.model):
+                folder = default_folder(cache_folder(settings.cache_dir), progress=self.ui.say)
+                model = folder / Path(MEMBER).name
+            paths = [path for path in (model, *settings.gguf_files) if path.is_file()]
+        if not paths:
             raise ConfigError(
                 f"{settings.name} is not a GGUF file, which {LLAMA_CPP} needs: give it, or "
                 "--reference-file"
@@ -346,18 +382,23 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         self.files = {f"{LLAMA_CPP} {name}": f for name, f in zip(names, files, strict=True)}
 
     def find_candidates(self) -> None:
-        """The untouched model, dense (native), all methods that can run, and llama.cpp."""
+        """The untouched model, dense (native) and all methods per format, and llama.cpp."""
         on_gpu = torch.device(self.model.device).type == "cuda"
         executor = {"executor": "cuda" if on_gpu else "native"}
-        native = make_candidate(PruneConfig.build(DENSE, **executor), self.main)
-        rows = [native, *speed_grid(self.settings, self.main)]
+        unpacked = next(name for name, loaded in self.models.items() if not loaded.blocks)
+        self.candidates = [Candidate(TRANSFORMERS, weights=unpacked)]
         self.makers[TRANSFORMERS] = lambda: None
-        self.candidates = [
-            Candidate(TRANSFORMERS, weights=DENSE),
-            *(row for row in rows if self.make_ready(row)),
-            *(Candidate(n, weights=f.kind, file=f.path) for n, f in self.files.items()),
-        ]
-        self.base = native.label if native.label in self.makers else TRANSFORMERS
+        for name in self.bases:
+            loaded = self.models[name]
+            stored = name if loaded.blocks else loaded.dtype
+            suffix = f", {stored}" if len(self.bases) > 1 else ""
+            native = make_candidate(PruneConfig.build(DENSE, **executor), name, suffix)
+            rows = [native, *speed_grid(self.settings, name, suffix)]
+            self.candidates += [row for row in rows if self.make_ready(row)]
+            if native.label in self.makers:
+                self.bases[name] = native.label
+        files = self.files.items()
+        self.candidates += [Candidate(n, weights=f.kind, file=f.path) for n, f in files]
 
     def units(self) -> Iterator[Unit]:
         self.find_candidates()
@@ -384,10 +425,15 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
     def summarise(self) -> dict[str, Any]:
         facts = self.facts()
         for name, one in facts["formats"].items():
-            one["weights"] = self._sizes(self.models[name].model)
-        kind = self.models[self.main].kind
+            one |= {"base": self.bases.get(name), "weights": self._sizes(self.models[name].model)}
+        named = {path: path.stem for path in self.settings.gguf_files}
+        kinds = {self.models[name].kind: name for name in reversed(self.bases)}
         reference = {
-            label: {"file": f.path.name, "bytes": f.bytes, "comparable": f.kind == kind}
+            label: {
+                "file": f.path.name,
+                "bytes": f.bytes,
+                "format": named.get(f.path, kinds.get(f.kind)),
+            }
             for label, f in self.files.items()
         }
         position = facts["formats"][self.main]["weights"]["cache_bytes_per_position"]
@@ -396,7 +442,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
             "reference": reference,
             "reference_cache_bytes": position * CACHE_BYTES / self.model.dtype.itemsize,
             "main": self.main,
-            "base": self.base,
+            "base": self.bases[self.main],
             "orders": [one["order"] for one in self.repetitions],
         }
         samples = {row.label: self.samples(row.label) for row in self.candidates}

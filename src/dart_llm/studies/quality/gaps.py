@@ -211,7 +211,7 @@ COLUMNS = (
 
 def tables(rows: Sequence[Row], about: str) -> list[Table]:
     """A table per task; ``about``: how it was measured."""
-    look: dict[str, Any] = {"nothing": "", "tight": True, "fields": keys_of(rows)}
+    look: dict[str, Any] = {"nothing": "", "fields": keys_of(rows)}
     return [
         Table(f"quality-{task}", f"{task}: {about}", COLUMNS, members, **look)
         for task, members in grouped(rows, lambda row: row["task"]).items()
