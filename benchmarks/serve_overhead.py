@@ -137,7 +137,7 @@ def _library(service: Service, engine: Engine, body: dict[str, Any]) -> list[flo
         if isinstance(record, Token) and record.text:
             times.append(time.perf_counter() - began)
 
-    ask = service.reader.request(ChatBody.model_validate(body), "", "")
+    (ask,) = service.reader.requests(ChatBody.model_validate(body), "", "")
     engine.run(ask, emit)
     return times
 

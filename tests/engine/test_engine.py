@@ -15,7 +15,7 @@ from dart_llm.engine import request as requests
 from dart_llm.engine.engine import Engine
 from dart_llm.engine.request import mask_record
 from dart_llm.engine.requests import GenerationRequest as Ask
-from dart_llm.engine.requests import Mask, Sampling, Token
+from dart_llm.engine.requests import Mask, Sampling, Scores, Token
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.patching.watch import Watch
 from dart_llm.pruning.config import PruneConfig
@@ -118,7 +118,7 @@ def test_the_raster_is_the_mask(engine):
     assert mask.raster == (bytes([128] * WIDTH),) * LAYERS
 
 
-def test_logprobs_are_those_of_a_plain_forward(engine):
+def test_logprobs_are_those_of_a_plain_forward(engine, monkeypatch):
     answer, records = ask(engine, new=12, logprobs=3, temperature=1.5, seed=4)
     whole = torch.tensor([[*PROMPT, *answer.tokens[0]]])
     with torch.no_grad():
@@ -126,6 +126,19 @@ def test_logprobs_are_those_of_a_plain_forward(engine):
     for token, row in zip(made_of(records), torch.log_softmax(logits, -1), strict=True):
         assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
         assert [top.id for top in token.top] == row.topk(3).indices.tolist()
+    monkeypatch.setattr(requests, "SCORED_PIECE", 7)
+    sampling = Sampling(0, logprobs=3, prompt_logprobs=True)
+    answer = engine.run(Ask(PROMPT, sampling), records.append)
+    assert answer.finish == ("length",) and answer.usage.completion_tokens == 0
+    with torch.no_grad():
+        rows = torch.log_softmax(own_model()(torch.tensor([PROMPT])).logits[0, :-1], -1)
+    (scores,) = (record for record in records if isinstance(record, Scores))
+    values = [float(row[id]) for id, row in zip(PROMPT[1:], rows, strict=True)]
+    assert scores.logprobs[0] is None and scores.logprobs[1:] == pytest.approx(values, abs=1e-4)
+    assert [[o.id for o in top] for top in scores.top[1:]] == rows.topk(3).indices.tolist()
+    for more in ({"config": half()}, {"conversation": "a"}):
+        with pytest.raises(ConfigError, match=r"dense model|leave the conversation out"):
+            Ask(PROMPT, sampling, **more)
     assert all(record.top is None for record in made_of(ask(engine)[1]))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from dart_llm.engine.requests import Done, Likely, PromptToken, Start, Timings, Token, Usage
+from dart_llm.engine.requests import Done, Likely, PromptToken, Scores, Start, Timings, Token, Usage
 from dart_llm.pruning.records import RunReport
 from dart_llm.server.app import build
 from dart_llm.server.run import Server, bind, server_config
@@ -97,6 +97,10 @@ class FakeEngine:
         method, share = ("dense", 0.0) if config is None else (config.method, config.target)
         prompt = tuple(PromptToken(one, chr(one)) for one in ask.ids)
         emit(Start(ask.id, "fake-model", method, share, {}, "masked", 1, (8,), prompt))
+        if sampling.prompt_logprobs:  # -1 / its id for each token after the first
+            top = tuple(Likely(i, f"t{i}", -0.001 - i) for i in range(sampling.logprobs))
+            values = [-1 / token for token in ask.ids[1:]]
+            emit(Scores((None, *values), ((), *[top] * len(values))))
         texts, finish = [""] * sampling.n, ["length"] * sampling.n
         for index in range(sampling.max_tokens):
             self.index = index

@@ -104,6 +104,33 @@ def test_a_completion_and_its_stream(server):
     assert [c["logprobs"]["text_offset"] for c in parts[:3]] == [[0], [3], [6]]
 
 
+def test_several_prompts_with_echo(server):
+    body = {"prompt": ["ab", "c"], "echo": True, "max_tokens": 2, "n": 2}
+    plain = post(server, TEXT_URL, **body).json()
+    scored = {**body, "logprobs": 1, "dart": {"method": "dense"}}
+    whole = post(server, TEXT_URL, **scored).json()
+    read = post(server, TEXT_URL, **{**scored, "max_tokens": 0}).json()
+    for answer in (plain, whole):
+        texts = [choice["text"] for choice in answer["choices"]]
+        assert texts == ["abw0 w1 ", "abww0 ww1 ", "cw0 w1 ", "cww0 ww1 "]
+    assert plain["choices"][0]["logprobs"] is None
+    assert whole["choices"][0]["logprobs"] == {
+        "tokens": ["a", "b", "w0 ", "w1 "],
+        "token_logprobs": [None, -1 / 98, -0.5, -0.5],
+        "top_logprobs": [None, {"t0": -0.001}, {"t0": -1.0}, {"t0": -1.0}],
+        "text_offset": [0, 1, 2, 5],
+    }
+    assert [choice["text"] for choice in read["choices"]] == ["ab", "ab", "c", "c"]
+    assert read["choices"][0]["logprobs"]["token_logprobs"] == [None, -1 / 98]
+    assert whole["usage"]["prompt_tokens"] == 3 and read["usage"]["completion_tokens"] == 0
+    assert [one["prompt_n"] for one in whole["timings"]] == [2, 1] and len(whole["dart"]) == 2
+    *chunks, last, done = events(post(server, TEXT_URL, **scored, **STREAM).text)
+    assert done is None and None not in chunks and last["usage"] == whole["usage"]
+    for choice in whole["choices"]:
+        parts = choices_of(chunks, choice["index"])
+        assert "".join(c["text"] for c in parts) == choice["text"]
+
+
 def test_every_field_reaches_the_engine(server):
     parts = [{"type": "text", "text": "a"}]
     request = request_of(
@@ -141,7 +168,7 @@ def test_every_field_reaches_the_engine(server):
 
 IDLE = {"method": "dart-token", "drift": "paper"}
 LONG, WRONG, METHOD = "context_length_exceeded", "invalid_value", "dart.method"
-NOT_READY, UNSUPPORTED = "method_not_ready", "unsupported_parameter"
+NOT_READY, KEPT = "method_not_ready", {"dart": {"conversation": "c"}}
 UNREADY = "--methods griffin,dart,glass, or use method griffin or dart (GET /api/methods"
 REFUSED = [
     (CHAT_URL, {**CHAT, "model": "gpt"}, "'gpt' is not served here", "model", "model_not_found"),
@@ -152,15 +179,10 @@ REFUSED = [
     (CHAT_URL, {**CHAT, "dart": {"method": "glass"}}, UNREADY, METHOD, NOT_READY),
     (CHAT_URL, {**CHAT, "dart": IDLE}, "so no mask grows stale: leave", "dart", WRONG),
     (CHAT_URL, {**CHAT, "n": 2, "dart": {"conversation": "c"}}, "ask for n 1", None, WRONG),
-    (TEXT_URL, {"prompt": ["a", "b"]}, "give one prompt", "prompt", WRONG),
+    (TEXT_URL, {"prompt": ["a"] * 65}, "65 prompts are too many: at most 64", "prompt", WRONG),
+    (TEXT_URL, {"prompt": ["a", "b"], **KEPT}, "give one", "dart.conversation", WRONG),
+    (TEXT_URL, {"prompt": "a", "echo": True, "logprobs": 1}, 'ask for method "dense"', None, WRONG),
     (TEXT_URL, {"prompt": [""]}, "the prompt is empty", "prompt", WRONG),
-    (
-        TEXT_URL,
-        {"prompt": "a", "echo": True},
-        "does not support echo",
-        "echo",
-        "unsupported_parameter",
-    ),
     (TEXT_URL, {"prompt": [1, 256]}, "token ids must lie in 0 to 255", "prompt", WRONG),
     (TEXT_URL, {"prompt": "a" * 4096}, "has 4096, which leaves no room", None, LONG),
     (TEXT_URL, {"prompt": "a" * 4097}, "is 4096 tokens, but the prompt", None, LONG),
@@ -210,6 +232,7 @@ def test_other_routes(server):
     assert values['requests_total{route="/v1/chat/completions",status="200"}'] >= 1
     assert values['generated_tokens_total{phase="pruned"}'] >= 3
     assert values["prompt_tokens_total"] % 2**20 > 0  # every digit is kept
+    assert values["queue_seconds_count"] == values["first_token_seconds_count"] >= 1
     with running(method="griffin", methods=None) as other, other.client() as client:
         prompts = client.get("/api/prompts").json()["prompts"]
     assert not any("dart" in prompt for prompt in prompts)  # this server has no masks for them

@@ -1,4 +1,4 @@
-"""OpenAI's client, and many clients at once, against real models."""
+"""OpenAI's client, lm-eval's, and many clients at once, against real models."""
 
 import openai
 import pytest
@@ -8,6 +8,7 @@ from dart_llm.engine.engine import Engine
 from dart_llm.engine.requests import GenerationRequest as Ask
 from dart_llm.engine.requests import Sampling
 from engine_cases import tokenizer
+from lm_cases import loaded, place
 from serve_cases import running_model
 from steps import Same
 from tiny import tiny, tokens
@@ -61,6 +62,29 @@ def test_answers(client):
         with pytest.raises(kind) as caught:
             chat(client, **options)
         assert caught.value.param == param and caught.value.request_id.startswith("req_")
+
+
+def test_lm_evals_client_scores_as_its_own_model_does():
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    def answers(model, **options):
+        manager = TaskManager(include_path=str(place() / "tasks"), include_defaults=False)
+        fixed = {"tasks": ["tiny_choice"], "task_manager": manager, "bootstrap_iters": 0}
+        samples = simple_evaluate(model=model, **fixed, **options)["samples"]["tiny_choice"]
+        resps = [one["resps"] for one in sorted(samples, key=lambda one: one["doc_id"])]
+        return [tuple(answer[0]) for sample in resps for answer in sample]
+
+    model, words = loaded()
+    wanted = answers(HFLM(model, tokenizer=words, batch_size=1, device="cpu"))
+    with running_model(model, words, method="dense") as server:
+        to = {"model": server.service.facts.name, "base_url": f"{server.url}/v1/completions"}
+        to |= {"tokenizer": str(place() / "model"), "tokenizer_backend": "huggingface"}
+        to |= {"max_length": 500, "max_retries": 1, "num_concurrent": 3}
+        found = answers("local-completions", model_args=to, batch_size=2)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    assert [one for one, _ in found] == pytest.approx([one for one, _ in wanted], abs=1e-4)
 
 
 DARTS = [

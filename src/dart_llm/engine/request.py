@@ -22,6 +22,7 @@ from dart_llm.engine.requests import (
     PromptToken,
     Record,
     Sampling,
+    Scores,
     Start,
     Timings,
     Token,
@@ -40,6 +41,7 @@ from dart_llm.session.run import BoundMethod
 BINS = 96  # groups of neighbouring neurons in a mask's raster, where layers have so many
 COLDEST = 1e-30  # the lowest temperature: in float32 lower ones would be 0
 PIECE = 512  # prompt tokens per forward: between two a request can be cancelled
+SCORED_PIECE = 64  # the same where the logits of all are needed, a vocabulary of numbers each
 
 Emit = Callable[[Record], None]
 
@@ -222,13 +224,13 @@ class Request:
     ) -> None:
         self.host, self.method, self.ask, self._pieces, self._name = host, method, ask, pieces, name
         sampling, context = ask.sampling, host.context
-        room = sampling.max_tokens if context is None else context - len(ask.ids) + 1
+        room = math.inf if context is None else context - len(ask.ids) + 1
         if room < 1:
             raise ConfigError(
                 f"the prompt has {len(ask.ids)} tokens and the model's context holds {context}: "
                 "shorten it"
             )
-        limit = min(sampling.max_tokens, room)
+        limit = int(min(sampling.max_tokens, room))
         self._rows = [Row(host.tokenizer, sampling.stop, ends, limit) for _ in range(sampling.n)]
         self._sampler = Sampler(sampling)
         self._widths = [layer.width for layer in method.layers]
@@ -278,14 +280,28 @@ class Request:
         )
 
     def _read_prompt(self) -> Tensor | None:
-        """Logits [rows, V] of the first token, None when the request was cancelled."""
-        ids, logits = self.ask.ids, None
-        for start in range(self._cached, len(ids), PIECE):
+        """Logits [rows, V] of the first token, None where it is cancelled or not wanted."""
+        ids, sampling, logits = self.ask.ids, self.ask.sampling, None
+        scored, scores = sampling.prompt_logprobs, list[tuple[float, tuple[Likely, ...]]]()
+        size = SCORED_PIECE if scored else PIECE
+        for start in range(self._cached, len(ids), size):
             if self._cancelled():
                 return None
-            piece = torch.tensor([ids[start : start + PIECE]] * len(self._rows))
-            logits = self._forward(piece, logits_to_keep=1)[:, -1]
-        return logits
+            piece = torch.tensor([ids[start : start + size]] * len(self._rows))
+            every = self._forward(piece, logits_to_keep=0 if scored else 1)
+            logits = every[:, -1]
+            if scored:
+                following = ids[start + 1 : start + 1 + size]
+                pairs = logprobs(every[0, : len(following)], following, sampling.logprobs or 0)
+                scores += map(self._likely, pairs)
+        if scored:
+            values, tops = [value for value, _ in scores], [top for _, top in scores]
+            self._emit(Scores((None, *values), ((), *tops)))
+        if sampling.max_tokens:
+            return logits
+        for row in self._rows:
+            row.finish = "length"
+        return None
 
     def _decode(self) -> Tensor:
         """Feed the last token of each row; logits [rows, V]."""
@@ -346,7 +362,7 @@ class Request:
     def _result(self) -> Done:
         rows, first = self._rows, self._first_time or time.perf_counter()
         decoded = sum(max(0, len(row.tokens) - 1) for row in rows)
-        read, decoding = len(self.ask.ids) - self._cached, self._last_time - first
+        read, decoding = len(self.ask.ids) - self._cached, max(0.0, self._last_time - first)
         return Done(
             self._name,
             tuple(row.finish or "" for row in rows),

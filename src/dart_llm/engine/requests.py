@@ -1,7 +1,8 @@
 """Requests to an engine, the records that it emits while one runs, and the results.
 
-Every request gives one ``start``, then ``token``, ``check``, ``remask`` and ``mask`` records as
-things happen, and one ``done`` or ``error``.  ``to_dict`` gives JSON-able data with a ``kind``.
+Every request gives one ``start``, maybe ``scores``, then ``token``, ``check``, ``remask`` and
+``mask`` records as things happen, and one ``done`` or ``error``.  ``to_dict`` gives JSON-able data
+with a ``kind``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Sampling:
     probability.  ``seed``: the same one gives the same answer; None: another at every request.
     ``n``: answers, decoded as one batch that shares its masks.  ``stop``: strings that end an
     answer, which does not include them.  ``logprobs``: k for the log-probabilities of the sampled
-    token and of the k likeliest, before temperature; None for none.
+    token and of the k likeliest, before temperature; None for none.  ``prompt_logprobs``: those of
+    the prompt's tokens too; ``max_tokens`` may then be 0.
     """
 
     max_tokens: int = 256
@@ -35,12 +37,15 @@ class Sampling:
     n: int = 1
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        count = self.logprobs
+        count, fewest = self.logprobs, 0 if self.prompt_logprobs else 1
+        if self.prompt_logprobs and count is None:
+            raise ConfigError("prompt_logprobs requires logprobs: give their number, 0 or more")
         valid_stop = len(self.stop) <= MAX_STOPS and all(self.stop)
         for name, valid, expected in (
-            ("max_tokens", self.max_tokens >= 1, "1 or more"),
+            ("max_tokens", self.max_tokens >= fewest, f"{fewest} or more"),
             ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "an integer of 64 bits"),
@@ -72,6 +77,15 @@ class GenerationRequest:
             raise ConfigError("the prompt has no token")
         if self.conversation is not None and self.sampling.n > 1:
             raise ConfigError("a conversation continues one answer: ask for n 1")
+        if self.sampling.prompt_logprobs and self.config is not None:
+            raise ConfigError(
+                "a prompt is read by the dense model, so its log-probabilities are those of the "
+                'dense model: ask for method "dense"; dart-llm eval scores pruned models'
+            )
+        if self.sampling.prompt_logprobs and self.conversation is not None:
+            raise ConfigError(
+                "prompt_logprobs needs the whole prompt read: leave the conversation out"
+            )
 
 
 def _plain(value: Any) -> Any:
@@ -125,6 +139,19 @@ class Likely:
     id: int
     text: str
     logprob: float
+
+
+@dataclass(frozen=True)
+class Scores(_Record):
+    """Log-probabilities of the prompt's tokens, if they were requested.
+
+    ``logprobs``: nats, given all tokens before; None for the first one.  ``top``: the likeliest
+    tokens in its position; none for the first one.
+    """
+
+    kind: ClassVar[str] = "scores"
+    logprobs: tuple[float | None, ...]
+    top: tuple[tuple[Likely, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -253,5 +280,5 @@ class Failed(_Record):
     message: str
 
 
-Record = Start | Token | Check | Masked | Mask | Done | Failed
+Record = Start | Scores | Token | Check | Masked | Mask | Done | Failed
 """What an engine emits."""

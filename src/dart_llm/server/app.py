@@ -357,11 +357,11 @@ async def _answer(
     """The answer in OpenAI's form, or in ``shape``."""
     client, request_id = request.scope["dart"]["client"], request.scope["dart"]["request_id"]
     async with service.reading:
-        ask = await asyncio.to_thread(service.reader.request, body, request_id, client)
-    if service.settings.log_prompts:
+        asks = await asyncio.to_thread(service.reader.requests, body, request_id, client)
+    for ask in asks if service.settings.log_prompts else ():
         logger.warning("%s asks %r", ask.id, service.reader.tokenizer.decode(list(ask.ids)))
-    shape = shape or Format(body, service.facts.name, ask.sampling)
-    chunks = _answer_bytes(service, QueuedRequest(ask, client), shape)
+    shape = shape or Format(body, service.facts.name, asks[0].sampling, len(asks))
+    chunks = _answer_bytes(service, QueuedRequest(asks, client), shape)
     kind = "text/event-stream" if shape.streams else "application/json"
     # proxies such as nginx would collect a stream before they send it
     return Streamed(chunks, media_type=kind, headers={"x-accel-buffering": "no"})

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from secrets import token_hex
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -22,8 +22,10 @@ from dart_llm.data.texts import chat_text, is_text
 from dart_llm.engine.requests import (
     Done,
     GenerationRequest,
+    Likely,
     Record,
     Sampling,
+    Scores,
     Start,
     Token,
 )
@@ -94,7 +96,7 @@ IGNORED = (
 """Fields of OpenAI that cannot change what this server answers."""
 
 UNSUPPORTED = (
-    "audio best_of echo frequency_penalty function_call functions logit_bias modalities prediction "
+    "audio best_of frequency_penalty function_call functions logit_bias modalities prediction "
     "presence_penalty response_format suffix tool_choice tools web_search_options"
 ).split()
 """Fields of OpenAI that are refused unless their value has no effect."""
@@ -193,9 +195,13 @@ class ChatBody(Common):
 
 
 class CompletionBody(Common):
-    """Body of ``POST /v1/completions``; ``prompt``: a text or token ids, or a list of one."""
+    """Body of ``POST /v1/completions``; ``prompt``: a text or token ids, or a list of these.
+
+    ``echo``: the answer begins with the prompt, in ``logprobs`` too.
+    """
 
     prompt: str | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)]
+    echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
@@ -258,14 +264,14 @@ class RequestReader:
         """Tokens of the longest prompt; None: unknown."""
         self._default = settings.prune_config()
 
-    def request(self, body: Common, request_id: str, client: str) -> GenerationRequest:
-        """What the engine gets; raises ``APIError`` for what cannot be served."""
+    def requests(self, body: Common, request_id: str, client: str) -> list[GenerationRequest]:
+        """One request to the engine per prompt; raises ``APIError`` for what cannot be served."""
         if body.model is not None and body.model not in self.names:
             text = f"the model {body.model!r} is not served here: use {self.names[0]!r}"
             raise APIError(404, text, "model", "model_not_found")
         config = self.config(body.dart)
         if isinstance(body, ChatBody):
-            ids = self._chat_ids(body.messages)
+            prompts, scored = [self._chat_ids(body.messages)], False
             newer = body.max_completion_tokens
             max_tokens = body.max_tokens if newer is None else newer
             if body.top_logprobs and not body.logprobs:
@@ -273,13 +279,21 @@ class RequestReader:
             logprobs = (body.top_logprobs or 0) if body.logprobs else None
         else:
             assert isinstance(body, CompletionBody)
-            ids = self._completion_ids(body.prompt)
+            prompts = self._completion_ids(body)
             max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-            logprobs = body.logprobs
+            logprobs, scored = body.logprobs, bool(body.echo) and body.logprobs is not None
         conversation = _conversation(body, client, config)
         try:
-            sampling = self._sampling(body, len(ids), max_tokens, logprobs)
-            return GenerationRequest(ids, sampling, config, conversation, request_id)
+            return [
+                GenerationRequest(
+                    ids,
+                    self._sampling(body, len(ids), max_tokens, logprobs, scored),
+                    config,
+                    conversation,
+                    request_id,
+                )
+                for ids in prompts
+            ]
         except ConfigError as error:
             raise APIError(400, str(error)) from None
 
@@ -297,16 +311,20 @@ class RequestReader:
             raise APIError(400, reason, "messages") from None
         return self._ids(text, add_special_tokens=False)
 
-    def _completion_ids(self, prompt: Any) -> tuple[int, ...]:
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise APIError(400, "give one prompt, and each in a request of its own", "prompt")
-            (prompt,) = prompt
-        if isinstance(prompt, str):
-            return self._ids(prompt)
-        if any(not 0 <= id < self.vocabulary for id in prompt):
-            raise APIError(400, f"token ids must lie in 0 to {self.vocabulary - 1}", "prompt")
-        return tuple(prompt)
+    def _completion_ids(self, body: CompletionBody) -> list[tuple[int, ...]]:
+        prompts: Any = body.prompt
+        limit = self.settings.max_prompts
+        if isinstance(prompts, str) or all(isinstance(part, int) for part in prompts):
+            prompts = [prompts]
+        if len(prompts) > limit:
+            raise APIError(400, f"{len(prompts)} prompts are too many: at most {limit}", "prompt")
+        if len(prompts) > 1 and body.dart and body.dart.conversation:
+            text = "a conversation continues one prompt: give one"
+            raise APIError(400, text, "dart.conversation")
+        for ids in prompts:
+            if not isinstance(ids, str) and any(not 0 <= id < self.vocabulary for id in ids):
+                raise APIError(400, f"token ids must lie in 0 to {self.vocabulary - 1}", "prompt")
+        return [self._ids(one) if isinstance(one, str) else tuple(one) for one in prompts]
 
     def _ids(self, text: str, **options: Any) -> tuple[int, ...]:
         """Token ids of ``text``.
@@ -327,25 +345,28 @@ class RequestReader:
         return tuple(self.tokenizer(text, verbose=False, **options).input_ids)
 
     def _sampling(
-        self, body: Common, prompt: int, requested: int | None, logprobs: int | None
+        self, body: Common, prompt: int, requested: int | None, logprobs: int | None, scored: bool
     ) -> Sampling:
         settings, n = self.settings, body.n or 1
         if n > settings.max_choices:
             raise APIError(400, f"n {n} is too large: at most {settings.max_choices}", "n")
-        tokens = self._max_tokens(prompt, requested)
+        tokens = self._max_tokens(prompt, requested, scored)
         temperature = settings.temperature if body.temperature is None else body.temperature
         top_p = 1.0 if body.top_p is None else max(SMALLEST_TOP_P, body.top_p)
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or ()
-        return Sampling(tokens, temperature, top_p, body.seed, n, tuple(stops), logprobs)
+        return Sampling(tokens, temperature, top_p, body.seed, n, tuple(stops), logprobs, scored)
 
-    def _max_tokens(self, prompt: int, requested: int | None) -> int:
+    def _max_tokens(self, prompt: int, requested: int | None, scored: bool) -> int:
         """Tokens of the answer after ``prompt`` tokens: as many as requested, if they fit."""
         if not prompt:
             raise APIError(400, "the prompt is empty: give at least one word", "prompt")
         if self.longest is not None and prompt > self.longest:
             raise _too_long(self.longest, str(prompt))
+        if requested == 0 and scored:
+            return 0
         if requested == 0:
-            raise APIError(400, "max_tokens 0 asks for no answer: give 1 or more", "max_tokens")
+            text = "max_tokens 0 asks for no answer: give 1 or more, or echo with logprobs"
+            raise APIError(400, text, "max_tokens")
         room = self.settings.max_tokens
         if self.context is not None:
             room = min(room, self.context - prompt)
@@ -457,7 +478,15 @@ class RecordFormat:
         return sse({"kind": "error", "message": error.message})
 
 
-def _chat_logprobs(tokens: Sequence[Token]) -> Json:
+class PromptScore(NamedTuple):
+    """A token of the prompt as a ``Token`` has it; nothing predicts the first."""
+
+    piece: str
+    logprob: float | None
+    top: tuple[Likely, ...]
+
+
+def _chat_logprobs(tokens: Sequence[Token | PromptScore]) -> Json:
     """``logprobs`` of a choice of a chat completion."""
 
     def entry(text: str, logprob: float | None) -> Json:
@@ -474,11 +503,14 @@ def _chat_logprobs(tokens: Sequence[Token]) -> Json:
     return {"content": content, "refusal": None}
 
 
-def _text_logprobs(tokens: Sequence[Token], offset: int) -> Json:
+def _text_logprobs(tokens: Sequence[Token | PromptScore], offset: int) -> Json:
     """``logprobs`` of a choice of a completion; ``offset``: characters before the first token."""
     lengths = (len(token.piece) for token in tokens)
     # of two tokens with one text, such as halves of characters, the likelier one stays
-    tops = [{likely.text: likely.logprob for likely in reversed(t.top or ())} for t in tokens]
+    tops = [
+        None if t.logprob is None else {one.text: one.logprob for one in reversed(t.top or ())}
+        for t in tokens
+    ]
     return {
         "tokens": [token.piece for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
@@ -489,23 +521,34 @@ def _text_logprobs(tokens: Sequence[Token], offset: int) -> Json:
 
 @dataclass
 class Choice:
-    """One of the answers: its text so far, and its tokens, of which ``sent`` were sent."""
+    """One of the answers: its text so far, and its tokens, of which ``sent`` were sent.
 
+    ``echo``: the prompt, where the answer repeats it.
+    """
+
+    echo: str = ""
     text: str = ""
     sent: int = 0
-    tokens: list[Token] = field(default_factory=list)
+    tokens: list[Token | PromptScore] = field(default_factory=list)
 
 
 class Format:
-    """Builds one of OpenAI's answers from records, whole or as a stream of chunks."""
+    """Builds one of OpenAI's answers from records, whole or as a stream of chunks.
 
-    def __init__(self, body: Common, model: str, sampling: Sampling) -> None:
+    With several ``prompts`` the choices of one come after those of the one before.
+    """
+
+    def __init__(self, body: Common, model: str, sampling: Sampling, prompts: int = 1) -> None:
         self.chat = isinstance(body, ChatBody)
         self.streams = bool(body.stream)
         self.with_usage = (body.stream_options or {}).get("include_usage", False)
         self.scored = sampling.logprobs is not None
-        self.choices = [Choice() for _ in range(sampling.n)]
-        self.done: Done | None = None
+        self.echo = isinstance(body, CompletionBody) and bool(body.echo)
+        self.n, self.prompts = sampling.n, prompts
+        self.choices = [Choice() for _ in range(sampling.n * prompts)]
+        self.done: list[Done] = []
+        """Of each prompt that was answered."""
+        self._prompt: list[str] = []
         name = f"{'chatcmpl' if self.chat else 'cmpl'}-{token_hex(12)}"
         kind = "chat.completion" if self.chat else "text_completion"
         kind += ".chunk" if self.chat and self.streams else ""
@@ -516,7 +559,7 @@ class Format:
         chunks = []
         if isinstance(record, Start) and self.chat:
             opening = {"delta": {"role": "assistant", "content": ""}}
-            chunks += [self._chunk(index, opening) for index in range(len(self.choices))]
+            chunks += [self._chunk(index, opening) for index in self._current()]
         for index, text in self._new_texts(record):
             choice = self.choices[index]
             logprobs = self._logprobs(choice.tokens[choice.sent :], len(choice.text))
@@ -524,22 +567,24 @@ class Format:
             choice.text += text
             choice.sent = len(choice.tokens)
         if isinstance(record, Done):
-            self.done = record
-            chunks += self._last_chunks(record)
+            current = self._current()
+            self.done.append(record)
+            chunks += self._last_chunks(current, record)
         return b"".join(chunks) if self.streams else b""
 
     def end(self) -> bytes:
         """The whole answer; nothing at the end of a stream."""
         if self.streams:
             return b""
-        if self.done is None:
+        if len(self.done) != self.prompts:
             raise RuntimeError("the engine ended an answer without a done record")
+        reasons = [reason for done in self.done for reason in done.finish]
         choices = [
             {
                 "index": index,
                 **self._content(choice.text, whole=True),
                 "logprobs": self._logprobs(choice.tokens[: choice.sent], 0),
-                "finish_reason": self.done.finish[index],
+                "finish_reason": reasons[index],
             }
             for index, choice in enumerate(self.choices)
         ]
@@ -556,33 +601,58 @@ class Format:
             return {"message": {"role": "assistant", "content": text, "refusal": None}}
         return {"delta": {"content": text}}
 
-    def _logprobs(self, tokens: Sequence[Token], offset: int) -> Json | None:
+    def _logprobs(self, tokens: Sequence[Token | PromptScore], offset: int) -> Json | None:
         if not self.scored:
             return None
         return _chat_logprobs(tokens) if self.chat else _text_logprobs(tokens, offset)
 
+    def _current(self) -> range:
+        """The choices of the prompt that is being answered."""
+        first = self.n * len(self.done)
+        return range(first, first + self.n)
+
     def _new_texts(self, record: Record) -> list[tuple[int, str]]:
         """The choices that have new text with this record, and the text."""
         if isinstance(record, Token):
-            self.choices[record.choice].tokens.append(record)
-            return [(record.choice, record.text)] if record.text else []
+            index = self._current()[record.choice]
+            self.choices[index].tokens.append(record)
+            return [(index, record.text)] if record.text else []
+        if isinstance(record, Start) and self.echo:
+            self._prompt = [token.text for token in record.prompt]
+            return [] if self.scored else self._echoed([])
+        if isinstance(record, Scores):
+            scores = zip(self._prompt, record.logprobs, record.top, strict=True)
+            return self._echoed([PromptScore(*score) for score in scores])
         if not isinstance(record, Done):
             return []
-        pairs = zip(self.choices, record.texts, strict=True)
-        rests = enumerate(text[len(choice.text) :] for choice, text in pairs)
-        return [(index, rest) for index, rest in rests if rest]
+        rests = []
+        for index, text in zip(self._current(), record.texts, strict=True):
+            choice = self.choices[index]
+            rest = (choice.echo + text)[len(choice.text) :]
+            # with the prompt's scores every token counts, also the one that ends a text
+            if rest or (self.echo and choice.sent < len(choice.tokens)):
+                rests.append((index, rest))
+        return rests
 
-    def _last_chunks(self, record: Done) -> list[bytes]:
-        """The ends of the choices and of the stream."""
-        chunks, extras = [], _accounting(record)
+    def _echoed(self, scores: list[PromptScore]) -> list[tuple[int, str]]:
+        """The prompt as the beginning of each of its choices."""
+        text = "".join(self._prompt)
+        for index in self._current():
+            self.choices[index].echo = text
+            self.choices[index].tokens += scores
+        return [(index, text) for index in self._current()]
+
+    def _last_chunks(self, current: range, record: Done) -> list[bytes]:
+        """The ends of a prompt's choices, and after the last prompt the end of the stream."""
+        ended, chunks, extras = len(self.done) == self.prompts, [], _accounting(self.done)
         usage = extras.pop("usage")
         closing: Json = {"delta": {}} if self.chat else {"text": ""}
-        for index, reason in enumerate(record.finish):
-            last = extras if index == len(record.finish) - 1 else {}
+        for index, reason in zip(current, record.finish, strict=True):
+            last = extras if ended and index == current[-1] else {}
             chunks.append(self._chunk(index, closing, None, reason, last))
-        if self.with_usage:
+        if ended and self.with_usage:
             chunks.append(sse({**self._head, "choices": [], **extras, "usage": usage}))
-        return [*chunks, b"data: [DONE]\n\n"]
+        return [*chunks, b"data: [DONE]\n\n"] if ended else chunks
 
     def _chunk(
         self,
@@ -597,16 +667,24 @@ class Format:
         return sse({**self._head, "choices": [choice], **(extras or {}), **usage})
 
 
-def _accounting(done: Done) -> Json:
-    """``usage`` in OpenAI's names, ``timings`` in llama.cpp's, and ``dart``."""
-    usage = done.usage
+def _accounting(answered: Sequence[Done]) -> Json:
+    """``usage`` of all prompts in OpenAI's names, ``timings`` in llama.cpp's, and ``dart``.
+
+    The last two are lists where there are several prompts.
+    """
+    prompt = sum(done.usage.prompt_tokens for done in answered)
+    completion = sum(done.usage.completion_tokens for done in answered)
+    cached = sum(done.usage.cached_tokens for done in answered)
+    timings = [done.timings.to_dict() for done in answered]
+    accounts = [{name: getattr(done.report, name) for name in ACCOUNTING} for done in answered]
+    single = len(answered) == 1
     return {
         "usage": {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
         },
-        "timings": done.timings.to_dict(),
-        "dart": {name: getattr(done.report, name) for name in ACCOUNTING},
+        "timings": timings[0] if single else timings,
+        "dart": accounts[0] if single else accounts,
     }

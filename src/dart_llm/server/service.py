@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from dart_llm.server.schemas import APIError, RequestReader, is_ready
 from dart_llm.server.settings import ServeSettings
 
 try:
-    from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 except ImportError:
     raise MissingExtra("prometheus-client", "serve") from None
 
@@ -48,12 +48,16 @@ class QueuedRequest:
     """A request in the queue and later on the model; its mailbox gets records of the engine.
 
     A mailbox ends with ``END_OF_STREAM``, or with the ``APIError`` that ended the request.
+    ``prompts``: what the engine runs, one after the other.
     """
 
-    def __init__(self, ask: GenerationRequest, client: str) -> None:
-        self.ask, self.client = ask, client
+    def __init__(self, prompts: Sequence[GenerationRequest], client: str) -> None:
+        self.prompts, self.client = deque(prompts), client
+        self.id = prompts[0].id
         self.mail: asyncio.Queue[Any] = asyncio.Queue()
-        self.started = time.perf_counter()
+        self.submitted = self.started = time.perf_counter()
+        self.answering = False
+        """Whether it has a token."""
         self._loop = asyncio.get_running_loop()
         self._cancelled = threading.Event()
 
@@ -168,14 +172,18 @@ class Worker:
     def _next(self) -> QueuedRequest | None:
         """Wait for the next request; None at the end."""
         with self._changed:
-            self.running = None
+            last, self.running = self.running, None
+            if last and last.prompts and self._stopping:
+                last.cancel(_shutting_down())
+            if last and last.prompts and not last.cancelled():
+                self._queue.append(last)  # so that others come in between
             while not self._queue and not self._stopping:
                 self._changed.wait()
             self.running = self._queue.popleft() if self._queue else None
             return self.running
 
     def _serve(self, queued: QueuedRequest) -> None:
-        """Answer a request; a fault ends it."""
+        """Answer the next prompt of a request; a fault ends the request."""
         queued.started = time.perf_counter()
 
         def emit(record: Record) -> None:
@@ -184,12 +192,13 @@ class Worker:
             self.on_record(queued, record)
 
         try:
-            self.engine.run(queued.ask, emit, queued.cancelled)
-            queued.put(END_OF_STREAM)
+            self.engine.run(queued.prompts.popleft(), emit, queued.cancelled)
+            if not queued.prompts:
+                queued.put(END_OF_STREAM)
         except ConfigError as error:
             queued.cancel(APIError(400, str(error)))
         except Exception as error:
-            queued.cancel(internal_error(queued.ask.id, error, self.log_messages))
+            queued.cancel(internal_error(queued.id, error, self.log_messages))
         self._mean_seconds += 0.2 * (time.perf_counter() - queued.started - self._mean_seconds)
 
 
@@ -219,6 +228,14 @@ COUNTERS = {
 }
 """Counters with their help and labels."""
 
+HISTOGRAMS = {
+    "queue_seconds": "From arrival to the model.",
+    "first_token_seconds": "From arrival to the first token.",
+}
+
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+"""Upper bounds of the histograms' buckets."""
+
 
 class Metrics:
     """The numbers of ``/metrics``."""
@@ -230,6 +247,10 @@ class Metrics:
             name: Counter(name, text, labels, **options)
             for name, (text, *labels) in COUNTERS.items()
         }
+        self.histograms = {
+            name: Histogram(name, text, buckets=SECONDS, **options)
+            for name, text in HISTOGRAMS.items()
+        }
         waiting = Gauge("waiting_requests", "Requests in the queue.", **options)
         waiting.set_function(lambda: worker.waiting)
         running = Gauge("running_requests", "Requests on the model.", **options)
@@ -240,6 +261,10 @@ class Metrics:
         counters = self.counters
         if isinstance(record, Token):
             counters["generated_tokens"].labels(record.phase).inc()
+            if not queued.answering:
+                queued.answering, now = True, time.perf_counter()
+                self.histograms["queue_seconds"].observe(queued.started - queued.submitted)
+                self.histograms["first_token_seconds"].observe(now - queued.submitted)
         elif isinstance(record, Masked):
             counters["masks"].labels(record.remask.cause).inc()
         elif isinstance(record, Done):
@@ -254,7 +279,7 @@ class Metrics:
         return generate_latest(self.registry).decode()
 
 
-LIMITS = ("max_tokens", "max_prompt_tokens", "max_choices", "max_waiting")
+LIMITS = ("max_tokens", "max_prompt_tokens", "max_prompts", "max_choices", "max_waiting")
 """Settings in ``/api/methods``."""
 
 

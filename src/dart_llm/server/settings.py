@@ -37,6 +37,7 @@ class ServeSettings(BaseSettings):
     max_prompt_tokens: int | None = setting(
         LIMITS, "Largest number of tokens per prompt (default: the model's context).", ge=1
     )
+    max_prompts: int = setting(LIMITS, "Prompts per request to /v1/completions.", 64, ge=1)
     max_choices: int = setting(LIMITS, "Largest n.", 4, ge=1)
     max_body_kib: int = setting(LIMITS, "Largest body of a request, KiB.", 1024, ge=1)
     request_timeout: float = setting(
