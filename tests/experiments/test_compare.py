@@ -66,6 +66,10 @@ def test_equal_sparsity_is_the_nearest_griffin_within_a_point(rows):
         late = comparison.rows([*points, one("dart", 0.5, 25, achieved)])[-1]
         assert (late.equal_sparsity.at, late.equal_sparsity.value) == (at, value)
         assert late.verdict(late.to_griffin) == "few differ"
+    proxies = one("dart", 0.5, 25)  # reads what GRIFFIN at 42 % reads
+    proxies["measurement"]["accounting"]["ffn_bytes_share"] = 0.611
+    row = comparison.rows([*points, proxies])[-1]
+    assert (row.equal_sparsity.at, row.equal_bytes.at) == (0.5, pytest.approx(0.611))
 
 
 def test_bytes_are_those_of_compact_where_masking_skips_no_work():
@@ -98,8 +102,7 @@ def test_references_are_of_the_same_seed_model_and_protocol():
     endless["measurement"]["metrics"]["acc"] = None
     found = comparison.rows([one("dense", 0, 20), lost, endless])
     assert len({row.group for row in found}) == 1  # failed cells keep their place
-    errors = [None, "no memory left", "acc is not a finite number"]
-    assert [row.error for row in found] == errors
+    assert [row.error for row in found] == [None, "no memory left", "acc is not a finite number"]
 
 
 @pytest.mark.parametrize(
@@ -165,8 +168,7 @@ def test_each_interval_stands_once_beside_what_ran_dense():
         cut["measurement"]["metrics"]["acc_norm"] = 0.25
     few = comparison.rows(made)
     assert column(few, "acc") == ["0.025 (too few: n = 2) §", "0.000", "0.025 §"]
-    changes = ["–", "-0.500 (too few: n = 2)", "2 of 2 alike"]
-    assert column(few, "against dense") == changes
+    assert column(few, "against dense") == ["–", "-0.500 (too few: n = 2)", "2 of 2 alike"]
     assert column(few, "other metrics") == ["acc_norm 0.25"] * 3
     assert whiskers(axes_of(comparison_report.plots(few)[0])[1]) == []
 
@@ -203,10 +205,8 @@ def test_what_leaks_is_named_measured_on_the_same_items_and_no_headline():
 
 def whiskers(axes):
     """The whiskers of a panel, in its units."""
-    drawn = [
-        segment for one in axes.containers for line in one[2] for segment in line.get_segments()
-    ]
-    return [segment[:, 1].tolist() for segment in drawn if len(segment)]
+    lines = [line for drawn in axes.containers for line in drawn[2]]
+    return [ends[:, 1].tolist() for line in lines for ends in line.get_segments() if len(ends)]
 
 
 def test_one_panel_per_task_and_one_line_per_method(rows):

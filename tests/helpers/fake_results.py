@@ -132,6 +132,7 @@ def config():
         "schema": 1,
         "status": "complete",
         "settings": {"model": "smollm2-135m", "method": "dart", "sparsity": 0.5, "generation": 400},
+        "given": ["sparsity"],
         "prune": {"method": "dart", "sparsity": 0.5, "score": score},
         "command": ["/opt/env/bin/dart-llm", "run", *prompt],
         "versions": {"python": "3.12.7", "torch": "2.13.0", "transformers": "5.24.0"},

@@ -8,7 +8,7 @@ else of another seed.  Differences are paired by item.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ DENSE, GRIFFIN = "dense", "griffin"
 TOO_FEW = "few differ"
 
 TOLERANCE = 0.01
-"""Achieved sparsities this close count as equal: one point."""
+"""Achieved sparsities, or shares of bytes, this close count as equal: one point."""
 
 UNTOUCHED: dict[str, Any] = {
     "method": DENSE,
@@ -118,7 +118,10 @@ def _value(item: Mapping[str, Any], metric: str, exponential: bool) -> Value | N
 
 @dataclass(frozen=True)
 class Equal:
-    """GRIFFIN measured at a row's achieved sparsity, ``at``; ``interval``: the row against it."""
+    """GRIFFIN measured at a row's achieved sparsity, or FFN bytes; ``interval``: against it.
+
+    ``at``: the sparsity or share of bytes there.
+    """
 
     value: float | None
     interval: Interval | None
@@ -168,6 +171,7 @@ class Row:
     to_griffin: Interval | None = None
     gap: float | None = None
     equal_sparsity: Equal | None = None
+    equal_bytes: Equal | None = None
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
     measurement: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """``Measurement.to_dict()``; empty where it failed."""
@@ -381,7 +385,11 @@ def _compared(row: Row, group: Sequence[Row]) -> Row:
             both = row.achieved is not None and griffin.achieved is not None
             gap = (row.achieved or 0.0) - (griffin.achieved or 0.0) if both else None
             row = replace(row, to_griffin=row.scores.against(griffin.scores), gap=gap)
-    return replace(row, equal_sparsity=_equal(row, curve))
+    return replace(
+        row,
+        equal_sparsity=_equal(row, curve, lambda other: other.achieved),
+        equal_bytes=_equal(row, curve, lambda other: other.bytes_share),
+    )
 
 
 def _of_seed(row: Row, candidates: Sequence[Row]) -> list[Row]:
@@ -392,13 +400,13 @@ def _of_seed(row: Row, candidates: Sequence[Row]) -> list[Row]:
     return [other for other in done if other.seed == chosen]
 
 
-def _equal(row: Row, curve: Sequence[Row]) -> Equal | None:
-    """GRIFFIN measured within ``TOLERANCE`` of the row's sparsity; None where it was not."""
-    points = [(other.achieved, other) for other in curve if other.achieved is not None]
-    if row.achieved is None or not points:
+def _equal(row: Row, curve: Sequence[Row], cost: Callable[[Row], float | None]) -> Equal | None:
+    """GRIFFIN measured within ``TOLERANCE`` of the row's ``cost``; None where it was not."""
+    points = [(at, other) for other in curve if (at := cost(other)) is not None]
+    wanted = cost(row)
+    if wanted is None or not points:
         return None
-    achieved = row.achieved
-    at, griffin = min(points, key=lambda point: (abs(point[0] - achieved), point[0]))
-    if abs(at - achieved) > TOLERANCE + 1e-9:
+    at, griffin = min(points, key=lambda point: (abs(point[0] - wanted), point[0]))
+    if abs(at - wanted) > TOLERANCE + 1e-9:
         return None
     return Equal(griffin.value, row.scores.against(griffin.scores), at)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from dart_llm.evaluation.measurement import LEAK
-from dart_llm.experiments.comparison import DENSE, GRIFFIN, UNTOUCHED, Row, amount
+from dart_llm.experiments.comparison import DENSE, GRIFFIN, UNTOUCHED, Equal, Row, amount
 from dart_llm.experiments.stats import Interval
 from dart_llm.experiments.store import SCHEMA
 from dart_llm.pruning.records import merge_reports
@@ -222,8 +222,8 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
     def achieved(row: Row) -> str | None:
         return None if row.achieved is None else _marked(percent(row.achieved), row)
 
-    def at_equal_sparsity(row: Row) -> str | None:
-        return row.change(row.equal_sparsity.interval) if row.equal_sparsity else None
+    def beside(row: Row, equal: Equal | None) -> str | None:
+        return row.change(equal.interval) if equal else None
 
     columns = (
         Column("method", lambda row: name(row, seeds)),
@@ -234,7 +234,12 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
         Column(f"{measured.metric} ({better} is better)", _metric, needed=True),
         Column("against dense", lambda row: row.change(row.to_dense), needed=True),
         Column("against GRIFFIN", lambda row: _marked(row.change(row.to_griffin), row)),
-        Column("at equal achieved sparsity", at_equal_sparsity, terminal=False),
+        Column(
+            "at equal achieved sparsity",
+            lambda row: beside(row, row.equal_sparsity),
+            terminal=False,
+        ),
+        Column("at equal FFN bytes", lambda row: beside(row, row.equal_bytes), terminal=False),
         Column("FFN bytes", lambda row: row.bytes_share, ".3f", terminal=False),
         Column("bytes per token", lambda row: row.token_bytes_share, ".3f"),
         Column("weights", lambda row: row.weight_bytes, bytes_text, terminal=False),
@@ -329,22 +334,23 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-INTERVALS = ("interval", "to_dense", "to_griffin", "equal_sparsity")
+INTERVALS, EQUALS = ("interval", "to_dense", "to_griffin"), ("equal_sparsity", "equal_bytes")
 
-PLAIN = [f.name for f in fields(Row) if f.repr and f.name not in INTERVALS]
+PLAIN = [f.name for f in fields(Row) if f.repr and f.name not in (*INTERVALS, *EQUALS)]
 
 
 def record(row: Row) -> dict[str, Any]:
-    """A row as JSON-able data, its intervals nested; an ``equal_sparsity`` says ``at`` which."""
+    """A row as JSON-able data, its intervals nested; what is equal says ``at`` which value."""
     data = {key: getattr(row, key) for key in PLAIN}
     data |= {"checkpoint": dict(row.checkpoint), "unequal": row.unequal, "leaks": row.leaks}
-    equal = row.equal_sparsity
-    data |= {key: (i := getattr(row, key)) and i.to_dict() for key in INTERVALS[:-1]}
-    data["equal_sparsity"] = equal and {
-        "griffin": equal.value,
-        "at": equal.at,
-        "interval": equal.interval and equal.interval.to_dict(),
-    }
+    data |= {key: (i := getattr(row, key)) and i.to_dict() for key in INTERVALS}
+    for cost in EQUALS:
+        equal: Equal | None = getattr(row, cost)
+        data[cost] = equal and {
+            "griffin": equal.value,
+            "at": equal.at,
+            "interval": equal.interval and equal.interval.to_dict(),
+        }
     return data
 
 
@@ -370,9 +376,9 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
 
 def csv_table(rows: Sequence[Row]) -> Table:
     """compare.csv: a line per row; what is nested is in compare.json."""
-    lines = []
+    lines, nested = [], (*INTERVALS, *EQUALS, "checkpoint")
     for row in rows:
-        data = {key: v for key, v in record(row).items() if key not in (*INTERVALS, "checkpoint")}
+        data = {key: v for key, v in record(row).items() if key not in nested}
         ends = (row.to_dense and row.to_dense.ends) or (None, None)
         lines.append({**data, "to_dense.low": ends[0], "to_dense.high": ends[1]})
     return Table("compare", "", (), lines, terminal=False)
