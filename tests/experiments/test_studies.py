@@ -4,6 +4,7 @@ A study is added by one ``Case``.  ``Counting``, at the end, shows what the runn
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -190,7 +191,9 @@ def test_an_interrupted_study_resumes_to_the_same_bytes(case):
     log = (first.path / f"output_{first.folder.stamp}.log").read_text("utf-8")
     assert log.endswith(f"{kept}\n")
     write_inputs(1)
-    assert stopped(case, 0, KeyboardInterrupt()).path != first.path
+    other = stopped(case, 0, KeyboardInterrupt())
+    said = rf"{re.escape(str(first.path))} is not resumed: .* changed since it began"
+    assert other.path != first.path and re.fullmatch(said, other.ui.log[0])
     write_inputs(0)
     last = run_study(case.make())
     assert last.path == first.path and last.ui.log[0] == f"resuming {first.path}"

@@ -14,7 +14,7 @@ import datetime
 import errno
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ class ResultsFolder:
     parts: dict[str, Any]
     resumed: bool
     lock: BaseFileLock | None = None
+    changed: str = ""
+    """Why an unfinished folder of equal settings was not resumed."""
 
     @property
     def stamp(self) -> str:
@@ -177,7 +179,8 @@ def open_folder(
                 f"only {free / 2**20:.0f} MiB are free where results go ({base}): make room, or "
                 "choose another folder with --results-dir"
             )
-        return (None if fresh else _resume(base, settings)) or _new_folder(base)
+        found = "" if fresh else _resume(base, settings)
+        return _new_folder(base, found) if isinstance(found, str) else found
     except OSError as error:
         raise ResultsError(
             f"cannot write results to {base}: {error.strerror or error}; choose another folder "
@@ -185,34 +188,55 @@ def open_folder(
         ) from None
 
 
-def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | None:
-    """The newest unfinished, unlocked folder of equal settings, inputs included."""
+def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str:
+    """The newest unfinished, unlocked folder of equal settings, or why one is not resumed."""
+    why = ""
     for folder in sorted(base.iterdir(), reverse=True):
-        if not _is_unfinished(folder, settings) or is_taken(folder):
+        changed = _changes(folder, settings)
+        if changed is None or is_taken(folder):
+            continue
+        if changed:
+            why = why or f"{folder} is not resumed: {' and '.join(changed)} changed since it began"
             continue
         lock = take(folder)
-        if lock is not None and _is_unfinished(folder, settings):  # it may have ended meanwhile
+        if lock is not None and _changes(folder, settings) == []:  # it may have ended meanwhile
             parts = {row["key"]: row["value"] for row in whole_rows(folder / PARTS)}
             return ResultsFolder(folder, parts, True, lock)
         release(lock)
-    return None
+    return why
 
 
-def _is_unfinished(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a run with equal settings began here; one that died at its very end has parts."""
+def _changes(folder: Path, settings: Mapping[str, Any]) -> list[str] | None:
+    """Which inputs changed since an unfinished run of equal settings began here.
+
+    None: there is no such run; one that died at its very end has parts.
+    """
     config = read_json(folder / "config.json")
     unfinished = config.get("status") in ("running", "interrupted", "failed")
-    same = config.get("settings") == settings
-    return same and (unfinished or (folder / PARTS).exists())
+    before, now = mapping(config.get("settings")), dict(settings)
+    old, new = (mapping(one.pop("inputs", None)) for one in (before, now))
+    if before != now or not (unfinished or (folder / PARTS).exists()):
+        return None
+    return list(dict.fromkeys(_changed_inputs(old, new)))
 
 
-def _new_folder(base: Path) -> ResultsFolder:
+def _changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """In words; a grid has the inputs of every cell."""
+    for name in {**old, **new}:
+        pair = old.get(name), new.get(name)
+        if isinstance(pair[0], Mapping) and isinstance(pair[1], Mapping):
+            yield from _changed_inputs(*pair)
+        elif pair[0] != pair[1]:
+            yield {"model": "the model's weights", "sources": "the prompts"}.get(name, name)
+
+
+def _new_folder(base: Path, changed: str) -> ResultsFolder:
     stamp = now().strftime("%Y%m%d-%H%M%S")
     for number in range(1000):
         folder = base / (stamp if number == 0 else f"{stamp}-{number}")
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
-            return ResultsFolder(folder, {}, False, take(folder))
+            return ResultsFolder(folder, {}, False, take(folder), changed)
     raise ResultsError(f"too many results folders of the same second in {base}")
 
 

@@ -276,6 +276,8 @@ def _resumable(study: Study[Any]) -> Iterator[None]:
     folder, ui = study.folder, study.ui
     if folder.resumed:
         ui.say(f"resuming {study.path}")
+    if folder.changed:
+        ui.say(folder.changed)
     try:
         yield
     except BaseException as error:
