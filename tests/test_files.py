@@ -24,14 +24,12 @@ from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.layer_table import write_table
 from dart_llm.pruning.setting_file import KeptSetting
 
+NAMES = dict.fromkeys("abcdefgh", "")
 WRITERS = {
     "text": lambda path, size: write_text(path, "x" * size),
-    "configuration": lambda path, size: PruneConfig.build("griffin", seed=size).save(path),
     "setting": lambda path, size: KeptSetting(PruneConfig.build("griffin", seed=size)).save(path),
     "layer table": lambda path, size: write_table(path, [size], "note"),
-    "tensors": lambda path, size: write_tensors(
-        path, {"a": torch.ones(size)}, dict.fromkeys("abcdefgh", "")
-    ),
+    "tensors": lambda path, size: write_tensors(path, {"a": torch.ones(size)}, NAMES),
 }
 
 

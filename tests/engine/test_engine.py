@@ -119,26 +119,23 @@ def test_the_raster_is_the_mask(engine):
 
 
 def test_logprobs_are_those_of_a_plain_forward(engine, monkeypatch):
-    answer, records = ask(engine, new=12, logprobs=3, temperature=1.5, seed=4)
+    monkeypatch.setattr(requests, "SCORED_PIECE", 7)
+    settings = {"logprobs": 3, "prompt_logprobs": True}
+    answer, records = ask(engine, new=12, temperature=1.5, seed=4, **settings)
     whole = torch.tensor([[*PROMPT, *answer.tokens[0]]])
     with torch.no_grad():
-        logits = own_model()(whole).logits[0, len(PROMPT) - 1 : -1]
-    for token, row in zip(made_of(records), torch.log_softmax(logits, -1), strict=True):
+        rows = torch.log_softmax(own_model()(whole).logits[0, :-1], -1)
+    (scores,) = (record for record in records if isinstance(record, Scores))
+    likeliest = rows.topk(3).indices.tolist()
+    for id, row, logprob in zip(PROMPT[1:], rows, scores.logprobs[1:], strict=False):
+        assert logprob == pytest.approx(float(row[id]), abs=1e-4)
+    assert scores.logprobs[0] is None and len(scores.logprobs) == len(PROMPT)
+    assert [[one.id for one in top] for top in scores.top[1:]] == likeliest[: len(PROMPT) - 1]
+    for token, row in zip(made_of(records), rows[len(PROMPT) - 1 :], strict=True):
         assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
         assert [top.id for top in token.top] == row.topk(3).indices.tolist()
-    monkeypatch.setattr(requests, "SCORED_PIECE", 7)
-    sampling = Sampling(0, logprobs=3, prompt_logprobs=True)
-    answer = engine.run(Ask(PROMPT, sampling), records.append)
-    assert answer.finish == ("length",) and answer.usage.completion_tokens == 0
-    with torch.no_grad():
-        rows = torch.log_softmax(own_model()(torch.tensor([PROMPT])).logits[0, :-1], -1)
-    (scores,) = (record for record in records if isinstance(record, Scores))
-    values = [float(row[id]) for id, row in zip(PROMPT[1:], rows, strict=True)]
-    assert scores.logprobs[0] is None and scores.logprobs[1:] == pytest.approx(values, abs=1e-4)
-    assert [[o.id for o in top] for top in scores.top[1:]] == rows.topk(3).indices.tolist()
-    for more in ({"config": half()}, {"conversation": "a"}):
-        with pytest.raises(ConfigError, match=r"dense model|leave the conversation out"):
-            Ask(PROMPT, sampling, **more)
+    unanswered, records = ask(engine, new=0, **settings)
+    assert unanswered.finish == ("length",) and scores in records
     assert all(record.top is None for record in made_of(ask(engine)[1]))
 
 
@@ -241,6 +238,7 @@ def test_learning_while_serving(monkeypatch, tmp_path):
 
 
 LONG = tuple(tokens(1, 513)[0].tolist())
+SCORED = Sampling(0, logprobs=0, prompt_logprobs=True)
 UNSERVED = [
     (half(executor="masked"), 'served by executor "compact"'),
     (PruneConfig.build("griffin", budget={"table": "31:0.5"}), "layer 31 is out of range"),
@@ -250,6 +248,8 @@ REFUSED = [
     *((lambda engine, one=one: ask(engine, one), words) for one, words in UNSERVED),
     (lambda engine: Ask(()), "has no token"),
     (lambda engine: Ask(PROMPT, Sampling(n=2), conversation="a"), "ask for n 1"),
+    (lambda engine: Ask(PROMPT, SCORED, half()), "those of the dense model"),
+    (lambda engine: Ask(PROMPT, SCORED, conversation="a"), "leave the conversation out"),
     (lambda engine: ask(engine, ids=LONG), "513 tokens and the model's context holds 512"),
 ]
 

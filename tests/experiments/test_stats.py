@@ -154,15 +154,10 @@ def test_a_speed_up_above_the_bandwidth_limit_is_disturbed(base, other, limit, r
     assert data["disturbed"] == (stats.DISTURBED if ratio is None else None)
 
 
-def test_repetitions_come_in_pairs_and_contradictions_name_both():
+def test_repetitions_come_in_pairs():
     assert judge([1.2, 1.3, 1.4], [1.0] * 3).scatter == pytest.approx(0.05 / 1.3)
     assert judge([2.0], [1.0], 2.5) == SpeedUp(2.0, 2.5, None)
     with pytest.raises(ValueError, match="shorter"):
         judge([1.0, 1.0], [1.0])
     with pytest.raises(ValueError, match="at least one repetition"):
         judge([], [])
-    sizes = {"dense": 100.0, "griffin 30 %": 80.0, "griffin 50 %": 70.0}
-    times = {"dense": [1.0, 1.0], "griffin 30 %": [0.95, 0.95], "griffin 50 %": [0.7, 0.7]}
-    assert stats.contradicting(times, sizes) == {"griffin 30 %", "griffin 50 %"}
-    times["griffin 50 %"] = [0.9, 0.9]
-    assert stats.contradicting(times, sizes) == set()

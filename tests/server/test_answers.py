@@ -8,14 +8,7 @@ from dart_llm.engine.requests import Sampling
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.server.schemas import ACCOUNTING
-from serve_cases import (
-    CHAT,
-    CHAT_URL,
-    TEXT_URL,
-    FakeEngine,
-    events,
-    running,
-)
+from serve_cases import CHAT, CHAT_URL, TEXT_URL, FakeEngine, events, running
 
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
@@ -83,7 +76,7 @@ def test_a_chat_completion_and_its_stream(server):
     assert records[-1]["texts"] == ["w0 w1 w2 w3 "]
 
 
-def test_a_completion_and_its_stream(server):
+def test_a_completion(server):
     answer = post(server, TEXT_URL, prompt="abc", logprobs=1, stop="w2").json()
     assert answer["object"] == "text_completion"
     logprobs = {
@@ -96,12 +89,6 @@ def test_a_completion_and_its_stream(server):
     assert answer["choices"] == [{"index": 0, **choice}]
     for prompt in (["abc"], [97, 98, 99], [[97, 98, 99]]):
         assert request_of(server, TEXT_URL, prompt=prompt).ids == (97, 98, 99)
-    body = {"prompt": "a", "max_tokens": 3, "stream": True, "logprobs": 0}
-    *chunks, done = events(post(server, TEXT_URL, **body).text)
-    assert done is None and "usage" not in chunks[0]
-    parts = choices_of(chunks, 0)
-    assert "".join(c["text"] for c in parts) == "w0 w1 w2 "
-    assert [c["logprobs"]["text_offset"] for c in parts[:3]] == [[0], [3], [6]]
 
 
 def test_several_prompts_with_echo(server):
@@ -124,11 +111,14 @@ def test_several_prompts_with_echo(server):
     assert read["choices"][0]["logprobs"]["token_logprobs"] == [None, -1 / 98]
     assert whole["usage"]["prompt_tokens"] == 3 and read["usage"]["completion_tokens"] == 0
     assert [one["prompt_n"] for one in whole["timings"]] == [2, 1] and len(whole["dart"]) == 2
-    *chunks, last, done = events(post(server, TEXT_URL, **scored, **STREAM).text)
-    assert done is None and None not in chunks and last["usage"] == whole["usage"]
+    *chunks, done = events(post(server, TEXT_URL, **scored, stream=True).text)
+    assert done is None and None not in chunks and "usage" not in chunks[0]
+    assert chunks[-1]["dart"] == whole["dart"]
     for choice in whole["choices"]:
         parts = choices_of(chunks, choice["index"])
         assert "".join(c["text"] for c in parts) == choice["text"]
+        offsets = [at for c in parts if c["logprobs"] for at in c["logprobs"]["text_offset"]]
+        assert offsets == choice["logprobs"]["text_offset"]
 
 
 def test_every_field_reaches_the_engine(server):

@@ -70,12 +70,7 @@ WRONG = [
     ({"stop": ["a"] * 5}, "stop", "invalid_value", "list should have at most 4 items"),
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "invalid_value", ""),
     ({"dart": {"sparsity": 1}}, "dart.sparsity", "invalid_value", ""),
-    (
-        {"dart": {"sparcity": 0.5}},
-        "dart.sparcity",
-        UNKNOWN,
-        "did you mean sparsity?",
-    ),
+    ({"dart": {"sparcity": 0.5}}, "dart.sparcity", UNKNOWN, "did you mean sparsity?"),
     ({"dart": {"x" * 5000: 1}}, "dart." + "x" * 100, UNKNOWN, "extra inputs"),
     ({"max_token": 5}, "max_token", UNKNOWN, "supplied: max_token; did you mean max_tokens?"),
     ({"tools": [{}]}, "tools", "unsupported", "leave it out"),

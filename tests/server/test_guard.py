@@ -12,14 +12,7 @@ from dart_llm.server import app
 from dart_llm.server.run import bind, page_address
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import merge
-from serve_cases import (
-    CHAT,
-    CHAT_URL,
-    KEYS,
-    bearer,
-    request_bytes,
-    running,
-)
+from serve_cases import CHAT, CHAT_URL, KEYS, bearer, request_bytes, running
 
 BOTH = ",".join(KEYS)
 
@@ -205,11 +198,7 @@ def test_settings():
 
 
 def test_past_runs_are_not_for_several_keys(tmp_path):
-    for settings, status in (
-        ({}, 200),
-        ({"api_key": KEYS[0]}, 200),
-        ({"api_key": BOTH}, 403),
-    ):
+    for settings, status in (({}, 200), ({"api_key": KEYS[0]}, 200), ({"api_key": BOTH}, 403)):
         with running(results_dir=str(tmp_path), **settings) as server, server.client() as client:
             found = client.get("/api/runs", headers=bearer(0))
             one = client.get("/api/runs/x", headers=bearer(0))

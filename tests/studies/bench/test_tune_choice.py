@@ -6,14 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dart_llm.studies.bench.rows import (
-    REFERENCE,
-    clearly_over,
-    quality_row,
-    recommend,
-    time_columns,
-    undecided,
-)
+from dart_llm.studies.bench.rows import REFERENCE, clearly_over, quality_row, recommend, undecided
 
 FACTS = {"decoded_tokens": 10, "remasks": 1, "extra_memory_bytes": 5}
 
@@ -86,34 +79,24 @@ ROWS = [
     ("change", "wanted"),
     [
         ({}, "token"),
-        ({"token": row("token", 0.021, 5.0)}, "q8"),  # loses too much
-        ({"token": row("token", 0.015, 5.9)}, "q8"),  # is no faster than the noise
-        ({"token": row("token", 0.015, None), "q8": row("q8", 0.001, 9.9, True)}, "dense"),
-        ({"token": row("token", 0.05, 5.0), "q8": row("q8", 0.04, 6.0, True)}, "dense"),
-        (
-            {
-                "dense": row("dense", 0.03, 3.0, True),
-                "token": row("token", 0.05, 2.0),
-                "q8": row("q8", 0.03, 6.0, True),
-            },
-            "dense",
-        ),  # without any within: as it is loaded
+        ({"token": (0.021, 5.0)}, "q8"),  # loses too much
+        ({"token": (0.015, 5.9)}, "q8"),  # is no faster than the noise
+        ({"token": (0.015, None), "q8": (0.001, 9.9)}, "dense"),
+        ({"token": (0.05, 5.0), "q8": (0.04, 6.0)}, "dense"),
+        # without any within: as it is loaded
+        ({"dense": (0.03, 3.0), "token": (0.05, 2.0), "q8": (0.03, 6.0)}, "dense"),
     ],
 )
 def test_the_fastest_within_the_loss_that_beats_simpler_ones(change, wanted):
-    rows = [change.get(one["row"], one) for one in ROWS]
+    values = {one["row"]: (one["loss"], one["ms"]) for one in ROWS} | change
+    rows = [row(one["row"], *values[one["row"]], one["dense"]) for one in ROWS]
     assert recommend(rows, "dense", 0.02, 0.03) == wanted
 
 
-@given(
-    st.lists(
-        st.tuples(st.floats(0, 1), st.one_of(st.none(), st.floats(0.1, 100)), st.booleans()),
-        min_size=1,
-        max_size=8,
-    ),
-    st.floats(0.001, 0.5),
-    st.floats(0, 0.2),
-)
+MEASURED = st.tuples(st.floats(0, 1), st.none() | st.floats(0.1, 100), st.booleans())
+
+
+@given(st.lists(MEASURED, min_size=1, max_size=8), st.floats(0.001, 0.5), st.floats(0, 0.2))
 def test_what_is_recommended_is_within_and_worth_it(found, most, noise):
     rows = [row("base", 0.0, 10.0, True)]
     rows += [row(str(n), *one) for n, one in enumerate(found)]
@@ -124,17 +107,6 @@ def test_what_is_recommended_is_within_and_worth_it(found, most, noise):
     if not best["dense"]:
         dense = [r["ms"] for r in rows if r["dense"] and r["ms"] and r["loss"] <= most]
         assert best["ms"] * (1 + noise) < min(dense)
-
-
-def test_times_are_medians_of_means():
-    samples = [{"steps_s": [0.002, 0.004]}, {"steps_s": [0.003] * 2}, {"steps_s": [0.009] * 2}]
-    base = [{"steps_s": [0.006]}] * 2 + [{"steps_s": [0.018]}]
-    found = time_columns(samples, base)
-    assert found["ms"] == pytest.approx(3.0)
-    assert found["times_dense"] == pytest.approx(2.0) and found["disturbed"] is None
-    held = time_columns(samples, base, 1.5)  # more than the bytes allow is no result
-    assert held["times_dense"] is None and held["disturbed"].startswith("disturbed")
-    assert held["bandwidth_limit"] == 1.5
 
 
 DENSE = row("dense", 0.0, 10.0, True)

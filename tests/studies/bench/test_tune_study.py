@@ -14,13 +14,7 @@ from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting import figures
 from dart_llm.settings import merge
 from dart_llm.studies.bench import rows as row_numbers
-from dart_llm.studies.bench.settings import (
-    Formats,
-    TuneSettings,
-    estimate,
-    quick_grid,
-    tune_grid,
-)
+from dart_llm.studies.bench.settings import Formats, TuneSettings, estimate, quick_grid, tune_grid
 from dart_llm.studies.bench.tune import TuneStudy, all_slices, generate_text, user_slices
 from lm_cases import call, loaded
 from tune_cases import PROMPT, TOKENS, job, settings
