@@ -223,10 +223,10 @@ def _changes(folder: Path, settings: Mapping[str, Any]) -> list[str] | None:
 def _changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """In words; a grid has the inputs of every cell."""
     for name in {**old, **new}:
-        pair = old.get(name), new.get(name)
-        if isinstance(pair[0], Mapping) and isinstance(pair[1], Mapping):
-            yield from _changed_inputs(*pair)
-        elif pair[0] != pair[1]:
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from _changed_inputs(before, now)
+        elif before != now:
             yield {"model": "the model's weights", "sources": "the prompts"}.get(name, name)
 
 
