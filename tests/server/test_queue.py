@@ -8,6 +8,7 @@ from serve_cases import (
     CHAT,
     CHAT_URL,
     KEYS,
+    TEXT_URL,
     FakeEngine,
     bearer,
     events,
@@ -65,10 +66,10 @@ def test_a_client_that_goes_away_frees_the_model(way, stream):
 
 
 def test_requests_run_one_at_a_time_in_their_order():
-    """Who leaves while waiting never runs."""
+    """Who leaves while waiting never runs; others come between the prompts of one request."""
     engine = FakeEngine(pause=0.5)  # until all wait
     with running(engine) as server:
-        posts = [server.beside(max_tokens=40)]
+        posts = [server.beside(TEXT_URL, prompt=["a", "b"], max_tokens=40)]
         until(lambda: bool(engine.asked))
         with server.connect() as connection:
             connection.sendall(request_bytes(CHAT))
@@ -80,7 +81,7 @@ def test_requests_run_one_at_a_time_in_their_order():
         engine.pause = 0.0
         assert [post.result(20).status_code for post in posts] == [200] * 4
     assert engine.most_at_once == 1
-    assert [ask.sampling.seed for ask in engine.asked[1:]] == [0, 1, 2]
+    assert [ask.sampling.seed for ask in engine.asked[1:]] == [0, 1, 2, None]
 
 
 def test_a_request_that_takes_too_long_is_given_up():

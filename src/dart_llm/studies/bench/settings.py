@@ -83,7 +83,7 @@ class SpeedSettings(BenchOptions):
     executors: Texts = setting(STUDY, f"Of {', '.join(EXECUTORS)}.", ("compact", "native"))
     reference: str | None = setting(STUDY, "llama.cpp: also time its llama-bench (LLAMA_BENCH).")
     reference_file: list[str] | None = setting(
-        STUDY, "GGUF file for --reference; repeatable (default: the model's)."
+        STUDY, "GGUF file for --reference; repeatable (default: the model's, and --weights)."
     )
     prompt_tokens: int = setting(STUDY, "Tokens of the prompt.", 128, ge=1)
     tokens: int = setting(STUDY, "Timed tokens of a repetition, after two that are not.", 128, ge=4)
