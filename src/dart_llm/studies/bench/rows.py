@@ -127,6 +127,7 @@ def speed_document(
     rows = []
     for candidate in candidates:
         timed = samples[candidate.label]
+        dense: Sequence[Sample] | None
         if candidate.file is None:
             dense = bases[candidate.weights] or samples[about["base"]]
             row = _accounting(candidate, timed, traffic[candidate.weights])

@@ -94,9 +94,9 @@ class SpeedSettings(BenchOptions):
         for weights in self.weights:
             if not is_file(weights):
                 check_name("weights", weights, ("auto", *FORMATS, "FILE.gguf"))
-        for weights in self.gguf_files:
-            if not weights.is_file():
-                raise ConfigError(f"--weights {weights} is not a file")
+        for path in self.gguf_files:
+            if not path.is_file():
+                raise ConfigError(f"--weights {path} is not a file")
         if self.reference_file and self.reference is None:
             raise ConfigError(f"--reference-file has no effect without --reference {LLAMA_CPP}")
         for file in self.reference_file or ():
