@@ -93,19 +93,6 @@ def test_a_folder_that_another_process_writes_is_left_alone(tmp_path):
     assert not (left / ".lock").exists()
 
 
-def test_what_a_kill_left_empty_goes_with_the_next_run(tmp_path, monkeypatch):
-    base = tmp_path / "x"
-    empty, begun, held, kept = (base / f"20260101-00000{n}" for n in range(4))
-    for folder in (empty, begun, held, kept, base / "notes"):
-        folder.mkdir(parents=True)
-    for name in (".lock", ".config.json.0123abcd.part"):
-        (begun / name).touch()
-    (kept / "notes.txt").touch()
-    with held_elsewhere(held):
-        new = open_folder(tmp_path, "x", {}).path
-    assert set(base.iterdir()) == {held, kept, base / "notes", new}
-
-
 COMMANDS = {
     "run": ("run", "--prompt", "hi"),
     "perplexity": ("perplexity", "--data", "text.txt"),
