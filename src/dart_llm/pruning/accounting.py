@@ -18,7 +18,7 @@ from dart_llm.pruning.records import HeadReport, LayerStat, RunReport, SequenceR
 from dart_llm.pruning.registry import TOKEN_RULES
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import TokenMask
-from dart_llm.pruning.token_rules import LayerCost, TokenRule
+from dart_llm.pruning.token_rules.rule import LayerCost, TokenRule
 from dart_llm.pruning.weights import FfnWeights, in_blocks, stored_bytes
 
 IF_COMPACT = "if compact"
