@@ -26,7 +26,7 @@ def test_keys_of_results_and_of_what_was_learnt():
     assert cell.key == "m-griffin@0.5-perplexity-embedded-decode-7a298b2eef"
     method = BoundMethod(None, None, PruneConfig.build("griffin", sparsity=0.5))
     key = perplexity.part_key(method, "text", "decode", Window(torch.arange(6), 2))
-    assert key == "ppl/text/griffin@0.5/decode/0-6-2/4d1a62519bf97783ba76282c"
+    assert key == "ppl/text/griffin@0.5/decode/0-6-2/0f840037c483c8c53acaf76b"
     assert key_of("f" * 64, "a", 1) == "ffffffffffff-155e18f16de7d2d23c7e8120662f8d7e"
 
 

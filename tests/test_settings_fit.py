@@ -30,6 +30,20 @@ def told(**flags):
     return found, list(found.notes)
 
 
+def test_a_decay_takes_a_method_that_averages_where_none_was_named():
+    result, notes = told(ema_decay=0.9, sparsity=0.5)
+    mean = 'score "fisher" is a mean over all tokens alike'
+    assert notes == [
+        f"--ema-decay: method dart-prompt is used instead of dart-token, because {mean}"
+    ]
+    score = result.prune_config().score
+    assert (result.method, score.name, score.ema_decay) == ("dart-prompt", "normalized", 0.9)
+    assert told(ema_decay=0.9, ranking_method="max")[1] == [MASKS.format("ranking-method")]
+    for method, why in (("dart", mean), ("static", 'score "weight" reads no activations')):
+        with pytest.raises(ConfigError, match=f"{why}: drop --ema-decay, or .* dart-prompt can"):
+            told(ema_decay=0.9, method=method)
+
+
 def test_settings_of_masks_take_a_method_with_masks_where_none_was_named():
     for name, value in (
         *(("drift", "paper"), ("drift", "interval 64"), ("knowledge_drift", True)),

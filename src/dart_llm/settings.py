@@ -37,7 +37,7 @@ from dart_llm.pruning.config import (
     unknown_key,
 )
 from dart_llm.pruning.layer_table import parse_layer_spec, read_table
-from dart_llm.pruning.registry import METHODS, SETTING
+from dart_llm.pruning.registry import METHODS, SCORES, SETTING
 from dart_llm.pruning.setting_file import KeptSetting, kept_setting, path_of
 from dart_llm.reporting.figures import STYLES
 
@@ -205,6 +205,14 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _decay_problem(config: PruneConfig) -> str | None:
+    """Why a configuration cannot honour its ema_decay; None if it can."""
+    why = SCORES.get(config.score.name).no_decay_reason
+    if config.score.ema_decay is None or config.target == 0 or not why:
+        return None
+    return f'score "{config.score.name}" {why}'
+
+
 class LoadOptions(Settings):
     """How a model is loaded."""
 
@@ -247,6 +255,7 @@ class MaskOptions(Settings):
     masking_step: int | None = setting(PRUNING, "Dense decode tokens before the first mask.")
     release_step: int | None = setting(PRUNING, "Decode step from which all runs dense.")
     min_evidence: int | None = setting(PRUNING, "Tokens to observe before the first mask.")
+    ema_decay: float | None = setting(PRUNING, "Decay of averaged activations (default: sums).")
     ranking_method: str | None = setting(PRUNING, "Neuron score; dart-llm methods lists them.")
     prune_strategy: str | None = setting(PRUNING, "topk, or auto: keep scores above the mean.")
     budget: str | None = setting(PRUNING, 'Allocator over layers: uniform, "blend energy depth".')
@@ -278,7 +287,8 @@ class PruningOptions(MaskOptions):
             for name in MASK_SETTINGS:
                 if getattr(self, name) not in (None, False, "", "never", method.score.name):
                     return name, f"with method {self.method} every token selects its own neurons"
-        return None
+        why = _decay_problem(self.prune_config())
+        return ("ema_decay", why) if why else None
 
     def fitted(self) -> Self:
         """The same with a method that honours its settings; ``notes`` reports a change.
@@ -323,7 +333,11 @@ class PruningOptions(MaskOptions):
         """The changes to the preset, as ``PruneConfig.build`` takes them."""
         names = ("masking_step", "release_step", "min_evidence", "compensation", "executor")
         parts: dict[str, dict[str, Any]] = {
-            "score": {"name": self.ranking_method, "strategy": self.prune_strategy},
+            "score": {
+                "name": self.ranking_method,
+                "ema_decay": self.ema_decay,
+                "strategy": self.prune_strategy,
+            },
             "budget": {"name": self.budget, "table": self._table()},
             "drift": {"rule": self._drift_rule()},
             "head": {"kind": self.head},

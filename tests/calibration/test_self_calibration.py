@@ -1,5 +1,6 @@
 """Self-calibration: once per model, in parts, cached, and leaving the model as it was."""
 
+import re
 from unittest.mock import Mock
 
 import pytest
@@ -9,8 +10,9 @@ from safetensors.torch import load, save
 from accelerate_cases import on_the_host
 from damage import DAMAGES, TENSOR_DAMAGES
 from dart_llm import cache as kept
+from dart_llm.calibration import progress
 from dart_llm.calibration.collect import FISHER
-from dart_llm.calibration.self_calibration import BASIS, SCORE, observing, wanted
+from dart_llm.calibration.self_calibration import BASIS, SCORE, calibrate, observing, wanted
 from dart_llm.errors import AttachError, ConfigError, DartError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import prune
@@ -28,7 +30,7 @@ from prior_cases import (
     tensors,
 )
 from steps import CACHE, Same, decode, forward_lengths, new_cache, same_masks
-from tiny import tiny, tokens
+from tiny import HIDDEN, LAYERS, VOCAB, WIDTH, tiny, tokens
 
 IDS = tokens(1, 30, seed=3)
 GRIFFIN = PruneConfig.build("griffin", sparsity=0.5)
@@ -89,6 +91,29 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path):
     assert len(news) == 4
     assert news[2].startswith("what was learned is not kept for the next time: the cache folder")
     assert forward_lengths(model, lambda: learnt(model, blocked)) == []
+
+
+def test_what_does_not_fit_is_refused_before_anything_runs(cache, monkeypatch):
+    """In one sentence that names ways out; the estimate by hand."""
+    model, kept = tiny(), 2 * 2 * 8 * LAYERS  # heads of 8, of which two are kept
+    assert progress.text_bytes(model, 3, 10) == 4 * 3 * (2 * 10 * kept + 4 * VOCAB)
+    each = 16 * HIDDEN + 16 * WIDTH // 3
+    assert progress.graph_bytes(model, 5, True) == 4 * 5 * (each * LAYERS + 4 * VOCAB)
+    assert progress.graph_bytes(model, 5, False) == 4 * 5 * (each + VOCAB)
+    glass = PruneConfig.build("glass", calibration={"sequences": 4, "length": 16})
+    monkeypatch.setattr(progress, "available", lambda: 30_000)
+    refused = r"^learning takes 0\.\d MB of memory beside this model and 0\.0 MB is free: .*q8_0"
+    for learn in (
+        lambda: prune(model, CONFIG).attach(),
+        lambda: calibrate(model, None, glass, None, None, print),
+    ):
+        with pytest.raises(ConfigError, match=refused):
+            learn()
+    assert files(cache) == []
+    monkeypatch.setattr(progress, "available", lambda: 1 << 40)
+    monkeypatch.setattr(progress, "LARGE", 0)
+    learnt(model, cache, news=(news := []))
+    assert re.match(r"learning .*, once per model, 0\.\d MB of memory; griffin", news[0])
 
 
 def test_nothing_is_learned_where_nothing_is_chosen(cache):

@@ -17,7 +17,7 @@ from prior_cases import CONFIG
 FULL = PruneConfig(
     method="mine",
     sparsity=0.25,
-    score={"name": "mean", "proxy_embedding": "input", "prior_weight": 0.5},
+    score={"name": "mean", "ema_decay": 1 / 3, "proxy_embedding": "input", "prior_weight": 0.5},
     budget={"name": "blend energy depth", "table": "2:auto"},
     drift={"rule": "interval 7", "signal": "hidden", "min_distance": 3, "max_dense_share": 1e-9},
     remask={"evidence": "decay", "decay": 0.7, "observe_tokens": 9},
@@ -47,7 +47,7 @@ def test_round_trips(config):
 
 REFUSED = (
     *({"sparsity": value} for value in (1.0, -0.1, 50, nan, "half")),
-    *({"release_step": 0}, {"masking_step": 8, "release_step": 8}, {"score": {"prior_weight": 2}}),
+    *({"release_step": 0}, {"masking_step": 8, "release_step": 8}, {"score": {"ema_decay": 1}}),
     *({"budget": {"name": name}} for name in ("energy depth", "blend energy", "blend a b c")),
     *({"drift": f"interval{value}"} for value in ("", " 0", " -4", " 2.5")),
     *({"drift": f"windows {value}"} for value in ("10 1", "10 1 2 3", "1 1 2", "10 0 2")),
@@ -111,3 +111,4 @@ def test_changes_are_laid_on_top():
     # the preset's budget has no part in the strategy that sets the counts itself
     auto = PruneConfig.build("dart", score={"strategy": "auto"})
     assert (auto.budget.name, auto.score.strategy) == ("uniform", "auto")
+    assert PruneConfig(executor="slim").executor == "native", "the earlier name"

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dart_llm.pruning.accounting import Costs, tracing_flops
 from dart_llm.session.run import prune
 from prior_cases import CONFIG
 from steps import decode, shared_model
@@ -47,3 +48,14 @@ def test_observed_tokens_are_charged_for_what_is_summed():
     once = 2 * (dense // 2 + LAYERS * 8 * HIDDEN) + LAYERS * WIDTH // 2 * HIDDEN
     moved = seen + 2 * dense + (STEPS - 2) * half + once
     assert report.ffn_bytes_share == pytest.approx(moved / (STEPS * dense))
+
+
+def test_tracing_flops_by_hand():
+    """8 per neuron, hidden unit and token, the products with features; a mask's sort and fit."""
+    run = pruned(compensation_rank=8)
+    costs, kept = Costs(run.layers, 1, low_rank=True), [WIDTH // 2] * LAYERS
+    tokens = 8 * (WIDTH + HIDDEN) + 2 * (WIDTH + HIDDEN + 8) * 8
+    assert tracing_flops(costs, 5) == 5 * LAYERS * tokens
+    build = WIDTH * 6 + 2 * (WIDTH // 2) * HIDDEN * 9 + 2 * (WIDTH + 8) * 64
+    assert tracing_flops(costs, 1, kept, True) == LAYERS * (tokens + build)
+    assert tracing_flops(costs, 0, kept) == LAYERS * WIDTH * 6

@@ -235,7 +235,7 @@ def all_of(**fields):
 
 methods = st.builds(
     config,
-    score=one_of("normalized", "random", "contribution"),
+    score=one_of("normalized", "random", {"name": "contribution", "ema_decay": 0.7}),
     budget=one_of("uniform", "energy", "depth", "ranked"),
     drift=all_of(
         rule=["never", "interval 1", "interval 7", "paper", "published"],

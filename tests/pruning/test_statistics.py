@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dart_llm.errors import ConfigError
+from dart_llm.pruning import observations
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.observations import LayerObservation, stacked_alike
+from dart_llm.pruning.observations import LIMIT, LayerObservation, Observations, ObservedForward
 from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.statistics import (
     LayerStatistics,
@@ -38,10 +39,10 @@ WORTH = torch.tensor([1.0, 1.0, 5.0])
 # abs(u) * worth of the rows of U: 1, 2, 2.5; 3, 2, 2.5; 1, 4, 0
 
 
-def summed(cuts=(3,), weights=None, dtype=torch.float32, needs=ALL, keep=0):
+def summed(cuts=(3,), weights=None, dtype=torch.float32, needs=ALL, keep=0, ema_decay=None):
     """The sums over the three tokens, in pieces of ``cuts``."""
     evidence = LayerStatistics()
-    statistics = Statistics(squared if needs is ALL else None, needs)
+    statistics = Statistics(squared if needs is ALL else None, needs, ema_decay=ema_decay)
     for part in torch.arange(3).split(list(cuts)):
         u, z, x = (t[None, :, part].to(dtype) for t in (U, Z, X))
         w = None if weights is None else weights[:, part]
@@ -121,14 +122,33 @@ def test_decay(decay, seen, rows, as_tensor):
         assert entry.mean.tolist() == pytest.approx(mean, rel=1e-5)
 
 
-def test_layers_of_one_shape_are_added_together():
-    u = {layer: torch.full((1, 2, width), 1.0 + layer) for layer, width in enumerate((4, 6, 4))}
-    seen = {layer: LayerObservation(t, t + 1) for layer, t in u.items()}
-    result = [(ids, part.u.tolist(), part.h.shape) for ids, part in stacked_alike(seen, 1)]
-    assert result == [
-        ((0, 2), [[[[1.0] * 4]], [[[3.0] * 4]]], (2, 1, 1, 4)),
-        ((1,), [[[[2.0] * 6]]], (1, 1, 1, 6)),
-    ]
+def test_an_average_favours_recent_tokens():
+    """By hand: the newest token counts 1, the one before it 1/2; padding ages nothing."""
+    padded, skipped = torch.tensor([[1.0, 0.0, 1.0]]), [1, 10 / 3, 1 / 6]
+    for weights, mean in ((None, [2.75 / 1.75, 5.5 / 1.75, 0.375 / 1.75]), (padded, skipped)):
+        for cuts in ((3,), (1, 2)):
+            score = summed(cuts, weights, ema_decay=0.5).sums["score"]
+            assert score.mean.tolist() == pytest.approx(mean)
+
+
+def token(value, tokens=1):
+    u = {i: torch.full((1, 2, w), value + 100 * i) for i, w in enumerate((4, 6, 4))}
+    return ObservedForward({i: LayerObservation(t, t) for i, t in u.items()}, 1, tokens)
+
+
+def test_decode_tokens_wait_and_layers_of_one_shape_are_added_together(monkeypatch):
+    queue = Observations([True])
+    queue.forwards = [token(1.0), token(2.0, 2)._replace(weights=torch.zeros(1, 2))]
+    assert queue.takes([True], 1) and not queue.takes([False], 1) and not queue.takes([True], 2)
+    (ids, seen, weights), (alone, other, _) = queue.drain()
+    assert (ids, alone, seen.h.shape, other.u.shape) == ((0, 2), (1,), (2, 1, 3, 4), (1, 1, 3, 6))
+    assert seen.u[:, 0, :, 0].tolist() == [[1, 2, 2], [201, 202, 202]]
+    assert weights.tolist() == [[1, 0, 0]]
+    assert list(queue.drain()) == [] and queue.takes([False], 2)
+    queue.forwards = [token(1.0)] * LIMIT
+    assert queue.full and not Observations([], queue.forwards[1:]).full
+    monkeypatch.setattr(observations, "MAX_BYTES", 3 * token(1.0).nbytes())
+    assert [Observations([], [token(1.0)] * count).full for count in (2, 3)] == [False, True]
 
 
 def sums(**known):
@@ -171,3 +191,7 @@ def test_a_score_that_learns_wants_its_prior():
             ConfigError, match=r'^score "fisher" needs learned statistics: give self_stats='
         ):
             MaskSelector(PruneConfig(sparsity=sparsity, score="fisher"), make_layers())
+    for score, why in (("flap", "is a variance over all tokens alike"), ("weight", "reads no")):
+        config = PruneConfig(sparsity=0.5, score={"name": score, "ema_decay": 0.5})
+        with pytest.raises(ConfigError, match=f'score "{score}" {why}.*: drop the ema_decay'):
+            MaskSelector(config, make_layers())

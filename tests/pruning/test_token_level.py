@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.describe import describe
 from dart_llm.pruning import token_level
-from dart_llm.pruning import token_rules as low_bit_rule
 from dart_llm.pruning.token_level import (
     contribution_estimate,
     low_bit,
     winner_places,
 )
-from dart_llm.pruning.token_rules import LowBit
+from dart_llm.pruning.token_rules import low_bit as low_bit_rule
+from dart_llm.pruning.token_rules.low_bit import LowBit
 from dart_llm.session.run import prune
 from products import SHAPES, in_turn
 from steps import apart, decode, new_cache, shared_model, step

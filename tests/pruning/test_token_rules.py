@@ -14,7 +14,7 @@ from dart_llm.patching.executors import token_ffn as ways
 from dart_llm.pruning.config import TokenConfig
 from dart_llm.pruning.registry import METHODS, TOKEN_RULES
 from dart_llm.pruning.token_level import TokenMask, at_largest
-from dart_llm.pruning.token_rules import LayerCost, TokenRule
+from dart_llm.pruning.token_rules.rule import LayerCost, TokenRule
 from dart_llm.session.run import prune
 from steps import decode, pruned, shared_model
 from tiny import tokens

@@ -39,8 +39,9 @@ def key_of(model: str, *parts: object) -> str:
 
 
 def rule_of(statistics: Statistics) -> object:
-    """The per-token statistic of a score, by its code; None: there is none."""
-    return plain(statistics.per_token)
+    """The per-token statistic of a score, by its code, and its decay; None: there is none."""
+    rule = plain(statistics.per_token)
+    return rule if statistics.ema_decay is None else [rule, statistics.ema_decay]
 
 
 def find(model: nn.Module, key: str, cache_dir: str | None) -> Tensors | None:

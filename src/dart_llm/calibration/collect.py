@@ -146,6 +146,12 @@ def _check_finite(tensors: Sequence[Tensor], what: str) -> None:
         raise DartError(f"the {what} are not finite: load it in float32 or bfloat16")
 
 
+def rows_at_once(model: Any, length: int, backward: bool) -> int:
+    """Sequences of ``length`` tokens that go forward (and backward) together."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return max(1, LOGITS // (length * vocabulary)) if backward else BATCH
+
+
 @dataclass(frozen=True)
 class Needs:
     """What ``collect`` sums over the tokens of a text.
@@ -169,11 +175,7 @@ def collect(
     Raises ``DartError`` when the gradients are not finite.
     """
     devices = [block.matrices()[-1].device for block in describe(model).blocks]
-    rows = BATCH
-    if needs.fisher:
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        rows = max(1, LOGITS // (ids.shape[1] * vocabulary))
-    parts = torch.split(ids, rows)
+    parts = torch.split(ids, rows_at_once(model, ids.shape[1], needs.fisher))
     kept = slice(SINKS, ids.shape[1] - 1) if needs.inner else slice(None)
 
     def batches() -> Iterator[list[LayerStatistics]]:

@@ -1,11 +1,18 @@
-"""Progress of calibration: what happens, how far it is, how long the rest takes."""
+"""Progress of calibration: how much memory it takes, how far it is, how long the rest takes."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+from dart_llm.errors import ConfigError
+from dart_llm.files import size_text
+from dart_llm.models.describe import decoder_layers, describe
+from dart_llm.models.float32_products import can_copy, copy_bytes, in_float32, is_emulated
+from dart_llm.native.memory import available
 from dart_llm.reporting.words import duration
 
 logger = logging.getLogger("dart_llm")
@@ -16,6 +23,13 @@ Advance = Callable[[float], None]
 
 FIRST_S, EVERY_S = 5.0, 10.0
 """Until the first line, and between two; forwards are the chances to log one."""
+
+LARGE = 100_000_000
+"""Bytes of memory that the first line names."""
+
+FLOATS = 16
+"""Numbers of width D that the graph of one layer keeps for each token, about; and of width I, a
+third as many."""
 
 
 def ignore(share: float) -> None:
@@ -58,3 +72,46 @@ class Progress:
             ".0 ", " "
         )
         self._say(f"learning ({name}): {100 * done / self._total:.0f} %, about {rough} left")
+
+
+@contextlib.contextmanager
+def learning(
+    model: Any, say: Say, what: str, work: Mapping[str, float], memory: int
+) -> Iterator[tuple[Any, Progress]]:
+    """What to learn from in place of ``model`` (``in_float32``), and the progress of it.
+
+    ``what``: happens, for people.  ``work``: of each stage, in tokens read.  ``memory``: bytes that
+    it takes beside the model.  Raises ``ConfigError`` where more than is free, before anything is
+    computed.
+    """
+    free = available()
+    if next(model.parameters()).device.type == "cpu" and memory > free:
+        raise ConfigError(
+            f"learning takes {size_text(memory)} of memory beside this model and "
+            f"{size_text(max(0, free))} is free: store the weights in blocks (--weights q8_0), "
+            "learn from a smaller text (length and sequences of self_stats or calibration), or use "
+            "method griffin, which learns nothing"
+        )
+    if is_emulated(model) and can_copy(model):
+        memory += copy_bytes(model)
+    size = f", {size_text(memory)} of memory" if memory > LARGE else ""
+    with in_float32(model) as faster:
+        what = f"{what}{size}; griffin and dart-prompt learn nothing"
+        yield faster, Progress(say, work, what)
+
+
+def graph_bytes(model: Any, tokens: int, backward: bool) -> int:
+    """Bytes that a forward of ``tokens`` takes, and its graph with ``backward``, about."""
+    layers, _, text = decoder_layers(model)
+    each = FLOATS * int(text.hidden_size) + FLOATS * describe(model).blocks[0].down_width // 3
+    logits = int(text.vocab_size)
+    return 4 * tokens * (each * len(layers) + 4 * logits if backward else each + logits)
+
+
+def text_bytes(model: Any, sequences: int, length: int) -> int:
+    """Bytes of the keys and values of sequences that are written together, and their logits."""
+    layers, _, text = decoder_layers(model)
+    heads = int(text.num_attention_heads)
+    size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    kept = 2 * int(getattr(text, "num_key_value_heads", None) or heads) * size * len(layers)
+    return 4 * sequences * (2 * length * kept + 4 * int(text.vocab_size))

@@ -21,22 +21,23 @@ from dart_llm.calibration.collect import (
     BACKWARD,
     BASIS_TOKENS,
     FISHER,
+    WRITTEN,
     Needs,
     collect,
     evaluating,
     find_bases,
     last_states,
     opening_ids,
+    rows_at_once,
     sample_continuations,
     start_ids,
     start_tokens,
 )
-from dart_llm.calibration.progress import Progress, Say
+from dart_llm.calibration.progress import Progress, Say, graph_bytes, learning, text_bytes
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError, LoadError
 from dart_llm.models.checkpoint import digest_of, fingerprint, remember_tokenizer
 from dart_llm.models.describe import describe
-from dart_llm.models.float32_products import in_float32
 from dart_llm.models.packed import place_of
 from dart_llm.models.screen import Screen
 from dart_llm.patching.patch import check_free
@@ -56,9 +57,7 @@ BASES = "features of compensation"
 ONE_BY_ONE = 3
 """Tokens that are read in the time in which one is written: all weights for a few rows."""
 
-LEARNING = (
-    "learning from self-generated text, once per model; griffin and dart-prompt learn nothing"
-)
+LEARNING = "learning from self-generated text, once per model"
 
 BASIS, SCORE, STATES = "basis", "score", "states"
 """What is learned, beside ``FISHER`` and sums; ``STATES``: last hidden states, for a screen."""
@@ -72,6 +71,15 @@ def _keep(model: Any, key: str, cache_dir: str | None, part: cache.Tensors, say:
         cache.keep(model, key, cache_dir, part, {"note": "what dart_llm learned of a model"})
     except LoadError as error:
         say(f"what was learned is not kept for the next time: {error}")
+
+
+def _memory(
+    model: Any, sequences: int, length: int, backward: bool = False, *, writes: bool
+) -> int:
+    """Bytes that learning from so much text takes beside the model, about."""
+    rows = min(rows_at_once(model, length, backward), sequences)
+    written = text_bytes(model, min(WRITTEN, sequences), length) if writes else 0
+    return max(written, graph_bytes(model, rows * length, backward))
 
 
 # masks and priors
@@ -118,8 +126,9 @@ def calibrate(
         check_free(model)
         work = {READING: float(count * part.length)}
         work = {WRITING: ONE_BY_ONE * work[READING], **work} if ids is None else work
-        with in_float32(model) as faster:
-            progress = Progress(say, work, f"calibrating {config.method}, once per model ({note})")
+        memory = _memory(model, count, part.length, writes=ids is None)
+        what = f"calibrating {config.method}, once per model ({note})"
+        with learning(model, say, what, work, memory) as (faster, progress):
             if ids is None:
                 generator = torch.Generator().manual_seed(config.seed)
                 first = start_ids(faster, part.sequences, generator)
@@ -298,8 +307,9 @@ class _SelfText:
             if BASIS in names:  # the eigenvectors take as long as the forwards
                 work[BASES] = 2 * min(tokens, BASIS_TOKENS)
             work[READING] = tokens * (BACKWARD if FISHER in names else 1)
-            with in_float32(self.model) as faster:
-                progress = Progress(self.say, work, LEARNING)
+            size, backward = (self.settings.sequences, self.settings.length), FISHER in names
+            memory = _memory(self.model, *size, backward, writes=text is None)
+            with learning(self.model, self.say, LEARNING, work, memory) as (faster, progress):
                 if text is None:
                     text = {"ids": self._written(faster, progress)}
                     _keep(self.model, self.text_key, self.cache_dir, text, self.say)

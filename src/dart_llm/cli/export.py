@@ -26,7 +26,7 @@ class ExportSettings(BaseSettings):
     """``dart-llm export``: the model, the neurons that it keeps, and the file."""
 
     UNUSED: ClassVar = (
-        *("save_layer_topk", "masking_step", "release_step", "min_evidence"),
+        *("save_layer_topk", "masking_step", "release_step", "min_evidence", "ema_decay"),
         *("knowledge_drift", "drift", "head", "executor"),
         *("experiment_name", "results_dir", "style", "device_map", "dtype"),
         "attn_implementation",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -77,7 +78,8 @@ def unknown_key(part: type[BaseModel], key: str) -> ConfigError:
 class ScoreConfig(Part):
     """How neurons are ranked (docs/reference.md, "Scores").
 
-    ``strategy``: ``topk``, or ``auto``: neurons whose score reaches the layer's mean.
+    ``ema_decay``: weight that an older token keeps with each new one, (0, 1); None: all count
+    alike.  ``strategy``: ``topk``, or ``auto``: neurons whose score reaches the layer's mean.
     ``proxy_embedding``: whose rows the scores ``max`` to ``product`` read.
     ``prior_weight``: ranks by the text and by a calibrated prior are averaged, the prior with this
     weight; None: the text alone.
@@ -86,6 +88,7 @@ class ScoreConfig(Part):
     short: ClassVar[str] = "name"
 
     name: Annotated[str, AfterValidator(SCORES.check)] = "normalized"
+    ema_decay: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
     strategy: Literal["topk", "auto"] = "topk"
     proxy_embedding: Literal["output", "input"] = "output"
     prior_weight: From0To1 | None = None
@@ -314,7 +317,8 @@ class PruneConfig(Part):
     the sequence.  ``compensation_rank``: features of the FFN's input from which compensation
     predicts the removed neurons' output; 0: their mean alone.  ``head``: how decoded tokens are
     scored.  ``batch``: one mask for all rows, or one each.  ``executor``: what runs pruned FFNs
-    (docs/performance.md, "Executors"); ``auto``: the fastest that can.  ``seed``: random seed.
+    (docs/performance.md, "Executors"); ``auto``: the fastest that can (``slim`` is
+    ``native``).  ``seed``: random seed.
     """
 
     method: str = "dart"
@@ -334,7 +338,10 @@ class PruneConfig(Part):
     compensation: bool = False
     compensation_rank: AtLeast0 = 0
     batch: Literal["shared", "per_row"] = "shared"
-    executor: Literal["auto", "masked", "compact", "native", "cuda"] = "auto"
+    executor: Annotated[
+        Literal["auto", "masked", "compact", "native", "cuda"],
+        BeforeValidator(lambda name: "native" if name == "slim" else name),
+    ] = "auto"
     seed: int = Field(default=0, lt=2**63)
 
     @model_validator(mode="after")

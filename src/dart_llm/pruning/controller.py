@@ -38,7 +38,12 @@ from dart_llm.pruning.forward import (
     token_weights,
 )
 from dart_llm.pruning.masks import Masks
-from dart_llm.pruning.observations import LayerObservation, detached_copy, stacked_alike
+from dart_llm.pruning.observations import (
+    LayerObservation,
+    Observations,
+    ObservedForward,
+    detached_copy,
+)
 from dart_llm.pruning.records import DriftCheck, Remask
 from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.sequence import Phase, SequenceState
@@ -79,6 +84,7 @@ class PruningController:
         self._pending: PendingForward | None = None
         self._lengths: list[float] = []
         """Unpadded length of each row before the current forward."""
+        self._queue = Observations()
 
     @torch.no_grad()
     def before_forward(self, call: ForwardCall) -> ForwardPlan:
@@ -92,6 +98,8 @@ class PruningController:
             self._lengths = [min(self._lengths)] * call.rows
         self.length = call.cached
         prefill = call.kind is Kind.PREFILL
+        if prefill or any(state.ready for state in self.sequences):
+            self._add_queued()
         before = [state.mask_count for state in self.sequences]
         counts = prompt_counts(call)
         if prefill:
@@ -127,6 +135,7 @@ class PruningController:
             self.length = cached
 
     def _new_sequence(self, call: ForwardCall) -> None:
+        self._add_queued()
         for state in self.finished:
             state.drop_masks()
         for state in self.sequences:
@@ -197,6 +206,19 @@ class PruningController:
         for layer, seen in layers.items():  # a piece of a prompt, of one token
             self.observe(layer, seen)
 
+    def _enqueue(self, pending: PendingForward, forward: ObservedForward) -> None:
+        if not self._queue.takes(pending.observing, forward.rows):
+            self._add_queued()
+        self._queue.observing = pending.observing
+        self._queue.forwards.append(forward)
+        if self._queue.full:
+            self._add_queued()
+
+    def _add_queued(self) -> None:
+        """Add to the evidence what waits; before masks are built or the evidence ages."""
+        for layers, seen, weights in self._queue.drain():
+            self._update(self._queue.observing, layers, seen, weights)
+
     def _update(
         self,
         observing: list[bool],
@@ -250,8 +272,7 @@ class PruningController:
         self.length = call.cached + accepted
         if pending.layers and accepted:
             weights = evidence_weights(call, accepted, self._lengths, self.config.skip_sinks)
-            for layers, seen in stacked_alike(pending.layers, accepted):
-                self._update(pending.observing, layers, seen, weights)
+            self._enqueue(pending, ObservedForward(pending.layers, call.rows, accepted, weights))
         with outside_inference():
             if self.on_tokens is not None:  # first: what follows may change the sequences
                 self.on_tokens(pending, accepted, self.sequences)
@@ -290,6 +311,7 @@ class PruningController:
     ) -> None:
         if self.rule.interval and state.pruned_run >= self.rule.interval:
             if state.may_trigger() and not state.has_finished(pending.call.live):
+                self._add_queued()
                 state.trigger("interval")
             return
         if pending.signal is None:
@@ -301,6 +323,7 @@ class PruningController:
             last = len(self.selector.layers) - 1
             self.checks += check.records(state.sequence, state.row, state.decoded, last, allowed)
             if allowed:
+                self._add_queued()
                 state.trigger("drift")
                 break
 
@@ -333,6 +356,7 @@ class PruningController:
     def flush(self) -> None:
         """Account for everything that was seen."""
         self.settle()
+        self._add_queued()
 
     def all_sequences(self) -> list[SequenceState]:
         """Finished and running states, in order."""

@@ -1,8 +1,9 @@
-"""What the layers of one forward saw, before it is added to the evidence."""
+"""What the layers saw of decode tokens, before it is added to the evidence."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -47,19 +48,84 @@ def detached_copy(seen: LayerObservation, stream: bool) -> LayerObservation:
     return seen._replace(z=seen.z.clone())
 
 
-def stacked_alike(
-    layers: Mapping[int, LayerObservation], tokens: int
-) -> Iterator[tuple[tuple[int, ...], LayerObservation]]:
-    """The layers in groups of one shape on one device, and what each group saw in one tensor.
+LIMIT = 32
+"""Tokens after which a queue is full."""
 
-    [L, B, T, ...] of the first ``tokens``: adding these costs about as much as adding one layer.
+MAX_BYTES = 4 << 20
+"""Bytes after which it is, however few the tokens: large models gain nothing by waiting."""
+
+
+class ObservedForward(NamedTuple):
+    """What one decode forward of ``rows`` x ``tokens`` tokens showed of every layer.
+
+    ``layers`` may hold later tokens too, which were rolled back.  ``weights``: [rows, tokens] or
+    None for all ones.
     """
-    groups: dict[object, list[int]] = {}
-    for layer, seen in layers.items():
-        kind = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in seen)
-        groups.setdefault(kind, []).append(layer)
-    for group in groups.values():
-        parts = zip(*(layers[layer] for layer in group), strict=True)
-        tensors = [[t for t in each if t is not None] for each in parts]
-        stacks = (torch.stack(each)[:, :, :tokens] if each else None for each in tensors)
-        yield tuple(group), LayerObservation(*stacks)
+
+    layers: Mapping[int, LayerObservation]
+    rows: int
+    tokens: int
+    weights: Tensor | None = None
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors; all layers have about as much as the first."""
+        return next(iter(self.layers.values())).nbytes() * len(self.layers)
+
+
+@dataclass
+class Observations:
+    """A queue of observed decode forwards; ``observing``: one flag per sequence, for all of them.
+
+    Adding many tokens of all layers at once costs about as much as adding one of one layer, so
+    observing stays cheap.
+    """
+
+    observing: list[bool] = field(default_factory=list)
+    forwards: list[ObservedForward] = field(default_factory=list)
+
+    def takes(self, observing: list[bool], rows: int) -> bool:
+        """Whether a forward fits to those that wait."""
+        alike = observing == self.observing and self.forwards and self.forwards[0].rows == rows
+        return bool(alike) or not self.forwards
+
+    @property
+    def full(self) -> bool:
+        """Whether enough waits to be added to the evidence."""
+        tokens = sum(forward.tokens for forward in self.forwards)
+        return tokens >= LIMIT or sum(map(ObservedForward.nbytes, self.forwards)) >= MAX_BYTES
+
+    def drain(self) -> Iterator[tuple[tuple[int, ...], LayerObservation, Tensor | None]]:
+        """Empties it: layers of one shape, what they saw [L, B, T, ...], weights [B, T] or None."""
+        forwards, self.forwards = self.forwards, []
+        if not forwards:
+            return
+        weights = _joined_weights(forwards)
+        groups: dict[object, list[int]] = {}
+        for layer, seen in forwards[0].layers.items():
+            kind = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in seen)
+            groups.setdefault(kind, []).append(layer)
+        for group in groups.values():
+            parts = (_joined(forwards, group, n) for n in range(len(LayerObservation._fields)))
+            yield tuple(group), LayerObservation(*parts), weights
+
+
+def _joined(forwards: Sequence[ObservedForward], layers: list[int], part: int) -> Tensor | None:
+    """One part of what some layers saw of all tokens, [L, B, T, ...]; None where it is unneeded."""
+    each = [[forward.layers[layer][part] for forward in forwards] for layer in layers]
+    if each[0][0] is None:
+        return None
+    lengths = [forward.tokens for forward in forwards]
+    rows = [
+        torch.cat([t[:, :n] for t, n in zip(seen, lengths, strict=True) if t is not None], 1)
+        for seen in each
+    ]
+    return torch.stack(rows)
+
+
+def _joined_weights(forwards: Sequence[ObservedForward]) -> Tensor | None:
+    weights = [forward.weights for forward in forwards]
+    some = next((w for w in weights if w is not None), None)
+    if some is None:
+        return None
+    ones = [torch.ones((f.rows, f.tokens), device=some.device) for f in forwards]
+    return torch.cat([one if w is None else w for one, w in zip(ones, weights, strict=True)], 1)

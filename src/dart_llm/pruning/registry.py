@@ -135,11 +135,15 @@ DRIFT_RULES = Registry(
 TOKEN_RULES = Registry(
     "token rule",
     "dart_llm.token_rules",
-    _table(
-        "token_rules",
-        "low-bit prox cats countdown teal teal-attention wina",
-        lambda name: name.title().replace("_", ""),
-    ),
+    {
+        "low-bit": "dart_llm.pruning.token_rules.low_bit:LowBit",
+        "prox": "dart_llm.pruning.token_rules.prox:Prox",
+        "cats": "dart_llm.pruning.token_rules.cats:Cats",
+        "countdown": "dart_llm.pruning.token_rules.countdown:Countdown",
+        "teal": "dart_llm.pruning.token_rules.teal:Teal",
+        "teal-attention": "dart_llm.pruning.token_rules.teal:TealAttention",
+        "wina": "dart_llm.pruning.token_rules.wina:Wina",
+    },
 )
 """``TokenRule`` classes, by which tokens select.  Entry-point group ``dart_llm.token_rules``."""
 

@@ -1,9 +1,9 @@
 """Neuron scores (docs/reference.md, "Scores"), one decorated function each.
 
 A score is one function ``(a, weights) -> [I]``.  ``a`` is what was accumulated over the observed
-tokens from the per-token statistic that the decorator names: ``sqrt(sum_t e_t)``.  A score of
-``spread`` gets the standard deviation of u over the observed tokens instead, one of ``average`` the
-mean of e_t.
+tokens from the per-token statistic that the decorator names: ``sqrt(sum_t e_t)``, or with an
+``ema_decay`` d the average of ``sqrt(e_t)`` weighted by ``d^(T-1-t)``.  A score of ``spread`` gets
+the standard deviation of u over the observed tokens instead, one of ``average`` the mean of e_t.
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ class Score:
     def __call__(self, a: Tensor, weights: FfnWeights) -> Tensor:
         """a: [I] float32 accumulated statistic.  Returns [I] float32, larger is kept first."""
         return self.function(a, weights)
+
+    @property
+    def no_decay_reason(self) -> str | None:
+        """Why no ``ema_decay`` applies; None where one does."""
+        if self.per_token is None:
+            return "reads no activations"
+        kind = "variance" if self.spread else "mean"
+        return f"is a {kind} over all tokens alike" if self.spread or self.average else None
 
 
 def score(

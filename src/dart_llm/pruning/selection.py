@@ -49,10 +49,12 @@ class MaskSelector:
         if not self.layers:
             raise ConfigError("the model has no FFN layers")
         self.targets  # noqa: B018 - raises early when the table does not fit the model
+        score, reason = self.config.score, self.rule.no_decay_reason
+        if score.ema_decay is not None and reason and not self.removes_nothing:
+            raise ConfigError(f'score "{score.name}" {reason}: drop the ema_decay')
         if self.rule.needs_fisher and self.config.self_stats is None:
             raise ConfigError(
-                f'score "{self.config.score.name}" needs learned statistics: give '
-                "self_stats={} too"
+                f'score "{score.name}" needs learned statistics: give self_stats={{}} too'
             )
         if self.config.token is not None:
             TOKEN_RULES.get(self.config.token.rule).check(self.config)
@@ -81,7 +83,8 @@ class MaskSelector:
             needs.add("signed")
             if config.token is not None or config.compensation_rank:
                 needs.add("features" if config.token is None else "lost")
-        return Statistics(score.per_token, frozenset(needs), score.spread, score.average)
+        decay = config.score.ema_decay
+        return Statistics(score.per_token, frozenset(needs), score.spread, score.average, decay)
 
     def token_selection(self, layers: Sequence[int]) -> TokenSelection | None:
         """How tokens select in some layers, for ``Statistics.add``; None where they do not."""

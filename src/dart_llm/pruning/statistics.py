@@ -87,6 +87,20 @@ class LayerStatistics:
             before.total += total
             before.weight = before.weight + weight
 
+    def add_ema(self, values: Tensor, decay: float, weights: Tensor | None) -> None:
+        """``s <- d s + a`` over the tokens of [B, T, I] in order, rows summed; weights: [B, T]."""
+        if weights is None:
+            weights = torch.ones(values.shape[:2], device=values.device)
+        alive = weights.amax(0)
+        later = alive.flip(0).cumsum(0).flip(0) - alive
+        factors = decay**later * weights
+        with full_precision(values):
+            total, weight = torch.einsum("bt,bti->i", factors, values), factors.sum()
+        before, shift = self.sums.get("score"), decay ** alive.sum()
+        if before is not None:
+            total, weight = before.total * shift + total, before.weight * shift + weight
+        self.sums["score"] = Sum(total, weight)
+
     def decay(self, decay: float, rows: int) -> None:
         """Scale all sums by ``decay * min(1, 256 / n)``, n = tokens per row seen so far."""
         for name, entry in self.sums.items():
@@ -230,13 +244,14 @@ class Statistics:
 
     ``needs`` holds any of ``signed`` (compensation), ``features`` (its low-rank part),
     ``sensitivity`` (budget ``depth``) and ``lost`` (compensation of per-token selection).
-    ``spread``, ``average``: as of ``Score``.
+    ``spread``, ``average``: as of ``Score``; ``ema_decay``: as of ``ScoreConfig``.
     """
 
     per_token: PerToken | None
     needs: frozenset[str]
     spread: bool = False
     average: bool = False
+    ema_decay: float | None = None
 
     @property
     def beside_score(self) -> frozenset[str]:
@@ -285,7 +300,10 @@ class Statistics:
         selection: TokenSelection | None,
     ) -> None:
         flat, w = u.flatten(1, 2), None if weights is None else weights.flatten()
-        if self.per_token is not None:
+        if self.per_token is not None and self.ema_decay is not None:
+            for layer, values in zip(evidence, self.per_token(u).sqrt(), strict=True):
+                layer.add_ema(values, self.ema_decay, weights)
+        elif self.per_token is not None:
             add_sums(evidence, "score", self.per_token(flat), w)
         if "signed" in self.beside_score:
             add_sums(evidence, "signed", flat, w)
@@ -304,7 +322,9 @@ class Statistics:
         if self.spread:
             variance = score.mean - evidence.sums["signed"].mean.square()
             return variance.clamp_min(0).sqrt()
-        return score.mean if self.average else score.total.sqrt()
+        if self.average or self.ema_decay is not None:
+            return score.mean
+        return score.total.sqrt()
 
 
 def pruned_indicator(u: Tensor, saliency: Tensor, keep: float) -> Tensor:

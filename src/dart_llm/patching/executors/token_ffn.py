@@ -16,7 +16,8 @@ from dart_llm.pruning.config import TokenConfig
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.registry import TOKEN_RULES
 from dart_llm.pruning.token_level import TokenMask
-from dart_llm.pruning.token_rules import Teal, TokenRule
+from dart_llm.pruning.token_rules.rule import TokenRule
+from dart_llm.pruning.token_rules.teal import Teal
 from dart_llm.pruning.weights import in_blocks
 
 logger = logging.getLogger("dart_llm")
