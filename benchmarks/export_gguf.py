@@ -33,8 +33,7 @@ from dart_llm.models.loading import load, resolve
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import Masks
 from dart_llm.session.gguf_export import GgufExport, choose_masks, exportable, write_masks
-from dart_llm.session.prepare import prepare
-from dart_llm.session.run import Run
+from dart_llm.session.run import Run, prepare
 
 TOKENS, TURNS = 64, 5
 CONTEXT = 2 * TOKENS + 2

@@ -15,8 +15,8 @@ from common import load_model, parser, plain_lm_eval, save
 
 from dart_llm.evaluation import lm_eval as harness
 from dart_llm.evaluation.measurement import MeasureOptions
+from dart_llm.evaluation.parts import MemoryStore as Memory
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import MemoryStore as Memory
 from dart_llm.session.run import BoundMethod as Candidate
 
 CASES = (("griffin", 0.0), ("griffin", 0.5), ("dart-prompt", 0.5))

@@ -9,8 +9,7 @@ from calibration_cases import WORDS, Letters
 from dart_llm.calibration.self_calibration import calibrate
 from dart_llm.errors import AttachError
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import prepare
-from dart_llm.session.run import BoundMethod
+from dart_llm.session.run import BoundMethod, prepare
 from steps import Same, decode, forward_lengths, same_masks, shared_model
 from tiny import LAYERS, WIDTH, tiny, tokens
 

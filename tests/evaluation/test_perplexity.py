@@ -14,12 +14,12 @@ from dart_llm.errors import DartError
 from dart_llm.evaluation.forced_decoding import CHUNK
 from dart_llm.evaluation.likelihood import score_context
 from dart_llm.evaluation.measurement import LEAK, MeasureOptions
+from dart_llm.evaluation.parts import MemoryStore
 from dart_llm.evaluation.perplexity import measure_windows, ran_pruned
 from dart_llm.evaluation.windows import Window, cut, standard_windows
 from dart_llm.models.describe import context_length
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import MemoryStore, prepare
-from dart_llm.session.run import BoundMethod, Run
+from dart_llm.session.run import BoundMethod, Run, prepare
 from tiny import VOCAB, tiny
 
 TEXT = "".join(chr(32 + (i * i * 7 + i // 3 * 11) % 90) for i in range(1000))

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from dart_llm.evaluation import tasks
-from dart_llm.session.prepare import prepare
-from dart_llm.session.run import BoundMethod
+from dart_llm.session.run import BoundMethod, prepare
 from lm_cases import Forwards, candidate, loaded, options
 from summary_cases import DOCUMENTS as ROWS
 from summary_cases import Kept, write_documents

@@ -13,6 +13,7 @@ from dart_llm.data.documents import Source
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation import tasks
 from dart_llm.evaluation.measurement import MeasureOptions
+from dart_llm.evaluation.parts import MemoryStore
 from dart_llm.evaluation.windows import (
     LEAD,
     MOMENT,
@@ -23,7 +24,6 @@ from dart_llm.evaluation.windows import (
     topic_windows,
 )
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import MemoryStore
 from dart_llm.session.run import BoundMethod, Run
 from lm_cases import loaded
 from quality_cases import OPTIONS, PROMPT, TOKENS, bees, loans, write_texts

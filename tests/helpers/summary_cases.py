@@ -3,9 +3,9 @@
 import json
 
 from dart_llm.evaluation.measurement import MeasureOptions
+from dart_llm.evaluation.parts import MemoryStore
 from dart_llm.evaluation.summarization import measure
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import MemoryStore
 from dart_llm.session.run import BoundMethod
 
 DOCUMENTS = [

@@ -3,8 +3,7 @@
 import pytest
 
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import prepare
-from dart_llm.session.run import BoundMethod
+from dart_llm.session.run import BoundMethod, prepare
 from steps import picked, shared_model
 
 HALF = PruneConfig.build("griffin", sparsity=0.5, masking_step=4, drift="interval 4")

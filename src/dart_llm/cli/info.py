@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dart_llm.cli.options import Json, Plugin
-from dart_llm.pruning import plugins
+from dart_llm.pruning import registry
 from dart_llm.settings import Settings, merge, setting
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str | Non
 def show_methods(plugin: Plugin = None, as_json: Json = False) -> None:
     """``dart-llm methods``."""
     if plugin is not None:
-        plugins.use(plugin)
+        registry.use_plugin(plugin)
     from dart_llm.pruning.methods import listing
 
     if as_json:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from dart_llm.pruning import plugins
+from dart_llm.pruning import registry
 from dart_llm.settings import Settings
 
 Config = Annotated[
@@ -84,7 +84,7 @@ def with_settings(
 
     def command(plugin: Plugin = None, **values: Any) -> None:
         if plugin is not None:
-            plugins.use(plugin)
+            registry.use_plugin(plugin)
         names = settings.model_fields
         flags = {k: None if v == [] else v for k, v in values.items() if k in names}
         function(flags, **{key: value for key, value in values.items() if key not in names})

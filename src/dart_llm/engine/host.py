@@ -19,8 +19,7 @@ from dart_llm.pruning.config import HeadConfig, PruneConfig
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.records import RunReport
 from dart_llm.pruning.registry import TOKEN_RULES
-from dart_llm.session.prepare import prepare
-from dart_llm.session.run import BoundMethod, PatchCosts
+from dart_llm.session.run import BoundMethod, PatchCosts, prepare
 
 DENSE = PruneConfig.build("dense")
 

@@ -25,9 +25,8 @@ from torch.nn import functional as F
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.evaluation.forced_decoding import feed
 from dart_llm.evaluation.measurement import MeasureOptions
-from dart_llm.evaluation.parts import Part, check_pruned, finished_part
+from dart_llm.evaluation.parts import Part, UnitStore, check_pruned, finished_part
 from dart_llm.pruning.records import merge_reports, without_sequences
-from dart_llm.session.prepare import UnitStore
 from dart_llm.session.run import BoundMethod, Run
 
 SHORT = 16

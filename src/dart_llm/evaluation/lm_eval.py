@@ -26,11 +26,10 @@ from dart_llm.data.texts import check_chat_template
 from dart_llm.errors import ConfigError, DartError, LoadError, MissingExtra, UnknownName, chain
 from dart_llm.evaluation.likelihood import SHORT, Scorer
 from dart_llm.evaluation.measurement import LEAK, Measurement, MeasureOptions, mean
-from dart_llm.evaluation.parts import merge_accounting
+from dart_llm.evaluation.parts import UnitStore, merge_accounting
 from dart_llm.evaluation.perplexity import perplexity
 from dart_llm.evaluation.tasks import FEWSHOT, specifications
 from dart_llm.session.generation import FiniteLogits
-from dart_llm.session.prepare import UnitStore
 from dart_llm.session.run import BoundMethod
 
 try:

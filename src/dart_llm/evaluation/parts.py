@@ -10,16 +10,37 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.records import add_dense, merge_reports
-from dart_llm.session.prepare import UnitStore
 from dart_llm.session.run import BoundMethod, Run
 
 Part = Mapping[str, Any]
+
+
+class UnitStore(Protocol):
+    """Where finished items of a measurement are cached: a results folder is one."""
+
+    def part(self, key: str) -> Any: ...
+
+    def save_part(self, key: str, value: Any) -> None: ...
+
+
+@dataclass
+class MemoryStore:
+    """Items that live no longer than the process."""
+
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, key: str) -> Any:
+        return self.parts.get(key)
+
+    def save_part(self, key: str, value: Any) -> None:
+        self.parts[key] = value
 
 
 def merge_accounting(run: Run | None, parts: Sequence[Part]) -> dict[str, Any] | None:

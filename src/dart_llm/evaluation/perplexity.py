@@ -27,6 +27,7 @@ from dart_llm.evaluation.likelihood import SHORT
 from dart_llm.evaluation.measurement import LEAK, Measurement, MeasureOptions, mean
 from dart_llm.evaluation.parts import (
     Part,
+    UnitStore,
     check_pruned,
     finished_part,
     merge_accounting,
@@ -45,7 +46,6 @@ from dart_llm.models.describe import context_length
 from dart_llm.models.screen import divergence
 from dart_llm.pruning.records import RunReport, without_sequences
 from dart_llm.pruning.sequence import Phase
-from dart_llm.session.prepare import UnitStore
 from dart_llm.session.run import BoundMethod, Run
 
 

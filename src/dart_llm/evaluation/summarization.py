@@ -24,6 +24,7 @@ from dart_llm.evaluation import text_metrics
 from dart_llm.evaluation.measurement import PROTOCOLS, Measurement, MeasureOptions, mean
 from dart_llm.evaluation.parts import (
     Part,
+    UnitStore,
     check_pruned,
     finished_part,
     merge_accounting,
@@ -34,7 +35,6 @@ from dart_llm.files import finite
 from dart_llm.models.describe import context_length
 from dart_llm.pruning.records import RunReport, without_sequences
 from dart_llm.session.generation import CheckedModel, Generation, generate, text_ends
-from dart_llm.session.prepare import UnitStore
 from dart_llm.session.run import BoundMethod, Run
 
 HEADLINE = "rougeL"

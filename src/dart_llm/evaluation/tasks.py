@@ -13,7 +13,7 @@ from dart_llm.evaluation.measurement import PROTOCOLS, Measurement, MeasureOptio
 from dart_llm.pruning.config import PruneConfig
 
 if TYPE_CHECKING:
-    from dart_llm.session.prepare import UnitStore
+    from dart_llm.evaluation.parts import UnitStore
     from dart_llm.session.run import BoundMethod
 
 # Tasks of lm-eval.

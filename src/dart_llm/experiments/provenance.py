@@ -27,7 +27,7 @@ from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.evaluation.tasks import SLICED, slice_sources
 from dart_llm.experiments.cell import Cell, requested_format
 from dart_llm.files import file_sha256
-from dart_llm.pruning import plugins
+from dart_llm.pruning import registry
 from dart_llm.pruning.setting_file import path_of
 
 _NAMED_BY_TASKS = ("text", "data", "slices")
@@ -50,7 +50,7 @@ class Digests:
             **self.of_model(cell),
             **self.of_files(cell.method, cell.calibration, cell.masks),
             **self.of_task(cell.task, cell.options),
-            **plugins.digest(),
+            **registry.plugin_digest(),
         }
 
     def of_task(self, task: str, options: MeasureOptions) -> dict[str, str]:
@@ -104,7 +104,7 @@ class Digests:
         """What a run of ``settings`` reads: the model, the files of its method, plug-ins."""
         calibration, table = getattr(settings, "calibration", None), settings.layer_topk or ""
         files = self.of_files(settings.method, calibration, settings.masks, table)
-        return {**self.of_model(settings), **files, **plugins.digest()}
+        return {**self.of_model(settings), **files, **registry.plugin_digest()}
 
     def _digests(self, files: Mapping[str, str]) -> dict[str, str]:
         digests = {}

@@ -59,7 +59,9 @@ class Part(BaseModel):
         try:
             return validate(data)
         except ValidationError as error:
-            raise ConfigError(first_problem(error, cls.called)) from None
+            whole = not error.errors()[0]["loc"]  # not one setting, but all of them
+            name = cls.__name__.removesuffix("Config").lower() if whole else cls.called
+            raise ConfigError(first_problem(error, name)) from None
 
     @classmethod
     def expanded(cls, data: Any) -> Any:

@@ -1,19 +1,23 @@
 """The one place that lists everything that can be chosen by name.
 
 A built-in is one line in a table below, imported on first use.  Others register with
-``SCORES.register("name", score)``, in a file that ``--plugin`` names (``plugins``) too, or through
+``SCORES.register("name", score)``, in a file that ``--plugin`` names too, or through
 the entry-point group that the registry names.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.pruning import plugins
+from dart_llm.files import file_sha256
 
 SETTING = "file:"
 """Begins the name of a method whose setting is kept in a file."""
@@ -50,7 +54,7 @@ class Registry:
 
     def names(self) -> tuple[str, ...]:
         """All listed names, sorted."""
-        plugins.load()
+        load_plugin()
         if not self._scanned:
             self._scanned = True
             for point in entry_points(group=self.group):
@@ -65,7 +69,7 @@ class Registry:
         if self._read_file and name.startswith(SETTING):
             self.get(name)
         elif name not in (names := self.names()):
-            raise UnknownName(self.kind, name, names, plugins.hint())
+            raise UnknownName(self.kind, name, names, plugin_hint())
         return name
 
     def get(self, name: str) -> Any:
@@ -77,7 +81,7 @@ class Registry:
     def get_listed(self, name: str) -> Any:
         """As ``get``, for a name that comes over the network: it opens no file."""
         if name not in (names := self.names()):
-            raise UnknownName(self.kind, name, names, plugins.hint())
+            raise UnknownName(self.kind, name, names, plugin_hint())
         if name not in self._objects:
             self._objects[name] = _imported(self._lazy[name])
         return self._objects[name]
@@ -148,3 +152,51 @@ TOKEN_RULES = Registry(
 """``TokenRule`` classes, by which tokens select.  Entry-point group ``dart_llm.token_rules``."""
 
 ALL: tuple[Registry, ...] = (METHODS, SCORES, BUDGETS, DRIFT_RULES, TOKEN_RULES)
+
+
+# One Python file of scores, budgets, rules and methods, named by ``--plugin`` or a variable; the
+# variable is how processes that a study starts know the file too.
+
+PLUGIN = "DART_PLUGIN"
+
+_digests: dict[str, str] = {}
+"""sha256 of the files that were loaded, or are being loaded, by their path."""
+
+
+def use_plugin(path: Path) -> None:
+    """Load ``path``, here and in processes that are started from here.
+
+    Raises ``ConfigError`` for a file that is missing or fails.
+    """
+    os.environ[PLUGIN] = str(path.expanduser().resolve())
+    load_plugin()
+
+
+def load_plugin() -> None:
+    """Load the file that the variable names, once; raises as ``use_plugin``."""
+    path = os.environ.get(PLUGIN, "")
+    if not path or path in _digests:
+        return
+    name = f"dart_llm_plugin_{Path(path).stem}"
+    try:
+        _digests[path] = file_sha256(Path(path))
+        spec = spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ConfigError("its name must end in .py")
+        module = sys.modules[name] = module_from_spec(spec)  # its classes can be pickled
+        spec.loader.exec_module(module)
+    except Exception as error:
+        _digests.pop(path, None)
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the plug-in {path} cannot be loaded: {what}") from error
+
+
+def plugin_hint() -> str:
+    """What a message about an unknown name adds where no file was given; else ""."""
+    return "" if os.environ.get(PLUGIN) else "one of your own: --plugin FILE"
+
+
+def plugin_digest() -> dict[str, str]:
+    """``plugin``: sha256 of the files that were loaded, for what depends on them."""
+    load_plugin()
+    return {"plugin": " ".join(sorted(_digests.values()))} if _digests else {}

@@ -18,8 +18,7 @@ from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import Ids, Masks
 from dart_llm.pruning.statistics import LayerStatistics, summed
 from dart_llm.session.export import GgufExport, source_file, write_masks
-from dart_llm.session.prepare import prepare
-from dart_llm.session.run import Run
+from dart_llm.session.run import Run, prepare
 
 logger = logging.getLogger("dart_llm")
 

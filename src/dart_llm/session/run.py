@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dart_llm.calibration.self_calibration import learn_screen, self_calibrate
+from dart_llm.calibration.self_calibration import calibrate, learn_screen, self_calibrate
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.checkpoint import checkpoint_facts, fingerprint, tokenizer_of
-from dart_llm.models.describe import ModelView, describe
+from dart_llm.models.describe import ModelView, describe, weight_facts
 from dart_llm.patching.executors import check_executor, choose_executor, effective_executor
 from dart_llm.patching.executors.token_ffn import winner_rows
 from dart_llm.patching.patch import ModelPatch
@@ -198,7 +198,7 @@ class Run:
         prior: Sequence[Tensor] | None = None,
         clamp: ClampValues | None = None,
     ) -> None:
-        """As ``prune``; ``fixed_masks`` and ``prior`` come from ``dart_llm.session.prepare``."""
+        """As ``prune``; ``fixed_masks`` and ``prior`` come from ``dart_llm.session.run``."""
         self.model = model
         self.config = config
         self.on_remask = on_remask
@@ -217,7 +217,7 @@ class Run:
         if selects and config.calibration is not None and prior is None:
             raise ConfigError(
                 f'method "{config.method}" takes its {config.calibration.purpose} from '
-                "calibration, which prune does not do: use dart_llm.session.prepare.prepare("
+                "calibration, which prune does not do: use dart_llm.session.run.prepare("
                 f"model, tokenizer, config), or dart-llm eval --method {config.method}"
             )
 
@@ -531,3 +531,46 @@ def prune(
     if isinstance(method, str) and (note := other_model(method, model)):
         logger.warning(note)
     return Run(model, config, masks, remove, on_remask, clamp=clamp)
+
+
+# A configuration with its statistics, ready to be measured on tasks.
+
+
+def is_untouched(config: PruneConfig) -> bool:
+    """Whether ``config`` leaves the model as it is, modules and executor too."""
+    plain = config.executor == "auto" and not config.screens
+    return config.method == "dense" and config.target == 0 and plain
+
+
+def prepare(
+    model: Any,
+    tokenizer: Any,
+    config: PruneConfig | None,
+    calibration: str | None = None,
+    cache_dir: str | None = None,
+    say: Callable[[str], None] = logger.info,
+    masks: Ids | None = None,
+) -> BoundMethod:
+    """Make ``config`` ready to be measured; None, or ``dense`` by no executor: the untouched model.
+
+    ``calibration``: the text of static methods (data/documents.py; None: C4 from the hub).
+    ``cache_dir``: where calibrations and learned statistics are cached.  ``masks``: the user's,
+    {layer: ids to keep}; nothing is calibrated then.  ``say`` is called with lines of progress.
+
+    Raises ``ConfigError`` and ``LoadError`` for a text that cannot be used or had.
+    """
+    method = BoundMethod(model, tokenizer, config, masks)
+    if masks is not None:
+        return method
+    if config is None or is_untouched(config):
+        return BoundMethod(model, tokenizer, None, facts=weight_facts(model))
+    learn_screen(model, config, method.layers, cache_dir, say, tokenizer)
+    if method.selector.removes_nothing:
+        how = "screened head" if config.screens else config.executor
+        return replace(method, name=f"dense, {how}" if config.method == "dense" else "")
+    if config.calibration is None:  # what attaching would learn, with progress and the tokenizer
+        self_calibrate(model, config, method.layers, cache_dir, say, tokenizer)
+        return method
+    ready = calibrate(model, tokenizer, config, calibration, cache_dir, say)
+    fixed, prior = ready.fixed_masks, ready.prior
+    return replace(method, fixed_masks=fixed, prior=prior, notes=(ready.note,))

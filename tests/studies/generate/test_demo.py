@@ -7,11 +7,11 @@ import torch
 
 from checkpoints import write_folder, write_gguf
 from dart_llm.evaluation.measurement import MeasureOptions
+from dart_llm.evaluation.parts import MemoryStore
 from dart_llm.evaluation.tasks import measure
 from dart_llm.experiments.study import load_model
 from dart_llm.experiments.timing import VARIABLE, WARM
 from dart_llm.reporting.console import Ui
-from dart_llm.session.prepare import MemoryStore
 from dart_llm.studies.generate import demo as demo_study
 from dart_llm.studies.generate import report, study
 from dart_llm.studies.generate.demo import DemoStudy, run_demo

@@ -11,11 +11,11 @@ import sweep_fakes
 from dart_llm.errors import MissingExtra
 from dart_llm.evaluation import tasks as measure
 from dart_llm.evaluation.measurement import Measurement
+from dart_llm.evaluation.parts import MemoryStore
 from dart_llm.experiments.cell import Cell
 from dart_llm.models import loading
 from dart_llm.reporting.console import Ui
-from dart_llm.session import prepare
-from dart_llm.session.prepare import MemoryStore
+from dart_llm.session import run
 from dart_llm.studies.sweep import study as sweep_study
 from dart_llm.studies.sweep.grid import show_plan
 from dart_llm.studies.sweep.study import MeasureStudy, not_finite
@@ -91,7 +91,7 @@ def test_results_are_those_of_a_direct_measurement(base, tmp_path, monkeypatch):
     ]
     model, tokenizer = loading.load(base / "model", device="cpu")
     cell = study.cells[2]
-    candidate = prepare.prepare(model, tokenizer, cell.config())
+    candidate = run.prepare(model, tokenizer, cell.config())
     direct = measure.measure(candidate, cell.task, cell.options, MemoryStore(), lambda items: None)
     assert rows[2]["measurement"] == json.loads(json.dumps(direct.to_dict()))
     samples = [one for one in lines(study.path / "samples.jsonl") if one["key"] == cell.key]
@@ -100,7 +100,7 @@ def test_results_are_those_of_a_direct_measurement(base, tmp_path, monkeypatch):
 
 def test_a_model_is_loaded_once_and_does_not_outlive_its_sweep(base, tmp_path, monkeypatch):
     models, prepared, alive = [], [], []
-    load, ready = loading.load, prepare.prepare
+    load, ready = loading.load, run.prepare
 
     def watched(*args, **more):
         model, tokenizer = load(*args, **more)
@@ -109,7 +109,7 @@ def test_a_model_is_loaded_once_and_does_not_outlive_its_sweep(base, tmp_path, m
 
     monkeypatch.setattr(loading, "load", watched)
     monkeypatch.setattr(
-        prepare, "prepare", lambda *args, **more: prepared.append(args[2]) or ready(*args, **more)
+        run, "prepare", lambda *args, **more: prepared.append(args[2]) or ready(*args, **more)
     )
     monkeypatch.setattr(
         Watched, "look", staticmethod(lambda study: alive.append(bool(models[0]())))

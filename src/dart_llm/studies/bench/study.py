@@ -42,14 +42,13 @@ from dart_llm.models.describe import context_length, describe
 from dart_llm.models.gguf_file import ROUNDED
 from dart_llm.models.loading import is_default
 from dart_llm.native import build
-from dart_llm.pruning import plugins
+from dart_llm.pruning import registry
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import TOKEN_RULES
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.table import Table
 from dart_llm.reporting.words import TRANSFORMERS
-from dart_llm.session.prepare import prepare
-from dart_llm.session.run import Run
+from dart_llm.session.run import Run, prepare
 from dart_llm.studies.bench import report
 from dart_llm.studies.bench.rows import speed_document
 from dart_llm.studies.bench.settings import (
@@ -149,7 +148,7 @@ class BenchStudy(Study[B]):
         digests = Digests()
         settings = self.settings.model_copy(update={"weights": self.stated_format})
         files = digests.of_files(DENSE, settings.calibration)
-        return {**digests.of_model(settings), **files, **plugins.digest()}
+        return {**digests.of_model(settings), **files, **registry.plugin_digest()}
 
     @property
     def stated_format(self) -> str | None:

@@ -18,7 +18,7 @@ from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Study, Unit
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length
-from dart_llm.pruning import plugins
+from dart_llm.pruning import registry
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.drift import windows
 from dart_llm.reporting import page
@@ -61,7 +61,7 @@ class DetectionStudy(Study[DetectSettings]):
 
     def inputs(self) -> Mapping[str, Any]:
         passages = {"passages": digest(self.passages)}
-        return {**passages, **Digests().of_model(self.settings), **plugins.digest()}
+        return {**passages, **Digests().of_model(self.settings), **registry.plugin_digest()}
 
     def prune_document(self) -> dict[str, Any]:
         return PruneConfig.build("dense", seed=self.settings.seed).to_dict()

@@ -25,8 +25,7 @@ from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.session.generation import CheckedModel, generate, text_ends
-from dart_llm.session.prepare import prepare
-from dart_llm.session.run import BoundMethod, Run
+from dart_llm.session.run import BoundMethod, Run, prepare
 from dart_llm.studies.drift import report, summary
 from dart_llm.studies.drift.runs import EMPTY, DriftRun, run_record
 from dart_llm.studies.drift.settings import DENSE, FORCED, DriftSettings

@@ -42,8 +42,7 @@ from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table, bytes_text
 from dart_llm.reporting.words import OUR_KERNELS, TRANSFORMERS
 from dart_llm.session.generation import generate
-from dart_llm.session.prepare import is_untouched, prepare
-from dart_llm.session.run import BoundMethod, Run
+from dart_llm.session.run import BoundMethod, Run, is_untouched, prepare
 from dart_llm.session.trace import check_traceable
 from dart_llm.studies.generate import report
 from dart_llm.studies.generate.report import DENSE, PRUNED

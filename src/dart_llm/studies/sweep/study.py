@@ -33,7 +33,7 @@ from dart_llm.studies.sweep.settings import MeasureSettings, SweepSettings
 
 if TYPE_CHECKING:
     from dart_llm.evaluation.measurement import Measurement
-    from dart_llm.session.prepare import UnitStore
+    from dart_llm.evaluation.parts import UnitStore
     from dart_llm.session.run import BoundMethod
 
 DONE, FAILED = "done", "failed"
@@ -72,8 +72,7 @@ class LoadedModelCache:
         """The cell's model, pruned as it requests; raises ``DartError``."""
         from dart_llm.experiments.artifacts import check_masks, read_masks
         from dart_llm.models.describe import widths
-        from dart_llm.session import prepare
-        from dart_llm.session.run import other_model
+        from dart_llm.session.run import other_model, prepare
 
         self._load(cell, ui)
         config = cell.config()
@@ -85,9 +84,7 @@ class LoadedModelCache:
                 check_masks(cell.masks, widths(self.model))
                 masks = read_masks(cell.masks)
             where = (cell.calibration, cell.cache_dir, ui.say)
-            self.candidate = prepare.prepare(
-                self.model, self.tokenizer, config, *where, masks=masks
-            )
+            self.candidate = prepare(self.model, self.tokenizer, config, *where, masks=masks)
             self.prepared = wanted
             if note := other_model(cell.method, self.model):
                 ui.say(note)
@@ -128,8 +125,8 @@ def measure_cell(
     import torch
 
     from dart_llm.evaluation import tasks
+    from dart_llm.evaluation.parts import MemoryStore
     from dart_llm.models.checkpoint import checkpoint_facts
-    from dart_llm.session.prepare import MemoryStore
 
     began, ui = time.perf_counter(), ui or Ui(quiet=True)
     try:
