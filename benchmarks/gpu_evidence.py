@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("smollm2-135m", "qwen2.5-1.5b-shape", "llama-3.1-8b-shape")
 """A checkpoint, or the name of a folder of ``shapes`` (random weights)."""
 SELECTION = """\
-each token: {method: dart-token, score: weight, self_stats: null, skip_sinks: false, compensation: false}
+each token:
+  {method: dart-token, score: weight, self_stats: null, skip_sinks: false, compensation: false}
 """
 
 
