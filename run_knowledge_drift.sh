@@ -10,7 +10,7 @@
 : "${METHOD:=}"                       # preset (published, dense, ...); empty: dart, if it can
 : "${MODEL:=smollm2-135m}"            # hub id, folder, .gguf file, or the embedded default
 : "${CACHE_DIR:=}"                    # where weights are kept; empty: the hub's own cache
-: "${DEVICE:=}"                       # 0, 0,1, cuda:0, cpu, mps; empty: GPU 0 if any, else CPU
+: "${DEVICE:=}"                       # 0, cuda:0, cpu, mps; empty: GPU 0 if any, else CPU
 : "${LAYER_TOPK:=all:auto}"           # keep ratios: all:auto, 0-5:0.6,6-11:0.8, 3:#512 or @FILE
 : "${TOTAL_PRUNE_PERCENT:=50}"        # percent of FFN neurons to remove, over layers marked auto
 : "${MASKING_STEP:=0}"                # dense decode tokens before the first mask

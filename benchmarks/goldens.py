@@ -62,7 +62,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     ),
     "bench-speed": (
         *("bench", "speed", "--methods", "griffin", "--sparsities", "0.5", "--repeats", "1"),
-        *("--tokens", "8", "--executors", "compact", "--no-costs", *SMALL[:2]),
+        *("--tokens", "8", "--executors", "compact", *SMALL[:2]),
     ),
     "tune-quick": ("tune", "--quick", "--json"),
     "results": ("results",),

@@ -20,12 +20,14 @@ from pathlib import Path
 
 import torch
 from keep import keep  # beside this file
+from random_checkpoint import write
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("smollm2-135m", "qwen2.5-1.5b-shape", "llama-3.1-8b-shape")
 """A checkpoint, or the name of a folder of ``shapes`` (random weights)."""
 SELECTION = """\
-each token: {method: dart-token, score: weight, prior: null, skip_sinks: false, compensation: false}
+each token:
+  {method: dart-token, score: weight, self_stats: null, skip_sinks: false, compensation: false}
 """
 
 
@@ -67,10 +69,10 @@ def commands(models: str, executors: str, work: Path) -> list[list[str]]:
     made = []
     for model in models.split(","):
         shape = ROOT / "benchmarks/shapes" / model / "config.json"
-        which = ["--model-config", str(shape)] if shape.is_file() else ["--model", model]
+        name = str(write(shape, work / model)) if shape.is_file() else model
         for methods in (["--methods", "griffin"], ["--methods", "", "--variants", str(variants)]):
             bench = [sys.executable, "-m", "dart_llm", "bench", "speed"]
-            made.append([*bench, *which, *methods, *options])
+            made.append([*bench, "--model", name, *methods, *options])
     return made
 
 

@@ -104,7 +104,7 @@ class Sums:
 @contextlib.contextmanager
 def native_steps(model: Any) -> Iterator[None]:
     """Our own dense path while it lasts: tokens are decoded by native steps."""
-    with Run(model, PruneConfig.build("griffin", sparsity=0.0, executor="slim")):
+    with Run(model, PruneConfig.build("griffin", sparsity=0.0, executor="native")):
         yield
 
 

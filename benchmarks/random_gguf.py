@@ -3,8 +3,8 @@
     python benchmarks/random_gguf.py shapes/qwen2.5-1.5b-shape/config.json shape.gguf
     llama-quantize --pure shape.gguf shape-Q4_0.gguf Q4_0
 
-Shapes of llama, qwen2 and qwen3.  ``bench speed --model-config CONFIG --reference llama.cpp
---reference-file FILE`` times it beside the same shape in dart-llm.
+Shapes of llama, qwen2 and qwen3.  ``bench speed --model FOLDER --reference llama.cpp
+--reference-file FILE`` times it beside the same shape in dart-llm (random_checkpoint.py).
 """
 
 from __future__ import annotations

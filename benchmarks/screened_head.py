@@ -29,7 +29,7 @@ from dart_llm.data.passages import listed_prompts
 from dart_llm.data.texts import encode_prompt
 from dart_llm.errors import ConfigError
 from dart_llm.models.loading import load
-from dart_llm.models.screen import Gaps, Screen, directions_of, divergence
+from dart_llm.models.screen import Screen, directions_of, divergence, threshold_for
 from dart_llm.pruning.config import PruneConfig, SelfStatsConfig
 from dart_llm.session.run import Run
 
@@ -70,7 +70,7 @@ def answers(model: Any, tokenizer: Any, count: int, length: int) -> list[Tensor]
     prompts += [one.text for one in listed_prompts()][: count - len(prompts)]
     chat = bool(getattr(tokenizer, "chat_template", None))
     made = []
-    with Run(model, PruneConfig.build("griffin", sparsity=0.0, executor="slim")):
+    with Run(model, PruneConfig.build("griffin", sparsity=0.0, executor="native")):
         for prompt in prompts[:count]:
             ids = encode_prompt(tokenizer, prompt, chat)
             made.append((len(ids[0]), model.generate(ids, do_sample=False, max_new_tokens=length)))
@@ -173,9 +173,7 @@ def largest_directions(turned: Tensor, axes: Tensor, room: float) -> tuple[str, 
 
 def within(rough: Tensor, rows: float) -> Tensor:
     """Words near the best one, ``rows`` on average."""
-    gaps = Gaps()
-    gaps.add(rough)
-    return rough >= rough.amax(-1, keepdim=True) - gaps.threshold(rows)
+    return rough >= rough.amax(-1, keepdim=True) - threshold_for([rough], rows)
 
 
 def best_rows(rough: Tensor, rows: float) -> Tensor:

@@ -51,7 +51,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "detect": ("detect", "--limit", "1"),
     "inspect": ("inspect", "--passage", "01"),
     "bench quality": ("bench", "quality", *FEW, "--slices", "2"),
-    "bench speed": ("bench", "speed", *FEW, "--repeats", "1", "--tokens", "16", "--no-costs"),
+    "bench speed": ("bench", "speed", *FEW, "--repeats", "1", "--tokens", "16"),
     "tune": ("tune", "QUICK"),
     "export": ("export", "--gguf", "FOLDER/narrow.gguf", "--sparsity", "0.3", "--prompt", "sky"),
     "serve": ("serve", "--port", "0"),

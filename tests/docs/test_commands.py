@@ -18,7 +18,7 @@ from dart_llm.data import texts
 from dart_llm.models.loading import load
 from serve_cases import serving
 from shells import ROOT
-from stand_in import configuration, stand_in, write_model
+from stand_in import stand_in, write_model
 from window_cases import records, write
 
 LIST = yaml.safe_load((ROOT / "tests/doc_commands.yaml").read_text(encoding="utf-8"))
@@ -72,9 +72,6 @@ def place(tmp_path_factory, native):
     question = {"question": "What flies?", "choices": ["a bird", "a stone"], "answer": 0}
     (root / "my_questions.jsonl").write_text(3 * (json.dumps(question) + "\n"))
     (root / "my_grid.yaml").write_text(GRID)
-    (root / "never.yaml").write_text("never: {drift: never}\n")
-    (root / "qwen2.5-1.5b").mkdir()
-    (root / "qwen2.5-1.5b/config.json").write_text(configuration().to_json_string())
     write(root / "records.jsonl", records())
     write_gguf(root / "tiny.gguf")
     with pytest.MonkeyPatch.context() as patch:

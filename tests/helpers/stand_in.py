@@ -57,4 +57,4 @@ def stand_in(cache):
     folder.mkdir(parents=True)
     with scratch_folder(folder) as scratch:
         file = read_gguf(write_gguf(scratch / Path(MEMBER).name, context=4 * CONTEXT))
-        convert(file, SHA256, folder, {}, packed=True)
+        convert(file, SHA256, folder, {})
