@@ -397,7 +397,7 @@ class TaskOptions(Settings):
 
     limit: int | None = setting("Evaluation", "Items per task (default: all).", ge=1)
     sample_seed: int | None = setting("Evaluation", "Draw the --limit items by this seed.", ge=0)
-    calibration: str | None = setting("Evaluation", "Text to calibrate on, or FILE#ROW (c4).")
+    calibration: str | None = setting("Evaluation", "Text to calibrate on (default: c4).")
     tracker: str | None = setting("Results", "trackio, wandb, mlflow or tensorboard.")
 
 

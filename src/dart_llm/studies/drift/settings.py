@@ -162,10 +162,7 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
     calibration: str | None = setting("Pruning", "Text for presets that calibrate.")
     metrics: bool = setting(METRICS, "Compare every free text with the dense one.", True)
     embedder: str | None = setting(
-        METRICS, "sentence-transformers model (default: all-MiniLM-L6-v2)."
-    )
-    bertscore: str | None = setting(
-        METRICS, "Model of BERTScore (default: all-MiniLM-L6-v2, labelled as such)."
+        METRICS, "Encoder of BERTScore and embeddings (default: all-MiniLM-L6-v2)."
     )
     experiment_name: str | None = setting("Results", "Default: drift-<mode>-<model>.")
 
