@@ -5,11 +5,14 @@ Start with ``engine.py``; ``host.py`` keeps the patched model, ``request.py`` an
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dart_llm.engine.requests import GenerationRequest as Ask
 from dart_llm.engine.requests import GenerationResult as Answer
 from dart_llm.engine.requests import Sampling
+
+if TYPE_CHECKING:
+    from dart_llm.engine.engine import Engine
 
 __all__ = ["Answer", "Ask", "Engine", "Sampling"]
 

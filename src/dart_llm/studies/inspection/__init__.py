@@ -1,4 +1,4 @@
 """``inspect``: what a model's FFN neurons do on given texts.
 
-Start with ``study.py``; ``analyses.py`` has what is computed.
+Start with ``study.py``; ``sections.py`` has what is computed, ``readings.py`` what is recorded.
 """
