@@ -1,4 +1,4 @@
-"""One import for people who add scores, budgets, drift rules, methods or architectures.
+"""One import for people who add scores, budgets, rules, methods or architectures.
 
 from dart_llm.extend import SCORES, score
 """
@@ -9,8 +9,9 @@ from dart_llm.models.architectures import LayerNames
 from dart_llm.pruning.budgets import LayerView, budget
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.drift import Rule
-from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES
+from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES, TOKEN_RULES
 from dart_llm.pruning.scores import score
+from dart_llm.pruning.token_rules.rule import LayerCost, TokenRule
 from dart_llm.pruning.weights import FfnWeights
 
 __all__ = [
@@ -18,11 +19,14 @@ __all__ = [
     "DRIFT_RULES",
     "METHODS",
     "SCORES",
+    "TOKEN_RULES",
     "FfnWeights",
+    "LayerCost",
     "LayerNames",
     "LayerView",
     "PruneConfig",
     "Rule",
+    "TokenRule",
     "budget",
     "score",
 ]

@@ -96,6 +96,10 @@ def test_a_method_that_chooses_and_a_clamp(executor):
         with prune(model, executor=one, **token):
             logits.append(decode(model, IDS, PROMPT))
     assert apart(*logits) < 1e-5
+    for method in ("cats", "countdown", "prox"):  # their winners are other neurons
+        with prune(model, method, sparsity=0.9, clamp=CLAMP) as run:
+            decode(model, IDS, PROMPT)
+        assert run.report().sparsity_while_pruned == pytest.approx(0.9, abs=0.02)
 
 
 def test_nothing_stands_for_a_clamped_neuron_but_its_value():

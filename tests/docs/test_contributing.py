@@ -11,7 +11,7 @@ from dart_llm.errors import UnsupportedModel
 from dart_llm.models.architectures import LAYER_NAMES as LAYERS
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import top_ids
-from dart_llm.pruning.registry import ALL, BUDGETS, DRIFT_RULES, METHODS, SCORES
+from dart_llm.pruning.registry import ALL, BUDGETS, DRIFT_RULES, METHODS, SCORES, TOKEN_RULES
 from dart_llm.session.run import prune
 from steps import apart, decode
 from tiny import CONFIGS, tiny, tokens
@@ -88,6 +88,14 @@ def test_add_a_drift_rule():
     run, _ = _prune(tiny("llama"), 2 * rule.window + 1, "dart", drift=name, sparsity=0.5)
     checks = [(check.window, check.step) for check in run.drift_checks]
     assert checks == [(1, rule.window), (2, 2 * rule.window)]
+
+
+def test_add_a_per_token_rule():
+    name = _run_block("Add a per-token rule", TOKEN_RULES)
+    model = tiny("llama")
+    run, logits = _prune(model, 4, name, sparsity=0.5)
+    assert run.report().achieved_sparsity == 0.5 and run.config.token.rule == name
+    assert torch.equal(logits, _prune(model, 4, "countdown", sparsity=0.5)[1])
 
 
 def test_add_an_architecture():

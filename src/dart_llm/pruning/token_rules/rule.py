@@ -27,8 +27,8 @@ NORM_BYTES = 4
 class LayerCost:
     """One layer whose tokens select, for the count of bytes.
 
-    ``winners``: neurons that are kept; ``computed``: those whose rows are read anyway.  ``width``:
-    bytes of a weight that is not in low-bit blocks; None: as it is stored.
+    ``winners``: neurons that each token keeps; ``computed``: those whose rows the forward reads.
+    ``width``: bytes of a weight that is not in low-bit blocks; None: as it is stored.
     """
 
     layer: FfnWeights
@@ -88,14 +88,14 @@ class TokenRule:
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """Bytes that selecting reads per forward, beside the rows of ``cost.computed``."""
+        """Bytes that selecting reads per forward, beside the ``cost.computed`` neurons' rows."""
         raise NotImplementedError
 
     def prepare(self) -> None:
         """Make what is read to select: proxies, norms."""
 
     def strengths(self, fed: Tensor, u: Tensor | None, mask: TokenMask) -> Tensor:
-        """What each candidate of ``mask`` is ranked by, [..., n].
+        """What ranks all neurons, [..., I], or the candidates of ``mask`` alone, [..., n].
 
         fed: the FFN's input [..., D]; u: its activations [..., I], None: not computed yet.
         """
@@ -104,8 +104,12 @@ class TokenRule:
     @torch.no_grad()
     def winners(self, fed: Tensor, u: Tensor | None, mask: TokenMask) -> Tensor:
         """Ids of the neurons that each token keeps, ascending, [..., k] int64."""
-        places = winner_places(self.strengths(fed, u, mask), mask.winners)
-        return places if mask.candidates is None else mask.candidates[places]
+        strengths, candidates = self.strengths(fed, u, mask), mask.candidates
+        if candidates is None:
+            return winner_places(strengths, mask.winners)
+        if strengths.shape[-1] == mask.width:
+            strengths = strengths[..., candidates]
+        return candidates[winner_places(strengths, mask.winners)]
 
     def hidden(self, fed: Tensor, mask: LayerMask | None) -> Tensor:
         """u as the down projection reads it, where inputs are selected and not neurons."""
