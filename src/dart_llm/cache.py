@@ -62,7 +62,7 @@ def free_bytes(folder: Path) -> int:
 
 
 SCRATCH = ".tmp-"
-"""What the names of unfinished files and folders begin with, beside those of ``replacing``."""
+"""Prefix of unfinished files and folders, in addition to that of ``replacing``."""
 
 STALE_AFTER = 24 * 3600.0
 """Seconds after which an unfinished file is taken to be left over from a killed process."""

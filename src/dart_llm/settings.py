@@ -415,11 +415,11 @@ class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
         if kept is None or kept.weights in (None, self.weights):
             return settings
         name = Path(str(path_of(self.method))).name
-        asked = f"--weights {kept.weights}"
+        weights = f"--weights {kept.weights}"
         if "weights" not in self.model_fields_set:
-            return settings.noted({"weights": kept.weights}, f"{name} asks for {asked}: taken")
+            return settings.noted({"weights": kept.weights}, f"{name} asks for {weights}: taken")
         return settings.noted(
-            {}, f"{name} was found with {asked}, not {self.weights}: times differ"
+            {}, f"{name} was found with {weights}, not {self.weights}: times differ"
         )
 
     @property

@@ -81,7 +81,7 @@ def keep(
 
 
 def _of_model(model: nn.Module, key: str) -> dict[str, Tensors]:
-    """What is in memory of ``model`` as it is now; what belongs to other weights is dropped."""
+    """Entries in memory for ``model`` with its present weights; drops those of other weights."""
     kept = _memory.setdefault(model, {})
     for other in [name for name in kept if name[:MODEL_DIGITS] != key[:MODEL_DIGITS]]:
         del kept[other]

@@ -43,8 +43,8 @@ def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
     tokenizer = tokenizer_of(model)
     if tokenizer is None or not length:
         return None
-    made = [tokenizer(text)["input_ids"][:length] for text in texts.openings()]
-    openings = [ids for ids in made if len(ids) == length]
+    cut = [tokenizer(text)["input_ids"][:length] for text in texts.openings()]
+    openings = [ids for ids in cut if len(ids) == length]
     vocabulary = int(model.config.get_text_config().vocab_size)
     if not openings or max(max(ids) for ids in openings) >= vocabulary:
         return None

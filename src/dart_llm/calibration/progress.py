@@ -78,7 +78,7 @@ class Progress:
 def learning(
     model: Any, say: Say, what: str, work: Mapping[str, float], memory: int
 ) -> Iterator[tuple[Any, Progress]]:
-    """What to learn from in place of ``model`` (``in_float32``), and the progress of it.
+    """The model to calibrate with in place of ``model`` (``in_float32``), and its progress.
 
     ``what``: happens, for people.  ``work``: of each stage, in tokens read.  ``memory``: bytes that
     it takes beside the model.  Raises ``ConfigError`` where more than is free, before anything is

@@ -1,4 +1,4 @@
-"""What is learned of a model before its first token, once, and cached.
+"""Statistics collected of a model once, before its first token, and cached.
 
 ``calibrate`` takes static masks from a text (``wanda``, ``flap``) or a prior from self-generated
 text (``glass``); ``self_calibrate`` learns what scores, budgets and compensation read beside the
@@ -212,7 +212,7 @@ def self_calibrate(
 def cached_calibration(
     model: Any, config: PruneConfig, layers: Sequence[FfnWeights], cache_dir: str | None = None
 ) -> tuple[FfnWeights, ...] | None:
-    """As ``self_calibrate``, also while the model is being pruned; None where it is not cached."""
+    """Like ``self_calibrate`` but only from the cache, so also while pruned; None if not cached."""
     names = wanted(config, layers)
     learned: cache.Tensors | None = {}
     if names:
@@ -288,13 +288,13 @@ class _SelfText:
         self.text_key = cache.key_of(self.digest, "text", *decides)
 
     def cached(self, names: Sequence[str]) -> cache.Tensors | None:
-        """What was learned of ``names``, if it is cached."""
+        """The learned statistics ``names``, if they are cached."""
         text = cache.find(self.model, self.text_key, self.cache_dir)
         key = None if text is None else self._key(names, text["ids"])
         return None if key is None else cache.find(self.model, key, self.cache_dir)
 
     def learned(self, names: Sequence[str]) -> cache.Tensors:
-        """What is learned of ``names``: the model writes and reads, unless that is cached."""
+        """The learned statistics ``names``: cached, or else from text that the model writes."""
         check_free(self.model)
         # what is kept must serve later forwards of any mode; dropout would draw random numbers
         with torch.inference_mode(False), evaluating(self.model):

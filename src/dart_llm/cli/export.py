@@ -80,8 +80,8 @@ def _write(settings: ExportSettings, ui: Any) -> GgufExport:
 
     texts = settings.texts()
     masks = read_masks(settings.masks) if settings.masks else None
-    place: dict[str, Any] = {"revision": settings.revision, "cache_dir": settings.cache_dir}
-    source = resolve(settings.model, **place, packed=True, say=ui.say).blocks
+    options: dict[str, Any] = {"revision": settings.revision, "cache_dir": settings.cache_dir}
+    source = resolve(settings.model, **options, packed=True, say=ui.say).blocks
     if source is None:
         way = "convert it by llama.cpp's convert_hf_to_gguf.py"
         raise ConfigError(f"{settings.model} is not a GGUF file: {way}")

@@ -61,8 +61,8 @@ def list_prompts(flags: dict[str, Any], file: File = None, as_json: Json = False
     cells: Any = _passage_cells if chosen.passages else _prompt_cells
     Ui().out.print(_table(("id", "template", "domains", "topics"), map(cells, shown)))
     if len(shown) < len(records):
-        more = f"{len(shown)} of {len(records)} {kind}; --limit {len(records)} shows all"
-        typer.echo(more, err=True)
+        note = f"{len(shown)} of {len(records)} {kind}; --limit {len(records)} shows all"
+        typer.echo(note, err=True)
 
 
 def _prompt_cells(prompt: DriftPrompt) -> tuple[str, ...]:

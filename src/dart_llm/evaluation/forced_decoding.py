@@ -1,4 +1,4 @@
-"""Known tokens fed as decode tokens, in one loop; runs with new masks at known steps."""
+"""Teacher-forced decoding: given tokens fed as decode tokens; re-masks at scheduled steps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dart_llm.pruning.sequence import Phase
 from dart_llm.session.run import Run
 
 CHUNK = 256
-"""Decode tokens fed in one forward at most: bounds the logits' memory."""
+"""At most this many decode tokens per forward: bounds the logits' memory."""
 
 FORCED_REMASK = "forced"
-"""Cause of a re-mask at a set step."""
+"""Cause of a re-mask at a scheduled step."""
 
 
 def feed(
@@ -35,38 +35,38 @@ def feed(
     """Feed ``ids`` ([B, n]) as decode tokens, in chunks within which no mask can change.
 
     ``cache``: their past, of ``cached`` tokens, or None.  ``mask``: attention mask
-    [B, cached + n].  ``take(start, logits)`` gets what the tokens from ``first`` on predict, chunk
-    by chunk: ``logits`` [B, m, V] are those of ``ids[:, start : start + m]``, and they are gone
-    before the next chunk.  ``chunk``: tokens of a forward at most; 1: each by a step of its own, as
+    [B, cached + n].  ``take(start, logits)`` is called per chunk with the predictions of the tokens
+    from ``first`` on: ``logits`` [B, m, V] are those of ``ids[:, start : start + m]``, freed
+    before the next chunk.  ``chunk``: most tokens per forward; 1: one step per token, as
     ``generate`` decodes.  ``run``: attached, or None for the untouched model.
     """
     if run is not None and run.config.screens:
-        chunk = 1  # a head is screened in steps, and scores a forward of many tokens whole
+        chunk = 1  # a head is screened one token at a time; longer forwards score all of it
     start = 0
     while start < ids.shape[1]:
         size = min(chunk, ids.shape[1] - start)
         if run is not None:
-            left = (run.config.release_step or 0) - start  # padded rows reach it at other times
+            left = (run.config.release_step or 0) - start  # padded rows get there in other steps
             size = min(size, left) if left > 0 else size
             if cached + start:
                 size = min(size, run.tokens_until_change() or size)
         end = start + size
-        wanted = max(0, end - max(start, first))
-        more: dict[str, Any] = {} if cache is None else {"cache": cache}
+        scored = max(0, end - max(start, first))
+        past: dict[str, Any] = {} if cache is None else {"cache": cache}
         if mask is not None:
-            more["attention_mask"] = mask[:, : cached + end]
+            past["attention_mask"] = mask[:, : cached + end]
         step = contextlib.nullcontext() if run is None else run.decoding(prompt=cache is None)
         with step:
-            output = model(ids[:, start:end], use_cache=True, logits_to_keep=max(1, wanted), **more)
+            output = model(ids[:, start:end], use_cache=True, logits_to_keep=max(1, scored), **past)
         cache = output.cache
-        if wanted:
-            take(end - wanted, output.logits)
+        if scored:
+            take(end - scored, output.logits)
         del output
         start = end
 
 
 class ScheduledRun(Run):
-    """A run that makes new masks at set steps, in addition to its drift rule's.
+    """A run that also makes new masks at scheduled steps, beside those of its drift rule.
 
     ``triggers``: decode steps before which all layers leave PRUNED and are observed anew.  The
     other arguments are those of ``Run``.
@@ -79,7 +79,7 @@ class ScheduledRun(Run):
         self._due = sorted(triggers)
 
     def tokens_until_change(self) -> int | None:
-        """As of a run; acts on a step that is due, and no forward passes one."""
+        """As in ``Run``, but no further than the next scheduled step; triggers one that is due."""
         self._trigger_due()
         bound = super().tokens_until_change()
         if not self._due or not self.controller.sequences:

@@ -193,7 +193,7 @@ class PrunedLM(HFLM):  # type: ignore[misc]
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
-        pairs = [(tuple(context), tuple(more)) for _, context, more in requests]
+        pairs = [(tuple(context), tuple(rest)) for _, context, rest in requests]
         return self.scorer.likelihoods(pairs, self._steps, self._names)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
@@ -218,12 +218,12 @@ class PrunedLM(HFLM):  # type: ignore[misc]
     def _generate(self, request: Any) -> str:
         return str(super().generate_until([request], disable_tqdm=True)[0])
 
-    def _model_generate(self, context: Any, max_length: int, stop: Any, **more: Any) -> Any:
+    def _model_generate(self, context: Any, max_length: int, stop: Any, **kwargs: Any) -> Any:
         from transformers import LogitsProcessorList
 
-        more["logits_processor"] = LogitsProcessorList([self._finite])
+        kwargs["logits_processor"] = LogitsProcessorList([self._finite])
         with self.scorer.generating(self._run, context):
-            return super()._model_generate(context, max_length, stop, **more)
+            return super()._model_generate(context, max_length, stop, **kwargs)
 
 
 def _names(requests: Sequence[Any]) -> list[str]:
@@ -231,7 +231,7 @@ def _names(requests: Sequence[Any]) -> list[str]:
 
 
 def _by_documents(advance: Advance, requests: Sequence[Any], units: int = 0) -> Advance:
-    """``advance`` for requests, or for so many ``units``, called with whole documents."""
+    """Wraps ``advance`` so that counts of requests (or of ``units``) become whole documents."""
     documents, units, done = len({*_names(requests)}), units or len(requests), 0
 
     def step(count: int) -> None:
@@ -280,7 +280,7 @@ def collect(
         higher_is_better=bool(better.get(metric, better.get(metric.partition(",")[0], True))),
         metrics=metrics,
         items=tuple(item for of_task in items.values() for item in of_task),
-        samples=tuple(_sample(leaf, one) for leaf, of_task in samples.items() for one in of_task),
+        samples=tuple(_sample(leaf, item) for leaf, of_task in samples.items() for item in of_task),
         notes=tuple(_notes(scorer, options, task, len(samples))),
         accounting=merge_accounting(scorer.candidate.run(likelihood=True), scorer.finished),
         subtasks=subtasks,

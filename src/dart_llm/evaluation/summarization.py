@@ -39,19 +39,19 @@ from dart_llm.session.run import BoundMethod, Run
 
 HEADLINE = "rougeL"
 
-# The prompt, of which only the document is ever shortened, from its end: the instruction before
-# it, the cue after it and the chat template around all of it stay whole.
+# The prompt.  Only the document is ever shortened, at its end; the instruction before it, the cue
+# after it and the chat template around everything stay whole.
 
 INSTRUCTION = "Summarize the following text in one or two sentences."
 
 CUE = "Summary:"
 
 NEAR = 0.8
-"""The end of a word in the last fifth of what fits is worth the text that it costs."""
+"""A cut moves back to the end of a word if at least this share of the text remains."""
 
 
 class Prompt(NamedTuple):
-    """``ids``: the token ids; ``document``: as it stands in the prompt; ``chat``: as a message."""
+    """``ids``: the token ids; ``document``: as used in the prompt; ``chat``: templated."""
 
     ids: list[int]
     document: str
@@ -68,8 +68,8 @@ def fit(
 ) -> Prompt:
     """A prompt that leaves room for ``max_output`` tokens in a context of ``context_length``.
 
-    ``context_length`` None: nothing is shortened.  ``chat``: through the chat template, or not;
-    None: where the tokenizer has one.  A shortened document ends with a word where one ends near
+    ``context_length`` None: nothing is shortened.  ``chat``: apply the chat template or not;
+    None: if the tokenizer has one.  A shortened document ends with a whole word if one ends near
     the limit.
 
     Raises ``ConfigError`` when nothing of the document fits beside the instruction, and when
@@ -95,14 +95,14 @@ def fit(
 
 def _encode(tokenizer: Any, document: str, chat: bool) -> list[int]:
     text = f"{INSTRUCTION}\n\n{document}\n\n{CUE}"
-    if chat:  # templates of models that would reason aloud first read enable_thinking
+    if chat:  # templates of reasoning models read enable_thinking
         text = chat_text(tokenizer, [{"role": "user", "content": text}], enable_thinking=False)
     ids = tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids
     return [int(token) for token in ids]
 
 
 def _shortened(document: str, tokens: Callable[[str], int], room: int) -> str:
-    """The longest start of ``document`` within ``room`` tokens, back to a word; "" if none is."""
+    """The longest prefix of ``document`` within ``room`` tokens, cut after a word; "" if none."""
     lengths = range(1, len(document) + 1)
     length = bisect_right(lengths, room, key=lambda end: tokens(document[:end]))
     kept = document[:length]
@@ -133,19 +133,19 @@ class Summarizer:
         return "/".join(["summarize", *map(str, parts)])
 
     def summarize(self, document: Document, prompt: Prompt) -> Part:
-        """The part of one document, as it would be read back from a file: ``scores``, ``sample``,
-        ``report`` and ``unpruned``.
+        """The part of one document, as read back from JSON: ``scores``, ``sample``, ``report`` and
+        ``unpruned``.
 
-        Text and number of tokens leave out the token that ends the sequence.
+        Text and token count exclude the token that ends the sequence.
 
         Raises ``ConfigError`` when it should have been pruned and ran dense, ``DartError`` when a
         logit is not finite.
         """
         model = CheckedModel(self.candidate.model, self.ends, f"document {document.id}")
-        made, report = self._generate(model, torch.tensor([prompt.ids]))
-        ended = bool(made.token_ids) and made.token_ids[-1] in self.ends
-        tokens = len(made.token_ids) - ended
-        text = "".join(made.tokens[:tokens])
+        summary, report = self._generate(model, torch.tensor([prompt.ids]))
+        ended = bool(summary.token_ids) and summary.token_ids[-1] in self.ends
+        tokens = len(summary.token_ids) - ended
+        text = "".join(summary.tokens[:tokens])
         part = {
             "scores": {**text_metrics.rouge_scores(text, document.summary), "tokens": tokens},
             "sample": {
@@ -173,12 +173,12 @@ class Summarizer:
                 return make(run=run), run.report()
             self._fix_masks(run, ids)
             with run.decoding(prompt=True):
-                made = make(run=run)
-            return made, run.report()
+                summary = make(run=run)
+            return summary, run.report()
 
     @torch.inference_mode()
     def _fix_masks(self, run: Run, ids: Tensor) -> None:
-        """Fix the masks that a dense pass over the prompt gives."""
+        """Select masks by a dense pass over the prompt, and keep them fixed."""
         candidate = self.candidate
         if candidate.masks is None and candidate.fixed_masks is None:
             ids = ids.to(candidate.model.device)

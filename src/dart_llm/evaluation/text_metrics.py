@@ -212,7 +212,7 @@ class Encoder:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How the numbers were made, one sentence each, for the foot of a table."""
+        """How the numbers were computed, one sentence each, for a table's footnote."""
         return (
             "ROUGE: F-measures with Porter stemming, over the letters a-z and digits",
             f"BLEU: sacrebleu / 100, each text one segment, {signature()}",
@@ -230,7 +230,7 @@ class Encoder:
         return {"encoder": source, **facts, "sentence_threshold": THRESHOLD}
 
     def read(self, text: str) -> tuple[Array, Array]:
-        """Of a text its tokens as unit vectors [n, hidden], and the whole as one [hidden].
+        """The tokens of a text as unit vectors [n, hidden], and the whole text as one [hidden].
 
         The ends that the tokenizer adds to a window count for the whole, as in
         sentence-transformers' mean pooling, but are not tokens of the text.
@@ -247,11 +247,11 @@ class Encoder:
             return_tensors="pt",
         )
         inputs.pop("overflow_to_sample_mapping")
-        special, given = inputs.pop("special_tokens_mask").bool(), inputs["attention_mask"].bool()
+        special, valid = inputs.pop("special_tokens_mask").bool(), inputs["attention_mask"].bool()
         with torch.inference_mode():
             output = self.model(**inputs, output_hidden_states=True)
-        tokens = output.hidden_states[self.layers][given & ~special].double()
-        whole = output.last_hidden_state[given].double().mean(0)
+        tokens = output.hidden_states[self.layers][valid & ~special].double()
+        whole = output.last_hidden_state[valid].double().mean(0)
         return unit(tokens.numpy()), whole.numpy()
 
     def embed(self, texts: Sequence[str]) -> Array:
@@ -369,7 +369,7 @@ def matched_pairs(cosines: Array, threshold: float) -> list[tuple[int, int]]:
 
 
 def ordered_share(positions: list[int]) -> float | None:
-    """Of all pairs of ``positions``, which differ, the share that rises; None with fewer than 2."""
+    """Share of all pairs of distinct ``positions`` that are in order; None with fewer than 2."""
     rising = [earlier < later for earlier, later in combinations(positions, 2)]
     return sum(rising) / len(rising) if rising else None
 

@@ -79,7 +79,7 @@ class Window:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The window's name in messages."""
         if self.source:
             return f"slice {self.id}"
         start = "" if self.start is None else f" (it begins at token {self.start} of the text)"
@@ -241,34 +241,34 @@ def topic_windows(
     ]
     windows = []
     for number, group in enumerate(groups):
-        for place, first in enumerate(group):
+        for index, first in enumerate(group):
             ids = torch.cat([start, first.body])
             if shift:
                 following = groups[(number + 1) % len(groups)]
-                second = following[place] if groups[1:] else _second_topic(group, place)
+                second = following[index] if groups[1:] else _second_topic(group, index)
                 ids = torch.cat([ids[: prompt + LEAD], second.body])
             ids = ids[: prompt + lead + scored]
-            windows.append(Window(ids, prompt, place, source=first.source, lead=lead))
+            windows.append(Window(ids, prompt, index, source=first.source, lead=lead))
     return windows
 
 
 def cut_source(source: Source, which: str, tokenizer: Any, size: int) -> Iterator[Slice]:
     """Every slice of ``size`` tokens of one set, in order; numbers are those of this order."""
     number, waiting = 0, list[tuple[int, str, int]]()
-    for place, text in source.half(which):
+    for document, text in source.half(which):
         ids = _encode(tokenizer, text)
         for begin in range(0, len(ids) - size + 1, size):
-            yield Slice(source.label, number, ids[begin : begin + size], (place,))
+            yield Slice(source.label, number, ids[begin : begin + size], (document,))
             number += 1
         if len(ids) >= size:
             continue
-        waiting.append((place, text, len(ids)))
+        waiting.append((document, text, len(ids)))
         if sum(tokens for _, _, tokens in waiting) < size:
             continue
         joined = _encode(tokenizer, BREAK.join(text for _, text, _ in waiting))
         if len(joined) >= size:
-            places = tuple(place for place, _, _ in waiting)
-            yield Slice(source.label, number, joined[:size], places)
+            documents = tuple(document for document, _, _ in waiting)
+            yield Slice(source.label, number, joined[:size], documents)
             number, waiting = number + 1, []
 
 
@@ -289,7 +289,7 @@ def _spread(
             "wanted: give a longer text, or fewer slices, scored or prompt tokens"
         )
     gaps = max(1, wanted - 1)
-    chosen = [slices[place * (len(slices) - 1) // gaps] for place in range(wanted)]
+    chosen = [slices[index * (len(slices) - 1) // gaps] for index in range(wanted)]
     return [replace(each, number=number) for number, each in enumerate(chosen)]
 
 

@@ -72,7 +72,7 @@ class Scores:
         return stats.mean(self.sample, self._kind)
 
     def interval(self) -> Interval | None:
-        """Of the metric itself."""
+        """The interval of the metric itself."""
         return stats.interval(self.sample, self._kind)
 
     def against(self, other: Scores) -> Interval | None:
@@ -353,7 +353,7 @@ def _with_short_tasks(every: list[Row]) -> list[Row]:
 
 
 def _ordered(every: Sequence[Row]) -> list[Row]:
-    """By group, in the order of their lines; in each the dense ones first."""
+    """Rows sorted by group, groups in order of first appearance; in each the dense rows first."""
     groups = list(dict.fromkeys(row.group for row in every))
     return sorted(every, key=lambda r: (groups.index(r.group), r.layers is not None, r.pruned))
 

@@ -97,7 +97,7 @@ def _headline(rows: Sequence[Row]) -> str:
 
 
 def _against_griffin(row: Row) -> Interval | None:
-    """At equal achieved sparsity; None where no such GRIFFIN was measured."""
+    """Comparison at equal achieved sparsity; None if GRIFFIN was not measured there."""
     if row.gap is not None and not row.unequal:
         return row.to_griffin
     return None if row.equal_sparsity is None else row.equal_sparsity.interval
@@ -486,9 +486,9 @@ def _plot(name: str, tasks: Sequence[Sequence[Row]]) -> Plot:
 
 
 def _ends(row: Row, dense: Row | None) -> tuple[float, float] | None:
-    """Of the paired difference to dense, where there is one, else of the metric itself.
+    """Ends of the interval of the paired difference to dense, or without one, of the metric.
 
-    Pairing takes out what all methods share, the difficulty of the items.  None with too few.
+    Pairing removes what all methods share, the difficulty of the items.  None with too few.
     """
     if row.to_dense is None or dense is None or dense.value is None:
         return None if row.interval is None else row.interval.ends

@@ -58,7 +58,7 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """From its start to its end."""
+        """Seconds from the start of the run to its end."""
         end = self.config["finished"]
         return end and (datetime.datetime.fromisoformat(end) - self.started).total_seconds()
 
@@ -159,7 +159,7 @@ def filter(
         early = day is not None and run.started < day
         if early or status not in (None, run.status) or not _part_of(experiment, [str(run.path)]):
             continue
-        lines = [one for one in run.lines if matches([one.model], [one.label], [one.task])]
+        lines = [row for row in run.lines if matches([row.model], [row.label], [row.task])]
         if lines or (not run.lines and matches(run.models, run.methods, run.tasks)):
             chosen.append(replace(run, lines=tuple(lines)))
     return chosen

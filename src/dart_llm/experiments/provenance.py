@@ -42,7 +42,7 @@ class Digests:
         self._models: dict[str, dict[str, str]] = {}
 
     def of(self, cell: Cell) -> dict[str, str]:
-        """By name of the input; what is not a local file has no entry.
+        """Digests by name of the input; what is not a local file has no entry.
 
         Raises ``ConfigError`` when a file cannot be read.
         """
@@ -128,7 +128,7 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def _digest(kind: str, name: str) -> str | None:
-    """Of one input; None if it is not a local file.  Raises at once for unknown names."""
+    """Digest of one input; None if it is not a local file.  Raises at once for unknown names."""
     if kind == "slices":
         sources = documents.sources(slice_sources(name)[0])
         return _sha256("".join(source.digest for source in sources))
@@ -155,7 +155,7 @@ def _sums(files: Iterable[Path]) -> str | None:
 
 
 def _task_folder(folder: Path) -> str | None:
-    """Of the files that define tasks, and of the local data that these name."""
+    """Digest of the files that define tasks, and of the local data that these name."""
     if not folder.is_dir():
         raise ConfigError(f"the task folder {folder} does not exist: correct include_path")
     files = {path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py")}

@@ -281,7 +281,7 @@ def _bootstrap(
 
 
 def _percentiles(draws: Array, level: float) -> tuple[float, float] | None:
-    """Those of the draws that are numbers; None where an end is not finite."""
+    """Interval over the finite draws; None where an end is not finite."""
     numbers = draws[~np.isnan(draws)]
     if not len(numbers):
         return None

@@ -179,8 +179,8 @@ def open_folder(
                 f"only {free / 2**20:.0f} MiB are free where results go ({base}): make room, or "
                 "choose another folder with --results-dir"
             )
-        found = "" if fresh else _resume(base, settings)
-        return _new_folder(base, found) if isinstance(found, str) else found
+        resumed = "" if fresh else _resume(base, settings)
+        return _new_folder(base, resumed) if isinstance(resumed, str) else resumed
     except OSError as error:
         raise ResultsError(
             f"cannot write results to {base}: {error.strerror or error}; choose another folder "
@@ -214,7 +214,7 @@ def _changes(folder: Path, settings: Mapping[str, Any]) -> list[str] | None:
     config = read_json(folder / "config.json")
     unfinished = config.get("status") in ("running", "interrupted", "failed")
     before, now = mapping(config.get("settings")), dict(settings)
-    old, new = (mapping(one.pop("inputs", None)) for one in (before, now))
+    old, new = (mapping(side.pop("inputs", None)) for side in (before, now))
     if before != now or not (unfinished or (folder / PARTS).exists()):
         return None
     return list(dict.fromkeys(_changed_inputs(old, new)))

@@ -81,7 +81,7 @@ class Study(Generic[S]):
     progress: ClassVar[str] = ""
     """What the progress bar counts; "": the study shows its own progress."""
     noun: ClassVar[str] = "cell"
-    """What lines of progress call a unit, where all are known before: "cell 2 of 3"."""
+    """Name of a unit in progress lines, if their number is known ahead: "cell 2 of 3"."""
     unit_times: ClassVar[str] = ""
     """Key of timing.json with the seconds of each unit that was computed."""
     shown: ClassVar[frozenset[str]] = frozenset({"style"})
@@ -173,7 +173,7 @@ class Study(Generic[S]):
         raise NotImplementedError
 
     def finished(self, unit: Unit) -> Any:
-        """What an earlier run kept of a unit, or None."""
+        """The stored value of a unit from an earlier run, or None."""
         return self.folder.part(unit.key)
 
     def compute(self, unit: Unit) -> Any:
@@ -306,7 +306,7 @@ def _memory_failure(study: Study[Any], error: BaseException) -> LoadError | None
 
 
 def _compute_units(study: Study[Any]) -> None:
-    """One after the other; they are counted before where there is a bar, or a list of them."""
+    """Compute units in order; counted ahead for a progress bar, or if they are a list."""
     units, ui = study.units(), study.ui
     with contextlib.ExitStack() as stack:
         if isinstance(units, Generator):  # which may have a cluster to close

@@ -175,7 +175,7 @@ class ReferenceFile:
 
 
 def reference_repetition(bench: str, file: Path, threads: int, prompt: int, tokens: int) -> Sample:
-    """As ``repetition``, by llama-bench: a mean step stands for all."""
+    """Like ``repetition``, but by llama-bench, which gives only the mean step."""
     (read,) = _run(bench, file, threads, "-p", str(prompt), "-n", "0")
     generated = decode_row(bench, file, threads, tokens, prompt + WARM)
     steps = [generated["avg_ns"] / 1e9 / tokens]
@@ -184,12 +184,12 @@ def reference_repetition(bench: str, file: Path, threads: int, prompt: int, toke
 
 
 def decode_row(bench: str, file: Path, threads: int, tokens: int, depth: int) -> dict[str, Any]:
-    """Its row for ``tokens`` that are generated behind ``depth`` others: ``avg_ns`` of all."""
+    """llama-bench's row for generating ``tokens`` after ``depth`` others; ``avg_ns``: of all."""
     return _run(bench, file, threads, "-p", "0", "-n", str(tokens), "-d", str(depth))[0]
 
 
 def _run(bench: str, file: Path, threads: int, *flags: str) -> list[dict[str, Any]]:
-    """Its report; raises ``DartError`` where it fails."""
+    """llama-bench's report; raises ``DartError`` where it fails."""
     command = [bench, "-m", str(file), "-t", str(threads), "-r", "1", "-o", "json", *flags]
     environment = program_environment(os.environ, bench)
     try:

@@ -26,7 +26,7 @@ DENSE, GRIFFIN = "dense", "griffin"
 NEVER = "never"
 
 ORACLE = " (oracle)"
-"""Ends the label of a variant that is re-masked at the known moment instead of by its detector."""
+"""Suffix of a variant that is re-masked at the true change of topic, not by its detector."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Variant:
         try:
             return self.config.replace({"sparsity": sparsity, **changes})
         except ConfigError as error:
-            raise ConfigError(f'the variant "{self.label}" cannot be run so: {error}') from None
+            raise ConfigError(f'the variant "{self.label}" cannot be used: {error}') from None
 
 
 def parse(
@@ -53,10 +53,10 @@ def parse(
 ) -> list[Variant]:
     """Methods by name, then the variants of ``file``.
 
-    ``changes``: what is set on every configuration.  ``flags``: settings that a variant may not
-    make, and the flag that does.  Raises ``ConfigError`` for a label that occurs twice, a method
-    that removes nothing, and a file or setting that cannot be used; ``UnknownName`` for a method
-    that does not exist.
+    ``changes``: settings of every configuration.  ``flags``: settings that a variant may not set,
+    and the flag that does.  Raises ``ConfigError`` for a label that occurs twice, a method that
+    removes nothing, and a file or setting that cannot be used; ``UnknownName`` for an unknown
+    method.
     """
     rows = [(METHODS.check(name), {"method": name}, "") for name in methods]
     if file is not None:
@@ -76,7 +76,7 @@ def parse(
 
 
 def _read(path: Path, flags: Mapping[str, str]) -> list[tuple[str, dict[str, Any], str]]:
-    """Label, changes and beginning of an error message of every variant of a file."""
+    """Label, changes and error-message prefix of every variant of a file."""
     variants = read_yaml(path)
     if not variants:
         raise ConfigError(f"the variants file {path} is empty: write LABEL: {{SETTING: VALUE}}")
@@ -100,9 +100,9 @@ def _build(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> PruneConf
 
 
 def oracles(variants: Sequence[Variant], labels: str | None) -> list[Variant]:
-    """Variants that are re-masked at the known moment of the change.
+    """Variants that are re-masked at the true change of topic.
 
-    ``labels``: with commas between them, or ``none``; None: all whose drift rule is live.
+    ``labels``: comma-separated, or ``none``; None: all that have a drift rule.
     """
     configs = {variant.label: variant.config for variant in variants}
     if labels is None:

@@ -1,4 +1,4 @@
-"""What is known of transformers' models: loading, architectures, calls, read-only hooks.
+"""Knowledge about transformers' models: loading, architectures, calls, read-only hooks.
 
 Start with ``describe.py``; a new architecture is an entry of ``architectures.py``.
 """

@@ -270,8 +270,8 @@ def weights_unsupported_reason(block: FfnBlock, attached: bool = False) -> str |
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether user hooks run before or after ``module``."""
-    own = (module._forward_hooks, module._forward_pre_hooks)
-    for hooks in (*own, everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks):
+    local = (module._forward_hooks, module._forward_pre_hooks)
+    for hooks in (*local, everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks):
         if not all(str(getattr(h, "__module__", "")).startswith(TRUSTED) for h in hooks.values()):
             return True
     return False

@@ -36,7 +36,7 @@ class ForwardArgs:
     cache: Any = None
 
     def as_call(self, kind: Kind, **more: Any) -> ForwardCall:
-        """What the controller reads of it, which keeps neither ids nor cache alive."""
+        """The call as the controller reads it, which keeps neither ids nor cache alive."""
         more = {"valid": self.valid, **more}
         return ForwardCall(kind, self.cached, self.tokens, self.rows, **more)
 

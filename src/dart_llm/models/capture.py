@@ -149,7 +149,7 @@ class Recording:
         self.wanted = wanted
         self._kept: dict[str, list[Tensor]] = {}
         self._ids: list[Tensor] | None = []
-        """None once a forward was given embeddings."""
+        """Token ids fed so far; None once a forward was given embeddings."""
         self._fed = 0
         self._span = slice(0, 0)
         self._taken: set[int] = set()

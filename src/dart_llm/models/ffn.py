@@ -125,7 +125,7 @@ class FfnBlock:
         return (None if self.gate is None else matrix_of(self.gate)), up, down
 
     def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of gate, up and down, as ``matrices`` gives these; views."""
+        """Biases of gate, up and down, in the order of ``matrices``; views."""
         gate, up, down = map(_bias, (self.gate, self.up, self.down))
         if self.fused and up is not None:
             gate, up = up.chunk(2)

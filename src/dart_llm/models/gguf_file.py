@@ -62,7 +62,7 @@ class StoredTensor:
         return True
 
     def bytes(self) -> Tensor:
-        """As stored, uint8 [size]."""
+        """The stored bytes, uint8 [size]."""
         import numpy as np
         import torch
 

@@ -111,7 +111,7 @@ def rounded_columns(kind: str, layer: NarrowLayer) -> int:
 
 
 def block_of(file: GgufFile) -> int:
-    """Of what every layer's width must be a multiple, so that rows of down are whole blocks."""
+    """Every layer's width must be a multiple of this, so that rows of down are whole blocks."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     downs = [file.tensors[DOWN.format(layer)] for layer in range(len(layer_widths(file)))]
@@ -227,7 +227,7 @@ def _at_home(slots: Tensor, stay: Tensor) -> Tensor:
 
 
 def _rows(tensor: StoredTensor, layer: NarrowLayer, width: int) -> _Entry:
-    """Of gate and up, the kept rows as they are stored; fused, those of both halves."""
+    """The kept rows of gate and up, as they are stored; if fused, those of both halves."""
     slots, _ = _slots(layer)
     if tensor.shape[0] == 2 * width:
         slots = torch.cat([slots, torch.where(slots < 0, -1, slots + width)])
@@ -241,7 +241,7 @@ def _rows(tensor: StoredTensor, layer: NarrowLayer, width: int) -> _Entry:
 
 
 def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
-    """Of down, the kept columns; a block of which rounding all again comes nearer is rounded so."""
+    """The kept columns of down; a block is rounded anew as a whole where that is more exact."""
     kind, (slots, stay) = written_kind(tensor.kind), _slots(layer)
 
     def make() -> Tensor:
@@ -289,7 +289,7 @@ def _with_values(kind: str, blocks: Tensor, wanted: Tensor) -> tuple[Tensor, Ten
 
 
 def _copy_metadata(file: GgufFile, writer: Any, architecture: str) -> None:
-    """All but the widths, under the names of ``architecture``."""
+    """All metadata but the widths, under the names of ``architecture``."""
     from gguf import GGUFReader, GGUFValueType
 
     prefix = f"{file.architecture}."

@@ -91,7 +91,7 @@ class _Growing:
         return {"keys": keys, "values": values}
 
     def get_seq_length(self) -> int:
-        """As of the base class; called before every step."""
+        """As in the base class; called before every step."""
         buffers = self.buffers
         if buffers is None:
             return int(super().get_seq_length())  # type: ignore[misc]
@@ -153,7 +153,7 @@ def extendable(cache: Any, windows: Sequence[int | None]) -> bool:
 
 
 def fill_layer(cache: Any, keys: Tensor, values: Tensor, index: int) -> None:
-    """As ``cache.update`` with a prompt's, without a copy where layer ``index`` is empty and grows.
+    """Like ``cache.update`` with a prompt, without a copy if layer ``index`` is empty and grows.
 
     ``keys``, ``values``: [B, K, T, S], the cache's own from now on.
     """

@@ -52,12 +52,12 @@ class PackedTensor(Tensor):
             ((columns, rows), (1, columns)) if neurons else ((rows, columns), (columns, 1))
         )
         with torch.inference_mode(False):  # a view of a tensor of another mode is refused
-            made: PackedTensor = Tensor._make_wrapper_subclass(
+            packed: PackedTensor = Tensor._make_wrapper_subclass(
                 cls, shape, strides=strides, dtype=dtype
             )
-        torch._C._set_throw_on_mutable_data_ptr(made)  # it has none that C code could follow
-        made.matrix, made.neurons = matrix, neurons
-        return made
+        torch._C._set_throw_on_mutable_data_ptr(packed)  # it has none that C code could follow
+        packed.matrix, packed.neurons = matrix, neurons
+        return packed
 
     @classmethod
     def __torch_function__(
@@ -199,7 +199,7 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
 
 
 def _computed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """By the rule for ``func``, or on dequantised weights."""
+    """The result of ``func`` by its rule in ``RULES``, or on dequantised weights."""
     rule = None if "out" in kwargs else RULES.get(func.overloadpacket)
     result = NotImplemented if rule is None else rule(*args, **kwargs)
     if result is not NotImplemented:
@@ -242,7 +242,7 @@ def _has_gradients(x: Tensor) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As torch's, by one product of rows: of three dimensions it would copy the whole weight."""
+    """Like torch's, but on rows in 2-D: with a 3-D input torch would copy the whole weight."""
     rows = x.reshape(-1, x.shape[-1])
     y: Any = _product(rows, weight, transposed=True)
     if y is NotImplemented:

@@ -134,7 +134,7 @@ def _orders(model: nn.Module) -> Callable[..., str]:
     blocks = _ffn_blocks(model)
     orders = {id(block.down): "neurons" for block in blocks}
     # of two matrices in one, the second begins in the middle of a tile
-    odd = [one for one in blocks if one.fused and one.down_width % 16]
+    odd = [block for block in blocks if block.fused and block.down_width % 16]
     orders |= {id(block.up): "rows" for block in odd}
     return lambda *modules: next((orders[id(m)] for m in modules if id(m) in orders), "tiles")
 
@@ -145,7 +145,7 @@ def round_weights(model: nn.Module, kind: str) -> list[str]:
     Matrices whose rows are not a multiple of 32 stay, and so do the others of the same FFN.
     """
     blocks, order = _ffn_blocks(model), _orders(model)
-    mixed = [one for block in blocks if _is_odd(*block.projections) for one in block.projections]
+    mixed = [m for block in blocks if _is_odd(*block.projections) for m in block.projections]
     kept = []
     for names, modules in _matrices(model):
         if _is_odd(*modules) or any(module in mixed for module in modules):

@@ -92,9 +92,9 @@ class Screen:
     def of(
         cls, weight: Tensor, states: Tensor, share: float, nbytes: float | None = None
     ) -> Screen:
-        """Of a head [V, D] of whose bytes ``share`` is to be read, basis and exact rows included.
+        """The screen of a head [V, D] by which a token reads ``share`` of its bytes, all included.
 
-        ``states`` [n, D]: what the head gets to read; the share is the mean over them.  ``nbytes``:
+        ``states`` [n, D]: inputs of the head; the share is the mean over them.  ``nbytes``:
         of the head as it is stored, if not as ``weight`` is.  Raises ``ConfigError`` where hardly
         any direction fits.
         """
@@ -102,11 +102,11 @@ class Screen:
         words, hidden = weight.shape
         keep = keep_of(share, words, hidden, nbytes)
         axes = directions_of(states).to(weight.device)
-        made = cls(*_projected(weight, axes, states), words, keep, WIDEST)
+        screen = cls(*_projected(weight, axes, states), words, keep, WIDEST)
         some = torch.split(states[:: max(1, len(states) // SAMPLED)], FEW)
-        rough = (made.rough(few.to(weight.device)) for few in some)
-        rows = (share - made.nbytes() / nbytes) * words
-        return replace(made, threshold=threshold_for(rough, rows))
+        rough = (screen.rough(few.to(weight.device)) for few in some)
+        rows = (share - screen.nbytes() / nbytes) * words
+        return replace(screen, threshold=threshold_for(rough, rows))
 
     def rough(self, h: Tensor) -> Tensor:
         """Scores [n, V] float32 of hidden states h [n, D]."""
@@ -118,7 +118,7 @@ class Screen:
         return torch.cat(parts, 1)[:, : self.words]
 
     def along(self, z: Tensor) -> Tensor:
-        """Of ``z`` [n, D] the ``keep`` largest, rounded to 8 bits in groups of 32; 0 elsewhere."""
+        """The ``keep`` largest of ``z`` [n, D], rounded to 8 bits in groups of 32; 0 elsewhere."""
         ids = z.abs().topk(self.keep, -1, sorted=False).indices.sort(-1).values
         groups = F.pad(z.gather(1, ids), (0, -self.keep % GROUP)).reshape(len(z), -1, GROUP)
         scales = groups.abs().amax(-1, keepdim=True) / 127
@@ -191,13 +191,13 @@ def _rounded(rows: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _places() -> Tensor:
-    """Where each word of a unit stands in it, as the kernels read four directions at once."""
+    """Position of each vocabulary entry in its unit: the kernels read four directions at once."""
     word = torch.arange(UNIT)
     return word % 16 // 4 * 16 + word // 16 * 4 + word % 4
 
 
 def _packed(levels: Tensor) -> Tensor:
-    """Of a run of words: levels [RUN, D] uint8 as [D, RUN / 2], two a byte."""
+    """Levels [RUN, D] uint8 of a run of vocabulary entries as [D, RUN / 2], two per byte."""
     units = levels.t().reshape(-1, RUN // (2 * UNIT), 2, UNIT)
     units = units[..., _places().argsort().to(levels.device)]
     return (units[:, :, 0] | units[:, :, 1] << 4).flatten(1).contiguous()

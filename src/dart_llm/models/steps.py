@@ -135,7 +135,7 @@ class StepParts:
 
     @property
     def windows(self) -> list[int | None]:
-        """Of each layer."""
+        """Attention window of each layer; None: unlimited."""
         return [layer.window for layer in self.layers]
 
 
@@ -290,7 +290,7 @@ def step_parts(model: Any) -> StepParts:
 
 
 def _rotated_size(rotary: nn.Module | None) -> int:
-    """Of a head's values, how many are rotated."""
+    """Number of values of an attention head that are rotated."""
     buffers = () if rotary is None else rotary.named_buffers()
     frequencies = [t for name, t in buffers if name.endswith("inv_freq") and "original" not in name]
     return 2 * len(frequencies[0]) if frequencies else 0

@@ -42,11 +42,11 @@ def can_stand_in(model: Any, generate: Any) -> bool:
     from transformers import GenerationMixin
 
     theirs = ("_sample", "_update_model_kwargs_for_generation")
-    # the loop does not call these two
-    own = {*theirs, "prepare_inputs_for_generation", "_has_unfinished_sequences"}
+    # the loop does not call the two added here
+    names = {*theirs, "prepare_inputs_for_generation", "_has_unfinished_sequences"}
     if (
         getattr(generate, "__func__", None) is not GenerationMixin.generate
-        or own & vars(model).keys()
+        or names & vars(model).keys()
     ):
         return False
     return all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in theirs)
@@ -86,8 +86,8 @@ class TokenLoop:
             return ids
         from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-        made: Any = GenerateDecoderOnlyOutput
-        return made(sequences=ids, cache=sequence.cache)
+        output: Any = GenerateDecoderOnlyOutput
+        return output(sequences=ids, cache=sequence.cache)
 
     def _decode(self, sequence: _Sequence, ids: Tensor, processors: Any, criteria: Any) -> Tensor:
         process = _processors(processors)
@@ -211,7 +211,7 @@ class _NoEnds:
 
     @classmethod
     def from_processor(cls, processor: Any) -> _NoEnds | None:
-        """As a processor of transformers does; None for any other."""
+        """The equivalent of a processor of transformers; None for any other."""
         from transformers import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
 
         if type(processor) is MinLengthLogitsProcessor:

@@ -76,9 +76,9 @@ def _compiler() -> str:
 
 
 def _no_compiler() -> str:
-    """The sentence for a machine without one; "" where there is one."""
-    found = shutil.which(shlex.split(_compiler())[0])
-    return "" if found else f"there is no C++ compiler {_compiler()}: install g++, or set CXX"
+    """Why there is no C++ compiler, as a message; "" if there is one."""
+    path = shutil.which(shlex.split(_compiler())[0])
+    return "" if path else f"there is no C++ compiler {_compiler()}: install g++, or set CXX"
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Where weights lie in the memory of this process, and better places for them.
+"""Where weights lie in the memory of this process, and moving them to huge pages.
 
-A decoded token reads every weight once.  In pages of 4 KB that is more addresses than a CPU keeps,
-and looking them up costs as much as the reading; docs/performance.md has measurements.
+A decoded token reads every weight once.  In pages of 4 KB that is more pages than a CPU's TLB
+holds, and the misses cost as much as the reads; docs/performance.md has measurements.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 MAPS, MEMORY = Path("/proc/self/maps"), Path("/proc/meminfo")
-"""What lies where in this process, a line per range of addresses; and how much memory is left."""
+"""The address ranges of this process, one per line; and the machine's free memory."""
 
 GROUP = Path("/sys/fs/cgroup")
-"""What the control group of this process may take, where it has limits."""
+"""Memory limits of this process's control group, where it has any."""
 
 Span = tuple[int, int]
 """The first address of something, and the one after its last."""
@@ -29,17 +29,17 @@ PAGE = 2 << 20
 """Bytes of a huge page."""
 
 LEAST = 32 << 20
-"""Bytes of weights from which it pays off."""
+"""Smallest total of weight bytes for which huge pages pay off."""
 
 COLLAPSE = 25
-"""MADV_COLLAPSE of madvise(2): the memory keeps its address and its content."""
+"""MADV_COLLAPSE of madvise(2): moves memory to huge pages; address and content stay."""
 
 RESERVE = 1 << 30
-"""Bytes that copies made for speed leave to others."""
+"""Bytes that copies made only for speed must leave free."""
 
 
 def available() -> int:
-    """Bytes that this process can still take, of the machine's or of its control group's."""
+    """Bytes that this process can still allocate, within the machine and its control group."""
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     if MEMORY.is_file():
@@ -53,7 +53,7 @@ def available() -> int:
         return free
     if limit.strip() == "max":
         return free
-    # files in memory count as the group's, and are dropped when it is needed
+    # cached files count as used, but are dropped when memory is needed
     files = re.findall(r"^(?:in)?active_file (\d+)$", parts, re.MULTILINE)
     return min(free, int(limit) - int(used) + sum(map(int, files)))
 
@@ -85,9 +85,9 @@ def private_maps() -> list[Span]:
 
 
 def out_of_files(model: nn.Module) -> int:
-    """Copy CPU weights that lie in maps of files into memory that can have huge pages; the bytes.
+    """Copy CPU weights out of mapped files into memory that can use huge pages; returns the bytes.
 
-    Only where half of the memory that is left is enough; for a model that nothing else uses yet.
+    Only if they fit in half of the free memory; for a model that nothing else uses yet.
     """
     maps = private_maps()
     plain = [weight for weight in model.parameters() if type(weight) is nn.Parameter]
@@ -102,10 +102,10 @@ def out_of_files(model: nn.Module) -> int:
 
 
 def into_huge_pages(tensors: Iterable[Tensor]) -> int:
-    """Ask the system for huge pages under ``tensors`` on the CPU; the number that it gave.
+    """Move CPU ``tensors`` to huge pages; returns the number of pages moved.
 
-    Not for fewer than ``LEAST`` bytes.  Linux 6.1 and later.  Where it cannot (another system,
-    memory of a file), the pages stay small.
+    Needs Linux 6.1 or later and at least ``LEAST`` bytes.  Where it is impossible (another system,
+    mapped files), the pages stay small.
     """
     spans = [(t.data_ptr(), t.nbytes) for t in tensors if t.device.type == "cpu"]
     if sys.platform != "linux" or sum(size for _, size in spans) < LEAST:

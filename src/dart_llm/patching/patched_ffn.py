@@ -168,8 +168,8 @@ class PatchedFFN:
         size, token = self.context.rows // len(masks), self.token
         parts, marks = [], []
         for row, mask in enumerate(masks):
-            one, its_fed = (self._unfold(t)[row * size : (row + 1) * size] for t in (x, fed))
-            parts.append(self._run_row(original, one, its_fed, mask, row))
+            row_x, row_fed = (self._unfold(t)[row * size : (row + 1) * size] for t in (x, fed))
+            parts.append(self._run_row(original, row_x, row_fed, mask, row))
             if token is not None and token.watched:
                 selected = token.marks if isinstance(mask, TokenMask) else None
                 every = torch.ones_like(parts[-1][0], dtype=torch.bool)

@@ -1,8 +1,7 @@
 """Clamps: neurons whose activation is fixed at a value while the model decodes.
 
-A neuron whose activation is v adds ``v W_down[:, i]`` to every token: so it is a neuron that
-is removed, and a constant beside it.  That is a mask with a bias, which every executor
-runs already.
+Neuron i with activation v adds ``v W_down[:, i]`` to every token, so clamping it is the same as
+removing it and adding that constant: a mask with a bias, which every executor already runs.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ ClampValues = Mapping[int, Mapping[int, float]]
 
 @dataclass(frozen=True)
 class LayerClamp:
-    """Of one layer of ``width`` neurons: ``ids`` [n] int64, ascending, and ``bias`` [D] float32,
-    what these add to the FFN's output (None: nothing), both on the layer's device.
+    """Clamped neurons of a layer of ``width``: ``ids`` [n] int64, ascending, and ``bias`` [D]
+    float32, what they add to the FFN's output (None: nothing), both on the layer's device.
     """
 
     ids: Tensor
@@ -34,9 +33,9 @@ class LayerClamp:
     bias: Tensor | None
 
     def of(self, mask: LayerMask | None) -> LayerMask:
-        """``mask`` (None: all neurons) without the clamped ones, and their constant.
+        """``mask`` (None: all neurons) without the clamped neurons, plus their constant.
 
-        Raises ``ConfigError`` where it keeps no other neuron.
+        Raises ``ConfigError`` where no other neuron is left.
         """
         if mask is None:
             mask = LayerMask(torch.arange(self.width, device=self.ids.device), self.width)
@@ -51,7 +50,7 @@ class LayerClamp:
 
 @dataclass(frozen=True)
 class Clamp:
-    """The clamped neurons of a model; ``layers``: of those that have any, by their number."""
+    """The clamped neurons of a model; ``layers``: by number, those that have any."""
 
     layers: Mapping[int, LayerClamp]
 
@@ -73,12 +72,12 @@ class Clamp:
         return values if clamped is None else values.index_fill(0, clamped.ids, value)
 
     def most(self, layer: int, count: int) -> int:
-        """``count``, or as many neurons as the layer has that are not clamped."""
+        """``count``, but at most the number of neurons that are not clamped."""
         clamped = self.layers.get(layer)
         return count if clamped is None else min(count, clamped.width - len(clamped.ids))
 
     def without(self, layer: int, ids: Tensor) -> Tensor:
-        """Those of ``ids`` that are not clamped: only the clamp replaces these."""
+        """``ids`` without the clamped neurons, which only the clamp replaces."""
         clamped = self.layers.get(layer)
         return ids if clamped is None else ids[~torch.isin(ids, clamped.ids)]
 
@@ -87,14 +86,14 @@ NO_CLAMP = Clamp({})
 
 
 def make_clamp(layers: Sequence[FfnWeights], values: ClampValues) -> Clamp:
-    """Of the activations ``values``.
+    """The clamp that fixes the activations ``values``.
 
-    Raises ``ConfigError`` for a layer, a neuron or a value that cannot be.
+    Raises ``ConfigError`` for a layer or neuron that does not exist, or an impossible value.
     """
     layered = isinstance(values, Mapping) and all(isinstance(v, Mapping) for v in values.values())
     ids = [*values, *(n for neurons in values.values() for n in neurons)] if layered else [None]
     if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in ids):
-        raise ConfigError("clamp= takes {layer: {neuron id: activation}}, numbers all of them")
+        raise ConfigError("clamp= takes {layer: {neuron id: activation}}, all of them numbers")
     for number in values:
         if not 0 <= number < len(layers):
             raise ConfigError(

@@ -106,7 +106,7 @@ class CompensationInputs(NamedTuple):
     removed: Tensor
 
     def covariances(self) -> Tensor:
-        """Of the removed neurons' u with the features, and beside them the mean u: [n, r + 1]."""
+        """Covariances of the removed neurons' u with the features, then mean u: [n, r + 1]."""
         sums = self.evidence.sums
         mean, f = sums["signed"].rows(self.removed), sums["features"].mean
         cross = torch.addr(sums["cross"].rows(self.removed), mean, f, alpha=-1)

@@ -154,8 +154,8 @@ class PruningController:
 
     def _prefill(self, counts: list[float]) -> list[bool]:
         for state in self.sequences:
-            own = counts[state.batch_rows]
-            state.observe_prefill(sum(own) / len(own))
+            tokens = counts[state.batch_rows]
+            state.observe_prefill(sum(tokens) / len(tokens))
         wanted = self.fixed_masks is None and not self.selector.removes_nothing
         return [wanted and state.phase is Phase.PREFILL for state in self.sequences]
 

@@ -97,7 +97,7 @@ def detached(t: T) -> T:
 
 
 def outside_inference() -> AbstractContextManager[object]:
-    """What is made in it serves later forwards of any mode."""
+    """Tensors made inside can be used in later forwards of any mode."""
     return torch.inference_mode(False)
 
 

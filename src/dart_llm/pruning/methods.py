@@ -1,8 +1,8 @@
 """Every method by name, and what can be chosen by name.
 
-The first paragraph below each method is what ``dart-llm methods`` lists.  The formulas stand with
-the scores, budgets and rules that it names, and in docs/reference.md, with the bytes and what
-per-token methods leave out of their papers.
+The first paragraph below each method is what ``dart-llm methods`` lists.  The formulas are in the
+modules of the scores, budgets and rules that it names, and in docs/reference.md, which also counts
+the bytes and says what per-token methods leave out of their papers.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES, TOK
 
 
 def _per_token(rule: str, **options: Any) -> PruneConfig:
-    """Tokens select by ``rule``: nothing is learned, nothing of the prompt is read."""
+    """Per-token selection by ``rule``, without calibration or evidence from the prompt."""
     return PruneConfig(
         method=rule,
-        score=ScoreConfig(name="weight"),  # asks for no evidence; no score ranks anything here
+        score=ScoreConfig(name="weight"),  # unused, but needs no evidence
         token=TokenConfig(rule=rule, **options),
     )
 
@@ -134,7 +134,7 @@ PUBLISHED = PruneConfig(
     drift=DriftConfig(rule="published"),
     remask=RemaskConfig(evidence="fresh"),
 )
-"""DART as its scripts were published (arXiv 2601.22632), with their defects mended."""
+"""DART as its scripts were published (arXiv 2601.22632), with their defects fixed."""
 
 RANDOM = PruneConfig(method="random", score=ScoreConfig(name="random"))
 """Random: a seeded random subset; the lower bound for every method."""
@@ -167,7 +167,7 @@ inputs."""
 
 
 def _first_paragraphs() -> dict[str, str]:
-    """Of the text below each constant of this module, by the constant's name."""
+    """First paragraph of the text below each constant of this module, by the constant's name."""
     body = ast.parse(Path(__file__).read_text("utf-8")).body
     return {
         node.targets[0].id: text.value.value.split("\n\n")[0].strip().replace("\n", " ")
@@ -213,7 +213,7 @@ def listing() -> dict[str, list[dict[str, str]]]:
 
 
 def _described(value: Any) -> dict[str, str]:
-    """Of a score or a budget its function and its paper; of rules what they are."""
+    """First line of the docstring (of the function of a score or budget), and the paper."""
     text = getattr(value, "function", value).__doc__ or ""
     return {"summary": text.strip().split("\n")[0], "source": getattr(value, "source", "")}
 

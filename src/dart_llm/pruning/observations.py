@@ -1,4 +1,4 @@
-"""What the layers saw of decode tokens, before it is added to the evidence."""
+"""Observations of decode tokens, before they are added to the evidence."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Observations:
 
 
 def _joined(forwards: Sequence[ObservedForward], layers: list[int], part: int) -> Tensor | None:
-    """One part of what some layers saw of all tokens, [L, B, T, ...]; None where it is unneeded."""
+    """One observed tensor of some layers over all tokens, [L, B, T, ...]; None if unneeded."""
     each = [[forward.layers[layer][part] for forward in forwards] for layer in layers]
     if each[0][0] is None:
         return None
@@ -128,4 +128,4 @@ def _joined_weights(forwards: Sequence[ObservedForward]) -> Tensor | None:
     if some is None:
         return None
     ones = [torch.ones((f.rows, f.tokens), device=some.device) for f in forwards]
-    return torch.cat([one if w is None else w for one, w in zip(ones, weights, strict=True)], 1)
+    return torch.cat([full if w is None else w for full, w in zip(ones, weights, strict=True)], 1)

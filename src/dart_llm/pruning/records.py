@@ -48,7 +48,7 @@ class DriftCheck:
     similarity: float
     """Cosine of the window's mean and the reference, -1 to 1."""
     threshold: float | None
-    """None while the detector is not armed."""
+    """The detector's threshold; None while it is not armed."""
     counter: int
     trigger: bool
     """Whether the masks are rebuilt after it."""
@@ -114,7 +114,7 @@ class HeadReport:
         return 1 - screened * (1 - self.bytes_share)
 
     def saved(self, decoded: float) -> float:
-        """Of all weight bytes those that none of ``decoded`` tokens reads, on average."""
+        """Mean share of all weight bytes that none of ``decoded`` tokens reads."""
         return self.share_of_bytes * (1 - self.read(decoded))
 
     def __str__(self) -> str:
@@ -125,7 +125,7 @@ class HeadReport:
 
 
 def merge_heads(heads: Iterable[HeadReport | None]) -> HeadReport | None:
-    """One over the tokens of all; None where no head was screened."""
+    """The reports merged over all tokens; None where no head was screened."""
     screened = [head for head in heads if head is not None]
     if not screened:
         return None
@@ -223,7 +223,7 @@ _SUMS = ("prompt_tokens", "decoded_tokens", "remasks")
 
 
 def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One report over all; means are weighted by decoded tokens, None where one has none.
+    """All reports merged; means are weighted by decoded tokens, None where a report has none.
 
     ``layers`` keeps the last run's counts with the mean sparsity; ``sequences`` are joined.
     """

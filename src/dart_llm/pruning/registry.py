@@ -79,7 +79,7 @@ class Registry:
         return self.get_listed(name)
 
     def get_listed(self, name: str) -> Any:
-        """As ``get``, for a name that comes over the network: it opens no file."""
+        """Like ``get``, for names received over the network: opens no file."""
         if name not in (names := self.names()):
             raise UnknownName(self.kind, name, names, plugin_hint())
         if name not in self._objects:
@@ -93,7 +93,7 @@ def _imported(target: str) -> Any:
 
 
 def _table(module: str, names: str, attribute: Callable[[str], str] = str) -> dict[str, str]:
-    """Where the objects of these names are; ``attribute``: their name there, of name_name."""
+    """Register import paths of objects; ``attribute``: the name there, from name_name."""
     return {
         name: f"dart_llm.pruning.{module}:{attribute(name.replace('-', '_'))}"
         for name in names.split()

@@ -87,7 +87,7 @@ class MaskSelector:
         return Statistics(score.per_token, frozenset(needs), score.spread, score.average, decay)
 
     def token_selection(self, layers: Sequence[int]) -> TokenSelection | None:
-        """How tokens select in some layers, for ``Statistics.add``; None where they do not."""
+        """Per-token selection in some layers, for ``Statistics.add``; None where there is none."""
         if "lost" not in self.statistics.needs:
             return None
         saliency = torch.stack([self.layers[layer].saliency for layer in layers])

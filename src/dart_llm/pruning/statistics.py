@@ -177,7 +177,7 @@ def from_tensors(tensors: Mapping[str, Tensor], layers: int) -> list[LayerStatis
 
 @dataclass(frozen=True)
 class SelfStats:
-    """What is learned once of a layer, from self-generated text (docs/reference.md).
+    """Statistics of a layer, learned once from self-generated text (docs/reference.md).
 
     ``evidence``: the sums of a run, over that text.  ``fisher``: [I] float32, mean squared
     gradient of the loss by u_i.  ``basis``: [r, D] in the model's dtype, directions of the FFN's
@@ -229,7 +229,7 @@ class TokenSelection(NamedTuple):
     keeps: tuple[float, ...]
 
     def of(self, layers: slice) -> TokenSelection:
-        """That of some of the layers."""
+        """The statistics of some of the layers."""
         return TokenSelection(self.saliency[layers], self.keeps[layers])
 
     def losers(self, u: Tensor) -> Tensor:

@@ -80,10 +80,10 @@ class QuantizedProxy:
 def low_bit(matrix: Tensor, bits: int, group: int) -> QuantizedProxy:
     """The proxy of ``matrix`` [N, D] (any float dtype and layout), on its device."""
     rows, inputs = matrix.shape
-    made = [
+    grids = [
         _grid(matrix[span].float(), bits, group) for span in _spans(rows, inputs, matrix.is_cpu)
     ]
-    levels, scales = (torch.cat(parts) for parts in zip(*made, strict=True))
+    levels, scales = (torch.cat(parts) for parts in zip(*grids, strict=True))
     return QuantizedProxy(levels, scales, inputs, bits, group)
 
 

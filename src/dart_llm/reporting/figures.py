@@ -187,17 +187,17 @@ def panels(figure: Figure, count: int, lines: int) -> list[Axes]:
 
 def key(above: Axes, drawn: Sequence[Axes], columns: int) -> None:
     """One legend for all panels, above them."""
-    place: Look = {"loc": "center left", "bbox_to_anchor": (0.0, 0.5), "handlelength": 3.2}
-    _legend(above, drawn, columns, borderaxespad=0.0, **place)
+    anchor: Look = {"loc": "center left", "bbox_to_anchor": (0.0, 0.5), "handlelength": 3.2}
+    _legend(above, drawn, columns, borderaxespad=0.0, **anchor)
 
 
 def legend(axes: Axes, columns: int, others: Sequence[Axes] = ()) -> None:
     """A legend above the axes, on the left, of what has a label in them or in ``others``."""
-    place: Look = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "handletextpad": 0.6}
-    _legend(axes, (axes, *others), columns, borderaxespad=0.4, **place)
+    anchor: Look = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "handletextpad": 0.6}
+    _legend(axes, (axes, *others), columns, borderaxespad=0.4, **anchor)
 
 
-def _legend(axes: Axes, drawn: Iterable[Axes], columns: int, **place: Any) -> None:
+def _legend(axes: Axes, drawn: Iterable[Axes], columns: int, **anchor: Any) -> None:
     """In ``axes`` a legend of every label in ``drawn``, each once, in the order of the axes."""
     handles: dict[str, Any] = {}
     for panel in drawn:
@@ -205,7 +205,7 @@ def _legend(axes: Axes, drawn: Iterable[Axes], columns: int, **place: Any) -> No
             handles.setdefault(label, handle)
     if handles:
         shape: Look = {"ncols": columns, "columnspacing": 1.4, "borderpad": 0.0}
-        axes.legend(list(handles.values()), list(handles), **shape, **place)
+        axes.legend(list(handles.values()), list(handles), **shape, **anchor)
 
 
 # Lines, intervals and numbers in axes.
@@ -220,11 +220,11 @@ def reference_line(
     draw(at, color=INK, linestyle=DASHES, linewidth=1.5, label=label)
 
 
-def draw_whisker(axes: Axes, low: float, high: float, place: float) -> None:
+def draw_whisker(axes: Axes, low: float, high: float, y: float) -> None:
     """An interval across a horizontal bar, white around it so that it shows on dark ones."""
     for colour, extra in (("white", 2.0), (INK, 0.0)):
         look: Look = {"color": colour, "linewidth": 1.4 + extra, "markeredgewidth": 1.2 + extra}
-        axes.plot([low, high], [place, place], marker="|", markersize=7 + extra, **look)
+        axes.plot([low, high], [y, y], marker="|", markersize=7 + extra, **look)
 
 
 def whisker_lengths(
@@ -239,11 +239,11 @@ def whisker_lengths(
 
 
 def write_beside(
-    axes: Axes, text: str, x: float, place: float, size: float = 9.0, gap: float = 5.0
+    axes: Axes, text: str, x: float, y: float, size: float = 9.0, gap: float = 5.0
 ) -> None:
     """A number ``gap`` points to the right of a bar or mark, for which the axes must have room."""
     where: Look = {"xytext": (gap, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate(text, (x, place), fontsize=size, color=INK, in_layout=False, zorder=5, **where)
+    axes.annotate(text, (x, y), fontsize=size, color=INK, in_layout=False, zorder=5, **where)
 
 
 def name_bars(axes: Axes, names: Sequence[str]) -> None:

@@ -109,8 +109,8 @@ def facts(config: Mapping[str, Any]) -> Facts:
     checkpoint["checkpoint"] = checkpoint.get("name")
     checkpoint["file quantisation"] = checkpoint.get("file_quantisation")
     names = ("checkpoint", "file quantisation", "dtype", "weights", "sha256", "revision")
-    known = [(name, str(v)) for name in names if (v := checkpoint.get(name)) is not None]
-    return [*((*fact, fact[0] in ("sha256", "revision")) for fact in known), *origin_facts(config)]
+    pairs = [(name, str(v)) for name in names if (v := checkpoint.get(name)) is not None]
+    return [*((*fact, fact[0] in ("sha256", "revision")) for fact in pairs), *origin_facts(config)]
 
 
 def origin_facts(config: Mapping[str, Any]) -> Facts:

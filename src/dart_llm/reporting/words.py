@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 TRANSFORMERS, OUR_KERNELS = "transformers", "our kernels"
-"""What decodes a dense text: the untouched model, or the kernels that the pruned one runs by."""
+"""How a dense text is decoded: by transformers, or by the kernels of the pruned model."""
 
 WORTH = 0.1
 """A gain in speed below this is not worth a loss."""

@@ -44,7 +44,7 @@ TYPES = {
     500: "server_error",
     503: "unavailable_error",
 }
-"""``error.type`` by status; of all others ``invalid_request_error``."""
+"""``error.type`` by status; ``invalid_request_error`` for all others."""
 
 
 class APIError(Exception):
@@ -216,9 +216,9 @@ BRANCHES = ("body", "str", "int", "constrained-str")
 
 
 def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """Of a body's validation errors the plainest one: which field, and what is wrong with it.
+    """The most helpful of a body's validation errors: which field, and what is wrong with it.
 
-    Of a union's branches the plainest is the one that got furthest into the value.
+    Among the branches of a union that is the one that got furthest into the value.
     """
     if errors[0]["type"] == "json_invalid":
         return APIError(400, "the body is not valid JSON in UTF-8", code="invalid_json")
@@ -238,8 +238,8 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
 
 COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions, as OpenAI has it
 SMALLEST_TOP_P = 1e-6  # for top_p 0: the likeliest token alone
-CHARACTERS = 4  # of a token, about; of a longer text a part is tokenized first
-CUT_TOKENS = 64  # that the end of a cut text may have more than the same part of the whole
+CHARACTERS = 4  # per token, roughly: of a longer text only the beginning is tokenized first
+CUT_TOKENS = 64  # slack: cutting a text can change, and add, tokens at the cut
 
 
 class RequestReader:
@@ -324,7 +324,7 @@ class RequestReader:
         for ids in prompts:
             if not isinstance(ids, str) and any(not 0 <= id < self.vocabulary for id in ids):
                 raise APIError(400, f"token ids must lie in 0 to {self.vocabulary - 1}", "prompt")
-        return [self._ids(one) if isinstance(one, str) else tuple(one) for one in prompts]
+        return [self._ids(ids) if isinstance(ids, str) else tuple(ids) for ids in prompts]
 
     def _ids(self, text: str, **options: Any) -> tuple[int, ...]:
         """Token ids of ``text``.
@@ -333,7 +333,7 @@ class RequestReader:
         the longest prompt.
         """
         if not is_text(text):
-            raise APIError(400, "a text has half a character: correct it")
+            raise APIError(400, "a text contains half a character (a lone surrogate): correct it")
         longest = self.longest
         if longest is not None:
             limit = longest + CUT_TOKENS
@@ -377,8 +377,8 @@ class RequestReader:
     def config(self, dart: Dart | None) -> PruneConfig | None:
         """The configuration of a request; None: the dense model, also for sparsity 0.
 
-        Raises ``APIError`` for values that do not fit, and for a method that would have to learn
-        before it answers.
+        Raises ``APIError`` for values that do not fit, and for a method that would have to
+        calibrate before it answers.
         """
         dart = dart or Dart()
         config, param = self._default, "dart.method"
@@ -403,7 +403,7 @@ class RequestReader:
         if config.target == 0 and (dart.sparsity == 0 or not config.screens):
             return None
         if not is_ready(config.method, self.settings):
-            # both ways out: a server with this method, or a method of this server
+            # name both remedies: start a server with this method, or use a method that is ready
             ready = self.settings.ready
             text = (
                 f"method {config.method} was not prepared when the server started: start the "
@@ -415,14 +415,14 @@ class RequestReader:
 
 
 def is_ready(method: str, settings: ServeSettings) -> bool:
-    """Whether requests by ``method`` can start at once, without learning."""
+    """Whether requests by ``method`` can start at once, without calibration."""
     config = METHODS.get(method)
     learns = config.self_stats is not None or config.calibration is not None
     return not learns or method in settings.ready
 
 
 def _too_long(limit: int | None, tokens: str) -> APIError:
-    """In the words by which OpenAI's clients recognise this refusal."""
+    """Worded as OpenAI's error, which clients recognise by its text."""
     text = f"This model's maximum context length is {limit} tokens, but the prompt has {tokens} "
     return APIError(400, text + "tokens: shorten it", code="context_length_exceeded")
 
@@ -479,7 +479,7 @@ class RecordFormat:
 
 
 class PromptScore(NamedTuple):
-    """A token of the prompt as a ``Token`` has it; nothing predicts the first."""
+    """Score of a prompt token, with the fields of ``Token``; the first has no logprob."""
 
     piece: str
     logprob: float | None
@@ -490,7 +490,7 @@ def _chat_logprobs(tokens: Sequence[Token | PromptScore]) -> Json:
     """``logprobs`` of a choice of a chat completion."""
 
     def entry(text: str, logprob: float | None) -> Json:
-        whole = "\ufffd" not in text  # the bytes of half a character are unknown
+        whole = "\ufffd" not in text  # the bytes of part of a character are unknown
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
 
     content = [
@@ -506,9 +506,9 @@ def _chat_logprobs(tokens: Sequence[Token | PromptScore]) -> Json:
 def _text_logprobs(tokens: Sequence[Token | PromptScore], offset: int) -> Json:
     """``logprobs`` of a choice of a completion; ``offset``: characters before the first token."""
     lengths = (len(token.piece) for token in tokens)
-    # of two tokens with one text, such as halves of characters, the likelier one stays
+    # of two tokens with the same text, such as parts of characters, the likelier stays
     tops = [
-        None if t.logprob is None else {one.text: one.logprob for one in reversed(t.top or ())}
+        None if t.logprob is None else {top.text: top.logprob for top in reversed(t.top or ())}
         for t in tokens
     ]
     return {
@@ -521,7 +521,7 @@ def _text_logprobs(tokens: Sequence[Token | PromptScore], offset: int) -> Json:
 
 @dataclass
 class Choice:
-    """One of the answers: its text so far, and its tokens, of which ``sent`` were sent.
+    """One of the answers: its text so far, and its tokens, the first ``sent`` of them sent.
 
     ``echo``: the prompt, where the answer repeats it.
     """
@@ -547,7 +547,7 @@ class Format:
         self.n, self.prompts = sampling.n, prompts
         self.choices = [Choice() for _ in range(sampling.n * prompts)]
         self.done: list[Done] = []
-        """Of each prompt that was answered."""
+        """One record per prompt that was answered."""
         self._prompt: list[str] = []
         name = f"{'chatcmpl' if self.chat else 'cmpl'}-{token_hex(12)}"
         kind = "chat.completion" if self.chat else "text_completion"

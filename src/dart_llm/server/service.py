@@ -71,7 +71,7 @@ class QueuedRequest:
         return self._cancelled.is_set()
 
     def cancel(self, reason: APIError | None = None) -> None:
-        """From any thread: release the model at the next token; the client gets ``reason``."""
+        """Release the model at the next token; the client gets ``reason``.  Thread-safe."""
         if not self._cancelled.is_set():
             self._cancelled.set()
             self.put(reason or END_OF_STREAM)

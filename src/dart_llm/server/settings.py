@@ -111,5 +111,5 @@ class ServeSettings(BaseSettings):
 
 
 def removes_neurons(method: str) -> bool:
-    """Whether a method removes neurons, so that it takes a sparsity."""
+    """Whether a method removes neurons, and so takes a sparsity."""
     return bool(METHODS.get(method).sparsity != 0)

@@ -32,7 +32,7 @@ Record = dict[str, Any]
 
 
 def ready_prompts(is_ready: Callable[[str], bool]) -> Record:
-    """Those on the page; one whose method is not ready runs with the server's settings."""
+    """The page's prompts; one whose method is not ready runs with the server's settings."""
     prompts = json.loads(_static(PROMPTS))
     for number, prompt in enumerate(prompts):
         method = prompt["dart"]["method"]
@@ -66,7 +66,7 @@ def list_runs(root: Path) -> Record:
 
 
 def _runs(root: Path) -> dict[str, Any]:
-    """Those below ``root`` by their names, the oldest first."""
+    """The runs below ``root`` by name, the oldest first."""
     runs = {}
     with contextlib.suppress(ConfigError):  # there is no such folder
         for run in index.find(root):

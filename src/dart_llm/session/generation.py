@@ -54,7 +54,7 @@ class CheckedModel:
 
 
 def text_ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text, for the model's generation settings or the tokenizer."""
+    """End-of-sequence tokens of the model's generation settings and of the tokenizer."""
     ends = model.generation_config.eos_token_id
     ids = [*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id]
     return frozenset(int(token) for token in ids if token is not None)
@@ -89,14 +89,14 @@ class Generation:
 
 
 HALF = "\ufffd"
-"""What a decoder gives for part of a character."""
+"""What a decoder returns for part of a character."""
 
 CONTEXT = 4
-"""Tokens before a new one with which it is decoded: some tokenizers treat the first one apart."""
+"""A new token is decoded after this many earlier ones: some tokenizers treat the first apart."""
 
 
 def decode_ids(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
-    """The text of ``ids`` as it is; special tokens by their names, or not at all."""
+    """The text of ``ids``, without clean-up; ``special``: with special tokens by name."""
     text: str = tokenizer.decode(
         ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
     )
@@ -113,13 +113,13 @@ class TextStream:
         self._pending: list[int] = []
 
     def add(self, token: int) -> str:
-        """What can be read now that could not before."""
+        """The text that ``token`` completes; "" in the middle of a character."""
         self._pending.append(token)
         after = decode_ids(self._tokenizer, self._context + self._pending)
         return "" if after.endswith(HALF) else self._take(after)
 
     def end(self) -> str:
-        """What is left, half characters too: no token will follow."""
+        """The remaining text, with incomplete characters: no token will follow."""
         rest = self._context + self._pending
         return self._take(decode_ids(self._tokenizer, rest)) if self._pending else ""
 

@@ -198,7 +198,7 @@ class Run:
         prior: Sequence[Tensor] | None = None,
         clamp: ClampValues | None = None,
     ) -> None:
-        """As ``prune``; ``fixed_masks`` and ``prior`` come from ``dart_llm.session.run``."""
+        """See ``prune``; ``fixed_masks`` and ``prior`` come from ``dart_llm.session.run``."""
         self.model = model
         self.config = config
         self.on_remask = on_remask

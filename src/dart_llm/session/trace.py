@@ -229,8 +229,8 @@ class TraceFile:
 
     @cached_property
     def layers(self) -> list[dict[str, Any]]:
-        """Of each layer ``layer``, ``width`` (neurons), ``hook`` (TransformerLens' name of its
-        activations) and ``module`` (the model's name of what they are the input of)."""
+        """Per layer ``layer``, ``width`` (neurons), ``hook`` (TransformerLens' name of its
+        activations) and ``module`` (the model's name of the module that they enter)."""
         facts: list[dict[str, Any]] = json.loads(self.facts["layers"])
         return facts
 

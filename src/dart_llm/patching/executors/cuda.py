@@ -58,7 +58,7 @@ def _rows(x, first, second, ids, out, k, inputs, BLOCK: tl.constexpr, N: tl.cons
 
 @triton.jit
 def _sum(u, down, ids, out, k, outputs, part, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
-    """out[s, m, d] = sum of u[m, n] W[ids[n], d] over the n of part s; ``down``: by neurons."""
+    """out[s, m, d] = sum of u[m, n] W[ids[n], d] over the n of part s; ``down``: neuron rows."""
     m, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = d < outputs

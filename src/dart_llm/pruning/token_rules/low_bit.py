@@ -41,12 +41,12 @@ class LowBit(TokenRule):
 
     def estimate(self, fed: Tensor, ids: Tensor | None = None) -> Tensor:
         """u~ [..., n] float32 of the neurons ``ids`` (None: all), from the proxies alone."""
-        made = [proxy.product(fed, ids) for proxy in self.proxies]
-        for at, bias in enumerate(self.block.biases()[2 - len(made) : 2]):
+        products = [proxy.product(fed, ids) for proxy in self.proxies]
+        for at, bias in enumerate(self.block.biases()[2 - len(products) : 2]):
             if bias is not None:
-                made[at] += bias if ids is None else bias[ids]
+                products[at] += bias if ids is None else bias[ids]
         act: Callable[[Tensor], Tensor] = self.block.act
-        return act(made[0]) if len(made) == 1 else act(made[0]) * made[1]
+        return act(products[0]) * products[1] if len(products) == 2 else act(products[0])
 
     def saliency(self, mask: TokenMask) -> Tensor:
         """What multiplies each neuron's activation, [I] float32."""

@@ -30,9 +30,9 @@ class Teal(TokenRule):
         if cost.computed == layer.width:
             return 0.0
         count = input_count(layer.hidden, cost.winners, layer.width)
-        more = count - layer.hidden * cost.winners / layer.width
+        excess = count - layer.hidden * cost.winners / layer.width
         inputs = stored_bytes(layer.stored_up, cost.width) / layer.hidden
-        return (len(layer.matrices) - 1) * inputs * more
+        return (len(layer.matrices) - 1) * inputs * excess
 
     def hidden(self, fed: Tensor, mask: LayerMask | None) -> Tensor:
         """[B, T, I]; ``mask`` of the sequence: its neurons alone, of whole inputs."""

@@ -97,7 +97,7 @@ COLUMNS = (
 def table(kind: str, document: Row) -> Table:
     """The rows for people, and the CSV file; columns without a value are left out."""
     rows = document["rows"]
-    shown = [one for one in COLUMNS if any(one.raw(row) is not None for row in rows)]
+    shown = [column for column in COLUMNS if any(column.raw(row) is not None for row in rows)]
     best = next((n for n, row in enumerate(rows) if row.get("recommended")), None)
     look: dict[str, Any] = {"nothing": "", "strong": best}
     return Table(kind, caption(document), tuple(shown), rows, **look)
@@ -106,9 +106,9 @@ def table(kind: str, document: Row) -> Table:
 def caption(document: Row) -> str:
     """What was measured, and where."""
     facts, machine = document["checkpoint"], document["machine"]
-    formats = ", ".join(f"{name}: {one['stored_as']}" for name, one in document["formats"].items())
+    formats = ", ".join(f"{name}: {f['stored_as']}" for name, f in document["formats"].items())
     timed = document.get("timed_tokens", document["tokens"])
-    bases = {one["base"] for one in document["formats"].values() if one.get("base")}
+    bases = {f["base"] for f in document["formats"].values() if f.get("base")}
     dense = "dense on the same weights" if len(bases) > 1 else document["base"]
     loss = ""
     if "slices" in document:
@@ -161,7 +161,7 @@ def speed_sentences(document: Row) -> list[str]:
 
 
 def verdict(document: Row, row: Row) -> str | None:
-    """What became of a row of ``tune``, in a word or two."""
+    """The verdict on a row of ``tune``, in a word or two."""
     if row["recommended"]:
         return "stay with it for now" if document["undecided"] else "recommended"
     if row["ms"] is None:

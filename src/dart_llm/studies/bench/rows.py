@@ -189,8 +189,8 @@ def _speed_row(
 
 
 def _mark_contradictions(rows: Sequence[Row], samples: Mapping[str, Sequence[Sample]]) -> None:
-    """Of one method by the same kernels on the same weights, what reads less is faster by no more
-    than it reads less; other methods choose neurons in other ways, which takes time of its own."""
+    """With one method, executor and weight format, a speed-up cannot exceed the saving in bytes.
+    Not compared across methods: selecting neurons takes a different time in each."""
     judged = [row for row in rows if row["bandwidth_limit"] and row["times_dense"] is not None]
     kinds = grouped(judged, lambda row: (row["method"], row["executor"], row["weights"]))
     for same in kinds.values():

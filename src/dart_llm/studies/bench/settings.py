@@ -119,7 +119,7 @@ class SpeedSettings(BenchOptions):
 
     @property
     def gguf_files(self) -> list[Path]:
-        """Those in ``weights``."""
+        """The GGUF files among ``weights``."""
         return [Path(weights).expanduser() for weights in self.weights if is_file(weights)]
 
     def method_list(self) -> list[tuple[str, PruneConfig]]:
@@ -222,7 +222,7 @@ class Candidate:
 
     @property
     def executor(self) -> str | None:
-        """What decodes; None: transformers."""
+        """The executor that decodes; None: transformers."""
         if self.file is not None:
             return LLAMA_CPP
         return None if self.config is None else self.config.executor
@@ -321,7 +321,7 @@ def tune_grid(settings: TuneSettings, formats: Formats) -> tuple[Candidate, ...]
 def quick_grid(
     grid: Sequence[Candidate], settings: TuneSettings, formats: Formats
 ) -> tuple[Candidate, ...]:
-    """Those of ``grid`` that ``--quick`` measures: a first answer, in minutes.
+    """The candidates of ``grid`` that ``--quick`` measures: a first answer, in minutes.
 
     Dense as the model is loaded and in the first format that methods are tried on; in that format
     dense with a screened head, and the first method (each one, where some were named) at the

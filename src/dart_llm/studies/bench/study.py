@@ -86,7 +86,7 @@ class LoadedModel:
 
     @property
     def dtype(self) -> str:
-        """Of what is not in blocks."""
+        """Dtype of the weights that are not in blocks."""
         return str(checkpoint_facts(self.model)["dtype"])
 
     @property
@@ -134,7 +134,7 @@ class BenchStudy(Study[B]):
         self.models: dict[str, LoadedModel] = {}
         """By the name of their weight format."""
         self.makers: dict[str, Make] = {}
-        """What makes a candidate's run, by label."""
+        """Factories of the candidates' runs, by label."""
         self.configs: dict[str, PruneConfig] = {}
         """The configuration that runs, by label."""
         self.left_out: dict[str, str] = {}
@@ -196,7 +196,7 @@ class BenchStudy(Study[B]):
         return True
 
     def maker(self, candidate: Candidate) -> Make:
-        """What makes the candidate's run; raises ``DartError`` where it cannot run."""
+        """The factory of the candidate's run; raises ``DartError`` where it cannot run."""
         loaded, config = self.models[candidate.weights], candidate.config
         assert config is not None
         if candidate.dense:
@@ -250,7 +250,7 @@ class BenchStudy(Study[B]):
 
     def samples(self, label: str) -> list[Sample]:
         """All repetitions of a candidate."""
-        return [one["samples"][label] for one in self.repetitions]
+        return [repetition["samples"][label] for repetition in self.repetitions]
 
     def facts(self) -> dict[str, Any]:
         """What both documents begin with."""
@@ -272,7 +272,7 @@ class BenchStudy(Study[B]):
         }
 
     def result_lines(self) -> Sequence[ResultLine]:
-        packed = {name: one.kind.lower() for name, one in self.models.items() if one.blocks}
+        packed = {name: m.kind.lower() for name, m in self.models.items() if m.blocks}
         return report.result_lines(self.kind, self.summary, packed)
 
     def tables(self) -> Sequence[Table]:
@@ -293,7 +293,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         self.bench = require_bench() if settings.reference else ""
         """llama.cpp's own benchmark."""
         self.files: dict[str, ReferenceFile] = {}
-        """What it reads, by label."""
+        """The files that llama-bench reads, by label."""
         self.ids = torch.empty(0)
         """The prompt, [1, P]."""
         self.candidates: list[Candidate] = []
@@ -423,8 +423,8 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
 
     def summarise(self) -> dict[str, Any]:
         facts = self.facts()
-        for name, one in facts["formats"].items():
-            one |= {"base": self.bases.get(name), "weights": self._sizes(self.models[name].model)}
+        for name, row in facts["formats"].items():
+            row |= {"base": self.bases.get(name), "weights": self._sizes(self.models[name].model)}
         named = {path: path.stem for path in self.settings.gguf_files}
         kinds = {self.models[name].kind: name for name in reversed(self.bases)}
         reference = {
@@ -442,7 +442,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
             "reference_cache_bytes": position * CACHE_BYTES / self.model.dtype.itemsize,
             "main": self.main,
             "base": self.bases[self.main],
-            "orders": [one["order"] for one in self.repetitions],
+            "orders": [repetition["order"] for repetition in self.repetitions],
         }
         samples = {row.label: self.samples(row.label) for row in self.candidates}
         return speed_document(self.candidates, samples, facts)

@@ -241,7 +241,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         yield from self.timed_units(timed, f"{'quick ' if settings.quick else ''}repetition")
 
     def _key(self, candidate: Candidate) -> str:
-        """What learns from less text than in the whole study has a key of its own."""
+        """Calibration on less text than in the full study has a different key."""
         return candidate.label if candidate in self.grid else f"{candidate.label}, quick"
 
     def _is_over(self, label: str, times: float = 1) -> bool:
@@ -279,7 +279,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         return score(self.models[candidate.weights].model, run, piece, logits)
 
     def prompt(self, number: int) -> Tensor:
-        """Of both texts by turns: the bytes that a screened head reads depend on the text."""
+        """Alternates between the texts: the bytes that a screened head reads depend on the text."""
         window = self.slices[number % len(self.slices)].window
         return window.ids[None, : window.first].to(self.model.device)
 

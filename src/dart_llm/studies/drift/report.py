@@ -77,7 +77,7 @@ BEFORE, AFTER = 128, 256
 
 
 def excess_curves(runs: Runs) -> dict[str, dict[int, Interval | None]]:
-    """By method and first token of a bin, counted from the change: the mean loss over dense.
+    """Mean loss minus dense, by method and first token of a bin, counted from the change.
 
     Bins lie within the two topics, and all their tokens have a loss.
     """

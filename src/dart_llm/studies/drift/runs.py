@@ -30,8 +30,8 @@ EMPTY: Record = {
 }
 """The keys of a record: a failed run has these values.
 
-``pieces``: the text of every token after the prompt; ``losses``: of a passage, theirs in nats, None
-for the first one, which nothing pruned predicts; ``text``: written after a prompt.
+``pieces``: the text of every token after the prompt; ``losses``: of a passage, in nats per token,
+None for the first, which the dense prompt predicts; ``text``: what was generated after a prompt.
 ``accounting``: ``RunReport.to_dict()``, None for the untouched model.
 """
 
@@ -113,14 +113,14 @@ class DriftRun:
 
     @property
     def topics(self) -> list[tuple[str, int, int]]:
-        """Name, first decoded token, and the one after the last, where changes are known."""
+        """Name, first decoded token and end (exclusive), where the changes are marked."""
         marked = [topic for topic in self.record["topics"] if topic["start"] is not None]
         ends = [*(topic["start"] for topic in marked[1:]), self.decoded]
         return [(t["name"], t["start"], end) for t, end in zip(marked, ends, strict=False)]
 
     @property
     def checks(self) -> list[DriftCheck]:
-        """The detector's windows; while it arms, the first has nothing to be compared with."""
+        """The detector's windows, without a first one that has nothing to be compared with."""
         checks = [DriftCheck(**check) for check in self.record["checks"]]
         return [c for c in checks if c.state != "arming" or c.similarity != 0]
 
@@ -145,8 +145,8 @@ def run_record(run: Run, recorder: MaskRecorder, widths: Sequence[int]) -> dict[
 def remask_records(recorder: MaskRecorder, widths: Sequence[int]) -> list[dict[str, Any]]:
     """One entry per mask: when, why, and per layer its Jaccard overlap with the mask before.
 
-    ``first_jaccard``: with the first mask.  Both are None of the first mask, and where every token
-    selects its own neurons.  A layer without a mask is dense: all its neurons live.
+    ``first_jaccard``: with the first mask.  Both are None for the first mask and for per-token
+    selection.  A layer without a mask is dense: it keeps all its neurons.
     """
     entries: list[dict[str, Any]] = []
     masks: list[list[set[int]]] = []

@@ -34,7 +34,7 @@ DENSE, NEVER, DART = "dense", "never", MASKED
 FREE, FORCED = "free", "forced"
 
 SPARSITY = 0.5
-"""Where a method names none: at half of the neurons a mask that went stale shows in the loss."""
+"""Default sparsity: with half of the neurons removed, a stale mask shows in the loss."""
 
 UNGUARDED = {"min_distance": 0, "max_dense_share": None, "allowance": 0}
 

@@ -41,7 +41,7 @@ def load_passages(settings: PassageOptions) -> tuple[Source, ...]:
 
 
 def load_sources(settings: DriftSettings) -> tuple[Source, ...]:
-    """What the study writes after or reads; raises ``ConfigError`` for a file that does not fit."""
+    """The study's prompts or passages; raises ``ConfigError`` for a file that does not fit."""
     if settings.kind == FORCED:
         return load_passages(settings)
     if settings.prompt is not None:

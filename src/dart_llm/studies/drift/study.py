@@ -84,7 +84,7 @@ class DriftStudy(Study[DriftSettings]):
         self.runs: list[DriftRun] = []
         """Measured and failed ones, with their records."""
         self.dense: dict[tuple[str, int], DriftRun] = {}
-        """Those of the untouched model, by source and seed."""
+        """Runs of the untouched model, by source and seed."""
         self.readings: dict[str, Reading] = {}
         """The sources as tokens, by their ids."""
         self.dtype: str | None = None

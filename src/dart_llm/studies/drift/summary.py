@@ -304,6 +304,6 @@ def headline(summary: Row) -> str:
 
 
 def comparable(rows: Sequence[Row]) -> list[Row]:
-    """Those that removed about as much as the one that removed most: NEAR or less below it."""
+    """Rows whose sparsity is at most NEAR below the largest."""
     most = max(float(row["achieved_sparsity"]) for row in rows)
     return [row for row in rows if row["achieved_sparsity"] >= most - NEAR]

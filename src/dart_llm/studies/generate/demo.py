@@ -83,10 +83,10 @@ class DemoStudy(RunStudy):
         if self.settings.method.startswith(SETTING):  # it was measured when it was tuned
             compared = []
         candidates = [self.prepare(config) for config in (None, *compared)]
-        candidates = list({one.label: one for one in (*candidates, self.bound)}.values())
+        candidates = list({method.label: method for method in (*candidates, self.bound)}.values())
         total = len(candidates) * count(TASK, OPTIONS, self.tokenizer, self.model)
         with self.ui.progress(f"perplexity on {split(TASK)[1]}", total) as advance:
-            measured = [measure(one, TASK, OPTIONS, self.folder, advance) for one in candidates]
+            measured = [measure(m, TASK, OPTIONS, self.folder, advance) for m in candidates]
         return [_row(*pair, measured[0]) for pair in zip(candidates, measured, strict=True)]
 
     def _document(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class DemoStudy(RunStudy):
 
 def _row(candidate: BoundMethod, measured: Measurement, dense: Measurement) -> Row:
     """One row of perplexity.json; ``interval``: 95 % of the ratio to dense, paired by slice."""
-    scored, base = (scores(one.to_dict()) for one in (measured, dense))
+    scored, base = (scores(result.to_dict()) for result in (measured, dense))
     interval = None if measured is dense else scored.against(base)
     perplexity = measured.metrics["perplexity"]
     base_perplexity = dense.metrics["perplexity"]

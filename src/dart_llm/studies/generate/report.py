@@ -37,8 +37,8 @@ class RunView:
 
     @property
     def accounting(self) -> Mapping[str, Any]:
-        """Of the pruned text; empty without one."""
-        return next((one["accounting"] for one in self.generations if one["accounting"]), {})
+        """Accounting of the pruned text; empty without one."""
+        return next((text["accounting"] for text in self.generations if text["accounting"]), {})
 
 
 def pictures(view: RunView) -> list[Plot]:
@@ -95,7 +95,7 @@ def results_table(timing: Mapping[str, Any], accounting: Record | None) -> Table
             row |= {**accounting, "name": f"{accounting['method']} {name}", "requested": requested}
             row |= {"over_dense": _ratio(timing), "limit": timing.get("bytes_limit")}
         rows.append(row)
-    columns = [one for one in RESULTS if any(one.raw(row) is not None for row in rows)]
+    columns = [column for column in RESULTS if any(column.raw(row) is not None for row in rows)]
     repetitions = mapping(timing.get("repetitions")).values()
     most = max((len(seconds) for seconds in repetitions), default=0)
     caption = f"Decoding, median of {most} repetitions" if most else "Decoding"

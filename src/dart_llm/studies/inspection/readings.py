@@ -64,7 +64,7 @@ ENERGY = 0.9
 
 
 def activations(u: Tensor) -> dict[str, Any]:
-    """Of u [T, I]: quantiles of its absolute values, and how sparse it is.
+    """Quantiles of the absolute values of u [T, I], and how sparse it is.
 
     ``zero``: share of exact zeros; ``near``: share near zero; ``concentrated``: the smallest share
     of neurons that has ``ENERGY`` of a token's squared activations, mean over tokens.
@@ -164,7 +164,7 @@ class Readings:
         return [readings[index] for index in range(len(self.view.blocks))]
 
     def evidence(self, text: int, part: str = WHOLE) -> list[LayerStatistics]:
-        """What ``selector`` needs to know of a part of a text, per layer."""
+        """The evidence that ``selector`` needs from a part of a text, per layer."""
         self.selector  # noqa: B018 - raises where there is none
         return [layer.evidence[part] for layer in self.reading(text)]
 

@@ -349,7 +349,7 @@ def _row(study: Readings, text: int, ids: Ids, dense: Sequence[float]) -> dict[s
 
 
 def _random_ids(study: Readings, ids: Ids, seed: int) -> Ids:
-    """As many neurons per layer as ``ids``, drawn at random."""
+    """Random neurons, as many per layer as in ``ids``."""
     generator = torch.Generator().manual_seed(seed)
     widths = [block.down_width for block in study.view.blocks]
     return {

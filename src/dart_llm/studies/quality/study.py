@@ -46,7 +46,7 @@ class QualityStudy(MeasureStudy[QualitySettings]):
     # cells
 
     def _cells(self, settings: QualitySettings, kind: str) -> Iterator[Cell]:
-        """One task without GRIFFIN at equal sparsity and bytes."""
+        """The cells of one task, without GRIFFIN at equal sparsity and bytes."""
         base = self._dense(settings, kind)
         yield base
         for variant in self.variants:

@@ -149,15 +149,15 @@ def _amounts(grid: SweepSettings, cell: Cell) -> Iterator[Cell]:
 
 
 def execution_order(cells: Sequence[Cell]) -> list[Cell]:
-    """By model, then by method: each model is loaded, and each method prepared, once."""
-    places: dict[tuple[Any, ...], int] = {}
+    """Cells sorted by model, then method, so that each is loaded or prepared once."""
+    ranks: dict[tuple[Any, ...], int] = {}
 
-    def place(*key: Any) -> int:
-        return places.setdefault(key, len(places))
+    def rank(*key: Any) -> int:
+        return ranks.setdefault(key, len(ranks))
 
     def order(cell: Cell) -> tuple[int, int]:
         model = repr(cell.load_arguments)
-        return place(model), place(model, cell.label, cell.seed)
+        return rank(model), rank(model, cell.label, cell.seed)
 
     return sorted(cells, key=order)
 

@@ -236,7 +236,7 @@ class MeasureStudy(Study[S], Generic[S]):
 
     @property
     def device(self) -> str | None:
-        """Of the cells; the model itself is dropped after the last one."""
+        """Device of the cells; the model itself is dropped after the last one."""
         devices = (value.get("times", {}).get("device") for value in self.values.values())
         return next(filter(None, devices), None)
 
