@@ -173,7 +173,7 @@ def test_a_finished_folder(case):
     drawn = {figure.name: figure for figure in study.figures()}
     assert {path.stem for path in study.path.glob("plots/*")} == set(drawn)
     page = study.path / "report.html"
-    assert drawn or page.exists()
+    assert drawn or page.exists() or case.name == "speed"
     if page.exists():
         assert f"report: {page}" in study.ui.log
         images = Page(page.read_text(encoding="utf-8")).attributes("img")
@@ -230,7 +230,7 @@ def test_an_error_keeps_what_was_finished(case, monkeypatch):
         patch.setattr(store, "MIN_FREE_BYTES", 2**62)
         with pytest.raises(ResultsError, match="MiB are free where results go"):
             run_study(case.make(), fresh=True)
-    left = [config(path)["status"] for path in Path("results").glob("*/*")]
+    left = [config(path)["status"] for path in Path("results").glob("*/[0-9]*")]
     assert left == ["failed"] * 2
 
 

@@ -25,7 +25,7 @@ from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import describe
 from dart_llm.pruning.records import DriftCheck, Remask
 from dart_llm.pruning.sequence import SequenceState
-from dart_llm.pruning.token_level import NO_MASK, sequence_masks
+from dart_llm.pruning.token_level import NO_MASK, TokenMask, sequence_masks
 from dart_llm.reporting.table import bytes_text
 from dart_llm.reporting.words import count, dtype_text
 from dart_llm.session.run import Run
@@ -128,7 +128,7 @@ class MaskRecorder:
         self.remasks.append(remask)
         assert life.selection is not None
         masks = sequence_masks(life.selection.masks)
-        self.per_token = masks is not life.selection.masks
+        self.per_token = any(isinstance(m, TokenMask) for m in life.selection.masks)
         for layer, mask in enumerate(masks):
             if mask is not None:
                 self.tensors[f"{prefix}{layer}.ids"] = mask.ids.to("cpu", torch.int32)

@@ -269,7 +269,8 @@ BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than
 def first_problem(error: ValidationError, called: str = "") -> str:
     """The first validation problem of the settings ``called`` so, as one sentence."""
     problem = error.errors()[0]
-    where = ".".join(str(part) for part in (called, *problem["loc"]) if part != "")
+    parts = (called, *problem["loc"])  # of a list the setting, without the place in it
+    where = ".".join(part for part in parts if part and isinstance(part, str))
     for bound, words in BOUNDS.items():
         if bound in problem.get("ctx", {}):
             return f"{where} {problem['input']} must be {words} {problem['ctx'][bound]:g}"

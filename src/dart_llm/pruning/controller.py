@@ -300,7 +300,8 @@ class PruningController:
             add_reference(self.sequences, pending, pending.signal[:, :accepted], self._lengths)
         for state in self.sequences:
             rows = state.batch_rows
-            live = float(accepted * state.rows) if weights is None else weights[rows].sum()
+            count = call.rows if state.row is None else 1  # a prompt of one row may be expanded
+            live = float(accepted * count) if weights is None else weights[rows].sum()
             pruned = state.phase is Phase.PRUNED
             state.count(accepted, live, accepted if call.forced else 1)
             if pruned:

@@ -141,7 +141,7 @@ def test_rules_and_methods_by_name():
         assert (watcher.observe, watcher.guards) == (7, (0, None, 0))
     for name, error in (
         ("griffin", "never re-masks"),
-        ("interval 0", "must be a whole"),
+        ("interval 0", "N whole tokens >= 1"),
         ("papr", "did you mean paper"),
     ):
         with pytest.raises(ConfigError, match=error):

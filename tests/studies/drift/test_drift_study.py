@@ -7,6 +7,7 @@ import math
 import sys
 from copy import deepcopy
 from dataclasses import replace
+from itertools import accumulate
 from types import SimpleNamespace
 from unittest import mock
 
@@ -84,12 +85,13 @@ def test_tokens_changes_and_pieces():
 
 
 class Words:
-    """A tokenizer without offsets: a special token, then words with the blanks before them."""
+    """A tokenizer: a special token, then words with the blanks before them."""
 
     words = ("", "a", " bb", " dd", "\n\ncc", " d")
 
-    def __call__(self, text, verbose):
-        return {"input_ids": range(6)}
+    def __call__(self, text, verbose, return_offsets_mapping):
+        ends = [*accumulate(map(len, self.words))]
+        return {"input_ids": range(6), "offset_mapping": [*zip([0, *ends], ends, strict=False)]}
 
     def decode(self, ids, skip_special_tokens):
         return "".join(self.words[k] for k in ids)

@@ -8,7 +8,6 @@ import pytest
 
 from dart_llm.errors import MissingExtra
 from dart_llm.experiments.line_plots import drift_sentence
-from dart_llm.experiments.stats import SpeedUp
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting import figures, words
 from dart_llm.studies.generate import report
@@ -50,14 +49,13 @@ def test_the_picture_is_written_in_both_styles(view, tmp_path):
     assert report.pictures(replace(view, generations=(), checks=())) == []
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "cmcrameri"])
-def test_a_missing_package_is_one_sentence(view, tmp_path, monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtra, match=rf"needs {package}.*'dart-llm\[plots\]'"):
+def test_a_missing_package_is_one_sentence(view, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtra, match=r"needs matplotlib.*'dart-llm\[plots\]'"):
         figures.save(tmp_path, report.pictures(view))
     page = Page(report.render(view))
     assert page.attributes("img") == []
-    assert f"No plots: this needs {package}, which is not installed" in page.text
+    assert "No plots: this needs matplotlib, which is not installed" in page.text
 
 
 def test_the_page_tells_the_run(view):
@@ -68,8 +66,7 @@ def test_the_page_tells_the_run(view):
         "dart 50 % on SmolLM2-135M-Instruct",
         "2026-03-04 05:06:07 UTC, took 132 s",
         "dart-llm run --prompt 'Why is the sky blue? <script>' --sparsity 0.5",
-        "50 % of the FFN neurons removed = 30 % fewer weight bytes read per token (at most 1.42 x "
-        "faster); perplexity x 2.1 (17.6 to 37.0).",
+        "50 % of the FFN neurons requested, 43.8 % removed on average = 26 % fewer weight bytes",
         "embedded: 6 slices of 256 prompt + 256 scored tokens, protocol decode",
         "The whole run took 132.0 s, peak memory 1.2 GiB.",
         PROMPT,
@@ -100,25 +97,9 @@ def test_what_was_not_measured_is_left_out(view):
     assert page.row("griffin", "50 %")[2:4] == ["50 %", "0 %"]
 
 
-def row(method, sparsity, ratio, **more):
-    made = {"method": method, "sparsity": sparsity, "ratio_to_dense": ratio, "accounting": None}
-    return {**made, "perplexity": 20 * ratio, **more}
-
-
-def test_sentences_say_what_was_measured():
-    dense, half = row("dense", 0.0, 1.0), accounting("dart", 0.5, 0.5, 0.0)
-    rows = [dense, row("dart", 0.3, 1.5), row("griffin", 0.7, 9.0)]
-    assert "30 % of the FFN neurons removed; perplexity x 1.5" in words.conclusion(
-        rows, method="dart"
-    )
-    assert "perplexity x 9.0" in words.conclusion(rows)
-    assert words.conclusion([]) == "Nothing was measured."
-    assert "by masking, which skips no work" in words.bytes_sentence({**half, "executor": "masked"})
-    each = {"seconds_per_token": {"dense": 0.05, "pruned": 0.04}}
-    assert words.timing_sentence({**each, **SpeedUp(1.25, 1.42, 0.01).to_dict()}) == (
-        "Dense 50.0 ms per token; pruned 40.0: 1.25 x as fast (bandwidth limit 1.42 x)."
-    )
-    assert "disturbed" in words.timing_sentence({**each, **SpeedUp(None, 1.42).to_dict()})
+def test_the_headline_names_masking(view):
+    masked = {**accounting("dart", 0.5, 0.5, 0.0), "executor": "masked"}
+    assert "by masking, which skips no work" in words.bytes_sentence(masked)
 
 
 def test_drift_sentence_counts_windows_triggers_and_masks():

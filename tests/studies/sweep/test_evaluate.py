@@ -74,7 +74,7 @@ def test_a_calibration_text_is_named_and_never_evaluated(tmp_path):
         with pytest.raises(ConfigError, match=f"{data.name} is evaluated and cannot be the calib"):
             run(asked)
     assert not (tmp_path / "r").exists()  # said before anything is loaded or written
-    for method, calibration, note in (("griffin", text, ""), ("flap", other, "other.txt")):
+    for method, calibration, note in (("griffin", text, ""), ("flap", other, "tokens) of other")):
         own = {"method": method, "data": str(text), "calibration": str(calibration), **SLICES}
         measurement = run(own_data(tmp_path, PerplexitySettings, **own)).lines[1]["measurement"]
         assert any(note in line for line in measurement["notes"]) or not note

@@ -74,7 +74,7 @@ def test_layers_by_themselves_with_the_dense_line(gpt2):
     assert [c.config().budget.table for c in found[1:]] == ["0:0.5", "1:0.5", "2:0.5", "3:0.5"]
     assert all(c.config().sparsity is None for c in found[1:])
     groups = {"layers": ["0-1", "2,3"], "keep": [0.5, 0.25], "base_keep": 0.9}
-    found = cells(methods="griffin,dense", overrides={"budget": {"multiple": 8}}, **groups)
+    found = cells(methods="griffin,dense", overrides={"masking_step": 2}, **groups)
     assert [(c.layers, c.keep, c.base_keep) for c in found if c.method == "griffin"] == [
         (group, keep, 0.9) for keep in (0.5, 0.25) for group in ("0-1", "2,3")
     ]

@@ -179,6 +179,7 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
             )
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("the prompt is empty: give at least one word")
+        self.candidates()  # raises for methods that cannot be read
         return self
 
     @property
