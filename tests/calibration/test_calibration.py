@@ -1,20 +1,34 @@
-"""Calibration: its text, what is observed, what is cached, and what ``prepare`` makes of it."""
+"""Calibration: its text, what is observed and cached, what ``prepare`` makes of it."""
 
 import re
 
 import pytest
 import torch
 
-from calibration_cases import WORDS, Letters
 from dart_llm.calibration.self_calibration import calibrate
-from dart_llm.errors import AttachError
+from dart_llm.data.documents import sequences
+from dart_llm.errors import AttachError, ConfigError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import BoundMethod, prepare
-from steps import Same, decode, forward_lengths, same_masks, shared_model
+from steps import Same, decode, forward_lengths, picked, same_masks, shared_model
 from tiny import LAYERS, WIDTH, tiny, tokens
 
 SMALL = {"sequences": 10, "length": 16}
 TWICE = [16, 16]  # 8 sequences and 2
+WORDS = " ".join(f"word{i} and {i * i % 97}" for i in range(400))
+
+
+class Letters:
+    """A tokenizer of characters: ids 3 to 95."""
+
+    eos_token_id = 2
+
+    def __init__(self, bos=None, adds=False):
+        self.bos_token_id, self.adds = bos, adds
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        start = [self.bos_token_id] if self.adds and add_special_tokens else []
+        return {"input_ids": start + [3 + ord(letter) % 93 for letter in text]}
 
 
 @pytest.fixture
@@ -108,3 +122,50 @@ def test_glass_has_a_prior(tmp_path):
     result = quiet(config("glass"), None, tmp_path)
     assert result.notes[0].endswith("(160 tokens) of self-generated text")
     assert sum(layer.nbytes for layer in result.prior) == 4 * LAYERS * WIDTH
+
+
+def letters(text):
+    return Letters()(text)["input_ids"]
+
+
+def test_windows_are_cut_from_the_joined_texts():
+    windows = sequences(Letters(), ["abcd", "efg", "hij"], 3, 4)
+    assert windows.tolist() == [letters("abcd"), letters("\n\nef"), letters("g\n\nh")]
+    assert sequences(Letters(), ["abcd", "efg"], 9, 4).shape == (2, 4)
+    assert sequences(Letters(), [WORDS], 1, 4).tolist() == [letters(WORDS[:4])]
+    with pytest.raises(ConfigError, match="has 4 tokens and one sequence needs 5"):
+        sequences(Letters(), ["abcd"], 1, 5)
+    starting = Letters(bos=1, adds=True)  # every window starts as the tokenizer starts a text
+    assert sequences(starting, ["abcdef"], 9, 4).tolist() == [
+        [1, *letters("abc")],
+        [1, *letters("def")],
+    ]
+
+
+HALF = PruneConfig.build("griffin", sparsity=0.5, masking_step=4, drift="interval 4")
+
+
+def test_likelihood_tasks_have_masks_at_once_and_never_a_new_one():
+    method = BoundMethod(shared_model(), None, HALF)
+    run, scored = method.run(), method.run(likelihood=True)
+    assert run.config == HALF
+    assert (scored.config.masking_step, scored.config.min_evidence) == (0, 0)
+    assert scored.config.drift.rule == "never" and scored.config.sparsity == 0.5
+
+
+TABLE = PruneConfig.build("griffin", budget={"table": "all:0.5"})
+CASES = [
+    (None, None, ("dense", "dense", 0.0)),
+    (PruneConfig.build("dense"), None, ("dense", "dense", 0.0)),
+    (HALF, None, ("griffin@0.5", "griffin", 0.5)),
+    (TABLE, None, ("griffin@table", "griffin", None)),
+    (HALF, picked(), ("fixed masks", "fixed masks", None)),
+]
+
+
+@pytest.mark.parametrize(("config", "masks", "expected"), CASES)
+def test_what_it_is_called(config, masks, expected):
+    method = prepare(shared_model(), None, config, masks=masks)
+    assert (method.label, method.method, method.requested) == expected
+    assert (method.run() is None) == (expected[0].startswith("dense"))
+    assert ("weight_bytes" in method.facts) == (method.run() is None)

@@ -1,19 +1,28 @@
-"""Self-calibration: once per model, in parts, cached, and leaving the model as it was."""
+"""Self-calibration: once per model, cached, the model left as it was; text that it writes."""
 
 import re
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load, save
 
-from accelerate_cases import on_the_host
 from damage import DAMAGES, TENSOR_DAMAGES
 from dart_llm import cache as kept
 from dart_llm.calibration import progress
-from dart_llm.calibration.collect import FISHER
+from dart_llm.calibration.collect import (
+    FISHER,
+    likeliest,
+    opening_ids,
+    sample_continuations,
+    start_ids,
+)
 from dart_llm.calibration.self_calibration import BASIS, SCORE, calibrate, observing, wanted
+from dart_llm.data import texts
 from dart_llm.errors import AttachError, ConfigError, DartError
+from dart_llm.models.checkpoint import remember_tokenizer
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import prune
 from prior_cases import (
@@ -29,7 +38,7 @@ from prior_cases import (
     learnt,
     tensors,
 )
-from steps import CACHE, Same, decode, forward_lengths, new_cache, same_masks
+from steps import CACHE, Same, decode, forward_lengths, new_cache, same_masks, shared_model
 from tiny import HIDDEN, LAYERS, VOCAB, WIDTH, tiny, tokens
 
 IDS = tokens(1, 30, seed=3)
@@ -220,6 +229,10 @@ def test_an_interrupted_lesson_leaves_its_text_alone(monkeypatch, cache):
         assert lengths(model) == [24, 24]
 
 
+def _offloaded():
+    return cpu_offload(tiny(), execution_device=torch.device("cpu"))
+
+
 def _inference():
     with torch.inference_mode():
         return tiny()
@@ -238,8 +251,8 @@ BARE = PruneConfig(method="mine", sparsity=0.5, self_stats=SMALL)
 @pytest.mark.parametrize(
     ("make", "config", "error", "message"),
     [
-        (lambda: on_the_host(tiny(), None), CONFIG, ConfigError, "layer 0 is offloaded"),
-        (lambda: on_the_host(tiny(), None), BARE, ConfigError, "an offloaded model does not write"),
+        (lambda: _offloaded(), CONFIG, ConfigError, "layer 0 is offloaded"),
+        (lambda: _offloaded(), BARE, ConfigError, "an offloaded model does not write"),
         (_inference, CONFIG, ConfigError, "torch.inference_mode() have not"),
         (lambda: _broken("lm_head"), CONFIG, DartError, "not finite"),
         (lambda: _broken("model.layers.1.mlp.down_proj"), CONFIG, DartError, "not finite"),
@@ -265,3 +278,113 @@ def test_nothing_is_learned_inside_another_run_nor_from_a_calibration(cache):
     config = PruneConfig.build("wanda", sparsity=0.5, score="fisher", self_stats={})
     with pytest.raises(ConfigError, match='score "fisher" reads gradients'):
         observing(config, layers_of(model))
+
+
+class Fixed:
+    """A model that gives the same chances, moved on by ``step`` tokens with every token."""
+
+    device = torch.device("cpu")
+
+    config = SimpleNamespace(
+        get_text_config=lambda: SimpleNamespace(vocab_size=4, bos_token_id=None, eos_token_id=None)
+    )
+
+    def __init__(self, *chances, step=0):
+        self.logits, self.step = torch.tensor(chances).log(), step
+
+    def __call__(self, ids, use_cache, logits_to_keep, cache=None):
+        assert use_cache and logits_to_keep == 1 and ids.shape[1] == 1
+        rows = torch.stack([self.logits.roll(self.step * int(token)) for token in ids[:, 0]])
+        return SimpleNamespace(logits=rows[:, None], cache=0)
+
+
+def sample_sequences(model, start, count, length, seed, news=lambda share: None, **how):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.full((count, 1), start[0]) if start else start_ids(model, count, generator)
+    return sample_continuations(model, ids, length, generator, news, **how)
+
+
+UNEVEN = (0.4, 0.3, 0.2, 0.1)
+
+
+def shares(result):
+    return [float((result == token).float().mean()) for token in range(4)]
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 3.0, 8.0])  # flat rows need more than NUCLEUS
+def test_likeliest_keeps_what_a_whole_sort_keeps(sharpness):
+    generator = torch.Generator().manual_seed(3)
+    chances = (sharpness * torch.randn(4, 5000, generator=generator)).softmax(-1)
+    ordered, tokens = chances.sort(descending=True)
+    ordered[ordered.cumsum(-1) - ordered > 0.95] = 0
+    assert torch.equal(
+        likeliest(chances, 0.95), torch.zeros_like(chances).scatter(1, tokens, ordered)
+    )
+
+
+def test_tokens_come_with_their_chances():
+    """Temperature sharpens them; top_p leaves out the unlikely; every token follows the last."""
+    sharp = [0.16 / 0.3, 0.09 / 0.3, 0.04 / 0.3, 0.01 / 0.3]
+    for how, expected in (
+        ({}, list(UNEVEN)),
+        ({"temperature": 0.5}, sharp),
+        ({"top_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
+    ):
+        result = sample_sequences(Fixed(*UNEVEN), [3], 4000, 4, 0, **how)
+        assert bool((result[:, 0] == 3).all())
+        assert shares(result[:, 1:]) == pytest.approx(expected, abs=0.02)
+    sure = Fixed(0, 1, 0, 0, step=1)  # token t + 1 follows token t
+    assert sample_sequences(sure, [2], 2, 6, 0).tolist() == [[2, 3, 0, 1, 2, 3]] * 2
+    free = sample_sequences(sure, [], 4000, 3, 0)  # no start: any token
+    assert shares(free[:, 0]) == pytest.approx([0.25] * 4, abs=0.03)
+    assert torch.equal(free[:, 1], (free[:, 0] + 1) % 4)
+
+
+def test_no_global_random_number_is_drawn():
+    shared_model()  # making it draws some
+    state, news = torch.get_rng_state(), []
+    sequences = sample_sequences(shared_model(), [], 3, 8, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert torch.equal(sample_sequences(shared_model(), [], 3, 8, 5), sequences)
+    sample_sequences(Fixed(*UNEVEN), [3], 1, 66, 0, news.append)
+    assert news == [n / 65 for n in range(1, 66)], "after every token, which share is written"
+    news.clear()
+    sample_sequences(Fixed(*UNEVEN), [3], 65, 3, 0, news.append)
+    assert news == [0.25, 0.5, 0.75, 1], "in two lots of rows"
+
+
+def test_models_that_write_nothing():
+    model = Fixed(*UNEVEN)
+    for value in (float("nan"), float("inf")):
+        model.logits[2] = value
+        with pytest.raises(DartError, match="logits of the model's self-generated text are not"):
+            sample_sequences(model, [3], 2, 4, 0)
+    with pytest.raises(ConfigError, match="LlamaModel has no language-model head"):
+        sample_sequences(shared_model().model, [1], 2, 4, 0)
+
+
+def letters(text):
+    """A tokenizer: an id of 0 to 25 for every letter, none for anything else."""
+    return {"input_ids": [ord(one) - ord("a") for one in text.lower() if "a" <= one <= "z"]}
+
+
+def taught(tokenizer):
+    model = tiny()
+    remember_tokenizer(model, tokenizer)
+    return model
+
+
+def test_openings_are_cut_to_one_length_and_taken_in_turn():
+    """Those that are too short are left out: half of them have the median's letters."""
+    model, every = taught(letters), [letters(text)["input_ids"] for text in texts.openings()]
+    sizes = sorted(map(len, every))
+    for length in (10, sizes[len(sizes) // 2], sizes[-1]):
+        fits = [ids[:length] for ids in every if len(ids) >= length]
+        result = opening_ids(model, len(every) + 3, length)
+        assert result is not None and result.dtype == torch.int64
+        assert result.tolist() == [fits[row % len(fits)] for row in range(len(every) + 3)]
+    for one, length in ((tiny(), 10), (model, 0), (model, sizes[-1] + 1)):
+        assert opening_ids(one, 4, length) is None, "no tokenizer, none wanted, all too short"
+    unread = taught(lambda text: {"input_ids": [0, VOCAB]})  # an id that the model has not
+    assert opening_ids(unread, 1, 2) is None

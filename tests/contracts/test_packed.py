@@ -23,7 +23,7 @@ from dart_llm.models.packed_loading import round_weights, round_weights_to
 from dart_llm.patching.executors import native_ffn
 from dart_llm.pruning.accounting import Costs
 from dart_llm.session.run import prune
-from maps import mapped
+from packed_cases import mapped
 from steps import apart, decode, new_cache, pruned, same_masks, step
 from tiny import LAYERS, tiny, tokens
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from calibration_cases import WORDS, Letters
 from dart_llm.data import documents
-from dart_llm.data.documents import Document, check_disjoint, load_documents, sequences
+from dart_llm.data.documents import Document, check_disjoint, load_documents
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation.tasks import check_calibration
 from dart_llm.pruning.config import PruneConfig
@@ -195,21 +194,3 @@ def test_tasks_refuse_the_calibration_text():
     for task in (f"summarize:{source}", f"perplexity:{source}", f"continuation:{source}"):
         with pytest.raises(ConfigError, match=r"rows\.jsonl is evaluated"):
             check_calibration(wanda, source, ["arc_easy", task])
-
-
-def letters(text):
-    return Letters()(text)["input_ids"]
-
-
-def test_windows_are_cut_from_the_joined_texts():
-    windows = sequences(Letters(), ["abcd", "efg", "hij"], 3, 4)
-    assert windows.tolist() == [letters("abcd"), letters("\n\nef"), letters("g\n\nh")]
-    assert sequences(Letters(), ["abcd", "efg"], 9, 4).shape == (2, 4)
-    assert sequences(Letters(), [WORDS], 1, 4).tolist() == [letters(WORDS[:4])]
-    with pytest.raises(ConfigError, match="has 4 tokens and one sequence needs 5"):
-        sequences(Letters(), ["abcd"], 1, 5)
-    starting = Letters(bos=1, adds=True)  # every window starts as the tokenizer starts a text
-    assert sequences(starting, ["abcdef"], 9, 4).tolist() == [
-        [1, *letters("abc")],
-        [1, *letters("def")],
-    ]

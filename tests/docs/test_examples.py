@@ -3,11 +3,17 @@
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import dynamic_module_utils
 
+from dart_llm.errors import ConfigError
 from dart_llm.pruning.registry import SCORES
+from dart_llm.session.run import prune
+from tiny import tiny, tokens
 
 FOLDER = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py"))
@@ -103,3 +109,28 @@ def test_neurons_of_a_topic(capsys):
     assert abs(float(found["bread"])) < 0.05
     off, on, strong = held.splitlines()[:3]
     assert "high" not in off and on.count(" high") == 2 and " high" in strong
+
+
+IDS = tokens(1, 24)
+ASKED = {"max_new_tokens": 12, "do_sample": False}
+
+
+def test_the_folder_generates_what_prune_does(tmp_path, monkeypatch):
+    """``model.generate(custom_generate=FOLDER)``; its copy goes elsewhere than the user's cache."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    recipe = {"custom_generate": str(FOLDER / "transformers"), "trust_remote_code": True}
+    model, reports = tiny(), []
+    dense = model.generate(IDS, **ASKED)
+    for settings in ({"method": "griffin", "sparsity": 0.5}, {"method": "dart-prompt"}):
+        more = {"min_evidence": 4} if settings["method"] == "dart-prompt" else {}
+        with prune(model, **settings, **more) as run:
+            wanted = model.generate(IDS, **ASKED)
+        result = model.generate(
+            IDS, **ASKED, **recipe, **settings, dart=more, on_report=reports.append
+        )
+        assert torch.equal(result, wanted) and not torch.equal(result, dense)
+        assert reports[-1].to_dict() == run.report().to_dict()
+    assert torch.equal(model.generate(IDS, **ASKED), dense)  # nothing stays on the model
+    with pytest.raises(ConfigError, match="sparsity"):
+        model.generate(IDS, **ASKED, **recipe, sparsity=50)

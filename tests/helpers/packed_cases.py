@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -84,3 +85,22 @@ def mixed_model(name):
             weight = PackedTensor(matrix, model.dtype, part == "down")
             getattr(layer.mlp, f"{part}_proj").weight = nn.Parameter(weight, requires_grad=False)
     return model
+
+
+SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+HUGE = SWITCH.is_file() and "[never]" not in SWITCH.read_text()
+"""Whether the system gives huge pages."""
+
+
+def mapped(address):
+    """Sizes, in kilobytes, of the map on which ``address`` lies; {} of none."""
+    sizes, inside = {}, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):
+            low, high = (int(address, 16) for address in name.split("-"))
+            inside = low <= address < high
+        elif inside and rest[-1] == "kB":
+            sizes[name[:-1]] = int(rest[0])
+    return sizes

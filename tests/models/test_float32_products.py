@@ -9,8 +9,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dart_llm.calibration.collect import run_forward
+from dart_llm.data import texts
+from dart_llm.evaluation.perplexity import score, slices
 from dart_llm.models import float32_products as module
 from dart_llm.models.checkpoint import fingerprint
+from dart_llm.models.float32_products import emulates
 from dart_llm.models.loading import load
 from dart_llm.models.packed import pack
 from dart_llm.models.steps import step_unsupported_reason
@@ -237,3 +240,18 @@ def test_the_model_itself_where_memory_is_short_or_nothing_is_gained(monkeypatch
     monkeypatch.setattr(module, "emulates", lambda dtype: False)
     assert not copies(model) and not module.compute_prompts_in_float32(model)
     assert "forward" not in model.__dict__
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(not emulates(BFLOAT16), reason="this CPU has bfloat16 arithmetic")
+def test_perplexity_is_the_same_but_for_rounding():
+    """The default model as ``load`` gives it, and as transformers alone would compute it."""
+    model, tokenizer = load("smollm2-135m", weights="dense")
+    plain = copy.deepcopy(model)
+    del plain.forward
+    windows = slices(tokenizer(texts.all_text(), return_tensors="pt").input_ids[0], 2, 64, 64)
+    found, slow, exact = (
+        score(one, None, windows, 64).perplexity
+        for one in (model, plain, copy.deepcopy(plain).float())
+    )
+    assert found == pytest.approx(slow, rel=0.01) and found == pytest.approx(exact, rel=0.01)

@@ -8,8 +8,7 @@ import torch
 from dart_llm import prune
 from dart_llm.native import memory
 from dart_llm.native.memory import LEAST, PAGE, into_huge_pages
-from maps import HUGE, mapped
-from packed_cases import packed
+from packed_cases import HUGE, mapped, packed
 
 
 def huge_kilobytes():

@@ -1,5 +1,6 @@
 """``dart-llm bench speed`` on tiny models: rows, files, order, resuming, llama.cpp, the command."""
 
+import contextlib
 import csv
 import json
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import write_gguf
+from checkpoints import write_bench, write_gguf
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.experiments.timing import (
     VARIABLE,
@@ -18,11 +19,10 @@ from dart_llm.experiments.timing import (
 )
 from dart_llm.native import build
 from dart_llm.patching import executors
+from dart_llm.reporting.console import Ui
 from dart_llm.studies.bench import report, study
-from llama_bench import write_bench
 from lm_cases import call
 from speed_cases import PROMPT, TOKENS, checkpoint, job, steady
-from stopping import Stopping
 from written import lines, read
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -91,6 +91,23 @@ def test_what_cannot_run_is_named(tmp_path, monkeypatch):
     assert "the native kernels could not be built (x)" in done.summary["notes"][0]
     with pytest.raises(ConfigError, match=r"514 tokens are longer than the context of llama, 512"):
         job(tmp_path, prompt_tokens=500, tokens=12)
+
+
+class Stopping(Ui):
+    """A user who interrupts a job after some repetitions."""
+
+    def __init__(self, after):
+        super().__init__(quiet=True)
+        self.left = after
+
+    @contextlib.contextmanager
+    def progress(self, text, total, told=False):
+        def advance(count):
+            self.left -= count
+            if self.left <= 0:
+                raise KeyboardInterrupt
+
+        yield advance
 
 
 def test_an_interrupted_job_keeps_whole_repetitions(tmp_path):

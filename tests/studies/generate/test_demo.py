@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from checkpoints import write_folder, write_gguf
+from checkpoints import write_bench, write_folder, write_gguf
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.evaluation.parts import MemoryStore
 from dart_llm.evaluation.tasks import measure
@@ -17,7 +17,6 @@ from dart_llm.studies.generate import report, study
 from dart_llm.studies.generate.demo import DemoStudy, run_demo
 from dart_llm.studies.generate.settings import RunSettings
 from html_page import Page
-from llama_bench import write_bench
 
 pytestmark = pytest.mark.usefixtures("native")
 
