@@ -1,4 +1,4 @@
-"""The drift detector: windows, votes, error rates; and when a sequence notices drift."""
+"""The drift detector: windows, votes; and when a sequence notices drift."""
 
 import math
 from statistics import stdev
