@@ -264,7 +264,7 @@ def test_accelerate_hooks_stay(place, name, tmp_path):
     before, dense = state(), generate(model, ids, 6)
     run, got = written(model, ids, 6)
     copies = place is dispatched and name != "opt"
-    assert run.executor == ("compact" if copies else "masked")
+    assert run.executor in (("compact", "native") if copies else ("masked",))
     assert apart(got.logits, wanted.logits) < 1e-5
     assert apart(got.logits, dense.logits) > 1e-2
     assert state() == before and any(hooked for *_, hooked in before)
