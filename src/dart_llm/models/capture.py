@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dart_llm.errors import ConfigError, UnsupportedModel
+from dart_llm.errors import ConfigError
 from dart_llm.models.calls import ForwardArgs, read_forward
 from dart_llm.models.describe import decoder_layers, decoder_of, describe
 from dart_llm.models.ffn import FfnBlock
@@ -252,23 +252,6 @@ def attention_outputs(
     )
 
 
-def attention_weights(
-    model: nn.Module, layers: Sequence[int], take: Take
-) -> contextlib.AbstractContextManager[None]:
-    """Inside, every forward hands out the attention weights of ``layers``: [H, T, S].
-
-    H heads, T queries, S keys; each row sums to 1.  Only eager attention has them.  Raises
-    ``UnsupportedModel``, from the forward, where none are given.
-    """
-    decoder, names, _ = decoder_layers(model)
-    path = names.attention_out.rpartition(".")[0]
-
-    def hook(layer: int) -> Callable[..., None]:
-        return lambda module, args, output: take(layer, _weights(module, output))
-
-    return _hooked((decoder[layer].get_submodule(path), hook(layer)) for layer in layers)
-
-
 def last_hidden(
     model: nn.Module, take: Callable[[Tensor], None]
 ) -> contextlib.AbstractContextManager[None]:
@@ -281,15 +264,3 @@ def last_hidden(
         take(output[0].reshape(-1, output[0].shape[-1]))
 
     return _hooked([(decoder_of(model), hook)])
-
-
-def _weights(module: nn.Module, output: Any) -> Tensor:
-    weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-    if isinstance(weights, Tensor) and weights.dim() == 4 and len(weights) == 1:
-        total = weights[0].float().sum(-1)
-        if bool(((total - 1).abs() < _SUM_TOLERANCE).all()):
-            return weights[0]
-    raise UnsupportedModel(
-        f"{type(module).__name__} does not give the attention weights of one text (attention must "
-        "run eager): leave the signal attention-scores out"
-    )

@@ -141,8 +141,6 @@ LOOKS: tuple[tuple[int, str, Any], ...] = tuple(
 )
 """Colour, marker and line of a method; marker and line tell methods apart without colours."""
 
-HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
-
 DASHES = (0, (5, 3))
 
 
@@ -220,13 +218,6 @@ def reference_line(
     draw(at, color=INK, linestyle=DASHES, linewidth=1.5, label=label)
 
 
-def draw_whisker(axes: Axes, low: float, high: float, y: float) -> None:
-    """An interval across a horizontal bar, white around it so that it shows on dark ones."""
-    for colour, extra in (("white", 2.0), (INK, 0.0)):
-        look: Look = {"color": colour, "linewidth": 1.4 + extra, "markeredgewidth": 1.2 + extra}
-        axes.plot([low, high], [y, y], marker="|", markersize=7 + extra, **look)
-
-
 def whisker_lengths(
     values: Sequence[float], ends: Sequence[tuple[float, float] | None]
 ) -> list[list[float]]:
@@ -244,14 +235,6 @@ def write_beside(
     """A number ``gap`` points to the right of a bar or mark, for which the axes must have room."""
     where: Look = {"xytext": (gap, 0), "textcoords": "offset points", "va": "center"}
     axes.annotate(text, (x, y), fontsize=size, color=INK, in_layout=False, zorder=5, **where)
-
-
-def name_bars(axes: Axes, names: Sequence[str]) -> None:
-    """Horizontal bars from the top down, a name for each."""
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.45, -0.55)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x")
 
 
 def log_axis(axes: Axes, low: float | None = None, high: float | None = None) -> None:
