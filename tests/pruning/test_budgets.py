@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dart_llm.errors import DartError
-from dart_llm.pruning.budgets import LayerView, depth_profile, depth_sparsities
+from dart_llm.pruning.budgets import LayerView, depth_profile, depth_sparsities, round_counts
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import BUDGETS
 from dart_llm.pruning.selection import MaskSelector
@@ -49,6 +49,13 @@ def test_depth_by_hand():
     assert result == pytest.approx([0.1, 0.9, 0.7, 0.7, 0.1], abs=1e-5)
     # the bounds give way where nothing else can
     assert depth_sparsities((0.0, 1.0), (0.5, 0.5), 0.6) == pytest.approx([0.9, 0.3])
+
+
+def test_whole_counts_by_hand():
+    """The largest remainders are rounded up, the smallest down; ties go to the lower layer."""
+    assert round_counts([1.2, 2.7, 3.6], [8, 8, 8], 7) == [1, 3, 3]
+    assert round_counts([1.5, 1.5, 2.0], [8, 8, 8], 5) == [2, 1, 2]
+    assert round_counts([3.0, 3.0, 3.0], [8, 8, 8], 7) == [2, 2, 3]
 
 
 @settings(deadline=None, max_examples=200)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dart_llm.experiments.store import ResultLine
 from dart_llm.reporting.figures import (
+    GREY,
     INK,
     SOFT,
     Look,
@@ -239,6 +240,40 @@ def measured(document: Row, row: Row) -> dict[str, Any]:
         "text": f"self-generated, and {document['text']}; the worse: {row['worse_text']}",
         "machine": f"{machine['processor']}, {machine['threads']} threads",
     }
+
+
+def speed_plot(document: Row) -> Plot:
+    """A bar of the time of a token per row, and what the bytes of a pruned row would allow."""
+    rows = [row for row in document["rows"] if row["ms"] is not None]
+    times = {row["row"]: row["ms"] for row in rows}
+    bases = {name: facts["base"] for name, facts in document["formats"].items()}
+    limited = [
+        (place, times[bases[row["weights"]]] / row["bandwidth_limit"])
+        for place, row in enumerate(rows)
+        if row["method"] and row["bandwidth_limit"]
+    ]
+
+    def draw(figure: Figure, palette: Palette) -> None:
+        axes = figure.subplots()
+        colours = [palette[0] if row["method"] else GREY for row in rows]
+        axes.barh(range(len(rows)), times.values(), color=colours, height=0.62)
+        for place, row in enumerate(rows):
+            note = " (disturbed)" if row["disturbed"] else ""
+            write_beside(axes, number(row["ms"]) + note, row["ms"], place, 8)
+        if limited:
+            places, limits = zip(*limited, strict=True)
+            look: Look = {"color": INK, "markerfacecolor": "white", "linestyle": "none"}
+            axes.plot(limits, places, "D", label="bandwidth limit", markersize=5, **look)
+            legend(axes, 1)
+        axes.set_yticks(range(len(rows)), [row["row"] for row in rows])
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.set_xlabel("ms per token", fontsize=8, color=SOFT)
+
+    bars = "; ".join(f"{label} {number(ms)} ms" for label, ms in times.items())
+    height = 1.3 + 0.3 * len(rows)
+    alt = f"Bars: {bars}."
+    return Plot("speed", "Time of a generated token", alt, caption(document), height, draw)
 
 
 def tune_plot(document: Row) -> Plot:

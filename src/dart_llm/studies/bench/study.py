@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +46,7 @@ from dart_llm.pruning import registry
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import TOKEN_RULES
 from dart_llm.reporting.console import Ui
+from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.reporting.words import TRANSFORMERS
 from dart_llm.session.run import Run, prepare
@@ -458,6 +459,9 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         if any(row.config and row.config.screens for row in self.grid):
             sizes["head_bytes"] = model.get_output_embeddings().weight.nbytes
         return sizes
+
+    def figures(self) -> Iterable[Plot]:
+        return [report.speed_plot(self.summary)]
 
     def sentences(self) -> Sequence[str]:
         return [*report.speed_sentences(self.summary), *self.summary["notes"]]
