@@ -256,7 +256,7 @@ def speed_plot(document: Row) -> Plot:
     def draw(figure: Figure, palette: Palette) -> None:
         axes = figure.subplots()
         colours = [palette[0] if row["method"] else GREY for row in rows]
-        axes.barh(range(len(rows)), times.values(), color=colours, height=0.62)
+        axes.barh(range(len(rows)), list(times.values()), color=colours, height=0.62)
         for place, row in enumerate(rows):
             note = " (disturbed)" if row["disturbed"] else ""
             write_beside(axes, number(row["ms"]) + note, row["ms"], place, 8)
