@@ -159,6 +159,20 @@ def same_checks(one, other):
     return result[0]
 
 
+@pytest.mark.parametrize("gone", [1, 4])
+def test_tokens_taken_back_one_by_one_leave_the_window(gone):
+    """Single tokens were counted already; cutting the cache takes them out of the window."""
+    clean, cut = (after(60, 3, drift="paper") for _ in range(2))
+    cut.stream = Stream(cut.layers)
+    cut.stream.v[:, 63:] *= -1
+    cut.steps(gone)
+    cut.stream = clean.stream
+    cut.roll_back(gone)
+    for run in (clean, cut):
+        run.steps(17)
+    assert [check[1] for check in same_checks(clean, cut)] == [10, 20]
+
+
 def test_decayed_evidence():
     """Old sums times g min(1, 256 / n), the new tokens on top; then the same again."""
     seen, layers = 600, make_layers()
@@ -292,3 +306,12 @@ def test_chunks_up_to_the_next_change_equal_single_tokens(method, text, limit, r
     same_checks(chunked, single)
     assert ours.achieved_sparsity == pytest.approx(theirs.achieved_sparsity)
     assert ours.decoded_tokens == theirs.decoded_tokens
+
+
+def test_tokens_until_change_by_hand():
+    run, bounds = after(8, masking_step=3, release_step=30, drift="interval 8"), []
+    for _ in range(32):
+        bounds.append(run.tokens_until_change())
+        run.decode()
+    cycle = [8, 7, 6, 5, 4, 3, 2, 1, 3, 2, 1]
+    assert bounds == [3, 2, 1, *cycle, *cycle, 5, 4, 3, 2, 1, None, None]
