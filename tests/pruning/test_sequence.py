@@ -159,6 +159,20 @@ def same_checks(one, other):
     return result[0]
 
 
+@pytest.mark.parametrize("chunks", [(40,), (6, 34)])
+def test_sinks_are_counted_from_the_first_real_token(chunks):
+    """Left padding of 10: the sinks of that row lie at positions 10 to 13."""
+    run = Driver(config(drift="published"), rows=2)
+    run.stream.v[0, :14] = run.stream.v[1, :4] = 1e6
+    valid = torch.ones(2, 40)
+    valid[0, :10] = 0
+    for part in valid.split(chunks, 1):
+        run.prefill(part.shape[1], valid=part)
+    for row, first in ((0, 14), (1, 4)):
+        wanted = run.stream.v[row, first:40].sum(0).tolist()
+        assert run.state.detector.total[row].tolist() == pytest.approx(wanted, rel=1e-4)
+
+
 @pytest.mark.parametrize("gone", [1, 4])
 def test_tokens_taken_back_one_by_one_leave_the_window(gone):
     """Single tokens were counted already; cutting the cache takes them out of the window."""
