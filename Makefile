@@ -1,4 +1,4 @@
-# make PYTHON=python3.12 VENV=path chooses the interpreter and the place of the environment.
+# make PYTHON=python3.12 VENV=path chooses the interpreter and the folder of the environment.
 PYTHON ?=
 VENV ?= .venv
 ARGS ?=
@@ -12,22 +12,22 @@ IN = OMP_WAIT_POLICY=PASSIVE '$(VENV)/bin/python' -m
 .PHONY: help setup setup-dev setup-demo demo window reproduce gpu-evidence browser test test-online lint format-check style types docs build clean
 
 help:
-	@echo "make demo    install what it needs (about a minute), fetch the default model (93 MB), prune"
-	@echo "             it, show the result"
+	@echo "make demo    install what the demo needs (about a minute), fetch the default model (93 MB),"
+	@echo "             prune it, show the result"
 	@echo "make window  install the same, serve the default model on a free port, print the page's link;"
-	@echo "             ARGS='--open --sparsity 0.5' passes flags of dart-llm serve"
-	@echo "make test    set up and run the tests, two at a time; ARGS='-k name' chooses, ARGS='-m full'"
-	@echo "             runs the whole product of methods, shapes and dtypes"
-	@echo "make docs    build the site into build/site, strictly; ARGS=serve shows it while you write"
-	@echo "make build   make a wheel and an sdist in build/dist, and try them in a clean environment"
-	@echo "make reproduce TABLE=name  run a published table's commands again; without TABLE: list all."
-	@echo "             TEXTS=folder or hub, DRY=1: docs/measurements.md"
-	@echo "make gpu-evidence  on a machine with a CUDA GPU: contract tests and decode speed there, into"
-	@echo "             benchmarks/results/gpu-CARD.json and .md; ARGS='--models smollm2-135m' for less"
+	@echo "             ARGS='--open --sparsity 0.5' passes flags to dart-llm serve"
+	@echo "make test    set up and run the tests in two processes; ARGS='-k name' selects tests,"
+	@echo "             ARGS='-m full' runs every combination of methods, shapes and dtypes"
+	@echo "make docs    build the site in build/site, failing on warnings; ARGS=serve shows it live"
+	@echo "make build   build a wheel and an sdist in build/dist, and try them in a clean environment"
+	@echo "make reproduce TABLE=name  run a published table's commands again; without TABLE list tables;"
+	@echo "             TEXTS=folder, TEXTS=hub and DRY=1: see docs/measurements.md"
+	@echo "make gpu-evidence  on a machine with a CUDA GPU, run contract tests and time decoding, and write"
+	@echo "             benchmarks/results/gpu-CARD.json and .md; ARGS='--models smollm2-135m' is shorter"
 	@echo "make test-online  run the tests that need the hub: data sets and a model (about 1 GB)"
 	@echo "make setup   create the environment in $(VENV) and install dart-llm with all its extras"
-	@echo "make lint    check format, style and types"
-	@echo "make clean   remove the environment and caches; results stay"
+	@echo "make lint    check format, style, imports and types"
+	@echo "make clean   remove the environment, builds and caches; results stay"
 	@echo "Variables: PYTHON=python3.12 (default: python3), VENV=path (default: .venv)"
 
 setup:

@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: loading, provenance, output."""
+"""Shared by the benchmark scripts: loading, provenance, output."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ PLACES = ("--experiment-name", "--results-dir")
 
 
 def parser(doc: str, model: str = "smollm2-135m") -> argparse.ArgumentParser:
-    """Options that every script has."""
-    made = argparse.ArgumentParser(description=doc)
-    made.add_argument("--model", default=model, help="as in dart-llm run")
-    made.add_argument("--dtype", default=None, help="default: the checkpoint's")
-    made.add_argument("--out", default=None, help="name of the JSON file, without suffix")
-    return made
+    """A parser with the options that every script has."""
+    options = argparse.ArgumentParser(description=doc)
+    options.add_argument("--model", default=model, help="as in dart-llm run")
+    options.add_argument("--dtype", default=None, help="default: the checkpoint's")
+    options.add_argument("--out", default=None, help="name of the JSON file, without suffix")
+    return options
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -44,7 +44,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 def plain_lm_eval(
     model: Any, tokenizer: Any, args: argparse.Namespace, batch: int, chat: bool = False
 ) -> list[dict[str, Any]]:
-    """Samples of ``args.task`` by lm-eval's own Hugging Face model; the first ``args.limit``."""
+    """The first ``args.limit`` samples of ``args.task``, scored by lm-eval's own model class."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -57,12 +57,12 @@ def plain_lm_eval(
         apply_chat_template=chat,
         task_manager=TaskManager(include_path=args.include_path),
     )
-    found: list[dict[str, Any]] = results["samples"][args.task]
-    return found
+    samples: list[dict[str, Any]] = results["samples"][args.task]
+    return samples
 
 
 def read_text(path: str) -> tuple[str, dict[str, str]]:
-    """A text file and what identifies it."""
+    """The content of a text file, and its name and checksum."""
     data = Path(path).read_bytes()
     return data.decode("utf-8"), {
         "file": Path(path).name,
@@ -76,11 +76,11 @@ def read(path: Path) -> Any:
 
 
 def command(words: list[str]) -> str:
-    """The command line, paths cut to file names, without where its results went."""
+    """The command line with paths cut to file names and without the options in ``PLACES``."""
     kept, skip = [], False
     for word in words:
-        place, skip = skip or word in PLACES, word in PLACES
-        if not place:
+        dropped, skip = skip or word in PLACES, word in PLACES
+        if not dropped:
             kept.append(Path(word).name if "/" in word else word)
     return shlex.join(kept)
 

@@ -1,13 +1,13 @@
-"""Exported GGUF files in llama.cpp: logits beside ours, tokens per second beside the whole file.
+"""Exported GGUF files in llama.cpp: log probabilities against dart-llm's, speed against the source.
 
     python benchmarks/export_gguf.py --bin FOLDER
 
-``--bin`` holds llama.cpp's ``llama-perplexity`` and ``llama-bench``.  Every case of ``CASES`` is
-chosen for the six embedded texts and written.  Of another text llama-perplexity keeps the log
-probabilities of ``TOKENS`` tokens behind as many; ours are those of the dequantised float32 model
-with the same masks at every position.  Both also read the whole file: how far they are apart there
-is what the rounding of products makes.  ``TURNS`` times, one file after the other generates
-``TOKENS`` tokens.  Writes benchmarks/results/export-gguf.json.
+``--bin`` contains llama.cpp's ``llama-perplexity`` and ``llama-bench``.  For every case in
+``CASES``, masks are chosen on the six embedded texts and a file is exported.  llama-perplexity then
+scores the second ``TOKENS`` tokens of another text.  dart-llm scores the same tokens with the
+dequantised float32 model and the same masks at every position.  Both also score the unpruned source
+file, where they differ by rounding alone.  ``TURNS`` times, each file in turn generates ``TOKENS``
+tokens.  Writes benchmarks/results/export-gguf.json.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ TOKENS, TURNS = 64, 5
 CONTEXT = 2 * TOKENS + 2
 
 CASES = (("griffin", 0.3), ("dart-prompt", 0.3))
-"""Equal layers; and unequal ones, whose compensation is a bias."""
+"""One case with equal layer widths; one with unequal widths and compensation as a bias."""
 
 
 def their_log_probabilities(bin: Path, file: Path, text: Path) -> tuple[Tensor, Tensor]:
-    """Token ids [1, T], and log probabilities [n, V] for the last n of them, as kept in 16 bits.
+    """Token ids [1, T], and llama.cpp's log probabilities [n, V] of the last n, stored in 16 bits.
 
-    Those more than 16 below the largest are not kept: they are -inf.
+    Values more than 16 below the largest are not stored: they become -inf.
     """
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder) / "logits"
@@ -58,17 +58,17 @@ def their_log_probabilities(bin: Path, file: Path, text: Path) -> tuple[Tensor, 
         data = kept.read_bytes()
     context, words, chunks = np.frombuffer(data, np.int32, 3, 8)
     ids = np.frombuffer(data, np.int32, context * chunks, 20)
-    row = 2 * ((words + 1) // 2) + 4  # scale and least value, float32, before 16-bit levels
+    row = 2 * ((words + 1) // 2) + 4  # float32 scale and minimum, then 16-bit levels
     rows = np.frombuffer(data, np.uint16, offset=20 + 4 * len(ids)).reshape(-1, row)
     ends = np.ascontiguousarray(rows[:, :4]).view(np.float32)
     levels = torch.from_numpy(rows[:, 4 : 4 + words].astype(np.float32))
-    found = levels * torch.from_numpy(ends[:, :1].copy()) + torch.from_numpy(ends[:, 1:].copy())
-    return torch.tensor(ids)[None].long(), found.masked_fill(levels == 0, -torch.inf)
+    scores = levels * torch.from_numpy(ends[:, :1].copy()) + torch.from_numpy(ends[:, 1:].copy())
+    return torch.tensor(ids)[None].long(), scores.masked_fill(levels == 0, -torch.inf)
 
 
 @torch.no_grad()
 def our_log_probabilities(model: Any, ids: Tensor, masks: Masks | None = None) -> Tensor:
-    """[n, V] float32 for the same tokens, with ``masks`` at every position."""
+    """dart-llm's [n, V] float32 for the same tokens, with ``masks`` at every position."""
     first = CONTEXT // 2
     if masks is None:
         return model(ids).logits[0, first:-1].float().log_softmax(-1)
@@ -78,13 +78,13 @@ def our_log_probabilities(model: Any, ids: Tensor, masks: Masks | None = None) -
 
 
 def agreement(name: str, theirs: Tensor, ours: Tensor, ids: Tensor) -> dict[str, Any]:
-    """How far llama.cpp's log probabilities are from ours."""
-    known = theirs.isfinite()
-    apart = (theirs - ours).masked_fill(~known, 0).abs()
+    """How far llama.cpp's log probabilities are from dart-llm's."""
+    stored = theirs.isfinite()
+    apart = (theirs - ours).masked_fill(~stored, 0).abs()
     chance = ours.exp()
-    kl = torch.where(known, chance * (ours - theirs), 0).sum(-1)
+    kl = torch.where(stored, chance * (ours - theirs), 0).sum(-1)
     wanted = ids[0, -len(ours) :, None]
-    found = {
+    row = {
         "row": name,
         "tokens": len(ours),
         "kl": float(kl.mean()),
@@ -93,13 +93,13 @@ def agreement(name: str, theirs: Tensor, ours: Tensor, ids: Tensor) -> dict[str,
         "their_loss": float(-theirs.gather(1, wanted).clamp_min(-30).mean()),
         "our_loss": float(-ours.gather(1, wanted).mean()),
     }
-    print(" ".join(f"{v:.5f}" if isinstance(v, float) else str(v) for v in found.values()))
-    return found
+    print(" ".join(f"{v:.5f}" if isinstance(v, float) else str(v) for v in row.values()))
+    return row
 
 
-def facts(found: GgufExport) -> dict[str, Any]:
-    """What the table says of a file, without where it lies."""
-    kept = found.to_dict()
+def facts(export: GgufExport) -> dict[str, Any]:
+    """The facts of an exported file that the table shows, without its path."""
+    kept = export.to_dict()
     counts = {key: kept[key] for key in ("asked", "written")}
     rest = (
         "architecture",
@@ -111,13 +111,13 @@ def facts(found: GgufExport) -> dict[str, Any]:
         "bytes_before",
         "block",
     )
-    return {**{key: kept[key] for key in rest}, "achieved_sparsity": found.achieved_sparsity} | {
+    return {**{key: kept[key] for key in rest}, "achieved_sparsity": export.achieved_sparsity} | {
         f"{key}_{end.__name__}": end(values) for key, values in counts.items() for end in (min, max)
     }
 
 
 def times(bin: Path, files: Sequence[Path], threads: int) -> list[dict[str, Any]]:
-    """Tokens per second of every file, in turns."""
+    """Tokens per second of every file, in interleaved repetitions."""
     turns: dict[Path, list[float]] = {file: [] for file in files}
     for _ in range(TURNS):
         for file in files:
@@ -128,21 +128,21 @@ def times(bin: Path, files: Sequence[Path], threads: int) -> list[dict[str, Any]
         {
             "row": file.stem,
             "bytes_read": ReferenceFile.of(file).bytes,
-            "tokens_per_second": statistics.median(found),
-            "turns": found,
-            "times_whole": statistics.median(found) / statistics.median(turns[files[0]]),
+            "tokens_per_second": statistics.median(speeds),
+            "turns": speeds,
+            "times_whole": statistics.median(speeds) / statistics.median(turns[files[0]]),
         }
-        for file, found in turns.items()
+        for file, speeds in turns.items()
     ]
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--bin", type=Path, required=True, help="folder of llama.cpp's programs")
-    options.add_argument("--build", default="", help="which llama.cpp this is, for the table")
+    options.add_argument("--build", default="", help="llama.cpp's version, shown in the table")
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options.add_argument("--folder", type=Path, help="keep the files there (default: nowhere)")
-    options.add_argument("--no-times", action="store_true", help="agreement alone")
+    options.add_argument("--folder", type=Path, help="keep the files there (default: delete them)")
+    options.add_argument("--no-times", action="store_true", help="measure only the agreement")
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         measure(args, args.folder or Path(scratch))
@@ -151,7 +151,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, folder: Path) -> None:
     source = resolve(args.model, packed=True, say=print).blocks
     if source is None:
-        raise SystemExit(f"{args.model} is no GGUF file")
+        raise SystemExit(f"{args.model} is not a GGUF file")
     file = read_gguf(source)
     model, tokenizer = load(args.model, weights="dense", dtype="float32")
     subjects = [texts.read(subject) for subject in texts.subjects()]
@@ -165,17 +165,18 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         config = exportable(PruneConfig.build(method, sparsity=sparsity), print)
         run = prepare(model, tokenizer, config).run(likelihood=True)
         assert run is not None
-        masks, asked = choose_masks(run, prompts, block_of(file))
-        found = write_masks(file, masks, folder / f"{method}.gguf", asked, f"{method}@{sparsity:g}")
-        written.append(facts(found))
-        files.append(found.path)
-        _, theirs = their_log_probabilities(args.bin, found.path, text)
+        masks, counts = choose_masks(run, prompts, block_of(file))
+        name = f"{method}@{sparsity:g}"
+        export = write_masks(file, masks, folder / f"{method}.gguf", counts, name)
+        written.append(facts(export))
+        files.append(export.path)
+        _, theirs = their_log_probabilities(args.bin, export.path, text)
         ours = our_log_probabilities(model, ids, masks)
-        rows.append(agreement(f"{found.method}, masks in memory", theirs, ours, ids))
-        if found.architecture == file.architecture and not found.compensated:
-            narrow, _ = load(found.path, weights="dense", dtype="float32")
+        rows.append(agreement(f"{export.method}, masks in memory", theirs, ours, ids))
+        if export.architecture == file.architecture and not export.compensated:
+            narrow, _ = load(export.path, weights="dense", dtype="float32")
             ours = our_log_probabilities(narrow, ids)
-            rows.append(agreement(f"{found.method}, the file", theirs, ours, ids))
+            rows.append(agreement(f"{export.method}, the file", theirs, ours, ids))
     data = {"build": args.build, "threads": args.threads, "tokens": TOKENS, "turns": TURNS}
     data |= {"files": written, "agreement": rows, "rows": []}
     print(save(args.out or "export-gguf", model, data))

@@ -1,12 +1,12 @@
-"""What every command prints and writes, so that two revisions of the program can be compared.
+"""Record the output and files of every command, to compare two revisions of the program.
 
-    python benchmarks/goldens.py make before            # in the one revision
-    python benchmarks/goldens.py make after             # in the other one
+    python benchmarks/goldens.py make before            # in the first revision
+    python benchmarks/goldens.py make after             # in the second revision
     python benchmarks/goldens.py diff before after
 
-``make`` runs every command once on the default model and keeps what it prints and the files of its
-results folder, with numbers rounded and everything that differs from run to run (times, paths,
-memory) taken out.  ``diff`` prints what differs, and exits with 1 where something does.
+``make`` runs every command once on the default model and saves its output and the files of its
+results folder.  Numbers are rounded, and values that change between runs (times, paths, memory) are
+removed.  ``diff`` prints the differences, and exits with 1 if there are any.
 """
 
 from __future__ import annotations
@@ -106,17 +106,17 @@ metric_list: [{metric: acc}]
 
 
 def plain(text: str, folder: Path) -> str:
-    """Without what differs from run to run; numbers to four digits."""
+    """The text without values that change between runs; numbers have four digits."""
     text = text.replace(str(folder), "FOLDER")
     text = TIMED.sub(r"\1TIMED", text)
-    text = re.sub(r"\d+\.\d{4,}(?:e-?\d+)?", lambda one: f"{float(one[0]):.4g}", text)
+    text = re.sub(r"\d+\.\d{4,}(?:e-?\d+)?", lambda number: f"{float(number[0]):.4g}", text)
     for pattern, word in CHANGING:
         text = pattern.sub(word, text)
     return text
 
 
 def inputs(folder: Path) -> dict[str, str]:
-    """The files that commands read; their place by the word that stands for it."""
+    """Write the files that commands read; the replacement of each placeholder in ``COMMANDS``."""
     items = [
         {"question": f"{n} plus {n} is", "choices": [" " + str(2 * n), " " + str(n)], "answer": 0}
         for n in range(1, 7)
@@ -143,18 +143,18 @@ def make(name: str, only: str) -> None:
         for label, command in COMMANDS.items():
             if only and only not in label:
                 continue
-            own = folder / label
-            given = [words.get(word, word) for word in command]
-            keeps = label not in ("methods", "methods-json", "prompts-list", "refused")
-            given += ["--results-dir", str(own)] if keeps and label != "results" else []
-            given += [str(folder / "run")] if label == "results" else []
-            done = run(given, folder)
+            results = folder / label
+            arguments = [words.get(word, word) for word in command]
+            writes = label not in ("methods", "methods-json", "prompts-list", "refused")
+            arguments += ["--results-dir", str(results)] if writes and label != "results" else []
+            arguments += [str(folder / "run")] if label == "results" else []
+            done = run(arguments, folder)
             write(kept / f"{label}.out", plain(done.stdout, folder))
             write(kept / f"{label}.code", f"{done.returncode}\n")
             if done.returncode not in (0, 2):
                 print(done.stderr[-2000:], file=sys.stderr)
             print(f"{label}: {done.returncode}", flush=True)
-            keep_files(own, kept / label, folder)
+            keep_files(results, kept / label, folder)
         for label in HELP if not only else ():
             done = run([*label.split(), "--help"], folder)
             write(kept / "help" / f"{label.replace(' ', '-') or 'all'}.txt", done.stdout)
@@ -167,12 +167,12 @@ def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
 
 
-def keep_files(own: Path, kept: Path, folder: Path) -> None:
-    """Names of all files, and the contents of those that hold text."""
+def keep_files(results: Path, kept: Path, folder: Path) -> None:
+    """Save the names of all files, and the contents of text files."""
     names = []
-    for path in sorted(own.rglob("*")):
+    for path in sorted(results.rglob("*")):
         if path.is_file():
-            name = re.sub(r"\d{8}-\d{6}(?:-\d+)?", "STAMP", path.relative_to(own).as_posix())
+            name = re.sub(r"\d{8}-\d{6}(?:-\d+)?", "STAMP", path.relative_to(results).as_posix())
             names.append(name)
             if path.suffix in TEXT:
                 write(kept / name, plain(path.read_text("utf-8", "replace"), folder))
@@ -186,14 +186,17 @@ def write(path: Path, text: str) -> None:
 
 
 def diff(first: str, second: str) -> int:
-    """Print a unified diff of all files; 1 where something differs."""
+    """Print a unified diff of all files; 1 if there are differences."""
     folders = [ROOT / "build" / "goldens" / name for name in (first, second)]
-    names = sorted({p.relative_to(one) for one in folders for p in one.rglob("*") if p.is_file()})
+    names = sorted(
+        {p.relative_to(root) for root in folders for p in root.rglob("*") if p.is_file()}
+    )
     differing = 0
     for name in names:
+        paths = [root / name for root in folders]
         texts = [
-            (one / name).read_text("utf-8").splitlines() if (one / name).exists() else ["(missing)"]
-            for one in folders
+            path.read_text("utf-8").splitlines() if path.exists() else ["(missing)"]
+            for path in paths
         ]
         lines = list(difflib.unified_diff(*texts, f"{first}/{name}", f"{second}/{name}", "", "", 1))
         if lines:
@@ -206,12 +209,12 @@ def diff(first: str, second: str) -> int:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parts = options.add_subparsers(dest="what", required=True)
-    making = parts.add_parser("make", help="run every command and keep what comes of it")
+    making = parts.add_parser("make", help="run every command and save its output and files")
     making.add_argument("name", help="the folder below build/goldens")
-    making.add_argument("--only", default="", help="only commands whose label holds this")
-    comparing = parts.add_parser("diff", help="compare what two runs kept")
-    comparing.add_argument("first", help="a name given to make")
-    comparing.add_argument("second", help="another one")
+    making.add_argument("--only", default="", help="only commands whose label contains this")
+    comparing = parts.add_parser("diff", help="compare the saved output of two runs")
+    comparing.add_argument("first", help="a name used with make")
+    comparing.add_argument("second", help="another name used with make")
     args = options.parse_args()
     if args.what == "make":
         make(args.name, args.only)

@@ -1,11 +1,10 @@
-"""What a GPU does with the executors: contract tests on it, and decode speed at three sizes.
+"""Test and time the executors on a GPU: contract tests, and decode speed at three model sizes.
 
-    make gpu-evidence
-
-sets up and runs this.  Each model is timed by ``dart-llm bench speed``: one mask per prompt
-(``griffin``) and per-token selection (``dart-token`` without anything learned first) under every
-executor, beside transformers.  ``gpu-CARD.json`` and ``.md`` keep the runs; a command that fails,
-for example because the card has too little memory, is reported and the others run.
+``make gpu-evidence`` sets up an environment and runs this script.  ``dart-llm bench speed`` times
+each model with one mask per prompt (``griffin``) and with per-token selection (``dart-token``
+without calibration) under every executor, beside transformers.  The results are saved as
+``gpu-CARD.json`` and ``.md``.  A command that fails, for example because the card has too little
+memory, is reported and the others still run.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from random_checkpoint import write
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("smollm2-135m", "qwen2.5-1.5b-shape", "llama-3.1-8b-shape")
-"""A checkpoint, or the name of a folder of ``shapes`` (random weights)."""
+"""Checkpoints, or names of folders in ``shapes`` (random weights)."""
 SELECTION = """\
 each token:
   {method: dart-token, score: weight, self_stats: null, skip_sinks: false, compensation: false}
@@ -35,13 +34,13 @@ def main(words: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     options.add_argument("--models", default=",".join(MODELS), help="comma-separated")
     options.add_argument("--executors", default="cuda,compact", help="comma-separated")
-    options.add_argument("--no-tests", action="store_true", help="time alone")
+    options.add_argument("--no-tests", action="store_true", help="only time")
     args = options.parse_args(words)
     if not torch.cuda.is_available():
         raise SystemExit(
-            "this measures a CUDA GPU, and PyTorch finds none: run it where `nvidia-smi` shows "
-            "one; if this environment holds PyTorch's CPU build, "
-            "make gpu-evidence VENV=build/gpu-venv makes another"
+            "PyTorch finds no CUDA GPU: run this on a machine where `nvidia-smi` shows a GPU; if "
+            "this environment has PyTorch's CPU build, "
+            "make gpu-evidence VENV=build/gpu-venv creates another environment"
         )
     if not args.no_tests:
         pytest = [sys.executable, "-m", "pytest", "tests/patching", "-m", "gpu", "-q"]
@@ -51,17 +50,17 @@ def main(words: Sequence[str] | None = None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     folders = []
     for number, command in enumerate(commands(args.models, args.executors, work)):
-        place = work / str(number)
-        done = subprocess.run([*command, "--results-dir", str(place)], check=False)
+        results = work / str(number)
+        done = subprocess.run([*command, "--results-dir", str(results)], check=False)
         if done.returncode:
             print(f"failed with exit code {done.returncode}: {' '.join(command[2:])}")
-        folders += [path.parent for path in sorted(place.glob("*/*/config.json"))[-1:]]
+        folders += [path.parent for path in sorted(results.glob("*/*/config.json"))[-1:]]
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     print(keep(f"gpu-{name}", folders))
 
 
 def commands(models: str, executors: str, work: Path) -> list[list[str]]:
-    """One command for the masks and one for per-token selection, for each model."""
+    """For each model, one command for masks and one for per-token selection."""
     variants = work / "selection.yaml"
     variants.write_text(SELECTION, encoding="utf-8")
     options = ["--executors", executors, "--device", "cuda:0", "--dtype", "bfloat16"]

@@ -1,7 +1,7 @@
-"""Our split-context path against lm-eval's own Hugging Face model: same answers, and how fast.
+"""Compare ``dart-llm eval`` with lm-eval's own Hugging Face model class: answers and time.
 
-Equality: every item's metrics at sparsity 0, in float32 and in bfloat16.  Speed: whole evaluations,
-plain lm-eval at batch 8 against ``dart-llm eval``'s path, in random order, several rounds.
+Answers: every item's metrics at sparsity 0, in float32 and in bfloat16.  Time: several rounds of
+whole evaluations, lm-eval's model class at batch 8 and ``dart-llm eval``'s code, in random order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CASES = (("griffin", 0.0), ("griffin", 0.5), ("dart-prompt", 0.5))
 
 
 def plain(model: Any, tokenizer: Any, args: Any) -> dict[str, dict[str, float]]:
-    """Items of lm-eval's own model at batch 8."""
+    """Metrics of each item by lm-eval's own model class at batch 8."""
     return {
         f"{args.task}/{s['doc_id']}": {m: float(s[m]) for m in s["metrics"]}
         for s in plain_lm_eval(model, tokenizer, args, batch=8)
@@ -38,7 +38,7 @@ def ours(model: Any, tokenizer: Any, args: Any, method: str, sparsity: float) ->
 
 
 def differing(first: dict[str, dict[str, float]], second: Any) -> dict[str, int]:
-    """Items whose metric differs, by metric."""
+    """Number of items whose value differs, by metric."""
     other = {item["id"]: item for item in second.items}
     assert first.keys() == other.keys()
     names = next(iter(first.values()))
@@ -52,7 +52,7 @@ def mean(items: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--task", default="arc_easy_local", help="task of lm-eval")
+    options.add_argument("--task", default="arc_easy_local", help="an lm-eval task")
     options.add_argument("--include-path", required=True, help="folder of the task files")
     options.add_argument("--limit", type=int, default=150, help="items")
     options.add_argument("--rounds", type=int, default=3, help="timed passes of each model")
@@ -71,11 +71,11 @@ def main() -> None:
                 rows[name] = {"metrics": mean(reference)}
             else:
                 method, sparsity = name.split()
-                found = ours(model, tokenizer, args, method, float(sparsity))
-                account = found.accounting
+                result = ours(model, tokenizer, args, method, float(sparsity))
+                account = result.accounting
                 rows[name] = {
-                    "metrics": found.metrics,
-                    "items_differing_from_plain": differing(reference, found),
+                    "metrics": result.metrics,
+                    "items_differing_from_plain": differing(reference, result),
                     "achieved_sparsity": account["achieved_sparsity"],
                     "dense_token_share": account["dense_token_share"],
                     "remasks": account["remasks"],

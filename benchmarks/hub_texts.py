@@ -1,7 +1,7 @@
-"""The texts of published tables from the hub: the same rows in the same form, told by checksum.
+"""Fetch the texts of published tables from the hub: the same rows in the same format.
 
-``benchmarks/row_ids/NAME.ids`` says which rows a file holds, in order: of each the first 12 hex
-digits of the sha256 of its text column, never the text.
+``benchmarks/row_ids/NAME.ids`` lists the rows of a file in order, each by the first 12 hex digits
+of the sha256 of its text column; it never contains the text.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 Row = Mapping[str, Any]
 Load = Callable[[Mapping[str, Any]], Iterable[Row]]
-"""Rows of one split: of ``id``, ``config``, ``split`` and ``revision``."""
+"""Loads the rows of a split, given its ``id``, ``config``, ``split`` and ``revision``."""
 
 
 def row_id(text: str) -> str:
-    """What stands for a row in a file of ids."""
+    """The id of a row with this text."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def from_hub(where: Mapping[str, Any]) -> Iterable[Row]:
-    """The rows of a split, by the library datasets."""
+    """The rows of a split, loaded by the library datasets."""
     from datasets import load_dataset
 
     rows: Iterable[Row] = load_dataset(
@@ -33,17 +33,17 @@ def from_hub(where: Mapping[str, Any]) -> Iterable[Row]:
 
 
 def joined(rows: Iterable[Row]) -> str:
-    """Lines as the original file has them: the hub's copy empties those that are blank."""
+    """The lines of the original file, whose blank lines are empty strings on the hub."""
     return "".join(row["text"] or " \n" for row in rows)
 
 
 def summary(row: Row) -> tuple[str, dict[str, Any]]:
-    """The text by which a row is found, and the row as it is written."""
+    """For a document with a summary: the text that identifies it, and the row to write."""
     return row["document"], {"document": row["document"], "summary": row["summary"]}
 
 
 def choice(row: Row) -> tuple[str, dict[str, Any]]:
-    """The same of a question with labelled choices."""
+    """The same for a question with labelled choices."""
     choices = row["choices"]
     written = {"question": row["question"], "choices": list(choices["text"])}
     return row["question"], {**written, "answer": choices["label"].index(row["answerKey"])}
@@ -56,18 +56,18 @@ def lines(rows: Iterable[Row]) -> str:
 def chosen(
     rows: Iterable[Row], form: Callable[[Row], tuple[str, dict[str, Any]]], ids: list[str]
 ) -> str:
-    """The rows of ``ids``, in their order; rows that the hub lacks are left out."""
-    found: dict[str, dict[str, Any]] = {}
+    """The rows with these ids, in this order; rows that the hub lacks are left out."""
+    by_id: dict[str, dict[str, Any]] = {}
     for text, row in map(form, rows):
-        found.setdefault(row_id(text), row)
-    return lines(found[one] for one in ids if one in found)
+        by_id.setdefault(row_id(text), row)
+    return lines(by_id[key] for key in ids if key in by_id)
 
 
 FORMS = {"summary": summary, "choice": choice}
 
 
 def fetch(name: str, hub: Mapping[str, Any], root: Path, folder: Path, load: Load) -> None:
-    """Write the input ``name`` below ``folder``; ``hub`` is its entry in inputs.yaml."""
+    """Write the input ``name`` below ``folder``; ``hub`` describes its source in inputs.yaml."""
     form = hub["form"]
     if form == "mmlu":
         for subject in hub["configs"]:

@@ -1,10 +1,10 @@
-"""Keep finished runs of dart-llm as benchmarks/results/NAME.json and NAME.md.
+"""Save finished runs of dart-llm as benchmarks/results/NAME.json and NAME.md.
 
     dart-llm bench quality --text wiki.txt --experiment-name mine
     python benchmarks/keep.py mine results/mine/TIME
 
-NAME.json holds each run's summary with its command, versions, machine and checkpoint; NAME.md the
-commands, where they ran, and the tables that the runs wrote.
+NAME.json has each run's summary with its command, versions, machine and checkpoint; NAME.md has the
+commands, model and machine, and the tables that the runs wrote.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ KEPT = ("kind", "versions", "machine", "git", "checkpoint", "seed", "started", "
 
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    options.add_argument("name", help="of the results files, without suffix")
+    options.add_argument("name", help="name of the results files, without suffix")
     options.add_argument("folders", type=Path, nargs="+", help="results folders of finished runs")
     args = options.parse_args()
     print(keep(args.name, args.folders))
 
 
 def keep(name: str, folders: Sequence[Path]) -> Path:
-    """Write NAME.json and NAME.md of finished runs; the path of the first."""
+    """Write NAME.json and NAME.md of finished runs; return the path of NAME.json."""
     runs = [load_run(folder) for folder in folders]
     documents = [read(summary_file(folder)) for folder in folders]
     tables = [summary_file(folder).with_suffix(".md").read_text("utf-8") for folder in folders]
@@ -41,7 +41,7 @@ def keep(name: str, folders: Sequence[Path]) -> Path:
 
 
 def load_run(folder: Path) -> dict[str, Any]:
-    """The command of a run and what is kept of its config.json; ``SystemExit``: not complete."""
+    """A run's command and the saved keys of its config.json; ``SystemExit`` if not complete."""
     config = read(folder / "config.json")
     if config["status"] != "complete":
         raise SystemExit(f"{folder} is {config['status']}: finish the run first")
@@ -51,10 +51,10 @@ def load_run(folder: Path) -> dict[str, Any]:
 
 def summary_file(folder: Path) -> Path:
     """The summary that a study wrote: the JSON file that has a Markdown file beside it."""
-    found = [path for path in sorted(folder.glob("*.json")) if path.with_suffix(".md").is_file()]
-    if len(found) != 1:
-        raise SystemExit(f"{folder} has {len(found)} summaries with tables, not one")
-    return found[0]
+    files = [path for path in sorted(folder.glob("*.json")) if path.with_suffix(".md").is_file()]
+    if len(files) != 1:
+        raise SystemExit(f"{folder} has {len(files)} summaries with tables, not one")
+    return files[0]
 
 
 def page(name: str, runs: Sequence[dict[str, Any]], tables: Sequence[str]) -> str:

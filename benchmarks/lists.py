@@ -1,6 +1,6 @@
-"""Lists of the documentation that the program itself knows: variables, data, models.
+"""Lists in the documentation that are generated from the program: variables, data, models.
 
-Written into pages by tables.py.
+tables.py writes them into the pages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ RESULTS = ROOT / "benchmarks/results"
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown, all columns to the left."""
+    """A Markdown table with left-aligned columns."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -46,14 +46,14 @@ def variables() -> str:
     )
     rows = []
     for name, (default, meaning) in first.items():
-        values = [f"`{value}`" if value else "not given" for value in (default, second[name][0])]
+        values = [f"`{value}`" if value else "not set" for value in (default, second[name][0])]
         shown = values[0] if len({*values}) == 1 else f"{values[0]}; {values[1]} in `{SCRIPTS[1]}`"
         rows.append([f"`{name}`", _cell(shown), _cell(meaning)])
     return markdown_table(["variable", "default", "meaning"], rows)
 
 
 def data_sets() -> str:
-    """The catalogue of data sets."""
+    """A table of the data sets that dart-llm knows."""
     from dart_llm.data.datasets import DATA_SETS, LAST_RUN, get
 
     rows = []
@@ -64,38 +64,39 @@ def data_sets() -> str:
         page = data.licence_page
         licence = f"[{data.licence}]({page})" if page else data.licence
         uses = ", ".join([*data.uses, *(f"`{task}`" for task in data.tasks[:1])])
-        place = ", ".join(where) + revision + (", gated" if data.gated else "")
-        rows.append([f"`{data.name}`", place, data.split, columns, uses, licence])
+        source = ", ".join(where) + revision + (", gated" if data.gated else "")
+        rows.append([f"`{data.name}`", source, data.split, columns, uses, licence])
     heads = ["name", "on the hub", "split", "columns", "used for", "licence"]
     table = markdown_table(heads, rows)
     return f"{table}\n\n`make test-online` last passed: {LAST_RUN}."
 
 
 def checkpoints() -> str:
-    """Every checkpoint with a checksum in benchmarks/results, and the files that it is in."""
+    """Every checkpoint with a checksum in benchmarks/results, and the files that name it."""
     facts: dict[str, dict[str, Any]] = {}
     dtypes: dict[str, set[str]] = {}
     files: dict[str, set[str]] = {}
     for path in sorted(RESULTS.glob("*.json")):
-        for found in recorded_checkpoints(json.loads(path.read_text("utf-8"))):
-            if key := found.get("sha256"):
-                known = {k: v for k, v in found.items() if v is not None}
-                facts.setdefault(key, {}).update(known)
-                dtypes.setdefault(key, set()).add(str(found["dtype"]))
+        for recorded in recorded_checkpoints(json.loads(path.read_text("utf-8"))):
+            if key := recorded.get("sha256"):
+                present = {k: v for k, v in recorded.items() if v is not None}
+                facts.setdefault(key, {}).update(present)
+                dtypes.setdefault(key, set()).add(str(recorded["dtype"]))
                 files.setdefault(key, set()).add(path.stem)
     parts = []
-    for key, found in sorted(facts.items(), key=lambda pair: str(pair[1]["name"]).lower()):
+    for key, checkpoint in sorted(facts.items(), key=lambda pair: str(pair[1]["name"]).lower()):
         links = ", ".join(f"[{n}](../benchmarks/results/{n}.json)" for n in sorted(files[key]))
         parts.append(
-            f"**{found['name']}**: {found['source']}; file quantisation "
-            f"{found['file_quantisation']}; {found['parameters']:,} parameters as loaded; run in "
+            f"**{checkpoint['name']}**: {checkpoint['source']}; file quantisation "
+            f"{checkpoint['file_quantisation']}; {checkpoint['parameters']:,} parameters as "
+            f"loaded; run in "
             f"{' and '.join(sorted(dtypes[key]))}; sha256 `{key}`. Files: {links}."
         )
     return "\n\n".join(parts)
 
 
 def model_types() -> str:
-    """The model types of the package, with the tiny models of the tests that stand for them."""
+    """The supported model types, with the tiny models that the tests build for each."""
     from dart_llm.models.architectures import LAYER_NAMES
 
     written = (ROOT / "tests/helpers/tiny.py").read_text(encoding="utf-8")
@@ -110,11 +111,11 @@ def model_types() -> str:
 
 
 def names() -> str:
-    """What ``import dart_llm`` offers, with the first line of each docstring."""
+    """The public names of ``dart_llm``, with the first line of each docstring."""
     import dart_llm
 
-    known = {name: getattr(dart_llm, name).__doc__ or "" for name in dart_llm.__all__}
-    rows = [[f"`{name}`", _cell(text.partition("\n")[0])] for name, text in known.items()]
+    docs = {name: getattr(dart_llm, name).__doc__ or "" for name in dart_llm.__all__}
+    rows = [[f"`{name}`", _cell(text.partition("\n")[0])] for name, text in docs.items()]
     return markdown_table(["name", "what"], rows)
 
 

@@ -1,11 +1,11 @@
-"""Makes the clip at the top of README.md: 20 seconds of the window, from a recording.
+"""Make the clip at the top of README.md: 20 seconds of the server's page, from a recording.
 
 Usage: python benchmarks/make_clip.py [RECORDS.jsonl] [--out docs/window.webp]
 
-Without RECORDS it shows the recording that greets the window's visitors
-(benchmarks/make_greeting.py).  The recording becomes the page of ``dart-llm replay``, Chromium
-shows it at one place after another, and Pillow joins the pictures.  Needs what the browser tests
-need: pip install '.[dev]', scripts/browser.sh.
+Without RECORDS the clip shows the recording that the server's page plays to visitors
+(benchmarks/make_greeting.py).  The script turns the recording into the page of ``dart-llm replay``,
+takes screenshots of successive positions in Chromium, and joins them with Pillow.  It has the
+requirements of the browser tests: pip install '.[dev]', scripts/browser.sh.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 WIDTH, HEIGHT = 1200, 850
 PER_SECOND = 12
 WRITING = 14.0
-"""Seconds in which the answer is written; the rest shows what else there is to see."""
+"""Seconds during which the answer is written; ``SCENES`` follow."""
 LARGEST = 3_000_000
-"""Bytes that the clip may have."""
+"""Maximum size of the clip in bytes."""
 
 SETTLED = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 SEEK = (
@@ -45,33 +45,33 @@ SCENES = (
     ),
     ("document.querySelector('input[value=phase]').click()", 1.0),
 )
-"""What is done after the answer, and for how many seconds it is shown."""
+"""Actions after the answer, and for how many seconds the result of each is shown."""
 
 
 def main() -> None:
-    """Record, show, join, and say how large the clip is."""
+    """Make the clip and print its size."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("records", nargs="?", help="what POST /api/events answered")
+    parser.add_argument("records", nargs="?", help="a file with the answer of POST /api/events")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "docs" / "window.webp", help="where the clip goes"
+        "--out", type=Path, default=ROOT / "docs" / "window.webp", help="the file to write"
     )
-    given = parser.parse_args()
+    args = parser.parse_args()
     from dart_llm.server.window import GREETING, STATIC, read_records
 
     greeting = json.loads((STATIC / GREETING).read_text("utf-8"))
-    found = read_records(given.records) if given.records else greeting
+    records = read_records(args.records) if args.records else greeting
     with tempfile.TemporaryDirectory() as folder:
-        pictures = list(shown(found, Path(folder)))
-    join(pictures, given.out)
-    size = given.out.stat().st_size
+        pictures = list(shown(records, Path(folder)))
+    join(pictures, args.out)
+    size = args.out.stat().st_size
     seconds = sum(duration for _, duration in pictures)
-    print(f"{given.out}: {seconds:.1f} s, {len(pictures)} pictures, {size / 1e6:.2f} MB")
+    print(f"{args.out}: {seconds:.1f} s, {len(pictures)} pictures, {size / 1e6:.2f} MB")
     if size > LARGEST:
         raise SystemExit(f"the clip is larger than {LARGEST / 1e6:g} MB: give fewer tokens")
 
 
 def shown(records: list[dict[str, Any]], folder: Path) -> Iterator[tuple[bytes, float]]:
-    """PNG pictures and the seconds that each is shown."""
+    """PNG pictures, each with the seconds for which it is shown."""
     from browser import opened
     from dart_llm.server.window import page
 
@@ -88,13 +88,13 @@ def shown(records: list[dict[str, Any]], folder: Path) -> Iterator[tuple[bytes, 
 
 
 def picture(window: Any) -> bytes:
-    """What the page shows once it is drawn."""
+    """A PNG of the page after it has been drawn."""
     window.js(SETTLED)
     return bytes(window.driver.get_screenshot_as_png())
 
 
 def join(pictures: list[tuple[bytes, float]], out: Path) -> None:
-    """One animated file, of the kind that its name says."""
+    """Write one animated file, in the format of its suffix."""
     from PIL import Image
 
     images = [Image.open(io.BytesIO(png)).convert("RGB") for png, _ in pictures]

@@ -1,10 +1,10 @@
-"""Makes the recording that greets a visitor of the window: one answer, pruned and dense.
+"""Make the recording that the server's page plays to visitors: one answer, pruned and dense.
 
 Usage: python benchmarks/make_greeting.py [--out src/dart_llm/server/static/greeting.json]
 
-Both answers are the default model's, greedy, one after the other on a warm engine, as the window
-asks for them.  Kept are the records that the page reads, numbers with as many digits as it shows.
-Run it on a machine that does nothing else: the page says how fast the answers were.
+Both answers come from the default model, greedy, one after the other on a warm engine, with the
+page's requests.  The script keeps the records that the page reads, with numbers rounded to the
+digits that it shows.  Run it on an idle machine, because the page shows how fast the answers were.
 """
 
 from __future__ import annotations
@@ -17,37 +17,38 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 STATIC = ROOT / "src" / "dart_llm" / "server" / "static"
 TOKENS = 192
-"""The window's longest answer."""
+"""The page's limit on the length of an answer."""
 LARGEST = 130_000
-"""Bytes that the recording may have."""
+"""Maximum size of the recording in bytes."""
 OF_TOKEN = ("kind", "choice", "index", "id", "text", "piece", "phase", "logprob", "seconds")
 OF_CONFIG = ("method", "masking_step", "min_evidence")
 TOP = 2
-"""Other likely tokens that are kept."""
+"""Number of alternative tokens kept at each position."""
 
 
 def main() -> None:
-    """Record, thin out, write, and say what was recorded."""
+    """Record, reduce and write the answers, and print a summary."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=STATIC / "greeting.json", help="where it goes")
-    parser.add_argument("--dtype", default="float32", help="of the dense weights")
-    parser.add_argument("--place", type=int, default=0, help="of the ready prompt, from 0")
-    parser.add_argument("--method", help="instead of the ready prompts' own")
-    given = parser.parse_args()
-    records = [thin(one) for one in record(given.dtype, given.place, given.method)]
+    parser.add_argument(
+        "--out", type=Path, default=STATIC / "greeting.json", help="the file to write"
+    )
+    parser.add_argument("--dtype", default="float32", help="dtype of the dense weights")
+    parser.add_argument("--place", type=int, default=0, help="number of the ready prompt, from 0")
+    parser.add_argument("--method", help="method to use instead of the ready prompt's")
+    args = parser.parse_args()
+    records = [thin(event) for event in record(args.dtype, args.place, args.method)]
     text = json.dumps(records, ensure_ascii=False, separators=(",", ":"))
     if len(text.encode()) > LARGEST:
         raise SystemExit(f"the recording has {len(text.encode())} bytes, more than {LARGEST}")
-    given.out.write_text(text.replace(',{"kind"', ',\n{"kind"') + "\n", encoding="utf-8")
-    for one in records:
-        if one["kind"] in ("remask", "done"):
-            print(
-                {name: one[name] for name in ("step", "cause", "finish", "timings") if name in one}
-            )
+    args.out.write_text(text.replace(',{"kind"', ',\n{"kind"') + "\n", encoding="utf-8")
+    names = ("step", "cause", "finish", "timings")
+    for event in records:
+        if event["kind"] in ("remask", "done"):
+            print({name: event[name] for name in names if name in event})
 
 
 def record(dtype: str, place: int, method: str | None) -> list[dict[str, Any]]:
-    """The records of a ready prompt's answers: pruned by the first one's settings, then dense."""
+    """Records of two answers to a ready prompt: with the first prompt's settings, and dense."""
     from dart_llm.data.texts import chat_ids
     from dart_llm.engine.engine import Engine
     from dart_llm.engine.requests import GenerationRequest as Ask
@@ -57,41 +58,42 @@ def record(dtype: str, place: int, method: str | None) -> list[dict[str, Any]]:
     from dart_llm.server.window import PROMPTS
 
     ready = json.loads((STATIC / PROMPTS).read_text("utf-8"))
-    asked = {name: value for name, value in ready[0]["dart"].items() if value}
-    own = asked.pop("method")
-    config = PruneConfig.build(method or own, **asked)
+    settings = {name: value for name, value in ready[0]["dart"].items() if value}
+    default = settings.pop("method")
+    config = PruneConfig.build(method or default, **settings)
     model, tokenizer = load("smollm2-135m", weights="dense", dtype=dtype)
     ids = chat_ids(tokenizer, [{"role": "user", "content": ready[place]["text"]}])
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     with Engine(model, tokenizer) as engine:
-        for one in (config, None):
-            engine.run(Ask(ids, Sampling(max_tokens=8), one))  # what is made once is made here
-            ask = Ask(ids, Sampling(max_tokens=TOKENS, logprobs=TOP), one)
-            engine.run(ask, lambda told: found.append(told.to_dict()))
-    return found
+        for pruning in (config, None):
+            engine.run(Ask(ids, Sampling(max_tokens=8), pruning))  # warm up
+            ask = Ask(ids, Sampling(max_tokens=TOKENS, logprobs=TOP), pruning)
+            engine.run(ask, lambda event: records.append(event.to_dict()))
+    return records
 
 
-def thin(told: dict[str, Any]) -> dict[str, Any]:
-    """A record without what the page does not read."""
-    if told["kind"] == "start":
-        config = {name: told["config"].get(name) for name in OF_CONFIG}
-        rule = (told["config"].get("drift") or {}).get("rule")
-        return {**told, "config": {**config, "drift": {"rule": rule}}}
-    if told["kind"] == "token":
-        kept = {name: rounded(told[name]) for name in OF_TOKEN}
-        return {**kept, "top": [{**one, "logprob": rounded(one["logprob"])} for one in told["top"]]}
-    if told["kind"] == "mask":
-        return {**told, "kept_share": [rounded(share) for share in told["kept_share"]]}
-    if told["kind"] == "remask":
-        return {name: rounded(value) for name, value in told.items() if name != "kept"}
-    if told["kind"] == "done":
+def thin(event: dict[str, Any]) -> dict[str, Any]:
+    """A record without the keys that the page does not read."""
+    if event["kind"] == "start":
+        config = {name: event["config"].get(name) for name in OF_CONFIG}
+        rule = (event["config"].get("drift") or {}).get("rule")
+        return {**event, "config": {**config, "drift": {"rule": rule}}}
+    if event["kind"] == "token":
+        kept = {name: rounded(event[name]) for name in OF_TOKEN}
+        top = [{**token, "logprob": rounded(token["logprob"])} for token in event["top"]]
+        return {**kept, "top": top}
+    if event["kind"] == "mask":
+        return {**event, "kept_share": [rounded(share) for share in event["kept_share"]]}
+    if event["kind"] == "remask":
+        return {name: rounded(value) for name, value in event.items() if name != "kept"}
+    if event["kind"] == "done":
         names = ("achieved_sparsity", "dense_token_share", "decoded_tokens", "remasks")
-        return {**told, "report": {name: told["report"][name] for name in names}}
-    return {name: rounded(value) for name, value in told.items()}
+        return {**event, "report": {name: event["report"][name] for name in names}}
+    return {name: rounded(value) for name, value in event.items()}
 
 
 def rounded(value: Any) -> Any:
-    """Four digits after the point."""
+    """A float rounded to four decimal places; other values unchanged."""
     return round(value, 4) if isinstance(value, float) else value
 
 

@@ -1,10 +1,10 @@
-"""Two-topic prompts from an ontology: ``python benchmarks/make_prompts.py 480 > prompts.jsonl``.
+"""Generate two-topic prompts: ``python benchmarks/make_prompts.py 480 > prompts.jsonl``.
 
-The package's ``prompts.jsonl`` is what this prints of 480 prompts, seed 0 and ``prompts/*.yaml``.
+The package's ``prompts.jsonl`` was made with this command, seed 0 and ``prompts/*.yaml``.
 An ontology has ``domains`` (``field``, ``expert``, ``place``, and items under ``singular`` and
 ``plural``), ``templates`` with slots, and ``choices`` for slots that no topic fills.  The same
-count, seed and ontology give the same prompts everywhere; a shorter list is the beginning of a
-longer one.  Templates, ordered pairs of domains and items are used equally often.
+count, seed and ontology give the same prompts on every machine; a shorter list is a prefix of a
+longer list.  Templates, ordered pairs of domains and items are used equally often.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parent / "prompts"
 
 
 def load(path: Path = FOLDER / "ontology.yaml") -> dict[str, Any]:
-    """An ontology; one without templates takes those in ``prompts``, and their choices."""
+    """An ontology; without templates it gets those of prompts/templates.yaml, and their choices."""
     shared = yaml.safe_load((FOLDER / "templates.yaml").read_text(encoding="utf-8"))
     ontology = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "templates" not in ontology:
@@ -44,7 +44,7 @@ def items(domain: Mapping[str, Any]) -> list[tuple[str, bool]]:
 
 
 def topic_slots(domain: Mapping[str, Any], item: tuple[str, bool], side: str) -> dict[str, str]:
-    """What the slots that end in ``_<side>`` become for one topic."""
+    """The values of the slots that end in ``_<side>`` for a topic."""
     name, plural = item
     verb, subject, object_ = ("are", "they", "them") if plural else ("is", "it", "it")
     values = {"topic": name, **{key: domain[key] for key in ("field", "expert", "place")}}
@@ -53,7 +53,7 @@ def topic_slots(domain: Mapping[str, Any], item: tuple[str, bool], side: str) ->
 
 
 def fill(template: str, values: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """The text, and the slots that it uses; a slot that starts with a capital starts a sentence."""
+    """The text and the slots it uses; a slot name in upper case capitalises the slot's value."""
     template = " ".join(template.split())
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     used = sorted({name if name in values else name[:1].lower() + name[1:] for name in names})
@@ -63,17 +63,17 @@ def fill(template: str, values: Mapping[str, str]) -> tuple[str, dict[str, str]]
     return template.format_map({**capital, **values}), {name: values[name] for name in used}
 
 
-# Of all methods of Random, only random() is promised to give the same numbers in later Pythons.
+# Python guarantees the same numbers in later versions only for Random.random().
 def pick(values: Sequence[T], rng: random.Random) -> T:
     return values[int(rng.random() * len(values))]
 
 
 def shuffled(values: Iterable[T], rng: random.Random) -> list[T]:
-    found = list(values)
-    for last in range(len(found) - 1, 0, -1):
+    order = list(values)
+    for last in range(len(order) - 1, 0, -1):
         other = int(rng.random() * (last + 1))
-        found[last], found[other] = found[other], found[last]
-    return found
+        order[last], order[other] = order[other], order[last]
+    return order
 
 
 def generate(count: int, seed: int, ontology: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -91,10 +91,10 @@ def generate(count: int, seed: int, ontology: Mapping[str, Any]) -> list[dict[st
         )
         for shift in range(len(templates))
         for number, (a, b) in enumerate(pairs)
-    ]  # along diagonals: the next one has another template and another pair of domains
+    ]  # along diagonals: each draw has another template and domain pair than the one before
     while draws:
         for template, a, b, topics in draws:
-            rarity = [uses[one] + uses[other] for (one, _), (other, _) in topics]
+            rarity = [uses[left] + uses[right] for (left, _), (right, _) in topics]
             rarest = [index for index, used in enumerate(rarity) if used == min(rarity)]
             first, second = topics.pop(pick(rarest, rng))
             uses.update((first[0], second[0]))
@@ -116,7 +116,7 @@ def generate(count: int, seed: int, ontology: Mapping[str, Any]) -> list[dict[st
             if len(prompts) == count:
                 return prompts
         draws = [draw for draw in draws if draw[3]]
-    raise SystemExit(f"this ontology gives {len(prompts)} prompts at most: ask for fewer")
+    raise SystemExit(f"this ontology gives at most {len(prompts)} prompts: request fewer")
 
 
 def main() -> None:
@@ -124,8 +124,8 @@ def main() -> None:
     parser.add_argument("count", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ontology", type=Path, default=FOLDER / "ontology.yaml")
-    given = parser.parse_args()
-    for row in generate(given.count, given.seed, load(given.ontology)):
+    args = parser.parse_args()
+    for row in generate(args.count, args.seed, load(args.ontology)):
         print(json.dumps(row))
 
 

@@ -1,17 +1,16 @@
-"""Quality of weights in blocks: perplexity and KL against bfloat16, beside llama-perplexity's own.
+"""Quality of packed weights: perplexity and KL against bfloat16, compared with llama-perplexity.
 
     python benchmarks/packed_quality.py --text wiki.txt --weights file,q8_0,q4_0,q4_1 \\
         --gguf FILE-Q8_0.gguf --gguf FILE-Q4_K_M.gguf --tool PATH/llama-perplexity
 
-Both read the same text as llama-perplexity does: whole chunks of ``--context`` tokens, of which
-the second half is scored.  Ours are read as prompts are; the first ``--decode`` chunks also token
-by token by native steps, as texts are generated.  Every ``--gguf`` is read by both programs; KL is
-that of each row against the prompt of the model in bfloat16, of llama.cpp against ``--base`` (a
-BF16 file of the same model).  Bits are those of all weights, scales included: in memory, and in
-the file.
-``--tool`` (or ``LLAMA_PERPLEXITY``) is never needed: without it ours stand alone.  Writes
-benchmarks/results/packed-quality.json, and exits with 1 where a file's perplexities differ by more
-than ``--tolerance``.
+Both programs split the text as llama-perplexity does: whole chunks of ``--context`` tokens, of
+which the second half is scored.  dart-llm processes chunks as prompts, and the first ``--decode``
+chunks also token by token with native steps.  Both programs score every ``--gguf``.  The KL of
+dart-llm's rows is against the model in bfloat16, that of llama.cpp's against ``--base`` (a BF16
+file of the same model).  Bits per weight count all weights with their scales, in memory or in the
+file.  ``--tool`` (or ``LLAMA_PERPLEXITY``) is optional: without it only dart-llm is measured.
+Writes benchmarks/results/packed-quality.json, and exits with 1 if a file's two perplexities differ
+by more than ``--tolerance``.
 """
 
 from __future__ import annotations
@@ -49,25 +48,26 @@ DIVERGENCE = re.compile(r"Mean\s+KLD:\s+(-?[\d.eE+-]+)")
 
 
 def chunks_of(text: str, tokenizer: Any, length: int, most: int | None) -> list[Tensor]:
-    """[1, length] token ids each, the last line break left out, as llama-perplexity cuts them.
+    """Chunks of token ids [1, length], split as llama-perplexity does, without the last line break.
 
-    Names of special tokens in the text are text.  Where texts begin with a token of their own, it
-    replaces the first one of each chunk.
+    Special tokens' names in the text are treated as text.  If the tokenizer adds a first token, it
+    replaces the first token of each chunk.
     """
     how = {"split_special_tokens": True, "return_tensors": "pt", "verbose": False}
     ids = tokenizer(text.removesuffix("\n"), **how).input_ids
-    found = [ids[:, at : at + length].clone() for at in range(0, ids.shape[1] - length + 1, length)]
-    if not found:
+    starts = range(0, ids.shape[1] - length + 1, length)
+    chunks = [ids[:, start : start + length].clone() for start in starts]
+    if not chunks:
         raise SystemExit(f"the text has {ids.shape[1]} tokens: give more than {length}")
     if ids[0, 0] == tokenizer.bos_token_id and tokenizer("a").input_ids[0] == ids[0, 0]:
-        for one in found:
-            one[0, 0] = ids[0, 0]
-    return found[:most]
+        for chunk in chunks:
+            chunk[0, 0] = ids[0, 0]
+    return chunks[:most]
 
 
 @torch.inference_mode()
 def log_probabilities(model: Any, ids: Tensor, *, decode: bool) -> Tensor:
-    """[n, V] float32 for the scored tokens of ids [1, T]: those after its first half and one."""
+    """[n, V] float32 of the scored tokens of ids [1, T]: its second half except the first token."""
     first = ids.shape[1] // 2
     if not decode:
         logits = model(ids).logits[0, first:-1]
@@ -82,15 +82,15 @@ def log_probabilities(model: Any, ids: Tensor, *, decode: bool) -> Tensor:
 
 @dataclass
 class Sums:
-    """Losses and divergences of the scored tokens, chunk by chunk."""
+    """Losses and KL divergences of the scored tokens, one tensor per chunk."""
 
     losses: list[Tensor] = field(default_factory=list)
     divergences: list[Tensor] = field(default_factory=list)
 
-    def add(self, found: Tensor, base: Tensor, ids: Tensor) -> None:
-        """Log-probabilities [n, V] of the last n of ids [1, T], and those to compare with."""
-        self.losses.append(-found.gather(1, ids[0, -len(found) :, None])[:, 0])
-        self.divergences.append((base.exp() * (base - found)).sum(-1))
+    def add(self, scores: Tensor, base: Tensor, ids: Tensor) -> None:
+        """Add log-probabilities [n, V] of the last n of ids [1, T], and those of the base model."""
+        self.losses.append(-scores.gather(1, ids[0, -len(scores) :, None])[:, 0])
+        self.divergences.append((base.exp() * (base - scores)).sum(-1))
 
     def facts(self) -> dict[str, Any]:
         losses = torch.cat(self.losses)
@@ -103,7 +103,7 @@ class Sums:
 
 @contextlib.contextmanager
 def native_steps(model: Any) -> Iterator[None]:
-    """Our own dense path while it lasts: tokens are decoded by native steps."""
+    """Inside the block, the dense model decodes with native steps."""
     with Run(model, PruneConfig.build("griffin", sparsity=0.0, executor="native")):
         yield
 
@@ -111,25 +111,25 @@ def native_steps(model: Any) -> Iterator[None]:
 def ours(
     rows: Mapping[str, Callable[[], Any]], chunks: list[Tensor], decoded: int
 ) -> list[dict[str, Any]]:
-    """A row per model, read as prompts; the first ``decoded`` chunks also by native steps.
+    """A row per model over all chunks as prompts, and over ``decoded`` chunks by native steps.
 
-    ``rows``: what loads each, one after the other; the first is what the others are compared with.
+    ``rows``: functions that load the models in turn; the first is the base of the comparison.
     """
     base: list[Tensor] = []
-    made = []
+    results = []
     for name, load_row in rows.items():
         model = load_row()
         prompts, steps = Sums(), Sums()
         for number, ids in enumerate(chunks):
-            found = log_probabilities(model, ids, decode=False)
+            scores = log_probabilities(model, ids, decode=False)
             if len(base) == number:
-                base.append(found)
-            prompts.add(found, base[number], ids)
+                base.append(scores)
+            prompts.add(scores, base[number], ids)
         if decoded:
             with native_steps(model):
-                for known, ids in zip(base[:decoded], chunks[:decoded], strict=True):
-                    steps.add(log_probabilities(model, ids, decode=True), known, ids)
-        made.append(
+                for expected, ids in zip(base[:decoded], chunks[:decoded], strict=True):
+                    steps.add(log_probabilities(model, ids, decode=True), expected, ids)
+        results.append(
             {
                 "row": name,
                 "program": "dart-llm",
@@ -139,32 +139,32 @@ def ours(
                 **({"decoded": steps.facts()} if decoded else {}),
             }
         )
-        print(line(made[-1]), flush=True)
-    return made
+        print(line(results[-1]), flush=True)
+    return results
 
 
 def bits_of(file: Path) -> float:
-    """Of all weights of a GGUF file, per weight."""
+    """Mean bits per weight of a GGUF file."""
     tensors = read_gguf(file).tensors.values()
-    return 8 * sum(one.size for one in tensors) / sum(math.prod(one.shape) for one in tensors)
+    return 8 * sum(t.size for t in tensors) / sum(math.prod(t.shape) for t in tensors)
 
 
 def theirs(tool: str, file: Path, args: argparse.Namespace, base: Path | None) -> dict[str, Any]:
-    """llama-perplexity's row of a file; ``base``: where logits of ``--base`` lie."""
+    """llama-perplexity's row for a file; ``base``: the file with the logits of ``--base``."""
     common = ["-f", args.text, "-c", str(args.context), "-t", str(args.threads)]
     if args.chunks:
         common += ["--chunks", str(args.chunks)]
-    told = _run([tool, "-m", str(file), *common])
-    estimate = PERPLEXITY.search(told)
+    output = _run([tool, "-m", str(file), *common])
+    estimate = PERPLEXITY.search(output)
     if estimate is None:
-        raise SystemExit(f"{tool} told no perplexity of {file.name}: {told[-300:]}")
+        raise SystemExit(f"{tool} printed no perplexity of {file.name}: {output[-300:]}")
     kl = None
     if base is not None:
         compared = ["--kl-divergence", "--kl-divergence-base", str(base)]
-        found = DIVERGENCE.search(_run([tool, "-m", str(file), *common, *compared]))
-        kl = float(found[1]) if found else None
+        divergence = DIVERGENCE.search(_run([tool, "-m", str(file), *common, *compared]))
+        kl = float(divergence[1]) if divergence else None
     perplexity, spread = map(float, estimate.groups())
-    courses = [float(value) for value in COURSE.findall(told)]
+    courses = [float(value) for value in COURSE.findall(output)]
     named = {"row": file.stem, "program": "llama.cpp", "held": file.name, "bits": bits_of(file)}
     return {**named, "perplexity": perplexity, "spread": spread, "kl": kl, "course": courses}
 
@@ -177,7 +177,7 @@ def _run(command: list[str]) -> str:
 
 
 def their_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per file; the logits of the base are kept while they are compared with."""
+    """llama-perplexity's row for each file; the base's logits are stored temporarily."""
     with tempfile.TemporaryDirectory() as folder:
         base = None
         if args.base is not None:
@@ -189,14 +189,14 @@ def their_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def compare(rows: list[dict[str, Any]]) -> float:
-    """Tell each row how far it is from bfloat16 and from llama.cpp's of its file; the farthest."""
-    known = {row["row"]: row for row in rows if row["program"] == "llama.cpp"}
+    """Add to each row its distance from bfloat16 and llama.cpp; return the largest distance."""
+    by_file = {row["row"]: row for row in rows if row["program"] == "llama.cpp"}
     worst = 0.0
     for row in rows:
         row["times_dense"] = row["perplexity"] / rows[0]["perplexity"]
-        if row["program"] != "dart-llm" or row["row"] not in known:
+        if row["program"] != "dart-llm" or row["row"] not in by_file:
             continue
-        other = known[row["row"]]
+        other = by_file[row["row"]]
         row["to_llama_cpp"] = row["perplexity"] / other["perplexity"] - 1
         worst = max(worst, abs(row["to_llama_cpp"]))
         decoded = row.get("decoded")
@@ -209,7 +209,7 @@ def compare(rows: list[dict[str, Any]]) -> float:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row for the terminal: perplexity, KL, beside llama.cpp, and the same decoded."""
+    """A row for the terminal: perplexity, KL and distance from llama.cpp, as prompt and decoded."""
     cells = [f"{row['program']:9} {row['row']:36} {row['bits']:6.2f}"]
     for part in (row, row.get("decoded")):
         if part:
@@ -227,14 +227,21 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--text", required=True, help="a text file")
     options.add_argument("--weights", default="file,q8_0,q4_0,q4_1", help="formats of --model")
-    options.add_argument("--gguf", type=Path, action="append", default=[], help="for both programs")
+    options.add_argument(
+        "--gguf", type=Path, action="append", default=[], help="a file for both programs"
+    )
     options.add_argument("--base", type=Path, help="a BF16 file, for llama.cpp's KL")
     options.add_argument("--tool", default=os.getenv("LLAMA_PERPLEXITY"), help="llama-perplexity")
     options.add_argument("--context", type=int, default=512, help="tokens of a chunk")
-    options.add_argument("--chunks", type=int, help="at most (default: the whole text)")
-    options.add_argument("--decode", type=int, default=0, help="chunks to decode too")
-    options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both")
-    options.add_argument("--tolerance", type=float, default=0.005, help="between the programs")
+    options.add_argument("--chunks", type=int, help="chunks at most (default: the whole text)")
+    options.add_argument(
+        "--decode", type=int, default=0, help="chunks to decode token by token too"
+    )
+    threads = torch.get_num_threads()
+    options.add_argument("--threads", type=int, default=threads, help="threads of both programs")
+    options.add_argument(
+        "--tolerance", type=float, default=0.005, help="largest difference allowed"
+    )
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     text, about = read_text(args.text)
@@ -245,12 +252,12 @@ def main() -> None:
     for file in args.gguf:
         rows[file.stem] = functools.partial(loaded, file, "file")
     chunks = chunks_of(text, tokenizer, args.context, args.chunks)
-    found = ours(rows, chunks, min(args.decode, len(chunks)))
-    found += their_rows(args) if args.tool else []
-    worst = compare(found)
-    print(*map(line, found), sep="\n")
+    results = ours(rows, chunks, min(args.decode, len(chunks)))
+    results += their_rows(args) if args.tool else []
+    worst = compare(results)
+    print(*map(line, results), sep="\n")
     chosen = {name: getattr(args, name) for name in ("context", "chunks", "decode", "threads")}
-    data = {"text": about, **chosen, "tolerance": args.tolerance, "rows": found}
+    data = {"text": about, **chosen, "tolerance": args.tolerance, "rows": results}
     print(save(args.out or "packed-quality", dense, data))
     if worst > args.tolerance:
         raise SystemExit(f"a file's perplexities differ by {worst:.2%}")

@@ -1,8 +1,8 @@
-"""A model of a given shape with random weights, as a folder that every command loads.
+"""Write a model of a given shape with random weights, as a folder that every command can load.
 
     python benchmarks/random_checkpoint.py benchmarks/shapes/qwen2.5-1.5b-shape/config.json FOLDER
 
-The weights are bfloat16 and the tokenizer is the default model's, so only speed means anything.
+The weights are bfloat16 and the tokenizer is the default model's, so only speed is meaningful.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dart_llm.models.loading import load
 
 
 def write(config: Path, folder: Path) -> Path:
-    """Write the checkpoint to ``folder``, unless it is there; ``folder``."""
+    """Write the checkpoint to ``folder`` unless it exists; return ``folder``."""
     if (folder / "config.json").is_file():
         return folder
     tokenizer = load("smollm2-135m")[1]

@@ -1,10 +1,10 @@
-"""A GGUF file of a shape, in bfloat16 with random weights and no vocabulary: for llama-bench.
+"""Write a GGUF file of a model shape, for llama-bench: random bfloat16 weights, no vocabulary.
 
     python benchmarks/random_gguf.py shapes/qwen2.5-1.5b-shape/config.json shape.gguf
     llama-quantize --pure shape.gguf shape-Q4_0.gguf Q4_0
 
-Shapes of llama, qwen2 and qwen3.  ``bench speed --model FOLDER --reference llama.cpp
---reference-file FILE`` times it beside the same shape in dart-llm (random_checkpoint.py).
+Supports shapes of llama, qwen2 and qwen3.  ``bench speed --model FOLDER --reference llama.cpp
+--reference-file FILE`` times the file beside the same shape in dart-llm (random_checkpoint.py).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def vectors(config: dict[str, Any]) -> Iterator[tuple[str, int, float]]:
 
 
 def header(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    """The metadata that llama.cpp asks for."""
+    """Write the metadata that llama.cpp needs."""
     heads = config["num_attention_heads"]
     rope = config.get("rope_parameters") or {}
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
@@ -83,7 +83,7 @@ def main() -> None:
     args = options.parse_args()
     config = json.loads(args.config.read_text(encoding="utf-8"))
     if config["model_type"] not in FAMILIES:
-        raise SystemExit(f"shapes of {', '.join(FAMILIES)} are known, not {config['model_type']}")
+        raise SystemExit(f"supported are {', '.join(FAMILIES)}, not {config['model_type']}")
     writer = gguf.GGUFWriter(str(args.out), config["model_type"], use_temp_file=True)
     header(writer, config)
     generator = torch.Generator().manual_seed(0)

@@ -2,10 +2,10 @@
 
 Usage: python benchmarks/reproduce.py [NAME] [--texts FOLDER|hub] [--dry-run]
 
-Without a name: every table.  The commands stand in benchmarks/results/NAME.md.  They run in
+Without a name it lists the tables.  The commands come from benchmarks/results/NAME.md.  They run in
 results/reproduce/NAME/clone, which links to this project's benchmarks and recipes; texts are linked
-from ``--texts`` into ../shared/data.  What is finished is not run again.  Exit codes: 2 where an
-input is missing or is another file, or the name is unknown; a command's own code where one fails.
+from ``--texts`` into ../shared/data.  Finished work is not repeated.  Exit codes: 2 if an input is
+missing or has another checksum, or if the name is unknown; the command's code if a command fails.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ INPUTS: Mapping[str, Mapping[str, Any]] = yaml.safe_load(
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """List the tables, or run the commands of one."""
+    """List the tables, or run the commands of a table."""
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    options.add_argument("name", nargs="?", help="of a table; without it: list them")
+    options.add_argument("name", nargs="?", help="name of a table (default: list all tables)")
     options.add_argument("--texts", default=str(ROOT.parent / "shared/data"),
                          help="folder of the texts, or hub")  # fmt: skip
     options.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
@@ -62,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def needed(commands: Sequence[str]) -> list[str]:
-    """The inputs that the commands, or the grids that they name, mention."""
+    """The inputs that are named in the commands or in the grids that the commands use."""
     text = "\n".join(commands)
     grids = (ROOT / word for word in text.split() if word.endswith(".yaml"))
     text += "".join(path.read_text("utf-8") for path in grids if path.is_file())
@@ -70,13 +70,13 @@ def needed(commands: Sequence[str]) -> list[str]:
 
 
 def find(name: str, texts: Path) -> Path | None:
-    """An input in the folder of the texts, beside it, or in this repository."""
-    places = (texts, texts.parent, ROOT, ROOT / "benchmarks")
-    return next((place / name for place in places if (place / name).exists()), None)
+    """The path of an input: in the folder of the texts, its parent, or this repository."""
+    folders = (texts, texts.parent, ROOT, ROOT / "benchmarks")
+    return next((folder / name for folder in folders if (folder / name).exists()), None)
 
 
 def problem(name: str, path: Path | None) -> str | None:
-    """Why an input cannot be used, in one sentence; None where it can."""
+    """Why an input cannot be used; None if it can."""
     facts = INPUTS[name]
     wanted = f"Expected: sha256 {facts['sha256']}. Where to get it: {facts['get'].strip()}."
     if path is None:
@@ -86,7 +86,7 @@ def problem(name: str, path: Path | None) -> str | None:
 
 
 def sha256(path: Path, patterns: Sequence[str] = ("*",)) -> str:
-    """Checksum of a file; of a folder that of the lines "checksum  name" of its files."""
+    """Checksum of a file, or, for a folder, of the lines "checksum  name" of its files."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -96,7 +96,7 @@ def sha256(path: Path, patterns: Sequence[str] = ("*",)) -> str:
 
 
 def fetched(inputs: Sequence[str], folder: Path) -> Path:
-    """A folder with what the hub has of the inputs; files that are there stay."""
+    """The folder of the inputs that the hub has, after fetching those that are missing."""
     texts = folder.parent / "texts"
     for name in inputs:
         if "hub" in INPUTS[name] and problem(name, find(name, texts)):
@@ -106,16 +106,16 @@ def fetched(inputs: Sequence[str], folder: Path) -> Path:
 
 
 def run(name: str, commands: Sequence[str], folder: Path, paths: Mapping[str, Path]) -> int:
-    """Run the commands one after the other, then print the kept tables and the new ones."""
+    """Run the commands one after the other, then print the published tables and the new ones."""
     clone, shared = folder / "clone", folder / "shared"
-    links = {clone / place: ROOT / place for place in ("benchmarks", "recipes")}
-    for one, path in paths.items():
-        model, tasks = one.endswith(".gguf"), one == "tasks"
-        links[(clone if model else shared if tasks else shared / "data") / one] = path
-    for place, target in links.items():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.unlink(missing_ok=True)
-        place.symlink_to(target.resolve())
+    links = {clone / part: ROOT / part for part in ("benchmarks", "recipes")}
+    for input_name, path in paths.items():
+        model, tasks = input_name.endswith(".gguf"), input_name == "tasks"
+        links[(clone if model else shared if tasks else shared / "data") / input_name] = path
+    for link, target in links.items():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.resolve())
     variables = {**os.environ, "DART_KEPT_RESULTS": str((folder / "new").resolve())}
     for number, command in enumerate(commands, 1):
         program, *words = shlex.split(command)
@@ -124,9 +124,9 @@ def run(name: str, commands: Sequence[str], folder: Path, paths: Mapping[str, Pa
             words += ["--results-dir", "../runs"]
         done = subprocess.run([sys.executable, *words], cwd=clone, env=variables)
         if done.returncode:
-            print(f"stopped with exit code {done.returncode}; the same call resumes")
+            print(f"stopped with exit code {done.returncode}; the same command resumes")
             return done.returncode
-    print(f"\nkept:\n\n{sections(name)[2]}\n\nagain:\n")
+    print(f"\npublished:\n\n{sections(name)[2]}\n\nreproduced:\n")
     for path in sorted([*folder.glob("runs/*/*/*.md"), *folder.glob("new/*.json")]):
         print(path.read_text("utf-8") if path.suffix == ".md" else path)
     return 0

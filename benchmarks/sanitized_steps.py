@@ -1,7 +1,7 @@
 """Random whole decode steps of the native kernels under ASan and UBSan.
 
-Builds tests/native/steps.cpp, which draws small decoders of every shape that whole steps know, and
-compares each step with plain loops.  A sequence depends on the seed and its number alone.
+Builds tests/native/steps.cpp, which draws small decoders of every shape that whole steps support
+and compares each step with plain loops.  A sequence depends only on the seed and its number.
 
 Usage: python benchmarks/sanitized_steps.py [--steps 12000] [--seed 1]
 """
@@ -24,13 +24,13 @@ from sanitized import COMPILER, FLAGS, driver, kernel_objects, random_steps
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    options.add_argument("--steps", type=int, default=12000, help="steps to make at least")
-    options.add_argument("--seed", type=int, default=1, help="another one draws other decoders")
+    options.add_argument("--steps", type=int, default=12000, help="run at least so many steps")
+    options.add_argument("--seed", type=int, default=1, help="seed of the random decoders")
     options.add_argument("--first", type=int, default=0, help="number of the first sequence")
     options.add_argument("--out", default="sanitized-steps", help="name of the JSON file")
     args = options.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         begun = time.monotonic()
         program = driver("steps", kernel_objects(folder), folder)
         built = time.monotonic()
@@ -38,9 +38,9 @@ def main() -> None:
             counts = random_steps(program, args.steps, args.seed, args.first)
         except RuntimeError as error:
             raise SystemExit(str(error)) from None
-    said = subprocess.run([str(COMPILER), "--version"], capture_output=True, text=True)
+    version = subprocess.run([str(COMPILER), "--version"], capture_output=True, text=True)
     data = {
-        "compiler": said.stdout.splitlines()[0],
+        "compiler": version.stdout.splitlines()[0],
         "flags": FLAGS,
         "seed": args.seed,
         "counts": counts,

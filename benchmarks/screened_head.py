@@ -1,13 +1,14 @@
-"""The screened head in simulation: what is lost at which share of the head's bytes.
+"""Simulate the screened head: its loss at several shares of the head's bytes.
 
     python benchmarks/screened_head.py --text wiki.txt --model smollm2-135m
 
-Hidden states of three texts are scored by the whole head and by screens of it: the model's own
-sampled text, of which screens are made; its greedy answers to prompts of the package; and slices of
-``--text`` (chunks of 512 tokens, the second half of each).  KL is that of the whole head against
-the screened one.  Rows "shipped" are what ``--head screened`` does, for a head stored in bfloat16,
-Q8_0 and Q4_0: the threshold is set on the model's own text, and bytes of other texts differ.  Rows
-"alternative" read equal bytes of each text.  Writes benchmarks/results/screened-head-NAME.json.
+A screen computes approximate scores of all vocabulary entries from few bytes; only the entries
+selected by these are scored exactly.  Screens are built from text sampled from the model, and
+evaluated on its greedy answers to the package's prompts and on ``--text`` (the second halves of
+chunks of 512 tokens).  KL is that of the full head against the screened head.  Rows "shipped" are
+the screens of ``--head screened``, for a head stored in bfloat16, Q8_0 and Q4_0: the threshold is
+set on the sampled text, so the bytes on other texts differ.  Rows "alternative" are other designs
+that read equal bytes on every text.  Writes benchmarks/results/screened-head-NAME.json.
 """
 
 from __future__ import annotations
@@ -40,34 +41,36 @@ SHARES = (0.10, 0.15, 0.20, 0.25, 0.30)
 
 
 def head_inputs(model: Any, ids: Tensor) -> Tensor:
-    """What the head reads of ids [1, T]: [T, D]."""
-    seen: list[Tensor] = []
+    """The head's inputs [T, D] for ids [1, T]."""
+    states: list[Tensor] = []
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].float()))
+    handle = head.register_forward_pre_hook(lambda _, args: states.append(args[0][0].float()))
     try:
         with torch.inference_mode():
             model(ids, use_cache=False)
     finally:
         handle.remove()
-    return torch.cat(seen)
+    return torch.cat(states)
 
 
 def own_states(model: Any) -> Tensor:
-    """Of text that the model samples, as priors are learnt from it."""
-    prior = SelfStatsConfig()
-    opening = opening_ids(model, prior.sequences, prior.opening)
+    """The head's inputs for text sampled from the model, as in self-calibration."""
+    config = SelfStatsConfig()
+    opening = opening_ids(model, config.sequences, config.opening)
     if opening is None:
-        raise SystemExit("this model's tokenizer does not read the package's openings")
-    drawn = torch.Generator().manual_seed(0)
-    how = prior.temperature, prior.top_p
-    ids = sample_continuations(model, opening, prior.length, drawn, lambda text: None, *how)
-    return torch.cat([head_inputs(model, one[None]) for one in ids])
+        raise SystemExit("this model's tokenizer cannot encode the package's openings")
+    generator = torch.Generator().manual_seed(0)
+    sampling = config.temperature, config.top_p
+    ids = sample_continuations(
+        model, opening, config.length, generator, lambda text: None, *sampling
+    )
+    return torch.cat([head_inputs(model, sequence[None]) for sequence in ids])
 
 
 def answers(model: Any, tokenizer: Any, count: int, length: int) -> list[Tensor]:
-    """What the head read of each greedy answer of ``length`` tokens, [n, D]."""
+    """The head's inputs [n, D] for each greedy answer of ``length`` tokens."""
     prompts = [texts.read_prompt(name) for name in texts.prompt_names()]
-    prompts += [one.text for one in listed_prompts()][: count - len(prompts)]
+    prompts += [prompt.text for prompt in listed_prompts()][: count - len(prompts)]
     chat = bool(getattr(tokenizer, "chat_template", None))
     made = []
     with Run(model, PruneConfig.build("griffin", sparsity=0.0, executor="native")):
@@ -78,34 +81,34 @@ def answers(model: Any, tokenizer: Any, count: int, length: int) -> list[Tensor]
 
 
 def slices(model: Any, tokenizer: Any, text: str, chunks: int, length: int = 512) -> Tensor:
-    """Of the second halves of chunks of a text."""
+    """The head's inputs for the second halves of chunks of a text."""
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, : chunks * length]
-    return torch.cat([head_inputs(model, one)[length // 2 :] for one in ids.split(length, 1)])
+    return torch.cat([head_inputs(model, chunk)[length // 2 :] for chunk in ids.split(length, 1)])
 
 
 def some(states: Tensor, count: int) -> Tensor:
-    """About ``count`` of the states, evenly."""
+    """About ``count`` evenly spaced states."""
     return states[:: max(1, len(states) // count)][:count]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """States of a text and the head's scores of them, float32."""
+    """Head inputs of a text and the full head's scores for them, float32."""
 
     states: Tensor
     full: Tensor
 
     def losses(self, rough: Tensor, near: Tensor) -> dict[str, float]:
-        """``near``: the words [n, V] that are scored exactly."""
-        made = torch.where(near, self.full, rough)
-        same = made.argmax(-1) == self.full.argmax(-1)
-        kl = divergence(self.full, made)
+        """KL and share of equal best tokens; ``near`` [n, V]: the entries scored exactly."""
+        screened = torch.where(near, self.full, rough)
+        same = screened.argmax(-1) == self.full.argmax(-1)
+        kl = divergence(self.full, screened)
         return {"kl": float(kl.mean()), "same": float(same.float().mean())}
 
 
 def rounded(rows: Tensor, bits: int, group: int = 32) -> Tensor:
-    """rows [V, r] on symmetric grids of ``bits``, the best of four scales for each group."""
-    made = torch.empty_like(rows)
+    """rows [V, r] rounded to symmetric grids of ``bits``, the best of four scales per group."""
+    result = torch.empty_like(rows)
     top = 2 ** (bits - 1) - 1
     for at in range(0, len(rows), 8192):
         x = rows[at : at + 8192].reshape(-1, group)
@@ -114,19 +117,19 @@ def rounded(rows: Tensor, bits: int, group: int = 32) -> Tensor:
         for factor in (1.0, 0.9, 0.8, 0.7):
             scale = peak * factor / (top + 0.5)
             tries.append((x / scale).round().clamp(-top - 1, top) * scale)
-        errors = torch.stack([(one - x).square().sum(-1) for one in tries])
+        errors = torch.stack([(attempt - x).square().sum(-1) for attempt in tries])
         best = errors.argmin(0)
         chosen = torch.stack(tries)[best, torch.arange(len(x))]
-        made[at : at + 8192] = chosen.reshape(-1, rows.shape[1])
-    return made
+        result[at : at + 8192] = chosen.reshape(-1, rows.shape[1])
+    return result
 
 
 Rough = Callable[[Tensor], Tensor]
 
 
 def alternatives(weight: Tensor, axes: Tensor, room: float) -> Iterator[tuple[str, float, Rough]]:
-    """(name, bytes of a word, rough scores) of screens of about ``room`` bytes a word."""
-    turned = F.linear(weight, axes)
+    """(name, bytes per entry, rough scores) of screens with about ``room`` bytes per entry."""
+    projected = F.linear(weight, axes)
     hidden = weight.shape[1]
 
     def low_rank(rows: Tensor) -> Rough:
@@ -137,7 +140,7 @@ def alternatives(weight: Tensor, axes: Tensor, room: float) -> Iterator[tuple[st
         each = 2.0 if bits == 16 else (bits + 0.5) / 8
         rank = min(int(room / each) // 32 * 32, hidden)
         if rank:
-            rows = turned[:, :rank]
+            rows = projected[:, :rank]
             rows = rows.bfloat16().float() if bits == 16 else rounded(rows, bits)
             yield f"{rank} directions at {bits} bits", rank * each, low_rank(rows)
     for bits in (3, 2):
@@ -155,13 +158,13 @@ def alternatives(weight: Tensor, axes: Tensor, room: float) -> Iterator[tuple[st
             return F.linear(torch.zeros_like(h).scatter(1, best, h.gather(1, best)), rows)
 
         yield f"the {count} largest inputs at {bits} bits", count * each, largest
-    yield largest_directions(turned, axes, room)
+    yield largest_directions(projected, axes, room)
 
 
-def largest_directions(turned: Tensor, axes: Tensor, room: float) -> tuple[str, float, Rough]:
-    """As the largest inputs at 4 bits, of the head in the directions of the states."""
+def largest_directions(projected: Tensor, axes: Tensor, room: float) -> tuple[str, float, Rough]:
+    """Each token's largest inputs at 4 bits, of the head projected onto the states' directions."""
     count = min(int(room / (4.5 / 8)), len(axes))
-    rows, norms = rounded(turned, 4), turned.norm(dim=0)
+    rows, norms = rounded(projected, 4), projected.norm(dim=0)
 
     def rough(h: Tensor) -> Tensor:
         z = F.linear(h, axes)
@@ -172,20 +175,20 @@ def largest_directions(turned: Tensor, axes: Tensor, room: float) -> tuple[str, 
 
 
 def within(rough: Tensor, rows: float) -> Tensor:
-    """Words near the best one, ``rows`` on average."""
+    """Vocabulary entries whose rough score is near the best, ``rows`` on average."""
     return rough >= rough.amax(-1, keepdim=True) - threshold_for([rough], rows)
 
 
 def best_rows(rough: Tensor, rows: float) -> Tensor:
-    """The best ``rows`` words of each token."""
-    found = rough.topk(int(rows), -1).indices
-    return torch.zeros_like(rough, dtype=torch.bool).scatter(1, found, True)
+    """The ``rows`` best vocabulary entries for each token."""
+    best = rough.topk(int(rows), -1).indices
+    return torch.zeros_like(rough, dtype=torch.bool).scatter(1, best, True)
 
 
 def alternative_rows(
     weight: Tensor, axes: Tensor, seen: dict[str, Seen], share: float
 ) -> Iterator[dict[str, Any]]:
-    """Of a head in bfloat16: screens of 0.6 of the bytes, and the rest exact rows."""
+    """Rows for a bfloat16 head: screens take 0.6 of the bytes, exactly scored rows the rest."""
     words, hidden = weight.shape
     budget = share * 2 * hidden
     for name, each, rough in alternatives(weight, axes, 0.6 * budget):
@@ -196,16 +199,16 @@ def alternative_rows(
         for how, choose in ways:
             row: dict[str, Any] = {"kind": "alternative", "format": "bfloat16", "share": share}
             row |= {"screen": name, "exact": how}
-            for text, one in seen.items():
-                scores = rough(one.states)
-                row[text] = one.losses(scores, choose(scores, rows))
+            for text, inputs in seen.items():
+                scores = rough(inputs.states)
+                row[text] = inputs.losses(scores, choose(scores, rows))
             yield row
 
 
 def greedy(
     weight: Tensor, screen: Screen, made: Sequence[Tensor], best: Sequence[tuple[Tensor, Tensor]]
 ) -> dict[str, float]:
-    """Shares of whole answers and of tokens whose best word stays; and of rows read exactly."""
+    """Shares of answers and of tokens whose best token is unchanged, and of rows read exactly."""
     same, count = [], 0.0
     for states, (score, word) in zip(made, best, strict=True):
         rough = screen.rough(states)
@@ -215,7 +218,7 @@ def greedy(
         count += float(near.sum())
     tokens = torch.cat(same)
     return {
-        "texts": sum(bool(one.all()) for one in same) / len(same),
+        "texts": sum(bool(answer.all()) for answer in same) / len(same),
         "tokens": float(tokens.float().mean()),
         "rows": count / len(tokens) / len(weight),
     }
@@ -224,10 +227,10 @@ def greedy(
 def shipped_rows(
     weight: Tensor, own: Tensor, seen: dict[str, Seen], made: Sequence[Tensor]
 ) -> Iterator[dict[str, Any]]:
-    """Of each stored format and share, where a screen fits."""
+    """Rows for each stored format and share for which a screen fits."""
     words, hidden = weight.shape
-    best = [F.linear(states, weight).max(-1) for states in made]
-    best = [(one.values, one.indices) for one in best]
+    maxima = [F.linear(states, weight).max(-1) for states in made]
+    best = [(maximum.values, maximum.indices) for maximum in maxima]
     for name, each in FORMATS.items():
         for share in SHARES:
             stored = words * hidden * each
@@ -239,10 +242,10 @@ def shipped_rows(
             fixed = screen.nbytes() / stored
             row: dict[str, Any] = {"kind": "shipped", "format": name, "share": share}
             row |= {"rank": screen.keep, "screen_bytes": fixed, "threshold": screen.threshold}
-            for text, one in seen.items():
-                rough = screen.rough(one.states)
+            for text, inputs in seen.items():
+                rough = screen.rough(inputs.states)
                 near = screen.near(rough)
-                row[text] = one.losses(rough, near)
+                row[text] = inputs.losses(rough, near)
                 row[text]["bytes"] = fixed + float(near.float().mean())
             row["greedy"] = greedy(weight, screen, made, best)
             row["greedy"]["bytes"] = fixed + row["greedy"].pop("rows")
@@ -254,10 +257,10 @@ def line(row: dict[str, Any]) -> str:
     name = row.get("screen") or f"{row['rank']} directions, t = {row['threshold']:.1f}"
     cells = [f"{row['format']:8} {row['share']:.2f} {name:34} {row.get('exact', ''):10}"]
     for text in ("answers", "text"):
-        one = row[text]
-        cells.append(f"{text} {one['kl']:.5f} {one['same']:.4f}")
-        if "bytes" in one:
-            cells.append(f"bytes {one['bytes']:.3f}")
+        losses = row[text]
+        cells.append(f"{text} {losses['kl']:.5f} {losses['same']:.4f}")
+        if "bytes" in losses:
+            cells.append(f"bytes {losses['bytes']:.3f}")
     if "greedy" in row:
         cells.append("greedy {texts:.2f} {tokens:.5f} bytes {bytes:.3f}".format(**row["greedy"]))
     return " | ".join(cells)
@@ -266,28 +269,28 @@ def line(row: dict[str, Any]) -> str:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--text", required=True, help="a text file")
-    options.add_argument("--prompts", type=int, default=20)
+    options.add_argument("--prompts", type=int, default=20, help="number of prompts")
     options.add_argument("--length", type=int, default=128, help="tokens of an answer")
-    options.add_argument("--chunks", type=int, default=8, help="of the text")
-    options.add_argument("--tokens", type=int, default=128, help="of each text, for KL")
-    options.add_argument("--states", type=Path, help="keep the hidden states here, or read them")
+    options.add_argument("--chunks", type=int, default=8, help="chunks of the text")
+    options.add_argument("--tokens", type=int, default=128, help="tokens of each text, for KL")
+    options.add_argument("--states", type=Path, help="file to keep the hidden states in")
     options.set_defaults(dtype="bfloat16")
-    options.add_argument("--alternatives", default="0.25", help="shares, with commas")
+    options.add_argument("--alternatives", default="0.25", help="shares, comma-separated")
     args: argparse.Namespace = options.parse_args()
     text, about = read_text(args.text)
     model, tokenizer = load(args.model, dtype=args.dtype, weights="dense", device="cpu")
     if args.states and args.states.exists():
-        known = torch.load(args.states)
+        states_of = torch.load(args.states)
     else:
-        known = {
+        states_of = {
             "answers": answers(model, tokenizer, args.prompts, args.length),
             "own": own_states(model),
             "text": slices(model, tokenizer, text, args.chunks),
         }
         if args.states:
-            torch.save(known, args.states)
-    made, own, other = known["answers"], known["own"].float(), known["text"].float()
-    made = [states.float() for states in made]
+            torch.save(states_of, args.states)
+    made = [states.float() for states in states_of["answers"]]
+    own, other = states_of["own"].float(), states_of["text"].float()
     weight = model.get_output_embeddings().weight.detach().bfloat16().float()
     axes = directions_of(own)
     seen = {

@@ -1,7 +1,7 @@
 """Many clients at once: 200 requests from 16 clients, dense and pruned, a third cancelled half-way.
 
-Every completed greedy answer must equal the one that the library computes alone, no request may
-fail but by the intended 429, and memory afterwards must be what it was within 5 %.
+Every completed greedy answer must equal the answer that the library computes for this request
+alone.  No request may fail except with 429.  Memory may grow by at most 5 %.
 
 Usage: python benchmarks/serve_load.py [--requests 200] [--clients 16] [--out serve-load]
 """
@@ -21,28 +21,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MEMORY = 0.05
-"""Share by which memory may have grown."""
+"""Share by which memory may grow."""
 SECONDS = 60.0
-"""That one request may take, its waiting included."""
+"""Seconds that a request may take, including its wait in the queue."""
 SHORTEST = 30
-"""Tokens of the shortest prompt; every further one has a token more."""
+"""Tokens of the shortest prompt; each further prompt has one token more."""
 TRIES = 200
-"""Of a request that is sent away with 429."""
+"""How often a request that gets 429 is sent at most."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One request.  ``cancel_after``: pieces of the stream after which the client goes away."""
+    """One request.  ``cancel_after``: pieces of the stream after which the client disconnects."""
 
     body: dict[str, Any]
     key: int
-    """Which of the expected texts it must give."""
+    """Index of the expected text."""
     cancel_after: int | None = None
 
 
 @dataclass
 class Tally:
-    """What came of all requests."""
+    """Outcomes of all requests."""
 
     completed: int = 0
     cancelled: int = 0
@@ -54,22 +54,22 @@ class Tally:
 
 
 def plans(bodies: Sequence[dict[str, Any]], requests: int, seed: int = 0) -> list[Plan]:
-    """``requests`` of the ``bodies`` in turn, shuffled; every third is cancelled half-way."""
-    chance, made = random.Random(seed), []
+    """``requests`` plans that cycle through ``bodies``, shuffled; a third is cancelled half-way."""
+    chance, result = random.Random(seed), []
     for number in range(requests):
         key = number % len(bodies)
         body = bodies[key]
         cancelled = number % 3 == 2
         stream = cancelled or number % 2 == 0
         after = max(1, body["max_tokens"] // 2) if cancelled else None
-        made.append(Plan({**body, "stream": stream}, key, after))
-    chance.shuffle(made)
-    return made
+        result.append(Plan({**body, "stream": stream}, key, after))
+    chance.shuffle(result)
+    return result
 
 
-def run(url: str, made: Sequence[Plan], clients: int, expected: Sequence[str]) -> Tally:
-    """Send all plans from ``clients`` threads, each the next one as soon as it has an answer."""
-    tally, left = Tally(), collections.deque(made)
+def run(url: str, requests: Sequence[Plan], clients: int, expected: Sequence[str]) -> Tally:
+    """Send all requests from ``clients`` threads; each sends its next after an answer."""
+    tally, left = Tally(), collections.deque(requests)
 
     def work(name: str) -> None:
         while True:
@@ -87,7 +87,7 @@ def run(url: str, made: Sequence[Plan], clients: int, expected: Sequence[str]) -
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(SECONDS * len(made))
+        thread.join(SECONDS * len(requests))
     return tally
 
 
@@ -116,15 +116,15 @@ def _one(url: str, plan: Plan, user: str, expected: Sequence[str], tally: Tally)
                     tally.completed += 1
                     tally.seconds.append(time.perf_counter() - began)
                     if text != expected[plan.key]:
-                        tally.wrong.append(f"{text!r} in place of {expected[plan.key]!r}")
+                        tally.wrong.append(f"{text!r} instead of {expected[plan.key]!r}")
             return
         finally:
             connection.close()
-    raise RuntimeError(f"sent away {TRIES} times")
+    raise RuntimeError(f"got 429 {TRIES} times")
 
 
 def _text(response: http.client.HTTPResponse, plan: Plan) -> str | None:
-    """The whole text; None when it was left half-way."""
+    """The whole text; None if the request was cancelled."""
     if not plan.body["stream"]:
         return str(json.loads(response.read())["choices"][0]["text"])
     text, pieces, ended = "", 0, False
@@ -146,7 +146,7 @@ def _text(response: http.client.HTTPResponse, plan: Plan) -> str | None:
 
 
 def settled(url: str, seconds: float = 20.0) -> dict[str, float]:
-    """The server's gauges once nothing runs and nothing waits; raises ``SystemExit`` otherwise."""
+    """The server's gauges once no request runs or waits; ``SystemExit`` after ``seconds``."""
     names = ("dart_llm_waiting_requests", "dart_llm_running_requests")
     end = time.monotonic() + seconds
     while True:
@@ -154,16 +154,16 @@ def settled(url: str, seconds: float = 20.0) -> dict[str, float]:
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
         connection.close()
-        found = {
+        gauges = {
             name: float(line.split()[1])
             for name in names
             for line in lines
             if line.startswith(name + " ")
         }
-        if not any(found.values()):
-            return found
+        if not any(gauges.values()):
+            return gauges
         if time.monotonic() > end:
-            raise SystemExit(f"the server did not come to rest: {found}")
+            raise SystemExit(f"the server is still busy: {gauges}")
         time.sleep(0.1)
 
 
@@ -175,7 +175,7 @@ def measure(
     requests: int,
     clients: int,
 ) -> dict[str, Any]:
-    """A first round that is not counted, then the load; the numbers and whether the bars hold."""
+    """Run an uncounted warm-up round, then the load; return the counts and whether they passed."""
     run(url, plans(bodies, 2 * len(bodies) + clients, seed=1), clients, expected)
     settled(url)
     before, began = memory(), time.perf_counter()
@@ -207,21 +207,21 @@ def measure(
 
 
 def expected_texts(model: Any, tokenizer: Any, bodies: Sequence[dict[str, Any]]) -> list[str]:
-    """The greedy texts of ``bodies`` by the library alone, each with an engine of its own."""
+    """The greedy texts of ``bodies`` by the library, each with a separate engine."""
     from dart_llm.engine.engine import Engine
     from dart_llm.engine.requests import GenerationRequest as Ask
     from dart_llm.engine.requests import Sampling
     from dart_llm.pruning.config import PruneConfig
 
-    found = []
+    texts = []
     for body in bodies:
         settings = dict(body["dart"])
         method = settings.pop("method")
         config = None if method == "dense" else PruneConfig.build(method, **settings)
         ask = Ask(tuple(body["prompt"]), Sampling(max_tokens=body["max_tokens"]), config)
         with Engine(model, tokenizer) as engine:
-            found.append(engine.run(ask).texts[0])
-    return found
+            texts.append(engine.run(ask).texts[0])
+    return texts
 
 
 def main() -> None:
@@ -231,8 +231,8 @@ def main() -> None:
     from dart_llm.data.texts import read, subjects
 
     parser = common.parser(__doc__ or "")
-    parser.add_argument("--requests", type=int, default=200, help="requests in all")
-    parser.add_argument("--lengths", type=int, default=60, help="lengths of the prompts")
+    parser.add_argument("--requests", type=int, default=200, help="total number of requests")
+    parser.add_argument("--lengths", type=int, default=60, help="number of prompt lengths")
     parser.add_argument("--clients", type=int, default=16, help="clients at the same time")
     parser.add_argument("--tokens", type=int, default=32, help="tokens per answer")
     parser.add_argument("--max-waiting", type=int, default=12, help="the server's --max-waiting")

@@ -1,7 +1,7 @@
 """Malformed requests: none may make the server fail (5xx) or hang.
 
-A quarter is written by hand, from broken JSON to broken HTTP; the others are made by schemathesis
-from the server's own OpenAPI description, so that they break it field by field.
+A quarter is written by hand, from broken JSON to broken HTTP.  schemathesis generates the others
+from the server's OpenAPI schema, with errors in each field.
 
 Usage: python benchmarks/serve_malformed.py [--requests 1000] [--out serve-malformed]
 """
@@ -22,9 +22,9 @@ from typing import Any
 LONGEST = 10.0
 """Seconds within which the server must answer or close."""
 PATIENCE = 2.0
-"""Seconds after which a request without an answer is ended by the client."""
+"""Seconds without an answer after which the client stops sending."""
 NAMES = 20
-"""Requests that schemathesis makes for a route that takes nothing but a name."""
+"""Requests that schemathesis makes for a route whose only input is a name."""
 POSTS = ("/v1/chat/completions", "/v1/completions", "/api/events")
 USER = {"role": "user", "content": "hi"}
 LONG = "x" * 2_000_000
@@ -60,7 +60,7 @@ BODIES: tuple[bytes, ...] = (
     json.dumps({"prompt": LONG}).encode(),
     json.dumps({"prompt": [[1] * 100_000]}).encode(),
 )
-"""Sent as they are to every route that takes a body."""
+"""Bodies that are sent to every route in ``POSTS``."""
 
 WRONG: tuple[dict[str, Any], ...] = (
     {"messages": []},
@@ -112,7 +112,7 @@ WRONG: tuple[dict[str, Any], ...] = (
     {"prompt": "x", "echo": True, "best_of": 5},
     {"prompt": "x", "logprobs": 99},
 )
-"""Objects that are no request, for every route that takes one."""
+"""Invalid JSON objects that are sent to every route in ``POSTS``."""
 
 RAW: tuple[bytes, ...] = (
     b"\r\n\r\n",
@@ -157,12 +157,12 @@ RAW: tuple[bytes, ...] = (
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     bytes(range(256)) * 8,
 )
-"""Bytes that are sent to the socket."""
+"""Bytes that are sent directly to the socket."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one request; ``status``: None where the connection was closed."""
+    """Outcome of a request; ``status``: None if the connection was closed."""
 
     what: str
     status: int | None
@@ -174,7 +174,7 @@ class Outcome:
 
 
 def hand_written(url: str) -> Iterator[Outcome]:
-    """All of the above, each on a connection of its own."""
+    """Send all of the above, each on a new connection."""
     port = int(urllib.parse.urlsplit(url).port or 0)
     for raw in RAW:
         yield exchange(port, raw)
@@ -185,36 +185,36 @@ def hand_written(url: str) -> Iterator[Outcome]:
 
 
 def exchange(port: int, data: bytes) -> Outcome:
-    """Send ``data`` and wait for a status or for the end.
+    """Send ``data`` and wait for a status or the end of the connection.
 
-    What is only the beginning of a request gets no answer: then the sending side ends it.
+    An incomplete request gets no answer: then the client closes its sending side.
     """
-    began, found = time.perf_counter(), b""
+    began, answer = time.perf_counter(), b""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
-            with contextlib.suppress(OSError):  # refused before all was sent: it may be answered
+            with contextlib.suppress(OSError):  # refused early, but an answer may have been sent
                 connection.sendall(data)
             try:
-                found = connection.recv(65536)
+                answer = connection.recv(65536)
             except TimeoutError:
                 connection.shutdown(socket.SHUT_WR)
                 connection.settimeout(LONGEST - PATIENCE)
-                found = connection.recv(65536)
+                answer = connection.recv(65536)
     except TimeoutError:
         return Outcome(shown(data), None, LONGEST)
     except OSError:
         pass  # closed by the server
-    status = int(found[9:12]) if found.startswith(b"HTTP/1.1 ") else None
+    status = int(answer[9:12]) if answer.startswith(b"HTTP/1.1 ") else None
     return Outcome(shown(data), status, time.perf_counter() - began)
 
 
 def shown(data: bytes) -> str:
-    """The beginning of a request, for people."""
+    """The beginning of a request, for display."""
     return repr(data[:160])
 
 
 def from_schema(url: str, count: int, seed: int = 0) -> list[Outcome]:
-    """At least ``count`` requests that schemathesis makes out of ``/openapi.json``."""
+    """Send at least ``count`` requests that schemathesis generates from ``/openapi.json``."""
     import requests
     import schemathesis
     from hypothesis import HealthCheck, given, settings
@@ -225,12 +225,12 @@ def from_schema(url: str, count: int, seed: int = 0) -> list[Outcome]:
     session.trust_env = False
     description = session.get(f"{url}/openapi.json", timeout=LONGEST).json()
     schema = schemathesis.openapi.from_dict(description)
-    operations = [found.ok() for found in schema.get_all_operations()]
-    named = [one for one in operations if "{" in one.path]  # only a name to get wrong
-    posts = [one for one in operations if one.method.upper() == "POST"]
+    operations = [result.ok() for result in schema.get_all_operations()]
+    named = [route for route in operations if "{" in route.path]  # their only input is a name
+    posts = [route for route in operations if route.method.upper() == "POST"]
     few = min(NAMES, count // 10)
-    examples = {one.path: few for one in named}
-    examples |= {one.path: -(-(count - few * len(named)) // len(posts)) for one in posts}
+    examples = {route.path: few for route in named}
+    examples |= {route.path: -(-(count - few * len(named)) // len(posts)) for route in posts}
     outcomes: list[Outcome] = []
     for operation in (*named, *posts):
         mode = GenerationMode.NEGATIVE if operation in posts else GenerationMode.POSITIVE
@@ -252,7 +252,7 @@ def from_schema(url: str, count: int, seed: int = 0) -> list[Outcome]:
             except requests.Timeout:
                 pass
             except requests.RequestException:
-                return  # what the client's own library refuses to send
+                return  # the client library refuses to send this request
             took = time.perf_counter() - began
             outcomes.append(Outcome(f"{case.method} {case.path} {case.body!r:.160}", status, took))
 
@@ -261,7 +261,7 @@ def from_schema(url: str, count: int, seed: int = 0) -> list[Outcome]:
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, Any]:
-    """Counts per status, the slowest, and what must not be."""
+    """Counts per status, the slowest request, and requests that failed or hung."""
     counts = collections.Counter(str(one.status or "closed") for one in outcomes)
     return {
         "requests": len(outcomes),
@@ -277,7 +277,7 @@ def main() -> None:
     import serve_process
 
     parser = common.parser(__doc__ or "")
-    parser.add_argument("--requests", type=int, default=1000, help="malformed requests in all")
+    parser.add_argument("--requests", type=int, default=1000, help="total number of requests")
     args = parser.parse_args()
     began = time.perf_counter()
     with serve_process.serving("--model", args.model, "--max-tokens", "4") as server:

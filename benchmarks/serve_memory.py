@@ -1,9 +1,9 @@
-"""Memory of a server: prompts of many lengths, and large bodies at the same time.
+"""Memory of a server: prompts of many lengths, then large request bodies in parallel.
 
-1. Requests of many lengths of prompts, dense and pruned in turn, shuffled: memory after the first
-   hundred and after all.
-2. Bodies of the largest size that is taken, sent in parallel, of a text that is far too long: the
-   most memory meanwhile, and how long other routes take.
+1. Prompts of many lengths in random order, alternately dense and pruned: memory after the first
+   hundred requests and after all.
+2. Parallel requests with bodies of the largest accepted size, whose text is far too long for the
+   model: peak memory meanwhile, and the response times of other routes.
 
 Usage: python benchmarks/serve_memory.py [--requests 600] [--lengths 200] [--out serve-memory]
 """
@@ -23,15 +23,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 FIRST = 100
-"""Requests after which memory is taken the first time."""
+"""Requests after which memory is measured the first time."""
 GROWTH = 0.05
 """Share by which memory may grow from then on."""
 EXTRA = 100 << 20
-"""Bytes that all large bodies together may cost."""
+"""Bytes of memory that all large bodies together may take."""
 ROUTES = ("/healthz", "/api/runs")
-"""What others ask for meanwhile."""
+"""Routes that are requested meanwhile."""
 SHORTEST, STEP = 8, 1
-"""Tokens of the shortest prompt, and from each length to the next."""
+"""Tokens of the shortest prompt, and the difference between successive lengths."""
 
 
 def post(url: str, body: bytes) -> tuple[int, bytes]:
@@ -55,10 +55,10 @@ def many_lengths(
     lengths: int,
     first: int = FIRST,
 ) -> dict[str, Any]:
-    """The first part; ``ids``: a text that is at least as long as the longest prompt."""
+    """The first part; ``ids``: token ids, at least as many as in the longest prompt."""
     sizes = [SHORTEST + STEP * (number % lengths) for number in range(requests)]
     random.Random(0).shuffle(sizes)
-    taken = {"before": memory()}
+    measured = {"before": memory()}
     for number, size in enumerate(sizes, 1):
         dart = darts[number % len(darts)]
         body = {"prompt": ids[:size], "max_tokens": 4, "temperature": 0, "dart": dart}
@@ -68,13 +68,13 @@ def many_lengths(
         if number % FIRST == 0:
             print(f"{number} requests: {memory() >> 20} MiB", file=sys.stderr, flush=True)
         if number in (first, requests):
-            taken[str(number)] = memory()
-    grown = taken[str(requests)] / taken[str(first)] - 1
+            measured[str(number)] = memory()
+    grown = measured[str(requests)] / measured[str(first)] - 1
     return {
         "requests": requests,
         "lengths": lengths,
         "longest": max(sizes),
-        "memory": taken,
+        "memory": measured,
         "grown": grown,
         "passed": grown <= GROWTH,
     }
@@ -82,7 +82,7 @@ def many_lengths(
 
 @contextlib.contextmanager
 def beside(work: Callable[[], None], pause: float) -> Iterator[None]:
-    """Do ``work`` again and again in a thread while the block runs, at most two minutes."""
+    """Repeat ``work`` in a thread while the block runs, for at most two minutes."""
     over, end = threading.Event(), time.monotonic() + 120
 
     def loop() -> None:
@@ -158,8 +158,8 @@ def main() -> None:
 
     parser = common.parser(__doc__ or "")
     parser.add_argument("--requests", type=int, default=600, help="requests of the first part")
-    parser.add_argument("--lengths", type=int, default=200, help="lengths of their prompts")
-    parser.add_argument("--bodies", type=int, default=12, help="large bodies at the same time")
+    parser.add_argument("--lengths", type=int, default=200, help="number of prompt lengths")
+    parser.add_argument("--bodies", type=int, default=12, help="number of parallel large bodies")
     args = parser.parse_args()
     model, tokenizer = common.load_model(args)
     text = "".join(read(subject) for subject in subjects())

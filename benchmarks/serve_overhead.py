@@ -1,7 +1,8 @@
-"""What the server adds to the library: to the first token, and to every further one.
+"""The time that the server adds to the library's, for the first token and each further token.
 
-Both sides use one engine in this process, in turns: the library by ``Engine.run``, the server over
-a socket, with the client in a process of its own.  Medians over pairs of neighbours in time.
+Library and server use the same engine in this process, in interleaved repetitions: the library by
+``Engine.run``, the server over a socket to a client process.  Numbers are medians over pairs of
+consecutive measurements.
 
 Usage: python benchmarks/serve_overhead.py [--repeats 30] [--tokens 64] [--out serve-overhead]
 """
@@ -30,7 +31,7 @@ from dart_llm.server.service import ModelFacts, Service
 from dart_llm.server.settings import ServeSettings
 
 FIRST_MS, SHARE = 5.0, 0.02
-"""What the server may add: to the first token, and of a token to every further one."""
+"""Limits: milliseconds added to the first token, share of time added to each further token."""
 PROMPT_CHARACTERS = 600
 
 CLIENT = r"""
@@ -104,7 +105,7 @@ def _measured(service: Service, engine: Engine, args: Any) -> list[dict[str, Any
 
 
 class _Client:
-    """The other process: a body in, the times of its tokens out."""
+    """The client process: sends request bodies, returns the times of their tokens."""
 
     def __init__(self, listening: socket.socket) -> None:
         port = str(listening.getsockname()[1])
@@ -119,8 +120,8 @@ class _Client:
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(body) + "\n")
         self.process.stdin.flush()
-        found: list[float] = json.loads(self.process.stdout.readline())
-        return found
+        times: list[float] = json.loads(self.process.stdout.readline())
+        return times
 
     def close(self) -> None:
         assert self.process.stdin
@@ -129,7 +130,7 @@ class _Client:
 
 
 def _library(service: Service, engine: Engine, body: dict[str, Any]) -> list[float]:
-    """Seconds until each token that has a text, template and tokenizer included."""
+    """Seconds until each token with a text, including template and tokenizer."""
     times: list[float] = []
     began = time.perf_counter()
 
@@ -157,16 +158,16 @@ def _row(
         order = ("library", "server") if repeat % 2 else ("server", "library")
         for side in order:
             times = client.times(body) if side == "server" else _library(service, engine, body)
-            if repeat:  # the first of each is not counted
+            if repeat:  # the first repetition is a warm-up
                 sides[side].append(times)
-    counts = {len(times) for found in sides.values() for times in found}
+    counts = {len(times) for runs in sides.values() for times in runs}
     if len(counts) != 1:
-        raise SystemExit(f"the two sides said different texts: {sorted(counts)} pieces")
-    first = {side: [1e3 * t[0] for t in found] for side, found in sides.items()}
+        raise SystemExit(f"library and server wrote different texts: {sorted(counts)} pieces")
+    first = {side: [1e3 * t[0] for t in runs] for side, runs in sides.items()}
     token = {
-        side: [1e3 * (t[-1] - t[0]) / (len(t) - 1) for t in found] for side, found in sides.items()
+        side: [1e3 * (t[-1] - t[0]) / (len(t) - 1) for t in runs] for side, runs in sides.items()
     }
-    # neighbours in time are compared, so that a machine that gets busier hits both alike
+    # compare consecutive measurements, so that changing load on the machine affects both
     pairs = zip(first["server"], first["library"], strict=True)
     later = statistics.median(server - library for server, library in pairs)
     pairs = zip(token["server"], token["library"], strict=True)
@@ -174,8 +175,8 @@ def _row(
     return {
         "row": name,
         "pieces": counts.pop(),
-        "first_ms": {side: statistics.median(found) for side, found in first.items()},
-        "token_ms": {side: statistics.median(found) for side, found in token.items()},
+        "first_ms": {side: statistics.median(times) for side, times in first.items()},
+        "token_ms": {side: statistics.median(times) for side, times in token.items()},
         "all_first_ms": first,
         "all_token_ms": token,
         "later_ms": later,

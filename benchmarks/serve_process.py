@@ -1,4 +1,4 @@
-"""A server of its own process, for the benchmarks of ``dart-llm serve``."""
+"""A server in a separate process, for the benchmarks of ``dart-llm serve``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STARTS_IN = 300.0
-"""Seconds that loading and learning may take."""
+"""Seconds that loading and calibration may take."""
 
 
 @dataclass
@@ -24,28 +24,28 @@ class Server:
     pid: int
 
     def rss(self) -> int:
-        """Bytes of memory that it holds now (Linux)."""
+        """Resident memory of the process in bytes (Linux)."""
         status = Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8")
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found
-        return 1024 * int(found[1])
+        resident = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert resident
+        return 1024 * int(resident[1])
 
 
 @contextlib.contextmanager
 def serving(*arguments: str) -> Iterator[Server]:
-    """Start ``dart-llm serve --port 0`` with ``arguments`` and end it by SIGTERM afterwards."""
+    """Start ``dart-llm serve --port 0`` with ``arguments``; end it by SIGTERM after the block."""
     command = [sys.executable, "-m", "dart_llm", "serve", "--port", "0", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    said: list[str] = []
+    output: list[str] = []
 
     def read() -> None:
         assert process.stderr
         for line in process.stderr:
-            said.append(line)
+            output.append(line)
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        yield Server(_link(process, said), process.pid)
+        yield Server(_link(process, output), process.pid)
     finally:
         process.terminate()
         try:
@@ -54,14 +54,14 @@ def serving(*arguments: str) -> Iterator[Server]:
             process.kill()
             raise SystemExit("the server did not end within 30 s") from None
     if code != 0:
-        raise SystemExit(f"the server ended with {code}: {''.join(said[-5:])}")
+        raise SystemExit(f"the server ended with exit code {code}: {''.join(output[-5:])}")
 
 
-def _link(process: subprocess.Popen[str], said: list[str]) -> str:
+def _link(process: subprocess.Popen[str], output: list[str]) -> str:
     end = time.monotonic() + STARTS_IN
     while time.monotonic() < end and process.poll() is None:
-        found = re.search(r"at (http://\S+?)/ \(Ctrl-C", "".join(said))
-        if found:
-            return found[1]
+        link = re.search(r"at (http://\S+?)/ \(Ctrl-C", "".join(output))
+        if link:
+            return link[1]
         time.sleep(0.05)
-    raise SystemExit(f"the server did not start: {''.join(said[-5:])}")
+    raise SystemExit(f"the server did not start: {''.join(output[-5:])}")

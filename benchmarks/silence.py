@@ -1,14 +1,13 @@
-"""How long is each command silent at most?  Every command, with short settings, on each model.
+"""Measure the longest silence of every command, with short settings, on each model.
 
     python benchmarks/silence.py --model smollm2-135m --model mine.gguf
 
-Stdout and stderr of a command go to one pipe, as to a terminal that is a log; a silence is the
-time between two pieces of output, from the start to the first and from the last to the end
-included.  Finished rows stay in the results file: the same command resumes.  ``serve`` is
-measured until its link is printed, answers one request, and is ended.
+Stdout and stderr of a command go to one pipe.  A silence is the time between two pieces of output,
+or before the first or after the last.  Finished rows stay in the results file, and the same command
+resumes.  ``serve`` is measured until it prints its link; then it answers a request and is ended.
 
-``--empty-cache``: in a cache of its own, so that the
-first command of a model also converts and learns what is kept afterwards.
+``--empty-cache`` starts with an empty cache, so that the first command of each model also converts
+weights and calibrates.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ import common
 import goldens
 
 BOUND_S = 15.0
-"""No command may be silent for longer."""
+"""Seconds for which a command may be silent."""
 
 LINK = re.compile(r"at (http://127\.0\.0\.1:\d+)/ \(Ctrl-C")
 QUESTIONS = "Why is the sky blue?\n/stats\n"
@@ -63,19 +62,19 @@ OF_NO_MODEL = ("doctor", "methods")
 WITHOUT_FOLDER = (*OF_NO_MODEL, "chat", "export", "serve")
 """Commands without ``--results-dir``."""
 SLOW = (*FEW, "--heads", "full", "--slices", "2", "--repeats", "1")
-"""What ``tune`` gets where it has no ``--quick``."""
+"""Options of ``tune`` in versions without ``--quick``."""
 
 
 @dataclass
 class Watched:
-    """What a command printed, and when: seconds since its start."""
+    """The output of a command and its times, in seconds since the start."""
 
     began: float
     times: list[float]
     texts: list[str]
 
     def silences(self, ended: float) -> Iterator[tuple[float, str]]:
-        """Lengths, and the last line before each."""
+        """The length of each silence, and the last line before it."""
         last, line = 0.0, ""
         for at, text in zip(self.times, self.texts, strict=True):
             yield at - last, line
@@ -83,7 +82,7 @@ class Watched:
         yield ended - last, line
 
     def read(self, process: subprocess.Popen[bytes], limit: float, until: re.Pattern[str]) -> None:
-        """Until the command ends, a line fits ``until``, or ``limit`` seconds have passed."""
+        """Read until the command ends, the output matches ``until``, or ``limit`` seconds pass."""
         assert process.stdout is not None
         while (left := self.began + limit - time.monotonic()) > 0:
             if not select.select([process.stdout], [], [], left)[0]:
@@ -100,7 +99,7 @@ class Watched:
 def measure(
     label: str, command: Sequence[str], environment: Mapping[str, str], limit: float
 ) -> Any:
-    """One command as a row; it is ended after ``limit`` seconds."""
+    """Run a command, for at most ``limit`` seconds, and return its row."""
     watched = Watched(time.monotonic(), [], [])
     process = subprocess.Popen(
         command,
@@ -135,7 +134,7 @@ def measure(
 
 
 def end(process: subprocess.Popen[bytes]) -> int:
-    """Its exit code: of its own where it has ended, else after SIGTERM."""
+    """The exit code of a process, which is ended by SIGTERM if it still runs."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         return process.wait(1)
     process.terminate()
@@ -147,7 +146,7 @@ def end(process: subprocess.Popen[bytes]) -> int:
 
 
 def ask(link: str, limit: float) -> float:
-    """Seconds until a server answered one request."""
+    """Send a request to a server and return the seconds until its answer."""
     with urllib.request.urlopen(f"{link}/v1/models", timeout=limit) as answer:
         name = json.loads(answer.read())["data"][0]["id"]
     body = json.dumps({**REQUEST, "model": name}).encode()
@@ -167,19 +166,19 @@ def quick() -> Sequence[str]:
 
 
 def command_of(label: str, model: str, folder: Path, words: Mapping[str, str]) -> list[str]:
-    """The whole command line of a label."""
-    made = [sys.executable, "-m", "dart_llm"]
+    """The complete command line of a label."""
+    command = [sys.executable, "-m", "dart_llm"]
     for word in COMMANDS[label]:
         word = re.sub("^FOLDER", str(folder), words.get(word, word))
-        made += quick() if word == "QUICK" else [word]
+        command += quick() if word == "QUICK" else [word]
     if label not in OF_NO_MODEL:
-        made += ["--model", model]
+        command += ["--model", model]
     if label not in WITHOUT_FOLDER:
-        made += ["--results-dir", str(folder / "results")]
-    return made
+        command += ["--results-dir", str(folder / "results")]
+    return command
 
 
-def told(row: Mapping[str, Any]) -> str:
+def line(row: Mapping[str, Any]) -> str:
     """A row as a line."""
     end = "ended at the limit" if row["code"] is None else f"code {row['code']}"
     return (
@@ -194,19 +193,19 @@ def main() -> None:
     )
     parser.add_argument("--model", action="append", help="as in dart-llm run; may be repeated")
     parser.add_argument("--only", default="", help="commands, comma-separated (default: all)")
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds of a command at most")
+    parser.add_argument("--limit", type=float, default=900.0, help="maximum seconds of a command")
     parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
     parser.add_argument("--empty-cache", action="store_true", help="begin with empty caches")
     parser.add_argument("--out", default="silence", help="name of the JSON file, without suffix")
     args = parser.parse_args()
     models = args.model or ["smollm2-135m"]
-    wanted = [one.strip() for one in args.only.split(",") if one.strip()] or list(COMMANDS)
+    wanted = [name.strip() for name in args.only.split(",") if name.strip()] or list(COMMANDS)
     if unknown := sorted(set(wanted) - set(COMMANDS)):
-        parser.error(f"unknown command {unknown[0]}: choose of {', '.join(COMMANDS)}")
+        parser.error(f"unknown command {unknown[0]}: choose from {', '.join(COMMANDS)}")
     kept = common.RESULTS / f"{args.out}.json"
     rows = common.read(kept)["rows"] if kept.exists() and not args.fresh else []
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         words = goldens.inputs(folder)
         for model in models:
             name = Path(model).name
@@ -218,11 +217,11 @@ def main() -> None:
                 if any((row["command"], row["model"]) == (label, of) for row in rows):
                     continue
                 command = command_of(label, model, folder, words)
-                found = measure(label, command, environment, args.limit)
-                asked = " ".join(COMMANDS[label])
-                rows.append({"command": label, "asked": asked, "model": of, **found})
+                row = measure(label, command, environment, args.limit)
+                arguments = " ".join(COMMANDS[label])
+                rows.append({"command": label, "asked": arguments, "model": of, **row})
                 common.save(args.out, None, {"empty_cache": args.empty_cache, "rows": rows})
-                print(told(rows[-1]), flush=True)
+                print(line(rows[-1]), flush=True)
     over = sum(row["silence_s"] > BOUND_S for row in rows)
     print(f"{over} of {len(rows)} were silent for longer than {BOUND_S:.0f} s")
 

@@ -1,10 +1,10 @@
-"""Tables and lists of the documentation: copied from results files, written from the program.
+"""Update the tables and lists in the documentation, from results files and from the program.
 
 Usage: python benchmarks/tables.py [--check]
 
 A page shows the table of benchmarks/results/NAME.md between ``<!-- table: NAME -->`` and ``<!-- end
 of table -->``, or a list of lists.py between ``<!-- list: NAME -->`` and ``<!-- end of list -->``.
-``--check`` writes nothing and exits with 1 where a page is stale.
+``--check`` writes nothing and exits with 1 if a page is stale.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def pages() -> list[Path]:
 
 
 def sections(name: str) -> tuple[str, str, str]:
-    """Commands, provenance and tables of benchmarks/results/NAME.md."""
+    """The commands, provenance and tables in benchmarks/results/NAME.md."""
     text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
     head, rest = text.split("\n```\n\n", 1)
     provenance, tables = rest.split("\n\n", 1)
@@ -43,7 +43,7 @@ def table(name: str, folder: Path) -> str:
 
 
 def filled(page: str, folder: Path) -> str:
-    """A page of ``folder`` with the newest form of its tables and lists."""
+    """A page of ``folder`` with up-to-date tables and lists."""
 
     def block(match: re.Match[str]) -> str:
         begin, kind, name, end = match.groups()
@@ -54,7 +54,7 @@ def filled(page: str, folder: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write stale pages, or name them and return 1."""
+    """Update stale pages; with ``--check``, name them and return 1."""
     stale = {}
     for path in pages():
         text = path.read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs Debian's chromium and its driver, for the tests of the window, where they are missing.
+# Installs Debian's chromium and its driver, for the browser tests, unless they are installed.
 # Usage: scripts/browser.sh
 set -euo pipefail
 
@@ -11,7 +11,7 @@ fail() {
 }
 
 has chromium && has chromedriver && exit 0
-has apt-get || fail "there is no chromium with chromedriver: install both, then repeat the command"
+has apt-get || fail "chromium or chromedriver is missing: install both, then repeat the command"
 as_root=()
 if [[ $(id -u) -ne 0 ]]; then
   has sudo || fail "chromium is missing: as root run apt-get install chromium chromium-driver"

@@ -1,18 +1,18 @@
 # shellcheck shell=bash
-# Sourced by run_experiment.sh and run_knowledge_drift.sh, which set the variables: turns them into
-# flags of `dart-llm run`, `perplexity`, `eval` and `summarize`, or of `dart-llm drift`.  Keeps to
-# bash 3.2, which macOS has.
+# Sourced by run_experiment.sh and run_knowledge_drift.sh, which set the variables.  Turns them into
+# flags of `dart-llm run`, `perplexity`, `eval` and `summarize`, or of `dart-llm drift`.  Uses only
+# features of bash 3.2, macOS's version.
 
-# The flag of a variable is its name in kebab case.  These are flags of every command.
+# A variable's flag is its name in kebab case.  These are flags of every command.
 common_variables=(
   METHOD MODEL CACHE_DIR DEVICE LAYER_TOPK TOTAL_PRUNE_PERCENT MASKING_STEP RELEASE_STEP EMA_DECAY
   RANKING_METHOD PRUNE_STRATEGY SEED EXPERIMENT_NAME RESULTS_DIR
 )
-# These are flags of `dart-llm run` alone.
+# These are flags of `dart-llm run` only.
 prompt_variables=(PROMPT_TYPE PROMPT_SUBJECT CUSTOM_PROMPT_TEXT PROMPT_LENGTH GENERATION)
 run_switches=(VERBOSE SAVE_ACTIVATIONS)
 evaluation_switches=(EVAL_PERPLEXITY EVAL_MMLU EVAL_GENERAL_NLP EVAL_SUMMARIZATION)
-# Flags of `dart-llm drift` (run_study); the others concern a single run.
+# These are flags of `dart-llm drift` (run_study); the other variables apply to a single run.
 study_variables=(
   MODEL CACHE_DIR DEVICE LAYER_TOPK TOTAL_PRUNE_PERCENT MASKING_STEP RELEASE_STEP EMA_DECAY
   RANKING_METHOD PRUNE_STRATEGY GENERATION EXPERIMENT_NAME RESULTS_DIR
@@ -24,8 +24,8 @@ say() { printf '%s: %s\n' "${0##*/}" "$1" >&2; }
 
 kebab() { printf '%s' "$1" | LC_ALL=C tr 'A-Z_' 'a-z-'; }
 
-# The published scripts separate a list by spaces, dart-llm by commas: both will do.  A file whose
-# name has a space, and a list that has commas already, stay as they are.
+# The published scripts separate list items by spaces, dart-llm by commas: both are accepted.  A
+# file name with a space, and a list that has commas already, are not changed.
 with_commas() { # VALUE
   local parts
   if [[ $1 == *,* || -e $1 ]]; then
@@ -64,7 +64,7 @@ perplexity_texts() {
 add_text() { # NAME
   local value="${!1-}"
   [[ $1 != PROMPT_SUBJECT ]] || value="$(with_commas "$value")"
-  # One word, --flag=value: a value that starts with a dash stays a value.
+  # --flag=value, so that a value that starts with a dash is not read as a flag.
   [[ -z $value ]] || arguments+=("--$(kebab "$1")=$value")
 }
 
@@ -72,7 +72,7 @@ add_limit() { # VALUE
   case "$1" in '' | all) ;; *) arguments+=("--limit=$1") ;; esac
 }
 
-# Whether a switch is on; 1 if it is off, 2 if it is not set.
+# Status 0 if a switch is on, 1 if it is off, 2 if it is not set.
 switched_on() { # NAME
   case "${!1-}" in
     '') return 2 ;;
@@ -94,8 +94,8 @@ add_switch() { # NAME
   esac
 }
 
-# Whether a layer specification leaves layers to the allocator.  A table file that cannot be read
-# counts as yes: dart-llm then reports what is wrong with it.
+# Whether a layer specification lets the budget choose counts of some layers.  An unreadable table
+# file counts as yes, and dart-llm then reports the error.
 has_auto() { # SPECIFICATION
   case "$1" in
     @*)
@@ -107,8 +107,8 @@ has_auto() { # SPECIFICATION
   esac
 }
 
-# The default total must not contradict a setting that fixes the counts itself.  Any other total
-# was requested: dart-llm decides.
+# Drop the default total if another setting fixes the counts.  Any other total was requested, and
+# dart-llm reports a contradiction.
 drop_default_total() { # ARGUMENTS...
   [[ ${TOTAL_PRUNE_PERCENT-} == "$default_total" ]] || return 0
   local argument why=''
@@ -124,24 +124,25 @@ drop_default_total() { # ARGUMENTS...
   fi
   [[ -n $why ]] || return 0
   TOTAL_PRUNE_PERCENT=''
-  say "the default TOTAL_PRUNE_PERCENT=$default_total is left out: $why"
+  say "the default TOTAL_PRUNE_PERCENT=$default_total is ignored: $why"
 }
 
 find_dart_llm() {
   dart_llm="$(type -P dart-llm || true)"
   [[ -n $dart_llm ]] || dart_llm="$here/.venv/bin/dart-llm"
   [[ -x $dart_llm ]] && return
-  say "there is no dart-llm on PATH and none in $here/.venv: run \"make setup\" in $here first"
+  say "dart-llm is neither on PATH nor in $here/.venv: run \"make setup\" in $here first"
   exit 127
 }
 
-# The scripts' own default; a decay is left to dart-llm, for dart's score cannot honour one.
+# The default method of the scripts.  With a decay, dart-llm chooses, because dart's score has none.
 set_default_method() { # ARGUMENTS...
   [[ -n ${METHOD+set} && -z $METHOD && -z ${EMA_DECAY-} ]] || return 0
   has_flag --ema-decay "$@" || METHOD=dart
 }
 
-# Each command is started by the next one; the last replaces this shell, so that a signal reaches it.
+# `launch` runs the pending command and stores its own; the last one replaces this shell (exec), so
+# that signals reach it.
 pending=()
 launch() { # COMMAND ARGUMENTS...
   [[ ${#pending[@]} -eq 0 ]] || "$dart_llm" "${pending[@]}"
@@ -155,7 +156,7 @@ begin() { # COMMAND
   add_switch KNOWLEDGE_DRIFT
 }
 
-# Whether a text is to be generated: with an evaluation none is needed.
+# Whether to generate a text, which is optional with an evaluation.
 generates() { # ARGUMENTS...
   local name
   case "${GENERATION-}" in '' | 0) ;; *) return 0 ;; esac
@@ -176,7 +177,7 @@ run_dart_llm() { # ARGUMENTS...
     for name in "${run_switches[@]}"; do add_switch "$name"; done
     launch "${arguments[@]}" "$@"
   else
-    for name in "${run_switches[@]}"; do left_out "$name" 'concerns a generated text'; done
+    for name in "${run_switches[@]}"; do left_out "$name" 'applies only to a generated text'; done
   fi
   if switched_on EVAL_PERPLEXITY; then
     begin perplexity
@@ -215,7 +216,7 @@ has_flag() { # FLAG ARGUMENTS...
   return 1
 }
 
-# Whether the arguments ask for a study of several methods or sources.
+# Whether the arguments request a study of several methods or prompts.
 is_study() { # ARGUMENTS...
   local flag
   for flag in --methods --mode --prompts --passages; do
@@ -225,7 +226,7 @@ is_study() { # ARGUMENTS...
 }
 
 left_out() { # NAME REASON
-  if switched_on "$1"; then say "$1=${!1} $2 and is left out"; fi
+  if switched_on "$1"; then say "$1=${!1} $2 and is ignored"; fi
 }
 
 run_study() { # ARGUMENTS...
@@ -239,7 +240,7 @@ run_study() { # ARGUMENTS...
     arguments+=("--prompt=$CUSTOM_PROMPT_TEXT")
   fi
   for name in "${evaluation_switches[@]}" "${run_switches[@]}"; do
-    left_out "$name" 'concerns a single run'
+    left_out "$name" 'applies only to a single run'
   done
   find_dart_llm
   exec "$dart_llm" "${arguments[@]}" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the environment and installs this project into it; does nothing when that is done already.
-# The native kernels, about a minute of compiling, are made while pip fetches and unpacks the rest.
+# Creates the environment and installs this project into it, unless that has been done already.
+# Compiles the native kernels (about a minute) while pip fetches and unpacks the packages.
 # Usage: [PYTHON=python3.12] [VENV=.venv] scripts/setup.sh [demo|all|dev|gpu]
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -8,7 +8,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 extra="${1:-all}"
 python="${PYTHON:-python3}"
 venv="${VENV:-.venv}"
-# Packages, roughly, and how long they take; the extras that bring these packages too.
+# Approximate number of packages and time; the extras that include these packages.
 case "$extra" in
   demo) count=62 long="about a minute" within="all dev" ;;
   all) count=115 long="about two minutes" within="dev" ;;
@@ -27,12 +27,12 @@ has_torch() {
   "$1" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 }
 
-# Each way of lacking a usable Python ends in one sentence with the command that mends it.
+# Without a usable Python, prints one sentence with the command that fixes it.
 check_python() {
   local package="python3"
   [[ ${python##*/} =~ ^python3\.[0-9]+$ ]] && package="${python##*/}"
   "$python" -c '' 2>/dev/null ||
-    fail "there is no $python that runs: sudo apt install $package $package-venv"
+    fail "$python does not run: sudo apt install $package $package-venv"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$python is Python $(version_of "$python"), and 3.11 or newer is needed: sudo apt install \
 python3.11 python3.11-venv, then repeat the command with PYTHON=python3.11"
@@ -40,7 +40,7 @@ python3.11 python3.11-venv, then repeat the command with PYTHON=python3.11"
     fail "$python lacks the venv module: sudo apt install $package-venv"
 }
 
-# A torch that $python has already is kept: a system's, a user's or another environment's.
+# If $python already has torch (of the system, the user or another environment), it is used.
 make_environment() {
   local options=() keep=no outer inner
   check_python
@@ -63,29 +63,29 @@ make_environment() {
 if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
   make_environment
 elif [[ -n ${PYTHON:-} && "$(version_of "$python")" != "$(version_of "$venv/bin/python")" ]]; then
-  fail "$venv holds Python $(version_of "$venv/bin/python"), not that of $python: run make clean, \
-or choose another place with VENV=path"
+  fail "$venv has Python $(version_of "$venv/bin/python"), not that of $python: run make clean, \
+or choose another folder with VENV=path"
 fi
 
-# What an installation depends on: it is repeated when this changes, or when a folder was moved.
+# The installation is repeated when this changes: the dependencies or the paths of the folders.
 state="$(cksum <pyproject.toml) $PWD $(cd -- "$venv" && pwd)"
-for one in $extra $within; do
-  stamp="$venv/.dart-llm-$one"
+for installed in $extra $within; do
+  stamp="$venv/.dart-llm-$installed"
   [[ -f $stamp && "$(<"$stamp")" == "$state" ]] && exit 0
 done
 
 log="$venv/pip.log" kernels_log="$venv/kernels.log"
-set -m # each background job is a group of its own, which the next line ends as a whole
+set -m # each background job becomes a process group, which the next line ends
 trap 'for job in $(jobs -p); do kill -- "-$job"; done 2>/dev/null || true' EXIT
 
-told=0 # seconds at the newest line
+last_line=0 # seconds at the last progress line
 
-# Waits for the job $1; every 14 seconds a line of what $2 prints.
+# Waits for the job $1; every 14 seconds runs $2, which prints a line.
 wait_for() {
   local job="$1"
   while kill -0 "$job" 2>/dev/null; do
     sleep 0.1
-    ((SECONDS - told < 14)) || { "$2" && told=$SECONDS; }
+    ((SECONDS - last_line < 14)) || { "$2" && last_line=$SECONDS; }
   done
   wait "$job"
 }
@@ -104,8 +104,8 @@ install() {
     >>"$log" 2>&1 </dev/null &
   wait_for $! packages_so_far || {
     tail -n 15 "$log" >&2
-    fail "the installation failed for the reason that pip gives above (everything it said: $log): \
-mend it and repeat the command"
+    fail "the installation failed for the reason that pip gives above (complete output: $log): \
+fix it and repeat the command"
   }
 }
 
@@ -119,11 +119,11 @@ fi
 echo "installing about $count packages, $long"
 SECONDS=0
 : >"$log"
-install ninja 'setuptools>=77' ${torch[@]+"${torch[@]}"} # what compiling needs; and pip needs no other
+install ninja 'setuptools>=77' ${torch[@]+"${torch[@]}"} # needed to compile, and to build the project
 PYTHONPATH=src nice "$venv/bin/python" -m dart_llm.native.build >"$kernels_log" 2>&1 </dev/null &
 kernels=$!
 install --no-build-isolation -e ".[$extra]"
 echo "installed in $SECONDS s"
-told=$SECONDS
-wait_for "$kernels" kernels_so_far || tail -n 1 "$kernels_log" # why there are none
+last_line=$SECONDS
+wait_for "$kernels" kernels_so_far || tail -n 1 "$kernels_log" # why they could not be compiled
 printf '%s\n' "$state" >"$venv/.dart-llm-$extra"

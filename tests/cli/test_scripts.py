@@ -182,7 +182,7 @@ def test_evaluations_are_commands_and_a_failure_ends_the_script(desk):
     mmlu = {"EVAL_MMLU": "yes", "MMLU_DATASETS": "mmlu_virology, anatomy", "VERBOSE": "true"}
     done = desk.run(EXPERIMENT, "--dtype", "float32", **ppl, **mmlu)
     assert done.returncode == 0, done.stderr
-    assert "VERBOSE=true concerns a generated text and is left out" in done.stderr
+    assert "VERBOSE=true applies only to a generated text and is ignored" in done.stderr
     (first, *perplexity), (second, *questions) = desk.commands()
     assert (first, second) == ("perplexity", "eval")
     assert "--data=mmlu:virology+anatomy,c4" in perplexity
@@ -239,11 +239,11 @@ def test_the_default_total_steps_back_where_another_setting_says_the_amount(desk
         ({"METHOD": "dense"}, "METHOD=dense removes nothing"),
     ):
         done = desk.run(EXPERIMENT, **variables)
-        said = f"run_experiment.sh: the default TOTAL_PRUNE_PERCENT=50 is left out: {reason}\n"
+        said = f"run_experiment.sh: the default TOTAL_PRUNE_PERCENT=50 is ignored: {reason}\n"
         assert (done.returncode, done.stderr) == (0, said)
         assert not any(part.startswith("--total-prune-percent") for part in desk.recorded())
     done = desk.run(EXPERIMENT, "--sparsity", "0.3")
-    assert "TOTAL_PRUNE_PERCENT=50 is left out: --sparsity sets the amount" in done.stderr
+    assert "TOTAL_PRUNE_PERCENT=50 is ignored: --sparsity sets the amount" in done.stderr
     assert desk.settings().prune_config().sparsity == 0.3
     for variables in (
         {"LAYER_TOPK": "all:auto,0:0.9"},

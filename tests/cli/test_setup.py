@@ -80,7 +80,7 @@ def project(tmp_path):
 def test_what_stops_a_set_up_is_one_sentence(project):
     old = "python3 is Python 3.9, and 3.11 or newer is needed: sudo apt install python3.11 "
     old += "python3.11-venv, then repeat the command with PYTHON=python3.11"
-    none = "there is no python3.99 that runs: sudo apt install python3.99 python3.99-venv"
+    none = "python3.99 does not run: sudo apt install python3.99 python3.99-venv"
     for name, value, sentence in (
         ("OLD", "3.9", old),
         ("LACKS_VENV", "1", "python3 lacks the venv module: sudo apt install python3-venv"),
@@ -97,8 +97,8 @@ def test_what_stops_a_set_up_is_one_sentence(project):
     assert done.returncode == 1
     assert done.stderr == (
         "Collecting one\nERROR: pip's reason\n"
-        "the installation failed for the reason that pip gives above (everything it said: "
-        ".venv/pip.log): mend it and repeat the command\n"
+        "the installation failed for the reason that pip gives above (complete output: "
+        ".venv/pip.log): fix it and repeat the command\n"
     )
     project.logged()
     assert project.set_up() == [f"{TOOLS} torch", INSTALL]  # it is repeated
