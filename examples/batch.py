@@ -1,4 +1,4 @@
-"""Several prompts at once: they share one mask, or each row has its own."""
+"""Prune several prompts in a batch: with one shared mask, and with one mask per row."""
 
 from dart_llm import load, prune
 

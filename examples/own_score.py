@@ -1,4 +1,4 @@
-"""A score of your own: registered in a few lines, then used by its name beside GRIFFIN's."""
+"""Define a new score, register it, and compare it with GRIFFIN's."""
 
 from torch import Tensor
 
@@ -23,5 +23,5 @@ ids = tokenizer(texts.read("tides"), return_tensors="pt").input_ids[0]
 windows = slices(ids, 1, 256, 128)  # one slice: 256 tokens of prompt, 128 scored
 for name in ("normalized", "reach"):
     with prune(model, "griffin", sparsity=0.3, score=name) as run:
-        found = measure(model, run, windows, 256)
-    print(f"{name}: perplexity {found.perplexity:.1f}")
+        result = measure(model, run, windows, 256)
+    print(f"{name}: perplexity {result.perplexity:.1f}")

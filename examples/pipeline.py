@@ -1,4 +1,4 @@
-"""A transformers pipeline whose model is pruned while it lasts."""
+"""Use a transformers pipeline while its model is pruned."""
 
 from transformers import pipeline
 

@@ -1,12 +1,12 @@
-"""Watch masks change: a callback is called with every mask that is built."""
+"""Watch masks change: a callback gets every new mask."""
 
 from dart_llm import Remask, load, prune
 
 
 def show(remask: Remask) -> None:
-    """One line per mask."""
+    """Print a line per mask."""
     kept = sum(remask.kept)
-    shared = "" if remask.overlap is None else f", {remask.overlap:.0%} as in the mask before"
+    shared = "" if remask.overlap is None else f", {remask.overlap:.0%} also in the previous mask"
     print(f"token {remask.step}: {remask.cause}, {kept} neurons kept{shared}")
 
 

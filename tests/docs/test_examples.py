@@ -54,7 +54,7 @@ def test_five_short_files_and_clean_notebooks():
 
 PRINTED = {
     "prune_and_generate.py": """The sky is blue because.*
-asked for: 30% of the FFN neurons removed
+requested: 30% of the FFN neurons removed
 while pruned: 30[.]0%
 over all 59 decoded tokens: 24[.]4%""",  # the first 11 ran dense
     "pipeline.py": r"The sky .*\n[23]\d% of the neurons were removed",
@@ -67,7 +67,7 @@ per_row: 3 masks, executor masked
   row 2: 30% removed.*
 Tides rise and fall because the moon.*""",
     "watch_remasks.py": r"""token 5: first, 23040 neurons kept
-token 101: interval, 23040 neurons kept, [5-9]\d% as in the mask before
+token 101: interval, 23040 neurons kept, [5-9]\d% also in the previous mask
 re-masks: 1""",
 }
 

@@ -10,10 +10,10 @@ def generate(
     """Generate as ``model.generate`` does, pruned by ``prune(model, method, sparsity=sparsity)``.
 
     ``dart``: further settings of the method, by name.  ``on_report`` is called with the accounting.
-    All other arguments, and what comes back, are those of ``generate``.
+    All other arguments, and the return value, are those of ``generate``.
     """
     with prune(model, method, sparsity=sparsity, **(dart or {})) as run:
-        found = model.generate(*args, **kwargs)
+        output = model.generate(*args, **kwargs)
     if on_report is not None:
         on_report(run.report())
-    return found
+    return output
