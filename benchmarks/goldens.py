@@ -71,14 +71,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 HELP = (
     *("", "run", "chat", "eval", "perplexity", "summarize", "compare", "sweep", "drift", "detect"),
     *("inspect", "export", "serve", "replay", "results", "demo", "methods", "doctor", "tune"),
-    *(
-        "bench quality",
-        "bench speed",
-        "prompts",
-        "prompts generate",
-        "prompts list",
-        "prompts show",
-    ),
+    *("bench quality", "bench speed", "prompts", "prompts list", "prompts show"),
 )
 TEXT = (".json", ".jsonl", ".csv", ".md", ".txt", ".html", ".yaml", ".log")
 TIMED = re.compile(
