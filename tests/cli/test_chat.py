@@ -5,16 +5,8 @@ import signal
 
 import pytest
 
-from dart_llm.cli.chat import (
-    HELP,
-    Chat,
-    ChatSettings,
-    check_chat_template,
-    interruptible,
-    read_message,
-    talk,
-    turn_line,
-)
+from dart_llm.cli import chat as chat_cli
+from dart_llm.cli.chat import Chat, check_chat_template, read_message, talk, turn_line
 from dart_llm.data.texts import chat_ids
 from dart_llm.engine.engine import Engine
 from dart_llm.engine.requests import Token
@@ -26,7 +18,8 @@ from steps import Same
 
 
 def settings(**changes):
-    return merge(ChatSettings, {"method": "griffin", "sparsity": 0.5, "max_tokens": 8} | changes)
+    usual = {"method": "griffin", "sparsity": 0.5, "max_tokens": 8}
+    return merge(chat_cli.ChatSettings, usual | changes)
 
 
 def say(chat, *lines, interactive=False):
@@ -60,10 +53,10 @@ def test_a_conversation(chat, tmp_path, capsys):
     log = say(chat, "Why?", "", "   ", "And now?", f"/save {tmp_path}/talk.md")
     first, second = chat.turns
     assert capsys.readouterr().out == f"{first.answer}\n{second.answer}\n"
-    told = [user("Why?"), {"role": "assistant", "content": first.answer}, user("And now?")]
-    assert chat.messages == [*told, {"role": "assistant", "content": second.answer}]
-    assert second.result.usage.prompt_tokens == len(chat_ids(tokenizer(), told))
-    assert second.result.usage.cached_tokens > len(chat_ids(tokenizer(), told[:1]))
+    messages = [user("Why?"), {"role": "assistant", "content": first.answer}, user("And now?")]
+    assert chat.messages == [*messages, {"role": "assistant", "content": second.answer}]
+    assert second.result.usage.prompt_tokens == len(chat_ids(tokenizer(), messages))
+    assert second.result.usage.cached_tokens > len(chat_ids(tokenizer(), messages[:1]))
     assert log[1] == turn_line(first, 8) and log[1].startswith("8 tokens; ")
     assert "griffin: 50.0% removed of 50%, 0% of the tokens dense, re-masks: 0" in log[1]
     assert log[1].endswith("stopped at 8 tokens (--max-tokens)")
@@ -99,26 +92,23 @@ def test_settings_change_while_talking(chat):
     log = say(chat, "/stats")
     assert log[0] == str(chat.turns[-1].result.report)
     assert log[1:] == [f"{i}. {turn_line(turn, 8)}" for i, turn in enumerate(chat.turns, 1)]
-    told = say(chat, "/help", "/quit", "Why?")
+    log = say(chat, "/help", "/quit", "Why?")[: len(chat_cli.HELP)]
     names = "/sparsity /method /stats /save /reset /help /quit".split()
-    assert [line.split()[0] for line in told[: len(HELP)]] == names and len(chat.turns) == 5
-
-
-WRONG = [
-    ("/sparsty 0.5", "UnknownName", "did you mean /sparsity or"),
-    ("/sparsity much", "ConfigError", 'sparsity "much" is not a number: write 0.7 or 70%'),
-    ("/sparsity 1", "ConfigError", r"must lie in [0, 1)"),
-    ("/method drat", "UnknownName", "did you mean dart"),
-    ("/stats", "ConfigError", "there is no answer yet"),
-    ("/save", "ConfigError", "name a file"),
-    ("/save /nowhere/at/all.md", "ResultsError", "cannot write /nowhere/at/all.md: No such"),
-    ("Why?" * 200, "ConfigError", "the prompt has 8"),
-]
+    assert [line.split()[0] for line in log] == names and len(chat.turns) == 5
 
 
 def test_what_cannot_be_done_is_one_sentence(chat):
     before = chat.settings
-    for line, kind, words in WRONG:
+    for line, kind, words in [
+        ("/sparsty 0.5", "UnknownName", "did you mean /sparsity or"),
+        ("/sparsity much", "ConfigError", 'sparsity "much" is not a number: write 0.7 or 70%'),
+        ("/sparsity 1", "ConfigError", r"must lie in [0, 1)"),
+        ("/method drat", "UnknownName", "did you mean dart"),
+        ("/stats", "ConfigError", "there is no answer yet"),
+        ("/save", "ConfigError", "name a file"),
+        ("/save /nowhere/at/all.md", "ResultsError", "cannot write /nowhere/at/all.md: No such"),
+        ("Why?" * 200, "ConfigError", "the prompt has 8"),
+    ]:
         (said,) = say(chat, line)
         assert said.startswith(f"{kind}: ") and words in said
     assert chat.settings == before
@@ -150,7 +140,7 @@ def test_interrupted(chat):
     assert log[0] == "\n/quit or Ctrl-D leaves" and log[2].endswith("; stopped")
     with pytest.raises(KeyboardInterrupt):
         say(chat, "^C")
-    with interruptible() as stopped:
+    with chat_cli.interruptible() as stopped:
         assert not stopped()
         os.kill(os.getpid(), signal.SIGINT)
         assert stopped()

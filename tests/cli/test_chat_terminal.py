@@ -1,6 +1,7 @@
 """``dart-llm chat`` as a program: in a pipe, and in a terminal where somebody presses keys."""
 
 import contextlib
+import io
 import os
 import select
 import signal
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from engine_cases import tokenizer
+from lm_cases import call
 from tiny import tiny
 
 pty = pytest.importorskip("pty", reason="a terminal is tested where Python has pty")
@@ -21,26 +23,21 @@ LONG = 100_000
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
+    """The arguments of ``dart-llm chat`` on a tiny model."""
     path = str(tmp_path_factory.mktemp("model"))
     model = tiny()
     model.config.max_position_embeddings = 2 * LONG
     model.save_pretrained(path)
     tokenizer().save_pretrained(path)
-    chat = [sys.executable, "-m", "dart_llm", "chat", "--model", path, "--device", "cpu"]
+    chat = ["chat", "--model", path, "--device", "cpu"]
     return [*chat, "--method", "griffin", "--sparsity", "0.5"]
 
 
-def piped(command, lines, *flags):
-    environment = os.environ | {"DART_NATIVE": "0"}
-    return subprocess.run(
-        [*command, *flags], input=lines, env=environment, capture_output=True, text=True
-    )
-
-
-def test_piped(command, tmp_path):
-    """Answers alone on stdout; an error is one sentence, and the next line goes on."""
+def test_piped(command, tmp_path, monkeypatch):
+    """Only answers go to stdout; an error is one sentence, and the next line is still read."""
     lines = f"Why?\\\nand how?\n/sparsity 2\nAnd?\n/save {tmp_path}/talk.md\n/quit\nNo?\n"
-    done = piped(command, lines, "--max-tokens", "6")
+    program = [sys.executable, "-m", "dart_llm", *command, "--max-tokens", "6"]
+    done = subprocess.run(program, input=lines, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answers = done.stdout.splitlines()
     assert len(answers) == 2 and all(answers)
@@ -50,10 +47,12 @@ def test_piped(command, tmp_path):
     assert text == "\n".join(f"**{role}**\n\n{said}\n" for role, said in parts)
     assert "ConfigError: sparsity 2 must lie in [0, 1)" in done.stderr
     assert done.stderr.count("6 tokens; ") == 2 and "Traceback" not in done.stderr
-    closed = piped(["sh", "-c", '"$@" <&-', "sh", *command], "")  # no standard input at all
-    assert (closed.returncode, closed.stdout) == (0, ""), closed.stderr
-    refused = piped(command, "", "--executor", "native")
-    assert refused.returncode == 2 and refused.stderr.count("ConfigError: ") == 1
+    monkeypatch.setattr(sys, "stdin", None)  # as Python starts where standard input is closed
+    closed = call(*command)
+    assert (closed.code, closed.out) == (0, ""), closed.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    refused = call(*command, "--executor", "native")
+    assert refused.code == 2 and refused.err.count("ConfigError: ") == 1
 
 
 class Terminal:
@@ -64,7 +63,7 @@ class Terminal:
         if self.pid == 0:  # the child: nothing but the program
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
             os.environ.update(TERM="dumb", HOME=str(home))
-            os.execv(arguments[0], arguments)
+            os.execv(sys.executable, [sys.executable, "-m", "dart_llm", *arguments])
         self.seen = ""
 
     def press(self, keys):
@@ -106,12 +105,12 @@ class Terminal:
 
 @pytest.fixture
 def terminal(command, tmp_path):
-    made = Terminal([*command, "--max-tokens", str(LONG)], tmp_path)
-    yield made
-    os.close(made.file)
+    terminal = Terminal([*command, "--max-tokens", str(LONG)], tmp_path)
+    yield terminal
+    os.close(terminal.file)
     with contextlib.suppress(OSError):
-        os.kill(made.pid, 9)
-        os.waitpid(made.pid, 0)
+        os.kill(terminal.pid, 9)
+        os.waitpid(terminal.pid, 0)
 
 
 def test_keys(terminal):

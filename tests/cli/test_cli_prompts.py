@@ -35,8 +35,8 @@ def test_list_and_show():
     assert result.err == "20 of 480 prompts; --limit 480 shows all\n"
     assert "anesthesia" in result.out and "astronomy -> medicine" in result.out
     chosen = [p for p in SHIPPED if "law" in p.domains]
-    told = [prompt.to_dict() for prompt in chosen]
-    assert document("list", "--domain", "law") == {"total": len(chosen), "prompts": told}
+    documents = [prompt.to_dict() for prompt in chosen]
+    assert document("list", "--domain", "law") == {"total": len(chosen), "prompts": documents}
     assert len(document("list")["prompts"]) == document("list", "--limit", 3)["total"] == 480
     listed = done("list", "--passages").out
     assert "01-bees" in listed and "zoology -> " in listed
@@ -53,18 +53,15 @@ def test_list_and_show():
         assert document("show", *asked) == passage.to_dict()
 
 
-WRONG = [
-    ("list --domain astronmy", "UnknownName: .*domain 'astronmy'; .* astronomy"),
-    ("list --limit 0", "ConfigError: --limit 0 must be at least 1"),
-    ("list --file plain.jsonl --domain law", "UnknownName: unknown domain"),
-    ("show 13", "UnknownName: unknown prompt or passage '13'"),
-    ("show essay", "UnknownName: .*'essay'; known: essay-"),
-]
-
-
 def test_errors_and_examples():
     Path("plain.jsonl").write_text('{"text": "a"}\n')
-    for arguments, problem in WRONG:
+    for arguments, problem in [
+        ("list --domain astronmy", "UnknownName: .*domain 'astronmy'; .* astronomy"),
+        ("list --limit 0", "ConfigError: --limit 0 must be at least 1"),
+        ("list --file plain.jsonl --domain law", "UnknownName: unknown domain"),
+        ("show 13", "UnknownName: unknown prompt or passage '13'"),
+        ("show essay", "UnknownName: .*'essay'; known: essay-"),
+    ]:
         assert re.match(problem, refusal("prompts", *arguments.split()))
     assert "unknown prompt or passage ''" in refusal("prompts", "show", "")
     lines = [json.dumps(prompt.to_dict()) for prompt in SHIPPED[:5]]

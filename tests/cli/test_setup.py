@@ -62,7 +62,7 @@ class Project:
         return subprocess.run(command, cwd=self.root, env=kept, capture_output=True, text=True)
 
     def set_up(self, *arguments, **variables):
-        """What a set-up that works does: all but the compiling, which may be last or second."""
+        """The log of a set-up that works, without the compiling, which may be last or second."""
         done = self.call("scripts/setup.sh", *arguments, **variables)
         assert (done.returncode, done.stderr) == (0, "")
         assert ("PyTorch from PyPI" in done.stdout) <= ("HAS_TORCH" not in variables)

@@ -2,25 +2,15 @@
 
 import copy
 import csv
-import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from lm_cases import (
-    EXAMPLES,
-    LETTERS,
-    break_position,
-    call,
-    candidate,
-    eval_command,
-    loaded,
-    measured,
-    options,
-    place,
-    refusal,
-)
-from summary_cases import write_documents
+import lm_cases
+from lm_cases import call, candidate, eval_command, loaded, measured, options, place
+from written import lines as lines_of
+from written import read
 
 GRIFFIN = ("--method", "griffin", "--sparsity", "0.5")
 TASK = "perplexity:text.txt"
@@ -29,13 +19,14 @@ SMALL = ("--prompt-tokens", 48, "--scored-tokens", 24, "--limit", 4)
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder with a text, four documents and a model that is NaN from position 60 on."""
+    """A folder with a text and a model that is NaN from position 60 on."""
     folder = tmp_path_factory.mktemp("studies")
     text = "".join(f"number {n * n} comes before {n * 7}. " for n in range(60))
     (folder / "text.txt").write_text(text, encoding="utf-8")
-    write_documents(folder / "four.jsonl")
-    model, tokenizer = loaded()
-    break_position(copy.deepcopy(model), 60).save_pretrained(folder / "broken")
+    model, tokenizer = copy.deepcopy(loaded()[0]), loaded()[1]
+    with torch.no_grad():
+        model.transformer.wpe.weight[60] = float("nan")
+    model.save_pretrained(folder / "broken")
     tokenizer.save_pretrained(folder / "broken")
     return folder
 
@@ -46,25 +37,20 @@ def _here(desk, monkeypatch):
 
 
 def lines(document, name="results.jsonl"):
-    text = (Path(document["folder"]) / name).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def samples(document):
-    return lines(document, "samples.jsonl")
+    return lines_of(Path(document["folder"], name))
 
 
 def test_eval_tells_results_and_accounting():
     done = call(*eval_command("--tasks", "tiny_choice,tiny_letters", *GRIFFIN, "--json"))
     assert (done.code, done.err, done.out.count("\n")) == (0, "", 1)
-    found = done.json
-    parts = {n: measured(candidate("griffin"), n) for n in ("tiny_choice", "tiny_letters")}
-    assert found["results"] == {name: dict(part.metrics) for name, part in parts.items()}
-    assert found["accounting"]["decoded_tokens"] == 93 + len(LETTERS)
+    tasks, accounting = ("tiny_choice", "tiny_letters"), done.json["accounting"]
+    expected = {name: dict(measured(candidate("griffin"), name).metrics) for name in tasks}
+    assert done.json["results"] == expected
+    assert accounting["decoded_tokens"] == 93 + len(lm_cases.LETTERS)
     for key in ("achieved_sparsity", "sparsity_while_pruned"):
-        assert found["accounting"][key] == pytest.approx(0.5)
-    assert (found["accounting"]["dense_token_share"], found["accounting"]["remasks"]) == (0.0, 0)
-    assert 0 < found["accounting"]["ffn_bytes_share"] <= 1.0 and found["notes"] == []
+        assert accounting[key] == pytest.approx(0.5)
+    assert (accounting["dense_token_share"], accounting["remasks"]) == (0.0, 0)
+    assert 0 < accounting["ffn_bytes_share"] <= 1.0 and done.json["notes"] == []
     masks = ("--method", "dart", "--sparsity", "0.5")
     done = call(*eval_command("--tasks", "tiny_short", *masks, "--dense"))
     assert (done.code, done.out) == (0, "")
@@ -72,23 +58,20 @@ def test_eval_tells_results_and_accounting():
         assert word in done.err
     assert "note: tiny_short: 1 context was scored dense" in done.err
     assert "note: tiny_short: likelihood tasks: masks at once" in done.err
-    leak = eval_command("--tasks", "tiny_letters", *GRIFFIN, "--protocol", "published")
-    document = call(*leak, "--json").json
-    said = "tiny_letters: published protocol: the masks have seen the answers (leaking, not causal)"
-    assert document["notes"] == [said]
+    leak = eval_command("--tasks", "tiny_letters", *GRIFFIN, "--protocol", "published", "--json")
+    assert call(*leak).json["notes"] == [
+        "tiny_letters: published protocol: the masks have seen the answers (leaking, not causal)"
+    ]
 
 
 def test_flags_reach_the_measurement(monkeypatch):
-    def asked(*flags, task="tiny_choice", model="model"):
-        command = eval_command("--tasks", task, *GRIFFIN, *flags, "--json", "--fresh", model=model)
-        return call(*command).json
-
-    found = asked("--num-fewshot", 1, "--limit", 2, "--sample-seed", 1)
+    flags = ("--num-fewshot", 1, "--limit", 2, "--sample-seed", 1, "--json", "--fresh")
+    answer = call(*eval_command("--tasks", "tiny_choice", *GRIFFIN, *flags)).json
     how = options(num_fewshot=1, limit=2, sample_seed=1)
     direct = measured(candidate("griffin"), "tiny_choice", how)
-    assert found["results"]["tiny_choice"] == direct.metrics
-    context = samples(found)[0]["arguments"][0][0]
-    assert context.startswith(f"q: {EXAMPLES[0]['question']}\na: ice\n\n")
+    assert answer["results"]["tiny_choice"] == direct.metrics
+    context = lines(answer, "samples.jsonl")[0]["arguments"][0][0]
+    assert context.startswith(f"q: {lm_cases.EXAMPLES[0]['question']}\na: ice\n\n")
     Path("s.yaml").write_text("tasks: tiny_letters\nlimit: 3\nmethod: griffin\n", "utf-8")
     monkeypatch.setenv("DART_LIMIT", "2")
     (row,) = lines(call(*eval_command("--config", "s.yaml", "--sparsity", "0.25", "--json")).json)
@@ -138,8 +121,8 @@ def test_compare_sweep_and_results(tmp_path):
     # what is there
 
     def table(*flags):
-        found = csv.DictReader(call("results", tmp_path, "--csv", *flags).out.splitlines())
-        return [" ".join((line["experiment"], line.get("label", ""))).strip() for line in found]
+        listed = csv.DictReader(call("results", tmp_path, "--csv", *flags).out.splitlines())
+        return [" ".join((line["experiment"], line.get("label", ""))).strip() for line in listed]
 
     names = {name.split()[0] for name in table()}
     assert names == {"compare", "grid", "perplexity-model-griffin-0.5"}
@@ -156,13 +139,13 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path):
     assert (done.code, done.err.count("\n"), done.out.count("\n")) == (2, 1, 1)
     assert "2 of 4 cells failed, the others are kept" in done.err and "not finite" in done.err
     assert [row["status"] for row in lines(done.json)] == ["done", "done", "failed", "failed"]
-    compared = json.loads((Path(done.json["folder"]) / "compare.json").read_text("utf-8"))
+    compared = read(Path(done.json["folder"], "compare.json"))
     assert {name: done.json[name] for name in compared} == compared
     assert len(compared["failures"]) == 2 and done.json["computed"] == 2
     assert [row["value"] is None for row in compared["rows"]] == [False, False, True, True]
 
 
-WRONG = [
+REFUSED = [
     ("eval", "--tasks=", "--tasks"),
     ("eval", "--tasks tiny_choice --apply-chat-template", "no chat template: drop --apply-chat"),
     ("sweep", "--limit 0", "--limit 0 must be at least 1"),
@@ -173,6 +156,7 @@ WRONG = [
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
-    for command, flags, words in WRONG:
+    for command, flags, words in REFUSED:
         start = eval_command("--sparsity", "0.5") if command == "eval" else on_grid(command)
-        assert words in refusal(*start, "--results-dir", tmp_path, "--json", *flags.split())
+        arguments = (*start, "--results-dir", tmp_path, "--json", *flags.split())
+        assert words in lm_cases.refusal(*arguments)

@@ -13,11 +13,11 @@ from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import Run, likelihood_config
 from lm_cases import Forwards
 from tiny import LAYERS, WIDTH, tiny, tokens
+from token_cases import before_down
 
 CONTEXT = tuple(tokens(1, 30, seed=1)[0].tolist())
 ANSWERS = [tuple(tokens(1, n, seed=10 + n)[0].tolist()) for n in (1, 4, 7, 3, 5)]
 LETTERS = [(40, 41), (40, 42), (40, 43), (40, 44)]
-PROTOCOLS = ("decode", "full", "published")
 model = functools.cache(tiny)
 
 
@@ -33,7 +33,7 @@ def score(
 
 
 def probs(*arguments, **settings):
-    return [one.logprob for one in score(*arguments, **settings)[0]]
+    return [scored.logprob for scored in score(*arguments, **settings)[0]]
 
 
 @torch.no_grad()
@@ -41,12 +41,8 @@ def losses(answer, context=CONTEXT, name="llama"):
     """Losses of an answer's tokens, and which are the likeliest, from one plain forward."""
     logits = model(name)(torch.tensor([[*context, *answer]])).logits[0, len(context) - 1 : -1]
     targets = torch.tensor(answer)
-    found = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    return found.tolist(), (logits.argmax(-1) == targets).tolist()
-
-
-def direct(answer):
-    return -sum(losses(answer)[0])
+    per_token = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return per_token.tolist(), (logits.argmax(-1) == targets).tolist()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
@@ -57,25 +53,25 @@ def test_dense_equals_one_plain_forward(name):
             logits = model(name)(torch.tensor([[*CONTEXT, *likely]])).logits
         likely.append(int(logits[0, -1].argmax()))
     answers = [*ANSWERS, likely, [*likely[:2], (likely[2] + 1) % 90], likely[:1]]
-    found, reports = score(None, answers, name=name)
-    for answer, one in zip(answers, found, strict=True):
+    scores, reports = score(None, answers, name=name)
+    for answer, scored in zip(answers, scores, strict=True):
         wanted, greedy = losses(answer, name=name)
-        assert one.losses == pytest.approx(wanted, abs=1e-4) and one.greedy == all(greedy)
-        assert one.logprob == pytest.approx(-sum(wanted), abs=1e-4)
-    assert reports == [] and [one.greedy for one in found[-3:]] == [True, False, True]
+        assert scored.losses == pytest.approx(wanted, abs=1e-4) and scored.greedy == all(greedy)
+        assert scored.logprob == pytest.approx(-sum(wanted), abs=1e-4)
+    assert reports == [] and [scored.greedy for scored in scores[-3:]] == [True, False, True]
     (single,) = probs(None, [ANSWERS[1]], context=CONTEXT[:1])  # no prompt pass
     assert single == pytest.approx(-sum(losses(ANSWERS[1], CONTEXT[:1])[0]), abs=1e-4)
 
 
 @pytest.mark.contract("sparsity 0 is bit-identical")
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", ["decode", "full", "published"])
 def test_nothing_removed_is_dense(protocol):
     dense, pruned = score(None)[0], score("griffin", protocol=protocol, sparsity=0.0)[0]
-    for one, other in zip(dense, pruned, strict=True):
+    for scored, other in zip(dense, pruned, strict=True):
         if protocol == "decode":  # the same forwards, to the bit
-            assert one == other
-        assert one.losses == pytest.approx(other.losses, abs=1e-4)
-        assert one.greedy == other.greedy
+            assert scored == other
+        assert scored.losses == pytest.approx(other.losses, abs=1e-4)
+        assert scored.greedy == other.greedy
 
 
 @pytest.mark.contract("same report whatever the batch")
@@ -91,9 +87,9 @@ def test_neither_batches_nor_other_answers_change_a_score(method, protocol, rele
     settings = {"sparsity": 0.5, "release_step": release}
     answers = ANSWERS + LETTERS
     alone, *others = [score(method, answers, protocol, n, **settings) for n in (1, 2, 8)]
-    wanted = [one.logprob for one in alone[0]]
-    for found, reports in others:
-        assert [one.logprob for one in found] == pytest.approx(wanted, abs=1e-4)
+    wanted = [scored.logprob for scored in alone[0]]
+    for scores, reports in others:
+        assert [scored.logprob for scored in scores] == pytest.approx(wanted, abs=1e-4)
         assert len(reports) == 1 and reports[0]["remasks"] == 0
         for key in ("decoded_tokens", "dense_token_share", "achieved_sparsity"):
             assert reports[0][key] == pytest.approx(alone[1][0][key])
@@ -126,49 +122,42 @@ def test_decoded_tokens_are_counted_exactly():
 
 
 @contextlib.contextmanager
-def read_by(read):
-    """Call ``read(layer, u)`` with what each FFN's down projection gets; it may give another."""
-
-    def hook(layer):
-        return lambda module, args: read(layer, args[0])
-
-    blocks = enumerate(model("llama").model.layers)
-    hooks = [b.mlp.down_proj.register_forward_pre_hook(hook(layer)) for layer, b in blocks]
-    with torch.no_grad():
-        yield
-    for one in hooks:
-        one.remove()
-
-
 def by_hand(masks):
-    kept = {layer: torch.zeros(WIDTH).index_fill(0, ids, 1) for layer, ids in masks.items()}
-    return read_by(lambda layer, u: (u * kept[layer],))
+    """The model with all neurons but those of the masks 0."""
+
+    def keep(layer, _, u):
+        return u * torch.zeros(WIDTH).index_fill(0, masks[layer], 1)
+
+    with before_down(model("llama"), None, keep), torch.no_grad():
+        yield
 
 
 def chosen(ids):
     """GRIFFIN's neurons for a text, from its formula alone."""
-    seen = {}
-    with read_by(lambda layer, u: seen.update({layer: u[0]})):
+    masks = {}
+
+    def choose(layer, _, u):
+        scores = (u[0] / u[0].norm(dim=-1, keepdim=True)).square().sum(0)
+        masks[layer] = scores.topk(WIDTH // 2).indices
+
+    with before_down(model("llama"), None, choose), torch.no_grad():
         model("llama")(torch.tensor([list(ids)]))
-    scores = {
-        layer: (u / u.norm(dim=-1, keepdim=True)).square().sum(0) for layer, u in seen.items()
-    }
-    return {layer: s.topk(WIDTH // 2).indices.sort().values for layer, s in scores.items()}
+    return masks
 
 
 @pytest.mark.contract("answer tokens never in masks")
 def test_each_protocol_prunes_by_hand():
     """full: every position by the context; published: by the whole text; decode: what follows,
     by the context without its last token."""
-    masks = chosen(CONTEXT)
-    with by_hand(masks):
-        expected = [direct(answer) for answer in ANSWERS]
-    assert probs("griffin", protocol="full", sparsity=0.5) == pytest.approx(expected, abs=1e-4)
-    expected = []
+    with by_hand(chosen(CONTEXT)):
+        full = [-sum(losses(answer)[0]) for answer in ANSWERS]
+    assert probs("griffin", protocol="full", sparsity=0.5) == pytest.approx(full, abs=1e-4)
+    published = []
     for answer in ANSWERS:
         with by_hand(chosen([*CONTEXT, *answer])):
-            expected.append(direct(answer))
-    assert probs("griffin", protocol="published", sparsity=0.5) == pytest.approx(expected, abs=1e-4)
+            published.append(-sum(losses(answer)[0]))
+    logprobs = probs("griffin", protocol="published", sparsity=0.5)
+    assert logprobs == pytest.approx(published, abs=1e-4)
     with torch.no_grad():
         cache = model("llama")(torch.tensor([CONTEXT[:-1]]), use_cache=True).cache
     answer = ANSWERS[2]
@@ -184,10 +173,10 @@ def test_what_a_run_scored_before_leaves_no_trace():
     with Run(model("llama"), config) as run:
         other = tokens(1, 40, seed=5)[0].tolist()
         score_context(model("llama"), run, other, ANSWERS, "full")
-        found, reports = score_context(model("llama"), run, CONTEXT, ANSWERS, "full")
-    alone, own = score("dart", protocol="full", sparsity=0.5)
-    assert found == alone
-    assert reports[0]["decoded_tokens"] == own[0]["decoded_tokens"]
+        scores, reports = score_context(model("llama"), run, CONTEXT, ANSWERS, "full")
+    alone, counted = score("dart", protocol="full", sparsity=0.5)
+    assert scores == alone
+    assert reports[0]["decoded_tokens"] == counted[0]["decoded_tokens"]
 
 
 def test_what_is_refused():

@@ -25,7 +25,7 @@ def write_run(folder, lines, **config):
     usual = {"status": "complete", "kind": "sweep", "settings": {}}
     usual |= {"started": "2026-05-01T10:00:00+00:00", "finished": "2026-05-01T10:01:30+00:00"}
     write_json(folder / "config.json", {**usual, **config})
-    write_lines(folder / "rows.jsonl", [one.model_dump() for one in lines])
+    write_lines(folder / "rows.jsonl", [line.model_dump() for line in lines])
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def root(tmp_path):
     texts = [line("dense", 0.0, 20.0, **text), line("dart", 0.5, 22.5, **text, remasks=2)]
     write_run(root / "main" / "20260304-050607", texts, started="2026-03-04T05:06:07+00:00")
     evaluated = {"kind": "eval", "started": "2026-04-01T12:00:00+00:00", "finished": None}
-    one = line("griffin", 0.5, 0.5, low=0.4, high=0.6, dense_share=0.04)
-    write_run(root / "eval" / "20260401-120000", [one], **evaluated)
+    griffin = line("griffin", 0.5, 0.5, low=0.4, high=0.6, dense_share=0.04)
+    write_run(root / "eval" / "20260401-120000", [griffin], **evaluated)
     lines = [line("dense", 0.0, 0.6), line("dart", 0.3, 0.55), line("dart", 0.5, 0.45)]
     lines += [line("griffin", 0.5, 0.25), line("griffin", 0.7, None, error="the loss is NaN")]
     write_run(root / "grids" / "first" / "20260501-100000", lines, status="interrupted")
@@ -55,28 +55,28 @@ def test_runs_of_every_kind_are_found_in_order_with_their_lines(root):
     assert index.find(root / "grids" / "first")[0].experiment == "first"
     (alone,) = index.find(root / "main" / "20260304-050607")
     assert (alone.experiment, alone.time) == ("main", "20260304-050607")
-    assert [one.value for one in main.lines] == [20.0, 22.5]
+    assert [row.value for row in main.lines] == [20.0, 22.5]
     assert (evaluation.lines[0].low, evaluation.seconds) == (0.4, None)
     assert (sweep.methods, sweep.sparsities) == (("dart", "griffin"), (0.3, 0.5, 0.7))
     assert (sweep.seconds, begun.models, begun.tasks) == (90, ("Llama",), ("boolq", "rte"))
     assert [len(run["rows"]) for run in json.loads(to_json(runs))] == [2, 1, 5, 0]
 
 
-FILTERS = [
-    ({}, {"main": 2, "eval": 1, "grids/first": 5, "begun": 0}),
-    ({"method": "GRIFFIN"}, {"eval": 1, "grids/first": 2}),
-    ({"method": "dart", "task": "arc"}, {"grids/first": 2}),
-    ({"model": "llama", "method": "dart"}, {"begun": 0}),
-    ({"status": "Interrupted"}, {"grids/first": 5}),
-    ({"experiment": "eval"}, {"eval": 1}),
-    ({"since": "2026-05-01T10:00:00+00:00"}, {"grids/first": 5, "begun": 0}),
-]
-
-
-@pytest.mark.parametrize(("given", "expected"), FILTERS)
-def test_runs_and_their_lines_are_chosen(root, given, expected):
-    found = index.filter(index.find(root), **given)
-    assert {run.experiment: len(run.lines) for run in found} == expected
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, {"main": 2, "eval": 1, "grids/first": 5, "begun": 0}),
+        ({"method": "GRIFFIN"}, {"eval": 1, "grids/first": 2}),
+        ({"method": "dart", "task": "arc"}, {"grids/first": 2}),
+        ({"model": "llama", "method": "dart"}, {"begun": 0}),
+        ({"status": "Interrupted"}, {"grids/first": 5}),
+        ({"experiment": "eval"}, {"eval": 1}),
+        ({"since": "2026-05-01T10:00:00+00:00"}, {"grids/first": 5, "begun": 0}),
+    ],
+)
+def test_runs_and_their_lines_are_chosen(root, filters, expected):
+    runs = index.filter(index.find(root), **filters)
+    assert {run.experiment: len(run.lines) for run in runs} == expected
 
 
 def test_what_cannot_be_chosen_or_found(root, tmp_path):
@@ -94,8 +94,8 @@ def test_a_run_that_was_killed_is_not_running(tmp_path):
     for name in "ab":
         write_run(tmp_path / name / "20260101-000000", [], status="running")
     lock = take(tmp_path / "a" / "20260101-000000")
-    found = {run.experiment: run.status for run in index.find(tmp_path)}
-    assert found == {"a": "running", "b": "stopped"}
+    statuses = {run.experiment: run.status for run in index.find(tmp_path)}
+    assert statuses == {"a": "running", "b": "stopped"}
     release(lock)
 
 

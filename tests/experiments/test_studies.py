@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import drift_cases
@@ -24,6 +25,7 @@ from dart_llm.errors import CellsFailed, ConfigError, LoadError, ResultsError
 from dart_llm.experiments import store
 from dart_llm.experiments.store import ResultsFolder
 from dart_llm.experiments.study import Study, Unit, run_study
+from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting import figures
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import StudyOptions, merge
@@ -113,6 +115,8 @@ CASES = (
     Case("speed", 3, SpeedStudy, lambda: speed_cases.settings(Path(), **SPEED), timed=True),
     Case("tune", 14, TuneStudy, lambda: tune_cases.settings(Path(), **TUNE), timed=True),
 )
+COMMANDS = {"inspect": ["inspect", *SECTIONS], "quality": ["bench", "quality"]}
+COMMANDS |= {"speed": ["bench", "speed", "--threads=1"], "tune": ["tune", "--save=mine.yaml"]}
 NEVER_EQUAL = {"timing.json", "config.json", "report.html"}  # they hold times
 
 
@@ -159,12 +163,12 @@ def results(path):
 @pytest.mark.contract("a page has every figure of its study")
 def test_a_finished_folder(case):
     study = run_study(case.make())
-    found = config(study.path)
-    assert (found["kind"], found["status"]) == (case.name, "complete")
-    inputs = json.dumps(found["settings"]["inputs"])  # the weights, or the shape of random ones
+    written = config(study.path)
+    assert (written["kind"], written["status"]) == (case.name, "complete")
+    inputs = json.dumps(written["settings"]["inputs"])  # the weights, or the shape of random ones
     assert '"model": "' in inputs or '"shape": "' in inputs
-    assert found["versions"] and found["checkpoint"]["dtype"]
-    assert found["started"] <= found["finished"]
+    assert written["versions"] and written["checkpoint"]["dtype"]
+    assert written["started"] <= written["finished"]
     names = {path.name for path in study.path.iterdir()}
     assert {"timing.json", f"output_{study.folder.stamp}.log", "rows.jsonl"} <= names
     assert not {"parts.jsonl", ".lock"} & names
@@ -197,6 +201,7 @@ def test_an_interrupted_study_resumes_to_the_same_bytes(case):
     write_inputs(0)
     last = run_study(case.make())
     assert last.path == first.path and last.ui.log[0] == f"resuming {first.path}"
+    assert last.lines[: len(first.lines)] == first.lines
     assert case.finer or last.computed == case.units - 1
     assert config(last.path)["status"] == "complete"
     anew = run_study(case.make(), fresh=True)
@@ -236,15 +241,22 @@ def test_an_error_keeps_what_was_finished(case, monkeypatch):
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.contract("--json is one document")
-@pytest.mark.parametrize("case", CASES[1:2], indirect=True, ids=["inspect"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in COMMANDS], indirect=True, ids=str)
 def test_json_is_the_document(case):
-    given = {**INSPECT, "model": place() / "model", "device": "cpu"}
-    flags = [word for k, v in given.items() for word in (f"--{k.replace('_', '-')}", str(v))]
-    done = CliRunner().invoke(app, ["inspect", *SECTIONS, *flags, "--json"])
+    settings, threads = case.settings(), torch.get_num_threads()
+    values = {name: getattr(settings, name) for name in settings.model_fields_set}
+    joined = {k: ",".join(map(str, v)) for k, v in values.items() if isinstance(v, tuple | list)}
+    flags = [f"--{name.replace('_', '-')}={v}" for name, v in (values | joined).items()]
+    done = CliRunner().invoke(app, [*COMMANDS[case.name], *flags, "--json"])
     assert (done.exit_code, done.stderr) == (0, ""), done.exception
     answer = json.loads(done.stdout)
     folder = Path(answer.pop("folder"))
     assert answer.pop("timing") == json.loads((folder / "timing.json").read_text())
+    assert answer.pop("computed", case.units) == case.units
+    if answer.pop("setting", None):
+        assert PruneConfig.build("file:mine.yaml").method in ("dense", "griffin")
+    if case.name == "speed":
+        assert answer["machine"]["threads"] == 1 and torch.get_num_threads() == threads
     document = case.make().document
     assert answer == json.loads((folder / document).read_text(encoding="utf-8"))
 

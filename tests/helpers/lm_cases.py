@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import torch
 import yaml
 
 from dart_llm.cli import app as cli
@@ -234,9 +233,3 @@ def eval_command(*arguments, model="model"):
     root = place()
     where = ("--model", root / model, "--include-path", root / "tasks", "--device", "cpu")
     return ["eval", *where, *arguments]
-
-
-def break_position(model, position):
-    with torch.no_grad():
-        model.transformer.wpe.weight[position] = float("nan")
-    return model

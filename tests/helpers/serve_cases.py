@@ -50,22 +50,12 @@ class ByteTokenizer:
 
 def report(method, requested, tokens):
     share = requested or 0.0
+    fields = {"method": method, "requested_sparsity": requested, "achieved_sparsity": share}
+    fields |= {"sparsity_while_pruned": share, "dense_token_share": 0.0 if share else 1.0}
+    fields |= {"prompt_tokens": 3, "decoded_tokens": tokens, "ffn_share_of_bytes": 0.5}
+    fields |= {"remask_causes": {}, "layers": (), "sequences": (), "executor": "masked"}
     names = ("remasks", "extra_memory_bytes", "ffn_bytes_share", "ffn_bytes_share_if_compact")
-    return RunReport(
-        method=method,
-        requested_sparsity=requested,
-        achieved_sparsity=share,
-        sparsity_while_pruned=share,
-        dense_token_share=0.0 if share else 1.0,
-        prompt_tokens=3,
-        decoded_tokens=tokens,
-        ffn_share_of_bytes=0.5,
-        remask_causes={},
-        layers=(),
-        sequences=(),
-        executor="masked",
-        **dict.fromkeys(names, 0),
-    )
+    return RunReport(**fields, **dict.fromkeys(names, 0))
 
 
 @dataclass

@@ -13,6 +13,12 @@ from tiny import tiny
 
 PROMPT, TOKENS = 12, 12
 
+# bytes of the tiny GGUF file: of a layer's 12 matrices of 64 x 64 and 64 x 96, of which 5 bytes
+# hold 8 weights in Q4_1; of the rest; and weights of its norms
+FFN = 2 * 3 * 64 * 96 * 20 // 32
+REST = 2 * 4 * 64 * 64 * 20 // 32 + 300 * 64 * 34 // 32
+NORMS = 5 * 64
+
 
 def checkpoint(root):
     """Folder of a tiny llama: 4 layers of width 32 with 48 neurons, float32."""
@@ -40,6 +46,14 @@ def steady(model, ids, tokens, make):
     found = repetition(model, ids, tokens, make)
     ms = 2.0 - 0.4 * found["achieved_sparsity"] if "achieved_sparsity" in found else 4.0
     return {**found, "steps_s": [ms / 1000] * len(found["steps_s"])}
+
+
+def write_broken_bench(folder):
+    """A ``llama-bench`` that fails."""
+    program = folder / "broken"
+    program.write_text("#!/bin/sh\necho no such model >&2; exit 3\n", encoding="utf-8")
+    program.chmod(0o755)
+    return program
 
 
 def sample(steps_ms, **more):

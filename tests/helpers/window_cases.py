@@ -40,12 +40,9 @@ def answer(method, sparsity, tokens):
             window = index - READY if index > READY else index
             found.append({**place, "window": window, **score, "trigger": low, "state": "armed"})
     decoded, dense = tokens - 1, READY - TRIGGER if sparsity else tokens - 1
-    report = {
-        "achieved_sparsity": sparsity * (1 - dense / decoded),
-        "dense_token_share": dense / decoded,
-        "decoded_tokens": decoded,
-        "remasks": int(sparsity > 0),
-    }
+    report = {"decoded_tokens": decoded, "remasks": int(sparsity > 0)}
+    report |= {"achieved_sparsity": sparsity * (1 - dense / decoded)}
+    report |= {"dense_token_share": dense / decoded}
     usage = {"prompt_tokens": len(PROMPT), "completion_tokens": tokens, "cached_tokens": 0}
     done = {"kind": "done", "id": f"req-{method}", "finish": ["length"], "texts": ["".join(texts)]}
     timings = {"predicted_per_second": 50.0}

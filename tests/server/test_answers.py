@@ -44,12 +44,8 @@ def test_a_chat_completion_and_its_stream(server):
     rest = {"logprobs": None, "finish_reason": "length"}
     assert answer["choices"] == [{"index": 0, "message": message, **rest}]
     prompt = len("<user>hi<assistant>")
-    assert answer["usage"] == {
-        "prompt_tokens": prompt,
-        "completion_tokens": 4,
-        "total_tokens": prompt + 4,
-        "prompt_tokens_details": {"cached_tokens": 0},
-    }
+    usage = {"prompt_tokens": prompt, "completion_tokens": 4, "total_tokens": prompt + 4}
+    assert answer["usage"] == {**usage, "prompt_tokens_details": {"cached_tokens": 0}}
     assert answer["timings"]["predicted_per_second"] == 2000.0
     assert set(answer["dart"]) == set(ACCOUNTING)
     assert (answer["dart"]["method"], answer["dart"]["achieved_sparsity"]) == ("griffin", 0.25)
@@ -79,12 +75,8 @@ def test_a_chat_completion_and_its_stream(server):
 def test_a_completion(server):
     answer = post(server, TEXT_URL, prompt="abc", logprobs=1, stop="w2").json()
     assert answer["object"] == "text_completion"
-    logprobs = {
-        "tokens": ["w0 ", "w1 "],
-        "token_logprobs": [-0.5, -0.5],
-        "top_logprobs": [{"t0": -1.0}, {"t0": -1.0}],
-        "text_offset": [0, 3],
-    }
+    logprobs = {"tokens": ["w0 ", "w1 "], "token_logprobs": [-0.5, -0.5], "text_offset": [0, 3]}
+    logprobs["top_logprobs"] = [{"t0": -1.0}] * 2
     choice = {"text": "w0 w1 ", "logprobs": logprobs, "finish_reason": "stop"}
     assert answer["choices"] == [{"index": 0, **choice}]
     for prompt in (["abc"], [97, 98, 99], [[97, 98, 99]]):
@@ -110,7 +102,7 @@ def test_several_prompts_with_echo(server):
     assert [choice["text"] for choice in read["choices"]] == ["ab", "ab", "c", "c"]
     assert read["choices"][0]["logprobs"]["token_logprobs"] == [None, -1 / 98]
     assert whole["usage"]["prompt_tokens"] == 3 and read["usage"]["completion_tokens"] == 0
-    assert [one["prompt_n"] for one in whole["timings"]] == [2, 1] and len(whole["dart"]) == 2
+    assert [each["prompt_n"] for each in whole["timings"]] == [2, 1] and len(whole["dart"]) == 2
     *chunks, done = events(post(server, TEXT_URL, **scored, stream=True).text)
     assert done is None and None not in chunks and "usage" not in chunks[0]
     assert chunks[-1]["dart"] == whole["dart"]
@@ -123,20 +115,11 @@ def test_several_prompts_with_echo(server):
 
 def test_every_field_reaches_the_engine(server):
     parts = [{"type": "text", "text": "a"}]
-    request = request_of(
-        server,
-        CHAT_URL,
-        messages=[{"role": "developer", "content": "be"}, {"role": "user", "content": parts}],
-        max_completion_tokens=7,
-        temperature=0.5,
-        top_p=0.9,
-        seed=-3,
-        n=2,
-        stop=["x", "y"],
-        logprobs=True,
-        top_logprobs=3,
-        dart={"method": "griffin", "sparsity": 0.5, "masking_step": 2, "drift": "interval 64"},
-    )
+    messages = [{"role": "developer", "content": "be"}, {"role": "user", "content": parts}]
+    dart = {"method": "griffin", "sparsity": 0.5, "masking_step": 2, "drift": "interval 64"}
+    sampling = {"max_completion_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": -3, "n": 2}
+    sampling |= {"stop": ["x", "y"], "logprobs": True, "top_logprobs": 3}
+    request = request_of(server, CHAT_URL, messages=messages, dart=dart, **sampling)
     assert bytes(request.ids).decode() == "<system>be<user>a<assistant>"
     assert request.sampling == Sampling(7, 0.5, 0.9, -3, 2, ("x", "y"), 3)
     drift = {"rule": "interval 64"}
@@ -215,10 +198,8 @@ def test_other_routes(server):
     assert ready["griffin"] and ready["dart"] and not ready["glass"]
     assert (methods["defaults"]["sparsity"], methods["limits"]["max_tokens"]) == (0.25, 50)
     assert {"title", "text", "note"} <= set(prompts[0]) and "dart" in prompts[0]
-    values = {
-        name: float(value)
-        for name, value in re.findall(r"^dart_llm_(\S+) (\S+)$", text, re.MULTILINE)
-    }
+    counters = re.findall(r"^dart_llm_(\S+) (\S+)$", text, re.MULTILINE)
+    values = {name: float(value) for name, value in counters}
     assert values['requests_total{route="/v1/chat/completions",status="200"}'] >= 1
     assert values['generated_tokens_total{phase="pruned"}'] >= 3
     assert values["prompt_tokens_total"] % 2**20 > 0  # every digit is kept

@@ -6,15 +6,8 @@ import pytest
 import serve_malformed as malformed
 from pydantic import ValidationError
 
-from dart_llm.server.schemas import (
-    IGNORED,
-    NEUTRAL,
-    UNSUPPORTED,
-    APIError,
-    ChatBody,
-    CompletionBody,
-    refusal,
-)
+from dart_llm.server import schemas
+from dart_llm.server.schemas import APIError, ChatBody, CompletionBody, refusal
 from serve_cases import FACTS, TEXT_URL, ByteTokenizer, FakeEngine, running, until
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -37,8 +30,8 @@ NOT_JSON = [
 
 @pytest.fixture(scope="module")
 def server():
-    with running(max_body_kib=512, max_tokens=8) as found:
-        yield found
+    with running(max_body_kib=512, max_tokens=8) as server:
+        yield server
 
 
 @pytest.mark.parametrize("body", NOT_JSON, ids=lambda body: repr(body[:40]))
@@ -87,17 +80,17 @@ def test_wrong_fields_are_named(change, param, code, said):
 
 
 def test_what_asks_for_nothing_is_taken():
-    given = {name: {"any": "thing"} for name in IGNORED}
+    given = {name: {"any": "thing"} for name in schemas.IGNORED}
     given |= {"presence_penalty": 0.0, "best_of": 1, "seed": 1}
     wanted = read(ChatBody, {"messages": MESSAGES, "seed": 1})
-    for value in NEUTRAL:
-        body = {"messages": MESSAGES, **dict.fromkeys(UNSUPPORTED, value), **given}
+    for value in schemas.NEUTRAL:
+        body = {"messages": MESSAGES, **dict.fromkeys(schemas.UNSUPPORTED, value), **given}
         assert read(ChatBody, body) == wanted
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     spoken = {**ASSISTANT, "tool_calls": [], "reasoning_content": "so I think", "refusal": None}
     messages = [{"role": "user", "content": parts}, spoken, {"role": "assistant"}]
     body = read(ChatBody, {"messages": messages, "top_logprobs": 0})
-    assert [one.text for one in body.messages] == ["one two", "yes", ""]
+    assert [message.text for message in body.messages] == ["one two", "yes", ""]
 
 
 def test_of_many_faults_few_are_collected():
@@ -157,7 +150,7 @@ def test_malformed_requests_never_make_it_fail_or_hang(server, caplog, way):
         outcomes, least = list(malformed.hand_written(server.url)), 251
     else:
         outcomes, least = malformed.from_schema(server.url, 60), 51
-        assert {one.what.split(" ")[1] for one in outcomes} >= set(malformed.POSTS)
+        assert {outcome.what.split(" ")[1] for outcome in outcomes} >= set(malformed.POSTS)
     summary = malformed.summary(outcomes)
     assert summary["bad"] == [] and summary["requests"] >= least
     assert way != "by hand" or summary["statuses"]["400"] > 200

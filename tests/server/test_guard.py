@@ -19,8 +19,8 @@ BOTH = ",".join(KEYS)
 
 @pytest.fixture(scope="module")
 def server():
-    with running(max_body_kib=4) as found:
-        yield found
+    with running(max_body_kib=4) as server:
+        yield server
 
 
 def code(response):
@@ -42,20 +42,16 @@ def test_every_answer_is_guarded(server):
             assert not [name for name in headers if name.lower().startswith("access-control")]
 
 
-OWN = ("localhost", "127.0.0.1", "LOCALHOST:99", "[::1]:8000", "localhost.", "localhost.:8000")
-FOREIGN = (
-    *("evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "", "127.0.0.1:8111@evil.com"),
-    *("evil.com@127.0.0.1", "[::1]evil.com", "localhost:80:evil", "localhost:", "localhost.."),
-    *("localhost/x", "localhost evil", "[::1"),
-)
-
-
 def test_the_server_answers_to_its_own_names_alone(server):
     """DNS rebinding: a page of another name, whose address is ours, has that name as Host."""
+    names = "localhost 127.0.0.1 LOCALHOST:99 [::1]:8000 localhost. localhost.:8000"
+    foreign = "evil.example localhost.evil.example 127.0.0.1.nip.io 127.0.0.1:8111@evil.com "
+    foreign += "evil.com@127.0.0.1 [::1]evil.com localhost:80:evil localhost: localhost.. "
+    foreign += "localhost/x [::1"
     with server.client() as client:
-        for host in OWN:
+        for host in names.split():
             assert client.get("/healthz", headers={"Host": host}).status_code == 200, host
-        for host in FOREIGN:
+        for host in (*foreign.split(), "", "localhost evil"):
             refused = client.get("/healthz", headers={"Host": host})
             assert (refused.status_code, code(refused)) == (403, "host_not_allowed"), host
     with running(allow_host="dart.example, other") as added, added.client() as client:
@@ -172,16 +168,13 @@ def test_other_methods_and_addresses(server):
         assert head.content == b"" and head.headers["content-type"] == got.headers["content-type"]
 
 
-WRONG = [
-    ({"host": "0.0.0.0"}, "give --api-key too"),
-    ({"api_key": "short"}, "8 or more plain characters"),
-    ({"api_key": "a-good-long-key,\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9"}, "plain"),
-    ({"methods": "dart,nix"}, "unknown method 'nix'"),
-]
-
-
 def test_settings():
-    for given, said in WRONG:
+    for given, said in [
+        ({"host": "0.0.0.0"}, "give --api-key too"),
+        ({"api_key": "short"}, "8 or more plain characters"),
+        ({"api_key": "a-good-long-key,\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9"}, "plain"),
+        ({"methods": "dart,nix"}, "unknown method 'nix'"),
+    ]:
         with pytest.raises(ConfigError, match=re.escape(said)) as caught:
             ServeSettings.model_validate(given)
         assert "a-good" not in str(caught.value)
@@ -200,7 +193,7 @@ def test_settings():
 def test_past_runs_are_not_for_several_keys(tmp_path):
     for settings, status in (({}, 200), ({"api_key": KEYS[0]}, 200), ({"api_key": BOTH}, 403)):
         with running(results_dir=str(tmp_path), **settings) as server, server.client() as client:
-            found = client.get("/api/runs", headers=bearer(0))
-            one = client.get("/api/runs/x", headers=bearer(0))
-        assert found.status_code == status
-        assert status == 200 or code(found) == code(one) == "runs_not_shared"
+            runs = client.get("/api/runs", headers=bearer(0))
+            run = client.get("/api/runs/x", headers=bearer(0))
+        assert runs.status_code == status
+        assert status == 200 or code(runs) == code(run) == "runs_not_shared"

@@ -41,8 +41,8 @@ def test_an_extra_that_is_missing(package):
     assert f"this needs {package.replace('_', '-')}, which is not installed: pip install " in line
 
 
-@pytest.fixture
-def process(tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_opens_the_page_and_ends(tmp_path, monkeypatch, end):
     program, seen = tmp_path / "browser", tmp_path / "seen"
     program.write_text(f'#!/bin/sh\nprintf %s "$1" >{seen}.part && mv {seen}.part {seen}\n')
     program.chmod(0o755)
@@ -50,18 +50,15 @@ def process(tmp_path, monkeypatch):
     tiny("llama").save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     flags = ("--method", "griffin", "--grace", 1, "--max-tokens", 400, "--open")
-    with serving("--model", tmp_path / "model", *flags) as found:
-        yield found
-
-
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_it_serves_opens_the_page_and_ends(process, tmp_path, end):
-    with httpx.Client(base_url=process.url, timeout=60, trust_env=False) as client:
+    with (
+        serving("--model", tmp_path / "model", *flags) as process,
+        httpx.Client(base_url=process.url, timeout=60, trust_env=False) as client,
+    ):
         body = {"prompt": "abc", "max_tokens": 3, "temperature": 0}
         answer = client.post("/v1/completions", json=body).json()
         assert answer["usage"]["completion_tokens"] <= 3
-        until((tmp_path / "seen").exists)
-        assert (tmp_path / "seen").read_text().rstrip("/") == process.url
+        until(seen.exists)
+        assert seen.read_text().rstrip("/") == process.url
         process.end(end)  # while a connection is still open
 
 
@@ -77,55 +74,43 @@ def test_what_torch_keeps_for_lengths_of_prompts_is_bounded():
         assert done.stdout.split() == wanted.split(), done.stderr
 
 
-MODEL = "SmolLM2-135M-Instruct"
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-GRIFFIN = {"dart": {"method": "griffin", "sparsity": 0.5}}
-DENSE = {"dart": {"method": "dense"}}
-
-
-@pytest.fixture(scope="module")
-def server(smollm2):
-    with running_model(*smollm2, method="griffin", sparsity=0.3, max_tokens=64) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    transport = openai.DefaultHttpxClient(trust_env=False)
-    base = f"{server.url}/v1"
-    with openai.OpenAI(base_url=base, api_key="none", http_client=transport, max_retries=0) as made:
-        yield made
-
-
-def chat(client, **options):
-    asked = {"model": MODEL, "messages": QUESTION, "max_tokens": 12, "temperature": 0, **options}
-    return client.chat.completions.create(**asked)
-
-
 @pytest.mark.smollm2
-def test_answers(client):
-    assert [model.id for model in client.models.list()] == [MODEL]
-    assert client.models.retrieve("smollm2-135m").id == MODEL
-    dense, pruned = chat(client, extra_body=DENSE), chat(client, extra_body=GRIFFIN)
-    assert dense.dart["dense_token_share"] == 1
-    assert "Paris" in dense.choices[0].message.content
-    assert pruned.dart["method"] == "griffin" and pruned.dart["remask_causes"] == {"first": 1}
-    assert pruned.dart["achieved_sparsity"] == pytest.approx(0.5, abs=1e-3)
-    assert chat(client).dart["requested_sparsity"] == 0.3  # the server's own
-    for whole, dart in ((dense, DENSE), (pruned, GRIFFIN)):
-        options = {"include_usage": True}
-        chunks = list(chat(client, stream=True, stream_options=options, extra_body=dart))
-        parts = [c for chunk in chunks for c in chunk.choices]
-        text = "".join(c.delta.content or "" for c in parts)
-        assert text == whole.choices[0].message.content
-        assert chunks[-1].usage == whole.usage
-    for options, kind, param in (
-        ({"model": "gpt"}, openai.NotFoundError, "model"),
-        ({"extra_body": {"top_k": 3}}, openai.BadRequestError, "top_k"),
+def test_answers_to_openais_client(smollm2):
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    fixed = {"model": "SmolLM2-135M-Instruct", "messages": question, "max_tokens": 12}
+    griffin, dense = {"method": "griffin", "sparsity": 0.5}, {"method": "dense"}
+
+    def chat(dart=None, **options):
+        body = {"extra_body": {"dart": dart}} if dart else {}
+        return client.chat.completions.create(**{**fixed, "temperature": 0, **body, **options})
+
+    http = openai.DefaultHttpxClient(trust_env=False)
+    with (
+        running_model(*smollm2, method="griffin", sparsity=0.3, max_tokens=64) as server,
+        openai.OpenAI(
+            base_url=f"{server.url}/v1", api_key="none", http_client=http, max_retries=0
+        ) as client,
     ):
-        with pytest.raises(kind) as caught:
-            chat(client, **options)
-        assert caught.value.param == param and caught.value.request_id.startswith("req_")
+        assert [model.id for model in client.models.list()] == [fixed["model"]]
+        assert client.models.retrieve("smollm2-135m").id == fixed["model"]
+        answer, pruned = chat(dense), chat(griffin)
+        assert answer.dart["dense_token_share"] == 1
+        assert "Paris" in answer.choices[0].message.content
+        assert pruned.dart["method"] == "griffin" and pruned.dart["remask_causes"] == {"first": 1}
+        assert pruned.dart["achieved_sparsity"] == pytest.approx(0.5, abs=1e-3)
+        assert chat().dart["requested_sparsity"] == 0.3  # the server's own
+        for whole, dart in ((answer, dense), (pruned, griffin)):
+            chunks = list(chat(dart, stream=True, stream_options={"include_usage": True}))
+            parts = [choice.delta.content for chunk in chunks for choice in chunk.choices]
+            assert "".join(filter(None, parts)) == whole.choices[0].message.content
+            assert chunks[-1].usage == whole.usage
+        for options, kind, param in (
+            ({"model": "gpt"}, openai.NotFoundError, "model"),
+            ({"extra_body": {"top_k": 3}}, openai.BadRequestError, "top_k"),
+        ):
+            with pytest.raises(kind) as caught:
+                chat(**options)
+            assert caught.value.param == param and caught.value.request_id.startswith("req_")
 
 
 def test_lm_evals_client_scores_as_its_own_model_does():
@@ -133,33 +118,34 @@ def test_lm_evals_client_scores_as_its_own_model_does():
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    manager = TaskManager(include_path=str(place() / "tasks"), include_defaults=False)
+
     def answers(model, **options):
-        manager = TaskManager(include_path=str(place() / "tasks"), include_defaults=False)
         fixed = {"tasks": ["tiny_choice"], "task_manager": manager, "bootstrap_iters": 0}
         samples = simple_evaluate(model=model, **fixed, **options)["samples"]["tiny_choice"]
-        resps = [one["resps"] for one in sorted(samples, key=lambda one: one["doc_id"])]
-        return [tuple(answer[0]) for sample in resps for answer in sample]
+        samples.sort(key=lambda sample: sample["doc_id"])
+        return [tuple(answer[0]) for sample in samples for answer in sample["resps"]]
 
     model, words = loaded()
-    wanted = answers(HFLM(model, tokenizer=words, batch_size=1, device="cpu"))
+    expected = answers(HFLM(model, tokenizer=words, batch_size=1, device="cpu"))
     with running_model(model, words, method="dense") as server:
         to = {"model": server.service.facts.name, "base_url": f"{server.url}/v1/completions"}
         to |= {"tokenizer": str(place() / "model"), "tokenizer_backend": "huggingface"}
         to |= {"max_length": 500, "max_retries": 1, "num_concurrent": 3}
-        found = answers("local-completions", model_args=to, batch_size=2)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
-    assert [one for one, _ in found] == pytest.approx([one for one, _ in wanted], abs=1e-4)
+        scored = answers("local-completions", model_args=to, batch_size=2)
+    assert [greedy for _, greedy in scored] == [greedy for _, greedy in expected]
+    logprobs = [logprob for logprob, _ in expected]
+    assert [logprob for logprob, _ in scored] == pytest.approx(logprobs, abs=1e-4)
 
 
-DARTS = [
-    {"method": "dense"},
-    {"method": "griffin", "sparsity": 0.5},
-    {"method": "griffin", "sparsity": 0.7, "drift": "interval 4"},
-]
 BODIES = [
     {"prompt": tokens(1, 24, seed)[0].tolist(), "max_tokens": 12, "temperature": 0, "dart": dart}
     for seed in range(2)
-    for dart in DARTS
+    for dart in (
+        {"method": "dense"},
+        {"method": "griffin", "sparsity": 0.5},
+        {"method": "griffin", "sparsity": 0.7, "drift": "interval 4"},
+    )
 ]
 REQUESTS = 60
 
@@ -173,11 +159,11 @@ def test_nothing_leaks_from_one_client_to_another_nor_out_of_the_server():
     expected = serve_load.expected_texts(model, words, BODIES)
     assert len(set(expected)) > 2
     with Same(model), running_model(model, words, method="griffin", max_waiting=4) as server:
-        found = serve_load.measure(server.url, lambda: 1, BODIES, expected, REQUESTS, 8)
+        load = serve_load.measure(server.url, lambda: 1, BODIES, expected, REQUESTS, 8)
         assert server.service.worker.alive
-    assert found["wrong"] == [] and found["errors"] == [] and found["passed"]
-    assert found["completed"] + found["cancelled"] == REQUESTS
-    assert found["cancelled"] >= REQUESTS // 4  # some texts end before their half
-    assert found["sent_away_429"] > 0
+    assert load["wrong"] == [] and load["errors"] == [] and load["passed"]
+    assert load["completed"] + load["cancelled"] == REQUESTS
+    assert load["cancelled"] >= REQUESTS // 4  # some texts end before their half
+    assert load["sent_away_429"] > 0
     with Engine(model, words) as engine:
         assert engine.run(asked).tokens == before

@@ -4,21 +4,10 @@ import socket
 
 import pytest
 
-from serve_cases import (
-    CHAT,
-    CHAT_URL,
-    KEYS,
-    TEXT_URL,
-    FakeEngine,
-    bearer,
-    events,
-    read_until,
-    request_bytes,
-    running,
-    until,
-)
+import serve_cases
+from serve_cases import CHAT, CHAT_URL, FakeEngine, bearer, events, request_bytes, running, until
 
-BOTH = ",".join(KEYS)
+BOTH = ",".join(serve_cases.KEYS)
 
 
 def test_one_client_leaves_places_for_others():
@@ -50,7 +39,7 @@ def test_a_client_that_goes_away_frees_the_model(way, stream):
         connection.sendall(request_bytes({**CHAT, "max_tokens": 1000, "stream": stream}))
         until(lambda: bool(engine.asked))
         if stream:
-            read_until(connection, b"w1 ")
+            serve_cases.read_until(connection, b"w1 ")
         if way == "reset":
             option = b"\x01\x00\x00\x00\x00\x00\x00\x00"  # linger 0: RST in place of FIN
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
@@ -69,7 +58,7 @@ def test_requests_run_one_at_a_time_in_their_order():
     """Who leaves while waiting never runs; others come between the prompts of one request."""
     engine = FakeEngine(pause=0.5)  # until all wait
     with running(engine) as server:
-        posts = [server.beside(TEXT_URL, prompt=["a", "b"], max_tokens=40)]
+        posts = [server.beside(serve_cases.TEXT_URL, prompt=["a", "b"], max_tokens=40)]
         until(lambda: bool(engine.asked))
         with server.connect() as connection:
             connection.sendall(request_bytes(CHAT))
@@ -92,9 +81,9 @@ def test_a_request_that_takes_too_long_is_given_up():
         until(lambda: engine.ended == 1, 2)
         stream = client.post(CHAT_URL, json={**CHAT, "max_tokens": 1000, "stream": True})
     assert (whole.status_code, whole.json()["error"]["code"]) == (503, "timeout")
-    found = events(stream.text)
-    assert stream.status_code == 200 and len(found) > 2
-    assert found[-1]["error"]["code"] == "timeout"
+    records = events(stream.text)
+    assert stream.status_code == 200 and len(records) > 2
+    assert records[-1]["error"]["code"] == "timeout"
     engine = FakeEngine()
     with running(engine, max_tokens=4000) as server, server.connect() as lazy:
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -112,7 +101,7 @@ def test_a_fault_is_told_without_its_insides(caplog):
         records = client.post("/api/events", json=CHAT)
         engine.fault = None
         assert client.post(CHAT_URL, json=CHAT).status_code == 200
-    assert [one.status_code for one in (whole, late, records)] == [500, 200, 200]
+    assert [response.status_code for response in (whole, late, records)] == [500, 200, 200]
     errors = [whole.json(), events(late.text)[-1]]
     assert {error["error"]["code"] for error in errors} == {"internal_error"}
     assert whole.headers["x-request-id"] in errors[0]["error"]["message"]

@@ -70,8 +70,8 @@ def test_settings_and_conversation_reach_the_engine(start, tmp_path):
     assert (second.config.masking_step, second.config.drift.rule) == (5, "paper")
     assert (second.sampling.max_tokens, second.sampling.temperature) == (3, 0)
     assert dense.config is None
-    told = "<user><b>one</b><assistant>w0 w1 w2 <user>two<assistant>"
-    assert prompt(server, 1) == prompt(server, 2) == told
+    turns = "<user><b>one</b><assistant>w0 w1 w2 <user>two<assistant>"
+    assert prompt(server, 1) == prompt(server, 2) == turns
     assert first.conversation == second.conversation != dense.conversation
     assert window.js("document.querySelectorAll('.question b').length") == 0
     feet = window.js(FEET)
@@ -82,16 +82,16 @@ def test_settings_and_conversation_reach_the_engine(start, tmp_path):
     window.js("document.querySelector('.answer footer button').click()")  # its records are saved
     file = tmp_path / "answer-1.jsonl"
     until(lambda: file.exists() and file.stat().st_size)
-    found = read_records(str(file))
-    assert [record["kind"] for record in found] == ["start", "token", "token", "token", "done"]
-    assert found[-1]["texts"] == ["w0 w1 w2 "] and "fake-model" in page(found)
+    saved = read_records(str(file))
+    assert [record["kind"] for record in saved] == ["start", "token", "token", "token", "done"]
+    assert saved[-1]["texts"] == ["w0 w1 w2 "] and "fake-model" in page(saved)
     window.driver.refresh()  # keeps the conversation
     window.wait(READY_PAGE)
     window.click("compare")
     assert (window.js(TEXTS), window.js(FEET)) == (["w0 w1 w2 "] * 3, feet)
     send(window, "three", 4, tokens=1)
     assert server.engine.asked[3].conversation == first.conversation
-    assert prompt(server, 3) == f"{told}w0 w1 w2 <user>three<assistant>"
+    assert prompt(server, 3) == f"{turns}w0 w1 w2 <user>three<assistant>"
     window.click("anew")
     send(window, "four", 1)
     assert server.engine.asked[4].conversation != first.conversation
@@ -223,10 +223,10 @@ def violations(window):
     window.js("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     window.js("document.getElementById('further')?.showPopover()")
     window.driver.execute_script(AXE)
-    found = list(window.driver.execute_async_script(FOUND))
+    complaints = list(window.driver.execute_async_script(FOUND))
     window.complaints()  # of axe's own
     window.js("document.getElementById('further').hidePopover()")
-    return found
+    return complaints
 
 
 TOKENS = (

@@ -1,5 +1,7 @@
 """Masks written as a dense checkpoint of narrower width."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -11,6 +13,7 @@ from dart_llm.session.run import prune
 from stand_in import write_model
 from steps import apart, decode, generate, picked, shared_model, state_of
 from tiny import NAMES, tiny, tokens
+from token_cases import before_down
 
 EXPORTED = tuple(name for name in NAMES if name != "bloom")
 IDS = tokens(2, 20)
@@ -19,22 +22,16 @@ IDS = tokens(2, 20)
 def _outputs(model, masks=None):
     """Logits and FFN outputs with ``masks`` applied to all positions; None: all neurons."""
     outputs = []
-    handles = []
-    for block in describe(model).blocks:
-        ones = torch.ones(block.down_width)
-        if masks is not None:
-            ones = torch.zeros(block.down_width)
-            ones[torch.as_tensor(masks[block.index])] = 1
-        handles += [
-            block.down.register_forward_hook(lambda m, a, z: outputs.append(z)),
-            block.down.register_forward_pre_hook(lambda m, a, ones=ones: (a[0] * ones,)),
-        ]
-    try:
-        with torch.no_grad():
-            return model(IDS).logits, outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def keep(layer, _, u):
+        kept = torch.as_tensor(range(u.shape[-1]) if masks is None else masks[layer])
+        return u * torch.zeros(u.shape[-1]).index_fill(0, kept, 1)
+
+    with before_down(model, None, keep), torch.no_grad(), ExitStack() as stack:
+        for block in describe(model).blocks:
+            handle = block.down.register_forward_hook(lambda m, a, z: outputs.append(z))
+            stack.callback(handle.remove)
+        return model(IDS).logits, outputs
 
 
 def _narrowed(model, folder, **settings):
@@ -73,19 +70,16 @@ def test_export_with_compensation(name, tmp_path):
     assert apart(first.reshape(-1, 32), (plain + extra).reshape(-1, 32)) < 1e-5
 
 
-REFUSED = [
-    *(
-        (name, {"method": "griffin", "compensation": True}, "use compensation=False to export")
-        for name in ("mistral", "qwen2", "phi3", "falcon", "olmo2")
-    ),
-    ("llama", {"method": "dart"}, "cannot have low-rank compensation: use compensation_rank"),
-    ("llama", {"method": "dart-prompt"}, r'keeps \d+ to \d+; use budget "uniform"'),
-    ("bloom", {"method": "griffin"}, "BloomForCausalLM fixes its FFN width"),
-]
-
-
 def test_export_refuses_what_it_cannot_write(tmp_path):
-    for name, settings, sentence in REFUSED:
+    for name, settings, sentence in [
+        *(
+            (name, {"method": "griffin", "compensation": True}, "use compensation=False to export")
+            for name in ("mistral", "qwen2", "phi3", "falcon", "olmo2")
+        ),
+        ("llama", {"method": "dart"}, "cannot have low-rank compensation: use compensation_rank"),
+        ("llama", {"method": "dart-prompt"}, r'keeps \d+ to \d+; use budget "uniform"'),
+        ("bloom", {"method": "griffin"}, "BloomForCausalLM fixes its FFN width"),
+    ]:
         model = shared_model(name)
         with prune(model, sparsity=0.5, **settings) as run:
             decode(model, tokens(1, 76), 70)

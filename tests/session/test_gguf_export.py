@@ -20,6 +20,7 @@ from dart_llm.session.run import prune
 from lm_cases import call
 from steps import apart
 from tiny import tiny, tokens
+from token_cases import before_down
 
 IDS = tokens(1, 20)
 TEXTS = ("the quick brown fox", "jumps over the lazy dog and runs")
@@ -37,17 +38,13 @@ def loaded(file, folder):
 
 def masked(model, masks):
     """Logits with the masks at all positions."""
-    handles = []
-    for layer, block in enumerate(describe(model).blocks):
-        ones = torch.zeros(block.down_width)
-        ones[masks.get(layer, torch.arange(block.down_width))] = 1
-        handles.append(block.down.register_forward_pre_hook(lambda m, a, o=ones: (a[0] * o,)))
-    try:
-        with torch.no_grad():
-            return model(IDS).logits
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def keep(layer, _, u):
+        kept = torch.as_tensor(masks.get(layer, range(u.shape[-1])))
+        return u * torch.zeros(u.shape[-1]).index_fill(0, kept, 1)
+
+    with before_down(model, None, keep), torch.no_grad():
+        return model(IDS).logits
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ HALF = {"method": "griffin", "sparsity": 0.5}
 OFTEN = {**HALF, "drift": {"rule": "interval 4", "min_distance": 0, "max_dense_share": None}}
 OFTEN |= {"remask": {"observe_tokens": 2}, "compensation": False}
 TOKENS = {"method": PLAIN, "sparsity": 0.6}
-WAYS = {"once": HALF, "re-masks": OFTEN, "tokens": TOKENS}
 
 
 def traced(path, model, ids=IDS, **settings):
@@ -41,9 +40,9 @@ def dense_but_for(model, trace, ids=IDS):
 
     def keep(layer, _, u):
         rows = []
-        for one in u.reshape(-1, u.shape[-1]):
+        for row in u.reshape(-1, u.shape[-1]):
             kept = torch.from_numpy(trace.neurons(masks[fed[layer]], layer))
-            rows.append(one * torch.zeros_like(one).index_fill(0, kept, 1))
+            rows.append(row * torch.zeros_like(row).index_fill(0, kept, 1))
             fed[layer] += 1
         return torch.stack(rows).reshape(u.shape)
 
@@ -53,19 +52,15 @@ def dense_but_for(model, trace, ids=IDS):
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("executor", ["masked", "compact", "native"])
-@pytest.mark.parametrize("way", ["once", "re-masks", "tokens"])
-def test_the_neurons_of_a_trace_are_those_that_ran(way, executor, tmp_path):
+@pytest.mark.parametrize("settings", [{**HALF, "compensation": False}, OFTEN, TOKENS])
+def test_the_neurons_of_a_trace_are_those_that_ran(settings, executor, tmp_path):
     """Zeroed by hand in the dense model, the others give the logits of the run."""
     model = shared_model()
-    settings = {**WAYS[way], "executor": executor}
-    if way == "once":
-        settings["compensation"] = False
-    trace, run, logits = traced(tmp_path / "a", model, **settings)
-    label = run.report().executor
-    assert label == trace.facts["executor"] and label.startswith(executor)
+    trace, run, logits = traced(tmp_path / "a", model, **settings, executor=executor)
+    report = run.report()
+    assert report.executor == trace.facts["executor"] and report.executor.startswith(executor)
     assert apart(logits, dense_but_for(model, trace)) < 1e-5
     assert apart(logits, decode(model, IDS, PROMPT)) > 1e-3
-    report = run.report()
     kept = sum(len(row["neurons"]) for row in trace.rows() if row["phase"] != "prefill")
     share = kept / (report.decoded_tokens * LAYERS * WIDTH)
     assert 1 - share == pytest.approx(report.achieved_sparsity)
@@ -78,23 +73,21 @@ def test_masks_of_the_sequence_stand_once_per_remask(tmp_path):
         result = selections(run)
         decode(model, IDS, PROMPT)
     trace = read_trace(tmp_path / "a")
-    assert [one["step"] for one in trace.remasks] == [0, 6, 12] == [step for step, *_ in result]
+    assert [remask["step"] for remask in trace.remasks] == [0, 6, 12] == [s for s, *_ in result]
     assert trace.arrays["masks"].shape == (3, LAYERS * WIDTH // 8)
-    before = [{*range(WIDTH)}] * LAYERS
-    table = list(trace.remask_rows())
-    assert [row["remask"] for row in table] == [0] * 4 + [1] * 4 + [2] * 4
-    assert [row["layer"] for row in table] == [*range(LAYERS)] * 3
-    for number, (_, _, masks) in enumerate(result):
-        for layer, ids in enumerate(masks):
-            now, place_ = {*ids.tolist()}, number * LAYERS + layer
-            assert trace.neurons(number, layer).tolist() == ids.tolist()
-            assert table[place_]["grown"].tolist() == sorted(now - before[layer])
-            assert table[place_]["dropped"].tolist() == sorted(before[layer] - now)
-            before[layer] = now
-    phases = [PHASES[one] for one in trace.arrays["phase"]]
+    before, table = [{*range(WIDTH)}] * LAYERS, list(trace.remask_rows())
+    places = [(number, layer) for number in range(3) for layer in range(LAYERS)]
+    assert [(row["remask"], row["layer"]) for row in table] == places
+    for (number, layer), row in zip(places, table, strict=True):
+        now = {*result[number][2][layer].tolist()}
+        assert trace.neurons(number, layer).tolist() == sorted(now)
+        assert row["grown"].tolist() == sorted(now - before[layer])
+        assert row["dropped"].tolist() == sorted(before[layer] - now)
+        before[layer] = now
+    phases = [PHASES[phase] for phase in trace.arrays["phase"]]
     assert phases == ["prefill"] * 10 + (["pruned"] * 4 + ["observe"] * 2) * 2 + ["pruned"] * 4
-    wanted = [-1] * 10 + [0] * 4 + [-1] * 2 + [1] * 4 + [-1] * 2 + [2] * 4
-    assert trace.arrays["mask"].tolist() == wanted
+    masks = [-1] * 10 + [0] * 4 + [-1] * 2 + [1] * 4 + [-1] * 2 + [2] * 4
+    assert trace.arrays["mask"].tolist() == masks
     assert trace.arrays["token_id"].tolist() == IDS[0].tolist()
     assert trace.arrays["position"].tolist() == [*range(26)]
     assert run.report().remasks == 2
@@ -115,7 +108,7 @@ def test_rows_of_a_batch_with_masks_each(tmp_path):
     for row, number in zip(rows, trace.arrays["mask"], strict=True):
         for layer in range(LAYERS if number >= 0 else 0):
             assert trace.neurons(number, layer).tolist() == kept[row][layer].tolist()
-    assert {one["row"]: one["mask"] for one in trace.remasks} == {0: 0, 1: 1}
+    assert {remask["row"]: remask["mask"] for remask in trace.remasks} == {0: 0, 1: 1}
     assert trace.stayed.all()
 
 
@@ -175,17 +168,24 @@ def test_what_cannot_be_traced(tmp_path):
     with pytest.raises(AttachError, match="needs an attached run: use it inside the with block"):
         run.trace(path).__enter__()
     with run:
-        for given, error, words in (
-            ((tmp_path / "no" / "a",), ResultsError, "cannot write the trace .*: there is no such"),
-        ):
-            with pytest.raises(error, match=words):
-                run.trace(*given).__enter__()
-        with run.trace(path), pytest.raises(AttachError, match="is being traced already: leave"):
-            run.trace(path).__enter__()
-    with (
-        prune(model, "teal", sparsity=0.5) as run,
-        pytest.raises(ConfigError, match="method teal selects inputs of matrices, not neurons"),
-    ):
+        with pytest.raises(ResultsError, match=r"cannot write the trace .*: there is no such"):
+            run.trace(tmp_path / "no" / "a").__enter__()
+        with pytest.raises(ConfigError, match="is a folder: give the name of a file"):
+            run.trace(tmp_path).__enter__()
+        with run.trace(path):
+            with pytest.raises(AttachError, match="is being traced already: leave"):
+                run.trace(path).__enter__()
+            run.detach()
+            with pytest.raises(AttachError, match="is being traced: leave that block"):
+                run.attach()
+            with pytest.raises(AttachError, match="leave that block before it is reset"):
+                run.reset()
+        run.attach()
+        run.reset()
+    with pytest.raises(ConfigError, match="this trace has no mask -1 of layer 99"):
+        next(read_trace(path).rows([0, 99]))
+    teal = "method teal selects inputs of matrices, not neurons"
+    with prune(model, "teal", sparsity=0.5) as run, pytest.raises(ConfigError, match=teal):
         run.trace(path).__enter__()
 
 
@@ -216,9 +216,9 @@ def test_others_read_it(tmp_path):
     assert {str(arrays[name].dtype) for name in COLUMNS} == {"int32"}
     assert facts["method"] == "griffin" and facts["format"] == "dart-llm trace 1"
     layers = json.loads(facts["layers"])
-    for one, block in zip(layers, describe(model).blocks, strict=True):
-        assert model.get_submodule(one["module"]) is block.down and one["width"] == WIDTH
-        assert one["hook"] == f"blocks.{block.index}.mlp.hook_post"
+    for layer, block in zip(layers, describe(model).blocks, strict=True):
+        assert model.get_submodule(layer["module"]) is block.down and layer["width"] == WIDTH
+        assert layer["hook"] == f"blocks.{block.index}.mlp.hook_post"
     bits = np.unpackbits(arrays["masks"], axis=1, bitorder="little").reshape(-1, LAYERS, WIDTH)
     assert bits[1, 2].nonzero()[0].tolist() == trace.neurons(1, 2).tolist()
     frame, remasks = DataFrame(trace.rows([2, 0])), DataFrame(trace.remask_rows())
@@ -228,19 +228,3 @@ def test_others_read_it(tmp_path):
     assert pruned["neurons"].tolist() == trace.neurons(0, 2).tolist()
     assert len(remasks) == 3 * LAYERS
     assert remasks["cause"].tolist()[:5] == ["first"] * 4 + ["interval"]
-
-
-def test_a_trace_goes_to_a_file_and_stays_with_its_patch(tmp_path):
-    with prune(shared_model(), **OFTEN) as run:
-        with pytest.raises(ConfigError, match="is a folder: give the name of a file"):
-            run.trace(tmp_path).__enter__()
-        with run.trace(tmp_path / "a"):
-            run.detach()
-            with pytest.raises(AttachError, match="is being traced: leave that block"):
-                run.attach()
-            with pytest.raises(AttachError, match="leave that block before it is reset"):
-                run.reset()
-        run.attach()
-        run.reset()
-    with pytest.raises(ConfigError, match="this trace has no mask -1 of layer 99"):
-        next(read_trace(tmp_path / "a").rows([0, 99]))

@@ -50,10 +50,10 @@ COUNTED = [
 
 def document(*rows):
     """speed.json of a model whose FFN has 600 of 1000 bytes; ms per token by row, repetition."""
-    samples = {
-        one.label: [sample(ms if isinstance(ms, list) else [ms], **more) for ms in row]
-        for one, row, more in zip(CANDIDATES, rows, ({}, {}, *COUNTED), strict=False)
-    }
+    samples = {}
+    for candidate, row, more in zip(CANDIDATES, rows, ({}, {}, *COUNTED), strict=False):
+        steps = [ms if isinstance(ms, list) else [ms] for ms in row]
+        samples[candidate.label] = [sample(ms, **more) for ms in steps]
     sizes = {"ffn_bytes": 600.0, "weight_bytes": 800, "cache_bytes_per_position": 10}
     formats = {"dense": {"weights": sizes, "stored_as": "float32", "base": "dense, native"}}
     about = {"formats": formats, "base": "dense, native", "main": "dense", "reference": {}}
@@ -63,16 +63,12 @@ def document(*rows):
     return speed_document(CANDIDATES[: len(rows)], samples, about)
 
 
-def rows_of(*rows):
-    return {row["row"]: row for row in document(*rows)["rows"]}
-
-
 def test_rows_by_hand():
     # in the third repetition something else ran on the machine; a mean context of 20
-    own = [[14, 16], [15, 15], [15, 15]]
-    found = document([[40, 40], [44, 44], [60, 60]], [[21, 21]] * 3, own)
-    assert (found["ffn_share_of_bytes_read"], found["mean_context"]) == (0.6, 20)
-    plain, dense, row = found["rows"]
+    griffin = [[14, 16], [15, 15], [15, 15]]
+    speed = document([[40, 40], [44, 44], [60, 60]], [[21, 21]] * 3, griffin)
+    assert (speed["ffn_share_of_bytes_read"], speed["mean_context"]) == (0.6, 20)
+    plain, dense, row = speed["rows"]
     assert plain["ms"] == pytest.approx(44)
     assert (plain["bandwidth_limit"], plain["dense_token_share"]) == (None, 1)
     assert dense["bandwidth_limit"] == 1.0 and dense["share_of_limit"] is None
@@ -97,28 +93,25 @@ def test_rows_by_hand():
     ],
 )
 def test_what_the_bytes_do_not_allow_is_disturbed(dense, half, less, ratios):
-    rows = rows_of([2 * ms for ms in dense], dense, half, less)
-    for share, ratio in zip((50, 70), ratios, strict=True):
-        row = rows[f"griffin {share}, native"]
+    _, base, *rows = document([2 * ms for ms in dense], dense, half, less)["rows"]
+    for row, ratio in zip(rows, ratios, strict=True):
         assert row["times_dense"] == (None if ratio is None else pytest.approx(ratio)), row
         assert row["share_of_limit"] == (ratio and pytest.approx(ratio / row["bandwidth_limit"]))
         assert row["disturbed"] == (None if ratio else DISTURBED)
-    assert rows["dense, native"]["times_dense"] == 1.0
-
-
-def test_what_scatters_is_disturbed_beside_transformers_alone():
-    row = rows_of([40, 44, 90], [21] * 3, [15] * 3, [13] * 3)["griffin 50, native"]
-    assert row["times_transformers"] is None
-    assert row["times_dense"] == pytest.approx(1.4) and row["disturbed"] == DISTURBED
+    assert base["times_dense"] == 1.0
 
 
 def test_a_disturbed_row_shows_no_ratio_anywhere():
-    found = document([42] * 3, [21] * 3, [15] * 3, [9] * 3)
-    row = found["rows"][-1]
+    speed = document([40, 44, 90], [21] * 3, [15] * 3, [13] * 3)  # transformers alone scatters
+    row = speed["rows"][2]
+    assert row["times_transformers"] is None
+    assert row["times_dense"] == pytest.approx(1.4) and row["disturbed"] == DISTURBED
+    speed = document([42] * 3, [21] * 3, [15] * 3, [9] * 3)
+    row = speed["rows"][-1]
     assert (row["times_dense"], row["share_of_limit"]) == (None, None)
-    (line,) = [x for x in report.table("speed", found).lines() if "| griffin 70, native |" in x]
+    (line,) = [x for x in report.table("speed", speed).lines() if "| griffin 70, native |" in x]
     assert "2.33" not in line and line.endswith("| disturbed: repeat it |")
-    assert report.speed_sentences(found)[0].startswith("griffin 50, native: 2.80 x as fast as")
+    assert report.speed_sentences(speed)[0].startswith("griffin 50, native: 2.80 x as fast as")
     (sentence,) = report.speed_sentences(document([60] * 3, [40] * 3, [15] * 3, [13] * 3))
     assert sentence == f"griffin 50, native; griffin 70, native: {DISTURBED}"
 
@@ -126,21 +119,20 @@ def test_a_disturbed_row_shows_no_ratio_anywhere():
 def test_the_order_follows_from_the_seed():
     labels = [str(number) for number in range(6)]
     first, again = ([shuffled(labels, 0, number) for number in range(4)] for _ in range(2))
-    assert first == again and all(sorted(one) == labels for one in first)
+    assert first == again and all(sorted(order) == labels for order in first)
     assert len(set(map(tuple, first))) == 4 and shuffled(labels, 1, 0) != first[0]
-
-
-# candidates and settings
 
 
 def test_candidates(tmp_path):
     file = tmp_path / "v.yaml"
     file.write_text("calm: {drift: never}\ng2: {method: griffin}\n", encoding="utf-8")
-    given = settings(tmp_path, variants=str(file), sparsities="0.5,0.7", model="m")
-    methods = [(one.label, one.config.method) for one in given.variant_list()]
-    assert methods == [("griffin", "griffin"), ("calm", "dart"), ("g2", "griffin")]
-    assert given.variant_list()[1].config.drift.rule == "never"
-    grid = speed_grid(given, "dense")
+    flags = settings(tmp_path, variants=str(file), sparsities="0.5,0.7", model="m")
+    variants = flags.variant_list()
+    assert [(v.label, v.config.method) for v in variants] == [
+        *(("griffin", "griffin"), ("calm", "dart"), ("g2", "griffin"))
+    ]
+    assert variants[1].config.drift.rule == "never"
+    grid = speed_grid(flags, "dense")
     assert len(grid) == 3 * 2 * 2
     assert (grid[2].label, grid[2].executor) == ("griffin 70 %, compact", "compact")
     named = merge(SpeedSettings, {"model": "Qwen/Qwen2.5-0.5B"}, environment={})

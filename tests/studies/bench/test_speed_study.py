@@ -1,36 +1,23 @@
 """``dart-llm bench speed`` on tiny models: rows, files, order, resuming, llama.cpp, the command."""
 
-import contextlib
 import csv
 import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from checkpoints import write_bench, write_gguf
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.experiments.timing import (
-    VARIABLE,
-    WARM,
-    reference_repetition,
-    require_bench,
-    shuffled,
-)
+from dart_llm.experiments.timing import VARIABLE, WARM, require_bench, shuffled
+from dart_llm.experiments.timing import reference_repetition as ask_bench
 from dart_llm.native import build
 from dart_llm.patching import executors
-from dart_llm.reporting.console import Ui
 from dart_llm.studies.bench import report, study
 from lm_cases import call
-from speed_cases import PROMPT, TOKENS, checkpoint, job, steady
+from speed_cases import FFN, NORMS, PROMPT, REST, TOKENS, job, steady, write_broken_bench
 from written import lines, read
 
 pytestmark = pytest.mark.usefixtures("native")
-
-# of a layer's 12 matrices of 64 x 64 and 64 x 96: 5 bytes hold 8 weights of Q4_1
-FFN = 2 * 3 * 64 * 96 * 20 // 32
-REST = 2 * 4 * 64 * 64 * 20 // 32 + 300 * 64 * 34 // 32
-NORMS = 5 * 64
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +46,9 @@ def test_rows_of_methods_beside_dense(whole):
     assert document["mean_context"] == PROMPT + 2 + (TOKENS + 1) / 2
     # repetitions are interleaved, each in an order of its own
     assert document["orders"] == [shuffled(labels, 0, 0), shuffled(labels, 0, 1)]
-    for order, one in zip(document["orders"], lines(whole.path / "results.jsonl"), strict=True):
-        assert order == one["order"] == list(one["samples"])
-        assert {len(s["steps_s"]) for s in one["samples"].values()} == {TOKENS}
+    for order, line in zip(document["orders"], lines(whole.path / "results.jsonl"), strict=True):
+        assert order == line["order"] == list(line["samples"])
+        assert {len(s["steps_s"]) for s in line["samples"].values()} == {TOKENS}
 
 
 def test_files_of_a_run(whole):
@@ -93,35 +80,6 @@ def test_what_cannot_run_is_named(tmp_path, monkeypatch):
         job(tmp_path, prompt_tokens=500, tokens=12)
 
 
-class Stopping(Ui):
-    """A user who interrupts a job after some repetitions."""
-
-    def __init__(self, after):
-        super().__init__(quiet=True)
-        self.left = after
-
-    @contextlib.contextmanager
-    def progress(self, text, total, told=False):
-        def advance(count):
-            self.left -= count
-            if self.left <= 0:
-                raise KeyboardInterrupt
-
-        yield advance
-
-
-def test_an_interrupted_job_keeps_whole_repetitions(tmp_path):
-    given = {"executors": "compact", "repeats": 3}
-    with pytest.raises(KeyboardInterrupt):
-        job(tmp_path, ui=Stopping(9), **given)  # three to warm up; in the second repetition
-    (left,) = (tmp_path / "results").glob("*/*")
-    (kept,) = lines(left / "results.jsonl")
-    again = job(tmp_path, **given)
-    assert again.path == left and len(again.lines) == 3
-    assert lines(left / "results.jsonl")[0] == kept
-    assert job(tmp_path, **{**given, "seed": 1}).folder.resumed is False
-
-
 def test_masks_that_a_variant_rebuilds(tmp_path):
     file = tmp_path / "v.yaml"
     unguarded = "min_distance: 0, max_dense_share: null, allowance: 0"
@@ -134,9 +92,6 @@ def test_masks_that_a_variant_rebuilds(tmp_path):
     # tokens 0 1 2 pruned, 3 observed, ... 11 observed, 12 13 pruned; the first two are not timed
     assert row["remasks"] == 3 and row["dense_token_share"] == pytest.approx(3 / 12)
     assert row["achieved_sparsity"] == pytest.approx(0.5 * 9 / 12)
-
-
-# a file's own blocks, and llama.cpp on the same file
 
 
 @pytest.fixture(scope="module")
@@ -154,19 +109,19 @@ def test_formats_beside_llama_cpp(native, bench, tmp_path, monkeypatch):
     whole = job(tmp_path, **given, weights=f"file,q8_0,{other}")
     document = read(whole.path / "speed.json")
     rows = {row["row"]: row for row in document["rows"]}
-    labels = [f"{way}, native, {name}" for name in ("file", "q8_0", "other")
-              for way in ("dense", "griffin 50 %")]  # fmt: skip
+    ways, names = ("dense", "griffin 50 %"), ("file", "q8_0", "other")
+    labels = [f"{way}, native, {name}" for name in names for way in ways]
     labels = ["transformers", *labels, "llama.cpp tiny", "llama.cpp other"]
     assert list(rows) == labels and sorted(document["orders"][0]) == sorted(labels)
-    formats = {name: one["stored_as"] for name, one in document["formats"].items()}
-    own = "Q4_1 as in the file"
-    assert formats == {"file": own, "q8_0": "rounded to Q8_0", "other": own, "dense": "bfloat16"}
+    formats = {name: weights["stored_as"] for name, weights in document["formats"].items()}
+    file = "Q4_1 as in the file"
+    assert formats == {"file": file, "q8_0": "rounded to Q8_0", "other": file, "dense": "bfloat16"}
     # bytes as they are stored: of a token, with the cache at a mean context
     cache = document["mean_context"] * 2 * 2 * 64 * 2
     stored = {n: sum(p.nbytes for p in m.model.parameters()) for n, m in whole.models.items()}
     assert stored["file"] == pytest.approx(FFN + REST, rel=0.1)  # rows are padded
     assert rows["transformers"]["bytes_per_token"] == stored["dense"] + cache
-    for name in ("file", "q8_0", "other"):  # a method beside our own dense path on its weights
+    for name in names:  # a method beside dense with our kernels on its weights
         dense, method = rows[f"dense, native, {name}"], rows[f"griffin 50 %, native, {name}"]
         assert dense["bytes_per_token"] == stored[name] + cache
         ffn = document["formats"][name]["weights"]["ffn_bytes"]
@@ -182,15 +137,16 @@ def test_formats_beside_llama_cpp(native, bench, tmp_path, monkeypatch):
     assert other["times_dense"] == pytest.approx(ours["ms"] / 2)
     _, beside, _ = report.speed_sentences(document)
     assert beside.startswith("dense, native, file: ") and "as fast as llama.cpp tiny" in beside
-    weights = {one["label"]: one["weights"] for one in lines(whole.path / "rows.jsonl")}
+    weights = {line["label"]: line["weights"] for line in lines(whole.path / "rows.jsonl")}
     assert (weights["dense, native, file"], weights["llama.cpp tiny"]) == ("q4_1", "Q4_1")
-    # it is asked for the same tokens, without what is set for PyTorch's threads
-    logged = [json.loads(line) for line in bench[1].read_text().splitlines()]
+    # it computes the same tokens, without the variables of PyTorch's threads
+    logged = lines(bench[1])
     common = {"-t": str(document["machine"]["threads"]), "-r": "1", "-o": "json"}
-    read_, generated = ({k: v for k, v in one.items() if k != "-m"} for one, _ in logged[:2])
-    assert read_ == {**common, "-p": str(PROMPT), "-n": "0"}
+    prompt, generated = ({k: v for k, v in flags.items() if k != "-m"} for flags, _ in logged[:2])
+    assert prompt == {**common, "-p": str(PROMPT), "-n": "0"}
     assert generated == {**common, "-p": "0", "-n": "4", "-d": str(PROMPT + WARM)}
-    assert all(seen == [] and Path(one["-m"]).stem in ("tiny", "other") for one, seen in logged)
+    for flags, variables in logged:
+        assert variables == [] and Path(flags["-m"]).stem in ("tiny", "other")
 
 
 def test_a_llama_bench_that_is_missing_or_fails_is_one_sentence(tmp_path, monkeypatch, bench):
@@ -205,26 +161,7 @@ def test_a_llama_bench_that_is_missing_or_fails_is_one_sentence(tmp_path, monkey
     monkeypatch.setenv(VARIABLE, str(bench[0]))
     with pytest.raises(ConfigError, match=r"llama is not a GGUF file, which llama\.cpp needs"):
         job(tmp_path, reference="llama.cpp", executors="compact")
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\necho no such model >&2; exit 3\n", encoding="utf-8")
-    broken.chmod(0o755)
-    sentence = r"llama-bench failed on x\.gguf \(exit code 3\): no such model"
     monkeypatch.setenv("PATH", "/bin:/usr/bin")
-    with pytest.raises(DartError, match=sentence):
-        reference_repetition(str(broken), tmp_path / "x.gguf", 1, PROMPT, TOKENS)
-
-
-def test_the_command_answers_in_json(tmp_path):
-    fixed = ["bench", "speed", "--model", checkpoint(tmp_path), "--device", "cpu", "--json"]
-    fixed += ["--dtype", "float32", "--methods", "griffin", "--sparsities", "0.5"]
-    fixed += ["--executors", "compact", "--prompt-tokens", PROMPT, "--tokens", 4]
-    fixed += ["--repeats", 1, "--threads", 1, "--results-dir", tmp_path / "r"]
-    threads = torch.get_num_threads()
-    whole = call(*fixed)
-    assert (whole.code, whole.err, whole.out.count("\n")) == (0, "", 1)
-    assert whole.json["machine"]["threads"] == 1 and torch.get_num_threads() == threads
-    kept = read(Path(whole.json["folder"], "speed.json"))
-    assert {name: whole.json[name] for name in kept} == kept
-    bad = call(*fixed, "--executors", "nativ")
-    assert (bad.code, bad.out) == (2, "")
-    assert bad.err == "UnknownName: unknown executor 'nativ'; did you mean native?\n"
+    broken, words = write_broken_bench(tmp_path), r"x\.gguf \(exit code 3\): no such model"
+    with pytest.raises(DartError, match=f"llama-bench failed on {words}"):
+        ask_bench(str(broken), tmp_path / "x.gguf", 1, PROMPT, TOKENS)

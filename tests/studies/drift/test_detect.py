@@ -1,7 +1,4 @@
-"""``dart-llm detect``: signals, replayed detectors, rates against known changes, the study.
-
-That it resumes, and what it answers, is tested for all studies in tests/experiments.
-"""
+"""``dart-llm detect``: signals, replayed detectors, rates against known changes, the study."""
 
 import json
 
@@ -18,16 +15,9 @@ from dart_llm.pruning.drift import SINKS, Rule, cosine, guards_allow
 from dart_llm.reporting.console import Ui
 from dart_llm.session.run import prune
 from dart_llm.settings import BaseSettings, merge
+from dart_llm.studies.drift import replay as replaying
 from dart_llm.studies.drift.detect import DetectionStudy, blind_rule, study_passage, watchers
-from dart_llm.studies.drift.replay import (
-    Outcome,
-    Watcher,
-    make_watcher,
-    outcome,
-    rates,
-    record_signals,
-    replay,
-)
+from dart_llm.studies.drift.replay import Outcome, make_watcher, outcome, rates, replay
 from dart_llm.studies.drift.settings import SIGNALS, DetectSettings, collect, parse_methods
 from dart_llm.studies.drift.sources import load_passages, read_passage
 from drift_cases import PROMPT, THREE, TWO, write_rows
@@ -37,8 +27,6 @@ from steps import Same, decode, shared_model
 from synthetic import HIDDEN, Driver, Stream, config, make_layers
 from tiny import NAMES, tiny, tokens
 from written import axes_of, lines, read
-
-# Signals are what the model computes.
 
 
 def direct(model, ids, layer):
@@ -56,7 +44,7 @@ def direct(model, ids, layer):
 def test_recorded_signals_are_what_the_model_computes(name):
     model, ids = shared_model(name), tokens(1, 60, seed=3)
     with Same(model):
-        signals = record_signals(model, ids[0], tuple(SIGNALS))
+        signals = replaying.record_signals(model, ids[0], tuple(SIGNALS))
     assert list(signals) == list(SIGNALS)
     with torch.no_grad():
         logits = model.get_output_embeddings()(signals["hidden"])
@@ -75,7 +63,7 @@ def test_signals_are_finite_numbers():
     with torch.no_grad():
         model.model.layers[3].self_attn.o_proj.weight[0, 0] = torch.inf
     with pytest.raises(DartError, match="the signal attention is not finite"):
-        record_signals(model, ids, ("attention",))
+        replaying.record_signals(model, ids, ("attention",))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,8 +84,6 @@ def test_the_detector_sees_the_last_hidden_state(name):
     assert first.similarity == pytest.approx(float(cosine(window, centroid)), abs=1e-5)
 
 
-# Replayed detectors: by hand on made-up signals, and equal to the live tracer on the same text.
-
 START = 84
 
 
@@ -111,7 +97,7 @@ def shifting(*at, length=600, noise=0.3, seed=7):
 def test_a_change_is_noticed_after_three_windows_and_the_reference_is_renewed():
     """Reference: 80 tokens after the sinks.  Windows end at 94, 104, ..., the third low at 234."""
     steady = Rule(10, lambda mu, sigma: mu - 6 * sigma, 3)
-    triggers, windows = replay(shifting(204, 454), START, Watcher("steady", steady, 50))
+    triggers, windows = replay(shifting(204, 454), START, replaying.Watcher("steady", steady, 50))
     # after the first: 50 tokens observed, windows from 284 on: 464 holds the change at 454 alone
     assert triggers == [234, 484]
     seen = [at for at, _ in windows]
@@ -171,7 +157,7 @@ def test_equal_to_the_tracer_on_the_same_values(rule, guards, observe):
     live = Driver(settings, layers=layers, stream=stream)
     live.prefill(START)
     live.steps(600 - START)
-    watcher = Watcher(rule, make_watcher(rule, observe).rule, observe, (*guards, 0))
+    watcher = replaying.Watcher(rule, make_watcher(rule, observe).rule, observe, (*guards, 0))
     triggers, windows = replay(stream.v[0], START, watcher)
     expected = [check.step + START for check in live.tracer.checks if check.trigger]
     if rule.startswith("interval"):
@@ -185,9 +171,6 @@ def test_equal_to_the_tracer_on_the_same_values(rule, guards, observe):
         assert replayed.similarity == pytest.approx([check.similarity], abs=1e-5)
         threshold = check.threshold and pytest.approx([check.threshold], abs=1e-5)
         assert replayed.threshold == threshold
-
-
-# Rates of triggers against known changes, by hand.
 
 
 @pytest.mark.parametrize(
@@ -232,30 +215,23 @@ def test_nothing_detected_and_a_blind_rule_have_defined_values():
     names = ("rate", "delay_median", "delay_with_misses", "blind_rate")
     assert [result[name] for name in names] == [0.0, None, 128.0, 0.0]
     assert rates([silent] * 6)["rate_interval"] == [0.0, 0.0]
-    always = rates([outcome(list(range(101, 601)), [250], 100, 600, 128) for _ in range(3)])
+    always = rates([outcome(list(range(101, 601)), [250], 100, 600, 128)] * 3)
     assert (always["rate"], always["blind_rate"], always["gain"]) == (1.0, 1.0, 0.0)
     assert always["false_alarms_per_1000"] == pytest.approx(1000, rel=0.01)
     often = Outcome((128, 64), (None, None), 0, 0, 6, 500, 500)
     assert rates([often])["blind_rate"] == pytest.approx((1 + 64 * 0.012) / 2)
-    for name, rate, expected in (
-        ("rate", 0.005, 0.64),
-        ("delay_with_misses", 1 / 128, 64),
-        ("delay_with_misses", 0.02, 25),
-    ):
-        assert blind_rule(name, rate, 128) == pytest.approx(expected)
-
-
-# The study.
+    assert blind_rule("rate", 0.005, 128) == pytest.approx(0.64)
+    for rate, delay in ((1 / 128, 64), (0.02, 25)):
+        assert blind_rule("delay_with_misses", rate, 128) == pytest.approx(delay)
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     root = tmp_path_factory.mktemp("whole")
     file = write_rows(root / "passages.jsonl", [TWO, THREE])
-    given = {"model": str(place() / "model"), "passages": file, "device": "cpu"}
-    given |= {"results_dir": str(root / "results"), "prompt_tokens": PROMPT, "horizon": 60}
-    given |= {"thresholds": "0,2", "counts": "1,2"}
-    settings = merge(DetectSettings, given, environment={})
+    flags = {"model": str(place() / "model"), "passages": file, "device": "cpu", "horizon": 60}
+    flags |= {"results_dir": str(root / "results"), "prompt_tokens": PROMPT}
+    settings = merge(DetectSettings, {**flags, "thresholds": "0,2", "counts": "1,2"}, None, {})
     return run_study(DetectionStudy(settings, Ui(quiet=True)))
 
 
@@ -285,10 +261,9 @@ def test_the_page_and_the_curves_have_the_numbers(job):
     html = (job.path / "report.html").read_text("utf-8")
     check_alone(html)
     (table,) = job.tables()
-    assert Page(html).row("hidden", "paper") == [
-        *next(cells for cells in table.cells() if cells[:2] == ("hidden", "paper"))
-    ]
-    assert job.sentences()[0] in Page(html).text.replace("\xa0", " ")
+    page, cells = Page(html), next(c for c in table.cells() if c[:2] == ("hidden", "paper"))
+    assert page.row("hidden", "paper") == [*cells]
+    assert job.sentences()[0] in page.text.replace("\xa0", " ")
     (curves,) = job.figures()
     drawn = axes_of(curves)
     assert len(drawn) == 4  # rate and delay for each n0
@@ -323,11 +298,11 @@ def test_methods_of_a_study():
     assert [m.sparsity for m in mixed.values()] == [0.0, 0.3, 0.25, 0.5]
     assert "dart@table" in parse("dart,griffin", sparsity=None, layer_topk="all:0.25")
     changed = parse("never,dart,published,griffin", budget="depth", compensation=False)
-    for label in ("never@0.5", "dart@0.5"):
-        config = changed[label].config
-        assert (config.budget.name, config.compensation) == ("depth", False)
+    configs = {method.name: method.config for method in changed.values()}
+    for name in ("never", "dart"):
+        assert (configs[name].budget.name, configs[name].compensation) == ("depth", False)
     for name in ("published", "griffin"):
-        assert changed[f"{name}@0.5"].config == PruneConfig.build(name, sparsity=0.5)
+        assert configs[name] == PruneConfig.build(name, sparsity=0.5)
 
 
 UNGUARDED = {"min_distance": 0, "max_dense_share": None, "allowance": 0}

@@ -1,7 +1,4 @@
-"""The study `dart-llm drift`: passages read, prompts continued, lines, summary, pictures, page.
-
-That it resumes, and what a full disk costs, is tested for all studies in tests/experiments.
-"""
+"""The study `dart-llm drift`: passages read, prompts continued, lines, summary, pictures, page."""
 
 import math
 import sys
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import drift_cases
 from dart_llm.data.passages import Topic
 from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.evaluation.perplexity import score_window
@@ -28,20 +26,7 @@ from dart_llm.studies.drift import report, summary
 from dart_llm.studies.drift.runs import EMPTY, remask_records
 from dart_llm.studies.drift.sources import Source, read_passage, read_prompt
 from dart_llm.studies.drift.study import write_text
-from drift_cases import (
-    PROMPT,
-    PROMPTS,
-    THREE,
-    TWO,
-    draw_nothing,
-    finished,
-    forced,
-    free,
-    results,
-    settings,
-    study,
-    write_rows,
-)
+from drift_cases import PROMPT, THREE, TWO, finished, forced, free, results, study
 from html_page import Page, check_alone
 from lm_cases import loaded
 from written import axes_of, lines
@@ -50,19 +35,13 @@ from written import axes_of, lines
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Pictures have tests of their own."""
-    draw_nothing(monkeypatch)
+    drift_cases.draw_nothing(monkeypatch)
 
 
-def source(row):
+def reading(row=TWO, longest=1024, prompt=PROMPT):
     topics = tuple(Topic(t["name"], t["domain"]) for t in row["topics"])
-    return Source(row["id"], row["text"], topics, tuple(row["changes"]))
-
-
-def reading(row=TWO, longest=1024):
-    return read_passage(source(row), loaded()[1], PROMPT, longest)
-
-
-# Passages and prompts as tokens.
+    source = Source(row["id"], row["text"], topics, tuple(row["changes"]))
+    return read_passage(source, loaded()[1], prompt, longest)
 
 
 def test_tokens_changes_and_pieces():
@@ -76,10 +55,10 @@ def test_tokens_changes_and_pieces():
     before = reading(THREE, THREE["changes"][1])
     assert len(before.starts) == len(before.source.topics) == 2
     (start,) = TWO["changes"]
-    assert read_passage(source(TWO), loaded()[1], start - 2, None).starts == (0, 2)
+    assert reading(TWO, None, start - 2).starts == (0, 2)
     words = f'"two" has {start} tokens before its first change .* too few for a prompt of '
     with pytest.raises(ConfigError, match=f"{words}{start - 1} .* a smaller --prompt-tokens"):
-        read_passage(source(TWO), loaded()[1], start - 1, None)
+        reading(TWO, None, start - 1)
     with pytest.raises(ConfigError, match=r'"two" changes its topic after the 100 tokens of the'):
         reading(TWO, 100)
 
@@ -112,16 +91,12 @@ def test_prompts_use_the_chat_template_and_fit_the_context():
         read_prompt(tea, loaded()[1], None, 20, 34)
 
 
-# Passages read by a method.
-
-
 def test_jaccard_per_layer():
     recorder = MaskRecorder()
-    for number, ids in enumerate(
-        ({0: [0, 1, 2], 1: [5, 6]}, {0: [2, 3, 4], 1: [5, 6]}, {0: [2, 3, 4]})
-    ):
+    masks = ({0: [0, 1, 2], 1: [5, 6]}, {0: [2, 3, 4], 1: [5, 6]}, {0: [2, 3, 4]})
+    for number, mask in enumerate(masks):
         recorder.remasks.append(Remask(0, None, 10 * number, "drift", 1.0, (), None))
-        for layer, neurons in ids.items():
+        for layer, neurons in mask.items():
             recorder.tensors[f"remask{number}.layer{layer}.ids"] = torch.tensor(neurons).int()
     first, second, third = remask_records(recorder, [8, 8])
     assert (first["jaccard"], first["first_jaccard"]) == (None, None)
@@ -157,8 +132,8 @@ def test_the_summary_follows_from_the_lines():
     rows, by_label = results(job), {row["label"]: row for row in job.summary["rows"]}
     numbers = [(line["label"], line["value"]) for line in lines(job.path / "rows.jsonl")]
     assert numbers == [(label, row["loss"]["after"]["mean"]) for label, row in by_label.items()]
-    own = [rows[f"forced/{source}/never@0.5/0"] for source in ("two", "three")]
-    after = [loss for row in own for loss in row["losses"][row["topics"][1]["start"] :]]
+    runs = [rows[f"forced/{source}/never@0.5/0"] for source in ("two", "three")]
+    after = [loss for row in runs for loss in row["losses"][row["topics"][1]["start"] :]]
     never, dense = by_label["never@0.5"], by_label["dense"]
     mean = math.fsum(after) / len(after)
     assert never["loss"]["after"]["mean"] == pytest.approx(mean, abs=1e-9)
@@ -194,43 +169,28 @@ def test_seeds_are_averaged_within_a_source_and_presets_are_calibrated(tmp_path)
 
 def test_sources_that_cannot_be_used(tmp_path):
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff")
-    for asked, sentence in (
-        (forced(tmp_path, passages="none"), r"--passages none: there is no such file"),
-        (free(tmp_path, prompts="none"), r"--prompts none: there is no such file"),
-        (forced(tmp_path, passages=str(tmp_path / "bytes.jsonl")), "read as UTF-8 text"),
-        (settings(tmp_path, prompt="bees \udcff"), "the prompt is not valid UTF-8"),
+    for flags, sentence in (
+        ({"passages": "none"}, r"--passages none: there is no such file"),
+        ({"prompts": "none"}, r"--prompts none: there is no such file"),
+        ({"passages": str(tmp_path / "bytes.jsonl")}, "read as UTF-8 text"),
+        ({"prompt": "bees \udcff"}, "the prompt is not valid UTF-8"),
     ):
         with pytest.raises(ConfigError, match=sentence):
-            study(asked)
+            study(drift_cases.settings(tmp_path, **flags))
     assert not (tmp_path / "results").exists()
     rows = [{**TWO, "id": name} for name in ("a/b", "a-b", "é" * 120, "a\0b")]
-    file = write_rows(tmp_path / "own.jsonl", rows)  # ids that cannot name files are fine
-    job = study(settings(tmp_path, passages=file, prompt_tokens=PROMPT, methods="never"))
+    # ids that cannot name files are fine
+    file = drift_cases.write_rows(tmp_path / "own.jsonl", rows)
+    job = study(forced(tmp_path, passages=file, methods="never"))
     masks = [row["masks"] for row in results(job).values() if row["masks"]]
     assert len(set(masks)) == 4 and all((job.path / name).exists() for name in masks)
-
-
-# Prompts continued by a method.
-
-
-@pytest.fixture
-def shares(monkeypatch):
-    """The share of equal characters stands for every number."""
-    tools = SimpleNamespace(notes=("made by hand",), to_dict=lambda: {"embedder": "none"})
-
-    def compare(candidate, reference, tools):
-        same = sum(a == b for a, b in zip(candidate, reference, strict=False))
-        return dict.fromkeys(NUMBERS, same / len(reference))
-
-    monkeypatch.setattr("dart_llm.evaluation.text_metrics.load_tools", lambda *a, **k: tools)
-    monkeypatch.setattr("dart_llm.evaluation.text_metrics.compare", compare)
 
 
 def test_texts_are_those_of_the_models_own_generate(tmp_path):
     rows = results(study(free(tmp_path, methods="never,interval:8", limit=1, generation=100)))
     assert list(rows) == [f"free/one/{m}/0" for m in ("dense", "never@0.5", "interval:8@0.5")]
     model, tokenizer = loaded()
-    ids = tokenizer(PROMPTS[0]["text"], return_tensors="pt").input_ids
+    ids = tokenizer(drift_cases.PROMPTS[0]["text"], return_tensors="pt").input_ids
     options = {"max_new_tokens": 100, "do_sample": False}
     config = PruneConfig.build("dart", sparsity=0.5, drift="never", min_evidence=0)
     with torch.inference_mode():
@@ -248,7 +208,7 @@ def test_texts_are_those_of_the_models_own_generate(tmp_path):
 
 def test_a_text_ends_where_the_model_ends_it():
     model, tokenizer = loaded()
-    prompt = read_prompt(Source("one", PROMPTS[0]["text"]), tokenizer, None, 20, None)
+    prompt = read_prompt(Source("one", drift_cases.PROMPTS[0]["text"]), tokenizer, None, 20, None)
     made = write_text(BoundMethod(model, tokenizer, None), None, prompt, 20)
     assert (len(made["pieces"]), made["finish"]) == (20, "length")
     ending = deepcopy(model)
@@ -261,17 +221,24 @@ def test_a_text_ends_where_the_model_ends_it():
     assert (stopped["text"], stopped["finish"]) == ("".join(made["pieces"][:first]), "eos")
 
 
-@pytest.mark.usefixtures("shares")
-def test_metrics_compare_with_the_dense_text_of_the_same_seed(tmp_path):
-    asked = free(tmp_path, methods="never,dart", seeds="0,1", temperature=1.0, metrics=True)
-    job = study(asked)
+def test_metrics_compare_with_the_dense_text_of_the_same_seed(tmp_path, monkeypatch):
+    """The share of equal characters stands for every number."""
+
+    def compare(candidate, reference, tools=None):
+        same = sum(a == b for a, b in zip(candidate, reference, strict=False))
+        return dict.fromkeys(NUMBERS, same / len(reference))
+
+    tools = SimpleNamespace(notes=("made by hand",), to_dict=lambda: {"embedder": "none"})
+    monkeypatch.setattr("dart_llm.evaluation.text_metrics.load_tools", lambda *a, **k: tools)
+    monkeypatch.setattr("dart_llm.evaluation.text_metrics.compare", compare)
+    flags = {"methods": "never,dart", "seeds": "0,1", "temperature": 1.0, "metrics": True}
+    job = study(free(tmp_path, **flags))
     rows = results(job)
     assert rows["free/one/dense/0"]["text"] != rows["free/one/dense/1"]["text"]
     for key, row in rows.items():
-        text, dense = row["text"], rows[f"free/{row['source']}/dense/{row['seed']}"]["text"]
-        same = sum(a == b for a, b in zip(text, dense, strict=False)) / len(dense)
-        numbers = None if row["label"] == "dense" else dict.fromkeys(NUMBERS, same)
-        assert row["metrics"] == numbers, key
+        dense = rows[f"free/{row['source']}/dense/{row['seed']}"]["text"]
+        expected = None if row["label"] == "dense" else compare(row["text"], dense)
+        assert row["metrics"] == expected, key
     line = job.summary["rows"][1]
     values = [r["metrics"]["bleu"] for r in rows.values() if r["label"] == "never@0.5"]
     assert line["metrics"]["bleu"]["mean"] == pytest.approx(sum(values) / 4)
@@ -287,12 +254,7 @@ def test_without_the_extra_the_study_continues_and_names_what_to_install(tmp_pat
     assert any(sentence in note for note in job.summary["notes"])
 
 
-# Numbers, pictures and page, from the records.
-
-REMASKED = "forced/two/interval:40@0.5/0"
-
-
-def run_of(key=REMASKED):
+def run_of(key="forced/two/interval:40@0.5/0"):
     return next(run for run in finished().runs if run.key == key)
 
 
@@ -391,12 +353,10 @@ def test_the_page_has_the_numbers_and_escapes_the_names():
 
 def test_free_texts_are_side_by_side(monkeypatch):
     text = "A ledger <script>alert(1)</script> balances."
-    free = [
-        replace(run, mode="free", record={**run.record, "losses": None, "text": text})
-        for run in (run_of(f"forced/two/{method}/0") for method in ("dense", "dart@0.3"))
-    ]
+    runs = [run_of(f"forced/two/{method}/0") for method in ("dense", "dart@0.3")]
+    changes = {"losses": None, "text": text}
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    html = render(free)
+    html = render([replace(run, mode="free", record=run.record | changes) for run in runs])
     assert "A ledger &lt;script&gt;alert(1)&lt;/script&gt; balances." in html
     positions = [html.index(f"<article><h3>{name}") for name in ("dense", "dart@0.3")]
     assert positions == sorted(positions) and "tokens dense" in Page(html).text

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dart_llm.studies.generate.settings import RunSettings
 from dart_llm.studies.generate.study import RunStudy
 from tiny_gpt2 import write_gpt2
 
@@ -13,6 +14,14 @@ def gpt2(tmp_path_factory):
 
 
 @pytest.fixture
+def settings(gpt2, tmp_path):
+    """Makes settings of short runs of the tiny GPT-2 into ``tmp_path``."""
+    usual = {"model": str(gpt2), "prompt": "hello", "generation": 6, "sparsity": 0.5}
+    usual |= {"method": "griffin", "results_dir": str(tmp_path / "results")}
+    return lambda **changes: RunSettings(**usual | changes)
+
+
+@pytest.fixture
 def no_pictures(monkeypatch):
-    """Runs draw nothing: it takes longer than all the rest."""
+    """Runs draw nothing: drawing takes longer than everything else."""
     monkeypatch.setattr(RunStudy, "figures", lambda study: [])

@@ -11,26 +11,14 @@ from dart_llm.experiments.line_plots import drift_sentence
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting import figures, words
 from dart_llm.studies.generate import report
-from fake_results import (
-    PROMPT,
-    accounting,
-    drift_checks,
-    fake_view,
-    kept_counts,
-    perplexity,
-    remasks,
-    timing,
-)
+from fake_results import PROMPT, REMASKS, accounting, drift_checks, fake_view, perplexity, timing
 from html_page import Page
 
-
-@pytest.fixture(scope="module")
-def view():
-    return fake_view()
+VIEW = fake_view()
 
 
-def test_the_picture_is_written_in_both_styles(view, tmp_path):
-    (plot,) = report.pictures(view)
+def test_the_picture_is_written_in_both_styles(tmp_path):
+    (plot,) = report.pictures(VIEW)
     paths = figures.save(tmp_path, [plot], "paper")
     assert [path.name for path in paths] == ["similarity.png", "similarity.pdf"]
     png, pdf = (path.read_bytes() for path in paths)
@@ -43,23 +31,23 @@ def test_the_picture_is_written_in_both_styles(view, tmp_path):
     svg = figures.render(plot, "svg")
     assert len(svg) < 150_000
     assert not any(word in svg for word in (b"<script", b"matplotlib.org", b"@import"))
-    windows = view.checks
+    windows = VIEW.checks
     for kept, shown in ((windows[:8], True), (windows[:7], False), (windows[:4] * 2, False)):
-        assert bool(report.pictures(replace(view, checks=kept))) == shown
-    assert report.pictures(replace(view, generations=(), checks=())) == []
+        assert bool(report.pictures(replace(VIEW, checks=kept))) == shown
+    assert report.pictures(replace(VIEW, generations=(), checks=())) == []
 
 
-def test_a_missing_package_is_one_sentence(view, tmp_path, monkeypatch):
+def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtra, match=r"needs matplotlib.*'dart-llm\[plots\]'"):
-        figures.save(tmp_path, report.pictures(view))
-    page = Page(report.render(view))
+        figures.save(tmp_path, report.pictures(VIEW))
+    page = Page(report.render(VIEW))
     assert page.attributes("img") == []
     assert "No plots: this needs matplotlib, which is not installed" in page.text
 
 
-def test_the_page_tells_the_run(view):
-    html = report.render(view)
+def test_the_page_tells_the_run():
+    html = report.render(VIEW)
     page = Page(html)
     text = page.text.replace("\xa0", " ")
     for fact in (
@@ -81,15 +69,14 @@ def test_the_page_tells_the_run(view):
     assert pruned["achieved"] == "43.8 %" and pruned["requested"] == "50 %"
 
 
-def test_what_was_not_measured_is_left_out(view):
+def test_what_was_not_measured_is_left_out():
     document = perplexity()
     document["rows"][2] |= {"perplexity": None, "ratio_to_dense": None, "accounting": None}
     record = {"variant": "pruned", "method": "dart", "sparsity": 0.3, "text": "hi <i>"}
     record |= {"prompt": "p", "accounting": None}
-    config = {**view.config, "status": "failed"}
-    times = {name: timing()[name] for name in ("load_s", "total_s")}
-    changes = {"perplexity": document, "generations": [record], "timing": times}
-    html = report.render(fake_view(config=config, checks=(), **changes))
+    changes = {"perplexity": document, "generations": [record], "checks": ()}
+    changes["timing"] = {name: timing()[name] for name in ("load_s", "total_s")}
+    html = report.render(fake_view(config={**VIEW.config, "status": "failed"}, **changes))
     assert '<div class="text">hi &lt;i&gt;</div>' in html
     page = Page(html)
     assert "This run is failed." in page.text and page.attributes("img") == []
@@ -97,15 +84,11 @@ def test_what_was_not_measured_is_left_out(view):
     assert page.row("griffin", "50 %")[2:4] == ["50 %", "0 %"]
 
 
-def test_the_headline_names_masking(view):
+def test_sentences():
     masked = {**accounting("dart", 0.5, 0.5, 0.0), "executor": "masked"}
     assert "by masking, which skips no work" in words.bytes_sentence(masked)
-
-
-def test_drift_sentence_counts_windows_triggers_and_masks():
-    masks = [{"cause": mask.cause, "row": None} for mask in remasks(kept_counts())]
-    all_of_it = drift_sentence(drift_checks(), masks)
-    assert all_of_it != drift_sentence(drift_checks(), masks[:1])
+    masks = [{"cause": mask.cause, "row": None} for mask in REMASKS]
+    assert drift_sentence(drift_checks(), masks) != drift_sentence(drift_checks(), masks[:1])
     rows = [DriftCheck(0, r, 30, 3, 3, 0.5, 0.8, 3, True, "armed") for r in range(4)]
     together = drift_sentence(rows, [{"cause": "drift", "row": None}])  # a shared batch counts once
     assert together != drift_sentence(rows, [{"cause": "drift", "row": r} for r in range(4)])

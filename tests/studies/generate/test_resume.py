@@ -1,9 +1,7 @@
 """Under which identity a run resumes, whether another one writes, and what a torn file costs."""
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +16,6 @@ from dart_llm.experiments.store import is_taken, open_folder, take
 from dart_llm.files import append_row, whole_rows, write_json
 from dart_llm.reporting.console import Ui
 from dart_llm.studies.generate import study
-from dart_llm.studies.generate.settings import RunSettings
 from tiny_gpt2 import write_gpt2
 
 WAIT = """\
@@ -27,7 +24,7 @@ from pathlib import Path
 from dart_llm.experiments.store import take
 lock = take(Path(sys.argv[1]))
 assert lock
-print("held", flush=True)
+print("locked", flush=True)
 sys.stdin.read()
 """
 
@@ -39,16 +36,6 @@ def unfinished(root, **config):
     folder.save_part("a", 1)
     folder.release()
     return folder.path
-
-
-@contextlib.contextmanager
-def held_elsewhere(folder):
-    """Another process that holds the lock of ``folder``."""
-    command = [sys.executable, "-c", WAIT, str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"held\n"
-        yield process
-        process.kill()
 
 
 def test_a_torn_file_loses_at_most_the_torn_part(tmp_path):
@@ -82,10 +69,12 @@ def test_a_torn_file_loses_at_most_the_torn_part(tmp_path):
 
 def test_a_folder_that_another_process_writes_is_left_alone(tmp_path):
     left = unfinished(tmp_path, process=1)  # as a container writes it
-    with held_elsewhere(left) as process:
+    command, pipe = [sys.executable, "-c", WAIT, str(left)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout.readline() == b"locked\n"
         assert is_taken(left) and take(left) is None
         assert open_folder(tmp_path, "x", {}).path != left
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         assert not is_taken(left)
         first = open_folder(tmp_path, "x", {})
@@ -111,10 +100,6 @@ COMMANDS = {
 }
 
 
-class Opened(Exception):
-    """Raised in place of opening a folder, with what makes the run the same run."""
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A folder with a model and the texts of the commands."""
@@ -133,15 +118,15 @@ def test_every_command_names_the_checkpoint_by_its_contents(name, monkeypatch):
         assert list(Path("results").iterdir()) == []
 
     def opened(root, experiment, identity, fresh=False):
-        raise Opened(json.dumps(identity))
-
-    monkeypatch.setattr(runner, "open_folder", opened)
+        identities.append(json.loads(json.dumps(identity)))
+        raise KeyboardInterrupt
 
     def ask():
-        done = CliRunner().invoke(app, [*COMMANDS[name], "--model", "model"])
-        assert isinstance(done.exception, Opened), done.output
-        return json.loads(str(done.exception))
+        CliRunner().invoke(app, [*COMMANDS[name], "--model", "model"])
+        return identities[-1]
 
+    identities = []
+    monkeypatch.setattr(runner, "open_folder", opened)
     first = ask()
     assert ask() == first
     weights, tokenizer = Path("model/model.safetensors"), Path("model/tokenizer.json")
@@ -153,16 +138,15 @@ def test_every_command_names_the_checkpoint_by_its_contents(name, monkeypatch):
     second = ask()
     tokenizer.write_text(tokenizer.read_text() + " ")
     third = ask()
+    assert len(identities) == 4
     assert first.pop("inputs") != second.pop("inputs") != third.pop("inputs")
     assert first == second == third
 
 
-def test_a_run_with_another_prompt_in_the_same_file_is_not_resumed(tmp_path, monkeypatch):
+def test_a_run_with_another_prompt_in_the_same_file_is_not_resumed(settings, tmp_path, monkeypatch):
     file = tmp_path / "prompt.txt"
     file.write_text("hello")
-    settings = {"prompt_file": str(file), "generation": 6, "method": "griffin", "sparsity": 0.5}
-    settings |= {"model": str(write_gpt2(tmp_path / "gpt2")), "experiment_name": "x"}
-    wanted = RunSettings(**settings, results_dir=str(tmp_path / "results"))
+    wanted = settings(prompt=None, prompt_file=str(file), experiment_name="x")
     with monkeypatch.context() as patch:
         patch.setattr(study, "write_masks", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):

@@ -1,7 +1,4 @@
-"""``dart-llm inspect``: its numbers against independent computations; texts, files, page, errors.
-
-That it resumes is tested for all studies in tests/experiments.
-"""
+"""``dart-llm inspect``: its numbers beside independent computations; texts, files, page, errors."""
 
 import csv
 import json
@@ -25,12 +22,7 @@ from dart_llm.reporting.console import Ui
 from dart_llm.session.run import prune
 from dart_llm.studies.inspection import sections
 from dart_llm.studies.inspection.readings import Readings, activations, impact
-from dart_llm.studies.inspection.settings import (
-    TEXTS,
-    InspectSettings,
-    InspectText,
-    inspect_texts,
-)
+from dart_llm.studies.inspection.settings import TEXTS, InspectSettings, InspectText, inspect_texts
 from dart_llm.studies.inspection.study import InspectionStudy
 from html_page import Page
 from lm_cases import loaded, place
@@ -50,7 +42,7 @@ def read(a=A, b=B, **settings):
     return Readings(*loaded(), InspectSettings(**given), texts)
 
 
-def seen(text, layer):
+def recorded(text, layer):
     """u of one layer by a hook of the test, [T, width] float64."""
     model, tokenizer = loaded()
     recorder = Recorder(model)
@@ -59,6 +51,12 @@ def seen(text, layer):
     for handle in recorder.handles:
         handle.remove()
     return recorder.get(layer, "u")
+
+
+def best(u, count):
+    """The neurons with the highest GRIFFIN score over the tokens of u."""
+    share = (u / u.norm(dim=-1, keepdim=True)).square()
+    return set(share.sum(0).topk(count).indices.tolist())
 
 
 def jaccard(a, b):
@@ -105,25 +103,25 @@ def test_strong_neurons_by_forward_proxy(monkeypatch):
     monkeypatch.setattr(sections, "PROXY", "max")
     alone = sections.neurons(read(None, None, top=3))["rows"]  # the proxy alone decides
     rows = model.lm_head.weight.detach().double()
-    for layer, best in enumerate(strong):
-        u, down = seen(A, layer), model.transformer.h[layer].mlp.c_proj.weight.double()
+    for layer, strongest in enumerate(strong):
+        u, down = recorded(A, layer), model.transformer.h[layer].mlp.c_proj.weight.double()
         reach = (rows @ down.T).abs()  # [V, I]
         magnitude = u.square().sum(0).sqrt()
         scores = magnitude * reach.amax(0) * magnitude * reach.mean(0)
         neuron = int(scores.argmax())
-        assert (best["layer"], best["neuron"]) == (layer, neuron)
-        assert best["score"] == pytest.approx(float(scores.max()), rel=1e-4)
-        assert best["mean_activation"] == pytest.approx(float(u[:, neuron].mean()), rel=1e-3)
-        sign = math.copysign(1.0, best["mean_activation"])
+        assert (strongest["layer"], strongest["neuron"]) == (layer, neuron)
+        assert strongest["score"] == pytest.approx(float(scores.max()), rel=1e-4)
+        assert strongest["mean_activation"] == pytest.approx(float(u[:, neuron].mean()), rel=1e-3)
+        sign = math.copysign(1.0, strongest["mean_activation"])
         promoted = (sign * rows @ down[neuron]).topk(5).indices
-        assert best["tokens"] == [tokenizer.decode([token]) for token in promoted.tolist()]
+        assert strongest["tokens"] == [tokenizer.decode([token]) for token in promoted.tolist()]
         farthest = [row["neuron"] for row in alone if row["layer"] == layer]
         assert farthest == reach.amax(0).topk(3).indices.tolist()
 
 
 def test_jaccard_and_its_chance():
-    one, two, none = torch.tensor([1, 2, 3]), torch.tensor([3, 4]), torch.tensor([])
-    pairs = ((one, two), (one, one), (one, none), (none, none))
+    a, b, none = torch.tensor([1, 2, 3]), torch.tensor([3, 4]), torch.tensor([])
+    pairs = ((a, b), (a, a), (a, none), (none, none))
     assert [sections.jaccard(*pair) for pair in pairs] == [1 / 4, 1.0, 0.0, 1.0]
     assert sections.expected_jaccard(6, 3, 2) == pytest.approx(1 / 4)  # one of 3 + 2 - 1
     assert (sections.expected_jaccard(3, 3, 3), sections.expected_jaccard(4, 0, 0)) == (1.0, 1.0)
@@ -137,20 +135,15 @@ def test_overlap():
     for text in (A, B):
         with prune(model, "griffin", sparsity=0.5) as run, torch.no_grad():
             model(tokenizer(text, return_tensors="pt").input_ids, use_cache=True)
-            masks.append(run.select())
-    for layer, (a, b) in enumerate(zip(*masks, strict=True)):
-        of_a, of_b = set(a.ids.tolist()), set(b.ids.tolist())
+            masks.append([set(mask.ids.tolist()) for mask in run.select()])
+    for layer, (of_a, of_b) in enumerate(zip(*masks, strict=True)):
         row = data["layers"][layer]
         assert (row["kept_a"], row["kept_b"]) == (len(of_a), len(of_b))
         assert row["jaccard"] == pytest.approx(jaccard(of_a, of_b))
         assert row["chance"] == sections.expected_jaccard(WIDTH, len(of_a), len(of_b))
-        kept = []
-        for text in (A, B):
-            u = seen(text, layer)
-            share = (u / u.norm(dim=-1, keepdim=True)).square()
-            for part in (share[: len(u) // 2], share[len(u) // 2 :]):
-                kept.append(set(part.sum(0).topk(WIDTH // 2).indices.tolist()))
-        a1, a2, b1, b2 = kept
+        us = [recorded(text, layer) for text in (A, B)]
+        halves = [part for u in us for part in (u[: len(u) // 2], u[len(u) // 2 :])]
+        a1, a2, b1, b2 = (best(half, WIDTH // 2) for half in halves)
         across = sum(jaccard(x, y) for x in (a1, a2) for y in (b1, b2)) / 4
         assert row["same_text"] == pytest.approx((jaccard(a1, a2) + jaccard(b1, b2)) / 2)
         assert row["across"] == pytest.approx(across)
@@ -178,14 +171,14 @@ def test_ablation():
     study = read(share=0.25, ablation_seeds=2)
     with Same(study.model):
         rows = sections.ablation(study)["rows"]
-    model, best = study.model, []
+    model, sets = study.model, []
     for text, ids in zip((A, B), study.ids, strict=True):
-        first_halves = [seen(text, layer)[: len(ids) // 2] for layer in range(4)]
-        shares = [(u / u.norm(dim=-1, keepdim=True)).square().sum(0) for u in first_halves]
-        best.append([set(share.topk(WIDTH // 4).indices.tolist()) for share in shares])
+        half = len(ids) // 2
+        sets.append([best(recorded(text, layer)[:half], WIDTH // 4) for layer in range(LAYERS)])
+    a, b = sets
     removed = {
-        "A's own": [a - b for a, b in zip(*best, strict=True)],
-        "B's own": [b - a for a, b in zip(*best, strict=True)],
+        "A's own": [of_a - of_b for of_a, of_b in zip(a, b, strict=True)],
+        "B's own": [of_b - of_a for of_a, of_b in zip(a, b, strict=True)],
     }
     assert len(rows) == 4
     for row in rows:
@@ -194,7 +187,7 @@ def test_ablation():
         with prune(model, remove={k: torch.tensor(sorted(n)) for k, n in enumerate(sets)}) as run:
             losses = score_window(model, run, window).losses
         assert (row["neurons"], row["tokens"]) == (sum(map(len, sets)), len(losses))
-        assert row["achieved_sparsity"] == pytest.approx(row["neurons"] / (4 * WIDTH))
+        assert row["achieved_sparsity"] == pytest.approx(row["neurons"] / (LAYERS * WIDTH))
         assert (row["dense_token_share"], row["remasks"]) == (0.0, 0)
         assert row["loss"] == pytest.approx(fmean(losses), rel=1e-5)
         dense = fmean(score_window(model, None, window).losses)
@@ -203,12 +196,9 @@ def test_ablation():
         assert random == pytest.approx(row["loss"] - row["random_loss"], abs=1e-6)
         assert row["random_loss"] != row["dense_loss"]
         assert over["n"] == math.ceil(row["tokens"] / sections.BLOCK)
-    rows = sections.ablation(read(A, A, ablation_seeds=1))["rows"]  # nothing is A's own
+    rows = sections.ablation(read(A, A, ablation_seeds=1))["rows"]  # no neurons are A's alone
     assert [row["neurons"] for row in rows] == [0] * 4
     assert rows[0]["loss"] == rows[0]["dense_loss"] == rows[0]["random_loss"]
-
-
-# The command.
 
 
 @pytest.fixture(autouse=True)
@@ -220,8 +210,8 @@ def _here(tmp_path, monkeypatch):
 
 def inspect(*arguments):
     """``dart-llm inspect ARGUMENTS`` on the tiny model."""
-    words = ["inspect", *arguments, "--model", place() / "model", "--device", "cpu"]
-    return CliRunner().invoke(app, list(map(str, words)))
+    words = ["inspect", *arguments, "--model", str(place() / "model"), "--device", "cpu"]
+    return CliRunner().invoke(app, words)
 
 
 @pytest.fixture(scope="module")
@@ -288,21 +278,19 @@ def test_texts_of_passages_and_prompts():
     assert (sky.name, words.title) == ("sky", "B (my own words)") and sky.text != "sky"
 
 
-REFUSED = [
-    ({"prompt_b": "y"}, "text B without text A"),
-    ({"prompt": "x", "prompt_file": "f"}, "not both"),
-    ({"prompt": "x", "passage": "01"}, "give prompts or --passage, not both"),
-    ({"share": 1.0}, r"--share 1\.0 must be less than 1"),
-    ({"prompt": " ", "prompt_b": "y"}, r"text A \(\) is empty"),
-    ({"what": "overlap", "prompt": "x"}, r"needs 2 text\(s\): give --prompt"),
-    ({"what": "overlap", "passage": "01", "method": "wanda"}, "e.g. griffin"),
-]
-
-
-@pytest.mark.parametrize(("given", "problem"), REFUSED)
-def test_what_cannot_be_inspected(given, problem):
-    flags = [(f"--{name.replace('_', '-')}", value) for name, value in given.items()]
-    words = [word for flag in flags for word in flag if flag[0] != "--what"]
-    result = inspect(*filter(None, [given.get("what")]), *words)
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("--prompt-b y", "text B without text A"),
+        ("--prompt x --prompt-file f", "not both"),
+        ("--prompt x --passage 01", "give prompts or --passage, not both"),
+        ("--prompt x --share 1.0", r"--share 1\.0 must be less than 1"),
+        ("--prompt= --prompt-b y", r"text A \(\) is empty"),
+        ("overlap --prompt x", r"needs 2 text\(s\): give --prompt"),
+        ("overlap --passage 01 --method wanda", "e.g. griffin"),
+    ],
+)
+def test_what_cannot_be_inspected(words, problem):
+    result = inspect(*words.split())
     assert isinstance(result.exception, ConfigError | UnknownName)
     assert re.search(problem, str(result.exception))

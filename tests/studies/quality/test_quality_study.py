@@ -1,7 +1,6 @@
 """``dart-llm bench quality``: settings, variants, files, the command; its gaps by hand."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,19 +12,8 @@ from dart_llm.reporting import figures
 from dart_llm.settings import merge
 from dart_llm.studies.quality.gaps import closed, headlines, make_rows, matched_sparsities, tables
 from dart_llm.studies.quality.settings import QualitySettings
-from lm_cases import call, place
-from quality_cases import PROMPT, TOKENS, job, write_texts
+from quality_cases import job
 from written import lines, read
-
-
-def losses_of(rows):
-    """Mean losses by task and label."""
-    losses = {}
-    for row in rows:
-        items = row["measurement"]["items"]
-        key = row["cell"]["task"].partition(":")[0], row["label"]
-        losses[key] = sum(item["mean_loss"] for item in items) / len(items)
-    return losses
 
 
 def test_griffin_is_measured_where_each_method_asks_for_it(tmp_path, monkeypatch):
@@ -34,17 +22,20 @@ def test_griffin_is_measured_where_each_method_asks_for_it(tmp_path, monkeypatch
     document, rows = read(study.path / "quality.json"), lines(study.path / "results.jsonl")
     names = [item["id"] for item in rows[0]["measurement"]["items"]]
     assert names == ["bees/0", "bees/1", "loans/0", "loans/1"]
-    mean = losses_of(rows)
-    asked = {"dense", *(f"{name}@{s}" for name in ("griffin", "dart") for s in (0.5, 0.7))}
-    assert asked <= {label for kind, label in mean if kind == "continuation"}
+    mean = {}  # losses by task and label
+    for row in rows:
+        losses = [item["mean_loss"] for item in row["measurement"]["items"]]
+        mean[row["cell"]["task"].partition(":")[0], row["label"]] = sum(losses) / len(losses)
+    wanted = {"dense", *(f"{name}@{s}" for name in ("griffin", "dart") for s in (0.5, 0.7))}
+    assert wanted <= {label for kind, label in mean if kind == "continuation"}
     oracles = {kind for kind, label in mean if label == "dart (oracle)@0.5"}
     assert oracles == {"shift"}
     for row in document["rows"]:
         if len(row["sparsities"]) > 1:
             continue
         dense, (sparsity,) = mean[row["task"], "dense"], row["sparsities"]
-        own = mean[row["task"], f"{row['variant']}@{sparsity:g}"]
-        assert row["gap"] == pytest.approx(own - dense)
+        loss = mean[row["task"], f"{row['variant']}@{sparsity:g}"]
+        assert row["gap"] == pytest.approx(loss - dense)
         wanted = {"equal_sparsity": row["achieved_sparsity"]}
         # low-rank maps weigh more than the FFN of this tiny model: then dense is as cheap
         wanted["equal_bytes"] = max(0.0, 1 - row["ffn_bytes_share"])
@@ -57,25 +48,8 @@ def test_griffin_is_measured_where_each_method_asks_for_it(tmp_path, monkeypatch
     assert "equal_sparsity_gap_closed" in (study.path / "quality-shift.csv").read_text("utf-8")
 
 
-def test_the_command_speaks_json(tmp_path):
-    text, rows = write_texts(tmp_path)
-    fixed = ["bench", "quality", "--model", place() / "model", "--device", "cpu", "--json"]
-    fixed += ["--results-dir", tmp_path / "results", "--dtype", "float32", "--text", text]
-    fixed += ["--prompt-tokens", PROMPT, "--tokens", TOKENS, "--slices", 1, "--sparsities", "0.5"]
-    done = call(*fixed, "--text", f"{rows}:text", "--tasks", "continuation")
-    assert (done.code, done.err, done.out.count("\n")) == (0, "", 1)
-    answer = done.json
-    assert [row["variant"] for row in answer["rows"]] == ["griffin", "dart-token"]
-    assert answer["checkpoint"]["sha256"] and answer["timing"]["total_s"] > 0
-    document = read(Path(answer["folder"], "quality.json"))
-    assert {name: answer[name] for name in document} == document
-    bad = call(*fixed, "--slices", 90)
-    assert (bad.code, bad.out, bad.err.count("\n")) == (2, "", 1)
-    assert bad.err.startswith('ConfigError: the text "bees" has 8 slices of 134 tokens in its set')
-
-
-def asked(given):
-    return merge(QualitySettings, given, environment={})
+def asked(flags):
+    return merge(QualitySettings, flags, environment={})
 
 
 @pytest.mark.parametrize(
@@ -229,12 +203,11 @@ def test_an_interval_is_that_of_the_resampled_ratio():
     a = 0.7 * b + draw.normal(0, 0.1, 48)
     ids = draw.integers(0, 48, (20_000, 48))
     interval = stats.gap_closed_interval([(a, b)], seed=3)
-    assert interval is not None and interval.estimate == stats.gap_closed([(a, b)])
+    assert interval.estimate == stats.gap_closed([(a, b)])
     plain = np.quantile(1 - a[ids].mean(1) / b[ids].mean(1), [0.025, 0.975])
     assert list(interval.ends) == pytest.approx(list(plain), abs=0.01)
     assert interval == stats.gap_closed_interval([(a, b)], seed=3)
-    unpaired = stats.gap_closed_interval([(a, b[::-1].copy())], 3)
-    assert unpaired is not None  # the pairing makes the interval narrow
+    unpaired = stats.gap_closed_interval([(a, b[::-1].copy())], 3)  # pairing makes it narrow
     width, wide = (each.ends[1] - each.ends[0] for each in (interval, unpaired))
     assert wide > 1.3 * width
 
@@ -247,4 +220,4 @@ def test_where_there_is_no_interval():
     for pair in ((a, b), (a, -np.abs(b)), (a[:5], np.abs(b[:5]))):
         assert stats.gap_closed_interval([pair]) is None
     same = stats.gap_closed_interval([(a, a)])
-    assert same is not None and tuple(same.ends) == (0.0, 0.0)
+    assert tuple(same.ends) == (0.0, 0.0)

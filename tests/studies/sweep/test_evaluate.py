@@ -16,25 +16,20 @@ from lm_cases import LETTERS, QUESTIONS, candidate, measured, place
 from summary_cases import write_documents
 from written import lines
 
-TEXT = "".join(
-    f"the tide number {n * n} comes twice a day and goes by {n * 7}. " for n in range(40)
-)
-SLICES = {"prompt_tokens": 48, "scored_tokens": 24, "limit": 2}
-
 
 def settings(folder, tasks, **more):
     given = {"include_path": str(place() / "tasks"), "tasks": tasks, "method": "griffin", **more}
-    return own_data(folder, EvalSettings, **given)
+    return merged(folder, EvalSettings, **given)
 
 
-def own_data(folder, kind, **more):
+def merged(folder, kind, **more):
     given = {"model": place() / "model", "results_dir": folder / "r", "cache_dir": folder / "cache"}
     given = {name: str(path) for name, path in given.items()}
     return merge(kind, {**given, "device": "cpu", "sparsity": 0.5, **more}, environment={})
 
 
-def run(asked, ui=None):
-    return run_study(MeasureStudy(asked, ui or Ui(quiet=True)))
+def run(settings):
+    return run_study(MeasureStudy(settings, Ui(quiet=True)))
 
 
 def test_one_method_beside_dense_on_two_tasks(tmp_path):
@@ -43,8 +38,8 @@ def test_one_method_beside_dense_on_two_tasks(tmp_path):
     labels = [(row["label"], row["cell"]["task"]) for row in rows]
     assert labels == list(product(("dense", "griffin@0.5"), ("tiny_choice", "tiny_group")))
     for row in rows:
-        own = candidate(*(() if row["label"] == "dense" else ("griffin",)))
-        direct = measured(own, row["cell"]["task"]).to_dict()
+        method = candidate(None if row["label"] == "dense" else "griffin")
+        direct = measured(method, row["cell"]["task"]).to_dict()
         assert row["measurement"] == json.loads(json.dumps(direct))
         assert (row["status"], row["cell"]["protocol"]) == ("done", "decode")
     assert rows[2]["cell"]["sparsity"] == 0.5 and rows[0]["cell"]["sparsity"] is None
@@ -53,30 +48,30 @@ def test_one_method_beside_dense_on_two_tasks(tmp_path):
     assert samples[0]["label"] == "dense" and len(samples[0]["answers"]) == 3
     assert study.path.parent.name == "eval-model-griffin-0.5"
     assert [len(table.rows) for table in study.tables()] == [2, 2]
-    answer = study.answer()
-    assert answer["results"] == {
-        "tiny_choice": rows[2]["measurement"]["metrics"],
-        "tiny_group": rows[3]["measurement"]["metrics"],
-    }
-    assert answer["dense"]["tiny_choice"] == rows[0]["measurement"]["metrics"]
-    counted = answer["accounting"]
-    assert counted["decoded_tokens"] == 93 + 93 + len(LETTERS)
-    assert counted["achieved_sparsity"] == pytest.approx(0.5)
+    answer, metrics = study.answer(), [row["measurement"]["metrics"] for row in rows]
+    assert answer["results"] == {"tiny_choice": metrics[2], "tiny_group": metrics[3]}
+    assert answer["dense"]["tiny_choice"] == metrics[0]
+    assert answer["accounting"]["decoded_tokens"] == 93 + 93 + len(LETTERS)
+    assert answer["accounting"]["achieved_sparsity"] == pytest.approx(0.5)
 
 
 def test_a_calibration_text_is_named_and_never_evaluated(tmp_path):
     text, other = tmp_path / "text.txt", tmp_path / "other.txt"
-    text.write_text(TEXT, encoding="utf-8")
-    other.write_text(TEXT[::-1], encoding="utf-8")
+    sentences = [
+        f"the tide number {n * n} comes twice a day and goes by {n * 7}. " for n in range(40)
+    ]
+    text.write_text("".join(sentences), encoding="utf-8")
+    other.write_text("".join(sentences)[::-1], encoding="utf-8")
     rows = Path(write_documents(tmp_path / "four.jsonl"))
     for kind, data in ((PerplexitySettings, text), (SummarizeSettings, rows)):
-        asked = own_data(tmp_path, kind, method="wanda", data=str(data), calibration=str(data))
+        flags = {"method": "wanda", "data": str(data), "calibration": str(data)}
         with pytest.raises(ConfigError, match=f"{data.name} is evaluated and cannot be the calib"):
-            run(asked)
-    assert not (tmp_path / "r").exists()  # said before anything is loaded or written
+            run(merged(tmp_path, kind, **flags))
+    assert not (tmp_path / "r").exists()  # refused before anything is loaded or written
+    flags = {"data": str(text), "prompt_tokens": 48, "scored_tokens": 24, "limit": 2}
     for method, calibration, note in (("griffin", text, ""), ("flap", other, "tokens) of other")):
-        own = {"method": method, "data": str(text), "calibration": str(calibration), **SLICES}
-        measurement = run(own_data(tmp_path, PerplexitySettings, **own)).lines[1]["measurement"]
+        flags |= {"method": method, "calibration": str(calibration)}
+        measurement = run(merged(tmp_path, PerplexitySettings, **flags)).lines[1]["measurement"]
         assert any(note in line for line in measurement["notes"]) or not note
         assert measurement["accounting"]["achieved_sparsity"] == pytest.approx(0.5, abs=0.01)
 

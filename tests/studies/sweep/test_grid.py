@@ -30,35 +30,31 @@ def cells(kind=SweepSettings, **data):
 def test_cells_come_in_table_order_and_are_computed_by_model():
     lists = {"models": "smollm2-135m,some/model", "tasks": "arc_easy,winogrande", "seeds": "0,1"}
     lists |= {"methods": "griffin,dense", "sparsities": "0.5,0.3", "protocols": "decode,full"}
-    found = cells(**lists)
-    rows = [
-        (c.model, c.task, c.options.protocol, c.seed, c.method, c.sparsity or 0.0) for c in found
-    ]
-    assert len(found) == 2 * 2 * 2 * 2 * 3 == len(set(rows))
+    grid = cells(**lists)
+    rows = [(c.model, c.task, c.options.protocol, c.seed, c.method, c.sparsity or 0) for c in grid]
+    assert len(grid) == 2 * 2 * 2 * 2 * 3 == len(set(rows))
     first = ("smollm2-135m", "arc_easy", "decode")
     pruned = [("griffin", 0.5), ("griffin", 0.3), ("dense", 0.0)]
-    assert rows[:4] == [*((*first, 0, *one) for one in pruned), (*first, 1, "griffin", 0.5)]
+    assert rows[:4] == [*((*first, 0, *way) for way in pruned), (*first, 1, "griffin", 0.5)]
     assert rows[-1] == ("some/model", "winogrande", "full", 1, "dense", 0.0)
-    assert all(c.options.seed == c.seed for c in found)
-    one, other = found[:24], found[24:]
-    mixed = [cell for pair in zip(one, other, strict=True) for cell in pair]
+    assert all(c.options.seed == c.seed for c in grid)
+    mixed = [cell for pair in zip(grid[:24], grid[24:], strict=True) for cell in pair]
     order = execution_order(mixed)
-    assert sorted(c.key for c in order) == sorted(c.key for c in found)
-    assert [c.model for c in order] == sorted(c.model for c in found)
+    assert sorted(c.key for c in order) == sorted(c.key for c in grid)
+    assert [c.model for c in order] == sorted(c.model for c in grid)
     ways = [(c.model, c.label, c.seed) for c in order]
     assert sum(a != b for a, b in zip(ways, ways[1:], strict=False)) == len(set(ways)) - 1
 
 
 def test_a_cell_has_what_decides_its_result_alone():
-    found = cells(methods="dense,griffin", sparsities="0.1,0.2")
-    assert [c.label for c in found] == ["dense", "griffin@0.1", "griffin@0.2"]
-    assert cells(methods="dense") == cells(
-        methods="dense", sparsities="0.5", overrides={"seed": 3}, calibration="embedded"
-    )
+    grid = cells(methods="dense,griffin", sparsities="0.1,0.2")
+    assert [c.label for c in grid] == ["dense", "griffin@0.1", "griffin@0.2"]
+    unused = {"sparsities": "0.5", "overrides": {"seed": 3}, "calibration": "embedded"}
+    assert cells(methods="dense") == cells(methods="dense", **unused)
     reads = cells(methods="griffin,wanda", sparsities="0.5", calibration="embedded")
     assert [(c.method, c.calibration) for c in reads] == [("griffin", None), ("wanda", "embedded")]
-    (own,) = cells(methods="griffin")  # without sparsities presets keep their own
-    assert own.sparsity is None and own.label == "griffin"
+    (preset,) = cells(methods="griffin")  # without sparsities presets keep theirs
+    assert preset.sparsity is None and preset.label == "griffin"
     changes = {"compensation": False, "budget": "uniform", "drift": {"min_distance": 9}}
     (changed,) = cells(methods="dart", sparsities="0.4", seeds="7", overrides=changes)
     config = changed.config()
@@ -68,45 +64,36 @@ def test_a_cell_has_what_decides_its_result_alone():
 
 
 def test_layers_by_themselves_with_the_dense_line(gpt2):
-    found = cells(models=str(gpt2), methods="griffin", layers="each", keep="0.5")
+    grid = cells(models=str(gpt2), methods="griffin", layers="each", keep="0.5")
     labels = [f"griffin layers {layer} keep 0.5" for layer in range(LAYERS)]
-    assert [c.label for c in found] == ["dense", *labels]
-    assert [c.config().budget.table for c in found[1:]] == ["0:0.5", "1:0.5", "2:0.5", "3:0.5"]
-    assert all(c.config().sparsity is None for c in found[1:])
+    assert [c.label for c in grid] == ["dense", *labels]
+    assert [c.config().budget.table for c in grid[1:]] == ["0:0.5", "1:0.5", "2:0.5", "3:0.5"]
+    assert all(c.config().sparsity is None for c in grid[1:])
     groups = {"layers": ["0-1", "2,3"], "keep": [0.5, 0.25], "base_keep": 0.9}
-    found = cells(methods="griffin,dense", overrides={"masking_step": 2}, **groups)
-    assert [(c.layers, c.keep, c.base_keep) for c in found if c.method == "griffin"] == [
+    grid = cells(methods="griffin,dense", overrides={"masking_step": 2}, **groups)
+    assert [(c.layers, c.keep, c.base_keep) for c in grid if c.method == "griffin"] == [
         (group, keep, 0.9) for keep in (0.5, 0.25) for group in ("0-1", "2,3")
     ]
-    assert len(found) == 5 and found[1].config().budget.table == "all:0.9,2,3:0.5"
+    assert len(grid) == 5 and grid[1].config().budget.table == "all:0.9,2,3:0.5"
     layers = {"methods": "griffin", "layers": "0-1", "keep": "0.5"}
     compared = cells(CompareSettings, **layers)  # layers set the counts
     assert [cell.label for cell in compared] == ["dense", "griffin layers 0-1 keep 0.5"]
 
 
 def test_weight_formats_are_rows_of_their_own():
-    found = cells(methods="dense,griffin", sparsities="0.5", weights="dense,auto")
-    assert [(c.label, c.weights) for c in found] == [
-        ("dense", "dense"),
-        ("griffin@0.5", "dense"),
-        ("dense auto", "auto"),
-        ("griffin auto@0.5", "auto"),
-    ]
+    grid = cells(methods="dense,griffin", sparsities="0.5", weights="dense,auto")
+    labels = {"dense": "dense", "griffin@0.5": "dense", "dense auto": "auto"}
+    assert {c.label: c.weights for c in grid} == {**labels, "griffin auto@0.5": "auto"}
     assert [c.label for c in cells(methods="dense", weights="auto")] == ["dense"]
 
 
 def test_tasks_have_shortcuts_and_options_of_their_own():
     seven = "boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa".split()
-    found = cells(
-        methods="dense",
-        tasks=["general-nlp", "arc_easy", TASK],
-        limit=4,
-        batch_size=2,
-        task_options={"general-nlp": {"limit": 3}},
-    )
-    assert [c.task for c in found][:7] == seven and found[-1].task == TASK
-    assert {c.options.limit for c in found[:7]} == {3} and found[-1].options.limit == 4
-    assert {c.options.batch_size for c in found} == {2}
+    options = {"limit": 4, "batch_size": 2, "task_options": {"general-nlp": {"limit": 3}}}
+    grid = cells(methods="dense", tasks=["general-nlp", "arc_easy", TASK], **options)
+    assert [c.task for c in grid][:7] == seven and grid[-1].task == TASK
+    assert {c.options.limit for c in grid[:7]} == {3} and grid[-1].options.limit == 4
+    assert {c.options.batch_size for c in grid} == {2}
 
 
 def test_layers_of_models(gpt2, tmp_path):
@@ -122,24 +109,18 @@ def test_layers_of_models(gpt2, tmp_path):
 def test_flags_win_over_variables_over_the_file_over_defaults(tmp_path):
     file = tmp_path / "grid.yaml"
     data = {"models": "a/b", "methods": ["dense", "griffin"], "sparsities": [0.3, 0.5]}
-    data |= {"tasks": TASK}
-    data |= {"limit": 4, "batch_size": 2, "dtype": "float32"}
+    data |= {"tasks": TASK, "limit": 4, "batch_size": 2, "dtype": "float32"}
     file.write_text(yaml.safe_dump(data), encoding="utf-8")
     flags = {"sparsities": "0.7", "limit": 8, "seeds": None}
-
-    def merged(environment, *names):
-        settings = merge(SweepSettings, flags, file, environment)
-        return tuple(getattr(settings, name) for name in names)
-
-    assert merged({}, "models", "methods") == (("a/b",), ("dense", "griffin"))
-    assert merged({}, "sparsities", "seeds", "dtype") == ((0.7,), (0,), "float32")
-    assert merged({}, "limit", "batch_size") == (8, 2)
+    plain = merge(SweepSettings, flags, file, {})
+    assert (plain.models, plain.methods) == (("a/b",), ("dense", "griffin"))
+    assert (plain.sparsities, plain.seeds, plain.dtype) == ((0.7,), (0,), "float32")
+    assert (plain.limit, plain.batch_size) == (8, 2)
     words = "MODELS=c/d METHODS=flap SPARSITIES=0.2 LIMIT=9 PROMPT_TOKENS=32 ENGINE=ray"
     variables = dict(f"DART_{word}".split("=") for word in words.split())
-    lists = merged(variables, "models", "methods", "sparsities")
-    assert lists == (("c/d",), ("flap",), (0.7,))
-    assert merged(variables, "limit", "batch_size", "prompt_tokens") == (8, 2, 32)
-    assert merged(variables, "engine") == ("ray",)
+    both = merge(SweepSettings, flags, file, variables)
+    assert (both.models, both.methods, both.sparsities) == (("c/d",), ("flap",), (0.7,))
+    assert (both.limit, both.batch_size, both.prompt_tokens, both.engine) == (8, 2, 32, "ray")
     plain = merge(CompareSettings, {"tasks": TASK}, None, {"DART_METHODS": "flap"})
     assert (plain.sparsities, plain.methods, plain.experiment) == ((0.3,), ("flap",), "compare")
 
@@ -197,38 +178,28 @@ def test_the_key_follows_what_decides_the_result(tmp_path):
 def test_a_changed_file_is_another_cell(gpt2, tmp_path, monkeypatch):
     """Weights, texts, task files and the data that they name, local MMLU questions."""
     monkeypatch.chdir(tmp_path)
-    files = {"text.txt": "one", "tasks/mine.yaml": "task: mine\n", "data.jsonl": "1"}
     more = "doc_to_text: !function utils.text\ndataset_kwargs: {data_files: {test: data.jsonl}}\n"
-    for name in files:
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text(files[name] + more if "yaml" in name else files[name])
-    asked = {"models": str(gpt2), "methods": "dense", "include_path": "tasks"}
-    asked["tasks"] = "perplexity:text.txt,mine,mmlu,mmlu:anatomy,perplexity:mmlu"
-
-    def keys(*changed):
-        """The keys, of which those at the places ``changed`` are new."""
-        new = [cell.key for cell in cells(**asked)]
-        assert [n for n, (a, b) in enumerate(zip(seen[-1], new, strict=True)) if a != b] == [
-            *changed
-        ]
-        seen.append(new)
-
-    seen = [[cell.key for cell in cells(**asked)]]
-    model = ["model", "model_files"]
-    inputs = [sorted(cell.inputs) for cell in cells(**asked)]
-    assert inputs[:2] == [[*model, "text"], sorted([*model, "tasks"])]
-    Path("other.jsonl").write_text("not named by the task")
-    keys()
-    Path("text.txt").write_text("two")
-    keys(0)
-    Path("data.jsonl").write_text("2")
-    keys(1, 2, 3)
-    Path("tasks/mine.yaml").write_text(f"task: mine\nnum_fewshot: 1\n{more}")
-    keys(1, 2, 3)
     Path("datasets/mmlu").mkdir(parents=True)
-    for text in ("one", "two"):
-        Path("datasets/mmlu/anatomy_dev.jsonl").write_text(text)
-        keys(2, 3, 4)
-    config = gpt2 / "config.json"
-    config.write_text(config.read_text() + "\n")
-    keys(0, 1, 2, 3, 4)
+    Path("tasks").mkdir()
+    Path("text.txt").write_text("one")
+    Path("data.jsonl").write_text("1")
+    Path("tasks/mine.yaml").write_text(f"task: mine\n{more}")
+    flags = {"models": str(gpt2), "methods": "dense", "include_path": "tasks"}
+    flags["tasks"] = "perplexity:text.txt,mine,mmlu,mmlu:anatomy,perplexity:mmlu"
+    inputs = [sorted(cell.inputs) for cell in cells(**flags)]
+    assert inputs[:2] == [["model", "model_files", "text"], ["model", "model_files", "tasks"]]
+    before = [cell.key for cell in cells(**flags)]
+    config = str(gpt2 / "config.json")
+    for name, text, changed in (
+        ("other.jsonl", "not named by the task", []),
+        ("text.txt", "two", [0]),
+        ("data.jsonl", "2", [1, 2, 3]),
+        ("tasks/mine.yaml", f"task: mine\nnum_fewshot: 1\n{more}", [1, 2, 3]),
+        ("datasets/mmlu/anatomy_dev.jsonl", "one", [2, 3, 4]),
+        ("datasets/mmlu/anatomy_dev.jsonl", "two", [2, 3, 4]),
+        (config, Path(config).read_text() + "\n", [0, 1, 2, 3, 4]),
+    ):
+        Path(name).write_text(text)
+        after = [cell.key for cell in cells(**flags)]
+        assert [n for n, key in enumerate(after) if key != before[n]] == changed, name
+        before = after

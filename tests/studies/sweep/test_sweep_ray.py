@@ -22,12 +22,17 @@ needs_ray = pytest.mark.skipif(
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return sweep_fakes.place(tmp_path)
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """A cluster of two cores on 127.0.0.1, whose workers find this folder's helpers."""
+def cluster(tmp_path_factory):
+    """A cluster of two cores on 127.0.0.1, whose workers find this folder's helpers.
+
+    Its second part is the file that has a worker killed.  All tasks have the same environment,
+    so that a worker, which takes seconds to start, serves the next test too.
+    """
     with pytest.MonkeyPatch.context() as patch:
         # Ray's switch to a single machine: without it every port is open to the network
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -36,11 +41,14 @@ def cluster():
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
         import ray
 
+        kill = tmp_path_factory.mktemp("ray") / "kill"
+        variables = {**ray_backend.worker_environment(1), KILL: str(kill), SLOW: "0.2"}
+        patch.setattr(ray_backend, "worker_environment", lambda threads: variables)
         handler, memory = signal.getsignal(signal.SIGTERM), 128 * 2**20
         here = {"address": "local", "_node_ip_address": "127.0.0.1", "num_cpus": 2}
         ray.init(**here, include_dashboard=False, object_store_memory=memory, log_to_driver=False)
         signal.signal(signal.SIGTERM, handler)
-        yield ray
+        yield ray, kill
         ray.shutdown()
 
 
@@ -62,29 +70,17 @@ class Empty(Mortal):
 @needs_ray
 @pytest.mark.contract("resume gives the same bytes")
 def test_a_worker_that_is_killed_changes_nothing(base, cluster, monkeypatch, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    alone = sweep(base, base / "alone", seeds=[0, 1])
-    (base / "kill").touch()
-    variables = {KILL: str(base / "kill"), SLOW: "0.2", "OMP_NUM_THREADS": "1"}
-    monkeypatch.setattr(ray_backend, "worker_environment", lambda threads: variables)
+    ray, kill = cluster
+    alone = sweep(base, base / "alone")
+    kill.touch()
     monkeypatch.setattr(Mortal, "look", staticmethod(lambda: print("seen")))
     capsys.readouterr()
-    study = sweep(base, base / "ray", study=Mortal, engine="ray", workers=2, seeds=[0, 1])
-    assert not study.failed and not (base / "kill").exists(), "no worker was killed"
-    assert cluster.is_initialized(), "a connection that was open before stays open"
-    assert capsys.readouterr().out == 6 * "seen\n"
+    study = sweep(base, base / "ray", study=Mortal, engine="ray", workers=2)
+    assert not study.failed and not kill.exists(), "no worker was killed"
+    assert ray.is_initialized(), "a connection that was open before stays open"
+    assert capsys.readouterr().out == 3 * "seen\n"
     for name in ("results.jsonl", "samples.jsonl", "compare.csv"):
         assert (study.path / name).read_bytes() == (alone.path / name).read_bytes()
-
-
-@needs_ray
-def test_what_a_worker_cannot_do_fails_its_cell_only(base, cluster, monkeypatch):
-    monkeypatch.setattr(ray_backend, "RETRIES", 0)
-    ray = {"engine": "ray", "workers": 1, "study": Empty}
-    study = sweep(base, base / "ray", methods="dense", seeds=[0, 1], **ray)
-    raised, died = (row["error"] for row in failures(study))
-    assert raised == "ValueError: no result"
-    assert died.startswith("the worker died in each of 1 attempts")
 
 
 @needs_ray
@@ -98,6 +94,16 @@ def test_after_an_interrupt_the_others_are_computed(base, cluster, monkeypatch):
     again = sweep(base, base / "ray")
     assert again.computed == 3 and not again.failed
     assert len(list((base / "ray" / "sweep").glob("2*"))) == 1
+
+
+@needs_ray
+def test_what_a_worker_cannot_do_fails_its_cell_only(base, cluster, monkeypatch):
+    monkeypatch.setattr(ray_backend, "RETRIES", 0)
+    ray = {"engine": "ray", "workers": 1, "study": Empty}
+    study = sweep(base, base / "ray", methods="dense", seeds=[0, 1], **ray)
+    raised, died = (row["error"] for row in failures(study))
+    assert raised == "ValueError: no result"
+    assert died.startswith("the worker died in each of 1 attempts")
 
 
 @needs_ray
@@ -117,8 +123,7 @@ def test_a_cluster_that_is_not_there(base, monkeypatch):
 
 
 def test_a_worker_holds_one_model_through_a_sweep_and_no_longer(base):
-    seen, cell = [], sweep_fakes.settings(base, base)
-    cell = MeasureStudy(cell, None).cells[0].to_dict()
+    caches, cell = [], MeasureStudy(sweep_fakes.settings(base, base), None).cells[0].to_dict()
     for sweep_id in ("first", "first", "second", "first"):
-        ray_backend._task(lambda data, cache: seen.append(cache) or {}, cell, sweep_id)
-    assert seen[0] is seen[1] and len({id(cache) for cache in seen}) == 3
+        ray_backend._task(lambda data, cache: caches.append(cache) or {}, cell, sweep_id)
+    assert caches[0] is caches[1] and len({id(cache) for cache in caches}) == 3
