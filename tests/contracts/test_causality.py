@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from dart_llm.evaluation.likelihood import score_context
+from dart_llm.pruning.registry import METHODS as PRESETS
+from dart_llm.pruning.registry import TOKEN_RULES
 from dart_llm.session.run import prune
 from prior_cases import SMALL
 from steps import (
@@ -37,9 +39,12 @@ METHODS = {
     # enough observed tokens for the detector to be armed when pruning begins
     "published": {"method": "published", "sparsity": 0.5, "masking_step": 21},
     "dart-token": {"method": "dart-token", **LEARNT},
-    **{name: {"method": name, "sparsity": 0.5} for name in ("teal-attention", "wina", "cats")},
-    **{name: {"method": name, "sparsity": 0.5} for name in ("countdown", "prox")},
 }
+RULES = [name for name in TOKEN_RULES.names() if name != "low-bit"]
+"""Per-token rules other than that of dart-token."""
+for rule in RULES:
+    preset = rule if rule in PRESETS else "cats"
+    METHODS[rule] = {"method": preset, "token": {"rule": rule}, "sparsity": 0.5}
 FIRST, SECOND = tokens(1, LENGTH, seed=1), tokens(1, LENGTH, seed=1)
 SECOND[:, CHANGED:] = tokens(1, LENGTH - CHANGED, seed=2)
 
@@ -54,7 +59,7 @@ SECOND[:, CHANGED:] = tokens(1, LENGTH - CHANGED, seed=2)
         ("llama", "masked", "dart"),
         *product(["gpt2", "opt"], ["auto"], ["griffin", "published", "dart-token"]),
         *product(SHAPES, ["auto"], ["teal-attention"]),
-        *product(["llama", "phi3", "opt"], ["masked"], ["wina", "cats", "countdown", "prox"]),
+        *product(["llama", "phi3", "opt"], ["masked"], RULES),
     ],
 )
 def test_later_tokens_do_not_change_earlier_logits(name, executor, method):

@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dart_llm.errors import UnsupportedModel
+from dart_llm.errors import ConfigError, UnsupportedModel
 from dart_llm.models.architectures import LAYER_NAMES as LAYERS
 from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.drift import make_rule
 from dart_llm.pruning.masks import top_ids
 from dart_llm.pruning.registry import ALL, BUDGETS, DRIFT_RULES, METHODS, SCORES, TOKEN_RULES
 from dart_llm.session.run import prune
+from dart_llm.studies.drift.settings import DetectSettings
 from shells import ROOT
 from stand_in import write_model
 from steps import apart, decode
@@ -84,10 +86,13 @@ def test_add_a_budget():
 
 def test_add_a_drift_rule():
     name = _run_block("Add a drift rule", DRIFT_RULES)
-    rule = DRIFT_RULES.get(name)()
-    config = PruneConfig.build("dart", drift=name)
-    assert config.drift == PruneConfig.build("dart").drift.model_copy(update={"rule": name})
-    run, _ = _prune(tiny("llama"), 2 * rule.window + 1, "dart", drift=name, sparsity=0.5)
+    with pytest.raises(ConfigError, match=f'write "{name} N", N a whole number >= 0'):
+        PruneConfig.build("dart", drift=f"{name} 2.5")
+    written, rule = f"{name} 2", make_rule(f"{name} 2")
+    assert rule.count == 2 and name not in DetectSettings(model="x").rule_names()
+    config = PruneConfig.build("dart", drift=written)
+    assert config.drift == PruneConfig.build("dart").drift.model_copy(update={"rule": written})
+    run, _ = _prune(tiny("llama"), 2 * rule.window + 1, "dart", drift=written, sparsity=0.5)
     checks = [(check.window, check.step) for check in run.drift_checks]
     assert checks == [(1, rule.window), (2, 2 * rule.window)]
 

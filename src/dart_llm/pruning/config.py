@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -31,7 +32,7 @@ Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def check_sparsity(value: float) -> float:
-    """Return ``value`` when it lies in [0, 1); raise ``ConfigError`` otherwise."""
+    """Return ``value`` if it is in [0, 1); raise ``ConfigError`` otherwise."""
     if not 0 <= value < 1:
         hint = f" (did you mean {value / 100:g}?)" if 2 <= value < 100 else ""
         raise ConfigError(f"sparsity {value:g} must lie in [0, 1): the fraction removed{hint}")
@@ -41,8 +42,8 @@ def check_sparsity(value: float) -> float:
 class Part(BaseModel):
     """A frozen group of settings; a bad value or an unknown key raises ``ConfigError``.
 
-    ``called``: how messages name it, before its own settings; "": not at all.  ``short``: the
-    setting for which a text alone stands.
+    ``called``: prefix of its settings in messages; "": none.  ``short``: the setting that a plain
+    string sets.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,18 +60,18 @@ class Part(BaseModel):
         try:
             return validate(data)
         except ValidationError as error:
-            whole = not error.errors()[0]["loc"]  # not one setting, but all of them
-            name = cls.__name__.removesuffix("Config").lower() if whole else cls.called
+            is_group = not error.errors()[0]["loc"]  # the group itself is bad, not one setting
+            name = cls.__name__.removesuffix("Config").lower() if is_group else cls.called
             raise ConfigError(first_problem(error, name)) from None
 
     @classmethod
     def expanded(cls, data: Any) -> Any:
-        """``data``; a text alone as the mapping that it stands for."""
+        """``data``; a plain string becomes the mapping that it abbreviates."""
         return {cls.short: data} if cls.short and isinstance(data, str) else data
 
 
 def unknown_key(part: type[BaseModel], key: str) -> ConfigError:
-    """The error for a setting that does not exist; suggests the near one."""
+    """The error for a setting that does not exist; suggests a similar name."""
     settings = sorted(part.model_fields)
     near = difflib.get_close_matches(key, settings, n=1, cutoff=0.5)
     hint = f'did you mean "{near[0]}"?' if near else f"known settings: {', '.join(settings)}"
@@ -80,11 +81,11 @@ def unknown_key(part: type[BaseModel], key: str) -> ConfigError:
 class ScoreConfig(Part):
     """How neurons are ranked (docs/reference.md, "Scores").
 
-    ``ema_decay``: weight that an older token keeps with each new one, (0, 1); None: all count
-    alike.  ``strategy``: ``topk``, or ``auto``: neurons whose score reaches the layer's mean.
-    ``proxy_embedding``: whose rows the scores ``max`` to ``product`` read.
-    ``prior_weight``: ranks by the text and by a calibrated prior are averaged, the prior with this
-    weight; None: the text alone.
+    ``ema_decay``: factor on the weight of all older tokens with each new token, (0, 1); None: all
+    tokens weigh the same.  ``strategy``: ``topk``, or ``auto``: keep neurons whose score is at
+    least the layer's mean.  ``proxy_embedding``: the embedding that the scores ``max``, ``mean``,
+    ``combined`` and ``product`` read.  ``prior_weight``: weight of a calibrated prior when its
+    ranks and those of the text are averaged; None: ranks of the text alone.
     """
 
     short: ClassVar[str] = "name"
@@ -115,7 +116,7 @@ class BudgetConfig(Part):
         return self
 
     def parts(self) -> tuple[str, ...]:
-        """The budgets behind the name: one, or the two of ``blend A B``."""
+        """The budgets that the name refers to: one, or the two of ``blend A B``."""
         words = self.name.split()
         if len(words) == 3 and words[0] == "blend":
             words = words[1:]
@@ -135,7 +136,27 @@ RULE_FORMS = {
         "W whole tokens >= 2, N whole windows >= 1, K a number >= 0",
     ),
 }
-"""Drift rules that take numbers: how they are written, what the numbers look like, and are."""
+"""Built-in drift rules with numbers, listed because their functions import torch: the form, the
+pattern of the numbers, and their bounds in words.
+"""
+
+
+def rule_form(name: str) -> tuple[str, str, str]:
+    """The entry of a drift rule as in ``RULE_FORMS``.
+
+    A rule that is not built in takes one number >= 0 per parameter of its function, a whole one
+    where the parameter is annotated as ``int``.
+    """
+    if DRIFT_RULES.is_built_in(name):
+        return RULE_FORMS.get(name, (name, "", "it takes no numbers"))
+    whole = {
+        p: of.annotation in (int, "int")
+        for p, of in signature(DRIFT_RULES.get(name)).parameters.items()
+    }
+    form = " ".join([name, *map(str.upper, whole)])
+    pattern = " ".join(r"\d+" if is_whole else r"\d+(\.\d+)?" for is_whole in whole.values())
+    bounds = (f"{p.upper()} a {'whole ' * is_whole}number >= 0" for p, is_whole in whole.items())
+    return form, pattern, ", ".join(bounds) or "it takes no numbers"
 
 
 class DriftConfig(Part):
@@ -144,8 +165,9 @@ class DriftConfig(Part):
     ``rule``: ``never``, ``published``, ``paper``, ``dart``, ``interval N`` (tokens) or
     ``windows W N K`` (N windows of W tokens below mu - K sigma).  ``signal``: what is watched, the
     last layer's ``attention`` output or the last ``hidden`` state.
-    ``min_distance``: tokens between two triggers.  ``max_dense_share``: at most this share of the
-    decoded tokens is spent, dense, on re-masks, and ``allowance`` tokens beside it; None: no cap.
+    ``min_distance``: fewest tokens between two triggers.  ``max_dense_share``: largest share of the
+    decoded tokens that may run dense for re-masks, in addition to ``allowance`` tokens; None: no
+    cap.
     """
 
     short: ClassVar[str] = "rule"
@@ -160,7 +182,7 @@ class DriftConfig(Part):
     def _check(self) -> DriftConfig:
         name, _, numbers = self.rule.partition(" ")
         DRIFT_RULES.check(name)
-        form, pattern, what = RULE_FORMS.get(name, (name, "", "it takes no numbers"))
+        form, pattern, what = rule_form(name)
         if not re.fullmatch(pattern, numbers, re.ASCII):
             raise ConfigError(f'drift rule "{self.rule}": write "{form}", {what}')
         return self
@@ -169,9 +191,9 @@ class DriftConfig(Part):
 class RemaskConfig(Part):
     """What happens to the evidence on a re-mask (docs/reference.md, "Evidence").
 
-    ``evidence``: masks are made ``fresh`` from what is observed after the trigger, or older tokens
-    count too, less by ``decay``, (0, 1].  ``observe_tokens``: dense tokens observed after a
-    trigger; None: ``max(1, masking_step)``.
+    ``evidence``: ``fresh``: masks are made from the tokens after the trigger alone; ``decay``:
+    older tokens count too, multiplied by ``decay``, (0, 1].  ``observe_tokens``: dense tokens
+    observed after a trigger; None: ``max(1, masking_step)``.
     """
 
     short: ClassVar[str] = "evidence"
@@ -182,10 +204,11 @@ class RemaskConfig(Part):
 
 
 class CalibrationConfig(Part):
-    """What is collected from tokens of no prompt (docs/reference.md, "Self-calibration").
+    """What is collected before any prompt (docs/reference.md, "Self-calibration").
 
-    ``source``: a ``text``, or what the model writes by ``self``.  ``sequences`` of ``length``
-    tokens are run dense and observed.  ``purpose``: static ``masks``, or a ``prior`` of the score.
+    ``source``: a ``text``, or ``self``-generated text.  The dense model runs ``sequences`` of
+    ``length`` tokens, which are observed.  ``purpose``: static ``masks``, or a ``prior`` for the
+    score.
     """
 
     short: ClassVar[str] = "source"
@@ -197,12 +220,12 @@ class CalibrationConfig(Part):
 
 
 class SelfStatsConfig(Part):
-    """What is learned of a model once, from self-generated text (docs/method.md).
+    """What is learned about a model once, from self-generated text (docs/method.md).
 
-    ``sequences`` of ``length`` tokens, sampled at ``temperature`` from the likeliest tokens that
-    together have the probability ``top_p``.  Each continues the first ``opening`` tokens of a
-    passage that is shipped for this; 0, or without a tokenizer: the model's start token.
-    ``tokens``: learned sums weigh as much as so many observed tokens.
+    ``sequences`` of ``length`` tokens are sampled at ``temperature`` and ``top_p``.  Each continues
+    the first ``opening`` tokens of a passage that comes with this package; with 0, or without a
+    tokenizer, the model's start token.  ``tokens``: learned sums weigh as much as this many
+    observed tokens.
     """
 
     sequences: AtLeast1 = 32
@@ -222,13 +245,13 @@ class SelfStatsConfig(Part):
 
 
 class TokenConfig(Part):
-    """Every token selects what it reads (docs/reference.md, "Per-token selection").
+    """Every token selects its own neurons or inputs (docs/reference.md, "Per-token selection").
 
-    ``rule``: a class of ``TOKEN_RULES``, which says which of the others it reads.  Low-bit proxies
-    of gate and up have ``bits`` (4 or 8) per weight and ``group`` inputs per scale; they are read
-    at the share ``inputs`` of the inputs, those with the largest magnitudes, (0, 1].  ``proxy``:
-    ``auto`` makes none where gate and up are stored in low-bit blocks, which then rank the neurons
-    themselves; ``always`` makes them.
+    ``rule``: a class of ``TOKEN_RULES``, whose ``options`` are the settings below that it uses.
+    Low-bit proxies of gate and up have ``bits`` (4 or 8) per weight and ``group`` inputs per scale;
+    only the share ``inputs`` of the inputs, (0, 1], those of the largest magnitude, is multiplied
+    with them.  ``proxy``: ``auto`` makes no proxies where gate and up are stored in low-bit blocks,
+    which then rank the neurons themselves; ``always`` makes them.
     """
 
     rule: Annotated[str, AfterValidator(TOKEN_RULES.check)] = "low-bit"
@@ -241,9 +264,9 @@ class TokenConfig(Part):
 class HeadConfig(Part):
     """How decoded tokens are scored (docs/reference.md, "Screened head").
 
-    ``kind``: by the ``full`` output head, or ``screened``: rough scores of the whole vocabulary,
-    exact ones of entries near the best.  ``bytes``: share of the head's bytes that a screened one
-    reads, on average over self-generated text, (0, 1]; ``screened 0.2`` gives both.
+    ``kind``: ``full``, the whole output head; or ``screened``: rough scores for the whole
+    vocabulary, exact scores for entries near the best.  ``bytes``: share of the head's bytes that a
+    screened head reads, on average over self-generated text, (0, 1].  ``screened 0.2`` sets both.
     """
 
     called: ClassVar[str] = "head"
@@ -260,16 +283,16 @@ class HeadConfig(Part):
 
 
 SECRET = ("api_key",)
-"""Settings whose value no message shows."""
+"""Settings whose value is not shown in messages."""
 
 BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-"""What pydantic calls the bounds of a field, in words."""
+"""Pydantic's bounds of a field, in words."""
 
 
 def first_problem(error: ValidationError, called: str = "") -> str:
-    """The first validation problem of the settings ``called`` so, as one sentence."""
+    """The first validation problem, as one sentence; ``called``: name of the group of settings."""
     problem = error.errors()[0]
-    parts = (called, *problem["loc"])  # of a list the setting, without the place in it
+    parts = (called, *problem["loc"])  # without the index into a list
     where = ".".join(part for part in parts if part and isinstance(part, str))
     for bound, words in BOUNDS.items():
         if bound in problem.get("ctx", {}):
@@ -281,15 +304,15 @@ def first_problem(error: ValidationError, called: str = "") -> str:
 
 
 USER_MASKS = "fixed masks"
-"""What stands in place of a method's name where the user chose the neurons."""
+"""Used instead of a method's name where the user chose the neurons."""
 
 DEFAULT_METHOD = "dart-token"
-"""The method of every command and of ``prune`` where none is named: its texts stay within 2 % of
-the dense model's (README).
+"""The method of every command and of ``prune`` by default: its texts stay within 2 % of the dense
+model's (README).
 """
 
 DEFAULT_SPARSITY = 0.3
-"""The fraction of FFN neurons that every command and ``prune`` remove where none is given."""
+"""The fraction of FFN neurons that every command and ``prune`` remove by default."""
 
 PARTS: dict[str, type[Part]] = {
     "score": ScoreConfig,
@@ -305,23 +328,23 @@ PARTS: dict[str, type[Part]] = {
 
 
 class PruneConfig(Part):
-    """Everything that decides a run's masks.  A part may be given as its name alone.
+    """Everything that decides a run's masks.  A string sets the main setting of a part.
 
     A bad value, an unknown key or settings that contradict each other raise ``ConfigError``.
 
     ``sparsity``: fraction of all FFN neurons to remove, [0, 1); None: ``DEFAULT_SPARSITY``, unless
     a table or the ``auto`` strategy sets the counts.
     ``masking_step``: dense decode tokens before the first mask.  ``release_step``: decode step from
-    which everything runs dense.  ``min_evidence``: tokens (prompt + observed) wanted before the
-    first mask.  ``skip_sinks``: the first tokens of a sequence, which draw attention whatever they
-    say, leave no evidence.
-    ``calibration``: what ``prepare`` does before a run.  ``self_stats``: what is learned of the
+    which everything runs dense.  ``min_evidence``: tokens (prompt + observed) required before the
+    first mask.  ``skip_sinks``: leave the attention sinks, the first tokens of a sequence, out of
+    the evidence.
+    ``calibration``: what ``prepare`` does before a run.  ``self_stats``: what is learned about the
     model when it is first pruned.  ``token``: every token selects its own neurons; None: masks of
-    the sequence.  ``compensation_rank``: features of the FFN's input from which compensation
-    predicts the removed neurons' output; 0: their mean alone.  ``head``: how decoded tokens are
-    scored.  ``batch``: one mask for all rows, or one each.  ``executor``: what runs pruned FFNs
-    (docs/performance.md, "Executors"); ``auto``: the fastest that can (``slim`` is
-    ``native``).  ``seed``: random seed.
+    the sequence.  ``compensation_rank``: number of features of the FFN's input from which
+    compensation predicts the removed neurons' output; 0: their mean alone.  ``head``: how decoded
+    tokens are scored.  ``batch``: one mask for all rows, or one per row.  ``executor``: what runs
+    pruned FFNs (docs/performance.md, "Executors"); ``auto``: the fastest that supports the model;
+    ``slim``: an alias of ``native``.  ``seed``: random seed.
     """
 
     method: str = "dart"
@@ -354,7 +377,7 @@ class PruneConfig(Part):
         return self
 
     def _contradictions(self) -> Iterator[str]:
-        """Settings that exclude or need one another."""
+        """Settings that exclude or require each other."""
         if self.release_step is not None and self.release_step <= self.masking_step:
             yield (
                 f"release step {self.release_step} must come after masking step "
@@ -372,12 +395,12 @@ class PruneConfig(Part):
             yield 'prior_weight and a calibration with purpose "prior" need one another'
         if self.token is not None and self.compensation_rank:
             yield "per-token selection has no low-rank compensation: drop compensation_rank"
-        # without learned statistics a prompt of sinks alone would leave nothing at all
+        # without learned statistics, a prompt of sinks alone would give no evidence at all
         if self.self_stats is None and (self.compensation_rank or self.skip_sinks):
             yield "compensation_rank and skip_sinks need learned statistics: give self_stats={} too"
 
     def _double_counts(self) -> Iterator[str]:
-        """What sets the counts twice."""
+        """Settings that set the keep counts twice."""
         table, sparse = self.budget.table, self.sparsity is not None
         uniform = self.budget.name == "uniform" and table is None
         if self.score.strategy == "auto" and (sparse or not uniform):
@@ -390,7 +413,7 @@ class PruneConfig(Part):
 
     @property
     def target(self) -> float:
-        """The sparsity in force: what was requested, or the default."""
+        """The sparsity in force: as requested, or the default."""
         return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
     @property
@@ -404,9 +427,9 @@ class PruneConfig(Part):
         return self.head.kind == "screened"
 
     def replace(self, changes: Mapping[str, Any]) -> PruneConfig:
-        """A copy with ``changes``; a mapping for a part changes only the keys that it holds.
+        """A copy with ``changes``; a mapping for a part changes only the keys in it.
 
-        Raises ``ConfigError`` for what does not fit.
+        Raises ``ConfigError`` for settings that do not fit.
         """
         data = self.model_dump()
         for key, value in changes.items():
@@ -414,21 +437,21 @@ class PruneConfig(Part):
             nested = key in PARTS and isinstance(value, Mapping)
             data[key] = {**(data[key] or {}), **value} if nested else value
             if key == "score" and nested and value.get("strategy") == "auto":
-                # the preset's budget has no part in it
+                # this strategy replaces the preset's budget
                 data["budget"] = {**BudgetConfig().model_dump(), **changes.get("budget", {})}
         return PruneConfig.from_mapping(data)
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> PruneConfig:
-        """Build from plain data; raises ``ConfigError`` (an unknown key suggests the near one)."""
+        """Build from plain data; raises ``ConfigError``, which suggests similar keys."""
         return cls.model_validate(dict(data))
 
     @classmethod
     def build(cls, method: str | PruneConfig = DEFAULT_METHOD, /, **changes: Any) -> PruneConfig:
-        """A preset's configuration (or a given one) with ``changes`` on top of it.
+        """A preset's configuration, or ``method`` itself, with ``changes``; None changes nothing.
 
-        A change to None is none.  Raises ``UnknownName`` for a method that does not exist,
-        ``ConfigError`` for what does not fit.
+        Raises ``UnknownName`` for a method that does not exist, ``ConfigError`` for settings that
+        do not fit.
         """
         base = METHODS.get(method) if isinstance(method, str) else method
         if not isinstance(base, PruneConfig):

@@ -1,9 +1,9 @@
-"""Drift: has the attention output moved away from where the masks were made?
+"""Drift: has the text moved away from the tokens that the masks were made from?
 
-Rules as data, the detector, and guards on re-masking.  ``v``: output of the last layer's attention
-after its output projection, before the residual add.  Means of non-overlapping windows of W tokens
-are compared by cosine with the centroid c of the observed tokens (DART, arXiv 2601.22632;
-docs/reference.md, "Drift").
+Rules as data, the detector, and guards on re-masking.  ``v``: the signal of each token, the last
+layer's attention output (before the residual add) or the last hidden state.  The mean of every W
+pruned tokens is compared by cosine with the centroid c of the observed tokens (DART, arXiv
+2601.22632; docs/reference.md, "Drift").
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ SINKS = 4
 """The first tokens of a sequence (attention sinks) never enter the centroid or a window."""
 
 MIN_WINDOWS = 4
-"""Windows needed for a reference; with fewer the detector arms on the first of PRUNED."""
+"""Windows needed for a reference; with fewer observed, the first pruned windows become it."""
 
 MAX_WINDOWS = 128
-"""Window means remembered for mu and sigma: the newest ones, so that memory is bounded."""
+"""Newest observed window means that give mu and sigma; older ones are dropped to bound memory."""
 
 Compare = Callable[[Tensor, Tensor], Tensor]
-"""Similarity of two means [..., D] over D: [...]; 1 for equal ones, 0 where one of them is zero."""
+"""Similarity of two vectors [..., D]: [...].  Lengths must not matter: some are sums of tokens."""
 
 
 def cosine(mean: Tensor, others: Tensor) -> Tensor:
-    """The rules' similarity."""
+    """The similarity that all rules use; 0 where a vector is zero."""
     return cosine_similarity(mean, others, dim=-1)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """W tokens per window; a window is low under ``threshold(mu, sigma)``; trigger at ``count``.
+    """When masks are rebuilt: at ``count`` on a counter of low windows, or at fixed intervals.
 
-    ``threshold``: of mean and standard deviation of the reference's similarities, [B] float32 each,
-    one number per batch row.  ``window`` 0: no window is ever formed.  ``interval``: trigger after
-    that many pruned tokens.
+    ``window``: tokens W per window; 0: there are no windows.  A window is low if its similarity is
+    below ``threshold(mu, sigma)``: mean and standard deviation of the reference's similarities,
+    [B] float32, one per batch row.  ``interval``: pruned tokens between triggers; 0: none.
     """
 
     window: int
@@ -90,7 +90,7 @@ def make_rule(text: str) -> Rule:
 
 @dataclass
 class Check:
-    """One completed window of every row: similarity [B], threshold [B] (None: arming), live [B]."""
+    """One completed window of all rows: similarity, threshold (None while arming) and live, [B]."""
 
     window: int
     similarity: list[float]
@@ -102,7 +102,7 @@ class Check:
     def records(
         self, sequence: int, row: int | None, step: int, layer: int, allowed: bool
     ) -> list[DriftCheck]:
-        """One record per live row; ``row``: the batch row of a detector of one row, or None."""
+        """One record per live row; ``row``: the only row that is watched, None for all."""
         state = "suppressed" if self.fired and not allowed else "armed"
         state = "arming" if self.threshold is None else state
         thresholds: Sequence[float | None] = self.threshold or [None] * len(self.similarity)
@@ -119,9 +119,10 @@ class Check:
 
 @dataclass
 class Detector:
-    """State of one mask's detector over B rows.  Make a new one for every reference.
+    """Detector for one mask over B rows; every new reference needs a new detector.
 
-    ``observe`` collects the reference; ``watch`` takes the tokens of PRUNED.
+    ``observe`` collects the reference; ``watch`` checks pruned tokens, which arm the detector if
+    too few tokens were observed.
     """
 
     rule: Rule
@@ -149,8 +150,8 @@ class Detector:
     def observe(self, v: Tensor, weights: Tensor | None, live: Tensor | None = None) -> None:
         """Add observed tokens to the reference.
 
-        v: [B, T, D]; weights: [B, T] or None (all 1); live: [B] bool, False for rows that have
-        ended: they must not hold up the windows of the others.
+        v: [B, T, D]; weights: [B, T] or None (all 1); live: [B] bool, False for finished rows,
+        which do not limit the windows of the others.
         """
         if not self.rule.window or not v.shape[1]:
             return
@@ -163,13 +164,13 @@ class Detector:
             self.windows = [*self.windows[1 - MAX_WINDOWS :], mean]
 
     def _count(self, part: Tensor, tokens: Tensor | int) -> None:
-        """Add sums [B, D] of tokens to the reference."""
+        """Add sums ``part`` [B, D] over ``tokens`` tokens to the reference."""
         count = tokens if isinstance(tokens, Tensor) else part.new_full((len(part),), tokens)
         self.total = part if self.total is None else self.total + part
         self.tokens = count if self.tokens is None else self.tokens + count
 
     def start(self) -> None:
-        """Enter PRUNED: fix the reference if there is one; window and counter start at 0."""
+        """Enter PRUNED with a counter of 0; arm if at least ``MIN_WINDOWS`` were observed."""
         self.partial, self.counter = [], 0
         if self.total is not None and len(self.windows) >= MIN_WINDOWS:
             self._arm()
@@ -177,11 +178,14 @@ class Detector:
             self.total, self.tokens, self.windows = None, None, []
 
     def watch(self, v: Tensor, live: Tensor | None) -> list[Check]:
-        """Take pruned tokens. v: [B, T, D]; live: [B] bool or None (all).  One check per window."""
+        """Check the windows that pruned tokens complete; v: [B, T, D], live: [B] bool or None."""
         return [self._check(mean, live) for mean in self._fill(v.to(torch.float32, copy=True))]
 
     def cut(self, tokens: int) -> None:
-        """Forget the last ``tokens`` of a window in progress (they were rolled back)."""
+        """Drop the last ``tokens``, rolled back, from the window in progress.
+
+        Completed windows stay: in the counter, or in the reference.
+        """
         if tokens > 0:
             left = max(0, self.filled - tokens)
             self.partial = [torch.cat(self.partial, 1)[:, :left]] if left else []
@@ -191,20 +195,20 @@ class Detector:
         return sum(t.nbytes for t in tensors if t is not None)
 
     def _fill(self, v: Tensor) -> list[Tensor]:
-        """Cut [B, T, D] into windows, completing the one in progress; returns their means."""
+        """Append v [B, T, D] to the window in progress; returns the means of complete windows."""
         size = self.rule.window
         if not size:
             return []
         self.partial.append(v)
-        if self.filled < size:  # most tokens: nothing is copied
+        if self.filled < size:  # usually: nothing is copied
             return []
         tokens = torch.cat(self.partial, 1)
         end = tokens.shape[1] - tokens.shape[1] % size
-        self.partial = [tokens[:, end:].clone()]  # a view would keep all of them alive
+        self.partial = [tokens[:, end:].clone()]  # a view would keep all tokens alive
         return [tokens[:, start : start + size].mean(1) for start in range(0, end, size)]
 
     def _arm(self) -> None:
-        """Leave-one-out similarities of the windows give mu and sigma of every row."""
+        """Set mu and sigma of every row: each window against all other tokens of the reference."""
         assert self.total is not None and self.tokens is not None
         size = self.rule.window
         stack = torch.stack(self.windows)  # [n, B, D]
@@ -214,7 +218,7 @@ class Detector:
         self.windows = []
 
     def _check(self, mean: Tensor, live: Tensor | None) -> Check:
-        """Compare one window; while the detector is not armed, it joins the reference."""
+        """Compare one window with the reference; before the detector is armed, add it."""
         self.checks += 1
         mu: Tensor | None = self.mu
         threshold: Tensor | None = None
@@ -243,7 +247,7 @@ class Detector:
 
 
 def _compact(v: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:
-    """Real tokens of every row, moved to the front and cut to the shortest live row: [B, T', D]."""
+    """Each row's tokens of weight 1, as many as the shortest live row has: [B, T', D]."""
     if weights is None:
         return v
     counts = weights.sum(1).long()
@@ -263,10 +267,11 @@ def guards_allow(
     max_dense_share: float | None,
     allowance: int = 0,
 ) -> bool:
-    """Whether the guards of a rule let a trigger through (docs/reference.md, "Drift", in tokens).
+    """Whether the guards allow a trigger (docs/reference.md, "Drift"); all counts are in tokens.
 
-    ``decoded`` so far; ``last``: decoded at the trigger before, or None; ``spent``: dense ones on
-    re-masks so far; ``need``: those of the coming one; ``allowance``: those beside the share.
+    ``decoded`` so far; ``last``: the same at the previous trigger (None: no trigger yet);
+    ``spent``: dense on re-masks so far; ``need``: dense in the next re-mask; ``allowance``: dense
+    in addition to the share.
     """
     if last is not None and decoded - last < min_distance:
         return False

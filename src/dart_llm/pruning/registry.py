@@ -1,8 +1,8 @@
-"""The one place that lists everything that can be chosen by name.
+"""Lists everything that can be chosen by name.
 
-A built-in is one line in a table below, imported on first use.  Others register with
-``SCORES.register("name", score)``, in a file that ``--plugin`` names too, or through
-the entry-point group that the registry names.
+A built-in is one line in a table below, imported on first use.  Others are added by
+``SCORES.register("name", score)``, also in a ``--plugin`` file, or through the entry-point group of
+the registry.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.files import file_sha256
 
 SETTING = "file:"
-"""Begins the name of a method whose setting is kept in a file."""
+"""Prefix of the name of a method whose setting is kept in a file."""
 
 
 class Registry:
     """Names mapped to objects, or to a lazy ``"module:attribute"``.
 
-    ``kind``: the word for messages; ``group``: the entry-point group of other packages.
-    ``read_file``: lazy too, the function of names that begin with ``SETTING``; "": there is none.
+    ``kind``: the noun in messages; ``group``: the entry-point group for other packages.
+    ``read_file``: lazy too, the function that reads names with the prefix ``SETTING``; "": none.
     """
 
     def __init__(self, kind: str, group: str, lazy: dict[str, str], read_file: str = "") -> None:
@@ -39,17 +39,20 @@ class Registry:
         self._scanned = False
 
     def register(self, name: str, value: Any) -> Any:
-        """Add ``value`` under ``name``; a name that is taken raises ``ConfigError``.
+        """Add ``value`` under ``name``; raises ``ConfigError`` if the name is taken.
 
-        That of an entry point is free: the module behind it may register its object by hand too.
+        The name of an entry point is not taken: its module may also register the object by hand.
         """
         if name in self._built_in or name in self._objects:
             raise ConfigError(f"{self.kind} {name!r} is already registered: take another name")
         self._objects[name] = value
         return value
 
+    def is_built_in(self, name: str) -> bool:
+        return name in self._built_in
+
     def unregister(self, name: str) -> None:
-        """Take back what ``register`` added."""
+        """Remove what ``register`` added."""
         self._objects.pop(name, None)
 
     def names(self) -> tuple[str, ...]:
@@ -65,7 +68,7 @@ class Registry:
         return name in self.names()
 
     def check(self, name: str) -> str:
-        """Return ``name`` where there is an object; raise ``UnknownName`` with the near names."""
+        """Return ``name`` if it exists; else raise ``UnknownName``, which lists similar names."""
         if self._read_file and name.startswith(SETTING):
             self.get(name)
         elif name not in (names := self.names()):
@@ -73,13 +76,13 @@ class Registry:
         return name
 
     def get(self, name: str) -> Any:
-        """The object behind ``name``, imported on first use; raises ``UnknownName``."""
+        """The object called ``name``, imported on first use; raises ``UnknownName``."""
         if self._read_file and name.startswith(SETTING):
             return _imported(self._read_file)(name)
         return self.get_listed(name)
 
     def get_listed(self, name: str) -> Any:
-        """Like ``get``, for names received over the network: opens no file."""
+        """Like ``get``, but opens no file: for names received over the network."""
         if name not in (names := self.names()):
             raise UnknownName(self.kind, name, names, plugin_hint())
         if name not in self._objects:
@@ -93,7 +96,7 @@ def _imported(target: str) -> Any:
 
 
 def _table(module: str, names: str, attribute: Callable[[str], str] = str) -> dict[str, str]:
-    """Register import paths of objects; ``attribute``: the name there, from name_name."""
+    """Import paths by name; ``attribute`` makes the attribute's name, given name_name."""
     return {
         name: f"dart_llm.pruning.{module}:{attribute(name.replace('-', '_'))}"
         for name in names.split()
@@ -111,7 +114,7 @@ METHODS = Registry(
     ),
     "dart_llm.pruning.setting_file:method_of",
 )
-"""Methods: names of a ``PruneConfig``.  Entry-point group ``dart_llm.methods``."""
+"""Methods: named ``PruneConfig``s.  Entry-point group ``dart_llm.methods``."""
 
 SCORES = Registry(
     "score",
@@ -122,12 +125,12 @@ SCORES = Registry(
     )
     | _table("scores", "max mean", "{}_proxy".format),
 )
-"""``Score``s of neurons.  Entry-point group ``dart_llm.scores``."""
+"""Neuron ``Score``s.  Entry-point group ``dart_llm.scores``."""
 
 BUDGETS = Registry(
     "budget", "dart_llm.budgets", _table("budgets", "uniform depth energy ranked standardized")
 )
-"""``Budget``s of layers.  Entry-point group ``dart_llm.budgets``."""
+"""Layer ``Budget``s.  Entry-point group ``dart_llm.budgets``."""
 
 DRIFT_RULES = Registry(
     "drift rule",
@@ -149,31 +152,31 @@ TOKEN_RULES = Registry(
         "wina": "dart_llm.pruning.token_rules.wina:Wina",
     },
 )
-"""``TokenRule`` classes, by which tokens select.  Entry-point group ``dart_llm.token_rules``."""
+"""Per-token rules: ``TokenRule`` classes.  Entry-point group ``dart_llm.token_rules``."""
 
 ALL: tuple[Registry, ...] = (METHODS, SCORES, BUDGETS, DRIFT_RULES, TOKEN_RULES)
 
 
-# One Python file of scores, budgets, rules and methods, named by ``--plugin`` or a variable; the
-# variable is how processes that a study starts know the file too.
+# A plug-in is one Python file of scores, budgets, rules and methods.  ``--plugin`` sets an
+# environment variable, through which processes that a study starts find the file too.
 
 PLUGIN = "DART_PLUGIN"
 
 _digests: dict[str, str] = {}
-"""sha256 of the files that were loaded, or are being loaded, by their path."""
+"""sha256, by path, of the files that were loaded or are being loaded."""
 
 
 def use_plugin(path: Path) -> None:
-    """Load ``path``, here and in processes that are started from here.
+    """Load ``path``, in this process and in those that it starts.
 
-    Raises ``ConfigError`` for a file that is missing or fails.
+    Raises ``ConfigError`` if the file is missing or fails.
     """
     os.environ[PLUGIN] = str(path.expanduser().resolve())
     load_plugin()
 
 
 def load_plugin() -> None:
-    """Load the file that the variable names, once; raises as ``use_plugin``."""
+    """Load the file that the variable names, once; raises like ``use_plugin``."""
     path = os.environ.get(PLUGIN, "")
     if not path or path in _digests:
         return
@@ -192,11 +195,11 @@ def load_plugin() -> None:
 
 
 def plugin_hint() -> str:
-    """What a message about an unknown name adds where no file was given; else ""."""
+    """Added to messages about unknown names if no plug-in was given; else ""."""
     return "" if os.environ.get(PLUGIN) else "one of your own: --plugin FILE"
 
 
 def plugin_digest() -> dict[str, str]:
-    """``plugin``: sha256 of the files that were loaded, for what depends on them."""
+    """``plugin``: sha256 of the loaded files, for results that depend on them."""
     load_plugin()
     return {"plugin": " ".join(sorted(_digests.values()))} if _digests else {}

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, FiniteFloat, model_validator
 
 from dart_llm.errors import ConfigError, check_name
-from dart_llm.pruning.config import PruneConfig, check_sparsity
+from dart_llm.pruning.config import PruneConfig, check_sparsity, rule_form
 from dart_llm.pruning.registry import DRIFT_RULES, METHODS
 from dart_llm.settings import (
     MASKED,
@@ -255,8 +255,8 @@ class DetectSettings(StudyOptions, PassageOptions):
         """Rules and methods in the order given."""
         if self.rules:
             return self.rules
-        others = ("interval", "never", "windows")  # need numbers, or never trigger
-        plain = (name for name in DRIFT_RULES.names() if name not in others)
+        # rules that need numbers have no default; never does not trigger
+        plain = (n for n in DRIFT_RULES.names() if n != "never" and not rule_form(n)[1])
         return (*plain, "interval 64", "dart-prompt")
 
     def curve_points(self) -> list[tuple[int, int, float]]:
