@@ -1,15 +1,14 @@
-"""The state machine of a run: forwards in, plans out; no model, no modules.
+"""The state machine of a run: plans each forward and accounts for it, without touching the model.
 
-The whole contract with what runs the model is one object and two calls: ``before_forward`` says
-what each layer shall do, ``after_forward`` accounts for it.  Between them ``observe`` and
-``observe_signal`` take what the layers saw.  All of one forward lies in one ``PendingForward``, and
-``settle`` closes it:
+The code that runs the model calls ``before_forward``, which returns what each layer must do, and
+``after_forward``, which accounts for it.  Between them, ``observe`` and ``observe_signal`` receive
+the activations.  The data of one forward is in one ``PendingForward``, until it is settled:
 
 =================  =======================================================================
 prefill            at its end: prompt tokens, reference of the drift detector
 one decode token   at its end: counted, checked for drift
-several tokens     by the next forward, which shows how many stayed (assisted decoding takes
-                   candidates back), or by ``flush`` where all of them stayed
+several tokens     by the next forward, when it is known how many were kept (assisted decoding
+                   rolls candidates back), or by ``flush`` if all of them were kept
 =================  =======================================================================
 """
 
@@ -53,11 +52,11 @@ from dart_llm.pruning.weights import FfnWeights
 RemaskHook = Callable[[Remask, SequenceState], None]
 
 TokensHook = Callable[[PendingForward, int, list[SequenceState]], None]
-"""Takes a forward that was settled, how many of its tokens stayed, and their sequences."""
+"""Called with a settled forward, the number of its tokens that were kept, and their sequences."""
 
 
 class PruningController:
-    """Drives the states of the sequences of one run."""
+    """Updates the states of all sequences of one run."""
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ class PruningController:
         self.fixed_masks = fixed_masks
         self.on_remask, self.on_tokens = on_remask, on_tokens
         self._unmasked = clamp.of((None,) * len(layers)) if clamp.layers else None
-        """The masks of tokens before the first mask of their sequence."""
+        """The masks of decoded tokens before the first mask of their sequence."""
         self.sequences: list[SequenceState] = []
         self.finished: list[SequenceState] = []
         self.checks: list[DriftCheck] = []
@@ -88,9 +87,9 @@ class PruningController:
 
     @torch.no_grad()
     def before_forward(self, call: ForwardCall) -> ForwardPlan:
-        """Settle the forward before, then plan this one."""
+        """Settle the previous forward, then plan this one."""
         self._settle(call.cached)
-        if call.cached == 0 or call.cached > self.length or not self.sequences:  # a fresh one
+        if call.cached == 0 or call.cached > self.length or not self.sequences:
             self._new_sequence(call)
         else:
             self._rewind(call.cached)
@@ -121,17 +120,17 @@ class PruningController:
 
     @torch.no_grad()
     def end_generate(self, cached: int) -> None:
-        """A token loop ended and left ``cached`` tokens: the others were rolled back."""
+        """End a token loop that leaves ``cached`` tokens; tokens beyond them were rolled back."""
         self._settle(cached)
         if cached:
             self._rewind(cached)
 
     def _rewind(self, cached: int) -> None:
-        gone = self.length - cached
-        if gone > 0:
+        removed = self.length - cached
+        if removed > 0:
             for state in self.sequences:
-                state.rewind(gone)
-            self._lengths = [max(0.0, n - gone) for n in self._lengths]
+                state.rewind(removed)
+            self._lengths = [max(0.0, n - removed) for n in self._lengths]
             self.length = cached
 
     def _new_sequence(self, call: ForwardCall) -> None:
@@ -184,7 +183,7 @@ class PruningController:
                 self.on_remask(state.remasks[-1], state)
 
     def observe(self, layer: int, seen: LayerObservation) -> None:
-        """One layer's tokens."""
+        """Receive one layer's activations in the current forward."""
         pending = self._pending
         if pending is None or not pending.plan.observe:
             return
@@ -198,12 +197,12 @@ class PruningController:
             self._update(pending.observing, (layer,), part, weights)
 
     def observe_step(self, layers: dict[int, LayerObservation]) -> None:
-        """All layers of one forward of one token, in tensors that nobody changes."""
+        """Receive all layers' activations of one token, in tensors that stay unchanged."""
         pending = self._pending
         if pending is not None and pending.plan.observe and pending.call.kind is Kind.DECODE:
             pending.layers = layers
             return
-        for layer, seen in layers.items():  # a piece of a prompt, of one token
+        for layer, seen in layers.items():  # a chunk of a prompt, one token long
             self.observe(layer, seen)
 
     def _enqueue(self, pending: PendingForward, forward: ObservedForward) -> None:
@@ -215,7 +214,7 @@ class PruningController:
             self._add_queued()
 
     def _add_queued(self) -> None:
-        """Add to the evidence what waits; before masks are built or the evidence ages."""
+        """Add queued observations to the evidence, before masks are built or evidence decays."""
         for layers, seen, weights in self._queue.drain():
             self._update(self._queue.observing, layers, seen, weights)
 
@@ -239,13 +238,13 @@ class PruningController:
                     self.selector.statistics.add(evidence, part, w, features, selection)
 
     def observe_signal(self, v: Tensor) -> None:
-        """What drift watches of this forward, [B, T, D]: the last layer's attention output, say."""
+        """Receive the drift signal of this forward, [B, T, D]."""
         if self._pending is not None and self._pending.plan.signal:
             self._pending.signal = v.detach()
 
     @torch.no_grad()
     def after_forward(self) -> None:
-        """The forward ran: settle it, unless it must wait for the next one."""
+        """Settle the forward that ran, unless only the next one shows which tokens were kept."""
         pending = self._pending
         if pending is None:
             return
@@ -257,24 +256,24 @@ class PruningController:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Account for the current forward, all of whose tokens stayed."""
+        """Account for the current forward; all of its tokens were kept."""
         self._settle(None)
 
     def _settle(self, cached: int | None) -> None:
-        """``cached``: tokens that stayed in the cache; None: all of them."""
+        """``cached``: tokens that were kept in the cache; None: all."""
         pending, self._pending = self._pending, None
         if pending is None or not pending.ended:
             return
         call = pending.call
         end = call.cached + call.tokens
-        stayed = end if cached is None or cached == 0 else min(cached, end)
-        accepted = max(0, stayed - call.cached)
+        kept = end if cached is None or cached == 0 else min(cached, end)
+        accepted = max(0, kept - call.cached)
         self.length = call.cached + accepted
         if pending.layers and accepted:
             weights = evidence_weights(call, accepted, self._lengths, self.config.skip_sinks)
             self._enqueue(pending, ObservedForward(pending.layers, call.rows, accepted, weights))
         with outside_inference():
-            if self.on_tokens is not None:  # first: what follows may change the sequences
+            if self.on_tokens is not None:  # first: the code below may change the sequences
                 self.on_tokens(pending, accepted, self.sequences)
             if call.kind is Kind.PREFILL:
                 self._settle_prefill(pending)
@@ -289,7 +288,7 @@ class PruningController:
         end = call.prompt_tokens
         if pending.signal is not None:
             add_reference(self.sequences, pending, pending.signal[:, :end], self._lengths)
-        if extra := call.tokens - end:  # candidates that rode along with the prompt ran dense
+        if extra := call.tokens - end:  # candidates in the same forward as the prompt ran dense
             for state in self.sequences:
                 state.count_dense(extra, float(extra * state.rows))
 
@@ -330,7 +329,7 @@ class PruningController:
 
     @torch.no_grad()
     def select(self) -> Masks:
-        """The masks that the evidence of the newest sequence gives now; None: dense."""
+        """The masks that the newest sequence's evidence gives now; None per dense layer."""
         self.flush()
         state = self.sequences[-1] if self.sequences else None
         evidence = state.evidence if state and state.evidence_tokens else None
@@ -343,22 +342,22 @@ class PruningController:
             return self.selector.select(evidence or none).masks
 
     def branch(self) -> None:
-        """Tokens decoded so far are no longer taken back by a shorter cache."""
+        """Keep the tokens decoded so far in the accounting, even if the cache gets shorter."""
         self.settle()
         for state in self.sequences:
             state.keep_counts()
 
     def tokens_until_change(self) -> int | None:
-        """Tokens that the next decode forward may hold before any state can change."""
+        """Most tokens in the next decode forward without a change of any state; None: no bound."""
         self.settle()
         bounds = [state.tokens_until_change() for state in self.sequences]
         return min(filter(None, bounds), default=None)  # a bound is at least 1
 
     def flush(self) -> None:
-        """Account for everything that was seen."""
+        """Account for the current forward and add queued observations to the evidence."""
         self.settle()
         self._add_queued()
 
     def all_sequences(self) -> list[SequenceState]:
-        """Finished and running states, in order."""
+        """States of finished and running sequences, in order."""
         return [*self.finished, *self.sequences]

@@ -1,8 +1,8 @@
-"""Every method by name, and what can be chosen by name.
+"""All methods, and the listing of everything that can be chosen by name.
 
-The first paragraph below each method is what ``dart-llm methods`` lists.  The formulas are in the
-modules of the scores, budgets and rules that it names, and in docs/reference.md, which also counts
-the bytes and says what per-token methods leave out of their papers.
+``dart-llm methods`` prints the first paragraph of the text below each method.  The formulas are in
+the modules of the scores, budgets and rules, and in docs/reference.md, which also counts bytes and
+lists what per-token methods leave out of their papers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ DART = PruneConfig(
 Fisher scores (arXiv 2204.09656) ranked over all layers at once, with the activations of the prompt
 and gradients that are learned once from self-generated text; low-rank compensation, after FLAP's
 mean (arXiv 2312.11983); re-masks from decayed evidence when the last hidden state leaves the
-topic.  docs/reference.md has the formulas and what each part is worth.
+topic.  docs/reference.md has the formulas and the gain from each part.
 """
 
 DART_PROMPT = PruneConfig(
@@ -167,7 +167,7 @@ inputs."""
 
 
 def _first_paragraphs() -> dict[str, str]:
-    """First paragraph of the text below each constant of this module, by the constant's name."""
+    """First paragraph of the string below each constant of this module, by the constant's name."""
     body = ast.parse(Path(__file__).read_text("utf-8")).body
     return {
         node.targets[0].id: text.value.value.split("\n\n")[0].strip().replace("\n", " ")
@@ -179,7 +179,7 @@ def _first_paragraphs() -> dict[str, str]:
 
 
 def summaries() -> dict[str, str]:
-    """One line on each method of this package."""
+    """One line about each method of this package."""
     lines = {}
     for constant, text in _first_paragraphs().items():
         name = constant.lower().replace("_", "-")
@@ -213,7 +213,7 @@ def listing() -> dict[str, list[dict[str, str]]]:
 
 
 def _described(value: Any) -> dict[str, str]:
-    """First line of the docstring (of the function of a score or budget), and the paper."""
+    """First line of the docstring (of the function, for a score or budget), and the paper."""
     text = getattr(value, "function", value).__doc__ or ""
     return {"summary": text.strip().split("\n")[0], "source": getattr(value, "source", "")}
 

@@ -21,7 +21,7 @@ from dart_llm.pruning.statistics import LayerStatistics
 
 
 class Phase(StrEnum):
-    """Where a sequence stands."""
+    """Phase of a sequence."""
 
     PREFILL = "prefill"
     OBSERVE = "observe"
@@ -33,7 +33,7 @@ class Phase(StrEnum):
 class MaskSpan:
     """Decoded tokens under one set of keep counts (``kept`` None: dense).
 
-    ``length``: tokens per row, finished rows included.
+    ``tokens``: real ones, over all rows.  ``length``: tokens per row, finished rows included.
     """
 
     kept: tuple[int, ...] | None
@@ -43,7 +43,7 @@ class MaskSpan:
     length: int = 0
 
     def cut(self, tokens: int) -> int:
-        """Take back up to ``tokens`` per row; returns how many more must come from elsewhere."""
+        """Remove up to ``tokens`` per row; returns how many remain to be removed elsewhere."""
         removed = min(tokens, self.length)
         if removed:
             self.tokens = self.tokens * ((self.length - removed) / self.length)
@@ -63,7 +63,7 @@ class SequenceState:
     rows: int
     fixed_masks: Masks | None = None
     cached: int = 0
-    """Positions in the cache before the first token that was seen."""
+    """Positions in the cache before the first token of this sequence."""
     phase: Phase = Phase.PREFILL
     evidence: list[LayerStatistics] = field(default_factory=list)
     detector: Detector = field(init=False)
@@ -91,11 +91,11 @@ class SequenceState:
 
     @property
     def batch_rows(self) -> slice:
-        """The batch rows that this state is of."""
+        """The batch rows of this state."""
         return slice(None) if self.row is None else slice(self.row, self.row + 1)
 
     def has_finished(self, live: Tensor | None) -> bool:
-        """Whether all its rows have ended: nothing is left to mask for. live: [B] bool or None."""
+        """Whether all its rows have ended, so that it needs no mask.  live: [B] bool or None."""
         if not self.finished and live is not None:
             self.finished = not bool(live[self.batch_rows].any())
         return self.finished
@@ -108,7 +108,7 @@ class SequenceState:
             return
         if self.phase is Phase.PRUNED:
             self._age(keep=True)
-            self.cause, self.masks = "prompt", None  # tokens observed before the next are dense
+            self.cause, self.masks = "prompt", None  # dense until the next mask
             self.detector = Detector(self.rule)
         if self.phase is not Phase.PREFILL:
             self.observed, self.in_refresh = 0, False
@@ -116,7 +116,7 @@ class SequenceState:
         self.evidence_tokens += tokens
 
     def advance(self) -> Phase:
-        """The phase of the decode forward that is about to run; builds masks when it is time."""
+        """The phase of the decode forward that is about to run; builds masks if they are due."""
         if self._to_be_released:
             self.phase, self.masks = Phase.RELEASED, None
         elif self.selector.removes_nothing and self.fixed_masks is None:
@@ -134,7 +134,7 @@ class SequenceState:
         return release is not None and self.decoded >= release
 
     def _first_length(self) -> int:
-        """Dense decode tokens between the prompt and its mask."""
+        """Dense decode tokens between the prompt and the mask made from it."""
         if self.fixed_masks is not None:
             return 0
         waits = self.config.masking_step if self.cause == "first" else 0
@@ -161,9 +161,9 @@ class SequenceState:
         self.remasks.append(Remask(*where, cause, self.evidence_tokens, counts, shared))
 
     def count(self, tokens: int, live: Tensor | float, forwards: int = 1) -> None:
-        """``tokens`` per row were decoded, ``live`` of them over all rows were real.
+        """Count ``tokens`` decoded per row; ``live``: real tokens among them, over all rows.
 
-        ``forwards``: decode steps that they stand for.
+        ``forwards``: decode steps that they count as.
         """
         pruned = self.phase is Phase.PRUNED
         span = self._span(self.selection.counts if pruned and self.selection else None)
@@ -178,7 +178,7 @@ class SequenceState:
                 self.refresh_tokens += tokens
 
     def count_dense(self, tokens: int, live: float) -> None:
-        """``tokens`` per row ran dense beside the prompt and were not observed."""
+        """Count ``tokens`` per row that ran dense together with the prompt, not observed."""
         self._add(self._span(None), tokens, live, 1)
 
     def _span(self, kept: tuple[int, ...] | None) -> MaskSpan:
@@ -193,7 +193,10 @@ class SequenceState:
         self.decoded += tokens
 
     def rewind(self, tokens: int) -> None:
-        """The last ``tokens`` tokens of every row were rolled back, prompt tokens included."""
+        """Undo the counts of the last ``tokens`` tokens of every row, which were rolled back.
+
+        ``tokens`` may include prompt tokens.
+        """
         tokens = min(tokens, self.decoded)
         self.decoded -= tokens
         self.pruned_run = max(0, self.pruned_run - tokens)
@@ -211,12 +214,12 @@ class SequenceState:
             tokens = span.cut(tokens)
 
     def keep_counts(self) -> None:
-        """``rewind`` does not take back from the accounting what was decoded so far."""
+        """Keep the tokens decoded so far in the accounting, even after ``rewind``."""
         for span in self.mask_spans:
             span.length = 0
 
     def may_trigger(self) -> bool:
-        """Whether the guards allow a re-mask now (distance, cap on dense tokens)."""
+        """Whether the guards (distance, cap on dense tokens) allow a re-mask now."""
         drift, need = self.config.drift, self._refresh_length()
         guards = drift.min_distance, drift.max_dense_share, drift.allowance
         return guards_allow(self.decoded, self.last_trigger, self.refresh_tokens, need, *guards)
@@ -234,7 +237,7 @@ class SequenceState:
         return self.config.remask.observe_tokens or max(1, self.config.masking_step)
 
     def _age(self, keep: bool) -> None:
-        """Age the evidence.  ``keep``: ``fresh`` evidence survives; a further prompt adds to it."""
+        """Decay or drop the evidence.  ``keep``: do not drop it, as a further prompt adds to it."""
         if self.config.remask.evidence == "decay":
             n = max(self.evidence_tokens, 1e-9)
             for layer in self.evidence:
@@ -250,24 +253,24 @@ class SequenceState:
         return self.phase is Phase.OBSERVE and self.observed >= self.tokens_to_observe
 
     def close(self) -> None:
-        """The sequence is over: keep its accounting and its newest masks, drop the rest."""
+        """End the sequence: keep its accounting and its newest masks, drop the rest."""
         self.evidence, self.detector = [], Detector(self.rule)
         if self.selection is not None:
             self.selection = MaskSelection(self.selection.masks, self.selection.counts, ())
 
     def drop_masks(self) -> None:
-        """A newer sequence has ended: only the accounting is kept."""
+        """Keep only the accounting: a newer sequence has ended."""
         self.selection = self.masks = None
 
     @property
     def tokens_to_mask(self) -> int:
-        """Decode tokens that are still observed before the next mask; 0 where one may be built."""
+        """Decode tokens still to be observed before the next mask; 0 if it may be built now."""
         if self.phase is Phase.PREFILL:
             return self._first_length()
         return self.tokens_to_observe - self.observed if self.phase is Phase.OBSERVE else 0
 
     def tokens_until_change(self) -> int | None:
-        """Tokens that one decode forward may hold before the state can change; None: no bound."""
+        """Most tokens in one decode forward without a change of state; None: no bound."""
         release = self.config.release_step
         if self.phase is Phase.RELEASED or self._to_be_released:
             return None
@@ -283,7 +286,7 @@ class SequenceState:
         return max(1, min(bounds)) if bounds else None
 
     def nbytes(self) -> int:
-        """Memory of this state beside the model."""
+        """Bytes of this state."""
         size = sum(layer.nbytes() for layer in self.evidence) + self.detector.nbytes()
         if self.selection is not None:
             size += sum(mask.nbytes() for mask in self.selection.masks if mask is not None)
