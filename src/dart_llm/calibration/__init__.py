@@ -1,4 +1,4 @@
-"""Statistics collected of a model before its first token, and where they are cached.
+"""Statistics that are collected from a model before its first token, and their cache.
 
-Start with ``self_calibration.py``; ``collect.py`` sums what forwards show, ``cache.py`` keeps it.
+Start with ``self_calibration.py``; ``collect.py`` sums activations, ``cache.py`` stores the sums.
 """

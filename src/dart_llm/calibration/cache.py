@@ -1,8 +1,8 @@
 """Calibrations and learned statistics: named tensors, kept in memory and on disk.
 
-A key says which model (a digest of all that it computes with) and what decided the tensors, such as
-the statistics and the tokens.  What does not decide them does not enter: one calibration serves
-all sparsities, budget tables and drift rules.
+A key identifies the model (a digest of its weights and code) and all inputs of the tensors, such as
+the statistics and the tokens.  Sparsity, budget tables and drift rules are not part of it, so one
+calibration serves all of them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dart_llm.models.checkpoint import plain
 from dart_llm.pruning.statistics import Statistics
 
 FORMAT = 5
-"""Of what is collected and how: another one finds nothing of the old in the cache.
+"""Version of what is collected and how; entries of other versions are not used.
 
-In which dtype it is computed does not enter: that is rounding.
+The dtype of the computation does not change it: the difference is rounding.
 """
 
 SUFFIX = ".safetensors"
 
 MODEL_DIGITS = 12
-"""Digits of the model's digest that begin a key, so that files of one model are together."""
+"""Digits of the model's digest at the start of a key, so that a model's files sort together."""
 
 Tensors = dict[str, Tensor]
 
@@ -34,20 +34,20 @@ _memory: WeakKeyDictionary[nn.Module, dict[str, Tensors]] = WeakKeyDictionary()
 
 
 def key_of(model: str, *parts: object) -> str:
-    """The name of what ``parts`` decide for the model of this fingerprint."""
+    """The key of tensors that depend on ``parts`` and the model of this fingerprint."""
     return f"{model[:MODEL_DIGITS]}-{cache.key_of(FORMAT, model, *parts)}"
 
 
 def rule_of(statistics: Statistics) -> object:
-    """The per-token statistic of a score, by its code, and its decay; None: there is none."""
+    """A score's per-token statistic, identified by its code, and its decay; None: no statistic."""
     rule = plain(statistics.per_token)
     return rule if statistics.ema_decay is None else [rule, statistics.ema_decay]
 
 
 def find(model: nn.Module, key: str, cache_dir: str | None) -> Tensors | None:
-    """The tensors under ``key``; None when there are none.
+    """The tensors under ``key``; None if there are none.
 
-    They stay in memory as long as the model is there, whatever folder they came from.
+    They stay in memory as long as the model does, whatever folder they came from.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -57,7 +57,7 @@ def find(model: nn.Module, key: str, cache_dir: str | None) -> Tensors | None:
         data = cache.read(cache_folder(cache_dir) / "calibration", key, SUFFIX)
         if data is None:
             return None
-        try:  # copies: a part of the file may start anywhere, and kernels round by the address
+        try:  # copied, because rounding in kernels depends on the alignment
             kept[key] = {name: tensor.clone() for name, tensor in load(data).items()}
         except (SafetensorError, ValueError):
             return None
@@ -67,9 +67,9 @@ def find(model: nn.Module, key: str, cache_dir: str | None) -> Tensors | None:
 def keep(
     model: nn.Module, key: str, cache_dir: str | None, tensors: Tensors, about: Mapping[str, str]
 ) -> None:
-    """Keep tensors; ``about``: words for whoever looks into the file.
+    """Store tensors in memory and on disk; ``about``: the file's metadata, for people.
 
-    Raises ``LoadError`` when the disk does not take it; it is in memory then.
+    Raises ``LoadError`` if the file cannot be written; the tensors are in memory even then.
     """
     from safetensors.torch import save
 
@@ -81,7 +81,7 @@ def keep(
 
 
 def _of_model(model: nn.Module, key: str) -> dict[str, Tensors]:
-    """Entries in memory for ``model`` with its present weights; drops those of other weights."""
+    """Entries in memory for ``model`` and its current weights; drops those of other weights."""
     kept = _memory.setdefault(model, {})
     for other in [name for name in kept if name[:MODEL_DIGITS] != key[:MODEL_DIGITS]]:
         del kept[other]

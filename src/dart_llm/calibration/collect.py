@@ -1,8 +1,8 @@
-"""What the dense model writes by itself, and what token ids show of it.
+"""Self-generated text of the dense model, and statistics of the model over given tokens.
 
-Sums over tokens, squared gradients, bases, last states.  For text that the model sampled itself,
-the gradient of its log-likelihood is the score function, so the mean of g^2 is the diagonal of the
-Fisher information of the neuron's activation (docs/reference.md).
+The statistics are sums over tokens, squared gradients, bases and last hidden states.  For text that
+the model sampled itself, the gradient of its log-likelihood is the score function, so the mean of
+g^2 is the diagonal of the Fisher information of the neuron's activation (docs/reference.md).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from dart_llm.pruning.statistics import LayerStatistics, Statistics, Sum, summed
 from dart_llm.pruning.weights import FfnWeights
 
 WRITTEN = 64
-"""Sequences that the model writes at a time."""
+"""Sequences that the model generates in one batch."""
 
 NUCLEUS = 1024
-"""Tokens that nearly always reach ``top_p``: they need not all be sorted."""
+"""Number of likeliest tokens that nearly always reach ``top_p``: only these are sorted."""
 
 
 def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
@@ -52,7 +52,7 @@ def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
 
 
 def start_tokens(model: Any) -> list[int]:
-    """The token that a text of ``model`` starts with: its start or end token, or none."""
+    """The model's start token, else its end token, else nothing."""
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         for name in ("bos_token_id", "eos_token_id"):
             token = getattr(config, name, None)
@@ -63,7 +63,7 @@ def start_tokens(model: Any) -> list[int]:
 
 
 def start_ids(model: Any, count: int, generator: torch.Generator) -> Tensor:
-    """[count, 1] int64: the token that the model's texts start with, or random ones."""
+    """[count, 1] int64: the token of ``start_tokens``, or random tokens if there is none."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     first = torch.randint(vocabulary, (count, 1), generator=generator)
     start = start_tokens(model)
@@ -80,11 +80,11 @@ def sample_continuations(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> Tensor:
-    """ids [B, n] and what the dense model writes after them, up to ``length`` tokens in all.
+    """ids [B, n], continued by the dense model up to ``length`` tokens.
 
-    ``temperature`` and ``top_p`` select as in ``generate``; an end of sequence stops nothing.
-    Returns [B, length] int64 on the host.  Raises ``ConfigError`` for a model without a head,
-    ``DartError`` for logits that are not finite.
+    ``temperature`` and ``top_p`` work as in ``generate``; sampling does not stop at an end of
+    sequence.  Returns [B, length] int64 on the host.  Raises ``ConfigError`` for a model without a
+    head, ``DartError`` for logits that are not finite.
     """
     written = []
     for number, rows in enumerate(parts := torch.split(ids, WRITTEN)):
@@ -116,27 +116,27 @@ def _last_logits(model: Any, output: Any) -> Tensor:
 
 
 def likeliest(chances: Tensor, top_p: float) -> Tensor:
-    """Chances [B, V] with 0 for tokens after the likeliest ones that reach ``top_p`` together."""
+    """Chances [B, V], 0 for all but the likeliest tokens that together reach ``top_p``."""
     if top_p >= 1:
         return chances
     ordered, tokens = chances.topk(min(NUCLEUS, chances.shape[-1]))
-    if bool((ordered.sum(-1) <= top_p).any()):  # a flat row: rare, and eight times as slow
+    if bool((ordered.sum(-1) <= top_p).any()):  # a flat distribution: rare, and eight times as slow
         ordered, tokens = chances.sort(descending=True)
     ordered[ordered.cumsum(-1) - ordered > top_p] = 0
     return torch.zeros_like(chances).scatter(1, tokens, ordered)
 
 
 LOGITS = 1 << 24
-"""Elements of the logits of one backward pass at most."""
+"""Most elements of the logits in one backward pass."""
 
 BATCH = 8
-"""Sequences of one forward without a backward pass."""
+"""Sequences per forward, without a backward pass."""
 
 BACKWARD = 3
-"""Work of a forward and its backward pass, in forwards."""
+"""Work of a forward and a backward pass, in forwards."""
 
 FISHER = "fisher"
-"""The sum of squared gradients."""
+"""Name of the sum of squared gradients."""
 
 Take = Callable[[int, LayerActivations, Tensor | None], None]
 
@@ -147,7 +147,7 @@ def _check_finite(tensors: Sequence[Tensor], what: str) -> None:
 
 
 def rows_at_once(model: Any, length: int, backward: bool) -> int:
-    """Sequences of ``length`` tokens that go forward (and backward) together."""
+    """Sequences of ``length`` tokens per forward, or per ``backward`` pass."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     return max(1, LOGITS // (length * vocabulary)) if backward else BATCH
 
@@ -156,9 +156,9 @@ def rows_at_once(model: Any, length: int, backward: bool) -> int:
 class Needs:
     """What ``collect`` sums over the tokens of a text.
 
-    ``bases``: per layer [r, D], what ``features`` are read by; none: no features.  ``fisher``: the
-    squared gradients too, which costs a backward pass.  ``inner``: without the first tokens of each
-    sequence, the attention sinks, and the last one, which predicts nothing.
+    ``bases``: per layer [r, D], directions of the features; empty: no features.  ``fisher``: also
+    squared gradients, which take a backward pass.  ``inner``: leave out the attention sinks at the
+    start of each sequence, and the last token, which predicts nothing.
     """
 
     statistics: Statistics
@@ -170,9 +170,9 @@ class Needs:
 def collect(
     model: Any, ids: Tensor, needs: Needs, advance: Advance = ignore
 ) -> list[LayerStatistics]:
-    """The sums over ids [n, T] of every layer of the dense model.
+    """Sums over ids [n, T] for every layer of the dense model.
 
-    Raises ``DartError`` when the gradients are not finite.
+    Raises ``DartError`` if the gradients are not finite.
     """
     devices = [block.matrices()[-1].device for block in describe(model).blocks]
     parts = torch.split(ids, rows_at_once(model, ids.shape[1], needs.fisher))
@@ -208,11 +208,11 @@ def collect(
 def run_forward(
     model: Any, ids: Tensor, take: Take, backward: bool = True, kept: slice = slice(None)
 ) -> None:
-    """One forward of ids [B, T] through the dense model, and one backward pass.
+    """Run ids [B, T] through the dense model, forward and optionally backward.
 
-    ``take(layer, seen, g)`` gets a layer's tensors, [B, T', .] of the tokens ``kept``, and
-    g = dL/du, [B, T', I]; L: the summed loss of the next tokens; without ``backward`` None.
-    Parameters get no gradients, and every flag is what it was afterwards.
+    Calls ``take(layer, seen, g)`` with a layer's tensors, [B, T', .] for the tokens ``kept``, and
+    g = dL/du, [B, T', I], where L is the summed next-token loss; g is None without ``backward``.
+    Parameters get no gradients, and no flag of the model changes.
     """
     ids = ids.clone().to(model.device)
 
@@ -244,7 +244,7 @@ def run_forward(
 
 @contextlib.contextmanager
 def _in_graph(embedding: nn.Module) -> Iterator[None]:
-    """Inside, what the embedding returns is part of the graph, also of frozen weights."""
+    """Context in which the embedding's output requires gradients, even with frozen weights."""
 
     def attach(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output if output.requires_grad else output.detach().requires_grad_()
@@ -258,7 +258,7 @@ def _in_graph(embedding: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, no module drops anything out; every module's flag is what it was afterwards."""
+    """Context in which ``model`` is in evaluation mode; restores each module's flag."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -269,16 +269,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 BASIS_TOKENS = 1024
-"""Tokens from which the basis of low-rank compensation is computed."""
+"""Number of tokens from which the basis of low-rank compensation is computed."""
 
 
 @torch.no_grad()
 def find_bases(
     model: Any, ids: Tensor, rank: int, layers: Sequence[FfnWeights], advance: Advance = ignore
 ) -> list[Tensor | None]:
-    """Per layer the basis [r, D] of its FFN's input over ids [n, T], in the model's dtype.
+    """For each layer, the basis [r, D] of its FFN's input over ids [n, T], in the model's dtype.
 
-    None where the FFN's input never reaches what is replaced while pruning: inline blocks.
+    None for inline blocks, where pruning replaces a module that does not get the FFN's input.
     """
     if not rank:
         return [None] * len(layers)
@@ -304,7 +304,7 @@ def find_bases(
 
 
 def _forwards(model: Any, ids: Tensor, advance: Advance) -> None:
-    """Run ids [n, T] through ``model``, four at a time; what reads them is hooked."""
+    """Run ids [n, T] through ``model``, four rows at a time, for hooks to read."""
     for number, part in enumerate(parts := torch.split(ids, 4)):
         model(part.to(model.device), use_cache=False, logits_to_keep=1)
         advance((number + 1) / len(parts))
@@ -312,7 +312,7 @@ def _forwards(model: Any, ids: Tensor, advance: Advance) -> None:
 
 @torch.no_grad()
 def last_states(model: Any, ids: Tensor, advance: Advance = ignore) -> Tensor:
-    """What the head reads of ids [n, T]: [n T, D] on the host, in the model's dtype."""
+    """Last hidden states of ids [n, T], the head's input: [n T, D] on the host, model's dtype."""
     states: list[Tensor] = []
     width = model.get_output_embeddings().weight.shape[1]
 

@@ -1,4 +1,4 @@
-"""Progress of calibration: how much memory it takes, how far it is, how long the rest takes."""
+"""Progress of calibration: its memory, the share that is done, the time left."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ logger = logging.getLogger("dart_llm")
 
 Say = Callable[[str], None]
 Advance = Callable[[float], None]
-"""Takes the share of a stage that is done, from 0 to 1."""
+"""Called with the share of a stage that is done, from 0 to 1."""
 
 FIRST_S, EVERY_S = 5.0, 10.0
-"""Until the first line, and between two; forwards are the chances to log one."""
+"""Shortest time to the first line, and between two lines; lines are logged after forwards."""
 
 LARGE = 100_000_000
-"""Bytes of memory that the first line names."""
+"""Bytes of memory from which the first line reports it."""
 
 FLOATS = 16
-"""Numbers of width D that the graph of one layer keeps for each token, about; and of width I, a
-third as many."""
+"""Approximate number of vectors of width D that the graph keeps per token and layer, and three
+times the number of those of width I."""
 
 
 def ignore(share: float) -> None:
@@ -37,12 +37,13 @@ def ignore(share: float) -> None:
 
 
 class Progress:
-    """Lines about ``stages``: their names for people, and the work of each, in tokens read."""
+    """Logs progress through ``stages``: their names, and the work of each in tokens read."""
 
     def __init__(self, say: Say, stages: Mapping[str, float], what: str) -> None:
-        """``what``: happens, for people.
+        """``what``: the current task, in words.
 
-        A library call logs warnings, where it takes long: else it seems to hang.
+        Library calls log at level info, which is usually hidden; slow ones therefore log warnings,
+        or they would seem to hang.
         """
         self._stages, self._total, self._before = stages, sum(stages.values()), 0.0
         quiet = say == logger.info
@@ -52,7 +53,7 @@ class Progress:
             say(what)
 
     def stage(self, name: str) -> Advance:
-        """Begin stage ``name``; returns what takes how far it is."""
+        """Begin stage ``name``; returns its ``Advance``."""
         before, work = self._before, self._stages[name]
         self._before += work
         return lambda share: self._advance(name, before + share * work)
@@ -78,11 +79,10 @@ class Progress:
 def learning(
     model: Any, say: Say, what: str, work: Mapping[str, float], memory: int
 ) -> Iterator[tuple[Any, Progress]]:
-    """The model to calibrate with in place of ``model`` (``in_float32``), and its progress.
+    """The model to calibrate with instead of ``model`` (``in_float32``), and its progress.
 
-    ``what``: happens, for people.  ``work``: of each stage, in tokens read.  ``memory``: bytes that
-    it takes beside the model.  Raises ``ConfigError`` where more than is free, before anything is
-    computed.
+    ``what``: the task, in words.  ``work``: of each stage, in tokens read.  ``memory``: bytes needed
+    in addition to the model.  Raises ``ConfigError`` before any computation if fewer are free.
     """
     free = available()
     if next(model.parameters()).device.type == "cpu" and memory > free:
@@ -101,7 +101,7 @@ def learning(
 
 
 def graph_bytes(model: Any, tokens: int, backward: bool) -> int:
-    """Bytes that a forward of ``tokens`` takes, and its graph with ``backward``, about."""
+    """Approximate bytes of a forward of ``tokens``; with ``backward``, of its graph too."""
     layers, _, text = decoder_layers(model)
     each = FLOATS * int(text.hidden_size) + FLOATS * describe(model).blocks[0].down_width // 3
     logits = int(text.vocab_size)
@@ -109,7 +109,7 @@ def graph_bytes(model: Any, tokens: int, backward: bool) -> int:
 
 
 def text_bytes(model: Any, sequences: int, length: int) -> int:
-    """Bytes of the keys and values of sequences that are written together, and their logits."""
+    """Bytes of the cache and the logits of sequences that are generated in one batch."""
     layers, _, text = decoder_layers(model)
     heads = int(text.num_attention_heads)
     size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)

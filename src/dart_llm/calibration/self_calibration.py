@@ -1,8 +1,9 @@
-"""Statistics collected of a model once, before its first token, and cached.
+"""Statistics that are collected from a model once, before its first token, and cached.
 
-``calibrate`` takes static masks from a text (``wanda``, ``flap``) or a prior from self-generated
-text (``glass``); ``self_calibrate`` learns what scores, budgets and compensation read beside the
-prompt, ``learn_screen`` a screened head (docs/reference.md, "Self-calibration").
+``calibrate`` computes static masks from a text (``wanda``, ``flap``) or a prior from self-generated
+text (``glass``).  ``self_calibrate`` learns the statistics that scores, budgets and compensation
+use in addition to the prompt; ``learn_screen`` learns a screened head (docs/reference.md,
+"Self-calibration").
 """
 
 from __future__ import annotations
@@ -52,15 +53,15 @@ logger = logging.getLogger("dart_llm")
 
 WRITING, READING = "the model writes text", "the model reads it"
 BASES = "features of compensation"
-"""Stages, for people."""
+"""Names of stages in progress lines."""
 
 ONE_BY_ONE = 3
-"""Tokens that are read in the time in which one is written: all weights for a few rows."""
+"""Tokens that are read in the time to generate one, which reads all weights for a few rows."""
 
 LEARNING = "learning from self-generated text, once per model"
 
 BASIS, SCORE, STATES = "basis", "score", "states"
-"""What is learned, beside ``FISHER`` and sums; ``STATES``: last hidden states, for a screen."""
+"""Learned items, besides ``FISHER`` and sums; ``STATES``: last hidden states, for a screen."""
 
 SUMS = ("signed", "features", "sensitivity")
 """Sums that a configuration may need (``Statistics.needs``)."""
@@ -76,7 +77,7 @@ def _keep(model: Any, key: str, cache_dir: str | None, part: cache.Tensors, say:
 def _memory(
     model: Any, sequences: int, length: int, backward: bool = False, *, writes: bool
 ) -> int:
-    """Bytes that learning from so much text takes beside the model, about."""
+    """Approximate bytes, in addition to the model, for learning from this much text."""
     rows = min(rows_at_once(model, length, backward), sequences)
     written = text_bytes(model, min(WRITTEN, sequences), length) if writes else 0
     return max(written, graph_bytes(model, rows * length, backward))
@@ -87,7 +88,7 @@ def _memory(
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Masks, or a prior [I] per layer, and a note of where they came from."""
+    """Masks, or a prior [I] per layer, and a note on their source."""
 
     fixed_masks: Masks | None
     prior: tuple[Tensor, ...] | None
@@ -102,9 +103,9 @@ def calibrate(
     cache_dir: str | None,
     say: Say,
 ) -> Calibrated:
-    """What ``config.calibration`` requests; ``source`` as in data/documents.py.
+    """The masks or prior that ``config.calibration`` requests; ``source``: see data/documents.py.
 
-    Raises ``ConfigError`` and ``LoadError`` for a text that cannot be used or had.
+    Raises ``ConfigError`` for an unusable text, ``LoadError`` for one that cannot be loaded.
     """
     part, layers = config.calibration, _layers(model, config)
     assert part is not None
@@ -141,10 +142,10 @@ def calibrate(
 
 
 def observing(config: PruneConfig, layers: Sequence[FfnWeights]) -> MaskSelector:
-    """The selector that observes all that ``config`` needs at any sparsity and table.
+    """A selector with all statistics that ``config`` needs at any sparsity and layer table.
 
-    Signed means are observed for masks with and without compensation alike.  Raises
-    ``ConfigError`` for a score that reads learned gradients instead.
+    For masks, signed means are included even without compensation.  Raises ``ConfigError`` for a
+    score that needs learned gradients.
     """
     if SCORES.get(config.score.name).needs_fisher:
         raise ConfigError(
@@ -167,7 +168,7 @@ def observing(config: PruneConfig, layers: Sequence[FfnWeights]) -> MaskSelector
 def choose(
     model: Any, config: PruneConfig, evidence: Sequence[LayerStatistics]
 ) -> tuple[Masks | None, tuple[Tensor, ...] | None]:
-    """(masks, None) or (None, prior), by the calibration's purpose."""
+    """(masks, None) or (None, prior), depending on the calibration's purpose."""
     part, layers = config.calibration, _layers(model, config)
     assert part is not None
     for layer, statistics in zip(layers, evidence, strict=True):
@@ -183,7 +184,7 @@ def _layers(model: Any, config: PruneConfig) -> tuple[FfnWeights, ...]:
     return describe(model).weights(config.score.proxy_embedding, config.seed)
 
 
-# statistics beside the prompt, and the screened head
+# learned statistics and the screened head
 
 
 def self_calibrate(
@@ -194,12 +195,12 @@ def self_calibrate(
     say: Say = logger.info,
     tokenizer: Any = None,
 ) -> tuple[FfnWeights, ...]:
-    """The layers with the statistics that ``config`` reads; as they are when it reads none.
+    """The layers with the learned statistics that ``config`` needs; unchanged if it needs none.
 
-    ``tokenizer``: belongs to the model; None: the one that it was loaded with, if any.
-    Raises ``AttachError`` for a model that is being pruned, ``ConfigError`` for one that is
-    offloaded, has no head or was made in inference mode where gradients are to be learned,
-    ``DartError`` where its numbers are not finite.
+    ``tokenizer``: the model's; None: the one that was loaded with it, if any.
+    Raises ``AttachError`` for a model that is being pruned, ``ConfigError`` for a model that is
+    offloaded, has no head, or has weights made in inference mode if gradients are needed, and
+    ``DartError`` for values that are not finite.
     """
     names = wanted(config, layers)
     if not names:
@@ -212,7 +213,7 @@ def self_calibrate(
 def cached_calibration(
     model: Any, config: PruneConfig, layers: Sequence[FfnWeights], cache_dir: str | None = None
 ) -> tuple[FfnWeights, ...] | None:
-    """Like ``self_calibrate`` but only from the cache, so also while pruned; None if not cached."""
+    """``self_calibrate`` from the cache alone, even while pruned; None if not cached."""
     names = wanted(config, layers)
     learned: cache.Tensors | None = {}
     if names:
@@ -223,7 +224,7 @@ def cached_calibration(
 
 
 _screens: WeakKeyDictionary[nn.Module, tuple[object, Screen]] = WeakKeyDictionary()
-"""The newest screen of a model, and what it was made for."""
+"""The newest screen of each model, and the key of its inputs."""
 
 
 def learn_screen(
@@ -234,7 +235,7 @@ def learn_screen(
     say: Say = logger.info,
     tokenizer: Any = None,
 ) -> Screen | None:
-    """The screen of the head of ``model``; None where ``config`` uses the whole head.
+    """The screen of the model's head; None if ``config`` uses the whole head.
 
     Raises ``AttachError`` for a model that is being pruned, ``ConfigError`` for a head that cannot
     be screened.
@@ -260,10 +261,10 @@ def learn_screen(
 
 
 class _SelfText:
-    """The text that a model writes for one configuration, and what is learned from it.
+    """The text that a model generates for one configuration, and the statistics learned from it.
 
-    Both are cached.  Of the text what is in it decides what is learned, not what was requested:
-    another machine rounds, and so writes, otherwise.
+    Both are cached.  The key of the statistics has the text's tokens, not the request for it:
+    rounding differs between machines, and so does the text.
     """
 
     def __init__(
@@ -288,15 +289,15 @@ class _SelfText:
         self.text_key = cache.key_of(self.digest, "text", *decides)
 
     def cached(self, names: Sequence[str]) -> cache.Tensors | None:
-        """The learned statistics ``names``, if they are cached."""
+        """The learned statistics ``names``; None if not cached."""
         text = cache.find(self.model, self.text_key, self.cache_dir)
         key = None if text is None else self._key(names, text["ids"])
         return None if key is None else cache.find(self.model, key, self.cache_dir)
 
     def learned(self, names: Sequence[str]) -> cache.Tensors:
-        """The learned statistics ``names``: cached, or else from text that the model writes."""
+        """The learned statistics ``names``, from the cache or else from self-generated text."""
         check_free(self.model)
-        # what is kept must serve later forwards of any mode; dropout would draw random numbers
+        # the tensors must work in later forwards of any mode; dropout would draw random numbers
         with torch.inference_mode(False), evaluating(self.model):
             tensors = self.cached(names)
             if tensors is not None:
@@ -362,10 +363,10 @@ class _SelfText:
 
 
 def wanted(config: PruneConfig, layers: Sequence[FfnWeights]) -> list[str]:
-    """Names of what ``config`` reads.
+    """Names of the learned statistics that ``config`` needs.
 
-    The gradients are read by scores that need them and by per-token selection, the basis by
-    low-rank compensation, and sums where they count beside what is observed.
+    Gradients are for scores that need them and for per-token selection, the basis is for low-rank
+    compensation, and sums are needed if they count in addition to observed tokens.
     """
     if config.self_stats is None:
         return []
@@ -395,7 +396,7 @@ def _check_learnable(
 def _with_statistics(
     config: PruneConfig, layers: Sequence[FfnWeights], learned: cache.Tensors
 ) -> tuple[FfnWeights, ...]:
-    """The layers with what was learned, on their devices; nothing of it: empty statistics."""
+    """The layers with learned statistics on their devices; empty statistics if none were learned."""
     if config.self_stats is None:
         return tuple(layers)
     sums = {name: tensor for name, tensor in learned.items() if name[0].isdigit()}

@@ -1,6 +1,6 @@
-"""Bytes and achieved sparsity: from the states of a run to its report.
+"""The report of a run: bytes and achieved sparsity, computed from its sequence states.
 
-Bytes are counted from the shapes and dtypes that exist (docs/reference.md, "Accounting").
+Bytes follow from the shapes and dtypes of the tensors (docs/reference.md, "Accounting").
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from dart_llm.pruning.token_rules.rule import LayerCost, TokenRule
 from dart_llm.pruning.weights import FfnWeights, in_blocks, stored_bytes
 
 IF_COMPACT = "if compact"
-"""Stands for an executor that reads each forward's winners once, from the model's weights."""
+"""A hypothetical executor that reads only the kept neurons, once per forward, from the weights."""
 
 BFLOAT16 = 2
-"""Bytes of a weight, or of a value of the cache, in the unit that bytes per token are given in."""
+"""Bytes of a weight or cached value, the unit for bytes per token."""
 
 
 @dataclass(frozen=True)
 class TokenTraffic:
-    """What one decoded token reads, weights that are not in blocks and cache counted at bfloat16.
+    """Bytes that one decoded token reads; the cache and weights outside blocks count as bfloat16.
 
-    ``dense``: of all weights, if all were bfloat16.  ``ffn``, ``attention``, ``others`` (head,
-    norms, ...): bytes of the weights as they are, blocks as stored.  ``cache``: bytes of one
-    position, and how many positions are seen at most (None: all), of layers that are alike.
-    ``head``: of ``others`` those of the output head.
+    ``dense``: bytes of all weights at bfloat16.  ``ffn``, ``attention``, ``others`` (head, norms,
+    ...): bytes of the weights, blocks as stored.  ``cache``: for each group of equal layers, bytes
+    of one position, and the most positions that are read (None: all).  ``head``: the part of
+    ``others`` in the output head.
     """
 
     dense: float
@@ -50,8 +50,8 @@ class TokenTraffic:
     ) -> float:
         """Bytes that a token reads over those of the dense model at bfloat16.
 
-        ``context``: positions of the cache.  ``ffn``: bytes of FFNs, selection included, None: all;
-        ``attention``, ``head``: shares of the bytes of attention's projections, of the head.
+        ``context``: cached positions.  ``ffn``: bytes read in FFNs, selection included, None: all;
+        ``attention``, ``head``: shares that are read of the attention projections and the head.
         """
         cache = sum(
             each * (context if most is None else min(context, most)) for each, most in self.cache
@@ -61,7 +61,7 @@ class TokenTraffic:
         return (ffn_bytes + attention * self.attention + others + cache) / (self.dense + cache)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able data; ``TokenTraffic(**data)`` is this again."""
+        """Plain JSON-able data, from which ``TokenTraffic(**data)`` builds an equal object."""
         return {**asdict(self), "cache": [list(entry) for entry in self.cache]}
 
 
@@ -73,21 +73,21 @@ class Costs:
     total_bytes: int
     """Bytes of all weights that one decoded token reads."""
     low_rank: bool = False
-    """Whether masks come with low-rank compensation, where a layer has a basis for it."""
+    """Whether masks have low-rank compensation, in layers with a basis for it."""
     traffic: TokenTraffic | None = None
-    """Of a token, all its weights; None: bytes per token are unknown."""
+    """Bytes of one token over all weights; None: unknown."""
     width: int | None = None
-    """Bytes of a weight that is not in blocks; None: as it is stored."""
+    """Bytes of a weight that is not in blocks; None: as stored."""
 
     def rank(self, layer: FfnWeights) -> int:
-        """Features that low-rank compensation reads of the layer's input; 0: none."""
+        """Number of input features that low-rank compensation reads in this layer; 0: none."""
         return len(layer.basis) if self.low_rank and layer.basis is not None else 0
 
     def bytes(self, kept: Sequence[int] | None, skips: bool = True, *, copied: bool = False) -> int:
-        """Under masks that keep ``kept`` neurons per layer (None: dense).
+        """Bytes read under masks that keep ``kept`` neurons per layer (None: dense).
 
-        ``skips``: removed neurons are not read.  ``copied``: those of a mask are read from compact
-        weights, which are in the model's dtype.
+        ``skips``: removed neurons are not read.  ``copied``: kept neurons are read from compact
+        weights in the model's dtype.
         """
         total = 0.0
         for index, layer in enumerate(self.layers):
@@ -98,7 +98,7 @@ class Costs:
         return round(total)
 
     def _neuron(self, layer: FfnWeights, copied: bool = False) -> float:
-        """Bytes of one neuron: its input rows and its output column; ``copied``: in the dtype."""
+        """Bytes of a neuron's input rows and output column; ``copied``: in the model's dtype."""
         if copied:
             return layer.hidden * len(layer.matrices) * self._weight(layer)
         return sum(stored_bytes(m, self.width) for m in layer.matrices) / layer.width
@@ -112,14 +112,14 @@ class Costs:
         return 2 * self.rank(layer) * layer.hidden * self._weight(layer)
 
     def observe_bytes(self) -> int:
-        """Sums read and written, float32, for one observed token in all layers."""
+        """Bytes of float32 sums read and written for one observed token, in all layers."""
         ranks = [(layer.width, self.rank(layer)) for layer in self.layers]
         return sum(16 * width + 8 * (width + rank) * rank for width, rank in ranks)
 
     def build_bytes(
         self, kept: Sequence[int], compact: bool, compensates: bool, *, copied: bool = False
     ) -> int:
-        """One mask: compact weights read and written, removed columns that compensation reads."""
+        """Bytes to build one mask: copying compact weights, reading columns for compensation."""
         total = 0.0
         for count, layer in zip(kept, self.layers, strict=True):
             if compact and count < layer.width:
@@ -134,10 +134,11 @@ class Costs:
 def tracing_flops(
     costs: Costs, observed: int, kept: Sequence[int] | None = None, compensates: bool = False
 ) -> int:
-    """FLOPs of tracing ``observed`` tokens and of building one mask (``kept``), if any.
+    """FLOPs of tracing ``observed`` tokens and, given ``kept``, of building one mask.
 
-    For the paper's claim that tracing costs 0.1 %.  A multiply-add is 2; 8 per neuron and token for
-    scores and signed means, and per hidden unit for S_l; a mask sorts, and fits its compensation.
+    Checks the paper's claim that tracing costs 0.1 %.  A multiply-add counts as 2.  Scores and
+    signed means take 8 per neuron and token, S_l takes 8 per hidden unit and token; a mask takes a
+    sort and a fit of its compensation.
     """
     total = 0
     for index, layer in enumerate(costs.layers):
@@ -154,10 +155,10 @@ def tracing_flops(
 
 
 class _SequenceBytes:
-    """What the FFNs read for one sequence under ``executor``, one of them or ``IF_COMPACT``.
+    """Bytes that the FFNs read for one sequence under ``executor`` (or ``IF_COMPACT``).
 
-    ``rows``: of the largest batch of which the executor reads each token's winners alone; in others
-    it computes all neurons (``masked``: those of fixed masks too).
+    ``rows``: the largest batch in which the executor reads only the winners of each token; in
+    larger ones it computes all neurons (``masked`` always does).
     """
 
     def __init__(self, state: SequenceState, costs: Costs, executor: str, rows: int) -> None:
@@ -170,9 +171,9 @@ class _SequenceBytes:
         self.compensates = biased or (state.config.compensation and fixed is None)
 
     def total(self) -> tuple[float, float]:
-        """Bytes of all forwards and masks, and beside them what per-token selection reads."""
+        """Bytes of all forwards and masks; separately, bytes read for per-token selection."""
         read = selection = 0.0
-        copied = self.executor == "compact"  # in the dtype; ``IF_COMPACT``: as they are stored
+        copied = self.executor == "compact"  # in the model's dtype; ``IF_COMPACT``: as stored
         compact, skips = copied or self.executor == IF_COMPACT, self.executor != "masked"
         for span in self.state.mask_spans:
             if self.state.selector.needs_evidence:
@@ -200,7 +201,7 @@ class _SequenceBytes:
         return self.widths
 
     def _selection(self, token: TokenConfig, kept: Sequence[int], computed: Sequence[int]) -> float:
-        """Bytes that selecting reads per forward, beside the rows of ``computed``."""
+        """Bytes read for selection per forward, without the rows of ``computed`` neurons."""
         blocks = all(in_blocks(layer.stored_up) for layer in self.costs.layers)
         rule: type[TokenRule] = TOKEN_RULES.get(token.rule).for_weights(token, blocks)
         layers = zip(self.costs.layers, kept, computed, strict=True)
@@ -212,7 +213,7 @@ class _SequenceBytes:
 def _ffn_bytes(
     states: Sequence[SequenceState], costs: Costs, executor: str, token_rows: int = 0
 ) -> tuple[float, float]:
-    """FFN bytes over those of dense decoding: all, and of these what per-token selection reads."""
+    """FFN bytes over those of dense decoding: in total, and the part for per-token selection."""
     totals = [_SequenceBytes(state, costs, executor, token_rows).total() for state in states]
     forwards = sum(span.forwards for state in states for span in state.mask_spans)
     if not forwards:
@@ -222,14 +223,14 @@ def _ffn_bytes(
 
 
 def known_bytes(layers: Iterable[FfnWeights], prior: Iterable[Tensor] | None) -> int:
-    """Bytes of what was there before a run: calibrated ``prior`` [I] per layer, and learned."""
+    """Bytes of a calibrated ``prior``, [I] per layer, and of learned statistics."""
     calibrated = sum(part.nbytes for part in prior or ())
     learned = [layer.self_stats for layer in layers if layer.self_stats is not None]
     return calibrated + sum(stats.nbytes() for stats in learned)
 
 
 class _Decoded:
-    """Decoded tokens of some states by their keep counts (None: dense)."""
+    """Decoded tokens of some sequences, grouped by keep counts (None: dense)."""
 
     def __init__(self, states: Iterable[SequenceState], widths: Sequence[int]) -> None:
         spans = [span for state in states for span in state.mask_spans]
@@ -239,7 +240,7 @@ class _Decoded:
         self.dense = sum(tokens for kept, tokens in self.spans if kept is None)
 
     def sparsity(self, layers: slice = slice(None)) -> float:
-        """Mean over decoded tokens of the fraction removed, of all layers or of some."""
+        """Fraction removed in ``layers``, mean over decoded tokens."""
         width = sum(self.widths[layers])
         pruned = [(kept, tokens) for kept, tokens in self.spans if kept is not None]
         removed = sum(tokens * (1 - sum(kept[layers]) / width) for kept, tokens in pruned)
@@ -269,10 +270,10 @@ def run_report(
     head: HeadReport | None = None,
     token_rows: int = 0,
 ) -> RunReport:
-    """Accounting of a run; ``extra_bytes``: beside the states (compact weights, a prior).
+    """Accounting of a run; ``extra_bytes``: memory outside the states (compact weights, a prior).
 
-    ``head``: of a screened output head.  ``token_rows``: of the largest batch of which ``executor``
-    reads each token's winners alone.
+    ``head``: report of a screened output head.  ``token_rows``: the largest batch in which
+    ``executor`` reads only the winners of each token.
     """
     widths = tuple(layer.width for layer in costs.layers)
     decoded = _Decoded(states, widths)
@@ -310,7 +311,7 @@ def run_report(
 def _token_bytes(
     states: Sequence[SequenceState], costs: Costs, decoded: _Decoded, head: HeadReport | None
 ) -> dict[str, float]:
-    """Bytes per token over dense at bfloat16, if run compactly, and at which context."""
+    """Bytes per token over dense at bfloat16, if run compactly, and the mean context."""
     traffic = costs.traffic
     if traffic is None:
         return {}

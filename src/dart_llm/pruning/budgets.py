@@ -1,7 +1,7 @@
 """Layer budgets: how many neurons each layer keeps (docs/reference.md, "Budgets").
 
 A budget is one function ``(layers, keep) -> keep counts``: whole numbers that sum to ``keep``.
-Everything here runs on the host in float64, so that all executors and devices agree.
+Budgets run on the host in float64, so that the counts are the same for all executors and devices.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dart_llm.pruning.masks import floor_count, largest
 
 @dataclass(frozen=True)
 class LayerView:
-    """What a budget may look at.  All tensors on the host, float64.
+    """A layer, as budgets see it; tensors are float64 on the host.
 
-    ``width``: neurons I; ``depth``: 0 for the first layer, 1 for the last.
-    ``score``: [I]; ``sensitivity``: S_l of ``depth``; None where no budget of the run needs it.
+    ``width``: neurons I; ``depth``: 0 for the first layer, 1 for the last.  ``score``: [I];
+    ``sensitivity``: S_l, for the budget ``depth``; None if no budget of the run needs it.
     """
 
     width: int
@@ -34,7 +34,7 @@ Allocate = Callable[[Sequence[LayerView], int], list[int]]
 
 @dataclass(frozen=True)
 class Budget:
-    """An allocator and the statistics that it needs: ``sensitivity``, or none.
+    """An allocator and the statistics that it ``needs``: ``sensitivity``, or none.
 
     ``source``: the paper and the formula.
     """
@@ -56,7 +56,7 @@ def budget(source: str, needs: Sequence[str] = ()) -> Callable[[Allocate], Budge
 def round_counts(wanted: Sequence[float], widths: Sequence[int], keep: int) -> list[int]:
     """Whole counts in 1..width that sum to ``keep``, by largest remainder; ties: lower layer.
 
-    ``keep`` is clipped to what the bounds allow.
+    ``keep`` is clipped to the range that the widths allow.
     """
     keep = min(max(keep, len(widths)), sum(widths))
     clipped = [
@@ -100,7 +100,7 @@ def energy(layers: Sequence[LayerView], keep: int) -> list[int]:
         squares = layer.score.square().sort(descending=True).values
         total = squares.sum()
         before = squares.cumsum(0) - squares
-        # no neuron is needed for a share of nothing: an all-zero layer keeps its floor first
+        # an all-zero layer has no energy: beyond its floor it ranks last
         reached.append(before / total if total > 0 else torch.ones_like(squares))
     return _smallest(reached, keep)
 
@@ -128,9 +128,9 @@ def standardized(layers: Sequence[LayerView], keep: int) -> list[int]:
 
 
 def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
-    """Count, per layer, the ``keep`` smallest of ``values``; each layer's floor comes first.
+    """How many of the ``keep`` smallest ``values`` are in each layer; each keeps its floor first.
 
-    A ``keep`` below the sum of the floors is spread evenly.
+    If ``keep`` is less than the sum of the floors, all layers keep the same share.
     """
     widths = [len(value) for value in values]
     floors = [floor_count(width) for width in widths]
@@ -149,7 +149,7 @@ def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
 
 
 def depth_profile(y: float) -> float:
-    """D_l for relative depth ``y`` = l / (L - 1): low in the first 30 % and the last 15 %."""
+    """D_l at relative depth ``y`` = l / (L - 1): low in the first 30 % and the last 15 %."""
     if y < 0.3:
         return 0.25 + 0.75 * y / 0.3
     if y > 0.85:
@@ -163,8 +163,8 @@ def depth_sparsities(
     """Sparsity of each layer for a mean of ``rho``.
 
     ``R = 1 - (S - min S) / (max S - min S + 1e-6)``, ``P = R * D``,
-    ``p = clip(rho L P / sum P, lo, hi)``; the residue is spread over the layers that are not at a
-    bound in proportion to P until the mean is exact.
+    ``p = clip(rho L P / sum P, lo, hi)``; the residue is distributed in proportion to P over the
+    layers that are not at a bound, until the mean is exact.
     """
     count = len(sensitivity)
     if count == 1 or rho == 0:
@@ -179,7 +179,7 @@ def depth_sparsities(
         residue = rho * count - sum(p)
         inside = [i for i in range(count) if lo < p[i] < hi]
         movable = [i for i in range(count) if (p[i] < hi if residue > 0 else p[i] > lo)]
-        free = inside or movable  # the bounds give way only where nothing else can
+        free = inside or movable  # layers at a bound move only if all are at one
         if abs(residue) < 1e-12 or not free:
             break
         weight = sum(priority[i] for i in free)

@@ -1,7 +1,7 @@
 """Clamps: neurons whose activation is fixed at a value while the model decodes.
 
-Neuron i with activation v adds ``v W_down[:, i]`` to every token, so clamping it is the same as
-removing it and adding that constant: a mask with a bias, which every executor already runs.
+Neuron i with activation v adds ``v W_down[:, i]`` to every token.  So clamping it is the same as
+removing it and adding that constant: a mask with a bias, which every executor supports.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ ClampValues = Mapping[int, Mapping[int, float]]
 
 @dataclass(frozen=True)
 class LayerClamp:
-    """Clamped neurons of a layer of ``width``: ``ids`` [n] int64, ascending, and ``bias`` [D]
-    float32, what they add to the FFN's output (None: nothing), both on the layer's device.
+    """Clamped neurons of a layer with ``width`` neurons; tensors are on the layer's device.
+
+    ``ids``: [n] int64, ascending; ``bias``: [D] float32, their part of the FFN's output (None: 0).
     """
 
     ids: Tensor
@@ -33,9 +34,9 @@ class LayerClamp:
     bias: Tensor | None
 
     def of(self, mask: LayerMask | None) -> LayerMask:
-        """``mask`` (None: all neurons) without the clamped neurons, plus their constant.
+        """``mask`` (None: all neurons) without the clamped neurons, with ``bias`` added.
 
-        Raises ``ConfigError`` where no other neuron is left.
+        Raises ``ConfigError`` if no neuron is left.
         """
         if mask is None:
             mask = LayerMask(torch.arange(self.width, device=self.ids.device), self.width)
@@ -50,7 +51,7 @@ class LayerClamp:
 
 @dataclass(frozen=True)
 class Clamp:
-    """The clamped neurons of a model; ``layers``: by number, those that have any."""
+    """The clamped neurons of a model; ``layers``: by number, layers with clamped neurons."""
 
     layers: Mapping[int, LayerClamp]
 
@@ -60,11 +61,11 @@ class Clamp:
         return tuple(layers[n].of(mask) if n in layers else mask for n, mask in enumerate(masks))
 
     def last(self, scores: Sequence[Tensor]) -> list[Tensor]:
-        """``scores``, [I] each, with the clamped neurons behind all others."""
+        """``scores``, [I] each, with the clamped neurons ranked last."""
         return [self._filled(n, score, -torch.inf) for n, score in enumerate(scores)]
 
     def silent(self, layer: int, mean: Tensor) -> Tensor:
-        """``mean`` activations [I] with 0 for the clamped neurons, which the clamp replaces."""
+        """``mean`` activations [I], 0 for clamped neurons, whose bias replaces compensation."""
         return self._filled(layer, mean, 0.0)
 
     def _filled(self, layer: int, values: Tensor, value: float) -> Tensor:
@@ -77,7 +78,7 @@ class Clamp:
         return count if clamped is None else min(count, clamped.width - len(clamped.ids))
 
     def without(self, layer: int, ids: Tensor) -> Tensor:
-        """``ids`` without the clamped neurons, which only the clamp replaces."""
+        """``ids`` without the clamped neurons."""
         clamped = self.layers.get(layer)
         return ids if clamped is None else ids[~torch.isin(ids, clamped.ids)]
 

@@ -1,8 +1,8 @@
-"""Compensation: what the removed neurons would have added, as a linear map of few features.
+"""Compensation: the removed neurons' output, estimated by a linear map of a few features.
 
-Their output is predicted by least squares from r features of the FFN's input, ``f = P h``, over
-the observed and the learned tokens.  Mean compensation is r = 0: a constant, after FLAP (arXiv
-2312.11983), which does so for static pruning.  docs/reference.md, "Compensation".
+Ridge regression over observed and learned tokens predicts the output from r features of the FFN's
+input, ``f = P h``.  With r = 0 it is a constant, the mean, as in FLAP (arXiv 2312.11983) for static
+pruning.  docs/reference.md, "Compensation".
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ def compensation(down: Tensor, mean: Tensor, removed: Tensor) -> Tensor:
 
 
 RIDGE = 0.1
-"""Added to the features' covariance; over the self-generated text each has variance 1."""
+"""Added to the features' covariance; each feature has variance 1 over the self-generated text."""
 
 ROUNDING = 1e-6
-"""Share of the mean square of h up to which its variance counts as rounding: nothing to read."""
+"""A direction of h with less variance than this share of the mean square of h is dropped: its
+variance is rounding error."""
 
 FLOOR = 0.01
 """Share of the mean variance that whitening adds to every direction of h."""
@@ -41,8 +42,9 @@ FLOOR = 0.01
 
 @dataclass(frozen=True)
 class LowRank:
-    """``z += out (basis h)``.  ``basis``: [r, D]; ``out``: [D, r], or [B, D, r] for a batch whose
-    rows have a map each; both in the model's dtype.
+    """``z += out (basis h)``, both in the model's dtype.
+
+    ``basis``: [r, D]; ``out``: [D, r], or [B, D, r] with one map per batch row.
     """
 
     basis: Tensor
@@ -62,7 +64,7 @@ class LowRank:
 
 
 def read_features(h: Tensor | None, layers: Sequence[FfnWeights]) -> Tensor | None:
-    """Features [L, B, T, r] of the layers' FFN inputs h [L, B, T, D]; None where none are read."""
+    """Features [L, B, T, r] of the layers' FFN inputs h [L, B, T, D]; None if not needed."""
     bases = [None if layer.self_stats is None else layer.basis for layer in layers]
     learned = [basis for basis in bases if basis is not None]
     if h is None or len(learned) < len(bases):
@@ -89,14 +91,14 @@ def find_basis(h: Tensor, rank: int) -> Tensor:
     scale = (values + floor).clamp_min(1e-12).rsqrt()
     scale = scale * (values + floor > ROUNDING * h.square().mean())
     basis: Tensor = unit * scale[:, None]
-    return basis.contiguous()  # as it comes from the disk: kernels round by the layout
+    return basis.contiguous()  # the layout that a file gives: rounding in kernels depends on it
 
 
 class CompensationInputs(NamedTuple):
-    """What a layer's map is found from.
+    """Inputs of the regression that gives a layer's map.
 
     ``down``: [D, I]; ``evidence``: the sums ``signed`` [I], ``features`` [r], ``cross`` [I, r] and
-    ``moments`` [r, r]; ``basis``: [r, D]; ``removed``: the neurons that the map stands for, [n]
+    ``moments`` [r, r]; ``basis``: [r, D]; ``removed``: the neurons that the map replaces, [n]
     int64.
     """
 
@@ -106,7 +108,7 @@ class CompensationInputs(NamedTuple):
     removed: Tensor
 
     def covariances(self) -> Tensor:
-        """Covariances of the removed neurons' u with the features, then mean u: [n, r + 1]."""
+        """Covariances of the removed neurons' u with the features, and mean u: [n, r + 1]."""
         sums = self.evidence.sums
         mean, f = sums["signed"].rows(self.removed), sums["features"].mean
         cross = torch.addr(sums["cross"].rows(self.removed), mean, f, alpha=-1)
@@ -114,12 +116,12 @@ class CompensationInputs(NamedTuple):
 
 
 def low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank]]:
-    """The constant [D] float32 and the map that stand for each layer's removed neurons."""
+    """The constant [D] float32 and the map that replace each layer's removed neurons."""
     alike = dict[object, list[int]]()
     for index, layer in enumerate(layers):
         alike.setdefault((layer.basis.device, layer.basis.shape), []).append(index)
     maps = dict[int, tuple[Tensor, LowRank]]()
-    for indices in alike.values():  # a few operations on all of a kind cost as one on each
+    for indices in alike.values():  # batching costs little more than one layer
         maps |= zip(indices, _low_rank([layers[i] for i in indices]), strict=True)
     return [maps[index] for index in range(len(layers))]
 
@@ -127,7 +129,7 @@ def low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank
 def _low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank]]:
     with full_precision(layers[0].down):
         f = torch.stack([layer.evidence.sums["features"].mean for layer in layers])
-        # the hidden size is smaller than the number of neurons: the inverse is applied last
+        # apply the inverse last, to [D, r]: D is smaller than the number of neurons
         folded = [
             _folded(layer.down.detach().t(), layer.removed, layer.covariances()) for layer in layers
         ]
@@ -140,7 +142,7 @@ def _low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRan
 
 
 def inverses(layers: Sequence[CompensationInputs], f: Tensor) -> Tensor:
-    """Inverses of the features' covariances and the ridge, [L, r, r]; f: the mean features [L, r].
+    """Inverses of the features' covariances plus the ridge, [L, r, r]; f: mean features [L, r].
 
     ``covariances() @ inverse`` is the ridge regression of the removed neurons' u on the features.
     """

@@ -1,4 +1,4 @@
-"""ForwardCall in, ForwardPlan out; which tokens count (sinks, padding, ended rows)."""
+"""Description and plan of one forward; which of its tokens count as evidence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dart_llm.pruning.sequence import SequenceState
 
 
 class Kind(StrEnum):
-    """What a root forward is (docs/reference.md)."""
+    """Kind of a forward of the whole model (docs/reference.md)."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -27,11 +27,11 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class ForwardCall:
-    """One root forward. ``cached`` tokens lie in the cache, [``rows``, ``tokens``] are new.
+    """One forward of the whole model, of ids [``rows``, ``tokens``] after ``cached`` tokens.
 
-    ``valid``: [B, T] float32, 0 for padding, or None.  ``live``: [B] bool, False for rows that
-    have ended, or None.  ``observable``: leading tokens of a prefill that belong to the prompt.
-    ``forced``: tokens of a fixed text stand for decode steps of one token each.
+    ``valid``: [B, T] float32, 0 for padding, or None.  ``live``: [B] bool, False for finished rows,
+    or None.  ``observable``: leading tokens of a prefill that belong to the prompt.  ``forced``:
+    each token of a fixed text counts as a decode step.
     """
 
     kind: Kind
@@ -53,10 +53,10 @@ class ForwardCall:
 class ForwardPlan:
     """What the layers do in one forward: ``masks[sequence][layer]``, None where dense.
 
-    ``observe``: hand on what is seen; ``signal``: hand on what drift watches; ``stream``: the
-    FFN's output and the stream before it too; ``inputs``: the FFN's input too, where low-rank
-    compensation reads it.  ``into``: where dense layers put what they saw by themselves,
-    [B, T, ...] outside any graph; None: the controller does.
+    ``observe``: pass activations to the controller; ``signal``: pass the drift signal; ``stream``:
+    also pass the FFN's output and the residual stream before it; ``inputs``: also pass the FFN's
+    input, for low-rank compensation.  ``into``: where dense layers store their activations
+    directly, [B, T, ...], detached; None: they call the controller.
     """
 
     observe: bool
@@ -73,10 +73,10 @@ class ForwardPlan:
 
 @dataclass
 class PendingForward:
-    """A forward that runs, or ran and is not settled; private to ``controller.py``.
+    """A forward that is running, or has run and is not settled; private to ``controller.py``.
 
-    ``observing``: one flag per sequence.  ``counts``: prompt tokens of each row, padding left out.
-    ``ended``: False while the forward runs, and for ever if it raised.
+    ``observing``: one flag per sequence.  ``counts``: prompt tokens of each row, without padding.
+    ``ended``: False while the forward runs, and afterwards if it raised.
     """
 
     call: ForwardCall
@@ -92,12 +92,12 @@ T = TypeVar("T", Tensor, Tensor | None)
 
 
 def detached(t: T) -> T:
-    """``t`` outside any graph."""
+    """``t``, detached from its autograd graph."""
     return t.detach() if t is not None and t.requires_grad else t
 
 
 def outside_inference() -> AbstractContextManager[object]:
-    """Tensors made inside can be used in later forwards of any mode."""
+    """Context in which tensors are made that later forwards of any mode can use."""
     return torch.inference_mode(False)
 
 
@@ -111,7 +111,7 @@ def token_weights(call: ForwardCall, end: int) -> Tensor | None:
 
 
 def prompt_counts(call: ForwardCall) -> list[float]:
-    """Prompt tokens of each row in one forward, padding left out; 0 in a decode forward."""
+    """Prompt tokens of each row in one forward, without padding; 0 in a decode forward."""
     if call.kind is Kind.DECODE:
         return [0.0] * call.rows
     if call.valid is None:
@@ -120,15 +120,15 @@ def prompt_counts(call: ForwardCall) -> list[float]:
     return counts
 
 
-# Which tokens count as evidence, and for a drift detector's reference.  Attention sinks are left
-# out: they draw attention whatever they say (docs/reference.md, "Drift").
+# Which tokens count as evidence, and for a drift detector's reference.  Attention sinks, which draw
+# attention whatever the text, are left out (docs/reference.md, "Drift").
 # ``lengths``: unpadded tokens of each row before the forward.
 
 
 def add_reference(
     states: Sequence[SequenceState], pending: PendingForward, v: Tensor, lengths: Sequence[float]
 ) -> None:
-    """Hand v [B, T, D] to the detectors of the states that observe."""
+    """Pass v [B, T, D] to the detectors of the states that observe."""
     weights, live = (
         evidence_weights(pending.call, v.shape[1], lengths, skip=True),
         pending.call.live,
@@ -141,7 +141,7 @@ def add_reference(
 
 
 def sinks_ahead(state: SequenceState, tokens: int, lengths: Sequence[float]) -> int:
-    """How many of the next ``tokens`` are attention sinks (of the shortest row)."""
+    """How many of the next ``tokens`` are attention sinks, in the shortest row."""
     return max(0, min(SINKS - int(min(lengths[state.batch_rows])), tokens))
 
 
@@ -150,7 +150,7 @@ def evidence_weights(
 ) -> Tensor | None:
     """Weights of a forward's first ``end`` tokens: [B, end], or None for all ones.
 
-    ``skip``: sinks weigh nothing.
+    ``skip``: sinks have weight 0.
     """
     weights = token_weights(call, end)
     if not skip or min(lengths) >= SINKS:
@@ -159,7 +159,7 @@ def evidence_weights(
 
 
 def without_sinks(weights: Tensor | None, lengths: Sequence[float], rows: int, end: int) -> Tensor:
-    """Token weights [B, end] (None: all ones) with 0 where a token is one of its row's first."""
+    """``weights`` [B, end] (None: all ones), with 0 for the first ``SINKS`` tokens of each row."""
     if weights is None:
         weights = torch.ones(rows, end, dtype=torch.float32)
     before = torch.tensor(lengths, device=weights.device)[:, None]

@@ -1,8 +1,8 @@
-"""The layer specification language: how many neurons each layer keeps.
+"""Layer tables: a small language for how many neurons each layer keeps.
 
 ``all:auto`` · ``0-5:0.6,6-11:0.8`` · ``0,1,2:0.6`` · ``3:#512``.  A value is a keep ratio in
-(0, 1], a count ``#n``, or ``auto`` (the allocator decides).  Later entries win; layers that are
-not named stay dense.
+(0, 1], a count ``#n``, or ``auto`` (the budget decides).  Later entries win; layers that are not
+named stay dense.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class LayerTable:
 
 
 def parse_layer_spec(text: str) -> LayerTable:
-    """Parse a specification; raise ``ConfigError`` that names the part at fault."""
+    """Parse a specification; raises ``ConfigError``, which names the faulty part."""
     spec = re.sub(r"\s*\n\s*", ",", text.strip())
     spec = re.sub(r"\s*([,:])\s*", r"\1", spec)
     entries, end = list[Entry](), 0
@@ -112,14 +112,14 @@ def _entry(layers: str, value: str) -> Entry:
 
 
 def write_table(path: Path, counts: Sequence[int], note: str) -> None:
-    """Write keep counts as a table file that ``read_table`` reads; ``note`` becomes a comment."""
+    """Write keep counts as a file for ``read_table``; ``note`` becomes a comment."""
     lines = [f"# {line}" for line in note.splitlines()]
     lines += [f"{layer}:#{count}" for layer, count in enumerate(counts)]
     write_text(path, "\n".join(lines) + "\n")
 
 
 def read_table(path: Path) -> str:
-    """The specification in a table file: comments dropped, lines joined."""
+    """The specification in a table file, without comments, on one line."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -18,9 +18,9 @@ Ids = Mapping[int, Sequence[int] | Tensor]
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """Marks of the ``count`` largest of values [n], bool [n]; ties go to the lower index.
+    """Whether each of values [n] is among the ``count`` largest, bool [n]; ties: lower index first.
 
-    NaN counts as infinite.  In linear time: sorting takes longer than all else that a mask needs.
+    NaN counts as infinity.  Takes linear time: sorting would dominate the time to build a mask.
     """
     if count >= len(values):
         return torch.ones_like(values, dtype=torch.bool)
@@ -35,11 +35,11 @@ def largest(values: Tensor, count: int) -> Tensor:
 
 
 FLOOR = 0.1
-"""Share of its neurons that rankings over all layers and ``auto`` leave in every layer."""
+"""Smallest share of its neurons that a layer keeps under ``auto`` and rankings over all layers."""
 
 
 def floor_count(width: int) -> int:
-    """The fewest neurons that are at least 10 % of a layer, for what must stay in every layer."""
+    """``FLOOR`` of a layer's neurons, rounded up."""
     return math.ceil(FLOOR * width - 1e-9)
 
 
@@ -48,7 +48,7 @@ class LayerMask:
     """The neurons that one layer keeps.
 
     ``ids``: [k] int64, ascending, on the layer's device.  Compensation, or None: ``bias``, [D]
-    float32, is added to the FFN's output, and beside it ``low_rank``, a map of the FFN's input.
+    float32, and ``low_rank``, a linear map of the FFN's input, are added to the FFN's output.
     """
 
     ids: Tensor
@@ -68,9 +68,9 @@ class LayerMask:
 
     def removed(self) -> Tensor:
         """Indices of the removed neurons, ascending, [I - k]."""
-        gone = torch.ones(self.width, dtype=torch.bool, device=self.ids.device)
-        gone[self.ids] = False
-        return gone.nonzero().flatten()
+        removed = torch.ones(self.width, dtype=torch.bool, device=self.ids.device)
+        removed[self.ids] = False
+        return removed.nonzero().flatten()
 
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.ids, self.bias, self.low_rank) if part is not None)
@@ -89,13 +89,13 @@ def top_ids(score: Tensor, keep: int) -> Tensor:
 
 
 def split(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """``top_ids`` and the ids of the others, both ascending."""
+    """``top_ids`` and the remaining ids, both ascending."""
     marks = largest(score, keep)
     return marks.nonzero().flatten(), (~marks).nonzero().flatten()
 
 
 def auto_count(score: Tensor) -> int:
-    """Strategy ``auto``: neurons whose score reaches the layer's mean, at least 10 % of them.
+    """Strategy ``auto``: how many scores are at least the layer's mean; at least ``FLOOR`` of them.
 
     score: [I] on the host.
     """
@@ -104,7 +104,7 @@ def auto_count(score: Tensor) -> int:
 
 
 def overlap(first: Masks, second: Masks) -> float:
-    """Share of the neurons of ``second`` that ``first`` keeps too, where both have masks."""
+    """Share of the neurons of ``second`` that ``first`` also keeps, in layers masked by both."""
     same = total = 0
     for old, new in zip(first, second, strict=True):
         if old is not None and new is not None:
@@ -114,7 +114,7 @@ def overlap(first: Masks, second: Masks) -> float:
 
 
 def _neuron_ids(layer: int, ids: Sequence[int] | Tensor, width: int) -> Tensor:
-    """Unique ids, ascending, int64 on the host; refuses masks of booleans and fractions."""
+    """Unique ids, ascending, int64 on the host; refuses booleans and fractions."""
     try:
         neurons = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):
@@ -132,10 +132,10 @@ def _neuron_ids(layer: int, ids: Sequence[int] | Tensor, width: int) -> Tensor:
 
 
 def user_masks(layers: Sequence[FfnWeights], keep: Ids | None, remove: Ids | None) -> Masks:
-    """A user's own masks: neuron ids per layer to keep, or to remove; other layers stay dense.
+    """Masks from the user's neuron ids per layer, to keep or to remove; other layers stay dense.
 
-    On the layers' devices; None where a layer keeps all.  Raises ``ConfigError`` for an unknown
-    layer or neuron, or for a layer left with no neuron.
+    Masks are on the layers' devices, None for a layer that keeps all.  Raises ``ConfigError`` for
+    an unknown layer or neuron, and for a layer left with no neuron.
     """
     if (keep is None) == (remove is None):
         raise ConfigError("give either masks= (neurons to keep) or remove=, not both")

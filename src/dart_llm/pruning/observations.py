@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class LayerObservation(NamedTuple):
-    """What one layer saw, or several of one shape with a first dimension for them; None: unneeded.
+    """Tensors observed in one layer, or stacked for several layers of one shape; None: not needed.
 
     ``u``: [B, T, I] activations; ``h``: [B, T, D] the FFN's input, for low-rank compensation;
-    ``z``, ``x``: [B, T, D] its output and the residual stream before it, for sensitivities.
+    ``z``, ``x``: [B, T, D] the FFN's output and the residual stream before it, for sensitivities.
     """
 
     u: Tensor | None
@@ -23,7 +23,7 @@ class LayerObservation(NamedTuple):
     x: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerObservation:
-        """``function`` of every part that is there."""
+        """``function`` applied to every tensor that is not None."""
         return LayerObservation(*(t if t is None else function(t) for t in self))
 
     def nbytes(self) -> int:
@@ -31,20 +31,20 @@ class LayerObservation(NamedTuple):
 
     @property
     def shown(self) -> Tensor:
-        """One of the tensors."""
+        """The first tensor that is not None."""
         return next(t for t in self if t is not None)
 
 
 def detached_copy(seen: LayerObservation, stream: bool) -> LayerObservation:
-    """What one layer saw, outside any graph and safe from what the model does later.
+    """The observation, detached and safe from later in-place changes by the model.
 
-    ``stream``: whether z and x are wanted.
+    ``stream``: whether z and x are needed.
     """
     if torch.is_grad_enabled():
         seen = seen.map(Tensor.detach)
     if not stream or seen.z is None:
         return seen._replace(z=None, x=None)
-    # some layers add to the FFN's output in place after it returned
+    # some layers later add to the FFN's output in place
     return seen._replace(z=seen.z.clone())
 
 
@@ -52,13 +52,14 @@ LIMIT = 32
 """Tokens after which a queue is full."""
 
 MAX_BYTES = 4 << 20
-"""Bytes after which it is, however few the tokens: large models gain nothing by waiting."""
+"""Bytes after which a queue is full, however few its tokens: large models gain nothing by waiting.
+"""
 
 
 class ObservedForward(NamedTuple):
-    """What one decode forward of ``rows`` x ``tokens`` tokens showed of every layer.
+    """All layers' observations in one decode forward of ``rows`` x ``tokens`` tokens.
 
-    ``layers`` may hold later tokens too, which were rolled back.  ``weights``: [rows, tokens] or
+    ``layers`` may also hold later tokens, which were rolled back.  ``weights``: [rows, tokens], or
     None for all ones.
     """
 
@@ -68,34 +69,34 @@ class ObservedForward(NamedTuple):
     weights: Tensor | None = None
 
     def nbytes(self) -> int:
-        """Bytes of the tensors; all layers have about as much as the first."""
+        """Bytes of the tensors, if all layers are as large as the first."""
         return next(iter(self.layers.values())).nbytes() * len(self.layers)
 
 
 @dataclass
 class Observations:
-    """A queue of observed decode forwards; ``observing``: one flag per sequence, for all of them.
+    """A queue of observed decode forwards that share ``observing``, one flag per sequence.
 
-    Adding many tokens of all layers at once costs about as much as adding one of one layer, so
-    observing stays cheap.
+    Adding many tokens of all layers to the evidence at once costs about as much as adding one token
+    of one layer.
     """
 
     observing: list[bool] = field(default_factory=list)
     forwards: list[ObservedForward] = field(default_factory=list)
 
     def takes(self, observing: list[bool], rows: int) -> bool:
-        """Whether a forward fits to those that wait."""
+        """Whether a forward can be queued with those that wait."""
         alike = observing == self.observing and self.forwards and self.forwards[0].rows == rows
         return bool(alike) or not self.forwards
 
     @property
     def full(self) -> bool:
-        """Whether enough waits to be added to the evidence."""
+        """Whether the queue is large enough to be added to the evidence."""
         tokens = sum(forward.tokens for forward in self.forwards)
         return tokens >= LIMIT or sum(map(ObservedForward.nbytes, self.forwards)) >= MAX_BYTES
 
     def drain(self) -> Iterator[tuple[tuple[int, ...], LayerObservation, Tensor | None]]:
-        """Empties it: layers of one shape, what they saw [L, B, T, ...], weights [B, T] or None."""
+        """Empty the queue: layers of one shape, tensors [L, B, T, ...], weights [B, T] or None."""
         forwards, self.forwards = self.forwards, []
         if not forwards:
             return
@@ -110,7 +111,7 @@ class Observations:
 
 
 def _joined(forwards: Sequence[ObservedForward], layers: list[int], part: int) -> Tensor | None:
-    """One observed tensor of some layers over all tokens, [L, B, T, ...]; None if unneeded."""
+    """One observed tensor of some layers over all tokens, [L, B, T, ...]; None if not needed."""
     each = [[forward.layers[layer][part] for forward in forwards] for layer in layers]
     if each[0][0] is None:
         return None

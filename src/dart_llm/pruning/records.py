@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Remask:
-    """Masks of all layers were built; they apply from decode step ``step`` of ``sequence`` on."""
+    """Masks of all layers were built; they apply from decode step ``step`` of ``sequence``."""
 
     sequence: int
     row: int | None
@@ -25,19 +25,20 @@ class Remask:
     """``first``, ``prompt`` (new prefill tokens), ``drift``, ``interval``, ``fixed`` or ``forced``
     (at a set moment)."""
     evidence_tokens: float
-    """Tokens that the masks were made from; after a decay they count less."""
+    """Tokens that the masks were made from; decayed tokens count less than 1."""
     kept: tuple[int, ...]
     """Neurons kept, per layer."""
     overlap: float | None
-    """Share of the kept neurons that the mask before also kept; None for a first mask."""
+    """Share of the kept neurons that the previous mask also kept; None for a first mask."""
 
 
 @dataclass(frozen=True)
 class DriftCheck:
     """One completed window of the drift detector (one row of drift.csv).
 
-    ``step``: decoded tokens up to its end; ``layer``: whose output is watched; ``window``: its
-    number since the reference was made; ``counter``: the rule's, after this window.
+    ``step``: decoded tokens up to its end; ``layer``: the layer whose output is watched;
+    ``window``: its number since the reference was made; ``counter``: low windows as the rule counts
+    them, after this window.
     """
 
     sequence: int
@@ -48,12 +49,12 @@ class DriftCheck:
     similarity: float
     """Cosine of the window's mean and the reference, -1 to 1."""
     threshold: float | None
-    """The detector's threshold; None while it is not armed."""
+    """The detector's threshold; None before the detector is armed."""
     counter: int
     trigger: bool
-    """Whether the masks are rebuilt after it."""
+    """Whether the masks are rebuilt after this window."""
     state: str
-    """``arming``, ``armed``, or ``suppressed`` (a trigger that the guards do not let through)."""
+    """``arming``, ``armed``, or ``suppressed`` (a trigger that the guards did not allow)."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,15 @@ class LayerStat:
     layer: int
     width: int
     kept: int
-    """Neurons kept by the mask in force at the end (the width when dense)."""
+    """Neurons kept by the last mask (all of them if dense)."""
     kept_share: float
     sparsity_decoded: float
-    """Mean over decoded tokens, dense tokens counting 0."""
+    """Mean over decoded tokens; dense tokens count as 0."""
 
 
 @dataclass(frozen=True)
 class SequenceReport:
-    """One sequence (one batch row, or one batch that shares its masks); as in ``RunReport``."""
+    """One sequence (a batch row, or a batch that shares its masks); fields as in ``RunReport``."""
 
     sequence: int
     row: int | None
@@ -85,36 +86,37 @@ class SequenceReport:
 def bytes_limit(
     ffn_share: float, sparsity: float, proxy_share: float = 0.0, head_saved: float = 0.0
 ) -> float:
-    """Bandwidth limit of the speed-up: what selecting reads counts on top.
+    """Bandwidth limit of the speed-up: dense bytes over those that are read.
 
-    ``head_saved``: of all bytes, those of the output head that a screened one leaves out.
+    ``proxy_share``: FFN bytes read for selecting, over dense FFN bytes.  ``head_saved``: share of
+    all bytes that a screened head does not read.
     """
     return 1.0 / max(1e-9, 1.0 - ffn_share * (sparsity - proxy_share) - head_saved)
 
 
 @dataclass(frozen=True)
 class HeadReport:
-    """What a screened head read and lost over the tokens that it scored."""
+    """Bytes and accuracy of a screened head over the tokens that it scored."""
 
     tokens: int
     bytes_share: float
-    """Bytes of one token over the whole head's: rough scores, exact entries, and the samples."""
+    """Bytes read per token over the whole head's: rough scores, exact entries, samples."""
     sampled: int
-    """Tokens that the whole head scored too."""
+    """Tokens that the whole head also scored."""
     same_share: float
-    """Share of these whose best vocabulary entry is the same."""
+    """Share of sampled tokens with the same best vocabulary entry."""
     kl: float
-    """Mean KL of the whole head against the screened one over these, in nats."""
+    """Mean KL divergence of the screened head from the whole head over sampled tokens, in nats."""
     share_of_bytes: float = 0.0
-    """The whole head's bytes over all weight bytes that one decoded token reads."""
+    """The whole head's bytes over all weight bytes that a dense decoded token reads."""
 
     def read(self, decoded: float) -> float:
-        """Bytes over the whole head's, on average over ``decoded`` tokens; others read it all."""
+        """Mean share of the head's bytes over ``decoded`` tokens; unscreened tokens read it all."""
         screened = min(1.0, self.tokens / decoded) if decoded else 1.0
         return 1 - screened * (1 - self.bytes_share)
 
     def saved(self, decoded: float) -> float:
-        """Mean share of all weight bytes that none of ``decoded`` tokens reads."""
+        """Mean share of all weight bytes that screening saves over ``decoded`` tokens."""
         return self.share_of_bytes * (1 - self.read(decoded))
 
     def __str__(self) -> str:
@@ -125,7 +127,7 @@ class HeadReport:
 
 
 def merge_heads(heads: Iterable[HeadReport | None]) -> HeadReport | None:
-    """The reports merged over all tokens; None where no head was screened."""
+    """The reports merged over all tokens; None if no head was screened."""
     screened = [head for head in heads if head is not None]
     if not screened:
         return None
@@ -151,11 +153,11 @@ class RunReport:
     method: str
     requested_sparsity: float | None
     achieved_sparsity: float
-    """Mean over decoded tokens and layers of the fraction removed; dense tokens count 0."""
+    """Fraction removed, mean over decoded tokens and layers; dense tokens count as 0."""
     sparsity_while_pruned: float
-    """The same over the tokens that ran with masks."""
+    """The same over tokens that ran with masks."""
     dense_token_share: float
-    """Decoded tokens that ran dense, over all of them."""
+    """Share of the decoded tokens that ran dense."""
     prompt_tokens: int
     decoded_tokens: int
     remasks: int
@@ -164,27 +166,27 @@ class RunReport:
     layers: tuple[LayerStat, ...]
     executor: str
     ffn_bytes_share: float
-    """FFN bytes read per decode forward over dense, as executed, with tracing and mask building."""
+    """FFN bytes read over dense, as executed, with observation and mask building."""
     ffn_bytes_share_if_compact: float
-    """The same if every forward read its winners alone."""
+    """The same if every forward read only the kept neurons."""
     ffn_share_of_bytes: float
-    """FFN bytes over all weight bytes that one decoded token reads (embedding rows left out)."""
+    """FFN bytes over all weight bytes that one decoded token reads (without embedding rows)."""
     extra_memory_bytes: int
-    """Memory beside the model: evidence, detector, masks, compact weights, low-bit proxies."""
+    """Extra memory: evidence, detector, masks, compact weights, low-bit proxies."""
     sequences: tuple[SequenceReport, ...]
     proxy_bytes_share: float = 0.0
-    """Part of the FFN bytes over dense that per-token selection reads, if run compactly: low-bit
-    proxies, or the losers' rows of a projection that is read whole."""
+    """Bytes read for per-token selection, over dense FFN bytes, if run compactly: low-bit proxies,
+    or rows of removed neurons in a projection that is read as a whole."""
     token_bytes_share: float | None = None
     """Bytes that a decoded token reads over those of the dense model at bfloat16, if run compactly:
-    FFN, attention, head and cache, selection included, weights in blocks as stored, all else as
-    two bytes, whatever the dtype of the run."""
+    FFN, attention, head, cache and selection.  Weights in blocks count as stored, all others as two
+    bytes, whatever the dtype of the run."""
     dense_token_bytes_share: float | None = None
-    """The same of the model with nothing removed: less than 1 where weights are in blocks."""
+    """The same with nothing removed: less than 1 if weights are stored in blocks."""
     mean_context: float | None = None
-    """Positions of the cache that these tokens see, on average."""
+    """Mean number of cached positions that these tokens attend to."""
     head: HeadReport | None = None
-    """Of a screened output head; None where it is whole."""
+    """Report on the screened output head; None with the whole head."""
 
     @property
     def bytes_limit(self) -> float:
@@ -194,7 +196,7 @@ class RunReport:
         return bytes_limit(*shares, saved)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able data; ``head`` only where it was screened."""
+        """Plain JSON-able data; ``head`` only if it was screened."""
         data = {**asdict(self), "bytes_limit": self.bytes_limit}
         if self.head is None:
             del data["head"]
@@ -215,7 +217,7 @@ class RunReport:
         )
 
 
-# Adding up reports, as ``RunReport.to_dict``, of several runs of the same configuration.
+# Merging the reports (``RunReport.to_dict``) of several runs of one configuration.
 
 _MEANS = "achieved_sparsity dense_token_share ffn_bytes_share ffn_bytes_share_if_compact".split()
 _MEANS += "proxy_bytes_share token_bytes_share dense_token_bytes_share mean_context".split()
@@ -223,9 +225,9 @@ _SUMS = ("prompt_tokens", "decoded_tokens", "remasks")
 
 
 def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All reports merged; means are weighted by decoded tokens, None where a report has none.
+    """All reports merged; means are weighted by decoded tokens, None if any report lacks the value.
 
-    ``layers`` keeps the last run's counts with the mean sparsity; ``sequences`` are joined.
+    ``layers`` has the last run's counts and the mean sparsity; ``sequences`` are concatenated.
     """
     weights = [report["decoded_tokens"] for report in reports]
 
@@ -259,12 +261,12 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def without_sequences(report: dict[str, Any]) -> dict[str, Any]:
-    """The report without its list of sequences, for keeping one per item."""
+    """The report without its list of sequences, small enough to store per item."""
     return {**report, "sequences": []}
 
 
 def add_dense(report: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """The report with ``tokens`` decoded tokens more that ran dense, outside any run."""
+    """The report plus ``tokens`` decoded tokens that ran dense, outside any run."""
     if not tokens:
         return report
     zeros = "achieved_sparsity proxy_bytes_share prompt_tokens remasks".split()

@@ -1,9 +1,9 @@
 """Neuron scores (docs/reference.md, "Scores"), one decorated function each.
 
-A score is one function ``(a, weights) -> [I]``.  ``a`` is what was accumulated over the observed
-tokens from the per-token statistic that the decorator names: ``sqrt(sum_t e_t)``, or with an
-``ema_decay`` d the average of ``sqrt(e_t)`` weighted by ``d^(T-1-t)``.  A score of ``spread`` gets
-the standard deviation of u over the observed tokens instead, one of ``average`` the mean of e_t.
+A score is one function ``(a, weights) -> [I]``.  The decorator names a per-token statistic e_t,
+which is accumulated over the observed tokens: ``a`` is ``sqrt(sum_t e_t)``, or with an
+``ema_decay`` d the average of ``sqrt(e_t)`` weighted by ``d^(T-1-t)``.  With ``spread``, ``a`` is
+the standard deviation of u over the observed tokens; with ``average``, the mean of e_t.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Score", "mix_ranks", "ranks", "score", "squared", "squared_share"]
 
 @dataclass(frozen=True)
 class Score:
-    """A scoring rule: its per-token statistic (None: weights alone decide) and its function.
+    """A scoring rule: its function and its per-token statistic (None: it reads weights alone).
 
     ``source``: the paper and the formula.
     """
@@ -34,17 +34,17 @@ class Score:
     spread: bool = False
     """Whether ``a`` is the standard deviation of u; ``per_token`` is then ``squared``."""
     average: bool = False
-    """Whether ``a`` is the mean of the per-token statistic, so that layers compare."""
+    """Whether ``a`` is the mean of the per-token statistic, comparable between layers."""
     needs_fisher: bool = False
     """Whether the score reads ``FfnWeights.fisher``, learned from self-generated text."""
 
     def __call__(self, a: Tensor, weights: FfnWeights) -> Tensor:
-        """a: [I] float32 accumulated statistic.  Returns [I] float32, larger is kept first."""
+        """a: [I] float32 accumulated statistic.  Returns [I] float32; the largest are kept."""
         return self.function(a, weights)
 
     @property
     def no_decay_reason(self) -> str | None:
-        """Why no ``ema_decay`` applies; None where one does."""
+        """Why ``ema_decay`` does not apply; None if it does."""
         if self.per_token is None:
             return "reads no activations"
         kind = "variance" if self.spread else "mean"
@@ -116,7 +116,7 @@ def random(a: Tensor, weights: FfnWeights) -> Tensor:
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """[I] float32: I - 1 for the largest score, 0 for the smallest; ties: lower index, higher rank.
+    """[I] float32: I - 1 for the largest score, 0 for the smallest; in ties, lower index first.
 
     The order is that of ``masks.top_ids``, so the top k of the ranks is the top k of the scores.
     """
@@ -134,7 +134,7 @@ def mix_ranks(scores: Tensor, prior: Tensor, weight: float) -> Tensor:
     return (1 - weight) * by_text + weight * by_prior
 
 
-# Forward proxies: how far a neuron's output column reaches towards the vocabulary.
+# Forward proxies: dot products of a neuron's output column with the vocabulary's embeddings.
 
 _SOURCE = "DART, arXiv 2601.22632, the published scripts' ranking methods"
 
@@ -142,7 +142,7 @@ _SOURCE = "DART, arXiv 2601.22632, the published scripts' ranking methods"
 def proxy(weights: FfnWeights) -> tuple[Tensor, Tensor]:
     """``FfnWeights.reach``: the largest and the mean, each [I], float32.
 
-    Raises ``ConfigError`` when the model's embedding has another width than the FFN's output.
+    Raises ``ConfigError`` if the embedding's width differs from that of the FFN's output.
     """
     rows = weights.embedding
     if rows is None or rows.shape[1] != weights.hidden:

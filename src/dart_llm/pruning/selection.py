@@ -26,7 +26,7 @@ from dart_llm.pruning.weights import FfnWeights
 
 
 class MaskSelection(NamedTuple):
-    """Masks of all layers, their counts and the scores behind."""
+    """Masks of all layers, their counts and their scores."""
 
     masks: Masks
     counts: tuple[int, ...]
@@ -35,10 +35,10 @@ class MaskSelection(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskSelector:
-    """The policy of one configuration over the layers of one model; holds no run state.
+    """Selects masks for one model by one configuration; keeps no state of a run.
 
-    ``clamp``: neurons that masks never keep, whose activations are fixed.  Raises ``ConfigError``
-    when the configuration cannot work on this model.
+    ``clamp``: neurons with fixed activations, which masks never keep.  Raises ``ConfigError`` if
+    the configuration does not fit the model.
     """
 
     config: PruneConfig
@@ -48,7 +48,7 @@ class MaskSelector:
     def __post_init__(self) -> None:
         if not self.layers:
             raise ConfigError("the model has no FFN layers")
-        self.targets  # noqa: B018 - raises early when the table does not fit the model
+        self.targets  # noqa: B018 - raises early if the table does not fit the model
         score, reason = self.config.score, self.rule.no_decay_reason
         if score.ema_decay is not None and reason and not self.removes_nothing:
             raise ConfigError(f'score "{score.name}" {reason}: drop the ema_decay')
@@ -74,7 +74,7 @@ class MaskSelector:
 
     @cached_property
     def statistics(self) -> Statistics:
-        """What must be summed over the observed tokens."""
+        """The sums over observed tokens that this configuration needs."""
         config, score = self.config, self.rule
         needs = set[str]()
         if config.score.strategy == "topk" and AUTO in self.targets:
@@ -87,14 +87,14 @@ class MaskSelector:
         return Statistics(score.per_token, frozenset(needs), score.spread, score.average, decay)
 
     def token_selection(self, layers: Sequence[int]) -> TokenSelection | None:
-        """Per-token selection in some layers, for ``Statistics.add``; None where there is none."""
+        """Per-token selection in these layers, for ``Statistics.add``; None if it is not used."""
         if "lost" not in self.statistics.needs:
             return None
         saliency = torch.stack([self.layers[layer].saliency for layer in layers])
         return TokenSelection(saliency, tuple(self.keeps(layer) for layer in layers))
 
     def keeps(self, layer: int) -> float:
-        """Share of a layer's neurons that is kept, before a budget shifts it."""
+        """Share of a layer's neurons that is kept, before a budget changes it."""
         target = self.targets[layer]
         if isinstance(target, int):
             return target / self.layers[layer].width
@@ -116,15 +116,15 @@ class MaskSelector:
 
     @property
     def total_requested(self) -> bool:
-        """Whether the requested sparsity is one of the whole model, not of some layers."""
+        """Whether the requested sparsity is that of the whole model, not of some layers."""
         return self.config.score.strategy == "topk" and all(t == AUTO for t in self.targets)
 
     def select(
         self, evidence: Sequence[LayerStatistics], counts: Sequence[int] | None = None
     ) -> MaskSelection:
-        """Masks from evidence; ``counts``: keep these instead of allocating again.
+        """Masks from evidence; ``counts``: given keep counts, instead of a new allocation.
 
-        Raises ``DartError`` when a score is not finite.
+        Raises ``DartError`` if a score is not finite.
         """
         tokens = 0 if self.config.self_stats is None else self.config.self_stats.tokens
         pairs = list(zip(evidence, self.layers, strict=True))
@@ -143,14 +143,15 @@ class MaskSelector:
     def scores(self, evidence: Sequence[LayerStatistics]) -> list[Tensor]:
         """The neuron scores of each layer, [I].
 
-        Raises ``ConfigError`` unless there is one number per neuron, ``DartError`` unless finite.
+        Raises ``ConfigError`` unless there is one number per neuron, ``DartError`` if one is not
+        finite.
         """
         scores = [
             self.rule(self.statistics.score_input(sums, layer.width, layer.device), layer)
             for sums, layer in zip(evidence, self.layers, strict=True)
         ]
         for score, layer in zip(scores, self.layers, strict=True):
-            if score.shape != (layer.width,):  # a short one would cut neurons
+            if score.shape != (layer.width,):  # a shorter one would drop neurons
                 raise ConfigError(
                     f"score {self.config.score.name!r} gave {list(score.shape)} numbers for "
                     f"[{layer.width}] neurons: it must return one number per neuron"
@@ -215,7 +216,7 @@ class MaskSelector:
     def _token_mask(
         self, index: int, score: Tensor, evidence: LayerStatistics, count: int
     ) -> LayerMask | None:
-        """Candidates among which each token selects; None where tokens select nothing."""
+        """The neurons among which each token selects; None if the layer has no such selection."""
         layer = self.layers[index]
         wide = self.clamp.most(index, layer.width)
         if self.config.token is None or wide <= count:

@@ -1,8 +1,8 @@
-"""A setting that ``dart-llm tune`` chose for a model, kept in a file: ``file:setting.yaml``.
+"""Setting files: a setting that ``dart-llm tune`` chose for a model, named ``file:setting.yaml``.
 
-It can be named wherever a method can.  The file has what was measured, for people, and
-``setting``: ``weights`` (their format, as ``load`` takes it), ``method``, and what else differs
-from the method's preset, as in a variants file.
+Such a name can be used instead of a method's.  The file has the measurements, for people, and
+``setting``: ``weights`` (a format, as in ``load``), ``method``, and all that differs from the
+method's preset, as in a variants file.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ FACTS = ("origin", "model", "measured")
 
 @dataclass(frozen=True)
 class KeptSetting:
-    """``weights``: as ``load`` takes it; None: as they come.
+    """A configuration and its ``weights`` format, as in ``load``; None: that of the checkpoint.
 
-    ``model``: the checkpoint that was measured: name, sha256, parameters.  ``measured``: loss, time
-    and what they were measured on.  ``origin``: date and version.
+    ``model``: the measured checkpoint: name, sha256, parameters.  ``measured``: loss, time, and
+    text and machine of the measurement.  ``origin``: date and version.
     """
 
     config: PruneConfig
@@ -39,13 +39,13 @@ class KeptSetting:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write as YAML, whole; raises ``ResultsError`` where that cannot be."""
+        """Write as YAML, atomically; raises ``ResultsError`` if that fails."""
         import yaml
 
         path = Path(path)
         facts = {name: dict(getattr(self, name)) for name in FACTS}
         setting = {"weights": self.weights, **changes_of(self.config)}
-        with contextlib.suppress(OSError):  # the next step says what is wrong with it
+        with contextlib.suppress(OSError):  # the next step reports the reason
             path.parent.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump({**facts, "setting": setting}, sort_keys=False, width=100)
         write_text(path, HEAD.format(name=path.name) + text)
@@ -53,7 +53,7 @@ class KeptSetting:
 
 
 def changes_of(config: PruneConfig) -> dict[str, Any]:
-    """``method``, and what differs from its preset; of parts only what differs in them."""
+    """``method``, and settings that differ from its preset, also within parts."""
     preset = METHODS.get(config.method).to_dict()
     changes: dict[str, Any] = {"method": config.method}
     for name, value in config.to_dict().items():
@@ -67,14 +67,14 @@ def changes_of(config: PruneConfig) -> dict[str, Any]:
 
 
 def path_of(method: str) -> Path | None:
-    """The file behind ``file:...``; None for the name of a method."""
+    """The path in ``file:...``; None for the name of a method."""
     if not method.startswith(SETTING):
         return None
-    return Path(os.path.expanduser(method[len(SETTING) :]))  # not Path's: it fails for no user
+    return Path(os.path.expanduser(method[len(SETTING) :]))  # Path's raises for an unknown user
 
 
 def read_setting(path: Path) -> KeptSetting:
-    """Raises ``ConfigError``, one sentence, for a file that is missing or has no setting."""
+    """The setting in a file; raises ``ConfigError`` if it is missing or has no setting."""
     if not path.is_file():
         raise ConfigError(
             f"there is no setting file {path}: dart-llm tune --save {path} writes one"
@@ -101,11 +101,11 @@ def read_setting(path: Path) -> KeptSetting:
 
 
 def kept_setting(method: str) -> KeptSetting | None:
-    """The setting behind ``file:...``; None for the name of a method."""
+    """The setting in ``file:...``; None for the name of a method."""
     path = path_of(method)
     return None if path is None else read_setting(path)
 
 
 def method_of(method: str) -> PruneConfig:
-    """The configuration behind ``file:...``, read anew each time: it may have changed."""
+    """The configuration in ``file:...``, read again each time: the file may have changed."""
     return read_setting(Path(str(path_of(method)))).config

@@ -1,4 +1,4 @@
-"""Which sums over tokens a configuration needs, how they are made, and what learned ones add.
+"""Sums over tokens: which ones a configuration needs, how they are computed, how they are pooled.
 
 Sums are weighted, per layer, float32 and detached.  Token weights are 1 for a real token of a live
 row and 0 for padding and finished rows.
@@ -20,10 +20,10 @@ from dart_llm.pruning.observations import LayerObservation
 EPS = 1e-12
 
 REFERENCE_TOKENS = 256
-"""Decayed evidence weighs at most as much as this many tokens before the decay."""
+"""Evidence is scaled down to this many tokens, if it has more, before it decays."""
 
 PerToken = Callable[[Tensor], Tensor]
-"""What a score sums over tokens: u [..., I] float32 to [..., I]."""
+"""The statistic that a score sums over tokens: u [..., I] float32 to [..., I]."""
 
 
 def squared(u: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def squared_share(u: Tensor) -> Tensor:
 
 
 def full_precision(t: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Inside, products on the device of ``t`` are not rounded by an autocast of the caller's."""
+    """Context that disables the caller's autocast on the device of ``t``."""
     kind = t.device.type
     if t.is_meta or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
@@ -71,9 +71,9 @@ class Sum:
 class LayerStatistics:
     """Named sums of one layer: ``score`` [I], ``signed`` [I] and scalars.
 
-    ``lost`` [I] holds the activations of neurons where a token would not select them, ``losses``
-    [I] how often that was.  For low-rank compensation also ``features`` [r], ``moments`` [r, r]
-    and ``cross`` [I, r].
+    ``lost`` [I]: activations of each neuron, summed over the tokens that would not select it;
+    ``losses`` [I]: the number of these tokens.  For low-rank compensation also ``features`` [r],
+    ``moments`` [r, r] and ``cross`` [I, r].
     """
 
     sums: dict[str, Sum] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class LayerStatistics:
         self.sums["score"] = Sum(total, weight)
 
     def decay(self, decay: float, rows: int) -> None:
-        """Scale all sums by ``decay * min(1, 256 / n)``, n = tokens per row seen so far."""
+        """Scale all sums by ``decay * min(1, 256 / n)``; n: observed tokens per row."""
         for name, entry in self.sums.items():
             ratio = REFERENCE_TOKENS * rows / entry.divisor
             share = ratio.clamp_max(1.0) if isinstance(ratio, Tensor) else min(1.0, ratio)
@@ -117,7 +117,7 @@ class LayerStatistics:
 
 
 Layers = Sequence[LayerStatistics]
-"""The sums of some layers, in the order of the first dimension of what is added."""
+"""The sums of some layers; tensors that are added have these layers as first dimension."""
 
 
 def add_sums(evidence: Layers, name: str, values: Tensor, weights: Tensor | None) -> None:
@@ -140,7 +140,7 @@ def add_totals(evidence: Layers, name: str, totals: Tensor, weight: Tensor | flo
 def summed(parts: Iterable[Layers], devices: Sequence[torch.device]) -> list[LayerStatistics]:
     """The evidence of several sequences, layer by layer, on ``devices``.
 
-    Added up in float64 on the host, for thousands of tokens come together.
+    Added in float64 on the host, because there are thousands of tokens.
     """
     totals = [LayerStatistics() for _ in devices]
     for evidence in parts:
@@ -165,7 +165,7 @@ def to_tensors(evidence: Layers) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor], layers: int) -> list[LayerStatistics]:
-    """What ``to_tensors`` was given; raises ``KeyError``, ``ValueError`` or ``IndexError``."""
+    """The reverse of ``to_tensors``; raises ``KeyError``, ``ValueError`` or ``IndexError``."""
     evidence = [LayerStatistics() for _ in range(layers)]
     for key in tensors:
         number, name, *weight = key.split(".")
@@ -179,9 +179,9 @@ def from_tensors(tensors: Mapping[str, Tensor], layers: int) -> list[LayerStatis
 class SelfStats:
     """Statistics of a layer, learned once from self-generated text (docs/reference.md).
 
-    ``evidence``: the sums of a run, over that text.  ``fisher``: [I] float32, mean squared
-    gradient of the loss by u_i.  ``basis``: [r, D] in the model's dtype, directions of the FFN's
-    input that low-rank compensation reads.  None: the run does not read it.
+    ``evidence``: sums over that text.  ``fisher``: [I] float32, mean squared gradient of the loss
+    by u_i.  ``basis``: [r, D] in the model's dtype, directions of the FFN's input, for low-rank
+    compensation.  None: not needed by the run.
     """
 
     evidence: LayerStatistics
@@ -194,9 +194,9 @@ class SelfStats:
 
 
 def pooled(observed: LayerStatistics, learned: SelfStats | None, tokens: float) -> LayerStatistics:
-    """``observed`` and the learned sums, which weigh as much as ``tokens`` observed tokens.
+    """``observed`` plus the learned sums, weighted as ``tokens`` observed tokens.
 
-    Returns new sums; ``learned`` of None, or of no tokens, leaves what was observed.
+    Returns new sums, or ``observed`` if ``learned`` is None or ``tokens`` is 0.
     """
     if learned is None or tokens <= 0:
         return observed
@@ -215,21 +215,21 @@ CHUNK_ELEMENTS = 1 << 24
 """Tokens are processed in chunks of at most this many float32 elements."""
 
 TOGETHER = 1 << 18
-"""Layers are added together up to so many elements: what lies in between stays in the caches."""
+"""Most elements of layers that are added together: intermediate results then stay in the cache."""
 
 
 class TokenSelection(NamedTuple):
-    """How tokens of some layers select neurons, if they do so one by one.
+    """Per-token selection in some layers.
 
-    ``saliency``: [L, I], what multiplies each neuron's activation; ``keeps``: the share of its
-    neurons that a token keeps, per layer.
+    ``saliency``: [L, I], factor on each neuron's activation; ``keeps``: share of the neurons that
+    each token keeps, per layer.
     """
 
     saliency: Tensor
     keeps: tuple[float, ...]
 
     def of(self, layers: slice) -> TokenSelection:
-        """The statistics of some of the layers."""
+        """The selection in some of the layers."""
         return TokenSelection(self.saliency[layers], self.keeps[layers])
 
     def losers(self, u: Tensor) -> Tensor:
@@ -240,11 +240,11 @@ class TokenSelection(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Which sums a configuration needs, and how to add one forward's tokens to them.
+    """Which sums a configuration needs; adds one forward's tokens to them.
 
     ``needs`` holds any of ``signed`` (compensation), ``features`` (its low-rank part),
     ``sensitivity`` (budget ``depth``) and ``lost`` (compensation of per-token selection).
-    ``spread``, ``average``: as of ``Score``; ``ema_decay``: as of ``ScoreConfig``.
+    ``spread``, ``average``: as in ``Score``; ``ema_decay``: as in ``ScoreConfig``.
     """
 
     per_token: PerToken | None
@@ -255,12 +255,12 @@ class Statistics:
 
     @property
     def beside_score(self) -> frozenset[str]:
-        """What is summed beside the score's statistic: ``needs``, and the means for ``spread``."""
+        """Sums besides the score's: ``needs``, and the means for ``spread``."""
         return self.needs | ({"signed"} if self.spread else set())
 
     @property
     def needs_stream(self) -> bool:
-        """Whether x, beside u and z, must be captured."""
+        """Whether x and z must be captured."""
         return "sensitivity" in self.needs
 
     def add(
@@ -271,10 +271,10 @@ class Statistics:
         f: Tensor | None = None,
         selection: TokenSelection | None = None,
     ) -> None:
-        """Add tokens of some layers: parts [L, B, T, ...] of ``seen`` that are there.
+        """Add tokens of some layers: the tensors [L, B, T, ...] in ``seen``.
 
         f: [L, B, T, F] features of the FFN's input; weights: [B, T] float32 or None;
-        ``selection``: needed for ``lost``.
+        ``selection``: for the sum ``lost``.
         """
         if (u := seen.u) is not None:
             count = max(1, TOGETHER // max(1, u[0].numel()))
@@ -328,10 +328,10 @@ class Statistics:
 
 
 def pruned_indicator(u: Tensor, saliency: Tensor, keep: float) -> Tensor:
-    """1 where a token would leave a neuron out, else 0: u [T, I] float32; saliency [I].
+    """1 where a token would not select a neuron, else 0: u [T, I] float32; saliency [I].
 
-    A token keeps the share ``keep`` of the neurons, those of the largest ``abs(u_i) * saliency_i``;
-    of equals at the border it leaves out all.
+    A token selects the share ``keep`` of the neurons, those with the largest ``abs(u_i) *
+    saliency_i``; neurons tied at the threshold are all left out.
     """
     lost = u.shape[-1] - max(1, round(keep * u.shape[-1]))
     if not lost:
@@ -344,7 +344,7 @@ def _nth_smallest(values: Tensor, number: int) -> Tensor:
     """The ``number``-th smallest of each row, [T, 1]; values [T, I]."""
     if values.device.type != "cpu":
         return values.kthvalue(number, -1, keepdim=True).values
-    # a sixth of the time of torch's own, which a prompt would feel
+    # takes a sixth of the time of torch's kthvalue, which would slow prompts down
     ordered = np.partition(values.detach().numpy(), number - 1, -1)
     return torch.from_numpy(ordered[:, number - 1 : number])
 

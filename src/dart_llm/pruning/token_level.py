@@ -1,11 +1,11 @@
-"""Token-level selection: the winners of each token, from cheap estimates of its neurons.
+"""Token-level selection: each token's winners, its strongest neurons by a cheap estimate.
 
 The idea is that of Prox (arXiv 2607.27591) and WINA (arXiv 2505.19427); docs/reference.md has the
 formulas.  Estimates come from low-bit proxies of the weights: the D inputs of a row are cut into
-groups, each with the scale ``max abs(w) / m`` in bfloat16, m = 2^(bits - 1) - 1, and levels are
-whole numbers from -m to m, rounded to the nearest.  Symmetric, because a file that is 4-bit already
-has at most 16 values per group of 32: an asymmetric grid would copy it almost exactly and say
-nothing of other weights.
+groups, each with the scale ``max abs(w) / m`` in bfloat16, m = 2^(bits - 1) - 1; levels are whole
+numbers from -m to m, rounded to the nearest.  The grid is symmetric because a 4-bit file has at
+most 16 values per group of 32: an asymmetric grid would copy them almost exactly, and results on
+such files would not carry over to other weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.pruning.masks import LayerMask, Masks
 
 CHUNK, CACHED = 1 << 22, 1 << 18
-"""Weights that are float32 at a time, and on the CPU, whose cache then holds them."""
+"""Weights converted to float32 at a time: in general, and on the CPU, to fit its cache."""
 
 SCALE_BYTES = 2
 """One bfloat16 scale per group."""
@@ -32,8 +32,8 @@ SCALE_BYTES = 2
 class QuantizedProxy:
     """A matrix [N, D] in ``bits`` (4 or 8) bits per weight.
 
-    ``levels``: int8 [N, D], or uint8 [N, ceil(D / 2)] of level + 8: the first half of the inputs in
-    the low bits, the second half in the high ones.
+    ``levels``: int8 [N, D]; with 4 bits uint8 [N, ceil(D / 2)] of level + 8: the first half of the
+    inputs in the low bits, the second half in the high bits.
     ``scales``: bfloat16 [N, ceil(D / group)].
     """
 
@@ -48,7 +48,7 @@ class QuantizedProxy:
         return int(self.levels.shape[0]), self.inputs
 
     def dense(self, rows: Tensor | slice = slice(None)) -> Tensor:
-        """The values that the levels stand for, float32 [n, D]; ``rows``: ids or a slice."""
+        """Dequantized rows, float32 [n, D]; ``rows``: ids or a slice."""
         levels, scales = self.levels[rows], self.scales[rows].float()
         half, groups = levels.shape[1], scales.shape[1]
         stored = 2 * half if self.bits == 4 else half
@@ -59,7 +59,7 @@ class QuantizedProxy:
             values.sub_(8)
         else:
             values[:, :half] = levels
-        for_scales = (len(levels), groups, self.group)  # the rest of the last group is never read
+        for_scales = (len(levels), groups, self.group)  # padding of the last group is never read
         values[:, : groups * self.group].view(for_scales).mul_(scales[..., None])
         return values[:, : self.inputs]
 
@@ -113,17 +113,17 @@ NO_MASK = (
     "token-level selection has no sequence mask: every token selects its own neurons, and only "
     "their number per layer is kept"
 )
-"""The message where kept neurons are requested."""
+"""The message when a sequence mask is requested."""
 
 
 @dataclass(frozen=True)
 class TokenMask(LayerMask):
-    """How many neurons of one layer every token keeps, and out of which.
+    """How many neurons of one layer every token keeps, and the candidates for them.
 
-    ``ids``: the candidates, ascending.  With compensation ``mean`` is m, the mean activation of
-    each neuron where tokens leave it out, [I] float32, and ``bias`` is W_down m over all neurons:
-    winners add (u - m) to it.  ``saliency``: what multiplies each activation, [I] float32; None:
-    the norm of the output column.
+    ``ids``: the candidates, ascending.  With compensation, ``mean`` is m, [I] float32, the mean
+    activation of each neuron over tokens that do not select it, and ``bias`` is W_down m over all
+    neurons, to which winners add W_down (u - m).  ``saliency``: factor on each activation, [I]
+    float32; None: the norm of the output column.
     """
 
     winners: int = field(kw_only=True)
@@ -136,7 +136,7 @@ class TokenMask(LayerMask):
 
     @property
     def candidates(self) -> Tensor | None:
-        """The candidates' ids, or None when all neurons are."""
+        """The candidates' ids; None if all neurons are candidates."""
         return None if len(self.ids) == self.width else self.ids
 
     def nbytes(self) -> int:
@@ -145,7 +145,7 @@ class TokenMask(LayerMask):
 
 
 def contribution_estimate(estimate: Tensor, saliency: Tensor) -> Tensor:
-    """``abs(u~) * saliency``: what leaving a neuron out would cost, [..., n] float32.
+    """``abs(u~) * saliency``: estimated cost of leaving each neuron out, [..., n] float32.
 
     estimate: u~ [..., n]; saliency: [n].
     """
@@ -153,7 +153,7 @@ def contribution_estimate(estimate: Tensor, saliency: Tensor) -> Tensor:
 
 
 def winner_places(strengths: Tensor, keep: int) -> Tensor:
-    """Places of the ``keep`` largest of every token, ascending; ties go to the lower place.
+    """Indices of the ``keep`` largest strengths of every token, ascending; ties: lower index.
 
     strengths: [..., n].  Returns [..., keep] int64.
     """
@@ -162,14 +162,14 @@ def winner_places(strengths: Tensor, keep: int) -> Tensor:
 
 
 def input_count(inputs: int, winners: int, width: int) -> int:
-    """How many of a matrix's ``inputs`` are read where ``winners`` of ``width`` neurons are."""
+    """The same share of a matrix's ``inputs`` as ``winners`` of ``width`` neurons, rounded up."""
     return -(-inputs * winners // width)
 
 
 def at_largest(x: Tensor, count: int, norms: Tensor | None = None) -> Tensor:
-    """x with all but the ``count`` largest ``abs(x_j) * norms_j`` of every token set to 0.
+    """x with all but the ``count`` entries of largest ``abs(x_j) * norms_j`` per token set to 0.
 
-    x: [..., M]; norms: [M], None for ones.  Of equal ones those at lower places stay.
+    x: [..., M]; norms: [M], None for ones.  In ties, lower indices stay.
     """
     if count >= x.shape[-1]:
         return x

@@ -1,4 +1,4 @@
-"""The FFN weights of one layer, as plain matrices whatever the module's layout."""
+"""The FFN weights of one layer, as plain matrices for every module layout."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ REACH_CHUNK = 4096
 class FfnWeights:
     """Views of one layer's FFN weights in the model's dtype; I = neurons, D = hidden size.
 
-    ``stored_up``: ``up``, or its transpose where it is stored ``by_inputs``; ``gate``: [I, D] or
+    ``stored_up``: ``up``, or its transpose if it is stored ``by_inputs``; ``gate``: [I, D] or
     None; ``down``: [D, I].
-    ``embedding``: [V, D] rows for forward proxies, shared by all layers.  ``prior``: [I] float32,
-    a calibrated ranking of the neurons, larger is kept first.  ``self_stats``: what was learned of
-    the layer from self-generated text.
+    ``embedding``: [V, D] rows for forward proxies, shared by all layers.  ``prior``: [I] float32, a
+    calibrated ranking of the neurons, in which the largest are kept.  ``self_stats``: statistics of
+    the layer, learned from self-generated text.
     """
 
     index: int
@@ -43,7 +43,7 @@ class FfnWeights:
     def up(self) -> Tensor:
         """[I, D] (``fc`` in a plain FFN).
 
-        Taken anew, for a view does not notice that an executor transposes its parameter.
+        Not cached: a stored view would miss that an executor transposed the parameter.
         """
         return self.stored_up.t() if self.by_inputs else self.stored_up
 
@@ -69,12 +69,12 @@ class FfnWeights:
 
     @property
     def fisher(self) -> Tensor | None:
-        """Mean squared gradient of the loss by each activation, [I] float32, where learned."""
+        """Mean squared gradient of the loss by each activation, [I] float32; None: not learned."""
         return None if self.self_stats is None else self.self_stats.fisher
 
     @property
     def basis(self) -> Tensor | None:
-        """Directions of the input that low-rank compensation reads, [r, D], where learned."""
+        """Input directions for low-rank compensation, [r, D]; None: not learned."""
         return None if self.self_stats is None else self.self_stats.basis
 
     @cached_property
@@ -84,7 +84,7 @@ class FfnWeights:
 
     @cached_property
     def saliency(self) -> Tensor:
-        """sqrt of the mean squared gradient where it was learned, else ``down_norm``: [I]."""
+        """Root of the mean squared gradient if it was learned, else ``down_norm``: [I]."""
         return self.down_norm if self.fisher is None else self.fisher.sqrt()
 
     @cached_property
@@ -96,8 +96,8 @@ class FfnWeights:
     def reach(self) -> tuple[Tensor, Tensor]:
         """``max_v |w_i . e_v|`` and ``mean_v |w_i . e_v|``, each [I], float32.
 
-        ``w_i``: column i of the down projection; ``e_v``: row v of ``embedding``, which must be
-        there.
+        ``w_i``: column i of the down projection; ``e_v``: row v of ``embedding``, which must not
+        be None.
         """
         assert self.embedding is not None
         high = torch.zeros(self.width, device=self.device)
@@ -117,7 +117,7 @@ class FfnWeights:
 
 
 def with_parts(layers: Sequence[FfnWeights], **parts: Sequence[Any]) -> tuple[FfnWeights, ...]:
-    """The layers, each with its part: ``prior=``, ``self_stats=``, ..., one per layer."""
+    """Copies of the layers with new fields: ``prior=``, ``self_stats=``, ..., one per layer."""
     changed = tuple(layers)
     for name, each in parts.items():
         changed = tuple(replace(layer, **{name: p}) for layer, p in zip(changed, each, strict=True))
@@ -125,17 +125,17 @@ def with_parts(layers: Sequence[FfnWeights], **parts: Sequence[Any]) -> tuple[Ff
 
 
 def in_blocks(matrix: Tensor) -> bool:
-    """Whether a matrix is stored in low-bit blocks, and not in its dtype."""
+    """Whether a matrix is stored in low-bit blocks instead of its dtype."""
     return int(matrix.nbytes) != matrix.numel() * matrix.element_size()
 
 
 def stored_bytes(matrix: Tensor, width: int | None = None) -> float:
-    """Bytes of a matrix as it is stored, or with ``width`` per weight where it is not in blocks."""
+    """Bytes of a matrix as stored, or with ``width`` bytes per weight if it is not in blocks."""
     return matrix.nbytes if width is None or in_blocks(matrix) else matrix.numel() * width
 
 
 def norms_of(matrix: Tensor, dim: int, order: float = 2) -> Tensor:
-    """Norms of a matrix's columns (``dim`` 0) or rows (1), float32, from sums at least as wide."""
+    """Norms of a matrix's columns (``dim`` 0) or rows (1), float32, summed in at least float32."""
     wide = torch.promote_types(matrix.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(matrix.detach(), order, dim, dtype=wide)
     return norm.float()

@@ -1,4 +1,4 @@
-"""Rules by which every token selects what it reads, one file each.
+"""Rules by which every token selects its neurons or inputs, one file each.
 
 Start with ``rule.py``; ``cats.py`` is the shortest rule.
 """

@@ -1,4 +1,4 @@
-"""The rule of ``dart-token``: low-bit proxies, or the weights where these are in low-bit blocks."""
+"""The rule of ``dart-token``: low-bit proxies, or weights that are stored in low-bit blocks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class LowBit(TokenRule):
         return act(products[0]) * products[1] if len(products) == 2 else act(products[0])
 
     def saliency(self, mask: TokenMask) -> Tensor:
-        """What multiplies each neuron's activation, [I] float32."""
+        """Factor on each neuron's activation, [I] float32."""
         return self.norms if mask.saliency is None else mask.saliency
 
     def strengths(self, fed: Tensor, u: Tensor | None, mask: TokenMask) -> Tensor:
@@ -68,7 +68,7 @@ class ByActivations(LowBit):
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """Gate and up of the neurons that lose, and a norm per neuron."""
+        """Gate and up rows of the neurons that are not computed, and a norm per neuron."""
         return cost.losing_rows(*cost.layer.matrices[:-1]) + NORM_BYTES * cost.layer.width
 
     def prepare(self) -> None:

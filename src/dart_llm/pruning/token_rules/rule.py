@@ -1,8 +1,8 @@
-"""What a per-token rule is.
+"""The base class of per-token rules.
 
-A new rule is one file: a subclass of ``TokenRule`` with what it prepares of a block, what it ranks
-neurons by and what bytes that takes, and ``TOKEN_RULES.register("name", MyRule)``.  Of each class
-the first line of its docstring is what ``dart-llm methods`` lists.
+A new rule is one file: a subclass of ``TokenRule`` that prepares data for a block, ranks neurons
+and counts the bytes of that, and ``TOKEN_RULES.register("name", MyRule)``.  ``dart-llm methods``
+lists the first line of each class's docstring.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ NORM_BYTES = 4
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer whose tokens select, for the count of bytes.
+    """One layer with per-token selection, for counting bytes.
 
-    ``winners``: neurons that each token keeps; ``computed``: those whose rows the forward reads.
-    ``width``: bytes of a weight that is not in low-bit blocks; None: as it is stored.
+    ``winners``: neurons that each token keeps; ``computed``: neurons whose rows the forward reads.
+    ``width``: bytes of a weight that is not in low-bit blocks; None: as stored.
     """
 
     layer: FfnWeights
@@ -37,45 +37,45 @@ class LayerCost:
     width: int | None = None
 
     def losing_rows(self, *matrices: Tensor) -> float:
-        """Bytes of the rows of ``matrices`` that are read for the ranking alone."""
+        """Bytes of the rows of ``matrices`` that are read only for the ranking."""
         share = 1 - self.computed / self.layer.width
         return share * sum(stored_bytes(matrix, self.width) for matrix in matrices)
 
 
 class TokenRule:
-    """How each token of one FFN block (``models.ffn.FfnBlock``) selects neurons: by ``strengths``.
+    """Selects neurons of one FFN block (``models.ffn.FfnBlock``) for each token, by ``strengths``.
 
     I: neurons, D: hidden size.
     """
 
     native: ClassVar[bool] = False
-    """Whether native kernels run it; else it is there for its quality, not for its speed."""
+    """Whether native kernels support it; else it serves to measure quality, not speed."""
     by_weights: ClassVar[bool] = False
-    """Whether the exact activations rank the neurons, gate and up being read as a whole."""
+    """Whether exact activations rank the neurons, so that gate and up are read as a whole."""
     selects_neurons: ClassVar[bool] = True
-    """False: it selects inputs of each matrix (``Teal``), so that no neuron is left out."""
+    """False: it selects inputs of each matrix (``Teal``), not neurons."""
     attention: ClassVar[bool] = False
-    """Whether the projections of attention are read at their largest inputs too."""
+    """Whether it also selects the largest inputs of the attention projections."""
     compensates: ClassVar[bool] = False
-    """Whether neurons that a token leaves out are replaced by their mean activation there."""
+    """Whether neurons that a token does not select are replaced by their mean activation."""
     options: ClassVar[frozenset[str]] = frozenset()
-    """Fields of ``TokenConfig``, beside ``rule``, that it reads."""
+    """Fields of ``TokenConfig``, other than ``rule``, that it uses."""
 
     def __init__(self, block: Any, config: TokenConfig) -> None:
         self.block, self.config = block, config
         self.proxies: tuple[QuantizedProxy, ...] = ()
-        """Low-bit proxies of gate and up, where it makes any."""
+        """Low-bit proxies of gate and up, if it makes any."""
         with torch.inference_mode(False):
             self.prepare()
 
     @classmethod
     def for_weights(cls, config: TokenConfig, blocks: bool) -> type[TokenRule]:
-        """The class that runs on weights that are stored in low-bit ``blocks``, or are not."""
+        """The class to use, depending on whether weights are stored in low-bit ``blocks``."""
         return cls
 
     @classmethod
     def check(cls, config: PruneConfig) -> None:
-        """Raise ``ConfigError`` for settings that it cannot honour."""
+        """Raise ``ConfigError`` for settings that it does not support."""
         assert config.token is not None
         rule = config.token.rule
         for name in sorted(config.token.model_fields_set - cls.options - {"rule"}):
@@ -88,16 +88,18 @@ class TokenRule:
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """Bytes that selecting reads per forward, beside the ``cost.computed`` neurons' rows."""
+        """Bytes read for selection per forward, without the ``cost.computed`` neurons' rows."""
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Make what is read to select: proxies, norms."""
+        """Compute data for the selection: proxies, norms."""
 
     def strengths(self, fed: Tensor, u: Tensor | None, mask: TokenMask) -> Tensor:
-        """What ranks all neurons, [..., I], or the candidates of ``mask`` alone, [..., n].
+        """Strengths of all neurons, [..., I], or of the candidates of ``mask``, [..., n].
 
-        fed: the FFN's input [..., D]; u: its activations [..., I], None: not computed yet.
+        The largest win.
+
+        fed: the FFN's input [..., D]; u: its activations [..., I], None if not computed yet.
         """
         raise NotImplementedError
 
@@ -112,9 +114,9 @@ class TokenRule:
         return candidates[winner_places(strengths, mask.winners)]
 
     def hidden(self, fed: Tensor, mask: LayerMask | None) -> Tensor:
-        """u as the down projection reads it, where inputs are selected and not neurons."""
+        """The down projection's input u, for rules that select inputs instead of neurons."""
         raise NotImplementedError
 
     def nbytes(self) -> int:
-        """Bytes of what ``prepare`` made."""
+        """Bytes of the data that ``prepare`` computed."""
         return sum(proxy.nbytes() for proxy in self.proxies)

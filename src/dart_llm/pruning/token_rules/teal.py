@@ -35,7 +35,7 @@ class Teal(TokenRule):
         return (len(layer.matrices) - 1) * inputs * excess
 
     def hidden(self, fed: Tensor, mask: LayerMask | None) -> Tensor:
-        """[B, T, I]; ``mask`` of the sequence: its neurons alone, of whole inputs."""
+        """[B, T, I]; with a sequence mask: its neurons alone, from all inputs."""
         block, (gate, up, down) = self.block, self.block.matrices()
         u: Tensor = block.up_of(self.largest(fed, mask, "up", up))
         if gate is None:
@@ -47,9 +47,9 @@ class Teal(TokenRule):
         return u * mask.dense(u.dtype).to(u.device)
 
     def largest(self, x: Tensor, mask: LayerMask | None, key: Hashable, matrix: Tensor) -> Tensor:
-        """x [..., M] as ``matrix`` [N, M] reads it: whole unless ``mask`` lets tokens select.
+        """The inputs x [..., M] of ``matrix`` [N, M]; only the largest under a ``TokenMask``.
 
-        ``key``: what its norms are kept under.
+        ``key``: identifies the matrix in a cache of norms.
         """
         if not isinstance(mask, TokenMask):
             return x
@@ -57,7 +57,7 @@ class Teal(TokenRule):
         return at_largest(x, count, self.input_norms(key, matrix))
 
     def input_norms(self, key: Hashable, matrix: Tensor) -> Tensor | None:
-        """What multiplies the inputs' magnitudes, [M]; None: nothing."""
+        """Factors on the inputs' magnitudes, [M]; None: ones."""
         return None
 
 
