@@ -28,8 +28,8 @@ LARGE = 100_000_000
 """Bytes of memory from which the first line reports it."""
 
 FLOATS = 16
-"""Approximate number of vectors of width D that the graph keeps per token and layer, and three
-times the number of those of width I."""
+"""Approximate number of vectors of width D that the graph keeps per token and layer; of width I it
+keeps a third as many."""
 
 
 def ignore(share: float) -> None:
@@ -81,8 +81,9 @@ def learning(
 ) -> Iterator[tuple[Any, Progress]]:
     """The model to calibrate with instead of ``model`` (``in_float32``), and its progress.
 
-    ``what``: the task, in words.  ``work``: of each stage, in tokens read.  ``memory``: bytes needed
-    in addition to the model.  Raises ``ConfigError`` before any computation if fewer are free.
+    ``what``: the task, in words.  ``work``: of each stage, in tokens read.  ``memory``: bytes
+    needed in addition to the model.  Raises ``ConfigError``, before any computation, if fewer are
+    free.
     """
     free = available()
     if next(model.parameters()).device.type == "cpu" and memory > free:

@@ -396,7 +396,7 @@ def _check_learnable(
 def _with_statistics(
     config: PruneConfig, layers: Sequence[FfnWeights], learned: cache.Tensors
 ) -> tuple[FfnWeights, ...]:
-    """The layers with learned statistics on their devices; empty statistics if none were learned."""
+    """The layers with learned statistics, which may be empty, on their devices."""
     if config.self_stats is None:
         return tuple(layers)
     sums = {name: tensor for name, tensor in learned.items() if name[0].isdigit()}

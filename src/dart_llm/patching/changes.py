@@ -1,7 +1,7 @@
 """Undo log of hooks and replaced methods on a model's modules.
 
-An exception of a signal (Ctrl-C) may come between any two instructions.  So the undo step is
-recorded before a change is made and forgotten after it ran, and running it twice is harmless.
+A signal (Ctrl-C) may raise an exception between any two instructions.  So every undo step is
+recorded before its change is made, removed only after it has run, and harmless to run twice.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dart_llm.models.agreement import Replacement
 
 
 class Changes:
-    """The changes of one attachment, in order."""
+    """The changes while a model is attached, in order."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
         self._replaced: list[tuple[nn.Module, str, Replacement, Any]] = []
-        """With the forward of the module's class at that time."""
+        """Module, name, replacement, and the forward of the module's class at that time."""
 
     def hook(
         self,
@@ -52,7 +52,7 @@ class Changes:
         module.__dict__[name] = replacement
 
     def overwritten(self, root: nn.Module) -> nn.Module | None:
-        """A module below ``root`` whose replaced forward is not in force any more, or None."""
+        """A module below ``root`` whose replacement is no longer in force, or None."""
         for module, name, _, forward in self._replaced:
             in_force = isinstance(module.__dict__.get(name), Replacement)
             if module is not root and not (in_force and type(module).forward is forward):
@@ -60,12 +60,12 @@ class Changes:
         return None
 
     def end(self) -> None:
-        """Every replaced method runs as the original from now on, whoever calls it."""
+        """Make every replaced method call the original from now on, also through references."""
         for _, _, replacement, _ in self._replaced:
             replacement.end()
 
     def undo(self) -> None:
-        """Put everything back; safe to call again, wherever it was interrupted."""
+        """Undo all changes; safe to call again after an interrupt at any point."""
         while self._undo:
             self._undo[-1]()
             self._undo.pop()

@@ -1,7 +1,7 @@
-"""The only file that installs anything on a model, or removes it.
+"""Attaches a run to a model and removes it: no other file changes a model.
 
-While attached: a pre- and a post-hook on the root, a replaced ``forward`` on each FFN, hooks where
-x, r and v are read, and wrappers around ``generate``.  ``remove`` puts back exactly what was there.
+While attached, the model has a pre- and a post-hook, a replaced ``forward`` on each FFN, hooks that
+read x, r and v, and wrappers around ``generate``.  ``remove`` restores the exact original.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ from dart_llm.pruning.token_level import TokenMask
 logger = logging.getLogger("dart_llm")
 
 _active: weakref.WeakSet[ModelPatch] = weakref.WeakSet()
-"""Weak: an attached model without other references is freed with its patch."""
+"""Patches in force.  Weak, so that an attached model without other references can be freed."""
 
 
 IDLE = ForwardPlan(False, False, ())
-"""Between forwards."""
+"""The plan between forwards."""
 
 OnForward = Callable[[Tensor | None, bool], None]
-"""Called with the ids [B, T] of the next forward, and whether it decodes."""
+"""Called with the ids [B, T] of the next forward, and whether it is a decode forward."""
 
 
 class ModelPatch(NotCopied):
-    """One controller on one model.
+    """Connects a controller to a model.
 
-    ``many``: more will follow it (``serve``), so that everything is prepared at once.
-    ``screen``: of its output head, for decoded tokens; None: the head is whole.  With ``many`` it
-    serves the controllers whose configuration requests it.
+    ``many``: more controllers will follow (``serve``), so everything is prepared at once.
+    ``screen``: screen of the output head, for decoded tokens; None: the whole head is used.  With
+    ``many``, it is used only for controllers whose configuration requests it.
     """
 
     def __init__(
@@ -92,17 +92,17 @@ class ModelPatch(NotCopied):
         self._watch = Watch(model, self.layers, self._changes)
         self._turn = Turn(model, self)
         self._begun = False
-        """Whether the next forward of the model was planned already."""
+        """Whether the next forward of the model is already planned."""
         self._decodes = False
-        """Whether the forward that runs is one of decoded tokens."""
+        """Whether the current forward is a decode forward."""
         self._on_forward: OnForward | None = None
         self._steps_before = self._released = self._served = 0
         self._hooked: set[str] = set()
-        """What hooks on the layers read already: the stream, attention, signals of drift."""
+        """Kinds of hooks that are on the layers already: stream, attention, drift signals."""
         self._token: TokenConfig | None = None
 
     def install(self) -> None:
-        """Attach; raises ``AttachError`` if the model is attached already, without a trace."""
+        """Attach; raises ``AttachError``, and changes nothing, if the model is attached already."""
         check_free(self.model)
         _active.add(self)
         try:
@@ -114,9 +114,9 @@ class ModelPatch(NotCopied):
             raise
 
     def _install(self) -> None:
-        """Later steps replace or lay out what earlier ones hooked."""
+        """The order matters: later steps replace or lay out modules that earlier ones hooked."""
         native = self.executor == "native"
-        if native:  # before anything stands on the model
+        if native:  # before the model is changed
             self.no_steps = _no_steps_reason(self.model)
         self._changes.hook(self.model, self._before, before=True, with_kwargs=True)
         self._changes.hook(self.model, self._after)
@@ -124,7 +124,7 @@ class ModelPatch(NotCopied):
             if hasattr(self.model, name):
                 self._changes.replace(self.model, name, run)
         self._turn.begin()
-        # without masks or observation only tokens are counted, except by the native kernels
+        # without masks or observation only tokens are counted: layers change for kernels alone
         if native or self._many or not _only_counts(self.controller):
             for layer in self.layers:
                 host = layer.block.host
@@ -136,7 +136,7 @@ class ModelPatch(NotCopied):
             for module, run in native_linears(self.model, self._view.blocks):
                 self._changes.replace(module, "forward", run)
         if self.head is not None:
-            if native:  # before anything reads the layout of the head
+            if native:  # before the layout of the head is read
                 self.head.go_native(self.layout)
             self._changes.replace(self.head.module, "forward", self._run_head)
         if native:
@@ -152,11 +152,11 @@ class ModelPatch(NotCopied):
         return head.run(hidden)
 
     def _head_of(self, controller: PruningController) -> ScreenedHead | None:
-        """The screened head, if the tokens of ``controller`` are scored by it."""
+        """The screened head, if ``controller`` uses it."""
         return self.head if controller.config.screens else None
 
     def _replace_steps(self) -> None:
-        """Take whole decode steps over, where that is possible."""
+        """Run decode steps as whole native steps, if possible."""
         if self.no_steps is None:
             weights: list[Any] = [part.weight for part in attention_by_inputs(self.model)]
             for weight in weights:
@@ -170,7 +170,7 @@ class ModelPatch(NotCopied):
         self._changes.replace(self.model, "forward", self._run_forward)
 
     def serve(self, controller: PruningController) -> None:
-        """Run by ``controller`` from now on; the one before keeps its records."""
+        """Switch to ``controller``; the previous controller keeps its records."""
         for layer in self.layers:
             layer.unload()
         if self.whole_steps is not None:
@@ -184,7 +184,7 @@ class ModelPatch(NotCopied):
         self.controller = controller
 
     def _equip(self, controller: PruningController) -> None:
-        """Add what ``controller`` is the first to need: hooks, low-bit proxies."""
+        """Add hooks and low-bit proxies that ``controller`` needs and that are missing."""
         if _only_counts(controller):
             return
         if controller.selector.statistics.needs_stream and "stream" not in self._hooked:
@@ -201,7 +201,7 @@ class ModelPatch(NotCopied):
             self._changes.hook(self._view.signal(signal), self._signal_hook(signal))
 
     def _select_per_token(self, config: TokenConfig) -> None:
-        """Make low-bit proxies and whatever else the rule prepares; hook attention."""
+        """Prepare the rule on every layer (low-bit proxies, norms); hook attention if needed."""
         tokens = [token_ffn(layer.block, config) for layer in self.layers]
         for layer, token in zip(self.layers, tokens, strict=True):
             layer.select_per_token(token, self._changes)
@@ -218,9 +218,10 @@ class ModelPatch(NotCopied):
         return self.whole_steps.forward(original, *args, **kwargs)
 
     def remove(self) -> None:
-        """Put back exactly what was there; safe to call twice.
+        """Restore the original model; safe to call twice.
 
-        An interrupt is raised when all is done; after a second one the rest is ``restore``'s.
+        An interrupt is raised after everything is restored; after a second interrupt, call
+        ``restore``.
         """
         try:
             self._remove()
@@ -235,7 +236,7 @@ class ModelPatch(NotCopied):
         self.layout.restore()  # while the hooks keep the layout alive
         self._changes.undo()
         if self.whole_steps is not None:
-            self.whole_steps.unload()  # a run that is kept for its report keeps no copies
+            self.whole_steps.unload()  # so that a run kept for its report holds no copies
         for layer in self.layers:
             layer.release()
         _active.discard(self)
@@ -248,12 +249,12 @@ class ModelPatch(NotCopied):
             self._plan_forward(calls.read_forward(model, args, kwargs))
 
     def _plan_forward(self, seen: calls.ForwardArgs) -> None:
-        if self._turn.take():  # the forward before was interrupted
+        if self._turn.take():  # the previous forward was interrupted
             for layer in self.layers:
                 layer.forget()
         self.rows = seen.rows
         call = self.loop.call(seen) if self.loop else bare_call(seen, self.forced_decode > 0)
-        if call.kind is Kind.PREFILL:  # not at every token: it takes as long as a layer
+        if call.kind is Kind.PREFILL:  # not at every token: the check takes as long as a layer
             self._watch.look()
             token, config = self.layers[0].token, self.controller.config
             if config.token and token is not None:
@@ -271,7 +272,7 @@ class ModelPatch(NotCopied):
             self._on_forward(seen.input_ids, self._decodes)
 
     def watch(self, on_forward: OnForward | None) -> None:
-        """Call ``on_forward`` before each forward, and record what its tokens select; or stop."""
+        """Call ``on_forward`` before each forward and record selected neurons; None: stop."""
         self._on_forward = on_forward
         for layer in self.layers:
             if layer.token is not None:
@@ -281,9 +282,9 @@ class ModelPatch(NotCopied):
             self.whole_steps.native.watch(on_forward is not None)
 
     def selected(self, layers: Sequence[int]) -> Tensor | list[Tensor]:
-        """What the tokens of the newest forward selected in ``layers``, while watched.
+        """Neurons selected in ``layers`` in the newest forward, while watched.
 
-        As of ``PatchedFFN.selected``; after a whole step one tensor of all these layers.
+        Format of ``PatchedFFN.selected``; after a whole step, one tensor for all these layers.
         """
         if self.whole_steps is not None and self.whole_steps.steps > self._steps_before:
             every: Tensor = self.whole_steps.native.marks()  # [L, B, I / 8]: zeros in other layers
@@ -291,11 +292,10 @@ class ModelPatch(NotCopied):
         return [self.layers[index].selected() for index in layers]
 
     def _decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:
-        """Logits [1, V] after ids [1, 1], by a whole step, without a call of the model.
+        """Logits [1, V] after ids [1, 1], by a whole step, without calling the model.
 
-        ``forbidden``: as of ``TokenCall``.
-
-        None where the model must be called: before the first step on a cache, and with user hooks.
+        ``forbidden``: see ``TokenCall``.  None if the model must be called: before the first step
+        on a cache, and with user hooks.
         """
         whole = self.whole_steps
         self._turn.check()
@@ -311,7 +311,7 @@ class ModelPatch(NotCopied):
         return logits
 
     def _is_alone(self) -> bool:
-        """Whether a call of the model runs nothing but this patch."""
+        """Whether calling the model would run no hooks or forward except this patch's."""
         hooks = len(self.model._forward_pre_hooks), len(self.model._forward_hooks)
         forward = self.model.__dict__.get("forward")
         ours = isinstance(forward, Replacement) and forward.make == self._run_forward
@@ -346,7 +346,7 @@ class ModelPatch(NotCopied):
             kwargs = {**kwargs, "custom_generate": token_loop}
         try:
             generated = original(*args, **kwargs)
-            self._turn.check()  # else some of its tokens are dense
+            self._turn.check()  # a closed run would have left some tokens dense
             return generated
         finally:
             self.loop, self.plan, self._begun = None, IDLE, False
@@ -366,24 +366,24 @@ class ModelPatch(NotCopied):
             loop.in_prefill = False
 
     def nbytes(self) -> int:
-        """Bytes beside model, cache and states; after ``remove`` those before it."""
+        """Extra bytes, without cache and states; after ``remove``, those just before."""
         steps = 0 if self.whole_steps is None else self.whole_steps.nbytes()
         head = 0 if self.head is None else self.head.nbytes()
         return self._released or steps + head + sum(layer.nbytes() for layer in self.layers)
 
     @property
     def steps(self) -> int:
-        """Whole decode steps that ran for the controller in force."""
+        """Whole decode steps so far for the controller in force."""
         return self.whole_steps.steps - self._served if self.whole_steps else 0
 
     @property
     def installed(self) -> bool:
-        """False after its run or ``restore`` removed it."""
+        """Whether the patch is in force: False after ``remove``."""
         return self in _active
 
 
 def _no_steps_reason(model: nn.Module) -> str | None:
-    """Why ``model``, before anything stands on it, cannot be decoded by whole steps."""
+    """Why the unchanged ``model`` cannot be decoded by whole steps; None if it can."""
     if is_compiled(model):
         return "was compiled by torch"
     if reason := step_unsupported_reason(model):
@@ -396,7 +396,7 @@ def _only_counts(controller: PruningController) -> bool:  # nothing is masked or
 
 
 def _patches_of(model: nn.Module) -> list[ModelPatch]:
-    """Patches with an FFN of ``model``, whether through it, a part or a wrapper of it."""
+    """Patches on an FFN of ``model``, made through it, a part of it or a wrapper."""
     modules = {id(module) for module in model.modules()}
     return [
         patch for patch in _active if any(id(layer.block.host) in modules for layer in patch.layers)
@@ -404,7 +404,7 @@ def _patches_of(model: nn.Module) -> list[ModelPatch]:
 
 
 def check_free(model: nn.Module) -> None:
-    """Raise ``AttachError`` when ``model``, a part or a wrapper of it is being pruned."""
+    """Raise ``AttachError`` if ``model``, a part of it or a wrapper is being pruned."""
     if _patches_of(model):
         raise AttachError(
             "this model is already being pruned: leave that block first, or call "
@@ -413,6 +413,6 @@ def check_free(model: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> None:
-    """Detach whatever dart_llm attached to ``model``; always safe, also when nothing is."""
+    """Detach everything that dart_llm attached to ``model``, if anything; always safe."""
     for patch in _patches_of(model):
         patch.remove()

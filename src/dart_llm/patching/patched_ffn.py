@@ -1,4 +1,4 @@
-"""The replaced forward of one FFN: runs the executor, and passes on what was observed."""
+"""The replaced forward of one FFN: runs the executor and passes activations to the controller."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dart_llm.pruning.token_level import TokenMask
 
 
 class PatchContext(Protocol):
-    """What a layer reads of its patch."""
+    """The attributes of a patch that its layers read."""
 
     controller: PruningController
     plan: ForwardPlan
@@ -35,23 +35,23 @@ class PatchedFFN:
     def __init__(self, block: FfnBlock, context: PatchContext, executor: str) -> None:
         self.block, self.context, self.executor = block, context, executor
         self.kept: Any = CompactFfn(block)
-        """What runs a mask; ``lay_out`` makes it a ``NativeFfn``."""
+        """Runs the kept neurons; ``lay_out`` replaces it by a ``NativeFfn``."""
         if executor == "cuda":
             from dart_llm.patching.executors.cuda import CudaFfn
 
             self.kept = CudaFfn(block)
         self.token: TokenFfn | None = None
         self.by_weights = True
-        """Whether its weights may replace its projections; else it runs as by ``masked``."""
+        """Whether products with the weights may replace its projections; else it runs masked."""
         self._multipliers: dict[int, tuple[LayerMask, Tensor, Tensor | None]] = {}
         """Mask, its ones and zeros [I] and its bias in the model's dtype, by row (0 for all)."""
         self.forget()
 
     def forget(self) -> None:
-        """Drop the leftovers of an interrupted forward: what hooks of other modules pass on.
+        """Drop tensors that hooks on other modules left in an interrupted forward.
 
-        In the order of a layer: the stream before the FFN's norm; the input of fc1, where only the
-        down projection is replaced; then the FFN runs, and takes both.
+        ``_x``: the stream before the FFN's norm; ``_fed``: the input of fc1, if only the down
+        projection is replaced.  The FFN, which runs after these hooks, uses both.
         """
         self._x: Tensor | None = None
         self._fed: Tensor | None = None
@@ -67,13 +67,13 @@ class PatchedFFN:
             changes.hook(self.block.x_from, take, before=True)
 
     def lay_out(self, layout: Layout) -> NativeFfn:
-        """Run masks by the native kernels; the weights are laid out for them."""
+        """Lay out the weights for the native kernels, and run masks with them."""
         self.kept = kept = NativeFfn(self.block, layout)
         kept.token = self.token
         return kept
 
     def select_per_token(self, token: TokenFfn, changes: Changes) -> None:
-        """Tokens select their neurons by ``token`` where the plan has ``TokenMask``s."""
+        """Select neurons by ``token`` where the plan has ``TokenMask``s."""
 
         def take(module: nn.Module, args: Any) -> None:
             if not self.context.plan.dense:
@@ -82,7 +82,7 @@ class PatchedFFN:
         first, self.token = self.token is None, token
         if isinstance(self.kept, NativeFfn):
             self.kept.token = token
-        # neurons are ranked by fc1's input, which the host does not get
+        # neurons are ranked from fc1's input, which the host does not get
         if self.block.inline and first:
             changes.hook(self.block.up, take, before=True)
 
@@ -105,7 +105,7 @@ class PatchedFFN:
         self._multipliers = {}
 
     def release(self) -> None:
-        """Free everything beside the model."""
+        """Free all extra memory."""
         self.unload()
         self.kept, self.token = CompactFfn(self.block), None
 
@@ -123,7 +123,7 @@ class PatchedFFN:
         masks = self._masks()
         only = masks[0] if len(masks) == 1 else None
         if plan.into is not None and not self.block.inline and not torch.is_grad_enabled():
-            u = self.block.hidden(x)  # inline blocks flatten their tokens
+            u = self.block.hidden(x)  # not for inline blocks, which flatten their tokens
             plan.into[self.block.index] = LayerObservation(u, x if plan.inputs else None)
             z = self.block.down(u)
         elif not plan.observe and all(mask is None for mask in masks):
@@ -136,13 +136,13 @@ class PatchedFFN:
         return self.block.finish(z, (*args, *kwargs.values())[: 2 if args else None])
 
     def _is_skipping(self, x: Tensor, mask: LayerMask) -> bool:
-        """Whether the executor runs the kept neurons alone."""
+        """Whether the executor can run the kept neurons alone."""
         if self.executor == "masked" or not self.by_weights:
             return False
         most = min(self.context.rows, self.kept.token_rows)
         if isinstance(mask, TokenMask) and x.numel() > most * x.shape[-1]:
             return False
-        # compact weights pass no gradient on
+        # compact weights pass no gradients
         return not torch.is_grad_enabled() or not (
             x.requires_grad or any(p.requires_grad for p in self.block.ffn.parameters())
         )
@@ -182,7 +182,7 @@ class PatchedFFN:
     def _run_row(
         self, original: Callable[..., Any], x: Tensor, fed: Tensor, mask: Any, row: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """``(u, z)`` of a row, or of all rows, under one ``LayerMask``, or under none."""
+        """``(u, z)`` of one row or all rows under one mask, or dense."""
         project = original if self.block.inline else self.block.down
         if mask is None:
             return run_masked(self.block, project, x, None, None)
@@ -201,20 +201,22 @@ class PatchedFFN:
         return x.reshape(self.context.rows, -1, x.shape[-1])
 
     def _pass_on(self, u: Tensor, z: Tensor, x: Tensor) -> None:
-        """Give the controller what was computed of the tokens."""
+        """Pass the activations to the controller."""
         plan, rows = self.context.plan, self.context.rows
         before, self._x = self._x, None
-        h = x if plan.inputs and not self.block.inline else None  # inline: it never sees the input
+        h = (
+            x if plan.inputs and not self.block.inline else None
+        )  # inline blocks do not get the input
         seen = LayerObservation(u, h)
         if plan.stream:
             seen = LayerObservation(u, h, z, detached(x) if before is None else before)
         if any(t is not None and (t.dim() != 3 or len(t) != rows) for t in seen):
-            # OPT flattens its tokens: x, and u and z unless rows have masks of their own
+            # OPT flattens the tokens of x, and of u and z unless each row has a mask
             seen = seen.map(lambda t: t.reshape(rows, -1, t.shape[-1]))
         self.context.controller.observe(self.block.index, seen)
 
     def selected(self) -> Tensor:
-        """What the tokens of the newest forward selected in this layer, if they did.
+        """Neurons selected in this layer in the newest forward; requires per-token selection.
 
         uint8 [B T, I / 8 rounded up]: bit i % 8 of byte i / 8 is neuron i.
         """
@@ -224,7 +226,7 @@ class PatchedFFN:
         return self.kept.kept.choice.marks()  # type: ignore[no-any-return]
 
     def nbytes(self) -> int:
-        """Bytes of the compact weights and of the multipliers, beside the masks themselves."""
+        """Bytes of compact weights, proxies and multipliers, without the masks themselves."""
         token = 0 if self.token is None else self.token.nbytes()
         multipliers = 0
         for mask, ones, bias in self._multipliers.values():

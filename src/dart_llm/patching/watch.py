@@ -1,4 +1,4 @@
-"""What must hold while a model is attached: at every prompt, and between threads."""
+"""Checks while a model is attached: unchanged parts at every prompt, one thread at a time."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from dart_llm.patching.patched_ffn import PatchedFFN
 LEAVE = "while this model is being pruned: leave the block first, or call dart_llm.restore(model)"
 
 SMALL = 4096
-"""Values of a buffer that is compared: scales and the frequencies of rotary embeddings."""
+"""Largest buffer that is compared, in values: scales, frequencies of rotary embeddings."""
 
 
 class Watch:
-    """Whether what replaces parts of an attached model may still do so.
+    """Checks whether the replaced parts of an attached model may still be replaced.
 
-    ``steps``: whether whole steps may run, once they could when the model was attached.
+    ``steps``: whether whole steps may still run, if they could when the model was attached.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[PatchedFFN], changes: Changes) -> None:
@@ -43,13 +43,13 @@ class Watch:
         self._places: list[tuple[Any, ...]] = []
 
     def look(self, reads_weights: bool = False) -> None:
-        """Fall back where that is right; raise ``AttachError`` for what cannot run any more.
+        """Fall back after changes to the model; raise ``AttachError`` if that is not possible.
 
-        A layer whose projections have hooks or other forwards runs as by ``masked``; a model in
-        which anything else changed runs its own steps.  ``reads_weights``: kernels read the weights
-        at their present addresses from now on.
+        A layer whose projections have hooks or other forwards runs masked; after any other change
+        the model runs decode steps itself.  ``reads_weights``: kernels read the weights at their
+        current addresses from now on.
         """
-        if torch.compiler.is_compiling():  # torch cannot trace this, nor any native call
+        if torch.compiler.is_compiling():  # torch can trace neither this nor native calls
             return
         parts = parts_of(self._model)
         if reads_weights:
@@ -71,7 +71,7 @@ class Watch:
 
 
 def _model_mark(model: Any) -> tuple[Any, ...]:
-    """What whole steps read once, beside the weights: code, numbers, small buffers, settings."""
+    """Code, numbers, small buffers and settings, which whole steps read only once."""
     buffers = [t.tolist() for t in model.buffers() if t.numel() <= SMALL and not t.is_meta]
     text = model.config.get_text_config()
     names = ("_attn_implementation", "attn_logit_softcapping", "final_logit_softcapping")
@@ -85,25 +85,26 @@ def _weight_places(parts: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
 
 
 RUNS, GENERATES = ("_call_impl", "_decode"), ("_call_impl", "generate")
-"""Functions in which a thread is during a forward, and during any call of the model."""
+"""Functions on a thread's stack during a forward, and during any call of the model."""
 
 
 class Turn:
-    """Which thread runs an attached model: its hooks must see one sequence at a time.
+    """Lets one thread at a time run an attached model, so that hooks see one sequence at a time.
 
-    ``owners``: the model, and the patch that may take steps without a call of it.
+    ``owners``: the model, and the patch, which may run steps without calling the model.
     """
 
     def __init__(self, *owners: object) -> None:
         self._owners = owners
         self._runs = self._generates = 0
-        """The threads of the newest forward, until it is done, and of ``generate``."""
+        """Ids of the threads in the current forward and in ``generate``; 0: none."""
         self._is_over = False
 
     def take(self) -> bool:
-        """A forward begins: whether the one before it was left unfinished.
+        """Begin a forward; returns whether the previous one was left unfinished.
 
-        Raises ``ConfigError`` while another thread runs the model, ``AttachError`` after ``close``.
+        Raises ``ConfigError`` if another thread is running the model, ``AttachError`` after
+        ``close``.
         """
         thread, before = threading.get_ident(), self._runs
         others = {self._generates, before if self._is_inside(before, RUNS) else 0} - {0, thread}
@@ -124,15 +125,15 @@ class Turn:
             )
 
     def end(self) -> None:
-        """The forward is done."""
+        """End a forward."""
         self._runs = 0
 
     def reserve(self, generates: bool = True) -> None:
-        """``generate`` begins or ends: in between no other thread's forward runs."""
+        """Begin or end ``generate``, during which no other thread may run a forward."""
         self._generates = threading.get_ident() if generates else 0
 
     def begin(self) -> None:
-        """Raise ``AttachError`` where another thread is in the middle of a text."""
+        """Raise ``AttachError`` if another thread is in the middle of a text."""
         others = sys._current_frames().keys() - {threading.get_ident()}
         if any(self._is_inside(thread, GENERATES) for thread in others):
             raise AttachError(
@@ -141,13 +142,13 @@ class Turn:
             )
 
     def close(self) -> None:
-        """No forward begins any more, and none of another thread continues after this."""
+        """Refuse new forwards, and wait until another thread's forward has ended."""
         self._is_over = True
         while self._runs != threading.get_ident() and self._is_inside(self._runs, RUNS):
-            time.sleep(0.001)  # it reads what is freed next
+            time.sleep(0.001)  # that forward reads memory that is freed next
 
     def _is_inside(self, thread: int, names: Sequence[str]) -> bool:
-        """Whether ``thread`` is in one of these functions now; an interrupted one has been left."""
+        """Whether ``thread`` is inside one of these functions of an owner."""
         frame = sys._current_frames().get(thread) if thread else None
         while frame is not None:
             called = frame.f_code.co_name in names and frame.f_locals.get("self")

@@ -1,4 +1,4 @@
-"""The executors: which one runs a model, and why one cannot."""
+"""The executors: which one runs a model, and why others cannot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Blocks = Sequence[FfnBlock]
 
 
 def unsupported_reason(executor: str, model: Any, blocks: Blocks) -> str | None:
-    """Why ``executor`` cannot run ``model``, and what can; None if it can."""
+    """Why ``executor`` cannot run ``model``, and which one can; None if it can."""
     for reason, instead in _reasons(executor, model, blocks):
         cannot = f'executor "{executor}" cannot run {type(model).__name__}'
         return f'{cannot}: {reason}; use executor "{instead}" or "auto"'
@@ -30,7 +30,7 @@ def unsupported_reason(executor: str, model: Any, blocks: Blocks) -> str | None:
 
 
 def _reasons(executor: str, model: Any, blocks: Blocks) -> Iterator[tuple[str, str]]:
-    """Clauses, and the executor to use instead; ``masked`` runs everything."""
+    """Reasons, as clauses, each with the executor to use instead; ``masked`` runs any model."""
     if executor == "masked":
         return
     yield from _layer_reasons(blocks, [weights_unsupported_reason, _not_copied_reason], "masked")
@@ -68,12 +68,12 @@ def _no_triton_reason(block: FfnBlock) -> str | None:
 
 
 def choose_executor(selector: MaskSelector, blocks: Blocks, model: Any) -> str:
-    """The fastest that can run: ``native``, ``compact``, ``masked``; ``cuda`` has to be named.
+    """The requested executor, or for ``auto`` the fastest supported: native, compact or masked.
 
-    ``masked`` where the rows of a batch have a mask each, layers cannot be compacted, or tokens
-    select in a way that no kernel implements; ``compact`` also where nothing is pruned, for then
-    nothing may differ by a bit.  Under ``compact`` a layer whose weights do not say what its
-    projections compute is run as by ``masked``.
+    ``auto`` uses ``masked`` if every batch row has its own mask, if layers cannot be compacted, or
+    if no kernel implements the per-token rule.  It uses ``compact`` if nothing is pruned, so that
+    no bit of the result changes, and it never uses ``cuda``.  ``compact`` runs a layer like
+    ``masked`` if its projections compute something else than products with their weights.
     """
     config = selector.config
     if config.executor != "auto":
@@ -91,23 +91,23 @@ def choose_executor(selector: MaskSelector, blocks: Blocks, model: Any) -> str:
 
 
 def check_executor(blocks: Blocks, selector: MaskSelector, model: Any, chooses: bool) -> None:
-    """Raise ``ConfigError`` for what this model's FFNs cannot run.
+    """Raise ``ConfigError`` if this model's FFNs do not support the configuration.
 
-    ``chooses``: whether masks are computed, not fixed.
+    ``chooses``: whether masks are computed instead of fixed.
     """
     executor = selector.config.executor
     if executor != "auto" and (reason := unsupported_reason(executor, model, blocks)):
         raise ConfigError(reason)
-    away = [block.index for block in blocks if block.offloaded]
-    if away and chooses and _reads_weights(selector, away[0]):
+    offloaded = [block.index for block in blocks if block.offloaded]
+    if offloaded and chooses and _reads_weights(selector, offloaded[0]):
         raise ConfigError(
-            f"layer {away[0]} is offloaded, so its weights cannot be read between forwards; "
+            f"layer {offloaded[0]} is offloaded, so its weights cannot be read between forwards; "
             "use compensation=False and a score of activations alone (normalized, magnitude)"
         )
 
 
 def _reads_weights(selector: MaskSelector, layer: int) -> bool:
-    """Whether masks are computed from the weights of ``layer`` too, not from activations alone."""
+    """Whether masks depend on the weights of ``layer``, not on activations alone."""
     if selector.config.compensation:
         return True
     weights = selector.layers[layer]
@@ -119,5 +119,5 @@ def _reads_weights(selector: MaskSelector, layer: int) -> bool:
 
 
 def effective_executor(executor: str, steps: int, states: Iterable[SequenceState]) -> str:
-    """``executor``; of ``native`` whether whole steps decoded tokens."""
+    """``executor``, or ``WHOLE_STEPS`` if whole steps decoded tokens."""
     return WHOLE_STEPS if steps and any(state.decoded for state in states) else executor

@@ -1,8 +1,8 @@
-"""Executor cuda: one FFN by Triton kernels that read the kept neurons in place, by their ids.
+"""Executor cuda: one FFN in Triton kernels that read the kept neurons in place, by their ids.
 
-The only file that imports triton.  With ``TRITON_INTERPRET=1``, set before the import, the kernels
-run on a CPU, slowly, for tests; they compile for GPUs, and on a card they have not run, so that
-``auto`` never chooses them.
+Only this file imports triton.  With ``TRITON_INTERPRET=1``, set before the import, the kernels run
+on a CPU, slowly, for tests.  They compile for GPUs but have not run on one, so ``auto`` never
+chooses them.
 
 Kernels take a few vectors x [M, D] and the ids [k] of the neurons.  Products are summed in float32.
 """
@@ -24,13 +24,13 @@ from dart_llm.pruning.compensation import LowRank
 from dart_llm.pruning.masks import LayerMask
 
 ROWS = 8
-"""Neurons of one program where neurons are rows."""
+"""Neurons per program in ``_rows``."""
 
 COLUMNS, CHUNK = 128, 32
-"""Outputs of one program of the down projection, and neurons that it reads at once."""
+"""Outputs per program of the down projection, and neurons that it reads at once."""
 
 SPLITS = 32
-"""Parts at most into which the neurons of one output are cut, each summed by a program."""
+"""Most parts into which the neurons of an output are split; one program sums each part."""
 
 
 @triton.jit
@@ -81,7 +81,7 @@ INTERPRETED = not isinstance(_rows, triton.JITFunction)
 
 
 def _block(size: int) -> int:
-    """Inputs that a program reads at once."""
+    """Number of inputs that a program reads at once."""
     return min(256 if size < 2048 else 512, int(triton.next_power_of_2(size)))
 
 
@@ -112,13 +112,13 @@ def weighted_sum(u: Tensor, down: Tensor, ids: Tensor) -> Tensor:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **sizes: Any) -> None:
-    """On the device where x lies."""
+    """Launch ``kernel`` on the device of x."""
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         kernel[grid](x, *args, **sizes)
 
 
 def cuda_unsupported_reason(block: FfnBlock) -> str | None:
-    """Why the kernels cannot run ``block``, which has its own module here; None if they can."""
+    """Why the kernels cannot run ``block``, which must not be inline; None if they can."""
     if any(isinstance(part.weight, PackedTensor) for part in block.projections):
         return "stores its weights in blocks"
     down = block.down.weight
@@ -129,10 +129,10 @@ def cuda_unsupported_reason(block: FfnBlock) -> str | None:
 
 
 class CudaFfn:
-    """The kept neurons of one block; a new mask is a new index.
+    """The kept neurons of one block; a new mask only changes the ids.
 
-    ``matrices``: of gate (or None), up and down, [I, D] each, a neuron a row.  Those that store
-    neurons as columns (down, as a rule) are copied with every mask.
+    ``matrices``: gate (or None), up and down, [I, D] each, one neuron per row.  Matrices that store
+    neurons as columns (usually down) are copied for every mask.
     """
 
     def __init__(self, block: FfnBlock) -> None:
@@ -140,18 +140,18 @@ class CudaFfn:
         self.unload()
 
     def unload(self) -> None:
-        """Keep neither masks nor copies."""
+        """Drop the mask and all copies."""
         self.mask: LayerMask | None = None
         self.matrices: list[Tensor | None] = [None, None, None]
         self.bias: Tensor | None = None
         self.linear: LowRank | None = None
 
     token_rows = 0
-    """Rows of the largest batch with per-token selection here: none."""
+    """Largest batch with per-token selection: not supported."""
 
     @torch.no_grad()
     def load(self, mask: LayerMask) -> None:
-        """Switch to a mask; a no-op when it is in force already."""
+        """Switch to a mask; does nothing if it is loaded already."""
         if mask is self.mask:
             return
         self.mask = None
@@ -168,7 +168,7 @@ class CudaFfn:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         assert self.mask is not None
         if len(flat) > STEP_ROWS or torch.compiler.is_compiling():
-            # matrix products are worth a copy of the rows
+            # for many vectors, copying the rows and multiplying matrices is faster
             biases = self.block.biases()[:2]
             z = run_rows(flat, self.matrices, biases, self.mask.ids, self.block.act).float()
         else:
@@ -178,7 +178,7 @@ class CudaFfn:
         return z.reshape(x.shape)
 
     def _by_ids(self, x: Tensor, ids: Tensor) -> Tensor:
-        """z [M, D] float32 of the neurons ``ids`` [k], without bias."""
+        """z [M, D] float32 from the neurons ``ids`` [k], without bias."""
         *inputs, down = self.matrices
         assert down is not None
         parts = rows(x, tuple(m for m in inputs if m is not None), ids).unbind(0)
@@ -188,14 +188,14 @@ class CudaFfn:
         return weighted_sum(u.contiguous(), down, ids)
 
     def nbytes(self) -> int:
-        """Bytes of the copies and of what a mask needs here, beside the mask itself."""
+        """Bytes of the copies and the bias, without the mask itself."""
         weights = {_memory(part) for part in self.block.matrices() if part is not None}
         parts = [t for t in (*self.matrices, self.bias) if t is not None]
         return sum(t.numel() * t.element_size() for t in parts if _memory(t) not in weights)
 
 
 def _by_rows(old: Tensor | None, part: Tensor) -> Tensor:
-    """``part`` itself where its rows are contiguous, else a copy in ``old``."""
+    """``part`` itself if its rows are contiguous, else a copy in ``old``."""
     part = part.detach()
     return part if part.is_contiguous() else buffer(old, tuple(part.shape), part).copy_(part)
 

@@ -1,4 +1,4 @@
-"""FFNs and other projections by the native kernels, and the layout in which these read weights."""
+"""FFNs and other projections in native kernels, and the weight layout that the kernels need."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from dart_llm.pruning.token_level import TokenMask
 class Layout:
     """Parameters that were transposed in place, and packed matrices that were reordered.
 
-    A down projection [D, I] stores a neuron as a column.  While a model is attached its values are
-    transposed in the same memory, so that a neuron is a row that can be read alone, without a
-    second copy; shape, values, name and address of the parameter stay the same.  Only memory of
-    the parameter alone is written: see ``not_in_place_reason``.
+    A down projection [D, I] stores a neuron as a column.  While a model is attached, its values are
+    transposed within their memory, so that a neuron is a row, which can be read without a second
+    copy.  Shape, values, name and address of the parameter stay the same.  A parameter must not
+    share its memory: see ``not_in_place_reason``.
 
     ``room``: memory for the compact weights of all layers.
     """
@@ -40,7 +40,7 @@ class Layout:
         self.room: Any = None
 
     def has_room(self, size: int) -> bool:
-        """Whether ``room`` has ``size`` bytes left, or may take as many without taking the last."""
+        """Whether ``room`` has ``size`` bytes left, or can grow by them and leave ``RESERVE``."""
         if self.room is None:
             self.room = torch.classes.dart_llm.HugeRoom(0)
         return self.room.left() >= size or available() - size > RESERVE
@@ -57,20 +57,20 @@ class Layout:
                 "native kernels transpose weights in place, and these are not contiguous: use "
                 "executor compact"
             )
-        # recorded first: an interrupt may come between any two lines, and none divides lay_out
+        # recorded first: an interrupt may come between two lines, but not within lay_out
         self._transposed.append((parameter, parameter.data_ptr()))
         ops().lay_out(parameter, True)
         return parameter.data.t()
 
     def reorder(self, matrix: Any, order: str) -> Any:
-        """A packed matrix by rows or tiles, as ``order`` names it; a part of another as a copy."""
+        """A packed matrix in ``order``, by rows or tiles; a copy if it is part of another one."""
         if matrix.order() == order:
             return matrix
         self._reordered.append((matrix, matrix.order()))  # first, as above
         return ops().packed_turned(matrix, order, False)
 
     def restore(self) -> None:
-        """Undo all; safe to call again, wherever it was interrupted."""
+        """Undo all changes; safe to call again after an interrupt at any point."""
         while self._reordered:
             ops().packed_turned(*self._reordered[-1], False)
             self._reordered.pop()
@@ -79,7 +79,7 @@ class Layout:
             if not parameter.is_contiguous():
                 if parameter.data_ptr() == address:
                     ops().lay_out(parameter, False)
-                else:  # replaced or moved meanwhile, strides and all
+                else:  # it was replaced or moved meanwhile, with its strides
                     parameter.data = parameter.data.contiguous()
             self._transposed.pop()
         self.room = None
@@ -88,9 +88,9 @@ class Layout:
 def not_in_place_reason(
     model: nn.Module, blocks: Sequence[FfnBlock], others: Sequence[nn.Module] = ()
 ) -> str | None:
-    """Why weights that must be transposed in place cannot be; None if all can.
+    """Why some weights cannot be transposed in place as needed; None if all can.
 
-    ``others``: projections beside those of the FFNs.  Needs the native kernels.
+    ``others``: projections outside the FFNs.  Requires the native kernels.
     """
     wanted = [pair for block in blocks for pair in _not_in_rows(block)]
     wanted += [
@@ -120,7 +120,7 @@ def not_in_place_reason(
 
 
 def _not_in_rows(block: FfnBlock) -> Iterator[tuple[nn.Parameter, str]]:
-    """The projections whose neurons are columns, and their names in messages."""
+    """Weights of the projections whose neurons are columns, and their names in messages."""
     _, up, down = block.matrices()
     for role, module, rows in (("up", block.up, up), ("down", block.down, down.t())):
         if not rows.is_contiguous() and (role == "down" or block.by_inputs):
@@ -133,10 +133,10 @@ TILE = 16
 """Rows of a packed matrix that are interleaved."""
 
 PADDING = 192
-"""Most bytes that a part of compact weights takes beside its rows."""
+"""Most bytes that a part of compact weights takes in addition to its rows."""
 
 FEW = 32
-"""Vectors up to which the kernel is used; more are matrix products on copied rows."""
+"""Most vectors for the kernel; more are multiplied by torch, with copied rows."""
 
 ACTS: Mapping[int, Callable[[Tensor], Tensor]] = {
     0: F.silu,
@@ -145,15 +145,15 @@ ACTS: Mapping[int, Callable[[Tensor], Tensor]] = {
     3: F.relu,
     4: lambda x: F.relu(x).square(),
 }
-"""Activations of the kernels, by number; kernels.h has the same."""
+"""Activations of the kernels, by number; must match kernels.h."""
 
 
 class KernelMask(NamedTuple):
-    """What the kernels run for one mask, in the order of their arguments.
+    """Arguments of the kernels for one mask, in their order.
 
     ``ids``: [k] int32, None for all; ``bias``: [D] float32; ``basis``, ``features``: [r, D];
-    ``choice``: how each token selects out of ``ids``, None where it runs them all; ``matrices``: of
-    packed weights, gate, up and down (all of them, or compact weights of ``ids``).
+    ``choice``: how each token selects from ``ids``, None if it uses all of them; ``matrices``: for
+    packed weights, gate, up and down, with all neurons or with ``ids`` alone (compact weights).
     """
 
     ids: Tensor | None = None
@@ -168,7 +168,7 @@ class KernelMask(NamedTuple):
 
 
 def act_number(act: Callable[[Tensor], Tensor]) -> int | None:
-    """Which of ``ACTS`` an activation is, by its values on a grid; None where it is another."""
+    """The number in ``ACTS`` of an activation, found by its values on a grid; None if not there."""
     grid = torch.linspace(-6, 6, 193)
     try:
         values = act(grid)
@@ -198,11 +198,13 @@ def native_unsupported_reason(block: FfnBlock) -> str | None:
 
 
 class NativeFfn:
-    """The kept neurons of one block; a new mask is a new index."""
+    """The kept neurons of one block; a new mask only changes the ids."""
 
     def __init__(self, block: FfnBlock, layout: Layout) -> None:
         number, reason = act_number(block.act), native_unsupported_reason(block)
-        if number is None or reason is not None:  # it may have moved since the executor was chosen
+        if (
+            number is None or reason is not None
+        ):  # the block may have moved since the executor was chosen
             raise ConfigError(f"executor native cannot run layer {block.index}, which {reason}")
         self.block, self.act, self._layout = block, number, layout
         self.token: TokenFfn | None = None
@@ -220,21 +222,21 @@ class NativeFfn:
         self.unload()
 
     def unload(self) -> None:
-        """Keep no mask."""
+        """Drop the mask."""
         self.mask: LayerMask | None = None
         self._copies: tuple[Any, ...] = ()
         self.kept = self.everything()
 
     def everything(self) -> KernelMask:
-        """All neurons."""
+        """Arguments that run all neurons."""
         bias = self.down_bias
         return KernelMask(bias=None if bias is None else bias.float(), matrices=self._packs)
 
     @property
     def token_rows(self) -> int:
-        """Rows of the largest batch with per-token selection, beside whole steps; 0: none.
+        """Largest batch with per-token selection outside whole steps; 0: not supported.
 
-        Several tokens together would read most neurons.
+        Several tokens together would select most neurons.
         """
         rule = None if self.token is None else self.token.rule
         return most_rows("native", rule.by_weights) if rule is not None and rule.native else 0
@@ -244,7 +246,7 @@ class NativeFfn:
         """Switch to a mask; a no-op when it is in force already."""
         if mask is self.mask:
             return
-        self.mask = None  # compact weights are overwritten, and that may be interrupted
+        self.mask = None  # an interrupt may come while compact weights are overwritten
         with torch.inference_mode(False):
             linear = mask.low_rank
             basis = features = None
@@ -258,11 +260,11 @@ class NativeFfn:
         self.mask = mask
 
     def _matrices(self, ids: Tensor | None, per_token: bool) -> tuple[Any, ...]:
-        """The packed matrices that a mask reads.
+        """The packed matrices to read under a mask.
 
-        Scattered rows cost more time than their bytes, so that what a mask keeps for many tokens is
-        copied, where memory is left for it.  What each token selects is read in place, row by row:
-        of the down projection alone where exact activations select.
+        Scattered rows are slower to read than contiguous ones, so the rows that a sequence mask
+        keeps are copied if memory allows.  Rows that each token selects are read in place; if exact
+        activations select, that is the down projection alone.
         """
         exact = self.token is not None and self.token.rule.by_weights
         if ids is None and (not per_token or exact):
@@ -288,7 +290,7 @@ class NativeFfn:
         return self._layout.has_room(sum(t.nbytes * rows // width + PADDING for t in parts))
 
     def _choice(self, mask: TokenMask) -> Any:
-        """What the kernels read to select ``mask.winners`` neurons."""
+        """The data from which the kernels select ``mask.winners`` neurons."""
         assert self.token is not None
         rule: Any = self.token.rule
         mean, config = mask.mean, rule.config
@@ -302,9 +304,11 @@ class NativeFfn:
         )
 
     def run(self, x: Tensor) -> Tensor:
-        """z from the kept neurons alone.  x: [..., D]; of one token with per-token selection."""
+        """z from the kept neurons alone.  x: [..., D]; ``token_rows`` vectors if tokens select."""
         flat, biases, kept = x.reshape(-1, x.shape[-1]), (self.gate_bias, self.up_bias), self.kept
-        if len(flat) <= FEW and not torch.compiler.is_compiling():  # which traces no native call
+        if (
+            len(flat) <= FEW and not torch.compiler.is_compiling()
+        ):  # torch.compile traces no native call
             matrices = kept.matrices or self._stored
             nones = (None,) * (3 - len(matrices))
             vectors = flat.detach().contiguous()
@@ -317,7 +321,7 @@ class NativeFfn:
         return z.reshape(x.shape)  # type: ignore[no-any-return]
 
     def nbytes(self) -> int:
-        """Bytes for the mask in force, beside the mask itself."""
+        """Bytes for the loaded mask, without the mask itself."""
         weights = (t for t in self._stored if isinstance(t, PackedTensor))
         stored = {weight.matrix.parts()[0].data_ptr() for weight in weights}
         packs = (*self._copies, *self._packs)
@@ -334,10 +338,10 @@ def _parameter(module: nn.Module) -> nn.Parameter:
 def native_linears(
     model: nn.Module, blocks: tuple[FfnBlock, ...]
 ) -> Iterator[tuple[nn.Linear, Callable[..., Tensor]]]:
-    """The linear layers of ``model`` that the kernel can run, those of its FFNs left out.
+    """The linear layers of ``model`` outside FFNs that the kernel can run, with new forwards.
 
-    Each with the forward that takes its place: torch multiplies the few vectors of a decode step
-    with a small matrix at a fraction of the memory bandwidth.
+    For the few vectors of a decode step, torch multiplies with a small matrix at a fraction of the
+    memory bandwidth.
     """
     in_ffns = {id(part) for block in blocks for part in block.projections}
     for module in model.modules():
@@ -354,11 +358,11 @@ def native_linears(
 def _run_linear(
     module: nn.Linear, kernel: Any, original: Callable[..., Tensor], x: Tensor
 ) -> Tensor:
-    """The forward of ``module``; the original one where the kernel cannot run."""
+    """The forward of ``module``; calls the original if the kernel cannot run."""
     weight, size = module.weight, x.shape[-1]
     few = 0 < x.numel() <= FEW * size and x.dtype == weight.dtype and size == weight.shape[1]
-    few = few and not isinstance(weight, PackedTensor)  # which runs on its blocks by itself
-    traced = torch.compiler.is_compiling() or torch.is_grad_enabled()  # neither sees the kernel
+    few = few and not isinstance(weight, PackedTensor)  # packed weights have their own kernel
+    traced = torch.compiler.is_compiling() or torch.is_grad_enabled()  # neither supports the kernel
     if not few or traced or torch.is_autocast_enabled("cpu"):
         return original(x)
     y: Tensor = kernel(x.reshape(-1, size).contiguous(), weight, module.bias)

@@ -1,4 +1,4 @@
-"""The output head of an attached model by a screen, for decoded tokens; what it cost and lost."""
+"""A screened output head for decoded tokens, and measurements of its bytes and divergence."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dart_llm.patching.executors.token_ffn import STEP_ROWS
 from dart_llm.pruning.records import HeadReport
 
 EVERY = 32
-"""One in so many screened tokens is scored by the whole head too, to measure the loss."""
+"""Every this many screened tokens, one is also scored by the whole head, to measure the error."""
 
 
 class ScreenedHead:
-    """``module``: the head of ``model``, a linear layer without bias.
+    """Runs the head of ``model``, a linear layer without bias, by ``screen``.
 
-    ``all_bytes``: of all weights that a decoded token reads.
+    ``all_bytes``: bytes of all weights that a decoded token reads.
     """
 
     def __init__(self, model: Any, screen: Screen, all_bytes: int) -> None:
@@ -33,12 +33,12 @@ class ScreenedHead:
         text = model.config.get_text_config()
         self._cap = float(getattr(text, "final_logit_softcapping", None) or 0)
         self._native: torch.dtype | None = None
-        """Of the hidden states that the kernels read; None: torch runs it all."""
+        """Dtype of hidden states for the kernels; None: torch runs the head."""
         self._packed: Any = None
         self.forget()
 
     def go_native(self, layout: Layout) -> None:
-        """Run by the kernels; a packed head is laid out so that single rows can be read."""
+        """Use the kernels from now on; reorders a packed head so that single rows can be read."""
         weight: Any = self._weight
         if why_not() or weight.device.type != "cpu":
             return
@@ -49,7 +49,7 @@ class ScreenedHead:
             self._native = weight.dtype
 
     def forget(self) -> None:
-        """Reset the counts: another request begins."""
+        """Reset the counts, for a new request."""
         self._tokens = self._sampled = self._same = self._exact = 0
         self._divergence = 0.0
 
@@ -63,18 +63,18 @@ class ScreenedHead:
         by_kernels = 0 < len(rows) <= STEP_ROWS and rows.dtype == self._native
         with torch.no_grad():
             scores, exact = self._by_kernels(rows) if by_kernels else self._by_torch(rows)
-        self.count(rows, capped(scores, self._cap), exact)  # the model itself caps them later
+        self.count(rows, capped(scores, self._cap), exact)  # the model caps its logits later
         return scores.reshape(*hidden.shape[:-1], scores.shape[-1])
 
     def with_scores(self, call: TokenCall) -> TokenCall:
-        """``call``, of logits where one of its tokens is sampled."""
+        """``call``, changed to return logits if one of its tokens is sampled."""
         return replace(call, forbidden=None) if self._sampled_rows(len(call.ids)) else call
 
     @torch.no_grad()
     def count(self, hidden: Tensor, logits: Tensor, exact: int) -> None:
-        """Tokens with last hidden states [n, D] were screened, and ``exact`` entries were read.
+        """Count screened tokens with last hidden states [n, D]; ``exact``: entries that were read.
 
-        ``logits``: [n, V], as the model gives them, where one of the tokens is sampled.
+        ``logits``: [n, V], as the model returns them; read only for sampled tokens.
         """
         for row in self._sampled_rows(len(hidden)):
             full = capped(F.linear(hidden[row : row + 1], self._weight), self._cap).float()
@@ -85,7 +85,7 @@ class ScreenedHead:
         self._exact += exact
 
     def _sampled_rows(self, count: int) -> range:
-        """Which of the next tokens the whole head scores too: the first, then each 32nd."""
+        """Indices of the next tokens that are sampled: the very first, then every 32nd."""
         return range(-self._tokens % EVERY, count, EVERY)
 
     def _by_kernels(self, hidden: Tensor) -> tuple[Tensor, int]:
@@ -95,7 +95,7 @@ class ScreenedHead:
         return scores, sum(exact)
 
     def _by_torch(self, hidden: Tensor) -> tuple[Tensor, int]:
-        """The same in PyTorch: of one token its entries alone, of several all of them."""
+        """The same in PyTorch; reads only near entries for one token, all entries for several."""
         rough = self.screen.rough(hidden)
         near = self.screen.near(rough)
         if len(hidden) > 1 or isinstance(self._weight, PackedTensor):
@@ -106,7 +106,7 @@ class ScreenedHead:
         return rough.to(hidden.dtype).index_copy(1, entries, exact), len(entries)
 
     def report(self) -> HeadReport | None:
-        """Bytes read and divergence so far; None before the first token."""
+        """Measurements so far; None before the first token."""
         if not self._tokens:
             return None
         weight = self._weight
@@ -121,10 +121,10 @@ class ScreenedHead:
         )
 
     def nbytes(self) -> int:
-        """Bytes beside the model."""
+        """Bytes of the screen."""
         return sum(tensor.nbytes for tensor in self.screen.tensors())
 
 
 def capped(x: Tensor, cap: float) -> Tensor:
-    """c tanh(x / c), or ``x`` where ``cap`` is 0."""
+    """cap tanh(x / cap), or x if ``cap`` is 0."""
     return cap * torch.tanh(x / cap) if cap else x

@@ -1,4 +1,4 @@
-"""Whether a model computes what its whole decode steps do: one step of both is compared."""
+"""Checks that whole decode steps compute the same as the model, by comparing one step of both."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from dart_llm.patching.executors.native_ffn import NativeFfn
 from dart_llm.patching.executors.whole_step import native_decoder, norm_floats
 
 PROMPT = 6
-"""Tokens in the cache of that step."""
+"""Tokens in the cache before that step."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Largest relative difference, by Frobenius norms, that rounding in one layer explains: in tiny
-models of every family it is 1e-7 and 2e-2.  Products with weights in blocks round their inputs to
-8 bits, which is as much as bfloat16.
+"""Largest relative difference (Frobenius norms) per layer that counts as rounding; tiny models of
+all families have 1e-7 and 2e-2.  Products with weights in blocks round their inputs to 8 bits and
+get the tolerance of bfloat16.
 """
 
 
 def disagreement_reason(model: Any, ffns: Sequence[NativeFfn]) -> str | None:
-    """What a whole step would compute otherwise than ``model``; None if nothing.
+    """How a whole step differs from ``model``; None if it does not.
 
-    Layers that differ in their weights alone are compared once, the others are left out.  Call it
-    when the weights are laid out.
+    Of layers that differ only in their weights, one is compared.  Call this after the weights are
+    laid out.
     """
     from transformers import DynamicCache
 
@@ -53,13 +53,13 @@ def disagreement_reason(model: Any, ffns: Sequence[NativeFfn]) -> str | None:
             token, *expected = _model_step(model, view, cache, parts)
             result = _native_step(parts, [ffns[i] for i in chosen], token, cache, chosen)
             agrees = all(_apart(a, b) <= tolerance for a, b in zip(result, expected, strict=True))
-        except Exception as error:  # not called as its model type is
+        except Exception as error:  # its parts are not called like those of its model type
             return f"cannot be run as a {text.model_type} model is ({type(error).__name__})"
     return None if agrees else f"computes something else than a {text.model_type} model"
 
 
 class _Skip(nn.Module):
-    """In the position of a layer that is left out."""
+    """Takes the place of a layer that is not compared."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -68,8 +68,9 @@ class _Skip(nn.Module):
 def _model_step(
     model: Any, view: UnhookedView, cache: Any, parts: StepParts
 ) -> tuple[int, Tensor, Tensor]:
-    """A token that a copy of ``model`` decodes after ``PROMPT`` others, its logits [1, V] and last
-    hidden state [1, D]; ``cache`` keeps all of them.
+    """Decode one token after ``PROMPT`` others, with a copy of ``model``; fills ``cache``.
+
+    Returns the token, its logits [1, V] and its last hidden state [1, D].
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(len(parts.embedding), (1, PROMPT + 1), generator=generator, device="cpu")
@@ -93,7 +94,7 @@ def _model_step(
 def _native_step(
     parts: StepParts, ffns: Sequence[NativeFfn], token: int, cache: Any, chosen: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """The same token once more, by a whole step over the ``chosen`` layers of ``cache``."""
+    """Decode the same token by a whole step over the ``chosen`` layers of ``cache``."""
     native = native_decoder(parts, norm_floats(norms_of(parts)), ffns)
     for index, ffn in enumerate(ffns):
         native.set_mask(index, *ffn.everything())
@@ -102,7 +103,9 @@ def _native_step(
         [getattr(layer, name).clone(memory_format=torch.contiguous_format) for layer in layers]
         for name in ("keys", "values")
     )
-    counts = [t.shape[2] - 1 for t in keys]  # without the token itself, which is written again
+    counts = [
+        t.shape[2] - 1 for t in keys
+    ]  # without the token itself, whose entries are written again
     seen = [-1 if window is None else window - 1 for window in parts.windows]
     native.bind(keys, values, counts, counts, seen)
     rotations = angles(parts, PROMPT + 1, parts.head.dtype, torch.device("cpu"))
@@ -111,7 +114,7 @@ def _native_step(
 
 
 def _apart(result: Tensor, expected: Tensor) -> float:
-    """Relative difference, infinite where one is finite and the other is not."""
+    """Relative difference; infinite if only one of two values is finite."""
     if result.shape != expected.shape or not torch.equal(result.isfinite(), expected.isfinite()):
         return float("inf")
     a, b = (t.float().nan_to_num(0, 0, 0) for t in (result, expected))

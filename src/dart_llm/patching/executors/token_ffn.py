@@ -1,4 +1,4 @@
-"""One FFN block under per-token selection: a rule selects, the model's weights compute."""
+"""One FFN block under per-token selection: a rule selects neurons, exact weights compute them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from dart_llm.pruning.weights import in_blocks
 logger = logging.getLogger("dart_llm")
 
 STEP_ROWS = 8
-"""Rows of the largest batch that a native step, or the cuda kernels, take."""
+"""Largest batch of a whole native step or of the cuda kernels."""
 
 WHOLE_STEPS = "native, whole steps"
-"""How reports name executor native where it decoded by whole steps."""
+"""Name of executor native in reports if whole steps decoded tokens."""
 
 
 def most_rows(executor: str, by_weights: bool) -> int:
-    """Rows of the largest batch of which ``executor`` reads the winners alone; 0: it never does.
+    """Largest batch in which ``executor`` reads only the winners; 0: it always reads all neurons.
 
-    ``by_weights``: weights in blocks rank the neurons themselves.
+    ``by_weights``: weights in blocks rank the neurons themselves, by exact activations.
     """
     if executor == "native":
         return STEP_ROWS if by_weights else 1
@@ -40,7 +40,7 @@ def most_rows(executor: str, by_weights: bool) -> int:
 
 
 def winner_rows(config: TokenConfig | None, executor: str, blocks: bool) -> int:
-    """Rows of the largest batch whose winners alone ``executor`` reads; 0: it reads all neurons.
+    """``most_rows`` for a configuration of per-token selection, or 0 without one.
 
     ``blocks``: whether the weights are stored in low-bit blocks.
     """
@@ -70,21 +70,21 @@ def _warn_once(message: str, *values: object) -> None:
 
 
 class TokenFfn:
-    """One block whose tokens select by ``rule``, by dense arithmetic."""
+    """One block whose tokens select neurons by ``rule``; computes all of them and masks."""
 
     def __init__(self, block: FfnBlock, rule: TokenRule) -> None:
         self.block, self.rule = block, rule
         self.watched = False
         self.marks: Tensor | None = None
-        """Selected by the tokens of the newest forward, [B, T, I] bool, while ``watched``."""
+        """Selected neurons in the newest forward, [B, T, I] bool, while ``watched``."""
 
     def run_dense(
         self, project: Project, x: Tensor, fed: Tensor, mask: TokenMask
     ) -> tuple[Tensor, Tensor]:
         """``(u, z)`` by dense arithmetic, for any number of tokens.
 
-        x: [B, T, .], input of the host; fed: [B, T, D], input of the first projections (the same,
-        but for OPT).
+        x: [B, T, .], input of the host; fed: [B, T, D], input of gate and up (the same except in
+        OPT).
         """
         if self.rule.selects_neurons:
             u = self.block.hidden(x)
@@ -100,7 +100,7 @@ class TokenFfn:
     def attention_input(
         self, module: nn.Module, x: Tensor, masks: Sequence[LayerMask | None]
     ) -> Tensor:
-        """x [B, T, M] as a projection of attention reads it; ``masks``: one, or one per row."""
+        """x [B, T, M] with the selected inputs of an attention projection; ``masks``: 1 or B."""
         rule, matrix = self.rule, matrix_of(module)
         assert isinstance(rule, Teal)
         rows = zip(x.split(len(x) // len(masks)), masks, strict=True)  # type: ignore[no-untyped-call]

@@ -1,7 +1,6 @@
-"""One FFN block in PyTorch: all neurons multiplied by a mask, or the kept ones alone.
+"""One FFN block in PyTorch: all neurons multiplied by a mask, or the kept neurons alone.
 
-Each takes the block's input x [..., D] and gives its output z [..., D]; u [..., I] is the down
-projection's input.
+x [..., D] is the block's input, z [..., D] its output, u [..., I] the down projection's input.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def run_masked(
     bias: Tensor | None,
     linear: LowRank | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(u, z)`` of dense arithmetic; ``mask``: of u, [I] or [B, 1, I], None for all ones."""
+    """``(u, z)`` by dense arithmetic; ``mask``: factor on u, [I] or [B, 1, I], None for ones."""
     u = block.hidden(x)
     z = project(u if mask is None else u * mask)
     z = z if bias is None else z + bias
@@ -41,21 +40,21 @@ class CompactFfn:
     """
 
     token_rows = 0
-    """Rows of the largest batch with per-token selection here: none."""
+    """Largest batch with per-token selection: not supported."""
 
     def __init__(self, block: FfnBlock) -> None:
         self.block = block
         self.unload()
 
     def unload(self) -> None:
-        """Keep no compact weights."""
+        """Drop the compact weights."""
         self.mask: LayerMask | None = None
         self.rows = self.columns = self.row_bias = self.bias = None  # type: Tensor | None
         self.linear: LowRank | None = None
 
     @torch.no_grad()
     def load(self, mask: LayerMask) -> None:
-        """Copy the neurons that ``mask`` keeps; a no-op when they are loaded already."""
+        """Copy the neurons that ``mask`` keeps; does nothing if it is loaded already."""
         if mask is self.mask:
             return
         gate, up, down = self.block.matrices()
@@ -98,7 +97,7 @@ class CompactFfn:
         return z if self.linear is None else z + self.linear(x)
 
     def nbytes(self) -> int:
-        """Bytes of the compact weights, beside the mask itself."""
+        """Bytes of the compact weights, without the mask itself."""
         others = (self.block.biases()[2], None if self.mask is None else self.mask.bias)
         bias = None if any(self.bias is other for other in others) else self.bias
         parts = (self.rows, self.columns, self.row_bias, bias)
@@ -112,7 +111,7 @@ def run_rows(
     ids: Tensor | None,
     act: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """z [M, D] without bias, for many vectors x [M, D]: copies of the rows ``ids`` (None: all).
+    """z [M, D] without bias, for many vectors x [M, D]; copies the rows ``ids`` (None: all).
 
     ``matrices``: gate (or None), up and down, [I, D] each; ``biases``: of gate and up.
     """
@@ -127,13 +126,13 @@ def run_rows(
 
 
 def total_bias(mask: LayerMask, down: Tensor | None) -> Tensor | None:
-    """The bias of the down projection and that of a mask, [D] float32; None where there is none."""
+    """Sum of the biases of down projection and mask, [D] float32; None if neither has one."""
     parts = [bias.float() for bias in (down, mask.bias) if bias is not None]
     return sum(parts[1:], parts[0]).contiguous() if parts else None
 
 
 def buffer(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """``old`` where it has this shape and the dtype of ``like``, else a new tensor."""
+    """``old`` if it has this shape and the dtype of ``like``, else a new tensor."""
     if old is not None and old.shape == shape and old.dtype == like.dtype:
         return old
     return torch.empty(shape, dtype=like.dtype, device=like.device)

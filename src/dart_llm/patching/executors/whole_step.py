@@ -1,7 +1,7 @@
 """Whole decode steps of an attached model: one native call per step.
 
-Norms, attention, FFN and head of a step run in C++ (native/csrc/decode.cpp) on the model's own
-weights, with the masks in force.  ``WholeSteps.forward`` is the root forward of the model.
+Norms, attention, FFN and head of a step run in C++ (native/csrc/decode.cpp) on the model's weights,
+with the masks in force.  ``WholeSteps.forward`` replaces the forward of the whole model.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.token_level import TokenMask
 
 POSITIONS = 256
-"""Positions whose angles are computed at a time."""
+"""Positions whose rotary angles are computed at a time."""
 
 TRUSTED = ("dart_llm.", "transformers.")
-"""Packages whose hooks change nothing (they only collect outputs)."""
+"""Packages whose hooks only read, so that whole steps may skip them."""
 
 PATCH = ("dart_llm.patching.", "transformers.")
-"""Those of them whose hooks need nothing of a prompt beside what the plan names."""
+"""Packages whose hooks need nothing of a prompt except what the plan requests."""
 
 
 class Hooks:
-    """Hooks inside a model, which a whole step would pass by."""
+    """Hooks inside a model, which a whole step would skip."""
 
     def __init__(self, model: nn.Module) -> None:
         inner = [module for module in model.modules() if module is not model]
         self._hooks = [h for m in inner for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._newest, self._foreign = (0, 0), False
         self.watched = False
-        """Whether, at the last look, any read more than a prompt's plan names."""
+        """Whether, at the last check, any hook needed more of a prompt than the plan requests."""
 
     def foreign(self, again: bool = False) -> bool:
-        """Whether any is not of ``TRUSTED``.
+        """Whether any hook is not of a ``TRUSTED`` package.
 
-        ``again``: modules are only looked at when torch has registered a hook since the last time.
+        ``again``: check modules only if torch has registered a hook since the last check.
         """
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return True
@@ -67,10 +67,10 @@ class Hooks:
 
 
 class WholeSteps:
-    """Takes decode steps, and prompts of packed weights, over from ``model``.
+    """Runs decode steps, and prompts with packed weights, instead of ``model``.
 
-    ``ffns``: its blocks, laid out for the kernels; ``current``: the controller in force;
-    ``steps``: how many ran; ``head``: what scores tokens and counts that, None for the whole head.
+    ``ffns``: its blocks, laid out for the kernels; ``current``: returns the controller in force;
+    ``steps``: steps so far; ``head``: the screened head, None for the whole head.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class WholeSteps:
         self._loaded: list[KernelMask | None] = [None] * len(ffns)
         self._cache: PreallocatedKVCache | None = None
         self._bound: Steps | None = None
-        """Those of the buffers that the native object reads; it does not keep them alive."""
+        """The steps object whose buffers the native object reads, but does not keep alive."""
         self._angles: tuple[Tensor, ...] = ()
         self._dtype, self._windows = parts.head.dtype, parts.windows
         self._prompts = not parts.attention_cap and all(
@@ -93,12 +93,12 @@ class WholeSteps:
         )
         self._hooks = Hooks(model)
         self._fresh = True
-        """Whether what was copied of the weights is up to date."""
+        """Whether the copies of norm weights are up to date."""
         self.head: ScreenedHead | None = None
         self.steps = 0
 
     def use_head(self, head: ScreenedHead | None) -> None:
-        """Score the tokens of steps by ``head`` from now on; None: by the whole head."""
+        """Score tokens by ``head`` from now on; None: by the whole head."""
         if head is None and self.head is not None:
             self.native.drop_screen()
         elif head is not None and head is not self.head:
@@ -107,12 +107,12 @@ class WholeSteps:
         self.head = head
 
     def unload(self) -> None:
-        """Run all neurons, and keep neither masks nor room for a cache."""
+        """Run all neurons; drop masks and cache buffers."""
         self.load(())
         self._cache = None
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The root's forward."""
+        """The forward of the whole model."""
         if not self._must_run_modules():
             call = read_step(args, kwargs, self._dtype, self._windows, STEP_ROWS)
             if call is not None and self._load_plan():
@@ -123,20 +123,21 @@ class WholeSteps:
         return original(*args, **kwargs)
 
     def continues(self, cache: Any) -> bool:
-        """Whether the newest step was one on ``cache`` and nothing prevents another."""
+        """Whether the newest step used ``cache`` and nothing prevents another one."""
         room = self._cache
         ready = room is not None and room.of() is cache and room.ready(cache)
         return ready and not self._must_run_modules(again=True)
 
     def decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:
-        """Logits [1, V] after ids [1, 1]; None where the plan in force needs the model.
+        """Logits [1, V] after ids [1, 1]; None if the plan in force needs the model.
 
-        ``forward`` in short, for a cache that ``continues``.  ``forbidden``: as of ``TokenCall``.
+        A shorter ``forward``, if the step ``continues`` on the cache.  ``forbidden``: see
+        ``TokenCall``.
         """
         return self._run_step(TokenCall(ids, cache, forbidden)) if self._load_plan() else None
 
     def _must_run_modules(self, again: bool = False) -> bool:
-        """For dropout, gradients, autocast, further outputs and hooks the model runs itself."""
+        """Whether dropout, gradients, autocast, further outputs or hooks require the model."""
         config = self._model.config
         return (
             self._model.training
@@ -148,11 +149,11 @@ class WholeSteps:
         )
 
     def _signals_inside(self, plan: ForwardPlan) -> bool:
-        """Whether drift watches what a hook reads inside the model."""
+        """Whether the drift signal comes from a hook inside the model."""
         return plan.signal and self._current().config.drift.signal != "hidden"
 
     def _load_plan(self) -> bool:
-        """Load the masks of the plan in force; False where a step can not serve it."""
+        """Load the masks of the plan in force; False if a whole step does not support the plan."""
         plan = self._current().plan
         if len(plan.masks) > 1 or self._signals_inside(plan) or (plan.observe and not plan.dense):
             return False
@@ -165,7 +166,7 @@ class WholeSteps:
         return True
 
     def load(self, masks: Sequence[LayerMask | None]) -> None:
-        """Run these masks from now on; () or None for a layer: all of its neurons."""
+        """Use these masks from now on; () for all layers or None for one: all neurons."""
         if masks is self._masks and all(
             mask is None or ffn.mask is mask for mask, ffn in zip(masks, self._ffns, strict=False)
         ):
@@ -184,7 +185,7 @@ class WholeSteps:
         self._masks = masks
 
     def _refresh(self) -> None:
-        """Read again what was copied of the weights: they may have changed in between."""
+        """Update the copies of norm weights, which may have changed."""
         norms = _norm_tensors(norms_of(step_parts(self._model)))
         with torch.inference_mode(False), torch.no_grad():
             for copied, norm in zip(self._norms, norms, strict=True):
@@ -193,7 +194,7 @@ class WholeSteps:
         self._fresh = True
 
     def _run_step(self, call: TokenCall) -> Tensor:
-        """Logits [B, V] of a step, or the tokens that it gives with ``call.forbidden``."""
+        """Logits [B, V] of a step, or with ``call.forbidden`` its tokens."""
         controller = self._current()
         plan = controller.plan
         if not self._fresh:
@@ -211,8 +212,9 @@ class WholeSteps:
         return logits
 
     def _pass_on(self, controller: PruningController) -> None:
-        """Give the controller what the step computed: u, the FFNs' inputs [L, B, .], and with
-        ``stream`` their outputs and the stream before them.
+        """Pass the step's activations to the controller.
+
+        u and the FFNs' inputs, [L, B, .]; with ``stream`` also their outputs and the stream before.
         """
         stream = controller.plan.stream
         parts = [t[:, :, None].unbind(0) for t in self.native.observed(stream)]
@@ -229,7 +231,7 @@ class WholeSteps:
         if room is None or room.of() is not cache:
             room = self._cache = PreallocatedKVCache(cache, self._windows)
         room.prepare(cache)
-        if room.steps is not self._bound:  # named once, not at every token
+        if room.steps is not self._bound:  # passed once, not at every token
             self._bound = None
             self.native.bind(*room.places())
             self._bound = room.steps
@@ -241,7 +243,7 @@ class WholeSteps:
         return logits, hidden
 
     def _rotations(self, position: int) -> tuple[Tensor, ...]:
-        """Cosines and sines of all positions up to ``position``, and some more."""
+        """Cosines and sines of all positions up to at least ``position``."""
         if not self._angles or position >= len(self._angles[0]):
             count = (position // POSITIONS + 1) * POSITIONS
             with torch.inference_mode(False), torch.no_grad():
@@ -249,7 +251,7 @@ class WholeSteps:
         return self._angles
 
     def _prompt_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenCall | None:
-        """The prompt that a call of the root's forward is, where it can be served natively."""
+        """The prompt in a call of ``forward``; None if it cannot run natively."""
         plan = self._current().plan
         dense = plan.dense and not plan.stream and not self._signals_inside(plan)
         if not self._prompts or self._hooks.watched or not dense:
@@ -258,7 +260,7 @@ class WholeSteps:
         return read_prompt(args, kwargs, self._windows, use_cache)
 
     def _run_prompt(self, call: TokenCall) -> Any:
-        """What the model returns of a prompt."""
+        """The model's output for a prompt."""
         controller = self._current()
         plan = controller.plan
         self.load(())
@@ -278,7 +280,7 @@ class WholeSteps:
     ) -> tuple[Tensor, Tensor]:
         """Logits [B, n, V] of a prompt and its last hidden states [B, T, D]; fills ``cache``.
 
-        Calls ``see`` with each layer and its activations as it proceeds.  No masks may be loaded.
+        Calls ``see`` with the activations of each layer in turn.  No mask may be loaded.
         """
         rows, tokens = call.ids.shape
         rotations, most, count = self._rotations(tokens - 1), few(), len(self._ffns)
@@ -304,7 +306,7 @@ class WholeSteps:
         return logits, hidden
 
     def nbytes(self) -> int:
-        """Bytes beside the model, its masks and its cache; scratch memory too."""
+        """Extra bytes: copied norms, angles, cache buffers and scratch memory, without masks."""
         copied = self._norms if self._dtype != torch.float32 else []
         cache = 0 if self._cache is None else self._cache.nbytes()
         return cache + int(self.native.nbytes()) + sum(t.nbytes for t in (*copied, *self._angles))
@@ -319,7 +321,7 @@ def _matrices(parts: StepParts, ffns: Sequence[NativeFfn]) -> Iterator[Tensor]:
 
 
 def native_decoder(parts: StepParts, norms: list[Tensor], ffns: Sequence[NativeFfn]) -> Any:
-    """The native object that decodes; see ops.cpp for the order of what it takes."""
+    """The native decoder; see ops.cpp for the order of its arguments."""
     weights = [parts.embedding, parts.head, parts.positions]
     for layer, ffn in zip(parts.layers, ffns, strict=True):
         rest = (None,) * (3 - len(layer.qkv))  # a fused projection takes the place of q
@@ -350,13 +352,13 @@ def native_decoder(parts: StepParts, norms: list[Tensor], ffns: Sequence[NativeF
 
 
 def norm_floats(norms: Iterable[Norm | None]) -> list[Tensor]:
-    """Factors and biases as the kernels read them."""
+    """Factors and biases as contiguous float32, for the kernels."""
     with torch.inference_mode(False), torch.no_grad():
         return [t.float().contiguous() for t in _norm_tensors(norms)]
 
 
 _NONE = torch.empty(0, device="cpu")
-"""For a factor or bias that a model does not have."""
+"""Stands for a factor or bias that a norm does not have."""
 
 
 def _norm_tensors(norms: Iterable[Norm | None]) -> Iterator[Tensor]:
