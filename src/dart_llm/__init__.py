@@ -1,4 +1,4 @@
-"""DART for LLMs: prune FFN neurons while a model generates, and trace which ones it needs.
+"""DART for LLMs: prune FFN neurons while a model generates, and trace which neurons it uses.
 
 >>> from dart_llm import load, prune                        # doctest: +SKIP
 >>> model, tokenizer = load("smollm2-135m")                 # doctest: +SKIP

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 
 KEPT_SHAPES = "64"
-"""Matrix products that oneDNN keeps its code for; a step of decoding has about eight."""
+"""Matrix shapes whose compiled code oneDNN caches; a decode step has about eight."""
 
 
 def set_environment() -> None:
-    """Set what torch and others read when they are imported, unless the user has."""
-    # Busy-waiting OpenMP threads make small operations many times slower on a shared CPU; some
-    # 100 us of it cost little there and save a wake-up per operation where it is quiet.
+    """Set variables that torch and other packages read on import, unless the user has."""
+    # On a shared CPU, busy-waiting OpenMP threads make small operations many times slower.  To
+    # spin for some 100 us costs little there, and on a quiet CPU saves a wake-up per operation.
     if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE").upper() == "PASSIVE":
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # Code is made for every length of a prompt, some 3 MiB each: that of few lengths is kept.
+    # oneDNN compiles code for every prompt length, some 3 MiB each: cache it for few lengths.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KEPT_SHAPES)
     os.environ.setdefault("LRU_CACHE_CAPACITY", KEPT_SHAPES)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,8 +1,8 @@
-"""Cache folders; files named by all that decides them, whole or absent.
+"""Cache folders, and files that are named by their inputs and written atomically.
 
-A cached file is ``<key>-<digest><suffix>``: ``key`` identifies the request, ``digest`` the content.
-One rename puts content and digest there together.
-A file that does not match its digest is removed with one warning, and the caller makes it anew.
+A cached file is ``<key>-<digest><suffix>``: ``key`` identifies the inputs, ``digest`` the content.
+Content and digest appear together, in one rename.  A file that does not match its digest is removed
+with a warning, and the caller makes it again.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ logger = logging.getLogger("dart_llm")
 
 
 def hub_cache(cache_dir: str | Path | None = None) -> Path | None:
-    """Where hub models go: the argument, else ``DART_CACHE``; ``None``: the hub library's own."""
+    """Folder for hub models: the argument, else ``DART_CACHE``; None: the hub library's default."""
     text = str(cache_dir) if cache_dir else os.environ.get("DART_CACHE", "")
     return Path(text).expanduser() if text else None
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where dart_llm keeps what it fetched and converted: ``<chosen or user cache>/dart-llm``."""
+    """Folder for fetched and converted files: ``<chosen or user cache>/dart-llm``."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return (hub_cache(cache_dir) or Path(home).expanduser()) / "dart-llm"
 
 
 def make_folder(folder: Path) -> Path:
-    """Create ``folder``; raises ``LoadError`` when it cannot be written."""
+    """Create ``folder``; raises ``LoadError`` if it is not writable."""
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
@@ -46,7 +46,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def require_space(needed: int, folder: Path, what: str) -> None:
-    """Raise ``LoadError`` when fewer than ``needed`` bytes are free where ``folder`` lies."""
+    """Raise ``LoadError`` if fewer than ``needed`` bytes are free on the disk of ``folder``."""
     free = free_bytes(folder)
     if needed > free:
         raise LoadError(
@@ -65,30 +65,30 @@ SCRATCH = ".tmp-"
 """Prefix of unfinished files and folders, in addition to that of ``replacing``."""
 
 STALE_AFTER = 24 * 3600.0
-"""Seconds after which an unfinished file is taken to be left over from a killed process."""
+"""Seconds after which an unfinished file is considered left over from a killed process."""
 
 DIGITS = 32
 """Hexadecimal digits of keys and digests: 128 bits."""
 
 
 def key_of(*parts: object) -> str:
-    """The name of what ``parts``, compared by their ``repr``, decide: 32 hexadecimal digits."""
+    """A key that depends on the ``repr`` of ``parts``: 32 hexadecimal digits."""
     return digest_of(repr(parts).encode())
 
 
 def digest_of(data: bytes) -> str:
-    """A digest of content: 32 hexadecimal digits of its sha256."""
+    """A digest of ``data``: the first 32 hexadecimal digits of its sha256."""
     return hashlib.sha256(data).hexdigest()[:DIGITS]
 
 
 def read(folder: Path, key: str, suffix: str) -> bytes | None:
-    """The content that is stored under ``key``; None where there is none, or it is damaged."""
+    """The content that is stored under ``key``; None if there is none or it is damaged."""
     path = find(folder, key, suffix)
     return None if path is None else path.read_bytes()
 
 
 def find(folder: Path, key: str, suffix: str) -> Path | None:
-    """The verified file that is stored under ``key``, for readers that want a path; or None."""
+    """The path of the verified file that is stored under ``key``; None if there is none."""
     sweep(folder)
     damaged = False
     for path in sorted(folder.glob(f"{key}-*{suffix}")):
@@ -103,10 +103,10 @@ def find(folder: Path, key: str, suffix: str) -> Path | None:
 
 
 def write(folder: Path, key: str, suffix: str, data: bytes) -> Path:
-    """Store ``data`` under ``key``; any number of processes may do so at once.
+    """Store ``data`` under ``key``; several processes may do so at once.
 
-    It is on the disk, not only on its way there, when this returns.  Raises ``LoadError`` when the
-    folder cannot be written or the disk is full; nothing is left behind then.
+    The data is flushed to the disk on return.  Raises ``LoadError``, and leaves nothing behind, if
+    the folder is not writable or the disk is full.
     """
     path = make_folder(folder) / _name(key, data, suffix)
     if path.is_dir():
@@ -124,7 +124,7 @@ def _name(key: str, data: bytes, suffix: str) -> str:
 
 
 def sync(path: Path) -> None:
-    """A file, or a folder's names, are on the disk after this call, where that can be promised."""
+    """Flush a file, or the names in a folder, to the disk, if the system supports it."""
     with contextlib.suppress(OSError):  # some systems do not open folders
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -134,7 +134,7 @@ def sync(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove unfinished files and folders that a process left behind when it was killed."""
+    """Remove unfinished files and folders of killed processes."""
     for path in [*folder.glob(f"{SCRATCH}*"), *folder.glob(".*.part")]:
         with contextlib.suppress(OSError):  # another process removed it first
             if time.time() - path.lstat().st_mtime > STALE_AFTER:

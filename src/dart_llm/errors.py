@@ -1,10 +1,8 @@
-"""The exception tree; causes of an error.
-
-Every exception that dart_llm raises on purpose.
+"""All exceptions that dart_llm raises on purpose, and the causes of an error.
 
 ::
 
-    DartError                     anything below; the command line exits with 2
+    DartError                     base class of all; the command line exits with 2
     ├── ConfigError               a requested value cannot be used
     │   └── UnknownName           a name (method, score, model, prompt, ...) that does not exist
     ├── UnsupportedModel          the model's FFN is not one that can be pruned
@@ -31,13 +29,13 @@ class ConfigError(DartError):
 
 
 class UnknownName(ConfigError):
-    """A name is not registered; the message lists the near ones."""
+    """A name does not exist; the message lists similar names."""
 
     LISTED = 100
-    """More names than these are not listed."""
+    """Names are listed up to this number."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], more: str = "") -> None:
-        """``more``: what else may help, in a few words."""
+        """``more``: a further hint, in a few words."""
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f"known: {', '.join(names)}" if names else "there is none: leave it out"
@@ -55,11 +53,11 @@ def check_name(kind: str, name: str | None, known: Collection[str]) -> None:
 
 
 class UnsupportedModel(DartError):
-    """The model has a module that cannot be pruned; the message names it."""
+    """The model has a module that cannot be pruned; the message names the module."""
 
 
 class AttachError(DartError):
-    """The model is already attached to a run, or is not attached where it must be."""
+    """The model is already attached to a run, or is not attached although it must be."""
 
 
 class LoadError(DartError):
@@ -80,7 +78,7 @@ class ResultsError(DartError):
 
 
 class CellsFailed(DartError):
-    """Some cells of a sweep or a study failed; ``document`` holds what ``--json`` prints."""
+    """Some cells of a sweep or a study failed; ``document``: the output of ``--json``."""
 
     def __init__(self, message: str, document: dict[str, Any]) -> None:
         super().__init__(message)
@@ -88,7 +86,7 @@ class CellsFailed(DartError):
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """``error`` and everything that caused it, outermost first."""
+    """``error`` and all of its causes, outermost first."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
@@ -101,7 +99,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def failure_text(error: BaseException) -> str:
-    """What went wrong, for people; with the type of errors that are not dart-llm's."""
+    """The message of an error, with its type if it is not one of dart-llm's."""
     if isinstance(error, DartError):
         return str(error)
     text = " ".join(str(error).split())

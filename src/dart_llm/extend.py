@@ -1,4 +1,4 @@
-"""One import for people who add scores, budgets, rules, methods or architectures.
+"""One import for everything that new scores, budgets, rules, methods or architectures need.
 
 from dart_llm.extend import SCORES, score
 """

@@ -1,4 +1,4 @@
-"""Files: whole or not at all; JSON, JSONL with errors that name the line, CSV, YAML, tensors."""
+"""Reads and atomically writes files: JSON, JSONL (errors name the line), CSV, YAML, tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def size_text(count: int) -> str:
-    """Bytes for people: ``0.4 MB``, ``812 MB``, ``16.1 GB``."""
+    """A number of bytes as text: ``0.4 MB``, ``812 MB``, ``16.1 GB``."""
     if count >= 1e9:
         return f"{count / 1e9:.1f} GB"
     return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
@@ -36,7 +36,7 @@ def file_sha256(path: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses aliases, by which a short file may stand for gigabytes, and repeated names."""
+    """Refuses repeated names, and aliases, with which a short file can expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -46,13 +46,13 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [str(key.value)[:80] for key, _ in node.value]
         for name in names:
-            if names.count(name) > 1:  # YAML would keep the last
+            if names.count(name) > 1:  # the YAML library would keep the last
                 raise ValueError(f'the name "{name}" is given twice: drop one')
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, without aliases; raises ``ConfigError`` when there is none."""
+    """The mapping in a YAML file; raises ``ConfigError`` for anything else, and for aliases."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except RecursionError:
@@ -66,15 +66,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of ``path`` with the numbers of their lines, from 1; blank lines are skipped.
+    """Line numbers, from 1, and objects of a JSONL file; blank lines are skipped.
 
-    Raises ``ConfigError`` for a file that is missing or cannot be read as UTF-8 text, and for a
-    line that is not a JSON object.
+    Raises ``ConfigError`` for a file that is missing or not UTF-8 text, and for a line that is not
+    a JSON object.
     """
-    from pydantic_core import from_json  # refuses NaN, half characters and deep nesting, too
+    from pydantic_core import from_json  # also refuses NaN, lone surrogates, deep nesting
 
     try:
-        # Not splitlines(): a JSON string may contain U+2028, which that takes for a line break.
+        # Not splitlines(), which splits at U+2028, and that may be inside a JSON string.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -92,10 +92,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def append_row(path: Path, row: Any) -> None:
-    """Add one document as a line that survives whatever happens after this call.
+    """Append one document as a line, flushed to the disk.
 
-    It starts a new line after one without its line break, which a full disk or a kill left.
-    Raises ``OSError``, and ``ValueError`` for numbers that JSON does not have.
+    Starts a new line if the last line lacks its line break, after a full disk or a kill.  Raises
+    ``OSError``, and ``ValueError`` for numbers that JSON does not support.
     """
     line = json.dumps(row, allow_nan=False).encode() + b"\n"
     with path.open("a+b") as file:
@@ -108,7 +108,7 @@ def append_row(path: Path, row: Any) -> None:
 
 
 def whole_rows(path: Path) -> Iterator[Any]:
-    """The documents of a file that ``append_row`` made; what is torn or damaged is left out."""
+    """The documents in a file of ``append_row``; incomplete or damaged lines are left out."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError:
@@ -119,7 +119,7 @@ def whole_rows(path: Path) -> Iterator[Any]:
 
 
 def finite(value: Any) -> Any:
-    """The same data with numbers that are not finite replaced by None (JSON has none)."""
+    """The same data with None for numbers that are not finite, which JSON does not support."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -131,14 +131,14 @@ def finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
-    """An empty file beside ``path`` that replaces it, whole, when the block ends.
+    """An empty file next to ``path`` that replaces it atomically when the block ends.
 
-    Its name belongs to this call alone, so that writers of one path never mix; nothing of it stays
-    after an error.  ``mode``: permissions of a new file, before the umask; one that is replaced
-    keeps its own.  What is not a regular file (a pipe, a terminal) is yielded itself.  Raises
-    ``ResultsError`` for any ``OSError``, also one of the block.
+    Its name is unique, so concurrent writers of one path do not mix; it is removed after an error.
+    ``mode``: permissions of a new file, before the umask; a replaced file keeps its permissions.
+    If ``path`` is not a regular file (a pipe, a terminal), ``path`` itself is yielded.  Raises
+    ``ResultsError`` for any ``OSError``, including those raised in the block.
     """
-    target = Path(os.path.realpath(path))  # a link stays, and what it names is replaced
+    target = Path(os.path.realpath(path))  # replace the target of a link, not the link
     partial = target.with_name(f".{target.name[:50]}.{secrets.token_hex(8)}.part")
     try:
         if path.exists() and not path.is_file():
@@ -159,12 +159,12 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, mode: int = 0o666) -> None:
-    """Replace ``path`` whole, or raise ``ResultsError``; ``mode``: permissions of a new file."""
+    """Replace ``path`` atomically, or raise ``ResultsError``; ``mode``: see ``replacing``."""
     write_bytes(path, text.encode("utf-8"), mode=mode)
 
 
 def write_bytes(path: Path, data: bytes, make_folder: bool = False, mode: int = 0o666) -> None:
-    """The same for data; ``make_folder``: also the folder that it lies in."""
+    """Like ``write_text``, for bytes; ``make_folder``: also create the file's folder."""
     if make_folder:
         with contextlib.suppress(OSError):  # the next step reports the reason
             path.parent.mkdir(exist_ok=True)
@@ -173,12 +173,12 @@ def write_bytes(path: Path, data: bytes, make_folder: bool = False, mode: int = 
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write as valid JSON, whole."""
+    """Write valid JSON, atomically."""
     write_text(path, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON document; empty where there is none, or it is damaged."""
+    """The JSON object in a file; empty if the file is missing or damaged."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -187,12 +187,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write one JSON document per line, whole."""
+    """Write one JSON document per line, atomically."""
     write_text(path, "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV file, whole; None is an empty cell."""
+    """Write a CSV file, atomically; None is an empty cell."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
     write_text(path, buffer.getvalue())
@@ -201,11 +201,11 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, whole; equal contents give equal bytes."""
+    """Write a safetensors file, atomically; equal contents give equal bytes."""
     from safetensors.torch import save
 
     data = save(dict(tensors), None if metadata is None else dict(metadata))
-    if metadata:  # safetensors writes it in a new order each time
+    if metadata:  # safetensors writes the metadata in random order
         end = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:end])
         header["__metadata__"] = dict(sorted(metadata.items()))

@@ -1,4 +1,4 @@
-"""The model hub: one sentence per failure, without any token; sizes of downloads; progress bars."""
+"""The model hub: messages for failures, without secrets; download sizes; progress bars."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dart_llm.errors import LoadError, chain
 
 logger = logging.getLogger("dart_llm")
 
-# transformers' own progress bars: on a terminal only, and only when they are wanted.
+# transformers' progress bars are shown only on a terminal, and only on request.
 
 
 @contextmanager
 def bars(*, shown: bool) -> Iterator[None]:
-    """Silence transformers' bars in the block, unless ``shown`` and stderr is a terminal."""
+    """Hide transformers' bars in the block, unless ``shown`` and stderr is a terminal."""
     from transformers.utils import logging
 
     switch: Any = logging
@@ -38,9 +38,9 @@ def bars(*, shown: bool) -> Iterator[None]:
 
 @contextmanager
 def no_stray_bars() -> Iterator[None]:
-    """Inside a silent ``bars`` block: hide also the bars that transformers cannot switch.
+    """Inside a ``bars`` block that hides bars, also hide bars that transformers cannot switch off.
 
-    Its GGUF reader has one.  Log records still come through, for their handlers know their stream.
+    Its GGUF reader has such a bar.  Log records still appear: handlers keep their own stream.
     """
     from transformers.utils import logging
 
@@ -61,10 +61,10 @@ _CUT = {"ChunkedEncodingError", "ReadError", "ReadTimeout", "RemoteProtocolError
 def hub_failure(
     error: BaseException, model: str, revision: str | None, instead: str = INSTEAD
 ) -> LoadError | None:
-    """The sentence for ``error``, which loading ``model`` from the hub raised.
+    """A ``LoadError`` that explains ``error``, raised while loading ``model`` from the hub.
 
-    ``instead``: the alternative that is named when the hub cannot be reached.  Returns ``None``
-    when nothing in the chain of causes comes from the hub or the network.
+    ``instead``: alternative to suggest if the hub cannot be reached.  Returns None if no cause of
+    the error comes from the hub or the network.
     """
     from huggingface_hub import constants
 
@@ -115,7 +115,7 @@ def hub_failure(
 
 
 def not_reached(model: str, instead: str = INSTEAD) -> str:
-    """The sentence for a model that is not in the cache while the hub cannot be asked."""
+    """The message for a model that is not in the cache while the hub is unreachable."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -126,7 +126,7 @@ def not_reached(model: str, instead: str = INSTEAD) -> str:
 
 
 def plain(error: BaseException) -> str:
-    """The first sentence of an error's message, with secrets removed, for use inside another."""
+    """The first line of an error's message without secrets, for use inside another message."""
     text = str(error).strip() or type(error).__name__
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
@@ -134,7 +134,7 @@ def plain(error: BaseException) -> str:
 
 
 def redact(text: str) -> str:
-    """``text`` without access tokens and without credentials inside addresses."""
+    """``text`` without access tokens and without credentials in URLs."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if secret := os.environ.get(name):
             text = text.replace(secret, "***")
@@ -143,7 +143,7 @@ def redact(text: str) -> str:
 
 
 TIMEOUT = 10.0
-"""Seconds that the hub may take to name the sizes; without an answer the check is left out."""
+"""Seconds to wait for the hub to report file sizes; without an answer the check is skipped."""
 
 _WEIGHTS = (
     r"model\.safetensors",
@@ -154,18 +154,18 @@ _WEIGHTS = (
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
-    """The files among ``names`` that transformers fetches: the first kind that is there."""
+    """The weight files among ``names`` that transformers downloads: the first format found."""
     listed = list(names)
     by_kind = ([name for name in listed if re.fullmatch(kind, name)] for kind in _WEIGHTS)
     return next(filter(None, by_kind), [])
 
 
 def check_download(model: str, revision: str | None, cache: Path | None) -> int | None:
-    """Bytes of weights of ``model`` that are still to be downloaded.
+    """Bytes of weights of ``model`` that must still be downloaded.
 
-    Raises ``LoadError`` when the disk has less room than that, or the repository has nothing
-    that transformers loads.  ``None`` means that the hub is unreachable, so that only the cache
-    can help.  Any other failure returns 0: loading reports it.
+    Raises ``LoadError`` if the disk has less free space, or if the repository has no transformers
+    checkpoint.  Returns None if the hub is unreachable, so that only the cache can be used, and 0
+    after any other failure, which loading will report.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 

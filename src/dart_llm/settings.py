@@ -1,8 +1,8 @@
-"""Option mixins of all commands (model, pruning, study, task), and how their sources are merged.
+"""Option mixins for all commands (model, pruning, study, task), and the merging of their sources.
 
 Order of precedence: defaults < file < ``DART_*`` environment < flags.  Every field is a flag of the
-same name in kebab case and ``DART_<FIELD>``.  Where a class has several mixins, their fields come
-in the reversed order of the bases, as pydantic collects them.
+same name in kebab case, and the variable ``DART_<FIELD>``.  Pydantic collects the fields of several
+mixins in the reversed order of the bases.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ if TYPE_CHECKING:
 
 
 class Settings(BaseModel):
-    """Frozen settings; a name that is none of them is an error that suggests a similar one."""
+    """Frozen settings; an unknown name is an error that suggests a similar one."""
 
     UNUSED: ClassVar[tuple[str, ...]] = ()
-    """Fields of a base class that the command has no use for: they are not among its flags."""
+    """Fields of a base class that the command does not use, and has no flags for."""
 
     RIVALS: ClassVar[tuple[set[str], ...]] = (
         {"sparsity", "total_prune_percent", "sparsities"},
         {"knowledge_drift", "drift"},
         {"prompt", "prompt_file", "custom_prompt_text"},
     )
-    """Settings of which one source may give only one."""
+    """Groups of settings; one source may give only one setting of a group."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {}
-    """Other names of fields in files and variables, such as ``task`` of ``tasks``."""
+    """Other names for fields in files and variables, such as ``task`` for ``tasks``."""
 
     _notes: tuple[str, ...] = PrivateAttr(())
 
@@ -68,7 +68,7 @@ class Settings(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _validated(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        """Raises ``ConfigError`` for the first problem, as one sentence."""
+        """Report the first problem as a ``ConfigError`` of one sentence."""
         try:
             return validate(data)
         except ValidationError as error:
@@ -81,7 +81,7 @@ class Settings(BaseModel):
 
     @classmethod
     def named(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """The values by the names of their fields; None only where a field may be None."""
+        """The values by field name; drops None unless the field may be None."""
         given: dict[str, Any] = {}
         for key, value in data.items():
             name = cls.ALIASES.get(key, key)
@@ -105,16 +105,16 @@ class Settings(BaseModel):
 
     @classmethod
     def unknown(cls, name: str) -> ConfigError:
-        """The error for a setting that these settings do not have."""
+        """The error for an unknown setting."""
         return unknown_key(cls, name)
 
     def fitted(self) -> Self:
-        """The same with what its settings require of others; ``notes`` reports changes."""
+        """A copy with changes that other settings require; ``notes`` reports them."""
         return self
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """The values as the fields take them."""
+        """The values, converted for the fields."""
         return dict(data)
 
     def noted(self, changes: Mapping[str, Any], *notes: str) -> Self:
@@ -125,7 +125,7 @@ class Settings(BaseModel):
 
     @property
     def given(self) -> list[str]:
-        """Names of the settings that differ from their default."""
+        """Names of the settings that differ from their defaults."""
         fields = type(self).model_fields
         return [name for name in fields if getattr(self, name) != fields[name].default]
 
@@ -136,15 +136,15 @@ class Settings(BaseModel):
 
 
 def setting(panel: str, text: str, default: Any = None, **bounds: Any) -> Any:
-    """One setting: the help panel that it belongs to, its help text, its default.
+    """One setting: its help panel, help text and default.
 
-    ``bounds``: of a number, as pydantic's ``Field`` takes them: ``ge=1``, ``lt=1``.
+    ``bounds``: of a number, as for pydantic's ``Field``: ``ge=1``, ``lt=1``.
     """
     return Field(default, description=text, json_schema_extra={"panel": panel}, **bounds)
 
 
 def _problem_text(error: ValidationError) -> str:
-    """The first problem; a number out of bounds is named as the flag that sets it."""
+    """The first problem, as text; for a number out of bounds it names the flag."""
     problem, text = error.errors()[0], first_problem(error)
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "finite_number":
@@ -154,7 +154,7 @@ def _problem_text(error: ValidationError) -> str:
 
 
 def split_commas(value: Any) -> Any:
-    """A list without doubles, from a text with commas, a list or one value."""
+    """The values of a comma-separated text, a list or a single value, without duplicates."""
     parts = words(value) if isinstance(value, str) else value
     parts = parts if isinstance(parts, list | tuple) else [parts]
     for part in parts:
@@ -169,7 +169,7 @@ Fractions = Annotated[tuple[float, ...], BeforeValidator(split_commas)]
 Sparsities = Annotated[
     tuple[Annotated[float, AfterValidator(check_sparsity)], ...], BeforeValidator(split_commas)
 ]
-"""Lists that are written with commas, in flags, variables and files alike."""
+"""Comma-separated lists, in flags, variables and files."""
 
 
 def check_removed(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -181,7 +181,7 @@ def check_removed(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def words(text: str | None) -> list[str]:
-    """The parts between commas."""
+    """The parts of a comma-separated text."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
@@ -195,10 +195,10 @@ MASKED = "dart"
 """The method of commands that look at sequence masks, such as ``inspect`` and ``drift``."""
 
 FITTING_METHODS = (MASKED, "dart-prompt", "griffin", "published")
-"""Tried in this order where a setting does not fit the default method; a named one stays."""
+"""Tried in this order if a setting does not fit the default method; a given method is kept."""
 
 MASK_SETTINGS = ("masks", "knowledge_drift", "drift", "ranking_method")
-"""Settings of sequence masks, which methods with per-token selection do not have."""
+"""Settings of sequence masks, which methods with per-token selection do not support."""
 
 
 def _flag(name: str) -> str:
@@ -206,7 +206,7 @@ def _flag(name: str) -> str:
 
 
 def _decay_problem(config: PruneConfig) -> str | None:
-    """Why a configuration cannot honour its ema_decay; None if it can."""
+    """Why a configuration does not support its ema_decay; None if it does."""
     why = SCORES.get(config.score.name).no_decay_reason
     if config.score.ema_decay is None or config.target == 0 or not why:
         return None
@@ -236,7 +236,7 @@ LOADING = tuple(LoadOptions.model_fields)
 
 
 def load_arguments(settings: Any) -> dict[str, Any]:
-    """Keyword arguments of ``dart_llm.load``, from what has the fields of ``ModelOptions``."""
+    """Keyword arguments for ``dart_llm.load``; ``settings`` has the fields of ``ModelOptions``."""
     arguments = {name: getattr(settings, name) for name in ("model", *LOADING)}
     return {**arguments, "device": settings.device or (None if settings.device_map else "auto")}
 
@@ -281,7 +281,7 @@ class PruningOptions(MaskOptions):
         return self
 
     def misfit(self) -> tuple[str, str] | None:
-        """The first setting that the method cannot honour, and why; None if it honours all."""
+        """The first setting that the method does not support, and why; None if there is none."""
         method = METHODS.get(self.method)
         if method.selects_per_token:
             for name in MASK_SETTINGS:
@@ -291,9 +291,9 @@ class PruningOptions(MaskOptions):
         return ("ema_decay", why) if why else None
 
     def fitted(self) -> Self:
-        """The same with a method that honours its settings; ``notes`` reports a change.
+        """A copy with a method that supports its settings; ``notes`` reports a change.
 
-        Raises ``ConfigError`` where the named method, or every one, cannot honour them.
+        Raises ``ConfigError`` if the given method, or every one, does not support them.
         """
         problem = self.misfit()
         if problem is None:
@@ -313,7 +313,7 @@ class PruningOptions(MaskOptions):
             return False
 
     def target_sparsity(self) -> float | None:
-        """The requested sparsity, as a fraction; None by default."""
+        """The requested sparsity as a fraction; None if not given."""
         percent = self.total_prune_percent
         if percent is None:
             return None if self.sparsity is None else check_sparsity(self.sparsity)
@@ -323,14 +323,14 @@ class PruningOptions(MaskOptions):
         return percent / 100
 
     def prune_config(self) -> PruneConfig:
-        """The preset with all explicit settings on top of it."""
+        """The preset, changed by all explicit settings."""
         changes = self.prune_changes()
         if changes["sparsity"] and METHODS.get(self.method).method == "dense":
             raise ConfigError("method dense removes nothing: drop the sparsity")
         return PruneConfig.build(self.method, **changes)
 
     def prune_changes(self) -> dict[str, Any]:
-        """The changes to the preset, as ``PruneConfig.build`` takes them."""
+        """The changes to the preset, as arguments of ``PruneConfig.build``."""
         names = ("masking_step", "release_step", "min_evidence", "compensation", "executor")
         parts: dict[str, dict[str, Any]] = {
             "score": {
@@ -387,7 +387,7 @@ class ResultOptions(Settings):
 
 
 class StudyOptions(ResultOptions):
-    """Where results go, and the seed of what is random in them."""
+    """Where results go, and the seed for random numbers."""
 
     seed: int = setting("Results", "Seed of everything random.", 0, ge=0, lt=2**63)
 
@@ -402,11 +402,11 @@ class TaskOptions(Settings):
 
 
 class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
-    """Which model, how it is pruned, where results go; fields come in the order of that."""
+    """Which model, how it is pruned, where results go; fields are in this order."""
 
     @property
     def kept(self) -> KeptSetting | None:
-        """The setting of a file that the method names."""
+        """The setting file that the method names; None if it names none."""
         return kept_setting(self.method)
 
     def fitted(self) -> Self:
@@ -452,7 +452,7 @@ def merge(
 ) -> S:
     """Merge the sources into settings of one kind; in ``flags`` None means not set.
 
-    A setting also replaces its rivals of weaker sources: --sparsity beats DART_TOTAL_PRUNE_PERCENT.
+    A setting also replaces rivals from weaker sources: --sparsity beats DART_TOTAL_PRUNE_PERCENT.
     """
     environ = os.environ if environment is None else environment
     names = {**{name: name for name in kind.model_fields}, **kind.ALIASES}
@@ -472,11 +472,11 @@ def merge(
 
 
 TENSORS = ("u", "x", "z", "r")
-"""Activations that can be saved; ``models.capture.LayerActivations`` says what they are."""
+"""Activations that can be saved, explained in ``models.capture.LayerActivations``."""
 
 
 class ActivationSettings(BaseSettings):
-    """The settings of commands that can keep activations."""
+    """The settings of commands that can save activations."""
 
     save_activations: bool = setting(
         "Activations", "Save activations as safetensors (says the size first).", False
@@ -498,7 +498,7 @@ class ActivationSettings(BaseSettings):
         return self
 
     def wanted(self, layers: int) -> Wanted:
-        """What is kept of a model with this many layers; ``ConfigError`` for one it lacks."""
+        """The activations to save; raises ``ConfigError`` if the model has too few ``layers``."""
         from dart_llm.models.capture import Wanted
 
         chosen = _parse_layers(self.activation_layers) or tuple(range(layers))
@@ -512,7 +512,7 @@ class ActivationSettings(BaseSettings):
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:
-    """The layers of ``0-5`` or ``0,3,7-9``, in order; () of ``all``."""
+    """The layers in ``0-5`` or ``0,3,7-9``, in order; () for ``all``."""
     layers: set[int] = set()
     for part in [] if text.strip() == "all" else text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
@@ -524,7 +524,7 @@ def _parse_layers(text: str) -> tuple[int, ...]:
 
 
 def _parse_tokens(text: str) -> tuple[int, int | None]:
-    """First token and the one after the last (None: to the end) of ``0:256`` or ``128:``."""
+    """Start and end (exclusive; None: to the end) of ``0:256`` or ``128:``."""
     match = re.fullmatch(r"\s*(\d*):(\d*)\s*", text)
     start, end = (int(match[1] or 0), int(match[2]) if match[2] else None) if match else (0, 0)
     if end is not None and end <= start:

@@ -1,4 +1,4 @@
-"""One model, attached once, that answers many requests: dense ones and pruned ones.
+"""One model, attached once, that answers many requests, dense or pruned.
 
 >>> from dart_llm.engine import Ask, Engine, Sampling            # doctest: +SKIP
 >>> engine = Engine(model, tokenizer)                            # doctest: +SKIP
@@ -32,13 +32,13 @@ logger = logging.getLogger("dart_llm")
 class Engine(contextlib.AbstractContextManager["Engine"]):
     """Answers requests on one model, one at a time; use it as a context manager, or ``close`` it.
 
-    ``conversations``: how many named ones are kept, those used last.  ``executor``: what runs the
+    ``conversations``: number of most recently used conversations to keep.  ``executor``: runs the
     pruned FFNs of all requests, as in ``PruneConfig``.  ``calibration``: the text that static
     methods learn from.  ``cache_dir``: where learned statistics are stored.  ``say`` is called
-    with a line while a method learns.
+    with progress lines while a method learns.
 
     Raises ``AttachError`` for a model that is being pruned, ``UnsupportedModel`` and
-    ``ConfigError`` for one that cannot be.
+    ``ConfigError`` for a model that cannot be pruned.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         self._ends = _end_tokens(model, tokenizer)
         self._limit = conversations
         self._conversations = OrderedDict[str, Conversation]()
-        """By name; those used last come last."""
+        """By name; the most recently used is last."""
         self._closed = False
 
     @property
     def executor(self) -> str:
-        """What runs the pruned FFNs."""
+        """The executor of pruned FFNs."""
         return self._host.executor
 
     def prepare(self, config: PruneConfig | None) -> None:
-        """Learn and calibrate what ``config`` needs, so that no request waits for it.
+        """Learn and calibrate what ``config`` needs, so that no request has to wait for it.
 
-        Raises ``ConfigError`` for what cannot run on this model, ``LoadError`` for a missing
-        calibration text, ``AttachError`` while a request runs.
+        Raises ``ConfigError`` for settings that this model does not support, ``LoadError`` for a
+        missing calibration text, ``AttachError`` while a request is running.
         """
         with self._exclusive():
             method = self._host.bind(config)
@@ -88,10 +88,11 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         """Answer one request.
 
         ``emit`` is called with every record, in this thread; ``cancelled`` is called after every
-        token, and between pieces of a long prompt.  Whatever happens, nothing of the request is
-        left on the model afterwards; a conversation is kept unless an error was raised.
+        token, and between chunks of a long prompt.  Afterwards, even after an error, nothing of the
+        request is left on the model; a conversation is kept unless an error was raised.
 
-        Raises ``ConfigError`` for what cannot be served, ``AttachError`` while another one runs.
+        Raises ``ConfigError`` for a request that cannot be served, ``AttachError`` while another
+        request is running.
         """
         with self._exclusive():
             method = self._host.bind(ask.config)
@@ -120,7 +121,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
             return result
 
     def forget(self, conversation: str) -> None:
-        """Drop a conversation, if it is kept."""
+        """Drop the conversation of this name, if there is one."""
         with self._exclusive():
             self._conversations.pop(conversation, None)
 
@@ -136,7 +137,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
             self._lock.release()
 
     def close(self) -> None:
-        """Detach: the model is exactly what it was.  Safe to call twice."""
+        """Detach and restore the exact original model.  Safe to call twice."""
         if self._closed:
             return
         with self._exclusive():
@@ -149,17 +150,17 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a text: those of ``generate``, else the tokenizer's."""
+    """Tokens that end a text: those of the generation settings, else the tokenizer's."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = getattr(tokenizer, "eos_token_id", None) if ends is None else ends
     return frozenset([ends] if isinstance(ends, int) else ends or ())
 
 
 def trim_heap() -> None:
-    """Return free pages to the system, where the C library can.
+    """Return free pages to the system, if the C library supports it.
 
-    glibc keeps the large blocks of a request that lie between small ones, so that a program which
-    frees everything after every request would still grow.
+    glibc keeps freed large blocks that lie between small ones, so a program would grow even if it
+    freed everything after every request.
     """
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):  # another C library

@@ -27,7 +27,7 @@ BOUND = 32  # configurations that stay bound to the model
 
 
 class PatchHost:
-    """Keeps the model attached; to be used by one thread at a time; arguments as of ``Engine``."""
+    """Keeps the model attached.  For one thread at a time; arguments as in ``Engine``."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class PatchHost:
         self._bound: OrderedDict[str, BoundMethod] = OrderedDict()
         self._head = HeadConfig()
         self._screen: Screen | None = None
-        """Of the screened head that was requested last: one at a time."""
+        """Screen of the screened head that was requested last: only one is kept."""
         self.idle = self._bind(DENSE)
         self._attach()
 
@@ -64,7 +64,7 @@ class PatchHost:
 
     @contextlib.contextmanager
     def _detached(self) -> Iterator[None]:
-        """The original model, for learning: gradients and self-generated texts go through it."""
+        """In this block the model is the original one, to learn gradients and generate texts."""
         self.patch.remove()
         try:
             yield
@@ -72,9 +72,9 @@ class PatchHost:
             self._attach()
 
     def bind(self, config: PruneConfig | None) -> BoundMethod:
-        """``config`` (None: dense) on this model; learns or calibrates what it needs.
+        """Bind ``config`` (None: dense) to the model; learns or calibrates what it needs.
 
-        Raises ``ConfigError`` for what cannot run here, and what ``prepare.prepare`` raises.
+        Raises ``ConfigError`` for settings that cannot run here, and the errors of ``prepare``.
         """
         if config is None:
             return self.idle
@@ -105,7 +105,7 @@ class PatchHost:
         return method
 
     def _calibrated(self, method: BoundMethod) -> BoundMethod:
-        """``method`` with its statistics of the model, from the cache or learned."""
+        """``method`` with its statistics, from the cache or learned now."""
         config, where = method.settings, (self.cache_dir, self.say)
         if config.calibration is not None:
             with self._detached():
@@ -117,18 +117,18 @@ class PatchHost:
         return replace(method, learned=learned)
 
     def serve(self, controller: PruningController) -> None:
-        """``controller`` decides in the next forwards; raises ``AttachError`` when detached."""
+        """Use ``controller`` for the next forwards; raises ``AttachError`` if detached."""
         if not self.patch.installed:
             raise AttachError("this model was detached by dart_llm.restore: make another engine")
         self.patch.serve(controller)
 
     def rest(self) -> None:
-        """Between requests the model is dense, and keeps nothing of the last one."""
+        """After a request: run dense, and drop everything of the request."""
         self.patch.loop = None
         self.patch.serve(self.idle.controller())
 
     def report(self, method: BoundMethod, controller: PruningController) -> RunReport:
-        """Accounting of what ``controller`` counted, while it is served."""
+        """The report of what ``controller`` counted; it must be the one in use."""
         controller.flush()
         patch, extra_bytes = self.patch, self.patch.nbytes()
         head = None
@@ -137,26 +137,23 @@ class PatchHost:
         elif patch.head is not None:
             extra_bytes -= patch.head.nbytes()
         by_token = method.settings.token is not None
-        if not by_token:  # the low-bit proxies are those of other requests
+        if not by_token:  # low-bit proxies belong to other requests
             proxies = (layer.token for layer in patch.layers)
             extra_bytes -= sum(proxy.nbytes() for proxy in proxies if proxy is not None)
         costs = PatchCosts(extra_bytes, patch.steps, head)
         return method.report(controller, self.executor_of(method.settings), costs)
 
     def executor_of(self, config: PruneConfig) -> str:
-        """What runs the FFNs of a request.
-
-        Masks per row, and per-token selection without a kernel, are multiplied by 0.
-        """
+        """The executor for a request; ``masked`` for masks per row and rules without a kernel."""
         has_kernel = config.token is None or TOKEN_RULES.get(config.token.rule).native
         return self.executor if has_kernel and config.batch != "per_row" else "masked"
 
 
 @dataclass
 class Conversation:
-    """A cache, the tokens in it, and the controller that saw them.
+    """A cache, the tokens in it, and the controller that observed them.
 
-    ``answer``: where the last answer begins in ``ids``; the cache is never cut before it.
+    ``answer``: start of the last answer in ``ids``; the cache is never cropped before it.
     """
 
     method: BoundMethod
@@ -166,13 +163,13 @@ class Conversation:
     answer: int
 
     def continues(self, config: PruneConfig, ids: Sequence[int]) -> bool:
-        """Whether a request with these settings and prompt can use the cache."""
+        """Whether a request with these settings and this prompt can use the cache."""
         return self.method.settings == config and self.shared(ids) > 0
 
     def shared(self, ids: Sequence[int]) -> int:
-        """Leading tokens of ``ids`` that need not be read again; 0 if this cannot continue.
+        """Number of leading tokens of ``ids`` to take from the cache; 0 if it cannot be used.
 
-        A prompt may leave out the end of the last answer (a stop string), or spell it otherwise.
+        A prompt may lack the end of the last answer (a stop string), or have other tokens for it.
         """
         pairs = enumerate(zip(self.ids, ids, strict=False))
         differs = (index for index, (old, new) in pairs if old != new)
@@ -188,7 +185,7 @@ class Conversation:
             self.ids = self.ids[:length]
 
     def reset_accounting(self) -> None:
-        """Count the next answer by itself."""
+        """Start the accounting of the next answer at 0."""
         controller = self.controller
         controller.branch()
         controller.finished, controller.checks = [], []

@@ -1,4 +1,4 @@
-"""One request from its prompt to its answer: forwards, sampling, text, masks as records."""
+"""Runs one request, from prompt to answer: forwards, sampling, text, records of masks."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from dart_llm.pruning.token_level import TokenMask
 from dart_llm.session.generation import CONTEXT, HALF, TextStream, decode_ids
 from dart_llm.session.run import BoundMethod
 
-BINS = 96  # groups of neighbouring neurons in a mask's raster, where layers have so many
+BINS = 96  # most groups of neighbouring neurons in a mask's raster
 COLDEST = 1e-30  # the lowest temperature: in float32 lower ones would be 0
-PIECE = 512  # prompt tokens per forward: between two a request can be cancelled
-SCORED_PIECE = 64  # the same where the logits of all are needed, a vocabulary of numbers each
+PIECE = 512  # prompt tokens per forward; a request can be cancelled between forwards
+SCORED_PIECE = 64  # the same if logits of all tokens are needed, which take much memory
 
 Emit = Callable[[Record], None]
 
 
 class Sampler:
-    """Draws for the rows of one request; row i of seed s draws the numbers of seed (s, i)."""
+    """Samples tokens for all rows of a request; row i of seed s has the random seed (s, i)."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -55,7 +55,7 @@ class Sampler:
         self._rngs = [random.Random(None if seed is None else f"{seed}/{row}") for row in rows]
 
     def choose(self, logits: Tensor) -> list[int]:
-        """Token ids of logits [n, V]; raises ``DartError`` where they are not finite."""
+        """Sampled token ids for logits [n, V]; raises ``DartError`` if one is not finite."""
         scores = logits.float()
         best = scores.max(-1)
         if not all(map(math.isfinite, best.values.tolist())):
@@ -67,7 +67,7 @@ class Sampler:
         return [self._draw(row, rng) for row, rng in zip(probabilities, self._rngs, strict=True)]
 
     def _draw(self, probabilities: Tensor, rng: random.Random) -> int:
-        """An index of [V], by its probability among the likeliest that make up ``top_p``."""
+        """An index into [V], sampled from the likeliest tokens that reach ``top_p``."""
         top_p = self.sampling.top_p
         order = None if top_p == 1 else probabilities.argsort(descending=True)
         sums = (probabilities if order is None else probabilities[order]).double().cumsum(0)
@@ -79,7 +79,7 @@ class Sampler:
 
 
 def logprobs(logits: Tensor, ids: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
-    """Per row of logits [n, V] its token, then the ``count`` likeliest, with log-probabilities."""
+    """For each row of logits [n, V]: its token, then the ``count`` likeliest; log-probabilities."""
     scores = torch.log_softmax(logits.float(), -1)
     best = scores.topk(min(count, scores.shape[-1]))
     rows = zip(ids, scores, best.indices.tolist(), best.values.tolist(), strict=True)
@@ -90,7 +90,7 @@ def logprobs(logits: Tensor, ids: Sequence[int], count: int) -> list[list[tuple[
 
 
 class Pieces:
-    """The text of single tokens, special ones by their names; cached."""
+    """Cached texts of single tokens; special tokens have their names."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -107,7 +107,7 @@ class Pieces:
         return self._texts[token]
 
     def of(self, ids: Sequence[int]) -> list[str]:
-        """One text per token: a character of several tokens comes with its last one."""
+        """One text per token; a character of several tokens belongs to the last of them."""
         texts: list[str] = []
         pending: list[int] = []
         for token in ids:
@@ -125,10 +125,10 @@ class Pieces:
 
 
 class StopFinder:
-    """Ends a text at the first of some strings to be complete, and hides it.
+    """Ends a text before the first stop string that is complete.
 
-    Text that may be the beginning of one is kept back until that is clear, so that the result does
-    not depend on how the text was cut into tokens.
+    Text that may be the start of a stop string is held back until that is known, so the result does
+    not depend on how the text is split into tokens.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -137,7 +137,7 @@ class StopFinder:
         self.found = False
 
     def add(self, text: str) -> str:
-        """The text that may be shown now; nothing more once ``found``."""
+        """The text that can be shown now; "" after ``found``."""
         text = self._pending + text
         ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
@@ -148,13 +148,13 @@ class StopFinder:
         return text[:shown]
 
     def end(self) -> str:
-        """The text that was kept back: nothing will follow."""
+        """The text that was held back, after the last token."""
         text, self._pending = self._pending, ""
         return text
 
 
 def _begun(text: str, stop: str) -> int:
-    """Characters at the end of ``text`` with which ``stop`` begins."""
+    """Length of the longest end of ``text`` that is the beginning of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
@@ -175,7 +175,7 @@ class Row:
         self._stream, self._stops = TextStream(tokenizer), StopFinder(stops)
 
     def add(self, token: int) -> str:
-        """Add a token; the text that became readable.  Sets ``finish`` when it was the last."""
+        """Add a token; returns text that became readable.  The last token sets ``finish``."""
         self.tokens.append(token)
         ended, full = token in self._ends, len(self.tokens) >= self._limit
         text = "" if ended else self._stream.add(token)
@@ -195,7 +195,7 @@ class Row:
 def mask_record(
     masks: Sequence[LayerMask | None], widths: Sequence[int], number: int, token: int
 ) -> Mask:
-    """The record of ``masks`` (None: the layer is dense); ``widths``: neurons per layer."""
+    """A ``Mask`` record of ``masks`` (None: the layer is dense); ``widths``: neurons per layer."""
     layers = list(zip(masks, widths, strict=True))
     shares = tuple(1.0 if mask is None else mask.kept / width for mask, width in layers)
     bins = min(BINS, *widths)
@@ -211,7 +211,7 @@ def mask_record(
 
 
 class Request:
-    """State of one request; only ``conversation`` outlives it."""
+    """State of one request, of which only ``conversation`` is kept."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class Request:
         """The ``PruningController``, until ``release``."""
 
     def run(self, earlier: Conversation | None, emit: Emit, cancelled: Callable[[], bool]) -> Done:
-        """Answer; ``earlier``: the conversation that this prompt continues."""
+        """Answer the request; ``earlier``: the conversation that its prompt continues."""
         self._emit, self._cancelled = emit, cancelled
         self._began = self._last_time = time.perf_counter()
         emit(self._start())
@@ -280,7 +280,7 @@ class Request:
         )
 
     def _read_prompt(self) -> Tensor | None:
-        """Logits [rows, V] of the first token, None where it is cancelled or not wanted."""
+        """Logits [rows, V] of the first token; None if cancelled or ``max_tokens`` is 0."""
         ids, sampling, logits = self.ask.ids, self.ask.sampling, None
         scored, scores = sampling.prompt_logprobs, list[tuple[float, tuple[Likely, ...]]]()
         size = SCORED_PIECE if scored else PIECE
@@ -304,14 +304,14 @@ class Request:
         return None
 
     def _decode(self) -> Tensor:
-        """Feed the last token of each row; logits [rows, V]."""
+        """Run the last token of each row; returns logits [rows, V]."""
         live = [row.finish is None for row in self._rows]
         self._loop.prompt = False
         self._loop.live = None if all(live) else torch.tensor(live, device=self.host.model.device)
         return self._forward(torch.tensor([[row.tokens[-1]] for row in self._rows]))[:, -1]
 
     def _forward(self, ids: Tensor, **options: Any) -> Tensor:
-        """Logits [rows, n, V]."""
+        """Run ids [rows, n]; returns logits [rows, n, V], or fewer with ``logits_to_keep``."""
         if self._cache is not None:
             options["cache"] = self._cache
         model = self.host.model
@@ -324,7 +324,7 @@ class Request:
         self._new_masks.append((remask, state.masks or ()))
 
     def _add_tokens(self, logits: Tensor) -> bool:
-        """Sample a token for every row that has not ended; whether the answer is complete."""
+        """Sample a token for every unfinished row; returns whether the answer is complete."""
         self._emit_events()
         tokens = self._sampler.choose(logits)
         count = self.ask.sampling.logprobs
@@ -343,12 +343,12 @@ class Request:
         return all(row.finish for row in self._rows) or self._cancelled()
 
     def _likely(self, scores: list[tuple[int, float]]) -> tuple[float, tuple[Likely, ...]]:
-        """The token's log-probability, and the likeliest tokens in its position."""
+        """A token's log-probability, and the likeliest tokens at its position."""
         top = (Likely(id, self._pieces[id], value) for id, value in scores[1:])
         return scores[0][1], tuple(top)
 
     def _emit_events(self) -> None:
-        """Checks and masks of the last forward."""
+        """Emit the drift checks and masks of the last forward."""
         for check in self.controller.checks[self._checks :]:
             self._emit(Check(check))
         self._checks = len(self.controller.checks)
@@ -374,7 +374,7 @@ class Request:
         )
 
     def release(self) -> None:
-        """Drop what was seen and the cache now: this and its controller refer to each other."""
+        """Free evidence and cache at once: a reference cycle with the controller would delay it."""
         controller = self.controller
         if controller is not None:
             controller.on_remask, controller.plan = None, ForwardPlan(False, False, ())
@@ -383,7 +383,7 @@ class Request:
         self._loop.cache = None
 
     def conversation(self) -> Conversation | None:
-        """What the next request of a conversation continues; None if no prompt was read."""
+        """The conversation for the next request to continue; None if no prompt was read."""
         tokens, controller = self._rows[0].tokens, self.controller
         if not tokens or controller is None:
             return None

@@ -1,7 +1,7 @@
-"""Requests to an engine, the records that it emits while one runs, and the results.
+"""Requests to an engine, the records that it emits while it answers, and the results.
 
-Every request gives one ``start``, maybe ``scores``, then ``token``, ``check``, ``remask`` and
-``mask`` records as things happen, and one ``done`` or ``error``.  ``to_dict`` gives JSON-able data
+Every request emits one ``start``, possibly ``scores``, then ``token``, ``check``, ``remask`` and
+``mask`` records as they occur, and one ``done`` or ``error``.  ``to_dict`` returns JSON-able data
 with a ``kind``.
 """
 
@@ -22,12 +22,12 @@ MAX_CHOICES, MAX_STOPS, MAX_LOGPROBS = 128, 16, 20  # of n, stop and logprobs
 class Sampling:
     """How tokens are sampled, and when to stop; raises ``ConfigError`` for values out of range.
 
-    ``temperature``: 0 is greedy.  ``top_p``: only the likeliest tokens that together have this
-    probability.  ``seed``: the same one gives the same answer; None: another at every request.
-    ``n``: answers, decoded as one batch that shares its masks.  ``stop``: strings that end an
-    answer, which does not include them.  ``logprobs``: k for the log-probabilities of the sampled
-    token and of the k likeliest, before temperature; None for none.  ``prompt_logprobs``: those of
-    the prompt's tokens too; ``max_tokens`` may then be 0.
+    ``temperature``: 0 is greedy.  ``top_p``: sample only from the likeliest tokens that together
+    have this probability.  ``seed``: equal seeds give equal answers; None: random.  ``n``: number
+    of answers, decoded as one batch that shares its masks.  ``stop``: strings that end an answer
+    and are not part of it.  ``logprobs``: k, to report log-probabilities of the sampled token and
+    of the k likeliest tokens, before temperature; None: no report.  ``prompt_logprobs``: also
+    report the prompt's tokens; ``max_tokens`` may then be 0.
     """
 
     max_tokens: int = 256
@@ -62,8 +62,8 @@ class GenerationRequest:
     """One request.
 
     ``ids``: the prompt's tokens.  ``config``: None is dense.  ``conversation``: a name; a prompt
-    that extends the conversation of this name continues from its cache.  ``id``: the request's id
-    in its records; "": a new one.
+    that extends the conversation of this name reuses its cache.  ``id``: the request's id in its
+    records; "": a random id.
     """
 
     ids: tuple[int, ...]
@@ -110,7 +110,7 @@ class _Record:
 
 @dataclass(frozen=True)
 class PromptToken:
-    """One token of the prompt; special tokens by their names."""
+    """One token of the prompt; the text of a special token is its name."""
 
     id: int
     text: str
@@ -118,7 +118,7 @@ class PromptToken:
 
 @dataclass(frozen=True)
 class Start(_Record):
-    """A request begins.  ``sparsity``: None if none was requested for the whole model."""
+    """The start of a request.  ``sparsity``: None if not requested for the whole model."""
 
     kind: ClassVar[str] = "start"
     id: str
@@ -134,7 +134,7 @@ class Start(_Record):
 
 @dataclass(frozen=True)
 class Likely:
-    """One of the likeliest tokens in a position; ``logprob`` in nats."""
+    """One of the likeliest tokens at a position; ``logprob`` in nats."""
 
     id: int
     text: str
@@ -145,8 +145,8 @@ class Likely:
 class Scores(_Record):
     """Log-probabilities of the prompt's tokens, if they were requested.
 
-    ``logprobs``: nats, given all tokens before; None for the first one.  ``top``: the likeliest
-    tokens in its position; none for the first one.
+    ``logprobs``: in nats, given all earlier tokens; None for the first token.  ``top``: the
+    likeliest tokens at its position; empty for the first token.
     """
 
     kind: ClassVar[str] = "scores"
@@ -158,12 +158,12 @@ class Scores(_Record):
 class Token(_Record):
     """One token of one choice.
 
-    ``text``: the text that became readable: "" while a character is incomplete or a stop string may
-    begin, later more than the token's; an answer is all of them joined.  ``piece``: the text of
-    this token alone.  A token that ends the answer has a ``piece`` but no ``text``.
-    ``phase``: ``prefill`` (the first, from the prompt's logits), ``observe``, ``pruned``,
-    ``released`` or ``dense``.  ``logprob`` (nats) and ``top`` are None unless requested.
-    ``seconds``: since the token before, or since the request began.
+    ``text``: text that became readable with this token: "" if a character is incomplete or a stop
+    string may have begun, and later the text held back too; joined, these texts are the answer.
+    ``piece``: the text of this token alone.  A token that ends the answer has a ``piece`` but no
+    ``text``.  ``phase``: ``prefill`` (the first token, from the prompt's logits), ``observe``,
+    ``pruned``, ``released`` or ``dense``.  ``logprob`` (nats) and ``top`` are None unless
+    requested.  ``seconds``: since the previous token, or since the request began.
     """
 
     kind: ClassVar[str] = "token"
@@ -180,7 +180,7 @@ class Token(_Record):
 
 @dataclass(frozen=True)
 class Check(_Record):
-    """The drift detector completed a window; the first has no ``similarity`` to any other."""
+    """The drift detector completed a window; ``similarity`` is None for the first while arming."""
 
     kind: ClassVar[str] = "check"
     check: DriftCheck
@@ -194,7 +194,7 @@ class Check(_Record):
 
 @dataclass(frozen=True)
 class Masked(_Record):
-    """Masks were built."""
+    """New masks were built."""
 
     kind: ClassVar[str] = "remask"
     remask: Remask
@@ -206,10 +206,10 @@ class Masked(_Record):
 
 @dataclass(frozen=True)
 class Mask(_Record):
-    """A mask that is used from token ``token`` on; ``number`` counts from 1.
+    """A mask, used from token ``token`` on; ``number`` counts from 1.
 
-    ``raster``: per layer one byte for each group of neighbouring neurons, the share of them that
-    is kept, 0 to 255; the same everywhere with per-token selection.
+    ``raster``: per layer, one byte for each group of neighbouring neurons: the share that is kept,
+    0 to 255.  With per-token selection all groups have the layer's share.
     """
 
     kind: ClassVar[str] = "mask"
@@ -221,7 +221,7 @@ class Mask(_Record):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request, of all choices; ``cached_tokens`` of the prompt were in its cache."""
+    """Tokens of a request, over all choices; ``cached_tokens``: prompt tokens from the cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -230,9 +230,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """How long a request took, under llama.cpp's names.
+    """How long a request took, with llama.cpp's names.
 
-    ``prompt_n`` tokens were read before the first token, ``predicted_n`` decoded after it.
+    ``prompt_n``: tokens read before the first token; ``predicted_n``: tokens decoded after it.
     """
 
     prompt_n: int
@@ -241,7 +241,7 @@ class Timings:
     predicted_ms: float
 
     def to_dict(self) -> dict[str, Any]:
-        """With times per token, and tokens per second; None if there were no tokens."""
+        """Also has times per token and tokens per second; None if there were no tokens."""
         data: dict[str, Any] = {}
         for name in ("prompt", "predicted"):
             count, ms = getattr(self, f"{name}_n"), getattr(self, f"{name}_ms")
@@ -253,7 +253,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Done(_Record):
-    """A request ended: its last record, and what ``Engine.run`` returns; fields per choice.
+    """The last record of a request, which ``Engine.run`` returns; tuples have a value per choice.
 
     ``finish``: ``stop`` (end of text or a stop string), ``length`` or ``cancelled``.
     """
@@ -273,7 +273,7 @@ GenerationResult = Done
 
 @dataclass(frozen=True)
 class Failed(_Record):
-    """A request failed; the last record of it."""
+    """The last record of a request that failed."""
 
     kind: ClassVar[str] = "error"
     id: str
@@ -281,4 +281,4 @@ class Failed(_Record):
 
 
 Record = Start | Scores | Token | Check | Masked | Mask | Done | Failed
-"""What an engine emits."""
+"""All records that an engine emits."""

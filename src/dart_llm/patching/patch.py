@@ -1,4 +1,4 @@
-"""Attaches a run to a model and removes it: no other file changes a model.
+"""Attaches a run to a model and detaches it: the only file that adds hooks or methods to a model.
 
 While attached, the model has a pre- and a post-hook, a replaced ``forward`` on each FFN, hooks that
 read x, r and v, and wrappers around ``generate``.  ``remove`` restores the exact original.

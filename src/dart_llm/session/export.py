@@ -1,4 +1,4 @@
-"""A mask in a file: a dense checkpoint of narrower width, or a narrower GGUF file for llama.cpp."""
+"""Exports a mask: a narrower dense checkpoint, or a narrower GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from dart_llm.pruning.masks import LayerMask, Masks
 def export(
     model: nn.Module, blocks: Sequence[FfnBlock], masks: Sequence[LayerMask | None], folder: Path
 ) -> Path:
-    """Write ``model`` with only the kept neurons; compensation goes into the output biases.
+    """Write ``model`` with only the kept neurons; compensation is added to the output biases.
 
-    Raises ``ConfigError`` when the layers keep different numbers of neurons, when the
-    architecture's width is fixed, when a bias is needed for which it has no room, or when the masks
-    come with low-rank compensation, which no plain checkpoint can carry.
+    Raises ``ConfigError`` if the layers keep different numbers of neurons, if the architecture
+    fixes the width or has no bias where one is needed, or if the masks have low-rank compensation,
+    which a plain checkpoint cannot express.
     """
     _check_plain(masks)
     pairs = list(zip(blocks, masks, strict=True))
@@ -65,7 +65,7 @@ def export(
     if unexpected or any("mlp" not in name or "bias" not in name for name in missing):
         raise ConfigError(f"{type(model).__name__} cannot be exported: {missing or unexpected}")
     with torch.no_grad():
-        for name in missing:  # gate and up biases that exist only to make room for the output's
+        for name in missing:  # gate and up biases, which come with the output's
             narrow.get_parameter(name).zero_()
     narrow.generation_config = model.generation_config
     narrow.save_pretrained(folder)
@@ -91,7 +91,7 @@ def _narrow_model(model: Any, key: str, width: int, bias: bool) -> Any:
                 "use compensation=False to export"
             )
         text.mlp_bias = True
-    with torch.random.fork_rng():  # the initial weights are replaced: draw nothing for them
+    with torch.random.fork_rng():  # initial weights are replaced: keep the random state
         return type(model)(config).to(next(model.parameters()).dtype)
 
 
@@ -114,11 +114,11 @@ def _slice(
 
 @dataclass(frozen=True)
 class GgufExport:
-    """What was written.
+    """Facts about a written GGUF file.
 
-    Per layer: ``neurons`` of the model, how many the method ``requested``, and how many are
-    ``written``: a multiple of ``block``.  ``kinds``: types of the down projections before and now;
-    ``rounded``: fraction of their columns that lie in another block now, rounded for that.
+    Per layer: ``neurons`` of the model, neurons that the method ``requested``, and neurons
+    ``written``, a multiple of ``block``.  ``kinds``: old to new types of the down projections;
+    ``rounded``: fraction of their columns that moved to another block and were rounded again.
     """
 
     path: Path
@@ -137,7 +137,7 @@ class GgufExport:
 
     @property
     def achieved_sparsity(self) -> float:
-        """Fraction of the neurons that the file has no more."""
+        """Fraction of the neurons that were removed from the file."""
         return 1 - sum(self.written) / sum(self.neurons)
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,9 +147,9 @@ class GgufExport:
 
 
 def source_file(model: Any, source: str | Path | None = None) -> GgufFile:
-    """The file to narrow: ``source``, or what ``model`` was loaded from.
+    """The file to narrow: ``source``, or the file that ``model`` was loaded from.
 
-    Raises ``ConfigError`` where the model holds no file's blocks.
+    Raises ``ConfigError`` if the model has no blocks of a file.
     """
     path = blocks_file(model) if source is None else Path(source).expanduser()
     if path is None:
@@ -170,7 +170,7 @@ def write_masks(
 ) -> GgufExport:
     """Narrow ``file`` to ``masks`` and write it to ``path``.
 
-    ``requested``: counts per layer; ``label``: of the method.  Raises as ``export_gguf``.
+    ``requested``: counts per layer; ``label``: the method's.  Raises like ``export_gguf``.
     """
     _check_plain(masks)
     neurons, block, path = layer_widths(file), block_of(file), Path(path)

@@ -1,4 +1,4 @@
-"""Text from a model, token by token, through the model's own ``generate``."""
+"""Generates text token by token, with the model's own ``generate``."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from dart_llm.session.run import Run
 
 
 class FiniteLogits(LogitsProcessor):
-    """Raises ``DartError`` for NaN and infinity, which argmax would hide.
+    """Raises ``DartError`` for logits that are NaN or infinite, which argmax would hide.
 
-    ``what``: whose logits they are, e.g. ``document 3``.
+    ``what``: source of the logits in the message, e.g. ``document 3``.
     """
 
     def __init__(self, what: str) -> None:
@@ -39,9 +39,7 @@ class FiniteLogits(LogitsProcessor):
 
 
 class CheckedModel:
-    """A model for ``generate`` below, which checks its logits (``FiniteLogits``) and stops at
-    ``ends``.
-    """
+    """A model for ``generate`` below that checks its logits and stops at the tokens ``ends``."""
 
     def __init__(self, model: Any, ends: frozenset[int], what: str) -> None:
         self.model, self.device = model, model.device
@@ -76,7 +74,7 @@ OnStep = Callable[[Step], None]
 
 @dataclass
 class Generation:
-    """A generated text and its tokens; ``seconds``: time since the token before."""
+    """A generated text and its tokens; ``seconds``: time since the previous token."""
 
     token_ids: list[int] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
@@ -89,14 +87,14 @@ class Generation:
 
 
 HALF = "\ufffd"
-"""What a decoder returns for part of a character."""
+"""Replacement character, which tokenizers return for part of a character."""
 
 CONTEXT = 4
-"""A new token is decoded after this many earlier ones: some tokenizers treat the first apart."""
+"""Earlier tokens that are decoded with a new one: some tokenizers treat the first differently."""
 
 
 def decode_ids(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
-    """The text of ``ids``, without clean-up; ``special``: with special tokens by name."""
+    """The text of ``ids``, without clean-up; ``special``: include the names of special tokens."""
     text: str = tokenizer.decode(
         ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
     )
@@ -113,13 +111,13 @@ class TextStream:
         self._pending: list[int] = []
 
     def add(self, token: int) -> str:
-        """The text that ``token`` completes; "" in the middle of a character."""
+        """The text that ``token`` completes; "" within a character."""
         self._pending.append(token)
         after = decode_ids(self._tokenizer, self._context + self._pending)
         return "" if after.endswith(HALF) else self._take(after)
 
     def end(self) -> str:
-        """The remaining text, with incomplete characters: no token will follow."""
+        """The remaining text, including incomplete characters, after the last token."""
         rest = self._context + self._pending
         return self._take(decode_ids(self._tokenizer, rest)) if self._pending else ""
 
@@ -132,7 +130,7 @@ class TextStream:
 
 
 class _Collector(BaseStreamer):
-    """Receives tokens from ``generate``, the prompt's first."""
+    """Receives the prompt and then each token from ``generate``."""
 
     def __init__(self, tokenizer: Any, run: Run | None, on_step: OnStep | None) -> None:
         self.run, self.on_step = run, on_step
@@ -183,9 +181,9 @@ def generate(
     seed: int = 0,
     stop: Callable[[], bool] | None = None,
 ) -> Generation:
-    """Generate up to ``tokens`` tokens after ``ids`` [1, T]; greedy unless ``temperature``.
+    """Generate up to ``tokens`` tokens after ``ids`` [1, T]; greedy if ``temperature`` is None.
 
-    ``run``: the attached one.  ``on_step`` and ``stop`` are called after every token.
+    ``run``: the attached run.  ``on_step`` and ``stop`` are called after every token.
     """
     collector = _Collector(tokenizer, run, on_step)
     torch.manual_seed(seed)

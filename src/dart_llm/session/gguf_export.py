@@ -1,4 +1,4 @@
-"""One mask for some texts, as a GGUF file that llama.cpp loads."""
+"""Writes one mask for several texts as a GGUF file that llama.cpp loads."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def export_gguf(
 ) -> GgufExport:
     """Choose one mask for ``texts`` and write it to ``path``, a GGUF file that llama.cpp loads.
 
-    Every text is read by itself, as a prompt, up to the model's context, and what is observed is
-    added up.  Counts are rounded up to whole blocks of the file's down projections.
-    ``masks``: {layer: ids to keep} of your own instead.  ``source``: the GGUF file that is
-    narrowed; None: that whose blocks the model holds.  ``calibration``, ``cache_dir``: for methods
-    that calibrate, as of the command line.  ``settings``: fields of ``PruneConfig``.
+    Each text is a separate prompt, cut to the model's context; the evidence of all is summed.
+    Counts are rounded up to whole blocks of the file's down projections.
+    ``masks``: {layer: ids to keep}, instead of a method.  ``source``: the GGUF file to narrow;
+    None: the file that the model was loaded from.  ``calibration``, ``cache_dir``: for methods that
+    calibrate, as on the command line.  ``settings``: fields of ``PruneConfig``.
 
-    Raises ``ConfigError`` for what no such file can hold: neurons that every token selects, layers
-    of unequal widths or compensation in an architecture without them, a mixture of experts; and
-    ``ResultsError`` where ``path`` cannot be written.
+    Raises ``ConfigError`` for what such a file cannot express: per-token selection, layers of
+    unequal widths or compensation in an architecture without them, a mixture of experts; and
+    ``ResultsError`` if ``path`` cannot be written.
     """
     file = source_file(model, source)
-    layer_widths(file)  # raises for a file of another kind, before anything is learned
+    layer_widths(file)  # raises for unsupported files, before anything is learned
     config = exportable(PruneConfig.build(method, sparsity=sparsity, **settings), say)
     ready = prepare(model, tokenizer, config, calibration, cache_dir, say, masks)
     run = ready.run(likelihood=True)
@@ -65,7 +65,7 @@ def export_gguf(
 
 
 def exportable(config: PruneConfig, say: Callable[[str], None]) -> PruneConfig:
-    """``config`` without what no file holds; raises ``ConfigError`` where nothing is left."""
+    """``config`` without settings that a file cannot express; raises for per-token selection."""
     if config.token is not None:
         raise ConfigError(
             f"method {config.method} selects neurons for every token, and a file has one mask: "
@@ -77,10 +77,10 @@ def exportable(config: PruneConfig, say: Callable[[str], None]) -> PruneConfig:
 
 
 def choose_masks(run: Run, prompts: Sequence[Tensor], block: int) -> tuple[Masks, tuple[int, ...]]:
-    """The masks of a run for several prompts, ids [1, T] each, and the counts that it requests.
+    """Masks for several prompts, ids [1, T] each, and the requested counts.
 
-    The masks' counts are rounded up to multiples of ``block``, but fixed masks stay as they are.
-    Raises ``ConfigError`` where a prompt is needed and none is there.
+    The masks' counts are the requested ones rounded up to multiples of ``block``; fixed masks are
+    not changed.  Raises ``ConfigError`` if a prompt is needed and there is none.
     """
     if run.fixed_masks is not None:
         kept = zip(run.fixed_masks, run.layers, strict=True)

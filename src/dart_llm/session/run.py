@@ -1,4 +1,4 @@
-"""``prune(model, ...)``, ``Run`` and what it runs: a method bound to a model."""
+"""``prune(model, ...)``, ``Run``, and ``BoundMethod``: a method bound to a model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger("dart_llm")
 
 @dataclass(frozen=True)
 class PatchCosts:
-    """What a patch allocated and did: bytes, whole steps, a screened head."""
+    """Costs of a patch: allocated bytes, whole steps, the report of a screened head."""
 
     nbytes: int = 0
     steps: int = 0
@@ -51,7 +51,7 @@ class PatchCosts:
 
 
 def likelihood_config(config: PruneConfig) -> PruneConfig:
-    """``config`` as likelihood tasks run it: masks at once, never a re-mask."""
+    """``config`` for likelihood tasks: masks right after the prompt, no re-masks."""
     return config.replace({"masking_step": 0, "min_evidence": 0, "drift": {"rule": "never"}})
 
 
@@ -61,9 +61,9 @@ class BoundMethod:
 
     ``config`` None: the untouched model.  ``masks``: the user's, {layer: kept ids}.
     ``fixed_masks``: one per layer (None: dense), calibrated or the user's; None: masks are chosen.
-    ``prior``: calibrated ranks, [I] per layer, for scores that mix it in.  ``learned``: the layers
-    with learned statistics; None: without.  ``notes``: what a reader of its numbers must know.
-    ``facts``: further numbers for tables, such as ``weight_bytes``.
+    ``prior``: calibrated scores, [I] per layer, for ``prior_weight``.  ``learned``: the layers with
+    learned statistics; None: without.  ``notes``: remarks for readers of its results.  ``facts``:
+    further numbers for tables, such as ``weight_bytes``.
     """
 
     model: Any
@@ -91,12 +91,12 @@ class BoundMethod:
 
     @property
     def method(self) -> str:
-        """Name of the method; of the untouched model and of the user's masks, their label."""
+        """Name of the method; for the untouched model or the user's masks, the label."""
         return self.label if self.config is None or self.masks is not None else self.config.method
 
     @property
     def requested(self) -> float | None:
-        """The requested sparsity; None where a table, ``auto`` or masks set the counts."""
+        """The requested sparsity; None if a table, ``auto`` or masks set the counts."""
         if self.config is None:
             return 0.0
         fixed = self.config.budget.table is not None or self.config.score.strategy == "auto"
@@ -105,7 +105,7 @@ class BoundMethod:
 
     @property
     def settings(self) -> PruneConfig:
-        """``config``, where there is one."""
+        """``config``, which must not be None."""
         assert self.config is not None
         return self.config
 
@@ -122,19 +122,19 @@ class BoundMethod:
 
     @cached_property
     def selector(self) -> MaskSelector:
-        """Raises ``ConfigError`` where the configuration or the clamp does not fit the layers."""
+        """The mask selector; raises ``ConfigError`` if config or clamp do not fit the layers."""
         return MaskSelector(self.settings, self.layers, make_clamp(self.layers, self.clamp or {}))
 
     @property
     def dense(self) -> bool:
-        """Whether it can remove nothing: sparsity 0, a table of ones, masks of everything."""
+        """Whether nothing is removed: sparsity 0, a table of ones, masks that keep everything."""
         fixed = self.fixed_masks
         return self.selector.removes_nothing if fixed is None else not any(fixed)
 
     def with_fixed_masks(self, remove: Ids | None = None) -> BoundMethod:
-        """The same, with the user's masks, or all but ``remove``, on the layers' devices, clamped.
+        """A copy whose ``fixed_masks`` come from the user's masks or ``remove``, with the clamp.
 
-        Where nothing is selected, a clamp is a fixed mask itself.
+        If no neurons are selected, the clamp alone becomes fixed masks.
         """
         fixed, clamp = self.fixed_masks, self.selector.clamp
         users = self.masks is not None or remove is not None
@@ -145,9 +145,9 @@ class BoundMethod:
         return replace(self, masks=None, fixed_masks=fixed, by_hand=self.by_hand or users)
 
     def run(self, likelihood: bool = False, make: Callable[..., Run] | None = None) -> Run | None:
-        """A new run, not attached; None for the untouched model.  ``make``: another kind of run.
+        """A new, detached run; None for the untouched model.  ``make``: instead of ``Run``.
 
-        ``likelihood``: with the settings of likelihood tasks (masks at once, never a re-mask).
+        ``likelihood``: with the settings of ``likelihood_config``.
         """
         if self.config is None:
             return None
@@ -159,12 +159,12 @@ class BoundMethod:
     def controller(
         self, on_remask: RemaskHook | None = None, on_tokens: TokensHook | None = None
     ) -> PruningController:
-        """A new one."""
+        """A new controller for this method."""
         chosen = self.settings, self.layers, self.fixed_masks, on_remask, on_tokens
         return PruningController(*chosen, self.selector.clamp)
 
     def report(self, controller: PruningController, executor: str, costs: PatchCosts) -> RunReport:
-        """Accounting of what ``controller`` counted."""
+        """The report of what ``controller`` counted."""
         sequences, config, view = controller.all_sequences(), self.settings, self.view
         executor = effective_executor(executor, costs.steps, sequences)
         requested = self.selector.total_requested and not self.by_hand
@@ -182,9 +182,9 @@ class BoundMethod:
 
 
 class Run:
-    """A model and how it is pruned, as ``prune`` returns it: use it as a context manager.
+    """A model and a method to prune it, as returned by ``prune``: use it as a context manager.
 
-    ``controller`` and ``patch`` (None while detached) are there to be looked at, not changed.
+    ``controller`` and ``patch`` (None while detached) are read-only.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class Run:
         prior: Sequence[Tensor] | None = None,
         clamp: ClampValues | None = None,
     ) -> None:
-        """See ``prune``; ``fixed_masks`` and ``prior`` come from ``dart_llm.session.run``."""
+        """See ``prune``; ``fixed_masks`` and ``prior`` come from ``prepare``."""
         self.model = model
         self.config = config
         self.on_remask = on_remask
@@ -228,7 +228,7 @@ class Run:
 
     @property
     def fixed_masks(self) -> Masks | None:
-        """Fixed masks, one per layer; None where they are chosen."""
+        """Fixed masks, one per layer; None if masks are chosen."""
         return self._method.fixed_masks
 
     def _notify(self, remask: Remask, state: SequenceState) -> None:
@@ -250,13 +250,13 @@ class Run:
 
     @property
     def executor(self) -> str:
-        """What runs the pruned FFNs; ``auto`` is the fastest that can run this model here."""
+        """The executor of pruned FFNs; ``auto`` is resolved to the fastest that can run here."""
         return choose_executor(self._method.selector, self._method.view.blocks, self.model)
 
     def attach(self) -> Run:
-        """Start pruning the model; what the method needs of it is learned first.
+        """Start pruning the model, after learning the statistics that the method needs.
 
-        Raises ``AttachError`` when it is pruned already.
+        Raises ``AttachError`` if the model is pruned already.
         """
         if self.patch is not None and self.patch.installed:
             raise AttachError("this run is attached already")
@@ -264,7 +264,7 @@ class Run:
             raise AttachError("this run is being traced: leave that block before it attaches anew")
         if not self.controller.sequence_count:  # the model may have moved since this run was made
             method = self._method = replace(self._method, learned=None)
-            # fixed masks may be let go later (``hold``), those of the start never
+            # ``hold`` may end fixed masks later, except those given at the start
             if self._first_masks is None and not method.selector.removes_nothing:
                 learned = self_calibrate(self.model, self.config, method.layers)
                 self._method = replace(method, learned=learned)
@@ -272,12 +272,12 @@ class Run:
         method = self._method
         screen = learn_screen(self.model, self.config, method.layers)
         patch = ModelPatch(self.model, method.view, self.controller, self.executor, screen=screen)
-        self.patch = patch  # first, so that ``detach`` finds it however this ends
+        self.patch = patch  # before ``install``, so that ``detach`` finds it after an error
         patch.install()
         return self
 
     def detach(self) -> None:
-        """Stop pruning; the model is exactly what it was.  Safe to call twice."""
+        """Stop pruning and restore the exact original model.  Safe to call twice."""
         patch = self.patch
         if patch is None:
             return
@@ -293,7 +293,7 @@ class Run:
         try:
             return self.attach()
         except BaseException:
-            if self.patch is not before:  # interrupted when all was done: no block is entered
+            if self.patch is not before:  # interrupted after attaching: the block is not entered
                 self.detach()
             raise
 
@@ -301,9 +301,9 @@ class Run:
         self.detach()
 
     def reset(self) -> None:
-        """Forget all sequences, masks and records; the next forward starts anew.
+        """Forget all sequences, masks and records; the next forward starts a new sequence.
 
-        Raises ``AttachError`` while it is traced: sequences would be numbered anew in one file.
+        Raises ``AttachError`` while the run is traced: sequence numbers would repeat in the file.
         """
         if self.tracing is not None:
             raise AttachError("this run is being traced: leave that block before it is reset")
@@ -318,10 +318,10 @@ class Run:
 
     @contextmanager
     def decoding(self, prompt: bool = False) -> Iterator[None]:
-        """Inside, every forward that continues a cache counts as decode, whatever its length.
+        """In this block, every forward that continues a cache counts as decode, at any length.
 
-        ``prompt``: forwards that start a sequence, or that are ``generate``'s prompt step, too;
-        fixed masks (``hold``) then apply to the prompt too.  Raises ``AttachError`` when detached.
+        ``prompt``: so do forwards that start a sequence and the prompt step of ``generate``; fixed
+        masks (``hold``) then apply to the prompt too.  Raises ``AttachError`` if detached.
         """
         patch = self._attached("decoding")
         patch.forced_decode += 1
@@ -334,12 +334,12 @@ class Run:
 
     @contextmanager
     def trace(self, path: str | Path) -> Iterator[Trace]:
-        """A block whose tokens are written to ``path``: which neurons each layer ran for each.
+        """In this block, record which neurons each layer runs for each token; write it to ``path``.
 
-        Memory holds the trace; the file (docs/trace.md) is written when the block is left, also by
-        an error.  Raises ``AttachError`` when detached, or traced already; ``ConfigError`` for
-        methods that select inputs and not neurons (``teal``, ...); ``ResultsError`` where nothing
-        can be written.
+        The trace is kept in memory until the block is left, even by an error, and then written
+        (docs/trace.md).  Raises ``AttachError`` if detached or traced already; ``ConfigError`` for
+        methods that select inputs instead of neurons (``teal``, ...); ``ResultsError`` if the file
+        cannot be written.
         """
         patch = self._attached("trace")
         if self.tracing is not None:
@@ -360,9 +360,9 @@ class Run:
                 patch.watch(None)
 
     def select(self) -> Masks:
-        """The masks that the tokens observed so far give, compensation included; None: dense.
+        """Masks and compensation from the tokens observed so far; None per dense layer.
 
-        Changes nothing.  Raises ``AttachError`` when the configuration needs observed tokens and
+        Changes nothing.  Raises ``AttachError`` if the configuration needs observed tokens and
         there are none.
         """
         fixed = self._method.fixed_masks
@@ -372,18 +372,18 @@ class Run:
         return masks
 
     def hold(self, masks: Masks | None) -> None:
-        """``reset``, and apply ``masks`` (as of ``select``) from now on; None: choose again."""
+        """``reset``, then apply ``masks`` (from ``select``) from now on; None: choose masks."""
         choose = masks is None or self._method.selector.removes_nothing
         masks = self._first_masks if choose else masks
         self._method = replace(self._method, fixed_masks=masks)
         self.reset()
 
     def branch(self) -> None:
-        """What was decoded so far stays counted when the next forward goes back in the cache."""
+        """Keep the tokens decoded so far in the report, even if the next cache is shorter."""
         self.controller.branch()
 
     def tokens_until_change(self) -> int | None:
-        """Tokens that one decode forward may hold before the masks can change; None: no bound.
+        """Most tokens in one decode forward before the masks can change; None: no bound.
 
         Raises ``AttachError`` while ``generate`` runs.
         """
@@ -393,13 +393,13 @@ class Run:
 
     @property
     def phase(self) -> str:
-        """Phase in which the newest forward ran: prefill, observe, pruned or released."""
+        """Phase of the newest forward: prefill, observe, pruned or released."""
         return str(self.controller.last_phase)
 
     def masks(self) -> dict[int, Tensor]:
-        """Kept neuron ids per layer of the newest mask, [k] int64 on the host; none where dense.
+        """Kept neuron ids of the newest mask, [k] int64 on the host, by layer; no dense layers.
 
-        Raises ``AttachError`` before the first, ``ConfigError`` with per-token selection.
+        Raises ``AttachError`` before the first mask, ``ConfigError`` with per-token selection.
         """
         masks = enumerate(plain_masks(self._newest_masks()))
         return {layer: mask.ids.cpu() for layer, mask in masks if mask is not None}
@@ -437,25 +437,25 @@ class Run:
         return self.patch is not None and self.patch.loop is not None
 
     def _catch_up(self) -> None:
-        if not self._generating:  # else it may still roll the newest forward back
+        if not self._generating:  # generate may still roll the newest forward back
             self.controller.flush()
 
     def report(self) -> RunReport:
-        """Accounting so far, in total and per sequence."""
+        """Sparsity, bytes and re-masks so far, in total and per sequence."""
         self._catch_up()
         costs = self._costs if self.patch is None else PatchCosts.from_patch(self.patch)
         return self._method.report(self.controller, self.executor, costs)
 
     @property
     def asks_for_pruning(self) -> bool:
-        """Whether any neuron can be removed."""
+        """Whether the run can remove any neuron."""
         return not self._method.dense
 
     def export(self, folder: str | Path) -> Path:
-        """Write the newest mask as a narrower checkpoint, and the tokenizer where there is one.
+        """Write the newest mask as a narrower checkpoint, with the tokenizer if there is one.
 
         Raises ``ConfigError`` unless every layer keeps the same number of neurons, and for low-rank
-        compensation, which has no place there; ``AttachError`` before the first mask.
+        compensation, which a checkpoint cannot express; ``AttachError`` before the first mask.
         """
         masks, path = plain_masks(self._newest_masks()), Path(folder)
         if path.is_file():
@@ -467,7 +467,7 @@ class Run:
 
 
 def identity(model: Any) -> dict[str, Any]:
-    """What distinguishes the checkpoint of ``model``: its file's digest, or one of its weights."""
+    """Identifies the checkpoint of ``model``: by its file's digest, or else its fingerprint."""
     facts = checkpoint_facts(model)
     names = ("name", "sha256", "file_quantisation", "parameters")
     recorded = {name: facts.get(name) for name in names}
@@ -481,12 +481,12 @@ def stored_as(model: Any) -> str:
 
 
 def other_model(method: str, model: Any) -> str:
-    """A sentence where the setting ``file:...`` was measured on another checkpoint, else ""."""
+    """A warning if the setting ``file:...`` was measured on another checkpoint, else ""."""
     kept, path = kept_setting(method), path_of(method)
     if kept is None or path is None or not kept.model:
         return ""
     facts = identity(model)
-    marks = ("sha256", "fingerprint", "parameters")  # the first that both have decides
+    marks = ("sha256", "fingerprint", "parameters")  # compare the first that both have
     mark = next((name for name in marks if kept.model.get(name) and facts.get(name)), None)
     if mark is None or kept.model[mark] == facts[mark]:
         return ""
@@ -510,13 +510,13 @@ def prune(
     """Prune the FFN neurons of ``model`` while it decodes.
 
     ``method``: a name (``dart-llm methods`` lists them), a ``PruneConfig``, or
-    ``file:setting.yaml``, what ``tune`` kept: a warning says where that was found for another
+    ``file:setting.yaml``, which ``tune`` wrote; a warning is logged if it was measured on another
     model.  ``sparsity``: fraction of all FFN neurons to remove, [0, 1).  ``masks``: {layer: neuron
-    ids to keep}, or ``remove``: {layer: ids to remove}, applies the given neurons.  ``clamp``:
-    {layer: {neuron id: activation}} fixes neurons of decoded tokens beside all that, whatever the
-    masks (0.0: as if removed; ``sparsity=0`` for nothing but the clamp).  ``on_remask``
-    is called with every new mask's record.  ``settings``: any field of ``PruneConfig``.  Nothing is
-    changed before the block is entered, or ``attach`` is called.
+    ids to keep}, or ``remove``: {layer: ids to remove}, instead of chosen masks.  ``clamp``:
+    {layer: {neuron id: activation}} also fixes activations of decoded tokens, whatever the masks
+    (0.0: as if removed; with ``sparsity=0`` the clamp alone acts).  ``on_remask`` is called with
+    every new mask's record.  ``settings``: any field of ``PruneConfig``.  The model does not change
+    before the block is entered or ``attach`` is called.
 
     Raises ``ConfigError`` for settings that do not fit (``UnknownName`` for names), and
     ``UnsupportedModel`` for a model that cannot be pruned.
@@ -533,11 +533,11 @@ def prune(
     return Run(model, config, masks, remove, on_remask, clamp=clamp)
 
 
-# A configuration with its statistics, ready to be measured on tasks.
+# Methods with their statistics, ready to be measured on tasks.
 
 
 def is_untouched(config: PruneConfig) -> bool:
-    """Whether ``config`` leaves the model as it is, modules and executor too."""
+    """Whether ``config`` changes nothing about the model, not even its executor."""
     plain = config.executor == "auto" and not config.screens
     return config.method == "dense" and config.target == 0 and plain
 
@@ -551,13 +551,13 @@ def prepare(
     say: Callable[[str], None] = logger.info,
     masks: Ids | None = None,
 ) -> BoundMethod:
-    """Make ``config`` ready to be measured; None, or ``dense`` by no executor: the untouched model.
+    """Calibrate and learn what ``config`` needs; None, or an untouched ``dense``: the model itself.
 
-    ``calibration``: the text of static methods (data/documents.py; None: C4 from the hub).
+    ``calibration``: the text for static methods (data/documents.py; None: C4 from the hub).
     ``cache_dir``: where calibrations and learned statistics are cached.  ``masks``: the user's,
-    {layer: ids to keep}; nothing is calibrated then.  ``say`` is called with lines of progress.
+    {layer: ids to keep}; nothing is calibrated then.  ``say`` is called with progress lines.
 
-    Raises ``ConfigError`` and ``LoadError`` for a text that cannot be used or had.
+    Raises ``ConfigError`` for an unusable text, ``LoadError`` for one that cannot be loaded.
     """
     method = BoundMethod(model, tokenizer, config, masks)
     if masks is not None:
@@ -568,7 +568,7 @@ def prepare(
     if method.selector.removes_nothing:
         how = "screened head" if config.screens else config.executor
         return replace(method, name=f"dense, {how}" if config.method == "dense" else "")
-    if config.calibration is None:  # what attaching would learn, with progress and the tokenizer
+    if config.calibration is None:  # attaching would learn it, without progress or tokenizer
         self_calibrate(model, config, method.layers, cache_dir, say, tokenizer)
         return method
     ready = calibrate(model, tokenizer, config, calibration, cache_dir, say)

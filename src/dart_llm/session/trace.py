@@ -1,6 +1,6 @@
-"""Which neurons each token of a run used: ``Run.trace`` writes it, ``read_trace`` reads it.
+"""Traces: which neurons a run used for each token; ``Run.trace`` writes and ``read_trace`` reads.
 
-The file is safetensors, a column per tensor; docs/trace.md describes it.
+The file is safetensors, one tensor per column; docs/trace.md describes it.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ COLUMNS = ("sequence", "row", "position", "token_id", "phase", "mask")
 """int32 [N], one number per token."""
 
 PHASES = ("prefill", "observe", "pruned", "released")
-"""What ``phase`` counts."""
+"""``phase`` is an index into this."""
 
 DENSE = -1
-"""In ``mask``: every neuron ran."""
+"""Value of ``mask`` for tokens that ran dense."""
 
 
 def hook_name(layer: int) -> str:
-    """What TransformerLens calls the activations of a layer's neurons, [batch, pos, d_mlp]."""
+    """TransformerLens' name for the activations of a layer's neurons, [batch, pos, d_mlp]."""
     return f"blocks.{layer}.mlp.hook_post"
 
 
 def layer_slices(widths: Sequence[int]) -> list[slice]:
-    """Where the bytes of each layer lie in a row of ``masks``: a bit per neuron."""
+    """The bytes of each layer in a row of ``masks``, which has a bit per neuron."""
     ends = np.cumsum([-(-width // 8) for width in widths]).tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -65,10 +65,10 @@ def check_traceable(config: PruneConfig) -> None:
 
 
 class Trace:
-    """One trace that is being recorded, in memory; ``nbytes``, ``tokens``: of the finished file."""
+    """Records a trace in memory; ``nbytes``, ``tokens``: size of the finished file."""
 
     def __init__(self, patch: ModelPatch, path: Path) -> None:
-        if isdir(path):  # which takes any name
+        if isdir(path):  # os.path.isdir accepts any name
             raise ConfigError(f"the trace {path} is a folder: give the name of a file")
         if not isdir(path.parent):
             raise ResultsError(f"cannot write the trace {path}: there is no such folder")
@@ -80,18 +80,18 @@ class Trace:
         self._slices = layer_slices(self._widths)
         self._ids: list[list[int]] | None = None
         self._masks: dict[int | None, tuple[Masks, int, Array, list[int]]] = {}
-        """By batch row: the newest masks, their number, their bits, layers whose tokens select."""
+        """By batch row: newest masks, their number, their bits, layers with per-token selection."""
         self._before: dict[int | None, tuple[int, int]] = {}
-        """By batch row: the newest sequence with a mask, and the mask's number."""
+        """By batch row: the newest sequence with a mask, and that mask's number."""
         self._rows: list[tuple[int, ...]] = []
         self._bits: list[Array] = []
 
     def begin(self, ids: Tensor | None, decodes: bool) -> None:
-        """A forward comes: its token ids [B, T], None where it was given embeddings."""
+        """Begin a forward of token ids [B, T]; None if its input is embeddings."""
         self._ids = None if ids is None else ids.tolist()
 
     def remask(self, remask: Remask, state: SequenceState) -> None:
-        """Masks were built."""
+        """Record that masks were built."""
         number = DENSE if state.masks is None else self._number(state.row, state.masks)[0]
         sequence, before = self._before.get(state.row, (-1, None))
         numbers = {"mask": None, "before": before if sequence == state.sequence else None}
@@ -101,7 +101,7 @@ class Trace:
         self.remasks.append({**asdict(remask), **numbers})
 
     def take(self, pending: PendingForward, accepted: int, states: list[SequenceState]) -> None:
-        """The first ``accepted`` tokens of a forward stayed."""
+        """Record the first ``accepted`` tokens of a forward, which were kept."""
         call = pending.call
         for state, masks in zip(states, pending.plan.masks, strict=True) if accepted else ():
             phase, mask_of = PHASES.index(state.phase), self._masks_of(state.row, masks)
@@ -111,7 +111,7 @@ class Trace:
                 self._rows.append((state.sequence, row, call.cached + position, token, phase, mask))
 
     def _masks_of(self, row: int | None, masks: Masks | None) -> Callable[[int], int]:
-        """Gives the number of what each token ran, by its index in [B T] of the forward."""
+        """A function from a token's index in [B T] to the number of its mask."""
         if masks is None:
             return lambda token: DENSE
         number, bits, layers = self._number(row, masks)
@@ -128,7 +128,7 @@ class Trace:
         return add_selected
 
     def _number(self, row: int | None, masks: Masks) -> tuple[int, Array, list[int]]:
-        """The number of ``masks``, their bits, and layers whose tokens select: then ``DENSE``."""
+        """Number of ``masks`` (``DENSE`` if tokens select), bits, layers with such selection."""
         cached = self._masks.get(row)
         if cached is None or cached[0] is not masks:
             bits = np.concatenate([_bits(*pair) for pair in zip(masks, self._widths, strict=True)])
@@ -175,8 +175,9 @@ class Trace:
 
 
 def _tokens(call: ForwardCall, count: int, row: int | None) -> Iterator[tuple[int, int]]:
-    """Row and place of the first ``count`` tokens of each row (of ``row`` alone): neither padding
-    nor what follows the end of a row.
+    """Row and index of the first ``count`` tokens of each row, or of ``row``.
+
+    Leaves out padding and tokens after the end of a row.
     """
     live = None if call.live is None else call.live.tolist()
     valid = None if call.valid is None else call.valid.tolist()
@@ -187,7 +188,7 @@ def _tokens(call: ForwardCall, count: int, row: int | None) -> Iterator[tuple[in
 
 
 def _bits(mask: LayerMask | None, width: int) -> Array:
-    """Bit i % 8 of byte i / 8 for each kept neuron i; zeros where tokens select."""
+    """Bit i % 8 of byte i / 8 is set if neuron i is kept; all zeros if tokens select."""
     marks = np.full(width, mask is None)
     if mask is not None and not isinstance(mask, TokenMask):
         marks[mask.ids.cpu().numpy()] = True
@@ -195,14 +196,14 @@ def _bits(mask: LayerMask | None, width: int) -> Array:
 
 
 def _marks(bits: Array, width: int) -> Array:
-    """[..., width] bool of packed bits."""
+    """Unpacked ``bits``, [..., width] bool."""
     return np.unpackbits(bits, axis=-1, count=width, bitorder="little").astype(bool)
 
 
 def read_trace(path: str | Path) -> TraceFile:
-    """The trace in a file that ``Run.trace`` or ``dart-llm run --trace`` wrote.
+    """Read a trace that ``Run.trace`` or ``dart-llm run --trace`` wrote.
 
-    Raises ``ConfigError`` for a file that is missing, damaged, or no trace.
+    Raises ``ConfigError`` for a file that is missing, damaged or not a trace.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -219,9 +220,9 @@ def read_trace(path: str | Path) -> TraceFile:
 
 @dataclass(frozen=True)
 class TraceFile:
-    """A trace that was read.  N tokens, M masks, L layers.
+    """A trace from a file, of N tokens, M masks and L layers.
 
-    ``facts``: the file's metadata, strings.  ``arrays``: its columns, numpy, by name.
+    ``facts``: the file's metadata, as strings.  ``arrays``: its columns, as numpy arrays by name.
     """
 
     facts: dict[str, str]
@@ -229,15 +230,15 @@ class TraceFile:
 
     @cached_property
     def layers(self) -> list[dict[str, Any]]:
-        """Per layer ``layer``, ``width`` (neurons), ``hook`` (TransformerLens' name of its
-        activations) and ``module`` (the model's name of the module that they enter)."""
+        """For each layer: ``layer``, ``width`` (neurons), ``hook`` (TransformerLens' name for its
+        activations) and ``module`` (the model's name for the module that reads them)."""
         facts: list[dict[str, Any]] = json.loads(self.facts["layers"])
         return facts
 
     @cached_property
     def remasks(self) -> list[dict[str, Any]]:
-        """The records (``Remask``) of re-masks, with ``mask`` and ``before``: rows of ``masks``,
-        None where tokens select, or where there was none before."""
+        """The records (``Remask``) of masks, with their row in ``masks``, ``mask`` (None if tokens
+        select), and the row of the previous mask, ``before`` (None if there was none)."""
         records: list[dict[str, Any]] = json.loads(self.facts["remasks"])
         return records
 
@@ -251,8 +252,9 @@ class TraceFile:
         return layer_slices([layer["width"] for layer in self.layers])
 
     def neurons(self, mask: int, layer: int) -> Array:
-        """Ids of the neurons of ``layer`` that ran under row ``mask`` of ``masks`` (or ``DENSE``),
-        ascending, int64 [k].  Raises ``ConfigError`` for a mask or a layer that is not there.
+        """Ids of the neurons of ``layer`` that ran under row ``mask`` of ``masks`` (or ``DENSE``).
+
+        Ascending, int64 [k].  Raises ``ConfigError`` for a mask or layer that does not exist.
         """
         count, layers = len(self.arrays["masks"]), len(self.layers)
         if not (DENSE <= mask < count and 0 <= layer < layers):
@@ -267,7 +269,7 @@ class TraceFile:
 
     @cached_property
     def stayed(self) -> Array:
-        """[N] bool: False where a later token of the sequence and row took a token's place."""
+        """[N] bool: False for tokens that a later token of the same sequence and row replaced."""
         sequences = np.stack([self.arrays[name] for name in ("sequence", "row")])
         stays = np.ones(sequences.shape[1], bool)
         for group in np.unique(sequences, axis=1).T:
@@ -278,9 +280,9 @@ class TraceFile:
         return stays
 
     def rows(self, layers: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
-        """A row per token and layer (of ``layers``, or all), as ``pandas.DataFrame`` takes them.
+        """One row per token and layer (``layers``, or all), e.g. for ``pandas.DataFrame``.
 
-        ``neurons``: the ids that ran.  Raises ``ConfigError`` for a layer that is not there.
+        ``neurons``: the ids that ran.  Raises ``ConfigError`` for a layer that does not exist.
         """
         chosen = [*range(len(self.layers))] if layers is None else layers
         masks = {DENSE, *self.arrays["mask"].tolist()}
@@ -294,9 +296,10 @@ class TraceFile:
                 yield {**token, "layer": layer, "hook": hook_name(layer), "neurons": neurons}
 
     def remask_rows(self) -> Iterator[dict[str, Any]]:
-        """A row per re-mask and layer: its record, and the ids ``grown`` (kept now and not before)
-        and ``dropped`` (the reverse), against the mask before it in its sequence and row, or
-        against all neurons; None where every token selects.
+        """One row per re-mask and layer: the record, and the ids ``grown`` and ``dropped``.
+
+        These are newly kept or no longer kept, compared with the previous mask of the sequence and
+        row, or with all neurons if there was none; None if every token selects.
         """
         for number, remask in enumerate(self.remasks):
             for layer, kept in enumerate(remask["kept"]):
