@@ -42,7 +42,7 @@ class UnknownName(ConfigError):
         if near:
             hint = f"did you mean {' or '.join(near)}?"
         elif len(names) > self.LISTED:
-            hint = f"none of the {len(names)} known ones is like it: correct the name"
+            hint = f"none of the {len(names)} known names is similar: correct it"
         super().__init__(f"unknown {kind} {name!r}; {hint}{more and f' ({more})'}")
 
 

@@ -95,7 +95,7 @@ def hub_failure(
         ),
         (
             status == 429,
-            f"the hub limits how often {model} may be asked for; wait a few minutes and retry",
+            f"the hub limits requests for {model}; wait a few minutes and retry",
         ),
         (
             status >= 500,

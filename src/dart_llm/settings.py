@@ -417,9 +417,9 @@ class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
         name = Path(str(path_of(self.method))).name
         weights = f"--weights {kept.weights}"
         if "weights" not in self.model_fields_set:
-            return settings.noted({"weights": kept.weights}, f"{name} asks for {weights}: taken")
+            return settings.noted({"weights": kept.weights}, f"{name} sets {weights}")
         return settings.noted(
-            {}, f"{name} was found with {weights}, not {self.weights}: times differ"
+            {}, f"{name} was measured with {weights}, not {self.weights}: times differ"
         )
 
     @property
@@ -479,7 +479,7 @@ class ActivationSettings(BaseSettings):
     """The settings of commands that can save activations."""
 
     save_activations: bool = setting(
-        "Activations", "Save activations as safetensors (says the size first).", False
+        "Activations", "Save activations as safetensors (logs the size first).", False
     )
     activation_layers: str = setting("Activations", "Their layers: all, 0-5 or 0,3,7-9.", "all")
     activation_tokens: str = setting(

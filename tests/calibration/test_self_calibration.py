@@ -98,7 +98,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path):
         "without a tokenizer self-generated text begins with the model's start token",
     ]
     assert len(news) == 4
-    assert news[2].startswith("what was learned is not kept for the next time: the cache folder")
+    assert news[2].startswith("the learned statistics were not cached: the cache folder")
     assert forward_lengths(model, lambda: learnt(model, blocked)) == []
 
 
@@ -111,7 +111,9 @@ def test_what_does_not_fit_is_refused_before_anything_runs(cache, monkeypatch):
     assert progress.graph_bytes(model, 5, False) == 4 * 5 * (each + VOCAB)
     glass = PruneConfig.build("glass", calibration={"sequences": 4, "length": 16})
     monkeypatch.setattr(progress, "available", lambda: 30_000)
-    refused = r"^learning takes 0\.\d MB of memory beside this model and 0\.0 MB is free: .*q8_0"
+    refused = (
+        r"^learning takes 0\.\d MB of memory in addition to this model and 0\.0 MB is free: .*q8_0"
+    )
     for learn in (
         lambda: prune(model, CONFIG).attach(),
         lambda: calibrate(model, None, glass, None, None, print),
@@ -253,7 +255,7 @@ BARE = PruneConfig(method="mine", sparsity=0.5, self_stats=SMALL)
     [
         (lambda: _offloaded(), CONFIG, ConfigError, "layer 0 is offloaded"),
         (lambda: _offloaded(), BARE, ConfigError, "an offloaded model does not write"),
-        (_inference, CONFIG, ConfigError, "torch.inference_mode() have not"),
+        (_inference, CONFIG, ConfigError, "torch.inference_mode() lack"),
         (lambda: _broken("lm_head"), CONFIG, DartError, "not finite"),
         (lambda: _broken("model.layers.1.mlp.down_proj"), CONFIG, DartError, "not finite"),
     ],

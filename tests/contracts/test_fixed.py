@@ -149,13 +149,15 @@ def test_clamps_that_cannot_be():
         ({0: {1: "x"}}, "neuron 1 of layer 0 is clamped at x: not a finite float32"),
         ({0: {1.5: 0.0}}, r"clamp= takes \{layer: \{neuron id: activation\}\}"),
         ({"0": {1: 0.0}}, r"clamp= takes \{layer: \{neuron id: activation\}\}"),
-        ({1: every}, "layer 1 would keep no neuron that is not clamped: leave one"),
+        ({1: every}, "layer 1 has no neuron that is not clamped: clamp fewer"),
         ({0: [1, 2]}, r"clamp= takes \{layer: \{neuron id: activation\}\}"),
         ([0], r"clamp= takes \{layer: \{neuron id: activation\}\}"),
     ):
         with pytest.raises(ConfigError, match=message):
             prune(shared_model(), sparsity=0, clamp=given)
-    with pytest.raises(ConfigError, match="no neuron that is not clamped: keep more, or clamp few"):
+    with pytest.raises(
+        ConfigError, match="only clamped neurons in a layer: keep more, or clamp few"
+    ):
         prune(shared_model(), masks={0: [1]}, clamp={0: {1: 0.0}})
 
 
@@ -217,5 +219,5 @@ def test_how_far_a_run_is_from_its_first_mask():
         generate(model, tokens(1, 24), 42)
         assert len(run.masks()) == 4
     nothing = prune(model, "griffin", sparsity=0.0)
-    with nothing, pytest.raises(AttachError, match="is removed: ask for a sparsity above 0"):
+    with nothing, pytest.raises(AttachError, match="is removed: give a sparsity above 0"):
         nothing.masks()

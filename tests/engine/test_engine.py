@@ -247,7 +247,7 @@ REFUSED = [
     *((lambda engine, one=one: engine.prepare(one), words) for one, words in UNSERVED),
     *((lambda engine, one=one: ask(engine, one), words) for one, words in UNSERVED),
     (lambda engine: Ask(()), "has no token"),
-    (lambda engine: Ask(PROMPT, Sampling(n=2), conversation="a"), "ask for n 1"),
+    (lambda engine: Ask(PROMPT, Sampling(n=2), conversation="a"), "use n=1"),
     (lambda engine: Ask(PROMPT, SCORED, half()), "those of the dense model"),
     (lambda engine: Ask(PROMPT, SCORED, conversation="a"), "leave the conversation out"),
     (lambda engine: ask(engine, ids=LONG), "513 tokens and the model's context holds 512"),

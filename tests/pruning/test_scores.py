@@ -111,7 +111,7 @@ def test_names(table, snapshot):
         assert result.__doc__
         if table.kind in ("score", "budget"):
             assert result.function.__doc__ and result.source
-    near, own = table.names()[0], r" \(one of your own: --plugin FILE\)"
+    near, own = table.names()[0], r" \(add your own with --plugin FILE\)"
     with pytest.raises(UnknownName, match=f"^unknown {table.kind} '{near}x'; did you mean {near}"):
         table.get(f"{near}x")
     with pytest.raises(UnknownName, match=f"known: {', '.join(table.names())}{own}$"):

@@ -41,7 +41,9 @@ def test_what_is_saved_is_read_back_and_shows_what_differs(tmp_path):
         kept = KeptSetting(config, weights, {"name": "x"}, {"loss": 0.5}, {"date": "2026-01-02"})
         assert read_setting(kept.save(path)) == kept
         assert PruneConfig.build(f"file:{path}") == config == METHODS.get(f"file:{path}")
-    assert (tmp_path / "deep" / "0.yaml").read_text().startswith("# Found by dart-llm tune; use it")
+    assert (
+        (tmp_path / "deep" / "0.yaml").read_text().startswith("# Written by dart-llm tune; use it")
+    )
     written = yaml.safe_load((tmp_path / "deep" / "1.yaml").read_text())["setting"]
     wanted = {"method": "dart", "sparsity": 0.3, "drift": {"min_distance": 9}}
     assert written == {"weights": "q8_0", **wanted}
@@ -83,18 +85,18 @@ def test_prune_takes_it_and_warns_on_another_checkpoint(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         prune(model, f"file:{path}")
     assert caplog.messages == [other_model(f"file:{path}", model)]
-    assert caplog.messages[0].startswith("other.yaml was found for elephant, not for")
+    assert caplog.messages[0].startswith("other.yaml was measured on elephant, not on")
 
 
 @pytest.mark.parametrize("kind", [RunSettings, PerplexitySettings, ChatSettings, ServeSettings])
 def test_commands_hold_the_weights_as_the_file_says(tmp_path, kind):
     path = keep(tmp_path / "s.yaml", weights="q8_0", sparsity=0.5)
     result = merge(kind, {"method": f"file:{path}"}, environment={})
-    assert result.weights == "q8_0" and result.notes == ("s.yaml asks for --weights q8_0: taken",)
+    assert result.weights == "q8_0" and result.notes == ("s.yaml sets --weights q8_0",)
     assert result.prune_config().target == 0.5
     given = merge(kind, {"method": f"file:{path}", "weights": "dense"}, environment={})
     assert given.weights == "dense"
-    assert given.notes[0].startswith("s.yaml was found with --weights q8_0, not dense")
+    assert given.notes[0].startswith("s.yaml was measured with --weights q8_0, not dense")
 
 
 def test_answers_have_the_head_that_the_file_says_and_clients_name_no_file(tmp_path):

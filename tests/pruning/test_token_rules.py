@@ -182,7 +182,7 @@ def test_no_kernel_is_said_to_have_read_less():
         ({"token": {"rule": "cats", "inputs": 0.5}}, 'token rule "cats" does not read inputs'),
         ({"token": {"rule": "wina", "proxy": "always"}}, 'token rule "wina" does not read proxy'),
         ({"token": {"inputs": 0.5}}, 'token rule "low-bit" does not read inputs'),
-        ({"token": {"rule": "teal"}, "compensation": True}, '"teal" has no mean of what it leaves'),
+        ({"token": {"rule": "teal"}, "compensation": True}, '"teal" does not support compensation'),
         ({"token": {"inputs": 0}}, "inputs 0 must be more than 0"),
         ({"token": {"rule": "teel"}}, "did you mean teal"),
     ],

@@ -169,9 +169,9 @@ REFUSED = [
     ),
     ({}, {"method": "dart-token"}, "selects neurons for every token, and a file has one mask"),
     ({}, {"method": "dense"}, "removes nothing"),
-    ({}, {"sparsity": 0.5, "texts": ()}, "selects neurons by what it reads: give --prompt"),
+    ({}, {"sparsity": 0.5, "texts": ()}, "selects neurons from a prompt: give --prompt"),
     ({}, {"masks": {0: range(96), 1: range(96)}}, "removes nothing"),
-    ({"down": Kind.Q8_0}, {"sparsity": 0.3}, "in whole blocks of 32 neurons no layer loses any"),
+    ({"down": Kind.Q8_0}, {"sparsity": 0.3}, "up to blocks of 32, all layers keep all neurons"),
 ]
 
 
@@ -201,7 +201,7 @@ def test_command(tmp_path, monkeypatch):
     done = call(*settings, "--prompt", "jumps", "--sparsity", "0.3", "--method", "dart-prompt")
     assert "achieved sparsity 16.7%, down projections Q4_1, " in done.out
     for given, sentence in (
-        ([], "ConfigError: method griffin selects neurons by what it reads: give --prompt or"),
+        ([], "ConfigError: method griffin selects neurons from a prompt: give --prompt or"),
         (["--gguf", "x.bin"], '--gguf x.bin must end in ".gguf"'),
         (["--masks", "m.safetensors", "--prompt", "x"], "drop the prompt and the texts"),
     ):

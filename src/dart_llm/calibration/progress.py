@@ -88,7 +88,7 @@ def learning(
     free = available()
     if next(model.parameters()).device.type == "cpu" and memory > free:
         raise ConfigError(
-            f"learning takes {size_text(memory)} of memory beside this model and "
+            f"learning takes {size_text(memory)} of memory in addition to this model and "
             f"{size_text(max(0, free))} is free: store the weights in blocks (--weights q8_0), "
             "learn from a smaller text (length and sequences of self_stats or calibration), or use "
             "method griffin, which learns nothing"

@@ -71,7 +71,7 @@ def _keep(model: Any, key: str, cache_dir: str | None, part: cache.Tensors, say:
     try:
         cache.keep(model, key, cache_dir, part, {"note": "what dart_llm learned of a model"})
     except LoadError as error:
-        say(f"what was learned is not kept for the next time: {error}")
+        say(f"the learned statistics were not cached: {error}")
 
 
 def _memory(
@@ -388,7 +388,7 @@ def _check_learnable(
     if any(layer.down.is_meta for layer in layers):
         why = "self-generated text, which an offloaded model does not write: load it whole"
     elif backward and any(p.is_inference() for p in model.parameters()):
-        why = "gradients, which weights made in torch.inference_mode() have not: load it outside"
+        why = "gradients, which weights made in torch.inference_mode() lack: load it outside"
     if why:
         raise ConfigError(f'method "{method}" learns from {why}, or use griffin')
 

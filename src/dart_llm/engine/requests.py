@@ -76,11 +76,11 @@ class GenerationRequest:
         if not self.ids:
             raise ConfigError("the prompt has no token")
         if self.conversation is not None and self.sampling.n > 1:
-            raise ConfigError("a conversation continues one answer: ask for n 1")
+            raise ConfigError("a conversation has one answer: use n=1")
         if self.sampling.prompt_logprobs and self.config is not None:
             raise ConfigError(
                 "a prompt is read by the dense model, so its log-probabilities are those of the "
-                'dense model: ask for method "dense"; dart-llm eval scores pruned models'
+                'dense model: use method "dense"; dart-llm eval scores pruned models'
             )
         if self.sampling.prompt_logprobs and self.conversation is not None:
             raise ConfigError(

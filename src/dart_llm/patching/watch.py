@@ -138,7 +138,7 @@ class Turn:
         if any(self._is_inside(thread, GENERATES) for thread in others):
             raise AttachError(
                 "another thread is generating with this model: attach when it has finished, or "
-                "let both take turns by a lock"
+                "use one lock for both"
             )
 
     def close(self) -> None:

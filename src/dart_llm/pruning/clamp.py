@@ -43,7 +43,7 @@ class LayerClamp:
         kept = mask.ids[~torch.isin(mask.ids, self.ids)]
         if not len(kept):
             raise ConfigError(
-                "masks= leaves a layer no neuron that is not clamped: keep more, or clamp fewer"
+                "masks= keeps only clamped neurons in a layer: keep more, or clamp fewer"
             )
         parts = [part for part in (mask.bias, self.bias) if part is not None]
         return replace(mask, ids=kept, bias=sum(parts[1:], parts[0]) if parts else None)
@@ -125,7 +125,7 @@ def _clamp_layer(layer: FfnWeights, values: Mapping[int, float]) -> LayerClamp:
                 f"neuron {neuron} of layer {number} is clamped at {value}: not a finite float32"
             )
     if len(values) == layer.width:
-        raise ConfigError(f"layer {number} would keep no neuron that is not clamped: leave one")
+        raise ConfigError(f"layer {number} has no neuron that is not clamped: clamp fewer")
     ids = torch.tensor(sorted(values), device=layer.device)
     constant = torch.zeros(layer.width, device=layer.device)
     constant[ids] = torch.tensor([float(values[i]) for i in sorted(values)], device=layer.device)

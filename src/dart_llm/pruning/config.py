@@ -392,7 +392,7 @@ class PruneConfig(Part):
             )
         prior = self.calibration is not None and self.calibration.purpose == "prior"
         if prior != (self.score.prior_weight is not None):
-            yield 'prior_weight and a calibration with purpose "prior" need one another'
+            yield 'prior_weight and a calibration with purpose "prior" require each other'
         if self.token is not None and self.compensation_rank:
             yield "per-token selection has no low-rank compensation: drop compensation_rank"
         # without learned statistics, a prompt of sinks alone would give no evidence at all

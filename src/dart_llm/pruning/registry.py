@@ -196,7 +196,7 @@ def load_plugin() -> None:
 
 def plugin_hint() -> str:
     """Added to messages about unknown names if no plug-in was given; else ""."""
-    return "" if os.environ.get(PLUGIN) else "one of your own: --plugin FILE"
+    return "" if os.environ.get(PLUGIN) else "add your own with --plugin FILE"
 
 
 def plugin_digest() -> dict[str, str]:

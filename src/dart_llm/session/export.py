@@ -186,7 +186,7 @@ def write_masks(
     kept = tuple(width if layer is None else len(layer.ids) for width, layer in pairs)
     if written == tuple(neurons):
         raise ConfigError(
-            f"in whole blocks of {block} neurons no layer loses any: give a higher sparsity"
+            f"rounded up to blocks of {block}, all layers keep all neurons: give a higher sparsity"
         )
     facts = {"method": label, "kept": sum(kept), "of": sum(neurons)}
     write_narrow(file, layers, path, json.dumps({**facts, "source": file_sha256(file.path)}))

@@ -87,7 +87,7 @@ def choose_masks(run: Run, prompts: Sequence[Tensor], block: int) -> tuple[Masks
         return run.fixed_masks, tuple(w.width if m is None else m.kept for m, w in kept)
     if not prompts and run.controller.selector.needs_evidence:
         raise ConfigError(
-            f"method {run.config.method} selects neurons by what it reads: give --prompt or --text"
+            f"method {run.config.method} selects neurons from a prompt: give --prompt or --text"
         )
 
     def observed() -> Iterator[Sequence[LayerStatistics]]:

@@ -388,7 +388,7 @@ class Run:
         Raises ``AttachError`` while ``generate`` runs.
         """
         if self._generating:
-            raise AttachError("generate is running: it decides itself how long a forward is")
+            raise AttachError("generate is running and decides the length of each forward")
         return self.controller.tokens_until_change()
 
     @property
@@ -412,7 +412,7 @@ class Run:
             if state.selection is not None:
                 return state.selection.masks
         if selector.removes_nothing:
-            raise AttachError("nothing is removed: ask for a sparsity above 0")
+            raise AttachError("nothing is removed: give a sparsity above 0")
         seen, left = 0.0, max(1, selector.config.min_evidence)
         if states:
             seen, left = states[-1].evidence_tokens, states[-1].tokens_to_mask
@@ -491,8 +491,8 @@ def other_model(method: str, model: Any) -> str:
     if mark is None or kept.model[mark] == facts[mark]:
         return ""
     return (
-        f"{path.name} was found for {kept.model.get('name')}, not for {facts['name']}: measure "
-        "this model by dart-llm tune before you trust it"
+        f"{path.name} was measured on {kept.model.get('name')}, not on {facts['name']}: run "
+        "dart-llm tune on this model before you trust it"
     )
 
 

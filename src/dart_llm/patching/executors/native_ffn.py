@@ -112,7 +112,7 @@ def not_in_place_reason(
         if not weight.is_contiguous() or weight.untyped_storage().nbytes() != end - start:
             return f"{role} is a view of something larger"
         if len(same := names.get(start, [])) > 1:
-            return f"{' and '.join(same)} lie on the same memory"
+            return f"{' and '.join(same)} share the same memory"
         mapped = any(low <= start and end <= high for low, high in private)
         if not mapped and not ops().allocated(weight):
             return f"{role} lies in memory that PyTorch did not allocate"
@@ -188,13 +188,17 @@ def native_unsupported_reason(block: FfnBlock) -> str | None:
     if not all(isinstance(part.weight, nn.Parameter) for part in block.projections):
         return "has weights that are computed from others"
     if len({isinstance(part.weight, PackedTensor) for part in block.projections}) > 1:
-        return "stores some of its matrices in blocks and others not"
+        return "stores only some of its matrices in blocks"
     gate, up, _ = block.matrices()
     if not up.is_contiguous() and not block.by_inputs:
         return "stores its up projection by inputs"
     if gate is not None and not gate.is_contiguous():
         return "stores its gate by inputs"
-    return None if act_number(block.act) is not None else "has an activation that they do not know"
+    return (
+        None
+        if act_number(block.act) is not None
+        else "has an activation that the kernels do not support"
+    )
 
 
 class NativeFfn:

@@ -54,9 +54,9 @@ def warn_if_slower_than_dense(method: str, token: TokenFfn, executor: str, rows:
     """Warn once if per-token selection is slower than dense here."""
     native = token.rule.native
     if not native:
-        why = "it is there to compare quality at equal bytes; no kernel reads less for it"
+        why = "it serves to compare quality at equal bytes; no kernel skips neurons for it"
     elif rows > most_rows(executor, token.rule.by_weights):
-        why = f"executor native runs the selected ones alone, of one row and of up to {STEP_ROWS}"
+        why = f"executor native skips neurons for one row, whole steps for up to {STEP_ROWS}"
     else:
         return
     where = f"under executor {executor.partition(',')[0]}" if native else "in plain PyTorch"

@@ -82,9 +82,7 @@ class TokenRule:
             if getattr(config.token, name) != TokenConfig.model_fields[name].default:
                 raise ConfigError(f'token rule "{rule}" does not read {name}: drop it')
         if config.compensation and not cls.compensates:
-            raise ConfigError(
-                f'token rule "{rule}" has no mean of what it leaves out: drop the compensation'
-            )
+            raise ConfigError(f'token rule "{rule}" does not support compensation: drop it')
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
