@@ -82,18 +82,18 @@ class Settings(BaseModel):
     @classmethod
     def named(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         """The values by field name; drops None unless the field may be None."""
-        given: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for key, value in data.items():
             name = cls.ALIASES.get(key, key)
             if name not in cls.model_fields:
                 raise cls.unknown(str(name))
             optional = type(None) in get_args(cls.model_fields[name].annotation)
-            if value is None and (name in given or not optional):
+            if value is None and (name in values or not optional):
                 continue
-            if given.get(name) is not None:
+            if values.get(name) is not None:
                 raise ConfigError(f"{name} is given twice: write one list")
-            given[name] = value
-        return given
+            values[name] = value
+        return values
 
     @model_validator(mode="after")
     def _check_rivals(self) -> Self:
@@ -465,9 +465,9 @@ def merge(
     written = read_yaml(file) if file else {}
     settings = {str(key).replace("-", "_").lower(): value for key, value in written.items()}
     for source in (settings, variables, flags):
-        given = {name: value for name, value in kind.named(source).items() if value is not None}
-        beaten = {name for group in kind.RIVALS if given.keys() & group for name in group}
-        merged = {key: value for key, value in merged.items() if key not in beaten} | given
+        values = {name: value for name, value in kind.named(source).items() if value is not None}
+        replaced = {name for group in kind.RIVALS if values.keys() & group for name in group}
+        merged = {key: value for key, value in merged.items() if key not in replaced} | values
     return kind.model_validate(merged).fitted()
 
 

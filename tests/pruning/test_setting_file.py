@@ -41,9 +41,7 @@ def test_what_is_saved_is_read_back_and_shows_what_differs(tmp_path):
         kept = KeptSetting(config, weights, {"name": "x"}, {"loss": 0.5}, {"date": "2026-01-02"})
         assert read_setting(kept.save(path)) == kept
         assert PruneConfig.build(f"file:{path}") == config == METHODS.get(f"file:{path}")
-    assert (
-        (tmp_path / "deep" / "0.yaml").read_text().startswith("# Written by dart-llm tune; use it")
-    )
+    assert (tmp_path / "deep" / "0.yaml").read_text().startswith("# Written by dart-llm tune.  Use")
     written = yaml.safe_load((tmp_path / "deep" / "1.yaml").read_text())["setting"]
     wanted = {"method": "dart", "sparsity": 0.3, "drift": {"min_distance": 9}}
     assert written == {"weights": "q8_0", **wanted}

@@ -107,7 +107,7 @@ def energy(layers: Sequence[LayerView], keep: int) -> list[int]:
 
 @budget("this project; docs/reference.md: for scores whose values compare between layers")
 def ranked(layers: Sequence[LayerView], keep: int) -> list[int]:
-    """All neurons in one ranking by the score itself, as it is.
+    """All neurons in one ranking, by their unscaled scores.
 
     At least 10 % of a layer stay.
     """
@@ -116,7 +116,7 @@ def ranked(layers: Sequence[LayerView], keep: int) -> list[int]:
 
 @budget("FLAP, arXiv 2312.11983: standardised metrics in one ranking")
 def standardized(layers: Sequence[LayerView], keep: int) -> list[int]:
-    """All neurons in one ranking, after each layer's scores got mean 0 and deviation 1.
+    """All neurons in one ranking, with each layer's scores scaled to mean 0 and deviation 1.
 
     At least 10 % of a layer stay.
     """
@@ -179,7 +179,7 @@ def depth_sparsities(
         residue = rho * count - sum(p)
         inside = [i for i in range(count) if lo < p[i] < hi]
         movable = [i for i in range(count) if (p[i] < hi if residue > 0 else p[i] > lo)]
-        free = inside or movable  # layers at a bound move only if all are at one
+        free = inside or movable  # layers at a bound change only if all layers are
         if abs(residue) < 1e-12 or not free:
             break
         weight = sum(priority[i] for i in free)

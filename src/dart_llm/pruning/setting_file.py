@@ -19,7 +19,7 @@ from dart_llm.files import read_yaml, write_text
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS, SETTING
 
-HEAD = '# Written by dart-llm tune; use it with --method file:{name}, or prune(model, "file:{name}").\n'
+HEAD = '# Written by dart-llm tune.  Use --method file:{name}, or prune(model, "file:{name}").\n'
 
 FACTS = ("origin", "model", "measured")
 

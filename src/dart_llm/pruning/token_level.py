@@ -185,7 +185,7 @@ def sequence_masks(masks: Masks) -> Masks:
 
 
 def plain_masks(masks: Masks) -> Masks:
-    """``masks``; raises ``ConfigError`` where a layer has per-token selection."""
+    """``masks``; raises ``ConfigError`` if a layer has per-token selection."""
     if any(isinstance(mask, TokenMask) for mask in masks):
         raise ConfigError(f"{NO_MASK}: use a method with masks of the sequence, e.g. dart")
     return masks

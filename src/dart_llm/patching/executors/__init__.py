@@ -84,9 +84,9 @@ def choose_executor(selector: MaskSelector, blocks: Blocks, model: Any) -> str:
         return "compact"
     if config.token is not None and not TOKEN_RULES.get(config.token.rule).native:
         return "masked"
-    odd = [weights_unsupported_reason(block) is not None for block in blocks]
-    if any(odd):
-        return "masked" if all(odd) else "compact"
+    unsupported = [weights_unsupported_reason(block) is not None for block in blocks]
+    if any(unsupported):
+        return "masked" if all(unsupported) else "compact"
     return "compact" if unsupported_reason("native", model, blocks) else "native"
 
 

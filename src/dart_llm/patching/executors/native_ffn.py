@@ -179,7 +179,7 @@ def act_number(act: Callable[[Tensor], Tensor]) -> int | None:
 
 
 def native_unsupported_reason(block: FfnBlock) -> str | None:
-    """Why the kernels cannot run ``block``, which has its own module here; None if they can."""
+    """Why the kernels cannot run ``block``, which must not be inline; None if they can."""
     down = block.down.weight
     if not isinstance(down, Tensor) or down.device.type != "cpu":
         return "is not on the CPU"
