@@ -229,7 +229,7 @@ def test_damage_is_noticed_said_and_mended(tmp_path, damage, caplog):
     damage(path)
     assert kept.read(tmp_path, kept.key_of("this"), ".bin") is None
     assert [one.getMessage() for one in caplog.records] == [
-        f"a damaged file in {tmp_path} is not used: its content is made anew"
+        f"a damaged file in {tmp_path} was removed: its content is made again"
     ]
     assert [one.name for one in tmp_path.iterdir()] == [other.name]
     assert kept.write(tmp_path, kept.key_of("this"), ".bin", DATA) == path

@@ -98,7 +98,7 @@ def find(folder: Path, key: str, suffix: str) -> Path | None:
         damaged = True
         _remove(path)
     if damaged:
-        logger.warning("a damaged file in %s is not used: its content is made anew", folder)
+        logger.warning("a damaged file in %s was removed: its content is made again", folder)
     return None
 
 

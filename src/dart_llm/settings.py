@@ -159,7 +159,7 @@ def split_commas(value: Any) -> Any:
     parts = parts if isinstance(parts, list | tuple) else [parts]
     for part in parts:
         if isinstance(part, list | dict):
-            raise ConfigError(f"lists must be plain, and one has {part} in it")
+            raise ConfigError(f"a list must have plain values, not {part}")
     return tuple(dict.fromkeys(parts))
 
 
@@ -268,7 +268,7 @@ class PruningOptions(MaskOptions):
 
     method: str = setting(PRUNING, "Preset, or file:SETTING.yaml of tune.", DEFAULT_METHOD)
     save_layer_topk: str | None = setting(PRUNING, "Write the run's keep counts to this file.")
-    masks: str | None = setting(PRUNING, "A masks.safetensors: use its newest masks, choose none.")
+    masks: str | None = setting(PRUNING, "Apply the newest masks of this masks.safetensors.")
     knowledge_drift: bool | None = setting(PRUNING, "Re-mask on drift by the preset's rule.")
     drift: str | None = setting(PRUNING, 'never, published, paper, dart, "interval 64", ...')
     head: str | None = setting(PRUNING, 'Output head: full, or "screened 0.25" (of its bytes).')

@@ -254,7 +254,7 @@ BARE = PruneConfig(method="mine", sparsity=0.5, self_stats=SMALL)
     ("make", "config", "error", "message"),
     [
         (lambda: _offloaded(), CONFIG, ConfigError, "layer 0 is offloaded"),
-        (lambda: _offloaded(), BARE, ConfigError, "an offloaded model does not write"),
+        (lambda: _offloaded(), BARE, ConfigError, "an offloaded model cannot write"),
         (_inference, CONFIG, ConfigError, "torch.inference_mode() lack"),
         (lambda: _broken("lm_head"), CONFIG, DartError, "not finite"),
         (lambda: _broken("model.layers.1.mlp.down_proj"), CONFIG, DartError, "not finite"),

@@ -386,7 +386,7 @@ def _check_learnable(
 ) -> None:
     why = ""
     if any(layer.down.is_meta for layer in layers):
-        why = "self-generated text, which an offloaded model does not write: load it whole"
+        why = "self-generated text, which an offloaded model cannot write: do not offload it"
     elif backward and any(p.is_inference() for p in model.parameters()):
         why = "gradients, which weights made in torch.inference_mode() lack: load it outside"
     if why:

@@ -83,9 +83,7 @@ class GenerationRequest:
                 'dense model: use method "dense"; dart-llm eval scores pruned models'
             )
         if self.sampling.prompt_logprobs and self.conversation is not None:
-            raise ConfigError(
-                "prompt_logprobs needs the whole prompt read: leave the conversation out"
-            )
+            raise ConfigError("prompt_logprobs reads the whole prompt: leave the conversation out")
 
 
 def _plain(value: Any) -> Any:

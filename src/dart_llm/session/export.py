@@ -156,7 +156,7 @@ def source_file(model: Any, source: str | Path | None = None) -> GgufFile:
         raise ConfigError(
             f"{type(model).__name__} was not loaded from the blocks of a GGUF file, and only such "
             "a file is narrowed: load one with weights='file' or give source=FILE.gguf, which "
-            "llama.cpp's convert_hf_to_gguf.py makes of a checkpoint"
+            "llama.cpp's convert_hf_to_gguf.py makes from a checkpoint"
         )
     return read_gguf(path)
 

@@ -261,7 +261,7 @@ class Run:
         if self.patch is not None and self.patch.installed:
             raise AttachError("this run is attached already")
         if self.tracing is not None:
-            raise AttachError("this run is being traced: leave that block before it attaches anew")
+            raise AttachError("this run is being traced: leave that block before you attach it")
         if not self.controller.sequence_count:  # the model may have moved since this run was made
             method = self._method = replace(self._method, learned=None)
             # ``hold`` may end fixed masks later, except those given at the start

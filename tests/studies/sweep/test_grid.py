@@ -133,7 +133,7 @@ REFUSED = [
     ({"tasks": "perplexity:no-such-text"}, 'unknown text "no-such-text"'),
     ({"models": []}, "no models are named"),
     ({"sparsities": "50"}, "did you mean 0.5"),
-    ({"sparsities": [[0.3]]}, "lists must be plain"),
+    ({"sparsities": [[0.3]]}, "a list must have plain values"),
     ({"seeds": "-1"}, "seed -1"),
     ({"base_keep": 0.5}, "base_keep to both"),
     ({"layers": "each"}, "belong together"),

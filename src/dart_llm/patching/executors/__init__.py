@@ -56,7 +56,7 @@ def _layer_reasons(
 def _not_copied_reason(block: FfnBlock) -> str | None:
     if block.offloaded:
         return "is offloaded"
-    return "has no FFN module of its own" if block.inline else None
+    return "has no separate FFN module" if block.inline else None
 
 
 def _no_triton_reason(block: FfnBlock) -> str | None:

@@ -115,7 +115,7 @@ def not_in_place_reason(
             return f"{' and '.join(same)} share the same memory"
         mapped = any(low <= start and end <= high for low, high in private)
         if not mapped and not ops().allocated(weight):
-            return f"{role} lies in memory that PyTorch did not allocate"
+            return f"{role} is in memory that PyTorch did not allocate"
     return None
 
 
