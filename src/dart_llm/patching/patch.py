@@ -213,9 +213,8 @@ class ModelPatch(NotCopied):
 
     def _run_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self.whole_steps is not None
-        if (
-            not self._watch.steps or torch.compiler.is_compiling()
-        ):  # torch.compile traces no native call
+        # torch.compile traces no native call
+        if not self._watch.steps or torch.compiler.is_compiling():
             return original(*args, **kwargs)
         return self.whole_steps.forward(original, *args, **kwargs)
 

@@ -204,9 +204,7 @@ class PatchedFFN:
         """Pass the activations to the controller."""
         plan, rows = self.context.plan, self.context.rows
         before, self._x = self._x, None
-        h = (
-            x if plan.inputs and not self.block.inline else None
-        )  # inline blocks do not get the input
+        h = x if plan.inputs and not self.block.inline else None  # inline: it gets no input
         seen = LayerObservation(u, h)
         if plan.stream:
             seen = LayerObservation(u, h, z, detached(x) if before is None else before)

@@ -194,11 +194,7 @@ def native_unsupported_reason(block: FfnBlock) -> str | None:
         return "stores its up projection by inputs"
     if gate is not None and not gate.is_contiguous():
         return "stores its gate by inputs"
-    return (
-        None
-        if act_number(block.act) is not None
-        else "has an activation that the kernels do not support"
-    )
+    return None if act_number(block.act) is not None else "has an activation without a kernel"
 
 
 class NativeFfn:
@@ -206,9 +202,7 @@ class NativeFfn:
 
     def __init__(self, block: FfnBlock, layout: Layout) -> None:
         number, reason = act_number(block.act), native_unsupported_reason(block)
-        if (
-            number is None or reason is not None
-        ):  # the block may have moved since the executor was chosen
+        if number is None or reason is not None:  # the block may have moved meanwhile
             raise ConfigError(f"executor native cannot run layer {block.index}, which {reason}")
         self.block, self.act, self._layout = block, number, layout
         self.token: TokenFfn | None = None
@@ -310,9 +304,8 @@ class NativeFfn:
     def run(self, x: Tensor) -> Tensor:
         """z from the kept neurons alone.  x: [..., D]; ``token_rows`` vectors if tokens select."""
         flat, biases, kept = x.reshape(-1, x.shape[-1]), (self.gate_bias, self.up_bias), self.kept
-        if (
-            len(flat) <= FEW and not torch.compiler.is_compiling()
-        ):  # torch.compile traces no native call
+        # torch.compile traces no native call
+        if len(flat) <= FEW and not torch.compiler.is_compiling():
             matrices = kept.matrices or self._stored
             nones = (None,) * (3 - len(matrices))
             vectors = flat.detach().contiguous()

@@ -103,9 +103,7 @@ def _native_step(
         [getattr(layer, name).clone(memory_format=torch.contiguous_format) for layer in layers]
         for name in ("keys", "values")
     )
-    counts = [
-        t.shape[2] - 1 for t in keys
-    ]  # without the token itself, whose entries are written again
+    counts = [t.shape[2] - 1 for t in keys]  # without the token itself, which is written again
     seen = [-1 if window is None else window - 1 for window in parts.windows]
     native.bind(keys, values, counts, counts, seen)
     rotations = angles(parts, PROMPT + 1, parts.head.dtype, torch.device("cpu"))
