@@ -148,7 +148,7 @@ def test_what_cannot_be_used_is_never_empty_text(hub):
         *("a/b:test[5:]:text", "a/b::text", "a/b/:test:text", "a /b:test:text"),
     )
     for end in ends:
-        with pytest.raises(ConfigError, match="is not a data set of the hub with columns for text"):
+        with pytest.raises(ConfigError, match="is not a data set on the hub with columns for text"):
             documents.read(f"hub:{end}")
     with pytest.raises(ConfigError, match="must be 1 or more, not 0"):
         load_documents("xsum", 0)

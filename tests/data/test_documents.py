@@ -101,7 +101,7 @@ REFUSED = [
     (documents.read, "a.jsonl", '["text"]', "line 1 of a.jsonl is not a JSON object"),
     (documents.names, "a.jsonl", '{"text": " "}', "a.jsonl has no text"),
     (documents.names, "a.txt:column", "x", "unknown text"),
-    (documents.names, "hub:x:test", "", "is not a data set of the hub"),
+    (documents.names, "hub:x:test", "", "is not a data set on the hub"),
     (documents.names, ",", "", "no text for perplexity"),
     (calibration, "a.txt", "\udcff", "cannot read a.txt as text"),
     (calibration, "b.txt", "", "unknown text"),

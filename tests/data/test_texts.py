@@ -63,9 +63,9 @@ BEES = TWO_TOPICS["topics"][0]
 REFUSED = [
     ({"id": None}, "line 1 of .*, id: "),
     ({"topics": [{"name": "bees"}]}, r"line 1 of .*, topics.0.domain: "),
-    ({"changes": []}, "needs one change less than topics"),
+    ({"changes": []}, "needs one change fewer than topics"),
     *(({"changes": [at]}, f"change at character {at}, where no") for at in (0, 23, 25, 41, -17)),
-    ({"topics": [BEES, {**BEES, "name": "wasps"}]}, "neighbouring topics of one domain: zoology"),
+    ({"topics": [BEES, {**BEES, "name": "wasps"}]}, "adjacent topics of the same domain: zoology"),
 ]
 
 

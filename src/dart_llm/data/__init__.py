@@ -1,4 +1,4 @@
-"""Every text, prompt, passage and data set; what is shipped lies in ``shipped/``.
+"""Texts, prompts, passages and data sets; ``shipped/`` contains those that come with the package.
 
 Start with ``documents.py`` for texts to measure on and ``texts.py`` for prompts.
 """

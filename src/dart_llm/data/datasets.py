@@ -1,7 +1,7 @@
-"""Data sets of the hub: ``catalogue.yaml``, ``hub:`` references, MMLU.
+"""Data sets on the hub: ``catalogue.yaml``, ``hub:`` references, MMLU.
 
-The only file that imports the ``datasets`` library, and only when a data set is needed.  A data set
-that cannot be fetched, is empty or misses a column is an error, never an empty result.
+This is the only file that imports the ``datasets`` library, and only when a data set is needed.  A
+data set that cannot be fetched, is empty or lacks a column is an error, never an empty result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dart_llm.errors import ConfigError, LoadError, MissingExtra, check_name
 from dart_llm.files import read_rows
 
 LAST_RUN = "never run"
-"""When ``make test-online`` last passed: a date, or "never run"."""
+"""The date when ``make test-online`` last passed, or "never run"."""
 
 INSTEAD = 'use a local file instead: text, or JSONL such as {"document": "...", "summary": "..."}'
 
@@ -35,12 +35,12 @@ Column = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """One split of one data set of the hub.
+    """A split of a data set on the hub.
 
-    ``columns``: by role (text, document, summary, question, choices, answer, id, ...).
-    ``separator``: between the rows of a text.  ``uses``: perplexity, calibration, summarize,
-    prompts (questions that no task scores) or eval, with the lm-eval ``tasks`` that score it.
-    ``first``: only so many rows are read, streamed.  ``megabytes``: about what is downloaded.
+    ``columns``: column names by role (text, document, summary, question, choices, answer, id, ...).
+    ``separator``: inserted between the rows of a text.  ``uses``: perplexity, calibration,
+    summarize, prompts (questions that no task scores) or eval, with the lm-eval ``tasks`` that
+    score it.  ``first``: the number of rows to stream.  ``megabytes``: approximate download size.
     """
 
     name: str
@@ -60,7 +60,7 @@ class DataSet:
 
     @property
     def where(self) -> str:
-        """Id, configuration and split, for people: ``allenai/c4 (en, validation)``."""
+        """Readable id, configuration and split: ``allenai/c4 (en, validation)``."""
         return f"{self.hub_id} ({', '.join(part for part in (self.config, self.split) if part)})"
 
 
@@ -76,26 +76,26 @@ MMLU_SUBJECTS: tuple[str, ...] = tuple(_CATALOGUE["mmlu_subjects"])
 
 
 def names(use: str) -> tuple[str, ...]:
-    """The data sets that are used for ``use``, sorted."""
+    """The names of the data sets for ``use``, sorted."""
     return tuple(sorted(name for name, data in DATA_SETS.items() if use in data.uses))
 
 
 def get(name: str) -> DataSet:
-    """The data set of the catalogue called ``name``; raises ``UnknownName``."""
+    """The catalogue's data set ``name``; raises ``UnknownName``."""
     check_name("data set", name, DATA_SETS)
     return DATA_SETS[name]
 
 
-# References to any data set of the hub: ``hub:owner/name[/configuration]:split[[:N]]:columns``.
+# References to any data set on the hub: ``hub:owner/name[/configuration]:split[[:N]]:columns``.
 
 PREFIX = "hub:"
-"""Begins every reference, and no other name or path."""
+"""The prefix of every reference; no other name or path begins with it."""
 
 EXAMPLES = {
     ("text",): "hub:Salesforce/wikitext/wikitext-2-raw-v1:test:text",
     ("document", "summary"): "hub:EdinburghNLP/xsum:test:document:summary",
 }
-"""By the roles that the columns of a reference have."""
+"""Example references, by the roles of their columns."""
 
 _PART = r"[^/:\[\]\s]+"
 
@@ -109,14 +109,14 @@ def parse(name: str, roles: tuple[str, ...] = ("text",)) -> DataSet:
     """The data set that ``name`` refers to, with one column for each of ``roles``.
 
     ``hub:owner/name/en:validation[:500]:text`` is the text column of the first 500 rows of the
-    configuration en.  The split and the columns are always written out.  Raises ``ConfigError``,
-    with an example, for anything else.
+    configuration en.  The split and the columns are required.  Raises ``ConfigError``, with an
+    example, for an invalid reference.
     """
     match = _PATTERN.fullmatch(name)
     columns = match["columns"][1:].split(":") if match else []
     if not match or len(columns) != len(roles) or match["first"] == "0":
         raise ConfigError(
-            f'"{name}" is not a data set of the hub with columns for {" and ".join(roles)}: write '
+            f'"{name}" is not a data set on the hub with columns for {" and ".join(roles)}: write '
             f"hub:owner/name[/configuration]:split:{':'.join(f'{role}-column' for role in roles)}, "
             f"e.g. {EXAMPLES[roles]}"
         )
@@ -131,7 +131,7 @@ def parse(name: str, roles: tuple[str, ...] = ("text",)) -> DataSet:
     )
 
 
-# MMLU: the questions that are not scored.
+# MMLU: the questions that no task scores.
 
 LOCAL_MMLU = Path("datasets/mmlu")  # in the current folder; read instead of the hub
 
@@ -141,11 +141,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def mmlu_questions(subject: str) -> list[dict[str, Any]]:
-    """The MMLU questions of a subject that are not scored: ``dev``, then ``validation``.
+    """A subject's MMLU questions that no task scores: the splits ``dev``, then ``validation``.
 
-    Each is ``{"subject", "question", "choices"}``: the answer is dropped here, so no prompt can
-    show it.  ``<subject>_dev.jsonl`` in ``LOCAL_MMLU`` replaces the hub.  Raises ``UnknownName``,
-    ``ConfigError`` for a malformed local file, ``MissingExtra`` or ``LoadError``.
+    Each is ``{"subject", "question", "choices"}``; the answer is dropped here, so no prompt can
+    reveal it.  A file ``<subject>_dev.jsonl`` in ``LOCAL_MMLU`` replaces the hub.  Raises
+    ``UnknownName``, ``ConfigError`` for a malformed file, ``MissingExtra`` or ``LoadError``.
     """
     check_name("MMLU subject", subject, MMLU_SUBJECTS)
     questions: list[dict[str, Any]] = []
@@ -160,7 +160,7 @@ def mmlu_questions(subject: str) -> list[dict[str, Any]]:
 
 
 def _mmlu_rows(subject: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows, each with the words that locate it."""
+    """Rows, each with a description of its location."""
     for split in SPLITS:
         path = LOCAL_MMLU / f"{subject}_{split}.jsonl"
         if path.is_file():
@@ -171,12 +171,12 @@ def _mmlu_rows(subject: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def local_subjects() -> tuple[str, ...]:
-    """The subjects whose ``<subject>_dev.jsonl`` lies in ``LOCAL_MMLU``, in the usual order."""
+    """The subjects with a file ``<subject>_dev.jsonl`` in ``LOCAL_MMLU``, in catalogue order."""
     return tuple(s for s in MMLU_SUBJECTS if (LOCAL_MMLU / f"{s}_dev.jsonl").is_file())
 
 
 def with_choices(row: Mapping[str, Any]) -> str:
-    """A question and its choices, one a line under letters, without the answer."""
+    """A question and its lettered choices, one per line, without the answer."""
     choices = zip(LETTERS, row["choices"], strict=False)
     lines = [f"{letter}. {choice.strip()}" for letter, choice in choices]
     return "\n".join([row["question"].strip(), *lines])
@@ -188,7 +188,8 @@ def with_choices(row: Mapping[str, Any]) -> str:
 def positions(total: int, limit: int | None, seed: int | None) -> list[int]:
     """``limit`` of ``total`` positions, ascending: the first, or with ``seed`` a random sample.
 
-    With the same seed a smaller sample is a part of a larger one.  ``None`` is all of them.
+    With the same seed a smaller sample is a subset of a larger one.  A ``limit`` of None selects
+    all positions.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"the number of documents must be 1 or more, not {limit}")
@@ -201,10 +202,10 @@ def positions(total: int, limit: int | None, seed: int | None) -> list[int]:
 def rows(
     source: DataSet, instead: str = INSTEAD, *, stream: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The rows of ``source``, which has at least one and every column that it names.
+    """The rows of ``source``: at least one, with every column of ``source.columns``.
 
-    Streamed when ``stream`` or when only its first rows are wanted; otherwise the split is
-    fetched once and read from the cache afterwards.  ``instead``: the way out that an error names.
+    Rows are streamed if ``stream`` or ``source.first`` is set; otherwise the split is downloaded
+    once and then read from the cache.  ``instead``: the alternative that error messages suggest.
     Raises ``MissingExtra`` or ``LoadError``.
     """
     fetched = _fetch(source, instead, stream=stream or source.first is not None)
@@ -231,9 +232,9 @@ def _fetch(source: DataSet, instead: str, *, stream: bool) -> Iterator[dict[str,
     try:
         options = {"split": source.split, "streaming": stream, **branch}
         yield from islice(load_dataset(source.hub_id, source.config, **options), source.first)
-    # The hub's clients share no base class for "cannot be reached", and streaming fails late.
+    # The hub's clients share no base class for network errors, and streaming fails late.
     except Exception as error:
-        # a DatasetGenerationError's own message says nothing
+        # the message of a DatasetGenerationError is uninformative; its cause is not
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else error
         reason = redact(" ".join(str(cause).split()) or type(cause).__name__)[:200].rstrip(" .")
         if source.gated:
@@ -244,6 +245,6 @@ def _fetch(source: DataSet, instead: str, *, stream: bool) -> Iterator[dict[str,
 
 
 def no_bars() -> None:
-    """Switch the library's progress bars off: dart-llm has its own."""
+    """Switch off the progress bars of ``datasets``: dart-llm draws its own."""
     with contextlib.suppress(ImportError, AttributeError):
         import_module("datasets").disable_progress_bars()

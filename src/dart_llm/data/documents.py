@@ -1,8 +1,8 @@
-"""Every text argument: ``resolve`` reads its grammar, the loaders below read the text.
+"""Text arguments: ``resolve`` parses one, the loaders below read the text.
 
-``embedded``, ``wikitext2``, ``c4``, ...: the package's texts, or a name of ``catalogue.yaml``
+``embedded``, ``wikitext2``, ``c4``, ...: the package's texts, or a name in ``catalogue.yaml``
 ``mmlu``, ``mmlu:astronomy+anatomy``: questions that no task scores
-``hub:owner/name:split:COLUMN``: any other data set of the hub (``datasets.parse``)
+``hub:owner/name:split:COLUMN``: any other data set on the hub (``datasets.parse``)
 ``FILE``, ``FILE.jsonl[:COLUMN]``: text or JSON rows, in the current folder or its ``datasets/``; a
 source of summaries may name two columns, ``:DOCUMENT:SUMMARY``
 """
@@ -32,13 +32,13 @@ EMBEDDED = "embedded"
 MMLU = "mmlu"
 
 CALIBRATION = "c4_train"
-"""The default calibration text: no evaluation scores it."""
+"""The default calibration text, which no evaluation scores."""
 
 NAMES = {
     ("text",): (EMBEDDED, MMLU, *datasets.names("perplexity"), CALIBRATION),
     ("document", "summary"): datasets.names("summarize"),
 }
-"""Sources that are not files, by the roles of the columns that are read."""
+"""Sources that are not files, by the roles of the columns to read."""
 
 JSONL = (".jsonl", ".ndjson")
 
@@ -47,17 +47,17 @@ COLUMNS = {
     "document": ("document", "text", "article", "report"),
     "summary": ("summary", "highlights"),
 }
-"""The columns of JSONL files by role: the first that a row has is read."""
+"""Column names of JSONL files by role; the first that exists in a row is read."""
 
 BLANK_LINE = "\n\n"
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """What a text argument means: a file, a data set of the hub, or one of the package's names.
+    """What a text argument refers to: a file, a data set on the hub, or a name in ``NAMES``.
 
-    ``columns``: those that a JSONL file's rows are read from, if they were named; ``subjects``: of
-    MMLU, all if empty.
+    ``columns``: the columns of a JSONL file to read, if named; ``subjects``: MMLU subjects, all if
+    empty.
     """
 
     name: str
@@ -68,12 +68,12 @@ class TextSource:
 
     @property
     def has_rows(self) -> bool:
-        """Whether it is a JSONL file."""
+        """Whether the source is a JSONL file."""
         return self.path is not None and self.path.suffix in JSONL
 
     @property
     def label(self) -> str:
-        """The source without its folder."""
+        """The source's name without its folder."""
         return self.name if self.path is None else ":".join((self.path.stem, *self.columns))
 
     def overlaps(self, other: TextSource) -> bool:
@@ -82,15 +82,15 @@ class TextSource:
             return self.path.samefile(other.path)
         if self.data is not None and other.data is not None:
             mine, its = self.data, other.data
-            one_config = mine.config == its.config or None in (mine.config, its.config)
-            return one_config and (mine.hub_id, mine.split) == (its.hub_id, its.split)
+            same_config = mine.config == its.config or None in (mine.config, its.config)
+            return same_config and (mine.hub_id, mine.split) == (its.hub_id, its.split)
         return self.name == other.name
 
 
 def resolve(name: str, summaries: bool = False) -> TextSource:
-    """What ``name`` means; ``summaries``: as a source of documents with summaries.
+    """The source that ``name`` refers to; ``summaries``: a source of documents with summaries.
 
-    Opens nothing.  Raises ``ConfigError``, which lists the choices, for an unknown name.
+    Opens no file.  Raises ``ConfigError``, which lists the choices, for an unknown name.
     """
     roles = ("document", "summary") if summaries else ("text",)
     names = NAMES[roles]
@@ -118,12 +118,12 @@ def resolve(name: str, summaries: bool = False) -> TextSource:
 
 
 def check(name: str) -> None:
-    """Raise ``ConfigError`` unless ``name`` can be a source of documents with summaries."""
+    """Raise ``ConfigError`` unless ``name`` is a source of documents with summaries."""
     resolve(name, summaries=True)
 
 
 def find_file(name: str) -> Path | None:
-    """The file that a text argument reads, whose content a run should record; or None."""
+    """The file behind a text argument, or None; runs record its content."""
     for summaries in (False, True):
         with contextlib.suppress(ConfigError):
             return resolve(name, summaries).path
@@ -131,7 +131,7 @@ def find_file(name: str) -> Path | None:
 
 
 def _value(source: TextSource, role: str, line: int, row: Mapping[str, Any]) -> str:
-    """The text in a row's column for ``role``; raises ``ConfigError`` where there is none."""
+    """The text in a row's column for ``role``; raises ``ConfigError`` if there is none."""
     named = source.columns[1:] if role == "summary" else source.columns[:1]
     columns = named or COLUMNS[role]
     value = next((row[name] for name in columns if name in row), None)
@@ -146,7 +146,7 @@ def _value(source: TextSource, role: str, line: int, row: Mapping[str, Any]) -> 
 
 
 def plain_summary(value: Any) -> str:
-    """A reference summary, "" if there is none; a list of sentences as one a line."""
+    """A reference summary, "" if there is none; a list of sentences becomes one per line."""
     if isinstance(value, list | tuple):
         return "\n".join(filter(None, map(plain_summary, value)))
     return value.strip() if isinstance(value, str) else ""
@@ -156,9 +156,9 @@ def plain_summary(value: Any) -> str:
 
 
 def load(source: TextSource) -> list[str]:
-    """The rows of a JSONL file, the embedded texts, or one text; all with some text.
+    """The rows of a JSONL file, the embedded texts, or a single text.
 
-    Raises ``ConfigError`` for a file, ``MissingExtra`` or ``LoadError`` for the hub.
+    Raises ``ConfigError`` (files), ``MissingExtra`` or ``LoadError`` (hub), for empty texts too.
     """
     if source.data is not None:
         (column,) = source.data.columns["text"]
@@ -175,7 +175,7 @@ def load(source: TextSource) -> list[str]:
     elif source.path is not None and source.has_rows:
         parts = [_value(source, "text", line, row) for line, row in read_rows(source.path)]
         if not any(text.strip() for text in parts):
-            raise ConfigError(f'the file {source.path} has no text: write {{"text": "..."}} a line')
+            raise ConfigError(f'the file {source.path} has no text: write {{"text": "..."}} lines')
     else:
         assert source.path is not None
         try:
@@ -186,17 +186,17 @@ def load(source: TextSource) -> list[str]:
 
 
 def read(name: str) -> str:
-    """The text called ``name``, the rows of a JSONL file joined by blank lines; see ``load``."""
+    """The text called ``name``; the rows of a JSONL file are joined by blank lines."""
     return BLANK_LINE.join(load(resolve(name)))
 
 
 def whole_texts(name: str) -> list[str]:
-    """The texts behind ``name``, each to be read separately; raises what ``read`` raises."""
+    """The texts behind ``name``, unjoined; raises the errors of ``load``."""
     return load(resolve(name))
 
 
 def names(settings: str) -> list[str]:
-    """Comma-separated names, each once, checked before a model is loaded."""
+    """The comma-separated names without repeats, checked before a model is loaded."""
     listed = list(dict.fromkeys(part.strip() for part in settings.split(",") if part.strip()))
     if not listed:
         raise ConfigError("no text for perplexity: use embedded, or the path of a text file")
@@ -206,16 +206,16 @@ def names(settings: str) -> list[str]:
     return listed
 
 
-# The text for calibration, cut into token sequences.
+# The calibration text, cut into token sequences.
 
 
 def calibration_source(name: str | None) -> TextSource:
-    """What ``--calibration`` means: nothing, and ``c4``, are ``c4_train``."""
+    """The source for ``--calibration``; None and ``c4`` both mean ``c4_train``."""
     return resolve(CALIBRATION if name in (None, "c4") else name)
 
 
 def check_disjoint(calibration: str | None, evaluated: Iterable[str]) -> None:
-    """Raise ``ConfigError`` if one of these texts, summaries and tasks is what calibrates."""
+    """Raise ``ConfigError`` if an evaluated text or task overlaps the calibration text."""
     source = calibration_source(calibration)
     if any(source.overlaps(other) for name in evaluated for other in _evaluated(name)):
         raise ConfigError(
@@ -225,7 +225,7 @@ def check_disjoint(calibration: str | None, evaluated: Iterable[str]) -> None:
 
 
 def _evaluated(name: str) -> Iterator[TextSource]:
-    """The sources behind ``name``, a source or a task, as far as they are in the catalogue."""
+    """The known sources behind ``name``, which is a source or a task."""
     for summaries in (False, True):
         with contextlib.suppress(ConfigError):
             yield resolve(name, summaries)
@@ -236,10 +236,10 @@ def _evaluated(name: str) -> Iterator[TextSource]:
 
 
 def sequences(tokenizer: Any, texts: Iterable[str], count: int, length: int) -> Tensor:
-    """The first ``count`` windows of ``length`` tokens of the joined texts; fewer if it is short.
+    """The first ``count`` windows of ``length`` tokens of the joined texts, or as many as fit.
 
-    Where the tokenizer starts a text with a token of its own, every window starts with it.
-    Returns [n, length] int64; raises ``ConfigError`` when the text does not fill one window.
+    Every window begins with the tokenizer's start token, if it adds one.  Returns [n, length]
+    int64; raises ``ConfigError`` if the texts do not fill one window.
     """
     import torch
 
@@ -247,7 +247,7 @@ def sequences(tokenizer: Any, texts: Iterable[str], count: int, length: int) -> 
     body = length - len(first)
     ids: list[int] = []
     for number, text in enumerate(texts):
-        if len(ids) < count * body:  # no more texts are tokenised than are needed
+        if len(ids) < count * body:  # tokenise only as many texts as needed
             joined = BLANK_LINE + text if number else text
             ids += tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
     fit = min(count, len(ids) // body)
@@ -261,7 +261,7 @@ def sequences(tokenizer: Any, texts: Iterable[str], count: int, length: int) -> 
 
 
 def start_token(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer puts before every text, or nothing."""
+    """The BOS token as a list, empty if the tokenizer adds none."""
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return [int(bos)] if bos is not None and ids and ids[0] == bos else []
@@ -279,18 +279,19 @@ class Document(NamedTuple):
 
 
 def load_documents(name: str, limit: int | None = None, seed: int | None = None) -> list[Document]:
-    """At least one document of the source ``name``, in its order.
+    """The documents of the source ``name``, in its order; at least one.
 
-    The first ``limit`` documents (streamed), or with ``seed`` a random sample of that many; see
-    ``datasets.positions``.  The id is the row's ``id``, else its line number, or its position from
-    0 on the hub, where rows without a document or a summary are left out.  Raises ``ConfigError``,
-    with the line's number for a row that cannot be used, ``MissingExtra`` or ``LoadError``.
+    Returns the first ``limit`` documents (streamed), or with ``seed`` a random sample of that size;
+    see ``datasets.positions``.  A document's id is the row's ``id``, else its line number in a
+    file, or its position from 0 on the hub.  Hub rows without a document or a summary are skipped.
+    Raises ``ConfigError``, with the line number of an invalid row, ``MissingExtra`` or
+    ``LoadError``.
     """
     source = resolve(name, summaries=True)
     datasets.positions(0, limit, seed)
     stream = limit is not None and seed is None
-    every = _file_documents(source) if source.data is None else _hub_documents(source.data, stream)
-    documents = list(islice(every, limit if stream else None))
+    found = _file_documents(source) if source.data is None else _hub_documents(source.data, stream)
+    documents = list(islice(found, limit if stream else None))
     if not stream:
         documents = [
             documents[position] for position in datasets.positions(len(documents), limit, seed)
@@ -327,41 +328,40 @@ def _hub_documents(data: DataSet, stream: bool) -> Iterator[Document]:
             yield Document(str(row[columns["id"]] if "id" in columns else position), text, summary)
 
 
-# Documents in two halves: what is chosen on the first is reported on the second, and no document
-# is in both.
+# Documents in two disjoint halves: settings are chosen on the first and reported on the second.
 
 CHOOSE, REPORT = "choose", "report"
 
 SETS = {CHOOSE: "first", REPORT: "second"}
-"""The sets, and which half of a source's documents each is."""
+"""The two sets, and the half of a source's documents that each contains."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents in order, none of them blank, under a ``label`` without folders."""
+    """Non-blank documents in order; ``label`` is the source's name without folders."""
 
     label: str
     documents: tuple[str, ...]
 
     def half(self, which: str) -> list[tuple[int, str]]:
-        """The documents of one set (a key of ``SETS``) with their numbers in the source, from 0."""
+        """The documents of a set (a key of ``SETS``) with their positions in the source."""
         check_name("set", which, SETS)
         middle = len(self.documents) // 2
-        every = list(enumerate(self.documents))
-        return every[:middle] if which == CHOOSE else every[middle:]
+        numbered = list(enumerate(self.documents))
+        return numbered[:middle] if which == CHOOSE else numbered[middle:]
 
     @property
     def digest(self) -> str:
-        """sha256 of the documents."""
+        """SHA-256 of the documents."""
         lines = "".join(f"{len(text)}\n{text}" for text in self.documents)
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def sources(names: Sequence[str]) -> tuple[Source, ...]:
-    """The sources that ``names`` mean, in order.
+    """The sources called ``names``, in order.
 
     The documents of a JSONL file are its rows, those of any other text its paragraphs.  Raises
-    ``ConfigError`` for a name or a file that cannot be used, and a source that is given twice.
+    ``ConfigError`` for an invalid name or file, and for a source that is listed twice.
     """
     by_label = dict[str, Source]()
     for name in names:
@@ -371,13 +371,13 @@ def sources(names: Sequence[str]) -> tuple[Source, ...]:
                 f'the text "{source.label}" was given twice: leave one out, or rename it'
             )
         if source.name == EMBEDDED:
-            every = _embedded()
+            parts = _embedded()
         else:
-            every = load(source)
+            parts = load(source)
             if not source.has_rows:
-                parts = re.split(r"\n\s*\n", every[0].strip())
-                every = parts if len(parts) > 1 else every[0].split("\n")
-        documents = tuple(text.strip() for text in every if text.strip())
+                paragraphs = re.split(r"\n\s*\n", parts[0].strip())
+                parts = paragraphs if len(paragraphs) > 1 else parts[0].split("\n")
+        documents = tuple(text.strip() for text in parts if text.strip())
         if not documents:
             raise ConfigError(f'the text "{name}" is empty: give another one')
         by_label[source.label] = Source(source.label, documents)
@@ -387,7 +387,7 @@ def sources(names: Sequence[str]) -> tuple[Source, ...]:
 
 
 def _embedded() -> list[str]:
-    """The six subjects, and the parts of passages about one topic, half of each in each half."""
+    """The embedded texts and the single-topic parts of the passages, half of each in each half."""
     from dart_llm.data import passages
 
     subjects = [texts.read(subject) for subject in texts.subjects()]

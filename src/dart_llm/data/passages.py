@@ -1,7 +1,7 @@
-"""Long passages with marked changes of topic, and two-topic prompts; shipped, or as JSONL files.
+"""Long passages with marked topic changes, and two-topic prompts: shipped, or from JSONL files.
 
-A line has the fields of ``Passage``, or of ``DriftPrompt``, which needs only ``text``.
-``benchmarks/make_prompts.py`` made the package's prompts.
+A line has the fields of ``Passage``, or those of ``DriftPrompt``, where only ``text`` is required.
+``benchmarks/make_prompts.py`` generates the shipped prompts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dart_llm.errors import ConfigError, UnknownName, check_name
 from dart_llm.files import read_rows
 
 SHIPPED = "shipped"
-"""Written in place of a file: the package's."""
+"""Given in place of a file name, means the package's prompts or passages."""
 
 FOLDER = Path(__file__).parent / "shipped" / "drift"
 
@@ -28,14 +28,14 @@ BREAK = "\n\n"
 
 @dataclass(frozen=True)
 class Topic:
-    """The subject of a part of a passage, and the domain that this belongs to."""
+    """The subject of a part of a passage, and the domain to which that subject belongs."""
 
     name: str
     domain: str
 
 
 class Segment(NamedTuple):
-    """The characters ``start`` to ``end`` of a passage, about one topic; its break is left out."""
+    """A single-topic part of a passage: characters ``start`` to ``end``, less the final break."""
 
     topic: Topic
     start: int
@@ -45,18 +45,17 @@ class Segment(NamedTuple):
 
 class _Record:
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able data, as in a file."""
+        """The record as it is stored in a JSONL file."""
         data: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
         return data
 
 
 @dataclass(frozen=True)
 class Passage(_Record):
-    """Paragraphs joined by blank lines, with two topics or more.
+    """Paragraphs joined by blank lines, about at least two topics.
 
-    ``changes``: for every topic but the first, the offset in characters at which its first
-    paragraph begins.  Raises ``ConfigError`` for other offsets, and for neighbouring topics of one
-    domain.
+    ``changes``: for every topic but the first, the character offset at which its first paragraph
+    begins.  Raises ``ConfigError`` for any other offset, and if adjacent topics share a domain.
     """
 
     id: Annotated[str, Field(min_length=1)]
@@ -67,9 +66,9 @@ class Passage(_Record):
     def __post_init__(self) -> None:
         problem = None
         if [*self.changes] != sorted({*self.changes}) or len(self.changes) != len(self.topics) - 1:
-            problem = "needs one change less than topics, in rising order"
+            problem = "needs one change fewer than topics, in ascending order"
         elif any(before == after for before, after in pairwise(self.domains)):
-            problem = f"has neighbouring topics of one domain: {', '.join(self.domains)}"
+            problem = f"has adjacent topics of the same domain: {', '.join(self.domains)}"
         for at in self.changes:
             if at <= 0 or not self.text[:at].endswith(BREAK) or not self.text[at : at + 1].strip():
                 problem = problem or f"has a change at character {at}, where no paragraph begins"
@@ -82,7 +81,7 @@ class Passage(_Record):
         return tuple(topic.domain for topic in self.topics)
 
     def segments(self) -> list[Segment]:
-        """The parts about one topic each; with the breaks between them they make up the text."""
+        """The single-topic parts, which together with the breaks between them form the text."""
         bounds = pairwise([0, *self.changes, len(self.text)])
         return [
             Segment(topic, start, end, self.text[start:end].removesuffix(BREAK))
@@ -92,10 +91,10 @@ class Passage(_Record):
 
 @dataclass(frozen=True)
 class DriftPrompt(_Record):
-    """A text that asks for two topics.
+    """A prompt that asks for two topics.
 
-    ``id``: template and a hash of the text; ``slots``: what was put into the template;
-    ``domains``: of both topics.  A prompt that was not generated has neither domains nor seed.
+    ``id``: template name and a hash of the text; ``slots``: the values inserted into the template;
+    ``domains``: those of both topics.  Only generated prompts have domains and a seed.
     """
 
     id: str
@@ -112,7 +111,7 @@ Record = TypeVar("Record", DriftPrompt, Passage)
 def _read_records(
     kind: type[Record], path: Path, rows: Iterable[tuple[int, dict[str, Any]]]
 ) -> list[Record]:
-    """The numbered lines of a file; raises ``ConfigError`` unless there are some that all fit."""
+    """The records on a file's numbered lines; raises ``ConfigError`` if none, or one is invalid."""
     adapter, records = TypeAdapter(kind), dict[str, Record]()
     for number, row in rows:
         where = f"line {number} of {path}"
@@ -123,7 +122,7 @@ def _read_records(
             field = ".".join(map(str, problem["loc"]))
             raise ConfigError(f"{where}, {field}: {problem['msg']}") from None
         if record.id in records:
-            raise ConfigError(f'the id "{record.id}" in {where} is taken: give each line its own')
+            raise ConfigError(f'the id "{record.id}" in {where} is taken: make each id unique')
         records[record.id] = record
     if not records:
         raise ConfigError(f"the file {path} is empty: it has no prompts or passages")
@@ -131,8 +130,8 @@ def _read_records(
 
 
 def _path(option: str, file: Path | str | None) -> Path | None:
-    """The JSONL file of ``--prompts`` or ``--passages``; None: the package's."""
-    if not file or file == SHIPPED:  # "" is how a script leaves it out
+    """The JSONL file of ``--prompts`` or ``--passages``; None means the package's."""
+    if not file or file == SHIPPED:  # a script passes "" to omit the option
         return None
     if not (path := Path(file)).exists():
         raise ConfigError(
@@ -142,7 +141,7 @@ def _path(option: str, file: Path | str | None) -> Path | None:
 
 
 def listed_prompts(file: Path | str | None = None) -> list[DriftPrompt]:
-    """The package's prompts, or those in a JSONL file; without an ``id`` it is the line number."""
+    """The package's prompts, or those in a JSONL file; the default id is the line number."""
     path = _path("prompts", file) or FOLDER / "prompts.jsonl"
     rows = (
         (number, {**row, "id": str(number if row.get("id") is None else row["id"])})
@@ -152,7 +151,7 @@ def listed_prompts(file: Path | str | None = None) -> list[DriftPrompt]:
 
 
 def listed_passages(file: Path | str | None = None) -> list[Passage]:
-    """The package's passages in the order of their ids, or those in a JSONL file."""
+    """The package's passages in id order, or those in a JSONL file."""
     path = _path("passages", file) or FOLDER / "passages" / "index.jsonl"
     rows = dict(read_rows(path))
     if path.parent == FOLDER / "passages":
@@ -168,7 +167,7 @@ def shipped() -> list[Passage]:
 
 
 def everything(file: Path | None = None) -> Sequence[DriftPrompt | Passage]:
-    """The package's prompts and passages, or those of a JSONL file: passages have ``changes``."""
+    """The package's passages and prompts, or those in a JSONL file; passages have ``changes``."""
     if file is None:
         return [*listed_passages(), *listed_prompts()]
     has_changes = any("changes" in row for _, row in read_rows(file))
@@ -178,9 +177,9 @@ def everything(file: Path | None = None) -> Sequence[DriftPrompt | Passage]:
 def choose(
     records: Sequence[Record], domain: str | None, template: str | None = None
 ) -> list[Record]:
-    """The records with a topic of a domain, made from a template; None: any.
+    """The records with this domain and template; None matches any.
 
-    Raises ``UnknownName`` for one that no record has.
+    Raises ``UnknownName`` for a domain or template that no record has.
     """
     check_name("domain", domain, {name for record in records for name in record.domains})
     templates = {str(getattr(record, "template", "")) for record in records} - {""}
@@ -194,7 +193,7 @@ def choose(
 
 
 def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | Passage:
-    """The record with this id, or the only one whose id begins so; raises ``UnknownName``."""
+    """The record with this id or this unique id prefix; raises ``UnknownName``."""
     near = [record for record in records if record.id == name]
     near = near or [record for record in records if name and record.id.startswith(name)]
     if len(near) != 1:
@@ -203,12 +202,12 @@ def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | P
 
 
 def encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Token ids, and for each the number of characters up to its end, which never falls."""
+    """Token ids, and the character offset at which each token ends; offsets never decrease."""
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ends = (end for _, end in encoded["offset_mapping"])
-    return list(encoded["input_ids"]), list(accumulate(ends, max))  # special tokens: no character
+    return list(encoded["input_ids"]), list(accumulate(ends, max))  # special tokens end at 0
 
 
 def first_tokens(ends: Sequence[int], offsets: Sequence[int]) -> tuple[int, ...]:
-    """For each offset in characters the first token that has a character from there on."""
+    """For each character offset, the first token that contains a character at or after it."""
     return tuple(next(k for k, end in enumerate(ends) if end > offset) for offset in offsets)

@@ -1,4 +1,4 @@
-"""Texts and prompts: the embedded ones, prompts by name, from a file or a chat, and of MMLU.
+"""Embedded texts, and prompts: shipped, from a file or a chat, or of MMLU questions.
 
 The embedded texts were written for this project; each is about 880 words of plain English.
 """
@@ -37,7 +37,7 @@ def all_text() -> str:
 
 
 def openings() -> tuple[str, ...]:
-    """The first sentences of texts of many kinds, for a model to continue; none is evaluated."""
+    """The first sentences of many kinds of text, for a model to continue; never evaluated."""
     text = (_SHIPPED / "openings" / "openings.txt").read_text(encoding="utf-8")
     return tuple(text.rstrip("\n").split("\n---\n"))
 
@@ -61,16 +61,16 @@ def _read(folder: str, kind: str, name: str) -> str:
     return (_SHIPPED / folder / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
 
 
-# Prompts as a user gives them.
+# Prompts from the user.
 
 LOCAL = Path("datasets")
-"""A folder of the current one where prompts and texts are looked for too."""
+"""A subfolder of the current folder that is also searched for prompts and texts."""
 
-LONGEST_NAME = 200  # characters; a longer text is never looked up as a file
+LONGEST_NAME = 200  # characters; a longer argument is never looked up as a file
 
 
 def is_text(text: str) -> bool:
-    """Whether the command line or standard input gave valid UTF-8."""
+    """Whether a text from the command line or standard input was valid UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -83,7 +83,7 @@ def read_prompt_file(file: str) -> str:
     name = "from standard input" if file == "-" else f"file {file}"
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
-        text.encode()  # standard input may give half characters
+        text.encode()  # standard input may contain lone surrogates
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot read the prompt {name}: {reason}") from None
@@ -91,10 +91,10 @@ def read_prompt_file(file: str) -> str:
 
 
 def resolve_prompt(text_or_name: str) -> str:
-    """The prompt that a user means; raises ``ConfigError`` for what is not UTF-8.
+    """The prompt that a user's argument refers to; raises ``ConfigError`` if it is not UTF-8.
 
-    A shipped prompt's name gives that prompt; the name of a file under ``datasets/`` in the
-    current folder (with or without ``.txt``) gives that file's text; anything else is the prompt.
+    The name of a shipped prompt selects that prompt; the name of a file under ``datasets/`` in the
+    current folder (with or without ``.txt``) selects its text; anything else is itself the prompt.
     """
     if not is_text(text_or_name):
         raise ConfigError("the prompt is not valid UTF-8: put the text in a file and give that")
@@ -104,13 +104,13 @@ def resolve_prompt(text_or_name: str) -> str:
     if path is None:
         return text_or_name
     try:
-        return path.read_bytes().decode("utf-8")  # bytes: line ends stay what they are
+        return path.read_bytes().decode("utf-8")  # as bytes, so that line endings are preserved
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the prompt file {path} cannot be read as UTF-8: {error}") from error
 
 
 def _local_file(name: str) -> Path | None:
-    """The file under ``datasets/`` that ``name`` means, or None; never one outside of it."""
+    """The file under ``datasets/`` called ``name``, or None; never a file outside that folder."""
     pure = PurePath(name)
     if not name or len(name) > LONGEST_NAME or "\n" in name or pure.anchor or ".." in pure.parts:
         return None
@@ -123,7 +123,7 @@ def _local_file(name: str) -> Path | None:
     return None
 
 
-# Prompts as a model reads them.
+# Prompts as token ids.
 
 
 def chat_text(
@@ -132,10 +132,10 @@ def chat_text(
     instead: str = "use a model that was tuned for chats",
     **options: Any,
 ) -> str:
-    """The prompt of ``messages`` (``role``, ``content``), up to where the answer begins.
+    """The prompt for ``messages`` (``role``, ``content``), up to where the answer begins.
 
-    Raises ``ConfigError`` without a chat template (``instead``: what to do then), and for messages
-    that it refuses.  ``options`` are the template's own.
+    Raises ``ConfigError`` if there is no chat template (``instead``: what to do then), or if it
+    rejects the messages.  ``options`` are passed to the template.
     """
     check_chat_template(tokenizer, instead)
     from jinja2 import TemplateError
@@ -149,13 +149,13 @@ def chat_text(
 
 
 def check_chat_template(tokenizer: Any, instead: str) -> None:
-    """Raise ``ConfigError``, which says what to do ``instead``, without a chat template."""
+    """Raise ``ConfigError``, which suggests ``instead``, if there is no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"this model's tokenizer has no chat template: {instead}")
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-    """``chat_text`` as token ids; the template writes special tokens itself."""
+    """``chat_text`` as token ids; the template itself adds the special tokens."""
     text = chat_text(tokenizer, messages)
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -167,17 +167,17 @@ def encode_prompt(tokenizer: Any, text: str, chat: bool) -> Tensor:
     """
     if chat:
         text = chat_text(tokenizer, [{"role": "user", "content": text}], "leave --chat off")
-    # verbose False: a text that is too long is refused elsewhere
+    # verbose False: a text that is too long is rejected elsewhere
     options = {"add_special_tokens": not chat, "verbose": False}
     ids: Tensor = tokenizer(text, return_tensors="pt", **options).input_ids
     return ids
 
 
 def mmlu_prompt(subjects: Sequence[str], tokenizer: Any, length: int) -> str:
-    """A prompt of MMLU questions with their choices and without answers; none is a test question.
+    """A prompt of MMLU questions with their choices, without answers and without test questions.
 
-    Of the subjects in turn as many questions as fit in ``length`` tokens, special tokens included.
-    Raises ``ConfigError`` where not even one fits, and what ``mmlu_questions`` raises.
+    Takes questions from the subjects in turn, as many as fit in ``length`` tokens, special tokens
+    included.  Raises ``ConfigError`` if none fits, and the errors of ``mmlu_questions``.
     """
     names = list(dict.fromkeys(subjects))
     about = ", ".join(names).replace("_", " ")
