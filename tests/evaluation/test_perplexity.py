@@ -202,7 +202,7 @@ def test_what_is_refused():
     griffin, late = (candidate("griffin", sparsity=0.5, min_evidence=n) for n in (0, 200))
     for own, options, words in (
         (late, SLICES, r"griffin@0.5: all 30 scored tokens .* ran dense"),
-        (griffin, replace(STANDARD, limit=1), r"the first window, which has none, is all there is"),
+        (griffin, replace(STANDARD, limit=1), r"the only window here is the first"),
         (candidate(), replace(SLICES, prompt_tokens=500), "longer than the model's context of 512"),
     ):
         with pytest.raises(DartError, match=words):

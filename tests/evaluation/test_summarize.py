@@ -140,7 +140,7 @@ def test_empty_and_shortened_documents_are_counted(loaded, data, dense, tmp_path
     tokenizer = copy.deepcopy(loaded[1])
     tokenizer.eos_token = texts_of(dense)[0][0]
     empty = "the summary is empty and scores 0 in 1 of 1 documents"
-    unpruned = "the summary ended before a token ran pruned in 1 of 1 documents"
+    unpruned = "the summary ended before any token ran pruned in 1 of 1 documents"
     found = run(candidate((loaded[0], tokenizer), "griffin"), data, ONE)
     assert found.metrics == dict.fromkeys(text_metrics.METRICS, 0.0)
     assert found.notes == (empty, unpruned) and found.items[0]["tokens"] == 0

@@ -237,7 +237,7 @@ def test_encoders_of_folders_and_of_the_hub(folder, tmp_path, monkeypatch):
     assert find_encoder(str(folder)) == source
     for name, words in (
         ("nobody/nothing", "the hub has no model 'nobody/nothing' that you may read"),
-        ("a/b/c", "there is no folder a/b/c; give a hub id"),
+        ("a/b/c", "folder a/b/c does not exist; give a hub id"),
     ):
         with pytest.raises(LoadError, match=words):
             find_encoder(name)

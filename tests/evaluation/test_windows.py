@@ -159,7 +159,7 @@ def test_second_topics():
     for each in windows(letters, limit=4, tokenizer=Letters()):  # another document of one source
         assert len(set(words(each.ids))) == 2 and each.ids[0] != each.ids[PROMPT + LEAD]
     single = Source("one", ("-", bees().documents[0] * 4))
-    with pytest.raises(ConfigError, match='"one" is all there is, and no other slice of it is of'):
+    with pytest.raises(ConfigError, match='the only text, "one", has no slice of another document'):
         windows(single)
     assert [each.id for each in windows(single, shift=False)] == ["one/0", "one/1"]
     for shift in (False, True):  # a start token at the start, and not before the second topic
@@ -168,7 +168,7 @@ def test_second_topics():
 
 
 def test_too_little_text_says_how_much_there_is():
-    with pytest.raises(ConfigError, match=r'"bees" has 8 slices of 134 tokens .* than the 9 want'):
+    with pytest.raises(ConfigError, match=r'"bees" has 8 slices of 134 tokens .*, but 9 are needed'):
         windows(bees(), limit=9)
     with pytest.raises(ConfigError, match="has no slices of 134 tokens in its set choose"):
         windows(bees(1), limit=1, which="choose")

@@ -1,4 +1,4 @@
-"""Teacher-forced decoding: given tokens fed as decode tokens; re-masks at scheduled steps."""
+"""Teacher-forced decoding: known tokens fed as decode tokens; re-masks at scheduled steps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dart_llm.pruning.sequence import Phase
 from dart_llm.session.run import Run
 
 CHUNK = 256
-"""At most this many decode tokens per forward: bounds the logits' memory."""
+"""The most decode tokens per forward, which bounds the memory of the logits."""
 
 FORCED_REMASK = "forced"
-"""Cause of a re-mask at a scheduled step."""
+"""The recorded cause of a re-mask at a scheduled step."""
 
 
 def feed(
@@ -34,19 +34,19 @@ def feed(
 ) -> None:
     """Feed ``ids`` ([B, n]) as decode tokens, in chunks within which no mask can change.
 
-    ``cache``: their past, of ``cached`` tokens, or None.  ``mask``: attention mask
-    [B, cached + n].  ``take(start, logits)`` is called per chunk with the predictions of the tokens
-    from ``first`` on: ``logits`` [B, m, V] are those of ``ids[:, start : start + m]``, freed
-    before the next chunk.  ``chunk``: most tokens per forward; 1: one step per token, as
-    ``generate`` decodes.  ``run``: attached, or None for the untouched model.
+    ``cache``: the KV cache of ``cached`` earlier tokens, or None.  ``mask``: attention mask
+    [B, cached + n].  ``take(start, logits)`` is called per chunk for the tokens from ``first`` on:
+    ``logits`` [B, m, V] are the outputs at ``ids[:, start : start + m]``, freed before the next
+    chunk.  ``chunk``: the most tokens per forward; 1 means a step per token, as ``generate``
+    decodes.  ``run``: attached, or None for the untouched model.
     """
     if run is not None and run.config.screens:
-        chunk = 1  # a head is screened one token at a time; longer forwards score all of it
+        chunk = 1  # the LM head is screened only in steps of one token
     start = 0
     while start < ids.shape[1]:
         size = min(chunk, ids.shape[1] - start)
         if run is not None:
-            left = (run.config.release_step or 0) - start  # padded rows get there in other steps
+            left = (run.config.release_step or 0) - start  # padded rows reach it in other steps
             size = min(size, left) if left > 0 else size
             if cached + start:
                 size = min(size, run.tokens_until_change() or size)
@@ -66,9 +66,9 @@ def feed(
 
 
 class ScheduledRun(Run):
-    """A run that also makes new masks at scheduled steps, beside those of its drift rule.
+    """A run that also re-masks at scheduled steps, in addition to its drift rule.
 
-    ``triggers``: decode steps before which all layers leave PRUNED and are observed anew.  The
+    ``triggers``: decode steps before which all layers leave PRUNED and are observed again.  The
     other arguments are those of ``Run``.
     """
 
@@ -79,7 +79,7 @@ class ScheduledRun(Run):
         self._due = sorted(triggers)
 
     def tokens_until_change(self) -> int | None:
-        """As in ``Run``, but no further than the next scheduled step; triggers one that is due."""
+        """As in ``Run``, but at most up to the next scheduled step; triggers any that is due."""
         self._trigger_due()
         bound = super().tokens_until_change()
         if not self._due or not self.controller.sequences:
@@ -88,7 +88,7 @@ class ScheduledRun(Run):
         return left if bound is None else min(bound, left)
 
     def _trigger_due(self) -> None:
-        """Trigger when it is time; a sequence that has no masks yet continues to observe."""
+        """Trigger the steps that are due; a sequence without masks continues to observe."""
         self.controller.flush()
         for sequence in self.controller.sequences[-1:]:
             while self._due and sequence.decoded >= self._due[0]:

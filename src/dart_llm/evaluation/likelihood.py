@@ -1,8 +1,8 @@
 """Log-likelihoods of continuations under the three protocols (docs/reference.md, "Protocols").
 
-One dense pass over the prompt serves all continuations of a context; continuations that share the
-masks run as the rows of one batch.  ``Scorer`` answers lm-eval's requests with them, resumes, and
-counts.
+A single dense pass over the context serves all its continuations; continuations with the same masks
+run as rows of one batch.  ``Scorer`` answers lm-eval's requests, stores each finished context so
+that an interrupted run resumes, and counts tokens.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dart_llm.pruning.records import merge_reports, without_sequences
 from dart_llm.session.run import BoundMethod, Run
 
 SHORT = 16
-"""Contexts of fewer tokens are scored dense: too little to choose masks from."""
+"""Contexts of fewer tokens are scored dense: they are too short to select masks from."""
 
 Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """One continuation: the loss of each of its tokens (nats), and whether all were the argmax."""
+    """The loss of each token of a continuation (nats), and whether every token was the argmax."""
 
     losses: tuple[float, ...]
     greedy: bool
@@ -56,11 +56,11 @@ def score_context(
     protocol: str = "decode",
     batch_size: int = 8,
 ) -> tuple[list[Likelihood], list[dict[str, Any]]]:
-    """Score ``continuations`` after ``context``; token ids, none of them empty.
+    """Score ``continuations`` after ``context``, all as non-empty sequences of token ids.
 
     ``run``: an attached run, which is reset first, or None for the untouched model.
-    ``batch_size``: rows of one forward.  Returns one likelihood per continuation, and the reports
-    (``RunReport.to_dict``) of what ran pruned.  Raises ``DartError`` when a loss is not finite.
+    ``batch_size``: rows per forward.  Returns one likelihood per continuation, and the reports
+    (``RunReport.to_dict``) of the pruned runs.  Raises ``DartError`` if a loss is not finite.
     """
     if not context or not all(continuations):
         raise ConfigError("a likelihood needs at least one context and one continuation token")
@@ -72,7 +72,7 @@ def score_context(
         scores = {"published": scoring.published, "full": scoring.full}
         scores.get(protocol, scoring.decode)()
         scoring.reports.append(run.report().to_dict())
-    return [scoring.result(tuple(each)) for each in continuations], scoring.reports
+    return [scoring.result(tuple(tokens)) for tokens in continuations], scoring.reports
 
 
 Row = tuple[Tokens, tuple[Tokens, ...]]
@@ -80,21 +80,21 @@ Row = tuple[Tokens, tuple[Tokens, ...]]
 
 
 def _group(continuations: Sequence[Sequence[int]]) -> list[Row]:
-    """Continuations that differ in their last token alone are one row."""
+    """Continuations that differ only in their last token share a row."""
     rows: dict[Tokens, list[Tokens]] = {}
-    for tokens in dict.fromkeys(tuple(each) for each in continuations):
+    for tokens in dict.fromkeys(map(tuple, continuations)):
         rows.setdefault(tokens[:-1], []).append(tokens)
     return [(fed, tuple(group)) for fed, group in rows.items()]
 
 
 def decoded_tokens(continuations: Sequence[Sequence[int]]) -> int:
-    """Decode tokens that ``score_context`` feeds under the protocol ``decode``."""
+    """The number of decode tokens that ``score_context`` feeds under the protocol ``decode``."""
     return sum(1 + len(fed) for fed, _ in _group(continuations))
 
 
 @dataclass
 class _Scoring:
-    """One context in progress: losses and argmax hits per continuation."""
+    """The context being scored: losses and argmax matches per continuation."""
 
     model: Any
     run: Run | None
@@ -113,7 +113,7 @@ class _Scoring:
         return Likelihood(tuple(losses.tolist()), greedy)
 
     def decode(self) -> None:
-        """The context without its last token is the prompt; what follows runs as decode tokens."""
+        """The prompt is the context without its last token; all later tokens are decode tokens."""
         prompt, last = self.context[:-1], self.context[-1:]
         prompt_cache = self._read(prompt).cache if prompt else None
         batches = self._batches()
@@ -127,7 +127,7 @@ class _Scoring:
             self._feed(batch, [last + fed for fed, _ in batch], cache, len(prompt), 0)
 
     def full(self) -> None:
-        """Masks from a dense pass over the context, applied to every position."""
+        """Masks are selected in a dense pass over the context, and applied to every position."""
         assert self.run is not None
         self._read(self.context)
         self.run.hold(self.run.select())
@@ -135,9 +135,9 @@ class _Scoring:
             self._feed_whole(batch)
 
     def published(self) -> None:
-        """Masks from, and applied to, the whole scored text, the answer included."""
+        """Masks are selected from the whole scored text, answer included, and applied to it."""
         assert self.run is not None
-        for fed, continuation in ((fed, each) for fed, group in self.rows for each in group):
+        for fed, continuation in ((fed, tokens) for fed, group in self.rows for tokens in group):
             if self.losses:
                 self.reports.append(self.run.report().to_dict())
             self.run.hold(None)
@@ -160,9 +160,9 @@ class _Scoring:
     def _feed(
         self, rows: Sequence[Row], fed: Sequence[Tokens], cache: Any, cached: int, first: int
     ) -> None:
-        """Feed right-padded rows after ``cached`` tokens, which lie in ``cache``.
+        """Feed right-padded rows after the ``cached`` tokens in ``cache``.
 
-        The logits of fed token ``first`` predict the first continuation token.
+        The logits at fed token ``first`` predict the first continuation token.
         """
 
         def take(start: int, logits: Tensor) -> None:
@@ -173,14 +173,14 @@ class _Scoring:
 
         width, device = max(map(len, fed)), self.model.device
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in fed], device=device)
-        valid = None  # an attention mask only where a row is padded
+        valid = None  # an attention mask, needed only if a row is padded
         if any(len(row) < width for row in fed):
             ones = [[1] * (cached + len(row)) + [0] * (width - len(row)) for row in fed]
             valid = torch.tensor(ones, device=device)
         feed(self.model, self.run, ids, cache, take, first=first, cached=cached, mask=valid)
 
     def _add(self, logits: Tensor, continuation: Tokens, start: int) -> None:
-        """logits: [n, V], which predict the continuation's tokens from ``start`` on."""
+        """Add losses; logits: [n, V], which predict the continuation's tokens from ``start``."""
         targets = torch.tensor(continuation[start : start + len(logits)], device=logits.device)
         logits = logits[: len(targets)]
         loss = F.cross_entropy(logits.float(), targets, reduction="none")
@@ -188,7 +188,7 @@ class _Scoring:
         self.greedy.setdefault(continuation, []).append(logits.argmax(-1) == targets)
 
 
-# lm-eval's requests in tokens: grouped by context, resumed, accounted.
+# lm-eval's requests as tokens, grouped by context.
 
 Pair = tuple[Tokens, Tokens]
 """Context tokens and continuation tokens."""
@@ -198,11 +198,11 @@ Answer = tuple[float, bool]
 
 
 def rolling_pairs(tokens: Sequence[int], prefix: int, prompt: int, scored: int) -> list[Pair]:
-    """A text as pairs that score each token once.
+    """Pairs that together score each token of a text once.
 
-    The first tokens have no context but ``prefix`` and so run dense; every later window takes
-    ``prompt`` tokens of left context, unscored, before its ``scored`` tokens.  A text shorter than
-    two prompts is halved.
+    The first tokens have only ``prefix`` as context and therefore run dense.  Every later window
+    has ``prompt`` unscored tokens of left context before its ``scored`` tokens.  A text shorter
+    than two prompts is split in half.
     """
     first = min(prompt, len(tokens) // 2) if len(tokens) >= 2 * SHORT else len(tokens)
     pairs: list[Pair] = [((prefix,), tuple(tokens[:first]))] if tokens else []
@@ -213,7 +213,7 @@ def rolling_pairs(tokens: Sequence[int], prefix: int, prompt: int, scored: int) 
 
 
 class Scorer:
-    """Scores contexts of one candidate; keeps each finished context as a part."""
+    """Scores contexts with one method; stores each finished context as a part."""
 
     def __init__(
         self, candidate: BoundMethod, options: MeasureOptions, parts: UnitStore, max_length: int
@@ -222,13 +222,13 @@ class Scorer:
         self.parts, self.max_length = parts, max_length
         self.finished: list[Part] = []
         self.short = 0
-        """Contexts that were scored dense because they are short."""
+        """The number of contexts that were too short to prune and were scored dense."""
         self.at_once = False
-        """Whether anything was scored under the settings of likelihood tasks."""
+        """Whether a context was scored with the settings of likelihood tasks: masks at once."""
         self._repeats = Counter[str]()
 
     def attached(self, likelihood: bool) -> contextlib.AbstractContextManager[Run | None]:
-        """The candidate's run, to be entered; of the untouched model nothing."""
+        """A context manager that attaches the run; it yields None for the untouched model."""
         return self.candidate.run(likelihood) or contextlib.nullcontext()
 
     def likelihoods(
@@ -238,11 +238,11 @@ class Scorer:
         names: Sequence[str],
         live: bool = False,
     ) -> list[Answer]:
-        """One answer per pair, in order; pairs of the same context share its prompt pass.
+        """An answer per pair, in order; pairs with the same context share its prompt pass.
 
         ``advance(n)`` is called after each context with its number of pairs.  ``names``: each
-        pair's document, for errors.  ``live``: the run's own settings, drift included, not those
-        of likelihood tasks.
+        pair's document, for errors.  ``live``: use the configured settings, drift included, not
+        those of likelihood tasks.
         """
         groups: dict[Tokens, list[int]] = {}
         fitting = [self._fit(pair) for pair in pairs]
@@ -277,7 +277,7 @@ class Scorer:
         return self.finished[-1]
 
     def _fit(self, pair: Pair) -> Pair:
-        """The pair with its context shortened from the left to the model's length."""
+        """The pair, its context cut on the left to fit the model's context length."""
         context, continuation = pair
         room = self.max_length + 1 - len(continuation)
         if room < 1:
@@ -297,7 +297,7 @@ class Scorer:
             raise type(error)(f"{self.candidate.label}, document {name}: {error}") from error
         self._check_pruned(run, reports, len(context))
         return {
-            "answers": [[each.logprob, each.greedy] for each in scored],
+            "answers": [[likelihood.logprob, likelihood.greedy] for likelihood in scored],
             "report": without_sequences(merge_reports(reports)) if reports else None,
             "dense_tokens": decoded_tokens(continuations) if run is None else 0,
         }
@@ -315,7 +315,7 @@ class Scorer:
         )
 
     def windows(self, tokens: Sequence[int], prefix: int) -> list[Pair]:
-        """What ``rolling`` scores of one text."""
+        """The pairs that ``rolling`` scores for a text."""
         options = self.options
         return rolling_pairs(tokens, prefix, options.prompt_tokens, options.scored_tokens)
 
@@ -326,22 +326,22 @@ class Scorer:
         advance: Callable[[int], None],
         names: Sequence[str],
     ) -> list[float]:
-        """The log-likelihood of each text, all of its tokens scored once."""
-        owned = [
+        """The log-likelihood of each text, with every token scored once."""
+        indexed = [
             (index, pair) for index, text in enumerate(texts) for pair in self.windows(text, prefix)
         ]
-        documents = [names[index] for index, _ in owned]
-        answers = self.likelihoods([pair for _, pair in owned], advance, documents, live=True)
+        documents = [names[index] for index, _ in indexed]
+        answers = self.likelihoods([pair for _, pair in indexed], advance, documents, live=True)
         totals = [0.0] * len(texts)
-        for (index, _), (logprob, _) in zip(owned, answers, strict=True):
+        for (index, _), (logprob, _) in zip(indexed, answers, strict=True):
             totals[index] += logprob
         return totals
 
     def generate(self, run: Run | None, content: Sequence[Any], make: Callable[[], str]) -> str:
-        """A generated text, or the one that was kept; ``content`` decides it.
+        """The generated text for the request ``content``, read back if it was stored.
 
-        Content that comes again is another sample.  Each has a seed of its own, so that a resumed
-        run and every method draw the same.
+        A repeated request is another sample.  Each sample has its own seed, so that resumed runs
+        and all methods draw the same random numbers.
         """
         same = json.dumps(content)
         number = self._repeats[same]
@@ -364,9 +364,10 @@ class Scorer:
 
     @contextlib.contextmanager
     def generating(self, run: Run | None, context: Tensor) -> Iterator[None]:
-        """While a text is generated: its masks are chosen as the protocol says.
+        """A context in which a text is generated with masks selected according to the protocol.
 
-        ``published``: on ``context``, ids [1, T], before it is read, and fixed; else as it is read.
+        ``decode``: selected while the prompt is processed.  Other protocols: selected in a dense
+        pass over ``context`` (ids [1, T]) beforehand, then fixed.
         """
         if run is None or self.options.protocol == "decode":
             yield
@@ -377,6 +378,6 @@ class Scorer:
             yield
 
     def key(self, kind: str, *content: Any) -> str:
-        """Names a part by everything that decides its value, the run's settings aside."""
+        """A part's key, from everything that determines its value except the run's settings."""
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
         return f"lm/{self.candidate.label}/{self.options.protocol}/{kind}/{digest}"

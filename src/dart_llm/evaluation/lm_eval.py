@@ -1,8 +1,8 @@
-"""Any lm-eval task, pruned; the only file that imports lm_eval, and imported only for such a task.
+"""lm-eval tasks on a pruned model.  Only this file imports lm_eval, and only when a task needs it.
 
-lm-eval builds the requests and computes the metrics; this module runs the model.  Context and
-continuation arrive as tokens in ``_loglikelihood_tokens``, so that the prompt is known apart from
-what is scored (docs/reference.md, "Protocols").
+lm-eval builds the requests and computes the metrics; this module runs the model.
+``_loglikelihood_tokens`` gets context and continuation as separate tokens, so the prompt can be
+told from what is scored (docs/reference.md, "Protocols").
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def measure(
     """Run one lm-eval task or group; ``task`` may be ``mmlu:astronomy+anatomy``.
 
     ``advance(1)`` is called per document.  Raises ``UnknownName`` for a task that does not exist,
-    ``LoadError`` when its data cannot be reached, ``DartError`` for a loss that is not finite.
+    ``LoadError`` if its data cannot be loaded, ``DartError`` if a loss is not finite.
     """
     if options.apply_chat_template:
         check_chat_template(candidate.tokenizer, "drop --apply-chat-template")
@@ -80,7 +80,7 @@ def measure(
 
 
 def count(task: str, options: MeasureOptions, tokenizer: Any = None, model: Any = None) -> int:
-    """Documents that ``measure`` will score."""
+    """The number of documents that ``measure`` will score."""
     sizes = [len(each.eval_docs) for each in _load(task, options)["tasks"].values()]
     return sum(size if options.limit is None else min(size, options.limit) for size in sizes)
 
@@ -107,7 +107,7 @@ def _manager(include_path: str | None) -> Any:
 
 @lru_cache(maxsize=8)
 def _load(task: str, options: MeasureOptions) -> Any:
-    """lm-eval's tasks and groups of one name, their documents loaded."""
+    """lm-eval's tasks and groups for a name, with their documents loaded."""
     check(task, options.include_path)
     try:
         loaded = _manager(options.include_path).load(specifications(task))
@@ -127,7 +127,7 @@ def _load(task: str, options: MeasureOptions) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The cause in words, the same in every process: no addresses of objects."""
+    """The error's cause, without object addresses, so that it reads the same in every process."""
     if isinstance(error, StopIteration):
         return "it has no rows"
     causes = [cause for cause in chain(error) if type(cause).__name__ != "DatasetGenerationError"]
@@ -187,7 +187,7 @@ class PrunedLM(HFLM):  # type: ignore[misc]
         self._run: Any = None
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """lm-eval turns requests into tokens, and hands them to ``_loglikelihood_tokens``."""
+        """lm-eval tokenises the requests and passes them to ``_loglikelihood_tokens``."""
         self._steps = _by_documents(self._advance, requests)
         self._names = _names(requests)
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -205,7 +205,7 @@ class PrunedLM(HFLM):  # type: ignore[misc]
         return self.scorer.rolling(texts, first, steps, _names(requests))
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """One text per request, up to its stop strings."""
+        """A generated text per request, up to its stop strings."""
         texts, step = [], _by_documents(self._advance, requests)
         with self.scorer.attached(likelihood=False) as self._run:
             for request, name in zip(requests, _names(requests), strict=True):
@@ -231,7 +231,7 @@ def _names(requests: Sequence[Any]) -> list[str]:
 
 
 def _by_documents(advance: Advance, requests: Sequence[Any], units: int = 0) -> Advance:
-    """Wraps ``advance`` so that counts of requests (or of ``units``) become whole documents."""
+    """Wrap ``advance`` to convert counts of requests (or of ``units``) to counts of documents."""
     documents, units, done = len({*_names(requests)}), units or len(requests), 0
 
     def step(count: int) -> None:
@@ -246,7 +246,10 @@ def _by_documents(advance: Advance, requests: Sequence[Any], units: int = 0) -> 
 # From lm-eval's results to a measurement.
 
 PERPLEXITIES = ("word_perplexity", "byte_perplexity")
-"""Metrics of a log-likelihood and a weight per document; items have the first that all have."""
+"""Metrics with a log-likelihood and a weight per document.
+
+Items have the first of these that all documents have.
+"""
 
 HEADLINES = ("acc", "exact_match", "em", "f1", *PERPLEXITIES)
 """Metrics that come first in tables, in this order."""
@@ -261,7 +264,7 @@ Metrics = dict[str, float | None]
 def collect(
     task: str, results: Mapping[str, Any], scorer: Scorer, options: MeasureOptions
 ) -> Measurement:
-    """One measurement of a task, or of a group with its tasks as ``subtasks``."""
+    """The measurement of a task, or of a group with its tasks as ``subtasks``."""
     samples: Mapping[str, Sequence[Sample]] = results["samples"]
     names = [set(sample["metrics"]) for of_task in samples.values() for sample in of_task]
     weighed = next((m for m in PERPLEXITIES if all(m in metrics for metrics in names)), "")
@@ -307,7 +310,7 @@ def _notes(scorer: Scorer, options: MeasureOptions, task: str, tasks: int) -> It
 
 
 def _metrics(row: Mapping[str, Any]) -> Metrics:
-    """``acc,none`` becomes ``acc``; other filters stay in the name unless they are the only one."""
+    """Metrics by name: ``acc,none`` becomes ``acc``; several filters stay in the names."""
     metrics: Metrics = {}
     filters = {key.partition(",")[2] for key in row if "," in key}
     for key, value in row.items():
@@ -320,9 +323,9 @@ def _metrics(row: Mapping[str, Any]) -> Metrics:
 
 
 def _items(task: str, samples: Sequence[Sample], weighed: str) -> Items:
-    """``{"id", metric: number}`` per document; filters of one document are joined.
+    """``{"id", metric: number}`` per document, with the metrics of all its filters.
 
-    ``weighed``: the metric whose log-likelihood and weight become a mean loss and ``tokens``.
+    ``weighed``: the metric whose log-likelihood and weight become ``mean_loss`` and ``tokens``.
     """
     items: dict[str, dict[str, Any]] = {}
     filters = {sample["filter"] for sample in samples}
@@ -341,33 +344,33 @@ def _items(task: str, samples: Sequence[Sample], weighed: str) -> Items:
 
 
 def _overall(items: Mapping[str, Items], subtasks: Mapping[str, Metrics], weighed: str) -> Metrics:
-    """Metrics of a group over all its documents, each document once.
+    """Metrics of a group over all its documents, each document counted once.
 
-    The perplexity of all together, and what every task averages over its documents: aggregates of
-    another kind cannot be put together from those of the tasks.
+    Includes the perplexity over all documents, and every metric that all tasks average over their
+    documents.  Other aggregates cannot be computed from those of the tasks.
     """
-    every = [item for of_task in items.values() for item in of_task]
+    documents = [item for of_task in items.values() for item in of_task]
     metrics: Metrics = {}
-    if weighed and every:
-        loss = math.fsum(item["mean_loss"] * item["tokens"] for item in every)
-        metrics[weighed] = perplexity(loss / max(1, sum(item["tokens"] for item in every)))
-    for name in every[0] if every else ():
+    if weighed and documents:
+        loss = math.fsum(item["mean_loss"] * item["tokens"] for item in documents)
+        metrics[weighed] = perplexity(loss / max(1, sum(item["tokens"] for item in documents)))
+    for name in documents[0] if documents else ():
         if all(
             _averages(of_task, name, subtasks[leaf].get(name)) for leaf, of_task in items.items()
         ):
-            metrics[name] = mean([float(item[name]) for item in every])
+            metrics[name] = mean([float(item[name]) for item in documents])
     return metrics
 
 
 def _averages(items: Items, name: str, value: float | None) -> bool:
-    """Whether ``value`` is the mean of the items' numbers."""
+    """Whether ``value`` is the mean of the items' values of the metric ``name``."""
     if value is None or not all(name in item for item in items):
         return False
     return math.isclose(mean([item[name] for item in items]), value, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _sample(task: str, sample: Sample) -> dict[str, Any]:
-    """Raw material: the requests, their answers, the document and its target."""
+    """Raw data of a document: the requests, the model's answers and the target."""
     return {
         "id": f"{task}/{sample['doc_id']}",
         "filter": sample["filter"],

@@ -1,4 +1,4 @@
-"""What every evaluation returns: one method on one task, with its items and its accounting."""
+"""The result of every evaluation: one method on one task, with its items and its accounting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROTOCOLS: dict[str, str] = {
     "full": "masks from the context only, applied to the context and the continuation",
     "published": "masks from the whole scored text, answer included: leaks, not causal",
 }
-"""How a task is pruned (docs/reference.md, "Protocols")."""
+"""Protocols: which tokens select the masks, and which run pruned (docs/reference.md)."""
 
 LEAK = "published protocol: the masks have seen the answers (leaking, not causal)"
 
@@ -21,16 +21,16 @@ LEAK = "published protocol: the masks have seen the answers (leaking, not causal
 class Measurement:
     """One method on one task.
 
-    ``metrics``: headline numbers by name; None where a number is not finite.  ``items``: one
-    mapping per document or slice with ``id`` and the numbers that the metrics average (paired
-    over methods by ``id``).  ``samples``: raw material per item (texts, log-probabilities).
+    ``metrics``: headline numbers by name; None if a number is not finite.  ``items``: a mapping
+    per document or slice, with ``id`` and the numbers that the metrics average; ``id`` pairs the
+    items of different methods.  ``samples``: raw data per item (texts, log-probabilities).
     ``accounting``: ``RunReport.to_dict()`` without ``sequences``; None for an untouched model.
     """
 
     task: str
     protocol: str
     metric: str
-    """Name of the metric that tables and plots show first."""
+    """The metric that tables and plots show first."""
     higher_is_better: bool
     metrics: Mapping[str, float | None]
     items: tuple[Mapping[str, Any], ...]
@@ -38,20 +38,20 @@ class Measurement:
     samples: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     subtasks: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
-    """Metrics of the tasks of a group; empty for a single task."""
+    """Metrics of each task of a group; empty for a single task."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able data without ``samples``, which have a file of their own."""
-        names = (each.name for each in fields(self) if each.name != "samples")
+        """JSON-serialisable data without ``samples``, which have their own file."""
+        names = (item.name for item in fields(self) if item.name != "samples")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """How a task is measured, whatever the method; None: the task's own default.
+    """How a task is measured, independent of the method; None means the task's default.
 
-    ``limit``: items (per task), the first ones, or a random choice when ``sample_seed`` is set.
-    ``oracle``: new masks at the known change of topic of a ``shift`` task.
+    ``limit``: number of items per task: the first, or a random sample if ``sample_seed`` is set.
+    ``oracle``: re-mask at the known topic change of a ``shift`` task.
     """
 
     protocol: str = "decode"
@@ -71,5 +71,5 @@ class MeasureOptions:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean; NaN of nothing."""
+    """Arithmetic mean; NaN for an empty sequence."""
     return math.fsum(values) / len(values) if values else math.nan

