@@ -168,7 +168,7 @@ def test_second_topics():
 
 
 def test_too_little_text_says_how_much_there_is():
-    with pytest.raises(ConfigError, match=r'"bees" has 8 slices of 134 tokens .*, but 9 are needed'):
+    with pytest.raises(ConfigError, match=r'"bees" has 8 slices of 134 tokens .* but 9 are needed'):
         windows(bees(), limit=9)
     with pytest.raises(ConfigError, match="has no slices of 134 tokens in its set choose"):
         windows(bees(1), limit=1, which="choose")

@@ -81,9 +81,9 @@ class TextSource:
         if self.path is not None and other.path is not None:
             return self.path.samefile(other.path)
         if self.data is not None and other.data is not None:
-            mine, its = self.data, other.data
-            same_config = mine.config == its.config or None in (mine.config, its.config)
-            return same_config and (mine.hub_id, mine.split) == (its.hub_id, its.split)
+            a, b = self.data, other.data
+            same_config = a.config == b.config or None in (a.config, b.config)
+            return same_config and (a.hub_id, a.split) == (b.hub_id, b.split)
         return self.name == other.name
 
 
@@ -112,7 +112,7 @@ def resolve(name: str, summaries: bool = False) -> TextSource:
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     raise ConfigError(
         f'unknown {"summarization data set" if summaries else "text"} "{name}"{hint}: use '
-        f"{', '.join(names)}, a data set of the hub such as {datasets.EXAMPLES[roles]}, a text "
+        f"{', '.join(names)}, a data set on the hub such as {datasets.EXAMPLES[roles]}, a text "
         "file, or a JSONL file, FILE.jsonl[:COLUMN]"
     )
 
@@ -290,8 +290,8 @@ def load_documents(name: str, limit: int | None = None, seed: int | None = None)
     source = resolve(name, summaries=True)
     datasets.positions(0, limit, seed)
     stream = limit is not None and seed is None
-    found = _file_documents(source) if source.data is None else _hub_documents(source.data, stream)
-    documents = list(islice(found, limit if stream else None))
+    rows = _file_documents(source) if source.data is None else _hub_documents(source.data, stream)
+    documents = list(islice(rows, limit if stream else None))
     if not stream:
         documents = [
             documents[position] for position in datasets.positions(len(documents), limit, seed)
@@ -310,7 +310,7 @@ def _file_documents(source: TextSource) -> Iterator[Document]:
         if lines.setdefault(id, line) != line:
             raise ConfigError(
                 f'lines {lines[id]} and {line} of {source.path} have the same id "{id}": give each '
-                "document its own"
+                "document a unique id"
             )
         text, summary = (_value(source, role, line, row) for role in ("document", "summary"))
         yield Document(id, text.strip(), summary)

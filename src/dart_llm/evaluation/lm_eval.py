@@ -2,7 +2,7 @@
 
 lm-eval builds the requests and computes the metrics; this module runs the model.
 ``_loglikelihood_tokens`` gets context and continuation as separate tokens, so the prompt can be
-told from what is scored (docs/reference.md, "Protocols").
+distinguished from the scored tokens (docs/reference.md, "Protocols").
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def measure(
 
 def count(task: str, options: MeasureOptions, tokenizer: Any = None, model: Any = None) -> int:
     """The number of documents that ``measure`` will score."""
-    sizes = [len(each.eval_docs) for each in _load(task, options)["tasks"].values()]
+    sizes = [len(leaf.eval_docs) for leaf in _load(task, options)["tasks"].values()]
     return sum(size if options.limit is None else min(size, options.limit) for size in sizes)
 
 
@@ -111,9 +111,9 @@ def _load(task: str, options: MeasureOptions) -> Any:
     check(task, options.include_path)
     try:
         loaded = _manager(options.include_path).load(specifications(task))
-        for each in loaded["tasks"].values():
-            if not len(each.eval_docs):
-                raise LoadError(f"the task {each.task_name} has no documents: check its data file")
+        for leaf in loaded["tasks"].values():
+            if not len(leaf.eval_docs):
+                raise LoadError(f"the task {leaf.task_name} has no documents: check its data file")
     except DartError:
         raise
     # Datasets, hub and YAML errors share no base class.

@@ -232,13 +232,13 @@ def topic_windows(
         )
     start = torch.tensor(start_token(tokenizer), dtype=torch.int64)
     size = prompt + max(LEAD, scored) - len(start)  # the same slices in either task
-    every = [list(cut_source(source, which, tokenizer, size)) for source in sources]
+    cut_slices = [list(cut_source(source, which, tokenizer, size)) for source in sources]
     wanted = DEFAULT_SLICES if options.limit is None else options.limit
     if options.limit is None and [source.label for source in sources] == [EMBEDDED]:
-        wanted = max(1, min(DEFAULT_SLICES, len(every[0])))
+        wanted = max(1, min(DEFAULT_SLICES, len(cut_slices[0])))
     groups = [
         _spread(source, which, slices, wanted, size)
-        for source, slices in zip(sources, every, strict=True)
+        for source, slices in zip(sources, cut_slices, strict=True)
     ]
     windows = []
     for number, group in enumerate(groups):
