@@ -169,7 +169,7 @@ def test_ctrl_c_while_a_text_is_written_keeps_the_one_before(gpt2, tmp_path):
     process = start(*command, preexec_fn=heed_interrupts)
     error = end(process, signal.SIGINT, tmp_path, "generation.jsonl")  # the dense text is there
     kept, _ = error.splitlines()[-2:]
-    assert kept.startswith("what was finished is kept in")
+    assert kept.startswith("finished work is kept in")
     (folder,) = tmp_path.glob("results/*/*/")
     (dense,) = map(json.loads, (folder / "generation.jsonl").read_text("utf-8").splitlines())
     assert (dense["variant"], len(dense["token_ids"])) == ("dense", 600)

@@ -137,7 +137,7 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path):
     flags = ("--models", f"{place() / 'model'},broken", "--methods", "dense,griffin", "--json")
     done = call(*on_grid("compare", *flags, "--sparsities", "0.5", results=tmp_path))
     assert (done.code, done.err.count("\n"), done.out.count("\n")) == (2, 1, 1)
-    assert "2 of 4 cells failed, the others are kept" in done.err and "not finite" in done.err
+    assert "2 of 4 cells failed; the others are kept" in done.err and "not finite" in done.err
     assert [row["status"] for row in lines(done.json)] == ["done", "done", "failed", "failed"]
     compared = read(Path(done.json["folder"], "compare.json"))
     assert {name: done.json[name] for name in compared} == compared

@@ -190,7 +190,7 @@ def test_a_finished_folder(case):
 def test_an_interrupted_study_resumes_to_the_same_bytes(case):
     first = stopped(case, 1, KeyboardInterrupt())
     assert config(first.path)["status"] == "interrupted"
-    kept = f"what was finished is kept in {first.path}; the same command resumes"
+    kept = f"finished work is kept in {first.path}; the same command resumes the run"
     assert first.ui.log[-1] == kept
     log = (first.path / f"output_{first.folder.stamp}.log").read_text("utf-8")
     assert log.endswith(f"{kept}\n")
@@ -222,7 +222,7 @@ def test_an_error_keeps_what_was_finished(case, monkeypatch):
     kept = (study.path / "parts.jsonl").read_text().splitlines()
     assert len(kept) == 1 or (case.finer and kept)
     assert len(study.failed) == (case.units - 1 if records else 0)
-    assert records or study.ui.log[-1].endswith("the same command resumes")
+    assert records or study.ui.log[-1].endswith("the same command resumes the run")
 
     def full(self, key, value):
         raise ResultsError("cannot write parts.jsonl: No space left on device")
@@ -233,7 +233,7 @@ def test_an_error_keeps_what_was_finished(case, monkeypatch):
             run_study(case.make(), fresh=True)
     with monkeypatch.context() as patch:
         patch.setattr(store, "MIN_FREE_BYTES", 2**62)
-        with pytest.raises(ResultsError, match="MiB are free where results go"):
+        with pytest.raises(ResultsError, match="MiB are free for results in"):
             run_study(case.make(), fresh=True)
     left = [config(path)["status"] for path in Path("results").glob("*/[0-9]*")]
     assert left == ["failed"] * 2

@@ -1,4 +1,4 @@
-"""Files of a pruned run: activations, masks (written and read back), windows of the detector."""
+"""Files of a pruned run: activations, masks (written and read back), windows of drift.csv."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from dart_llm.reporting.words import count, dtype_text
 from dart_llm.session.run import Run
 from dart_llm.settings import ActivationSettings
 
-# ``--save-activations``: how large the files will be, whether they fit, and writing them.
+# ``--save-activations``: estimating the size of the files, checking disk space, and writing.
 
 
 @dataclass(frozen=True)
 class Saver:
-    """Keeps the activations of texts of at most ``tokens`` tokens in ``folder``."""
+    """Saves the activations of texts of up to ``tokens`` tokens in ``folder``."""
 
     model: Any
     wanted: Wanted
@@ -45,7 +45,7 @@ class Saver:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one text's tensors, at most: all layers, tokens and tensors, and token ids."""
+        """The most bytes a text can take: its token ids and all requested tensors."""
         kept, total = self.wanted.tokens(self.tokens), 0
         for block in describe(self.model).blocks:
             if block.index in self.wanted.layers:
@@ -55,7 +55,7 @@ class Saver:
         return total + 4 * kept
 
     def announce(self, texts: int, say: Callable[[str], None]) -> None:
-        """Say how much ``texts`` texts will take; raises ``ResultsError`` when it does not fit."""
+        """Report the size for ``texts`` texts; raises ``ResultsError`` if the disk lacks space."""
         if not self.wanted.tokens(self.tokens):
             raise ConfigError(
                 f"--activation-tokens begin at {self.wanted.start}, and the texts have at most "
@@ -64,14 +64,14 @@ class Saver:
         need, free = texts * self.nbytes, shutil.disk_usage(self.folder).free
         if need + MIN_FREE_BYTES > free:
             raise ResultsError(
-                f"--save-activations needs {bytes_text(need)} in {self.folder}, where "
+                f"--save-activations needs {bytes_text(need)} in {self.folder}, but only "
                 f"{bytes_text(free)} are free: choose fewer layers, tokens or tensors"
             )
         say(
             f"--save-activations writes up to {bytes_text(need)} to {self.folder}: "
             f"{', '.join(self.wanted.tensors)} of {count(len(self.wanted.layers), 'layer')}, "
-            f"{self.wanted.tokens(self.tokens)} tokens of a text; recording takes time that the "
-            "measured times include"
+            f"{self.wanted.tokens(self.tokens)} tokens per text; the measured times include the "
+            "recording"
         )
 
     def path(self, name: str) -> Path:
@@ -80,9 +80,9 @@ class Saver:
 
     @contextlib.contextmanager
     def recording(self, name: str, text: str) -> Iterator[None]:
-        """Record the sequence that runs inside; written when the block ends without an error.
+        """Record the sequence that runs in this context, and write it unless an error occurs.
 
-        ``text``: what was given to the tokenizer; its sha256 goes into the metadata.
+        ``text``: the tokenizer's input; its SHA-256 is stored in the metadata.
         """
         with Recording(self.model, self.wanted) as recording:
             yield
@@ -103,7 +103,7 @@ class Saver:
 
 
 def saver(settings: ActivationSettings, model: Any, folder: Path, tokens: int) -> Saver | None:
-    """A ``Saver`` when activations are to be saved.  ``tokens``: of the longest text in all."""
+    """A ``Saver``, or None if activations are not saved; ``tokens``: length of the longest text."""
     if not settings.save_activations:
         return None
     return Saver(model, settings.wanted(len(describe(model).blocks)), folder, tokens)
@@ -115,13 +115,13 @@ FORMAT = "remask{i}.layer{l}.ids: kept neurons, int32; .scores: float32, larger 
 
 
 class MaskRecorder:
-    """Collects kept ids and scores of every mask, on the host; plug into ``run.on_selection``."""
+    """Collects the kept ids and scores of every mask on the CPU; set as ``run.on_selection``."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.remasks: list[Remask] = []
         self.per_token = False
-        """Whether tokens select their own neurons, so that there are no ids to keep."""
+        """Whether each token selects its own neurons, so that there are no fixed ids."""
 
     def __call__(self, remask: Remask, life: SequenceState) -> None:
         prefix = f"remask{len(self.remasks)}.layer"
@@ -136,32 +136,32 @@ class MaskRecorder:
             self.tensors[f"{prefix}{layer}.scores"] = score.float().cpu()
 
     def write(self, path: Path, checkpoint: str, method: str) -> None:
-        """Kept ids and scores of every mask; raises ``ResultsError`` when the disk is full."""
+        """Write kept ids and scores of every mask; raises ``ResultsError`` if the disk is full."""
         remasks = str(len(self.remasks))
         facts = {"checkpoint": checkpoint, "method": method, "remasks": remasks, "format": FORMAT}
         write_tensors(path, self.tensors, facts)
 
 
 def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str) -> None:
-    """masks.json (counts and causes) and masks.safetensors (kept ids and scores)."""
+    """Write masks.json (counts and causes) and masks.safetensors (kept ids and scores)."""
     report = run.report()
-    remasks, layers = (list(map(asdict, each)) for each in (recorder.remasks, report.layers))
+    remasks, layers = (list(map(asdict, items)) for items in (recorder.remasks, report.layers))
     note = {"note": NO_MASK} if recorder.per_token else {}
     write_json(folder / "masks.json", {"remasks": remasks, "layers": layers, **note})
     recorder.write(folder / "masks.safetensors", checkpoint, report.method)
 
 
 def _entries(file: Any, kind: str) -> Iterator[tuple[int, int, str]]:
-    """Mask, layer and key of the tensors of one kind, ``ids`` or ``scores``."""
+    """Mask number, layer and key of all tensors of a kind, ``ids`` or ``scores``."""
     for key in file.keys():  # noqa: SIM118 - not a mapping
         if match := re.fullmatch(rf"remask(\d+)\.layer(\d+)\.{kind}", key):
             yield int(match[1]), int(match[2]), key
 
 
 def read_masks(path: str) -> dict[int, Tensor]:
-    """The newest masks of a masks.safetensors: {layer: kept neuron ids}.
+    """The newest masks in a masks.safetensors file: {layer: kept neuron ids}.
 
-    Raises ``ConfigError`` when the file cannot be read or has no masks.
+    Raises ``ConfigError`` if the file cannot be read or has no masks.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -181,10 +181,10 @@ def read_masks(path: str) -> dict[int, Tensor]:
 
 
 def check_masks(path: str, widths: Sequence[int]) -> None:
-    """Raise ``ConfigError`` when the masks in ``path`` were made for a model of another shape.
+    """Raise ``ConfigError`` if the masks in ``path`` were made for a model of another shape.
 
-    ``widths``: neurons per layer of the model at hand.  Masks without scores pass: their file does
-    not say which shape they are for.
+    ``widths``: the model's neurons per layer.  Masks without scores are accepted, because their
+    file does not record the shape.
     """
     from safetensors import safe_open
 
@@ -195,8 +195,8 @@ def check_masks(path: str, widths: Sequence[int]) -> None:
     theirs = [made_for[layer] for layer in sorted(made_for)]
     if theirs and theirs != list(widths):
         raise ConfigError(
-            f"the masks in {path} are of {name}, which has {_shape(theirs)}; the model at hand has "
-            f"{_shape(widths)}: give masks that were made on it"
+            f"the masks in {path} are for {name}, which has {_shape(theirs)}; this model has "
+            f"{_shape(widths)}: give masks that were made for it"
         )
 
 
@@ -209,13 +209,13 @@ def _shape(widths: Sequence[int]) -> str:
 
 
 def write_drift(folder: Path, checks: Sequence[DriftCheck]) -> None:
-    """drift.csv: one row per completed window and batch row."""
+    """Write drift.csv, with a line per completed window and batch row."""
     rows = ([int(v) if isinstance(v, bool) else v for v in astuple(check)] for check in checks)
     write_csv(folder / "drift.csv", [field.name for field in fields(DriftCheck)], rows)
 
 
 def read_checks(folder: Path) -> list[DriftCheck]:
-    """The windows of drift.csv; none if there is no such file."""
+    """The windows of drift.csv; an empty list if there is no such file."""
     path = folder / "drift.csv"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = ({**row, "threshold": row["threshold"] or None} for row in csv.DictReader(lines))

@@ -1,8 +1,8 @@
-"""One cell of a grid: everything that decides one measurement, as plain data with a stable key.
+"""A cell of a grid: everything that determines a measurement, as plain data with a stable key.
 
-A cell travels as JSON (``to_dict``, ``from_dict``), so that any process on any machine can
-compute it.  The functions at the end say what is known of its model before weights are loaded;
-they import PyTorch when called.
+A cell is sent as JSON (``to_dict``, ``from_dict``), so that any process on any machine can compute
+it.  The functions at the end inspect its model before the weights are loaded; they import PyTorch
+when called.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from dart_llm.pruning.registry import METHODS
 from dart_llm.settings import load_arguments
 
 DEFAULT_LAYERS = 30
-"""Layers of the embedded default, which is pinned: no file need be fetched to know them."""
+"""Layers of the default model, which is pinned, so its configuration need not be fetched."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One model, pruned in one way, measured on one task.
+    """A model, pruned in one way and measured on one task.
 
-    ``overrides``: changes to the preset, as ``PruneConfig.build`` takes them.  ``layers``,
-    ``keep``, ``base_keep``: how the layer table in ``overrides`` was made, for tables and plots.
-    ``calibration``: name of the text that calibrated methods read; None: their default.
-    ``masks``: a file with the masks to use.  ``name``: label in the results, where the method
-    and the sparsity are not enough.  ``inputs``: sha256 of the files that the cell only names.
+    ``overrides``: changes to the preset, passed to ``PruneConfig.build``.  ``layers``, ``keep``,
+    ``base_keep``: how the layer table in ``overrides`` was made, for tables and plots.
+    ``calibration``: name of the calibration text; None: the method's default.  ``masks``: a file
+    with the masks to use.  ``name``: label in the results, if method and sparsity are not enough.
+    ``inputs``: SHA-256 of the files that the cell refers to by name.
     """
 
     model: str
@@ -61,8 +61,8 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A readable name and a hash of everything that decides the result."""
-        # cache_dir decides where files are, not what a result is
+        """A readable name and a hash of everything that determines the result."""
+        # cache_dir determines where files are stored, not the result
         data = {k: v for k, v in self.to_dict().items() if k != "cache_dir" and v is not None}
         text = json.dumps(data, sort_keys=True, ensure_ascii=True)
         model = Path(self.model.rstrip("/")).name
@@ -72,7 +72,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """What is measured: ``dense``, ``dart@0.5`` or ``griffin layers 0-3 keep 0.5``."""
+        """The method's label: ``dense``, ``dart@0.5`` or ``griffin layers 0-3 keep 0.5``."""
         if self.name:
             return self.name
         if self.masks:
@@ -88,16 +88,16 @@ class Cell:
 
     @property
     def load_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of ``dart_llm.load``; cells with equal ones share a model."""
+        """Keyword arguments of ``dart_llm.load``; cells with equal arguments share a model."""
         return load_arguments(self)
 
     def config(self) -> PruneConfig:
-        """The preset with the cell's changes; raises ``ConfigError`` when they do not fit."""
+        """The preset with the cell's changes; raises ``ConfigError`` if they are invalid."""
         changes = {**self.overrides, "sparsity": self.sparsity, "seed": self.seed}
         return PruneConfig.build(self.method, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able data; ``from_dict`` reads it back."""
+        """JSON-serialisable data; ``from_dict`` reads it back."""
         return asdict(self)
 
     @classmethod
@@ -106,22 +106,22 @@ class Cell:
 
 
 def removes_nothing(method: str) -> bool:
-    """Whether a method is a form of the dense model, which no sparsity changes."""
+    """Whether a method is a form of the dense model, unaffected by the sparsity."""
     return bool(METHODS.get(method).sparsity == 0)
 
 
 def short_task(task: str) -> str:
-    """A task, with the name of a file in place of its path."""
+    """A task, with a file's name in place of its path."""
     return ":".join(Path(part).name for part in task.split(":"))
 
 
-# What is known of a model before its weights are loaded.
+# Facts about a model before its weights are loaded.
 
 
 def layer_count(cell: Cell) -> int:
-    """Decoder layers of the cell's model, from its configuration.
+    """The number of decoder layers of the cell's model, from its configuration.
 
-    Raises ``LoadError`` when the configuration cannot be read.
+    Raises ``LoadError`` if the configuration cannot be read.
     """
     from dart_llm.models.gguf_file import read_gguf
     from dart_llm.models.loading import is_default
@@ -138,9 +138,9 @@ def layer_count(cell: Cell) -> int:
 
 
 def configuration(options: Any, say: Callable[[str], None] = lambda text: None) -> Any:
-    """transformers' configuration of a model; ``options``: a cell, or what has its fields.
+    """A model's transformers configuration; ``options``: a cell, or an object with its fields.
 
-    Raises ``LoadError`` when it cannot be read.
+    Raises ``LoadError`` if the configuration cannot be read.
     """
     from transformers import AutoConfig
 
@@ -165,7 +165,7 @@ def configuration(options: Any, say: Callable[[str], None] = lambda text: None) 
 
 
 def requested_format(options: Any) -> str:
-    """The weight format that ``options``, with the fields of ``ModelOptions``, lead to."""
+    """The weight format that follows from ``options``, which has the fields of ``ModelOptions``."""
     from dart_llm.models.loading import placement, weight_format
 
     arguments = load_arguments(options)
@@ -175,9 +175,9 @@ def requested_format(options: Any) -> str:
 
 
 def download_size(cell: Cell) -> int | None:
-    """Bytes still to be fetched for the cell's model; None when the hub cannot be asked.
+    """Bytes still to be downloaded for the cell's model; None if the hub cannot be reached.
 
-    Raises ``LoadError`` for a model that does not exist or that the disk has no room for.
+    Raises ``LoadError`` if the model does not exist or the disk lacks space for it.
     """
     from huggingface_hub import try_to_load_from_cache
 

@@ -1,8 +1,8 @@
-"""Rows of a comparison: methods by sparsity and task, each paired with dense and with GRIFFIN.
+"""Rows of a comparison: methods by sparsity and task, each compared with dense and with GRIFFIN.
 
-A row comes from one line of ``results.jsonl``.  Rows are comparable when model,
-dtype, task and protocol agree; dense and GRIFFIN are those of the same seed where there are any,
-else of another seed.  Differences are paired by item.
+A row comes from a line of ``results.jsonl``.  Rows are comparable if model, dtype, task and
+protocol agree.  A row is compared with the dense and GRIFFIN rows of its seed or, if there are
+none, of another seed.  Differences are paired by item.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DENSE, GRIFFIN = "dense", "griffin"
 TOO_FEW = "few differ"
 
 TOLERANCE = 0.01
-"""Achieved sparsities, or shares of bytes, this close count as equal: one point."""
+"""Achieved sparsities, or shares of bytes, that differ by at most a point count as equal."""
 
 UNTOUCHED: dict[str, Any] = {
     "method": DENSE,
@@ -49,7 +49,7 @@ ACCOUNTING = {
     "token_bytes_share": "token_bytes_share",
     "mean_context": "mean_context",
 }
-"""Fields of a row, and their names in the accounting of a measurement."""
+"""Fields of a row, with their names in the accounting of a measurement."""
 
 
 # The items of a measurement, paired by id.
@@ -68,7 +68,7 @@ class Scores:
 
     @property
     def mean(self) -> float | None:
-        """The metric, from its items."""
+        """The metric, computed from its items."""
         return stats.mean(self.sample, self._kind)
 
     def interval(self) -> Interval | None:
@@ -76,7 +76,7 @@ class Scores:
         return stats.interval(self.sample, self._kind)
 
     def against(self, other: Scores) -> Interval | None:
-        """Paired: a difference, or a ratio of perplexities."""
+        """The paired difference, or for perplexities the ratio."""
         kind: stats.Kind = "ratio_of_exp_mean" if self.exponential else "difference"
         return stats.paired_interval(self.sample, other.sample, kind)
 
@@ -90,7 +90,7 @@ def scores(measurement: Mapping[str, Any]) -> Scores:
     """The items that have the headline metric.
 
     An item has the metric under its name, as a number or as lm-eval's pair of log-likelihood and
-    weight; one of a perplexity has ``mean_loss`` (nats per token) and ``tokens`` instead.
+    weight.  An item of a perplexity has ``mean_loss`` (nats per token) and ``tokens`` instead.
     """
     metric = measurement["metric"]
     exponential = is_perplexity(metric)
@@ -99,7 +99,7 @@ def scores(measurement: Mapping[str, Any]) -> Scores:
 
 
 def _value(item: Mapping[str, Any], metric: str, exponential: bool) -> Value | None:
-    """An item's number, a loss for perplexities, and its weight where there is one."""
+    """An item's value, with its weight if it has one; the value of a perplexity is a loss."""
     if exponential and item.get("mean_loss") is not None:
         return item["mean_loss"], item.get("tokens") or 1.0
     # lm-eval names a metric with its filter, "acc,none"; items may lack the filter
@@ -118,9 +118,9 @@ def _value(item: Mapping[str, Any], metric: str, exponential: bool) -> Value | N
 
 @dataclass(frozen=True)
 class Equal:
-    """GRIFFIN measured at a row's achieved sparsity, or FFN bytes; ``interval``: against it.
+    """GRIFFIN measured at a row's achieved sparsity, or at its FFN bytes.
 
-    ``at``: the sparsity or share of bytes there.
+    ``interval``: the row against this GRIFFIN; ``at``: GRIFFIN's sparsity or share of bytes.
     """
 
     value: float | None
@@ -130,14 +130,15 @@ class Equal:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one sparsity on one task; what is not known is None.
+    """A method at one sparsity on one task; unknown values are None.
 
-    ``layers``: the layer or layers that were pruned, where not all; ``keep``: the share kept there,
-    ``base_keep``: by the other layers (None: everything).  ``interval``: of ``value``.
-    ``to_griffin``: at the same requested sparsity, whatever was achieved; ``gap``: achieved
-    sparsity minus GRIFFIN's there.  ``bytes_share``: of the FFN, over dense, as executed, or as the
-    compact executor would read them where masking skips no work.  ``token_bytes_share``: bytes
-    that a decoded token reads over those of the dense model at bfloat16.
+    ``layers``: the pruned layers, if not all; ``keep``: the share kept in them; ``base_keep``: the
+    share kept in the other layers (None: everything).  ``interval``: that of ``value``.
+    ``to_griffin``: against GRIFFIN at the same requested sparsity, whatever was achieved; ``gap``:
+    the row's achieved sparsity minus GRIFFIN's.  ``bytes_share``: FFN bytes read over dense, as
+    executed; for the masked executor, which skips no work, as the compact executor would read.
+    ``token_bytes_share``: bytes that a decoded token reads, over those of the dense model at
+    bfloat16.
     """
 
     model: str
@@ -174,19 +175,19 @@ class Row:
     equal_bytes: Equal | None = None
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
     measurement: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """``Measurement.to_dict()``; empty where it failed."""
+    """``Measurement.to_dict()``; empty if the measurement failed."""
     traffic: TokenTraffic | None = field(default=None, repr=False, compare=False)
-    """What a token reads of a model that was not pruned."""
+    """The bytes that a token reads of the unpruned model."""
     scores: Scores = field(default=Scores({}, False), repr=False, compare=False)
 
     @property
     def group(self) -> tuple[str, str | None, str, str | None]:
-        """What comparable rows share."""
+        """The key that comparable rows share."""
         return self.model, self.dtype, self.task, self.protocol
 
     @property
     def done(self) -> bool:
-        """Whether it was measured."""
+        """Whether the measurement succeeded."""
         return self.error is None
 
     @property
@@ -196,12 +197,12 @@ class Row:
 
     @property
     def perplexity(self) -> bool:
-        """Whether differences are ratios, and the metric has a log axis."""
+        """Whether the metric is a perplexity, so differences are ratios and axes logarithmic."""
         return is_perplexity(self.metric)
 
     @property
     def unequal(self) -> bool:
-        """Whether GRIFFIN at the same requested sparsity removed more, or less, by over a point."""
+        """Whether GRIFFIN at the same requested sparsity removed over a point more or less."""
         return self.gap is not None and abs(self.gap) > TOLERANCE + 1e-9
 
     @property
@@ -211,23 +212,25 @@ class Row:
 
     @property
     def quantity(self) -> str:
-        """The metric's value in words."""
+        """The metric's value as text."""
         return quantity(self.value, self.perplexity)
 
     @property
     def mostly_dense(self) -> str:
-        """Follows the row's name where most of its tokens ran dense, else ""."""
+        """A suffix for the row's name if most of its tokens ran dense, else ""."""
         return mostly_dense({"dense_token_share": self.dense_share}) if self.pruned else ""
 
     def change(self, interval: Interval | None) -> str | None:
-        """A difference or a ratio with its interval and its verdict; None where there is none."""
+        """A difference or a ratio with its interval and verdict; None without an interval."""
         if interval is None:
             return None
         return f"{amount(interval, self.perplexity)} {self.verdict(interval)}".rstrip()
 
     def verdict(self, interval: Interval) -> str:
-        """``better``, ``worse``, ``few differ`` where the interval excludes "no difference" but
-        rests on too few unequal items, or nothing."""
+        """``better``, ``worse``, or "" without a significant difference.
+
+        ``few differ``: the interval excludes "no difference", but too few items differ.
+        """
         if interval.few or not interval.sign:
             return TOO_FEW if interval.few else ""
         return "better" if (interval.sign > 0) == self.higher_is_better else "worse"
@@ -249,7 +252,7 @@ def amount(interval: Interval, perplexity: bool) -> str:
 
 
 def read_row(line: Mapping[str, Any]) -> Row:
-    """The row of one line of ``results.jsonl``, not compared with anything yet."""
+    """The row of a line of ``results.jsonl``, not yet compared with other rows."""
     cell, facts, checkpoint = line["cell"], line["facts"] or {}, line["checkpoint"] or {}
     measured = line["measurement"] or {}
     method, label = cell["method"], line["label"]
@@ -262,7 +265,7 @@ def read_row(line: Mapping[str, Any]) -> Row:
         error = f"{metric} is not a finite number"
     accounting = measured.get("accounting") or {}
     if not accounting and method.startswith(DENSE) and error is None:
-        # not pruned; rounded weights have fewer bytes all the same
+        # not pruned, but quantised weights still have fewer bytes
         share = 1.0 if method == DENSE else facts.get("ffn_bytes_share")
         accounting = {**UNTOUCHED, "ffn_bytes_share": share}
     masked = accounting.get("executor") == "masked"
@@ -299,16 +302,16 @@ def read_row(line: Mapping[str, Any]) -> Row:
 
 
 def read_traffic(facts: Mapping[str, Any]) -> TokenTraffic | None:
-    """The bytes that a token reads, as ``weight_facts`` counted them; None where it did not."""
+    """The bytes that a token reads, as counted by ``weight_facts``; None if not counted."""
     traffic = facts.get("token_traffic")
     if not traffic:
         return None
-    cache = tuple((each, most) for each, most in traffic.get("cache", ()))
+    cache = tuple((per_token, most) for per_token, most in traffic.get("cache", ()))
     return TokenTraffic(**{**traffic, "cache": cache})
 
 
 def result_line(row: Row) -> ResultLine:
-    """A row for ``rows.jsonl``."""
+    """The row as a line of ``rows.jsonl``."""
     low, high = (row.interval.ends if row.interval else None) or (None, None)
     label = f"{row.label}, layers {row.layers}" if row.layers else row.label
     same = ResultLine.model_fields.keys() - {"label", "low", "high", "weights"}
@@ -317,12 +320,13 @@ def result_line(row: Row) -> ResultLine:
     return ResultLine(label=label, low=low, high=high, weights=weights, **values)
 
 
-# Rows beside dense and GRIFFIN.
+# Rows compared with dense and GRIFFIN.
 
 
 def rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """One row per line, comparable ones together, dense first; the same lines give the same
-    numbers.  Failed cells keep their sentence.
+    """A row per line, with comparable rows together, dense first; failed cells keep their error.
+
+    The same lines always give the same numbers.
     """
     ordered = _ordered(_with_short_tasks([read_row(line) for line in _with_checkpoints(lines)]))
     groups = {
@@ -334,32 +338,32 @@ def rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def _with_checkpoints(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A cell that failed before its model was loaded gets the checkpoint of another cell."""
+    """The lines; if a cell failed before loading its model, it gets another cell's checkpoint."""
 
     def model(line: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(line["cell"].get(key) for key in ("model", "revision", "dtype"))
 
-    every = list(lines)
-    loaded = {model(line): line["checkpoint"] for line in every if line["checkpoint"]}
-    return [{**line, "checkpoint": line["checkpoint"] or loaded.get(model(line))} for line in every]
+    cells = list(lines)
+    loaded = {model(line): line["checkpoint"] for line in cells if line["checkpoint"]}
+    return [{**line, "checkpoint": line["checkpoint"] or loaded.get(model(line))} for line in cells]
 
 
-def _with_short_tasks(every: list[Row]) -> list[Row]:
-    """Tasks over files lose their folders, unless two of them would then be the same."""
-    tasks = {row.task for row in every}
+def _with_short_tasks(rows: list[Row]) -> list[Row]:
+    """The rows, with folders dropped from tasks, unless that would make two tasks the same."""
+    tasks = {row.task for row in rows}
     if len({short(task) for task in tasks}) < len(tasks):
-        return every
-    return [replace(row, task=short(row.task)) for row in every]
+        return rows
+    return [replace(row, task=short(row.task)) for row in rows]
 
 
-def _ordered(every: Sequence[Row]) -> list[Row]:
-    """Rows sorted by group, groups in order of first appearance; in each the dense rows first."""
-    groups = list(dict.fromkeys(row.group for row in every))
-    return sorted(every, key=lambda r: (groups.index(r.group), r.layers is not None, r.pruned))
+def _ordered(rows: Sequence[Row]) -> list[Row]:
+    """Rows by group in order of first appearance; within a group, dense rows come first."""
+    groups = list(dict.fromkeys(row.group for row in rows))
+    return sorted(rows, key=lambda r: (groups.index(r.group), r.layers is not None, r.pruned))
 
 
 def _with_dense_bytes(members: Sequence[Row]) -> list[Row]:
-    """A token of an unpruned model reads the cache of the context that pruned ones saw."""
+    """The rows; unpruned models get bytes per token at the mean context of the pruned rows."""
     contexts = [row.mean_context for row in members if row.mean_context is not None]
     context = sum(contexts) / len(contexts) if contexts else 0.0
     return [
@@ -393,7 +397,7 @@ def _compared(row: Row, group: Sequence[Row]) -> Row:
 
 
 def _of_seed(row: Row, candidates: Sequence[Row]) -> list[Row]:
-    """The finished ones of the row's seed, or else of the smallest seed that there is."""
+    """The finished candidates with the row's seed or, if none, with the smallest seed."""
     done = [other for other in candidates if other.done]
     seeds = {other.seed for other in done}
     chosen = row.seed if row.seed in seeds else min(seeds, default=None, key=lambda s: s or 0)
@@ -401,7 +405,7 @@ def _of_seed(row: Row, candidates: Sequence[Row]) -> list[Row]:
 
 
 def _equal(row: Row, curve: Sequence[Row], cost: Callable[[Row], float | None]) -> Equal | None:
-    """GRIFFIN measured within ``TOLERANCE`` of the row's ``cost``; None where it was not."""
+    """GRIFFIN measured within ``TOLERANCE`` of the row's ``cost``; None if it was not."""
     points = [(at, other) for other in curve if (at := cost(other)) is not None]
     wanted = cost(row)
     if wanted is None or not points:

@@ -1,7 +1,7 @@
-"""Tables, notes, headline, pictures, files and page of measured rows.
+"""Tables, notes, headline, plots, files and page of measured rows.
 
-A method beats another on a task when the paired 95 % interval excludes "no difference"; it is only
-counted where both removed the same share of neurons, to a point.
+A method is better than another on a task if the paired 95 % interval excludes "no difference".
+This is only counted if both removed the same share of neurons, within a point.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ if TYPE_CHECKING:
 UNEQUAL, OTHER_MEAN = "†", "§"
 """Marks in the tables."""
 
-LEAK_NOTE = f"LEAK - {LEAK}. Its numbers are no measure of a method's quality."
+LEAK_NOTE = f"LEAK - {LEAK}. Its numbers do not measure a method's quality."
 
 USUAL = 0.5
-"""The sparsity that the headline speaks of, or the nearest one measured."""
+"""The headline reports this sparsity, or the nearest one measured."""
 
 LONG = 24
-"""On the page, a table of more rows is folded."""
+"""On the page, tables with more rows are folded."""
 
 UNCLEAR, INCOMPARABLE = "no clear difference", "not compared at equal sparsity"
 
 
-# The headline: one clause per model and protocol.
+# The headline, with a clause per model and protocol.
 
 
 def conclusion(rows: Sequence[Row]) -> str:
-    """How the first method does at the usual sparsity, or near it, on each model."""
+    """How the first method performs near the usual sparsity, on each model."""
     done = [row for row in rows if row.done and row.layers is None]
     honest = [row for row in done if not row.leaks] or done
     groups = grouped(honest, lambda r: (r.model, r.dtype, f"protocol {r.protocol}"))
@@ -80,7 +80,7 @@ def conclusion(rows: Sequence[Row]) -> str:
 
 
 def _headline(rows: Sequence[Row]) -> str:
-    """One method at one sparsity over its tasks: against GRIFFIN, else dense, else by itself."""
+    """A method at one sparsity over its tasks: against GRIFFIN or dense, else its values."""
     pruned = [row for row in rows if row.pruned]
     shown = [row for row in pruned if row.method != GRIFFIN] or pruned or rows
     method = next((row.method for row in shown if row.method == "dart"), shown[0].method)
@@ -97,7 +97,7 @@ def _headline(rows: Sequence[Row]) -> str:
 
 
 def _against_griffin(row: Row) -> Interval | None:
-    """Comparison at equal achieved sparsity; None if GRIFFIN was not measured there."""
+    """The comparison at equal achieved sparsity; None if GRIFFIN was not measured there."""
     if row.gap is not None and not row.unequal:
         return row.to_griffin
     return None if row.equal_sparsity is None else row.equal_sparsity.interval
@@ -115,14 +115,14 @@ def _verdicts(rows: Sequence[Row], subject: str, against: Callable[[Row], Interv
     return f"{subject}: {', '.join([won, *others])}"
 
 
-# What the published protocol leaks.
+# The effect of the published protocol's leak.
 
 
 @dataclass(frozen=True)
 class Leak:
-    """One method under the protocols ``full`` and ``published`` on the same items.
+    """A method under the protocols ``full`` and ``published`` on the same items.
 
-    ``interval``: published against full, a difference or a ratio of perplexities.
+    ``interval``: published against full, as a difference or a ratio of perplexities.
     """
 
     full: Row
@@ -131,10 +131,10 @@ class Leak:
 
     @property
     def sentence(self) -> str:
-        """How much better the protocol that has seen the answers looks."""
+        """How much better the method looks when its masks have seen the answers."""
         row = self.published
         if self.interval is None:
-            return f"{row.label} on {row.task}: not known: no shared items."
+            return f"{row.label} on {row.task}: unknown, no shared items."
         change, verdict = amount(self.interval, row.perplexity), row.verdict(self.interval)
         words = {"better": "flattered by the leak", "": "within noise"}
         judged = f", {words.get(verdict, verdict)}" if self.interval.ends else ""
@@ -142,7 +142,7 @@ class Leak:
 
 
 def leaks(rows: Sequence[Row]) -> list[Leak]:
-    """Every row that was measured under both protocols; what differs is what the masks leak."""
+    """The rows measured under both protocols; their differences are the effect of the leak."""
     done = [row for row in rows if row.done and row.pruned]
     same = grouped(done, lambda r: (r.model, r.dtype, r.task, r.label, r.layers, r.keep, r.seed))
     pairs = [{row.protocol: row for row in members} for members in same.values()]
@@ -153,26 +153,26 @@ def leaks(rows: Sequence[Row]) -> list[Leak]:
     ]
 
 
-# Notes: only what applies to the rows that are shown.
+# Notes: only those that apply to the rows shown.
 
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
-    """What a reader of the tables must know; docs/evaluation.md defines the columns."""
+    """Notes for reading the tables; docs/evaluation.md defines the columns."""
     done = [row for row in rows if row.done]
     pairs = sum(i is not None for row in done for i in (row.to_dense, row.to_griffin))
     conditions = {
         LEAK_NOTE: any(row.leaks for row in rows),
-        "Intervals are 95 % bootstrap intervals over items, of the score itself or, beside a "
-        'difference, paired by item; "better" and "worse" need one that excludes no difference '
-        f"and at least {FEWEST_ITEMS} items that differ.": bool(done),
-        f"{count(pairs, 'comparison')} with dense and GRIFFIN: where nothing differs, about 1 in "
-        "20 still looks so.": pairs > 0,
+        "Intervals are 95 % bootstrap intervals over items: of the score itself or, beside a "
+        'difference, of the paired difference. "better" and "worse" require an interval that '
+        f'excludes "no difference" and at least {FEWEST_ITEMS} items that differ.': bool(done),
+        f"{count(pairs, 'comparison')} with dense and GRIFFIN: of those without a true difference, "
+        "about 1 in 20 still shows one.": pairs > 0,
         f"{UNEQUAL} achieved sparsity differs from GRIFFIN's at the same requested sparsity by "
         "more than 1 point: compare at equal achieved sparsity instead.": any(
             row.unequal for row in done
         ),
-        f"{OTHER_MEAN} the task's own aggregate is not the mean over items, which is what the "
-        "intervals are of.": any(map(differs, done)),
+        f"{OTHER_MEAN} the task aggregates its items differently; the interval is that of their "
+        "mean.": any(map(differs, done)),
         "FFN bytes are those that the compact executor would read: masking skips no work.": any(
             row.executor == "masked" for row in done
         ),
@@ -182,13 +182,13 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What the measurements themselves say, each once."""
+    """The notes of the measurements, without repeats."""
     lines = (f"{r.task}: {note}" for r in rows for note in r.measurement.get("notes", ()))
     return list(dict.fromkeys(lines))
 
 
 def differs(row: Row) -> bool:
-    """Whether the metric is not the mean over the items that the intervals are computed from."""
+    """Whether the metric differs from the mean over its items, from which intervals come."""
     mean, value = row.scores.mean, row.value
     if mean is None or value is None:
         return False
@@ -196,7 +196,7 @@ def differs(row: Row) -> bool:
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """One sentence per failed cell."""
+    """A sentence per failed cell."""
     return [
         f"{name(row, True)} on {row.task} ({row.model}) failed: {row.error}"
         for row in rows
@@ -208,7 +208,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """One table per model, task and protocol, layer sweeps by themselves, in the rows' order."""
+    """A table per model, task and protocol, with separate ones for layer sweeps, in row order."""
     whole = {row.group for row in rows if row.layers is None and row.method != DENSE}
     groups = grouped(rows, lambda row: (*row.group, row.layers is not None and row.group in whole))
     return [Table("", caption(group), _columns(group), group) for group in groups.values()]
@@ -249,7 +249,7 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
 
 
 COUNTS = ("tokens", "pruned_tokens", "mean_loss", "mean_loss_pruned_tokens")
-"""Metrics that only the JSON documents have."""
+"""Metrics that appear only in the JSON documents."""
 
 
 def _other_metrics(row: Row) -> str | None:
@@ -271,7 +271,7 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 def name(row: Row, seeds: bool = False) -> str:
-    """The row's label, with what tells it from its neighbours."""
+    """The row's label, with layer, keep and seed if they distinguish rows."""
     text = row.label
     if row.layers is not None:
         keep = "" if row.keep is None else f", keep {percent(row.keep)}"
@@ -284,7 +284,7 @@ def _marked(text: str | None, row: Row) -> str | None:
 
 
 def _metric(row: Row) -> str:
-    """The score; its own interval only without dense, else the paired one is shown."""
+    """The score; with its interval if there is no paired interval against dense."""
     if not row.done:
         return "failed"
     text = row.quantity
@@ -293,12 +293,12 @@ def _metric(row: Row) -> str:
     return f"{text} {OTHER_MEAN}" if differs(row) else text
 
 
-# The files: the JSON document of one method on its tasks (``eval``, ``perplexity``, ``summarize``),
+# The files: the JSON document of a method on its tasks (``eval``, ``perplexity``, ``summarize``),
 # ``compare.md``, ``compare.json`` and ``report.html``.
 
 
 def eval_document(rows: Sequence[Row]) -> dict[str, Any]:
-    """``results`` by task and ``accounting`` of the method; the untouched model under ``dense``."""
+    """``results`` by task, ``accounting`` and ``notes`` of the method; ``dense``: its results."""
     last = rows[-1].label
     of_method = {r.measurement["task"]: r.measurement for r in rows if r.label == last}
     others = {r.measurement["task"]: r.measurement for r in rows if r.label != last}
@@ -340,7 +340,7 @@ PLAIN = [f.name for f in fields(Row) if f.repr and f.name not in (*INTERVALS, *E
 
 
 def record(row: Row) -> dict[str, Any]:
-    """A row as JSON-able data, its intervals nested; what is equal says ``at`` which value."""
+    """A row as JSON-serialisable data with nested intervals; ``at``: GRIFFIN's equal value."""
     data = {key: getattr(row, key) for key in PLAIN}
     data |= {"checkpoint": dict(row.checkpoint), "unequal": row.unequal, "leaks": row.leaks}
     data |= {key: (i := getattr(row, key)) and i.to_dict() for key in INTERVALS}
@@ -355,7 +355,7 @@ def record(row: Row) -> dict[str, Any]:
 
 
 def document(rows: Sequence[Row]) -> dict[str, Any]:
-    """The whole comparison as JSON-able data."""
+    """The whole comparison as JSON-serialisable data."""
     return {
         "schema": SCHEMA,
         "conclusion": conclusion(rows),
@@ -375,7 +375,7 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def csv_table(rows: Sequence[Row]) -> Table:
-    """compare.csv: a line per row; what is nested is in compare.json."""
+    """compare.csv: a line per row, without the nested data of compare.json."""
     lines, nested = [], (*INTERVALS, *EQUALS, "checkpoint")
     for row in rows:
         data = {key: v for key, v in record(row).items() if key not in nested}
@@ -416,7 +416,7 @@ def title(rows: Sequence[Row]) -> str:
 
 
 def _facts(rows: Sequence[Row]) -> page.Facts:
-    """What was varied, and the checkpoints."""
+    """The values that were varied, and the checkpoints."""
     done = sum(row.done for row in rows)
     lists: dict[str, list[Any]] = {
         f"{key}s": [getattr(row, key) for row in rows]
@@ -429,40 +429,40 @@ def _facts(rows: Sequence[Row]) -> page.Facts:
     return [(name, ", ".join(each) or "none", False) for name, each in named.items()]
 
 
-# The picture: quality against achieved sparsity, a panel per task.
+# The plot: quality against achieved sparsity, with a panel per task.
 
-MOST_PANELS = 6  # tasks in one plot; what is more goes into further plots
+MOST_PANELS = 6  # tasks per plot; further tasks go into further plots
 
-SIDEWAYS = 0.006  # sparsity by which the marks of two methods at one place are moved apart
+SIDEWAYS = 0.006  # horizontal offset, in sparsity, between the marks of two methods
 
-FAR = 30.0  # a perplexity axis ends at this multiple of dense: the rest stays legible
+FAR = 30.0  # a perplexity axis ends at this multiple of dense, to keep the rest legible
 
 WHISKERS = (
-    f"whiskers: 95 % bootstrap intervals from {FEWEST_ITEMS} items on, of the difference to dense, "
-    "paired by item, or of the score itself where dense was not measured; marks at one place are "
-    "moved sideways by up to 2 points"
+    f"whiskers: 95 % bootstrap intervals (at least {FEWEST_ITEMS} items) of the paired difference "
+    "to dense, or of the score itself if dense was not measured; overlapping marks are moved "
+    "sideways by up to 2 points"
 )
 
 
 def plots(rows: Sequence[Row]) -> list[Plot]:
-    """One plot per model, dtype and protocol and up to six tasks."""
+    """A plot per model, dtype and protocol, for up to six tasks each."""
     pages = []
     shown = [row for row in rows if row.layers is None and row.value is not None]
     for members in grouped(shown, lambda r: (r.model, r.dtype, r.protocol)).values():
-        every = grouped(members, lambda row: row.task).values()
-        tasks = [task for task in every if len(_points(task)) > 1]
+        by_task = grouped(members, lambda row: row.task).values()
+        tasks = [task for task in by_task if len(_points(task)) > 1]
         pages += [tasks[n : n + MOST_PANELS] for n in range(0, len(tasks), MOST_PANELS)]
     names = [f"quality_{n}" if n > 1 else "quality" for n in range(1, len(pages) + 1)]
     return [_plot(name, page) for name, page in zip(names, pages, strict=True)]
 
 
 def _points(rows: Sequence[Row]) -> list[Row]:
-    """The rows that are a point: not the untouched model, whose line runs across."""
+    """The rows drawn as points; the untouched model is a horizontal line instead."""
     return [row for row in rows if row.method != DENSE and row.achieved is not None]
 
 
 def _plot(name: str, tasks: Sequence[Sequence[Row]]) -> Plot:
-    """One panel per task under a common legend."""
+    """A panel per task under a common legend."""
     points = [row for task in tasks for row in _points(task)]
     first, methods = points[0], list(dict.fromkeys(row.method for row in points))
     leak = " (LEAK: the masks have seen the answers)" if first.leaks else ""
@@ -486,9 +486,9 @@ def _plot(name: str, tasks: Sequence[Sequence[Row]]) -> Plot:
 
 
 def _ends(row: Row, dense: Row | None) -> tuple[float, float] | None:
-    """Ends of the interval of the paired difference to dense, or without one, of the metric.
+    """Ends of the row's interval: of the paired difference to dense or, without it, of the metric.
 
-    Pairing removes what all methods share, the difficulty of the items.  None with too few.
+    Pairing removes the variation in difficulty, which all methods share.  None with too few items.
     """
     if row.to_dense is None or dense is None or dense.value is None:
         return None if row.interval is None else row.interval.ends
@@ -501,7 +501,7 @@ def _ends(row: Row, dense: Row | None) -> tuple[float, float] | None:
 
 
 def _draw_task(axes: Axes, rows: Sequence[Row], looks: dict[str, Look]) -> None:
-    """Points with their intervals, a line per method and seed, and one across for dense."""
+    """Draw points with intervals, a line per method and seed, and a horizontal line for dense."""
     dense = next((row for row in rows if row.method == DENSE), None)
     by_method = grouped(_points(rows), lambda row: row.method)
     for number, (method, of_method) in enumerate(by_method.items()):
@@ -532,4 +532,4 @@ def _draw_task(axes: Axes, rows: Sequence[Row], looks: dict[str, Look]) -> None:
         axes.set_ylabel(f"{row.metric} (log axis{cut})")
         log_axis(axes, low, min(high, limit))
     elif axes.get_ylim()[0] < 0 <= min(other.value or 0.0 for other in rows):
-        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])  # a difference's bar may end below zero
+        axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])  # whiskers may end below zero

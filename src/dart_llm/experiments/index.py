@@ -1,4 +1,4 @@
-"""Every results folder: found, filtered and shown, from its ``config.json`` and ``rows.jsonl``."""
+"""Find, filter and show results folders, from their ``config.json`` and ``rows.jsonl``."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dart_llm.reporting.page import short_name
 from dart_llm.reporting.table import Column, Table
 
 STATUSES = ("complete", "running", "stopped", "interrupted", "failed")
-"""Of config.json, and one more: ``stopped``, a run whose process died."""
+"""The statuses in config.json, and ``stopped``: a run whose process died."""
 
 RUN_KEYS = {"kind", "status", "settings", "started", "finished"}
 
-MOST = 4  # results of one run that are listed one by one in the short table
+MOST = 4  # the short table lists the results of a run individually up to this number
 
 
 @dataclass(frozen=True)
 class Run:
-    """One results folder: its configuration and its lines, which may have been filtered."""
+    """A results folder: its configuration and its lines, which may have been filtered."""
 
     path: Path
     experiment: str
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def time(self) -> str:
-        """Name of the folder, ``<YYYYMMDD-HHMMSS>``."""
+        """The name of the folder, ``<YYYYMMDD-HHMMSS>``."""
         return self.path.resolve().name
 
     @property
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def started(self) -> datetime.datetime:
-        """With the offset from UTC."""
+        """The start time, with the offset from UTC."""
         return datetime.datetime.fromisoformat(self.config["started"])
 
     @property
@@ -64,26 +64,26 @@ class Run:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Short names."""
+        """The models' short names."""
         return _distinct([line.model for line in self.lines] or map(short_name, self._set("model")))
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Without the dense model, unless it is alone."""
+        """The methods, without dense unless it is the only one."""
         return _distinct([line.method for line in pruned_lines(self)] or self._set("method"))
 
     @property
     def sparsities(self) -> tuple[float, ...]:
-        """Requested ones."""
+        """The requested sparsities."""
         return tuple(sorted({line.requested for line in pruned_lines(self) if line.requested}))
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of what was, or is to be, measured."""
+        """Names of the tasks measured or to be measured."""
         return _distinct([line.task for line in self.lines] or self._set("task"))
 
     def _set(self, name: str) -> Iterator[str]:
-        """What the settings call ``name``, one or several: a run may have no results yet."""
+        """The settings' values of ``name``, because a run may have no results yet."""
         settings = self.config["settings"]
         value = settings.get(name, settings.get(f"{name}s")) or []
         yield from [value] if isinstance(value, str) else value
@@ -94,7 +94,7 @@ def _distinct(values: Iterable[str]) -> tuple[str, ...]:
 
 
 def pruned_lines(run: Run) -> list[ResultLine]:
-    """The lines without dense ones, unless there are only those."""
+    """The lines of pruned methods, or all lines if none is pruned."""
     pruned = [line for line in run.lines if not line.method.startswith("dense")]
     return pruned or list(run.lines)
 
@@ -105,18 +105,18 @@ def pruned_lines(run: Run) -> list[ResultLine]:
 def find(root: Path | str) -> list[Run]:
     """The runs in ``root``, oldest first; ``root`` may also be an experiment's or a run's folder.
 
-    Raises ``ConfigError`` when there is no such folder or no run in it.
+    Raises ``ConfigError`` if the folder does not exist or contains no run.
     """
     root = Path(root)
     if not root.is_dir():
         raise ConfigError(
-            f"there is no results folder {root}: give the folder that --results-dir named, or run "
-            "dart-llm run first"
+            f"there is no results folder {root}: give the folder that was set with --results-dir, "
+            "or run dart-llm run first"
         )
     runs = []
     for path in root.rglob("config.json"):
         config, folder = read_json(path), path.parent
-        if config.keys() >= RUN_KEYS:  # else that of a model
+        if config.keys() >= RUN_KEYS:  # otherwise it is a model's config.json
             name = folder.resolve().parent
             inside = name != root.resolve() and name.is_relative_to(root.resolve())
             experiment = name.relative_to(root.resolve()).as_posix() if inside else name.name
@@ -136,11 +136,10 @@ def filter(
     experiment: str | None = None,
     since: str | None = None,
 ) -> list[Run]:
-    """The runs that match everything given, with only the lines that match.
+    """The runs that match all arguments, with only their matching lines.
 
-    ``status`` is a name of ``STATUSES``, ``since`` a date, ``2026-03-04`` or ``2026-03-04 12:00``;
-    the others are any part of a name, in upper or lower case.  Raises ``UnknownName`` or
-    ``ConfigError``.
+    ``status`` is a name in ``STATUSES``, ``since`` a date, ``2026-03-04`` or ``2026-03-04 12:00``;
+    the others match any part of a name, ignoring case.  Raises ``UnknownName`` or ``ConfigError``.
     """
     status = status and status.lower()
     check_name("status", status, STATUSES)
@@ -177,7 +176,7 @@ def _head(run: Run) -> dict[str, Any]:
 
 
 def to_json(runs: Iterable[Run]) -> str:
-    """One document: a list of runs, each with its ``rows``."""
+    """A JSON list of runs, each with its ``rows``."""
     data = [
         {
             **_head(run),
@@ -193,7 +192,7 @@ def to_json(runs: Iterable[Run]) -> str:
 
 
 def to_csv(runs: Iterable[Run]) -> str:
-    """Comma-separated values with a header, a line per result; what is not known is empty."""
+    """Comma-separated values with a header and a line per result; unknown values are empty."""
     buffer = io.StringIO()
     facts = ("experiment", "time", "status", "kind", "path")
     writer = csv.DictWriter(buffer, [*facts, *ResultLine.model_fields], lineterminator="\n")
@@ -218,10 +217,10 @@ COLUMNS = (
 
 
 def table(runs: Sequence[Run], long: bool = False) -> Table:
-    """Each run on the left, what it measured on the right.
+    """Each run on the left, its results on the right.
 
-    Short: without dense lines, unless there are only those, and without details where there are
-    many; ``long``: every line.
+    The short table omits dense lines, unless there are no others, and only counts the results of a
+    run with more than ``MOST`` of them; ``long`` shows every line.
     """
     rows = []
     for run in runs:
@@ -235,7 +234,7 @@ def table(runs: Sequence[Run], long: bool = False) -> Table:
 
 
 def result(line: ResultLine) -> str:
-    """Task, metric and value of one line."""
+    """Task, metric and value of a line."""
     kind, _, text = line.task.partition(":")
     name = f"{kind}:{Path(text).name}" if text else kind
     if line.value is None:

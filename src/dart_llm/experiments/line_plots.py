@@ -1,4 +1,4 @@
-"""Line plots: curves in panels, and the drift detector's windows over the tokens of a text."""
+"""Line plots: curves in panels, and the drift detector's windows over the decode steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Curve:
-    """``band``: lower and upper ends around it.  ``is_reference``: dashed, without marks."""
+    """A curve.  ``band``: its lower and upper bounds.  ``is_reference``: dashed, without marks."""
 
     label: str
     x: Sequence[float]
@@ -53,7 +53,7 @@ class Panel:
 
 
 def line_plot(name: str, title: str, small: str, panels: Sequence[Panel]) -> Plot:
-    """Panels in twos; marks and line styles tell their curves apart without colours."""
+    """Panels in two columns; marks and line styles distinguish the curves without colours."""
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
 
@@ -92,10 +92,10 @@ def _draw_panel(axes: Axes, palette: Palette, panel: Panel) -> None:
 Masks = Sequence[Mapping[str, Any]]
 
 FEWEST_WINDOWS = 8
-"""Windows of one text below which a line over time says nothing."""
+"""With fewer windows, the similarity of a text is not drawn."""
 
 MAX_NAMED = 14
-"""Masks in one panel above which they are thin lines without names."""
+"""With more masks in a panel, they are thin lines without names."""
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "armed": ("window", {"marker": "o"}),
@@ -108,12 +108,12 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def is_low(check: DriftCheck) -> bool:
-    """Whether a window's similarity lies under its threshold."""
+    """Whether a window's similarity is below its threshold."""
     return check.threshold is not None and check.similarity < check.threshold
 
 
 def drift_sentence(checks: Sequence[DriftCheck], remasks: Masks) -> str:
-    """How many windows were low, and how often the masks were rebuilt for it."""
+    """The number of low windows, and of the re-masks that they caused."""
     armed = [check for check in checks if check.threshold is not None]
     if not armed:
         return f"The drift detector did not arm within {count(len(checks), 'window')}."
@@ -138,9 +138,9 @@ def drift_sentence(checks: Sequence[DriftCheck], remasks: Masks) -> str:
 
 
 def plot_similarity(checks: Sequence[DriftCheck], remasks: Masks, small: str) -> Plot | None:
-    """One panel per sequence and row; those with triggers first, in order, at most four.
+    """A panel per sequence and row, at most four; those with the most triggers are preferred.
 
-    ``small``: the small print.  None of texts with few windows, and of detectors that never armed.
+    ``small``: the small print.  None if there are few windows or the detector never armed.
     """
     sequences = grouped(checks, lambda check: (check.sequence, check.row))
     groups = {key: windows for key, windows in sequences.items() if worth_drawing(windows)}
@@ -166,13 +166,13 @@ def plot_similarity(checks: Sequence[DriftCheck], remasks: Masks, small: str) ->
 
 
 def worth_drawing(checks: Sequence[DriftCheck]) -> bool:
-    """Whether there are enough windows, and one of them had a threshold."""
+    """Whether there are enough windows, and at least one has a threshold."""
     armed = any(check.threshold is not None for check in checks)
     return armed and len(checks) >= FEWEST_WINDOWS
 
 
 def draw_checks(axes: Axes, palette: Palette, checks: Sequence[DriftCheck], masks: Masks) -> None:
-    """Windows with their similarity and threshold, and lines where masks were built."""
+    """Draw the windows' similarity and threshold, and lines where masks were built."""
     starts = [int(mask["step"]) for mask in masks]
     stretches = grouped(checks, lambda check: bisect_left(starts, check.step)).values()
     for number, stretch in enumerate(stretches):
@@ -202,7 +202,7 @@ def _kind(check: DriftCheck) -> str:
 
 
 def _draw_masks(axes: Axes, checks: Sequence[DriftCheck], masks: Masks) -> None:
-    """Lines where masks were built, named by their cause; hatched where tokens ran dense."""
+    """Draw lines where masks were built, named by cause, and hatch where tokens ran dense."""
     end = max(check.step for check in checks)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.16 * (high - low))

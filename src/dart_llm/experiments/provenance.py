@@ -1,6 +1,6 @@
 """Where a result comes from: digests of weights, texts and data; versions, git, machine.
 
-A run has a digest of every file that it only names: a changed file makes it another run.
+A run's identity includes digests of the files its settings name: a changed file makes another run.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from dart_llm.pruning import registry
 from dart_llm.pruning.setting_file import path_of
 
 _NAMED_BY_TASKS = ("text", "data", "slices")
-"""Inputs whose names are checked even if empty."""
+"""Inputs whose names are checked even if they are empty."""
 
 
 class Digests:
-    """sha256 of local models, texts, data and task folders, each read once."""
+    """SHA-256 of local models, texts, data and task folders, each read only once."""
 
     def __init__(self) -> None:
         self._read: dict[tuple[str, str], str | None] = {}
         self._models: dict[str, dict[str, str]] = {}
 
     def of(self, cell: Cell) -> dict[str, str]:
-        """Digests by name of the input; what is not a local file has no entry.
+        """Digests by the input's name; only local files have an entry.
 
-        Raises ``ConfigError`` when a file cannot be read.
+        Raises ``ConfigError`` if a file cannot be read.
         """
         return {
             **self.of_model(cell),
@@ -54,7 +54,7 @@ class Digests:
         }
 
     def of_task(self, task: str, options: MeasureOptions) -> dict[str, str]:
-        """The local texts, documents and task files that ``task`` reads."""
+        """Digests of the local texts, documents and task files that ``task`` reads."""
         kind, _, data = task.partition(":")
         if kind in SLICED:
             return self._digests({"slices": data})
@@ -68,7 +68,7 @@ class Digests:
     def of_files(
         self, method: str, calibration: str | None, masks: str | None = None, table: str = ""
     ) -> dict[str, str]:
-        """The local files that a method reads; ``table``: a layer table, ``@FILE``."""
+        """Digests of the local files that a method reads; ``table``: a layer table, ``@FILE``."""
         files = {
             "calibration": calibration or "",
             "setting": str(path_of(method) or ""),
@@ -78,11 +78,11 @@ class Digests:
         return self._digests(files)
 
     def of_model(self, options: Any) -> dict[str, str]:
-        """``model``, the weights of a local one; ``model_files``, what else is loaded of it.
+        """``model``: digest of a local model's weights; ``model_files``: of its other files.
 
-        And ``weights``, their format unless it is dense.  ``options``: has the fields of
-        ``ModelOptions``.  The default, and a model of the hub, which id and revision identify,
-        have no digests.
+        ``weights``: the weight format, unless it is dense.  ``options`` has the fields of
+        ``ModelOptions``.  The default model and models on the hub have no digests: id and revision
+        identify them.
         """
         model = options.model
         if model not in self._models:
@@ -101,7 +101,7 @@ class Digests:
         return {**self._models[model], **stored}
 
     def of_settings(self, settings: Any) -> dict[str, Any]:
-        """What a run of ``settings`` reads: the model, the files of its method, plug-ins."""
+        """Digests of a run's inputs: the model, the files of its method, plug-ins."""
         calibration, table = getattr(settings, "calibration", None), settings.layer_topk or ""
         files = self.of_files(settings.method, calibration, settings.masks, table)
         return {**self.of_model(settings), **files, **registry.plugin_digest()}
@@ -128,13 +128,13 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def _digest(kind: str, name: str) -> str | None:
-    """Digest of one input; None if it is not a local file.  Raises at once for unknown names."""
+    """An input's digest; None if it is not a local file.  Raises for unknown names."""
     if kind == "slices":
         sources = documents.sources(slice_sources(name)[0])
         return _sha256("".join(source.digest for source in sources))
     if kind == "tasks":
         return _task_folder(Path(name))
-    if kind == "mmlu":  # read instead of the hub's if there are any
+    if kind == "mmlu":  # local files, if any, replace those on the hub
         return _sums(Path(name).glob("*.jsonl"))
     if kind == "text":
         return None if documents.resolve(name).path is None else _sha256(documents.read(name))
@@ -149,13 +149,13 @@ def _sha256(text: str) -> str:
 
 
 def _sums(files: Iterable[Path]) -> str | None:
-    """One digest of several files and of their names; None if there are none."""
+    """A digest of several files and their names; None if there are no files."""
     lines = [f"{file_sha256(path)}  {path.as_posix()}\n" for path in sorted(files)]
     return _sha256("".join(lines)) if lines else None
 
 
 def _task_folder(folder: Path) -> str | None:
-    """Digest of the files that define tasks, and of the local data that these name."""
+    """Digest of the files that define tasks, and of the local data files named in them."""
     if not folder.is_dir():
         raise ConfigError(f"the task folder {folder} does not exist: correct include_path")
     files = {path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py")}
@@ -173,7 +173,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide a result."""
+    """Versions of Python and of the packages that affect results."""
     packages: dict[str, str | None] = {"python": platform.python_version()}
     packages |= dict.fromkeys(PACKAGES)
     for name in PACKAGES:
@@ -183,7 +183,7 @@ def versions() -> dict[str, str | None]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, branch and whether there are changes; None outside a repository."""
+    """Commit, branch and whether there are uncommitted changes; None outside a repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
@@ -201,7 +201,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def machine(device: str | None = None) -> dict[str, Any]:
-    """System, processor, cores and memory of this machine, and the device that was used."""
+    """System, processor, cores and memory of this machine, and the device used."""
     torch, memory = sys.modules.get("torch"), None
     with contextlib.suppress(AttributeError, ValueError, OSError):  # not reported everywhere
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
@@ -235,13 +235,13 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-# Process helpers: temporary changes of the environment, silencing stdout.
+# Process helpers: temporary changes to the environment, redirecting stdout.
 
 logger = logging.getLogger("dart_llm")
 
 
 class _Stdout:
-    """A stream that logs what threads print whose names begin with ``prefix``."""
+    """A stream that logs the output of threads whose names begin with ``prefix``."""
 
     def __init__(self, inner: Any, prefix: str) -> None:
         self._inner = inner
@@ -260,19 +260,19 @@ class _Stdout:
 
 @contextlib.contextmanager
 def keep_off_stdout(prefix: str) -> Iterator[None]:
-    """Send what threads called ``prefix...`` print to the log; others print as ever."""
+    """Log the output of threads whose names begin with ``prefix``; others still print."""
     with contextlib.redirect_stdout(_Stdout(sys.stdout, prefix)):
         yield
 
 
 def silent() -> contextlib.AbstractContextManager[None]:
-    """Send what any thread prints to the log."""
+    """Log the output of all threads."""
     return keep_off_stdout("")
 
 
 @contextlib.contextmanager
 def environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """Variables for the processes that are started inside; as before afterwards."""
+    """Set environment variables within this context, and restore them afterwards."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -285,7 +285,7 @@ def environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_sigterm() -> Iterator[None]:
-    """The handler of SIGTERM as it was; only the main thread can set it."""
+    """Restore the SIGTERM handler afterwards; only the main thread can set it."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield

@@ -1,15 +1,15 @@
-"""Bootstrap intervals over items, pairs and texts; speed-ups judged by the bandwidth limit.
+"""Bootstrap intervals over items, pairs and texts; speed-ups checked against the bandwidth limit.
 
-Items of two methods are paired by their id: both answered the same question, so what varies over
-items cancels and small differences become visible.
+Items of two methods are paired by id.  Both methods answered the same questions, so the variation
+between items cancels and small differences become visible.
 
-An interval speaks of the items that were drawn, not of other tasks or models.  **Of twenty
-comparisons whose true difference is zero, about one has an interval that excludes zero**: a table
-with many comparisons will hold such rows, and none of them alone is a finding.
+An interval describes the sampled items, not other tasks or models.  **Of twenty comparisons whose
+true difference is zero, about one has an interval that excludes zero**: a table with many
+comparisons will contain such rows, and no single row is a finding.
 
-Decoding one token reads every weight that it needs once, so a way of decoding that reads fewer
-bytes is faster by the ratio of the bytes at most.  A ratio that is clearly larger means that
-something else used the machine while one of the two was timed; it is never shown.
+Decoding a token reads every weight that it needs once.  Reading fewer bytes can therefore speed up
+decoding at most by the ratio of the bytes.  A ratio that is clearly larger means that another
+process used the machine during one of the two timings; it is never shown.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ LEVEL = 0.95
 RESAMPLES = 5000
 
 MANY_ITEMS, MANY_RESAMPLES = 4000, 2000
-"""With more than ``MANY_ITEMS`` items fewer resamples do, and BCa's correction is negligible."""
+"""Above ``MANY_ITEMS`` items, fewer resamples suffice and BCa's correction is negligible."""
 
 BATCH = 2_000_000
-"""Numbers in one batch of resamples."""
+"""Numbers per batch of resamples."""
 
 Value = float | tuple[float, float]
-"""An item's number, or its number and weight (a slice's mean loss and its tokens)."""
+"""An item's value, or its value and weight (a slice's mean loss and its number of tokens)."""
 
 Sample = Mapping[str, Value]
 """Items by id."""
@@ -53,9 +53,9 @@ Array = NDArray[np.float64]
 class Interval:
     """A 95 % interval around an estimate over ``n`` items.
 
-    ``ends``: its two ends; None with fewer than ``FEWEST_ITEMS`` items.  ``null``: the value that
-    means "no difference" (0, or 1 for ratios); None for a single mean.  ``differing``: pairs that
-    are not equal.
+    ``ends``: its lower and upper end; None with fewer than ``FEWEST_ITEMS`` items.  ``null``: the
+    value for "no difference" (0, or 1 for ratios); None for a single mean.  ``differing``: the
+    number of unequal pairs.
     """
 
     ends: tuple[float, float] | None
@@ -72,15 +72,15 @@ class Interval:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval excludes "no difference", with ``FEWEST_ITEMS`` unequal pairs.
+        """Whether the interval excludes "no difference" and ``FEWEST_ITEMS`` pairs are unequal.
 
-        Read the module's warning about many comparisons before you count these.
+        Before counting significant differences, read the module's warning on many comparisons.
         """
         return self._excludes and self.differing >= FEWEST_ITEMS
 
     @property
     def few(self) -> bool:
-        """Whether only the number of unequal pairs keeps the difference from being significant."""
+        """Whether the difference lacks significance only because too few pairs are unequal."""
         return self._excludes and self.differing < FEWEST_ITEMS
 
     @property
@@ -90,19 +90,19 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 above "no difference", -1 below it, 0 where the interval does not exclude it."""
+        """1 above "no difference", -1 below it, 0 if not significant."""
         if not self.significant:
             return 0
         return 1 if self.estimate > (self.null or 0.0) else -1
 
     def words(self, write: Callable[[float], str]) -> str:
-        """ "0.3 to 0.5", or that there are too few items."""
+        """ "0.3 to 0.5", or "too few: n = 3"."""
         return " to ".join(map(write, self.ends)) if self.ends else f"too few: n = {self.n}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able data; ``significant`` only where there is a difference to speak of.
+        """JSON-serialisable data; ``significant`` only for differences and ratios.
 
-        ``low`` and ``high`` are null with too few items, and ``no_interval`` says so.
+        With too few items, ``low`` and ``high`` are null and ``no_interval`` gives the reason.
         """
         low, high = self.ends or (None, None)
         data: dict[str, Any] = {"low": low, "high": high, "estimate": self.estimate, "n": self.n}
@@ -118,8 +118,8 @@ def interval(
 ) -> Interval | None:
     """95 % interval of the weighted mean of ``values``, or of its exponential (perplexity).
 
-    All equal: ``[x, x]``, which says that these items do not vary, not that others would not.
-    Without ends below ``FEWEST_ITEMS`` items; None of nothing.
+    Equal values give ``[x, x]``: these items do not vary, but others might.  With fewer than
+    ``FEWEST_ITEMS`` items the interval has no ends; without items it is None.
     """
     if not isinstance(values, Mapping):
         values = {f"{number:09d}": value for number, value in enumerate(values)}
@@ -132,8 +132,9 @@ def paired_interval(
 ) -> Interval | None:
     """95 % interval of mean(a) - mean(b), or of exp(mean(a) - mean(b)), over shared ids.
 
-    Pairs are drawn together; the order of the items does not matter.  All differences equal:
-    ``[x, x]``.  Without ends below ``FEWEST_ITEMS`` pairs; None of nothing.
+    Pairs are resampled together; the order of the items does not matter.  Equal differences give
+    ``[x, x]``.  With fewer than ``FEWEST_ITEMS`` pairs the interval has no ends; without pairs it
+    is None.
     """
     shared = sorted(a.keys() & b.keys())
     data = np.concatenate([_columns(a, shared), _columns(b, shared)])
@@ -142,20 +143,20 @@ def paired_interval(
 
 
 def gap_closed(groups: Sequence[tuple[Array, Array]]) -> float | None:
-    """``1 - sum of mean(a) / sum of mean(b)`` over groups ``(a, b)`` of [n] each.
+    """``1 - sum of mean(a) / sum of mean(b)`` over groups ``(a, b)`` of arrays [n].
 
-    None where the sum of the means of b is not positive: there is no gap to close.
+    None if the sum of the means of b is not positive, because then there is no gap to close.
     """
     gap, other = (sum(float(part.mean()) for part in parts) for parts in zip(*groups, strict=True))
     return 1 - gap / other if other > 0 else None
 
 
 def gap_closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) -> Interval | None:
-    """95 % interval of ``gap_closed``; items are drawn together within a group, groups separately.
+    """95 % interval of ``gap_closed``; each group is resampled separately, its a and b together.
 
-    A draw in which there is no gap to close counts as the worst.  None where ``gap_closed`` is,
-    with fewer than ``FEWEST_ITEMS`` items in a group, and where so many draws are of that kind that
-    an end has no value.
+    A resample without a gap to close counts as -inf.  The interval is None if ``gap_closed`` is
+    None, if a group has fewer than ``FEWEST_ITEMS`` items, or if so many resamples lack a gap that
+    an end is infinite.
     """
     estimate, n = gap_closed(groups), min(len(a) for a, _ in groups)
     finite = all(np.isfinite(group).all() for group in groups)
@@ -163,9 +164,9 @@ def gap_closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) ->
         return None
 
     def statistic(*drawn: Array, axis: int) -> Array:
-        places = [ids.astype(int) for ids in drawn]
+        indices = [ids.astype(int) for ids in drawn]
         gaps, others = (
-            sum((group[part][ids].mean(axis) for group, ids in zip(groups, places, strict=True)))
+            sum((group[part][ids].mean(axis) for group, ids in zip(groups, indices, strict=True)))
             for part in (0, 1)
         )
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -181,18 +182,19 @@ def gap_closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) ->
 def text_intervals(
     statistics: Callable[[Array], Mapping[str, Array]], n: int, seed: int = 0
 ) -> dict[str, tuple[float, float] | None]:
-    """95 % intervals of named statistics of ``n`` texts, all from the same draws.
+    """95 % intervals of named statistics of ``n`` texts, all from the same resamples.
 
-    ``statistics`` takes [B, n], how often each text was drawn, and gives [B] by name.  Draws in
-    which one is nan are left out of its interval.  Empty with fewer than ``FEWEST_ITEMS`` texts.
+    ``statistics`` takes [B, n], how often each text was drawn, and returns [B] by name.  Resamples
+    in which a statistic is NaN are left out of its interval.  Empty with fewer than
+    ``FEWEST_ITEMS`` texts.
     """
     if n < FEWEST_ITEMS:
         return {}
 
     def statistic(ids: Array, axis: int) -> Array:
         rows = ids.reshape(-1, ids.shape[-1]).astype(int)
-        places = rows + n * np.arange(len(rows))[:, None]
-        counts = np.bincount(places.ravel(), minlength=n * len(rows)).reshape(-1, n)
+        cells = rows + n * np.arange(len(rows))[:, None]
+        counts = np.bincount(cells.ravel(), minlength=n * len(rows)).reshape(-1, n)
         values = np.stack(list(statistics(counts.astype(np.float64)).values()))
         return values.reshape(len(values), *ids.shape[:-1])
 
@@ -201,7 +203,7 @@ def text_intervals(
 
 
 def mean(values: Sample, kind: Mean = "mean") -> float | None:
-    """The weighted mean, or its exponential; None of nothing."""
+    """The weighted mean, or its exponential; None without items."""
     if not values:
         return None
     return float(_statistic(*_columns(values, sorted(values)), exponential=kind == "exp_mean"))
@@ -209,14 +211,14 @@ def mean(values: Sample, kind: Mean = "mean") -> float | None:
 
 def _columns(values: Sample, ids: list[str]) -> Array:
     """[2, n]: weighted values and weights."""
-    each = (values[name] for name in ids)
-    pairs = [value if isinstance(value, tuple) else (float(value), 1.0) for value in each]
+    items = (values[name] for name in ids)
+    pairs = [value if isinstance(value, tuple) else (float(value), 1.0) for value in items]
     columns = np.array([(value * weight, weight) for value, weight in pairs], dtype=np.float64)
     return columns.reshape(-1, 2).T
 
 
 def _statistic(*columns: Array, axis: int = -1, exponential: bool = False) -> Array:
-    """Weighted mean of the first pair of columns, minus that of the second where there is one."""
+    """Weighted mean of the first pair of columns, minus that of the second pair, if any."""
     means: Array = columns[0].sum(axis) / columns[1].sum(axis)
     if len(columns) == 4:
         means = means - columns[2].sum(axis) / columns[3].sum(axis)
@@ -226,20 +228,20 @@ def _statistic(*columns: Array, axis: int = -1, exponential: bool = False) -> Ar
 def _mean_interval(
     data: Array, exponential: bool, seed: int, null: float | None
 ) -> Interval | None:
-    """data: [2 or 4, n]; None of nothing, and where they are not finite or have no weight."""
+    """Interval of data [2 or 4, n]; None if it is empty, not finite, or has weights of 0."""
     n = data.shape[1]
     if not n or not np.isfinite(data).all() or not (data[1::2] > 0).all():
         return None
-    each = data[0] / data[1] - (data[2] / data[3] if len(data) == 4 else 0.0)
-    differing = int(np.count_nonzero(np.abs(each) > 1e-12)) if null is not None else 0
+    values = data[0] / data[1] - (data[2] / data[3] if len(data) == 4 else 0.0)
+    differing = int(np.count_nonzero(np.abs(values) > 1e-12)) if null is not None else 0
     estimate = float(_statistic(*data, exponential=exponential))
     if n < FEWEST_ITEMS:
         return Interval(None, estimate, n, null, differing)
-    together = bool((data[1::2] == data[1]).all())
-    if together and np.ptp(each) <= 1e-12 * max(1.0, float(np.abs(each).max())):
+    same_weights = bool((data[1::2] == data[1]).all())
+    if same_weights and np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())):
         return Interval((estimate, estimate), estimate, n, null, differing)
-    if together:
-        data = np.stack([each * data[1], data[1]])  # one column of differences: half the work
+    if same_weights:
+        data = np.stack([values * data[1], data[1]])  # one column of differences: half the work
 
     def statistic(*columns: Array, axis: int) -> Array:
         return _statistic(*columns, axis=axis, exponential=exponential)
@@ -255,12 +257,12 @@ def _bootstrap(
     n: int,
     paired: bool = True,
 ) -> list[tuple[float, float] | None]:
-    """The ends of each number that ``statistic`` gives: BCa, or percentiles where it has none."""
+    """The interval of each number that ``statistic`` returns: BCa or, if undefined, percentiles."""
     from scipy import stats
 
     level = _widened(n)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a degenerate BCa warns, and the percentiles follow
+        warnings.simplefilter("ignore")  # a degenerate BCa warns; percentiles replace it
         result = stats.bootstrap(
             data,
             statistic,
@@ -275,13 +277,13 @@ def _bootstrap(
     lows, highs = np.atleast_1d(result.confidence_interval.low, result.confidence_interval.high)
     draws = np.atleast_2d(result.bootstrap_distribution)
     return [
-        (float(low), float(high)) if np.isfinite([low, high]).all() else _percentiles(each, level)
-        for low, high, each in zip(lows, highs, draws, strict=True)
+        (float(low), float(high)) if np.isfinite([low, high]).all() else _percentiles(values, level)
+        for low, high, values in zip(lows, highs, draws, strict=True)
     ]
 
 
 def _percentiles(draws: Array, level: float) -> tuple[float, float] | None:
-    """Interval over the finite draws; None where an end is not finite."""
+    """Percentile interval over the draws that are not NaN; None if an end is not finite."""
     numbers = draws[~np.isnan(draws)]
     if not len(numbers):
         return None
@@ -291,10 +293,10 @@ def _percentiles(draws: Array, level: float) -> tuple[float, float] | None:
 
 
 def _widened(n: int) -> float:
-    """The level to ask for, so that intervals over few items are wide enough.
+    """The confidence level to use, so that intervals over few items are wide enough.
 
-    The bootstrap of a mean is too narrow by sqrt((n - 1) / n), and takes the normal distribution's
-    tails where Student's belong; the level makes up for both (Hesterberg, "What Teachers Should
+    A mean's bootstrap interval is too narrow by sqrt((n - 1) / n), and has the tails of the normal
+    distribution instead of Student's t; the level corrects both (Hesterberg, "What Teachers Should
     Know About the Bootstrap", The American Statistician 69, 2015, section 5.2).
     """
     from scipy import stats
@@ -308,26 +310,26 @@ def _widened(n: int) -> float:
 ADVICE = "measure with dart-llm bench speed"
 
 DISTURBED = f"disturbed: {ADVICE}"
-"""Replaces a ratio that cannot be trusted."""
+"""Shown in place of an unreliable ratio."""
 
 SPEED_TOLERANCE = 0.1
-"""How far above the limit a ratio may lie on a quiet machine; it is shown as the limit.
+"""How far a ratio may exceed the limit on a quiet machine; it is then shown as the limit.
 
-Kernels that compute as long as they read gain by the weights they leave out, not by the bytes,
-which can be some per cent more; and bytes of caches and small tensors are estimates.
+Kernels bound by computation gain by the weights they skip, which can be a few per cent more than by
+the bytes; and the bytes of caches and small tensors are estimates.
 """
 
 LARGEST_SCATTER = 0.25
-"""A ratio that varies more than this between repetitions says nothing."""
+"""A ratio that varies more than this between repetitions is not reported."""
 
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """Time of a base over the time of something else.
+    """The time of a baseline over the time of an alternative.
 
-    ``ratio``: never above ``limit``; None if disturbed.  ``limit``: bytes of the base over bytes of
-    the other; None if not comparable.  ``scatter``: half the distance between the quartiles of the
-    ratios of the repetitions, over their median; None for one repetition.
+    ``ratio``: at most ``limit``; None if disturbed.  ``limit``: bytes of the baseline over bytes of
+    the alternative; None if not comparable.  ``scatter``: half the interquartile range of the
+    repetitions' ratios, over their median; None for a single repetition.
     """
 
     ratio: float | None
@@ -340,7 +342,7 @@ class SpeedUp:
         return self.ratio is None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; ``speed_up`` is None where ``disturbed`` says why."""
+        """JSON-serialisable data; if ``speed_up`` is None, ``disturbed`` gives the reason."""
         return {
             "speed_up": self.ratio,
             "bytes_limit": self.limit,
@@ -350,13 +352,13 @@ class SpeedUp:
 
 
 def judge(base: Sequence[float], other: Sequence[float], limit: float | None = None) -> SpeedUp:
-    """The speed-up of ``other`` over ``base``: seconds per token of interleaved repetitions.
+    """The speed-up of ``other`` over ``base``, from seconds per token of interleaved repetitions.
 
-    The k-th entries were measured one after the other.  The ratio is the median of the ratios of
-    the repetitions.  It is disturbed if it lies above ``limit`` by more than its scatter (its lower
-    quartile does too) and more than ``SPEED_TOLERANCE``, or if it scatters by more than
-    ``LARGEST_SCATTER``; any other ratio above the limit is shown as the limit.  Raises
-    ``ValueError`` for sequences that are empty or of different lengths.
+    The k-th entries were measured one after the other.  The ratio is the median of the repetitions'
+    ratios.  It is disturbed if it exceeds ``limit`` by more than ``SPEED_TOLERANCE`` and its lower
+    quartile also exceeds the limit, or if it scatters by more than ``LARGEST_SCATTER``.  Any other
+    ratio above the limit is shown as the limit.  Raises ``ValueError`` if the sequences are empty
+    or of different lengths.
     """
     ratios = [slow / fast for slow, fast in zip(base, other, strict=True)]
     if not ratios:
@@ -370,10 +372,10 @@ def judge(base: Sequence[float], other: Sequence[float], limit: float | None = N
 
 
 def contradicting(times: Mapping[str, Sequence[float]], sizes: Mapping[str, float]) -> set[str]:
-    """Names of timings that contradict each other's bytes: which one was disturbed is not known.
+    """The names of both timings in every pair that contradicts its ratio of bytes.
 
-    ``times``: seconds per token of interleaved repetitions.  ``sizes``: bytes that a token reads,
-    all by the same kernels.
+    Which of the two was disturbed is unknown.  ``times``: seconds per token of interleaved
+    repetitions.  ``sizes``: bytes that a token reads, all with the same kernels.
     """
     disturbed = set[str]()
     for pair in combinations(sizes, 2):
@@ -384,7 +386,7 @@ def contradicting(times: Mapping[str, Sequence[float]], sizes: Mapping[str, floa
 
 
 def pace(judged: Mapping[str, Any]) -> str:
-    """A speed-up as ``SpeedUp.to_dict`` has it: ": 1.21 x as fast (bandwidth limit 1.30 x)"."""
+    """The text of a ``SpeedUp.to_dict()``: ": 1.21 x as fast (bandwidth limit 1.30 x)"."""
     speed_up, limit = judged.get("speed_up"), judged.get("bytes_limit")
     at_most = f" (bandwidth limit {limit:.2f} x)" if limit else ""
     if speed_up is not None:

@@ -1,10 +1,10 @@
 """A run's results folder, ``<results>/<experiment>/<time>/``: created, locked, resumed.
 
-``config.json`` is written first and has the run's status.  Every file is replaced whole, so a
-reader never sees half of one.  ``parts.jsonl`` caches finished work until everything else is
-written, so that an interruption loses none of it.  A running process has the lock on ``.lock``.
-``rows.jsonl`` has the measured numbers as ``ResultLine``: what ``results``, the window's list of
-past runs and trackers read.
+``config.json`` is written first and contains the run's status.  Files are replaced atomically, so a
+reader never sees a partial file.  ``parts.jsonl`` caches finished work until everything else is
+written, so that an interruption loses none of it.  A running process locks ``.lock``.
+``rows.jsonl`` contains the measured numbers as ``ResultLine``; ``results``, the list of past runs
+in the window and trackers read these.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ PARTS, ROWS, LOCK = "parts.jsonl", "rows.jsonl", ".lock"
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
-LOCK_SECONDS = 0.05  # ``is_taken`` locks for an instant: ``take`` waits that long
+LOCK_SECONDS = 0.05  # ``is_taken`` locks briefly, so ``take`` waits this long
 
 MIN_FREE_BYTES = 50 * 2**20
 
 
 class ResultLine(BaseModel):
-    """One metric of one method on one model; what does not apply is None.
+    """A metric of one method on one model; fields that do not apply are None.
 
-    ``label``: names the row for people, e.g. ``dart 30 %``.  ``requested`` and ``achieved``: the
+    ``label``: readable name of the row, e.g. ``dart 30 %``.  ``requested`` and ``achieved``: the
     sparsity, as the fraction of FFN neurons removed.  ``low`` and ``high``: the 95 % interval of
-    ``value``.  ``dense_share``: of the decoded tokens, those that ran with all neurons.
-    ``weights``: the weight format in memory, e.g. ``q8_0``; None: numbers of ``dtype``.
+    ``value``.  ``dense_share``: the fraction of decoded tokens that ran with all neurons.
+    ``weights``: the weight format in memory, e.g. ``q8_0``; None: unquantised, in ``dtype``.
     ``error``: why there is no value.
     """
 
@@ -69,22 +69,22 @@ class ResultLine(BaseModel):
 
 @dataclass(frozen=True)
 class ResultsFolder:
-    """One run's folder; ``parts``: finished work by key, from which a resumed run starts."""
+    """A run's folder; ``parts``: finished work by key, from which a resumed run continues."""
 
     path: Path
     parts: dict[str, Any]
     resumed: bool
     lock: BaseFileLock | None = None
     changed: str = ""
-    """Why an unfinished folder of equal settings was not resumed."""
+    """Why an unfinished folder with equal settings was not resumed."""
 
     @property
     def stamp(self) -> str:
-        """The run's time, as in the name of its log."""
+        """The run's start time, as in the name of its log file."""
         return self.path.name[:15]
 
     def part(self, key: str) -> Any:
-        """What ``save_part`` stored under ``key``, or None."""
+        """The value that ``save_part`` stored under ``key``, or None."""
         return self.parts.get(key)
 
     def save_part(self, key: str, value: Any) -> None:
@@ -110,14 +110,15 @@ class ResultsFolder:
             return
         self.release()
         shutil.rmtree(self.path, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty: there are other runs
+        with contextlib.suppress(OSError):  # not empty if there are other runs
             self.path.parent.rmdir()
 
 
 def take(folder: Path) -> BaseFileLock | None:
-    """The lock of ``folder``; None while another process has it.
+    """Acquire the lock of ``folder``; None if another process has it.
 
-    The system frees it with the process.  Raises ``OSError`` where its file cannot be written.
+    The operating system releases it when the process ends.  Raises ``OSError`` if the lock file
+    cannot be written.
     """
     path = folder / LOCK
     lock = FileLock(path, timeout=LOCK_SECONDS, thread_local=False)
@@ -128,17 +129,17 @@ def take(folder: Path) -> BaseFileLock | None:
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
             raise
-        return lock  # a file system without locks: two runs in one folder are not noticed
+        return lock  # a file system without locks: two runs in one folder are not detected
     if path.exists():
         return lock
-    lock.release()  # the run before has just removed the file
+    lock.release()  # the previous run has just removed the file
     return take(folder)
 
 
 def release(lock: BaseFileLock | None) -> None:
-    """Remove the lock's file and free it; a second call does nothing."""
+    """Remove the lock file and release the lock; a second call does nothing."""
     if lock is not None and lock.is_locked:
-        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+        with contextlib.suppress(OSError):  # Windows cannot remove an open file
             Path(lock.lock_file).unlink()
         lock.release()
 
@@ -152,7 +153,7 @@ def is_taken(folder: Path) -> bool:
             return False
     except Timeout:
         return True
-    except (OSError, NotImplementedError):  # a folder of another user, or without locks
+    except (OSError, NotImplementedError):  # another user's folder, or a file system without locks
         return False
 
 
@@ -164,19 +165,19 @@ def now() -> datetime.datetime:
 def open_folder(
     root: Path, experiment: str, settings: Mapping[str, Any], fresh: bool = False
 ) -> ResultsFolder:
-    """The newest unfinished folder with equal settings, or a new one.
+    """The newest unfinished folder with equal settings, or a new folder.
 
-    Raises ``ResultsError`` when the folder cannot be written or the disk is full.
+    Raises ``ResultsError`` if the folder cannot be written or the disk is full.
     """
     base = root / experiment
     try:
         base.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=base, buffering=0) as probe:  # nothing of it stays
+        with tempfile.TemporaryFile(dir=base, buffering=0) as probe:  # leaves nothing behind
             probe.write(b"x")
         free = shutil.disk_usage(base).free
         if free < MIN_FREE_BYTES:
             raise ResultsError(
-                f"only {free / 2**20:.0f} MiB are free where results go ({base}): make room, or "
+                f"only {free / 2**20:.0f} MiB are free for results in {base}: free disk space, or "
                 "choose another folder with --results-dir"
             )
         resumed = "" if fresh else _resume(base, settings)
@@ -189,7 +190,7 @@ def open_folder(
 
 
 def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str:
-    """The newest unfinished, unlocked folder of equal settings, or why one is not resumed."""
+    """The newest unfinished, unlocked folder with equal settings, or why none is resumed."""
     why = ""
     for folder in sorted(base.iterdir(), reverse=True):
         changed = _changes(folder, settings)
@@ -199,7 +200,7 @@ def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str:
             why = why or f"{folder} is not resumed: {' and '.join(changed)} changed since it began"
             continue
         lock = take(folder)
-        if lock is not None and _changes(folder, settings) == []:  # it may have ended meanwhile
+        if lock is not None and _changes(folder, settings) == []:  # that run may have just ended
             parts = {row["key"]: row["value"] for row in whole_rows(folder / PARTS)}
             return ResultsFolder(folder, parts, True, lock)
         release(lock)
@@ -207,9 +208,9 @@ def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str:
 
 
 def _changes(folder: Path, settings: Mapping[str, Any]) -> list[str] | None:
-    """Which inputs changed since an unfinished run of equal settings began here.
+    """Which inputs changed since an unfinished run with equal settings began in ``folder``.
 
-    None: there is no such run; one that died at its very end has parts.
+    None: there is no such run.  A run that stopped at its very end still has its parts.
     """
     config = read_json(folder / "config.json")
     unfinished = config.get("status") in ("running", "interrupted", "failed")
@@ -221,7 +222,7 @@ def _changes(folder: Path, settings: Mapping[str, Any]) -> list[str] | None:
 
 
 def _changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """In words; a grid has the inputs of every cell."""
+    """The names of changed inputs; a grid has inputs per cell."""
     for name in {**old, **new}:
         before, now = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
@@ -237,7 +238,7 @@ def _new_folder(base: Path, changed: str) -> ResultsFolder:
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
             return ResultsFolder(folder, {}, False, take(folder), changed)
-    raise ResultsError(f"too many results folders of the same second in {base}")
+    raise ResultsError(f"too many results folders with the same time in {base}")
 
 
 def mapping(value: Any) -> dict[str, Any]:

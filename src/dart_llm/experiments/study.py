@@ -1,7 +1,7 @@
 """Study: settings -> identity -> folder -> resumable units -> tables, figures, page, status.
 
-A command that keeps a results folder is a ``Study``: it says what it reads, which units of work it
-has, how one is computed, and what is made of all of them.  ``run_study`` does the rest.
+A command with a results folder is a ``Study``: it defines its inputs, its units of work, how a unit
+is computed, and the summary of all units.  ``run_study`` does the rest.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Unit:
-    """One resumable piece of a study's work.
+    """A resumable unit of a study's work.
 
-    ``key``: names the finished piece, in any run of the study.  ``label``: what messages call it,
-    ``key`` where empty.  ``data``: what ``Study.compute`` needs to know of it.
+    ``key``: identifies the finished unit in any run of the study.  ``label``: its name in messages
+    (``key`` if empty).  ``data``: input for ``Study.compute``.
     """
 
     key: str
@@ -64,28 +64,28 @@ class Unit:
 
 
 class Study(Generic[S]):
-    """A command with a results folder: what it computes, and what it makes of that.
+    """A command with a results folder: what it computes, and how it reports the results.
 
-    A subclass gives ``kind``, ``units``, ``compute`` and ``summarise``; the other methods have
-    defaults.  Names that do not exist are best refused in ``__init__``, before there is a folder.
+    A subclass defines ``kind``, ``units``, ``compute`` and ``summarise``; the other methods have
+    defaults.  Unknown names are best rejected in ``__init__``, before the folder is created.
     """
 
     kind: str
     """``config.json``'s "kind"."""
     document: str = ""
-    """File of the summary, e.g. ``detection.json``; its tables are beside it in Markdown."""
+    """File of the summary, e.g. ``detection.json``; a Markdown file of that name has its tables."""
     on_error: Literal["stop", "record"] = "stop"
     """``record``: a unit that fails is recorded, and the others are computed."""
     fresh: bool = False
-    """Whether nothing of earlier runs is reused."""
+    """Whether to reuse nothing from earlier runs."""
     progress: ClassVar[str] = ""
     """What the progress bar counts; "": the study shows its own progress."""
     noun: ClassVar[str] = "cell"
-    """Name of a unit in progress lines, if their number is known ahead: "cell 2 of 3"."""
+    """Name of a unit in progress lines, "cell 2 of 3", if the number of units is known."""
     unit_times: ClassVar[str] = ""
-    """Key of timing.json with the seconds of each unit that was computed."""
+    """Key in timing.json for the seconds of each computed unit."""
     shown: ClassVar[frozenset[str]] = frozenset({"style"})
-    """Settings that say how results are shown, and change no number."""
+    """Settings that affect how results are shown but not the numbers."""
 
     folder: ResultsFolder
 
@@ -98,9 +98,9 @@ class Study(Generic[S]):
         self.lines: list[Line] = []
         """Lines of results.jsonl."""
         self.failed: dict[str, str] = {}
-        """Sentences of failed units, by key."""
+        """Error messages of failed units, by key."""
         self.computed = 0
-        """Units that this run computed; the others were there."""
+        """The number of units computed in this run; the others were already finished."""
         self.timing: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
 
@@ -109,18 +109,18 @@ class Study(Generic[S]):
         """The results folder."""
         return self.folder.path
 
-    # what is studied
+    # settings and model
 
     def inputs(self) -> Mapping[str, Any]:
-        """Digests of what the settings only point at: weights, texts, files."""
+        """Digests of the weights, texts and files that the settings refer to by name."""
         return {}
 
     def requested(self) -> dict[str, Any]:
-        """The settings that decide what is computed."""
+        """The settings that determine what is computed."""
         return self.settings.model_dump(mode="json", exclude=set(self.shown))
 
     def identify(self) -> dict[str, Any]:
-        """What makes two runs the same run."""
+        """The run's identity: runs with equal identities resume each other."""
         return {"kind": self.kind, **self.requested(), "inputs": dict(self.inputs())}
 
     def prune_document(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Study(Generic[S]):
         return settings.prune_config().to_dict() if isinstance(settings, PruningOptions) else {}
 
     def config_extra(self) -> dict[str, Any]:
-        """Further entries of ``config.json``, which replace those of the same name."""
+        """Further entries of ``config.json``, which replace default entries of the same name."""
         return {}
 
     @property
@@ -150,15 +150,15 @@ class Study(Generic[S]):
         )
 
     def check(self, tokenizer: Any, config: Any) -> None:
-        """Raise what is wrong with the settings for this model, before its weights are read."""
+        """Raise an error if the settings do not fit this model; called before weights are read."""
 
     def around(self) -> contextlib.AbstractContextManager[Any]:
-        """Entered while the study loads and computes, e.g. a tracker."""
+        """A context for loading and computing, e.g. a tracker."""
         return contextlib.nullcontext()
 
     @property
     def loaded(self) -> bool:
-        """Whether a model was loaded; a new folder of a run that fails earlier is removed."""
+        """Whether a model was loaded; if a run fails before that, its new folder is removed."""
         return self.model is not None
 
     @property
@@ -169,7 +169,7 @@ class Study(Generic[S]):
     # units
 
     def units(self) -> Iterable[Unit]:
-        """The work in order; a generator may look at ``lines`` for what comes next."""
+        """The units in order; a generator may choose the next unit from ``lines``."""
         raise NotImplementedError
 
     def finished(self, unit: Unit) -> Any:
@@ -177,15 +177,15 @@ class Study(Generic[S]):
         return self.folder.part(unit.key)
 
     def compute(self, unit: Unit) -> Any:
-        """One unit, as data that JSON can hold: by default a line of results.jsonl."""
+        """Compute a unit, as JSON-serialisable data: by default a line of results.jsonl."""
         raise NotImplementedError
 
     def save(self, unit: Unit, value: Any) -> None:
-        """Keep a computed unit, so that no interruption loses it."""
+        """Store a computed unit, so that an interruption does not lose it."""
         self.folder.save_part(unit.key, value)
 
     def take(self, unit: Unit, value: Any) -> None:
-        """Take in a unit, computed now or earlier, and write what can be read of it already."""
+        """Add a unit, computed now or earlier, to the results, and write them."""
         self.lines.append(value)
         write_lines(self.path / "results.jsonl", self.lines)
 
@@ -195,10 +195,10 @@ class Study(Generic[S]):
 
     @property
     def partial(self) -> bool:
-        """Whether a later run, of equal settings, continues what this one has finished."""
+        """Whether a later run with equal settings continues this one."""
         return False
 
-    # what is made of them
+    # results
 
     def summarise(self) -> dict[str, Any]:
         """The study's document, from its lines."""
@@ -209,7 +209,7 @@ class Study(Generic[S]):
         return ()
 
     def tables(self) -> Sequence[Table]:
-        """The tables of ``summary``: CSV files, and the terminal."""
+        """The tables of ``summary``, for CSV files and the terminal."""
         return ()
 
     def sentences(self) -> Sequence[str]:
@@ -217,7 +217,7 @@ class Study(Generic[S]):
         return ()
 
     def markdown(self) -> str:
-        """The Markdown file beside the document."""
+        """The content of the document's Markdown file."""
         parts = [f"{text}\n" for text in self.sentences()]
         return "\n".join([*parts, *(f"{table.markdown()}\n" for table in self.tables())])
 
@@ -230,15 +230,16 @@ class Study(Generic[S]):
         return None
 
     def answer(self) -> dict[str, Any]:
-        """What ``--json`` prints."""
+        """The output of ``--json``."""
         return {"folder": str(self.path), **self.summary, "timing": self.timing}
 
 
 def run_study(study: AnyStudy, fresh: bool = False) -> AnyStudy:
-    """Compute every unit that is not finished yet, then write and show what follows from them.
+    """Compute every unit that is not finished yet, then write and show the results.
 
-    ``fresh``: begin a new folder.  An interruption or an error keeps what was computed and is
-    raised again; ``CellsFailed`` is raised at the end where failed units were recorded.
+    ``fresh``: begin a new folder.  If an interruption or an error stops the run, finished units are
+    kept and the exception is re-raised.  ``CellsFailed`` is raised at the end if failed units were
+    recorded.
     """
     settings, study.fresh = study.settings, fresh
     study.identity = study.identify()
@@ -259,8 +260,8 @@ def run_study(study: AnyStudy, fresh: bool = False) -> AnyStudy:
     if study.failed:
         key, sentence = next(iter(study.failed.items()))
         raise CellsFailed(
-            f"{len(study.failed)} of {len(study.lines)} cells failed, the others are kept in "
-            f"{study.path}; the first, {key}: {sentence}",
+            f"{len(study.failed)} of {len(study.lines)} cells failed; the others are kept in "
+            f"{study.path}; the first failure, {key}: {sentence}",
             finite(study.answer()),
         )
     return study
@@ -268,10 +269,10 @@ def run_study(study: AnyStudy, fresh: bool = False) -> AnyStudy:
 
 @contextlib.contextmanager
 def _resumable(study: Study[Any]) -> Iterator[None]:
-    """The work of a study: when it breaks off, what there is is left in order.
+    """A context for a study's work, which leaves the folder resumable after an error.
 
-    A new folder goes away again where the model was not loaded.  Raises what stopped the work,
-    and ``LoadError`` with next steps where memory ran out.
+    A new folder is removed if the model was not loaded.  Re-raises the error, or ``LoadError`` with
+    next steps if memory ran out.
     """
     folder, ui = study.folder, study.ui
     if folder.resumed:
@@ -290,8 +291,8 @@ def _resumable(study: Study[Any]) -> Iterator[None]:
                 stopped = isinstance(error, KeyboardInterrupt)
                 _write_config(study, "interrupted" if stopped else "failed")
                 if study.lines or folder.parts:
-                    kept = f"what was finished is kept in {study.path}"
-                    ui.say(f"{kept}; the same command resumes")
+                    kept = f"finished work is kept in {study.path}"
+                    ui.say(f"{kept}; the same command resumes the run")
                 _write_log(study)
         if not isinstance(error, DartError) and (memory := _memory_failure(study, error)):
             raise memory from None
@@ -306,10 +307,10 @@ def _memory_failure(study: Study[Any], error: BaseException) -> LoadError | None
 
 
 def _compute_units(study: Study[Any]) -> None:
-    """Compute units in order; counted ahead for a progress bar, or if they are a list."""
+    """Compute units in order; they are counted first for a progress bar, or if they are a list."""
     units, ui = study.units(), study.ui
     with contextlib.ExitStack() as stack:
-        if isinstance(units, Generator):  # which may have a cluster to close
+        if isinstance(units, Generator):  # it may have a cluster to close
             stack.callback(units.close)
         if study.progress:
             units = list(units)
@@ -353,7 +354,7 @@ def _record_failure(study: Study[Any], unit: Unit, error: Exception) -> None:
 
 
 def _write_config(study: Study[Any], status: str) -> None:
-    """config.json: the settings, the status, and where the result comes from."""
+    """Write config.json: the settings, the status, and the provenance of the results."""
     model = study.model
     done = status in ("complete", "interrupted", "failed")
     config = {
@@ -390,16 +391,16 @@ def _finish(study: Study[Any]) -> None:
         study.ui.say(sentence)
     _write_figures(study)
     _write_config(study, "failed" if study.failed else "complete")
-    if page := study.write_page():  # it has the status of config.json
+    if page := study.write_page():  # it shows the status in config.json
         study.ui.say(f"report: {page}")
     _write_log(study)
-    if not study.failed and not study.partial:  # else a later run continues with what is missing
+    if not study.failed and not study.partial:  # else a later run computes the missing units
         study.folder.finish()
     study.ui.say(f"results: {study.path}")
 
 
 def _write_figures(study: Study[Any]) -> None:
-    """Save the figures and say where; without matplotlib say that instead."""
+    """Save the figures and report their paths, or report that matplotlib is missing."""
     from dart_llm.reporting import figures
 
     try:
@@ -410,13 +411,13 @@ def _write_figures(study: Study[Any]) -> None:
 
 
 def _write_log(study: Study[Any]) -> None:
-    """output_<time>.log: the messages."""
+    """Write the messages to output_<time>.log."""
     path = study.path / f"output_{study.folder.stamp}.log"
     write_text(path, "\n".join(study.ui.log) + "\n")
 
 
 def announce_model(model: Any, ui: Ui) -> None:
-    """Say what was loaded: the checkpoint, its numbers and its device."""
+    """Report the loaded checkpoint, its number format and its device."""
     facts = checkpoint_facts(model)
     ui.say(
         f"{facts.get('name')}: {file_text(facts)}, dtype {dtype_text(facts)}, device {model.device}"
@@ -428,7 +429,7 @@ def announce_model(model: Any, ui: Ui) -> None:
 def load_model(
     settings: ModelOptions, ui: Ui, check: Check | None = None
 ) -> tuple[Any, Any, float]:
-    """Model, tokenizer and the seconds it took; ``check`` as of ``load``."""
+    """Model, tokenizer and the load time in seconds; ``check`` is passed to ``load``."""
     for note in settings.notes:
         ui.say(note)
     begin = time.perf_counter()

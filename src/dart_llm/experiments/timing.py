@@ -1,4 +1,4 @@
-"""One timed repetition: the model's own greedy ``generate`` with a clock, or ``llama-bench``."""
+"""A timed repetition: the model's greedy ``generate``, timed per step, or ``llama-bench``."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from dart_llm.pruning.records import RunReport
 from dart_llm.session.run import Run
 
 WARM = 2
-"""Tokens of a repetition that are not timed."""
+"""Warm-up tokens of a repetition, which are not timed."""
 
 Make = Callable[[], Run | None]
-"""Makes a run, not attached; None for the untouched model."""
+"""Makes a run, not attached; returns None for the untouched model."""
 
 Sample = dict[str, Any]
-"""JSON-able, see ``repetition``."""
+"""JSON-serialisable data; see ``repetition``."""
 
 
 def repetition(model: Any, ids: Tensor, tokens: int, make: Make) -> Sample:
-    """Times in seconds and accounting of one repetition; ``make``: its run, not attached.
+    """Times in seconds and accounting of a repetition; ``make``: its run, not attached.
 
-    ``first_token_s``: prompt ids [1, P] read and the first token chosen.  ``steps_s``: each of the
-    ``tokens`` timed decode steps, with the choice of the next token and what else ``generate`` does
-    for it; ``WARM`` steps before them are not timed.  The untouched model has no accounting.
+    ``first_token_s``: processing the prompt ids [1, P] and selecting the first token.  ``steps_s``:
+    each of the ``tokens`` timed decode steps, including token selection and the overhead of
+    ``generate``, after ``WARM`` untimed steps.  The untouched model has no accounting.
     """
     run = make()
     with run or contextlib.nullcontext():
@@ -49,7 +49,7 @@ def repetition(model: Any, ids: Tensor, tokens: int, make: Make) -> Sample:
 
 
 class _Clock(BaseStreamer):
-    """Notes when ``generate`` hands over the prompt and each token."""
+    """Records when ``generate`` passes on the prompt and each token."""
 
     def __init__(self, run: Run | None) -> None:
         self.run = run
@@ -58,7 +58,7 @@ class _Clock(BaseStreamer):
 
     def put(self, value: Tensor) -> None:
         self.times.append(time.perf_counter())
-        steps = len(self.times) - 2  # the first token is the prompt's
+        steps = len(self.times) - 2  # the prompt pass gives the first token
         if self.run is not None and steps == WARM:
             self.warm = self.run.report()
             self.times[-1] = time.perf_counter()
@@ -84,7 +84,7 @@ def _generate(model: Any, ids: Tensor, tokens: int, run: Run | None) -> Sample:
 
 
 def _timed_accounting(warm: RunReport, end: RunReport) -> Sample:
-    """Accounting of the timed tokens alone."""
+    """Accounting of only the timed tokens."""
     counts = end.decoded_tokens, warm.decoded_tokens
     names = ("achieved_sparsity", "dense_token_share", "ffn_bytes_share", "proxy_bytes_share")
     means = {
@@ -99,23 +99,23 @@ def _timed_accounting(warm: RunReport, end: RunReport) -> Sample:
 
 
 def timed_mean(end: float, tokens_end: int, warm: float, tokens_warm: int) -> float:
-    """A mean over the timed tokens, from means over all tokens and over the untimed ones."""
+    """A mean over the timed tokens, from the means over all tokens and over untimed tokens."""
     timed = tokens_end - tokens_warm
     return (end * tokens_end - warm * tokens_warm) / timed if timed else 0.0
 
 
 def token_seconds(samples: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Mean time of a timed token, by repetition, in seconds."""
+    """Mean seconds per timed token, for each repetition."""
     return [statistics.fmean(sample["steps_s"]) for sample in samples]
 
 
 def shuffled(labels: Sequence[str], seed: int, number: int) -> list[str]:
-    """The order of repetition ``number``: it follows from the seed and the number alone."""
+    """The order of repetition ``number``, which depends only on the seed and the number."""
     return random.Random(f"{seed} {number}").sample(list(labels), len(labels))
 
 
 def prompt_ids(model: Any, tokenizer: Any, length: int) -> Tensor:
-    """[1, length] int64 on the model's device: bundled text, repeated."""
+    """Prompt ids [1, length] int64 on the model's device: the embedded texts, repeated."""
     text = tokenizer(texts.all_text(), return_tensors="pt", verbose=False).input_ids
     ids: Tensor = text.repeat(1, -(-length // text.shape[1]))[:, :length]
     return ids.to(model.device)
@@ -123,43 +123,43 @@ def prompt_ids(model: Any, tokenizer: Any, length: int) -> Tensor:
 
 @torch.inference_mode()
 def cache_bytes(model: Any, ids: Tensor) -> float:
-    """Bytes of keys and values of one position, all layers together, after ids [1, T]."""
+    """Bytes of keys and values per position, over all layers, after ids [1, T]."""
     cache = model(ids, use_cache=True, logits_to_keep=1).cache
     length = int(cache.get_seq_length())
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) / length
 
 
-# llama.cpp's own ``llama-bench``, run as a program on a GGUF file.
+# llama.cpp's ``llama-bench``, run on a GGUF file.
 
 LLAMA_CPP = "llama.cpp"
 
 PROGRAM, VARIABLE = "llama-bench", "LLAMA_BENCH"
 
 THREAD_VARIABLES = ("OMP_", "GOMP_", "KMP_")
-"""Set for PyTorch's threads: llama.cpp runs without, as its users run it."""
+"""Prefixes of variables set for PyTorch's threads; llama.cpp runs without them, as usual."""
 
 
 def find_bench() -> str | None:
-    """The program: ``LLAMA_BENCH``, else on PATH; None where there is none."""
+    """The path of llama-bench, from ``LLAMA_BENCH`` or PATH; None if not found."""
     return shutil.which(os.environ.get(VARIABLE) or PROGRAM)
 
 
 def require_bench() -> str:
-    """The program; raises ``ConfigError`` where there is none."""
+    """The path of llama-bench; raises ``ConfigError`` if not found."""
     if bench := find_bench():
         return bench
     path = os.environ.get(VARIABLE)
     where = f"{VARIABLE}={path} is not a program" if path else f"{PROGRAM} is not on PATH"
     raise ConfigError(
-        f"--reference {LLAMA_CPP} needs llama.cpp's own benchmark, and {where}: build llama.cpp "
-        f"and name its {PROGRAM} in {VARIABLE}"
+        f"--reference {LLAMA_CPP} needs llama.cpp's {PROGRAM}, but {where}: build llama.cpp "
+        f"and set {VARIABLE} to its {PROGRAM}"
     )
 
 
 @dataclass(frozen=True)
 class ReferenceFile:
-    """A GGUF file: ``kind``, such as Q4_K_M; ``bytes`` of the tensors that a token reads."""
+    """A GGUF file.  ``kind``: its quantisation, e.g. Q4_K_M; ``bytes``: read by each token."""
 
     path: Path
     kind: str
@@ -167,7 +167,7 @@ class ReferenceFile:
 
     @classmethod
     def of(cls, path: Path) -> ReferenceFile:
-        """Raises ``LoadError`` for what is not a GGUF file."""
+        """Read a file's metadata; raises ``LoadError`` if it is not a GGUF file."""
         file = read_gguf(path)
         sizes = {name: tensor.size for name, tensor in file.tensors.items()}
         looked_up = sizes.get("token_embd.weight", 0) if "output.weight" in sizes else 0
@@ -175,7 +175,7 @@ class ReferenceFile:
 
 
 def reference_repetition(bench: str, file: Path, threads: int, prompt: int, tokens: int) -> Sample:
-    """Like ``repetition``, but by llama-bench, which gives only the mean step."""
+    """Like ``repetition``, but with llama-bench, which reports only the mean step."""
     (read,) = _run(bench, file, threads, "-p", str(prompt), "-n", "0")
     generated = decode_row(bench, file, threads, tokens, prompt + WARM)
     steps = [generated["avg_ns"] / 1e9 / tokens]
@@ -184,12 +184,12 @@ def reference_repetition(bench: str, file: Path, threads: int, prompt: int, toke
 
 
 def decode_row(bench: str, file: Path, threads: int, tokens: int, depth: int) -> dict[str, Any]:
-    """llama-bench's row for generating ``tokens`` after ``depth`` others; ``avg_ns``: of all."""
+    """llama-bench's row for ``tokens`` generated after ``depth`` others; ``avg_ns``: in total."""
     return _run(bench, file, threads, "-p", "0", "-n", str(tokens), "-d", str(depth))[0]
 
 
 def _run(bench: str, file: Path, threads: int, *flags: str) -> list[dict[str, Any]]:
-    """llama-bench's report; raises ``DartError`` where it fails."""
+    """llama-bench's report; raises ``DartError`` if it fails."""
     command = [bench, "-m", str(file), "-t", str(threads), "-r", "1", "-o", "json", *flags]
     environment = program_environment(os.environ, bench)
     try:
@@ -211,7 +211,7 @@ def _run(bench: str, file: Path, threads: int, *flags: str) -> list[dict[str, An
 
 
 def program_environment(environment: Mapping[str, str], bench: str) -> dict[str, str]:
-    """Without what is set for PyTorch's threads; libraries may lie beside the program."""
+    """The environment without PyTorch's thread variables, with the program's library folder."""
     kept = {n: value for n, value in environment.items() if not n.startswith(THREAD_VARIABLES)}
     folders = [str(Path(bench).resolve().parent), kept.get("LD_LIBRARY_PATH", "")]
     return {**kept, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, folders))}

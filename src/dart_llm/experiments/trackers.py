@@ -1,7 +1,7 @@
 """Trackers of ``accelerate``: off by default, and offline unless configured otherwise.
 
-A tracker is a copy of the numbers for people who look at curves; the results folder stays the
-record.  So a tracker that fails is reported once and never stops a run.
+A tracker has a copy of the numbers, to plot curves; the results folder remains the record.  A
+failing tracker is therefore reported once and never stops a run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TRACKERS = ("trackio", "wandb", "mlflow", "tensorboard")
 
 PROJECT = "dart-llm"
 
-LONGEST = 500  # characters of a parameter's value that every version of MLflow takes
+LONGEST = 500  # characters in a parameter's value that every version of MLflow accepts
 
 Log = Callable[[ResultLine], None]
 
@@ -41,10 +41,10 @@ def tracked(
     folder: Path,
     say: Callable[[str], None],
 ) -> Iterator[Log]:
-    """A function that logs a result line; it does nothing where ``name`` is None.
+    """A function that logs a result line; it does nothing if ``name`` is None.
 
-    Local trackers write below ``folder``.  Raises ``UnknownName``, ``MissingExtra`` (the package is
-    not installed) or ``ConfigError`` (it cannot start) before anything is computed.
+    Local trackers write into ``folder``.  Raises ``UnknownName``, ``MissingExtra`` (the package is
+    not installed) or ``ConfigError`` (it cannot start) before any computation.
     """
     if name is None:
         yield lambda line: None
@@ -61,7 +61,7 @@ def tracked(
         except Exception as error:
             raise ConfigError(
                 f"the tracker {name} cannot start ({_reason(error)}): "
-                "correct its settings, or leave --tracker off"
+                "correct its settings, or omit --tracker"
             ) from error
         address = {"trackio": "TRACKIO_DIR", "mlflow": "MLFLOW_TRACKING_URI"}.get(name, "")
         say(f"tracking with {name}: {os.environ.get(address, folder / name)}")
@@ -75,12 +75,12 @@ def tracked(
             yield log
         finally:
             with _quiet(name, failures):
-                # trackio's run would finish, and print, once more at exit
+                # trackio's backend would finish, and print, again at exit
                 (import_module(name) if name == "trackio" else backend).finish()
 
 
 def _local(name: str, data: Path) -> dict[str, str]:
-    """Variables by which a tracker stays on this machine, where its user has not set them."""
+    """Environment variables that keep a tracker local, unless the user has set them."""
     variables = {
         "wandb": {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"},
         "mlflow": {
@@ -105,7 +105,7 @@ def _start(name: str, run_name: str, config: Mapping[str, Any], folder: Path) ->
         options |= {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
         backend = tracking.TrackioTracker(PROJECT, resume="allow", **options)
     elif name == "wandb":
-        terminal = {"console": "off", "quiet": True}  # its output is not copied
+        terminal = {"console": "off", "quiet": True}  # do not copy terminal output
         backend = tracking.WandBTracker(PROJECT, dir=str(folder), settings=terminal, **options)
     elif name == "mlflow":
         artifacts = (folder / name / "artifacts").as_uri()
@@ -115,14 +115,14 @@ def _start(name: str, run_name: str, config: Mapping[str, Any], folder: Path) ->
     backend.start()
     if name == "mlflow":
         backend.store_init_configuration({_plain(k): str(v)[:LONGEST] for k, v in config.items()})
-    elif name == "tensorboard":  # its hyperparameters take no lists
+    elif name == "tensorboard":  # its hyperparameters cannot be lists
         backend.log({"settings": "\n".join(f"    {key}: {v}" for key, v in config.items())})
     return backend
 
 
 @contextlib.contextmanager
 def _hub_offline() -> Iterator[None]:
-    """``trackio.init`` asks the hub for the user's name if there is a token; not when offline."""
+    """Keep ``trackio.init`` from asking the hub for the user's name, which it does with a token."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -137,7 +137,7 @@ def _hub_offline() -> Iterator[None]:
 def numbers(line: ResultLine, tracker: str = "") -> dict[str, float]:
     """The value and its accounting as ``<task>/<label>/<name>``.
 
-    Trackers group by what comes before the first slash: the methods of a task share a panel.
+    Trackers group by the part before the first slash, so the methods of a task share a panel.
     """
     values = {
         line.metric: line.value,
@@ -151,13 +151,13 @@ def numbers(line: ResultLine, tracker: str = "") -> dict[str, float]:
 
 
 def _plain(name: str) -> str:
-    """With the letters, digits and marks alone that MLflow takes on every system."""
+    """The name with only the characters that MLflow accepts on every system."""
     return re.sub(r"[^\w./ -]", "_", name)
 
 
 @contextlib.contextmanager
 def _quiet(name: str, failures: list[Exception]) -> Iterator[None]:
-    """Stdout belongs to the results; the first failure is logged, and none stops the run."""
+    """Suppress the tracker's stdout and exceptions; the first exception is logged."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield

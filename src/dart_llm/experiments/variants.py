@@ -1,7 +1,7 @@
-"""Methods by name, and variants of them from a YAML file, for the studies that compare them.
+"""Methods by name, and variants of methods from a YAML file, for studies that compare them.
 
-A variants file maps labels to changes of a ``PruneConfig``; ``method`` names the preset that they
-change (default: dart)::
+A variants file maps labels to changes of a ``PruneConfig``; ``method`` names the preset to change
+(default: dart)::
 
     no compensation: {compensation: false}
     uniform budget: {budget: uniform}
@@ -26,19 +26,19 @@ DENSE, GRIFFIN = "dense", "griffin"
 NEVER = "never"
 
 ORACLE = " (oracle)"
-"""Suffix of a variant that is re-masked at the true change of topic, not by its detector."""
+"""Suffix of a variant that is re-masked at the true topic change, not by its detector."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to prune, at any sparsity.  ``oracle``: re-masked at the change of topic."""
+    """A way to prune, at any sparsity.  ``oracle``: re-masked at the true topic change."""
 
     label: str
     config: PruneConfig
     oracle: bool = False
 
     def at(self, sparsity: float, **changes: Any) -> PruneConfig:
-        """The configuration at ``sparsity``, the fraction to remove; raises ``ConfigError``."""
+        """The configuration at ``sparsity``, the fraction removed; raises ``ConfigError``."""
         try:
             return self.config.replace({"sparsity": sparsity, **changes})
         except ConfigError as error:
@@ -53,10 +53,9 @@ def parse(
 ) -> list[Variant]:
     """Methods by name, then the variants of ``file``.
 
-    ``changes``: settings of every configuration.  ``flags``: settings that a variant may not set,
-    and the flag that does.  Raises ``ConfigError`` for a label that occurs twice, a method that
-    removes nothing, and a file or setting that cannot be used; ``UnknownName`` for an unknown
-    method.
+    ``changes``: settings for all configurations.  ``flags``: settings that a variant may not set,
+    each with the flag that sets it.  Raises ``ConfigError`` for a repeated label, a method that
+    removes nothing, and an invalid file or setting; ``UnknownName`` for an unknown method.
     """
     rows = [(METHODS.check(name), {"method": name}, "") for name in methods]
     if file is not None:
@@ -68,15 +67,15 @@ def parse(
         except ConfigError as error:
             raise ConfigError(f"{prefix}{error}") from None
         if label in (DENSE, *variants):
-            raise ConfigError(f'the label "{label}" is taken: give each variant its own')
+            raise ConfigError(f'the label "{label}" is taken: give each variant its own label')
         if label.endswith(ORACLE) or not label.strip():
-            raise ConfigError(f'"{label}" cannot be the label of a variant: give it another one')
+            raise ConfigError(f'"{label}" cannot be the label of a variant: choose another label')
         variants[label] = variant
     return list(variants.values())
 
 
 def _read(path: Path, flags: Mapping[str, str]) -> list[tuple[str, dict[str, Any], str]]:
-    """Label, changes and error-message prefix of every variant of a file."""
+    """The label, changes and error-message prefix of every variant in a file."""
     variants = read_yaml(path)
     if not variants:
         raise ConfigError(f"the variants file {path} is empty: write LABEL: {{SETTING: VALUE}}")
@@ -86,7 +85,7 @@ def _read(path: Path, flags: Mapping[str, str]) -> list[tuple[str, dict[str, Any
         if changes is not None and not isinstance(changes, Mapping):
             raise ConfigError(f"{name} has no settings: write {label}: {{compensation: false}}")
         for key in flags.keys() & (changes or {}).keys():
-            raise ConfigError(f"{name} sets the {key}, which {flags[key]} does: drop it")
+            raise ConfigError(f"{name} sets the {key}, which only {flags[key]} may set: drop it")
         rows.append((str(label), dict(changes or {}), f"{name}: "))
     return rows
 
@@ -100,9 +99,9 @@ def _build(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> PruneConf
 
 
 def oracles(variants: Sequence[Variant], labels: str | None) -> list[Variant]:
-    """Variants that are re-masked at the true change of topic.
+    """Variants that are re-masked at the true topic change.
 
-    ``labels``: comma-separated, or ``none``; None: all that have a drift rule.
+    ``labels``: comma-separated labels, or ``none``; None: all variants with a drift rule.
     """
     configs = {variant.label: variant.config for variant in variants}
     if labels is None:
