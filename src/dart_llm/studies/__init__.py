@@ -1,4 +1,4 @@
-"""One folder or file for each command that keeps a results folder.
+"""A folder for each command, or group of commands, that writes a results folder.
 
-Start with ``inspection/study.py``, the shortest; studies do not import each other.
+Start with ``inspection/study.py``, the shortest study.
 """

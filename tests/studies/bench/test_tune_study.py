@@ -75,7 +75,7 @@ def test_slices_of_both_texts_come_in_turn(tmp_path):
     assert {(each.window.scored, len(each.window.ids)) for each in slices} == {(TOKENS, 64)}
     short = tmp_path / "short.txt"
     short.write_text("a" * 100)
-    with pytest.raises(ConfigError, match="has 100 tokens, and two slices need 128"):
+    with pytest.raises(ConfigError, match="has 100 tokens, but two slices need 128"):
         user_slices(str(short), tokenizer, 3, PROMPT, TOKENS)
 
 

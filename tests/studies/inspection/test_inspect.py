@@ -159,7 +159,7 @@ def test_what_cannot_be_looked_at():
     ):
         with pytest.raises(ConfigError, match="does not select the neurons of a sequence by its"):
             sections.overlap(read(**settings))
-    with pytest.raises(ConfigError, match=r"needs 64 tokens of each text, and B \(B\) has 3"):
+    with pytest.raises(ConfigError, match=r"needs 64 tokens of each text, but B \(B\) has 3"):
         sections.ablation(read(A, "sea"))
     with pytest.raises(ConfigError, match=r"text A \(A\) has 1 token"):
         read("a")
@@ -237,7 +237,7 @@ def test_files_plots_and_page_have_the_numbers(whole):
     jaccard = kept["sections"]["overlap"]["mean"]["jaccard"]
     assert [line["value"] for line in lines(folder / "rows.jsonl")] == [jaccard, *losses]
     mean = {key: f"{value:.3f}" for key, value in kept["sections"]["overlap"]["mean"].items()}
-    words = f"a Jaccard of {mean['jaccard']}, where chance gives {mean['chance']}."
+    words = f"a Jaccard index of {mean['jaccard']} ({mean['chance']} by chance)."
     assert words in (folder / "inspect.md").read_text("utf-8")
     drawn = {f"inspect_{name}" for name in ("layers", "activations", "overlap")}
     assert {path.stem for path in (folder / "plots").iterdir()} == drawn

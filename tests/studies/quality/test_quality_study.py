@@ -74,7 +74,7 @@ def test_bad_settings_are_one_sentence(given, error):
     [
         ("- a\n- b\n", "must hold names and values"),
         ("a: 3\n", 'the variant "a" of .* has no settings: write a'),
-        ("a: {sparsity: 0.5}\n", "sets the sparsity, which --sparsities does: drop it"),
+        ("a: {sparsity: 0.5}\n", "sets the sparsity, which only --sparsities may set: drop it"),
         ("a: {compensaton: true}\n", 'variant "a" of .*: unknown setting "compensaton"'),
         ("a: {budget: {table: '0:0.5'}}\n", 'the variant "a" cannot be used: the layer table'),
         ("dense: {}\n", 'the label "dense" is taken'),

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 METRICS = {"loss": "loss", "ms": "ms_per_token", "times_dense": "speed_up"}
-"""What rows.jsonl has of a row: its key, and the metric."""
+"""Metric names in rows.jsonl, by the row's key."""
 
 
 def result_lines(task: str, document: Row, packed: Mapping[str, str]) -> list[ResultLine]:
-    """Loss, time and speed-up of every row; ``packed``: names of formats in blocks."""
+    """Loss, time and speed-up of every row; ``packed``: names of the block formats."""
     lines = []
     for row in document["rows"]:
         ours = row["executor"] != LLAMA_CPP
@@ -63,7 +63,7 @@ def result_lines(task: str, document: Row, packed: Mapping[str, str]) -> list[Re
 
 
 def number(value: float) -> str:
-    """To three digits or so: 0.042, 1.23, 17.6, 1234."""
+    """A number with about three significant digits: 0.042, 1.23, 17.6, 1234."""
     size = abs(value)
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
     text = f"{value:.{digits}f}"
@@ -92,11 +92,11 @@ COLUMNS = (
     Column("perplexity", "perplexity", figure, terminal=False),
     Column("", "verdict", needed=True),
 )
-"""Of both documents; docs/bench.md and docs/tune.md define them."""
+"""The columns of both commands; docs/bench.md and docs/tune.md define them."""
 
 
 def table(kind: str, document: Row) -> Table:
-    """The rows for people, and the CSV file; columns without a value are left out."""
+    """The table for terminal, page and CSV file; columns without values are left out."""
     rows = document["rows"]
     shown = [column for column in COLUMNS if any(column.raw(row) is not None for row in rows)]
     best = next((n for n, row in enumerate(rows) if row.get("recommended")), None)
@@ -105,7 +105,7 @@ def table(kind: str, document: Row) -> Table:
 
 
 def caption(document: Row) -> str:
-    """What was measured, and where."""
+    """The model, the measurement and the machine."""
     facts, machine = document["checkpoint"], document["machine"]
     formats = ", ".join(f"{name}: {f['stored_as']}" for name, f in document["formats"].items())
     timed = document.get("timed_tokens", document["tokens"])
@@ -128,7 +128,7 @@ def caption(document: Row) -> str:
 
 
 def left_out(reasons: Mapping[str, str]) -> list[str]:
-    """One sentence per reason, with all candidates that it holds for."""
+    """A sentence per reason, with all candidates left out for it."""
     return [
         f"{'; '.join(labels)} {'is' if len(labels) == 1 else 'are'} left out: {reason}"
         for reason, labels in grouped(reasons, lambda label: reasons[label]).items()
@@ -136,7 +136,7 @@ def left_out(reasons: Mapping[str, str]) -> list[str]:
 
 
 def speed_sentences(document: Row) -> list[str]:
-    """The fastest method beside its bandwidth limit, and dense (native) beside llama.cpp."""
+    """The fastest method against its bandwidth limit, and dense (native) against llama.cpp."""
     rows = {row["row"]: row for row in document["rows"]}
     sentences = []
     methods = [row for row in rows.values() if row["method"]]
@@ -144,7 +144,7 @@ def speed_sentences(document: Row) -> list[str]:
     if judged:
         row = min(judged, key=lambda row: float(row["ms"]))
         plain = row["times_transformers"]
-        over = f"{plain:.2f} x as fast as" if plain else "disturbed beside"
+        over = f"{plain:.2f} x as fast as" if plain else "disturbed against"
         sentences.append(
             f"{row['row']}: {over} transformers, {row['times_dense']:.2f} x as fast as "
             f"{document['formats'][row['weights']]['base']}, {percent(row['share_of_limit'])} of "
@@ -162,7 +162,7 @@ def speed_sentences(document: Row) -> list[str]:
 
 
 def verdict(document: Row, row: Row) -> str | None:
-    """The verdict on a row of ``tune``, in a word or two."""
+    """A short verdict on a row of ``tune``."""
     if row["recommended"]:
         return "stay with it for now" if document["undecided"] else "recommended"
     if row["ms"] is None:
@@ -182,9 +182,9 @@ def loss_words(row: Row) -> str:
 
 
 def tune_sentences(document: Row) -> list[str]:
-    """What is recommended and why; what could not be judged or could not run.
+    """The recommendation with its reason, and the candidates that were left out.
 
-    Of ``--quick`` the first answer, or that there is none yet.
+    With ``--quick`` it is only a first answer, or "undecided".
     """
     rows = {row["row"]: row for row in document["rows"]}
     best, base = rows[document["recommended"]], rows[document["base"]]
@@ -192,7 +192,7 @@ def tune_sentences(document: Row) -> list[str]:
     dense = f"{base['row']} ({base['ms']:.2f} ms per token, loss {loss_words(base)})"
     if document["undecided"]:
         results = "; ".join(_result(document, rows[label]) for label in document["undecided"])
-        answer = f"Undecided after so few slices and repetitions: {results}; {dense}."
+        answer = f"Undecided after these few slices and repetitions: {results}; {dense}."
     elif best is not base:
         answer = f"Recommended for a loss of up to {most}: {_result(document, best)}."
         answer += f" No pruning is more than {noise} faster." if best["dense"] else ""
@@ -208,12 +208,12 @@ def tune_sentences(document: Row) -> list[str]:
         answer += "continues from here."
     elif disturbed:
         answer += f" The timing of {'; '.join(disturbed)} was disturbed by other work on this "
-        answer += "machine and decides nothing: repeat it on a quiet machine with --fresh."
+        answer += "machine and is ignored: repeat it on a quiet machine with --fresh."
     return [answer, *left_out(document["left_out"])]
 
 
 def _result(document: Row, row: Row) -> str:
-    """What a row loses and how fast it is."""
+    """A row's loss and speed."""
     loss = f"{row['row']}: loses {loss_words(row)}"
     if row["disturbed"]:
         return f"{loss}; its timing was disturbed by other work on this machine"
@@ -226,7 +226,7 @@ def _result(document: Row, row: Row) -> str:
 
 
 def measured(document: Row, row: Row) -> dict[str, Any]:
-    """The measurement as the setting's file states it."""
+    """The measurement, as written to the setting file."""
     names = ("loss", "kl", "ms", "times_dense", "bytes_share", "achieved_sparsity")
     values = {name: None if row[name] is None else round(row[name], 5) for name in names}
     ends, machine = row["loss_interval"], document["machine"]
@@ -277,7 +277,7 @@ def speed_plot(document: Row) -> Plot:
 
 
 def tune_plot(document: Row) -> Plot:
-    """Loss over time."""
+    """Loss over milliseconds per token."""
     rows = [row for row in document["rows"] if row["loss"] > -1 and row["ms"] is not None]
     usual = document["rows"][0]["weights"]
 
@@ -301,11 +301,11 @@ def tune_plot(document: Row) -> Plot:
 
     points = "; ".join(f"{row['row']} {loss_words(row)} at {row['ms']:.2f} ms" for row in rows)
     alt = f"Points per setting: {points}."
-    return Plot("tune", "Loss over the time of a token", alt, caption(document), 4.1, draw)
+    return Plot("tune", "Loss over time per token", alt, caption(document), 4.1, draw)
 
 
 def _draw_point(axes: Axes, row: Row, look: Look) -> None:
-    """A point with its interval and sparsity; the recommended one has a ring."""
+    """Draw a point with its interval and sparsity; the recommended point has a ring."""
     x, y, ends = row["ms"], 100 * row["loss"], row["loss_interval"]
     if ends is not None:
         axes.plot([x, x], [100 * end for end in ends], color=look["color"], linewidth=1)

@@ -1,10 +1,11 @@
-"""Rows of speed.json and tune.json: times, ratios, bytes and their limits; losses, and the choice.
+"""Rows of speed.json and tune.json: times, ratios, bytes, limits, losses, and the recommendation.
 
-The loss of a candidate on a text is its perplexity over the reference's, minus 1, on the same
-tokens; the reference is the dense model in its own dtype.  A few tokens can flatter a candidate, so
-it is no less than the exponential of the mean KL, minus 1: what the loss would be on all that the
-reference may write there.  With fewer slices than an interval needs it is that alone: losses of so
-few tokens vary too much, KL varies little.  The loss of a row is that of the worse text.
+A candidate's loss on a text is its perplexity over the reference's, minus 1, on the same tokens;
+the reference is the dense model in its own dtype.  On few tokens this can be too low by chance, so
+the loss is at least the exponential of the mean KL, minus 1: the expected loss on text that the
+reference would generate there.  With fewer slices than an interval needs, only this second estimate
+is used, because losses on so few tokens vary too much while KL varies little.  A row's loss is the
+largest over the texts.
 """
 
 from __future__ import annotations
@@ -25,26 +26,26 @@ from dart_llm.reporting.words import FEWEST_ITEMS, TRANSFORMERS
 from dart_llm.studies.bench.settings import Candidate
 
 Sample = Mapping[str, Any]
-"""One repetition of one row, see ``timing.repetition``."""
+"""A repetition of a row; see ``timing.repetition``."""
 
 Line = Mapping[str, Any]
-"""One slice of one candidate: ``candidate``, ``text``, ``slice``, ``loss``, ``kl``, ``tokens``,
-``accounting``."""
+"""A candidate's scores on a slice: ``candidate``, ``text``, ``slice``, ``loss``, ``kl``,
+``tokens``, ``accounting``."""
 
 Row = dict[str, Any]
 
 DISTURBED = "disturbed: other work ran; repeat it on a quiet machine"
-"""Replaces a ratio that the bytes do not allow, or whose repetitions scatter too far."""
+"""Replaces a ratio above its bandwidth limit, or whose repetitions scatter too much."""
 
 REFERENCE = "reference"
-"""Candidate of the lines that losses are counted from."""
+"""The ``candidate`` of the lines against which losses are computed."""
 
 
 # Times, ratios and bytes.
 
 
 def mean_context(prompt: int, tokens: int) -> float:
-    """Positions of the key-value cache that a timed token reads, its own included, on average.
+    """The mean number of KV-cache positions that a timed token reads, its own included.
 
     The first timed token is number ``WARM`` after the prompt, counted from 0.
     """
@@ -53,7 +54,7 @@ def mean_context(prompt: int, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class DecodeTraffic:
-    """What one dense token reads: bytes of weights, those of FFN and head in them, and of cache."""
+    """Bytes that a dense token reads: of weights (including FFN and head), and of the KV cache."""
 
     ffn: float
     weights: float
@@ -66,29 +67,30 @@ class DecodeTraffic:
 
     @property
     def share(self) -> float:
-        """f: the FFN's share of all bytes that a token reads, the cache's among them."""
+        """f: the FFN's share of all bytes that a token reads, including the KV cache."""
         return self.ffn / self.total
 
     def limit(self, sparsity: float, proxy_share: float = 0.0, head_share: float = 1.0) -> float:
-        """1 / (1 - f s); ``proxy_share``: low-bit proxies over the FFN's bytes, read on top.
+        """The bandwidth limit, 1 / (1 - f s).
 
-        ``head_share``: of the head's bytes, what a screened one reads.
+        ``proxy_share``: bytes of low-bit proxies, which are read in addition, over FFN bytes;
+        ``head_share``: the fraction of the head's bytes that a screened head reads.
         """
         saved = self.head / self.total * (1 - head_share)
         return bytes_limit(self.share, sparsity, proxy_share, saved)
 
     def read(self, ffn_share: float, head_share: float = 1.0) -> float:
-        """Bytes of one token that touches these shares of the bytes of FFN and head."""
+        """Bytes that a token reads with these shares of the bytes of FFN and head."""
         return self.total + self.ffn * (ffn_share - 1) + self.head * (head_share - 1)
 
 
 def time_columns(
     samples: Sequence[Sample], base: Sequence[Sample] | None, limit: float | None = None
 ) -> Row:
-    """Milliseconds of a decoded token, and how many times as fast as ``base``.
+    """Milliseconds per decoded token, and the speed-up over ``base``.
 
-    All None without samples.  ``limit``: bytes of ``base`` over bytes of this, which no ratio
-    exceeds; a timing that contradicts it is ``disturbed``, and has no ratio.
+    All are None without samples.  ``limit``: bytes of ``base`` over bytes of this row, the limit of
+    the ratio; a timing that contradicts it is ``disturbed`` and has no ratio.
     """
     names = ("ms", "times_dense", "scatter", "disturbed")
     row: Row = {**dict.fromkeys(names), "bandwidth_limit": limit}
@@ -110,10 +112,11 @@ def _mean(samples: Sequence[Sample], name: str, default: float) -> float:
 def speed_document(
     candidates: Sequence[Candidate], samples: Mapping[str, Sequence[Sample]], about: Row
 ) -> Row:
-    """speed.json: ``about``, and a row per candidate.
+    """The content of speed.json: ``about``, and a row per candidate.
 
-    ``about``: of ``formats`` by name the ``weights`` (bytes) and ``base``, the label of dense
-    (native), None where nothing was measured; of ``reference`` by label what llama.cpp reads.
+    ``about["formats"]`` has for each weight format the ``weights`` (bytes) and ``base``, the label
+    of dense (native) or None if that was not measured.  ``about["reference"]`` has for each label
+    the bytes that llama.cpp reads.
     """
     formats = about["formats"]
     bases = {name: samples.get(facts["base"]) for name, facts in formats.items()}
@@ -146,7 +149,7 @@ def speed_document(
 
 
 def _accounting(candidate: Candidate, samples: Sequence[Sample], traffic: DecodeTraffic) -> Row:
-    """What llama.cpp does not report: accounting of the timed tokens, and memory."""
+    """Columns that llama.cpp does not report: accounting of the timed tokens, and memory."""
     removed, head = _mean(samples, "achieved_sparsity", 0.0), _mean(samples, "head_bytes_share", 1)
     limit = traffic.limit(removed, _mean(samples, "proxy_bytes_share", 0.0), head)
     memory = [sample.get("extra_memory_bytes") for sample in samples]
@@ -167,7 +170,7 @@ def _speed_row(
     transformers: Sequence[Sample],
     dense: Sequence[Sample] | None,
 ) -> Row:
-    """A row with its times, and with its ratios over transformers and dense (native)."""
+    """The row with times, and ratios over transformers and dense (native)."""
     limit = row.get("bandwidth_limit")
     times = time_columns(samples, dense, limit)
     plain = judge(token_seconds(transformers), token_seconds(samples))
@@ -189,8 +192,10 @@ def _speed_row(
 
 
 def _mark_contradictions(rows: Sequence[Row], samples: Mapping[str, Sequence[Sample]]) -> None:
-    """With one method, executor and weight format, a speed-up cannot exceed the saving in bytes.
-    Not compared across methods: selecting neurons takes a different time in each."""
+    """Mark timings that contradict their bytes within a method, executor and weight format.
+
+    Methods are not compared with each other, because their selection takes different times.
+    """
     judged = [row for row in rows if row["bandwidth_limit"] and row["times_dense"] is not None]
     kinds = grouped(judged, lambda row: (row["method"], row["executor"], row["weights"]))
     for same in kinds.values():
@@ -205,7 +210,7 @@ def _mark_contradictions(rows: Sequence[Row], samples: Mapping[str, Sequence[Sam
 
 
 def quality_row(label: str, lines: Sequence[Line], seed: int) -> Row:
-    """Loss by text, the worse one's with its interval, KL and accounting of a candidate."""
+    """A candidate's loss by text, the largest loss with its interval, KL and accounting."""
     by_candidate = grouped(lines, lambda line: line["candidate"])
     scored, reference = by_candidate[label], by_candidate[REFERENCE]
     dense = {line["slice"]: line for line in reference}
@@ -257,7 +262,7 @@ def _on_text(scored: Sequence[Line], base: Sequence[Line], seed: int) -> Row:
 
 
 def _mean_accounting(reports: Sequence[Mapping[str, Any]]) -> Row:
-    """Over all slices, weighted by their decoded tokens."""
+    """Accounting over all slices, weighted by decoded tokens."""
     total = sum(report["decoded_tokens"] for report in reports)
 
     def mean(name: str) -> float | None:
@@ -274,24 +279,24 @@ def _mean_accounting(reports: Sequence[Mapping[str, Any]]) -> Row:
     }
 
 
-# What is recommended.
+# The recommendation.
 
 
 def clearly_over(row: Row, max_loss: float) -> bool:
-    """Whether the whole interval of the loss lies above the budget.
+    """Whether the whole interval of the loss is above the budget.
 
-    With too few slices for an interval: whether the least of their losses does.
+    With too few slices for an interval: whether their smallest loss is above it.
     """
     ends = row["loss_interval"]
     return bool((_lost(row, -1) if ends is None else ends[0]) > max_loss)
 
 
 def recommend(rows: Sequence[Row], base: str, max_loss: float, noise: float) -> str:
-    """Label of the fastest row whose estimated loss is within ``max_loss``.
+    """The label of the fastest row whose estimated loss is within ``max_loss``.
 
-    What leaves something out must beat the fastest dense row by more than ``noise``, and that one
-    the row ``base`` (the model as it is loaded): else the simpler one is taken.  Where nothing is
-    within, and ``base`` is not, it is ``base`` all the same.  Disturbed timings recommend nothing.
+    A pruned row must be faster than the fastest dense row by more than ``noise``, and that dense
+    row faster than ``base`` (the model as loaded); otherwise the simpler row is recommended.  If no
+    row is within the budget, ``base`` is recommended.  Disturbed rows are never recommended.
     """
     fit = [row for row in rows if _is_trusted(row) and row["loss"] <= max_loss]
     if not fit:
@@ -312,12 +317,12 @@ def _is_trusted(row: Row) -> bool:
 def undecided(
     rows: Sequence[Row], base: str, recommended: str, max_loss: float, noise: float
 ) -> list[str]:
-    """Labels of rows that further measurements may show to be the better choice; [] if none.
+    """Labels of rows that further measurements may show to be the better choice.
 
-    A few slices and repetitions decide only what is clear: a row is clearly good where it is faster
-    than dense by more than ``noise`` and loses no more than ``max_loss``, both beyond their scatter
-    (of the repetitions, and over the slices), and clearly not where one of the two is beyond it on
-    the other side.
+    With few slices and repetitions, only clear results count.  A row is clearly good if, even at
+    the unfavourable end of the scatter, it is faster than dense by more than ``noise`` and loses at
+    most ``max_loss``.  It is clearly bad if it fails either condition even at the favourable end.
+    The result is empty if the recommended row is clearly good.
     """
     others = [row for row in rows if row["row"] != base]
     clear = [row for row in others if _gain(row, -1) > 1 + noise and _lost(row, 1) <= max_loss]
@@ -331,13 +336,13 @@ def undecided(
 
 
 def _gain(row: Row, side: int) -> float:
-    """The least (-1) or the largest (1) speed-up that the repetitions allow."""
+    """The smallest (-1) or largest (1) speed-up within the scatter of the repetitions."""
     if not _is_trusted(row):
         return math.inf if side > 0 else 0.0
     return float(row["times_dense"] * (1 + side * (row["scatter"] or 0.0)))
 
 
 def _lost(row: Row, side: int) -> float:
-    """The least (-1) or the largest (1) loss that the slices allow."""
+    """The smallest (-1) or largest (1) loss over the slices."""
     low, high = row["loss_range"]
     return float(min(low, row["loss"]) if side < 0 else max(high, row["loss"]))

@@ -1,4 +1,4 @@
-"""What ``bench speed`` and ``tune`` measure: their settings, and the candidates of their grids."""
+"""The settings of ``bench speed`` and ``tune``, and the candidates of their grids."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ STUDY = "Study"
 LLAMA_CPP = "llama.cpp"
 
 FORMATS = ("file", "dense", *ROUNDED)
-"""Weight formats by name; ``bench speed`` takes paths of GGUF files, too."""
+"""Names of weight formats; ``bench speed`` also accepts paths of GGUF files."""
 
 EXECUTORS = tuple(get_args(PruneConfig.model_fields["executor"].annotation))[1:]
-"""All but ``auto``."""
+"""All executors but ``auto``."""
 
 METHODS = ("dart-token", "dart", "griffin")
-"""Methods that ``tune`` tries by default."""
+"""The methods that ``tune`` tries by default."""
 
 HEADS = ("full", "screened")
 
@@ -37,12 +37,12 @@ Removed = Annotated[Fractions, AfterValidator(check_removed)]
 
 
 class BenchOptions(StudyOptions, ModelOptions):
-    """What both commands can be set to; None means "not given"."""
+    """Settings of both commands; None means "not given"."""
 
     UNUSED: ClassVar = ("device_map",)
     KIND: ClassVar[str]
 
-    experiment_name: str | None = setting("Results", "Default: the command and the model's name.")
+    experiment_name: str | None = setting("Results", "Default: command and model name.")
     variants: str | None = setting(STUDY, "YAML file of changed methods: LABEL: {SETTING: VALUE}.")
     repeats: int = setting(STUDY, "Repetitions of every row, in shuffled order.", 5, ge=1)
     threads: int | None = setting(STUDY, "Threads (default: torch's own number).", ge=1, le=4096)
@@ -59,17 +59,17 @@ class BenchOptions(StudyOptions, ModelOptions):
 
     @property
     def name(self) -> str:
-        """What the model is called in the results, without its folders."""
+        """The model's name in the results, without folders."""
         return Path(self.model.rstrip("/")).name.lower()
 
     @property
     def experiment(self) -> str:
-        """Name of the experiment's folder."""
+        """The name of the experiment's folder."""
         return self.experiment_name or f"{self.KIND}-{self.name}"
 
 
 class SpeedSettings(BenchOptions):
-    """What ``dart-llm bench speed`` measures."""
+    """The settings of ``dart-llm bench speed``."""
 
     KIND: ClassVar = "speed"
 
@@ -85,8 +85,8 @@ class SpeedSettings(BenchOptions):
     reference_file: list[str] | None = setting(
         STUDY, "GGUF file for --reference; repeatable (default: the model's, and --weights)."
     )
-    prompt_tokens: int = setting(STUDY, "Tokens of the prompt.", 128, ge=1)
-    tokens: int = setting(STUDY, "Timed tokens of a repetition, after two that are not.", 128, ge=4)
+    prompt_tokens: int = setting(STUDY, "Tokens in the prompt.", 128, ge=1)
+    tokens: int = setting(STUDY, "Timed tokens per repetition, after two untimed.", 128, ge=4)
 
     @model_validator(mode="after")
     def _check(self) -> SpeedSettings:
@@ -106,7 +106,7 @@ class SpeedSettings(BenchOptions):
             check_name("executor", executor, EXECUTORS)
         for name in ("executors", "sparsities"):
             if not getattr(self, name):
-                raise ConfigError(f"--{name} is empty: give at least one")
+                raise ConfigError(f"--{name} is empty: give at least one value")
         self.method_list()
         return self
 
@@ -114,7 +114,7 @@ class SpeedSettings(BenchOptions):
         changes, flags = {"seed": self.seed}, {"executor": "--executors"}
         variants = parse(self.methods, self.variants, changes, flags)
         if not variants:
-            raise ConfigError("--methods is empty: give at least one, e.g. dart")
+            raise ConfigError("--methods is empty: give at least one method, e.g. dart")
         return tuple(variants)
 
     @property
@@ -123,7 +123,7 @@ class SpeedSettings(BenchOptions):
         return [Path(weights).expanduser() for weights in self.weights if is_file(weights)]
 
     def method_list(self) -> list[tuple[str, PruneConfig]]:
-        """Every variant at every sparsity under every executor: label and configuration."""
+        """Label and configuration of every variant at every sparsity, with every executor."""
         return [
             (variant.label, variant.at(sparsity, executor=executor))
             for variant in self.variant_list()
@@ -138,26 +138,26 @@ def is_file(weights: str) -> bool:
 
 
 def first_slices(count: int) -> tuple[int, ...]:
-    """Numbers of the slices, of ``count``, that ``--quick`` scores: the first and a middle one."""
+    """The numbers of the slices, out of ``count``, that ``--quick`` scores: first and middle."""
     return tuple(dict.fromkeys((0, count // 2)))
 
 
 class TuneSettings(BenchOptions):
-    """What ``dart-llm tune`` measures."""
+    """The settings of ``dart-llm tune``."""
 
     KIND: ClassVar = "tune"
 
     weights: Texts = setting(  # type: ignore[assignment]
-        "Model", f"Formats: of {', '.join(FORMATS)} (default: what suits).", ()
+        "Model", f"Formats: of {', '.join(FORMATS)} (default: by model and machine).", ()
     )
-    max_loss: float = setting(  # at most 1: whoever gives 2 means 2 %
+    max_loss: float = setting(  # at most 1, because a user who gives 2 means 2 %
         STUDY, "Loss budget in perplexity: 0.02 is 2 %.", 0.02, gt=0, le=1, allow_inf_nan=False
     )
     save: str | None = setting(STUDY, "Also write the recommended setting to this file.")
     quick: bool = setting(
         STUDY,
         "Answer in minutes: dense, a screened head, dart-token at 30 %, on two slices of each "
-        "text; the same command without it continues from there.",
+        "text; the same command without --quick continues from there.",
         False,
     )
     methods: Texts = setting(STUDY, f"Methods, or none (default: {','.join(METHODS)}).", ())
@@ -165,9 +165,9 @@ class TuneSettings(BenchOptions):
     heads: Texts = setting(STUDY, "Output heads: full,screened (default: by method).", ())
     text: str = setting(STUDY, "Your text: a file, JSONL or data name.", documents.EMBEDDED)
     slices: int = setting(STUDY, "Slices of each of the two texts.", 8, ge=2)
-    prompt_tokens: int = setting(STUDY, "Prompt tokens, of a slice.", 64, ge=16)
-    tokens: int = setting(STUDY, "Scored tokens of a slice.", 96, ge=1)
-    timed_tokens: int = setting(STUDY, "Timed tokens of a repetition.", 64, ge=4)
+    prompt_tokens: int = setting(STUDY, "Prompt tokens per slice.", 64, ge=16)
+    tokens: int = setting(STUDY, "Scored tokens per slice.", 96, ge=1)
+    timed_tokens: int = setting(STUDY, "Timed tokens per repetition.", 64, ge=4)
     noise: float = setting(STUDY, "Ignore speed-ups smaller than this fraction.", 0.03, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -187,7 +187,7 @@ class TuneSettings(BenchOptions):
 
     @property
     def repetition_tokens(self) -> int:
-        """Timed tokens of a repetition."""
+        """The number of timed tokens per repetition."""
         return min(self.timed_tokens, 24) if self.quick else self.timed_tokens
 
 
@@ -196,22 +196,22 @@ class TuneSettings(BenchOptions):
 SCREENED = "screened"
 
 LOADED = "own"
-"""The weight format of a model that is loaded already."""
+"""The weight format of a model that is already loaded."""
 
 BY_TOKEN, BY_MASK = (0.3, 0.5, 0.7), (0.2, 0.3)
-"""Sparsities that ``tune`` tries by default: of per-token selection, of one mask per sequence."""
+"""Default sparsities of ``tune``: for per-token selection, and for one mask per sequence."""
 
 QUICK_SEQUENCES = 8
-"""Self-generated sequences that ``--quick`` learns from."""
+"""The number of self-generated sequences from which ``--quick`` learns."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row: a model whose weights are in a format, under a configuration.
+    """A row of a grid: a weight format of the model, with a configuration.
 
-    ``config`` None: the untouched model.  ``weights``: name of the format.  ``method``: label of
-    the method that prunes; None: dense.  ``file``: a GGUF file that llama.cpp reads, and then no
-    configuration applies.
+    ``config``: None for the untouched model.  ``weights``: name of the format.  ``method``: label
+    of the pruning method; None for dense.  ``file``: a GGUF file for llama.cpp, in which case there
+    is no configuration.
     """
 
     label: str
@@ -222,21 +222,21 @@ class Candidate:
 
     @property
     def executor(self) -> str | None:
-        """The executor that decodes; None: transformers."""
+        """The executor; None for transformers."""
         if self.file is not None:
             return LLAMA_CPP
         return None if self.config is None else self.config.executor
 
     @property
     def dense(self) -> bool:
-        """Whether nothing is left out: neither neurons nor rows of the head."""
+        """Whether all neurons and all rows of the head are computed."""
         return self.config is None or (self.config.target == 0 and not self.config.screens)
 
 
 def make_candidate(
     config: PruneConfig, weights: str, suffix: str = "", method: str | None = None
 ) -> Candidate:
-    """A candidate named by what it does; ``suffix`` names the weights where there are several."""
+    """A candidate with a descriptive label; ``suffix``: its weight format, if there are several."""
     parts = [f"{method} {percent(config.target)}" if method else DENSE]
     parts += [config.executor] if config.executor != "auto" else []
     parts += ["screened head"] if config.head.kind == SCREENED else []
@@ -244,27 +244,27 @@ def make_candidate(
 
 
 def speed_grid(settings: SpeedSettings, weights: str, suffix: str = "") -> list[Candidate]:
-    """Every method at every sparsity under every executor."""
+    """Every method at every sparsity, with every executor."""
     methods = settings.method_list()
     return [make_candidate(config, weights, suffix, label) for label, config in methods]
 
 
 @dataclass(frozen=True)
 class Formats:
-    """The weight formats that ``tune`` tries, the model's own first, and those of the methods."""
+    """The formats that ``tune`` tries: ``every``, the model's own first; ``pruned``: by methods."""
 
     every: tuple[str, ...]
     pruned: tuple[str, ...]
 
     @classmethod
     def from_settings(cls, settings: TuneSettings) -> Formats:
-        """The requested formats, methods on each; else what suits the model and this machine.
+        """The requested formats, all with methods; by default, depending on model and machine.
 
-        A GGUF file, in whatever dtype: as it is, where methods are tried too, and in 4 bits.  A
-        checkpoint: dense, and in 8 bits, where methods are tried too, and in 4.  Where no kernels
-        can read blocks: dense alone.  Raises ``ConfigError`` or ``LoadError``.
+        Defaults: a GGUF file in its own format (with methods) and in 4 bits, whatever its dtype; a
+        checkpoint dense, in 8 bits (with methods) and in 4 bits; without kernels for blocks, only
+        dense (with methods).  Raises ``ConfigError`` or ``LoadError``.
         """
-        from dart_llm.experiments.cell import requested_format  # which loads torch
+        from dart_llm.experiments.cell import requested_format  # imports torch
 
         if settings.weights:
             return cls(settings.weights, settings.weights)
@@ -276,9 +276,9 @@ class Formats:
 
     @property
     def reference(self) -> str:
-        """The format whose dense model losses are counted from: the first that rounds nothing.
+        """The format of the dense reference for losses: the first that is not rounded on loading.
 
-        The blocks of a file are exact in forwards of many tokens, which dequantise them.
+        Forwards of many tokens dequantise a file's blocks and compute exactly.
         """
         return next((name for name in self.every if name not in ROUNDED), DENSE)
 
@@ -295,9 +295,9 @@ def _is_possible(settings: TuneSettings, weights: str) -> bool:
 
 
 def tune_grid(settings: TuneSettings, formats: Formats) -> tuple[Candidate, ...]:
-    """Dense in every format first, the model's own before the others; then what leaves out.
+    """Dense in every format, the model's own first; then screened heads and pruning methods.
 
-    Raises ``ConfigError`` for a method that cannot be run at a sparsity.
+    Raises ``ConfigError`` for a method that cannot run at a sparsity.
     """
     several = len({*formats.every, *formats.pruned}) > 1
     suffix = {name: f", weights {name}" if several else "" for name in formats.every}
@@ -321,11 +321,11 @@ def tune_grid(settings: TuneSettings, formats: Formats) -> tuple[Candidate, ...]
 def quick_grid(
     grid: Sequence[Candidate], settings: TuneSettings, formats: Formats
 ) -> tuple[Candidate, ...]:
-    """The candidates of ``grid`` that ``--quick`` measures: a first answer, in minutes.
+    """The candidates of ``grid`` that ``--quick`` measures for a first answer in minutes.
 
-    Dense as the model is loaded and in the first format that methods are tried on; in that format
-    dense with a screened head, and the first method (each one, where some were named) at the
-    lowest of its sparsities.  What learns does so from a quarter of the usual text.
+    These are dense in the model's own format and, in the first format with methods: dense, dense
+    with a screened head, and the first method (or all methods, if any were named) at its lowest
+    sparsity.  Methods that learn use a quarter of the usual text.
     """
     named = settings.methods or settings.variants is not None
     methods = [variant.label for variant in settings.variant_list()][: None if named else 1]
@@ -352,17 +352,17 @@ def _learning_less(candidate: Candidate) -> Candidate:
     return replace(candidate, config=config.replace({"self_stats": prior}))
 
 
-# How long ``tune`` takes, before it starts.
+# An estimate of the duration of ``tune``.
 
 SCORE_S, TIME_S, LOAD_S, LEARN_S = 0.08, 0.2, 60.0, 500.0
-"""Rough seconds of two CPU cores per billion parameters: to score a token by one candidate, to time
-one, to load a model, to learn its statistics."""
+"""Rough seconds per billion parameters on two CPU cores: to score a token with a candidate, to time
+a token, to load a model, to learn its statistics."""
 
 
 def estimate(settings: TuneSettings, grid: Sequence[Candidate], billions: float | None) -> str:
-    """How long it takes and how much memory, in words; ``billions`` of parameters."""
+    """The estimated duration and memory as text; ``billions``: of parameters."""
     if billions is None:
-        return "the size of the model is not known, nor how long it takes"
+        return "the size of the model and the duration are unknown"
     tokens = settings.prompt_tokens + settings.tokens
     slices = len(first_slices(settings.slices)) if settings.quick else settings.slices
     scored = 2 * slices * (len(grid) + 1) * tokens * SCORE_S
@@ -372,13 +372,16 @@ def estimate(settings: TuneSettings, grid: Sequence[Candidate], billions: float 
     if any(row.config and (row.config.self_stats or row.config.screens) for row in grid):
         share = QUICK_SEQUENCES / SelfStatsConfig().sequences if settings.quick else 1.0
         text += f", and {duration(share * billions * LEARN_S)} to learn from self-generated text"
-        width += 12.0  # a copy of the model in float32, and what a backward pass stores
-    size = width * billions * 1e9 + 0.7e9  # and PyTorch, caches, logits
+        width += 12.0  # a float32 copy of the model, and the memory of a backward pass
+    size = width * billions * 1e9 + 0.7e9  # 0.7 GB for PyTorch, caches, logits
     return f"{text}; about {size_text(int(size))} of memory"
 
 
 def model_billions(settings: TuneSettings) -> float | None:
-    """Parameters, by a file or a configuration; only a configuration is downloaded."""
+    """Billions of parameters, from a file or a configuration; None if unknown.
+
+    At most the configuration is downloaded.
+    """
     from dart_llm.experiments.cell import configuration
     from dart_llm.models.loading import is_default
 

@@ -1,7 +1,7 @@
-"""What both commands share, and ``bench speed``: interleaved repetitions of all candidates.
+"""``bench speed``, and its base class shared with ``tune``: repetitions over all candidates.
 
-A repetition runs every candidate once, in an order of its own: what drifts in a machine over
-minutes then affects all of them alike.
+Each repetition runs every candidate once, in a new random order, so that drift of the machine's
+speed affects all candidates alike.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ from dart_llm.studies.bench.settings import (
 B = TypeVar("B", bound=SpeedSettings | TuneSettings)
 
 WARMUP_TOKENS = 4
-"""Timed tokens of a warm-up, whose times are not used."""
+"""The number of tokens decoded in a warm-up, whose times are not used."""
 
 CACHE_BYTES = 2
-"""Bytes of a number in llama.cpp's key-value cache, float16."""
+"""Bytes per number in llama.cpp's float16 KV cache."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model whose weights are in one format: ``weights`` as ``--weights`` names it, or None."""
+    """A model in a weight format; ``weights``: its name in ``--weights``, or None."""
 
     weights: str | None
     model: Any
@@ -81,32 +81,32 @@ class LoadedModel:
 
     @property
     def blocks(self) -> str | None:
-        """How the weights are packed in blocks, in words; None: they are not."""
+        """The block format of packed weights; None if they are not packed."""
         blocks: str | None = checkpoint_facts(self.model).get("weights")
         return blocks
 
     @property
     def dtype(self) -> str:
-        """Dtype of the weights that are not in blocks."""
+        """The dtype of the weights that are not in blocks."""
         return str(checkpoint_facts(self.model)["dtype"])
 
     @property
     def width(self) -> float:
-        """Bytes of a weight that is not in blocks over those of bfloat16, as accounting counts."""
+        """Bytes per weight over those of bfloat16; 1 for weights in blocks."""
         return 1.0 if self.blocks else self.model.dtype.itemsize / 2
 
     @property
     def kind(self) -> str:
-        """GGUF's name for the blocks, such as Q8_0; of others the dtype."""
+        """GGUF's name of the block format, such as Q8_0, or the dtype."""
         if self.weights in ROUNDED:
             return str(self.weights).upper()
         return str(checkpoint_facts(self.model)["file_quantisation"]) if self.blocks else self.dtype
 
 
 def native_dense(model: Any, config: PruneConfig) -> PruneConfig:
-    """Dense (native): by whole native steps where they can run, else as transformers does.
+    """The configuration of dense (native), or ``config`` itself if native steps cannot run.
 
-    Raises ``DartError`` where ``config`` names an executor that cannot run.
+    Raises ``DartError`` if ``config`` names an executor that cannot run.
     """
     named = config.executor != "auto"
     steps = config if named else config.replace({"executor": "native"})
@@ -120,9 +120,9 @@ def native_dense(model: Any, config: PruneConfig) -> PruneConfig:
 
 
 class BenchStudy(Study[B]):
-    """Candidates, what makes their runs, and their repetitions.
+    """Candidates, the factories of their runs, and their repetitions.
 
-    ``grid``: all rows that can be planned before a model is loaded: they make two runs the same.
+    ``grid``: all rows known before a model is loaded; they are part of the run's identity.
     """
 
     def __init__(
@@ -133,19 +133,19 @@ class BenchStudy(Study[B]):
         if any(row.config and row.config.calibration is not None for row in grid):
             check_disjoint(settings.calibration, texts)
         self.models: dict[str, LoadedModel] = {}
-        """By the name of their weight format."""
+        """The loaded models, by the name of their weight format."""
         self.makers: dict[str, Make] = {}
         """Factories of the candidates' runs, by label."""
         self.configs: dict[str, PruneConfig] = {}
-        """The configuration that runs, by label."""
+        """The configurations that run, by label."""
         self.left_out: dict[str, str] = {}
-        """Why candidates cannot run, by label."""
+        """The reasons why candidates cannot run, by label."""
         self.timed: list[Candidate] = []
         self.repetitions: list[dict[str, Any]] = []
         self.advance: Callable[[int], Any]
 
     def inputs(self) -> Mapping[str, Any]:
-        """Digests of the model, of the calibration and of plug-ins."""
+        """Digests of the model, the calibration text and plug-ins."""
         digests = Digests()
         settings = self.settings.model_copy(update={"weights": self.stated_format})
         files = digests.of_files(DENSE, settings.calibration)
@@ -153,7 +153,7 @@ class BenchStudy(Study[B]):
 
     @property
     def stated_format(self) -> str | None:
-        """The weight format in the digests of the model; that of several is dense."""
+        """The weight format in the model's digests; dense if there are several."""
         return DENSE
 
     def requested(self) -> dict[str, Any]:
@@ -174,9 +174,9 @@ class BenchStudy(Study[B]):
             torch.set_num_threads(before)
 
     def take_models(self, models: dict[str, LoadedModel], main: str, tokens: int) -> None:
-        """The models, ``main`` being the one whose dense row is the base.
+        """Set the models; ``main``: the name of the model whose dense row is the base.
 
-        Raises ``ConfigError`` where ``tokens`` are more than its context has.
+        Raises ``ConfigError`` if ``tokens`` exceed its context.
         """
         self.models = models
         self.model, self.tokenizer = models[main].model, models[main].tokenizer
@@ -184,11 +184,11 @@ class BenchStudy(Study[B]):
         if longest is not None and tokens > longest:
             raise ConfigError(
                 f"{tokens} tokens are longer than the context of {self.settings.name}, "
-                f"{longest}: give fewer tokens, of the prompt or behind it"
+                f"{longest}: give fewer tokens, in the prompt or after it"
             )
 
     def make_ready(self, candidate: Candidate) -> bool:
-        """Whether the candidate can run; else the reason is kept."""
+        """Whether the candidate can run; if not, the reason is recorded."""
         try:
             self.makers[candidate.label] = self.maker(candidate)
         except DartError as error:
@@ -197,7 +197,7 @@ class BenchStudy(Study[B]):
         return True
 
     def maker(self, candidate: Candidate) -> Make:
-        """The factory of the candidate's run; raises ``DartError`` where it cannot run."""
+        """The factory of the candidate's run; raises ``DartError`` if it cannot run."""
         loaded, config = self.models[candidate.weights], candidate.config
         assert config is not None
         if candidate.dense:
@@ -205,7 +205,7 @@ class BenchStudy(Study[B]):
             return lambda: Run(loaded.model, dense)
         self.configs[candidate.label] = config
         if config.calibration is None:
-            Run(loaded.model, config)  # refused before anything is learned for it
+            Run(loaded.model, config)  # raises before any statistics are learned
         learned = (self.settings.calibration, self.settings.cache_dir, self.ui.say)
         prepared = prepare(loaded.model, loaded.tokenizer, config, *learned)
         prepared.run()
@@ -216,7 +216,7 @@ class BenchStudy(Study[B]):
     def timed_units(
         self, candidates: Sequence[Candidate], kind: str = "repetition"
     ) -> Iterator[Unit]:
-        """Every repetition; before the first one that is not finished, all rows once to warm up."""
+        """The units of all repetitions; if any is unfinished, all rows are warmed up first."""
         self.timed = list(candidates)
         units = [Unit(f"{kind} {n}", data=n) for n in range(self.settings.repeats)]
         fresh = any(self.finished(unit) is None for unit in units)
@@ -232,7 +232,7 @@ class BenchStudy(Study[B]):
                 yield unit
 
     def repetition(self, number: int, tokens: int) -> dict[str, Any]:
-        """``samples`` by label, and their ``order``."""
+        """A repetition's ``samples`` by label, and their ``order``."""
         candidates, samples = {row.label: row for row in self.timed}, {}
         order = shuffled(list(candidates), self.settings.seed, number)
         for label in order:
@@ -241,7 +241,7 @@ class BenchStudy(Study[B]):
         return {"order": order, "samples": samples}
 
     def time(self, candidate: Candidate, tokens: int, number: int) -> Sample:
-        """One candidate in repetition ``number``."""
+        """Time a candidate in repetition ``number``."""
         model = self.models[candidate.weights].model
         return repetition(model, self.prompt(number), tokens, self.makers[candidate.label])
 
@@ -250,11 +250,11 @@ class BenchStudy(Study[B]):
         raise NotImplementedError
 
     def samples(self, label: str) -> list[Sample]:
-        """All repetitions of a candidate."""
+        """A candidate's samples in all repetitions."""
         return [repetition["samples"][label] for repetition in self.repetitions]
 
     def facts(self) -> dict[str, Any]:
-        """What both documents begin with."""
+        """The facts that both documents share."""
         checkpoint = checkpoint_facts(self.model)
         names = ("prompt_tokens", "tokens", "repeats", "seed")
         formats = {
@@ -283,7 +283,7 @@ class BenchStudy(Study[B]):
 class SpeedStudy(BenchStudy[SpeedSettings]):
     """A unit is a repetition.
 
-    Raises ``ConfigError`` and ``UnknownName`` before the model is loaded where that is possible.
+    Raises ``ConfigError`` and ``UnknownName`` before the model is loaded, if possible.
     """
 
     kind = "speed"
@@ -292,19 +292,19 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
     def __init__(self, settings: SpeedSettings, ui: Ui) -> None:
         super().__init__(settings, ui, speed_grid(settings, ""), {})
         self.bench = require_bench() if settings.reference else ""
-        """llama.cpp's own benchmark."""
+        """The path of llama-bench, or ""."""
         self.files: dict[str, ReferenceFile] = {}
         """The files that llama-bench reads, by label."""
         self.ids = torch.empty(0)
         """The prompt, [1, P]."""
         self.candidates: list[Candidate] = []
-        """What this model and this machine can run, in the order of the rows."""
+        """The candidates that can run with this model on this machine, in row order."""
         self.bases: dict[str, str] = {}
-        """Labels of dense (native) by measured format; transformers where it cannot run."""
+        """The label of dense (native) by format; that of transformers if native cannot run."""
 
     @property
     def notes(self) -> list[str]:
-        """Why rows are missing, and which rows no kernel serves."""
+        """The reasons for missing rows, and the rows without a native kernel."""
         tokens = {row.label: row.config.token for row in self.candidates if row.config}
         slow = [n for n, rule in tokens.items() if rule and not TOKEN_RULES.get(rule.rule).native]
         served = f"{'; '.join(slow)}: plain PyTorch under any executor, all neurons computed; for "
@@ -322,7 +322,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         return {**super().inputs(), **{f"file {path}": file_sha256(path) for path in paths}}
 
     def load(self) -> None:
-        """A model for every format, a dense one too for plain transformers, and the prompt.
+        """Load a model for every format, also a dense model for transformers, and the prompt.
 
         Raises ``ConfigError`` for a prompt longer than the model's context, and for files of
         another model.
@@ -359,9 +359,9 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         return LoadedModel(weights, *load_model(settings, self.ui)[:2])
 
     def find_files(self) -> None:
-        """The GGUF files that llama.cpp reads, the model's own and those of ``--weights``.
+        """Find llama.cpp's GGUF files: ``--reference-file``, or the model's and ``--weights``.
 
-        Raises ``ConfigError`` where there is none.
+        Raises ``ConfigError`` if there is none.
         """
         settings = self.settings
         paths = [Path(name).expanduser() for name in settings.reference_file or ()]
@@ -373,8 +373,8 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
             paths = [path for path in (model, *settings.gguf_files) if path.is_file()]
         if not paths:
             raise ConfigError(
-                f"{settings.name} is not a GGUF file, which {LLAMA_CPP} needs: give it, or "
-                "--reference-file"
+                f"{settings.name} is not a GGUF file, which {LLAMA_CPP} needs: give a GGUF file as "
+                "--model or --reference-file"
             )
         files = [ReferenceFile.of(path) for path in dict.fromkeys(paths)]
         kinds = [file.kind for file in files]
@@ -382,7 +382,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         self.files = {f"{LLAMA_CPP} {name}": f for name, f in zip(names, files, strict=True)}
 
     def find_candidates(self) -> None:
-        """The untouched model, dense (native) and all methods per format, and llama.cpp."""
+        """Set the candidates: transformers, per format dense (native) and methods, llama.cpp."""
         on_gpu = torch.device(self.model.device).type == "cuda"
         executor = {"executor": "cuda" if on_gpu else "native"}
         unpacked = next(name for name, loaded in self.models.items() if not loaded.blocks)

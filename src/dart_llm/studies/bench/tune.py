@@ -1,7 +1,7 @@
-"""`tune`: the loss of every candidate, the time of those that are left, one recommended setting.
+"""``tune``: score the loss of every candidate, time those that remain, recommend a setting.
 
-A unit is a slice by a candidate, then a repetition of all that is timed, in an order of its own.
-``tune`` is the study from Python.
+A unit is a slice scored with a candidate and, later, a repetition over all timed candidates in
+shuffled order.  The function ``tune`` runs the study from Python.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ from dart_llm.studies.bench.study import BenchStudy, LoadedModel
 # The texts: self-generated, and the user's.
 
 OWN_TEXT = "own"
-"""Label of the self-generated text."""
+"""The label of the self-generated text."""
 
 STEPS_AHEAD = 1_000_003
-"""Added to the seed: the text must differ from the one that statistics are learned from."""
+"""Added to the seed, so that the text differs from the text used to learn statistics."""
 
 FACTS = (
     *("decoded_tokens", "achieved_sparsity", "dense_token_share", "remasks"),
     *("token_bytes_share", "extra_memory_bytes"),
 )
-"""What is kept of a run's report on a slice."""
+"""The fields kept from a run's report on a slice."""
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """``text``: label of the text; ``window``: its tokens, prompt first."""
+    """A slice of a text.  ``text``: the text's label; ``window``: the tokens, prompt first."""
 
     text: str
     window: Window
@@ -79,10 +79,10 @@ class Slice:
 
 
 def generate_text(model: Any, count: int, length: int, seed: int, skip: int = 0) -> list[list[int]]:
-    """``count`` sequences of ``length`` tokens that ``model`` samples, as learning does.
+    """``count`` sequences of ``length`` tokens sampled from ``model``, as for self-calibration.
 
-    ``skip``: sequences that were generated before: these are others.  Raises ``ConfigError`` for a
-    model without a head.
+    ``skip``: the number of sequences generated earlier, which are not repeated.  Raises
+    ``ConfigError`` for a model without a head.
     """
     prior, generator = SelfStatsConfig(), torch.Generator().manual_seed(seed + STEPS_AHEAD + skip)
     begin = opening_ids(model, skip + count, min(prior.opening, length - 1))
@@ -102,7 +102,7 @@ def generate_text(model: Any, count: int, length: int, seed: int, skip: int = 0)
 def all_slices(
     generated: Mapping[int, Sequence[int]], user: Sequence[Slice], prompt: int
 ) -> list[Slice]:
-    """Self-generated slices, by number, and those of the user's text, alternating."""
+    """Self-generated slices and those of the user's text, alternating, in order of number."""
     self_generated = [
         Slice(OWN_TEXT, Window(torch.tensor(ids), prompt, n)) for n, ids in generated.items()
     ]
@@ -110,11 +110,11 @@ def all_slices(
 
 
 def user_slices(text: str, tokenizer: Any, count: int, prompt: int, scored: int) -> list[Slice]:
-    """Slices of the user's text; raises ``ConfigError`` where it is too short for two."""
+    """Slices of the user's text; raises ``ConfigError`` if it is too short for two slices."""
     ids: Tensor = tokenizer(documents.read(text), return_tensors="pt", verbose=False).input_ids[0]
     if len(ids) < 2 * (prompt + scored):
         raise ConfigError(
-            f'the text "{text}" has {len(ids)} tokens, and two slices need '
+            f'the text "{text}" has {len(ids)} tokens, but two slices need '
             f"{2 * (prompt + scored)}: give a longer text, or a smaller --prompt-tokens or --tokens"
         )
     label = documents.resolve(text).label
@@ -123,10 +123,10 @@ def user_slices(text: str, tokenizer: Any, count: int, prompt: int, scored: int)
 
 
 def score(model: Any, run: Run, piece: Slice, reference: Tensor) -> dict[str, Any]:
-    """A slice by ``run``, not attached; ``reference``: [C, V] logits of the dense model.
+    """Score a slice with ``run``, not attached; ``reference``: [C, V] logits of the dense model.
 
-    ``loss`` and ``kl``: means over the scored ``tokens``, nats; ``accounting``: ``FACTS``.  Raises
-    ``ConfigError`` when all of them ran dense although a sparsity was requested.
+    ``loss`` and ``kl``: means over the scored ``tokens``, in nats; ``accounting``: ``FACTS``.
+    Raises ``ConfigError`` if all tokens ran dense although a sparsity was requested.
     """
     run.reset()
     with run:
@@ -143,17 +143,17 @@ def score(model: Any, run: Run, piece: Slice, reference: Tensor) -> dict[str, An
 # The study.
 
 TEXT, FURTHER = "self-generated text", "further self-generated text"
-"""The units that generate text: for the slices of ``--quick``, and for the others."""
+"""The units that generate text: for the slices of ``--quick``, and for the other slices."""
 
 ENOUGH, FAR = 8, 2
-"""After so many slices a candidate whose loss is clearly over so many times the budget is scored no
-further."""
+"""After ``ENOUGH`` slices, a candidate whose loss is clearly over ``FAR`` times the budget is not
+scored on further slices."""
 
 
 class TuneStudy(BenchStudy[TuneSettings]):
-    """``loaded``: a model and its tokenizer; then its own weight format alone is tried.
+    """``loaded``: a model and its tokenizer; then only its own weight format is tried.
 
-    Raises ``ConfigError`` and ``UnknownName`` before a model is loaded where that is possible.
+    Raises ``ConfigError`` and ``UnknownName`` before a model is loaded, if possible.
     """
 
     kind = "tune"
@@ -169,7 +169,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         super().__init__(settings, ui, grid, {settings.text: None})
         self.tried = quick_grid(grid, settings, self.formats) if settings.quick else grid
         self.generated: dict[int, list[int]] = {}
-        """Ids of self-generated text by number of the slice."""
+        """Ids of self-generated text, by slice number."""
         self.slices: list[Slice] = []
         self._logits: tuple[str, Tensor] = ("", torch.empty(0))
 
@@ -179,7 +179,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
 
     @property
     def base(self) -> str:
-        """Label of the dense model as it is loaded: what times are compared with."""
+        """The label of the dense model as loaded, with which times are compared."""
         return self.grid[0].label
 
     def inputs(self) -> Mapping[str, Any]:
@@ -188,7 +188,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         return {**super().inputs(), **text, **caller}
 
     def load(self) -> None:
-        """The formats and the reference; raises ``ConfigError`` for slices that are too long."""
+        """Load all formats and the reference; raises ``ConfigError`` for too long slices."""
         settings, began = self.settings, time.perf_counter()
         size = model_billions(settings)
         models = {}
@@ -237,15 +237,15 @@ class TuneStudy(BenchStudy[TuneSettings]):
                     self.advance(1)
         timed = [row for row in ready if row.label == self.base or not self._is_over(row.label)]
         over = len(ready) - len(timed)
-        self.ui.say(f"{len(timed)} candidates are timed, {over} lose clearly too much")
+        self.ui.say(f"{len(timed)} candidates are timed, {over} clearly lose too much")
         yield from self.timed_units(timed, f"{'quick ' if settings.quick else ''}repetition")
 
     def _key(self, candidate: Candidate) -> str:
-        """Calibration on less text than in the full study has a different key."""
+        """The candidate's key; calibration on less text than in the full study has another key."""
         return candidate.label if candidate in self.grid else f"{candidate.label}, quick"
 
     def _is_over(self, label: str, times: float = 1) -> bool:
-        """Whether a candidate clearly loses more than so many times the budget."""
+        """Whether a candidate clearly loses more than ``times`` the budget."""
         row = quality_row(label, self.lines, self.settings.seed)
         return rows.clearly_over(row, times * self.settings.max_loss)
 
@@ -262,11 +262,11 @@ class TuneStudy(BenchStudy[TuneSettings]):
             return self._score(*unit.data)
         length = settings.prompt_tokens + settings.tokens
         skip = 0 if unit.key == TEXT else len(first_slices(settings.slices))
-        with self.ui.status("generating the text that candidates are scored on"):
+        with self.ui.status("generating the text for scoring"):
             return generate_text(self.model, len(unit.data), length, settings.seed, skip)
 
     def _score(self, piece: Slice, candidate: Candidate | None) -> dict[str, Any]:
-        if self._logits[0] != piece.id:  # of one slice at a time: they are large
+        if self._logits[0] != piece.id:  # logits are large, so keep those of one slice only
             model = self.models[self.formats.reference].model
             self._logits = piece.id, reference_logits(model, piece.window)
         logits = self._logits[1]
@@ -279,7 +279,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         return score(self.models[candidate.weights].model, run, piece, logits)
 
     def prompt(self, number: int) -> Tensor:
-        """Alternates between the texts: the bytes that a screened head reads depend on the text."""
+        """A prompt from alternating texts, because a screened head's bytes depend on the text."""
         window = self.slices[number % len(self.slices)].window
         return window.ids[None, : window.first].to(self.model.device)
 
@@ -293,7 +293,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
             label = REFERENCE if candidate is None else candidate.label
             self.lines.append({"candidate": label, "text": piece.text, "slice": piece.id, **value})
 
-    # what is made of them
+    # results
 
     def summarise(self) -> dict[str, Any]:
         settings = self.settings
@@ -343,7 +343,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         }
 
     def _limit(self, row: Candidate, scores: Mapping[str, Row]) -> float | None:
-        """Bytes that a token of the base reads over those of ``row``."""
+        """Bytes that a token reads with the base, over those with ``row``."""
         shares = scores[self.base]["bytes_share"], scores[row.label]["bytes_share"]
         if None in shares:
             return None
@@ -351,7 +351,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         return float(shares[0] * widths[0] / (shares[1] * widths[1]))
 
     def kept(self, document: Mapping[str, Any]) -> KeptSetting:
-        """The recommended setting, as its file states it."""
+        """The recommended setting, as written to its file."""
         row = next(row for row in document["rows"] if row["recommended"])
         loaded = self.models[row["weights"]]
         stored = {"stored_as": stored_as(loaded.model), "dtype": loaded.dtype}
@@ -387,12 +387,12 @@ class TuneStudy(BenchStudy[TuneSettings]):
 
 @dataclass(frozen=True)
 class TuneResult:
-    """The result of ``tune``; ``str()`` gives it in words.
+    """The result of ``tune``; ``str()`` gives it as sentences.
 
     ``rows``: one per candidate, as in tune.json: ``row`` (its name), ``loss`` with
     ``loss_interval``, ``kl`` (nats per token), ``ms`` per token (None: not timed), ``times_dense``,
     ``bytes_share``, ``achieved_sparsity``, ``dense_token_share``, ``remasks``.  ``recommended``:
-    one of them.  ``setting``: what ``save`` writes; ``setting.config`` is for ``prune``.
+    the recommended row.  ``setting``: written by ``save``; ``setting.config`` is for ``prune``.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -419,16 +419,16 @@ def tune(
     quiet: bool = False,
     **settings: Any,
 ) -> TuneResult:
-    """Find the setting for ``model``: the fastest that loses at most ``max_loss``.
+    """Find the fastest setting for ``model`` that loses at most ``max_loss``.
 
-    ``model``: loaded, with its ``tokenizer``, and measured in the weight format that it has; or a
-    name, as ``load`` takes it, and measured in several.  ``max_loss``: perplexity over dense minus
-    1.  ``settings``: those of ``dart-llm tune`` by their names: ``text``, ``methods``,
-    ``sparsities``, ``heads``, ``slices``, ``repeats``, ...  Resumes in ``results_dir`` unless
-    ``fresh``.  ``quiet``: nothing is shown.
+    ``model``: a loaded model with its ``tokenizer``, measured in its own weight format; or a name
+    for ``load``, measured in several formats.  ``max_loss``: perplexity over dense, minus 1.
+    ``settings``: those of ``dart-llm tune``, by name: ``text``, ``methods``, ``sparsities``,
+    ``heads``, ``slices``, ``repeats``, ...  Resumes in ``results_dir`` unless ``fresh``.
+    ``quiet``: show nothing.
 
-    Raises ``ConfigError`` and ``UnknownName`` for settings that do not fit, ``AttachError`` for a
-    model that is being pruned.
+    Raises ``ConfigError`` and ``UnknownName`` for invalid settings, ``AttachError`` for a model
+    that is being pruned.
 
     >>> result = tune(model, tokenizer)                     # doctest: +SKIP
     >>> result.save("setting.yaml")                         # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""``drift`` and ``detect``: what masks do while the topic of a text changes, and who notices.
+"""``drift`` and ``detect``: how masks fare when a text's topic changes, and which rules notice.
 
-Start with ``study.py`` (methods side by side) or ``detect.py`` (drift rules on known changes).
+Start with ``study.py`` (methods compared) or ``detect.py`` (drift rules on known topic changes).
 """

@@ -1,7 +1,7 @@
-"""``dart-llm detect``: passages through the dense model, and what every drift rule makes of them.
+"""``dart-llm detect``: run passages through the dense model and apply every drift rule.
 
-``detection.json``: the lines of results.jsonl pooled into a row per rule and signal, and a point
-per threshold of the curves.
+``detection.json`` pools the lines of results.jsonl into a row per rule and signal, and a point per
+threshold of the curves.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from dart_llm.studies.drift.sources import Reading, cut_notes, digest, load_pass
 Row = Mapping[str, Any]
 
 NO_SIGNAL = "none"
-"""The signal of rules that watch none: ``interval N``, ``never``."""
+"""The signal of rules that watch no signal: ``interval N``, ``never``."""
 
 
 class DetectionStudy(Study[DetectSettings]):
-    """Passages with known changes of topic, read by the dense model; a unit is a passage."""
+    """Passages with known topic changes, read by the dense model; a unit is a passage."""
 
     kind = "detect"
     document = "detection.json"
@@ -55,7 +55,7 @@ class DetectionStudy(Study[DetectSettings]):
 
     def __init__(self, settings: DetectSettings, ui: Ui) -> None:
         super().__init__(settings, ui)
-        self.watchers = watchers(settings)  # refuses unknown names before the model is loaded
+        self.watchers = watchers(settings)  # raises for unknown names before the model is loaded
         self.passages = load_passages(settings)
         self.notes: list[str] = []
 
@@ -120,7 +120,7 @@ class DetectionStudy(Study[DetectSettings]):
 
 
 def watchers(settings: DetectSettings) -> list[tuple[Watcher, dict[str, Any]]]:
-    """The rules that are tried, and the points of the curves with ``window``, ``n0`` and ``k``.
+    """The rules to test, and the points of the curves with ``window``, ``n0`` and ``k``.
 
     Raises ``UnknownName`` and ``ConfigError``.
     """
@@ -142,9 +142,9 @@ def study_passage(
     settings: DetectSettings,
     watched: Sequence[tuple[Watcher, dict[str, Any]]],
 ) -> dict[str, Any]:
-    """The line of one passage: the triggers of every rule on every signal.
+    """A passage's line: the triggers of every rule on every signal.
 
-    A trigger is the number of tokens of the passage that were read by then, prompt included.
+    A trigger is the number of the passage's tokens read by then, prompt included.
     """
     signals = record_signals(model, reading.ids, settings.signals)
 
@@ -172,7 +172,7 @@ def study_passage(
 
 
 def pool(lines: Sequence[Row], settings: Row, checkpoint: Row) -> dict[str, Any]:
-    """Everything of detection.json; ``settings``: as config.json's."""
+    """The content of detection.json; ``settings``: those in config.json."""
     horizon, seed = int(settings["horizon"]), int(settings["seed"])
     rows = []
     for tried in zip(*(line["rules"] for line in lines), strict=True):
@@ -210,7 +210,7 @@ RULES = (
 
 
 def rules_table(document: Row) -> Table:
-    """The rows; delays in tokens, intervals in brackets."""
+    """The table of the rules, with delays in tokens and intervals in brackets."""
     passages, settings = document["passages"], document["settings"]
     name = Path(str(document["checkpoint"].get("name") or settings["model"]).rstrip("/")).name
     changes = sum(len(passage["changes"]) for passage in passages)
@@ -222,7 +222,7 @@ def rules_table(document: Row) -> Table:
 
 
 def headline(document: Row) -> str:
-    """The rule with the largest gain over a blind one."""
+    """A sentence on the rule with the largest gain over a blind rule."""
     best = max(document["rows"], key=lambda row: (row["gain"], -row["false_alarms_per_1000"]))
     return (
         f"Largest gain over a blind rule that fires as often: {rule_name(best)}, "
@@ -233,45 +233,46 @@ def headline(document: Row) -> str:
 
 
 def rule_name(row: Row) -> str:
-    """Rule, and the signal that it watches if any."""
+    """The rule, and the signal that it watches, if any."""
     return row["rule"] if row["signal"] == NO_SIGNAL else f"{row['rule']} on {row['signal']}"
 
 
 QUANTITIES = {"rate": "changes detected (share)", "delay_with_misses": "mean delay (tokens)"}
-"""Of a curve's points, over false alarms, and their axes."""
+"""The quantities drawn over false alarms, with their axis labels."""
 
 
 def plot_curves(document: Row, small: str) -> list[Plot]:
-    """Detection rate and delay over false alarms, a curve per signal and a marker per k."""
+    """Detection rate and delay over false alarms, with a curve per signal and a marker per k."""
     points, horizon = document["curves"], int(document["settings"]["horizon"])
     most = max(1.0, *(point["false_alarms_per_1000"] for point in points))
     x = np.linspace(0.0, most, 51).tolist()
     panels = []
-    for (window, n0), each in grouped(points, lambda p: (p["window"], p["n0"])).items():
+    for (window, n0), members in grouped(points, lambda p: (p["window"], p["n0"])).items():
         xlabel = f"false alarms per 1,000 tokens (W = {window}, n0 = {n0})"
         for quantity, ylabel in QUANTITIES.items():
             curves = [
                 Curve(
                     signal, [p["false_alarms_per_1000"] for p in line], [p[quantity] for p in line]
                 )
-                for signal, line in grouped(each, lambda p: p["signal"]).items()
+                for signal, line in grouped(members, lambda p: p["signal"]).items()
             ]
             blind = [blind_rule(quantity, rate / 1000, horizon) for rate in x]
             curves.append(Curve("blind rule", x, blind, is_reference=True))
             panels.append(Panel(xlabel, ylabel, curves))
-    title = "How early a change of topic is noticed, for how many false alarms"
+    title = "Detection of topic changes against false alarms"
     words = (
-        "theta = mu - k sigma, a marker per k; n0 low windows of W tokens to a trigger; a miss "
-        f"counts as the horizon; blind rule: fires at equal distances, as often · {small}"
+        "theta = mu - k sigma, a marker per k; n0 low windows of W tokens per trigger; a miss "
+        f"counts as the horizon; blind rule: fires as often, at equal distances · {small}"
     )
     return [line_plot("detection", title, words, panels)]
 
 
 def blind_rule(name: str, per_token: float, horizon: int) -> float:
-    """A rule that fires every 1 / ``per_token`` tokens, the change anywhere between two alarms.
+    """The rate or delay of a rule that fires every 1 / f tokens, f = ``per_token``.
 
-    ``rate``: min(1, H f).  The wait w is uniform on (0, 1 / f], a miss counts as H: the mean of
-    min(w, H) is H - f H^2 / 2 for H f <= 1, and 1 / (2 f) beyond.
+    The change is equally likely anywhere between two alarms, so the delay w is uniform on
+    (0, 1 / f].  With horizon H the rate is min(1, H f).  A miss counts as H, so the mean delay is
+    the mean of min(w, H): H - f H^2 / 2 for H f <= 1, and 1 / (2 f) beyond.
     """
     expected = horizon * per_token
     if name == "rate":

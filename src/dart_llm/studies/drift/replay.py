@@ -1,12 +1,13 @@
-"""Signals of a text, drift rules replayed over them, and how well triggers meet known changes.
+"""Signals of a text, drift rules replayed over them, and how triggers match known topic changes.
 
-A signal is one vector per token, [T, D] float32, recorded in one dense forward.  The detector
-compares means of windows with the mean of the reference, by cosine, as in a run; nothing is pruned,
-so every rule sees the same text.
+A signal has a vector per token, [T, D] float32, recorded in one dense forward.  As in a run, the
+detector compares the mean of each window with the mean of the reference, by cosine.  Nothing is
+pruned, so all rules see the same signal.
 
-A decoded token is *stationary* while the reference is of its topic: before the first change, and
-from the first trigger after a change up to the next change.  A trigger there is a false alarm.  The
-first trigger after a change detects it when it comes within the horizon, and is late afterwards.
+A decoded token is *stationary* while the reference has the token's topic: before the first change,
+and from the first trigger after a change up to the next change.  A trigger at a stationary token is
+a false alarm.  The first trigger after a change detects it if it is within the horizon; otherwise
+the trigger is late.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from dart_llm.reporting.words import too_few
 
 
 def layers_of(name: str, count: int) -> tuple[int, ...]:
-    """The layers, of ``count``, that a signal reads; none for the hidden state.
+    """The layers, out of ``count``, that a signal uses; none for the hidden state.
 
-    The depth of layer l is l / (count - 1), as everywhere in docs/reference.md.
+    The depth of layer l is l / (count - 1), as in docs/reference.md.
     """
     last = count - 1
     if name == "attention-80":
@@ -51,7 +52,7 @@ def layers_of(name: str, count: int) -> tuple[int, ...]:
 def record_signals(model: Any, ids: Tensor, signals: Sequence[str]) -> dict[str, Tensor]:
     """All ``signals`` of the text ``ids`` [T], by name, from one forward of the untouched model.
 
-    Each is [T, D] float32 on the host.  Raises ``DartError`` where one is not finite.
+    Each signal is [T, D] float32 on the CPU.  Raises ``DartError`` if a signal is not finite.
     """
     layers = {name: layers_of(name, capture.layer_count(model)) for name in signals}
     vectors: dict[int | str, Tensor] = {}
@@ -60,7 +61,7 @@ def record_signals(model: Any, ids: Tensor, signals: Sequence[str]) -> dict[str,
         vectors[name] = v.detach().to("cpu", torch.float32, copy=True)
 
     with contextlib.ExitStack() as stack:
-        outputs = sorted({layer for each in layers.values() for layer in each})
+        outputs = sorted({layer for of_signal in layers.values() for layer in of_signal})
         stack.enter_context(capture.attention_outputs(model, outputs, keep))
         if "hidden" in signals:
             stack.enter_context(capture.last_hidden(model, partial(keep, "hidden")))
@@ -68,7 +69,7 @@ def record_signals(model: Any, ids: Tensor, signals: Sequence[str]) -> dict[str,
     recorded = {}
     for name in signals:
         parts = [vectors[layer] for layer in layers[name] or (name,)]
-        if len(parts) > 1:  # each token's vectors of unit length, side by side
+        if len(parts) > 1:  # normalise each token's vectors, then concatenate them
             parts = [normalize(part, dim=-1) for part in parts]
         recorded[name] = torch.cat(parts, -1)
         if not bool(recorded[name].isfinite().all()):
@@ -78,12 +79,12 @@ def record_signals(model: Any, ids: Tensor, signals: Sequence[str]) -> dict[str,
     return recorded
 
 
-# A detector over a signal, as the controller of a run would run it.
+# A detector over a signal, as in a run.
 
 
 @dataclass(frozen=True)
 class Watcher:
-    """A rule, the tokens observed after a trigger, and the guards that may suppress one.
+    """A rule, the number of tokens observed after a trigger, and guards that suppress triggers.
 
     ``guards``: ``min_distance``, ``max_dense_share`` and ``allowance`` of ``DriftConfig``.
     """
@@ -95,13 +96,13 @@ class Watcher:
 
 
 def make_watcher(name: str, observe: int) -> Watcher:
-    """A drift rule without guards (``paper``, ``interval 64``), or a method's with its own.
+    """A drift rule without guards (``paper``, ``interval 64``), or a method's rule and guards.
 
-    A method (``dart-prompt``) brings its guards and the tokens that it observes; a name that is
-    both (``dart``) is the rule.  Raises ``UnknownName``, and ``ConfigError`` for a method that
-    never re-masks.
+    A method (``dart-prompt``) also sets the number of observed tokens.  If a name is both a rule
+    and a method (``dart``), it means the rule.  Raises ``UnknownName``, and ``ConfigError`` for a
+    method that never re-masks.
     """
-    name = name.replace(":", " ")  # as a drift study writes an interval
+    name = name.replace(":", " ")  # drift studies write interval:64
     if name.partition(" ")[0] in DRIFT_RULES:
         return Watcher(name, make_rule(DriftConfig(rule=name).rule), observe)
     if name not in METHODS:
@@ -118,18 +119,18 @@ def make_watcher(name: str, observe: int) -> Watcher:
 def replay(
     signal: Tensor, prompt: int, watcher: Watcher
 ) -> tuple[list[int], list[tuple[int, Check]]]:
-    """Watch the tokens of ``signal`` [T, D] after ``prompt``, which is the reference.
+    """Replay a rule over ``signal`` [T, D], with the first ``prompt`` tokens as the reference.
 
-    After a trigger the next ``watcher.observe`` tokens are observed and become the new reference,
-    and the detector, its window and its counter start anew.  Returns the triggers and the completed
-    windows, each as the tokens of the text seen by then, prompt included.
+    After a trigger the next ``watcher.observe`` tokens are observed and become the new reference;
+    the detector, its window and its counter start again.  Returns the triggers and the completed
+    windows, each with the number of tokens seen by then, prompt included.
     """
     triggers, windows = list[int](), list[tuple[int, Check]]()
     rule, v = watcher.rule, signal[None]
     detector = _armed(rule, v[:, SINKS:prompt])
     at, end, since, spent, last = prompt, v.shape[1], 0, 0, None
     while at < end and (rule.window or rule.interval):
-        # at most one window is completed, or the interval, at the last of these tokens
+        # a window or the interval can complete only at the last of these tokens
         steps = [end - at, rule.window - detector.filled if rule.window else end]
         steps += [rule.interval - since] if rule.interval else []
         step = max(1, min(steps))
@@ -160,11 +161,11 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rule did on one text.
+    """How a rule performed on a text.
 
-    ``reach``: for every change, the tokens within which it could be detected.  ``delays``: for
-    every change, tokens of the new topic that were read at its detection, or None.
-    ``stationary``: tokens, see the module's docstring.
+    ``reach``: for each change, the number of tokens within which it could be detected.  ``delays``:
+    for each change, the number of new-topic tokens read when it was detected, or None.
+    ``stationary``: the number of stationary tokens; see the module's docstring.
     """
 
     reach: tuple[int, ...]
@@ -179,10 +180,10 @@ class Outcome:
 def outcome(
     triggers: Sequence[int], changes: Sequence[int], prompt: int, end: int, horizon: int
 ) -> Outcome:
-    """Sort the triggers of one text.
+    """Classify the triggers on a text.
 
-    triggers: tokens seen at each; changes: index of the first token of each new topic; both rise.
-    ``end``: tokens of the text, of which ``prompt`` are the prompt.
+    ``triggers``: number of tokens seen at each trigger, ascending; ``changes``: index of the first
+    token of each new topic, ascending; ``end``: number of tokens in the text, prompt included.
     """
     fired, begins = set(triggers), {change: number for number, change in enumerate(changes)}
     delays: list[int | None] = [None] * len(changes)
@@ -213,19 +214,20 @@ INTERVALS = {
     "false_alarms_per_1000": "fa_interval",
     "gain": "gain_interval",
 }
-"""The numbers that have one, and the keys of their intervals."""
+"""The statistics with intervals, and the keys of these intervals."""
 
 
 def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) -> dict[str, Any]:
-    """One rule over all texts, as JSON-able data: the entries of a row of detection.json.
+    """A rule's statistics over all texts, as a row of detection.json.
 
-    ``delay_median``: over detected changes.  ``delay_with_misses``: mean over all changes, a miss
-    counting as its whole reach.  ``alarms_per_1000``: of all decoded tokens.  ``blind_rate``: what
-    a rule that fires at equal distances, as often, detects: where a change lies between two alarms
-    is left to chance, so an alarm falls within its reach with min(1, reach x alarms per token).
-    Intervals: 95 %, by resampling whole texts; None of too few, as ``no_interval`` says.
+    ``delay_median``: over detected changes.  ``delay_with_misses``: mean over all changes, where a
+    miss counts as the change's full reach.  ``alarms_per_1000``: per 1,000 decoded tokens.
+    ``blind_rate``: the detection rate of a rule that fires as often, at equal distances.  Since the
+    change is at a random position between two alarms, the probability that an alarm falls within
+    its reach is min(1, reach x alarms per token).  Intervals: 95 %, by resampling texts; None with
+    too few texts, as explained in ``no_interval``.
     """
-    once = _statistics(outcomes, np.ones((1, len(outcomes))))
+    statistics = _statistics(outcomes, np.ones((1, len(outcomes))))
     delays = [delay for outcome in outcomes for delay in outcome.delays if delay is not None]
     ends: Mapping[str, tuple[float, float] | None] = {}
     if intervals:
@@ -235,7 +237,7 @@ def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) ->
         "changes": sum(len(o.delays) for o in outcomes),
         "detected": len(delays),
         "delay_median": float(median(delays)) if delays else None,
-        **{name: float(value[0]) for name, value in once.items()},
+        **{name: float(value[0]) for name, value in statistics.items()},
         **{key: list(ends.get(name) or ()) or None for name, key in INTERVALS.items()},
         **{name: sum(getattr(o, name) for o in outcomes) for name in counts},
         "tokens": sum(o.stationary for o in outcomes),
@@ -244,7 +246,7 @@ def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) ->
 
 
 def _statistics(outcomes: Sequence[Outcome], weights: Array) -> dict[str, Array]:
-    """weights: [B, n], how often each text counts.  Each statistic is [B]."""
+    """Statistics by name, each [B]; weights: [B, n], how often each text counts."""
 
     def total(value: Callable[[Outcome], int]) -> Array:
         summed: Array = weights @ np.array([float(value(o)) for o in outcomes])
@@ -269,5 +271,5 @@ def _statistics(outcomes: Sequence[Outcome], weights: Array) -> dict[str, Array]
 
 
 def _waited(outcome: Outcome) -> int:
-    """Delays, a miss counting as its reach."""
+    """The sum of the delays, where a miss counts as its reach."""
     return sum(r if d is None else d for d, r in zip(outcome.delays, outcome.reach, strict=True))

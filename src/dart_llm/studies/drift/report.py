@@ -1,4 +1,4 @@
-"""Pictures and page of a drift study, from the records of its runs."""
+"""Plots and page of a drift study, from the records of its runs."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
 Runs = Sequence[DriftRun]
 
 MOST_PICTURES = 3
-"""Pictures of one kind."""
+"""The most plots of one kind."""
 
 MOST_MASKS = 300
-"""Rows of the table of re-masks."""
+"""The most rows in the table of re-masks."""
 
 MOST_TEXTS = 24
-"""Texts on the page; results.jsonl has all."""
+"""The most texts on the page; results.jsonl has all texts."""
 
 
 def pictures(runs: Runs, config: Mapping[str, Any]) -> dict[str, list[Plot]]:
-    """The pictures of each section of the page."""
+    """The plots for each section of the page."""
     small, done = page.small_print(config), [run for run in runs if run.error is None]
     loss = plot_loss(done, small)
     checked = [run for run in done if worth_drawing(run.checks)]
     texts = list(grouped(checked, lambda run: run.source_key).values())
-    texts.sort(key=lambda each: -sum(check.trigger for run in each for check in run.checks))
+    texts.sort(key=lambda runs: -sum(check.trigger for run in runs for check in run.checks))
     remasked = [run for run in done if _is_remasked(run)]
     remasked.sort(key=lambda r: (r.candidate.name != DART, abs(len(r.record["remasks"]) - 3)))
     return {
@@ -65,21 +65,21 @@ def _numbered(name: str, members: Sequence[Any]) -> Iterator[tuple[str, Any]]:
         yield name if number == 1 else f"{name}-{number}", member
 
 
-# The loss over dense around changes of topic, in bins of tokens.  A passage is one item: its
-# changes and seeds are averaged first, because what varies within a passage says little about
-# other passages.
+# The loss over dense around topic changes, in bins of tokens.  Each passage is one item: its
+# changes and seeds are averaged first, because variation within a passage says little about other
+# passages.
 
 BIN = 16
-"""Tokens of one mean."""
+"""Tokens per bin."""
 
 BEFORE, AFTER = 128, 256
-"""Tokens shown before and after a change."""
+"""The number of tokens shown before and after a change."""
 
 
 def excess_curves(runs: Runs) -> dict[str, dict[int, Interval | None]]:
-    """Mean loss minus dense, by method and first token of a bin, counted from the change.
+    """Mean loss minus dense, by method and by a bin's first token, counted from the change.
 
-    Bins lie within the two topics, and all their tokens have a loss.
+    A bin does not extend beyond the two topics, and all its tokens have a loss.
     """
     dense = {run.source_key: run.record["losses"] for run in runs if run.is_dense}
     bins: dict[str, dict[int, dict[str, list[float]]]] = {}
@@ -104,7 +104,7 @@ def excess_curves(runs: Runs) -> dict[str, dict[int, Interval | None]]:
 
 
 def plot_loss(runs: Runs, small: str) -> Plot | None:
-    """A method at a time, beside masks that are never made anew."""
+    """A panel per method, each with the masks that are never renewed as the reference."""
     lines = {}
     for label, bins in excess_curves(runs).items():
         points = [(start, bin_mean) for start, bin_mean in bins.items() if bin_mean is not None]
@@ -122,25 +122,25 @@ def plot_loss(runs: Runs, small: str) -> Plot | None:
     ]
     sources = len({run.source.id for run in runs})
     words = f"means of {BIN}-token bins; {intervals_over('bands', sources, 'passages')} · {small}"
-    return line_plot("loss", "Loss over dense around the change of topic", words, panels)
+    return line_plot("loss", "Loss over dense around the topic change", words, panels)
 
 
-# Similarity, and masks, over the tokens of a text.
+# Similarity and masks over the tokens of a text.
 
 TIME = "decoded tokens"
 
 CHANGE = (0, (7, 2.5))
-"""The line of a change of topic: long dashes."""
+"""The line style of a topic change: long dashes."""
 
 
 def _mark_topics(axes: Axes, run: DriftRun) -> None:
-    """Lines at changes of topic, and at the bottom the name of what begins there."""
+    """Draw lines at topic changes, with the name of the new topic at the bottom."""
     axes.set_xlim(0, max(1, run.decoded))
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.8}
     look: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "xytext": (3, 4)}
     look |= {"textcoords": "offset points", "fontsize": 8.5, "color": INK, "zorder": 5}
     for number, (name, start, _) in enumerate(run.topics):
-        if number:  # white below it shows on dark fields
+        if number:  # a white line below keeps it visible on dark fields
             axes.axvline(start, color="white", linewidth=2.6, zorder=3)
             axes.axvline(start, color=INK, linestyle=CHANGE, linewidth=1.5, zorder=3)
         short = textwrap.shorten(name, 28, placeholder="…")
@@ -148,7 +148,7 @@ def _mark_topics(axes: Axes, run: DriftRun) -> None:
 
 
 def plot_timeline(name: str, runs: Runs, small: str) -> Plot:
-    """The windows of each method's detector on one text, with thresholds and re-masks."""
+    """The windows of each method's detector on a text, with thresholds and re-masks."""
     shown = runs[:MAX_PANELS]
 
     def draw(figure: Figure, palette: Palette) -> None:
@@ -175,7 +175,7 @@ OVERLAP = "Jaccard overlap with the first mask"
 
 
 def plot_overlap(name: str, run: DriftRun, small: str) -> Plot:
-    """A heat map: how much of each layer's first mask is in force at each token."""
+    """A heat map of each layer's mask overlap with its first mask, over tokens."""
     masks, layers = run.record["remasks"], run.record["accounting"]["layers"]
     values = np.array([mask["first_jaccard"] or [1.0] * len(layers) for mask in masks]).T
     pairs = zip(masks[0]["kept"], layers, strict=True)
@@ -193,16 +193,16 @@ def plot_overlap(name: str, run: DriftRun, small: str) -> Plot:
         axes.locator_params(axis="y", integer=True)
 
     at_end = f"mean over layers at the end {values[:, -1].mean():.2f}"
-    words = f"{at_end}, of independent masks {expected:.2f}"
+    words = f"{at_end}, expected of independent masks {expected:.2f}"
     alt = f"Heat map: {OVERLAP}, by layer and decoded token; {words}."
-    title = f"{run.source_name}, {run.label}: overlap of the masks with the first ones, by layer"
+    title = f"{run.source_name}, {run.label}: overlap of the masks with the first mask, by layer"
     return Plot(name, title, alt, f"{words} · {small}", 3.9, draw)
 
 
 def chance(keep_ratios: Sequence[float]) -> float:
-    """Jaccard to expect of two independent masks: mean over layers of k / (2 - k).
+    """The expected Jaccard index of two independent masks: mean over layers of k / (2 - k).
 
-    k: the layer's keep ratio.  Their intersection holds k^2 of the layer, their union 2 k - k^2.
+    k: the layer's keep ratio.  The intersection has k^2 of the neurons, the union 2 k - k^2.
     """
     return fmean(k / (2 - k) for k in keep_ratios)
 
@@ -216,33 +216,34 @@ REMASKS = (
     Column("cause", "cause"),
     Column("topic", lambda row: _topic_at(row["run"], row["step"])),
     Column("evidence (tokens)", "evidence_tokens", ".0f"),
-    Column("Jaccard with the mask before", "jaccard", lambda values: f"{fmean(values):.2f}"),
+    Column("Jaccard with the previous mask", "jaccard", lambda values: f"{fmean(values):.2f}"),
     Column("over layers", "jaccard", lambda values: f"{min(values):.2f} to {max(values):.2f}"),
     Column("neurons kept", lambda row: sum(row["kept"]), ","),
 )
 
 
 def remask_table(runs: Runs) -> PageTable | None:
-    """Every mask: where, why, from how many tokens, and what it keeps of the one before."""
+    """A row per mask: step, cause, evidence, and overlap with the previous mask."""
     rows = [{**mask, "run": run} for run in runs for mask in run.record["remasks"]]
-    caption = "Masks: when, why, and how much of the mask before they keep"
+    caption = "Masks: step, cause, and overlap with the previous mask"
     if len(rows) > MOST_MASKS:
         caption += f" (the first {MOST_MASKS} of {len(rows):,})"
     return Table("", caption, REMASKS, rows[:MOST_MASKS], left=2).html() if rows else None
 
 
 def _topic_at(run: DriftRun, step: int) -> str | None:
-    """The topic at a step, and how far into it."""
+    """The topic at a step, and the step's position in it."""
     before = [(name, start) for name, start, _ in run.topics if start <= step]
     return f"{before[-1][0]}, token {step - before[-1][1]}" if before else None
 
 
 def free_texts(runs: Runs) -> Iterator[dict[str, Any]]:
-    """Per source what each method wrote: ``name``, ``prompt`` and ``columns``."""
+    """Per source the text that each method generated: ``name``, ``prompt`` and ``columns``."""
     written = (run for run in runs if run.record["text"] is not None)
-    for each in list(grouped(written, lambda run: run.source_key).values())[:MOST_TEXTS]:
-        columns = [(run.label, _note(run), run.record["text"] or "(no text)") for run in each]
-        yield {"name": each[0].source_name, "prompt": each[0].source.text, "columns": columns}
+    for of_source in list(grouped(written, lambda run: run.source_key).values())[:MOST_TEXTS]:
+        columns = [(run.label, _note(run), run.record["text"] or "(no text)") for run in of_source]
+        first = of_source[0]
+        yield {"name": first.source_name, "prompt": first.source.text, "columns": columns}
 
 
 def _note(run: DriftRun) -> str:
@@ -255,7 +256,7 @@ def _note(run: DriftRun) -> str:
             count(accounting["remasks"], "re-mask"),
         ]
     for name, value in (run.record["metrics"] or {}).items():
-        parts.append(f"{name} {quantity(value, perplexity=False) or 'not known'}")
+        parts.append(f"{name} {quantity(value, perplexity=False) or 'unknown'}")
     return " · ".join(parts)
 
 
@@ -268,7 +269,7 @@ HEADINGS = {
 
 
 def render(runs: Runs, config: Mapping[str, Any], document: Mapping[str, Any]) -> str:
-    """The page of a drift study; without matplotlib it has no pictures and says so."""
+    """The page of a drift study; without matplotlib it notes that there are no plots."""
     done = [run for run in runs if run.error is None]
     return render_page(
         config,
@@ -292,7 +293,7 @@ def render_page(
     folded: Mapping[str, PageTable | None] | None = None,
     **content: Any,
 ) -> str:
-    """A page of sections; ``plots``, ``tables`` and ``folded`` by the names of ``HEADINGS``."""
+    """A page of sections; ``plots``, ``tables`` and ``folded`` by the keys of ``HEADINGS``."""
     sections, missing = [], ""
     for name in plots:
         shown, reason = page.pictures(plots[name])

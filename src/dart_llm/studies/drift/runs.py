@@ -1,4 +1,4 @@
-"""One method on one source: its record, from which rows, tables, pictures and page are made."""
+"""One method on one source: its record, from which rows, tables, plots and page are made."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ EMPTY: Record = {
     "accounting": None,
     "metrics": None,
 }
-"""The keys of a record: a failed run has these values.
+"""The keys of a record, with the values that a failed run has.
 
-``pieces``: the text of every token after the prompt; ``losses``: of a passage, in nats per token,
-None for the first, which the dense prompt predicts; ``text``: what was generated after a prompt.
-``accounting``: ``RunReport.to_dict()``, None for the untouched model.
+``pieces``: the text of every token after the prompt; ``losses``: those of a passage's tokens, in
+nats, None for the first token, which the dense prompt predicts; ``text``: the text generated after
+a prompt; ``accounting``: ``RunReport.to_dict()``, None for the untouched model.
 """
 
 SOURCES = {FORCED: "passage", FREE: "prompt"}
-"""What a source is called in each mode."""
+"""The name of a source in each mode."""
 
 
 @dataclass(frozen=True)
 class DriftRun:
-    """One candidate on one source, the ``number``-th run of the study.
+    """A candidate on a source, the ``number``-th run of the study.
 
-    ``record``: what it gave, with the keys of ``EMPTY``; ``error``: why it failed.
+    ``record``: its result, with the keys of ``EMPTY``; ``error``: the reason of its failure.
     """
 
     mode: str
@@ -68,22 +68,22 @@ class DriftRun:
 
     @property
     def source_key(self) -> tuple[str, int]:
-        """What the runs of all methods on the same source with the same seed share."""
+        """The key that runs on the same source with the same seed share."""
         return self.source.id, self.seed
 
     @property
     def masks_file(self) -> str:
-        """The run's file of masks in the results folder."""
+        """The run's mask file in the results folder."""
         return f"masks/{self.number:05d}.safetensors"
 
     @property
     def config(self) -> PruneConfig | None:
-        """How the model is pruned; None for the untouched one."""
+        """The pruning configuration; None for the untouched model."""
         config = self.candidate.config
         return None if config is None else config.replace({"seed": self.seed})
 
     def line(self, model: str, dtype: str | None) -> dict[str, Any]:
-        """The line of results.jsonl."""
+        """The run's line in results.jsonl."""
         return {
             "key": self.key,
             "status": "failed" if self.error else "done",
@@ -102,30 +102,30 @@ class DriftRun:
 
     @property
     def source_name(self) -> str:
-        """For people: "passage 07", and its seed if it is not 0."""
+        """Readable name: "passage 07", and the seed if it is not 0."""
         seed = f", seed {self.seed}" if self.seed else ""
         return f"{SOURCES[self.mode]} {self.source.id}{seed}"
 
     @property
     def decoded(self) -> int:
-        """Tokens after the prompt."""
+        """The number of tokens after the prompt."""
         return int(self.record["decoded_tokens"])
 
     @property
     def topics(self) -> list[tuple[str, int, int]]:
-        """Name, first decoded token and end (exclusive), where the changes are marked."""
+        """Name, first decoded token and end (exclusive) of each topic; empty without marks."""
         marked = [topic for topic in self.record["topics"] if topic["start"] is not None]
         ends = [*(topic["start"] for topic in marked[1:]), self.decoded]
         return [(t["name"], t["start"], end) for t, end in zip(marked, ends, strict=False)]
 
     @property
     def checks(self) -> list[DriftCheck]:
-        """The detector's windows, without a first one that has nothing to be compared with."""
+        """The detector's windows, except those that had no reference for comparison."""
         checks = [DriftCheck(**check) for check in self.record["checks"]]
         return [c for c in checks if c.state != "arming" or c.similarity != 0]
 
 
-# What a run did: windows of its detector, masks, accounting.
+# The record of a run: detector windows, masks, accounting.
 
 
 def run_record(run: Run, recorder: MaskRecorder, widths: Sequence[int]) -> dict[str, Any]:
@@ -143,10 +143,10 @@ def run_record(run: Run, recorder: MaskRecorder, widths: Sequence[int]) -> dict[
 
 
 def remask_records(recorder: MaskRecorder, widths: Sequence[int]) -> list[dict[str, Any]]:
-    """One entry per mask: when, why, and per layer its Jaccard overlap with the mask before.
+    """An entry per mask: its step, cause and, per layer, Jaccard overlap with the previous mask.
 
-    ``first_jaccard``: with the first mask.  Both are None for the first mask and for per-token
-    selection.  A layer without a mask is dense: it keeps all its neurons.
+    ``first_jaccard``: the overlap with the first mask.  Both overlaps are None for the first mask
+    and for per-token selection.  A layer without a mask keeps all its neurons.
     """
     entries: list[dict[str, Any]] = []
     masks: list[list[set[int]]] = []

@@ -1,4 +1,4 @@
-"""The settings of ``dart-llm drift`` and ``dart-llm detect``; the methods that drift compares."""
+"""The settings of ``dart-llm drift`` and ``dart-llm detect``, and the methods for ``drift``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DENSE, NEVER, DART = "dense", "never", MASKED
 FREE, FORCED = "free", "forced"
 
 SPARSITY = 0.5
-"""Default sparsity: with half of the neurons removed, a stale mask shows in the loss."""
+"""Default sparsity: with half of the neurons removed, stale masks visibly raise the loss."""
 
 UNGUARDED = {"min_distance": 0, "max_dense_share": None, "allowance": 0}
 
@@ -43,21 +43,21 @@ VARIANTS: dict[str, Callable[[int], Mapping[str, Any]]] = {
     "paper": lambda n: {"rule": "paper", "signal": "attention", **UNGUARDED},
     "interval:N": lambda n: {"rule": f"interval {n}", **UNGUARDED},
 }
-"""Forms of dart by name: the drift settings that they change, from the number N of tokens."""
+"""Variants of dart by name: the drift settings that they change, from N tokens."""
 
 METHOD = re.compile(r"(?P<name>[^:@]+(:(?P<tokens>[1-9]\d*))?)(@(?P<sparsity>\d*\.?\d+))?")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One method of a drift study; ``config``: None for the untouched model."""
+    """A method of a drift study; ``config``: None for the untouched model."""
 
     name: str
     config: PruneConfig | None = None
 
     @property
     def sparsity(self) -> float | None:
-        """The requested one; None where a table or ``auto`` sets the counts."""
+        """The requested sparsity; None if a layer table or ``auto`` sets the counts."""
         config = self.config
         if config is None:
             return 0.0
@@ -73,10 +73,10 @@ class Candidate:
 
 
 def parse_methods(names: Sequence[str], base: BaseSettings) -> tuple[Candidate, ...]:
-    """The methods of these names; dense is the first.
+    """The methods with these names, dense first.
 
     ``base``: settings of dart and its variants, with the study's sparsity.  Raises ``ConfigError``
-    for an unknown name, a number that does not fit, a name that occurs twice.
+    for an unknown or repeated name, or an invalid number.
     """
     candidates = {DENSE: Candidate(DENSE)}
     for name in names:
@@ -91,8 +91,8 @@ def _parse(text: str, base: BaseSettings) -> Candidate:
     parts = METHOD.fullmatch(text)
     if parts is None:
         raise ConfigError(
-            f'cannot read the method "{text}": write NAME or interval:N (N tokens), with '
-            "@SPARSITY behind it where it has its own, as in interval:64@0.5"
+            f'cannot parse the method "{text}": write NAME or interval:N (N tokens), optionally '
+            "followed by @SPARSITY, as in interval:64@0.5"
         )
     name, tokens = parts["name"], int(parts["tokens"] or 0)
     sparsity = None if parts["sparsity"] is None else check_sparsity(float(parts["sparsity"]))
@@ -118,16 +118,16 @@ Thresholds = Annotated[tuple[FiniteFloat, ...], BeforeValidator(split_commas)]
 
 
 class PassageOptions(ModelOptions):
-    """Passages with known changes of topic, which both commands read."""
+    """Passages with known topic changes, for both commands."""
 
     passages: str | None = setting("Passages", "shipped, or a JSONL file of passages.")
     limit: int | None = setting(
-        "Passages", "The first N passages, or prompts (default: all).", ge=1
+        "Passages", "Use only the first N passages or prompts (default: all).", ge=1
     )
     prompt_tokens: int = setting("Passages", "Tokens of a passage that are its prompt.", 256, ge=16)
 
     def experiment_of(self, kind: str) -> str:
-        """The name of the experiment's folder where none is given."""
+        """The default name of the experiment's folder."""
         return f"{kind}-{Path(self.model.rstrip('/')).name.lower()}"
 
 
@@ -135,32 +135,32 @@ STUDY, METRICS = "Study", "Metrics"
 
 
 class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
-    """A drift study; its pruning options are those of dart and its variants."""
+    """A drift study; its pruning options apply to dart and its variants."""
 
     mode: str | None = setting(
-        STUDY, "free: write after prompts; forced: read passages (default: by the source)."
+        STUDY, "free: continue prompts; forced: read passages (default: depends on the source)."
     )
     methods: Texts = setting(
         STUDY,
-        "Methods side by side: presets, never, interval:N, paper; any with @SPARSITY. "
-        " Pruning options concern dart and its variants, presets stay as they are.",
+        "Methods to compare: presets, never, interval:N, paper; each may have @SPARSITY. "
+        "Pruning options apply to dart and its variants, not to presets.",
         ("dense", "never", "interval:64", "published", "paper", "dart"),
         min_length=1,
     )
     seeds: Seeds = setting(STUDY, "Seeds, comma-separated.", (0,), min_length=1)
-    prompt: str | None = setting(STUDY, "One prompt: its text.")
+    prompt: str | None = setting(STUDY, "The text of a single prompt.")
     prompts: str | None = setting(STUDY, "shipped, or a JSONL file of prompts.")
-    generation: int = setting(STUDY, "Tokens to write after a prompt, at most.", 300, ge=2)
+    generation: int = setting(STUDY, "The most tokens to generate per prompt.", 300, ge=2)
     temperature: float | None = setting(
         STUDY, "Sample at this temperature (default: greedy).", ge=0, allow_inf_nan=False
     )
     chat: bool | None = setting(STUDY, "Use the model's chat template (default: if it has one).")
     sparsity: float | None = setting(
         "Pruning",
-        f"Fraction of FFN neurons to remove, where a method names none (default: {SPARSITY}).",
+        f"Fraction of FFN neurons to remove, for methods without @SPARSITY (default: {SPARSITY}).",
     )
     calibration: str | None = setting("Pruning", "Text for presets that calibrate.")
-    metrics: bool = setting(METRICS, "Compare every free text with the dense one.", True)
+    metrics: bool = setting(METRICS, "Compare generated texts with the dense model's.", True)
     embedder: str | None = setting(
         METRICS, "Encoder of BERTScore and embeddings (default: all-MiniLM-L6-v2)."
     )
@@ -173,23 +173,23 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
         reads = sources == ["passages"] or (self.mode == FORCED and not sources)
         if len(sources) > 1 or reads != (self.kind == FORCED) or not (sources or reads):
             raise ConfigError(
-                f"mode {self.kind} does not fit {len(sources) or 'no'} source(s): give one of "
-                "--prompt TEXT, --prompts (shipped, or a JSONL file) to write after, or --passages "
-                "(shipped, or a JSONL file) to read in mode forced"
+                f"mode {self.kind} does not fit {len(sources) or 'no'} source(s): give --prompt "
+                "TEXT or --prompts (shipped, or a JSONL file) in mode free, --passages (shipped, "
+                "or a JSONL file) in mode forced"
             )
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("the prompt is empty: give at least one word")
-        self.candidates()  # raises for methods that cannot be read
+        self.candidates()  # raises for invalid methods
         return self
 
     @property
     def kind(self) -> str:
-        """The mode: as given, else ``forced`` where passages are."""
+        """The mode; by default ``forced`` if passages are given, else ``free``."""
         return self.mode or (FORCED if self.passages else FREE)
 
     @property
     def experiment(self) -> str:
-        """Name of the experiment's folder."""
+        """The name of the experiment's folder."""
         return self.experiment_name or self.experiment_of(f"drift-{self.kind}")
 
     def candidates(self) -> tuple[Candidate, ...]:
@@ -197,7 +197,7 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
         return parse_methods(self.methods, self.base())
 
     def base(self) -> BaseSettings:
-        """What dart and its variants start from, and how the model is loaded."""
+        """The settings that dart and its variants share, and those for loading the model."""
         given = given_of(self)
         table = self.layer_topk or "auto"
         fixed = self.prune_strategy == "auto" or ("auto" not in table and table[:1] != "@")
@@ -207,7 +207,7 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
 
 
 collect = partial(merge, DriftSettings)
-"""The settings merged from all sources: defaults < file < ``DART_*`` < flags."""
+"""The settings merged from all sources, in rising priority: defaults, file, ``DART_*``, flags."""
 
 PANEL = "Detection"
 
@@ -217,7 +217,7 @@ SIGNALS = {
     "attention-several": "attention outputs of the upper half of the layers, each of unit length",
     "hidden": "last hidden state, after the last norm",
 }
-"""What a drift rule can watch, by name."""
+"""The signals that a drift rule can watch, by name."""
 
 
 class DetectSettings(StudyOptions, PassageOptions):
@@ -226,17 +226,19 @@ class DetectSettings(StudyOptions, PassageOptions):
     signals: Texts = setting(PANEL, "Signals, comma-separated.", tuple(SIGNALS), min_length=1)
     rules: Texts = setting(
         PANEL,
-        'Drift rules, or methods whose rule and guards to take, e.g. paper,dart,"interval 64" '
+        'Drift rules, or methods whose rule and guards to use, e.g. paper,dart,"interval 64" '
         "(default: every rule, interval 64, and dart-prompt).",
         (),
     )
     observe_tokens: int = setting(
-        PANEL, "Tokens observed after a trigger, by rules that are not a method's.", 32, ge=1
+        PANEL, "Tokens observed after a trigger of a rule that is not a method's.", 32, ge=1
     )
-    horizon: int = setting(PANEL, "A change is detected within so many tokens.", 128, ge=1)
-    windows: WindowSizes = setting(PANEL, "Curves: tokens of a window.", (10,), min_length=1)
+    horizon: int = setting(
+        PANEL, "The most tokens after a change within which it counts as detected.", 128, ge=1
+    )
+    windows: WindowSizes = setting(PANEL, "Curves: tokens per window.", (10,), min_length=1)
     counts: Counts = setting(
-        PANEL, "Curves: low windows to a trigger (n0).", (1, 2, 3), min_length=1
+        PANEL, "Curves: low windows per trigger (n0).", (1, 2, 3), min_length=1
     )
     thresholds: Thresholds = setting(
         PANEL,
@@ -252,7 +254,7 @@ class DetectSettings(StudyOptions, PassageOptions):
         return self
 
     def rule_names(self) -> tuple[str, ...]:
-        """Rules and methods in the order given."""
+        """Rules and methods, in the given or default order."""
         if self.rules:
             return self.rules
         # rules that need numbers have no default; never does not trigger
@@ -260,10 +262,10 @@ class DetectSettings(StudyOptions, PassageOptions):
         return (*plain, "interval 64", "dart-prompt")
 
     def curve_points(self) -> list[tuple[int, int, float]]:
-        """(window, n0, k) of every point of the curves, k rising."""
+        """(window, n0, k) of every point of the curves, with ascending k."""
         return list(product(self.windows, self.counts, sorted(self.thresholds)))
 
     @property
     def experiment(self) -> str:
-        """Name of the experiment's folder."""
+        """The name of the experiment's folder."""
         return self.experiment_name or self.experiment_of("detect")

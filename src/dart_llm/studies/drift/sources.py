@@ -1,9 +1,8 @@
-"""Sources: prompts to write after, and passages to read, with their changes of topic in tokens.
+"""Sources: prompts to continue, and passages to read, with their topic changes in tokens.
 
-Of a passage the first P tokens are the prompt, prefilled dense and observed; the others run as
-decode tokens.  Token k after the prompt is fed in decode step k, so the loss of token k + 1 is the
-first that step k decides: token 0, which the dense prompt predicts, has none, and the last token is
-never fed.
+The first P tokens of a passage are the prompt, prefilled dense and observed; the others run as
+decode tokens.  Decode step k feeds token k after the prompt and so predicts token k + 1.  Token 0
+is predicted by the dense prompt and has no loss; the last token is never fed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from dart_llm.studies.drift.settings import FORCED, DriftSettings, PassageOption
 
 @dataclass(frozen=True)
 class Source:
-    """A prompt, or a passage with ``changes``: characters at which its later topics begin."""
+    """A prompt, or a passage; ``changes``: character offsets at which its later topics begin."""
 
     id: str
     text: str
@@ -35,13 +34,13 @@ class Source:
 
 
 def load_passages(settings: PassageOptions) -> tuple[Source, ...]:
-    """The passages to read; raises ``ConfigError`` for a file that does not fit."""
+    """The passages to read; raises ``ConfigError`` for an invalid file."""
     chosen = passages.listed_passages(settings.passages)[: settings.limit]
     return tuple(Source(p.id, p.text, p.topics, p.changes) for p in chosen)
 
 
 def load_sources(settings: DriftSettings) -> tuple[Source, ...]:
-    """The study's prompts or passages; raises ``ConfigError`` for a file that does not fit."""
+    """The study's prompts or passages; raises ``ConfigError`` for an invalid file."""
     if settings.kind == FORCED:
         return load_passages(settings)
     if settings.prompt is not None:
@@ -51,7 +50,7 @@ def load_sources(settings: DriftSettings) -> tuple[Source, ...]:
 
 
 def digest(sources: Sequence[Source]) -> str:
-    """sha256 of everything that the sources contain."""
+    """SHA-256 of the sources' contents."""
     data = json.dumps([asdict(source) for source in sources], sort_keys=True)
     return hashlib.sha256(data.encode()).hexdigest()
 
@@ -60,9 +59,9 @@ def digest(sources: Sequence[Source]) -> str:
 class Reading:
     """A source as tokens ``ids`` [n], of which the first ``prompt`` are the prompt.
 
-    ``starts``: index, counted after the prompt, of the first token of every topic, 0 for the first
-    one; empty for a prompt, where they are not known.  ``pieces``: the text of every token after
-    the prompt.  ``cut``: whether the context ended before the passage did.
+    ``starts``: index, counted after the prompt, of every topic's first token, 0 for the first
+    topic; empty for a prompt, whose topics have no known start.  ``pieces``: the text of every
+    token after the prompt.  ``cut``: whether the passage was cut to the model's context.
     """
 
     source: Source
@@ -74,20 +73,20 @@ class Reading:
 
     @property
     def decoded(self) -> int:
-        """Tokens after the prompt."""
+        """The number of tokens after the prompt."""
         return len(self.ids) - self.prompt
 
     @property
     def changes(self) -> tuple[int, ...]:
-        """Index in ``ids`` of the first token of each new topic."""
+        """The index in ``ids`` of the first token of each new topic."""
         return tuple(self.prompt + start for start in self.starts[1:])
 
 
 def read_passage(source: Source, tokenizer: Any, prompt: int, longest: int | None) -> Reading:
-    """Tokenise a passage; ``longest``: tokens of the model's context.
+    """Tokenise a passage; ``longest``: the model's context length.
 
-    A token that also holds the break before a topic belongs to that topic.  Raises ``ConfigError``
-    when the first topic is too short for a prompt of ``prompt`` tokens, or the context for the
+    A token that spans the break before a topic belongs to that topic.  Raises ``ConfigError`` if
+    the first topic is too short for a prompt of ``prompt`` tokens, or the context ends before the
     first change.
     """
     ids, ends = encode(tokenizer, source.text)
@@ -101,14 +100,14 @@ def read_passage(source: Source, tokenizer: Any, prompt: int, longest: int | Non
         )
     if not source.changes:
         raise ConfigError(
-            f'the passage "{source.id}" changes its topic after the {longest} tokens of the '
-            "model's context: give a model with a longer one, or shorter passages"
+            f'the topic of the passage "{source.id}" first changes after the {longest} tokens of '
+            "the model's context: give a model with a longer context, or shorter passages"
         )
     firsts = first_tokens(ends, source.changes)
     if firsts[0] < prompt + 2:
         raise ConfigError(
-            f'the passage "{source.id}" has {firsts[0]} tokens before its first change of topic, '
-            f"too few for a prompt of {prompt} and a token after it: give a smaller "
+            f'the passage "{source.id}" has {firsts[0]} tokens before its first topic change, '
+            f"too few for a prompt of {prompt} and two tokens after it: give a smaller "
             "--prompt-tokens, or a longer passage"
         )
     bounds = [ends[prompt - 1], *ends[prompt:count]]
@@ -118,23 +117,23 @@ def read_passage(source: Source, tokenizer: Any, prompt: int, longest: int | Non
 
 
 def cut_notes(readings: Sequence[Reading]) -> list[str]:
-    """A note where passages did not fit the context."""
+    """A note if passages did not fit the context."""
     cut = sum(reading.cut for reading in readings)
-    return [f"{cut} passages were cut where the model's context ends"] if cut else []
+    return [f"{cut} passages were cut to the model's context"] if cut else []
 
 
 def read_prompt(
     source: Source, tokenizer: Any, chat: bool | None, tokens: int, longest: int | None
 ) -> Reading:
-    """Tokenise a prompt; ``chat`` None: with the chat template where there is one.
+    """Tokenise a prompt; ``chat`` None: with the chat template, if there is one.
 
-    Raises ``ConfigError`` when prompt and ``tokens`` do not fit the context of ``longest``.
+    Raises ``ConfigError`` if prompt and ``tokens`` exceed the context of ``longest`` tokens.
     """
     wrap = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
     ids = encode_prompt(tokenizer, source.text, wrap)[0]
     if longest and len(ids) + tokens > longest:
         raise ConfigError(
-            f'the prompt "{source.id}" has {len(ids)} tokens and {tokens} are to be written, '
+            f'the prompt "{source.id}" has {len(ids)} tokens and {tokens} are to be generated, '
             f"but the model's context is {longest}: give a smaller --generation"
         )
     return Reading(source, ids, len(ids))

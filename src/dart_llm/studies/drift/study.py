@@ -1,4 +1,4 @@
-"""``dart-llm drift``: methods side by side on prompts or passages; resumable run by run."""
+"""``dart-llm drift``: compare methods on prompts or passages; an interrupted study resumes."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
 
 def read_losses(model: Any, run: Run | None, reading: Reading) -> list[float | None]:
-    """The loss in nats of every token after the prompt; None for the first of them.
+    """The loss in nats of every token after the prompt, None for the first.
 
-    ``run``: attached, or None for the untouched model.  Raises ``DartError`` when a loss is not
+    ``run``: attached, or None for the untouched model.  Raises ``DartError`` if a loss is not
     finite.
     """
     scored = score_window(model, run, Window(reading.ids, reading.prompt + 1))
@@ -57,9 +57,9 @@ def write_text(
 ) -> dict[str, Any]:
     """``text``, ``pieces`` and ``finish`` of up to ``tokens`` tokens.
 
-    ``run``: attached, or None for the untouched model.  ``sampling``: ``temperature`` and ``seed``,
-    of ``generate``.  The token that ends a text is one of its tokens, with an empty piece.  Raises
-    ``DartError`` when a logit is not finite.
+    ``run``: attached, or None for the untouched model.  ``sampling``: ``temperature`` and ``seed``
+    for ``generate``.  The end token counts as a token, with an empty piece.  Raises ``DartError``
+    if a logit is not finite.
     """
     ends = text_ends(method.model, method.tokenizer)
     checked = CheckedModel(method.model, ends, f"the text after {reading.source.id}")
@@ -82,11 +82,11 @@ class DriftStudy(Study[DriftSettings]):
         super().__init__(settings, ui)
         self.candidates, self.sources = settings.candidates(), load_sources(settings)
         self.runs: list[DriftRun] = []
-        """Measured and failed ones, with their records."""
+        """Measured and failed runs, with their records."""
         self.dense: dict[tuple[str, int], DriftRun] = {}
         """Runs of the untouched model, by source and seed."""
         self.readings: dict[str, Reading] = {}
-        """The sources as tokens, by their ids."""
+        """The tokenised sources, by id."""
         self.dtype: str | None = None
         self.tools: Encoder | None = None
         self.notes: list[str] = []
@@ -110,9 +110,9 @@ class DriftStudy(Study[DriftSettings]):
         }
 
     def load(self) -> None:
-        """The model, the models of the metrics, and every source as its tokens.
+        """Load the model and the metrics' encoder, and tokenise all sources.
 
-        Raises ``ConfigError`` for a source that does not fit, before anything is computed.
+        Raises ``ConfigError`` for a source that does not fit, before any computation.
         """
         super().load()
         self.dtype = checkpoint_facts(self.model).get("dtype")
@@ -129,14 +129,14 @@ class DriftStudy(Study[DriftSettings]):
         self.notes += cut_notes(list(self.readings.values()))
 
     def _load_tools(self) -> None:
-        """The models of the metrics; what is missing costs the metrics alone, never the study."""
+        """Load the metrics' encoder; without it the study has no metrics but still runs."""
         settings = self.settings
         if settings.kind == FORCED or not settings.metrics or len(self.candidates) == 1:
             return
         from dart_llm.evaluation.text_metrics import load_tools
 
         try:
-            with self.ui.status("loading the models of the metrics") as news:
+            with self.ui.status("loading the metrics' encoder") as news:
                 self.tools = load_tools(
                     settings.embedder, cache_dir=settings.cache_dir, progress=news
                 )
@@ -152,16 +152,16 @@ class DriftStudy(Study[DriftSettings]):
             yield Unit(run.key, data=run)
 
     def finished(self, unit: Unit) -> Any:
-        """What an earlier run kept, with the metrics that are wanted now."""
+        """The stored record of an earlier run, unless it lacks the requested metrics."""
         record = self.folder.part(unit.key)
         lacks = self.tools and record and not record["metrics"] and not unit.data.is_dense
         return None if lacks else record
 
     def compute(self, unit: Unit) -> dict[str, Any]:
-        """The run's record; its masks go into a file.
+        """The run's record; its masks are written to a file.
 
-        Raises ``DartError`` for what the method or the model cannot do, a number that is not finite
-        among it, and ``ResultsError`` when the masks cannot be written.
+        Raises ``DartError`` if the method does not support the model or a number is not finite, and
+        ``ResultsError`` if the masks cannot be written.
         """
         drift_run: DriftRun = unit.data
         reading, method = self.readings[drift_run.source.id], self._method(drift_run)
@@ -181,7 +181,7 @@ class DriftStudy(Study[DriftSettings]):
         return dict(json.loads(json.dumps(finite({**EMPTY, **record}))))
 
     def _method(self, run: DriftRun) -> BoundMethod:
-        """The model as the run prunes it, calibrated where the method is."""
+        """The run's method bound to the model, calibrated if needed."""
         key, settings = (run.label, run.seed), self.settings
         if key not in self._methods:
             calibration = settings.calibration, settings.cache_dir, self.ui.say
@@ -191,7 +191,7 @@ class DriftStudy(Study[DriftSettings]):
     def _decode(
         self, drift_run: DriftRun, method: BoundMethod, run: Run | None, reading: Reading
     ) -> dict[str, Any]:
-        """What the method reads or writes, and how well."""
+        """Read the passage or continue the prompt; the result with its losses or metrics."""
         record: dict[str, Any] = {"prompt_tokens": reading.prompt}
         if drift_run.mode == FORCED:
             record |= {"pieces": list(reading.pieces), "finish": "length" if reading.cut else "end"}
@@ -204,7 +204,7 @@ class DriftStudy(Study[DriftSettings]):
         return {**record, "decoded_tokens": len(record["pieces"])}
 
     def _compare(self, run: DriftRun, text: str) -> dict[str, Any] | None:
-        """The text beside the dense one of the same source and seed."""
+        """The text's metrics against the dense text of the same source and seed."""
         dense = self.dense.get(run.source_key)
         if self.tools is None or dense is None:
             return None
@@ -225,7 +225,7 @@ class DriftStudy(Study[DriftSettings]):
             self.dense[run.source_key] = run
 
     def summarise(self) -> dict[str, Any]:
-        """Also writes results.jsonl, once: with all tokens its lines are long."""
+        """Also write results.jsonl, only once because its lines have all tokens and are long."""
         write_lines(self.path / "results.jsonl", self.lines)
         document = summary.summarise(self.runs, self.settings.model, self.dtype)
         return {**document, "notes": [*self.notes, *document["notes"]]}

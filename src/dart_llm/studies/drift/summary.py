@@ -1,7 +1,7 @@
-"""A drift study in one row per method: means over its sources with 95 % intervals; its headline.
+"""Summary of a drift study: a row per method with means over sources and 95 % intervals.
 
-A source (a prompt or a passage) is one item, whatever the seeds: several seeds of it are averaged
-first.  Differences to dense and to ``never`` are paired by source.  Losses are in nats per token.
+A source (a prompt or a passage) is one item: its seeds are averaged first.  Differences to dense
+and to ``never`` are paired by source.  Losses are in nats per token.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ ACCOUNTING = (
     *("achieved_sparsity", "sparsity_while_pruned", "dense_token_share", "remasks"),
     "ffn_bytes_share",
 )
-"""What is taken of the merged reports of a method."""
+"""The fields taken from the merged reports of a method."""
 
 
 def summarise(runs: Sequence[DriftRun], model: str, dtype: str | None) -> dict[str, Any]:
-    """The summary of measured and failed runs; its ``rows`` are in their order."""
+    """The summary of measured and failed runs; ``rows`` follow the order of the runs."""
     by_label = grouped(runs, lambda run: run.label)
-    done = {label: [r for r in each if r.error is None] for label, each in by_label.items()}
+    done = {label: [r for r in members if r.error is None] for label, members in by_label.items()}
     rows = []
-    for label, each in by_label.items():
-        finished, candidate = done[label], each[0].candidate
+    for label, members in by_label.items():
+        finished, candidate = done[label], members[0].candidate
         row: dict[str, Any] = {
             "label": label,
             "method": candidate.name,
             "sparsity": candidate.sparsity,
             "runs": len(finished),
-            "failed": len(each) - len(finished),
+            "failed": len(members) - len(finished),
             "sources": len({run.source.id for run in finished}),
             **accounting(finished),
             "loss": None,
@@ -67,7 +67,7 @@ def summarise(runs: Sequence[DriftRun], model: str, dtype: str | None) -> dict[s
 
 
 def accounting(runs: Sequence[DriftRun]) -> dict[str, Any]:
-    """Over all runs, weighted by decoded tokens; ``remasks_per_run``: their mean."""
+    """Accounting over all runs, weighted by decoded tokens; ``remasks_per_run``: a mean."""
     records = [run.record["accounting"] for run in runs if run.record["accounting"]]
     merged = merge_reports([{**r, "sequences": []} for r in records]) if records else UNTOUCHED
     return {
@@ -80,9 +80,9 @@ def accounting(runs: Sequence[DriftRun]) -> dict[str, Any]:
 def losses(
     runs: Sequence[DriftRun], dense: Sequence[DriftRun], never: Sequence[DriftRun]
 ) -> dict[str, Any]:
-    """Mean losses before and after the changes, and recovery.
+    """Mean losses before and after the topic changes, and recovery.
 
-    ``after``: all tokens of all topics but the first.  ``after_minus_dense`` and
+    ``after``: over all tokens of all topics but the first.  ``after_minus_dense`` and
     ``after_minus_never``: paired by source.
     """
     after = part_losses(runs, is_after=True)
@@ -112,7 +112,7 @@ def losses(
 
 
 def part_losses(runs: Sequence[DriftRun], is_after: bool) -> dict[str, Value]:
-    """Mean loss and tokens of every source, over its seeds, before or after its first change."""
+    """Mean loss and token count of every source, over its seeds, before or after its change."""
     tokens: dict[str, list[float]] = {}
     for run in runs:
         change = run.topics[0][2]
@@ -122,16 +122,16 @@ def part_losses(runs: Sequence[DriftRun], is_after: bool) -> dict[str, Value]:
 
 
 WINDOW, BEFORE, MARGIN = 32, 64, 0.1
-"""A loss has recovered where its mean excess over dense in a window of ``WINDOW`` tokens is at most
-that of the ``BEFORE`` tokens before the change plus ``MARGIN`` nats."""
+"""A loss has recovered if its mean excess over dense in a window of ``WINDOW`` tokens is at most
+``MARGIN`` nats above that of the ``BEFORE`` tokens before the change."""
 
 
 def recovery(
     losses: Sequence[float | None], dense: Sequence[float | None], starts: Sequence[int]
 ) -> list[int | None]:
-    """Per change the tokens after it until the loss has recovered, None when it does not.
+    """Per change, the number of tokens until the loss has recovered; None if it does not.
 
-    ``starts``: index of each topic's first token.  The window lies before the next change.
+    ``starts``: index of each topic's first token.  The window ends before the next change.
     """
     excess = np.array(losses, dtype=float) - np.array(dense, dtype=float)  # None becomes nan
     recovered = list[int | None]()
@@ -144,7 +144,7 @@ def recovery(
 
 
 def metrics(runs: Sequence[DriftRun]) -> dict[str, Any] | None:
-    """Every number of text_metrics.py, averaged over the sources that have it; None of dense."""
+    """The metrics of text_metrics.py, averaged over the sources that have them; None for dense."""
     values: dict[str, dict[str, list[float]]] = {}
     for run in runs:
         for name, value in (run.record["metrics"] or {}).items():
@@ -158,7 +158,7 @@ def metrics(runs: Sequence[DriftRun]) -> dict[str, Any] | None:
 
 
 def _with_mean(interval: Interval | None) -> dict[str, Any] | None:
-    """``mean`` over ``n`` sources, weighted by their tokens, and its interval; None of nothing."""
+    """The interval as a dictionary with ``mean``, weighted by tokens; None stays None."""
     if interval is None:
         return None
     entry = interval.to_dict()
@@ -166,22 +166,22 @@ def _with_mean(interval: Interval | None) -> dict[str, Any] | None:
 
 
 def notes(runs: Sequence[DriftRun]) -> list[str]:
-    """What a reader of the numbers must know: runs that ended before any pruning."""
+    """Notes on the numbers: runs that ended before any pruning."""
     records = (run.record["accounting"] for run in runs if run.candidate.sparsity)
     shares = [record["achieved_sparsity"] for record in records if record]
     unpruned = sum(not share for share in shares)
-    sentence = f"{unpruned} of {len(shares)} pruned runs ended before a token ran pruned"
+    sentence = f"{unpruned} of {len(shares)} pruned runs ended before any token ran pruned"
     return [sentence] if unpruned else []
 
 
-# What is shown of it.
+# Result lines, table and headline.
 
 CLOSEST = ("document_similarity", "rougeL")
-"""Metrics that may stand for a study in mode free, the first that it has."""
+"""Candidates for the main metric in mode free; the first that exists is used."""
 
 
 def _main(row: Row) -> tuple[str, Row] | None:
-    """Name and estimate of the number that stands for a method."""
+    """The name and estimate of a method's main metric."""
     if row["loss"]:
         return "loss_after", row["loss"]["after"]
     names = [name for name in CLOSEST if (row["metrics"] or {}).get(name)]
@@ -189,7 +189,7 @@ def _main(row: Row) -> tuple[str, Row] | None:
 
 
 def result_lines(summary: Row) -> list[ResultLine]:
-    """The loss after the changes, or the closeness to the dense text, of every method."""
+    """Every method's loss after the changes, or its closeness to the dense text."""
     lines = []
     for row in summary["rows"]:
         metric, estimate = _main(row) or ("tokens", {"mean": row.get("mean_tokens")})
@@ -209,7 +209,7 @@ def result_lines(summary: Row) -> list[ResultLine]:
                 dense_share=row["dense_token_share"],
                 remasks=row["remasks"],
                 dtype=summary["dtype"],
-                error=None if row["runs"] else "every run failed: results.jsonl says why",
+                error=None if row["runs"] else "every run failed: see results.jsonl",
             )
         )
     return lines
@@ -220,7 +220,7 @@ def _short_name(summary: Row) -> str:
 
 
 def table(summary: Row) -> Table:
-    """One row per method; losses in nats.  Its CSV has every number, names joined by dots."""
+    """A row per method; losses in nats.  The CSV file has all numbers, with dotted names."""
     flattened = [flat(row) for row in summary["rows"]]
     rows = [{**row, **numbers} for row, numbers in zip(summary["rows"], flattened, strict=True)]
     columns = [
@@ -257,7 +257,7 @@ def table(summary: Row) -> Table:
 
 
 def _estimate(head: str, group: str, name: str, terminal: bool = True) -> Column:
-    """A mean with its interval; differences have a sign, and none to the method itself."""
+    """A mean with its interval; differences are signed, and empty for the reference itself."""
     other = name.partition("_minus_")[2]
     form = "+.3f" if other else ".3f"
 
@@ -281,11 +281,11 @@ def _recovery(row: Row) -> str | None:
 
 
 NEAR = 0.05
-"""Methods whose achieved sparsities lie so near are called comparable."""
+"""Methods are comparable if their achieved sparsity is within this of the largest."""
 
 
 def headline(summary: Row) -> str:
-    """The best of the methods that removed about as much; "" where nothing can be compared."""
+    """The best of the methods with comparable sparsity; "" if nothing was measured."""
     measured = [row for row in summary["rows"] if row["method"] != DENSE and _main(row)]
     if not measured:
         return ""
@@ -295,15 +295,15 @@ def headline(summary: Row) -> str:
         for row in alike
         for metric, estimate in filter(None, [_main(row)])
     ]
-    cost, metric, row = min(costs, key=lambda each: each[0])
+    cost, metric, row = min(costs, key=lambda entry: entry[0])
     name = {"loss_after": "loss after the changes"}.get(metric, metric)
     return (
         f"{row['label']}: {name} {abs(cost):.3f} at {percent(row['achieved_sparsity'])} "
-        f"achieved sparsity, the best of {count(len(alike), 'method')} that removed about as much."
+        f"achieved sparsity, the best of {count(len(alike), 'method')} with similar sparsity."
     )
 
 
 def comparable(rows: Sequence[Row]) -> list[Row]:
-    """Rows whose sparsity is at most NEAR below the largest."""
+    """Rows whose achieved sparsity is at most ``NEAR`` below the largest."""
     most = max(float(row["achieved_sparsity"]) for row in rows)
     return [row for row in rows if row["achieved_sparsity"] >= most - NEAR]

@@ -1,1 +1,1 @@
-"""``run`` and ``demo``: a text, dense and pruned, its accounting and its times."""
+"""``run`` and ``demo``: a text generated dense and pruned, with its accounting and times."""

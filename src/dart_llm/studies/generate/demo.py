@@ -1,7 +1,8 @@
 """``dart-llm demo``: what this project does, in a minute or two.
 
-A prompt dense and by the default method, beside plain transformers, and llama.cpp on the same file
-where its ``llama-bench`` is at hand; then perplexity: dense, the default, and sequence masks.
+Decodes a prompt dense and with the default method, and times both against plain transformers and,
+if ``llama-bench`` is installed, llama.cpp on the same file.  Then measures the perplexity of dense,
+the default method, and sequence masks.
 """
 
 from __future__ import annotations
@@ -45,20 +46,20 @@ from dart_llm.studies.generate.settings import DemoSettings
 from dart_llm.studies.generate.study import Clock, Decoding, RunStudy, accounting_facts
 
 COMPARED = (("dart", DEFAULT_SPARSITY),)
-"""Methods and sparsities whose perplexity is measured beside the default's."""
+"""Further methods and sparsities whose perplexity is measured."""
 
 TASK = "perplexity:embedded"
 
 OPTIONS = MeasureOptions(limit=6, prompt_tokens=128, scored_tokens=128)
 
 QUICK = 4
-"""Tokens by which the faster of two dtypes is chosen."""
+"""The number of tokens timed to find the faster of two dtypes."""
 
 Row = Mapping[str, Any]
 
 
 class DemoStudy(RunStudy):
-    """A run, timed beside other programs, and one table of perplexity."""
+    """A run, timed against other programs, and a table of perplexities."""
 
     perplexity: Sequence[Row] = ()
     """Rows of perplexity.json."""
@@ -78,9 +79,9 @@ class DemoStudy(RunStudy):
         write_json(self.path / "perplexity.json", self._document())
 
     def _perplexity(self) -> list[Row]:
-        """Dense, the compared methods and the run's own, on the same slices."""
+        """Perplexity of dense, the compared methods and the run's method, on the same slices."""
         compared = [PruneConfig.build(name, sparsity=share) for name, share in COMPARED]
-        if self.settings.method.startswith(SETTING):  # it was measured when it was tuned
+        if self.settings.method.startswith(SETTING):  # tuning has already compared it
             compared = []
         candidates = [self.prepare(config) for config in (None, *compared)]
         candidates = list({method.label: method for method in (*candidates, self.bound)}.values())
@@ -108,8 +109,8 @@ class DemoStudy(RunStudy):
     def transformers(self, ids: Tensor) -> Any:
         """The untouched model in the dtype in which it decodes fastest after ids [1, T].
 
-        In its own dtype, and on a CPU in float32, where there is room for that.  Weights in a
-        file's blocks, which transformers does not know, are dequantised.
+        Times the model's dtype and, on a CPU with enough memory, float32.  Weights in a file's
+        blocks, which transformers does not support, are dequantised.
         """
         on_cpu = torch.device(self.model.device).type == "cpu"
         dtype = str(self.model.dtype).removeprefix("torch.")
@@ -126,7 +127,7 @@ class DemoStudy(RunStudy):
     def _add_llama_cpp(
         self, clocks: dict[str, Clock], sizes: dict[str, int], depth: int, tokens: int
     ) -> None:
-        """llama.cpp on the model's file, where it is at hand and runs."""
+        """Add llama.cpp on the model's file, if llama-bench is installed and runs."""
         path, bench = blocks_file(self.model), find_bench()
         if path is None or bench is None:
             return
@@ -182,7 +183,7 @@ class DemoStudy(RunStudy):
 
 
 def _row(candidate: BoundMethod, measured: Measurement, dense: Measurement) -> Row:
-    """One row of perplexity.json; ``interval``: 95 % of the ratio to dense, paired by slice."""
+    """A row of perplexity.json; ``interval``: 95 %, of the ratio to dense, paired by slice."""
     scored, base = (scores(result.to_dict()) for result in (measured, dense))
     interval = None if measured is dense else scored.against(base)
     perplexity = measured.metrics["perplexity"]
@@ -199,5 +200,5 @@ def _row(candidate: BoundMethod, measured: Measurement, dense: Measurement) -> R
 
 
 def run_demo(ui: Ui, **given: Any) -> DemoStudy:
-    """The demo; ``given``: settings that win, such as model, device and results_dir."""
+    """Run the demo; ``given``: settings that override the defaults, such as model or device."""
     return run_study(DemoStudy(DemoSettings(**given).fitted(), ui))

@@ -1,4 +1,4 @@
-"""Tables, page and headline of one run; drift over time is drawn by ``experiments.line_plots``."""
+"""Tables, page and headline of a run; ``experiments.line_plots`` draws drift over time."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ DENSE, PRUNED = "dense", "pruned"
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as pictures and page show it.
+    """The data of a run for plots and page.
 
     ``config``: config.json.  ``generations``: lines of generation.jsonl.  ``timing``: timing.json.
-    ``checks``: windows of the drift detector.  ``perplexity``: perplexity.json, of a demo.
+    ``checks``: windows of the drift detector.  ``perplexity``: a demo's perplexity.json.
     """
 
     config: Mapping[str, Any]
@@ -37,12 +37,12 @@ class RunView:
 
     @property
     def accounting(self) -> Mapping[str, Any]:
-        """Accounting of the pruned text; empty without one."""
+        """Accounting of the pruned text; empty if there is none."""
         return next((text["accounting"] for text in self.generations if text["accounting"]), {})
 
 
 def pictures(view: RunView) -> list[Plot]:
-    """The similarity over time, where there is a detector; needs no matplotlib."""
+    """The plot of similarity over time, if there is a detector; does not need matplotlib yet."""
     sequences = view.accounting.get("sequences", ())
     masks = [remask for sequence in sequences for remask in sequence["remasks"]]
     small_print = page.small_print(view.config)
@@ -50,7 +50,7 @@ def pictures(view: RunView) -> list[Plot]:
     return [] if similarity is None else [similarity]
 
 
-# One table of results: time and accounting of every decoding; and perplexity, of a demo.
+# Tables: the time and accounting of every decoding, and a demo's perplexities.
 
 
 def _sparsity_text(sparsity: float | None) -> str:
@@ -75,19 +75,19 @@ RESULTS = (
 
 
 def results_table(timing: Mapping[str, Any], accounting: Record | None) -> Table:
-    """Time and accounting of a token here, dense and pruned, and elsewhere, the slowest first.
+    """Time and accounting per token, dense, pruned and of other programs, the slowest first.
 
-    Columns without a value are left out; generation.jsonl has all numbers.
+    Columns without values are left out; generation.jsonl has all numbers.
     """
     firsts, sizes, over = (
         mapping(timing.get(key))
         for key in ("time_to_first_token_s", "weight_bytes_per_token", "over_transformers")
     )
-    each = {n: v for n, v in mapping(timing.get("seconds_per_token")).items() if number(v)}
-    if not each and accounting:  # one token: there is nothing to time
-        each = {PRUNED: None}
+    times = {n: v for n, v in mapping(timing.get("seconds_per_token")).items() if number(v)}
+    if not times and accounting:  # a single token cannot be timed
+        times = {PRUNED: None}
     rows = []
-    for name, seconds in sorted(each.items(), key=lambda item: -(item[1] or 0)):
+    for name, seconds in sorted(times.items(), key=lambda item: -(item[1] or 0)):
         row = {"name": name, "first": firsts.get(name), "seconds": seconds}
         row |= {"over_transformers": _ratio(mapping(over.get(name))), "bytes": sizes.get(name)}
         if name == PRUNED and accounting:
@@ -105,7 +105,7 @@ def results_table(timing: Mapping[str, Any], accounting: Record | None) -> Table
 
 
 def _ratio(judged: Mapping[str, Any]) -> str | None:
-    """A ratio as ``SpeedUp.to_dict`` has it, in words."""
+    """The text of a ratio from ``SpeedUp.to_dict``."""
     if judged.get("disturbed"):
         return "disturbed"
     ratio = number(judged.get("speed_up"))
@@ -124,7 +124,7 @@ PERPLEXITY = (
 
 
 def perplexity_table(document: Record) -> Table:
-    """The rows of perplexity.json: achieved sparsity, dense share and re-masks beside each."""
+    """The rows of perplexity.json, with achieved sparsity, dense share and re-masks."""
     rows = [{**mapping(row["accounting"]), **row} for row in document["rows"]]
     caption = (
         f"{document['text']}: {document['slices']} slices of {document['prompt_tokens']} prompt + "
@@ -133,11 +133,11 @@ def perplexity_table(document: Record) -> Table:
     return Table("", caption, PERPLEXITY, rows)
 
 
-# ``report.html``: one self-contained page about a run.
+# ``report.html``: a self-contained page on a run.
 
 
 def render(view: RunView) -> str:
-    """The page of one run."""
+    """The page of a run."""
     drawn, missing = page.pictures(pictures(view))
     counted, document = view.accounting, view.perplexity
     method = str(counted.get("method") or view.config["prune"]["method"])
@@ -166,16 +166,16 @@ def _page_text(record: Record) -> dict[str, Any]:
     return {"name": words.row_name(record), "note": note, "text": str(record.get("text") or "")}
 
 
-# What ends a demo on the terminal.
+# The end of a demo's terminal output.
 
 MARK = "»"
-"""Stands before the first word that differs."""
+"""Precedes the first word that differs."""
 
 
 def side_by_side(generations: Mapping[str, Record], width: int) -> list[Table]:
-    """The dense and the pruned text, and the first word in which they differ.
+    """The dense and the pruned text side by side, with a mark at their first difference.
 
-    Nothing without a pruned text, and where ``width`` characters are too few for two columns.
+    Empty without a pruned text, or if ``width`` characters are too few for two columns.
     """
     if PRUNED not in generations or width < 48:
         return []
@@ -195,7 +195,7 @@ def side_by_side(generations: Mapping[str, Record], width: int) -> list[Table]:
 def verdict(
     timing: Mapping[str, Any], over_dense: float | None, accounting: Record, is_default: bool
 ) -> str:
-    """Whether to prune this model so, and how to find out for others: one sentence.
+    """A sentence on whether to prune this model in this way, and how to test other settings.
 
     ``over_dense``: perplexity over dense, if it was measured.
     """

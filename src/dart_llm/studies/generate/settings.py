@@ -1,4 +1,4 @@
-"""The settings of ``dart-llm run``: one table for flags, YAML files, environment and scripts."""
+"""The settings of ``dart-llm run``, for flags, YAML files, the environment and scripts."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from dart_llm.settings import ActivationSettings, merge, setting, words
 
 
 class RunSettings(ActivationSettings):
-    """What one run does; None means "not given"."""
+    """The settings of a run; None means "not given"."""
 
     prompt: str | None = setting("Prompt", "The prompt, or a shipped prompt's name.")
     prompt_file: str | None = setting("Prompt", "Read the prompt from this file; - is stdin.")
-    custom_prompt_text: str | None = setting("Prompt", "The same, or a text in datasets/.")
+    custom_prompt_text: str | None = setting("Prompt", "Like --prompt; also a text in datasets/.")
     prompt_type: str = setting("Prompt", "custom, or mmlu: questions without answers.", "custom")
     prompt_subject: str | None = setting("Prompt", "MMLU subjects, comma-separated.")
-    prompt_length: int | None = setting("Prompt", "Tokens of the prompt, at most.", ge=1)
+    prompt_length: int | None = setting("Prompt", "The most tokens in the prompt.", ge=1)
     chat: bool | None = setting("Prompt", "Wrap the prompt in the model's chat template.", False)
-    """None: if the model has one."""
+    """None: only if the model has a template."""
     generation: int | None = setting("Prompt", "Tokens to generate (default: 200).", ge=0)
     temperature: float | None = setting(
         "Prompt", "Sample at this temperature (default: greedy).", ge=0, allow_inf_nan=False
     )
-    calibration: str | None = setting("Pruning", "Text to calibrate on (default: c4 of the hub).")
+    calibration: str | None = setting("Pruning", "Text to calibrate on (default: c4 on the hub).")
     trace: str | None = setting("Results", "Write which neurons ran for every token to this file.")
     verbose: bool = setting("Results", "Log every mask and every drift window.", False)
 
@@ -48,40 +48,40 @@ class RunSettings(ActivationSettings):
     def _check_recording(self) -> None:
         if self.save_activations and self.executor not in (None, "auto", "masked"):
             raise ConfigError(
-                f"--save-activations cannot see the neurons that executor {self.executor} skips: "
-                "give --executor masked, or leave the executor out"
+                f"--save-activations cannot record neurons that executor {self.executor} skips: "
+                "give --executor masked, or omit the executor"
             )
 
     def prune_config(self) -> PruneConfig:
-        """The preset with every setting on top of it; recorded runs use the masked executor."""
+        """The preset with all settings applied; recorded runs use the masked executor."""
         config = super().prune_config()
         return config.replace({"executor": "masked"}) if self.save_activations else config
 
     @property
     def tokens(self) -> int:
-        """Tokens to generate."""
+        """The number of tokens to generate."""
         return 200 if self.generation is None else self.generation
 
     @property
     def names_prompt(self) -> bool:
-        """Whether they name one that is not made of MMLU questions."""
+        """Whether the settings name a prompt that is not made of MMLU questions."""
         sources = (self.prompt, self.prompt_file, self.custom_prompt_text)
         return any(source is not None for source in sources)
 
     @property
     def mmlu_subjects(self) -> list[str]:
-        """Subjects of the questions that are the prompt; [] where it is another one."""
+        """The subjects of the prompt's MMLU questions; empty for other prompts."""
         is_mmlu = self.prompt_type == "mmlu" or not self.names_prompt
         return words(self.prompt_subject) if is_mmlu else []
 
 
 class DemoSettings(RunSettings):
-    """``dart-llm demo``: a run with everything chosen."""
+    """``dart-llm demo``: a run with its own defaults."""
 
     prompt: str | None = setting("Prompt", "The prompt.", "sky")
-    chat: bool | None = setting("Prompt", "As of run; None: if the model has a template.", None)
+    chat: bool | None = setting("Prompt", "As in run; None: if the model has a template.", None)
     generation: int | None = setting("Prompt", "Tokens to generate.", 64)
-    experiment_name: str | None = setting("Results", "Name of its folder.", "demo")
+    experiment_name: str | None = setting("Results", "The name of the folder.", "demo")
 
 
 collect = partial(merge, RunSettings)

@@ -1,4 +1,4 @@
-"""`run`: one prompt, dense and pruned, with the accounting and the time of both texts."""
+"""``run``: continue a prompt dense and pruned, with the accounting and times of both texts."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ from dart_llm.studies.generate import report
 from dart_llm.studies.generate.report import DENSE, PRUNED
 from dart_llm.studies.generate.settings import RunSettings
 
-# Where the prompt comes from, and how it becomes tokens.
+# Reading and tokenising the prompt.
 
 MMLU_DEFAULT_TOKENS = 1024
 
 
 def read_prompt(settings: RunSettings) -> str:
-    """The prompt; "" where it is built after loading (mmlu).
+    """The prompt; "" if it is built after loading (mmlu).
 
-    Raises ``ConfigError`` where there is none, or an empty one, or nothing is to be generated.
+    Raises ``ConfigError`` if the prompt is missing or empty, or no tokens are to be generated.
     """
     if not settings.tokens:
         raise ConfigError(
@@ -84,9 +84,9 @@ def _prompt_text(settings: RunSettings) -> str | None:
 
 
 def encode(settings: RunSettings, prompt: str, config: Any, tokenizer: Any) -> tuple[str, Tensor]:
-    """The final text and its ids [1, T]; ``config``: the model's.
+    """The final prompt and its ids [1, T]; ``config``: the model's configuration.
 
-    Raises ``ConfigError`` when prompt and generated text do not fit the context.
+    Raises ``ConfigError`` if prompt and generated text do not fit the context.
     """
     limit = configured_context(config)
     if subjects := settings.mmlu_subjects:
@@ -99,32 +99,33 @@ def encode(settings: RunSettings, prompt: str, config: Any, tokenizer: Any) -> t
     if limit and ids.shape[1] + settings.tokens > limit:
         raise ConfigError(
             f"the prompt has {ids.shape[1]} tokens and {settings.tokens} are to be generated, but "
-            f"the model's context is {limit}: shorten it with --prompt-length, or generate less"
+            f"the model's context is {limit}: shorten the prompt with --prompt-length, or generate "
+            "fewer tokens"
         )
     return prompt, ids
 
 
-# Times of a token: short interleaved repetitions on the same text.  A machine that is busy for a
-# while slows whatever runs then, so nothing is timed one after the other.
+# Times per token, from short interleaved repetitions on the same text.  Interleaving spreads the
+# slowdown by other work on the machine over all decodings.
 
 REPETITIONS, FEWEST_REPETITIONS = 8, 4
-"""Repetitions of every timing, and how many a slow machine gets at least."""
+"""The number of repetitions of every timing, and the minimum on a slow machine."""
 
 PATIENCE_S = 15.0
-"""Seconds after which no repetition begins, once there are ``FEWEST_REPETITIONS``."""
+"""After this many seconds no repetition begins, once there are ``FEWEST_REPETITIONS``."""
 
 STEPS, TAIL = 8, 16
-"""Tokens that a repetition times, and tokens of the text that it reads first, at most."""
+"""The most tokens that a repetition times, and the most tokens of text that it reads before."""
 
 Clock = Callable[[], float]
-"""Times one repetition: seconds per token."""
+"""Times a repetition; returns seconds per token."""
 
 
 @dataclass
 class Decoding:
-    """A clock of a model: how it decodes ``tokens`` tokens after ids [1, T].
+    """Times a model that decodes ``tokens`` tokens after ids [1, T].
 
-    ``make``: what makes the run to attach; None stands for the untouched model.
+    ``make``: makes the run to attach; it returns None for the untouched model.
     """
 
     model: Any
@@ -132,7 +133,7 @@ class Decoding:
     tokens: int
     make: Make = lambda: None
     limit: float | None = field(default=None, init=False)
-    """Bytes of dense over those of the tokens that were timed; None before that."""
+    """Bytes of dense over bytes of the timed tokens; None before timing."""
 
     def __call__(self) -> float:
         run = self.make()
@@ -144,7 +145,7 @@ class Decoding:
 
 
 def interleave(clocks: Mapping[str, Clock]) -> dict[str, list[float]]:
-    """Seconds per token by name and repetition; every second repetition is in reversed order."""
+    """Seconds per token by name and repetition; every second repetition runs in reverse order."""
     seconds: dict[str, list[float]] = {name: [] for name in clocks}
     began = time.perf_counter()
     for number in range(REPETITIONS):
@@ -156,7 +157,7 @@ def interleave(clocks: Mapping[str, Clock]) -> dict[str, list[float]]:
 
 
 def text_end(ids: Tensor, more: Sequence[int], tokens: int, context: int | None) -> Tensor:
-    """The end of a text, ids [1, T] and ``more``, that leaves room for a repetition."""
+    """The end of the text ``ids`` [1, T] + ``more``, short enough to fit a repetition."""
     text = torch.cat([ids, torch.tensor([more], dtype=ids.dtype, device=ids.device)], dim=1)
     room = TAIL if context is None else min(TAIL, max(1, context - 1 - WARM - tokens))
     return text[:, -room:]
@@ -165,12 +166,12 @@ def text_end(ids: Tensor, more: Sequence[int], tokens: int, context: int | None)
 def timing_document(
     repetitions: Mapping[str, Sequence[float]], limit: float | None, reference: str | None
 ) -> dict[str, Any]:
-    """Keys of timing.json: ``repetitions``, medians of them, and the ratios that can be trusted.
+    """Keys of timing.json: ``repetitions``, their medians, and the reliable ratios.
 
-    The time of the pruned text is dense's median over its speed-up, so that the two agree: machines
-    drift from repetition to repetition, and the ratio of one repetition does not.  The speed-up
-    over dense is at the top, as ``SpeedUp.to_dict`` has it.  ``over_transformers``: speed-ups over
-    ``reference``, whose weights may be in another format, so that bytes set no limit.
+    The machine's speed drifts between repetitions, but the ratios within each repetition do not.
+    The pruned time is therefore dense's median over the speed-up, so that time and speed-up agree.
+    The speed-up over dense is at the top level, as in ``SpeedUp.to_dict``.  ``over_transformers``:
+    speed-ups over ``reference``, whose weights may have another format, so bytes set no limit.
     """
     medians = {name: statistics.median(seconds) for name, seconds in repetitions.items()}
     pruned = {}
@@ -187,7 +188,7 @@ def timing_document(
         base = repetitions[reference]
         others = {name: seconds for name, seconds in repetitions.items() if name != reference}
         over = {name: judge(base, seconds).to_dict() for name, seconds in others.items()}
-        if pruned:  # dense over the reference, times pruned over dense: the three agree
+        if pruned:  # (dense over reference) x (pruned over dense), so that the ratios agree
             disturbed = over[DENSE]["disturbed"] or pruned["disturbed"]
             ratio = None if disturbed else over[DENSE]["speed_up"] * pruned["speed_up"]
             over[PRUNED] = {**over[DENSE], "speed_up": ratio, "disturbed": disturbed}
@@ -196,15 +197,15 @@ def timing_document(
 
 
 TORCH_EXECUTORS = ("auto", "masked", "compact")
-"""Executors that run by the kernels of the untouched model."""
+"""Executors with the same kernels as the untouched model."""
 
 
 class RunStudy(Study[RunSettings]):
-    """Units: the dense text, the pruned one, and their times."""
+    """Units: the dense text, the pruned text, and their times."""
 
     kind = "run"
     bound: BoundMethod
-    """The configuration with what it learned of the model."""
+    """The configuration bound to the model, with its learned statistics."""
 
     def __init__(self, settings: RunSettings, ui: Ui) -> None:
         super().__init__(settings, ui)
@@ -212,13 +213,13 @@ class RunStudy(Study[RunSettings]):
         self.prompt = read_prompt(settings)
         self.masks = read_masks(settings.masks) if settings.masks else None
         self.encoded: tuple[str, Tensor]
-        """The text of the prompt and its ids [1, T]."""
+        """The prompt's text and its ids [1, T]."""
         self.generations: dict[str, dict[str, Any]] = {}
         """Lines of generation.jsonl, by variant."""
         if settings.trace:
             if not self.prunes:
                 raise ConfigError(
-                    "--trace records which neurons a pruned text runs, and method "
+                    "--trace records which neurons run in a pruned text, but method "
                     f"{self.prune_config.method} removes none: give a method and a sparsity"
                 )
             check_traceable(self.prune_config)
@@ -256,7 +257,7 @@ class RunStudy(Study[RunSettings]):
             yield Unit("times", "timing")
 
     def prepare(self, config: PruneConfig | None) -> BoundMethod:
-        """A configuration with what it learns of the model."""
+        """A configuration bound to the model, with its learned statistics."""
         settings = self.settings
         where = (settings.calibration, settings.cache_dir, self.ui.say)
         masks = None if config is None else self.masks
@@ -264,16 +265,16 @@ class RunStudy(Study[RunSettings]):
 
     @property
     def _own_kernels(self) -> str | None:
-        """The executor by which dense runs too, so that a speed-up is due to pruning alone.
+        """The executor that also runs the dense text, so that a speed-up is due only to pruning.
 
-        None: the untouched model, whose kernels are the pruned one's.
+        None: the untouched model, if the pruned text uses the same kernels.
         """
         run = self.bound.run()
         executor = str(self.prune_config.executor if run is None else run.executor)
         return None if executor in TORCH_EXECUTORS else executor
 
     def finished(self, unit: Unit) -> Any:
-        """A text, if all of its files are there; times are measured again."""
+        """A stored text, if all its files exist; times are always measured again."""
         if not unit.key.startswith("generation/"):
             return None
         files = [] if self.saver is None else [self.saver.path(unit.data)]
@@ -326,7 +327,7 @@ class RunStudy(Study[RunSettings]):
             )
         self.ui.end_text(generation.text)
         if not generation.text:
-            self.ui.say("the model ended its text at once; a model that answers needs --chat")
+            self.ui.say("the model generated no text; a chat model needs --chat")
         if trace is not None:
             size = bytes_text(trace.nbytes)
             self.ui.say(f"trace of {trace.tokens} tokens: {settings.trace}, {size}")
@@ -341,7 +342,7 @@ class RunStudy(Study[RunSettings]):
         return {"method": self.bound.method, "sparsity": self.bound.requested}
 
     def _dense_run(self) -> Run | None:
-        """What runs the model dense by the kernels of the pruned text; None: nothing is needed."""
+        """A run that executes dense with the pruned text's kernels; None if not needed."""
         executor = self._own_kernels
         if executor is None:
             return None
@@ -372,7 +373,7 @@ class RunStudy(Study[RunSettings]):
         ids = text_end(self.encoded[1], more, tokens, context_length(self.model))
         sizes = {DENSE: describe(self.model).parameter_bytes}
         clocks: dict[str, Clock] = {DENSE: Decoding(self.model, ids, tokens, self._dense_run)}
-        # masks at once: what is timed is pruned
+        # likelihood: masks at once, so that the timed tokens run pruned
         pruned = Decoding(self.model, ids, tokens, lambda: self.bound.run(likelihood=True))
         if self.prunes:
             clocks[PRUNED] = pruned
@@ -385,10 +386,10 @@ class RunStudy(Study[RunSettings]):
     def add_clocks(
         self, clocks: dict[str, Clock], sizes: dict[str, int], ids: Tensor, tokens: int
     ) -> str | None:
-        """Add what else is timed, and its bytes per token; returns the name of the reference."""
+        """Add further timings and their bytes per token; returns the name of the reference."""
         return None
 
-    # what is made of them
+    # results
 
     @property
     def accounting(self) -> dict[str, Any] | None:
@@ -408,15 +409,15 @@ class RunStudy(Study[RunSettings]):
 
     def result_lines(self) -> Sequence[ResultLine]:
         """Seconds per token of every timing, and the speed-up over dense."""
-        each = self.timing.get("seconds_per_token", {})
-        lines = [self.line(name, "seconds_per_token", value) for name, value in each.items()]
+        times = self.timing.get("seconds_per_token", {})
+        lines = [self.line(name, "seconds_per_token", value) for name, value in times.items()]
         if "speed_up" in self.timing:
             facts = {"higher_is_better": True, "error": self.timing["disturbed"]}
             lines.append(self.line(PRUNED, "speed_up", self.timing["speed_up"], **facts))
         return lines
 
     def line(self, name: str, metric: str, value: float | None, **facts: Any) -> ResultLine:
-        """A number of the dense or the pruned text, or of another program's decoding."""
+        """A result line of the dense or pruned text, or of another program's decoding."""
         checkpoint, label = checkpoint_facts(self.model), name
         if name == PRUNED and self.accounting:
             setting = self._setting(PRUNED)
@@ -442,7 +443,7 @@ class RunStudy(Study[RunSettings]):
         return [words.bytes_sentence(self.accounting)] if self.accounting else []
 
     def view(self) -> report.RunView:
-        """What pictures and page are made of."""
+        """The data for plots and page."""
         texts, checks = tuple(self.generations.values()), read_checks(self.path)
         return report.RunView(self.config, texts, self.timing, checks)
 
@@ -460,7 +461,7 @@ class RunStudy(Study[RunSettings]):
 
 
 def accounting_facts(accounting: Mapping[str, Any]) -> dict[str, Any]:
-    """What a ``ResultLine`` has of an accounting."""
+    """The fields of a ``ResultLine`` that come from an accounting."""
     return {
         "achieved": accounting.get("achieved_sparsity"),
         "dense_share": accounting.get("dense_token_share"),

@@ -1,4 +1,4 @@
-"""One dense pass per text: what each layer does to the stream, activations, evidence for masks."""
+"""One dense pass per text records FFN impact, activations, and evidence for masks, per layer."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from dart_llm.pruning.weights import FfnWeights
 from dart_llm.studies.inspection.settings import InspectSettings, InspectText
 
 LEVELS = {"q05": 0.05, "median": 0.5, "q95": 0.95, "max": 1.0}
-"""Quantiles that are kept, linear between the two nearest values."""
+"""Reported quantiles, interpolated linearly between the two nearest values."""
 
 
 def spread(values: Tensor) -> dict[str, float]:
-    """Mean and ``LEVELS`` of all entries; any shape, not empty."""
+    """Mean and ``LEVELS`` over all entries of a non-empty tensor."""
     flat = values.detach().float().cpu().numpy().reshape(-1)
     levels = np.quantile(flat, list(LEVELS.values()))
     return {"mean": float(flat.mean()), **dict(zip(LEVELS, map(float, levels), strict=True))}
 
 
 def impact(seen: LayerActivations) -> dict[str, Any]:
-    """How much an FFN changes the residual stream: ``cosine``, ``change`` and ``s``, of two pairs.
+    """How much an FFN changes the residual stream: ``cosine``, ``change`` and ``s`` for two pairs.
 
-    ``residual``, the stream before and after: cos(x, x + r) and ||r|| / ||x||.  ``output``, the
-    stream and the FFN's output: cos(x, z) and ||z - x|| / ||x||.  ``s`` = (1 - mean cosine) x mean
-    change is what the budgets ``depth-residual`` and ``depth`` weigh layers by (docs/reference.md,
-    "Budgets").  One row; all tokens count.
+    ``residual`` compares the stream before and after: cos(x, x + r) and ||r|| / ||x||.  ``output``
+    compares the stream with the FFN's output: cos(x, z) and ||z - x|| / ||x||.  The budgets
+    ``depth-residual`` and ``depth`` weigh layers by ``s`` = (1 - mean cosine) x mean change
+    (docs/reference.md, "Budgets").  Uses the first batch row and all its tokens.
     """
     x, z, r = (t[0].float() for t in (seen.x, seen.z, seen.r))
     pairs = {}
@@ -57,17 +57,17 @@ def impact(seen: LayerActivations) -> dict[str, Any]:
 
 
 NEAR = 0.1
-"""An activation counts as near zero below this share of its token's root mean square."""
+"""Activations below this fraction of their token's root mean square count as near zero."""
 
 ENERGY = 0.9
-"""The share of a token's squared activations whose fewest neurons are counted."""
+"""``concentrated`` counts the fewest neurons with this share of a token's squared activations."""
 
 
 def activations(u: Tensor) -> dict[str, Any]:
-    """Quantiles of the absolute values of u [T, I], and how sparse it is.
+    """Quantiles of the absolute activations u [T, I], and measures of their sparsity.
 
-    ``zero``: share of exact zeros; ``near``: share near zero; ``concentrated``: the smallest share
-    of neurons that has ``ENERGY`` of a token's squared activations, mean over tokens.
+    ``zero``: fraction of exact zeros; ``near``: fraction near zero; ``concentrated``: the smallest
+    fraction of neurons with ``ENERGY`` of a token's squared activations, averaged over tokens.
     """
     u = u.float()
     size, rms = u.abs(), u.square().mean(-1, keepdim=True).sqrt().clamp_min(EPS)
@@ -82,15 +82,15 @@ def activations(u: Tensor) -> dict[str, Any]:
 
 
 WHOLE, FIRST, SECOND = "whole", "first", "second"
-"""Parts of a text that evidence is kept of: all of it, and its halves."""
+"""The parts of a text with evidence: the whole text, and its halves."""
 
 
 @dataclass(frozen=True)
 class LayerReading:
-    """One layer on one text of T tokens.
+    """The recording of a layer on a text.
 
-    ``squares``: sum over tokens of u^2, [I]; ``signed``: mean of u, [I]; ``evidence`` by part of
-    the text.  float32 on the host, evidence on the layer's device.
+    ``squares``: sum over tokens of u^2, [I]; ``signed``: mean of u over tokens, [I]; ``evidence``:
+    by part of the text.  Tensors are float32 on the CPU; evidence is on the layer's device.
     """
 
     impact: dict[str, Any]
@@ -102,7 +102,7 @@ class LayerReading:
 
 @dataclass
 class Readings:
-    """A model and the texts that are looked at; each text is read once, when it is needed."""
+    """A model and the texts to inspect; each text is run once, when first needed."""
 
     model: Any
     tokenizer: Any
@@ -116,7 +116,7 @@ class Readings:
         self.ids = [self._ids(text) for text in self.texts]
 
     def _ids(self, text: InspectText) -> Tensor:
-        """[T]; special tokens as the tokenizer adds them."""
+        """Token ids [T], including the special tokens that the tokenizer adds."""
         ids: Tensor = self.tokenizer(text.text, return_tensors="pt", verbose=False).input_ids[0]
         limit = min(self.settings.max_tokens, context_length(self.model) or len(ids))
         if len(ids) < 2:
@@ -125,7 +125,7 @@ class Readings:
 
     @cached_property
     def selector(self) -> MaskSelector:
-        """The method that selects a text's neurons; ``ConfigError`` where it reads no text."""
+        """Selects a text's neurons; raises ``ConfigError`` if the method ignores the text."""
         config = _check_selects_by_text(self.settings.prune_config())
         layers = self.view.weights(config.score.proxy_embedding, config.seed)
         return MaskSelector(config, self.calibrated(config, layers))
@@ -133,12 +133,12 @@ class Readings:
     def calibrated(
         self, config: PruneConfig, layers: Sequence[FfnWeights]
     ) -> tuple[FfnWeights, ...]:
-        """The layers with what ``config`` reads of the model: cached, or learned now."""
+        """The layers with the learned statistics that ``config`` needs, cached or learned now."""
         cache_dir = self.settings.cache_dir
         return self_calibrate(self.model, config, layers, cache_dir, tokenizer=self.tokenizer)
 
     def reading(self, text: int) -> list[LayerReading]:
-        """What every layer did on text 0 or 1."""
+        """The recordings of all layers on text 0 or 1."""
         if text not in self._read:
             self._read[text] = self._pass(text)
         return self._read[text]
@@ -147,7 +147,7 @@ class Readings:
     def _pass(self, text: int) -> list[LayerReading]:
         readings: dict[int, LayerReading] = {}
         selector = None
-        with contextlib.suppress(ConfigError):  # raised where masks are requested
+        with contextlib.suppress(ConfigError):  # raised again if a section needs masks
             selector = self.selector
 
         def take(layer: int, seen: LayerActivations) -> None:
@@ -165,17 +165,17 @@ class Readings:
 
     def evidence(self, text: int, part: str = WHOLE) -> list[LayerStatistics]:
         """The evidence that ``selector`` needs from a part of a text, per layer."""
-        self.selector  # noqa: B018 - raises where there is none
+        self.selector  # noqa: B018 - raises if the method ignores the text
         return [layer.evidence[part] for layer in self.reading(text)]
 
 
 def _check_selects_by_text(config: PruneConfig) -> PruneConfig:
-    """``config`` if it selects neurons of a sequence by its text."""
+    """``config``; raises ``ConfigError`` unless it selects a sequence's neurons by its text."""
     by_text = config.calibration is None and SCORES.get(config.score.name).per_token is not None
     if config.method == "dense" or config.token is not None or not by_text:
         raise ConfigError(
             f'method "{config.method}" with score "{config.score.name}" does not select the '
-            "neurons of a sequence by its text alone: give one that does, e.g. griffin"
+            "neurons of a sequence by its text alone: use one that does, e.g. griffin"
         )
     return config
 

@@ -1,4 +1,4 @@
-"""The sections of an inspection: what each computes, and its tables and plots."""
+"""The sections of an inspection: their numbers, tables and plots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dart_llm.studies.inspection.readings import FIRST, SECOND, WHOLE, Readings
 
 @dataclass(frozen=True)
 class Shown:
-    """A table, and what is drawn of it."""
+    """A table and its plot panels."""
 
     table: Table
     panels: Sequence[Panel] = ()
@@ -58,7 +58,7 @@ def _panel(
     band: tuple[str, str] | None = None,
     **options: Any,
 ) -> Panel:
-    """Keys of the rows by layer; ``lines``: by label; ``band``: the ends around the first line."""
+    """Curves over layers; ``lines``: row keys by label; ``band``: keys of the first's bounds."""
     x = [row["layer"] for row in rows]
     low, high = band or ("", "")
     ends = ([row[low] for row in rows], [row[high] for row in rows]) if band else None
@@ -69,7 +69,7 @@ def _panel(
     return Panel("layer", ylabel, curves, **options)
 
 
-# What each FFN does to the residual stream, and its activations on text A.
+# How each FFN changes the residual stream, and its activations on text A.
 
 
 def layers(study: Readings) -> dict[str, Any]:
@@ -125,19 +125,19 @@ def show_layers(data: Record) -> list[Shown]:
 # The strongest neurons of every layer by forward proxy.
 
 PROXY = "combined"
-"""The neuron score that ranks them."""
+"""The score by which neurons are ranked."""
 
 TOKENS = 5
-"""Vocabulary entries listed for a neuron."""
+"""The number of vocabulary entries listed per neuron."""
 
 
 def neurons(study: Readings) -> dict[str, Any]:
     """The strongest neurons per layer with score, mean activation and top tokens.
 
-    The score is ``PROXY`` over text A (docs/reference.md, "Scores"); without a text
-    the magnitude is 1, so the proxy decides alone.  ``tokens``: the rows e_v of the output
-    embedding whose w . e_v is largest in the direction that the neuron writes (that of its mean
-    activation).  Raises ``ConfigError`` without an output embedding.
+    The score is ``PROXY`` over text A (docs/reference.md, "Scores"); without a text the magnitude
+    is 1, so that only the proxy counts.  ``tokens``: the vocabulary entries whose output embedding
+    has the largest product with the neuron's down column, signed by its mean activation.  Raises
+    ``ConfigError`` without an output embedding.
     """
     seed, rows = study.settings.seed, []
     proxy = PruneConfig(score=ScoreConfig(name=PROXY), seed=seed)
@@ -167,12 +167,12 @@ def _tokens(
     study: Readings, weights: FfnWeights, neurons: Tensor, signed: Tensor | None
 ) -> list[list[str]]:
     rows = weights.embedding
-    assert rows is not None  # the score has used it
+    assert rows is not None  # the score has already used it
     columns = weights.down[:, neurons].detach().float()
     if signed is not None:
         columns = columns * torch.where(signed[neurons.cpu()] < 0, -1.0, 1.0).to(columns.device)
     columns = columns.to(rows.device)
-    chunks = torch.split(rows.detach(), REACH_CHUNK)  # never a float32 copy of a large vocabulary
+    chunks = torch.split(rows.detach(), REACH_CHUNK)  # avoids a float32 copy of the embedding
     reach = torch.cat([chunk.float() @ columns for chunk in chunks])
     ids = reach.topk(min(TOKENS, len(reach)), 0).indices.t()
     return [[str(study.tokenizer.decode([token])) for token in row] for row in ids.tolist()]
@@ -190,7 +190,7 @@ def show_neurons(data: Record) -> list[Shown]:
     return [Shown(Table("neurons", caption, columns, data["rows"]))]
 
 
-# Which neurons two texts keep: their overlap per layer beside chance and beside one text's own.
+# The neurons kept for two texts: their overlap per layer, against chance and within one text.
 
 
 def jaccard(a: Tensor, b: Tensor) -> float:
@@ -201,8 +201,8 @@ def jaccard(a: Tensor, b: Tensor) -> float:
 
 
 def expected_jaccard(width: int, a: int, b: int) -> float:
-    """The Jaccard of random sets of ``a`` and ``b`` of ``width`` neurons, of the mean size of their
-    intersection."""
+    """The Jaccard index of random sets of ``a`` and ``b`` out of ``width`` neurons, computed from
+    the mean size of their intersection."""
     same = a * b / width
     return same / (a + b - same) if a + b else 1.0
 
@@ -216,11 +216,11 @@ OVERLAPS = {
 
 
 def overlap(study: Readings) -> dict[str, Any]:
-    """Per layer the Jaccard of the neurons that the method keeps for A and for B.
+    """Per layer, the Jaccard index of the neurons that the method keeps for A and for B.
 
-    ``jaccard``: of the whole texts; ``chance``: of random sets of the same sizes.  Halves of the
-    texts are a baseline with equal evidence: ``same_text`` (A's halves, and B's: the mean),
-    ``across`` (a half of A with a half of B: the mean of the four pairs).
+    ``jaccard``: for the whole texts; ``chance``: for random sets of the same sizes.  Two baselines
+    with equal evidence compare halves of texts: ``same_text`` (the two halves of A and of B, mean)
+    and ``across`` (a half of A with a half of B, mean of the four pairs).
     """
     whole = [_kept(study, text, WHOLE) for text in (0, 1)]
     halves = [[_kept(study, text, part) for part in (FIRST, SECOND)] for text in (0, 1)]
@@ -252,7 +252,7 @@ def overlap(study: Readings) -> dict[str, Any]:
 
 
 def _kept(study: Readings, text: int, part: str) -> list[Tensor]:
-    """Ids of the kept neurons per layer, on the host; all of them where a layer stays dense."""
+    """Ids of the kept neurons per layer, on the CPU; all ids if a layer stays dense."""
     selection = study.selector.select(study.evidence(text, part))
     return [
         torch.arange(block.down_width) if mask is None else mask.ids.cpu()
@@ -273,38 +273,39 @@ def show_overlap(data: Record) -> list[Shown]:
     return [Shown(Table("overlap", caption, columns, rows), [panel])]
 
 
-# Ablation: remove the neurons of one topic, and measure the loss on it and on another.
+# Ablation: remove the neurons of a topic, and measure the loss on it and on another topic.
 #
-# Neurons are selected by the first half of each text; losses are those of the second half, whose
-# tokens run as decode tokens with the neurons removed, after a dense pass over the first half
-# (protocol ``decode``).  No scored token has been seen by the choice.
+# Neurons are selected by the first half of each text.  The second half is scored: after a dense
+# pass over the first half, its tokens run as decode tokens with the neurons removed (protocol
+# ``decode``).  So the selection has seen none of the scored tokens.
 
 BLOCK = 16
-"""Consecutive tokens that the bootstrap draws together: their losses depend on each other."""
+"""Consecutive tokens that the bootstrap resamples together, because their losses are dependent."""
 
 FEWEST = 4 * BLOCK
-"""Tokens that a text needs, so that half of it makes more than one block."""
+"""The fewest tokens in a text, so that half of it has more than one block."""
 
 Ids = dict[int, Tensor]
 """Neurons by layer."""
 
 
 def check_ablation(study: Readings) -> None:
-    """Raise ``ConfigError`` when a text is too short."""
+    """Raise ``ConfigError`` if a text is too short."""
     for text, ids in zip(study.texts, study.ids, strict=True):
         if len(ids) < FEWEST:
             raise ConfigError(
-                f"ablation needs {FEWEST} tokens of each text, and {text.title} has {len(ids)}: "
+                f"ablation needs {FEWEST} tokens of each text, but {text.title} has {len(ids)}: "
                 "give longer texts"
             )
 
 
 def ablation(study: Readings) -> dict[str, Any]:
-    """Rows by what is removed and scored text, with intervals over blocks of ``BLOCK`` tokens.
+    """Rows by removed neurons and scored text, with intervals over blocks of ``BLOCK`` tokens.
 
-    A's own neurons are among A's strongest and not among B's; equal texts have none.
-    ``over_dense`` and ``over_random``: the loss without them minus that of the untouched model, and
-    minus the mean over draws of as many random neurons (nats per token; all paired by block).
+    A's own neurons are among A's strongest but not among B's; equal texts have none.
+    ``over_dense``: the loss with the neurons removed, minus the untouched model's.
+    ``over_random``: the same loss, minus the mean loss with as many random neurons removed.  Both
+    are in nats per token and paired by block.
     """
     check_ablation(study)
     share = study.settings.share
@@ -333,7 +334,7 @@ def _row(study: Readings, text: int, ids: Ids, dense: Sequence[float]) -> dict[s
     seed, draws = study.settings.seed, study.settings.ablation_seeds
     losses, spent = _losses(study, text, ids)
     drawn = [_losses(study, text, _random_ids(study, ids, seed + k))[0] for k in range(draws)]
-    random = [fmean(each) for each in zip(*drawn, strict=True)]
+    random = [fmean(draws_of_token) for draws_of_token in zip(*drawn, strict=True)]
     sample = _blocks(losses)
     return {
         "neurons": sum(map(len, ids.values())),
@@ -349,7 +350,7 @@ def _row(study: Readings, text: int, ids: Ids, dense: Sequence[float]) -> dict[s
 
 
 def _random_ids(study: Readings, ids: Ids, seed: int) -> Ids:
-    """Random neurons, as many per layer as in ``ids``."""
+    """As many random neurons per layer as in ``ids``."""
     generator = torch.Generator().manual_seed(seed)
     widths = [block.down_width for block in study.view.blocks]
     return {
@@ -363,13 +364,13 @@ def _ends(estimate: Interval | None) -> dict[str, Any] | None:
 
 
 def _blocks(losses: Sequence[float]) -> Sample:
-    """Mean loss and tokens of every ``BLOCK`` consecutive tokens; the last may be shorter."""
+    """Mean loss and length of every block of ``BLOCK`` tokens; the last may be shorter."""
     parts = [losses[start : start + BLOCK] for start in range(0, len(losses), BLOCK)]
     return {f"{index:06d}": (fmean(part), len(part)) for index, part in enumerate(parts)}
 
 
 def _losses(study: Readings, text: int, ids: Ids) -> tuple[list[float], dict[str, Any]]:
-    """Loss of every token of a text's second half, and the accounting of how it ran."""
+    """The loss of every token of a text's second half, and the run's accounting."""
     window = Window(study.ids[text], len(study.ids[text]) // 2)
     removed = {layer: neurons for layer, neurons in ids.items() if len(neurons)}
     if not removed:
@@ -398,7 +399,7 @@ def show_ablation(data: Record) -> list[Shown]:
     )
     caption = (
         "Loss (nats per token) with neurons removed, on the second half of each text; A's own: "
-        "among A's strongest and not among B's"
+        "among A's strongest but not among B's"
     )
     rows = [{**row, **flat(row)} for row in data["rows"]]
     fields = keys_of(map(flat, data["rows"]))
@@ -411,4 +412,4 @@ SECTIONS: dict[str, tuple[Compute, Show]] = {
     "overlap": (overlap, show_overlap),
     "ablation": (ablation, show_ablation),
 }
-"""What computes the numbers of a section, and what shows them."""
+"""The functions that compute and show each section."""

@@ -1,4 +1,4 @@
-"""The settings of ``dart-llm inspect``, and the texts that it looks at."""
+"""The settings of ``dart-llm inspect``, and the texts to inspect."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dart_llm.pruning.config import DEFAULT_SPARSITY, PruneConfig
 from dart_llm.settings import MASKED, ActivationSettings, setting
 
 TEXTS = {"layers": 1, "neurons": 0, "overlap": 2, "ablation": 2}
-"""The sections, in the order of the report, and how many texts each needs."""
+"""The sections in the order of the report, with the number of texts that each needs."""
 
 
 class InspectSettings(ActivationSettings):
-    """What is looked at, and on which texts; None means "not given"."""
+    """What to inspect, and on which texts; None means "not given"."""
 
     UNUSED: ClassVar = (
         *("masks", "save_layer_topk", "masking_step", "release_step", "min_evidence"),
@@ -40,7 +40,7 @@ class InspectSettings(ActivationSettings):
     passage: str | None = setting(
         "Texts", "A shipped passage (prompts list --passages): its first two topics are A and B."
     )
-    max_tokens: int = setting("Texts", "Tokens of each text that are read, at most.", 512, ge=2)
+    max_tokens: int = setting("Texts", "The most tokens of a text that are read.", 512, ge=2)
     top: int = setting("Inspection", "Strongest neurons listed per layer.", 5, ge=1)
     share: float = setting(
         "Inspection", "Ablation: the share of a layer's neurons that is A's own.", 0.1, gt=0, lt=1
@@ -64,15 +64,15 @@ class InspectSettings(ActivationSettings):
 
     @property
     def texts(self) -> int:
-        """How many texts are given."""
+        """The number of given texts."""
         if self.passage or self.prompt_b is not None or self.prompt_b_file:
             return 2
         return int(self.prompt is not None or self.prompt_file is not None)
 
     def chosen(self, what: Sequence[str]) -> list[str]:
-        """The sections to compute; nothing named: all that the texts allow.
+        """The sections to compute; by default all for which there are enough texts.
 
-        Raises ``UnknownName``, and ``ConfigError`` where a text is missing.
+        Raises ``UnknownName``, and ``ConfigError`` if a text is missing.
         """
         for name in what:
             check_name("thing to inspect", name, TEXTS)
@@ -95,17 +95,17 @@ class InspectSettings(ActivationSettings):
 
     @property
     def experiment(self) -> str:
-        """Name of the experiment's folder."""
+        """The name of the experiment's folder."""
         model = Path(self.model.rstrip("/")).name.lower()
         return self.experiment_name or f"inspect-{model}"
 
 
-# The texts that are looked at: none, A, or A and B.
+# The texts to inspect: none, A, or A and B.
 
 
 @dataclass(frozen=True)
 class InspectText:
-    """``label``: A or B; ``name``: what tables call it."""
+    """A text to inspect.  ``label``: A or B; ``name``: its name in tables."""
 
     label: str
     name: str
@@ -122,7 +122,7 @@ class InspectText:
 
 
 def inspect_texts(settings: InspectSettings) -> tuple[InspectText, ...]:
-    """The texts; ``ConfigError`` for what cannot be read or is empty."""
+    """The texts; raises ``ConfigError`` if a text is empty or cannot be read."""
     if settings.passage:
         named = _passage(settings.passage)
     else:

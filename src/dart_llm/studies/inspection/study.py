@@ -1,4 +1,4 @@
-"""``inspect``: look at a model and two texts; a unit is a section of inspect.json."""
+"""``inspect``: inspect a model on up to two texts; a unit is a section of inspect.json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dart_llm.studies.inspection.settings import InspectSettings, inspect_texts
 
 
 class InspectionStudy(Study[InspectSettings]):
-    """Everything in ``what`` (empty: all that the texts allow)."""
+    """Computes the sections in ``what``; if empty, all for which there are enough texts."""
 
     kind = "inspect"
     document = "inspect.json"
@@ -58,10 +58,10 @@ class InspectionStudy(Study[InspectSettings]):
         return units
 
     def _is_left_out(self, name: str) -> bool:
-        """Whether a section that was not requested by name cannot be made of these texts."""
+        """Whether a section cannot be computed; raises ``ConfigError`` if requested by name."""
         try:
             if name in ("overlap", "ablation"):
-                self.readings.selector  # noqa: B018 - raises where the method reads no text
+                self.readings.selector  # noqa: B018 - raises if the method ignores the text
             if name == "ablation":
                 check_ablation(self.readings)
         except ConfigError as error:
@@ -72,15 +72,13 @@ class InspectionStudy(Study[InspectSettings]):
         return False
 
     def _save_activations(self) -> None:
-        """Read the texts at once when their activations are to be kept: sections reuse that."""
+        """Run the texts now if their activations are saved; the sections reuse these passes."""
         longest = max(map(len, self.readings.ids), default=0)
         keep = saver(self.settings, self.model, self.path, longest)
         if keep is None:
             return
         if not self.texts:
-            raise ConfigError(
-                "--save-activations keeps those of a text: give --prompt or --passage"
-            )
+            raise ConfigError("--save-activations needs a text: give --prompt or --passage")
         keep.announce(len(self.texts), self.ui.say)
         self.readings.saver = keep
         for number in range(len(self.texts)):
@@ -100,7 +98,7 @@ class InspectionStudy(Study[InspectSettings]):
         return {"texts": texts, "sections": dict(self.sections)}
 
     def result_lines(self) -> list[ResultLine]:
-        """The overlap of the kept neurons, and the losses of the ablation."""
+        """The overlap of kept neurons, and the losses of the ablation."""
         facts = checkpoint_facts(self.model)
         line = partial(
             ResultLine,
@@ -137,7 +135,7 @@ class InspectionStudy(Study[InspectSettings]):
         return lines
 
     def show(self, name: str) -> list[Shown]:
-        """The tables of a section, with what is drawn of them."""
+        """The tables of a section, with their plot panels."""
         return SECTIONS[name][1](self.sections[name])
 
     def tables(self) -> Sequence[Table]:
@@ -154,7 +152,7 @@ class InspectionStudy(Study[InspectSettings]):
         return [shown.plot(small) for shown in self.show(name) if shown.panels]
 
     def write_page(self) -> Path:
-        """``report.html``; without matplotlib it has no plots and says so."""
+        """Write ``report.html``; without matplotlib it notes that there are no plots."""
         parts, missing = [], ""
         for name in self.sections:
             drawn, reason = page.pictures(self._plots(name))
@@ -175,11 +173,11 @@ class InspectionStudy(Study[InspectSettings]):
 
 
 def headline(sections: Record) -> str:
-    """How far two texts differ, or else what was looked at."""
+    """The overlap of the neurons of two texts or, without it, the inspected sections."""
     if overlap := sections.get("overlap"):
         mean = overlap["mean"]
         return (
             f"With {percent(overlap['removed'])} removed, the neurons kept for A and for B have a "
-            f"Jaccard of {mean['jaccard']:.3f}, where chance gives {mean['chance']:.3f}."
+            f"Jaccard index of {mean['jaccard']:.3f} ({mean['chance']:.3f} by chance)."
         )
     return f"Inspected: {', '.join(sections)}."

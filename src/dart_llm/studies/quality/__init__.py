@@ -1,4 +1,4 @@
-"""``bench quality``: two tasks of the grid, and what each method closes of GRIFFIN's gap.
+"""``bench quality``: two tasks, and the share of GRIFFIN's gap that each method closes.
 
-Start with ``study.py``; ``gaps.py`` has the shares of the gap.
+Start with ``study.py``; ``gaps.py`` computes the shares of the gap.
 """

@@ -1,8 +1,8 @@
-"""Gap closed against GRIFFIN at equal sparsity and equal bytes, as rows, tables and a picture.
+"""Gap closed against GRIFFIN at equal sparsity and equal bytes: rows, tables and plots.
 
-``gap`` = mean loss minus the untouched model's on the same tokens, nats: the logarithm of the
-ratio of their perplexities.  ``gap closed`` = 1 - gap(variant) / gap(GRIFFIN).  Pooled: the gaps
-of several sparsities are added up first; a mean of ratios is never taken (docs/bench.md).
+``gap`` = mean loss minus the untouched model's on the same tokens, in nats: the logarithm of the
+ratio of their perplexities.  ``gap closed`` = 1 - gap(variant) / gap(GRIFFIN).  To pool several
+sparsities, their gaps are summed first; ratios are never averaged (docs/bench.md).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Line = Mapping[str, Any]
-"""A line of results.jsonl: the model and one method on one task."""
+"""A line of results.jsonl: one method on one task."""
 
 Row = Mapping[str, Any]
 """A row of quality.json."""
@@ -47,14 +47,14 @@ STEP = 3
 """Decimals to which GRIFFIN's sparsities are rounded."""
 
 EQUAL_SPARSITY, EQUAL_BYTES = "equal_sparsity", "equal_bytes"
-"""GRIFFIN at the method's achieved sparsity, dense tokens counting 0; and at 1 minus the method's
-share of the dense FFN bytes, if run compactly."""
+"""The two comparisons with GRIFFIN.  Equal sparsity: at the method's achieved sparsity, in which
+dense tokens count 0.  Equal bytes: at 1 minus the method's share of dense FFN bytes if compact."""
 
 CLOSED = f"{EQUAL_SPARSITY}_gap_closed"
 
 
 class Group:
-    """The lines of one task, by variant and sparsity; the dense model's is 0."""
+    """The lines of a task, by variant and sparsity; the dense model has sparsity 0."""
 
     def __init__(self, task: str, lines: Iterable[Line]) -> None:
         self.task, self._lines = task, dict[tuple[str, float], Line]()
@@ -67,28 +67,28 @@ class Group:
         return all((variant, sparsity) in self._lines for sparsity in sparsities)
 
     def at(self, variant: str, sparsity: float) -> Line:
-        """The line of one variant and sparsity; raises ``KeyError`` if it is missing."""
+        """The line of a variant at a sparsity; raises ``KeyError`` if it is missing."""
         return self._lines[variant, sparsity]
 
     def losses(self, variant: str, sparsity: float) -> Array:
-        """Mean loss of each slice; GRIFFIN at 0 is the untouched model; [slices]."""
+        """Mean loss of each slice, [slices]; sparsity 0 is the untouched model."""
         line = self.at(variant if sparsity else DENSE, sparsity)
         return np.array([item["mean_loss"] for item in line["measurement"]["items"]])
 
     def gaps(self, variant: str, sparsity: float) -> Array:
-        """Mean loss of each slice minus the untouched model's, nats; [slices]."""
+        """Mean loss of each slice minus the untouched model's, in nats, [slices]."""
         return self.losses(variant, sparsity) - self.losses(DENSE, 0.0)
 
 
 def groups(lines: Iterable[Line]) -> list[Group]:
-    """Measured lines in any order, by task."""
+    """The successfully measured lines, grouped by task."""
     measured = (line for line in lines if line["measurement"])
     by_task = grouped(measured, lambda line: str(line["cell"]["task"]).partition(":")[0])
     return [Group(task, members) for task, members in by_task.items()]
 
 
 def matched_sparsities(line: Line) -> dict[str, float]:
-    """GRIFFIN's sparsity in each comparison; never below 0, where GRIFFIN is dense."""
+    """GRIFFIN's sparsity in each comparison, at least 0 (dense)."""
     spent = line["measurement"]["accounting"]
     wanted = {
         EQUAL_SPARSITY: spent["achieved_sparsity"],
@@ -105,9 +105,9 @@ def make_rows(
     pool: Sequence[float],
     seed: int,
 ) -> list[Row]:
-    """Per task one row per sparsity and variant that was measured, then the pooled ones.
+    """Per task, a row per measured sparsity and variant, then the pooled rows.
 
-    A pooled row is of a variant that was measured at every sparsity of the pool; GRIFFIN has none.
+    There is a pooled row for every variant, except GRIFFIN, measured at all sparsities in the pool.
     """
     rows: list[Row] = []
     for group in groups(lines):
@@ -153,20 +153,20 @@ def _row(group: Group, variant: str, sparsity: float, seed: int) -> Row:
 
 
 def _compared(group: Group, variant: str, sparsities: Sequence[float], seed: int) -> Row:
-    """Both comparisons with GRIFFIN, over the sums of the gaps at ``sparsities``.
+    """Both comparisons with GRIFFIN, from the gaps summed over ``sparsities``.
 
-    ``gap_closed`` is None where GRIFFIN's gap is not positive; ``low`` and ``high`` are None there
-    and with too few slices.
+    ``gap_closed`` is None if GRIFFIN's gap is not positive; ``low`` and ``high`` are then None too,
+    as they are with too few slices.
     """
     gaps: Array = np.sum([group.gaps(variant, sparsity) for sparsity in sparsities], axis=0)
     matched = [matched_sparsities(group.at(variant, sparsity)) for sparsity in sparsities]
     compared: dict[str, Any] = {}
     for name in (EQUAL_SPARSITY, EQUAL_BYTES):
-        others: Array = np.sum([group.gaps(GRIFFIN, each[name]) for each in matched], axis=0)
+        others: Array = np.sum([group.gaps(GRIFFIN, equal[name]) for equal in matched], axis=0)
         interval = stats.gap_closed_interval([(gaps, others)], seed)
         low, high = (interval and interval.ends) or (None, None)
         values = {
-            "sparsities": [each[name] for each in matched],
+            "sparsities": [equal[name] for equal in matched],
             "gap": float(gaps.mean()),
             "griffin_gap": float(others.mean()),
             "gap_closed": stats.gap_closed([(gaps, others)]),
@@ -177,7 +177,7 @@ def _compared(group: Group, variant: str, sparsities: Sequence[float], seed: int
     return compared
 
 
-# Tables, the headline and the picture.
+# Tables, the headline and the plot.
 
 
 def _requested(row: Row) -> str:
@@ -185,7 +185,7 @@ def _requested(row: Row) -> str:
 
 
 def closed(row: Row, name: str) -> str | None:
-    """ "27.1 % (20 % to 33.2 %)", or n/a; None of GRIFFIN itself."""
+    """ "27.1 % (20 % to 33.2 %)", or n/a; None for GRIFFIN itself."""
     if f"{name}_gap_closed" not in row:
         return None
     value, low, high = (row[f"{name}_{key}"] for key in ("gap_closed", "low", "high"))
@@ -219,7 +219,7 @@ def tables(rows: Sequence[Row], about: str) -> list[Table]:
 
 
 def headlines(rows: Sequence[Row]) -> list[str]:
-    """Per task, the variant that closes most of GRIFFIN's gap: pooled, or at any sparsity."""
+    """Per task, the variant that closes most of GRIFFIN's gap, from pooled rows if any."""
     sentences = []
     for task, members in grouped(rows, lambda row: row["task"]).items():
         pooled = [row for row in members if len(row["sparsities"]) > 1]
@@ -237,22 +237,22 @@ LOOKS: dict[str, tuple[str, int, str, float]] = {
     EQUAL_SPARSITY: ("at equal achieved sparsity", 0, "o", 0.14),
     EQUAL_BYTES: ("at equal FFN bytes", 4, "s", -0.14),
 }
-"""Per comparison its words, colour, marker and place beside the row."""
+"""Label, colour, marker and vertical offset of each comparison."""
 
 
 def plots(rows: Sequence[Row], about: str) -> list[Plot]:
-    """Gap closed with its interval, a panel per task; none where nothing is compared."""
+    """A plot of the gap closed with its interval, a panel per task; empty without comparisons."""
     compared = [row for row in rows if row["variant"] != GRIFFIN]
     tasks = grouped(compared, lambda row: row["task"])
     if not tasks:
         return []
 
     def draw(figure: Figure, palette: Palette) -> None:
-        above, *places = panels(figure, len(tasks), 1)
-        for axes, (task, members) in zip(places, tasks.items(), strict=True):
+        above, *drawn = panels(figure, len(tasks), 1)
+        for axes, (task, members) in zip(drawn, tasks.items(), strict=True):
             _draw(axes, members, palette)
             axes.set_title(task, loc="left", fontsize=8.5, color=INK)
-        key(above, places, 2)
+        key(above, drawn, 2)
 
     height = 1.8 + 0.24 * max(map(len, tasks.values()))
     small = f"{about} · {intervals_over('whiskers', compared[0]['slices'], 'slices')}"

@@ -33,7 +33,7 @@ def _split_each(value: Any) -> list[str]:
 
 
 Repeated = Annotated[list[str], BeforeValidator(_split_each)]
-"""A list whose flag may be repeated; commas do as well."""
+"""A list whose flag may be repeated; values may also be separated by commas."""
 
 Removed = Annotated[Fractions, AfterValidator(check_removed)]
 
@@ -52,27 +52,25 @@ class QualitySettings(SliceOptions, MeasureSettings, StudyOptions, ModelOptions)
     )
     oracle: str | None = setting(
         STUDY,
-        "Methods to re-mask at the known change of topic too, or none (default: all with a live "
-        "drift rule).",
+        "Methods to run also with a re-mask at the known topic change, or none (default: all with "
+        "a drift rule).",
     )
     sparsities: Removed = setting(
         STUDY, "Fractions of FFN neurons to remove, comma-separated.", (0.3, 0.5, 0.7)
     )
-    pool: Removed = setting(
-        STUDY, "Sparsities whose gaps are added up, where measured.", (0.5, 0.7)
-    )
+    pool: Removed = setting(STUDY, "Sparsities whose gaps are summed, if measured.", (0.5, 0.7))
     tasks: Texts = setting(
         STUDY, "continuation, shift (the topic changes), or both, comma-separated.", SLICED
     )
     text: Repeated = setting(
         STUDY,
-        "A text file, JSONL (FILE:COLUMN names the column), or data name; repeat for several.",
+        "Text file, JSONL (FILE:COLUMN names the column), or data name; repeat for several.",
         ["embedded"],
     )
     set: str = setting(STUDY, "choose: first half of a text's documents; report: second.", "report")
     slices: int | None = setting(
         STUDY,
-        "Slices of each text (default: 16; of the embedded texts alone, as many as there are).",
+        "Slices per text (default: 16; if only the embedded texts are used, all up to 16).",
         ge=1,
     )
     prompt_tokens: int = setting(STUDY, "Prompt tokens of a slice.", 256, ge=16)
@@ -86,13 +84,13 @@ class QualitySettings(SliceOptions, MeasureSettings, StudyOptions, ModelOptions)
             check_name("task", name, (CONTINUATION, SHIFT))
         for name in ("text", "tasks", "sparsities"):
             if not getattr(self, name):
-                raise ConfigError(f"--{name} is empty: give at least one, or leave it out")
+                raise ConfigError(f"--{name} is empty: give at least one value, or omit it")
         self.variant_list()
         return self
 
     @property
     def pooled(self) -> tuple[float, ...]:
-        """The measured sparsities whose gaps are pooled; may be empty."""
+        """The measured sparsities whose gaps are pooled, possibly none."""
         return tuple(value for value in self.sparsities if value in self.pool)
 
     def task(self, kind: str) -> str:
@@ -105,7 +103,7 @@ class QualitySettings(SliceOptions, MeasureSettings, StudyOptions, ModelOptions)
         return replace(options, scored_tokens=self.tokens)
 
     def variant_list(self) -> tuple[Variant, ...]:
-        """What is compared, GRIFFIN first; raises ``ConfigError`` or ``UnknownName``."""
+        """The variants to compare, GRIFFIN first; raises ``ConfigError`` or ``UnknownName``."""
         changes: dict[str, Any] = {"seed": self.seed}
         if self.executor is not None:
             changes["executor"] = self.executor
@@ -117,6 +115,6 @@ class QualitySettings(SliceOptions, MeasureSettings, StudyOptions, ModelOptions)
 
     @property
     def experiment(self) -> str:
-        """Name of the experiment's folder."""
+        """The name of the experiment's folder."""
         model = self.model.rstrip("/").rpartition("/")[2].lower()
         return self.experiment_name or f"quality-{self.set}-{model}"

@@ -1,8 +1,8 @@
-"""`bench quality`: the tasks ``continuation`` and ``shift`` of a grid, and what each method closes
-of GRIFFIN's gap to the dense model.
+"""``bench quality``: the tasks ``continuation`` and ``shift``, and the share of GRIFFIN's gap to
+the dense model that each method closes.
 
-First the untouched model, GRIFFIN and all variants; then GRIFFIN at the sparsities that those
-achieved and at their shares of bytes, each distinct one once.
+The untouched model, GRIFFIN and all variants are measured first; then GRIFFIN at every sparsity
+that a variant achieved, and at every share of bytes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dart_llm.studies.sweep.study import MeasureStudy
 
 
 class QualityStudy(MeasureStudy[QualitySettings]):
-    """A unit is one method and sparsity on one task.
+    """A unit is a method at one sparsity on one task.
 
-    Raises ``ConfigError`` and ``UnknownName`` before a model is loaded where that is possible.
+    Raises ``ConfigError`` and ``UnknownName`` before a model is loaded, if possible.
     """
 
     def __init__(self, settings: QualitySettings, ui: Ui) -> None:
         self.variants = settings.variant_list()
-        """GRIFFIN is the first of them."""
+        """The variants, GRIFFIN first."""
         self.digests = Digests()
         cells = [cell for kind in settings.tasks for cell in self._cells(settings, kind)]
         check_cells(cells)
@@ -46,11 +46,11 @@ class QualityStudy(MeasureStudy[QualitySettings]):
     # cells
 
     def _cells(self, settings: QualitySettings, kind: str) -> Iterator[Cell]:
-        """The cells of one task, without GRIFFIN at equal sparsity and bytes."""
+        """The cells of a task, without GRIFFIN at equal sparsity and bytes."""
         base = self._dense(settings, kind)
         yield base
         for variant in self.variants:
-            if kind == SHIFT or not variant.oracle:  # without a change there is no oracle
+            if kind == SHIFT or not variant.oracle:  # an oracle needs a topic change
                 for sparsity in settings.sparsities:
                     yield self._pruned(settings, base, variant, sparsity)
 
@@ -85,7 +85,7 @@ class QualityStudy(MeasureStudy[QualitySettings]):
         yield from self.units_of(matched)
 
     def _matched(self) -> Iterator[Cell]:
-        """GRIFFIN where the variants are compared with it and it was not measured."""
+        """Cells of GRIFFIN at the compared sparsities at which it was not yet measured."""
         settings, (griffin, *others) = self.settings, self.variants
         for group in gaps.groups(self.lines):
             wanted = {
@@ -99,7 +99,7 @@ class QualityStudy(MeasureStudy[QualitySettings]):
             for sparsity in sorted(wanted - {0.0, *settings.sparsities}):
                 yield self._pruned(settings, base, griffin, sparsity)
 
-    # what is made of them
+    # results
 
     def summarise(self) -> dict[str, Any]:
         super().summarise()
@@ -109,14 +109,14 @@ class QualityStudy(MeasureStudy[QualitySettings]):
             "schema": SCHEMA,
             "sparsities": list(settings.sparsities),
             "pool": list(settings.pooled),
-            "variants": {each.label: each.config.to_dict() for each in self.variants},
+            "variants": {variant.label: variant.config.to_dict() for variant in self.variants},
             "checkpoint": self.config_extra()["checkpoint"],
             "rows": gaps.make_rows(self.lines, labels, *amounts),
         }
 
     @property
     def about(self) -> str:
-        """What was measured, for captions."""
+        """Model, texts and slice sizes, for captions."""
         settings, facts = self.settings, self.summary["checkpoint"]
         model = f"{facts['name']} ({file_text(facts)}, {dtype_text(facts)})"
         sizes = f"{settings.prompt_tokens} prompt + {settings.tokens} scored tokens"

@@ -1,4 +1,4 @@
-"""``eval``, ``perplexity``, ``summarize``, ``compare`` and ``sweep``: cells of a grid, measured.
+"""``eval``, ``perplexity``, ``summarize``, ``compare`` and ``sweep``: measure the cells of a grid.
 
 Start with ``settings.py`` and ``grid.py``, which make cells, then ``study.py``.
 """

@@ -1,4 +1,4 @@
-"""From the settings of a grid to its cells, in table order; what they would do (``--dry-run``)."""
+"""From the settings of a grid to its cells, in table order; the plan for ``--dry-run``."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from dart_llm.studies.sweep.settings import (
 
 
 def cells_of(settings: MeasureSettings) -> tuple[Cell, ...]:
-    """Everything that a command measures, in table order.
+    """All cells that a command measures, in table order.
 
-    Raises ``ConfigError``, before a model is loaded, for tasks that cannot be measured and for a
-    calibration text that is evaluated.
+    Before a model is loaded, raises ``ConfigError`` for invalid tasks and for a calibration text
+    that is also evaluated.
     """
     if isinstance(settings, MethodSettings):
         cells = method_cells(settings)
@@ -43,7 +43,7 @@ def cells_of(settings: MeasureSettings) -> tuple[Cell, ...]:
 
 def check_cells(cells: Sequence[Cell]) -> None:
     """Raise ``ConfigError`` for tasks that do not exist, and for evaluated calibration texts."""
-    with contextlib.suppress(MissingExtra):  # a cluster may have lm-eval where this has not
+    with contextlib.suppress(MissingExtra):  # lm-eval may be installed only on the cluster
         for task, options in dict.fromkeys((cell.task, cell.options) for cell in cells):
             check_task(task, options)
     for cell in cells:
@@ -51,7 +51,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
 
 
 def method_cells(settings: MethodSettings) -> tuple[Cell, ...]:
-    """The untouched model where it is wanted, then the method, on every task."""
+    """Cells of the untouched model, if requested, then of the method, on every task."""
     loading = {name: getattr(settings, name) for name in LOADING}
     dense = Cell(settings.model, DENSE, "", seed=settings.seed, **loading)
     pruned = _method_cell(settings, replace(dense, method=settings.method))
@@ -66,7 +66,7 @@ def method_cells(settings: MethodSettings) -> tuple[Cell, ...]:
 
 
 def _method_cell(settings: MethodSettings, cell: Cell) -> Cell:
-    """The method as its options change it; its label has the sparsity that is requested."""
+    """The cell of the method with its options; its label includes the requested sparsity."""
     config = settings.prune_config()
     changes = {k: v for k, v in settings.prune_changes().items() if v is not None}
     by_itself = config.budget.table is not None or config.score.strategy == "auto"
@@ -79,7 +79,7 @@ def _method_cell(settings: MethodSettings, cell: Cell) -> Cell:
         calibration=settings.calibration,
         masks=settings.masks,
     )
-    if settings.method != config.method:  # a setting of a file
+    if settings.method != config.method:  # a setting from a file
         return replace(cell, name=f"{config.method}@{config.target:g}", sparsity=None)
     if plain and not settings.masks and config.executor != "auto":
         return replace(cell, name=f"{config.method}, {config.executor}")
@@ -87,10 +87,10 @@ def _method_cell(settings: MethodSettings, cell: Cell) -> Cell:
 
 
 def expand(grid: SweepSettings) -> tuple[Cell, ...]:
-    """All cells: by model, weights, task, protocol, seed, method, then sparsity or layers.
+    """All cells, by model, weights, task, protocol, seed, method, then sparsity or layers.
 
-    A form of the dense model is one cell per (model, task, protocol, seed).  Reads the files that
-    cells name, for their digests; with ``layers: each`` also the models' configurations.  Raises
+    A form of the dense model has one cell per (model, task, protocol, seed).  Reads files named by
+    the cells, for their digests, and with ``layers: each`` also the models' configurations.  Raises
     ``ConfigError`` or ``LoadError``.
     """
     if isinstance(grid, CompareSettings) and DENSE not in grid.methods:
@@ -112,18 +112,18 @@ def expand(grid: SweepSettings) -> tuple[Cell, ...]:
 
 
 def _methods(grid: SweepSettings, base: Cell) -> Iterator[Cell]:
-    curve = bool(grid.layers) and DENSE not in grid.methods  # whose plot has the dense line
-    for method in (*((DENSE,) if curve else ()), *grid.methods):
+    add_dense = bool(grid.layers) and DENSE not in grid.methods  # for the plot's dense line
+    for method in (*((DENSE,) if add_dense else ()), *grid.methods):
         cell = replace(base, method=method)
         amounts = [cell] if removes_nothing(method) else _amounts(grid, cell)
-        for each in amounts:
-            learns = each.config().calibration  # raises before anything is loaded
+        for pruned in amounts:
+            learns = pruned.config().calibration  # raises before anything is loaded
             if learns is not None and learns.source == "text":
-                each = replace(each, calibration=grid.calibration)
-            if each.weights not in (None, *grid.weights[:1]):  # several formats: named in the label
-                name, at, amount = each.label.partition("@")
-                each = replace(each, name=f"{name} {each.weights}{at}{amount}")
-            yield each
+                pruned = replace(pruned, calibration=grid.calibration)
+            if pruned.weights not in (None, *grid.weights[:1]):  # label all but the first format
+                name, at, amount = pruned.label.partition("@")
+                pruned = replace(pruned, name=f"{name} {pruned.weights}{at}{amount}")
+            yield pruned
 
 
 def _amounts(grid: SweepSettings, cell: Cell) -> Iterator[Cell]:
@@ -135,7 +135,7 @@ def _amounts(grid: SweepSettings, cell: Cell) -> Iterator[Cell]:
         return
     groups: Sequence[str] = grid.layers
     if EACH in groups:
-        from dart_llm.experiments.cell import layer_count  # which loads torch
+        from dart_llm.experiments.cell import layer_count  # imports torch
 
         groups = [str(layer) for layer in range(layer_count(cell))]
     budget = cell.overrides.get("budget", {})
@@ -149,7 +149,7 @@ def _amounts(grid: SweepSettings, cell: Cell) -> Iterator[Cell]:
 
 
 def execution_order(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells sorted by model, then method, so that each is loaded or prepared once."""
+    """Cells sorted by model, then method, so that each is loaded or prepared only once."""
     ranks: dict[tuple[Any, ...], int] = {}
 
     def rank(*key: Any) -> int:
@@ -166,12 +166,12 @@ def execution_order(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def show_plan(cells: Sequence[Cell], done: set[str], ui: Ui) -> dict[str, Any]:
-    """Print what would be measured and which models fetched, and return it as data.
+    """Print, and return as data, the cells to measure and the models to download.
 
     ``done``: keys of finished cells.  Raises ``LoadError`` for a model that does not exist or that
     does not fit on the disk.
     """
-    from dart_llm.experiments.cell import download_size  # which loads torch
+    from dart_llm.experiments.cell import download_size  # imports torch
 
     rows = [
         {

@@ -1,7 +1,7 @@
-"""Cells of a sweep as tasks of a running Ray cluster; the only file that imports ray.
+"""Cells of a sweep as tasks of a running Ray cluster.  This is the only file that imports ray.
 
-``RAY_ADDRESS`` names the cluster; without it, one that runs on this machine is used.  Workers
-return plain data and write nothing.  A worker that dies loses only its cell, which is run again.
+``RAY_ADDRESS`` names the cluster; the default is a cluster on this machine.  Workers return plain
+data and write nothing.  If a worker dies, only its cell is lost, and is run again.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ RETRIES = 3
 """Further attempts for a cell whose worker died."""
 
 POLL_SECONDS = 2.0
-"""A wait is so short, so that Ctrl-C is heard."""
+"""The longest single wait, short so that Ctrl-C takes effect."""
 
 FETCH_SECONDS = 300.0
-"""A finished result may take so long to arrive."""
+"""The timeout for fetching a finished result."""
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
@@ -36,10 +36,10 @@ def results(
     workers: int | None,
     say: Callable[[str], None],
 ) -> Generator[tuple[Cell, Value | str]]:
-    """Cells with their values, or why they failed, in the order in which they finish.
+    """Cells with their values, or the reason of failure, in the order in which they finish.
 
-    ``workers``: cells at once; by default a quarter of the cluster's cores.  Raises
-    ``MissingExtra`` without ray, ``LoadError`` when the cluster cannot be reached.
+    ``workers``: the number of concurrent cells; by default a quarter of the cluster's cores.
+    Raises ``MissingExtra`` without ray, ``LoadError`` if the cluster cannot be reached.
     """
     with keep_off_stdout("ray_"), _cluster() as ray:
         resources = ray.cluster_resources()
@@ -48,7 +48,7 @@ def results(
         nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         threads = max(1, min(cores // slots, max(nodes, default=1)))
         gpu = resources.get("GPU", 0) >= 1 and all(cell.device != "cpu" for cell in cells)
-        say(f"Ray: {slots} cells at once, {threads} threads each")
+        say(f"Ray: {slots} concurrent cells, {threads} threads each")
         task = ray.remote(
             num_cpus=threads,
             num_gpus=int(gpu),
@@ -65,7 +65,9 @@ def results(
                     running[task.remote(compute, cell.to_dict(), sweep)] = cell
                 ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
                 if not ready and not ray.is_initialized():
-                    raise LoadError("the connection to Ray was lost; the same command resumes")
+                    raise LoadError(
+                        "the connection to Ray was lost; the same command resumes the run"
+                    )
                 for reference in ready:
                     cell = running.pop(reference)
                     yield cell, _value(ray, reference)
@@ -81,15 +83,15 @@ def _task(compute: Callable[..., Value], data: dict[str, Any], sweep: str) -> Va
 
 @functools.lru_cache(maxsize=1)
 def _cache(sweep: str) -> LoadedModelCache:
-    """This worker's model between the cells of ``sweep``; dropped at the next sweep's first cell.
+    """Keeps this worker's model for the cells of ``sweep``, until the next sweep's first cell.
 
-    Remembered here, because Ray gives a task no object of its worker.
+    A function cache is used because Ray tasks cannot access an object of their worker.
     """
     return LoadedModelCache()
 
 
 def _value(ray: Any, reference: Any) -> Value | str:
-    """The value of a finished cell, or why there is none."""
+    """The value of a finished cell, or the reason of its failure."""
     try:
         return dict(ray.get(reference, timeout=FETCH_SECONDS))
     except ray.exceptions.RayTaskError as error:
@@ -102,7 +104,7 @@ def _value(ray: Any, reference: Any) -> Value | str:
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Variables of a worker: its share of the cores, and the user's settings of the hub."""
+    """A worker's environment variables: its number of threads, and the user's hub settings."""
     return {
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -114,7 +116,7 @@ def worker_environment(threads: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _cluster() -> Iterator[Any]:
-    """ray, connected; a connection that was open before is used as it is, and stays open."""
+    """The connected ray module; an existing connection is reused and stays open."""
     try:
         import ray
         import ray.exceptions
@@ -129,7 +131,7 @@ def _cluster() -> Iterator[Any]:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
         token = any("AuthenticationError" in f"{type(cause)} {cause}" for cause in chain(error))
-        why = "it wants its token: set RAY_AUTH_MODE=token" if token else failure_text(error)
+        why = "it requires a token: set RAY_AUTH_MODE=token" if token else failure_text(error)
         raise LoadError(
             f"the Ray cluster at {address} could not be reached ({why}): start one with "
             "ray start --head --node-ip-address 127.0.0.1, or correct RAY_ADDRESS"

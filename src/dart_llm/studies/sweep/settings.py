@@ -36,7 +36,7 @@ PANEL, GRID, RUN = "Evaluation", "Grid", "Run"
 EACH = "each"
 
 OPTIONS = tuple(f.name for f in fields(MeasureOptions) if f.name not in ("protocol", "seed"))
-"""What can differ from task to task."""
+"""Options that can differ between tasks."""
 
 
 class SliceOptions(Settings):
@@ -51,12 +51,12 @@ class WindowOptions(Settings):
 
     window: int = setting(PANEL, "Tokens of a window (protocol standard).", 2048, ge=1)
     stride: int | None = setting(
-        PANEL, "Tokens that windows move on (protocol standard; default: the window).", ge=1
+        PANEL, "Tokens from window to window (protocol standard; default: the window).", ge=1
     )
 
 
 class PromptOptions(Settings):
-    """How the prompts of tasks are written."""
+    """How task prompts are formatted."""
 
     apply_chat_template: bool | None = setting(
         PANEL, "Use the model's chat template (default: for summaries, if it has one)."
@@ -70,26 +70,24 @@ class HarnessOptions(PromptOptions):
         PANEL, "Examples before each item (default: the task's).", ge=0
     )
     include_path: str | None = setting(PANEL, "Folder with further lm-eval task files.")
-    batch_size: int = setting(
-        PANEL, "Continuations of one context in one forward, at most.", 8, ge=1
-    )
+    batch_size: int = setting(PANEL, "The most continuations of a context per forward.", 8, ge=1)
 
 
 class SummaryOptions(PromptOptions):
-    """How long summaries may be."""
+    """The length of summaries."""
 
-    max_output: int = setting(PANEL, "Tokens per summary, at most.", 256, ge=1)
+    max_output: int = setting(PANEL, "The most tokens per summary.", 256, ge=1)
 
 
 class MeasureSettings(TaskOptions, ResultOptions):
-    """What all five commands share."""
+    """Settings that all five commands share."""
 
     kind: ClassVar[str]
-    """Name of the command."""
+    """The name of the command."""
     document: ClassVar[str]
-    """Name of the file with the summary."""
+    """The name of the file with the summary."""
     adopts: ClassVar[bool] = False
-    """Whether finished cells of earlier runs are reused, and failed ones do not stop the others."""
+    """Whether cells of earlier runs are reused, and failed cells do not stop the others."""
 
     def options(self) -> MeasureOptions:
         """How the tasks are measured."""
@@ -98,7 +96,7 @@ class MeasureSettings(TaskOptions, ResultOptions):
         return MeasureOptions(**{name: v for name, v in values.items() if v is not None})
 
 
-# One method on some tasks.
+# One method on several tasks.
 
 
 class MethodSettings(MeasureSettings, BaseSettings):
@@ -114,12 +112,12 @@ class MethodSettings(MeasureSettings, BaseSettings):
         return self
 
     def task_names(self) -> list[str]:
-        """Tasks as ``measure`` takes them."""
+        """The tasks' names, as in ``tasks.measure``."""
         raise NotImplementedError
 
     @property
     def experiment(self) -> str:
-        """Name of the experiment's folder."""
+        """The name of the experiment's folder."""
         return self.experiment_name or f"{self.kind}-{super().experiment}"
 
 
@@ -187,9 +185,9 @@ class SweepSettings(
 ):
     """``dart-llm sweep``.
 
-    ``layers``: ``each``, or groups such as ``0-3,4-7``; every group is pruned to ``keep`` by
-    itself, while the other layers stay dense or are pruned to ``base_keep``.  Only in a file:
-    ``task_options``, fields for single tasks; ``overrides``, changes to every preset.
+    ``layers``: ``each``, or groups such as ``0-3,4-7``.  In each cell one group is pruned to
+    ``keep``, while the other layers stay dense or are pruned to ``base_keep``.  Only settings files
+    have ``task_options`` (fields for single tasks) and ``overrides`` (changes to every preset).
     """
 
     kind, document, adopts = "sweep", "compare.json", True
@@ -214,9 +212,9 @@ class SweepSettings(
     )
     seeds: Numbers = setting(GRID, "Seeds.", (0,))
     protocols: Texts = setting(GRID, "decode, full, published, standard.", ("decode",))
-    layers: Texts = setting(GRID, "Prune layers by themselves: each, or ranges 0-3,4-7.", ())
-    keep: Fractions = setting(GRID, "Fraction that such a layer keeps, e.g. 0.5.", ())
-    base_keep: float | None = setting(GRID, "Fraction that the other layers keep (default: all).")
+    layers: Texts = setting(GRID, "Prune layers separately: each, or ranges 0-3,4-7.", ())
+    keep: Fractions = setting(GRID, "Fraction kept in these layers, e.g. 0.5.", ())
+    base_keep: float | None = setting(GRID, "Fraction kept in the other layers (default: all).")
     weights: Texts = setting(  # type: ignore[assignment]
         "Model", "Formats of the weights: auto, file, dense, q8_0, q4_0, q4_1.", ()
     )
@@ -227,7 +225,7 @@ class SweepSettings(
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        counts = {"sparsities": ()} if data.get("layers") else {}  # layers set the counts
+        counts = {"sparsities": ()} if data.get("layers") else {}  # layers replace sparsities
         return super().read({**counts, **data})
 
     @model_validator(mode="after")
@@ -235,7 +233,7 @@ class SweepSettings(
         check_name("engine", self.engine, ("local", "ray"))
         for name in ("models", "methods", "tasks", "seeds", "protocols"):
             if not getattr(self, name):
-                raise ConfigError(f"no {name} are named: give at least one (--{name})")
+                raise ConfigError(f"no {name} were given: give at least one (--{name})")
         for method in self.methods:
             METHODS.check(method)
         for protocol in self.protocols:
@@ -251,11 +249,11 @@ class SweepSettings(
     def _check_layers(self) -> None:
         if bool(self.layers) != bool(self.keep) or (self.base_keep and not self.layers):
             raise ConfigError(
-                "layers (each, or ranges such as 0-3,4-7) and keep, the fraction that a layer "
-                "keeps, belong together, and base_keep to both"
+                "layers (each, or ranges such as 0-3,4-7) and keep, the fraction kept in a layer, "
+                "require each other, and base_keep requires both"
             )
         if self.layers and self.sparsities:
-            raise ConfigError("layers and keep set the counts themselves: drop the sparsities")
+            raise ConfigError("layers and keep replace the sparsities: drop the sparsities")
         for group in self.layers:
             for keep in self.keep:
                 parse_layer_spec(self.layer_table("0" if self.layers == (EACH,) else group, keep))
@@ -266,20 +264,20 @@ class SweepSettings(
         return table if self.base_keep is None else f"all:{self.base_keep:.12g},{table}"
 
     def fitted(self) -> SweepSettings:
-        """With the weights that settings in files are for."""
-        kept = filter(None, map(kept_setting, self.methods))
-        formats = list(dict.fromkeys(str(each.weights) for each in kept if each.weights))
+        """The settings, with the weight format for which a setting in a file was made."""
+        saved = filter(None, map(kept_setting, self.methods))
+        formats = list(dict.fromkeys(str(file.weights) for file in saved if file.weights))
         if self.weights or not formats:
             return self
         if len(formats) > 1:
             raise ConfigError(
-                f"the settings of these files use weights {' and '.join(formats)}: give --weights "
-                "one of them"
+                f"the settings in these files use weights {' and '.join(formats)}: select one with "
+                "--weights"
             )
         return self.noted({"weights": (formats[0],)})
 
     def options_of(self, task: str) -> MeasureOptions:
-        """How ``task`` is measured; raises ``ConfigError`` for options that do not exist."""
+        """How ``task`` is measured; raises ``ConfigError`` for unknown options."""
         changes = self.task_options.get(task, {})
         for name in changes:
             check_name("measuring option", str(name), OPTIONS)
@@ -288,7 +286,7 @@ class SweepSettings(
 
     @property
     def experiment(self) -> str:
-        """Name of the experiment's folder."""
+        """The name of the experiment's folder."""
         return self.experiment_name or self.kind
 
 

@@ -1,7 +1,7 @@
-"""``eval``, ``perplexity``, ``summarize``, ``compare`` and ``sweep``: cells of a grid, measured.
+"""``eval``, ``perplexity``, ``summarize``, ``compare`` and ``sweep``: measure the cells of a grid.
 
-Finished cells are never computed again.  In a grid a cell that fails is recorded, with the
-sentence that says why, and the others are computed; the same command tries it again.
+Finished cells are never computed again.  In a grid, a cell that fails is recorded with its error
+message and the other cells are computed; the same command tries the failed cell again.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ if TYPE_CHECKING:
 DONE, FAILED = "done", "failed"
 
 CHECKPOINT = ("name", "revision", "file_quantisation", "sha256", "dtype", "weights")
-"""What a result records of its checkpoint: nothing that differs between machines."""
+"""The checkpoint facts in a result; none of them differs between machines."""
 
 Value = dict[str, Any]
 """A computed cell: ``document``, a line of results.jsonl; ``samples``; ``times``."""
 
-# One cell, computed in any process, on any machine: plain data in, plain data out.  Nothing in a
-# value but ``times`` depends on when or where it was computed.
+# Computing a cell, in any process on any machine, from plain data to plain data.  Only ``times`` in
+# a value depends on when and where it was computed.
 
 
 @dataclass
 class LoadedModelCache:
-    """The newest model of a process, and the newest method that was prepared on it."""
+    """The last model that a process loaded, and the last method prepared on it."""
 
     name: str = ""
     model: Any = None
@@ -58,18 +58,18 @@ class LoadedModelCache:
     prepared: str = ""
     candidate: BoundMethod | None = None
     loads: int = 0
-    """Models loaded so far."""
+    """The number of models loaded so far."""
     broken: dict[str, DartError] = field(default_factory=dict)
-    """Models that could not be loaded: not tried again for the next cell."""
+    """Errors of models that could not be loaded, which are not tried again."""
 
     def forget(self) -> None:
-        """Drop the model, so that its memory is free; failed models stay known."""
+        """Drop the model to free its memory, but remember models that failed to load."""
         self.name, self.model, self.tokenizer = "", None, None
         self.prepared, self.candidate = "", None
         gc.collect()
 
     def prepare(self, cell: Cell, ui: Ui) -> BoundMethod:
-        """The cell's model, pruned as it requests; raises ``DartError``."""
+        """The cell's model with the cell's pruning method; raises ``DartError``."""
         from dart_llm.experiments.artifacts import check_masks, read_masks
         from dart_llm.models.describe import widths
         from dart_llm.session.run import other_model, prepare
@@ -100,7 +100,7 @@ class LoadedModelCache:
             raise self.broken[name]
         if self.name == name:
             return
-        self.forget()  # the old model goes before the new one comes
+        self.forget()  # free the old model before loading the next
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         try:
@@ -118,8 +118,8 @@ def measure_cell(
 ) -> Value:
     """The value of a cell.
 
-    ``cache``: has the model of the cell before, afterwards that of this one.  ``parts``: where
-    finished items are kept.  Raises what went wrong, and ``DartError`` for a number that is not
+    ``cache``: has the previous cell's model, and afterwards this cell's.  ``parts``: stores
+    finished items.  Raises the errors of the measurement, and ``DartError`` if a number is not
     finite.
     """
     import torch
@@ -131,14 +131,14 @@ def measure_cell(
     began, ui = time.perf_counter(), ui or Ui(quiet=True)
     try:
         candidate = cache.prepare(cell, ui)
-        torch.manual_seed(cell.seed)  # whatever ran before in this process
+        torch.manual_seed(cell.seed)  # independent of earlier cells in this process
         items = tasks.count(cell.task, cell.options, candidate.tokenizer, candidate.model)
         with ui.progress(f"{cell.label} on {cell.short_task}", items) as advance:
             store = MemoryStore() if parts is None else parts
             measurement = tasks.measure(candidate, cell.task, cell.options, store, advance)
     except Exception as error:
         if not isinstance(error, DartError):
-            cache.forget()  # the next cell starts with all the memory that there is
+            cache.forget()  # so that the next cell has all memory available
         raise
     if problem := not_finite(measurement):
         raise DartError(problem)
@@ -157,7 +157,7 @@ def measure_cell(
 
 
 def document(cell: Cell, error: str | None = None) -> dict[str, Any]:
-    """A cell as a line of results.jsonl, before anything of it is measured."""
+    """A cell as a line of results.jsonl, before it is measured."""
     return {
         "key": cell.key,
         "label": cell.label,
@@ -171,9 +171,9 @@ def document(cell: Cell, error: str | None = None) -> dict[str, Any]:
 
 
 def not_finite(measurement: Measurement) -> str | None:
-    """Which number of a measurement is not finite, as one sentence; None when all are.
+    """A sentence naming a number of a measurement that is not finite; None if all are finite.
 
-    A metric other than the headline one may be None: some have no value on few items.
+    Metrics other than the headline metric may be None, because some are undefined on few items.
     """
     metrics = dict(measurement.metrics)
     if metrics.get(measurement.metric) is None:
@@ -193,14 +193,14 @@ def not_finite(measurement: Measurement) -> str | None:
 S = TypeVar("S", bound=MeasureSettings)
 
 PACKAGES = ("dart-llm", "torch", "transformers", "python")
-"""Packages whose versions must agree before a cell of an earlier run is reused."""
+"""Packages whose versions must match to reuse a cell of an earlier run."""
 
 
 class MeasureStudy(Study[S], Generic[S]):
     """A unit is a cell: one method on one task."""
 
     remote = staticmethod(measure_cell)
-    """Computes a cell on a cluster."""
+    """The function that computes a cell on a cluster."""
     noun = "cell"
     shown = frozenset({"style", "engine", "workers", "tracker", "results_dir", "experiment_name"})
 
@@ -210,7 +210,7 @@ class MeasureStudy(Study[S], Generic[S]):
         self.on_error = "record" if settings.adopts else "stop"
         self.cells = tuple(cells_of(settings) if cells is None else cells)
         self.values: dict[str, Value] = {}
-        """Finished and failed cells by key."""
+        """Values of finished and failed cells, by key."""
         self.cache = LoadedModelCache()
         self.rows: list[comparison.Row] = []
 
@@ -222,7 +222,7 @@ class MeasureStudy(Study[S], Generic[S]):
         return {replace(cell, inputs={}).key: dict(cell.inputs) for cell in self.cells}
 
     def config_extra(self) -> dict[str, Any]:
-        """The cells, and the checkpoint where there is only one."""
+        """The cells, and the checkpoint if there is only one model."""
         checkpoints = [line["checkpoint"] for line in self.lines if line["checkpoint"]]
         several = len({cell.model for cell in self.cells}) > 1
         return {
@@ -236,12 +236,12 @@ class MeasureStudy(Study[S], Generic[S]):
 
     @property
     def device(self) -> str | None:
-        """Device of the cells; the model itself is dropped after the last one."""
+        """The device of the cells, from their values: the model is dropped after the last cell."""
         devices = (value.get("times", {}).get("device") for value in self.values.values())
         return next(filter(None, devices), None)
 
     def load(self) -> None:
-        """Nothing: models are loaded one after the other."""
+        """Does nothing: each model is loaded when its first cell is computed."""
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
@@ -259,7 +259,7 @@ class MeasureStudy(Study[S], Generic[S]):
         return self.units_of(self.cells)
 
     def units_of(self, cells: Sequence[Cell]) -> Iterable[Unit]:
-        """The cells in the order in which they are computed, here or on a cluster."""
+        """The cells' units in the order of computation, local or on a cluster."""
         units = list(map(_unit, execution_order(cells)))
         if isinstance(self.settings, SweepSettings) and self.settings.engine == "ray":
             return self._units_of_cluster(units, self.settings.workers)
@@ -277,12 +277,12 @@ class MeasureStudy(Study[S], Generic[S]):
                 yield from (_unit(cell, value) for cell, value in results)
 
     def _kept(self, key: str) -> Path:
-        """The file of a finished cell, for every run of the experiment."""
+        """The file of a finished cell, shared by all runs of the experiment."""
         settings = self.settings
         return Path(settings.results_dir) / settings.experiment / ".cells" / f"{key}.json"
 
     def finished(self, unit: Unit) -> Value | None:
-        """What an earlier run kept, in a grid any run under today's versions."""
+        """The stored value; in a grid, that of any earlier run with the same package versions."""
         if not self.settings.adopts:
             return self.folder.part(unit.key)  # type: ignore[no-any-return]
         if self.fresh and not self.folder.resumed:
@@ -308,7 +308,7 @@ class MeasureStudy(Study[S], Generic[S]):
     def take(self, unit: Unit, value: Value) -> None:
         self.values[unit.key] = value
         values = [self.values[cell.key] for cell in self.cells if cell.key in self.values]
-        self.lines = [each["document"] for each in values]
+        self.lines = [finished["document"] for finished in values]
         write_lines(self.path / "results.jsonl", self.lines)
         line = value["document"]
         if line["status"] == DONE:
@@ -321,7 +321,7 @@ class MeasureStudy(Study[S], Generic[S]):
     def fail(self, unit: Unit, sentence: str) -> None:
         self.take(unit, {"document": document(unit.data[0], sentence), "samples": []})
 
-    # what is made of them
+    # results
 
     def summarise(self) -> dict[str, Any]:
         self.rows = comparison.rows(self.lines)
@@ -370,7 +370,7 @@ class MeasureStudy(Study[S], Generic[S]):
 
 
 class CellStore:
-    """The part of a folder's cache in which one cell keeps its finished items."""
+    """The finished items of a cell in a folder's cache."""
 
     def __init__(self, folder: Any, key: str) -> None:
         self._folder, self._key = folder, key
@@ -383,12 +383,12 @@ class CellStore:
 
 
 def _unit(cell: Cell, value: Value | str | None = None) -> Unit:
-    """``value``: what a cluster gave, or why it gave nothing."""
+    """The unit of a cell; ``value``: a cluster's result, or the reason of failure."""
     return Unit(cell.key, f"{cell.label} on {cell.short_task}", (cell, value))
 
 
 def plan(settings: SweepSettings, ui: Ui, fresh: bool = False) -> dict[str, Any]:
-    """``--dry-run``: what a study would do; nothing is downloaded, loaded or written."""
+    """``--dry-run``: what a study would do, without downloading, loading or writing."""
     study = MeasureStudy(settings, ui)
     cells = study.cells
     done = set() if fresh else {cell.key for cell in cells if study.finished(_unit(cell))}
