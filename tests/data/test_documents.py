@@ -95,9 +95,14 @@ def test_an_unknown_name_lists_the_choices(hub):
 
 PAIR = '{"document": "a", "summary": "s"'
 REFUSED = [
-    (documents.read, "a.jsonl", '{"text": "x"}\n{"b": 1}', "line 2 of a.jsonl has no text under"),
+    (
+        documents.read,
+        "a.jsonl",
+        '{"text": "x"}\n{"b": 1}',
+        "line 2 of a.jsonl has no text in text or",
+    ),
     (documents.read, "a.jsonl", '{"text": null}', "line 1 of a.jsonl has no text"),
-    (documents.read, "a.jsonl:b", '{"text": "x"}', "no text under b but text"),
+    (documents.read, "a.jsonl:b", '{"text": "x"}', "no text in b, only columns text"),
     (documents.read, "a.jsonl", '["text"]', "line 1 of a.jsonl is not a JSON object"),
     (documents.names, "a.jsonl", '{"text": " "}', "a.jsonl has no text"),
     (documents.names, "a.txt:column", "x", "unknown text"),
@@ -112,8 +117,8 @@ REFUSED = [
     (load_documents, "hub:a/b:t:x", "", "columns for document and summary: write"),
     (load_documents, "a.jsonl", "\n\n", "no row with a document and a summary"),
     (load_documents, "a.jsonl", '{"document": "a"}', "has no summary under summary or highlights"),
-    (load_documents, "a.jsonl", "{}", "has no document .* but nothing"),
-    (load_documents, "a.jsonl:b:c", '{"b": "x"}', "has no summary under c but b"),
+    (load_documents, "a.jsonl", "{}", "has no document .*, only columns .none."),
+    (load_documents, "a.jsonl:b:c", '{"b": "x"}', "has no summary in c, only columns b"),
     (load_documents, "a.jsonl", '\n{"document": "a", "summary": " "}', "line 2 .* no summary"),
     (load_documents, "a.jsonl", '{"document": 3, "summary": "a"}', "has no document"),
     (

@@ -139,8 +139,8 @@ def _value(source: TextSource, role: str, line: int, row: Mapping[str, Any]) -> 
         value = plain_summary(value)
     if not isinstance(value, str) or (role != "text" and not value.strip()):
         raise ConfigError(
-            f"line {line} of {source.path} has no {role} under {' or '.join(columns)} but "
-            f"{', '.join(row) or 'nothing'}: add one, or name its column, FILE.jsonl:COLUMN"
+            f"line {line} of {source.path} has no {role} in {' or '.join(columns)}, only columns "
+            f"{', '.join(row) or '(none)'}: add it, or name its column, FILE.jsonl:COLUMN"
         )
     return value
 

@@ -136,11 +136,11 @@ def _reason(error: Exception) -> str:
 
 
 def _configure(tasks: dict[str, Any], name: str, options: MeasureOptions) -> None:
-    """Few-shot examples and every seed, as lm-eval's front end sets them."""
+    """Set few-shot examples and all seeds, as lm-eval's command line does."""
     shots = options.num_fewshot if options.num_fewshot is not None else FEWSHOT.get(name)
     for task in tasks.values():
         default = task.get_config("num_fewshot")
-        if shots is not None and default != 0:  # a task with 0 cannot take examples
+        if shots is not None and default != 0:  # a task with 0 does not support examples
             task.set_config(key="num_fewshot", value=shots)
         elif default is None:
             task.set_config(key="num_fewshot", value=0)
@@ -152,7 +152,7 @@ def _configure(tasks: dict[str, Any], name: str, options: MeasureOptions) -> Non
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """lm-eval's progress bars would break up dart-llm's."""
+    """Disable lm-eval's progress bars, which would break up dart-llm's."""
     shown = lm_eval_task.tqdm
     lm_eval_task.tqdm = partial(shown, disable=True)
     try:
@@ -164,7 +164,7 @@ def _no_bars() -> Iterator[None]:
 def _choose_documents(
     tasks: dict[str, Any], options: MeasureOptions
 ) -> dict[str, list[int]] | None:
-    """A seeded random choice of ``limit`` documents per task; None: the first ones."""
+    """A seeded random sample of ``limit`` documents per task; None means the first documents."""
     if options.sample_seed is None or options.limit is None:
         return None
     chosen = {}
@@ -310,7 +310,7 @@ def _notes(scorer: Scorer, options: MeasureOptions, task: str, tasks: int) -> It
 
 
 def _metrics(row: Mapping[str, Any]) -> Metrics:
-    """Metrics by name: ``acc,none`` becomes ``acc``; several filters stay in the names."""
+    """Metrics by name; the filter is dropped if it is ``none`` or the only one."""
     metrics: Metrics = {}
     filters = {key.partition(",")[2] for key in row if "," in key}
     for key, value in row.items():

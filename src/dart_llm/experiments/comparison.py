@@ -256,7 +256,7 @@ def read_row(line: Mapping[str, Any]) -> Row:
     cell, facts, checkpoint = line["cell"], line["facts"] or {}, line["checkpoint"] or {}
     measured = line["measurement"] or {}
     method, label = cell["method"], line["label"]
-    if cell.get("name") or method == DENSE:  # the label has the weight format too
+    if cell.get("name") or method == DENSE:  # the label also has the weight format
         method = label.partition("@")[0]
     metric = measured.get("metric", "")
     value = number(measured.get("metrics", {}).get(metric))

@@ -42,7 +42,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """The command that wrote it."""
+        """The command that created the run."""
         return str(self.config["kind"])
 
     @cached_property
@@ -83,7 +83,7 @@ class Run:
         return _distinct([line.task for line in self.lines] or self._set("task"))
 
     def _set(self, name: str) -> Iterator[str]:
-        """The settings' values of ``name``, because a run may have no results yet."""
+        """The settings' values of ``name``, used if a run has no results yet."""
         settings = self.config["settings"]
         value = settings.get(name, settings.get(f"{name}s")) or []
         yield from [value] if isinstance(value, str) else value

@@ -294,9 +294,10 @@ def clearly_over(row: Row, max_loss: float) -> bool:
 def recommend(rows: Sequence[Row], base: str, max_loss: float, noise: float) -> str:
     """The label of the fastest row whose estimated loss is within ``max_loss``.
 
-    A pruned row must be faster than the fastest dense row by more than ``noise``, and that dense
-    row faster than ``base`` (the model as loaded); otherwise the simpler row is recommended.  If no
-    row is within the budget, ``base`` is recommended.  Disturbed rows are never recommended.
+    A row that is not dense must be faster than the fastest dense row by more than ``noise``, and
+    that dense row faster than ``base`` (the model as loaded); otherwise the simpler row is
+    recommended.  If no row is within the budget, ``base`` is recommended.  Disturbed timings are
+    ignored.
     """
     fit = [row for row in rows if _is_trusted(row) and row["loss"] <= max_loss]
     if not fit:

@@ -260,8 +260,8 @@ class Formats:
     def from_settings(cls, settings: TuneSettings) -> Formats:
         """The requested formats, all with methods; by default, depending on model and machine.
 
-        Defaults: a GGUF file in its own format (with methods) and in 4 bits, whatever its dtype; a
-        checkpoint dense, in 8 bits (with methods) and in 4 bits; without kernels for blocks, only
+        Defaults: a GGUF file in its own format (with methods) and in 4 bits, whatever ``dtype`` is;
+        a checkpoint dense, in 8 bits (with methods) and in 4 bits; without kernels for blocks, only
         dense (with methods).  Raises ``ConfigError`` or ``LoadError``.
         """
         from dart_llm.experiments.cell import requested_format  # imports torch

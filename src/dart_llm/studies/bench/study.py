@@ -307,9 +307,9 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         """The reasons for missing rows, and the rows without a native kernel."""
         tokens = {row.label: row.config.token for row in self.candidates if row.config}
         slow = [n for n, rule in tokens.items() if rule and not TOKEN_RULES.get(rule.rule).native]
-        served = f"{'; '.join(slow)}: plain PyTorch under any executor, all neurons computed; for "
+        note = f"{'; '.join(slow)}: plain PyTorch with any executor, and all neurons are computed; "
         notes = report.left_out(self.left_out)
-        return [*notes, f"{served}quality at equal bytes, not for speed"] if slow else notes
+        return [*notes, f"{note}compare quality at equal bytes, not speed"] if slow else notes
 
     @property
     def stated_format(self) -> str | None:
@@ -344,7 +344,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         vocabularies = {n: m.model.config.get_text_config().vocab_size for n, m in models.items()}
         if len(set(vocabularies.values())) > 1:
             sizes = ", ".join(f"{name} ({size:,})" for name, size in vocabularies.items())
-            raise ConfigError(f"these differ in vocabulary: {sizes}; give files of one model")
+            raise ConfigError(f"the vocabularies differ: {sizes}; give files of the same model")
         self.take_models(models, self.main, settings.prompt_tokens + settings.tokens + WARM)
         if self.bench:
             self.find_files()

@@ -247,7 +247,7 @@ def free_texts(runs: Runs) -> Iterator[dict[str, Any]]:
 
 
 def _note(run: DriftRun) -> str:
-    """How a text was decoded, and how close it is to the dense one."""
+    """How a text was decoded, and how close it is to the dense text."""
     parts = [f"{run.decoded} decoded tokens"]
     if accounting := run.record["accounting"]:
         parts += [

@@ -120,7 +120,7 @@ class DriftRun:
 
     @property
     def checks(self) -> list[DriftCheck]:
-        """The detector's windows, except those that had no reference for comparison."""
+        """The detector's windows, except a first window that has no reference for comparison."""
         checks = [DriftCheck(**check) for check in self.record["checks"]]
         return [c for c in checks if c.state != "arming" or c.similarity != 0]
 

@@ -43,7 +43,11 @@ class InspectSettings(ActivationSettings):
     max_tokens: int = setting("Texts", "The most tokens of a text that are read.", 512, ge=2)
     top: int = setting("Inspection", "Strongest neurons listed per layer.", 5, ge=1)
     share: float = setting(
-        "Inspection", "Ablation: the share of a layer's neurons that is A's own.", 0.1, gt=0, lt=1
+        "Inspection",
+        "Ablation: the fraction of a layer's neurons taken as strongest.",
+        0.1,
+        gt=0,
+        lt=1,
     )
     ablation_seeds: int = setting("Inspection", "Ablation: draws of random neurons.", 3, ge=1)
 
