@@ -116,7 +116,7 @@ REFUSED = [
     (load_documents, "xsun", "", "did you mean xsum"),
     (load_documents, "hub:a/b:t:x", "", "columns for document and summary: write"),
     (load_documents, "a.jsonl", "\n\n", "no row with a document and a summary"),
-    (load_documents, "a.jsonl", '{"document": "a"}', "has no summary under summary or highlights"),
+    (load_documents, "a.jsonl", '{"document": "a"}', "has no summary in summary or highlights"),
     (load_documents, "a.jsonl", "{}", "has no document .*, only columns .none."),
     (load_documents, "a.jsonl:b:c", '{"b": "x"}', "has no summary in c, only columns b"),
     (load_documents, "a.jsonl", '\n{"document": "a", "summary": " "}', "line 2 .* no summary"),

@@ -309,7 +309,9 @@ def count(tmp_path):
 @pytest.mark.contract("a failed unit is recorded and the others go on")
 def test_a_failed_unit_is_recorded_and_tried_again(count):
     study = count(ConfigError("b is too long"))
-    with pytest.raises(CellsFailed, match=r"1 of 4 cells failed, .* the first, b: b is too long"):
+    with pytest.raises(
+        CellsFailed, match=r"1 of 4 cells failed; .* the first failure, b: b is too long"
+    ):
         run_study(study)
     assert study.lines[1] == {"key": "b", "status": "failed", "error": "b is too long"}
     assert "unit b failed: b is too long" in study.ui.log

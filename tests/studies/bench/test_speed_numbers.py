@@ -138,7 +138,9 @@ def test_candidates(tmp_path):
     named = merge(SpeedSettings, {"model": "Qwen/Qwen2.5-0.5B"}, environment={})
     assert (named.name, named.experiment) == ("qwen2.5-0.5b", "speed-qwen2.5-0.5b")
     file.write_text("x: {executor: native}\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r'"x" of .* sets the executor, which --executors does'):
+    with pytest.raises(
+        ConfigError, match=r'"x" of .* sets the executor, which only --executors may set'
+    ):
         settings(tmp_path, variants=str(file), model="m")
 
 

@@ -158,7 +158,7 @@ def test_a_run_says_first_how_long_it_takes(tmp_path):
     assert re.fullmatch(r"roughly \d+ min on two CPU cores; about [\d,.]+ GB of memory", whole)
     assert "to learn from self-generated text" in estimated(methods="dart")
     assert int(re.search(r"(\d+) min", whole)[1]) > int(re.search(r"(\d+) min", quick)[1])
-    assert "not known" in estimate(settings(tmp_path), (), None)
+    assert "unknown" in estimate(settings(tmp_path), (), None)
 
 
 def test_the_quick_grid():

@@ -332,7 +332,7 @@ DRIFT = [
     ({"methods": "dart,dart@0.5"}, r'"dart@0.5" was given twice'),
     ({"methods": " , "}, "methods .* at least 1 item"),
     ({"passages": None}, "mode free does not fit no source"),
-    ({"prompt": "a"}, r"does not fit 2 source\(s\): give one of --prompt TEXT, --prompts"),
+    ({"prompt": "a"}, r"does not fit 2 source\(s\): give --prompt TEXT or --prompts"),
     ({"seeds": "-1"}, "--seeds -1 must be at least 0"),
 ]
 DETECT = [
