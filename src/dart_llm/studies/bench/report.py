@@ -243,13 +243,13 @@ def measured(document: Row, row: Row) -> dict[str, Any]:
 
 
 def speed_plot(document: Row) -> Plot:
-    """A bar of the time of a token per row, and what the bytes of a pruned row would allow."""
+    """A bar per row with its time per token, and for pruned rows the time at their limit."""
     rows = [row for row in document["rows"] if row["ms"] is not None]
     times = {row["row"]: row["ms"] for row in rows}
     bases = {name: facts["base"] for name, facts in document["formats"].items()}
     limited = [
-        (place, times[bases[row["weights"]]] / row["bandwidth_limit"])
-        for place, row in enumerate(rows)
+        (index, times[bases[row["weights"]]] / row["bandwidth_limit"])
+        for index, row in enumerate(rows)
         if row["method"] and row["bandwidth_limit"]
     ]
 
@@ -257,13 +257,13 @@ def speed_plot(document: Row) -> Plot:
         axes = figure.subplots()
         colours = [palette[0] if row["method"] else GREY for row in rows]
         axes.barh(range(len(rows)), list(times.values()), color=colours, height=0.62)
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             note = " (disturbed)" if row["disturbed"] else ""
-            write_beside(axes, number(row["ms"]) + note, row["ms"], place, 8)
+            write_beside(axes, number(row["ms"]) + note, row["ms"], index, 8)
         if limited:
-            places, limits = zip(*limited, strict=True)
+            indices, limits = zip(*limited, strict=True)
             look: Look = {"color": INK, "markerfacecolor": "white", "linestyle": "none"}
-            axes.plot(limits, places, "D", label="bandwidth limit", markersize=5, **look)
+            axes.plot(limits, indices, "D", label="bandwidth limit", markersize=5, **look)
             legend(axes, 1)
         axes.set_yticks(range(len(rows)), [row["row"] for row in rows])
         axes.invert_yaxis()
@@ -273,7 +273,7 @@ def speed_plot(document: Row) -> Plot:
     bars = "; ".join(f"{label} {number(ms)} ms" for label, ms in times.items())
     height = 1.3 + 0.3 * len(rows)
     alt = f"Bars: {bars}."
-    return Plot("speed", "Time of a generated token", alt, caption(document), height, draw)
+    return Plot("speed", "Time per generated token", alt, caption(document), height, draw)
 
 
 def tune_plot(document: Row) -> Plot:
