@@ -1,7 +1,6 @@
 """The command line: exit codes, one-sentence errors, JSON, layered settings; real processes."""
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -11,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from dart_llm.studies.generate.study import RunStudy
 from lm_cases import call, refusal
 from tiny_gpt2 import write_gpt2
+from written import lines, read
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,8 @@ def test_run_writes_everything_and_prints_one_json_document(gpt2, tmp_path, monk
     done = call(*command, *more, "--save-layer-topk", "table.txt")
     assert done.code == 0, done.err
     folder = tmp_path / done.json["folder"]
-    config = json.loads((folder / "config.json").read_text())
+    monkeypatch.setattr(RunStudy, "figures", lambda study: [])  # drawn once
+    config = read(folder / "config.json")
     assert (config["status"], config["settings"]["sparsity"]) == ("complete", 0.5)
     pruned = done.json["generation"][1]
     assert pruned["phases"][:5] == ["prefill", "observe", "observe", "observe", "pruned"]
@@ -131,7 +133,7 @@ def end(process, number, folder, name):
     assert process.returncode == 130 and error.count("resumes") == 1
     assert error.splitlines()[-1] == "interrupted"
     (config,) = folder.glob("results/*/*/config.json")
-    assert json.loads(config.read_text(encoding="utf-8"))["status"] == "interrupted"
+    assert read(config)["status"] == "interrupted"
     return error
 
 
@@ -165,18 +167,18 @@ def test_readers_that_went_away_and_terminals_without_the_letters():
 
 def test_ctrl_c_while_a_text_is_written_keeps_the_one_before(gpt2, tmp_path):
     command = ["run", "--model", gpt2, "--method", "griffin", "--prompt", "hello"]
-    command += ["--generation", 600]
+    command += ["--generation", 300]
     process = start(*command, preexec_fn=heed_interrupts)
     error = end(process, signal.SIGINT, tmp_path, "generation.jsonl")  # the dense text is there
     kept, _ = error.splitlines()[-2:]
     assert kept.startswith("finished work is kept in")
     (folder,) = tmp_path.glob("results/*/*/")
-    (dense,) = map(json.loads, (folder / "generation.jsonl").read_text("utf-8").splitlines())
-    assert (dense["variant"], len(dense["token_ids"])) == ("dense", 600)
+    (dense,) = lines(folder / "generation.jsonl")
+    assert (dense["variant"], len(dense["token_ids"])) == ("dense", 300)
     again = call(*command, "--json")
     assert again.code == 0 and Path(again.json["folder"]).resolve() == folder.resolve()
     assert again.json["generation"][0] == dense
-    assert len(again.json["generation"][1]["token_ids"]) == 600
+    assert len(again.json["generation"][1]["token_ids"]) == 300
 
 
 def test_a_polite_end_is_an_interruption(gpt2, tmp_path):

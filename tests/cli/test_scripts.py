@@ -28,26 +28,25 @@ def desk(tmp_path):
     return make_desk(tmp_path)
 
 
-def listed(script):
-    """Variable -> default, as the script's list has them; every line must carry a comment."""
-    lines = (ROOT / script).read_text().splitlines()
-    found = [re.fullmatch(r': "\$\{([A-Z_]+):=(.*)\}"\s+# \S.*', line) for line in lines]
-    return {match[1]: match[2] for match in found if match}
-
-
 def test_the_scripts_list_the_documented_variables_and_parse():
-    first, second = map(listed, SCRIPTS)
-    assert list(first) == list(second) == VARIABLES
-    assert {name.lower() for name in RUN} <= set(RunSettings.model_fields)
-    different = {name: (first[name], second[name]) for name in first if first[name] != second[name]}
-    assert different == {"KNOWLEDGE_DRIFT": ("", "true"), "GENERATION": ("0", "300")}
+    defaults = []
     for script in (*SCRIPTS, *HELPERS):
         path = ROOT / script
         done = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         assert script.endswith("run_common.sh") or path.stat().st_mode & 0o111 == 0o111
-        assert path.read_text().startswith("#!/usr/bin/env bash\n") or script in HELPERS
-        assert not re.search(r"^\s*eval\b", path.read_text(), re.MULTILINE)
+        text = path.read_text()
+        assert text.startswith("#!/usr/bin/env bash\n") or script in HELPERS
+        assert not re.search(r"^\s*eval\b", text, re.MULTILINE)
+        # variables with their defaults; every line must carry a comment
+        defaults.append(
+            dict(re.findall(r'^: "\$\{([A-Z_]+):=(.*)\}"\s+# \S.*$', text, re.MULTILINE))
+        )
+    first, second, *_ = defaults
+    assert list(first) == list(second) == VARIABLES
+    assert {name.lower() for name in RUN} <= set(RunSettings.model_fields)
+    different = {name: (first[name], second[name]) for name in first if first[name] != second[name]}
+    assert different == {"KNOWLEDGE_DRIFT": ("", "true"), "GENERATION": ("0", "300")}
 
 
 # One value per variable that is neither the default nor another variable's.
@@ -157,12 +156,8 @@ def test_defaults(desk, script, tokens, drift):
     done = desk.run(script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     expected = {"total_prune_percent": 50.0, "layer_topk": "all:auto", "masking_step": 0}
-    expected |= {
-        "method": "dart",
-        "prune_strategy": "topk",
-        "generation": tokens,
-        "knowledge_drift": drift,
-    }
+    expected |= {"method": "dart", "prune_strategy": "topk"}
+    expected |= {"generation": tokens, "knowledge_drift": drift}
     assert desk.settings() == RunSettings.model_validate(expected)
     before = desk.recorded()
     assert desk.run(script, **dict.fromkeys(VARIABLES, "")).returncode == 0
@@ -275,14 +270,14 @@ def test_the_variables_become_flags_of_a_study(desk):
     variables |= {"RESULTS_DIR": "else where", "CUSTOM_PROMPT_TEXT": LIST}
     done = desk.run(DRIFT, "--passages=shipped", **variables)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    found = drift_settings(desk)
-    assert (found.kind, found.model, found.seeds) == ("forced", "gpt2", (4,))
-    assert (found.experiment, found.results_dir, found.prompt) == ("mine", "else where", None)
-    never = found.candidates()[1]
+    study = drift_settings(desk)
+    assert (study.kind, study.model, study.seeds) == ("forced", "gpt2", (4,))
+    assert (study.experiment, study.results_dir, study.prompt) == ("mine", "else where", None)
+    never = study.candidates()[1]
     assert never.label == "never@0.3" and never.config.score.name == "magnitude"
     # where no passages are named, a prompt of the variables is the source
     assert desk.run(DRIFT, "--mode=free", CUSTOM_PROMPT_TEXT=LIST, METHOD="griffin").returncode == 0
-    found = drift_settings(desk)
-    assert (found.prompt, found.generation, found.sparsity) == (LIST, 300, None)
-    labels = [method.label for method in found.candidates()]
+    study = drift_settings(desk)
+    assert (study.prompt, study.generation, study.sparsity) == (LIST, 300, None)
+    labels = [method.label for method in study.candidates()]
     assert labels == ["dense", "never@0.5", "griffin@0.5"]

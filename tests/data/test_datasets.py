@@ -71,7 +71,7 @@ def test_the_ids_are_those_of_the_installed_tasks():
     tasks = {}
     for folder in f"{folders} winogrande".split():
         settings = map(task_settings, (library / "tasks" / folder).glob("*.yaml"))
-        tasks.update({one["task"]: one for one in settings if isinstance(one.get("task"), str)})
+        tasks.update({each["task"]: each for each in settings if isinstance(each.get("task"), str)})
     for data in DATA_SETS.values():
         for name in data.tasks:
             task = tasks[f"mmlu_{data.config}" if name == "mmlu" else name]
@@ -110,9 +110,7 @@ def test_mmlu_questions_are_dev_then_validation_without_answers(hub):
     assert hub.calls == []
     for row in ({"question": "q"}, {"question": "q", "choices": []}):
         write(folder / "virology_dev.jsonl", row)
-        with pytest.raises(
-            ConfigError, match=r"line 1 of .*virology_dev\.jsonl needs \"question\""
-        ):
+        with pytest.raises(ConfigError, match=r'line 1 of .*virology_dev\.jsonl needs "question"'):
             mmlu_questions("virology")
 
 
@@ -138,8 +136,8 @@ def test_texts_of_the_hub(hub):
 
 
 def test_what_cannot_be_used_is_never_empty_text(hub):
-    for found in ([], [{"text": "x"}], [{"body": 3}], [{"body": " "}, {"body": ""}]):
-        hub.rows = {("a/b", None, "test", False): found}
+    for table in ([], [{"text": "x"}], [{"body": 3}], [{"body": " "}, {"body": ""}]):
+        hub.rows = {("a/b", None, "test", False): table}
         with pytest.raises(LoadError, match=r"a/b \(test\)"):
             documents.read("hub:a/b:test:body")
     hub.calls.clear()
@@ -184,15 +182,11 @@ def test_documents_are_cleaned(hub):
         report: [{"report": " A. ", "summary": "B."}, {"report": "D", "summary": ["E", "F"]}],
         referenced: [{"body": "d", "abstract": "s"}, {"body": None, "abstract": "s"}],
     }
-    news_documents = [
-        Document("0", "One.\n Two.\n\nThree.", "Short |||"),
-        Document("2", "Four.", "Long."),
-    ]
-    assert load_documents("multi_news", 2) == news_documents and hub.read == 3
-    assert load_documents("gov_report", 2) == [
-        Document("0", "A.", "B."),
-        Document("1", "D", "E\nF"),
-    ]
+    first = Document("0", "One.\n Two.\n\nThree.", "Short |||")
+    assert load_documents("multi_news", 2) == [first, Document("2", "Four.", "Long.")]
+    assert hub.read == 3
+    reports = [Document("0", "A.", "B."), Document("1", "D", "E\nF")]
+    assert load_documents("gov_report", 2) == reports
     assert load_documents("hub:a/b/en:test:body:abstract") == [Document("0", "d", "s")]
     assert hub.calls == [news, report, referenced]
 

@@ -111,9 +111,8 @@ def test_a_prompt_file_is_read_without_its_byte_order_mark(tmp_path, monkeypatch
         with pytest.raises(ConfigError, match="cannot read the prompt file"):
             read_prompt_file(str(name))
     for errors in ("strict", "surrogateescape"):
-        monkeypatch.setattr(
-            "sys.stdin", io.TextIOWrapper(io.BytesIO(b"bees \xff"), "utf-8", errors)
-        )
+        stdin = io.TextIOWrapper(io.BytesIO(b"bees \xff"), "utf-8", errors)
+        monkeypatch.setattr("sys.stdin", stdin)
         with pytest.raises(ConfigError, match="cannot read the prompt from standard input"):
             read_prompt_file("-")
 

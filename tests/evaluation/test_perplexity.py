@@ -47,22 +47,22 @@ def candidate(method=None, model="llama", **settings):
     return BoundMethod(shared(model), tokenizer, config)
 
 
-def scored(own, options=SLICES, text=TEXT, parts=None, advance=lambda n: None):
-    windows, notes = cut(tokenizer(text).input_ids[0], options, context_length(own.model))
+def scored(bound, options=SLICES, text=TEXT, parts=None, advance=lambda n: None):
+    windows, notes = cut(tokenizer(text).input_ids[0], options, context_length(bound.model))
     parts = MemoryStore() if parts is None else parts
-    return measure_windows(own, "perplexity:t", windows, options.protocol, parts, advance, notes)
+    return measure_windows(bound, "perplexity:t", windows, options.protocol, parts, advance, notes)
 
 
 def measured(method=None, options=SLICES, text=TEXT, **settings):
     return scored(candidate(method, **settings), options, text)
 
 
-def losses(found):
-    return [loss for sample in found.samples for loss in sample["losses"]]
+def losses(result):
+    return [loss for sample in result.samples for loss in sample["losses"]]
 
 
-def flags(found):
-    return [flag for sample in found.samples for flag in ran_pruned(sample)]
+def flags(result):
+    return [flag for sample in result.samples for flag in ran_pruned(sample)]
 
 
 @torch.no_grad()
@@ -70,23 +70,23 @@ def direct(model, begin, end, first):
     """Losses of the tokens from ``first`` on (all in tokens of the text), one plain forward."""
     ids = IDS[begin:end]
     logits = model(ids[None]).logits[0].float()
-    found = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
-    return found[first - begin - 1 :].tolist()
+    per_token = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
+    return per_token[first - begin - 1 :].tolist()
 
 
 @pytest.mark.contract("sparsity 0 is bit-identical")
 @pytest.mark.parametrize(("model", "sparsity"), [("llama", None), ("gpt2", 0.0), ("gemma3", None)])
 def test_decode_slices_equal_a_plain_forward(model, sparsity):
     pruned = {} if sparsity is None else {"method": "dart", "sparsity": sparsity}
-    found = measured(model=model, **pruned)
-    starts = [sample["start"] for sample in found.samples]
+    result = measured(model=model, **pruned)
+    starts = [sample["start"] for sample in result.samples]
     assert starts == [0, 465, 930]
     wanted = [x for s in starts for x in direct(shared(model), s, s + 70, s + 40)]
-    assert losses(found) == pytest.approx(wanted, abs=1e-4)
-    assert found.metrics == {
+    assert losses(result) == pytest.approx(wanted, abs=1e-4)
+    assert result.metrics == {
         "tokens": 90,
         "pruned_tokens": 0,
-        "mean_loss": pytest.approx(sum(losses(found)) / 90, abs=1e-12),
+        "mean_loss": pytest.approx(sum(losses(result)) / 90, abs=1e-12),
         "perplexity": pytest.approx(math.exp(sum(wanted) / 90), rel=1e-4),
     }
 
@@ -94,34 +94,34 @@ def test_decode_slices_equal_a_plain_forward(model, sparsity):
 @pytest.mark.parametrize(("window", "stride"), [(100, None), (100, 40), (64, 1), (500, None)])
 def test_standard_windows_equal_plain_forwards(window, stride):
     limit = 5 if stride == 1 else None
-    found = measured(None, replace(STANDARD, window=window, stride=stride, limit=limit))
+    result = measured(None, replace(STANDARD, window=window, stride=stride, limit=limit))
     windows = standard_windows(IDS, window, stride)[:limit]
     spans = [(w.start, w.start + len(w.ids), w.start + w.first) for w in windows]
     wanted = [direct(shared("llama"), *span) for span in spans]
-    assert [len(s["losses"]) for s in found.samples] == [len(w) for w in wanted]
-    assert losses(found) == pytest.approx([x for w in wanted for x in w], abs=1e-4)
+    assert [len(s["losses"]) for s in result.samples] == [len(w) for w in wanted]
+    assert losses(result) == pytest.approx([x for w in wanted for x in w], abs=1e-4)
     mean = sum(map(sum, wanted)) / sum(map(len, wanted))
-    assert found.metrics["mean_loss"] == pytest.approx(mean, abs=1e-5)
-    assert found.accounting is None and found.notes == ()
+    assert result.metrics["mean_loss"] == pytest.approx(mean, abs=1e-5)
+    assert result.accounting is None and result.notes == ()
 
 
 @pytest.mark.parametrize("protocol", ["full", "published"])
 def test_full_and_published_are_those_of_the_likelihood_tasks(protocol):
-    found = measured("griffin", replace(SLICES, protocol=protocol), sparsity=0.5)
-    own = candidate("griffin", sparsity=0.5)
-    with own.run(likelihood=True) as run:
-        for sample in found.samples:
+    result = measured("griffin", replace(SLICES, protocol=protocol), sparsity=0.5)
+    bound = candidate("griffin", sparsity=0.5)
+    with bound.run(likelihood=True) as run:
+        for sample in result.samples:
             ids = IDS[sample["start"] : sample["start"] + 70].tolist()
-            wanted, _ = score_context(own.model, run, ids[:40], [ids[40:]], protocol)
+            wanted, _ = score_context(bound.model, run, ids[:40], [ids[40:]], protocol)
             assert sample["losses"] == pytest.approx(wanted[0].losses, abs=1e-5)
-    assert all(flags(found)) and found.accounting["dense_token_share"] == 0
-    assert found.accounting["achieved_sparsity"] == pytest.approx(0.5, abs=0.01)
-    assert found.accounting["decoded_tokens"] == 3 * 69, "every fed position is counted"
-    assert (LEAK in found.notes) == (protocol == "published")
+    assert all(flags(result)) and result.accounting["dense_token_share"] == 0
+    assert result.accounting["achieved_sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert result.accounting["decoded_tokens"] == 3 * 69, "every fed position is counted"
+    assert (LEAK in result.notes) == (protocol == "published")
 
 
 def test_standard_takes_the_masks_of_a_window_from_the_text_before_it():
-    found = measured("griffin", replace(STANDARD, window=300), sparsity=0.5)
+    result = measured("griffin", replace(STANDARD, window=300), sparsity=0.5)
     model, wanted = shared("llama"), [direct(shared("llama"), 0, 300, 1)]
     for begin, end in ((300, 600), (600, 900), (900, 1000)):
         with torch.no_grad(), candidate("griffin", sparsity=0.5).run() as run:
@@ -129,27 +129,27 @@ def test_standard_takes_the_masks_of_a_window_from_the_text_before_it():
             ids = {layer: mask.ids for layer, mask in enumerate(run.select())}
         with Run(model, PruneConfig.build("griffin"), ids) as run, run.decoding(prompt=True):
             wanted.append(direct(model, begin, end, begin + 1))
-    assert losses(found) == pytest.approx([x for w in wanted for x in w], abs=1e-4)
-    assert flags(found) == [False] * 299 + [True] * (299 + 299 + 99)
-    assert found.metrics["tokens"] == 996 and found.metrics["pruned_tokens"] == 697
+    assert losses(result) == pytest.approx([x for w in wanted for x in w], abs=1e-4)
+    assert flags(result) == [False] * 299 + [True] * (299 + 299 + 99)
+    assert result.metrics["tokens"] == 996 and result.metrics["pruned_tokens"] == 697
     counted = {"decoded_tokens": 996, "dense_token_share": 299 / 996}
     counted |= {"sparsity_while_pruned": 0.5, "achieved_sparsity": 0.5 * 697 / 996}
-    assert {name: found.accounting[name] for name in counted} == pytest.approx(counted, abs=0.01)
-    assert len(found.notes) == 1 and found.notes[0].startswith("299 tokens ran dense")
+    assert {name: result.accounting[name] for name in counted} == pytest.approx(counted, abs=0.01)
+    assert len(result.notes) == 1 and result.notes[0].startswith("299 tokens ran dense")
 
 
 @pytest.mark.contract("accounting equals a count by hooks")
 def test_decode_says_which_tokens_ran_pruned():
-    found = measured("griffin", sparsity=0.5, **INTERVAL)
-    assert flags(found)[:30] == [True] * 8 + [False] * 3 + [True] * 8 + [False] * 3 + [True] * 8
-    report = found.accounting
+    result = measured("griffin", sparsity=0.5, **INTERVAL)
+    assert flags(result)[:30] == [True] * 8 + [False] * 3 + [True] * 8 + [False] * 3 + [True] * 8
+    report = result.accounting
     dense = report["decoded_tokens"] * report["dense_token_share"]
-    assert found.metrics["pruned_tokens"] == report["decoded_tokens"] - round(dense) == 3 * 24
+    assert result.metrics["pruned_tokens"] == report["decoded_tokens"] - round(dense) == 3 * 24
     assert report["remasks"] == 6
-    pruned = [x for x, flag in zip(losses(found), flags(found), strict=True) if flag]
-    assert found.metrics["mean_loss_pruned_tokens"] == pytest.approx(sum(pruned) / 72)
-    assert found.metrics["perplexity_pruned_tokens"] == pytest.approx(math.exp(sum(pruned) / 72))
-    assert found.items[0]["pruned_tokens"] == 24
+    pruned = [x for x, flag in zip(losses(result), flags(result), strict=True) if flag]
+    assert result.metrics["mean_loss_pruned_tokens"] == pytest.approx(sum(pruned) / 72)
+    assert result.metrics["perplexity_pruned_tokens"] == pytest.approx(math.exp(sum(pruned) / 72))
+    assert result.items[0]["pruned_tokens"] == 24
 
 
 @pytest.mark.contract("causality")
@@ -176,9 +176,9 @@ def test_no_more_than_one_chunk_of_logits_is_alive():
 
     model.register_forward_pre_hook(lambda *_: most.append(sum(ref() is not None for ref in alive)))
     model.register_forward_hook(after)
-    own = BoundMethod(model, tokenizer, PruneConfig.build("griffin", sparsity=0.5))
+    bound = BoundMethod(model, tokenizer, PruneConfig.build("griffin", sparsity=0.5))
     for protocol in ("decode", "full", "published", "standard"):
-        scored(own, replace(SLICES, protocol=protocol, window=500, scored_tokens=400))
+        scored(bound, replace(SLICES, protocol=protocol, window=500, scored_tokens=400))
     assert len(alive) > 12 and max(most) == 0
 
 
@@ -191,22 +191,22 @@ def test_a_loss_that_is_not_finite_names_slice_and_token(protocol, method):
         output.logits[seen == tokenizer("b").input_ids] = float("inf")
 
     model.register_forward_hook(overflow)
-    own = replace(candidate(method), model=model)
+    bound = replace(candidate(method), model=model)
     options = replace(STANDARD, protocol=protocol, limit=2, prompt_tokens=40, scored_tokens=60)
     words = r"slice 1 \(it begins at token 100 of the text\): the loss of its token 45 is"
     with pytest.raises(DartError, match=words + r" the first that is not finite .*float32"):
-        scored(own, options, text)
+        scored(bound, options, text)
 
 
 def test_what_is_refused():
     griffin, late = (candidate("griffin", sparsity=0.5, min_evidence=n) for n in (0, 200))
-    for own, options, words in (
+    for bound, options, words in (
         (late, SLICES, r"griffin@0.5: all 30 scored tokens .* ran dense"),
         (griffin, replace(STANDARD, limit=1), r"the only window here is the first"),
         (candidate(), replace(SLICES, prompt_tokens=500), "longer than the model's context of 512"),
     ):
         with pytest.raises(DartError, match=words):
-            scored(own, options)
+            scored(bound, options)
 
 
 def test_parts_know_where_the_masks_of_a_window_come_from():
@@ -221,16 +221,15 @@ def test_dense_runs_by_the_executor_that_was_named():
     """Without one it is the untouched model, to the bit; with one the losses are the same."""
     model = tiny("llama")
     windows = [Window(torch.arange(3, 73) % VOCAB, 40)]
-    found = {}
+    losses_by = {}
     for executor in ("auto", "masked"):
-        own = prepare(model, None, PruneConfig.build("dense", executor=executor))
-        run = own.run()
+        bound = prepare(model, None, PruneConfig.build("dense", executor=executor))
+        run = bound.run()
         assert (run is None) == (executor == "auto")
-        assert own.label == ("dense" if run is None else "dense, masked")
-        found[executor] = measure_windows(
-            own, "perplexity:t", windows, "decode", MemoryStore(), lambda n: None
-        ).samples[0]["losses"]
-    assert found["masked"] == pytest.approx(found["auto"], abs=1e-5)
+        assert bound.label == ("dense" if run is None else "dense, masked")
+        arguments = (bound, "perplexity:t", windows, "decode", MemoryStore(), lambda n: None)
+        losses_by[executor] = measure_windows(*arguments).samples[0]["losses"]
+    assert losses_by["masked"] == pytest.approx(losses_by["auto"], abs=1e-5)
 
 
 def test_a_screened_head_is_what_is_measured():
@@ -240,9 +239,11 @@ def test_a_screened_head_is_what_is_measured():
     model.lm_head.register_forward_hook(lambda head, args, y: widths.append(args[0].shape[1]))
     learnt = {"sequences": 2, "length": 32, "opening": 0}
     config = PruneConfig.build("dense", head="screened 0.4", executor="compact", self_stats=learnt)
-    own = prepare(model, None, config)
+    bound = prepare(model, None, config)
     widths.clear()
     windows = [Window(torch.arange(3, 73) % VOCAB, 40)]
-    found = measure_windows(own, "perplexity:t", windows, "decode", MemoryStore(), lambda n: None)
-    assert own.label == "dense, screened head" and len(found.samples[0]["losses"]) == 30
+    result = measure_windows(
+        bound, "perplexity:t", windows, "decode", MemoryStore(), lambda n: None
+    )
+    assert bound.label == "dense, screened head" and len(result.samples[0]["losses"]) == 30
     assert widths == [1] * len(widths)

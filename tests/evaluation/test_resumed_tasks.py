@@ -28,22 +28,23 @@ def _here(tmp_path, monkeypatch):
     write_documents(Path("four.jsonl"))
 
 
-def everything(found):
+def everything(result):
     """All that is kept of a measurement, as bytes would be."""
-    return json.dumps([found.to_dict(), list(found.samples)])
+    return json.dumps([result.to_dict(), list(result.samples)])
 
 
-def stop(items):
-    raise InterruptedError
+def resumed(method, task, options):
+    """A measurement after two interruptions."""
 
+    def stop(items):
+        raise InterruptedError
 
-def resumed(found, task, asked):
     parts, steps = Kept(), []
     for _ in range(2):
         with pytest.raises(InterruptedError):
-            tasks.measure(found, task, asked, parts, stop)
-    whole = tasks.measure(found, task, asked, parts, steps.append)
-    count = tasks.count(task, asked, found.tokenizer, found.model)
+            tasks.measure(method, task, options, parts, stop)
+    whole = tasks.measure(method, task, options, parts, steps.append)
+    count = tasks.count(task, options, method.tokenizer, method.model)
     assert sum(steps) == count == len(whole.items)  # not per repeat
     return whole
 
@@ -65,24 +66,24 @@ def resumed(found, task, asked):
     ],
 )
 def test_nothing_is_computed_twice_and_the_result_is_the_same(task, method, settings, how):
-    found, asked = candidate(method, **settings), options(**how)
-    with found.run():  # what the model teaches is learnt before anything is counted
+    bound, asked = candidate(method, **settings), options(**how)
+    with bound.run():  # what the model teaches is learnt before anything is counted
         pass
-    with Forwards(found.model) as ran:
-        whole = tasks.measure(found, task, asked, Kept())
-    with Forwards(found.model) as again:
-        assert everything(resumed(found, task, asked)) == everything(whole)
+    with Forwards(bound.model) as ran:
+        whole = tasks.measure(bound, task, asked, Kept())
+    with Forwards(bound.model) as again:
+        assert everything(resumed(bound, task, asked)) == everything(whole)
     assert sorted(again.shapes) == sorted(ran.shapes)
 
 
 def test_masks_that_were_chosen_beforehand_resume_alike(tmp_path):
     config = candidate("wanda", calibration={"sequences": 4, "length": 64}).config
-    own = prepare(*loaded(), config, "text.txt", str(tmp_path / "cache"))
-    assert own.fixed_masks is not None
+    calibrated = prepare(*loaded(), config, "text.txt", str(tmp_path / "cache"))
+    assert calibrated.fixed_masks is not None
     given = BoundMethod(*loaded(), candidate("griffin").config, {0: [1, 2, 3], 2: [5, 7]})
-    for found in (own, given):
-        whole = tasks.measure(found, "tiny_choice", options(), Kept())
-        assert everything(resumed(found, "tiny_choice", options())) == everything(whole)
+    for bound in (calibrated, given):
+        whole = tasks.measure(bound, "tiny_choice", options(), Kept())
+        assert everything(resumed(bound, "tiny_choice", options())) == everything(whole)
         assert 0 < whole.accounting["achieved_sparsity"] < 1
 
 
@@ -95,20 +96,17 @@ def test_masks_that_were_chosen_beforehand_resume_alike(tmp_path):
     ],
 )
 def test_parts_serve_only_what_they_were_computed_for(task, how, other):
-    griffin, parts, found = candidate("griffin"), Kept(), []
-    masks = [[1, 2]] if task == "tiny_choice" else [[1, 2], [1, 3]]
-    for number, (method, changes) in enumerate(
-        (
-            *((griffin, {}), (griffin, {"protocol": "full"}), (griffin, other)),
-            *((candidate(), {}), (candidate("griffin", 0.25), {})),
-            *((BoundMethod(*loaded(), griffin.config, {0: ids}), {}) for ids in masks),
-        ),
-        1,
-    ):
-        found.append(tasks.measure(method, task, options(**{**how, **changes}), parts))
+    griffin, parts, measured = candidate("griffin"), Kept(), []
+    methods = [(griffin, {}), (griffin, {"protocol": "full"}), (griffin, other)]
+    methods += [(candidate(), {}), (candidate("griffin", 0.25), {})]
+    for ids in [[1, 2]] if task == "tiny_choice" else [[1, 2], [1, 3]]:
+        methods.append((BoundMethod(*loaded(), griffin.config, {0: ids}), {}))
+    for number, (method, changes) in enumerate(methods, 1):
+        measured.append(tasks.measure(method, task, options(**{**how, **changes}), parts))
         assert len(parts.parts) == 4 * number
-    assert everything(tasks.measure(griffin, task, options(**how), parts)) == everything(found[0])
-    assert len(parts.parts) == 4 * len(found)
+    again = tasks.measure(griffin, task, options(**how), parts)
+    assert everything(again) == everything(measured[0])
+    assert len(parts.parts) == 4 * len(measured)
 
 
 def test_parts_of_a_text_or_document_are_not_those_of_another():
@@ -120,7 +118,7 @@ def test_parts_of_a_text_or_document_are_not_those_of_another():
     write_documents(Path("four.jsonl"), *rows)
     tasks.measure(griffin, TEXT, options(**SLICES), parts)
     assert len(parts.parts) == 12
-    found = tasks.measure(griffin, DOCUMENTS, options(**documents), parts)
+    result = tasks.measure(griffin, DOCUMENTS, options(**documents), parts)
     assert len(parts.parts) == 16
-    assert [one["reference"] for one in found.samples] == ["another one."] * 4
-    assert found.items == tasks.measure(griffin, DOCUMENTS, options(**documents), Kept()).items
+    assert [sample["reference"] for sample in result.samples] == ["another one."] * 4
+    assert result.items == tasks.measure(griffin, DOCUMENTS, options(**documents), Kept()).items

@@ -19,10 +19,8 @@ TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
-LONG = "".join(f"sentence number {i} is here. " for i in range(1, 41))
-FULL = MeasureOptions(max_output=12, protocol="full")
 ONE = MeasureOptions(max_output=12, limit=1)
-CUT = "the summary was cut at 12 tokens in 4 of 4 documents"
+LONG = "".join(f"sentence number {i} is here. " for i in range(1, 41))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +84,7 @@ def test_dense_end_to_end(loaded, data, dense):
     for name in text_metrics.METRICS:
         mean = sum(item[name] for item in dense.items) / 4
         assert dense.metrics[name] == pytest.approx(mean)
-    assert dense.notes == (CUT,)
+    assert dense.notes == ("the summary was cut at 12 tokens in 4 of 4 documents",)
     two = MeasureOptions(max_output=12, limit=2)
     task = f"summarize:{data}"
     assert (count(task, OPTIONS), count(task, two)) == (4, 2)
@@ -96,9 +94,10 @@ def test_dense_end_to_end(loaded, data, dense):
 def test_pruned_summaries_are_those_of_prune(loaded, data, dense):
     model, tokenizer = loaded
     with Same(model):
-        found = run(candidate(loaded, "griffin"), data)
-    full = run(candidate(loaded, "griffin"), data, FULL)
-    for row, text, whole in zip(DOCUMENTS, texts_of(found), texts_of(full), strict=True):
+        result = run(candidate(loaded, "griffin"), data)
+    full = MeasureOptions("full", max_output=12)
+    full = run(candidate(loaded, "griffin"), data, full)
+    for row, text, whole in zip(DOCUMENTS, texts_of(result), texts_of(full), strict=True):
         prompt = fit(tokenizer, row["document"], 1024, 12).ids
         with prune(model, "griffin", sparsity=0.5):
             assert text == greedy(loaded, prompt)
@@ -108,10 +107,10 @@ def test_pruned_summaries_are_those_of_prune(loaded, data, dense):
         with prune(model, masks=kept) as given, given.decoding(prompt=True):
             assert whole == greedy(loaded, prompt)
     assert run(candidate(loaded, "griffin", 0.0), data).items == dense.items
-    assert found.accounting["achieved_sparsity"] == pytest.approx(0.5)
-    assert found.accounting["decoded_tokens"] == 4 * 11
-    prompts = sum(sample["prompt_tokens"] for sample in found.samples)
-    assert found.accounting["prompt_tokens"] == prompts
+    assert result.accounting["achieved_sparsity"] == pytest.approx(0.5)
+    assert result.accounting["decoded_tokens"] == 4 * 11
+    prompts = sum(sample["prompt_tokens"] for sample in result.samples)
+    assert result.accounting["prompt_tokens"] == prompts
     assert full.accounting["decoded_tokens"] == prompts + 4 * 11
     assert full.accounting["dense_token_share"] == 0
     published = run(candidate(loaded, "griffin"), data, MeasureOptions("published", max_output=12))
@@ -129,11 +128,11 @@ def test_a_summary_ends_with_the_sequence(loaded, data, where, method, monkeypat
     else:
         ids = [2, tokenizer.convert_tokens_to_ids(end)]
         monkeypatch.setattr(model.generation_config, "eos_token_id", ids)
-    found = run(candidate((model, tokenizer), method), data, ONE)
-    sample, length = found.samples[0], text.index(end)
+    result = run(candidate((model, tokenizer), method), data, ONE)
+    sample, length = result.samples[0], text.index(end)
     assert (sample["finish"], sample["text"]) == ("stop", text[:length])
-    assert found.items[0]["tokens"] == length and found.notes == ()
-    assert method is None or found.accounting["decoded_tokens"] == length
+    assert result.items[0]["tokens"] == length and result.notes == ()
+    assert method is None or result.accounting["decoded_tokens"] == length
 
 
 def test_empty_and_shortened_documents_are_counted(loaded, data, dense, tmp_path):
@@ -141,15 +140,15 @@ def test_empty_and_shortened_documents_are_counted(loaded, data, dense, tmp_path
     tokenizer.eos_token = texts_of(dense)[0][0]
     empty = "the summary is empty and scores 0 in 1 of 1 documents"
     unpruned = "the summary ended before any token ran pruned in 1 of 1 documents"
-    found = run(candidate((loaded[0], tokenizer), "griffin"), data, ONE)
-    assert found.metrics == dict.fromkeys(text_metrics.METRICS, 0.0)
-    assert found.notes == (empty, unpruned) and found.items[0]["tokens"] == 0
+    result = run(candidate((loaded[0], tokenizer), "griffin"), data, ONE)
+    assert result.metrics == dict.fromkeys(text_metrics.METRICS, 0.0)
+    assert result.notes == (empty, unpruned) and result.items[0]["tokens"] == 0
     text = "the cat went to the market. " * 60
     path = write_documents(tmp_path / "long.jsonl", {"document": text, "summary": "a cat."})
-    found = run(candidate(loaded), path)
-    assert found.samples[0]["shortened"] and text.startswith(found.samples[0]["document"])
-    assert 0 <= 1024 - 12 - found.samples[0]["prompt_tokens"] < len("the cat went to the market. ")
-    assert "the document was shortened to fit the context in 1 of 1 documents" in found.notes
+    result = run(candidate(loaded), path)
+    assert result.samples[0]["shortened"] and text.startswith(result.samples[0]["document"])
+    assert 0 <= 1024 - 12 - result.samples[0]["prompt_tokens"] < len("the cat went to the market. ")
+    assert "the document was shortened to fit the context in 1 of 1 documents" in result.notes
 
 
 def test_what_is_refused(loaded, data, monkeypatch):

@@ -18,17 +18,10 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTo
 from dart_llm.errors import LoadError, MissingExtra
 from dart_llm.evaluation import text_metrics
 from dart_llm.evaluation.text_metrics import (
-    METRICS,
     NUMBERS,
-    EncoderSource,
-    bertscore,
-    bleu_score,
     compare,
-    cosine,
-    find_encoder,
     load_tools,
     match,
-    matched_pairs,
     rouge_scores,
     sentences,
 )
@@ -89,7 +82,7 @@ def test_rouge_by_hand():
     scores = rouge_scores("the black cat sat down again", "the cat sat")
     assert scores["rouge1"] == scores["rougeL"] == pytest.approx(2 * 1 * 0.5 / 1.5)
     assert scores["rouge2"] == pytest.approx(2 * (1 / 2) * (1 / 5) / (1 / 2 + 1 / 5))
-    assert rouge_scores(A, A) == {name: pytest.approx(1.0) for name in METRICS}
+    assert rouge_scores(A, A) == {name: pytest.approx(1.0) for name in text_metrics.METRICS}
     assert rouge_scores("running dogs", "run dog")["rouge2"] == pytest.approx(1.0)  # stemmed
     first, second = "The cat sat on the mat.", "Dogs were barking all night."
     scores = rouge_scores(f"{second} {first}", f"{first} {second}")
@@ -115,12 +108,12 @@ def test_sentences(text, expected):
 
 def test_bleu():
     """Of 6 words 5 are found, of 5 pairs 4, of 4 triples 3, of 3 quadruples 2; 7 were wanted."""
-    score = bleu_score("the cat sat on a mat", "the cat sat on a hat today")
+    score = text_metrics.bleu_score("the cat sat on a mat", "the cat sat on a hat today")
     precisions = (5 / 6) * (4 / 5) * (3 / 4) * (2 / 3)
     assert score == pytest.approx(precisions ** (1 / 4) * math.exp(1 - 7 / 6))
     for text in ("word", "two words", "The cat sat on the mat. It slept.", "! ?"):
-        assert bleu_score(text, f"  {text}\n") == 1.0
-    assert bleu_score("all other words", "none is here") == 0.0
+        assert text_metrics.bleu_score(text, f"  {text}\n") == 1.0
+    assert text_metrics.bleu_score("all other words", "none is here") == 0.0
 
 
 def read_by_hand(folder, text):
@@ -134,19 +127,15 @@ def read_by_hand(folder, text):
 
 def test_texts_are_read_in_windows(encoder, folder):
     assert (encoder.layers, encoder.window) == (2, WINDOW)
-    tokens, whole = encoder.read(A)
-    rows, last = read_by_hand(folder, A)
-    np.testing.assert_allclose(tokens, rows, atol=1e-6)
-    np.testing.assert_allclose(whole, last.mean(0), atol=1e-6)
-    long = ["the cat sat on a mat and the dog ran deep"] * 3  # 33 words, a token each
-    words = " ".join(long).split()
-    parts = [read_by_hand(folder, " ".join(part)) for part in (words[:WINDOW], words[WINDOW:])]
-    tokens, whole = encoder.read(" ".join(words))
-    np.testing.assert_allclose(tokens, np.concatenate([rows for rows, _ in parts]), atol=1e-6)
-    everything = torch.cat([last for _, last in parts])
-    np.testing.assert_allclose(whole, everything.mean(0), atol=1e-6)
-    assert cosine(np.array([3.0, 4]), np.array([4.0, 3])) == pytest.approx(24 / 25)
-    assert cosine(np.zeros(2), np.ones(2)) == 0.0
+    words = ("the cat sat on a mat and the dog ran deep " * 3).split()  # 33, a token each
+    for text, parts in ((A, [A]), (" ".join(words), [words[:WINDOW], words[WINDOW:]])):
+        parts = [part if isinstance(part, str) else " ".join(part) for part in parts]
+        rows, last = zip(*(read_by_hand(folder, part) for part in parts), strict=True)
+        tokens, whole = encoder.read(text)
+        np.testing.assert_allclose(tokens, np.concatenate(rows), atol=1e-6)
+        np.testing.assert_allclose(whole, torch.cat(last).mean(0), atol=1e-6)
+    assert text_metrics.cosine(np.array([3.0, 4]), np.array([4.0, 3])) == pytest.approx(24 / 25)
+    assert text_metrics.cosine(np.zeros(2), np.ones(2)) == 0.0
 
 
 def test_bertscore_by_definition(encoder, folder):
@@ -154,9 +143,9 @@ def test_bertscore_by_definition(encoder, folder):
         written, wanted = (read_by_hand(folder, text)[0] for text in (candidate, reference))
         cosines = written @ wanted.T
         precision, recall = cosines.max(1).mean(), cosines.max(0).mean()
-        score = bertscore(encoder.read(candidate)[0], encoder.read(reference)[0])
+        score = text_metrics.bertscore(encoder.read(candidate)[0], encoder.read(reference)[0])
         assert score == pytest.approx(2 * precision * recall / (precision + recall), abs=1e-5)
-    assert bertscore(encoder.read("\u200b")[0], encoder.read(A)[0]) == 0.0
+    assert text_metrics.bertscore(encoder.read("\u200b")[0], encoder.read(A)[0]) == 0.0
 
 
 THREE = f"{A} {B} {D}"
@@ -176,9 +165,9 @@ def test_sentences_that_match():
     assert match(looped, looped, WordCounts()) == (1.0, 1.0)
     cosines = np.array([[0.7, 0.1], [0.2, 0.699]])  # the threshold is included
     for threshold, pairs in ((0.7, [(0, 0)]), (0.699, [(0, 0), (1, 1)]), (0.71, [])):
-        assert matched_pairs(cosines, threshold) == pairs
+        assert text_metrics.matched_pairs(cosines, threshold) == pairs
     # the most similar pairs first
-    assert matched_pairs(np.array([[0.8, 0.95], [0.75, 0.9]]), 0.7) == [(0, 1), (1, 0)]
+    assert text_metrics.matched_pairs(np.array([[0.8, 0.95], [0.75, 0.9]]), 0.7) == [(0, 1), (1, 0)]
 
 
 def test_order_is_kendalls_tau_on_another_scale():
@@ -201,15 +190,15 @@ def test_equal_and_degenerate_texts(encoder):
         assert compare(candidate, reference, encoder) == expected
     assert compare("", " ", encoder) == dict.fromkeys(NUMBERS)
     numbers = compare("?!", "?!", encoder)  # a reference without letters has no ROUGE
-    assert [numbers[name] for name in (*METRICS, "bleu")] == [None] * 4 + [1.0]
+    assert [numbers[name] for name in (*text_metrics.METRICS, "bleu")] == [None] * 4 + [1.0]
     candidate, reference = f"{C} {A} The dog ran.", f"{A} {B} {C}"
     (written, first), (wanted, second) = encoder.read(candidate), encoder.read(reference)
     coverage, order = match(candidate, reference, encoder)
     assert compare(candidate, reference, encoder) == {
         **rouge_scores(candidate, reference),
-        "bleu": bleu_score(candidate, reference),
-        "bertscore": bertscore(written, wanted),
-        "document_similarity": pytest.approx(cosine(first, second)),
+        "bleu": text_metrics.bleu_score(candidate, reference),
+        "bertscore": text_metrics.bertscore(written, wanted),
+        "document_similarity": pytest.approx(text_metrics.cosine(first, second)),
         "sentence_coverage": coverage,
         "sentence_order": order,
     }
@@ -229,21 +218,20 @@ def test_encoders_of_folders_and_of_the_hub(folder, tmp_path, monkeypatch):
         return str(tmp_path / COMMIT)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    sha256, hub = file_sha256(folder / "model.safetensors"), find_encoder("tiny/safe")
+    sha256, hub = file_sha256(folder / "model.safetensors"), text_metrics.find_encoder("tiny/safe")
     assert {p.name for p in hub.folder.rglob("*") if p.is_file()} == {*files}
     assert (hub.name, hub.origin, hub.revision) == ("tiny/safe", "hub", COMMIT)
     assert hub.label == f"tiny/safe (hub, revision {COMMIT[:12]}, sha256 {sha256[:12]})"
-    source = EncoderSource("tiny", folder.resolve(), "folder", sha256)
-    assert find_encoder(str(folder)) == source
+    source = text_metrics.EncoderSource("tiny", folder.resolve(), "folder", sha256)
+    assert text_metrics.find_encoder(str(folder)) == source
+    (tmp_path / "empty").mkdir()
     for name, words in (
         ("nobody/nothing", "the hub has no model 'nobody/nothing' that you may read"),
         ("a/b/c", "folder a/b/c does not exist; give a hub id"),
+        (str(tmp_path / "empty"), "empty could not be read as an encoder"),
     ):
         with pytest.raises(LoadError, match=words):
-            find_encoder(name)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(LoadError, match="empty could not be read as an encoder"):
-        load_tools(str(tmp_path / "empty"))
+            load_tools(name)
 
 
 def test_a_missing_package_is_named(monkeypatch, folder):

@@ -12,17 +12,10 @@ from torch.nn.functional import cross_entropy
 from dart_llm.data.documents import Source
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation import tasks
+from dart_llm.evaluation import windows as cutting
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.evaluation.parts import MemoryStore
-from dart_llm.evaluation.windows import (
-    LEAD,
-    MOMENT,
-    cut,
-    cut_source,
-    slice_windows,
-    standard_windows,
-    topic_windows,
-)
+from dart_llm.evaluation.windows import LEAD, cut, slice_windows, standard_windows
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import BoundMethod, Run
 from lm_cases import loaded
@@ -89,9 +82,6 @@ def test_windows_that_cannot_be_cut(call, words):
         call()
 
 
-# Topic slices.
-
-
 class Letters:
     """One token per character; ``start``: a token before every text."""
 
@@ -116,7 +106,7 @@ def test_the_sets_never_share_a_document(lengths, size):
     source = Source("s", tuple(chr(0x4E00 + n) * length for n, length in enumerate(lengths)))
     used = {}
     for which in ("choose", "report"):
-        slices = list(cut_source(source, which, Letters(), size))
+        slices = list(cutting.cut_source(source, which, Letters(), size))
         letters = {letter for each in slices for letter in words(each.body)} - {"\n"}
         used[which] = {place for each in slices for place in each.documents}
         assert letters <= {source.documents[place][0] for place in used[which]}
@@ -129,12 +119,13 @@ def test_the_sets_never_share_a_document(lengths, size):
 
 def windows(*sources, limit=2, shift=True, which="report", tokenizer=None, **sizes):
     options = replace(OPTIONS, limit=limit, **sizes)
-    return topic_windows(sources, which, tokenizer or loaded()[1], options, shift)
+    return cutting.topic_windows(sources, which, tokenizer or loaded()[1], options, shift)
 
 
 def test_slices_are_cut_joined_and_evenly_spaced():
     source = Source("s", (*"----", "ab", "cdefghijklm", "op", "qr", "stuv"))
-    slices = [(words(s.body), s.documents) for s in cut_source(source, "report", Letters(), 5)]
+    slices = cutting.cut_source(source, "report", Letters(), 5)
+    slices = [(words(each.body), each.documents) for each in slices]
     # c to m gives two whole slices; ab + \n\n + op is the first to fill one of the short ones
     assert slices == [("cdefg", (5,)), ("hijkl", (5,)), ("ab\n\no", (4, 6, 7))]
     half = Source("s", (*["-"] * 10, *(chr(97 + n) * 74 for n in range(10))))
@@ -172,9 +163,6 @@ def test_too_little_text_says_how_much_there_is():
         windows(bees(), limit=9)
     with pytest.raises(ConfigError, match="has no slices of 134 tokens in its set choose"):
         windows(bees(1), limit=1, which="choose")
-
-
-# The tasks ``continuation`` and ``shift`` as measurements.
 
 
 @pytest.fixture
@@ -229,9 +217,9 @@ def test_an_oracle_makes_the_new_topic_begin_dense(texts):
     assert result.accounting["dense_token_share"] == pytest.approx(9 / (LEAD + TOKENS))
     # step 0 feeds the prompt's last token, so step LEAD + 1 the new topic's first
     ids, second = windows(bees(), loans(), limit=1)[0].ids, loans().documents[12]
-    assert loaded()[1].decode(ids[PROMPT - 1 + MOMENT :]) == second[:TOKENS]
+    assert loaded()[1].decode(ids[PROMPT - 1 + cutting.MOMENT :]) == second[:TOKENS]
     with Run(loaded()[0], config) as run:
-        slow = step_by_step(run, ids, MOMENT)
+        slow = step_by_step(run, ids, cutting.MOMENT)
     mean = sum(slow[-TOKENS:]) / TOKENS
     assert result.items[0]["mean_loss"] == pytest.approx(mean, abs=2e-5)
     assert result.items != measured(texts, "shift", config).items

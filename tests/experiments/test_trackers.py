@@ -31,8 +31,8 @@ def environment(monkeypatch):
     return plain
 
 
-def opening(name, folder, config=CONFIG):
-    return tracked(name, "run-1", config, folder, lambda text: None)
+def opening(name, folder):
+    return tracked(name, "run-1", CONFIG, folder, lambda text: None)
 
 
 def test_a_failing_tracker_warns_once_and_the_run_continues(monkeypatch, tmp_path, caplog, capsys):
@@ -83,8 +83,8 @@ def test_what_cannot_be_opened(tmp_path, monkeypatch, environment):
 def test_trackers_stay_here_unless_their_user_decides_otherwise(
     name, variable, local, monkeypatch, tmp_path, environment
 ):
-    def start(*given):
-        assert given == (name, "run-1", FLAT, tmp_path)
+    def start(*arguments):
+        assert arguments == (name, "run-1", FLAT, tmp_path)
         calls.append(environment[variable])
         return backend
 
@@ -92,11 +92,11 @@ def test_trackers_stay_here_unless_their_user_decides_otherwise(
     backend = types.SimpleNamespace(log=lambda n, step: calls.append(n), finish=list)
     monkeypatch.setattr(trackers, "_start", start)
     monkeypatch.setitem(sys.modules, name, backend)
-    for own in (None, "theirs"):
-        environment |= {variable: own} if own else {}
+    for value in (None, "theirs"):
+        environment |= {variable: value} if value else {}
         with opening(name, tmp_path) as log:
             log(LINE)
-        assert environment.get(variable) == own  # as before
+        assert environment.get(variable) == value  # as before
     numbers = trackers.numbers(LINE, name)
     assert calls == [local.format(tmp_path / name), numbers, "theirs", numbers]
     assert (set(numbers) == set(NUMBERS)) == (name != "mlflow")  # which takes no "@"
@@ -143,5 +143,5 @@ def test_trackio_writes_a_local_file_and_opens_no_connection(tmp_path):
     assert done.stdout.splitlines() == [where, where, "[]"]  # nothing else, not even at exit
     with sqlite3.connect(tmp_path / "trackio" / "dart-llm.db") as data:
         rows = data.execute("select run_name, step, metrics from metrics order by id").fetchall()
-    found = [(name, step, json.loads(metrics)) for name, step, metrics in rows]
-    assert found == [("run-1", 0, NUMBERS)] * 2  # the second time continued the run of that name
+    logged = [(name, step, json.loads(metrics)) for name, step, metrics in rows]
+    assert logged == [("run-1", 0, NUMBERS)] * 2  # the second time continued the run of that name

@@ -44,11 +44,6 @@ def test_people_see_words(tmp_path):
 
 
 HEADS = ("task", "method", "value", "95 %", "dense tokens", "re-masks", "bytes per token")
-SHARED = ("16.1", "[15.1, 17.2]", "100.0%", "0", "1.000")
-WIDE = [
-    dict(zip(HEADS, ("perplexity:embedded", method, *SHARED), strict=True))
-    for method in ("dense", "dart-token@0.5", "dart@0.5")
-]
 
 
 @pytest.mark.parametrize(
@@ -57,16 +52,19 @@ WIDE = [
 )
 def test_columns_leave_before_a_word_is_broken(width, gone):
     columns = [Column(head, head, needed=head == "value") for head in HEADS]
+    values = ("16.1", "[15.1, 17.2]", "100.0%", "0", "1.000")
+    methods = ("dense", "dart-token@0.5", "dart@0.5")
+    rows = [dict(zip(HEADS, ("perplexity:embedded", m, *values), strict=True)) for m in methods]
     console = Console(width=width, no_color=True, markup=False)
     with console.capture() as capture:
-        console.print(Table("", "Caption", tuple(columns), WIDE, left=2))
+        console.print(Table("", "Caption", tuple(columns), rows, left=2))
     text = capture.get()
     assert max(map(len, text.splitlines())) <= width
     words = text.split()
     assert (f"widen the terminal to see: {gone}" in " ".join(words)) == bool(gone)
     kept = [head for head in HEADS if head not in gone.split(", ")]  # the accounting stays
-    assert {word for row in WIDE for key in kept for word in row[key].split()} <= set(words)
-    assert words.count("16.1") == len(WIDE)  # what is needed stays
+    assert {word for row in rows for key in kept for word in row[key].split()} <= set(words)
+    assert words.count("16.1") == len(rows)  # needed columns stay
     sizes = {None: "–", 812: "812 B", 1536: "1.5 KiB", 2**20: "1.0 MiB", -(2**31): "-2.0 GiB"}
     assert [bytes_text(value) for value in sizes] == [*sizes.values()]
 
@@ -88,9 +86,9 @@ def pass_time(monkeypatch):
 
 @pytest.fixture
 def ui():
-    found = Ui()
-    found.live = False
-    return found
+    ui = Ui()
+    ui.live = False
+    return ui
 
 
 def test_a_long_silence_is_broken(ui, pass_time, capsys):
@@ -172,6 +170,6 @@ def test_a_library_call_warns_of_its_length(monkeypatch, caplog):
         end = time.monotonic() + 5
         while len(caplog.records) < 2 and time.monotonic() < end:
             time.sleep(0.01)
-    first, second, *_ = ((one.levelname, one.message) for one in caplog.records)
+    first, second, *_ = ((record.levelname, record.message) for record in caplog.records)
     assert first == ("INFO", "converting mine")
     assert second == ("WARNING", "converting mine (0.0 s so far)")
