@@ -80,6 +80,11 @@ def tiny(name="llama", seed=0, dtype=torch.float32, **sizes):
     return model.to(dtype).eval()
 
 
+def drawn(*shape, seed=0):
+    """Normal random numbers of a shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def tokens(rows=1, length=24, seed=0):
     """Random token ids [rows, length] without special ones."""
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,6 @@ import functools
 from contextlib import contextmanager
 
 import torch
-from torch.nn import functional as F
 
 from dart_llm.models.describe import describe
 from dart_llm.pruning.config import PruneConfig
@@ -17,23 +16,6 @@ PLAIN = LEARNT.replace(
     {"score": "normalized", "self_stats": None, "skip_sinks": False, "compensation": False}
 )
 """The preset without what it learns: norms rank, the losers stand at 0."""
-
-
-class Exact:
-    """Stands for a low-bit copy and loses nothing."""
-
-    def __init__(self, matrix, bits, group):
-        self.matrix, self.bits, self.group = matrix, bits, group
-        self.shape = tuple(matrix.shape)
-
-    def product(self, x, rows=None):
-        return F.linear(x.float(), (self.matrix if rows is None else self.matrix[rows]).float())
-
-    def dense(self, rows=slice(None)):
-        return self.matrix[rows].float()
-
-    def nbytes(self):
-        return 0
 
 
 def best(strengths, keep):
@@ -69,29 +51,32 @@ def oracle(model, keep, prompt, mean=None, worth=None):
         if (u.shape[-2] if u.dim() == 3 else len(u)) >= prompt:
             return None
         rows = []
-        for one in u.reshape(-1, u.shape[-1]):
-            kept = best((one.abs() * value).tolist(), keep)
+        for token in u.reshape(-1, u.shape[-1]):
+            kept = best((token.abs() * value).tolist(), keep)
             row = torch.zeros_like(value) if mean is None else mean[layer].clone()
-            row[kept] = one[kept]
+            row[kept] = token[kept]
             rows.append(row)
         return torch.stack(rows).reshape(u.shape)
 
     return before_down(model, worth, keep_best)
 
 
-def lost_u(model, keep, found, worth=None):
-    """Collects per layer, over the tokens of one forward, the losers' u [I] and their number [I].
+def lost_u(model, ids, keep, worth=None):
+    """Per layer, over the tokens ids: the sum of the losers' u [I], and their number [I].
 
     A token's losers: all but the ``keep`` largest ``abs(u) * worth``, as in ``oracle``.
     """
+    lost = {}
 
     def take(layer, value, u):
         total, number = torch.zeros_like(value), torch.zeros_like(value)
-        for one in u.detach().reshape(-1, u.shape[-1]):
-            kept = best((one.abs() * value).tolist(), keep)
-            lost = [place for place in range(len(one)) if place not in kept]
-            total[lost] += one[lost]
-            number[lost] += 1
-        found[layer] = total, number
+        for token in u.reshape(-1, u.shape[-1]):
+            kept = best((token.abs() * value).tolist(), keep)
+            losers = torch.ones_like(value).index_fill(0, torch.tensor(kept), 0)
+            total += token * losers
+            number += losers
+        lost[layer] = total, number
 
-    return before_down(model, worth, take)
+    with before_down(model, worth, take), torch.no_grad():
+        model(ids)
+    return lost

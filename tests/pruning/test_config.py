@@ -8,11 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.pruning.config import (
-    PruneConfig,
-    SelfStatsConfig,
-    TokenConfig,
-)
+from dart_llm.pruning.config import PruneConfig, SelfStatsConfig, TokenConfig
 from dart_llm.pruning.layer_table import AUTO, parse_layer_spec, read_table, write_table
 from dart_llm.pruning.registry import METHODS
 from prior_cases import CONFIG
@@ -197,7 +193,7 @@ def test_table_files(tmp_path):
     path.write_text("# a comment\n\n0-1: #5   # ends of the model\n2:0.5,\n  3 : auto # later\n")
     assert parse_layer_spec(read_table(path)).resolve([10] * 4) == [5, 5, 5, AUTO]
     for data, message in (
-        (b"\xff\xfe\x81", "cannot read the layer"),
+        (b"\xff\xfe\x81", "cannot read"),
         (b"# nothing\n", "use forms"),
     ):
         path.write_bytes(data)

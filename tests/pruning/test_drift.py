@@ -1,7 +1,7 @@
-"""The drift detector: windows, votes; and when a sequence notices drift."""
+"""The drift detector: windows, votes, error rates; and when a sequence notices drift."""
 
 import math
-from statistics import stdev
+from statistics import NormalDist, stdev
 
 import pytest
 import torch
@@ -153,6 +153,60 @@ def test_more_than_half_of_the_live_rows(angles, live, low):
     assert check.fired == low
     assert check.similarity == pytest.approx([math.cos(a) for a in angles], abs=2e-3)
     assert check.live == list(live or [True] * 4)
+
+
+NORMAL, CENTRE, SPREAD = NormalDist(), 0.8, 0.05
+"""The similarities of windows without drift, and their mean and standard deviation."""
+
+
+def window_of(similarity, axis, size):
+    """[1, size, D] equal tokens at ``similarity`` to axis 0, the rest of them along ``axis``."""
+    v = torch.zeros(MAX_WINDOWS + 2)
+    v[0], v[axis] = similarity, math.sqrt(1 - similarity**2)
+    return v.expand(1, size, -1)
+
+
+def expected_triggers(low, count, horizon):
+    """Mean number in ``horizon`` windows, each low by chance; the counter restarts at triggers."""
+    states, total = [1.0] + [0.0] * (count - 1), 0.0
+    for _ in range(horizon):
+        after = [0.0] * count
+        for counter, chance in enumerate(states):
+            after[max(0, counter - 1)] += chance * (1 - low)
+            after[(counter + 1) % count] += chance * low
+        total += low * states[-1]
+        states = after
+    return total
+
+
+def triggers(detector, seed, horizon, shift=0.0):
+    """Number of triggers in a series of windows with normal similarities."""
+    detector.counter, count = 0, 0
+    drawn = CENTRE + SPREAD * (noise(horizon, seed=seed) - 1 + shift)
+    for similarity in drawn.clamp(-1, 1).tolist():
+        # along an axis that no window of the reference uses
+        (check,) = detector.watch(
+            window_of(similarity, MAX_WINDOWS + 1, detector.rule.window), None
+        )
+        if check.fired:
+            detector.counter, count = 0, count + 1
+    return count
+
+
+@pytest.mark.parametrize("name", ["published", "paper"])
+def test_false_alarms_come_at_the_analytic_rate(name):
+    """In 40 series without drift, within 3 standard errors; a fall of 4 sigma fires at once."""
+    rule, count, horizon = make_rule(name), 40, 120
+    levels = [NORMAL.inv_cdf((k + 0.5) / MAX_WINDOWS) for k in range(MAX_WINDOWS)]
+    reference = [window_of(CENTRE + SPREAD * z, 1 + k, rule.window) for k, z in enumerate(levels)]
+    detector = armed(rule, torch.cat(reference, 1))
+    assert float(detector.sigma) == pytest.approx(SPREAD, rel=0.02)
+    counts = [triggers(detector, seed, horizon) for seed in range(count)]
+    threshold = float(rule.threshold(torch.tensor(CENTRE), torch.tensor(SPREAD)))
+    low = NORMAL.cdf((threshold - CENTRE) / SPREAD)
+    want, error = expected_triggers(low, rule.count, horizon), stdev(counts) / math.sqrt(count)
+    assert abs(sum(counts) / count - want) < 3 * error < 0.4 * want
+    assert all(triggers(detector, seed, rule.count + 1, shift=-4.0) for seed in range(count))
 
 
 def shifting(at):

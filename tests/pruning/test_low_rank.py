@@ -1,10 +1,11 @@
-"""Low-rank compensation against plain eigendecompositions and least squares."""
+"""Low-rank compensation against eigendecompositions and least squares; what it costs, by hand."""
 
 import numpy as np
 import pytest
 import torch
 
 from dart_llm.pruning import compensation as module
+from dart_llm.pruning.accounting import Costs, tracing_flops
 from dart_llm.pruning.compensation import (
     FLOOR,
     RIDGE,
@@ -14,14 +15,13 @@ from dart_llm.pruning.compensation import (
     inverses,
     low_rank,
 )
-from prior_cases import seen
+from prior_cases import CONFIG, seen
+from steps import pruned, shared_model
+from tiny import HIDDEN, LAYERS, WIDTH, tokens
+from tiny import drawn as noise
 
 T, D, I, R = 80, 12, 20, 5  # noqa: E741 - the method's own names
 SPREAD = torch.tensor([9.0, 6, 4, 3, 2, 1, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05])
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 DOWN, MIX = noise(D, I, seed=8), noise(D, I, seed=4)
@@ -130,3 +130,56 @@ def test_layers_at_once_are_each_layer_alone():
         torch.testing.assert_close(linear.out, alone.out)
         assert linear.basis is one.basis
     assert low_rank([]) == []
+
+
+PROMPT, STEPS = 30, 6
+
+
+def decoded(name="llama", **settings):
+    """The run of a model that decodes ``STEPS`` tokens."""
+    ids = tokens(1, PROMPT + STEPS, seed=3)
+    return pruned(shared_model(name), ids, PROMPT, method=CONFIG, **settings)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "executor"),
+    [("llama", "auto"), ("llama", "masked"), ("phi3", "auto"), ("gpt2", "auto"), ("opt", "auto")],
+)
+def test_work_by_hand(name, executor):
+    run = decoded(name, executor=executor)
+    report = run.report()
+    per, rank = 3 if name in ("llama", "phi3") else 2, 0 if name == "opt" else 8
+    dense, maps = LAYERS * WIDTH * per * HIDDEN, LAYERS * 2 * rank * HIDDEN
+    kept = [layer.kept for layer in report.layers]
+    half = sum(kept) * per * HIDDEN
+    assert 2 * half == dense and all(count < WIDTH for count in kept)
+    removed = (LAYERS * WIDTH - sum(kept)) * HIDDEN
+    copies = 2 * (half + LAYERS * rank * HIDDEN)
+    moved = STEPS * (half + maps) + copies + removed
+    assert report.ffn_bytes_share_if_compact == pytest.approx(moved / (STEPS * dense))
+    if run.executor == "masked":
+        moved = STEPS * (dense + maps) + removed
+    assert report.ffn_bytes_share == pytest.approx(moved / (STEPS * dense))
+
+
+def test_observed_tokens_are_charged_for_what_is_summed():
+    """Sums are read and written in float32, u f^T and f f^T too; maps, copies, removed columns."""
+    dense = LAYERS * WIDTH * 3 * HIDDEN
+    report = decoded(masking_step=2, compensation_rank=8).report()
+    assert report.dense_token_share == pytest.approx(2 / STEPS)
+    seen = 2 * LAYERS * (16 * WIDTH + 8 * (WIDTH + 8) * 8) / 4
+    half = dense // 2 + LAYERS * 2 * 8 * HIDDEN
+    once = 2 * (dense // 2 + LAYERS * 8 * HIDDEN) + LAYERS * WIDTH // 2 * HIDDEN
+    moved = seen + 2 * dense + (STEPS - 2) * half + once
+    assert report.ffn_bytes_share == pytest.approx(moved / (STEPS * dense))
+
+
+def test_tracing_flops_by_hand():
+    """8 per neuron, hidden unit and token, the products with features; a mask's sort and fit."""
+    run = decoded(compensation_rank=8)
+    costs, kept = Costs(run.layers, 1, low_rank=True), [WIDTH // 2] * LAYERS
+    tokens = 8 * (WIDTH + HIDDEN) + 2 * (WIDTH + HIDDEN + 8) * 8
+    assert tracing_flops(costs, 5) == 5 * LAYERS * tokens
+    build = WIDTH * 6 + 2 * (WIDTH // 2) * HIDDEN * 9 + 2 * (WIDTH + 8) * 64
+    assert tracing_flops(costs, 1, kept, True) == LAYERS * (tokens + build)
+    assert tracing_flops(costs, 0, kept) == LAYERS * WIDTH * 6

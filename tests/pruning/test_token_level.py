@@ -13,25 +13,17 @@ from hypothesis import strategies as st
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.describe import describe
 from dart_llm.pruning import token_level
-from dart_llm.pruning.token_level import (
-    contribution_estimate,
-    low_bit,
-    winner_places,
-)
+from dart_llm.pruning.token_level import contribution_estimate, low_bit, winner_places
 from dart_llm.pruning.token_rules import low_bit as low_bit_rule
 from dart_llm.pruning.token_rules.low_bit import LowBit
 from dart_llm.reporting.words import bytes_sentence
 from dart_llm.session.run import prune
 from products import SHAPES, in_turn
-from steps import apart, decode, new_cache, pruned, shared_model, step
-from tiny import tokens
-from token_cases import LEARNT, PLAIN, Exact, best, lost_u, oracle
+from steps import apart, decode, pruned, shared_model
+from tiny import drawn, tokens
+from token_cases import LEARNT, PLAIN, best, lost_u, oracle
 
 PROMPT = 12
-
-
-def drawn(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def by_hand(w, bits, group):
@@ -53,7 +45,7 @@ def by_hand(w, bits, group):
     ("bits", "group", "inputs"), [(4, 4, 12), (4, 5, 13), (4, 32, 7), (8, 4, 12), (8, 3, 10)]
 )
 def test_the_grid(bits, group, inputs):
-    w = drawn(6, inputs).to(torch.bfloat16 if group == 4 else torch.float32)
+    w = drawn(6, inputs, seed=1).to(torch.bfloat16 if group == 4 else torch.float32)
     w[2] = 0  # a group without any weight
     copy = low_bit(w, bits, group)
     assert copy.shape == (6, inputs) and copy.dense().tolist() == by_hand(w, bits, group)
@@ -89,36 +81,21 @@ def test_estimates():
     assert contribution_estimate(u, worth).tolist() == [[3.0, 2.0, 0.0], [1.5, 0.0, 5.0]]
 
 
-@pytest.fixture
-def exact(monkeypatch):
-    monkeypatch.setattr(low_bit_rule, "low_bit", Exact)
-
-
-def _executors(name):
-    return ("masked",) if name == "opt" else ("masked", "compact")
-
-
-def _recorded(monkeypatch):
-    result, choose = [], LowBit.winners
-
-    def winners(self, fed, u, mask):
-        ids = choose(self, fed, u, mask)
-        result.append((self, fed, mask, ids))
-        return ids
-
-    monkeypatch.setattr(LowBit, "winners", winners)
-    return result
-
-
 @pytest.mark.parametrize(("name", "learns"), in_turn(SHAPES, (True, False)))
 def test_winners_by_independent_computation(name, learns, monkeypatch):
     """x, the grid by hand and the block's own modules; no code of the method."""
-    model, result = shared_model(name), _recorded(monkeypatch)
+    model, calls, choose = shared_model(name), [], LowBit.winners
+
+    def winners(self, fed, u, mask):
+        calls.append((self, fed, mask, choose(self, fed, u, mask)))
+        return calls[-1][-1]
+
+    monkeypatch.setattr(LowBit, "winners", winners)
     run = prune(model, LEARNT if learns else PLAIN, sparsity=0.75, token={"group": 8})
     with run:
         decode(model, tokens(1, PROMPT + 2), PROMPT)
-    assert len(result) == 8
-    for token, x, mask, ids in result:
+    assert len(calls) == 8
+    for token, x, mask, ids in calls:
         block = token.block
         gate, up, down = block.matrices()
         parts = [up] if gate is None else [gate, up]
@@ -135,26 +112,32 @@ def test_winners_by_independent_computation(name, learns, monkeypatch):
         assert ids.flatten().tolist() == best((estimate.abs() * worth).tolist(), mask.winners)
 
 
-def _lost(model, ids, keep, worth=None):
-    """Per layer over the tokens ids: the losers' u [I] and their number [I]."""
-    result = {}
-    with lost_u(model, keep, result, worth):
-        step(model, ids, new_cache(model))
-    return result
+class Exact:
+    """Stands for a low-bit copy and loses nothing."""
+
+    def __init__(self, matrix, bits, group):
+        self.matrix, self.shape = matrix.float(), tuple(matrix.shape)
+
+    def product(self, x, rows=slice(None)):
+        return x.float() @ self.matrix[slice(None) if rows is None else rows].t()
+
+    def nbytes(self):
+        return 0
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_exact_copies_give_the_oracle(name, exact):
-    """Norms rank and the losers stand at 0, or at their mean where they lose; or as it learnt."""
+def test_exact_copies_give_the_oracle(name, monkeypatch):
+    """Norms rank; the losers stand at 0 or at their mean; or both as learned."""
+    monkeypatch.setattr(low_bit_rule, "low_bit", Exact)
     model, ids = shared_model(name), tokens(1, PROMPT + 4)
     keep, prompt = round(0.25 * describe(model).blocks[0].down_width), ids[:, :PROMPT]
-    mean = {k: total / n.clamp_min(1) for k, (total, n) in _lost(model, prompt, keep).items()}
+    mean = {k: total / n.clamp_min(1) for k, (total, n) in lost_u(model, prompt, keep).items()}
     dense = decode(model, ids, PROMPT)
     for compensation in (False, True):
         with oracle(model, keep, PROMPT, mean if compensation else None):
             wanted = decode(model, ids, PROMPT)
         assert apart(wanted, dense) > 1e-2
-        for executor in _executors(name):
+        for executor in ("masked",) if name == "opt" else ("masked", "compact"):
             settings = {"executor": executor, "compensation": compensation}
             with prune(model, PLAIN, sparsity=0.75, **settings):
                 assert apart(decode(model, ids, PROMPT), wanted) < 1e-5, executor
@@ -162,7 +145,7 @@ def test_exact_copies_give_the_oracle(name, exact):
         pruned = decode(model, ids, PROMPT)
     # by roots of curvatures; the first four tokens, the sinks, leave no evidence of losers
     worth = {layer.index: layer.fisher**0.5 for layer in run.layers}
-    whole, sinks = (_lost(model, ids[:, :length], keep, worth) for length in (PROMPT, 4))
+    whole, sinks = (lost_u(model, ids[:, :length], keep, worth) for length in (PROMPT, 4))
     for layer, (total, number) in whole.items():
         number = number - sinks[layer][1]
         mean[layer] = torch.where(number > 0, (total - sinks[layer][0]) / number, 0.0)
@@ -192,41 +175,27 @@ PROXY_BYTES = L * I * (2 * (D // 2 + 2) + 4)
 BYTES = PROXY_BYTES / DENSE_BYTES
 
 
-def _run(rows=1, count=5, name="llama-bias", **settings):
-    given = {"method": PLAIN, "sparsity": 0.75, **settings}
-    return pruned(shared_model(name), tokens(rows, 12 + count), 12, **given)[0]
-
-
-def _report(*arguments, **settings):
-    return _run(*arguments, **settings).report()
+def _report(rows=1, count=5, name="llama-bias", **settings):
+    settings = {"method": PLAIN, "sparsity": 0.75, **settings}
+    return pruned(shared_model(name), tokens(rows, 12 + count), 12, **settings)[0].report()
 
 
 @pytest.mark.contract("accounting equals a count by hooks")
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("executor", ["native", "masked", "compact"])
-def test_what_a_token_costs(executor):
-    """The native kernels read a token's winners where they lie; the others compute all neurons."""
-    report = _report(executor=executor)
-    share = K / I if executor == "native" else 1
-    assert report.executor.startswith(executor) and report.achieved_sparsity == 0.75
-    assert report.ffn_bytes_share == pytest.approx(share + BYTES)
-    assert report.proxy_bytes_share == pytest.approx(BYTES)
-    assert report.ffn_bytes_share_if_compact == pytest.approx(K / I + BYTES)
-    limit = 1 / (1 - report.ffn_share_of_bytes * (0.75 - report.proxy_bytes_share))
-    assert report.bytes_limit == pytest.approx(limit)
-    assert f"at most {limit:.2f} x faster" in bytes_sentence(report.to_dict())
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("executor", ["native", "compact"])
-def test_a_batch_reads_each_rows_winners_or_runs_dense(executor):
-    report = _report(rows=3, executor=executor)
-    share = 3 * K / I if executor == "native" else 1
-    assert report.executor.startswith(executor)
-    assert report.ffn_bytes_share == pytest.approx(share + BYTES)
-    assert report.ffn_bytes_share_if_compact == pytest.approx(3 * K / I + BYTES)
-    most = _report(rows=5, executor=executor)
-    assert most.ffn_bytes_share_if_compact == pytest.approx(1 + BYTES), "at most all"
+def test_what_tokens_cost(executor):
+    """Native kernels read each row's winners, all neurons at most; others compute all neurons."""
+    for rows, winners in ((1, K / I), (3, 3 * K / I), (5, 1)):
+        report = _report(rows=rows, executor=executor)
+        read = winners if executor == "native" else 1
+        assert report.executor.startswith(executor) and report.achieved_sparsity == 0.75
+        assert report.ffn_bytes_share == pytest.approx(read + BYTES)
+        assert report.proxy_bytes_share == pytest.approx(BYTES)
+        assert report.ffn_bytes_share_if_compact == pytest.approx(winners + BYTES)
+        if rows == 1:
+            limit = 1 / (1 - report.ffn_share_of_bytes * (0.75 - BYTES))
+            assert report.bytes_limit == pytest.approx(limit)
+            assert f"at most {limit:.2f} x faster" in bytes_sentence(report.to_dict())
 
 
 def test_which_copies_are_read():

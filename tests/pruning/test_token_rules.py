@@ -29,8 +29,6 @@ DOWN = [[1.0, 0, 2], [0, 1, 1], [1, 1, 0]]
 X = [1.0, -3, 2]
 """Dense: gate x = (6, -2, 5), up x = (0, 7, 2), u = (0, -14, 10), z = (20, -4, -14)."""
 
-BASELINES = ("teal", "teal-attention", "wina", "cats", "countdown", "prox")
-
 
 def linear(rows):
     made = nn.Linear(len(rows[0]), len(rows), bias=False)
@@ -45,13 +43,10 @@ def three_neurons(plain=False):
     return FfnBlock(0, ffn, up, gate, down, nn.Identity(), *(False,) * 3, *(None,) * 4)
 
 
-def run(method, winners=2, plain=False):
-    """z of the tiny block where every token keeps ``winners`` of three."""
-    return run_by(METHODS.get(method).token, winners, plain)
-
-
-def run_by(config, winners=2, plain=False):
+def run(config, winners=2, plain=False):
+    """z of the tiny block where every token keeps ``winners`` of three; ``config``: or a method."""
     block = three_neurons(plain)
+    config = METHODS.get(config).token if isinstance(config, str) else config
     mask = TokenMask(torch.arange(3), 3, winners=winners)
     x = torch.tensor([[X]])
     _, z = ways.token_ffn(block, config).run_dense(block.down, x, x, mask)
@@ -66,7 +61,7 @@ def run_by(config, winners=2, plain=False):
         # up (0, 7, 2): neurons 1 and 2, whose u is -14 and 10
         ("countdown", [20, -4, -14]),
         # x = (0, -3, 2): gate (2, -3, 5), up (-1, 7, -1), u = (-2, -21, -5), of which 0 goes
-        ("teal", [-10, -26, -21]),
+        *((method, [-10, -26, -21]) for method in ("teal", "teal-attention")),
         # columns of gate (4.1, 1.4, 1.4): x = (1, -3, 0), gate (4, -2, 3); of up (3.2, 1.4, 2.3):
         # x = (0, -3, 2), up (-1, 7, -1); u = (-4, -14, -3) times (1.4, 1.4, 2.2): 0 goes
         ("wina", [-6, -17, -14]),
@@ -75,17 +70,9 @@ def run_by(config, winners=2, plain=False):
     ],
 )
 def test_three_neurons_by_hand(method, wanted):
-    assert run(method) == wanted
-
-
-@pytest.mark.parametrize("method", ["cats", "countdown"])
-def test_without_a_gate_what_is_read_whole_is_u(method):
-    assert run(method, winners=1, plain=True) == [0, 7, 7]  # u = up x = (0, 7, 2)
-
-
-@pytest.mark.parametrize("method", BASELINES)
-def test_all_of_three_neurons_are_dense(method):
-    assert run(method, winners=3) == [20, -4, -14]
+    assert run(method) == wanted and run(method, winners=3) == [20, -4, -14]
+    if method in ("cats", "countdown"):  # without a gate what is read whole is u = (0, 7, 2)
+        assert run(method, winners=1, plain=True) == [0, 7, 7]
 
 
 values = st.lists(st.integers(-9, 9), min_size=1, max_size=12)
@@ -107,10 +94,10 @@ def test_the_largest_inputs_stay_as_they_are(xs, data):
     assert torch.equal(at_largest(x, count, torch.full_like(weights, 2.0)), at_largest(x, count))
 
 
-def _nonzeros(model, module, result):
+def _nonzeros(module, counts):
     def take(_, args):
         if args[0].shape[-2] == 1:  # a decoded token
-            result.append(int((args[0] != 0).sum(-1).max()))
+            counts.append(int((args[0] != 0).sum(-1).max()))
 
     return module.register_forward_pre_hook(take)
 
@@ -123,11 +110,8 @@ def test_every_matrix_is_given_its_share_of_inputs(name, method):
     block, attention = view.blocks[1], view.attention[1]
     seen = {"up": [], "down": [], "attention": []}
     with prune(model, method, sparsity=0.75) as run:
-        handles = [
-            _nonzeros(model, block.up, seen["up"]),
-            _nonzeros(model, block.down, seen["down"]),
-        ]
-        handles += [_nonzeros(model, one, seen["attention"]) for one in attention]
+        handles = [_nonzeros(block.up, seen["up"]), _nonzeros(block.down, seen["down"])]
+        handles += [_nonzeros(projection, seen["attention"]) for projection in attention]
         decode(model, tokens(1, 15), 12)
         for handle in handles:
             handle.remove()
@@ -139,13 +123,14 @@ def test_every_matrix_is_given_its_share_of_inputs(name, method):
     assert report.achieved_sparsity == 0.75 and report.executor == "masked"
 
 
-L, I, D, K = 4, 48, 32, 12  # noqa: E741 - the method's own names
+I, D, K = WIDTH, HIDDEN, WIDTH // 4  # noqa: E741 - the method's own names
 WEIGHTS = I * 3 * D
 
 
-def _report(method, sparsity=0.75, rows=1, **settings):
-    requested = {"method": method, "sparsity": sparsity, **settings}
-    return pruned(shared_model("llama-bias"), tokens(rows, 17), 12, **requested)[0].report()
+def report(method, dtype=torch.float32, model=None, **settings):
+    settings = {"method": method, "sparsity": 0.75, **settings}
+    model = model or shared_model("llama-bias", dtype)
+    return pruned(model, tokens(1, 17), 12, **settings)[0].report()
 
 
 @pytest.mark.contract("accounting equals a count by hooks")
@@ -163,17 +148,17 @@ def _report(method, sparsity=0.75, rows=1, **settings):
 )
 def test_bytes_by_hand(method, more):
     """``more``: bytes of one layer beyond those of the winners' rows, in float32."""
-    report = _report(method)
-    assert report.proxy_bytes_share == pytest.approx(more / (4 * WEIGHTS))
-    assert report.ffn_bytes_share_if_compact == pytest.approx(K / I + more / (4 * WEIGHTS))
+    result = report(method)
+    assert result.proxy_bytes_share == pytest.approx(more / (4 * WEIGHTS))
+    assert result.ffn_bytes_share_if_compact == pytest.approx(K / I + more / (4 * WEIGHTS))
     read = 0 if method in ("cats", "countdown") else more  # which masked has computed anyway
-    assert report.ffn_bytes_share == pytest.approx(1 + read / (4 * WEIGHTS))
+    assert result.ffn_bytes_share == pytest.approx(1 + read / (4 * WEIGHTS))
 
 
 @pytest.mark.usefixtures("native")
 def test_no_kernel_is_said_to_have_read_less():
-    report = _report("cats", executor="native")
-    assert report.executor == "native" and report.ffn_bytes_share == pytest.approx(1)
+    result = report("cats", executor="native")
+    assert result.executor == "native" and result.ffn_bytes_share == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -206,10 +191,10 @@ class Last(TokenRule):
 def test_a_new_rule_is_one_class():
     TOKEN_RULES.register("last", Last)
     try:
-        assert run("cats") != run_by(TokenConfig(rule="last")) == [20, -4, -14]
-        report = _report("griffin", token={"rule": "last"}, score="weight")
-        assert report.achieved_sparsity == 0.75
-        assert report.proxy_bytes_share == pytest.approx(100 / (4 * WEIGHTS))
+        assert run("cats") != run(TokenConfig(rule="last")) == [20, -4, -14]
+        result = report("griffin", token={"rule": "last"}, score="weight")
+        assert result.achieved_sparsity == 0.75
+        assert result.proxy_bytes_share == pytest.approx(100 / (4 * WEIGHTS))
     finally:
         TOKEN_RULES.unregister("last")
 
@@ -228,12 +213,6 @@ def others(model):
     weights = [p for p in model.parameters() if p.dim() == 2]
     small = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in weights)
     return 2 * (small + VOCAB * HIDDEN)
-
-
-def report(method, dtype=torch.float32, model=None, **settings):
-    requested = {"method": method, "sparsity": 0.75, **settings}
-    model = model or shared_model("llama-bias", dtype)
-    return pruned(model, tokens(1, 17), 12, **requested)[0].report()
 
 
 def share(ffn, attention=1.0):
