@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections import Counter
@@ -32,7 +33,6 @@ LONGEST = (
     "docs/test_commands.py",
     "docs/test_examples.py",
     "studies/sweep/test_sweep_ray.py",
-    "studies/drift/test_drift_job.py",
     "cli/test_cli.py",
     "cli/test_chat_terminal.py",
 )
@@ -58,15 +58,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.user_properties += [("contract", m.args[0]) for m in item.iter_markers("contract")]
 
 
-def _whole(config: pytest.Config) -> bool:
-    """Whether every test was asked for."""
+def _broken(config: pytest.Config) -> list[str]:
+    """The promises without a test that passed, where every test was to run."""
     everything = all(Path(arg).resolve() in (HERE, HERE.parent) for arg in config.args)
     options = config.option
-    return everything and not (options.keyword or options.markexpr or options.maxfail)
-
-
-def _broken(config: pytest.Config) -> list[str]:
-    counted = config.stash[COUNTED] if _whole(config) else dict.fromkeys(CONTRACTS)
+    whole = everything and not (options.keyword or options.markexpr or options.maxfail)
+    counted = config.stash[COUNTED] if whole else dict.fromkeys(CONTRACTS)
     return [f"contract({name}): no test" for name in CONTRACTS if name not in counted]
 
 
@@ -135,14 +132,24 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def dequantised_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of more than 16 tokens are multiplied with dequantised rows, tokens on the blocks.
 
-    For tests that hold masks or evidence of weights in blocks against those of others to the last
-    bit: on the blocks inputs have 8 bits, so that a neuron at the edge of a mask may change.
+    For tests that compare masks to the last bit: on blocks, inputs are rounded to 8 bits.
     """
     from dart_llm.models import packed
     from dart_llm.patching.executors import whole_step
 
     for module in (packed, whole_step):
         monkeypatch.setattr(module, "few", lambda: 16)
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of cuda run as few programs in Triton's interpreter, which takes 10 ms for each."""
+    if importlib.util.find_spec("triton") is not None:
+        from dart_llm.patching.executors import cuda
+
+        if cuda.INTERPRETED:
+            monkeypatch.setattr(cuda, "ROWS", 64)
+            monkeypatch.setattr(cuda, "CHUNK", 64)
 
 
 @pytest.fixture(scope="session")

@@ -110,10 +110,7 @@ def facts(**stated):
 
 
 def write_folder(folder, **settings):
-    """A random Llama in bfloat16 with a byte-level tokenizer, as ``save_pretrained`` writes it.
-
-    ``settings``: further ones of its configuration.
-    """
+    """A random Llama in bfloat16 with a byte-level tokenizer; ``settings``: of its config."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48}
     sizes |= {"num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1}

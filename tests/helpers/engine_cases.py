@@ -87,8 +87,8 @@ def alone(model, config, ids=PROMPT, new=40):
     if tokenizer_of(model) is None:  # what is learnt begins with its words
         remember_tokenizer(model, tokenizer())
     with prune(model, config) as run:
-        found = write()
-    return found, run.report()
+        written = write()
+    return written, run.report()
 
 
 def ask(engine, config=None, ids=PROMPT, new=40, conversation=None, **sampling):

@@ -1,8 +1,7 @@
-"""A model hub on 127.0.0.1 that refuses, loses and cuts off what it is asked for; its client.
+"""A model hub on 127.0.0.1 that refuses requests and cuts off downloads; its client.
 
 The hub library reads its settings when it is imported, so the client is a process of its own:
-``python fake_hub.py owner/name owner/name@revision`` loads models from the hub that ``HF_ENDPOINT``
-names, and prints what happened as JSON.
+``python fake_hub.py owner/name@revision ...`` prints what happened as JSON.
 """
 
 import hashlib
@@ -90,36 +89,38 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _found(self, name, revision, api):
         """The repository, unless the request is refused."""
-        found = self.state.repositories.get(name)
-        status = 404 if found is None else found.api_status if api else found.status
-        if found is None:
+        repository = self.state.repositories.get(name)
+        status = 404 if repository is None else repository.api_status if api else repository.status
+        if repository is None:
             self._refuse(404, "RepoNotFound")
         elif status != 200:
-            self._refuse(status, found.code, found.message)
+            self._refuse(status, repository.code, repository.message)
         elif revision not in (None, "main", COMMIT):
             self._refuse(404, "RevisionNotFound")
         else:
-            return found
+            return repository
         return None
 
     def _info(self, name, revision):
-        if (found := self._found(name, revision, api=True)) is None:
+        if (repository := self._found(name, revision, api=True)) is None:
             return
-        siblings = [{"rfilename": file, "size": len(data)} for file, data in found.files.items()]
+        siblings = [
+            {"rfilename": file, "size": len(data)} for file, data in repository.files.items()
+        ]
         content = json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode()
         self._send(200, content, {"Content-Type": "application/json"})
 
     def _file(self, name, revision, file):
-        if (found := self._found(name, revision, api=False)) is None:
+        if (repository := self._found(name, revision, api=False)) is None:
             return
-        if (content := found.files.get(file)) is None:
+        if (content := repository.files.get(file)) is None:
             self._refuse(404, "EntryNotFound")
             return
         cut = False
         if self.command == "GET":
             self.state.downloads[f"{name}/{file}"] += 1
-            cut = file == "model.safetensors" and found.cuts > 0
-            found.cuts -= cut
+            cut = file == "model.safetensors" and repository.cuts > 0
+            repository.cuts -= cut
         tag = f'"{hashlib.sha256(content).hexdigest()}"'
         self._send(200, content, {"X-Repo-Commit": COMMIT, "ETag": tag}, cut)
 
@@ -140,10 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class FakeDatasets:
-    """Stands in for the ``datasets`` library and records what was asked for.
-
-    ``rows`` by call (id, configuration, split, streamed); ``error`` is raised when it is set.
-    """
+    """Stands in for ``datasets`` and records calls; ``rows`` by call; raises ``error``."""
 
     def __init__(self):
         self.calls, self.revisions, self.rows, self.read, self.error = [], [], {}, 0, None

@@ -34,10 +34,7 @@ def kernels(kind):
 
 
 def drawn_blocks(name, rows, columns, seed=0, size=1.0):
-    """Blocks [rows, bytes] of random levels and small scales, and the weights that they hold.
-
-    ``size``: of the scales, in place of 0.001 to 0.011.
-    """
+    """Blocks [rows, bytes] of random levels and scales, up to 0.011 ``size``; and dense."""
     draw, kind = np.random.default_rng(seed), Kind[name.upper()]
     weights, length = gguf.GGML_QUANT_SIZES[kind]
     blocks = draw.integers(0, 256, (rows, columns // weights, length), dtype=np.uint8)

@@ -1,20 +1,17 @@
-"""The configuration with a prior that the tests use, and what is learnt under it."""
-
-import torch
+"""The configuration of the tests that learns, and sums of tokens by its statistics."""
 
 from dart_llm.calibration.collect import Needs, collect
 from dart_llm.calibration.self_calibration import choose, observing
-from dart_llm.calibration.self_calibration import self_calibrate as learn
 from dart_llm.models.describe import describe
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.statistics import LayerStatistics as LayerEvidence
 from dart_llm.pruning.statistics import Statistics, squared
-from dart_llm.session.run import Run, prune
+from dart_llm.session.run import Run
 from tiny import tokens
 
 SMALL = {"sequences": 2, "length": 24, "opening": 0}
-"""A prior that is learnt in no time."""
+"""Statistics that are learned in no time."""
 
 RANK = {"compensation": True, "compensation_rank": 8}
 CONFIG = PruneConfig(
@@ -31,17 +28,8 @@ STATISTICS = Statistics(squared, frozenset({"signed", "features"}), average=True
 """What ``CONFIG`` sums."""
 
 
-def files(cache):
-    return sorted((cache / "dart-llm" / "calibration").glob("*"))
-
-
 def layers_of(model):
     return describe(model).weights("output", 0)
-
-
-def learnt(model, cache, config=CONFIG, news=None):
-    """The model's layers with what it taught."""
-    return learn(model, config, layers_of(model), str(cache), ([] if news is None else news).append)
 
 
 def seen(u, h, basis, weights=None, cuts=()):
@@ -54,36 +42,6 @@ def seen(u, h, basis, weights=None, cuts=()):
         STATISTICS.add([evidence], LayerObservation(u[None, None, part]), w, f)
         start += size
     return evidence
-
-
-PARTS = 2
-"""Files of what a configuration learns: the text, and what it shows."""
-
-ONE_BY_ONE = [1] * 23
-"""Two sequences of 24 tokens, of which the first is given."""
-
-ALL = [*ONE_BY_ONE, 24, 24]
-"""Then a forward for the bases, and one forward and backward."""
-
-
-def attached(model, config=CONFIG, **changes):
-    return lambda: prune(model, config, **changes).attach().detach()
-
-
-def tensors(layers):
-    found = []
-    for layer in layers:
-        assert layer.self_stats is not None
-        sums = layer.self_stats.evidence.sums
-        found += [sums[name].mean for name in sorted(sums)]
-        found += [t for t in (layer.fisher, layer.basis) if t is not None]
-    return found
-
-
-def equal(first, second):
-    return len(first) == len(second) and all(
-        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(first, second, strict=True)
-    )
 
 
 def observed(model, config, ids):

@@ -12,7 +12,7 @@ from dart_llm.models.cached import MEMBER, convert, scratch_folder
 from dart_llm.models.cached import MODEL_SHA256 as SHA256
 from dart_llm.models.gguf_file import read_gguf
 
-VOCABULARY, WIDTH, FFN_WIDTH, LAYERS, CONTEXT = 512, 32, 64, 4, 8192
+VOCABULARY, CONTEXT = 512, 8192
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -20,18 +20,13 @@ CHAT = (
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
-def configuration():
-    """As small as goes; four layers: 0 to 3."""
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": FFN_WIDTH}
-    sizes |= {"num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1}
-    sizes |= {"max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 1}
-    return LlamaConfig(**sizes)
-
-
 def write_model(folder):
     """The model in bfloat16 with a tokenizer learnt from the package's texts."""
     torch.manual_seed(0)
-    LlamaForCausalLM(configuration()).to(torch.bfloat16).save_pretrained(folder)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16).save_pretrained(folder)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,10 +44,7 @@ def write_model(folder):
 
 
 def stand_in(cache):
-    """Make a random file what a ``DART_CACHE`` of ``cache`` holds as the default model.
-
-    A letter of its texts is a token.
-    """
+    """Put a random file, with a token per letter, as the default model into a ``DART_CACHE``."""
     folder = cache / "dart-llm"
     folder.mkdir(parents=True)
     with scratch_folder(folder) as scratch:

@@ -41,11 +41,12 @@ def step(model, ids, cache, mask=None):
 def decode(model, ids, prompt, mask=None):
     """Prefill ``prompt`` tokens, then feed the others one by one.  Returns logits [B, T, V]."""
     cache = new_cache(model)
-    found = [step(model, ids[:, :prompt], cache, None if mask is None else mask[:, :prompt])]
-    for end in range(prompt + 1, ids.shape[1] + 1):
+    ends, start, logits = [prompt, *range(prompt + 1, ids.shape[1] + 1)], 0, []
+    for end in ends:
         seen = None if mask is None else mask[:, :end]
-        found.append(step(model, ids[:, end - 1 : end], cache, seen))
-    return torch.cat(found, 1)
+        logits.append(step(model, ids[:, start:end], cache, seen))
+        start = end
+    return torch.cat(logits, 1)
 
 
 class Forced(LogitsProcessor):
@@ -83,14 +84,14 @@ def apart(first, second):
 
 def selections(run):
     """A list that fills with (decode step, row, kept ids per layer) of every mask of ``run``."""
-    found = []
+    selected = []
 
     def take(remask, state):
         ids = [None if mask is None else mask.ids.clone() for mask in state.selection.masks]
-        found.append((remask.step, remask.row, ids))
+        selected.append((remask.step, remask.row, ids))
 
     run.on_selection = take
-    return found
+    return selected
 
 
 def same_masks(first, second):
@@ -115,9 +116,9 @@ HALF = {"method": "griffin", "sparsity": 0.5}
 def pruned(model, ids, prompt, make=None, **settings):
     """A run (by ``make``, else ``prune``) that decodes ids, its ``selections``, its logits."""
     run = (make or prune)(model, **{**HALF, **settings})
-    found = selections(run)
+    masks = selections(run)
     with run:
-        return run, found, decode(model, ids, prompt)
+        return run, masks, decode(model, ids, prompt)
 
 
 def written(model, ids, new, settings=None, **how):
@@ -128,10 +129,6 @@ def written(model, ids, new, settings=None, **how):
 
 def sums_of(run):
     return [layer.sums["score"].total.clone() for layer in state_of(run).evidence]
-
-
-def same_sums(first, second):
-    return all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(first, second, strict=True))
 
 
 WIDTHS = {"bloom": 64}
@@ -213,19 +210,19 @@ class Same:
 def refused(call, inputs, kind=DartError):
     """What ``call`` says of inputs that it refuses, by the input: for a snapshot."""
     said = {}
-    for given in inputs:
+    for value in inputs:
         with pytest.raises(kind) as caught:
-            call(given)
-        said[ascii(given)] = str(caught.value)
+            call(value)
+        said[ascii(value)] = str(caught.value)
     return said
 
 
 def storages():
     """Memory that tensors hold: bytes by address."""
     gc.collect()
-    found = {}
+    sizes = {}
     for thing in gc.get_objects():
         if type(thing) in (Tensor, nn.Parameter) and not thing.is_meta:
             storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sizes

@@ -51,10 +51,7 @@ class Stream:
 
 
 class Driver:
-    """Feeds positions of a ``Stream`` to a controller, as the hooks of a model would.
-
-    Tests look at plans, phases, records and reports: names inside the controller stand here alone.
-    """
+    """Feeds positions of a ``Stream`` to a controller, as the hooks of a model would."""
 
     def __init__(self, config, rows=1, layers=None, stream=None):
         self.layers = make_layers() if layers is None else layers
@@ -125,9 +122,6 @@ class Driver:
             self.decode(**settings)
             phases.append(str(self.tracer.last_phase))
         return phases
-
-    def new_text(self):
-        self.cached = 0
 
     def roll_back(self, tokens):
         """The cache is cut by ``tokens`` before the next forward."""

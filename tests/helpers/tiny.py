@@ -61,10 +61,7 @@ NAMES = tuple(CONFIGS)
 
 
 def tiny(name="llama", seed=0, dtype=torch.float32, **sizes):
-    """A random model; weights are scaled up so that tokens differ and attention is not flat.
-
-    ``sizes``: of its configuration, in place of the common ones.
-    """
+    """A random model, of large weights so that tokens differ; ``sizes``: of its configuration."""
     model_type, settings = CONFIGS[name]
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[model_type](**{**settings, **sizes})

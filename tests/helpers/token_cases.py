@@ -42,10 +42,7 @@ def before_down(model, worth, act):
 
 
 def oracle(model, keep, prompt, mean=None, worth=None):
-    """Every decode token keeps the ``keep`` largest ``abs(u) * worth``; the others become m.
-
-    Forwards of ``prompt`` tokens and more run dense.
-    """
+    """After prompts each token keeps its ``keep`` largest ``abs(u) * worth``, others their mean."""
 
     def keep_best(layer, value, u):
         if (u.shape[-2] if u.dim() == 3 else len(u)) >= prompt:
@@ -62,10 +59,7 @@ def oracle(model, keep, prompt, mean=None, worth=None):
 
 
 def lost_u(model, ids, keep, worth=None):
-    """Per layer, over the tokens ids: the sum of the losers' u [I], and their number [I].
-
-    A token's losers: all but the ``keep`` largest ``abs(u) * worth``, as in ``oracle``.
-    """
+    """Per layer the sum of u [I] where ``oracle`` removes a neuron, and how often [I]."""
     lost = {}
 
     def take(layer, value, u):
