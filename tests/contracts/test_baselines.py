@@ -27,17 +27,13 @@ def chosen(method, sparsity=0.5):
     return choose(shared_model(), config, observed(shared_model(), config, CALIBRATION))
 
 
-def columns():
-    return [layer.mlp.down_proj.weight.detach().double() for layer in shared_model().model.layers]
-
-
 @pytest.mark.parametrize("sparsity", [0.3, 0.85])
 def test_flap_keeps_the_top_of_its_definition(sparsity):
-    masks, _ = chosen("flap", sparsity)
-    seen, weights = dense_u(shared_model(), CALIBRATION), columns()
-    metric = torch.stack(
-        [u.var(0, correction=0) * w.square().sum(0) for u, w in zip(seen, weights, strict=True)]
-    )
+    (masks, _), model = chosen("flap", sparsity), shared_model()
+    seen = dense_u(model, CALIBRATION)
+    weights = [layer.mlp.down_proj.weight.detach().double() for layer in model.model.layers]
+    pairs = zip(seen, weights, strict=True)
+    metric = torch.stack([u.var(0, correction=0) * w.square().sum(0) for u, w in pairs])
     z = (metric - metric.mean(1, keepdim=True)) / metric.std(1, keepdim=True)
     floor = floor_count(WIDTH)
     z.scatter_(1, z.topk(floor, 1).indices, torch.inf)
@@ -51,11 +47,11 @@ def test_flap_keeps_the_top_of_its_definition(sparsity):
 
 def test_glass_mixes_griffins_ranks_with_the_priors():
     _, prior = chosen("glass")
-    seen, found = dense_u(shared_model(), tokens(1, 70, seed=1)[:, :68]), kept("glass", prompt=1)
+    seen, masks = dense_u(shared_model(), tokens(1, 70, seed=1)[:, :68]), kept("glass", prompt=1)
     learned = dense_u(shared_model(), CALIBRATION)
-    for ids, before, u, own in zip(found, learned, seen, prior, strict=True):
+    for ids, before, u, weight in zip(masks, learned, seen, prior, strict=True):
         share = (before / before.norm(dim=1, keepdim=True)).square().sum(0).sqrt()
-        assert torch.allclose(own.double(), share, rtol=1e-5)
+        assert torch.allclose(weight.double(), share, rtol=1e-5)
         local = (u / u.norm(dim=1, keepdim=True)).square().sum(0).sqrt()
         total = local.argsort().argsort() + share.argsort().argsort()
         best = total.double().sort(descending=True, stable=True).indices[: WIDTH // 2]
@@ -68,13 +64,13 @@ def test_glass_mixes_griffins_ranks_with_the_priors():
 def test_griffin_refresh_chooses_anew_every_64_pruned_tokens():
     """64 pruned, 16 dense, 64 pruned; the re-mask knows the 16 tokens alone."""
     ids, method = tokens(1, 68 + 144, seed=4), {"method": "griffin-refresh"}
-    run, found, _ = pruned(shared_model(), ids, 68, **method)
+    run, masks, _ = pruned(shared_model(), ids, 68, **method)
     remasks = [(r.step, r.cause, r.evidence_tokens) for r in run.remasks]
     assert remasks == [(0, "first", 68), (80, "interval", 16)]
     report = run.report()
     assert report.dense_token_share == pytest.approx(16 / 144)
     assert report.achieved_sparsity == pytest.approx(0.5 * 128 / 144)
-    assert not same_masks(found[0][2], found[1][2])
+    assert not same_masks(masks[0][2], masks[1][2])
     seldom, _, _ = pruned(shared_model(), ids, 68, **method, drift="interval 100")
     assert [r.step for r in seldom.remasks] == [0, 116]
 

@@ -49,13 +49,13 @@ def run_batch(model, rows, ids, mask, **settings):
     """Run the rows together (their choices forced).  Returns run, masks, logits [B, steps, V]."""
     chosen = [CHOSEN[row] for row in rows]
     run = prune(model, **settings)
-    found = selections(run)
+    masks = selections(run)
     forced = {"eos_token_id": 2, "logits_processor": [Forced(ids.shape[1], chosen)]}
     with run:
         out = generate(model, ids, len(CHOSEN[2]), attention_mask=mask, **forced)
     for row, wanted in enumerate(chosen):
         assert out.sequences[row, ids.shape[1] :].tolist()[: len(wanted)] == wanted
-    return run, found, torch.stack(out.logits, 1)
+    return run, masks, torch.stack(out.logits, 1)
 
 
 def run_alone(model, row, **settings):
@@ -72,9 +72,9 @@ def evidence_sums(run, row=0):
 
 
 def _assert_sums_equal(first, parts):
-    for layer, found in enumerate(first):
-        assert found
-        for name, (total, weight) in found.items():
+    for layer, sums in enumerate(first):
+        assert sums
+        for name, (total, weight) in sums.items():
             wanted = sum(part[layer][name][0] for part in parts)
             torch.testing.assert_close(total, wanted, rtol=2e-4, atol=1e-5)
             assert weight == pytest.approx(sum(part[layer][name][1] for part in parts)), name
@@ -140,16 +140,13 @@ EVIDENCE = {"min_evidence": 10, "drift": "never"}
     ],
 )
 def test_rows_with_masks_of_their_own_equal_rows_alone(name, method, steps):
-    """per_row: masks, logits and accounting of each row are those of the row run alone.
-
-    ``steps``: of each row's mask; a row that ends before it has none.
-    """
+    """per_row: each row's masks, logits and accounting are those of the row run alone."""
     model, settings = shared_model(name), {**method, "batch": "per_row"}
-    run, found, logits = run_batch(model, [0, 1, 2], *padded(), **settings)
+    run, masks, logits = run_batch(model, [0, 1, 2], *padded(), **settings)
     assert run.executor == "masked"
     for row in range(3):
         one, alone, single = run_alone(model, row, **settings)
-        mine = [(at, kept) for at, place, kept in found if place == row]
+        mine = [(at, kept) for at, place, kept in masks if place == row]
         expected = [] if steps[row] is None else [steps[row]]
         assert [at for at, _ in mine] == [at for at, _, _ in alone] == expected
         assert all(same_masks(a[1], b[2]) for a, b in zip(mine, alone, strict=True))
@@ -162,18 +159,15 @@ def test_rows_with_masks_of_their_own_equal_rows_alone(name, method, steps):
 
 def test_shared_masks_follow_the_living_rows():
     model, watch = shared_model(), {**HALF, "masking_step": 1000}
-    _, found, _ = run_batch(model, [0, 1, 2], *padded(), **HALF, masking_step=6)
+    _, masks, _ = run_batch(model, [0, 1, 2], *padded(), **HALF, masking_step=6)
     with prune(model, **watch) as third:
         generate(model, tokens(1, LENGTHS[2], seed=2), 7, logits_processor=[Forced(8, CHOSEN[2:])])
     runs = [*(run_alone(model, row, **watch)[0] for row in (0, 1)), third]  # two have ended
     parts = [evidence_sums(run) for run in runs]
-    for layer, kept in enumerate(found[0][2]):
+    for layer, kept in enumerate(masks[0][2]):
         total = sum(part[layer]["score"][0] for part in parts)
         top = total.sqrt().argsort(descending=True)[: len(kept)].sort().values
         assert torch.equal(kept, top)
-
-
-# rows that have ended: no window, no trigger, no mask and no token of theirs counts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -239,9 +233,6 @@ def test_tokens_of_rows_that_end(batch):
     ):
         run, _ = forced(tokens(len(rows), 20), rows, {"batch": batch}, **how)
         assert run.report().decoded_tokens == decoded
-
-
-# attention sinks: the first tokens of a sequence leave no evidence, however they arrive
 
 
 ONE, NIL = [1.0] * 9, [0.0] * 9

@@ -1,7 +1,6 @@
-"""Defects of the published implementation in its masks (1-10) and drift (11-17), one by one.
+"""Defects of the published masks (1-10) and drift (11-17), one by one.
 
-Others show some of them in full, and carry the same mark: 1 test_causality.py, 3 (the golden
-allocation) tests/pruning/test_budgets.py, 7 and 9 test_batches.py, 10 test_work.py.
+Other tests with the same mark show 1, 3, 6, 7, 9 and 10 in full.
 """
 
 import math
@@ -9,21 +8,10 @@ import math
 import pytest
 import torch
 
+import steps
 from dart_llm.pruning.drift import Rule
 from dart_llm.pruning.registry import DRIFT_RULES
 from dart_llm.session.run import prune
-from steps import (
-    Forced,
-    apart,
-    decode,
-    generate,
-    new_cache,
-    pruned,
-    same_masks,
-    shared_model,
-    state_of,
-    step,
-)
 from tiny import tiny, tokens
 
 pytestmark = pytest.mark.contract("defects of the published scripts stay fixed")
@@ -39,50 +27,31 @@ def _eager():
     DRIFT_RULES.unregister("eager")
 
 
-def _run(ids, name="llama", prompt=30, **settings):
-    return pruned(shared_model(name), ids, prompt, **settings)
-
-
 def _published(ids, name="llama", prompt=30, **settings):
-    return _run(ids, name, prompt, **PUBLISHED, **settings)
-
-
-def _kept(run):
-    return [layer.kept for layer in run.report().layers]
-
-
-# Masks
+    return steps.pruned(steps.shared_model(name), ids, prompt, **PUBLISHED, **settings)
 
 
 def test_defect_02_auto_tables_and_masking_steps_are_not_silently_dense():
     """Teacher-forced evaluation with ``all:auto``, and a static table with masking step 3."""
     ids = tokens(1, 40)
-    dense = decode(shared_model(), ids, 30)
+    dense = steps.decode(steps.shared_model(), ids, 30)
     run, _, logits = _published(ids, budget={"name": "depth", "table": "all:auto"})
-    assert run.report().achieved_sparsity == 0.5 and apart(logits[:, 30:], dense[:, 30:]) > 1e-2
+    assert run.report().achieved_sparsity == 0.5
+    assert steps.apart(logits[:, 30:], dense[:, 30:]) > 1e-2
     table = {"budget": {"table": "all:0.5"}, "sparsity": None, "masking_step": 3}
-    run, found, logits = _run(ids, **table)
-    assert [at for at, _, _ in found] == [3]
+    run, masks, logits = steps.pruned(steps.shared_model(), ids, 30, **table)
+    assert [at for at, _, _ in masks] == [3]
     assert torch.equal(logits[:, :33], dense[:, :33])
-    assert apart(logits[:, 33:], dense[:, 33:]) > 1e-2
+    assert steps.apart(logits[:, 33:], dense[:, 33:]) > 1e-2
     assert run.report().achieved_sparsity == pytest.approx(0.5 * 7 / 10)
-
-
-def test_defects_03_and_06_the_layer_language_does_what_it_says():
-    for table, sparsity, kept in (
-        ("0:#7,1:#9,2:#11,3:#13", None, [7, 9, 11, 13]),
-        ("0-1:auto", 0.5, [24, 24, 48, 48]),
-        ("0,1,2:0.5", None, [24, 24, 24, 48]),
-    ):
-        assert _kept(_run(tokens(1, 34), budget={"table": table}, sparsity=sparsity)[0]) == kept
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
 def test_defect_04_no_statistic_is_ever_missing(name):
     budget = {"name": "depth", "table": "all:auto"}
     settings = {"masking_step": 2, "drift": "interval 4", "budget": budget}
-    run, found, _ = _published(tokens(1, 50), name, **settings)
-    assert [at for at, _, _ in found] == [2, 8, 14]
+    run, masks, _ = _published(tokens(1, 50), name, **settings)
+    assert [at for at, _, _ in masks] == [2, 8, 14]
     assert run.report().achieved_sparsity == pytest.approx(0.5 * 12 / 20, abs=0.01)
     assert run.config.masking_step == 2, "a configuration is never changed"
 
@@ -91,9 +60,10 @@ def test_defect_05_sensitivity_is_the_same_online_and_offline():
     """As long as tokens are read one and all: of the 9th to the 16th one is left out."""
     ids = tokens(1, 32, seed=4)
     whole, masks, _ = _published(ids, prompt=9)
-    single, found, _ = _published(ids, prompt=1, masking_step=8, drift="never")
-    assert _kept(whole) == _kept(single) and len(set(_kept(whole))) > 1
-    assert same_masks(found[0][2], masks[0][2])
+    single, others, _ = _published(ids, prompt=1, masking_step=8, drift="never")
+    kept, same = ([layer.kept for layer in run.report().layers] for run in (whole, single))
+    assert kept == same and len(set(kept)) > 1
+    assert steps.same_masks(others[0][2], masks[0][2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -104,21 +74,18 @@ def test_defect_08_sums_do_not_overflow(dtype):
         for layer in model.model.layers:
             layer.mlp.up_proj.weight *= 300
             layer.mlp.down_proj.weight /= 300
-    run, _, _ = pruned(model, tokens(1, 305), 300, **PUBLISHED)
-    scores = state_of(run).selection.scores
+    run, _, _ = steps.pruned(model, tokens(1, 305), 300, **PUBLISHED)
+    scores = steps.state_of(run).selection.scores
     assert run.report().achieved_sparsity == 0.5
     assert all(score.dtype == torch.float32 and bool(score.isfinite().all()) for score in scores)
     assert max(float(score.square().max()) for score in scores) > torch.finfo(torch.float16).max
 
 
-# Drift
-
-
 def test_defect_11_a_trigger_takes_all_layers_together():
-    run, found, _ = _published(tokens(1, 70), drift="eager", masking_step=2, budget="depth")
+    run, masks, _ = _published(tokens(1, 70), drift="eager", masking_step=2, budget="depth")
     report = run.report()
     assert report.remask_causes["first"] == 1 and report.remask_causes["drift"] >= 1
-    assert all(sum(ids is not None for ids in kept) == 4 for _, _, kept in found)
+    assert all(sum(ids is not None for ids in kept) == 4 for _, _, kept in masks)
     assert report.sparsity_while_pruned == pytest.approx(0.5, abs=0.01)
     assert report.achieved_sparsity == pytest.approx(0.5 * (1 - report.dense_token_share), abs=0.01)
 
@@ -142,23 +109,23 @@ def test_defects_12_and_14_what_the_detector_arms_on_and_when_it_fires():
 
 def test_defect_16_released_means_released():
     ids, settings = tokens(1, 80), {"drift": "eager", "masking_step": 1, "release_step": 20}
-    run, found, _ = _published(ids, **settings)
-    assert found and all(at < 20 for at, _, _ in found)
+    run, masks, _ = _published(ids, **settings)
+    assert masks and all(at < 20 for at, _, _ in masks)
     assert all(check.step <= 20 for check in run.drift_checks)
     assert run.phase == "released"
     assert 0 < run.report().achieved_sparsity <= 0.5 * 20 / 50
     # a further prompt on the cache of a released sequence does not prune it again
-    model = shared_model()
+    model = steps.shared_model()
     with prune(model, **PUBLISHED, **settings) as run:
-        cache = new_cache(model)
+        cache = steps.new_cache(model)
         for part in ids[:, :41].split([10, *[1] * 22, 8, 1], 1):
-            step(model, part, cache)
+            steps.step(model, part, cache)
         assert run.phase == "released"
 
 
 def test_defect_17_achieved_sparsity_is_reported_and_true():
     """The report against a count of what every decode step really kept."""
-    model, ids = shared_model(), tokens(1, 30)
+    model, ids = steps.shared_model(), tokens(1, 30)
     chosen = tokens(1, 40, seed=2)[0].tolist()
     removed = []
     run = prune(model, **PUBLISHED, drift="interval 6", masking_step=4, budget="depth")
@@ -171,7 +138,7 @@ def test_defect_17_achieved_sparsity_is_reported_and_true():
 
     with run:
         handle = model.register_forward_pre_hook(count, with_kwargs=True)
-        generate(model, ids, 40, logits_processor=[Forced(30, [chosen])])
+        steps.generate(model, ids, 40, logits_processor=[steps.Forced(30, [chosen])])
         handle.remove()
     report = run.report()
     assert len(removed) == report.decoded_tokens == 39

@@ -34,10 +34,7 @@ def gradients():
 
 @contextlib.contextmanager
 def interrupted_at(moment, event="opcode"):
-    """Raise ``KeyboardInterrupt`` before the ``moment``-th instruction (or line) of ``FILES``.
-
-    Counted from 1; None: never.  Yields a list of one number: how many were reached.
-    """
+    """Interrupt before the ``moment``-th instruction or line of ``FILES``; yields their count."""
     count = [0]
 
     def trace(frame, kind, arg):
@@ -121,10 +118,7 @@ def _interrupting(monkeypatch, *moments):
 
 @pytest.mark.parametrize("second", [None, 60])
 def test_restore_finds_what_several_interrupts_left(monkeypatch, second):
-    """One while the block is left is raised when all is done; each time values are in order.
-
-    Then two while it is left, and two more inside ``restore``.
-    """
+    """One interrupt while a block is left, or two, and two more in ``restore``."""
     kept = Kept()
     _interrupting(monkeypatch, *([150] if second is None else [200, second, 1, 40]))
     with pytest.raises(KeyboardInterrupt), kept.run(PLAIN):

@@ -28,8 +28,7 @@ CASES = [(name, method) for method, name in in_turn(METHODS, SHAPES)]
 
 @pytest.mark.contract("exact restore")
 @pytest.mark.parametrize(
-    ("name", "method"),
-    cases([*product(NAMES, METHODS[:1]), *CASES], NAMES, METHODS),
+    ("name", "method"), cases([*product(NAMES, METHODS[:1]), *CASES], NAMES, METHODS)
 )
 def test_normal_exit(name, method):
     model = shared_model(name)
@@ -44,7 +43,7 @@ def test_normal_exit(name, method):
 
 @pytest.mark.contract("exact restore")
 def test_nested_and_repeated_blocks():
-    model, found = shared_model(), []
+    model, sequences = shared_model(), []
     with Same(model), prune(model, **HALF) as run:
         for enter, words in (
             (prune(model, "dart").attach, r"dart_llm\.restore\(model\)"),
@@ -59,10 +58,10 @@ def test_nested_and_repeated_blocks():
         with Same(model):
             run.attach()
             run.reset()
-            found.append(generate(model, tokens(), 8).sequences)
+            sequences.append(generate(model, tokens(), 8).sequences)
             run.detach()
             run.detach()
-    assert torch.equal(*found) and run.report().decoded_tokens == 7
+    assert torch.equal(*sequences) and run.report().decoded_tokens == 7
 
 
 @pytest.mark.contract("exact restore")
@@ -105,9 +104,6 @@ def test_an_attached_model_cannot_be_copied_or_pickled(part):
     assert torch.equal(copied(tokens()).logits, model(tokens()).logits)
 
 
-# gradients, inference mode and no_grad in one run: nothing leaks from one to the other
-
-
 @pytest.mark.contract("exact restore")
 @pytest.mark.parametrize("executor", ["masked", "compact"])
 def test_inference_mode_and_others_in_one_block(executor):
@@ -117,17 +113,17 @@ def test_inference_mode_and_others_in_one_block(executor):
     settings |= {"remask": {"observe_tokens": 2}}
 
     def talk(mode):
-        found = []
+        logits = []
         with prune(model, "dart", **settings) as run:
             for _ in range(2):
                 with mode():
                     first = generate(model, tokens(), 12)
                     cache = first.past_key_values
                     turn = torch.cat([first.sequences, extra], 1)
-                    found += [*first.logits, *generate(model, turn, 8, **{CACHE: cache}).logits]
-                found += [*generate(model, tokens(), 8).logits]
+                    logits += [*first.logits, *generate(model, turn, 8, **{CACHE: cache}).logits]
+                logits += [*generate(model, tokens(), 8).logits]
         assert run.report().remask_causes == {"first": 4, "interval": 8, "prompt": 2}
-        return found
+        return logits
 
     with Same(model):
         plain, inference = talk(torch.no_grad), talk(torch.inference_mode)
@@ -144,9 +140,9 @@ def _loss(model):
 
 
 def _taken(model):
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return found
+    return gradients
 
 
 def _gradients(model, **settings):
@@ -231,29 +227,22 @@ def test_an_error_in_the_block(name, executor, scenario):
 
 
 CPU = torch.device("cpu")
-
-
-def dispatched(model, folder):
-    return dispatch_model(model, {"": "cpu"}, force_hooks=True)
-
-
-def on_the_host(model, folder):
-    return cpu_offload(model, execution_device=CPU)
-
-
-def on_disk(model, folder):
-    return disk_offload(model, str(folder), execution_device=CPU)
+PLACES = {
+    "dispatched": lambda model, folder: dispatch_model(model, {"": "cpu"}, force_hooks=True),
+    "host": lambda model, folder: cpu_offload(model, execution_device=CPU),
+    "disk": lambda model, folder: disk_offload(model, str(folder), execution_device=CPU),
+}
 
 
 @pytest.mark.contract("exact restore")
 @pytest.mark.parametrize(
     ("place", "name"),
-    [*product([dispatched], ["llama", "gpt2", "opt"]), (on_the_host, "phi3"), (on_disk, "gemma2")],
+    [*product(["dispatched"], ["llama", "gpt2", "opt"]), ("host", "phi3"), ("disk", "gemma2")],
 )
 def test_accelerate_hooks_stay(place, name, tmp_path):
     ids = tokens(1, 40)
     _, wanted = written(shared_model(name), ids, 6, {"executor": "masked"})
-    model = place(tiny(name), tmp_path)
+    model = PLACES[place](tiny(name), tmp_path)
 
     def state():
         return [
@@ -263,7 +252,7 @@ def test_accelerate_hooks_stay(place, name, tmp_path):
 
     before, dense = state(), generate(model, ids, 6)
     run, got = written(model, ids, 6)
-    copies = place is dispatched and name != "opt"
+    copies = place == "dispatched" and name != "opt"
     assert run.executor in (("compact", "native") if copies else ("masked",))
     assert apart(got.logits, wanted.logits) < 1e-5
     assert apart(got.logits, dense.logits) > 1e-2
@@ -272,9 +261,9 @@ def test_accelerate_hooks_stay(place, name, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(after.logits, dense.logits, strict=True))
 
 
-@pytest.mark.parametrize("place", [on_the_host, on_disk])
+@pytest.mark.parametrize("place", ["host", "disk"])
 def test_offloaded_weights_are_not_read(place, tmp_path):
-    model = place(tiny(), tmp_path)
+    model = PLACES[place](tiny(), tmp_path)
     for settings in (
         *({"method": method} for method in ("dart", "static")),
         *({"score": score} for score in ("contribution", "max", "random")),
@@ -282,8 +271,8 @@ def test_offloaded_weights_are_not_read(place, tmp_path):
     ):
         with pytest.raises(ConfigError, match="offloaded"):
             prune(model, **{"method": "griffin", **settings})
-    ids, found = {layer: list(range(10)) for layer in range(4)}, []
+    ids, logits = {layer: list(range(10)) for layer in range(4)}, []
     for one in (model, shared_model()):
         with prune(one, masks=ids, executor="masked"):
-            found.append(generate(one, tokens(), 5).logits)
-    assert apart(*found) < 1e-5
+            logits.append(generate(one, tokens(), 5).logits)
+    assert apart(*logits) < 1e-5

@@ -124,9 +124,6 @@ def test_ffns_that_are_refused(snapshot):
             assert snapshot_of(model) == before
 
     assert refused(attempt, FFNS, UnsupportedModel) == snapshot
-
-
-def test_lora_in_attention_alone_is_no_obstacle():
     model = tiny()
     model.model.layers[0].self_attn.q_proj.__class__ = _foreign("peft.tuners.lora.layer")
     assert pruned(model, tokens(), 20)[0].report().achieved_sparsity == 0.5

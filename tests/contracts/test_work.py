@@ -23,8 +23,8 @@ def _flops(model, body):
     """(all FLOPs, FLOPs inside FFN modules) of ``body``."""
     with FlopCounterMode(display=False) as counter:
         body()
-    found = counter.get_flop_counts()
-    ffn = sum(sum(ops.values()) for name, ops in found.items() if name.endswith(".mlp"))
+    counts = counter.get_flop_counts()
+    ffn = sum(sum(ops.values()) for name, ops in counts.items() if name.endswith(".mlp"))
     return counter.get_total_flops(), ffn
 
 
