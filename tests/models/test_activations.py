@@ -34,15 +34,15 @@ def test_kept_values_are_those_of_direct_hooks(name):
     """Prompt and decode tokens of two layers, from the middle of the prompt on."""
     model, ids = shared_model(name), tokens(1, LENGTH, seed=6)
     with Recorder(model) as outside:
-        found = record(model, ids, Wanted((1, 3), 4, 20, EVERY))
-    assert found.keys() == {"token_ids"} | {f"layer{n}.{t}" for n in (1, 3) for t in EVERY}
-    assert torch.equal(found["token_ids"], ids[0, 4:20].int())
+        kept = record(model, ids, Wanted((1, 3), 4, 20, EVERY))
+    assert kept.keys() == {"token_ids"} | {f"layer{n}.{t}" for n in (1, 3) for t in EVERY}
+    assert torch.equal(kept["token_ids"], ids[0, 4:20].int())
     for layer in (1, 3):
         for key in ("u", "z", "r"):
             wanted = outside.get(layer, key)[4:20]
-            assert torch.equal(found[f"layer{layer}.{key}"].double(), wanted), key
+            assert torch.equal(kept[f"layer{layer}.{key}"].double(), wanted), key
         x = stream(outside, name, layer)[4:20]
-        torch.testing.assert_close(found[f"layer{layer}.x"].double(), x, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(kept[f"layer{layer}.x"].double(), x, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bloom", "opt"])
@@ -62,11 +62,8 @@ def test_the_model_is_exactly_what_it_was(name):
 
 
 def test_what_is_kept_is_chosen():
-    chosen = {
-        "activation_layers": "3,0-1, 1",
-        "activation_tokens": "2:",
-        "activation_tensors": "x,u",
-    }
+    chosen = {"activation_layers": "3,0-1, 1", "activation_tokens": "2:"}
+    chosen |= {"activation_tensors": "x,u"}
     assert RunSettings(**chosen).wanted(4) == Wanted((0, 1, 3), 2, None, ("x", "u"))
     assert RunSettings().wanted(2) == Wanted((0, 1), 0, 256)
     for name, value, problem in (

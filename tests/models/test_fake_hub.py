@@ -79,11 +79,9 @@ def test_a_hub_model_loads_as_from_pretrained_does(outcome):
 
 
 def test_failures_are_one_sentence(outcome, snapshot):
+    """And a download that is cut off once is resumed."""
     hub = outcome.hub.endpoint
     assert {one: outcome.answers[one]["error"].replace(hub, "HUB") for one in FAILS} == snapshot
-
-
-def test_a_cut_download_is_taken_up_again(outcome):
     assert outcome.answers["tiny/cut-once"]["logits"] == outcome.answers["tiny/llama"]["logits"]
     assert outcome.hub.downloads["tiny/cut-once/model.safetensors"] == 2
     assert 2 <= outcome.hub.downloads["tiny/cut-always/model.safetensors"] <= 10

@@ -17,10 +17,6 @@ def down(model):
     return model.model.layers[1].mlp.down_proj.weight.data
 
 
-def _own_forward(model, by=2):
-    model.model.layers[2].mlp.forward = lambda x: x * by
-
-
 CHANGES = {
     "one number, one bit": lambda m: down(m).view(torch.int32)[2, 3].bitwise_xor_(1),
     "a negated neuron": lambda m: down(m)[:, 7].neg_(),
@@ -28,7 +24,7 @@ CHANGES = {
     "norm eps": lambda m: setattr(m.model.norm, "variance_epsilon", 0.1),
     "attention scaling": lambda m: setattr(m.model.layers[0].self_attn, "scaling", 0.5),
     "a buffer": lambda m: m.model.rotary_emb.inv_freq.mul_(2),
-    "a forward of one's own": _own_forward,
+    "a replaced forward": lambda m: setattr(m.model.layers[2].mlp, "forward", lambda x: x * 2),
     "configuration": lambda m: setattr(m.config, "hidden_act", "relu"),
     "dtype": lambda m: m.to(torch.bfloat16),
 }

@@ -64,9 +64,9 @@ def wide(name="llama"):
     return model
 
 
-def close(found, exact, dtype):
-    assert found.dtype == dtype
-    return apart(found.detach(), exact.detach()) < 2 * torch.finfo(dtype).eps
+def close(result, exact, dtype):
+    assert result.dtype == dtype
+    return apart(result.detach(), exact.detach()) < 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, HALF], ids=str)
@@ -82,20 +82,20 @@ def test_products_and_their_gradients(dtype, monkeypatch):
     q = torch.randn(2, 4, 9, 8, generator=generator).to(dtype)
     saved = []  # by the graph: no weight in float32
     graph = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
-    for operation, given in (
+    for operation, inputs in (
         (F.linear, (x, w, b)),
         (F.linear, (x, w)),
         (lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w.t()), (x, w, b)),
     ):
-        exact = operation(*(one.double() for one in given))
+        exact = operation(*(one.double() for one in inputs))
         with module.Float32Products(), Narrow() as narrow, graph:
-            found = operation(*given)
-            grads = torch.autograd.grad(found, given, g.reshape(found.shape))
-        assert narrow.found == [] and close(found, exact, dtype)
+            result = operation(*inputs)
+            grads = torch.autograd.grad(result, inputs, g.reshape(result.shape))
+        assert narrow.found == [] and close(result, exact, dtype)
         assert {tensor.dtype for tensor in saved} == {dtype}
         with torch.no_grad(), module.Float32Products():
-            assert torch.equal(operation(*given), found)
-        wanted = torch.autograd.grad(exact, given, g.reshape(found.shape).double())
+            assert torch.equal(operation(*inputs), result)
+        wanted = torch.autograd.grad(exact, inputs, g.reshape(result.shape).double())
         assert all(close(a, e, dtype) for a, e in zip(grads, wanted, strict=True))
     for operation in (
         lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True),
@@ -186,9 +186,6 @@ def test_load_does_it_where_no_dtype_is_given(tmp_path, dtype):
     model, _ = load(str(folder), dtype=dtype)
     assert model.dtype == BFLOAT16 and bool(emulated(lambda: model(IDS))) == bool(dtype)
     assert ("prompts are computed in float32" in module.float32_note(model)) == (dtype is None)
-
-
-# Float32 copies, on which calibration runs.
 
 
 def gradients(model):

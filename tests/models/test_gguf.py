@@ -10,7 +10,7 @@ import gguf as gguf_package
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFReader, quants
+from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -75,28 +75,15 @@ def sentence(call, error=LoadError):
     return str(caught.value)
 
 
-# What is loaded.
-
-
 def test_dense_weights(gguf, tmp_path):
-    """Read from the file, with no copy of them; exact as float32, bfloat16 unless asked."""
+    """With no copy on disk; test_packed_architectures.py compares the values."""
     said, where = [], {"cache_dir": tmp_path, "weights": "dense"}
     exact, tokenizer = load(gguf, dtype="float32", progress=said.append, **where)
     model, _ = load(gguf, progress=said.append, **where)
     sizes = "loading tiny: 0.4 MB in float32", "loading tiny: 0.2 MB in bfloat16"
     assert said == [READING, *sizes] and not exact.training
-    file, state = read_gguf(gguf), exact.state_dict()
-    assert file.architecture == "llama" and len(file.tensors) == 9 * LAYERS + 2
-    names = read_source(folder_of(gguf, tmp_path))["tensors"]
-    for stored in GGUFReader(gguf).tensors:
-        ours = file.tensors[stored.name]
-        assert ours.kind == stored.tensor_type.name.lower()
-        assert list(ours.shape) == stored.shape[::-1].tolist()
-        assert ours.bytes().numpy().tobytes() == stored.data.tobytes()
-        if "attn_q." not in stored.name and "attn_k." not in stored.name:  # whose rows move
-            dense = torch.from_numpy(quants.dequantize(stored.data, stored.tensor_type).copy())
-            assert torch.equal(state[names[stored.name]], dense)
-    assert all(torch.equal(model.state_dict()[k], value.bfloat16()) for k, value in state.items())
+    state = model.state_dict()
+    assert all(torch.equal(state[k], value.bfloat16()) for k, value in exact.state_dict().items())
     folder = folder_of(gguf, tmp_path)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert not list(folder.glob("*.safetensors"))
@@ -108,11 +95,10 @@ def test_dense_weights(gguf, tmp_path):
     assert checkpoint_facts(model) == facts(**stated)
 
 
-@pytest.mark.usefixtures("dequantised_prompts")
 def test_a_gguf_keeps_its_blocks(gguf, tmp_path):
     """On a CPU, where no dtype is asked for; what belongs to it is made once."""
     said = []
-    model, tokenizer = load(gguf, cache_dir=tmp_path, progress=said.append)
+    model, _ = load(gguf, cache_dir=tmp_path, progress=said.append)
     again, _ = load(gguf, cache_dir=tmp_path, device="cpu", progress=said.append)
     loading = "loading tiny: 0.1 MB in the file's blocks"
     assert said == [READING, loading, loading] and not model.training
@@ -122,16 +108,8 @@ def test_a_gguf_keeps_its_blocks(gguf, tmp_path):
     norms = {name for name in stored if name.endswith("norm.weight")}
     assert {stored[name] for name in norms} == {""} and len(norms) == 2 * LAYERS + 1
     assert {kind for name, kind in stored.items() if name not in norms} == {"q4_1"}
-    dense, _ = load(gguf, cache_dir=tmp_path, dtype="float32")
-    exact, _ = load(gguf, cache_dir=tmp_path, dtype="float32", weights="file")
-    assert set(kinds(dense).values()) == {""} and model.dtype == torch.bfloat16
-    for name, weight in dense.named_parameters():
-        torch.testing.assert_close(exact.get_parameter(name) + 0, weight, rtol=1e-6, atol=1e-8)
-    assert exact.lm_head.weight is exact.model.embed_tokens.weight
-    ids = tokenizer("the tide rises and falls twice a day", return_tensors="pt")["input_ids"]
-    assert ids.shape[1] > 16  # many: by dequantised rows
-    with torch.no_grad():
-        torch.testing.assert_close(exact(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight is model.model.embed_tokens.weight
     with pytest.raises(DartError, match='load the model with weights="dense" for that'):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
@@ -206,9 +184,6 @@ def test_formats_that_cannot_be_used(gguf, tmp_path):
     assert text == "copy could not be loaded: weights with inf or NaN cannot be rounded"
 
 
-# The cache and the reader.
-
-
 def test_a_configuration_is_the_same_without_long_lists(gguf, tmp_path):
     """The vocabulary's size is its length where the file does not state it."""
     data = gguf.read_bytes()
@@ -250,9 +225,6 @@ def test_folders_that_cannot_be_used(gguf, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "free_bytes", lambda _folder: 100_000)
     with pytest.raises(LoadError, match=r"needs 50 MB on disk and only 0\.1 MB are free in "):
         load(gguf, cache_dir=tmp_path)
-
-
-# Damaged files.
 
 
 def _entry(data, name):

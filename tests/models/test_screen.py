@@ -7,10 +7,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.models import screen as module
 from dart_llm.models.packed import pack
 from dart_llm.models.screen import MIDDLE, RUN, WIDEST, Screen, divergence
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+from tiny import drawn
 
 
 def states_along(directions, count=400, seed=1):
@@ -21,9 +18,9 @@ def states_along(directions, count=400, seed=1):
 
 def test_directions_are_those_of_the_states_in_order():
     axes = torch.linalg.qr(drawn(8, 8))[0]
-    found = module.directions_of(states_along(axes[:3]))
-    assert torch.allclose(found @ found.t(), torch.eye(8), atol=1e-5)
-    shares = (states_along(axes[:3]) @ found.t()).square().sum(0)
+    directions = module.directions_of(states_along(axes[:3]))
+    assert torch.allclose(directions @ directions.t(), torch.eye(8), atol=1e-5)
+    shares = (states_along(axes[:3]) @ directions.t()).square().sum(0)
     assert bool((shares[:-1] >= shares[1:] - 1e-3).all()) and float(shares[3:].sum()) < 1e-3
     constant = torch.tensor([[3.0, 0.0], [3.0, 0.0]])  # the mean is not subtracted
     assert module.directions_of(constant)[0].abs().tolist() == [1, 0]
@@ -58,16 +55,12 @@ def test_rounding_finds_the_levels_and_the_scale():
         assert least <= float(off.norm() / rows.norm()) < most  # of a Gaussian: 0.107
 
 
-def test_thresholds_by_hand():
+def test_thresholds_and_divergence_by_hand():
     scores = torch.tensor([[0.0, -1.01, -2.01, -70.0], [5.0, 4.49, 1.99, 1.0]])
     # words within 0.5: one of the first step, one of the second; 1.02: two and two
     for rows, gap in ((1, 0.51), (2, 2.01), (0.5, 0), (4, WIDEST)):
-        assert module.threshold_for([scores[:1], scores[1:]], rows) == pytest.approx(
-            gap, abs=WIDEST / 4096
-        )
-
-
-def test_divergence_by_hand():
+        threshold = module.threshold_for([scores[:1], scores[1:]], rows)
+        assert threshold == pytest.approx(gap, abs=WIDEST / 4096)
     full, other = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     q = torch.tensor([1.0, torch.e]) / (1 + torch.e)
     want = 0.5 * (0.5 / q).log().sum()
