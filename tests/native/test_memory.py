@@ -11,16 +11,11 @@ from dart_llm.native.memory import LEAST, PAGE, into_huge_pages
 from packed_cases import HUGE, mapped, packed
 
 
-def huge_kilobytes():
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
-
-
 def test_values_and_addresses_stay():
     x = torch.arange(LEAST // 4, dtype=torch.float32)
     before, wanted = x.data_ptr(), x.clone()
-    given = into_huge_pages([x])
-    assert 0 <= given <= LEAST // PAGE + 1
+    pages = into_huge_pages([x])
+    assert 0 <= pages <= LEAST // PAGE + 1
     assert x.data_ptr() == before and torch.equal(x, wanted)
     assert into_huge_pages([x[:100]]) == 0  # too little to be worth it
 
@@ -46,12 +41,11 @@ def test_memory_that_is_left(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("native")
 def test_weights_of_a_pruned_model_lie_in_them(smollm2):
     model, _ = smollm2
-    size = sum(one.nbytes for one in model.parameters()) // 1024
+    size = sum(weight.nbytes for weight in model.parameters()) // 1024
     with prune(model, method="griffin", sparsity=0.5, executor="native"):
-        assert huge_kilobytes() > 0.8 * size
-
-
-# Room for copies: pieces lie apart, come back, and are freed with the room.
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    (huge,) = (int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+    assert huge > 0.8 * size
 
 
 def room_for(size):

@@ -19,7 +19,7 @@ def loaded(monkeypatch, tmp_path):
     """What is loaded instead of a library; builds write ``LIBRARY``."""
     monkeypatch.setenv("DART_CACHE", str(tmp_path))
     monkeypatch.setenv(build.SWITCH, "1")
-    found = []
+    libraries = []
 
     def load(name, files, build_directory, **settings):
         (Path(build_directory) / f"{name}.so").write_bytes(LIBRARY)
@@ -27,9 +27,9 @@ def loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "_registered", lambda: False)
     monkeypatch.setattr("torch.utils.cpp_extension.load", load)
     monkeypatch.setattr(
-        "torch.ops.load_library", lambda path: found.append(Path(path).read_bytes())
+        "torch.ops.load_library", lambda path: libraries.append(Path(path).read_bytes())
     )
-    yield found
+    yield libraries
     build.why_not.cache_clear()
 
 

@@ -32,9 +32,9 @@ def test_products(size, dtype, kind):
     draw = drawing(size, dtype)
     x, weight, bias = draw(3, size), draw(21, size), draw(21)
     with kernels(kind):
-        found = build.ops().linear(x, weight, bias)
+        product = build.ops().linear(x, weight, bias)
     wanted = F.linear(x.double(), weight.double(), bias.double())
-    assert found.dtype == dtype and apart(found, wanted) < TOLERANCE[dtype] / 3
+    assert product.dtype == dtype and apart(product, wanted) < TOLERANCE[dtype] / 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -47,13 +47,13 @@ def test_ffn(gated, act, kind):
     ids = torch.tensor([0, 3, 4, 7, 20, 21, 22, 23, 49], dtype=torch.int32)
     with kernels(kind):
         gates = (gate, biases[0]) if gated else (None, None)
-        given = x, gates[0], up, down, gates[1], biases[1], ids
-        found = build.ops().ffn(*given, bias, basis, adds, None, act)
+        parts = x, gates[0], up, down, gates[1], biases[1], ids
+        z = build.ops().ffn(*parts, bias, basis, adds, None, act)
     rows = ids.long()
     u = F.linear(x, up[rows], biases[1][rows])
     u = ACTS[act](F.linear(x, gate[rows], biases[0][rows])) * u if gated else ACTS[act](u)
     wanted = u @ down[rows] + bias + F.linear(x, basis) @ adds
-    assert apart(found, wanted) < 2e-6
+    assert apart(z, wanted) < 2e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,8 +123,8 @@ def test_what_is_not_a_number_stays_so(kind):
     x, one = torch.tensor([[1.0], [-2.0], [float("nan")], [3.0]]), torch.ones(1, 1)
     with kernels(kind):
         for number, act in ACTS.items():
-            found = build.ops().ffn(x, None, one, one, *[None] * 7, number)
-            torch.testing.assert_close(found, act(x), rtol=1e-5, atol=1e-5, equal_nan=True)
+            result = build.ops().ffn(x, None, one, one, *[None] * 7, number)
+            torch.testing.assert_close(result, act(x), rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,11 +137,11 @@ def test_a_screened_head(words, size, keep, dtype, kind):
     screen = replace(Screen.of(weight, states, 1.0, 1e7), keep=keep, threshold=9.0)
     rough = screen.rough(x)
     near, full = screen.near(rough), F.linear(x, weight)
-    held = *screen.tensors(), keep, 9.0
+    parts = *screen.tensors(), keep, 9.0
     with kernels(kind):
-        found, exact = build.ops().screened_head(x, *held, weight, None)
+        scores, exact = build.ops().screened_head(x, *parts, weight, None)
     # sums in another order may put a word on the other side of the threshold
     assert all(abs(a - b) <= 2 for a, b in zip(exact, near.sum(1).tolist(), strict=True))
-    assert found.dtype == dtype
-    off = (found - torch.where(near, full, rough.to(dtype))).abs().float()
+    assert scores.dtype == dtype
+    off = (scores - torch.where(near, full, rough.to(dtype))).abs().float()
     assert int((off > 2 * TOLERANCE[dtype] * float(full.abs().max())).sum()) <= 6

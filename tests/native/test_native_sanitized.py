@@ -53,8 +53,6 @@ def test_threads_of_a_step_do_not_race(tmp_path):
     assert kinds_that_agree(driver("driver", objects, tmp_path, tools))[-1] == "portable"
 
 
-# As a 64-bit Arm CPU runs them, in an emulator.
-
 ARM, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 ARM_FLAGS = {  # ASan's programs do not start there: fence.cpp watches the ends of memory
     "as users build them": (f"{WARNINGS} -O3 -static", str(SOURCES / "fence.cpp")),

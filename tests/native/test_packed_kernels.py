@@ -15,6 +15,7 @@ from dart_llm.native.build import ops
 from dart_llm.patching.executors.native_ffn import ACTS
 from dart_llm.pruning.token_level import contribution_estimate, winner_places
 from packed_cases import KINDS, SMALL, differ, drawn_blocks, kernels, packed, rounded
+from tiny import drawn
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -29,10 +30,6 @@ def shapes(name):
     return [(1, 32), (5, 64), (7, 96), (5, 160), (100, 576), (130, 128), (7, 736), (1, 768)]
 
 
-def drawn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_weights_are_those_of_the_file(name, kind):
@@ -43,7 +40,7 @@ def test_weights_are_those_of_the_file(name, kind):
             wanted = dense.t() if neurons else dense
             assert matrix.shape() == list(wanted.shape) and matrix.order() == order
             with kernels(kind):
-                found = ops().packed_span(matrix, 0, len(wanted), torch.float32)
+                weights = ops().packed_span(matrix, 0, len(wanted), torch.float32)
                 narrow = ops().packed_span(matrix, 0, len(wanted), torch.bfloat16)
                 ids = torch.tensor([len(wanted) - 1, 0, len(wanted) // 2])
                 some = ops().packed_rows(matrix, ids, torch.float32)
@@ -51,18 +48,14 @@ def test_weights_are_those_of_the_file(name, kind):
                     if end <= len(wanted):  # from anywhere in a tile
                         part = ops().packed_span(matrix, begin, end, torch.float32)
                         torch.testing.assert_close(part, wanted[begin:end], rtol=1e-6, atol=1e-8)
-            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
-            assert torch.equal(narrow, found.bfloat16()) and torch.equal(some, found[ids])
+            torch.testing.assert_close(weights, wanted, rtol=1e-6, atol=1e-8)
+            assert torch.equal(narrow, weights.bfloat16()) and torch.equal(some, weights[ids])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_products(name, kind):
-    """With rounded inputs, on blocks in every order of the rows, against float64.
-
-    The activations of neurons are rounded by the blocks whose scales neurons share.  The dtype of
-    the input is that of the result, and a vector's numbers are its own.
-    """
+    """In every order of the rows, against float64; each vector of a batch has its own numbers."""
     long = (40, 1120 if name in SMALL else 1280)  # more columns than are unpacked at a time
     for (rows, columns), order in itertools.product([*shapes(name), long], ORDERS):
         matrix, dense = packed(name, rows, columns, order)
@@ -98,14 +91,14 @@ def test_ffn(inner, outer, gated, kind):
     ids = torch.tensor([0, 3, 4, 7, 20, 21, 22, 31, 32, 49, 255, 256, 300, 511])
     for act, activate in ACTS.items():
         gates = (gate, biases[0]) if gated else (None, None)
-        given = x, gates[0], up, down, gates[1], biases[1]
+        parts = x, gates[0], up, down, gates[1], biases[1]
         with kernels(kind):
-            found = ops().packed_ffn(*given, ids.int(), bias, basis, adds, None, act)
-            whole = ops().packed_ffn(*given, None, None, None, None, None, act)
+            some = ops().packed_ffn(*parts, ids.int(), bias, basis, adds, None, act)
+            whole = ops().packed_ffn(*parts, None, None, None, None, None, act)
         near = rounded(x)
         u = near @ dense_up.double().t() + biases[1]
         u = activate(near @ dense_gate.double().t() + biases[0]) * u if gated else activate(u)
-        for keep, z in ((ids, found - bias - F.linear(x, basis) @ adds), (slice(None), whole)):
+        for keep, z in ((ids, some - bias - F.linear(x, basis) @ adds), (slice(None), whole)):
             kept = torch.zeros_like(u)
             kept[:, keep] = u[:, keep]
             kept = rounded(kept, 16 if outer == "q6_k" else 32)
@@ -135,16 +128,16 @@ def test_tokens_choose_by_their_activations(name, some, gated, kind):
         choice = torch.classes.dart_llm.Choice(None, None, None, None, worth, mean, numbers)
         gates = (gate, biases[0]) if gated else (None, None)
         ids = candidates.int() if some else None
-        given = gates[0], up, down, gates[1], biases[1], ids, None, None, None, choice, 0
+        parts = gates[0], up, down, gates[1], biases[1], ids, None, None, None, choice, 0
         with kernels(kind):
-            found = ops().packed_ffn(x, *given)
-            single = ops().packed_ffn(x[1:2], *given)
+            z = ops().packed_ffn(x, *parts)
+            single = ops().packed_ffn(x[1:2], *parts)
         places = winner_places(contribution_estimate(u, worth)[:, candidates], keep)
         kept = torch.zeros_like(u)
         winners = candidates[places]
         kept.scatter_(1, winners, (u if mean is None else u - mean).gather(1, winners))
-        assert differ(found, rounded(kept), dense_down.t()) < 4e-3  # a level beside the middle
-        assert torch.equal(found[1:2], single)
+        assert differ(z, rounded(kept), dense_down.t()) < 4e-3  # a level beside the middle
+        assert torch.equal(z[1:2], single)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,16 +151,16 @@ def test_a_copy_of_kept_neurons_gives_what_they_give_where_they_lie(name, kind):
     x, biases = drawn(3, hidden), drawn(2, width, seed=1)
     old, room = [], torch.classes.dart_llm.HugeRoom(0)
     for ids in (torch.arange(5, width, 3), torch.arange(0, width, 2), torch.tensor([width - 1])):
-        given = (biases[0], biases[1], ids.int(), drawn(hidden), None, None, None, 0)
+        parts = (biases[0], biases[1], ids.int(), drawn(hidden), None, None, None, 0)
         places = [one.parts()[0].data_ptr() for one in old]
         copies = ops().packed_kept([*tiles, down], ids.int(), old, room)
         old, now = copies, [one.parts()[0].data_ptr() for one in copies]
         # the second takes more room than the first, the third less than the second
         assert (now == places) == (len(ids) == 1)
         with kernels(kind):
-            found = ops().packed_ffn(x, *copies, *given)
-            wanted = ops().packed_ffn(x, *rows, down, *given)
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+            z = ops().packed_ffn(x, *copies, *parts)
+            wanted = ops().packed_ffn(x, *rows, down, *parts)
+        torch.testing.assert_close(z, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
         for copy, whole in zip(copies, (*tiles, down), strict=True):
             share = (len(ids) + 15) // 16 * 16 / width if len(ids) > 1 else 1 / 2
             assert copy.nbytes() <= share * whole.nbytes() + 512
@@ -222,8 +215,8 @@ def test_rounding_is_that_of_gguf(name):
     kind = Kind[name.upper()]
     wanted = quants.dequantize(quants.quantize(weights.numpy(), kind), kind)
     for order in ORDERS:
-        found = pack(weights, name, order).dequantise()
-        assert torch.equal(found, torch.from_numpy(wanted))
+        dense = pack(weights, name, order).dequantise()
+        assert torch.equal(dense, torch.from_numpy(wanted))
     parts = [pack(one, name).matrix.parts() for one in (narrow, narrow.float())]
     assert all(map(torch.equal, *parts))
     weights[20, 20] = float("inf")
@@ -296,7 +289,7 @@ def test_what_does_not_fit_is_refused_and_not_read():
         ("shapes do not fit", ffn, (kept[0], neurons, some), (*kept, some[:2])),
         ("shapes do not fit", rounded_to, ("q4_0", 2), ("q4_0", 0, weights[:, :32])),
     ):
-        for given in cases:
+        for arguments in cases:
             with pytest.raises((RuntimeError, IndexError), match=sentence):
-                call(*given)
+                call(*arguments)
     assert run.packed_linear(torch.zeros(0, 64), matrix).shape == (0, 5)

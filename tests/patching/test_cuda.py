@@ -31,13 +31,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 @pytest.fixture
-def cuda(monkeypatch):
-    """The module; in the interpreter with few programs, each of which takes 10 ms."""
+def cuda(few_programs):
     from dart_llm.patching.executors import cuda
 
-    if cuda.INTERPRETED:
-        monkeypatch.setattr(cuda, "ROWS", 64)
-        monkeypatch.setattr(cuda, "CHUNK", 64)
     return cuda
 
 
@@ -74,9 +70,7 @@ def test_a_sum_in_parts(cuda, monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", ["llama-bias", "phi3", "gpt2"])
 def test_one_ffn(cuda, name, dtype):
-    """Under one mask after the other, with compensation and without; few vectors and many; down
-    that is changed in place before the next mask.
-    """
+    """Masks with and without compensation, few and many vectors, weights changed between masks."""
     block = describe(model_of(name, dtype)).blocks[1]
     ours, theirs = cuda.CudaFfn(block), CompactFfn(block)
     hidden, width = block.matrices()[2].shape[0], block.down_width
@@ -145,11 +139,7 @@ print("compiled")
 def test_the_kernels_compile_for_a_gpu(tmp_path):
     """Triton brings its own assembler: this takes no card."""
     environment = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env={**os.environ, **environment, "PYTHONPATH": ":".join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, **environment, "PYTHONPATH": ":".join(sys.path)}
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout == "compiled\n", done.stderr

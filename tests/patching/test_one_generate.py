@@ -14,20 +14,21 @@ from dart_llm.models.agreement import signature
 from steps import Same, generate, new_cache, shared_model, snapshot, step
 from tiny import VOCAB, tiny, tokens
 
+pytestmark = pytest.mark.usefixtures("native")
+IDS = torch.tensor([[5, 6, 7, 8]])
+
 
 def test_a_second_generate_is_refused_and_the_run_goes_on():
-    model, ids = tiny("llama"), torch.tensor([[5, 6, 7, 8]])
-    messages = []
+    model, errors = tiny("llama"), []
 
     def again(_):
-        with pytest.raises(ConfigError, match=r"use one lock per model") as error:
-            model.generate(ids, max_new_tokens=2)
-        messages.append(str(error.value))
+        with pytest.raises(ConfigError, match="use one lock per model") as error:
+            model.generate(IDS, max_new_tokens=2)
+        errors.append(error)
 
     with prune(model, "griffin", sparsity=0.5, on_remask=again) as run:
-        model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    assert len(messages) == 1
-    assert run.report().decoded_tokens == 5
+        model.generate(IDS, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert len(errors) == 1 and run.report().decoded_tokens == 5
 
 
 class Halt:
@@ -67,11 +68,9 @@ def halted(model, ids, halt):
         thread.join()
 
 
-IDS = torch.tensor([[5, 6, 7, 8]])
 EXECUTORS = pytest.mark.parametrize("executor", ["native", "compact"])
 
 
-@pytest.mark.usefixtures("native")
 @EXECUTORS
 def test_a_run_does_not_attach_in_the_middle_of_another_threads_text(executor):
     model = tiny("llama")
@@ -86,7 +85,6 @@ def test_a_run_does_not_attach_in_the_middle_of_another_threads_text(executor):
             generate(model, IDS, 6)
 
 
-@pytest.mark.usefixtures("native")
 @EXECUTORS
 def test_a_text_in_the_middle_of_which_the_run_is_left_is_an_error(executor):
     model = tiny("llama")
@@ -99,7 +97,6 @@ def test_a_text_in_the_middle_of_which_the_run_is_left_is_an_error(executor):
         assert isinstance(error, AttachError) and "the run was left while another" in str(error)
 
 
-@pytest.mark.usefixtures("native")
 @EXECUTORS
 def test_a_forward_of_another_thread_ends_before_the_run_is_left(executor):
     """It reads copies and blocks that leaving frees."""
@@ -122,14 +119,14 @@ def test_a_forward_of_another_thread_ends_before_the_run_is_left(executor):
 def test_attributes_that_change_while_they_are_read():
     """As where another thread attaches: a module's attributes are read, and one more is there."""
     module = tiny("llama").model.norm
-    held = module.__dict__
+    attributes = module.__dict__
 
     class Name(str):
         def __hash__(self):
-            held[f"other {len(held)}"] = 1
+            attributes[f"other {len(attributes)}"] = 1
             return 5
 
-    held[Name("one")] = 1
+    attributes[Name("one")] = 1
     assert signature(module)
 
 
@@ -157,10 +154,6 @@ def test_two_threads_are_told_apart():
     ]
 
 
-BAD = torch.tensor([[VOCAB + 5]])
-"""A token that no embedding has."""
-
-
 def test_a_failed_forward_does_not_spoil_the_next_generation():
     model, ids = shared_model("gemma2"), tokens(1, 70)
     with prune(model, "dart", sparsity=0.5) as run:
@@ -170,7 +163,7 @@ def test_a_failed_forward_does_not_spoil_the_next_generation():
         with pytest.raises(IndexError):
             step(model, torch.tensor([[3, 4, VOCAB + 9]]), new_cache(model))
         with pytest.raises(IndexError):
-            generate(model, torch.cat([ids, BAD], 1), 4)
+            generate(model, torch.cat([ids, torch.tensor([[VOCAB + 5]])], 1), 4)
         got = generate(model, ids, 8)
     assert torch.equal(got.sequences, wanted.sequences)
     assert all(torch.equal(a, b) for a, b in zip(got.logits, wanted.logits, strict=True))

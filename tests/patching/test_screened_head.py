@@ -12,18 +12,13 @@ from dart_llm.models.packed_loading import round_weights
 from dart_llm.models.screen import WIDEST, divergence
 from dart_llm.patching.executors.screened_head import EVERY
 from dart_llm.pruning.config import HeadConfig, PruneConfig
-from dart_llm.pruning.records import (
-    HeadReport,
-    add_dense,
-    bytes_limit,
-    merge_heads,
-    merge_reports,
-)
+from dart_llm.pruning.records import HeadReport, add_dense, bytes_limit, merge_heads, merge_reports
 from dart_llm.reporting.words import bytes_sentence
 from dart_llm.session.run import prune
 from steps import Same, apart, decode, generate, new_cache, step
 from tiny import tiny, tokens
 
+pytestmark = pytest.mark.usefixtures("native")
 PROMPT, IDS = 6, tokens(1, 14, seed=4)
 WORDS = 2048
 OWN = {"sequences": 4, "length": 32, "opening": 0, "tokens": 0}
@@ -59,14 +54,6 @@ def test_exact_words_have_the_scores_of_the_head_and_others_rough_ones(name, exe
     assert torch.equal(decode(model, IDS, PROMPT), full)
 
 
-def read_all(run):
-    """From now on every word of a token is exact, and all of its directions are read."""
-    head = run.patch.head
-    head.screen = replace(head.screen, keep=64, threshold=WIDEST * 1e6)
-    run.patch.whole_steps.native.set_screen(*head.screen.tensors(), 64, head.screen.threshold)
-
-
-@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize(
     ("name", "rows", "stored"),
     [
@@ -86,7 +73,9 @@ def test_steps_that_read_everything_are_those_of_the_whole_head(name, rows, stor
         whole = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
         assert run.patch.head is None
     with prune(model, "griffin", executor="native", **{**SCREENED, "head": "screened 0.8"}) as run:
-        read_all(run)
+        head = run.patch.head  # from now on all directions are read, and every word is exact
+        head.screen = replace(head.screen, keep=64, threshold=WIDEST * 1e6)
+        run.patch.whole_steps.native.set_screen(*head.screen.tensors(), 64, head.screen.threshold)
         result = generate(model, ids, 12)
         greedy = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
         assert run.patch.steps == 2 * 11
@@ -100,7 +89,6 @@ def test_steps_that_read_everything_are_those_of_the_whole_head(name, rows, stor
     assert head.kl < 1e-3 and head.same_share == 1
 
 
-@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (5, torch.float32)], ids=str)
 def test_a_step_scores_and_counts_as_the_head_by_itself_does(dtype, rows):
     model, ids = model_of(dtype=dtype), tokens(rows, PROMPT + 1, seed=7)
@@ -114,7 +102,6 @@ def test_a_step_scores_and_counts_as_the_head_by_itself_does(dtype, rows):
         assert sum(decoder.native.exact_words()) == exact and rows <= exact < rows * WORDS
 
 
-@pytest.mark.usefixtures("native")
 def test_the_likeliest_word_is_that_of_the_scores_but_for_what_may_not_come():
     model = model_of("gemma2", torch.bfloat16)
     with prune(model, "griffin", executor="native", **SCREENED) as run:
@@ -133,7 +120,6 @@ def test_the_likeliest_word_is_that_of_the_scores_but_for_what_may_not_come():
             assert result.tolist() == [int(kept.argmax())]
 
 
-@pytest.mark.usefixtures("native")
 def test_a_model_is_put_back_after_an_error_within_a_step():
     model = model_of(dtype=torch.bfloat16)
     round_weights(model, "q8_0")
@@ -167,7 +153,8 @@ def test_every_32nd_token_is_looked_at():
     assert head.kl == pytest.approx(float(divergence(full, result)[0, PROMPT]), rel=1e-4)
 
 
-def test_reports_are_added_up():
+def test_reports_and_limits_by_hand():
+    """Of a head of 0.4 of the bytes 0.3 are read, by 30 of 40 tokens: 0.21 of all are saved."""
     first, second = HeadReport(10, 0.2, 1, 1.0, 0.001, 0.4), HeadReport(30, 0.4, 3, 0.5, 0.003, 0.4)
     assert merge_heads([None]) is None
     merged = merge_heads([first, None, second])
@@ -175,10 +162,6 @@ def test_reports_are_added_up():
     assert merged.bytes_share == pytest.approx(0.35)
     assert merged.same_share == pytest.approx(0.625)
     assert merged.kl == pytest.approx(0.0025) and merged.share_of_bytes == pytest.approx(0.4)
-
-
-def test_bytes_that_are_not_read_raise_the_limit():
-    """Of a head of 0.4 of the bytes 0.3 are read, by 30 of 40 tokens: 0.21 of all are saved."""
     head = HeadReport(30, 0.3, 1, 1.0, 0.0, 0.4)
     assert head.read(40) == pytest.approx(0.475) and head.saved(40) == pytest.approx(0.21)
     assert head.read(30) == head.read(0) == head.read(20) == pytest.approx(0.3)
@@ -186,7 +169,6 @@ def test_bytes_that_are_not_read_raise_the_limit():
     assert bytes_limit(0.5, 0.5) == pytest.approx(1 / 0.75)
 
 
-@pytest.mark.usefixtures("native")
 def test_a_report_counts_the_head_as_read():
     model = model_of()
     with prune(model, "griffin", executor="native", **{**SCREENED, "sparsity": 0.5}) as run:
@@ -198,10 +180,8 @@ def test_a_report_counts_the_head_as_read():
     kept = 1 - report.ffn_share_of_bytes * report.achieved_sparsity
     kept -= head.share_of_bytes * (1 - head.bytes_share)
     assert report.bytes_limit == pytest.approx(1 / kept)
-    told = bytes_sentence(report.to_dict())
-    assert (
-        f"{head.bytes_share:.2f} of the output head read = {100 * (1 - kept):.0f} % fewer" in told
-    )
+    words = f"{head.bytes_share:.2f} of the output head read = {100 * (1 - kept):.0f} % fewer"
+    assert words in bytes_sentence(report.to_dict())
     one = report.to_dict()
     assert merge_reports([one, one])["bytes_limit"] == pytest.approx(1 / kept)
     # as many dense tokens beside it, which read the whole head
@@ -220,6 +200,7 @@ def test_a_name_is_enough():
 
 
 def test_refusals():
+    """A head with a bias, and a model that is being pruned."""
     model = model_of()
     for head, text in (
         ("half", "^head.kind = 'half': input should be 'full' or 'screened'"),
@@ -230,10 +211,6 @@ def test_refusals():
     ):
         with pytest.raises(ConfigError, match=text):
             prune(model, "griffin", sparsity=0.0, self_stats=OWN, head=head).attach()
-
-
-def test_models_of_which_no_screen_is_learned():
-    """A head with a bias, and a model that is being pruned."""
     model = tiny("phi", vocab_size=WORDS, hidden_size=64)
     with pytest.raises(ConfigError, match=r'no plain output head: leave head\.kind at "full"'):
         prune(model, "griffin", **SCREENED).attach()

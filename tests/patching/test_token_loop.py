@@ -15,6 +15,7 @@ from dart_llm.models.token_loop import TokenLoop
 from dart_llm.patching import patch
 from dart_llm.session.run import prune
 from engine_cases import tokenizer
+from prior_cases import SMALL
 from steps import new_cache, selections, shared_model, step
 from tiny import tiny, tokens
 
@@ -89,10 +90,7 @@ def flat(value):
 
 
 def both(monkeypatch, ask, name="llama", method="griffin", dtype=torch.float32, **settings):
-    """What ``ask(model)`` gives with our loop, which is what it gives with transformers'; its run.
-
-    Masks, reports and the random numbers that are left are the same too.
-    """
+    """What ``ask(model)`` gives with our loop, and the run; transformers' loop gives the same."""
     result, runs, model = [], [], shared_model(name, dtype)
     for ours in (False, True):
         with monkeypatch.context() as change:
@@ -276,18 +274,12 @@ def test_users_between_steps(monkeypatch, count, case):
 
 def test_masks_that_change_while_it_runs(monkeypatch, count):
     """Observed tokens, re-masks, tokens that the model runs itself for a signal."""
-    settings = {"self_stats": {"sequences": 2, "length": 24, "opening": 0}}
-    for method, drift in (("griffin", "interval 4"), ("dart", None), ("dart-prompt", None)):
-        how = settings if drift is None else {"drift": drift, "remask": {"observe_tokens": 2}}
-        _, run = both(monkeypatch, generated, method=method, **how)
+    often = {"drift": "interval 4", "remask": {"observe_tokens": 2}}
+    for method in ("griffin", "dart", "dart-prompt"):
+        settings = often if method == "griffin" else {"self_stats": SMALL}
+        _, run = both(monkeypatch, generated, method=method, **settings)
         assert run.report().decoded_tokens == NEW - 1
     assert count["loops"] == 3
-
-
-def _left_padded():
-    mask = torch.ones_like(PROMPT)
-    mask[0, :3] = 0
-    return mask
 
 
 LEFT = {
@@ -295,7 +287,7 @@ LEFT = {
     "rows": lambda model: model.generate(PROMPT.repeat(2, 1), max_new_tokens=8, **OFF),
     "several": lambda model: generated(model, num_return_sequences=2, **SAMPLED),
     "beams": lambda model: generated(model, num_beams=2),
-    "padding": lambda model: generated(model, attention_mask=_left_padded()),
+    "padding": lambda model: generated(model, attention_mask=(torch.arange(24)[None] > 2).long()),
     "embeddings": lambda model: model.generate(
         inputs_embeds=model.get_input_embeddings()(PROMPT), max_new_tokens=8, **OFF
     ),
@@ -319,9 +311,8 @@ def test_other_executors_and_what_users_change(monkeypatch, count):
         generated(model)
     update = type(model)._update_model_kwargs_for_generation
     with monkeypatch.context() as change:
-        change.setattr(
-            type(model), "_update_model_kwargs_for_generation", lambda *a, **k: update(*a, **k)
-        )
+        name = "_update_model_kwargs_for_generation"
+        change.setattr(type(model), name, lambda *a, **k: update(*a, **k))
         both(monkeypatch, generated)
     assert count["loops"] == 0
     original, calls = model.prepare_inputs_for_generation, []
@@ -346,7 +337,6 @@ def test_a_model_can_be_used_after_an_interrupt(monkeypatch):
         if len(tokens) == 6:
             raise KeyboardInterrupt
 
-    prior = {"sequences": 2, "length": 24, "opening": 0}
     model, prepare = shared_model(), type(shared_model()).prepare_inputs_for_generation
     with prune(model, "griffin", sparsity=0.5, executor="native"):
         expected = generated(model)
@@ -359,7 +349,7 @@ def test_a_model_can_be_used_after_an_interrupt(monkeypatch):
             raise KeyboardInterrupt
         return prepare(self, ids, **kwargs)
 
-    with prune(model, "dart-prompt", sparsity=0.5, executor="native", self_stats=prior):
+    with prune(model, "dart-prompt", sparsity=0.5, executor="native", self_stats=SMALL):
         expected = generated(model)
         with monkeypatch.context() as change:
             change.setattr(type(model), "prepare_inputs_for_generation", interrupted)
