@@ -101,7 +101,7 @@ def quiet(made, source, cache):
     return prepare(shared_model(), Letters(), made, source, str(cache), lambda news: None)
 
 
-def test_static_methods_have_fixed_masks(tmp_path, text):
+def test_static_methods_have_fixed_masks_and_glass_a_prior(tmp_path, text):
     result = quiet(config("flap"), text, tmp_path)
     message = "calibration: 10 sequences of 16 tokens (160 tokens) of calibration"
     assert result.notes == (message,) and result.label == "flap@0.5"
@@ -113,12 +113,8 @@ def test_static_methods_have_fixed_masks(tmp_path, text):
         assert report.remask_causes == {"fixed": 1}
         assert same_masks([run.masks()[layer] for layer in range(LAYERS)], kept(result.fixed_masks))
     (message,) = quiet(config(calibration={"length": 200}), text, tmp_path).notes
-    assert re.match(
-        r"calibration: [1-9]\d of 128 sequences of 200 tokens \([\d,]+ tokens\) of ", message
-    )
-
-
-def test_glass_has_a_prior(tmp_path):
+    words = r"calibration: [1-9]\d of 128 sequences of 200 tokens \([\d,]+ tokens\) of "
+    assert re.match(words, message)
     result = quiet(config("glass"), None, tmp_path)
     assert result.notes[0].endswith("(160 tokens) of self-generated text")
     assert sum(layer.nbytes for layer in result.prior) == 4 * LAYERS * WIDTH

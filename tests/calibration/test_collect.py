@@ -105,26 +105,16 @@ def test_batches_are_added_up(monkeypatch):
             assert torch.allclose(one.total, second.sums[key].total, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Seconds that a test sets."""
-    now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    return now
-
-
-def test_lines_by_the_clock(clock):
+def test_lines_by_the_clock(monkeypatch):
     """The first line after five seconds, then every ten; the time left by the measured speed."""
-    news = []
+    news, clock = [], [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     bar = progress.Progress(news.append, {"first": 100.0, "second": 300.0}, "learning")
-    advance = bar.stage("first")
-    for second in range(1, 31):
-        clock[0] = float(second)
-        advance(second / 30)
-    advance = bar.stage("second")
-    for second in range(31, 61):
-        clock[0] = float(second)
-        advance((second - 30) / 30)
+    for stage, start in (("first", 0), ("second", 30)):
+        advance = bar.stage(stage)
+        for second in range(1, 31):
+            clock[0] = float(start + second)
+            advance(second / 30)
     assert news == [
         "learning",
         "learning (first): 4 %, about 2 min left",

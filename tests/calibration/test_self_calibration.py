@@ -1,5 +1,6 @@
 """Self-calibration: once per model, cached, the model left as it was; text that it writes."""
 
+import functools
 import re
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -20,24 +21,13 @@ from dart_llm.calibration.collect import (
     start_ids,
 )
 from dart_llm.calibration.self_calibration import BASIS, SCORE, calibrate, observing, wanted
+from dart_llm.calibration.self_calibration import self_calibrate as learn
 from dart_llm.data import texts
 from dart_llm.errors import AttachError, ConfigError, DartError
 from dart_llm.models.checkpoint import remember_tokenizer
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import prune
-from prior_cases import (
-    ALL,
-    CONFIG,
-    ONE_BY_ONE,
-    PARTS,
-    SMALL,
-    attached,
-    equal,
-    files,
-    layers_of,
-    learnt,
-    tensors,
-)
+from prior_cases import CONFIG, SMALL, layers_of
 from steps import CACHE, Same, decode, forward_lengths, new_cache, same_masks, shared_model
 from tiny import HIDDEN, LAYERS, VOCAB, WIDTH, tiny, tokens
 
@@ -57,9 +47,43 @@ def masks_of(model, config=CONFIG, **changes):
     return list(run.masks().values())
 
 
+PARTS = 2
+"""Files of what a configuration learns: the text, and its statistics."""
+
+ONE_BY_ONE = [1] * 23
+"""Two sequences of 24 tokens, of which the first is given."""
+
+ALL = [*ONE_BY_ONE, 24, 24]
+"""Then a forward for the bases, and one forward and backward."""
+
+
 def lengths(model, config=CONFIG, **changes):
     """The forwards that attaching makes."""
-    return forward_lengths(model, attached(model, config, **changes))
+    return forward_lengths(model, lambda: prune(model, config, **changes).attach().detach())
+
+
+def files(cache):
+    return sorted((cache / "dart-llm" / "calibration").glob("*"))
+
+
+def learned(model, cache, config=CONFIG, news=None):
+    """The model's layers with what was learned."""
+    news = [] if news is None else news
+    return learn(model, config, layers_of(model), str(cache), news.append)
+
+
+def tensors(layers):
+    result = []
+    for layer in layers:
+        sums = layer.self_stats.evidence.sums
+        result += [sums[name].mean for name in sorted(sums)]
+        result += [t for t in (layer.fisher, layer.basis) if t is not None]
+    return result
+
+
+def equal(first, second):
+    pairs = zip(first, second, strict=True)
+    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
 
 
 def test_a_model_learns_once(cache):
@@ -67,8 +91,8 @@ def test_a_model_learns_once(cache):
     assert lengths(model) == ALL and lengths(model) == []
     assert len(files(cache)) == PARTS
     # the disk gives the same to another object, to the bit
-    first = tensors(learnt(model, cache))
-    assert lengths(other) == [] and equal(tensors(learnt(other, cache)), first)
+    first = tensors(learned(model, cache))
+    assert lengths(other) == [] and equal(tensors(learned(other, cache)), first)
     for path in files(cache):
         path.unlink()
     assert lengths(anew) == ALL
@@ -92,14 +116,14 @@ def test_what_changes_the_text():
 def test_a_cache_that_cannot_be_written_is_said(tmp_path):
     blocked, news, model = tmp_path / "file", [], tiny()
     blocked.write_text("")
-    learnt(model, blocked, news=news)
+    learned(model, blocked, news=news)
     assert news[:2] == [
         "learning from self-generated text, once per model; griffin and dart-prompt learn nothing",
         "without a tokenizer self-generated text begins with the model's start token",
     ]
     assert len(news) == 4
     assert news[2].startswith("the learned statistics were not cached: the cache folder")
-    assert forward_lengths(model, lambda: learnt(model, blocked)) == []
+    assert forward_lengths(model, lambda: learned(model, blocked)) == []
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs(cache, monkeypatch):
@@ -111,19 +135,17 @@ def test_what_does_not_fit_is_refused_before_anything_runs(cache, monkeypatch):
     assert progress.graph_bytes(model, 5, False) == 4 * 5 * (each + VOCAB)
     glass = PruneConfig.build("glass", calibration={"sequences": 4, "length": 16})
     monkeypatch.setattr(progress, "available", lambda: 30_000)
-    refused = (
-        r"^learning takes 0\.\d MB of memory in addition to this model and 0\.0 MB is free: .*q8_0"
-    )
-    for learn in (
+    refused = r"^learning takes 0\.\d MB of memory in addition to this model and 0\.0 MB is free: .*q8"
+    for call in (
         lambda: prune(model, CONFIG).attach(),
         lambda: calibrate(model, None, glass, None, None, print),
     ):
         with pytest.raises(ConfigError, match=refused):
-            learn()
+            call()
     assert files(cache) == []
     monkeypatch.setattr(progress, "available", lambda: 1 << 40)
     monkeypatch.setattr(progress, "LARGE", 0)
-    learnt(model, cache, news=(news := []))
+    learned(model, cache, news=(news := []))
     assert re.match(r"learning .*, once per model, 0\.\d MB of memory; griffin", news[0])
 
 
@@ -159,7 +181,8 @@ def test_one_text_serves_all_configurations(cache):
     assert lengths(model, budget="depth") == [24, 24]
     assert lengths(model, compensation_rank=4) == [24, 24]
     config = CONFIG.replace({"budget": "depth"})
-    assert equal(tensors(learnt(model, cache, config)), tensors(learnt(alone, cache / "b", config)))
+    again = learned(alone, cache / "b", config)
+    assert equal(tensors(learned(model, cache, config)), tensors(again))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +200,7 @@ def test_damaged_files_are_learned_anew(cache, damage):
 
 def test_statistics_of_two_texts_are_never_mixed(cache):
     """Machines that round otherwise write another text: what is in it decides, not its settings."""
-    learnt(tiny(), cache)
+    learned(tiny(), cache)
     (text,) = [path for path in files(cache) if set(load(path.read_bytes())) == {"ids"}]
     ids = load(text.read_bytes())["ids"].flip(0).contiguous()
     text.unlink()
@@ -188,7 +211,7 @@ def test_statistics_of_two_texts_are_never_mixed(cache):
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_modes_of_the_caller(cache, mode):
-    wanted = tensors(learnt(tiny(), cache / "other"))
+    wanted = tensors(learned(tiny(), cache / "other"))
     for _ in range(2):  # learnt, then found on disk
         model = tiny()
         with mode(), prune(model, CONFIG) as run:
@@ -219,25 +242,15 @@ def test_the_model_is_left_as_it_was(name):
 def test_an_interrupted_lesson_leaves_its_text_alone(monkeypatch, cache):
     model = tiny("gpt2").train()
 
+    interrupt = Mock(side_effect=KeyboardInterrupt)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "dart_llm.calibration.collect.run_forward", Mock(side_effect=KeyboardInterrupt)
-        )
+        patch.setattr("dart_llm.calibration.collect.run_forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prune(model, CONFIG).attach()
     assert all(module.training for module in model.modules())
     assert len(files(cache)) == 1, "the text is written, and is not written again"
     with Same(model.eval()):
         assert lengths(model) == [24, 24]
-
-
-def _offloaded():
-    return cpu_offload(tiny(), execution_device=torch.device("cpu"))
-
-
-def _inference():
-    with torch.inference_mode():
-        return tiny()
 
 
 def _broken(where):
@@ -248,14 +261,15 @@ def _broken(where):
 
 
 BARE = PruneConfig(method="mine", sparsity=0.5, self_stats=SMALL)
+OFFLOADED = functools.partial(cpu_offload, execution_device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
     ("make", "config", "error", "message"),
     [
-        (lambda: _offloaded(), CONFIG, ConfigError, "layer 0 is offloaded"),
-        (lambda: _offloaded(), BARE, ConfigError, "an offloaded model cannot write"),
-        (_inference, CONFIG, ConfigError, "torch.inference_mode() lack"),
+        (lambda: OFFLOADED(tiny()), CONFIG, ConfigError, "layer 0 is offloaded"),
+        (lambda: OFFLOADED(tiny()), BARE, ConfigError, "an offloaded model cannot write"),
+        (torch.inference_mode()(tiny), CONFIG, ConfigError, "torch.inference_mode() lack"),
         (lambda: _broken("lm_head"), CONFIG, DartError, "not finite"),
         (lambda: _broken("model.layers.1.mlp.down_proj"), CONFIG, DartError, "not finite"),
     ],
@@ -319,9 +333,8 @@ def test_likeliest_keeps_what_a_whole_sort_keeps(sharpness):
     chances = (sharpness * torch.randn(4, 5000, generator=generator)).softmax(-1)
     ordered, tokens = chances.sort(descending=True)
     ordered[ordered.cumsum(-1) - ordered > 0.95] = 0
-    assert torch.equal(
-        likeliest(chances, 0.95), torch.zeros_like(chances).scatter(1, tokens, ordered)
-    )
+    wanted = torch.zeros_like(chances).scatter(1, tokens, ordered)
+    assert torch.equal(likeliest(chances, 0.95), wanted)
 
 
 def test_tokens_come_with_their_chances():

@@ -29,7 +29,7 @@ def depths(count):
 
 def views(scores, sensitivity=None):
     each = zip(depths(len(scores)), scores, sensitivity or [None] * len(scores), strict=True)
-    return [LayerView(len(score), depth, score.double(), own) for depth, score, own in each]
+    return [LayerView(len(score), depth, score.double(), change) for depth, score, change in each]
 
 
 def test_depth_by_hand():
@@ -140,6 +140,7 @@ def counts_of(budget):
     return selector(budget=budget).select(evidence()).counts
 
 
+@pytest.mark.contract("defects of the published scripts stay fixed")
 def test_blends_and_tables():
     """S = (1 - mean cosine) x mean change."""
     depth, energy, blended = map(counts_of, ("depth", "energy", "blend depth energy"))
@@ -148,6 +149,8 @@ def test_blends_and_tables():
     assert sum(blended) == 400 and blended == pytest.approx(mean, abs=1)
     table = {"name": "uniform", "table": "0:0.6,1:#7,3-7:auto"}
     assert counts_of(table) == (60, 7, 100, 50, 50, 50, 50, 50)
+    selection = selector(sparsity=None, budget={"table": "0,1,2:0.5"}).select(evidence())
+    assert selection.counts == (50, 50, 50, *[100] * 5)
     # the depth of a layer does not change when others are fixed
     counts = counts_of({"name": "depth", "table": "all:auto,0-1:1"})
     want = depth_sparsities(S[2:], depths(8)[2:], 0.5)

@@ -192,10 +192,7 @@ def test_table_files(tmp_path):
     assert parse_layer_spec(read_table(path)).resolve([9999] * 40) == kept
     path.write_text("# a comment\n\n0-1: #5   # ends of the model\n2:0.5,\n  3 : auto # later\n")
     assert parse_layer_spec(read_table(path)).resolve([10] * 4) == [5, 5, 5, AUTO]
-    for data, message in (
-        (b"\xff\xfe\x81", "cannot read"),
-        (b"# nothing\n", "use forms"),
-    ):
+    for data, message in ((b"\xff\xfe\x81", "cannot read"), (b"# nothing\n", "use forms")):
         path.write_bytes(data)
         with pytest.raises(ConfigError, match=message):
             read_table(path)

@@ -87,9 +87,8 @@ def test_the_counter_goes_up_and_down():
     reference = windows(at(0.1), at(-0.1), at(0.1), at(-0.1))
     detector = armed(Rule(2, lambda mu, sigma: mu - 0.5 * sigma - 0.05, 3), reference)
     low, high = at(1.0), at(0.0)
-    checks = detector.watch(
-        windows(high, low, low, high, low, high, high, high, low, low, low), None
-    )
+    series = windows(high, low, low, high, low, high, high, high, low, low, low)
+    checks = detector.watch(series, None)
     counters = [0, 1, 2, 1, 2, 1, 0, 0, 1, 2, 3]
     assert [(c.window, c.counter) for c in checks] == [*enumerate(counters, 1)]
     assert [check.fired for check in checks] == [False] * 10 + [True]
@@ -97,11 +96,10 @@ def test_the_counter_goes_up_and_down():
 
 def test_too_few_windows_arm_on_the_first_four_of_pruned():
     """The scripts took one token: deviation NaN, threshold NaN, detector dead."""
+    dense = windows((-5.0, 1.0), (-5.0, 2.0), (-5.0, 0.0), (1.0, 0.0))
     for observed in (0, 1, 2, 6, 7):
         detector = Detector(PAIRS)
-        detector.observe(
-            windows((-5.0, 1.0), (-5.0, 2.0), (-5.0, 0.0), (1.0, 0.0))[:, :observed], None
-        )
+        detector.observe(dense[:, :observed], None)
         detector.start()
         assert not detector.armed
         checks = detector.watch(windows(*REFERENCE, (2.0, 2.0), at(2.0), at(2.0)), None)
@@ -185,9 +183,8 @@ def triggers(detector, seed, horizon, shift=0.0):
     drawn = CENTRE + SPREAD * (noise(horizon, seed=seed) - 1 + shift)
     for similarity in drawn.clamp(-1, 1).tolist():
         # along an axis that no window of the reference uses
-        (check,) = detector.watch(
-            window_of(similarity, MAX_WINDOWS + 1, detector.rule.window), None
-        )
+        window = window_of(similarity, MAX_WINDOWS + 1, detector.rule.window)
+        (check,) = detector.watch(window, None)
         if check.fired:
             detector.counter, count = 0, count + 1
     return count

@@ -6,15 +6,6 @@ import torch
 
 from dart_llm.pruning import compensation as module
 from dart_llm.pruning.accounting import Costs, tracing_flops
-from dart_llm.pruning.compensation import (
-    FLOOR,
-    RIDGE,
-    CompensationInputs,
-    compensation,
-    find_basis,
-    inverses,
-    low_rank,
-)
 from prior_cases import CONFIG, seen
 from steps import pruned, shared_model
 from tiny import HIDDEN, LAYERS, WIDTH, tokens
@@ -28,7 +19,7 @@ DOWN, MIX = noise(D, I, seed=8), noise(D, I, seed=4)
 
 
 def one_map(down, evidence, basis, removed):
-    (result,) = low_rank([CompensationInputs(down, evidence, basis, removed)])
+    (result,) = module.low_rank([module.CompensationInputs(down, evidence, basis, removed)])
     return result
 
 
@@ -47,7 +38,7 @@ def principal(h):
 @pytest.mark.parametrize("rank", [1, 5, 12, 40])
 def test_the_basis_spans_the_principal_directions(rank):
     h = inputs()
-    basis = find_basis(h, rank)
+    basis = module.find_basis(h, rank)
     rank = min(rank, D)
     assert basis.shape == (rank, D) and basis.dtype == torch.float32
     values, vectors = principal(h)
@@ -55,7 +46,7 @@ def test_the_basis_spans_the_principal_directions(rank):
     np.testing.assert_allclose(unit.T @ unit, vectors[:rank].T @ vectors[:rank], atol=2e-4)
     # each scaled to variance 1, but for the share of the mean variance that is added
     variance = (h @ basis.T).var(0, correction=0).flip(0)
-    floor = FLOOR * values.sum() / D
+    floor = module.FLOOR * values.sum() / D
     np.testing.assert_allclose(variance, values[:rank] / (values[:rank] + floor), rtol=1e-3)
 
 
@@ -69,8 +60,8 @@ def least_squares(u, f, ridge):
 
 
 def slopes(evidence):
-    one = CompensationInputs(DOWN, evidence, noise(R, D), torch.arange(I))
-    (inverse,) = inverses([one], evidence.sums["features"].mean[None])
+    one = module.CompensationInputs(DOWN, evidence, noise(R, D), torch.arange(I))
+    (inverse,) = module.inverses([one], evidence.sums["features"].mean[None])
     return one.covariances()[:, :-1] @ inverse
 
 
@@ -79,17 +70,18 @@ def test_slopes_are_ridge_regression(cuts):
     """Also where few tokens were observed: one has no variance at all, and every slope is 0."""
     h = inputs()
     u = (h @ MIX).relu() + noise(T, I, seed=5)
-    basis = find_basis(h, R)
+    basis = module.find_basis(h, R)
     result = slopes(seen(u, h, basis, cuts=cuts))
     assert result.shape == (I, R) and result.dtype == torch.float32
-    np.testing.assert_allclose(result, least_squares(u, h @ basis.T, RIDGE), rtol=1e-3, atol=2e-3)
+    wanted = least_squares(u, h @ basis.T, module.RIDGE)
+    np.testing.assert_allclose(result, wanted, rtol=1e-3, atol=2e-3)
     assert float(slopes(seen(u[:1], h[:1], basis)).abs().max()) < 1e-3
     assert bool(slopes(seen(u[:2], h[:2], basis)).isfinite().all())
 
 
 def test_what_is_linear_in_the_input_is_reproduced(monkeypatch):
     h, new, shift = inputs(), inputs(seed=9), noise(I, seed=7)
-    u, removed, basis = h @ MIX + shift, torch.tensor([1, 2, 5, 11, 19]), find_basis(h, D)
+    u, removed, basis = h @ MIX + shift, torch.tensor([1, 2, 5, 11, 19]), module.find_basis(h, D)
     wanted = (new @ MIX + shift)[:, removed] @ DOWN[:, removed].T
 
     def missing():
@@ -107,9 +99,9 @@ def test_at_the_mean_input_only_the_mean_is_added():
     """Whatever the slopes: bias + map at the mean of h is mean compensation, which is rank 0."""
     h = inputs()
     u, removed = (h @ MIX).relu(), torch.arange(4, 12)
-    wanted = compensation(DOWN, u.mean(0), removed)
+    wanted = module.compensation(DOWN, u.mean(0), removed)
     for rank in (0, R):
-        basis = find_basis(h, rank)
+        basis = module.find_basis(h, rank)
         bias, linear = one_map(DOWN, seen(u, h, basis), basis, removed)
         assert linear.out.shape == (D, rank) and linear.nbytes == 4 * D * rank
         torch.testing.assert_close(bias + linear(h.mean(0)), wanted, rtol=1e-3, atol=1e-3)
@@ -121,15 +113,15 @@ def test_at_the_mean_input_only_the_mean_is_added():
 def test_layers_at_once_are_each_layer_alone():
     h, layers = inputs(), []
     for number, rank in enumerate((R, 3, R, R)):
-        basis, removed = find_basis(h, rank), torch.arange(number, I, 3)
+        basis, removed = module.find_basis(h, rank), torch.arange(number, I, 3)
         known = seen((h @ noise(D, I, seed=4 + number)).relu(), h, basis)
-        layers.append(CompensationInputs(noise(D, I, seed=number), known, basis, removed))
-    for one, (bias, linear) in zip(layers, low_rank(layers), strict=True):
-        ((alone_bias, alone),) = low_rank([one])
+        layers.append(module.CompensationInputs(noise(D, I, seed=number), known, basis, removed))
+    for one, (bias, linear) in zip(layers, module.low_rank(layers), strict=True):
+        ((alone_bias, alone),) = module.low_rank([one])
         torch.testing.assert_close(bias, alone_bias)
         torch.testing.assert_close(linear.out, alone.out)
         assert linear.basis is one.basis
-    assert low_rank([]) == []
+    assert module.low_rank([]) == []
 
 
 PROMPT, STEPS = 30, 6

@@ -160,13 +160,10 @@ def test_the_kept_neurons_are_the_best_ones(values, data):
     assert top_ids(score, keep).tolist() == top(score, keep)
 
 
-def test_auto_keeps_what_reaches_the_mean_and_at_least_a_tenth():
+def test_masks_and_auto_counts_by_hand():
     values = ([1, 2, 3, 4], [1, 1, 1, 1], [0, 0, 0, 12], [0] * 39 + [40], [0] * 34 + [35], [5])
     result = [auto_count(torch.tensor(one, dtype=torch.float64)) for one in values]
     assert result == [2, 4, 1, 4, 4, 1]
-
-
-def test_masks_by_hand():
     nan, inf = torch.nan, torch.inf
     for values, count, places in (  # what is no number counts as infinite
         ([1.0, nan, 3.0, 2.0], 2, [1, 2]),

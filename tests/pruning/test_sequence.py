@@ -1,7 +1,4 @@
-"""One sequence: when masks are made, from what, how long they hold, what is counted.
-
-Batches, pieces of prompts and given masks are in tests/contracts, on models.
-"""
+"""One sequence: when masks are made, from what, how long they stay, what is counted."""
 
 import pytest
 import torch
@@ -202,9 +199,8 @@ def test_decayed_evidence():
         third = 0.3 * second + energy_of(stream, layer, range(seen + 10, seen + 12))
         for plan, energy in ((4, first), (7, second), (13, third)):
             assert ids_of(run.plans[plan])[layer] == top(energy, KEEP)
-    same = sum(
-        len({*a} & {*b}) for a, b in zip(ids_of(run.plans[4]), ids_of(run.plans[7]), strict=True)
-    )
+    pairs = zip(ids_of(run.plans[4]), ids_of(run.plans[7]), strict=True)
+    same = sum(len({*a} & {*b}) for a, b in pairs)
     assert run.announced[1].overlap == pytest.approx(same / (KEEP * LAYERS))
     two = seen * factor + 2
     evidence = [remask.evidence_tokens for remask in run.announced]
@@ -253,29 +249,26 @@ def test_a_second_prompt():
     assert ids_of(run.plans[-1]) == best(run.stream, range(10, 17), KEEP)
 
 
-def one_of(*values):
-    return st.sampled_from(values)
-
-
-def all_of(**fields):
-    return st.fixed_dictionaries({key: st.sampled_from(some) for key, some in fields.items()})
-
-
+one_of = st.sampled_from
 methods = st.builds(
     config,
-    score=one_of("normalized", "random", {"name": "contribution", "ema_decay": 0.7}),
-    budget=one_of("uniform", "energy", "depth", "ranked"),
-    drift=all_of(
-        rule=["never", "interval 1", "interval 7", "paper", "published"],
-        min_distance=[0, 12],
-        max_dense_share=[None, 0.2],
+    score=one_of(["normalized", "random", {"name": "contribution", "ema_decay": 0.7}]),
+    budget=one_of(["uniform", "energy", "depth", "ranked"]),
+    drift=st.fixed_dictionaries(
+        {
+            "rule": one_of(["never", "interval 1", "interval 7", "paper", "published"]),
+            "min_distance": one_of([0, 12]),
+            "max_dense_share": one_of([None, 0.2]),
+        }
     ),
-    remask=all_of(evidence=["fresh", "decay"], observe_tokens=[None, 1, 17, 45]),
-    masking_step=one_of(0, 1, 6),
-    release_step=one_of(None, 7, 50),
-    min_evidence=one_of(0, 30),
+    remask=st.fixed_dictionaries(
+        {"evidence": one_of(["fresh", "decay"]), "observe_tokens": one_of([None, 1, 17, 45])}
+    ),
+    masking_step=one_of([0, 1, 6]),
+    release_step=one_of([None, 7, 50]),
+    min_evidence=one_of([0, 30]),
     compensation=st.booleans(),
-    batch=one_of("shared", "per_row"),
+    batch=one_of(["shared", "per_row"]),
 )
 
 
@@ -289,10 +282,7 @@ methods = st.builds(
     st.integers(1, 100),
 )
 def test_chunks_up_to_the_next_change_equal_single_tokens(method, text, limit, rows, death):
-    """``tokens_until_change`` is safe: the same masks on the same tokens, the same records.
-
-    The first row of a batch is padded on the left, the last one ends after ``death`` tokens.
-    """
+    """The first row of a batch is padded, the last one ends after ``death`` tokens."""
     (prompt, seed), layers = text, make_layers()
     stream = Stream(layers, rows, seed=seed)
     single, chunked = (Driver(method, rows, layers, stream) for _ in range(2))

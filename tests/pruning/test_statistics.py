@@ -42,12 +42,12 @@ WORTH = torch.tensor([1.0, 1.0, 5.0])
 def summed(cuts=(3,), weights=None, dtype=torch.float32, needs=ALL, keep=0, ema_decay=None):
     """The sums over the three tokens, in pieces of ``cuts``."""
     evidence = LayerStatistics()
-    statistics = Statistics(squared if needs is ALL else None, needs, ema_decay=ema_decay)
+    rule = Statistics(squared if needs is ALL else None, needs, ema_decay=ema_decay)
     for part in torch.arange(3).split(list(cuts)):
         u, z, x = (t[None, :, part].to(dtype) for t in (U, Z, X))
         w = None if weights is None else weights[:, part]
         chosen = TokenSelection(WORTH[None], (keep,))
-        statistics.add([evidence], LayerObservation(u, None, z, x), w, None, chosen)
+        rule.add([evidence], LayerObservation(u, None, z, x), w, None, chosen)
     return evidence
 
 
@@ -152,9 +152,7 @@ def test_decode_tokens_wait_and_layers_of_one_shape_are_added_together(monkeypat
 
 
 def sums(**known):
-    return LayerStatistics(
-        {name: Sum(torch.tensor(t), weight) for name, (t, weight) in known.items()}
-    )
+    return LayerStatistics({name: Sum(torch.tensor(t), n) for name, (t, n) in known.items()})
 
 
 def test_tensors_and_back():

@@ -87,9 +87,9 @@ def test_the_largest_inputs_stay_as_they_are(xs, data):
     for norm in (None, weights, torch.full_like(weights, 2.0)):
         result = at_largest(x, count, norm)
         strengths = x.abs() if norm is None else x.abs() * norm
-        for row, own, strong in zip(x, result, strengths, strict=True):
+        for row, largest, strong in zip(x, result, strengths, strict=True):
             kept = sorted(range(len(xs)), key=lambda place: (-strong[place], place))[:count]
-            assert own.tolist() == [v if i in kept else 0 for i, v in enumerate(row.tolist())]
+            assert largest.tolist() == [v if i in kept else 0 for i, v in enumerate(row.tolist())]
         assert torch.equal(at_largest(result, count, norm), result)
     assert torch.equal(at_largest(x, count, torch.full_like(weights, 2.0)), at_largest(x, count))
 
@@ -133,26 +133,53 @@ def report(method, dtype=torch.float32, model=None, **settings):
     return pruned(model, tokens(1, 17), 12, **settings)[0].report()
 
 
+FFN = LAYERS * 3 * HIDDEN * WIDTH * 2
+ATTENTION = LAYERS * 3 * HIDDEN * HIDDEN * 2
+"""q and o of H x H, k and v of half as many rows; at two bytes a weight."""
+CACHE = LAYERS * HIDDEN * 2
+"""Of one position: keys and values of H / 2 each."""
+CONTEXT = 12 + 3
+"""5 tokens after 12: they see 13 to 17."""
+
+
+def others(model):
+    """Head, norms and biases; the token embedding is looked up."""
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    small = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in weights)
+    return 2 * (small + VOCAB * HIDDEN)
+
+
+def share(ffn, attention=1.0):
+    rest = others(shared_model("llama-bias")) + CACHE * CONTEXT
+    return (ffn + attention * ATTENTION + rest) / (FFN + ATTENTION + rest)
+
+
 @pytest.mark.contract("accounting equals a count by hooks")
 @pytest.mark.parametrize(
-    ("method", "more"),
+    ("method", "more", "ffn", "attention"),
     [
-        ("teal", 0),
-        ("teal-attention", 0),
-        ("wina", 4 * (2 * D + I)),
-        ("cats", (I - K) * D * 4),
-        ("countdown", (I - K) * D * 4),
-        # half of 32 inputs at 4 bits and one scale a row, of gate and up; norm(w)
-        ("prox", I * (2 * (8 + 2) + 4)),
+        ("teal", 0, FFN / 4, 1),
+        ("teal-attention", 0, FFN / 4, 0.25),
+        ("wina", 4 * (2 * D + I), FFN / 4 + LAYERS * 4 * (2 * D + I), 1),
+        ("cats", (I - K) * D * 4, FFN / 3 + FFN * 2 / 3 / 4, 1),
+        ("countdown", (I - K) * D * 4, FFN / 3 + FFN * 2 / 3 / 4, 1),
+        # 16 of 32 inputs in half a byte and a scale of two, of gate and up; 4 for norm(w)
+        ("prox", I * (2 * (8 + 2) + 4), FFN / 4 + LAYERS * I * (2 * (8 + 2) + 4), 1),
+        ("random", None, FFN / 4 + LAYERS * 12 * 3 * D * 2 * 2 / 5, 1),  # copied once in 5 tokens
     ],
 )
-def test_bytes_by_hand(method, more):
-    """``more``: bytes of one layer beyond those of the winners' rows, in float32."""
-    result = report(method)
-    assert result.proxy_bytes_share == pytest.approx(more / (4 * WEIGHTS))
-    assert result.ffn_bytes_share_if_compact == pytest.approx(K / I + more / (4 * WEIGHTS))
-    read = 0 if method in ("cats", "countdown") else more  # which masked has computed anyway
-    assert result.ffn_bytes_share == pytest.approx(1 + read / (4 * WEIGHTS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_by_hand(method, more, ffn, attention, dtype):
+    """``more``: bytes of one layer beyond the rows of the winners, in float32."""
+    result = report(method, dtype)
+    assert result.mean_context == CONTEXT
+    assert result.token_bytes_share == pytest.approx(share(ffn, attention))
+    assert result.dense_token_bytes_share == 1
+    if dtype == torch.float32 and more is not None:
+        assert result.proxy_bytes_share == pytest.approx(more / (4 * WEIGHTS))
+        assert result.ffn_bytes_share_if_compact == pytest.approx(K / I + more / (4 * WEIGHTS))
+        read = 0 if method in ("cats", "countdown") else more  # which masked has computed anyway
+        assert result.ffn_bytes_share == pytest.approx(1 + read / (4 * WEIGHTS))
 
 
 @pytest.mark.usefixtures("native")
@@ -197,50 +224,6 @@ def test_a_new_rule_is_one_class():
         assert result.proxy_bytes_share == pytest.approx(100 / (4 * WEIGHTS))
     finally:
         TOKEN_RULES.unregister("last")
-
-
-FFN = LAYERS * 3 * HIDDEN * WIDTH * 2
-ATTENTION = LAYERS * 3 * HIDDEN * HIDDEN * 2
-"""q and o of H x H, k and v of half as many rows; at two bytes a weight."""
-CACHE = LAYERS * HIDDEN * 2
-"""Of one position: keys and values of H / 2 each."""
-CONTEXT = 12 + 3
-"""5 tokens after 12: they see 13 to 17."""
-
-
-def others(model):
-    """Head, norms and biases; the token embedding is looked up."""
-    weights = [p for p in model.parameters() if p.dim() == 2]
-    small = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in weights)
-    return 2 * (small + VOCAB * HIDDEN)
-
-
-def share(ffn, attention=1.0):
-    rest = others(shared_model("llama-bias")) + CACHE * CONTEXT
-    return (ffn + attention * ATTENTION + rest) / (FFN + ATTENTION + rest)
-
-
-@pytest.mark.contract("accounting equals a count by hooks")
-@pytest.mark.parametrize(
-    ("method", "ffn", "attention"),
-    [
-        ("teal", FFN / 4, 1),
-        ("teal-attention", FFN / 4, 0.25),
-        ("wina", FFN / 4 + LAYERS * 4 * (2 * HIDDEN + WIDTH), 1),
-        ("cats", FFN / 3 + FFN * 2 / 3 / 4, 1),
-        ("countdown", FFN / 3 + FFN * 2 / 3 / 4, 1),
-        # 16 of 32 inputs in half a byte and a scale of two, of gate and up; 4 for norm(w)
-        ("prox", FFN / 4 + LAYERS * WIDTH * (2 * (8 + 2) + 4), 1),
-        ("random", FFN / 4 + LAYERS * 12 * 3 * HIDDEN * 2 * 2 / 5, 1),  # copied once in 5 tokens
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bytes_of_a_token_by_hand(method, ffn, attention, dtype):
-    """In whatever dtype the run is: two bytes a weight, copies and norms as they are."""
-    result = report(method, dtype)
-    assert result.mean_context == CONTEXT
-    assert result.token_bytes_share == pytest.approx(share(ffn, attention))
-    assert result.dense_token_bytes_share == 1
 
 
 def test_merged_reports_weigh_tokens():
