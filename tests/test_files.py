@@ -20,14 +20,7 @@ from dart_llm.evaluation import perplexity
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.evaluation.windows import Window
 from dart_llm.experiments.cell import Cell
-from dart_llm.files import (
-    append_row,
-    read_rows,
-    whole_rows,
-    write_bytes,
-    write_tensors,
-    write_text,
-)
+from dart_llm.files import append_row, read_rows, whole_rows, write_bytes, write_tensors, write_text
 from dart_llm.models.describe import describe
 from dart_llm.models.gguf_file import read_gguf
 from dart_llm.models.gguf_write import NarrowLayer, write_narrow
@@ -85,12 +78,12 @@ def test_what_is_not_a_file_is_written_to(tmp_path):
     """A pipe that another program reads: nothing takes its place."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    found = []
-    reader = threading.Thread(target=lambda: found.append(pipe.read_text()))
+    texts = []
+    reader = threading.Thread(target=lambda: texts.append(pipe.read_text()))
     reader.start()
     write_text(pipe, "said")
     reader.join()
-    assert found == ["said"] and pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+    assert texts == ["said"] and pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
     with pytest.raises(ResultsError, match="Is a directory"):
         write_text(tmp_path, "x")
 
@@ -204,7 +197,7 @@ def test_rows_that_are_not_objects_are_named(line, problem, tmp_path):
 DATA = bytes(range(256)) * 64
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_what_is_written_is_read_by_its_key(tmp_path):
     key = kept.key_of("a", 1, [2.5, None])
     assert kept.read(tmp_path / "new", key, ".bin") is None
     path = kept.write(tmp_path / "new", key, ".bin", DATA)
@@ -213,9 +206,6 @@ def test_what_is_written_is_read(tmp_path):
     assert kept.find(tmp_path / "new", key, ".bin") == path
     assert kept.read(tmp_path / "new", key, ".other") is None
     assert [one.name for one in path.parent.iterdir()] == [path.name]
-
-
-def test_keys_tell_their_parts_apart():
     parts = [("a",), ("a", 1), ("a", "1"), ("a", 1.0), (("a", 1),), ("a", None), ()]
     assert len({kept.key_of(*one) for one in parts}) == len(parts)
     assert kept.key_of("a", 1) == kept.key_of("a", 1)

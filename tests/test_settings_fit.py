@@ -25,23 +25,23 @@ PER_TOKEN = "with method dart-token every token selects its own neurons"
 MASKS = f"--{{}}: method dart is used instead of dart-token, because {PER_TOKEN}"
 
 
-def told(**flags):
-    found = collect(flags, environment={})
-    return found, list(found.notes)
+def collected(**flags):
+    result = collect(flags, environment={})
+    return result, list(result.notes)
 
 
 def test_a_decay_takes_a_method_that_averages_where_none_was_named():
-    result, notes = told(ema_decay=0.9, sparsity=0.5)
+    result, notes = collected(ema_decay=0.9, sparsity=0.5)
     mean = 'score "fisher" is a mean over all tokens alike'
     assert notes == [
         f"--ema-decay: method dart-prompt is used instead of dart-token, because {mean}"
     ]
     score = result.prune_config().score
     assert (result.method, score.name, score.ema_decay) == ("dart-prompt", "normalized", 0.9)
-    assert told(ema_decay=0.9, ranking_method="max")[1] == [MASKS.format("ranking-method")]
+    assert collected(ema_decay=0.9, ranking_method="max")[1] == [MASKS.format("ranking-method")]
     for method, why in (("dart", mean), ("static", 'score "weight" reads no activations')):
         with pytest.raises(ConfigError, match=f"{why}: drop --ema-decay, or .* dart-prompt can"):
-            told(ema_decay=0.9, method=method)
+            collected(ema_decay=0.9, method=method)
 
 
 def test_settings_of_masks_take_a_method_with_masks_where_none_was_named():
@@ -49,28 +49,28 @@ def test_settings_of_masks_take_a_method_with_masks_where_none_was_named():
         *(("drift", "paper"), ("drift", "interval 64"), ("knowledge_drift", True)),
         *(("ranking_method", "magnitude"), ("masks", "masks.safetensors")),
     ):
-        found, notes = told(**{name: value})
+        result, notes = collected(**{name: value})
         flag = name.replace("_", "-")
-        assert (found.method, notes) == ("dart", [MASKS.format(flag)]), name
+        assert (result.method, notes) == ("dart", [MASKS.format(flag)]), name
         with pytest.raises(ConfigError) as caught:
-            told(method="dart-token", **{name: value})
+            collected(method="dart-token", **{name: value})
         can = f"drop --{flag}, or leave the method out: dart can"
         assert str(caught.value) == f"{PER_TOKEN}: {can}"
-    assert told(drift="paper")[0].prune_config().drift.rule == "paper"
+    assert collected(drift="paper")[0].prune_config().drift.rule == "paper"
     with pytest.raises(ConfigError, match="with method teal every token"):
-        told(method="teal", drift="paper")
+        collected(method="teal", drift="paper")
     for honoured in (
         *({"drift": "never"}, {"knowledge_drift": False}, {"ranking_method": "fisher"}),
         *({"masking_step": 3}, {"release_step": 9}, {"min_evidence": 8}, {"budget": "depth"}),
         *({"layer_topk": "0:0.5"}, {"prune_strategy": "auto"}, {"compensation": False}),
         {"head": "screened"},
     ):
-        found, notes = told(**honoured)
-        assert (found.method, notes) == ("dart-token", []), honoured
+        result, notes = collected(**honoured)
+        assert (result.method, notes) == ("dart-token", []), honoured
     chat = merge(ChatSettings, {"drift": "paper"}, None, {})
     assert (chat.method, chat.notes) == ("dart", (MASKS.format("drift"),))
     with pytest.raises(ConfigError):  # no method takes two amounts
-        told(drift="paper", sparsity=0.5, layer_topk="0:0.5")
+        collected(drift="paper", sparsity=0.5, layer_topk="0:0.5")
 
 
 def test_one_method_and_one_sparsity_are_the_default_of_every_command():
@@ -94,8 +94,7 @@ def test_one_method_and_one_sparsity_are_the_default_of_every_command():
     assert compared.sparsities == (0.3,)
     assert merge(SweepSettings, {"tasks": "a"}, None, {}).methods == ("dense", DEFAULT_METHOD)
     assert "dense, griffin and dart-token at sparsity 0.3" in HELP["compare"]["help"]
-    (told,) = [name for name, text in summaries().items() if "default" in text]
-    assert told == DEFAULT_METHOD
+    assert [name for name, text in summaries().items() if "default" in text] == [DEFAULT_METHOD]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +109,7 @@ def test_one_method_and_one_sparsity_are_the_default_of_every_command():
 )
 def test_values_that_cannot_be(flags, words):
     with pytest.raises(ConfigError, match=words):
-        told(**flags)
+        collected(**flags)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +121,7 @@ def test_values_that_cannot_be(flags, words):
     ],
 )
 def test_a_subject_without_a_prompt_is_a_mmlu_prompt(flags, subjects):
-    assert told(**flags)[0].mmlu_subjects == subjects
+    assert collected(**flags)[0].mmlu_subjects == subjects
 
 
 def test_what_beats_what_and_what_is_not_given_twice(tmp_path):
@@ -138,7 +137,7 @@ def test_what_beats_what_and_what_is_not_given_twice(tmp_path):
         {"prompt": "a", "prompt_file": "b"},
     ):
         with pytest.raises(ConfigError, match="not both"):
-            told(**flags)
+            collected(**flags)
     for name in ("../x", "/tmp/x", "."):
         with pytest.raises(ConfigError, match="leaves the results folder"):
-            told(experiment_name=name)
+            collected(experiment_name=name)

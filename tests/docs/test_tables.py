@@ -30,11 +30,8 @@ def test_every_kept_table_names_its_commands_files_and_commit():
         assert len(widths) <= 12 and "None" not in body and "{" not in body, name
 
 
-def test_no_table_or_list_is_stale(capsys):
+def test_stale_pages_are_named_and_written_again(capsys, tmp_path, monkeypatch):
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
-
-
-def test_a_stale_page_is_named_and_written_again(tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
     page.write_text("Before.\n\n<!-- table: kills -->\nold\n<!-- end of table -->\n\nAfter.\n")
     monkeypatch.setattr(tables, "ROOT", tmp_path)

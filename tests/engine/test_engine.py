@@ -147,9 +147,9 @@ def test_several_choices(engine, config):
     assert answer.tokens != ask(engine, config, seed=12, **settings)[0].tokens
     assert len(set(answer.tokens)) == 3
     for choice in range(3):
-        own = [one for one in made_of(records) if one.choice == choice]
-        assert tuple(one.id for one in own) == answer.tokens[choice]
-        assert "".join(one.text for one in own) == answer.texts[choice]
+        mine = [one for one in made_of(records) if one.choice == choice]
+        assert tuple(one.id for one in mine) == answer.tokens[choice]
+        assert "".join(one.text for one in mine) == answer.texts[choice]
     count = sum(map(len, answer.tokens))
     assert answer.usage.completion_tokens == count
     assert answer.report.decoded_tokens == answer.timings.predicted_n == count - 3
@@ -304,6 +304,6 @@ def test_no_tensor_stays(config):
         before = _tensors()
         for calls in ([False] * 4 + [True], [True], [False] * 2, [False] * 99):
             request(iter(calls).__next__)
-        found = _tensors()
+        after = _tensors()
         gc.enable()
-    assert found <= before
+    assert after <= before

@@ -108,7 +108,7 @@ def test_each_request_has_the_head_that_it_names(executor, request):
 
 
 TEXT = "Explain in three sentences why the sky is blue during the day and red in the evening."
-NEW = 24
+NEW = 12
 CONFIGS = {"griffin": half(), "dart": PruneConfig.build("dart", sparsity=0.3)}
 
 
@@ -154,7 +154,7 @@ def turn(engine, config, ids, name="a"):
 @torch.no_grad()
 def by_hand(config, ids, turns, new=10):
     """The same turns by bare forwards in one block, each prompt part as one prefill."""
-    model, found, cache, fed = tiny(), [], {}, 0
+    model, answers, cache, fed = tiny(), [], {}, 0
     with prune(model, config) as run:
         for _ in range(turns):
             made, feed = [], ids[fed:]
@@ -163,8 +163,8 @@ def by_hand(config, ids, turns, new=10):
                 cache, feed = {CACHE: output.cache}, [int(output.logits[0, -1].argmax())]
                 made += feed
             fed, ids = len(ids) + new - 1, (*ids, *made, *NEXT)
-            found.append((tuple(made), run.report()))
-    return found
+            answers.append((tuple(made), run.report()))
+    return answers
 
 
 @pytest.mark.parametrize("config", [None, half(), DECAYED, half("dart-prompt")])
@@ -224,7 +224,7 @@ def test_names_are_apart_and_the_oldest_goes(engine):
         assert cached(none, "a") == 0 and len(none._conversations) == 0
 
 
-def test_the_end_of_an_answer_may_be_left_out(engine):
+def test_turns_after_a_stop_string_and_after_a_cancelled_turn(engine):
     """A stop string was decoded and is no part of what comes back."""
     config = half(masking_step=2)
     plain, _ = ask(engine, config, new=20)
@@ -234,9 +234,6 @@ def test_the_end_of_an_answer_may_be_left_out(engine):
     answer, _ = turn(engine, config, (*PROMPT, *kept, *NEXT))
     assert answer.usage.cached_tokens == len(PROMPT) + len(kept)
     assert (answer.report.prompt_tokens, answer.report.decoded_tokens) == (len(NEXT), 9)
-
-
-def test_a_cancelled_turn_goes_on(engine):
     records = []
     made = lambda: sum(r.kind == "token" for r in records) >= 6  # noqa: E731
     first = engine.run(Ask(PROMPT, Sampling(), half(), "a"), records.append, made)
@@ -268,8 +265,8 @@ def chances(seed, size=300):
 
 def drawn(logits, count, **settings):
     sampler = Sampler(Sampling(seed=1, **settings))
-    found = torch.tensor([sampler.choose(logits)[0] for _ in range(count)])
-    return torch.bincount(found, minlength=logits.shape[1]) / count
+    sampled = torch.tensor([sampler.choose(logits)[0] for _ in range(count)])
+    return torch.bincount(sampled, minlength=logits.shape[1]) / count
 
 
 def test_tokens_come_as_often_as_they_should():
@@ -284,11 +281,11 @@ def test_top_p_keeps_the_likeliest(top_p, seed):
     logits = chances(seed)
     order = torch.softmax(logits[0].double(), 0).sort(descending=True)
     inside = int((order.values.cumsum(0) < top_p).sum()) + 1
-    found = drawn(logits, 3000, temperature=1.0, top_p=top_p)
+    shares = drawn(logits, 3000, temperature=1.0, top_p=top_p)
     allowed = set(order.indices[:inside].tolist())
-    assert set(found.nonzero().flatten().tolist()) <= allowed
+    assert set(shares.nonzero().flatten().tolist()) <= allowed
     wanted = order.values[0] / order.values[:inside].sum()
-    assert float(found[order.indices[0]]) == pytest.approx(float(wanted), abs=0.04)
+    assert float(shares[order.indices[0]]) == pytest.approx(float(wanted), abs=0.04)
 
 
 def test_greedy_and_almost_greedy():
@@ -339,13 +336,13 @@ def test_values_out_of_range_are_named(given):
 
 def first_end(text, stops):
     """End and beginning of the stop string that is complete first, the longest of several."""
-    found = [
+    spans = [
         (end, end - len(stop))
         for end in range(len(text) + 1)
         for stop in stops
         if text[:end].endswith(stop)
     ]
-    return min(found, default=None)
+    return min(spans, default=None)
 
 
 @settings(deadline=None)
