@@ -288,7 +288,7 @@ def wrong_files(folder):
     """Files that are not read, whatever weights are asked for, and what is said of them."""
     gguf, target = folder / "tiny.gguf", "model.layers.1.mlp.up_proj.weight"
     shape = {UP: (FFN_WIDTH, 2 * WIDTH, Kind.Q4_1)}
-    yield write_gguf(gguf, architecture="olmo2"), "is of architecture olmo2, whose GGUF files"
+    yield write_gguf(gguf, architecture="olmo2"), "has architecture olmo2, whose GGUF files"
     missing = f"is missing 1 of the model's weights, such as {target}"
     yield write_gguf(gguf, change={UP: None}), missing
     yield write_gguf(gguf, change=shape), f"tensor {UP} is [96, 128], and the model's {target}"

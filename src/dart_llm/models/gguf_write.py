@@ -80,8 +80,8 @@ def layer_widths(file: GgufFile) -> list[int]:
     name = file.path.name
     if file.architecture not in ARCHITECTURES:
         raise ConfigError(
-            f"{name} is of architecture {file.architecture}, which is not exported; "
-            f"{', '.join(sorted(ARCHITECTURES))} are"
+            f"{name} has architecture {file.architecture}, which cannot be exported; "
+            f"{', '.join(sorted(ARCHITECTURES))} can"
         )
     for tensor in file.tensors:
         if (part := FFN.fullmatch(tensor)) and part[3] not in (".weight", ".bias"):
@@ -125,8 +125,8 @@ def written_architecture(file: GgufFile, layers: Sequence[NarrowLayer | None]) -
     biased = any(layer is not None and layer.bias is not None for layer in layers)
     if biased and architecture not in BIASED:
         raise ConfigError(
-            f"{name} is of architecture {architecture}, where llama.cpp reads no bias that could "
-            "carry the compensation; use compensation=False (--no-compensation) to export"
+            f"{name} has architecture {architecture}, for which llama.cpp reads no bias that could "
+            "store the compensation; use compensation=False (--no-compensation) to export"
         )
     widths = _widths(file, layers)
     if len(set(widths)) == 1:
