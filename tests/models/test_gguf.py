@@ -174,7 +174,7 @@ def test_when_auto_keeps_blocks(gguf, tmp_path, monkeypatch):
     again = kinds(load(gguf, weights="q4_0", **where)[0])  # dequantised, and rounded anew
     assert set(again.values()) == {"", "q4_0"} and not is_packed(folder)
     text = sentence(lambda: load(other, weights="file", **where), ConfigError)
-    assert "files of architecture starcoder2 are only read dense; give weights dense" in text
+    assert "files with architecture starcoder2 can only be read dense; give weights dense" in text
     text = sentence(lambda: load(other, **where))  # the file has Llama's tensors alone
     assert text.startswith("other is missing ") and "of the model's weights" in text
     with monkeypatch.context() as off:
@@ -279,8 +279,8 @@ def test_files_that_are_cut_off_or_have_another_header(gguf, nothing_made):
     for data in files:
         gguf.write_bytes(data)
         text = sentence(lambda: read_gguf(gguf))
-        assert text.startswith("tiny.gguf is not a whole GGUF file (")
-        assert text.endswith("); fetch it again and compare its size")
+        assert text.startswith("tiny.gguf is not a complete GGUF file (")
+        assert text.endswith("); download it again and compare its size")
     assert sentence(lambda: load(gguf)) == text
 
 
@@ -291,11 +291,14 @@ def wrong_files(folder):
     yield write_gguf(gguf, architecture="olmo2"), "has architecture olmo2, whose GGUF files"
     missing = f"is missing 1 of the model's weights, such as {target}"
     yield write_gguf(gguf, change={UP: None}), missing
-    yield write_gguf(gguf, change=shape), f"tensor {UP} is [96, 128], and the model's {target}"
+    yield (
+        write_gguf(gguf, change=shape),
+        f"tensor {UP} has shape [96, 128], but the model's {target}",
+    )
     data = bytearray(write_gguf(gguf).read_bytes())
     struct.pack_into("<I", data, _entry(data, NORM) + 12, Kind.I32)
     gguf.write_bytes(data)
-    yield gguf, f"tensor {NORM} is of type I32, which cannot be read"
+    yield gguf, f"tensor {NORM} has type I32, which cannot be read"
 
 
 def test_files_that_are_not_read(tmp_path, nothing_made):
@@ -400,4 +403,4 @@ def test_norms_that_are_no_numbers(value, gguf, tmp_path):
     gguf.write_bytes(whole)
     for weights in ("file", "dense"):
         text = sentence(lambda w=weights: load(gguf, cache_dir=tmp_path, weights=w))
-        assert "weights of output_norm.weight are not finite; fetch it again" in text
+        assert "weights of output_norm.weight are not finite; download it again" in text
