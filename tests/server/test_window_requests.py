@@ -133,7 +133,7 @@ def test_faults_refusals_and_edits(start):
     send(window, "two", 2)
     edit = "document.querySelectorAll('.asked .edit')[0].click()"
     window.js(edit)
-    assert window.js(message) == "one" and "removes the later turns" in window.text("hint")
+    assert window.js(message) == "one" and "removes all later turns" in window.text("hint")
     window.keys(Keys.ESCAPE)  # left alone
     assert window.js(message) == "" and window.js(TEXTS) == ["w0 w1 "] * 2
     window.js(edit)
@@ -188,7 +188,7 @@ def test_a_key_is_asked_for_and_past_runs_have_addresses(start, tmp_path, monkey
     key = window.driver.find_element("id", "key")
     key.send_keys(KEYS[1], Keys.ENTER)
     window.wait("document.getElementById('key-said').textContent")
-    assert window.text("key-said") == "That key is not accepted."
+    assert window.text("key-said") == "The server does not accept this key."
     key.send_keys(Keys.CONTROL, "a")
     key.send_keys(KEYS[0], Keys.ENTER)
     window.wait(READY_PAGE)
