@@ -107,8 +107,8 @@ def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     for name, neutral in _SECOND_TEXT.items():
         if setting(name, neutral) != neutral:
             raise ConfigError(
-                f"generate with {name} also runs a second sequence through the model, and the two "
-                f"cannot be told apart; leave out {name}"
+                f"generate with {name} also runs a second sequence through the model, and their "
+                f"forwards cannot be distinguished; leave out {name}"
             )
     prompt = 1 if inputs is None else int(inputs.shape[1])
     loop = Loop(prompt, int(setting("num_beams", 1)))

@@ -340,8 +340,8 @@ def _settings(model: nn.Module) -> str:
     if not hasattr(config, "get_text_config"):
         return ""
     values = config.get_text_config().to_dict()
-    kept = {name: value for name, value in values.items() if name not in ASIDE and name[0] != "_"}
-    return json.dumps(kept, sort_keys=True, default=str)
+    relevant = {key: value for key, value in values.items() if key not in ASIDE and key[0] != "_"}
+    return json.dumps(relevant, sort_keys=True, default=str)
 
 
 def digest_of(tensor: Tensor) -> str:

@@ -164,8 +164,8 @@ def _x_from(layer: nn.Module, names: LayerNames) -> nn.Module | None:
 
 def _attention(layer: nn.Module, names: LayerNames) -> tuple[nn.Module, ...]:
     out = layer.get_submodule(names.attention_out)
-    whole = layer.get_submodule(names.attention_out.rpartition(".")[0])
-    inputs = (module for module in whole.modules() if is_plain(module) and module is not out)
+    attention = layer.get_submodule(names.attention_out.rpartition(".")[0])
+    inputs = (module for module in attention.modules() if is_plain(module) and module is not out)
     return *inputs, out
 
 
@@ -180,7 +180,7 @@ def context_length(model: Any) -> int | None:
 
 
 def configured_context(config: Any) -> int | None:
-    """The same, from a model's configuration."""
+    """The context length in tokens that a configuration states, or None."""
     length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length
 

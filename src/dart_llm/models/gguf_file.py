@@ -370,8 +370,8 @@ def _factors(file: GgufFile) -> Settings:
         factor = max(factors)
         if factor == min(factors) == 1:
             return {}
-        wanted = _llama_3(len(factors), factor, float(file.number("rope.freq_base") or 10000.0))
-        if all(math.isclose(*pair, rel_tol=1e-3) for pair in zip(factors, wanted, strict=True)):
+        expected = _llama_3(len(factors), factor, float(file.number("rope.freq_base") or 10000.0))
+        if all(math.isclose(*pair, rel_tol=1e-3) for pair in zip(factors, expected, strict=True)):
             return {"rope_type": "llama3", "factor": factor, **LLAMA_3}
         return _longrope(factors, factors, file.number("context_length"), 1.0)
     if not (long and short):

@@ -42,7 +42,7 @@ LEVELS = {
 stored; if not, the middle level means 0."""
 
 WRITTEN = (*PLAIN, *LEVELS)
-"""Types that down projections keep; gguf cannot round to other types."""
+"""Types that a down projection keeps when it is written; gguf cannot round to other types."""
 
 FFN = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(.*)")
 """Names of FFN tensors: layer, projection, the rest of the name."""
@@ -255,21 +255,21 @@ def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
         blocks = torch.from_numpy(rounded).view(torch.uint8)
         if tensor.kind not in LEVELS:
             return blocks
-        wanted, again, blocks = (
+        exact, restored, blocks = (
             each.reshape(len(columns), len(stay), -1)
             for each in (columns, torch.from_numpy(dequantize(rounded, written)), blocks)
         )
         stored = tensor.bytes().reshape(len(columns), tensor.shape[1] // BLOCK, -1)[:, stay]
         there = (slots >= 0).reshape(-1, BLOCK)
-        same, values = _with_values(kind, stored, wanted)
-        lost = [((each - wanted) * there).square().sum(-1) for each in (values, again)]
-        return torch.where((lost[0] <= lost[1])[..., None], same, blocks).flatten(1)
+        same, values = _with_values(kind, stored, exact)
+        errors = [((each - exact) * there).square().sum(-1) for each in (values, restored)]
+        return torch.where((errors[0] <= errors[1])[..., None], same, blocks).flatten(1)
 
     return _Entry(tensor.name, kind, (tensor.shape[0], layer.width), make)
 
 
-def _with_values(kind: str, blocks: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """``blocks`` [..., bytes] with the levels nearest to ``wanted`` [..., 32], and their values.
+def _with_values(kind: str, blocks: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+    """``blocks`` [..., bytes] with the levels nearest to ``exact`` [..., 32], and their values.
 
     Scale and ``least`` stay, so that the block's original values remain exact.
     """
@@ -278,7 +278,7 @@ def _with_values(kind: str, blocks: Tensor, wanted: Tensor) -> tuple[Tensor, Ten
     ends = head.contiguous().view(torch.float16).float()
     scale = ends[..., :1]
     least = ends[..., 1:] if has_least else -scale * 2 ** (bits - 1)
-    levels = ((wanted - least) / torch.where(scale == 0, 1, scale)).round().clamp(0, 2**bits - 1)
+    levels = ((exact - least) / torch.where(scale == 0, 1, scale)).round().clamp(0, 2**bits - 1)
     whole = levels.to(torch.uint8)
     if bits == 8:  # signed
         return torch.cat([head, whole ^ 128], -1), scale * levels + least

@@ -80,8 +80,8 @@ def resolve(
     """
     cache, path = cache_folder(cache_dir), Path(model).expanduser()
     if revision and (is_default(model) or path.exists()):
-        what = f"{DEFAULT} is pinned" if is_default(model) else f"{model} is a path"
-        raise ConfigError(f"revision {revision!r} applies to hub models only; {what}")
+        reason = f"{DEFAULT} is pinned" if is_default(model) else f"{model} is a path"
+        raise ConfigError(f"revision {revision!r} applies to hub models only; {reason}")
     if is_default(model):
         folder = cached.default_folder(cache, progress=say)
         name, release = Path(cached.MEMBER).name, f"{cached.MODEL_PACKAGE} {cached.MODEL_VERSION}"

@@ -150,14 +150,14 @@ def round_weights(model: nn.Module, kind: str) -> list[str]:
     """
     blocks, order = _ffn_blocks(model), _orders(model)
     mixed = [m for block in blocks if _is_odd(*block.projections) for m in block.projections]
-    kept = []
+    unchanged = []
     for names, modules in _matrices(model):
         if _is_odd(*modules) or any(module in mixed for module in modules):
-            kept += names
+            unchanged += names
             continue
         _put(pack(matrix_of(modules[0]), kind, order(*modules)), modules)
     _refuse_saving(model)
-    return kept
+    return unchanged
 
 
 def _put(matrix: Tensor, modules: Sequence[Any]) -> None:

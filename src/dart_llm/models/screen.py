@@ -72,7 +72,7 @@ def directions_of(states: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Screen:
-    """Rough scores of V tokens: ``by[v] * sum over i of (level[v, i] - 7.5) * (basis h)[i]``.
+    """Rough scores of V tokens: ``by[v] * sum over i of (levels[v, i] - 7.5) * (basis h)[i]``.
 
     ``basis``: [D, D] float32, eigenvectors times the RMS of the rows along them.  ``levels``:
     [V / 4096, D, 2048] uint8, two per byte, see ``Directions`` in native/csrc/packed.h.  ``by``:

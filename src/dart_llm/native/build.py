@@ -65,7 +65,7 @@ def built_name() -> str:
 
 
 def _flags() -> tuple[str, ...]:
-    """The compiler's options, without the kernels that this CPU is known not to run."""
+    """The compiler's options; leaves out kernels that this CPU is known not to support."""
     lines = CPU.read_text("utf-8", "replace").splitlines() if CPU.is_file() else []
     has = next((line.split() for line in lines if line.startswith("flags")), list(WITHOUT))
     return (*FLAGS, *(flag for name, flag in WITHOUT.items() if name not in has))

@@ -104,7 +104,7 @@ def row_name(row: Row) -> str:
 
 
 def bytes_sentence(accounting: Row) -> str:
-    """The share of neurons removed, and what that saves of the bytes read per token."""
+    """A sentence with the share of neurons removed and the bytes per token that this saves."""
     requested, achieved = accounting["requested_sparsity"], accounting["achieved_sparsity"]
     removed = f"{percent(achieved)} of the FFN neurons removed"
     if requested is not None and abs(requested - achieved) >= 0.005:

@@ -124,7 +124,7 @@ class Guard:
         self._check_origin(path, headers, "".join(hosts).lower())
         key = self._check_key(path, headers.get("authorization", ""))
         content = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if method == "POST" and content != "application/json":  # forms send other types
+        if method == "POST" and content != "application/json":  # refuses HTML forms
             raise APIError(415, "send JSON, with Content-Type: application/json")
         length = headers.get("content-length", "0")
         self._check_size(int(length) if length.isdigit() else 0)
@@ -385,7 +385,7 @@ async def _on_invalid_body(request: Request, error: RequestValidationError) -> N
 
 
 def build(service: Service) -> FastAPI:
-    """The whole application."""
+    """The ASGI application with all routes."""
     app = FastAPI(
         title="dart-llm",
         version=__version__,

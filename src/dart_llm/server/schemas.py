@@ -323,7 +323,7 @@ class RequestReader:
             raise APIError(400, text, "dart.conversation")
         for ids in prompts:
             if not isinstance(ids, str) and any(not 0 <= id < self.vocabulary for id in ids):
-                raise APIError(400, f"token ids must lie in 0 to {self.vocabulary - 1}", "prompt")
+                raise APIError(400, f"token ids must be 0 to {self.vocabulary - 1}", "prompt")
         return [self._ids(ids) if isinstance(ids, str) else tuple(ids) for ids in prompts]
 
     def _ids(self, text: str, **options: Any) -> tuple[int, ...]:

@@ -321,7 +321,7 @@ class Service:
             tokenizer, settings, (facts.name, *facts.aliases), facts.context, facts.vocabulary
         )
         self.reading = asyncio.Lock()
-        """Held while prompts are tokenised, one request at a time, to limit memory."""
+        """Locked while a request's prompts are tokenised, to limit memory."""
         self.worker = Worker(
             engine,
             settings.max_waiting,

@@ -13,19 +13,19 @@ const BARS = 0.24; // share of the width for the bars
 
 /**
  * Draws the mask of a token on a canvas; arrow keys and the pointer select a cell, and a click or Enter
- * pins it.  `onHold` gets the pinned cell, `{layer, bin}`, or null.
+ * pins it.  `onPin` gets the pinned cell, `{layer, bin}`, or null.
  */
 export class NeuronView {
-  constructor(canvas, cell, onHold = () => {}) {
+  constructor(canvas, cell, onPin = () => {}) {
     this.canvas = canvas;
     this.cell = cell;
-    this.onHold = onHold;
-    this.at = this.held = this.mask = this.before = null;
+    this.onPin = onPin;
+    this.at = this.pinned = this.mask = this.before = null;
     this.layers = 0;
     canvas.addEventListener("pointermove", (event) => this.#read(this.#under(event)));
-    canvas.addEventListener("pointerleave", () => this.#read(this.held));
-    canvas.addEventListener("blur", () => this.#read(this.held));
-    canvas.addEventListener("click", (event) => this.#hold(this.#under(event)));
+    canvas.addEventListener("pointerleave", () => this.#read(this.pinned));
+    canvas.addEventListener("blur", () => this.#read(this.pinned));
+    canvas.addEventListener("click", (event) => this.#pin(this.#under(event)));
     canvas.addEventListener("keydown", (event) => this.#key(event));
   }
 
@@ -35,7 +35,7 @@ export class NeuronView {
    */
   show(answer, index = null, changes = false, anew = true) {
     const last = [this.answer, this.mask, this.before, this.layers, this.everyone];
-    if (answer !== this.answer) this.at = this.held = null;
+    if (answer !== this.answer) this.at = this.pinned = null;
     this.answer = answer;
     this.layers = answer.start?.layers ?? 0;
     this.neurons = answer.start?.neurons ?? [];
@@ -145,10 +145,10 @@ export class NeuronView {
   }
 
   #key(event) {
-    if (event.key === "Escape") return this.#hold(null);
+    if (event.key === "Escape") return this.#pin(null);
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
-      return this.#hold(this.at);
+      return this.#pin(this.at);
     }
     const move = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
     if (!move || !this.layers) return undefined;
@@ -159,11 +159,11 @@ export class NeuronView {
   }
 
   /** Pin this cell; unpin it if it is already pinned. */
-  #hold(at) {
-    const same = at && this.held && at.layer === this.held.layer && at.bin === this.held.bin;
-    this.held = same ? null : at;
-    this.onHold(this.held);
-    this.#read(this.held);
+  #pin(at) {
+    const same = at && this.pinned && at.layer === this.pinned.layer && at.bin === this.pinned.bin;
+    this.pinned = same ? null : at;
+    this.onPin(this.pinned);
+    this.#read(this.pinned);
   }
 
   #read(at) {

@@ -54,15 +54,15 @@ export class Player {
 
   /** Create a box for every answer; answers to the same question are side by side. */
   #lay() {
-    const asked = [];
+    const questions = [];
     for (const start of this.records.filter((record) => record.kind === "start")) {
       const text = start.prompt.map((token) => token.text).join("");
-      const last = asked.at(-1);
+      const last = questions.at(-1);
       if (last?.text === text && last.starts.length < 2) last.starts.push(start);
-      else asked.push({ text, starts: [start] });
+      else questions.push({ text, starts: [start] });
     }
     this.boxes = new Map();
-    this.turns = asked.map(({ text, starts }) => {
+    this.turns = questions.map(({ text, starts }) => {
       const turn = new Turn(question(starts[0].prompt), starts.map(nameOf), { token: (box, index) => this.view.read(box, index) });
       for (const [i, start] of starts.entries()) {
         this.boxes.set(start, turn.boxes[i]);

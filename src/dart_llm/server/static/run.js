@@ -54,7 +54,7 @@ function report(run) {
 
 function facts(run) {
   const report = pruned(run)?.accounting;
-  const known = {
+  const values = {
     "kind": run.kind, "status": run.status, "model": run.models.join(", "),
     "method": run.methods.join(", "),
     "sparsity requested": run.sparsities.map(exactly).join(", "),
@@ -64,7 +64,7 @@ function facts(run) {
     "took": run.seconds == null ? "" : `${plain(run.seconds, 1)} s`,
     "version": run.config?.versions?.["dart-llm"] ?? run.config?.versions?.dart_llm,
   };
-  const entries = Object.entries(known).filter(([, value]) => value);
+  const entries = Object.entries(values).filter(([, value]) => value);
   return el("dl", { className: "facts" }, ...entries.map(([name, value]) =>
     el("div", {}, el("dt", {}, name), el("dd", {}, value))));
 }
@@ -75,9 +75,9 @@ const pruned = (run) => rows(run).find((row) => row.variant !== "dense" && row.a
 function texts(run) {
   const shown = rows(run).slice(0, 4);
   if (!shown.length) return [];
-  const asked = shown[0].prompt && el("p", { className: "question", "data-who": "Prompt" }, shown[0].prompt);
+  const prompt = shown[0].prompt && el("p", { className: "question", "data-who": "Prompt" }, shown[0].prompt);
   const side = el("div", { className: shown.length > 1 ? "answers two" : "answers" }, ...shown.map(oneText));
-  return [asked, side];
+  return [prompt, side];
 }
 
 function oneText(row) {

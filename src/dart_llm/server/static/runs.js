@@ -34,10 +34,10 @@ export class Runs {
   }
 
   #fill() {
-    const wanted = byId("runs-filter").value.trim();
-    const matches = this.runs.filter((run) => JSON.stringify(Object.values(run)).toLowerCase().includes(wanted.toLowerCase()));
+    const query = byId("runs-filter").value.trim();
+    const matches = this.runs.filter((run) => JSON.stringify(Object.values(run)).toLowerCase().includes(query.toLowerCase()));
     byId("runs-list").replaceChildren(...matches.map((run) => this.#item(run)));
-    byId("runs-note").textContent = note(matches.length, this.runs.length, this.total, wanted);
+    byId("runs-note").textContent = note(matches.length, this.runs.length, this.total, query);
     this.#mark();
   }
 
@@ -74,9 +74,9 @@ export class Runs {
   }
 }
 
-function note(matching, listed, total, wanted) {
+function note(matching, listed, total, query) {
   if (!total) return "No results folders yet: commands such as dart-llm run, compare and drift write them.";
-  if (!matching) return `No results folder has \u201c${wanted}\u201d in its name, kind, method, model or task: clear the field to see all.`;
+  if (!matching) return `No results folder has \u201c${query}\u201d in its name, kind, method, model or task: clear the field to see all.`;
   const rest = listed < total ? ` (${total} in total)` : "";
   return `${matching} of ${listed === total ? total : `the ${listed} newest`} results folders, newest first${rest}.`;
 }

@@ -17,11 +17,11 @@ export class TextView {
     this.onToken = onToken;
     this.show([]);
     box.tabIndex = 0;
-    box.addEventListener("pointerover", (event) => this.#choose(under(event) ?? this.held));
-    box.addEventListener("pointerleave", () => this.#choose(this.held));
-    box.addEventListener("click", (event) => this.#hold(under(event)));
+    box.addEventListener("pointerover", (event) => this.#choose(under(event) ?? this.pinned));
+    box.addEventListener("pointerleave", () => this.#choose(this.pinned));
+    box.addEventListener("click", (event) => this.#pin(under(event)));
     box.addEventListener("keydown", (event) => this.#move(event));
-    box.addEventListener("blur", () => this.#hold(null));
+    box.addEventListener("blur", () => this.#pin(null));
   }
 
   /** Show these tokens; `marks`: indexes of tokens at which masks were rebuilt. */
@@ -29,7 +29,7 @@ export class TextView {
     this.box.replaceChildren();
     this.tokens = [];
     this.spans = [];
-    this.at = this.held = null;
+    this.at = this.pinned = null;
     for (const token of tokens) this.add(token, marks.has(token.index));
   }
 
@@ -72,12 +72,12 @@ export class TextView {
     const to = { ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: last }[event.key];
     if (to === undefined || last < 0) return;
     event.preventDefault();
-    this.#hold(Math.min(last, Math.max(0, to)));
+    this.#pin(Math.min(last, Math.max(0, to)));
     this.spans[this.at].scrollIntoView({ block: "nearest" });
   }
 
-  #hold(at) {
-    this.held = at;
+  #pin(at) {
+    this.pinned = at;
     this.#choose(at);
   }
 

@@ -15,7 +15,7 @@ const nothing = () => ({ answer: newAnswer("No answer yet"), text: null });
  */
 export class View {
   constructor() {
-    this.neurons = new NeuronView(byId("neurons"), byId("neurons-cell"), (cell) => this.#hold(cell));
+    this.neurons = new NeuronView(byId("neurons"), byId("neurons-cell"), (cell) => this.#pin(cell));
     this.waiting = this.anew = false;
     this.show(nothing());
     byId("changes").addEventListener("change", () => this.refresh());
@@ -79,7 +79,7 @@ export class View {
     });
   }
 
-  #hold(cell) {
+  #pin(cell) {
     this.cell = cell;
     this.refresh();
   }
