@@ -33,8 +33,8 @@ def main() -> None:
         "--out", type=Path, default=STATIC / "greeting.json", help="the file to write"
     )
     parser.add_argument("--dtype", default="float32", help="dtype of the dense weights")
-    parser.add_argument("--place", type=int, default=0, help="number of the ready prompt, from 0")
-    parser.add_argument("--method", help="method to use instead of the ready prompt's")
+    parser.add_argument("--place", type=int, default=0, help="number of the example prompt, from 0")
+    parser.add_argument("--method", help="method to use instead of the example prompt's")
     args = parser.parse_args()
     records = [thin(event) for event in record(args.dtype, args.place, args.method)]
     text = json.dumps(records, ensure_ascii=False, separators=(",", ":"))
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def record(dtype: str, place: int, method: str | None) -> list[dict[str, Any]]:
-    """Records of two answers to a ready prompt: with the first prompt's settings, and dense."""
+    """Records of two answers to an example prompt: with the first prompt's settings, and dense."""
     from dart_llm.data.texts import chat_ids
     from dart_llm.engine.engine import Engine
     from dart_llm.engine.requests import GenerationRequest as Ask

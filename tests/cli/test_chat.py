@@ -85,7 +85,7 @@ def test_settings_change_while_talking(chat):
     ids = chat_ids(tokenizer(), [*chat.messages[:6], user("And?")])
     assert ask(chat.engine, None, ids, 8)[0].tokens == fourth.result.tokens
     assert say(chat, "/method dense", "/sparsity 0.5", "/method griffin") == [
-        "dense: nothing is removed",
+        "dense: no neurons are removed",
         "ConfigError: method dense removes nothing: drop the sparsity",
         "griffin: 30% of the FFN neurons removed, drift rule never",
     ]
@@ -137,7 +137,7 @@ def test_interrupted(chat):
     log = say(chat, "^C", "Why?", "^C", "And?", interactive=True)
     assert signal.getsignal(signal.SIGINT) is before
     assert [len(turn.result.tokens[0]) for turn in chat.turns] == [6, 6]
-    assert log[0] == "\n/quit or Ctrl-D leaves" and log[2].endswith("; stopped")
+    assert log[0] == "\n/quit or Ctrl-D leaves the chat" and log[2].endswith("; stopped")
     with pytest.raises(KeyboardInterrupt):
         say(chat, "^C")
     with chat_cli.interruptible() as stopped:

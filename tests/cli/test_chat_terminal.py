@@ -121,7 +121,7 @@ def test_keys(terminal):
     terminal.wait_for("> ")
     time.sleep(1)  # the prompt is shown a moment before keys are read
     terminal.press("half a line\x03")  # drops the line
-    terminal.wait_for("/quit or Ctrl-D leaves")
+    terminal.wait_for("/quit or Ctrl-D leaves the chat")
     terminal.wait_for("> ")
     terminal.press("/sparsity 0.25\n")
     terminal.wait_for("/sparsity 0.25")  # shown again

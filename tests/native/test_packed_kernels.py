@@ -223,7 +223,7 @@ def test_rounding_is_that_of_gguf(name):
     for given, kind, problem in (
         (weights, name, "inf or NaN cannot be rounded"),
         (torch.zeros(2, 256), "q4_k", "cannot be rounded to q4_k; choose q8_0, q4_0, q4_1"),
-        (torch.zeros(2, 48), name, f"rows of 48 weights are not a multiple of {name}'s 32"),
+        (torch.zeros(2, 48), name, f"rows of 48 weights do not divide into {name}'s blocks of 32"),
     ):
         with pytest.raises(ConfigError, match=problem):
             pack(given, kind)

@@ -215,8 +215,8 @@ def test_an_ffn_that_computes_something_else_is_refused():
             with pytest.raises(UnsupportedModel) as error:
                 prune(model, "griffin", sparsity=0.5, executor=executor)
             assert str(error.value) == (
-                f"LlamaForCausalLM: the FFN of layer 3 ({kind}) computes something else than gate, "
-                "up, activation, down: dart-llm cannot prune it"
+                f"LlamaForCausalLM: the FFN of layer 3 ({kind}) computes something other than "
+                "gate, up, activation, down: dart-llm cannot prune it"
             )
         assert snapshot(model) == before
     model = tiny()
@@ -226,7 +226,7 @@ def test_an_ffn_that_computes_something_else_is_refused():
     for name in ("gpt2", "bloom", "phi3", "falcon"):
         model = tiny(name)
         _patch(describe(model).blocks[2].ffn)
-        with pytest.raises(UnsupportedModel, match=r"FFN of layer 2 .* computes something else"):
+        with pytest.raises(UnsupportedModel, match=r"FFN of layer 2 .* computes something other"):
             prune(model)
     model = tiny()
     describe(model)

@@ -156,7 +156,7 @@ REFUSED = [
     (TEXT_URL, {"prompt": ["a", "b"], **KEPT}, "give one", "dart.conversation", WRONG),
     (TEXT_URL, {"prompt": "a", "echo": True, "logprobs": 1}, 'use method "dense"', None, WRONG),
     (TEXT_URL, {"prompt": [""]}, "the prompt is empty", "prompt", WRONG),
-    (TEXT_URL, {"prompt": [1, 256]}, "token ids must lie in 0 to 255", "prompt", WRONG),
+    (TEXT_URL, {"prompt": [1, 256]}, "token ids must be 0 to 255", "prompt", WRONG),
     (TEXT_URL, {"prompt": "a" * 4096}, "has 4096, which leaves no room", None, LONG),
     (TEXT_URL, {"prompt": "a" * 4097}, "is 4096 tokens, but the prompt", None, LONG),
 ]

@@ -170,9 +170,9 @@ def test_other_methods_and_addresses(server):
 
 def test_settings():
     for given, said in [
-        ({"host": "0.0.0.0"}, "give --api-key too"),
-        ({"api_key": "short"}, "8 or more plain characters"),
-        ({"api_key": "a-good-long-key,\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9"}, "plain"),
+        ({"host": "0.0.0.0"}, "also give --api-key"),
+        ({"api_key": "short"}, "at least 8 printable ASCII"),
+        ({"api_key": "a-good-long-key,\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9"}, "printable"),
         ({"methods": "dart,nix"}, "unknown method 'nix'"),
     ]:
         with pytest.raises(ConfigError, match=re.escape(said)) as caught:

@@ -26,7 +26,7 @@ def test_what_cannot_start():
         port = taken.getsockname()[1]
         said = refusal("serve", "--port", port)
     assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in said
-    assert "--port 0 takes a free port" in said
+    assert "--port 0 selects a free port" in said
 
 
 @pytest.mark.parametrize("package", ["fastapi", "prometheus_client", "uvicorn"])

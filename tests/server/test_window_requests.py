@@ -133,7 +133,7 @@ def test_faults_refusals_and_edits(start):
     send(window, "two", 2)
     edit = "document.querySelectorAll('.asked .edit')[0].click()"
     window.js(edit)
-    assert window.js(message) == "one" and "removes the later turns" in window.text("hint")
+    assert window.js(message) == "one" and "removes all later turns" in window.text("hint")
     window.keys(Keys.ESCAPE)  # left alone
     assert window.js(message) == "" and window.js(TEXTS) == ["w0 w1 "] * 2
     window.js(edit)
@@ -147,7 +147,7 @@ def test_a_recording_is_played_until_the_visitor_asks(start):
     from selenium.webdriver.common.keys import Keys
 
     _, window = start()
-    assert "A recording, until you ask: " in window.text("greeting-of")
+    assert "A recording, until you ask something: " in window.text("greeting-of")
     count = "document.querySelectorAll('.text [data-token]').length"
     window.wait(f"{count} > 3")
     window.click("play")
@@ -188,7 +188,7 @@ def test_a_key_is_asked_for_and_past_runs_have_addresses(start, tmp_path, monkey
     key = window.driver.find_element("id", "key")
     key.send_keys(KEYS[1], Keys.ENTER)
     window.wait("document.getElementById('key-said').textContent")
-    assert window.text("key-said") == "That key is not accepted."
+    assert window.text("key-said") == "The server does not accept this key."
     key.send_keys(Keys.CONTROL, "a")
     key.send_keys(KEYS[0], Keys.ENTER)
     window.wait(READY_PAGE)
@@ -203,7 +203,7 @@ def test_a_key_is_asked_for_and_past_runs_have_addresses(start, tmp_path, monkey
     window.wait(heading.format(5))
     window.driver.back()
     window.wait(heading.format(6))
-    window.wait("document.querySelector('#run a')?.textContent === 'Save its report'")
+    window.wait("document.querySelector('#run a')?.textContent === 'Save the report'")
     window.js("document.querySelector('#run a').click()")
     file = tmp_path / "tides-20260102-030406.html"
     until(lambda: file.exists() and file.stat().st_size)

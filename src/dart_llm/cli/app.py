@@ -1,4 +1,4 @@
-"""The Typer application: every command, its settings and what runs it; exit codes and signals.
+"""The Typer application: every command with its settings and its function; exit codes, signals.
 
 ``help.yaml`` has the help and the examples of every command.
 """
@@ -56,10 +56,10 @@ Flags = dict[str, Any]
 
 @dataclass(frozen=True)
 class Command:
-    """One command, ``bench quality`` being one of a group.
+    """One command, or a command of a group such as ``bench quality``.
 
-    ``function``: what runs it, or "module:class" of a ``Study`` below ``dart_llm.studies``.
-    ``only``: the settings that are flags.
+    ``function``: runs it, or "module:class" of a ``Study`` in ``dart_llm.studies``.  ``only``: the
+    settings that are flags; None: all.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Command:
 
 
 def run_named(name: str, fresh: bool, *arguments: Any) -> Any:
-    """The study ``name``, as of ``Command.function``, after its work."""
+    """Run the study ``name``, as in ``Command.function``, and return it."""
     from dart_llm.experiments.study import run_study
 
     module, _, kind = name.partition(":")
@@ -100,7 +100,7 @@ def run_named(name: str, fresh: bool, *arguments: Any) -> Any:
 
 
 def answer(compute: Callable[[Ui], Any], as_json: bool) -> None:
-    """Print the study's JSON; where cells failed print the partial result, then raise."""
+    """Print the result as JSON if requested; if cells failed, the partial result, then raise."""
     from dart_llm.reporting.console import Ui
 
     try:
@@ -115,7 +115,7 @@ def answer(compute: Callable[[Ui], Any], as_json: bool) -> None:
 
 
 def print_json(document: Any) -> None:
-    """One line on stdout; numbers that JSON does not have are null."""
+    """Print one line on stdout; numbers that JSON cannot represent become null."""
     typer.echo(json.dumps(finite(document)))
 
 
@@ -151,7 +151,9 @@ def _grid_command(settings_kind: type[SweepSettings]) -> Callable[..., None]:
 
 What = Annotated[
     list[str] | None,
-    typer.Argument(metavar=f"[{'|'.join(TEXTS)}]...", help="Default: all the texts allow."),
+    typer.Argument(
+        metavar=f"[{'|'.join(TEXTS)}]...", help="Default: everything that the texts allow."
+    ),
 ]
 
 
@@ -200,7 +202,7 @@ def replay(
     from dart_llm.server.window import page, read_records
 
     if out is None and records == "-":
-        raise ConfigError("give --out FILE: standard input has no name beside which to write")
+        raise ConfigError("give --out FILE: records from standard input have no file name")
     path = Path(records).with_suffix(".html") if out is None else out
     if path.resolve() == Path(records).resolve():
         raise ConfigError(f"{path} is the recording itself: give --out FILE")
@@ -209,14 +211,14 @@ def replay(
 
 
 class ResultsFilter(Settings):
-    """Which runs ``results`` shows; names hold the given text."""
+    """Which runs ``results`` shows: those whose names contain the given text."""
 
-    model: str | None = setting("Filter", "Runs of such a model.")
-    method: str | None = setting("Filter", "Runs of such a method.")
-    task: str | None = setting("Filter", "Runs of such a task.")
-    experiment: str | None = setting("Filter", "Runs of such an experiment.")
+    model: str | None = setting("Filter", "Runs whose model's name contains this.")
+    method: str | None = setting("Filter", "Runs whose method's name contains this.")
+    task: str | None = setting("Filter", "Runs whose task's name contains this.")
+    experiment: str | None = setting("Filter", "Runs whose experiment's name contains this.")
     status: str | None = setting("Filter", "complete, running, interrupted, failed, stopped.")
-    since: str | None = setting("Filter", "Runs from this day on, e.g. 2026-01-31.")
+    since: str | None = setting("Filter", "Runs since this day, e.g. 2026-01-31.")
 
 
 def results(
@@ -239,17 +241,17 @@ def results(
     elif as_csv:
         typer.echo(index.to_csv(runs).rstrip("\n"))
     elif not runs:
-        typer.echo("no run matches")
+        typer.echo("no matching runs")
     else:
         long = long or len(runs) == 1
         Ui().out.print(index.table(runs, long))
 
 
 GROUPS = {
-    "bench": "Fixed measures of the methods: quality, speed.",
+    "bench": "Benchmarks of the methods: quality, speed.",
     "prompts": "Two-topic prompts and passages: list, show.",
 }
-"""Commands of two words by their first one, with its help."""
+"""The first words of two-word commands, with help."""
 
 DEMO = ("model", "method", "device", "dtype", "cache_dir", "results_dir")
 
@@ -277,7 +279,7 @@ COMMANDS = (
     Command("methods", info.show_methods),
     Command("doctor", info.show_installation),
 )
-"""In the order of ``dart-llm --help``."""
+"""All commands, in the order of ``dart-llm --help``."""
 
 
 def _version(value: bool) -> None:
@@ -303,7 +305,7 @@ def make_app() -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        help="Prune FFN neurons of language models while they generate, and trace which they need.",
+        help="Prune FFN neurons of language models during generation; trace which they need.",
         epilog="Settings: defaults < --config FILE < DART_* environment < flags.  Docs: README.md",
     )
     app.callback()(_main)
@@ -324,10 +326,10 @@ app = make_app()
 
 
 def run() -> None:
-    """Run the command line; a ``DartError`` prints one sentence and exits with code 2."""
+    """Run the command line; for a ``DartError``, print one sentence and exit with code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show all characters
+        sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show all characters
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
@@ -341,5 +343,5 @@ def run() -> None:
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    """SIGTERM, as a scheduler sends it, is an interruption: what is finished is kept."""
+    """Treat SIGTERM, as schedulers send it, as an interruption: finished work is kept."""
     raise KeyboardInterrupt

@@ -36,30 +36,32 @@ class ChatSettings(BaseSettings):
 
     UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name", "results_dir", "style")
 
-    system: str | None = setting(PANEL, "System message (default: the chat template's own).")
+    system: str | None = setting(PANEL, "System message (default: the chat template's).")
     max_tokens: int = setting(PANEL, "Largest number of tokens per answer.", 512)
-    temperature: float = setting(PANEL, "Sample at this temperature; 0: the likeliest token.", 0.0)
-    top_p: float = setting(PANEL, "Sample from the likeliest tokens of this probability.", 1.0)
-    calibration: str | None = setting(PANEL, "Text to calibrate on (default: c4 of the hub).")
+    temperature: float = setting(PANEL, "Sampling temperature; 0: the likeliest token.", 0.0)
+    top_p: float = setting(
+        PANEL, "Sample from the likeliest tokens with this total probability.", 1.0
+    )
+    calibration: str | None = setting(PANEL, "Text to calibrate on (default: c4 from the hub).")
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatSettings:
         if self.masks is not None:
-            raise ConfigError("chat selects its own masks: leave masks out")
+            raise ConfigError("chat selects masks itself: leave out --masks")
         self.sampling()
         return self
 
     def sampling(self) -> Sampling:
-        """How every answer is sampled; the same prompt and seed give the same answer."""
+        """Sampling settings of every answer; the same prompt and seed give the same answer."""
         return Sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
 
     def served(self) -> PruneConfig | None:
-        """The configuration of the answers; None: the plain dense model."""
+        """The configuration of the answers; None: the dense model."""
         config = self.prune_config()
         return config if config.method != "dense" or config.screens else None
 
     def changed(self, **changes: Any) -> ChatSettings:
-        """A copy with ``changes``, checked as a whole; raises ``ConfigError``."""
+        """A copy with ``changes``, validated; raises ``ConfigError``."""
         values = {name: getattr(self, name) for name in self.model_fields_set} | changes
         return type(self).model_validate(values)
 
@@ -84,7 +86,7 @@ class Chat:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The system message, if there is one, questions and answers."""
+        """The system message, if any, then questions and answers."""
         system = self.settings.system
         messages = [] if system is None else [{"role": "system", "content": system}]
         for turn in self.turns:
@@ -95,7 +97,7 @@ class Chat:
     def ask(
         self, question: str, emit: Callable[[Record], None], cancelled: Callable[[], bool]
     ) -> Turn:
-        """Answer ``question``; ``ConfigError`` where the conversation no longer fits the context.
+        """Answer ``question``; raises ``ConfigError`` for a conversation longer than the context.
 
         The text of a cancelled answer stays in the conversation.
         """
@@ -109,7 +111,7 @@ class Chat:
         return turn
 
     def change(self, **changes: Any) -> None:
-        """Other settings from the next answer on; ``ConfigError`` keeps the old ones."""
+        """Change settings from the next answer on; if this raises, the old settings stay."""
         settings = self.settings.changed(**changes)
         self.engine.prepare(settings.served())
         self.settings = settings
@@ -122,7 +124,7 @@ class Chat:
     def save(self, path: Path) -> None:
         """Write the conversation as Markdown."""
         text = "\n".join(f"**{m['role']}**\n\n{m['content']}\n" for m in self.messages)
-        write_text(path, text, mode=0o600)  # for its owner alone: it may be private
+        write_text(path, text, mode=0o600)  # readable by its owner only: it may be private
 
 
 # Lines about settings and answers.
@@ -132,7 +134,7 @@ def settings_line(settings: ChatSettings) -> str:
     """Such as "dart: 50% of the FFN neurons removed, drift rule dart"."""
     config = settings.served()
     if config is None:
-        return "dense: nothing is removed"
+        return "dense: no neurons are removed"
     head = ", output head screened" if config.screens else ""
     amount = f"{config.target:.0%} of the FFN neurons removed"
     return f"{config.method}: {amount}, drift rule {config.drift.rule}{head}"
@@ -144,7 +146,7 @@ def turn_line(turn: Turn, max_tokens: int) -> str:
     parts = [f"{turn.result.usage.completion_tokens} tokens"]
     if per_second := timings["predicted_per_second"]:
         parts.append(f"{timings['predicted_per_token_ms']:.1f} ms each ({per_second:.0f}/s)")
-    parts.append(f"{timings['prompt_n']} read in {timings['prompt_ms']:.0f} ms")
+    parts.append(f"{timings['prompt_n']} prompt tokens in {timings['prompt_ms']:.0f} ms")
     parts.append(report.method)
     if report.requested_sparsity:
         parts[-1] += (
@@ -160,15 +162,15 @@ def turn_line(turn: Turn, max_tokens: int) -> str:
 HELP = {
     "/sparsity X": "remove this fraction of the FFN neurons from now on, e.g. 0.7 or 70%",
     "/method NAME": "prune by this method, e.g. griffin; dense prunes nothing",
-    "/stats": "accounting of the last answer, and a line for every answer",
+    "/stats": "accounting of the last answer, and one line per answer",
     "/save FILE": "write the conversation as Markdown",
     "/reset": "forget the conversation",
     "/help": "this list",
-    "/quit": "leave, as Ctrl-D does",
+    "/quit": "leave the chat, as Ctrl-D does",
 }
 
 NOTE = (
-    "A line that ends with \\ continues in the next one; // begins a message with a slash; Ctrl-C "
+    "A line that ends with \\ continues on the next line; // begins a message with a slash; Ctrl-C "
     "stops an answer."
 )
 
@@ -180,7 +182,7 @@ class Commands:
         self.chat, self.ui, self.quit = chat, ui, False
 
     def run(self, line: str) -> None:
-        """Run ``/name value``; raises ``ConfigError`` for what cannot be done."""
+        """Run ``/name value``; raises ``ConfigError`` if it fails."""
         name, _, value = line.partition(" ")
         names = [word.split()[0] for word in HELP]
         if name not in names:
@@ -213,7 +215,7 @@ class Commands:
     def _stats(self, value: str) -> None:
         turns = self.chat.turns
         if not turns:
-            raise ConfigError("there is no answer yet: ask something first")
+            raise ConfigError("there is no answer yet: ask a question first")
         self.ui.say(str(turns[-1].result.report))
         for number, turn in enumerate(turns, 1):
             self.ui.say(f"{number}. {turn_line(turn, self.chat.settings.max_tokens)}")
@@ -224,7 +226,7 @@ class Commands:
         try:
             path = Path(value).expanduser()
             self.chat.save(path)
-        except (RuntimeError, ValueError) as error:  # no such user; what no file name can have
+        except (RuntimeError, ValueError) as error:  # unknown user after ~; invalid characters
             raise ConfigError(f"cannot write {value!r}: {error}") from None
         self.ui.say(f"saved {len(self.chat.turns)} answers to {path}")
 
@@ -258,7 +260,7 @@ def read_message(read: ReadLine) -> str:
 
 def check_chat_template(tokenizer: Any, config: Any) -> None:
     """Raise ``ConfigError``, before weights are read, if the model has no chat template."""
-    instead = 'use dart-llm run --prompt "...", or a model that was tuned for chats'
+    instead = 'use dart-llm run --prompt "...", or a model tuned for chat'
     chat_text(tokenizer, [{"role": "user", "content": "?"}], instead)
 
 
@@ -281,15 +283,15 @@ def run_chat(settings: ChatSettings, ui: Ui) -> None:
                 talk(chat, ui, lambda prompt: input())
             return
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # lines can be edited
-        ui.say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
-        # SIGTERM ends the program, also where Ctrl-C alone would not
+            import readline  # noqa: F401  # makes lines editable
+        ui.say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves the chat")
+        # SIGTERM ends the program even where Ctrl-C does not
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
         talk(chat, ui, input, interactive=True)
 
 
 def talk(chat: Chat, ui: Ui, read: ReadLine, interactive: bool = False) -> None:
-    """Messages and commands until the end; ``interactive``: Ctrl-C does not end it."""
+    """Process messages and commands until the end; ``interactive``: Ctrl-C does not end it."""
     commands = Commands(chat, ui)
     while not commands.quit:
         try:
@@ -303,10 +305,10 @@ def talk(chat: Chat, ui: Ui, read: ReadLine, interactive: bool = False) -> None:
         except DartError as error:
             ui.end_line()
             ui.say(f"{type(error).__name__}: {error}")
-        except KeyboardInterrupt:  # while a line is typed, or a method learns
+        except KeyboardInterrupt:  # while a line is typed or a method calibrates
             if not interactive:
                 raise
-            ui.say("\n/quit or Ctrl-D leaves")
+            ui.say("\n/quit or Ctrl-D leaves the chat")
 
 
 def _answer(chat: Chat, ui: Ui, question: str) -> None:
@@ -324,7 +326,7 @@ def _answer(chat: Chat, ui: Ui, question: str) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C only ends the answer; yields whether it was pressed."""
+    """Make Ctrl-C end only the answer; yield a function that tells whether it was pressed."""
     pressed = threading.Event()
     before = signal.signal(signal.SIGINT, lambda number, frame: pressed.set())
     try:

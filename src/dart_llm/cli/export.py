@@ -1,4 +1,4 @@
-"""``dart-llm export``: one mask of a text as a file for llama.cpp."""
+"""``dart-llm export``: a model pruned by one fixed mask, as a GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ class ExportSettings(BaseSettings):
         "attn_implementation",
     )
 
-    method: str = setting("Pruning", "Preset; dart-llm methods lists them.", "griffin")
+    method: str = setting("Pruning", "Method; dart-llm methods lists all.", "griffin")
     gguf: str = setting(PANEL, "The GGUF file to write.", "")
-    prompt: str | None = setting(PANEL, "A prompt to keep neurons for, or a shipped prompt's name.")
-    text: str | None = setting(PANEL, "Texts to keep neurons for: embedded, or files; commas.")
-    calibration: str | None = setting(PANEL, "Text to calibrate on (default: c4 of the hub).")
+    prompt: str | None = setting(PANEL, "Keep neurons for this prompt, or shipped prompt's name.")
+    text: str | None = setting(PANEL, "Keep neurons for these texts: embedded, or files; commas.")
+    calibration: str | None = setting(PANEL, "Text to calibrate on (default: c4 from the hub).")
 
     @model_validator(mode="after")
     def _check_export(self) -> ExportSettings:
         if not self.gguf:
-            raise ConfigError("nothing is named to be written: give --gguf FILE.gguf")
+            raise ConfigError("no file to write: give --gguf FILE.gguf")
         if Path(self.gguf).suffix != ".gguf":
             raise ConfigError(f'--gguf {self.gguf} must end in ".gguf", as llama.cpp expects')
         if self.masks and (self.prompt or self.text):
-            raise ConfigError("--masks names the neurons themselves: drop the prompt and the texts")
+            raise ConfigError("--masks already fixes the neurons: drop --prompt and --text")
         return self
 
     def texts(self) -> list[str]:
@@ -83,7 +83,7 @@ def _write(settings: ExportSettings, ui: Any) -> GgufExport:
     options: dict[str, Any] = {"revision": settings.revision, "cache_dir": settings.cache_dir}
     source = resolve(settings.model, **options, packed=True, say=ui.say).blocks
     if source is None:
-        way = "convert it by llama.cpp's convert_hf_to_gguf.py"
+        way = "convert it with llama.cpp's convert_hf_to_gguf.py"
         raise ConfigError(f"{settings.model} is not a GGUF file: {way}")
     with ui.status(f"loading {settings.model}") as news:
         model, tokenizer = load(**load_arguments(settings), progress=news)
@@ -96,7 +96,7 @@ def _write(settings: ExportSettings, ui: Any) -> GgufExport:
 
 
 def _summary(written: GgufExport) -> str:
-    """The file, how narrow it is, and what had to be rounded for it."""
+    """One sentence with the file, its size, its FFN widths, and how much was rounded again."""
     kinds = ", ".join(
         old if old == new else f"{new} (before: {old})" for old, new in written.kinds.items()
     )

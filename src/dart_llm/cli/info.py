@@ -1,4 +1,4 @@
-"""``dart-llm prompts``, ``methods`` and ``doctor``: what there is, for the terminal."""
+"""``dart-llm prompts``, ``methods`` and ``doctor``: lists and facts for the terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from dart_llm.settings import Settings, merge, setting
 if TYPE_CHECKING:
     from dart_llm.data.passages import DriftPrompt, Passage
 
-File = Annotated[Path | None, typer.Option(metavar="FILE", help="A JSONL file, not our own.")]
+File = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A JSONL file instead of the package's data.")
+]
 
 ROWS = 20  # rows of a table without --limit
 ARROW = " -> "
@@ -36,9 +38,11 @@ PANEL = "Filter"
 class PromptFilter(Settings):
     """Which prompts or passages ``prompts list`` shows."""
 
-    domain: str | None = setting(PANEL, "With this domain on either side.")
-    limit: int | None = setting(PANEL, f"The first N (default: {ROWS}; in JSON all).", ge=1)
-    passages: bool = setting(PANEL, "The long passages instead.", False)
+    domain: str | None = setting(PANEL, "Only those with a topic of this domain.")
+    limit: int | None = setting(
+        PANEL, f"Only the first N (default: {ROWS}; with --json all).", ge=1
+    )
+    passages: bool = setting(PANEL, "List the long passages instead of prompts.", False)
 
 
 def list_prompts(flags: dict[str, Any], file: File = None, as_json: Json = False) -> None:
@@ -76,11 +80,13 @@ def _passage_cells(passage: Passage) -> tuple[str, ...]:
 
 
 def show_prompt(
-    name: Annotated[str, typer.Argument(metavar="ID", help="A prompt's or passage's; may be cut.")],
+    name: Annotated[
+        str, typer.Argument(metavar="ID", help="Id of a prompt or passage, or its beginning.")
+    ],
     file: File = None,
     as_json: Json = False,
 ) -> None:
-    """``dart-llm prompts show``: where it comes from, and its text, topic by topic."""
+    """``dart-llm prompts show``: origin and text of a prompt or passage, topic by topic."""
     from dart_llm.data import passages as data
     from dart_llm.data.passages import Passage
 
@@ -130,7 +136,7 @@ REQUIREMENT = re.compile(r"([\w-]+)[^;]*;.*extra == [\"']([\w-]+)[\"']")
 
 
 def missing_extras() -> dict[str, list[str]]:
-    """The packages that are not installed, by the extra of dart-llm that requires them."""
+    """The missing packages, by the extra of dart-llm that requires them."""
     missing: dict[str, list[str]] = {}
     for requirement in requires("dart-llm") or ():
         match = REQUIREMENT.match(requirement)
@@ -147,7 +153,7 @@ def _is_installed(package: str) -> bool:
 
 
 def examine(cache_dir: str | None = None) -> dict[str, Any]:
-    """Everything that explains why a run works or does not; the value of a token is never read."""
+    """All facts that explain why a run works or fails; of the hub token only whether it is set."""
     import torch
     from huggingface_hub import get_token
 
@@ -176,7 +182,7 @@ def examine(cache_dir: str | None = None) -> dict[str, Any]:
 
 
 def default_weights(kernels: str, gpu: bool) -> str:
-    """The format of the default model's weights in memory, unless another one is requested."""
+    """The format of the default model's weights in memory, unless another format is requested."""
     if gpu:
         return "bfloat16, on the GPU"
     built, _, name = kernels.partition("built: ")
@@ -193,7 +199,7 @@ def _cell(value: Any) -> str:
 
 
 def show_installation(
-    cache_dir: Annotated[str | None, typer.Option(help="Cache to look at.")] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Cache folder to report on.")] = None,
     as_json: Json = False,
 ) -> None:
     """``dart-llm doctor``."""
@@ -209,4 +215,4 @@ def show_installation(
     rows = [(name.replace("_", " "), _cell(value)) for name, value in flat(report).items()]
     Console().print(_table(("what", "value"), rows, "dart-llm doctor"))
     if report["extras_missing"]:
-        typer.echo("what extras miss is installed by, e.g.: pip install 'dart-llm[eval]'")
+        typer.echo("install the packages of an extra with, e.g.: pip install 'dart-llm[eval]'")

@@ -1,4 +1,4 @@
-"""Command-line options made from the settings table, so that the two cannot differ."""
+"""Command-line options generated from the settings, so that the two cannot differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dart_llm.settings import Settings
 Config = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Read settings from a YAML file.")
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start again, do not resume.")]
+Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start over; do not resume.")]
 Plugin = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Python file that registers your own scores or methods."),
@@ -34,7 +34,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 
 def _plain(annotation: Any) -> Any:
-    """``X`` of ``X | None``; a list that is written with commas is a text."""
+    """``X`` of ``X | None``; ``str`` for a tuple, whose flag is a comma-separated list."""
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
     return str if get_origin(annotation) is tuple else annotation
@@ -43,10 +43,10 @@ def _plain(annotation: Any) -> Any:
 def parameters(
     settings: type[Settings], only: Collection[str] | None = None
 ) -> list[inspect.Parameter]:
-    """One keyword parameter per setting, of ``only`` where given; None means "not given"."""
+    """One keyword parameter per setting (of ``only``, unless None); value None: "not given"."""
     fields = settings.model_fields
     names = [n for n in fields if n not in settings.UNUSED and (only is None or n in only)]
-    names.sort(key=lambda name: name not in ("model", "method"))  # which come first in the help
+    names.sort(key=lambda name: name not in ("model", "method"))  # these two first in the help
     return [_parameter(name, fields[name]) for name in names]
 
 
@@ -56,7 +56,7 @@ def _parameter(name: str, field: Any) -> inspect.Parameter:
     text, default = field.description or "", field.default
     if default not in (None, False, ()):
         shown = ",".join(map(str, default)) if isinstance(default, list | tuple) else default
-        # in brackets it would be read as markup, and vanish
+        # rich would treat square brackets as markup and hide them
         text = f"{text.removesuffix('.')} (default: {shown})."
     extra = field.json_schema_extra or {}
     option = typer.Option(
@@ -73,7 +73,7 @@ def _parameter(name: str, field: Any) -> inspect.Parameter:
 def with_settings(
     function: Callable[..., None], settings: type[Settings], only: Collection[str] | None = None
 ) -> Callable[..., None]:
-    """Give ``function(flags, ...)`` one option per setting; they arrive as the dict ``flags``."""
+    """Give ``function(flags, ...)`` one option per setting; ``flags``: dict of their values."""
     signature = inspect.signature(function)
     hints = get_type_hints(function, include_extras=True)  # names of the function's own module
     others = [

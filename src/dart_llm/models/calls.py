@@ -1,6 +1,6 @@
-"""What a forward or generate call means: prompt or decode, padding, ended rows.
+"""How to interpret a forward or generate call: prompt or decode, padding, finished rows.
 
-docs/method.md, "Life of a sequence", has the rules.
+The rules are in docs/method.md, "Life of a sequence".
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dart_llm.pruning.forward import ForwardCall, Kind
 GENERATE = "generate"
 
 PREFILL = "_prefill"
-"""Methods of a model that are wrapped while attached: the token loop, and its prompt step."""
+"""Methods of a model that are wrapped while attached: generation, and its prompt step."""
 
 
 @dataclass(frozen=True)
 class ForwardArgs:
-    """What a root forward was called with; ``valid``: as of ``ForwardCall``."""
+    """Arguments of a forward of the whole model; ``valid``: as in ``ForwardCall``."""
 
     cached: int
     tokens: int
@@ -36,20 +36,20 @@ class ForwardArgs:
     cache: Any = None
 
     def as_call(self, kind: Kind, **more: Any) -> ForwardCall:
-        """The call as the controller reads it, which keeps neither ids nor cache alive."""
+        """The call for the controller, without references to ids or cache."""
         more = {"valid": self.valid, **more}
         return ForwardCall(kind, self.cached, self.tokens, self.rows, **more)
 
 
 @functools.lru_cache(maxsize=64)
 def forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Parameters of a model class's forward, ``self`` left out."""
+    """Parameters of a model class's forward, without ``self``."""
     parameters = inspect.signature(kind.forward).parameters
     return tuple(name for name in parameters if name not in ("self", "args"))
 
 
 def read_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardArgs:
-    """Read cache length, new tokens and padding of a call of ``model``."""
+    """Read cache length, new tokens and padding from a call of ``model``."""
     names = forward_names(type(model)) if args else ()  # type: ignore[arg-type]
     named = {**kwargs, **dict(zip(names, args, strict=False))}
     ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
@@ -71,7 +71,7 @@ def _valid(mask: Any, tokens: int) -> Tensor | None:
 
 
 _SECOND_TEXT = {"guidance_scale": 1, "assistant_early_exit": None}
-"""Settings with which ``generate`` runs its model on a second sequence, and their off values."""
+"""Settings that make ``generate`` run its model on a second sequence, and their off values."""
 
 _OTHER_CALLS = (
     *("custom_generate", "synced_gpus", "assistant_model", "assistant_tokenizer", "tokenizer"),
@@ -80,13 +80,13 @@ _OTHER_LOOPS = (
     *("constraints", "force_words_ids", "penalty_alpha", "use_mtp", "dola_layers"),
     *("prompt_lookup_num_tokens", "cache_implementation"),
 )
-"""Arguments and settings of ``generate`` with which it runs another loop than its usual one, or
-does not hand them to one that is given (the tokenizer of stop strings).
+"""Arguments and settings with which ``generate`` runs another loop than greedy or sampling, or
+which it does not pass to a custom loop (the tokenizer for stop strings).
 """
 
 
 def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loop:
-    """The loop of a call of ``generate``; ``ConfigError`` when it would run without a cache."""
+    """The loop of a call of ``generate``; raises ``ConfigError`` for one without a cache."""
     inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
     if inputs is None:
         inputs = kwargs.get("inputs_embeds")
@@ -102,13 +102,13 @@ def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     if not setting("use_cache", True):
         raise ConfigError(
             "generate without a cache runs the whole sequence for every token, so there is no "
-            "decode step to prune; leave use_cache on"
+            "decode step to prune; set use_cache=True"
         )
     for name, neutral in _SECOND_TEXT.items():
         if setting(name, neutral) != neutral:
             raise ConfigError(
-                f"generate with {name} runs a second sequence through the model between the steps, "
-                "so the steps cannot be distinguished; leave it out"
+                f"generate with {name} also runs a second sequence through the model, and their "
+                f"forwards cannot be distinguished; leave out {name}"
             )
     prompt = 1 if inputs is None else int(inputs.shape[1])
     loop = Loop(prompt, int(setting("num_beams", 1)))
@@ -119,7 +119,7 @@ def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 class Loop:
-    """One running call of ``generate``: is it in its prompt step, and which rows have ended."""
+    """A running call of ``generate``: whether it is in its prompt step, and unfinished rows."""
 
     def __init__(self, prompt_tokens: int, beams: int) -> None:
         self.prompt_tokens, self.beams = prompt_tokens, beams
@@ -128,13 +128,13 @@ class Loop:
         self.in_prefill = False
         self.forwards = 0
         self.cache: Any = None
-        """The cache of the newest forward: after the loop it says how many tokens stayed."""
+        """The cache of the latest forward; after the loop, its length is the tokens that stayed."""
         self._ends: Tensor | None = None
         self._mask: Tensor | None = None
 
     def read_prefill(self, prefill: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Read a call of ``_prefill``: its mask [B, cached + prompt tokens], and the ids that end a
-        row or pad it after its end.
+        """Read a call of ``_prefill``: its mask [B, cached + prompt tokens], and the ids of end and
+        padding tokens.
         """
         arguments = inspect.signature(prefill).bind(*args, **kwargs).arguments
         device = arguments["input_ids"].device
@@ -151,38 +151,40 @@ class Loop:
         self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def call(self, seen: ForwardArgs) -> ForwardCall:
-        """What the next forward of this loop is; raises ``ConfigError`` without a cache."""
+        """Classify the next forward of this loop; raises ``ConfigError`` without a cache."""
         first, self.forwards, self.cache = self.forwards == 0, self.forwards + 1, seen.cache
         if self.in_prefill:
             return seen.as_call(Kind.PREFILL, valid=self._prompt_part(seen))
-        if first:  # assisted decoding has no prompt step: candidates ride along with the prompt
+        if first:  # assisted decoding has no prompt step: the prompt comes with candidate tokens
             prompt = self.prompt_tokens
             sliced = prompt > seen.tokens
             new = prompt - seen.cached * int(sliced)
             return seen.as_call(Kind.PREFILL, observable=new)
         if not seen.cached:
-            raise ConfigError("this generation runs without a cache, so nothing is decoded")
+            raise ConfigError(
+                "this generation runs without a cache, so there is no decode step to prune"
+            )
         return seen.as_call(Kind.DECODE, live=self._live(seen.input_ids))
 
     def _prompt_part(self, seen: ForwardArgs) -> Tensor | None:
-        """The prompt's padding, also where the forward itself got a 4-D mask (static caches)."""
+        """The prompt's padding, even if the forward itself got a 4-D mask (static caches)."""
         if seen.valid is not None or self._mask is None:
             return seen.valid
         part = self._mask[:, seen.cached : seen.cached + seen.tokens]
         return None if bool(part.all()) else part.float()
 
     def _live(self, ids: Tensor | None) -> Tensor | None:
-        """[B] bool: rows that have not ended; None when all count."""
+        """[B] bool: unfinished rows; None when all count."""
         if ids is None or self._ends is None or len(ids) == 1 or self.beams > 1:
             return None
         return ~torch.isin(ids, self._ends).any(1)
 
 
 class OwnLoop:
-    """A token loop of this package, which says what each of its forwards is.
+    """A token loop of this package, which states the kind of each of its forwards.
 
-    ``prompt``: whether the next forward is one of the prompt; ``live``: [B] bool, rows that have
-    not ended, or None when all count.
+    ``prompt``: whether the next forward is part of the prompt; ``live``: [B] bool, unfinished rows,
+    or None when all count.
     """
 
     def __init__(self) -> None:
@@ -191,7 +193,7 @@ class OwnLoop:
         self.cache: Any = None
 
     def call(self, seen: ForwardArgs) -> ForwardCall:
-        """What the next forward is."""
+        """Classify the next forward."""
         self.cache = seen.cache
         if self.prompt:
             return seen.as_call(Kind.PREFILL)
@@ -199,18 +201,19 @@ class OwnLoop:
 
 
 def bare_call(seen: ForwardArgs, forced_decode: bool) -> ForwardCall:
-    """What a forward outside ``generate`` is."""
+    """Classify a forward outside ``generate``."""
     decode = seen.cached and (seen.tokens == 1 or forced_decode)
     return seen.as_call(Kind.DECODE if decode else Kind.PREFILL, forced=forced_decode)
 
 
 @dataclass(frozen=True)
 class TokenCall:
-    """A root forward of token ids [B, T] only: one token a row, or a whole prompt.
+    """A forward of the whole model on token ids [B, T]: one token per row, or a whole prompt.
 
-    ``cache``: transformers' own; of a prompt an empty one, or None where ``use_cache`` asks for
-    one.  ``keep``: last tokens whose logits are wanted, 0 for all.  ``forbidden``: token ids, where
-    nothing is wanted but the likeliest next tokens other than these; None: logits are.
+    ``cache``: of transformers; for a prompt an empty cache, or None, and then ``use_cache`` decides
+    whether to make one.  ``keep``: number of last tokens whose logits are needed, 0 for all.
+    ``forbidden``: None if logits are needed; otherwise only the likeliest next tokens are, except
+    these ids.
     """
 
     ids: Tensor
@@ -227,14 +230,14 @@ _OFF = ("output_attentions", "output_hidden_states")
 def _plain_args(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, Any, Any, Any, Any, Any] | None:
-    """Ids, cache, and ``_READ`` of a forward; None where a whole step or prompt cannot serve it."""
+    """Ids, cache and the ``_READ`` arguments; None for arguments that need the model's forward."""
     rest = {key: value for key, value in kwargs.items() if value is not None}
     ids = rest.pop("input_ids", args[0] if len(args) == 1 else None)
     if len(args) > 1 or not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
         return None
     caches = [rest.pop(name) for name in ("cache", "past_key_values") if name in rest]
     mask, positions, use_cache, keep = (rest.pop(name, None) for name in _READ)
-    rest.pop("tokenizer", None)  # of stop strings: generate hands it on, and no model reads it
+    rest.pop("tokenizer", None)  # for stop strings: generate passes it on, but no model reads it
     neutral = rest.pop("return_dict", True) is True
     if not neutral or any(name not in _OFF or value is not False for name, value in rest.items()):
         return None
@@ -248,10 +251,10 @@ def read_step(
     windows: Sequence[int | None],
     most: int,
 ) -> TokenCall | None:
-    """The call of a root forward that a whole step can serve, else None.
+    """The call of a forward that a native whole step can replace, else None.
 
-    ``dtype``: of the weights; ``windows``: positions that each layer sees, None: all; ``most``:
-    rows that a step takes.
+    ``dtype``: of the weights; ``windows``: attention window of each layer, None: all positions;
+    ``most``: largest number of rows of a step.
     """
     plain = _plain_args(args, kwargs)
     if plain is None:
@@ -268,7 +271,7 @@ def read_step(
         return None
     keys, values = layer_tensors(cache.layers[0])
     if len(keys) != rows or keys.dtype != dtype or values.dtype != dtype:
-        return None  # filled under autocast: the model's own forward decides what comes of it
+        return None  # a cache that was filled under autocast: only the model's forward handles it
     if mask is not None and not _hides_nothing(mask, rows, length + 1):
         return None
     if positions is not None and not bool((positions[..., -1] == length).all()):
@@ -282,10 +285,10 @@ def read_prompt(
     windows: Sequence[int | None],
     use_cache: bool,
 ) -> TokenCall | None:
-    """The call of a root forward with whole prompts and no padding, else None.
+    """The call of a forward of whole prompts without padding, else None.
 
-    ``windows``: positions that each layer sees, None: all; no prompt may be longer.
-    ``use_cache``: whether the model makes a cache where no argument decides it.
+    ``windows``: attention window of each layer, None: all positions; no prompt may be longer.
+    ``use_cache``: whether the model makes a cache unless an argument says otherwise.
     """
     plain = _plain_args(args, kwargs)
     if plain is None:
@@ -327,7 +330,7 @@ def _hides_nothing(mask: Any, rows: int, length: int) -> bool:
 
 
 def as_output(logits: Tensor, cache: Any) -> Any:
-    """What a causal language model returns.  logits: [B, V] or [B, T, V]."""
+    """The output of a causal language model.  logits: [B, V] or [B, T, V]."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     shown = logits[:, None] if logits.dim() == 2 else logits

@@ -1,7 +1,7 @@
 """Read-only hooks: FFN tensors (docs/reference.md has them), attention, the last hidden state.
 
-Outputs are what they would be without them, and every hook is gone after the block.
-``capture_activations`` hands each layer's tensors on; ``Recording`` keeps those of one sequence.
+The hooks do not change outputs and are removed after the block.  ``capture_activations`` passes
+each layer's tensors to a function; ``Recording`` keeps those of one sequence.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from dart_llm.models.ffn import FfnBlock
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is kept: layers, tokens ``start`` to ``end`` (not included; None: to the end), tensors.
+    """What to record: layers, tokens ``start`` to ``end`` (exclusive; None: to the end), tensors.
 
-    Tokens are counted from the beginning of the sequence, the prompt included.  ``tensors``: names
-    of ``LayerActivations``.
+    Tokens are counted from the beginning of the prompt.  ``tensors``: names of attributes of
+    ``LayerActivations``.
     """
 
     layers: tuple[int, ...]
@@ -40,13 +40,13 @@ class Wanted:
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """What one layer's FFN did in one forward.  ``u``: [B, T, I]; the others: [B, T, D].
+    """Activations of one layer's FFN in one forward.  ``u``: [B, T, I]; the others: [B, T, D].
 
-    Copy what is to outlive the call: some models change z in place later in the forward.
+    Copy whatever must outlive the call: some models change z in place later in the forward.
 
-    ``x``: the residual stream that enters the FFN half; ``u``: what entered the down projection (0
-    where a mask removed a neuron; in OPT before the mask); ``z``: what came out of it, without
-    compensation; ``r``: what is added to the stream; ``h``: the input of the up projection.
+    ``x``: the residual stream that enters the FFN half; ``u``: the input of the down projection (0
+    where a mask removed a neuron; in OPT before the mask); ``z``: its output, without compensation;
+    ``r``: the sum that is added to the stream; ``h``: the input of the up projection.
     """
 
     u: Tensor
@@ -68,12 +68,11 @@ def capture_activations(
     after: Callable[[], None] = lambda: None,
     graph: bool = False,
 ) -> Iterator[None]:
-    """Inside, ``take(layer, seen)`` is called in every forward, once per layer.
+    """Call ``take(layer, activations)`` once per layer in every forward inside the block.
 
     ``before`` and ``after`` are called around each forward of ``model``.  ``graph``: the tensors
-    are those of the graph, in the model's shapes, for gradients; otherwise they are detached.
-    Neurons that the compact executor skips are never computed: under it ``take`` is not called
-    for masked layers.
+    are part of the autograd graph, in the model's shapes; otherwise they are detached.  The compact
+    executor never computes the neurons that it skips: it does not call ``take`` for masked layers.
     """
     taps: list[dict[str, Tensor]] = []
     rows = 1
@@ -86,7 +85,7 @@ def capture_activations(
             tensors.clear()
         before(seen)
 
-    def handed(layer: int, *tensors: Tensor) -> None:
+    def pass_on(layer: int, *tensors: Tensor) -> None:
         if not graph:
             tensors = tuple(t.detach().reshape(rows, -1, t.shape[-1]) for t in tensors)  # OPT: flat
         take(layer, LayerActivations(*tensors))
@@ -100,14 +99,14 @@ def capture_activations(
         keep(model.register_forward_hook(lambda *_: after()))
         for block in describe(model).blocks:
             if layers is None or block.index in layers:
-                taps.append(_tap(block, handed, keep))
+                taps.append(_tap(block, pass_on, keep))
         yield
 
 
 def _tap(
     block: FfnBlock, take: Callable[..., None], keep: Callable[[Any], None]
 ) -> dict[str, Tensor]:
-    """Hook one layer; x, h, u and z wait in what is returned until r, the last, is there."""
+    """Hook one layer; the returned dict keeps x, h, u and z until r, the last, is computed."""
     tensors: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -138,10 +137,11 @@ def _tap(
 
 
 class Recording:
-    """A context manager that keeps what ``wanted`` names of one sequence, on the host.
+    """A context manager that records the ``wanted`` activations of one sequence, on the host.
 
-    A forward without a cache starts anew; tokens that were rolled back are forgotten.  Raises
-    ``ConfigError`` for more than one row, and where an executor never computes what is wanted.
+    A forward without a cache starts a new recording; tokens that were rolled back are dropped.
+    Raises ``ConfigError`` for more than one row, and where an executor does not compute a wanted
+    activation.
     """
 
     def __init__(self, model: nn.Module, wanted: Wanted) -> None:
@@ -149,7 +149,7 @@ class Recording:
         self.wanted = wanted
         self._kept: dict[str, list[Tensor]] = {}
         self._ids: list[Tensor] | None = []
-        """Token ids fed so far; None once a forward was given embeddings."""
+        """Token ids of all forwards so far; None after a forward of embeddings."""
         self._fed = 0
         self._span = slice(0, 0)
         self._taken: set[int] = set()
@@ -167,7 +167,7 @@ class Recording:
 
     def _before(self, seen: ForwardArgs) -> None:
         if seen.rows != 1:
-            raise ConfigError(f"activations are kept of one row at a time, not of {seen.rows}")
+            raise ConfigError(f"activations are recorded for one row at a time, not {seen.rows}")
         if seen.cached < self._fed:
             self._cut(seen.cached)
         start, end = self.wanted.start - seen.cached, seen.tokens
@@ -195,7 +195,7 @@ class Recording:
         if missing and self._span.start < self._span.stop:
             raise ConfigError(
                 f"the activations of layer {missing[0]} were not computed: the compact executor "
-                "skips them; use the masked one"
+                "skips them; use executor masked"
             )
 
     def _cut(self, fed: int) -> None:
@@ -204,25 +204,25 @@ class Recording:
         self._ids = self._ids and [torch.cat(self._ids)[:keep]]
 
     def tensors(self) -> dict[str, Tensor]:
-        """``layer{l}.{name}``: [tokens, I or D] in the model's dtype; ``token_ids``: int32 [tokens]
-        unless a forward was given embeddings.
+        """``layer{l}.{name}``: [tokens, I or D] in the model's dtype; ``token_ids``: int32
+        [tokens], unless a forward took embeddings.
         """
         tensors = {name: torch.cat(parts) for name, parts in self._kept.items()}
         return {**tensors, "token_ids": torch.cat(self._ids)} if self._ids else tensors
 
 
 EAGER = "eager"
-"""The attention kernel that gives its weights."""
+"""The attention kernel that returns its weights."""
 
 Take = Callable[[int, Tensor], None]
-"""Called with a layer and what was read there."""
+"""Called with a layer's number and its tensor."""
 
 _SUM_TOLERANCE = 0.05
 """How far the weights of one token may sum from 1 (bfloat16 has 8 bits)."""
 
 
 def layer_count(model: nn.Module) -> int:
-    """Decoder layers; raises ``UnsupportedModel`` where there are none that we know."""
+    """Number of decoder layers; raises ``UnsupportedModel`` if none are found."""
     return len(decoder_layers(model)[0])
 
 
@@ -237,7 +237,7 @@ def _hooked(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[
 def attention_outputs(
     model: nn.Module, layers: Sequence[int], take: Take
 ) -> contextlib.AbstractContextManager[None]:
-    """Inside, every forward hands out v of ``layers``: [T, D], in the model's dtype.
+    """Call ``take`` in every forward with v [T, D] of each of ``layers``, in the model's dtype.
 
     v: output of the attention's output projection, before the residual add and before any norm.
     One row per forward.
@@ -255,9 +255,9 @@ def attention_outputs(
 def last_hidden(
     model: nn.Module, take: Callable[[Tensor], None]
 ) -> contextlib.AbstractContextManager[None]:
-    """Inside, every forward hands out the decoder's last hidden state: [T, D].
+    """Call ``take`` in every forward with the decoder's last hidden state [T, D].
 
-    It is what the language-model head reads: after the last norm.  One row per forward.
+    This is the input of the language-model head, after the last norm.  One row per forward.
     """
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a model is: the facts that every number is reported with, its size in memory, its digest."""
+"""A model's facts that are reported with every number, its size in memory, and its digest."""
 
 from __future__ import annotations
 
@@ -34,33 +34,33 @@ HASH_UP_TO = 20_000_000_000
 """Bytes of weight files above which no checksum is computed: reading them takes minutes."""
 
 READ = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt")
-"""Files of a checkpoint beside its weights that are read: configuration, tokenizer, code."""
+"""Files that are read in addition to the weights: configuration, tokenizer, code."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint before it is loaded: what it is, and how transformers is to read it."""
+    """One checkpoint before it is loaded, and the arguments with which transformers reads it."""
 
     name: str
     source: str
     reference: str
-    """What ``from_pretrained`` is given: a folder or a hub id."""
+    """The argument of ``from_pretrained``: a folder or a hub id."""
     path: Path | None = None
     quantisation: str | None = None
-    """Of the file's weights; ``None`` means that the model's configuration says."""
+    """Quantisation of the file's weights; ``None``: as the model's configuration states it."""
     sha256: str | None = None
-    """Of the file; ``None`` means that it is computed from ``path`` when needed."""
+    """Checksum of the file; ``None``: it is computed from ``path`` when needed."""
     revision: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments for the model's ``from_pretrained``."""
     file: Path | None = None
     """The GGUF file whose tensors are read at every load; ``reference`` has the configuration."""
     packed: bool = False
-    """Whether the blocks of ``file`` are kept."""
+    """Whether weights stay in the blocks of ``file``."""
 
     @property
     def blocks(self) -> Path | None:
-        """The GGUF file whose blocks are kept."""
+        """The GGUF file in whose blocks the weights stay."""
         return self.file if self.packed else None
 
 
@@ -68,12 +68,12 @@ _LOADED: WeakKeyDictionary[PreTrainedModel, Checkpoint] = WeakKeyDictionary()
 
 
 def remember(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Keep what ``model`` was loaded from, for as long as the model lives; nothing is set on it."""
+    """Remember the checkpoint of ``model`` while the model exists, without setting an attribute."""
     _LOADED[model] = checkpoint
 
 
 def blocks_file(model: PreTrainedModel) -> Path | None:
-    """The GGUF file whose blocks are the weights of ``model``."""
+    """The GGUF file in whose blocks the weights of ``model`` are stored."""
     checkpoint = _LOADED.get(model)
     return checkpoint.blocks if checkpoint else None
 
@@ -81,11 +81,11 @@ def blocks_file(model: PreTrainedModel) -> Path | None:
 def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
     """Name, source, path, revision, file quantisation, sha256, dtype and parameters of ``model``.
 
-    ``sha256`` is that of the weight file, or of the GGUF it was converted from; with several files
-    it is that of their ``sha256sum`` lines in alphabetical order.  Unknown facts are ``None``: a
-    model that ``load`` did not make has no checksum and, without a quantisation in its
-    configuration, no file quantisation.  ``weights`` is there where matrices are stored in
-    blocks: ``Q4_1 as in the file``, or ``rounded to Q8_0``.
+    ``sha256`` is the checksum of the weight file or of the converted GGUF file; with several files,
+    of their ``sha256sum`` lines in alphabetical order.  Unknown facts are ``None``: a model that
+    ``load`` did not make has no checksum and, without a quantisation in its configuration, no file
+    quantisation.  ``weights`` exists only where matrices are stored in blocks: ``Q4_1 as in the
+    file``, or ``rounded to Q8_0``.
     """
     checkpoint = _LOADED.get(model)
     weight_format, stated = _weight_format(model, checkpoint), _stated_quantisation(model)
@@ -113,7 +113,7 @@ def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _weight_format(model: nn.Module, checkpoint: Checkpoint | None) -> str | None:
-    """How the matrices of ``model`` are stored in blocks, for people; None where none is."""
+    """How the matrices of ``model`` are stored in blocks, as text; None if none are."""
     from dart_llm.models.packed import PackedTensor
 
     packed = [weight for weight in model.parameters() if isinstance(weight, PackedTensor)]
@@ -131,7 +131,7 @@ def weights_sha256(folder: Path) -> str | None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digests of a folder: ``model``, its weights, and ``model_files``, everything else.
+    """Digests of a folder: ``model`` for the weights, ``model_files`` for all other files.
 
     Weights of more than ``HASH_UP_TO`` bytes are identified by the sizes and times of their files.
     """
@@ -147,7 +147,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _sums(files: Sequence[Path]) -> str | None:
-    """The sha256 of one file, or of the ``sha256sum`` lines of several; None of none."""
+    """The sha256 of one file, or of the ``sha256sum`` lines of several; None without files."""
     sums = {path.name: _sha256(path) for path in files}
     if len(sums) < 2:
         return next(iter(sums.values()), None)
@@ -156,7 +156,7 @@ def _sums(files: Sequence[Path]) -> str | None:
 
 
 def _stated_quantisation(model: PreTrainedModel) -> str | None:
-    """The quantisation method that the model's configuration names, if it names one."""
+    """The quantisation method in the model's configuration, if any."""
     settings = getattr(model.config, "quantization_config", None)
     if settings is None:
         return None
@@ -177,7 +177,7 @@ def _remembered_sha256(path: Path, _state: tuple[int, ...]) -> str:
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """What changes with a file's contents; nobody can set the time of change back."""
+    """Values that change when a file's contents do; the time of change cannot be set back."""
     state = path.stat()
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
 
@@ -186,37 +186,37 @@ _tokenizers: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def remember_tokenizer(model: nn.Module, tokenizer: Any) -> None:
-    """``tokenizer`` belongs to ``model``: calibration makes openings for the model with it."""
+    """Remember the tokenizer of ``model``, which calibration needs to generate texts."""
     _tokenizers[model] = tokenizer
 
 
 def tokenizer_of(model: Any) -> Any:
-    """The tokenizer of ``model``: remembered, or read from where the model came from; or None."""
+    """The tokenizer of ``model``: remembered, or from the model's folder or hub id; else None."""
     tokenizer = _tokenizers.get(model)
     name = getattr(model, "name_or_path", "")
     if tokenizer is None and name:
         from transformers import AutoTokenizer
 
-        with contextlib.suppress(Exception):  # whatever is wrong there: callers do without
+        with contextlib.suppress(Exception):  # callers do without a tokenizer
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
             remember_tokenizer(model, tokenizer)
     return tokenizer
 
 
-# Size in memory, and whether that is free, before a weight is read.
+# Size in memory, and whether so much is free, before any weight is read.
 
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Types of weights that loading turns into the model's dtype, as safetensors names them."""
+"""Types of weights that loading converts to the model's dtype, by safetensors' names."""
 
 ROUNDED_BYTES = {"q8_0": 34 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32}
-"""Bytes of a weight that is rounded to blocks."""
+"""Bytes per weight after rounding to blocks."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Memory of a checkpoint's weights, and their format for people."""
+    """Memory of a checkpoint's weights, and their format as text."""
 
     bytes: int
     format: str
@@ -226,9 +226,9 @@ class Size:
 
 
 def weights_size(checkpoint: Checkpoint, dtype: Any, weights: str) -> Size | None:
-    """``dtype``: a torch dtype or "auto"; ``weights``: of ``loading.weight_format``.
+    """Memory of the weights after loading; None if the files do not state it or are not here yet.
 
-    None where the files do not state it, or are not there yet.
+    ``dtype``: a torch dtype or "auto"; ``weights``: result of ``loading.weight_format``.
     """
     name = str(dtype).removeprefix("torch.")
     if checkpoint.file is not None:
@@ -252,27 +252,27 @@ def weights_size(checkpoint: Checkpoint, dtype: Any, weights: str) -> Size | Non
     size = WIDTHS.get(name, 4) * total + others
     if weights not in ROUNDED_BYTES:
         return Size(size, f"in {name}")
-    # read from the files one after the other, unless all of them change their dtype before
+    # weights are read and rounded one by one, unless all are converted to another dtype first
     if {FLOATS[kind] for kind in counts} == {name}:
         return Size(int(ROUNDED_BYTES[weights] * total), f"in {weights}")
     return Size(size, f"in {name}, to be rounded")
 
 
 def check_room(name: str, size: Size) -> None:
-    """Raise ``LoadError`` where less memory is free than a model takes."""
+    """Raise ``LoadError`` if a model needs more memory than is free."""
     from dart_llm.native.memory import available
 
     free = available()
     if size.bytes > free:
         raise LoadError(
-            f"{name} needs {size_text(size.bytes)} of memory {size.format}, and "
-            f"{size_text(max(0, free))} are free: give --dtype bfloat16, --weights q8_0 or q4_0 "
-            "(of a GGUF file --weights file) or a smaller model, or end what takes the rest"
+            f"{name} needs {size_text(size.bytes)} of memory {size.format}, but only "
+            f"{size_text(max(0, free))} are free: use --dtype bfloat16, --weights q8_0 or q4_0 "
+            "(for a GGUF file --weights file) or a smaller model, or close other programs"
         )
 
 
 def _stored(folder: Path) -> tuple[dict[str, int], int]:
-    """Weights of a folder's safetensors files by type, and about the bytes of other tensors."""
+    """Number of weights in a folder's safetensors files by type, and about the other bytes."""
     from safetensors import SafetensorError, safe_open
 
     counts, others = Counter[str](), 0
@@ -288,26 +288,25 @@ def _stored(folder: Path) -> tuple[dict[str, int], int]:
                         counts[kind] += count
                     else:
                         others += count
-        except (OSError, SafetensorError):  # which loading reports
+        except (OSError, SafetensorError):  # loading reports it
             return {}, 0
     return dict(counts), others
 
 
-# A digest of the function that a model computes: equal for equal models, another for others.
+# A digest of the function that a model computes: equal for equal models, different for others.
 #
-# It covers the content of all parameters and buffers; of every module, its class, the code of its
-# ``forward`` and its plain attributes (eps, scaling, activation functions); and the configuration.
-# The layout of weights in memory does not matter, nor does an attached run.  Neither do hooks: they
-# mostly watch.
+# It covers the content of all parameters and buffers, the configuration, and for every module the
+# class, the code of ``forward`` and plain attributes (eps, scaling, activation functions).  It
+# ignores the layout of weights in memory, an attached run, and hooks, which mostly only read.
 
 ROW, SUMS = 1024, 8
-"""Bytes that are summed up together, and sums of each row, each with other factors."""
+"""Bytes of a row, and weighted sums per row, each sum with different factors."""
 
 FACTOR = 63
-"""Largest factor: pairs of products fit 16 bits, in which some CPUs add them."""
+"""Largest factor: the sum of two products must fit in 16 bits, as some CPUs require."""
 
 ROWS = 1 << 14
-"""Rows at a time where sums are made in float32."""
+"""Rows at a time where sums are computed in float32."""
 
 ASIDE = (
     *("transformers_version", "architectures", "dtype", "torch_dtype", "initializer_range"),
@@ -320,13 +319,13 @@ STATE = (
     *("forward", "training", "gradient_checkpointing", "max_seq_len_cached", "config"),
     "save_pretrained",
 )
-"""Attributes of modules that are covered elsewhere, or do not change what is computed."""
+"""Attributes of modules that are covered elsewhere or do not affect outputs."""
 
 
 def fingerprint(model: nn.Module) -> str:
-    """32 hexadecimal digits.  Reads all weights once, at about the speed of memory.
+    """The digest as 32 hexadecimal digits.  Reads all weights once, at about memory speed.
 
-    Offloaded weights count by names and shapes alone.
+    Of offloaded weights, only names and shapes are covered.
     """
     digest = hashlib.sha256(_settings(model).encode())
     for name, module in model.named_modules():
@@ -341,16 +340,16 @@ def _settings(model: nn.Module) -> str:
     if not hasattr(config, "get_text_config"):
         return ""
     values = config.get_text_config().to_dict()
-    kept = {name: value for name, value in values.items() if name not in ASIDE and name[0] != "_"}
-    return json.dumps(kept, sort_keys=True, default=str)
+    relevant = {key: value for key, value in values.items() if key not in ASIDE and key[0] != "_"}
+    return json.dumps(relevant, sort_keys=True, default=str)
 
 
 def digest_of(tensor: Tensor) -> str:
-    """A digest of a tensor's shape, dtype and every bit, however it lies in memory."""
+    """A digest of a tensor's shape, dtype and every bit, independent of its memory layout."""
     about = f"{tuple(tensor.shape)} {tensor.dtype}"
     if tensor.is_meta:
         return about
-    if hasattr(tensor, "__tensor_flatten__"):  # packed weights: what they are made of
+    if hasattr(tensor, "__tensor_flatten__"):  # packed weights: their plain tensors
         names, context = tensor.__tensor_flatten__()
         return key_of(about, str(context), [digest_of(getattr(tensor, name)) for name in names])
     raw = tensor.detach().contiguous().flatten().view(torch.int8)
@@ -368,7 +367,7 @@ def _row_sums(rows: Tensor) -> Tensor:
     factors = _factors().to(rows.device)
     if rows.device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return torch._int_mm(rows, factors)
-    parts = [  # no sum exceeds 2^23: float32 is exact, in any order and however it multiplies
+    parts = [  # no sum exceeds 2^23, so float32 is exact in any order of additions
         (part.float() @ factors.float()).to(torch.int32) for part in torch.split(rows, ROWS)
     ]
     return torch.cat(parts)
@@ -376,7 +375,7 @@ def _row_sums(rows: Tensor) -> Tensor:
 
 @functools.cache
 def _factors() -> Tensor:
-    """[ROW, SUMS] int8 from -63 to 63, never 0: no change of one byte goes unnoticed."""
+    """[ROW, SUMS] int8 from -63 to 63, never 0, so that a change of one byte changes the sums."""
     generator = torch.Generator().manual_seed(1)
     drawn = torch.randint(1, FACTOR + 1, (ROW, SUMS), generator=generator)
     signs = 1 - 2 * torch.randint(2, (ROW, SUMS), generator=generator)
@@ -387,7 +386,7 @@ def _about(module: nn.Module) -> str:
     kind = type(module)
     attributes = vars(module)
     forward = attributes.get("forward", kind.forward)
-    forward = attributes.get("_old_forward", forward)  # accelerate's first
+    forward = attributes.get("_old_forward", forward)  # the original under accelerate's hook
     settings = {
         name: plain(value)
         for name, value in sorted(attributes.items())
@@ -397,7 +396,7 @@ def _about(module: nn.Module) -> str:
 
 
 def plain(value: object, depth: int = 4) -> object:
-    """A value without its address: itself, the code of a function, its type."""
+    """A value without memory addresses: itself, the code of a function, or its type's name."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype):
         return value
     if isinstance(value, Replacement):
@@ -423,7 +422,7 @@ def _function(function: FunctionType, depth: int) -> object:
 
 
 def _home(module: str) -> str:
-    """The module's name; of this package only the file's, so that moving a file changes nothing."""
+    """The module's name, for this package without folders, so that moved files do not matter."""
     package, _, path = module.partition(".")
     return f"{package}.{path.rpartition('.')[2]}" if package == "dart_llm" else module
 
@@ -431,7 +430,7 @@ def _home(module: str) -> str:
 def _filled(cell: Any) -> bool:
     try:
         return cell.cell_contents is not None
-    except ValueError:  # a function that names itself before it is made
+    except ValueError:  # a function that refers to itself while it is being defined
         return False
 
 

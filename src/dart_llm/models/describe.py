@@ -1,4 +1,4 @@
-"""What a Hugging Face model is made of: with architectures.py the place that knows its modules."""
+"""The modules of a Hugging Face model; only this file and architectures.py know their names."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class ModelView:
 
     blocks: tuple[FfnBlock, ...]
     attention_out: nn.Module
-    """Output projection of the last layer's attention: its output is the signal ``attention``."""
+    """Output projection of the last layer's attention; its output is the signal ``attention``."""
     decoder: nn.Module
-    """The decoder without its head: its first output is the signal ``hidden``."""
+    """The decoder without its head; its first output is the signal ``hidden``."""
     input_embedding: Tensor | None
     output_embedding: Tensor | None
     attention: tuple[tuple[nn.Module, ...], ...]
     """The projections of each layer's attention, the output projection last."""
     parameter_bytes: int
-    """Bytes of the weights that one decoded token reads (embedding rows left out)."""
+    """Bytes of the weights that one decoded token reads (without embedding rows)."""
     traffic: TokenTraffic
-    """The same by part, at bfloat16, and the cache."""
+    """The same at bfloat16, by part of the model, and the bytes of the cache."""
 
     def signal(self, name: str) -> nn.Module:
         """The module whose output a drift detector watches."""
@@ -47,19 +47,20 @@ class ModelView:
 
 
 def widths(model: nn.Module) -> list[int]:
-    """Neurons of every layer's FFN; raises what ``describe`` raises."""
+    """Number of neurons in every layer's FFN; raises what ``describe`` raises."""
     return [block.down_width for block in describe(model).blocks]
 
 
 def describe(model: nn.Module) -> ModelView:
-    """Find the FFN blocks; raise ``UnsupportedModel`` that names what was found instead."""
+    """Find the FFN blocks; raise ``UnsupportedModel`` with the unsupported part's name."""
     if type(model).__module__.startswith("peft."):
         raise UnsupportedModel(
-            f"{type(model).__name__} is a PEFT model: call merge_and_unload() on it first"
+            f"{type(model).__module__}.{type(model).__name__} is a PEFT model: call "
+            "merge_and_unload() and prune the model that it returns"
         )
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModel(
-            f"{type(model).__name__} wraps a compiled model, and its generate goes past the "
+            f"{type(model).__name__} wraps a compiled model, and its generate bypasses the "
             "wrapper: prune the model inside it, prune(model._orig_mod, ...)"
         )
     layers, names, text = decoder_layers(model)
@@ -81,17 +82,18 @@ def describe(model: nn.Module) -> ModelView:
 def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, LayerNames, Any]:
     """The decoder's layers, the names of their parts, and the text model's configuration.
 
-    Raises ``UnsupportedModel``, which names what was found instead.
+    Raises ``UnsupportedModel`` with the class or model type that is not supported.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise UnsupportedModel(
-            f"{type(model).__name__} is not a transformers model: give the model itself, as load "
-            "or from_pretrained returns it"
+            f"{type(model).__name__} is not a transformers model: pass the model that load or "
+            "from_pretrained returns"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(
-            f"{type(model).__name__} is an encoder-decoder; only causal language models are pruned"
+            f"{type(model).__name__} is an encoder-decoder; only causal language models can be "
+            "pruned"
         )
     text = config.get_text_config()
     names = LAYER_NAMES.get(text.model_type)
@@ -128,12 +130,12 @@ def _block(index: int, layer: nn.Module, names: LayerNames, text: Any) -> FfnBlo
             kind = "a mixture of experts" if hasattr(ffn, "experts") else "unknown"
             raise UnsupportedModel(
                 f"layer {index}: {type(ffn).__name__} has no {name!r} (its FFN is {kind}); only "
-                f"dense FFNs of {text.model_type} are pruned"
+                f"dense FFNs of {text.model_type} can be pruned"
             )
     if getattr(ffn, "slow_but_exact", False):
         raise UnsupportedModel(
             f"layer {index}: {type(ffn).__name__} with slow_but_exact=True splits its down "
-            "projection; set slow_but_exact=False"
+            "projection, which cannot be pruned; set slow_but_exact=False"
         )
     return FfnBlock(
         index=index,
@@ -155,15 +157,15 @@ def _block(index: int, layer: nn.Module, names: LayerNames, text: Any) -> FfnBlo
 def _x_from(layer: nn.Module, names: LayerNames) -> nn.Module | None:
     if names.up == "fc1" and not names.ffn and not getattr(layer, "do_layer_norm_before", True):
         return getattr(layer, names.up)  # type: ignore[no-any-return]  # OPT-350m: norm after
-    # a part that a configuration leaves out may be an attribute that is None (StableLM's)
+    # a module that the configuration turns off may be None (StableLM)
     modules = (getattr(layer, name, None) for name in names.x_from)
     return next((module for module in modules if module is not None), None)
 
 
 def _attention(layer: nn.Module, names: LayerNames) -> tuple[nn.Module, ...]:
     out = layer.get_submodule(names.attention_out)
-    whole = layer.get_submodule(names.attention_out.rpartition(".")[0])
-    inputs = (module for module in whole.modules() if is_plain(module) and module is not out)
+    attention = layer.get_submodule(names.attention_out.rpartition(".")[0])
+    inputs = (module for module in attention.modules() if is_plain(module) and module is not out)
     return *inputs, out
 
 
@@ -173,18 +175,18 @@ def _weight(module: nn.Module | None) -> Tensor | None:
 
 
 def context_length(model: Any) -> int | None:
-    """The model's context in tokens, or None when its configuration does not state it."""
+    """The model's context length in tokens, or None when its configuration does not state it."""
     return configured_context(model.config)
 
 
 def configured_context(config: Any) -> int | None:
-    """The same by a model's configuration."""
+    """The context length in tokens that a configuration states, or None."""
     length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length
 
 
 def _read(model: nn.Module) -> list[nn.Parameter]:
-    """All parameters once; an input embedding that is not also the head is only looked up."""
+    """The parameters that a token reads in full; an input embedding only if it is also the head."""
     inputs = _weight(model.get_input_embeddings())  # type: ignore[operator]
     head = _weight(model.get_output_embeddings())  # type: ignore[operator]
     return [p for p in model.parameters() if p is not inputs or p is head]
@@ -196,7 +198,7 @@ def token_traffic(
     attention: Sequence[Sequence[nn.Module]],
     sizes: Mapping[int, float] | None = None,
 ) -> TokenTraffic:
-    """What a token reads; ``sizes``: {id of a parameter: its bytes}, else as it is stored."""
+    """Bytes that a token reads.  ``sizes``: {id of a parameter: its bytes}, else as stored."""
     ffn = {id(part.weight) for block in blocks for part in block.projections}
     heads = {id(module.weight) for layer in attention for module in layer}
     parts = dict.fromkeys(("ffn", "attention", "others"), 0.0)
@@ -209,7 +211,7 @@ def token_traffic(
     text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
     for index, (*inputs, out) in enumerate(attention):
-        # what q, k and v make, less the queries, which are as many as the output projection takes
+        # the outputs of q, k and v without the queries, as many as the output projection's inputs
         values = sum(len(matrix_of(module)) for module in inputs) - matrix_of(out).shape[1]
         slides = kinds is None or kinds[index] == "sliding_attention"
         cache[window if slides else None] += BFLOAT16 * values
@@ -223,9 +225,9 @@ def weight_facts(model: Any, sizes: Mapping[int, int] | None = None) -> dict[str
     """Exact bytes of the weights.  ``sizes``: {id of a parameter: its bytes}, else as stored.
 
     ``weight_bytes``: all weights; ``dtype_bytes``: the same in the model's dtype;
-    ``weight_bits`` and ``mean_weight_bits``: per weight.  Of a model that can be pruned also
-    ``bytes_per_token``: those that one decoded token reads, ``ffn_bytes_share``: bytes of the FFN
-    over those in the dtype, ``ffn_share_of_bfloat16``: over 2 bytes per weight, and
+    ``weight_bits`` and ``mean_weight_bits``: per weight.  If the model can be pruned, also
+    ``bytes_per_token``: read by one decoded token; ``ffn_bytes_share``: bytes of the FFNs relative
+    to those in the dtype; ``ffn_share_of_bfloat16``: relative to 2 bytes per weight; and
     ``token_traffic``: a ``TokenTraffic`` as plain data.
     """
     stored = {id(weight): weight.nbytes for weight in model.parameters()} | dict(sizes or {})

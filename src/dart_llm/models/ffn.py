@@ -1,4 +1,4 @@
-"""One FFN block: its projections, their weights, and the formula that they make."""
+"""One FFN block: its projections, their weights, and the formula that it computes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dart_llm.pruning.weights import FfnWeights
 _PLAIN = ("Linear", "Conv1D", "FalconLinear", "NonDynamicallyQuantizableLinear")
 
 HOMES = ("torch.nn.", "transformers.")
-"""Packages whose modules and forwards are trusted to be what their names say."""
+"""Packages whose modules and forwards are trusted to compute what their names say."""
 
 
 @dataclass(frozen=True)
 class FfnBlock:
-    """The parts of one layer's FFN.  ``inline``: the projections are the layer's own (OPT)."""
+    """The parts of one layer's FFN.  ``inline``: the layer itself has the projections (OPT)."""
 
     index: int
     ffn: nn.Module
@@ -54,12 +54,12 @@ class FfnBlock:
 
     @property
     def offloaded(self) -> bool:
-        """Whether accelerate keeps the weights elsewhere between forwards."""
+        """Whether accelerate offloads the weights between forwards."""
         return any(p.is_meta for module in self.projections for p in module.parameters())
 
     @property
     def projections(self) -> list[nn.Module]:
-        """Gate, up and down, those that there are."""
+        """Gate (if there is one), up and down."""
         return [module for module in (self.gate, self.up, self.down) if module is not None]
 
     def check(self, model: str) -> None:
@@ -71,16 +71,19 @@ class FfnBlock:
             plain = type(weight) in (Tensor, nn.Parameter, PackedTensor)
             home = kind.__module__.startswith(HOMES) and kind.__name__ in _PLAIN
             if not (home and plain and weight.dtype.is_floating_point):  # type: ignore[union-attr]
+                stored = type(weight).__name__
+                if isinstance(weight, Tensor):
+                    stored = f"{str(weight.dtype).removeprefix('torch.')} {stored}"
                 raise UnsupportedModel(
-                    f"{model}, layer {self.index}, {role} projection: found {kind.__module__}."
-                    f"{kind.__name__} with {type(weight).__name__} weights; only plain "
-                    "floating-point linear layers are pruned (call merge_and_unload() on a PEFT "
-                    "model; load without quantisation, a GGUF file with "
-                    "GgufConfig(dequantize=True))"
+                    f"{model}: the {role} projection of layer {self.index} is a "
+                    f"{kind.__module__}.{kind.__name__} with weights of type {stored}, and only "
+                    "plain floating-point linear layers can be pruned; load the model without "
+                    "quantisation (a GGUF file with GgufConfig(dequantize=True)), or call "
+                    "merge_and_unload() on a PEFT model"
                 )
 
     def hidden(self, x: Tensor) -> Tensor:
-        """u: the down projection's input."""
+        """u: the input of the down projection."""
         if self.inline:
             return x
         if self.fused:
@@ -115,7 +118,7 @@ class FfnBlock:
         return z if self.dropout is None else self.dropout(z)
 
     def matrices(self) -> tuple[Tensor | None, Tensor, Tensor]:
-        """gate [I, D] or None, up [I, D], down [D, I]; views, whatever the layout."""
+        """gate [I, D] or None, up [I, D], down [D, I]; views for every layout."""
         up, down = matrix_of(self.up), matrix_of(self.down)
         if self.fused:
             half = up.shape[0] // 2

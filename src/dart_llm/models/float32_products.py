@@ -1,8 +1,8 @@
-"""Matrix products of many tokens in float32, on CPUs that emulate them in 16 bits.
+"""Matrix products of many tokens in float32, on CPUs that emulate 16-bit products.
 
-torch multiplies bfloat16 and float16 matrices on an x86 CPU without AVX-512 by a loop that takes 5
-to 20 times as long as float32's product.  One token is faster in 16 bits all the same: it reads
-half the bytes.
+On an x86 CPU without AVX-512, torch multiplies bfloat16 and float16 matrices with a loop that takes
+5 to 20 times as long as the float32 product.  A single token is still faster in 16 bits, because
+it reads half the bytes.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ FEW = 4
 """Rows up to which a product stays in 16 bits: widening the weights would take longer."""
 
 CHUNK = 1 << 20
-"""Weights that are widened at a time: they stay in the CPU's cache until they are multiplied."""
+"""Weights that are widened at a time, few enough to stay in the CPU's cache."""
 
 LEAST_ROWS = 256
-"""Rows of a weight that are widened at a time, at least."""
+"""Smallest number of rows that are widened at a time."""
 
 _CHECKS = {
     torch.bfloat16: "_is_mkldnn_bf16_supported",
     torch.float16: "_is_mkldnn_fp16_supported",
 }
-"""torch's own answers to which 16-bit matrices this CPU multiplies."""
+"""torch's checks for hardware support of 16-bit products, by dtype."""
 
 FREE_COPIES = 2
-"""How often the memory of a float32 copy must be free for it to be made."""
+"""A float32 copy is made only if so many times its memory is free."""
 
 
 def emulates(dtype: torch.dtype) -> bool:
-    """Whether torch emulates products of matrices of ``dtype`` on this CPU."""
+    """Whether torch emulates matrix products in ``dtype`` on this CPU."""
     check = getattr(torch.ops.mkldnn, _CHECKS[dtype], None) if dtype in _CHECKS else None
     return check is not None and not check()
 
 
 class Float32Products(TorchFunctionMode):
-    """Inside, products of more than ``FEW`` rows of 16-bit CPU matrices run in float32.
+    """Inside the block, multiply more than ``FEW`` rows of 16-bit CPU matrices in float32.
 
-    Results and gradients have the dtype that they would have had.  Only a chunk of a weight is
-    widened at a time.  Low-bit blocks are left to themselves.
+    Results and gradients keep their dtype.  Weights are widened chunk by chunk.  Products with
+    low-bit blocks are not changed.
     """
 
     def __torch_function__(
@@ -77,12 +77,12 @@ def _is_slow(x: Any) -> bool:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """``F.linear``, whose rows are those of all sequences together."""
+    """``F.linear`` on the rows of all sequences together."""
     rows = input.reshape(-1, input.shape[-1]) if input.dim() > 2 else input
     if type(weight) not in (Tensor, nn.Parameter) or not _is_slow(rows) or weight.dim() != 2:
         return None
     if weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
-        return None  # which torch refuses
+        return None  # torch raises the error
     times: Any = _Product.apply if torch.is_grad_enabled() else _Product.forward
     product: Tensor = times(rows, weight)
     result = product if bias is None else product + bias.float()
@@ -97,7 +97,7 @@ def _chunks(weight: Tensor) -> tuple[Tensor, ...]:
 class _Product(torch.autograd.Function):
     """rows [n, K] times the transpose of weight [N, K]: [n, N] float32.
 
-    The graph keeps the weight in its 16 bits.
+    The autograd graph keeps the 16-bit weight.
     """
 
     @staticmethod
@@ -127,12 +127,12 @@ class _Product(torch.autograd.Function):
 def _addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor | None:
-    """``torch.addmm``, by which a Conv1D multiplies."""
+    """``torch.addmm``, as a Conv1D calls it."""
     return _linear(mat1, mat2.t(), input) if beta == alpha == 1 and input.dim() == 1 else None
 
 
 def _in_float32(func: Any) -> Callable[..., Tensor | None]:
-    """``func`` of activations: all of them are widened."""
+    """``func`` with all arguments widened, for products of activations."""
 
     def run(*args: Any, **kwargs: Any) -> Tensor | None:
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
@@ -166,11 +166,11 @@ _PRODUCTS: Mapping[Any, Callable[..., Tensor | None]] = {
         )
     },
 }
-"""Replacements by torch function; one that returns None leaves the call to torch."""
+"""Replacements of torch functions; where a replacement returns None, torch computes the call."""
 
 
 class WidePrompts(Replacement):
-    """The forward of a model that multiplies many tokens in float32; its copies keep it."""
+    """The forward of a model that multiplies many tokens in float32; its copies do so too."""
 
     def __init__(self, original: Callable[..., Any]) -> None:
         super().__init__(original, _wide_prompt)
@@ -183,17 +183,17 @@ class WidePrompts(Replacement):
 
 
 def _wide_prompt(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A forward of the model; one of few tokens is not even looked at."""
+    """Run a forward of the model, in float32 if it has many tokens."""
     if torch.compiler.is_compiling() or _tokens(args, kwargs) <= FEW:
         return original(*args, **kwargs)
-    if torch.is_autocast_enabled("cpu"):  # which would narrow what is widened
+    if torch.is_autocast_enabled("cpu"):  # it would convert back to 16 bits
         return original(*args, **kwargs)
     with Float32Products():
         return original(*args, **kwargs)
 
 
 def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """How many tokens a forward is given, in all its rows."""
+    """Number of tokens in all rows of a forward."""
     ids = args[0] if args else kwargs.get("input_ids")
     if ids is None and (embeddings := kwargs.get("inputs_embeds")) is not None:
         ids = embeddings[..., 0]
@@ -201,9 +201,9 @@ def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 def compute_prompts_in_float32(model: Any) -> bool:
-    """Let ``model`` multiply many tokens in float32 from now on; False where nothing is gained.
+    """Make ``model`` multiply many tokens in float32 from now on; False if it would not be faster.
 
-    Its weights stay as they are, and a single token is decoded in their dtype.
+    The weights do not change, and a single token is decoded in their dtype.
     """
     if not is_emulated(model) or _is_wide(model):
         return False
@@ -212,13 +212,13 @@ def compute_prompts_in_float32(model: Any) -> bool:
 
 
 def float32_note(model: Any) -> str:
-    """How prompts of ``model`` are computed, where not in its dtype; else ""."""
+    """A note if prompts of ``model`` are not computed in its dtype, else ""."""
     if not _is_wide(model) or not is_emulated(model):
         return ""
     name = str(model.dtype).removeprefix("torch.")
     return (
-        f"this CPU has no {name} arithmetic: prompts are computed in float32, decoding stays "
-        f"{name}; --dtype overrides"
+        f"this CPU has no {name} arithmetic: prompts are computed in float32, decoding stays in "
+        f"{name}; --dtype overrides this"
     )
 
 
@@ -228,7 +228,7 @@ def is_emulated(model: Any) -> bool:
 
 
 def _is_wide(model: nn.Module) -> bool:
-    """Whether its prompts are float32; also while it is being pruned."""
+    """Whether prompts of ``model`` are computed in float32, also while it is attached."""
     forward = model.__dict__.get("forward")
     while isinstance(forward, Replacement) and not isinstance(forward, WidePrompts):
         forward = forward.original
@@ -237,11 +237,11 @@ def _is_wide(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def in_float32(model: Any) -> Iterator[Any]:
-    """What to run many tokens on in place of ``model``.
+    """Yield a model that processes many tokens fast in place of ``model``.
 
-    Where torch emulates products in the model's dtype: its float32 copy, or, where memory is short,
-    the model itself, matrix by matrix in float32.  Both compute the same but for rounding, and
-    inside neither computes gradients of weights.
+    Where torch emulates products in the model's dtype, this is a float32 copy, or, if memory is
+    short, the model itself with products in float32.  Results differ only by rounding, and
+    gradients of weights are off inside the block.
     """
     if not is_emulated(model):
         yield model
@@ -260,7 +260,7 @@ def in_float32(model: Any) -> Iterator[Any]:
 
 
 def can_copy(model: Any) -> bool:
-    """Whether a float32 copy of ``model`` leaves enough memory, and would be one."""
+    """Whether ``model`` can be copied in float32: no weight is offloaded, and memory suffices."""
     if any(weight.is_meta for weight in model.parameters()):
         return False
     return available() >= FREE_COPIES * copy_bytes(model)
@@ -272,8 +272,8 @@ def copy_bytes(model: Any) -> int:
 
 
 def float32_copy(model: Any) -> Any:
-    """A copy of ``model`` in float32, weights in blocks dequantised, tied weights still tied."""
-    memo: dict[int, Any] = {}  # weights are not copied twice, in blocks and out of them
+    """A copy of ``model`` in float32, with blocks dequantised and tied weights still tied."""
+    memo: dict[int, Any] = {}  # deepcopy takes the converted weights from here
     for weight in model.parameters():
         plain = weight.dequantise() if isinstance(weight, PackedTensor) else weight.detach()
         wide = plain.to(torch.float32, copy=True)

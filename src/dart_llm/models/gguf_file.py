@@ -1,6 +1,6 @@
-"""GGUF files: metadata, table of tensors, and settings of a model that transformers does not read.
+"""GGUF files: metadata, table of tensors, and settings that transformers does not read from them.
 
-Without these settings a model would run but compute something else: other angles, no window.
+Without these settings a model would run with wrong results: other rotary angles, no window.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dart_llm.errors import LoadError
 
-if TYPE_CHECKING:  # which commands that read no file do without
+if TYPE_CHECKING:  # not imported by commands that read no file
     from torch import Tensor
 
 STRING, ARRAY = 8, 9
@@ -33,12 +33,12 @@ ROUNDED = ("q8_0", "q4_0", "q4_1")
 """Block types that weights of another dtype can be rounded to."""
 
 PLAIN = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-"""Types of tensors that are torch's own."""
+"""Tensor types that torch has, by GGUF's names."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a GGUF file: ``shape`` in torch's order, and where its bytes lie."""
+    """One tensor of a GGUF file: ``shape`` in torch's order, offset and size of its bytes."""
 
     path: Path
     name: str
@@ -49,7 +49,7 @@ class StoredTensor:
 
     @property
     def is_known(self) -> bool:
-        """Whether its numbers can be read: gguf names more types than it reads."""
+        """Whether its values can be read: gguf lists more types than it can dequantise."""
         import numpy as np
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
@@ -70,7 +70,7 @@ class StoredTensor:
         return torch.from_numpy(data)
 
     def values(self) -> Tensor:
-        """Dequantised; in the file's dtype where that is one of ``PLAIN``."""
+        """The dequantised values; in the file's dtype if that is one of ``PLAIN``."""
         import torch
 
         if self.kind in PLAIN:
@@ -84,7 +84,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """``metadata``: only single values, None for lists; ``tensors``: by their names."""
+    """``metadata``: single values, with None in place of lists; ``tensors``: by name."""
 
     path: Path
     metadata: dict[str, Any]
@@ -105,7 +105,7 @@ class GgufFile:
 
     @property
     def quantisation(self) -> str:
-        """The file's stated type, such as ``Q4_K_M``, else the types of its weights."""
+        """The type that the file states, such as ``Q4_K_M``, else the types of its weights."""
         from gguf import LlamaFileType
 
         try:
@@ -116,11 +116,11 @@ class GgufFile:
 
     @property
     def float32_bytes(self) -> int:
-        """Size of the weights once they are dense."""
+        """Size of the dequantised weights in float32."""
         return 4 * sum(self.types.values())
 
     def of(self, names: Mapping[str, str]) -> dict[str, StoredTensor]:
-        """Tensors by a model's names; ``names``: of the file's -> of the model's."""
+        """Tensors by the model's names; ``names``: {name in the file: name in the model}."""
         return {names[name]: tensor for name, tensor in self.tensors.items() if name in names}
 
     def fact(self, name: str) -> Any:
@@ -128,20 +128,20 @@ class GgufFile:
         return self.metadata.get(f"{self.architecture}.{name}")
 
     def number(self, name: str) -> Any:
-        """The same, where it is a number above 0."""
+        """``fact(name)`` if it is a positive number, else None."""
         value = self.fact(name)
         return value if isinstance(value, int | float) and 0 < value < math.inf else None
 
 
 LONG = 256
-"""Elements of a list above which it is a vocabulary's, or its merges: layers are fewer."""
+"""Lists with more elements are vocabularies or merges, not values per layer."""
 
 
 @functools.cache
 def _quick_reader() -> Any:
-    """gguf's reader, which keeps only the length of long lists.
+    """A subclass of gguf's reader that keeps only the length of long lists.
 
-    It would make two arrays of every token: 17 s for a vocabulary of 262,144.
+    gguf's reader makes two arrays per token: 17 s for a vocabulary of 262,144.
     """
     import numpy as np
     from gguf import GGUFReader, GGUFValueType
@@ -176,10 +176,10 @@ def _quick_reader() -> Any:
 
 @contextmanager
 def quick_gguf() -> Iterator[None]:
-    """Inside the block transformers reads a configuration from a GGUF file in about a second.
+    """Make transformers read a configuration from a GGUF file in about a second.
 
-    It needs the vocabulary's length, and reads the tokens of a tokenizer by itself.  And the table
-    of tensor names is made once, not for every module.
+    A configuration needs only the vocabulary's length, and a tokenizer is read separately.  The
+    table of tensor names is also built once instead of once per module.
     """
     gguf: Any = import_module("gguf")
     whole = gguf.GGUFReader, gguf.get_tensor_name_map
@@ -191,15 +191,15 @@ def quick_gguf() -> Iterator[None]:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Metadata and table of tensors of a file; no tensor is read yet.
+    """Metadata and table of tensors of a file, without reading a tensor.
 
-    Raises ``LoadError``, before anything is allocated, for a file that is cut off or damaged.
+    Raises ``LoadError`` for a truncated or damaged file before memory is allocated.
     """
     import numpy as np
 
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise LoadError(f"{path} is not a GGUF file; give a folder, or a file that is one")
+            raise LoadError(f"{path} is not a GGUF file; give a folder or a GGUF file")
     try:
         with np.errstate(all="ignore"):
             reader = _quick_reader()(path)
@@ -213,10 +213,11 @@ def read_gguf(path: Path) -> GgufFile:
             name: None if field.types[0] == ARRAY else field.contents()
             for name, field in reader.fields.items()
         }
-    except Exception as error:  # whatever gguf's reader stumbles over
+    except Exception as error:  # gguf's reader raises many kinds for damaged files
         reason = str(error).partition("\n")[0]
         raise LoadError(
-            f"{path.name} is not a whole GGUF file ({reason}); fetch it again and compare its size"
+            f"{path.name} is not a complete GGUF file ({reason}); download it again and compare "
+            "its size"
         ) from error
     return GgufFile(path, metadata, {tensor.name: tensor for tensor in stored})
 
@@ -233,14 +234,14 @@ def _stored(path: Path, tensor: Any, end: int) -> StoredTensor:
     return StoredTensor(path, tensor.name, tensor.tensor_type.name.lower(), shape, begin, size)
 
 
-# How files differ from transformers' weights, and settings that transformers leaves out.
+# How files differ from transformers' weights, and settings that transformers omits.
 
 
 @dataclass(frozen=True)
 class Stored:
     """How the weights of a file differ from transformers', apart from their names.
 
-    ``pairs``: rows of q and k are in the order of rotary pairs, as in llama.cpp, not of halves;
+    ``pairs``: rows of q and k are in llama.cpp's order, by rotary pairs, not by halves of a head;
     ``plus_one``: norms include the 1 that transformers adds itself.
     """
 
@@ -253,12 +254,12 @@ ARCHITECTURES = {
     **dict.fromkeys(("qwen2", "qwen3", "phi3", "gpt2"), Stored()),
     **dict.fromkeys(("gemma2", "gemma3"), Stored(plus_one=True)),
 }
-"""The architectures whose files are read in blocks, by ``general.architecture``."""
+"""The architectures whose weights can stay in blocks, by ``general.architecture``."""
 
 ROPE = "rope_parameters"
 
 LONGEST = 4096
-"""Heads, and values and frequencies of one, more than any model has."""
+"""Upper bound for the number of heads, and for the values and frequencies of a head."""
 
 Settings = dict[str, Any]
 """Keys of a configuration and their values, as in JSON."""
@@ -269,23 +270,24 @@ SIZES = {
     "feed_forward_length": ("blk.0.ffn_down.weight", 1),
     "context_length": ("position_embd.weight", 0),
 }
-"""Facts that are the size of a tensor, and which of its dimensions."""
+"""Facts that equal a dimension of a tensor: the tensor and the number of the dimension."""
 
 HEADS = ("key_length", "value_length", "head_count", "head_count_kv")
-"""Facts of the attention that are sizes or numbers of heads."""
+"""Facts of the attention: sizes and numbers of heads."""
 
 LLAMA_3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""Common to Llama 3.1 to 3.3; a file stores the factors of frequencies that follow from it."""
+"""Settings of Llama 3.1 to 3.3; a file stores only the frequency factors that follow from them."""
 
 
 def check_facts(file: GgufFile) -> None:
-    """Raise ``LoadError`` for facts that are larger than the file's tensors, or for fewer layers.
+    """Raise ``LoadError`` for facts larger than the file's tensors, or for too few layers.
 
-    A model of these would be built only to find that no weight fits; fewer layers would run.
+    Too large a model would be built before its weights turn out not to fit; a model with too few
+    layers would run.
     """
     layers = [re.match(r"blk\.(\d+)\.", tensor) for tensor in file.tensors]
     count = 1 + max((int(match[1]) for match in layers if match), default=-1)
@@ -299,15 +301,15 @@ def check_facts(file: GgufFile) -> None:
         stated = file.number(fact) or 0
         if stated > size or (fact == "block_count" and 0 < stated < size):
             raise LoadError(
-                f"{file.path.name} is damaged: it states {fact} {stated}, and its tensors are for "
-                f"{size}; fetch it again"
+                f"{file.path.name} is damaged: it states {fact} {stated}, but its tensors have "
+                f"{size}; download it again"
             )
 
 
 def left_out(file: GgufFile) -> Settings:
-    """Settings that transformers leaves out, mostly none; raises ``LoadError`` for bad factors."""
+    """Settings that transformers omits, usually none; raises ``LoadError`` for invalid factors."""
     settings: Settings = {}
-    if file.architecture not in ARCHITECTURES:  # whose facts may mean something else
+    if file.architecture not in ARCHITECTURES:  # facts may have another meaning there
         return settings
     # transformers treats a Llama file of this name as Mistral's
     mistral = file.architecture == "llama" and file.metadata.get("general.name") == "mistral"
@@ -326,13 +328,13 @@ def left_out(file: GgufFile) -> Settings:
 
 
 def complete(config: Any, settings: Settings) -> Any:
-    """``config`` with the settings of ``left_out``; itself, if there are none."""
+    """``config`` with the settings of ``left_out``; unchanged if there are none."""
     if not settings:
         return config
     values = config.to_dict()
     rope = settings.get(ROPE, {})
     before = values.get(ROPE) or {}
-    if "full_attention" in before:  # layers of sliding attention keep their own angles
+    if "full_attention" in before:  # layers of sliding attention keep their angles
         after = {**before, "full_attention": {**before["full_attention"], **rope}}
     else:
         after = {**before, **rope}
@@ -344,7 +346,7 @@ def complete(config: Any, settings: Settings) -> Any:
 
 
 def _angles(file: GgufFile) -> Settings:
-    """Which part of a head is rotated, and positions beyond those of the training."""
+    """Settings for the rotated part of a head, and for positions beyond the training length."""
     settings: Settings = {}
     rotated, width = file.number("rope.dimension_count"), file.number("embedding_length")
     heads = file.number("attention.head_count")
@@ -360,7 +362,7 @@ def _angles(file: GgufFile) -> Settings:
 
 
 def _factors(file: GgufFile) -> Settings:
-    """Factors of frequencies: Llama 3's, or any others, for short and for long sequences."""
+    """Frequency factors: Llama 3's, or others for short and for long sequences."""
     factors, long, short = (
         _numbers(file, name) for name in ("freqs", "factors_long", "factors_short")
     )
@@ -368,8 +370,8 @@ def _factors(file: GgufFile) -> Settings:
         factor = max(factors)
         if factor == min(factors) == 1:
             return {}
-        wanted = _llama_3(len(factors), factor, float(file.number("rope.freq_base") or 10000.0))
-        if all(math.isclose(*pair, rel_tol=1e-3) for pair in zip(factors, wanted, strict=True)):
+        expected = _llama_3(len(factors), factor, float(file.number("rope.freq_base") or 10000.0))
+        if all(math.isclose(*pair, rel_tol=1e-3) for pair in zip(factors, expected, strict=True)):
             return {"rope_type": "llama3", "factor": factor, **LLAMA_3}
         return _longrope(factors, factors, file.number("context_length"), 1.0)
     if not (long and short):
@@ -379,7 +381,7 @@ def _factors(file: GgufFile) -> Settings:
 
 
 def _numbers(file: GgufFile, name: str) -> list[float]:
-    """Factors of frequencies; raises ``LoadError`` unless they are numbers above 0."""
+    """Frequency factors; raises ``LoadError`` unless all are positive numbers."""
     tensor = file.tensors.get(f"rope_{name}.weight")
     if tensor is None:
         return []
@@ -387,8 +389,8 @@ def _numbers(file: GgufFile, name: str) -> list[float]:
     numbers = [float(number) for number in tensor.values().flatten()] if fits else []
     if not numbers or not all(0 < number < math.inf for number in numbers):
         raise LoadError(
-            f"{tensor.path.name}: tensor {tensor.name} must have factors of frequencies, "
-            "numbers above 0"
+            f"{tensor.path.name} is damaged: the frequency factors in tensor {tensor.name} must "
+            "be positive numbers; download it again"
         )
     return numbers
 
@@ -400,7 +402,7 @@ def _longrope(short: list[float], long: list[float], original: Any, attention: A
 
 
 def _llama_3(count: int, factor: float, base: float) -> list[float]:
-    """The factors of Llama 3's frequencies, as llama.cpp's converter makes them."""
+    """Llama 3's frequency factors, as llama.cpp's converter computes them."""
     low, high = LLAMA_3["low_freq_factor"], LLAMA_3["high_freq_factor"]
     turns = [8192 / (2 * math.pi * base ** (i / count)) for i in range(count)]
     smooth = [min(1.0, max(0.0, (period - low) / (high - low))) for period in turns]

@@ -1,8 +1,9 @@
 """GGUF files with narrower FFNs, written from another file: all other tensors keep their bytes.
 
-llama.cpp loads them as they are.  Rows of gate and up are whole rows of blocks and are copied.  The
-columns of down lie within blocks.  The order of neurons is free, so that the blocks that keep most
-of their columns stay and take in the columns of the others; only these are rounded again.
+llama.cpp loads them without changes.  Rows of gate and up consist of whole blocks and are copied.
+In down, a block spans several columns.  Since the order of neurons is free, the blocks that keep
+most of their columns stay in place, and the remaining columns of other blocks fill their gaps; only
+these are rounded again.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from dart_llm.files import replacing
 from dart_llm.models.gguf_file import ARCHITECTURES, PLAIN, GgufFile, StoredTensor
 
 UNEQUAL = {"llama": "deci"}
-"""The architecture that computes the same with a different width in every layer."""
+"""The equivalent architecture with a different width in every layer."""
 
 BIASED = ("llama", "gpt2")
-"""Architectures of which llama.cpp reads a bias of the down projection."""
+"""Architectures for which llama.cpp reads a bias of the down projection."""
 
 BLOCK = 32
 
@@ -37,14 +38,14 @@ LEVELS = {
     "q5_0": (5, False),
     "q5_1": (5, True),
 }
-"""Types in blocks of 32 values ``scale * level + least``: bits of a level, and whether least is
-stored; where it is not, the middle level is 0."""
+"""Types in blocks of 32 values ``scale * level + least``: bits of a level, and whether ``least`` is
+stored; if not, the middle level means 0."""
 
 WRITTEN = (*PLAIN, *LEVELS)
-"""Types in which down projections stay; gguf does not round to the others."""
+"""Types that a down projection keeps when it is written; gguf cannot round to other types."""
 
 FFN = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(.*)")
-"""Tensors of neurons: layer, projection, the rest of the name."""
+"""Names of FFN tensors: layer, projection, the rest of the name."""
 
 DOWN, BIAS = "blk.{}.ffn_down.weight", "blk.{}.ffn_down.bias"
 
@@ -56,8 +57,8 @@ ABOUT = "dart_llm.export"
 class NarrowLayer:
     """One layer's FFN after pruning.
 
-    ``ids``: [k] int64 on the host, the kept neurons; ``width``: how many are written, those beyond
-    k without effect; ``bias``: [D] float32 for the output, or None.
+    ``ids``: [k] int64 on the host, the kept neurons; ``width``: how many neurons are written, zeros
+    beyond k; ``bias``: [D] float32 for the output, or None.
     """
 
     ids: Tensor
@@ -67,7 +68,7 @@ class NarrowLayer:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor to write: ``shape`` in torch's order, and what makes its bytes [..., n]."""
+    """A tensor to write: ``shape`` in torch's order; ``make`` returns its bytes [..., n]."""
 
     name: str
     kind: str
@@ -76,24 +77,23 @@ class _Entry:
 
 
 def layer_widths(file: GgufFile) -> list[int]:
-    """Neurons of every layer; raises ``ConfigError`` for a file whose FFNs cannot be exported."""
+    """Number of neurons per layer; raises ``ConfigError`` if the file's FFNs cannot be exported."""
     name = file.path.name
     if file.architecture not in ARCHITECTURES:
         raise ConfigError(
-            f"{name} is of architecture {file.architecture}, which is not exported; "
-            f"{', '.join(sorted(ARCHITECTURES))} are"
+            f"{name} has architecture {file.architecture}, which cannot be exported; "
+            f"{', '.join(sorted(ARCHITECTURES))} can"
         )
     for tensor in file.tensors:
         if (part := FFN.fullmatch(tensor)) and part[3] not in (".weight", ".bias"):
             raise ConfigError(
-                f"{name} has {tensor}: only plain feed-forward layers are exported, not a mixture "
-                "of experts"
+                f"{name} has {tensor}: only plain FFNs can be exported, not a mixture of experts"
             )
     layers = int(file.number("block_count") or 0)
     downs = [file.tensors.get(DOWN.format(layer)) for layer in range(layers)]
     widths = [down.shape[1] for down in downs if down is not None]
     if not widths or len(widths) < layers:
-        raise ConfigError(f"{name} is missing the down projection of a layer: nothing is exported")
+        raise ConfigError(f"{name} has a layer without a down projection and cannot be exported")
     return widths
 
 
@@ -103,7 +103,7 @@ def written_kind(kind: str) -> str:
 
 
 def rounded_columns(kind: str, layer: NarrowLayer) -> int:
-    """How many columns of a down projection of ``kind`` do not stay in their block."""
+    """How many columns of a down projection of ``kind`` move to another block."""
     if kind not in LEVELS:
         return 0 if kind in PLAIN else len(layer.ids)
     slots, stay = _slots(layer)
@@ -111,7 +111,7 @@ def rounded_columns(kind: str, layer: NarrowLayer) -> int:
 
 
 def block_of(file: GgufFile) -> int:
-    """Every layer's width must be a multiple of this, so that rows of down are whole blocks."""
+    """The divisor of every layer's width, so that rows of down consist of whole blocks."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     downs = [file.tensors[DOWN.format(layer)] for layer in range(len(layer_widths(file)))]
@@ -125,16 +125,17 @@ def written_architecture(file: GgufFile, layers: Sequence[NarrowLayer | None]) -
     biased = any(layer is not None and layer.bias is not None for layer in layers)
     if biased and architecture not in BIASED:
         raise ConfigError(
-            f"{name} is of architecture {architecture}, where llama.cpp reads no bias that could "
-            "carry the compensation; use compensation=False (--no-compensation) to export"
+            f"{name} has architecture {architecture}, for which llama.cpp reads no bias that could "
+            "store the compensation; use compensation=False (--no-compensation) to export"
         )
     widths = _widths(file, layers)
     if len(set(widths)) == 1:
         return architecture
     if architecture not in UNEQUAL:
         raise ConfigError(
-            f"the layers keep {min(widths)} to {max(widths)} neurons, and llama.cpp knows no "
-            f'architecture like {architecture} with a width for every layer; use budget "uniform"'
+            f"the layers keep {min(widths)} to {max(widths)} neurons, and llama.cpp has no "
+            f"equivalent of {architecture} with a different width in every layer; use budget "
+            '"uniform"'
         )
     return UNEQUAL[architecture]
 
@@ -142,10 +143,10 @@ def written_architecture(file: GgufFile, layers: Sequence[NarrowLayer | None]) -
 def write_narrow(
     file: GgufFile, layers: Sequence[NarrowLayer | None], path: Path, about: str
 ) -> None:
-    """Write ``file`` with narrower FFNs to ``path``, whole or not at all.
+    """Write ``file`` with narrower FFNs to ``path``, completely or not at all.
 
-    ``layers``: one each, None: unchanged.  ``about``: the metadata under ``ABOUT``.  Raises
-    what ``written_architecture`` raises, and ``ResultsError`` where ``path`` cannot be written.
+    ``layers``: one entry per layer, None: unchanged.  ``about``: the metadata under ``ABOUT``.
+    Raises what ``written_architecture`` raises, and ``ResultsError`` if ``path`` cannot be written.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
@@ -153,7 +154,7 @@ def write_narrow(
     entries = list(_entries(file, layers))
     with replacing(path) as scratch:
         if path.exists() and path.samefile(file.path):
-            raise ConfigError(f"{path} is the file that is read: give another name")
+            raise ConfigError(f"{path} is the source file: give another name")
         writer = GGUFWriter(scratch, architecture)
         _copy_metadata(file, writer, architecture)
         writer.add_string(ABOUT, about)
@@ -167,7 +168,7 @@ def write_narrow(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry in entries:  # one tensor in memory after the other
+        for entry in entries:  # one tensor in memory at a time
             writer.write_tensor_data(entry.make().numpy())
         writer.close()
 
@@ -205,8 +206,8 @@ def _vector(name: str, values: Tensor) -> _Entry:
 
 
 def _slots(layer: NarrowLayer) -> tuple[Tensor, Tensor]:
-    """The neurons in the order in which they are written [width], -1: one without effect; and the
-    blocks of columns that stay [width / 32], those that keep most (none in other widths).
+    """The neurons in the order of writing [width], -1 for padding; and the numbers of the blocks
+    that stay [width / 32], those that keep most columns (empty if 32 does not divide the width).
     """
     ids, width = layer.ids, layer.width
     if width % BLOCK:
@@ -222,26 +223,26 @@ def _slots(layer: NarrowLayer) -> tuple[Tensor, Tensor]:
 
 
 def _at_home(slots: Tensor, stay: Tensor) -> Tensor:
-    """Which of ``slots`` hold a column of the block that stayed there [width]."""
+    """Which of ``slots`` keep a column in its original block [width]."""
     return slots // BLOCK == stay.repeat_interleave(BLOCK)
 
 
 def _rows(tensor: StoredTensor, layer: NarrowLayer, width: int) -> _Entry:
-    """The kept rows of gate and up, as they are stored; if fused, those of both halves."""
+    """The kept rows of gate and up, as stored; of both halves if fused."""
     slots, _ = _slots(layer)
     if tensor.shape[0] == 2 * width:
         slots = torch.cat([slots, torch.where(slots < 0, -1, slots + width)])
 
     def make() -> Tensor:
         data = tensor.bytes().reshape(tensor.shape[0], -1)[slots.clamp_min(0)]
-        data[slots < 0] = 0  # which are zeros in every type
+        data[slots < 0] = 0  # zero bytes are zeros in every type
         return data if len(tensor.shape) > 1 else data.flatten()
 
     return _Entry(tensor.name, tensor.kind, (len(slots), *tensor.shape[1:]), make)
 
 
 def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
-    """The kept columns of down; a block is rounded anew as a whole where that is more exact."""
+    """The kept columns of down; a block gets a new scale where that is more exact."""
     kind, (slots, stay) = written_kind(tensor.kind), _slots(layer)
 
     def make() -> Tensor:
@@ -254,37 +255,37 @@ def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
         blocks = torch.from_numpy(rounded).view(torch.uint8)
         if tensor.kind not in LEVELS:
             return blocks
-        wanted, again, blocks = (
+        exact, restored, blocks = (
             each.reshape(len(columns), len(stay), -1)
             for each in (columns, torch.from_numpy(dequantize(rounded, written)), blocks)
         )
         stored = tensor.bytes().reshape(len(columns), tensor.shape[1] // BLOCK, -1)[:, stay]
         there = (slots >= 0).reshape(-1, BLOCK)
-        same, values = _with_values(kind, stored, wanted)
-        lost = [((each - wanted) * there).square().sum(-1) for each in (values, again)]
-        return torch.where((lost[0] <= lost[1])[..., None], same, blocks).flatten(1)
+        same, values = _with_values(kind, stored, exact)
+        errors = [((each - exact) * there).square().sum(-1) for each in (values, restored)]
+        return torch.where((errors[0] <= errors[1])[..., None], same, blocks).flatten(1)
 
     return _Entry(tensor.name, kind, (tensor.shape[0], layer.width), make)
 
 
-def _with_values(kind: str, blocks: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """``blocks`` [..., bytes] with the levels next to ``wanted`` [..., 32], and their values.
+def _with_values(kind: str, blocks: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+    """``blocks`` [..., bytes] with the levels nearest to ``exact`` [..., 32], and their values.
 
-    Scale and least stay, so that values which the block had before are exact.
+    Scale and ``least`` stay, so that the block's original values remain exact.
     """
     bits, has_least = LEVELS[kind]
     head = blocks[..., : 4 if has_least else 2]
     ends = head.contiguous().view(torch.float16).float()
     scale = ends[..., :1]
     least = ends[..., 1:] if has_least else -scale * 2 ** (bits - 1)
-    levels = ((wanted - least) / torch.where(scale == 0, 1, scale)).round().clamp(0, 2**bits - 1)
+    levels = ((exact - least) / torch.where(scale == 0, 1, scale)).round().clamp(0, 2**bits - 1)
     whole = levels.to(torch.uint8)
     if bits == 8:  # signed
         return torch.cat([head, whole ^ 128], -1), scale * levels + least
     first, second = (whole & 15).chunk(2, -1)
     fifths = (whole >> 4).reshape(*whole.shape[:-1], 4, 8)
     packed = (fifths << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
-    fifth = packed[..., : 4 * (bits - 4)]  # none of four bits
+    fifth = packed[..., : 4 * (bits - 4)]  # empty for four bits
     return torch.cat([head, fifth, first | second << 4], -1), scale * levels + least
 
 
@@ -296,7 +297,7 @@ def _copy_metadata(file: GgufFile, writer: Any, architecture: str) -> None:
     left = {"general.architecture", "general.alignment", f"{prefix}feed_forward_length", ABOUT}
     for name, field in GGUFReader(file.path).fields.items():
         value = field.contents()
-        if name in left or name.startswith("GGUF.") or value == []:  # which it does not write
+        if name in left or name.startswith("GGUF.") or value == []:  # gguf writes no empty list
             continue
         if name.startswith(prefix):
             name = f"{architecture}.{name.removeprefix(prefix)}"

@@ -1,4 +1,4 @@
-"""The KV cache of whole decode steps: transformers' own, whose layers grow in place."""
+"""The KV cache of whole decode steps: transformers' cache with layers that grow in place."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ROOM = 256
 
 @dataclass(eq=False)
 class Steps:
-    """Positions that all layers of one cache got since their buffers were made.
+    """Positions added to all layers of one cache since their buffers were allocated.
 
-    ``changed``: whether a layer was given other tensors since.
+    ``changed``: whether other tensors were assigned to a layer since.
     """
 
     done: int = 0
@@ -31,8 +31,8 @@ class Steps:
 class Buffers:
     """Keys and values of one layer, [B, K, capacity, S].
 
-    ``end``: how many positions were filled before ``steps``; ``length``: of the whole sequence
-    then.  ``most``: positions that the layer keeps, None: all.
+    ``end``: number of positions filled before ``steps``; ``length``: length of the sequence at that
+    time.  ``most``: positions that the layer keeps, None: all.
     """
 
     keys: Tensor
@@ -44,7 +44,7 @@ class Buffers:
 
     def views(self) -> tuple[Tensor, Tensor]:
         """The layer's current keys and values [B, K, n, S]."""
-        end = self.end + self.steps.done  # read once: another thread may be between two steps
+        end = self.end + self.steps.done  # read once: another thread may decode a step meanwhile
         begin = 0 if self.most is None else max(0, end - self.most)
         with torch.inference_mode(False), torch.no_grad():
             return self.keys[:, :, begin:end], self.values[:, :, begin:end]
@@ -56,7 +56,7 @@ class Buffers:
 
 
 def _lazy(name: str) -> Any:
-    """An attribute that ``buffers`` decide, until it is assigned."""
+    """An attribute computed from ``buffers`` until a value is assigned to it."""
 
     def read(layer: _Growing) -> Any:
         current = layer.current()
@@ -76,15 +76,15 @@ class _Growing:
     """A cache layer whose key and value views are created lazily.
 
     A view costs more than a microsecond, and there are two per layer and token.  So between steps
-    the layer has only ``buffers``; once other tensors are assigned (a crop, a reordering, an
-    update), it keeps these as its base class does.
+    the layer has only ``buffers``; once other tensors are assigned (by a crop, a reordering, an
+    update), it stores these as its base class does.
     """
 
     buffers: Buffers | None = None
     keys, values = _lazy("keys"), _lazy("values")
 
     def current(self) -> dict[str, Any]:
-        """The attributes that ``buffers`` decide."""
+        """The attributes computed from ``buffers``; empty without buffers."""
         if self.buffers is None:
             return {}
         keys, values = self.buffers.views()
@@ -98,7 +98,7 @@ class _Growing:
         return buffers.length + buffers.steps.done
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copied and pickled as the plain layer."""
+        """Copy and pickle as the base class of transformers."""
         attributes = {**self.__dict__, **self.current()}
         attributes.pop("buffers", None)
         return _layer, (type(self).__bases__[1], attributes)
@@ -109,12 +109,12 @@ class GrowingLayer(_Growing, DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 class GrowingSlidingLayer(_Growing, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
-    """A layer that keeps those of a window."""
+    """A layer that keeps the positions of a sliding window."""
 
     cumulative_length = _lazy("cumulative_length")
 
     def current(self) -> dict[str, Any]:
-        """The same, and the length of the whole sequence."""
+        """As in the base class, with the length of the whole sequence."""
         views = super().current()
         return {**views, "cumulative_length": self.get_seq_length()} if views else {}
 
@@ -134,16 +134,16 @@ def _grow(layer: Any, buffers: Buffers) -> Any:
 
 
 def is_growing(cache: Any) -> bool:
-    """Whether ``cache`` is the one of transformers that grows."""
+    """Whether ``cache`` is transformers' growing cache."""
     return type(cache) is DynamicCache
 
 
 def extendable(cache: Any, windows: Sequence[int | None]) -> bool:
-    """Whether steps of a model whose layers see ``windows`` positions can extend ``cache``."""
+    """Whether decode steps can extend ``cache``, for a model with these attention ``windows``."""
     if not is_growing(cache) or len(cache.layers) != len(windows):
         return False
     for layer, window in zip(cache.layers, windows, strict=True):
-        # one that keeps the past too does so for a later crop
+        # a layer with record_past also keeps older positions for a later crop
         slides = type(layer) in (DynamicSlidingWindowLayer, GrowingSlidingLayer)
         if slides and (layer.sliding_window != window or layer.record_past):
             return False
@@ -155,7 +155,7 @@ def extendable(cache: Any, windows: Sequence[int | None]) -> bool:
 def fill_layer(cache: Any, keys: Tensor, values: Tensor, index: int) -> None:
     """Like ``cache.update`` with a prompt, without a copy if layer ``index`` is empty and grows.
 
-    ``keys``, ``values``: [B, K, T, S], the cache's own from now on.
+    ``keys``, ``values``: [B, K, T, S]; the cache owns them from now on.
     """
     layer: Any = cache.layers[index] if is_growing(cache) and index < len(cache.layers) else None
     if type(layer) is not DynamicLayer or layer.is_initialized or cache.offloading:
@@ -166,20 +166,20 @@ def fill_layer(cache: Any, keys: Tensor, values: Tensor, index: int) -> None:
 
 
 def layer_tensors(layer: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values of a layer, maybe of more positions than it has: for rows and dtypes."""
+    """Keys and values of a layer, possibly with spare positions; for reading rows and dtypes."""
     source = (layer.buffers if isinstance(layer, _Growing) else None) or layer
     return source.keys, source.values
 
 
 class PreallocatedKVCache:
-    """Buffers in which the keys and values of one cache grow; they go when it goes.
+    """Buffers in which the keys and values of one cache grow; freed together with the cache.
 
     A cache of transformers copies all its keys and values for every token.  Here each layer is a
-    ``GrowingLayer`` over larger buffers, and a step writes the next position in place; what a
-    sliding window leaves behind stays in front of its view.  Once a buffer is full, or a layer is
-    given other tensors, all are copied anew.
+    ``GrowingLayer`` over larger buffers, and a step writes the next position in place; positions
+    that leave a sliding window remain in the buffer, before its view.  When a buffer is full or
+    other tensors are assigned to a layer, all layers are copied into new buffers.
 
-    ``windows``: positions that a token of each layer sees, itself among them; None: all.
+    ``windows``: positions that a token of each layer sees, including itself; None: all.
     """
 
     def __init__(self, cache: Any, windows: Sequence[int | None]) -> None:
@@ -189,25 +189,25 @@ class PreallocatedKVCache:
         self._layers: list[Any] = []
 
     def ready(self, cache: Any) -> bool:
-        """Whether a step can be made at once: nothing was changed, and there is room."""
+        """Whether the next step needs no new buffers: nothing was changed, and there is room."""
         steps = self.steps
         return steps.done < ROOM and not steps.changed and cache.layers == self._layers
 
     def prepare(self, cache: Any) -> None:
-        """Make room for a position; ``places`` and ``steps`` are others where that helps."""
+        """Make room for a position; ``places()`` and ``steps`` change if buffers are replaced."""
         if self.ready(cache):
             return
         steps, dtype = Steps(), layer_tensors(cache.layers[0])[0].dtype  # a step reads one dtype
         with torch.inference_mode(False), torch.no_grad():
             layers = [_grow(layer, _copied(layer, dtype, steps)) for layer in cache.layers]
-        # an interrupt may come between any two lines: each leaves layers that work
+        # an interrupt may come between any two lines: the layers work after each of them
         self.steps, self._layers = steps, layers
         cache.layers[:] = layers
         steps.changed = False
 
     def places(self) -> tuple[list[Tensor], list[Tensor], list[int], list[int], list[int]]:
         """What the native object binds, per layer: buffers of keys and of values, where the filled
-        positions end, how many they are, and how many a step reads beside its own, -1 for all.
+        positions end, how many there are, and how many a step reads before its own, -1 for all.
         """
         rooms = [layer.buffers for layer in self._layers]
         ends = [room.end for room in rooms]
@@ -216,11 +216,11 @@ class PreallocatedKVCache:
         return keys, values, ends, ends, seen
 
     def advance(self) -> None:
-        """A step has written the next position of all layers."""
+        """Count the position that a step has written in all layers."""
         self.steps.done += 1
 
     def nbytes(self) -> int:
-        """Bytes in addition to the cache's own views."""
+        """Bytes of the buffers beyond the positions in use."""
         return sum(layer.buffers.nbytes() for layer in self._layers if layer.buffers is not None)
 
 
@@ -230,7 +230,7 @@ def _free(owner: weakref.ref[PreallocatedKVCache], gone: object) -> None:
 
 
 def _copied(layer: Any, dtype: torch.dtype, steps: Steps) -> Buffers:
-    """The positions of a cache's layer that a step may read, with room for more."""
+    """Copies of the positions of a layer that a step may read, with room for more."""
     most = layer.sliding_window - 1 if layer.is_sliding else None
     begin = 0 if most is None else max(0, layer.keys.shape[2] - most)
     old = [t[:, :, begin:] for t in (layer.keys, layer.values)]

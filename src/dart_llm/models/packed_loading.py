@@ -1,4 +1,4 @@
-"""Models whose weights are low-bit: a GGUF file's, dequantised or not, or rounded ones."""
+"""Models with low-bit weights: read from a GGUF file (kept or dequantised), or rounded."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def load_gguf(
     packed: bool,
     **arguments: Any,
 ) -> nn.Module:
-    """The model of a GGUF file, its norms and biases in ``dtype``.
+    """The model of a GGUF file, with norms and biases in ``dtype``.
 
-    ``names``: of the file's tensors -> of the model's parameters; ``packed``: matrices stay in the
+    ``names``: {tensor in the file: parameter of the model}; ``packed``: matrices stay in the
     file's blocks, else they are dequantised; ``arguments``: for the model, or ``from_pretrained``.
     """
     file = read_gguf(path)
@@ -65,7 +65,7 @@ def load_gguf(
 
 
 def _refuse_saving(model: Any) -> None:
-    """Where there are blocks: ``save_pretrained`` writes configurations before it finds them."""
+    """Make ``save_pretrained`` fail at once: it would write files before it reaches the blocks."""
     if any(isinstance(weight, PackedTensor) for weight in model.parameters()):
         model.save_pretrained = _not_saved
 
@@ -83,8 +83,10 @@ def _weight(
     *,
     by_inputs: bool,
 ) -> Tensor:
-    """``order``: of a matrix that stays in blocks, None: it is dequantised; ``by_inputs``:
-    transformers stores the matrix [in, out], the file [out, in].
+    """One weight of a file, in transformers' order.
+
+    ``order``: memory layout of a matrix that stays in blocks, None: it is dequantised;
+    ``by_inputs``: transformers stores the matrix [in, out], the file [out, in].
     """
     if order and tensor.kind in BLOCKS and len(tensor.shape) == 2:
         rows, columns = tensor.shape
@@ -100,21 +102,22 @@ def _weight(
         values = _by_halves(values, tensor.name, config)
     if stored.plus_one and tensor.name.endswith("norm.weight"):
         values = values.float() - 1
-    transposed = by_inputs and values.dim() == 2  # of a bias there is one order
+    transposed = by_inputs and values.dim() == 2  # biases are not transposed
     weight = (values.t() if transposed else values).to(dtype)
-    # never the file's or numpy's memory, which cannot have huge pages
+    # copied, because memory of the file or of numpy cannot have huge pages
     return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _check_finite(tensor: StoredTensor, what: str, *values: Tensor) -> None:
     if not all(bool(tensor_values.isfinite().all()) for tensor_values in values):
         raise LoadError(
-            f"{tensor.path.name} is damaged: {what} of {tensor.name} are not finite; fetch it again"
+            f"{tensor.path.name} is damaged: {what} of {tensor.name} are not finite; download it "
+            "again"
         )
 
 
 def _by_halves(rows: Tensor, name: str, config: Any) -> Tensor:
-    """Rows of q and k in transformers' order: the halves of each head, not its pairs."""
+    """Rows of q and k in transformers' order: by halves of each head, not by rotary pairs."""
     if ".attn_q." not in name and ".attn_k." not in name:
         return rows
     heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
@@ -130,34 +133,35 @@ def _ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
 
 
 def _orders(model: nn.Module) -> Callable[..., str]:
-    """How the rows of a matrix lie that these modules share."""
+    """A function from the modules that share a matrix to the memory layout of that matrix."""
     blocks = _ffn_blocks(model)
     orders = {id(block.down): "neurons" for block in blocks}
-    # of two matrices in one, the second begins in the middle of a tile
+    # the second half of a fused matrix would begin in the middle of a tile
     odd = [block for block in blocks if block.fused and block.down_width % 16]
     orders |= {id(block.up): "rows" for block in odd}
     return lambda *modules: next((orders[id(m)] for m in modules if id(m) in orders), "tiles")
 
 
 def round_weights(model: nn.Module, kind: str) -> list[str]:
-    """Round the matrices of ``model`` to blocks in place, one after the other; names of those kept.
+    """Round the matrices of ``model`` to blocks, in place; return the names of those unchanged.
 
-    Matrices whose rows are not a multiple of 32 stay, and so do the others of the same FFN.
+    A matrix whose rows do not divide into blocks of 32 is not rounded; nor are the others of its
+    FFN.
     """
     blocks, order = _ffn_blocks(model), _orders(model)
     mixed = [m for block in blocks if _is_odd(*block.projections) for m in block.projections]
-    kept = []
+    unchanged = []
     for names, modules in _matrices(model):
         if _is_odd(*modules) or any(module in mixed for module in modules):
-            kept += names
+            unchanged += names
             continue
         _put(pack(matrix_of(modules[0]), kind, order(*modules)), modules)
     _refuse_saving(model)
-    return kept
+    return unchanged
 
 
 def _put(matrix: Tensor, modules: Sequence[Any]) -> None:
-    """Let ``modules`` share ``matrix`` [out, in] as their weight."""
+    """Make ``matrix`` [out, in] the shared weight of ``modules``."""
     weight = matrix.t() if is_by_inputs(modules[0]) else matrix
     parameter = nn.Parameter(weight, requires_grad=False)
     for module in modules:
@@ -165,12 +169,12 @@ def _put(matrix: Tensor, modules: Sequence[Any]) -> None:
 
 
 def _is_odd(*modules: nn.Module) -> bool:
-    """Whether rows of one of them do not divide into blocks."""
+    """Whether the rows of one of the modules do not divide into blocks."""
     return any(matrix_of(module).shape[1] % 32 for module in modules)
 
 
 def _matrices(model: nn.Module) -> list[tuple[list[str], list[nn.Module]]]:
-    """The modules that share each matrix, and their names; without embeddings of positions."""
+    """Names and modules by the matrix that they share; without position embeddings."""
     matrices: dict[int, tuple[list[str], list[nn.Module]]] = {}
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
@@ -182,7 +186,7 @@ def _matrices(model: nn.Module) -> list[tuple[list[str], list[nn.Module]]]:
 
 
 def empty_model(config: Any, **arguments: Any) -> nn.Module:
-    """The model without its weights; its buffers are there, and what it ties is tied."""
+    """The model without weights, but with its buffers and its tied embeddings."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -194,26 +198,26 @@ def empty_model(config: Any, **arguments: Any) -> nn.Module:
 
 
 def tie_embeddings(model: Any, config: Any) -> None:
-    """Make the output head the input embedding, where the configuration says so."""
+    """Tie the output head to the input embedding if the configuration says so."""
     if config.get_text_config().tie_word_embeddings:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
 
 
 def check_fit(file: str, model: nn.Module, tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise ``LoadError`` where the tensors are not the model's, before any is read."""
+    """Raise ``LoadError`` for tensors that do not fit the model, before any is read."""
     for target, tensor in tensors.items():
         expected = tuple(model.get_parameter(target).shape)
         if len(expected) == 2 and is_by_inputs(model.get_submodule(target.rpartition(".")[0])):
             expected = expected[::-1]
         if tensor.shape != expected:
             raise LoadError(
-                f"{file}: tensor {tensor.name} is {list(tensor.shape)}, and the model's {target} "
-                f"is {list(expected)}"
+                f"{file}: tensor {tensor.name} has shape {list(tensor.shape)}, but the model's "
+                f"{target} has {list(expected)}; download the file again"
             )
         if not tensor.is_known:
             raise LoadError(
-                f"{file}: tensor {tensor.name} is of type {tensor.kind.upper()}, which "
-                "cannot be read; give a file of another quantisation"
+                f"{file}: tensor {tensor.name} has type {tensor.kind.upper()}, which "
+                "cannot be read; give a file with another quantisation"
             )
     if missing := [name for name, _ in model.named_parameters() if name not in tensors]:
         raise LoadError(
@@ -221,21 +225,21 @@ def check_fit(file: str, model: nn.Module, tensors: Mapping[str, StoredTensor]) 
         )
 
 
-# What rounding costs instead of pruning: copies of a model, run in its dtype.
+# Rounded copies of a model that run in its dtype, to compare pruning with quantisation.
 
 GROUP = 32
-"""Weights of a group that shares a float16 scale."""
+"""Number of weights that share a float16 scale."""
 
 CHUNK = 1 << 22
 """Weights that are rounded at a time."""
 
 TRIES = 19
-"""Scales that are tried for a group, around the one that fits its largest weight."""
+"""How many scales are tried for a group, around the scale that fits its largest weight."""
 
 
 @dataclass(frozen=True)
 class RoundedModel:
-    """A rounded copy, bytes that its format would take, and notes on its numbers."""
+    """A rounded copy, the facts of its weight format, and notes for readers."""
 
     model: Any
     facts: dict[str, Any]
@@ -243,11 +247,11 @@ class RoundedModel:
 
 
 def round_weights_to(model: Any, bits: int, ffn: bool) -> RoundedModel:
-    """A copy of ``model`` whose weights have ``bits`` bits by ``round_symmetric``.
+    """A copy of ``model`` whose weights are rounded to ``bits`` bits by ``round_symmetric``.
 
-    ``ffn``: only the projections of the FFNs, which are what methods prune; else every linear
-    layer, and token embedding and head with at least 8 bits.  Matrices whose rows are not a
-    multiple of 32 weights stay in the model's dtype.
+    ``ffn``: only the projections of the FFNs, which methods prune; else every linear layer, and
+    token embedding and head to at least 8 bits.  Matrices whose rows are not a multiple of 32
+    weights stay in the model's dtype.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError("an offloaded model cannot be quantised: load it without a device map")
@@ -273,8 +277,8 @@ def round_weights_to(model: Any, bits: int, ffn: bool) -> RoundedModel:
     }
     part = " (FFNs alone)" if ffn else " (token embedding and head 8 bits)" if bits < 8 else ""
     notes = [
-        f"weights rounded through symmetric {bits} bits{part}; run dequantised, bytes are the "
-        "format's"
+        f"weights rounded to symmetric {bits} bits{part}; the model runs dequantised, bytes are "
+        "those of the format"
     ]
     if kept:
         notes.append(
@@ -283,14 +287,14 @@ def round_weights_to(model: Any, bits: int, ffn: bool) -> RoundedModel:
         )
     before = checkpoint_facts(model)["file_quantisation"]
     if before not in (None, "none"):
-        notes.append(f"the checkpoint's weights had been rounded before ({before}) on another grid")
+        notes.append(f"the checkpoint's weights had already been rounded to another grid: {before}")
     return RoundedModel(rounded, facts, tuple(notes))
 
 
 def round_symmetric(rows: Tensor, bits: int) -> Tensor:
-    """rows [n, m] on levels -2^(bits - 1) to 2^(bits - 1) - 1 times a float16 scale per 32 weights.
+    """rows [n, m] rounded to levels -2^(bits - 1) to 2^(bits - 1) - 1 times a float16 scale.
 
-    m is a multiple of 32; of several scales the one with the least squared error is taken.  The
+    Every 32 weights share the scale with the least squared error; m is a multiple of 32.  The
     result keeps dtype and device.
     """
     pieces = torch.split(rows, max(1, CHUNK // rows.shape[1]))
@@ -303,7 +307,7 @@ def _with_best_scales(rows: Tensor, bits: int) -> Tensor:
     largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
     best, least = groups, torch.full_like(largest, torch.inf)
     for number in range(TRIES):
-        # the largest weight falls on the lowest level, or a little beside it
+        # the largest weight falls on or near the lowest level
         level = low + 0.1 * (number - TRIES // 2)
         levels = (groups * _inverse(largest / level)).round_().clamp_(low, -low - 1)
         scale = (groups * levels).sum(1, True) * _inverse(levels.square().sum(1, True))

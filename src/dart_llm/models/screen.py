@@ -1,9 +1,9 @@
-"""A screened output head: rough scores of all tokens, exact ones for the few that can matter.
+"""A screened output head: rough scores for all tokens, exact scores for the few best of them.
 
-The head's rows are written in the eigenvectors of E[h h'], along which hidden states h lie, and
-kept there at 4 bits.  Every step reads only the directions in which its own state is large.  Tokens
-whose rough score comes within a threshold of the best are scored again by the head itself; the
-others keep their rough scores.
+The head's rows are projected onto the eigenvectors of E[h h'], where h are hidden states, and
+stored at 4 bits.  Every step reads only the directions in which its hidden state is large.  Tokens
+whose rough score is within a threshold of the best are scored again by the head itself; the others
+keep their rough scores.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ from dart_llm.errors import ConfigError
 from dart_llm.models.packed import PackedTensor
 
 RUN, UNIT, GROUP = 4096, 64, 32
-"""Vocabulary entries whose levels are adjacent; of a unit; directions rounded together."""
+"""Vocabulary entries stored adjacently; entries of a unit; directions rounded together."""
 
 MIDDLE, LEVELS = 7.5, 16
-"""A weight is a scale times its level less ``MIDDLE``."""
+"""A weight is its scale times (its level - ``MIDDLE``)."""
 
 STEPS = (0.28, 0.335, 0.40)
-"""Steps between levels that are tried, over a row's standard deviation; 0.335 suits a Gaussian."""
+"""Level spacings to try, in standard deviations of a row; 0.335 suits a Gaussian."""
 
 SHARE_OF_SCREEN = 0.6
-"""Of the bytes that may be read, those of the rough scores; the others are exact rows."""
+"""Fraction of the bytes to read that rough scores use; exact rows use the rest."""
 
 WIDEST, BINS = 64.0, 4096
-"""Thresholds end here: a token so far below the best cannot be chosen."""
+"""The largest threshold, since a token so far below the best cannot be selected; histogram bins."""
 
 SAMPLED, FEW = 256, 16
-"""Hidden states that set a threshold; and how many are scored at a time."""
+"""Hidden states from which a threshold is set; how many of them are scored at a time."""
 
 CHUNK = 1 << 24
-"""Weights that are projected at a time, about."""
+"""About how many weights are projected at a time."""
 
 
 def fixed_bytes(words: int, hidden: int) -> int:
-    """What every token reads of a screen: the basis, float32, and a scale of each word."""
+    """Bytes that every token reads: the basis and one scale per vocabulary entry, both float32."""
     return 4 * (hidden * hidden + words)
 
 
 def keep_of(share: float, words: int, hidden: int, nbytes: float) -> int:
-    """Directions that a token reads, so that it reads ``share`` of the ``nbytes`` of a head.
+    """How many directions a token reads, so that it reads ``share`` of the ``nbytes`` of a head.
 
-    Of a head [words, hidden]; a multiple of 8.  Raises ``ConfigError`` where fewer than ``GROUP``
-    fit, and for states whose size is not a multiple of 8.
+    The head is [words, hidden]; the result is a multiple of 8.  Raises ``ConfigError`` where fewer
+    than ``GROUP`` directions fit, and where ``hidden`` is not a multiple of 8.
     """
     room = SHARE_OF_SCREEN * share * nbytes - fixed_bytes(words, hidden)
     keep = min(int(room / (words / 2)), hidden) // 8 * 8
@@ -63,7 +63,7 @@ def keep_of(share: float, words: int, hidden: int, nbytes: float) -> int:
 
 
 def directions_of(states: Tensor) -> Tensor:
-    """Eigenvectors of E[h h'] as rows [D, D] float32, the largest first; states [n, D]."""
+    """Eigenvectors of E[h h'] as rows [D, D] float32, by falling eigenvalue; states [n, D]."""
     h = states.double()
     _, vectors = torch.linalg.eigh(h.t() @ h / len(h))
     directions: Tensor = vectors.flip(1).t().float().contiguous()
@@ -72,13 +72,13 @@ def directions_of(states: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Screen:
-    """Rough scores of V words: ``by[v] * sum over i of (level[v, i] - 7.5) * (basis h)[i]``.
+    """Rough scores of V tokens: ``by[v] * sum over i of (levels[v, i] - 7.5) * (basis h)[i]``.
 
-    ``basis``: [D, D] float32, eigenvectors times the size that rows have along them.  ``levels``:
-    [V / 4096, D, 2048] uint8, two a byte, see ``Directions`` of native/csrc/packed.h.  ``by``: [V]
-    float32 in whole runs.  ``words``: V.  ``keep``: directions that a token reads, those where
-    ``basis h`` is largest.  ``threshold``: words that come so near the best rough score are scored
-    exactly.
+    ``basis``: [D, D] float32, eigenvectors times the RMS of the rows along them.  ``levels``:
+    [V / 4096, D, 2048] uint8, two per byte, see ``Directions`` in native/csrc/packed.h.  ``by``:
+    [V] float32, padded to whole runs.  ``words``: V.  ``keep``: how many directions a token reads:
+    those with the largest ``basis h``.  ``threshold``: tokens whose rough score is this close to
+    the best are scored exactly.
     """
 
     basis: Tensor
@@ -92,11 +92,10 @@ class Screen:
     def of(
         cls, weight: Tensor, states: Tensor, share: float, nbytes: float | None = None
     ) -> Screen:
-        """The screen of a head [V, D] by which a token reads ``share`` of its bytes, all included.
+        """The screen of a head [V, D] with which a token reads ``share`` of its bytes in total.
 
-        ``states`` [n, D]: inputs of the head; the share is the mean over them.  ``nbytes``:
-        of the head as it is stored, if not as ``weight`` is.  Raises ``ConfigError`` where hardly
-        any direction fits.
+        ``states`` [n, D]: inputs of the head, over which the share is averaged.  ``nbytes``: stored
+        size of the head, by default that of ``weight``.  Raises what ``keep_of`` raises.
         """
         nbytes = float(weight.nbytes) if nbytes is None else nbytes
         words, hidden = weight.shape
@@ -118,7 +117,7 @@ class Screen:
         return torch.cat(parts, 1)[:, : self.words]
 
     def along(self, z: Tensor) -> Tensor:
-        """The ``keep`` largest of ``z`` [n, D], rounded to 8 bits in groups of 32; 0 elsewhere."""
+        """The ``keep`` largest of ``z`` [n, D], rounded to 8 bits in groups of 32; the others 0."""
         ids = z.abs().topk(self.keep, -1, sorted=False).indices.sort(-1).values
         groups = F.pad(z.gather(1, ids), (0, -self.keep % GROUP)).reshape(len(z), -1, GROUP)
         scales = groups.abs().amax(-1, keepdim=True) / 127
@@ -126,21 +125,22 @@ class Screen:
         return torch.zeros_like(z).scatter(1, ids, (levels * scales).flatten(1)[:, : self.keep])
 
     def near(self, rough: Tensor) -> Tensor:
-        """Which tokens [n, V] are scored exactly."""
+        """The tokens to score exactly, [n, V] bool."""
         return rough >= rough.amax(-1, keepdim=True) - self.threshold
 
     def nbytes(self) -> int:
-        """Bytes of it that a token reads."""
+        """Bytes of the screen that a token reads."""
         return fixed_bytes(self.words, len(self.basis)) + self.words * self.keep // 2
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Its tensors."""
+        """The tensors of the screen."""
         return self.basis, self.levels, self.by
 
 
 def threshold_for(rough: Iterable[Tensor], rows: float) -> float:
-    """The largest gap below the best score of a step within which at most ``rows`` words lie on
-    average.  ``rough``: scores [n, V] of some steps at a time.
+    """The largest gap below the best score that at most ``rows`` tokens fall within on average.
+
+    ``rough``: batches of scores [n, V].
     """
     counts, steps = torch.zeros(BINS, dtype=torch.float64), 0
     for scores in rough:
@@ -154,8 +154,8 @@ def threshold_for(rough: Iterable[Tensor], rows: float) -> float:
 def _projected(weight: Tensor, axes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``basis``, ``levels`` and ``by`` of a head [V, D] along ``axes`` [D, D], rows of unit length.
 
-    One scale a word and one a direction: words differ along a direction as much as along another.
-    Errors count by what states [n, D] have along a direction.
+    There is one scale per token and one per direction.  Errors along a direction are weighted by
+    the mean square of the states [n, D] along it.
     """
     squares = torch.zeros(len(axes), device=axes.device)
     for piece in _pieces(weight):
@@ -173,7 +173,7 @@ def _projected(weight: Tensor, axes: Tensor, states: Tensor) -> tuple[Tensor, Te
 
 
 def _rounded(rows: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels [n, D] uint8 and scales [n] of ``rows`` [n, D]; ``strength`` [D]: of an error."""
+    """Levels [n, D] uint8 and scales [n] of ``rows`` [n, D]; ``strength`` [D]: error weights."""
     spread = rows.square().mean(1, keepdim=True).sqrt()
     spread = spread.clamp_min(torch.finfo(torch.float32).tiny)
     best = torch.full_like(spread[:, 0], -torch.inf)
@@ -182,7 +182,7 @@ def _rounded(rows: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
         tried = (rows / (spread * step) + MIDDLE).round_().clamp_(0, LEVELS - 1)
         centred = tried - MIDDLE
         fit, norm = (rows * centred) @ strength, centred.square() @ strength
-        gained = fit.square() / norm  # less is the error, by so much, with the scale fit / norm
+        gained = fit.square() / norm  # with the scale fit / norm the error is lower by this
         better = gained > best
         levels = torch.where(better[:, None], tried, levels)
         scales = torch.where(better, fit / norm, scales)
@@ -204,7 +204,7 @@ def _packed(levels: Tensor) -> Tensor:
 
 
 def _plain(packed: Tensor) -> Tensor:
-    """Levels [RUN, D] uint8 of ``_packed`` ones."""
+    """Inverse of ``_packed``: levels [RUN, D] uint8."""
     both = packed.reshape(len(packed), -1, 1, UNIT)
     units = torch.cat([both & 15, both >> 4], 2)[..., _places().to(packed.device)]
     return units.flatten(1).t()
@@ -219,6 +219,6 @@ def _pieces(weight: Any) -> Iterator[Tensor]:
 
 
 def divergence(full: Tensor, approximate: Tensor) -> Tensor:
-    """KL(full || approximate) of scores [n, V]: [n] in nats."""
+    """KL(full || approximate) in nats [n], from scores [n, V]."""
     log_full, log_approximate = full.float().log_softmax(-1), approximate.float().log_softmax(-1)
     return (log_full.exp() * (log_full - log_approximate)).sum(-1).clamp_min(0)

@@ -1,4 +1,4 @@
-"""What a whole decode step of a model reads: a table of model types, and one model's weights."""
+"""Inputs of a native whole decode step: a table of model types, and the weights of one model."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dart_llm.models.packed import PackedTensor
 
 @dataclass(frozen=True)
 class Family:
-    """What a step of one model type is made of, by transformers' names.
+    """The parts of a decode step of one model type, by transformers' names.
 
-    ``before`` and ``after``: the norms of the stream before attention and FFN, and of what each
-    adds to it, "" for none; ``last_norm``: of the decoder.  ``offset``: what a norm adds to its
-    weight, in float32, in which the product is then rounded; None: the weight as it is.  ``qkv``:
-    the projections, or the one of all three; ``by_heads``: that one holds q, k and v of one head
-    after those of another.  ``over_all``: norms of q and k are of all heads together.  ``slides``:
-    the configuration's window is that of all layers, if it does not name their kinds.  ``kinds``:
-    each kind of layer has rotary angles of its own.  ``positions``: the embedding of learned
-    positions.  ``capped``: the configuration's soft cap is that of the attention's scores.
+    ``before``: norms of the residual stream before attention and FFN; ``after``: norms of their
+    outputs; "" for none.  ``last_norm``: norm of the decoder.  ``offset``: number that a norm adds
+    to its weight before it multiplies in float32; None: the weight multiplies in its own dtype.
+    ``qkv``: names of the three projections, or of the fused projection; ``by_heads``: the fused
+    projection stores q, k and v head by head.  ``over_all``: norms of q and k cover all heads
+    together.  ``slides``: the configuration's window is for all layers, unless it lists the layers'
+    kinds.  ``kinds``: each kind of layer has its own rotary angles.  ``positions``: the embedding
+    of learned positions.  ``capped``: the configuration's soft cap is for attention scores.
     """
 
     before: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
@@ -63,14 +63,14 @@ FAMILIES: dict[str, Family] = {
     "gemma2": replace(_GEMMA_2, capped=True),
     "gemma3_text": replace(_GEMMA_2, kinds=True),
 }
-"""The model types that whole steps know, by the configuration's ``model_type``."""
+"""The model types that whole steps support, by the configuration's ``model_type``."""
 
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 """Kinds of rotary embedding whose angles depend only on the position."""
 
 
 class Norm(NamedTuple):
-    """An RMS norm, or with ``centred`` a layer norm.  ``factor``, ``bias``: [n]."""
+    """An RMS norm, or a layer norm if ``centred``.  ``factor``, ``bias``: [n]."""
 
     factor: Tensor
     bias: Tensor | None
@@ -78,7 +78,7 @@ class Norm(NamedTuple):
     centred: bool
 
     def of(self, x: Tensor) -> Tensor:
-        """Normed over the last dimension, in float32 and rounded as the model's own rounds."""
+        """``x`` normalised over the last dimension in float32, rounded where the model rounds."""
         if self.centred:
             return F.layer_norm(x, x.shape[-1:], self.factor, self.bias, self.eps)
         wide = x.float()
@@ -92,9 +92,9 @@ class Norm(NamedTuple):
 class LayerParts:
     """One layer of a step.  ``before``, ``after``: norms as in ``Family``, None for none.
 
-    ``qkv``: matrices [., D], three or one; ``biases``: theirs, None for none.  ``window``:
-    positions that a token sees, itself among them, None for all.  ``table``: number of the angles,
-    None for a layer without rotary embeddings.
+    ``qkv``: one or three matrices [., D]; ``biases``: their biases, None for none.  ``window``:
+    positions that a token sees, including itself, None for all.  ``table``: index of the layer's
+    rotary angles in ``StepParts.tables``, None without rotary embeddings.
     """
 
     before: tuple[Norm | None, Norm | None]
@@ -110,11 +110,11 @@ class LayerParts:
 
 @dataclass(frozen=True)
 class StepParts:
-    """Sizes and weights.  ``sizes``: D, H, K, S, I, V, R (of S, the values that are rotated).
+    """Sizes and weights.  ``sizes``: D, H, K, S, I, V, R (rotated values of a head of size S).
 
-    ``embedding_scale``: of its rows, rounded as the model rounds it; ``attention_cap``,
-    ``logits_cap``: c of c tanh(x / c), 0 for none; ``parallel``: the FFN reads the stream that the
-    attention read; ``tables``: names of the kinds of layers that have angles each, or one "".
+    ``embedding_scale``: factor of the embedding's rows, rounded as in the model; ``attention_cap``,
+    ``logits_cap``: c of c tanh(x / c), 0 for none; ``parallel``: FFN and attention read the same
+    residual stream; ``tables``: kinds of layers with different rotary angles, or a single "".
     """
 
     family: Family
@@ -140,20 +140,20 @@ class StepParts:
 
 
 def step_unsupported_reason(model: Any) -> str | None:
-    """Why ``model`` cannot be decoded natively by whole steps; None if it can."""
+    """Why ``model`` cannot be decoded by native whole steps; None if it can."""
     _, _, text = decoder_layers(model)
     if text.model_type not in FAMILIES:
         return f"is a {text.model_type} model, not one of {', '.join(sorted(FAMILIES))}"
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
-        return "has no plain language-model head"
+        return "has no language-model head, or its head has a bias"
     if getattr(model.get_input_embeddings(), "max_norm", None) is not None:
-        return "changes its embedding whenever it reads it"
+        return "has an embedding with max_norm, which changes its weights at every use"
     return _odd_attention(text, FAMILIES[text.model_type]) or _odd_modules(model)
 
 
 def _odd_attention(text: Any, family: Family) -> str | None:
-    """What of a configuration's attention no step computes; None if nothing."""
+    """The first feature of a configuration's attention that steps do not support; None if none."""
     rope = getattr(text, "rope_parameters", None) or {}
     nested = [settings for settings in rope.values() if isinstance(settings, dict)]
     for settings in nested or [rope]:
@@ -163,50 +163,51 @@ def _odd_attention(text: Any, family: Family) -> str | None:
     if odd := kinds - {"full_attention", "sliding_attention"}:
         return f"has layers of {min(odd).replace('_', ' ')}"
     if getattr(text, "use_bidirectional_attention", False):
-        return "has attention to both sides"
+        return "has bidirectional attention"
     if family.capped and text.attn_logit_softcapping and text._attn_implementation == "sdpa":
-        return "has a soft cap that its attention leaves out"
+        return "has a soft cap that its attention (sdpa) ignores"
     return None
 
 
 def _odd_modules(model: Any) -> str | None:
-    """What of a model's modules and weights no step reads; None if nothing."""
+    """The first reason why steps cannot read a model's modules and weights; None if they can."""
     tensors = [*model.parameters()]
     kinds = {type(t) for t in (*tensors, *model.buffers())}
     if kinds - {Tensor, nn.Parameter, PackedTensor}:
-        return "has weights of a tensor class that is not known"
+        return "has weights of an unknown tensor class"
     if len({(p.device, p.dtype) for p in tensors}) > 1 or not tensors[0].is_floating_point():
-        return "is not of one floating-point dtype on one device"
+        return "has weights of several dtypes or devices, or not in floating point"
     if tensors[0].device.type != "cpu":
         return "is not on the CPU"
     if tensors[0].dtype not in (torch.float32, torch.bfloat16):
         return "is not float32 or bfloat16 throughout"
     modules = parts_of(model)
     if any("_hf_hook" in module.__dict__ for module in modules):
-        return "is spread by accelerate"
+        return "is dispatched by accelerate"
     odd = next((module for module in modules if not _is_known(module)), None)
     if odd is not None:
         return f"has a changed forward in a {type(odd).__name__}"
     for name in ("variance_epsilon", "eps", "scaling"):
         if len({m.__dict__[name] for m in modules if name in m.__dict__}) > 1:
             return f"has layers that differ in their {name}"
-    return None if _fits(model) else "has weights of other shapes or layouts than its model type"
+    return None if _fits(model) else "has weights whose shapes or layouts differ from its type's"
 
 
 def _is_known(module: nn.Module) -> bool:
     """Whether class and forward of a module are transformers' or torch's."""
     patched = module.__dict__.get("forward")
-    ours = patched is None or isinstance(patched, Replacement)
-    ours = ours and "parametrizations" not in module._modules  # weights computed at every use
+    original = patched is None or isinstance(patched, Replacement)
+    if not original or "parametrizations" in module._modules:  # weights computed at every use
+        return False
     names = type(module).__module__, forward_of(module)[0].__module__
-    return ours and all(name.startswith(HOMES) for name in names)
+    return all(name.startswith(HOMES) for name in names)
 
 
 def _fits(model: Any) -> bool:
-    """Whether all weights are what ops.cpp reads: rows in one piece, in every layer the same."""
+    """Whether ops.cpp can read all weights: contiguous rows, the same shapes in every layer."""
     try:
         parts = step_parts(model)
-    except AttributeError:  # a part was taken out
+    except AttributeError:  # a module is missing
         return False
     hidden, heads, kv_heads, size, width, vocabulary, _ = parts.sizes
     rows = [heads * size, kv_heads * size, kv_heads * size]
@@ -239,12 +240,12 @@ def _attention_of(layer: nn.Module, names: LayerNames, family: Family) -> list[A
 
 def _in_one_piece(module: Any) -> bool:
     weight = module.weight
-    # laid out by rows already, where the model is attached
+    # an attached model already stores its rows contiguously
     return weight.is_contiguous() or (is_by_inputs(module) and weight.t().is_contiguous())
 
 
 def attention_by_inputs(model: Any) -> list[nn.Module]:
-    """The projections of attention that store their weights by inputs, of a model with steps."""
+    """The attention projections that store their weights by inputs, of a model with steps."""
     layers, names, text = decoder_layers(model)
     family = FAMILIES[text.model_type]
     projections = [module for layer in layers for module in _attention_of(layer, names, family)]
@@ -309,7 +310,7 @@ def _layer(
     table = tables.index(kind) if family.kinds else 0
 
     def norms(module: Any, names: tuple[str, str]) -> tuple[Norm | None, Norm | None]:
-        # an attribute that is missing takes longer
+        # faster than getattr where the attribute is missing
         first, second = (module._modules.get(name) for name in names)
         return _norm(family, first), _norm(family, second)
 
@@ -340,7 +341,7 @@ def _norm(family: Family, module: Any) -> Norm | None:
 
 
 def norms_of(parts: StepParts) -> Iterator[Norm | None]:
-    """The last one, and those of each layer: around its attention, around its FFN, of q and k."""
+    """The last norm, then for each layer those of its attention, of its FFN, and of q and k."""
     yield parts.norm
     for layer in parts.layers:
         for pair in zip(layer.before, layer.after, strict=True):
@@ -354,7 +355,7 @@ def angles(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [count, tables, R] float32 of positions, rounded as the model rounds."""
+    """Cosines and sines [count, tables, R] float32 of positions, rounded as in the model."""
     if parts.rotary is None:
         return torch.empty(count, 0, 0, device=device), torch.empty(count, 0, 0, device=device)
     positions = torch.arange(count, device=device)[None]

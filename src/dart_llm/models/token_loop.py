@@ -1,8 +1,8 @@
-"""transformers' token loop of one row, greedy or sampled, with less work around each token.
+"""transformers' token loop for one row, greedy or sampled, with less work around each token.
 
-``generate`` prepares everything and calls a ``TokenLoop`` instead of its ``_sample``.  It makes the
-same calls in the same order, so that tokens, random numbers and what processors, criteria and
-streamers see are the same.  It leaves out the arguments of a forward that a whole step does not
+``generate`` prepares everything and calls a ``TokenLoop`` instead of its ``_sample``.  The loop
+makes the same calls in the same order, so that tokens, random numbers and the inputs of processors,
+criteria and streamers are the same.  It omits the arguments of a forward that a whole step does not
 need, and work without effect.
 """
 
@@ -20,29 +20,29 @@ from torch import Tensor
 from dart_llm.models.growing_cache import is_growing
 
 Step = Callable[[Tensor, Any, list[int] | None], Tensor | None]
-"""Logits [1, V] after ids [1, 1] and a cache; None where the model has to run itself.
+"""Logits [1, V] from ids [1, 1] and a cache; None if the model's forward has to run.
 
-With a list the likeliest token [1], int64, of all but those in it serves as well.
+With a list of token ids it may return the likeliest token [1] int64 that is not in the list.
 """
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """Scores [1, V] float32 from ids [1, T] and scores."""
 
 Criterion = Callable[[Tensor, int], Any]
-"""Whether ids [1, T] end; the last one is passed as a number too."""
+"""Whether a sequence of ids [1, T] is complete; its last id is also passed as a number."""
 
 _ARGUMENTS = {"cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}
-"""Arguments of a model whose values for the next token the loop derives."""
+"""Arguments of a forward that the loop can update for the next token."""
 
 _EXTRAS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
 def can_stand_in(model: Any, generate: Any) -> bool:
-    """Whether ``generate`` of a model calls transformers' loop and no method of the model."""
+    """Whether ``generate`` uses transformers' loop and the model overrides none of its methods."""
     from transformers import GenerationMixin
 
     theirs = ("_sample", "_update_model_kwargs_for_generation")
-    # the loop does not call the two added here
+    # whole steps skip the two names added here, so the instance must not override them
     names = {*theirs, "prepare_inputs_for_generation", "_has_unfinished_sequences"}
     if (
         getattr(generate, "__func__", None) is not GenerationMixin.generate
@@ -53,7 +53,7 @@ def can_stand_in(model: Any, generate: Any) -> bool:
 
 
 class TokenLoop:
-    """A decoding method; ``step``: what decodes a token; ``streamer``: of the call."""
+    """A decoding method; ``step`` decodes one token; ``streamer``: argument of ``generate``."""
 
     def __init__(self, step: Step, streamer: Any = None) -> None:
         self._step, self._streamer = step, streamer
@@ -67,7 +67,7 @@ class TokenLoop:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        """What ``_sample`` returns; whatever this loop does not do, that does."""
+        """What ``_sample`` returns; calls ``_sample`` where this loop does not apply."""
         if not _serves(input_ids, generation_config, model_kwargs):
             return type(model)._sample(
                 model,
@@ -117,16 +117,16 @@ class TokenLoop:
 
 
 def _likeliest(scores: Tensor) -> Tensor:
-    """The first of the largest of scores [1, V], [1]: numpy is quicker than torch's threads."""
+    """The first index [1] of the largest of scores [1, V]; numpy is faster than torch's threads."""
     if scores.dtype != torch.float32 or scores.requires_grad or scores.dim() != 2:
         return torch.argmax(scores, dim=-1).reshape(-1)
     return torch.from_numpy(scores.numpy().argmax(-1))
 
 
 class _Sequence:
-    """One sequence that a model continues: the logits after it, in float32 for processors to write.
+    """The sequence being generated; returns float32 logits that processors may modify.
 
-    ``cache``: the one of the newest forward.
+    ``cache``: of the latest forward.
     """
 
     def __init__(self, model: Any, step: Step, config: Any, kwargs: dict[str, Any]) -> None:
@@ -143,14 +143,14 @@ class _Sequence:
         logits = self._read(outputs)
         positions = self._kwargs.get("position_ids")
         end = self.cache.get_seq_length()
-        # other positions than the cache's are the model's business
+        # only the model's forward handles positions that differ from the cache's
         self._steps = positions is None or bool((positions[..., -1] == end - 1).all())
         return logits
 
     def next(self, ids: Tensor, forbidden: list[int] | None) -> Tensor:
         """Logits [1, V] after ids [1, T], of which all but the last are in the cache.
 
-        With ``forbidden``, the likeliest token [1] but for these, where a step knows it.
+        With ``forbidden``, a step may return the likeliest token [1] except these instead.
         """
         if self._steps:
             logits = self._step(ids[:, -1:], self.cache, forbidden)
@@ -165,14 +165,14 @@ class _Sequence:
         return self._read(model(**inputs, return_dict=True))
 
     def _read(self, outputs: Any) -> Tensor:
-        """A copy, not to keep the logits of a whole prompt alive."""
+        """A copy of the last logits, so that the logits of a whole prompt can be freed."""
         self.cache = outputs.get("cache", self.cache)
         logits: Tensor = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
         return logits
 
 
 def _serves(ids: Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the loop would do as ``_sample`` does."""
+    """Whether this loop can replace ``_sample`` for these arguments."""
     extras = config.return_dict_in_generate and any(getattr(config, name) for name in _EXTRAS)
     if extras or getattr(config, "is_assistant", False):
         return False
@@ -186,10 +186,10 @@ def _serves(ids: Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _processors(processors: Any) -> list[Processor]:
-    """The processors of a list, which itself inspects their signatures at every token.
+    """The processors of a list; the list itself would inspect their signatures at every token.
 
-    Those at its beginning that forbid the ends of short sequences become ``_NoEnds``: transformers'
-    compare the whole vocabulary with the ends, also when all tokens are allowed again.
+    Leading processors that forbid end tokens in short sequences become ``_NoEnds``, because those
+    of transformers compare the whole vocabulary at every token, even after the minimum length.
     """
     from transformers import LogitsProcessorList
 
@@ -197,21 +197,21 @@ def _processors(processors: Any) -> list[Processor]:
     if type(processors) is not LogitsProcessorList or any(count > 2 for count in counts):
         return [processors]
     shorter = [_NoEnds.from_processor(processor) for processor in processors]
-    # others may keep the scores that they return
+    # not after another processor, which may keep the scores that it returned
     first = shorter.index(None) if None in shorter else len(shorter)
     return [*shorter[:first], *processors[first:]]
 
 
 @dataclass(frozen=True)
 class _NoEnds:
-    """Forbids the ``ends`` of a sequence with fewer than ``least`` tokens, in place."""
+    """Forbids the end tokens ``ends`` in sequences of fewer than ``least`` tokens, in place."""
 
     least: int
     ends: list[int]
 
     @classmethod
     def from_processor(cls, processor: Any) -> _NoEnds | None:
-        """The equivalent of a processor of transformers; None for any other."""
+        """The equivalent of transformers' minimum-length processors; None for other processors."""
         from transformers import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
 
         if type(processor) is MinLengthLogitsProcessor:
@@ -230,13 +230,13 @@ class _NoEnds:
 
 
 def _forbidden(process: Sequence[Processor], length: int) -> list[int]:
-    """The tokens that may not follow ``length`` tokens."""
+    """The tokens that must not come after ``length`` tokens."""
     active = [rule for rule in process if isinstance(rule, _NoEnds) and length < rule.least]
     return list(dict.fromkeys(end for rule in active for end in rule.ends))
 
 
 def _criteria(criteria: Any) -> tuple[list[Criterion], Any]:
-    """Criteria that numbers decide, and a list of the others or None."""
+    """Criteria that need only the last token or the length, and a list of the others or None."""
     from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
     if type(criteria) is not StoppingCriteriaList:

@@ -1,8 +1,8 @@
-"""The native CPU kernels: C++ that is compiled when it is first needed, and kept for the next time.
+"""The native CPU kernels: C++ that is compiled on first use and kept in the cache folder.
 
-The only file that builds or loads them.  Built through torch's extension loader into the cache
-folder, under a name with the sources' hash, torch's version and the kind of CPU, and its own
-digest: a damaged library is never loaded, but built again.
+The only file that builds or loads the kernels.  torch's extension loader builds the library; its
+file name contains a hash of sources, torch's version and kind of CPU, and the library's digest.  A
+damaged library is built again, never loaded.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ WITHOUT = {
     "avx512f": "-DDART_WITHOUT_AVX512",
     "avx_vnni": "-DDART_WITHOUT_AVXVNNI",
 }
-"""Compiler flags that leave out kernels, by the CPU feature that they need."""
+"""Compiler flags that leave out kernels, by the CPU feature that these kernels need."""
 
 CPU = Path("/proc/cpuinfo")
 
 SWITCH = "DART_NATIVE"
 """Environment variable: ``0`` keeps the native kernels off."""
 
-ELSEWHERE = "the native kernels are built on Linux alone"
+ELSEWHERE = "the native kernels need Linux"
 
 
 def sources() -> dict[str, str]:
@@ -65,7 +65,7 @@ def built_name() -> str:
 
 
 def _flags() -> tuple[str, ...]:
-    """The compiler's options: without the kernels that this CPU cannot run, where that is known."""
+    """The compiler's options; leaves out kernels that this CPU is known not to support."""
     lines = CPU.read_text("utf-8", "replace").splitlines() if CPU.is_file() else []
     has = next((line.split() for line in lines if line.startswith("flags")), list(WITHOUT))
     return (*FLAGS, *(flag for name, flag in WITHOUT.items() if name not in has))
@@ -76,14 +76,14 @@ def _compiler() -> str:
 
 
 def _no_compiler() -> str:
-    """Why there is no C++ compiler, as a message; "" if there is one."""
+    """A message if there is no C++ compiler, else ""."""
     path = shutil.which(shlex.split(_compiler())[0])
     return "" if path else f"there is no C++ compiler {_compiler()}: install g++, or set CXX"
 
 
 @functools.cache
 def why_not() -> str:
-    """Why the native kernels cannot run here: "", or a clause.  Builds them when it must."""
+    """Why the native kernels cannot run here, or "" if they can.  Builds them if necessary."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0 keeps the native kernels off"
     if sys.platform != "linux":
@@ -95,51 +95,51 @@ def why_not() -> str:
             _build(folder)
     except (OSError, RuntimeError, LoadError) as error:
         reason = f"the native kernels could not be built ({_reason(error)})"
-        logger.warning("%s: pruned layers run by the slower executor compact", reason)
+        logger.warning("%s: pruned layers use the slower executor compact", reason)
         return reason
     return ""
 
 
 def state(cache_dir: str | None = None) -> str:
-    """The kernels that run, or why none do, for people; builds nothing."""
+    """The kernels in use, or why there are none, as text; builds nothing."""
     if os.environ.get(SWITCH) == "0":
         return f"off ({SWITCH}=0)"
     if cache.find(cache_folder(cache_dir) / "native", built_name(), SUFFIX) is not None:
         return why_not() or f"built: {kernels_in_use()}"
     if missing := ELSEWHERE if sys.platform != "linux" else _no_compiler():
         return f"none: {missing}"
-    return "not built yet: compiled when they are first needed"
+    return "not built yet: they are compiled on first use"
 
 
 def _loads(library: Path) -> bool:
-    """Load a library that is what was built; False, and it is gone, where this system cannot."""
+    """Load an intact library; if this system cannot load it, delete it and return False."""
     try:
         if not _registered():
             torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
-        logger.warning("the native kernels do not load and are built again: %s", _reason(error))
+        logger.warning("the native kernels cannot be loaded; building again: %s", _reason(error))
         library.unlink(missing_ok=True)
         return False
     return True
 
 
 def _registered() -> bool:
-    """Whether this process has the operators already: to register them twice would end it."""
+    """Whether the operators are registered; a second registration would abort the process."""
     return hasattr(torch.ops.dart_llm, "cpu")
 
 
 def _reason(error: BaseException) -> str:
-    """The line that says what was wrong: a compiler's error, else the first one."""
+    """The line with the compiler's error, else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     wrong = (line for line in lines if "error:" in line)
     return next(wrong, lines[0] if lines else type(error).__name__)
 
 
 def _build(folder: Path) -> None:
-    """Compile and load; whole, or not at all, and no process waits for another one's lock."""
+    """Compile and load, completely or not at all, without waiting for locks of other processes."""
     if missing := _no_compiler():
         raise LoadError(missing)
-    # a PyTorch built for CUDA warns where there is none, which does not matter to CPU kernels
+    # silences the warning of PyTorch builds for CUDA on a machine without CUDA
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils import cpp_extension
 
@@ -149,7 +149,7 @@ def _build(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=cache.SCRATCH) as scratch:
         for name, text in sources().items():
             (Path(scratch) / name).write_text(text, encoding="utf-8")
-        try:  # ninja as pip installs it is found, also where the environment was not activated
+        try:  # finds pip's ninja even if the environment is not activated
             os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
             cpp_extension.load(
                 NAME,
@@ -165,25 +165,25 @@ def _build(folder: Path) -> None:
 
 
 def ops() -> Any:
-    """The operators; raises ``DartError`` with the reason where there are none."""
+    """The operators; raises ``DartError`` with the reason if they are unavailable."""
     if reason := why_not():
         raise DartError(f"{reason}: use executor compact")
     return torch.ops.dart_llm
 
 
 def use_kernels(name: str) -> bool:
-    """Run kernels by name from now on; "": the best.
+    """Use the kernels of this name from now on; "": the best.
 
     Names: avx512bf16, avx512, avxvnni, avx2 (x86-64), neon (64-bit Arm), portable (any CPU).
-    False, and nothing changes, where this CPU has them not.
+    Returns False and changes nothing if this CPU cannot run them.
     """
     return bool(ops().use(name))
 
 
 def kernels_in_use() -> str:
-    """Name of the kernels that run."""
+    """Name of the kernels in use."""
     return str(ops().cpu())
 
 
-if __name__ == "__main__":  # before anything asks for them, as scripts/setup.sh does
+if __name__ == "__main__":  # scripts/setup.sh builds them in advance
     sys.exit(why_not() or None)

@@ -1,7 +1,7 @@
-"""Where weights lie in the memory of this process, and moving them to huge pages.
+"""Free memory, where weights are in this process's memory, and moving them to huge pages.
 
-A decoded token reads every weight once.  In pages of 4 KB that is more pages than a CPU's TLB
-holds, and the misses cost as much as the reads; docs/performance.md has measurements.
+A decoded token reads every weight once.  With pages of 4 KB these are more pages than a CPU's TLB
+has entries, and the misses cost as much as the reads; docs/performance.md has measurements.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 MAPS, MEMORY = Path("/proc/self/maps"), Path("/proc/meminfo")
-"""The address ranges of this process, one per line; and the machine's free memory."""
+"""The address ranges of this process, one per line; the machine's free memory."""
 
 GROUP = Path("/sys/fs/cgroup")
-"""Memory limits of this process's control group, where it has any."""
+"""Memory limits of this process's control group, if any."""
 
 Span = tuple[int, int]
-"""The first address of something, and the one after its last."""
+"""First address of a range, and the address after its last."""
 
 PAGE = 2 << 20
 """Bytes of a huge page."""
@@ -35,11 +35,11 @@ COLLAPSE = 25
 """MADV_COLLAPSE of madvise(2): moves memory to huge pages; address and content stay."""
 
 RESERVE = 1 << 30
-"""Bytes that copies made only for speed must leave free."""
+"""Bytes that must stay free when weights are copied only for speed."""
 
 
 def available() -> int:
-    """Bytes that this process can still allocate, within the machine and its control group."""
+    """Bytes that this process can still allocate, given the machine and its control group."""
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     if MEMORY.is_file():
@@ -59,7 +59,7 @@ def available() -> int:
 
 
 def peak() -> int | None:
-    """Largest resident size of this process so far, or of the GPU's allocator when one is used."""
+    """Largest resident size of this process so far, or of GPU memory if a GPU is used."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return int(torch.cuda.max_memory_allocated())
     try:
@@ -71,7 +71,7 @@ def peak() -> int | None:
 
 
 def private_maps() -> list[Span]:
-    """Private writable maps of files, as safetensors makes them; adjacent ones are joined."""
+    """Private writable file mappings, as safetensors makes them; adjacent mappings are joined."""
     spans: list[Span] = []
     for line in MAPS.read_text("utf-8", "replace").splitlines() if MAPS.is_file() else []:
         where, rights, _, _, inode, *_ = line.split(maxsplit=5)
@@ -85,9 +85,9 @@ def private_maps() -> list[Span]:
 
 
 def out_of_files(model: nn.Module) -> int:
-    """Copy CPU weights out of mapped files into memory that can use huge pages; returns the bytes.
+    """Copy CPU weights from mapped files to memory that can use huge pages; return the bytes.
 
-    Only if they fit in half of the free memory; for a model that nothing else uses yet.
+    Only if they fit in half of the free memory.  Nothing else may use the model yet.
     """
     maps = private_maps()
     plain = [weight for weight in model.parameters() if type(weight) is nn.Parameter]
@@ -102,10 +102,10 @@ def out_of_files(model: nn.Module) -> int:
 
 
 def into_huge_pages(tensors: Iterable[Tensor]) -> int:
-    """Move CPU ``tensors`` to huge pages; returns the number of pages moved.
+    """Move CPU ``tensors`` to huge pages; return the number of pages moved.
 
-    Needs Linux 6.1 or later and at least ``LEAST`` bytes.  Where it is impossible (another system,
-    mapped files), the pages stay small.
+    Needs Linux 6.1 or later and at least ``LEAST`` bytes.  Elsewhere, and for mapped files, the
+    pages stay small.
     """
     spans = [(t.data_ptr(), t.nbytes) for t in tensors if t.device.type == "cpu"]
     if sys.platform != "linux" or sum(size for _, size in spans) < LEAST:

@@ -1,4 +1,4 @@
-"""Tables, words, figures, pages and the console: how results reach people.
+"""Tables, text, figures, pages and the console: how results are presented.
 
-Start with ``table.py``; templates of pages lie in ``templates/``.
+Start with ``table.py``; the pages' templates are in ``templates/``.
 """

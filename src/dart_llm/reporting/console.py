@@ -1,6 +1,6 @@
-"""What the terminal shows: results on stdout, everything else on stderr, nothing when quiet.
+"""Terminal output: results on stdout, everything else on stderr, nothing when quiet.
 
-Work that is silent for long reports what it is doing, how far it is and how long the rest takes.
+Long silent work reports what it does, its progress and the time left.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ SILENT_S = 10.0
 """Seconds without output after which a line says that work continues."""
 
 TICK_S = 1.0
-"""Seconds between two looks at the clock."""
+"""Seconds between checks for silence."""
 
 RECENT = 10
-"""Items, at least, whose mean time is that of the items to come."""
+"""Smallest number of latest items whose mean time predicts that of the remaining items."""
 
 AT_ONCE_S = 0.005
-"""An item that took less was there already, from an earlier run: its time says nothing."""
+"""Faster items were loaded from an earlier run and do not count for the estimate."""
 
 clock = time.monotonic
 
 
 class Pace:
-    """Items done of a total, and the time of the rest at the speed of the latest items."""
+    """Number of items done, and the time left at the speed of the latest items."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
@@ -46,7 +46,7 @@ class Pace:
         self._recent = deque[tuple[float, int]](maxlen=max(RECENT, total // 5))
 
     def advance(self, count: int) -> None:
-        """``count`` more items are done."""
+        """Count ``count`` more items as done."""
         if not count:
             return
         now = clock()
@@ -55,9 +55,9 @@ class Pace:
         self.done, self._last = self.done + count, now
 
     def left(self) -> float | None:
-        """Seconds until all are done; None before one was computed.
+        """Seconds until all items are done; None before the first was computed.
 
-        They grow while an item takes longer than expected.
+        The estimate grows while an item takes longer than expected.
         """
         if not self._recent:
             return None
@@ -70,9 +70,9 @@ class Pace:
 class Work:
     """A block of work.
 
-    ``text``: its name, which may change.  ``pace``: of counted work.  ``part``: its place among
-    several, e.g. "cell 2 of 3, ".  ``loud``: it speaks for what lies within it unless that is loud,
-    too.  ``moving``: a spinner or bar shows it.
+    ``text``: its name, which may change.  ``pace``: progress of counted work.  ``part``: its number
+    among several, e.g. "cell 2 of 3, ".  ``loud``: reports name this block instead of inner blocks
+    that are not loud.  ``moving``: a spinner or bar shows it.
     """
 
     text: str
@@ -92,22 +92,22 @@ class Work:
 
 
 class Heartbeat:
-    """Reports through ``say`` what is being done after ``SILENT_S`` without output.
+    """Reports the current work through ``say`` after ``SILENT_S`` without output.
 
-    From a thread that lives as long as a block is open.  ``muted``: asked before each line.
+    A thread does so while a block is open.  ``muted``: called before each line; True suppresses it.
     """
 
     def __init__(self, say: Callable[[str], None], muted: Callable[[], bool]) -> None:
         self.say, self.muted = say, muted
         self.lock = threading.RLock()
-        """Whoever prints takes it, so that lines do not mix."""
+        """Taken while printing, so that lines do not mix."""
         self.works: list[Work] = []
         self.spoke = clock()
         self._ended = threading.Event()
 
     @contextlib.contextmanager
     def block(self, work: Work) -> Iterator[Work]:
-        """Report ``work`` while the block lasts; its end ends all blocks that began within it."""
+        """Report ``work`` during the block; its end also ends all blocks that began inside it."""
         with self.lock:
             self.works.append(work)
             if len(self.works) == 1:
@@ -140,9 +140,10 @@ class Heartbeat:
 
 @contextlib.contextmanager
 def logged(logger: logging.Logger, text: str) -> Iterator[Callable[[str], None]]:
-    """Yields a function that logs news of a library call; ``text``: what is done at first.
+    """Yield a function that logs the progress of a library call; ``text``: the first step.
 
-    News is logged as information, which few see; after ``SILENT_S`` a warning repeats it.
+    Progress is logged at level INFO, which is rarely shown; after ``SILENT_S`` a warning repeats
+    it.
     """
     with Heartbeat(logger.warning, lambda: False).block(Work(text, loud=True)) as work:
 
@@ -154,16 +155,16 @@ def logged(logger: logging.Logger, text: str) -> Iterator[Callable[[str], None]]
 
 
 class Ui:
-    """Terminal output of a job.  ``quiet``: nothing but errors (``--json``).
+    """Terminal output of a command.  ``quiet``: only errors (``--json``).
 
-    While a block of ``working``, ``status`` or ``progress`` is open, a line comes at least every
-    ``SILENT_S`` seconds, or a bar moves.
+    While a block of ``working``, ``status`` or ``progress`` is open, a line is printed at least
+    every ``SILENT_S`` seconds, or a bar moves.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         width = None if sys.stderr.isatty() else 110
-        # no markup: names of models and variants may have square brackets, which rich would read
+        # no markup: rich would interpret square brackets in the names of models and variants
         self.err = Console(stderr=True, quiet=quiet, width=width, markup=False)
         self.out = Console(width=None if sys.stdout.isatty() else 160, markup=False)
         self.log: list[str] = []
@@ -174,9 +175,9 @@ class Ui:
     @classmethod
     @contextlib.contextmanager
     def started(cls, quiet: bool = False) -> Iterator[Ui]:
-        """The terminal of a command that computes: says at once that it begins.
+        """The terminal output of a command that computes; reports at once that it is starting.
 
-        To be entered before PyTorch is imported, which takes seconds.
+        Enter it before PyTorch is imported, which takes seconds.
         """
         ui = cls(quiet)
         with ui.working("starting"):
@@ -191,17 +192,17 @@ class Ui:
             yield
 
     def remark(self, text: str) -> None:
-        """One line that the log does not keep."""
+        """Print one line without adding it to the log."""
         with self._printing():
             self.err.print(text, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """One line for people; kept for the log."""
+        """Print one line and add it to the log."""
         self.log.append(text)
         self.remark(text)
 
     def table(self, table: RenderableType) -> None:
-        """Print a table; kept for the log as plain text."""
+        """Print a table and add it to the log as plain text."""
         plain = Console(width=100, no_color=True, markup=False)
         with plain.capture() as capture:
             plain.print(table)
@@ -210,7 +211,7 @@ class Ui:
             self.err.print(table)
 
     def result(self, what: RenderableType) -> None:
-        """The result of a command, on stdout."""
+        """Print the result of a command on stdout."""
         if not self.quiet:
             with self._printing():
                 self.out.print(what, highlight=False, soft_wrap=isinstance(what, str))
@@ -224,13 +225,13 @@ class Ui:
                 sys.stdout.flush()
 
     def end_text(self, text: str) -> None:
-        """A streamed text is complete."""
+        """End a streamed text and add it to the log."""
         self.log.append(text)
         self._streaming = not self.quiet
         self.end_line()
 
     def end_line(self) -> None:
-        """End the line of a text that is being streamed, so that what follows has its own."""
+        """End the line of a streamed text, so that later output starts on a new line."""
         if self._streaming:
             self._streaming = False
             sys.stdout.write("\n")
@@ -239,15 +240,15 @@ class Ui:
     def working(
         self, text: str, number: int = 0, of: int = 0, noun: str = "cell"
     ) -> contextlib.AbstractContextManager[Work]:
-        """Name what runs, for the lines of a long silence; says nothing now.
+        """Name the current work for reports after a long silence; prints nothing now.
 
-        ``number``, ``of``: its place among several, each called ``noun``.
+        ``number``, ``of``: its number among several items, each called ``noun``.
         """
         return self.heartbeat.block(Work(text, part=f"{noun} {number} of {of}, " if of else ""))
 
     @contextlib.contextmanager
     def status(self, text: str) -> Iterator[Callable[[str], None]]:
-        """A spinner while something runs; yields a function that changes its text."""
+        """Show a spinner during the block; yield a function that changes its text."""
         with self.heartbeat.block(Work(text, loud=True, moving=self.live)) as work:
             if self.live:
                 with self.err.status(Text(text)) as status:
@@ -264,7 +265,7 @@ class Ui:
 
     @contextlib.contextmanager
     def progress(self, text: str, total: int) -> Iterator[Callable[[int], Any]]:
-        """A progress bar with an estimate of the time left; yields ``advance(n)``."""
+        """Show a progress bar with the estimated time left; yield ``advance(n)``."""
         pace = Pace(total)
         with self.heartbeat.block(Work(text, pace=pace, loud=True, moving=self.live)):
             if not self.live:

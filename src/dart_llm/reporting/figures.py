@@ -1,4 +1,4 @@
-"""Figure record, style, methods' looks, axes; PNG, SVG and PDF of one drawing.
+"""Plot record, style, colours and markers of methods, axes; PNG, SVG and PDF output.
 
 The only file that imports matplotlib.  Files that draw receive an empty figure and its colours.
 """
@@ -29,7 +29,7 @@ Look = dict[str, Any]
 INK, SOFT, FAINT = "#1d2530", "#5a6470", "#d5d8dc"
 
 GREY = "#868e98"
-"""What is dense, or in the background."""
+"""Colour of dense results and of the background."""
 
 PALETTE: Palette = (
     *("#011959", "#a889a8", "#828231", "#226061", "#c98259", "#4d734d", "#114360", "#bb8584"),
@@ -40,15 +40,14 @@ PALETTE: Palette = (
 0 dark blue, 1 pink, 2 olive, 3 teal, 4 salmon, ..."""
 
 MAX_PANELS = 4
-"""Sequences, or texts, that one plot shows."""
+"""Largest number of sequences or texts in one plot."""
 
 WIDE = 8.0
-"""Inches of a figure."""
+"""Width of a figure in inches."""
 
 STYLES = ("screen", "paper")
 
-# A plot has one size.  It can be read in grey: hatches, markers and line styles carry the meaning,
-# colours only repeat it.
+# A plot can be read in grey: hatches, markers and line styles carry the meaning, colours repeat it.
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -72,12 +71,12 @@ UNDATED: dict[str, dict[str, Any]] = {
     "svg": {"Creator": None, "Date": None},
     "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
 }
-"""Metadata, by format, that make equal plots equal files."""
+"""Metadata by format, so that equal plots give equal files."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot; ``height``: inches; ``draw``: called with an empty figure and the colours."""
+    """One plot; ``height``: in inches; ``draw``: called with an empty figure and the colours."""
 
     name: str
     title: str
@@ -88,9 +87,9 @@ class Plot:
 
 
 def save(folder: Path, wanted: Iterable[Plot], style: str = "screen") -> list[Path]:
-    """Draw plots into ``plots/<name>.png``; in the style ``paper`` also as PDF, for print.
+    """Draw plots into ``plots/<name>.png``; in the style ``paper`` also as PDF.
 
-    Raises ``ResultsError`` when a file cannot be written, and ``MissingExtra``.
+    Raises ``ResultsError`` if a file cannot be written, ``MissingExtra`` without matplotlib.
     """
     written = []
     for plot in wanted:
@@ -102,7 +101,7 @@ def save(folder: Path, wanted: Iterable[Plot], style: str = "screen") -> list[Pa
 
 
 def render(plot: Plot, kind: str) -> bytes:
-    """The plot as ``png`` (200 dots per inch), ``svg`` (letters as outlines) or ``pdf``."""
+    """The plot as ``png`` (200 dots per inch), ``svg`` (text as outlines) or ``pdf``."""
     title = textwrap.wrap(plot.title.rstrip("."), round(WIDE * 10))
     small = textwrap.wrap(plot.small, round(WIDE * 15))
     with _style() as palette:
@@ -119,7 +118,7 @@ def render(plot: Plot, kind: str) -> bytes:
 
 @contextmanager
 def _style() -> Iterator[Palette]:
-    """The project's style inside the block; gives the colours."""
+    """Use the project's style inside the block; yield the colours."""
     try:
         import matplotlib
     except ImportError:
@@ -129,17 +128,17 @@ def _style() -> Iterator[Palette]:
         yield PALETTE
 
 
-# What a method looks like.
+# Colour, marker and line of each method.
 
 METHODS = ("dart", "griffin", "flap", "static", "published", "wanda", "glass", "random")
-"""These look the same in every plot; further methods take the looks that are left."""
+"""Methods that look the same in every plot; other methods use the remaining looks."""
 
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 LOOKS: tuple[tuple[int, str, Any], ...] = tuple(
     zip((0, 4, 3, 8, 7, 2, 6, 5, 16, 12, 1, 14), "os^DvPX<>h*p", LINES * 3, strict=True)
 )
-"""Colour, marker and line of a method; marker and line tell methods apart without colours."""
+"""Colour, marker and line; marker and line distinguish methods without colours."""
 
 DASHES = (0, (5, 3))
 
@@ -152,7 +151,7 @@ def mark(look: tuple[int, str, Any], palette: Palette) -> Look:
 
 
 def looks_of(names: Sequence[str], palette: Palette) -> dict[str, Look]:
-    """Colour, marker and line by name; ``dart`` is the boldest."""
+    """Colour, marker and line by name; ``dart`` has the thickest line."""
     left = [look for look, name in zip(LOOKS, METHODS, strict=False) if name not in names]
     further = cycle([*LOOKS[len(METHODS) :], *left[::-1], *LOOKS])
     looks = {}
@@ -164,16 +163,16 @@ def looks_of(names: Sequence[str], palette: Palette) -> dict[str, Look]:
 
 # Panels and their legend.
 
-KEY_LINE = 0.22  # inches of one line of the legend
+KEY_LINE = 0.22  # height of a line of the legend in inches
 
 
 def panels_height(count: int, names: int) -> float:
-    """Inches of ``count`` panels below a legend of ``names``."""
+    """Height in inches of ``count`` panels below a legend with ``names`` entries."""
     return 0.7 + 2.6 * math.ceil(count / 2) + KEY_LINE * (1 + names // 6)
 
 
 def panels(figure: Figure, count: int, lines: int) -> list[Axes]:
-    """Axes for a legend of ``lines`` lines, and below them one panel per task, in two columns."""
+    """Axes for a legend of ``lines`` lines, then for ``count`` panels below it in two columns."""
     columns = 1 if count == 1 else 2
     rows = math.ceil(count / columns)
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[KEY_LINE * lines, *[2.4] * rows])
@@ -190,13 +189,13 @@ def key(above: Axes, drawn: Sequence[Axes], columns: int) -> None:
 
 
 def legend(axes: Axes, columns: int, others: Sequence[Axes] = ()) -> None:
-    """A legend above the axes, on the left, of what has a label in them or in ``others``."""
+    """A legend above the axes, at the left, with the labels in them and in ``others``."""
     anchor: Look = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "handletextpad": 0.6}
     _legend(axes, (axes, *others), columns, borderaxespad=0.4, **anchor)
 
 
 def _legend(axes: Axes, drawn: Iterable[Axes], columns: int, **anchor: Any) -> None:
-    """In ``axes`` a legend of every label in ``drawn``, each once, in the order of the axes."""
+    """A legend in ``axes`` of the labels in ``drawn``, each once, in the order of ``drawn``."""
     handles: dict[str, Any] = {}
     for panel in drawn:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -212,7 +211,7 @@ def _legend(axes: Axes, drawn: Iterable[Axes], columns: int, **anchor: Any) -> N
 def reference_line(
     axes: Axes, *, x: float | None = None, y: float | None = None, label: str
 ) -> None:
-    """A dashed line across the axes, white between the dashes so that it shows on dark bars."""
+    """A dashed line across the axes, white between the dashes to be visible on dark bars."""
     draw, at = (axes.axhline, y or 0.0) if x is None else (axes.axvline, x)
     draw(at, color="white", linewidth=1.4, label="_")
     draw(at, color=INK, linestyle=DASHES, linewidth=1.5, label=label)
@@ -221,7 +220,7 @@ def reference_line(
 def whisker_lengths(
     values: Sequence[float], ends: Sequence[tuple[float, float] | None]
 ) -> list[list[float]]:
-    """Below and beyond each value, as ``errorbar`` takes them; None: nan, which draws nothing."""
+    """Lengths below and above each value for ``errorbar``; nan, which draws nothing, for None."""
     lengths = [
         (max(0.0, v - e[0]), max(0.0, e[1] - v)) if e else (math.nan, math.nan)
         for v, e in zip(values, ends, strict=True)
@@ -232,13 +231,13 @@ def whisker_lengths(
 def write_beside(
     axes: Axes, text: str, x: float, y: float, size: float = 9.0, gap: float = 5.0
 ) -> None:
-    """A number ``gap`` points to the right of a bar or mark, for which the axes must have room."""
+    """Write a number ``gap`` points to the right of a bar or mark; the axes must have room."""
     where: Look = {"xytext": (gap, 0), "textcoords": "offset points", "va": "center"}
     axes.annotate(text, (x, y), fontsize=size, color=INK, in_layout=False, zorder=5, **where)
 
 
 def log_axis(axes: Axes, low: float | None = None, high: float | None = None) -> None:
-    """A log axis, between two limits if given, whose ticks are plain numbers."""
+    """Make the y axis logarithmic, with optional limits and plain numbers as ticks."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     axes.set_yscale("log")

@@ -1,7 +1,7 @@
-"""Report pages: their template, the facts, settings and provenance of a run, plots as data.
+"""Report pages: template, facts, settings and provenance of a run, and embedded plots.
 
-No script, no request to anywhere: styles are inline, plots are data.  Everything that came from a
-model, a prompt or a file is escaped.  ``config`` is the content of config.json.
+A page has no scripts and sends no requests: styles and plots are embedded.  All text from models,
+prompts and files is escaped.  ``config`` is the content of config.json.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from dart_llm.reporting.table import PageTable
 from dart_llm.reporting.words import checkpoint_line
 
 Facts = list[tuple[str, str, bool]]
-"""Name, value, and whether the value is set as code."""
+"""Name, value, and whether the value is shown as code."""
 
 PROVENANCE = ("versions", "machine", "git", "checkpoint")
 """Entries of config.json that pages show as tables."""
 
 LARGE_SVG = 150_000
-"""Bytes above which a plot travels as PNG."""
+"""Bytes above which a plot is embedded as PNG instead of SVG."""
 
 
 class Picture(NamedTuple):
-    """A plot as a data address."""
+    """A plot as a data URL."""
 
     name: str
     title: str
@@ -40,9 +40,9 @@ class Picture(NamedTuple):
 
 
 def render(config: Mapping[str, Any], template: str, content: Mapping[str, Any]) -> str:
-    """The page of a run: ``content``, and the run's status, settings and provenance.
+    """The page of a run: ``content`` with the run's status, settings and provenance.
 
-    ``template``: a file of templates/, which extends page.html.
+    ``template``: a file in templates/ that extends page.html.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -56,8 +56,8 @@ def render(config: Mapping[str, Any], template: str, content: Mapping[str, Any])
     )
     environment.filters["tied"] = lambda text: str(text).replace(" %", "\u00a0%")
     css = resources.files("dart_llm.reporting") / "templates" / "report.css"
-    given = {name: value for name, value in config["settings"].items() if name in config["given"]}
-    settings = _table("Settings that were given", "setting", given)
+    explicit = {key: value for key, value in config["settings"].items() if key in config["given"]}
+    settings = _table("Explicit settings", "setting", explicit)
     provenance = [_table(key.capitalize(), "what", config[key]) for key in PROVENANCE]
     about = {
         "style": Markup(css.read_text(encoding="utf-8")),
@@ -77,7 +77,7 @@ def _table(caption: str, head: str, entries: Mapping[str, Any] | None) -> PageTa
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level, names joined by dots, without those that are None."""
+    """Nested settings as one level with dotted names, without settings that are None."""
     settings: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -99,7 +99,7 @@ def short_name(model: str | None) -> str:
 
 
 def small_print(config: Mapping[str, Any]) -> str:
-    """The checkpoint in one line, under figures."""
+    """The checkpoint in one line, for the small print of figures."""
     return checkpoint_line(model_name(config), config["checkpoint"] or {})
 
 

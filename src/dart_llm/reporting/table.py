@@ -1,6 +1,6 @@
-"""Column and Table: one definition -> terminal, Markdown, CSV, HTML.
+"""Column and Table: one definition for terminal, Markdown, CSV and HTML.
 
-A ``Table`` holds records and says which of their values people see, and how.  Its CSV file has the
+A ``Table`` contains records and defines which values are displayed, and how.  Its CSV file has the
 raw values of the records: all of them, or those of ``fields``.
 """
 
@@ -20,13 +20,13 @@ from rich.table import Table as RichTable
 from dart_llm.files import write_csv
 
 NOTHING = "–"
-"""A cell that was not measured."""
+"""Text of a cell without a value."""
 
 ACCOUNTING = ("n", "achieved", "dense tokens", "re-masks")
-"""Heads of columns without which no number is shown."""
+"""Heads of columns that are always shown with the numbers."""
 
 LONGEST_WORD, GAP = 60, 2
-"""Characters of a word that is not broken on the terminal, at most; between two columns."""
+"""On the terminal: length above which a word is broken; characters between two columns."""
 
 Record = Mapping[str, Any]
 K = TypeVar("K")
@@ -35,12 +35,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Column:
-    """One column for people.
+    """One column of a table.
 
-    ``value``: a key of the records, or a function of one.  ``text``: how a value is written, a
-    function or a format such as ".1%".  ``interval``: key of the ends that follow in brackets,
-    written likewise.  ``terminal``: whether it is shown there; ``needed``: whether it stays on a
-    narrow terminal, where others are dropped.
+    ``value``: a key of the records, or a function of a record.  ``text``: formats a value; a
+    function or a format such as ".1%".  ``interval``: key of the interval's two ends, which follow
+    in brackets in the same format.  ``terminal``: whether the terminal shows the column;
+    ``needed``: whether a narrow terminal must not drop it.
     """
 
     head: str
@@ -55,7 +55,7 @@ class Column:
         return row.get(self.value) if isinstance(self.value, str) else self.value(row)
 
     def cell(self, row: Any, nothing: str = NOTHING) -> str:
-        """The value in words."""
+        """The value as text."""
         value = self.raw(row)
         if value is None:
             return nothing
@@ -63,13 +63,13 @@ class Column:
         return self.write(value) + (f" [{', '.join(map(self.write, ends))}]" if ends else "")
 
     def write(self, value: Any) -> str:
-        """``value`` in words."""
+        """``value`` as text."""
         return format(value, self.text) if isinstance(self.text, str) else self.text(value)
 
 
 @dataclass(frozen=True)
 class PageTable:
-    """Cells in words; the first cell of a row is a head; ``strong``: the row to highlight."""
+    """Cells as text; the first cell of a row is a head; ``strong``: the row to highlight."""
 
     caption: str
     head: tuple[str, ...]
@@ -80,11 +80,11 @@ class PageTable:
 
 @dataclass(frozen=True)
 class Table:
-    """Records, or other rows, under a caption; ``name`` is that of the CSV file, "" for none.
+    """Records, or other rows, under a caption; ``name``: of the CSV file, "" for none.
 
-    ``left``: columns that hold words; the others hold numbers.  ``terminal``: whether it is shown
-    there.  ``fields``: keys of the CSV file; None: every key whose values are not mappings.
-    ``strong``: the row to highlight on a page.
+    ``left``: how many columns contain text; the others contain numbers.  ``terminal``: whether the
+    terminal shows the table.  ``fields``: keys of the CSV file; None: every key whose values are
+    not mappings.  ``strong``: the row to highlight on a page.
     """
 
     name: str
@@ -103,19 +103,19 @@ class Table:
         return tuple(column.head for column in self.columns)
 
     def cells(self) -> tuple[tuple[str, ...], ...]:
-        """All rows in words."""
+        """All rows as text."""
         return tuple(tuple(c.cell(row, self.nothing) for c in self.columns) for row in self.rows)
 
     def html(self) -> PageTable:
-        """The argument of the templates' ``table``."""
+        """The argument of the templates' macro ``table``."""
         return PageTable(self.caption, self.head, self.cells(), strong=self.strong)
 
     def lines(self) -> list[str]:
-        """A pipe table."""
+        """Lines of a Markdown table."""
         return table_lines(self.head, self.cells(), self.left)
 
     def markdown(self) -> str:
-        """A pipe table under its caption."""
+        """A Markdown table under its caption."""
         return "\n".join([f"### {self.caption}", "", *self.lines()])
 
     def write_csv(self, folder: Path) -> None:
@@ -131,7 +131,7 @@ class Table:
         write_csv(folder / f"{self.name}.csv", keys, cells)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
-        """As wide as the terminal; if words do not fit the last columns go, and are named."""
+        """Fit the terminal: if columns are too wide, drop the last and name them in the caption."""
         texts = {
             column: [column.head, *(column.cell(row, self.nothing) for row in self.rows)]
             for column in self.columns
@@ -145,7 +145,7 @@ class Table:
             dropped = ", ".join(c.head for c in self.columns if c.terminal and c not in texts)
             caption = f"{self.caption}; widen the terminal to see: {dropped}"
             free.pop()
-        # heads wrap before cells do: a column is as wide as its longest cell
+        # heads wrap before cells: a column is as wide as its longest cell
         widths = {c: max(words[c], _longest(each[1:])) for c, each in texts.items()}
         while sum(width + GAP for width in widths.values()) >= options.max_width:
             slack = [column for column in widths if widths[column] > words[column]]
@@ -171,7 +171,7 @@ def _longest(texts: Iterable[str]) -> int:
 def value_columns(
     keys: str, heads: Sequence[str], text: str | Callable[[Any], str]
 ) -> tuple[Column, ...]:
-    """Columns of several keys, divided by blanks, whose values are written alike."""
+    """Columns for keys separated by spaces, with the same format."""
     return tuple(Column(head, key, text) for key, head in zip(keys.split(), heads, strict=True))
 
 
@@ -184,24 +184,24 @@ def grouped(members: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 def keys_of(records: Iterable[Record]) -> list[str]:
-    """Every key, in the order of the record that has the most of them."""
+    """Every key, in the order of the record with the most keys."""
     longest_first = sorted(records, key=lambda record: -len(record))
     return list(dict.fromkeys(key for record in longest_first for key in record))
 
 
 def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    """Lines of a pipe table; the first ``left`` columns hold words, the others numbers."""
+    """Lines of a Markdown table; the first ``left`` columns contain text, the others numbers."""
     marks = ["---"] * left + ["---:"] * (len(head) - left)
     return [f"| {' | '.join(map(escaped, row))} |" for row in (head, marks, *rows)]
 
 
 def escaped(text: str) -> str:
-    """Without what would end a cell or a line, or begin an element."""
+    """``text`` with the characters escaped that would end a cell or a line, or open a tag."""
     return text.replace("|", "\\|").replace("<", "\\<").replace("\n", "\\n")
 
 
 def bytes_text(value: float | None) -> str:
-    """53.4 MiB, 1.2 GiB, 812 KiB."""
+    """A size such as 53.4 MiB, 1.2 GiB or 812 KiB."""
     if value is None:
         return NOTHING
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

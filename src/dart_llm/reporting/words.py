@@ -1,4 +1,4 @@
-"""Numbers, durations, counts and facts as words; ``accounting`` is ``RunReport.to_dict()``."""
+"""Numbers, durations, counts and facts as text; ``accounting`` is ``RunReport.to_dict()``."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Mapping
 from typing import Any
 
 TRANSFORMERS, OUR_KERNELS = "transformers", "our kernels"
-"""How a dense text is decoded: by transformers, or by the kernels of the pruned model."""
+"""What decodes a dense text: transformers, or the kernels that also run the pruned model."""
 
 WORTH = 0.1
-"""A gain in speed below this is not worth a loss."""
+"""A smaller gain in speed is not worth any loss of quality."""
 
 FEWEST_ITEMS = 6
-"""Items that an interval needs, and that must differ before a difference can be called significant:
-with five even a sign test in which all agree has a two-sided probability of 1/16."""
+"""Smallest number of items for an interval, and of differing items for a significant difference:
+with five, even a sign test in which all agree has a two-sided probability of 1/16."""
 
 Row = Mapping[str, Any]
 
 
 def too_few(n: int | None) -> str | None:
-    """Why ``n`` items have no interval: "too few (n = 2)"; None where they have one."""
+    """Why ``n`` items have no interval, such as "too few (n = 2)"; None if they have one."""
     return None if n is None or n >= FEWEST_ITEMS else f"too few (n = {n})"
 
 
 def intervals_over(marks: str, n: int, items: str) -> str:
-    """ "whiskers: 95 % bootstrap intervals over 8 passages", or why a picture has none."""
+    """ "whiskers: 95 % bootstrap intervals over 8 passages", or why there are no intervals."""
     if few := too_few(n):
         return f"no {marks}: {items} {few}"
     return f"{marks}: 95 % bootstrap intervals over {n} {items}"
@@ -39,7 +39,7 @@ def with_interval(value: float, interval: Row, form: str) -> str:
 
 
 def mostly_dense(accounting: Row | None) -> str:
-    """ ", 56 % of tokens dense" behind the name of a pruned row of which that is true, or ""."""
+    """ ", 56 % of tokens dense" for a row in which most tokens ran dense, else ""."""
     share = (accounting or {}).get("dense_token_share")
     return f", {percent(share, 0)} of tokens dense" if share is not None and share > 0.5 else ""
 
@@ -54,13 +54,13 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def dtype_text(facts: Mapping[str, Any]) -> str:
-    """A checkpoint's dtype, and its weight format if that is in blocks."""
+    """A checkpoint's dtype, and the weight format if weights are in blocks."""
     weights = facts.get("weights")
     return f"{facts.get('dtype')}{f', weights {weights}' if weights else ''}"
 
 
 def file_text(facts: Mapping[str, Any]) -> str:
-    """ "file quantisation Q4_1", or "unquantised": of the file that a checkpoint came from."""
+    """The quantisation of a checkpoint's file: "file quantisation Q4_1", or "unquantised"."""
     quantisation = facts.get("file_quantisation") or "none"
     return "unquantised" if quantisation == "none" else f"file quantisation {quantisation}"
 
@@ -94,7 +94,7 @@ def times(ratio: float) -> str:
 def row_name(row: Row) -> str:
     """ "dense", "dart 50 %", or "dart, own counts" if no sparsity was requested.
 
-    Followed by the share of dense tokens if most of them ran dense.
+    If most tokens ran dense, their share follows.
     """
     if row["method"] == "dense":
         return "dense"
@@ -104,13 +104,13 @@ def row_name(row: Row) -> str:
 
 
 def bytes_sentence(accounting: Row) -> str:
-    """The share of neurons removed, and what that saves of the bytes read per token."""
+    """A sentence with the share of neurons removed and the bytes per token that this saves."""
     requested, achieved = accounting["requested_sparsity"], accounting["achieved_sparsity"]
     removed = f"{percent(achieved)} of the FFN neurons removed"
     if requested is not None and abs(requested - achieved) >= 0.005:
         removed = f"{percent(requested)} of the FFN neurons requested, {percent(achieved)} removed"
         removed += " on average"
-    proxies = accounting.get("proxy_bytes_share") or 0.0  # read on top, to rank the neurons
+    proxies = accounting.get("proxy_bytes_share") or 0.0  # also read, to rank the neurons
     saved = (accounting.get("ffn_share_of_bytes") or 0.0) * (achieved - proxies)
     if head := accounting.get("head"):
         removed += f", {head['bytes_share']:.2f} of the output head read"
@@ -130,7 +130,7 @@ def count(number: int, noun: str) -> str:
 
 
 def quantity(value: float | None, perplexity: bool) -> str:
-    """A metric's value: perplexities to three digits, the rest to three decimals."""
+    """A metric's value: perplexities to three digits, other metrics to three decimals."""
     if value is None:
         return ""
     if perplexity:
@@ -139,7 +139,7 @@ def quantity(value: float | None, perplexity: bool) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For people: ``0.4 s``, ``12 s``, ``3 min``, ``2 h 10 min``."""
+    """A duration as text: ``0.4 s``, ``12 s``, ``3 min``, ``2 h 10 min``."""
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)

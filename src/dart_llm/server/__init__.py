@@ -1,4 +1,4 @@
 """An OpenAI-compatible server, its window in a browser, and recordings.
 
-Start with ``app.py``; the page's own files lie in ``static/``.
+Start with ``app.py``; the page's files are in ``static/``.
 """

@@ -1,7 +1,7 @@
-"""FastAPI routes, what every request passes first, streaming answers.
+"""FastAPI routes, checks of every request, streaming answers.
 
-The only file that imports fastapi.  ``Guard`` checks host, origin, API key and limits of the body,
-and sets every response's headers.
+The only file that imports fastapi.  ``Guard`` checks host, origin, API key and the limits of the
+body, and sets the headers of every response.
 """
 
 from __future__ import annotations
@@ -56,25 +56,25 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-"""Headers of every response, unless its route sets them."""
+"""Headers of every response, unless its route sets them itself."""
 
 REPORT_HEADERS = {
     "content-security-policy": "sandbox allow-scripts; default-src 'none'; img-src data:; "
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'",
     "cross-origin-opener-policy": "unsafe-none",  # browsers refuse a sandbox with any other
 }
-"""Headers of a report: a page without an origin, whose scripts cannot send requests here."""
+"""Headers of a report page: it has no origin, so that its scripts cannot call this server."""
 
 OPEN = ("/", "/healthz")
-"""Paths that need no key, beside ``/static/``: they show nothing of the model or of a user."""
+"""Paths besides ``/static/`` that need no key: they reveal nothing about the model or users."""
 
 PROGRAMS = ("/api/", "/v1/", "/metrics")
-"""Paths that pages of other sites may not even link to."""
+"""Paths to which pages of other sites must not even link."""
 
-BODY_SECONDS = 30.0  # how long a body may take to arrive
+BODY_SECONDS = 30.0  # time limit for receiving a body
 
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+?)\.?(?::[0-9]{1,5})?")
-"""A name or an address, maybe with the dot that ends a full name, and a port."""
+"""A host name (with an optional final dot) or an address, and an optional port."""
 
 
 class Guard:
@@ -111,27 +111,27 @@ class Guard:
                 response = JSONResponse(error.to_dict(), error.status, error.headers)
                 await response(scope, receive, guarded)
         finally:
-            # the route's pattern: a path that a client makes up is not a label
+            # the label is the route's pattern, not the path, which clients can make up
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.counters["requests"].labels(route, str(status or "none")).inc()
             took = time.perf_counter() - began
             logger.info("%s %s %s %s %.3f s", request_id, scope["method"], route, status, took)
 
     def _check(self, path: str, method: str, headers: Headers) -> str:
-        """The name of the client's key, "" without keys; raises ``APIError``."""
+        """Check a request and return the name of the client's key, "" without keys."""
         hosts = headers.getlist("host")
         self._check_host(hosts)
         self._check_origin(path, headers, "".join(hosts).lower())
         key = self._check_key(path, headers.get("authorization", ""))
         content = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if method == "POST" and content != "application/json":  # forms send other types
+        if method == "POST" and content != "application/json":  # refuses HTML forms
             raise APIError(415, "send JSON, with Content-Type: application/json")
         length = headers.get("content-length", "0")
         self._check_size(int(length) if length.isdigit() else 0)
         return key
 
     def _check_host(self, hosts: list[str]) -> None:
-        """DNS rebinding: a page whose name points to this address has that name as Host."""
+        """Prevent DNS rebinding: there, Host is a foreign name that resolves to this address."""
         if self.settings.hosts is None:
             return
         match = HOST.fullmatch(hosts[0].strip().lower()) if len(hosts) == 1 else None
@@ -140,7 +140,7 @@ class Guard:
             raise APIError(403, text, code="host_not_allowed")
 
     def _check_origin(self, path: str, headers: Headers, host: str) -> None:
-        """Pages of other sites: a browser names the site that a request comes from."""
+        """Refuse requests from pages of other sites, by the headers that browsers send."""
         origins = [origin.lower().partition("://")[2] for origin in headers.getlist("origin")]
         site = headers.get("sec-fetch-site", "none")
         foreign = site in ("cross-site", "same-site") and path.startswith(PROGRAMS)
@@ -148,7 +148,7 @@ class Guard:
             raise APIError(403, "cross-origin requests are not allowed", code="origin_not_allowed")
 
     def _check_key(self, path: str, authorization: str) -> str:
-        """The name of the key, "" without keys; takes as long for a wrong one."""
+        """The name of the key, "" without keys; the time does not depend on the key."""
         if not self.keys or path in OPEN or path.startswith("/static/"):
             return ""
         scheme, _, key = authorization.partition(" ")
@@ -167,7 +167,7 @@ class Guard:
             raise APIError(413, text, code="request_too_large", headers=headers)
 
     def _limited(self, receive: Receive) -> Receive:
-        """``receive`` within the limits of a body: its size, announced or not, and its time."""
+        """``receive`` with limits for a body: its actual size and the time it takes."""
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
         size, complete = 0, False
 
@@ -194,7 +194,7 @@ def _digest(key: str) -> bytes:
 
 
 class Streamed(StreamingResponse):
-    """Sends its status with the first bytes, so that what fails before them is an HTTP error."""
+    """Sends its status with the first bytes, so that earlier failures become HTTP errors."""
 
     body_iterator: AsyncGenerator[bytes, None]
 
@@ -213,8 +213,8 @@ class Streamed(StreamingResponse):
 async def _answer_bytes(
     service: Service, queued: QueuedRequest, shape: Format | RecordFormat
 ) -> AsyncGenerator[bytes, None]:
-    """Queues a request and yields its answer; an error is raised before the first bytes, and part
-    of the stream after them.
+    """Queue a request and yield its answer; errors before the first bytes are raised, later errors
+    become part of the stream.
     """
     seconds = service.settings.request_timeout
     deadline = asyncio.get_running_loop().time() + seconds
@@ -242,16 +242,16 @@ async def _answer_bytes(
         service.worker.leave(queued)
 
 
-async def _service(request: Request) -> Service:  # async: others go to a pool of threads
+async def _service(request: Request) -> Service:  # async, or FastAPI would use a thread pool
     service: Service = request.app.state.service
     return service
 
 
 async def _with_runs(request: Request) -> Service:
-    """The service, where past runs may be shown: they contain prompts."""
+    """The service, if clients may see past runs, which contain prompts."""
     service = await _service(request)
     if len(service.settings.keys) > 1:
-        text = "a server with several keys does not show past runs, for they contain prompts"
+        text = "a server with several keys does not show past runs, because they contain prompts"
         raise APIError(403, text, code="runs_not_shared")
     return service
 
@@ -268,21 +268,21 @@ router = APIRouter(
 
 @router.get("/v1/models")
 async def models(service: Serving) -> Response:
-    """The model that is served."""
+    """The served model."""
     return _json({"object": "list", "data": [service.model()]})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, service: Serving) -> Response:
-    """The model that is served, by its name."""
+    """The served model, by its name."""
     if name not in service.reader.names:
-        raise APIError(404, "there is no such model: /v1/models lists it", code="model_not_found")
+        raise APIError(404, "there is no such model: see /v1/models", code="model_not_found")
     return _json(service.model())
 
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatBody, request: Request, service: Serving) -> Response:
-    """A chat completion: whole, or with ``stream: true`` as server-sent chunks."""
+    """A chat completion: complete, or with ``stream: true`` as server-sent chunks."""
     return await _answer(service, request, body)
 
 
@@ -294,31 +294,31 @@ async def completion(body: CompletionBody, request: Request, service: Serving) -
 
 @router.post("/api/events")
 async def events(body: ChatBody, request: Request, service: Serving) -> Response:
-    """A chat completion as the engine's own records, one server-sent event each."""
+    """A chat completion as the engine's records, one server-sent event per record."""
     return await _answer(service, request, body, RecordFormat())
 
 
 @router.get("/api/methods")
 async def methods(service: Serving) -> Response:
-    """Methods and drift rules that a request may name, the defaults and the limits."""
+    """Methods and drift rules for requests, the defaults and the limits."""
     return _json(service.methods())
 
 
 @router.get("/api/prompts")
 async def prompts(service: Serving) -> Response:
-    """The ready prompts."""
+    """The example prompts."""
     return _json(window.ready_prompts(lambda method: is_ready(method, service.settings)))
 
 
 @router.get("/api/runs")
 async def runs(service: Runs) -> Response:
-    """Past runs in the configured results folder."""
+    """The past runs in the results folder."""
     return _json(await asyncio.to_thread(window.list_runs, service.results))
 
 
 @router.get("/api/runs/{name:path}")
 async def run(name: str, service: Runs) -> Response:
-    """One past run with its files' content; below its name, its report."""
+    """A past run with the content of its files, or its report."""
     folder, _, file = name.rpartition("/")
     if file == window.REPORT:
         text = await asyncio.to_thread(window.read_report, service.results, folder)
@@ -328,9 +328,9 @@ async def run(name: str, service: Runs) -> Response:
 
 @router.get("/healthz")
 async def health(service: Serving) -> Response:
-    """200 while requests are taken, 503 otherwise."""
+    """200 while requests are accepted, 503 otherwise."""
     if not service.worker.alive:
-        raise APIError(503, "the server does not take requests", code="not_ready")
+        raise APIError(503, "the server does not accept requests", code="not_ready")
     name = {} if service.settings.keys else {"model": service.facts.name}
     return _json({"status": "ok", **name, "version": __version__})
 
@@ -357,18 +357,18 @@ async def _answer(
     """The answer in OpenAI's form, or in ``shape``."""
     client, request_id = request.scope["dart"]["client"], request.scope["dart"]["request_id"]
     async with service.reading:
-        asks = await asyncio.to_thread(service.reader.requests, body, request_id, client)
-    for ask in asks if service.settings.log_prompts else ():
-        logger.warning("%s asks %r", ask.id, service.reader.tokenizer.decode(list(ask.ids)))
-    shape = shape or Format(body, service.facts.name, asks[0].sampling, len(asks))
-    chunks = _answer_bytes(service, QueuedRequest(asks, client), shape)
+        requests = await asyncio.to_thread(service.reader.requests, body, request_id, client)
+    for item in requests if service.settings.log_prompts else ():
+        logger.warning("%s asks %r", item.id, service.reader.tokenizer.decode(list(item.ids)))
+    shape = shape or Format(body, service.facts.name, requests[0].sampling, len(requests))
+    chunks = _answer_bytes(service, QueuedRequest(requests, client), shape)
     kind = "text/event-stream" if shape.streams else "application/json"
-    # proxies such as nginx would collect a stream before they send it
+    # the header keeps proxies such as nginx from buffering a stream
     return Streamed(chunks, media_type=kind, headers={"x-accel-buffering": "no"})
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> NoReturn:
-    """In OpenAI's form; limits of the body are raised where the framework reads it."""
+    """Convert to an error in OpenAI's form; errors of body limits are its cause."""
     if isinstance(error.__cause__, APIError):
         raise error.__cause__
     if error.status_code == 404:
@@ -376,7 +376,7 @@ async def _on_http_error(request: Request, error: HTTPException) -> NoReturn:
         raise APIError(404, text, code="not_found")
     if error.status_code == 405:
         allow = dict(error.headers or {}).get("Allow", "")
-        raise APIError(405, f"this address only takes {allow}", headers={"allow": allow})
+        raise APIError(405, f"this address only accepts {allow}", headers={"allow": allow})
     raise APIError(400, "the body is not valid JSON in UTF-8", code="invalid_json")
 
 
@@ -385,7 +385,7 @@ async def _on_invalid_body(request: Request, error: RequestValidationError) -> N
 
 
 def build(service: Service) -> FastAPI:
-    """The whole application."""
+    """The ASGI application with all routes."""
     app = FastAPI(
         title="dart-llm",
         version=__version__,

@@ -1,4 +1,4 @@
-"""``dart-llm serve``: model, engine, socket, loop.  The only file that imports uvicorn."""
+"""``dart-llm serve``: loads the model and runs the server.  The only file that imports uvicorn."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ try:
 except ImportError:
     raise MissingExtra("uvicorn", "serve") from None
 
-CONNECTIONS = 512  # at the same time; further ones get 503
+CONNECTIONS = 512  # simultaneous connections; others get 503
 KEEP_ALIVE_SECONDS = 15
 
 WARM_CHARACTERS, WARM_TOKENS = 400, 4
 
-LAST_SECONDS = 5  # beyond the grace period, for answers that are being sent when the server ends
+LAST_SECONDS = 5  # added to the grace period, to send the last bytes of answers
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which stops the model's thread before it waits for open connections."""
+    """A uvicorn server that also stops the model's thread at shutdown."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self.service = service
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop the service in the background: open connections wait for it."""
+        """Stop the service in the background, because open connections wait for it to end."""
         for server in self.servers:
             server.close()
         ending = asyncio.create_task(asyncio.to_thread(self.service.close))
@@ -49,27 +49,27 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; raises ``ConfigError`` when the address is not available."""
+    """A listening socket; raises ``ConfigError`` if the address is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (while")[0]
         raise ConfigError(
-            f"cannot listen at {host}, port {port}: {reason}; --port 0 takes a free port"
+            f"cannot listen at {host}, port {port}: {reason}; --port 0 selects a free port"
         ) from None
 
 
 def page_address(settings: ServeSettings, listening: socket.socket) -> str:
-    """The address of the window as a browser on this machine reaches it."""
-    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # of a server that listens at every address
+    """The window's URL for a browser on this machine."""
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # for servers that listen at all addresses
     host = loopback.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host else host
     return f"http://{host}:{listening.getsockname()[1]}/"
 
 
 def serve(settings: ServeSettings, ui: Ui) -> None:
-    """Serve until SIGINT or SIGTERM; the model is detached at the end."""
+    """Serve until SIGINT or SIGTERM; then detach the model."""
     from dart_llm.engine.engine import Engine
     from dart_llm.server.app import build
 
@@ -103,7 +103,7 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
             with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again
                 server.run(sockets=[listening])
         finally:
-            with contextlib.suppress(AttachError):  # an answer that does not end keeps its model
+            with contextlib.suppress(AttachError):  # if an answer still runs on the model
                 engine.close()
     ui.say("ended")
 
@@ -111,9 +111,9 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
 def warm_up(
     engine: Any, tokenizer: Any, configs: Sequence[PruneConfig], context: int | None = None
 ) -> None:
-    """Generate a few tokens dense and by every method, so that no request pays for first calls.
+    """Generate a few tokens, dense and with every method, so that the first requests are fast.
 
-    In the model's own thread, where its pool of OpenMP threads is made.
+    Runs in the model's thread, where OpenMP then creates its thread pool.
     """
     ids = tuple(tokenizer(read(subjects()[0])[:WARM_CHARACTERS], verbose=False).input_ids)
     if context is not None:
@@ -123,7 +123,7 @@ def warm_up(
 
 
 def server_config(application: Any, settings: ServeSettings) -> uvicorn.Config:
-    """uvicorn without a log of its own, without a header that names it, without proxies."""
+    """uvicorn's configuration: no log, no ``server`` header, no proxy headers."""
     return uvicorn.Config(
         application,
         log_level="critical",
@@ -132,7 +132,7 @@ def server_config(application: Any, settings: ServeSettings) -> uvicorn.Config:
         proxy_headers=False,
         lifespan="off",
         ws="none",
-        http="h11",  # it limits the head of a request to 64 KiB, which httptools does not
+        http="h11",  # unlike httptools, it limits the headers of a request to 64 KiB
         limit_concurrency=CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.grace) + LAST_SECONDS,

@@ -1,7 +1,7 @@
 """Bodies of requests and answers in OpenAI's form; limits on tokens.
 
-A field that OpenAI does not know is refused, as OpenAI does.  A known one that this server does not
-support is refused unless it has no effect; those that cannot change an answer are ignored.
+Like OpenAI, the server refuses unknown fields.  It also refuses fields of OpenAI that it does not
+support, unless their value has no effect, and ignores those that cannot change an answer.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ TYPES = {
 
 
 class APIError(Exception):
-    """Ends a request: an HTTP status and one sentence for the client.
+    """Ends a request with an HTTP status and one sentence for the client.
 
-    ``param``: the field that is wrong; ``code``: a word for programs, ``invalid_value`` by default
-    for a 400; ``headers``: of the response.
+    ``param``: the invalid field; ``code``: a name for programs, by default ``invalid_value`` for
+    status 400; ``headers``: of the response.
     """
 
     def __init__(
@@ -83,17 +83,17 @@ Name = Annotated[str, Field(max_length=256)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
 
 Texts = Annotated[list[str], Field(fail_fast=True)]
-"""Long lists: only the first error is reported."""
+"""A list, possibly long, of which only the first error is reported."""
 
 
 Tokens = Annotated[int, Field(ge=-1)]
-"""A number of tokens; -1 means "as many as fit" to clients of llama.cpp."""
+"""A number of tokens; clients of llama.cpp send -1 for "as many as fit"."""
 
 IGNORED = (
     "metadata parallel_tool_calls prompt_cache_key prompt_cache_retention reasoning_effort "
     "safety_identifier service_tier store verbosity"
 ).split()
-"""Fields of OpenAI that cannot change what this server answers."""
+"""Fields of OpenAI that cannot change an answer of this server."""
 
 UNSUPPORTED = (
     "audio best_of frequency_penalty function_call functions logit_bias modalities prediction "
@@ -106,13 +106,13 @@ NEUTRAL: tuple[Any, ...] = (None, 0, "", [], {}, "none", "auto", ["text"], {"typ
 
 
 class Body(BaseModel):
-    """Strict: no text for a number, no unknown field, only finite numbers."""
+    """Strict: no strings for numbers, no unknown fields, only finite numbers."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Dart(Body):
-    """How this request is pruned; fields left out are the server's own settings."""
+    """How this request is pruned; missing fields are taken from the server's settings."""
 
     method: Name | None = None
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -127,7 +127,7 @@ class TextPart(Body):
 
 
 class Message(Body):
-    """Only an assistant may leave out ``content``; ``reasoning_content`` is ignored."""
+    """A message; only an assistant's may lack ``content``; ``reasoning_content`` is ignored."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
@@ -170,7 +170,7 @@ class Common(Body):
     @model_validator(mode="before")
     @classmethod
     def _supported_fields(cls, data: Any) -> Any:
-        """The fields that this server supports; others are refused with the reason."""
+        """The supported fields; raises ``APIError`` for unknown and unsupported fields."""
         if not isinstance(data, dict):
             return data
         for name, value in data.items():
@@ -197,7 +197,7 @@ class ChatBody(Common):
 class CompletionBody(Common):
     """Body of ``POST /v1/completions``; ``prompt``: a text or token ids, or a list of these.
 
-    ``echo``: the answer begins with the prompt, in ``logprobs`` too.
+    ``echo``: the answer begins with the prompt, also in ``logprobs``.
     """
 
     prompt: str | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)]
@@ -206,19 +206,19 @@ class CompletionBody(Common):
 
 
 def _hint(name: str, names: Iterable[str]) -> str:
-    """The nearest name, if one is near; of a long name the beginning is compared."""
+    """A hint with the most similar name, if any; compares only the beginning of long names."""
     near = difflib.get_close_matches(name[:100], names, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 BRANCHES = ("body", "str", "int", "constrained-str")
-"""Parts of an error's location that are not fields: the whole, and branches of unions."""
+"""Parts of an error's location that are not fields: the whole body and branches of unions."""
 
 
 def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """The most helpful of a body's validation errors: which field, and what is wrong with it.
+    """The most helpful of a body's validation errors: the field and what is wrong with it.
 
-    Among the branches of a union that is the one that got furthest into the value.
+    In a union, this is the error of the branch that matched most of the value.
     """
     if errors[0]["type"] == "json_invalid":
         return APIError(400, "the body is not valid JSON in UTF-8", code="invalid_json")
@@ -228,7 +228,7 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
     where, hint, code = ".".join(path), "", "invalid_value"
     if error["type"] == "missing":
         code = "missing_required_parameter"
-    elif error["type"] == "extra_forbidden":  # a name that the client made up
+    elif error["type"] == "extra_forbidden":  # an unknown name
         code, hint = "unknown_parameter", _hint(path[-1], Dart.model_fields)
     what = error["msg"][:1].lower() + error["msg"][1:]
     return APIError(400, f"{where or 'body'}: {what}{hint}", where or None, code)
@@ -236,17 +236,17 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
 
 # From bodies to requests.
 
-COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions, as OpenAI has it
-SMALLEST_TOP_P = 1e-6  # for top_p 0: the likeliest token alone
-CHARACTERS = 4  # per token, roughly: of a longer text only the beginning is tokenized first
-CUT_TOKENS = 64  # slack: cutting a text can change, and add, tokens at the cut
+COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions, as at OpenAI
+SMALLEST_TOP_P = 1e-6  # for top_p 0: only the likeliest token
+CHARACTERS = 4  # per token, roughly; of longer texts, the beginning is tokenised first
+CUT_TOKENS = 64  # margin: cutting a text can change and add tokens at the cut
 
 
 class RequestReader:
     """Turns bodies into requests to the engine, within the model's and the server's limits.
 
-    ``names``: the model's id and its aliases.  ``context``: its length in tokens, None: unknown.
-    ``vocabulary``: the number of token ids.
+    ``names``: the model's id and its aliases.  ``context``: its context length in tokens, None:
+    unknown.  ``vocabulary``: the number of token ids.
     """
 
     def __init__(
@@ -261,11 +261,11 @@ class RequestReader:
         self.context, self.vocabulary = context, vocabulary
         limits = (settings.max_prompt_tokens, context)
         self.longest = min((limit for limit in limits if limit is not None), default=None)
-        """Tokens of the longest prompt; None: unknown."""
+        """Largest number of tokens of a prompt; None: unknown."""
         self._default = settings.prune_config()
 
     def requests(self, body: Common, request_id: str, client: str) -> list[GenerationRequest]:
-        """One request to the engine per prompt; raises ``APIError`` for what cannot be served."""
+        """One request to the engine per prompt; raises ``APIError`` for an invalid body."""
         if body.model is not None and body.model not in self.names:
             text = f"the model {body.model!r} is not served here: use {self.names[0]!r}"
             raise APIError(404, text, "model", "model_not_found")
@@ -298,7 +298,7 @@ class RequestReader:
             raise APIError(400, str(error)) from None
 
     def _chat_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """A conversation as the model's own template writes it."""
+        """Token ids of a conversation by the model's chat template."""
         code = None if getattr(self.tokenizer, "chat_template", None) else "no_template"
         roles = {"developer": "system"}
         plain = [{"role": roles.get(m.role, m.role), "content": m.text} for m in messages]
@@ -306,7 +306,7 @@ class RequestReader:
             text = chat_text(self.tokenizer, plain, "use /v1/completions")
         except ConfigError as error:
             raise APIError(400, str(error), "messages", code) from None
-        except (ValueError, TypeError):  # of a template that did not expect them
+        except (ValueError, TypeError):  # raised by the template
             reason = "the model's chat template does not accept these messages"
             raise APIError(400, reason, "messages") from None
         return self._ids(text, add_special_tokens=False)
@@ -319,21 +319,21 @@ class RequestReader:
         if len(prompts) > limit:
             raise APIError(400, f"{len(prompts)} prompts are too many: at most {limit}", "prompt")
         if len(prompts) > 1 and body.dart and body.dart.conversation:
-            text = "a conversation continues one prompt: give one"
+            text = "a conversation continues a single prompt: give only one prompt"
             raise APIError(400, text, "dart.conversation")
         for ids in prompts:
             if not isinstance(ids, str) and any(not 0 <= id < self.vocabulary for id in ids):
-                raise APIError(400, f"token ids must lie in 0 to {self.vocabulary - 1}", "prompt")
+                raise APIError(400, f"token ids must be 0 to {self.vocabulary - 1}", "prompt")
         return [self._ids(ids) if isinstance(ids, str) else tuple(ids) for ids in prompts]
 
     def _ids(self, text: str, **options: Any) -> tuple[int, ...]:
         """Token ids of ``text``.
 
-        Raises ``APIError`` when its beginning is too long already, so that no text costs more than
-        the longest prompt.
+        Raises ``APIError`` as soon as the beginning is too long, so that no text takes more work
+        than the longest prompt.
         """
         if not is_text(text):
-            raise APIError(400, "a text contains half a character (a lone surrogate): correct it")
+            raise APIError(400, "a text contains half a character (a lone surrogate): remove it")
         longest = self.longest
         if longest is not None:
             limit = longest + CUT_TOKENS
@@ -357,7 +357,7 @@ class RequestReader:
         return Sampling(tokens, temperature, top_p, body.seed, n, tuple(stops), logprobs, scored)
 
     def _max_tokens(self, prompt: int, requested: int | None, scored: bool) -> int:
-        """Tokens of the answer after ``prompt`` tokens: as many as requested, if they fit."""
+        """Largest number of answer tokens after ``prompt`` tokens: as requested, if they fit."""
         if not prompt:
             raise APIError(400, "the prompt is empty: give at least one word", "prompt")
         if self.longest is not None and prompt > self.longest:
@@ -377,8 +377,7 @@ class RequestReader:
     def config(self, dart: Dart | None) -> PruneConfig | None:
         """The configuration of a request; None: the dense model, also for sparsity 0.
 
-        Raises ``APIError`` for values that do not fit, and for a method that would have to
-        calibrate before it answers.
+        Raises ``APIError`` for invalid values, and for a method that would first have to calibrate.
         """
         dart = dart or Dart()
         config, param = self._default, "dart.method"
@@ -403,7 +402,7 @@ class RequestReader:
         if config.target == 0 and (dart.sparsity == 0 or not config.screens):
             return None
         if not is_ready(config.method, self.settings):
-            # name both remedies: start a server with this method, or use a method that is ready
+            # two remedies: start a server with this method, or use a method that is ready
             ready = self.settings.ready
             text = (
                 f"method {config.method} was not prepared when the server started: start the "
@@ -415,30 +414,30 @@ class RequestReader:
 
 
 def is_ready(method: str, settings: ServeSettings) -> bool:
-    """Whether requests by ``method`` can start at once, without calibration."""
+    """Whether requests with ``method`` can start at once, without calibration."""
     config = METHODS.get(method)
     learns = config.self_stats is not None or config.calibration is not None
     return not learns or method in settings.ready
 
 
 def _too_long(limit: int | None, tokens: str) -> APIError:
-    """Worded as OpenAI's error, which clients recognise by its text."""
+    """An error with OpenAI's wording, by which clients recognise it."""
     text = f"This model's maximum context length is {limit} tokens, but the prompt has {tokens} "
     return APIError(400, text + "tokens: shorten it", code="context_length_exceeded")
 
 
 def _conversation(body: Common, client: str, config: PruneConfig | None) -> str | None:
-    """The conversation's name in the engine, if the request names one.
+    """The conversation's name in the engine, if the request names a conversation.
 
-    It belongs to its client and user: nobody else continues or overwrites it.  The dense side of a
-    conversation has another name, so that both sides of a comparison continue.
+    The name includes client and user, so that nobody else can continue or overwrite it.  The dense
+    side of a conversation has another name, so that both sides of a comparison continue.
     """
     name = body.dart.conversation if body.dart else None
     side = "dense" if config is None else "pruned"
     return None if name is None else json.dumps([client, body.user, side, name])
 
 
-# From the engine's records to answers, whole ones and chunks.
+# From the engine's records to answers, complete or in chunks.
 
 Json = dict[str, Any]
 
@@ -446,11 +445,11 @@ ACCOUNTING = (
     "method requested_sparsity achieved_sparsity sparsity_while_pruned dense_token_share "
     "decoded_tokens remasks remask_causes executor ffn_bytes_share bytes_limit extra_memory_bytes"
 ).split()
-"""Fields of the run's report under ``dart`` in an answer; ``/api/events`` has all of them."""
+"""Fields of the run's report under ``dart`` in an answer; ``/api/events`` has all fields."""
 
 
 def json_bytes(data: Any) -> bytes:
-    """Compact JSON; a number that is not finite becomes null."""
+    """Compact JSON; inf and NaN become null."""
     return json.dumps(finite(data), separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -460,10 +459,10 @@ def sse(data: Any) -> bytes:
 
 
 class RecordFormat:
-    """Every record of the request as the engine emits it: ``POST /api/events``.
+    """Every record of the request as the engine emits it, for ``POST /api/events``.
 
-    ``on_record``: the bytes to send for a record, maybe none; ``end``: after the last record;
-    ``error``: the end of an answer that has begun and cannot continue.
+    ``on_record``: the bytes to send for a record, possibly none; ``end``: the bytes after the last
+    record; ``error``: the last bytes of an answer that failed after it began.
     """
 
     streams = True
@@ -479,7 +478,7 @@ class RecordFormat:
 
 
 class PromptScore(NamedTuple):
-    """Score of a prompt token, with the fields of ``Token``; the first has no logprob."""
+    """Score of a prompt token, with fields as in ``Token``; the first token has no logprob."""
 
     piece: str
     logprob: float | None
@@ -490,7 +489,7 @@ def _chat_logprobs(tokens: Sequence[Token | PromptScore]) -> Json:
     """``logprobs`` of a choice of a chat completion."""
 
     def entry(text: str, logprob: float | None) -> Json:
-        whole = "\ufffd" not in text  # the bytes of part of a character are unknown
+        whole = "\ufffd" not in text  # the bytes of an incomplete character are unknown
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
 
     content = [
@@ -506,7 +505,7 @@ def _chat_logprobs(tokens: Sequence[Token | PromptScore]) -> Json:
 def _text_logprobs(tokens: Sequence[Token | PromptScore], offset: int) -> Json:
     """``logprobs`` of a choice of a completion; ``offset``: characters before the first token."""
     lengths = (len(token.piece) for token in tokens)
-    # of two tokens with the same text, such as parts of characters, the likelier stays
+    # of two tokens with the same text, such as parts of characters, the likelier is kept
     tops = [
         None if t.logprob is None else {top.text: top.logprob for top in reversed(t.top or ())}
         for t in tokens
@@ -521,9 +520,9 @@ def _text_logprobs(tokens: Sequence[Token | PromptScore], offset: int) -> Json:
 
 @dataclass
 class Choice:
-    """One of the answers: its text so far, and its tokens, the first ``sent`` of them sent.
+    """One of the answers: its text and tokens so far, and the number of tokens ``sent``.
 
-    ``echo``: the prompt, where the answer repeats it.
+    ``echo``: the prompt, if the answer repeats it.
     """
 
     echo: str = ""
@@ -533,9 +532,9 @@ class Choice:
 
 
 class Format:
-    """Builds one of OpenAI's answers from records, whole or as a stream of chunks.
+    """Builds an answer in OpenAI's form from records, complete or as a stream of chunks.
 
-    With several ``prompts`` the choices of one come after those of the one before.
+    With several ``prompts``, choices are ordered by prompt.
     """
 
     def __init__(self, body: Common, model: str, sampling: Sampling, prompts: int = 1) -> None:
@@ -547,7 +546,7 @@ class Format:
         self.n, self.prompts = sampling.n, prompts
         self.choices = [Choice() for _ in range(sampling.n * prompts)]
         self.done: list[Done] = []
-        """One record per prompt that was answered."""
+        """One record per answered prompt."""
         self._prompt: list[str] = []
         name = f"{'chatcmpl' if self.chat else 'cmpl'}-{token_hex(12)}"
         kind = "chat.completion" if self.chat else "text_completion"
@@ -555,7 +554,7 @@ class Format:
         self._head = {"id": name, "object": kind, "created": int(time.time()), "model": model}
 
     def on_record(self, record: Record) -> bytes:
-        """The chunks of a record; nothing where the answer is sent whole."""
+        """The chunks of a record; nothing if the answer is not streamed."""
         chunks = []
         if isinstance(record, Start) and self.chat:
             opening = {"delta": {"role": "assistant", "content": ""}}
@@ -573,7 +572,7 @@ class Format:
         return b"".join(chunks) if self.streams else b""
 
     def end(self) -> bytes:
-        """The whole answer; nothing at the end of a stream."""
+        """The complete answer; nothing at the end of a stream."""
         if self.streams:
             return b""
         if len(self.done) != self.prompts:
@@ -591,7 +590,7 @@ class Format:
         return json_bytes({**self._head, "choices": choices, **_accounting(self.done)})
 
     def error(self, error: APIError) -> bytes:
-        """The last event of a stream; OpenAI's clients raise it."""
+        """The last event of a failed stream; OpenAI's clients raise it as an exception."""
         return sse(error.to_dict()) if self.streams else b""
 
     def _content(self, text: str, whole: bool = False) -> Json:
@@ -607,12 +606,12 @@ class Format:
         return _chat_logprobs(tokens) if self.chat else _text_logprobs(tokens, offset)
 
     def _current(self) -> range:
-        """The choices of the prompt that is being answered."""
+        """The choices of the current prompt."""
         first = self.n * len(self.done)
         return range(first, first + self.n)
 
     def _new_texts(self, record: Record) -> list[tuple[int, str]]:
-        """The choices that have new text with this record, and the text."""
+        """The choices that get new text with this record, and the text."""
         if isinstance(record, Token):
             index = self._current()[record.choice]
             self.choices[index].tokens.append(record)
@@ -629,13 +628,13 @@ class Format:
         for index, text in zip(self._current(), record.texts, strict=True):
             choice = self.choices[index]
             rest = (choice.echo + text)[len(choice.text) :]
-            # with the prompt's scores every token counts, also the one that ends a text
+            # with ``echo``, scores also cover the end token, which has no text
             if rest or (self.echo and choice.sent < len(choice.tokens)):
                 rests.append((index, rest))
         return rests
 
     def _echoed(self, scores: list[PromptScore]) -> list[tuple[int, str]]:
-        """The prompt as the beginning of each of its choices."""
+        """Begin each choice of the prompt with the prompt itself."""
         text = "".join(self._prompt)
         for index in self._current():
             self.choices[index].echo = text
@@ -643,7 +642,7 @@ class Format:
         return [(index, text) for index in self._current()]
 
     def _last_chunks(self, current: range, record: Done) -> list[bytes]:
-        """The ends of a prompt's choices, and after the last prompt the end of the stream."""
+        """The last chunks of a prompt's choices; after the last prompt, the end of the stream."""
         ended, chunks, extras = len(self.done) == self.prompts, [], _accounting(self.done)
         usage = extras.pop("usage")
         closing: Json = {"delta": {}} if self.chat else {"text": ""}
@@ -668,9 +667,9 @@ class Format:
 
 
 def _accounting(answered: Sequence[Done]) -> Json:
-    """``usage`` of all prompts in OpenAI's names, ``timings`` in llama.cpp's, and ``dart``.
+    """``usage`` of all prompts with OpenAI's names, ``timings`` with llama.cpp's, and ``dart``.
 
-    The last two are lists where there are several prompts.
+    The last two are lists if there are several prompts.
     """
     prompt = sum(done.usage.prompt_tokens for done in answered)
     completion = sum(done.usage.completion_tokens for done in answered)

@@ -1,4 +1,4 @@
-"""Everything of the server but HTTP: the model's thread and its queue, metrics.
+"""The server apart from HTTP: the model's thread and its queue, metrics.
 
 The only file that imports prometheus-client.
 """
@@ -36,19 +36,19 @@ except ImportError:
 
 logger = logging.getLogger("dart_llm.serve")
 
-LONGEST_WAIT = 60  # seconds; Retry-After never names more
+LONGEST_WAIT = 60  # seconds; upper limit of Retry-After
 LAST_TOKEN_SECONDS = 10.0  # for a cancelled answer to release the model when the server ends
-LARGEST_SHARE = 0.75  # of the queue, that one client may take
+LARGEST_SHARE = 0.75  # of the queue, for a single client
 
 END_OF_STREAM = object()
 """The last item of a mailbox."""
 
 
 class QueuedRequest:
-    """A request in the queue and later on the model; its mailbox gets records of the engine.
+    """A waiting or running request; its mailbox gets the engine's records.
 
     A mailbox ends with ``END_OF_STREAM``, or with the ``APIError`` that ended the request.
-    ``prompts``: what the engine runs, one after the other.
+    ``prompts``: the engine runs them one after the other.
     """
 
     def __init__(self, prompts: Sequence[GenerationRequest], client: str) -> None:
@@ -57,17 +57,17 @@ class QueuedRequest:
         self.mail: asyncio.Queue[Any] = asyncio.Queue()
         self.submitted = self.started = time.perf_counter()
         self.answering = False
-        """Whether it has a token."""
+        """Whether the first token was generated."""
         self._loop = asyncio.get_running_loop()
         self._cancelled = threading.Event()
 
     def put(self, item: Any) -> None:
-        """Into the mailbox, from any thread.  Without effect once the event loop is closed."""
+        """Add ``item`` to the mailbox, from any thread.  No effect on a closed event loop."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.mail.put_nowait, item)
 
     def cancelled(self) -> bool:
-        """Whether the engine should stop; it asks after every token."""
+        """Whether the engine should stop; it checks after every token."""
         return self._cancelled.is_set()
 
     def cancel(self, reason: APIError | None = None) -> None:
@@ -78,10 +78,10 @@ class QueuedRequest:
 
 
 class Worker:
-    """Runs requests in the order in which they came, in a thread of its own.
+    """Runs requests in order of arrival, in its own thread.
 
-    ``on_record`` gets every record, in that thread.  ``log_messages``: log messages of exceptions
-    too, which may quote prompts.
+    ``on_record`` gets every record, in that thread.  ``log_messages``: also log the messages of
+    exceptions, which may quote prompts.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Worker:
         self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
 
     def start(self, warm_up: Callable[[], None] = lambda: None) -> None:
-        """Run ``warm_up`` in the model's thread, then take requests; raises what it raises."""
+        """Run ``warm_up`` in the model's thread, then accept requests; raises what it raises."""
         self._warm_up = warm_up
         self._thread.start()
         self._ready.result()
@@ -118,7 +118,7 @@ class Worker:
         return self._thread.is_alive() and not self._stopping
 
     def submit(self, queued: QueuedRequest) -> None:
-        """Queue a request; raises ``APIError``: 429 when the queue is full, 503 at the end."""
+        """Queue a request; raises ``APIError``: 429 if the queue is full, 503 while stopping."""
         with self._changed:
             if self._stopping:
                 raise _shutting_down()
@@ -133,14 +133,14 @@ class Worker:
             self._changed.notify_all()
 
     def leave(self, queued: QueuedRequest) -> None:
-        """Drop a request: out of the queue, or off the model at its next token."""
+        """Drop a request: remove it from the queue, or stop it at its next token."""
         queued.cancel()
         with self._changed:
             if queued in self._queue:
                 self._queue.remove(queued)
 
     def stop(self, grace: float) -> None:
-        """Refuse waiting requests, let the running one finish for ``grace`` seconds, cancel it.
+        """Refuse waiting requests, and cancel the running request after ``grace`` seconds.
 
         Returns within ``grace + LAST_TOKEN_SECONDS`` seconds.
         """
@@ -167,23 +167,23 @@ class Worker:
         while (queued := self._next()) is not None:
             if not queued.cancelled():
                 self._serve(queued)
-            del queued  # its records are not kept until the next request arrives
+            del queued  # frees its records before the next request arrives
 
     def _next(self) -> QueuedRequest | None:
-        """Wait for the next request; None at the end."""
+        """Wait for the next request; None when the worker stops."""
         with self._changed:
             last, self.running = self.running, None
             if last and last.prompts and self._stopping:
                 last.cancel(_shutting_down())
             if last and last.prompts and not last.cancelled():
-                self._queue.append(last)  # so that others come in between
+                self._queue.append(last)  # other requests run between its prompts
             while not self._queue and not self._stopping:
                 self._changed.wait()
             self.running = self._queue.popleft() if self._queue else None
             return self.running
 
     def _serve(self, queued: QueuedRequest) -> None:
-        """Answer the next prompt of a request; a fault ends the request."""
+        """Answer the next prompt of a request; an error ends the request."""
         queued.started = time.perf_counter()
 
         def emit(record: Record) -> None:
@@ -208,29 +208,29 @@ def _shutting_down() -> APIError:
 
 
 def internal_error(request_id: str, error: BaseException, with_message: bool) -> APIError:
-    """Log a fault and where it happened; its message only if asked, for it may quote a text."""
+    """Log an error and its traceback; its message, which may quote texts, if ``with_message``."""
     message = f": {error}" if with_message else ""
     logger.error("%s failed with %s%s", request_id, type(error).__name__, message)
     for frame in traceback.extract_tb(error.__traceback__):
         logger.error("  %s:%s in %s", frame.filename, frame.lineno, frame.name)
-    text = f"the server failed on this request; its log has the details under {request_id}"
+    text = f"the server failed on this request; see {request_id} in the server's log"
     return APIError(500, text, code="internal_error")
 
 
 COUNTERS = {
     "requests": ("Requests answered.", "route", "status"),
-    "prompt_tokens": ("Tokens of prompts.",),
-    "cached_tokens": ("Tokens of prompts that a conversation had in its cache.",),
-    "generated_tokens": ("Tokens generated.", "phase"),
+    "prompt_tokens": ("Prompt tokens.",),
+    "cached_tokens": ("Prompt tokens taken from a conversation's cache.",),
+    "generated_tokens": ("Generated tokens.", "phase"),
     "masks": ("Masks built.", "cause"),
-    "finished": ("Answers of the model.", "method", "reason"),
-    "busy_seconds": ("Time that the model was in use.",),
+    "finished": ("Finished answers.", "method", "reason"),
+    "busy_seconds": ("Seconds in which the model was in use.",),
 }
 """Counters with their help and labels."""
 
 HISTOGRAMS = {
-    "queue_seconds": "From arrival to the model.",
-    "first_token_seconds": "From arrival to the first token.",
+    "queue_seconds": "Seconds from arrival to start.",
+    "first_token_seconds": "Seconds from arrival to the first token.",
 }
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -253,11 +253,11 @@ class Metrics:
         }
         waiting = Gauge("waiting_requests", "Requests in the queue.", **options)
         waiting.set_function(lambda: worker.waiting)
-        running = Gauge("running_requests", "Requests on the model.", **options)
+        running = Gauge("running_requests", "Requests that the model runs.", **options)
         running.set_function(lambda: worker.running is not None)
 
     def count(self, queued: QueuedRequest, record: Record) -> None:
-        """Count a record; in the model's thread, so nothing slow."""
+        """Count a record; must be fast, because it runs in the model's thread."""
         counters = self.counters
         if isinstance(record, Token):
             counters["generated_tokens"].labels(record.phase).inc()
@@ -275,7 +275,7 @@ class Metrics:
             counters["busy_seconds"].inc(time.perf_counter() - queued.started)
 
     def text(self) -> str:
-        """Everything, in the text format of Prometheus."""
+        """All metrics in the text format of Prometheus."""
         return generate_latest(self.registry).decode()
 
 
@@ -285,7 +285,7 @@ LIMITS = ("max_tokens", "max_prompt_tokens", "max_prompts", "max_choices", "max_
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts of the served model.  ``name``: its id in requests."""
+    """Facts about the served model.  ``name``: its id in requests."""
 
     name: str
     aliases: tuple[str, ...]
@@ -321,7 +321,7 @@ class Service:
             tokenizer, settings, (facts.name, *facts.aliases), facts.context, facts.vocabulary
         )
         self.reading = asyncio.Lock()
-        """Prompts become tokens one request at a time, so that many cost no more memory."""
+        """Locked while a request's prompts are tokenised, to limit memory."""
         self.worker = Worker(
             engine,
             settings.max_waiting,
@@ -332,11 +332,11 @@ class Service:
         self.created = int(time.time())
 
     def close(self) -> None:
-        """End: see ``Worker.stop``."""
+        """Stop the worker, see ``Worker.stop``."""
         self.worker.stop(self.settings.grace)
 
     def model(self) -> dict[str, Any]:
-        """The model as ``/v1/models`` lists it."""
+        """The model's entry in ``/v1/models``."""
         return {
             "id": self.facts.name,
             "object": "model",
@@ -348,9 +348,9 @@ class Service:
         }
 
     def methods(self) -> dict[str, Any]:
-        """What requests can set under ``dart``, and the defaults."""
+        """Values that requests can set under ``dart``, and the defaults."""
         config = self.reader.config(None)
-        preset = METHODS.get(self.settings.method)  # drift None: the method's own rule
+        preset = METHODS.get(self.settings.method)  # drift None: the method's default rule
         defaults = {
             "method": "dense" if config is None else config.method,
             "sparsity": 0.0 if config is None else config.target,

@@ -21,10 +21,12 @@ class ServeSettings(BaseSettings):
 
     UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name", "style")
 
-    host: str = setting(SERVER, "Address to listen on; any other needs --api-key.", "127.0.0.1")
-    port: int = setting(SERVER, "Port; 0 takes a free one.", 8000, ge=0, le=65535)
-    api_key: str | None = setting(SERVER, "API keys, comma-separated. Prefer DART_API_KEY.")
-    allow_host: str | None = setting(SERVER, "Further host names of this server, comma-separated.")
+    host: str = setting(
+        SERVER, "Address to listen on; a public address needs --api-key.", "127.0.0.1"
+    )
+    port: int = setting(SERVER, "Port; 0 selects a free port.", 8000, ge=0, le=65535)
+    api_key: str | None = setting(SERVER, "API keys, comma-separated; DART_API_KEY is safer.")
+    allow_host: str | None = setting(SERVER, "More host names of this server, comma-separated.")
     open: bool = setting(SERVER, "Open the page in a browser.", False)
     methods: str | None = setting(
         SERVER, "Methods to prepare before the first request, comma-separated (default: --method)."
@@ -32,27 +34,27 @@ class ServeSettings(BaseSettings):
     calibration: str | None = setting(SERVER, "Text for methods that calibrate (default: c4).")
     temperature: float = setting(SERVER, "Default temperature; 0 is greedy.", 0.0, ge=0, le=2)
     conversations: int = setting(SERVER, "Conversations whose cache is kept.", 4, ge=0)
-    max_waiting: int = setting(LIMITS, "Requests that may wait; further ones get 429.", 64, ge=1)
+    max_waiting: int = setting(LIMITS, "Requests that may wait; others get 429.", 64, ge=1)
     max_tokens: int = setting(LIMITS, "Largest number of tokens per answer.", 2048, ge=1)
     max_prompt_tokens: int | None = setting(
         LIMITS, "Largest number of tokens per prompt (default: the model's context).", ge=1
     )
     max_prompts: int = setting(LIMITS, "Prompts per request to /v1/completions.", 64, ge=1)
-    max_choices: int = setting(LIMITS, "Largest n.", 4, ge=1)
-    max_body_kib: int = setting(LIMITS, "Largest body of a request, KiB.", 1024, ge=1)
+    max_choices: int = setting(LIMITS, "Largest n (answers per prompt).", 4, ge=1)
+    max_body_kib: int = setting(LIMITS, "Largest request body in KiB.", 1024, ge=1)
     request_timeout: float = setting(
-        LIMITS, "Seconds per request, with its time in the queue.", 600, ge=1, allow_inf_nan=False
+        LIMITS, "Seconds per request, time in the queue included.", 600, ge=1, allow_inf_nan=False
     )
     grace: float = setting(
         LIMITS,
-        "Seconds for the running answer to finish at the end.",
+        "Seconds that the running answer may take when the server stops.",
         10,
         ge=0,
         allow_inf_nan=False,
     )
-    verbose: bool = setting(LOG, "One line per request on stderr, without texts.", False)
+    verbose: bool = setting(LOG, "Log one line per request to stderr, without texts.", False)
     log_prompts: bool = setting(
-        LOG, "Write prompts to stderr, and error messages, which may quote them.", False
+        LOG, "Log prompts to stderr, and error messages, which may quote prompts.", False
     )
 
     @model_validator(mode="after")
@@ -60,13 +62,14 @@ class ServeSettings(BaseSettings):
         for key in self.keys:
             if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable():
                 raise ConfigError(
-                    f"every --api-key must have {SHORTEST_KEY} or more plain characters: make one "
-                    "with python -c 'import secrets; print(secrets.token_urlsafe())'"
+                    f"every --api-key must have at least {SHORTEST_KEY} printable ASCII "
+                    "characters: create a key with python -c 'import secrets; "
+                    "print(secrets.token_urlsafe())'"
                 )
         if not self.keys and not self.is_loopback:
             raise ConfigError(
-                f"--host {self.host} can be reached from other machines: give --api-key too, or "
-                "leave --host out to serve this machine only"
+                f"--host {self.host} can be reached from other machines: also give --api-key, or "
+                "leave out --host to serve this machine only"
             )
         for method in self.ready:
             METHODS.check(method)
@@ -88,7 +91,7 @@ class ServeSettings(BaseSettings):
 
     @property
     def hosts(self) -> frozenset[str] | None:
-        """Names that a request's Host may have; None: any."""
+        """Names that are allowed in a request's Host header; None: any."""
         allowed = {name.lower() for name in words(self.allow_host)}
         if not allowed and not self.is_loopback:
             return None
@@ -97,7 +100,7 @@ class ServeSettings(BaseSettings):
 
     @property
     def ready(self) -> tuple[str, ...]:
-        """Methods that are prepared before the first request, the default one first."""
+        """Methods that are prepared before the first request, the default method first."""
         default = self.method if self.kept is None else self.kept.config.method
         return tuple(dict.fromkeys((default, *words(self.methods))))
 
@@ -111,5 +114,5 @@ class ServeSettings(BaseSettings):
 
 
 def removes_neurons(method: str) -> bool:
-    """Whether a method removes neurons, and so takes a sparsity."""
+    """Whether a method removes neurons and thus takes a sparsity."""
     return bool(METHODS.get(method).sparsity != 0)

@@ -1,4 +1,4 @@
-"""The window: its ready prompts, past runs for ``/api/runs``, and recordings as one HTML file."""
+"""The window: its example prompts, past runs for ``/api/runs``, recordings as one HTML file."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ STATIC = Path(__file__).parent / "static"
 
 PROMPTS = "prompts.json"
 GREETING = "greeting.json"
-"""Records of an answer that plays before the first question (benchmarks/make_greeting.py)."""
+"""Records of an answer that is played before the first question (benchmarks/make_greeting.py)."""
 
 Record = dict[str, Any]
 
 
 def ready_prompts(is_ready: Callable[[str], bool]) -> Record:
-    """The page's prompts; one whose method is not ready runs with the server's settings."""
+    """The example prompts; if a prompt's method is not ready, it uses the server's settings."""
     prompts = json.loads(_static(PROMPTS))
     for number, prompt in enumerate(prompts):
         method = prompt["dart"]["method"]
@@ -40,35 +40,35 @@ def ready_prompts(is_ready: Callable[[str], bool]) -> Record:
             prompts[number] = {
                 "title": prompt["title"].partition(":")[0],
                 "text": prompt["text"],
-                "note": "With this server's settings. To see its masks, start the server with "
-                f"--methods {method}.",
+                "note": f"Uses this server's settings, because {method} is not ready. To see its "
+                f"masks, start the server with --methods {method}.",
             }
     return {"prompts": prompts}
 
 
-# past runs: folders below the configured one, and nothing else
+# Past runs: only folders below the configured results folder.
 
-LARGEST_FILE = 8 << 20  # bytes of a run's file that is still read
-MOST_RUNS = 500  # the newest ones are listed
+LARGEST_FILE = 8 << 20  # bytes; larger files of a run are not read
+MOST_RUNS = 500  # only the newest runs are listed
 
 REPORT = "report.html"
-"""A run's own page."""
+"""The report page of a run."""
 
 FACTS = ("experiment", "time", "status", "kind", "models", "methods", "sparsities", "tasks")
-"""Facts of a run in the list, beside its name, start and duration."""
+"""Facts of a run in the list, in addition to its name, start and duration."""
 
 
 def list_runs(root: Path) -> Record:
-    """``runs``: facts of those below ``root``, the newest first; ``total``: how many there are."""
+    """``runs``: facts of the newest runs below ``root``, newest first; ``total``: of all runs."""
     runs = list(_runs(root).items())
     newest = [_facts(name, run) for name, run in reversed(runs[-MOST_RUNS:])]
     return {"runs": newest, "total": len(runs)}
 
 
 def _runs(root: Path) -> dict[str, Any]:
-    """The runs below ``root`` by name, the oldest first."""
+    """The runs below ``root`` by name, oldest first."""
     runs = {}
-    with contextlib.suppress(ConfigError):  # there is no such folder
+    with contextlib.suppress(ConfigError):  # ``root`` does not exist
         for run in index.find(root):
             if run.path.resolve().is_relative_to(root.resolve()):
                 runs[run.path.relative_to(root).as_posix()] = run
@@ -82,19 +82,19 @@ def _facts(name: str, run: Any) -> Record:
 
 
 def _find_run(root: Path, name: str) -> Any:
-    """``name`` is compared with the names of the runs, and never joined to a path."""
+    """The run of this name, which is looked up and, for safety, never joined to a path."""
     if (run := _runs(root).get(name)) is None:
-        raise APIError(404, "there is no such run: /api/runs lists them", code="run_not_found")
+        raise APIError(404, "there is no such run: /api/runs lists all", code="run_not_found")
     return run
 
 
 def read_run(root: Path, name: str) -> Record:
-    """One run with the content of its files; raises ``APIError`` (404) for every other name."""
+    """A run with the content of its files; raises ``APIError`` (404) for unknown names."""
     run = _find_run(root, name)
     names = sorted(path.name for path in run.path.iterdir() if path.is_file())
     tables = (_read(run.path, name) for name in names if name.endswith(".md"))
     drift: list[Record] = []
-    with contextlib.suppress(csv.Error):  # such as a field of a megabyte
+    with contextlib.suppress(csv.Error):  # such as for a field of a megabyte
         drift = list(csv.DictReader(_read(run.path, "drift.csv").splitlines()))
     return {
         **_facts(name, run),
@@ -109,7 +109,7 @@ def read_run(root: Path, name: str) -> Record:
 
 
 def read_report(root: Path, name: str) -> str:
-    """The page of one run; raises ``APIError`` (404) where there is none."""
+    """The report page of a run; raises ``APIError`` (404) if there is none."""
     text = _read(_find_run(root, name).path, REPORT)
     if not text:
         raise APIError(404, f"this run has no readable {REPORT}", code="report_not_found")
@@ -117,7 +117,7 @@ def read_report(root: Path, name: str) -> str:
 
 
 def _read(folder: Path, name: str) -> str:
-    """Text of a file; "" if it is missing, links out of its folder, is too large or not UTF-8."""
+    """Text of a file; "" if it is missing, a link to another folder, too large or not UTF-8."""
     path = folder / name
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if path.resolve().parent == folder.resolve() and path.stat().st_size <= LARGEST_FILE:
@@ -126,13 +126,13 @@ def _read(folder: Path, name: str) -> str:
 
 
 def _documents(*texts: str) -> Iterator[Any]:
-    """The JSON documents among ``texts``."""
+    """Parse the ``texts`` that are valid JSON."""
     for text in texts:
         with contextlib.suppress(ValueError, RecursionError):
             yield json.loads(text)
 
 
-# A recorded run: the records of ``/api/events``, one JSON document a line.
+# A recorded answer: the records of ``/api/events``, one JSON document per line.
 
 KINDS = ("start", "token", "check", "remask", "mask", "done", "error")
 
@@ -140,7 +140,7 @@ KINDS = ("start", "token", "check", "remask", "mask", "done", "error")
 def read_records(source: str) -> list[Record]:
     """The records in a file (``-``: standard input), as JSON lines or as server-sent events.
 
-    Raises ``ConfigError`` with the line that is wrong.
+    Raises ``ConfigError`` with the number of an invalid line.
     """
     name = "standard input" if source == "-" else source
     try:
@@ -161,14 +161,14 @@ def read_records(source: str) -> list[Record]:
         records.append(record)
     if not records or records[0]["kind"] != "start":
         raise ConfigError(
-            f"{name} does not begin with a start record: give what POST /api/events answered, or "
-            "what the window saved"
+            f"{name} does not begin with a start record: give a response of POST /api/events, or a "
+            "file saved from the window"
         )
     return records
 
 
-# A recording as one HTML file: the window's own page, scripts and styles, and the records.  A
-# Content-Security-Policy in it allows its own script and style by their hashes, and no connection.
+# A recording as one HTML file: the window's page, scripts and styles, and the records.  Its
+# Content-Security-Policy allows only its own script and style, by their hashes, and no connections.
 
 IMPORT = re.compile(r'^import \{ ([^}]*) \} from "\./(\w+\.js)";\n', re.MULTILINE)
 STYLE = re.compile(r'<link rel="stylesheet" href="/static/(\w+\.css)">\n')
@@ -176,7 +176,7 @@ LINKS = re.compile(r'<(?:link rel="icon"|script type="module")[^>]*>(?:</script>
 
 
 def page(records: Sequence[Record]) -> str:
-    """The whole page, which plays ``records`` without a model."""
+    """The HTML page that plays ``records`` without a model."""
     text = _static("index.html")
     style = "\n".join(_static(name) for name in STYLE.findall(text))
     modules: dict[str, str] = {}
@@ -191,7 +191,7 @@ def page(records: Sequence[Record]) -> str:
     )
     head = f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
     text = text.replace("</head>\n", f"{head}<style>{style}</style>\n</head>\n")
-    # no "<" in it, so that nothing can end the element around it
+    # "<" is escaped, so that the data cannot close the script element
     data = json.dumps(list(records), separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     data = data.replace("<", "\\u003c")
     return text.replace(
@@ -202,9 +202,9 @@ def page(records: Sequence[Record]) -> str:
 
 
 def _add_module(name: str, modules: dict[str, str]) -> None:
-    """Add the modules that ``name`` imports, then itself, as parts of one script.
+    """Add the modules that ``name`` imports, then the module itself, as parts of one script.
 
-    Names at the top of the page's modules are unique, so that they need no scopes.
+    Top-level names are unique across the page's modules, so the parts need no scopes.
     """
     text = _static(name)
     for _, imported in IMPORT.findall(text):

@@ -1,6 +1,6 @@
-// One answer, folded from its records; everything that the page shows is derived from here.
+// The state of an answer, built from its records; the page derives everything it shows from this.
 
-/** An answer of which nothing has arrived. */
+/** An answer without records. */
 export function newAnswer(label = "") {
   return {
     label, start: null, tokens: [], checks: [], remasks: [], masks: [], done: null, error: null,
@@ -9,8 +9,8 @@ export function newAnswer(label = "") {
 }
 
 /**
- * Take in one record; returns the answer.  Steps of a conversation go on counting from answer to
- * answer: the first mask tells how many came before, and `step` becomes this answer's own.
+ * Add a record to an answer and return the answer.  Steps are counted across the answers of a
+ * conversation; the first mask gives the offset, and `step` is converted to count within this answer.
  */
 export function fold(answer, record) {
   answer.records.push(record);
@@ -39,7 +39,7 @@ export const textOf = (answer) => answer.done?.texts?.[0] ?? answer.tokens.map((
 
 const OPENING = ["first", "fixed", "prompt"];
 
-/** The masks that were built while the text was being written. */
+/** The masks that were built during generation. */
 export const rebuilt = (answer) => answer.remasks.filter((mask) => !OPENING.includes(mask.cause));
 
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
@@ -51,34 +51,34 @@ function removedBy(mask, widths) {
 }
 
 /**
- * The mask of the token `index`, of the newest token where that is null: the newest one that was in
- * force by then.  While a text is observed for the next mask every neuron runs, and this is the last one.
+ * The mask of the token `index` (null: the newest token): the newest mask at that time.  While a text
+ * is observed for the next mask, all neurons run, and this is still the previous mask.
  */
 export function maskAt(answer, index = null) {
   if (index === null) return answer.masks.at(-1) ?? null;
   return answer.masks.findLast((mask) => mask.token <= index) ?? null;
 }
 
-/** The mask that another one took the place of, or null. */
+/** The mask before `mask`, or null. */
 export const maskBefore = (answer, mask) => answer.masks[answer.masks.indexOf(mask) - 1] ?? null;
 
-/** The first and the last token of a detector's window: windows follow each other from the mask on. */
+/** The first and the last token of a detector's window; windows are consecutive, from the mask on. */
 export function spanOf(answer, check) {
   const mask = maskAt(answer, check.step);
   const tokens = Math.max(1, Math.round((check.step - (mask ? mask.token - 1 : 0)) / check.window));
   return [check.step - tokens + 1, check.step];
 }
 
-/** Fraction removed, mean over decoded tokens; dense ones count 0.  null before the first. */
+/** Fraction removed, mean over decoded tokens; dense tokens count 0.  null before the first token. */
 export function achieved(answer) {
   const report = answer.done?.report;
   if (report) return report.decoded_tokens ? report.achieved_sparsity : null;
   const decoded = answer.tokens.slice(1);
   if (!decoded.length) return null;
   const widths = answer.start.neurons;
-  const known = new Map(answer.masks.map((mask) => [mask, removedBy(mask, widths)]));
+  const removed = new Map(answer.masks.map((mask) => [mask, removedBy(mask, widths)]));
   return mean(
-    decoded.map((token) => (token.phase === "pruned" ? (known.get(maskAt(answer, token.index)) ?? 0) : 0)),
+    decoded.map((token) => (token.phase === "pruned" ? (removed.get(maskAt(answer, token.index)) ?? 0) : 0)),
   );
 }
 
@@ -90,7 +90,7 @@ export function denseShare(answer) {
   return decoded.length ? mean(decoded.map((token) => (token.phase === "pruned" ? 0 : 1))) : null;
 }
 
-/** Decoded tokens per second; the first token is the prompt's. */
+/** Decoded tokens per second; the first token comes from the prompt and does not count. */
 export function speed(answer) {
   if (answer.done?.timings?.predicted_per_second) return answer.done.timings.predicted_per_second;
   const seconds = answer.tokens.slice(1).map((token) => token.seconds);
@@ -98,10 +98,10 @@ export function speed(answer) {
   return total > 0 ? seconds.length / total : null;
 }
 
-/** Index of the first token in which two answers differ, or null while they are the same. */
-export function parting(one, other) {
-  const length = Math.min(one.tokens.length, other.tokens.length);
-  for (let i = 0; i < length; i++) if (one.tokens[i].id !== other.tokens[i].id) return i;
-  const ended = (answer, rest) => finished(answer) && rest.tokens.length > length;
-  return ended(one, other) || ended(other, one) ? length : null;
+/** Index of the first token in which two answers differ, or null as long as they are identical. */
+export function parting(answer, other) {
+  const length = Math.min(answer.tokens.length, other.tokens.length);
+  for (let i = 0; i < length; i++) if (answer.tokens[i].id !== other.tokens[i].id) return i;
+  const isPrefix = (shorter, longer) => finished(shorter) && longer.tokens.length > length;
+  return isPrefix(answer, other) || isPrefix(other, answer) ? length : null;
 }

@@ -1,4 +1,4 @@
-// What the page asks of its own server, and nothing else.
+// The page's requests, all to its own server.
 
 import { byId, el } from "./dom.js";
 import { documents } from "./sse.js";
@@ -10,19 +10,19 @@ export async function get(path) {
   return (await answered(path, {})).json();
 }
 
-/** The name of a run inside an address. */
+/** The name of a run, encoded for a URL. */
 export const inAddress = (name) => name.split("/").map(encodeURIComponent).join("/");
 
-/** Give the reader a file of the server under this name. */
+/** Save a file of the server under this name. */
 export async function download(path, name) {
   const url = URL.createObjectURL(await (await answered(path, {})).blob());
   el("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10000);
 }
 
-const WORK = 8; // milliseconds of taking records in before the page gets its turn
+const WORK = 8; // milliseconds of processing records before the page may draw
 
-/** Ask for an answer; `onRecord` gets every record as it comes.  `signal` stops it. */
+/** Request an answer; `onRecord` gets every record on arrival.  `signal` stops the request. */
 export async function ask(body, onRecord, signal) {
   const response = await answered("/api/events", {
     method: "POST",
@@ -35,7 +35,7 @@ export async function ask(body, onRecord, signal) {
     signal.throwIfAborted();
     onRecord(record);
     if (performance.now() - since < WORK) continue;
-    await pause(); // clicks and drawing come before the records that wait already
+    await pause(); // lets clicks and drawing precede waiting records
     since = performance.now();
   }
 }
@@ -54,47 +54,47 @@ function sent(path, options, key = sessionStorage.getItem(KEY)) {
   return fetch(path, { ...options, headers }).catch(lost);
 }
 
-const GONE = "The server does not answer: it has ended, or the connection broke. Start it again, then try again here.";
+const GONE = "The server does not answer: it was stopped, or the connection broke. Restart the server, then retry here.";
 
-/** What a broken connection is called by browsers differs; a stopped request stays what it is. */
+/** Throw one message for all browsers' connection errors; the error of a stopped request stays. */
 function lost(error) {
   throw error.name === "AbortError" ? error : new Error(GONE);
 }
 
-/** What the server said, as an Error; `param`: the field that is wrong, where it is one. */
+/** The server's error message as an Error; `param`: the invalid field, if any. */
 async function refusal(response) {
   const wait = response.headers.get("Retry-After");
   const body = await response.json().catch(() => ({}));
-  const said = body.error?.message ?? body.message ?? body.detail;
-  const text = typeof said === "string" ? said : `the server answered ${response.status}`;
-  const whole = wait && !text.includes("try again") ? `${text} (try again in ${wait} s)` : text;
-  return Object.assign(new Error(whole), { param: body.error?.param });
+  const message = body.error?.message ?? body.message ?? body.detail;
+  const text = typeof message === "string" ? message : `the server answered ${response.status}`;
+  const full = wait && !text.includes("try again") ? `${text} (try again in ${wait} s)` : text;
+  return Object.assign(new Error(full), { param: body.error?.param });
 }
 
-/** Whether requests carry a key: an address alone, as of a link, is then refused. */
+/** Whether requests send a key; the server then refuses plain links. */
 export const hasKey = () => Boolean(sessionStorage.getItem(KEY));
 
-let asking = null; // one question for all the requests that wait for a key
+let asking = null; // one dialog for all requests that wait for a key
 
-/** Ask the reader for the key of the server; false when there is none. */
+/** Ask the user for the server's key; false if the user cancels. */
 function keyGiven() {
   asking ??= askForKey().finally(() => (asking = null));
   return asking;
 }
 
-/** The dialog stays until a key is accepted or the reader gives up. */
+/** The dialog stays open until a key is accepted or the user cancels. */
 function askForKey() {
   const dialog = byId("ask-key");
-  const said = (text) => (byId("key-said").textContent = text);
+  const show = (text) => (byId("key-said").textContent = text);
   dialog.returnValue = "";
-  said(hasKey() ? NOT_ACCEPTED : "");
+  show(hasKey() ? NOT_ACCEPTED : "");
   dialog.querySelector("form").onsubmit = async (event) => {
     if (event.submitter?.value === "cancel") return;
     event.preventDefault();
     const key = byId("key").value;
-    const wrong = await refused(key);
-    said(wrong);
-    if (wrong) return byId("key").select();
+    const problem = await refused(key);
+    show(problem);
+    if (problem) return byId("key").select();
     sessionStorage.setItem(KEY, key);
     return dialog.close("ok");
   };
@@ -104,9 +104,9 @@ function askForKey() {
   });
 }
 
-const NOT_ACCEPTED = "That key is not accepted.";
+const NOT_ACCEPTED = "The server does not accept this key.";
 
-/** Why this key cannot be used; "" where it can. */
+/** Why this key cannot be used, or "" if it can. */
 async function refused(key) {
   try {
     const response = await sent("/v1/models", {}, key);

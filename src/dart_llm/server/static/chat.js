@@ -1,4 +1,4 @@
-// The conversation: sends requests one after the other and hands their records to the page.
+// The conversation: sends requests one after the other and passes their records to the page.
 
 import { ask } from "./api.js";
 import { fold, finished, rebuilt, textOf } from "./answer.js";
@@ -8,13 +8,13 @@ import { counted } from "./format.js";
 import { forget, keep, kept } from "./kept.js";
 import { Turn } from "./turn.js";
 
-const HINT = byId("detail").textContent; // how to get one token's numbers
+const HINT = byId("detail").textContent; // how to show a token's numbers
 const nameNow = () => `window-${crypto.getRandomValues(new Uint32Array(2)).join("-")}`;
 
-const HINTS = { new: byId("hint").textContent, edit: "Sending asks again and removes the later turns; Escape cancels" };
+const HINTS = { new: byId("hint").textContent, edit: "Sending replaces this question and removes all later turns; Escape cancels" };
 
 export class Chat {
-  /** `on.asked()`: a question goes off; `on.empty()`: there is no conversation (any more). */
+  /** `on.asked()`: a question is sent; `on.empty()`: the conversation was cleared. */
   constructor(view, model, on) {
     this.view = view;
     this.model = model;
@@ -36,7 +36,7 @@ export class Chat {
     return this.turns.flatMap((turn) => turn.boxes);
   }
 
-  /** Forget the conversation. */
+  /** Start a new conversation. */
   anew() {
     this.stopper?.abort();
     forget();
@@ -50,7 +50,7 @@ export class Chat {
     this.on.empty();
   }
 
-  /** Go on with a conversation that this tab kept. */
+  /** Continue the conversation stored in this tab. */
   #restore({ conversation, turns }) {
     this.conversation = conversation;
     for (const { question, answers } of turns) {
@@ -82,7 +82,7 @@ export class Chat {
     return turn;
   }
 
-  /** Ask a turn's question once more, by the settings of now; what came after it goes. */
+  /** Ask a turn's question again with the current settings; later turns are removed. */
   #retry(turn) {
     if (this.busy) return;
     if (byId("message").value === turn.question) byId("message").value = "";
@@ -90,14 +90,14 @@ export class Chat {
     this.send(turn.question);
   }
 
-  /** Forget this turn and those after it; what is asked next is asked as if they had never been. */
+  /** Remove this turn and all later turns; the next question does not include them. */
   #drop(turn) {
     const at = this.turns.indexOf(turn);
-    for (const gone of this.turns.splice(at)) gone.element.remove();
+    for (const removed of this.turns.splice(at)) removed.element.remove();
     this.conversation = nameNow();
   }
 
-  /** Put a question back to where it was typed; null: leave the one that is there. */
+  /** Put a turn's question into the input field; null: end editing. */
   #edit(turn) {
     this.editing = turn;
     byId("hint").textContent = turn ? HINTS.edit : HINTS.new;
@@ -117,7 +117,7 @@ export class Chat {
     this.view.show(box);
   }
 
-  /** Show the answer at this place, from 1, as its address asks. */
+  /** Show the answer with this number, from 1, as in its URL. */
   look(place) {
     const box = this.boxes[place - 1];
     if (!box) return;
@@ -129,7 +129,7 @@ export class Chat {
     this.stopper?.abort();
   }
 
-  /** Ask; with `compare` the dense answer is asked for after the pruned one. */
+  /** Send a question; with `compare`, request the dense answer after the pruned answer. */
   async send(question) {
     const { dart, maxTokens, compare } = chosen();
     const jobs = [dart];
@@ -155,7 +155,7 @@ export class Chat {
 
   async #answer(turn, side, dart, maxTokens) {
     const box = turn.boxes[side];
-    if (this.stopper.signal.aborted) return box.fail("stopped before it began");
+    if (this.stopper.signal.aborted) return box.fail("stopped before the answer began");
     this.#follow(() => box.wait("waiting for the model"));
     try {
       const body = { model: this.model(), messages: this.#messages(side), max_tokens: maxTokens, temperature: 0,
@@ -182,7 +182,7 @@ export class Chat {
     this.undrawn = { turn, box };
   }
 
-  /** Show everything that arrived since the last frame, at once. */
+  /** Draw all records that arrived since the last frame. */
   #draw() {
     if (!this.undrawn) return;
     const { turn, box } = this.undrawn;
@@ -201,29 +201,29 @@ export class Chat {
     announce("Stopped.");
   }
 
-  /** Say why; the question goes back to where it was typed. */
+  /** Show the reason, and put the question back into the input field. */
   #failed(turn, box, error) {
-    const said = inLabels(error.message, error.param);
-    box.fail(said);
-    announce(said, true);
+    const reason = inLabels(error.message, error.param);
+    box.fail(reason);
+    announce(reason, true);
     const message = byId("message");
     if (!message.value) message.value = turn.question;
   }
 
-  /** The messages so far; where a side has no answer of its own, the other side's stands in. */
+  /** The messages so far; where this side has no answer, the first side's is used. */
   #messages(side) {
     const messages = [];
     for (const turn of this.turns) {
       const box = turn.boxes[side] ?? turn.boxes[0];
       const now = turn === this.turns.at(-1);
-      if (!now && (!box.answer.start || box.answer.error)) continue; // it got no whole answer
+      if (!now && (!box.answer.start || box.answer.error)) continue; // without a complete answer
       messages.push({ role: "user", content: turn.question });
       if (!now) messages.push({ role: "assistant", content: textOf(box.answer) });
     }
     return messages;
   }
 
-  /** Keep the newest text in sight while `change` adds to it, unless the reader scrolled up. */
+  /** Keep the newest text in view while `change` adds to it, unless the user scrolled up. */
   #follow(change) {
     const box = byId("scroller");
     const near = box.scrollHeight - box.scrollTop - box.clientHeight < 160;

@@ -1,21 +1,21 @@
-// Colours of the map.  Ink is alive: the ramps run from the page's own paper to its ink, dark on
-// light or light on dark, and change in lightness alone, so that they read in grey and with every
+// Colours of the neuron map.  More kept neurons are inkier: the ramps run from the page's background
+// to its text colour and change only in lightness, so that they are readable in grey and with every
 // kind of colour vision.
 
 const RAMPS = {
   light: [[243, 240, 233], [214, 219, 218], [160, 181, 188], [92, 131, 150], [29, 78, 108], [9, 29, 51]],
   dark: [[20, 27, 34], [33, 53, 68], [56, 88, 108], [98, 140, 160], [161, 197, 212], [235, 243, 246]],
 };
-/** Neurons that a re-mask brought to life, and those that it let go. */
+/** Neurons that a re-mask added and dropped. */
 const CHANGES = {
   light: { grown: [214, 104, 22], dropped: [74, 134, 214] },
   dark: { grown: [214, 92, 12], dropped: [47, 110, 196] },
 };
 
 const theme = () => (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-const mixed = (one, other, part) => one.map((value, i) => Math.round(value + (other[i] - value) * part));
+const mixed = (base, other, part) => base.map((value, i) => Math.round(value + (other[i] - value) * part));
 
-/** [red, green, blue] of the share kept, from 0 to 1. */
+/** [red, green, blue] for a kept share from 0 to 1. */
 function ramp(stops, share) {
   const place = Math.min(1, Math.max(0, share)) * (stops.length - 1);
   const low = Math.min(stops.length - 2, Math.floor(place));
@@ -24,7 +24,7 @@ function ramp(stops, share) {
 
 /**
  * CSS colour of a group of neurons of which `share` is kept.  `change`: the share that the last
- * re-mask brought to life, or let go where it is below 0.
+ * re-mask added, or dropped if negative.
  */
 export function cellColour(share, change = 0) {
   const now = theme();
@@ -34,7 +34,7 @@ export function cellColour(share, change = 0) {
   return `rgb(${mixed(ink, CHANGES[now][change > 0 ? "grown" : "dropped"], part).join(" ")})`;
 }
 
-/** Phases of a token: its class, its word and what it means. */
+/** Labels of the phases of a token, by CSS class. */
 export const PHASES = {
   prefill: "from the prompt",
   observe: "dense, observed",
@@ -43,7 +43,7 @@ export const PHASES = {
   dense: "dense",
 };
 
-/** Loss of confidence in five steps: 0 is sure. */
+/** Lack of confidence in five steps; 0 means sure. */
 export function doubt(probability) {
   if (probability == null || probability >= 0.8) return 0;
   return [0.5, 0.25, 0.1].filter((bound) => probability < bound).length + 1;

@@ -4,7 +4,7 @@ import { byId, el } from "./dom.js";
 import { exactly } from "./format.js";
 
 const DENSE = "dense";
-const NUMBERED = { interval: "interval 64", windows: "windows 10 1 3" }; // one choice of a rule's numbers
+const NUMBERED = { interval: "interval 64", windows: "windows 10 1 3" }; // example numbers for these rules
 
 /** Fill the selects from /api/methods and show the server's defaults. */
 export function fillControls(listing) {
@@ -12,21 +12,21 @@ export function fillControls(listing) {
   const methods = listing.methods.filter((method) => !method.name.startsWith(DENSE));
   byId("method").replaceChildren(...methods.map((method) => option(method.name, methodName(method), {
     disabled: method.ready === false, selected: method.name === defaults.method,
-    title: method.ready === false ? `${method.summary} Not prepared: ${howReady(method.name)}` : method.summary })));
-  const own = () => listing.methods.find((method) => method.name === byId("method").value) ?? {};
+    title: method.ready === false ? `${method.summary} Not prepared; ${howReady(method.name)}` : method.summary })));
+  const selected = () => listing.methods.find((method) => method.name === byId("method").value) ?? {};
   const rules = listing.drift_rules.map((rule) => {
     const value = NUMBERED[rule.name] ?? rule.name;
     return option(value, value, { title: rule.summary });
   });
   const unready = methods.filter((method) => method.ready === false).map((method) => method.name);
-  byId("method-hint").textContent = unready.length ? `Methods that learn first: ${howReady(unready.join(","))}` : "";
+  byId("method-hint").textContent = unready.length ? `For methods that calibrate first, ${howReady(unready.join(","))}` : "";
   byId("drift").replaceChildren(option("", "", {}), ...rules);
-  const showOwn = () => {
-    byId("drift").options[0].textContent = `default: ${own().drift ?? "?"}`;
-    byId("masking-step").placeholder = `default: ${own().masking_step ?? 0}`;
+  const showDefaults = () => {
+    byId("drift").options[0].textContent = `default: ${selected().drift ?? "?"}`;
+    byId("masking-step").placeholder = `default: ${selected().masking_step ?? 0}`;
   };
-  byId("method").addEventListener("change", showOwn);
-  showOwn();
+  byId("method").addEventListener("change", showDefaults);
+  showDefaults();
   for (const name of ["method", "drift", "max-tokens", "masking-step"]) byId(name).addEventListener("change", inOneLine);
   if (listing.limits?.max_tokens) atMost(byId("max-tokens"), listing.limits.max_tokens);
   slideTo(defaults.sparsity ?? 0);
@@ -34,14 +34,14 @@ export function fillControls(listing) {
   inOneLine();
 }
 
-/** The further settings on their button, those that are the method's own left out. */
+/** Label the button of the other settings with their values, without the method's defaults. */
 function inOneLine() {
   const { dart, maxTokens } = chosen();
   const drift = dart.drift && `drift ${dart.drift}`;
-  const step = dart.masking_step == null ? "" : `${dart.masking_step} dense first`;
-  const said = [dart.method, drift, step, `${maxTokens} tokens at most`].filter(Boolean).join(" \u00b7 ");
-  byId("more").textContent = said;
-  byId("more").setAttribute("aria-label", `Method, drift rule, limits: ${said}`);
+  const step = dart.masking_step == null ? "" : `${dart.masking_step} dense tokens first`;
+  const text = [dart.method, drift, step, `at most ${maxTokens} tokens`].filter(Boolean).join(" \u00b7 ");
+  byId("more").textContent = text;
+  byId("more").setAttribute("aria-label", `Method, drift rule, limits: ${text}`);
 }
 
 function atMost(field, limit) {
@@ -49,9 +49,9 @@ function atMost(field, limit) {
   field.value = Math.min(field.value, limit);
 }
 
-let exact = { place: "", sparsity: 0 }; // what stands where the slider was put last
+let exact = { place: "", sparsity: 0 }; // the exact sparsity for the slider's last position set here
 
-/** Show a sparsity, one between two steps of the slider included: it is sent as it is. */
+/** Show a sparsity; it is sent exactly, even if it lies between two steps of the slider. */
 function slideTo(sparsity) {
   const slider = byId("sparsity");
   slider.max = Math.max(slider.max, Math.ceil(100 * sparsity));
@@ -65,10 +65,10 @@ function sparsityNow() {
   return place === exact.place ? exact.sparsity : Number(place) / 100;
 }
 
-/** Set what a demonstration was measured with; what this server lacks stays as it is. */
+/** Select the settings with which a prompt was measured, where this server offers them. */
 export function choose({ method, drift, sparsity }) {
   for (const [name, value] of Object.entries({ method, drift })) {
-    if ([...byId(name).options].some((one) => one.value === value && !one.disabled)) byId(name).value = value;
+    if ([...byId(name).options].some((item) => item.value === value && !item.disabled)) byId(name).value = value;
   }
   byId("method").dispatchEvent(new Event("change"));
   slideTo(sparsity);
@@ -85,7 +85,7 @@ function showSparsity() {
   byId("sparsity").setAttribute("aria-valuetext", `${shown} of the neurons removed`);
 }
 
-/** What the reader chose now; fields left empty are the server's or the method's own. */
+/** The current settings; empty fields are left out, so that the server's or method's defaults apply. */
 export function chosen() {
   const step = byId("masking-step").value;
   const drift = byId("drift").value;
@@ -103,7 +103,7 @@ export function chosen() {
 
 const FIELDS = { max_tokens: "max-tokens", masking_step: "masking-step", sparsity: "sparsity", drift: "drift", method: "method" };
 
-/** A refusal of the server with the labels of this page in the place of its fields' names. */
+/** An error message of the server, with the field's name replaced by its label on this page. */
 export function inLabels(message, param) {
   const name = (param ?? "").split(".").at(-1);
   if (!(name in FIELDS)) return message;

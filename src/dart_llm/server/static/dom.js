@@ -1,4 +1,4 @@
-// Small helpers that make elements.  Text is always set as text, never as HTML.
+// Helpers that create elements.  Text is always inserted as text, never as HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -24,10 +24,10 @@ export function shape(tag, attributes = {}, ...children) {
   return made;
 }
 
-/** What screen readers hear next; `urgent` interrupts. */
+/** Make screen readers announce `text`; `urgent` interrupts. */
 export function announce(text, urgent = false) {
   byId(urgent ? "alert" : "status").textContent = text;
 }
 
-/** Whether the reader asked for less motion. */
+/** Whether the user prefers reduced motion. */
 export const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;

@@ -1,4 +1,4 @@
-// The drift detector's view: similarity of windows against the threshold, re-masks, dense stretches.
+// Plot of the drift detector: similarity of windows and the threshold, re-masks, dense token ranges.
 
 import { rebuilt, spanOf } from "./answer.js";
 import { shape } from "./dom.js";
@@ -8,14 +8,14 @@ const HEIGHT = 168;
 const EDGE = { left: 38, right: 66, top: 24, bottom: 30 };
 
 /**
- * Draw the checks of an answer into `box`; also works for those of a results folder.  The dot of
- * check number N has `data-check="N"`.
+ * Draw the detector's checks of an answer, or of a results folder, into `box`.  The dot of check
+ * number N has `data-check="N"`.
  */
 export function drawDrift(box, answer) {
   const width = Math.max(260, Math.round(box.clientWidth || 480));
   const series = bySeries(answer.checks);
   const scale = scales(width, answer, series);
-  const id = `hatch-of-${box.id || "run"}`; // the page may show two
+  const id = `hatch-of-${box.id || "run"}`; // the page may show two plots
   const parts = [hatch(id), ...bands(answer, scale, id), ...axes(scale, width)];
   const places = new Map(answer.checks.map((check, place) => [check, place]));
   for (const checks of series) parts.push(...lines(checks, answer, scale, series.length === 1 ? places : null));
@@ -29,12 +29,12 @@ export function drawDrift(box, answer) {
 const usable = (check) => check.threshold != null || check.similarity > 0;
 
 function bySeries(checks) {
-  const found = new Map();
+  const series = new Map();
   for (const check of checks.filter(usable)) {
     const name = `${check.sequence} ${check.row} ${check.layer}`;
-    found.set(name, [...(found.get(name) ?? []), check]);
+    series.set(name, [...(series.get(name) ?? []), check]);
   }
-  return [...found.values()].slice(0, 12);
+  return [...series.values()].slice(0, 12);
 }
 
 function scales(width, answer, series) {
@@ -43,7 +43,7 @@ function scales(width, answer, series) {
   const last = Math.max(answer.tokens.at(-1)?.index ?? 0, all.at(-1)?.step ?? 0, 1);
   const end = Math.max(64, Math.ceil(last / 32) * 32);
   const low = Math.min(0.7, ...values);
-  const [bottom, top] = [Math.floor(10 * low) / 10, 1]; // the same from answer to answer, unless one is lower still
+  const [bottom, top] = [Math.floor(10 * low) / 10, 1]; // the same for all answers, unless a value is lower
   return {
     end, bottom, top,
     x: (step) => EDGE.left + (step / end) * (width - EDGE.left - EDGE.right),
@@ -52,7 +52,7 @@ function scales(width, answer, series) {
   };
 }
 
-/** Diagonal lines over the dense stretches: the band is not told by its colour alone. */
+/** Diagonal lines over dense ranges, which are thus visible without colours. */
 function hatch(id) {
   const line = shape("path", { d: "M0 6L6 0", class: "remask-line", opacity: 0.35 });
   const pattern = { id, width: 6, height: 6, patternUnits: "userSpaceOnUse" };
@@ -60,18 +60,18 @@ function hatch(id) {
 }
 
 function bands(answer, { x }, id) {
-  const found = [];
+  const ranges = [];
   for (const token of answer.tokens) {
     if (token.phase !== "observe") continue;
-    const last = found.at(-1);
+    const last = ranges.at(-1);
     if (last && last.to === token.index - 1) last.to = token.index;
-    else found.push({ from: token.index, to: token.index });
+    else ranges.push({ from: token.index, to: token.index });
   }
   const box = (band, extra) => shape("rect", {
     x: x(band.from - 1), y: EDGE.top, width: x(band.to) - x(band.from - 1),
     height: HEIGHT - EDGE.top - EDGE.bottom, ...extra,
   });
-  return found.flatMap((band) => [
+  return ranges.flatMap((band) => [
     box(band, { class: "dense-band" }),
     box(band, { fill: `url(#${id})` }),
     x(band.to) - x(band.from) > 40 &&
@@ -99,13 +99,13 @@ function axes(scale, width) {
   return parts;
 }
 
-/** Round values: the first inside the range, and the distance to the next. */
+/** Round values for ticks: the first inside the range, and the distance to the next. */
 function ticks(bottom, top) {
-  const gap = [0.01, 0.02, 0.05, 0.1, 0.2, 0.25].find((one) => (top - bottom) / one < 4) ?? 0.5;
+  const gap = [0.01, 0.02, 0.05, 0.1, 0.2, 0.25].find((step) => (top - bottom) / step < 4) ?? 0.5;
   return [Math.ceil(bottom / gap) * gap, gap];
 }
 
-/** One layer's similarities, cut where a new mask starts a new reference. */
+/** The similarities of a layer; the line is interrupted where a new mask sets a new reference. */
 function lines(checks, answer, scale, places) {
   const { x, y } = scale;
   const runs = cut(checks);
@@ -132,14 +132,14 @@ function cut(checks) {
   return runs;
 }
 
-/** The step up to which a run's threshold holds: to the next mask, and for the newest to the end. */
+/** The last step of a run's threshold: up to the next mask, or for the newest run to the end. */
 function until(run, runs, answer, scale) {
   const last = run.at(-1).step;
   if (run !== runs.at(-1)) return last;
   return rebuilt(answer).find((mask) => mask.step > last)?.step ?? scale.end;
 }
 
-/** From the beginning of the first window, so that the line is there as soon as it is known. */
+/** The threshold's line; it starts at the first window's beginning, to be visible at once. */
 function thresholdPath(checks, { x, y }, end) {
   const [first, last] = [checks[0], checks.at(-1)];
   const steps = checks.map((c) => `L${x(c.step)} ${y(c.threshold)}`).join("");
@@ -148,7 +148,7 @@ function thresholdPath(checks, { x, y }, end) {
 
 const isLow = (check) => check.threshold != null && check.similarity < check.threshold;
 
-/** A window's dot, in a larger one that is easier to point at. */
+/** A window's dot, inside a larger circle that is easier to point at. */
 function dot(check, x, y, place) {
   const at = { cx: x(check.step), cy: y(check.similarity) };
   return shape("g", { "data-check": place },
@@ -156,16 +156,16 @@ function dot(check, x, y, place) {
     shape("circle", { ...at, r: isLow(check) ? 4 : 3, class: `similarity-dot${isLow(check) ? " low" : ""}` }));
 }
 
-/** A window of the detector in words. */
+/** A window of the detector as text. */
 export function windowInWords(answer, check) {
   const [from, to] = spanOf(answer, check);
-  if (check.similarity == null) return `tokens ${from} to ${to}: the first window, nothing to compare with yet`;
+  if (check.similarity == null) return `tokens ${from} to ${to}: the first window, with nothing to compare yet`;
   return `tokens ${from} to ${to}: similarity ${check.similarity.toFixed(2)}` +
     (check.threshold == null ? ", detector not armed" : `, threshold ${check.threshold.toFixed(2)}`) +
     (isLow(check) ? `, low window number ${check.counter}` : "") + (check.state === "suppressed" ? ", suppressed" : "");
 }
 
-/** The number of the check whose window holds this token, or -1. */
+/** The number of the check whose window contains this token, or -1. */
 export const checkOf = (answer, index) => answer.checks.findIndex((check) => {
   if (!usable(check)) return false;
   const [from, to] = spanOf(answer, check);
@@ -174,12 +174,12 @@ export const checkOf = (answer, index) => answer.checks.findIndex((check) => {
 
 function endLabels(last, x, y) {
   const place = x(last.step) + 8;
-  const own = y(last.similarity);
-  const parts = [label(place, own + 4, "similarity", "of-line")];
+  const similarity = y(last.similarity);
+  const parts = [label(place, similarity + 4, "similarity", "of-line")];
   if (last.threshold == null) return parts;
-  let other = y(last.threshold);
-  if (Math.abs(other - own) < 14) other = own + (other < own ? -14 : 14);
-  return [...parts, label(place, other + 4, "threshold", "of-threshold")];
+  let threshold = y(last.threshold);
+  if (Math.abs(threshold - similarity) < 14) threshold = similarity + (threshold < similarity ? -14 : 14);
+  return [...parts, label(place, threshold + 4, "threshold", "of-threshold")];
 }
 
 function marks(answer, { x }) {

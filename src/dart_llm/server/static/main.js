@@ -22,14 +22,14 @@ function paintBy() {
   show();
 }
 
-/** Every view has an address: #runs, #runs/NAME, #answer/PLACE, and all others are the conversation. */
+/** Every view has a URL: #runs, #runs/NAME, #answer/NUMBER; any other shows the conversation. */
 function pages(runs, answers) {
   const open = () => {
     const [page, ...name] = location.hash.slice(1).split("/");
     const shown = page === "runs" ? "runs" : "chat";
-    for (const one of ["chat", "runs"]) {
-      byId(`page-${one}`).hidden = one !== shown;
-      byId(`show-${one}`).removeAttribute("aria-current");
+    for (const page of ["chat", "runs"]) {
+      byId(`page-${page}`).hidden = page !== shown;
+      byId(`show-${page}`).removeAttribute("aria-current");
     }
     byId(`show-${shown}`).setAttribute("aria-current", "page");
     if (shown === "runs") runs.open(name.map(decoded).join("/"));
@@ -73,7 +73,7 @@ function composer(chat) {
   });
 }
 
-/** A prompt that was measured brings its settings along. */
+/** Show the example prompts; a measured prompt also selects its settings. */
 function readyPrompts(prompts, chat) {
   const items = prompts.map((prompt, i) => {
     const button = el("button", { type: "button", title: prompt.note ?? "" }, el("strong", {}, prompt.title), el("q", {}, prompt.text));
@@ -88,7 +88,7 @@ function readyPrompts(prompts, chat) {
   byId("prompts").replaceChildren(...items);
 }
 
-/** Until the visitor asks, an answer that was recorded is played. */
+/** Plays a recorded answer until the user asks a question. */
 class Greeting {
   constructor(view) {
     this.player = new Player(view, true);
@@ -104,7 +104,7 @@ class Greeting {
     if (byId("welcome").hidden) return;
     const { model } = this.records[0];
     document.body.dataset.greeting = "shown";
-    byId("greeting-of").textContent = `A recording, until you ask: ${model}, ${nameOf(this.records[0])}`;
+    byId("greeting-of").textContent = `A recording, until you ask something: ${model}, ${nameOf(this.records[0])}`;
     this.player.open(this.records);
   }
 
@@ -137,7 +137,7 @@ function live() {
   byId("reconnect").click();
 }
 
-/** Learn what the server has; where it does not answer, a button asks again. */
+/** Read model, methods and prompts from the server; if it does not answer, show the button Retry. */
 async function connect(chat, named) {
   byId("reconnect").hidden = true;
   byId("model").textContent = "connecting";
@@ -154,7 +154,7 @@ async function connect(chat, named) {
 }
 
 function replay(records) {
-  byId("model").textContent = records[0].model ?? "a recorded run";
+  byId("model").textContent = records[0].model ?? "a recorded answer";
   const player = new Player(new View());
   player.open(records);
   const look = () => player.look(Number(/^#answer\/(\d+)$/.exec(location.hash)?.[1]));

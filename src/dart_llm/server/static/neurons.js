@@ -1,4 +1,4 @@
-// The map of what is alive (layers x groups of neurons) with the kept share of each layer beside it.
+// The map of kept neurons (layers x groups of neurons), with bars for the kept share of each layer.
 
 import { isDense, maskBefore, maskAt } from "./answer.js";
 import { cellColour } from "./colour.js";
@@ -7,35 +7,35 @@ import { percent } from "./format.js";
 
 const LEFT = 26;
 const GAP = 14;
-const EMPTY = 28; // rows before anything was answered
+const EMPTY = 28; // rows before the first answer
 const COLOURS = ["--sunken", "--soft", "--ink", "--mark"];
-const BARS = 0.24; // of the width, for the kept shares
+const BARS = 0.24; // share of the width for the bars
 
 /**
- * Draws the mask of one token on a canvas; arrow keys and the pointer read single cells, a click or
- * Enter holds one.  `onHold` gets the cell that is held, `{layer, bin}`, or null.
+ * Draws the mask of a token on a canvas; arrow keys and the pointer select a cell, and a click or Enter
+ * pins it.  `onPin` gets the pinned cell, `{layer, bin}`, or null.
  */
 export class NeuronView {
-  constructor(canvas, cell, onHold = () => {}) {
+  constructor(canvas, cell, onPin = () => {}) {
     this.canvas = canvas;
     this.cell = cell;
-    this.onHold = onHold;
-    this.at = this.held = this.mask = this.before = null;
+    this.onPin = onPin;
+    this.at = this.pinned = this.mask = this.before = null;
     this.layers = 0;
     canvas.addEventListener("pointermove", (event) => this.#read(this.#under(event)));
-    canvas.addEventListener("pointerleave", () => this.#read(this.held));
-    canvas.addEventListener("blur", () => this.#read(this.held));
-    canvas.addEventListener("click", (event) => this.#hold(this.#under(event)));
+    canvas.addEventListener("pointerleave", () => this.#read(this.pinned));
+    canvas.addEventListener("blur", () => this.#read(this.pinned));
+    canvas.addEventListener("click", (event) => this.#pin(this.#under(event)));
     canvas.addEventListener("keydown", (event) => this.#key(event));
   }
 
   /**
-   * Show the mask of the token `index` (null: the newest one), with what its re-mask changed where
-   * `changes` is true.  Nothing is drawn where nothing is new, unless `anew`; returns whether it was.
+   * Show the mask of the token `index` (null: the newest token); with `changes`, also what its re-mask
+   * changed.  Draws only if something changed or `anew`; returns whether it drew.
    */
   show(answer, index = null, changes = false, anew = true) {
     const last = [this.answer, this.mask, this.before, this.layers, this.everyone];
-    if (answer !== this.answer) this.at = this.held = null;
+    if (answer !== this.answer) this.at = this.pinned = null;
     this.answer = answer;
     this.layers = answer.start?.layers ?? 0;
     this.neurons = answer.start?.neurons ?? [];
@@ -48,10 +48,10 @@ export class NeuronView {
     return true;
   }
 
-  /** What screen readers are told of the map. */
+  /** Describe the map for screen readers. */
   label(text) {
-    const whole = `What is alive: ${text}`;
-    if (this.canvas.getAttribute("aria-label") !== whole) this.canvas.setAttribute("aria-label", whole);
+    const label = `Which neurons run: ${text}`;
+    if (this.canvas.getAttribute("aria-label") !== label) this.canvas.setAttribute("aria-label", label);
   }
 
   draw() {
@@ -74,7 +74,7 @@ export class NeuronView {
     if (this.at) this.#cursor(pen);
   }
 
-  /** Rows without a value, before there is a mask. */
+  /** Draw empty rows, before the first mask. */
   #empty(pen) {
     const { row, raster, bars } = this.place;
     pen.fillStyle = this.colours["--sunken"];
@@ -104,13 +104,13 @@ export class NeuronView {
     const kept = this.mask ? this.mask.kept_share[layer] : 1;
     const left = drawn ? LEFT + raster + GAP : LEFT;
     const room = drawn ? bars : raster + GAP + bars;
-    pen.fillStyle = cellColour(0.12); // a trough, also where the paper is as pale as nothing kept
+    pen.fillStyle = cellColour(0.12); // the bar's background, visible on every page colour
     pen.fillRect(left, top, room, thick);
     pen.fillStyle = cellColour(0.85);
     pen.fillRect(left, top, room * kept, thick);
   }
 
-  /** Share of a group that the last re-mask brought to life; less than 0: that it let go. */
+  /** Share of a group that the last re-mask added; negative: dropped. */
   change(layer, bin) {
     return this.before ? this.share(layer, bin) - shareIn(this.before, layer, bin) : 0;
   }
@@ -129,7 +129,7 @@ export class NeuronView {
   #cursor(pen) {
     const { row, raster } = this.place;
     const width = raster / this.bins;
-    for (const [colour, line] of [["--sunken", 5], ["--mark", 2.5]]) { // seen on paper and on ink
+    for (const [colour, line] of [["--sunken", 5], ["--mark", 2.5]]) { // visible on light and dark cells
       pen.strokeStyle = this.colours[colour];
       pen.lineWidth = line;
       pen.strokeRect(LEFT + this.at.bin * width - 1, this.at.layer * row + 1, width + 2, row + 1);
@@ -145,10 +145,10 @@ export class NeuronView {
   }
 
   #key(event) {
-    if (event.key === "Escape") return this.#hold(null);
+    if (event.key === "Escape") return this.#pin(null);
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
-      return this.#hold(this.at);
+      return this.#pin(this.at);
     }
     const move = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
     if (!move || !this.layers) return undefined;
@@ -158,12 +158,12 @@ export class NeuronView {
     return this.#read({ layer: within(now.layer + move[0], this.layers), bin: within(now.bin + move[1], this.bins) });
   }
 
-  /** Hold this cell, or let go of the one that is held already. */
-  #hold(at) {
-    const same = at && this.held && at.layer === this.held.layer && at.bin === this.held.bin;
-    this.held = same ? null : at;
-    this.onHold(this.held);
-    this.#read(this.held);
+  /** Pin this cell; unpin it if it is already pinned. */
+  #pin(at) {
+    const same = at && this.pinned && at.layer === this.pinned.layer && at.bin === this.pinned.bin;
+    this.pinned = same ? null : at;
+    this.onPin(this.pinned);
+    this.#read(this.pinned);
   }
 
   #read(at) {
@@ -191,18 +191,18 @@ export function shareIn(mask, layer, bin) {
 
 const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-/** The map at the token `index` (null: the newest one) in one sentence. */
+/** The map at the token `index` (null: the newest token) in one sentence. */
 export function summary(answer, index = null) {
-  if (!answer.start) return "layers from the input (top) to the output, groups of neighbouring neurons from left to right; ink is alive.";
-  if (isDense(answer)) return "a dense answer, every neuron runs.";
+  if (!answer.start) return "layers from the input (top) to the output, groups of neighbouring neurons from left to right; dark cells are kept.";
+  if (isDense(answer)) return "a dense answer: all neurons run.";
   const mask = maskAt(answer, index);
-  const token = index === null ? answer.tokens.at(-1) : answer.tokens.find((one) => one.index === index);
-  if (!mask) return answer.tokens.length > 1 ? "every neuron runs while the text is observed." : "every neuron reads the prompt.";
-  const old = token?.phase === "observe" ? "; every neuron runs here, the text is being observed for the next mask" : "";
+  const token = index === null ? answer.tokens.at(-1) : answer.tokens.find((item) => item.index === index);
+  if (!mask) return answer.tokens.length > 1 ? "all neurons run while the text is observed." : "all neurons run on the prompt.";
+  const old = token?.phase === "observe" ? "; here all neurons run, because the text is observed for the next mask" : "";
   const shares = mask.kept_share;
   const [least, most] = [Math.min(...shares), Math.max(...shares)];
-  return `mask ${mask.number}, in force from token ${mask.token}${old}; layer ${shares.indexOf(least)} keeps least ` +
-    `(${percent(least, 0)}), layer ${shares.indexOf(most)} most (${percent(most, 0)}).`.replaceAll(" %", "\u00a0%");
+  return `mask ${mask.number}, from token ${mask.token} on${old}; layer ${shares.indexOf(least)} keeps the least ` +
+    `(${percent(least, 0)}), layer ${shares.indexOf(most)} the most (${percent(most, 0)}).`.replaceAll(" %", "\u00a0%");
 }
 
 /** The scale below the map. */
@@ -216,7 +216,7 @@ export function drawRamp() {
   }
 }
 
-/** The kept shares as a table, for those who want numbers. */
+/** Fill the table of kept shares. */
 export function fillLayers(table, mask, layers) {
   const rows = Array.from({ length: layers }, (_, layer) => el("tr", {},
     el("th", { scope: "row" }, String(layer)),

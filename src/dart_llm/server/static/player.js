@@ -1,4 +1,4 @@
-// A recorded run, played on the same page without a model: a replay, and what greets a visitor.
+// Plays a recorded answer without a model: in a replay page, and as the greeting on the live page.
 
 import { fold, newAnswer } from "./answer.js";
 import { nameOf } from "./controls.js";
@@ -6,17 +6,17 @@ import { byId, calm, el } from "./dom.js";
 import { question } from "./question.js";
 import { Turn } from "./turn.js";
 
-const LONGEST_WAIT = 1; // seconds, so that a slow prompt does not stop the show
-const AGAIN = 6; // seconds that a recording which is played again and again stands still at its end
+const LONGEST_WAIT = 1; // seconds, so that a slow prompt does not delay the recording
+const AGAIN = 6; // seconds of pause before a looped recording starts again
 
 /** The records in the page, or null on a live page. */
 export function recorded() {
-  const held = byId("records");
-  return held && JSON.parse(held.textContent);
+  const element = byId("records");
+  return element && JSON.parse(element.textContent);
 }
 
 export class Player {
-  /** Plays at once, unless the reader asked for less motion.  `loop`: again and again. */
+  /** Plays at once, unless the user prefers reduced motion.  `loop`: repeats forever. */
   constructor(view, loop = false) {
     this.view = view;
     this.loop = loop;
@@ -31,7 +31,7 @@ export class Player {
     byId("speed").addEventListener("change", () => this.timer && this.play());
   }
 
-  /** Lay out these records, show the first frame and play. */
+  /** Create the boxes for these records, show the first frame and play. */
   open(records) {
     this.records = records;
     byId("position").max = records.length;
@@ -40,29 +40,29 @@ export class Player {
     if (!calm()) this.play();
   }
 
-  /** Stop, for something else takes the place. */
+  /** Stop, before other content replaces the recording. */
   close() {
     this.pause();
     this.records = [];
   }
 
-  /** Show the answer at this place, from 1. */
+  /** Show the answer with this number, from 1. */
   look(place) {
     const box = [...this.boxes.values()][place - 1];
     if (box) this.#show(box);
   }
 
-  /** Boxes for every answer; those to one question stand side by side. */
+  /** Create a box for every answer; answers to the same question are side by side. */
   #lay() {
-    const asked = [];
+    const questions = [];
     for (const start of this.records.filter((record) => record.kind === "start")) {
       const text = start.prompt.map((token) => token.text).join("");
-      const last = asked.at(-1);
+      const last = questions.at(-1);
       if (last?.text === text && last.starts.length < 2) last.starts.push(start);
-      else asked.push({ text, starts: [start] });
+      else questions.push({ text, starts: [start] });
     }
     this.boxes = new Map();
-    this.turns = asked.map(({ text, starts }) => {
+    this.turns = questions.map(({ text, starts }) => {
       const turn = new Turn(question(starts[0].prompt), starts.map(nameOf), { token: (box, index) => this.view.read(box, index) });
       for (const [i, start] of starts.entries()) {
         this.boxes.set(start, turn.boxes[i]);
@@ -75,7 +75,7 @@ export class Player {
     byId("turns").replaceChildren(...this.turns.map((turn) => turn.element));
   }
 
-  /** So many records that there is a mask to see. */
+  /** The number of records until the first mask is visible. */
   #firstFrame() {
     return this.records.findIndex((record) => record.kind === "token" && record.index > 0) + 1 || this.records.length;
   }
@@ -108,7 +108,7 @@ export class Player {
     this.timer = setTimeout(() => this.#tick(), (1000 * seconds) / Number(byId("speed").value));
   }
 
-  /** Take records up to and with the next token. */
+  /** Process records up to and including the next token. */
   #tick() {
     let record;
     do record = this.#take();
@@ -136,7 +136,7 @@ export class Player {
     return this.turns.find((turn) => turn.boxes.includes(box));
   }
 
-  /** Whether this is the answer beside the one that is shown: the pruned one stays in view. */
+  /** Whether this is the second answer of its turn: the first, pruned answer stays in view. */
   #beside(box) {
     return this.#turn(box).boxes.indexOf(box) > 0;
   }

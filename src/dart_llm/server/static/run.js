@@ -1,4 +1,4 @@
-// One results folder: its facts, texts, drift windows, kept shares and tables.
+// A past run: its facts, texts, drift windows, kept shares and tables.
 
 import { newAnswer } from "./answer.js";
 import { download, hasKey, inAddress } from "./api.js";
@@ -15,20 +15,20 @@ export function showRun(box, run) {
   const answer = asAnswer(run);
   if (answer.checks.length) {
     const plot = el("div", { className: "plot" });
-    place(box, "Does the text still look like its beginning?", plot);
+    place(box, "Does the text still resemble its beginning?", plot);
     drawDrift(plot, answer);
   }
   if (answer.masks.length) {
     const canvas = el("canvas", { role: "img" });
-    place(box, "Kept share per layer, last mask (ink: kept)", el("div", { className: "plot" }, canvas));
+    place(box, "Kept share per layer, last mask (dark: kept)", el("div", { className: "plot" }, canvas));
     const neurons = new NeuronView(canvas, el("p"));
-    neurons.show({ ...answer, tokens: [] }); // the last mask, whatever ran last
+    neurons.show({ ...answer, tokens: [] }); // without tokens it shows the last mask
     neurons.label(summary(answer));
   }
   box.scrollTop = 0;
 }
 
-/** A figure before the list of files. */
+/** Insert a figure before the list of files. */
 function place(box, title, content) {
   box.lastChild.before(el("figure", {}, el("figcaption", {}, el("h3", {}, title)), content));
 }
@@ -39,23 +39,23 @@ function runHeading(run) {
 
 const REPORT = "report.html";
 
-/** A link to the run's own page; a key is no part of an address, so with one it is saved instead. */
+/** A link to the run's report; with an API key, which a link cannot send, it saves the report. */
 function report(run) {
   if (!run.files?.includes(REPORT)) return null;
   const path = `/api/runs/${inAddress(run.name)}/${REPORT}`;
-  const link = el("a", { href: path, target: "_blank", rel: "noopener" }, hasKey() ? "Save its report" : "Open its report");
+  const link = el("a", { href: path, target: "_blank", rel: "noopener" }, hasKey() ? "Save the report" : "Open the report");
   link.addEventListener("click", (event) => {
     if (!hasKey()) return;
     event.preventDefault();
     download(path, `${run.name.replaceAll("/", "-")}.html`).catch((error) => link.after(` ${error.message}`));
   });
-  return el("p", {}, link, " (all its tables, texts and pictures on one page)");
+  return el("p", {}, link, " (all tables, texts and plots of the run on one page)");
 }
 
 function facts(run) {
   const report = pruned(run)?.accounting;
-  const known = {
-    "what": run.kind, "status": run.status, "model": run.models.join(", "),
+  const values = {
+    "kind": run.kind, "status": run.status, "model": run.models.join(", "),
     "method": run.methods.join(", "),
     "sparsity requested": run.sparsities.map(exactly).join(", "),
     "removed": report && percent(report.achieved_sparsity),
@@ -64,7 +64,7 @@ function facts(run) {
     "took": run.seconds == null ? "" : `${plain(run.seconds, 1)} s`,
     "version": run.config?.versions?.["dart-llm"] ?? run.config?.versions?.dart_llm,
   };
-  const entries = Object.entries(known).filter(([, value]) => value);
+  const entries = Object.entries(values).filter(([, value]) => value);
   return el("dl", { className: "facts" }, ...entries.map(([name, value]) =>
     el("div", {}, el("dt", {}, name), el("dd", {}, value))));
 }
@@ -75,9 +75,9 @@ const pruned = (run) => rows(run).find((row) => row.variant !== "dense" && row.a
 function texts(run) {
   const shown = rows(run).slice(0, 4);
   if (!shown.length) return [];
-  const asked = shown[0].prompt && el("p", { className: "question", "data-who": "Prompt" }, shown[0].prompt);
+  const prompt = shown[0].prompt && el("p", { className: "question", "data-who": "Prompt" }, shown[0].prompt);
   const side = el("div", { className: shown.length > 1 ? "answers two" : "answers" }, ...shown.map(oneText));
-  return [asked, side];
+  return [prompt, side];
 }
 
 function oneText(row) {
@@ -97,14 +97,14 @@ function tokensOf(row) {
 
 const number = (text) => (text === "" || text == null ? null : Number(text));
 
-/** The records that the live page would have had, as far as the files hold them. */
+/** An answer built from the files, like the live page's, as far as they have the data. */
 function asAnswer(run) {
   const answer = newAnswer();
   const masks = run.masks?.remasks ?? [];
   const layers = run.masks?.layers ?? [];
   answer.tokens = tokensOf(pruned(run) ?? {}).filter((token) => token.text);
   answer.remasks = masks;
-  const windows = (run.drift ?? []).filter((row) => row.key == null); // a study has those of many texts
+  const windows = (run.drift ?? []).filter((row) => row.key == null); // rows with a key belong to studies of many texts
   answer.checks = windows.map((row) => ({
     sequence: number(row.sequence), row: number(row.row), step: number(row.step), layer: number(row.layer),
     window: number(row.window), similarity: number(row.similarity), threshold: number(row.threshold),
@@ -121,7 +121,7 @@ function tables(run) {
   return [results(run), allTables(run)];
 }
 
-/** Every number beside what was removed to get it. */
+/** Every result with the share of neurons removed for it. */
 function results(run) {
   const heads = ["Task", "Method", "Metric", "Value", "Removed", "Decoded dense", "Re-masks"];
   const lines = (run.rows ?? []).map((row) => [
@@ -131,12 +131,12 @@ function results(run) {
   return table("Results", heads, lines, 3);
 }
 
-const SCROLLS = { className: "scroll", tabIndex: 0, role: "region" }; // wide, and scrolled by the keyboard too
+const SCROLLS = { className: "scroll", tabIndex: 0, role: "region" }; // wide; also scrolls by keyboard
 
 function allTables(run) {
   if (!run.tables) return null;
   const nothingElse = !rows(run).length && !run.rows?.length;
-  return el("details", { open: nothingElse }, el("summary", {}, "All its tables"),
+  return el("details", { open: nothingElse }, el("summary", {}, "All tables"),
     el("pre", { ...SCROLLS, "aria-label": "All tables" }, run.tables));
 }
 

@@ -1,4 +1,4 @@
-// Past runs: the list of results folders, filtered while you type.
+// Past runs: the list of results folders, filtered during typing.
 
 import { get, inAddress } from "./api.js";
 import { byId, el } from "./dom.js";
@@ -13,7 +13,7 @@ export class Runs {
     byId("runs-filter").addEventListener("input", () => this.#fill());
   }
 
-  /** Show the list, and the run of this name; without one the first run. */
+  /** Show the list, and the run of this name; without a name, the first run. */
   async open(name) {
     if (!name || !this.runs.length) await this.#list();
     const first = name || this.runs[0]?.name;
@@ -24,9 +24,9 @@ export class Runs {
   async #list() {
     byId("runs-title").focus();
     try {
-      const found = await get("/api/runs");
-      this.runs = found.runs;
-      this.total = found.total ?? found.runs.length;
+      const listing = await get("/api/runs");
+      this.runs = listing.runs;
+      this.total = listing.total ?? listing.runs.length;
       this.#fill();
     } catch (error) {
       byId("runs-note").textContent = `The runs cannot be listed: ${error.message}`;
@@ -34,20 +34,20 @@ export class Runs {
   }
 
   #fill() {
-    const wanted = byId("runs-filter").value.trim();
-    const found = this.runs.filter((run) => JSON.stringify(Object.values(run)).toLowerCase().includes(wanted.toLowerCase()));
-    byId("runs-list").replaceChildren(...found.map((run) => this.#item(run)));
-    byId("runs-note").textContent = note(found.length, this.runs.length, this.total, wanted);
+    const query = byId("runs-filter").value.trim();
+    const matches = this.runs.filter((run) => JSON.stringify(Object.values(run)).toLowerCase().includes(query.toLowerCase()));
+    byId("runs-list").replaceChildren(...matches.map((run) => this.#item(run)));
+    byId("runs-note").textContent = note(matches.length, this.runs.length, this.total, query);
     this.#mark();
   }
 
   #item(run) {
-    const asked = run.sparsities.map(exactly).join(", ");
+    const requested = run.sparsities.map(exactly).join(", ");
     const button = el("button", { type: "button" },
       el("strong", {}, `${run.experiment} \u00b7 ${run.kind}`),
-      el("span", {}, [run.methods.join(", "), asked].filter(Boolean).join(" at ")),
+      el("span", {}, [run.methods.join(", "), requested].filter(Boolean).join(" at ")),
       el("small", {}, [run.models.join(", "), when(run), run.status].filter(Boolean).join(" \u00b7 ")),
-      el("small", {}, run.name)); // tells runs of one experiment and one minute apart
+      el("small", {}, run.name)); // distinguishes runs of the same experiment and minute
     button.dataset.name = run.name;
     button.addEventListener("click", () => (location.hash = `runs/${inAddress(run.name)}`));
     return el("li", {}, button);
@@ -64,7 +64,7 @@ export class Runs {
     this.shown = name;
     this.#mark();
     const box = byId("run");
-    box.replaceChildren(el("p", { className: "soft" }, "Reading the folder."));
+    box.replaceChildren(el("p", { className: "soft" }, "Reading the results folder."));
     try {
       const run = await get(`/api/runs/${inAddress(name)}`);
       if (this.shown === name) showRun(box, run);
@@ -74,11 +74,11 @@ export class Runs {
   }
 }
 
-function note(found, listed, total, wanted) {
-  if (!total) return "No results folder yet: dart-llm run, compare, drift and the other jobs make them.";
-  if (!found) return `None of these results folders has \u201c${wanted}\u201d in its name, kind, method, model or task: clear the field to see them.`;
-  const rest = listed < total ? `; the older ones of ${total} are left out` : "";
-  return `${found} of ${listed === total ? total : `the ${listed} newest`} results folders, newest first${rest}.`;
+function note(matching, listed, total, query) {
+  if (!total) return "No results folders yet: commands such as dart-llm run, compare and drift write them.";
+  if (!matching) return `No results folder has \u201c${query}\u201d in its name, kind, method, model or task: clear the field to see all.`;
+  const rest = listed < total ? ` (${total} in total)` : "";
+  return `${matching} of ${listed === total ? total : `the ${listed} newest`} results folders, newest first${rest}.`;
 }
 
 function when(run) {

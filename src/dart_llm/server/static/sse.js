@@ -1,6 +1,6 @@
 // Server-sent events of a fetch response, one JSON document per event.
 
-/** Yields the documents of `data:` lines; `[DONE]` and comments are left out.  `lost` gets what breaks it. */
+/** Yields the documents of `data:` lines, without `[DONE]` and comments.  `lost` handles read errors. */
 export async function* documents(response, lost) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

@@ -1,17 +1,17 @@
-// Six words of the field, explained where they stand: on hover, on focus and on a touch.
+// Six technical terms, explained in place: on hover, focus and touch.
 
 import { byId } from "./dom.js";
 
 const TERMS = {
-  neuron: "FFN neuron: one of the inner numbers of a layer’s feed-forward network. Skipping it saves one row of each of its weight matrices.",
-  sparsity: "Sparsity: the share of FFN neurons that is removed; 10 % means that nine in ten run.",
-  mask: "Mask: which neurons run and which are removed, selected by the tokens read so far and fixed until a re-mask.",
-  drift: "Drift: the text moves away from what the mask was chosen for. The detector compares each window of tokens with the beginning; several low windows in a row, as its rule says, count as drift.",
-  remask: "Re-mask: after drift every neuron runs for a while, and what they do then decides the next mask.",
+  neuron: "FFN neuron: one of the hidden units of a layer’s feed-forward network. Skipping it saves one row of each of its weight matrices.",
+  sparsity: "Sparsity: the fraction of FFN neurons that are removed; at 10 %, nine in ten run.",
+  mask: "Mask: the set of neurons that run; the others are removed. It is selected from the tokens read so far and fixed until a re-mask.",
+  drift: "Drift: the text no longer resembles the tokens from which the mask was selected. The detector compares each window of tokens with the beginning; its rule says how many low windows in a row count as drift.",
+  remask: "Re-mask: after drift, all neurons run for a while, and their activations determine the next mask.",
   dense: "Dense token: a token that ran with all neurons, because a new mask was being prepared.",
 };
 
-/** One box for all of them, below the word or above it where there is no room. */
+/** A single box for all terms, below the term or, if there is no room, above it. */
 export function explainTerms() {
   const tip = byId("tip");
   const hide = () => {

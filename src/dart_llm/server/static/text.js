@@ -7,9 +7,9 @@ import { percent, plain, visible } from "./format.js";
 const probability = (token) => (token.logprob == null ? null : Math.exp(token.logprob));
 
 /**
- * Shows tokens inside `box` and gives one token's numbers: the one pointed at, or the one that the
- * arrow keys lead to; a click holds it.  The box is one stop of the Tab key, and plain text for
- * screen readers.  `onToken` gets the index of the token that is read, or null.
+ * Shows tokens inside `box`, and the numbers of the token that the pointer or the arrow keys select; a
+ * click pins the selection.  The box is a single Tab stop, and plain text for screen readers.
+ * `onToken` gets the index of the selected token, or null.
  */
 export class TextView {
   constructor(box, onToken = () => {}) {
@@ -17,32 +17,32 @@ export class TextView {
     this.onToken = onToken;
     this.show([]);
     box.tabIndex = 0;
-    box.addEventListener("pointerover", (event) => this.#choose(under(event) ?? this.held));
-    box.addEventListener("pointerleave", () => this.#choose(this.held));
-    box.addEventListener("click", (event) => this.#hold(under(event)));
+    box.addEventListener("pointerover", (event) => this.#choose(under(event) ?? this.pinned));
+    box.addEventListener("pointerleave", () => this.#choose(this.pinned));
+    box.addEventListener("click", (event) => this.#pin(under(event)));
     box.addEventListener("keydown", (event) => this.#move(event));
-    box.addEventListener("blur", () => this.#hold(null));
+    box.addEventListener("blur", () => this.#pin(null));
   }
 
-  /** Show these tokens; `marks` holds the token indexes at which masks were rebuilt. */
+  /** Show these tokens; `marks`: indexes of tokens at which masks were rebuilt. */
   show(tokens, marks = new Set()) {
     this.box.replaceChildren();
     this.tokens = [];
     this.spans = [];
-    this.at = this.held = null;
+    this.at = this.pinned = null;
     for (const token of tokens) this.add(token, marks.has(token.index));
   }
 
   add(token, marked = false) {
     if (marked) this.box.append(el("i", { className: "mark", title: "masks rebuilt here" }, "re-mask"));
-    if (!token.text) return; // half of a character, or the end: what follows carries its text
+    if (!token.text) return; // an incomplete character, shown with a later token, or the end
     const span = el("span", { className: classes(token), "data-token": this.spans.length }, token.text);
     this.tokens.push(token);
     this.spans.push(span);
     this.box.append(span);
   }
 
-  /** Light the words that `wanted` gives a strength from 0 to 3 for; null: none. */
+  /** Highlight tokens by their strength `wanted(token)` from 0 to 3; null: none. */
   light(wanted) {
     for (const [i, span] of this.spans.entries()) {
       const strength = wanted?.(this.tokens[i]) ?? 0;
@@ -51,17 +51,17 @@ export class TextView {
     }
   }
 
-  /** Mark the first word at or after the token `index`: there the answer parts from the one beside it. */
+  /** Mark the first word at or after the token `index`, where the answer diverges from the other answer. */
   part(index) {
     const at = index === null ? -1 : this.tokens.findIndex((token) => token.index >= index);
     if (this.spans[at]?.classList.contains("parts")) return;
-    for (const span of this.spans.filter((one) => one.matches(".parts"))) span.classList.remove("parts");
+    for (const span of this.spans.filter((item) => item.matches(".parts"))) span.classList.remove("parts");
     if (at < 0) return;
     this.spans[at].classList.add("parts");
     this.spans[at].title = "the first word that differs";
   }
 
-  /** Read the token `index` as if it was pointed at; null: none. */
+  /** Select the token `index` as if the pointer were on it; null: none. */
   point(index) {
     this.#mark(index === null ? null : this.tokens.findLastIndex((token) => token.index <= index));
   }
@@ -72,12 +72,12 @@ export class TextView {
     const to = { ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: last }[event.key];
     if (to === undefined || last < 0) return;
     event.preventDefault();
-    this.#hold(Math.min(last, Math.max(0, to)));
+    this.#pin(Math.min(last, Math.max(0, to)));
     this.spans[this.at].scrollIntoView({ block: "nearest" });
   }
 
-  #hold(at) {
-    this.held = at;
+  #pin(at) {
+    this.pinned = at;
     this.#choose(at);
   }
 
@@ -112,19 +112,19 @@ function words(token) {
   return parts.join(", ");
 }
 
-/** One token's numbers in the line below the text. */
+/** Show a token's numbers in the line below the text. */
 function detail(token) {
   const parts = [` token ${token.index}`, words(token)];
   if (token.seconds != null) parts.push(`${plain(1000 * token.seconds, 1)} ms`);
   const others = (token.top ?? []).filter((other) => other.id !== token.id).slice(0, 2);
   if (others.length) {
     const listed = others.map((o) => `${visible(o.text)} ${percent(Math.exp(o.logprob), 0)}`);
-    parts.push(`else ${listed.join(", ")}`);
+    parts.push(`next likeliest ${listed.join(", ")}`);
   }
   byId("detail").replaceChildren(el("b", {}, visible(token.piece ?? token.text)), parts.join("; "));
 }
 
-/** The key to the colours that are shown now. */
+/** Show the legend of the current colours. */
 export function legend(paint) {
   const keys = {
     phase: [["prefill", "prompt"], ["observe", "dense, observed"], ["pruned", "pruned"]],

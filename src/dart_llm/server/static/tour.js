@@ -4,11 +4,11 @@ import { byId } from "./dom.js";
 
 const STEPS = [
   ["1", "Ask something with two parts",
-    "The first ready prompt asks for an explanation, and then for code. Next asks it with the settings that it was measured with. The text is coloured while it is written: pruned, or dense and observed."],
+    "The first example prompt asks for an explanation and then for code. Next sends it with the settings with which it was measured. Colours show how each token ran: pruned, or dense and observed."],
   ["2", "Watch the neurons",
-    "Each row is a layer. Once code begins, a window of ten tokens falls below the threshold: it is unlike the beginning of the answer. All neurons run for 32 tokens, then new ones are selected: a re-mask. Other models and settings may behave differently."],
+    "Each row is a layer. When code begins, the similarity of a window of ten tokens to the beginning of the answer falls below the threshold. All neurons run for 32 tokens, then new neurons are selected: a re-mask. Other models and settings may behave differently."],
   ["3", "Remove more",
-    "Move the sparsity and ask again: the headline says what changed. Words, dots and cells highlight each other when you point at them. Colour by confidence to see where the model became unsure."],
+    "Raise the sparsity and ask again: the headline shows what changed. Point at a word, a dot or a cell to highlight the others that belong to it. Colour by confidence to see where the model was unsure."],
 ];
 
 export class Tour {
@@ -25,12 +25,12 @@ export class Tour {
     });
   }
 
-  /** A question was asked: the first step is done. */
+  /** Go to the second step when a question is asked. */
   asked() {
     if (!byId("tour").hidden && !this.step) this.go(1, byId("tour").contains(document.activeElement));
   }
 
-  /** From the first step Next asks the prompt that is pointed at. */
+  /** In the first step, Next sends the highlighted prompt. */
   #next() {
     const prompt = this.step ? null : document.querySelector('[data-tour="1"]');
     if (prompt?.checkVisibility()) prompt.click();

@@ -1,4 +1,4 @@
-// One turn of the conversation: the question, what is to be said of it, and one or two answers.
+// A turn of the conversation: the question, a headline, and one or two answers.
 
 import { finished, isDense, newAnswer, parting, rebuilt, achieved, speed } from "./answer.js";
 import { el } from "./dom.js";
@@ -8,20 +8,20 @@ import { TextView } from "./text.js";
 const quiet = (text) => el("button", { type: "button", className: "quiet", hidden: true }, text);
 
 /**
- * An answer on the page: its state, its text and its small print.  `on.token(box, index)`: a token of
- * it is read; `on.retry(box)`: asked once more.
+ * An answer on the page: its state, its text and its small print.  `on.token(box, index)`: a token is
+ * selected; `on.retry()`: the question is asked again.
  */
 export class AnswerBox {
   constructor(label, on = {}) {
     this.answer = newAnswer(label);
     this.state = el("span", {}, "");
-    this.look = el("a", { hidden: true, href: "" }, "Show its neurons");
-    this.keep = quiet("Save its records");
+    this.look = el("a", { hidden: true, href: "" }, "Show neurons");
+    this.keep = quiet("Save records");
     this.keep.addEventListener("click", () => saveRecords(this));
     this.again = quiet("Retry");
     this.again.addEventListener("click", () => on.retry());
     this.canRetry = Boolean(on.retry);
-    this.box = el("p", { className: "text", role: "group", "aria-label": `${label}: the answer; arrow keys give one token's numbers` });
+    this.box = el("p", { className: "text", role: "group", "aria-label": `${label}: the answer; arrow keys show a token's numbers` });
     this.text = new TextView(this.box, (index) => on.token?.(this, index));
     this.drawn = 0;
     this.print = el("span", {}, "");
@@ -31,7 +31,7 @@ export class AnswerBox {
     this.wait("queued");
   }
 
-  /** Its place among the answers of the page, from 1: its address is `#answer/PLACE`. */
+  /** The answer's number on the page, from 1; its URL ends with `#answer/NUMBER`. */
   set place(place) {
     this.number = place;
     this.look.href = `#answer/${place}`;
@@ -41,7 +41,7 @@ export class AnswerBox {
     this.state.textContent = word;
   }
 
-  /** Show what is new in the answer since it was last drawn. */
+  /** Add the tokens that arrived since the last update. */
   update() {
     const { start, tokens } = this.answer;
     const marks = this.marks();
@@ -59,7 +59,7 @@ export class AnswerBox {
     return new Set(this.answer.masks.filter((mask, i) => i && steps.has(mask.token - 1)).map((mask) => mask.token));
   }
 
-  /** Draw everything anew, as after a jump in a replay or a reload. */
+  /** Redraw everything, as after a jump in a replay or a reload. */
   redraw() {
     this.text.show(this.answer.tokens, this.marks());
     this.drawn = this.answer.tokens.length;
@@ -95,7 +95,7 @@ export class AnswerBox {
   }
 }
 
-/** Save the records as JSON lines: what `dart-llm replay` makes a page of. */
+/** Save the records as JSON lines, the input of `dart-llm replay`. */
 function saveRecords({ answer, number }) {
   const lines = answer.records.map((record) => `${JSON.stringify(record)}\n`);
   const url = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
@@ -111,7 +111,7 @@ function ending(answer) {
   return ENDS[reason] ?? "finished";
 }
 
-/** Why nothing was removed at all. */
+/** Why no neurons were removed, or "". */
 function unmasked(answer) {
   const { config } = answer.start ?? {};
   if (answer.masks.length || !config) return "";
@@ -128,7 +128,7 @@ function smallPrint(answer) {
   return parts.join(" \u00b7 ");
 }
 
-/** A question with its answers, and one sentence that says what pruning did to it. */
+/** A question with its answers, and a headline that states the effect of pruning. */
 export class Turn {
   constructor(question, labels, on = {}) {
     this.question = question;
@@ -141,24 +141,24 @@ export class Turn {
     this.element = el("li", {}, el("div", { className: "asked" }, this.asked, ...(on.edit ? [edit] : [])), this.headline, side);
   }
 
-  /** Say what is known by now, and mark the first word in which the answers differ. */
+  /** Update the headline, and mark the first word in which the answers differ. */
   compare() {
-    const [one, other] = this.boxes;
-    const said = isDense(one.answer) ? "" : headline(one.answer, other?.answer);
-    this.headline.hidden = !said;
-    if (this.headline.textContent !== said) this.headline.textContent = said;
-    const at = other ? parting(one.answer, other.answer) : null;
+    const [first, second] = this.boxes;
+    const text = isDense(first.answer) ? "" : headline(first.answer, second?.answer);
+    this.headline.hidden = !text;
+    if (this.headline.textContent !== text) this.headline.textContent = text;
+    const at = second ? parting(first.answer, second.answer) : null;
     for (const box of this.boxes) box.text.part(at);
   }
 }
 
-/** What pruning did to a finished answer, as far as the dense one beside it tells: all of it measured. */
+/** The measured effect of pruning on a finished answer, compared with the dense answer if there is one. */
 function headline(answer, dense) {
   if (!answer.done || achieved(answer) === null) return "";
   const parts = [`${percent(achieved(answer))} of the neurons skipped`];
   if (dense?.done) {
     const at = parting(answer, dense);
-    parts.push(at === null ? "identical to the dense answer" : at ? `identical for ${counted(at, "token")}` : "different from the first token on");
+    parts.push(at === null ? "identical to the dense answer" : at ? `identical to dense for ${counted(at, "token")}` : "different from the first token on");
   }
   return parts.join(", ");
 }

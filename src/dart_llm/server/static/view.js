@@ -1,4 +1,4 @@
-// The right half: counters, drift and neurons of one answer, drawn once per frame at most.
+// The right half: counters, drift and neurons of an answer, drawn at most once per frame.
 
 import { achieved, denseShare, finished, isDense, maskAt, newAnswer, rebuilt, spanOf, speed } from "./answer.js";
 import { byId, el } from "./dom.js";
@@ -6,16 +6,16 @@ import { checkOf, drawDrift, windowInWords } from "./drift.js";
 import { causeInWords, counted, exactly, percent, plain } from "./format.js";
 import { NeuronView, drawRamp, fillLayers, shareIn, summary } from "./neurons.js";
 
-/** What is shown where nothing has been answered: no text, and an answer without records. */
-const nothing = () => ({ answer: newAnswer("Nothing has been answered yet"), text: null });
+/** The state before the first answer: no text, and an answer without records. */
+const nothing = () => ({ answer: newAnswer("No answer yet"), text: null });
 
 /**
- * Shows the answer of a box, and ties its words to the plot and the map: `token` is the one that is
- * read (null: the newest), `check` the detector's window, `cell` the group of neurons that is held.
+ * Shows the answer of a box, and links its words with the plot and the map.  `token`: the selected
+ * token (null: the newest); `check`: the detector's window; `cell`: the selected group of neurons.
  */
 export class View {
   constructor() {
-    this.neurons = new NeuronView(byId("neurons"), byId("neurons-cell"), (cell) => this.#hold(cell));
+    this.neurons = new NeuronView(byId("neurons"), byId("neurons-cell"), (cell) => this.#pin(cell));
     this.waiting = this.anew = false;
     this.show(nothing());
     byId("changes").addEventListener("change", () => this.refresh());
@@ -46,14 +46,14 @@ export class View {
     this.show(nothing());
   }
 
-  /** The reader reads this token of this box; null: none. */
+  /** Select this token of this box; null: none. */
   read(box, token) {
     if (box !== this.box) return;
     this.token = token;
     this.refresh();
   }
 
-  /** The slider of tokens: its right end follows the newest one. */
+  /** Move to a token by the slider; its right end follows the newest token. */
   #scrub(place) {
     const last = this.answer.tokens.at(-1)?.index ?? 0;
     this.token = place < last ? place : null;
@@ -61,7 +61,7 @@ export class View {
     this.refresh();
   }
 
-  /** Dots of the plot light their words: by the pointer, and by the arrow keys. */
+  /** Make dots of the plot highlight their words, by pointer and arrow keys. */
   #windows(plot) {
     const light = (check) => {
       if (check === this.check) return;
@@ -79,12 +79,12 @@ export class View {
     });
   }
 
-  #hold(cell) {
+  #pin(cell) {
     this.cell = cell;
     this.refresh();
   }
 
-  /** Draw what is new; `anew`: all of it, as after a change of size or of colours. */
+  /** Draw what changed; `anew`: draw everything, as after a change of size or colours. */
   refresh(anew = false) {
     this.anew ||= anew;
     if (this.waiting) return;
@@ -117,7 +117,7 @@ function draw(view) {
 
 let plotted = [];
 
-/** Whether the plot of drift has anything to add: most tokens bring it nothing. */
+/** Whether the drift plot changes; most tokens do not change it. */
 function newInPlot(answer) {
   const observed = answer.tokens.findLastIndex((token) => token.phase === "observe");
   const now = [answer, answer.checks.length, answer.remasks.length, observed, Math.ceil(answer.tokens.length / 32)];
@@ -132,7 +132,7 @@ function showsChanges(answer) {
   return byId("changes").checked;
 }
 
-/** Where the map stands among the tokens. */
+/** Update the slider of the map's token. */
 function scrubber({ answer, token }) {
   const last = answer.tokens.at(-1)?.index ?? 0;
   const slider = byId("scrub");
@@ -140,18 +140,21 @@ function scrubber({ answer, token }) {
   slider.disabled = !last;
   slider.max = Math.max(1, last);
   slider.value = token ?? slider.max;
-  const said = mask ? `token ${token ?? last}, mask ${mask.number} of ${answer.masks.length}` : last ? `token ${token ?? last}` : "";
-  byId("scrub-value").textContent = said;
-  slider.setAttribute("aria-valuetext", said);
+  const text = mask ? `token ${token ?? last}, mask ${mask.number} of ${answer.masks.length}` : last ? `token ${token ?? last}` : "";
+  byId("scrub-value").textContent = text;
+  slider.setAttribute("aria-valuetext", text);
 }
 
-/** The window that is read, or that of the token that is, in the plot; its words, or the cell's, in the text. */
+/**
+ * Highlight in the plot the selected window or the selected token's window, and in the text the words
+ * of the selected window or cell.
+ */
 function links({ answer, box, token, check, cell }) {
   const lit = check >= 0 ? check : token === null ? -1 : checkOf(answer, token);
   for (const dot of byId("drift-plot").querySelectorAll("[data-check]")) dot.classList.toggle("lit", Number(dot.dataset.check) === lit);
-  const found = answer.checks[lit];
-  byId("drift-window").textContent = found ? sentence(windowInWords(answer, found)) : "";
-  box.text?.light(found && check >= 0 ? inside(answer, found) : cell ? needs(answer, cell) : null);
+  const current = answer.checks[lit];
+  byId("drift-window").textContent = current ? sentence(windowInWords(answer, current)) : "";
+  box.text?.light(current && check >= 0 ? inside(answer, current) : cell ? needs(answer, cell) : null);
 }
 
 function inside(answer, check) {
@@ -159,7 +162,7 @@ function inside(answer, check) {
   return (token) => (from <= token.index && token.index <= to ? 3 : 0);
 }
 
-/** How much of a group of neurons each token ran with: 3 where all of it was kept, 0 where nothing was. */
+/** How much of a group of neurons each token ran with, from 0 (none of it) to 3 (all of it). */
 function needs(answer, { layer, bin }) {
   return (token) => (token.phase === "pruned" ? Math.floor(3 * shareIn(maskAt(answer, token.index), layer, bin)) : 3);
 }
@@ -176,7 +179,7 @@ const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 function heading(answer) {
   if (!answer.start) return answer.label;
-  const state = finished(answer) ? "" : ", being written";
+  const state = finished(answer) ? "" : " (in progress)";
   return `${answer.label || answer.start.method}${state}: ${counted(answer.tokens.length, "token")}`;
 }
 
@@ -185,7 +188,7 @@ function counters(answer) {
   byId("of-sparsity").textContent = answer.start?.sparsity == null
     ? "mean over tokens" : `of ${exactly(answer.start.sparsity)} requested`;
   byId("count-dense").textContent = percent(denseShare(answer), 0);
-  byId("of-dense").textContent = isDense(answer) ? "nothing is pruned" : "of its tokens";
+  byId("of-dense").textContent = isDense(answer) ? "nothing is pruned" : "of decoded tokens";
   byId("count-remasks").textContent = answer.start ? String(rebuilt(answer).length) : plain(null);
   byId("count-speed").textContent = plain(speed(answer), 1);
 }
@@ -193,19 +196,19 @@ function counters(answer) {
 function driftNote(answer) {
   const last = answer.checks.at(-1);
   const rule = answer.start?.config?.drift?.rule;
-  if (!answer.start) return "Similarity of each window of tokens to those that the neurons were selected from, inside the model.";
+  if (!answer.start) return "similarity of each window of tokens to the tokens from which the neurons were selected.";
   if (isDense(answer)) return "A dense answer has no detector.";
   if (!last) return rule ? `Rule ${rule}: no window is complete yet.` : "No window is complete yet.";
-  if (last.threshold == null) return `Rule ${rule}: learning what the beginning is like.`;
-  if (last.state === "suppressed") return `Rule ${rule}: low, but a new mask would cost too many dense tokens.`;
+  if (last.threshold == null) return `Rule ${rule}: still reading the beginning.`;
+  if (last.state === "suppressed") return `Rule ${rule}: low similarity, but a new mask would cost too many dense tokens.`;
   const low = last.similarity < last.threshold;
-  return `Rule ${rule}: ${low ? `unlike the beginning, ${counted(last.counter, "low window")} in a row` : "like the beginning"}.`;
+  return `Rule ${rule}: ${low ? `differs from the beginning, ${counted(last.counter, "low window")} in a row` : "similar to the beginning"}.`;
 }
 
 function remasks(answer) {
   const items = answer.remasks.map((mask) => {
-    const same = mask.overlap == null ? "" : `; ${percent(mask.overlap, 0)} of its neurons were active before`;
-    return el("li", {}, `Token ${mask.step}: ${causeInWords(mask.cause)}, from ${plain(mask.evidence_tokens)} tokens of evidence${same}.`);
+    const same = mask.overlap == null ? "" : `; ${percent(mask.overlap, 0)} of its neurons were in the previous mask`;
+    return el("li", {}, `Token ${mask.step}: ${causeInWords(mask.cause)}; selected from ${plain(mask.evidence_tokens)} tokens${same}.`);
   });
   byId("remask-list").replaceChildren(...(items.length ? items : [el("li", {}, "None yet.")]));
 }
