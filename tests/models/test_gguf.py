@@ -392,7 +392,7 @@ def test_facts_that_the_tensors_do_not_bear_out(architecture, fact, stated, tmp_
     file.write_bytes(whole[:at] + stated.to_bytes(4, "little") + whole[at + 4 :])
     for weights in ("file", "dense"):
         text = sentence(lambda w=weights: load(file, cache_dir=tmp_path, weights=w))
-        assert text.startswith(f"tiny.gguf is damaged: it states {fact} {stated}, and its ")
+        assert text.startswith(f"tiny.gguf is damaged: it states {fact} {stated}, but its ")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

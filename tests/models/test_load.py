@@ -185,10 +185,12 @@ def test_the_size_of_weights(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     monkeypatch.setattr(memory, "available", lambda: 2 * weights - 1)
     said = sentence(folder)
-    assert said.startswith(f"{folder.name} needs 0.1 MB of memory in bfloat16, and 0.1 MB are free")
-    assert "give --dtype bfloat16, --weights q8_0 or q4_0" in said
+    assert said.startswith(
+        f"{folder.name} needs 0.1 MB of memory in bfloat16, but only 0.1 MB are free"
+    )
+    assert "use --dtype bfloat16, --weights q8_0 or q4_0" in said
     said = sentence(gguf, weights="dense", dtype="float32", cache_dir=tmp_path)
-    assert said.startswith("tiny needs 0.4 MB of memory in float32, and 0.1 MB are free: give ")
+    assert said.startswith("tiny needs 0.4 MB of memory in float32, but only 0.1 MB are free: use ")
 
 
 ENCODER = {WEIGHTS: b"weights" * 100, "modules.json": b"[]", "1_Pooling/config.json": b"{}"}

@@ -147,7 +147,7 @@ def test_a_recording_is_played_until_the_visitor_asks(start):
     from selenium.webdriver.common.keys import Keys
 
     _, window = start()
-    assert "A recording, until you ask: " in window.text("greeting-of")
+    assert "A recording, until you ask something: " in window.text("greeting-of")
     count = "document.querySelectorAll('.text [data-token]').length"
     window.wait(f"{count} > 3")
     window.click("play")
@@ -203,7 +203,7 @@ def test_a_key_is_asked_for_and_past_runs_have_addresses(start, tmp_path, monkey
     window.wait(heading.format(5))
     window.driver.back()
     window.wait(heading.format(6))
-    window.wait("document.querySelector('#run a')?.textContent === 'Save its report'")
+    window.wait("document.querySelector('#run a')?.textContent === 'Save the report'")
     window.js("document.querySelector('#run a').click()")
     file = tmp_path / "tides-20260102-030406.html"
     until(lambda: file.exists() and file.stat().st_size)

@@ -161,11 +161,11 @@ def test_compensation_is_the_bias_of_the_down_projection(exported, tmp_path):
 
 
 REFUSED = [
-    ({"architecture": "qwen2"}, {"masks": {1: KEPT}}, "knows no architecture like qwen2"),
+    ({"architecture": "qwen2"}, {"masks": {1: KEPT}}, "has no equivalent of qwen2"),
     (
         {"architecture": "qwen3"},
         {"sparsity": 0.5, "compensation": True},
-        "architecture qwen3, where llama.cpp reads no bias",
+        "architecture qwen3, for which llama.cpp reads no bias",
     ),
     ({}, {"method": "dart-token"}, "selects neurons for every token, and a file has one mask"),
     ({}, {"method": "dense"}, "removes nothing"),
@@ -203,7 +203,7 @@ def test_command(tmp_path, monkeypatch):
     for given, sentence in (
         ([], "ConfigError: method griffin selects neurons by what it reads: give --prompt or"),
         (["--gguf", "x.bin"], '--gguf x.bin must end in ".gguf"'),
-        (["--masks", "m.safetensors", "--prompt", "x"], "drop the prompt and the texts"),
+        (["--masks", "m.safetensors", "--prompt", "x"], "drop --prompt and --text"),
     ):
         done = call(*settings, *given)
         assert (done.code, done.out) == (2, "") and sentence in done.err, done.err
