@@ -241,7 +241,9 @@ def test_an_error_keeps_what_was_finished(case, monkeypatch):
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.contract("--json is one document")
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in COMMANDS], indirect=True, ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in COMMANDS], indirect=True, ids=lambda case: case.name
+)
 def test_json_is_the_document(case):
     settings, threads = case.settings(), torch.get_num_threads()
     values = {name: getattr(settings, name) for name in settings.model_fields_set}
