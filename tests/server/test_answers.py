@@ -153,7 +153,7 @@ REFUSED = [
     (CHAT_URL, {**CHAT, "dart": IDLE}, "so no mask grows stale: leave", "dart", WRONG),
     (CHAT_URL, {**CHAT, "n": 2, "dart": {"conversation": "c"}}, "use n=1", None, WRONG),
     (TEXT_URL, {"prompt": ["a"] * 65}, "65 prompts are too many: at most 64", "prompt", WRONG),
-    (TEXT_URL, {"prompt": ["a", "b"], **KEPT}, "give one", "dart.conversation", WRONG),
+    (TEXT_URL, {"prompt": ["a", "b"], **KEPT}, "give only one prompt", "dart.conversation", WRONG),
     (TEXT_URL, {"prompt": "a", "echo": True, "logprobs": 1}, 'use method "dense"', None, WRONG),
     (TEXT_URL, {"prompt": [""]}, "the prompt is empty", "prompt", WRONG),
     (TEXT_URL, {"prompt": [1, 256]}, "token ids must be 0 to 255", "prompt", WRONG),
