@@ -91,7 +91,7 @@ def test_factors_without_effect_and_bad_ones(tmp_path):
     for bad in ([0.0] * 16, [float("nan")] * 16, [float("inf")] * 16, [2.0] * 5000):
         file = write_gguf(tmp_path / "bad.gguf", tensors={"rope_freqs.weight": bad})
         for weights in ("file", "dense"):
-            with pytest.raises(LoadError, match=r"\Abad.gguf: tensor rope_freqs.weight must have"):
+            with pytest.raises(LoadError, match=r"\Abad.gguf.* tensor rope_freqs.weight must"):
                 load(file, cache_dir=tmp_path, weights=weights)
 
 
