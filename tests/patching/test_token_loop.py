@@ -272,6 +272,18 @@ def test_users_between_steps(monkeypatch, count, case):
     assert count == {"loops": 3 if case == "given cache" else 1, "steps": steps}
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_layers_of_a_growing_cache_show_the_positions_that_they_keep(name):
+    model = shared_model(name)
+    with prune(model, "griffin", sparsity=0.5, executor="native"):
+        cache = new_cache(model)
+        for ids in (PROMPT, *PROMPT[:, :10].split(1, 1)):
+            step(model, ids, cache)
+        for layer in cache.layers:
+            assert layer.buffers is not None and layer.get_seq_length() == 34
+            assert layer.keys.shape[2] == min(34, getattr(layer, "sliding_window", 99) - 1)
+
+
 def test_masks_that_change_while_it_runs(monkeypatch, count):
     """Observed tokens, re-masks, tokens that the model runs itself for a signal."""
     often = {"drift": "interval 4", "remask": {"observe_tokens": 2}}

@@ -17,6 +17,7 @@ from dart_llm.experiments.store import ROWS, ResultLine, is_taken
 from dart_llm.files import read_json, whole_rows
 from dart_llm.reporting.page import short_name
 from dart_llm.reporting.table import Column, Table
+from dart_llm.reporting.words import count
 
 STATUSES = ("complete", "running", "stopped", "interrupted", "failed")
 """The statuses in config.json, and ``stopped``: a run whose process died."""
@@ -230,7 +231,7 @@ def table(runs: Sequence[Run], long: bool = False) -> Table:
             texts = [{"label": "", "result": f"{len(run.lines) or 'no'} results"}]
         head = f"{run.experiment} {run.time}\n{run.kind}, {run.status}"
         rows += [{**text, "run": "" if number else head} for number, text in enumerate(texts)]
-    return Table("", f"{len(runs)} runs", COLUMNS, rows, left=2, nothing="")
+    return Table("", count(len(runs), "run"), COLUMNS, rows, left=2, nothing="")
 
 
 def result(line: ResultLine) -> str:
@@ -238,6 +239,7 @@ def result(line: ResultLine) -> str:
     kind, _, text = line.task.partition(":")
     name = f"{kind}:{Path(text).name}" if text else kind
     if line.value is None:
-        return f"{name} failed: {line.error}"
+        verb = "" if (line.error or "").startswith("disturbed") else " failed"
+        return f"{name}{verb}: {line.error}"
     metric = "" if name.startswith(line.metric) else f"{line.metric} "
     return f"{name} {metric}{line.value:.4g}"
