@@ -1,4 +1,5 @@
-"""Pruning: scores, budgets, masks, drift, and the state of a sequence.  Uses torch, but no model.
+"""Pruning: scores, budgets, masks, drift detection, and the state of each sequence.
 
-Start with ``controller.py``; a new score goes into ``scores.py``, a new method into ``methods.py``.
+The modules use torch, but never run a model.  Start with ``controller.py``.  Add a new score to
+``scores.py`` and a new method to ``methods.py``.
 """
