@@ -189,7 +189,7 @@ def test_a_score_that_learns_wants_its_prior():
             ConfigError, match=r'^score "fisher" needs learned statistics: give self_stats='
         ):
             MaskSelector(PruneConfig(sparsity=sparsity, score="fisher"), make_layers())
-    for score, why in (("flap", "is a variance over all tokens alike"), ("weight", "reads no")):
+    for score, why in (("flap", "weighs all tokens alike, as a variance"), ("weight", "reads no")):
         config = PruneConfig(sparsity=0.5, score={"name": score, "ema_decay": 0.5})
         with pytest.raises(ConfigError, match=f'score "{score}" {why}.*: drop the ema_decay'):
             MaskSelector(config, make_layers())
