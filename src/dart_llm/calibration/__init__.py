@@ -1,5 +1,4 @@
 """Statistics of a model that are collected before it is pruned, and their cache.
 
-Start with ``self_calibration.py``.  ``collect.py`` sums activations, and ``cache.py`` stores the
-sums.
+Start with ``self_calibration.py``; ``collect.py`` sums activations, ``cache.py`` stores the sums.
 """

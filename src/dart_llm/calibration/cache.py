@@ -26,8 +26,7 @@ A change of the dtype of the computation needs no new version, because it only c
 SUFFIX = ".safetensors"
 
 MODEL_DIGITS = 12
-"""Number of digits of the model's digest at the start of a key, which sorts a model's files
-together."""
+"""Number of digits of the model's digest at the start of a key, which sorts files by model."""
 
 Tensors = dict[str, Tensor]
 

@@ -57,14 +57,12 @@ BASES = "features of compensation"
 """Names of stages in progress lines."""
 
 ONE_BY_ONE = 3
-"""Number of tokens that are read in the time to generate one.  Generation is slower because it
-reads all weights for each token of a few rows."""
+"""Generating a token takes as long as reading this many, because a batch of few rows is slow."""
 
 LEARNING = "learning from self-generated text, once per model"
 
 BASIS, SCORE, STATES = "basis", "score", "states"
-"""Names of learned statistics, besides ``FISHER`` and ``SUMS``: the basis of low-rank compensation,
-a score's statistic, and last hidden states, for a screened head."""
+"""Names of learned statistics, besides ``FISHER`` and ``SUMS``; ``STATES``: last hidden states."""
 
 SUMS = ("signed", "features", "sensitivity")
 """Names of sums that a configuration may need (``Statistics.needs``)."""
@@ -81,10 +79,7 @@ def _keep(model: Any, key: str, cache_dir: str | None, tensors: cache.Tensors, s
 def _memory(
     model: Any, sequences: int, length: int, backward: bool = False, *, writes: bool
 ) -> int:
-    """Approximate bytes, in addition to the model, to learn from ``sequences`` of ``length``.
-
-    ``writes``: the model also generates the sequences.
-    """
+    """Approximate bytes, in addition to the model, to read a text and, if ``writes``, write it."""
     rows = min(rows_at_once(model, length, backward), sequences)
     to_write = text_bytes(model, min(WRITTEN, sequences), length) if writes else 0
     return max(to_write, graph_bytes(model, rows * length, backward))
@@ -110,10 +105,9 @@ def calibrate(
     cache_dir: str | None,
     say: Say,
 ) -> Calibrated:
-    """The masks or prior that ``config.calibration`` requests.
+    """The masks or prior that ``config.calibration`` requests; ``source``: see data/documents.py.
 
-    ``source``: the text, as in data/documents.py.  Raises ``ConfigError`` for a text that cannot be
-    used, ``LoadError`` for one that cannot be loaded.
+    Raises ``ConfigError`` for an unusable text, ``LoadError`` for one that cannot be loaded.
     """
     part, layers = config.calibration, _layers(model, config)
     assert part is not None
@@ -221,10 +215,7 @@ def self_calibrate(
 def cached_calibration(
     model: Any, config: PruneConfig, layers: Sequence[FfnWeights], cache_dir: str | None = None
 ) -> tuple[FfnWeights, ...] | None:
-    """Like ``self_calibrate``, but only from the cache, even while the model is being pruned.
-
-    Returns None if the statistics are not cached.
-    """
+    """Like ``self_calibrate``, but from the cache alone, even while pruned; None if not cached."""
     names = wanted(config, layers)
     learned: cache.Tensors | None = {}
     if names:

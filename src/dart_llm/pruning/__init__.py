@@ -1,5 +1,4 @@
-"""Pruning: scores, budgets, masks, drift detection, and the state of each sequence.
+"""Pruning: scores, budgets, masks, drift detection, sequence states.  Uses torch, but no model.
 
-The modules use torch, but never run a model.  Start with ``controller.py``.  Add a new score to
-``scores.py`` and a new method to ``methods.py``.
+Start with ``controller.py``.  New scores go into ``scores.py``, new methods into ``methods.py``.
 """

@@ -1,7 +1,6 @@
 """The report of a run: achieved sparsity and bytes read, computed from its sequence states.
 
-Bytes are not measured: they follow from the shapes and dtypes of the tensors (docs/reference.md,
-"Accounting").
+Bytes follow from the shapes and dtypes of the tensors (docs/reference.md, "Accounting").
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from dart_llm.pruning.token_rules.rule import LayerCost, TokenRule
 from dart_llm.pruning.weights import FfnWeights, in_blocks, stored_bytes
 
 IF_COMPACT = "if compact"
-"""A hypothetical executor, which reads the stored weights of only the kept neurons, once per
-forward."""
+"""A hypothetical executor that reads only the kept neurons' stored weights, once per forward."""
 
 BFLOAT16 = 2
 """Bytes of one bfloat16 value.  Bytes per token are counted as if cached values, and weights that
@@ -92,8 +90,8 @@ class Costs:
     def bytes(self, kept: Sequence[int] | None, skips: bool = True, *, copied: bool = False) -> int:
         """Bytes read under masks that keep ``kept`` neurons per layer; None means dense.
 
-        ``skips``: True if removed neurons are not read.  ``copied``: True if kept neurons are read
-        from compact weights (copies of their rows in the model's dtype).
+        ``skips``: removed neurons are not read.  ``copied``: kept neurons are read from compact
+        weights, copies in the model's dtype.
         """
         total = 0.0
         for index, layer in enumerate(self.layers):
@@ -104,10 +102,7 @@ class Costs:
         return round(total)
 
     def _neuron(self, layer: FfnWeights, copied: bool = False) -> float:
-        """Bytes of a neuron's input rows and output column.
-
-        ``copied``: count them as copied in the model's dtype instead of as stored.
-        """
+        """Bytes of a neuron's input rows and output column, as stored or as ``copied`` weights."""
         if copied:
             return layer.hidden * len(layer.matrices) * self._weight(layer)
         return sum(stored_bytes(m, self.weight_bytes) for m in layer.matrices) / layer.width
@@ -128,11 +123,7 @@ class Costs:
     def build_bytes(
         self, kept: Sequence[int], compact: bool, compensates: bool, *, copied: bool = False
     ) -> int:
-        """Bytes read and written to build one mask.
-
-        ``compact``: the executor copies compact weights.  ``compensates``: the columns of removed
-        neurons are read to compute their compensation.
-        """
+        """Bytes to build one mask: for its copies if ``compact``, and for compensation."""
         total = 0.0
         for count, layer in zip(kept, self.layers, strict=True):
             if compact and count < layer.width:
@@ -215,10 +206,7 @@ class _SequenceBytes:
         return self.widths
 
     def _selection(self, token: TokenConfig, kept: Sequence[int], computed: Sequence[int]) -> float:
-        """Bytes read for per-token selection per forward.
-
-        The weights of the ``computed`` neurons are not included.
-        """
+        """Bytes read to select neurons in a forward, without those of ``computed`` neurons."""
         quantized = all(in_blocks(layer.stored_up) for layer in self.costs.layers)
         rule: type[TokenRule] = TOKEN_RULES.get(token.rule).for_weights(token, quantized)
         layers = zip(self.costs.layers, kept, computed, strict=True)
@@ -240,11 +228,7 @@ def _ffn_bytes(
 
 
 def known_bytes(layers: Iterable[FfnWeights], prior: Iterable[Tensor] | None) -> int:
-    """Bytes in memory of what was known before the prompt.
-
-    These are a calibrated ``prior`` (a ranking of the neurons, [I] per layer) and the layers'
-    learned statistics.
-    """
+    """Bytes of a calibrated ``prior`` (scores [I] per layer) and of learned statistics."""
     calibrated = sum(part.nbytes for part in prior or ())
     learned = [layer.self_stats for layer in layers if layer.self_stats is not None]
     return calibrated + sum(stats.nbytes() for stats in learned)

@@ -36,11 +36,7 @@ Allocate = Callable[[Sequence[LayerView], int], list[int]]
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget's function, and what it needs.
-
-    ``needs``: names of the statistics that the function reads, at most ``sensitivity``.
-    ``source``: the paper and the formula.
-    """
+    """A function, the statistics that it ``needs`` (at most ``sensitivity``) and its source."""
 
     function: Allocate
     needs: frozenset[str]
@@ -153,10 +149,7 @@ def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
 
 
 def depth_profile(y: float) -> float:
-    """The depth factor D_l at relative depth ``y`` = l / (L - 1).
-
-    It is low in the first 30 % and the last 15 % of the layers.
-    """
+    """The factor D_l at relative depth ``y`` = l / (L - 1): low in the first 30 % and last 15 %."""
     if y < 0.3:
         return 0.25 + 0.75 * y / 0.3
     if y > 0.85:

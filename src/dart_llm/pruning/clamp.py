@@ -125,7 +125,7 @@ def _clamp_layer(layer: FfnWeights, values: Mapping[int, float]) -> LayerClamp:
             raise ConfigError(f"layer {number} has neurons 0-{layer.width - 1}; got id {neuron}")
         if not _is_float32(value):
             raise ConfigError(
-                f"neuron {neuron} of layer {number} is clamped at {value}: not a finite float32"
+                f"neuron {neuron} of layer {number} is clamped at {value}: give a finite float32"
             )
     if len(values) == layer.width:
         raise ConfigError(f"layer {number} has no neuron that is not clamped: clamp fewer")

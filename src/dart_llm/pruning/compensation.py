@@ -30,24 +30,21 @@ def compensation(down: Tensor, mean: Tensor, removed: Tensor) -> Tensor:
 
 
 RIDGE = 0.1
-"""Ridge that is added to the features' covariance.  Each feature has variance 1 over self-generated
-text."""
+"""Added to the features' covariance; each feature has variance 1 over self-generated text."""
 
 ROUNDING = 1e-6
 """Directions of h whose variance is less than this share of the mean square of h are dropped,
 because their variance is rounding error."""
 
 FLOOR = 0.01
-"""Share of the mean variance that is added to the variance of each direction of h before the
-direction is scaled to variance 1."""
+"""Share of the mean variance that is added to the variance of every direction of h."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A low-rank linear map of the FFN's input h, which is added to its output: ``out (basis h)``.
+    """A linear map of the FFN's input h; its value ``out (basis h)`` is added to the FFN's output.
 
-    ``basis``: [r, D].  ``out``: [D, r], or [B, D, r] with one map per batch row.  Both have the
-    model's dtype.
+    ``basis``: [r, D]; ``out``: [D, r], or [B, D, r] with one map per batch row; model's dtype.
     """
 
     basis: Tensor
@@ -112,10 +109,7 @@ class CompensationInputs(NamedTuple):
     removed: Tensor
 
     def covariances(self) -> Tensor:
-        """Covariances of the removed neurons' activations u with the features, and the mean of u.
-
-        Returns [n, r + 1].
-        """
+        """Covariances of removed neurons' u with the features, and the mean of u, [n, r + 1]."""
         sums = self.evidence.sums
         mean, f = sums["signed"].rows(self.removed), sums["features"].mean
         cross = torch.addr(sums["cross"].rows(self.removed), mean, f, alpha=-1)

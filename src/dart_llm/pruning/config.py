@@ -390,11 +390,11 @@ class PruneConfig(Part):
                 f"{self.masking_step}: nothing would ever be pruned"
             )
         if self.executor not in ("auto", "masked") and self.batch == "per_row":
-            yield 'batch "per_row" has a mask per row: use executor "masked" or "auto"'
+            yield 'batch "per_row" builds a mask for each row: use executor "masked" or "auto"'
         if self.selects_per_token and self.drift.rule != "never":
             yield (
-                f"with method {self.method} every token selects its own neurons, so no mask grows "
-                "stale: leave the drift rule out, or name a method with masks, such as dart"
+                f"with method {self.method} every token selects its own neurons, so there is no "
+                "mask to rebuild: drop the drift rule, or use a method with masks, such as dart"
             )
         prior = self.calibration is not None and self.calibration.purpose == "prior"
         if prior != (self.score.prior_weight is not None):
@@ -413,8 +413,8 @@ class PruneConfig(Part):
             yield 'strategy "auto" sets the counts: drop the sparsity, layer table and budget'
         elif sparse and table is not None and not parse_layer_spec(table).has_auto:
             yield (
-                f'the layer table "{table}" fixes every count: drop the sparsity, or hand layers '
-                'to the allocator with "auto"'
+                f'the layer table "{table}" fixes every count: drop the sparsity, or let the '
+                'budget decide some layers with "auto"'
             )
 
     @property

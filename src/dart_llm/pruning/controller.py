@@ -80,8 +80,7 @@ class PruningController:
         self.fixed_masks = fixed_masks
         self.on_remask, self.on_tokens = on_remask, on_tokens
         self._clamp_masks = clamp.of((None,) * len(layers)) if clamp.layers else None
-        """Masks for decode steps in which a sequence has no masks of its own: they only remove
-        clamped neurons.  None without a clamp."""
+        """Masks that only remove clamped neurons, for decode steps without a sequence mask."""
         self.sequences: list[SequenceState] = []
         self.finished: list[SequenceState] = []
         """Earlier sequences of the run."""
@@ -121,10 +120,7 @@ class PruningController:
         return self.plan
 
     def _advance(self, state: SequenceState, call: ForwardCall) -> bool:
-        """Advance ``state`` to the coming decode forward, building masks if they are due.
-
-        Returns whether the state observes that forward.
-        """
+        """Advance ``state`` to the coming decode forward; return whether it observes it."""
         has_no_mask = state.phase in (Phase.PREFILL, Phase.OBSERVE)
         if has_no_mask and state.row is not None and state.has_finished(call.live):
             return False  # a row that has ended needs no mask
@@ -134,7 +130,7 @@ class PruningController:
     def end_generate(self, cached: int) -> None:
         """End a ``generate`` call that leaves ``cached`` tokens in the KV cache.
 
-        Tokens after these were rolled back.
+        Later tokens were rolled back.
         """
         self._settle(cached)
         if cached:
@@ -214,10 +210,7 @@ class PruningController:
             self._update(pending.observing, (layer,), part, weights)
 
     def observe_step(self, layers: dict[int, LayerObservation]) -> None:
-        """Receive all layers' activations of one token.
-
-        The tensors must not be modified later, because they are not copied.
-        """
+        """Receive all layers' activations of one token, in tensors that must not change later."""
         pending = self._pending
         if pending is not None and pending.plan.observe and pending.call.kind is Kind.DECODE:
             pending.layers = layers
@@ -234,10 +227,7 @@ class PruningController:
             self._add_queued()
 
     def _add_queued(self) -> None:
-        """Add queued observations to the evidence.
-
-        Must be called before masks are built and before evidence decays.
-        """
+        """Add queued observations to the evidence; needed before masks are built or it decays."""
         for layers, seen, weights in self._queue.drain():
             self._update(self._queue.observing, layers, seen, weights)
 
@@ -268,11 +258,7 @@ class PruningController:
 
     @torch.no_grad()
     def after_forward(self) -> None:
-        """Settle the forward that just ran.
-
-        A decode forward of several tokens is settled later: only the next forward shows which of
-        them were kept.
-        """
+        """Settle the forward that ran, unless only the next one shows how many tokens were kept."""
         pending = self._pending
         if pending is None:
             return
@@ -288,10 +274,9 @@ class PruningController:
         self._settle(None)
 
     def _settle(self, cached: int | None) -> None:
-        """Settle the forward that ran last, if it is pending and has ended.
+        """Settle the pending forward, if it has ended.
 
-        ``cached``: number of tokens that are still in the cache.  None or 0 means that all of this
-        forward's tokens were kept.
+        ``cached``: tokens still in the cache; None or 0: all of this forward's tokens were kept.
         """
         pending, self._pending = self._pending, None
         if pending is None or not pending.ended:
@@ -364,10 +349,9 @@ class PruningController:
 
     @torch.no_grad()
     def select(self) -> Masks:
-        """Build masks from the evidence that the newest sequence has now.
+        """The masks from the newest sequence's evidence, None for dense layers.
 
-        The mask of a layer that stays dense is None.  Raises ``AttachError`` if masks need evidence
-        and no token has been observed.
+        Raises ``AttachError`` if masks need evidence, and no token has been observed.
         """
         self.flush()
         state = self.sequences[-1] if self.sequences else None
@@ -381,20 +365,13 @@ class PruningController:
             return self.selector.select(evidence or empty).masks
 
     def branch(self) -> None:
-        """Make the counts of the tokens decoded so far final.
-
-        They then stay in the accounting even if a later forward uses a shorter cache, as when
-        generation branches off an earlier position.
-        """
+        """Make the counts of decoded tokens final: they stay even if the cache becomes shorter."""
         self.settle()
         for state in self.sequences:
             state.keep_counts()
 
     def tokens_until_change(self) -> int | None:
-        """Maximum number of tokens in the next decode forward before any state changes.
-
-        None means no limit.
-        """
+        """Maximum number of tokens in a decode forward before a state changes; None: no limit."""
         self.settle()
         bounds = [state.tokens_until_change() for state in self.sequences]
         return min(filter(None, bounds), default=None)  # a bound is at least 1

@@ -21,12 +21,10 @@ from dart_llm.pruning.records import DriftCheck
 from dart_llm.pruning.registry import DRIFT_RULES
 
 SINKS = 4
-"""Number of tokens at the start of a sequence (attention sinks) that never enter the reference or a
-window."""
+"""Tokens at the start of a sequence (attention sinks) that no reference or window includes."""
 
 MIN_WINDOWS = 4
-"""Number of windows that a reference needs.  If fewer were observed, the first pruned windows
-become the reference."""
+"""Windows that a reference needs; if fewer were observed, the first pruned windows are used."""
 
 MAX_WINDOWS = 128
 """Number of newest observed windows that give mu and sigma; older ones are dropped."""

@@ -36,8 +36,7 @@ def largest(values: Tensor, count: int) -> Tensor:
 
 
 FLOOR = 0.1
-"""Smallest share of its neurons that a layer keeps, under ``auto`` and budgets that rank the
-neurons of all layers together."""
+"""Smallest share of neurons that a layer keeps, under ``auto`` and rankings of all layers."""
 
 
 def floor_count(width: int) -> int:
@@ -117,10 +116,7 @@ def overlap(first: Masks, second: Masks) -> float:
 
 
 def _neuron_ids(layer: int, ids: Sequence[int] | Tensor, width: int) -> Tensor:
-    """Unique ids, ascending, int64 on the host.
-
-    Raises ``ConfigError`` for booleans, fractions and ids that the layer does not have.
-    """
+    """Unique ids, ascending, int64 on the host; raises ``ConfigError`` if they are not valid."""
     try:
         neurons = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Observed activations of decode tokens, queued before they are added to the evidence.
+"""Queues observed activations of decode tokens, to add them to the evidence together.
 
 Evidence is the sums over observed tokens from which masks are made.
 """
@@ -56,8 +56,7 @@ LIMIT = 32
 """Number of tokens at which a queue is full."""
 
 MAX_BYTES = 4 << 20
-"""Number of bytes at which a queue is full, even with few tokens: for large models, adding more
-tokens at once saves no time."""
+"""Bytes at which a queue is full, even with few tokens: large models gain nothing by waiting."""
 
 
 class ObservedForward(NamedTuple):
@@ -101,9 +100,9 @@ class Observations:
         return tokens >= LIMIT or sum(map(ObservedForward.nbytes, self.forwards)) >= MAX_BYTES
 
     def drain(self) -> Iterator[tuple[tuple[int, ...], LayerObservation, Tensor | None]]:
-        """Empty the queue, yielding its observations for each group of layers of the same shape.
+        """Empty the queue, yielding layers of one shape: their numbers, tensors and token weights.
 
-        Yields the layers' numbers, their tensors [L, B, T, ...], and token weights [B, T] or None.
+        The tensors are [L, B, T, ...]; the weights are [B, T], or None if all are 1.
         """
         forwards, self.forwards = self.forwards, []
         if not forwards:
@@ -119,10 +118,7 @@ class Observations:
 
 
 def _joined(forwards: Sequence[ObservedForward], layers: list[int], part: int) -> Tensor | None:
-    """Field number ``part`` of some layers' observations, over all tokens: [L, B, T, ...].
-
-    None if the field is not needed.
-    """
+    """Field ``part`` of some layers over all tokens, [L, B, T, ...]; None if not needed."""
     tensors = [[forward.layers[layer][part] for forward in forwards] for layer in layers]
     if tensors[0][0] is None:
         return None

@@ -50,8 +50,7 @@ class DriftCheck:
     similarity: float
     """Cosine similarity of the window's mean and the reference, -1 to 1."""
     threshold: float | None
-    """Similarity below which a window is low; None until the detector is armed, that is, until it
-    has enough windows for a threshold."""
+    """Similarity below which a window is low; None until there are enough windows (armed)."""
     counter: int
     trigger: bool
     """Whether the masks are rebuilt after this window."""
@@ -74,10 +73,7 @@ class LayerStat:
 
 @dataclass(frozen=True)
 class SequenceReport:
-    """Accounting of one sequence: a batch row, or a batch that shares its masks.
-
-    Its fields have the same meaning as in ``RunReport``.
-    """
+    """One sequence (a batch row, or a batch that shares its masks); fields as in ``RunReport``."""
 
     sequence: int
     row: int | None
@@ -102,15 +98,11 @@ def bytes_limit(
 
 @dataclass(frozen=True)
 class HeadReport:
-    """Bytes and accuracy of a screened head over the tokens that it scored.
-
-    A screened head computes exact scores only for vocabulary entries with a high rough score.
-    """
+    """Bytes and accuracy of a screened head, which scores few vocabulary entries exactly."""
 
     tokens: int
     bytes_share: float
-    """Bytes read per token, divided by the whole head's.  They include rough scores, exact scores
-    and the samples below."""
+    """Bytes read per token (rough scores, exact scores, samples), divided by the whole head's."""
     sampled: int
     """Number of tokens that the whole head also scored, to measure the accuracy."""
     same_share: float
@@ -121,10 +113,7 @@ class HeadReport:
     """The whole head's bytes, divided by all weight bytes that a dense decoded token reads."""
 
     def read(self, decoded: float) -> float:
-        """Mean share of the head's bytes read over ``decoded`` tokens.
-
-        Tokens that were not screened read the whole head.
-        """
+        """Mean share of the head's bytes read; tokens that were not screened read them all."""
         screened = min(1.0, self.tokens / decoded) if decoded else 1.0
         return 1 - screened * (1 - self.bytes_share)
 
@@ -179,25 +168,21 @@ class RunReport:
     layers: tuple[LayerStat, ...]
     executor: str
     ffn_bytes_share: float
-    """FFN bytes that the executor read, divided by those of dense decoding.  They include the bytes
-    read to observe tokens and to build masks."""
+    """FFN bytes read, divided by those of dense decoding; includes observing and mask building."""
     ffn_bytes_share_if_compact: float
-    """The same, for an executor that reads only the kept neurons in every forward."""
+    """The same if every forward read only the kept neurons (if run compactly)."""
     ffn_share_of_bytes: float
-    """FFN bytes, divided by all weight bytes that one decoded token reads (embedding rows do not
-    count)."""
+    """FFN bytes, divided by all weight bytes that a decoded token reads, without embeddings."""
     extra_memory_bytes: int
     """Bytes of extra memory: evidence, detector, masks, compact weights, low-bit proxies."""
     sequences: tuple[SequenceReport, ...]
     proxy_bytes_share: float = 0.0
-    """Bytes read for per-token selection, divided by dense FFN bytes, for an executor that reads
-    only the selected neurons.  The bytes are those of low-bit proxies, or of removed neurons' rows
-    in a projection that is read as a whole."""
+    """Bytes read for per-token selection, divided by dense FFN bytes, if run compactly: low-bit
+    proxies, or removed neurons' rows in a projection that is read as a whole."""
     token_bytes_share: float | None = None
-    """Bytes that a decoded token reads, divided by those of the dense model in bfloat16, for an
-    executor that reads only the kept neurons.  They are the bytes of FFN, attention, head, KV cache
-    and selection.  Quantized weights count as stored, all others as two bytes, whatever the dtype
-    of the run."""
+    """Bytes that a decoded token reads, divided by those of the dense model in bfloat16, if run
+    compactly: FFN, attention, head, KV cache and selection.  Quantized weights count as stored, all
+    others as two bytes, whatever the dtype of the run."""
     dense_token_bytes_share: float | None = None
     """The same with nothing removed; it is less than 1 if weights are quantized."""
     mean_context: float | None = None

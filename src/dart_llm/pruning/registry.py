@@ -43,8 +43,7 @@ class Registry:
     def register(self, name: str, value: Any) -> Any:
         """Add ``value`` under ``name``; raises ``ConfigError`` if the name is taken.
 
-        A name that is only an entry point's is free, because the module behind the entry point may
-        register the object as well.
+        An entry point does not take a name, because its module may register the object as well.
         """
         if name in self._built_in or name in self._objects:
             raise ConfigError(f"{self.kind} {name!r} is already registered: use another name")
@@ -179,10 +178,7 @@ def use_plugin(path: Path) -> None:
 
 
 def load_plugin() -> None:
-    """Load the plug-in that the environment variable names, unless it was loaded before.
-
-    Raises like ``use_plugin``.
-    """
+    """Load the plug-in that the variable names, if it is not loaded; raises like ``use_plugin``."""
     path = os.environ.get(PLUGIN, "")
     if not path or path in _digests:
         return

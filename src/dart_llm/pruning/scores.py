@@ -23,11 +23,7 @@ __all__ = ["Score", "mix_ranks", "ranks", "score", "squared", "squared_share"]
 
 @dataclass(frozen=True)
 class Score:
-    """A scoring rule: its function, its per-token statistic and its source.
-
-    ``per_token`` is None if the score depends only on weights.  ``source``: the paper and the
-    formula.
-    """
+    """A scoring rule: its function, its per-token statistic (None without one) and its source."""
 
     function: Callable[[Tensor, FfnWeights], Tensor]
     per_token: PerToken | None
@@ -40,10 +36,7 @@ class Score:
     """Whether the score reads ``FfnWeights.fisher``, learned from self-generated text."""
 
     def __call__(self, a: Tensor, weights: FfnWeights) -> Tensor:
-        """The scores, [I] float32; neurons with the largest are kept.
-
-        a: the accumulated statistic, [I] float32.
-        """
+        """The scores, [I] float32, of which the largest are kept.  a: [I] float32."""
         return self.function(a, weights)
 
     @property

@@ -107,10 +107,7 @@ class SequenceState:
         return slice(None) if self.row is None else slice(self.row, self.row + 1)
 
     def has_finished(self, live: Tensor | None) -> bool:
-        """Whether all rows of this state have ended, so that it needs no mask.
-
-        live: [B] bool; None if all rows are live.
-        """
+        """Whether all of the state's rows have ended.  live: [B] bool, or None if all are live."""
         if not self.finished and live is not None:
             self.finished = not bool(live[self.batch_rows].any())
         return self.finished
@@ -209,10 +206,7 @@ class SequenceState:
         self.decoded += tokens
 
     def rewind(self, tokens: int) -> None:
-        """Uncount the last ``tokens`` tokens of every row, which were rolled back.
-
-        ``tokens`` may include prompt tokens.
-        """
+        """Uncount each row's last ``tokens`` tokens (prompt tokens too), which were rolled back."""
         tokens = min(tokens, self.decoded)
         self.decoded -= tokens
         self.pruned_run = max(0, self.pruned_run - tokens)
@@ -253,10 +247,7 @@ class SequenceState:
         return self.config.remask.observe_tokens or max(1, self.config.masking_step)
 
     def _age(self, keep: bool) -> None:
-        """Decay or drop the evidence, as ``remask.evidence`` says.
-
-        ``keep``: never drop it, because a further prompt adds to it.
-        """
+        """Decay or drop the evidence.  ``keep``: do not drop it; a further prompt adds to it."""
         if self.config.remask.evidence == "decay":
             n = max(self.evidence_tokens, 1e-9)
             for layer in self.evidence:

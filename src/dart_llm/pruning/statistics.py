@@ -89,10 +89,7 @@ class LayerStatistics:
             before.weight = before.weight + weight
 
     def add_ema(self, values: Tensor, decay: float, weights: Tensor | None) -> None:
-        """Update the score's sum s by ``s <- d s + a`` for each token in order.
-
-        values: a, [B, T, I], summed over rows; ``decay``: d; weights: [B, T].
-        """
+        """Update the score's sum by ``s <- d s + a`` for each token; values: a, [B, T, I]."""
         if weights is None:
             weights = torch.ones(values.shape[:2], device=values.device)
         alive = weights.amax(0)
@@ -219,8 +216,7 @@ CHUNK_ELEMENTS = 1 << 24
 """Maximum number of float32 elements in a chunk of tokens that is processed at once."""
 
 TOGETHER = 1 << 18
-"""Maximum number of elements of layers that are processed together: intermediate results then stay
-in the CPU's cache."""
+"""Maximum number of elements of layers processed together, so that they fit a CPU's cache."""
 
 
 class TokenSelection(NamedTuple):
@@ -361,10 +357,7 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 
 def _add_features(evidence: Layers, u: Tensor, f: Tensor, weights: Tensor | None) -> None:
-    """Add the sums of f, f f^T and u f^T.
-
-    u: [L, T, I] and f: [L, T, F], both float32; weights: [T], or None if all are 1.
-    """
+    """Add the sums of f, f f^T and u f^T; u: [L, T, I], f: [L, T, F], float32; weights: [T]."""
     add_sums(evidence, "features", f, weights)
     weight: Tensor | float = float(f.shape[1]) if weights is None else weights.sum()
     weighted = f if weights is None else f * weights[:, None]

@@ -64,10 +64,7 @@ class QuantizedProxy:
         return values[:, : self.inputs]
 
     def product(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """x W^T in float32, [..., n], for the rows with ids ``rows`` [n] of W (None: all).
-
-        x: [..., D] of any dtype.
-        """
+        """x W^T in float32, [..., n].  x: [..., D]; ``rows``: ids [n] of W's rows, None for all."""
         count = self.shape[0] if rows is None else len(rows)
         parts = [
             F.linear(x.float(), self.dense(span if rows is None else rows[span]))
@@ -115,7 +112,7 @@ def _spans(rows: int, inputs: int, on_cpu: bool) -> Iterator[slice]:
 
 NO_MASK = (
     "token-level selection has no sequence mask: every token selects its own neurons, and only "
-    "their number per layer is kept"
+    "the number of neurons per layer is fixed"
 )
 """Message for a request that needs a mask of the sequence."""
 

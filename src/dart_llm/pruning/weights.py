@@ -84,10 +84,7 @@ class FfnWeights:
 
     @cached_property
     def saliency(self) -> Tensor:
-        """Factor by which activations are multiplied to rank neurons for one token, [I].
-
-        It is the root of ``fisher`` if that was learned, otherwise ``down_norm``.
-        """
+        """Factor on activations to rank neurons, [I]: root of ``fisher``, else ``down_norm``."""
         return self.down_norm if self.fisher is None else self.fisher.sqrt()
 
     @cached_property

@@ -40,10 +40,7 @@ class LowBit(TokenRule):
         self.norms = norms_of(down.detach(), 0)
 
     def estimate(self, fed: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Activations u~ of the neurons ``ids`` (None: all), estimated from the proxies alone.
-
-        Returns [..., n] float32.
-        """
+        """Activations u~ of neurons ``ids`` (None: all), [..., n], estimated by the proxies."""
         products = [proxy.product(fed, ids) for proxy in self.proxies]
         for number, bias in enumerate(self.block.biases()[2 - len(products) : 2]):
             if bias is not None:

@@ -25,10 +25,7 @@ class Teal(TokenRule):
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """Bytes of the extra inputs of gate and up that are read because their count is rounded up.
-
-        The share of inputs is that of the neurons that each token selects.
-        """
+        """Bytes of inputs of gate and up that are read because their number is rounded up."""
         layer = cost.layer
         if cost.computed == layer.width:
             return 0.0
@@ -38,10 +35,7 @@ class Teal(TokenRule):
         return (len(layer.matrices) - 1) * per_input * excess
 
     def hidden(self, fed: Tensor, mask: LayerMask | None) -> Tensor:
-        """The down projection's input u, [B, T, I].
-
-        With a sequence mask, it has only the neurons of the mask, computed from all inputs.
-        """
+        """The down projection's input u, [B, T, I]; under a sequence mask, from all inputs."""
         block, (gate, up, down) = self.block, self.block.matrices()
         u: Tensor = block.up_of(self.largest(fed, mask, "up", up))
         if gate is None:
