@@ -55,22 +55,22 @@ class Rule:
 
 
 def published() -> Rule:
-    """W = 5, theta = mu - max(0.1 sigma, 0.1), one low window (the published scripts)."""
+    """One window of 5 tokens below mu - max(0.1 sigma, 0.1) (the published scripts)."""
     return Rule(5, lambda mu, sigma: mu - (0.1 * sigma).clamp_min(0.1), 1)
 
 
 def windows(tokens: int, low: int, k: float) -> Rule:
-    """W tokens, N low windows, theta = mu - K sigma: "windows W N K"."""
+    """N windows of W tokens below mu - K sigma, written "windows W N K"."""
     return Rule(tokens, lambda mu, sigma: mu - k * sigma, low)
 
 
 def paper() -> Rule:
-    """W = 10, theta = mu - 0.5 sigma, three low windows (a secondary account of the paper)."""
+    """Three windows of 10 tokens below mu - 0.5 sigma (a secondary account of the paper)."""
     return windows(10, 3, 0.5)
 
 
 def dart() -> Rule:
-    """W = 10, theta = mu - 1.5 sigma, three low windows (this project; docs/drift.md)."""
+    """Three windows of 10 tokens below mu - 1.5 sigma (this project; docs/drift.md)."""
     return windows(10, 3, 1.5)
 
 

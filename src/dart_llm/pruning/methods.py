@@ -186,7 +186,7 @@ def summaries() -> dict[str, str]:
         name = constant.lower().replace("_", "-")
         token = METHODS.get(name).token
         if token is not None and not TOKEN_RULES.get(token.rule).native:
-            text = f"{text[:-1]}; reference speed."
+            text = f"{text[:-1]}; without native kernels."
         if name == DEFAULT_METHOD:
             text += "  The default of every command and of prune."
         lines[name] = text

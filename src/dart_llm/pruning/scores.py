@@ -93,7 +93,7 @@ def flap(a: Tensor, weights: FfnWeights) -> Tensor:
     needs_fisher=True,
 )
 def fisher(a: Tensor, weights: FfnWeights) -> Tensor:
-    """Mean squared activation times the mean squared gradient of the loss by the activation."""
+    """Mean squared activation times the mean squared loss gradient with respect to it."""
     if weights.fisher is None:
         raise RuntimeError("score fisher needs the layers' learned statistics")
     return a * weights.fisher

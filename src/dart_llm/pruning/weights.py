@@ -69,7 +69,7 @@ class FfnWeights:
 
     @property
     def fisher(self) -> Tensor | None:
-        """Mean squared gradient of the loss by each activation, [I]; None if not learned."""
+        """Mean squared loss gradient with respect to each activation, [I]; None if not learned."""
         return None if self.self_stats is None else self.self_stats.fisher
 
     @property
