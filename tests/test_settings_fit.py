@@ -32,7 +32,7 @@ def collected(**flags):
 
 def test_a_decay_takes_a_method_that_averages_where_none_was_named():
     result, notes = collected(ema_decay=0.9, sparsity=0.5)
-    mean = 'score "fisher" is a mean over all tokens alike'
+    mean = 'score "fisher" weighs all tokens alike, as a mean'
     assert notes == [
         f"--ema-decay: method dart-prompt is used instead of dart-token, because {mean}"
     ]

@@ -136,7 +136,8 @@ def test_what_does_not_fit_is_refused_before_anything_runs(cache, monkeypatch):
     glass = PruneConfig.build("glass", calibration={"sequences": 4, "length": 16})
     monkeypatch.setattr(progress, "available", lambda: 30_000)
     refused = (
-        r"^learning takes 0\.\d MB of memory in addition to this model and 0\.0 MB is free: .*"
+        r"^learning needs 0\.\d MB of memory in addition to this model, "
+        r"but only 0\.0 MB is free: .*"
     )
     for call in (
         lambda: prune(model, CONFIG).attach(),

@@ -137,9 +137,9 @@ def test_clamps_that_cannot_be():
     for clamp, message in (
         ({4: {1: 0.0}}, "layer 4 is out of range: this model has 4 layers"),
         ({0: {48: 0.0}}, "layer 0 has neurons 0-47; got id 48"),
-        ({0: {1: float("nan")}}, "neuron 1 of layer 0 is clamped at nan: not a finite float32"),
-        ({0: {1: 1e39}}, r"neuron 1 of layer 0 is clamped at 1e\+39: not a finite float32"),
-        ({0: {1: "x"}}, "neuron 1 of layer 0 is clamped at x: not a finite float32"),
+        ({0: {1: float("nan")}}, "neuron 1 of layer 0 is clamped at nan: give a finite float32"),
+        ({0: {1: 1e39}}, r"neuron 1 of layer 0 is clamped at 1e\+39: give a finite float32"),
+        ({0: {1: "x"}}, "neuron 1 of layer 0 is clamped at x: give a finite float32"),
         ({0: {1.5: 0.0}}, r"clamp= takes \{layer: \{neuron id: activation\}\}"),
         ({"0": {1: 0.0}}, r"clamp= takes \{layer: \{neuron id: activation\}\}"),
         ({1: every}, "layer 1 has no neuron that is not clamped: clamp fewer"),

@@ -139,12 +139,14 @@ def token(value, tokens=1):
 def test_decode_tokens_wait_and_layers_of_one_shape_are_added_together(monkeypatch):
     queue = Observations([True])
     queue.forwards = [token(1.0), token(2.0, 2)._replace(weights=torch.zeros(1, 2))]
-    assert queue.takes([True], 1) and not queue.takes([False], 1) and not queue.takes([True], 2)
+    assert (
+        queue.accepts([True], 1) and not queue.accepts([False], 1) and not queue.accepts([True], 2)
+    )
     (ids, seen, weights), (alone, other, _) = queue.drain()
     assert (ids, alone, seen.h.shape, other.u.shape) == ((0, 2), (1,), (2, 1, 3, 4), (1, 1, 3, 6))
     assert seen.u[:, 0, :, 0].tolist() == [[1, 2, 2], [201, 202, 202]]
     assert weights.tolist() == [[1, 0, 0]]
-    assert list(queue.drain()) == [] and queue.takes([False], 2)
+    assert list(queue.drain()) == [] and queue.accepts([False], 2)
     queue.forwards = [token(1.0)] * LIMIT
     assert queue.full and not Observations([], queue.forwards[1:]).full
     monkeypatch.setattr(observations, "MAX_BYTES", 3 * token(1.0).nbytes())
@@ -189,7 +191,7 @@ def test_a_score_that_learns_wants_its_prior():
             ConfigError, match=r'^score "fisher" needs learned statistics: give self_stats='
         ):
             MaskSelector(PruneConfig(sparsity=sparsity, score="fisher"), make_layers())
-    for score, why in (("flap", "is a variance over all tokens alike"), ("weight", "reads no")):
+    for score, why in (("flap", "weighs all tokens alike, as a variance"), ("weight", "reads no")):
         config = PruneConfig(sparsity=0.5, score={"name": score, "ema_decay": 0.5})
         with pytest.raises(ConfigError, match=f'score "{score}" {why}.*: drop the ema_decay'):
             MaskSelector(config, make_layers())

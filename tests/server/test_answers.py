@@ -150,7 +150,7 @@ REFUSED = [
     (CHAT_URL, {**CHAT, "max_tokens": 0}, "asks for no answer", "max_tokens", WRONG),
     (CHAT_URL, {**CHAT, "dart": {"method": "nix"}}, "unknown method 'nix'", METHOD, WRONG),
     (CHAT_URL, {**CHAT, "dart": {"method": "glass"}}, UNREADY, METHOD, NOT_READY),
-    (CHAT_URL, {**CHAT, "dart": IDLE}, "so no mask grows stale: leave", "dart", WRONG),
+    (CHAT_URL, {**CHAT, "dart": IDLE}, "so there is no mask to rebuild: drop", "dart", WRONG),
     (CHAT_URL, {**CHAT, "n": 2, "dart": {"conversation": "c"}}, "use n=1", None, WRONG),
     (TEXT_URL, {"prompt": ["a"] * 65}, "65 prompts are too many: at most 64", "prompt", WRONG),
     (TEXT_URL, {"prompt": ["a", "b"], **KEPT}, "give only one prompt", "dart.conversation", WRONG),

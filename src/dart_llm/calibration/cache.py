@@ -1,8 +1,8 @@
-"""Calibrations and learned statistics: named tensors, kept in memory and on disk.
+"""The cache of calibrations and learned statistics: named tensors, kept in memory and on disk.
 
-A key identifies the model (a digest of its weights and code) and all inputs of the tensors, such as
-the statistics and the tokens.  Sparsity, budget tables and drift rules are not part of it, so one
-calibration serves all of them.
+A key identifies the model (by a digest of its weights and code) and everything else that the
+tensors depend on, such as the statistics and the tokens.  Sparsity, budget tables and drift rules
+are not part of the key, so one calibration serves all of them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dart_llm.models.checkpoint import plain
 from dart_llm.pruning.statistics import Statistics
 
 FORMAT = 5
-"""Version of what is collected and how; entries of other versions are not used.
+"""Version of the cached tensors and of their computation; entries of other versions are not used.
 
-The dtype of the computation does not change it: the difference is rounding.
+A change of the dtype of the computation needs no new version, because it only changes rounding.
 """
 
 SUFFIX = ".safetensors"
 
 MODEL_DIGITS = 12
-"""Digits of the model's digest at the start of a key, so that a model's files sort together."""
+"""Number of digits of the model's digest at the start of a key, which sorts files by model."""
 
 Tensors = dict[str, Tensor]
 
@@ -34,12 +34,12 @@ _memory: WeakKeyDictionary[nn.Module, dict[str, Tensors]] = WeakKeyDictionary()
 
 
 def key_of(model: str, *parts: object) -> str:
-    """The key of tensors that depend on ``parts`` and the model of this fingerprint."""
+    """The key of tensors that depend on ``parts`` and on the model with this fingerprint."""
     return f"{model[:MODEL_DIGITS]}-{cache.key_of(FORMAT, model, *parts)}"
 
 
 def rule_of(statistics: Statistics) -> object:
-    """A score's per-token statistic, identified by its code, and its decay; None: no statistic."""
+    """What identifies a score's per-token statistic: its code and its decay; None without one."""
     rule = plain(statistics.per_token)
     return rule if statistics.ema_decay is None else [rule, statistics.ema_decay]
 
@@ -47,7 +47,7 @@ def rule_of(statistics: Statistics) -> object:
 def find(model: nn.Module, key: str, cache_dir: str | None) -> Tensors | None:
     """The tensors under ``key``; None if there are none.
 
-    They stay in memory as long as the model does, whatever folder they came from.
+    Once read, they stay in memory as long as the model does, even if ``cache_dir`` changes.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -57,7 +57,7 @@ def find(model: nn.Module, key: str, cache_dir: str | None) -> Tensors | None:
         data = cache.read(cache_folder(cache_dir) / "calibration", key, SUFFIX)
         if data is None:
             return None
-        try:  # copied, because rounding in kernels depends on the alignment
+        try:  # clone: rounding in kernels depends on the tensors' alignment in memory
             kept[key] = {name: tensor.clone() for name, tensor in load(data).items()}
         except (SafetensorError, ValueError):
             return None
@@ -67,9 +67,9 @@ def find(model: nn.Module, key: str, cache_dir: str | None) -> Tensors | None:
 def keep(
     model: nn.Module, key: str, cache_dir: str | None, tensors: Tensors, about: Mapping[str, str]
 ) -> None:
-    """Store tensors in memory and on disk; ``about``: the file's metadata, for people.
+    """Store tensors in memory and on disk; ``about``: metadata of the file, for human readers.
 
-    Raises ``LoadError`` if the file cannot be written; the tensors are in memory even then.
+    Raises ``LoadError`` if the file cannot be written; even then, the tensors are in memory.
     """
     from safetensors.torch import save
 
@@ -81,7 +81,7 @@ def keep(
 
 
 def _of_model(model: nn.Module, key: str) -> dict[str, Tensors]:
-    """Entries in memory for ``model`` and its current weights; drops those of other weights."""
+    """The entries in memory for ``model`` and its current weights; drops those of older weights."""
     kept = _memory.setdefault(model, {})
     for other in [name for name in kept if name[:MODEL_DIGITS] != key[:MODEL_DIGITS]]:
         del kept[other]

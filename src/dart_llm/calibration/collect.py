@@ -1,8 +1,9 @@
-"""Self-generated text of the dense model, and statistics of the model over given tokens.
+"""Generates text with the dense model, and computes the model's statistics over given tokens.
 
-The statistics are sums over tokens, squared gradients, bases and last hidden states.  For text that
-the model sampled itself, the gradient of its log-likelihood is the score function, so the mean of
-g^2 is the diagonal of the Fisher information of the neuron's activation (docs/reference.md).
+The statistics are sums over tokens, squared gradients, bases (directions of the FFN's input, for
+low-rank compensation) and last hidden states.  For text sampled from the model, the gradient g of
+its log-likelihood is the score function, so the mean of g^2 is the diagonal of the Fisher
+information of the neurons' activations (docs/reference.md).
 """
 
 from __future__ import annotations
@@ -29,16 +30,17 @@ from dart_llm.pruning.statistics import LayerStatistics, Statistics, Sum, summed
 from dart_llm.pruning.weights import FfnWeights
 
 WRITTEN = 64
-"""Sequences that the model generates in one batch."""
+"""Number of sequences that the model generates in one batch."""
 
 NUCLEUS = 1024
-"""Number of likeliest tokens that nearly always reach ``top_p``: only these are sorted."""
+"""Number of likeliest tokens that are sorted: their chances nearly always add up to ``top_p``."""
 
 
 def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
-    """``count`` openings of ``length`` tokens, [count, length] int64; None without a tokenizer.
+    """Openings for ``count`` sequences, each of ``length`` tokens: [count, length] int64.
 
-    Openings of fewer tokens are left out.
+    They repeat the package's openings that have enough tokens.  None if there are none, without a
+    tokenizer, and if ``length`` is 0.
     """
     tokenizer = tokenizer_of(model)
     if tokenizer is None or not length:
@@ -52,7 +54,7 @@ def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
 
 
 def start_tokens(model: Any) -> list[int]:
-    """The model's start token, else its end token, else nothing."""
+    """The model's start token, otherwise its end token, otherwise an empty list."""
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         for name in ("bos_token_id", "eos_token_id"):
             token = getattr(config, name, None)
@@ -63,7 +65,7 @@ def start_tokens(model: Any) -> list[int]:
 
 
 def start_ids(model: Any, count: int, generator: torch.Generator) -> Tensor:
-    """[count, 1] int64: the token of ``start_tokens``, or random tokens if there is none."""
+    """The token of ``start_tokens``, or random tokens if there is none, [count, 1] int64."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     first = torch.randint(vocabulary, (count, 1), generator=generator)
     start = start_tokens(model)
@@ -80,11 +82,10 @@ def sample_continuations(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> Tensor:
-    """ids [B, n], continued by the dense model up to ``length`` tokens.
+    """Let the dense model continue ids [B, n] up to ``length`` tokens: [B, length] int64, on host.
 
-    ``temperature`` and ``top_p`` work as in ``generate``; sampling does not stop at an end of
-    sequence.  Returns [B, length] int64 on the host.  Raises ``ConfigError`` for a model without a
-    head, ``DartError`` for logits that are not finite.
+    ``temperature`` and ``top_p`` work as in ``generate``; sampling does not stop at an end token.
+    Raises ``ConfigError`` for a model without a head, ``DartError`` for logits that are not finite.
     """
     written = []
     for number, rows in enumerate(parts := torch.split(ids, WRITTEN)):
@@ -103,10 +104,10 @@ def sample_continuations(
 
 
 def _last_logits(model: Any, output: Any) -> Tensor:
-    """[B, V] float32 on the host."""
+    """The logits after the last token, [B, V] float32 on the host."""
     if getattr(output, "logits", None) is None:
         raise ConfigError(
-            f"{type(model).__name__} has no language-model head, so it writes no text to learn "
+            f"{type(model).__name__} has no language-model head, so it cannot write text to learn "
             "from: prune the causal language model around it, or use dart-prompt or griffin"
         )
     logits: Tensor = output.logits[:, -1].float().cpu()
@@ -116,38 +117,39 @@ def _last_logits(model: Any, output: Any) -> Tensor:
 
 
 def likeliest(chances: Tensor, top_p: float) -> Tensor:
-    """Chances [B, V], 0 for all but the likeliest tokens that together reach ``top_p``."""
+    """Chances [B, V], set to 0 except for the likeliest tokens that add up to ``top_p``."""
     if top_p >= 1:
         return chances
     ordered, tokens = chances.topk(min(NUCLEUS, chances.shape[-1]))
-    if bool((ordered.sum(-1) <= top_p).any()):  # a flat distribution: rare, and eight times as slow
+    if bool((ordered.sum(-1) <= top_p).any()):  # a full sort is rare; it takes eight times as long
         ordered, tokens = chances.sort(descending=True)
     ordered[ordered.cumsum(-1) - ordered > top_p] = 0
     return torch.zeros_like(chances).scatter(1, tokens, ordered)
 
 
 LOGITS = 1 << 24
-"""Most elements of the logits in one backward pass."""
+"""Maximum number of elements of the logits in one backward pass."""
 
 BATCH = 8
-"""Sequences per forward, without a backward pass."""
+"""Number of sequences in a forward without a backward pass."""
 
 BACKWARD = 3
-"""Work of a forward and a backward pass, in forwards."""
+"""A forward and a backward pass together take about as long as this many forwards."""
 
 FISHER = "fisher"
 """Name of the sum of squared gradients."""
 
-Take = Callable[[int, LayerActivations, Tensor | None], None]
+Receive = Callable[[int, LayerActivations, Tensor | None], None]
+"""Receives a layer's number, its activations and, if there is one, the gradient of u."""
 
 
 def _check_finite(tensors: Sequence[Tensor], what: str) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        raise DartError(f"the {what} are not finite: load it in float32 or bfloat16")
+        raise DartError(f"the {what} are not finite: load the model in float32 or bfloat16")
 
 
 def rows_at_once(model: Any, length: int, backward: bool) -> int:
-    """Sequences of ``length`` tokens per forward, or per ``backward`` pass."""
+    """Number of sequences of ``length`` tokens in a forward, with or without a backward pass."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     return max(1, LOGITS // (length * vocabulary)) if backward else BATCH
 
@@ -156,9 +158,10 @@ def rows_at_once(model: Any, length: int, backward: bool) -> int:
 class Needs:
     """What ``collect`` sums over the tokens of a text.
 
-    ``bases``: per layer [r, D], directions of the features; empty: no features.  ``fisher``: also
-    squared gradients, which take a backward pass.  ``inner``: leave out the attention sinks at the
-    start of each sequence, and the last token, which predicts nothing.
+    ``bases``: per layer, the directions [r, D] that give the features of the FFN's input; empty if
+    there are no features.  ``fisher``: also sum squared gradients, which takes a backward pass.
+    ``inner``: exclude the attention sinks at the start of each sequence, and its last token, which
+    has no next token to predict.
     """
 
     statistics: Statistics
@@ -170,7 +173,7 @@ class Needs:
 def collect(
     model: Any, ids: Tensor, needs: Needs, advance: Advance = ignore
 ) -> list[LayerStatistics]:
-    """Sums over ids [n, T] for every layer of the dense model.
+    """The sums over ids [n, T] for every layer of the dense model.
 
     Raises ``DartError`` if the gradients are not finite.
     """
@@ -182,7 +185,7 @@ def collect(
         for number, part in enumerate(parts):
             evidence = [LayerStatistics() for _ in devices]
 
-            def take(layer: int, seen: LayerActivations, gradient: Tensor | None) -> None:
+            def add(layer: int, seen: LayerActivations, gradient: Tensor | None) -> None:
                 basis, sums = needs.bases[layer] if needs.bases else None, evidence[layer]  # noqa: B023
                 with torch.no_grad():
                     f = None if basis is None else F.linear(seen.h, basis.to(seen.h.dtype))[None]
@@ -192,7 +195,7 @@ def collect(
                     squares = gradient.flatten(0, 1).float().square()
                     sums.add(FISHER, squares.sum(0), float(len(squares)))
 
-            run_forward(model, part, take, needs.fisher, kept)
+            run_forward(model, part, add, needs.fisher, kept)
             advance((number + 1) / len(parts))
             yield evidence
 
@@ -206,25 +209,25 @@ def collect(
 
 
 def run_forward(
-    model: Any, ids: Tensor, take: Take, backward: bool = True, kept: slice = slice(None)
+    model: Any, ids: Tensor, receive: Receive, backward: bool = True, kept: slice = slice(None)
 ) -> None:
     """Run ids [B, T] through the dense model, forward and optionally backward.
 
-    Calls ``take(layer, seen, g)`` with a layer's tensors, [B, T', .] for the tokens ``kept``, and
-    g = dL/du, [B, T', I], where L is the summed next-token loss; g is None without ``backward``.
-    Parameters get no gradients, and no flag of the model changes.
+    Calls ``receive(layer, seen, g)`` for every layer.  ``seen`` has its tensors for the tokens
+    ``kept``, [B, T', .].  g = dL/du, [B, T', I], where L is the summed next-token loss, is None
+    without ``backward``.  Parameters get no gradients, and no flag of the model changes.
     """
     ids = ids.clone().to(model.device)
 
     def cut(t: Tensor) -> Tensor:
         return t.detach().reshape(len(ids), -1, t.shape[-1])[:, kept]
 
-    def hand_on(layer: int, seen: LayerActivations, gradient: Tensor | None = None) -> None:
+    def pass_on(layer: int, seen: LayerActivations, gradient: Tensor | None = None) -> None:
         parts = LayerActivations(*map(cut, (seen.u, seen.x, seen.z, seen.r, seen.h)))
-        take(layer, parts, None if gradient is None else cut(gradient))
+        receive(layer, parts, None if gradient is None else cut(gradient))
 
     if not backward:
-        with torch.no_grad(), capture_activations(model, hand_on):
+        with torch.no_grad(), capture_activations(model, pass_on):
             model(ids, use_cache=False, logits_to_keep=1)
         return
     captured: dict[int, LayerActivations] = {}
@@ -239,12 +242,12 @@ def run_forward(
         layers = sorted(captured)
         gradients = torch.autograd.grad(loss, [captured[n].u for n in layers])
     for layer, gradient in zip(layers, gradients, strict=True):
-        hand_on(layer, captured.pop(layer), gradient)
+        pass_on(layer, captured.pop(layer), gradient)
 
 
 @contextlib.contextmanager
 def _in_graph(embedding: nn.Module) -> Iterator[None]:
-    """Context in which the embedding's output requires gradients, even with frozen weights."""
+    """A context in which the embedding's output requires gradients, even if weights are frozen."""
 
     def attach(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output if output.requires_grad else output.detach().requires_grad_()
@@ -258,7 +261,7 @@ def _in_graph(embedding: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context in which ``model`` is in evaluation mode; restores each module's flag."""
+    """A context in which ``model`` is in evaluation mode; restores each module's flag."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -276,9 +279,10 @@ BASIS_TOKENS = 1024
 def find_bases(
     model: Any, ids: Tensor, rank: int, layers: Sequence[FfnWeights], advance: Advance = ignore
 ) -> list[Tensor | None]:
-    """For each layer, the basis [r, D] of its FFN's input over ids [n, T], in the model's dtype.
+    """For each layer, the ``rank`` main directions [r, D] of its FFN's input over ids [n, T].
 
-    None for inline blocks, where pruning replaces a module that does not get the FFN's input.
+    They have the model's dtype.  None for inline FFNs, because the module that pruning replaces
+    there does not receive the FFN's input.
     """
     if not rank:
         return [None] * len(layers)
@@ -286,10 +290,10 @@ def find_bases(
     inputs: dict[int, list[Tensor]] = {}
     rows = min(len(ids), max(1, -(-BASIS_TOKENS // (ids.shape[1] - SINKS))))
 
-    def take(layer: int, seen: LayerActivations) -> None:
+    def store(layer: int, seen: LayerActivations) -> None:
         inputs.setdefault(layer, []).append(seen.h[:, SINKS:].flatten(0, 1))
 
-    with torch.inference_mode(False), capture_activations(model, take):
+    with torch.inference_mode(False), capture_activations(model, store):
         _forwards(model, ids[:rows].clone(), lambda share: advance(share / 2))
     bases: list[Tensor | None] = []
     for number, layer in enumerate(layers):
@@ -304,7 +308,7 @@ def find_bases(
 
 
 def _forwards(model: Any, ids: Tensor, advance: Advance) -> None:
-    """Run ids [n, T] through ``model``, four rows at a time, for hooks to read."""
+    """Run ids [n, T] through ``model``, four rows at a time, so that hooks can read activations."""
     for number, part in enumerate(parts := torch.split(ids, 4)):
         model(part.to(model.device), use_cache=False, logits_to_keep=1)
         advance((number + 1) / len(parts))
@@ -312,14 +316,14 @@ def _forwards(model: Any, ids: Tensor, advance: Advance) -> None:
 
 @torch.no_grad()
 def last_states(model: Any, ids: Tensor, advance: Advance = ignore) -> Tensor:
-    """Last hidden states of ids [n, T], the head's input: [n T, D] on the host, model's dtype."""
+    """The head's input, the last hidden states of ids [n, T]: [n T, D] on the host."""
     states: list[Tensor] = []
     width = model.get_output_embeddings().weight.shape[1]
 
-    def take(module: nn.Module, args: Any, output: Any) -> None:
+    def store(module: nn.Module, args: Any, output: Any) -> None:
         states.append(output[0].detach().reshape(-1, width).cpu())
 
-    handle = decoder_of(model).register_forward_hook(take)
+    handle = decoder_of(model).register_forward_hook(store)
     try:
         _forwards(model, ids, advance)
     finally:

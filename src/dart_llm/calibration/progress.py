@@ -1,4 +1,4 @@
-"""Progress of calibration: its memory, the share that is done, the time left."""
+"""Progress of calibration: the memory that it needs, the share that is done and the time left."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ logger = logging.getLogger("dart_llm")
 
 Say = Callable[[str], None]
 Advance = Callable[[float], None]
-"""Called with the share of a stage that is done, from 0 to 1."""
+"""A function that is called with the share of a stage that is done, from 0 to 1."""
 
 FIRST_S, EVERY_S = 5.0, 10.0
-"""Shortest time to the first line, and between two lines; lines are logged after forwards."""
+"""Minimum seconds before the first line and between two lines; lines are logged after forwards."""
 
 LARGE = 100_000_000
-"""Bytes of memory from which the first line reports it."""
+"""The first line reports the memory if it is more than this many bytes."""
 
 FLOATS = 16
-"""Approximate number of vectors of width D that the graph keeps per token and layer; of width I it
-keeps a third as many."""
+"""Approximate number of vectors of hidden size D that autograd's graph keeps per token and layer.
+Of vectors with one value per neuron, it keeps a third as many."""
 
 
 def ignore(share: float) -> None:
@@ -37,13 +37,13 @@ def ignore(share: float) -> None:
 
 
 class Progress:
-    """Logs progress through ``stages``: their names, and the work of each in tokens read."""
+    """Logs progress through ``stages``, which maps their names to their work in tokens read."""
 
     def __init__(self, say: Say, stages: Mapping[str, float], what: str) -> None:
-        """``what``: the current task, in words.
+        """``say``: logs a line.  ``what``: the current task, in words.
 
-        Library calls log at level info, which is usually hidden; slow ones therefore log warnings,
-        or they would seem to hang.
+        Library calls log at level info, which is usually hidden.  If ``say`` does so, slow tasks
+        log warnings instead, because they would seem to hang.
         """
         self._stages, self._total, self._before = stages, sum(stages.values()), 0.0
         quiet = say == logger.info
@@ -53,7 +53,7 @@ class Progress:
             say(what)
 
     def stage(self, name: str) -> Advance:
-        """Begin stage ``name``; returns its ``Advance``."""
+        """Begin stage ``name``; return the function to call as it advances."""
         before, work = self._before, self._stages[name]
         self._before += work
         return lambda share: self._advance(name, before + share * work)
@@ -69,29 +69,28 @@ class Progress:
         if self._what:
             self._say(self._what)
         self._what, self._logged = "", now
-        rough = duration(max(1.0, round(left, -1) if left > 20 else round(left))).replace(
-            ".0 ", " "
-        )
-        self._say(f"learning ({name}): {100 * done / self._total:.0f} %, about {rough} left")
+        rounded = max(1.0, round(left, -1) if left > 20 else round(left))
+        time_left = duration(rounded).replace(".0 ", " ")
+        self._say(f"learning ({name}): {100 * done / self._total:.0f} %, about {time_left} left")
 
 
 @contextlib.contextmanager
 def learning(
     model: Any, say: Say, what: str, work: Mapping[str, float], memory: int
 ) -> Iterator[tuple[Any, Progress]]:
-    """The model to calibrate with instead of ``model`` (``in_float32``), and its progress.
+    """A context with the model to calibrate (``model``, or a float32 copy) and its progress.
 
-    ``what``: the task, in words.  ``work``: of each stage, in tokens read.  ``memory``: bytes
-    needed in addition to the model.  Raises ``ConfigError``, before any computation, if fewer are
-    free.
+    ``what``: the task, in words.  ``work``: the work of each stage, in tokens read.  ``memory``:
+    bytes needed in addition to the model.  Raises ``ConfigError``, before any computation, if fewer
+    bytes are free.
     """
     free = available()
     if next(model.parameters()).device.type == "cpu" and memory > free:
         raise ConfigError(
-            f"learning takes {size_text(memory)} of memory in addition to this model and "
-            f"{size_text(max(0, free))} is free: store the weights in blocks (--weights q8_0), "
-            "learn from a smaller text (length and sequences of self_stats or calibration), or use "
-            "method griffin, which learns nothing"
+            f"learning needs {size_text(memory)} of memory in addition to this model, but only "
+            f"{size_text(max(0, free))} is free: quantize the weights (--weights q8_0), learn from "
+            "a smaller text (length and sequences of self_stats or calibration), or use method "
+            "griffin, which learns nothing"
         )
     if is_emulated(model) and can_copy(model):
         memory += copy_bytes(model)
@@ -102,17 +101,17 @@ def learning(
 
 
 def graph_bytes(model: Any, tokens: int, backward: bool) -> int:
-    """Approximate bytes of a forward of ``tokens``; with ``backward``, of its graph too."""
+    """Approximate bytes of a forward of ``tokens`` tokens, and of its graph if ``backward``."""
     layers, _, text = decoder_layers(model)
-    each = FLOATS * int(text.hidden_size) + FLOATS * describe(model).blocks[0].down_width // 3
+    layer = FLOATS * int(text.hidden_size) + FLOATS * describe(model).blocks[0].down_width // 3
     logits = int(text.vocab_size)
-    return 4 * tokens * (each * len(layers) + 4 * logits if backward else each + logits)
+    return 4 * tokens * (layer * len(layers) + 4 * logits if backward else layer + logits)
 
 
 def text_bytes(model: Any, sequences: int, length: int) -> int:
-    """Bytes of the cache and the logits of sequences that are generated in one batch."""
+    """Bytes of the KV cache and the logits of sequences that are generated in one batch."""
     layers, _, text = decoder_layers(model)
     heads = int(text.num_attention_heads)
     size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    kept = 2 * int(getattr(text, "num_key_value_heads", None) or heads) * size * len(layers)
-    return 4 * sequences * (2 * length * kept + 4 * int(text.vocab_size))
+    per_token = 2 * int(getattr(text, "num_key_value_heads", None) or heads) * size * len(layers)
+    return 4 * sequences * (2 * length * per_token + 4 * int(text.vocab_size))

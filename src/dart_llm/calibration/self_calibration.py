@@ -1,9 +1,10 @@
-"""Statistics that are collected from a model once, before its first token, and cached.
+"""Statistics that are collected from a model once, before it is pruned, and cached.
 
-``calibrate`` computes static masks from a text (``wanda``, ``flap``) or a prior from self-generated
-text (``glass``).  ``self_calibrate`` learns the statistics that scores, budgets and compensation
-use in addition to the prompt; ``learn_screen`` learns a screened head (docs/reference.md,
-"Self-calibration").
+``calibrate`` computes static masks from a text (``wanda``, ``flap``), or a prior, a ranking of the
+neurons, from text that the model generates (``glass``).  ``self_calibrate`` learns, from such text,
+the statistics that scores, budgets and compensation use in addition to the prompt.
+``learn_screen`` learns a screened head, which computes exact scores only for some vocabulary
+entries (docs/reference.md, "Self-calibration").
 """
 
 from __future__ import annotations
@@ -56,20 +57,21 @@ BASES = "features of compensation"
 """Names of stages in progress lines."""
 
 ONE_BY_ONE = 3
-"""Tokens that are read in the time to generate one, which reads all weights for a few rows."""
+"""Generating a token takes as long as reading this many, because a batch of few rows is slow."""
 
 LEARNING = "learning from self-generated text, once per model"
 
 BASIS, SCORE, STATES = "basis", "score", "states"
-"""Learned items, besides ``FISHER`` and sums; ``STATES``: last hidden states, for a screen."""
+"""Names of learned statistics, besides ``FISHER`` and ``SUMS``; ``STATES``: last hidden states."""
 
 SUMS = ("signed", "features", "sensitivity")
-"""Sums that a configuration may need (``Statistics.needs``)."""
+"""Names of sums that a configuration may need (``Statistics.needs``)."""
 
 
-def _keep(model: Any, key: str, cache_dir: str | None, part: cache.Tensors, say: Say) -> None:
+def _keep(model: Any, key: str, cache_dir: str | None, tensors: cache.Tensors, say: Say) -> None:
+    """Store tensors in the cache; if their file cannot be written, only report it."""
     try:
-        cache.keep(model, key, cache_dir, part, {"note": "what dart_llm learned of a model"})
+        cache.keep(model, key, cache_dir, tensors, {"note": "what dart_llm learned of a model"})
     except LoadError as error:
         say(f"the learned statistics were not cached: {error}")
 
@@ -77,18 +79,18 @@ def _keep(model: Any, key: str, cache_dir: str | None, part: cache.Tensors, say:
 def _memory(
     model: Any, sequences: int, length: int, backward: bool = False, *, writes: bool
 ) -> int:
-    """Approximate bytes, in addition to the model, for learning from this much text."""
+    """Approximate bytes, in addition to the model, to read a text and, if ``writes``, write it."""
     rows = min(rows_at_once(model, length, backward), sequences)
-    written = text_bytes(model, min(WRITTEN, sequences), length) if writes else 0
-    return max(written, graph_bytes(model, rows * length, backward))
+    to_write = text_bytes(model, min(WRITTEN, sequences), length) if writes else 0
+    return max(to_write, graph_bytes(model, rows * length, backward))
 
 
-# masks and priors
+# Masks and priors
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Masks, or a prior [I] per layer, and a note on their source."""
+    """Masks, or a prior, [I] per layer, and a note that says what they were computed from."""
 
     fixed_masks: Masks | None
     prior: tuple[Tensor, ...] | None
@@ -120,8 +122,8 @@ def calibrate(
     short = "" if count == part.sequences else f" of {part.sequences}"
     size = f"{count}{short} sequences of {part.length} tokens ({count * part.length:,} tokens)"
     note = f"calibration: {size} of {name}"
-    parts = cache.rule_of(statistics), sorted(statistics.beside_score)
-    key = cache.key_of(fingerprint(model), *parts, tokens)
+    sums = cache.rule_of(statistics), sorted(statistics.beside_score)
+    key = cache.key_of(fingerprint(model), *sums, tokens)
     tensors = cache.find(model, key, cache_dir)
     if tensors is None:
         check_free(model)
@@ -142,15 +144,15 @@ def calibrate(
 
 
 def observing(config: PruneConfig, layers: Sequence[FfnWeights]) -> MaskSelector:
-    """A selector with all statistics that ``config`` needs at any sparsity and layer table.
+    """A selector whose statistics serve ``config`` with any sparsity and layer table.
 
-    For masks, signed means are included even without compensation.  Raises ``ConfigError`` for a
-    score that needs learned gradients.
+    For masks, the statistics include mean activations even without compensation.  Raises
+    ``ConfigError`` for a score that needs learned gradients.
     """
     if SCORES.get(config.score.name).needs_fisher:
         raise ConfigError(
-            f'score "{config.score.name}" reads gradients that the model learns from itself, not '
-            "a calibration: drop the calibration"
+            f'score "{config.score.name}" reads gradients, which only self-calibration computes: '
+            "drop the calibration"
         )
     masks = config.calibration is not None and config.calibration.purpose == "masks"
     observed = PruneConfig(
@@ -168,7 +170,7 @@ def observing(config: PruneConfig, layers: Sequence[FfnWeights]) -> MaskSelector
 def choose(
     model: Any, config: PruneConfig, evidence: Sequence[LayerStatistics]
 ) -> tuple[Masks | None, tuple[Tensor, ...] | None]:
-    """(masks, None) or (None, prior), depending on the calibration's purpose."""
+    """Compute ``(masks, None)`` or ``(None, prior)``, depending on the calibration's purpose."""
     part, layers = config.calibration, _layers(model, config)
     assert part is not None
     for layer, statistics in zip(layers, evidence, strict=True):
@@ -184,7 +186,7 @@ def _layers(model: Any, config: PruneConfig) -> tuple[FfnWeights, ...]:
     return describe(model).weights(config.score.proxy_embedding, config.seed)
 
 
-# learned statistics and the screened head
+# Learned statistics and the screened head
 
 
 def self_calibrate(
@@ -197,10 +199,10 @@ def self_calibrate(
 ) -> tuple[FfnWeights, ...]:
     """The layers with the learned statistics that ``config`` needs; unchanged if it needs none.
 
-    ``tokenizer``: the model's; None: the one that was loaded with it, if any.
-    Raises ``AttachError`` for a model that is being pruned, ``ConfigError`` for a model that is
-    offloaded, has no head, or has weights made in inference mode if gradients are needed, and
-    ``DartError`` for values that are not finite.
+    ``tokenizer``: the model's; None means the one that was loaded with it, if any.
+    Raises ``AttachError`` for a model that is being pruned, and ``DartError`` for values that are
+    not finite.  Raises ``ConfigError`` for a model that is offloaded or has no head, and, if
+    gradients are needed, for weights that were created in inference mode.
     """
     names = wanted(config, layers)
     if not names:
@@ -213,7 +215,7 @@ def self_calibrate(
 def cached_calibration(
     model: Any, config: PruneConfig, layers: Sequence[FfnWeights], cache_dir: str | None = None
 ) -> tuple[FfnWeights, ...] | None:
-    """``self_calibrate`` from the cache alone, even while pruned; None if not cached."""
+    """Like ``self_calibrate``, but from the cache alone, even while pruned; None if not cached."""
     names = wanted(config, layers)
     learned: cache.Tensors | None = {}
     if names:
@@ -224,7 +226,7 @@ def cached_calibration(
 
 
 _screens: WeakKeyDictionary[nn.Module, tuple[object, Screen]] = WeakKeyDictionary()
-"""The newest screen of each model, and the key of its inputs."""
+"""The newest screen of each model, and a key that identifies what it was computed from."""
 
 
 def learn_screen(
@@ -235,7 +237,7 @@ def learn_screen(
     say: Say = logger.info,
     tokenizer: Any = None,
 ) -> Screen | None:
-    """The screen of the model's head; None if ``config`` uses the whole head.
+    """The screen of the model's output head; None if ``config`` uses the whole head.
 
     Raises ``AttachError`` for a model that is being pruned, ``ConfigError`` for a head that cannot
     be screened.
@@ -246,25 +248,26 @@ def learn_screen(
     weight: Any = getattr(head, "weight", None)
     if weight is None or getattr(head, "bias", None) is not None or weight.is_meta:
         raise ConfigError(
-            f'{type(model).__name__} has no plain output head: leave head.kind at "full"'
+            f"{type(model).__name__} has no plain output head (one matrix without a bias, not "
+            'offloaded), which a screened head needs: leave head.kind at "full"'
         )
     source = _SelfText(model, config, tuple(layers), cache_dir, say, tokenizer)
-    mark = source.text_key, place_of(weight.detach()), config.head.bytes
+    key = source.text_key, place_of(weight.detach()), config.head.bytes
     newest = _screens.get(model)
-    if newest is not None and newest[0] == mark:
+    if newest is not None and newest[0] == key:
         return newest[1]
     states = source.learned([STATES])[STATES].to(weight.device)
     with torch.inference_mode(False), torch.no_grad():
         screen = Screen.of(weight.detach(), states, config.head.bytes)
-    _screens[model] = mark, screen
+    _screens[model] = key, screen
     return screen
 
 
 class _SelfText:
     """The text that a model generates for one configuration, and the statistics learned from it.
 
-    Both are cached.  The key of the statistics has the text's tokens, not the request for it:
-    rounding differs between machines, and so does the text.
+    Both are cached.  The key of the statistics depends on the text's tokens, not only on the
+    settings of its generation: rounding, and therefore the text, differs between machines.
     """
 
     def __init__(
@@ -285,19 +288,20 @@ class _SelfText:
         self.opening = opening_ids(model, self.settings.sequences, self.settings.opening)
         self.digest = fingerprint(model)
         first = start_tokens(model) if self.opening is None else digest_of(self.opening)
-        decides = first, self.settings.model_dump(exclude={"tokens"}), config.seed
-        self.text_key = cache.key_of(self.digest, "text", *decides)
+        inputs = first, self.settings.model_dump(exclude={"tokens"}), config.seed
+        self.text_key = cache.key_of(self.digest, "text", *inputs)
 
     def cached(self, names: Sequence[str]) -> cache.Tensors | None:
-        """The learned statistics ``names``; None if not cached."""
+        """The learned statistics ``names`` from the cache; None if they are not cached."""
         text = cache.find(self.model, self.text_key, self.cache_dir)
         key = None if text is None else self._key(names, text["ids"])
         return None if key is None else cache.find(self.model, key, self.cache_dir)
 
     def learned(self, names: Sequence[str]) -> cache.Tensors:
-        """The learned statistics ``names``, from the cache or else from self-generated text."""
+        """The learned statistics ``names``, learned now if they are not cached."""
         check_free(self.model)
-        # the tensors must work in later forwards of any mode; dropout would draw random numbers
+        # without inference mode, so that later forwards of any mode can use the tensors; in
+        # evaluation mode, so that there is no dropout
         with torch.inference_mode(False), evaluating(self.model):
             tensors = self.cached(names)
             if tensors is not None:
@@ -305,7 +309,7 @@ class _SelfText:
             text = cache.find(self.model, self.text_key, self.cache_dir)
             tokens = float(self.settings.sequences * self.settings.length)
             work = {WRITING: ONE_BY_ONE * tokens} if text is None else {}
-            if BASIS in names:  # the eigenvectors take as long as the forwards
+            if BASIS in names:  # computing the eigenvectors takes as long as the forwards
                 work[BASES] = 2 * min(tokens, BASIS_TOKENS)
             work[READING] = tokens * (BACKWARD if FISHER in names else 1)
             size, backward = (self.settings.sequences, self.settings.length), FISHER in names
@@ -321,19 +325,19 @@ class _SelfText:
 
     def _key(self, names: Sequence[str], ids: Tensor) -> str:
         rule = cache.rule_of(self.statistics)
-        decides = sorted(names), digest_of(ids)
+        inputs = sorted(names), digest_of(ids)
         rank = self.config.compensation_rank if BASIS in names else 0
-        return cache.key_of(self.digest, *decides, rank, rule if SCORE in names else None)
+        return cache.key_of(self.digest, *inputs, rank, rule if SCORE in names else None)
 
     def _written(self, model: Any, progress: Progress) -> Tensor:
-        """[n, T] int64 on the host."""
+        """The text that ``model`` generates, [n, T] int64 on the host."""
         settings, opening = self.settings, self.opening
         generator = torch.Generator().manual_seed(self.config.seed)
         if opening is None:
             self.say("without a tokenizer self-generated text begins with the model's start token")
             opening = start_ids(self.model, settings.sequences, generator)
-        how = progress.stage(WRITING), settings.temperature, settings.top_p
-        return sample_continuations(model, opening, settings.length, generator, *how)
+        sampling = progress.stage(WRITING), settings.temperature, settings.top_p
+        return sample_continuations(model, opening, settings.length, generator, *sampling)
 
     def _read(
         self, model: Any, ids: Tensor, names: Sequence[str], progress: Progress
@@ -346,8 +350,8 @@ class _SelfText:
         if BASIS in names:
             rank = self.config.compensation_rank
             bases = find_bases(model, ids, rank, self.layers, progress.stage(BASES))
-            each = enumerate(bases)
-            tensors = {f"{BASIS}.{n}": basis.float() for n, basis in each if basis is not None}
+            layers = enumerate(bases)
+            tensors = {f"{BASIS}.{n}": basis.float() for n, basis in layers if basis is not None}
         statistics = replace(
             self.statistics,
             per_token=self.statistics.per_token if SCORE in names else None,
@@ -365,8 +369,8 @@ class _SelfText:
 def wanted(config: PruneConfig, layers: Sequence[FfnWeights]) -> list[str]:
     """Names of the learned statistics that ``config`` needs.
 
-    Gradients are for scores that need them and for per-token selection, the basis is for low-rank
-    compensation, and sums are needed if they count in addition to observed tokens.
+    Some scores and per-token selection need gradients, low-rank compensation needs the basis, and
+    sums are needed if they count in addition to observed tokens.
     """
     if config.self_stats is None:
         return []
@@ -384,19 +388,23 @@ def wanted(config: PruneConfig, layers: Sequence[FfnWeights]) -> list[str]:
 def _check_learnable(
     model: nn.Module, method: str, layers: Sequence[FfnWeights], backward: bool
 ) -> None:
-    why = ""
+    """Raise ``ConfigError`` if statistics (gradients too, if ``backward``) cannot be learned."""
+    problem = ""
     if any(layer.down.is_meta for layer in layers):
-        why = "self-generated text, which an offloaded model cannot write: do not offload it"
+        problem = "self-generated text, which an offloaded model cannot write: do not offload it"
     elif backward and any(p.is_inference() for p in model.parameters()):
-        why = "gradients, which weights made in torch.inference_mode() lack: load it outside"
-    if why:
-        raise ConfigError(f'method "{method}" learns from {why}, or use griffin')
+        problem = (
+            "gradients, which weights made in torch.inference_mode() lack: load the model outside "
+            "that mode"
+        )
+    if problem:
+        raise ConfigError(f'method "{method}" learns from {problem}, or use griffin')
 
 
 def _with_statistics(
     config: PruneConfig, layers: Sequence[FfnWeights], learned: cache.Tensors
 ) -> tuple[FfnWeights, ...]:
-    """The layers with learned statistics, which may be empty, on their devices."""
+    """The layers with the statistics ``learned``, which may be empty, on the layers' devices."""
     if config.self_stats is None:
         return tuple(layers)
     sums = {name: tensor for name, tensor in learned.items() if name[0].isdigit()}

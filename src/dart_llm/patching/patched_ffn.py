@@ -122,9 +122,9 @@ class PatchedFFN:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         masks = self._masks()
         only = masks[0] if len(masks) == 1 else None
-        if plan.into is not None and not self.block.inline and not torch.is_grad_enabled():
+        if plan.observations is not None and not self.block.inline and not torch.is_grad_enabled():
             u = self.block.hidden(x)  # not for inline blocks, which flatten their tokens
-            plan.into[self.block.index] = LayerObservation(u, x if plan.inputs else None)
+            plan.observations[self.block.index] = LayerObservation(u, x if plan.inputs else None)
             z = self.block.down(u)
         elif not plan.observe and all(mask is None for mask in masks):
             return original(*args, **kwargs)

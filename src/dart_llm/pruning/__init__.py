@@ -1,4 +1,4 @@
-"""Pruning: scores, budgets, masks, drift, and the state of a sequence.  Uses torch, but no model.
+"""Pruning: scores, budgets, masks, drift detection, sequence states.  Uses torch, but no model.
 
-Start with ``controller.py``; a new score goes into ``scores.py``, a new method into ``methods.py``.
+Start with ``controller.py``.  New scores go into ``scores.py``, new methods into ``methods.py``.
 """

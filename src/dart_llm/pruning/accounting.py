@@ -1,4 +1,4 @@
-"""The report of a run: bytes and achieved sparsity, computed from its sequence states.
+"""The report of a run: achieved sparsity and bytes read, computed from its sequence states.
 
 Bytes follow from the shapes and dtypes of the tensors (docs/reference.md, "Accounting").
 """
@@ -22,20 +22,22 @@ from dart_llm.pruning.token_rules.rule import LayerCost, TokenRule
 from dart_llm.pruning.weights import FfnWeights, in_blocks, stored_bytes
 
 IF_COMPACT = "if compact"
-"""A hypothetical executor that reads only the kept neurons, once per forward, from the weights."""
+"""A hypothetical executor that reads only the kept neurons' stored weights, once per forward."""
 
 BFLOAT16 = 2
-"""Bytes of a weight or cached value, the unit for bytes per token."""
+"""Bytes of one bfloat16 value.  Bytes per token are counted as if cached values, and weights that
+are not quantized, had this size."""
 
 
 @dataclass(frozen=True)
 class TokenTraffic:
-    """Bytes that one decoded token reads; the cache and weights outside blocks count as bfloat16.
+    """Bytes that one decoded token reads.
 
-    ``dense``: bytes of all weights at bfloat16.  ``ffn``, ``attention``, ``others`` (head, norms,
-    ...): bytes of the weights, blocks as stored.  ``cache``: for each group of equal layers, bytes
-    of one position, and the most positions that are read (None: all).  ``head``: the part of
-    ``others`` in the output head.
+    Quantized weights count as stored; other weights and the KV cache count as bfloat16.  ``dense``:
+    bytes of all weights in bfloat16.  ``ffn``, ``attention`` and ``others`` (head, norms, ...):
+    bytes of these weights.  ``cache``: for each group of equal layers, the bytes of one cached
+    position, and the maximum number of positions read (None means all).  ``head``: bytes of the
+    output head, which are part of ``others``.
     """
 
     dense: float
@@ -48,13 +50,15 @@ class TokenTraffic:
     def share(
         self, context: float, ffn: float | None = None, attention: float = 1.0, head: float = 1.0
     ) -> float:
-        """Bytes that a token reads over those of the dense model at bfloat16.
+        """Bytes that a token reads, divided by those of the dense model in bfloat16.
 
-        ``context``: cached positions.  ``ffn``: bytes read in FFNs, selection included, None: all;
-        ``attention``, ``head``: shares that are read of the attention projections and the head.
+        ``context``: number of cached positions.  ``ffn``: bytes read in FFNs, including those for
+        per-token selection; None means all FFN weights.  ``attention``, ``head``: the shares that
+        are read of the attention projections' bytes and of the head's.
         """
         cache = sum(
-            each * (context if most is None else min(context, most)) for each, most in self.cache
+            position * (context if limit is None else min(context, limit))
+            for position, limit in self.cache
         )
         ffn_bytes = self.ffn if ffn is None else ffn
         others = self.others - (1 - head) * self.head
@@ -67,27 +71,27 @@ class TokenTraffic:
 
 @dataclass(frozen=True)
 class Costs:
-    """Bytes of the FFN of all layers, per dense decode step of one row."""
+    """Bytes that the FFNs read when a batch of one row decodes a token."""
 
     layers: tuple[FfnWeights, ...]
     total_bytes: int
-    """Bytes of all weights that one decoded token reads."""
+    """Bytes of all weights of the model that one decoded token reads."""
     low_rank: bool = False
     """Whether masks have low-rank compensation, in layers with a basis for it."""
     traffic: TokenTraffic | None = None
-    """Bytes of one token over all weights; None: unknown."""
-    width: int | None = None
-    """Bytes of a weight that is not in blocks; None: as stored."""
+    """Bytes that one token reads in the whole model; None if unknown."""
+    weight_bytes: int | None = None
+    """Bytes to count for a weight that is not quantized; None means as stored."""
 
     def rank(self, layer: FfnWeights) -> int:
-        """Number of input features that low-rank compensation reads in this layer; 0: none."""
+        """Number of input features that low-rank compensation reads in this layer, or 0."""
         return len(layer.basis) if self.low_rank and layer.basis is not None else 0
 
     def bytes(self, kept: Sequence[int] | None, skips: bool = True, *, copied: bool = False) -> int:
-        """Bytes read under masks that keep ``kept`` neurons per layer (None: dense).
+        """Bytes read under masks that keep ``kept`` neurons per layer; None means dense.
 
         ``skips``: removed neurons are not read.  ``copied``: kept neurons are read from compact
-        weights in the model's dtype.
+        weights, copies in the model's dtype.
         """
         total = 0.0
         for index, layer in enumerate(self.layers):
@@ -98,28 +102,28 @@ class Costs:
         return round(total)
 
     def _neuron(self, layer: FfnWeights, copied: bool = False) -> float:
-        """Bytes of a neuron's input rows and output column; ``copied``: in the model's dtype."""
+        """Bytes of a neuron's input rows and output column, as stored or as ``copied`` weights."""
         if copied:
             return layer.hidden * len(layer.matrices) * self._weight(layer)
-        return sum(stored_bytes(m, self.width) for m in layer.matrices) / layer.width
+        return sum(stored_bytes(m, self.weight_bytes) for m in layer.matrices) / layer.width
 
     def _weight(self, layer: FfnWeights) -> int:
-        """Bytes of one weight that is not in blocks."""
-        return layer.down.element_size() if self.width is None else self.width
+        """Bytes of one weight that is not quantized."""
+        return layer.down.element_size() if self.weight_bytes is None else self.weight_bytes
 
     def _linear(self, layer: FfnWeights) -> int:
         """Bytes of the two matrices of low-rank compensation."""
         return 2 * self.rank(layer) * layer.hidden * self._weight(layer)
 
     def observe_bytes(self) -> int:
-        """Bytes of float32 sums read and written for one observed token, in all layers."""
+        """Bytes of the float32 sums read and written to observe one token, in all layers."""
         ranks = [(layer.width, self.rank(layer)) for layer in self.layers]
         return sum(16 * width + 8 * (width + rank) * rank for width, rank in ranks)
 
     def build_bytes(
         self, kept: Sequence[int], compact: bool, compensates: bool, *, copied: bool = False
     ) -> int:
-        """Bytes to build one mask: copying compact weights, reading columns for compensation."""
+        """Bytes to build one mask: for its copies if ``compact``, and for compensation."""
         total = 0.0
         for count, layer in zip(kept, self.layers, strict=True):
             if compact and count < layer.width:
@@ -127,18 +131,19 @@ class Costs:
                 total += count * read_and_written + self._linear(layer)
             if compensates:
                 removed = layer.width - count
-                total += removed * stored_bytes(layer.down, self.width) / layer.width
+                total += removed * stored_bytes(layer.down, self.weight_bytes) / layer.width
         return round(total)
 
 
 def tracing_flops(
     costs: Costs, observed: int, kept: Sequence[int] | None = None, compensates: bool = False
 ) -> int:
-    """FLOPs of tracing ``observed`` tokens and, given ``kept``, of building one mask.
+    """FLOPs of observing (tracing) ``observed`` tokens and, given ``kept``, of building one mask.
 
-    Checks the paper's claim that tracing costs 0.1 %.  A multiply-add counts as 2.  Scores and
-    signed means take 8 per neuron and token, S_l takes 8 per hidden unit and token; a mask takes a
-    sort and a fit of its compensation.
+    The DART paper (arXiv 2601.22632) claims that tracing costs 0.1 % of the FLOPs.  A multiply-add
+    counts as 2.  Scores and mean activations take 8 per neuron and token, and the layer sensitivity
+    S_l takes 8 per hidden unit and token.  A mask takes a sort and, if ``compensates``, a fit of
+    its compensation.
     """
     total = 0
     for index, layer in enumerate(costs.layers):
@@ -157,23 +162,23 @@ def tracing_flops(
 class _SequenceBytes:
     """Bytes that the FFNs read for one sequence under ``executor`` (or ``IF_COMPACT``).
 
-    ``rows``: the largest batch in which the executor reads only the winners of each token; in
-    larger ones it computes all neurons (``masked`` always does).
+    ``max_rows``: the largest batch for which the executor reads only the neurons that each token
+    selects.  In larger batches it computes all neurons; the executor ``masked`` always does.
     """
 
-    def __init__(self, state: SequenceState, costs: Costs, executor: str, rows: int) -> None:
-        self.state, self.costs, self.executor, self.rows = state, costs, executor, rows
+    def __init__(self, state: SequenceState, costs: Costs, executor: str, max_rows: int) -> None:
+        self.state, self.costs, self.executor, self.max_rows = state, costs, executor, max_rows
         self.widths = [layer.width for layer in costs.layers]
         fixed = state.fixed_masks
-        by_hand = fixed is not None and not any(isinstance(mask, TokenMask) for mask in fixed)
-        self.token = None if by_hand else state.config.token
+        static = fixed is not None and not any(isinstance(mask, TokenMask) for mask in fixed)
+        self.token = None if static else state.config.token
         biased = any(mask is not None and mask.bias is not None for mask in fixed or ())
         self.compensates = biased or (state.config.compensation and fixed is None)
 
     def total(self) -> tuple[float, float]:
-        """Bytes of all forwards and masks; separately, bytes read for per-token selection."""
+        """Bytes of all forwards and masks, and, separately, bytes read for per-token selection."""
         read = selection = 0.0
-        copied = self.executor == "compact"  # in the model's dtype; ``IF_COMPACT``: as stored
+        copied = self.executor == "compact"  # IF_COMPACT reads weights as stored instead
         compact, skips = copied or self.executor == IF_COMPACT, self.executor != "masked"
         for span in self.state.mask_spans:
             if self.state.selector.needs_evidence:
@@ -193,19 +198,19 @@ class _SequenceBytes:
         return read, selection
 
     def _computed(self, kept: Sequence[int], tokens: float) -> list[int]:
-        """Neurons per layer whose rows a forward of ``tokens`` reads."""
+        """For each layer, how many neurons' weights a forward of ``tokens`` tokens reads."""
         rows = self.state.rows
-        if self.executor == IF_COMPACT or tokens <= rows <= self.rows:
+        if self.executor == IF_COMPACT or tokens <= rows <= self.max_rows:
             pairs = zip(kept, self.widths, strict=True)
             return [min(width, math.ceil(count * tokens)) for count, width in pairs]
         return self.widths
 
     def _selection(self, token: TokenConfig, kept: Sequence[int], computed: Sequence[int]) -> float:
-        """Bytes read for selection per forward, without the rows of ``computed`` neurons."""
-        blocks = all(in_blocks(layer.stored_up) for layer in self.costs.layers)
-        rule: type[TokenRule] = TOKEN_RULES.get(token.rule).for_weights(token, blocks)
+        """Bytes read to select neurons in a forward, without those of ``computed`` neurons."""
+        quantized = all(in_blocks(layer.stored_up) for layer in self.costs.layers)
+        rule: type[TokenRule] = TOKEN_RULES.get(token.rule).for_weights(token, quantized)
         layers = zip(self.costs.layers, kept, computed, strict=True)
-        costs = [LayerCost(*layer, self.costs.width) for layer in layers]
+        costs = [LayerCost(*layer, self.costs.weight_bytes) for layer in layers]
         selecting = [cost for cost in costs if cost.winners < cost.layer.width]
         return round(sum(rule.selection_bytes(token, cost) for cost in selecting))
 
@@ -213,7 +218,7 @@ class _SequenceBytes:
 def _ffn_bytes(
     states: Sequence[SequenceState], costs: Costs, executor: str, token_rows: int = 0
 ) -> tuple[float, float]:
-    """FFN bytes over those of dense decoding: in total, and the part for per-token selection."""
+    """FFN bytes read, divided by those of dense decoding, and the part for per-token selection."""
     totals = [_SequenceBytes(state, costs, executor, token_rows).total() for state in states]
     forwards = sum(span.forwards for state in states for span in state.mask_spans)
     if not forwards:
@@ -223,7 +228,7 @@ def _ffn_bytes(
 
 
 def known_bytes(layers: Iterable[FfnWeights], prior: Iterable[Tensor] | None) -> int:
-    """Bytes of a calibrated ``prior``, [I] per layer, and of learned statistics."""
+    """Bytes of a calibrated ``prior`` (scores [I] per layer) and of learned statistics."""
     calibrated = sum(part.nbytes for part in prior or ())
     learned = [layer.self_stats for layer in layers if layer.self_stats is not None]
     return calibrated + sum(stats.nbytes() for stats in learned)
@@ -240,7 +245,7 @@ class _Decoded:
         self.dense = sum(tokens for kept, tokens in self.spans if kept is None)
 
     def sparsity(self, layers: slice = slice(None)) -> float:
-        """Fraction removed in ``layers``, mean over decoded tokens."""
+        """Fraction of neurons removed in ``layers``, mean over decoded tokens."""
         width = sum(self.widths[layers])
         pruned = [(kept, tokens) for kept, tokens in self.spans if kept is not None]
         removed = sum(tokens * (1 - sum(kept[layers]) / width) for kept, tokens in pruned)
@@ -270,10 +275,11 @@ def run_report(
     head: HeadReport | None = None,
     token_rows: int = 0,
 ) -> RunReport:
-    """Accounting of a run; ``extra_bytes``: memory outside the states (compact weights, a prior).
+    """The report of a run.
 
-    ``head``: report of a screened output head.  ``token_rows``: the largest batch in which
-    ``executor`` reads only the winners of each token.
+    ``extra_bytes``: bytes of memory outside the states, such as compact weights.  ``requested``:
+    the requested sparsity.  ``head``: report of a screened output head.  ``token_rows``: the
+    largest batch for which ``executor`` reads only the neurons that each token selects.
     """
     widths = tuple(layer.width for layer in costs.layers)
     decoded = _Decoded(states, widths)
@@ -311,7 +317,7 @@ def run_report(
 def _token_bytes(
     states: Sequence[SequenceState], costs: Costs, decoded: _Decoded, head: HeadReport | None
 ) -> dict[str, float]:
-    """Bytes per token over dense at bfloat16, if run compactly, and the mean context."""
+    """Fields of ``RunReport`` on the bytes per decoded token, and the mean context."""
     traffic = costs.traffic
     if traffic is None:
         return {}
@@ -319,7 +325,7 @@ def _token_bytes(
     ends = (state.cached + state.prompt_tokens + (state.decoded + 1) / 2 for state in states)
     positions = zip(weights, ends, strict=True)
     context = sum(n * end for n, end in positions) / max(1e-9, sum(weights))
-    ffn, _ = _ffn_bytes(states, replace(costs, width=BFLOAT16), IF_COMPACT)
+    ffn, _ = _ffn_bytes(states, replace(costs, weight_bytes=BFLOAT16), IF_COMPACT)
     rules = [TOKEN_RULES.get(s.config.token.rule) for s in states if s.config.token is not None]
     attention = 1 - decoded.sparsity() * any(rule.attention for rule in rules)
     head_share = 1.0 if head is None else head.read(decoded.tokens)

@@ -1,7 +1,8 @@
 """Layer budgets: how many neurons each layer keeps (docs/reference.md, "Budgets").
 
-A budget is one function ``(layers, keep) -> keep counts``: whole numbers that sum to ``keep``.
-Budgets run on the host in float64, so that the counts are the same for all executors and devices.
+A budget is one function ``(layers, keep) -> keep counts``.  The keep counts, one per layer, are
+whole numbers that sum to ``keep``.  Budgets run on the host in float64, so that the counts are the
+same for all executors and devices.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from dart_llm.pruning.masks import floor_count, largest
 class LayerView:
     """A layer, as budgets see it; tensors are float64 on the host.
 
-    ``width``: neurons I; ``depth``: 0 for the first layer, 1 for the last.  ``score``: [I];
-    ``sensitivity``: S_l, for the budget ``depth``; None if no budget of the run needs it.
+    ``width``: number of neurons I.  ``depth``: 0 for the first layer, 1 for the last.  ``score``:
+    [I], the neurons' scores.  ``sensitivity``: S_l, which measures how much the FFN changes its
+    input, for the budget ``depth``; None if no budget of the run needs it.
     """
 
     width: int
@@ -34,10 +36,7 @@ Allocate = Callable[[Sequence[LayerView], int], list[int]]
 
 @dataclass(frozen=True)
 class Budget:
-    """An allocator and the statistics that it ``needs``: ``sensitivity``, or none.
-
-    ``source``: the paper and the formula.
-    """
+    """A function, the statistics that it ``needs`` (at most ``sensitivity``) and its source."""
 
     function: Allocate
     needs: frozenset[str]
@@ -54,9 +53,9 @@ def budget(source: str, needs: Sequence[str] = ()) -> Callable[[Allocate], Budge
 
 
 def round_counts(wanted: Sequence[float], widths: Sequence[int], keep: int) -> list[int]:
-    """Whole counts in 1..width that sum to ``keep``, by largest remainder; ties: lower layer.
+    """Round ``wanted`` by largest remainder to whole counts in 1..width that sum to ``keep``.
 
-    ``keep`` is clipped to the range that the widths allow.
+    Ties go to the lower layer.  ``keep`` is clipped to the range that the widths allow.
     """
     keep = min(max(keep, len(widths)), sum(widths))
     clipped = [
@@ -91,34 +90,34 @@ def uniform(layers: Sequence[LayerView], keep: int) -> list[int]:
 
 @budget("this project; docs/reference.md")
 def energy(layers: Sequence[LayerView], keep: int) -> list[int]:
-    """One level e: each layer keeps the fewest neurons that have the share e of its energy.
+    """Each layer keeps the fewest neurons that have a share e of its energy, the same e for all.
 
-    Energy is the summed squared score; at least 10 % of a layer stay.
+    Energy is the sum of the squared scores.  Each layer keeps at least 10 % of its neurons.
     """
     reached = []
     for layer in layers:
         squares = layer.score.square().sort(descending=True).values
         total = squares.sum()
         before = squares.cumsum(0) - squares
-        # an all-zero layer has no energy: beyond its floor it ranks last
+        # a layer whose scores are all zero ranks last, except for the neurons that it must keep
         reached.append(before / total if total > 0 else torch.ones_like(squares))
     return _smallest(reached, keep)
 
 
 @budget("this project; docs/reference.md: for scores whose values compare between layers")
 def ranked(layers: Sequence[LayerView], keep: int) -> list[int]:
-    """All neurons in one ranking, by their unscaled scores.
+    """All neurons of all layers are in one ranking, by their unscaled scores.
 
-    At least 10 % of a layer stay.
+    Each layer keeps at least 10 % of its neurons.
     """
     return _smallest([-layer.score for layer in layers], keep)
 
 
 @budget("FLAP, arXiv 2312.11983: standardised metrics in one ranking")
 def standardized(layers: Sequence[LayerView], keep: int) -> list[int]:
-    """All neurons in one ranking, with each layer's scores scaled to mean 0 and deviation 1.
+    """All neurons are in one ranking, with each layer's scores scaled to mean 0 and deviation 1.
 
-    At least 10 % of a layer stay.
+    Each layer keeps at least 10 % of its neurons.
     """
     ranked = []
     for layer in layers:
@@ -128,9 +127,10 @@ def standardized(layers: Sequence[LayerView], keep: int) -> list[int]:
 
 
 def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
-    """How many of the ``keep`` smallest ``values`` are in each layer; each keeps its floor first.
+    """How many of the ``keep`` smallest ``values`` are in each layer.
 
-    If ``keep`` is less than the sum of the floors, all layers keep the same share.
+    Each layer first gets its floor, 10 % of its neurons.  If ``keep`` is less than the sum of the
+    floors, all layers keep the same share.
     """
     widths = [len(value) for value in values]
     floors = [floor_count(width) for width in widths]
@@ -145,11 +145,11 @@ def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
     return [int(part.sum()) for part in torch.split(largest(-flat, keep), widths)]
 
 
-# The published budget: sensitivity times a fixed profile over depth.
+# The budget of the published DART scripts: a layer's sensitivity times a fixed profile over depth.
 
 
 def depth_profile(y: float) -> float:
-    """D_l at relative depth ``y`` = l / (L - 1): low in the first 30 % and the last 15 %."""
+    """The factor D_l at relative depth ``y`` = l / (L - 1): low in the first 30 % and last 15 %."""
     if y < 0.3:
         return 0.25 + 0.75 * y / 0.3
     if y > 0.85:
@@ -160,11 +160,11 @@ def depth_profile(y: float) -> float:
 def depth_sparsities(
     sensitivity: Sequence[float], depths: Sequence[float], rho: float
 ) -> list[float]:
-    """Sparsity of each layer for a mean of ``rho``.
+    """Sparsities p of the layers, with the mean ``rho``.
 
     ``R = 1 - (S - min S) / (max S - min S + 1e-6)``, ``P = R * D``,
-    ``p = clip(rho L P / sum P, lo, hi)``; the residue is distributed in proportion to P over the
-    layers that are not at a bound, until the mean is exact.
+    ``p = clip(rho L P / sum P, lo, hi)``.  Then the missing sparsity is distributed in proportion
+    to P over the layers that are not at a bound, until the mean is exact.
     """
     count = len(sensitivity)
     if count == 1 or rho == 0:
@@ -179,7 +179,7 @@ def depth_sparsities(
         residue = rho * count - sum(p)
         inside = [i for i in range(count) if lo < p[i] < hi]
         movable = [i for i in range(count) if (p[i] < hi if residue > 0 else p[i] > lo)]
-        free = inside or movable  # layers at a bound change only if all layers are
+        free = inside or movable  # layers at a bound change only if all layers are at a bound
         if abs(residue) < 1e-12 or not free:
             break
         weight = sum(priority[i] for i in free)
@@ -191,7 +191,7 @@ def depth_sparsities(
 
 @budget("DART, arXiv 2601.22632, the published scripts' allocator", needs=["sensitivity"])
 def depth(layers: Sequence[LayerView], keep: int) -> list[int]:
-    """Layers whose FFN output resembles its input lose more, under a fixed depth profile."""
+    """Layers whose FFN output resembles its input lose more; first and last layers lose less."""
     sensitivity = [layer.sensitivity for layer in layers if layer.sensitivity is not None]
     if len(sensitivity) != len(layers):
         raise RuntimeError("budget depth needs the sensitivity statistic of every layer")

@@ -1,7 +1,8 @@
 """Clamps: neurons whose activation is fixed at a value while the model decodes.
 
-Neuron i with activation v adds ``v W_down[:, i]`` to every token.  So clamping it is the same as
-removing it and adding that constant: a mask with a bias, which every executor supports.
+Neuron i with activation v adds ``v W_down[:, i]`` to the FFN's output at every token.  So clamping
+it is the same as removing it and adding that constant.  A clamp is therefore a mask with a bias,
+which every executor supports.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ ClampValues = Mapping[int, Mapping[int, float]]
 class LayerClamp:
     """Clamped neurons of a layer with ``width`` neurons; tensors are on the layer's device.
 
-    ``ids``: [n] int64, ascending; ``bias``: [D] float32, their part of the FFN's output (None: 0).
+    ``ids``: [n] int64, ascending.  ``bias``: [D] float32, what these neurons add to the FFN's
+    output; None means 0.
     """
 
     ids: Tensor
@@ -34,9 +36,9 @@ class LayerClamp:
     bias: Tensor | None
 
     def of(self, mask: LayerMask | None) -> LayerMask:
-        """``mask`` (None: all neurons) without the clamped neurons, with ``bias`` added.
+        """``mask`` without the clamped neurons, with ``bias`` added; None means all neurons.
 
-        Raises ``ConfigError`` if no neuron is left.
+        Raises ``ConfigError`` if the result keeps no neuron.
         """
         if mask is None:
             mask = LayerMask(torch.arange(self.width, device=self.ids.device), self.width)
@@ -51,12 +53,12 @@ class LayerClamp:
 
 @dataclass(frozen=True)
 class Clamp:
-    """The clamped neurons of a model; ``layers``: by number, layers with clamped neurons."""
+    """The clamped neurons of a model; ``layers``: by number, the layers that have any."""
 
     layers: Mapping[int, LayerClamp]
 
     def of(self, masks: Masks) -> Masks:
-        """``masks`` under the clamp."""
+        """``masks`` without the clamped neurons, with the layers' biases added."""
         layers = self.layers
         return tuple(layers[n].of(mask) if n in layers else mask for n, mask in enumerate(masks))
 
@@ -65,7 +67,7 @@ class Clamp:
         return [self._filled(n, score, -torch.inf) for n, score in enumerate(scores)]
 
     def silent(self, layer: int, mean: Tensor) -> Tensor:
-        """``mean`` activations [I], 0 for clamped neurons, whose bias replaces compensation."""
+        """``mean`` activations [I], with 0 for clamped neurons: ``bias`` has their output."""
         return self._filled(layer, mean, 0.0)
 
     def _filled(self, layer: int, values: Tensor, value: float) -> Tensor:
@@ -87,9 +89,10 @@ NO_CLAMP = Clamp({})
 
 
 def make_clamp(layers: Sequence[FfnWeights], values: ClampValues) -> Clamp:
-    """The clamp that fixes the activations ``values``.
+    """The clamp that fixes activations at ``values``.
 
-    Raises ``ConfigError`` for a layer or neuron that does not exist, or an impossible value.
+    Raises ``ConfigError`` for a layer or neuron that does not exist, and for a value that is not a
+    finite float32.
     """
     layered = isinstance(values, Mapping) and all(isinstance(v, Mapping) for v in values.values())
     ids = [*values, *(n for neurons in values.values() for n in neurons)] if layered else [None]
@@ -122,7 +125,7 @@ def _clamp_layer(layer: FfnWeights, values: Mapping[int, float]) -> LayerClamp:
             raise ConfigError(f"layer {number} has neurons 0-{layer.width - 1}; got id {neuron}")
         if not _is_float32(value):
             raise ConfigError(
-                f"neuron {neuron} of layer {number} is clamped at {value}: not a finite float32"
+                f"neuron {neuron} of layer {number} is clamped at {value}: give a finite float32"
             )
     if len(values) == layer.width:
         raise ConfigError(f"layer {number} has no neuron that is not clamped: clamp fewer")

@@ -1,8 +1,8 @@
 """Compensation: the removed neurons' output, estimated by a linear map of a few features.
 
-Ridge regression over observed and learned tokens predicts the output from r features of the FFN's
-input, ``f = P h``.  With r = 0 it is a constant, the mean, as in FLAP (arXiv 2312.11983) for static
-pruning.  docs/reference.md, "Compensation".
+A ridge regression over the observed tokens and those of self-generated text predicts the output
+from r features of the FFN's input, ``f = P h``.  With r = 0, the estimate is a constant, the mean,
+as in FLAP (arXiv 2312.11983) for static pruning.  See docs/reference.md, "Compensation".
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from dart_llm.pruning.weights import FfnWeights
 
 
 def compensation(down: Tensor, mean: Tensor, removed: Tensor) -> Tensor:
-    """``b = W_down[:, removed] m[removed]``.
+    """The removed neurons' mean output, ``b = W_down[:, removed] m[removed]``, [D] float32.
 
-    down: [D, I]; mean: [I] float32, mean signed activation over the observed tokens; removed:
-    [r] int64.  Returns [D] float32.
+    down: [D, I].  mean: m, [I] float32, mean activation over the observed tokens.  removed: ids,
+    [n] int64.
     """
     return down.detach().index_select(1, removed).float() @ mean.index_select(0, removed)
 
 
 RIDGE = 0.1
-"""Added to the features' covariance; each feature has variance 1 over the self-generated text."""
+"""Added to the features' covariance; each feature has variance 1 over self-generated text."""
 
 ROUNDING = 1e-6
-"""A direction of h with less variance than this share of the mean square of h is dropped: its
-variance is rounding error."""
+"""Directions of h whose variance is less than this share of the mean square of h are dropped,
+because their variance is rounding error."""
 
 FLOOR = 0.01
-"""Share of the mean variance that whitening adds to every direction of h."""
+"""Share of the mean variance that is added to the variance of every direction of h."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """``z += out (basis h)``, both in the model's dtype.
+    """A linear map of the FFN's input h; its value ``out (basis h)`` is added to the FFN's output.
 
-    ``basis``: [r, D]; ``out``: [D, r], or [B, D, r] with one map per batch row.
+    ``basis``: [r, D]; ``out``: [D, r], or [B, D, r] with one map per batch row; model's dtype.
     """
 
     basis: Tensor
     out: Tensor
 
     def __call__(self, h: Tensor) -> Tensor:
-        """h: [..., D], or [B, T, D]; returns the same shape."""
+        """Apply the map to h, [..., D] (or [B, T, D], with one map per row); keeps the shape."""
         features = functional.linear(h, self.basis)
         if self.out.dim() == 2:
             return functional.linear(features, self.out)
@@ -59,7 +59,7 @@ class LowRank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of ``out``; the basis belongs to the learned statistics."""
+        """Bytes of ``out``; those of the basis count with the learned statistics."""
         return self.out.nbytes
 
 
@@ -77,7 +77,7 @@ def read_features(h: Tensor | None, layers: Sequence[FfnWeights]) -> Tensor | No
 def find_basis(h: Tensor, rank: int) -> Tensor:
     """The ``rank`` directions in which h varies most, each scaled to variance 1.
 
-    h: [T, D] float32, T tokens.  Returns [min(rank, T - 1, D), D] float32.
+    h: [T, D] float32 of T tokens.  Returns [min(rank, T - 1, D), D] float32.
     """
     centred = h - h.mean(0)
     first = len(h) - min(rank, len(h) - 1, h.shape[1])
@@ -91,15 +91,16 @@ def find_basis(h: Tensor, rank: int) -> Tensor:
     scale = (values + floor).clamp_min(1e-12).rsqrt()
     scale = scale * (values + floor > ROUNDING * h.square().mean())
     basis: Tensor = unit * scale[:, None]
-    return basis.contiguous()  # the layout that a file gives: rounding in kernels depends on it
+    # the same layout as when it is loaded from a file, because rounding in kernels depends on it
+    return basis.contiguous()
 
 
 class CompensationInputs(NamedTuple):
     """Inputs of the regression that gives a layer's map.
 
-    ``down``: [D, I]; ``evidence``: the sums ``signed`` [I], ``features`` [r], ``cross`` [I, r] and
-    ``moments`` [r, r]; ``basis``: [r, D]; ``removed``: the neurons that the map replaces, [n]
-    int64.
+    ``down``: [D, I].  ``evidence``: sums over tokens, of which the regression reads ``signed`` [I],
+    ``features`` [r], ``cross`` [I, r] and ``moments`` [r, r].  ``basis``: [r, D].  ``removed``: ids
+    of the neurons that the map replaces, [n] int64.
     """
 
     down: Tensor
@@ -108,7 +109,7 @@ class CompensationInputs(NamedTuple):
     removed: Tensor
 
     def covariances(self) -> Tensor:
-        """Covariances of the removed neurons' u with the features, and mean u: [n, r + 1]."""
+        """Covariances of removed neurons' u with the features, and the mean of u, [n, r + 1]."""
         sums = self.evidence.sums
         mean, f = sums["signed"].rows(self.removed), sums["features"].mean
         cross = torch.addr(sums["cross"].rows(self.removed), mean, f, alpha=-1)
@@ -117,11 +118,11 @@ class CompensationInputs(NamedTuple):
 
 def low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank]]:
     """The constant [D] float32 and the map that replace each layer's removed neurons."""
-    alike = dict[object, list[int]]()
+    batches = dict[object, list[int]]()
     for index, layer in enumerate(layers):
-        alike.setdefault((layer.basis.device, layer.basis.shape), []).append(index)
+        batches.setdefault((layer.basis.device, layer.basis.shape), []).append(index)
     maps = dict[int, tuple[Tensor, LowRank]]()
-    for indices in alike.values():  # batching costs little more than one layer
+    for indices in batches.values():  # a batch of layers takes little longer than one layer
         maps |= zip(indices, _low_rank([layers[i] for i in indices]), strict=True)
     return [maps[index] for index in range(len(layers))]
 
@@ -129,22 +130,23 @@ def low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank
 def _low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank]]:
     with full_precision(layers[0].down):
         f = torch.stack([layer.evidence.sums["features"].mean for layer in layers])
-        # apply the inverse last, to [D, r]: D is smaller than the number of neurons
-        folded = [
+        # multiply with the inverse last: then it is applied to [D, r] instead of [n, r]
+        products = [
             _folded(layer.down.detach().t(), layer.removed, layer.covariances()) for layer in layers
         ]
-        both = torch.stack(folded)
-        out = both[..., :-1] @ inverses(layers, f)
-        bias = both[..., -1] - (out @ f[..., None])[..., 0]
+        projected = torch.stack(products)
+        out = projected[..., :-1] @ inverses(layers, f)
+        bias = projected[..., -1] - (out @ f[..., None])[..., 0]
         maps = out.to(layers[0].down.dtype).unbind(0)
-    each = zip(bias.unbind(0), maps, layers, strict=True)
-    return [(constant, LowRank(layer.basis, linear)) for constant, linear, layer in each]
+    results = zip(bias.unbind(0), maps, layers, strict=True)
+    return [(constant, LowRank(layer.basis, linear)) for constant, linear, layer in results]
 
 
 def inverses(layers: Sequence[CompensationInputs], f: Tensor) -> Tensor:
     """Inverses of the features' covariances plus the ridge, [L, r, r]; f: mean features [L, r].
 
-    ``covariances() @ inverse`` is the ridge regression of the removed neurons' u on the features.
+    ``covariances()``, without its last column, times the inverse gives the coefficients that
+    predict the removed neurons' activations from the features.
     """
     moments = torch.stack([layer.evidence.sums["moments"].mean for layer in layers])
     ridge = RIDGE * torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
@@ -154,8 +156,8 @@ def inverses(layers: Sequence[CompensationInputs], f: Tensor) -> Tensor:
 
 def _folded(rows: Tensor, ids: Tensor, factors: Tensor) -> Tensor:
     """``rows[ids].T @ factors`` in float32, [D, c].  rows: [I, D]; ids: [n]; factors: [n, c]."""
-    laid = rows.device.type == "cpu" and rows.is_contiguous() and type(rows) is Tensor
-    if laid and rows.dtype in (torch.float32, torch.bfloat16) and not why_not():
+    plain = rows.device.type == "cpu" and rows.is_contiguous() and type(rows) is Tensor
+    if plain and rows.dtype in (torch.float32, torch.bfloat16) and not why_not():
         product: Tensor = ops().fold(rows, ids.to(torch.int32), factors.contiguous())
         return product.t()
     wide = rows.index_select(0, ids).float()

@@ -42,8 +42,8 @@ def check_sparsity(value: float) -> float:
 class Part(BaseModel):
     """A frozen group of settings; a bad value or an unknown key raises ``ConfigError``.
 
-    ``called``: prefix of its settings in messages; "": none.  ``short``: the setting that a plain
-    string sets.
+    ``called``: prefix of its settings' names in messages, or "".  ``short``: name of the setting
+    that is set if a plain string is given instead of the group.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,12 +66,12 @@ class Part(BaseModel):
 
     @classmethod
     def expanded(cls, data: Any) -> Any:
-        """``data``; a plain string becomes the mapping that it abbreviates."""
+        """Return ``data``, with a plain string replaced by the mapping that it abbreviates."""
         return {cls.short: data} if cls.short and isinstance(data, str) else data
 
 
 def unknown_key(part: type[BaseModel], key: str) -> ConfigError:
-    """The error for a setting that does not exist; suggests a similar name."""
+    """The error for a setting that does not exist, which suggests a similar name."""
     settings = sorted(part.model_fields)
     near = difflib.get_close_matches(key, settings, n=1, cutoff=0.5)
     hint = f'did you mean "{near[0]}"?' if near else f"known settings: {', '.join(settings)}"
@@ -81,11 +81,12 @@ def unknown_key(part: type[BaseModel], key: str) -> ConfigError:
 class ScoreConfig(Part):
     """How neurons are ranked (docs/reference.md, "Scores").
 
-    ``ema_decay``: factor on the weight of all older tokens with each new token, (0, 1); None: all
-    tokens weigh the same.  ``strategy``: ``topk``, or ``auto``: keep neurons whose score is at
-    least the layer's mean.  ``proxy_embedding``: the embedding that the scores ``max``, ``mean``,
-    ``combined`` and ``product`` read.  ``prior_weight``: weight of a calibrated prior when its
-    ranks and those of the text are averaged; None: ranks of the text alone.
+    ``ema_decay``: with each new token, the weights of all older tokens are multiplied by this
+    factor, (0, 1); None means that all tokens weigh the same.  ``strategy``: ``topk`` keeps the
+    neurons with the largest scores, ``auto`` those whose score is at least the layer's mean.
+    ``proxy_embedding``: the embedding that the scores ``max``, ``mean``, ``combined`` and
+    ``product`` read.  ``prior_weight``: weight of the ranks of a calibrated prior, when they are
+    averaged with ranks from the text; None means that there is no prior.
     """
 
     short: ClassVar[str] = "name"
@@ -100,7 +101,8 @@ class ScoreConfig(Part):
 class BudgetConfig(Part):
     """How many neurons each layer keeps (docs/reference.md, "Budgets").
 
-    ``name``: a budget, or ``blend A B``.  ``table``: a layer table such as ``0-3:0.9,4-29:auto``.
+    ``name``: a budget, or ``blend A B``, the mean of two.  ``table``: a layer table, which sets the
+    counts of some layers, such as ``0-3:0.9,4-29:auto``.
     """
 
     short: ClassVar[str] = "name"
@@ -116,7 +118,7 @@ class BudgetConfig(Part):
         return self
 
     def parts(self) -> tuple[str, ...]:
-        """The budgets that the name refers to: one, or the two of ``blend A B``."""
+        """Names of the budgets that ``name`` refers to: one, or two for ``blend A B``."""
         words = self.name.split()
         if len(words) == 3 and words[0] == "blend":
             words = words[1:]
@@ -136,26 +138,26 @@ RULE_FORMS = {
         "W whole tokens >= 2, N whole windows >= 1, K a number >= 0",
     ),
 }
-"""Built-in drift rules with numbers, listed because their functions import torch: the form, the
-pattern of the numbers, and their bounds in words.
+"""The built-in drift rules that take numbers: the form, a regular expression for the numbers, and
+their bounds in words.  They are listed here because importing the rules' functions imports torch.
 """
 
 
 def rule_form(name: str) -> tuple[str, str, str]:
-    """The entry of a drift rule as in ``RULE_FORMS``.
+    """The form, pattern and bounds of a drift rule, as in ``RULE_FORMS``.
 
-    A rule that is not built in takes one number >= 0 per parameter of its function, a whole one
-    where the parameter is annotated as ``int``.
+    A rule that is not built in takes one number >= 0 per parameter of its function; the number must
+    be whole if the parameter is annotated as ``int``.
     """
     if DRIFT_RULES.is_built_in(name):
         return RULE_FORMS.get(name, (name, "", "it takes no numbers"))
-    whole = {
-        p: of.annotation in (int, "int")
-        for p, of in signature(DRIFT_RULES.get(name)).parameters.items()
+    is_int = {
+        parameter: details.annotation in (int, "int")
+        for parameter, details in signature(DRIFT_RULES.get(name)).parameters.items()
     }
-    form = " ".join([name, *map(str.upper, whole)])
-    pattern = " ".join(r"\d+" if is_whole else r"\d+(\.\d+)?" for is_whole in whole.values())
-    bounds = (f"{p.upper()} a {'whole ' * is_whole}number >= 0" for p, is_whole in whole.items())
+    form = " ".join([name, *map(str.upper, is_int)])
+    pattern = " ".join(r"\d+" if whole else r"\d+(\.\d+)?" for whole in is_int.values())
+    bounds = (f"{p.upper()} a {'whole ' * whole}number >= 0" for p, whole in is_int.items())
     return form, pattern, ", ".join(bounds) or "it takes no numbers"
 
 
@@ -163,11 +165,11 @@ class DriftConfig(Part):
     """When masks are rebuilt (docs/reference.md, "Drift").
 
     ``rule``: ``never``, ``published``, ``paper``, ``dart``, ``interval N`` (tokens) or
-    ``windows W N K`` (N windows of W tokens below mu - K sigma).  ``signal``: what is watched, the
-    last layer's ``attention`` output or the last ``hidden`` state.
-    ``min_distance``: fewest tokens between two triggers.  ``max_dense_share``: largest share of the
-    decoded tokens that may run dense for re-masks, in addition to ``allowance`` tokens; None: no
-    cap.
+    ``windows W N K`` (N windows of W tokens whose similarity is below mu - K sigma).  ``signal``:
+    what the detector watches, the last layer's ``attention`` output or the last ``hidden`` state.
+    ``min_distance``: minimum number of tokens between two triggers.  ``max_dense_share``: largest
+    share of the decoded tokens that may run dense for re-masks, in addition to ``allowance``
+    tokens; None means no limit.
     """
 
     short: ClassVar[str] = "rule"
@@ -189,11 +191,12 @@ class DriftConfig(Part):
 
 
 class RemaskConfig(Part):
-    """What happens to the evidence on a re-mask (docs/reference.md, "Evidence").
+    """What happens to the evidence when masks are rebuilt (docs/reference.md, "Evidence").
 
-    ``evidence``: ``fresh``: masks are made from the tokens after the trigger alone; ``decay``:
-    older tokens count too, multiplied by ``decay``, (0, 1].  ``observe_tokens``: dense tokens
-    observed after a trigger; None: ``max(1, masking_step)``.
+    Evidence is the sums over observed tokens from which masks are made.  ``evidence``: with
+    ``fresh``, new masks use only the tokens after the trigger; with ``decay``, older tokens count
+    too, multiplied by ``decay``, (0, 1].  ``observe_tokens``: number of dense tokens observed after
+    a trigger; None means ``max(1, masking_step)``.
     """
 
     short: ClassVar[str] = "evidence"
@@ -204,11 +207,11 @@ class RemaskConfig(Part):
 
 
 class CalibrationConfig(Part):
-    """What is collected before any prompt (docs/reference.md, "Self-calibration").
+    """Which statistics are collected before any prompt (docs/reference.md, "Self-calibration").
 
-    ``source``: a ``text``, or ``self``-generated text.  The dense model runs ``sequences`` of
-    ``length`` tokens, which are observed.  ``purpose``: static ``masks``, or a ``prior`` for the
-    score.
+    ``source``: a given ``text``, or text that the model generates (``self``).  The dense model runs
+    ``sequences`` sequences of ``length`` tokens, which are observed.  ``purpose``: the statistics
+    give static ``masks``, or a ``prior``, a ranking of the neurons that is mixed into the score's.
     """
 
     short: ClassVar[str] = "source"
@@ -222,10 +225,10 @@ class CalibrationConfig(Part):
 class SelfStatsConfig(Part):
     """What is learned about a model once, from self-generated text (docs/method.md).
 
-    ``sequences`` of ``length`` tokens are sampled at ``temperature`` and ``top_p``.  Each continues
-    the first ``opening`` tokens of a passage that comes with this package; with 0, or without a
-    tokenizer, the model's start token.  ``tokens``: learned sums weigh as much as this many
-    observed tokens.
+    ``sequences`` sequences of ``length`` tokens are sampled at ``temperature`` and ``top_p``.  Each
+    continues the first ``opening`` tokens of a passage that comes with this package, or the model's
+    start token if ``opening`` is 0 or there is no tokenizer.  ``tokens``: the learned sums weigh as
+    much as this many observed tokens.
     """
 
     sequences: AtLeast1 = 32
@@ -248,10 +251,10 @@ class TokenConfig(Part):
     """Every token selects its own neurons or inputs (docs/reference.md, "Per-token selection").
 
     ``rule``: a class of ``TOKEN_RULES``, whose ``options`` are the settings below that it uses.
-    Low-bit proxies of gate and up have ``bits`` (4 or 8) per weight and ``group`` inputs per scale;
-    only the share ``inputs`` of the inputs, (0, 1], those of the largest magnitude, is multiplied
-    with them.  ``proxy``: ``auto`` makes no proxies where gate and up are stored in low-bit blocks,
-    which then rank the neurons themselves; ``always`` makes them.
+    Low-bit proxies, rough copies of gate and up that rank the neurons, have ``bits`` (4 or 8) per
+    weight and ``group`` inputs per scale.  Only the share ``inputs`` of the inputs, (0, 1], those
+    of the largest magnitude, is multiplied with them.  ``proxy``: ``always`` makes proxies;
+    ``auto`` makes none if gate and up are quantized, because these then rank the neurons.
     """
 
     rule: Annotated[str, AfterValidator(TOKEN_RULES.check)] = "low-bit"
@@ -264,9 +267,10 @@ class TokenConfig(Part):
 class HeadConfig(Part):
     """How decoded tokens are scored (docs/reference.md, "Screened head").
 
-    ``kind``: ``full``, the whole output head; or ``screened``: rough scores for the whole
-    vocabulary, exact scores for entries near the best.  ``bytes``: share of the head's bytes that a
-    screened head reads, on average over self-generated text, (0, 1].  ``screened 0.2`` sets both.
+    ``kind``: ``full`` uses the whole output head; ``screened`` computes rough scores for the whole
+    vocabulary, and exact scores for entries near the best.  ``bytes``: share of the head's bytes
+    that a screened head reads, on average over self-generated text, (0, 1].  The string ``screened
+    0.2`` sets both.
     """
 
     called: ClassVar[str] = "head"
@@ -283,14 +287,14 @@ class HeadConfig(Part):
 
 
 SECRET = ("api_key",)
-"""Settings whose value is not shown in messages."""
+"""Settings whose values messages do not show."""
 
 BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 """Pydantic's bounds of a field, in words."""
 
 
 def first_problem(error: ValidationError, called: str = "") -> str:
-    """The first validation problem, as one sentence; ``called``: name of the group of settings."""
+    """The first validation problem, in words; ``called``: name of the group of settings."""
     problem = error.errors()[0]
     parts = (called, *problem["loc"])  # without the index into a list
     where = ".".join(part for part in parts if part and isinstance(part, str))
@@ -304,10 +308,10 @@ def first_problem(error: ValidationError, called: str = "") -> str:
 
 
 USER_MASKS = "fixed masks"
-"""Used instead of a method's name where the user chose the neurons."""
+"""Shown instead of a method's name if the user chose the neurons."""
 
 DEFAULT_METHOD = "dart-token"
-"""The method of every command and of ``prune`` by default: its texts stay within 2 % of the dense
+"""The default method of every command and of ``prune``: its perplexity is within 2 % of the dense
 model's (README).
 """
 
@@ -328,23 +332,25 @@ PARTS: dict[str, type[Part]] = {
 
 
 class PruneConfig(Part):
-    """Everything that decides a run's masks.  A string sets the main setting of a part.
+    """All settings that decide a run's masks.
 
-    A bad value, an unknown key or settings that contradict each other raise ``ConfigError``.
+    For a group of settings, a plain string sets its main setting.  A bad value, an unknown key or
+    settings that contradict each other raise ``ConfigError``.
 
-    ``sparsity``: fraction of all FFN neurons to remove, [0, 1); None: ``DEFAULT_SPARSITY``, unless
-    a table or the ``auto`` strategy sets the counts.
-    ``masking_step``: dense decode tokens before the first mask.  ``release_step``: decode step from
-    which everything runs dense.  ``min_evidence``: tokens (prompt + observed) required before the
-    first mask.  ``skip_sinks``: leave the attention sinks, the first tokens of a sequence, out of
-    the evidence.
-    ``calibration``: what ``prepare`` does before a run.  ``self_stats``: what is learned about the
-    model when it is first pruned.  ``token``: every token selects its own neurons; None: masks of
-    the sequence.  ``compensation_rank``: number of features of the FFN's input from which
-    compensation predicts the removed neurons' output; 0: their mean alone.  ``head``: how decoded
-    tokens are scored.  ``batch``: one mask for all rows, or one per row.  ``executor``: what runs
-    pruned FFNs (docs/performance.md, "Executors"); ``auto``: the fastest that supports the model;
-    ``slim``: an alias of ``native``.  ``seed``: random seed.
+    ``sparsity``: fraction of all FFN neurons to remove, [0, 1); None means ``DEFAULT_SPARSITY``,
+    unless a table or the ``auto`` strategy sets the counts.
+    ``masking_step``: number of dense decode tokens before the first mask.  ``release_step``: decode
+    step from which everything runs dense again.  ``min_evidence``: number of observed tokens
+    (including the prompt) required before the first mask.  ``skip_sinks``: exclude the attention
+    sinks, the first tokens of a sequence, from the evidence.
+    ``calibration``: statistics that ``prepare`` collects before a run.  ``self_stats``: what is
+    learned about the model when it is first pruned.  ``token``: how every token selects its own
+    neurons; None means that a sequence's tokens share a mask.  ``compensation``: add an estimate of
+    the removed neurons' output.  ``compensation_rank``: number of features of the FFN's input from
+    which it is predicted; with 0, it is the mean.  ``head``: how decoded tokens are scored.
+    ``batch``: one mask for all rows, or one per row.  ``executor``: the code that runs pruned FFNs
+    (docs/performance.md, "Executors"); ``auto`` is the fastest that supports the model, ``slim`` an
+    alias of ``native``.  ``seed``: random seed.
     """
 
     method: str = "dart"
@@ -377,48 +383,48 @@ class PruneConfig(Part):
         return self
 
     def _contradictions(self) -> Iterator[str]:
-        """Settings that exclude or require each other."""
+        """Yield a message for each pair of settings that exclude or require each other."""
         if self.release_step is not None and self.release_step <= self.masking_step:
             yield (
                 f"release step {self.release_step} must come after masking step "
                 f"{self.masking_step}: nothing would ever be pruned"
             )
         if self.executor not in ("auto", "masked") and self.batch == "per_row":
-            yield 'batch "per_row" has a mask per row: use executor "masked" or "auto"'
+            yield 'batch "per_row" builds a mask for each row: use executor "masked" or "auto"'
         if self.selects_per_token and self.drift.rule != "never":
             yield (
-                f"with method {self.method} every token selects its own neurons, so no mask grows "
-                "stale: leave the drift rule out, or name a method with masks, such as dart"
+                f"with method {self.method} every token selects its own neurons, so there is no "
+                "mask to rebuild: drop the drift rule, or use a method with masks, such as dart"
             )
         prior = self.calibration is not None and self.calibration.purpose == "prior"
         if prior != (self.score.prior_weight is not None):
             yield 'prior_weight and a calibration with purpose "prior" require each other'
         if self.token is not None and self.compensation_rank:
             yield "per-token selection has no low-rank compensation: drop compensation_rank"
-        # without learned statistics, a prompt of sinks alone would give no evidence at all
+        # without learned statistics, a prompt that has only sinks would give no evidence
         if self.self_stats is None and (self.compensation_rank or self.skip_sinks):
             yield "compensation_rank and skip_sinks need learned statistics: give self_stats={} too"
 
     def _double_counts(self) -> Iterator[str]:
-        """Settings that set the keep counts twice."""
+        """Yield a message if several settings set the keep counts."""
         table, sparse = self.budget.table, self.sparsity is not None
         uniform = self.budget.name == "uniform" and table is None
         if self.score.strategy == "auto" and (sparse or not uniform):
             yield 'strategy "auto" sets the counts: drop the sparsity, layer table and budget'
         elif sparse and table is not None and not parse_layer_spec(table).has_auto:
             yield (
-                f'the layer table "{table}" fixes every count: drop the sparsity, or hand layers '
-                'to the allocator with "auto"'
+                f'the layer table "{table}" fixes every count: drop the sparsity, or let the '
+                'budget decide some layers with "auto"'
             )
 
     @property
     def target(self) -> float:
-        """The sparsity in force: as requested, or the default."""
+        """The requested sparsity, or the default if none was requested."""
         return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
     @property
     def selects_per_token(self) -> bool:
-        """Whether every token selects its own neurons, so that there is no sequence mask."""
+        """Whether every token selects its own neurons, so that no mask serves a whole sequence."""
         return self.token is not None
 
     @property
@@ -427,9 +433,9 @@ class PruneConfig(Part):
         return self.head.kind == "screened"
 
     def replace(self, changes: Mapping[str, Any]) -> PruneConfig:
-        """A copy with ``changes``; a mapping for a part changes only the keys in it.
+        """A copy with ``changes``; a mapping for a group of settings changes only its own keys.
 
-        Raises ``ConfigError`` for settings that do not fit.
+        Raises ``ConfigError`` for settings that contradict each other.
         """
         data = self.model_dump()
         for key, value in changes.items():
@@ -443,15 +449,15 @@ class PruneConfig(Part):
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> PruneConfig:
-        """Build from plain data; raises ``ConfigError``, which suggests similar keys."""
+        """Build from plain data; raises ``ConfigError``, which suggests similar names for keys."""
         return cls.model_validate(dict(data))
 
     @classmethod
     def build(cls, method: str | PruneConfig = DEFAULT_METHOD, /, **changes: Any) -> PruneConfig:
-        """A preset's configuration, or ``method`` itself, with ``changes``; None changes nothing.
+        """A method's preset, or ``method`` itself, with ``changes``; a value of None is ignored.
 
         Raises ``UnknownName`` for a method that does not exist, ``ConfigError`` for settings that
-        do not fit.
+        contradict each other.
         """
         base = METHODS.get(method) if isinstance(method, str) else method
         if not isinstance(base, PruneConfig):
@@ -460,5 +466,5 @@ class PruneConfig(Part):
         return base.replace(changes) if changes else base
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able data; ``from_mapping`` reads it back.  A full head is left out."""
+        """Plain JSON-able data, which ``from_mapping`` reads; ``head`` only if it is screened."""
         return self.model_dump(mode="json", exclude={"head"} if not self.screens else set())

@@ -1,14 +1,21 @@
 """The state machine of a run: plans each forward and accounts for it, without touching the model.
 
 The code that runs the model calls ``before_forward``, which returns what each layer must do, and
-``after_forward``, which accounts for it.  Between them, ``observe`` and ``observe_signal`` receive
-the activations.  The data of one forward is in one ``PendingForward``, until it is settled:
+``after_forward``.  Between them, ``observe`` and ``observe_signal`` receive the activations.  From
+them the controller builds the evidence of each sequence: sums over tokens, from which masks are
+made.
+
+A ``PendingForward`` holds the data of one forward until it is settled.  A forward is settled when
+its tokens are counted and its observations are recorded:
 
 =================  =======================================================================
-prefill            at its end: prompt tokens, reference of the drift detector
-one decode token   at its end: counted, checked for drift
-several tokens     by the next forward, when it is known how many were kept (assisted decoding
-                   rolls candidates back), or by ``flush`` if all of them were kept
+kind of forward    when the controller settles it
+=================  =======================================================================
+prefill            as soon as it ends; its tokens become the drift detector's reference
+one decode token   as soon as it ends; the token is also checked for drift
+several tokens     when the next forward begins, which shows how many of them were kept (assisted
+                   decoding rolls candidate tokens back), or in ``flush``, which assumes that all
+                   of them were kept
 =================  =======================================================================
 """
 
@@ -72,10 +79,11 @@ class PruningController:
         self.rule = make_rule("never" if fixed_masks is not None else config.drift.rule)
         self.fixed_masks = fixed_masks
         self.on_remask, self.on_tokens = on_remask, on_tokens
-        self._unmasked = clamp.of((None,) * len(layers)) if clamp.layers else None
-        """The masks of decoded tokens before the first mask of their sequence."""
+        self._clamp_masks = clamp.of((None,) * len(layers)) if clamp.layers else None
+        """Masks that only remove clamped neurons, for decode steps without a sequence mask."""
         self.sequences: list[SequenceState] = []
         self.finished: list[SequenceState] = []
+        """Earlier sequences of the run."""
         self.checks: list[DriftCheck] = []
         self.sequence_count = self.length = 0
         self.plan = ForwardPlan(False, False, ())
@@ -99,28 +107,31 @@ class PruningController:
         prefill = call.kind is Kind.PREFILL
         if prefill or any(state.ready for state in self.sequences):
             self._add_queued()
-        before = [state.mask_count for state in self.sequences]
+        versions = [state.mask_version for state in self.sequences]
         counts = prompt_counts(call)
         if prefill:
             observing = self._prefill(counts)
         else:
             observing = [self._advance(state, call) for state in self.sequences]
-        self._announce(before)
+        self._announce(versions)
         self.last_phase = Phase.PREFILL if prefill else self.sequences[0].phase
         self._pending = pending = self._make_pending(call, observing, counts)
         self.plan = pending.plan
         return self.plan
 
     def _advance(self, state: SequenceState, call: ForwardCall) -> bool:
-        """Whether ``state`` observes the decode forward that is about to run."""
-        unmasked = state.phase in (Phase.PREFILL, Phase.OBSERVE)
-        if unmasked and state.row is not None and state.has_finished(call.live):
-            return False  # no mask for a row that has ended
+        """Advance ``state`` to the coming decode forward; return whether it observes it."""
+        has_no_mask = state.phase in (Phase.PREFILL, Phase.OBSERVE)
+        if has_no_mask and state.row is not None and state.has_finished(call.live):
+            return False  # a row that has ended needs no mask
         return state.advance() is Phase.OBSERVE
 
     @torch.no_grad()
     def end_generate(self, cached: int) -> None:
-        """End a token loop that leaves ``cached`` tokens; tokens beyond them were rolled back."""
+        """End a ``generate`` call that leaves ``cached`` tokens in the KV cache.
+
+        Later tokens were rolled back.
+        """
         self._settle(cached)
         if cached:
             self._rewind(cached)
@@ -143,9 +154,9 @@ class PruningController:
         groups: list[tuple[int | None, int]] = [(None, call.rows)]
         if self.config.batch == "per_row":
             groups = [(row, 1) for row in range(call.rows)]
-        shared = self.config, self.selector, self.rule, self.sequence_count
+        common = self.config, self.selector, self.rule, self.sequence_count
         self.sequences = [
-            SequenceState(*shared, row, rows, self.fixed_masks, call.cached) for row, rows in groups
+            SequenceState(*common, row, rows, self.fixed_masks, call.cached) for row, rows in groups
         ]
         self.sequence_count += 1
         self.length = 0
@@ -155,15 +166,16 @@ class PruningController:
         for state in self.sequences:
             tokens = counts[state.batch_rows]
             state.observe_prefill(sum(tokens) / len(tokens))
-        wanted = self.fixed_masks is None and not self.selector.removes_nothing
-        return [wanted and state.phase is Phase.PREFILL for state in self.sequences]
+        observes = self.fixed_masks is None and not self.selector.removes_nothing
+        return [observes and state.phase is Phase.PREFILL for state in self.sequences]
 
     def _make_pending(
         self, call: ForwardCall, observing: list[bool], counts: list[float]
     ) -> PendingForward:
         prefill = call.kind is Kind.PREFILL
-        unmasked = None if prefill else self._unmasked
-        masks = tuple(None if prefill else state.masks or unmasked for state in self.sequences)
+        masks = tuple(
+            None if prefill else state.masks or self._clamp_masks for state in self.sequences
+        )
         statistics = self.selector.statistics
         observe = any(observing) and self.selector.needs_evidence
         stream, inputs = (
@@ -172,14 +184,15 @@ class PruningController:
         )
         watched = any(observing) or any(state.phase is Phase.PRUNED for state in self.sequences)
         layers: dict[int, LayerObservation] = {}
-        into = None if not observe or prefill or stream or any(masks) else layers
+        observations = None if not observe or prefill or stream or any(masks) else layers
         signal = bool(self.rule.window) and watched
-        plan = ForwardPlan(observe, signal, masks, stream, inputs, into)
+        plan = ForwardPlan(observe, signal, masks, stream, inputs, observations)
         return PendingForward(call, plan, observing, counts, layers)
 
-    def _announce(self, before: list[int]) -> None:
-        for state, version in zip(self.sequences, before, strict=True):
-            if self.on_remask and state.mask_count != version and state.masks is not None:
+    def _announce(self, versions: list[int]) -> None:
+        """Call ``on_remask`` for states with new masks; ``versions``: mask versions before."""
+        for state, version in zip(self.sequences, versions, strict=True):
+            if self.on_remask and state.mask_version != version and state.masks is not None:
                 self.on_remask(state.remasks[-1], state)
 
     def observe(self, layer: int, seen: LayerObservation) -> None:
@@ -197,7 +210,7 @@ class PruningController:
             self._update(pending.observing, (layer,), part, weights)
 
     def observe_step(self, layers: dict[int, LayerObservation]) -> None:
-        """Receive all layers' activations of one token, in tensors that stay unchanged."""
+        """Receive all layers' activations of one token, in tensors that must not change later."""
         pending = self._pending
         if pending is not None and pending.plan.observe and pending.call.kind is Kind.DECODE:
             pending.layers = layers
@@ -206,7 +219,7 @@ class PruningController:
             self.observe(layer, seen)
 
     def _enqueue(self, pending: PendingForward, forward: ObservedForward) -> None:
-        if not self._queue.takes(pending.observing, forward.rows):
+        if not self._queue.accepts(pending.observing, forward.rows):
             self._add_queued()
         self._queue.observing = pending.observing
         self._queue.forwards.append(forward)
@@ -214,7 +227,7 @@ class PruningController:
             self._add_queued()
 
     def _add_queued(self) -> None:
-        """Add queued observations to the evidence, before masks are built or evidence decays."""
+        """Add queued observations to the evidence; needed before masks are built or it decays."""
         for layers, seen, weights in self._queue.drain():
             self._update(self._queue.observing, layers, seen, weights)
 
@@ -225,11 +238,12 @@ class PruningController:
         seen: LayerObservation,
         weights: Tensor | None,
     ) -> None:
+        """Add activations of ``layers`` to the evidence of the states that are ``observing``."""
         with torch.inference_mode(False):
             f = read_features(seen.h, [self.selector.layers[layer] for layer in layers])
             selection = self.selector.token_selection(layers)
-            for state, wanted in zip(self.sequences, observing, strict=True):
-                if wanted:
+            for state, observes in zip(self.sequences, observing, strict=True):
+                if observes:
                     rows = state.batch_rows
                     w = None if weights is None else weights[rows].to(seen.shown.device)
                     part = seen.map(lambda t, rows=rows: t[:, rows])  # type: ignore[misc]
@@ -238,13 +252,13 @@ class PruningController:
                     self.selector.statistics.add(evidence, part, w, features, selection)
 
     def observe_signal(self, v: Tensor) -> None:
-        """Receive the drift signal of this forward, [B, T, D]."""
+        """Receive the signal that the drift detector watches in this forward, [B, T, D]."""
         if self._pending is not None and self._pending.plan.signal:
             self._pending.signal = v.detach()
 
     @torch.no_grad()
     def after_forward(self) -> None:
-        """Settle the forward that ran, unless only the next one shows which tokens were kept."""
+        """Settle the forward that ran, unless only the next one shows how many tokens were kept."""
         pending = self._pending
         if pending is None:
             return
@@ -256,11 +270,14 @@ class PruningController:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Account for the current forward; all of its tokens were kept."""
+        """Settle the forward that ran last, assuming that all of its tokens were kept."""
         self._settle(None)
 
     def _settle(self, cached: int | None) -> None:
-        """``cached``: tokens that were kept in the cache; None: all."""
+        """Settle the pending forward, if it has ended.
+
+        ``cached``: tokens still in the cache; None or 0: all of this forward's tokens were kept.
+        """
         pending, self._pending = self._pending, None
         if pending is None or not pending.ended:
             return
@@ -273,7 +290,7 @@ class PruningController:
             weights = evidence_weights(call, accepted, self._lengths, self.config.skip_sinks)
             self._enqueue(pending, ObservedForward(pending.layers, call.rows, accepted, weights))
         with outside_inference():
-            if self.on_tokens is not None:  # first: the code below may change the sequences
+            if self.on_tokens is not None:  # called first, because the code below may change states
                 self.on_tokens(pending, accepted, self.sequences)
             if call.kind is Kind.PREFILL:
                 self._settle_prefill(pending)
@@ -288,7 +305,8 @@ class PruningController:
         end = call.prompt_tokens
         if pending.signal is not None:
             add_reference(self.sequences, pending, pending.signal[:, :end], self._lengths)
-        if extra := call.tokens - end:  # candidates in the same forward as the prompt ran dense
+        # in assisted decoding, candidate tokens that shared a forward with the prompt ran dense
+        if extra := call.tokens - end:
             for state in self.sequences:
                 state.count_dense(extra, float(extra * state.rows))
 
@@ -299,7 +317,8 @@ class PruningController:
             add_reference(self.sequences, pending, pending.signal[:, :accepted], self._lengths)
         for state in self.sequences:
             rows = state.batch_rows
-            count = call.rows if state.row is None else 1  # a prompt of one row may be expanded
+            # not state.rows: generation may expand a prompt of one row to several
+            count = call.rows if state.row is None else 1
             live = float(accepted * count) if weights is None else weights[rows].sum()
             pruned = state.phase is Phase.PRUNED
             state.count(accepted, live, accepted if call.forced else 1)
@@ -309,6 +328,7 @@ class PruningController:
     def _watch(
         self, state: SequenceState, pending: PendingForward, accepted: int, rows: slice
     ) -> None:
+        """Trigger a re-mask of ``state`` if its drift rule says so and its guards allow it."""
         if self.rule.interval and state.pruned_run >= self.rule.interval:
             if state.may_trigger() and not state.has_finished(pending.call.live):
                 self._add_queued()
@@ -329,7 +349,10 @@ class PruningController:
 
     @torch.no_grad()
     def select(self) -> Masks:
-        """The masks that the newest sequence's evidence gives now; None per dense layer."""
+        """The masks from the newest sequence's evidence, None for dense layers.
+
+        Raises ``AttachError`` if masks need evidence, and no token has been observed.
+        """
         self.flush()
         state = self.sequences[-1] if self.sequences else None
         evidence = state.evidence if state and state.evidence_tokens else None
@@ -338,26 +361,26 @@ class PruningController:
                 return (None,) * len(self.selector.layers)
             if evidence is None and self.selector.needs_evidence:
                 raise AttachError("no token has been observed yet: run a prompt first")
-            none = [LayerStatistics() for _ in self.selector.layers]
-            return self.selector.select(evidence or none).masks
+            empty = [LayerStatistics() for _ in self.selector.layers]
+            return self.selector.select(evidence or empty).masks
 
     def branch(self) -> None:
-        """Keep the tokens decoded so far in the accounting, even if the cache gets shorter."""
+        """Make the counts of decoded tokens final: they stay even if the cache becomes shorter."""
         self.settle()
         for state in self.sequences:
             state.keep_counts()
 
     def tokens_until_change(self) -> int | None:
-        """Most tokens in the next decode forward without a change of any state; None: no bound."""
+        """Maximum number of tokens in a decode forward before a state changes; None: no limit."""
         self.settle()
         bounds = [state.tokens_until_change() for state in self.sequences]
         return min(filter(None, bounds), default=None)  # a bound is at least 1
 
     def flush(self) -> None:
-        """Account for the current forward and add queued observations to the evidence."""
+        """Settle the forward that ran last, and add queued observations to the evidence."""
         self.settle()
         self._add_queued()
 
     def all_sequences(self) -> list[SequenceState]:
-        """States of finished and running sequences, in order."""
+        """States of earlier and current sequences, in order."""
         return [*self.finished, *self.sequences]

@@ -1,9 +1,11 @@
 """Drift: has the text moved away from the tokens that the masks were made from?
 
-Rules as data, the detector, and guards on re-masking.  ``v``: the signal of each token, the last
-layer's attention output (before the residual add) or the last hidden state.  The mean of every W
-pruned tokens is compared by cosine with the centroid c of the observed tokens (DART, arXiv
-2601.22632; docs/reference.md, "Drift").
+The module has the drift rules, the detector, and guards that limit re-masks.  The detector watches
+a signal ``v`` of each token: the last layer's attention output (before the residual add) or the
+last hidden state.  It compares the mean of every window of W pruned tokens, by cosine similarity,
+with the mean over its reference, usually the tokens that the masks were made from (DART, arXiv
+2601.22632; docs/reference.md, "Drift").  Once the reference has enough windows to give a threshold,
+the detector is armed.
 """
 
 from __future__ import annotations
@@ -19,30 +21,31 @@ from dart_llm.pruning.records import DriftCheck
 from dart_llm.pruning.registry import DRIFT_RULES
 
 SINKS = 4
-"""The first tokens of a sequence (attention sinks) never enter the centroid or a window."""
+"""Tokens at the start of a sequence (attention sinks) that no reference or window includes."""
 
 MIN_WINDOWS = 4
-"""Windows needed for a reference; with fewer observed, the first pruned windows become it."""
+"""Windows that a reference needs; if fewer were observed, the first pruned windows are used."""
 
 MAX_WINDOWS = 128
-"""Newest observed window means that give mu and sigma; older ones are dropped to bound memory."""
+"""Number of newest observed windows that give mu and sigma; older ones are dropped."""
 
 Compare = Callable[[Tensor, Tensor], Tensor]
-"""Similarity of two vectors [..., D]: [...].  Lengths must not matter: some are sums of tokens."""
+"""Similarity of two vectors [..., D], which must not depend on their lengths: [...]."""
 
 
 def cosine(mean: Tensor, others: Tensor) -> Tensor:
-    """The similarity that all rules use; 0 where a vector is zero."""
+    """The cosine similarity, which all rules use; 0 where a vector is zero."""
     return cosine_similarity(mean, others, dim=-1)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When masks are rebuilt: at ``count`` on a counter of low windows, or at fixed intervals.
+    """When masks are rebuilt: when a counter of low windows reaches ``count``, or at intervals.
 
-    ``window``: tokens W per window; 0: there are no windows.  A window is low if its similarity is
-    below ``threshold(mu, sigma)``: mean and standard deviation of the reference's similarities,
-    [B] float32, one per batch row.  ``interval``: pruned tokens between triggers; 0: none.
+    ``window``: tokens W per window; 0 means that there are no windows.  A window is low if its
+    similarity is below ``threshold(mu, sigma)``, where mu and sigma are the mean and standard
+    deviation of the similarities of the reference's windows, [B] float32, one per batch row.
+    ``interval``: number of pruned tokens between triggers; 0 means no intervals.
     """
 
     window: int
@@ -52,22 +55,22 @@ class Rule:
 
 
 def published() -> Rule:
-    """W = 5, theta = mu - max(0.1 sigma, 0.1), one low window (the published scripts)."""
+    """One window of 5 tokens below mu - max(0.1 sigma, 0.1) (the published scripts)."""
     return Rule(5, lambda mu, sigma: mu - (0.1 * sigma).clamp_min(0.1), 1)
 
 
 def windows(tokens: int, low: int, k: float) -> Rule:
-    """W tokens, N low windows, theta = mu - K sigma: "windows W N K"."""
+    """N windows of W tokens below mu - K sigma, written "windows W N K"."""
     return Rule(tokens, lambda mu, sigma: mu - k * sigma, low)
 
 
 def paper() -> Rule:
-    """W = 10, theta = mu - 0.5 sigma, three low windows (a secondary account of the paper)."""
+    """Three windows of 10 tokens below mu - 0.5 sigma (a secondary account of the paper)."""
     return windows(10, 3, 0.5)
 
 
 def dart() -> Rule:
-    """W = 10, theta = mu - 1.5 sigma, three low windows (this project; docs/drift.md)."""
+    """Three windows of 10 tokens below mu - 1.5 sigma (this project; docs/drift.md)."""
     return windows(10, 3, 1.5)
 
 
@@ -82,7 +85,7 @@ def never() -> Rule:
 
 
 def make_rule(text: str) -> Rule:
-    """The rule behind a validated ``drift.rule`` setting, e.g. ``paper`` or ``interval 64``."""
+    """The rule for a validated ``drift.rule`` setting, such as ``paper`` or ``interval 64``."""
     name, *numbers = text.split()
     rule: Rule = DRIFT_RULES.get(name)(*(int(n) if n.isdecimal() else float(n) for n in numbers))
     return rule
@@ -90,7 +93,12 @@ def make_rule(text: str) -> Rule:
 
 @dataclass
 class Check:
-    """One completed window of all rows: similarity, threshold (None while arming) and live, [B]."""
+    """One completed window of all batch rows.
+
+    ``window``: its number.  ``similarity``, ``threshold`` (None before the detector is armed) and
+    ``live`` (False for rows that have ended) have one value per row.  ``counter``: low windows as
+    the rule counts them.  ``fired``: whether the counter has reached the rule's ``count``.
+    """
 
     window: int
     similarity: list[float]
@@ -102,7 +110,7 @@ class Check:
     def records(
         self, sequence: int, row: int | None, step: int, layer: int, allowed: bool
     ) -> list[DriftCheck]:
-        """One record per live row; ``row``: the only row that is watched, None for all."""
+        """One record per live row; ``row``: the only row that is watched, or None for all rows."""
         state = "suppressed" if self.fired and not allowed else "armed"
         state = "arming" if self.threshold is None else state
         thresholds: Sequence[float | None] = self.threshold or [None] * len(self.similarity)
@@ -119,20 +127,21 @@ class Check:
 
 @dataclass
 class Detector:
-    """Detector for one mask over B rows; every new reference needs a new detector.
+    """Detector for one mask of B rows; every new reference needs a new detector.
 
-    ``observe`` collects the reference; ``watch`` checks pruned tokens, which arm the detector if
-    too few tokens were observed.
+    ``observe`` collects the reference.  ``watch`` checks pruned tokens; if too few tokens were
+    observed, the first pruned tokens become the reference instead.
     """
 
     rule: Rule
     compare: Compare = cosine
     total: Tensor | None = None
-    """[B, D] sum of v over the reference's tokens; ``tokens``: [B] their number."""
+    """Sum of v over the reference's tokens, [B, D]; ``tokens``: their number, [B]."""
     tokens: Tensor | None = None
     windows: list[Tensor] = field(default_factory=list)
+    """Means of the reference's windows, [B, D] each, until they have given mu and sigma."""
     partial: list[Tensor] = field(default_factory=list)
-    """[B, t, D] each: tokens of the window in progress, fewer than W in all."""
+    """Tokens of the window in progress, [B, t, D] each; together they are fewer than W."""
     mu: Tensor | None = None
     sigma: Tensor | None = None
     counter: int = 0
@@ -144,14 +153,14 @@ class Detector:
 
     @property
     def filled(self) -> int:
-        """Tokens of the window in progress."""
+        """Number of tokens in the window in progress."""
         return sum(part.shape[1] for part in self.partial)
 
     def observe(self, v: Tensor, weights: Tensor | None, live: Tensor | None = None) -> None:
         """Add observed tokens to the reference.
 
-        v: [B, T, D]; weights: [B, T] or None (all 1); live: [B] bool, False for finished rows,
-        which do not limit the windows of the others.
+        v: [B, T, D].  weights: [B, T], or None if all are 1.  live: [B] bool, False for rows that
+        have ended; the windows do not wait for these.
         """
         if not self.rule.window or not v.shape[1]:
             return
@@ -164,13 +173,13 @@ class Detector:
             self.windows = [*self.windows[1 - MAX_WINDOWS :], mean]
 
     def _count(self, part: Tensor, tokens: Tensor | int) -> None:
-        """Add sums ``part`` [B, D] over ``tokens`` tokens to the reference."""
+        """Add to the reference ``part`` [B, D], the sums of v over ``tokens`` tokens per row."""
         count = tokens if isinstance(tokens, Tensor) else part.new_full((len(part),), tokens)
         self.total = part if self.total is None else self.total + part
         self.tokens = count if self.tokens is None else self.tokens + count
 
     def start(self) -> None:
-        """Enter PRUNED with a counter of 0; arm if at least ``MIN_WINDOWS`` were observed."""
+        """Start watching pruned tokens; arm if at least ``MIN_WINDOWS`` windows were observed."""
         self.partial, self.counter = [], 0
         if self.total is not None and len(self.windows) >= MIN_WINDOWS:
             self._arm()
@@ -178,24 +187,24 @@ class Detector:
             self.total, self.tokens, self.windows = None, None, []
 
     def watch(self, v: Tensor, live: Tensor | None) -> list[Check]:
-        """Check the windows that pruned tokens complete; v: [B, T, D], live: [B] bool or None."""
+        """Check the windows that these pruned tokens complete; v: [B, T, D], live: [B] or None."""
         return [self._check(mean, live) for mean in self._fill(v.to(torch.float32, copy=True))]
 
     def cut(self, tokens: int) -> None:
-        """Drop the last ``tokens``, rolled back, from the window in progress.
+        """Drop the last ``tokens`` tokens, which were rolled back, from the window in progress.
 
-        Completed windows stay: in the counter, or in the reference.
+        Completed windows stay in the counter or in the reference.
         """
         if tokens > 0:
-            left = max(0, self.filled - tokens)
-            self.partial = [torch.cat(self.partial, 1)[:, :left]] if left else []
+            remaining = max(0, self.filled - tokens)
+            self.partial = [torch.cat(self.partial, 1)[:, :remaining]] if remaining else []
 
     def nbytes(self) -> int:
         tensors = [self.total, self.tokens, self.mu, self.sigma, *self.windows, *self.partial]
         return sum(t.nbytes for t in tensors if t is not None)
 
     def _fill(self, v: Tensor) -> list[Tensor]:
-        """Append v [B, T, D] to the window in progress; returns the means of complete windows."""
+        """Append v [B, T, D] to the window in progress; return the means of complete windows."""
         size = self.rule.window
         if not size:
             return []
@@ -208,7 +217,7 @@ class Detector:
         return [tokens[:, start : start + size].mean(1) for start in range(0, end, size)]
 
     def _arm(self) -> None:
-        """Set mu and sigma of every row: each window against all other tokens of the reference."""
+        """Set mu and sigma of every row: compare each window with the reference's other tokens."""
         assert self.total is not None and self.tokens is not None
         size = self.rule.window
         stack = torch.stack(self.windows)  # [n, B, D]
@@ -218,7 +227,7 @@ class Detector:
         self.windows = []
 
     def _check(self, mean: Tensor, live: Tensor | None) -> Check:
-        """Compare one window with the reference; before the detector is armed, add it."""
+        """Compare one window with the reference; until the detector is armed, add it as well."""
         self.checks += 1
         mu: Tensor | None = self.mu
         threshold: Tensor | None = None
@@ -235,19 +244,20 @@ class Detector:
             similarity = self.compare(mean, self.total / self.tokens[:, None].clamp_min(1))
             threshold = self.rule.threshold(mu, self.sigma).expand_as(similarity)
         alive = torch.ones_like(similarity) if live is None else live.to(similarity)
-        edge = torch.full_like(similarity, -torch.inf) if threshold is None else threshold
-        table = torch.stack([similarity, edge, alive]).tolist()  # the step's one transfer
+        limit = torch.full_like(similarity, -torch.inf) if threshold is None else threshold
+        # the only transfer of this step to the host
+        table = torch.stack([similarity, limit, alive]).tolist()
         rows = zip(*table, strict=True)
-        low = sum(s < edge for s, edge, alive in rows if alive) > sum(table[2]) / 2
+        low = sum(s < limit for s, limit, alive in rows if alive) > sum(table[2]) / 2
         if threshold is not None:
             self.counter = self.counter + 1 if low else max(0, self.counter - 1)
         fired = threshold is not None and self.counter >= self.rule.count
-        edges, states = None if threshold is None else table[1], [bool(a) for a in table[2]]
-        return Check(self.checks, table[0], edges, states, self.counter, fired)
+        limits, states = None if threshold is None else table[1], [bool(a) for a in table[2]]
+        return Check(self.checks, table[0], limits, states, self.counter, fired)
 
 
 def _compact(v: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:
-    """Each row's tokens of weight 1, as many as the shortest live row has: [B, T', D]."""
+    """Each row's first tokens of weight 1, as many as the shortest live row has, [B, T', D]."""
     if weights is None:
         return v
     counts = weights.sum(1).long()
@@ -267,11 +277,11 @@ def guards_allow(
     max_dense_share: float | None,
     allowance: int = 0,
 ) -> bool:
-    """Whether the guards allow a trigger (docs/reference.md, "Drift"); all counts are in tokens.
+    """Whether the guards allow a trigger (docs/reference.md, "Drift").  Counts are in tokens.
 
-    ``decoded`` so far; ``last``: the same at the previous trigger (None: no trigger yet);
-    ``spent``: dense on re-masks so far; ``need``: dense in the next re-mask; ``allowance``: dense
-    in addition to the share.
+    ``decoded``: tokens decoded so far.  ``last``: their number at the previous trigger, or None.
+    ``spent``: tokens that ran dense for earlier re-masks.  ``need``: tokens that will run dense for
+    the next one.  ``allowance``: tokens that may run dense in addition to ``max_dense_share``.
     """
     if last is not None and decoded - last < min_distance:
         return False

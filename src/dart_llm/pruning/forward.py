@@ -1,4 +1,7 @@
-"""Description and plan of one forward; which of its tokens count as evidence."""
+"""Description and plan of one forward, and the choice of its tokens that count as evidence.
+
+Evidence is the sums over observed tokens from which masks are made.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,10 @@ class Kind(StrEnum):
 class ForwardCall:
     """One forward of the whole model, of ids [``rows``, ``tokens``] after ``cached`` tokens.
 
-    ``valid``: [B, T] float32, 0 for padding, or None.  ``live``: [B] bool, False for finished rows,
-    or None.  ``observable``: leading tokens of a prefill that belong to the prompt.  ``forced``:
-    each token of a fixed text counts as a decode step.
+    ``valid``: [B, T] float32, 0 for padding; None if there is no padding.  ``live``: [B] bool,
+    False for rows that have ended; None if all are live.  ``observable``: in a prefill, how many
+    leading tokens belong to the prompt; None means all.  ``forced``: True if the tokens come from a
+    fixed text (teacher forcing); each then counts as one decode step.
     """
 
     kind: Kind
@@ -45,18 +49,19 @@ class ForwardCall:
 
     @property
     def prompt_tokens(self) -> int:
-        """Leading tokens that a prefill observes."""
+        """Number of leading tokens that belong to the prompt; a prefill observes these only."""
         return self.tokens if self.observable is None else min(self.tokens, self.observable)
 
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """What the layers do in one forward: ``masks[sequence][layer]``, None where dense.
+    """What the layers do in one forward.
 
-    ``observe``: pass activations to the controller; ``signal``: pass the drift signal; ``stream``:
-    also pass the FFN's output and the residual stream before it; ``inputs``: also pass the FFN's
-    input, for low-rank compensation.  ``into``: where dense layers store their activations
-    directly, [B, T, ...], detached; None: they call the controller.
+    ``masks[sequence][layer]`` is None where a layer runs dense.  ``observe``: pass activations to
+    the controller.  ``signal``: pass the signal that the drift detector watches.  ``stream``: also
+    pass the FFN's output and the residual stream before it.  ``inputs``: also pass the FFN's input,
+    for low-rank compensation.  ``observations``: by layer, dense layers store their activations
+    [B, T, ...] here, detached; if it is None, they call the controller instead.
     """
 
     observe: bool
@@ -64,7 +69,7 @@ class ForwardPlan:
     masks: tuple[Masks | None, ...]
     stream: bool = False
     inputs: bool = False
-    into: dict[int, LayerObservation] | None = None
+    observations: dict[int, LayerObservation] | None = None
 
     @cached_property
     def dense(self) -> bool:
@@ -73,10 +78,11 @@ class ForwardPlan:
 
 @dataclass
 class PendingForward:
-    """A forward that is running, or has run and is not settled; private to ``controller.py``.
+    """A forward that is running, or whose tokens are not counted yet; used by ``controller.py``.
 
-    ``observing``: one flag per sequence.  ``counts``: prompt tokens of each row, without padding.
-    ``ended``: False while the forward runs, and afterwards if it raised.
+    ``observing``: for each sequence, whether it observes this forward.  ``counts``: number of
+    prompt tokens in each row, without padding.  ``layers``: observations by layer.  ``ended``: True
+    once the forward has finished without an exception.
     """
 
     call: ForwardCall
@@ -97,12 +103,18 @@ def detached(t: T) -> T:
 
 
 def outside_inference() -> AbstractContextManager[object]:
-    """Context in which tensors are made that later forwards of any mode can use."""
+    """A context that turns inference mode off.
+
+    Tensors created in it can be used in later forwards, whether or not they run in inference mode.
+    """
     return torch.inference_mode(False)
 
 
 def token_weights(call: ForwardCall, end: int) -> Tensor | None:
-    """[B, end] float32 token weights, or None when all are 1."""
+    """Weights of the first ``end`` tokens, [B, end] float32; None if all are 1.
+
+    Padding and rows that have ended have weight 0.
+    """
     weights = None if call.valid is None else call.valid[:, :end]
     if call.live is None:
         return weights
@@ -120,37 +132,38 @@ def prompt_counts(call: ForwardCall) -> list[float]:
     return counts
 
 
-# Which tokens count as evidence, and for a drift detector's reference.  Attention sinks, which draw
-# attention whatever the text, are left out (docs/reference.md, "Drift").
-# ``lengths``: unpadded tokens of each row before the forward.
+# The functions below decide which tokens count as evidence and enter a drift detector's reference.
+# They can exclude attention sinks, the first tokens of a sequence, which draw attention whatever
+# the text (docs/reference.md, "Drift").  ``lengths``: number of tokens, without padding, that each
+# row has before the forward.
 
 
 def add_reference(
     states: Sequence[SequenceState], pending: PendingForward, v: Tensor, lengths: Sequence[float]
 ) -> None:
-    """Pass v [B, T, D] to the detectors of the states that observe."""
+    """Add the drift signal v [B, T, D] to the references of the states that observe."""
     weights, live = (
         evidence_weights(pending.call, v.shape[1], lengths, skip=True),
         pending.call.live,
     )
-    for state, wanted in zip(states, pending.observing, strict=True):
-        if wanted:
+    for state, observes in zip(states, pending.observing, strict=True):
+        if observes:
             rows = state.batch_rows
             w = None if weights is None else weights[rows].to(v.device)
             state.detector.observe(v[rows], w, None if live is None else live[rows])
 
 
 def sinks_ahead(state: SequenceState, tokens: int, lengths: Sequence[float]) -> int:
-    """How many of the next ``tokens`` are attention sinks, in the shortest row."""
+    """How many of the next ``tokens`` tokens are attention sinks, in the state's shortest row."""
     return max(0, min(SINKS - int(min(lengths[state.batch_rows])), tokens))
 
 
 def evidence_weights(
     call: ForwardCall, end: int, lengths: Sequence[float], skip: bool
 ) -> Tensor | None:
-    """Weights of a forward's first ``end`` tokens: [B, end], or None for all ones.
+    """Weights of a forward's first ``end`` tokens, [B, end]; None if all are 1.
 
-    ``skip``: sinks have weight 0.
+    ``skip``: give attention sinks weight 0.
     """
     weights = token_weights(call, end)
     if not skip or min(lengths) >= SINKS:
@@ -159,7 +172,10 @@ def evidence_weights(
 
 
 def without_sinks(weights: Tensor | None, lengths: Sequence[float], rows: int, end: int) -> Tensor:
-    """``weights`` [B, end] (None: all ones), with 0 for the first ``SINKS`` tokens of each row."""
+    """``weights`` [B, end], with 0 for the first ``SINKS`` tokens of each row.
+
+    If ``weights`` is None, the other tokens have weight 1.
+    """
     if weights is None:
         weights = torch.ones(rows, end, dtype=torch.float32)
     before = torch.tensor(lengths, device=weights.device)[:, None]

@@ -1,8 +1,8 @@
-"""Layer tables: a small language for how many neurons each layer keeps.
+"""Layer tables: a small language that says how many neurons each layer keeps.
 
-``all:auto`` · ``0-5:0.6,6-11:0.8`` · ``0,1,2:0.6`` · ``3:#512``.  A value is a keep ratio in
-(0, 1], a count ``#n``, or ``auto`` (the budget decides).  Later entries win; layers that are not
-named stay dense.
+Examples are ``all:auto``, ``0-5:0.6,6-11:0.8``, ``0,1,2:0.6`` and ``3:#512``.  A value is a keep
+ratio in (0, 1], a count ``#n``, or ``auto`` (the budget decides).  If several entries name a layer,
+the last one counts.  Layers that are not named stay dense.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FORMS = 'use forms such as "all:auto", "0-5:0.6,6-11:0.8", "0,1,2:0.6" or "3:#5
 
 @dataclass(frozen=True)
 class Entry:
-    """One ``layers:value`` part; ``layers`` is None for ``all``, else inclusive ranges."""
+    """One ``layers:value`` entry; ``layers`` is None for ``all``, otherwise inclusive ranges."""
 
     layers: tuple[tuple[int, int], ...] | None
     value: float | int | str
@@ -36,7 +36,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class LayerTable:
-    """A parsed specification; ``str(table)`` parses back to an equal table."""
+    """A parsed layer table; parsing ``str(table)`` gives an equal table."""
 
     entries: tuple[Entry, ...]
 
@@ -50,7 +50,8 @@ class LayerTable:
     def resolve(self, widths: Sequence[int]) -> list[int | str | None]:
         """What each layer keeps: a count, ``"auto"``, or None (dense).
 
-        Raises ``ConfigError`` for a layer outside the model and a count outside 1..width.
+        ``widths``: number of neurons in each layer.  Raises ``ConfigError`` for a layer that the
+        model does not have, and for a count that is larger than the layer.
         """
         for entry in self.entries:
             outside = [n for bounds in entry.layers or () for n in bounds if n >= len(widths)]
@@ -76,7 +77,7 @@ class LayerTable:
 
 
 def parse_layer_spec(text: str) -> LayerTable:
-    """Parse a specification; raises ``ConfigError``, which names the faulty part."""
+    """Parse a layer table; raises ``ConfigError``, which names the part that is wrong."""
     spec = re.sub(r"\s*\n\s*", ",", text.strip())
     spec = re.sub(r"\s*([,:])\s*", r"\1", spec)
     entries, end = list[Entry](), 0
@@ -106,20 +107,20 @@ def _entry(layers: str, value: str) -> Entry:
         kept = 0
     if not (0 < kept <= 1 or (isinstance(kept, int) and kept)):
         raise ConfigError(
-            f'"{text}": a keep ratio lies in (0, 1], a count of neurons is written #1 and up'
+            f'"{text}": write a keep ratio in (0, 1], or a count of neurons as #1, #2, ...'
         )
     return Entry(ranges, kept, text)
 
 
 def write_table(path: Path, counts: Sequence[int], note: str) -> None:
-    """Write keep counts as a file for ``read_table``; ``note`` becomes a comment."""
+    """Write keep counts to a file that ``read_table`` can read; ``note`` becomes a comment."""
     lines = [f"# {line}" for line in note.splitlines()]
     lines += [f"{layer}:#{count}" for layer, count in enumerate(counts)]
     write_text(path, "\n".join(lines) + "\n")
 
 
 def read_table(path: Path) -> str:
-    """The specification in a table file, without comments, on one line."""
+    """The layer table in a file, without comments, on one line."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

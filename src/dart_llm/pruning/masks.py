@@ -1,4 +1,4 @@
-"""Masks: which neurons each layer keeps, chosen from scores and counts, or by the user."""
+"""Masks: which neurons each layer keeps, selected from scores and counts or given by the user."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ Ids = Mapping[int, Sequence[int] | Tensor]
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """Whether each of values [n] is among the ``count`` largest, bool [n]; ties: lower index first.
+    """Whether each of values [n] is among the ``count`` largest, bool [n].
 
-    NaN counts as infinity.  Takes linear time: sorting would dominate the time to build a mask.
+    In ties, lower indices win.  NaN counts as infinity.  This does not sort the values, which would
+    take most of the time to build a mask.
     """
     if count >= len(values):
         return torch.ones_like(values, dtype=torch.bool)
     if count <= 0:
         return torch.zeros_like(values, dtype=torch.bool)
     values = values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    edge = values.kthvalue(len(values) - count + 1).values
-    marks = values > edge
-    ties = (values == edge).nonzero().flatten()
+    threshold = values.kthvalue(len(values) - count + 1).values
+    marks = values > threshold
+    ties = (values == threshold).nonzero().flatten()
     marks[ties[: count - int(marks.sum())]] = True
     return marks
 
 
 FLOOR = 0.1
-"""Smallest share of its neurons that a layer keeps under ``auto`` and rankings over all layers."""
+"""Smallest share of neurons that a layer keeps, under ``auto`` and rankings of all layers."""
 
 
 def floor_count(width: int) -> int:
@@ -47,8 +48,9 @@ def floor_count(width: int) -> int:
 class LayerMask:
     """The neurons that one layer keeps.
 
-    ``ids``: [k] int64, ascending, on the layer's device.  Compensation, or None: ``bias``, [D]
-    float32, and ``low_rank``, a linear map of the FFN's input, are added to the FFN's output.
+    ``ids``: [k] int64, ascending, on the layer's device.  To compensate for the removed neurons,
+    ``bias``, [D] float32, and ``low_rank``, a linear map of the FFN's input, are added to the FFN's
+    output unless they are None.
     """
 
     ids: Tensor
@@ -61,7 +63,7 @@ class LayerMask:
         return int(self.ids.numel())
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """[I] ones and zeros."""
+        """The mask as ones and zeros, [I]."""
         mask = torch.zeros(self.width, dtype=dtype, device=self.ids.device)
         mask[self.ids] = 1
         return mask
@@ -77,7 +79,7 @@ class LayerMask:
 
 
 Masks = tuple[LayerMask | None, ...]
-"""The masks of all layers; None: the layer stays dense."""
+"""The masks of all layers; None for a layer that stays dense."""
 
 
 def top_ids(score: Tensor, keep: int) -> Tensor:
@@ -89,22 +91,22 @@ def top_ids(score: Tensor, keep: int) -> Tensor:
 
 
 def split(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """``top_ids`` and the remaining ids, both ascending."""
+    """Indices of the ``keep`` largest scores, and the remaining indices, both ascending."""
     marks = largest(score, keep)
     return marks.nonzero().flatten(), (~marks).nonzero().flatten()
 
 
 def auto_count(score: Tensor) -> int:
-    """Strategy ``auto``: how many scores are at least the layer's mean; at least ``FLOOR`` of them.
+    """How many neurons the strategy ``auto`` keeps: those whose score is at least the layer's mean.
 
-    score: [I] on the host.
+    It keeps at least the share ``FLOOR`` of them.  score: [I] on the host.
     """
     above = int((score >= score.mean()).sum())
     return max(above, floor_count(score.numel()))
 
 
 def overlap(first: Masks, second: Masks) -> float:
-    """Share of the neurons of ``second`` that ``first`` also keeps, in layers masked by both."""
+    """Share of the neurons of ``second`` that ``first`` keeps too, in layers masked by both."""
     same = total = 0
     for old, new in zip(first, second, strict=True):
         if old is not None and new is not None:
@@ -114,7 +116,7 @@ def overlap(first: Masks, second: Masks) -> float:
 
 
 def _neuron_ids(layer: int, ids: Sequence[int] | Tensor, width: int) -> Tensor:
-    """Unique ids, ascending, int64 on the host; refuses booleans and fractions."""
+    """Unique ids, ascending, int64 on the host; raises ``ConfigError`` if they are not valid."""
     try:
         neurons = torch.as_tensor(ids)
     except (TypeError, ValueError, RuntimeError):
@@ -132,10 +134,11 @@ def _neuron_ids(layer: int, ids: Sequence[int] | Tensor, width: int) -> Tensor:
 
 
 def user_masks(layers: Sequence[FfnWeights], keep: Ids | None, remove: Ids | None) -> Masks:
-    """Masks from the user's neuron ids per layer, to keep or to remove; other layers stay dense.
+    """Masks from the user's neuron ids per layer, which say what to keep or what to remove.
 
-    Masks are on the layers' devices, None for a layer that keeps all.  Raises ``ConfigError`` for
-    an unknown layer or neuron, and for a layer left with no neuron.
+    Other layers stay dense.  Masks are on the layers' devices, and None for a layer that keeps all
+    neurons.  Raises ``ConfigError`` for a layer or neuron that does not exist, and for a layer that
+    would keep no neuron.
     """
     if (keep is None) == (remove is None):
         raise ConfigError("give either masks= (neurons to keep) or remove=, not both")

@@ -1,8 +1,8 @@
 """All methods, and the listing of everything that can be chosen by name.
 
 ``dart-llm methods`` prints the first paragraph of the text below each method.  The formulas are in
-the modules of the scores, budgets and rules, and in docs/reference.md, which also counts bytes and
-lists what per-token methods leave out of their papers.
+the modules of the scores, budgets and rules, and in docs/reference.md.  That page also counts bytes
+and says which parts of their papers the per-token methods do not implement.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def _per_token(rule: str, **options: Any) -> PruneConfig:
     """Per-token selection by ``rule``, without calibration or evidence from the prompt."""
     return PruneConfig(
         method=rule,
-        score=ScoreConfig(name="weight"),  # unused, but needs no evidence
+        score=ScoreConfig(name="weight"),  # not used; this score needs no observed tokens
         token=TokenConfig(rule=rule, **options),
     )
 
 
 CATS = _per_token("cats")
-"""CATS (arXiv 2404.08763): the gate is computed whole; its largest outputs select neurons."""
+"""CATS (arXiv 2404.08763): each token selects the neurons with the largest gate outputs."""
 
 COUNTDOWN = _per_token("countdown")
-"""CountDown (arXiv 2505.17701), its variant M: up is computed whole and selects neurons."""
+"""CountDown (arXiv 2505.17701), variant M: each token selects neurons by its up projection."""
 
 DART = PruneConfig(
     method="dart",
@@ -57,10 +57,11 @@ DART = PruneConfig(
 )
 """DART for LLMs: one mask per sequence, rebuilt on drift.
 
-Fisher scores (arXiv 2204.09656) ranked over all layers at once, with the activations of the prompt
-and gradients that are learned once from self-generated text; low-rank compensation, after FLAP's
-mean (arXiv 2312.11983); re-masks from decayed evidence when the last hidden state leaves the
-topic.  docs/reference.md has the formulas and the gain from each part.
+Fisher scores (arXiv 2204.09656), from activations of the prompt and from gradients that are learned
+once from self-generated text, rank the neurons of all layers together.  Low-rank compensation,
+which extends FLAP's mean (arXiv 2312.11983), replaces the removed neurons' output.  When the last
+hidden states drift from those that the mask was made from, a new mask is made from new tokens and
+decayed older ones.  docs/reference.md has the formulas and the gain from each part.
 """
 
 DART_PROMPT = PruneConfig(
@@ -72,7 +73,7 @@ DART_PROMPT = PruneConfig(
     min_evidence=64,
     compensation=True,
 )
-"""DART for LLMs from the prompt alone: nothing is learned of the model beforehand."""
+"""DART for LLMs from the prompt alone, without statistics that are learned in advance."""
 
 DART_TOKEN = PruneConfig(
     method="dart-token",
@@ -84,15 +85,16 @@ DART_TOKEN = PruneConfig(
 )
 """Token-level tracing: every token computes only its own strongest neurons.
 
-4-bit proxies of gate and up rank the neurons by ``abs(u~_i)`` times the root of the loss's mean
-squared gradient by u_i, learned once from self-generated text; the winners are computed with the
-model's weights.  The idea of proxies and winners is that of Prox (arXiv 2607.27591) and WINA
-(arXiv 2505.19427).  The others are replaced by their mean activation over tokens that leave them
-out.  Uniform budget, no drift rule: there is no mask that could grow stale.
+4-bit proxies (rough copies) of gate and up estimate the activations u~.  Neurons are ranked by
+``abs(u~_i)`` times the root of the loss's mean squared gradient with respect to u_i, which is
+learned once from self-generated text.  Each token computes the neurons that it selects with the
+model's weights; each other neuron is replaced by its mean activation over tokens that do not select
+it.  The selection follows Prox (arXiv 2607.27591) and WINA (arXiv 2505.19427).  Every layer keeps
+the same share.  There is no drift rule, because there is no mask that could become outdated.
 """
 
 DENSE = PruneConfig(method="dense", sparsity=0.0)
-"""Dense: nothing is removed.  The baseline of every comparison."""
+"""Dense: nothing is removed.  This is the baseline of every comparison."""
 
 FLAP = PruneConfig(
     method="flap",
@@ -108,7 +110,7 @@ GLASS = PruneConfig(
     score=ScoreConfig(name="normalized", prior_weight=0.5),
     calibration=CalibrationConfig(source="self", sequences=64, length=128, purpose="prior"),
 )
-"""GLASS (arXiv 2508.14302): GRIFFIN's prompt statistic and a global prior, by mean rank."""
+"""GLASS (arXiv 2508.14302): the mean of GRIFFIN's ranking of neurons and a global ranking."""
 
 GRIFFIN = PruneConfig(method="griffin", score=ScoreConfig(name="normalized"))
 """GRIFFIN (arXiv 2404.01365): the prompt's normalised activations select neurons, once."""
@@ -119,12 +121,12 @@ GRIFFIN_REFRESH = PruneConfig(
     drift=DriftConfig(rule="interval 64"),
     remask=RemaskConfig(evidence="fresh", observe_tokens=16),
 )
-"""GRIFFIN (arXiv 2404.01365), repeated every 64 pruned tokens from 16 dense ones."""
+"""GRIFFIN (arXiv 2404.01365), with a new mask from 16 dense tokens after every 64 pruned ones."""
 
 PROX = _per_token("prox", bits=4, group=32, inputs=0.5)
-"""Prox (arXiv 2607.27591): low-bit estimates at the large inputs select, winners are exact.
+"""Prox (arXiv 2607.27591): tokens select neurons by low-bit estimates from the largest inputs.
 
-The paper has no public code: this is its idea on this project's proxies, read at half the inputs.
+The paper has no public code.  This is its idea with this project's proxies and half of the inputs.
 """
 
 PUBLISHED = PruneConfig(
@@ -137,22 +139,21 @@ PUBLISHED = PruneConfig(
 """DART as its scripts were published (arXiv 2601.22632), with their defects fixed."""
 
 RANDOM = PruneConfig(method="random", score=ScoreConfig(name="random"))
-"""Random: a seeded random subset; the lower bound for every method."""
+"""Random: a seeded random subset of neurons, which every method should beat."""
 
 STATIC = PruneConfig(method="static", score=ScoreConfig(name="weight"))
-"""Static: neurons ranked by the norms of their weights; the same mask for every text."""
+"""Static: neurons are ranked by the norms of their weights, so every text has the same mask."""
 
 TEAL = _per_token("teal")
-"""TEAL (arXiv 2408.14690) on the FFNs: each matrix is read at its largest inputs; sparsity is of
-inputs.
+"""TEAL (arXiv 2408.14690) on the FFNs: each token uses the largest inputs of each matrix; sparsity
+is the fraction of inputs dropped.
 
-Sparsity is here the fraction of each matrix's inputs that is dropped; those of down are the
-neurons.
+The inputs of the down projection are the neurons.
 """
 
 TEAL_ATTENTION = _per_token("teal-attention")
-"""TEAL (arXiv 2408.14690) as in the paper: the projections of attention too; sparsity is of
-inputs."""
+"""TEAL (arXiv 2408.14690) on FFNs and attention, as in the paper; sparsity is the fraction of
+inputs dropped."""
 
 WANDA = PruneConfig(
     method="wanda",
@@ -162,12 +163,12 @@ WANDA = PruneConfig(
 """Wanda (arXiv 2306.11695) for whole neurons: static masks from a calibration text."""
 
 WINA = _per_token("wina")
-"""WINA (arXiv 2505.19427) on the FFNs: as TEAL, inputs weighted by column norms; sparsity is of
-inputs."""
+"""WINA (arXiv 2505.19427) on the FFNs: like TEAL, but inputs are weighted by column norms; sparsity
+is the fraction of inputs dropped."""
 
 
 def _first_paragraphs() -> dict[str, str]:
-    """First paragraph of the string below each constant of this module, by the constant's name."""
+    """The first paragraph of the string below each constant of this module, by constant name."""
     body = ast.parse(Path(__file__).read_text("utf-8")).body
     return {
         node.targets[0].id: text.value.value.split("\n\n")[0].strip().replace("\n", " ")
@@ -185,7 +186,7 @@ def summaries() -> dict[str, str]:
         name = constant.lower().replace("_", "-")
         token = METHODS.get(name).token
         if token is not None and not TOKEN_RULES.get(token.rule).native:
-            text = f"{text[:-1]}; reference speed."
+            text = f"{text[:-1]}; without native kernels."
         if name == DEFAULT_METHOD:
             text += "  The default of every command and of prune."
         lines[name] = text
@@ -193,7 +194,7 @@ def summaries() -> dict[str, str]:
 
 
 def listing() -> dict[str, list[dict[str, str]]]:
-    """Name, one-line description and source of everything that can be chosen by name."""
+    """The name, one-line description and source of everything that can be chosen by name."""
 
     def entries(table: Registry) -> list[dict[str, str]]:
         return [{"name": name, **_described(table.get(name))} for name in table.names()]
@@ -213,12 +214,13 @@ def listing() -> dict[str, list[dict[str, str]]]:
 
 
 def _described(value: Any) -> dict[str, str]:
-    """First line of the docstring (of the function, for a score or budget), and the paper."""
+    """The first line of the docstring (of its function, for a score or budget), and the paper."""
     text = getattr(value, "function", value).__doc__ or ""
     return {"summary": text.strip().split("\n")[0], "source": getattr(value, "source", "")}
 
 
 def _settings(config: PruneConfig) -> str:
+    """The main settings of a method, as its source in the listing."""
     parts = [f"score {config.score.name}", f"budget {config.budget.name}"]
     parts += [f"drift {config.drift.rule}"] + ["compensation"] * config.compensation
     parts += [f"token rule {config.token.rule}"] if config.token is not None else []

@@ -1,4 +1,7 @@
-"""Observations of decode tokens, before they are added to the evidence."""
+"""Queues observed activations of decode tokens, to add them to the evidence together.
+
+Evidence is the sums over observed tokens from which masks are made.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from torch import Tensor
 
 
 class LayerObservation(NamedTuple):
-    """Tensors observed in one layer, or stacked for several layers of one shape; None: not needed.
+    """Tensors observed in one layer, or stacked for several layers of the same shape.
 
-    ``u``: [B, T, I] activations; ``h``: [B, T, D] the FFN's input, for low-rank compensation;
-    ``z``, ``x``: [B, T, D] the FFN's output and the residual stream before it, for sensitivities.
+    ``u``: [B, T, I], the neurons' activations.  ``h``: [B, T, D], the FFN's input, for low-rank
+    compensation.  ``z`` and ``x``: [B, T, D], the FFN's output and the residual stream before it,
+    for layer sensitivities.  A tensor that the run does not need is None.
     """
 
     u: Tensor | None
@@ -23,7 +27,7 @@ class LayerObservation(NamedTuple):
     x: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerObservation:
-        """``function`` applied to every tensor that is not None."""
+        """Apply ``function`` to every tensor that is not None."""
         return LayerObservation(*(t if t is None else function(t) for t in self))
 
     def nbytes(self) -> int:
@@ -36,9 +40,9 @@ class LayerObservation(NamedTuple):
 
 
 def detached_copy(seen: LayerObservation, stream: bool) -> LayerObservation:
-    """The observation, detached and safe from later in-place changes by the model.
+    """Detach the observation, and copy tensors that the model may later change in place.
 
-    ``stream``: whether z and x are needed.
+    ``stream``: whether z and x are needed; if not, they become None.
     """
     if torch.is_grad_enabled():
         seen = seen.map(Tensor.detach)
@@ -49,18 +53,17 @@ def detached_copy(seen: LayerObservation, stream: bool) -> LayerObservation:
 
 
 LIMIT = 32
-"""Tokens after which a queue is full."""
+"""Number of tokens at which a queue is full."""
 
 MAX_BYTES = 4 << 20
-"""Bytes after which a queue is full, however few its tokens: large models gain nothing by waiting.
-"""
+"""Bytes at which a queue is full, even with few tokens: large models gain nothing by waiting."""
 
 
 class ObservedForward(NamedTuple):
     """All layers' observations in one decode forward of ``rows`` x ``tokens`` tokens.
 
-    ``layers`` may also hold later tokens, which were rolled back.  ``weights``: [rows, tokens], or
-    None for all ones.
+    The tensors in ``layers`` may also contain later tokens, which were rolled back and are ignored.
+    ``weights``: [rows, tokens]; None if all are 1.
     """
 
     layers: Mapping[int, LayerObservation]
@@ -69,23 +72,24 @@ class ObservedForward(NamedTuple):
     weights: Tensor | None = None
 
     def nbytes(self) -> int:
-        """Bytes of the tensors, if all layers are as large as the first."""
+        """Bytes of the tensors, assuming that all layers are as large as the first."""
         return next(iter(self.layers.values())).nbytes() * len(self.layers)
 
 
 @dataclass
 class Observations:
-    """A queue of observed decode forwards that share ``observing``, one flag per sequence.
+    """A queue of decode forwards that were observed by the same sequences.
 
-    Adding many tokens of all layers to the evidence at once costs about as much as adding one token
+    ``observing``: for each sequence, whether it observes these forwards.  The queue saves time:
+    adding many tokens of all layers to the evidence at once takes about as long as adding one token
     of one layer.
     """
 
     observing: list[bool] = field(default_factory=list)
     forwards: list[ObservedForward] = field(default_factory=list)
 
-    def takes(self, observing: list[bool], rows: int) -> bool:
-        """Whether a forward can be queued with those that wait."""
+    def accepts(self, observing: list[bool], rows: int) -> bool:
+        """Whether a forward can be added to those in the queue."""
         alike = observing == self.observing and self.forwards and self.forwards[0].rows == rows
         return bool(alike) or not self.forwards
 
@@ -96,7 +100,10 @@ class Observations:
         return tokens >= LIMIT or sum(map(ObservedForward.nbytes, self.forwards)) >= MAX_BYTES
 
     def drain(self) -> Iterator[tuple[tuple[int, ...], LayerObservation, Tensor | None]]:
-        """Empty the queue: layers of one shape, tensors [L, B, T, ...], weights [B, T] or None."""
+        """Empty the queue, yielding layers of one shape: their numbers, tensors and token weights.
+
+        The tensors are [L, B, T, ...]; the weights are [B, T], or None if all are 1.
+        """
         forwards, self.forwards = self.forwards, []
         if not forwards:
             return
@@ -111,22 +118,23 @@ class Observations:
 
 
 def _joined(forwards: Sequence[ObservedForward], layers: list[int], part: int) -> Tensor | None:
-    """One observed tensor of some layers over all tokens, [L, B, T, ...]; None if not needed."""
-    each = [[forward.layers[layer][part] for forward in forwards] for layer in layers]
-    if each[0][0] is None:
+    """Field ``part`` of some layers over all tokens, [L, B, T, ...]; None if not needed."""
+    tensors = [[forward.layers[layer][part] for forward in forwards] for layer in layers]
+    if tensors[0][0] is None:
         return None
     lengths = [forward.tokens for forward in forwards]
-    rows = [
-        torch.cat([t[:, :n] for t, n in zip(seen, lengths, strict=True) if t is not None], 1)
-        for seen in each
+    joined = [
+        torch.cat([t[:, :n] for t, n in zip(parts, lengths, strict=True) if t is not None], 1)
+        for parts in tensors
     ]
-    return torch.stack(rows)
+    return torch.stack(joined)
 
 
 def _joined_weights(forwards: Sequence[ObservedForward]) -> Tensor | None:
+    """Token weights of all forwards, [B, T]; None if all are 1."""
     weights = [forward.weights for forward in forwards]
-    some = next((w for w in weights if w is not None), None)
-    if some is None:
+    example = next((w for w in weights if w is not None), None)
+    if example is None:
         return None
-    ones = [torch.ones((f.rows, f.tokens), device=some.device) for f in forwards]
+    ones = [torch.ones((f.rows, f.tokens), device=example.device) for f in forwards]
     return torch.cat([full if w is None else w for full, w in zip(ones, weights, strict=True)], 1)

@@ -1,7 +1,7 @@
-"""What a run returns: frozen, JSON-able records.
+"""The frozen, JSON-able records that a run returns.
 
-Sparsity is always the fraction of FFN neurons removed.  "Decoded tokens" are those fed in decode
-forwards; the first generated token, which comes from the prompt's logits, is not one of them.
+Sparsity is always the fraction of FFN neurons removed.  "Decoded tokens" are the inputs of decode
+forwards.  The first generated token comes from the prompt's logits and needs no decode forward.
 """
 
 from __future__ import annotations
@@ -14,31 +14,32 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Remask:
-    """Masks of all layers were built; they apply from decode step ``step`` of ``sequence``."""
+    """The masks of all layers were built; they apply from decode step ``step`` of ``sequence``."""
 
     sequence: int
     row: int | None
-    """Batch row, or None when one mask serves the whole batch."""
+    """Batch row; None if one mask serves the whole batch."""
     step: int
-    """Decoded tokens before the first forward that used these masks."""
+    """Number of decoded tokens before the first forward that used these masks."""
     cause: str
-    """``first``, ``prompt`` (new prefill tokens), ``drift``, ``interval``, ``fixed`` or ``forced``
-    (at a set moment)."""
+    """``first``, ``prompt`` (new prompt tokens), ``drift``, ``interval``, ``fixed`` (masks that
+    were set in advance) or ``forced`` (at a step that was set in advance)."""
     evidence_tokens: float
-    """Tokens that the masks were made from; decayed tokens count less than 1."""
+    """Number of tokens from which the masks were made; decayed tokens count less than 1."""
     kept: tuple[int, ...]
     """Neurons kept, per layer."""
     overlap: float | None
-    """Share of the kept neurons that the previous mask also kept; None for a first mask."""
+    """Share of the kept neurons that the previous mask also kept; None for the first mask."""
 
 
 @dataclass(frozen=True)
 class DriftCheck:
     """One completed window of the drift detector (one row of drift.csv).
 
-    ``step``: decoded tokens up to its end; ``layer``: the layer whose output is watched;
-    ``window``: its number since the reference was made; ``counter``: low windows as the rule counts
-    them, after this window.
+    The detector compares the mean signal of each window of tokens with a reference, the mean over
+    the tokens that the masks were made from.  ``step``: number of decoded tokens at the end of the
+    window.  ``layer``: the layer whose output is watched.  ``window``: number of the window since
+    the last mask.  ``counter``: the drift rule's count of low windows after this one.
     """
 
     sequence: int
@@ -47,14 +48,14 @@ class DriftCheck:
     layer: int
     window: int
     similarity: float
-    """Cosine of the window's mean and the reference, -1 to 1."""
+    """Cosine similarity of the window's mean and the reference, -1 to 1."""
     threshold: float | None
-    """The detector's threshold; None before the detector is armed."""
+    """Similarity below which a window is low; None until there are enough windows (armed)."""
     counter: int
     trigger: bool
     """Whether the masks are rebuilt after this window."""
     state: str
-    """``arming``, ``armed``, or ``suppressed`` (a trigger that the guards did not allow)."""
+    """``arming``, ``armed``, or ``suppressed`` (the guards did not allow a trigger)."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class LayerStat:
     layer: int
     width: int
     kept: int
-    """Neurons kept by the last mask (all of them if dense)."""
+    """Number of neurons that the last mask kept (all of them if the layer was dense)."""
     kept_share: float
     sparsity_decoded: float
-    """Mean over decoded tokens; dense tokens count as 0."""
+    """Mean sparsity over decoded tokens; dense tokens count as 0."""
 
 
 @dataclass(frozen=True)
@@ -86,32 +87,33 @@ class SequenceReport:
 def bytes_limit(
     ffn_share: float, sparsity: float, proxy_share: float = 0.0, head_saved: float = 0.0
 ) -> float:
-    """Bandwidth limit of the speed-up: dense bytes over those that are read.
+    """Bandwidth limit of the speed-up: bytes of the dense model, divided by the bytes read.
 
-    ``proxy_share``: FFN bytes read for selecting, over dense FFN bytes.  ``head_saved``: share of
-    all bytes that a screened head does not read.
+    ``ffn_share``: FFN bytes, divided by all weight bytes.  ``proxy_share``: FFN bytes read for
+    per-token selection, divided by dense FFN bytes.  ``head_saved``: share of all bytes that a
+    screened head does not read.
     """
     return 1.0 / max(1e-9, 1.0 - ffn_share * (sparsity - proxy_share) - head_saved)
 
 
 @dataclass(frozen=True)
 class HeadReport:
-    """Bytes and accuracy of a screened head over the tokens that it scored."""
+    """Bytes and accuracy of a screened head, which scores few vocabulary entries exactly."""
 
     tokens: int
     bytes_share: float
-    """Bytes read per token over the whole head's: rough scores, exact entries, samples."""
+    """Bytes read per token (rough scores, exact scores, samples), divided by the whole head's."""
     sampled: int
-    """Tokens that the whole head also scored."""
+    """Number of tokens that the whole head also scored, to measure the accuracy."""
     same_share: float
     """Share of sampled tokens with the same best vocabulary entry."""
     kl: float
     """Mean KL divergence of the screened head from the whole head over sampled tokens, in nats."""
     share_of_bytes: float = 0.0
-    """The whole head's bytes over all weight bytes that a dense decoded token reads."""
+    """The whole head's bytes, divided by all weight bytes that a dense decoded token reads."""
 
     def read(self, decoded: float) -> float:
-        """Mean share of the head's bytes over ``decoded`` tokens; unscreened tokens read it all."""
+        """Mean share of the head's bytes read; tokens that were not screened read them all."""
         screened = min(1.0, self.tokens / decoded) if decoded else 1.0
         return 1 - screened * (1 - self.bytes_share)
 
@@ -127,7 +129,7 @@ class HeadReport:
 
 
 def merge_heads(heads: Iterable[HeadReport | None]) -> HeadReport | None:
-    """The reports merged over all tokens; None if no head was screened."""
+    """Merge the reports, weighting them by tokens; None if no head was screened."""
     screened = [head for head in heads if head is not None]
     if not screened:
         return None
@@ -153,40 +155,40 @@ class RunReport:
     method: str
     requested_sparsity: float | None
     achieved_sparsity: float
-    """Fraction removed, mean over decoded tokens and layers; dense tokens count as 0."""
+    """Fraction of neurons removed, mean over decoded tokens; dense tokens count as 0."""
     sparsity_while_pruned: float
-    """The same over tokens that ran with masks."""
+    """The same, over tokens that ran with masks only."""
     dense_token_share: float
     """Share of the decoded tokens that ran dense."""
     prompt_tokens: int
     decoded_tokens: int
     remasks: int
-    """Masks built after the first of each sequence."""
+    """Number of masks built after the first mask of each sequence."""
     remask_causes: dict[str, int]
     layers: tuple[LayerStat, ...]
     executor: str
     ffn_bytes_share: float
-    """FFN bytes read over dense, as executed, with observation and mask building."""
+    """FFN bytes read, divided by those of dense decoding; includes observing and mask building."""
     ffn_bytes_share_if_compact: float
-    """The same if every forward read only the kept neurons."""
+    """The same if every forward read only the kept neurons (if run compactly)."""
     ffn_share_of_bytes: float
-    """FFN bytes over all weight bytes that one decoded token reads (without embedding rows)."""
+    """FFN bytes, divided by all weight bytes that a decoded token reads, without embeddings."""
     extra_memory_bytes: int
-    """Extra memory: evidence, detector, masks, compact weights, low-bit proxies."""
+    """Bytes of extra memory: evidence, detector, masks, compact weights, low-bit proxies."""
     sequences: tuple[SequenceReport, ...]
     proxy_bytes_share: float = 0.0
-    """Bytes read for per-token selection, over dense FFN bytes, if run compactly: low-bit proxies,
-    or rows of removed neurons in a projection that is read as a whole."""
+    """Bytes read for per-token selection, divided by dense FFN bytes, if run compactly: low-bit
+    proxies, or removed neurons' rows in a projection that is read as a whole."""
     token_bytes_share: float | None = None
-    """Bytes that a decoded token reads over those of the dense model at bfloat16, if run compactly:
-    FFN, attention, head, cache and selection.  Weights in blocks count as stored, all others as two
-    bytes, whatever the dtype of the run."""
+    """Bytes that a decoded token reads, divided by those of the dense model in bfloat16, if run
+    compactly: FFN, attention, head, KV cache and selection.  Quantized weights count as stored, all
+    others as two bytes, whatever the dtype of the run."""
     dense_token_bytes_share: float | None = None
-    """The same with nothing removed: less than 1 if weights are stored in blocks."""
+    """The same with nothing removed; it is less than 1 if weights are quantized."""
     mean_context: float | None = None
-    """Mean number of cached positions that these tokens attend to."""
+    """Mean number of cached positions that decoded tokens attend to."""
     head: HeadReport | None = None
-    """Report on the screened output head; None with the whole head."""
+    """Report on the screened output head; None if the run used the whole head."""
 
     @property
     def bytes_limit(self) -> float:
@@ -196,7 +198,7 @@ class RunReport:
         return bytes_limit(*shares, saved)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able data; ``head`` only if it was screened."""
+        """Plain JSON-able data, with ``head`` only if it was screened."""
         data = {**asdict(self), "bytes_limit": self.bytes_limit}
         if self.head is None:
             del data["head"]
@@ -217,7 +219,8 @@ class RunReport:
         )
 
 
-# Merging the reports (``RunReport.to_dict``) of several runs of one configuration.
+# The functions below merge the reports (``RunReport.to_dict``) of several runs with one
+# configuration.
 
 _MEANS = "achieved_sparsity dense_token_share ffn_bytes_share ffn_bytes_share_if_compact".split()
 _MEANS += "proxy_bytes_share token_bytes_share dense_token_bytes_share mean_context".split()
@@ -225,9 +228,10 @@ _SUMS = ("prompt_tokens", "decoded_tokens", "remasks")
 
 
 def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All reports merged; means are weighted by decoded tokens, None if any report lacks the value.
+    """Merge reports into one.
 
-    ``layers`` has the last run's counts and the mean sparsity; ``sequences`` are concatenated.
+    Means are weighted by decoded tokens; a mean is None if any report lacks the value.  ``layers``
+    has the last run's counts and the mean sparsity, and ``sequences`` are concatenated.
     """
     weights = [report["decoded_tokens"] for report in reports]
 
@@ -246,8 +250,8 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         causes.update(report["remask_causes"])
     merged["remask_causes"] = dict(causes)
     merged["layers"] = [
-        {**each[-1], "sparsity_decoded": mean([layer["sparsity_decoded"] for layer in each])}
-        for each in zip(*(report["layers"] for report in reports), strict=True)
+        {**runs[-1], "sparsity_decoded": mean([layer["sparsity_decoded"] for layer in runs])}
+        for runs in zip(*(report["layers"] for report in reports), strict=True)
     ]
     sequences = [sequence for report in reports for sequence in report["sequences"]]
     merged["sequences"] = [{**s, "sequence": number} for number, s in enumerate(sequences)]
@@ -261,12 +265,12 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def without_sequences(report: dict[str, Any]) -> dict[str, Any]:
-    """The report without its list of sequences, small enough to store per item."""
+    """A copy of the report without its sequences, small enough to store with each item."""
     return {**report, "sequences": []}
 
 
 def add_dense(report: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """The report plus ``tokens`` decoded tokens that ran dense, outside any run."""
+    """Add to the report ``tokens`` decoded tokens that ran dense outside any run."""
     if not tokens:
         return report
     zeros = "achieved_sparsity proxy_bytes_share prompt_tokens remasks".split()
@@ -275,5 +279,5 @@ def add_dense(report: dict[str, Any], tokens: int) -> dict[str, Any]:
     dense |= {"decoded_tokens": tokens, "remask_causes": {}, "sequences": [], "head": None}
     dense["token_bytes_share"] = report.get("dense_token_bytes_share")
     dense["layers"] = [{**layer, "sparsity_decoded": 0.0} for layer in report["layers"]]
-    kept = ("sparsity_while_pruned", "mean_context", "sequences")
-    return {**merge_reports([dense, report]), **{key: report.get(key) for key in kept}}
+    unchanged = ("sparsity_while_pruned", "mean_context", "sequences")
+    return {**merge_reports([dense, report]), **{key: report.get(key) for key in unchanged}}

@@ -1,8 +1,8 @@
-"""Lists everything that can be chosen by name.
+"""Lists everything that can be chosen by name: methods, scores, budgets and rules.
 
-A built-in is one line in a table below, imported on first use.  Others are added by
-``SCORES.register("name", score)``, also in a ``--plugin`` file, or through the entry-point group of
-the registry.
+Each built-in object is an entry in a table below and is imported on first use.  Others are added by
+``SCORES.register("name", score)``, which a ``--plugin`` file may call, or through the entry-point
+group of the registry.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.files import file_sha256
 
 SETTING = "file:"
-"""Prefix of the name of a method whose setting is kept in a file."""
+"""Prefix of a method's name that says that the rest is the path of a setting file."""
 
 
 class Registry:
-    """Names mapped to objects, or to a lazy ``"module:attribute"``.
+    """Maps names to objects.
 
-    ``kind``: the noun in messages; ``group``: the entry-point group for other packages.
-    ``read_file``: lazy too, the function that reads names with the prefix ``SETTING``; "": none.
+    ``kind``: what messages call such an object.  ``group``: the entry-point group through which
+    other packages add objects.  ``lazy``: built-in objects as ``"module:attribute"``, imported on
+    first use.  ``read_file``: in the same form, the function that returns the object for a name
+    with the prefix ``SETTING``; "" if there is none.
     """
 
     def __init__(self, kind: str, group: str, lazy: dict[str, str], read_file: str = "") -> None:
@@ -41,10 +43,10 @@ class Registry:
     def register(self, name: str, value: Any) -> Any:
         """Add ``value`` under ``name``; raises ``ConfigError`` if the name is taken.
 
-        The name of an entry point is not taken: its module may also register the object by hand.
+        An entry point does not take a name, because its module may register the object as well.
         """
         if name in self._built_in or name in self._objects:
-            raise ConfigError(f"{self.kind} {name!r} is already registered: take another name")
+            raise ConfigError(f"{self.kind} {name!r} is already registered: use another name")
         self._objects[name] = value
         return value
 
@@ -52,7 +54,7 @@ class Registry:
         return name in self._built_in
 
     def unregister(self, name: str) -> None:
-        """Remove what ``register`` added."""
+        """Remove an object that ``register`` added."""
         self._objects.pop(name, None)
 
     def names(self) -> tuple[str, ...]:
@@ -96,7 +98,7 @@ def _imported(target: str) -> Any:
 
 
 def _table(module: str, names: str, attribute: Callable[[str], str] = str) -> dict[str, str]:
-    """Import paths by name; ``attribute`` makes the attribute's name, given name_name."""
+    """Import paths by name; ``attribute`` turns a name with underscores into the attribute."""
     return {
         name: f"dart_llm.pruning.{module}:{attribute(name.replace('-', '_'))}"
         for name in names.split()
@@ -157,26 +159,26 @@ TOKEN_RULES = Registry(
 ALL: tuple[Registry, ...] = (METHODS, SCORES, BUDGETS, DRIFT_RULES, TOKEN_RULES)
 
 
-# A plug-in is one Python file of scores, budgets, rules and methods.  ``--plugin`` sets an
-# environment variable, through which processes that a study starts find the file too.
+# A plug-in is a Python file that registers scores, budgets, rules or methods.  ``--plugin`` sets an
+# environment variable, so that the processes that a study starts load the file too.
 
 PLUGIN = "DART_PLUGIN"
 
 _digests: dict[str, str] = {}
-"""sha256, by path, of the files that were loaded or are being loaded."""
+"""SHA-256 digests, by path, of the plug-ins that were loaded or are being loaded."""
 
 
 def use_plugin(path: Path) -> None:
-    """Load ``path``, in this process and in those that it starts.
+    """Load the plug-in ``path`` in this process and in those that it starts.
 
-    Raises ``ConfigError`` if the file is missing or fails.
+    Raises ``ConfigError`` if the file is missing or raises an exception.
     """
     os.environ[PLUGIN] = str(path.expanduser().resolve())
     load_plugin()
 
 
 def load_plugin() -> None:
-    """Load the file that the variable names, once; raises like ``use_plugin``."""
+    """Load the plug-in that the variable names, if it is not loaded; raises like ``use_plugin``."""
     path = os.environ.get(PLUGIN, "")
     if not path or path in _digests:
         return
@@ -186,7 +188,7 @@ def load_plugin() -> None:
         spec = spec_from_file_location(name, path)
         if spec is None or spec.loader is None:
             raise ConfigError("its name must end in .py")
-        module = sys.modules[name] = module_from_spec(spec)  # its classes can be pickled
+        module = sys.modules[name] = module_from_spec(spec)  # so that its classes can be pickled
         spec.loader.exec_module(module)
     except Exception as error:
         _digests.pop(path, None)
@@ -195,11 +197,11 @@ def load_plugin() -> None:
 
 
 def plugin_hint() -> str:
-    """Added to messages about unknown names if no plug-in was given; else ""."""
+    """A hint for messages about unknown names; "" if a plug-in was given."""
     return "" if os.environ.get(PLUGIN) else "add your own with --plugin FILE"
 
 
 def plugin_digest() -> dict[str, str]:
-    """``plugin``: sha256 of the loaded files, for results that depend on them."""
+    """``plugin``: SHA-256 digests of the loaded plug-ins, for results that depend on them."""
     load_plugin()
     return {"plugin": " ".join(sorted(_digests.values()))} if _digests else {}

@@ -1,9 +1,9 @@
-"""Neuron scores (docs/reference.md, "Scores"), one decorated function each.
+"""Neuron scores (docs/reference.md, "Scores"), each of which is one decorated function.
 
-A score is one function ``(a, weights) -> [I]``.  The decorator names a per-token statistic e_t,
-which is accumulated over the observed tokens: ``a`` is ``sqrt(sum_t e_t)``, or with an
-``ema_decay`` d the average of ``sqrt(e_t)`` weighted by ``d^(T-1-t)``.  With ``spread``, ``a`` is
-the standard deviation of u over the observed tokens; with ``average``, the mean of e_t.
+A score is a function ``(a, weights) -> [I]``.  The decorator gives a statistic e_t of each token's
+activations u, which is accumulated over the observed tokens t: ``a`` is ``sqrt(sum_t e_t)``, or
+with an ``ema_decay`` d the average of ``sqrt(e_t)`` weighted by ``d^(T-1-t)``.  With ``spread``,
+``a`` is the standard deviation of u over the observed tokens; with ``average``, the mean of e_t.
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ __all__ = ["Score", "mix_ranks", "ranks", "score", "squared", "squared_share"]
 
 @dataclass(frozen=True)
 class Score:
-    """A scoring rule: its function and its per-token statistic (None: it reads weights alone).
-
-    ``source``: the paper and the formula.
-    """
+    """A scoring rule: its function, its per-token statistic (None without one) and its source."""
 
     function: Callable[[Tensor, FfnWeights], Tensor]
     per_token: PerToken | None
@@ -34,27 +31,27 @@ class Score:
     spread: bool = False
     """Whether ``a`` is the standard deviation of u; ``per_token`` is then ``squared``."""
     average: bool = False
-    """Whether ``a`` is the mean of the per-token statistic, comparable between layers."""
+    """Whether ``a`` is the mean of the per-token statistic, which is comparable between layers."""
     needs_fisher: bool = False
     """Whether the score reads ``FfnWeights.fisher``, learned from self-generated text."""
 
     def __call__(self, a: Tensor, weights: FfnWeights) -> Tensor:
-        """a: [I] float32 accumulated statistic.  Returns [I] float32; the largest are kept."""
+        """The scores, [I] float32, of which the largest are kept.  a: [I] float32."""
         return self.function(a, weights)
 
     @property
     def no_decay_reason(self) -> str | None:
-        """Why ``ema_decay`` does not apply; None if it does."""
+        """Why ``ema_decay`` does not apply to this score; None if it does."""
         if self.per_token is None:
             return "reads no activations"
         kind = "variance" if self.spread else "mean"
-        return f"is a {kind} over all tokens alike" if self.spread or self.average else None
+        return f"weighs all tokens alike, as a {kind}" if self.spread or self.average else None
 
 
 def score(
     per_token: PerToken | None, source: str, **flags: bool
 ) -> Callable[[Callable[[Tensor, FfnWeights], Tensor]], Score]:
-    """Turn a function ``(a, weights) -> [I]`` into a ``Score``; the arguments are its fields."""
+    """Turn a function ``(a, weights) -> [I]`` into a ``Score`` with these fields."""
     return lambda function: Score(function, per_token, source, **flags)
 
 
@@ -96,7 +93,7 @@ def flap(a: Tensor, weights: FfnWeights) -> Tensor:
     needs_fisher=True,
 )
 def fisher(a: Tensor, weights: FfnWeights) -> Tensor:
-    """Mean squared activation times the mean squared gradient of the loss by it."""
+    """Mean squared activation times the mean squared loss gradient with respect to it."""
     if weights.fisher is None:
         raise RuntimeError("score fisher needs the layers' learned statistics")
     return a * weights.fisher
@@ -104,7 +101,7 @@ def fisher(a: Tensor, weights: FfnWeights) -> Tensor:
 
 @score(None, "static baseline: norms of the neuron's weights")
 def weight(a: Tensor, weights: FfnWeights) -> Tensor:
-    """Product of the norms of the neuron's input rows and output column; no activations."""
+    """Product of the norms of the neuron's input rows and output column, without activations."""
     return weights.down_norm * weights.in_norms
 
 
@@ -116,33 +113,34 @@ def random(a: Tensor, weights: FfnWeights) -> Tensor:
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """[I] float32: I - 1 for the largest score, 0 for the smallest; in ties, lower index first.
+    """The rank of each score, [I] float32: I - 1 for the largest, 0 for the smallest.
 
-    The order is that of ``masks.top_ids``, so the top k of the ranks is the top k of the scores.
+    In ties, lower indices have higher ranks, as in ``masks.top_ids``, so the top k of the ranks are
+    the top k of the scores.
     """
     order = scores.sort(descending=True, stable=True).indices
-    places = torch.arange(len(scores) - 1, -1, -1, dtype=torch.float32, device=scores.device)
-    return torch.empty_like(places).scatter_(0, order, places)
+    descending = torch.arange(len(scores) - 1, -1, -1, dtype=torch.float32, device=scores.device)
+    return torch.empty_like(descending).scatter_(0, order, descending)
 
 
 def mix_ranks(scores: Tensor, prior: Tensor, weight: float) -> Tensor:
     """``(1 - weight) ranks(scores) + weight ranks(prior)``, [I] float32.
 
-    Rank aggregation of GLASS (arXiv 2508.14302): the text's ranking and a prior.
+    This is the rank aggregation of GLASS (arXiv 2508.14302).  ``prior``: calibrated scores, [I].
     """
     by_text, by_prior = ranks(scores), ranks(prior.to(scores.device))
     return (1 - weight) * by_text + weight * by_prior
 
 
-# Forward proxies: dot products of a neuron's output column with the vocabulary's embeddings.
+# Forward-proxy scores: dot products of a neuron's output column with the vocabulary's embeddings.
 
 _SOURCE = "DART, arXiv 2601.22632, the published scripts' ranking methods"
 
 
 def proxy(weights: FfnWeights) -> tuple[Tensor, Tensor]:
-    """``FfnWeights.reach``: the largest and the mean, each [I], float32.
+    """``FfnWeights.reach``: the largest and the mean absolute dot product, each [I] float32.
 
-    Raises ``ConfigError`` if the embedding's width differs from that of the FFN's output.
+    Raises ``ConfigError`` if the embedding's rows are not as long as the FFN's output.
     """
     rows = weights.embedding
     if rows is None or rows.shape[1] != weights.hidden:
@@ -155,13 +153,13 @@ def proxy(weights: FfnWeights) -> tuple[Tensor, Tensor]:
 
 @score(squared, _SOURCE)
 def max_proxy(a: Tensor, weights: FfnWeights) -> Tensor:
-    """Magnitude times the neuron's largest reach towards a vocabulary row."""
+    """Magnitude times the largest absolute dot product of the output column and an embedding."""
     return a * proxy(weights)[0]
 
 
 @score(squared, _SOURCE)
 def mean_proxy(a: Tensor, weights: FfnWeights) -> Tensor:
-    """Magnitude times the neuron's mean reach towards the vocabulary rows."""
+    """Magnitude times the mean absolute dot product of the output column and all embeddings."""
     return a * proxy(weights)[1]
 
 

@@ -1,4 +1,4 @@
-"""From evidence to masks: scores, layer counts, kept neurons, compensation."""
+"""Computes masks from evidence, the sums over observed tokens: scores, counts and compensation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dart_llm.pruning.weights import FfnWeights
 
 
 class MaskSelection(NamedTuple):
-    """Masks of all layers, their counts and their scores."""
+    """Masks of all layers, the numbers of neurons that they keep, and the neurons' scores."""
 
     masks: Masks
     counts: tuple[int, ...]
@@ -35,10 +35,10 @@ class MaskSelection(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskSelector:
-    """Selects masks for one model by one configuration; keeps no state of a run.
+    """Selects masks for one model by one configuration, without any state of a run.
 
-    ``clamp``: neurons with fixed activations, which masks never keep.  Raises ``ConfigError`` if
-    the configuration does not fit the model.
+    ``clamp``: neurons whose activations are fixed; masks never keep them.  Raises ``ConfigError``
+    if the configuration does not fit the model.
     """
 
     config: PruneConfig
@@ -66,7 +66,7 @@ class MaskSelector:
 
     @cached_property
     def targets(self) -> tuple[int | str | None, ...]:
-        """Per layer: a fixed count, ``auto``, or None (dense)."""
+        """What each layer keeps: a fixed count, ``auto`` (the budget decides), or None (dense)."""
         if self.config.budget.table is None:
             return (AUTO,) * len(self.layers)
         widths = [layer.width for layer in self.layers]
@@ -87,7 +87,7 @@ class MaskSelector:
         return Statistics(score.per_token, frozenset(needs), score.spread, score.average, decay)
 
     def token_selection(self, layers: Sequence[int]) -> TokenSelection | None:
-        """Per-token selection in these layers, for ``Statistics.add``; None if it is not used."""
+        """The argument ``selection`` of ``Statistics.add`` for these layers; None if not needed."""
         if "lost" not in self.statistics.needs:
             return None
         saliency = torch.stack([self.layers[layer].saliency for layer in layers])
@@ -102,11 +102,12 @@ class MaskSelector:
 
     @property
     def needs_evidence(self) -> bool:
+        """Whether masks depend on observed tokens."""
         return self.statistics.per_token is not None or bool(self.statistics.needs)
 
     @cached_property  # read at every token
     def removes_nothing(self) -> bool:
-        """Whether no neuron can ever be removed (sparsity 0, or a table of ones)."""
+        """Whether masks would keep all neurons (sparsity 0, or a table that keeps them all)."""
         if self.config.score.strategy == "auto":
             return False
         return all(
@@ -116,15 +117,16 @@ class MaskSelector:
 
     @property
     def total_requested(self) -> bool:
-        """Whether the requested sparsity is that of the whole model, not of some layers."""
+        """Whether the requested sparsity applies to the whole model, not only to some layers."""
         return self.config.score.strategy == "topk" and all(t == AUTO for t in self.targets)
 
     def select(
         self, evidence: Sequence[LayerStatistics], counts: Sequence[int] | None = None
     ) -> MaskSelection:
-        """Masks from evidence; ``counts``: given keep counts, instead of a new allocation.
+        """Masks from evidence.
 
-        Raises ``DartError`` if a score is not finite.
+        ``counts``: neurons to keep per layer; None means that the budget allocates them.  Raises
+        ``DartError`` if a score is not finite.
         """
         tokens = 0 if self.config.self_stats is None else self.config.self_stats.tokens
         pairs = list(zip(evidence, self.layers, strict=True))
@@ -141,10 +143,10 @@ class MaskSelector:
         return MaskSelection(self.clamp.of(masks), tuple(counts), tuple(scores))
 
     def scores(self, evidence: Sequence[LayerStatistics]) -> list[Tensor]:
-        """The neuron scores of each layer, [I].
+        """The scores of each layer's neurons, [I].
 
-        Raises ``ConfigError`` unless there is one number per neuron, ``DartError`` if one is not
-        finite.
+        Raises ``ConfigError`` if a score does not give one number per neuron, ``DartError`` if a
+        number is not finite.
         """
         scores = [
             self.rule(self.statistics.score_input(sums, layer.width, layer.device), layer)
@@ -216,20 +218,21 @@ class MaskSelector:
     def _token_mask(
         self, index: int, score: Tensor, evidence: LayerStatistics, count: int
     ) -> LayerMask | None:
-        """The neurons among which each token selects; None if the layer has no such selection."""
+        """The mask of a layer with per-token selection; None if tokens have nothing to select."""
         layer = self.layers[index]
-        wide = self.clamp.most(index, layer.width)
-        if self.config.token is None or wide <= count:
+        unclamped = self.clamp.most(index, layer.width)
+        if self.config.token is None or unclamped <= count:
             return None
         lost = evidence.mean_when_lost() if self.config.compensation else None
         mean = None if lost is None else self.clamp.silent(index, lost)
         saliency = None if layer.self_stats is None else layer.saliency
-        every = torch.arange(layer.width, device=score.device)
-        ids = every if wide == layer.width else top_ids(score, wide)
-        bias = None if mean is None else compensation(layer.down, mean, every)
+        all_ids = torch.arange(layer.width, device=score.device)
+        ids = all_ids if unclamped == layer.width else top_ids(score, unclamped)
+        bias = None if mean is None else compensation(layer.down, mean, all_ids)
         return TokenMask(ids, layer.width, bias, winners=count, mean=mean, saliency=saliency)
 
     def _overflow(self, layer: int, what: str) -> DartError:
+        """The error for values (``what``) of a layer that are not finite."""
         dtype = str(self.layers[layer].up.dtype).removeprefix("torch.")
         return DartError(
             f"the {what} of layer {layer} are not finite: the model's activations overflow in "

@@ -31,9 +31,12 @@ class Phase(StrEnum):
 
 @dataclass
 class MaskSpan:
-    """Decoded tokens under one set of keep counts (``kept`` None: dense).
+    """Consecutive decoded tokens that ran with the same keep counts.
 
-    ``tokens``: real ones, over all rows.  ``length``: tokens per row, finished rows included.
+    ``kept``: neurons kept per layer; None if the tokens ran dense.  ``tokens``: number of tokens in
+    all rows, without padding and rows that have ended.  ``forwards``: decode steps that they count
+    as.  ``observed``: tokens per row that were observed.  ``length``: tokens per row, including
+    rows that have ended.
     """
 
     kept: tuple[int, ...] | None
@@ -43,7 +46,7 @@ class MaskSpan:
     length: int = 0
 
     def cut(self, tokens: int) -> int:
-        """Remove up to ``tokens`` per row; returns how many remain to be removed elsewhere."""
+        """Remove up to ``tokens`` tokens per row; return how many the span did not contain."""
         removed = min(tokens, self.length)
         if removed:
             self.tokens = self.tokens * ((self.length - removed) / self.length)
@@ -53,7 +56,15 @@ class MaskSpan:
 
 @dataclass
 class SequenceState:
-    """State of one sequence; see the module's docstring."""
+    """State of one sequence: a batch row, or a whole batch that shares its masks.
+
+    ``sequence``: number of the sequence in its run.  ``row``: the batch row; None for a whole
+    batch.  ``rows``: number of batch rows.  ``evidence``: sums over observed tokens, per layer,
+    from which masks are made.  ``tokens_to_observe``: dense decode tokens between the start of this
+    phase and the next mask, of which ``observed`` have run.  ``pruned_run``: tokens decoded with
+    the current masks.  ``last_trigger``: value of ``decoded`` at the last re-mask trigger.
+    ``refresh_tokens``: dense tokens decoded for re-masks so far.
+    """
 
     config: PruneConfig
     selector: MaskSelector
@@ -63,7 +74,7 @@ class SequenceState:
     rows: int
     fixed_masks: Masks | None = None
     cached: int = 0
-    """Positions in the cache before the first token of this sequence."""
+    """Number of positions in the cache before this sequence's first token."""
     phase: Phase = Phase.PREFILL
     evidence: list[LayerStatistics] = field(default_factory=list)
     detector: Detector = field(init=False)
@@ -83,7 +94,8 @@ class SequenceState:
     """Whether every row has ended."""
     mask_spans: list[MaskSpan] = field(default_factory=list)
     remasks: list[Remask] = field(default_factory=list)
-    mask_count: int = 0
+    mask_version: int = 0
+    """Increases when masks are built, and when a trigger drops them."""
 
     def __post_init__(self) -> None:
         self.detector = Detector(self.rule)
@@ -91,24 +103,24 @@ class SequenceState:
 
     @property
     def batch_rows(self) -> slice:
-        """The batch rows of this state."""
+        """The batch rows that this state covers."""
         return slice(None) if self.row is None else slice(self.row, self.row + 1)
 
     def has_finished(self, live: Tensor | None) -> bool:
-        """Whether all its rows have ended, so that it needs no mask.  live: [B] bool or None."""
+        """Whether all of the state's rows have ended.  live: [B] bool, or None if all are live."""
         if not self.finished and live is not None:
             self.finished = not bool(live[self.batch_rows].any())
         return self.finished
 
     def observe_prefill(self, tokens: float) -> None:
-        """``tokens`` (per row) of prefill are about to be observed."""
+        """Enter PREFILL: ``tokens`` prompt tokens per row are about to be observed."""
         self.prompt_tokens += tokens
         self.finished = False
         if self.phase is Phase.RELEASED or self.fixed_masks is not None:
             return
         if self.phase is Phase.PRUNED:
             self._age(keep=True)
-            self.cause, self.masks = "prompt", None  # dense until the next mask
+            self.cause, self.masks = "prompt", None  # runs dense until the next mask
             self.detector = Detector(self.rule)
         if self.phase is not Phase.PREFILL:
             self.observed, self.in_refresh = 0, False
@@ -116,7 +128,7 @@ class SequenceState:
         self.evidence_tokens += tokens
 
     def advance(self) -> Phase:
-        """The phase of the decode forward that is about to run; builds masks if they are due."""
+        """Advance to the coming decode forward, building masks if due; return its phase."""
         if self._to_be_released:
             self.phase, self.masks = Phase.RELEASED, None
         elif self.selector.removes_nothing and self.fixed_masks is None:
@@ -134,14 +146,14 @@ class SequenceState:
         return release is not None and self.decoded >= release
 
     def _first_length(self) -> int:
-        """Dense decode tokens between the prompt and the mask made from it."""
+        """Number of dense decode tokens between a prompt and the mask that is made after it."""
         if self.fixed_masks is not None:
             return 0
-        waits = self.config.masking_step if self.cause == "first" else 0
+        masking_step = self.config.masking_step if self.cause == "first" else 0
         if not self.selector.needs_evidence:
-            return waits
-        short = math.ceil(self.config.min_evidence - self.evidence_tokens)
-        return max(waits, short, 1 if self.evidence_tokens <= 0 else 0)
+            return masking_step
+        missing = math.ceil(self.config.min_evidence - self.evidence_tokens)
+        return max(masking_step, missing, 1 if self.evidence_tokens <= 0 else 0)
 
     def _build(self) -> None:
         old, cause = self.masks or (self.selection.masks if self.selection else None), self.cause
@@ -150,20 +162,21 @@ class SequenceState:
             counts = tuple(layer.width if mask is None else mask.kept for layer, mask in pairs)
             self.selection, cause = MaskSelection(self.fixed_masks, counts, ()), "fixed"
         else:
-            before = None if self.selection is None else self.selection.counts
-            self.selection = self.selector.select(self.evidence, before)
+            old_counts = None if self.selection is None else self.selection.counts
+            self.selection = self.selector.select(self.evidence, old_counts)
         self.masks = self.selection.masks
-        self.mask_count += 1
+        self.mask_version += 1
         self.phase, self.pruned_run, self.in_refresh = Phase.PRUNED, 0, False
         self.detector.start()
-        shared = None if old is None or self.config.token else overlap(old, self.masks)
+        common = None if old is None or self.config.token else overlap(old, self.masks)
         where, counts = (self.sequence, self.row, self.decoded), self.selection.counts
-        self.remasks.append(Remask(*where, cause, self.evidence_tokens, counts, shared))
+        self.remasks.append(Remask(*where, cause, self.evidence_tokens, counts, common))
 
     def count(self, tokens: int, live: Tensor | float, forwards: int = 1) -> None:
-        """Count ``tokens`` decoded per row; ``live``: real tokens among them, over all rows.
+        """Count ``tokens`` decoded tokens per row.
 
-        ``forwards``: decode steps that they count as.
+        ``live``: how many of them, in all rows, are neither padding nor in a row that has ended.
+        ``forwards``: number of decode steps that they count as.
         """
         pruned = self.phase is Phase.PRUNED
         span = self._span(self.selection.counts if pruned and self.selection else None)
@@ -178,7 +191,7 @@ class SequenceState:
                 self.refresh_tokens += tokens
 
     def count_dense(self, tokens: int, live: float) -> None:
-        """Count ``tokens`` per row that ran dense together with the prompt, not observed."""
+        """Count ``tokens`` tokens per row that ran dense with the prompt and were not observed."""
         self._add(self._span(None), tokens, live, 1)
 
     def _span(self, kept: tuple[int, ...] | None) -> MaskSpan:
@@ -193,10 +206,7 @@ class SequenceState:
         self.decoded += tokens
 
     def rewind(self, tokens: int) -> None:
-        """Undo the counts of the last ``tokens`` tokens of every row, which were rolled back.
-
-        ``tokens`` may include prompt tokens.
-        """
+        """Uncount each row's last ``tokens`` tokens (prompt tokens too), which were rolled back."""
         tokens = min(tokens, self.decoded)
         self.decoded -= tokens
         self.pruned_run = max(0, self.pruned_run - tokens)
@@ -214,30 +224,30 @@ class SequenceState:
             tokens = span.cut(tokens)
 
     def keep_counts(self) -> None:
-        """Keep the tokens decoded so far in the accounting, even after ``rewind``."""
+        """Make the counts of the tokens decoded so far final: ``rewind`` no longer changes them."""
         for span in self.mask_spans:
             span.length = 0
 
     def may_trigger(self) -> bool:
-        """Whether the guards (distance, cap on dense tokens) allow a re-mask now."""
+        """Whether the guards (minimum distance, cap on dense tokens) allow a re-mask now."""
         drift, need = self.config.drift, self._refresh_length()
         guards = drift.min_distance, drift.max_dense_share, drift.allowance
         return guards_allow(self.decoded, self.last_trigger, self.refresh_tokens, need, *guards)
 
     def trigger(self, cause: str) -> None:
-        """Leave PRUNED: the next tokens run dense and are observed, for all layers at once."""
+        """Leave PRUNED: in all layers, the next tokens run dense and are observed."""
         self.cause, self.last_trigger = cause, self.decoded
         self._age(keep=False)
         self.phase, self.masks, self.in_refresh = Phase.OBSERVE, None, True
         self.observed, self.tokens_to_observe = 0, self._refresh_length()
         self.detector = Detector(self.rule)
-        self.mask_count += 1
+        self.mask_version += 1
 
     def _refresh_length(self) -> int:
         return self.config.remask.observe_tokens or max(1, self.config.masking_step)
 
     def _age(self, keep: bool) -> None:
-        """Decay or drop the evidence.  ``keep``: do not drop it, as a further prompt adds to it."""
+        """Decay or drop the evidence.  ``keep``: do not drop it; a further prompt adds to it."""
         if self.config.remask.evidence == "decay":
             n = max(self.evidence_tokens, 1e-9)
             for layer in self.evidence:
@@ -253,24 +263,24 @@ class SequenceState:
         return self.phase is Phase.OBSERVE and self.observed >= self.tokens_to_observe
 
     def close(self) -> None:
-        """End the sequence: keep its accounting and its newest masks, drop the rest."""
+        """End the sequence: keep only its accounting and its newest masks."""
         self.evidence, self.detector = [], Detector(self.rule)
         if self.selection is not None:
             self.selection = MaskSelection(self.selection.masks, self.selection.counts, ())
 
     def drop_masks(self) -> None:
-        """Keep only the accounting: a newer sequence has ended."""
+        """Drop the masks as well, once a newer sequence has ended; only the accounting stays."""
         self.selection = self.masks = None
 
     @property
     def tokens_to_mask(self) -> int:
-        """Decode tokens still to be observed before the next mask; 0 if it may be built now."""
+        """Dense decode tokens that must run before the next mask; 0 if it may be built now."""
         if self.phase is Phase.PREFILL:
             return self._first_length()
         return self.tokens_to_observe - self.observed if self.phase is Phase.OBSERVE else 0
 
     def tokens_until_change(self) -> int | None:
-        """Most tokens in one decode forward without a change of state; None: no bound."""
+        """Maximum number of tokens in a decode forward before the state changes; None: no limit."""
         release = self.config.release_step
         if self.phase is Phase.RELEASED or self._to_be_released:
             return None

@@ -1,8 +1,8 @@
-"""Setting files: a setting that ``dart-llm tune`` chose for a model, named ``file:setting.yaml``.
+"""Setting files: YAML files with a setting that ``dart-llm tune`` chose for a model.
 
-Such a name can be used instead of a method's.  The file has the measurements, for people, and
-``setting``: ``weights`` (a format, as in ``load``), ``method``, and all that differs from the
-method's preset, as in a variants file.
+The name ``file:setting.yaml`` can be used instead of a method's name.  The mapping ``setting`` of
+the file has ``weights`` (a format, as in ``load``), ``method``, and all settings that differ from
+the method's preset, as in a variants file.  The rest of the file documents the measurement.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from dart_llm.pruning.registry import METHODS, SETTING
 
 HEAD = '# Written by dart-llm tune.  Use --method file:{name}, or prune(model, "file:{name}").\n'
 
-FACTS = ("origin", "model", "measured")
+METADATA = ("origin", "model", "measured")
+"""The file's keys besides ``setting``."""
 
 
 @dataclass(frozen=True)
 class KeptSetting:
-    """A configuration and its ``weights`` format, as in ``load``; None: that of the checkpoint.
+    """The content of a setting file: a configuration and how it was measured.
 
-    ``model``: the measured checkpoint: name, sha256, parameters.  ``measured``: loss, time, and
-    text and machine of the measurement.  ``origin``: date and version.
+    ``weights``: the format of the weights, as in ``load``; None means that of the checkpoint.
+    ``model``: name, sha256 and parameters of the measured checkpoint.  ``measured``: the loss and
+    the time, and the text and machine that they were measured with.  ``origin``: date and version.
     """
 
     config: PruneConfig
@@ -43,69 +45,70 @@ class KeptSetting:
         import yaml
 
         path = Path(path)
-        facts = {name: dict(getattr(self, name)) for name in FACTS}
+        metadata = {name: dict(getattr(self, name)) for name in METADATA}
         setting = {"weights": self.weights, **changes_of(self.config)}
-        with contextlib.suppress(OSError):  # the next step reports the reason
+        with contextlib.suppress(OSError):  # write_text will raise the error
             path.parent.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump({**facts, "setting": setting}, sort_keys=False, width=100)
+        text = yaml.safe_dump({**metadata, "setting": setting}, sort_keys=False, width=100)
         write_text(path, HEAD.format(name=path.name) + text)
         return path
 
 
 def changes_of(config: PruneConfig) -> dict[str, Any]:
-    """``method``, and settings that differ from its preset, also within parts."""
+    """``method`` and the settings that differ from its preset; groups have only their changes."""
     preset = METHODS.get(config.method).to_dict()
     changes: dict[str, Any] = {"method": config.method}
     for name, value in config.to_dict().items():
-        before = preset.get(name)
-        if isinstance(value, Mapping) and value != before:
-            usual = before or {}
-            value = {key: new for key, new in value.items() if new != usual.get(key, ...)}
-        if value != before:
+        default = preset.get(name)
+        if isinstance(value, Mapping) and value != default:
+            defaults = default or {}
+            value = {key: new for key, new in value.items() if new != defaults.get(key, ...)}
+        if value != default:
             changes[name] = value
     return changes
 
 
 def path_of(method: str) -> Path | None:
-    """The path in ``file:...``; None for the name of a method."""
+    """The path in ``file:...``; None if ``method`` is a method's name."""
     if not method.startswith(SETTING):
         return None
-    return Path(os.path.expanduser(method[len(SETTING) :]))  # Path's raises for an unknown user
+    # not Path.expanduser, which raises an exception for a user that does not exist
+    return Path(os.path.expanduser(method[len(SETTING) :]))
 
 
 def read_setting(path: Path) -> KeptSetting:
-    """The setting in a file; raises ``ConfigError`` if it is missing or has no setting."""
+    """The setting in a file; raises ``ConfigError`` if there is no file or it has no setting."""
     if not path.is_file():
         raise ConfigError(
             f"there is no setting file {path}: dart-llm tune --save {path} writes one"
         )
     data = read_yaml(path)
-    setting, facts = data.get("setting"), {name: data.get(name) or {} for name in FACTS}
+    setting, metadata = data.get("setting"), {name: data.get(name) or {} for name in METADATA}
     changes = dict(setting) if isinstance(setting, Mapping) else {}
     method, weights = changes.pop("method", None), changes.pop("weights", None)
     if (
         not isinstance(method, str)
         or method.startswith(SETTING)
         or not isinstance(weights, str | None)
-        or not all(isinstance(value, Mapping) for value in facts.values())
+        or not all(isinstance(value, Mapping) for value in metadata.values())
     ):
         raise ConfigError(
-            f"{path} is not a setting file: its setting must name a method, and weights as "
-            f"--weights takes them; write one by dart-llm tune --save {path}"
+            f"{path} is not a setting file: its setting must name a method, and its weights, if "
+            f"any, must be a value of --weights; write one with dart-llm tune --save {path}"
         )
     try:
         config = PruneConfig.build(method, **{str(name): value for name, value in changes.items()})
     except ConfigError as error:
         raise ConfigError(f"the setting in {path}: {error}") from None
-    return KeptSetting(config, weights, **facts)
+    return KeptSetting(config, weights, **metadata)
 
 
 def kept_setting(method: str) -> KeptSetting | None:
-    """The setting in ``file:...``; None for the name of a method."""
+    """The setting in the file of ``file:...``; None if ``method`` is a method's name."""
     path = path_of(method)
     return None if path is None else read_setting(path)
 
 
 def method_of(method: str) -> PruneConfig:
-    """The configuration in ``file:...``, read again each time: the file may have changed."""
+    """The configuration in ``file:...``, read again each time because the file may have changed."""
     return read_setting(Path(str(path_of(method)))).config

@@ -1,7 +1,7 @@
-"""Sums over tokens: which ones a configuration needs, how they are computed, how they are pooled.
+"""The sums over tokens that a configuration needs (the evidence), their computation and pooling.
 
-Sums are weighted, per layer, float32 and detached.  Token weights are 1 for a real token of a live
-row and 0 for padding and finished rows.
+Sums are weighted, per layer, float32 and detached.  The weight of a token is 0 if it is padding or
+its row has ended, otherwise 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dart_llm.pruning.observations import LayerObservation
 EPS = 1e-12
 
 REFERENCE_TOKENS = 256
-"""Evidence is scaled down to this many tokens, if it has more, before it decays."""
+"""Before evidence of more tokens decays, it is scaled down to the weight of this many tokens."""
 
 PerToken = Callable[[Tensor], Tensor]
 """The statistic that a score sums over tokens: u [..., I] float32 to [..., I]."""
@@ -37,7 +37,7 @@ def squared_share(u: Tensor) -> Tensor:
 
 
 def full_precision(t: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Context that disables the caller's autocast on the device of ``t``."""
+    """A context that disables autocast on the device of ``t``."""
     kind = t.device.type
     if t.is_meta or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
@@ -46,14 +46,14 @@ def full_precision(t: Tensor) -> contextlib.AbstractContextManager[object]:
 
 @dataclass
 class Sum:
-    """A weighted sum over tokens and its weight."""
+    """A weighted sum over tokens, and the total weight of these tokens."""
 
     total: Tensor
     weight: Tensor | float = 0.0
 
     @property
     def divisor(self) -> Tensor | float:
-        """The weight, never 0."""
+        """The weight, or a tiny number instead of 0."""
         weight = self.weight
         return weight.clamp_min(EPS) if isinstance(weight, Tensor) else max(weight, EPS)
 
@@ -69,11 +69,12 @@ class Sum:
 
 @dataclass
 class LayerStatistics:
-    """Named sums of one layer: ``score`` [I], ``signed`` [I] and scalars.
+    """Named sums of one layer, of which each run collects those that it needs.
 
-    ``lost`` [I]: activations of each neuron, summed over the tokens that would not select it;
-    ``losses`` [I]: the number of these tokens.  For low-rank compensation also ``features`` [r],
-    ``moments`` [r, r] and ``cross`` [I, r].
+    ``score`` [I]: a score's statistic.  ``signed`` [I]: activations.  ``lost`` [I]: activations of
+    each neuron, summed over the tokens that would not select it; ``losses`` [I]: the number of
+    these tokens.  ``features`` [r], ``moments`` [r, r] and ``cross`` [I, r] are for low-rank
+    compensation, the scalars ``cosine`` and ``change`` for the layer's sensitivity.
     """
 
     sums: dict[str, Sum] = field(default_factory=dict)
@@ -88,28 +89,28 @@ class LayerStatistics:
             before.weight = before.weight + weight
 
     def add_ema(self, values: Tensor, decay: float, weights: Tensor | None) -> None:
-        """``s <- d s + a`` over the tokens of [B, T, I] in order, rows summed; weights: [B, T]."""
+        """Update the score's sum by ``s <- d s + a`` for each token; values: a, [B, T, I]."""
         if weights is None:
             weights = torch.ones(values.shape[:2], device=values.device)
         alive = weights.amax(0)
-        later = alive.flip(0).cumsum(0).flip(0) - alive
+        later = alive.flip(0).cumsum(0).flip(0) - alive  # number of later tokens
         factors = decay**later * weights
         with full_precision(values):
             total, weight = torch.einsum("bt,bti->i", factors, values), factors.sum()
-        before, shift = self.sums.get("score"), decay ** alive.sum()
-        if before is not None:
-            total, weight = before.total * shift + total, before.weight * shift + weight
+        old, factor = self.sums.get("score"), decay ** alive.sum()
+        if old is not None:
+            total, weight = old.total * factor + total, old.weight * factor + weight
         self.sums["score"] = Sum(total, weight)
 
     def decay(self, decay: float, rows: int) -> None:
-        """Scale all sums by ``decay * min(1, 256 / n)``; n: observed tokens per row."""
+        """Scale all sums by ``decay * min(1, 256 / n)``, where n is observed tokens per row."""
         for name, entry in self.sums.items():
             ratio = REFERENCE_TOKENS * rows / entry.divisor
             share = ratio.clamp_max(1.0) if isinstance(ratio, Tensor) else min(1.0, ratio)
             self.sums[name] = Sum(entry.total * (decay * share), entry.weight * (decay * share))
 
     def mean_when_lost(self) -> Tensor:
-        """Mean activation of each neuron over the tokens that would leave it out, [I]."""
+        """Mean activation of each neuron over the tokens that would not select it, [I]."""
         return self.sums["lost"].total / self.sums["losses"].total.clamp_min(EPS)
 
     def nbytes(self) -> int:
@@ -117,11 +118,11 @@ class LayerStatistics:
 
 
 Layers = Sequence[LayerStatistics]
-"""The sums of some layers; tensors that are added have these layers as first dimension."""
+"""The sums of some layers; tensors that are added to them have the layers as first dimension."""
 
 
 def add_sums(evidence: Layers, name: str, values: Tensor, weights: Tensor | None) -> None:
-    """Add per-token values [L, T] or [L, T, I] of some layers; weights: [T] or None."""
+    """Add the sums over tokens of values [L, T] or [L, T, I] of some layers; weights: [T]."""
     weight: Tensor | float = float(values.shape[1]) if weights is None else weights.sum()
     if weights is None:
         totals = values.sum(1)
@@ -132,15 +133,15 @@ def add_sums(evidence: Layers, name: str, values: Tensor, weights: Tensor | None
 
 
 def add_totals(evidence: Layers, name: str, totals: Tensor, weight: Tensor | float) -> None:
-    """Add sums over tokens [L, ...] of some layers, and the tokens' weight."""
+    """Add sums over tokens of some layers, [L, ...], and the tokens' total weight."""
     for layer, total in zip(evidence, totals.unbind(0), strict=True):
         layer.add(name, total, weight)
 
 
 def summed(parts: Iterable[Layers], devices: Sequence[torch.device]) -> list[LayerStatistics]:
-    """The evidence of several sequences, layer by layer, on ``devices``.
+    """Add the evidence of several batches, layer by layer; the sums are on ``devices``.
 
-    Added in float64 on the host, because there are thousands of tokens.
+    They are added in float64 on the host, because there are thousands of tokens.
     """
     totals = [LayerStatistics() for _ in devices]
     for evidence in parts:
@@ -170,18 +171,18 @@ def from_tensors(tensors: Mapping[str, Tensor], layers: int) -> list[LayerStatis
     for key in tensors:
         number, name, *weight = key.split(".")
         if not weight:
-            weighed = float(tensors[f"{key}.weight"])
-            evidence[int(number)].sums[name] = Sum(tensors[key], weighed)
+            total_weight = float(tensors[f"{key}.weight"])
+            evidence[int(number)].sums[name] = Sum(tensors[key], total_weight)
     return evidence
 
 
 @dataclass(frozen=True)
 class SelfStats:
-    """Statistics of a layer, learned once from self-generated text (docs/reference.md).
+    """Statistics of a layer, learned once from text that the model generates (docs/reference.md).
 
     ``evidence``: sums over that text.  ``fisher``: [I] float32, mean squared gradient of the loss
-    by u_i.  ``basis``: [r, D] in the model's dtype, directions of the FFN's input, for low-rank
-    compensation.  None: not needed by the run.
+    with respect to the activation u_i.  ``basis``: [r, D] in the model's dtype, directions of the
+    FFN's input, for low-rank compensation.  A statistic that the run does not need is None.
     """
 
     evidence: LayerStatistics
@@ -194,35 +195,35 @@ class SelfStats:
 
 
 def pooled(observed: LayerStatistics, learned: SelfStats | None, tokens: float) -> LayerStatistics:
-    """``observed`` plus the learned sums, weighted as ``tokens`` observed tokens.
+    """Add the learned sums, with the weight of ``tokens`` observed tokens, to those ``observed``.
 
-    Returns new sums, or ``observed`` if ``learned`` is None or ``tokens`` is 0.
+    Returns new sums, or ``observed`` itself if ``learned`` is None or ``tokens`` is 0.
     """
     if learned is None or tokens <= 0:
         return observed
     sums = dict(observed.sums)
-    for name, prior in learned.evidence.sums.items():
-        share, seen = tokens / float(prior.divisor), sums.get(name)
+    for name, entry in learned.evidence.sums.items():
+        factor, seen = tokens / float(entry.divisor), sums.get(name)
         if seen is None:
-            sums[name] = Sum(share * prior.total, tokens)
+            sums[name] = Sum(factor * entry.total, tokens)
         else:
-            total = torch.add(seen.total, prior.total.to(seen.total.device), alpha=share)
+            total = torch.add(seen.total, entry.total.to(seen.total.device), alpha=factor)
             sums[name] = Sum(total, seen.weight + tokens)
     return LayerStatistics(sums)
 
 
 CHUNK_ELEMENTS = 1 << 24
-"""Tokens are processed in chunks of at most this many float32 elements."""
+"""Maximum number of float32 elements in a chunk of tokens that is processed at once."""
 
 TOGETHER = 1 << 18
-"""Most elements of layers that are added together: intermediate results then stay in the cache."""
+"""Maximum number of elements of layers processed together, so that they fit a CPU's cache."""
 
 
 class TokenSelection(NamedTuple):
-    """Per-token selection in some layers.
+    """What per-token selection needs in some layers.
 
-    ``saliency``: [L, I], factor on each neuron's activation; ``keeps``: share of the neurons that
-    each token keeps, per layer.
+    ``saliency``: [L, I], factor by which each neuron's activation is multiplied to rank it.
+    ``keeps``: per layer, the share of the neurons that each token keeps.
     """
 
     saliency: Tensor
@@ -233,18 +234,19 @@ class TokenSelection(NamedTuple):
         return TokenSelection(self.saliency[layers], self.keeps[layers])
 
     def losers(self, u: Tensor) -> Tensor:
-        """``pruned_indicator`` of every layer; u: [L, T, I]."""
-        each = zip(u, self.saliency, self.keeps, strict=True)
-        return torch.stack([pruned_indicator(*layer) for layer in each])
+        """1 where a token would not select a neuron, else 0, like u: [L, T, I]."""
+        layers = zip(u, self.saliency, self.keeps, strict=True)
+        return torch.stack([pruned_indicator(*layer) for layer in layers])
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Which sums a configuration needs; adds one forward's tokens to them.
+    """Which sums a configuration needs; ``add`` adds the tokens of a forward to them.
 
-    ``needs`` holds any of ``signed`` (compensation), ``features`` (its low-rank part),
-    ``sensitivity`` (budget ``depth``) and ``lost`` (compensation of per-token selection).
-    ``spread``, ``average``: as in ``Score``; ``ema_decay``: as in ``ScoreConfig``.
+    ``per_token``: the score's statistic, or None.  ``needs``: other sums, any of ``signed`` (for
+    compensation), ``features`` (for low-rank compensation), ``sensitivity`` (for the budget
+    ``depth``) and ``lost`` (for compensation under per-token selection).  ``spread`` and
+    ``average`` are as in ``Score``, ``ema_decay`` as in ``ScoreConfig``.
     """
 
     per_token: PerToken | None
@@ -255,12 +257,12 @@ class Statistics:
 
     @property
     def beside_score(self) -> frozenset[str]:
-        """Sums besides the score's: ``needs``, and the means for ``spread``."""
+        """Sums besides the score's: ``needs``, and the activations that ``spread`` needs."""
         return self.needs | ({"signed"} if self.spread else set())
 
     @property
     def needs_stream(self) -> bool:
-        """Whether x and z must be captured."""
+        """Whether the FFN's output z and the residual stream x before it must be captured."""
         return "sensitivity" in self.needs
 
     def add(
@@ -271,10 +273,10 @@ class Statistics:
         f: Tensor | None = None,
         selection: TokenSelection | None = None,
     ) -> None:
-        """Add tokens of some layers: the tensors [L, B, T, ...] in ``seen``.
+        """Add observed tokens of some layers; ``seen`` has tensors [L, B, T, ...].
 
-        f: [L, B, T, F] features of the FFN's input; weights: [B, T] float32 or None;
-        ``selection``: for the sum ``lost``.
+        f: [L, B, T, F] features of the FFN's input; weights: [B, T] float32, or None if all are 1;
+        ``selection``: needed for the sum ``lost``.
         """
         if (u := seen.u) is not None:
             count = max(1, TOGETHER // max(1, u[0].numel()))
@@ -315,7 +317,7 @@ class Statistics:
             _add_features(evidence, flat, f.flatten(1, 2), w)
 
     def score_input(self, evidence: LayerStatistics, width: int, device: torch.device) -> Tensor:
-        """The accumulated statistic ``a`` that score functions take: [I], float32."""
+        """The accumulated statistic ``a`` that is the input of score functions, [I] float32."""
         if self.per_token is None:
             return torch.zeros(width, device=device)
         score = evidence.sums["score"]
@@ -328,10 +330,11 @@ class Statistics:
 
 
 def pruned_indicator(u: Tensor, saliency: Tensor, keep: float) -> Tensor:
-    """1 where a token would not select a neuron, else 0: u [T, I] float32; saliency [I].
+    """1 where a token would not select a neuron, else 0, [T, I].
 
     A token selects the share ``keep`` of the neurons, those with the largest ``abs(u_i) *
-    saliency_i``; neurons tied at the threshold are all left out.
+    saliency_i``.  It selects no neuron that is tied at the threshold.  u: [T, I] float32; saliency:
+    [I].
     """
     lost = u.shape[-1] - max(1, round(keep * u.shape[-1]))
     if not lost:
@@ -341,10 +344,10 @@ def pruned_indicator(u: Tensor, saliency: Tensor, keep: float) -> Tensor:
 
 
 def _nth_smallest(values: Tensor, number: int) -> Tensor:
-    """The ``number``-th smallest of each row, [T, 1]; values [T, I]."""
+    """The ``number``-th smallest value of each row, [T, 1]; values: [T, I]."""
     if values.device.type != "cpu":
         return values.kthvalue(number, -1, keepdim=True).values
-    # takes a sixth of the time of torch's kthvalue, which would slow prompts down
+    # six times as fast as torch's kthvalue, which would slow prompts down
     ordered = np.partition(values.detach().numpy(), number - 1, -1)
     return torch.from_numpy(ordered[:, number - 1 : number])
 
@@ -354,7 +357,7 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 
 def _add_features(evidence: Layers, u: Tensor, f: Tensor, weights: Tensor | None) -> None:
-    """Sums of f, f f^T and u f^T; u: [L, T, I], f: [L, T, F], both float32; weights: [T]."""
+    """Add the sums of f, f f^T and u f^T; u: [L, T, I], f: [L, T, F], float32; weights: [T]."""
     add_sums(evidence, "features", f, weights)
     weight: Tensor | float = float(f.shape[1]) if weights is None else weights.sum()
     weighted = f if weights is None else f * weights[:, None]
@@ -364,7 +367,7 @@ def _add_features(evidence: Layers, u: Tensor, f: Tensor, weights: Tensor | None
 
 
 def _add_sensitivity(evidence: Layers, x: Tensor, z: Tensor, weights: Tensor | None) -> None:
-    """Sums of cos(x, z) and ||z - x|| / ||x||; x, z: [L, T, D] float32."""
+    """Add the sums of cos(x, z) and ||z - x|| / ||x||; x, z: [L, T, D] float32."""
     size = x.norm(dim=-1).clamp_min(EPS)
     cosine = (x * z).sum(-1) / (size * z.norm(dim=-1)).clamp_min(EPS)
     add_sums(evidence, "cosine", cosine, weights)

@@ -1,11 +1,11 @@
-"""Token-level selection: each token's winners, its strongest neurons by a cheap estimate.
+"""Token-level selection: each token selects its strongest neurons, the winners, by an estimate.
 
 The idea is that of Prox (arXiv 2607.27591) and WINA (arXiv 2505.19427); docs/reference.md has the
-formulas.  Estimates come from low-bit proxies of the weights: the D inputs of a row are cut into
-groups, each with the scale ``max abs(w) / m`` in bfloat16, m = 2^(bits - 1) - 1; levels are whole
-numbers from -m to m, rounded to the nearest.  The grid is symmetric because a 4-bit file has at
-most 16 values per group of 32: an asymmetric grid would copy them almost exactly, and results on
-such files would not carry over to other weights.
+formulas.  Estimates come from low-bit proxies (rough copies) of the weights.  The D inputs of a row
+are cut into groups, each with the scale ``max abs(w) / m`` in bfloat16, m = 2^(bits - 1) - 1.
+Levels are whole numbers from -m to m, rounded to the nearest.  The grid is symmetric on purpose: in
+a 4-bit file, each group of 32 weights has at most 16 values, which an asymmetric grid would copy
+almost exactly, and results on such files would not carry over to other weights.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from dart_llm.errors import ConfigError
 from dart_llm.pruning.masks import LayerMask, Masks
 
 CHUNK, CACHED = 1 << 22, 1 << 18
-"""Weights converted to float32 at a time: in general, and on the CPU, to fit its cache."""
+"""Maximum number of weights converted to float32 at a time; ``CACHED`` fits a CPU's cache."""
 
 SCALE_BYTES = 2
-"""One bfloat16 scale per group."""
+"""Bytes of a group's bfloat16 scale."""
 
 
 @dataclass(frozen=True)
 class QuantizedProxy:
-    """A matrix [N, D] in ``bits`` (4 or 8) bits per weight.
+    """A matrix [N, D], D = ``inputs``, with ``bits`` (4 or 8) bits per weight.
 
-    ``levels``: int8 [N, D]; with 4 bits uint8 [N, ceil(D / 2)] of level + 8: the first half of the
-    inputs in the low bits, the second half in the high bits.
+    ``levels``: int8 [N, D] with 8 bits.  With 4 bits, uint8 [N, ceil(D / 2)], which stores level +
+    8: the first half of the inputs is in the low bits, the second half in the high bits.
     ``scales``: bfloat16 [N, ceil(D / group)].
     """
 
@@ -48,7 +48,7 @@ class QuantizedProxy:
         return int(self.levels.shape[0]), self.inputs
 
     def dense(self, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Dequantized rows, float32 [n, D]; ``rows``: ids or a slice."""
+        """Dequantized rows, float32 [n, D]; ``rows``: their ids, or a slice."""
         levels, scales = self.levels[rows], self.scales[rows].float()
         half, groups = levels.shape[1], scales.shape[1]
         stored = 2 * half if self.bits == 4 else half
@@ -59,12 +59,12 @@ class QuantizedProxy:
             values.sub_(8)
         else:
             values[:, :half] = levels
-        for_scales = (len(levels), groups, self.group)  # padding of the last group is never read
-        values[:, : groups * self.group].view(for_scales).mul_(scales[..., None])
+        grouped = (len(levels), groups, self.group)  # padding of the last group is never read
+        values[:, : groups * self.group].view(grouped).mul_(scales[..., None])
         return values[:, : self.inputs]
 
     def product(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """x W^T in float32, [..., n].  x: [..., D] of any dtype; ``rows``: ids [n], None: all."""
+        """x W^T in float32, [..., n].  x: [..., D]; ``rows``: ids [n] of W's rows, None for all."""
         count = self.shape[0] if rows is None else len(rows)
         parts = [
             F.linear(x.float(), self.dense(span if rows is None else rows[span]))
@@ -88,22 +88,23 @@ def low_bit(matrix: Tensor, bits: int, group: int) -> QuantizedProxy:
 
 
 def _grid(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Levels and scales of a float32 chunk."""
-    most = 2 ** (bits - 1) - 1
+    """Levels and scales of w, float32 rows of a matrix."""
+    max_level = 2 ** (bits - 1) - 1
     groups = math.ceil(w.shape[1] / group)
     padded = F.pad(w, (0, groups * group - w.shape[1])).view(len(w), groups, group)
-    scales = (padded.abs().amax(-1) / most).to(torch.bfloat16)
+    scales = (padded.abs().amax(-1) / max_level).to(torch.bfloat16)
     step = scales.float()[..., None]
-    levels = torch.where(step > 0, padded / step, 0.0).round_().clamp_(-most, most)
+    levels = torch.where(step > 0, padded / step, 0.0).round_().clamp_(-max_level, max_level)
     levels = levels.view(len(w), -1)[:, : w.shape[1]]
     if bits == 8:
         return levels.to(torch.int8), scales
     half = (w.shape[1] + 1) // 2
-    whole = F.pad(levels + 8, (0, w.shape[1] % 2)).to(torch.uint8)
-    return whole[:, :half] | (whole[:, half:] << 4), scales
+    shifted = F.pad(levels + 8, (0, w.shape[1] % 2)).to(torch.uint8)
+    return shifted[:, :half] | (shifted[:, half:] << 4), scales
 
 
 def _spans(rows: int, inputs: int, on_cpu: bool) -> Iterator[slice]:
+    """Slices of a matrix's rows that are small enough to convert at once."""
     step = max(1, (CACHED if on_cpu else CHUNK) // inputs)
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
@@ -111,19 +112,19 @@ def _spans(rows: int, inputs: int, on_cpu: bool) -> Iterator[slice]:
 
 NO_MASK = (
     "token-level selection has no sequence mask: every token selects its own neurons, and only "
-    "their number per layer is kept"
+    "the number of neurons per layer is fixed"
 )
-"""The message when a sequence mask is requested."""
+"""Message for a request that needs a mask of the sequence."""
 
 
 @dataclass(frozen=True)
 class TokenMask(LayerMask):
-    """How many neurons of one layer every token keeps, and the candidates for them.
+    """The candidates of one layer, among which every token selects ``winners`` neurons.
 
     ``ids``: the candidates, ascending.  With compensation, ``mean`` is m, [I] float32, the mean
     activation of each neuron over tokens that do not select it, and ``bias`` is W_down m over all
-    neurons, to which winners add W_down (u - m).  ``saliency``: factor on each activation, [I]
-    float32; None: the norm of the output column.
+    neurons, to which selected neurons add W_down (u - m).  ``saliency``: factor by which each
+    activation is multiplied to rank neurons, [I] float32; None means the norm of the output column.
     """
 
     winners: int = field(kw_only=True)
@@ -145,15 +146,15 @@ class TokenMask(LayerMask):
 
 
 def contribution_estimate(estimate: Tensor, saliency: Tensor) -> Tensor:
-    """``abs(u~) * saliency``: estimated cost of leaving each neuron out, [..., n] float32.
+    """``abs(u~) * saliency``, the estimated cost of removing each neuron, [..., n] float32.
 
-    estimate: u~ [..., n]; saliency: [n].
+    estimate: u~, [..., n]; saliency: [n].
     """
     return estimate.abs() * saliency
 
 
 def winner_places(strengths: Tensor, keep: int) -> Tensor:
-    """Indices of the ``keep`` largest strengths of every token, ascending; ties: lower index.
+    """Indices of each token's ``keep`` largest strengths, ascending; in ties, lower indices win.
 
     strengths: [..., n].  Returns [..., keep] int64.
     """
@@ -162,14 +163,14 @@ def winner_places(strengths: Tensor, keep: int) -> Tensor:
 
 
 def input_count(inputs: int, winners: int, width: int) -> int:
-    """The same share of a matrix's ``inputs`` as ``winners`` of ``width`` neurons, rounded up."""
+    """The share ``winners / width`` of a matrix's ``inputs``, rounded up to a whole number."""
     return -(-inputs * winners // width)
 
 
 def at_largest(x: Tensor, count: int, norms: Tensor | None = None) -> Tensor:
-    """x with all but the ``count`` entries of largest ``abs(x_j) * norms_j`` per token set to 0.
+    """Keep each token's ``count`` entries of x with the largest ``abs(x_j) * norms_j``; others: 0.
 
-    x: [..., M]; norms: [M], None for ones.  In ties, lower indices stay.
+    x: [..., M]; norms: [M], or None for ones.  In ties, lower indices stay.
     """
     if count >= x.shape[-1]:
         return x
@@ -180,12 +181,12 @@ def at_largest(x: Tensor, count: int, norms: Tensor | None = None) -> Tensor:
 
 
 def sequence_masks(masks: Masks) -> Masks:
-    """``masks`` without those of layers with per-token selection."""
+    """``masks``, with None for layers with per-token selection."""
     return tuple(None if isinstance(mask, TokenMask) else mask for mask in masks)
 
 
 def plain_masks(masks: Masks) -> Masks:
-    """``masks``; raises ``ConfigError`` if a layer has per-token selection."""
+    """Return ``masks``; raise ``ConfigError`` if a layer has per-token selection."""
     if any(isinstance(mask, TokenMask) for mask in masks):
         raise ConfigError(f"{NO_MASK}: use a method with masks of the sequence, e.g. dart")
     return masks

@@ -13,18 +13,18 @@ from torch import Tensor
 from dart_llm.pruning.statistics import SelfStats
 
 REACH_CHUNK = 4096
-"""Rows of an embedding that are multiplied at a time."""
+"""Number of rows of an embedding that are multiplied at a time."""
 
 
 @dataclass(frozen=True)
 class FfnWeights:
     """Views of one layer's FFN weights in the model's dtype; I = neurons, D = hidden size.
 
-    ``stored_up``: ``up``, or its transpose if it is stored ``by_inputs``; ``gate``: [I, D] or
-    None; ``down``: [D, I].
-    ``embedding``: [V, D] rows for forward proxies, shared by all layers.  ``prior``: [I] float32, a
-    calibrated ranking of the neurons, in which the largest are kept.  ``self_stats``: statistics of
-    the layer, learned from self-generated text.
+    ``stored_up``: ``up``, or its transpose if ``by_inputs`` is True.  ``gate``: [I, D] or None.
+    ``down``: [D, I].
+    ``embedding``: [V, D] rows for forward-proxy scores, shared by all layers.  ``prior``: [I]
+    float32, calibrated scores of the neurons; the largest are best.  ``self_stats``: statistics of
+    the layer, learned from text that the model generated.
     """
 
     index: int
@@ -41,9 +41,9 @@ class FfnWeights:
 
     @property
     def up(self) -> Tensor:
-        """[I, D] (``fc`` in a plain FFN).
+        """The up projection, [I, D] (the first matrix of an FFN without a gate).
 
-        Not cached: a stored view would miss that an executor transposed the parameter.
+        It is not cached, because an executor may transpose the parameter later.
         """
         return self.stored_up.t() if self.by_inputs else self.stored_up
 
@@ -59,7 +59,7 @@ class FfnWeights:
 
     @property
     def matrices(self) -> tuple[Tensor, ...]:
-        """Up, gate if there is one, down, as they are stored."""
+        """Up, gate (if there is one) and down, as they are stored."""
         inputs = (self.stored_up,) if self.gate is None else (self.stored_up, self.gate)
         return (*inputs, self.down)
 
@@ -69,12 +69,12 @@ class FfnWeights:
 
     @property
     def fisher(self) -> Tensor | None:
-        """Mean squared gradient of the loss by each activation, [I] float32; None: not learned."""
+        """Mean squared loss gradient with respect to each activation, [I]; None if not learned."""
         return None if self.self_stats is None else self.self_stats.fisher
 
     @property
     def basis(self) -> Tensor | None:
-        """Input directions for low-rank compensation, [r, D]; None: not learned."""
+        """Input directions for low-rank compensation, [r, D]; None if not learned."""
         return None if self.self_stats is None else self.self_stats.basis
 
     @cached_property
@@ -84,7 +84,7 @@ class FfnWeights:
 
     @cached_property
     def saliency(self) -> Tensor:
-        """Root of the mean squared gradient if it was learned, else ``down_norm``: [I]."""
+        """Factor on activations to rank neurons, [I]: root of ``fisher``, else ``down_norm``."""
         return self.down_norm if self.fisher is None else self.fisher.sqrt()
 
     @cached_property
@@ -94,10 +94,10 @@ class FfnWeights:
 
     @cached_property
     def reach(self) -> tuple[Tensor, Tensor]:
-        """``max_v |w_i . e_v|`` and ``mean_v |w_i . e_v|``, each [I], float32.
+        """How far each neuron can move vocabulary entries' scores, by dot products.
 
-        ``w_i``: column i of the down projection; ``e_v``: row v of ``embedding``, which must not
-        be None.
+        Returns ``max_v |w_i . e_v|`` and ``mean_v |w_i . e_v|``, each [I] float32, where ``w_i`` is
+        column i of the down projection and ``e_v`` row v of ``embedding``, which must not be None.
         """
         assert self.embedding is not None
         high = torch.zeros(self.width, device=self.device)
@@ -117,21 +117,23 @@ class FfnWeights:
 
 
 def with_parts(layers: Sequence[FfnWeights], **parts: Sequence[Any]) -> tuple[FfnWeights, ...]:
-    """Copies of the layers with new fields: ``prior=``, ``self_stats=``, ..., one per layer."""
+    """Copies of the layers with new values of fields such as ``prior=``, one value per layer."""
     changed = tuple(layers)
-    for name, each in parts.items():
-        changed = tuple(replace(layer, **{name: p}) for layer, p in zip(changed, each, strict=True))
+    for name, values in parts.items():
+        pairs = zip(changed, values, strict=True)
+        changed = tuple(replace(layer, **{name: value}) for layer, value in pairs)
     return changed
 
 
 def in_blocks(matrix: Tensor) -> bool:
-    """Whether a matrix is stored in low-bit blocks instead of its dtype."""
+    """Whether a matrix is quantized, that is, stored in blocks of low-bit weights."""
     return int(matrix.nbytes) != matrix.numel() * matrix.element_size()
 
 
-def stored_bytes(matrix: Tensor, width: int | None = None) -> float:
-    """Bytes of a matrix as stored, or with ``width`` bytes per weight if it is not in blocks."""
-    return matrix.nbytes if width is None or in_blocks(matrix) else matrix.numel() * width
+def stored_bytes(matrix: Tensor, weight_bytes: int | None = None) -> float:
+    """Bytes of a matrix as stored, or ``weight_bytes`` per weight if it is not quantized."""
+    as_stored = weight_bytes is None or in_blocks(matrix)
+    return matrix.nbytes if as_stored else matrix.numel() * weight_bytes
 
 
 def norms_of(matrix: Tensor, dim: int, order: float = 2) -> Tensor:

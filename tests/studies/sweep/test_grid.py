@@ -139,7 +139,7 @@ REFUSED = [
     ({"layers": "each"}, "require each other"),
     ({"layers": "each", "keep": 0.5, "sparsities": 0.3}, "drop the sparsities"),
     ({"layers": "each,0-3", "keep": 0.5}, "each"),
-    ({"layers": "0-3", "keep": 50}, "a keep ratio lies in"),
+    ({"layers": "0-3", "keep": 50}, "write a keep ratio in"),
     ({"task_options": {TASK: {"protocol": "full"}}}, "unknown measuring option 'protocol'"),
     ({"protocols": "full", "tasks": "shift:embedded"}, 'no protocol "full"'),
     ({"task_options": {"arc_eazy": {"limit": 1}}, "tasks": "arc_easy"}, "did you mean arc_easy"),

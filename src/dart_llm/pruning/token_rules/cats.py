@@ -10,7 +10,7 @@ from dart_llm.pruning.token_rules.rule import LayerCost, TokenRule
 
 
 class Cats(TokenRule):
-    """Winners of every token by the exact gate (in a plain FFN: by u).
+    """Each token selects neurons by the exact gate (by u in an FFN without a gate).
 
     ``v = act(W_gate x)``; ``z = W_down[:, S] (v_S * (W_up[S] x))`` with S the k largest
     ``abs(v_i)`` (arXiv 2404.08763).
@@ -19,7 +19,7 @@ class Cats(TokenRule):
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
         gate = cost.layer.gate
-        return cost.losing_rows(cost.layer.stored_up if gate is None else gate)
+        return cost.ranking_rows(cost.layer.stored_up if gate is None else gate)
 
     def strengths(self, fed: Tensor, u: Tensor | None, mask: TokenMask) -> Tensor:
         block = self.block

@@ -10,7 +10,7 @@ from dart_llm.pruning.token_rules.rule import LayerCost, TokenRule
 
 
 class Countdown(TokenRule):
-    """Winners of every token by the exact up projection (in a plain FFN: by u).
+    """Each token selects neurons by the exact up projection (by u in an FFN without a gate).
 
     ``s = W_up x``; ``z = W_down[:, S] (act(W_gate[S] x) * s_S)`` with S the k largest ``abs(s_i)``
     (arXiv 2505.17701, variant M).
@@ -18,7 +18,7 @@ class Countdown(TokenRule):
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        return cost.losing_rows(cost.layer.stored_up)
+        return cost.ranking_rows(cost.layer.stored_up)
 
     def strengths(self, fed: Tensor, u: Tensor | None, mask: TokenMask) -> Tensor:
         up: Tensor = self.block.up_of(fed)

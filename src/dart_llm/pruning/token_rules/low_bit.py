@@ -1,4 +1,4 @@
-"""The rule of ``dart-token``: low-bit proxies, or weights that are stored in low-bit blocks."""
+"""The rule of ``dart-token``: low-bit proxies, or quantized weights, rank the neurons."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dart_llm.pruning.weights import norms_of
 
 
 class LowBit(TokenRule):
-    """Winners of every token by low-bit proxies of gate and up."""
+    """Each token selects neurons by low-bit proxies of gate and up."""
 
     native = True
     compensates = True
     options = frozenset({"proxy", "bits", "group"})
 
     @classmethod
-    def for_weights(cls, config: TokenConfig, blocks: bool) -> type[TokenRule]:
-        return ByActivations if blocks and config.proxy == "auto" else cls
+    def for_weights(cls, config: TokenConfig, quantized: bool) -> type[TokenRule]:
+        return ByActivations if quantized and config.proxy == "auto" else cls
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """The rows of the proxies with all of their scales, and a norm per neuron."""
+        """Bytes of the proxies' rows with all of their scales, and of a norm per neuron."""
         inputs, matrices = cost.layer.hidden, len(cost.layer.matrices) - 1
         levels = math.ceil(math.ceil(config.inputs * inputs) * config.bits / 8)
         row = levels + SCALE_BYTES * math.ceil(inputs / config.group)
@@ -40,16 +40,16 @@ class LowBit(TokenRule):
         self.norms = norms_of(down.detach(), 0)
 
     def estimate(self, fed: Tensor, ids: Tensor | None = None) -> Tensor:
-        """u~ [..., n] float32 of the neurons ``ids`` (None: all), from the proxies alone."""
+        """Activations u~ of neurons ``ids`` (None: all), [..., n], estimated by the proxies."""
         products = [proxy.product(fed, ids) for proxy in self.proxies]
-        for at, bias in enumerate(self.block.biases()[2 - len(products) : 2]):
+        for number, bias in enumerate(self.block.biases()[2 - len(products) : 2]):
             if bias is not None:
-                products[at] += bias if ids is None else bias[ids]
+                products[number] += bias if ids is None else bias[ids]
         act: Callable[[Tensor], Tensor] = self.block.act
         return act(products[0]) * products[1] if len(products) == 2 else act(products[0])
 
     def saliency(self, mask: TokenMask) -> Tensor:
-        """Factor on each neuron's activation, [I] float32."""
+        """Factor by which each neuron's activation is multiplied to rank it, [I] float32."""
         return self.norms if mask.saliency is None else mask.saliency
 
     def strengths(self, fed: Tensor, u: Tensor | None, mask: TokenMask) -> Tensor:
@@ -62,14 +62,14 @@ class LowBit(TokenRule):
 
 
 class ByActivations(LowBit):
-    """Winners of every token by exact activations, from weights that are in low-bit blocks."""
+    """Each token selects neurons by exact activations, computed from quantized gate and up."""
 
     by_weights = True
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """Gate and up rows of the neurons that are not computed, and a norm per neuron."""
-        return cost.losing_rows(*cost.layer.matrices[:-1]) + NORM_BYTES * cost.layer.width
+        """Bytes of gate and up rows that are read only to rank, and of a norm per neuron."""
+        return cost.ranking_rows(*cost.layer.matrices[:-1]) + NORM_BYTES * cost.layer.width
 
     def prepare(self) -> None:
         self.norms = norms_of(self.block.matrices()[-1].detach(), 0)

@@ -13,17 +13,17 @@ from dart_llm.pruning.token_rules.rule import TokenRule
 
 
 class Prox(LowBit):
-    """Winners of every token by low-bit proxies at the largest inputs.
+    """Each token selects neurons by low-bit proxies, multiplied with its largest inputs only.
 
-    ``u~ = act(gate~ x~) * (up~ x~)``, where x~ keeps the share ``inputs`` of x with the largest
-    ``abs(x_j)``, and gate~, up~ are proxies (arXiv 2607.27591).
+    ``u~ = act(gate~ x~) * (up~ x~)``, where x~ keeps the share ``inputs`` of the entries of x,
+    those with the largest ``abs(x_j)``, and gate~, up~ are proxies (arXiv 2607.27591).
     """
 
     native = False
     options = LowBit.options | {"inputs"}
 
     @classmethod
-    def for_weights(cls, config: TokenConfig, blocks: bool) -> type[TokenRule]:
+    def for_weights(cls, config: TokenConfig, quantized: bool) -> type[TokenRule]:
         return cls
 
     def estimate(self, fed: Tensor, ids: Tensor | None = None) -> Tensor:

@@ -1,8 +1,8 @@
-"""The base class of per-token rules.
+"""The base class of per-token rules, by which every token selects its own neurons.
 
-A new rule is one file: a subclass of ``TokenRule`` that prepares data for a block, ranks neurons
-and counts the bytes of that, and ``TOKEN_RULES.register("name", MyRule)``.  ``dart-llm methods``
-lists the first line of each class's docstring.
+To add a rule, write a file with a subclass of ``TokenRule`` that prepares data for an FFN, ranks
+its neurons and counts the bytes that this reads, and call ``TOKEN_RULES.register("name", MyRule)``.
+``dart-llm methods`` lists the first line of each class's docstring.
 """
 
 from __future__ import annotations
@@ -20,62 +20,63 @@ from dart_llm.pruning.token_level import QuantizedProxy, TokenMask, winner_place
 from dart_llm.pruning.weights import FfnWeights, stored_bytes
 
 NORM_BYTES = 4
-"""A float32 norm."""
+"""Bytes of a float32 norm."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
     """One layer with per-token selection, for counting bytes.
 
-    ``winners``: neurons that each token keeps; ``computed``: neurons whose rows the forward reads.
-    ``width``: bytes of a weight that is not in low-bit blocks; None: as stored.
+    ``winners``: number of neurons that each token selects.  ``computed``: number of neurons that a
+    forward computes, for all of its tokens.  ``weight_bytes``: bytes to count for a weight that is
+    not quantized; None means as stored.
     """
 
     layer: FfnWeights
     winners: int
     computed: int
-    width: int | None = None
+    weight_bytes: int | None = None
 
-    def losing_rows(self, *matrices: Tensor) -> float:
-        """Bytes of the rows of ``matrices`` that are read only for the ranking."""
+    def ranking_rows(self, *matrices: Tensor) -> float:
+        """Bytes of the rows of ``matrices`` that are read only to rank neurons."""
         share = 1 - self.computed / self.layer.width
-        return share * sum(stored_bytes(matrix, self.width) for matrix in matrices)
+        return share * sum(stored_bytes(matrix, self.weight_bytes) for matrix in matrices)
 
 
 class TokenRule:
-    """Selects neurons of one FFN block (``models.ffn.FfnBlock``) for each token, by ``strengths``.
+    """Selects, for each token, the neurons of one FFN that have the largest ``strengths``.
 
-    I: neurons, D: hidden size.
+    ``block``: the FFN (``models.ffn.FfnBlock``); I: neurons, D: hidden size.
     """
 
     native: ClassVar[bool] = False
-    """Whether native kernels support it; else it serves to measure quality, not speed."""
+    """Whether native kernels support the rule; if not, it can measure quality, but not speed."""
     by_weights: ClassVar[bool] = False
     """Whether exact activations rank the neurons, so that gate and up are read as a whole."""
     selects_neurons: ClassVar[bool] = True
-    """False: it selects inputs of each matrix (``Teal``), not neurons."""
+    """Whether the rule selects neurons; if not, it selects inputs of each matrix (``Teal``)."""
     attention: ClassVar[bool] = False
-    """Whether it also selects the largest inputs of the attention projections."""
+    """Whether the rule also selects the largest inputs of the attention projections."""
     compensates: ClassVar[bool] = False
-    """Whether neurons that a token does not select are replaced by their mean activation."""
+    """Whether neurons that a token does not select can be replaced by their mean activation."""
     options: ClassVar[frozenset[str]] = frozenset()
-    """Fields of ``TokenConfig``, other than ``rule``, that it uses."""
+    """Fields of ``TokenConfig``, other than ``rule``, that the rule uses."""
 
     def __init__(self, block: Any, config: TokenConfig) -> None:
         self.block, self.config = block, config
         self.proxies: tuple[QuantizedProxy, ...] = ()
-        """Low-bit proxies of gate and up, if it makes any."""
+        """Low-bit proxies of gate and up, if the rule makes any."""
         with torch.inference_mode(False):
             self.prepare()
 
     @classmethod
-    def for_weights(cls, config: TokenConfig, blocks: bool) -> type[TokenRule]:
-        """The class to use, depending on whether weights are stored in low-bit ``blocks``."""
+    def for_weights(cls, config: TokenConfig, quantized: bool) -> type[TokenRule]:
+        """The class to use, depending on whether the FFN's weights are ``quantized``."""
         return cls
 
     @classmethod
     def check(cls, config: PruneConfig) -> None:
-        """Raise ``ConfigError`` for settings that it does not support."""
+        """Raise ``ConfigError`` for settings that the rule does not support."""
         assert config.token is not None
         rule = config.token.rule
         for name in sorted(config.token.model_fields_set - cls.options - {"rule"}):
@@ -86,24 +87,23 @@ class TokenRule:
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """Bytes read for selection per forward, without the ``cost.computed`` neurons' rows."""
+        """Bytes read for the selection per forward, without the weights of computed neurons."""
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Compute data for the selection: proxies, norms."""
+        """Compute the data that the selection needs, such as proxies and norms."""
 
     def strengths(self, fed: Tensor, u: Tensor | None, mask: TokenMask) -> Tensor:
         """Strengths of all neurons, [..., I], or of the candidates of ``mask``, [..., n].
 
-        The largest win.
-
-        fed: the FFN's input [..., D]; u: its activations [..., I], None if not computed yet.
+        A token selects the neurons with the largest strengths.  fed: the FFN's input [..., D].  u:
+        its activations [..., I], or None if they are not computed yet.
         """
         raise NotImplementedError
 
     @torch.no_grad()
     def winners(self, fed: Tensor, u: Tensor | None, mask: TokenMask) -> Tensor:
-        """Ids of the neurons that each token keeps, ascending, [..., k] int64."""
+        """Ids of the neurons that each token selects, ascending, [..., k] int64."""
         strengths, candidates = self.strengths(fed, u, mask), mask.candidates
         if candidates is None:
             return winner_places(strengths, mask.winners)

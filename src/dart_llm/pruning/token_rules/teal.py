@@ -15,27 +15,27 @@ from dart_llm.pruning.weights import stored_bytes
 
 
 class Teal(TokenRule):
-    """Every token's largest inputs of each matrix of the FFN.
+    """Each token selects the largest inputs of each matrix of the FFN.
 
-    ``W x`` becomes ``W s(x)``, where s keeps the entries of largest ``abs(x_j)`` and sets the
-    others to 0: x of gate and up, u of down (arXiv 2408.14690).
+    ``W x`` becomes ``W s(x)``, where s keeps the entries with the largest ``abs(x_j)`` and sets the
+    others to 0.  The inputs of gate and up are x, those of down are u (arXiv 2408.14690).
     """
 
     selects_neurons: ClassVar[bool] = False
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """Inputs of gate and up beyond the winners' share, which is rounded up."""
+        """Bytes of inputs of gate and up that are read because their number is rounded up."""
         layer = cost.layer
         if cost.computed == layer.width:
             return 0.0
         count = input_count(layer.hidden, cost.winners, layer.width)
         excess = count - layer.hidden * cost.winners / layer.width
-        inputs = stored_bytes(layer.stored_up, cost.width) / layer.hidden
-        return (len(layer.matrices) - 1) * inputs * excess
+        per_input = stored_bytes(layer.stored_up, cost.weight_bytes) / layer.hidden
+        return (len(layer.matrices) - 1) * per_input * excess
 
     def hidden(self, fed: Tensor, mask: LayerMask | None) -> Tensor:
-        """[B, T, I]; with a sequence mask: its neurons alone, from all inputs."""
+        """The down projection's input u, [B, T, I]; under a sequence mask, from all inputs."""
         block, (gate, up, down) = self.block, self.block.matrices()
         u: Tensor = block.up_of(self.largest(fed, mask, "up", up))
         if gate is None:
@@ -47,9 +47,9 @@ class Teal(TokenRule):
         return u * mask.dense(u.dtype).to(u.device)
 
     def largest(self, x: Tensor, mask: LayerMask | None, key: Hashable, matrix: Tensor) -> Tensor:
-        """The inputs x [..., M] of ``matrix`` [N, M]; only the largest under a ``TokenMask``.
+        """The inputs x [..., M] of ``matrix`` [N, M]; under a ``TokenMask``, only the largest.
 
-        ``key``: identifies the matrix in a cache of norms.
+        ``key`` identifies the matrix in a cache of norms.
         """
         if not isinstance(mask, TokenMask):
             return x
@@ -57,11 +57,11 @@ class Teal(TokenRule):
         return at_largest(x, count, self.input_norms(key, matrix))
 
     def input_norms(self, key: Hashable, matrix: Tensor) -> Tensor | None:
-        """Factors on the inputs' magnitudes, [M]; None: ones."""
+        """Factors by which the inputs' magnitudes are multiplied to rank them, [M]; None: all 1."""
         return None
 
 
 class TealAttention(Teal):
-    """Every token's largest inputs of each matrix of FFN and attention."""
+    """Each token selects the largest inputs of each matrix of the FFN and of attention."""
 
     attention = True

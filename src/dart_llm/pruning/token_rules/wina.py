@@ -14,9 +14,9 @@ from dart_llm.pruning.weights import norms_of
 
 
 class Wina(Teal):
-    """Every token's largest inputs times column norm of each matrix of the FFN.
+    """Each token selects, for each matrix of the FFN, inputs by magnitude times column norm.
 
-    The entries of largest ``abs(x_j) * ||W[:, j]||_2`` stay, by matrix (arXiv 2505.19427).
+    Inputs with the largest ``abs(x_j) * ||W[:, j]||_2`` stay (arXiv 2505.19427).
     """
 
     @classmethod
