@@ -1,7 +1,7 @@
 """The Typer application, which lists every command with its settings and its function.
 
-``help.yaml`` has the help text and the examples of every command.  ``run`` is the entry point, which
-handles signals and sets the exit code.
+``help.yaml`` has the help text and the examples of every command.  The entry point is ``run``; it
+also handles signals and sets the exit code.
 """
 
 from __future__ import annotations
@@ -312,7 +312,9 @@ def _version(value: bool) -> None:
 
 Version = Annotated[
     bool,
-    typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Print it."),
+    typer.Option(
+        "--version", metavar="", callback=_version, is_eager=True, help="Print the version."
+    ),
 ]
 
 

@@ -99,8 +99,8 @@ class Chat:
     ) -> Turn:
         """Answer ``question``; raises ``ConfigError`` if the conversation exceeds the context.
 
-        ``emit`` gets the engine's records.  If ``cancelled`` returns True, generation stops, and the
-        text so far stays in the conversation.
+        ``emit`` gets the engine's records, such as tokens.  When ``cancelled`` returns True,
+        generation stops, and the text so far stays in the conversation.
         """
         settings = self.settings
         ids = chat_ids(self._tokenizer, [*self.messages, {"role": "user", "content": question}])

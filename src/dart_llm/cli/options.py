@@ -16,7 +16,7 @@ from dart_llm.settings import Settings
 Config = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Read settings from a YAML file.")
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start over, not resume.")]
+Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start over instead of resuming.")]
 Plugin = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Load a Python file that registers scores or methods."),
