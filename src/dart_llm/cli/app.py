@@ -123,12 +123,8 @@ def print_json(document: Any) -> None:
     typer.echo(json.dumps(finite(document)))
 
 
-GridFile = Annotated[
-    Path | None, typer.Argument(metavar="[FILE]", help="Read the grid from this YAML file.")
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", metavar="", help="Print the plan without running it.")
-]
+GridFile = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Read a grid from YAML.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", metavar="", help="Print the plan; run nothing.")]
 
 
 def _grid_command(settings_kind: type[SweepSettings]) -> Callable[..., None]:
@@ -160,8 +156,7 @@ def _grid_command(settings_kind: type[SweepSettings]) -> Callable[..., None]:
 What = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar=f"[{'|'.join(TEXTS)}]...",
-        help="Show only these parts (default: all that the texts allow).",
+        metavar=f"[{'|'.join(TEXTS)}]...", help="Show these (default: all that the texts allow)."
     ),
 ]
 
@@ -202,12 +197,9 @@ def serve(flags: Flags, config: Config = None) -> None:
 
 
 def replay(
-    records: Annotated[
-        str, typer.Argument(metavar="RECORDS", help="Read the records from this file; - is stdin.")
-    ],
+    records: Annotated[str, typer.Argument(metavar="RECORDS", help="Read this file; - is stdin.")],
     out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write this file (default: RECORDS ending in .html)."),
+        Path | None, typer.Option(metavar="FILE", help="Write this page (default: RECORDS.html).")
     ] = None,
 ) -> None:
     """``dart-llm replay``."""
@@ -238,18 +230,13 @@ class ResultsFilter(Settings):
 def results(
     flags: Flags,
     folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="[FOLDER]", help="Folder of all results, of one experiment or of one run."
-        ),
+        Path, typer.Argument(metavar="[FOLDER]", help="Folder of all runs, an experiment or a run.")
     ] = Path("results"),
     long: Annotated[
         bool, typer.Option("--long", metavar="", help="Print one row per number.")
     ] = False,
     as_json: Json = False,
-    as_csv: Annotated[
-        bool, typer.Option("--csv", metavar="", help="Print comma-separated values.")
-    ] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", metavar="", help="Print CSV.")] = False,
 ) -> None:
     """``dart-llm results``."""
     from dart_llm.experiments import index
@@ -312,9 +299,7 @@ def _version(value: bool) -> None:
 
 Version = Annotated[
     bool,
-    typer.Option(
-        "--version", metavar="", callback=_version, is_eager=True, help="Print the version."
-    ),
+    typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Show version."),
 ]
 
 

@@ -95,12 +95,8 @@ def _write(settings: ExportSettings, ui: Any) -> GgufExport:
         check_masks(settings.masks, widths(model))
     with ui.status(f"selecting neurons and writing {settings.gguf}"):
         arguments = (model, tokenizer, settings.gguf, texts, settings.prune_config())
-        keywords: dict[str, Any] = {
-            "source": source,
-            "cache_dir": settings.cache_dir,
-            "say": ui.say,
-        }
-        return export_gguf(*arguments, masks=masks, calibration=settings.calibration, **keywords)
+        others: dict[str, Any] = {"source": source, "cache_dir": settings.cache_dir, "say": ui.say}
+        return export_gguf(*arguments, masks=masks, calibration=settings.calibration, **others)
 
 
 def _summary(written: GgufExport) -> str:

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from dart_llm.data.passages import DriftPrompt, Passage
 
 File = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Read from this JSONL file instead of the bundled data."),
+    Path | None, typer.Option(metavar="FILE", help="Read this JSONL file, not the bundled data.")
 ]
 
 ROWS = 20  # maximum number of rows in a table without --limit
@@ -82,10 +81,7 @@ def _passage_cells(passage: Passage) -> tuple[str, ...]:
 
 def show_prompt(
     name: Annotated[
-        str,
-        typer.Argument(
-            metavar="ID", help="ID of a prompt or passage, or a unique prefix of the ID."
-        ),
+        str, typer.Argument(metavar="ID", help="ID of a prompt or passage, or a unique prefix.")
     ],
     file: File = None,
     as_json: Json = False,
@@ -106,13 +102,8 @@ def show_prompt(
                 f"{len(part.text.split()):,} words ---\n\n{part.text}"
             )
     else:
-        entries = {
-            "id": record.id,
-            "template": record.template,
-            "seed": record.seed,
-            **record.slots,
-        }
-        lines = [f"{key}: {value}" for key, value in entries.items() if value not in (None, "")]
+        parts = {"id": record.id, "template": record.template, "seed": record.seed, **record.slots}
+        lines = [f"{key}: {value}" for key, value in parts.items() if value not in (None, "")]
         typer.echo("\n".join([*lines, record.text]))
 
 

@@ -126,10 +126,7 @@ class TextPart(Body):
 
 
 class Message(Body):
-    """A chat message; only the assistant's may lack ``content``.
-
-    ``reasoning_content`` is ignored.
-    """
+    """A message; only an assistant's may lack ``content``.  ``reasoning_content`` is ignored."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None

@@ -72,10 +72,7 @@ class QueuedRequest:
         return self._cancelled.is_set()
 
     def cancel(self, reason: APIError | None = None) -> None:
-        """Make the engine stop at its next token; the client gets the error ``reason``, if any.
-
-        Thread-safe.
-        """
+        """Make the engine stop at its next token; the client gets ``reason``.  Thread-safe."""
         if not self._cancelled.is_set():
             self._cancelled.set()
             self.put(reason or END_OF_STREAM)
@@ -108,10 +105,7 @@ class Worker:
         self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
 
     def start(self, warm_up: Callable[[], None] = lambda: None) -> None:
-        """Start the thread, which runs ``warm_up`` and then accepts requests.
-
-        Returns after ``warm_up``, and raises any error that ``warm_up`` raised.
-        """
+        """Start the thread, wait until it ran ``warm_up``, and raise any error of ``warm_up``."""
         self._warm_up = warm_up
         self._thread.start()
         self._ready.result()
@@ -308,10 +302,7 @@ class ModelFacts:
 
     @classmethod
     def from_model(cls, model: Any, requested: str) -> ModelFacts:
-        """Read the metadata of ``model``.
-
-        ``requested``: the value of ``--model``, which becomes an alias unless it is a path.
-        """
+        """``requested``: the value of ``--model``, which becomes an alias unless it is a path."""
         facts = dict(checkpoint_facts(model))
         name = str(facts.get("name") or "model")
         is_alias = requested != name and not requested.startswith(("/", ".", "~"))

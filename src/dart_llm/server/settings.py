@@ -36,28 +36,18 @@ class ServeSettings(BaseSettings):
         SERVER, "Prepare these methods too before the first request, comma-separated."
     )
     calibration: str | None = setting(SERVER, "Calibrate methods on this text (default: c4).")
-    temperature: float = setting(
-        SERVER, "Temperature of requests that set none; 0 is greedy.", 0.0, ge=0, le=2
-    )
+    temperature: float = setting(SERVER, "Default temperature; 0 is greedy.", 0.0, ge=0, le=2)
     conversations: int = setting(SERVER, "Keep the cache of this many conversations.", 4, ge=0)
-    max_waiting: int = setting(
-        LIMITS, "Let at most this many requests wait; others get status 429.", 64, ge=1
-    )
+    max_waiting: int = setting(LIMITS, "Let this many requests wait; others get 429.", 64, ge=1)
     max_tokens: int = setting(LIMITS, "Maximum number of tokens per answer.", 2048, ge=1)
     max_prompt_tokens: int | None = setting(
         LIMITS, "Maximum number of tokens per prompt (default: the model's context).", ge=1
     )
-    max_prompts: int = setting(
-        LIMITS, "Maximum number of prompts per request to /v1/completions.", 64, ge=1
-    )
+    max_prompts: int = setting(LIMITS, "Maximum prompts per /v1/completions request.", 64, ge=1)
     max_choices: int = setting(LIMITS, "Maximum n (answers per prompt) of a request.", 4, ge=1)
     max_body_kib: int = setting(LIMITS, "Maximum size of a request body in KiB.", 1024, ge=1)
     request_timeout: float = setting(
-        LIMITS,
-        "Maximum time per request in seconds, including its time in the queue.",
-        600,
-        ge=1,
-        allow_inf_nan=False,
+        LIMITS, "Maximum seconds per request, including the queue.", 600, ge=1, allow_inf_nan=False
     )
     grace: float = setting(
         LIMITS,
