@@ -100,7 +100,7 @@ def _write(settings: ExportSettings, ui: Any) -> GgufExport:
 
 
 def _summary(written: GgufExport) -> str:
-    """The file, its size, its neurons per layer, and the share of columns that was requantized."""
+    """The file, its size, its neurons per layer, and the share of columns that was requantised."""
     kinds = ", ".join(
         old if old == new else f"{new} (before: {old})" for old, new in written.kinds.items()
     )
@@ -108,5 +108,5 @@ def _summary(written: GgufExport) -> str:
         f"{written.path}: {size_text(written.bytes)} (before: {size_text(written.bytes_before)}), "
         f"{min(written.written)} to {max(written.written)} neurons per layer (before: "
         f"{max(written.neurons)}), achieved sparsity {written.achieved_sparsity:.1%}, down "
-        f"projections {kinds}, {written.rounded:.0%} of their columns requantized"
+        f"projections {kinds}, {written.rounded:.0%} of their columns requantised"
     )

@@ -60,7 +60,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def dtype_text(facts: Mapping[str, Any]) -> str:
-    """A checkpoint's dtype, followed by the format of its weights if they are quantized."""
+    """A checkpoint's dtype, followed by the format of its weights if they are quantised."""
     weights = facts.get("weights")
     return f"{facts.get('dtype')}{f', weights {weights}' if weights else ''}"
 

@@ -302,7 +302,7 @@ class ModelFacts:
 
     @classmethod
     def from_model(cls, model: Any, requested: str) -> ModelFacts:
-        """``requested``: the value of ``--model``, which becomes an alias unless it is a path."""
+        """Metadata of ``model``; ``requested`` (``--model``) is an alias unless it is a path."""
         facts = dict(checkpoint_facts(model))
         name = str(facts.get("name") or "model")
         is_alias = requested != name and not requested.startswith(("/", ".", "~"))
