@@ -242,8 +242,8 @@ def results(
     from dart_llm.experiments import index
     from dart_llm.reporting.console import Ui
 
-    chosen = merge(ResultsFilter, flags, environment={})
-    runs = index.filter(index.find(folder), **chosen.model_dump())
+    selection = merge(ResultsFilter, flags, environment={})
+    runs = index.filter(index.find(folder), **selection.model_dump())
     if as_json:
         typer.echo(index.to_json(runs).rstrip("\n"))
     elif as_csv:

@@ -87,9 +87,9 @@ class Work:
         """The block's name, with its count and time left if its items are counted."""
         if self.pace is None:
             return self.text
-        left = self.pace.left()
-        about = f", about {duration(left)} left" if left else ""
-        return f"{self.text}: {self.pace.done} of {self.pace.total}{about}"
+        seconds = self.pace.left()
+        estimate = f", about {duration(seconds)} left" if seconds else ""
+        return f"{self.text}: {self.pace.done} of {self.pace.total}{estimate}"
 
 
 class Heartbeat:
@@ -135,10 +135,10 @@ class Heartbeat:
             works = [work for work in self.works if work.loud] or self.works
             if not works or works[-1].moving or self.muted() or clock() - self.spoke < SILENT_S:
                 return
-            where = next((work.part for work in reversed(self.works) if work.part), "")
+            part = next((work.part for work in reversed(self.works) if work.part), "")
             self.spoke = clock()
             so_far = duration(self.spoke - works[-1].began)
-            self.say(f"{where}{works[-1].progress()} ({so_far} so far)")
+            self.say(f"{part}{works[-1].progress()} ({so_far} so far)")
 
 
 @contextlib.contextmanager

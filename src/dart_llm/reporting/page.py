@@ -59,13 +59,13 @@ def render(config: Mapping[str, Any], template: str, content: Mapping[str, Any])
     explicit = {key: value for key, value in config["settings"].items() if key in config["given"]}
     settings = _table("Explicit settings", "setting", explicit)
     provenance = [_table(key.capitalize(), "item", config[key]) for key in PROVENANCE]
-    about = {
+    common = {
         "style": Markup(css.read_text(encoding="utf-8")),
         "status": config["status"],
         "settings": [settings] if settings.rows else [],
         "provenance": [table for table in provenance if table.rows],
     }
-    return environment.get_template(template).render({**about, **content})
+    return environment.get_template(template).render({**common, **content})
 
 
 def _table(caption: str, head: str, entries: Mapping[str, Any] | None) -> PageTable:
@@ -120,8 +120,8 @@ def origin_facts(config: Mapping[str, Any]) -> Facts:
     begin = datetime.datetime.fromisoformat(started)
     date = begin.strftime("%Y-%m-%d %H:%M:%S %z").replace("+0000", "UTC")
     if finished:
-        took = datetime.datetime.fromisoformat(finished) - begin
-        date += f", took {took.total_seconds():,.0f} s"
+        elapsed = datetime.datetime.fromisoformat(finished) - begin
+        date += f", took {elapsed.total_seconds():,.0f} s"
     device = config["machine"]["device"]
     device_fact = [("device", device, False)] if device else []
     command = shlex.join([Path(program).name, *arguments])

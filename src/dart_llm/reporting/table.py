@@ -145,7 +145,7 @@ class Table:
             for column in self.columns
             if column.terminal
         }
-        words = {c: _longest(word for t in each for word in t.split()) for c, each in texts.items()}
+        words = {c: _longest(w for t in cells for w in t.split()) for c, cells in texts.items()}
         kept = {*self.head[: self.left], *ACCOUNTING, *(c.head for c in texts if c.needed)}
         free, caption = [column for column in texts if column.head not in kept], self.caption
         while free and sum(words[c] + GAP for c in texts) >= options.max_width:
@@ -154,7 +154,7 @@ class Table:
             caption = f"{self.caption}; widen the terminal to see: {dropped}"
             free.pop()
         # heads wrap before cells: a column is as wide as its longest cell
-        widths = {c: max(words[c], _longest(each[1:])) for c, each in texts.items()}
+        widths = {c: max(words[c], _longest(cells[1:])) for c, cells in texts.items()}
         while sum(width + GAP for width in widths.values()) >= options.max_width:
             slack = [column for column in widths if widths[column] > words[column]]
             if not slack:
@@ -166,8 +166,8 @@ class Table:
         for column, width in widths.items():
             justify: Any = "left" if column in self.columns[: self.left] else "right"
             drawn.add_column(column.head, justify=justify, overflow="fold", width=width)
-        for cells in zip(*(each[1:] for each in texts.values()), strict=True):
-            drawn.add_row(*cells)
+        for row in zip(*(cells[1:] for cells in texts.values()), strict=True):
+            drawn.add_row(*row)
         yield drawn
 
 

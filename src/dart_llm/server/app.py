@@ -117,8 +117,8 @@ class Guard:
             # the label is the route's pattern, not the path, which clients can make up
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.counters["requests"].labels(route, str(status or "none")).inc()
-            took = time.perf_counter() - began
-            logger.info("%s %s %s %s %.3f s", request_id, scope["method"], route, status, took)
+            seconds = time.perf_counter() - began
+            logger.info("%s %s %s %s %.3f s", request_id, scope["method"], route, status, seconds)
 
     def _check(self, path: str, method: str, headers: Headers) -> str:
         """Check a request; return the name of the client's key, "" if the server has no keys."""
@@ -249,7 +249,7 @@ async def _answer_bytes(
         service.worker.leave(queued)
 
 
-async def _service(request: Request) -> Service:  # async: FastAPI runs others in a thread pool
+async def _service(request: Request) -> Service:  # FastAPI would run a plain def in a thread pool
     service: Service = request.app.state.service
     return service
 

@@ -210,8 +210,8 @@ def _hint(name: str, names: Iterable[str]) -> str:
 
     Only the first 100 characters of ``name`` are compared.
     """
-    near = difflib.get_close_matches(name[:100], names, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    similar = difflib.get_close_matches(name[:100], names, n=1, cutoff=0.6)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 BRANCHES = ("body", "str", "int", "constrained-str")
@@ -397,10 +397,10 @@ class RequestReader:
             changes["drift"] = {"rule": dart.drift}
         try:
             if dart.method not in (None, config.method):
-                other = METHODS.get_listed(str(dart.method))
-                if config.sparsity and "sparsity" not in changes and removes_neurons(other.method):
+                preset = METHODS.get_listed(str(dart.method))
+                if config.sparsity and "sparsity" not in changes and removes_neurons(preset.method):
                     changes["sparsity"] = config.sparsity
-                config = other
+                config = preset
             param = "dart"
             config = config.replace(changes)
         except ConfigError as error:
@@ -498,8 +498,9 @@ def _chat_logprobs(tokens: Sequence[Token | PromptScore]) -> Json:
     """``logprobs`` of a choice of a chat completion."""
 
     def entry(text: str, logprob: float | None) -> Json:
-        known = "\ufffd" not in text  # the bytes of an incomplete character are unknown
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if known else None}
+        # the bytes of an incomplete character are unknown
+        data = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": data}
 
     content = [
         {
