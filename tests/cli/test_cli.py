@@ -109,7 +109,7 @@ def test_methods_and_doctor_speak_json(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     done = call("doctor", "--json")
     assert done.json["native_kernels"] == "off (DART_NATIVE=0)"
-    weights = "bfloat16: blocks need the native kernels"
+    weights = "bfloat16, because Q4_1 weights need the native kernels"
     assert done.json["default_model_weights"] == weights
     assert done.json["hub_token"] is True and "hf_secret" not in done.out
     assert done.json["machine"]["omp_wait_policy"] == "PASSIVE"

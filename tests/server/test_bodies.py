@@ -56,7 +56,7 @@ WRONG = [
     ({"messages": []}, "messages", "invalid_value", ""),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value", ""),
     ({"messages": [{"content": "x"}]}, "messages.0.role", MISSING, ""),
-    ({"messages": [{"role": "user"}]}, "messages.0", MISSING, "role user needs a content"),
+    ({"messages": [{"role": "user"}]}, "messages.0", MISSING, "role user needs content"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "invalid_value", "str"),
     ({"max_tokens": True}, "max_tokens", "invalid_value", ""),
     ({"temperature": 2.1}, "temperature", "invalid_value", ""),

@@ -1,1 +1,1 @@
-"""The command line.  Start with ``app.py``; ``options.py`` turns settings into flags."""
+"""The command line.  Start with ``app.py``; ``options.py`` builds flags from settings."""

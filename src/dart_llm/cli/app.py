@@ -1,6 +1,7 @@
-"""The Typer application: every command with its settings and its function; exit codes, signals.
+"""The Typer application, which lists every command with its settings and its function.
 
-``help.yaml`` has the help and the examples of every command.
+``help.yaml`` has the help text and the examples of every command.  The entry point is ``run``; it
+also handles signals and sets the exit code.
 """
 
 from __future__ import annotations
@@ -49,17 +50,17 @@ if TYPE_CHECKING:
 HELP: dict[str, Any] = yaml.safe_load(
     (files("dart_llm.cli") / "help.yaml").read_text(encoding="utf-8")
 )
-"""Help and examples of every command."""
+"""Help text and examples by command."""
 
 Flags = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command, or a command of a group such as ``bench quality``.
+    """One command, which can belong to a group, as ``bench quality`` belongs to ``bench``.
 
-    ``function``: runs it, or "module:class" of a ``Study`` in ``dart_llm.studies``.  ``only``: the
-    settings that are flags; None: all.
+    ``function`` runs the command, or is the "module:class" of a ``Study`` in ``dart_llm.studies``.
+    ``only``: names of the settings that become flags; None means all.
     """
 
     name: str
@@ -73,14 +74,14 @@ class Command:
 
     @property
     def text(self) -> str:
-        """Help and examples."""
+        """The help text, followed by the examples."""
         return "\n\n".join((HELP[self.name]["help"], "Examples:", *self.examples))
 
     def callback(self) -> Callable[..., None]:
-        """The function with its options in its signature."""
+        """The function that Typer calls, with a parameter for every option."""
         function = self._run_study if isinstance(self.function, str) else self.function
-        kind = self.settings
-        return function if kind is None else with_settings(function, kind, self.only)
+        settings = self.settings
+        return function if settings is None else with_settings(function, settings, self.only)
 
     def _run_study(
         self, flags: Flags, config: Config = None, fresh: Fresh = False, as_json: Json = False
@@ -91,16 +92,19 @@ class Command:
 
 
 def run_named(name: str, fresh: bool, *arguments: Any) -> Any:
-    """Run the study ``name``, as in ``Command.function``, and return it."""
+    """Run the study with this "module:class", as in ``Command.function``, and return it."""
     from dart_llm.experiments.study import run_study
 
-    module, _, kind = name.partition(":")
-    study = getattr(import_module(f"dart_llm.studies.{module}"), kind)
+    module, _, class_name = name.partition(":")
+    study = getattr(import_module(f"dart_llm.studies.{module}"), class_name)
     return run_study(study(*arguments), fresh)
 
 
 def answer(compute: Callable[[Ui], Any], as_json: bool) -> None:
-    """Print the result as JSON if requested; if cells failed, the partial result, then raise."""
+    """Run ``compute`` and, if ``as_json``, print its result as JSON.
+
+    If measurements failed, the result is partial; then this raises ``CellsFailed`` after printing.
+    """
     from dart_llm.reporting.console import Ui
 
     try:
@@ -115,16 +119,16 @@ def answer(compute: Callable[[Ui], Any], as_json: bool) -> None:
 
 
 def print_json(document: Any) -> None:
-    """Print one line on stdout; numbers that JSON cannot represent become null."""
+    """Print ``document`` as one line on stdout; numbers that JSON cannot represent become null."""
     typer.echo(json.dumps(finite(document)))
 
 
-GridFile = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The grid, in YAML.")]
+GridFile = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Read a grid from YAML.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", metavar="", help="Print the plan; run nothing.")]
 
 
 def _grid_command(settings_kind: type[SweepSettings]) -> Callable[..., None]:
-    """``compare`` or ``sweep``."""
+    """The function of ``compare`` or ``sweep``, which measure a grid of settings."""
 
     def measure_grid(
         flags: Flags,
@@ -152,7 +156,7 @@ def _grid_command(settings_kind: type[SweepSettings]) -> Callable[..., None]:
 What = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar=f"[{'|'.join(TEXTS)}]...", help="Default: everything that the texts allow."
+        metavar=f"[{'|'.join(TEXTS)}]...", help="Show these (default: all that the texts allow)."
     ),
 ]
 
@@ -193,9 +197,9 @@ def serve(flags: Flags, config: Config = None) -> None:
 
 
 def replay(
-    records: Annotated[str, typer.Argument(metavar="RECORDS", help="A file; - is stdin.")],
+    records: Annotated[str, typer.Argument(metavar="RECORDS", help="Read this file; - is stdin.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The page (default: RECORDS.html).")
+        Path | None, typer.Option(metavar="FILE", help="Write this page (default: RECORDS.html).")
     ] = None,
 ) -> None:
     """``dart-llm replay``."""
@@ -205,37 +209,41 @@ def replay(
         raise ConfigError("give --out FILE: records from standard input have no file name")
     path = Path(records).with_suffix(".html") if out is None else out
     if path.resolve() == Path(records).resolve():
-        raise ConfigError(f"{path} is the recording itself: give --out FILE")
+        raise ConfigError(f"{path} is the file with the records: give another name with --out")
     write_text(path, page(read_records(records)))
     typer.echo(str(path))
 
 
 class ResultsFilter(Settings):
-    """Which runs ``results`` shows: those whose names contain the given text."""
+    """Settings that select the runs that ``results`` shows."""
 
-    model: str | None = setting("Filter", "Runs whose model's name contains this.")
-    method: str | None = setting("Filter", "Runs whose method's name contains this.")
-    task: str | None = setting("Filter", "Runs whose task's name contains this.")
-    experiment: str | None = setting("Filter", "Runs whose experiment's name contains this.")
-    status: str | None = setting("Filter", "complete, running, interrupted, failed, stopped.")
-    since: str | None = setting("Filter", "Runs since this day, e.g. 2026-01-31.")
+    model: str | None = setting("Filter", "Show runs whose model's name contains this.")
+    method: str | None = setting("Filter", "Show runs whose method's name contains this.")
+    task: str | None = setting("Filter", "Show runs whose task's name contains this.")
+    experiment: str | None = setting("Filter", "Show runs whose experiment's name contains this.")
+    status: str | None = setting(
+        "Filter", "Show runs that are complete, running, interrupted, failed or stopped."
+    )
+    since: str | None = setting("Filter", "Show runs since this day, e.g. 2026-01-31.")
 
 
 def results(
     flags: Flags,
     folder: Annotated[
-        Path, typer.Argument(metavar="[FOLDER]", help="All results, one experiment or one run.")
+        Path, typer.Argument(metavar="[FOLDER]", help="Folder of all runs, an experiment or a run.")
     ] = Path("results"),
-    long: Annotated[bool, typer.Option("--long", metavar="", help="A row per number.")] = False,
+    long: Annotated[
+        bool, typer.Option("--long", metavar="", help="Print one row per number.")
+    ] = False,
     as_json: Json = False,
-    as_csv: Annotated[bool, typer.Option("--csv", metavar="", help="Comma-separated.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", metavar="", help="Print CSV.")] = False,
 ) -> None:
     """``dart-llm results``."""
     from dart_llm.experiments import index
     from dart_llm.reporting.console import Ui
 
-    chosen = merge(ResultsFilter, flags, environment={})
-    runs = index.filter(index.find(folder), **chosen.model_dump())
+    selection = merge(ResultsFilter, flags, environment={})
+    runs = index.filter(index.find(folder), **selection.model_dump())
     if as_json:
         typer.echo(index.to_json(runs).rstrip("\n"))
     elif as_csv:
@@ -248,12 +256,13 @@ def results(
 
 
 GROUPS = {
-    "bench": "Benchmarks of the methods: quality, speed.",
-    "prompts": "Two-topic prompts and passages: list, show.",
+    "bench": "Benchmark the quality or the speed of methods.",
+    "prompts": "List or show two-topic prompts and passages.",
 }
-"""The first words of two-word commands, with help."""
+"""Groups of two-word commands, with their help."""
 
 DEMO = ("model", "method", "device", "dtype", "cache_dir", "results_dir")
+"""Settings that are flags of ``demo``."""
 
 COMMANDS = (
     Command("run", "generate.study:RunStudy", RunSettings),
@@ -290,7 +299,7 @@ def _version(value: bool) -> None:
 
 Version = Annotated[
     bool,
-    typer.Option("--version", metavar="", callback=_version, is_eager=True, help="The version."),
+    typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Show version."),
 ]
 
 
@@ -299,13 +308,13 @@ def _main(version: Version = False) -> None:
 
 
 def make_app() -> typer.Typer:
-    """The application of all ``COMMANDS``."""
+    """Build the application from ``COMMANDS``."""
     app = typer.Typer(
         name="dart-llm",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        help="Prune FFN neurons of language models during generation; trace which they need.",
+        help="Prune FFN neurons of language models during generation, and trace which ones run.",
         epilog="Settings: defaults < --config FILE < DART_* environment < flags.  Docs: README.md",
     )
     app.callback()(_main)
@@ -326,7 +335,7 @@ app = make_app()
 
 
 def run() -> None:
-    """Run the command line; for a ``DartError``, print one sentence and exit with code 2."""
+    """Run the command line; for a ``DartError``, print its message and exit with code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show all characters
@@ -343,5 +352,5 @@ def run() -> None:
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    """Treat SIGTERM, as schedulers send it, as an interruption: finished work is kept."""
+    """Treat SIGTERM, which job schedulers send, like Ctrl-C, so that finished work is kept."""
     raise KeyboardInterrupt

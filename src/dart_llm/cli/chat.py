@@ -1,4 +1,4 @@
-"""``dart-llm chat``: its settings, the conversation, its commands, and its terminal or pipe."""
+"""``dart-llm chat``: its settings, the conversation, slash commands, and the input loop."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from dart_llm.reporting.console import Ui
 
 NAME, PANEL = "chat", "Chat"
-"""The conversation's name in the engine, and the panel of its settings."""
+"""The conversation's name in the engine, and the help panel of the chat's settings."""
 
 
 class ChatSettings(BaseSettings):
-    """``dart-llm chat``: the model, how it is pruned, and how it answers."""
+    """Settings of ``dart-llm chat``: the model, its pruning, and how it answers."""
 
     UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name", "results_dir", "style")
 
-    system: str | None = setting(PANEL, "System message (default: the chat template's).")
-    max_tokens: int = setting(PANEL, "Largest number of tokens per answer.", 512)
-    temperature: float = setting(PANEL, "Sampling temperature; 0: the likeliest token.", 0.0)
+    system: str | None = setting(PANEL, "Begin with this system message (default: the template's).")
+    max_tokens: int = setting(PANEL, "Maximum number of tokens per answer.", 512)
+    temperature: float = setting(PANEL, "Sample at this temperature; 0 is greedy.", 0.0)
     top_p: float = setting(
         PANEL, "Sample from the likeliest tokens with this total probability.", 1.0
     )
-    calibration: str | None = setting(PANEL, "Text to calibrate on (default: c4 from the hub).")
+    calibration: str | None = setting(PANEL, "Calibrate on this text (default: c4 from the hub).")
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatSettings:
@@ -56,12 +56,12 @@ class ChatSettings(BaseSettings):
         return Sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
 
     def served(self) -> PruneConfig | None:
-        """The configuration of the answers; None: the dense model."""
+        """The pruning configuration of the answers; None selects the dense model."""
         config = self.prune_config()
         return config if config.method != "dense" or config.screens else None
 
     def changed(self, **changes: Any) -> ChatSettings:
-        """A copy with ``changes``, validated; raises ``ConfigError``."""
+        """A copy with ``changes``; raises ``ConfigError`` if they are not valid."""
         values = {name: getattr(self, name) for name in self.model_fields_set} | changes
         return type(self).model_validate(values)
 
@@ -76,7 +76,7 @@ class Turn:
 
 
 class Chat:
-    """Messages and settings; every answer sees all messages before it."""
+    """A conversation: its messages and settings.  Every prompt contains all earlier messages."""
 
     def __init__(self, engine: Engine, tokenizer: Any, settings: ChatSettings) -> None:
         self.engine, self.settings = engine, settings
@@ -86,7 +86,7 @@ class Chat:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The system message, if any, then questions and answers."""
+        """The system message, if there is one, followed by the questions and answers."""
         system = self.settings.system
         messages = [] if system is None else [{"role": "system", "content": system}]
         for turn in self.turns:
@@ -97,9 +97,10 @@ class Chat:
     def ask(
         self, question: str, emit: Callable[[Record], None], cancelled: Callable[[], bool]
     ) -> Turn:
-        """Answer ``question``; raises ``ConfigError`` for a conversation longer than the context.
+        """Answer ``question``; raises ``ConfigError`` if the conversation exceeds the context.
 
-        The text of a cancelled answer stays in the conversation.
+        ``emit`` gets the engine's records, such as tokens.  When ``cancelled`` returns True,
+        generation stops, and the text so far stays in the conversation.
         """
         settings = self.settings
         ids = chat_ids(self._tokenizer, [*self.messages, {"role": "user", "content": question}])
@@ -111,7 +112,7 @@ class Chat:
         return turn
 
     def change(self, **changes: Any) -> None:
-        """Change settings from the next answer on; if this raises, the old settings stay."""
+        """Change settings, starting with the next answer; if this raises, the old ones stay."""
         settings = self.settings.changed(**changes)
         self.engine.prepare(settings.served())
         self.settings = settings
@@ -124,14 +125,14 @@ class Chat:
     def save(self, path: Path) -> None:
         """Write the conversation as Markdown."""
         text = "\n".join(f"**{m['role']}**\n\n{m['content']}\n" for m in self.messages)
-        write_text(path, text, mode=0o600)  # readable by its owner only: it may be private
+        write_text(path, text, mode=0o600)  # only the owner can read it, because it may be private
 
 
 # Lines about settings and answers.
 
 
 def settings_line(settings: ChatSettings) -> str:
-    """Such as "dart: 50% of the FFN neurons removed, drift rule dart"."""
+    """The settings in one line: "dart: 50% of the FFN neurons removed, drift rule dart"."""
     config = settings.served()
     if config is None:
         return "dense: no neurons are removed"
@@ -141,7 +142,7 @@ def settings_line(settings: ChatSettings) -> str:
 
 
 def turn_line(turn: Turn, max_tokens: int) -> str:
-    """Timings and accounting of one answer, in one short line."""
+    """Timings and accounting of one answer in one line."""
     report, timings = turn.result.report, turn.result.timings.to_dict()
     parts = [f"{turn.result.usage.completion_tokens} tokens"]
     if per_second := timings["predicted_per_second"]:
@@ -162,10 +163,10 @@ def turn_line(turn: Turn, max_tokens: int) -> str:
 HELP = {
     "/sparsity X": "remove this fraction of the FFN neurons from now on, e.g. 0.7 or 70%",
     "/method NAME": "prune by this method, e.g. griffin; dense prunes nothing",
-    "/stats": "accounting of the last answer, and one line per answer",
+    "/stats": "show the accounting of the last answer, and one line per answer",
     "/save FILE": "write the conversation as Markdown",
     "/reset": "forget the conversation",
-    "/help": "this list",
+    "/help": "show this list",
     "/quit": "leave the chat, as Ctrl-D does",
 }
 
@@ -176,7 +177,7 @@ NOTE = (
 
 
 class Commands:
-    """Runs commands on a chat.  ``quit``: whether to leave."""
+    """Runs slash commands on a chat; ``quit`` is True once the user wants to leave."""
 
     def __init__(self, chat: Chat, ui: Ui) -> None:
         self.chat, self.ui, self.quit = chat, ui, False
@@ -206,7 +207,7 @@ class Commands:
         self.ui.say(settings_line(self.chat.settings))
 
     def _method(self, value: str) -> None:
-        if value and METHODS.get(value).sparsity == 0:  # dense: nothing is removed
+        if value and METHODS.get(value).sparsity == 0:  # dense, which takes no sparsity
             self.chat.change(method=value, sparsity=None, total_prune_percent=None)
         elif value:
             self.chat.change(method=value)
@@ -241,11 +242,14 @@ def _parse_fraction(text: str) -> float:
 # The program.
 
 ReadLine = Callable[[str], str]
-"""Called with the prompt to show; raises ``EOFError`` at the end."""
+"""A function that shows a prompt and reads a line; raises ``EOFError`` at the end of the input."""
 
 
 def read_message(read: ReadLine) -> str:
-    """The next message; a backslash continues a line.  Raises ``EOFError`` at the end."""
+    """Read the next message; a line that ends with a backslash continues on the next line.
+
+    Raises ``EOFError`` at the end of the input.
+    """
     line = read("> ")
     lines = [line]
     while line.endswith("\\"):
@@ -259,22 +263,22 @@ def read_message(read: ReadLine) -> str:
 
 
 def check_chat_template(tokenizer: Any, config: Any) -> None:
-    """Raise ``ConfigError``, before weights are read, if the model has no chat template."""
+    """Raise ``ConfigError`` if the model has no chat template; called before weights are read."""
     instead = 'use dart-llm run --prompt "...", or a model tuned for chat'
     chat_text(tokenizer, [{"role": "user", "content": "?"}], instead)
 
 
 def run_chat(settings: ChatSettings, ui: Ui) -> None:
-    """Load the model and talk until ``/quit`` or the end of the input."""
+    """Load the model and answer until ``/quit`` or the end of the input."""
     from dart_llm.engine.engine import Engine
     from dart_llm.experiments.study import load_model
 
     model, tokenizer, _ = load_model(settings, ui, check_chat_template)
-    learning: dict[str, Any] = {
+    options: dict[str, Any] = {
         "calibration": settings.calibration,
         "cache_dir": settings.cache_dir,
     }
-    with Engine(model, tokenizer, **learning, say=ui.say) as engine:
+    with Engine(model, tokenizer, **options, say=ui.say) as engine:
         chat = Chat(engine, tokenizer, settings)
         ui.say(settings_line(settings))
         if not sys.stdin or not sys.stdin.isatty():
@@ -283,7 +287,7 @@ def run_chat(settings: ChatSettings, ui: Ui) -> None:
                 talk(chat, ui, lambda prompt: input())
             return
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # makes lines editable
+            import readline  # noqa: F401  # makes typed lines editable
         ui.say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves the chat")
         # SIGTERM ends the program even where Ctrl-C does not
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
@@ -291,7 +295,10 @@ def run_chat(settings: ChatSettings, ui: Ui) -> None:
 
 
 def talk(chat: Chat, ui: Ui, read: ReadLine, interactive: bool = False) -> None:
-    """Process messages and commands until the end; ``interactive``: Ctrl-C does not end it."""
+    """Process messages and commands until the input ends.
+
+    If ``interactive``, Ctrl-C does not end the chat.
+    """
     commands = Commands(chat, ui)
     while not commands.quit:
         try:
@@ -326,7 +333,7 @@ def _answer(chat: Chat, ui: Ui, question: str) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Make Ctrl-C end only the answer; yield a function that tells whether it was pressed."""
+    """Make Ctrl-C end only the answer; yield a function that returns whether it was pressed."""
     pressed = threading.Event()
     before = signal.signal(signal.SIGINT, lambda number, frame: pressed.set())
     try:

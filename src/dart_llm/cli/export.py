@@ -1,4 +1,4 @@
-"""``dart-llm export``: a model pruned by one fixed mask, as a GGUF file for llama.cpp."""
+"""``dart-llm export``: prune a model by one fixed mask, and write a GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PANEL = "Export"
 
 
 class ExportSettings(BaseSettings):
-    """``dart-llm export``: the model, the neurons that it keeps, and the file."""
+    """Settings of ``dart-llm export``: the model, the neurons that it keeps, and the file."""
 
     UNUSED: ClassVar = (
         *("save_layer_topk", "masking_step", "release_step", "min_evidence", "ema_decay"),
@@ -32,11 +32,15 @@ class ExportSettings(BaseSettings):
         "attn_implementation",
     )
 
-    method: str = setting("Pruning", "Method; dart-llm methods lists all.", "griffin")
-    gguf: str = setting(PANEL, "The GGUF file to write.", "")
-    prompt: str | None = setting(PANEL, "Keep neurons for this prompt, or shipped prompt's name.")
-    text: str | None = setting(PANEL, "Keep neurons for these texts: embedded, or files; commas.")
-    calibration: str | None = setting(PANEL, "Text to calibrate on (default: c4 from the hub).")
+    method: str = setting("Pruning", "Prune by this method; see dart-llm methods.", "griffin")
+    gguf: str = setting(PANEL, "Write this GGUF file.", "")
+    prompt: str | None = setting(
+        PANEL, "Keep the neurons that this prompt needs: a text, or a bundled prompt's name."
+    )
+    text: str | None = setting(
+        PANEL, "Keep the neurons that these texts need: embedded, or files, comma-separated."
+    )
+    calibration: str | None = setting(PANEL, "Calibrate on this text (default: c4 from the hub).")
 
     @model_validator(mode="after")
     def _check_export(self) -> ExportSettings:
@@ -49,7 +53,7 @@ class ExportSettings(BaseSettings):
         return self
 
     def texts(self) -> list[str]:
-        """The texts that the mask is selected for, in order."""
+        """The texts for which the mask is selected: those of ``--text``, then the prompt."""
         texts = [text for name in words(self.text) for text in documents.whole_texts(name)]
         if self.prompt is not None:
             texts.append(resolve_prompt(self.prompt))
@@ -83,20 +87,20 @@ def _write(settings: ExportSettings, ui: Any) -> GgufExport:
     options: dict[str, Any] = {"revision": settings.revision, "cache_dir": settings.cache_dir}
     source = resolve(settings.model, **options, packed=True, say=ui.say).blocks
     if source is None:
-        way = "convert it with llama.cpp's convert_hf_to_gguf.py"
-        raise ConfigError(f"{settings.model} is not a GGUF file: {way}")
+        remedy = "convert it with llama.cpp's convert_hf_to_gguf.py"
+        raise ConfigError(f"{settings.model} is not a GGUF file: {remedy}")
     with ui.status(f"loading {settings.model}") as news:
         model, tokenizer = load(**load_arguments(settings), progress=news)
     if settings.masks:
         check_masks(settings.masks, widths(model))
     with ui.status(f"selecting neurons and writing {settings.gguf}"):
-        selected = (model, tokenizer, settings.gguf, texts, settings.prune_config())
-        where: dict[str, Any] = {"source": source, "cache_dir": settings.cache_dir, "say": ui.say}
-        return export_gguf(*selected, masks=masks, calibration=settings.calibration, **where)
+        arguments = (model, tokenizer, settings.gguf, texts, settings.prune_config())
+        others: dict[str, Any] = {"source": source, "cache_dir": settings.cache_dir, "say": ui.say}
+        return export_gguf(*arguments, masks=masks, calibration=settings.calibration, **others)
 
 
 def _summary(written: GgufExport) -> str:
-    """One sentence with the file, its size, its FFN widths, and how much was rounded again."""
+    """The file, its size, its neurons per layer, and the share of columns that was requantised."""
     kinds = ", ".join(
         old if old == new else f"{new} (before: {old})" for old, new in written.kinds.items()
     )
@@ -104,5 +108,5 @@ def _summary(written: GgufExport) -> str:
         f"{written.path}: {size_text(written.bytes)} (before: {size_text(written.bytes_before)}), "
         f"{min(written.written)} to {max(written.written)} neurons per layer (before: "
         f"{max(written.neurons)}), achieved sparsity {written.achieved_sparsity:.1%}, down "
-        f"projections {kinds}, {written.rounded:.0%} of their columns rounded again"
+        f"projections {kinds}, {written.rounded:.0%} of their columns requantised"
     )

@@ -1,4 +1,4 @@
-"""``dart-llm prompts``, ``methods`` and ``doctor``: lists and facts for the terminal."""
+"""The commands ``prompts``, ``methods`` and ``doctor``, which print lists and a report."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from dart_llm.data.passages import DriftPrompt, Passage
 
 File = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="A JSONL file instead of the package's data.")
+    Path | None, typer.Option(metavar="FILE", help="Read this JSONL file, not the bundled data.")
 ]
 
-ROWS = 20  # rows of a table without --limit
+ROWS = 20  # maximum number of rows in a table without --limit
 ARROW = " -> "
 
 
@@ -36,11 +36,11 @@ PANEL = "Filter"
 
 
 class PromptFilter(Settings):
-    """Which prompts or passages ``prompts list`` shows."""
+    """Settings that select the prompts or passages that ``prompts list`` shows."""
 
-    domain: str | None = setting(PANEL, "Only those with a topic of this domain.")
+    domain: str | None = setting(PANEL, "Show only those with a topic of this domain.")
     limit: int | None = setting(
-        PANEL, f"Only the first N (default: {ROWS}; with --json all).", ge=1
+        PANEL, f"Show only the first N (default: {ROWS}, or all with --json).", ge=1
     )
     passages: bool = setting(PANEL, "List the long passages instead of prompts.", False)
 
@@ -81,12 +81,12 @@ def _passage_cells(passage: Passage) -> tuple[str, ...]:
 
 def show_prompt(
     name: Annotated[
-        str, typer.Argument(metavar="ID", help="Id of a prompt or passage, or its beginning.")
+        str, typer.Argument(metavar="ID", help="ID of a prompt or passage, or a unique prefix.")
     ],
     file: File = None,
     as_json: Json = False,
 ) -> None:
-    """``dart-llm prompts show``: origin and text of a prompt or passage, topic by topic."""
+    """``dart-llm prompts show``: the origin of a prompt or passage and its text, topic by topic."""
     from dart_llm.data import passages as data
     from dart_llm.data.passages import Passage
 
@@ -102,15 +102,15 @@ def show_prompt(
                 f"{len(part.text.split()):,} words ---\n\n{part.text}"
             )
     else:
-        facts = {"id": record.id, "template": record.template, "seed": record.seed, **record.slots}
-        shown = [f"{key}: {value}" for key, value in facts.items() if value not in (None, "")]
-        typer.echo("\n".join([*shown, record.text]))
+        parts = {"id": record.id, "template": record.template, "seed": record.seed, **record.slots}
+        lines = [f"{key}: {value}" for key, value in parts.items() if value not in (None, "")]
+        typer.echo("\n".join([*lines, record.text]))
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
     table = Table(*heads, box=SIMPLE_HEAD, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*map(Text, row))  # Text: names may contain rich's square brackets
+        table.add_row(*map(Text, row))  # as Text, in which rich does not interpret square brackets
     return table
 
 
@@ -124,6 +124,7 @@ def show_methods(plugin: Plugin = None, as_json: Json = False) -> None:
         typer.echo(json.dumps(listing()))
         return
     for kind, entries in listing().items():
+        # a method's entry "source" lists the settings that the method stands for
         heads = ("name", "what it does", "settings" if kind == "methods" else "source")
         rows = [(entry["name"], entry["summary"], entry["source"]) for entry in entries]
         Console().print(_table(heads, rows, kind.replace("_", " ")))
@@ -136,7 +137,7 @@ REQUIREMENT = re.compile(r"([\w-]+)[^;]*;.*extra == [\"']([\w-]+)[\"']")
 
 
 def missing_extras() -> dict[str, list[str]]:
-    """The missing packages, by the extra of dart-llm that requires them."""
+    """The missing packages, grouped by the extra of dart-llm that requires them."""
     missing: dict[str, list[str]] = {}
     for requirement in requires("dart-llm") or ():
         match = REQUIREMENT.match(requirement)
@@ -149,11 +150,15 @@ def _is_installed(package: str) -> bool:
     try:
         return bool(version(package))
     except PackageNotFoundError:
+        # ninja can also be installed as a program without a Python package
         return package == "ninja" and shutil.which(package) is not None
 
 
 def examine(cache_dir: str | None = None) -> dict[str, Any]:
-    """All facts that explain why a run works or fails; of the hub token only whether it is set."""
+    """Everything about the installation that can explain why a run works or fails.
+
+    The report says whether a hub token is set, but does not contain the token.
+    """
     import torch
     from huggingface_hub import get_token
 
@@ -182,14 +187,18 @@ def examine(cache_dir: str | None = None) -> dict[str, Any]:
 
 
 def default_weights(kernels: str, gpu: bool) -> str:
-    """The format of the default model's weights in memory, unless another format is requested."""
+    """The format of the default model's weights in memory, unless another format is requested.
+
+    ``kernels`` is the text of ``native.build.state``; ``gpu``: True if there is a GPU.
+    """
     if gpu:
         return "bfloat16, on the GPU"
-    built, _, name = kernels.partition("built: ")
-    if not built and name:
-        return f"Q4_1 as in the file, read by the kernels {name}"
-    later = kernels.startswith("not built yet")
-    return "Q4_1 as in the file" if later else "bfloat16: blocks need the native kernels"
+    if kernels.startswith("built: "):
+        name = kernels.removeprefix("built: ")
+        return f"Q4_1 as stored in the file, read by the {name} kernels"
+    if kernels.startswith("not built yet"):
+        return "Q4_1 as stored in the file"
+    return "bfloat16, because Q4_1 weights need the native kernels"
 
 
 def _cell(value: Any) -> str:
@@ -199,7 +208,7 @@ def _cell(value: Any) -> str:
 
 
 def show_installation(
-    cache_dir: Annotated[str | None, typer.Option(help="Cache folder to report on.")] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Report on this cache folder.")] = None,
     as_json: Json = False,
 ) -> None:
     """``dart-llm doctor``."""
@@ -213,6 +222,6 @@ def show_installation(
     from dart_llm.reporting.page import flat
 
     rows = [(name.replace("_", " "), _cell(value)) for name, value in flat(report).items()]
-    Console().print(_table(("what", "value"), rows, "dart-llm doctor"))
+    Console().print(_table(("item", "value"), rows, "dart-llm doctor"))
     if report["extras_missing"]:
-        typer.echo("install the packages of an extra with, e.g.: pip install 'dart-llm[eval]'")
+        typer.echo("to install the packages of an extra, run e.g. pip install 'dart-llm[eval]'")

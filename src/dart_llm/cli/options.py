@@ -1,4 +1,4 @@
-"""Command-line options generated from the settings, so that the two cannot differ."""
+"""Builds the command-line options from the settings, so that the two cannot differ."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from dart_llm.settings import Settings
 Config = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Read settings from a YAML file.")
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start over; do not resume.")]
+Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start over instead of resuming.")]
 Plugin = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Python file that registers your own scores or methods."),
+    typer.Option(metavar="FILE", help="Load a Python file that registers scores or methods."),
 ]
-Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
+Json = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print only one JSON document, on stdout.")
+]
 
 NAMED = inspect.Parameter.KEYWORD_ONLY
 
@@ -31,10 +33,11 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "models": ("--model",),
     "prompt": ("-p",),
 }
+"""Further names of flags, by setting."""
 
 
-def _plain(annotation: Any) -> Any:
-    """``X`` of ``X | None``; ``str`` for a tuple, whose flag is a comma-separated list."""
+def _option_type(annotation: Any) -> Any:
+    """``X`` for a setting of type ``X | None``; ``str`` for a tuple, given comma-separated."""
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
     return str if get_origin(annotation) is tuple else annotation
@@ -43,15 +46,18 @@ def _plain(annotation: Any) -> Any:
 def parameters(
     settings: type[Settings], only: Collection[str] | None = None
 ) -> list[inspect.Parameter]:
-    """One keyword parameter per setting (of ``only``, unless None); value None: "not given"."""
+    """One keyword parameter per setting, or per setting in ``only`` unless that is None.
+
+    The parameters default to None, which means that the flag was not given.
+    """
     fields = settings.model_fields
     names = [n for n in fields if n not in settings.UNUSED and (only is None or n in only)]
-    names.sort(key=lambda name: name not in ("model", "method"))  # these two first in the help
+    names.sort(key=lambda name: name not in ("model", "method"))  # the help lists these two first
     return [_parameter(name, fields[name]) for name in names]
 
 
 def _parameter(name: str, field: Any) -> inspect.Parameter:
-    flag, kind = "--" + name.replace("_", "-"), _plain(field.annotation)
+    flag, kind = "--" + name.replace("_", "-"), _option_type(field.annotation)
     flag = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     text, default = field.description or "", field.default
     if default not in (None, False, ()):
@@ -73,9 +79,12 @@ def _parameter(name: str, field: Any) -> inspect.Parameter:
 def with_settings(
     function: Callable[..., None], settings: type[Settings], only: Collection[str] | None = None
 ) -> Callable[..., None]:
-    """Give ``function(flags, ...)`` one option per setting; ``flags``: dict of their values."""
+    """Wrap ``function(flags, ...)`` in a command with one option per setting.
+
+    ``flags`` is a dict of the options' values; None means that an option was not given.
+    """
     signature = inspect.signature(function)
-    hints = get_type_hints(function, include_extras=True)  # names of the function's own module
+    hints = get_type_hints(function, include_extras=True)  # resolves names of function's module
     others = [
         p.replace(annotation=hints[p.name], kind=NAMED)
         for p in signature.parameters.values()
@@ -91,8 +100,8 @@ def with_settings(
 
     command.__doc__ = function.__doc__
     command.__name__ = function.__name__
-    added = inspect.Parameter("plugin", NAMED, default=None, annotation=Plugin)
-    every = [*parameters(settings, only), added, *others]
-    command.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in every}
+    plugin_option = inspect.Parameter("plugin", NAMED, default=None, annotation=Plugin)
+    options = [*parameters(settings, only), plugin_option, *others]
+    command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in options}
     return command

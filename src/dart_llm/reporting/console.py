@@ -1,6 +1,6 @@
-"""Terminal output: results on stdout, everything else on stderr, nothing when quiet.
+"""Terminal output: results go to stdout, everything else to stderr; ``quiet`` prints neither.
 
-Long silent work reports what it does, its progress and the time left.
+When a command prints nothing for long, a line names its current work, progress and time left.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ TICK_S = 1.0
 """Seconds between checks for silence."""
 
 RECENT = 10
-"""Smallest number of latest items whose mean time predicts that of the remaining items."""
+"""The mean time of at least this many latest items predicts that of the remaining items."""
 
 AT_ONCE_S = 0.005
-"""Faster items were loaded from an earlier run and do not count for the estimate."""
+"""Seconds per item.  Faster items were loaded from an earlier run and are not in the mean."""
 
 clock = time.monotonic
 
 
 class Pace:
-    """Number of items done, and the time left at the speed of the latest items."""
+    """Counts finished items, and estimates the time left from the speed of the latest items."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
@@ -55,7 +55,7 @@ class Pace:
         self.done, self._last = self.done + count, now
 
     def left(self) -> float | None:
-        """Seconds until all items are done; None before the first was computed.
+        """Estimated seconds until all items are done; None before the first item is computed.
 
         The estimate grows while an item takes longer than expected.
         """
@@ -68,11 +68,12 @@ class Pace:
 
 @dataclass(eq=False)
 class Work:
-    """A block of work.
+    """A block of code whose progress is reported.
 
-    ``text``: its name, which may change.  ``pace``: progress of counted work.  ``part``: its number
-    among several, e.g. "cell 2 of 3, ".  ``loud``: reports name this block instead of inner blocks
-    that are not loud.  ``moving``: a spinner or bar shows it.
+    ``text``: its name, which may change.  ``pace``: its progress, if its items are counted.
+    ``part``: its number among several blocks, e.g. "cell 2 of 3, ".  ``loud``: True if reports name
+    this block instead of inner blocks that are not loud.  ``moving``: True if a spinner or bar
+    already shows it.
     """
 
     text: str
@@ -83,31 +84,33 @@ class Work:
     began: float = field(default_factory=lambda: clock())
 
     def progress(self) -> str:
-        """Name, count and time left."""
+        """The block's name, with its count and time left if its items are counted."""
         if self.pace is None:
             return self.text
-        left = self.pace.left()
-        about = f", about {duration(left)} left" if left else ""
-        return f"{self.text}: {self.pace.done} of {self.pace.total}{about}"
+        seconds = self.pace.left()
+        estimate = f", about {duration(seconds)} left" if seconds else ""
+        return f"{self.text}: {self.pace.done} of {self.pace.total}{estimate}"
 
 
 class Heartbeat:
-    """Reports the current work through ``say`` after ``SILENT_S`` without output.
+    """Reports the current work through ``say`` after ``SILENT_S`` seconds without output.
 
-    A thread does so while a block is open.  ``muted``: called before each line; True suppresses it.
+    A thread checks for silence while a block is open.  If ``muted()`` is true, it prints nothing.
     """
 
     def __init__(self, say: Callable[[str], None], muted: Callable[[], bool]) -> None:
         self.say, self.muted = say, muted
         self.lock = threading.RLock()
-        """Taken while printing, so that lines do not mix."""
+        """Held while printing, so that lines do not mix."""
         self.works: list[Work] = []
+        """The open blocks, innermost last."""
         self.spoke = clock()
+        """Time of the last output."""
         self._ended = threading.Event()
 
     @contextlib.contextmanager
     def block(self, work: Work) -> Iterator[Work]:
-        """Report ``work`` during the block; its end also ends all blocks that began inside it."""
+        """Report ``work`` during the block; when it ends, blocks that began inside it end too."""
         with self.lock:
             self.works.append(work)
             if len(self.works) == 1:
@@ -127,35 +130,35 @@ class Heartbeat:
             self.beat()
 
     def beat(self) -> None:
-        """Report the innermost loud block, or else the innermost, if it is time to."""
+        """After ``SILENT_S`` of silence, report the innermost loud block, or else the innermost."""
         with self.lock:
             works = [work for work in self.works if work.loud] or self.works
             if not works or works[-1].moving or self.muted() or clock() - self.spoke < SILENT_S:
                 return
-            where = next((work.part for work in reversed(self.works) if work.part), "")
+            part = next((work.part for work in reversed(self.works) if work.part), "")
             self.spoke = clock()
             so_far = duration(self.spoke - works[-1].began)
-            self.say(f"{where}{works[-1].progress()} ({so_far} so far)")
+            self.say(f"{part}{works[-1].progress()} ({so_far} so far)")
 
 
 @contextlib.contextmanager
 def logged(logger: logging.Logger, text: str) -> Iterator[Callable[[str], None]]:
-    """Yield a function that logs the progress of a library call; ``text``: the first step.
+    """Yield a function that logs each step of a library call; ``text`` names the first step.
 
-    Progress is logged at level INFO, which is rarely shown; after ``SILENT_S`` a warning repeats
-    it.
+    Steps are logged at level INFO, which is rarely shown.  A step that takes longer than
+    ``SILENT_S`` seconds is repeated as a warning.
     """
     with Heartbeat(logger.warning, lambda: False).block(Work(text, loud=True)) as work:
 
-        def say(news: str) -> None:
-            work.text = news
-            logger.info(news)
+        def say(step: str) -> None:
+            work.text = step
+            logger.info(step)
 
         yield say
 
 
 class Ui:
-    """Terminal output of a command.  ``quiet``: only errors (``--json``).
+    """Terminal output of a command.  If ``quiet``, as with ``--json``, only errors are printed.
 
     While a block of ``working``, ``status`` or ``progress`` is open, a line is printed at least
     every ``SILENT_S`` seconds, or a bar moves.
@@ -168,6 +171,7 @@ class Ui:
         self.err = Console(stderr=True, quiet=quiet, width=width, markup=False)
         self.out = Console(width=None if sys.stdout.isatty() else 160, markup=False)
         self.log: list[str] = []
+        """Lines, tables and texts that were printed, for the files of the run."""
         self.live = sys.stderr.isatty() and not quiet
         self._streaming = False
         self.heartbeat = Heartbeat(self.remark, lambda: self._streaming or quiet)
@@ -175,9 +179,9 @@ class Ui:
     @classmethod
     @contextlib.contextmanager
     def started(cls, quiet: bool = False) -> Iterator[Ui]:
-        """The terminal output of a command that computes; reports at once that it is starting.
+        """Create the terminal output of a command, and report that the command is starting.
 
-        Enter it before PyTorch is imported, which takes seconds.
+        Enter this block before PyTorch is imported, which takes seconds.
         """
         ui = cls(quiet)
         with ui.working("starting"):
@@ -210,11 +214,11 @@ class Ui:
         with self._printing():
             self.err.print(table)
 
-    def result(self, what: RenderableType) -> None:
+    def result(self, output: RenderableType) -> None:
         """Print the result of a command on stdout."""
         if not self.quiet:
             with self._printing():
-                self.out.print(what, highlight=False, soft_wrap=isinstance(what, str))
+                self.out.print(output, highlight=False, soft_wrap=isinstance(output, str))
 
     def token(self, text: str) -> None:
         """Stream one token to stdout."""
@@ -240,15 +244,15 @@ class Ui:
     def working(
         self, text: str, number: int = 0, of: int = 0, noun: str = "cell"
     ) -> contextlib.AbstractContextManager[Work]:
-        """Name the current work for reports after a long silence; prints nothing now.
+        """Name the work of this block for reports after a long silence; print nothing now.
 
-        ``number``, ``of``: its number among several items, each called ``noun``.
+        The work is number ``number`` of ``of`` items, which are called ``noun``.
         """
         return self.heartbeat.block(Work(text, part=f"{noun} {number} of {of}, " if of else ""))
 
     @contextlib.contextmanager
     def status(self, text: str) -> Iterator[Callable[[str], None]]:
-        """Show a spinner during the block; yield a function that changes its text."""
+        """Show a spinner with ``text`` during the block; yield a function that changes the text."""
         with self.heartbeat.block(Work(text, loud=True, moving=self.live)) as work:
             if self.live:
                 with self.err.status(Text(text)) as status:

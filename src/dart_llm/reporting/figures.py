@@ -1,6 +1,7 @@
-"""Plot record, style, colours and markers of methods, axes; PNG, SVG and PDF output.
+"""The ``Plot`` class, and what all plots share: style, colours, legends, axes and output files.
 
-The only file that imports matplotlib.  Files that draw receive an empty figure and its colours.
+This is the only file that imports matplotlib.  Modules that draw plots receive an empty figure and
+its colours.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ PALETTE: Palette = (
 0 dark blue, 1 pink, 2 olive, 3 teal, 4 salmon, ..."""
 
 MAX_PANELS = 4
-"""Largest number of sequences or texts in one plot."""
+"""Maximum number of sequences or texts in one plot."""
 
 WIDE = 8.0
 """Width of a figure in inches."""
 
 STYLES = ("screen", "paper")
+"""Values of the setting ``style``; ``paper`` also writes every plot as PDF."""
 
 # A plot can be read in grey: hatches, markers and line styles carry the meaning, colours repeat it.
 
@@ -71,12 +73,16 @@ UNDATED: dict[str, dict[str, Any]] = {
     "svg": {"Creator": None, "Date": None},
     "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
 }
-"""Metadata by format, so that equal plots give equal files."""
+"""Metadata by format, without dates, so that equal plots give equal files."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot; ``height``: in inches; ``draw``: called with an empty figure and the colours."""
+    """One plot, which ``draw`` draws into an empty figure with the given colours.
+
+    ``alt``: description for screen readers.  ``small``: text in small print below the plot.
+    ``height``: height in inches.
+    """
 
     name: str
     title: str
@@ -87,7 +93,7 @@ class Plot:
 
 
 def save(folder: Path, wanted: Iterable[Plot], style: str = "screen") -> list[Path]:
-    """Draw plots into ``plots/<name>.png``; in the style ``paper`` also as PDF.
+    """Draw plots into ``plots/<name>.png``, in the style ``paper`` also as PDF; return the paths.
 
     Raises ``ResultsError`` if a file cannot be written, ``MissingExtra`` without matplotlib.
     """
@@ -131,29 +137,30 @@ def _style() -> Iterator[Palette]:
 # Colour, marker and line of each method.
 
 METHODS = ("dart", "griffin", "flap", "static", "published", "wanda", "glass", "random")
-"""Methods that look the same in every plot; other methods use the remaining looks."""
+"""Methods that have the same look in every plot; other methods use the remaining looks."""
 
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 LOOKS: tuple[tuple[int, str, Any], ...] = tuple(
     zip((0, 4, 3, 8, 7, 2, 6, 5, 16, 12, 1, 14), "os^DvPX<>h*p", LINES * 3, strict=True)
 )
-"""Colour, marker and line; marker and line distinguish methods without colours."""
+"""Looks: an index into the colours, a marker and a line style.  Marker and line style also
+distinguish methods in grey."""
 
 DASHES = (0, (5, 3))
 
 
 def mark(look: tuple[int, str, Any], palette: Palette) -> Look:
-    """matplotlib's arguments for a colour, a marker and a line."""
+    """matplotlib's arguments for a look."""
     colour, marker, line = look
     edge = {"markeredgecolor": INK, "markeredgewidth": 0.6, "markersize": 5.5}
     return {"color": palette[colour], "marker": marker, "linestyle": line, "linewidth": 1.5, **edge}
 
 
 def looks_of(names: Sequence[str], palette: Palette) -> dict[str, Look]:
-    """Colour, marker and line by name; ``dart`` has the thickest line."""
-    left = [look for look, name in zip(LOOKS, METHODS, strict=False) if name not in names]
-    further = cycle([*LOOKS[len(METHODS) :], *left[::-1], *LOOKS])
+    """matplotlib's arguments for the look of each name; ``dart`` has the thickest line."""
+    unused = [look for look, name in zip(LOOKS, METHODS, strict=False) if name not in names]
+    further = cycle([*LOOKS[len(METHODS) :], *unused[::-1], *LOOKS])
     looks = {}
     for name in names:
         look = LOOKS[METHODS.index(name)] if name in METHODS else next(further)
@@ -172,7 +179,7 @@ def panels_height(count: int, names: int) -> float:
 
 
 def panels(figure: Figure, count: int, lines: int) -> list[Axes]:
-    """Axes for a legend of ``lines`` lines, then for ``count`` panels below it in two columns."""
+    """Axes for a legend of ``lines`` lines, and for ``count`` panels below it in two columns."""
     columns = 1 if count == 1 else 2
     rows = math.ceil(count / columns)
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[KEY_LINE * lines, *[2.4] * rows])
@@ -183,19 +190,19 @@ def panels(figure: Figure, count: int, lines: int) -> list[Axes]:
 
 
 def key(above: Axes, drawn: Sequence[Axes], columns: int) -> None:
-    """One legend for all panels, above them."""
+    """Draw one legend for all panels, above them."""
     anchor: Look = {"loc": "center left", "bbox_to_anchor": (0.0, 0.5), "handlelength": 3.2}
     _legend(above, drawn, columns, borderaxespad=0.0, **anchor)
 
 
 def legend(axes: Axes, columns: int, others: Sequence[Axes] = ()) -> None:
-    """A legend above the axes, at the left, with the labels in them and in ``others``."""
+    """Draw a legend above ``axes``, at the left, with its labels and those of ``others``."""
     anchor: Look = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "handletextpad": 0.6}
     _legend(axes, (axes, *others), columns, borderaxespad=0.4, **anchor)
 
 
 def _legend(axes: Axes, drawn: Iterable[Axes], columns: int, **anchor: Any) -> None:
-    """A legend in ``axes`` of the labels in ``drawn``, each once, in the order of ``drawn``."""
+    """Draw a legend in ``axes`` with every label in ``drawn``, once, in the order of ``drawn``."""
     handles: dict[str, Any] = {}
     for panel in drawn:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -211,7 +218,7 @@ def _legend(axes: Axes, drawn: Iterable[Axes], columns: int, **anchor: Any) -> N
 def reference_line(
     axes: Axes, *, x: float | None = None, y: float | None = None, label: str
 ) -> None:
-    """A dashed line across the axes, white between the dashes to be visible on dark bars."""
+    """Draw a dashed line across the axes; its gaps are white, to be visible on dark bars."""
     draw, at = (axes.axhline, y or 0.0) if x is None else (axes.axvline, x)
     draw(at, color="white", linewidth=1.4, label="_")
     draw(at, color=INK, linestyle=DASHES, linewidth=1.5, label=label)
@@ -220,18 +227,21 @@ def reference_line(
 def whisker_lengths(
     values: Sequence[float], ends: Sequence[tuple[float, float] | None]
 ) -> list[list[float]]:
-    """Lengths below and above each value for ``errorbar``; nan, which draws nothing, for None."""
+    """Lengths of the whiskers below and above each value, for matplotlib's ``errorbar``.
+
+    Where ``ends`` has None, the lengths are nan, which draws nothing.
+    """
     lengths = [
         (max(0.0, v - e[0]), max(0.0, e[1] - v)) if e else (math.nan, math.nan)
         for v, e in zip(values, ends, strict=True)
     ]
-    return [list(each) for each in zip(*lengths, strict=True)]
+    return [list(side) for side in zip(*lengths, strict=True)]
 
 
 def write_beside(
     axes: Axes, text: str, x: float, y: float, size: float = 9.0, gap: float = 5.0
 ) -> None:
-    """Write a number ``gap`` points to the right of a bar or mark; the axes must have room."""
+    """Write ``text`` beside a bar or mark, ``gap`` points to its right; the axes must have room."""
     where: Look = {"xytext": (gap, 0), "textcoords": "offset points", "va": "center"}
     axes.annotate(text, (x, y), fontsize=size, color=INK, in_layout=False, zorder=5, **where)
 

@@ -1,7 +1,7 @@
-"""Report pages: template, facts, settings and provenance of a run, and embedded plots.
+"""Renders report pages from a template, a run's metadata and settings, and embedded plots.
 
 A page has no scripts and sends no requests: styles and plots are embedded.  All text from models,
-prompts and files is escaped.  ``config`` is the content of config.json.
+prompts and files is escaped.  In this module, ``config`` is the content of a run's config.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dart_llm.reporting.table import PageTable
 from dart_llm.reporting.words import checkpoint_line
 
 Facts = list[tuple[str, str, bool]]
-"""Name, value, and whether the value is shown as code."""
+"""Metadata at the top of a page: name, value, and whether the value is shown as code."""
 
 PROVENANCE = ("versions", "machine", "git", "checkpoint")
 """Entries of config.json that pages show as tables."""
@@ -40,9 +40,9 @@ class Picture(NamedTuple):
 
 
 def render(config: Mapping[str, Any], template: str, content: Mapping[str, Any]) -> str:
-    """The page of a run: ``content`` with the run's status, settings and provenance.
+    """Render the page of a run: ``content`` with the run's status, settings and provenance.
 
-    ``template``: a file in templates/ that extends page.html.
+    ``template`` is a file in templates/ that extends page.html.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -58,14 +58,14 @@ def render(config: Mapping[str, Any], template: str, content: Mapping[str, Any])
     css = resources.files("dart_llm.reporting") / "templates" / "report.css"
     explicit = {key: value for key, value in config["settings"].items() if key in config["given"]}
     settings = _table("Explicit settings", "setting", explicit)
-    provenance = [_table(key.capitalize(), "what", config[key]) for key in PROVENANCE]
-    about = {
+    provenance = [_table(key.capitalize(), "item", config[key]) for key in PROVENANCE]
+    common = {
         "style": Markup(css.read_text(encoding="utf-8")),
         "status": config["status"],
         "settings": [settings] if settings.rows else [],
         "provenance": [table for table in provenance if table.rows],
     }
-    return environment.get_template(template).render({**about, **content})
+    return environment.get_template(template).render({**common, **content})
 
 
 def _table(caption: str, head: str, entries: Mapping[str, Any] | None) -> PageTable:
@@ -77,7 +77,7 @@ def _table(caption: str, head: str, entries: Mapping[str, Any] | None) -> PageTa
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level with dotted names, without settings that are None."""
+    """Flatten nested settings to one level with dotted names, without settings that are None."""
     settings: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -104,7 +104,7 @@ def small_print(config: Mapping[str, Any]) -> str:
 
 
 def facts(config: Mapping[str, Any]) -> Facts:
-    """Checkpoint, device, date and command."""
+    """Checkpoint, device, date and command of a run, for the top of its page."""
     checkpoint = {"checkpoint": None, **(config["checkpoint"] or {})}
     checkpoint["checkpoint"] = checkpoint.get("name")
     checkpoint["file quantisation"] = checkpoint.get("file_quantisation")
@@ -114,22 +114,22 @@ def facts(config: Mapping[str, Any]) -> Facts:
 
 
 def origin_facts(config: Mapping[str, Any]) -> Facts:
-    """Device, date and command."""
+    """Device, date and command of a run."""
     program, *arguments = config["command"]
     started, finished = (config[key] for key in ("started", "finished"))
     begin = datetime.datetime.fromisoformat(started)
     date = begin.strftime("%Y-%m-%d %H:%M:%S %z").replace("+0000", "UTC")
     if finished:
-        took = datetime.datetime.fromisoformat(finished) - begin
-        date += f", took {took.total_seconds():,.0f} s"
+        elapsed = datetime.datetime.fromisoformat(finished) - begin
+        date += f", took {elapsed.total_seconds():,.0f} s"
     device = config["machine"]["device"]
-    shown = [("device", device, False)] if device else []
+    device_fact = [("device", device, False)] if device else []
     command = shlex.join([Path(program).name, *arguments])
-    return [*shown, ("date", date, False), ("command", command, True)]
+    return [*device_fact, ("date", date, False), ("command", command, True)]
 
 
 def pictures(wanted: Iterable[Plot]) -> tuple[list[Picture], str]:
-    """All plots, or none and the reason."""
+    """All plots as pictures, or no picture and the reason, which is "" otherwise."""
     try:
         return [Picture(plot.name, plot.title, plot.alt, _address(plot)) for plot in wanted], ""
     except MissingExtra as error:

@@ -1,7 +1,7 @@
-"""Column and Table: one definition for terminal, Markdown, CSV and HTML.
+"""``Table`` and ``Column``: one definition of a table for the terminal, Markdown, CSV and HTML.
 
-A ``Table`` contains records and defines which values are displayed, and how.  Its CSV file has the
-raw values of the records: all of them, or those of ``fields``.
+A ``Table`` contains records, which are mappings, and defines which values are displayed, and how.
+Its CSV file has the raw values of the records: all of them, or those of ``fields``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ NOTHING = "–"
 """Text of a cell without a value."""
 
 ACCOUNTING = ("n", "achieved", "dense tokens", "re-masks")
-"""Heads of columns that are always shown with the numbers."""
+"""Heads of columns that even a narrow terminal shows."""
 
 LONGEST_WORD, GAP = 60, 2
-"""On the terminal: length above which a word is broken; characters between two columns."""
+"""On the terminal, the length above which a word is broken, and the space between two columns."""
 
 Record = Mapping[str, Any]
 K = TypeVar("K")
@@ -37,10 +37,10 @@ T = TypeVar("T")
 class Column:
     """One column of a table.
 
-    ``value``: a key of the records, or a function of a record.  ``text``: formats a value; a
-    function or a format such as ".1%".  ``interval``: key of the interval's two ends, which follow
-    in brackets in the same format.  ``terminal``: whether the terminal shows the column;
-    ``needed``: whether a narrow terminal must not drop it.
+    ``value`` is a key of the records, or a function of a record.  ``text`` formats a value: it is a
+    function, or a format such as ".1%".  ``interval`` is the key of the value's interval, whose two
+    ends follow in brackets in the same format.  ``terminal``: True if the terminal shows the
+    column.  ``needed``: True if a narrow terminal must not drop it.
     """
 
     head: str
@@ -51,11 +51,11 @@ class Column:
     needed: bool = False
 
     def raw(self, row: Any) -> Any:
-        """The value of a record; None if it has none."""
+        """The column's value in a record; None if the record has no value."""
         return row.get(self.value) if isinstance(self.value, str) else self.value(row)
 
     def cell(self, row: Any, nothing: str = NOTHING) -> str:
-        """The value as text."""
+        """The column's value in a record as text; ``nothing`` if there is no value."""
         value = self.raw(row)
         if value is None:
             return nothing
@@ -69,7 +69,10 @@ class Column:
 
 @dataclass(frozen=True)
 class PageTable:
-    """Cells as text; the first cell of a row is a head; ``strong``: the row to highlight."""
+    """A table for a page: cells as text.  The first cell of every row is the row's head.
+
+    ``strong``: index of the row to highlight.
+    """
 
     caption: str
     head: tuple[str, ...]
@@ -80,11 +83,13 @@ class PageTable:
 
 @dataclass(frozen=True)
 class Table:
-    """Records, or other rows, under a caption; ``name``: of the CSV file, "" for none.
+    """A table with a caption, whose rows are records or other objects.
 
-    ``left``: how many columns contain text; the others contain numbers.  ``terminal``: whether the
-    terminal shows the table.  ``fields``: keys of the CSV file; None: every key whose values are
-    not mappings.  ``strong``: the row to highlight on a page.
+    ``name``: name of the CSV file; "" means that there is none.  ``left``: number of columns that
+    contain text; the others contain numbers.  ``nothing``: text of a cell without a value.
+    ``terminal``: True if the terminal shows the table.  ``fields``: columns of the CSV file; None
+    means every key whose values are not mappings.  ``strong``: index of the row to highlight on a
+    page.
     """
 
     name: str
@@ -107,7 +112,7 @@ class Table:
         return tuple(tuple(c.cell(row, self.nothing) for c in self.columns) for row in self.rows)
 
     def html(self) -> PageTable:
-        """The argument of the templates' macro ``table``."""
+        """The table as text, for the macro ``table`` of the page templates."""
         return PageTable(self.caption, self.head, self.cells(), strong=self.strong)
 
     def lines(self) -> list[str]:
@@ -131,13 +136,16 @@ class Table:
         write_csv(folder / f"{self.name}.csv", keys, cells)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
-        """Fit the terminal: if columns are too wide, drop the last and name them in the caption."""
+        """Fit the table to the terminal.
+
+        If the columns are too wide, the last ones are dropped and named in the caption.
+        """
         texts = {
             column: [column.head, *(column.cell(row, self.nothing) for row in self.rows)]
             for column in self.columns
             if column.terminal
         }
-        words = {c: _longest(word for t in each for word in t.split()) for c, each in texts.items()}
+        words = {c: _longest(w for t in cells for w in t.split()) for c, cells in texts.items()}
         kept = {*self.head[: self.left], *ACCOUNTING, *(c.head for c in texts if c.needed)}
         free, caption = [column for column in texts if column.head not in kept], self.caption
         while free and sum(words[c] + GAP for c in texts) >= options.max_width:
@@ -146,7 +154,7 @@ class Table:
             caption = f"{self.caption}; widen the terminal to see: {dropped}"
             free.pop()
         # heads wrap before cells: a column is as wide as its longest cell
-        widths = {c: max(words[c], _longest(each[1:])) for c, each in texts.items()}
+        widths = {c: max(words[c], _longest(cells[1:])) for c, cells in texts.items()}
         while sum(width + GAP for width in widths.values()) >= options.max_width:
             slack = [column for column in widths if widths[column] > words[column]]
             if not slack:
@@ -158,8 +166,8 @@ class Table:
         for column, width in widths.items():
             justify: Any = "left" if column in self.columns[: self.left] else "right"
             drawn.add_column(column.head, justify=justify, overflow="fold", width=width)
-        for cells in zip(*(each[1:] for each in texts.values()), strict=True):
-            drawn.add_row(*cells)
+        for row in zip(*(cells[1:] for cells in texts.values()), strict=True):
+            drawn.add_row(*row)
         yield drawn
 
 
@@ -171,12 +179,12 @@ def _longest(texts: Iterable[str]) -> int:
 def value_columns(
     keys: str, heads: Sequence[str], text: str | Callable[[Any], str]
 ) -> tuple[Column, ...]:
-    """Columns for keys separated by spaces, with the same format."""
+    """Columns with the same format, for keys that are separated by spaces."""
     return tuple(Column(head, key, text) for key, head in zip(keys.split(), heads, strict=True))
 
 
 def grouped(members: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """Members by ``key``, in the order in which the keys first appear."""
+    """Group members by ``key``, in the order in which the keys first appear."""
     groups: dict[K, list[T]] = {}
     for member in members:
         groups.setdefault(key(member), []).append(member)
@@ -184,7 +192,7 @@ def grouped(members: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 def keys_of(records: Iterable[Record]) -> list[str]:
-    """Every key, in the order of the record with the most keys."""
+    """Every key of any record, in the order of the record with the most keys."""
     longest_first = sorted(records, key=lambda record: -len(record))
     return list(dict.fromkeys(key for record in longest_first for key in record))
 
@@ -196,7 +204,7 @@ def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 
 
 
 def escaped(text: str) -> str:
-    """``text`` with the characters escaped that would end a cell or a line, or open a tag."""
+    """Escape the characters of ``text`` that would end a table cell or a line, or open a tag."""
     return text.replace("|", "\\|").replace("<", "\\<").replace("\n", "\\n")
 
 

@@ -1,4 +1,7 @@
-"""Numbers, durations, counts and facts as text; ``accounting`` is ``RunReport.to_dict()``."""
+"""Formats numbers, durations, counts and metadata as text.
+
+In this module, ``accounting`` is the result of ``RunReport.to_dict()``.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 TRANSFORMERS, OUR_KERNELS = "transformers", "our kernels"
-"""What decodes a dense text: transformers, or the kernels that also run the pruned model."""
+"""Names of what decodes with the dense model: transformers, or the kernels of the pruned model."""
 
 WORTH = 0.1
-"""A smaller gain in speed is not worth any loss of quality."""
+"""Smallest relative gain in speed that can be worth a loss of quality."""
 
 FEWEST_ITEMS = 6
-"""Smallest number of items for an interval, and of differing items for a significant difference:
-with five, even a sign test in which all agree has a two-sided probability of 1/16."""
+"""Minimum number of items for an interval, and of differing items for a significant difference.
+With five, even a sign test in which all items agree has a two-sided probability of 1/16."""
 
 Row = Mapping[str, Any]
 
@@ -25,21 +28,24 @@ def too_few(n: int | None) -> str | None:
 
 
 def intervals_over(marks: str, n: int, items: str) -> str:
-    """ "whiskers: 95 % bootstrap intervals over 8 passages", or why there are no intervals."""
+    """A note like "whiskers: 95 % bootstrap intervals over 8 passages", or why there are none."""
     if few := too_few(n):
         return f"no {marks}: {items} {few}"
     return f"{marks}: 95 % bootstrap intervals over {n} {items}"
 
 
 def with_interval(value: float, interval: Row, form: str) -> str:
-    """ "0.123 (0.100 to 0.150)", or why there is no interval.  ``interval``: low, high and n."""
+    """A value with its interval, like "0.123 (0.100 to 0.150)", or with the reason for having none.
+
+    ``interval`` has the keys low, high and n.
+    """
     if interval["low"] is None:
         return f"{value:{form}} {too_few(interval['n']) or ''}".rstrip()
     return f"{value:{form}} ({interval['low']:{form}} to {interval['high']:{form}})"
 
 
 def mostly_dense(accounting: Row | None) -> str:
-    """ ", 56 % of tokens dense" for a row in which most tokens ran dense, else ""."""
+    """A note like ", 56 % of tokens dense" if most of a row's tokens ran dense, else ""."""
     share = (accounting or {}).get("dense_token_share")
     return f", {percent(share, 0)} of tokens dense" if share is not None and share > 0.5 else ""
 
@@ -54,7 +60,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def dtype_text(facts: Mapping[str, Any]) -> str:
-    """A checkpoint's dtype, and the weight format if weights are in blocks."""
+    """A checkpoint's dtype, followed by the format of its weights if they are quantised."""
     weights = facts.get("weights")
     return f"{facts.get('dtype')}{f', weights {weights}' if weights else ''}"
 
@@ -92,9 +98,10 @@ def times(ratio: float) -> str:
 
 
 def row_name(row: Row) -> str:
-    """ "dense", "dart 50 %", or "dart, own counts" if no sparsity was requested.
+    """A row's name, such as "dense" or "dart 50 %".
 
-    If most tokens ran dense, their share follows.
+    It is "dart, own counts" if no sparsity was requested.  If most tokens ran dense, their share
+    follows.
     """
     if row["method"] == "dense":
         return "dense"
@@ -125,12 +132,12 @@ def bytes_sentence(accounting: Row) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """ "no windows", "1 window", "2 windows"."""
+    """A number with its noun, such as "no windows", "1 window" or "2 windows"."""
     return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
 
 
 def quantity(value: float | None, perplexity: bool) -> str:
-    """A metric's value: perplexities to three digits, other metrics to three decimals."""
+    """A metric's value as text: three digits for a perplexity, else three decimals."""
     if value is None:
         return ""
     if perplexity:

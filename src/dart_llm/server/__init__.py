@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server, its window in a browser, and recordings.
+"""An OpenAI-compatible server, its web page (the "window"), and recorded answers.
 
 Start with ``app.py``; the page's files are in ``static/``.
 """

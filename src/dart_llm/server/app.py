@@ -1,7 +1,7 @@
-"""FastAPI routes, checks of every request, streaming answers.
+"""The FastAPI application: its routes, the checks of every request, and streamed answers.
 
-The only file that imports fastapi.  ``Guard`` checks host, origin, API key and the limits of the
-body, and sets the headers of every response.
+``Guard`` checks host, origin, API key and the limits of the body, and sets the headers of every
+response.  This is the only file that imports fastapi.
 """
 
 from __future__ import annotations
@@ -56,29 +56,32 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-"""Headers of every response, unless its route sets them itself."""
+"""Headers of every response; a route can set other values for them."""
 
 REPORT_HEADERS = {
     "content-security-policy": "sandbox allow-scripts; default-src 'none'; img-src data:; "
     "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'",
-    "cross-origin-opener-policy": "unsafe-none",  # browsers refuse a sandbox with any other
+    "cross-origin-opener-policy": "unsafe-none",  # in a sandbox, browsers refuse other values
 }
-"""Headers of a report page: it has no origin, so that its scripts cannot call this server."""
+"""Headers of a report page; the sandbox prevents the page's scripts from calling this server."""
 
-OPEN = ("/", "/healthz")
+PUBLIC_PATHS = ("/", "/healthz")
 """Paths besides ``/static/`` that need no key: they reveal nothing about the model or users."""
 
-PROGRAMS = ("/api/", "/v1/", "/metrics")
-"""Paths to which pages of other sites must not even link."""
+API_PATHS = ("/api/", "/v1/", "/metrics")
+"""Requests to these paths are refused if a page of another site causes them, even by a link."""
 
 BODY_SECONDS = 30.0  # time limit for receiving a body
 
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+?)\.?(?::[0-9]{1,5})?")
-"""A host name (with an optional final dot) or an address, and an optional port."""
+"""A Host header: a host name (with an optional final dot) or an address, and an optional port."""
 
 
 class Guard:
-    """Refuses what the settings do not allow, and turns every exception into a response."""
+    """ASGI middleware that refuses requests which the settings do not allow.
+
+    It also turns every exception into an error response.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
@@ -114,11 +117,11 @@ class Guard:
             # the label is the route's pattern, not the path, which clients can make up
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.counters["requests"].labels(route, str(status or "none")).inc()
-            took = time.perf_counter() - began
-            logger.info("%s %s %s %s %.3f s", request_id, scope["method"], route, status, took)
+            seconds = time.perf_counter() - began
+            logger.info("%s %s %s %s %.3f s", request_id, scope["method"], route, status, seconds)
 
     def _check(self, path: str, method: str, headers: Headers) -> str:
-        """Check a request and return the name of the client's key, "" without keys."""
+        """Check a request; return the name of the client's key, "" if the server has no keys."""
         hosts = headers.getlist("host")
         self._check_host(hosts)
         self._check_origin(path, headers, "".join(hosts).lower())
@@ -131,7 +134,7 @@ class Guard:
         return key
 
     def _check_host(self, hosts: list[str]) -> None:
-        """Prevent DNS rebinding: there, Host is a foreign name that resolves to this address."""
+        """Prevent DNS rebinding, in which a foreign host name resolves to this server's address."""
         if self.settings.hosts is None:
             return
         match = HOST.fullmatch(hosts[0].strip().lower()) if len(hosts) == 1 else None
@@ -140,16 +143,19 @@ class Guard:
             raise APIError(403, text, code="host_not_allowed")
 
     def _check_origin(self, path: str, headers: Headers, host: str) -> None:
-        """Refuse requests from pages of other sites, by the headers that browsers send."""
+        """Refuse requests from pages of other sites; browsers name the site in the headers."""
         origins = [origin.lower().partition("://")[2] for origin in headers.getlist("origin")]
         site = headers.get("sec-fetch-site", "none")
-        foreign = site in ("cross-site", "same-site") and path.startswith(PROGRAMS)
+        foreign = site in ("cross-site", "same-site") and path.startswith(API_PATHS)
         if foreign or any(origin != host for origin in origins):
             raise APIError(403, "cross-origin requests are not allowed", code="origin_not_allowed")
 
     def _check_key(self, path: str, authorization: str) -> str:
-        """The name of the key, "" without keys; the time does not depend on the key."""
-        if not self.keys or path in OPEN or path.startswith("/static/"):
+        """Check the API key and return its name, "" if no key is needed.
+
+        The comparison takes the same time for every key.
+        """
+        if not self.keys or path in PUBLIC_PATHS or path.startswith("/static/"):
             return ""
         scheme, _, key = authorization.partition(" ")
         digest = _digest(key.strip())
@@ -167,7 +173,7 @@ class Guard:
             raise APIError(413, text, code="request_too_large", headers=headers)
 
     def _limited(self, receive: Receive) -> Receive:
-        """``receive`` with limits for a body: its actual size and the time it takes."""
+        """Wrap ``receive`` so that it limits the body's actual size and the time that it takes."""
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
         size, complete = 0, False
 
@@ -194,7 +200,7 @@ def _digest(key: str) -> bytes:
 
 
 class Streamed(StreamingResponse):
-    """Sends its status with the first bytes, so that earlier failures become HTTP errors."""
+    """Sends the status with the first bytes, so that an earlier failure becomes an HTTP error."""
 
     body_iterator: AsyncGenerator[bytes, None]
 
@@ -213,8 +219,9 @@ class Streamed(StreamingResponse):
 async def _answer_bytes(
     service: Service, queued: QueuedRequest, shape: Format | RecordFormat
 ) -> AsyncGenerator[bytes, None]:
-    """Queue a request and yield its answer; errors before the first bytes are raised, later errors
-    become part of the stream.
+    """Queue a request and yield its answer as bytes.
+
+    An error before the first bytes is raised; a later error becomes part of the stream.
     """
     seconds = service.settings.request_timeout
     deadline = asyncio.get_running_loop().time() + seconds
@@ -242,13 +249,13 @@ async def _answer_bytes(
         service.worker.leave(queued)
 
 
-async def _service(request: Request) -> Service:  # async, or FastAPI would use a thread pool
+async def _service(request: Request) -> Service:  # FastAPI would run a plain def in a thread pool
     service: Service = request.app.state.service
     return service
 
 
 async def _with_runs(request: Request) -> Service:
-    """The service, if clients may see past runs, which contain prompts."""
+    """The service; raises ``APIError`` if clients must not see past runs, which contain prompts."""
     service = await _service(request)
     if len(service.settings.keys) > 1:
         text = "a server with several keys does not show past runs, because they contain prompts"
@@ -274,7 +281,7 @@ async def models(service: Serving) -> Response:
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, service: Serving) -> Response:
-    """The served model, by its name."""
+    """The served model, if ``name`` is its ID or an alias."""
     if name not in service.reader.names:
         raise APIError(404, "there is no such model: see /v1/models", code="model_not_found")
     return _json(service.model())
@@ -288,7 +295,7 @@ async def chat(body: ChatBody, request: Request, service: Serving) -> Response:
 
 @router.post("/v1/completions")
 async def completion(body: CompletionBody, request: Request, service: Serving) -> Response:
-    """A completion of texts or of token ids."""
+    """A completion of texts or of token IDs."""
     return await _answer(service, request, body)
 
 
@@ -300,7 +307,7 @@ async def events(body: ChatBody, request: Request, service: Serving) -> Response
 
 @router.get("/api/methods")
 async def methods(service: Serving) -> Response:
-    """Methods and drift rules for requests, the defaults and the limits."""
+    """Methods and drift rules that requests can use, with the defaults and the limits."""
     return _json(service.methods())
 
 
@@ -343,7 +350,7 @@ async def metrics(service: Serving) -> Response:
 
 @router.get("/", include_in_schema=False)
 async def page() -> Response:
-    """The window."""
+    """The web page."""
     return FileResponse(window.STATIC / "index.html")
 
 
@@ -354,7 +361,7 @@ def _json(data: Any) -> Response:
 async def _answer(
     service: Service, request: Request, body: Common, shape: RecordFormat | Format | None = None
 ) -> Response:
-    """The answer in OpenAI's form, or in ``shape``."""
+    """The answer to a request, in OpenAI's format or in ``shape``."""
     client, request_id = request.scope["dart"]["client"], request.scope["dart"]["request_id"]
     async with service.reading:
         requests = await asyncio.to_thread(service.reader.requests, body, request_id, client)
@@ -368,11 +375,11 @@ async def _answer(
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> NoReturn:
-    """Convert to an error in OpenAI's form; errors of body limits are its cause."""
+    """Raise ``error`` as an ``APIError``.  If a body limit caused it, its cause is one already."""
     if isinstance(error.__cause__, APIError):
         raise error.__cause__
     if error.status_code == 404:
-        text = "there is no such address: /openapi.json lists all, such as /v1/chat/completions"
+        text = "there is no such address: GET /openapi.json lists all addresses"
         raise APIError(404, text, code="not_found")
     if error.status_code == 405:
         allow = dict(error.headers or {}).get("Allow", "")

@@ -24,10 +24,10 @@ try:
 except ImportError:
     raise MissingExtra("uvicorn", "serve") from None
 
-CONNECTIONS = 512  # simultaneous connections; others get 503
-KEEP_ALIVE_SECONDS = 15
+CONNECTIONS = 512  # maximum number of simultaneous connections; others get status 503
+KEEP_ALIVE_SECONDS = 15  # an idle connection is closed after this time
 
-WARM_CHARACTERS, WARM_TOKENS = 400, 4
+WARM_CHARACTERS, WARM_TOKENS = 400, 4  # the warm-up's prompt in characters, its answers in tokens
 
 LAST_SECONDS = 5  # added to the grace period, to send the last bytes of answers
 
@@ -40,7 +40,7 @@ class Server(uvicorn.Server):
         self.service = service
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop the service in the background, because open connections wait for it to end."""
+        """Close the sockets, and stop the service while open connections receive its last bytes."""
         for server in self.servers:
             server.close()
         ending = asyncio.create_task(asyncio.to_thread(self.service.close))
@@ -49,7 +49,7 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; raises ``ConfigError`` if the address is not available."""
+    """Open a listening socket; raises ``ConfigError`` if the address is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -69,7 +69,7 @@ def page_address(settings: ServeSettings, listening: socket.socket) -> str:
 
 
 def serve(settings: ServeSettings, ui: Ui) -> None:
-    """Serve until SIGINT or SIGTERM; then detach the model."""
+    """Load the model and serve it until SIGINT or SIGTERM, then detach the engine from it."""
     from dart_llm.engine.engine import Engine
     from dart_llm.server.app import build
 
@@ -97,13 +97,13 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
                 service.worker.start(lambda: warm_up(engine, tokenizer, configs, facts.context))
             page = page_address(settings, listening)
             ui.say(f"serving {facts.name} at {page} (Ctrl-C ends)")
-            if settings.open:  # some browsers return only when they are closed
+            if settings.open:  # in a thread, because some browsers return only when they are closed
                 threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
             server = Server(server_config(build(service), settings), service)
             with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again
                 server.run(sockets=[listening])
         finally:
-            with contextlib.suppress(AttachError):  # if an answer still runs on the model
+            with contextlib.suppress(AttachError):  # raised if an answer still runs on the model
                 engine.close()
     ui.say("ended")
 
@@ -111,9 +111,9 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
 def warm_up(
     engine: Any, tokenizer: Any, configs: Sequence[PruneConfig], context: int | None = None
 ) -> None:
-    """Generate a few tokens, dense and with every method, so that the first requests are fast.
+    """Generate a few tokens, dense and with every configuration, to make the first requests fast.
 
-    Runs in the model's thread, where OpenMP then creates its thread pool.
+    This must run in the model's thread, so that OpenMP creates its thread pool there.
     """
     ids = tuple(tokenizer(read(subjects()[0])[:WARM_CHARACTERS], verbose=False).input_ids)
     if context is not None:
@@ -123,7 +123,7 @@ def warm_up(
 
 
 def server_config(application: Any, settings: ServeSettings) -> uvicorn.Config:
-    """uvicorn's configuration: no log, no ``server`` header, no proxy headers."""
+    """The configuration of uvicorn, without its log, its ``server`` header and proxy headers."""
     return uvicorn.Config(
         application,
         log_level="critical",

@@ -1,7 +1,7 @@
-"""Bodies of requests and answers in OpenAI's form; limits on tokens.
+"""Request bodies and answers in OpenAI's format, and limits on their numbers of tokens.
 
-Like OpenAI, the server refuses unknown fields.  It also refuses fields of OpenAI that it does not
-support, unless their value has no effect, and ignores those that cannot change an answer.
+Like OpenAI, the server refuses unknown fields.  It also refuses OpenAI fields that it does not
+support, unless their value has no effect.  It ignores OpenAI fields that cannot change an answer.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ TYPES = {
     500: "server_error",
     503: "unavailable_error",
 }
-"""``error.type`` by status; ``invalid_request_error`` for all others."""
+"""``error.type`` by HTTP status; every other status has ``invalid_request_error``."""
 
 
 class APIError(Exception):
-    """Ends a request with an HTTP status and one sentence for the client.
+    """An error that ends a request with an HTTP status and one sentence for the client.
 
-    ``param``: the invalid field; ``code``: a name for programs, by default ``invalid_value`` for
-    status 400; ``headers``: of the response.
+    ``param`` names the invalid field.  ``code`` names the error for programs; status 400 has the
+    default ``invalid_value``.  ``headers`` are added to the response.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class APIError(Exception):
         self.headers = dict(headers or {})
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"error": {message, type, param, code}}``."""
+        """The error in OpenAI's format: ``{"error": {message, type, param, code}}``."""
         kind = TYPES.get(self.status, "invalid_request_error")
         details = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": details}
 
 
-# Bodies.
+# Request bodies.
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -83,36 +83,35 @@ Name = Annotated[str, Field(max_length=256)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
 
 Texts = Annotated[list[str], Field(fail_fast=True)]
-"""A list, possibly long, of which only the first error is reported."""
-
+"""Text prompts.  Validation stops at the first error, because lists of prompts can be long."""
 
 Tokens = Annotated[int, Field(ge=-1)]
-"""A number of tokens; clients of llama.cpp send -1 for "as many as fit"."""
+"""A number of tokens; clients of llama.cpp send -1, which means "as many as fit"."""
 
 IGNORED = (
     "metadata parallel_tool_calls prompt_cache_key prompt_cache_retention reasoning_effort "
     "safety_identifier service_tier store verbosity"
 ).split()
-"""Fields of OpenAI that cannot change an answer of this server."""
+"""OpenAI fields that are ignored, because they cannot change an answer of this server."""
 
 UNSUPPORTED = (
     "audio best_of frequency_penalty function_call functions logit_bias modalities prediction "
     "presence_penalty response_format suffix tool_choice tools web_search_options"
 ).split()
-"""Fields of OpenAI that are refused unless their value has no effect."""
+"""OpenAI fields that are refused unless their value is in ``NEUTRAL``."""
 
 NEUTRAL: tuple[Any, ...] = (None, 0, "", [], {}, "none", "auto", ["text"], {"type": "text"})
-"""Values without effect."""
+"""Values that turn a feature off or request its default, so that they need no support."""
 
 
 class Body(BaseModel):
-    """Strict: no strings for numbers, no unknown fields, only finite numbers."""
+    """Base of request bodies: refuses unknown fields, inf, NaN, and strings in place of numbers."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Dart(Body):
-    """How this request is pruned; missing fields are taken from the server's settings."""
+    """How the answer to this request is pruned; missing fields take the server's settings."""
 
     method: Name | None = None
     sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -127,7 +126,7 @@ class TextPart(Body):
 
 
 class Message(Body):
-    """A message; only an assistant's may lack ``content``; ``reasoning_content`` is ignored."""
+    """A message; only an assistant's may lack ``content``.  ``reasoning_content`` is ignored."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
@@ -142,7 +141,7 @@ class Message(Body):
     @model_validator(mode="after")
     def _has_content(self) -> Message:
         if self.content is None and self.role != "assistant":
-            raise PydanticCustomError("missing", "role {role} needs a content", {"role": self.role})
+            raise PydanticCustomError("missing", "role {role} needs content", {"role": self.role})
         return self
 
     @property
@@ -153,7 +152,7 @@ class Message(Body):
 
 
 class Common(Body):
-    """Fields of both kinds of completion."""
+    """Fields that chat completions and text completions share."""
 
     model: Name | None = None
     stream: bool | None = None
@@ -170,7 +169,7 @@ class Common(Body):
     @model_validator(mode="before")
     @classmethod
     def _supported_fields(cls, data: Any) -> Any:
-        """The supported fields; raises ``APIError`` for unknown and unsupported fields."""
+        """Return only the supported fields; raise ``APIError`` for unknown and unsupported ones."""
         if not isinstance(data, dict):
             return data
         for name, value in data.items():
@@ -195,9 +194,10 @@ class ChatBody(Common):
 
 
 class CompletionBody(Common):
-    """Body of ``POST /v1/completions``; ``prompt``: a text or token ids, or a list of these.
+    """Body of ``POST /v1/completions``.
 
-    ``echo``: the answer begins with the prompt, also in ``logprobs``.
+    ``prompt`` is a text, a list of token IDs, or a list of either.  If ``echo`` is true, the answer
+    begins with the prompt, and ``logprobs`` cover the prompt too.
     """
 
     prompt: str | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)]
@@ -206,19 +206,22 @@ class CompletionBody(Common):
 
 
 def _hint(name: str, names: Iterable[str]) -> str:
-    """A hint with the most similar name, if any; compares only the beginning of long names."""
-    near = difflib.get_close_matches(name[:100], names, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    """A hint such as "; did you mean top_p?", or "" if no name in ``names`` is similar.
+
+    Only the first 100 characters of ``name`` are compared.
+    """
+    similar = difflib.get_close_matches(name[:100], names, n=1, cutoff=0.6)
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 BRANCHES = ("body", "str", "int", "constrained-str")
-"""Parts of an error's location that are not fields: the whole body and branches of unions."""
+"""Parts of pydantic's error locations that are not fields: the body and branches of unions."""
 
 
 def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """The most helpful of a body's validation errors: the field and what is wrong with it.
+    """The most helpful of a body's validation errors, with the field and what is wrong with it.
 
-    In a union, this is the error of the branch that matched most of the value.
+    In a union, this is the error of the type that matched most of the value.
     """
     if errors[0]["type"] == "json_invalid":
         return APIError(400, "the body is not valid JSON in UTF-8", code="invalid_json")
@@ -234,19 +237,19 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
     return APIError(400, f"{where or 'body'}: {what}{hint}", where or None, code)
 
 
-# From bodies to requests.
+# From request bodies to requests to the engine.
 
-COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions, as at OpenAI
-SMALLEST_TOP_P = 1e-6  # for top_p 0: only the likeliest token
-CHARACTERS = 4  # per token, roughly; of longer texts, the beginning is tokenised first
-CUT_TOKENS = 64  # margin: cutting a text can change and add tokens at the cut
+COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions, as in OpenAI's API
+SMALLEST_TOP_P = 1e-6  # replaces top_p 0, so that only the likeliest token can be sampled
+CHARACTERS = 4  # per token, roughly; if a text is longer, its beginning is tokenised first
+CUT_TOKENS = 64  # margin, because cutting a text can change and add tokens at the cut
 
 
 class RequestReader:
-    """Turns bodies into requests to the engine, within the model's and the server's limits.
+    """Turns request bodies into requests to the engine, within the limits of model and server.
 
-    ``names``: the model's id and its aliases.  ``context``: its context length in tokens, None:
-    unknown.  ``vocabulary``: the number of token ids.
+    ``names``: the model's ID and its aliases.  ``context``: its context length in tokens; None
+    means unknown.  ``vocabulary``: the number of token IDs.
     """
 
     def __init__(
@@ -261,7 +264,7 @@ class RequestReader:
         self.context, self.vocabulary = context, vocabulary
         limits = (settings.max_prompt_tokens, context)
         self.longest = min((limit for limit in limits if limit is not None), default=None)
-        """Largest number of tokens of a prompt; None: unknown."""
+        """Maximum number of tokens in a prompt; None means that no limit is known."""
         self._default = settings.prune_config()
 
     def requests(self, body: Common, request_id: str, client: str) -> list[GenerationRequest]:
@@ -272,8 +275,8 @@ class RequestReader:
         config = self.config(body.dart)
         if isinstance(body, ChatBody):
             prompts, scored = [self._chat_ids(body.messages)], False
-            newer = body.max_completion_tokens
-            max_tokens = body.max_tokens if newer is None else newer
+            newer_field = body.max_completion_tokens
+            max_tokens = body.max_tokens if newer_field is None else newer_field
             if body.top_logprobs and not body.logprobs:
                 raise APIError(400, "top_logprobs requires logprobs: true", "top_logprobs")
             logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -298,7 +301,7 @@ class RequestReader:
             raise APIError(400, str(error)) from None
 
     def _chat_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of a conversation by the model's chat template."""
+        """Token IDs of a conversation, formatted by the model's chat template."""
         code = None if getattr(self.tokenizer, "chat_template", None) else "no_template"
         roles = {"developer": "system"}
         plain = [{"role": roles.get(m.role, m.role), "content": m.text} for m in messages]
@@ -312,6 +315,7 @@ class RequestReader:
         return self._ids(text, add_special_tokens=False)
 
     def _completion_ids(self, body: CompletionBody) -> list[tuple[int, ...]]:
+        """Token IDs of every prompt in the body."""
         prompts: Any = body.prompt
         limit = self.settings.max_prompts
         if isinstance(prompts, str) or all(isinstance(part, int) for part in prompts):
@@ -327,10 +331,10 @@ class RequestReader:
         return [self._ids(ids) if isinstance(ids, str) else tuple(ids) for ids in prompts]
 
     def _ids(self, text: str, **options: Any) -> tuple[int, ...]:
-        """Token ids of ``text``.
+        """Token IDs of ``text``.
 
-        Raises ``APIError`` as soon as the beginning is too long, so that no text takes more work
-        than the longest prompt.
+        Raises ``APIError`` as soon as the beginning of ``text`` is too long.  A very long text thus
+        takes hardly more work than the longest allowed prompt.
         """
         if not is_text(text):
             raise APIError(400, "a text contains half a character (a lone surrogate): remove it")
@@ -345,23 +349,27 @@ class RequestReader:
         return tuple(self.tokenizer(text, verbose=False, **options).input_ids)
 
     def _sampling(
-        self, body: Common, prompt: int, requested: int | None, logprobs: int | None, scored: bool
+        self, body: Common, length: int, requested: int | None, logprobs: int | None, scored: bool
     ) -> Sampling:
+        """Sampling settings for a prompt of ``length`` tokens.
+
+        ``requested``: max_tokens.  ``scored``: True if the prompt's log probabilities are returned.
+        """
         settings, n = self.settings, body.n or 1
         if n > settings.max_choices:
             raise APIError(400, f"n {n} is too large: at most {settings.max_choices}", "n")
-        tokens = self._max_tokens(prompt, requested, scored)
+        tokens = self._max_tokens(length, requested, scored)
         temperature = settings.temperature if body.temperature is None else body.temperature
         top_p = 1.0 if body.top_p is None else max(SMALLEST_TOP_P, body.top_p)
         stops = [body.stop] if isinstance(body.stop, str) else body.stop or ()
         return Sampling(tokens, temperature, top_p, body.seed, n, tuple(stops), logprobs, scored)
 
-    def _max_tokens(self, prompt: int, requested: int | None, scored: bool) -> int:
-        """Largest number of answer tokens after ``prompt`` tokens: as requested, if they fit."""
-        if not prompt:
+    def _max_tokens(self, length: int, requested: int | None, scored: bool) -> int:
+        """Maximum number of answer tokens after ``length`` prompt tokens."""
+        if not length:
             raise APIError(400, "the prompt is empty: give at least one word", "prompt")
-        if self.longest is not None and prompt > self.longest:
-            raise _too_long(self.longest, str(prompt))
+        if self.longest is not None and length > self.longest:
+            raise _too_long(self.longest, str(length))
         if requested == 0 and scored:
             return 0
         if requested == 0:
@@ -369,15 +377,16 @@ class RequestReader:
             raise APIError(400, text, "max_tokens")
         room = self.settings.max_tokens
         if self.context is not None:
-            room = min(room, self.context - prompt)
+            room = min(room, self.context - length)
         if not room:
-            raise _too_long(self.context, f"{prompt}, which leaves no room for an answer,")
+            raise _too_long(self.context, f"{length}, which leaves no room for an answer,")
         return room if requested in (None, -1) else min(room, requested)
 
     def config(self, dart: Dart | None) -> PruneConfig | None:
-        """The configuration of a request; None: the dense model, also for sparsity 0.
+        """The pruning configuration of a request; None selects the dense model.
 
-        Raises ``APIError`` for invalid values, and for a method that would first have to calibrate.
+        Sparsity 0 also selects the dense model.  Raises ``APIError`` for invalid values, and for a
+        method that would first have to calibrate.
         """
         dart = dart or Dart()
         config, param = self._default, "dart.method"
@@ -388,10 +397,10 @@ class RequestReader:
             changes["drift"] = {"rule": dart.drift}
         try:
             if dart.method not in (None, config.method):
-                other = METHODS.get_listed(str(dart.method))
-                if config.sparsity and "sparsity" not in changes and removes_neurons(other.method):
+                preset = METHODS.get_listed(str(dart.method))
+                if config.sparsity and "sparsity" not in changes and removes_neurons(preset.method):
                     changes["sparsity"] = config.sparsity
-                config = other
+                config = preset
             param = "dart"
             config = config.replace(changes)
         except ConfigError as error:
@@ -402,12 +411,11 @@ class RequestReader:
         if config.target == 0 and (dart.sparsity == 0 or not config.screens):
             return None
         if not is_ready(config.method, self.settings):
-            # two remedies: start a server with this method, or use a method that is ready
             ready = self.settings.ready
             text = (
                 f"method {config.method} was not prepared when the server started: start the "
                 f"server with --methods {','.join((*ready, config.method))}, or use method "
-                f"{' or '.join(ready)} (GET /api/methods lists all that are ready)"
+                f"{' or '.join(ready)} (GET /api/methods lists the methods that are ready)"
             )
             raise APIError(400, text, "dart.method", "method_not_ready")
         return config
@@ -421,23 +429,24 @@ def is_ready(method: str, settings: ServeSettings) -> bool:
 
 
 def _too_long(limit: int | None, tokens: str) -> APIError:
-    """An error with OpenAI's wording, by which clients recognise it."""
+    """The error for a prompt of ``tokens`` tokens, in OpenAI's words, which clients recognise."""
     text = f"This model's maximum context length is {limit} tokens, but the prompt has {tokens} "
     return APIError(400, text + "tokens: shorten it", code="context_length_exceeded")
 
 
 def _conversation(body: Common, client: str, config: PruneConfig | None) -> str | None:
-    """The conversation's name in the engine, if the request names a conversation.
+    """The engine's name for the request's conversation; None if the request names none.
 
-    The name includes client and user, so that nobody else can continue or overwrite it.  The dense
-    side of a conversation has another name, so that both sides of a comparison continue.
+    The name includes client and user, so that nobody else can continue or overwrite the
+    conversation.  Dense and pruned answers have separate conversations, so that a comparison can
+    continue both.
     """
     name = body.dart.conversation if body.dart else None
     side = "dense" if config is None else "pruned"
     return None if name is None else json.dumps([client, body.user, side, name])
 
 
-# From the engine's records to answers, complete or in chunks.
+# From the engine's records (events, such as a token or a new mask) to answers.
 
 Json = dict[str, Any]
 
@@ -445,24 +454,24 @@ ACCOUNTING = (
     "method requested_sparsity achieved_sparsity sparsity_while_pruned dense_token_share "
     "decoded_tokens remasks remask_causes executor ffn_bytes_share bytes_limit extra_memory_bytes"
 ).split()
-"""Fields of the run's report under ``dart`` in an answer; ``/api/events`` has all fields."""
+"""Fields of the engine's report that answers have under ``dart``; ``/api/events`` has all."""
 
 
 def json_bytes(data: Any) -> bytes:
-    """Compact JSON; inf and NaN become null."""
+    """``data`` as compact JSON; inf and NaN become null."""
     return json.dumps(finite(data), separators=(",", ":"), allow_nan=False).encode()
 
 
 def sse(data: Any) -> bytes:
-    """One server-sent event."""
+    """``data`` as one server-sent event."""
     return b"data: " + json_bytes(data) + b"\n\n"
 
 
 class RecordFormat:
-    """Every record of the request as the engine emits it, for ``POST /api/events``.
+    """The format of ``POST /api/events``: every record, as the engine emits it.
 
-    ``on_record``: the bytes to send for a record, possibly none; ``end``: the bytes after the last
-    record; ``error``: the last bytes of an answer that failed after it began.
+    ``on_record`` returns the bytes to send for a record, possibly none.  ``end`` returns the bytes
+    after the last record, and ``error`` the last bytes of an answer that failed after it began.
     """
 
     streams = True
@@ -478,7 +487,7 @@ class RecordFormat:
 
 
 class PromptScore(NamedTuple):
-    """Score of a prompt token, with fields as in ``Token``; the first token has no logprob."""
+    """A prompt token's log probability, with fields as in ``Token``; None for the first token."""
 
     piece: str
     logprob: float | None
@@ -489,8 +498,9 @@ def _chat_logprobs(tokens: Sequence[Token | PromptScore]) -> Json:
     """``logprobs`` of a choice of a chat completion."""
 
     def entry(text: str, logprob: float | None) -> Json:
-        whole = "\ufffd" not in text  # the bytes of an incomplete character are unknown
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+        # the bytes of an incomplete character are unknown
+        data = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": data}
 
     content = [
         {
@@ -503,7 +513,7 @@ def _chat_logprobs(tokens: Sequence[Token | PromptScore]) -> Json:
 
 
 def _text_logprobs(tokens: Sequence[Token | PromptScore], offset: int) -> Json:
-    """``logprobs`` of a choice of a completion; ``offset``: characters before the first token."""
+    """``logprobs`` of a choice of a completion; ``offset`` characters precede the first token."""
     lengths = (len(token.piece) for token in tokens)
     # of two tokens with the same text, such as parts of characters, the likelier is kept
     tops = [
@@ -522,7 +532,7 @@ def _text_logprobs(tokens: Sequence[Token | PromptScore], offset: int) -> Json:
 class Choice:
     """One of the answers: its text and tokens so far, and the number of tokens ``sent``.
 
-    ``echo``: the prompt, if the answer repeats it.
+    ``echo``: the prompt's text if the answer repeats it, else "".
     """
 
     echo: str = ""
@@ -532,9 +542,9 @@ class Choice:
 
 
 class Format:
-    """Builds an answer in OpenAI's form from records, complete or as a stream of chunks.
+    """OpenAI's format: builds an answer from records, complete or as a stream of chunks.
 
-    With several ``prompts``, choices are ordered by prompt.
+    With several ``prompts``, the choices of the first prompt come first.
     """
 
     def __init__(self, body: Common, model: str, sampling: Sampling, prompts: int = 1) -> None:
@@ -546,7 +556,7 @@ class Format:
         self.n, self.prompts = sampling.n, prompts
         self.choices = [Choice() for _ in range(sampling.n * prompts)]
         self.done: list[Done] = []
-        """One record per answered prompt."""
+        """The last record of every answered prompt."""
         self._prompt: list[str] = []
         name = f"{'chatcmpl' if self.chat else 'cmpl'}-{token_hex(12)}"
         kind = "chat.completion" if self.chat else "text_completion"
@@ -554,7 +564,7 @@ class Format:
         self._head = {"id": name, "object": kind, "created": int(time.time()), "model": model}
 
     def on_record(self, record: Record) -> bytes:
-        """The chunks of a record; nothing if the answer is not streamed."""
+        """The chunks to send for a record; empty if the answer is not streamed."""
         chunks = []
         if isinstance(record, Start) and self.chat:
             opening = {"delta": {"role": "assistant", "content": ""}}
@@ -572,7 +582,7 @@ class Format:
         return b"".join(chunks) if self.streams else b""
 
     def end(self) -> bytes:
-        """The complete answer; nothing at the end of a stream."""
+        """The complete answer; empty if it was streamed."""
         if self.streams:
             return b""
         if len(self.done) != self.prompts:
@@ -581,7 +591,7 @@ class Format:
         choices = [
             {
                 "index": index,
-                **self._content(choice.text, whole=True),
+                **self._content(choice.text, complete=True),
                 "logprobs": self._logprobs(choice.tokens[: choice.sent], 0),
                 "finish_reason": reasons[index],
             }
@@ -593,10 +603,10 @@ class Format:
         """The last event of a failed stream; OpenAI's clients raise it as an exception."""
         return sse(error.to_dict()) if self.streams else b""
 
-    def _content(self, text: str, whole: bool = False) -> Json:
+    def _content(self, text: str, complete: bool = False) -> Json:
         if not self.chat:
             return {"text": text}
-        if whole:
+        if complete:
             return {"message": {"role": "assistant", "content": text, "refusal": None}}
         return {"delta": {"content": text}}
 
@@ -611,7 +621,7 @@ class Format:
         return range(first, first + self.n)
 
     def _new_texts(self, record: Record) -> list[tuple[int, str]]:
-        """The choices that get new text with this record, and the text."""
+        """The choices to which this record adds text, and that text."""
         if isinstance(record, Token):
             index = self._current()[record.choice]
             self.choices[index].tokens.append(record)
@@ -634,7 +644,7 @@ class Format:
         return rests
 
     def _echoed(self, scores: list[PromptScore]) -> list[tuple[int, str]]:
-        """Begin each choice of the prompt with the prompt itself."""
+        """Begin each choice with the prompt and its scores; return the choices and their text."""
         text = "".join(self._prompt)
         for index in self._current():
             self.choices[index].echo = text
@@ -643,15 +653,15 @@ class Format:
 
     def _last_chunks(self, current: range, record: Done) -> list[bytes]:
         """The last chunks of a prompt's choices; after the last prompt, the end of the stream."""
-        ended, chunks, extras = len(self.done) == self.prompts, [], _accounting(self.done)
+        is_last, chunks, extras = len(self.done) == self.prompts, [], _accounting(self.done)
         usage = extras.pop("usage")
         closing: Json = {"delta": {}} if self.chat else {"text": ""}
         for index, reason in zip(current, record.finish, strict=True):
-            last = extras if ended and index == current[-1] else {}
-            chunks.append(self._chunk(index, closing, None, reason, last))
-        if ended and self.with_usage:
+            added = extras if is_last and index == current[-1] else {}
+            chunks.append(self._chunk(index, closing, None, reason, added))
+        if is_last and self.with_usage:
             chunks.append(sse({**self._head, "choices": [], **extras, "usage": usage}))
-        return [*chunks, b"data: [DONE]\n\n"] if ended else chunks
+        return [*chunks, b"data: [DONE]\n\n"] if is_last else chunks
 
     def _chunk(
         self,
@@ -667,9 +677,10 @@ class Format:
 
 
 def _accounting(answered: Sequence[Done]) -> Json:
-    """``usage`` of all prompts with OpenAI's names, ``timings`` with llama.cpp's, and ``dart``.
+    """The entries ``usage``, ``timings`` and ``dart`` of an answer.
 
-    The last two are lists if there are several prompts.
+    ``usage`` is the sum over all prompts, with OpenAI's names.  ``timings`` has llama.cpp's names;
+    it and ``dart`` are lists if there are several prompts.
     """
     prompt = sum(done.usage.prompt_tokens for done in answered)
     completion = sum(done.usage.completion_tokens for done in answered)

@@ -1,6 +1,7 @@
-"""The server apart from HTTP: the model's thread and its queue, metrics.
+"""The server without HTTP: the thread that runs the model, its queue of requests, and metrics.
 
-The only file that imports prometheus-client.
+A record is an event that the engine emits while it answers, such as a token or a new mask.  This is
+the only file that imports prometheus-client.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ except ImportError:
 
 logger = logging.getLogger("dart_llm.serve")
 
-LONGEST_WAIT = 60  # seconds; upper limit of Retry-After
-LAST_TOKEN_SECONDS = 10.0  # for a cancelled answer to release the model when the server ends
-LARGEST_SHARE = 0.75  # of the queue, for a single client
+LONGEST_WAIT = 60  # seconds; largest value of the Retry-After header
+LAST_TOKEN_SECONDS = 10.0  # time for a cancelled answer to release the model at shutdown
+LARGEST_SHARE = 0.75  # largest fraction of the queue that one client may occupy
 
 END_OF_STREAM = object()
-"""The last item of a mailbox."""
+"""The last item in the mailbox of a request that ends without an error."""
 
 
 class QueuedRequest:
-    """A waiting or running request; its mailbox gets the engine's records.
+    """A waiting or running request; the engine's records arrive in its mailbox, ``mail``.
 
-    A mailbox ends with ``END_OF_STREAM``, or with the ``APIError`` that ended the request.
-    ``prompts``: the engine runs them one after the other.
+    The last item in the mailbox is ``END_OF_STREAM``, or the ``APIError`` that ended the request.
+    The engine runs the ``prompts`` one after the other.
     """
 
     def __init__(self, prompts: Sequence[GenerationRequest], client: str) -> None:
@@ -57,21 +58,21 @@ class QueuedRequest:
         self.mail: asyncio.Queue[Any] = asyncio.Queue()
         self.submitted = self.started = time.perf_counter()
         self.answering = False
-        """Whether the first token was generated."""
+        """True once the first token was generated."""
         self._loop = asyncio.get_running_loop()
         self._cancelled = threading.Event()
 
     def put(self, item: Any) -> None:
-        """Add ``item`` to the mailbox, from any thread.  No effect on a closed event loop."""
+        """Add ``item`` to the mailbox, from any thread; do nothing if the event loop is closed."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.mail.put_nowait, item)
 
     def cancelled(self) -> bool:
-        """Whether the engine should stop; it checks after every token."""
+        """Whether the request was cancelled; the engine checks this after every token."""
         return self._cancelled.is_set()
 
     def cancel(self, reason: APIError | None = None) -> None:
-        """Release the model at the next token; the client gets ``reason``.  Thread-safe."""
+        """Make the engine stop at its next token; the client gets ``reason``.  Thread-safe."""
         if not self._cancelled.is_set():
             self._cancelled.set()
             self.put(reason or END_OF_STREAM)
@@ -80,8 +81,8 @@ class QueuedRequest:
 class Worker:
     """Runs requests in order of arrival, in its own thread.
 
-    ``on_record`` gets every record, in that thread.  ``log_messages``: also log the messages of
-    exceptions, which may quote prompts.
+    That thread calls ``on_record`` for every record.  If ``log_messages`` is true, the messages of
+    exceptions are logged too; they may quote prompts.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Worker:
         self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
 
     def start(self, warm_up: Callable[[], None] = lambda: None) -> None:
-        """Run ``warm_up`` in the model's thread, then accept requests; raises what it raises."""
+        """Start the thread, wait until it ran ``warm_up``, and raise any error of ``warm_up``."""
         self._warm_up = warm_up
         self._thread.start()
         self._ready.result()
@@ -118,13 +119,16 @@ class Worker:
         return self._thread.is_alive() and not self._stopping
 
     def submit(self, queued: QueuedRequest) -> None:
-        """Queue a request; raises ``APIError``: 429 if the queue is full, 503 while stopping."""
+        """Queue a request.
+
+        Raises ``APIError``: 429 if the queue or the client's share of it is full, 503 at shutdown.
+        """
         with self._changed:
             if self._stopping:
                 raise _shutting_down()
             of_client = sum(other.client == queued.client for other in self._queue)
-            share = max(1, int(self.max_waiting * LARGEST_SHARE))
-            if self.waiting >= self.max_waiting or of_client >= share:
+            client_limit = max(1, int(self.max_waiting * LARGEST_SHARE))
+            if self.waiting >= self.max_waiting or of_client >= client_limit:
                 seconds = min(LONGEST_WAIT, max(1, math.ceil(self._mean_seconds * self.waiting)))
                 message = f"too many requests are waiting: try again in {seconds} s"
                 headers = {"retry-after": str(seconds)}
@@ -140,7 +144,7 @@ class Worker:
                 self._queue.remove(queued)
 
     def stop(self, grace: float) -> None:
-        """Refuse waiting requests, and cancel the running request after ``grace`` seconds.
+        """Refuse waiting requests; cancel the running one if it does not end in ``grace`` seconds.
 
         Returns within ``grace + LAST_TOKEN_SECONDS`` seconds.
         """
@@ -170,13 +174,13 @@ class Worker:
             del queued  # frees its records before the next request arrives
 
     def _next(self) -> QueuedRequest | None:
-        """Wait for the next request; None when the worker stops."""
+        """Wait for the next request and return it; return None when the worker stops."""
         with self._changed:
             last, self.running = self.running, None
             if last and last.prompts and self._stopping:
                 last.cancel(_shutting_down())
             if last and last.prompts and not last.cancelled():
-                self._queue.append(last)  # other requests run between its prompts
+                self._queue.append(last)  # so that other requests run between its prompts
             while not self._queue and not self._stopping:
                 self._changed.wait()
             self.running = self._queue.popleft() if self._queue else None
@@ -208,7 +212,10 @@ def _shutting_down() -> APIError:
 
 
 def internal_error(request_id: str, error: BaseException, with_message: bool) -> APIError:
-    """Log an error and its traceback; its message, which may quote texts, if ``with_message``."""
+    """Log an error with its traceback, and return the ``APIError`` that the client gets.
+
+    ``with_message``: if true, also log the error's message, which may quote prompts.
+    """
     message = f": {error}" if with_message else ""
     logger.error("%s failed with %s%s", request_id, type(error).__name__, message)
     for frame in traceback.extract_tb(error.__traceback__):
@@ -226,7 +233,7 @@ COUNTERS = {
     "finished": ("Finished answers.", "method", "reason"),
     "busy_seconds": ("Seconds in which the model was in use.",),
 }
-"""Counters with their help and labels."""
+"""Counters by name: the help text, then the names of the labels."""
 
 HISTOGRAMS = {
     "queue_seconds": "Seconds from arrival to start.",
@@ -238,7 +245,7 @@ SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
 class Metrics:
-    """The numbers of ``/metrics``."""
+    """The counters, gauges and histograms that ``/metrics`` returns."""
 
     def __init__(self, worker: Worker) -> None:
         self.registry = CollectorRegistry()
@@ -280,12 +287,12 @@ class Metrics:
 
 
 LIMITS = ("max_tokens", "max_prompt_tokens", "max_prompts", "max_choices", "max_waiting")
-"""Settings in ``/api/methods``."""
+"""Settings that ``/api/methods`` lists as limits."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts about the served model.  ``name``: its id in requests."""
+    """Metadata of the served model; ``name`` is its ID in requests."""
 
     name: str
     aliases: tuple[str, ...]
@@ -295,22 +302,22 @@ class ModelFacts:
 
     @classmethod
     def from_model(cls, model: Any, requested: str) -> ModelFacts:
-        """``requested``: the value of ``--model``; a path does not become an alias."""
+        """Metadata of ``model``; ``requested`` (``--model``) is an alias unless it is a path."""
         facts = dict(checkpoint_facts(model))
         name = str(facts.get("name") or "model")
         is_alias = requested != name and not requested.startswith(("/", ".", "~"))
-        shown = ("name", "file_quantisation", "dtype", "weights", "parameters", "revision")
+        listed = ("name", "file_quantisation", "dtype", "weights", "parameters", "revision")
         return cls(
             name,
             (requested,) if is_alias else (),
             context_length(model),
             int(model.get_input_embeddings().num_embeddings),
-            {key: facts[key] for key in shown if key in facts},
+            {key: facts[key] for key in listed if key in facts},
         )
 
 
 class Service:
-    """One model behind one queue."""
+    """The served model with its queue, the reader of request bodies, and the metrics."""
 
     def __init__(
         self, engine: Engine, tokenizer: Any, facts: ModelFacts, settings: ServeSettings
@@ -321,7 +328,7 @@ class Service:
             tokenizer, settings, (facts.name, *facts.aliases), facts.context, facts.vocabulary
         )
         self.reading = asyncio.Lock()
-        """Locked while a request's prompts are tokenised, to limit memory."""
+        """Held while a request is tokenised: only one request at a time, to limit memory."""
         self.worker = Worker(
             engine,
             settings.max_waiting,
@@ -332,7 +339,7 @@ class Service:
         self.created = int(time.time())
 
     def close(self) -> None:
-        """Stop the worker, see ``Worker.stop``."""
+        """Stop the worker; see ``Worker.stop``."""
         self.worker.stop(self.settings.grace)
 
     def model(self) -> dict[str, Any]:
@@ -348,13 +355,14 @@ class Service:
         }
 
     def methods(self) -> dict[str, Any]:
-        """Values that requests can set under ``dart``, and the defaults."""
+        """The answer of ``/api/methods``: values that requests can set, defaults and limits."""
         config = self.reader.config(None)
-        preset = METHODS.get(self.settings.method)  # drift None: the method's default rule
+        preset = METHODS.get(self.settings.method)
         defaults = {
             "method": "dense" if config is None else config.method,
             "sparsity": 0.0 if config is None else config.target,
             "masking_step": None if config is None else config.masking_step,
+            # None: requests use the method's default drift rule
             "drift": None if config is None or config.drift == preset.drift else config.drift.rule,
             "temperature": self.settings.temperature,
         }

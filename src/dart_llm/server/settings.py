@@ -17,44 +17,48 @@ SHORTEST_KEY = 8
 
 
 class ServeSettings(BaseSettings):
-    """Settings of ``dart-llm serve``; None means "not given"."""
+    """Settings of ``dart-llm serve``; None means that a setting was not given."""
 
     UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name", "style")
 
     host: str = setting(
-        SERVER, "Address to listen on; a public address needs --api-key.", "127.0.0.1"
+        SERVER, "Listen on this address; a public address needs --api-key.", "127.0.0.1"
     )
-    port: int = setting(SERVER, "Port; 0 selects a free port.", 8000, ge=0, le=65535)
-    api_key: str | None = setting(SERVER, "API keys, comma-separated; DART_API_KEY is safer.")
-    allow_host: str | None = setting(SERVER, "More host names of this server, comma-separated.")
+    port: int = setting(SERVER, "Listen on this port; 0 selects a free port.", 8000, ge=0, le=65535)
+    api_key: str | None = setting(
+        SERVER, "Accept only these API keys, comma-separated; DART_API_KEY is safer."
+    )
+    allow_host: str | None = setting(
+        SERVER, "Also accept these names of this server in Host headers, comma-separated."
+    )
     open: bool = setting(SERVER, "Open the page in a browser.", False)
     methods: str | None = setting(
-        SERVER, "Methods to prepare before the first request, comma-separated (default: --method)."
+        SERVER, "Prepare these methods too before the first request, comma-separated."
     )
-    calibration: str | None = setting(SERVER, "Text for methods that calibrate (default: c4).")
+    calibration: str | None = setting(SERVER, "Calibrate methods on this text (default: c4).")
     temperature: float = setting(SERVER, "Default temperature; 0 is greedy.", 0.0, ge=0, le=2)
-    conversations: int = setting(SERVER, "Conversations whose cache is kept.", 4, ge=0)
-    max_waiting: int = setting(LIMITS, "Requests that may wait; others get 429.", 64, ge=1)
-    max_tokens: int = setting(LIMITS, "Largest number of tokens per answer.", 2048, ge=1)
+    conversations: int = setting(SERVER, "Keep the cache of this many conversations.", 4, ge=0)
+    max_waiting: int = setting(LIMITS, "Let this many requests wait; others get 429.", 64, ge=1)
+    max_tokens: int = setting(LIMITS, "Maximum number of tokens per answer.", 2048, ge=1)
     max_prompt_tokens: int | None = setting(
-        LIMITS, "Largest number of tokens per prompt (default: the model's context).", ge=1
+        LIMITS, "Maximum number of tokens per prompt (default: the model's context).", ge=1
     )
-    max_prompts: int = setting(LIMITS, "Prompts per request to /v1/completions.", 64, ge=1)
-    max_choices: int = setting(LIMITS, "Largest n (answers per prompt).", 4, ge=1)
-    max_body_kib: int = setting(LIMITS, "Largest request body in KiB.", 1024, ge=1)
+    max_prompts: int = setting(LIMITS, "Maximum prompts per /v1/completions request.", 64, ge=1)
+    max_choices: int = setting(LIMITS, "Maximum n (answers per prompt) of a request.", 4, ge=1)
+    max_body_kib: int = setting(LIMITS, "Maximum size of a request body in KiB.", 1024, ge=1)
     request_timeout: float = setting(
-        LIMITS, "Seconds per request, time in the queue included.", 600, ge=1, allow_inf_nan=False
+        LIMITS, "Maximum seconds per request, including the queue.", 600, ge=1, allow_inf_nan=False
     )
     grace: float = setting(
         LIMITS,
-        "Seconds that the running answer may take when the server stops.",
+        "Let the running answer take this many more seconds when the server stops.",
         10,
         ge=0,
         allow_inf_nan=False,
     )
     verbose: bool = setting(LOG, "Log one line per request to stderr, without texts.", False)
     log_prompts: bool = setting(
-        LOG, "Log prompts to stderr, and error messages, which may quote prompts.", False
+        LOG, "Log prompts and error messages (which may quote prompts) to stderr.", False
     )
 
     @model_validator(mode="after")
@@ -91,7 +95,7 @@ class ServeSettings(BaseSettings):
 
     @property
     def hosts(self) -> frozenset[str] | None:
-        """Names that are allowed in a request's Host header; None: any."""
+        """Host names that a request's Host header may have; None means any."""
         allowed = {name.lower() for name in words(self.allow_host)}
         if not allowed and not self.is_loopback:
             return None
@@ -105,7 +109,7 @@ class ServeSettings(BaseSettings):
         return tuple(dict.fromkeys((default, *words(self.methods))))
 
     def configs(self) -> tuple[PruneConfig, ...]:
-        """The default configurations of the methods in ``ready``."""
+        """The configurations to prepare, one for each method in ``ready``."""
         configs = [self.prune_config()]
         for name in self.ready[1:]:
             changes = {"sparsity": self.sparsity} if removes_neurons(name) else {}
@@ -114,5 +118,5 @@ class ServeSettings(BaseSettings):
 
 
 def removes_neurons(method: str) -> bool:
-    """Whether a method removes neurons and thus takes a sparsity."""
+    """Whether the method removes neurons, so that a sparsity can be set for it."""
     return bool(METHODS.get(method).sparsity != 0)

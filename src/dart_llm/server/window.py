@@ -1,4 +1,7 @@
-"""The window: its example prompts, past runs for ``/api/runs``, recordings as one HTML file."""
+"""Data of the server's web page (the "window"): example prompts, past runs, recorded answers.
+
+A recorded answer can also be written as one HTML file that plays without a server.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,13 @@ STATIC = Path(__file__).parent / "static"
 
 PROMPTS = "prompts.json"
 GREETING = "greeting.json"
-"""Records of an answer that is played before the first question (benchmarks/make_greeting.py)."""
+"""A recorded answer that plays before the first question (from benchmarks/make_greeting.py)."""
 
 Record = dict[str, Any]
 
 
 def ready_prompts(is_ready: Callable[[str], bool]) -> Record:
-    """The example prompts; if a prompt's method is not ready, it uses the server's settings."""
+    """The example prompts; a prompt whose method is not prepared uses the server's settings."""
     prompts = json.loads(_static(PROMPTS))
     for number, prompt in enumerate(prompts):
         method = prompt["dart"]["method"]
@@ -49,19 +52,19 @@ def ready_prompts(is_ready: Callable[[str], bool]) -> Record:
 # Past runs: only folders below the configured results folder.
 
 LARGEST_FILE = 8 << 20  # bytes; larger files of a run are not read
-MOST_RUNS = 500  # only the newest runs are listed
+MOST_RUNS = 500  # maximum number of listed runs; older runs are not listed
 
 REPORT = "report.html"
-"""The report page of a run."""
+"""File name of a run's report page."""
 
-FACTS = ("experiment", "time", "status", "kind", "models", "methods", "sparsities", "tasks")
-"""Facts of a run in the list, in addition to its name, start and duration."""
+RUN_FIELDS = ("experiment", "time", "status", "kind", "models", "methods", "sparsities", "tasks")
+"""Fields of a run in the list, besides its name, start and duration."""
 
 
 def list_runs(root: Path) -> Record:
-    """``runs``: facts of the newest runs below ``root``, newest first; ``total``: of all runs."""
+    """The newest ``runs`` below ``root``, newest first, and the ``total`` number of runs."""
     runs = list(_runs(root).items())
-    newest = [_facts(name, run) for name, run in reversed(runs[-MOST_RUNS:])]
+    newest = [_run_fields(name, run) for name, run in reversed(runs[-MOST_RUNS:])]
     return {"runs": newest, "total": len(runs)}
 
 
@@ -75,29 +78,29 @@ def _runs(root: Path) -> dict[str, Any]:
     return runs
 
 
-def _facts(name: str, run: Any) -> Record:
+def _run_fields(name: str, run: Any) -> Record:
     started = run.started and run.started.isoformat()
-    facts = {fact: getattr(run, fact) for fact in FACTS}
-    return {"name": name, "started": started, "seconds": run.seconds, **facts}
+    fields = {field: getattr(run, field) for field in RUN_FIELDS}
+    return {"name": name, "started": started, "seconds": run.seconds, **fields}
 
 
 def _find_run(root: Path, name: str) -> Any:
-    """The run of this name, which is looked up and, for safety, never joined to a path."""
+    """The run with this name.  For safety, the name is looked up, and never joined to a path."""
     if (run := _runs(root).get(name)) is None:
         raise APIError(404, "there is no such run: /api/runs lists all", code="run_not_found")
     return run
 
 
 def read_run(root: Path, name: str) -> Record:
-    """A run with the content of its files; raises ``APIError`` (404) for unknown names."""
+    """A run with the content of its files; raises ``APIError`` (404) for an unknown name."""
     run = _find_run(root, name)
     names = sorted(path.name for path in run.path.iterdir() if path.is_file())
     tables = (_read(run.path, name) for name in names if name.endswith(".md"))
     drift: list[Record] = []
-    with contextlib.suppress(csv.Error):  # such as for a field of a megabyte
+    with contextlib.suppress(csv.Error):  # raised, for example, for a field of a megabyte
         drift = list(csv.DictReader(_read(run.path, "drift.csv").splitlines()))
     return {
-        **_facts(name, run),
+        **_run_fields(name, run),
         "files": names,
         "config": next(_documents(_read(run.path, "config.json")), None),
         "masks": next(_documents(_read(run.path, "masks.json")), None),
@@ -109,7 +112,7 @@ def read_run(root: Path, name: str) -> Record:
 
 
 def read_report(root: Path, name: str) -> str:
-    """The report page of a run; raises ``APIError`` (404) if there is none."""
+    """The report page of a run; raises ``APIError`` (404) if the run or the page is missing."""
     text = _read(_find_run(root, name).path, REPORT)
     if not text:
         raise APIError(404, f"this run has no readable {REPORT}", code="report_not_found")
@@ -117,7 +120,7 @@ def read_report(root: Path, name: str) -> str:
 
 
 def _read(folder: Path, name: str) -> str:
-    """Text of a file; "" if it is missing, a link to another folder, too large or not UTF-8."""
+    """The text of a file; "" if it is missing, a link to another folder, too large or not UTF-8."""
     path = folder / name
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if path.resolve().parent == folder.resolve() and path.stat().st_size <= LARGEST_FILE:
@@ -126,21 +129,22 @@ def _read(folder: Path, name: str) -> str:
 
 
 def _documents(*texts: str) -> Iterator[Any]:
-    """Parse the ``texts`` that are valid JSON."""
+    """The parsed ``texts``; a text that is not valid JSON is skipped."""
     for text in texts:
         with contextlib.suppress(ValueError, RecursionError):
             yield json.loads(text)
 
 
-# A recorded answer: the records of ``/api/events``, one JSON document per line.
+# A recorded answer: the records that ``/api/events`` sends, one JSON document per line.
 
 KINDS = ("start", "token", "check", "remask", "mask", "done", "error")
 
 
 def read_records(source: str) -> list[Record]:
-    """The records in a file (``-``: standard input), as JSON lines or as server-sent events.
+    """Read records from the file ``source``, or from standard input if it is ``-``.
 
-    Raises ``ConfigError`` with the number of an invalid line.
+    The records are JSON lines or server-sent events.  Raises ``ConfigError`` with the number of an
+    invalid line.
     """
     name = "standard input" if source == "-" else source
     try:
@@ -167,8 +171,9 @@ def read_records(source: str) -> list[Record]:
     return records
 
 
-# A recording as one HTML file: the window's page, scripts and styles, and the records.  Its
-# Content-Security-Policy allows only its own script and style, by their hashes, and no connections.
+# A recorded answer as one HTML file, which contains the window's page, scripts and styles, and the
+# records.  Its Content-Security-Policy allows no connections, and only the script and the style
+# whose hashes it lists.
 
 IMPORT = re.compile(r'^import \{ ([^}]*) \} from "\./(\w+\.js)";\n', re.MULTILINE)
 STYLE = re.compile(r'<link rel="stylesheet" href="/static/(\w+\.css)">\n')
@@ -202,9 +207,10 @@ def page(records: Sequence[Record]) -> str:
 
 
 def _add_module(name: str, modules: dict[str, str]) -> None:
-    """Add the modules that ``name`` imports, then the module itself, as parts of one script.
+    """Add the JavaScript module ``name`` to ``modules``, after the modules that it imports.
 
-    Top-level names are unique across the page's modules, so the parts need no scopes.
+    The modules are joined into one script.  Their top-level names are unique, so that they need no
+    scopes.
     """
     text = _static(name)
     for _, imported in IMPORT.findall(text):

@@ -1,4 +1,5 @@
-// The state of an answer, built from its records; the page derives everything it shows from this.
+// The state of an answer, built from the server's records (events such as a token or a new mask).
+// The page derives everything that it shows from this state.
 
 /** An answer without records. */
 export function newAnswer(label = "") {
@@ -9,8 +10,9 @@ export function newAnswer(label = "") {
 }
 
 /**
- * Add a record to an answer and return the answer.  Steps are counted across the answers of a
- * conversation; the first mask gives the offset, and `step` is converted to count within this answer.
+ * Add a record to an answer and return the answer.  The server counts steps across all answers of a
+ * conversation; `step` is converted to count within this answer, with an offset that the first mask
+ * gives.
  */
 export function fold(answer, record) {
   answer.records.push(record);
@@ -51,8 +53,8 @@ function removedBy(mask, widths) {
 }
 
 /**
- * The mask of the token `index` (null: the newest token): the newest mask at that time.  While a text
- * is observed for the next mask, all neurons run, and this is still the previous mask.
+ * The newest mask at the token `index` (null: the newest token).  While all neurons run, because the
+ * text is observed for the next mask, this is still the previous mask.
  */
 export function maskAt(answer, index = null) {
   if (index === null) return answer.masks.at(-1) ?? null;
@@ -62,14 +64,14 @@ export function maskAt(answer, index = null) {
 /** The mask before `mask`, or null. */
 export const maskBefore = (answer, mask) => answer.masks[answer.masks.indexOf(mask) - 1] ?? null;
 
-/** The first and the last token of a detector's window; windows are consecutive, from the mask on. */
+/** The first and the last token of a detector's window; windows follow each other after a mask. */
 export function spanOf(answer, check) {
   const mask = maskAt(answer, check.step);
   const tokens = Math.max(1, Math.round((check.step - (mask ? mask.token - 1 : 0)) / check.window));
   return [check.step - tokens + 1, check.step];
 }
 
-/** Fraction removed, mean over decoded tokens; dense tokens count 0.  null before the first token. */
+/** Fraction of neurons removed, mean over decoded tokens; dense tokens count 0.  null without tokens. */
 export function achieved(answer) {
   const report = answer.done?.report;
   if (report) return report.decoded_tokens ? report.achieved_sparsity : null;

@@ -20,7 +20,7 @@ export async function download(path, name) {
   setTimeout(() => URL.revokeObjectURL(url), 10000);
 }
 
-const WORK = 8; // milliseconds of processing records before the page may draw
+const WORK = 8; // milliseconds for which records are processed before the page may draw
 
 /** Request an answer; `onRecord` gets every record on arrival.  `signal` stops the request. */
 export async function ask(body, onRecord, signal) {
@@ -35,7 +35,7 @@ export async function ask(body, onRecord, signal) {
     signal.throwIfAborted();
     onRecord(record);
     if (performance.now() - since < WORK) continue;
-    await pause(); // lets clicks and drawing precede waiting records
+    await pause(); // so that clicks are handled and the page is drawn before the next records
     since = performance.now();
   }
 }
@@ -56,7 +56,7 @@ function sent(path, options, key = sessionStorage.getItem(KEY)) {
 
 const GONE = "The server does not answer: it was stopped, or the connection broke. Restart the server, then retry here.";
 
-/** Throw one message for all browsers' connection errors; the error of a stopped request stays. */
+/** Throw the same message for every browser's connection error; rethrow the error of a stopped request. */
 function lost(error) {
   throw error.name === "AbortError" ? error : new Error(GONE);
 }

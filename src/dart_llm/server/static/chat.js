@@ -14,7 +14,7 @@ const nameNow = () => `window-${crypto.getRandomValues(new Uint32Array(2)).join(
 const HINTS = { new: byId("hint").textContent, edit: "Sending replaces this question and removes all later turns; Escape cancels" };
 
 export class Chat {
-  /** `on.asked()`: a question is sent; `on.empty()`: the conversation was cleared. */
+  /** `on.asked()` is called when a question is sent, `on.empty()` when the conversation was cleared. */
   constructor(view, model, on) {
     this.view = view;
     this.model = model;
@@ -67,7 +67,7 @@ export class Chat {
     byId("scroller").scrollTop = byId("scroller").scrollHeight;
   }
 
-  /** A new turn at the end of the page, with an empty box per label. */
+  /** Add a turn at the end of the page, with an empty box per label. */
   #turn(question, labels) {
     if (!this.turns.length) byId("turns").replaceChildren();
     const turn = new Turn(question, labels, {
@@ -167,7 +167,7 @@ export class Chat {
       if (this.stopper.signal.aborted) this.#stopped(box);
       else this.#failed(turn, box, error);
     }
-    this.#draw(); // no frame comes while the tab is in the background
+    this.#draw(); // because browsers request no frames while the tab is in the background
     turn.compare();
     return undefined;
   }
@@ -210,7 +210,7 @@ export class Chat {
     if (!message.value) message.value = turn.question;
   }
 
-  /** The messages so far; where this side has no answer, the first side's is used. */
+  /** The messages so far; side 0 is pruned, side 1 dense.  A turn without a dense answer gives the first. */
   #messages(side) {
     const messages = [];
     for (const turn of this.turns) {

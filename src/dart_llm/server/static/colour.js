@@ -6,7 +6,7 @@ const RAMPS = {
   light: [[243, 240, 233], [214, 219, 218], [160, 181, 188], [92, 131, 150], [29, 78, 108], [9, 29, 51]],
   dark: [[20, 27, 34], [33, 53, 68], [56, 88, 108], [98, 140, 160], [161, 197, 212], [235, 243, 246]],
 };
-/** Neurons that a re-mask added and dropped. */
+/** Colours of neurons that a re-mask added and dropped. */
 const CHANGES = {
   light: { grown: [214, 104, 22], dropped: [74, 134, 214] },
   dark: { grown: [214, 92, 12], dropped: [47, 110, 196] },

@@ -4,7 +4,7 @@ import { byId, el } from "./dom.js";
 import { exactly } from "./format.js";
 
 const DENSE = "dense";
-const NUMBERED = { interval: "interval 64", windows: "windows 10 1 3" }; // example numbers for these rules
+const NUMBERED = { interval: "interval 64", windows: "windows 10 1 3" }; // example numbers for rules that need numbers
 
 /** Fill the selects from /api/methods and show the server's defaults. */
 export function fillControls(listing) {
@@ -34,7 +34,7 @@ export function fillControls(listing) {
   inOneLine();
 }
 
-/** Label the button of the other settings with their values, without the method's defaults. */
+/** Show the other settings in the text of their button; values that are the method's defaults are omitted. */
 function inOneLine() {
   const { dart, maxTokens } = chosen();
   const drift = dart.drift && `drift ${dart.drift}`;
@@ -49,7 +49,7 @@ function atMost(field, limit) {
   field.value = Math.min(field.value, limit);
 }
 
-let exact = { place: "", sparsity: 0 }; // the exact sparsity for the slider's last position set here
+let exact = { place: "", sparsity: 0 }; // the slider's position that slideTo last set, and its exact sparsity
 
 /** Show a sparsity; it is sent exactly, even if it lies between two steps of the slider. */
 function slideTo(sparsity) {
@@ -65,7 +65,7 @@ function sparsityNow() {
   return place === exact.place ? exact.sparsity : Number(place) / 100;
 }
 
-/** Select the settings with which a prompt was measured, where this server offers them. */
+/** Select the settings with which an example prompt was measured, as far as this server offers them. */
 export function choose({ method, drift, sparsity }) {
   for (const [name, value] of Object.entries({ method, drift })) {
     if ([...byId(name).options].some((item) => item.value === value && !item.disabled)) byId(name).value = value;
@@ -85,7 +85,7 @@ function showSparsity() {
   byId("sparsity").setAttribute("aria-valuetext", `${shown} of the neurons removed`);
 }
 
-/** The current settings; empty fields are left out, so that the server's or method's defaults apply. */
+/** The current settings without empty fields, so that the server's or method's defaults apply to those. */
 export function chosen() {
   const step = byId("masking-step").value;
   const drift = byId("drift").value;
@@ -111,7 +111,7 @@ export function inLabels(message, param) {
   return message.replace(new RegExp(`(?:dart\\.)?\\b${name}\\b`), `\u201c${label}\u201d`);
 }
 
-/** The same request, dense. */
+/** The `dart` key that requests the dense answer. */
 export const asDense = () => ({ method: DENSE, sparsity: 0 });
 
 /** A short name for an answer. */

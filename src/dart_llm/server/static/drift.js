@@ -1,4 +1,4 @@
-// Plot of the drift detector: similarity of windows and the threshold, re-masks, dense token ranges.
+// Plot of the drift detector: similarity of each window of tokens, threshold, re-masks, dense ranges.
 
 import { rebuilt, spanOf } from "./answer.js";
 import { shape } from "./dom.js";
@@ -52,7 +52,7 @@ function scales(width, answer, series) {
   };
 }
 
-/** Diagonal lines over dense ranges, which are thus visible without colours. */
+/** Diagonal lines over dense ranges, so that they are visible without colours. */
 function hatch(id) {
   const line = shape("path", { d: "M0 6L6 0", class: "remask-line", opacity: 0.35 });
   const pattern = { id, width: 6, height: 6, patternUnits: "userSpaceOnUse" };
@@ -105,7 +105,7 @@ function ticks(bottom, top) {
   return [Math.ceil(bottom / gap) * gap, gap];
 }
 
-/** The similarities of a layer; the line is interrupted where a new mask sets a new reference. */
+/** The similarities of a layer; the line is interrupted where a new mask was selected. */
 function lines(checks, answer, scale, places) {
   const { x, y } = scale;
   const runs = cut(checks);
@@ -132,14 +132,14 @@ function cut(checks) {
   return runs;
 }
 
-/** The last step of a run's threshold: up to the next mask, or for the newest run to the end. */
+/** Where a run's threshold line ends: at its last check, or for the newest run at the next mask, if any. */
 function until(run, runs, answer, scale) {
   const last = run.at(-1).step;
   if (run !== runs.at(-1)) return last;
   return rebuilt(answer).find((mask) => mask.step > last)?.step ?? scale.end;
 }
 
-/** The threshold's line; it starts at the first window's beginning, to be visible at once. */
+/** The path of the threshold; it starts where the first window begins, so that one window shows it. */
 function thresholdPath(checks, { x, y }, end) {
   const [first, last] = [checks[0], checks.at(-1)];
   const steps = checks.map((c) => `L${x(c.step)} ${y(c.threshold)}`).join("");
@@ -148,7 +148,7 @@ function thresholdPath(checks, { x, y }, end) {
 
 const isLow = (check) => check.threshold != null && check.similarity < check.threshold;
 
-/** A window's dot, inside a larger circle that is easier to point at. */
+/** The dot of a window, inside a larger circle that is easier to point at. */
 function dot(check, x, y, place) {
   const at = { cx: x(check.step), cy: y(check.similarity) };
   return shape("g", { "data-check": place },

@@ -1,10 +1,10 @@
-// Stores the conversation in this tab, so that a reload or the Back button does not lose it.
+// Stores the conversation in the browser tab, so that a reload or the Back button does not lose it.
 
 import { fold, newAnswer } from "./answer.js";
 
 const NAME = "dart-llm conversation";
 
-/** Store the conversation: as many of its newest turns as the browser has space for. */
+/** Store the newest turns of the conversation, as many as the browser has space for. */
 export function keep(conversation, turns) {
   const newest = turns.map(({ question, boxes }) => ({
     question,
@@ -23,7 +23,7 @@ export function kept() {
     const { conversation, turns } = JSON.parse(sessionStorage.getItem(NAME));
     return { conversation, turns: turns.map(({ question, answers }) => ({ question, answers: answers.map(folded) })) };
   } catch {
-    return null; // nothing is stored, or in the format of another version of this page
+    return null; // nothing is stored, or another version of this page stored it
   }
 }
 

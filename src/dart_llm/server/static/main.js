@@ -1,4 +1,4 @@
-// Joins the parts of the page.
+// Starts the page: connects its parts with each other and with the server.
 
 import { get } from "./api.js";
 import { Chat } from "./chat.js";
@@ -22,7 +22,7 @@ function paintBy() {
   show();
 }
 
-/** Every view has a URL: #runs, #runs/NAME, #answer/NUMBER; any other shows the conversation. */
+/** Show the view of the URL: #runs, #runs/NAME or #answer/NUMBER; any other shows the conversation. */
 function pages(runs, answers) {
   const open = () => {
     const [page, ...name] = location.hash.slice(1).split("/");
@@ -46,7 +46,7 @@ function decoded(part) {
   try {
     return decodeURIComponent(part);
   } catch {
-    return part; // typed by hand
+    return part; // not encoded, because the user typed it
   }
 }
 
@@ -137,7 +137,7 @@ function live() {
   byId("reconnect").click();
 }
 
-/** Read model, methods and prompts from the server; if it does not answer, show the button Retry. */
+/** Read model, methods and prompts from the server; if it does not answer, show a Retry button. */
 async function connect(chat, named) {
   byId("reconnect").hidden = true;
   byId("model").textContent = "connecting";

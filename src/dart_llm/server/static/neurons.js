@@ -30,8 +30,8 @@ export class NeuronView {
   }
 
   /**
-   * Show the mask of the token `index` (null: the newest token); with `changes`, also what its re-mask
-   * changed.  Draws only if something changed or `anew`; returns whether it drew.
+   * Show the mask of the token `index` (null: the newest token); with `changes`, also how it differs
+   * from the previous mask.  Draws only if something changed or `anew`; returns whether it drew.
    */
   show(answer, index = null, changes = false, anew = true) {
     const last = [this.answer, this.mask, this.before, this.layers, this.everyone];
@@ -110,7 +110,7 @@ export class NeuronView {
     pen.fillRect(left, top, room * kept, thick);
   }
 
-  /** Share of a group that the last re-mask added; negative: dropped. */
+  /** Share of a group that the re-mask added; negative if it dropped neurons. */
   change(layer, bin) {
     return this.before ? this.share(layer, bin) - shareIn(this.before, layer, bin) : 0;
   }
@@ -191,7 +191,7 @@ export function shareIn(mask, layer, bin) {
 
 const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-/** The map at the token `index` (null: the newest token) in one sentence. */
+/** A sentence about the map at the token `index` (null: the newest token). */
 export function summary(answer, index = null) {
   if (!answer.start) return "layers from the input (top) to the output, groups of neighbouring neurons from left to right; dark cells are kept.";
   if (isDense(answer)) return "a dense answer: all neurons run.";

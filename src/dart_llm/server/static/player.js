@@ -16,7 +16,7 @@ export function recorded() {
 }
 
 export class Player {
-  /** Plays at once, unless the user prefers reduced motion.  `loop`: repeats forever. */
+  /** `loop`: true if the recording repeats forever. */
   constructor(view, loop = false) {
     this.view = view;
     this.loop = loop;
@@ -31,7 +31,7 @@ export class Player {
     byId("speed").addEventListener("change", () => this.timer && this.play());
   }
 
-  /** Create the boxes for these records, show the first frame and play. */
+  /** Create the boxes for these records, show the first frame, and play unless reduced motion is preferred. */
   open(records) {
     this.records = records;
     byId("position").max = records.length;
@@ -136,12 +136,12 @@ export class Player {
     return this.turns.find((turn) => turn.boxes.includes(box));
   }
 
-  /** Whether this is the second answer of its turn: the first, pruned answer stays in view. */
+  /** Whether this is the second, dense answer of its turn; the first, pruned answer then stays in view. */
   #beside(box) {
     return this.#turn(box).boxes.indexOf(box) > 0;
   }
 
-  /** The state after the first `count` records. */
+  /** Show the state after the first `count` records. */
   jump(count) {
     for (const box of this.boxes.values()) box.answer = newAnswer(box.answer.label);
     let shown = (this.box = this.boxes.values().next().value);

@@ -39,7 +39,7 @@ function runHeading(run) {
 
 const REPORT = "report.html";
 
-/** A link to the run's report; with an API key, which a link cannot send, it saves the report. */
+/** A link that opens the run's report, or saves it if there is an API key, which a link cannot send. */
 function report(run) {
   if (!run.files?.includes(REPORT)) return null;
   const path = `/api/runs/${inAddress(run.name)}/${REPORT}`;
@@ -97,7 +97,7 @@ function tokensOf(row) {
 
 const number = (text) => (text === "" || text == null ? null : Number(text));
 
-/** An answer built from the files, like the live page's, as far as they have the data. */
+/** An answer as on the live page, built from the run's files as far as they have the data. */
 function asAnswer(run) {
   const answer = newAnswer();
   const masks = run.masks?.remasks ?? [];

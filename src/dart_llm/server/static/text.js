@@ -35,14 +35,14 @@ export class TextView {
 
   add(token, marked = false) {
     if (marked) this.box.append(el("i", { className: "mark", title: "masks rebuilt here" }, "re-mask"));
-    if (!token.text) return; // an incomplete character, shown with a later token, or the end
+    if (!token.text) return; // the end token, or part of a character, which a later token completes
     const span = el("span", { className: classes(token), "data-token": this.spans.length }, token.text);
     this.tokens.push(token);
     this.spans.push(span);
     this.box.append(span);
   }
 
-  /** Highlight tokens by their strength `wanted(token)` from 0 to 3; null: none. */
+  /** Highlight each token with the strength `wanted(token)`, from 0 to 3; null highlights none. */
   light(wanted) {
     for (const [i, span] of this.spans.entries()) {
       const strength = wanted?.(this.tokens[i]) ?? 0;
@@ -51,7 +51,7 @@ export class TextView {
     }
   }
 
-  /** Mark the first word at or after the token `index`, where the answer diverges from the other answer. */
+  /** Mark the word at the token `index`, where the answer first differs from the other; null: none. */
   part(index) {
     const at = index === null ? -1 : this.tokens.findIndex((token) => token.index >= index);
     if (this.spans[at]?.classList.contains("parts")) return;

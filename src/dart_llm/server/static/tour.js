@@ -4,7 +4,7 @@ import { byId } from "./dom.js";
 
 const STEPS = [
   ["1", "Ask something with two parts",
-    "The first example prompt asks for an explanation and then for code. Next sends it with the settings with which it was measured. Colours show how each token ran: pruned, or dense and observed."],
+    "The first example prompt asks for an explanation and then for code. Press Next to send it, with the settings with which it was measured. Colours show how each token ran: pruned, or dense and observed."],
   ["2", "Watch the neurons",
     "Each row is a layer. When code begins, the similarity of a window of ten tokens to the beginning of the answer falls below the threshold. All neurons run for 32 tokens, then new neurons are selected: a re-mask. Other models and settings may behave differently."],
   ["3", "Remove more",

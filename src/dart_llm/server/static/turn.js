@@ -8,8 +8,8 @@ import { TextView } from "./text.js";
 const quiet = (text) => el("button", { type: "button", className: "quiet", hidden: true }, text);
 
 /**
- * An answer on the page: its state, its text and its small print.  `on.token(box, index)`: a token is
- * selected; `on.retry()`: the question is asked again.
+ * An answer on the page: its state, its text and its small print.  `on.token(box, index)` is called
+ * when a token is selected, `on.retry()` when the user presses Retry.
  */
 export class AnswerBox {
   constructor(label, on = {}) {
@@ -111,7 +111,7 @@ function ending(answer) {
   return ENDS[reason] ?? "finished";
 }
 
-/** Why no neurons were removed, or "". */
+/** Why no neurons were removed, in brackets; "" if there were masks. */
 function unmasked(answer) {
   const { config } = answer.start ?? {};
   if (answer.masks.length || !config) return "";

@@ -11,7 +11,8 @@ const nothing = () => ({ answer: newAnswer("No answer yet"), text: null });
 
 /**
  * Shows the answer of a box, and links its words with the plot and the map.  `token`: the selected
- * token (null: the newest); `check`: the detector's window; `cell`: the selected group of neurons.
+ * token (null: the newest); `check`: the number of the selected window of the drift detector (-1:
+ * none); `cell`: the selected group of neurons.
  */
 export class View {
   constructor() {
@@ -53,7 +54,7 @@ export class View {
     this.refresh();
   }
 
-  /** Move to a token by the slider; its right end follows the newest token. */
+  /** Select the token at the slider's position; at its right end, the newest token is selected. */
   #scrub(place) {
     const last = this.answer.tokens.at(-1)?.index ?? 0;
     this.token = place < last ? place : null;
@@ -61,7 +62,7 @@ export class View {
     this.refresh();
   }
 
-  /** Make dots of the plot highlight their words, by pointer and arrow keys. */
+  /** Highlight the words of a dot in the plot when the pointer or the arrow keys select the dot. */
   #windows(plot) {
     const light = (check) => {
       if (check === this.check) return;
@@ -84,7 +85,7 @@ export class View {
     this.refresh();
   }
 
-  /** Draw what changed; `anew`: draw everything, as after a change of size or colours. */
+  /** Draw what changed, or everything with `anew`, as after a change of size or colours. */
   refresh(anew = false) {
     this.anew ||= anew;
     if (this.waiting) return;
@@ -117,7 +118,7 @@ function draw(view) {
 
 let plotted = [];
 
-/** Whether the drift plot changes; most tokens do not change it. */
+/** Whether the answer has something new for the drift plot; most tokens do not. */
 function newInPlot(answer) {
   const observed = answer.tokens.findLastIndex((token) => token.phase === "observe");
   const now = [answer, answer.checks.length, answer.remasks.length, observed, Math.ceil(answer.tokens.length / 32)];
@@ -162,7 +163,7 @@ function inside(answer, check) {
   return (token) => (from <= token.index && token.index <= to ? 3 : 0);
 }
 
-/** How much of a group of neurons each token ran with, from 0 (none of it) to 3 (all of it). */
+/** A function of a token: how much of a group of neurons it ran with, from 0 (none) to 3 (all). */
 function needs(answer, { layer, bin }) {
   return (token) => (token.phase === "pruned" ? Math.floor(3 * shareIn(maskAt(answer, token.index), layer, bin)) : 3);
 }
