@@ -1,4 +1,4 @@
-"""A folder for each command, or group of commands, that writes a results folder.
+"""Each package here implements a command, or a group of commands, that writes a results folder.
 
-Start with ``inspection/study.py``, the shortest study.
+The class of the command, a ``Study``, is in ``study.py``.  The shortest is ``inspection/study.py``.
 """

@@ -76,7 +76,9 @@ def test_what_cannot_run_is_named(tmp_path, monkeypatch):
     assert [row["executor"] for row in done.summary["rows"]] == [None, "compact"]
     assert done.summary["kernels"] is None and done.summary["base"] == "transformers"
     assert "the native kernels could not be built (x)" in done.summary["notes"][0]
-    with pytest.raises(ConfigError, match=r"514 tokens are longer than the context of llama, 512"):
+    with pytest.raises(
+        ConfigError, match=r"need a context of 514 tokens, but that of llama is 512"
+    ):
         job(tmp_path, prompt_tokens=500, tokens=12)
 
 

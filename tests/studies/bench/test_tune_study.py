@@ -121,7 +121,7 @@ def test_a_loss_that_is_clearly_too_much_is_not_timed(tmp_path, monkeypatch):
     study = job(tmp_path, sparsities="0.7", max_loss=1e-7)
     dense, pruned = study.summary["rows"]
     assert pruned["ms"] is None and pruned["times_dense"] is None and dense["recommended"]
-    assert study.sentences()[0].startswith("No setting within the loss of 0 % is more than 3 %")
+    assert study.sentences()[0].startswith("No setting within a loss of 0 % is more than 3 %")
     assert study.sentences()[-1].endswith("setting.yaml --prompt 'The sky is blue because'")
     kept = yaml.safe_load((study.path / "setting.yaml").read_text())
     assert kept["setting"]["method"] == "dense" and kept["measured"]["loss"] == 0
@@ -142,7 +142,7 @@ def test_what_cannot_run_is_left_out_with_its_reason(tmp_path, monkeypatch):
     study = job(tmp_path)
     assert [row["row"] for row in study.summary["rows"]] == ["dense", "griffin 30 %"]
     assert study.summary["left_out"] == {"griffin 70 %": "no room"}
-    assert study.sentences()[1] == "griffin 70 % is left out: no room"
+    assert study.sentences()[1] == "griffin 70 % is skipped: no room"
 
 
 def test_a_run_says_first_how_long_it_takes(tmp_path):

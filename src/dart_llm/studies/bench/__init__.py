@@ -1,1 +1,1 @@
-"""``bench speed`` (``study.py``) and ``tune``: candidates are timed in repetitions and scored."""
+"""``bench speed`` (``study.py``) times pruning methods; ``tune`` also scores their loss."""

@@ -1,4 +1,8 @@
-"""Table, headline and plot of speed.json and tune.json."""
+"""Tables, sentences and plots that show speed.json (``bench speed``) and tune.json (``tune``).
+
+Both documents have a row per candidate: a weight format of the model with a pruning configuration.
+Dense (native) is the dense model with dart-llm's native kernels.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +34,21 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 METRICS = {"loss": "loss", "ms": "ms_per_token", "times_dense": "speed_up"}
-"""Metric names in rows.jsonl, by the row's key."""
+"""Names of the metrics in rows.jsonl, by the key of a row in speed.json or tune.json."""
 
 
 def result_lines(task: str, document: Row, packed: Mapping[str, str]) -> list[ResultLine]:
-    """Loss, time and speed-up of every row; ``packed``: names of the block formats."""
+    """The loss, time and speed-up of every row, as lines of rows.jsonl.
+
+    ``packed``: for each weight format with quantised weights, the type of quantisation, e.g. q4_1.
+    """
     lines = []
     for row in document["rows"]:
-        ours = row["executor"] != LLAMA_CPP
+        is_llama_cpp = row["executor"] == LLAMA_CPP
         ends = row.get("loss_interval") or (None, None)
-        facts: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "label": row["row"],
-            "method": row["method"] or ("dense" if ours else LLAMA_CPP),
+            "method": row["method"] or (LLAMA_CPP if is_llama_cpp else "dense"),
             "model": document["model"],
             "task": task,
             "requested": row.get("requested"),
@@ -49,23 +56,23 @@ def result_lines(task: str, document: Row, packed: Mapping[str, str]) -> list[Re
             "dense_share": row.get("dense_token_share"),
             "remasks": None if row.get("remasks") is None else round(row["remasks"]),
             "seed": document["seed"],
-            "dtype": document["checkpoint"]["dtype"] if ours else None,
-            "weights": packed.get(row["weights"]) if ours else row["weights"],
+            "dtype": None if is_llama_cpp else document["checkpoint"]["dtype"],
+            "weights": row["weights"] if is_llama_cpp else packed.get(row["weights"]),
         }
         for name, metric in METRICS.items():
             value, error = row.get(name), row["disturbed"] if name == "times_dense" else None
             if value is not None or error:
                 low, high = ends if name == "loss" else (None, None)
-                facts |= {"metric": metric, "value": value, "error": None if value else error}
-                facts |= {"higher_is_better": name == "times_dense", "low": low, "high": high}
-                lines.append(ResultLine(**facts))
+                fields |= {"metric": metric, "value": value, "error": None if value else error}
+                fields |= {"higher_is_better": name == "times_dense", "low": low, "high": high}
+                lines.append(ResultLine(**fields))
     return lines
 
 
 def number(value: float) -> str:
     """A number with about three significant digits: 0.042, 1.23, 17.6, 1234."""
-    size = abs(value)
-    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+    magnitude = abs(value)
+    digits = 0 if magnitude >= 100 else 1 if magnitude >= 10 else 2 if magnitude >= 1 else 3
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
 
@@ -96,17 +103,20 @@ COLUMNS = (
 
 
 def table(kind: str, document: Row) -> Table:
-    """The table for terminal, page and CSV file; columns without values are left out."""
+    """A table of all rows, without the columns that have no values.
+
+    ``kind``: the name of the table, "speed" or "tune".
+    """
     rows = document["rows"]
-    shown = [column for column in COLUMNS if any(column.raw(row) is not None for row in rows)]
-    best = next((n for n, row in enumerate(rows) if row.get("recommended")), None)
-    look: dict[str, Any] = {"nothing": "", "strong": best}
-    return Table(kind, caption(document), tuple(shown), rows, **look)
+    columns = [column for column in COLUMNS if any(column.raw(row) is not None for row in rows)]
+    recommended = next((n for n, row in enumerate(rows) if row.get("recommended")), None)
+    options: dict[str, Any] = {"nothing": "", "strong": recommended}
+    return Table(kind, caption(document), tuple(columns), rows, **options)
 
 
 def caption(document: Row) -> str:
-    """The model, the measurement and the machine."""
-    facts, machine = document["checkpoint"], document["machine"]
+    """A caption that names the model, the measurement and the machine."""
+    checkpoint, machine = document["checkpoint"], document["machine"]
     formats = ", ".join(f"{name}: {f['stored_as']}" for name, f in document["formats"].items())
     timed = document.get("timed_tokens", document["tokens"])
     bases = {f["base"] for f in document["formats"].values() if f.get("base")}
@@ -118,51 +128,53 @@ def caption(document: Row) -> str:
             f"{document['tokens']} scored tokens of self-generated text and of {document['text']}; "
         )
     return (
-        f"{facts['name']} ({file_text(facts)}, {dtype_text(facts)}; {formats}): "
+        f"{checkpoint['name']} ({file_text(checkpoint)}, {dtype_text(checkpoint)}; {formats}): "
         f"{document['prompt_tokens']} prompt + {timed} timed tokens, "
-        f"{count(document['repeats'], 'repetition')} in shuffled order, x dense over "
-        f"{dense}; {loss}{machine['processor']}, {machine['threads']} threads, device "
-        f"{machine['device']}, torch {document['versions']['torch']}, kernels "
+        f'{count(document["repeats"], "repetition")} in shuffled order, "x dense" '
+        f"compares with {dense}; {loss}{machine['processor']}, {machine['threads']} threads, "
+        f"device {machine['device']}, torch {document['versions']['torch']}, kernels "
         f"{document['kernels'] or 'none'}"
     )
 
 
 def left_out(reasons: Mapping[str, str]) -> list[str]:
-    """A sentence per reason, with all candidates left out for it."""
+    """A sentence per reason for skipping candidates; ``reasons``: the reason by label."""
     return [
-        f"{'; '.join(labels)} {'is' if len(labels) == 1 else 'are'} left out: {reason}"
+        f"{'; '.join(labels)} {'is' if len(labels) == 1 else 'are'} skipped: {reason}"
         for reason, labels in grouped(reasons, lambda label: reasons[label]).items()
     ]
 
 
 def speed_sentences(document: Row) -> list[str]:
-    """The fastest method against its bandwidth limit, and dense (native) against llama.cpp."""
+    """Compare the fastest method with its bandwidth limit, and dense (native) with llama.cpp."""
     rows = {row["row"]: row for row in document["rows"]}
     sentences = []
     methods = [row for row in rows.values() if row["method"]]
-    judged = [row for row in methods if row["times_dense"] is not None]
-    if judged:
-        row = min(judged, key=lambda row: float(row["ms"]))
-        plain = row["times_transformers"]
-        over = f"{plain:.2f} x as fast as" if plain else "disturbed against"
+    undisturbed = [row for row in methods if row["times_dense"] is not None]
+    if undisturbed:
+        row = min(undisturbed, key=lambda row: float(row["ms"]))
+        speed_up = row["times_transformers"]
+        first = "its comparison with transformers was disturbed"
+        if speed_up:
+            first = f"{speed_up:.2f} x as fast as transformers"
         sentences.append(
-            f"{row['row']}: {over} transformers, {row['times_dense']:.2f} x as fast as "
+            f"{row['row']}: {first}, {row['times_dense']:.2f} x as fast as "
             f"{document['formats'][row['weights']]['base']}, {percent(row['share_of_limit'])} of "
             f"the bandwidth limit of {row['bandwidth_limit']:.2f} x at "
             f"{percent(row['achieved_sparsity'])} removed"
         )
     elif methods:
         sentences.append(f"{'; '.join(row['row'] for row in methods)}: {methods[0]['disturbed']}")
-    for label, facts in document["reference"].items():
+    for label, file in document["reference"].items():
         if rows[label]["times_dense"]:
-            ours = rows[document["formats"][facts["format"]]["base"]]
+            native = rows[document["formats"][file["format"]]["base"]]
             ratio = f"{1 / rows[label]['times_dense']:.2f} x as fast as {label}"
-            sentences.append(f"{ours['row']}: {number(ours['ms'])} ms per token, {ratio}")
+            sentences.append(f"{native['row']}: {number(native['ms'])} ms per token, {ratio}")
     return sentences
 
 
 def verdict(document: Row, row: Row) -> str | None:
-    """A short verdict on a row of ``tune``."""
+    """A short verdict on a row of ``tune``; None if the table needs no remark."""
     if row["recommended"]:
         return "stay with it for now" if document["undecided"] else "recommended"
     if row["ms"] is None:
@@ -174,33 +186,33 @@ def verdict(document: Row, row: Row) -> str | None:
     return "loses too much" if row["loss"] > document["max_loss"] else None
 
 
-def loss_words(row: Row) -> str:
-    """ "1.2 % (0.8 % to 1.6 %)"."""
+def loss_text(row: Row) -> str:
+    """A row's loss with its interval: "1.2 % (0.8 % to 1.6 %)"."""
     ends = row["loss_interval"]
     interval = "" if ends is None else f" ({percent(ends[0])} to {percent(ends[1])})"
     return f"{percent(row['loss'])}{interval}"
 
 
 def tune_sentences(document: Row) -> list[str]:
-    """The recommendation with its reason, and the candidates that were left out.
+    """The recommendation with its reason, then the skipped candidates.
 
-    With ``--quick`` it is only a first answer, or "undecided".
+    With ``--quick`` the recommendation is a first answer only, or "undecided".
     """
     rows = {row["row"]: row for row in document["rows"]}
     best, base = rows[document["recommended"]], rows[document["base"]]
-    most, noise = percent(document["max_loss"]), percent(document["noise"])
-    dense = f"{base['row']} ({base['ms']:.2f} ms per token, loss {loss_words(base)})"
+    max_loss, noise = percent(document["max_loss"]), percent(document["noise"])
+    dense = f"{base['row']} ({base['ms']:.2f} ms per token, loss {loss_text(base)})"
     if document["undecided"]:
         results = "; ".join(_result(document, rows[label]) for label in document["undecided"])
         answer = f"Undecided after these few slices and repetitions: {results}; {dense}."
     elif best is not base:
-        answer = f"Recommended for a loss of up to {most}: {_result(document, best)}."
+        answer = f"Recommended for a loss of up to {max_loss}: {_result(document, best)}."
         answer += f" No pruning is more than {noise} faster." if best["dense"] else ""
     elif best["loss"] > document["max_loss"]:
-        answer = f"No setting loses less than {most}, not even {dense}."
+        answer = f"No setting loses less than {max_loss}, not even {dense}."
     else:
-        answer = f"No setting within the loss of {most} is more than {noise} faster than {dense}: "
-        answer += "keep the dense model."
+        answer = f"No setting within a loss of {max_loss} is more than {noise} faster than "
+        answer += f"{dense}: keep the dense model."
     disturbed = [label for label, row in rows.items() if row["disturbed"]]
     if document["quick"]:
         further = count(document["further"], "further setting")
@@ -213,8 +225,8 @@ def tune_sentences(document: Row) -> list[str]:
 
 
 def _result(document: Row, row: Row) -> str:
-    """A row's loss and speed."""
-    loss = f"{row['row']}: loses {loss_words(row)}"
+    """A clause with a row's label, loss and speed."""
+    loss = f"{row['row']}: loses {loss_text(row)}"
     if row["disturbed"]:
         return f"{loss}; its timing was disturbed by other work on this machine"
     limit = row["bandwidth_limit"]
@@ -226,7 +238,7 @@ def _result(document: Row, row: Row) -> str:
 
 
 def measured(document: Row, row: Row) -> dict[str, Any]:
-    """The measurement, as written to the setting file."""
+    """The measurements of a row, as written to the setting file."""
     names = ("loss", "kl", "ms", "times_dense", "bytes_share", "achieved_sparsity")
     values = {name: None if row[name] is None else round(row[name], 5) for name in names}
     ends, machine = row["loss_interval"], document["machine"]
@@ -237,13 +249,13 @@ def measured(document: Row, row: Row) -> dict[str, Any]:
         "max_loss": document["max_loss"],
         "quick": document["quick"],
         "dense": document["base"],
-        "text": f"self-generated, and {document['text']}; the worse: {row['worse_text']}",
+        "text": f"self-generated, and {document['text']}; larger loss on {row['worse_text']}",
         "machine": f"{machine['processor']}, {machine['threads']} threads",
     }
 
 
 def speed_plot(document: Row) -> Plot:
-    """A bar per row with its time per token, and for pruned rows the time at their limit."""
+    """A bar per row for its time per token; a diamond marks a pruned row's bandwidth limit."""
     rows = [row for row in document["rows"] if row["ms"] is not None]
     times = {row["row"]: row["ms"] for row in rows}
     bases = {name: facts["base"] for name, facts in document["formats"].items()}
@@ -277,13 +289,13 @@ def speed_plot(document: Row) -> Plot:
 
 
 def tune_plot(document: Row) -> Plot:
-    """Loss over milliseconds per token."""
+    """Loss against milliseconds per token, with a point per candidate."""
     rows = [row for row in document["rows"] if row["loss"] > -1 and row["ms"] is not None]
-    usual = document["rows"][0]["weights"]
+    default_weights = document["rows"][0]["weights"]
 
     def series(row: Row) -> str:
         screened = ", screened" if row["head"] == "screened" else ""
-        weights = "" if row["weights"] == usual else f", {row['weights']}"
+        weights = "" if row["weights"] == default_weights else f", {row['weights']}"
         return f"{row['method']}{screened}{weights}"
 
     def draw(figure: Figure, palette: Palette) -> None:
@@ -299,9 +311,9 @@ def tune_plot(document: Row) -> Plot:
         axes.yaxis.set_major_formatter("{x:g}")
         legend(axes, 3)
 
-    points = "; ".join(f"{row['row']} {loss_words(row)} at {row['ms']:.2f} ms" for row in rows)
+    points = "; ".join(f"{row['row']} {loss_text(row)} at {row['ms']:.2f} ms" for row in rows)
     alt = f"Points per setting: {points}."
-    return Plot("tune", "Loss over time per token", alt, caption(document), 4.1, draw)
+    return Plot("tune", "Loss against time per token", alt, caption(document), 4.1, draw)
 
 
 def _draw_point(axes: Axes, row: Row, look: Look) -> None:

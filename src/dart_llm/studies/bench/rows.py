@@ -1,11 +1,14 @@
 """Rows of speed.json and tune.json: times, ratios, bytes, limits, losses, and the recommendation.
 
-A candidate's loss on a text is its perplexity over the reference's, minus 1, on the same tokens;
-the reference is the dense model in its own dtype.  On few tokens this can be too low by chance, so
-the loss is at least the exponential of the mean KL, minus 1: the expected loss on text that the
-reference would generate there.  With fewer slices than an interval needs, only this second estimate
-is used, because losses on so few tokens vary too much while KL varies little.  A row's loss is the
-largest over the texts.
+A candidate's loss on a text is its perplexity divided by that of the reference on the same tokens,
+minus 1; the reference is the dense model in its own dtype.  On few tokens this value can be too low
+by chance, so the loss is at least exp(mean KL) - 1, where KL is the divergence from the reference:
+this is the expected loss on text that the reference would generate there.  With too few slices for
+an interval, only this second estimate is used, because perplexities of so few tokens vary too much
+while KL varies little.  A row's loss is the largest over the texts.
+
+A row's bandwidth limit is the speed-up that its bytes allow: the bytes that a dense token reads,
+divided by those that a token of this row reads.
 """
 
 from __future__ import annotations
@@ -26,35 +29,40 @@ from dart_llm.reporting.words import FEWEST_ITEMS, TRANSFORMERS
 from dart_llm.studies.bench.settings import Candidate
 
 Sample = Mapping[str, Any]
-"""A repetition of a row; see ``timing.repetition``."""
+"""The measurements of a candidate in one repetition, as ``timing.repetition`` returns them."""
 
 Line = Mapping[str, Any]
 """A candidate's scores on a slice: ``candidate``, ``text``, ``slice``, ``loss``, ``kl``,
 ``tokens``, ``accounting``."""
 
 Row = dict[str, Any]
+"""A row of speed.json or tune.json, or some of its columns."""
 
 DISTURBED = "disturbed: other work ran; repeat it on a quiet machine"
-"""Replaces a ratio above its bandwidth limit, or whose repetitions scatter too much."""
+"""Replaces a speed-up that exceeds its bandwidth limit or scatters too much over repetitions."""
 
 REFERENCE = "reference"
-"""The ``candidate`` of the lines against which losses are computed."""
+"""The ``candidate`` in the lines of the reference, against which losses are computed."""
 
 
 # Times, ratios and bytes.
 
 
 def mean_context(prompt: int, tokens: int) -> float:
-    """The mean number of KV-cache positions that a timed token reads, its own included.
+    """The mean number of KV-cache positions that a timed token reads, including its own.
 
-    The first timed token is number ``WARM`` after the prompt, counted from 0.
+    Between the prompt and the timed tokens there are ``WARM`` untimed tokens.
     """
     return prompt + WARM + (tokens + 1) / 2
 
 
 @dataclass(frozen=True)
 class DecodeTraffic:
-    """Bytes that a dense token reads: of weights (including FFN and head), and of the KV cache."""
+    """The bytes that one decoded token reads if it runs dense.
+
+    ``weights``: all weights, including those of the FFNs (``ffn``) and of the output head
+    (``head``).  ``cache``: the KV cache.
+    """
 
     ffn: float
     weights: float
@@ -67,20 +75,20 @@ class DecodeTraffic:
 
     @property
     def share(self) -> float:
-        """f: the FFN's share of all bytes that a token reads, including the KV cache."""
+        """f: the share of the FFNs in all bytes that a token reads, including the KV cache."""
         return self.ffn / self.total
 
     def limit(self, sparsity: float, proxy_share: float = 0.0, head_share: float = 1.0) -> float:
-        """The bandwidth limit, 1 / (1 - f s).
+        """The bandwidth limit at ``sparsity`` s: 1 / (1 - f s) without proxies or a screened head.
 
-        ``proxy_share``: bytes of low-bit proxies, which are read in addition, over FFN bytes;
-        ``head_share``: the fraction of the head's bytes that a screened head reads.
+        ``proxy_share``: bytes of the low-bit proxies, which are read in addition, divided by FFN
+        bytes.  ``head_share``: the fraction of the head's bytes that a screened head reads.
         """
         saved = self.head / self.total * (1 - head_share)
         return bytes_limit(self.share, sparsity, proxy_share, saved)
 
     def read(self, ffn_share: float, head_share: float = 1.0) -> float:
-        """Bytes that a token reads with these shares of the bytes of FFN and head."""
+        """The bytes that a token reads if it reads these fractions of the FFN and head bytes."""
         return self.total + self.ffn * (ffn_share - 1) + self.head * (head_share - 1)
 
 
@@ -89,8 +97,8 @@ def time_columns(
 ) -> Row:
     """Milliseconds per decoded token, and the speed-up over ``base``.
 
-    All are None without samples.  ``limit``: bytes of ``base`` over bytes of this row, the limit of
-    the ratio; a timing that contradicts it is ``disturbed`` and has no ratio.
+    Without samples, all values are None.  ``limit``: the bandwidth limit relative to ``base``.  If
+    the timing contradicts it, the row is marked as ``disturbed`` and has no speed-up.
     """
     names = ("ms", "times_dense", "scatter", "disturbed")
     row: Row = {**dict.fromkeys(names), "bandwidth_limit": limit}
@@ -112,11 +120,11 @@ def _mean(samples: Sequence[Sample], name: str, default: float) -> float:
 def speed_document(
     candidates: Sequence[Candidate], samples: Mapping[str, Sequence[Sample]], about: Row
 ) -> Row:
-    """The content of speed.json: ``about``, and a row per candidate.
+    """The content of speed.json: the entries of ``about``, and a row per candidate.
 
-    ``about["formats"]`` has for each weight format the ``weights`` (bytes) and ``base``, the label
-    of dense (native) or None if that was not measured.  ``about["reference"]`` has for each label
-    the bytes that llama.cpp reads.
+    ``about["formats"]`` has an entry per weight format: ``weights`` has its sizes in bytes, and
+    ``base`` is the label of its dense (native) row, or None if that was not measured.
+    ``about["reference"]`` has an entry per row of llama.cpp, with the bytes that llama.cpp reads.
     """
     formats = about["formats"]
     bases = {name: samples.get(facts["base"]) for name, facts in formats.items()}
@@ -149,7 +157,7 @@ def speed_document(
 
 
 def _accounting(candidate: Candidate, samples: Sequence[Sample], traffic: DecodeTraffic) -> Row:
-    """Columns that llama.cpp does not report: accounting of the timed tokens, and memory."""
+    """The columns that rows of llama.cpp lack: accounting of the timed tokens, and memory."""
     removed, head = _mean(samples, "achieved_sparsity", 0.0), _mean(samples, "head_bytes_share", 1)
     limit = traffic.limit(removed, _mean(samples, "proxy_bytes_share", 0.0), head)
     memory = [sample.get("extra_memory_bytes") for sample in samples]
@@ -170,11 +178,11 @@ def _speed_row(
     transformers: Sequence[Sample],
     dense: Sequence[Sample] | None,
 ) -> Row:
-    """The row with times, and ratios over transformers and dense (native)."""
+    """``row`` with its times, and its speed-ups over ``transformers`` and ``dense`` (native)."""
     limit = row.get("bandwidth_limit")
     times = time_columns(samples, dense, limit)
-    plain = judge(token_seconds(transformers), token_seconds(samples))
-    if plain.disturbed:
+    over_transformers = judge(token_seconds(transformers), token_seconds(samples))
+    if over_transformers.disturbed:
         times["disturbed"] = DISTURBED
     ratio = times["times_dense"]
     return {
@@ -186,19 +194,20 @@ def _speed_row(
         **row,
         **times,
         "share_of_limit": ratio / limit if ratio and limit and candidate.method else None,
-        "times_transformers": plain.ratio,
+        "times_transformers": over_transformers.ratio,
         "first_token_ms": 1000 * statistics.median(s["first_token_s"] for s in samples),
     }
 
 
 def _mark_contradictions(rows: Sequence[Row], samples: Mapping[str, Sequence[Sample]]) -> None:
-    """Mark timings that contradict their bytes within a method, executor and weight format.
+    """Mark pairs of rows as disturbed whose ratio of times contradicts their ratio of bytes.
 
-    Methods are not compared with each other, because their selection takes different times.
+    Only rows of the same method, executor and weight format are compared, because methods differ in
+    the time that selection takes.
     """
     judged = [row for row in rows if row["bandwidth_limit"] and row["times_dense"] is not None]
-    kinds = grouped(judged, lambda row: (row["method"], row["executor"], row["weights"]))
-    for same in kinds.values():
+    groups = grouped(judged, lambda row: (row["method"], row["executor"], row["weights"]))
+    for same in groups.values():
         sizes = {row["row"]: row["bytes_per_token"] for row in same}
         wrong = contradicting({label: token_seconds(samples[label]) for label in sizes}, sizes)
         for row in same:
@@ -210,7 +219,7 @@ def _mark_contradictions(rows: Sequence[Row], samples: Mapping[str, Sequence[Sam
 
 
 def quality_row(label: str, lines: Sequence[Line], seed: int) -> Row:
-    """A candidate's loss by text, the largest loss with its interval, KL and accounting."""
+    """A candidate's columns: loss per text, the largest loss with its interval, KL, accounting."""
     by_candidate = grouped(lines, lambda line: line["candidate"])
     scored, reference = by_candidate[label], by_candidate[REFERENCE]
     dense = {line["slice"]: line for line in reference}
@@ -218,11 +227,11 @@ def quality_row(label: str, lines: Sequence[Line], seed: int) -> Row:
         text: _on_text(on_text, [dense[line["slice"]] for line in on_text], seed)
         for text, on_text in grouped(scored, lambda line: line["text"]).items()
     }
-    worse = max(texts, key=lambda text: texts[text]["loss"])
+    worse_text = max(texts, key=lambda text: texts[text]["loss"])
     names = ("loss", "loss_interval", "loss_range", "perplexity")
     return {
-        "worse_text": worse,
-        **{name: texts[worse][name] for name in names},
+        "worse_text": worse_text,
+        **{name: texts[worse_text][name] for name in names},
         "kl": max(row["kl"] for row in texts.values()),
         "slices": len(scored),
         **_mean_accounting([line["accounting"] for line in scored]),
@@ -231,6 +240,7 @@ def quality_row(label: str, lines: Sequence[Line], seed: int) -> Row:
 
 
 def _on_text(scored: Sequence[Line], base: Sequence[Line], seed: int) -> Row:
+    """A candidate's loss on a text; ``base``: the reference's lines on the same slices."""
     losses, dense = (
         {line["slice"]: (line["loss"], line["tokens"]) for line in lines}
         for lines in (scored, base)
@@ -249,9 +259,9 @@ def _on_text(scored: Sequence[Line], base: Sequence[Line], seed: int) -> Row:
     )
     by_kl = math.expm1(kl), over_kl and over_kl.ends and [*map(math.expm1, over_kl.ends)]
     enough = len(scored) >= FEWEST_ITEMS
-    lost, interval = max(by_tokens, by_kl, key=lambda pair: pair[0]) if enough else by_kl
+    candidate_loss, interval = max(by_tokens, by_kl, key=lambda pair: pair[0]) if enough else by_kl
     return {
-        "loss": lost,
+        "loss": candidate_loss,
         "loss_interval": interval,
         "loss_range": [math.expm1(min(kls)), math.expm1(max(kls))],
         "kl": kl,
@@ -262,7 +272,7 @@ def _on_text(scored: Sequence[Line], base: Sequence[Line], seed: int) -> Row:
 
 
 def _mean_accounting(reports: Sequence[Mapping[str, Any]]) -> Row:
-    """Accounting over all slices, weighted by decoded tokens."""
+    """Means over all slices, weighted by decoded tokens, the sum of re-masks, and peak memory."""
     total = sum(report["decoded_tokens"] for report in reports)
 
     def mean(name: str) -> float | None:
@@ -283,9 +293,9 @@ def _mean_accounting(reports: Sequence[Mapping[str, Any]]) -> Row:
 
 
 def clearly_over(row: Row, max_loss: float) -> bool:
-    """Whether the whole interval of the loss is above the budget.
+    """Whether the whole interval of the loss is above the budget ``max_loss``.
 
-    With too few slices for an interval: whether their smallest loss is above it.
+    With too few slices for an interval, the smallest loss of a slice must be above the budget.
     """
     ends = row["loss_interval"]
     return bool((_lost(row, -1) if ends is None else ends[0]) > max_loss)
@@ -295,9 +305,9 @@ def recommend(rows: Sequence[Row], base: str, max_loss: float, noise: float) -> 
     """The label of the fastest row whose estimated loss is within ``max_loss``.
 
     A row that is not dense must be faster than the fastest dense row by more than ``noise``, and
-    that dense row faster than ``base`` (the model as loaded); otherwise the simpler row is
-    recommended.  If no row is within the budget, ``base`` is recommended.  Disturbed timings are
-    ignored.
+    that dense row must be faster than ``base`` (the model as loaded) by more than ``noise``;
+    otherwise the simpler row is recommended.  If no row is within the budget, ``base`` is
+    recommended.  Disturbed timings are ignored.
     """
     fit = [row for row in rows if _is_trusted(row) and row["loss"] <= max_loss]
     if not fit:
@@ -311,7 +321,7 @@ def recommend(rows: Sequence[Row], base: str, max_loss: float, noise: float) -> 
 
 
 def _is_trusted(row: Row) -> bool:
-    """Whether a row was timed, and its timing was not disturbed."""
+    """Whether a row was timed without disturbance."""
     return row["ms"] is not None and row["disturbed"] is None
 
 
@@ -337,13 +347,13 @@ def undecided(
 
 
 def _gain(row: Row, side: int) -> float:
-    """The smallest (-1) or largest (1) speed-up within the scatter of the repetitions."""
+    """The smallest (``side`` -1) or largest (1) speed-up within the scatter of the repetitions."""
     if not _is_trusted(row):
         return math.inf if side > 0 else 0.0
     return float(row["times_dense"] * (1 + side * (row["scatter"] or 0.0)))
 
 
 def _lost(row: Row, side: int) -> float:
-    """The smallest (-1) or largest (1) loss over the slices."""
+    """The smallest (``side`` -1) or largest (1) loss over the slices."""
     low, high = row["loss_range"]
     return float(min(low, row["loss"]) if side < 0 else max(high, row["loss"]))

@@ -1,4 +1,8 @@
-"""The settings of ``bench speed`` and ``tune``, and the candidates of their grids."""
+"""The settings of ``bench speed`` and ``tune``, and the candidates of their grids.
+
+A screened head computes rough scores for the whole vocabulary and exact scores only for the entries
+near the best (docs/reference.md, "Screened head").
+"""
 
 from __future__ import annotations
 
@@ -37,16 +41,22 @@ Removed = Annotated[Fractions, AfterValidator(check_removed)]
 
 
 class BenchOptions(StudyOptions, ModelOptions):
-    """Settings of both commands; None means "not given"."""
+    """The settings that both commands share; None means that a setting was not given."""
 
     UNUSED: ClassVar = ("device_map",)
     KIND: ClassVar[str]
 
-    experiment_name: str | None = setting("Results", "Default: command and model name.")
-    variants: str | None = setting(STUDY, "YAML file of changed methods: LABEL: {SETTING: VALUE}.")
-    repeats: int = setting(STUDY, "Repetitions of every row, in shuffled order.", 5, ge=1)
-    threads: int | None = setting(STUDY, "Threads (default: torch's own number).", ge=1, le=4096)
-    calibration: str | None = setting(STUDY, "Text for methods that calibrate.")
+    experiment_name: str | None = setting(
+        "Results", "Name of the experiment's folder (default: command and model)."
+    )
+    variants: str | None = setting(
+        STUDY, "Also run the changed methods in this YAML file: LABEL: {SETTING: VALUE}."
+    )
+    repeats: int = setting(
+        STUDY, "Number of repetitions; each times all rows in random order.", 5, ge=1
+    )
+    threads: int | None = setting(STUDY, "Number of threads (default: torch's).", ge=1, le=4096)
+    calibration: str | None = setting(STUDY, "Calibrate on this text, if a method calibrates.")
 
     @model_validator(mode="after")
     def _check_bench(self) -> BenchOptions:
@@ -54,7 +64,7 @@ class BenchOptions(StudyOptions, ModelOptions):
         return self
 
     def variant_list(self) -> tuple[Variant, ...]:
-        """Methods, then variants; raises ``ConfigError`` or ``UnknownName``."""
+        """The methods, then the variants of the file; raises ``ConfigError`` or ``UnknownName``."""
         raise NotImplementedError
 
     @property
@@ -74,19 +84,31 @@ class SpeedSettings(BenchOptions):
     KIND: ClassVar = "speed"
 
     weights: Texts = setting(  # type: ignore[assignment]
-        "Model", f"Formats: of auto, {', '.join(FORMATS)}; GGUF files.", ("auto",)
+        "Model",
+        f"Time these weight formats ({', '.join(('auto', *FORMATS))}) or GGUF files.",
+        ("auto",),
     )
     methods: Texts = setting(
-        STUDY, "Methods, comma-separated; dense always runs.", (DEFAULT_METHOD,)
+        STUDY, "Time these methods, comma-separated; dense always runs.", (DEFAULT_METHOD,)
     )
-    sparsities: Removed = setting(STUDY, "Fractions to remove, e.g. 0.3,0.5.", (DEFAULT_SPARSITY,))
-    executors: Texts = setting(STUDY, f"Of {', '.join(EXECUTORS)}.", ("compact", "native"))
-    reference: str | None = setting(STUDY, "llama.cpp: also time its llama-bench (LLAMA_BENCH).")
+    sparsities: Removed = setting(
+        STUDY, "Remove these fractions of the FFN neurons, e.g. 0.3,0.5.", (DEFAULT_SPARSITY,)
+    )
+    executors: Texts = setting(
+        STUDY, f"Time these executors, of {', '.join(EXECUTORS)}.", ("compact", "native")
+    )
+    reference: str | None = setting(
+        STUDY, "If llama.cpp, also time its llama-bench (path in LLAMA_BENCH)."
+    )
     reference_file: list[str] | None = setting(
-        STUDY, "GGUF file for --reference; repeatable (default: the model's, and --weights)."
+        STUDY,
+        "Time --reference on this GGUF file; repeatable (default: the files of --model and "
+        "--weights).",
     )
-    prompt_tokens: int = setting(STUDY, "Tokens in the prompt.", 128, ge=1)
-    tokens: int = setting(STUDY, "Timed tokens per repetition, after two untimed.", 128, ge=4)
+    prompt_tokens: int = setting(STUDY, "Number of tokens in the prompt.", 128, ge=1)
+    tokens: int = setting(
+        STUDY, "Number of timed tokens per repetition, after two untimed tokens.", 128, ge=4
+    )
 
     @model_validator(mode="after")
     def _check(self) -> SpeedSettings:
@@ -111,8 +133,8 @@ class SpeedSettings(BenchOptions):
         return self
 
     def variant_list(self) -> tuple[Variant, ...]:
-        changes, flags = {"seed": self.seed}, {"executor": "--executors"}
-        variants = parse(self.methods, self.variants, changes, flags)
+        common, flags = {"seed": self.seed}, {"executor": "--executors"}
+        variants = parse(self.methods, self.variants, common, flags)
         if not variants:
             raise ConfigError("--methods is empty: give at least one method, e.g. dart")
         return tuple(variants)
@@ -123,7 +145,7 @@ class SpeedSettings(BenchOptions):
         return [Path(weights).expanduser() for weights in self.weights if is_file(weights)]
 
     def method_list(self) -> list[tuple[str, PruneConfig]]:
-        """Label and configuration of every variant at every sparsity, with every executor."""
+        """The label and configuration of every variant at every sparsity with every executor."""
         return [
             (variant.label, variant.at(sparsity, executor=executor))
             for variant in self.variant_list()
@@ -133,12 +155,12 @@ class SpeedSettings(BenchOptions):
 
 
 def is_file(weights: str) -> bool:
-    """Whether a weight format is a GGUF file that replaces the model."""
+    """Whether ``weights`` names a GGUF file, which replaces the model, and not a format."""
     return weights.lower().endswith(".gguf")
 
 
 def first_slices(count: int) -> tuple[int, ...]:
-    """The numbers of the slices, out of ``count``, that ``--quick`` scores: first and middle."""
+    """The numbers of the slices that ``--quick`` scores: the first and the middle of ``count``."""
     return tuple(dict.fromkeys((0, count // 2)))
 
 
@@ -148,26 +170,39 @@ class TuneSettings(BenchOptions):
     KIND: ClassVar = "tune"
 
     weights: Texts = setting(  # type: ignore[assignment]
-        "Model", f"Formats: of {', '.join(FORMATS)} (default: by model and machine).", ()
+        "Model",
+        f"Try these weight formats: {', '.join(FORMATS)} (default: by model and machine).",
+        (),
     )
     max_loss: float = setting(  # at most 1, because a user who gives 2 means 2 %
-        STUDY, "Loss budget in perplexity: 0.02 is 2 %.", 0.02, gt=0, le=1, allow_inf_nan=False
+        STUDY,
+        "Allow perplexity to rise by this fraction: 0.02 is 2 %.",
+        0.02,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
     )
     save: str | None = setting(STUDY, "Also write the recommended setting to this file.")
     quick: bool = setting(
         STUDY,
-        "Answer in minutes: dense, a screened head, dart-token at 30 %, on two slices of each "
-        "text; the same command without --quick continues from there.",
+        "Answer in minutes: measure only dense, a screened head and dart-token at 30 %, on two "
+        "slices of each text; the same command without --quick continues from there.",
         False,
     )
-    methods: Texts = setting(STUDY, f"Methods, or none (default: {','.join(METHODS)}).", ())
-    sparsities: Removed = setting(STUDY, "Fractions to remove (default: by method).", ())
-    heads: Texts = setting(STUDY, "Output heads: full,screened (default: by method).", ())
-    text: str = setting(STUDY, "Your text: a file, JSONL or data name.", documents.EMBEDDED)
-    slices: int = setting(STUDY, "Slices of each of the two texts.", 8, ge=2)
-    prompt_tokens: int = setting(STUDY, "Prompt tokens per slice.", 64, ge=16)
-    tokens: int = setting(STUDY, "Scored tokens per slice.", 96, ge=1)
-    timed_tokens: int = setting(STUDY, "Timed tokens per repetition.", 64, ge=4)
+    methods: Texts = setting(
+        STUDY, f"Try these methods, or none (default: {','.join(METHODS)}).", ()
+    )
+    sparsities: Removed = setting(
+        STUDY, "Remove these fractions of the FFN neurons (default: by method).", ()
+    )
+    heads: Texts = setting(STUDY, "Try these output heads: full,screened (default: by method).", ())
+    text: str = setting(
+        STUDY, "Score this text: a text file, a JSONL file or a data name.", documents.EMBEDDED
+    )
+    slices: int = setting(STUDY, "Number of slices of each of the two texts.", 8, ge=2)
+    prompt_tokens: int = setting(STUDY, "Number of prompt tokens per slice.", 64, ge=16)
+    tokens: int = setting(STUDY, "Number of scored tokens per slice.", 96, ge=1)
+    timed_tokens: int = setting(STUDY, "Number of timed tokens per repetition.", 64, ge=4)
     noise: float = setting(STUDY, "Ignore speed-ups smaller than this fraction.", 0.03, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -209,9 +244,9 @@ QUICK_SEQUENCES = 8
 class Candidate:
     """A row of a grid: a weight format of the model, with a configuration.
 
-    ``config``: None for the untouched model.  ``weights``: name of the format.  ``method``: label
-    of the pruning method; None for dense.  ``file``: a GGUF file for llama.cpp, in which case there
-    is no configuration.
+    ``config``: the pruning configuration; None for the untouched model and for llama.cpp.
+    ``weights``: the name of the format.  ``method``: the label of the pruning method; None for
+    dense.  ``file``: the GGUF file that llama.cpp runs; None for all other rows.
     """
 
     label: str
@@ -222,7 +257,7 @@ class Candidate:
 
     @property
     def executor(self) -> str | None:
-        """The executor; None for transformers."""
+        """The name of the executor, or llama.cpp; None for plain transformers."""
         if self.file is not None:
             return LLAMA_CPP
         return None if self.config is None else self.config.executor
@@ -236,7 +271,10 @@ class Candidate:
 def make_candidate(
     config: PruneConfig, weights: str, suffix: str = "", method: str | None = None
 ) -> Candidate:
-    """A candidate with a descriptive label; ``suffix``: its weight format, if there are several."""
+    """A candidate with a descriptive label, which ends with ``suffix``.
+
+    ``suffix``: names the weight format, if there are several; else empty.
+    """
     parts = [f"{method} {percent(config.target)}" if method else DENSE]
     parts += [config.executor] if config.executor != "auto" else []
     parts += ["screened head"] if config.head.kind == SCREENED else []
@@ -244,47 +282,53 @@ def make_candidate(
 
 
 def speed_grid(settings: SpeedSettings, weights: str, suffix: str = "") -> list[Candidate]:
-    """Every method at every sparsity, with every executor."""
+    """The candidates for every method at every sparsity with every executor."""
     methods = settings.method_list()
     return [make_candidate(config, weights, suffix, label) for label, config in methods]
 
 
 @dataclass(frozen=True)
 class Formats:
-    """The formats that ``tune`` tries: ``every``, the model's own first; ``pruned``: by methods."""
+    """The weight formats that ``tune`` tries.
+
+    ``every``: all of them, beginning with the format in which the model is stored.  ``pruned``:
+    those in which pruning methods are tried; in the others, the model only runs dense.
+    """
 
     every: tuple[str, ...]
     pruned: tuple[str, ...]
 
     @classmethod
     def from_settings(cls, settings: TuneSettings) -> Formats:
-        """The requested formats, all with methods; by default, depending on model and machine.
+        """The requested formats, all of them pruned, or defaults for the model and the machine.
 
-        Defaults: a GGUF file in its own format (with methods) and in 4 bits, whatever ``dtype`` is;
-        a checkpoint dense, in 8 bits (with methods) and in 4 bits; without kernels for blocks, only
-        dense (with methods).  Raises ``ConfigError`` or ``LoadError``.
+        By default, a GGUF file is tried in its own format (pruned) and in 4 bits, whatever
+        ``dtype`` is.  Another checkpoint is tried unquantised, in 8 bits (pruned) and in 4 bits; on
+        a machine without kernels for quantised weights, only unquantised (pruned).  Raises
+        ``ConfigError`` or ``LoadError``.
         """
         from dart_llm.experiments.cell import requested_format  # imports torch
 
         if settings.weights:
             return cls(settings.weights, settings.weights)
-        usual = settings.model_copy(update={"dtype": None, "weights": None})
-        if requested_format(usual) == "file":
+        as_stored = settings.model_copy(update={"dtype": None, "weights": None})
+        if requested_format(as_stored) == "file":
             return cls(("file", "q4_0"), ("file",))
-        blocks = tuple(name for name in ("q8_0", "q4_0") if _is_possible(settings, name))
-        return cls((DENSE, *blocks), blocks[:1] or (DENSE,))
+        quantised = tuple(name for name in ("q8_0", "q4_0") if _is_possible(settings, name))
+        return cls((DENSE, *quantised), quantised[:1] or (DENSE,))
 
     @property
     def reference(self) -> str:
         """The format of the dense reference for losses: the first that is not rounded on loading.
 
-        Forwards of many tokens dequantise a file's blocks and compute exactly.
+        A GGUF file can be the reference, because forwards of many tokens dequantise its weights and
+        then compute exactly.
         """
         return next((name for name in self.every if name not in ROUNDED), DENSE)
 
 
 def _is_possible(settings: TuneSettings, weights: str) -> bool:
-    """Whether this machine can load the model in a format."""
+    """Whether this machine can load the model in the format ``weights``."""
     from dart_llm.experiments.cell import requested_format
 
     try:
@@ -295,18 +339,18 @@ def _is_possible(settings: TuneSettings, weights: str) -> bool:
 
 
 def tune_grid(settings: TuneSettings, formats: Formats) -> tuple[Candidate, ...]:
-    """Dense in every format, the model's own first; then screened heads and pruning methods.
+    """The candidates: dense in every format, then screened heads and pruning methods.
 
     Raises ``ConfigError`` for a method that cannot run at a sparsity.
     """
-    several = len({*formats.every, *formats.pruned}) > 1
-    suffix = {name: f", weights {name}" if several else "" for name in formats.every}
+    has_several = len({*formats.every, *formats.pruned}) > 1
+    suffix = {name: f", weights {name}" if has_several else "" for name in formats.every}
     dense = PruneConfig.build(DENSE, seed=settings.seed)
     grid = [make_candidate(dense, weights, suffix[weights]) for weights in formats.every]
     methods: list[tuple[str | None, PruneConfig]] = [(None, dense)]
     for variant in settings.variant_list():
-        usual = BY_MASK if variant.config.token is None else BY_TOKEN
-        for sparsity in settings.sparsities or usual:
+        defaults = BY_MASK if variant.config.token is None else BY_TOKEN
+        for sparsity in settings.sparsities or defaults:
             methods.append((variant.label, variant.at(sparsity)))
     for weights in formats.pruned:
         for method, config in methods:
@@ -323,12 +367,12 @@ def quick_grid(
 ) -> tuple[Candidate, ...]:
     """The candidates of ``grid`` that ``--quick`` measures for a first answer in minutes.
 
-    These are dense in the model's own format and, in the first format with methods: dense, dense
-    with a screened head, and the first method (or all methods, if any were named) at its lowest
-    sparsity.  Methods that learn use a quarter of the usual text.
+    In the model's own format this is dense.  In the first format that is pruned, these are dense,
+    dense with a screened head, and the first method at its lowest sparsity (or all methods, if the
+    user gave any).  Statistics are learned from a quarter of the usual text.
     """
-    named = settings.methods or settings.variants is not None
-    methods = [variant.label for variant in settings.variant_list()][: None if named else 1]
+    has_methods = settings.methods or settings.variants is not None
+    methods = [variant.label for variant in settings.variant_list()][: None if has_methods else 1]
     lowest = {
         method: min(row.config.target for row in grid if row.config and row.method == method)
         for method in methods
@@ -345,11 +389,12 @@ def quick_grid(
 
 
 def _learning_less(candidate: Candidate) -> Candidate:
+    """The candidate with a shorter text to learn from, if it learns statistics."""
     config = candidate.config
     if config is None or (config.self_stats is None and not config.screens):
         return candidate
-    prior = {"sequences": QUICK_SEQUENCES} | ({} if config.self_stats else {"tokens": 0})
-    return replace(candidate, config=config.replace({"self_stats": prior}))
+    self_stats = {"sequences": QUICK_SEQUENCES} | ({} if config.self_stats else {"tokens": 0})
+    return replace(candidate, config=config.replace({"self_stats": self_stats}))
 
 
 # An estimate of the duration of ``tune``.
@@ -360,7 +405,7 @@ a token, to load a model, to learn its statistics."""
 
 
 def estimate(settings: TuneSettings, grid: Sequence[Candidate], billions: float | None) -> str:
-    """The estimated duration and memory as text; ``billions``: of parameters."""
+    """A text with the estimated duration and memory; ``billions``: billions of parameters."""
     if billions is None:
         return "the size of the model and the duration are unknown"
     tokens = settings.prompt_tokens + settings.tokens
@@ -368,19 +413,23 @@ def estimate(settings: TuneSettings, grid: Sequence[Candidate], billions: float 
     scored = 2 * slices * (len(grid) + 1) * tokens * SCORE_S
     timed = len(grid) * settings.repeats * settings.repetition_tokens * TIME_S
     text = f"roughly {duration(billions * (scored + timed + LOAD_S))} on two CPU cores"
-    width = sum(2.0 if name == DENSE else 1.0 for name in {row.weights for row in grid})
+    bytes_per_parameter = sum(
+        2.0 if name == DENSE else 1.0 for name in {row.weights for row in grid}
+    )
     if any(row.config and (row.config.self_stats or row.config.screens) for row in grid):
         share = QUICK_SEQUENCES / SelfStatsConfig().sequences if settings.quick else 1.0
         text += f", and {duration(share * billions * LEARN_S)} to learn from self-generated text"
-        width += 12.0  # a float32 copy of the model, and the memory of a backward pass
-    size = width * billions * 1e9 + 0.7e9  # 0.7 GB for PyTorch, caches, logits
+        bytes_per_parameter += (
+            12.0  # a float32 copy of the model, and the memory of a backward pass
+        )
+    size = bytes_per_parameter * billions * 1e9 + 0.7e9  # 0.7 GB for PyTorch, caches, logits
     return f"{text}; about {size_text(int(size))} of memory"
 
 
 def model_billions(settings: TuneSettings) -> float | None:
-    """Billions of parameters, from a file or a configuration; None if unknown.
+    """Billions of parameters, from a GGUF file or the model's configuration; None if unknown.
 
-    At most the configuration is downloaded.
+    Nothing but the configuration is downloaded.
     """
     from dart_llm.experiments.cell import configuration
     from dart_llm.models.loading import is_default
@@ -392,8 +441,8 @@ def model_billions(settings: TuneSettings) -> float | None:
         if path.is_file():
             return read_gguf(path).float32_bytes / 4 / 1e9
         shape = configuration(settings).get_text_config(decoder=True)
-        width, inner = shape.hidden_size, getattr(shape, "intermediate_size", None)
-        layer = 4 * width**2 + 3 * width * (inner or 4 * width)
-        return float(shape.num_hidden_layers * layer + width * shape.vocab_size) / 1e9
+        hidden, ffn = shape.hidden_size, getattr(shape, "intermediate_size", None)
+        layer = 4 * hidden**2 + 3 * hidden * (ffn or 4 * hidden)
+        return float(shape.num_hidden_layers * layer + hidden * shape.vocab_size) / 1e9
     except (DartError, AttributeError, OSError):
         return None

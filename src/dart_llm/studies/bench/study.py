@@ -1,7 +1,8 @@
-"""``bench speed``, and its base class shared with ``tune``: repetitions over all candidates.
+"""The study ``bench speed``, and the base class that it shares with ``tune``.
 
-Each repetition runs every candidate once, in a new random order, so that drift of the machine's
-speed affects all candidates alike.
+Both time candidates: a weight format of the model with a pruning configuration.  Dense (native) is
+the dense model with dart-llm's native kernels.  Each repetition runs every candidate once, in a
+new random order, so that drift of the machine's speed affects all candidates alike.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ from dart_llm.studies.bench.settings import (
 B = TypeVar("B", bound=SpeedSettings | TuneSettings)
 
 WARMUP_TOKENS = 4
-"""The number of tokens decoded in a warm-up, whose times are not used."""
+"""The number of tokens that a warm-up decodes; their times are not used."""
 
 CACHE_BYTES = 2
 """Bytes per number in llama.cpp's float16 KV cache."""
@@ -73,56 +74,67 @@ CACHE_BYTES = 2
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in a weight format; ``weights``: its name in ``--weights``, or None."""
+    """A model in a weight format.
+
+    ``weights``: the format's name in ``--weights``; None for a model that the caller loaded.
+    """
 
     weights: str | None
     model: Any
     tokenizer: Any
 
     @property
-    def blocks(self) -> str | None:
-        """The block format of packed weights; None if they are not packed."""
-        blocks: str | None = checkpoint_facts(self.model).get("weights")
-        return blocks
+    def quantised_as(self) -> str | None:
+        """How weights are quantised, e.g. "Q4_1 as in the file"; None if they are not."""
+        quantised_as: str | None = checkpoint_facts(self.model).get("weights")
+        return quantised_as
 
     @property
     def dtype(self) -> str:
-        """The dtype of the weights that are not in blocks."""
+        """The dtype of the weights that are not quantised."""
         return str(checkpoint_facts(self.model)["dtype"])
 
     @property
-    def width(self) -> float:
-        """Bytes per weight over those of bfloat16; 1 for weights in blocks."""
-        return 1.0 if self.blocks else self.model.dtype.itemsize / 2
+    def byte_ratio(self) -> float:
+        """Bytes per weight, divided by those of bfloat16; 1 for quantised weights.
+
+        ``bytes_share`` of a report counts quantised weights exactly, others as bfloat16.
+        """
+        return 1.0 if self.quantised_as else self.model.dtype.itemsize / 2
 
     @property
     def kind(self) -> str:
-        """GGUF's name of the block format, such as Q8_0, or the dtype."""
+        """GGUF's name of the quantisation, such as Q8_0; the dtype if not quantised."""
         if self.weights in ROUNDED:
             return str(self.weights).upper()
-        return str(checkpoint_facts(self.model)["file_quantisation"]) if self.blocks else self.dtype
+        return (
+            str(checkpoint_facts(self.model)["file_quantisation"])
+            if self.quantised_as
+            else self.dtype
+        )
 
 
 def native_dense(model: Any, config: PruneConfig) -> PruneConfig:
-    """The configuration of dense (native), or ``config`` itself if native steps cannot run.
+    """``config`` with native steps, or ``config`` itself if these cannot run.
 
     Raises ``DartError`` if ``config`` names an executor that cannot run.
     """
-    named = config.executor != "auto"
-    steps = config if named else config.replace({"executor": "native"})
+    has_executor = config.executor != "auto"
+    native = config if has_executor else config.replace({"executor": "native"})
     try:
-        Run(model, steps)
+        Run(model, native)
     except DartError:
-        if named:
+        if has_executor:
             raise
         return config
-    return steps
+    return native
 
 
 class BenchStudy(Study[B]):
-    """Candidates, the factories of their runs, and their repetitions.
+    """A study that times candidates in repetitions.
 
-    ``grid``: all rows known before a model is loaded; they are part of the run's identity.
+    ``grid``: the candidates known before a model is loaded; they are part of the run's identity.
+    ``texts``: names of the scored texts, which must differ from the calibration text.
     """
 
     def __init__(
@@ -135,9 +147,9 @@ class BenchStudy(Study[B]):
         self.models: dict[str, LoadedModel] = {}
         """The loaded models, by the name of their weight format."""
         self.makers: dict[str, Make] = {}
-        """Factories of the candidates' runs, by label."""
+        """Functions that make the candidates' runs, by label."""
         self.configs: dict[str, PruneConfig] = {}
-        """The configurations that run, by label."""
+        """The configurations with which the candidates run, by label."""
         self.left_out: dict[str, str] = {}
         """The reasons why candidates cannot run, by label."""
         self.timed: list[Candidate] = []
@@ -153,12 +165,12 @@ class BenchStudy(Study[B]):
 
     @property
     def stated_format(self) -> str | None:
-        """The weight format in the model's digests; dense if there are several."""
+        """The weight format in the digests of the model; dense if the study has several."""
         return DENSE
 
     def requested(self) -> dict[str, Any]:
-        left_out = {*self.shown, *self.settings.UNUSED, "save"}
-        return self.settings.model_dump(mode="json", exclude=left_out)
+        excluded = {*self.shown, *self.settings.UNUSED, "save"}
+        return self.settings.model_dump(mode="json", exclude=excluded)
 
     def identify(self) -> dict[str, Any]:
         configs = {row.label: row.config.to_dict() for row in self.grid if row.config}
@@ -173,22 +185,22 @@ class BenchStudy(Study[B]):
         finally:
             torch.set_num_threads(before)
 
-    def take_models(self, models: dict[str, LoadedModel], main: str, tokens: int) -> None:
-        """Set the models; ``main``: the name of the model whose dense row is the base.
+    def set_models(self, models: dict[str, LoadedModel], main: str, tokens: int) -> None:
+        """Set the models by format; ``main``: the format whose dense row is the base.
 
-        Raises ``ConfigError`` if ``tokens`` exceed its context.
+        Raises ``ConfigError`` if ``tokens`` exceed the model's context.
         """
         self.models = models
         self.model, self.tokenizer = models[main].model, models[main].tokenizer
-        longest = context_length(self.model)
-        if longest is not None and tokens > longest:
+        context = context_length(self.model)
+        if context is not None and tokens > context:
             raise ConfigError(
-                f"{tokens} tokens are longer than the context of {self.settings.name}, "
-                f"{longest}: give fewer tokens, in the prompt or after it"
+                f"prompt and decoded tokens need a context of {tokens} tokens, but that of "
+                f"{self.settings.name} is {context}: give fewer prompt or decoded tokens"
             )
 
     def make_ready(self, candidate: Candidate) -> bool:
-        """Whether the candidate can run; if not, the reason is recorded."""
+        """Prepare the candidate's run; if it cannot run, record the reason and return False."""
         try:
             self.makers[candidate.label] = self.maker(candidate)
         except DartError as error:
@@ -197,7 +209,7 @@ class BenchStudy(Study[B]):
         return True
 
     def maker(self, candidate: Candidate) -> Make:
-        """The factory of the candidate's run; raises ``DartError`` if it cannot run."""
+        """A function that makes the candidate's run; raises ``DartError`` if it cannot run."""
         loaded, config = self.models[candidate.weights], candidate.config
         assert config is not None
         if candidate.dense:
@@ -206,8 +218,8 @@ class BenchStudy(Study[B]):
         self.configs[candidate.label] = config
         if config.calibration is None:
             Run(loaded.model, config)  # raises before any statistics are learned
-        learned = (self.settings.calibration, self.settings.cache_dir, self.ui.say)
-        prepared = prepare(loaded.model, loaded.tokenizer, config, *learned)
+        learning = (self.settings.calibration, self.settings.cache_dir, self.ui.say)
+        prepared = prepare(loaded.model, loaded.tokenizer, config, *learning)
         prepared.run()
         return prepared.run
 
@@ -216,14 +228,17 @@ class BenchStudy(Study[B]):
     def timed_units(
         self, candidates: Sequence[Candidate], kind: str = "repetition"
     ) -> Iterator[Unit]:
-        """The units of all repetitions; if any is unfinished, all rows are warmed up first."""
+        """Yield a unit per repetition; if one is unfinished, warm all candidates up before.
+
+        ``kind``: the first word of the units' keys.
+        """
         self.timed = list(candidates)
         units = [Unit(f"{kind} {n}", data=n) for n in range(self.settings.repeats)]
-        fresh = any(self.finished(unit) is None for unit in units)
-        warm = [row for row in candidates if fresh and row.file is None]
-        total = len(warm) + len(units) * len(candidates)
+        is_unfinished = any(self.finished(unit) is None for unit in units)
+        warmed = [row for row in candidates if is_unfinished and row.file is None]
+        total = len(warmed) + len(units) * len(candidates)
         with self.ui.progress("decoding", total) as self.advance:
-            for candidate in warm:
+            for candidate in warmed:
                 self.time(candidate, WARMUP_TOKENS, 0)
                 self.advance(1)
             for unit in units:
@@ -232,7 +247,7 @@ class BenchStudy(Study[B]):
                 yield unit
 
     def repetition(self, number: int, tokens: int) -> dict[str, Any]:
-        """A repetition's ``samples`` by label, and their ``order``."""
+        """Time all candidates once: their ``samples`` by label, and the ``order`` of the labels."""
         candidates, samples = {row.label: row for row in self.timed}, {}
         order = shuffled(list(candidates), self.settings.seed, number)
         for label in order:
@@ -241,7 +256,7 @@ class BenchStudy(Study[B]):
         return {"order": order, "samples": samples}
 
     def time(self, candidate: Candidate, tokens: int, number: int) -> Sample:
-        """Time a candidate in repetition ``number``."""
+        """Time ``tokens`` decoded tokens of a candidate in repetition ``number``."""
         model = self.models[candidate.weights].model
         return repetition(model, self.prompt(number), tokens, self.makers[candidate.label])
 
@@ -254,11 +269,11 @@ class BenchStudy(Study[B]):
         return [repetition["samples"][label] for repetition in self.repetitions]
 
     def facts(self) -> dict[str, Any]:
-        """The facts that both documents share."""
+        """The entries that speed.json and tune.json share."""
         checkpoint = checkpoint_facts(self.model)
         names = ("prompt_tokens", "tokens", "repeats", "seed")
         formats = {
-            name: {"stored_as": loaded.blocks or loaded.dtype}
+            name: {"stored_as": loaded.quantised_as or loaded.dtype}
             for name, loaded in self.models.items()
         }
         return {
@@ -273,7 +288,7 @@ class BenchStudy(Study[B]):
         }
 
     def result_lines(self) -> Sequence[ResultLine]:
-        packed = {name: m.kind.lower() for name, m in self.models.items() if m.blocks}
+        packed = {name: m.kind.lower() for name, m in self.models.items() if m.quantised_as}
         return report.result_lines(self.kind, self.summary, packed)
 
     def tables(self) -> Sequence[Table]:
@@ -281,7 +296,7 @@ class BenchStudy(Study[B]):
 
 
 class SpeedStudy(BenchStudy[SpeedSettings]):
-    """A unit is a repetition.
+    """The study ``bench speed``; a unit is a repetition over all candidates.
 
     Raises ``ConfigError`` and ``UnknownName`` before the model is loaded, if possible.
     """
@@ -292,7 +307,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
     def __init__(self, settings: SpeedSettings, ui: Ui) -> None:
         super().__init__(settings, ui, speed_grid(settings, ""), {})
         self.bench = require_bench() if settings.reference else ""
-        """The path of llama-bench, or ""."""
+        """The path of llama-bench; "" if it is not timed."""
         self.files: dict[str, ReferenceFile] = {}
         """The files that llama-bench reads, by label."""
         self.ids = torch.empty(0)
@@ -300,16 +315,20 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         self.candidates: list[Candidate] = []
         """The candidates that can run with this model on this machine, in row order."""
         self.bases: dict[str, str] = {}
-        """The label of dense (native) by format; that of transformers if native cannot run."""
+        """By format, the row with which others are compared: dense (native) or transformers."""
 
     @property
     def notes(self) -> list[str]:
-        """The reasons for missing rows, and the rows without a native kernel."""
+        """Notes on skipped candidates, and on candidates without a native kernel."""
         tokens = {row.label: row.config.token for row in self.candidates if row.config}
         slow = [n for n, rule in tokens.items() if rule and not TOKEN_RULES.get(rule.rule).native]
-        note = f"{'; '.join(slow)}: plain PyTorch with any executor, and all neurons are computed; "
+        note = f"{'; '.join(slow)}: computed in PyTorch with any executor, including all neurons; "
         notes = report.left_out(self.left_out)
-        return [*notes, f"{note}compare quality at equal bytes, not speed"] if slow else notes
+        return (
+            [*notes, f"{note}compare their quality at equal bytes, not their speed"]
+            if slow
+            else notes
+        )
 
     @property
     def stated_format(self) -> str | None:
@@ -322,7 +341,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         return {**super().inputs(), **{f"file {path}": file_sha256(path) for path in paths}}
 
     def load(self) -> None:
-        """Load a model for every format, also a dense model for transformers, and the prompt.
+        """Load the model in every format, if needed also dense for transformers, and the prompt.
 
         Raises ``ConfigError`` for a prompt longer than the model's context, and for files of
         another model.
@@ -333,35 +352,36 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
             loaded = self._load(weights)
             name = Path(weights).stem if is_file(weights) else weights
             if weights == "auto":
-                name = loaded.kind.lower() if loaded.blocks else DENSE
+                name = loaded.kind.lower() if loaded.quantised_as else DENSE
             if name in models:
                 raise ConfigError(f"--weights has two formats named {name}: rename a file")
             models[name] = loaded
         self.bases = dict.fromkeys(models, TRANSFORMERS)
         self.main = DENSE if DENSE in models else next(iter(models))
-        if all(loaded.blocks for loaded in models.values()):
+        if all(loaded.quantised_as for loaded in models.values()):
             models[DENSE] = self._load(DENSE)
         vocabularies = {n: m.model.config.get_text_config().vocab_size for n, m in models.items()}
         if len(set(vocabularies.values())) > 1:
             sizes = ", ".join(f"{name} ({size:,})" for name, size in vocabularies.items())
             raise ConfigError(f"the vocabularies differ: {sizes}; give files of the same model")
-        self.take_models(models, self.main, settings.prompt_tokens + settings.tokens + WARM)
+        self.set_models(models, self.main, settings.prompt_tokens + settings.tokens + WARM)
         if self.bench:
             self.find_files()
         self.timing["load_s"] = time.perf_counter() - began
         self.ids = prompt_ids(self.model, self.tokenizer, settings.prompt_tokens)
 
     def _load(self, weights: str) -> LoadedModel:
-        """The model in a format, or the GGUF file that replaces it."""
-        file = {"weights": "file", "model": weights}
-        changes = file if is_file(weights) else {"weights": weights}
-        settings = self.settings.model_copy(update=changes)
+        """Load the model in the format ``weights``, or the GGUF file that replaces the model."""
+        overrides = {"weights": weights}
+        if is_file(weights):
+            overrides = {"weights": "file", "model": weights}
+        settings = self.settings.model_copy(update=overrides)
         return LoadedModel(weights, *load_model(settings, self.ui)[:2])
 
     def find_files(self) -> None:
-        """Find llama.cpp's GGUF files: ``--reference-file``, or the model's and ``--weights``.
+        """Set the GGUF files for llama.cpp: ``--reference-file``, or those of model and weights.
 
-        Raises ``ConfigError`` if there is none.
+        Raises ``ConfigError`` if there are none.
         """
         settings = self.settings
         paths = [Path(name).expanduser() for name in settings.reference_file or ()]
@@ -382,15 +402,15 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         self.files = {f"{LLAMA_CPP} {name}": f for name, f in zip(names, files, strict=True)}
 
     def find_candidates(self) -> None:
-        """Set the candidates: transformers, per format dense (native) and methods, llama.cpp."""
+        """Set the candidates: transformers; per format, dense (native) and methods; llama.cpp."""
         on_gpu = torch.device(self.model.device).type == "cuda"
         executor = {"executor": "cuda" if on_gpu else "native"}
-        unpacked = next(name for name, loaded in self.models.items() if not loaded.blocks)
-        self.candidates = [Candidate(TRANSFORMERS, weights=unpacked)]
+        unquantised = next(name for name, loaded in self.models.items() if not loaded.quantised_as)
+        self.candidates = [Candidate(TRANSFORMERS, weights=unquantised)]
         self.makers[TRANSFORMERS] = lambda: None
         for name in self.bases:
             loaded = self.models[name]
-            stored = name if loaded.blocks else loaded.dtype
+            stored = name if loaded.quantised_as else loaded.dtype
             suffix = f", {stored}" if len(self.bases) > 1 else ""
             native = make_candidate(PruneConfig.build(DENSE, **executor), name, suffix)
             rows = [native, *speed_grid(self.settings, name, suffix)]
@@ -426,13 +446,13 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         facts = self.facts()
         for name, row in facts["formats"].items():
             row |= {"base": self.bases.get(name), "weights": self._sizes(self.models[name].model)}
-        named = {path: path.stem for path in self.settings.gguf_files}
-        kinds = {self.models[name].kind: name for name in reversed(self.bases)}
+        file_formats = {path: path.stem for path in self.settings.gguf_files}
+        formats = {self.models[name].kind: name for name in reversed(self.bases)}
         reference = {
             label: {
                 "file": f.path.name,
                 "bytes": f.bytes,
-                "format": named.get(f.path, kinds.get(f.kind)),
+                "format": file_formats.get(f.path, formats.get(f.kind)),
             }
             for label, f in self.files.items()
         }
@@ -449,6 +469,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         return speed_document(self.candidates, samples, facts)
 
     def _sizes(self, model: Any) -> dict[str, float]:
+        """The bytes of the model's parts, and of its KV cache per position."""
         share = Run(model, PruneConfig.build(DENSE)).report().ffn_share_of_bytes
         weights = describe(model).parameter_bytes
         sizes = {

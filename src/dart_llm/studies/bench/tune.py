@@ -1,7 +1,9 @@
-"""``tune``: score the loss of every candidate, time those that remain, recommend a setting.
+"""``tune``: find the fastest setting for a model within a loss budget.
 
-A unit is a slice scored with a candidate and, later, a repetition over all timed candidates in
-shuffled order.  The function ``tune`` runs the study from Python.
+A candidate is a weight format of the model with a pruning configuration.  The study scores the loss
+of every candidate on slices of two texts, times those that do not clearly exceed the budget, and
+recommends one.  A unit is a slice scored with a candidate or, later, a repetition that times all
+remaining candidates in random order.  The function ``tune`` runs the study from Python.
 """
 
 from __future__ import annotations
@@ -55,19 +57,19 @@ from dart_llm.studies.bench.study import BenchStudy, LoadedModel
 OWN_TEXT = "own"
 """The label of the self-generated text."""
 
-STEPS_AHEAD = 1_000_003
-"""Added to the seed, so that the text differs from the text used to learn statistics."""
+SEED_OFFSET = 1_000_003
+"""Added to the seed, so that scored texts differ from those used to learn statistics."""
 
-FACTS = (
+REPORT_FIELDS = (
     *("decoded_tokens", "achieved_sparsity", "dense_token_share", "remasks"),
     *("token_bytes_share", "extra_memory_bytes"),
 )
-"""The fields kept from a run's report on a slice."""
+"""The fields of a run's report that are stored for a slice."""
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """A slice of a text.  ``text``: the text's label; ``window``: the tokens, prompt first."""
+    """A slice of a text.  ``text``: the text's label; ``window``: its prompt and scored tokens."""
 
     text: str
     window: Window
@@ -79,13 +81,14 @@ class Slice:
 
 
 def generate_text(model: Any, count: int, length: int, seed: int, skip: int = 0) -> list[list[int]]:
-    """``count`` sequences of ``length`` tokens sampled from ``model``, as for self-calibration.
+    """Sample ``count`` sequences of ``length`` tokens from ``model``, as self-calibration does.
 
-    ``skip``: the number of sequences generated earlier, which are not repeated.  Raises
-    ``ConfigError`` for a model without a head.
+    ``skip``: the number of sequences of earlier calls, which are not repeated.  Raises
+    ``ConfigError`` for a model without an output head.
     """
-    prior, generator = SelfStatsConfig(), torch.Generator().manual_seed(seed + STEPS_AHEAD + skip)
-    begin = opening_ids(model, skip + count, min(prior.opening, length - 1))
+    sampling = SelfStatsConfig()
+    generator = torch.Generator().manual_seed(seed + SEED_OFFSET + skip)
+    begin = opening_ids(model, skip + count, min(sampling.opening, length - 1))
     if begin is not None:
         begin = begin[skip:]
     else:
@@ -94,7 +97,7 @@ def generate_text(model: Any, count: int, length: int, seed: int, skip: int = 0)
         if start := start_tokens(model):
             begin[:] = start[0]
     sequences: list[list[int]] = sample_continuations(
-        model, begin, length, generator, lambda text: None, prior.temperature, prior.top_p
+        model, begin, length, generator, lambda text: None, sampling.temperature, sampling.top_p
     ).tolist()
     return sequences
 
@@ -102,7 +105,7 @@ def generate_text(model: Any, count: int, length: int, seed: int, skip: int = 0)
 def all_slices(
     generated: Mapping[int, Sequence[int]], user: Sequence[Slice], prompt: int
 ) -> list[Slice]:
-    """Self-generated slices and those of the user's text, alternating, in order of number."""
+    """Slices of the self-generated text and of the user's text, alternating by number."""
     self_generated = [
         Slice(OWN_TEXT, Window(torch.tensor(ids), prompt, n)) for n, ids in generated.items()
     ]
@@ -123,9 +126,10 @@ def user_slices(text: str, tokenizer: Any, count: int, prompt: int, scored: int)
 
 
 def score(model: Any, run: Run, piece: Slice, reference: Tensor) -> dict[str, Any]:
-    """Score a slice with ``run``, not attached; ``reference``: [C, V] logits of the dense model.
+    """Score a slice with ``run``, which must not be attached to the model yet.
 
-    ``loss`` and ``kl``: means over the scored ``tokens``, in nats; ``accounting``: ``FACTS``.
+    ``reference``: the dense model's logits for the C scored tokens, [C, V].  Returns ``loss`` and
+    ``kl``, means over the scored ``tokens`` in nats, and ``accounting`` with ``REPORT_FIELDS``.
     Raises ``ConfigError`` if all tokens ran dense although a sparsity was requested.
     """
     run.reset()
@@ -137,7 +141,7 @@ def score(model: Any, run: Run, piece: Slice, reference: Tensor) -> dict[str, An
             f"all {report['decoded_tokens']} decoded tokens of slice {piece.id} ran dense, so this "
             "would measure the untouched model; give more --prompt-tokens or --tokens"
         )
-    return {**compared._asdict(), "accounting": {name: report[name] for name in FACTS}}
+    return {**compared._asdict(), "accounting": {name: report[name] for name in REPORT_FIELDS}}
 
 
 # The study.
@@ -151,7 +155,10 @@ scored on further slices."""
 
 
 class TuneStudy(BenchStudy[TuneSettings]):
-    """``loaded``: a model and its tokenizer; then only its own weight format is tried.
+    """The study ``tune``.
+
+    ``loaded``: a model and its tokenizer, if the caller has loaded them; then only the weight
+    format of this model is tried.
 
     Raises ``ConfigError`` and ``UnknownName`` before a model is loaded, if possible.
     """
@@ -226,7 +233,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         self.slices = all_slices(self.generated, user, settings.prompt_tokens)
         ready = [row for row in self.tried if self.make_ready(row)]
         for label, why in self.left_out.items():
-            self.ui.say(f"{label} is left out: {why}")
+            self.ui.say(f"{label} is skipped: {why}")
         with self.ui.progress("slices", len(self.slices) * (1 + len(ready))) as self.advance:
             for piece in self.slices:
                 yield Unit(f"{piece.id}/{REFERENCE}", data=(piece, None))
@@ -241,7 +248,10 @@ class TuneStudy(BenchStudy[TuneSettings]):
         yield from self.timed_units(timed, f"{'quick ' if settings.quick else ''}repetition")
 
     def _key(self, candidate: Candidate) -> str:
-        """The candidate's key; calibration on less text than in the full study has another key."""
+        """The candidate's part of a unit's key.
+
+        A candidate that learns from less text than in the full study has a key of its own.
+        """
         return candidate.label if candidate in self.grid else f"{candidate.label}, quick"
 
     def _is_over(self, label: str, times: float = 1) -> bool:
@@ -279,7 +289,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         return score(self.models[candidate.weights].model, run, piece, logits)
 
     def prompt(self, number: int) -> Tensor:
-        """A prompt from alternating texts, because a screened head's bytes depend on the text."""
+        """A prompt from alternating texts, as the bytes read by a screened head depend on text."""
         window = self.slices[number % len(self.slices)].window
         return window.ids[None, : window.first].to(self.model.device)
 
@@ -343,14 +353,16 @@ class TuneStudy(BenchStudy[TuneSettings]):
         }
 
     def _limit(self, row: Candidate, scores: Mapping[str, Row]) -> float | None:
-        """Bytes that a token reads with the base, over those with ``row``."""
+        """Bytes that a token reads with the base, divided by those with ``row``, if known."""
         shares = scores[self.base]["bytes_share"], scores[row.label]["bytes_share"]
         if None in shares:
             return None
-        widths = [self.models[weights].width for weights in (self.grid[0].weights, row.weights)]
-        return float(shares[0] * widths[0] / (shares[1] * widths[1]))
+        ratios = [
+            self.models[weights].byte_ratio for weights in (self.grid[0].weights, row.weights)
+        ]
+        return float(shares[0] * ratios[0] / (shares[1] * ratios[1]))
 
-    def kept(self, document: Mapping[str, Any]) -> KeptSetting:
+    def recommended_setting(self, document: Mapping[str, Any]) -> KeptSetting:
         """The recommended setting, as written to its file."""
         row = next(row for row in document["rows"] if row["recommended"])
         loaded = self.models[row["weights"]]
@@ -361,10 +373,10 @@ class TuneStudy(BenchStudy[TuneSettings]):
         return KeptSetting(config, loaded.weights, model, report.measured(document, row), date)
 
     def _save(self, document: Mapping[str, Any]) -> None:
-        kept = self.kept(document)
-        self.setting_file = kept.save(self.path / "setting.yaml")
+        setting = self.recommended_setting(document)
+        self.setting_file = setting.save(self.path / "setting.yaml")
         if self.settings.save:
-            self.setting_file = kept.save(Path(self.settings.save).expanduser())
+            self.setting_file = setting.save(Path(self.settings.save).expanduser())
 
     def sentences(self) -> Sequence[str]:
         model, file = (shlex.quote(t) for t in (self.settings.model, f"file:{self.setting_file}"))
@@ -387,12 +399,13 @@ class TuneStudy(BenchStudy[TuneSettings]):
 
 @dataclass(frozen=True)
 class TuneResult:
-    """The result of ``tune``; ``str()`` gives it as sentences.
+    """The result of ``tune``; ``str(result)`` is a summary in sentences.
 
     ``rows``: one per candidate, as in tune.json: ``row`` (its name), ``loss`` with
-    ``loss_interval``, ``kl`` (nats per token), ``ms`` per token (None: not timed), ``times_dense``,
-    ``bytes_share``, ``achieved_sparsity``, ``dense_token_share``, ``remasks``.  ``recommended``:
-    the recommended row.  ``setting``: written by ``save``; ``setting.config`` is for ``prune``.
+    ``loss_interval``, ``kl`` (nats per token), ``ms`` per token (None if not timed),
+    ``times_dense``, ``bytes_share``, ``achieved_sparsity``, ``dense_token_share``, ``remasks``.
+    ``recommended``: the recommended row.  ``setting``: the recommended setting, which ``save``
+    writes to a file; ``prune`` accepts ``setting.config``.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -422,10 +435,11 @@ def tune(
     """Find the fastest setting for ``model`` that loses at most ``max_loss``.
 
     ``model``: a loaded model with its ``tokenizer``, measured in its own weight format; or a name
-    for ``load``, measured in several formats.  ``max_loss``: perplexity over dense, minus 1.
+    for ``load``, measured in several formats.  ``max_loss``: perplexity divided by that of dense,
+    minus 1.
     ``settings``: those of ``dart-llm tune``, by name: ``text``, ``methods``, ``sparsities``,
-    ``heads``, ``slices``, ``repeats``, ...  Resumes in ``results_dir`` unless ``fresh``.
-    ``quiet``: show nothing.
+    ``heads``, ``slices``, ``repeats``, ...  An interrupted study in
+    ``results_dir`` is resumed unless ``fresh``.  ``quiet``: print nothing.
 
     Raises ``ConfigError`` and ``UnknownName`` for invalid settings, ``AttachError`` for a model
     that is being pruned.
@@ -443,4 +457,4 @@ def tune(
     rows = tuple(document["rows"])
     best = next(row for row in rows if row["recommended"])
     text = "\n".join(report.tune_sentences(document))
-    return TuneResult(rows, best, study.kept(document), study.path, text)
+    return TuneResult(rows, best, study.recommended_setting(document), study.path, text)
