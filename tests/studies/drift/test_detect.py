@@ -331,8 +331,8 @@ DRIFT = [
     ({"methods": "dense@0.5"}, "method dense removes nothing: drop the @0.5"),
     ({"methods": "dart,dart@0.5"}, r'"dart@0.5" was given twice'),
     ({"methods": " , "}, "methods .* at least 1 item"),
-    ({"passages": None}, "mode free does not fit no source"),
-    ({"prompt": "a"}, r"does not fit 2 source\(s\): give --prompt TEXT or --prompts"),
+    ({"passages": None}, "mode free needs a prompt: give"),
+    ({"prompt": "a"}, "--prompt and --passages: give --prompt TEXT or --prompts"),
     ({"seeds": "-1"}, "--seeds -1 must be at least 0"),
 ]
 DETECT = [

@@ -1,4 +1,4 @@
-"""``drift`` and ``detect``: how masks fare when a text's topic changes, and which rules notice.
+"""``drift`` compares methods on texts whose topic changes; ``detect`` tests only the drift rules.
 
-Start with ``study.py`` (methods compared) or ``detect.py`` (drift rules on known topic changes).
+A drift rule decides when masks are rebuilt.  Start with ``study.py`` (``drift``) or ``detect.py``.
 """

@@ -1,7 +1,8 @@
 """``dart-llm detect``: run passages through the dense model and apply every drift rule.
 
-``detection.json`` pools the lines of results.jsonl into a row per rule and signal, and a point per
-threshold of the curves.
+A drift rule watches a signal, a vector per token such as an attention output, and triggers when
+masks should be rebuilt.  The topic changes of the passages are known.  ``detection.json`` pools
+the lines of results.jsonl into a row per rule and signal, and a point per threshold of the curves.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from dart_llm.studies.drift.sources import Reading, cut_notes, digest, load_pass
 Row = Mapping[str, Any]
 
 NO_SIGNAL = "none"
-"""The signal of rules that watch no signal: ``interval N``, ``never``."""
+"""The signal in rows of rules that watch none: ``interval N``, ``never``."""
 
 
 class DetectionStudy(Study[DetectSettings]):
@@ -120,20 +121,21 @@ class DetectionStudy(Study[DetectSettings]):
 
 
 def watchers(settings: DetectSettings) -> list[tuple[Watcher, dict[str, Any]]]:
-    """The rules to test, and the points of the curves with ``window``, ``n0`` and ``k``.
+    """The rules to test, then the rules of the curves, each with its values of ``POINT``.
 
     Raises ``UnknownName`` and ``ConfigError``.
     """
     observe = settings.observe_tokens
-    named = [(make_watcher(name, observe), dict[str, Any]()) for name in settings.rule_names()]
+    tested = [(make_watcher(name, observe), dict[str, Any]()) for name in settings.rule_names()]
     points = settings.curve_points()
     curves = [
         (Watcher("curve", windows(*p), observe), dict(zip(POINT, p, strict=True))) for p in points
     ]
-    return named + curves
+    return tested + curves
 
 
 POINT = ("window", "n0", "k")
+"""What distinguishes the points of the curves: tokens per window, low windows, and threshold."""
 
 
 def study_passage(
@@ -142,9 +144,9 @@ def study_passage(
     settings: DetectSettings,
     watched: Sequence[tuple[Watcher, dict[str, Any]]],
 ) -> dict[str, Any]:
-    """A passage's line: the triggers of every rule on every signal.
+    """A passage's line of results.jsonl, with the triggers of every rule on every signal.
 
-    A trigger is the number of the passage's tokens read by then, prompt included.
+    A trigger is stored as the number of tokens that had been read, including the prompt.
     """
     signals = record_signals(model, reading.ids, settings.signals)
 
@@ -172,16 +174,16 @@ def study_passage(
 
 
 def pool(lines: Sequence[Row], settings: Row, checkpoint: Row) -> dict[str, Any]:
-    """The content of detection.json; ``settings``: those in config.json."""
+    """The content of detection.json, from the lines of results.jsonl and the ``settings``."""
     horizon, seed = int(settings["horizon"]), int(settings["seed"])
     rows = []
-    for tried in zip(*(line["rules"] for line in lines), strict=True):
+    for entries in zip(*(line["rules"] for line in lines), strict=True):
         outcomes = []
-        for line, entry in zip(lines, tried, strict=True):
+        for line, entry in zip(lines, entries, strict=True):
             passage = line["passage"]
             text = (passage["changes"], passage["prompt_tokens"], passage["tokens"], horizon)
             outcomes.append(outcome(entry["triggers"], *text))
-        names = {name: value for name, value in tried[0].items() if name != "triggers"}
+        names = {name: value for name, value in entries[0].items() if name != "triggers"}
         rows.append({**names, **rates(outcomes, seed, intervals="k" not in names)})
     return {
         "schema": 1,
@@ -225,9 +227,9 @@ def headline(document: Row) -> str:
     """A sentence on the rule with the largest gain over a blind rule."""
     best = max(document["rows"], key=lambda row: (row["gain"], -row["false_alarms_per_1000"]))
     return (
-        f"Largest gain over a blind rule that fires as often: {rule_name(best)}, "
-        f"{best['detected']} of {count(best['changes'], 'change')} against "
-        f"{best['blind_rate']:.0%}, with {best['false_alarms_per_1000']:.1f} false alarms per "
+        f"Largest gain over a blind rule that fires as often: {rule_name(best)} detects "
+        f"{best['detected']} of {count(best['changes'], 'change')} (the blind rule "
+        f"{best['blind_rate']:.0%}), with {best['false_alarms_per_1000']:.1f} false alarms per "
         "1,000 tokens."
     )
 
@@ -238,14 +240,14 @@ def rule_name(row: Row) -> str:
 
 
 QUANTITIES = {"rate": "changes detected (share)", "delay_with_misses": "mean delay (tokens)"}
-"""The quantities drawn over false alarms, with their axis labels."""
+"""The quantities drawn against false alarms, with their axis labels."""
 
 
 def plot_curves(document: Row, small: str) -> list[Plot]:
-    """Detection rate and delay over false alarms, with a curve per signal and a marker per k."""
+    """Detection rate and delay against false alarms: a curve per signal and a marker per k."""
     points, horizon = document["curves"], int(document["settings"]["horizon"])
-    most = max(1.0, *(point["false_alarms_per_1000"] for point in points))
-    x = np.linspace(0.0, most, 51).tolist()
+    x_end = max(1.0, *(point["false_alarms_per_1000"] for point in points))
+    x = np.linspace(0.0, x_end, 51).tolist()
     panels = []
     for (window, n0), members in grouped(points, lambda p: (p["window"], p["n0"])).items():
         xlabel = f"false alarms per 1,000 tokens (W = {window}, n0 = {n0})"
@@ -261,8 +263,9 @@ def plot_curves(document: Row, small: str) -> list[Plot]:
             panels.append(Panel(xlabel, ylabel, curves))
     title = "Detection of topic changes against false alarms"
     words = (
-        "theta = mu - k sigma, a marker per k; n0 low windows of W tokens per trigger; a miss "
-        f"counts as the horizon; blind rule: fires as often, at equal distances · {small}"
+        "the threshold is theta = mu - k sigma, with a marker per k; n0 low windows of W tokens "
+        "trigger; a missed change counts as a delay of the horizon; the blind rule fires as often, "
+        f"at equal distances · {small}"
     )
     return [line_plot("detection", title, words, panels)]
 

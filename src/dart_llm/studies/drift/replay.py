@@ -1,13 +1,13 @@
-"""Signals of a text, drift rules replayed over them, and how triggers match known topic changes.
+"""Record signals of a text, replay drift rules over them, match triggers with topic changes.
 
 A signal has a vector per token, [T, D] float32, recorded in one dense forward.  As in a run, the
-detector compares the mean of each window with the mean of the reference, by cosine.  Nothing is
-pruned, so all rules see the same signal.
+detector compares the mean of each window of tokens with the mean of the reference, the tokens that
+were observed last, by cosine.  Nothing is pruned, so all rules see the same signal.
 
-A decoded token is *stationary* while the reference has the token's topic: before the first change,
-and from the first trigger after a change up to the next change.  A trigger at a stationary token is
-a false alarm.  The first trigger after a change detects it if it is within the horizon; otherwise
-the trigger is late.
+A decoded token is *stationary* while the reference is from the token's topic: before the first
+change, and from the first trigger after a change up to the next change.  A trigger at a stationary
+token is a false alarm.  The first trigger after a change detects the change if it is within the
+horizon; otherwise the trigger is late.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dart_llm.reporting.words import too_few
 
 
 def layers_of(name: str, count: int) -> tuple[int, ...]:
-    """The layers, out of ``count``, that a signal uses; none for the hidden state.
+    """The layers that the signal ``name`` uses, of ``count``; none for the hidden state.
 
     The depth of layer l is l / (count - 1), as in docs/reference.md.
     """
@@ -57,14 +57,14 @@ def record_signals(model: Any, ids: Tensor, signals: Sequence[str]) -> dict[str,
     layers = {name: layers_of(name, capture.layer_count(model)) for name in signals}
     vectors: dict[int | str, Tensor] = {}
 
-    def keep(name: int | str, v: Tensor) -> None:
+    def record(name: int | str, v: Tensor) -> None:
         vectors[name] = v.detach().to("cpu", torch.float32, copy=True)
 
     with contextlib.ExitStack() as stack:
         outputs = sorted({layer for of_signal in layers.values() for layer in of_signal})
-        stack.enter_context(capture.attention_outputs(model, outputs, keep))
+        stack.enter_context(capture.attention_outputs(model, outputs, record))
         if "hidden" in signals:
-            stack.enter_context(capture.last_hidden(model, partial(keep, "hidden")))
+            stack.enter_context(capture.last_hidden(model, partial(record, "hidden")))
         model(ids[None].to(model.device), use_cache=False, logits_to_keep=1)
     recorded = {}
     for name in signals:
@@ -79,14 +79,14 @@ def record_signals(model: Any, ids: Tensor, signals: Sequence[str]) -> dict[str,
     return recorded
 
 
-# A detector over a signal, as in a run.
+# Replaying a detector over a signal.
 
 
 @dataclass(frozen=True)
 class Watcher:
     """A rule, the number of tokens observed after a trigger, and guards that suppress triggers.
 
-    ``guards``: ``min_distance``, ``max_dense_share`` and ``allowance`` of ``DriftConfig``.
+    ``guards``: ``min_distance``, ``max_dense_share`` and ``allowance``, as in ``DriftConfig``.
     """
 
     name: str
@@ -128,6 +128,7 @@ def replay(
     triggers, windows = list[int](), list[tuple[int, Check]]()
     rule, v = watcher.rule, signal[None]
     detector = _armed(rule, v[:, SINKS:prompt])
+    # tokens read, their end, tokens since the last trigger, tokens observed, and the last trigger
     at, end, since, spent, last = prompt, v.shape[1], 0, 0, None
     while at < end and (rule.window or rule.interval):
         # a window or the interval can complete only at the last of these tokens
@@ -150,6 +151,7 @@ def replay(
 
 
 def _armed(rule: Rule, observed: Tensor) -> Detector:
+    """A detector with ``observed`` as its reference."""
     detector = Detector(rule)
     detector.observe(observed, None)
     detector.start()
@@ -187,7 +189,7 @@ def outcome(
     """
     fired, begins = set(triggers), {change: number for number, change in enumerate(changes)}
     delays: list[int | None] = [None] * len(changes)
-    pending: int | None = None
+    pending: int | None = None  # the last change, until a trigger follows it
     false_alarms = late = stationary = 0
     for token in range(prompt, end):
         pending = begins.get(token, pending)
@@ -246,7 +248,7 @@ def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) ->
 
 
 def _statistics(outcomes: Sequence[Outcome], weights: Array) -> dict[str, Array]:
-    """Statistics by name, each [B]; weights: [B, n], how often each text counts."""
+    """Statistics by name, each [B]; ``weights``: how often each text counts, [B, texts]."""
 
     def total(value: Callable[[Outcome], int]) -> Array:
         summed: Array = weights @ np.array([float(value(o)) for o in outcomes])

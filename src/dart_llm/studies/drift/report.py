@@ -1,4 +1,7 @@
-"""Plots and page of a drift study, from the records of its runs."""
+"""Plots and page of a drift study, from the records of its runs.
+
+A run is one method on one source, a prompt or a passage.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,14 @@ if TYPE_CHECKING:
 
 Runs = Sequence[DriftRun]
 
-MOST_PICTURES = 3
-"""The most plots of one kind."""
+MAX_PICTURES = 3
+"""Maximum number of plots of one kind."""
 
-MOST_MASKS = 300
-"""The most rows in the table of re-masks."""
+MAX_MASKS = 300
+"""Maximum number of rows in the table of re-masks."""
 
-MOST_TEXTS = 24
-"""The most texts on the page; results.jsonl has all texts."""
+MAX_TEXTS = 24
+"""Maximum number of sources whose texts are on the page; results.jsonl has all texts."""
 
 
 def pictures(runs: Runs, config: Mapping[str, Any]) -> dict[str, list[Plot]]:
@@ -61,13 +64,14 @@ def _is_remasked(run: DriftRun) -> bool:
 
 
 def _numbered(name: str, members: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    for number, member in enumerate(members[:MOST_PICTURES], 1):
+    """Yield the first members, each with a plot name: "overlap", "overlap-2", ..."""
+    for number, member in enumerate(members[:MAX_PICTURES], 1):
         yield name if number == 1 else f"{name}-{number}", member
 
 
-# The loss over dense around topic changes, in bins of tokens.  Each passage is one item: its
-# changes and seeds are averaged first, because variation within a passage says little about other
-# passages.
+# The loss minus that of dense around topic changes, in bins of tokens.  Each passage is one item:
+# its changes and seeds are averaged first, because variation within a passage says little about
+# other passages.
 
 BIN = 16
 """Tokens per bin."""
@@ -77,9 +81,10 @@ BEFORE, AFTER = 128, 256
 
 
 def excess_curves(runs: Runs) -> dict[str, dict[int, Interval | None]]:
-    """Mean loss minus dense, by method and by a bin's first token, counted from the change.
+    """Mean loss minus that of dense, by method, then by the first token of a bin.
 
-    A bin does not extend beyond the two topics, and all its tokens have a loss.
+    Tokens are counted from the change.  Only bins within the two topics count, and only if all
+    their tokens have a loss.
     """
     dense = {run.source_key: run.record["losses"] for run in runs if run.is_dense}
     bins: dict[str, dict[int, dict[str, list[float]]]] = {}
@@ -104,7 +109,7 @@ def excess_curves(runs: Runs) -> dict[str, dict[int, Interval | None]]:
 
 
 def plot_loss(runs: Runs, small: str) -> Plot | None:
-    """A panel per method, each with the masks that are never renewed as the reference."""
+    """A panel per method, with ``never`` (masks that are not rebuilt) as the reference curve."""
     lines = {}
     for label, bins in excess_curves(runs).items():
         points = [(start, bin_mean) for start, bin_mean in bins.items() if bin_mean is not None]
@@ -115,14 +120,14 @@ def plot_loss(runs: Runs, small: str) -> Plot | None:
         return None
     never = [line for label, line in lines.items() if label.startswith(NEVER)][:1]
     references = [Curve(line.label, line.x, line.y, is_reference=True) for line in never]
-    axes = "tokens after the change", "loss over dense (nats)"
+    axes = "tokens after the change", "loss minus dense (nats)"
     panels = [
         Panel(*axes, [line, *(r for r in references if r.label != label)])
         for label, line in lines.items()
     ]
     sources = len({run.source.id for run in runs})
     words = f"means of {BIN}-token bins; {intervals_over('bands', sources, 'passages')} · {small}"
-    return line_plot("loss", "Loss over dense around the topic change", words, panels)
+    return line_plot("loss", "Loss minus dense around the topic change", words, panels)
 
 
 # Similarity and masks over the tokens of a text.
@@ -148,12 +153,12 @@ def _mark_topics(axes: Axes, run: DriftRun) -> None:
 
 
 def plot_timeline(name: str, runs: Runs, small: str) -> Plot:
-    """The windows of each method's detector on a text, with thresholds and re-masks."""
-    shown = runs[:MAX_PANELS]
+    """The similarities in each method's detector on a text, with thresholds and re-masks."""
+    plotted = runs[:MAX_PANELS]
 
     def draw(figure: Figure, palette: Palette) -> None:
-        panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, run in zip(panels, shown, strict=True):
+        panels = figure.subplots(len(plotted), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, run in zip(panels, plotted, strict=True):
             draw_checks(axes, palette, run.checks, run.record["remasks"])
             low, high = axes.get_ylim()
             axes.set_ylim(low - 0.2 * (high - low), high)
@@ -164,11 +169,11 @@ def plot_timeline(name: str, runs: Runs, small: str) -> Plot:
 
     title = f"Similarity to the reference on {runs[0].source_name}"
     built = ", ".join(
-        f"{run.label} {count(run.record['accounting']['remasks'], 're-mask')}" for run in shown
+        f"{run.label} {count(run.record['accounting']['remasks'], 're-mask')}" for run in plotted
     )
     alt = f"Marks: cosine similarity of each window to its reference, over decoded tokens; {built}."
-    words = f"{len(shown)} of {count(len(runs), 'method')} with a detector · {small}"
-    return Plot(name, title, alt, words, 1.1 + 1.9 * len(shown), draw)
+    words = f"{len(plotted)} of {count(len(runs), 'method')} with a detector · {small}"
+    return Plot(name, title, alt, words, 1.1 + 1.9 * len(plotted), draw)
 
 
 OVERLAP = "Jaccard overlap with the first mask"
@@ -217,18 +222,20 @@ REMASKS = (
     Column("topic", lambda row: _topic_at(row["run"], row["step"])),
     Column("evidence (tokens)", "evidence_tokens", ".0f"),
     Column("Jaccard with the previous mask", "jaccard", lambda values: f"{fmean(values):.2f}"),
-    Column("over layers", "jaccard", lambda values: f"{min(values):.2f} to {max(values):.2f}"),
+    Column(
+        "range over layers", "jaccard", lambda values: f"{min(values):.2f} to {max(values):.2f}"
+    ),
     Column("neurons kept", lambda row: sum(row["kept"]), ","),
 )
 
 
 def remask_table(runs: Runs) -> PageTable | None:
-    """A row per mask: step, cause, evidence, and overlap with the previous mask."""
+    """A row per mask: step, cause, observed tokens, and overlap with the previous mask."""
     rows = [{**mask, "run": run} for run in runs for mask in run.record["remasks"]]
     caption = "Masks: step, cause, and overlap with the previous mask"
-    if len(rows) > MOST_MASKS:
-        caption += f" (the first {MOST_MASKS} of {len(rows):,})"
-    return Table("", caption, REMASKS, rows[:MOST_MASKS], left=2).html() if rows else None
+    if len(rows) > MAX_MASKS:
+        caption += f" (the first {MAX_MASKS} of {len(rows):,})"
+    return Table("", caption, REMASKS, rows[:MAX_MASKS], left=2).html() if rows else None
 
 
 def _topic_at(run: DriftRun, step: int) -> str | None:
@@ -238,16 +245,16 @@ def _topic_at(run: DriftRun, step: int) -> str | None:
 
 
 def free_texts(runs: Runs) -> Iterator[dict[str, Any]]:
-    """Per source the text that each method generated: ``name``, ``prompt`` and ``columns``."""
-    written = (run for run in runs if run.record["text"] is not None)
-    for of_source in list(grouped(written, lambda run: run.source_key).values())[:MOST_TEXTS]:
-        columns = [(run.label, _note(run), run.record["text"] or "(no text)") for run in of_source]
-        first = of_source[0]
+    """For each source, its ``name``, its ``prompt``, and the methods' texts as ``columns``."""
+    generated = (run for run in runs if run.record["text"] is not None)
+    for members in list(grouped(generated, lambda run: run.source_key).values())[:MAX_TEXTS]:
+        columns = [(run.label, _note(run), run.record["text"] or "(no text)") for run in members]
+        first = members[0]
         yield {"name": first.source_name, "prompt": first.source.text, "columns": columns}
 
 
 def _note(run: DriftRun) -> str:
-    """How a text was decoded, and how close it is to the dense text."""
+    """A note on how a text was decoded, and how close it is to the dense text."""
     parts = [f"{run.decoded} decoded tokens"]
     if accounting := run.record["accounting"]:
         parts += [
@@ -266,10 +273,11 @@ HEADINGS = {
     "masks": "Masks, before and after",
     "detection": "Detection of the change",
 }
+"""The headings of the page's sections, by key."""
 
 
 def render(runs: Runs, config: Mapping[str, Any], document: Mapping[str, Any]) -> str:
-    """The page of a drift study; without matplotlib it notes that there are no plots."""
+    """The page of a drift study; without matplotlib, the page notes that plots are missing."""
     done = [run for run in runs if run.error is None]
     return render_page(
         config,
@@ -293,15 +301,15 @@ def render_page(
     folded: Mapping[str, PageTable | None] | None = None,
     **content: Any,
 ) -> str:
-    """A page of sections; ``plots``, ``tables`` and ``folded`` by the keys of ``HEADINGS``."""
+    """A page with the sections of ``HEADINGS``; ``folded``: tables that are collapsed at first."""
     sections, missing = [], ""
     for name in plots:
-        shown, reason = page.pictures(plots[name])
+        drawn, reason = page.pictures(plots[name])
         missing = missing or reason
-        parts = {"pictures": shown, "table": tables.get(name), "folded": (folded or {}).get(name)}
+        parts = {"pictures": drawn, "table": tables.get(name), "folded": (folded or {}).get(name)}
         if any(parts.values()):
             sections.append({"id": name, "heading": HEADINGS[name], **parts})
-    shown_always = {
+    required = {
         "title": f"{kind} on {page.model_name(config)}",
         "conclusion": conclusion or "Nothing can be compared.",
         "facts": page.facts(config),
@@ -309,7 +317,7 @@ def render_page(
         "missing": missing,
     }
     optional = dict.fromkeys(("notes", "texts", "failures"), ())
-    return page.render(config, "drift.html", {**optional, **shown_always, **content})
+    return page.render(config, "drift.html", {**optional, **required, **content})
 
 
 def write(folder: Path, html: str) -> Path:

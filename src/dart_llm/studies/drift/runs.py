@@ -1,4 +1,7 @@
-"""One method on one source: its record, from which rows, tables, plots and page are made."""
+"""A run of a drift study: one method on one source (a prompt or a passage), and its record.
+
+Rows, tables, plots and the page are made from the records.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,10 @@ EMPTY: Record = {
 }
 """The keys of a record, with the values that a failed run has.
 
-``pieces``: the text of every token after the prompt; ``losses``: those of a passage's tokens, in
-nats, None for the first token, which the dense prompt predicts; ``text``: the text generated after
-a prompt; ``accounting``: ``RunReport.to_dict()``, None for the untouched model.
+``pieces``: the text of every token after the prompt.  ``losses``: the loss of every token after the
+prompt of a passage, in nats; None for the first, which the dense prompt predicts.  ``text``: the
+text generated after a prompt.  ``accounting``: ``RunReport.to_dict()``; None for the untouched
+model.
 """
 
 SOURCES = {FORCED: "passage", FREE: "prompt"}
@@ -41,9 +45,10 @@ SOURCES = {FORCED: "passage", FREE: "prompt"}
 
 @dataclass(frozen=True)
 class DriftRun:
-    """A candidate on a source, the ``number``-th run of the study.
+    """A candidate on a source; ``number``: the run's index in the study.
 
-    ``record``: its result, with the keys of ``EMPTY``; ``error``: the reason of its failure.
+    ``record``: the result, with the keys of ``EMPTY``.  ``error``: why the run failed; None if it
+    succeeded.
     """
 
     mode: str
@@ -68,7 +73,7 @@ class DriftRun:
 
     @property
     def source_key(self) -> tuple[str, int]:
-        """The key that runs on the same source with the same seed share."""
+        """Source and seed, which a run shares with the dense run that it is compared with."""
         return self.source.id, self.seed
 
     @property
@@ -102,7 +107,7 @@ class DriftRun:
 
     @property
     def source_name(self) -> str:
-        """Readable name: "passage 07", and the seed if it is not 0."""
+        """A readable name, such as "passage 07", with the seed if it is not 0."""
         seed = f", seed {self.seed}" if self.seed else ""
         return f"{SOURCES[self.mode]} {self.source.id}{seed}"
 
@@ -113,14 +118,14 @@ class DriftRun:
 
     @property
     def topics(self) -> list[tuple[str, int, int]]:
-        """Name, first decoded token and end (exclusive) of each topic; empty without marks."""
-        marked = [topic for topic in self.record["topics"] if topic["start"] is not None]
-        ends = [*(topic["start"] for topic in marked[1:]), self.decoded]
-        return [(t["name"], t["start"], end) for t, end in zip(marked, ends, strict=False)]
+        """Name, first decoded token and end (exclusive) of each topic with a known start."""
+        located = [topic for topic in self.record["topics"] if topic["start"] is not None]
+        ends = [*(topic["start"] for topic in located[1:]), self.decoded]
+        return [(t["name"], t["start"], end) for t, end in zip(located, ends, strict=False)]
 
     @property
     def checks(self) -> list[DriftCheck]:
-        """The detector's windows, except a first window that has no reference for comparison."""
+        """The detector's windows, except a first window without a reference to compare with."""
         checks = [DriftCheck(**check) for check in self.record["checks"]]
         return [c for c in checks if c.state != "arming" or c.similarity != 0]
 

@@ -37,13 +37,14 @@ SPARSITY = 0.5
 """Default sparsity: with half of the neurons removed, stale masks visibly raise the loss."""
 
 UNGUARDED = {"min_distance": 0, "max_dense_share": None, "allowance": 0}
+"""Drift settings without the guards that suppress triggers."""
 
 VARIANTS: dict[str, Callable[[int], Mapping[str, Any]]] = {
     NEVER: lambda n: {"rule": "never"},
     "paper": lambda n: {"rule": "paper", "signal": "attention", **UNGUARDED},
     "interval:N": lambda n: {"rule": f"interval {n}", **UNGUARDED},
 }
-"""Variants of dart by name: the drift settings that they change, from N tokens."""
+"""Variants of dart by name: a function from N (of ``interval:N``) to changed drift settings."""
 
 METHOD = re.compile(r"(?P<name>[^:@]+(:(?P<tokens>[1-9]\d*))?)(@(?P<sparsity>\d*\.?\d+))?")
 
@@ -57,7 +58,7 @@ class Candidate:
 
     @property
     def sparsity(self) -> float | None:
-        """The requested sparsity; None if a layer table or ``auto`` sets the counts."""
+        """The requested sparsity; None if a layer table or ``auto`` sets the neurons to keep."""
         config = self.config
         if config is None:
             return 0.0
@@ -75,14 +76,14 @@ class Candidate:
 def parse_methods(names: Sequence[str], base: BaseSettings) -> tuple[Candidate, ...]:
     """The methods with these names, dense first.
 
-    ``base``: settings of dart and its variants, with the study's sparsity.  Raises ``ConfigError``
-    for an unknown or repeated name, or an invalid number.
+    ``base``: the settings of dart and its variants, with the study's sparsity.  Raises
+    ``ConfigError`` for an unknown or repeated name, or an invalid number.
     """
     candidates = {DENSE: Candidate(DENSE)}
     for name in names:
         candidate = _parse(name, base)
         if candidate.label in candidates and candidate.label != DENSE:
-            raise ConfigError(f'the method "{candidate.label}" was given twice: leave one out')
+            raise ConfigError(f'the method "{candidate.label}" was given twice: remove one')
         candidates[candidate.label] = candidate
     return tuple(candidates.values())
 
@@ -118,13 +119,15 @@ Thresholds = Annotated[tuple[FiniteFloat, ...], BeforeValidator(split_commas)]
 
 
 class PassageOptions(ModelOptions):
-    """Passages with known topic changes, for both commands."""
+    """The options of both commands that select passages: texts with known topic changes."""
 
-    passages: str | None = setting("Passages", "shipped, or a JSONL file of passages.")
+    passages: str | None = setting("Passages", "Read these passages: shipped, or a JSONL file.")
     limit: int | None = setting(
         "Passages", "Use only the first N passages or prompts (default: all).", ge=1
     )
-    prompt_tokens: int = setting("Passages", "Tokens of a passage that are its prompt.", 256, ge=16)
+    prompt_tokens: int = setting(
+        "Passages", "Use this many tokens of a passage as its prompt.", 256, ge=16
+    )
 
     def experiment_of(self, kind: str) -> str:
         """The default name of the experiment's folder."""
@@ -135,10 +138,10 @@ STUDY, METRICS = "Study", "Metrics"
 
 
 class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
-    """A drift study; its pruning options apply to dart and its variants."""
+    """The settings of ``dart-llm drift``; pruning options apply to dart and its variants."""
 
     mode: str | None = setting(
-        STUDY, "free: continue prompts; forced: read passages (default: depends on the source)."
+        STUDY, "Continue prompts (free) or read passages (forced); default: depends on the source."
     )
     methods: Texts = setting(
         STUDY,
@@ -147,10 +150,12 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
         ("dense", "never", "interval:64", "published", "paper", "dart"),
         min_length=1,
     )
-    seeds: Seeds = setting(STUDY, "Seeds, comma-separated.", (0,), min_length=1)
-    prompt: str | None = setting(STUDY, "The text of a single prompt.")
-    prompts: str | None = setting(STUDY, "shipped, or a JSONL file of prompts.")
-    generation: int = setting(STUDY, "The most tokens to generate per prompt.", 300, ge=2)
+    seeds: Seeds = setting(
+        STUDY, "Run every method with each of these seeds, comma-separated.", (0,), min_length=1
+    )
+    prompt: str | None = setting(STUDY, "Continue this single prompt.")
+    prompts: str | None = setting(STUDY, "Continue these prompts: shipped, or a JSONL file.")
+    generation: int = setting(STUDY, "Maximum number of tokens to generate per prompt.", 300, ge=2)
     temperature: float | None = setting(
         STUDY, "Sample at this temperature (default: greedy).", ge=0, allow_inf_nan=False
     )
@@ -159,23 +164,27 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
         "Pruning",
         f"Fraction of FFN neurons to remove, for methods without @SPARSITY (default: {SPARSITY}).",
     )
-    calibration: str | None = setting("Pruning", "Text for presets that calibrate.")
+    calibration: str | None = setting("Pruning", "Calibrate on this text, if a preset calibrates.")
     metrics: bool = setting(METRICS, "Compare generated texts with the dense model's.", True)
     embedder: str | None = setting(
-        METRICS, "Encoder of BERTScore and embeddings (default: all-MiniLM-L6-v2)."
+        METRICS, "Encoder that computes BERTScore and embeddings (default: all-MiniLM-L6-v2)."
     )
-    experiment_name: str | None = setting("Results", "Default: drift-<mode>-<model>.")
+    experiment_name: str | None = setting(
+        "Results", "Name of the experiment's folder (default: drift-<mode>-<model>)."
+    )
 
     @model_validator(mode="after")
     def _check_drift(self) -> DriftSettings:
         check_name("mode", self.mode, (FREE, FORCED))
         sources = [name for name in ("prompt", "prompts", "passages") if getattr(self, name)]
-        reads = sources == ["passages"] or (self.mode == FORCED and not sources)
-        if len(sources) > 1 or reads != (self.kind == FORCED) or not (sources or reads):
+        passages = sources == ["passages"] or (self.mode == FORCED and not sources)
+        if len(sources) > 1 or passages != (self.kind == FORCED) or not (sources or passages):
+            flags = " and ".join(f"--{name}" for name in sources)
+            problem = f"does not accept {flags}" if sources else "needs a prompt"
             raise ConfigError(
-                f"mode {self.kind} does not fit {len(sources) or 'no'} source(s): give --prompt "
-                "TEXT or --prompts (shipped, or a JSONL file) in mode free, --passages (shipped, "
-                "or a JSONL file) in mode forced"
+                f"mode {self.kind} {problem}: give --prompt TEXT or --prompts "
+                "(shipped, or a JSONL file) in mode free, or --passages (shipped, or a JSONL file) "
+                "in mode forced"
             )
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("the prompt is empty: give at least one word")
@@ -198,12 +207,12 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
 
     def base(self) -> BaseSettings:
         """The settings that dart and its variants share, and those for loading the model."""
-        given = given_of(self)
+        values = given_of(self)
         table = self.layer_topk or "auto"
         fixed = self.prune_strategy == "auto" or ("auto" not in table and table[:1] != "@")
         if self.sparsity is None and self.total_prune_percent is None and not fixed:
-            given["sparsity"] = SPARSITY
-        return BaseSettings.model_validate(given).model_copy(update={"method": DART})
+            values["sparsity"] = SPARSITY
+        return BaseSettings.model_validate(values).model_copy(update={"method": DART})
 
 
 collect = partial(merge, DriftSettings)
@@ -221,28 +230,32 @@ SIGNALS = {
 
 
 class DetectSettings(StudyOptions, PassageOptions):
-    """``dart-llm detect``: the model runs dense, so it has no pruning options."""
+    """The settings of ``dart-llm detect``; the model runs dense, so none of them prunes."""
 
-    signals: Texts = setting(PANEL, "Signals, comma-separated.", tuple(SIGNALS), min_length=1)
+    signals: Texts = setting(
+        PANEL, "Watch these signals, comma-separated.", tuple(SIGNALS), min_length=1
+    )
     rules: Texts = setting(
         PANEL,
-        'Drift rules, or methods whose rule and guards to use, e.g. paper,dart,"interval 64" '
+        'Test these drift rules, or the rule of these methods, e.g. paper,dart,"interval 64" '
         "(default: every rule, interval 64, and dart-prompt).",
         (),
     )
     observe_tokens: int = setting(
-        PANEL, "Tokens observed after a trigger of a rule that is not a method's.", 32, ge=1
+        PANEL, "Observe this many tokens after a trigger (methods have their own number).", 32, ge=1
     )
     horizon: int = setting(
-        PANEL, "The most tokens after a change within which it counts as detected.", 128, ge=1
+        PANEL, "Count a change as detected only within this many tokens.", 128, ge=1
     )
-    windows: WindowSizes = setting(PANEL, "Curves: tokens per window.", (10,), min_length=1)
+    windows: WindowSizes = setting(
+        PANEL, "Curves: number of tokens per window.", (10,), min_length=1
+    )
     counts: Counts = setting(
-        PANEL, "Curves: low windows per trigger (n0).", (1, 2, 3), min_length=1
+        PANEL, "Curves: number of low windows that trigger (n0).", (1, 2, 3), min_length=1
     )
     thresholds: Thresholds = setting(
         PANEL,
-        "Curves: k of theta = mu - k sigma.",
+        "Curves: values of k in the threshold theta = mu - k sigma.",
         (0, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 4, 6),
         min_length=1,
     )
@@ -254,12 +267,12 @@ class DetectSettings(StudyOptions, PassageOptions):
         return self
 
     def rule_names(self) -> tuple[str, ...]:
-        """Rules and methods, in the given or default order."""
+        """The names of rules and methods to test, in order."""
         if self.rules:
             return self.rules
-        # rules that need numbers have no default; never does not trigger
-        plain = (n for n in DRIFT_RULES.names() if n != "never" and not rule_form(n)[1])
-        return (*plain, "interval 64", "dart-prompt")
+        # leave out rules that need numbers, and ``never``, which does not trigger
+        rules = (n for n in DRIFT_RULES.names() if n != "never" and not rule_form(n)[1])
+        return (*rules, "interval 64", "dart-prompt")
 
     def curve_points(self) -> list[tuple[int, int, float]]:
         """(window, n0, k) of every point of the curves, with ascending k."""

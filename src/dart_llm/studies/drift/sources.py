@@ -1,4 +1,4 @@
-"""Sources: prompts to continue, and passages to read, with their topic changes in tokens.
+"""Sources of a drift study: prompts to continue, and passages to read, as tokens.
 
 The first P tokens of a passage are the prompt, prefilled dense and observed; the others run as
 decode tokens.  Decode step k feeds token k after the prompt and so predicts token k + 1.  Token 0
@@ -61,7 +61,7 @@ class Reading:
 
     ``starts``: index, counted after the prompt, of every topic's first token, 0 for the first
     topic; empty for a prompt, whose topics have no known start.  ``pieces``: the text of every
-    token after the prompt.  ``cut``: whether the passage was cut to the model's context.
+    token after the prompt.  ``cut``: True if the passage was cut to the model's context.
     """
 
     source: Source
@@ -83,7 +83,7 @@ class Reading:
 
 
 def read_passage(source: Source, tokenizer: Any, prompt: int, longest: int | None) -> Reading:
-    """Tokenise a passage; ``longest``: the model's context length.
+    """Tokenise a passage; ``longest``: the model's context length, None if unlimited.
 
     A token that spans the break before a topic belongs to that topic.  Raises ``ConfigError`` if
     the first topic is too short for a prompt of ``prompt`` tokens, or the context ends before the
@@ -117,15 +117,15 @@ def read_passage(source: Source, tokenizer: Any, prompt: int, longest: int | Non
 
 
 def cut_notes(readings: Sequence[Reading]) -> list[str]:
-    """A note if passages did not fit the context."""
+    """A note, if passages did not fit the model's context."""
     cut = sum(reading.cut for reading in readings)
-    return [f"{cut} passages were cut to the model's context"] if cut else []
+    return [f"number of passages that were cut to the model's context: {cut}"] if cut else []
 
 
 def read_prompt(
     source: Source, tokenizer: Any, chat: bool | None, tokens: int, longest: int | None
 ) -> Reading:
-    """Tokenise a prompt; ``chat`` None: with the chat template, if there is one.
+    """Tokenise a prompt; ``chat``: whether to use the chat template, None to use any that exists.
 
     Raises ``ConfigError`` if prompt and ``tokens`` exceed the context of ``longest`` tokens.
     """

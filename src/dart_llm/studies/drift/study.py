@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 def read_losses(model: Any, run: Run | None, reading: Reading) -> list[float | None]:
     """The loss in nats of every token after the prompt, None for the first.
 
-    ``run``: attached, or None for the untouched model.  Raises ``DartError`` if a loss is not
-    finite.
+    ``run``: the attached run, or None for the untouched model.  Raises ``DartError`` if a loss is
+    not finite.
     """
     scored = score_window(model, run, Window(reading.ids, reading.prompt + 1))
     return [None, *(round(loss, DIGITS) for loss in scored.losses)]
@@ -55,17 +55,17 @@ def read_losses(model: Any, run: Run | None, reading: Reading) -> list[float | N
 def write_text(
     method: BoundMethod, run: Run | None, reading: Reading, tokens: int, **sampling: Any
 ) -> dict[str, Any]:
-    """``text``, ``pieces`` and ``finish`` of up to ``tokens`` tokens.
+    """Generate up to ``tokens`` tokens; returns ``text``, ``pieces`` and ``finish``.
 
-    ``run``: attached, or None for the untouched model.  ``sampling``: ``temperature`` and ``seed``
-    for ``generate``.  The end token counts as a token, with an empty piece.  Raises ``DartError``
-    if a logit is not finite.
+    ``run``: the attached run, or None for the untouched model.  ``sampling``: ``temperature`` and
+    ``seed`` for ``generate``.  The end token counts as a token, with an empty piece.  Raises
+    ``DartError`` if a logit is not finite.
     """
     ends = text_ends(method.model, method.tokenizer)
     checked = CheckedModel(method.model, ends, f"the text after {reading.source.id}")
-    made = generate(checked, method.tokenizer, reading.ids[None], tokens, run=run, **sampling)
-    ended = bool(made.token_ids) and made.token_ids[-1] in ends
-    pieces = [*made.tokens[:-1], ""] if ended else list(made.tokens)
+    generation = generate(checked, method.tokenizer, reading.ids[None], tokens, run=run, **sampling)
+    ended = bool(generation.token_ids) and generation.token_ids[-1] in ends
+    pieces = [*generation.tokens[:-1], ""] if ended else list(generation.tokens)
     return {"text": "".join(pieces), "pieces": pieces, "finish": "eos" if ended else "length"}
 
 
@@ -154,8 +154,8 @@ class DriftStudy(Study[DriftSettings]):
     def finished(self, unit: Unit) -> Any:
         """The stored record of an earlier run, unless it lacks the requested metrics."""
         record = self.folder.part(unit.key)
-        lacks = self.tools and record and not record["metrics"] and not unit.data.is_dense
-        return None if lacks else record
+        lacks_metrics = self.tools and record and not record["metrics"] and not unit.data.is_dense
+        return None if lacks_metrics else record
 
     def compute(self, unit: Unit) -> dict[str, Any]:
         """The run's record; its masks are written to a file.
@@ -181,7 +181,7 @@ class DriftStudy(Study[DriftSettings]):
         return dict(json.loads(json.dumps(finite({**EMPTY, **record}))))
 
     def _method(self, run: DriftRun) -> BoundMethod:
-        """The run's method bound to the model, calibrated if needed."""
+        """The run's method bound to the model, after calibration if it needs any."""
         key, settings = (run.label, run.seed), self.settings
         if key not in self._methods:
             calibration = settings.calibration, settings.cache_dir, self.ui.say
@@ -191,7 +191,7 @@ class DriftStudy(Study[DriftSettings]):
     def _decode(
         self, drift_run: DriftRun, method: BoundMethod, run: Run | None, reading: Reading
     ) -> dict[str, Any]:
-        """Read the passage or continue the prompt; the result with its losses or metrics."""
+        """Read the passage or continue the prompt; returns a record with losses or metrics."""
         record: dict[str, Any] = {"prompt_tokens": reading.prompt}
         if drift_run.mode == FORCED:
             record |= {"pieces": list(reading.pieces), "finish": "length" if reading.cut else "end"}
@@ -225,7 +225,7 @@ class DriftStudy(Study[DriftSettings]):
             self.dense[run.source_key] = run
 
     def summarise(self) -> dict[str, Any]:
-        """Also write results.jsonl, only once because its lines have all tokens and are long."""
+        """Also write results.jsonl, once at the end because its lines contain all tokens."""
         write_lines(self.path / "results.jsonl", self.lines)
         document = summary.summarise(self.runs, self.settings.model, self.dtype)
         return {**document, "notes": [*self.notes, *document["notes"]]}

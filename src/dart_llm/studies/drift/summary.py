@@ -1,7 +1,7 @@
 """Summary of a drift study: a row per method with means over sources and 95 % intervals.
 
 A source (a prompt or a passage) is one item: its seeds are averaged first.  Differences to dense
-and to ``never`` are paired by source.  Losses are in nats per token.
+and to ``never``, whose masks are not rebuilt, are paired by source.  Losses are in nats per token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ACCOUNTING = (
     *("achieved_sparsity", "sparsity_while_pruned", "dense_token_share", "remasks"),
     "ffn_bytes_share",
 )
-"""The fields taken from the merged reports of a method."""
+"""The fields that a row takes from the merged reports of a method."""
 
 
 def summarise(runs: Sequence[DriftRun], model: str, dtype: str | None) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def summarise(runs: Sequence[DriftRun], model: str, dtype: str | None) -> dict[s
 
 
 def accounting(runs: Sequence[DriftRun]) -> dict[str, Any]:
-    """Accounting over all runs, weighted by decoded tokens; ``remasks_per_run``: a mean."""
+    """Accounting over all runs, weighted by decoded tokens; ``remasks_per_run`` is a mean."""
     records = [run.record["accounting"] for run in runs if run.record["accounting"]]
     merged = merge_reports([{**r, "sequences": []} for r in records]) if records else UNTOUCHED
     return {
@@ -112,7 +112,7 @@ def losses(
 
 
 def part_losses(runs: Sequence[DriftRun], is_after: bool) -> dict[str, Value]:
-    """Mean loss and token count of every source, over its seeds, before or after its change."""
+    """By source, mean loss and token count over all seeds, before or after the first change."""
     tokens: dict[str, list[float]] = {}
     for run in runs:
         change = run.topics[0][2]
@@ -189,7 +189,7 @@ def _main(row: Row) -> tuple[str, Row] | None:
 
 
 def result_lines(summary: Row) -> list[ResultLine]:
-    """Every method's loss after the changes, or its closeness to the dense text."""
+    """A line per method: its loss after the changes, or its closeness to the dense text."""
     lines = []
     for row in summary["rows"]:
         metric, estimate = _main(row) or ("tokens", {"mean": row.get("mean_tokens")})
@@ -257,7 +257,7 @@ def table(summary: Row) -> Table:
 
 
 def _estimate(head: str, group: str, name: str, terminal: bool = True) -> Column:
-    """A mean with its interval; differences are signed, and empty for the reference itself."""
+    """A column of means with intervals; differences are signed, and empty for the reference."""
     other = name.partition("_minus_")[2]
     form = "+.3f" if other else ".3f"
 
@@ -281,11 +281,11 @@ def _recovery(row: Row) -> str | None:
 
 
 NEAR = 0.05
-"""Methods are comparable if their achieved sparsity is within this of the largest."""
+"""Methods are comparable if their achieved sparsity is at most this far below the largest."""
 
 
 def headline(summary: Row) -> str:
-    """The best of the methods with comparable sparsity; "" if nothing was measured."""
+    """A sentence on the best method of comparable sparsity; "" if nothing was measured."""
     measured = [row for row in summary["rows"] if row["method"] != DENSE and _main(row)]
     if not measured:
         return ""
