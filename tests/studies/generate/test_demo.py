@@ -128,10 +128,15 @@ def test_transformers_runs_in_the_dtype_in_which_it_decodes_fastest(settings, mo
 @pytest.mark.parametrize(
     ("dense", "pruned", "caption", "cells"),
     [
-        ("a b c d", "a b x d e", "The same for 2 words, then different (»)", "a b »x d e"),
-        ("a b", "a\nb", "The same text, all 2 words", "a b"),
-        ("a b", "a", "The same for 1 word, then different (»)", "a »"),
-        ("b", "a", "The same for no words, then different (»)", "»a"),
+        (
+            "a b c d",
+            "a b x d e",
+            "Both texts are equal for 2 words, then differ (from »)",
+            "a b »x d e",
+        ),
+        ("a b", "a\nb", "Both texts are equal (2 words)", "a b"),
+        ("a b", "a", "Both texts are equal for 1 word, then differ (from »)", "a »"),
+        ("b", "a", "Both texts are equal for no words, then differ (from »)", "»a"),
     ],
 )
 def test_texts_side_by_side(dense, pruned, caption, cells):

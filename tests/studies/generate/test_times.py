@@ -108,22 +108,26 @@ def test_dense_is_timed_by_the_kernels_of_the_pruned_text(settings, executor):
 
 
 TUNE = "dart-llm tune --quick."
-PRUNE = "On this model griffin 50 % gains {} and multiplies perplexity by 2.1; on yours run "
+FASTER = "On this model pruning {}: use it dense; to test your model, run "
+PRUNE = (
+    "On this model griffin 50 % makes decoding {} faster and multiplies perplexity by 2.1; "
+    "to test your model, run "
+)
 
 
 @pytest.mark.parametrize(
     ("speed_up", "limit", "sentence"),
     [
-        (1.04, 1.05, "On this model pruning gains 4 %: use it dense; on yours run "),
-        (None, 1.05, "On this model pruning gains 5 % at most: use it dense; on yours run "),
-        (0.9, 1.05, "On this model pruning is not faster: use it dense; on yours run "),
+        (1.04, 1.05, FASTER.format("makes decoding 4 % faster")),
+        (None, 1.05, FASTER.format("makes decoding at most 5 % faster")),
+        (0.9, 1.05, FASTER.format("does not make decoding faster")),
         (1.31, 1.42, PRUNE.format("31 %")),
-        (None, 1.42, PRUNE.format("42 % at most")),
+        (None, 1.42, PRUNE.format("at most 42 %")),
     ],
 )
 def test_the_verdict_of_a_demo(speed_up, limit, sentence):
     accounting = {"method": "griffin", "requested_sparsity": 0.5, "bytes_limit": limit}
-    other = sentence.replace("on yours run", "other settings are measured by")
+    other = sentence.replace("your model", "other settings")
     for is_default, text in ((True, sentence), (False, other)):
         verdict = report.verdict({"speed_up": speed_up}, 2.1, accounting, is_default=is_default)
         assert verdict == text + TUNE

@@ -1,1 +1,1 @@
-"""``run`` and ``demo``: a text generated dense and pruned, with its accounting and times."""
+"""``run`` generates a text dense and pruned; ``demo`` also compares it with other programs."""

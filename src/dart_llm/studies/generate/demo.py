@@ -1,8 +1,8 @@
-"""``dart-llm demo``: what this project does, in a minute or two.
+"""``dart-llm demo``: show in a minute or two what this project does.
 
-Decodes a prompt dense and with the default method, and times both against plain transformers and,
-if ``llama-bench`` is installed, llama.cpp on the same file.  Then measures the perplexity of dense,
-the default method, and sequence masks.
+The demo decodes a prompt dense and with the default method, and times both against transformers
+and, if ``llama-bench`` is installed, against llama.cpp on the same file.  It then measures the
+perplexity of dense, of the default method, and of sequence masks (one mask for all tokens).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from dart_llm.reporting.words import TRANSFORMERS
 from dart_llm.session.run import BoundMethod
 from dart_llm.studies.generate import report
 from dart_llm.studies.generate.settings import DemoSettings
-from dart_llm.studies.generate.study import Clock, Decoding, RunStudy, accounting_facts
+from dart_llm.studies.generate.study import Clock, Decoding, RunStudy, accounting_fields
 
 COMPARED = (("dart", DEFAULT_SPARSITY),)
 """Further methods and sparsities whose perplexity is measured."""
@@ -51,9 +51,10 @@ COMPARED = (("dart", DEFAULT_SPARSITY),)
 TASK = "perplexity:embedded"
 
 OPTIONS = MeasureOptions(limit=6, prompt_tokens=128, scored_tokens=128)
+"""How the demo measures perplexity."""
 
-QUICK = 4
-"""The number of tokens timed to find the faster of two dtypes."""
+PROBE_TOKENS = 4
+"""The number of tokens that are timed to find the faster of two dtypes."""
 
 Row = Mapping[str, Any]
 
@@ -109,8 +110,8 @@ class DemoStudy(RunStudy):
     def transformers(self, ids: Tensor) -> Any:
         """The untouched model in the dtype in which it decodes fastest after ids [1, T].
 
-        Times the model's dtype and, on a CPU with enough memory, float32.  Weights in a file's
-        blocks, which transformers does not support, are dequantised.
+        Times the model's dtype and, on a CPU with enough memory, float32.  A GGUF file's quantised
+        weights are dequantised, because transformers does not support them.
         """
         on_cpu = torch.device(self.model.device).type == "cpu"
         dtype = str(self.model.dtype).removeprefix("torch.")
@@ -120,7 +121,7 @@ class DemoStudy(RunStudy):
             settings = self.settings.model_copy(update={"weights": "dense", "dtype": name})
             as_it_is = name == dtype and blocks_file(self.model) is None
             model = self.model if as_it_is else load_model(settings, self.ui)[0]
-            sample = repetition(model, ids.to(model.device), QUICK, lambda: None)
+            sample = repetition(model, ids.to(model.device), PROBE_TOKENS, lambda: None)
             timed[min(sample["steps_s"])] = model
         return timed[min(timed)]
 
@@ -149,10 +150,10 @@ class DemoStudy(RunStudy):
     def result_lines(self) -> list[ResultLine]:
         lines = [*super().result_lines()]
         for row in self.perplexity:
-            facts = {"label": words.row_name(row), "method": row["method"], "task": TASK}
-            facts |= {"requested": row["sparsity"], **accounting_facts(row["accounting"] or {})}
+            fields = {"label": words.row_name(row), "method": row["method"], "task": TASK}
+            fields |= {"requested": row["sparsity"], **accounting_fields(row["accounting"] or {})}
             line = self.line(row["label"], "perplexity", row["perplexity"])
-            lines.append(line.model_copy(update=facts))
+            lines.append(line.model_copy(update=fields))
             if row["interval"]:
                 low, high = row["interval"]
                 ratio = {"metric": "perplexity_over_dense", "value": row["ratio_to_dense"]}
@@ -168,9 +169,9 @@ class DemoStudy(RunStudy):
         if self.accounting is None:
             return []
         rows = [row for row in self.perplexity if row["label"] == self.bound.label]
-        over = rows[0]["ratio_to_dense"] if rows else None
+        ratio = rows[0]["ratio_to_dense"] if rows else None
         default = is_default(self.settings.model)
-        return [report.verdict(self.timing, over, self.accounting, default)]
+        return [report.verdict(self.timing, ratio, self.accounting, default)]
 
     def view(self) -> report.RunView:
         return replace(super().view(), perplexity=finite(self._document()))
@@ -183,7 +184,7 @@ class DemoStudy(RunStudy):
 
 
 def _row(candidate: BoundMethod, measured: Measurement, dense: Measurement) -> Row:
-    """A row of perplexity.json; ``interval``: 95 %, of the ratio to dense, paired by slice."""
+    """A row of perplexity.json; ``interval``: of the ratio to dense, 95 %, paired by slice."""
     scored, base = (scores(result.to_dict()) for result in (measured, dense))
     interval = None if measured is dense else scored.against(base)
     perplexity = measured.metrics["perplexity"]
@@ -199,6 +200,6 @@ def _row(candidate: BoundMethod, measured: Measurement, dense: Measurement) -> R
     }
 
 
-def run_demo(ui: Ui, **given: Any) -> DemoStudy:
-    """Run the demo; ``given``: settings that override the defaults, such as model or device."""
-    return run_study(DemoStudy(DemoSettings(**given).fitted(), ui))
+def run_demo(ui: Ui, **settings: Any) -> DemoStudy:
+    """Run the demo with ``settings``, such as model or device, instead of the defaults."""
+    return run_study(DemoStudy(DemoSettings(**settings).fitted(), ui))

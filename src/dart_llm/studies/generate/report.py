@@ -1,10 +1,10 @@
-"""Tables, page and headline of a run; ``experiments.line_plots`` draws drift over time."""
+"""Tables, page and verdict of a run; ``experiments.line_plots`` draws similarity over time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dart_llm.experiments import line_plots
 from dart_llm.experiments.store import mapping, number
@@ -14,11 +14,8 @@ from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Column, Record, Table, bytes_text
 from dart_llm.reporting.words import percent
 
-if TYPE_CHECKING:
-    pass
-
 DENSE, PRUNED = "dense", "pruned"
-"""The two texts of a run, and their times."""
+"""The names of a run's two texts, and of their times."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +34,12 @@ class RunView:
 
     @property
     def accounting(self) -> Mapping[str, Any]:
-        """Accounting of the pruned text; empty if there is none."""
+        """Accounting of the pruned text; empty without a pruned text."""
         return next((text["accounting"] for text in self.generations if text["accounting"]), {})
 
 
 def pictures(view: RunView) -> list[Plot]:
-    """The plot of similarity over time, if there is a detector; does not need matplotlib yet."""
+    """The plot of similarity over time, if the method has a drift detector."""
     sequences = view.accounting.get("sequences", ())
     masks = [remask for sequence in sequences for remask in sequence["remasks"]]
     small_print = page.small_print(view.config)
@@ -75,11 +72,11 @@ RESULTS = (
 
 
 def results_table(timing: Mapping[str, Any], accounting: Record | None) -> Table:
-    """Time and accounting per token, dense, pruned and of other programs, the slowest first.
+    """The time per token of the dense and pruned text and of other programs, slowest first.
 
     Columns without values are left out; generation.jsonl has all numbers.
     """
-    firsts, sizes, over = (
+    first_times, sizes, speed_ups = (
         mapping(timing.get(key))
         for key in ("time_to_first_token_s", "weight_bytes_per_token", "over_transformers")
     )
@@ -88,8 +85,8 @@ def results_table(timing: Mapping[str, Any], accounting: Record | None) -> Table
         times = {PRUNED: None}
     rows = []
     for name, seconds in sorted(times.items(), key=lambda item: -(item[1] or 0)):
-        row = {"name": name, "first": firsts.get(name), "seconds": seconds}
-        row |= {"over_transformers": _ratio(mapping(over.get(name))), "bytes": sizes.get(name)}
+        row = {"name": name, "first": first_times.get(name), "seconds": seconds}
+        row |= {"over_transformers": _ratio(mapping(speed_ups.get(name))), "bytes": sizes.get(name)}
         if name == PRUNED and accounting:
             requested = _sparsity_text(accounting["requested_sparsity"])
             row |= {**accounting, "name": f"{accounting['method']} {name}", "requested": requested}
@@ -97,15 +94,17 @@ def results_table(timing: Mapping[str, Any], accounting: Record | None) -> Table
         rows.append(row)
     columns = [column for column in RESULTS if any(column.raw(row) is not None for row in rows)]
     repetitions = mapping(timing.get("repetitions")).values()
-    most = max((len(seconds) for seconds in repetitions), default=0)
-    caption = f"Decoding, median of {most} repetitions" if most else "Decoding"
+    number_of_repetitions = max((len(seconds) for seconds in repetitions), default=0)
+    caption = "Decoding"
+    if number_of_repetitions:
+        caption += f", median of {number_of_repetitions} repetitions"
     if kernels := timing.get("dense_by"):
-        caption += f", dense by {kernels}"
+        caption += f", dense with {kernels}"
     return Table("", caption, tuple(columns), rows)
 
 
 def _ratio(judged: Mapping[str, Any]) -> str | None:
-    """The text of a ratio from ``SpeedUp.to_dict``."""
+    """The speed-up in a ``SpeedUp.to_dict()``, as text."""
     if judged.get("disturbed"):
         return "disturbed"
     ratio = number(judged.get("speed_up"))
@@ -182,12 +181,12 @@ def side_by_side(generations: Mapping[str, Record], width: int) -> list[Table]:
     dense, pruned = (str(generations[name]["text"]).split() for name in (DENSE, PRUNED))
     pairs = enumerate(zip(dense, pruned, strict=False))
     same = next((n for n, (a, b) in pairs if a != b), min(len(dense), len(pruned)))
-    caption = f"The same text, all {words.count(same, 'word')}"
-    shown = " ".join(pruned)
+    caption = f"Both texts are equal ({words.count(same, 'word')})"
+    marked = " ".join(pruned)
     if dense != pruned:
-        caption = f"The same for {words.count(same, 'word')}, then different ({MARK})"
-        shown = " ".join([*pruned[:same], MARK + " ".join(pruned[same:])])
-    row = {DENSE: " ".join(dense), PRUNED: shown}
+        caption = f"Both texts are equal for {words.count(same, 'word')}, then differ (from {MARK})"
+        marked = " ".join([*pruned[:same], MARK + " ".join(pruned[same:])])
+    row = {DENSE: " ".join(dense), PRUNED: marked}
     columns = [Column(words.row_name(generations[name]), name) for name in row]
     return [Table("", caption, tuple(columns), [row], left=2)]
 
@@ -197,17 +196,18 @@ def verdict(
 ) -> str:
     """A sentence on whether to prune this model in this way, and how to test other settings.
 
-    ``over_dense``: perplexity over dense, if it was measured.
+    ``over_dense``: perplexity divided by that of dense, if it was measured.
     """
     speed_up = number(timing.get("speed_up"))
-    most = " at most" if speed_up is None else ""
+    at_most = "at most " if speed_up is None else ""
     gain = (float(accounting["bytes_limit"]) if speed_up is None else speed_up) - 1
-    elsewhere = "on yours run" if is_default else "other settings are measured by"
+    subject = "your model" if is_default else "other settings"
+    effect = f"makes decoding {at_most}{percent(gain, 0)} faster"
     if gain < words.WORTH:
-        gained = f"gains {percent(gain, 0)}{most}" if gain >= 0.005 else "is not faster"
-        result = f"On this model pruning {gained}: use it dense"
+        effect = effect if gain >= 0.005 else "does not make decoding faster"
+        result = f"On this model pruning {effect}: use it dense"
     else:
         name = words.row_name({**accounting, "sparsity": accounting["requested_sparsity"]})
-        result = f"On this model {name} gains {percent(gain, 0)}{most}"
+        result = f"On this model {name} {effect}"
         result += f" and multiplies perplexity by {words.times(over_dense)}" if over_dense else ""
-    return f"{result}; {elsewhere} dart-llm tune --quick."
+    return f"{result}; to test {subject}, run dart-llm tune --quick."

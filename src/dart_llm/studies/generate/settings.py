@@ -13,27 +13,35 @@ from dart_llm.settings import ActivationSettings, merge, setting, words
 
 
 class RunSettings(ActivationSettings):
-    """The settings of a run; None means "not given"."""
+    """The settings of ``dart-llm run``; None means that a setting was not given."""
 
-    prompt: str | None = setting("Prompt", "The prompt, or a shipped prompt's name.")
+    prompt: str | None = setting(
+        "Prompt", "Continue this prompt, or the shipped prompt of this name."
+    )
     prompt_file: str | None = setting("Prompt", "Read the prompt from this file; - is stdin.")
-    custom_prompt_text: str | None = setting("Prompt", "Like --prompt; also a text in datasets/.")
-    prompt_type: str = setting("Prompt", "custom, or mmlu: questions without answers.", "custom")
-    prompt_subject: str | None = setting("Prompt", "MMLU subjects, comma-separated.")
-    prompt_length: int | None = setting("Prompt", "The most tokens in the prompt.", ge=1)
+    custom_prompt_text: str | None = setting(
+        "Prompt", "Like --prompt (its name in the published scripts)."
+    )
+    prompt_type: str = setting(
+        "Prompt", "Continue your prompt (custom) or MMLU questions (mmlu).", "custom"
+    )
+    prompt_subject: str | None = setting(
+        "Prompt", "Use questions on these MMLU subjects, comma-separated."
+    )
+    prompt_length: int | None = setting("Prompt", "Maximum number of tokens in the prompt.", ge=1)
     chat: bool | None = setting("Prompt", "Wrap the prompt in the model's chat template.", False)
-    """None: only if the model has a template."""
-    generation: int | None = setting("Prompt", "Tokens to generate (default: 200).", ge=0)
+    """With None, the template is used only if the model has one."""
+    generation: int | None = setting("Prompt", "Generate this many tokens (default: 200).", ge=0)
     temperature: float | None = setting(
         "Prompt", "Sample at this temperature (default: greedy).", ge=0, allow_inf_nan=False
     )
-    calibration: str | None = setting("Pruning", "Text to calibrate on (default: c4 on the hub).")
-    trace: str | None = setting("Results", "Write which neurons ran for every token to this file.")
+    calibration: str | None = setting("Pruning", "Calibrate on this text (default: c4 on the hub).")
+    trace: str | None = setting("Results", "Write to this file which neurons ran for each token.")
     verbose: bool = setting("Results", "Log every mask and every drift window.", False)
 
     @model_validator(mode="after")
     def _check(self) -> RunSettings:
-        self._check_recording()
+        self._check_save_activations()
         check_name("prompt type", self.prompt_type, ("custom", "mmlu"))
         if self.prompt_type == "mmlu" and not self.prompt_subject:
             raise ConfigError("--prompt-type mmlu needs --prompt-subject, e.g. astronomy")
@@ -45,7 +53,7 @@ class RunSettings(ActivationSettings):
                 )
         return self
 
-    def _check_recording(self) -> None:
+    def _check_save_activations(self) -> None:
         if self.save_activations and self.executor not in (None, "auto", "masked"):
             raise ConfigError(
                 f"--save-activations cannot record neurons that executor {self.executor} skips: "
@@ -53,7 +61,7 @@ class RunSettings(ActivationSettings):
             )
 
     def prune_config(self) -> PruneConfig:
-        """The preset with all settings applied; recorded runs use the masked executor."""
+        """The preset with all settings applied; to save activations, with executor masked."""
         config = super().prune_config()
         return config.replace({"executor": "masked"}) if self.save_activations else config
 
@@ -63,26 +71,32 @@ class RunSettings(ActivationSettings):
         return 200 if self.generation is None else self.generation
 
     @property
-    def names_prompt(self) -> bool:
-        """Whether the settings name a prompt that is not made of MMLU questions."""
+    def has_custom_prompt(self) -> bool:
+        """Whether a prompt was given, which is not made of MMLU questions."""
         sources = (self.prompt, self.prompt_file, self.custom_prompt_text)
         return any(source is not None for source in sources)
 
     @property
     def mmlu_subjects(self) -> list[str]:
         """The subjects of the prompt's MMLU questions; empty for other prompts."""
-        is_mmlu = self.prompt_type == "mmlu" or not self.names_prompt
+        is_mmlu = self.prompt_type == "mmlu" or not self.has_custom_prompt
         return words(self.prompt_subject) if is_mmlu else []
 
 
 class DemoSettings(RunSettings):
-    """``dart-llm demo``: a run with its own defaults."""
+    """The settings of ``dart-llm demo``: those of a run with other defaults."""
 
-    prompt: str | None = setting("Prompt", "The prompt.", "sky")
-    chat: bool | None = setting("Prompt", "As in run; None: if the model has a template.", None)
-    generation: int | None = setting("Prompt", "Tokens to generate.", 64)
-    experiment_name: str | None = setting("Results", "The name of the folder.", "demo")
+    prompt: str | None = setting(
+        "Prompt", "Continue this prompt, or the shipped prompt of this name.", "sky"
+    )
+    chat: bool | None = setting(
+        "Prompt",
+        "Wrap the prompt in the model's chat template (default: only if it has one).",
+        None,
+    )
+    generation: int | None = setting("Prompt", "Generate this many tokens.", 64)
+    experiment_name: str | None = setting("Results", "Name of the experiment's folder.", "demo")
 
 
 collect = partial(merge, RunSettings)
-"""The settings of ``dart-llm run``, merged from all sources."""
+"""Merges the settings of ``dart-llm run`` from flags, files, the environment and defaults."""

@@ -1,4 +1,4 @@
-"""``run``: continue a prompt dense and pruned, with the accounting and times of both texts."""
+"""The study ``run``: continue a prompt dense and pruned, and report accounting and times."""
 
 from __future__ import annotations
 
@@ -51,10 +51,11 @@ from dart_llm.studies.generate.settings import RunSettings
 # Reading and tokenising the prompt.
 
 MMLU_DEFAULT_TOKENS = 1024
+"""The default number of tokens in a prompt of MMLU questions."""
 
 
 def read_prompt(settings: RunSettings) -> str:
-    """The prompt; "" if it is built after loading (mmlu).
+    """The prompt; "" for MMLU questions, whose selection needs the tokenizer.
 
     Raises ``ConfigError`` if the prompt is missing or empty, or no tokens are to be generated.
     """
@@ -115,17 +116,17 @@ PATIENCE_S = 15.0
 """After this many seconds no repetition begins, once there are ``FEWEST_REPETITIONS``."""
 
 STEPS, TAIL = 8, 16
-"""The most tokens that a repetition times, and the most tokens of text that it reads before."""
+"""Maximum number of tokens that a repetition times, and of tokens that it reads before them."""
 
 Clock = Callable[[], float]
-"""Times a repetition; returns seconds per token."""
+"""A function that times a repetition and returns seconds per token."""
 
 
 @dataclass
 class Decoding:
     """Times a model that decodes ``tokens`` tokens after ids [1, T].
 
-    ``make``: makes the run to attach; it returns None for the untouched model.
+    ``make``: returns the run to attach, or None for the untouched model.
     """
 
     model: Any
@@ -133,7 +134,7 @@ class Decoding:
     tokens: int
     make: Make = lambda: None
     limit: float | None = field(default=None, init=False)
-    """Bytes of dense over bytes of the timed tokens; None before timing."""
+    """The bytes of a dense token, divided by those of a timed token; None before timing."""
 
     def __call__(self) -> float:
         run = self.make()
@@ -169,7 +170,7 @@ def timing_document(
     """Keys of timing.json: ``repetitions``, their medians, and the reliable ratios.
 
     The machine's speed drifts between repetitions, but the ratios within each repetition do not.
-    The pruned time is therefore dense's median over the speed-up, so that time and speed-up agree.
+    The pruned time is therefore the median of dense divided by the speed-up, so that both agree.
     The speed-up over dense is at the top level, as in ``SpeedUp.to_dict``.  ``over_transformers``:
     speed-ups over ``reference``, whose weights may have another format, so bytes set no limit.
     """
@@ -201,7 +202,7 @@ TORCH_EXECUTORS = ("auto", "masked", "compact")
 
 
 class RunStudy(Study[RunSettings]):
-    """Units: the dense text, the pruned text, and their times."""
+    """The study ``run``; its units are the dense text, the pruned text, and their times."""
 
     kind = "run"
     bound: BoundMethod
@@ -250,7 +251,7 @@ class RunStudy(Study[RunSettings]):
         self.saver = saver(settings, self.model, self.path, fed)
         if self.saver is not None:
             self.saver.announce(len(variants), self.ui.say)
-        self.timing["dense_by"] = OUR_KERNELS if self._own_kernels else TRANSFORMERS
+        self.timing["dense_by"] = OUR_KERNELS if self._dense_executor else TRANSFORMERS
         for variant in variants:
             yield Unit(f"generation/{variant}", f"the {variant} text", variant)
         if settings.tokens > 1:
@@ -264,10 +265,10 @@ class RunStudy(Study[RunSettings]):
         return prepare(self.model, self.tokenizer, config, *where, masks=masks)
 
     @property
-    def _own_kernels(self) -> str | None:
-        """The executor that also runs the dense text, so that a speed-up is due only to pruning.
+    def _dense_executor(self) -> str | None:
+        """The executor that runs the dense text, so that a speed-up is due only to pruning.
 
-        None: the untouched model, if the pruned text uses the same kernels.
+        None if the untouched model runs it, because the pruned text uses the same kernels.
         """
         run = self.bound.run()
         executor = str(self.prune_config.executor if run is None else run.executor)
@@ -336,14 +337,14 @@ class RunStudy(Study[RunSettings]):
         return {**fixed, "text": generation.text, **asdict(generation), "accounting": accounting}
 
     def _setting(self, variant: str) -> dict[str, Any]:
-        """Method and sparsity of a text."""
+        """Method and sparsity of the dense or pruned text."""
         if variant == DENSE:
             return {"method": DENSE, "sparsity": 0.0}
         return {"method": self.bound.method, "sparsity": self.bound.requested}
 
     def _dense_run(self) -> Run | None:
-        """A run that executes dense with the pruned text's kernels; None if not needed."""
-        executor = self._own_kernels
+        """A dense run with the kernels of the pruned text; None if the untouched model has them."""
+        executor = self._dense_executor
         if executor is None:
             return None
         return Run(self.model, PruneConfig.build(DENSE, executor=executor))
@@ -422,7 +423,7 @@ class RunStudy(Study[RunSettings]):
         if name == PRUNED and self.accounting:
             setting = self._setting(PRUNED)
             label = words.row_name(setting)
-            facts |= {"requested": setting["sparsity"], **accounting_facts(self.accounting)}
+            facts |= {"requested": setting["sparsity"], **accounting_fields(self.accounting)}
         return ResultLine(
             label=label,
             method=self.bound.method if name == PRUNED else DENSE,
@@ -460,7 +461,7 @@ class RunStudy(Study[RunSettings]):
         return {**fixed, "generation": texts, "timing": self.timing}
 
 
-def accounting_facts(accounting: Mapping[str, Any]) -> dict[str, Any]:
+def accounting_fields(accounting: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a ``ResultLine`` that come from an accounting."""
     return {
         "achieved": accounting.get("achieved_sparsity"),
