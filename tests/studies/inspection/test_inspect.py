@@ -253,7 +253,7 @@ def test_what_is_looked_at_follows_from_the_texts():
     assert list(bare["sections"]) == ["neurons"] and bare["texts"] == []
     assert InspectSettings(prompt="x", prompt_b="y").chosen(()) == list(TEXTS)
     texts = ("--prompt", "the sea", "--prompt-b", "the moon")
-    assert "no ablation: ablation needs 64 tokens" in inspect(*texts).stderr
+    assert "skipping ablation: ablation needs 64 tokens" in inspect(*texts).stderr
     assert "needs 64 tokens" in str(inspect("ablation", *texts).exception)
     plain = json.loads(inspect(*texts, "--method", "dense", "--json").stdout)
     assert list(plain["sections"]) == ["layers", "neurons"]
@@ -281,7 +281,7 @@ def test_texts_of_passages_and_prompts():
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ("--prompt-b y", "text B without text A"),
+        ("--prompt-b y", "text B needs a text A"),
         ("--prompt x --prompt-file f", "not both"),
         ("--prompt x --passage 01", "give prompts or --passage, not both"),
         ("--prompt x --share 1.0", r"--share 1\.0 must be less than 1"),

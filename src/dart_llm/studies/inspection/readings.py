@@ -1,4 +1,9 @@
-"""One dense pass per text records FFN impact, activations, and evidence for masks, per layer."""
+"""One dense pass per text records, per layer, FFN impact, activations, and evidence for masks.
+
+x is the residual stream that enters the FFN half of a layer, u the input of the down projection (a
+value per neuron), z its output, r the sum added to the stream.  Evidence is the statistics from
+which a method selects the neurons of a text.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +42,7 @@ def spread(values: Tensor) -> dict[str, float]:
     return {"mean": float(flat.mean()), **dict(zip(LEVELS, map(float, levels), strict=True))}
 
 
-def impact(seen: LayerActivations) -> dict[str, Any]:
+def impact(recorded: LayerActivations) -> dict[str, Any]:
     """How much an FFN changes the residual stream: ``cosine``, ``change`` and ``s`` for two pairs.
 
     ``residual`` compares the stream before and after: cos(x, x + r) and ||r|| / ||x||.  ``output``
@@ -45,7 +50,7 @@ def impact(seen: LayerActivations) -> dict[str, Any]:
     ``depth-residual`` and ``depth`` weigh layers by ``s`` = (1 - mean cosine) x mean change
     (docs/reference.md, "Budgets").  Uses the first batch row and all its tokens.
     """
-    x, z, r = (t[0].float() for t in (seen.x, seen.z, seen.r))
+    x, z, r = (t[0].float() for t in (recorded.x, recorded.z, recorded.r))
     pairs = {}
     for name, y, change in (("residual", x + r, r), ("output", z, z - x)):
         size = x.norm(dim=-1).clamp_min(EPS)
@@ -60,7 +65,7 @@ NEAR = 0.1
 """Activations below this fraction of their token's root mean square count as near zero."""
 
 ENERGY = 0.9
-"""``concentrated`` counts the fewest neurons with this share of a token's squared activations."""
+"""``concentrated`` counts how few neurons have this share of a token's squared activations."""
 
 
 def activations(u: Tensor) -> dict[str, Any]:
@@ -82,12 +87,12 @@ def activations(u: Tensor) -> dict[str, Any]:
 
 
 WHOLE, FIRST, SECOND = "whole", "first", "second"
-"""The parts of a text with evidence: the whole text, and its halves."""
+"""The parts of a text for which evidence is recorded: the whole text, and its halves."""
 
 
 @dataclass(frozen=True)
 class LayerReading:
-    """The recording of a layer on a text.
+    """What was recorded in a layer on a text.
 
     ``squares``: sum over tokens of u^2, [I]; ``signed``: mean of u over tokens, [I]; ``evidence``:
     by part of the text.  Tensors are float32 on the CPU; evidence is on the layer's device.
@@ -120,12 +125,12 @@ class Readings:
         ids: Tensor = self.tokenizer(text.text, return_tensors="pt", verbose=False).input_ids[0]
         limit = min(self.settings.max_tokens, context_length(self.model) or len(ids))
         if len(ids) < 2:
-            raise ConfigError(f"text {text.title} has {len(ids)} token(s): give a longer one")
+            raise ConfigError(f"text {text.title} has {len(ids)} token(s): give a longer text")
         return ids[:limit]
 
     @cached_property
     def selector(self) -> MaskSelector:
-        """Selects a text's neurons; raises ``ConfigError`` if the method ignores the text."""
+        """The selector of a text's neurons; raises ``ConfigError`` if the method ignores texts."""
         config = _check_selects_by_text(self.settings.prune_config())
         layers = self.view.weights(config.score.proxy_embedding, config.seed)
         return MaskSelector(config, self.calibrated(config, layers))
@@ -138,7 +143,7 @@ class Readings:
         return self_calibrate(self.model, config, layers, cache_dir, tokenizer=self.tokenizer)
 
     def reading(self, text: int) -> list[LayerReading]:
-        """The recordings of all layers on text 0 or 1."""
+        """What was recorded in all layers on text 0 (A) or 1 (B)."""
         if text not in self._read:
             self._read[text] = self._pass(text)
         return self._read[text]
@@ -150,16 +155,20 @@ class Readings:
         with contextlib.suppress(ConfigError):  # raised again if a section needs masks
             selector = self.selector
 
-        def take(layer: int, seen: LayerActivations) -> None:
-            u = seen.u[0].float()
-            evidence = {} if selector is None else _evidence(seen, selector)
+        def record(layer: int, recorded: LayerActivations) -> None:
+            u = recorded.u[0].float()
+            evidence = {} if selector is None else _evidence(recorded, selector)
             squares, signed = u.square().sum(0).cpu(), u.mean(0).cpu()
-            readings[layer] = LayerReading(impact(seen), activations(u), squares, signed, evidence)
+            readings[layer] = LayerReading(
+                impact(recorded), activations(u), squares, signed, evidence
+            )
 
         inspected, saver = self.texts[text], self.saver
         name = inspected.label.lower()
-        keep = contextlib.nullcontext() if saver is None else saver.recording(name, inspected.text)
-        with capture_activations(self.model, take), keep:
+        saving = (
+            contextlib.nullcontext() if saver is None else saver.recording(name, inspected.text)
+        )
+        with capture_activations(self.model, record), saving:
             self.model(self.ids[text][None].to(self.model.device), logits_to_keep=1)
         return [readings[index] for index in range(len(self.view.blocks))]
 
@@ -180,12 +189,13 @@ def _check_selects_by_text(config: PruneConfig) -> PruneConfig:
     return config
 
 
-def _evidence(seen: LayerActivations, selector: MaskSelector) -> dict[str, LayerStatistics]:
-    middle = seen.u.shape[1] // 2
+def _evidence(recorded: LayerActivations, selector: MaskSelector) -> dict[str, LayerStatistics]:
+    """The evidence from a text and from its halves, by part."""
+    middle = recorded.u.shape[1] // 2
     spans = {WHOLE: slice(None), FIRST: slice(0, middle), SECOND: slice(middle, None)}
     evidence = {}
     for part, span in spans.items():
-        u, z, x = (t[None, :, span] for t in (seen.u, seen.z, seen.x))
+        u, z, x = (t[None, :, span] for t in (recorded.u, recorded.z, recorded.x))
         weights = None
         if selector.config.skip_sinks:
             weights = without_sinks(None, [float(span.start or 0)], 1, u.shape[2]).to(u.device)

@@ -1,4 +1,7 @@
-"""The sections of an inspection: their numbers, tables and plots."""
+"""The sections of an inspection: a function computes the numbers, another shows them.
+
+Text A is text 0, and text B is text 1.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ from dart_llm.studies.inspection.readings import FIRST, SECOND, WHOLE, Readings
 
 
 @dataclass(frozen=True)
-class Shown:
+class TableWithPanels:
     """A table and its plot panels."""
 
     table: Table
@@ -40,11 +43,11 @@ class Shown:
 
 
 Compute = Callable[[Readings], dict[str, Any]]
-Show = Callable[[Record], list[Shown]]
+Show = Callable[[Record], list[TableWithPanels]]
 
 LAYER = Column("layer", "layer")
 
-FIGURE = ".3g"
+NUMBER_FORMAT = ".3g"
 
 
 def _by_layer(layers: Sequence[Record]) -> list[dict[str, Any]]:
@@ -58,7 +61,10 @@ def _panel(
     band: tuple[str, str] | None = None,
     **options: Any,
 ) -> Panel:
-    """Curves over layers; ``lines``: row keys by label; ``band``: keys of the first's bounds."""
+    """Curves over layers.
+
+    ``lines``: row keys by label.  ``band``: the keys of the first curve's bounds.
+    """
     x = [row["layer"] for row in rows]
     low, high = band or ("", "")
     ends = ([row[low] for row in rows], [row[high] for row in rows]) if band else None
@@ -82,7 +88,7 @@ def layers(study: Readings) -> dict[str, Any]:
     }
 
 
-def show_layers(data: Record) -> list[Shown]:
+def show_layers(data: Record) -> list[TableWithPanels]:
     rows, text = _by_layer(data["layers"]), data["text"]
     heads = ("cos(x, x+r)", "|r|/|x|", "S residual", "cos(x, z)", "|z-x|/|x|", "S output")
     names = ("cosine.median", "change.median", "s")
@@ -101,8 +107,8 @@ def show_layers(data: Record) -> list[Shown]:
         )
     ]
     caption = f"Each FFN and the residual stream, text {text}: medians (band: 5 to 95 % of tokens)"
-    columns = (LAYER, *value_columns(keys, heads, FIGURE))
-    impact = Shown(Table("layers", caption, columns, rows), panels)
+    columns = (LAYER, *value_columns(keys, heads, NUMBER_FORMAT))
+    impact = TableWithPanels(Table("layers", caption, columns, rows), panels)
 
     rows, sizes = (
         _by_layer(data["activations"]),
@@ -111,7 +117,7 @@ def show_layers(data: Record) -> list[Shown]:
     shares = {"exact zeros": "zero", "|u| < 0.1 RMS": "near", "with 90 % of u²": "concentrated"}
     columns = (
         LAYER,
-        *value_columns(" ".join(sizes), ("median |u|", "95 %", "max"), FIGURE),
+        *value_columns(" ".join(sizes), ("median |u|", "95 %", "max"), NUMBER_FORMAT),
         *value_columns(" ".join(shares.values()), [*shares], percent),
     )
     panels = [
@@ -119,10 +125,10 @@ def show_layers(data: Record) -> list[Shown]:
         _panel("share of neurons", rows, shares),
     ]
     table = Table("activations", f"Activations u on text {text}", columns, rows)
-    return [impact, Shown(table, panels)]
+    return [impact, TableWithPanels(table, panels)]
 
 
-# The strongest neurons of every layer by forward proxy.
+# The strongest neurons of every layer by forward proxy: magnitude times effect on the logits.
 
 PROXY = "combined"
 """The score by which neurons are ranked."""
@@ -132,7 +138,7 @@ TOKENS = 5
 
 
 def neurons(study: Readings) -> dict[str, Any]:
-    """The strongest neurons per layer with score, mean activation and top tokens.
+    """The strongest neurons per layer, with score, mean activation and promoted tokens.
 
     The score is ``PROXY`` over text A (docs/reference.md, "Scores"); without a text the magnitude
     is 1, so that only the proxy counts.  ``tokens``: the vocabulary entries whose output embedding
@@ -166,6 +172,7 @@ def neurons(study: Readings) -> dict[str, Any]:
 def _tokens(
     study: Readings, weights: FfnWeights, neurons: Tensor, signed: Tensor | None
 ) -> list[list[str]]:
+    """The vocabulary entries that each neuron promotes most."""
     rows = weights.embedding
     assert rows is not None  # the score has already used it
     columns = weights.down[:, neurons].detach().float()
@@ -178,16 +185,16 @@ def _tokens(
     return [[str(study.tokenizer.decode([token])) for token in row] for row in ids.tolist()]
 
 
-def show_neurons(data: Record) -> list[Shown]:
+def show_neurons(data: Record) -> list[TableWithPanels]:
     columns = (
         LAYER,
         *value_columns("rank neuron", ("rank", "neuron"), str),
         Column("score", "score", ".2f"),
-        Column("mean u", "mean_activation", FIGURE),
+        Column("mean u", "mean_activation", NUMBER_FORMAT),
         Column("writes towards", "tokens", lambda tokens: " ".join(map(repr, tokens))),
     )
     caption = f"Strongest neurons by forward proxy ({PROXY})"
-    return [Shown(Table("neurons", caption, columns, data["rows"]))]
+    return [TableWithPanels(Table("neurons", caption, columns, data["rows"]))]
 
 
 # The neurons kept for two texts: their overlap per layer, against chance and within one text.
@@ -213,6 +220,7 @@ OVERLAPS = {
     "same_text": "halves of one text",
     "across": "halves of A and B",
 }
+"""The overlaps in the table and the plot, with their titles."""
 
 
 def overlap(study: Readings) -> dict[str, Any]:
@@ -260,17 +268,17 @@ def _kept(study: Readings, text: int, part: str) -> list[Tensor]:
     ]
 
 
-def show_overlap(data: Record) -> list[Shown]:
+def show_overlap(data: Record) -> list[TableWithPanels]:
     columns = (
         LAYER,
-        *value_columns("width kept_a kept_b", ("neurons", "kept for A", "for B"), ",.0f"),
-        *value_columns(" ".join(OVERLAPS), [*OVERLAPS.values()], FIGURE),
+        *value_columns("width kept_a kept_b", ("neurons", "kept for A", "kept for B"), ",.0f"),
+        *value_columns(" ".join(OVERLAPS), [*OVERLAPS.values()], NUMBER_FORMAT),
     )
     lines = {head: key for key, head in OVERLAPS.items()}
     panel = _panel("Jaccard of the kept neurons", data["layers"], lines, limits=(0, 1))
     rows = [*data["layers"], {"layer": "mean", **data["mean"]}]
-    caption = f"Neurons that {data['method']} keeps for A and for B"
-    return [Shown(Table("overlap", caption, columns, rows), [panel])]
+    caption = f"Overlap of the neurons that {data['method']} keeps for A and for B"
+    return [TableWithPanels(Table("overlap", caption, columns, rows), [panel])]
 
 
 # Ablation: remove the neurons of a topic, and measure the loss on it and on another topic.
@@ -283,7 +291,7 @@ BLOCK = 16
 """Consecutive tokens that the bootstrap resamples together, because their losses are dependent."""
 
 FEWEST = 4 * BLOCK
-"""The fewest tokens in a text, so that half of it has more than one block."""
+"""The minimum number of tokens in a text, whose half then has two blocks."""
 
 Ids = dict[int, Tensor]
 """Neurons by layer."""
@@ -323,23 +331,24 @@ def ablation(study: Readings) -> dict[str, Any]:
     }
     dense = [_losses(study, text, {})[0] for text in (0, 1)]
     rows = [
-        {"removed": arm, "text": study.texts[text].label, **_row(study, text, ids, dense[text])}
-        for arm, ids in removed.items()
+        {"removed": name, "text": study.texts[text].label, **_row(study, text, ids, dense[text])}
+        for name, ids in removed.items()
         for text in (0, 1)
     ]
     return {"score": study.settings.prune_config().score.name, "rows": rows}
 
 
 def _row(study: Readings, text: int, ids: Ids, dense: Sequence[float]) -> dict[str, Any]:
+    """The losses on a text without the neurons ``ids``; ``dense``: the untouched model's."""
     seed, draws = study.settings.seed, study.settings.ablation_seeds
-    losses, spent = _losses(study, text, ids)
+    losses, accounting = _losses(study, text, ids)
     drawn = [_losses(study, text, _random_ids(study, ids, seed + k))[0] for k in range(draws)]
     random = [fmean(draws_of_token) for draws_of_token in zip(*drawn, strict=True)]
     sample = _blocks(losses)
     return {
         "neurons": sum(map(len, ids.values())),
         "tokens": len(losses),
-        **spent,
+        **accounting,
         "dense_loss": fmean(dense),
         "loss": fmean(losses),
         "loss_interval": _ends(interval(sample, seed=seed)),
@@ -374,8 +383,8 @@ def _losses(study: Readings, text: int, ids: Ids) -> tuple[list[float], dict[str
     window = Window(study.ids[text], len(study.ids[text]) // 2)
     removed = {layer: neurons for layer, neurons in ids.items() if len(neurons)}
     if not removed:
-        spent = {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0}
-        return list(score_window(study.model, None, window).losses), spent
+        accounting = {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0}
+        return list(score_window(study.model, None, window).losses), accounting
     with prune(study.model, "griffin", remove=removed) as run:
         scored = score_window(study.model, run, window)
         report = run.report()
@@ -387,23 +396,23 @@ def _with_ends(interval: Record) -> str:
     return with_interval(interval["estimate"], interval, "+.3f")
 
 
-def show_ablation(data: Record) -> list[Shown]:
-    losses = ("dense loss", "loss", "random neurons")
+def show_ablation(data: Record) -> list[TableWithPanels]:
+    losses = ("dense loss", "loss", "loss, random neurons")
     columns = (
         *value_columns("removed text", ("removed neurons", "loss on"), str),
         Column("achieved sparsity", "achieved_sparsity", percent),
         Column("dense tokens", "dense_token_share", percent),
-        *value_columns("dense_loss loss random_loss", losses, FIGURE),
-        Column("over dense (95 %)", "over_dense", _with_ends),
-        Column("over random (95 %)", "over_random", _with_ends),
+        *value_columns("dense_loss loss random_loss", losses, NUMBER_FORMAT),
+        Column("minus dense (95 %)", "over_dense", _with_ends),
+        Column("minus random (95 %)", "over_random", _with_ends),
     )
     caption = (
-        "Loss (nats per token) with neurons removed, on the second half of each text; A's own: "
-        "among A's strongest but not among B's"
+        "Loss (nats per token) with neurons removed, on the second half of each text; A's own "
+        "neurons are among A's strongest but not among B's"
     )
     rows = [{**row, **flat(row)} for row in data["rows"]]
     fields = keys_of(map(flat, data["rows"]))
-    return [Shown(Table("ablation", caption, columns, rows, fields=fields))]
+    return [TableWithPanels(Table("ablation", caption, columns, rows, fields=fields))]
 
 
 SECTIONS: dict[str, tuple[Compute, Show]] = {

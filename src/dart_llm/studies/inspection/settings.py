@@ -17,11 +17,11 @@ from dart_llm.pruning.config import DEFAULT_SPARSITY, PruneConfig
 from dart_llm.settings import MASKED, ActivationSettings, setting
 
 TEXTS = {"layers": 1, "neurons": 0, "overlap": 2, "ablation": 2}
-"""The sections in the order of the report, with the number of texts that each needs."""
+"""The sections in the order of the report, and the number of texts that each needs."""
 
 
 class InspectSettings(ActivationSettings):
-    """What to inspect, and on which texts; None means "not given"."""
+    """The settings of ``dart-llm inspect``; None means that a setting was not given."""
 
     UNUSED: ClassVar = (
         *("masks", "save_layer_topk", "masking_step", "release_step", "min_evidence"),
@@ -30,26 +30,31 @@ class InspectSettings(ActivationSettings):
 
     method: str = setting(
         "Pruning",
-        "Preset whose masks are compared; dart-llm methods lists them.",
+        "Compare the masks of this preset; dart-llm methods lists all presets.",
         MASKED,
     )
-    prompt: str | None = setting("Texts", "Text A, or a shipped prompt's name.")
+    prompt: str | None = setting("Texts", "Use this as text A, or the shipped prompt of this name.")
     prompt_file: str | None = setting("Texts", "Read text A from this file; - is stdin.")
-    prompt_b: str | None = setting("Texts", "Text B, or a shipped prompt's name.")
+    prompt_b: str | None = setting(
+        "Texts", "Use this as text B, or the shipped prompt of this name."
+    )
     prompt_b_file: str | None = setting("Texts", "Read text B from this file.")
     passage: str | None = setting(
-        "Texts", "A shipped passage (prompts list --passages): its first two topics are A and B."
+        "Texts",
+        "Use the first two topics of this shipped passage as A and B (prompts list --passages).",
     )
-    max_tokens: int = setting("Texts", "The most tokens of a text that are read.", 512, ge=2)
-    top: int = setting("Inspection", "Strongest neurons listed per layer.", 5, ge=1)
+    max_tokens: int = setting("Texts", "Read at most this many tokens of a text.", 512, ge=2)
+    top: int = setting("Inspection", "List this many of the strongest neurons per layer.", 5, ge=1)
     share: float = setting(
         "Inspection",
-        "Ablation: the fraction of a layer's neurons taken as strongest.",
+        "Ablation: count this fraction of a layer's neurons as its strongest.",
         0.1,
         gt=0,
         lt=1,
     )
-    ablation_seeds: int = setting("Inspection", "Ablation: draws of random neurons.", 3, ge=1)
+    ablation_seeds: int = setting(
+        "Inspection", "Ablation: draw random neurons this many times.", 3, ge=1
+    )
 
     @model_validator(mode="after")
     def _check_inspect(self) -> InspectSettings:
@@ -57,18 +62,18 @@ class InspectSettings(ActivationSettings):
             [name for name in pair if getattr(self, name) is not None]
             for pair in (("prompt", "prompt_file"), ("prompt_b", "prompt_b_file"))
         )
-        for both in (a, b):
-            if len(both) > 1:
-                raise ConfigError(f"give {both[0]} or {both[1]}, not both")
+        for names in (a, b):
+            if len(names) > 1:
+                raise ConfigError(f"give {names[0]} or {names[1]}, not both")
         if self.passage and (a or b):
             raise ConfigError("give prompts or --passage, not both")
         if b and not a:
-            raise ConfigError("text B without text A: give --prompt or --prompt-file too")
+            raise ConfigError("text B needs a text A: give --prompt or --prompt-file too")
         return self
 
     @property
     def texts(self) -> int:
-        """The number of given texts."""
+        """The number of texts, 0 to 2."""
         if self.passage or self.prompt_b is not None or self.prompt_b_file:
             return 2
         return int(self.prompt is not None or self.prompt_file is not None)
@@ -79,7 +84,7 @@ class InspectSettings(ActivationSettings):
         Raises ``UnknownName``, and ``ConfigError`` if a text is missing.
         """
         for name in what:
-            check_name("thing to inspect", name, TEXTS)
+            check_name("section to inspect", name, TEXTS)
             if TEXTS[name] > self.texts:
                 raise ConfigError(
                     f"inspect {name} needs {TEXTS[name]} text(s): give --prompt for the first and "
@@ -92,8 +97,8 @@ class InspectSettings(ActivationSettings):
     def prune_config(self) -> PruneConfig:
         """The method that selects the neurons of a text, without compensation."""
         config = super().prune_config()
-        free = config.sparsity is None and config.budget.table is None
-        if free and config.score.strategy == "topk" and config.method != "dense":
+        has_no_amount = config.sparsity is None and config.budget.table is None
+        if has_no_amount and config.score.strategy == "topk" and config.method != "dense":
             config = config.replace({"sparsity": DEFAULT_SPARSITY})
         return config.replace({"compensation": False}) if config.compensation else config
 
@@ -121,18 +126,18 @@ class InspectText:
 
     @property
     def title(self) -> str:
-        """ "A (how bees dance)"."""
+        """Label and name: "A (how bees dance)"."""
         return f"{self.label} ({self.name})"
 
 
 def inspect_texts(settings: InspectSettings) -> tuple[InspectText, ...]:
     """The texts; raises ``ConfigError`` if a text is empty or cannot be read."""
     if settings.passage:
-        named = _passage(settings.passage)
+        parts = _passage(settings.passage)
     else:
         a, b = (settings.prompt, settings.prompt_file), (settings.prompt_b, settings.prompt_b_file)
-        named = [_prompt(text, file) for text, file in (a, b) if text is not None or file]
-    texts = tuple(InspectText(label, *part) for label, part in zip("AB", named, strict=False))
+        parts = [_prompt(text, file) for text, file in (a, b) if text is not None or file]
+    texts = tuple(InspectText(label, *part) for label, part in zip("AB", parts, strict=False))
     for text in texts:
         if not text.text.strip():
             raise ConfigError(f"text {text.title} is empty: give at least one word")
@@ -140,6 +145,7 @@ def inspect_texts(settings: InspectSettings) -> tuple[InspectText, ...]:
 
 
 def _prompt(text: str | None, file: str | None) -> tuple[str, str]:
+    """The name and the text of a prompt."""
     if text is not None:
         name = text if text in prompt_names() else textwrap.shorten(text, 48, placeholder="…")
         return name, resolve_prompt(text)
@@ -147,6 +153,7 @@ def _prompt(text: str | None, file: str | None) -> tuple[str, str]:
 
 
 def _passage(name: str) -> list[tuple[str, str]]:
+    """The names and the texts of a passage's first two topics."""
     from dart_llm.data.passages import Passage, find, shipped
 
     passage = find(shipped(), name)

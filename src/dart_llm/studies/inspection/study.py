@@ -1,4 +1,4 @@
-"""``inspect``: inspect a model on up to two texts; a unit is a section of inspect.json."""
+"""The study ``inspect``: a model on up to two texts; a unit is a section of inspect.json."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Record, Table
 from dart_llm.reporting.words import percent
 from dart_llm.studies.inspection.readings import Readings
-from dart_llm.studies.inspection.sections import SECTIONS, Shown, check_ablation
+from dart_llm.studies.inspection.sections import SECTIONS, TableWithPanels, check_ablation
 from dart_llm.studies.inspection.settings import InspectSettings, inspect_texts
 
 
 class InspectionStudy(Study[InspectSettings]):
-    """Computes the sections in ``what``; if empty, all for which there are enough texts."""
+    """Computes the sections in ``what``; if empty, all sections that the texts suffice for."""
 
     kind = "inspect"
     document = "inspect.json"
@@ -36,7 +36,7 @@ class InspectionStudy(Study[InspectSettings]):
 
     def __init__(self, settings: InspectSettings, what: Sequence[str], ui: Ui) -> None:
         super().__init__(settings, ui)
-        self.named, self.wanted = bool(what), settings.chosen(what)
+        self.explicit, self.wanted = bool(what), settings.chosen(what)
         self.texts = inspect_texts(settings)
         self.readings: Readings
         self.sections: dict[str, Any] = {}
@@ -53,34 +53,34 @@ class InspectionStudy(Study[InspectSettings]):
         self.readings = Readings(self.model, self.tokenizer, self.settings, self.texts)
 
     def units(self) -> Iterable[Unit]:
-        units = [Unit(name) for name in self.wanted if not self._is_left_out(name)]
+        units = [Unit(name) for name in self.wanted if not self._is_skipped(name)]
         self._save_activations()
         return units
 
-    def _is_left_out(self, name: str) -> bool:
-        """Whether a section cannot be computed; raises ``ConfigError`` if requested by name."""
+    def _is_skipped(self, name: str) -> bool:
+        """Whether a section cannot be computed; raises ``ConfigError`` if it was requested."""
         try:
             if name in ("overlap", "ablation"):
                 self.readings.selector  # noqa: B018 - raises if the method ignores the text
             if name == "ablation":
                 check_ablation(self.readings)
         except ConfigError as error:
-            if self.named:
+            if self.explicit:
                 raise
-            self.ui.say(f"no {name}: {error}")
+            self.ui.say(f"skipping {name}: {error}")
             return True
         return False
 
     def _save_activations(self) -> None:
         """Run the texts now if their activations are saved; the sections reuse these passes."""
         longest = max(map(len, self.readings.ids), default=0)
-        keep = saver(self.settings, self.model, self.path, longest)
-        if keep is None:
+        activation_saver = saver(self.settings, self.model, self.path, longest)
+        if activation_saver is None:
             return
         if not self.texts:
             raise ConfigError("--save-activations needs a text: give --prompt or --passage")
-        keep.announce(len(self.texts), self.ui.say)
-        self.readings.saver = keep
+        activation_saver.announce(len(self.texts), self.ui.say)
+        self.readings.saver = activation_saver
         for number in range(len(self.texts)):
             self.readings.reading(number)
 
@@ -109,7 +109,7 @@ class InspectionStudy(Study[InspectSettings]):
         )
         lines = [
             line(
-                label="kept for A and B",
+                label="overlap of neurons kept for A and for B",
                 task="inspect:overlap",
                 metric="jaccard",
                 value=data["mean"]["jaccard"],
@@ -120,7 +120,7 @@ class InspectionStudy(Study[InspectSettings]):
         ]
         lines += [
             line(
-                label=f"without {row['removed']}, loss on {row['text']}",
+                label=f"loss on {row['text']} without {row['removed']} neurons",
                 task="inspect:ablation",
                 metric="loss",
                 value=row["loss"],
@@ -134,7 +134,7 @@ class InspectionStudy(Study[InspectSettings]):
         ]
         return lines
 
-    def show(self, name: str) -> list[Shown]:
+    def show(self, name: str) -> list[TableWithPanels]:
         """The tables of a section, with their plot panels."""
         return SECTIONS[name][1](self.sections[name])
 
@@ -152,7 +152,7 @@ class InspectionStudy(Study[InspectSettings]):
         return [shown.plot(small) for shown in self.show(name) if shown.panels]
 
     def write_page(self) -> Path:
-        """Write ``report.html``; without matplotlib it notes that there are no plots."""
+        """Write ``report.html``; without matplotlib, the page notes that plots are missing."""
         parts, missing = [], ""
         for name in self.sections:
             drawn, reason = page.pictures(self._plots(name))
@@ -173,7 +173,7 @@ class InspectionStudy(Study[InspectSettings]):
 
 
 def headline(sections: Record) -> str:
-    """The overlap of the neurons of two texts or, without it, the inspected sections."""
+    """A sentence on the overlap of the neurons of two texts, or else on the sections."""
     if overlap := sections.get("overlap"):
         mean = overlap["mean"]
         return (
