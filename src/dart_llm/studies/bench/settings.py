@@ -50,7 +50,8 @@ class BenchOptions(StudyOptions, ModelOptions):
         "Results", "Name of the experiment's folder (default: command and model)."
     )
     variants: str | None = setting(
-        STUDY, "Also run the changed methods in this YAML file: LABEL: {SETTING: VALUE}."
+        STUDY,
+        "Also run the variants in this YAML file: LABEL: {SETTING: VALUE} (method: dart if unset).",
     )
     repeats: int = setting(
         STUDY, "Number of repetitions; each times all rows in random order.", 5, ge=1

@@ -1,4 +1,4 @@
-"""Gap closed against GRIFFIN at equal sparsity and equal bytes: rows, tables and plots.
+"""The share of GRIFFIN's gap to the dense model that methods close: rows, tables and plots.
 
 ``gap`` = mean loss minus the untouched model's on the same tokens, in nats: the logarithm of the
 ratio of their perplexities.  ``gap closed`` = 1 - gap(variant) / gap(GRIFFIN).  To pool several
@@ -43,14 +43,16 @@ Row = Mapping[str, Any]
 
 Array = NDArray[np.float64]
 
-STEP = 3
+DECIMALS = 3
 """Decimals to which GRIFFIN's sparsities are rounded."""
 
 EQUAL_SPARSITY, EQUAL_BYTES = "equal_sparsity", "equal_bytes"
-"""The two comparisons with GRIFFIN.  Equal sparsity: at the method's achieved sparsity, in which
-dense tokens count 0.  Equal bytes: at 1 minus the method's share of dense FFN bytes if compact."""
+"""The two comparisons with GRIFFIN.  For equal sparsity, GRIFFIN runs at the method's achieved
+sparsity, in which dense tokens count as 0.  For equal bytes, it runs at 1 minus the fraction of the
+FFN bytes that the method reads with executor ``compact``."""
 
 CLOSED = f"{EQUAL_SPARSITY}_gap_closed"
+"""The column by which variants are ranked."""
 
 
 class Group:
@@ -89,13 +91,15 @@ def groups(lines: Iterable[Line]) -> list[Group]:
 
 def matched_sparsities(line: Line) -> dict[str, float]:
     """GRIFFIN's sparsity in each comparison, at least 0 (dense)."""
-    spent = line["measurement"]["accounting"]
-    wanted = {
-        EQUAL_SPARSITY: spent["achieved_sparsity"],
-        EQUAL_BYTES: 1 - spent["ffn_bytes_share_if_compact"],
+    accounting = line["measurement"]["accounting"]
+    sparsities = {
+        EQUAL_SPARSITY: accounting["achieved_sparsity"],
+        EQUAL_BYTES: 1 - accounting["ffn_bytes_share_if_compact"],
     }
-    most = round(1 - 10.0**-STEP, STEP)
-    return {name: min(max(0.0, round(value, STEP)), most) for name, value in wanted.items()}
+    maximum = round(1 - 10.0**-DECIMALS, DECIMALS)
+    return {
+        name: min(max(0.0, round(value, DECIMALS)), maximum) for name, value in sparsities.items()
+    }
 
 
 def make_rows(
@@ -132,8 +136,9 @@ def make_rows(
 
 
 def _row(group: Group, variant: str, sparsity: float, seed: int) -> Row:
+    """The row of a variant at one sparsity."""
     line, gap = group.at(variant, sparsity), float(group.gaps(variant, sparsity).mean())
-    items, spent = line["measurement"]["items"], line["measurement"]["accounting"]
+    items, accounting = line["measurement"]["items"], line["measurement"]["accounting"]
     return {
         "task": group.task,
         "variant": variant,
@@ -143,11 +148,11 @@ def _row(group: Group, variant: str, sparsity: float, seed: int) -> Row:
         "perplexity": perplexity(float(group.losses(variant, sparsity).mean())),
         "times_dense": perplexity(gap),
         "gap": gap,
-        "achieved_sparsity": spent["achieved_sparsity"],
-        "dense_token_share": spent["dense_token_share"],
-        "remasks_per_slice": spent["remasks"] / len(items),
-        "ffn_bytes_share": spent["ffn_bytes_share_if_compact"],
-        "token_bytes_share": spent.get("token_bytes_share"),
+        "achieved_sparsity": accounting["achieved_sparsity"],
+        "dense_token_share": accounting["dense_token_share"],
+        "remasks_per_slice": accounting["remasks"] / len(items),
+        "ffn_bytes_share": accounting["ffn_bytes_share_if_compact"],
+        "token_bytes_share": accounting.get("token_bytes_share"),
         **({} if variant == GRIFFIN else _compared(group, variant, [sparsity], seed)),
     }
 
@@ -185,7 +190,7 @@ def _requested(row: Row) -> str:
 
 
 def closed(row: Row, name: str) -> str | None:
-    """ "27.1 % (20 % to 33.2 %)", or n/a; None for GRIFFIN itself."""
+    """The gap closed, such as "27.1 % (20 % to 33.2 %)", or n/a; None for GRIFFIN itself."""
     if f"{name}_gap_closed" not in row:
         return None
     value, low, high = (row[f"{name}_{key}"] for key in ("gap_closed", "low", "high"))
@@ -210,10 +215,10 @@ COLUMNS = (
 
 
 def tables(rows: Sequence[Row], about: str) -> list[Table]:
-    """A table per task; ``about``: how it was measured."""
-    look: dict[str, Any] = {"nothing": "", "fields": keys_of(rows)}
+    """A table per task; ``about``: a text on how the rows were measured."""
+    options: dict[str, Any] = {"nothing": "", "fields": keys_of(rows)}
     return [
-        Table(f"quality-{task}", f"{task}: {about}", COLUMNS, members, **look)
+        Table(f"quality-{task}", f"{task}: {about}", COLUMNS, members, **options)
         for task, members in grouped(rows, lambda row: row["task"]).items()
     ]
 
@@ -262,7 +267,7 @@ def plots(rows: Sequence[Row], about: str) -> list[Plot]:
 
 
 def _draw(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
-    for name, (words, colour, marker, aside) in LOOKS.items():
+    for name, (label, colour, marker, offset) in LOOKS.items():
         values = [row[f"{name}_gap_closed"] for row in rows]
         drawn = [at for at, value in enumerate(values) if value is not None]
         x = [100 * values[at] for at in drawn]
@@ -270,9 +275,9 @@ def _draw(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
         intervals = [None if low is None else (100 * low, 100 * high) for low, high in ends]
         axes.errorbar(
             x,
-            [at - aside for at in drawn],
+            [at - offset for at in drawn],
             xerr=whisker_lengths(x, intervals) if x else None,
-            label=words,
+            label=label,
             color=palette[colour],
             marker=marker,
             markersize=5,

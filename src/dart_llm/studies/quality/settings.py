@@ -39,43 +39,51 @@ Removed = Annotated[Fractions, AfterValidator(check_removed)]
 
 
 class QualitySettings(SliceOptions, MeasureSettings, StudyOptions, ModelOptions):
-    """``dart-llm bench quality``; None means "not given"."""
+    """The settings of ``dart-llm bench quality``; None means that a setting was not given."""
 
     kind, document = "quality", "quality.json"
     UNUSED: ClassVar = ("limit", "sample_seed", "scored_tokens")
 
     methods: Texts = setting(
-        STUDY, "Methods, comma-separated; griffin, the baseline, always runs.", (DEFAULT_METHOD,)
+        STUDY,
+        "Run these methods, comma-separated; griffin, the baseline, always runs.",
+        (DEFAULT_METHOD,),
     )
     variants: str | None = setting(
-        STUDY, "YAML file: LABEL: {SETTING: VALUE}, changes of method (default: dart)."
+        STUDY,
+        "Also run the variants in this YAML file: LABEL: {SETTING: VALUE} (method: dart if unset).",
     )
     oracle: str | None = setting(
         STUDY,
-        "Methods to run also with a re-mask at the known topic change, or none (default: all with "
-        "a drift rule).",
+        "Run these methods also with a re-mask at the known topic change, or none (default: all "
+        "with a drift rule).",
     )
     sparsities: Removed = setting(
-        STUDY, "Fractions of FFN neurons to remove, comma-separated.", (0.3, 0.5, 0.7)
+        STUDY, "Remove these fractions of the FFN neurons, comma-separated.", (0.3, 0.5, 0.7)
     )
-    pool: Removed = setting(STUDY, "Sparsities whose gaps are summed, if measured.", (0.5, 0.7))
+    pool: Removed = setting(STUDY, "Sum the gaps at these sparsities, if measured.", (0.5, 0.7))
     tasks: Texts = setting(
-        STUDY, "continuation, shift (the topic changes), or both, comma-separated.", SLICED
+        STUDY, "Run continuation, shift (the topic changes), or both, comma-separated.", SLICED
     )
     text: Repeated = setting(
         STUDY,
-        "Text file, JSONL (FILE:COLUMN names the column), or data name; repeat for several.",
+        "Use this text: a text file, JSONL (FILE:COLUMN names the column), or data name; "
+        "repeatable.",
         ["embedded"],
     )
-    set: str = setting(STUDY, "choose: first half of a text's documents; report: second.", "report")
+    set: str = setting(
+        STUDY, "Use the first half of a text's documents (choose) or the second (report).", "report"
+    )
     slices: int | None = setting(
         STUDY,
-        "Slices per text (default: 16; if only the embedded texts are used, all up to 16).",
+        "Number of slices per text (default: 16, or fewer if only the embedded texts are used).",
         ge=1,
     )
-    prompt_tokens: int = setting(STUDY, "Prompt tokens of a slice.", 256, ge=16)
-    tokens: int = setting(STUDY, "Scored tokens of a slice.", 256, ge=1)
-    executor: str | None = setting(STUDY, "auto, masked, compact, native or cuda.")
+    prompt_tokens: int = setting(STUDY, "Number of prompt tokens per slice.", 256, ge=16)
+    tokens: int = setting(STUDY, "Number of scored tokens per slice.", 256, ge=1)
+    executor: str | None = setting(
+        STUDY, "Use this executor: auto, masked, compact, native or cuda."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> QualitySettings:
@@ -94,21 +102,21 @@ class QualitySettings(SliceOptions, MeasureSettings, StudyOptions, ModelOptions)
         return tuple(value for value in self.sparsities if value in self.pool)
 
     def task(self, kind: str) -> str:
-        """The task ``kind`` on the texts."""
+        """The name of the task ``kind`` on the texts."""
         return f"{kind}:{'+'.join(self.text)}#{self.set}"
 
     def options(self) -> MeasureOptions:
-        """How the tasks are measured."""
+        """The options with which the tasks are measured."""
         options = replace(super().options(), limit=self.slices, seed=self.seed)
         return replace(options, scored_tokens=self.tokens)
 
     def variant_list(self) -> tuple[Variant, ...]:
         """The variants to compare, GRIFFIN first; raises ``ConfigError`` or ``UnknownName``."""
-        changes: dict[str, Any] = {"seed": self.seed}
+        common: dict[str, Any] = {"seed": self.seed}
         if self.executor is not None:
-            changes["executor"] = self.executor
+            common["executor"] = self.executor
         methods = [GRIFFIN, *(name for name in self.methods if name != GRIFFIN)]
-        variants = parse(methods, self.variants, changes)
+        variants = parse(methods, self.variants, common)
         for variant in variants:
             variant.at(self.sparsities[0])
         return (*variants, *oracles(variants[1:], self.oracle))

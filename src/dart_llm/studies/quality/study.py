@@ -1,8 +1,8 @@
-"""``bench quality``: the tasks ``continuation`` and ``shift``, and the share of GRIFFIN's gap to
-the dense model that each method closes.
+"""The study ``bench quality``: the share of GRIFFIN's gap to dense that each method closes.
 
-The untouched model, GRIFFIN and all variants are measured first; then GRIFFIN at every sparsity
-that a variant achieved, and at every share of bytes.
+The tasks are ``continuation`` and ``shift``, where the topic changes.  The untouched model, GRIFFIN
+and all variants are measured first; then GRIFFIN at the sparsities that match the sparsity achieved
+and the bytes read by each variant.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dart_llm.studies.sweep.study import MeasureStudy
 
 
 class QualityStudy(MeasureStudy[QualitySettings]):
-    """A unit is a method at one sparsity on one task.
+    """A unit is a cell: a method at one sparsity on one task.
 
     Raises ``ConfigError`` and ``UnknownName`` before a model is loaded, if possible.
     """
@@ -46,7 +46,7 @@ class QualityStudy(MeasureStudy[QualitySettings]):
     # cells
 
     def _cells(self, settings: QualitySettings, kind: str) -> Iterator[Cell]:
-        """The cells of a task, without GRIFFIN at equal sparsity and bytes."""
+        """The cells of a task, except those of GRIFFIN at matched sparsities."""
         base = self._dense(settings, kind)
         yield base
         for variant in self.variants:
@@ -65,7 +65,7 @@ class QualityStudy(MeasureStudy[QualitySettings]):
     ) -> Cell:
         config = variant.at(sparsity).to_dict()
         fields = ("method", "sparsity", "seed")
-        learns = variant.config.calibration
+        calibration = variant.config.calibration
         cell = replace(
             base,
             method=variant.config.method,
@@ -74,7 +74,9 @@ class QualityStudy(MeasureStudy[QualitySettings]):
             seed=variant.config.seed,
             overrides={k: v for k, v in config.items() if k not in fields and v is not None},
             options=replace(base.options, oracle=variant.oracle),
-            calibration=settings.calibration if learns and learns.source == "text" else None,
+            calibration=settings.calibration
+            if calibration and calibration.source == "text"
+            else None,
         )
         return replace(cell, inputs=self.digests.of(cell))
 
@@ -85,7 +87,7 @@ class QualityStudy(MeasureStudy[QualitySettings]):
         yield from self.units_of(matched)
 
     def _matched(self) -> Iterator[Cell]:
-        """Cells of GRIFFIN at the compared sparsities at which it was not yet measured."""
+        """The cells of GRIFFIN at matched sparsities at which it has not been measured yet."""
         settings, (griffin, *others) = self.settings, self.variants
         for group in gaps.groups(self.lines):
             wanted = {

@@ -1,4 +1,7 @@
-"""From the settings of a grid to its cells, in table order; the plan for ``--dry-run``."""
+"""Make the cells of a grid from its settings; show the plan of ``--dry-run``.
+
+A cell is a model, pruned in one way and measured on one task.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def cells_of(settings: MeasureSettings) -> tuple[Cell, ...]:
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
-    """Raise ``ConfigError`` for tasks that do not exist, and for evaluated calibration texts."""
+    """Raise ``ConfigError`` for unknown tasks, and for calibration texts that are evaluated."""
     with contextlib.suppress(MissingExtra):  # lm-eval may be installed only on the cluster
         for task, options in dict.fromkeys((cell.task, cell.options) for cell in cells):
             check_task(task, options)
@@ -69,9 +72,9 @@ def _method_cell(settings: MethodSettings, cell: Cell) -> Cell:
     """The cell of the method with its options; its label includes the requested sparsity."""
     config = settings.prune_config()
     changes = {k: v for k, v in settings.prune_changes().items() if v is not None}
-    by_itself = config.budget.table is not None or config.score.strategy == "auto"
-    plain = removes_nothing(settings.method)
-    no_amount = plain or settings.masks or (by_itself and config.sparsity is None)
+    sets_amount = config.budget.table is not None or config.score.strategy == "auto"
+    is_dense = removes_nothing(settings.method)
+    no_amount = is_dense or settings.masks or (sets_amount and config.sparsity is None)
     cell = replace(
         cell,
         sparsity=None if no_amount else config.target,
@@ -81,13 +84,13 @@ def _method_cell(settings: MethodSettings, cell: Cell) -> Cell:
     )
     if settings.method != config.method:  # a setting from a file
         return replace(cell, name=f"{config.method}@{config.target:g}", sparsity=None)
-    if plain and not settings.masks and config.executor != "auto":
+    if is_dense and not settings.masks and config.executor != "auto":
         return replace(cell, name=f"{config.method}, {config.executor}")
     return cell
 
 
 def expand(grid: SweepSettings) -> tuple[Cell, ...]:
-    """All cells, by model, weights, task, protocol, seed, method, then sparsity or layers.
+    """All cells, sorted by model, weights, task, protocol, seed, method, sparsity or layers.
 
     A form of the dense model has one cell per (model, task, protocol, seed).  Reads files named by
     the cells, for their digests, and with ``layers: each`` also the models' configurations.  Raises
@@ -103,7 +106,9 @@ def expand(grid: SweepSettings) -> tuple[Cell, ...]:
         base = Cell(model, DENSE, "", **{**loading, "weights": weights})
         for (task, name), protocol, seed in itertools.product(tasks, grid.protocols, grid.seeds):
             if protocol not in protocols(task):
-                raise ConfigError(f'task {task} has no protocol "{protocol}": drop one of them')
+                raise ConfigError(
+                    f'task {task} has no protocol "{protocol}": omit the task or the protocol'
+                )
             options = replace(grid.options_of(name), protocol=protocol, seed=seed)
             for cell in _methods(grid, replace(base, task=task, seed=seed, options=options)):
                 complete = replace(cell, inputs=digests.of(cell))
@@ -112,13 +117,14 @@ def expand(grid: SweepSettings) -> tuple[Cell, ...]:
 
 
 def _methods(grid: SweepSettings, base: Cell) -> Iterator[Cell]:
+    """The cells of all methods with the model and task of ``base``."""
     add_dense = bool(grid.layers) and DENSE not in grid.methods  # for the plot's dense line
     for method in (*((DENSE,) if add_dense else ()), *grid.methods):
         cell = replace(base, method=method)
         amounts = [cell] if removes_nothing(method) else _amounts(grid, cell)
         for pruned in amounts:
-            learns = pruned.config().calibration  # raises before anything is loaded
-            if learns is not None and learns.source == "text":
+            calibration = pruned.config().calibration  # raises before anything is loaded
+            if calibration is not None and calibration.source == "text":
                 pruned = replace(pruned, calibration=grid.calibration)
             if pruned.weights not in (None, *grid.weights[:1]):  # label all but the first format
                 name, at, amount = pruned.label.partition("@")
@@ -127,6 +133,7 @@ def _methods(grid: SweepSettings, base: Cell) -> Iterator[Cell]:
 
 
 def _amounts(grid: SweepSettings, cell: Cell) -> Iterator[Cell]:
+    """The cell at every sparsity, or with every layer group and every fraction to keep."""
     cell = replace(cell, overrides=grid.overrides)
     if not grid.layers:
         has_sparsity = cell.method.startswith(SETTING)
@@ -149,7 +156,7 @@ def _amounts(grid: SweepSettings, cell: Cell) -> Iterator[Cell]:
 
 
 def execution_order(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells sorted by model, then method, so that each is loaded or prepared only once."""
+    """Cells sorted by model and method, so that models load and methods prepare only once."""
     ranks: dict[tuple[Any, ...], int] = {}
 
     def rank(*key: Any) -> int:

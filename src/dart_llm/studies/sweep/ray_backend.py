@@ -1,4 +1,4 @@
-"""Cells of a sweep as tasks of a running Ray cluster.  This is the only file that imports ray.
+"""Compute the cells of a sweep on a running Ray cluster.  Only this file imports ray.
 
 ``RAY_ADDRESS`` names the cluster; the default is a cluster on this machine.  Workers return plain
 data and write nothing.  If a worker dies, only its cell is lost, and is run again.
@@ -22,12 +22,13 @@ RETRIES = 3
 """Further attempts for a cell whose worker died."""
 
 POLL_SECONDS = 2.0
-"""The longest single wait, short so that Ctrl-C takes effect."""
+"""Maximum duration of a wait; it is short so that Ctrl-C takes effect."""
 
 FETCH_SECONDS = 300.0
 """The timeout for fetching a finished result."""
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+"""Environment variables that workers get from this process."""
 
 
 def results(
@@ -36,7 +37,7 @@ def results(
     workers: int | None,
     say: Callable[[str], None],
 ) -> Generator[tuple[Cell, Value | str]]:
-    """Cells with their values, or the reason of failure, in the order in which they finish.
+    """Yield cells with their values, or reasons of failure, in the order in which they finish.
 
     ``workers``: the number of concurrent cells; by default a quarter of the cluster's cores.
     Raises ``MissingExtra`` without ray, ``LoadError`` if the cluster cannot be reached.
@@ -83,7 +84,7 @@ def _task(compute: Callable[..., Value], data: dict[str, Any], sweep: str) -> Va
 
 @functools.lru_cache(maxsize=1)
 def _cache(sweep: str) -> LoadedModelCache:
-    """Keeps this worker's model for the cells of ``sweep``, until the next sweep's first cell.
+    """A cache that keeps this worker's model for all cells of ``sweep``, until the next sweep.
 
     A function cache is used because Ray tasks cannot access an object of their worker.
     """

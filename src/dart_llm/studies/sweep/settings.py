@@ -40,18 +40,18 @@ OPTIONS = tuple(f.name for f in fields(MeasureOptions) if f.name not in ("protoc
 
 
 class SliceOptions(Settings):
-    """Slices of perplexity, and windows of lm-eval's rolling tasks."""
+    """Sizes of the slices of perplexity, and of the windows of lm-eval's rolling tasks."""
 
-    prompt_tokens: int = setting(PANEL, "Prompt tokens of a slice or window.", 256, ge=1)
-    scored_tokens: int = setting(PANEL, "Scored tokens of a slice or window.", 256, ge=1)
+    prompt_tokens: int = setting(PANEL, "Number of prompt tokens per slice or window.", 256, ge=1)
+    scored_tokens: int = setting(PANEL, "Number of scored tokens per slice or window.", 256, ge=1)
 
 
 class WindowOptions(Settings):
-    """Windows of the protocol ``standard``."""
+    """Sizes of the windows of the protocol ``standard``."""
 
-    window: int = setting(PANEL, "Tokens of a window (protocol standard).", 2048, ge=1)
+    window: int = setting(PANEL, "Number of tokens per window (protocol standard).", 2048, ge=1)
     stride: int | None = setting(
-        PANEL, "Tokens from window to window (protocol standard; default: the window).", ge=1
+        PANEL, "Start a window every N tokens (protocol standard; default: the window size).", ge=1
     )
 
 
@@ -67,30 +67,32 @@ class HarnessOptions(PromptOptions):
     """Options of lm-eval's tasks."""
 
     num_fewshot: int | None = setting(
-        PANEL, "Examples before each item (default: the task's).", ge=0
+        PANEL, "Number of examples before each item (default: the task's).", ge=0
     )
-    include_path: str | None = setting(PANEL, "Folder with further lm-eval task files.")
-    batch_size: int = setting(PANEL, "The most continuations of a context per forward.", 8, ge=1)
+    include_path: str | None = setting(PANEL, "Also use the lm-eval task files in this folder.")
+    batch_size: int = setting(
+        PANEL, "Maximum number of continuations of a context per forward.", 8, ge=1
+    )
 
 
 class SummaryOptions(PromptOptions):
     """The length of summaries."""
 
-    max_output: int = setting(PANEL, "The most tokens per summary.", 256, ge=1)
+    max_output: int = setting(PANEL, "Maximum number of tokens per summary.", 256, ge=1)
 
 
 class MeasureSettings(TaskOptions, ResultOptions):
-    """Settings that all five commands share."""
+    """The settings that all five commands share."""
 
     kind: ClassVar[str]
     """The name of the command."""
     document: ClassVar[str]
     """The name of the file with the summary."""
     adopts: ClassVar[bool] = False
-    """Whether cells of earlier runs are reused, and failed cells do not stop the others."""
+    """True if a run reuses the cells of earlier runs and continues after a failed cell."""
 
     def options(self) -> MeasureOptions:
-        """How the tasks are measured."""
+        """The options with which the tasks are measured."""
         names = (*OPTIONS, "protocol", "seed")
         values = {name: getattr(self, name, None) for name in names}
         return MeasureOptions(**{name: v for name, v in values.items() if v is not None})
@@ -100,9 +102,11 @@ class MeasureSettings(TaskOptions, ResultOptions):
 
 
 class MethodSettings(MeasureSettings, BaseSettings):
-    """``eval``, ``perplexity`` and ``summarize``."""
+    """The settings that ``eval``, ``perplexity`` and ``summarize`` share."""
 
-    protocol: str = setting(PANEL, "decode, full, or published (leaks answers).", "decode")
+    protocol: str = setting(
+        PANEL, "Use this protocol: decode, full, or published (leaks answers).", "decode"
+    )
     dense: bool = setting(PANEL, "Measure the untouched model on the same items too.", False)
 
     @model_validator(mode="after")
@@ -122,13 +126,13 @@ class MethodSettings(MeasureSettings, BaseSettings):
 
 
 class EvalSettings(SliceOptions, HarnessOptions, MethodSettings):
-    """``dart-llm eval``."""
+    """The settings of ``dart-llm eval``."""
 
     kind, document = "eval", "eval.json"
 
     tasks: Texts = setting(
         PANEL,
-        "lm-eval tasks or groups, comma-separated; also mmlu, general-nlp, gpqa, medmcqa.",
+        "Run these lm-eval tasks or groups, or mmlu, general-nlp, gpqa, medmcqa; comma-separated.",
         (),
     )
 
@@ -137,19 +141,21 @@ class EvalSettings(SliceOptions, HarnessOptions, MethodSettings):
 
 
 class PerplexitySettings(WindowOptions, SliceOptions, MethodSettings):
-    """``dart-llm perplexity``."""
+    """The settings of ``dart-llm perplexity``."""
 
     kind, document = "perplexity", "perplexity.json"
 
     protocol: str = setting(
-        PANEL, "decode, full, published (leaks), or standard: whole text in windows.", "decode"
+        PANEL,
+        "Use this protocol: decode, full, published (leaks), or standard (whole text in windows).",
+        "decode",
     )
-    limit: int | None = setting(PANEL, "Slices per text (default: all).", ge=1)
+    limit: int | None = setting(PANEL, "Number of slices per text (default: all).", ge=1)
     dense: bool = setting(PANEL, "Measure the untouched model on the same tokens too.", True)
     data: Texts = setting(
         PANEL,
-        "embedded, wikitext2, c4, mmlu, text files, or "
-        "hub:owner/name/config:split:column; comma-separated.",
+        "Score these texts, comma-separated: embedded, wikitext2, c4, mmlu, text files, or "
+        "hub:owner/name/config:split:column.",
         ("embedded",),
     )
 
@@ -158,14 +164,14 @@ class PerplexitySettings(WindowOptions, SliceOptions, MethodSettings):
 
 
 class SummarizeSettings(SummaryOptions, MethodSettings):
-    """``dart-llm summarize``."""
+    """The settings of ``dart-llm summarize``."""
 
     kind, document = "summarize", "summarize.json"
 
     data: Texts = setting(
         PANEL,
-        "xsum, cnn_dailymail, multi_news, gov_report, a JSON-lines file of document/summary, or "
-        "hub:owner/name/config:split:document:summary.",
+        "Summarize these data: xsum, cnn_dailymail, multi_news, gov_report, a JSON-lines file of "
+        "document/summary, or hub:owner/name/config:split:document:summary.",
         ("xsum",),
     )
 
@@ -183,7 +189,7 @@ class SummarizeSettings(SummaryOptions, MethodSettings):
 class SweepSettings(
     SummaryOptions, HarnessOptions, WindowOptions, SliceOptions, MeasureSettings, LoadOptions
 ):
-    """``dart-llm sweep``.
+    """The settings of ``dart-llm sweep``.
 
     ``layers``: ``each``, or groups such as ``0-3,4-7``.  In each cell one group is pruned to
     ``keep``, while the other layers stay dense or are pruned to ``base_keep``.  Only settings files
@@ -201,25 +207,39 @@ class SweepSettings(
         "protocol": "protocols",
     }
 
-    models: Texts = setting(GRID, "Models.", ("smollm2-135m",))
-    methods: Texts = setting(GRID, "Methods; dart-llm methods lists them.", (DENSE, DEFAULT_METHOD))
-    sparsities: Sparsities = setting(GRID, "Fractions of FFN neurons to remove, e.g. 0.3,0.5.", ())
+    models: Texts = setting(GRID, "Measure these models.", ("smollm2-135m",))
+    methods: Texts = setting(
+        GRID, "Run these methods; dart-llm methods lists all.", (DENSE, DEFAULT_METHOD)
+    )
+    sparsities: Sparsities = setting(
+        GRID, "Remove these fractions of the FFN neurons, e.g. 0.3,0.5.", ()
+    )
     tasks: Texts = setting(
         GRID,
-        "lm-eval tasks, perplexity:TEXT, summarize:DATA, continuation:TEXT, shift:TEXT; "
-        "e.g. arc_easy,perplexity:embedded.",
+        "Run these tasks: lm-eval tasks, perplexity:TEXT, summarize:DATA, continuation:TEXT, "
+        "shift:TEXT; e.g. arc_easy,perplexity:embedded.",
         (),
     )
-    seeds: Numbers = setting(GRID, "Seeds.", (0,))
-    protocols: Texts = setting(GRID, "decode, full, published, standard.", ("decode",))
-    layers: Texts = setting(GRID, "Prune layers separately: each, or ranges 0-3,4-7.", ())
-    keep: Fractions = setting(GRID, "Fraction kept in these layers, e.g. 0.5.", ())
-    base_keep: float | None = setting(GRID, "Fraction kept in the other layers (default: all).")
-    weights: Texts = setting(  # type: ignore[assignment]
-        "Model", "Formats of the weights: auto, file, dense, q8_0, q4_0, q4_1.", ()
+    seeds: Numbers = setting(GRID, "Run with each of these seeds.", (0,))
+    protocols: Texts = setting(
+        GRID, "Use these protocols: decode, full, published, standard.", ("decode",)
     )
-    engine: str = setting(RUN, "local, or ray: spread cells over a cluster.", "local")
-    workers: int | None = setting(RUN, "Worker processes of the ray engine.", ge=1)
+    layers: Texts = setting(
+        GRID, "Prune one group of layers per cell: each, or ranges 0-3,4-7.", ()
+    )
+    keep: Fractions = setting(
+        GRID, "Keep these fractions of the neurons in --layers, e.g. 0.5.", ()
+    )
+    base_keep: float | None = setting(
+        GRID, "Keep this fraction of the neurons in the other layers (default: all)."
+    )
+    weights: Texts = setting(  # type: ignore[assignment]
+        "Model", "Use these weight formats: auto, file, dense, q8_0, q4_0, q4_1.", ()
+    )
+    engine: str = setting(
+        RUN, "Compute cells in this process (local) or on a Ray cluster (ray).", "local"
+    )
+    workers: int | None = setting(RUN, "Number of worker processes of the ray engine.", ge=1)
     overrides: dict[str, Any] = Field(default_factory=dict)
     task_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
@@ -259,12 +279,12 @@ class SweepSettings(
                 parse_layer_spec(self.layer_table("0" if self.layers == (EACH,) else group, keep))
 
     def layer_table(self, group: str, keep: float) -> str:
-        """A table in which layers outside ``group`` stay dense, or keep ``base_keep``."""
+        """A table in which ``group`` keeps ``keep``; others keep ``base_keep`` or stay dense."""
         table = f"{group}:{keep:.12g}"
         return table if self.base_keep is None else f"all:{self.base_keep:.12g},{table}"
 
     def fitted(self) -> SweepSettings:
-        """The settings, with the weight format for which a setting in a file was made."""
+        """The settings, with the weight format for which a method from a file was tuned."""
         saved = filter(None, map(kept_setting, self.methods))
         formats = list(dict.fromkeys(str(file.weights) for file in saved if file.weights))
         if self.weights or not formats:
@@ -277,12 +297,12 @@ class SweepSettings(
         return self.noted({"weights": (formats[0],)})
 
     def options_of(self, task: str) -> MeasureOptions:
-        """How ``task`` is measured; raises ``ConfigError`` for unknown options."""
-        changes = self.task_options.get(task, {})
-        for name in changes:
+        """The options with which ``task`` is measured; raises ``ConfigError`` if unknown."""
+        overrides = self.task_options.get(task, {})
+        for name in overrides:
             check_name("measuring option", str(name), OPTIONS)
-        checked = type(self).model_validate({"tasks": self.tasks, **changes})
-        return replace(self.options(), **{name: getattr(checked, name) for name in changes})
+        checked = type(self).model_validate({"tasks": self.tasks, **overrides})
+        return replace(self.options(), **{name: getattr(checked, name) for name in overrides})
 
     @property
     def experiment(self) -> str:
@@ -291,13 +311,13 @@ class SweepSettings(
 
 
 class CompareSettings(SweepSettings):
-    """``dart-llm compare``: the untouched model is always measured."""
+    """The settings of ``dart-llm compare``, which always measures the untouched model."""
 
     kind = "compare"
 
     methods: Texts = setting(
-        GRID, "Methods; dart-llm methods lists them.", (DENSE, "griffin", DEFAULT_METHOD)
+        GRID, "Run these methods; dart-llm methods lists all.", (DENSE, "griffin", DEFAULT_METHOD)
     )
     sparsities: Sparsities = setting(
-        GRID, "Fractions of FFN neurons to remove, e.g. 0.3,0.5.", (DEFAULT_SPARSITY,)
+        GRID, "Remove these fractions of the FFN neurons, e.g. 0.3,0.5.", (DEFAULT_SPARSITY,)
     )

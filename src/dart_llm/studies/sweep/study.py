@@ -1,7 +1,8 @@
 """``eval``, ``perplexity``, ``summarize``, ``compare`` and ``sweep``: measure the cells of a grid.
 
-Finished cells are never computed again.  In a grid, a cell that fails is recorded with its error
-message and the other cells are computed; the same command tries the failed cell again.
+A cell is a model, pruned in one way and measured on one task.  Finished cells are never computed
+again.  In a grid, a cell that fails is recorded with its error message and the other cells are
+computed; the same command tries the failed cell again.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ if TYPE_CHECKING:
 DONE, FAILED = "done", "failed"
 
 CHECKPOINT = ("name", "revision", "file_quantisation", "sha256", "dtype", "weights")
-"""The checkpoint facts in a result; none of them differs between machines."""
+"""The metadata of the checkpoint in a result; it is equal on all machines."""
 
 Value = dict[str, Any]
-"""A computed cell: ``document``, a line of results.jsonl; ``samples``; ``times``."""
+"""The result of a cell: ``document`` (a line of results.jsonl), ``samples`` and ``times``."""
 
-# Computing a cell, in any process on any machine, from plain data to plain data.  Only ``times`` in
-# a value depends on when and where it was computed.
+# A cell can be computed in any process on any machine: it is plain data, and so is its value.  Only
+# ``times`` in a value depends on when and where it was computed.
 
 
 @dataclass
@@ -69,7 +70,7 @@ class LoadedModelCache:
         gc.collect()
 
     def prepare(self, cell: Cell, ui: Ui) -> BoundMethod:
-        """The cell's model with the cell's pruning method; raises ``DartError``."""
+        """The cell's pruning method on its model, loaded if needed; raises ``DartError``."""
         from dart_llm.experiments.artifacts import check_masks, read_masks
         from dart_llm.models.describe import widths
         from dart_llm.session.run import other_model, prepare
@@ -116,11 +117,11 @@ class LoadedModelCache:
 def measure_cell(
     cell: Cell, cache: LoadedModelCache, ui: Ui | None = None, parts: UnitStore | None = None
 ) -> Value:
-    """The value of a cell.
+    """Measure a cell; returns its value.
 
-    ``cache``: has the previous cell's model, and afterwards this cell's.  ``parts``: stores
-    finished items.  Raises the errors of the measurement, and ``DartError`` if a number is not
-    finite.
+    ``cache``: keeps the model of the previous cell, and afterwards that of this cell.  ``parts``:
+    stores finished items.  Raises the errors of the measurement, and ``DartError`` if a number is
+    not finite.
     """
     import torch
 
@@ -157,7 +158,7 @@ def measure_cell(
 
 
 def document(cell: Cell, error: str | None = None) -> dict[str, Any]:
-    """A cell as a line of results.jsonl, before it is measured."""
+    """The line of results.jsonl for a cell without a measurement."""
     return {
         "key": cell.key,
         "label": cell.label,
@@ -259,7 +260,7 @@ class MeasureStudy(Study[S], Generic[S]):
         return self.units_of(self.cells)
 
     def units_of(self, cells: Sequence[Cell]) -> Iterable[Unit]:
-        """The cells' units in the order of computation, local or on a cluster."""
+        """The cells' units in the order in which this process or a cluster computes them."""
         units = list(map(_unit, execution_order(cells)))
         if isinstance(self.settings, SweepSettings) and self.settings.engine == "ray":
             return self._units_of_cluster(units, self.settings.workers)
@@ -276,26 +277,26 @@ class MeasureStudy(Study[S], Generic[S]):
             with contextlib.closing(results):
                 yield from (_unit(cell, value) for cell, value in results)
 
-    def _kept(self, key: str) -> Path:
+    def _stored_file(self, key: str) -> Path:
         """The file of a finished cell, shared by all runs of the experiment."""
         settings = self.settings
         return Path(settings.results_dir) / settings.experiment / ".cells" / f"{key}.json"
 
     def finished(self, unit: Unit) -> Value | None:
-        """The stored value; in a grid, that of any earlier run with the same package versions."""
+        """The stored value; in a grid, also from earlier runs with the same package versions."""
         if not self.settings.adopts:
             return self.folder.part(unit.key)  # type: ignore[no-any-return]
         if self.fresh and not self.folder.resumed:
             return None
-        kept, today = read_json(self._kept(unit.key)), versions()
-        same = all(kept.get("versions", {}).get(name) == today[name] for name in PACKAGES)
-        return kept["value"] if kept and same else None
+        stored, current = read_json(self._stored_file(unit.key)), versions()
+        same = all(stored.get("versions", {}).get(name) == current[name] for name in PACKAGES)
+        return stored["value"] if stored and same else None
 
     def save(self, unit: Unit, value: Value) -> None:
         if not self.settings.adopts:
             super().save(unit, value)
             return
-        path = self._kept(unit.key)
+        path = self._stored_file(unit.key)
         path.parent.mkdir(exist_ok=True)
         write_json(path, {"versions": versions(), "value": value})
 
@@ -388,7 +389,7 @@ def _unit(cell: Cell, value: Value | str | None = None) -> Unit:
 
 
 def plan(settings: SweepSettings, ui: Ui, fresh: bool = False) -> dict[str, Any]:
-    """``--dry-run``: what a study would do, without downloading, loading or writing."""
+    """Show what a study would do (``--dry-run``), without downloading, loading or writing."""
     study = MeasureStudy(settings, ui)
     cells = study.cells
     done = set() if fresh else {cell.key for cell in cells if study.finished(_unit(cell))}
