@@ -38,10 +38,7 @@ METRICS = {"loss": "loss", "ms": "ms_per_token", "times_dense": "speed_up"}
 
 
 def result_lines(task: str, document: Row, packed: Mapping[str, str]) -> list[ResultLine]:
-    """The loss, time and speed-up of every row, as lines of rows.jsonl.
-
-    ``packed``: for each weight format with quantised weights, the type of quantisation, e.g. q4_1.
-    """
+    """Lines of rows.jsonl for every row; ``packed``: types of quantisation by weight format."""
     lines = []
     for row in document["rows"]:
         is_llama_cpp = row["executor"] == LLAMA_CPP
@@ -103,10 +100,7 @@ COLUMNS = (
 
 
 def table(kind: str, document: Row) -> Table:
-    """A table of all rows, without the columns that have no values.
-
-    ``kind``: the name of the table, "speed" or "tune".
-    """
+    """A table named ``kind`` with all rows, without the columns that have no values."""
     rows = document["rows"]
     columns = [column for column in COLUMNS if any(column.raw(row) is not None for row in rows)]
     recommended = next((n for n, row in enumerate(rows) if row.get("recommended")), None)

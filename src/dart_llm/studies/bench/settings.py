@@ -1,8 +1,4 @@
-"""The settings of ``bench speed`` and ``tune``, and the candidates of their grids.
-
-A screened head computes rough scores for the whole vocabulary and exact scores only for the entries
-near the best (docs/reference.md, "Screened head").
-"""
+"""The settings of ``bench speed`` and ``tune``, and the candidates of their grids."""
 
 from __future__ import annotations
 
@@ -46,16 +42,12 @@ class BenchOptions(StudyOptions, ModelOptions):
     UNUSED: ClassVar = ("device_map",)
     KIND: ClassVar[str]
 
-    experiment_name: str | None = setting(
-        "Results", "Name of the experiment's folder (default: command and model)."
-    )
+    experiment_name: str | None = setting("Results", "Folder name (default: command and model).")
     variants: str | None = setting(
         STUDY,
         "Also run the variants in this YAML file: LABEL: {SETTING: VALUE} (method: dart if unset).",
     )
-    repeats: int = setting(
-        STUDY, "Number of repetitions; each times all rows in random order.", 5, ge=1
-    )
+    repeats: int = setting(STUDY, "Number of repetitions, in shuffled order.", 5, ge=1)
     threads: int | None = setting(STUDY, "Number of threads (default: torch's).", ge=1, le=4096)
     calibration: str | None = setting(STUDY, "Calibrate on this text, if a method calibrates.")
 
@@ -85,31 +77,19 @@ class SpeedSettings(BenchOptions):
     KIND: ClassVar = "speed"
 
     weights: Texts = setting(  # type: ignore[assignment]
-        "Model",
-        f"Time these weight formats ({', '.join(('auto', *FORMATS))}) or GGUF files.",
-        ("auto",),
+        "Model", f"Formats to time: auto, {', '.join(FORMATS)}; or GGUF files.", ("auto",)
     )
     methods: Texts = setting(
         STUDY, "Time these methods, comma-separated; dense always runs.", (DEFAULT_METHOD,)
     )
-    sparsities: Removed = setting(
-        STUDY, "Remove these fractions of the FFN neurons, e.g. 0.3,0.5.", (DEFAULT_SPARSITY,)
-    )
-    executors: Texts = setting(
-        STUDY, f"Time these executors, of {', '.join(EXECUTORS)}.", ("compact", "native")
-    )
-    reference: str | None = setting(
-        STUDY, "If llama.cpp, also time its llama-bench (path in LLAMA_BENCH)."
-    )
+    sparsities: Removed = setting(STUDY, "Fractions to remove, e.g. 0.3,0.5.", (DEFAULT_SPARSITY,))
+    executors: Texts = setting(STUDY, f"Any of {', '.join(EXECUTORS)}.", ("compact", "native"))
+    reference: str | None = setting(STUDY, "If llama.cpp, also time llama-bench (LLAMA_BENCH).")
     reference_file: list[str] | None = setting(
-        STUDY,
-        "Time --reference on this GGUF file; repeatable (default: the files of --model and "
-        "--weights).",
+        STUDY, "Time this GGUF file by --reference (repeatable; default: --model and --weights)."
     )
     prompt_tokens: int = setting(STUDY, "Number of tokens in the prompt.", 128, ge=1)
-    tokens: int = setting(
-        STUDY, "Number of timed tokens per repetition, after two untimed tokens.", 128, ge=4
-    )
+    tokens: int = setting(STUDY, "Timed tokens per repetition, after two untimed.", 128, ge=4)
 
     @model_validator(mode="after")
     def _check(self) -> SpeedSettings:
@@ -171,17 +151,10 @@ class TuneSettings(BenchOptions):
     KIND: ClassVar = "tune"
 
     weights: Texts = setting(  # type: ignore[assignment]
-        "Model",
-        f"Try these weight formats: {', '.join(FORMATS)} (default: by model and machine).",
-        (),
+        "Model", f"Formats to try: {', '.join(FORMATS)} (default: by model and machine).", ()
     )
     max_loss: float = setting(  # at most 1, because a user who gives 2 means 2 %
-        STUDY,
-        "Allow perplexity to rise by this fraction: 0.02 is 2 %.",
-        0.02,
-        gt=0,
-        le=1,
-        allow_inf_nan=False,
+        STUDY, "Allowed rise of perplexity: 0.02 is 2 %.", 0.02, gt=0, le=1, allow_inf_nan=False
     )
     save: str | None = setting(STUDY, "Also write the recommended setting to this file.")
     quick: bool = setting(
@@ -190,16 +163,10 @@ class TuneSettings(BenchOptions):
         "slices of each text; the same command without --quick continues from there.",
         False,
     )
-    methods: Texts = setting(
-        STUDY, f"Try these methods, or none (default: {','.join(METHODS)}).", ()
-    )
-    sparsities: Removed = setting(
-        STUDY, "Remove these fractions of the FFN neurons (default: by method).", ()
-    )
+    methods: Texts = setting(STUDY, f"Try these, or none (default: {','.join(METHODS)}).", ())
+    sparsities: Removed = setting(STUDY, "Fractions to remove (default: by method).", ())
     heads: Texts = setting(STUDY, "Try these output heads: full,screened (default: by method).", ())
-    text: str = setting(
-        STUDY, "Score this text: a text file, a JSONL file or a data name.", documents.EMBEDDED
-    )
+    text: str = setting(STUDY, "Score this text: a file, JSONL or data name.", documents.EMBEDDED)
     slices: int = setting(STUDY, "Number of slices of each of the two texts.", 8, ge=2)
     prompt_tokens: int = setting(STUDY, "Number of prompt tokens per slice.", 64, ge=16)
     tokens: int = setting(STUDY, "Number of scored tokens per slice.", 96, ge=1)
@@ -230,6 +197,7 @@ class TuneSettings(BenchOptions):
 # Candidates, the rows of a grid.
 
 SCREENED = "screened"
+"""An output head that computes exact scores only for vocabulary entries near the best."""
 
 LOADED = "own"
 """The weight format of a model that is already loaded."""
@@ -272,10 +240,7 @@ class Candidate:
 def make_candidate(
     config: PruneConfig, weights: str, suffix: str = "", method: str | None = None
 ) -> Candidate:
-    """A candidate with a descriptive label, which ends with ``suffix``.
-
-    ``suffix``: names the weight format, if there are several; else empty.
-    """
+    """A candidate whose label ends with ``suffix``, the weight format if there are several."""
     parts = [f"{method} {percent(config.target)}" if method else DENSE]
     parts += [config.executor] if config.executor != "auto" else []
     parts += ["screened head"] if config.head.kind == SCREENED else []
@@ -414,16 +379,12 @@ def estimate(settings: TuneSettings, grid: Sequence[Candidate], billions: float 
     scored = 2 * slices * (len(grid) + 1) * tokens * SCORE_S
     timed = len(grid) * settings.repeats * settings.repetition_tokens * TIME_S
     text = f"roughly {duration(billions * (scored + timed + LOAD_S))} on two CPU cores"
-    bytes_per_parameter = sum(
-        2.0 if name == DENSE else 1.0 for name in {row.weights for row in grid}
-    )
+    weight_bytes = sum(2.0 if name == DENSE else 1.0 for name in {row.weights for row in grid})
     if any(row.config and (row.config.self_stats or row.config.screens) for row in grid):
         share = QUICK_SEQUENCES / SelfStatsConfig().sequences if settings.quick else 1.0
         text += f", and {duration(share * billions * LEARN_S)} to learn from self-generated text"
-        bytes_per_parameter += (
-            12.0  # a float32 copy of the model, and the memory of a backward pass
-        )
-    size = bytes_per_parameter * billions * 1e9 + 0.7e9  # 0.7 GB for PyTorch, caches, logits
+        weight_bytes += 12.0  # a float32 copy of the model, and the memory of a backward pass
+    size = weight_bytes * billions * 1e9 + 0.7e9  # 0.7 GB for PyTorch, caches, logits
     return f"{text}; about {size_text(int(size))} of memory"
 
 

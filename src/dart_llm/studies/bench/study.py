@@ -74,10 +74,7 @@ CACHE_BYTES = 2
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in a weight format.
-
-    ``weights``: the format's name in ``--weights``; None for a model that the caller loaded.
-    """
+    """A model in a weight format; ``weights``: its name, None if the caller loaded the model."""
 
     weights: str | None
     model: Any
@@ -96,10 +93,7 @@ class LoadedModel:
 
     @property
     def byte_ratio(self) -> float:
-        """Bytes per weight, divided by those of bfloat16; 1 for quantised weights.
-
-        ``bytes_share`` of a report counts quantised weights exactly, others as bfloat16.
-        """
+        """Bytes per weight, divided by bfloat16's; 1 if quantised (reports count these)."""
         return 1.0 if self.quantised_as else self.model.dtype.itemsize / 2
 
     @property
@@ -228,10 +222,7 @@ class BenchStudy(Study[B]):
     def timed_units(
         self, candidates: Sequence[Candidate], kind: str = "repetition"
     ) -> Iterator[Unit]:
-        """Yield a unit per repetition; if one is unfinished, warm all candidates up before.
-
-        ``kind``: the first word of the units' keys.
-        """
+        """Yield a unit per repetition; if one is unfinished, warm all candidates up before."""
         self.timed = list(candidates)
         units = [Unit(f"{kind} {n}", data=n) for n in range(self.settings.repeats)]
         is_unfinished = any(self.finished(unit) is None for unit in units)

@@ -157,8 +157,7 @@ scored on further slices."""
 class TuneStudy(BenchStudy[TuneSettings]):
     """The study ``tune``.
 
-    ``loaded``: a model and its tokenizer, if the caller has loaded them; then only the weight
-    format of this model is tried.
+    ``loaded``: the caller's model and tokenizer; only the weight format of this model is tried.
 
     Raises ``ConfigError`` and ``UnknownName`` before a model is loaded, if possible.
     """
@@ -248,10 +247,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         yield from self.timed_units(timed, f"{'quick ' if settings.quick else ''}repetition")
 
     def _key(self, candidate: Candidate) -> str:
-        """The candidate's part of a unit's key.
-
-        A candidate that learns from less text than in the full study has a key of its own.
-        """
+        """The candidate's part of a unit's key, different if it learns from less text."""
         return candidate.label if candidate in self.grid else f"{candidate.label}, quick"
 
     def _is_over(self, label: str, times: float = 1) -> bool:

@@ -125,9 +125,7 @@ class PassageOptions(ModelOptions):
     limit: int | None = setting(
         "Passages", "Use only the first N passages or prompts (default: all).", ge=1
     )
-    prompt_tokens: int = setting(
-        "Passages", "Use this many tokens of a passage as its prompt.", 256, ge=16
-    )
+    prompt_tokens: int = setting("Passages", "Use this many tokens as the prompt.", 256, ge=16)
 
     def experiment_of(self, kind: str) -> str:
         """The default name of the experiment's folder."""
@@ -150,9 +148,7 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
         ("dense", "never", "interval:64", "published", "paper", "dart"),
         min_length=1,
     )
-    seeds: Seeds = setting(
-        STUDY, "Run every method with each of these seeds, comma-separated.", (0,), min_length=1
-    )
+    seeds: Seeds = setting(STUDY, "Run with each of these seeds.", (0,), min_length=1)
     prompt: str | None = setting(STUDY, "Continue this single prompt.")
     prompts: str | None = setting(STUDY, "Continue these prompts: shipped, or a JSONL file.")
     generation: int = setting(STUDY, "Maximum number of tokens to generate per prompt.", 300, ge=2)
@@ -169,9 +165,7 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
     embedder: str | None = setting(
         METRICS, "Encoder that computes BERTScore and embeddings (default: all-MiniLM-L6-v2)."
     )
-    experiment_name: str | None = setting(
-        "Results", "Name of the experiment's folder (default: drift-<mode>-<model>)."
-    )
+    experiment_name: str | None = setting("Results", "Folder name (default: drift-MODE-MODEL).")
 
     @model_validator(mode="after")
     def _check_drift(self) -> DriftSettings:
@@ -232,9 +226,7 @@ SIGNALS = {
 class DetectSettings(StudyOptions, PassageOptions):
     """The settings of ``dart-llm detect``; the model runs dense, so none of them prunes."""
 
-    signals: Texts = setting(
-        PANEL, "Watch these signals, comma-separated.", tuple(SIGNALS), min_length=1
-    )
+    signals: Texts = setting(PANEL, "Watch these signals.", tuple(SIGNALS), min_length=1)
     rules: Texts = setting(
         PANEL,
         'Test these drift rules, or the rule of these methods, e.g. paper,dart,"interval 64" '
@@ -247,9 +239,7 @@ class DetectSettings(StudyOptions, PassageOptions):
     horizon: int = setting(
         PANEL, "Count a change as detected only within this many tokens.", 128, ge=1
     )
-    windows: WindowSizes = setting(
-        PANEL, "Curves: number of tokens per window.", (10,), min_length=1
-    )
+    windows: WindowSizes = setting(PANEL, "Curves: tokens per window.", (10,), min_length=1)
     counts: Counts = setting(
         PANEL, "Curves: number of low windows that trigger (n0).", (1, 2, 3), min_length=1
     )

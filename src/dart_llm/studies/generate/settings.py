@@ -15,19 +15,11 @@ from dart_llm.settings import ActivationSettings, merge, setting, words
 class RunSettings(ActivationSettings):
     """The settings of ``dart-llm run``; None means that a setting was not given."""
 
-    prompt: str | None = setting(
-        "Prompt", "Continue this prompt, or the shipped prompt of this name."
-    )
+    prompt: str | None = setting("Prompt", "Continue this prompt (text or shipped prompt's name).")
     prompt_file: str | None = setting("Prompt", "Read the prompt from this file; - is stdin.")
-    custom_prompt_text: str | None = setting(
-        "Prompt", "Like --prompt (its name in the published scripts)."
-    )
-    prompt_type: str = setting(
-        "Prompt", "Continue your prompt (custom) or MMLU questions (mmlu).", "custom"
-    )
-    prompt_subject: str | None = setting(
-        "Prompt", "Use questions on these MMLU subjects, comma-separated."
-    )
+    custom_prompt_text: str | None = setting("Prompt", "Like --prompt; for the published scripts.")
+    prompt_type: str = setting("Prompt", "Your text (custom), or MMLU questions (mmlu).", "custom")
+    prompt_subject: str | None = setting("Prompt", "Use these MMLU subjects, comma-separated.")
     prompt_length: int | None = setting("Prompt", "Maximum number of tokens in the prompt.", ge=1)
     chat: bool | None = setting("Prompt", "Wrap the prompt in the model's chat template.", False)
     """With None, the template is used only if the model has one."""
@@ -86,13 +78,9 @@ class RunSettings(ActivationSettings):
 class DemoSettings(RunSettings):
     """The settings of ``dart-llm demo``: those of a run with other defaults."""
 
-    prompt: str | None = setting(
-        "Prompt", "Continue this prompt, or the shipped prompt of this name.", "sky"
-    )
+    prompt: str | None = setting("Prompt", "Continue this prompt.", "sky")
     chat: bool | None = setting(
-        "Prompt",
-        "Wrap the prompt in the model's chat template (default: only if it has one).",
-        None,
+        "Prompt", "Use the model's chat template (default: only if it has one).", None
     )
     generation: int | None = setting("Prompt", "Generate this many tokens.", 64)
     experiment_name: str | None = setting("Results", "Name of the experiment's folder.", "demo")

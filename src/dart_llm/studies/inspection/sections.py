@@ -61,10 +61,7 @@ def _panel(
     band: tuple[str, str] | None = None,
     **options: Any,
 ) -> Panel:
-    """Curves over layers.
-
-    ``lines``: row keys by label.  ``band``: the keys of the first curve's bounds.
-    """
+    """Curves over layers; ``lines``: keys by label; ``band``: keys of the first curve's bounds."""
     x = [row["layer"] for row in rows]
     low, high = band or ("", "")
     ends = ([row[low] for row in rows], [row[high] for row in rows]) if band else None

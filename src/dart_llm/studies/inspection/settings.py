@@ -35,9 +35,7 @@ class InspectSettings(ActivationSettings):
     )
     prompt: str | None = setting("Texts", "Use this as text A, or the shipped prompt of this name.")
     prompt_file: str | None = setting("Texts", "Read text A from this file; - is stdin.")
-    prompt_b: str | None = setting(
-        "Texts", "Use this as text B, or the shipped prompt of this name."
-    )
+    prompt_b: str | None = setting("Texts", "Like --prompt, for text B.")
     prompt_b_file: str | None = setting("Texts", "Read text B from this file.")
     passage: str | None = setting(
         "Texts",
@@ -52,9 +50,7 @@ class InspectSettings(ActivationSettings):
         gt=0,
         lt=1,
     )
-    ablation_seeds: int = setting(
-        "Inspection", "Ablation: draw random neurons this many times.", 3, ge=1
-    )
+    ablation_seeds: int = setting("Inspection", "Ablation: number of random draws.", 3, ge=1)
 
     @model_validator(mode="after")
     def _check_inspect(self) -> InspectSettings:

@@ -45,9 +45,7 @@ class QualitySettings(SliceOptions, MeasureSettings, StudyOptions, ModelOptions)
     UNUSED: ClassVar = ("limit", "sample_seed", "scored_tokens")
 
     methods: Texts = setting(
-        STUDY,
-        "Run these methods, comma-separated; griffin, the baseline, always runs.",
-        (DEFAULT_METHOD,),
+        STUDY, "Run these methods; griffin, the baseline, always runs.", (DEFAULT_METHOD,)
     )
     variants: str | None = setting(
         STUDY,
@@ -72,7 +70,7 @@ class QualitySettings(SliceOptions, MeasureSettings, StudyOptions, ModelOptions)
         ["embedded"],
     )
     set: str = setting(
-        STUDY, "Use the first half of a text's documents (choose) or the second (report).", "report"
+        STUDY, "Use the first half of a text (choose) or the second (report).", "report"
     )
     slices: int | None = setting(
         STUDY,
@@ -81,9 +79,7 @@ class QualitySettings(SliceOptions, MeasureSettings, StudyOptions, ModelOptions)
     )
     prompt_tokens: int = setting(STUDY, "Number of prompt tokens per slice.", 256, ge=16)
     tokens: int = setting(STUDY, "Number of scored tokens per slice.", 256, ge=1)
-    executor: str | None = setting(
-        STUDY, "Use this executor: auto, masked, compact, native or cuda."
-    )
+    executor: str | None = setting(STUDY, "Use auto, masked, compact, native or cuda.")
 
     @model_validator(mode="after")
     def _check(self) -> QualitySettings:

@@ -70,9 +70,7 @@ class HarnessOptions(PromptOptions):
         PANEL, "Number of examples before each item (default: the task's).", ge=0
     )
     include_path: str | None = setting(PANEL, "Also use the lm-eval task files in this folder.")
-    batch_size: int = setting(
-        PANEL, "Maximum number of continuations of a context per forward.", 8, ge=1
-    )
+    batch_size: int = setting(PANEL, "Maximum continuations of a context per forward.", 8, ge=1)
 
 
 class SummaryOptions(PromptOptions):
@@ -104,9 +102,7 @@ class MeasureSettings(TaskOptions, ResultOptions):
 class MethodSettings(MeasureSettings, BaseSettings):
     """The settings that ``eval``, ``perplexity`` and ``summarize`` share."""
 
-    protocol: str = setting(
-        PANEL, "Use this protocol: decode, full, or published (leaks answers).", "decode"
-    )
+    protocol: str = setting(PANEL, "Use decode, full, or published (leaks answers).", "decode")
     dense: bool = setting(PANEL, "Measure the untouched model on the same items too.", False)
 
     @model_validator(mode="after")
@@ -146,9 +142,7 @@ class PerplexitySettings(WindowOptions, SliceOptions, MethodSettings):
     kind, document = "perplexity", "perplexity.json"
 
     protocol: str = setting(
-        PANEL,
-        "Use this protocol: decode, full, published (leaks), or standard (whole text in windows).",
-        "decode",
+        PANEL, "Use decode, full, published (leaks), or standard (text in windows).", "decode"
     )
     limit: int | None = setting(PANEL, "Number of slices per text (default: all).", ge=1)
     dense: bool = setting(PANEL, "Measure the untouched model on the same tokens too.", True)
@@ -209,11 +203,9 @@ class SweepSettings(
 
     models: Texts = setting(GRID, "Measure these models.", ("smollm2-135m",))
     methods: Texts = setting(
-        GRID, "Run these methods; dart-llm methods lists all.", (DENSE, DEFAULT_METHOD)
+        GRID, "Run these; dart-llm methods lists all.", (DENSE, DEFAULT_METHOD)
     )
-    sparsities: Sparsities = setting(
-        GRID, "Remove these fractions of the FFN neurons, e.g. 0.3,0.5.", ()
-    )
+    sparsities: Sparsities = setting(GRID, "Fractions of FFN neurons to remove, e.g. 0.3,0.5.", ())
     tasks: Texts = setting(
         GRID,
         "Run these tasks: lm-eval tasks, perplexity:TEXT, summarize:DATA, continuation:TEXT, "
@@ -221,24 +213,14 @@ class SweepSettings(
         (),
     )
     seeds: Numbers = setting(GRID, "Run with each of these seeds.", (0,))
-    protocols: Texts = setting(
-        GRID, "Use these protocols: decode, full, published, standard.", ("decode",)
-    )
-    layers: Texts = setting(
-        GRID, "Prune one group of layers per cell: each, or ranges 0-3,4-7.", ()
-    )
-    keep: Fractions = setting(
-        GRID, "Keep these fractions of the neurons in --layers, e.g. 0.5.", ()
-    )
-    base_keep: float | None = setting(
-        GRID, "Keep this fraction of the neurons in the other layers (default: all)."
-    )
+    protocols: Texts = setting(GRID, "Any of decode, full, published, standard.", ("decode",))
+    layers: Texts = setting(GRID, "Prune groups one by one: each, or ranges 0-3,4-7.", ())
+    keep: Fractions = setting(GRID, "Keep these fractions in --layers, e.g. 0.5.", ())
+    base_keep: float | None = setting(GRID, "Keep this fraction in other layers (default: all).")
     weights: Texts = setting(  # type: ignore[assignment]
         "Model", "Use these weight formats: auto, file, dense, q8_0, q4_0, q4_1.", ()
     )
-    engine: str = setting(
-        RUN, "Compute cells in this process (local) or on a Ray cluster (ray).", "local"
-    )
+    engine: str = setting(RUN, "Use this process (local) or a Ray cluster (ray).", "local")
     workers: int | None = setting(RUN, "Number of worker processes of the ray engine.", ge=1)
     overrides: dict[str, Any] = Field(default_factory=dict)
     task_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
