@@ -304,10 +304,9 @@ def clearly_over(row: Row, max_loss: float) -> bool:
 def recommend(rows: Sequence[Row], base: str, max_loss: float, noise: float) -> str:
     """The label of the fastest row whose estimated loss is within ``max_loss``.
 
-    A row that is not dense must be faster than the fastest dense row by more than ``noise``, and
-    that dense row must be faster than ``base`` (the model as loaded) by more than ``noise``;
-    otherwise the simpler row is recommended.  If no row is within the budget, ``base`` is
-    recommended.  Disturbed timings are ignored.
+    Simpler rows are preferred unless the faster row is faster by more than ``noise``: the fastest
+    dense row to a pruned row, and ``base`` (the model as loaded) to both.  If no row is within
+    the budget, ``base`` is recommended.  Disturbed timings are ignored.
     """
     fit = [row for row in rows if _is_trusted(row) and row["loss"] <= max_loss]
     if not fit:

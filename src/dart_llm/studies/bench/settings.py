@@ -305,7 +305,7 @@ def _is_possible(settings: TuneSettings, weights: str) -> bool:
 
 
 def tune_grid(settings: TuneSettings, formats: Formats) -> tuple[Candidate, ...]:
-    """The candidates: dense in every format, then screened heads and pruning methods.
+    """Candidates: dense in every format, the model's own first; then screened heads and methods.
 
     Raises ``ConfigError`` for a method that cannot run at a sparsity.
     """
@@ -333,9 +333,9 @@ def quick_grid(
 ) -> tuple[Candidate, ...]:
     """The candidates of ``grid`` that ``--quick`` measures for a first answer in minutes.
 
-    In the model's own format this is dense.  In the first format that is pruned, these are dense,
-    dense with a screened head, and the first method at its lowest sparsity (or all methods, if the
-    user gave any).  Statistics are learned from a quarter of the usual text.
+    These are dense in the model's own format and, in the first format that is pruned: dense, dense
+    with a screened head, and the first method at its lowest sparsity (or all methods, if the user
+    gave any).  Statistics are learned from a quarter of the usual text.
     """
     has_methods = settings.methods or settings.variants is not None
     methods = [variant.label for variant in settings.variant_list()][: None if has_methods else 1]

@@ -93,7 +93,10 @@ class LoadedModel:
 
     @property
     def byte_ratio(self) -> float:
-        """Bytes per weight, divided by bfloat16's; 1 if quantised (reports count these)."""
+        """Bytes per weight, divided by the bytes that reports count.
+
+        Reports count the actual bytes of quantised weights, and bfloat16 for all others.
+        """
         return 1.0 if self.quantised_as else self.model.dtype.itemsize / 2
 
     @property
@@ -101,11 +104,8 @@ class LoadedModel:
         """GGUF's name of the quantisation, such as Q8_0; the dtype if not quantised."""
         if self.weights in ROUNDED:
             return str(self.weights).upper()
-        return (
-            str(checkpoint_facts(self.model)["file_quantisation"])
-            if self.quantised_as
-            else self.dtype
-        )
+        quantisation = checkpoint_facts(self.model)["file_quantisation"]
+        return str(quantisation) if self.quantised_as else self.dtype
 
 
 def native_dense(model: Any, config: PruneConfig) -> PruneConfig:
@@ -314,12 +314,9 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         tokens = {row.label: row.config.token for row in self.candidates if row.config}
         slow = [n for n, rule in tokens.items() if rule and not TOKEN_RULES.get(rule.rule).native]
         note = f"{'; '.join(slow)}: computed in PyTorch with any executor, including all neurons; "
+        note += "compare their quality at equal bytes, not their speed"
         notes = report.left_out(self.left_out)
-        return (
-            [*notes, f"{note}compare their quality at equal bytes, not their speed"]
-            if slow
-            else notes
-        )
+        return [*notes, note] if slow else notes
 
     @property
     def stated_format(self) -> str | None:

@@ -353,9 +353,8 @@ class TuneStudy(BenchStudy[TuneSettings]):
         shares = scores[self.base]["bytes_share"], scores[row.label]["bytes_share"]
         if None in shares:
             return None
-        ratios = [
-            self.models[weights].byte_ratio for weights in (self.grid[0].weights, row.weights)
-        ]
+        formats = self.grid[0].weights, row.weights
+        ratios = [self.models[name].byte_ratio for name in formats]
         return float(shares[0] * ratios[0] / (shares[1] * ratios[1]))
 
     def recommended_setting(self, document: Mapping[str, Any]) -> KeptSetting:

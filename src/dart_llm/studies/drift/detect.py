@@ -263,9 +263,9 @@ def plot_curves(document: Row, small: str) -> list[Plot]:
             panels.append(Panel(xlabel, ylabel, curves))
     title = "Detection of topic changes against false alarms"
     words = (
-        "the threshold is theta = mu - k sigma, with a marker per k; n0 low windows of W tokens "
-        "trigger; a missed change counts as a delay of the horizon; the blind rule fires as often, "
-        f"at equal distances · {small}"
+        "the threshold is theta = mu - k sigma, with a marker per k; a trigger needs n0 low "
+        "windows of W tokens; a missed change counts as a delay of the horizon; the blind rule "
+        f"fires as often, at equal distances · {small}"
     )
     return [line_plot("detection", title, words, panels)]
 

@@ -83,7 +83,7 @@ class Reading:
 
 
 def read_passage(source: Source, tokenizer: Any, prompt: int, longest: int | None) -> Reading:
-    """Tokenise a passage; ``longest``: the model's context length, None if unlimited.
+    """Tokenise a passage; ``longest``: the model's context length, None if unknown.
 
     A token that spans the break before a topic belongs to that topic.  Raises ``ConfigError`` if
     the first topic is too short for a prompt of ``prompt`` tokens, or the context ends before the

@@ -64,7 +64,7 @@ class RunSettings(ActivationSettings):
 
     @property
     def has_custom_prompt(self) -> bool:
-        """Whether a prompt was given, which is not made of MMLU questions."""
+        """Whether the user gave a prompt, so that it is not made of MMLU questions."""
         sources = (self.prompt, self.prompt_file, self.custom_prompt_text)
         return any(source is not None for source in sources)
 

@@ -70,7 +70,7 @@ class QualitySettings(SliceOptions, MeasureSettings, StudyOptions, ModelOptions)
         ["embedded"],
     )
     set: str = setting(
-        STUDY, "Use the first half of a text (choose) or the second (report).", "report"
+        STUDY, "Use the first half of a text's documents (choose) or the second (report).", "report"
     )
     slices: int | None = setting(
         STUDY,
