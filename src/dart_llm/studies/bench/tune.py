@@ -209,7 +209,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
                 options = settings.model_copy(update={"weights": name})
                 models[name] = LoadedModel(name, *load_model(options, self.ui, self.check)[:2])
         tokens = settings.prompt_tokens + max(settings.tokens, settings.timed_tokens + WARM)
-        self.take_models(models, self.formats.every[0], tokens)
+        self.set_models(models, self.formats.every[0], tokens)
         self.timing["load_s"] = time.perf_counter() - began
 
     def check(self, tokenizer: Any, config: Any) -> None:
