@@ -162,8 +162,8 @@ def isolated(device: torch.device) -> Iterator[None]:
 def signature(module: nn.Module, without: Sequence[nn.Module] = ()) -> tuple[Any, ...]:
     """Everything that determines a module's output apart from its weights and its input.
 
-    The tuple has the classes, forwards, numbers, strings and functions of all submodules except
-    those in ``without``.  Classes and functions are weak references.
+    The tuple has the classes, forwards, numbers, strings and functions of ``module`` and all its
+    submodules except those in ``without``.  Classes and functions are weak references.
     """
     entries: list[Any] = []
     for part in parts_of(module):
@@ -210,7 +210,7 @@ TOKENS = 2
 
 _TOLERANCE, _ROUNDINGS = 1e-5, 4.0
 """Tolerance for two ways to compute one result, relative to its largest value.  The larger of two
-limits applies: ``_TOLERANCE``, or ``_ROUNDINGS`` times the dtype's rounding error."""
+limits applies: ``_TOLERANCE``, or ``_ROUNDINGS`` times the dtype's machine epsilon."""
 
 
 class Agreement(NamedTuple):

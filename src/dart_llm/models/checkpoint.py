@@ -310,7 +310,7 @@ ROW, SUMS = 1024, 8
 factors)."""
 
 FACTOR = 63
-"""Largest factor: the sum of two products must fit in 16 bits, as some CPUs require."""
+"""Largest factor in these sums: some CPUs require that the sum of two products fits in 16 bits."""
 
 ROWS = 1 << 14
 """How many rows are processed at a time if sums are computed in float32."""
@@ -361,12 +361,12 @@ def digest_of(tensor: Tensor) -> str:
         names, context = tensor.__tensor_flatten__()
         return key_of(about, str(context), [digest_of(getattr(tensor, name)) for name in names])
     raw = tensor.detach().contiguous().flatten().view(torch.int8)
-    whole = len(raw) - len(raw) % ROW
+    aligned = len(raw) - len(raw) % ROW
     digest = hashlib.sha256(about.encode())
-    if whole:
-        sums = _row_sums(raw[:whole].view(-1, ROW))
+    if aligned:
+        sums = _row_sums(raw[:aligned].view(-1, ROW))
         digest.update(sums.cpu().contiguous().numpy().tobytes())
-    digest.update(raw[whole:].cpu().numpy().tobytes())
+    digest.update(raw[aligned:].cpu().numpy().tobytes())
     return digest.hexdigest()[:DIGITS]
 
 
@@ -385,9 +385,9 @@ def _row_sums(rows: Tensor) -> Tensor:
 def _factors() -> Tensor:
     """[ROW, SUMS] int8 in -63 to 63; none is 0, so that a change of any byte changes the sums."""
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.randint(1, FACTOR + 1, (ROW, SUMS), generator=generator)
+    magnitudes = torch.randint(1, FACTOR + 1, (ROW, SUMS), generator=generator)
     signs = 1 - 2 * torch.randint(2, (ROW, SUMS), generator=generator)
-    return (drawn * signs).to(torch.int8)
+    return (magnitudes * signs).to(torch.int8)
 
 
 def _about(module: nn.Module) -> str:

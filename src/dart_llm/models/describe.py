@@ -26,9 +26,9 @@ class ModelView:
 
     blocks: tuple[FfnBlock, ...]
     attention_out: nn.Module
-    """The last layer's attention output projection; its output is drift signal ``attention``."""
+    """Output projection of the last layer's attention; a drift detector may watch its output."""
     decoder: nn.Module
-    """The decoder without its head; its first output is the drift signal ``hidden``."""
+    """The decoder without its head; a drift detector may watch its first output."""
     input_embedding: Tensor | None
     output_embedding: Tensor | None
     attention: tuple[tuple[nn.Module, ...], ...]
@@ -36,14 +36,14 @@ class ModelView:
     parameter_bytes: int
     """Bytes of the weights that one decoded token reads, except its row of the input embedding."""
     traffic: TokenTraffic
-    """The same by part of the model, with the KV cache; unquantised values count as bfloat16."""
+    """The same by part of the model, plus the KV cache; unquantised values count as bfloat16."""
 
     def signal(self, name: str) -> nn.Module:
-        """The module whose output a drift detector watches."""
+        """The module whose output a drift detector watches; ``name``: "hidden" or "attention"."""
         return self.decoder if name == "hidden" else self.attention_out
 
     def weights(self, proxy_embedding: str, seed: int) -> tuple[FfnWeights, ...]:
-        """The FFN weights of all layers, with the ("input" or "output") embedding for proxies."""
+        """The FFN weights of all layers, with the embedding that ``proxy_embedding`` names."""
         rows = self.output_embedding if proxy_embedding == "output" else self.input_embedding
         last = max(1, len(self.blocks) - 1)
         return tuple(block.weights(block.index / last, rows, seed) for block in self.blocks)
@@ -55,7 +55,7 @@ def widths(model: nn.Module) -> list[int]:
 
 
 def describe(model: nn.Module) -> ModelView:
-    """Find the parts of a model; raise ``UnsupportedModel`` that names an unsupported part."""
+    """Find the parts of a model; raise ``UnsupportedModel`` if one of them is not supported."""
     if type(model).__module__.startswith("peft."):
         raise UnsupportedModel(
             f"{type(model).__module__}.{type(model).__name__} is a PEFT model: call "
@@ -226,7 +226,7 @@ def token_traffic(
 
 
 def weight_facts(model: Any, sizes: Mapping[int, int] | None = None) -> dict[str, Any]:
-    """Exact bytes of the weights, by the names that results use.
+    """Exact bytes of the weights, under the names that results use.
 
     ``sizes``: {id of a parameter: its bytes}; other parameters count as they are stored.
 
@@ -234,8 +234,8 @@ def weight_facts(model: Any, sizes: Mapping[int, int] | None = None) -> dict[str
     need in the model's dtype; ``weight_bits``: bits of that dtype; and ``mean_weight_bits``: stored
     bits per weight.  If the model can be pruned, it also has ``bytes_per_token``: bytes of weights
     that one decoded token reads; ``ffn_bytes_share``: bytes of the FFNs, divided by those in the
-    model's dtype; ``ffn_share_of_bfloat16``: the same, divided by those in bfloat16; and
-    ``token_traffic``: a ``TokenTraffic`` as plain data.
+    model's dtype; ``ffn_share_of_bfloat16``: bytes of the FFNs, divided by those in bfloat16, with
+    unquantised weights as bfloat16; and ``token_traffic``: a ``TokenTraffic`` as plain data.
     """
     stored = {id(weight): weight.nbytes for weight in model.parameters()} | dict(sizes or {})
     total, count = sum(stored.values()), sum(weight.numel() for weight in model.parameters())

@@ -21,10 +21,10 @@ HOMES = ("torch.nn.", "transformers.")
 
 @dataclass(frozen=True)
 class FfnBlock:
-    """The parts of one layer's FFN; fields without a comment are as in ``LayerNames``.
+    """The parts of one layer's FFN; most fields are the modules that ``LayerNames`` names.
 
     ``inline``: True if the projections belong to the layer itself (OPT).  ``x_from``: the module
-    whose input is x; None for the FFN.  ``width_key``: ``LayerNames.width``.
+    whose input is x; None if that is the FFN.  ``width_key``: ``LayerNames.width``.
     """
 
     index: int

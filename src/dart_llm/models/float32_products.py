@@ -83,8 +83,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return None
     if weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
         return None  # torch raises the error
-    times: Any = _Product.apply if torch.is_grad_enabled() else _Product.forward
-    product: Tensor = times(rows, weight)
+    multiply: Any = _Product.apply if torch.is_grad_enabled() else _Product.forward
+    product: Tensor = multiply(rows, weight)
     result = product if bias is None else product + bias.float()
     return result.to(input.dtype).reshape(*input.shape[:-1], len(weight))
 

@@ -252,7 +252,7 @@ class Stored:
 
     ``pairs``: True if the rows of q and k are in llama.cpp's order: the two rows of a rotary pair
     are adjacent, and not half a head apart as in transformers.  ``plus_one``: True if the weights
-    of norms include the 1 that transformers adds when it computes them.
+    of norms include the 1 that transformers adds when it computes a norm.
     """
 
     pairs: bool = False

@@ -2,9 +2,9 @@
 
 An unmodified llama.cpp loads these files.  GGUF stores quantised weights in *blocks*: groups of
 weights of one row that share a scale.  A neuron is a row of gate and up, which consists of whole
-blocks and is copied.  In down, a neuron is a column, and a block spans several columns.  Since
-neurons can be stored in any order, the blocks in which most columns are kept stay, and the kept
-columns of other blocks fill the gaps in them.  Only these moved columns are rounded again.
+blocks and is copied.  In down, a neuron is a column, and a block spans several columns.  Neurons
+can be stored in any order, so the blocks with the most kept columns stay, and the kept columns of
+other blocks fill the gaps in them.  Only these moved columns are rounded again.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def rounded_columns(kind: str, layer: NarrowLayer) -> int:
 
 
 def block_of(file: GgufFile) -> int:
-    """The number that must divide each layer's width, so that rows of down have whole blocks."""
+    """The number that must divide each layer's width, so that rows of down are whole blocks."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     downs = [file.tensors[DOWN.format(layer)] for layer in range(len(layer_widths(file)))]
@@ -122,7 +122,7 @@ def block_of(file: GgufFile) -> int:
 
 
 def written_architecture(file: GgufFile, layers: Sequence[NarrowLayer | None]) -> str:
-    """The architecture for these layers; raises ``ConfigError`` if llama.cpp has none."""
+    """The architecture of the written file; raises ``ConfigError`` if llama.cpp has none for it."""
     name, architecture = file.path.name, file.architecture
     biased = any(layer is not None and layer.bias is not None for layer in layers)
     if biased and architecture not in BIASED:
@@ -228,7 +228,7 @@ def _slots(layer: NarrowLayer) -> tuple[Tensor, Tensor]:
 
 
 def _in_original_block(slots: Tensor, stay: Tensor) -> Tensor:
-    """Which of ``slots`` have a column of the block that stays there, [width] bool."""
+    """[width] bool: True for slots whose column is in its original block."""
     return slots // BLOCK == stay.repeat_interleave(BLOCK)
 
 
@@ -280,15 +280,15 @@ def _with_values(kind: str, blocks: Tensor, exact: Tensor) -> tuple[Tensor, Tens
     """
     bits, has_least = LEVELS[kind]
     head = blocks[..., : 4 if has_least else 2]
-    ends = head.contiguous().view(torch.float16).float()
-    scale = ends[..., :1]
-    least = ends[..., 1:] if has_least else -scale * 2 ** (bits - 1)
+    parameters = head.contiguous().view(torch.float16).float()
+    scale = parameters[..., :1]
+    least = parameters[..., 1:] if has_least else -scale * 2 ** (bits - 1)
     levels = ((exact - least) / torch.where(scale == 0, 1, scale)).round().clamp(0, 2**bits - 1)
-    whole = levels.to(torch.uint8)
+    codes = levels.to(torch.uint8)
     if bits == 8:  # signed
-        return torch.cat([head, whole ^ 128], -1), scale * levels + least
-    first, second = (whole & 15).chunk(2, -1)
-    fifths = (whole >> 4).reshape(*whole.shape[:-1], 4, 8)
+        return torch.cat([head, codes ^ 128], -1), scale * levels + least
+    first, second = (codes & 15).chunk(2, -1)
+    fifths = (codes >> 4).reshape(*codes.shape[:-1], 4, 8)
     packed = (fifths << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     fifth = packed[..., : 4 * (bits - 4)]  # empty for four bits
     return torch.cat([head, fifth, first | second << 4], -1), scale * levels + least
@@ -299,10 +299,10 @@ def _copy_metadata(file: GgufFile, writer: Any, architecture: str) -> None:
     from gguf import GGUFReader, GGUFValueType
 
     prefix = f"{file.architecture}."
-    left = {"general.architecture", "general.alignment", f"{prefix}feed_forward_length", ABOUT}
+    skipped = {"general.architecture", "general.alignment", f"{prefix}feed_forward_length", ABOUT}
     for name, field in GGUFReader(file.path).fields.items():
         value = field.contents()
-        if name in left or name.startswith("GGUF.") or value == []:  # gguf writes no empty list
+        if name in skipped or name.startswith("GGUF.") or value == []:  # gguf writes no empty list
             continue
         if name.startswith(prefix):
             name = f"{architecture}.{name.removeprefix(prefix)}"

@@ -35,8 +35,8 @@ class Steps:
 class Buffers:
     """Keys and values of one layer, [B, K, capacity, S].
 
-    ``end``, ``length``: number of filled positions and length of the sequence before ``steps``.
-    ``most``: maximum number of positions that the layer keeps; None means all.
+    ``end``, ``length``: number of filled positions and length of the sequence at allocation;
+    ``steps`` counts later positions.  ``most``: maximum number of positions to keep, None for all.
     """
 
     keys: Tensor
@@ -157,7 +157,7 @@ def extendable(cache: Any, windows: Sequence[int | None]) -> bool:
 
 
 def fill_layer(cache: Any, keys: Tensor, values: Tensor, index: int) -> None:
-    """Do what ``cache.update`` does for a prompt, without a copy if layer ``index`` is empty.
+    """Do what ``cache.update`` does for a prompt, without a copy for an empty ``DynamicLayer``.
 
     ``keys``, ``values``: [B, K, T, S].  The cache stores them, so callers must not modify them.
     """

@@ -117,7 +117,7 @@ def _looks_like_path(model: str) -> bool:
 
 
 def _in_folder(folder: Path, name: str, source: str) -> Checkpoint:
-    """The checkpoint in a folder, with facts from its ``source.json`` if there is one."""
+    """The checkpoint in a folder, with data from its ``source.json`` if there is one."""
     record = cached.read_source(folder) or {}
     quantisation, sha256 = record.get("quantisation"), record.get("sha256")
     return Checkpoint(name, source, str(folder), folder, quantisation, sha256)

@@ -78,11 +78,11 @@ class PackedTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """The same blocks in new memory, because pruning may change a matrix's memory layout."""
-        again: Tensor = PackedTensor(ops().packed_copy(self.matrix), self.dtype, self.neurons)
+        copied: Tensor = PackedTensor(ops().packed_copy(self.matrix), self.dtype, self.neurons)
         if isinstance(self, nn.Parameter):
-            again = nn.Parameter(again, self.requires_grad)
-        memo[id(self)] = again
-        return again
+            copied = nn.Parameter(copied, self.requires_grad)
+        memo[id(self)] = copied
+        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.untyped_storage()
@@ -105,7 +105,7 @@ class PackedTensor(Tensor):
         return torch.utils._pytree.tree_map_only(Tensor, PackedView.of, result)
 
     def dequantise(self, begin: int = 0, end: int | None = None) -> Tensor:
-        """Rows ``begin`` to ``end`` of the stored matrix, transposed if ``neurons``."""
+        """Dequantised rows ``begin`` to ``end`` of the stored matrix; transposed if ``neurons``."""
         last = self.matrix.shape()[0] if end is None else end
         values: Tensor = ops().packed_span(self.matrix, begin, last, _wide(self.dtype))
         stored = values.to(self.dtype)
@@ -271,7 +271,7 @@ def _looked_up(weight: Any, ids: Tensor, *_: Any) -> Any:
 
 
 def _selected(weight: Any, dim: int, ids: Tensor) -> Any:
-    """``weight.index_select(dim, ids)`` where ``dim`` selects rows of the stored matrix."""
+    """``weight.index_select(dim, ids)``, if that selects rows of the stored matrix."""
     if not isinstance(weight, PackedTensor) or weight.neurons != (dim % 2 == 1):
         return NotImplemented
     return weight.rows(ids).t() if weight.neurons else weight.rows(ids)
@@ -308,7 +308,7 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     _aten.index: _indexed,
     _aten.slice: _sliced,
 }
-"""Operations without dequantising the whole matrix; for ``NotImplemented``, it is dequantised."""
+"""Rules for operations; if a rule returns ``NotImplemented``, the matrix is dequantised."""
 
 
 def pack(weight: Tensor, kind: str, order: str = "rows") -> PackedTensor:

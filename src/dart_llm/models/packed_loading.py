@@ -153,10 +153,10 @@ def round_weights(model: nn.Module, kind: str) -> list[str]:
     of 32, and all matrices of an FFN that contains one of those.
     """
     blocks, order = _ffn_blocks(model), _orders(model)
-    mixed = [m for block in blocks if _is_odd(*block.projections) for m in block.projections]
+    excluded = [m for block in blocks if _is_odd(*block.projections) for m in block.projections]
     unchanged = []
     for names, modules in _matrices(model):
-        if _is_odd(*modules) or any(module in mixed for module in modules):
+        if _is_odd(*modules) or any(module in excluded for module in modules):
             unchanged += names
             continue
         _put(pack(matrix_of(modules[0]), kind, order(*modules)), modules)

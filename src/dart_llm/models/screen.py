@@ -33,7 +33,7 @@ SHARE_OF_SCREEN = 0.6
 """Fraction of the bytes per token that rough scores may use; exact scores use the rest."""
 
 WIDEST, BINS = 64.0, 4096
-"""Largest threshold: tokens further below the best cannot be selected; bins of a histogram."""
+"""Largest threshold (tokens further below the best cannot be selected), and bins of a histogram."""
 
 SAMPLED, FEW = 256, 16
 """About how many hidden states set a threshold, and how many of them are scored at a time."""

@@ -29,11 +29,10 @@ class Family:
     last norm.  ``offset``: number that a norm adds to its weight before it multiplies in float32;
     None if the weight multiplies in its own dtype.  ``qkv``: names of the three projections, or of
     the fused projection.  ``by_heads``: True if the fused projection has q, k and v head by head.
-     ``over_all``: True if the norms of q and k cover all heads together.
-    ``slides``: True if all layers have the configuration's window, unless ``layer_types`` says
-    otherwise.  ``kinds``: True if each layer type has its own rotary angles.  ``positions``: the
-    embedding of learned positions.  ``capped``: True if attention scores have the configuration's
-    soft cap.
+    ``over_all``: True if the norms of q and k cover all heads together.  ``slides``: True if all
+    layers have the configuration's window, unless ``layer_types`` says otherwise.  ``kinds``: True
+    if each layer type has its own rotary angles.  ``positions``: embedding of learned positions.
+    ``capped``: True if attention scores have the configuration's soft cap.
     """
 
     before: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
@@ -117,11 +116,11 @@ class LayerParts:
 class StepParts:
     """Sizes and weights of a model, without its FFNs.
 
-    ``sizes``: D, H heads, K key-value heads, S (size of a head), I, V, R (rotated values per head).
-    ``embedding_scale``: factor of the embedding's rows, rounded as in the model.
-    ``attention_cap``, ``logits_cap``: c of the soft cap c tanh(x / c), or 0.  ``parallel``: True if
-    FFN and attention read the same residual stream.  ``tables``: the layer types with their own
-    rotary angles, or a single "" if all layers share the angles.
+    ``sizes``: D (hidden size), H heads, K key-value heads, S (size of a head), I neurons, V tokens
+    of the vocabulary, R (rotated values per head).  ``embedding_scale``: factor of the embedding's
+    rows, rounded as in the model.  ``attention_cap``, ``logits_cap``: c of the soft cap
+    c tanh(x / c), or 0.  ``parallel``: True if FFN and attention read the same residual stream.
+    ``tables``: the layer types with their own rotary angles, or a single "" if all share them.
     """
 
     family: Family

@@ -94,7 +94,7 @@ class TokenLoop:
     def _decode(self, sequence: _Sequence, ids: Tensor, processors: Any, criteria: Any) -> Tensor:
         process = _processors(processors)
         scored = sequence.sampled or not all(isinstance(item, _NoEnds) for item in process)
-        ends, foreign = _criteria(criteria)
+        quick_criteria, others = _criteria(criteria)
         token = scores = sequence.prompt(ids)
         while True:
             if scores.is_floating_point():
@@ -106,9 +106,9 @@ class TokenLoop:
                     token = _likeliest(scores)
             ids = torch.cat([ids, token[:, None]], dim=-1)
             number = int(token)
-            complete = any(criterion(ids, number) for criterion in ends)
-            if foreign is not None:
-                complete |= bool(foreign(ids, None).all())
+            complete = any(criterion(ids, number) for criterion in quick_criteria)
+            if others is not None:
+                complete |= bool(others(ids, None).all())
             if self._streamer is not None:
                 self._streamer.put(token.cpu())
             if complete:
@@ -188,7 +188,7 @@ def _serves(ids: Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _processors(processors: Any) -> list[Processor]:
-    """The processors of a list, because the list would inspect their signatures at every token.
+    """The processors of a list, called directly: the list inspects their signatures at every token.
 
     Leading processors that enforce a minimum length become ``_NoEnds``, because transformers'
     processors compare the whole vocabulary at every token, even after the minimum length.

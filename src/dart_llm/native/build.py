@@ -101,7 +101,7 @@ def why_not() -> str:
 
 
 def state(cache_dir: str | None = None) -> str:
-    """The kernels in use, or why there are none, as text.  This does not build the kernels."""
+    """The kernels in use, or why there are none, as text; a missing library is not built."""
     if os.environ.get(SWITCH) == "0":
         return f"off ({SWITCH}=0)"
     if cache.find(cache_folder(cache_dir) / "native", built_name(), SUFFIX) is not None:
