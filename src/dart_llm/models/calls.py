@@ -73,7 +73,7 @@ def _valid(mask: Any, tokens: int) -> Tensor | None:
     return None if tokens > 1 and bool(part.all()) else part.float()
 
 
-_SECOND_TEXT = {"guidance_scale": 1, "assistant_early_exit": None}
+_SECOND_SEQUENCE = {"guidance_scale": 1, "assistant_early_exit": None}
 """Settings that make ``generate`` run its model on a second sequence, with their neutral values."""
 
 _OTHER_CALLS = (
@@ -108,7 +108,7 @@ def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             "generate without a cache runs the whole sequence for every token, so there is no "
             "decode step to prune; set use_cache=True"
         )
-    for name, neutral in _SECOND_TEXT.items():
+    for name, neutral in _SECOND_SEQUENCE.items():
         if setting(name, neutral) != neutral:
             raise ConfigError(
                 f"generate with {name} also runs a second sequence through the model, and dart-llm "
@@ -231,6 +231,7 @@ class TokenCall:
 
 _READ = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
 _OFF = ("output_attentions", "output_hidden_states")
+"""Arguments that a native forward reads, and arguments that it accepts only if they are False."""
 
 
 def _plain_args(

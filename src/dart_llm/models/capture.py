@@ -98,19 +98,19 @@ def capture_activations(
 
     with contextlib.ExitStack() as stack:
 
-        def keep(handle: Any) -> None:
+        def remove_at_exit(handle: Any) -> None:
             stack.callback(handle.remove)
 
-        keep(model.register_forward_pre_hook(begin, with_kwargs=True))
-        keep(model.register_forward_hook(lambda *_: after()))
+        remove_at_exit(model.register_forward_pre_hook(begin, with_kwargs=True))
+        remove_at_exit(model.register_forward_hook(lambda *_: after()))
         for block in describe(model).blocks:
             if layers is None or block.index in layers:
-                taps.append(_tap(block, pass_on, keep))
+                taps.append(_tap(block, pass_on, remove_at_exit))
         yield
 
 
 def _tap(
-    block: FfnBlock, take: Callable[..., None], keep: Callable[[Any], None]
+    block: FfnBlock, take: Callable[..., None], remove_at_exit: Callable[[Any], None]
 ) -> dict[str, Tensor]:
     """Hook one layer; the returned dict stores x, h, u and z until r, the last, is computed."""
     tensors: dict[str, Tensor] = {}
@@ -135,10 +135,10 @@ def _tap(
 
     before_x = block.ffn if block.x_from is None else block.x_from
     for name, module in (("x", before_x), ("h", block.up), ("u", block.down)):
-        keep(module.register_forward_pre_hook(note(name), with_kwargs=True))
-    keep(block.down.register_forward_hook(note_z))
+        remove_at_exit(module.register_forward_pre_hook(note(name), with_kwargs=True))
+    remove_at_exit(block.down.register_forward_hook(note_z))
     if block.post_norm is not None:
-        keep(block.post_norm.register_forward_hook(note_r))
+        remove_at_exit(block.post_norm.register_forward_hook(note_r))
     return tensors
 
 

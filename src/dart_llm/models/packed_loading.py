@@ -153,10 +153,12 @@ def round_weights(model: nn.Module, kind: str) -> list[str]:
     of 32, and all matrices of an FFN that contains one of those.
     """
     blocks, order = _ffn_blocks(model), _orders(model)
-    excluded = [m for block in blocks if _is_odd(*block.projections) for m in block.projections]
+    excluded = [
+        m for block in blocks if _has_partial_blocks(*block.projections) for m in block.projections
+    ]
     unchanged = []
     for names, modules in _matrices(model):
-        if _is_odd(*modules) or any(module in excluded for module in modules):
+        if _has_partial_blocks(*modules) or any(module in excluded for module in modules):
             unchanged += names
             continue
         _put(pack(matrix_of(modules[0]), kind, order(*modules)), modules)
@@ -172,7 +174,7 @@ def _put(matrix: Tensor, modules: Sequence[Any]) -> None:
         module.weight = parameter
 
 
-def _is_odd(*modules: nn.Module) -> bool:
+def _has_partial_blocks(*modules: nn.Module) -> bool:
     """Whether a module's rows do not divide into blocks of 32."""
     return any(matrix_of(module).shape[1] % 32 for module in modules)
 
@@ -270,7 +272,7 @@ def round_weights_to(model: Any, bits: int, ffn: bool) -> RoundedModel:
     for names, modules in _matrices(rounded):
         if ffn and modules[0] not in projections:
             continue
-        if _is_odd(*modules):
+        if _has_partial_blocks(*modules):
             unchanged += names
             continue
         rows = matrix_of(modules[0]).detach()

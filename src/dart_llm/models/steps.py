@@ -155,10 +155,11 @@ def step_unsupported_reason(model: Any) -> str | None:
         return "has no language-model head, or its head has a bias"
     if getattr(model.get_input_embeddings(), "max_norm", None) is not None:
         return "has an embedding with max_norm, which changes its weights at every use"
-    return _odd_attention(text, FAMILIES[text.model_type]) or _odd_modules(model)
+    family = FAMILIES[text.model_type]
+    return _attention_unsupported_reason(text, family) or _modules_unsupported_reason(model)
 
 
-def _odd_attention(text: Any, family: Family) -> str | None:
+def _attention_unsupported_reason(text: Any, family: Family) -> str | None:
     """The first feature of the attention that steps do not support; None if they support all."""
     rope = getattr(text, "rope_parameters", None) or {}
     nested = [settings for settings in rope.values() if isinstance(settings, dict)]
@@ -175,14 +176,14 @@ def _odd_attention(text: Any, family: Family) -> str | None:
     return None
 
 
-def _odd_modules(model: Any) -> str | None:
+def _modules_unsupported_reason(model: Any) -> str | None:
     """The first reason why steps cannot read a model's modules and weights; None if they can."""
     tensors = [*model.parameters()]
     kinds = {type(t) for t in (*tensors, *model.buffers())}
     if kinds - {Tensor, nn.Parameter, PackedTensor}:
         return "has weights of an unknown tensor class"
     if len({(p.device, p.dtype) for p in tensors}) > 1 or not tensors[0].is_floating_point():
-        return "has weights of several dtypes or devices, or not in floating point"
+        return "has weights that differ in dtype or device, or are not floating-point"
     if tensors[0].device.type != "cpu":
         return "is not on the CPU"
     if tensors[0].dtype not in (torch.float32, torch.bfloat16):
@@ -196,7 +197,7 @@ def _odd_modules(model: Any) -> str | None:
     for name in ("variance_epsilon", "eps", "scaling"):
         if len({m.__dict__[name] for m in modules if name in m.__dict__}) > 1:
             return f"has layers that differ in their {name}"
-    return None if _fits(model) else "has weights whose shapes or layouts differ from its type's"
+    return None if _fits(model) else "has weights with other shapes or layouts than its model type"
 
 
 def _is_known(module: nn.Module) -> bool:
