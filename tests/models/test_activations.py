@@ -57,7 +57,7 @@ def test_the_model_is_exactly_what_it_was(name):
         record(model, tokens(1, LENGTH, seed=3), Wanted((0,)))
     with Same(model), pytest.raises(RuntimeError), Recording(model, Wanted((0,))):
         raise RuntimeError
-    with Same(model), pytest.raises(ConfigError, match="one row at a time, not 2"):
+    with Same(model), pytest.raises(ConfigError, match="a batch of one row, not of 2"):
         record(model, tokens(2, 12), Wanted((0,)))
 
 

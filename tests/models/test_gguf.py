@@ -100,7 +100,7 @@ def test_a_gguf_keeps_its_blocks(gguf, tmp_path):
     said = []
     model, _ = load(gguf, cache_dir=tmp_path, progress=said.append)
     again, _ = load(gguf, cache_dir=tmp_path, device="cpu", progress=said.append)
-    loading = "loading tiny: 0.1 MB in the file's blocks"
+    loading = "loading tiny: 0.1 MB in the file's quantisation"
     assert said == [READING, loading, loading] and not model.training
     stored = kinds(model)
     assert stored == kinds(again) and fingerprint(model) == fingerprint(again)
@@ -166,7 +166,8 @@ def test_when_auto_keeps_blocks(gguf, tmp_path, monkeypatch):
 
 
 def test_formats_that_cannot_be_used(gguf, tmp_path):
-    folder, on_cpu = write_folder(tmp_path / "copy"), "blocks need the CPU; give device cpu"
+    folder = write_folder(tmp_path / "copy")
+    on_cpu = "quantised weights need the CPU; give device cpu"
     no_file = "is not a GGUF file; write q8_0, q4_0, q4_1 to round its weights"
     for model, kind, text, settings in (
         (gguf, "q4_k", "unknown weights 'q4_k'; write auto, file, dense, q8_0, q4_0 or q4_1", {}),

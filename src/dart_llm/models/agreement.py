@@ -1,7 +1,8 @@
-"""Whether an FFN computes what its replacement computes; wrappers on an attached model.
+"""Check that an FFN computes what its replacement computes; wrap methods of an attached model.
 
-A pruned FFN runs as a formula (gate, up, activation, down) on its projections, or on their weights.
-For an FFN that computes something else, the results would silently change.
+A model is attached while dart-llm prunes it.  A pruned FFN runs as a formula (gate, up, activation,
+down) on its projections, or on their weights.  If the FFN computed something else, the model's
+outputs would silently change; so each FFN is compared with the formula before it is replaced.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dart_llm.models.ffn import HOMES, FfnBlock
 
 
 class NotCopied:
-    """Part of an attached model that refuses copies: a copy would run the original weights."""
+    """Refuses to be copied or pickled, because a copied model would run the original weights."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise AttachError(
@@ -39,7 +40,10 @@ class NotCopied:
 
 
 class Replacement(NotCopied):
-    """A method of an attached module; after ``end`` it calls the original one."""
+    """Replaces a method of an attached module; after ``end`` it calls the original method.
+
+    ``make``: called with the original method and the arguments of each call.
+    """
 
     def __init__(self, original: Callable[..., Any], make: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
@@ -52,7 +56,7 @@ class Replacement(NotCopied):
         return make(self.original, *args, **kwargs)
 
     def end(self) -> None:
-        """Call the original from now on, even if a wrapper or a shallow copy still calls this."""
+        """From now on call the original, even if a wrapper or shallow copy calls this object."""
         self.make = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -67,19 +71,19 @@ def _identity(original: Any) -> Any:
 
 
 COMPILED = "_torchdynamo_orig_callable"
-"""Attribute in which torch.compile keeps the original function."""
+"""The attribute in which torch.compile keeps the original function."""
 
 _HOOKS = [name for name in nn.Module().__dict__ if name.startswith("_forward_")]
-"""Attributes that hold the hooks of a forward."""
+"""Attributes of a module that contain its forward hooks."""
 
 _UNSIGNED = frozenset(nn.Module().__dict__) | {"forward", "_old_forward", "_hf_hook", "layer_idx"}
-"""Attributes that are not part of a signature: hooks are checked where they matter."""
+"""Attributes that ``signature`` ignores; hooks are checked separately (``_has_hooks``)."""
 
 
 def forward_of(module: nn.Module) -> tuple[Callable[..., Any], bool]:
     """The function behind a module's forward, and whether it takes the module as ``self``.
 
-    Wrappers of accelerate, torch.compile and this package are removed.
+    The function has no wrappers of accelerate, torch.compile or this package around it.
     """
     attributes = module.__dict__
     forward = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
@@ -93,7 +97,7 @@ def forward_of(module: nn.Module) -> tuple[Callable[..., Any], bool]:
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether a forward was set on ``module`` that is neither accelerate's nor this package's."""
+    """Whether something other than accelerate or this package has replaced ``module.forward``."""
     forward = module.__dict__.get("forward")
     trusted = forward is None or isinstance(forward, Replacement)
     return not trusted and "_hf_hook" not in module.__dict__
@@ -114,17 +118,17 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 class UnhookedView:
-    """Shallow copies of modules that share weights and skip hooks and torch.compile.
+    """Makes shallow copies of modules: they share the weights and skip hooks and torch.compile.
 
-    They are in evaluation mode; the originals are not modified.  A forward that was set on a module
-    and refers to that module runs unchanged, with the hooks inside it.
+    The copies are in evaluation mode; the originals are not modified.  If a forward that was set on
+    a module is bound to the original module, the copy runs it unchanged, including hooks inside it.
     """
 
     def __init__(self) -> None:
         self._copies: dict[int, nn.Module] = {}
 
     def copy_of(self, module: nn.Module) -> nn.Module:
-        """The copy of ``module``, made at the first call."""
+        """The copy of ``module``; the first call makes it."""
         module = module._modules.get("_orig_mod") or module
         if id(module) in self._copies:
             return self._copies[id(module)]
@@ -145,7 +149,7 @@ class UnhookedView:
 
 @contextlib.contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
-    """No autograd, no autocast, RNG state preserved."""
+    """Run the block without autograd and autocast, and restore the RNG state afterwards."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -158,16 +162,17 @@ def isolated(device: torch.device) -> Iterator[None]:
 def signature(module: nn.Module, without: Sequence[nn.Module] = ()) -> tuple[Any, ...]:
     """Everything that determines a module's output apart from its weights and its input.
 
-    Classes, forwards, numbers and functions of its submodules except ``without``; weak references.
+    The tuple has the classes, forwards, numbers, strings and functions of ``module`` and all its
+    submodules except those in ``without``.  Classes and functions are weak references.
     """
     entries: list[Any] = []
     for part in parts_of(module):
         if any(part is other for other in without):
             continue
-        attributes = part.__dict__.copy()  # another thread may attach meanwhile
+        attributes = part.__dict__.copy()  # another thread may attach a model meanwhile
         entries += [weakref.ref(type(part)), weak(forward_of(part)[0]), _is_compiled(part)]
         for value in [value for name, value in attributes.items() if name not in _UNSIGNED]:
-            # isinstance is slow on a configuration
+            # isinstance would be slow for configuration objects
             if issubclass(type(value), (int, float, str)):
                 entries.append(value)
             elif callable(value) and not isinstance(value, Replacement):
@@ -176,7 +181,7 @@ def signature(module: nn.Module, without: Sequence[nn.Module] = ()) -> tuple[Any
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
-    """``module.modules()``, several times faster."""
+    """The same modules as ``module.modules()``, collected several times faster."""
     parts = {id(module): module}
     waiting = [module]
     while waiting:
@@ -198,19 +203,21 @@ def weak(value: Any) -> Any:
 
 
 TRUSTED = ("dart_llm.", "transformers.", "torch.")
-"""Packages whose hooks are known not to change outputs or weights."""
+"""Prefixes of modules whose hooks are trusted not to change outputs or weights."""
 
 TOKENS = 2
-"""Input vectors on which an FFN is compared."""
+"""Number of input vectors with which an FFN is compared to the formula."""
 
 _TOLERANCE, _ROUNDINGS = 1e-5, 4.0
-"""Largest difference between two ways to compute the same result, relative to the largest value:
-the larger of a fixed number and this many roundings of the dtype."""
+"""Tolerance for two ways to compute one result, relative to its largest value.  The larger of two
+limits applies: ``_TOLERANCE``, or ``_ROUNDINGS`` times the dtype's machine epsilon."""
 
 
 class Agreement(NamedTuple):
-    """``parts``: the FFN's forward equals the formula on its projections; ``weights``: the
-    projections are plain products with their weights.
+    """Result of the comparison of an FFN with the formula.
+
+    ``parts``: True if the FFN's forward equals the formula on its projections.  ``weights``: True
+    if the projections equal plain products with their weights.
     """
 
     parts: bool
@@ -218,11 +225,11 @@ class Agreement(NamedTuple):
 
 
 _compared: deque[tuple[Any, Agreement]] = deque(maxlen=256)
-"""Results by signature: FFNs that differ only in their weights are compared once."""
+"""Earlier results with their signatures: FFNs that differ only in weights are compared once."""
 
 
 def same(result: Any, expected: Tensor, layers: int = 1) -> bool:
-    """Whether two results differ by no more than rounding in ``layers`` layers can explain."""
+    """Whether rounding errors of ``layers`` layers can explain how two results differ."""
     if not isinstance(result, Tensor) or result.shape != expected.shape:
         return False
     if result.dtype != expected.dtype or not torch.equal(result.isfinite(), expected.isfinite()):
@@ -233,7 +240,7 @@ def same(result: Any, expected: Tensor, layers: int = 1) -> bool:
 
 
 def check_ffns(model: str, blocks: Sequence[FfnBlock]) -> None:
-    """Raise ``UnsupportedModel`` for FFNs that do not compute the formula or share a module."""
+    """Raise ``UnsupportedModel`` if an FFN does not compute the formula, or if layers share one."""
     owner: dict[int, int] = {}
     for block in blocks:
         block.check(model)
@@ -254,10 +261,11 @@ def check_ffns(model: str, blocks: Sequence[FfnBlock]) -> None:
 
 
 def weights_unsupported_reason(block: FfnBlock, attached: bool = False) -> str | None:
-    """Why executors cannot read a block's weights instead of calling its projections; else None.
+    """Why executors cannot read an FFN's weights directly, as a clause; None if they can.
 
-    ``masked`` calls the modules; every other executor reads their weights.  ``attached``: this was
-    possible at attach, and only hooks and forwards of the projections may have changed since.
+    The ``masked`` executor calls the projections; every other executor reads their weights.
+    ``attached``: True if the weights were readable at attach; then only the projections' hooks and
+    forwards are checked again.
     """
     called = [*block.projections, *([block.act] if isinstance(block.act, nn.Module) else [])]
     if any(map(_has_hooks, called)):
@@ -269,7 +277,7 @@ def weights_unsupported_reason(block: FfnBlock, attached: bool = False) -> str |
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether user hooks run before or after ``module``."""
+    """Whether hooks from outside the ``TRUSTED`` packages run before or after ``module``."""
     local = (module._forward_hooks, module._forward_pre_hooks)
     for hooks in (*local, everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks):
         if not all(str(getattr(h, "__module__", "")).startswith(TRUSTED) for h in hooks.values()):
@@ -278,7 +286,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def agreement(block: FfnBlock) -> Agreement:
-    """Compare an FFN with the formula that replaces it."""
+    """Compare an FFN with the formula that replaces it; results are cached by signature."""
     if block.inline:  # only the down projection is replaced, and its original forward runs
         return Agreement(True, True)
     weight: Any = block.up.weight
@@ -287,7 +295,7 @@ def agreement(block: FfnBlock) -> Agreement:
     for earlier, result in tuple(_compared):
         if earlier == key:
             return result
-    if block.offloaded:  # there are no weights to compare with: trust transformers' classes
+    if block.offloaded:  # without weights there is nothing to compare: trust only known classes
         homes = type(block.ffn).__module__, forward_of(block.ffn)[0].__module__
         result = Agreement(all(home.startswith(HOMES) for home in homes), True)
     else:
@@ -313,7 +321,7 @@ def _compare(block: FfnBlock) -> Agreement:
         z = copied.down(copied.hidden(x))
         try:
             output = copied.ffn(*args)
-        except Exception:  # a forward with other arguments
+        except Exception:  # the forward needs other arguments
             return Agreement(False, False)
         u = F.linear(x, up, up_bias)
         u = copied.act(u) if gate is None else copied.act(F.linear(x, gate, gate_bias)) * u

@@ -1,6 +1,6 @@
-"""Transformers' names for the parts of a decoder layer: one line per model type.
+"""Transformers' names for the modules of a decoder layer, with one entry per model type.
 
-A model type that is not listed is refused.  CONTRIBUTING.md explains how to add a model type.
+Models of any other type are refused.  CONTRIBUTING.md explains how to add a model type.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 class LayerNames:
     """Names of the modules in one decoder layer.
 
-    ``ffn``: the FFN module, or "" when the layer itself has the projections.  ``up``: with
-    ``fused``, the fused gate and up projection.  ``x_from``: the first of these modules that exists
-    has x as its input, the residual stream that enters the FFN half (empty: the FFN's input is x).
-    ``post_norm``: the module whose output is added to the residual stream, when that is not the
-    FFN's output.  ``adds_residual``: the FFN adds the residual itself.  ``dropout``: a module
-    between the down projection and the FFN's output.  ``attention_out``: the attention's output
-    projection.  ``width``: the configuration's key for the number of neurons, if it has one.
+    ``attention_out``: the attention's output projection.  ``up``: the up projection, or the fused
+    gate and up projection if ``fused`` is True.  ``ffn``: the FFN module, or "" if the projections
+    belong to the layer itself.  ``x_from``: candidates for the module whose input is x, the
+    residual stream that enters the FFN half of the layer; the first that exists is used, and
+    without candidates x is the FFN's input.  ``post_norm``: the norm between the FFN's output and
+    the residual stream; None if there is none.  ``adds_residual``: True if the FFN adds the
+    residual itself.  ``dropout``: a module between the down projection and the FFN's output.
+    ``width``: the configuration's key for the number of neurons; None if it has none.
     """
 
     attention_out: str
@@ -72,4 +73,4 @@ LAYER_NAMES: dict[str, LayerNames] = {
         width="ffn_dim",
     ),
 }
-"""The names of every model type that can be pruned, by the configuration's ``model_type``."""
+"""For each model type that can be pruned (the configuration's ``model_type``), its names."""

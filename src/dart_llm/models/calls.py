@@ -1,6 +1,6 @@
-"""How to interpret a forward or generate call: prompt or decode, padding, finished rows.
+"""Interprets calls of ``forward`` and ``generate``: prompt or decode, padding, finished rows.
 
-The rules are in docs/method.md, "Life of a sequence".
+A row is one sequence of the batch.  The rules are in docs/method.md, "Life of a sequence".
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from dart_llm.pruning.forward import ForwardCall, Kind
 GENERATE = "generate"
 
 PREFILL = "_prefill"
-"""Methods of a model that are wrapped while attached: generation, and its prompt step."""
+"""``GENERATE`` and ``PREFILL`` (the prompt step) are wrapped while a model is attached (pruned)."""
 
 
 @dataclass(frozen=True)
 class ForwardArgs:
-    """Arguments of a forward of the whole model; ``valid``: as in ``ForwardCall``."""
+    """Arguments of one forward of the whole model, on ids [``rows``, ``tokens``].
+
+    ``cached``: number of tokens in ``cache``.  ``valid``: [B, T] float32, 0 for padding, or None.
+    """
 
     cached: int
     tokens: int
@@ -36,20 +39,20 @@ class ForwardArgs:
     cache: Any = None
 
     def as_call(self, kind: Kind, **more: Any) -> ForwardCall:
-        """The call for the controller, without references to ids or cache."""
+        """The call for the controller, without ids and cache; ``more``: further fields of it."""
         more = {"valid": self.valid, **more}
         return ForwardCall(kind, self.cached, self.tokens, self.rows, **more)
 
 
 @functools.lru_cache(maxsize=64)
 def forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Parameters of a model class's forward, without ``self``."""
+    """Names of the parameters of a model class's forward, without ``self``."""
     parameters = inspect.signature(kind.forward).parameters
     return tuple(name for name in parameters if name not in ("self", "args"))
 
 
 def read_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardArgs:
-    """Read cache length, new tokens and padding from a call of ``model``."""
+    """Read cache length, new tokens and padding from the arguments of a forward of ``model``."""
     names = forward_names(type(model)) if args else ()  # type: ignore[arg-type]
     named = {**kwargs, **dict(zip(names, args, strict=False))}
     ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
@@ -70,8 +73,8 @@ def _valid(mask: Any, tokens: int) -> Tensor | None:
     return None if tokens > 1 and bool(part.all()) else part.float()
 
 
-_SECOND_TEXT = {"guidance_scale": 1, "assistant_early_exit": None}
-"""Settings that make ``generate`` run its model on a second sequence, and their off values."""
+_SECOND_SEQUENCE = {"guidance_scale": 1, "assistant_early_exit": None}
+"""Settings that make ``generate`` run its model on a second sequence, with their neutral values."""
 
 _OTHER_CALLS = (
     *("custom_generate", "synced_gpus", "assistant_model", "assistant_tokenizer", "tokenizer"),
@@ -80,13 +83,14 @@ _OTHER_LOOPS = (
     *("constraints", "force_words_ids", "penalty_alpha", "use_mtp", "dola_layers"),
     *("prompt_lookup_num_tokens", "cache_implementation"),
 )
-"""Arguments and settings with which ``generate`` runs another loop than greedy or sampling, or
-which it does not pass to a custom loop (the tokenizer for stop strings).
+"""Arguments (``_OTHER_CALLS``) and settings (``_OTHER_LOOPS``) with which ``TokenLoop`` cannot
+replace the loop of ``generate``: they need a loop other than greedy decoding or sampling, or
+``generate`` does not pass them to a custom loop (the tokenizer for stop strings).
 """
 
 
 def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loop:
-    """The loop of a call of ``generate``; raises ``ConfigError`` for one without a cache."""
+    """Describe a call of ``generate``; raise ``ConfigError`` if its forwards cannot be pruned."""
     inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
     if inputs is None:
         inputs = kwargs.get("inputs_embeds")
@@ -104,11 +108,11 @@ def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             "generate without a cache runs the whole sequence for every token, so there is no "
             "decode step to prune; set use_cache=True"
         )
-    for name, neutral in _SECOND_TEXT.items():
+    for name, neutral in _SECOND_SEQUENCE.items():
         if setting(name, neutral) != neutral:
             raise ConfigError(
-                f"generate with {name} also runs a second sequence through the model, and their "
-                f"forwards cannot be distinguished; leave out {name}"
+                f"generate with {name} also runs a second sequence through the model, and dart-llm "
+                f"cannot tell their forwards apart; leave out {name}"
             )
     prompt = 1 if inputs is None else int(inputs.shape[1])
     loop = Loop(prompt, int(setting("num_beams", 1)))
@@ -119,23 +123,21 @@ def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 class Loop:
-    """A running call of ``generate``: whether it is in its prompt step, and unfinished rows."""
+    """A running call of ``generate``, which classifies its forwards; callers set ``in_prefill``."""
 
     def __init__(self, prompt_tokens: int, beams: int) -> None:
         self.prompt_tokens, self.beams = prompt_tokens, beams
         self.plain = False
-        """Whether it is transformers' greedy or sampling loop."""
+        """True if it is transformers' greedy or sampling loop, which ``TokenLoop`` can replace."""
         self.in_prefill = False
         self.forwards = 0
         self.cache: Any = None
-        """The cache of the latest forward; after the loop, its length is the tokens that stayed."""
+        """The cache of the latest forward; after the loop it has only the tokens that stayed."""
         self._ends: Tensor | None = None
         self._mask: Tensor | None = None
 
     def read_prefill(self, prefill: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Read a call of ``_prefill``: its mask [B, cached + prompt tokens], and the ids of end and
-        padding tokens.
-        """
+        """Read the mask [B, cached + prompt tokens], end and padding ids of a ``_prefill`` call."""
         arguments = inspect.signature(prefill).bind(*args, **kwargs).arguments
         device = arguments["input_ids"].device
 
@@ -150,31 +152,31 @@ class Loop:
         self._ends = ends
         self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
-    def call(self, seen: ForwardArgs) -> ForwardCall:
-        """Classify the next forward of this loop; raises ``ConfigError`` without a cache."""
-        first, self.forwards, self.cache = self.forwards == 0, self.forwards + 1, seen.cache
+    def call(self, forward: ForwardArgs) -> ForwardCall:
+        """Classify the next forward of this loop; raises ``ConfigError`` if it has no cache."""
+        first, self.forwards, self.cache = self.forwards == 0, self.forwards + 1, forward.cache
         if self.in_prefill:
-            return seen.as_call(Kind.PREFILL, valid=self._prompt_part(seen))
-        if first:  # assisted decoding has no prompt step: the prompt comes with candidate tokens
+            return forward.as_call(Kind.PREFILL, valid=self._prompt_part(forward))
+        if first:  # assisted decoding has no prompt step: it passes prompt and candidates together
             prompt = self.prompt_tokens
-            sliced = prompt > seen.tokens
-            new = prompt - seen.cached * int(sliced)
-            return seen.as_call(Kind.PREFILL, observable=new)
-        if not seen.cached:
+            includes_cached = prompt > forward.tokens
+            new_tokens = prompt - forward.cached * int(includes_cached)
+            return forward.as_call(Kind.PREFILL, observable=new_tokens)
+        if not forward.cached:
             raise ConfigError(
                 "this generation runs without a cache, so there is no decode step to prune"
             )
-        return seen.as_call(Kind.DECODE, live=self._live(seen.input_ids))
+        return forward.as_call(Kind.DECODE, live=self._live(forward.input_ids))
 
-    def _prompt_part(self, seen: ForwardArgs) -> Tensor | None:
-        """The prompt's padding, even if the forward itself got a 4-D mask (static caches)."""
-        if seen.valid is not None or self._mask is None:
-            return seen.valid
-        part = self._mask[:, seen.cached : seen.cached + seen.tokens]
+    def _prompt_part(self, forward: ForwardArgs) -> Tensor | None:
+        """The prompt's ``valid``, even if the forward itself has a 4-D mask (static caches)."""
+        if forward.valid is not None or self._mask is None:
+            return forward.valid
+        part = self._mask[:, forward.cached : forward.cached + forward.tokens]
         return None if bool(part.all()) else part.float()
 
     def _live(self, ids: Tensor | None) -> Tensor | None:
-        """[B] bool: unfinished rows; None when all count."""
+        """[B] bool, True for unfinished rows; None if all rows count as unfinished."""
         if ids is None or self._ends is None or len(ids) == 1 or self.beams > 1:
             return None
         return ~torch.isin(ids, self._ends).any(1)
@@ -183,8 +185,8 @@ class Loop:
 class OwnLoop:
     """A token loop of this package, which states the kind of each of its forwards.
 
-    ``prompt``: whether the next forward is part of the prompt; ``live``: [B] bool, unfinished rows,
-    or None when all count.
+    ``prompt``: True if the next forward is part of the prompt.  ``live``: [B] bool, True for
+    unfinished rows; None if all rows count as unfinished.
     """
 
     def __init__(self) -> None:
@@ -192,28 +194,32 @@ class OwnLoop:
         self.live: Tensor | None = None
         self.cache: Any = None
 
-    def call(self, seen: ForwardArgs) -> ForwardCall:
+    def call(self, forward: ForwardArgs) -> ForwardCall:
         """Classify the next forward."""
-        self.cache = seen.cache
+        self.cache = forward.cache
         if self.prompt:
-            return seen.as_call(Kind.PREFILL)
-        return seen.as_call(Kind.DECODE, live=self.live)
+            return forward.as_call(Kind.PREFILL)
+        return forward.as_call(Kind.DECODE, live=self.live)
 
 
-def bare_call(seen: ForwardArgs, forced_decode: bool) -> ForwardCall:
-    """Classify a forward outside ``generate``."""
-    decode = seen.cached and (seen.tokens == 1 or forced_decode)
-    return seen.as_call(Kind.DECODE if decode else Kind.PREFILL, forced=forced_decode)
+def bare_call(forward: ForwardArgs, forced_decode: bool) -> ForwardCall:
+    """Classify a forward outside ``generate``.
+
+    ``forced_decode``: True if the tokens come from a fixed text (teacher forcing).  In a forward
+    with cached tokens, each token then counts as one decode step.
+    """
+    decode = forward.cached and (forward.tokens == 1 or forced_decode)
+    return forward.as_call(Kind.DECODE if decode else Kind.PREFILL, forced=forced_decode)
 
 
 @dataclass(frozen=True)
 class TokenCall:
     """A forward of the whole model on token ids [B, T]: one token per row, or a whole prompt.
 
-    ``cache``: of transformers; for a prompt an empty cache, or None, and then ``use_cache`` decides
-    whether to make one.  ``keep``: number of last tokens whose logits are needed, 0 for all.
-    ``forbidden``: None if logits are needed; otherwise only the likeliest next tokens are, except
-    these ids.
+    ``cache``: transformers' cache.  For a prompt it is empty or None; if it is None, ``use_cache``
+    decides whether a cache is made.  ``keep``: number of last tokens whose logits are needed; 0 for
+    all.  ``forbidden``: None if the caller needs logits.  If it is a list of ids, the caller needs
+    only the likeliest next token of each row that is not in the list.
     """
 
     ids: Tensor
@@ -225,19 +231,20 @@ class TokenCall:
 
 _READ = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
 _OFF = ("output_attentions", "output_hidden_states")
+"""Arguments that a native forward reads, and arguments that it accepts only if they are False."""
 
 
 def _plain_args(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, Any, Any, Any, Any, Any] | None:
-    """Ids, cache and the ``_READ`` arguments; None for arguments that need the model's forward."""
+    """Ids, cache and the ``_READ`` arguments; None if other arguments need the model's forward."""
     rest = {key: value for key, value in kwargs.items() if value is not None}
     ids = rest.pop("input_ids", args[0] if len(args) == 1 else None)
     if len(args) > 1 or not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
         return None
     caches = [rest.pop(name) for name in ("cache", "past_key_values") if name in rest]
     mask, positions, use_cache, keep = (rest.pop(name, None) for name in _READ)
-    rest.pop("tokenizer", None)  # for stop strings: generate passes it on, but no model reads it
+    rest.pop("tokenizer", None)  # for stop strings; models ignore it
     neutral = rest.pop("return_dict", True) is True
     if not neutral or any(name not in _OFF or value is not False for name, value in rest.items()):
         return None
@@ -251,10 +258,11 @@ def read_step(
     windows: Sequence[int | None],
     most: int,
 ) -> TokenCall | None:
-    """The call of a forward that a native whole step can replace, else None.
+    """The call of a forward that a native whole step can replace; None for other forwards.
 
-    ``dtype``: of the weights; ``windows``: attention window of each layer, None: all positions;
-    ``most``: largest number of rows of a step.
+    A native whole step decodes one token per row in a single call of C++.  ``dtype``: dtype of the
+    weights.  ``windows``: attention window of each layer; None means all positions.  ``most``:
+    maximum number of rows in a step.
     """
     plain = _plain_args(args, kwargs)
     if plain is None:
@@ -263,15 +271,15 @@ def read_step(
     if cache is None or use_cache not in (None, True):
         return None
     rows, tokens = ids.shape
-    keeps = isinstance(keep, Tensor) or keep not in (None, 0, 1)
-    if tokens != 1 or rows > most or keeps or not extendable(cache, windows):
+    selects_logits = isinstance(keep, Tensor) or keep not in (None, 0, 1)
+    if tokens != 1 or rows > most or selects_logits or not extendable(cache, windows):
         return None
     length = int(cache.get_seq_length())
     if not length:
         return None
     keys, values = layer_tensors(cache.layers[0])
     if len(keys) != rows or keys.dtype != dtype or values.dtype != dtype:
-        return None  # a cache that was filled under autocast: only the model's forward handles it
+        return None  # filled under autocast: only the model's forward handles such a cache
     if mask is not None and not _hides_nothing(mask, rows, length + 1):
         return None
     if positions is not None and not bool((positions[..., -1] == length).all()):
@@ -285,10 +293,10 @@ def read_prompt(
     windows: Sequence[int | None],
     use_cache: bool,
 ) -> TokenCall | None:
-    """The call of a forward of whole prompts without padding, else None.
+    """The call of a forward of whole prompts without padding; None for other forwards.
 
-    ``windows``: attention window of each layer, None: all positions; no prompt may be longer.
-    ``use_cache``: whether the model makes a cache unless an argument says otherwise.
+    ``windows``: attention window of each layer; None means all positions.  A prompt that is longer
+    than a window also gives None.  ``use_cache``: the model's default for this argument.
     """
     plain = _plain_args(args, kwargs)
     if plain is None:
@@ -311,7 +319,7 @@ def read_prompt(
 
 
 def _is_empty(cache: Any, windows: Sequence[int | None]) -> bool:
-    """Whether ``cache`` is transformers' growing cache, and empty."""
+    """Whether ``cache`` is an empty ``DynamicCache`` that fits the model's windows."""
     grows = is_growing(cache) and (not cache.layers or extendable(cache, windows))
     return grows and not cache.get_seq_length()
 
@@ -324,14 +332,14 @@ def new_cache(model: Any) -> Any:
 
 
 def _hides_nothing(mask: Any, rows: int, length: int) -> bool:
-    """Whether an attention mask shows every row all of its ``length`` positions."""
+    """Whether an attention mask lets every row attend to all of its ``length`` positions."""
     fits = isinstance(mask, Tensor) and mask.shape == (rows, length)
     return fits and bool(mask.all())
 
 
 def as_output(logits: Tensor, cache: Any) -> Any:
-    """The output of a causal language model.  logits: [B, V] or [B, T, V]."""
+    """The output of a causal language model, from logits [B, V] or [B, T, V]."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    shown = logits[:, None] if logits.dim() == 2 else logits
-    return CausalLMOutputWithPast(logits=shown, cache=cache)
+    by_token = logits[:, None] if logits.dim() == 2 else logits
+    return CausalLMOutputWithPast(logits=by_token, cache=cache)

@@ -1,7 +1,8 @@
-"""Read-only hooks: FFN tensors (docs/reference.md has them), attention, the last hidden state.
+"""Read-only hooks on FFN tensors, attention outputs and the last hidden state.
 
-The hooks do not change outputs and are removed after the block.  ``capture_activations`` passes
-each layer's tensors to a function; ``Recording`` keeps those of one sequence.
+The hooks do not change outputs and are removed at the end of the ``with`` block.
+``capture_activations`` passes each layer's FFN tensors to a function, and ``Recording`` keeps those
+of one sequence.  docs/reference.md defines the tensors.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from dart_llm.models.ffn import FfnBlock
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to record: layers, tokens ``start`` to ``end`` (exclusive; None: to the end), tensors.
+    """What to record: which layers, tokens and tensors.
 
-    Tokens are counted from the beginning of the prompt.  ``tensors``: names of attributes of
-    ``LayerActivations``.
+    ``start``, ``end``: the first token, and the token after the last; tokens are counted from the
+    beginning of the prompt, and ``end`` None means the end of the sequence.  ``tensors``: names of
+    attributes of ``LayerActivations``.
     """
 
     layers: tuple[int, ...]
@@ -34,7 +36,7 @@ class Wanted:
     tensors: tuple[str, ...] = ("u",)
 
     def tokens(self, total: int) -> int:
-        """How many tokens of a sequence of ``total`` are kept."""
+        """How many tokens are recorded of a sequence of ``total`` tokens."""
         return max(0, (total if self.end is None else min(self.end, total)) - self.start)
 
 
@@ -42,11 +44,12 @@ class Wanted:
 class LayerActivations:
     """Activations of one layer's FFN in one forward.  ``u``: [B, T, I]; the others: [B, T, D].
 
-    Copy whatever must outlive the call: some models change z in place later in the forward.
+    Copy tensors that you need after the call: some models change z in place later in the forward.
 
-    ``x``: the residual stream that enters the FFN half; ``u``: the input of the down projection (0
-    where a mask removed a neuron; in OPT before the mask); ``z``: its output, without compensation;
-    ``r``: the sum that is added to the stream; ``h``: the input of the up projection.
+    ``x``: the residual stream that enters the FFN half of the layer.  ``h``: the input of the up
+    projection.  ``u``: the input of the down projection, 0 for neurons that a mask removes (in OPT,
+    the values before masking).  ``z``: the output of the down projection, without the compensation
+    for removed neurons.  ``r``: the tensor that is added to the residual stream.
     """
 
     u: Tensor
@@ -57,6 +60,7 @@ class LayerActivations:
 
 
 OnCapture = Callable[[int, LayerActivations], None]
+"""Called with a layer's number and its activations."""
 
 
 @contextlib.contextmanager
@@ -64,49 +68,51 @@ def capture_activations(
     model: nn.Module,
     take: OnCapture,
     layers: Sequence[int] | None = None,
-    before: Callable[[ForwardArgs], None] = lambda seen: None,
+    before: Callable[[ForwardArgs], None] = lambda forward: None,
     after: Callable[[], None] = lambda: None,
     graph: bool = False,
 ) -> Iterator[None]:
     """Call ``take(layer, activations)`` once per layer in every forward inside the block.
 
-    ``before`` and ``after`` are called around each forward of ``model``.  ``graph``: the tensors
-    are part of the autograd graph, in the model's shapes; otherwise they are detached.  The compact
-    executor never computes the neurons that it skips: it does not call ``take`` for masked layers.
+    ``before`` and ``after`` are called around each forward of ``model``.  ``graph``: if True, the
+    tensors stay in the autograd graph and have the model's shapes; otherwise they are detached and
+    have the shapes of ``LayerActivations``.  In layers that the compact executor masks, ``take`` is
+    not called, because removed neurons are not computed.
     """
     taps: list[dict[str, Tensor]] = []
     rows = 1
 
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal rows
-        seen = read_forward(module, args, kwargs)
-        rows = seen.rows
+        forward = read_forward(module, args, kwargs)
+        rows = forward.rows
         for tensors in taps:
             tensors.clear()
-        before(seen)
+        before(forward)
 
     def pass_on(layer: int, *tensors: Tensor) -> None:
         if not graph:
-            tensors = tuple(t.detach().reshape(rows, -1, t.shape[-1]) for t in tensors)  # OPT: flat
+            # OPT flattens batch and tokens
+            tensors = tuple(t.detach().reshape(rows, -1, t.shape[-1]) for t in tensors)
         take(layer, LayerActivations(*tensors))
 
     with contextlib.ExitStack() as stack:
 
-        def keep(handle: Any) -> None:
+        def remove_at_exit(handle: Any) -> None:
             stack.callback(handle.remove)
 
-        keep(model.register_forward_pre_hook(begin, with_kwargs=True))
-        keep(model.register_forward_hook(lambda *_: after()))
+        remove_at_exit(model.register_forward_pre_hook(begin, with_kwargs=True))
+        remove_at_exit(model.register_forward_hook(lambda *_: after()))
         for block in describe(model).blocks:
             if layers is None or block.index in layers:
-                taps.append(_tap(block, pass_on, keep))
+                taps.append(_tap(block, pass_on, remove_at_exit))
         yield
 
 
 def _tap(
-    block: FfnBlock, take: Callable[..., None], keep: Callable[[Any], None]
+    block: FfnBlock, take: Callable[..., None], remove_at_exit: Callable[[Any], None]
 ) -> dict[str, Tensor]:
-    """Hook one layer; the returned dict keeps x, h, u and z until r, the last, is computed."""
+    """Hook one layer; the returned dict stores x, h, u and z until r, the last, is computed."""
     tensors: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -121,27 +127,27 @@ def _tap(
             note_r(module, args, z)
 
     def note_r(module: nn.Module, args: Any, r: Tensor) -> None:
-        seen = dict(tensors)
+        complete = dict(tensors)
         tensors.clear()
-        if {"u", "x", "z"} <= seen.keys():
-            z = seen["z"]
-            take(block.index, seen["u"], seen["x"], z, r, seen.get("h", z))
+        if {"u", "x", "z"} <= complete.keys():
+            z = complete["z"]
+            take(block.index, complete["u"], complete["x"], z, r, complete.get("h", z))
 
     before_x = block.ffn if block.x_from is None else block.x_from
     for name, module in (("x", before_x), ("h", block.up), ("u", block.down)):
-        keep(module.register_forward_pre_hook(note(name), with_kwargs=True))
-    keep(block.down.register_forward_hook(note_z))
+        remove_at_exit(module.register_forward_pre_hook(note(name), with_kwargs=True))
+    remove_at_exit(block.down.register_forward_hook(note_z))
     if block.post_norm is not None:
-        keep(block.post_norm.register_forward_hook(note_r))
+        remove_at_exit(block.post_norm.register_forward_hook(note_r))
     return tensors
 
 
 class Recording:
-    """A context manager that records the ``wanted`` activations of one sequence, on the host.
+    """A context manager that records the ``wanted`` activations of one sequence in host memory.
 
-    A forward without a cache starts a new recording; tokens that were rolled back are dropped.
-    Raises ``ConfigError`` for more than one row, and where an executor does not compute a wanted
-    activation.
+    A forward without a cache starts a new recording, and tokens that are rolled back are dropped.
+    Raises ``ConfigError`` if a batch has more than one row, or if an executor does not compute a
+    wanted activation.
     """
 
     def __init__(self, model: nn.Module, wanted: Wanted) -> None:
@@ -165,29 +171,31 @@ class Recording:
     def __exit__(self, *error: Any) -> None:
         self._tap.__exit__(None, None, None)
 
-    def _before(self, seen: ForwardArgs) -> None:
-        if seen.rows != 1:
-            raise ConfigError(f"activations are recorded for one row at a time, not {seen.rows}")
-        if seen.cached < self._fed:
-            self._cut(seen.cached)
-        start, end = self.wanted.start - seen.cached, seen.tokens
+    def _before(self, forward: ForwardArgs) -> None:
+        if forward.rows != 1:
+            raise ConfigError(
+                f"activations can be recorded only for a batch of one row, not of {forward.rows}"
+            )
+        if forward.cached < self._fed:
+            self._cut(forward.cached)
+        start, end = self.wanted.start - forward.cached, forward.tokens
         if self.wanted.end is not None:
-            end = min(end, self.wanted.end - seen.cached)
+            end = min(end, self.wanted.end - forward.cached)
         self._span = slice(max(0, start), max(0, start, end))
-        self._fed = seen.cached + seen.tokens
+        self._fed = forward.cached + forward.tokens
         self._taken = set()
-        ids = seen.input_ids
+        ids = forward.input_ids
         if ids is None:
             self._ids = None
         elif self._ids is not None and self._span.start < self._span.stop:
             self._ids.append(ids[0, self._span].cpu().int())
 
-    def _take(self, layer: int, seen: LayerActivations) -> None:
+    def _take(self, layer: int, activations: LayerActivations) -> None:
         self._taken.add(layer)
         if self._span.start >= self._span.stop:
             return
         for name in self.wanted.tensors:
-            part = getattr(seen, name)[0, self._span].to("cpu", copy=True)
+            part = getattr(activations, name)[0, self._span].to("cpu", copy=True)
             self._kept.setdefault(f"layer{layer}.{name}", []).append(part)
 
     def _after(self) -> None:
@@ -204,21 +212,23 @@ class Recording:
         self._ids = self._ids and [torch.cat(self._ids)[:keep]]
 
     def tensors(self) -> dict[str, Tensor]:
-        """``layer{l}.{name}``: [tokens, I or D] in the model's dtype; ``token_ids``: int32
-        [tokens], unless a forward took embeddings.
+        """The recorded tensors by name.
+
+        ``layer{l}.{name}`` is [tokens, I or D] in the model's dtype.  ``token_ids`` is int32
+        [tokens]; it is missing if a forward took embeddings.
         """
         tensors = {name: torch.cat(parts) for name, parts in self._kept.items()}
         return {**tensors, "token_ids": torch.cat(self._ids)} if self._ids else tensors
 
 
 EAGER = "eager"
-"""The attention kernel that returns its weights."""
+"""The attention implementation that returns its attention weights."""
 
 Take = Callable[[int, Tensor], None]
 """Called with a layer's number and its tensor."""
 
 _SUM_TOLERANCE = 0.05
-"""How far the weights of one token may sum from 1 (bfloat16 has 8 bits)."""
+"""How far the sum of a token's attention weights may be from 1 (bfloat16 has 8 bits)."""
 
 
 def layer_count(model: nn.Module) -> int:
@@ -237,10 +247,10 @@ def _hooked(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[
 def attention_outputs(
     model: nn.Module, layers: Sequence[int], take: Take
 ) -> contextlib.AbstractContextManager[None]:
-    """Call ``take`` in every forward with v [T, D] of each of ``layers``, in the model's dtype.
+    """Call ``take(layer, v)`` for each of ``layers`` in every forward; v [T, D], model's dtype.
 
-    v: output of the attention's output projection, before the residual add and before any norm.
-    One row per forward.
+    v is the output of the attention's output projection, before any norm and before the residual
+    add.  The batch must have one row.
     """
     decoder, names, _ = decoder_layers(model)
 
@@ -257,7 +267,7 @@ def last_hidden(
 ) -> contextlib.AbstractContextManager[None]:
     """Call ``take`` in every forward with the decoder's last hidden state [T, D].
 
-    This is the input of the language-model head, after the last norm.  One row per forward.
+    This is the input of the language-model head, after the last norm.  The batch must have one row.
     """
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:

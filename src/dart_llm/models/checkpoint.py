@@ -1,4 +1,7 @@
-"""A model's facts that are reported with every number, its size in memory, and its digest."""
+"""Metadata of a model that is reported with every result, its size in memory, and its digest.
+
+Quantised weights are stored as in GGUF files, in *blocks*: groups of weights that share a scale.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +34,15 @@ if TYPE_CHECKING:
 
 
 HASH_UP_TO = 20_000_000_000
-"""Bytes of weight files above which no checksum is computed: reading them takes minutes."""
+"""Maximum size of weight files, in bytes, for a checksum; reading larger files takes minutes."""
 
 READ = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt")
-"""Files that are read in addition to the weights: configuration, tokenizer, code."""
+"""Patterns of the files that are read besides the weights: configuration, tokenizer, code."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint before it is loaded, and the arguments with which transformers reads it."""
+    """A checkpoint to load, and the arguments with which transformers reads it."""
 
     name: str
     source: str
@@ -47,20 +50,20 @@ class Checkpoint:
     """The argument of ``from_pretrained``: a folder or a hub id."""
     path: Path | None = None
     quantisation: str | None = None
-    """Quantisation of the file's weights; ``None``: as the model's configuration states it."""
+    """Quantisation of the file's weights; None means as the model's configuration states."""
     sha256: str | None = None
-    """Checksum of the file; ``None``: it is computed from ``path`` when needed."""
+    """Checksum of the file; None means that it is computed from ``path`` when needed."""
     revision: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments for the model's ``from_pretrained``."""
     file: Path | None = None
-    """The GGUF file whose tensors are read at every load; ``reference`` has the configuration."""
+    """The GGUF file from which a load reads the tensors; ``reference`` has the configuration."""
     packed: bool = False
-    """Whether weights stay in the blocks of ``file``."""
+    """True if the weights stay quantised as in ``file``."""
 
     @property
     def blocks(self) -> Path | None:
-        """The GGUF file in whose blocks the weights stay."""
+        """The GGUF file whose quantised weights the model keeps; None if it keeps none."""
         return self.file if self.packed else None
 
 
@@ -73,7 +76,7 @@ def remember(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
 
 def blocks_file(model: PreTrainedModel) -> Path | None:
-    """The GGUF file in whose blocks the weights of ``model`` are stored."""
+    """The GGUF file whose quantised weights ``model`` keeps; None if it keeps none."""
     checkpoint = _LOADED.get(model)
     return checkpoint.blocks if checkpoint else None
 
@@ -81,11 +84,11 @@ def blocks_file(model: PreTrainedModel) -> Path | None:
 def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
     """Name, source, path, revision, file quantisation, sha256, dtype and parameters of ``model``.
 
-    ``sha256`` is the checksum of the weight file or of the converted GGUF file; with several files,
-    of their ``sha256sum`` lines in alphabetical order.  Unknown facts are ``None``: a model that
-    ``load`` did not make has no checksum and, without a quantisation in its configuration, no file
-    quantisation.  ``weights`` exists only where matrices are stored in blocks: ``Q4_1 as in the
-    file``, or ``rounded to Q8_0``.
+    ``sha256`` is the checksum of the weight file or of the converted GGUF file.  For several files,
+    it is the checksum of their ``sha256sum`` lines in alphabetical order.  Unknown values are None:
+    a model that ``load`` did not make has no checksum, and its file quantisation is only known from
+    its configuration.  ``weights`` exists only if matrices are quantised; it is ``Q4_1 as in the
+    file`` or ``rounded to Q8_0``, for example.
     """
     checkpoint = _LOADED.get(model)
     weight_format, stated = _weight_format(model, checkpoint), _stated_quantisation(model)
@@ -113,7 +116,7 @@ def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _weight_format(model: nn.Module, checkpoint: Checkpoint | None) -> str | None:
-    """How the matrices of ``model`` are stored in blocks, as text; None if none are."""
+    """How the matrices of ``model`` are quantised, as text; None if they are not."""
     from dart_llm.models.packed import PackedTensor
 
     packed = [weight for weight in model.parameters() if isinstance(weight, PackedTensor)]
@@ -131,9 +134,10 @@ def weights_sha256(folder: Path) -> str | None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digests of a folder: ``model`` for the weights, ``model_files`` for all other files.
+    """Digests of a folder: ``model`` for the weights, ``model_files`` for the ``READ`` files.
 
-    Weights of more than ``HASH_UP_TO`` bytes are identified by the sizes and times of their files.
+    Weights of more than ``HASH_UP_TO`` bytes are identified by the sizes, times and inode numbers
+    of their files.
     """
     files = sorted(path for name in READ for path in folder.glob(name) if path.is_file())
     states = [(path.name, *_state(path)) for path in _weight_files(folder)]
@@ -147,7 +151,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _sums(files: Sequence[Path]) -> str | None:
-    """The sha256 of one file, or of the ``sha256sum`` lines of several; None without files."""
+    """The sha256 of one file, or of the ``sha256sum`` lines of several files; None if none."""
     sums = {path.name: _sha256(path) for path in files}
     if len(sums) < 2:
         return next(iter(sums.values()), None)
@@ -173,11 +177,12 @@ def _sha256(path: Path) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _remembered_sha256(path: Path, _state: tuple[int, ...]) -> str:
+    """The sha256 of a file; a file whose ``_state`` has changed is read again."""
     return file_sha256(path)
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """Values that change when a file's contents do; the time of change cannot be set back."""
+    """Values that change with a file's contents; programs cannot set back ``st_ctime``."""
     state = path.stat()
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
 
@@ -186,12 +191,12 @@ _tokenizers: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def remember_tokenizer(model: nn.Module, tokenizer: Any) -> None:
-    """Remember the tokenizer of ``model``, which calibration needs to generate texts."""
+    """Remember the tokenizer of ``model``, because calibration needs it to generate texts."""
     _tokenizers[model] = tokenizer
 
 
 def tokenizer_of(model: Any) -> Any:
-    """The tokenizer of ``model``: remembered, or from the model's folder or hub id; else None."""
+    """The remembered tokenizer of ``model``, or that of its folder or hub id; None if not found."""
     tokenizer = _tokenizers.get(model)
     name = getattr(model, "name_or_path", "")
     if tokenizer is None and name:
@@ -203,20 +208,21 @@ def tokenizer_of(model: Any) -> Any:
     return tokenizer
 
 
-# Size in memory, and whether so much is free, before any weight is read.
+# The size in memory, which is compared with the free memory before any weight is read.
 
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes per weight."""
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Types of weights that loading converts to the model's dtype, by safetensors' names."""
+"""Types of weights that loading converts to the model's dtype: {safetensors' name: torch's}."""
 
 ROUNDED_BYTES = {"q8_0": 34 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32}
-"""Bytes per weight after rounding to blocks."""
+"""Bytes per weight after rounding to a block type, including the scales."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Memory of a checkpoint's weights, and their format as text."""
+    """Memory that a checkpoint's weights need, and their format as text."""
 
     bytes: int
     format: str
@@ -226,7 +232,7 @@ class Size:
 
 
 def weights_size(checkpoint: Checkpoint, dtype: Any, weights: str) -> Size | None:
-    """Memory of the weights after loading; None if the files do not state it or are not here yet.
+    """Memory of the weights after loading; None if the files are missing or do not state it.
 
     ``dtype``: a torch dtype or "auto"; ``weights``: result of ``loading.weight_format``.
     """
@@ -235,7 +241,7 @@ def weights_size(checkpoint: Checkpoint, dtype: Any, weights: str) -> Size | Non
         gguf = read_gguf(checkpoint.file)
         if checkpoint.packed:
             stored = sum(tensor.size for tensor in gguf.tensors.values())
-            return Size(stored, "in the file's blocks")
+            return Size(stored, "in the file's quantisation")
         name = name.replace("auto", "bfloat16")
         return Size(WIDTHS.get(name, 4) * gguf.float32_bytes // 4, f"in {name}")
     if file := checkpoint.arguments.get("gguf_file"):
@@ -252,14 +258,14 @@ def weights_size(checkpoint: Checkpoint, dtype: Any, weights: str) -> Size | Non
     size = WIDTHS.get(name, 4) * total + others
     if weights not in ROUNDED_BYTES:
         return Size(size, f"in {name}")
-    # weights are read and rounded one by one, unless all are converted to another dtype first
+    # weights are rounded one at a time while they are read, unless their dtype is converted first
     if {FLOATS[kind] for kind in counts} == {name}:
         return Size(int(ROUNDED_BYTES[weights] * total), f"in {weights}")
     return Size(size, f"in {name}, to be rounded")
 
 
 def check_room(name: str, size: Size) -> None:
-    """Raise ``LoadError`` if a model needs more memory than is free."""
+    """Raise ``LoadError`` if a model of this ``size`` needs more memory than is free."""
     from dart_llm.native.memory import available
 
     free = available()
@@ -272,7 +278,7 @@ def check_room(name: str, size: Size) -> None:
 
 
 def _stored(folder: Path) -> tuple[dict[str, int], int]:
-    """Number of weights in a folder's safetensors files by type, and about the other bytes."""
+    """Number of weights by type in a folder's safetensors files, and about how many other bytes."""
     from safetensors import SafetensorError, safe_open
 
     counts, others = Counter[str](), 0
@@ -297,16 +303,17 @@ def _stored(folder: Path) -> tuple[dict[str, int], int]:
 #
 # It covers the content of all parameters and buffers, the configuration, and for every module the
 # class, the code of ``forward`` and plain attributes (eps, scaling, activation functions).  It
-# ignores the layout of weights in memory, an attached run, and hooks, which mostly only read.
+# ignores the memory layout of weights, attached pruning, and hooks, most of which only read.
 
 ROW, SUMS = 1024, 8
-"""Bytes of a row, and weighted sums per row, each sum with different factors."""
+"""Bytes per row of a digest, and how many weighted sums of a row are computed (each with its own
+factors)."""
 
 FACTOR = 63
-"""Largest factor: the sum of two products must fit in 16 bits, as some CPUs require."""
+"""Largest factor in these sums: some CPUs require that the sum of two products fits in 16 bits."""
 
 ROWS = 1 << 14
-"""Rows at a time where sums are computed in float32."""
+"""How many rows are processed at a time if sums are computed in float32."""
 
 ASIDE = (
     *("transformers_version", "architectures", "dtype", "torch_dtype", "initializer_range"),
@@ -323,9 +330,10 @@ STATE = (
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The digest as 32 hexadecimal digits.  Reads all weights once, at about memory speed.
+    """The digest of ``model``, 32 hexadecimal digits.
 
-    Of offloaded weights, only names and shapes are covered.
+    It reads all weights once, at about memory bandwidth.  Of offloaded weights, it covers only
+    names, shapes and dtypes.
     """
     digest = hashlib.sha256(_settings(model).encode())
     for name, module in model.named_modules():
@@ -353,17 +361,17 @@ def digest_of(tensor: Tensor) -> str:
         names, context = tensor.__tensor_flatten__()
         return key_of(about, str(context), [digest_of(getattr(tensor, name)) for name in names])
     raw = tensor.detach().contiguous().flatten().view(torch.int8)
-    whole = len(raw) - len(raw) % ROW
+    aligned = len(raw) - len(raw) % ROW
     digest = hashlib.sha256(about.encode())
-    if whole:
-        sums = _row_sums(raw[:whole].view(-1, ROW))
+    if aligned:
+        sums = _row_sums(raw[:aligned].view(-1, ROW))
         digest.update(sums.cpu().contiguous().numpy().tobytes())
-    digest.update(raw[whole:].cpu().numpy().tobytes())
+    digest.update(raw[aligned:].cpu().numpy().tobytes())
     return digest.hexdigest()[:DIGITS]
 
 
 def _row_sums(rows: Tensor) -> Tensor:
-    """``rows @ factors``, exact: [n, ROW] int8 to [n, SUMS] int32."""
+    """``rows @ factors`` without rounding: [n, SUMS] int32 from rows [n, ROW] int8."""
     factors = _factors().to(rows.device)
     if rows.device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return torch._int_mm(rows, factors)
@@ -375,14 +383,15 @@ def _row_sums(rows: Tensor) -> Tensor:
 
 @functools.cache
 def _factors() -> Tensor:
-    """[ROW, SUMS] int8 from -63 to 63, never 0, so that a change of one byte changes the sums."""
+    """[ROW, SUMS] int8 in -63 to 63; none is 0, so that a change of any byte changes the sums."""
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.randint(1, FACTOR + 1, (ROW, SUMS), generator=generator)
+    magnitudes = torch.randint(1, FACTOR + 1, (ROW, SUMS), generator=generator)
     signs = 1 - 2 * torch.randint(2, (ROW, SUMS), generator=generator)
-    return (drawn * signs).to(torch.int8)
+    return (magnitudes * signs).to(torch.int8)
 
 
 def _about(module: nn.Module) -> str:
+    """Class, forward and plain attributes of a module, as text."""
     kind = type(module)
     attributes = vars(module)
     forward = attributes.get("forward", kind.forward)
@@ -396,7 +405,7 @@ def _about(module: nn.Module) -> str:
 
 
 def plain(value: object, depth: int = 4) -> object:
-    """A value without memory addresses: itself, the code of a function, or its type's name."""
+    """``value`` without memory addresses: itself, a function's code, or the name of its type."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype):
         return value
     if isinstance(value, Replacement):
@@ -422,7 +431,7 @@ def _function(function: FunctionType, depth: int) -> object:
 
 
 def _home(module: str) -> str:
-    """The module's name, for this package without folders, so that moved files do not matter."""
+    """The module's name; for dart_llm without subpackages, so that a moved file changes nothing."""
     package, _, path = module.partition(".")
     return f"{package}.{path.rpartition('.')[2]}" if package == "dart_llm" else module
 

@@ -1,4 +1,7 @@
-"""The modules of a Hugging Face model; only this file and architectures.py know their names."""
+"""Finds the modules of a Hugging Face model that pruning uses.
+
+Only this file and architectures.py use transformers' names for these modules.
+"""
 
 from __future__ import annotations
 
@@ -23,36 +26,36 @@ class ModelView:
 
     blocks: tuple[FfnBlock, ...]
     attention_out: nn.Module
-    """Output projection of the last layer's attention; its output is the signal ``attention``."""
+    """Output projection of the last layer's attention; a drift detector may watch its output."""
     decoder: nn.Module
-    """The decoder without its head; its first output is the signal ``hidden``."""
+    """The decoder without its head; a drift detector may watch its first output."""
     input_embedding: Tensor | None
     output_embedding: Tensor | None
     attention: tuple[tuple[nn.Module, ...], ...]
     """The projections of each layer's attention, the output projection last."""
     parameter_bytes: int
-    """Bytes of the weights that one decoded token reads (without embedding rows)."""
+    """Bytes of the weights that one decoded token reads, except its row of the input embedding."""
     traffic: TokenTraffic
-    """The same at bfloat16, by part of the model, and the bytes of the cache."""
+    """The same by part of the model, plus the KV cache; unquantised values count as bfloat16."""
 
     def signal(self, name: str) -> nn.Module:
-        """The module whose output a drift detector watches."""
+        """The module whose output a drift detector watches; ``name``: "hidden" or "attention"."""
         return self.decoder if name == "hidden" else self.attention_out
 
     def weights(self, proxy_embedding: str, seed: int) -> tuple[FfnWeights, ...]:
-        """The FFN weights of all layers."""
+        """The FFN weights of all layers, with the embedding that ``proxy_embedding`` names."""
         rows = self.output_embedding if proxy_embedding == "output" else self.input_embedding
         last = max(1, len(self.blocks) - 1)
         return tuple(block.weights(block.index / last, rows, seed) for block in self.blocks)
 
 
 def widths(model: nn.Module) -> list[int]:
-    """Number of neurons in every layer's FFN; raises what ``describe`` raises."""
+    """Number of neurons in each layer's FFN; raises ``UnsupportedModel`` as ``describe`` does."""
     return [block.down_width for block in describe(model).blocks]
 
 
 def describe(model: nn.Module) -> ModelView:
-    """Find the FFN blocks; raise ``UnsupportedModel`` with the unsupported part's name."""
+    """Find the parts of a model; raise ``UnsupportedModel`` if one of them is not supported."""
     if type(model).__module__.startswith("peft."):
         raise UnsupportedModel(
             f"{type(model).__module__}.{type(model).__name__} is a PEFT model: call "
@@ -80,9 +83,9 @@ def describe(model: nn.Module) -> ModelView:
 
 
 def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, LayerNames, Any]:
-    """The decoder's layers, the names of their parts, and the text model's configuration.
+    """The decoder's layers, the names of their modules, and the text model's configuration.
 
-    Raises ``UnsupportedModel`` with the class or model type that is not supported.
+    Raises ``UnsupportedModel``, which names the class or model type, if it is not supported.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
@@ -156,13 +159,14 @@ def _block(index: int, layer: nn.Module, names: LayerNames, text: Any) -> FfnBlo
 
 def _x_from(layer: nn.Module, names: LayerNames) -> nn.Module | None:
     if names.up == "fc1" and not names.ffn and not getattr(layer, "do_layer_norm_before", True):
-        return getattr(layer, names.up)  # type: ignore[no-any-return]  # OPT-350m: norm after
+        return getattr(layer, names.up)  # type: ignore[no-any-return]  # OPT-350m norms after the FFN
     # a module that the configuration turns off may be None (StableLM)
     modules = (getattr(layer, name, None) for name in names.x_from)
     return next((module for module in modules if module is not None), None)
 
 
 def _attention(layer: nn.Module, names: LayerNames) -> tuple[nn.Module, ...]:
+    """The projections of a layer's attention, the output projection last."""
     out = layer.get_submodule(names.attention_out)
     attention = layer.get_submodule(names.attention_out.rpartition(".")[0])
     inputs = (module for module in attention.modules() if is_plain(module) and module is not out)
@@ -186,7 +190,7 @@ def configured_context(config: Any) -> int | None:
 
 
 def _read(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a token reads in full; an input embedding only if it is also the head."""
+    """Parameters that a decoded token reads in full; the input embedding only if it is the head."""
     inputs = _weight(model.get_input_embeddings())  # type: ignore[operator]
     head = _weight(model.get_output_embeddings())  # type: ignore[operator]
     return [p for p in model.parameters() if p is not inputs or p is head]
@@ -198,7 +202,7 @@ def token_traffic(
     attention: Sequence[Sequence[nn.Module]],
     sizes: Mapping[int, float] | None = None,
 ) -> TokenTraffic:
-    """Bytes that a token reads.  ``sizes``: {id of a parameter: its bytes}, else as stored."""
+    """Bytes that a decoded token reads; ``sizes``: {id of a parameter: bytes}, if not as stored."""
     ffn = {id(part.weight) for block in blocks for part in block.projections}
     heads = {id(module.weight) for layer in attention for module in layer}
     parts = dict.fromkeys(("ffn", "attention", "others"), 0.0)
@@ -211,24 +215,27 @@ def token_traffic(
     text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
     for index, (*inputs, out) in enumerate(attention):
-        # the outputs of q, k and v without the queries, as many as the output projection's inputs
+        # outputs of q, k and v, minus the queries: as many as inputs of the output projection
         values = sum(len(matrix_of(module)) for module in inputs) - matrix_of(out).shape[1]
         slides = kinds is None or kinds[index] == "sliding_attention"
         cache[window if slides else None] += BFLOAT16 * values
     dense = BFLOAT16 * sum(weight.numel() for weight in read)
-    caches = tuple((each, most) for most, each in cache.items())
+    caches = tuple((size, most) for most, size in cache.items())
     head = sum(stored[id(weight)] for weight in read if weight is output)
     return TokenTraffic(dense, **parts, cache=caches, head=head)
 
 
 def weight_facts(model: Any, sizes: Mapping[int, int] | None = None) -> dict[str, Any]:
-    """Exact bytes of the weights.  ``sizes``: {id of a parameter: its bytes}, else as stored.
+    """Exact bytes of the weights, under the names that results use.
 
-    ``weight_bytes``: all weights; ``dtype_bytes``: the same in the model's dtype;
-    ``weight_bits`` and ``mean_weight_bits``: per weight.  If the model can be pruned, also
-    ``bytes_per_token``: read by one decoded token; ``ffn_bytes_share``: bytes of the FFNs relative
-    to those in the dtype; ``ffn_share_of_bfloat16``: relative to 2 bytes per weight; and
-    ``token_traffic``: a ``TokenTraffic`` as plain data.
+    ``sizes``: {id of a parameter: its bytes}; other parameters count as they are stored.
+
+    The result has ``weight_bytes``: bytes of all weights; ``dtype_bytes``: bytes that they would
+    need in the model's dtype; ``weight_bits``: bits of that dtype; and ``mean_weight_bits``: stored
+    bits per weight.  If the model can be pruned, it also has ``bytes_per_token``: bytes of weights
+    that one decoded token reads; ``ffn_bytes_share``: bytes of the FFNs, divided by those in the
+    model's dtype; ``ffn_share_of_bfloat16``: bytes of the FFNs, divided by those in bfloat16, with
+    unquantised weights as bfloat16; and ``token_traffic``: a ``TokenTraffic`` as plain data.
     """
     stored = {id(weight): weight.nbytes for weight in model.parameters()} | dict(sizes or {})
     total, count = sum(stored.values()), sum(weight.numel() for weight in model.parameters())

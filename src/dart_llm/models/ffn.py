@@ -1,4 +1,4 @@
-"""One FFN block: its projections, their weights, and the formula that it computes."""
+"""The FFN of one layer: its projections, their weights, and the formula that it computes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ HOMES = ("torch.nn.", "transformers.")
 
 @dataclass(frozen=True)
 class FfnBlock:
-    """The parts of one layer's FFN.  ``inline``: the layer itself has the projections (OPT)."""
+    """The parts of one layer's FFN; most fields are the modules that ``LayerNames`` names.
+
+    ``inline``: True if the projections belong to the layer itself (OPT).  ``x_from``: the module
+    whose input is x; None if that is the FFN.  ``width_key``: ``LayerNames.width``.
+    """
 
     index: int
     ffn: nn.Module
@@ -39,12 +43,12 @@ class FfnBlock:
 
     @property
     def host(self) -> nn.Module:
-        """The module whose forward is replaced: the FFN, or the down projection when inline."""
+        """The module whose forward is replaced: the FFN, or the down projection if ``inline``."""
         return self.down if self.inline else self.ffn
 
     @property
     def down_width(self) -> int:
-        """Number of neurons I."""
+        """I, the number of neurons."""
         return int(matrix_of(self.down).shape[1])
 
     @property
@@ -63,7 +67,7 @@ class FfnBlock:
         return [module for module in (self.gate, self.up, self.down) if module is not None]
 
     def check(self, model: str) -> None:
-        """Raise ``UnsupportedModel`` for packed, quantised or LoRA-wrapped projections."""
+        """Raise ``UnsupportedModel`` unless all projections are floating-point linear layers."""
         for role, module in (("up", self.up), ("gate", self.gate), ("down", self.down)):
             if module is None:
                 continue
@@ -83,7 +87,7 @@ class FfnBlock:
                 )
 
     def hidden(self, x: Tensor) -> Tensor:
-        """u: the input of the down projection."""
+        """u, the input of the down projection, from the FFN's input x (if ``inline``, x is u)."""
         if self.inline:
             return x
         if self.fused:
@@ -95,11 +99,11 @@ class FfnBlock:
 
     @property
     def plain(self) -> bool:
-        """Whether there is no gate."""
+        """True if the FFN has no gate."""
         return self.gate is None and not self.fused
 
     def gate_of(self, x: Tensor) -> Tensor:
-        """The gate's projection of x, before the activation function; not of a plain FFN."""
+        """The gate projection of x, before the activation function.  The FFN must have a gate."""
         if self.fused:
             return self.up(x).chunk(2, dim=-1)[0]  # type: ignore[no-any-return]
         assert self.gate is not None
@@ -111,14 +115,14 @@ class FfnBlock:
         return up.chunk(2, dim=-1)[1] if self.fused else up
 
     def finish(self, z: Tensor, args: tuple[Any, ...]) -> Tensor:
-        """What the FFN's forward returns for the down projection's output z."""
+        """The FFN's output, given the down projection's output z and the FFN's arguments."""
         if self.adds_residual:
             rate = getattr(self.ffn, "hidden_dropout", 0.0)
             return args[1] + F.dropout(z, p=rate, training=self.ffn.training)  # type: ignore[no-any-return]
         return z if self.dropout is None else self.dropout(z)
 
     def matrices(self) -> tuple[Tensor | None, Tensor, Tensor]:
-        """gate [I, D] or None, up [I, D], down [D, I]; views for every layout."""
+        """gate [I, D] or None, up [I, D] and down [D, I], as views of the stored weights."""
         up, down = matrix_of(self.up), matrix_of(self.down)
         if self.fused:
             half = up.shape[0] // 2
@@ -128,13 +132,14 @@ class FfnBlock:
         return (None if self.gate is None else matrix_of(self.gate)), up, down
 
     def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Biases of gate, up and down, in the order of ``matrices``; views."""
+        """Biases of gate, up and down, as views; None for a projection without bias."""
         gate, up, down = map(_bias, (self.gate, self.up, self.down))
         if self.fused and up is not None:
             gate, up = up.chunk(2)
         return gate, up, down
 
     def weights(self, depth: float, embedding: Tensor | None, seed: int) -> FfnWeights:
+        """The weights for scores.  ``depth``: position of the layer, 0 (first) to 1 (last)."""
         gate, up, down = self.matrices()
         stored = self.up.weight if self.by_inputs else up
         assert isinstance(stored, Tensor)
@@ -144,7 +149,7 @@ class FfnBlock:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is one of the linear layers whose weights are plain matrices."""
+    """Whether a module is a linear layer whose weight is a plain matrix."""
     return type(module).__name__ in _PLAIN
 
 
@@ -154,7 +159,7 @@ def is_by_inputs(module: nn.Module) -> bool:
 
 
 def matrix_of(module: nn.Module) -> Tensor:
-    """[out, in] weights of a Linear, or of a Conv1D, which stores them transposed."""
+    """The weights of a Linear or Conv1D as [out, in]; a Conv1D stores them transposed."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.t() if is_by_inputs(module) else weight
 

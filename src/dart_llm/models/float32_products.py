@@ -1,8 +1,8 @@
-"""Matrix products of many tokens in float32, on CPUs that emulate 16-bit products.
+"""Computes matrix products of many tokens in float32 on CPUs that emulate 16-bit products.
 
 On an x86 CPU without AVX-512, torch multiplies bfloat16 and float16 matrices with a loop that takes
-5 to 20 times as long as the float32 product.  A single token is still faster in 16 bits, because
-it reads half the bytes.
+5 to 20 times as long as the float32 product.  For a single token, 16 bits are still faster, because
+half as many bytes are read.  To *widen* weights here means to convert them to float32.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from dart_llm.models.packed import PackedTensor
 from dart_llm.native.memory import available
 
 FEW = 4
-"""Rows up to which a product stays in 16 bits: widening the weights would take longer."""
+"""Up to this many rows, products stay in 16 bits, because widening the weights takes longer."""
 
 CHUNK = 1 << 20
-"""Weights that are widened at a time, few enough to stay in the CPU's cache."""
+"""Number of weights that are widened at a time, small enough for the CPU's cache."""
 
 LEAST_ROWS = 256
-"""Smallest number of rows that are widened at a time."""
+"""Minimum number of rows of weights that are widened at a time."""
 
 _CHECKS = {
     torch.bfloat16: "_is_mkldnn_bf16_supported",
     torch.float16: "_is_mkldnn_fp16_supported",
 }
-"""torch's checks for hardware support of 16-bit products, by dtype."""
+"""Names of torch's functions that check for hardware support of 16-bit products, by dtype."""
 
 FREE_COPIES = 2
-"""A float32 copy is made only if so many times its memory is free."""
+"""A float32 copy is made only if this many times its size is free in memory."""
 
 
 def emulates(dtype: torch.dtype) -> bool:
@@ -47,10 +47,10 @@ def emulates(dtype: torch.dtype) -> bool:
 
 
 class Float32Products(TorchFunctionMode):
-    """Inside the block, multiply more than ``FEW`` rows of 16-bit CPU matrices in float32.
+    """Inside the block, compute products of more than ``FEW`` rows in float32.
 
-    Results and gradients keep their dtype.  Weights are widened chunk by chunk.  Products with
-    low-bit blocks are not changed.
+    This applies to 16-bit tensors on the CPU.  Results and gradients keep their dtype, and weights
+    are widened chunk by chunk.  Products with quantised weights do not change.
     """
 
     def __torch_function__(
@@ -66,7 +66,7 @@ class Float32Products(TorchFunctionMode):
 
 
 def _is_slow(x: Any) -> bool:
-    """Whether products of the rows of x [..., n, K] are faster in float32."""
+    """Whether products with the rows of x [..., n, K] are faster in float32."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.dim() > 1
@@ -77,27 +77,27 @@ def _is_slow(x: Any) -> bool:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """``F.linear`` on the rows of all sequences together."""
+    """``F.linear`` in float32 on the rows of all sequences; None to let torch compute it."""
     rows = input.reshape(-1, input.shape[-1]) if input.dim() > 2 else input
     if type(weight) not in (Tensor, nn.Parameter) or not _is_slow(rows) or weight.dim() != 2:
         return None
     if weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
         return None  # torch raises the error
-    times: Any = _Product.apply if torch.is_grad_enabled() else _Product.forward
-    product: Tensor = times(rows, weight)
+    multiply: Any = _Product.apply if torch.is_grad_enabled() else _Product.forward
+    product: Tensor = multiply(rows, weight)
     result = product if bias is None else product + bias.float()
     return result.to(input.dtype).reshape(*input.shape[:-1], len(weight))
 
 
 def _chunks(weight: Tensor) -> tuple[Tensor, ...]:
-    """The rows of ``weight`` [N, K] that are widened at a time."""
+    """``weight`` [N, K] in groups of rows that are widened together."""
     return torch.split(weight, max(LEAST_ROWS, CHUNK // weight.shape[1]))
 
 
 class _Product(torch.autograd.Function):
-    """rows [n, K] times the transpose of weight [N, K]: [n, N] float32.
+    """Computes rows [n, K] times the transpose of weight [N, K] as [n, N] float32.
 
-    The autograd graph keeps the 16-bit weight.
+    The autograd graph stores the 16-bit weight, not a float32 copy.
     """
 
     @staticmethod
@@ -127,12 +127,12 @@ class _Product(torch.autograd.Function):
 def _addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor | None:
-    """``torch.addmm``, as a Conv1D calls it."""
+    """``torch.addmm`` with the arguments of a Conv1D; None to let torch compute other calls."""
     return _linear(mat1, mat2.t(), input) if beta == alpha == 1 and input.dim() == 1 else None
 
 
 def _in_float32(func: Any) -> Callable[..., Tensor | None]:
-    """``func`` with all arguments widened, for products of activations."""
+    """A replacement of ``func`` that widens all tensor arguments, for products of activations."""
 
     def run(*args: Any, **kwargs: Any) -> Tensor | None:
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
@@ -170,7 +170,7 @@ _PRODUCTS: Mapping[Any, Callable[..., Tensor | None]] = {
 
 
 class WidePrompts(Replacement):
-    """The forward of a model that multiplies many tokens in float32; its copies do so too."""
+    """A model's forward that computes products of many tokens in float32, also in model copies."""
 
     def __init__(self, original: Callable[..., Any]) -> None:
         super().__init__(original, _wide_prompt)
@@ -183,10 +183,10 @@ class WidePrompts(Replacement):
 
 
 def _wide_prompt(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run a forward of the model, in float32 if it has many tokens."""
+    """Run a forward of the model, with products in float32 if it has many tokens."""
     if torch.compiler.is_compiling() or _tokens(args, kwargs) <= FEW:
         return original(*args, **kwargs)
-    if torch.is_autocast_enabled("cpu"):  # it would convert back to 16 bits
+    if torch.is_autocast_enabled("cpu"):  # autocast would convert back to 16 bits
         return original(*args, **kwargs)
     with Float32Products():
         return original(*args, **kwargs)
@@ -201,9 +201,10 @@ def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 def compute_prompts_in_float32(model: Any) -> bool:
-    """Make ``model`` multiply many tokens in float32 from now on; False if it would not be faster.
+    """Make ``model`` compute products of many tokens in float32 from now on.
 
-    The weights do not change, and a single token is decoded in their dtype.
+    Returns False, without a change, if float32 would not be faster or is already in use.  The
+    weights do not change, and single tokens are decoded in the weights' dtype.
     """
     if not is_emulated(model) or _is_wide(model):
         return False
@@ -212,7 +213,7 @@ def compute_prompts_in_float32(model: Any) -> bool:
 
 
 def float32_note(model: Any) -> str:
-    """A note if prompts of ``model`` are not computed in its dtype, else ""."""
+    """A note for the user if prompts of ``model`` are not computed in its dtype, else ""."""
     if not _is_wide(model) or not is_emulated(model):
         return ""
     name = str(model.dtype).removeprefix("torch.")
@@ -223,12 +224,12 @@ def float32_note(model: Any) -> str:
 
 
 def is_emulated(model: Any) -> bool:
-    """Whether products of many tokens of ``model`` are emulated on this CPU."""
+    """Whether ``model`` is on the CPU, and its products of many tokens are emulated."""
     return model.device.type == "cpu" and emulates(model.dtype)
 
 
 def _is_wide(model: nn.Module) -> bool:
-    """Whether prompts of ``model`` are computed in float32, also while it is attached."""
+    """Whether prompts of ``model`` are computed in float32; also true of a model being pruned."""
     forward = model.__dict__.get("forward")
     while isinstance(forward, Replacement) and not isinstance(forward, WidePrompts):
         forward = forward.original
@@ -237,11 +238,11 @@ def _is_wide(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def in_float32(model: Any) -> Iterator[Any]:
-    """Yield a model that processes many tokens fast in place of ``model``.
+    """Yield ``model``, or a replacement that processes many tokens faster.
 
-    Where torch emulates products in the model's dtype, this is a float32 copy, or, if memory is
-    short, the model itself with products in float32.  Results differ only by rounding, and
-    gradients of weights are off inside the block.
+    If torch emulates products in the model's dtype, this is a float32 copy, or, if memory is short,
+    the model itself with products in float32.  Results then differ only by rounding, and weights
+    get no gradients inside the block.
     """
     if not is_emulated(model):
         yield model
@@ -260,7 +261,7 @@ def in_float32(model: Any) -> Iterator[Any]:
 
 
 def can_copy(model: Any) -> bool:
-    """Whether ``model`` can be copied in float32: no weight is offloaded, and memory suffices."""
+    """Whether ``model`` can be copied in float32: no weight is offloaded, and memory is free."""
     if any(weight.is_meta for weight in model.parameters()):
         return False
     return available() >= FREE_COPIES * copy_bytes(model)
@@ -272,8 +273,8 @@ def copy_bytes(model: Any) -> int:
 
 
 def float32_copy(model: Any) -> Any:
-    """A copy of ``model`` in float32, with blocks dequantised and tied weights still tied."""
-    memo: dict[int, Any] = {}  # deepcopy takes the converted weights from here
+    """A copy of ``model`` in float32: quantised weights are dequantised, tied weights stay tied."""
+    memo: dict[int, Any] = {}  # deepcopy uses these converted weights
     for weight in model.parameters():
         plain = weight.dequantise() if isinstance(weight, PackedTensor) else weight.detach()
         wide = plain.to(torch.float32, copy=True)

@@ -1,6 +1,8 @@
-"""GGUF files: metadata, table of tensors, and settings that transformers does not read from them.
+"""Reads GGUF files: metadata, table of tensors, and settings that transformers does not read.
 
-Without these settings a model would run with wrong results: other rotary angles, no window.
+Without these settings a model would give wrong results, because it would use wrong rotary angles
+or no attention window.  A GGUF file stores quantised weights in *blocks*: groups of 32 or 256
+weights that share a scale.
 """
 
 from __future__ import annotations
@@ -24,21 +26,24 @@ if TYPE_CHECKING:  # not imported by commands that read no file
     from torch import Tensor
 
 STRING, ARRAY = 8, 9
-"""Types of metadata, by GGUF's numbers."""
+"""GGUF's numbers for two types of metadata."""
 
 BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
-"""Low-bit block types that the native kernels read."""
+"""Block types (formats of quantised weights) that the native kernels read."""
 
 ROUNDED = ("q8_0", "q4_0", "q4_1")
-"""Block types that weights of another dtype can be rounded to."""
+"""Block types to which other weights can be rounded."""
 
 PLAIN = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-"""Tensor types that torch has, by GGUF's names."""
+"""Tensor types that are torch dtypes: {GGUF's name: torch's name}."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a GGUF file: ``shape`` in torch's order, offset and size of its bytes."""
+    """One tensor of a GGUF file, with ``shape`` in torch's order.
+
+    ``begin``, ``size``: offset and number of its bytes in the file.  ``kind``: its type.
+    """
 
     path: Path
     name: str
@@ -49,7 +54,7 @@ class StoredTensor:
 
     @property
     def is_known(self) -> bool:
-        """Whether its values can be read: gguf lists more types than it can dequantise."""
+        """Whether its values can be read; gguf cannot dequantise all types that it lists."""
         import numpy as np
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
@@ -70,7 +75,7 @@ class StoredTensor:
         return torch.from_numpy(data)
 
     def values(self) -> Tensor:
-        """The dequantised values; in the file's dtype if that is one of ``PLAIN``."""
+        """The values: dequantised, or in the file's dtype if its type is in ``PLAIN``."""
         import torch
 
         if self.kind in PLAIN:
@@ -84,7 +89,10 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """``metadata``: single values, with None in place of lists; ``tensors``: by name."""
+    """The header of a GGUF file.
+
+    ``metadata``: values by key, with None in place of each list.  ``tensors``: by name.
+    """
 
     path: Path
     metadata: dict[str, Any]
@@ -105,7 +113,7 @@ class GgufFile:
 
     @property
     def quantisation(self) -> str:
-        """The type that the file states, such as ``Q4_K_M``, else the types of its weights."""
+        """The type that the file states, such as ``Q4_K_M``, or the types of its weights."""
         from gguf import LlamaFileType
 
         try:
@@ -120,11 +128,11 @@ class GgufFile:
         return 4 * sum(self.types.values())
 
     def of(self, names: Mapping[str, str]) -> dict[str, StoredTensor]:
-        """Tensors by the model's names; ``names``: {name in the file: name in the model}."""
+        """Tensors by their names in the model; ``names``: {name in the file: name in the model}."""
         return {names[name]: tensor for name, tensor in self.tensors.items() if name in names}
 
     def fact(self, name: str) -> Any:
-        """The architecture's metadata under ``name``, None if there is none."""
+        """The metadata value ``{architecture}.{name}``; None if the file has none."""
         return self.metadata.get(f"{self.architecture}.{name}")
 
     def number(self, name: str) -> Any:
@@ -134,14 +142,14 @@ class GgufFile:
 
 
 LONG = 256
-"""Lists with more elements are vocabularies or merges, not values per layer."""
+"""Longer lists are vocabularies or merges of a tokenizer, not one value per layer."""
 
 
 @functools.cache
 def _quick_reader() -> Any:
-    """A subclass of gguf's reader that keeps only the length of long lists.
+    """A subclass of gguf's reader that reads only the length of long lists.
 
-    gguf's reader makes two arrays per token: 17 s for a vocabulary of 262,144.
+    gguf's reader makes two arrays per token, which takes 17 s for a vocabulary of 262,144.
     """
     import numpy as np
     from gguf import GGUFReader, GGUFValueType
@@ -178,22 +186,22 @@ def _quick_reader() -> Any:
 def quick_gguf() -> Iterator[None]:
     """Make transformers read a configuration from a GGUF file in about a second.
 
-    A configuration needs only the vocabulary's length, and a tokenizer is read separately.  The
-    table of tensor names is also built once instead of once per module.
+    A configuration needs only the vocabulary's length.  The tokenizer is read separately, without
+    this reader.  The table of tensor names is also built only once, not once per module.
     """
     gguf: Any = import_module("gguf")
-    whole = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = _quick_reader(), functools.cache(whole[1])
+    originals = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = _quick_reader(), functools.cache(originals[1])
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = whole
+        gguf.GGUFReader, gguf.get_tensor_name_map = originals
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Metadata and table of tensors of a file, without reading a tensor.
+    """Read the metadata and the table of tensors of a file, but no tensor.
 
-    Raises ``LoadError`` for a truncated or damaged file before memory is allocated.
+    Raises ``LoadError`` for a truncated or damaged file, before memory is allocated for tensors.
     """
     import numpy as np
 
@@ -223,6 +231,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def _stored(path: Path, tensor: Any, end: int) -> StoredTensor:
+    """An entry of gguf's table; raises ``ValueError`` if it ends after byte ``end``."""
     from gguf import GGML_QUANT_SIZES
 
     shape = tuple(int(size) for size in reversed(tensor.shape))
@@ -234,15 +243,16 @@ def _stored(path: Path, tensor: Any, end: int) -> StoredTensor:
     return StoredTensor(path, tensor.name, tensor.tensor_type.name.lower(), shape, begin, size)
 
 
-# How files differ from transformers' weights, and settings that transformers omits.
+# How weights in files differ from transformers', and settings that transformers does not read.
 
 
 @dataclass(frozen=True)
 class Stored:
     """How the weights of a file differ from transformers', apart from their names.
 
-    ``pairs``: rows of q and k are in llama.cpp's order, by rotary pairs, not by halves of a head;
-    ``plus_one``: norms include the 1 that transformers adds itself.
+    ``pairs``: True if the rows of q and k are in llama.cpp's order: the two rows of a rotary pair
+    are adjacent, and not half a head apart as in transformers.  ``plus_one``: True if the weights
+    of norms include the 1 that transformers adds when it computes a norm.
     """
 
     pairs: bool = False
@@ -254,12 +264,12 @@ ARCHITECTURES = {
     **dict.fromkeys(("qwen2", "qwen3", "phi3", "gpt2"), Stored()),
     **dict.fromkeys(("gemma2", "gemma3"), Stored(plus_one=True)),
 }
-"""The architectures whose weights can stay in blocks, by ``general.architecture``."""
+"""The architectures whose weights can stay quantised, by ``general.architecture``."""
 
 ROPE = "rope_parameters"
 
 LONGEST = 4096
-"""Upper bound for the number of heads, and for the values and frequencies of a head."""
+"""Upper limit of the number of heads, and of the values and frequencies of one head."""
 
 Settings = dict[str, Any]
 """Keys of a configuration and their values, as in JSON."""
@@ -270,24 +280,24 @@ SIZES = {
     "feed_forward_length": ("blk.0.ffn_down.weight", 1),
     "context_length": ("position_embd.weight", 0),
 }
-"""Facts that equal a dimension of a tensor: the tensor and the number of the dimension."""
+"""Metadata that equals a size of a tensor: {key: (name of the tensor, dimension)}."""
 
 HEADS = ("key_length", "value_length", "head_count", "head_count_kv")
-"""Facts of the attention: sizes and numbers of heads."""
+"""Metadata keys of the attention: sizes and numbers of heads."""
 
 LLAMA_3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""Settings of Llama 3.1 to 3.3; a file stores only the frequency factors that follow from them."""
+"""Rotary settings of Llama 3.1 to 3.3; a file stores only the resulting frequency factors."""
 
 
 def check_facts(file: GgufFile) -> None:
-    """Raise ``LoadError`` for facts larger than the file's tensors, or for too few layers.
+    """Raise ``LoadError`` if metadata states larger sizes than the tensors have, or too few layers.
 
-    Too large a model would be built before its weights turn out not to fit; a model with too few
-    layers would run.
+    Otherwise a model of any size would be built before its weights are found not to fit, and a
+    model with too few layers would run.
     """
     layers = [re.match(r"blk\.(\d+)\.", tensor) for tensor in file.tensors]
     count = 1 + max((int(match[1]) for match in layers if match), default=-1)
@@ -307,11 +317,11 @@ def check_facts(file: GgufFile) -> None:
 
 
 def left_out(file: GgufFile) -> Settings:
-    """Settings that transformers omits, usually none; raises ``LoadError`` for invalid factors."""
+    """Settings that transformers does not read; ``LoadError`` for invalid frequency factors."""
     settings: Settings = {}
-    if file.architecture not in ARCHITECTURES:  # facts may have another meaning there
+    if file.architecture not in ARCHITECTURES:  # its metadata may have another meaning
         return settings
-    # transformers treats a Llama file of this name as Mistral's
+    # transformers treats a Llama file with this name as a Mistral model
     mistral = file.architecture == "llama" and file.metadata.get("general.name") == "mistral"
     window = file.number("attention.sliding_window")
     if window and (mistral or file.architecture == "phi3"):
@@ -328,13 +338,13 @@ def left_out(file: GgufFile) -> Settings:
 
 
 def complete(config: Any, settings: Settings) -> Any:
-    """``config`` with the settings of ``left_out``; unchanged if there are none."""
+    """``config`` with the added ``settings``, which ``left_out`` returns."""
     if not settings:
         return config
     values = config.to_dict()
     rope = settings.get(ROPE, {})
     before = values.get(ROPE) or {}
-    if "full_attention" in before:  # layers of sliding attention keep their angles
+    if "full_attention" in before:  # layers with sliding attention keep their own angles
         after = {**before, "full_attention": {**before["full_attention"], **rope}}
     else:
         after = {**before, **rope}
@@ -346,7 +356,7 @@ def complete(config: Any, settings: Settings) -> Any:
 
 
 def _angles(file: GgufFile) -> Settings:
-    """Settings for the rotated part of a head, and for positions beyond the training length."""
+    """Rotary settings: the rotated part of a head, and scaling for long contexts."""
     settings: Settings = {}
     rotated, width = file.number("rope.dimension_count"), file.number("embedding_length")
     heads = file.number("attention.head_count")
@@ -362,7 +372,7 @@ def _angles(file: GgufFile) -> Settings:
 
 
 def _factors(file: GgufFile) -> Settings:
-    """Frequency factors: Llama 3's, or others for short and for long sequences."""
+    """Rotary settings: type ``llama3``, or ``longrope`` (factors for short and long sequences)."""
     factors, long, short = (
         _numbers(file, name) for name in ("freqs", "factors_long", "factors_short")
     )
@@ -381,7 +391,10 @@ def _factors(file: GgufFile) -> Settings:
 
 
 def _numbers(file: GgufFile, name: str) -> list[float]:
-    """Frequency factors; raises ``LoadError`` unless all are positive numbers."""
+    """The frequency factors in tensor ``rope_{name}.weight``; empty if there is no such tensor.
+
+    Raises ``LoadError`` unless all factors are positive numbers.
+    """
     tensor = file.tensors.get(f"rope_{name}.weight")
     if tensor is None:
         return []
@@ -405,5 +418,5 @@ def _llama_3(count: int, factor: float, base: float) -> list[float]:
     """Llama 3's frequency factors, as llama.cpp's converter computes them."""
     low, high = LLAMA_3["low_freq_factor"], LLAMA_3["high_freq_factor"]
     turns = [8192 / (2 * math.pi * base ** (i / count)) for i in range(count)]
-    smooth = [min(1.0, max(0.0, (period - low) / (high - low))) for period in turns]
-    return [1 / ((1 - period) / factor + period) for period in smooth]
+    smooth = [min(1.0, max(0.0, (turn - low) / (high - low))) for turn in turns]
+    return [1 / ((1 - share) / factor + share) for share in smooth]

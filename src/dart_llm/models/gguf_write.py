@@ -1,9 +1,10 @@
-"""GGUF files with narrower FFNs, written from another file: all other tensors keep their bytes.
+"""Writes GGUF files with narrower FFNs, from another file; all other tensors keep their bytes.
 
-llama.cpp loads them without changes.  Rows of gate and up consist of whole blocks and are copied.
-In down, a block spans several columns.  Since the order of neurons is free, the blocks that keep
-most of their columns stay in place, and the remaining columns of other blocks fill their gaps; only
-these are rounded again.
+An unmodified llama.cpp loads these files.  GGUF stores quantised weights in *blocks*: groups of
+weights of one row that share a scale.  A neuron is a row of gate and up, which consists of whole
+blocks and is copied.  In down, a neuron is a column, and a block spans several columns.  Neurons
+can be stored in any order, so the blocks with the most kept columns stay, and the kept columns of
+other blocks fill the gaps in them.  Only these moved columns are rounded again.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from dart_llm.files import replacing
 from dart_llm.models.gguf_file import ARCHITECTURES, PLAIN, GgufFile, StoredTensor
 
 UNEQUAL = {"llama": "deci"}
-"""The equivalent architecture with a different width in every layer."""
+"""For an architecture, the equivalent one that allows a different FFN width in every layer."""
 
 BIASED = ("llama", "gpt2")
-"""Architectures for which llama.cpp reads a bias of the down projection."""
+"""Architectures in which llama.cpp reads a bias of the down projection."""
 
 BLOCK = 32
+"""Weights per block of the types in ``LEVELS``."""
 
 LEVELS = {
     "q8_0": (8, False),
@@ -38,27 +40,27 @@ LEVELS = {
     "q5_0": (5, False),
     "q5_1": (5, True),
 }
-"""Types in blocks of 32 values ``scale * level + least``: bits of a level, and whether ``least`` is
-stored; if not, the middle level means 0."""
+"""Types whose blocks have 32 values ``scale * level + least``: the bits of a level, and whether the
+block stores ``least``.  If it does not, the middle level represents 0."""
 
 WRITTEN = (*PLAIN, *LEVELS)
-"""Types that a down projection keeps when it is written; gguf cannot round to other types."""
+"""Types that a written down projection can have; gguf cannot round to other types."""
 
 FFN = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(.*)")
-"""Names of FFN tensors: layer, projection, the rest of the name."""
+"""Matches names of FFN tensors; the groups are layer, projection, and the rest of the name."""
 
 DOWN, BIAS = "blk.{}.ffn_down.weight", "blk.{}.ffn_down.bias"
 
 ABOUT = "dart_llm.export"
-"""Metadata that states what was removed; llama.cpp ignores it."""
+"""Metadata key that states what was removed; llama.cpp ignores it."""
 
 
 @dataclass(frozen=True)
 class NarrowLayer:
     """One layer's FFN after pruning.
 
-    ``ids``: [k] int64 on the host, the kept neurons; ``width``: how many neurons are written, zeros
-    beyond k; ``bias``: [D] float32 for the output, or None.
+    ``ids``: the kept neurons, [k] int64 in host memory.  ``width``: number of neurons to write;
+    those beyond k are zeros.  ``bias``: [D] float32, added to the FFN's output, or None.
     """
 
     ids: Tensor
@@ -68,7 +70,7 @@ class NarrowLayer:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor to write: ``shape`` in torch's order; ``make`` returns its bytes [..., n]."""
+    """A tensor to write, with ``shape`` in torch's order; ``make()`` returns its bytes [..., n]."""
 
     name: str
     kind: str
@@ -98,20 +100,20 @@ def layer_widths(file: GgufFile) -> list[int]:
 
 
 def written_kind(kind: str) -> str:
-    """The type in which a down projection of ``kind`` is written."""
+    """The type in which a down projection of type ``kind`` is written."""
     return kind if kind in WRITTEN else "q8_0"
 
 
 def rounded_columns(kind: str, layer: NarrowLayer) -> int:
-    """How many columns of a down projection of ``kind`` move to another block."""
+    """How many columns of a down projection of type ``kind`` are rounded again."""
     if kind not in LEVELS:
         return 0 if kind in PLAIN else len(layer.ids)
     slots, stay = _slots(layer)
-    return int((~_at_home(slots, stay) & (slots >= 0)).sum())
+    return int((~_in_original_block(slots, stay) & (slots >= 0)).sum())
 
 
 def block_of(file: GgufFile) -> int:
-    """The divisor of every layer's width, so that rows of down consist of whole blocks."""
+    """The number that must divide each layer's width, so that rows of down are whole blocks."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     downs = [file.tensors[DOWN.format(layer)] for layer in range(len(layer_widths(file)))]
@@ -120,13 +122,13 @@ def block_of(file: GgufFile) -> int:
 
 
 def written_architecture(file: GgufFile, layers: Sequence[NarrowLayer | None]) -> str:
-    """The architecture for these layers; raises ``ConfigError`` where llama.cpp has none."""
+    """The architecture of the written file; raises ``ConfigError`` if llama.cpp has none for it."""
     name, architecture = file.path.name, file.architecture
     biased = any(layer is not None and layer.bias is not None for layer in layers)
     if biased and architecture not in BIASED:
         raise ConfigError(
-            f"{name} has architecture {architecture}, for which llama.cpp reads no bias that could "
-            "store the compensation; use compensation=False (--no-compensation) to export"
+            f"{name} has architecture {architecture}, and llama.cpp does not read the bias that "
+            "would store the compensation; use compensation=False (--no-compensation) to export"
         )
     widths = _widths(file, layers)
     if len(set(widths)) == 1:
@@ -145,8 +147,9 @@ def write_narrow(
 ) -> None:
     """Write ``file`` with narrower FFNs to ``path``, completely or not at all.
 
-    ``layers``: one entry per layer, None: unchanged.  ``about``: the metadata under ``ABOUT``.
-    Raises what ``written_architecture`` raises, and ``ResultsError`` if ``path`` cannot be written.
+    ``layers``: one entry per layer; None leaves the layer unchanged.  ``about``: the metadata under
+    ``ABOUT``.  Raises ``ConfigError`` as ``written_architecture`` does and if ``path`` is
+    ``file``, and ``ResultsError`` if ``path`` cannot be written.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
@@ -206,8 +209,10 @@ def _vector(name: str, values: Tensor) -> _Entry:
 
 
 def _slots(layer: NarrowLayer) -> tuple[Tensor, Tensor]:
-    """The neurons in the order of writing [width], -1 for padding; and the numbers of the blocks
-    that stay [width / 32], those that keep most columns (empty if 32 does not divide the width).
+    """The slots and the blocks of a narrower down projection.
+
+    Slots [width]: the neuron of each written column, -1 for padding.  Blocks [width / 32]: numbers
+    of the original blocks that stay, those with most kept columns; empty unless 32 divides width.
     """
     ids, width = layer.ids, layer.width
     if width % BLOCK:
@@ -222,27 +227,27 @@ def _slots(layer: NarrowLayer) -> tuple[Tensor, Tensor]:
     return slots, stay
 
 
-def _at_home(slots: Tensor, stay: Tensor) -> Tensor:
-    """Which of ``slots`` keep a column in its original block [width]."""
+def _in_original_block(slots: Tensor, stay: Tensor) -> Tensor:
+    """[width] bool: True for slots whose column is in its original block."""
     return slots // BLOCK == stay.repeat_interleave(BLOCK)
 
 
 def _rows(tensor: StoredTensor, layer: NarrowLayer, width: int) -> _Entry:
-    """The kept rows of gate and up, as stored; of both halves if fused."""
+    """The kept rows of gate or up, as stored; of both halves if the matrix is fused."""
     slots, _ = _slots(layer)
     if tensor.shape[0] == 2 * width:
         slots = torch.cat([slots, torch.where(slots < 0, -1, slots + width)])
 
     def make() -> Tensor:
         data = tensor.bytes().reshape(tensor.shape[0], -1)[slots.clamp_min(0)]
-        data[slots < 0] = 0  # zero bytes are zeros in every type
+        data[slots < 0] = 0  # in every type, zero bytes represent zeros
         return data if len(tensor.shape) > 1 else data.flatten()
 
     return _Entry(tensor.name, tensor.kind, (len(slots), *tensor.shape[1:]), make)
 
 
 def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
-    """The kept columns of down; a block gets a new scale where that is more exact."""
+    """The kept columns of down; a block gets a new scale if that gives a smaller error."""
     kind, (slots, stay) = written_kind(tensor.kind), _slots(layer)
 
     def make() -> Tensor:
@@ -256,14 +261,14 @@ def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
         if tensor.kind not in LEVELS:
             return blocks
         exact, restored, blocks = (
-            each.reshape(len(columns), len(stay), -1)
-            for each in (columns, torch.from_numpy(dequantize(rounded, written)), blocks)
+            array.reshape(len(columns), len(stay), -1)
+            for array in (columns, torch.from_numpy(dequantize(rounded, written)), blocks)
         )
         stored = tensor.bytes().reshape(len(columns), tensor.shape[1] // BLOCK, -1)[:, stay]
-        there = (slots >= 0).reshape(-1, BLOCK)
-        same, values = _with_values(kind, stored, exact)
-        errors = [((each - exact) * there).square().sum(-1) for each in (values, restored)]
-        return torch.where((errors[0] <= errors[1])[..., None], same, blocks).flatten(1)
+        used = (slots >= 0).reshape(-1, BLOCK)
+        same_scale, values = _with_values(kind, stored, exact)
+        errors = [((result - exact) * used).square().sum(-1) for result in (values, restored)]
+        return torch.where((errors[0] <= errors[1])[..., None], same_scale, blocks).flatten(1)
 
     return _Entry(tensor.name, kind, (tensor.shape[0], layer.width), make)
 
@@ -271,33 +276,33 @@ def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
 def _with_values(kind: str, blocks: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
     """``blocks`` [..., bytes] with the levels nearest to ``exact`` [..., 32], and their values.
 
-    Scale and ``least`` stay, so that the block's original values remain exact.
+    Scale and ``least`` do not change, so that the block's original values remain exact.
     """
     bits, has_least = LEVELS[kind]
     head = blocks[..., : 4 if has_least else 2]
-    ends = head.contiguous().view(torch.float16).float()
-    scale = ends[..., :1]
-    least = ends[..., 1:] if has_least else -scale * 2 ** (bits - 1)
+    parameters = head.contiguous().view(torch.float16).float()
+    scale = parameters[..., :1]
+    least = parameters[..., 1:] if has_least else -scale * 2 ** (bits - 1)
     levels = ((exact - least) / torch.where(scale == 0, 1, scale)).round().clamp(0, 2**bits - 1)
-    whole = levels.to(torch.uint8)
+    codes = levels.to(torch.uint8)
     if bits == 8:  # signed
-        return torch.cat([head, whole ^ 128], -1), scale * levels + least
-    first, second = (whole & 15).chunk(2, -1)
-    fifths = (whole >> 4).reshape(*whole.shape[:-1], 4, 8)
+        return torch.cat([head, codes ^ 128], -1), scale * levels + least
+    first, second = (codes & 15).chunk(2, -1)
+    fifths = (codes >> 4).reshape(*codes.shape[:-1], 4, 8)
     packed = (fifths << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
     fifth = packed[..., : 4 * (bits - 4)]  # empty for four bits
     return torch.cat([head, fifth, first | second << 4], -1), scale * levels + least
 
 
 def _copy_metadata(file: GgufFile, writer: Any, architecture: str) -> None:
-    """All metadata but the widths, under the names of ``architecture``."""
+    """Copy all metadata except the FFN widths, with keys renamed for ``architecture``."""
     from gguf import GGUFReader, GGUFValueType
 
     prefix = f"{file.architecture}."
-    left = {"general.architecture", "general.alignment", f"{prefix}feed_forward_length", ABOUT}
+    skipped = {"general.architecture", "general.alignment", f"{prefix}feed_forward_length", ABOUT}
     for name, field in GGUFReader(file.path).fields.items():
         value = field.contents()
-        if name in left or name.startswith("GGUF.") or value == []:  # gguf writes no empty list
+        if name in skipped or name.startswith("GGUF.") or value == []:  # gguf writes no empty list
             continue
         if name.startswith(prefix):
             name = f"{architecture}.{name.removeprefix(prefix)}"

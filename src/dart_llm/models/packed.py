@@ -1,7 +1,8 @@
-"""Weights that stay in low-bit blocks: a matrix that torch treats as a tensor of the model's dtype.
+"""Packed weights: quantised matrices that torch treats as tensors of the model's dtype.
 
-Products with few vectors run on the blocks; every other operation gets a dequantised copy for the
-duration of the operation.  The weights are read-only.
+They are stored in *blocks*, as in GGUF files: groups of weights that share a scale.  Products with
+few vectors are computed from the blocks.  Every other operation gets a dequantised copy for as long
+as the operation runs.  The weights are read-only.
 """
 
 from __future__ import annotations
@@ -18,27 +19,27 @@ from dart_llm.models.gguf_file import ROUNDED
 from dart_llm.native.build import ops
 
 ORDERS = ("rows", "tiles", "neurons")
-"""Memory layouts of a matrix: row by row, sixteen rows interleaved (the fastest to read as a
-whole), or column by column for a down projection."""
+"""Memory layouts of a matrix: row by row; in tiles of sixteen interleaved rows (the fastest layout
+for reading all rows); or by column, which makes each neuron of a down projection contiguous."""
 
 CHUNK = 1 << 22
-"""Weights that are rounded at a time."""
+"""About how many weights are rounded at a time."""
 
 READ_ONLY = (
-    'weights in blocks are read-only: load the model with weights="dense" to change or train them'
+    'quantised weights are read-only: load the model with weights="dense" to change or train them'
 )
 
 NOT_SAVED = (
-    "weights in blocks cannot be saved, pickled or converted to another dtype: load the model "
+    "quantised weights cannot be saved, pickled or converted to another dtype: load the model "
     'with weights="dense" for that'
 )
 
 
 class PackedTensor(Tensor):
-    """A matrix in blocks that looks like [N, M] of a floating-point dtype.
+    """A quantised matrix that torch sees as [N, M] of a floating-point dtype.
 
-    ``matrix``: the native kernels' object.  ``neurons``: it stores the transpose [M, N], whose rows
-    are the neurons of a down projection.
+    ``matrix``: the C++ object that stores it.  ``neurons``: True if the object stores the transpose
+    [M, N], whose rows are the neurons of a down projection.
     """
 
     matrix: Any
@@ -54,7 +55,7 @@ class PackedTensor(Tensor):
             packed: PackedTensor = Tensor._make_wrapper_subclass(
                 cls, shape, strides=strides, dtype=dtype
             )
-        torch._C._set_throw_on_mutable_data_ptr(packed)  # there is no memory that C code could use
+        torch._C._set_throw_on_mutable_data_ptr(packed)  # there is no memory for C code
         packed.matrix, packed.neurons = matrix, neurons
         return packed
 
@@ -69,19 +70,19 @@ class PackedTensor(Tensor):
         if func in _OF_STORAGE or (func == _SET and not isinstance(args[1], PackedTensor)):
             raise DartError(NOT_SAVED)
         if func == Tensor.__setitem__ and isinstance(args[0], PackedTensor):
-            raise DartError(READ_ONLY)  # it would write to a dequantised copy
+            raise DartError(READ_ONLY)  # the write would change only a dequantised copy
         if func in _OF_GRADIENTS and all([*args[1:], *(kwargs or {}).values()]):
             raise DartError(READ_ONLY)
         with torch._C.DisableTorchFunctionSubclass():
             return (_linear if func is F.linear else func)(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """The same blocks in new memory, because a run may reorder rows."""
-        again: Tensor = PackedTensor(ops().packed_copy(self.matrix), self.dtype, self.neurons)
+        """The same blocks in new memory, because pruning may change a matrix's memory layout."""
+        copied: Tensor = PackedTensor(ops().packed_copy(self.matrix), self.dtype, self.neurons)
         if isinstance(self, nn.Parameter):
-            again = nn.Parameter(again, self.requires_grad)
-        memo[id(self)] = again
-        return again
+            copied = nn.Parameter(copied, self.requires_grad)
+        memo[id(self)] = copied
+        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.untyped_storage()
@@ -99,29 +100,29 @@ class PackedTensor(Tensor):
             raise DartError(READ_ONLY)
         if not func.is_view:
             return _computed(func, args, kwargs or {})
-        with torch.inference_mode(False):  # as for the weight itself
+        with torch.inference_mode(False):  # as in __new__
             result = _computed(func, args, kwargs or {})
         return torch.utils._pytree.tree_map_only(Tensor, PackedView.of, result)
 
     def dequantise(self, begin: int = 0, end: int | None = None) -> Tensor:
-        """Rows ``begin`` to ``end`` of the stored matrix, transposed back if stored by neurons."""
+        """Dequantised rows ``begin`` to ``end`` of the stored matrix; transposed if ``neurons``."""
         last = self.matrix.shape()[0] if end is None else end
         values: Tensor = ops().packed_span(self.matrix, begin, last, _wide(self.dtype))
         stored = values.to(self.dtype)
         return stored.t() if self.neurons else stored
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows ``ids`` [n] of the stored matrix."""
+        """Rows ``ids`` [n] of the stored matrix, dequantised."""
         values: Tensor = ops().packed_rows(self.matrix, ids, _wide(self.dtype))
         return values.to(self.dtype)
 
     def part(self, begin: int, end: int) -> PackedTensor:
-        """Rows ``begin`` to ``end`` in blocks; not for a matrix stored by neurons."""
+        """Rows ``begin`` to ``end``, quantised.  The matrix must not be stored by ``neurons``."""
         return PackedTensor(ops().packed_part(self.matrix, begin, end), self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """Its tensors by name, for digests of weights."""
-        matrix = self.matrix  # always in the same layout, even if a run has changed it
+        """The names of its plain tensors, and its type; used for digests of weights."""
+        matrix = self.matrix  # in one layout for all digests, although pruning may change it
         if matrix.order() == "rows":
             matrix = ops().packed_turned(matrix, "tiles", True)
         parts = {f"part{i}": part for i, part in enumerate(matrix.parts())}
@@ -133,12 +134,12 @@ class PackedTensor(Tensor):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes as stored."""
+        """Bytes of the quantised weights."""
         return int(self.matrix.nbytes())
 
 
 class PackedView(Tensor):
-    """A view of packed weights: a dequantised copy, read-only because writes would be lost."""
+    """A dequantised copy in place of a view of packed weights, read-only to prevent lost writes."""
 
     @staticmethod
     def of(tensor: Tensor) -> Tensor:
@@ -168,25 +169,25 @@ class PackedView(Tensor):
 
 
 def few() -> int:
-    """Vectors up to which a product runs on the blocks; for more, rows are dequantised."""
+    """Maximum number of vectors for a product from blocks; for more, rows are dequantised."""
     return int(ops().packed_few())
 
 
 def memory_of(model: nn.Module) -> Iterator[Tensor]:
-    """Plain tensors that cover the memory of the weights of ``model``."""
+    """Plain tensors that together cover the memory of the weights of ``model``."""
     for weight in model.parameters():
         yield from weight.matrix.parts() if isinstance(weight, PackedTensor) else (weight.detach(),)
 
 
 def place_of(tensor: Any) -> tuple[Any, ...]:
-    """Location and type of a weight's values; equal as long as they are not moved."""
-    if isinstance(tensor, PackedTensor):  # its tensor attributes are slow, computed in Python
+    """A key of the location and type of a weight's values; it changes when they are moved."""
+    if isinstance(tensor, PackedTensor):  # slow: its tensor attributes run Python
         return id(tensor.matrix), tensor.neurons
     return tensor.data_ptr(), tensor.dtype, tensor.device
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """The arguments that an operation writes to."""
+    """The arguments to which an operation writes."""
     if func._schema.is_mutable:
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -195,7 +196,7 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
 
 
 def _computed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The result of ``func`` by its rule in ``RULES``, or on dequantised weights."""
+    """The result of ``func``, computed by its rule in ``RULES`` or with dequantised weights."""
     rule = None if "out" in kwargs else RULES.get(func.overloadpacket)
     result = NotImplemented if rule is None else rule(*args, **kwargs)
     if result is not NotImplemented:
@@ -205,6 +206,7 @@ def _computed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of values that the kernels return, before conversion to ``dtype``."""
     return dtype if dtype == torch.bfloat16 else torch.float32
 
 
@@ -224,7 +226,7 @@ def _transposed(weight: PackedTensor, first: int, second: int) -> Any:
 
 
 def _product(x: Tensor, weight: Any, transposed: bool = False) -> Any:
-    """x [n, N] times weight [N, M]; or, ``transposed``, times the transpose of weight [M, N]."""
+    """x [n, N] times weight [N, M]; if ``transposed``, times the transpose of weight [M, N]."""
     if not isinstance(weight, PackedTensor) or isinstance(x, PackedTensor):
         return NotImplemented
     if x.dtype != weight.dtype or _has_gradients(x):
@@ -233,12 +235,12 @@ def _product(x: Tensor, weight: Any, transposed: bool = False) -> Any:
 
 
 def _has_gradients(x: Tensor) -> bool:
-    """Whether gradients of ``x`` are computed; the kernels' 8-bit inputs would blur them."""
+    """Whether gradients of ``x`` are computed; the kernels' 8-bit inputs would distort them."""
     return (x.requires_grad and torch.is_grad_enabled()) or torch._C._current_graph_task_id() >= 0
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` on a 2-D input: with a 3-D input torch would copy the whole weight."""
+    """``F.linear`` with x as a matrix, because torch would copy the weight for a 3-D input."""
     rows = x.reshape(-1, x.shape[-1])
     y: Any = _product(rows, weight, transposed=True)
     if y is NotImplemented:
@@ -269,7 +271,7 @@ def _looked_up(weight: Any, ids: Tensor, *_: Any) -> Any:
 
 
 def _selected(weight: Any, dim: int, ids: Tensor) -> Any:
-    """``weight.index_select(dim, ids)`` where ``dim`` selects rows of the stored matrix."""
+    """``weight.index_select(dim, ids)``, if that selects rows of the stored matrix."""
     if not isinstance(weight, PackedTensor) or weight.neurons != (dim % 2 == 1):
         return NotImplemented
     return weight.rows(ids).t() if weight.neurons else weight.rows(ids)
@@ -306,14 +308,14 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     _aten.index: _indexed,
     _aten.slice: _sliced,
 }
-"""Operations that do not dequantise the whole matrix."""
+"""Rules for operations; if a rule returns ``NotImplemented``, the matrix is dequantised."""
 
 
 def pack(weight: Tensor, kind: str, order: str = "rows") -> PackedTensor:
-    """``weight`` [N, M] rounded to blocks of ``kind``, as llama.cpp rounds.
+    """``weight`` [N, M], rounded to blocks of type ``kind`` as llama.cpp rounds.
 
-    ``order``: its memory layout, one of ``ORDERS``.  Raises ``ConfigError`` for a kind without
-    rounding, for rows whose length is not a multiple of 32, and for weights with inf or NaN.
+    ``order``: the memory layout, one of ``ORDERS``.  Raises ``ConfigError`` if ``kind`` is not in
+    ``ROUNDED``, if M is not a multiple of 32, or if a weight is inf or NaN.
     """
     if kind not in ROUNDED:
         raise ConfigError(f"weights cannot be rounded to {kind}; choose {', '.join(ROUNDED)}")

@@ -1,4 +1,7 @@
-"""Models with low-bit weights: read from a GGUF file (kept or dequantised), or rounded."""
+"""Builds models from GGUF files (weights stay quantised or are dequantised), and rounds models.
+
+Quantised weights are stored in *blocks*: groups of weights that share a scale.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,9 @@ def load_gguf(
 ) -> nn.Module:
     """The model of a GGUF file, with norms and biases in ``dtype``.
 
-    ``names``: {tensor in the file: parameter of the model}; ``packed``: matrices stay in the
-    file's blocks, else they are dequantised; ``arguments``: for the model, or ``from_pretrained``.
+    ``names``: {tensor in the file: parameter of the model}.  ``packed``: True if matrices stay
+    quantised; otherwise they are dequantised.  ``arguments``: further arguments for
+    ``from_config`` if ``packed``, else for ``from_pretrained``.
     """
     file = read_gguf(path)
     stored, tensors = ARCHITECTURES[file.architecture], file.of(names)
@@ -43,8 +47,8 @@ def load_gguf(
 
     def weight(target: str) -> Tensor:
         module = model.get_submodule(target.rpartition(".")[0])
-        laid = order(module) if packed else None
-        return _weight(tensors[target], stored, config, dtype, laid, by_inputs=is_by_inputs(module))
+        kept = order(module) if packed else None
+        return _weight(tensors[target], stored, config, dtype, kept, by_inputs=is_by_inputs(module))
 
     if not packed:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -65,7 +69,7 @@ def load_gguf(
 
 
 def _refuse_saving(model: Any) -> None:
-    """Make ``save_pretrained`` fail at once: it would write files before it reaches the blocks."""
+    """Make ``save_pretrained`` raise an error before it has written any file."""
     if any(isinstance(weight, PackedTensor) for weight in model.parameters()):
         model.save_pretrained = _not_saved
 
@@ -85,8 +89,8 @@ def _weight(
 ) -> Tensor:
     """One weight of a file, in transformers' order.
 
-    ``order``: memory layout of a matrix that stays in blocks, None: it is dequantised;
-    ``by_inputs``: transformers stores the matrix [in, out], the file [out, in].
+    ``order``: memory layout of a matrix that stays quantised; None to dequantise it.
+    ``by_inputs``: True if transformers stores the matrix [in, out]; the file stores [out, in].
     """
     if order and tensor.kind in BLOCKS and len(tensor.shape) == 2:
         rows, columns = tensor.shape
@@ -104,7 +108,7 @@ def _weight(
         values = values.float() - 1
     transposed = by_inputs and values.dim() == 2  # biases are not transposed
     weight = (values.t() if transposed else values).to(dtype)
-    # copied, because memory of the file or of numpy cannot have huge pages
+    # cloned, because mapped files and numpy's memory cannot be moved to huge pages
     return weight.clone(memory_format=torch.contiguous_format)
 
 
@@ -117,7 +121,7 @@ def _check_finite(tensor: StoredTensor, what: str, *values: Tensor) -> None:
 
 
 def _by_halves(rows: Tensor, name: str, config: Any) -> Tensor:
-    """Rows of q and k in transformers' order: by halves of each head, not by rotary pairs."""
+    """Rows in transformers' order: in q and k, the rows of a rotary pair are half a head apart."""
     if ".attn_q." not in name and ".attn_k." not in name:
         return rows
     heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
@@ -128,12 +132,12 @@ def _by_halves(rows: Tensor, name: str, config: Any) -> Tensor:
 def _ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
     try:
         return describe(model).blocks
-    except UnsupportedModel:  # pruning it reports the reason
+    except UnsupportedModel:  # an attempt to prune the model reports the reason
         return ()
 
 
 def _orders(model: nn.Module) -> Callable[..., str]:
-    """A function from the modules that share a matrix to the memory layout of that matrix."""
+    """A function that returns the memory layout of a matrix, given the modules that share it."""
     blocks = _ffn_blocks(model)
     orders = {id(block.down): "neurons" for block in blocks}
     # the second half of a fused matrix would begin in the middle of a tile
@@ -143,16 +147,18 @@ def _orders(model: nn.Module) -> Callable[..., str]:
 
 
 def round_weights(model: nn.Module, kind: str) -> list[str]:
-    """Round the matrices of ``model`` to blocks, in place; return the names of those unchanged.
+    """Round the matrices of ``model`` to block type ``kind``, in place.
 
-    A matrix whose rows do not divide into blocks of 32 is not rounded; nor are the others of its
-    FFN.
+    Returns the names of matrices that are not rounded: those whose rows do not divide into blocks
+    of 32, and all matrices of an FFN that contains one of those.
     """
     blocks, order = _ffn_blocks(model), _orders(model)
-    mixed = [m for block in blocks if _is_odd(*block.projections) for m in block.projections]
+    excluded = [
+        m for block in blocks if _has_partial_blocks(*block.projections) for m in block.projections
+    ]
     unchanged = []
     for names, modules in _matrices(model):
-        if _is_odd(*modules) or any(module in mixed for module in modules):
+        if _has_partial_blocks(*modules) or any(module in excluded for module in modules):
             unchanged += names
             continue
         _put(pack(matrix_of(modules[0]), kind, order(*modules)), modules)
@@ -168,13 +174,13 @@ def _put(matrix: Tensor, modules: Sequence[Any]) -> None:
         module.weight = parameter
 
 
-def _is_odd(*modules: nn.Module) -> bool:
-    """Whether the rows of one of the modules do not divide into blocks."""
+def _has_partial_blocks(*modules: nn.Module) -> bool:
+    """Whether a module's rows do not divide into blocks of 32."""
     return any(matrix_of(module).shape[1] % 32 for module in modules)
 
 
 def _matrices(model: nn.Module) -> list[tuple[list[str], list[nn.Module]]]:
-    """Names and modules by the matrix that they share; without position embeddings."""
+    """For each matrix, the names and modules that share it; without position embeddings."""
     matrices: dict[int, tuple[list[str], list[nn.Module]]] = {}
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
@@ -186,7 +192,7 @@ def _matrices(model: nn.Module) -> list[tuple[list[str], list[nn.Module]]]:
 
 
 def empty_model(config: Any, **arguments: Any) -> nn.Module:
-    """The model without weights, but with its buffers and its tied embeddings."""
+    """A model without weights, but with its buffers and tied embeddings."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -204,7 +210,10 @@ def tie_embeddings(model: Any, config: Any) -> None:
 
 
 def check_fit(file: str, model: nn.Module, tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise ``LoadError`` for tensors that do not fit the model, before any is read."""
+    """Raise ``LoadError`` if the tensors do not fit the model; no tensor is read.
+
+    ``tensors``: {parameter of the model: tensor in the file}.
+    """
     for target, tensor in tensors.items():
         expected = tuple(model.get_parameter(target).shape)
         if len(expected) == 2 and is_by_inputs(model.get_submodule(target.rpartition(".")[0])):
@@ -225,21 +234,21 @@ def check_fit(file: str, model: nn.Module, tensors: Mapping[str, StoredTensor]) 
         )
 
 
-# Rounded copies of a model that run in its dtype, to compare pruning with quantisation.
+# Copies of a model with rounded weights, stored dequantised: to compare pruning and quantisation.
 
 GROUP = 32
-"""Number of weights that share a float16 scale."""
+"""Number of adjacent weights that share a float16 scale."""
 
 CHUNK = 1 << 22
-"""Weights that are rounded at a time."""
+"""About how many weights are rounded at a time."""
 
 TRIES = 19
-"""How many scales are tried for a group, around the scale that fits its largest weight."""
+"""How many scales are tried per group, near the one that maps its largest weight to a level."""
 
 
 @dataclass(frozen=True)
 class RoundedModel:
-    """A rounded copy, the facts of its weight format, and notes for readers."""
+    """A copy with rounded weights, metadata of its weight format, and notes for the reader."""
 
     model: Any
     facts: dict[str, Any]
@@ -249,9 +258,9 @@ class RoundedModel:
 def round_weights_to(model: Any, bits: int, ffn: bool) -> RoundedModel:
     """A copy of ``model`` whose weights are rounded to ``bits`` bits by ``round_symmetric``.
 
-    ``ffn``: only the projections of the FFNs, which methods prune; else every linear layer, and
-    token embedding and head to at least 8 bits.  Matrices whose rows are not a multiple of 32
-    weights stay in the model's dtype.
+    ``ffn``: True to round only the projections of the FFNs, which methods prune.  Otherwise every
+    linear layer is rounded, and token embedding and head to at least 8 bits.  Matrices whose row
+    length is not a multiple of 32 stay in the model's dtype.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError("an offloaded model cannot be quantised: load it without a device map")
@@ -259,12 +268,12 @@ def round_weights_to(model: Any, bits: int, ffn: bool) -> RoundedModel:
     ends = (rounded.get_input_embeddings(), rounded.get_output_embeddings())
     projections = [part for block in describe(rounded).blocks for part in block.projections]
     sizes: dict[int, int] = {}
-    kept: list[str] = []
+    unchanged: list[str] = []
     for names, modules in _matrices(rounded):
         if ffn and modules[0] not in projections:
             continue
-        if _is_odd(*modules):
-            kept += names
+        if _has_partial_blocks(*modules):
+            unchanged += names
             continue
         rows = matrix_of(modules[0]).detach()
         width = max(8, bits) if any(module in ends for module in modules) else bits
@@ -275,27 +284,27 @@ def round_weights_to(model: Any, bits: int, ffn: bool) -> RoundedModel:
         "weight_bits": bits,
         "weight_format": f"symmetric {bits} bits",
     }
-    part = " (FFNs alone)" if ffn else " (token embedding and head 8 bits)" if bits < 8 else ""
+    part = " (only FFNs)" if ffn else " (token embedding and head to 8 bits)" if bits < 8 else ""
     notes = [
-        f"weights rounded to symmetric {bits} bits{part}; the model runs dequantised, bytes are "
-        "those of the format"
+        f"weights rounded to symmetric {bits} bits{part}; the model runs dequantised, but bytes "
+        "are counted as in the rounded format"
     ]
-    if kept:
+    if unchanged:
         notes.append(
-            f"{len(kept)} matrices stay in the model's dtype, such as {kept[0]}: their "
-            f"rows are not a multiple of {GROUP} weights"
+            f"{len(unchanged)} matrices stay in the model's dtype, such as {unchanged[0]}: the "
+            f"length of their rows is not a multiple of {GROUP}"
         )
     before = checkpoint_facts(model)["file_quantisation"]
     if before not in (None, "none"):
-        notes.append(f"the checkpoint's weights had already been rounded to another grid: {before}")
+        notes.append(f"the checkpoint's weights had already been quantised: {before}")
     return RoundedModel(rounded, facts, tuple(notes))
 
 
 def round_symmetric(rows: Tensor, bits: int) -> Tensor:
-    """rows [n, m] rounded to levels -2^(bits - 1) to 2^(bits - 1) - 1 times a float16 scale.
+    """rows [n, m], rounded to levels -2^(bits - 1) to 2^(bits - 1) - 1 times a float16 scale.
 
-    Every 32 weights share the scale with the least squared error; m is a multiple of 32.  The
-    result keeps dtype and device.
+    Every 32 weights share a scale: of those tried, the one with the least squared error.  m must be
+    a multiple of 32.  The result has the dtype and device of ``rows``.
     """
     pieces = torch.split(rows, max(1, CHUNK // rows.shape[1]))
     return torch.cat([_with_best_scales(piece, bits) for piece in pieces])

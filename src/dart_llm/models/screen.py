@@ -1,9 +1,9 @@
-"""A screened output head: rough scores for all tokens, exact scores for the few best of them.
+"""A screened output head: rough scores for all vocabulary entries, exact scores for the best few.
 
-The head's rows are projected onto the eigenvectors of E[h h'], where h are hidden states, and
-stored at 4 bits.  Every step reads only the directions in which its hidden state is large.  Tokens
-whose rough score is within a threshold of the best are scored again by the head itself; the others
-keep their rough scores.
+The *screen* is a 4-bit copy of the head, whose rows are projected onto the eigenvectors
+(*directions*) of E[h h'], where h are hidden states.  A step reads only the directions in which its
+hidden state is large.  Entries whose rough score is within a threshold of the best are scored again
+by the head itself; the others keep their rough scores.
 """
 
 from __future__ import annotations
@@ -20,37 +20,38 @@ from dart_llm.errors import ConfigError
 from dart_llm.models.packed import PackedTensor
 
 RUN, UNIT, GROUP = 4096, 64, 32
-"""Vocabulary entries stored adjacently; entries of a unit; directions rounded together."""
+"""Vocabulary entries per run (stored together); entries per unit of a run; directions that share a
+scale when a hidden state is rounded."""
 
 MIDDLE, LEVELS = 7.5, 16
-"""A weight is its scale times (its level - ``MIDDLE``)."""
+"""A weight is its scale times (level - ``MIDDLE``), with levels 0 to ``LEVELS`` - 1."""
 
 STEPS = (0.28, 0.335, 0.40)
-"""Level spacings to try, in standard deviations of a row; 0.335 suits a Gaussian."""
+"""Spacings of levels to try, in standard deviations of a row; 0.335 suits a Gaussian."""
 
 SHARE_OF_SCREEN = 0.6
-"""Fraction of the bytes to read that rough scores use; exact rows use the rest."""
+"""Fraction of the bytes per token that rough scores may use; exact scores use the rest."""
 
 WIDEST, BINS = 64.0, 4096
-"""The largest threshold, since a token so far below the best cannot be selected; histogram bins."""
+"""Largest threshold (tokens further below the best cannot be selected), and bins of a histogram."""
 
 SAMPLED, FEW = 256, 16
-"""Hidden states from which a threshold is set; how many of them are scored at a time."""
+"""About how many hidden states set a threshold, and how many of them are scored at a time."""
 
 CHUNK = 1 << 24
 """About how many weights are projected at a time."""
 
 
 def fixed_bytes(words: int, hidden: int) -> int:
-    """Bytes that every token reads: the basis and one scale per vocabulary entry, both float32."""
+    """Bytes that each token reads of the basis and of one scale per vocabulary entry (float32)."""
     return 4 * (hidden * hidden + words)
 
 
 def keep_of(share: float, words: int, hidden: int, nbytes: float) -> int:
-    """How many directions a token reads, so that it reads ``share`` of the ``nbytes`` of a head.
+    """Number of directions to read per token, so that it reads ``share`` of a head's ``nbytes``.
 
-    The head is [words, hidden]; the result is a multiple of 8.  Raises ``ConfigError`` where fewer
-    than ``GROUP`` directions fit, and where ``hidden`` is not a multiple of 8.
+    The head is [words, hidden], and the result is a multiple of 8.  Raises ``ConfigError`` if fewer
+    than ``GROUP`` directions fit, or if ``hidden`` is not a multiple of 8.
     """
     room = SHARE_OF_SCREEN * share * nbytes - fixed_bytes(words, hidden)
     keep = min(int(room / (words / 2)), hidden) // 8 * 8
@@ -63,7 +64,7 @@ def keep_of(share: float, words: int, hidden: int, nbytes: float) -> int:
 
 
 def directions_of(states: Tensor) -> Tensor:
-    """Eigenvectors of E[h h'] as rows [D, D] float32, by falling eigenvalue; states [n, D]."""
+    """Eigenvectors of E[h h'] as rows [D, D] float32, largest eigenvalue first; states [n, D]."""
     h = states.double()
     _, vectors = torch.linalg.eigh(h.t() @ h / len(h))
     directions: Tensor = vectors.flip(1).t().float().contiguous()
@@ -72,13 +73,14 @@ def directions_of(states: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Screen:
-    """Rough scores of V tokens: ``by[v] * sum over i of (levels[v, i] - 7.5) * (basis h)[i]``.
+    """Computes a rough score of each vocabulary entry v, given a hidden state h.
 
-    ``basis``: [D, D] float32, eigenvectors times the RMS of the rows along them.  ``levels``:
-    [V / 4096, D, 2048] uint8, two per byte, see ``Directions`` in native/csrc/packed.h.  ``by``:
-    [V] float32, padded to whole runs.  ``words``: V.  ``keep``: how many directions a token reads:
-    those with the largest ``basis h``.  ``threshold``: tokens whose rough score is this close to
-    the best are scored exactly.
+    The score is ``by[v] * sum over i of (levels[v, i] - 7.5) * (basis h)[i]``.  ``basis``: [D, D]
+    float32, eigenvectors times the RMS of the head's rows along them.  ``levels``: [V / 4096, D,
+    2048] uint8, two levels per byte; see ``Directions`` in native/csrc/packed.h.  ``by``: [V]
+    float32 scales, padded to whole runs.  ``words``: V.  ``keep``: number of directions that a
+    token reads, those with the largest absolute ``basis h``.  ``threshold``: entries whose rough
+    score is at most this far below the best are scored exactly.
     """
 
     basis: Tensor
@@ -92,23 +94,24 @@ class Screen:
     def of(
         cls, weight: Tensor, states: Tensor, share: float, nbytes: float | None = None
     ) -> Screen:
-        """The screen of a head [V, D] with which a token reads ``share`` of its bytes in total.
+        """A screen of the head ``weight`` [V, D].
 
-        ``states`` [n, D]: inputs of the head, over which the share is averaged.  ``nbytes``: stored
-        size of the head, by default that of ``weight``.  Raises what ``keep_of`` raises.
+        On average over ``states`` [n, D], which are inputs of the head, a token reads ``share`` of
+        the head's bytes in total.  ``nbytes``: stored size of the head, by default that of
+        ``weight``.  Raises ``ConfigError`` as ``keep_of`` does.
         """
         nbytes = float(weight.nbytes) if nbytes is None else nbytes
         words, hidden = weight.shape
         keep = keep_of(share, words, hidden, nbytes)
         axes = directions_of(states).to(weight.device)
         screen = cls(*_projected(weight, axes, states), words, keep, WIDEST)
-        some = torch.split(states[:: max(1, len(states) // SAMPLED)], FEW)
-        rough = (screen.rough(few.to(weight.device)) for few in some)
+        batches = torch.split(states[:: max(1, len(states) // SAMPLED)], FEW)
+        rough = (screen.rough(batch.to(weight.device)) for batch in batches)
         rows = (share - screen.nbytes() / nbytes) * words
         return replace(screen, threshold=threshold_for(rough, rows))
 
     def rough(self, h: Tensor) -> Tensor:
-        """Scores [n, V] float32 of hidden states h [n, D]."""
+        """Rough scores [n, V] float32 of hidden states h [n, D]."""
         along = self.along(F.linear(h.float(), self.basis))
         parts = []
         for at, levels in enumerate(self.levels):
@@ -117,7 +120,7 @@ class Screen:
         return torch.cat(parts, 1)[:, : self.words]
 
     def along(self, z: Tensor) -> Tensor:
-        """The ``keep`` largest of ``z`` [n, D], rounded to 8 bits in groups of 32; the others 0."""
+        """The ``keep`` largest of z [n, D], rounded to 8 bits in groups of 32; the others are 0."""
         ids = z.abs().topk(self.keep, -1, sorted=False).indices.sort(-1).values
         groups = F.pad(z.gather(1, ids), (0, -self.keep % GROUP)).reshape(len(z), -1, GROUP)
         scales = groups.abs().amax(-1, keepdim=True) / 127
@@ -125,7 +128,7 @@ class Screen:
         return torch.zeros_like(z).scatter(1, ids, (levels * scales).flatten(1)[:, : self.keep])
 
     def near(self, rough: Tensor) -> Tensor:
-        """The tokens to score exactly, [n, V] bool."""
+        """[n, V] bool: True for the entries to score exactly."""
         return rough >= rough.amax(-1, keepdim=True) - self.threshold
 
     def nbytes(self) -> int:
@@ -138,9 +141,9 @@ class Screen:
 
 
 def threshold_for(rough: Iterable[Tensor], rows: float) -> float:
-    """The largest gap below the best score that at most ``rows`` tokens fall within on average.
+    """The largest threshold with which, on average, at most ``rows`` entries are scored exactly.
 
-    ``rough``: batches of scores [n, V].
+    ``rough``: batches of rough scores [n, V].
     """
     counts, steps = torch.zeros(BINS, dtype=torch.float64), 0
     for scores in rough:
@@ -152,10 +155,10 @@ def threshold_for(rough: Iterable[Tensor], rows: float) -> float:
 
 
 def _projected(weight: Tensor, axes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``basis``, ``levels`` and ``by`` of a head [V, D] along ``axes`` [D, D], rows of unit length.
+    """``basis``, ``levels`` and ``by`` for a head [V, D]; the rows of axes [D, D] have length 1.
 
-    There is one scale per token and one per direction.  Errors along a direction are weighted by
-    the mean square of the states [n, D] along it.
+    Each vocabulary entry and each direction has a scale.  Rounding errors along a direction are
+    weighted by the mean square of the states [n, D] along it.
     """
     squares = torch.zeros(len(axes), device=axes.device)
     for piece in _pieces(weight):
@@ -166,14 +169,14 @@ def _projected(weight: Tensor, axes: Tensor, states: Tensor) -> tuple[Tensor, Te
     levels, by = [], []
     for piece in _pieces(weight):
         piece_levels, scales = _rounded(F.linear(piece.float(), axes) / sizes, strength)
-        whole = (0, 0, 0, -len(piece_levels) % RUN)
-        levels += [_packed(run) for run in torch.split(F.pad(piece_levels, whole), RUN)]
-        by.append(F.pad(scales, whole[2:]))
+        padding = (0, 0, 0, -len(piece_levels) % RUN)
+        levels += [_packed(run) for run in torch.split(F.pad(piece_levels, padding), RUN)]
+        by.append(F.pad(scales, padding[2:]))
     return basis, torch.stack(levels), torch.cat(by)
 
 
 def _rounded(rows: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels [n, D] uint8 and scales [n] of ``rows`` [n, D]; ``strength`` [D]: error weights."""
+    """Levels [n, D] uint8 and scales [n] of ``rows``; ``strength`` [D] weights squared errors."""
     spread = rows.square().mean(1, keepdim=True).sqrt()
     spread = spread.clamp_min(torch.finfo(torch.float32).tiny)
     best = torch.full_like(spread[:, 0], -torch.inf)
@@ -182,7 +185,7 @@ def _rounded(rows: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
         tried = (rows / (spread * step) + MIDDLE).round_().clamp_(0, LEVELS - 1)
         centred = tried - MIDDLE
         fit, norm = (rows * centred) @ strength, centred.square() @ strength
-        gained = fit.square() / norm  # with the scale fit / norm the error is lower by this
+        gained = fit.square() / norm  # with scale fit / norm, the squared error falls by this
         better = gained > best
         levels = torch.where(better[:, None], tried, levels)
         scales = torch.where(better, fit / norm, scales)
@@ -191,13 +194,13 @@ def _rounded(rows: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _places() -> Tensor:
-    """Position of each vocabulary entry in its unit: the kernels read four directions at once."""
+    """Position of each entry in its unit; with this order kernels read four directions at once."""
     word = torch.arange(UNIT)
     return word % 16 // 4 * 16 + word // 16 * 4 + word % 4
 
 
 def _packed(levels: Tensor) -> Tensor:
-    """Levels [RUN, D] uint8 of a run of vocabulary entries as [D, RUN / 2], two per byte."""
+    """Levels [RUN, D] uint8 of a run, packed two per byte as [D, RUN / 2]."""
     units = levels.t().reshape(-1, RUN // (2 * UNIT), 2, UNIT)
     units = units[..., _places().argsort().to(levels.device)]
     return (units[:, :, 0] | units[:, :, 1] << 4).flatten(1).contiguous()

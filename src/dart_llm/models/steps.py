@@ -1,4 +1,7 @@
-"""Inputs of a native whole decode step: a table of model types, and the weights of one model."""
+"""Inputs of a native whole step: a table of model types, and the weights of one model.
+
+A native whole step decodes one token per row in a single call of C++.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,15 @@ from dart_llm.models.packed import PackedTensor
 class Family:
     """The parts of a decode step of one model type, by transformers' names.
 
-    ``before``: norms of the residual stream before attention and FFN; ``after``: norms of their
-    outputs; "" for none.  ``last_norm``: norm of the decoder.  ``offset``: number that a norm adds
-    to its weight before it multiplies in float32; None: the weight multiplies in its own dtype.
-    ``qkv``: names of the three projections, or of the fused projection; ``by_heads``: the fused
-    projection stores q, k and v head by head.  ``over_all``: norms of q and k cover all heads
-    together.  ``slides``: the configuration's window is for all layers, unless it lists the layers'
-    kinds.  ``kinds``: each kind of layer has its own rotary angles.  ``positions``: the embedding
-    of learned positions.  ``capped``: the configuration's soft cap is for attention scores.
+    ``before``: norms of the residual stream before attention and FFN.  ``after``: norms of the
+    outputs of attention and FFN.  "" means that there is no norm.  ``last_norm``: the decoder's
+    last norm.  ``offset``: number that a norm adds to its weight before it multiplies in float32;
+    None if the weight multiplies in its own dtype.  ``qkv``: names of the three projections, or of
+    the fused projection.  ``by_heads``: True if the fused projection has q, k and v head by head.
+    ``over_all``: True if the norms of q and k cover all heads together.  ``slides``: True if all
+    layers have the configuration's window, unless ``layer_types`` says otherwise.  ``kinds``: True
+    if each layer type has its own rotary angles.  ``positions``: embedding of learned positions.
+    ``capped``: True if attention scores have the configuration's soft cap.
     """
 
     before: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
@@ -66,7 +70,7 @@ FAMILIES: dict[str, Family] = {
 """The model types that whole steps support, by the configuration's ``model_type``."""
 
 STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
-"""Kinds of rotary embedding whose angles depend only on the position."""
+"""Types of rotary embedding whose angles depend only on the position."""
 
 
 class Norm(NamedTuple):
@@ -78,7 +82,7 @@ class Norm(NamedTuple):
     centred: bool
 
     def of(self, x: Tensor) -> Tensor:
-        """``x`` normalised over the last dimension in float32, rounded where the model rounds."""
+        """x, normalised over the last dimension in float32, and rounded where the model rounds."""
         if self.centred:
             return F.layer_norm(x, x.shape[-1:], self.factor, self.bias, self.eps)
         wide = x.float()
@@ -90,11 +94,11 @@ class Norm(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerParts:
-    """One layer of a step.  ``before``, ``after``: norms as in ``Family``, None for none.
+    """Attention weights and norms of one layer.  ``before``, ``after``: norms as in ``Family``.
 
-    ``qkv``: one or three matrices [., D]; ``biases``: their biases, None for none.  ``window``:
-    positions that a token sees, including itself, None for all.  ``table``: index of the layer's
-    rotary angles in ``StepParts.tables``, None without rotary embeddings.
+    ``qkv``: one or three matrices [., D].  ``biases``: their biases or None.  ``head_norms``: norms
+    of q and k.  ``window``: number of positions that a token sees, including itself; None for all.
+    ``table``: index of the layer's rotary angles in ``StepParts.tables``; None if it has none.
     """
 
     before: tuple[Norm | None, Norm | None]
@@ -110,11 +114,13 @@ class LayerParts:
 
 @dataclass(frozen=True)
 class StepParts:
-    """Sizes and weights.  ``sizes``: D, H, K, S, I, V, R (rotated values of a head of size S).
+    """Sizes and weights of a model, without its FFNs.
 
-    ``embedding_scale``: factor of the embedding's rows, rounded as in the model; ``attention_cap``,
-    ``logits_cap``: c of c tanh(x / c), 0 for none; ``parallel``: FFN and attention read the same
-    residual stream; ``tables``: kinds of layers with different rotary angles, or a single "".
+    ``sizes``: D (hidden size), H heads, K key-value heads, S (size of a head), I neurons, V tokens
+    of the vocabulary, R (rotated values per head).  ``embedding_scale``: factor of the embedding's
+    rows, rounded as in the model.  ``attention_cap``, ``logits_cap``: c of the soft cap
+    c tanh(x / c), or 0.  ``parallel``: True if FFN and attention read the same residual stream.
+    ``tables``: the layer types with their own rotary angles, or a single "" if all share them.
     """
 
     family: Family
@@ -135,12 +141,12 @@ class StepParts:
 
     @property
     def windows(self) -> list[int | None]:
-        """Attention window of each layer; None: unlimited."""
+        """Attention window of each layer; None means all positions."""
         return [layer.window for layer in self.layers]
 
 
 def step_unsupported_reason(model: Any) -> str | None:
-    """Why ``model`` cannot be decoded by native whole steps; None if it can."""
+    """Why native whole steps cannot decode ``model``, as a clause; None if they can."""
     _, _, text = decoder_layers(model)
     if text.model_type not in FAMILIES:
         return f"is a {text.model_type} model, not one of {', '.join(sorted(FAMILIES))}"
@@ -149,11 +155,12 @@ def step_unsupported_reason(model: Any) -> str | None:
         return "has no language-model head, or its head has a bias"
     if getattr(model.get_input_embeddings(), "max_norm", None) is not None:
         return "has an embedding with max_norm, which changes its weights at every use"
-    return _odd_attention(text, FAMILIES[text.model_type]) or _odd_modules(model)
+    family = FAMILIES[text.model_type]
+    return _attention_unsupported_reason(text, family) or _modules_unsupported_reason(model)
 
 
-def _odd_attention(text: Any, family: Family) -> str | None:
-    """The first feature of a configuration's attention that steps do not support; None if none."""
+def _attention_unsupported_reason(text: Any, family: Family) -> str | None:
+    """The first feature of the attention that steps do not support; None if they support all."""
     rope = getattr(text, "rope_parameters", None) or {}
     nested = [settings for settings in rope.values() if isinstance(settings, dict)]
     for settings in nested or [rope]:
@@ -169,14 +176,14 @@ def _odd_attention(text: Any, family: Family) -> str | None:
     return None
 
 
-def _odd_modules(model: Any) -> str | None:
+def _modules_unsupported_reason(model: Any) -> str | None:
     """The first reason why steps cannot read a model's modules and weights; None if they can."""
     tensors = [*model.parameters()]
     kinds = {type(t) for t in (*tensors, *model.buffers())}
     if kinds - {Tensor, nn.Parameter, PackedTensor}:
         return "has weights of an unknown tensor class"
     if len({(p.device, p.dtype) for p in tensors}) > 1 or not tensors[0].is_floating_point():
-        return "has weights of several dtypes or devices, or not in floating point"
+        return "has weights that differ in dtype or device, or are not floating-point"
     if tensors[0].device.type != "cpu":
         return "is not on the CPU"
     if tensors[0].dtype not in (torch.float32, torch.bfloat16):
@@ -190,21 +197,21 @@ def _odd_modules(model: Any) -> str | None:
     for name in ("variance_epsilon", "eps", "scaling"):
         if len({m.__dict__[name] for m in modules if name in m.__dict__}) > 1:
             return f"has layers that differ in their {name}"
-    return None if _fits(model) else "has weights whose shapes or layouts differ from its type's"
+    return None if _fits(model) else "has weights with other shapes or layouts than its model type"
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether class and forward of a module are transformers' or torch's."""
+    """Whether the class and the forward of a module are from transformers or torch."""
     patched = module.__dict__.get("forward")
     original = patched is None or isinstance(patched, Replacement)
-    if not original or "parametrizations" in module._modules:  # weights computed at every use
+    if not original or "parametrizations" in module._modules:  # computed at every use
         return False
     names = type(module).__module__, forward_of(module)[0].__module__
     return all(name.startswith(HOMES) for name in names)
 
 
 def _fits(model: Any) -> bool:
-    """Whether ops.cpp can read all weights: contiguous rows, the same shapes in every layer."""
+    """Whether ops.cpp can read all weights: rows are contiguous, and layers have equal shapes."""
     try:
         parts = step_parts(model)
     except AttributeError:  # a module is missing
@@ -225,7 +232,7 @@ def _fits(model: Any) -> bool:
         matrices = [*layer_parts.qkv, layer_parts.out, *(matrix_of(module) for module in ffns)]
         if [tuple(t.shape) for t in matrices] != expected:
             return False
-        if not all(_in_one_piece(module) for module in (*attention, *ffns[:-1])):
+        if not all(_has_contiguous_rows(module) for module in (*attention, *ffns[:-1])):
             return False
     ends = (parts.embedding, parts.head, parts.norm.factor)
     return len(parts.embedding) >= vocabulary and all(t.is_contiguous() for t in ends)
@@ -238,14 +245,14 @@ def _attention_of(layer: nn.Module, names: LayerNames, family: Family) -> list[A
     return [getattr(attention, name) for name in (*family.qkv, out)]
 
 
-def _in_one_piece(module: Any) -> bool:
+def _has_contiguous_rows(module: Any) -> bool:
     weight = module.weight
-    # an attached model already stores its rows contiguously
+    # the second layout is that of a Conv1D in an attached model
     return weight.is_contiguous() or (is_by_inputs(module) and weight.t().is_contiguous())
 
 
 def attention_by_inputs(model: Any) -> list[nn.Module]:
-    """The attention projections that store their weights by inputs, of a model with steps."""
+    """The attention projections that store weights as [in, out]; steps must support the model."""
     layers, names, text = decoder_layers(model)
     family = FAMILIES[text.model_type]
     projections = [module for layer in layers for module in _attention_of(layer, names, family)]
@@ -253,7 +260,7 @@ def attention_by_inputs(model: Any) -> list[nn.Module]:
 
 
 def step_parts(model: Any) -> StepParts:
-    """The parts of a model for which ``step_unsupported_reason`` is None."""
+    """The inputs of a step; ``step_unsupported_reason(model)`` must be None."""
     layers, names, text = decoder_layers(model)
     family = FAMILIES[text.model_type]
     decoder: Any = decoder_of(model)
@@ -341,7 +348,7 @@ def _norm(family: Family, module: Any) -> Norm | None:
 
 
 def norms_of(parts: StepParts) -> Iterator[Norm | None]:
-    """The last norm, then for each layer those of its attention, of its FFN, and of q and k."""
+    """The decoder's last norm, then each layer's norms of attention, FFN, q and k."""
     yield parts.norm
     for layer in parts.layers:
         for pair in zip(layer.before, layer.after, strict=True):
@@ -355,7 +362,7 @@ def angles(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [count, tables, R] float32 of positions, rounded as in the model."""
+    """Cosines and sines [count, tables, R] float32 by position, rounded as in the model."""
     if parts.rotary is None:
         return torch.empty(count, 0, 0, device=device), torch.empty(count, 0, 0, device=device)
     positions = torch.arange(count, device=device)[None]

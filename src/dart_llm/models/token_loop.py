@@ -1,9 +1,9 @@
-"""transformers' token loop for one row, greedy or sampled, with less work around each token.
+"""A replacement of transformers' token loop for one row, greedy or sampled, with less overhead.
 
-``generate`` prepares everything and calls a ``TokenLoop`` instead of its ``_sample``.  The loop
-makes the same calls in the same order, so that tokens, random numbers and the inputs of processors,
-criteria and streamers are the same.  It omits the arguments of a forward that a whole step does not
-need, and work without effect.
+``generate`` does its usual preparation and then calls a ``TokenLoop`` instead of ``_sample``.  The
+loop makes the same calls in the same order, so that tokens, random numbers and the inputs of
+processors, criteria and streamers are the same.  It omits work without effect, and arguments that a
+native whole step (one token per row in a single call of C++) does not need.
 """
 
 from __future__ import annotations
@@ -20,40 +20,42 @@ from torch import Tensor
 from dart_llm.models.growing_cache import is_growing
 
 Step = Callable[[Tensor, Any, list[int] | None], Tensor | None]
-"""Logits [1, V] from ids [1, 1] and a cache; None if the model's forward has to run.
+"""A function from ids [1, 1] and a cache to logits [1, V]; None if the model's forward must run.
 
-With a list of token ids it may return the likeliest token [1] int64 that is not in the list.
+Given a list of token ids, it may instead return the likeliest token [1] int64 not in the list.
 """
 
 Processor = Callable[[Tensor, Tensor], Tensor]
-"""Scores [1, V] float32 from ids [1, T] and scores."""
+"""A function from ids [1, T] and scores to new scores [1, V] float32."""
 
 Criterion = Callable[[Tensor, int], Any]
-"""Whether a sequence of ids [1, T] is complete; its last id is also passed as a number."""
+"""A function of ids [1, T] and the last id, as a number: True if the sequence is complete."""
 
 _ARGUMENTS = {"cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}
-"""Arguments of a forward that the loop can update for the next token."""
+"""The arguments of a forward that the loop can update for the next token."""
 
 _EXTRAS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
 def can_stand_in(model: Any, generate: Any) -> bool:
-    """Whether ``generate`` uses transformers' loop and the model overrides none of its methods."""
+    """Whether ``generate`` is transformers', and the model overrides no method of its loop."""
     from transformers import GenerationMixin
 
-    theirs = ("_sample", "_update_model_kwargs_for_generation")
-    # whole steps skip the two names added here, so the instance must not override them
-    names = {*theirs, "prepare_inputs_for_generation", "_has_unfinished_sequences"}
+    loop_methods = ("_sample", "_update_model_kwargs_for_generation")
+    # whole steps skip the two methods added here, so the instance must not override them
+    names = {*loop_methods, "prepare_inputs_for_generation", "_has_unfinished_sequences"}
     if (
         getattr(generate, "__func__", None) is not GenerationMixin.generate
         or names & vars(model).keys()
     ):
         return False
-    return all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in theirs)
+    return all(
+        getattr(type(model), name) is getattr(GenerationMixin, name) for name in loop_methods
+    )
 
 
 class TokenLoop:
-    """A decoding method; ``step`` decodes one token; ``streamer``: argument of ``generate``."""
+    """A custom decoding method for ``generate``; ``step`` decodes one token."""
 
     def __init__(self, step: Step, streamer: Any = None) -> None:
         self._step, self._streamer = step, streamer
@@ -67,7 +69,7 @@ class TokenLoop:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        """What ``_sample`` returns; calls ``_sample`` where this loop does not apply."""
+        """Generate as ``_sample`` does; if this loop cannot be used, call ``_sample``."""
         if not _serves(input_ids, generation_config, model_kwargs):
             return type(model)._sample(
                 model,
@@ -92,7 +94,7 @@ class TokenLoop:
     def _decode(self, sequence: _Sequence, ids: Tensor, processors: Any, criteria: Any) -> Tensor:
         process = _processors(processors)
         scored = sequence.sampled or not all(isinstance(item, _NoEnds) for item in process)
-        ends, foreign = _criteria(criteria)
+        quick_criteria, others = _criteria(criteria)
         token = scores = sequence.prompt(ids)
         while True:
             if scores.is_floating_point():
@@ -104,12 +106,12 @@ class TokenLoop:
                     token = _likeliest(scores)
             ids = torch.cat([ids, token[:, None]], dim=-1)
             number = int(token)
-            over = any(criterion(ids, number) for criterion in ends)
-            if foreign is not None:
-                over |= bool(foreign(ids, None).all())
+            complete = any(criterion(ids, number) for criterion in quick_criteria)
+            if others is not None:
+                complete |= bool(others(ids, None).all())
             if self._streamer is not None:
                 self._streamer.put(token.cpu())
-            if over:
+            if complete:
                 return ids
             token = scores = sequence.next(
                 ids, None if scored else _forbidden(process, ids.shape[1])
@@ -117,16 +119,16 @@ class TokenLoop:
 
 
 def _likeliest(scores: Tensor) -> Tensor:
-    """The first index [1] of the largest of scores [1, V]; numpy is faster than torch's threads."""
+    """The first index [1] of the largest score in [1, V]; numpy is faster than torch's threads."""
     if scores.dtype != torch.float32 or scores.requires_grad or scores.dim() != 2:
         return torch.argmax(scores, dim=-1).reshape(-1)
     return torch.from_numpy(scores.numpy().argmax(-1))
 
 
 class _Sequence:
-    """The sequence being generated; returns float32 logits that processors may modify.
+    """The sequence being generated; its methods return float32 logits that processors may modify.
 
-    ``cache``: of the latest forward.
+    ``cache``: the cache of the latest forward.
     """
 
     def __init__(self, model: Any, step: Step, config: Any, kwargs: dict[str, Any]) -> None:
@@ -137,7 +139,7 @@ class _Sequence:
         self._steps = False
 
     def prompt(self, ids: Tensor) -> Tensor:
-        """Logits [1, V] after the prompt [1, T]."""
+        """The logits [1, V] after the prompt [1, T]."""
         self._prompt = ids.shape[1]
         outputs = self._model._prefill(ids, self._config, self._kwargs, is_first_iteration=True)
         logits = self._read(outputs)
@@ -148,9 +150,9 @@ class _Sequence:
         return logits
 
     def next(self, ids: Tensor, forbidden: list[int] | None) -> Tensor:
-        """Logits [1, V] after ids [1, T], of which all but the last are in the cache.
+        """The logits [1, V] after ids [1, T], of which all but the last are in the cache.
 
-        With ``forbidden``, a step may return the likeliest token [1] except these instead.
+        With ``forbidden``, the result may instead be the likeliest token [1] not in this list.
         """
         if self._steps:
             logits = self._step(ids[:, -1:], self.cache, forbidden)
@@ -172,7 +174,7 @@ class _Sequence:
 
 
 def _serves(ids: Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether this loop can replace ``_sample`` for these arguments."""
+    """Whether this loop can replace ``_sample`` with these arguments."""
     extras = config.return_dict_in_generate and any(getattr(config, name) for name in _EXTRAS)
     if extras or getattr(config, "is_assistant", False):
         return False
@@ -186,25 +188,25 @@ def _serves(ids: Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _processors(processors: Any) -> list[Processor]:
-    """The processors of a list; the list itself would inspect their signatures at every token.
+    """The processors of a list, called directly: the list inspects their signatures at every token.
 
-    Leading processors that forbid end tokens in short sequences become ``_NoEnds``, because those
-    of transformers compare the whole vocabulary at every token, even after the minimum length.
+    Leading processors that enforce a minimum length become ``_NoEnds``, because transformers'
+    processors compare the whole vocabulary at every token, even after the minimum length.
     """
     from transformers import LogitsProcessorList
 
     counts = [len(inspect.signature(processor.__call__).parameters) for processor in processors]
     if type(processors) is not LogitsProcessorList or any(count > 2 for count in counts):
         return [processors]
-    shorter = [_NoEnds.from_processor(processor) for processor in processors]
-    # not after another processor, which may keep the scores that it returned
-    first = shorter.index(None) if None in shorter else len(shorter)
-    return [*shorter[:first], *processors[first:]]
+    replaced = [_NoEnds.from_processor(processor) for processor in processors]
+    # only leading ones: other processors may still use the scores that they returned
+    first = replaced.index(None) if None in replaced else len(replaced)
+    return [*replaced[:first], *processors[first:]]
 
 
 @dataclass(frozen=True)
 class _NoEnds:
-    """Forbids the end tokens ``ends`` in sequences of fewer than ``least`` tokens, in place."""
+    """Forbids end tokens ``ends`` in sequences below ``least`` tokens; modifies scores in place."""
 
     least: int
     ends: list[int]
@@ -230,13 +232,13 @@ class _NoEnds:
 
 
 def _forbidden(process: Sequence[Processor], length: int) -> list[int]:
-    """The tokens that must not come after ``length`` tokens."""
+    """The tokens that must not follow ``length`` tokens."""
     active = [rule for rule in process if isinstance(rule, _NoEnds) and length < rule.least]
     return list(dict.fromkeys(end for rule in active for end in rule.ends))
 
 
 def _criteria(criteria: Any) -> tuple[list[Criterion], Any]:
-    """Criteria that need only the last token or the length, and a list of the others or None."""
+    """Criteria that need only the last token or the length; and a list of the others, or None."""
     from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
     if type(criteria) is not StoppingCriteriaList:

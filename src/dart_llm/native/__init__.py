@@ -1,4 +1,4 @@
-"""The C++ kernels in ``csrc/``, compiled on first use.
+"""The C++ kernels in ``csrc/``, which are compiled on first use.
 
-Start with ``build.py``; ``csrc/ops.cpp`` lists what Python calls.
+Start with ``build.py``.  ``csrc/ops.cpp`` lists the operators that Python calls.
 """

@@ -1,8 +1,8 @@
-"""The native CPU kernels: C++ that is compiled on first use and kept in the cache folder.
+"""Builds and loads the native CPU kernels: C++ code that is compiled on first use.
 
-The only file that builds or loads the kernels.  torch's extension loader builds the library; its
-file name contains a hash of sources, torch's version and kind of CPU, and the library's digest.  A
-damaged library is built again, never loaded.
+No other file builds or loads them.  torch's extension loader compiles the library, which is stored
+in the cache folder.  Its file name contains a hash (of sources, torch's version, machine, flags and
+compiler) and the library's digest.  A damaged library is never loaded but built again.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ WITHOUT = {
     "avx512f": "-DDART_WITHOUT_AVX512",
     "avx_vnni": "-DDART_WITHOUT_AVXVNNI",
 }
-"""Compiler flags that leave out kernels, by the CPU feature that these kernels need."""
+"""Compiler flags that exclude kernels: {CPU feature that the kernels need: flag}."""
 
 CPU = Path("/proc/cpuinfo")
 
 SWITCH = "DART_NATIVE"
-"""Environment variable: ``0`` keeps the native kernels off."""
+"""Environment variable that turns the native kernels off if it is ``0``."""
 
 ELSEWHERE = "the native kernels need Linux"
 
 
 def sources() -> dict[str, str]:
-    """The C++ files by name."""
+    """The C++ source files: {name: text}."""
     folder = resources.files("dart_llm.native") / "csrc"
     names = sorted(file.name for file in folder.iterdir() if file.name.endswith((".h", ".cpp")))
     return {name: (folder / name).read_text(encoding="utf-8") for name in names}
 
 
 def built_name() -> str:
-    """The key of this machine's build."""
+    """The key of the library that is built for these sources on this machine."""
     digest = hashlib.sha256()
     for name, text in sources().items():
         digest.update(f"{name}\n{text}\n".encode())
@@ -65,7 +65,7 @@ def built_name() -> str:
 
 
 def _flags() -> tuple[str, ...]:
-    """The compiler's options; leaves out kernels that this CPU is known not to support."""
+    """The compiler's options, which exclude kernels that this CPU is known not to support."""
     lines = CPU.read_text("utf-8", "replace").splitlines() if CPU.is_file() else []
     has = next((line.split() for line in lines if line.startswith("flags")), list(WITHOUT))
     return (*FLAGS, *(flag for name, flag in WITHOUT.items() if name not in has))
@@ -76,14 +76,14 @@ def _compiler() -> str:
 
 
 def _no_compiler() -> str:
-    """A message if there is no C++ compiler, else ""."""
+    """An error message if there is no C++ compiler, else ""."""
     path = shutil.which(shlex.split(_compiler())[0])
     return "" if path else f"there is no C++ compiler {_compiler()}: install g++, or set CXX"
 
 
 @functools.cache
 def why_not() -> str:
-    """Why the native kernels cannot run here, or "" if they can.  Builds them if necessary."""
+    """Build the kernels if necessary; return why they cannot run here, or "" if they can."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0 keeps the native kernels off"
     if sys.platform != "linux":
@@ -101,7 +101,7 @@ def why_not() -> str:
 
 
 def state(cache_dir: str | None = None) -> str:
-    """The kernels in use, or why there are none, as text; builds nothing."""
+    """The kernels in use, or why there are none, as text; a missing library is not built."""
     if os.environ.get(SWITCH) == "0":
         return f"off ({SWITCH}=0)"
     if cache.find(cache_folder(cache_dir) / "native", built_name(), SUFFIX) is not None:
@@ -124,22 +124,22 @@ def _loads(library: Path) -> bool:
 
 
 def _registered() -> bool:
-    """Whether the operators are registered; a second registration would abort the process."""
+    """Whether the operators are registered: to register them again would abort the process."""
     return hasattr(torch.ops.dart_llm, "cpu")
 
 
 def _reason(error: BaseException) -> str:
-    """The line with the compiler's error, else the first line."""
+    """The first line with a compiler error, or else the first line of the message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     wrong = (line for line in lines if "error:" in line)
     return next(wrong, lines[0] if lines else type(error).__name__)
 
 
 def _build(folder: Path) -> None:
-    """Compile and load, completely or not at all, without waiting for locks of other processes."""
+    """Compile, load and store the library, without waiting for locks of other processes."""
     if missing := _no_compiler():
         raise LoadError(missing)
-    # silences the warning of PyTorch builds for CUDA on a machine without CUDA
+    # otherwise PyTorch builds for CUDA log a warning on a machine without CUDA
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils import cpp_extension
 
@@ -149,7 +149,7 @@ def _build(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=cache.SCRATCH) as scratch:
         for name, text in sources().items():
             (Path(scratch) / name).write_text(text, encoding="utf-8")
-        try:  # finds pip's ninja even if the environment is not activated
+        try:  # torch then finds pip's ninja even if the virtual environment is not activated
             os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
             cpp_extension.load(
                 NAME,
@@ -165,23 +165,23 @@ def _build(folder: Path) -> None:
 
 
 def ops() -> Any:
-    """The operators; raises ``DartError`` with the reason if they are unavailable."""
+    """The operators; raises ``DartError`` with a reason if the kernels cannot run."""
     if reason := why_not():
         raise DartError(f"{reason}: use executor compact")
     return torch.ops.dart_llm
 
 
 def use_kernels(name: str) -> bool:
-    """Use the kernels of this name from now on; "": the best.
+    """From now on use the kernels of this name; "" selects the best ones for this CPU.
 
-    Names: avx512bf16, avx512, avxvnni, avx2 (x86-64), neon (64-bit Arm), portable (any CPU).
-    Returns False and changes nothing if this CPU cannot run them.
+    Names are avx512bf16, avx512, avxvnni, avx2 (x86-64), neon (64-bit Arm) and portable (any CPU).
+    Returns False, without a change, if this CPU cannot run these kernels.
     """
     return bool(ops().use(name))
 
 
 def kernels_in_use() -> str:
-    """Name of the kernels in use."""
+    """The name of the kernels in use."""
     return str(ops().cpu())
 
 

@@ -1,7 +1,8 @@
-"""Free memory, where weights are in this process's memory, and moving them to huge pages.
+"""Measures free memory, and moves weights to huge pages.
 
-A decoded token reads every weight once.  With pages of 4 KB these are more pages than a CPU's TLB
-has entries, and the misses cost as much as the reads; docs/performance.md has measurements.
+A decoded token reads every weight once.  With pages of 4 KB, the weights have more pages than the
+CPU's TLB has entries, and the TLB misses take as much time as the reads; docs/performance.md has
+measurements.
 """
 
 from __future__ import annotations
@@ -17,29 +18,29 @@ import torch
 from torch import Tensor, nn
 
 MAPS, MEMORY = Path("/proc/self/maps"), Path("/proc/meminfo")
-"""The address ranges of this process, one per line; the machine's free memory."""
+"""Linux's files of the address ranges of this process and of the machine's free memory."""
 
 GROUP = Path("/sys/fs/cgroup")
-"""Memory limits of this process's control group, if any."""
+"""The folder with memory limits of this process's control group, if there is one."""
 
 Span = tuple[int, int]
-"""First address of a range, and the address after its last."""
+"""The first address of a range, and the address after its end."""
 
 PAGE = 2 << 20
 """Bytes of a huge page."""
 
 LEAST = 32 << 20
-"""Smallest total of weight bytes for which huge pages pay off."""
+"""Minimum number of bytes of weights for which huge pages are worthwhile."""
 
 COLLAPSE = 25
-"""MADV_COLLAPSE of madvise(2): moves memory to huge pages; address and content stay."""
+"""MADV_COLLAPSE of madvise(2), which moves memory to huge pages but keeps address and content."""
 
 RESERVE = 1 << 30
 """Bytes that must stay free when weights are copied only for speed."""
 
 
 def available() -> int:
-    """Bytes that this process can still allocate, given the machine and its control group."""
+    """Bytes that this process can still allocate within the limits of machine and control group."""
     pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     if MEMORY.is_file():
@@ -53,13 +54,13 @@ def available() -> int:
         return free
     if limit.strip() == "max":
         return free
-    # cached files count as used, but are dropped when memory is needed
+    # cached files count as used, but Linux drops them if memory is needed
     files = re.findall(r"^(?:in)?active_file (\d+)$", parts, re.MULTILINE)
     return min(free, int(limit) - int(used) + sum(map(int, files)))
 
 
 def peak() -> int | None:
-    """Largest resident size of this process so far, or of GPU memory if a GPU is used."""
+    """Peak resident bytes of this process, or peak GPU bytes if a GPU is used; None if unknown."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return int(torch.cuda.max_memory_allocated())
     try:
@@ -71,7 +72,7 @@ def peak() -> int | None:
 
 
 def private_maps() -> list[Span]:
-    """Private writable file mappings, as safetensors makes them; adjacent mappings are joined."""
+    """Private writable mappings of files, such as safetensors makes; adjacent ones are joined."""
     spans: list[Span] = []
     for line in MAPS.read_text("utf-8", "replace").splitlines() if MAPS.is_file() else []:
         where, rights, _, _, inode, *_ = line.split(maxsplit=5)
@@ -85,9 +86,10 @@ def private_maps() -> list[Span]:
 
 
 def out_of_files(model: nn.Module) -> int:
-    """Copy CPU weights from mapped files to memory that can use huge pages; return the bytes.
+    """Copy CPU weights from mapped files to memory that can use huge pages.
 
-    Only if they fit in half of the free memory.  Nothing else may use the model yet.
+    Returns the number of copied bytes: 0 for fewer than ``LEAST`` bytes, or if the copies would
+    need more than half of the free memory.  Nothing else may use the model yet.
     """
     maps = private_maps()
     plain = [weight for weight in model.parameters() if type(weight) is nn.Parameter]
@@ -104,8 +106,8 @@ def out_of_files(model: nn.Module) -> int:
 def into_huge_pages(tensors: Iterable[Tensor]) -> int:
     """Move CPU ``tensors`` to huge pages; return the number of pages moved.
 
-    Needs Linux 6.1 or later and at least ``LEAST`` bytes.  Elsewhere, and for mapped files, the
-    pages stay small.
+    This needs Linux 6.1 or later and at least ``LEAST`` bytes in total.  Otherwise, and in mapped
+    files, pages stay small.
     """
     spans = [(t.data_ptr(), t.nbytes) for t in tensors if t.device.type == "cpu"]
     if sys.platform != "linux" or sum(size for _, size in spans) < LEAST:
