@@ -57,7 +57,7 @@ def test_eval_tells_results_and_accounting():
     for word in ("tiny_short", "dart@0.5", "dense", "acc_norm", "35 %", "protocol decode"):
         assert word in done.err
     assert "note: tiny_short: 1 context was scored dense" in done.err
-    assert "note: tiny_short: likelihood tasks: masks at once" in done.err
+    assert "note: tiny_short: likelihood tasks: masks right" in done.err
     leak = eval_command("--tasks", "tiny_letters", *GRIFFIN, "--protocol", "published", "--json")
     assert call(*leak).json["notes"] == [
         "tiny_letters: published protocol: the masks have seen the answers (leaking, not causal)"

@@ -100,8 +100,8 @@ def test_pruned_scores_differ_from_dense_and_are_counted(protocol):
 
 
 def test_notes_and_an_item_that_ran_dense_although_pruning_was_asked_for():
-    at_once = "masks at once and no re-mask (masking_step 0, min_evidence 0, drift never)"
-    at_once = f"likelihood tasks: {at_once}"
+    at_once = "likelihood tasks: masks right after the context, never re-masked "
+    at_once += "(masking_step 0, min_evidence 0, drift never)"
     assert measured(candidate("dart"), "tiny_choice").notes == (at_once,)
     assert at_once not in measured(candidate("dart"), "tiny_roll").notes  # detectors are live there
     assert measured(candidate("dart", min_evidence=4), "tiny_write").notes == ()

@@ -1,4 +1,7 @@
-"""Teacher-forced decoding: known tokens fed as decode tokens; re-masks at scheduled steps."""
+"""Teacher-forced decoding: the tokens of a fixed text are fed as if the model had generated them.
+
+``ScheduledRun`` also re-masks (observes the model again and selects new masks) at given steps.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from dart_llm.pruning.sequence import Phase
 from dart_llm.session.run import Run
 
 CHUNK = 256
-"""The most decode tokens per forward, which bounds the memory of the logits."""
+"""Maximum number of decode tokens per forward; it limits the memory that the logits need."""
 
 FORCED_REMASK = "forced"
 """The recorded cause of a re-mask at a scheduled step."""
@@ -25,7 +28,7 @@ def feed(
     run: Run | None,
     ids: Tensor,
     cache: Any,
-    take: Callable[[int, Tensor], None],
+    on_logits: Callable[[int, Tensor], None],
     *,
     first: int = 0,
     cached: int = 0,
@@ -34,11 +37,12 @@ def feed(
 ) -> None:
     """Feed ``ids`` ([B, n]) as decode tokens, in chunks within which no mask can change.
 
-    ``cache``: the KV cache of ``cached`` earlier tokens, or None.  ``mask``: attention mask
-    [B, cached + n].  ``take(start, logits)`` is called per chunk for the tokens from ``first`` on:
-    ``logits`` [B, m, V] are the outputs at ``ids[:, start : start + m]``, freed before the next
-    chunk.  ``chunk``: the most tokens per forward; 1 means a step per token, as ``generate``
-    decodes.  ``run``: attached, or None for the untouched model.
+    ``run`` is attached to the model, or None for the untouched model.  ``cache`` is the KV cache of
+    ``cached`` earlier tokens, or None.  ``mask`` is the attention mask [B, cached + n].
+    ``on_logits(start, logits)`` is called for each chunk that has tokens at or after index
+    ``first``: ``logits`` [B, m, V] are the outputs at ``ids[:, start : start + m]``, and are freed
+    before the next chunk.  ``chunk`` is the maximum number of tokens per forward; 1 means one token
+    per step, as ``generate`` decodes.
     """
     if run is not None and run.config.screens:
         chunk = 1  # the LM head is screened only in steps of one token
@@ -46,8 +50,9 @@ def feed(
     while start < ids.shape[1]:
         size = min(chunk, ids.shape[1] - start)
         if run is not None:
-            left = (run.config.release_step or 0) - start  # padded rows reach it in other steps
-            size = min(size, left) if left > 0 else size
+            # end the chunk at release_step; padded rows reach that step at another position
+            remaining = (run.config.release_step or 0) - start
+            size = min(size, remaining) if remaining > 0 else size
             if cached + start:
                 size = min(size, run.tokens_until_change() or size)
         end = start + size
@@ -60,7 +65,7 @@ def feed(
             output = model(ids[:, start:end], use_cache=True, logits_to_keep=max(1, scored), **past)
         cache = output.cache
         if scored:
-            take(end - scored, output.logits)
+            on_logits(end - scored, output.logits)
         del output
         start = end
 
@@ -68,8 +73,8 @@ def feed(
 class ScheduledRun(Run):
     """A run that also re-masks at scheduled steps, in addition to its drift rule.
 
-    ``triggers``: decode steps before which all layers leave PRUNED and are observed again.  The
-    other arguments are those of ``Run``.
+    ``triggers`` are decode steps.  Before each of them, all layers leave the phase PRUNED and are
+    observed again.  The other arguments are those of ``Run``.
     """
 
     def __init__(
@@ -79,20 +84,23 @@ class ScheduledRun(Run):
         self._due = sorted(triggers)
 
     def tokens_until_change(self) -> int | None:
-        """As in ``Run``, but at most up to the next scheduled step; triggers any that is due."""
+        """Start any re-mask that is due; return the number of tokens until the next mask change.
+
+        None means that no change is ahead.
+        """
         self._trigger_due()
         bound = super().tokens_until_change()
         if not self._due or not self.controller.sequences:
             return bound
-        left = self._due[0] - self.controller.sequences[-1].decoded
-        return left if bound is None else min(bound, left)
+        remaining = self._due[0] - self.controller.sequences[-1].decoded
+        return remaining if bound is None else min(bound, remaining)
 
     def _trigger_due(self) -> None:
-        """Trigger the steps that are due; a sequence without masks continues to observe."""
+        """Start the re-masks that are due; a sequence without masks just continues to observe."""
         self.controller.flush()
         for sequence in self.controller.sequences[-1:]:
             while self._due and sequence.decoded >= self._due[0]:
                 self._due.pop(0)
                 if sequence.phase is Phase.PRUNED:
-                    with torch.inference_mode(False):  # the evidence outlives this forward
+                    with torch.inference_mode(False):  # observations outlive this forward
                         sequence.trigger(FORCED_REMASK)

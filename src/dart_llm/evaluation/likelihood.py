@@ -1,8 +1,9 @@
 """Log-likelihoods of continuations under the three protocols (docs/reference.md, "Protocols").
 
-A single dense pass over the context serves all its continuations; continuations with the same masks
-run as rows of one batch.  ``Scorer`` answers lm-eval's requests, stores each finished context so
-that an interrupted run resumes, and counts tokens.
+A protocol says which tokens select the masks and which tokens run pruned.  A single dense pass over
+the context serves all its continuations; those with the same masks run as rows of one batch.
+``Scorer`` answers lm-eval's requests, counts tokens, and stores the result of each context as a
+part, so that an interrupted run can resume.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ from dart_llm.pruning.records import merge_reports, without_sequences
 from dart_llm.session.run import BoundMethod, Run
 
 SHORT = 16
-"""Contexts of fewer tokens are scored dense: they are too short to select masks from."""
+"""Contexts with fewer tokens are scored dense: they are too short to select masks from."""
 
 Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The loss of each token of a continuation (nats), and whether every token was the argmax."""
+    """The score of a continuation.
+
+    ``losses``: the loss of each token (nats).  ``greedy``: True if every token was the argmax.
+    """
 
     losses: tuple[float, ...]
     greedy: bool
@@ -58,9 +62,10 @@ def score_context(
 ) -> tuple[list[Likelihood], list[dict[str, Any]]]:
     """Score ``continuations`` after ``context``, all as non-empty sequences of token ids.
 
-    ``run``: an attached run, which is reset first, or None for the untouched model.
-    ``batch_size``: rows per forward.  Returns one likelihood per continuation, and the reports
-    (``RunReport.to_dict``) of the pruned runs.  Raises ``DartError`` if a loss is not finite.
+    ``run`` is an attached run, which is reset first, or None for the untouched model.
+    ``batch_size`` is the number of rows per forward.  Returns one likelihood per continuation, and
+    the reports of the pruned runs (``RunReport.to_dict``).  Raises ``ConfigError`` if a sequence is
+    empty, and ``DartError`` if a loss is not finite.
     """
     if not context or not all(continuations):
         raise ConfigError("a likelihood needs at least one context and one continuation token")
@@ -76,11 +81,11 @@ def score_context(
 
 
 Row = tuple[Tokens, tuple[Tokens, ...]]
-"""Tokens to feed after the context, and the continuations whose tokens they predict."""
+"""The tokens to feed after the context, and the continuations that they and the context predict."""
 
 
 def _group(continuations: Sequence[Sequence[int]]) -> list[Row]:
-    """Continuations that differ only in their last token share a row."""
+    """Group continuations into rows: those that differ only in their last token share a row."""
     rows: dict[Tokens, list[Tokens]] = {}
     for tokens in dict.fromkeys(map(tuple, continuations)):
         rows.setdefault(tokens[:-1], []).append(tokens)
@@ -94,13 +99,13 @@ def decoded_tokens(continuations: Sequence[Sequence[int]]) -> int:
 
 @dataclass
 class _Scoring:
-    """The context being scored: losses and argmax matches per continuation."""
+    """Scores the continuations of one context; collects their losses and argmax matches."""
 
     model: Any
     run: Run | None
     context: Tokens
     rows: list[Row]
-    size: int
+    batch_size: int
     losses: dict[Tokens, list[Tensor]] = field(default_factory=dict)
     greedy: dict[Tokens, list[Tensor]] = field(default_factory=dict)
     reports: list[dict[str, Any]] = field(default_factory=list)
@@ -113,9 +118,12 @@ class _Scoring:
         return Likelihood(tuple(losses.tolist()), greedy)
 
     def decode(self) -> None:
-        """The prompt is the context without its last token; all later tokens are decode tokens."""
+        """Score under ``decode``: the prompt (the context without its last token) runs dense.
+
+        All later tokens are decode tokens.
+        """
         prompt, last = self.context[:-1], self.context[-1:]
-        prompt_cache = self._read(prompt).cache if prompt else None
+        prompt_cache = self._forward(prompt).cache if prompt else None
         batches = self._batches()
         for number, batch in enumerate(batches):
             if self.run is not None and number:
@@ -127,45 +135,45 @@ class _Scoring:
             self._feed(batch, [last + fed for fed, _ in batch], cache, len(prompt), 0)
 
     def full(self) -> None:
-        """Masks are selected in a dense pass over the context, and applied to every position."""
+        """Score under ``full``: a dense pass over the context selects masks for every position."""
         assert self.run is not None
-        self._read(self.context)
+        self._forward(self.context)
         self.run.hold(self.run.select())
         for batch in self._batches():
-            self._feed_whole(batch)
+            self._feed_with_context(batch)
 
     def published(self) -> None:
-        """Masks are selected from the whole scored text, answer included, and applied to it."""
+        """Score under ``published``: masks selected from context and answer apply to both."""
         assert self.run is not None
         for fed, continuation in ((fed, tokens) for fed, group in self.rows for tokens in group):
             if self.losses:
                 self.reports.append(self.run.report().to_dict())
             self.run.hold(None)
-            self._read(self.context + continuation)
+            self._forward(self.context + continuation)
             self.run.hold(self.run.select())
-            self._feed_whole([(fed, (continuation,))])
+            self._feed_with_context([(fed, (continuation,))])
 
-    def _read(self, tokens: Tokens) -> Any:
+    def _forward(self, tokens: Tokens) -> Any:
         ids = torch.tensor([tokens], device=self.model.device)
         return self.model(ids, use_cache=True, logits_to_keep=1)
 
     def _batches(self) -> list[Sequence[Row]]:
-        starts = range(0, len(self.rows), self.size)
-        return [self.rows[start : start + self.size] for start in starts]
+        starts = range(0, len(self.rows), self.batch_size)
+        return [self.rows[start : start + self.batch_size] for start in starts]
 
-    def _feed_whole(self, rows: Sequence[Row]) -> None:
+    def _feed_with_context(self, rows: Sequence[Row]) -> None:
         fed = [self.context + fed for fed, _ in rows]
         self._feed(rows, fed, None, 0, len(self.context) - 1)
 
     def _feed(
         self, rows: Sequence[Row], fed: Sequence[Tokens], cache: Any, cached: int, first: int
     ) -> None:
-        """Feed right-padded rows after the ``cached`` tokens in ``cache``.
+        """Feed the tokens ``fed``, right-padded, after the ``cached`` tokens in ``cache``.
 
-        The logits at fed token ``first`` predict the first continuation token.
+        The logits at index ``first`` of the fed tokens predict the first continuation token.
         """
 
-        def take(start: int, logits: Tensor) -> None:
+        def add_losses(start: int, logits: Tensor) -> None:
             for index, (_, group) in enumerate(rows):
                 for continuation in group:
                     if start - first < len(continuation):
@@ -177,10 +185,10 @@ class _Scoring:
         if any(len(row) < width for row in fed):
             ones = [[1] * (cached + len(row)) + [0] * (width - len(row)) for row in fed]
             valid = torch.tensor(ones, device=device)
-        feed(self.model, self.run, ids, cache, take, first=first, cached=cached, mask=valid)
+        feed(self.model, self.run, ids, cache, add_losses, first=first, cached=cached, mask=valid)
 
     def _add(self, logits: Tensor, continuation: Tokens, start: int) -> None:
-        """Add losses; logits: [n, V], which predict the continuation's tokens from ``start``."""
+        """Add losses of logits [n, V], which predict the continuation's tokens from ``start``."""
         targets = torch.tensor(continuation[start : start + len(logits)], device=logits.device)
         logits = logits[: len(targets)]
         loss = F.cross_entropy(logits.float(), targets, reduction="none")
@@ -194,15 +202,15 @@ Pair = tuple[Tokens, Tokens]
 """Context tokens and continuation tokens."""
 
 Answer = tuple[float, bool]
-"""Log-probability (nats) and whether every token was the argmax."""
+"""A log-probability (nats), and True if every token was the argmax."""
 
 
 def rolling_pairs(tokens: Sequence[int], prefix: int, prompt: int, scored: int) -> list[Pair]:
-    """Pairs that together score each token of a text once.
+    """Split a text into pairs that together score each token once.
 
-    The first tokens have only ``prefix`` as context and therefore run dense.  Every later window
-    has ``prompt`` unscored tokens of left context before its ``scored`` tokens.  A text shorter
-    than two prompts is split in half.
+    The first tokens have only the token ``prefix`` as context and therefore run dense.  Every later
+    pair has up to ``prompt`` unscored tokens of left context before its ``scored`` tokens.  A text
+    shorter than two prompts is split in half.
     """
     first = min(prompt, len(tokens) // 2) if len(tokens) >= 2 * SHORT else len(tokens)
     pairs: list[Pair] = [((prefix,), tuple(tokens[:first]))] if tokens else []
@@ -213,7 +221,7 @@ def rolling_pairs(tokens: Sequence[int], prefix: int, prompt: int, scored: int) 
 
 
 class Scorer:
-    """Scores contexts with one method; stores each finished context as a part."""
+    """Scores contexts with one method, and stores the result of each context as a part."""
 
     def __init__(
         self, candidate: BoundMethod, options: MeasureOptions, parts: UnitStore, max_length: int
@@ -224,7 +232,7 @@ class Scorer:
         self.short = 0
         """The number of contexts that were too short to prune and were scored dense."""
         self.at_once = False
-        """Whether a context was scored with the settings of likelihood tasks: masks at once."""
+        """True once a context was scored with the settings of likelihood tasks (``live`` False)."""
         self._repeats = Counter[str]()
 
     def attached(self, likelihood: bool) -> contextlib.AbstractContextManager[Run | None]:
@@ -238,11 +246,12 @@ class Scorer:
         names: Sequence[str],
         live: bool = False,
     ) -> list[Answer]:
-        """An answer per pair, in order; pairs with the same context share its prompt pass.
+        """Return an answer per pair, in order; pairs with the same context share its prompt pass.
 
-        ``advance(n)`` is called after each context with its number of pairs.  ``names``: each
-        pair's document, for errors.  ``live``: use the configured settings, drift included, not
-        those of likelihood tasks.
+        ``advance(n)`` is called after each context with its number of pairs.  ``names``: for each
+        pair the document's name, used in error messages.  ``live``: if True, use the configured
+        settings, including drift detection; if False, the settings of likelihood tasks, which
+        build masks right after the context and never re-mask.
         """
         groups: dict[Tokens, list[int]] = {}
         fitting = [self._fit(pair) for pair in pairs]
@@ -259,9 +268,9 @@ class Scorer:
             kind = "rolling" if live else "likelihood"
             for context in contexts:
                 indices = groups[context]
-                wanted = [fitting[index][1] for index in indices]
-                key = self.key(kind, self.options.batch_size, context, wanted)
-                make = partial(self._score, run, context, wanted, names[indices[0]])
+                continuations = [fitting[index][1] for index in indices]
+                key = self.key(kind, self.options.batch_size, context, continuations)
+                make = partial(self._score, run, context, continuations, names[indices[0]])
                 part = self._finish(key, make)
                 answers.update(zip(indices, map(tuple, part["answers"]), strict=True))
                 advance(len(indices))
@@ -277,7 +286,7 @@ class Scorer:
         return self.finished[-1]
 
     def _fit(self, pair: Pair) -> Pair:
-        """The pair, its context cut on the left to fit the model's context length."""
+        """Cut the pair's context on the left so that the pair fits the model's context length."""
         context, continuation = pair
         room = self.max_length + 1 - len(continuation)
         if room < 1:
@@ -338,16 +347,17 @@ class Scorer:
         return totals
 
     def generate(self, run: Run | None, content: Sequence[Any], make: Callable[[], str]) -> str:
-        """The generated text for the request ``content``, read back if it was stored.
+        """Return the text for the request ``content``: the stored text, or a new one from ``make``.
 
-        A repeated request is another sample.  Each sample has its own seed, so that resumed runs
-        and all methods draw the same random numbers.
+        Each repetition of a request is a further sample.  A sample's seed depends only on the
+        request and the number of its repetition, so that resumed runs and all methods draw the
+        same random numbers.
         """
-        same = json.dumps(content)
-        number = self._repeats[same]
-        self._repeats[same] += 1
+        request = json.dumps(content)
+        number = self._repeats[request]
+        self._repeats[request] += 1
         key = self.key("generate", number, *content)
-        content_seed = json.dumps([self.options.seed, number, same])
+        content_seed = json.dumps([self.options.seed, number, request])
         seed = int(hashlib.sha256(content_seed.encode()).hexdigest()[:15], 16)
         return str(self._finish(key, partial(self._generate, run, seed, make))["text"])
 
@@ -366,8 +376,8 @@ class Scorer:
     def generating(self, run: Run | None, context: Tensor) -> Iterator[None]:
         """A context in which a text is generated with masks selected according to the protocol.
 
-        ``decode``: selected while the prompt is processed.  Other protocols: selected in a dense
-        pass over ``context`` (ids [1, T]) beforehand, then fixed.
+        Under ``decode`` they are selected while the prompt is processed.  Under the other protocols
+        a dense pass over ``context`` (ids [1, T]) selects them beforehand, and they stay fixed.
         """
         if run is None or self.options.protocol == "decode":
             yield
@@ -378,6 +388,6 @@ class Scorer:
             yield
 
     def key(self, kind: str, *content: Any) -> str:
-        """A part's key, from everything that determines its value except the run's settings."""
+        """A part's key, from everything that determines its value except the study's settings."""
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
         return f"lm/{self.candidate.label}/{self.options.protocol}/{kind}/{digest}"

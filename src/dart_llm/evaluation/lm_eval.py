@@ -1,8 +1,9 @@
-"""lm-eval tasks on a pruned model.  Only this file imports lm_eval, and only when a task needs it.
+"""lm-eval tasks on a pruned model.
 
 lm-eval builds the requests and computes the metrics; this module runs the model.
-``_loglikelihood_tokens`` gets context and continuation as separate tokens, so the prompt can be
-distinguished from the scored tokens (docs/reference.md, "Protocols").
+``_loglikelihood_tokens`` receives context and continuation as separate token lists, so the prompt
+can be distinguished from the scored tokens (docs/reference.md, "Protocols").  This is the only file
+that imports lm_eval, and it is imported only when a task needs it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def measure(
     """Run one lm-eval task or group; ``task`` may be ``mmlu:astronomy+anatomy``.
 
     ``advance(1)`` is called per document.  Raises ``UnknownName`` for a task that does not exist,
-    ``LoadError`` if its data cannot be loaded, ``DartError`` if a loss is not finite.
+    ``LoadError`` if its data cannot be loaded, ``ConfigError`` if lm-eval rejects it, and
+    ``DartError`` if a loss is not finite.
     """
     if options.apply_chat_template:
         check_chat_template(candidate.tokenizer, "drop --apply-chat-template")
@@ -127,7 +129,7 @@ def _load(task: str, options: MeasureOptions) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The error's cause, without object addresses, so that it reads the same in every process."""
+    """The error's cause as text; without object addresses, so that it is equal in every process."""
     if isinstance(error, StopIteration):
         return "it has no rows"
     causes = [cause for cause in chain(error) if type(cause).__name__ != "DatasetGenerationError"]
@@ -136,7 +138,7 @@ def _reason(error: Exception) -> str:
 
 
 def _configure(tasks: dict[str, Any], name: str, options: MeasureOptions) -> None:
-    """Set few-shot examples and all seeds, as lm-eval's command line does."""
+    """Set the number of few-shot examples and all seeds, as lm-eval's command line does."""
     shots = options.num_fewshot if options.num_fewshot is not None else FEWSHOT.get(name)
     for task in tasks.values():
         default = task.get_config("num_fewshot")
@@ -152,19 +154,19 @@ def _configure(tasks: dict[str, Any], name: str, options: MeasureOptions) -> Non
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """Disable lm-eval's progress bars, which would break up dart-llm's."""
-    shown = lm_eval_task.tqdm
-    lm_eval_task.tqdm = partial(shown, disable=True)
+    """Disable lm-eval's progress bars, which would disturb those of dart-llm."""
+    tqdm = lm_eval_task.tqdm
+    lm_eval_task.tqdm = partial(tqdm, disable=True)
     try:
         yield
     finally:
-        lm_eval_task.tqdm = shown
+        lm_eval_task.tqdm = tqdm
 
 
 def _choose_documents(
     tasks: dict[str, Any], options: MeasureOptions
 ) -> dict[str, list[int]] | None:
-    """A seeded random sample of ``limit`` documents per task; None means the first documents."""
+    """Indices of a random sample of ``limit`` documents per task; None: use the first documents."""
     if options.sample_seed is None or options.limit is None:
         return None
     chosen = {}
@@ -175,7 +177,7 @@ def _choose_documents(
 
 
 class PrunedLM(HFLM):  # type: ignore[misc]
-    """lm-eval's Hugging Face model, with pruned likelihoods and texts."""
+    """lm-eval's Hugging Face model, whose likelihoods and texts come from the pruned model."""
 
     def __init__(
         self, candidate: BoundMethod, options: MeasureOptions, parts: UnitStore, advance: Advance
@@ -187,7 +189,10 @@ class PrunedLM(HFLM):  # type: ignore[misc]
         self._run: Any = None
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """lm-eval tokenises the requests and passes them to ``_loglikelihood_tokens``."""
+        """The log-likelihood of each request's continuation.
+
+        lm-eval tokenises the requests and passes them to ``_loglikelihood_tokens``.
+        """
         self._steps = _by_documents(self._advance, requests)
         self._names = _names(requests)
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -197,7 +202,7 @@ class PrunedLM(HFLM):  # type: ignore[misc]
         return self.scorer.likelihoods(pairs, self._steps, self._names)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """The log-likelihood of whole texts."""
+        """The log-likelihood of each request's whole text."""
         texts = [self.tok_encode(request.args[0]) for request in requests]
         first = self.prefix_token_id
         windows = sum(len(self.scorer.windows(text, first)) for text in texts)
@@ -205,7 +210,7 @@ class PrunedLM(HFLM):  # type: ignore[misc]
         return self.scorer.rolling(texts, first, steps, _names(requests))
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """A generated text per request, up to its stop strings."""
+        """The generated text of each request, up to its stop strings."""
         texts, step = [], _by_documents(self._advance, requests)
         with self.scorer.attached(likelihood=False) as self._run:
             for request, name in zip(requests, _names(requests), strict=True):
@@ -231,14 +236,17 @@ def _names(requests: Sequence[Any]) -> list[str]:
 
 
 def _by_documents(advance: Advance, requests: Sequence[Any], units: int = 0) -> Advance:
-    """Wrap ``advance`` to convert counts of requests (or of ``units``) to counts of documents."""
+    """Wrap ``advance`` so that it takes counts of requests, and advances by whole documents.
+
+    ``units``: the total count, if it is not the number of requests.
+    """
     documents, units, done = len({*_names(requests)}), units or len(requests), 0
 
     def step(count: int) -> None:
         nonlocal done
         before, done = done * documents // units, done + count
-        if whole := done * documents // units - before:
-            advance(whole)
+        if finished := done * documents // units - before:
+            advance(finished)
 
     return step
 
@@ -246,13 +254,13 @@ def _by_documents(advance: Advance, requests: Sequence[Any], units: int = 0) -> 
 # From lm-eval's results to a measurement.
 
 PERPLEXITIES = ("word_perplexity", "byte_perplexity")
-"""Metrics with a log-likelihood and a weight per document.
+"""Metrics that lm-eval computes from a log-likelihood and a weight per document.
 
-Items have the first of these that all documents have.
+Items contain the first of these metrics that all documents have.
 """
 
 HEADLINES = ("acc", "exact_match", "em", "f1", *PERPLEXITIES)
-"""Metrics that come first in tables, in this order."""
+"""The first of these metrics that a task has is its headline metric."""
 
 Sample = Mapping[str, Any]
 
@@ -267,13 +275,13 @@ def collect(
     """The measurement of a task, or of a group with its tasks as ``subtasks``."""
     samples: Mapping[str, Sequence[Sample]] = results["samples"]
     names = [set(sample["metrics"]) for of_task in samples.values() for sample in of_task]
-    weighed = next((m for m in PERPLEXITIES if all(m in metrics for metrics in names)), "")
-    items = {leaf: _items(leaf, of_task, weighed) for leaf, of_task in samples.items()}
+    weighted = next((m for m in PERPLEXITIES if all(m in metrics for metrics in names)), "")
+    items = {leaf: _items(leaf, of_task, weighted) for leaf, of_task in samples.items()}
     subtasks = {leaf: _metrics(results["results"][leaf]) for leaf in samples}
     if len(samples) == 1:
         metrics, subtasks = next(iter(subtasks.values())), {}
     else:
-        metrics = _overall(items, subtasks, weighed)
+        metrics = _overall(items, subtasks, weighted)
     metric = next((m for m in (*HEADLINES, *metrics) if m in metrics), "")
     better = results["higher_is_better"].get(next(iter(samples)), {})
     return Measurement(
@@ -295,37 +303,42 @@ def _notes(scorer: Scorer, options: MeasureOptions, task: str, tasks: int) -> It
     if (config := scorer.candidate.config) is not None:
         if options.protocol == "published":
             yield LEAK
-        slow = config.drift.rule != "never" or config.min_evidence or config.masking_step
-        if slow and scorer.at_once:
+        changed = config.drift.rule != "never" or config.min_evidence or config.masking_step
+        if changed and scorer.at_once:
             yield (
-                "likelihood tasks: masks at once and no re-mask (masking_step 0, min_evidence 0, "
-                "drift never)"
+                "likelihood tasks: masks right after the context, never re-masked (masking_step 0, "
+                "min_evidence 0, drift never)"
             )
         if scorer.short:
-            what = "context was" if scorer.short == 1 else "contexts were"
-            yield f"{scorer.short} {what} scored dense: fewer than {SHORT} tokens"
+            contexts = "context was" if scorer.short == 1 else "contexts were"
+            yield f"{scorer.short} {contexts} scored dense: fewer than {SHORT} tokens"
     subjects = len(MMLU_SUBJECTS)
     if task == "mmlu" and tasks < subjects:
         yield f"mmlu: {tasks} of its {subjects} subjects, those in {LOCAL_MMLU.as_posix()}"
 
 
 def _metrics(row: Mapping[str, Any]) -> Metrics:
-    """Metrics by name; the filter is dropped if it is ``none`` or the only one."""
+    """Metrics by name, without stderr.
+
+    lm-eval's keys are ``metric,filter``; the filter is dropped if it is ``none`` or the only one.
+    """
     metrics: Metrics = {}
     filters = {key.partition(",")[2] for key in row if "," in key}
     for key, value in row.items():
-        name, _, which = key.partition(",")
-        if not which or name.endswith("_stderr") or not isinstance(value, int | float):
+        name, _, filter_name = key.partition(",")
+        if not filter_name or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         finite = float(value) if math.isfinite(value) else None
-        metrics[name if which == "none" or len(filters) == 1 else f"{name},{which}"] = finite
+        plain = filter_name == "none" or len(filters) == 1
+        metrics[name if plain else key] = finite
     return metrics
 
 
-def _items(task: str, samples: Sequence[Sample], weighed: str) -> Items:
-    """``{"id", metric: number}`` per document, with the metrics of all its filters.
+def _items(task: str, samples: Sequence[Sample], weighted: str) -> Items:
+    """An item per document: ``id``, and every metric that is a number, for each filter.
 
-    ``weighed``: the metric whose log-likelihood and weight become ``mean_loss`` and ``tokens``.
+    ``weighted``: the perplexity whose log-likelihood and weight per document become ``mean_loss``
+    and ``tokens``; "" if there is none.
     """
     items: dict[str, dict[str, Any]] = {}
     filters = {sample["filter"] for sample in samples}
@@ -337,32 +350,32 @@ def _items(task: str, samples: Sequence[Sample], weighed: str) -> Items:
             value = sample.get(metric)
             if isinstance(value, bool | int | float):
                 item[name] = float(value)
-            elif name == weighed and isinstance(value, tuple | list) and len(value) == 2:
+            elif name == weighted and isinstance(value, tuple | list) and len(value) == 2:
                 loss, weight = value
                 item.update(mean_loss=-float(loss) / max(1, weight), tokens=int(weight))
     return list(items.values())
 
 
-def _overall(items: Mapping[str, Items], subtasks: Mapping[str, Metrics], weighed: str) -> Metrics:
-    """Metrics of a group over all its documents, each document counted once.
+def _overall(items: Mapping[str, Items], subtasks: Mapping[str, Metrics], weighted: str) -> Metrics:
+    """Metrics of a group over all its documents, in which every document has the same weight.
 
-    Includes the perplexity over all documents, and every metric that all tasks average over their
-    documents.  Other aggregates cannot be computed from those of the tasks.
+    They are the perplexity, and every metric that each task computes as the mean over its
+    documents.  Other aggregates cannot be combined from the tasks' values.
     """
     documents = [item for of_task in items.values() for item in of_task]
     metrics: Metrics = {}
-    if weighed and documents:
+    if weighted and documents:
         loss = math.fsum(item["mean_loss"] * item["tokens"] for item in documents)
-        metrics[weighed] = perplexity(loss / max(1, sum(item["tokens"] for item in documents)))
+        metrics[weighted] = perplexity(loss / max(1, sum(item["tokens"] for item in documents)))
     for name in documents[0] if documents else ():
         if all(
-            _averages(of_task, name, subtasks[leaf].get(name)) for leaf, of_task in items.items()
+            _is_mean(of_task, name, subtasks[leaf].get(name)) for leaf, of_task in items.items()
         ):
             metrics[name] = mean([float(item[name]) for item in documents])
     return metrics
 
 
-def _averages(items: Items, name: str, value: float | None) -> bool:
+def _is_mean(items: Items, name: str, value: float | None) -> bool:
     """Whether ``value`` is the mean of the items' values of the metric ``name``."""
     if value is None or not all(name in item for item in items):
         return False
@@ -370,7 +383,7 @@ def _averages(items: Items, name: str, value: float | None) -> bool:
 
 
 def _sample(task: str, sample: Sample) -> dict[str, Any]:
-    """Raw data of a document: the requests, the model's answers and the target."""
+    """Raw data of a document: its requests, the model's answers, and the target."""
     return {
         "id": f"{task}/{sample['doc_id']}",
         "filter": sample["filter"],

@@ -1,4 +1,7 @@
-"""The result of every evaluation: one method on one task, with its items and its accounting."""
+"""The result of every evaluation: one method on one task, with its items and its accounting.
+
+Accounting: how many tokens ran pruned, how many neurons were removed, and how many bytes were read.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ LEAK = "published protocol: the masks have seen the answers (leaking, not causal
 class Measurement:
     """One method on one task.
 
-    ``metrics``: headline numbers by name; None if a number is not finite.  ``items``: a mapping
-    per document or slice, with ``id`` and the numbers that the metrics average; ``id`` pairs the
-    items of different methods.  ``samples``: raw data per item (texts, log-probabilities).
-    ``accounting``: ``RunReport.to_dict()`` without ``sequences``; None for an untouched model.
+    ``metrics``: the headline numbers by name; a number that is not finite is None.  ``items``: for
+    each document or slice, a mapping with its ``id`` and the numbers that the metrics average.  The
+    ``id`` pairs the items of different methods.  ``samples``: raw data per item (texts,
+    log-probabilities).  ``accounting``: ``RunReport.to_dict()`` without ``sequences``, or None for
+    an untouched model.
     """
 
     task: str
@@ -50,8 +54,9 @@ class Measurement:
 class MeasureOptions:
     """How a task is measured, independent of the method; None means the task's default.
 
-    ``limit``: number of items per task: the first, or a random sample if ``sample_seed`` is set.
-    ``oracle``: re-mask at the known topic change of a ``shift`` task.
+    ``limit``: the number of items per task.  They are the first items, or a random sample if
+    ``sample_seed`` is set.  ``oracle``: if True, select new masks at the known topic change of a
+    ``shift`` task.
     """
 
     protocol: str = "decode"

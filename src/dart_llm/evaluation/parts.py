@@ -1,8 +1,8 @@
 """Finished parts of a measurement: how they are stored, merged and named.
 
-A part is JSON-serialisable data with at least ``report`` (``RunReport.to_dict()`` or None) and, if
-tokens ran outside any run, ``dense_tokens``.  A resumed measurement reads its finished parts back
-and merges them with the new ones.
+A part is the result for one document, context or window, as JSON-serialisable data.  It has at
+least ``report`` (``RunReport.to_dict()`` or None) and, if tokens ran without an attached run,
+``dense_tokens``.  A resumed measurement reads its finished parts back and computes only the others.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class UnitStore(Protocol):
 
 @dataclass
 class MemoryStore:
-    """Keeps parts in memory, for the life of the process."""
+    """Keeps parts in memory until the process ends."""
 
     parts: dict[str, Any] = field(default_factory=dict)
 
@@ -44,7 +44,7 @@ class MemoryStore:
 
 
 def merge_accounting(run: Run | None, parts: Sequence[Part]) -> dict[str, Any] | None:
-    """The merged reports of all parts, without ``sequences``; None for the untouched model."""
+    """Merge the reports of all parts, without ``sequences``; None for the untouched model."""
     if run is None:
         return None
     reports = [part["report"] for part in parts if part["report"]]
@@ -56,7 +56,7 @@ def merge_accounting(run: Run | None, parts: Sequence[Part]) -> dict[str, Any] |
 
 
 def finished_part(parts: UnitStore, key: str, make: Callable[[], Part]) -> Part:
-    """The part stored under ``key``; if there is none, the result of ``make`` is stored."""
+    """Return the part stored under ``key``; if there is none, make it and store it."""
     part: Part | None = parts.part(key)
     if part is None:
         part = make()
@@ -65,7 +65,10 @@ def finished_part(parts: UnitStore, key: str, make: Callable[[], Part]) -> Part:
 
 
 def method_digest(candidate: BoundMethod) -> Any:
-    """SHA-256 of the pruning configuration and masks; a part's key adds the tokens."""
+    """A SHA-256 hash object fed with the pruning configuration and the masks.
+
+    Callers update it with the tokens, to make a part's key.
+    """
     digest = hashlib.sha256()
     if candidate.config is not None:
         digest.update(json.dumps(candidate.config.to_dict(), sort_keys=True).encode())
@@ -78,9 +81,13 @@ def method_digest(candidate: BoundMethod) -> Any:
     return digest
 
 
-def check_pruned(pruned: bool, what: str, tokens: str, hint: str) -> None:
-    """Raise ``ConfigError`` if a method that should have pruned ran all ``tokens`` dense."""
+def check_pruned(pruned: bool, subject: str, tokens: str, hint: str) -> None:
+    """Raise ``ConfigError`` unless ``pruned``: the method ran every token dense.
+
+    The message contains ``subject`` (what was measured), ``tokens`` (their number, as text) and
+    ``hint``.
+    """
     if not pruned:
         raise ConfigError(
-            f"{what}: all {tokens} ran dense, so this would measure the untouched model; {hint}"
+            f"{subject}: all {tokens} ran dense, so this would measure the untouched model; {hint}"
         )

@@ -1,10 +1,11 @@
-"""Losses of windows under each protocol; perplexity as a measurement.
+"""Losses of windows under each protocol, and perplexity as a ``Measurement``.
 
-``decode``: the first P - 1 tokens of a slice are the prompt (dense, observed); token P and the
-C - 1 tokens after it run as decode tokens, so all C predictions are pruned.  The other protocols
-apply masks to every position; the masks come from a dense pass over the P prompt tokens (``full``),
-the whole slice (``published``) or the text before the window (``standard``).  See
-docs/reference.md, "Protocols".
+A protocol says which tokens select the masks and which tokens run pruned.  A slice has P prompt
+tokens and C scored tokens.  Under ``decode`` its first P - 1 tokens run dense and are observed;
+token P and the C - 1 tokens after it run as decode tokens, so all C predictions are pruned.  The
+other protocols apply masks to every position; the masks come from a dense pass over the P prompt
+tokens (``full``), the whole slice (``published``) or the text before the window (``standard``).
+See docs/reference.md, "Protocols".
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from dart_llm.session.run import BoundMethod, Run
 
 
 class WindowLosses(NamedTuple):
-    """Per scored token of a window: its loss (nats), and whether it ran pruned."""
+    """For each scored token of a window: its loss (nats), and True if it ran pruned."""
 
     losses: tuple[float, ...]
     pruned: tuple[bool, ...]
@@ -59,7 +60,7 @@ class WindowLosses(NamedTuple):
 
 @dataclass(frozen=True)
 class Scored:
-    """Losses of a method, per slice and scored token (nats), and its accounting."""
+    """The losses (nats) of a method for each scored token of each slice, and its accounting."""
 
     losses: tuple[tuple[float, ...], ...]
     report: RunReport | None
@@ -81,9 +82,9 @@ def perplexity(mean_loss: float) -> float:
 
 
 def slices(ids: Tensor, count: int | None, prompt: int, scored: int) -> list[Tensor]:
-    """``count`` evenly spaced windows of ``prompt + scored`` tokens; None: as many as fit.
+    """Cut ``count`` evenly spaced windows of ``prompt + scored`` tokens, or as many as fit (None).
 
-    ids: [T] int64.  Raises ``ConfigError`` if the text is shorter than one window.
+    ``ids``: [T] int64.  Raises ``ConfigError`` if the text is shorter than one window.
     """
     return [window.ids for window in slice_windows(ids, count, prompt, scored)]
 
@@ -95,10 +96,10 @@ def score(
     prompt: int,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Scored:
-    """Score all ``windows`` ([P + C] each) under ``decode``; ``advance(1)`` after each.
+    """Score all ``windows`` ([P + C] each) under ``decode``; call ``advance(1)`` after each.
 
-    ``prompt``: the number P of prompt tokens, which run dense and are observed.  ``run``: an
-    attached run, or None for the untouched model.  Raises ``DartError`` if a loss is not finite.
+    ``prompt`` is the number P of prompt tokens.  ``run`` is an attached run, or None for the
+    untouched model.  Raises ``DartError`` if a loss is not finite.
     """
     results = []
     for number, ids in enumerate(windows):
@@ -113,19 +114,20 @@ def score_window(
 ) -> WindowLosses:
     """Losses of the scored tokens of one window.
 
-    ``run``: an attached run, or None for the untouched model.  ``decode`` adds a sequence to it;
-    the other protocols reset it first.  ``prompt``: for ``decode``, the KV cache of a dense pass
-    over the window's prompt.  This call consumes the cache, and the run gets no evidence from the
-    prompt.  Raises ``DartError``, which names slice and token, if a loss is not finite.
+    ``run`` is an attached run, or None for the untouched model.  ``decode`` adds a sequence to the
+    run; the other protocols reset it first.  ``prompt`` (only for ``decode``) is the KV cache of a
+    dense pass over the window's prompt, or None.  If it is given, this call uses it up, and the run
+    does not observe the prompt.  Raises ``DartError``, which names slice and token, if a loss is
+    not finite.
     """
     losses: list[Tensor] = []
     pruned: list[bool] = []
 
-    def take(logits: Tensor, expected: Tensor) -> None:
+    def add_losses(logits: Tensor, expected: Tensor) -> None:
         losses.append(F.cross_entropy(logits.float(), expected, reduction="none"))
         pruned.extend([run is not None and run.phase == Phase.PRUNED] * len(expected))
 
-    predict(model, run, window, take, protocol, prompt)
+    predict(model, run, window, add_losses, protocol, prompt)
     return WindowLosses(tuple(finite_losses(torch.cat(losses), window)), tuple(pruned))
 
 
@@ -133,15 +135,15 @@ def predict(
     model: Any,
     run: Run | None,
     window: Window,
-    take: Callable[[Tensor, Tensor], None],
+    on_logits: Callable[[Tensor, Tensor], None],
     protocol: str = "decode",
     prompt: Any = None,
     chunk: int = CHUNK,
 ) -> None:
-    """Feed a window under ``protocol``; ``take`` gets logits [m, V] and their target tokens [m].
+    """Feed a window under ``protocol``, and pass the logits of its scored tokens on.
 
-    ``take`` is called in order, for chunks of at most ``chunk`` tokens.  The other arguments are
-    those of ``score_window``.
+    ``on_logits(logits, targets)`` gets logits [m, V] and their target tokens [m], in order, for
+    chunks of at most ``chunk`` tokens.  The other arguments are those of ``score_window``.
     """
     ids = window.ids[None].to(model.device)
     begin, cache = 0, None
@@ -150,28 +152,29 @@ def predict(
         if cache is None:
             cache = model(ids[:, :begin], use_cache=True, logits_to_keep=1).cache
     elif run is not None:
-        _choose_masks(model, run, window, protocol)
+        _fix_masks(model, run, window, protocol)
     targets = ids[0, begin + 1 :]
     first = window.first - 1 - begin
 
-    def hand_on(start: int, logits: Tensor) -> None:
-        take(logits[0], targets[start : start + logits.shape[1]])
+    def add_targets(start: int, logits: Tensor) -> None:
+        on_logits(logits[0], targets[start : start + logits.shape[1]])
 
-    feed(model, run, ids[:, begin:-1], cache, hand_on, first=first, cached=begin, chunk=chunk)
+    feed(model, run, ids[:, begin:-1], cache, add_targets, first=first, cached=begin, chunk=chunk)
 
 
 def finite_losses(losses: Tensor, window: Window) -> list[float]:
-    """Losses of the scored tokens of ``window``; raises ``DartError``, which names the token."""
-    bad = (~losses.isfinite()).nonzero().flatten().tolist()
-    if bad:
+    """The losses as a list; raises ``DartError``, which names the token, if one is not finite."""
+    not_finite = (~losses.isfinite()).nonzero().flatten().tolist()
+    if not_finite:
         raise DartError(
-            f"{window.name}: the loss of its token {window.first + bad[0]} is the first that is "
-            f"not finite ({float(losses[bad[0]])}): the model overflows; try dtype float32"
+            f"{window.name}: the loss of its token {window.first + not_finite[0]} is the first "
+            f"that is not finite ({float(losses[not_finite[0]])}): the model overflows; try dtype "
+            "float32"
         )
     return losses.tolist()
 
 
-def _choose_masks(model: Any, run: Run, window: Window, protocol: str) -> None:
+def _fix_masks(model: Any, run: Run, window: Window, protocol: str) -> None:
     """Select masks in a dense pass over the protocol's tokens, and keep them fixed."""
     run.hold(None)
     prunes = run.asks_for_pruning
@@ -188,14 +191,14 @@ def _choose_masks(model: Any, run: Run, window: Window, protocol: str) -> None:
     run.hold(masks)
 
 
-# A scored window as a JSON-serialisable part: losses, which tokens ran pruned, and accounting.
+# A scored window as a part (JSON-serialisable): losses, which tokens ran pruned, and accounting.
 
 DIGITS = 6
 """Decimals of a stored loss (nats); every number of a measurement is computed from these losses."""
 
 
 def score_part(candidate: BoundMethod, run: Run | None, window: Window, protocol: str) -> Part:
-    """Score one window as a part; ``run``: not attached, or None for the untouched model."""
+    """Score one window as a part; ``run`` is not attached yet, or None for the untouched model."""
     if run is None:
         return _part(candidate, None, window, protocol)
     run.reset()
@@ -211,11 +214,12 @@ def score_part(candidate: BoundMethod, run: Run | None, window: Window, protocol
         f"{window.scored} scored tokens of a slice",
         "give more prompt or scored tokens, or a smaller --min-evidence or --masking-step",
     )
-    return json.loads(json.dumps(part))  # type: ignore[no-any-return]  # as a resumed run reads it
+    # converted to JSON and back, so that the values equal those of a resumed run
+    return json.loads(json.dumps(part))  # type: ignore[no-any-return]
 
 
 def is_first(window: Window) -> bool:
-    """Whether there is too little text before a window of ``standard`` to select masks from."""
+    """Whether a window of ``standard`` has too little text before it to select masks from."""
     return window.before is None or len(window.before) < SHORT
 
 
@@ -242,7 +246,7 @@ def part_key(candidate: BoundMethod, name: str, protocol: str, window: Window) -
     return f"ppl/{name}/{candidate.label}/{protocol}/{shape}/{digest.hexdigest()[:24]}"
 
 
-# Perplexity as a measurement: one method on one text; an interrupted run resumes by window.
+# Perplexity of one method on one text.  An interrupted run resumes at the first unfinished window.
 
 
 def measure(
@@ -252,7 +256,7 @@ def measure(
     parts: UnitStore,
     advance: Callable[[int], None],
 ) -> Measurement:
-    """Perplexity of ``perplexity:TEXT``, ``continuation:TEXTS#SET`` or ``shift:TEXTS#SET``.
+    """Measure the perplexity of ``perplexity:TEXT``, ``continuation:TEXTS#SET`` or ``shift:...``.
 
     Raises ``ConfigError`` if the text is too short or a slice too long, and the errors of
     ``measure_windows``.
@@ -265,7 +269,7 @@ def measure(
 
 
 def count(task: str, options: MeasureOptions, tokenizer: Any, model: Any = None) -> int:
-    """The number of windows that ``measure`` scores; ``model``: its context limits windows."""
+    """The number of windows that ``measure`` scores; ``model``, if given, limits their length."""
     return len(_windows(task, options, tokenizer, model)[0])
 
 
@@ -300,9 +304,10 @@ def measure_windows(
 ) -> Measurement:
     """Score all windows of ``task``, storing each as a part.
 
-    ``advance(1)`` is called after each window.  ``trigger``: the decode step of each window before
-    which a re-mask starts.  Raises ``ConfigError`` if all tokens of a slice ran dense although a
-    sparsity was requested, ``DartError`` if a loss is not finite.
+    ``advance(1)`` is called after each window.  ``trigger``, if given, is the decode step of each
+    window before which a re-mask (new masks from new observations) starts.  Raises ``ConfigError``
+    if all tokens of a slice ran dense although a sparsity was requested, and ``DartError`` if a
+    loss is not finite.
     """
     make = Run if trigger is None else partial(ScheduledRun, triggers=[trigger])
     run = candidate.run(likelihood=protocol != "decode", make=make)
@@ -337,10 +342,10 @@ def measure_windows(
 
 
 def _sample(window: Window, part: Part) -> dict[str, Any]:
-    """The losses of a window, without its ``lead``.
+    """The losses of a window, without the ``window.lead`` tokens before a topic change.
 
-    ``first``: index in the window of the first token of ``losses``; ``pruned``: runs of equal
-    flags, as [flag, length].
+    ``first``: the index in the window of the first token of ``losses``.  ``pruned``: whether the
+    tokens ran pruned, as runs of equal flags, [flag, length] each.
     """
     flags = ran_pruned(part)[window.lead :]
     return {
@@ -363,7 +368,7 @@ def _item(window: Window, sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metrics(samples: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Metrics over all windows; ``..._pruned_tokens`` only if some tokens ran pruned."""
+    """Metrics over all windows, and over their pruned tokens if some tokens ran pruned."""
     losses = [loss for sample in samples for loss in sample["losses"]]
     flags = [flag for sample in samples for flag in ran_pruned(sample)]
     pruned = [*itertools.compress(losses, flags)]
@@ -388,7 +393,7 @@ def _notes(run: Run | None, protocol: str, parts: Sequence[Part]) -> Iterator[st
 
 
 class Compared(NamedTuple):
-    """Means over the scored tokens of a window, in nats: loss, and KL(reference || pruned)."""
+    """Means over the scored tokens of a window: loss and KL(reference || pruned), in nats."""
 
     loss: float
     kl: float
@@ -416,20 +421,20 @@ def compare_window(
 ) -> Compared:
     """Compare a window under ``decode`` with ``reference``, [C, V] from ``reference_logits``.
 
-    ``run``: attached.  Under ``native`` each token is a step, as in generation, which is also
-    faster with block-quantised weights.  ``prompt``: as in ``score_window``.  Raises ``DartError``
-    if a loss is not finite.
+    ``run`` must be attached.  If it uses the executor ``native``, each forward has one token, as in
+    generation; this is also faster with quantised weights.  ``prompt`` is a KV cache, as in
+    ``score_window``.  Raises ``DartError`` if a loss is not finite.
     """
     chunk = 1 if run.executor == "native" else CHUNK
     losses: list[Tensor] = []
     divergences: list[float] = []
 
-    def take(logits: Tensor, expected: Tensor) -> None:
+    def add_losses(logits: Tensor, expected: Tensor) -> None:
         scores, done = logits.float(), len(divergences)
         dense = reference[done : done + len(expected)].to(scores.device)
         losses.append(F.cross_entropy(scores, expected, reduction="none"))
         divergences.extend(divergence(dense, scores).tolist())
 
-    predict(model, run, window, take, prompt=prompt, chunk=chunk)
+    predict(model, run, window, add_losses, prompt=prompt, chunk=chunk)
     nats = finite_losses(torch.cat(losses), window)
     return Compared(mean(nats), mean(divergences), len(nats))

@@ -1,4 +1,7 @@
-"""Tasks by name, and functions that check, count and measure any task."""
+"""Tasks by name, and functions that check, count or measure any task.
+
+A task is named ``KIND:NAME`` (``perplexity:embedded``), or as in lm-eval (``arc_easy``).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ FEWSHOT = {"gpqa_main_n_shot": 5, "medmcqa": 5}
 
 
 def expand(names: Iterable[str]) -> list[str]:
-    """Tasks with shortcuts expanded, in order, without repeats; raises ``ConfigError`` if none."""
+    """Replace shortcuts by their tasks, and drop repeats; raises ``ConfigError`` without tasks."""
     tasks = list(dict.fromkeys(task for name in names for task in SHORTCUTS.get(name, (name,))))
     if not tasks:
         raise ConfigError("no task: give --tasks, e.g. arc_easy,mmlu or general-nlp")
@@ -56,7 +59,10 @@ def specifications(name: str) -> list[str | dict[str, Any]]:
 
 
 def _local(subject: str) -> dict[str, Any]:
-    """lm-eval's MMLU format over JSON lines with ``question``, ``choices``, ``answer``."""
+    """lm-eval's configuration of an MMLU subject that is read from the files in ``LOCAL_MMLU``.
+
+    Each line of such a file is a JSON object with ``question``, ``choices`` and ``answer``.
+    """
     splits = {split: LOCAL_MMLU / f"{subject}_{split}.jsonl" for split in ("test", "dev")}
     files = {split: str(path) for split, path in splits.items() if path.is_file()}
     choices = "".join(f"\n{letter}. {{{{choices[{i}]}}}}" for i, letter in enumerate("ABCD"))
@@ -82,7 +88,7 @@ def _local(subject: str) -> dict[str, Any]:
 # Kinds of tasks.
 
 CONTINUATION, SHIFT = SLICED = ("continuation", "shift")
-"""Tasks over topic slices: ``shift:wiki.txt+news.jsonl#report`` (``windows.py``)."""
+"""Tasks that score slices of texts (``windows.py``): ``shift:wiki.txt+news.jsonl#report``."""
 
 MODULES = {
     "perplexity": "perplexity",
@@ -91,11 +97,14 @@ MODULES = {
     SHIFT: "perplexity",
     "lm-eval": "lm_eval",
 }
-"""The module that measures each kind; imported late because some need optional packages."""
+"""The module that measures each kind of task.
+
+Modules are imported only when a task needs them, because some need optional packages.
+"""
 
 
 def split(task: str) -> tuple[str, str]:
-    """``perplexity:embedded`` -> (perplexity, embedded); ``arc_easy`` -> (lm-eval, arc_easy)."""
+    """Split a task into kind and name: (perplexity, embedded), or (lm-eval, arc_easy)."""
     kind, colon, name = task.partition(":")
     return (kind, name) if colon and kind in MODULES else ("lm-eval", task)
 
@@ -109,7 +118,7 @@ def protocols(task: str) -> tuple[str, ...]:
 
 
 def slice_sources(name: str) -> tuple[list[str], str]:
-    """``a.txt+b.jsonl#report`` -> (texts, the set ``report`` of their documents)."""
+    """Split ``a.txt+b.jsonl#report`` into the texts and the set of their documents (a half)."""
     texts, _, which = name.rpartition("#")
     if which not in documents.SETS or not texts:
         texts, which = name, documents.REPORT
@@ -138,7 +147,7 @@ def measure(
 
 
 def count(task: str, options: MeasureOptions, tokenizer: Any, model: Any = None) -> int:
-    """The number of items that ``measure`` scores; ``model``: its context limits windows."""
+    """The number of items that ``measure`` scores; ``model``, if given, limits window lengths."""
     return int(_module(task).count(task, options, tokenizer, model))
 
 
@@ -147,9 +156,9 @@ def _module(task: str) -> Any:
 
 
 def check_task(task: str, options: MeasureOptions) -> None:
-    """Raise ``ConfigError`` for an lm-eval task or documents that do not exist.
+    """Raise ``ConfigError`` if an lm-eval task, a text or a data set does not exist.
 
-    Loads neither model nor data.  Text names are checked when the settings are read.
+    Loads no model.  The texts of ``perplexity`` are checked when the settings are read.
     """
     kind, name = split(task)
     if kind == "summarize":
@@ -161,9 +170,9 @@ def check_task(task: str, options: MeasureOptions) -> None:
 
 
 def check_calibration(config: PruneConfig, source: str | None, tasks: Iterable[str]) -> None:
-    """Raise ``ConfigError`` if a task evaluates the calibration text of ``config``."""
-    learns = config.calibration
-    if learns is None or learns.source != "text":
+    """Raise ``ConfigError`` if a task evaluates ``source``, the calibration text of ``config``."""
+    calibration = config.calibration
+    if calibration is None or calibration.source != "text":
         return
     for kind, name in map(split, tasks):
         documents.check_disjoint(source, slice_sources(name)[0] if kind in SLICED else [name])

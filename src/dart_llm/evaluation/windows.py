@@ -3,20 +3,20 @@
 The whole text is tokenised at once.  If the tokenizer adds a beginning-of-sequence token, only the
 start of the text has it, not later slices or windows.
 
-**Slices** (protocols ``decode``, ``full``, ``published``): P prompt tokens and C scored tokens,
-evenly spaced over the text.  All C tokens are predicted.
+**Slices** (protocols ``decode``, ``full``, ``published``) have P prompt tokens and C scored tokens,
+and are evenly spaced over the text.  All C tokens are predicted.
 
 **Windows** (protocol ``standard``) of W tokens cover the whole text.  Without overlap, a window of
 n tokens gives n - 1 predictions: its first token has no context and is not predicted, as is usual
 in perplexity scripts.  With a stride S < W each window begins S tokens after the previous window
 and scores only tokens not scored before: W - 1 in the first window, S in the others.  The last
-window may be shorter (scripts that drop it give slightly different numbers); if only a single token
-is left over, it is not scored.  A text of T tokens thus has T - ceil(T / W) scored tokens without
-overlap and T - 1 with it; the mean loss is over all scored tokens.
+window may be shorter (scripts that drop it give slightly different numbers); if it would have only
+one token, that token is not scored.  A text of T tokens thus has T - ceil(T / W) scored tokens
+without overlap and T - 1 with it; the mean loss is over all scored tokens.
 
-**Topic slices** (tasks ``continuation:TEXTS#SET`` and ``shift:TEXTS#SET``; TEXTS are joined by
-``+``; SET is one half of their documents, ``choose`` or ``report``).  A document that fills a slice
-is cut into slices; shorter documents are joined by blank lines until they fill a slice.
+**Topic slices** belong to the tasks ``continuation:TEXTS#SET`` and ``shift:TEXTS#SET``.  TEXTS are
+names joined by ``+``; SET is one half of their documents, ``choose`` or ``report``.  A document
+that fills a slice is cut into slices; shorter documents are joined by blank lines until they do.
 ``limit`` evenly spaced slices are used.  In ``continuation`` the text continues after the prompt;
 in ``shift`` another text begins ``LEAD`` tokens after the prompt.
 """
@@ -51,10 +51,10 @@ PPL_PROTOCOLS: dict[str, str] = {
 class Window:
     """Tokens ``ids`` ([n]) that are fed as one sequence; those from index ``first`` on are scored.
 
-    ``first`` is at least 1.  ``number``: index of the slice or window.  ``start``: its first
-    token's index in the text, or None.  ``before``: [m], the tokens right before it.  ``source``:
-    the text of a topic slice.  ``lead``: the number of scored tokens before a topic change, which
-    no metric includes.
+    ``first`` is at least 1.  ``number`` is the index of the slice or window.  ``start``: its first
+    token's index in the text, or None.  ``before`` ([m]) are the tokens right before it; only
+    windows of ``standard`` have them.  ``source`` is the name of a topic slice's text.  ``lead`` is
+    the number of scored tokens before a topic change; metrics do not include them.
     """
 
     ids: Tensor
@@ -67,7 +67,7 @@ class Window:
 
     @property
     def id(self) -> int | str:
-        """Identifies the window, to pair it across methods."""
+        """An ID by which the results of different methods are paired."""
         if self.source:
             return f"{self.source}/{self.number}"
         return self.number if self.start is None else self.start
@@ -89,10 +89,10 @@ class Window:
 def cut(
     ids: Tensor, options: MeasureOptions, longest: int | None
 ) -> tuple[list[Window], tuple[str, ...]]:
-    """The windows of a text, and notes on the numbers.
+    """Cut a text into the windows of a protocol; also return notes on the numbers.
 
-    ids: [T].  ``longest``: the model's context length.  Raises ``ConfigError`` if the text is too
-    short or a slice too long, ``UnknownName`` for an unknown protocol.
+    ``ids``: [T].  ``longest``: the model's context length.  Raises ``ConfigError`` if the text is
+    too short or a slice too long, ``UnknownName`` for an unknown protocol.
     """
     check_name("protocol", options.protocol, PPL_PROTOCOLS)
     if options.protocol != STANDARD:
@@ -122,9 +122,10 @@ def cut(
 def slice_windows(
     ids: Tensor, limit: int | None, prompt: int, scored: int, seed: int | None = None
 ) -> list[Window]:
-    """``limit`` slices of ``prompt + scored`` tokens, evenly spaced; None: as many as fit.
+    """Cut ``limit`` evenly spaced slices of ``prompt + scored`` tokens, or as many as fit (None).
 
-    ids: [T].  With ``seed``, a random sample of the adjacent slices that fill the text.  Raises
+    ``ids``: [T].  With ``seed``, the slices are a random sample of those into which the text can be
+    divided.  Raises
     ``ConfigError`` if the text is shorter than one slice.
     """
     if prompt < 2 or scored < 1:
@@ -154,15 +155,16 @@ def standard_windows(
     limit: int | None = None,
     seed: int | None = None,
 ) -> list[Window]:
-    """Windows of ``size`` tokens over the whole text; see the module's docstring.
+    """Cut the whole text into windows of ``size`` tokens; see the module's docstring.
 
-    ids: [T].  ``limit``: use only the first windows, or with ``seed`` a random sample.  Raises
+    ``ids``: [T].  ``limit``: return only so many windows, the first or, with ``seed``, a random
+    sample.  Raises
     ``ConfigError`` if the text is shorter than one window.
     """
     step = size if stride is None else stride
     if size < 2 or not 1 <= step <= size:
         raise ConfigError(
-            f"a window of {size} tokens with stride {step} scores nothing or leaves tokens out: "
+            f"a window of {size} tokens with stride {step} scores nothing or skips tokens: "
             "give a window of at least 2 tokens and a stride from 1 to the window"
         )
     if len(ids) < size:
@@ -171,14 +173,14 @@ def standard_windows(
             "or a smaller --window"
         )
     windows: list[Window] = []
-    begin, done = 0, 1
-    while done < len(ids):
+    begin, covered = 0, 1
+    while covered < len(ids):
         end = min(begin + size, len(ids))
-        first = max(done - begin, 1)
+        first = max(covered - begin, 1)
         if begin + first < end:
             before = ids[max(0, begin - size) : begin]
             windows.append(Window(ids[begin:end], first, len(windows), begin, before))
-        begin, done = begin + step, end
+        begin, covered = begin + step, end
     return [windows[index] for index in positions(len(windows), limit, seed)]
 
 
@@ -217,12 +219,13 @@ def topic_windows(
     shift: bool,
     longest: int | None = None,
 ) -> list[Window]:
-    """``limit`` slices of the set ``which`` of every source; with ``shift`` the topic changes.
+    """Cut ``limit`` slices from the set ``which`` of each source; if ``shift``, the topic changes.
 
-    Without ``limit``: ``DEFAULT_SLICES``, or fewer if the embedded texts are the only source.  The
-    second topic is the slice with the same number of the next source or, with a single source, a
-    slice that shares no document.  Raises ``ConfigError`` for too little text, for a single source
-    without a second topic, and for slices longer than ``longest``, the model's context length.
+    The default limit is ``DEFAULT_SLICES``, or less if the embedded texts are the only source.  The
+    second topic is the slice of the next source with the same number; with a single source, it is a
+    slice that shares no document with the first.  Raises ``ConfigError`` for too little text, for a
+    single source without a second topic, and for slices longer than ``longest``, the model's
+    context length.
     """
     prompt, scored, lead = options.prompt_tokens, options.scored_tokens, LEAD if shift else 0
     if longest is not None and prompt + LEAD + scored > longest:
@@ -254,8 +257,8 @@ def topic_windows(
 
 
 def cut_source(source: Source, which: str, tokenizer: Any, size: int) -> Iterator[Slice]:
-    """All slices of ``size`` tokens of a set, in order and numbered from 0."""
-    number, waiting = 0, list[tuple[int, str, int]]()
+    """All slices of ``size`` tokens of a source's set ``which``, in order and numbered from 0."""
+    number, short = 0, list[tuple[int, str, int]]()
     for document, text in source.half(which):
         ids = _encode(tokenizer, text)
         for begin in range(0, len(ids) - size + 1, size):
@@ -263,14 +266,14 @@ def cut_source(source: Source, which: str, tokenizer: Any, size: int) -> Iterato
             number += 1
         if len(ids) >= size:
             continue
-        waiting.append((document, text, len(ids)))
-        if sum(tokens for _, _, tokens in waiting) < size:
+        short.append((document, text, len(ids)))
+        if sum(tokens for _, _, tokens in short) < size:
             continue
-        joined = _encode(tokenizer, BREAK.join(text for _, text, _ in waiting))
+        joined = _encode(tokenizer, BREAK.join(text for _, text, _ in short))
         if len(joined) >= size:
-            documents = tuple(document for document, _, _ in waiting)
+            documents = tuple(document for document, _, _ in short)
             yield Slice(source.label, number, joined[:size], documents)
-            number, waiting = number + 1, []
+            number, short = number + 1, []
 
 
 def _encode(tokenizer: Any, text: str) -> Tensor:
@@ -281,7 +284,7 @@ def _encode(tokenizer: Any, text: str) -> Tensor:
 def _spread(
     source: Source, which: str, slices: Sequence[Slice], wanted: int, size: int
 ) -> list[Slice]:
-    """``wanted`` evenly spaced slices, including the first and the last."""
+    """Choose ``wanted`` evenly spaced slices, including the first and the last; renumber them."""
     if len(slices) < wanted:
         documents = count_text(len(source.documents), "document")
         raise ConfigError(
