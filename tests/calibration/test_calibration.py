@@ -129,7 +129,7 @@ def test_windows_are_cut_from_the_joined_texts():
     assert windows.tolist() == [letters("abcd"), letters("\n\nef"), letters("g\n\nh")]
     assert sequences(Letters(), ["abcd", "efg"], 9, 4).shape == (2, 4)
     assert sequences(Letters(), [WORDS], 1, 4).tolist() == [letters(WORDS[:4])]
-    with pytest.raises(ConfigError, match="has 4 tokens and one sequence needs 5"):
+    with pytest.raises(ConfigError, match="has 4 tokens, but one sequence needs 5"):
         sequences(Letters(), ["abcd"], 1, 5)
     starting = Letters(bos=1, adds=True)  # every window starts as the tokenizer starts a text
     assert sequences(starting, ["abcdef"], 9, 4).tolist() == [

@@ -116,7 +116,7 @@ def test_what_cannot_be_done_is_one_sentence(chat):
     with pytest.raises(ConfigError, match="no chat template: use dart-llm run --prompt"):
         check_chat_template(bare, None)
     bare.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ConfigError, match="refuses these messages: roles must alternate"):
+    with pytest.raises(ConfigError, match="rejects these messages: roles must alternate"):
         check_chat_template(bare, None)
 
 

@@ -63,7 +63,7 @@ BEES = TWO_TOPICS["topics"][0]
 REFUSED = [
     ({"id": None}, "line 1 of .*, id: "),
     ({"topics": [{"name": "bees"}]}, r"line 1 of .*, topics.0.domain: "),
-    ({"changes": []}, "needs one change fewer than topics"),
+    ({"changes": []}, "needs one change for each topic but the first"),
     *(({"changes": [at]}, f"change at character {at}, where no") for at in (0, 23, 25, 41, -17)),
     ({"topics": [BEES, {**BEES, "name": "wasps"}]}, "adjacent topics of the same domain: zoology"),
 ]
@@ -82,7 +82,7 @@ def test_files_of_passages(tmp_path):
     ]
     assert passage.domains == ("zoology", "finance") and passage.to_dict() == TWO_TOPICS
     refused = [([{**TWO_TOPICS, **changes}], problem) for changes, problem in REFUSED]
-    refused += [([], "is empty"), ([TWO_TOPICS] * 2, 'the id "own" in line 2 of .* is taken')]
+    refused += [([], "is empty"), ([TWO_TOPICS] * 2, 'the id "own" in line 2 of .* is used twice')]
     for rows, problem in refused:
         write_lines(path, rows)
         with pytest.raises(ConfigError, match=problem):

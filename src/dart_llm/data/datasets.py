@@ -1,7 +1,7 @@
-"""Data sets on the hub: ``catalogue.yaml``, ``hub:`` references, MMLU.
+"""Data sets on the hub: those in ``catalogue.yaml``, ``hub:`` references, and MMLU.
 
 This is the only file that imports the ``datasets`` library, and only when a data set is needed.  A
-data set that cannot be fetched, is empty or lacks a column is an error, never an empty result.
+data set that cannot be fetched, is empty or lacks a column raises an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dart_llm.files import read_rows
 LAST_RUN = "never run"
 """The date when ``make test-online`` last passed, or "never run"."""
 
-INSTEAD = 'use a local file instead: text, or JSONL such as {"document": "...", "summary": "..."}'
+USE_FILE = 'use a local file instead: text, or JSONL such as {"document": "...", "summary": "..."}'
 
 Column = Annotated[
     tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
@@ -38,9 +38,10 @@ class DataSet:
     """A split of a data set on the hub.
 
     ``columns``: column names by role (text, document, summary, question, choices, answer, id, ...).
-    ``separator``: inserted between the rows of a text.  ``uses``: perplexity, calibration,
-    summarize, prompts (questions that no task scores) or eval, with the lm-eval ``tasks`` that
-    score it.  ``first``: the number of rows to stream.  ``megabytes``: approximate download size.
+    ``separator``: a string inserted between the rows of a text.  ``uses``: perplexity, calibration,
+    summarize, prompts (questions that no task scores) or eval.  ``tasks``: the lm-eval tasks that
+    score it.  ``first``: if set, only so many rows are streamed.  ``megabytes``: the approximate
+    download size.
     """
 
     name: str
@@ -60,7 +61,7 @@ class DataSet:
 
     @property
     def where(self) -> str:
-        """Readable id, configuration and split: ``allenai/c4 (en, validation)``."""
+        """The hub id, configuration and split as text: ``allenai/c4 (en, validation)``."""
         return f"{self.hub_id} ({', '.join(part for part in (self.config, self.split) if part)})"
 
 
@@ -76,7 +77,7 @@ MMLU_SUBJECTS: tuple[str, ...] = tuple(_CATALOGUE["mmlu_subjects"])
 
 
 def names(use: str) -> tuple[str, ...]:
-    """The names of the data sets for ``use``, sorted."""
+    """The sorted names of the data sets that list ``use`` in ``uses``."""
     return tuple(sorted(name for name, data in DATA_SETS.items() if use in data.uses))
 
 
@@ -89,13 +90,13 @@ def get(name: str) -> DataSet:
 # References to any data set on the hub: ``hub:owner/name[/configuration]:split[[:N]]:columns``.
 
 PREFIX = "hub:"
-"""The prefix of every reference; no other name or path begins with it."""
+"""Every reference begins with this prefix, and no other name or path does."""
 
 EXAMPLES = {
     ("text",): "hub:Salesforce/wikitext/wikitext-2-raw-v1:test:text",
     ("document", "summary"): "hub:EdinburghNLP/xsum:test:document:summary",
 }
-"""Example references, by the roles of their columns."""
+"""An example of a reference, by the roles of its columns."""
 
 _PART = r"[^/:\[\]\s]+"
 
@@ -143,24 +144,23 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def mmlu_questions(subject: str) -> list[dict[str, Any]]:
     """A subject's MMLU questions that no task scores: the splits ``dev``, then ``validation``.
 
-    Each is ``{"subject", "question", "choices"}``; the answer is dropped here, so no prompt can
-    reveal it.  A file ``<subject>_dev.jsonl`` in ``LOCAL_MMLU`` replaces the hub.  Raises
-    ``UnknownName``, ``ConfigError`` for a malformed file, ``MissingExtra`` or ``LoadError``.
+    Each is a mapping with ``subject``, ``question`` and ``choices``; the answer is dropped, so no
+    prompt can reveal it.  If ``LOCAL_MMLU`` has a file ``<subject>_dev.jsonl``, the hub is not
+    used.  Raises ``UnknownName``, ``ConfigError`` for a malformed file, ``MissingExtra`` or
+    ``LoadError``.
     """
     check_name("MMLU subject", subject, MMLU_SUBJECTS)
     questions: list[dict[str, Any]] = []
     for where, row in _mmlu_rows(subject):
         text, choices = row.get("question"), row.get("choices")
         if not isinstance(text, str) or not isinstance(choices, list) or not choices:
-            raise ConfigError(
-                f'{where} needs "question" (text) and "choices" (a list): complete it'
-            )
+            raise ConfigError(f'{where} needs "question" (text) and "choices" (a list): add them')
         questions.append({"subject": subject, "question": text, "choices": [*map(str, choices)]})
     return questions
 
 
 def _mmlu_rows(subject: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows, each with a description of its location."""
+    """A subject's rows, each with a description of where it was read."""
     for split in SPLITS:
         path = LOCAL_MMLU / f"{subject}_{split}.jsonl"
         if path.is_file():
@@ -186,10 +186,10 @@ def with_choices(row: Mapping[str, Any]) -> str:
 
 
 def positions(total: int, limit: int | None, seed: int | None) -> list[int]:
-    """``limit`` of ``total`` positions, ascending: the first, or with ``seed`` a random sample.
+    """Choose ``limit`` of ``total`` positions: the first or, with ``seed``, a random sample.
 
-    With the same seed a smaller sample is a subset of a larger one.  A ``limit`` of None selects
-    all positions.
+    They are returned in ascending order; a ``limit`` of None means all.  With the same seed, a
+    smaller sample is a subset of a larger one.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"the number of documents must be 1 or more, not {limit}")
@@ -200,13 +200,13 @@ def positions(total: int, limit: int | None, seed: int | None) -> list[int]:
 
 
 def rows(
-    source: DataSet, instead: str = INSTEAD, *, stream: bool = False
+    source: DataSet, instead: str = USE_FILE, *, stream: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The rows of ``source``: at least one, with every column of ``source.columns``.
+    """The rows of ``source``.
 
     Rows are streamed if ``stream`` or ``source.first`` is set; otherwise the split is downloaded
     once and then read from the cache.  ``instead``: the alternative that error messages suggest.
-    Raises ``MissingExtra`` or ``LoadError``.
+    Raises ``MissingExtra``, or ``LoadError`` if there are no rows or a column is missing.
     """
     fetched = _fetch(source, instead, stream=stream or source.first is not None)
     first = next(fetched, None)
@@ -226,15 +226,15 @@ def _fetch(source: DataSet, instead: str, *, stream: bool) -> Iterator[dict[str,
 
     try:
         load_dataset = import_module("datasets").load_dataset
-    except (ImportError, AttributeError) as error:  # a folder named datasets/ imports as empty
+    except (ImportError, AttributeError) as error:  # a folder datasets/ can be imported too
         raise MissingExtra("datasets", "eval") from error
-    branch = {"revision": source.revision} if source.revision else {}
+    revision = {"revision": source.revision} if source.revision else {}
     try:
-        options = {"split": source.split, "streaming": stream, **branch}
+        options = {"split": source.split, "streaming": stream, **revision}
         yield from islice(load_dataset(source.hub_id, source.config, **options), source.first)
-    # The hub's clients share no base class for network errors, and streaming fails late.
+    # Network errors of the hub's clients share no base class, and streaming raises them late.
     except Exception as error:
-        # the message of a DatasetGenerationError is uninformative; its cause is not
+        # a DatasetGenerationError says little; its cause has the reason
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else error
         reason = redact(" ".join(str(cause).split()) or type(cause).__name__)[:200].rstrip(" .")
         if source.gated:
@@ -245,6 +245,6 @@ def _fetch(source: DataSet, instead: str, *, stream: bool) -> Iterator[dict[str,
 
 
 def no_bars() -> None:
-    """Switch off the progress bars of ``datasets``: dart-llm draws its own."""
+    """Disable the progress bars of ``datasets``, because dart-llm draws its own."""
     with contextlib.suppress(ImportError, AttributeError):
         import_module("datasets").disable_progress_bars()

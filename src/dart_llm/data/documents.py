@@ -1,10 +1,12 @@
-"""Text arguments: ``resolve`` parses one, the loaders below read the text.
+"""Text arguments, such as ``--text``: ``resolve`` parses one, and the loaders read its text.
+
+An argument is one of these:
 
 ``embedded``, ``wikitext2``, ``c4``, ...: the package's texts, or a name in ``catalogue.yaml``
-``mmlu``, ``mmlu:astronomy+anatomy``: questions that no task scores
+``mmlu``, ``mmlu:astronomy+anatomy``: MMLU questions that no task scores
 ``hub:owner/name:split:COLUMN``: any other data set on the hub (``datasets.parse``)
 ``FILE``, ``FILE.jsonl[:COLUMN]``: text or JSON rows, in the current folder or its ``datasets/``; a
-source of summaries may name two columns, ``:DOCUMENT:SUMMARY``
+file of documents with summaries may have two columns, ``:DOCUMENT:SUMMARY``
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ NAMES = {
     ("text",): (EMBEDDED, MMLU, *datasets.names("perplexity"), CALIBRATION),
     ("document", "summary"): datasets.names("summarize"),
 }
-"""Sources that are not files, by the roles of the columns to read."""
+"""The names of sources that are not files, by the roles of the columns to read."""
 
 JSONL = (".jsonl", ".ndjson")
 
@@ -56,8 +58,8 @@ BLANK_LINE = "\n\n"
 class TextSource:
     """What a text argument refers to: a file, a data set on the hub, or a name in ``NAMES``.
 
-    ``columns``: the columns of a JSONL file to read, if named; ``subjects``: MMLU subjects, all if
-    empty.
+    ``columns``: the columns of a JSONL file to read, or () for the defaults.  ``subjects``: MMLU
+    subjects, or () for all.
     """
 
     name: str
@@ -77,7 +79,7 @@ class TextSource:
         return self.name if self.path is None else ":".join((self.path.stem, *self.columns))
 
     def overlaps(self, other: TextSource) -> bool:
-        """Whether both read the same file, or the same split of a data set."""
+        """Whether both sources read the same file, or the same split of a data set."""
         if self.path is not None and other.path is not None:
             return self.path.samefile(other.path)
         if self.data is not None and other.data is not None:
@@ -88,7 +90,7 @@ class TextSource:
 
 
 def resolve(name: str, summaries: bool = False) -> TextSource:
-    """The source that ``name`` refers to; ``summaries``: a source of documents with summaries.
+    """Find the source that ``name`` refers to; with ``summaries``, its rows need a summary too.
 
     Opens no file.  Raises ``ConfigError``, which lists the choices, for an unknown name.
     """
@@ -103,8 +105,8 @@ def resolve(name: str, summaries: bool = False) -> TextSource:
         for subject in subjects:
             check_name("MMLU subject", subject, datasets.MMLU_SUBJECTS)
         return TextSource(MMLU, subjects=subjects)
-    head, *named = name.split(":")
-    for file, columns in ((name, []), (head, named)):
+    file_name, *named = name.split(":")
+    for file, columns in ((name, []), (file_name, named)):
         for path in (Path(file), texts.LOCAL / file, texts.LOCAL / f"{file}.txt"):
             if path.is_file() and (path.suffix in JSONL or not columns):
                 return TextSource(name, path, tuple(columns))
@@ -123,7 +125,7 @@ def check(name: str) -> None:
 
 
 def find_file(name: str) -> Path | None:
-    """The file behind a text argument, or None; runs record its content."""
+    """The file that a text argument refers to, or None; runs record the digest of its content."""
     for summaries in (False, True):
         with contextlib.suppress(ConfigError):
             return resolve(name, summaries).path
@@ -140,13 +142,13 @@ def _value(source: TextSource, role: str, line: int, row: Mapping[str, Any]) -> 
     if not isinstance(value, str) or (role != "text" and not value.strip()):
         raise ConfigError(
             f"line {line} of {source.path} has no {role} in {' or '.join(columns)}, only columns "
-            f"{', '.join(row) or '(none)'}: add it, or name its column, FILE.jsonl:COLUMN"
+            f"{', '.join(row) or '(none)'}: add it, or name its column: FILE.jsonl:COLUMN"
         )
     return value
 
 
 def plain_summary(value: Any) -> str:
-    """A reference summary, "" if there is none; a list of sentences becomes one per line."""
+    """A reference summary as text, or ""; the sentences of a list are put on lines of their own."""
     if isinstance(value, list | tuple):
         return "\n".join(filter(None, map(plain_summary, value)))
     return value.strip() if isinstance(value, str) else ""
@@ -158,7 +160,7 @@ def plain_summary(value: Any) -> str:
 def load(source: TextSource) -> list[str]:
     """The rows of a JSONL file, the embedded texts, or a single text.
 
-    Raises ``ConfigError`` (files), ``MissingExtra`` or ``LoadError`` (hub), for empty texts too.
+    Raises ``ConfigError`` (files), or ``MissingExtra`` or ``LoadError`` (hub), also if it is empty.
     """
     if source.data is not None:
         (column,) = source.data.columns["text"]
@@ -196,7 +198,7 @@ def whole_texts(name: str) -> list[str]:
 
 
 def names(settings: str) -> list[str]:
-    """The comma-separated names without repeats, checked before a model is loaded."""
+    """Split comma-separated names, without repeats, and check them before a model is loaded."""
     listed = list(dict.fromkeys(part.strip() for part in settings.split(",") if part.strip()))
     if not listed:
         raise ConfigError("no text for perplexity: use embedded, or the path of a text file")
@@ -215,7 +217,7 @@ def calibration_source(name: str | None) -> TextSource:
 
 
 def check_disjoint(calibration: str | None, evaluated: Iterable[str]) -> None:
-    """Raise ``ConfigError`` if an evaluated text or task overlaps the calibration text."""
+    """Raise ``ConfigError`` if a text or task in ``evaluated`` overlaps the calibration text."""
     source = calibration_source(calibration)
     if any(source.overlaps(other) for name in evaluated for other in _evaluated(name)):
         raise ConfigError(
@@ -225,43 +227,43 @@ def check_disjoint(calibration: str | None, evaluated: Iterable[str]) -> None:
 
 
 def _evaluated(name: str) -> Iterator[TextSource]:
-    """The known sources behind ``name``, which is a source or a task."""
+    """The sources that ``name``, a text argument or a task, reads."""
     for summaries in (False, True):
         with contextlib.suppress(ConfigError):
             yield resolve(name, summaries)
     task = name.partition(":")[0]
     for data in datasets.DATA_SETS.values():
-        if task in data.tasks:  # the entry of MMLU stands for all of its subjects
+        if task in data.tasks:  # MMLU's entry stands for all subjects
             yield TextSource(name, data=replace(data, config=None) if task == "mmlu" else data)
 
 
 def sequences(tokenizer: Any, texts: Iterable[str], count: int, length: int) -> Tensor:
-    """The first ``count`` windows of ``length`` tokens of the joined texts, or as many as fit.
+    """Cut the joined texts into up to ``count`` sequences of ``length`` tokens: [n, length] int64.
 
-    Every window begins with the tokenizer's start token, if it adds one.  Returns [n, length]
-    int64; raises ``ConfigError`` if the texts do not fill one window.
+    Every sequence begins with the tokenizer's start token, if it adds one.  Raises ``ConfigError``
+    if the texts do not fill one sequence.
     """
     import torch
 
     first = start_token(tokenizer)
-    body = length - len(first)
+    size = length - len(first)
     ids: list[int] = []
     for number, text in enumerate(texts):
-        if len(ids) < count * body:  # tokenise only as many texts as needed
+        if len(ids) < count * size:  # tokenise only as many texts as needed
             joined = BLANK_LINE + text if number else text
             ids += tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
-    fit = min(count, len(ids) // body)
+    fit = min(count, len(ids) // size)
     if not fit:
         raise ConfigError(
-            f"the calibration text has {len(ids)} tokens and one sequence needs {body}: give a "
-            "longer one with --calibration"
+            f"the calibration text has {len(ids)} tokens, but one sequence needs {size}: give a "
+            "longer text with --calibration"
         )
-    rows = [first + ids[row * body : (row + 1) * body] for row in range(fit)]
+    rows = [first + ids[row * size : (row + 1) * size] for row in range(fit)]
     return torch.tensor(rows, dtype=torch.int64)
 
 
 def start_token(tokenizer: Any) -> list[int]:
-    """The BOS token as a list, empty if the tokenizer adds none."""
+    """The BOS token as a list; the list is empty if the tokenizer adds none."""
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return [int(bos)] if bos is not None and ids and ids[0] == bos else []
@@ -279,13 +281,13 @@ class Document(NamedTuple):
 
 
 def load_documents(name: str, limit: int | None = None, seed: int | None = None) -> list[Document]:
-    """The documents of the source ``name``, in its order; at least one.
+    """Load documents of the source ``name``, in its order.
 
-    Returns the first ``limit`` documents (streamed), or with ``seed`` a random sample of that size;
-    see ``datasets.positions``.  A document's id is the row's ``id``, else its line number in a
-    file, or its position from 0 on the hub.  Hub rows without a document or a summary are skipped.
-    Raises ``ConfigError``, with the line number of an invalid row, ``MissingExtra`` or
-    ``LoadError``.
+    Returns the first ``limit`` documents (streamed) or, with ``seed``, a random sample of that
+    size; see ``datasets.positions``.  A document's id is the row's ``id``.  Without it, the id is
+    the line number in a file, or the position from 0 on the hub.  Hub rows without a document or a
+    summary are skipped.  Raises ``ConfigError`` if a row is invalid or there are no documents,
+    ``MissingExtra`` or ``LoadError``.
     """
     source = resolve(name, summaries=True)
     datasets.positions(0, limit, seed)
@@ -298,7 +300,7 @@ def load_documents(name: str, limit: int | None = None, seed: int | None = None)
         ]
     if not documents:
         where = source.path or (source.data and source.data.where)
-        raise ConfigError(f"{where} has no row with a document and a summary; {datasets.INSTEAD}")
+        raise ConfigError(f"{where} has no row with a document and a summary; {datasets.USE_FILE}")
     return documents
 
 
@@ -321,7 +323,7 @@ def _hub_documents(data: DataSet, stream: bool) -> Iterator[Document]:
     for position, row in enumerate(datasets.rows(data, stream=stream)):
         text = str(row[columns["document"]] or "").strip()
         summary = plain_summary(row[columns["summary"]])
-        if data.name == "multi_news":  # articles between markers; each summary begins with a dash
+        if data.name == "multi_news":  # markers between articles; a dash before each summary
             articles = map(str.strip, text.replace("NEWLINE_CHAR", "\n").split("|||||"))
             text, summary = BLANK_LINE.join(filter(None, articles)), summary.lstrip("–— \n")
         if text and summary:
@@ -338,13 +340,13 @@ SETS = {CHOOSE: "first", REPORT: "second"}
 
 @dataclass(frozen=True)
 class Source:
-    """Non-blank documents in order; ``label`` is the source's name without folders."""
+    """The non-blank documents of a source, in order; ``label``: its name without folders."""
 
     label: str
     documents: tuple[str, ...]
 
     def half(self, which: str) -> list[tuple[int, str]]:
-        """The documents of a set (a key of ``SETS``) with their positions in the source."""
+        """The documents of the set ``which`` (a key of ``SETS``), with their positions."""
         check_name("set", which, SETS)
         middle = len(self.documents) // 2
         numbered = list(enumerate(self.documents))
@@ -358,9 +360,10 @@ class Source:
 
 
 def sources(names: Sequence[str]) -> tuple[Source, ...]:
-    """The sources called ``names``, in order.
+    """Load the sources called ``names``, in order.
 
-    The documents of a JSONL file are its rows, those of any other text its paragraphs.  Raises
+    The documents of a JSONL file are its rows; those of any other text are its paragraphs (or its
+    lines, if it has only one paragraph).  Raises
     ``ConfigError`` for an invalid name or file, and for a source that is listed twice.
     """
     by_label = dict[str, Source]()
@@ -368,7 +371,7 @@ def sources(names: Sequence[str]) -> tuple[Source, ...]:
         source = resolve(name)
         if source.label in by_label:
             raise ConfigError(
-                f'the text "{source.label}" was given twice: leave one out, or rename it'
+                f'the text "{source.label}" was given twice: remove one of them, or rename a file'
             )
         if source.name == EMBEDDED:
             parts = _embedded()
@@ -379,15 +382,18 @@ def sources(names: Sequence[str]) -> tuple[Source, ...]:
                 parts = paragraphs if len(paragraphs) > 1 else parts[0].split("\n")
         documents = tuple(text.strip() for text in parts if text.strip())
         if not documents:
-            raise ConfigError(f'the text "{name}" is empty: give another one')
+            raise ConfigError(f'the text "{name}" is empty: give another text')
         by_label[source.label] = Source(source.label, documents)
     if not by_label:
-        raise ConfigError("no text was given: give --text a file, or leave it out")
+        raise ConfigError("no text was given: give a text with --text, or omit --text")
     return tuple(by_label.values())
 
 
 def _embedded() -> list[str]:
-    """The embedded texts and the single-topic parts of the passages, half of each in each half."""
+    """The embedded texts and the single-topic parts of the passages.
+
+    They are ordered so that each half of the list has half of the texts and half of the parts.
+    """
     from dart_llm.data import passages
 
     subjects = [texts.read(subject) for subject in texts.subjects()]

@@ -1,6 +1,6 @@
 """Long passages with marked topic changes, and two-topic prompts: shipped, or from JSONL files.
 
-A line has the fields of ``Passage``, or those of ``DriftPrompt``, where only ``text`` is required.
+A line has the fields of ``Passage``, or of ``DriftPrompt``, where only ``text`` is required.
 ``benchmarks/make_prompts.py`` generates the shipped prompts.
 """
 
@@ -18,7 +18,7 @@ from dart_llm.errors import ConfigError, UnknownName, check_name
 from dart_llm.files import read_rows
 
 SHIPPED = "shipped"
-"""Given in place of a file name, means the package's prompts or passages."""
+"""This word in place of a file name means the package's prompts or passages."""
 
 FOLDER = Path(__file__).parent / "shipped" / "drift"
 
@@ -35,7 +35,10 @@ class Topic:
 
 
 class Segment(NamedTuple):
-    """A single-topic part of a passage: characters ``start`` to ``end``, less the final break."""
+    """A single-topic part of a passage: its characters ``start`` to ``end``.
+
+    ``text`` omits the final paragraph break.
+    """
 
     topic: Topic
     start: int
@@ -55,7 +58,7 @@ class Passage(_Record):
     """Paragraphs joined by blank lines, about at least two topics.
 
     ``changes``: for every topic but the first, the character offset at which its first paragraph
-    begins.  Raises ``ConfigError`` for any other offset, and if adjacent topics share a domain.
+    begins.  Raises ``ConfigError`` if an offset is invalid, or if adjacent topics share a domain.
     """
 
     id: Annotated[str, Field(min_length=1)]
@@ -66,12 +69,14 @@ class Passage(_Record):
     def __post_init__(self) -> None:
         problem = None
         if [*self.changes] != sorted({*self.changes}) or len(self.changes) != len(self.topics) - 1:
-            problem = "needs one change fewer than topics, in ascending order"
+            problem = "needs one change for each topic but the first, in ascending order"
         elif any(before == after for before, after in pairwise(self.domains)):
             problem = f"has adjacent topics of the same domain: {', '.join(self.domains)}"
-        for at in self.changes:
-            if at <= 0 or not self.text[:at].endswith(BREAK) or not self.text[at : at + 1].strip():
-                problem = problem or f"has a change at character {at}, where no paragraph begins"
+        for offset in self.changes:
+            before, after = self.text[:offset], self.text[offset : offset + 1]
+            if offset <= 0 or not before.endswith(BREAK) or not after.strip():
+                at = f"at character {offset}"
+                problem = problem or f"has a change {at}, where no paragraph begins"
         if problem:
             raise ConfigError(f'the passage "{self.id}" {problem}')
 
@@ -81,7 +86,7 @@ class Passage(_Record):
         return tuple(topic.domain for topic in self.topics)
 
     def segments(self) -> list[Segment]:
-        """The single-topic parts, which together with the breaks between them form the text."""
+        """The single-topic parts; joined by paragraph breaks, they form the text."""
         bounds = pairwise([0, *self.changes, len(self.text)])
         return [
             Segment(topic, start, end, self.text[start:end].removesuffix(BREAK))
@@ -93,8 +98,8 @@ class Passage(_Record):
 class DriftPrompt(_Record):
     """A prompt that asks for two topics.
 
-    ``id``: template name and a hash of the text; ``slots``: the values inserted into the template;
-    ``domains``: those of both topics.  Only generated prompts have domains and a seed.
+    ``slots``: the values inserted into the template.  ``domains``: the domains of both topics.
+    Only generated prompts have domains and a seed; their ``id`` is the template's name and a hash.
     """
 
     id: str
@@ -111,7 +116,7 @@ Record = TypeVar("Record", DriftPrompt, Passage)
 def _read_records(
     kind: type[Record], path: Path, rows: Iterable[tuple[int, dict[str, Any]]]
 ) -> list[Record]:
-    """The records on a file's numbered lines; raises ``ConfigError`` if none, or one is invalid."""
+    """Validate a file's numbered rows; raises ``ConfigError`` for an invalid row or an empty file."""
     adapter, records = TypeAdapter(kind), dict[str, Record]()
     for number, row in rows:
         where = f"line {number} of {path}"
@@ -122,7 +127,7 @@ def _read_records(
             field = ".".join(map(str, problem["loc"]))
             raise ConfigError(f"{where}, {field}: {problem['msg']}") from None
         if record.id in records:
-            raise ConfigError(f'the id "{record.id}" in {where} is taken: make each id unique')
+            raise ConfigError(f'the id "{record.id}" in {where} is used twice: make each id unique')
         records[record.id] = record
     if not records:
         raise ConfigError(f"the file {path} is empty: it has no prompts or passages")
@@ -130,12 +135,12 @@ def _read_records(
 
 
 def _path(option: str, file: Path | str | None) -> Path | None:
-    """The JSONL file of ``--prompts`` or ``--passages``; None means the package's."""
+    """The JSONL file given as ``--prompts`` or ``--passages``; None means the package's data."""
     if not file or file == SHIPPED:  # a script passes "" to omit the option
         return None
     if not (path := Path(file)).exists():
         raise ConfigError(
-            f"--{option} {file}: there is no such file; --{option} {SHIPPED} takes the package's"
+            f"--{option} {file}: there is no such file; use --{option} {SHIPPED} for the package's"
         )
     return path
 
@@ -167,7 +172,7 @@ def shipped() -> list[Passage]:
 
 
 def everything(file: Path | None = None) -> Sequence[DriftPrompt | Passage]:
-    """The package's passages and prompts, or those in a JSONL file; passages have ``changes``."""
+    """The package's passages and prompts, or those in a JSONL file (passages have ``changes``)."""
     if file is None:
         return [*listed_passages(), *listed_prompts()]
     has_changes = any("changes" in row for _, row in read_rows(file))
@@ -177,7 +182,7 @@ def everything(file: Path | None = None) -> Sequence[DriftPrompt | Passage]:
 def choose(
     records: Sequence[Record], domain: str | None, template: str | None = None
 ) -> list[Record]:
-    """The records with this domain and template; None matches any.
+    """The records that have this domain and this template; None matches all.
 
     Raises ``UnknownName`` for a domain or template that no record has.
     """
@@ -193,16 +198,16 @@ def choose(
 
 
 def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | Passage:
-    """The record with this id or this unique id prefix; raises ``UnknownName``."""
-    near = [record for record in records if record.id == name]
-    near = near or [record for record in records if name and record.id.startswith(name)]
-    if len(near) != 1:
-        raise UnknownName("prompt or passage", name, [record.id for record in near or records])
-    return near[0]
+    """The record whose id is ``name`` or, uniquely, begins with it; raises ``UnknownName``."""
+    matches = [record for record in records if record.id == name]
+    matches = matches or [record for record in records if name and record.id.startswith(name)]
+    if len(matches) != 1:
+        raise UnknownName("prompt or passage", name, [record.id for record in matches or records])
+    return matches[0]
 
 
 def encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Token ids, and the character offset at which each token ends; offsets never decrease."""
+    """Tokenise a text; also return the character offset at which each token ends (never less)."""
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ends = (end for _, end in encoded["offset_mapping"])
     return list(encoded["input_ids"]), list(accumulate(ends, max))  # special tokens end at 0

@@ -1,6 +1,7 @@
-"""Embedded texts, and prompts: shipped, from a file or a chat, or of MMLU questions.
+"""Embedded texts, and prompts: shipped ones, from files or chats, or made of MMLU questions.
 
-The embedded texts were written for this project; each is about 880 words of plain English.
+The embedded texts come with the package.  They were written for this project; each has about 880
+words of plain English.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def subjects() -> tuple[str, ...]:
 
 
 def read(subject: str) -> str:
-    """One embedded text: paragraphs joined by blank lines.  Raises ``UnknownName``."""
+    """The embedded text ``subject``, its paragraphs joined by blank lines; or ``UnknownName``."""
     return _read("texts", "embedded text", subject)
 
 
@@ -37,7 +38,7 @@ def all_text() -> str:
 
 
 def openings() -> tuple[str, ...]:
-    """The first sentences of many kinds of text, for a model to continue; never evaluated."""
+    """First sentences of many kinds of text, for a model to continue; no task evaluates them."""
     text = (_SHIPPED / "openings" / "openings.txt").read_text(encoding="utf-8")
     return tuple(text.rstrip("\n").split("\n---\n"))
 
@@ -48,7 +49,7 @@ def prompt_names() -> tuple[str, ...]:
 
 
 def read_prompt(name: str) -> str:
-    """One shipped prompt.  Raises ``UnknownName``."""
+    """The shipped prompt called ``name``.  Raises ``UnknownName``."""
     return _read("prompts", "prompt", name)
 
 
@@ -57,16 +58,16 @@ def _stems(folder: str) -> tuple[str, ...]:
 
 
 def _read(folder: str, kind: str, name: str) -> str:
-    check_name(kind, name, _stems(folder))  # before it becomes a path: "../x" is never read
+    check_name(kind, name, _stems(folder))  # check first: a name such as "../x" must not be read
     return (_SHIPPED / folder / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
 
 
 # Prompts from the user.
 
 LOCAL = Path("datasets")
-"""A subfolder of the current folder that is also searched for prompts and texts."""
+"""This subfolder of the current folder is also searched for prompts and texts."""
 
-LONGEST_NAME = 200  # characters; a longer argument is never looked up as a file
+LONGEST_NAME = 200  # characters; a longer argument is not looked up as a file
 
 
 def is_text(text: str) -> bool:
@@ -80,24 +81,24 @@ def is_text(text: str) -> bool:
 
 def read_prompt_file(file: str) -> str:
     """The text of a UTF-8 file, without a byte-order mark; ``-`` is standard input."""
-    name = "from standard input" if file == "-" else f"file {file}"
+    source = "from standard input" if file == "-" else f"file {file}"
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
         text.encode()  # standard input may contain lone surrogates
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read the prompt {name}: {reason}") from None
+        raise ConfigError(f"cannot read the prompt {source}: {reason}") from None
     return text
 
 
 def resolve_prompt(text_or_name: str) -> str:
-    """The prompt that a user's argument refers to; raises ``ConfigError`` if it is not UTF-8.
+    """The prompt that a user's argument stands for; raises ``ConfigError`` if it is not UTF-8.
 
-    The name of a shipped prompt selects that prompt; the name of a file under ``datasets/`` in the
-    current folder (with or without ``.txt``) selects its text; anything else is itself the prompt.
+    The argument is the name of a shipped prompt, the name of a file under ``datasets/`` in the
+    current folder (with or without ``.txt``), or else the prompt itself.
     """
     if not is_text(text_or_name):
-        raise ConfigError("the prompt is not valid UTF-8: put the text in a file and give that")
+        raise ConfigError("the prompt is not valid UTF-8: write it to a file and give the file")
     if text_or_name in prompt_names():
         return read_prompt(text_or_name)
     path = _local_file(text_or_name)
@@ -110,11 +111,11 @@ def resolve_prompt(text_or_name: str) -> str:
 
 
 def _local_file(name: str) -> Path | None:
-    """The file under ``datasets/`` called ``name``, or None; never a file outside that folder."""
+    """The file called ``name`` under ``datasets/``, or None; never a file outside that folder."""
     pure = PurePath(name)
     if not name or len(name) > LONGEST_NAME or "\n" in name or pure.anchor or ".." in pure.parts:
         return None
-    if pure.parts[:1] == (LOCAL.name,):  # "datasets/NAME" was written out
+    if pure.parts[:1] == (LOCAL.name,):  # the user wrote "datasets/NAME"
         pure = pure.relative_to(LOCAL)
     with contextlib.suppress(OSError, ValueError):  # a name that no file can have
         for path in (LOCAL / f"{pure}.txt", LOCAL / pure):
@@ -132,10 +133,10 @@ def chat_text(
     instead: str = "use a model that was tuned for chats",
     **options: Any,
 ) -> str:
-    """The prompt for ``messages`` (``role``, ``content``), up to where the answer begins.
+    """Format ``messages`` (``role``, ``content``) as a prompt that ends where the answer begins.
 
-    Raises ``ConfigError`` if there is no chat template (``instead``: what to do then), or if it
-    rejects the messages.  ``options`` are passed to the template.
+    Raises ``ConfigError`` if there is no chat template, or if it rejects the messages.  ``instead``
+    is what the first error suggests.  ``options`` are passed to the template.
     """
     check_chat_template(tokenizer, instead)
     from jinja2 import TemplateError
@@ -144,12 +145,12 @@ def chat_text(
     try:
         text: str = tokenizer.apply_chat_template(list(map(dict, messages)), **options)
     except TemplateError as error:
-        raise ConfigError(f"the model's chat template refuses these messages: {error}") from None
+        raise ConfigError(f"the model's chat template rejects these messages: {error}") from None
     return text
 
 
 def check_chat_template(tokenizer: Any, instead: str) -> None:
-    """Raise ``ConfigError``, which suggests ``instead``, if there is no chat template."""
+    """Raise ``ConfigError``, which suggests ``instead``, if the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(f"this model's tokenizer has no chat template: {instead}")
 
@@ -161,13 +162,13 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[int
 
 
 def encode_prompt(tokenizer: Any, text: str, chat: bool) -> Tensor:
-    """Token ids [1, T] of a prompt, through the chat template if ``chat``.
+    """Token ids [1, T] of a prompt; if ``chat``, the chat template is applied first.
 
     Raises ``ConfigError`` when the tokenizer has no chat template.
     """
     if chat:
-        text = chat_text(tokenizer, [{"role": "user", "content": text}], "leave --chat off")
-    # verbose False: a text that is too long is rejected elsewhere
+        text = chat_text(tokenizer, [{"role": "user", "content": text}], "omit --chat")
+    # verbose False: no warning for a long text, which is rejected elsewhere
     options = {"add_special_tokens": not chat, "verbose": False}
     ids: Tensor = tokenizer(text, return_tensors="pt", **options).input_ids
     return ids
@@ -176,8 +177,8 @@ def encode_prompt(tokenizer: Any, text: str, chat: bool) -> Tensor:
 def mmlu_prompt(subjects: Sequence[str], tokenizer: Any, length: int) -> str:
     """A prompt of MMLU questions with their choices, without answers and without test questions.
 
-    Takes questions from the subjects in turn, as many as fit in ``length`` tokens, special tokens
-    included.  Raises ``ConfigError`` if none fits, and the errors of ``mmlu_questions``.
+    Takes questions from each subject in turn, as many as fit in ``length`` tokens including special
+    tokens.  Raises ``ConfigError`` if none fits, and the errors of ``mmlu_questions``.
     """
     names = list(dict.fromkeys(subjects))
     about = ", ".join(names).replace("_", " ")
@@ -190,7 +191,7 @@ def mmlu_prompt(subjects: Sequence[str], tokenizer: Any, length: int) -> str:
         prompt = longer
     if prompt == heading:
         raise ConfigError(
-            f"a prompt of {length} tokens has no room for a question of {about or 'no subject'}: "
-            "raise the prompt length, or name another subject"
+            f"a prompt of {length} tokens has no room for a question about {about or 'no subject'}"
+            ": raise the prompt length, or name another subject"
         )
     return prompt
