@@ -116,7 +116,7 @@ Record = TypeVar("Record", DriftPrompt, Passage)
 def _read_records(
     kind: type[Record], path: Path, rows: Iterable[tuple[int, dict[str, Any]]]
 ) -> list[Record]:
-    """Validate a file's numbered rows; raises ``ConfigError`` for an invalid row or an empty file."""
+    """Validate a file's numbered rows; raises ``ConfigError`` for invalid rows or an empty file."""
     adapter, records = TypeAdapter(kind), dict[str, Record]()
     for number, row in rows:
         where = f"line {number} of {path}"

@@ -1,4 +1,4 @@
-"""Code that all studies share: results folders, provenance, statistics, comparisons.
+"""Code that all studies (commands with a results folder) share.
 
-Start with ``study.py`` and ``store.py``; ``index.py`` reads finished folders.
+Start with ``study.py`` and ``store.py``; ``index.py`` lists the results folders of past runs.
 """

@@ -1,4 +1,4 @@
-"""Files of a pruned run: activations, masks (written and read back), windows of drift.csv."""
+"""Files of a pruned run: activations, masks, and the windows of the drift detector (drift.csv)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from dart_llm.settings import ActivationSettings
 
 @dataclass(frozen=True)
 class Saver:
-    """Saves the activations of texts of up to ``tokens`` tokens in ``folder``."""
+    """Saves activations in ``folder``, a file per text; a text has at most ``tokens`` tokens."""
 
     model: Any
     wanted: Wanted
@@ -45,56 +45,59 @@ class Saver:
 
     @property
     def nbytes(self) -> int:
-        """The most bytes a text can take: its token ids and all requested tensors."""
-        kept, total = self.wanted.tokens(self.tokens), 0
+        """Maximum size of a text's file in bytes: its token ids and all requested tensors."""
+        tokens, total = self.wanted.tokens(self.tokens), 0
         for block in describe(self.model).blocks:
             if block.index in self.wanted.layers:
                 down = block.matrices()[2]
                 widths = [down.shape[1] if n == "u" else down.shape[0] for n in self.wanted.tensors]
-                total += kept * sum(widths) * down.element_size()
-        return total + 4 * kept
+                total += tokens * sum(widths) * down.element_size()
+        return total + 4 * tokens
 
     def announce(self, texts: int, say: Callable[[str], None]) -> None:
-        """Report the size for ``texts`` texts; raises ``ResultsError`` if the disk lacks space."""
+        """Report the size of all files; raises ``ResultsError`` if the disk lacks space for them.
+
+        Raises ``ConfigError`` if no text reaches the requested tokens.  ``texts``: their number.
+        """
         if not self.wanted.tokens(self.tokens):
             raise ConfigError(
                 f"--activation-tokens begin at {self.wanted.start}, and the texts have at most "
                 f"{count(self.tokens, 'token')}: give a range that begins earlier"
             )
-        need, free = texts * self.nbytes, shutil.disk_usage(self.folder).free
-        if need + MIN_FREE_BYTES > free:
+        needed, free = texts * self.nbytes, shutil.disk_usage(self.folder).free
+        if needed + MIN_FREE_BYTES > free:
             raise ResultsError(
-                f"--save-activations needs {bytes_text(need)} in {self.folder}, but only "
+                f"--save-activations needs {bytes_text(needed)} in {self.folder}, but only "
                 f"{bytes_text(free)} are free: choose fewer layers, tokens or tensors"
             )
         say(
-            f"--save-activations writes up to {bytes_text(need)} to {self.folder}: "
+            f"--save-activations writes up to {bytes_text(needed)} to {self.folder}: "
             f"{', '.join(self.wanted.tensors)} of {count(len(self.wanted.layers), 'layer')}, "
             f"{self.wanted.tokens(self.tokens)} tokens per text; the measured times include the "
             "recording"
         )
 
     def path(self, name: str) -> Path:
-        """The file of the text called ``name``."""
+        """The path of the file for the text called ``name``."""
         return self.folder / f"activations-{name}.safetensors"
 
     @contextlib.contextmanager
     def recording(self, name: str, text: str) -> Iterator[None]:
-        """Record the sequence that runs in this context, and write it unless an error occurs.
+        """Record the sequence that runs in this context; write its activations if no error occurs.
 
-        ``text``: the tokenizer's input; its SHA-256 is stored in the metadata.
+        ``text``: the tokenizer's input, whose SHA-256 is stored in the metadata.
         """
         with Recording(self.model, self.wanted) as recording:
             yield
         tensors, facts = recording.tensors(), checkpoint_facts(self.model)
-        kept = max((len(tensor) for tensor in tensors.values()), default=0)
+        tokens = max((len(tensor) for tensor in tensors.values()), default=0)
         metadata = {
             "checkpoint": str(facts.get("name")),
             "checkpoint_sha256": str(facts.get("sha256")),
             "dtype": dtype_text(facts),
             "layers": ",".join(map(str, self.wanted.layers)),
             "tensors": ",".join(self.wanted.tensors),
-            "tokens": f"{self.wanted.start}:{self.wanted.start + kept}",
+            "tokens": f"{self.wanted.start}:{self.wanted.start + tokens}",
             "text": name,
             "text_sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
             "format": "layer{l}.{tensor}: [tokens, width]; token_ids: int32 [tokens]",
@@ -103,7 +106,7 @@ class Saver:
 
 
 def saver(settings: ActivationSettings, model: Any, folder: Path, tokens: int) -> Saver | None:
-    """A ``Saver``, or None if activations are not saved; ``tokens``: length of the longest text."""
+    """A ``Saver``, or None if activations are not saved; ``tokens``: the longest text's length."""
     if not settings.save_activations:
         return None
     return Saver(model, settings.wanted(len(describe(model).blocks)), folder, tokens)
@@ -115,31 +118,33 @@ FORMAT = "remask{i}.layer{l}.ids: kept neurons, int32; .scores: float32, larger 
 
 
 class MaskRecorder:
-    """Collects the kept ids and scores of every mask on the CPU; set as ``run.on_selection``."""
+    """Collects the kept neurons and the scores of every mask on the CPU.
+
+    Assign an instance to ``run.on_selection``, which calls it after each selection.
+    """
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.remasks: list[Remask] = []
         self.per_token = False
-        """Whether each token selects its own neurons, so that there are no fixed ids."""
+        """True if each token selects its own neurons, so that no mask with fixed ids exists."""
 
-    def __call__(self, remask: Remask, life: SequenceState) -> None:
+    def __call__(self, remask: Remask, sequence: SequenceState) -> None:
         prefix = f"remask{len(self.remasks)}.layer"
         self.remasks.append(remask)
-        assert life.selection is not None
-        masks = sequence_masks(life.selection.masks)
-        self.per_token = any(isinstance(m, TokenMask) for m in life.selection.masks)
+        assert sequence.selection is not None
+        masks = sequence_masks(sequence.selection.masks)
+        self.per_token = any(isinstance(m, TokenMask) for m in sequence.selection.masks)
         for layer, mask in enumerate(masks):
             if mask is not None:
                 self.tensors[f"{prefix}{layer}.ids"] = mask.ids.to("cpu", torch.int32)
-        for layer, score in enumerate(life.selection.scores):
+        for layer, score in enumerate(sequence.selection.scores):
             self.tensors[f"{prefix}{layer}.scores"] = score.float().cpu()
 
     def write(self, path: Path, checkpoint: str, method: str) -> None:
-        """Write kept ids and scores of every mask; raises ``ResultsError`` if the disk is full."""
-        remasks = str(len(self.remasks))
-        facts = {"checkpoint": checkpoint, "method": method, "remasks": remasks, "format": FORMAT}
-        write_tensors(path, self.tensors, facts)
+        """Write the ids and scores of every mask; raises ``ResultsError`` if the disk is full."""
+        metadata = {"checkpoint": checkpoint, "method": method, "format": FORMAT}
+        write_tensors(path, self.tensors, {**metadata, "remasks": str(len(self.remasks))})
 
 
 def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str) -> None:
@@ -152,14 +157,14 @@ def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str)
 
 
 def _entries(file: Any, kind: str) -> Iterator[tuple[int, int, str]]:
-    """Mask number, layer and key of all tensors of a kind, ``ids`` or ``scores``."""
+    """Mask number, layer and key of every tensor of a kind (``ids`` or ``scores``) in a file."""
     for key in file.keys():  # noqa: SIM118 - not a mapping
         if match := re.fullmatch(rf"remask(\d+)\.layer(\d+)\.{kind}", key):
             yield int(match[1]), int(match[2]), key
 
 
 def read_masks(path: str) -> dict[int, Tensor]:
-    """The newest masks in a masks.safetensors file: {layer: kept neuron ids}.
+    """Read the newest masks of a masks.safetensors file, as {layer: kept neuron ids}.
 
     Raises ``ConfigError`` if the file cannot be read or has no masks.
     """
@@ -174,8 +179,8 @@ def read_masks(path: str) -> dict[int, Tensor]:
         raise ConfigError(f"cannot read masks from {path}: {error}") from None
     if not masks:
         raise ConfigError(
-            f"{path} has no masks; expected keys like remask0.layer3.ids (a method with per-token "
-            "selection writes none)"
+            f"{path} has no masks, whose keys are like remask0.layer3.ids (methods with per-token "
+            "selection write no masks): give the masks of another method"
         )
     return masks[max(masks)]
 
@@ -183,19 +188,19 @@ def read_masks(path: str) -> dict[int, Tensor]:
 def check_masks(path: str, widths: Sequence[int]) -> None:
     """Raise ``ConfigError`` if the masks in ``path`` were made for a model of another shape.
 
-    ``widths``: the model's neurons per layer.  Masks without scores are accepted, because their
-    file does not record the shape.
+    ``widths``: the number of neurons in each layer of the model.  Masks without scores are
+    accepted, because only scores show how many neurons a layer had.
     """
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         name = (file.metadata() or {}).get("checkpoint", "another model")
         scores = _entries(file, "scores")
-        made_for = {layer: file.get_slice(key).get_shape()[0] for _, layer, key in scores}
-    theirs = [made_for[layer] for layer in sorted(made_for)]
-    if theirs and theirs != list(widths):
+        neurons = {layer: file.get_slice(key).get_shape()[0] for _, layer, key in scores}
+    mask_widths = [neurons[layer] for layer in sorted(neurons)]
+    if mask_widths and mask_widths != list(widths):
         raise ConfigError(
-            f"the masks in {path} are for {name}, which has {_shape(theirs)}; this model has "
+            f"the masks in {path} are for {name}, which has {_shape(mask_widths)}; this model has "
             f"{_shape(widths)}: give masks that were made for it"
         )
 
@@ -209,13 +214,13 @@ def _shape(widths: Sequence[int]) -> str:
 
 
 def write_drift(folder: Path, checks: Sequence[DriftCheck]) -> None:
-    """Write drift.csv, with a line per completed window and batch row."""
+    """Write drift.csv: a line for each window of the drift detector and each batch row."""
     rows = ([int(v) if isinstance(v, bool) else v for v in astuple(check)] for check in checks)
     write_csv(folder / "drift.csv", [field.name for field in fields(DriftCheck)], rows)
 
 
 def read_checks(folder: Path) -> list[DriftCheck]:
-    """The windows of drift.csv; an empty list if there is no such file."""
+    """Read the windows of drift.csv; the list is empty if there is no such file."""
     path = folder / "drift.csv"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = ({**row, "threshold": row["threshold"] or None} for row in csv.DictReader(lines))

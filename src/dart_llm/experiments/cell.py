@@ -1,8 +1,8 @@
-"""A cell of a grid: everything that determines a measurement, as plain data with a stable key.
+"""A cell of a grid of measurements: one method on one model and task, as plain data.
 
-A cell is sent as JSON (``to_dict``, ``from_dict``), so that any process on any machine can compute
-it.  The functions at the end inspect its model before the weights are loaded; they import PyTorch
-when called.
+A cell contains everything that determines its result.  It is sent as JSON (``to_dict``,
+``from_dict``), so that any process on any machine can compute it.  The functions at the end inspect
+a cell's model before its weights are loaded; they import PyTorch only when called.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from dart_llm.pruning.registry import METHODS
 from dart_llm.settings import load_arguments
 
 DEFAULT_LAYERS = 30
-"""Layers of the default model, which is pinned, so its configuration need not be fetched."""
+"""Number of layers of the default model; a constant, because that model never changes."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """A model, pruned in one way and measured on one task.
 
-    ``overrides``: changes to the preset, passed to ``PruneConfig.build``.  ``layers``, ``keep``,
-    ``base_keep``: how the layer table in ``overrides`` was made, for tables and plots.
-    ``calibration``: name of the calibration text; None: the method's default.  ``masks``: a file
-    with the masks to use.  ``name``: label in the results, if method and sparsity are not enough.
-    ``inputs``: SHA-256 of the files that the cell refers to by name.
+    ``overrides``: changes to the method's preset, passed to ``PruneConfig.build``.  ``layers``,
+    ``keep``, ``base_keep``: in a sweep over layers, the pruned layers, the share of neurons kept in
+    them and the share kept in the others.  ``calibration``: name of the calibration text; None
+    means the method's default.  ``masks``: a file with the masks to use.  ``name``: the label in
+    the results, if method and sparsity do not suffice.  ``inputs``: SHA-256 of the files that the
+    cell refers to by name.
     """
 
     model: str
@@ -83,7 +84,7 @@ class Cell:
 
     @property
     def short_task(self) -> str:
-        """As ``short_task`` below."""
+        """The task, with a file's name in place of its path."""
         return short_task(self.task)
 
     @property
@@ -92,9 +93,9 @@ class Cell:
         return load_arguments(self)
 
     def config(self) -> PruneConfig:
-        """The preset with the cell's changes; raises ``ConfigError`` if they are invalid."""
-        changes = {**self.overrides, "sparsity": self.sparsity, "seed": self.seed}
-        return PruneConfig.build(self.method, **changes)
+        """The preset with the cell's overrides; raises ``ConfigError`` if one of them is invalid."""
+        overrides = {**self.overrides, "sparsity": self.sparsity, "seed": self.seed}
+        return PruneConfig.build(self.method, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable data; ``from_dict`` reads it back."""
@@ -106,7 +107,7 @@ class Cell:
 
 
 def removes_nothing(method: str) -> bool:
-    """Whether a method is a form of the dense model, unaffected by the sparsity."""
+    """Whether a method is a form of the dense model, which removes no neurons at any sparsity."""
     return bool(METHODS.get(method).sparsity == 0)
 
 
@@ -115,7 +116,7 @@ def short_task(task: str) -> str:
     return ":".join(Path(part).name for part in task.split(":"))
 
 
-# Facts about a model before its weights are loaded.
+# What can be learned about a model before its weights are loaded.
 
 
 def layer_count(cell: Cell) -> int:
@@ -132,7 +133,7 @@ def layer_count(cell: Cell) -> int:
     if path.is_file():
         layers = read_gguf(path).fact("block_count")
         if not isinstance(layers, int):
-            raise LoadError(f"{path} does not say how many layers it has")
+            raise LoadError(f"the metadata of {path} lacks the number of layers (block_count)")
         return layers
     return int(configuration(cell).get_text_config(decoder=True).num_hidden_layers)
 
@@ -165,13 +166,13 @@ def configuration(options: Any, say: Callable[[str], None] = lambda text: None) 
 
 
 def requested_format(options: Any) -> str:
-    """The weight format that follows from ``options``, which has the fields of ``ModelOptions``."""
+    """The weight format that ``options`` imply; ``options`` has the fields of ``ModelOptions``."""
     from dart_llm.models.loading import placement, weight_format
 
     arguments = load_arguments(options)
     placed = placement(arguments["device"], arguments["device_map"])
-    chosen, away = options.dtype is not None, "device_map" in placed
-    return weight_format(options.model, options.weights, chosen=chosen, away=away)
+    has_dtype, off_cpu = options.dtype is not None, "device_map" in placed
+    return weight_format(options.model, options.weights, chosen=has_dtype, away=off_cpu)
 
 
 def download_size(cell: Cell) -> int | None:

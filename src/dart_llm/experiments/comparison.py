@@ -1,8 +1,8 @@
 """Rows of a comparison: methods by sparsity and task, each compared with dense and with GRIFFIN.
 
 A row comes from a line of ``results.jsonl``.  Rows are comparable if model, dtype, task and
-protocol agree.  A row is compared with the dense and GRIFFIN rows of its seed or, if there are
-none, of another seed.  Differences are paired by item.
+protocol agree.  A row is compared with the dense row and the GRIFFIN rows of the same seed or, if
+there are none, of the smallest seed.  Differences are paired by item.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DENSE, GRIFFIN = "dense", "griffin"
 TOO_FEW = "few differ"
 
 TOLERANCE = 0.01
-"""Achieved sparsities, or shares of bytes, that differ by at most a point count as equal."""
+"""Achieved sparsities or shares of bytes count as equal if they differ by at most 1 point."""
 
 UNTOUCHED: dict[str, Any] = {
     "method": DENSE,
@@ -49,7 +49,7 @@ ACCOUNTING = {
     "token_bytes_share": "token_bytes_share",
     "mean_context": "mean_context",
 }
-"""Fields of a row, with their names in the accounting of a measurement."""
+"""Maps fields of ``Row`` to their names in the accounting of a measurement."""
 
 
 # The items of a measurement, paired by id.
@@ -57,7 +57,7 @@ ACCOUNTING = {
 
 @dataclass(frozen=True)
 class Scores:
-    """``sample``: items by id; ``exponential``: the metric is exp of their mean (a perplexity)."""
+    """A metric's values by item id; ``exponential``: True if the metric is exp of their mean."""
 
     sample: Sample
     exponential: bool
@@ -72,11 +72,11 @@ class Scores:
         return stats.mean(self.sample, self._kind)
 
     def interval(self) -> Interval | None:
-        """The interval of the metric itself."""
+        """The confidence interval of the metric itself."""
         return stats.interval(self.sample, self._kind)
 
     def against(self, other: Scores) -> Interval | None:
-        """The paired difference, or for perplexities the ratio."""
+        """The interval of the paired difference to ``other`` or, for perplexities, of the ratio."""
         kind: stats.Kind = "ratio_of_exp_mean" if self.exponential else "difference"
         return stats.paired_interval(self.sample, other.sample, kind)
 
@@ -87,7 +87,7 @@ def is_perplexity(metric: str) -> bool:
 
 
 def scores(measurement: Mapping[str, Any]) -> Scores:
-    """The items that have the headline metric.
+    """The values of a measurement's headline metric; items without the metric are omitted.
 
     An item has the metric under its name, as a number or as lm-eval's pair of log-likelihood and
     weight.  An item of a perplexity has ``mean_loss`` (nats per token) and ``tokens`` instead.
@@ -99,10 +99,10 @@ def scores(measurement: Mapping[str, Any]) -> Scores:
 
 
 def _value(item: Mapping[str, Any], metric: str, exponential: bool) -> Value | None:
-    """An item's value, with its weight if it has one; the value of a perplexity is a loss."""
+    """An item's value, or its value and weight; the value of a perplexity is a loss (nats)."""
     if exponential and item.get("mean_loss") is not None:
         return item["mean_loss"], item.get("tokens") or 1.0
-    # lm-eval names a metric with its filter, "acc,none"; items may lack the filter
+    # lm-eval's metric names include the filter ("acc,none"); items may omit it
     value = item.get(metric, item.get(metric.partition(",")[0]))
     if isinstance(value, list | tuple):
         loss, weight = -value[0] / value[1], float(value[1])
@@ -118,9 +118,10 @@ def _value(item: Mapping[str, Any], metric: str, exponential: bool) -> Value | N
 
 @dataclass(frozen=True)
 class Equal:
-    """GRIFFIN measured at a row's achieved sparsity, or at its FFN bytes.
+    """A GRIFFIN row with the same achieved sparsity, or the same FFN bytes, as another row.
 
-    ``interval``: the row against this GRIFFIN; ``at``: GRIFFIN's sparsity or share of bytes.
+    ``value``: GRIFFIN's metric.  ``interval``: the difference of the other row to GRIFFIN.
+    ``at``: GRIFFIN's sparsity or share of bytes.
     """
 
     value: float | None
@@ -132,12 +133,13 @@ class Equal:
 class Row:
     """A method at one sparsity on one task; unknown values are None.
 
-    ``layers``: the pruned layers, if not all; ``keep``: the share kept in them; ``base_keep``: the
-    share kept in the other layers (None: everything).  ``interval``: that of ``value``.
-    ``to_griffin``: against GRIFFIN at the same requested sparsity, whatever was achieved; ``gap``:
-    the row's achieved sparsity minus GRIFFIN's.  ``bytes_share``: FFN bytes read over dense, as
-    executed; for the masked executor, which skips no work, as the compact executor would read.
-    ``token_bytes_share``: bytes that a decoded token reads, over those of the dense model at
+    ``layers``: the pruned layers, or None for all.  ``keep``: the share of neurons kept in them.
+    ``base_keep``: the share kept in the other layers; None means all.  ``interval``: the confidence
+    interval of ``value``.  ``to_dense``, ``to_griffin``: the difference to dense, and to GRIFFIN at
+    the same requested sparsity, whatever was achieved.  ``gap``: the row's achieved sparsity minus
+    GRIFFIN's.  ``bytes_share``: FFN bytes read, divided by those of the dense model.  The masked
+    executor skips no work, so its bytes are those that the compact executor would read.
+    ``token_bytes_share``: bytes that a decoded token reads, divided by those of the dense model in
     bfloat16.
     """
 
@@ -177,7 +179,7 @@ class Row:
     measurement: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """``Measurement.to_dict()``; empty if the measurement failed."""
     traffic: TokenTraffic | None = field(default=None, repr=False, compare=False)
-    """The bytes that a token reads of the unpruned model."""
+    """The bytes that a token reads if the model is not pruned."""
     scores: Scores = field(default=Scores({}, False), repr=False, compare=False)
 
     @property
@@ -197,17 +199,17 @@ class Row:
 
     @property
     def perplexity(self) -> bool:
-        """Whether the metric is a perplexity, so differences are ratios and axes logarithmic."""
+        """Whether the metric is a perplexity; then differences are ratios and axes logarithmic."""
         return is_perplexity(self.metric)
 
     @property
     def unequal(self) -> bool:
-        """Whether GRIFFIN at the same requested sparsity removed over a point more or less."""
+        """Whether the achieved sparsity is over 1 point from GRIFFIN's at the same request."""
         return self.gap is not None and abs(self.gap) > TOLERANCE + 1e-9
 
     @property
     def leaks(self) -> bool:
-        """Whether the masks have seen the answers."""
+        """Whether the masks were selected from texts that include the answers."""
         return self.protocol == "published" and self.pruned
 
     @property
@@ -252,11 +254,11 @@ def amount(interval: Interval, perplexity: bool) -> str:
 
 
 def read_row(line: Mapping[str, Any]) -> Row:
-    """The row of a line of ``results.jsonl``, not yet compared with other rows."""
+    """Read a line of ``results.jsonl`` as a row that is not yet compared with other rows."""
     cell, facts, checkpoint = line["cell"], line["facts"] or {}, line["checkpoint"] or {}
     measured = line["measurement"] or {}
     method, label = cell["method"], line["label"]
-    if cell.get("name") or method == DENSE:  # the label also has the weight format
+    if cell.get("name") or method == DENSE:  # the label includes the weight format
         method = label.partition("@")[0]
     metric = measured.get("metric", "")
     value = number(measured.get("metrics", {}).get(metric))
@@ -265,7 +267,7 @@ def read_row(line: Mapping[str, Any]) -> Row:
         error = f"{metric} is not a finite number"
     accounting = measured.get("accounting") or {}
     if not accounting and method.startswith(DENSE) and error is None:
-        # not pruned, but quantised weights still have fewer bytes
+        # not pruned, but quantised weights have fewer bytes
         share = 1.0 if method == DENSE else facts.get("ffn_bytes_share")
         accounting = {**UNTOUCHED, "ffn_bytes_share": share}
     masked = accounting.get("executor") == "masked"
@@ -302,11 +304,11 @@ def read_row(line: Mapping[str, Any]) -> Row:
 
 
 def read_traffic(facts: Mapping[str, Any]) -> TokenTraffic | None:
-    """The bytes that a token reads, as counted by ``weight_facts``; None if not counted."""
+    """The bytes that a token reads, from a line's ``facts``; None if they were not counted."""
     traffic = facts.get("token_traffic")
     if not traffic:
         return None
-    cache = tuple((per_token, most) for per_token, most in traffic.get("cache", ()))
+    cache = tuple((per_token, limit) for per_token, limit in traffic.get("cache", ()))
     return TokenTraffic(**{**traffic, "cache": cache})
 
 
@@ -324,21 +326,21 @@ def result_line(row: Row) -> ResultLine:
 
 
 def rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """A row per line, with comparable rows together, dense first; failed cells keep their error.
+    """Make a row per line, and compare the rows; failed cells keep their error.
 
-    The same lines always give the same numbers.
+    Comparable rows are adjacent, dense first.  The same lines always give the same numbers.
     """
     ordered = _ordered(_with_short_tasks([read_row(line) for line in _with_checkpoints(lines)]))
     groups = {
         key: _with_dense_bytes(members)
         for key, members in grouped(ordered, lambda row: row.group).items()
     }
-    waiting = {key: iter(members) for key, members in groups.items()}
-    return [_compared(next(waiting[row.group]), groups[row.group]) for row in ordered]
+    remaining = {key: iter(members) for key, members in groups.items()}
+    return [_compared(next(remaining[row.group]), groups[row.group]) for row in ordered]
 
 
 def _with_checkpoints(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The lines; if a cell failed before loading its model, it gets another cell's checkpoint."""
+    """Give lines that failed before loading their model the checkpoint of another line."""
 
     def model(line: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(line["cell"].get(key) for key in ("model", "revision", "dtype"))
@@ -349,7 +351,7 @@ def _with_checkpoints(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]
 
 
 def _with_short_tasks(rows: list[Row]) -> list[Row]:
-    """The rows, with folders dropped from tasks, unless that would make two tasks the same."""
+    """Remove folders from the tasks of the rows, unless two tasks would then be equal."""
     tasks = {row.task for row in rows}
     if len({short(task) for task in tasks}) < len(tasks):
         return rows
@@ -357,13 +359,13 @@ def _with_short_tasks(rows: list[Row]) -> list[Row]:
 
 
 def _ordered(rows: Sequence[Row]) -> list[Row]:
-    """Rows by group in order of first appearance; within a group, dense rows come first."""
+    """Sort rows by group, in order of first appearance; within a group, dense rows come first."""
     groups = list(dict.fromkeys(row.group for row in rows))
     return sorted(rows, key=lambda r: (groups.index(r.group), r.layers is not None, r.pruned))
 
 
 def _with_dense_bytes(members: Sequence[Row]) -> list[Row]:
-    """The rows; unpruned models get bytes per token at the mean context of the pruned rows."""
+    """Add bytes per token to dense rows, at the mean context length of the other rows."""
     contexts = [row.mean_context for row in members if row.mean_context is not None]
     context = sum(contexts) / len(contexts) if contexts else 0.0
     return [
@@ -386,8 +388,8 @@ def _compared(row: Row, group: Sequence[Row]) -> Row:
     curve = _of_seed(row, [o for o in group if o.method == GRIFFIN and o.layers is None])
     for griffin in curve:
         if row.requested is not None and griffin.requested == row.requested:
-            both = row.achieved is not None and griffin.achieved is not None
-            gap = (row.achieved or 0.0) - (griffin.achieved or 0.0) if both else None
+            known = row.achieved is not None and griffin.achieved is not None
+            gap = (row.achieved or 0.0) - (griffin.achieved or 0.0) if known else None
             row = replace(row, to_griffin=row.scores.against(griffin.scores), gap=gap)
     return replace(
         row,
@@ -405,7 +407,7 @@ def _of_seed(row: Row, candidates: Sequence[Row]) -> list[Row]:
 
 
 def _equal(row: Row, curve: Sequence[Row], cost: Callable[[Row], float | None]) -> Equal | None:
-    """GRIFFIN measured within ``TOLERANCE`` of the row's ``cost``; None if it was not."""
+    """The GRIFFIN row whose ``cost`` is nearest to the row's; None unless within ``TOLERANCE``."""
     points = [(at, other) for other in curve if (at := cost(other)) is not None]
     wanted = cost(row)
     if wanted is None or not points:
