@@ -93,7 +93,7 @@ class Cell:
         return load_arguments(self)
 
     def config(self) -> PruneConfig:
-        """The preset with the cell's overrides; raises ``ConfigError`` if one of them is invalid."""
+        """The preset with the cell's overrides; raises ``ConfigError`` if they are invalid."""
         overrides = {**self.overrides, "sparsity": self.sparsity, "seed": self.seed}
         return PruneConfig.build(self.method, **overrides)
 

@@ -1,7 +1,7 @@
-"""Tables, notes, headline, plots, files and page of measured rows.
+"""Reports of compared rows: headline, notes, tables, plots, files and page.
 
 A method is better than another on a task if the paired 95 % interval excludes "no difference".
-This is only counted if both removed the same share of neurons, within a point.
+The headline counts this only if both achieved the same sparsity, within 1 point.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNEQUAL, OTHER_MEAN = "†", "§"
-"""Marks in the tables."""
+"""Marks in the tables, which ``footnotes`` explains."""
 
 LEAK_NOTE = f"LEAK - {LEAK}. Its numbers do not measure a method's quality."
 
-USUAL = 0.5
+HEADLINE_SPARSITY = 0.5
 """The headline reports this sparsity, or the nearest one measured."""
 
 LONG = 24
-"""On the page, tables with more rows are folded."""
+"""On the page, tables with more rows than this are folded."""
 
 UNCLEAR, INCOMPARABLE = "no clear difference", "not compared at equal sparsity"
 
@@ -64,10 +64,10 @@ UNCLEAR, INCOMPARABLE = "no clear difference", "not compared at equal sparsity"
 
 
 def conclusion(rows: Sequence[Row]) -> str:
-    """How the first method performs near the usual sparsity, on each model."""
+    """How dart, or else the first method, performs near ``HEADLINE_SPARSITY`` on each model."""
     done = [row for row in rows if row.done and row.layers is None]
-    honest = [row for row in done if not row.leaks] or done
-    groups = grouped(honest, lambda r: (r.model, r.dtype, f"protocol {r.protocol}"))
+    without_leaks = [row for row in done if not row.leaks] or done
+    groups = grouped(without_leaks, lambda r: (r.model, r.dtype, f"protocol {r.protocol}"))
     varied = [part for part in range(3) if len({names[part] for names in groups}) > 1]
     parts = []
     for names, members in groups.items():
@@ -80,12 +80,12 @@ def conclusion(rows: Sequence[Row]) -> str:
 
 
 def _headline(rows: Sequence[Row]) -> str:
-    """A method at one sparsity over its tasks: against GRIFFIN or dense, else its values."""
+    """A method at one sparsity on its tasks, against GRIFFIN or else dense, or else its values."""
     pruned = [row for row in rows if row.pruned]
     shown = [row for row in pruned if row.method != GRIFFIN] or pruned or rows
     method = next((row.method for row in shown if row.method == "dart"), shown[0].method)
     of_method = [row for row in shown if row.method == method]
-    nearest = min(of_method, key=lambda row: abs((row.requested or 0.0) - USUAL))
+    nearest = min(of_method, key=lambda row: abs((row.requested or 0.0) - HEADLINE_SPARSITY))
     compared = [row for row in of_method if row.requested == nearest.requested]
     at = f" at {percent(nearest.requested)}" if nearest.requested and nearest.pruned else ""
     if method != GRIFFIN and any(row.to_griffin or row.equal_sparsity for row in compared):
@@ -97,21 +97,21 @@ def _headline(rows: Sequence[Row]) -> str:
 
 
 def _against_griffin(row: Row) -> Interval | None:
-    """The comparison at equal achieved sparsity; None if GRIFFIN was not measured there."""
+    """The difference to GRIFFIN at equal achieved sparsity; None if it was not measured there."""
     if row.gap is not None and not row.unequal:
         return row.to_griffin
     return None if row.equal_sparsity is None else row.equal_sparsity.interval
 
 
 def _verdicts(rows: Sequence[Row], subject: str, against: Callable[[Row], Interval | None]) -> str:
-    """ "dart at 50 % against griffin: better on 2 of 3 tasks, no clear difference on 1"."""
+    """Write "dart at 50 % against griffin: better on 2 of 3 tasks, no clear difference on 1"."""
     outcomes = dict.fromkeys(("better", "worse", UNCLEAR, INCOMPARABLE), 0)
     for row in rows:
         interval = against(row)
         verdict = INCOMPARABLE if interval is None else row.verdict(interval)
         outcomes[verdict if verdict in outcomes else UNCLEAR] += 1
     won = f"better on {outcomes.pop('better')} of {count(len(rows), 'task')}"
-    others = [f"{words} on {number}" for words, number in outcomes.items() if number]
+    others = [f"{outcome} on {number}" for outcome, number in outcomes.items() if number]
     return f"{subject}: {', '.join([won, *others])}"
 
 
@@ -122,7 +122,7 @@ def _verdicts(rows: Sequence[Row], subject: str, against: Callable[[Row], Interv
 class Leak:
     """A method under the protocols ``full`` and ``published`` on the same items.
 
-    ``interval``: published against full, as a difference or a ratio of perplexities.
+    ``interval``: the difference of published to full or, for perplexities, the ratio.
     """
 
     full: Row
@@ -131,18 +131,18 @@ class Leak:
 
     @property
     def sentence(self) -> str:
-        """How much better the method looks when its masks have seen the answers."""
+        """How much better the score is if the masks were selected from the answers too."""
         row = self.published
         if self.interval is None:
             return f"{row.label} on {row.task}: unknown, no shared items."
         change, verdict = amount(self.interval, row.perplexity), row.verdict(self.interval)
         words = {"better": "flattered by the leak", "": "within noise"}
-        judged = f", {words.get(verdict, verdict)}" if self.interval.ends else ""
-        return f"{row.label} on {row.task}: published against full {change}{judged}."
+        judgement = f", {words.get(verdict, verdict)}" if self.interval.ends else ""
+        return f"{row.label} on {row.task}: published against full {change}{judgement}."
 
 
 def leaks(rows: Sequence[Row]) -> list[Leak]:
-    """The rows measured under both protocols; their differences are the effect of the leak."""
+    """Pair the rows that were measured under both protocols; the differences show the leak."""
     done = [row for row in rows if row.done and row.pruned]
     same = grouped(done, lambda r: (r.model, r.dtype, r.task, r.label, r.layers, r.keep, r.seed))
     pairs = [{row.protocol: row for row in members} for members in same.values()]
@@ -153,11 +153,11 @@ def leaks(rows: Sequence[Row]) -> list[Leak]:
     ]
 
 
-# Notes: only those that apply to the rows shown.
+# Notes.
 
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
-    """Notes for reading the tables; docs/evaluation.md defines the columns."""
+    """The notes that apply to these rows; docs/evaluation.md defines the columns."""
     done = [row for row in rows if row.done]
     pairs = sum(i is not None for row in done for i in (row.to_dense, row.to_griffin))
     conditions = {
@@ -165,13 +165,13 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
         "Intervals are 95 % bootstrap intervals over items: of the score itself or, beside a "
         'difference, of the paired difference. "better" and "worse" require an interval that '
         f'excludes "no difference" and at least {FEWEST_ITEMS} items that differ.': bool(done),
-        f"{count(pairs, 'comparison')} with dense and GRIFFIN: of those without a true difference, "
-        "about 1 in 20 still shows one.": pairs > 0,
+        f"{count(pairs, 'comparison')} with dense and GRIFFIN: about 1 in 20 without a true "
+        "difference still shows one.": pairs > 0,
         f"{UNEQUAL} achieved sparsity differs from GRIFFIN's at the same requested sparsity by "
         "more than 1 point: compare at equal achieved sparsity instead.": any(
             row.unequal for row in done
         ),
-        f"{OTHER_MEAN} the task aggregates its items differently; the interval is that of their "
+        f"{OTHER_MEAN} the metric is not the mean of the items, but the interval is that of their "
         "mean.": any(map(differs, done)),
         "FFN bytes are those that the compact executor would read: masking skips no work.": any(
             row.executor == "masked" for row in done
@@ -188,7 +188,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def differs(row: Row) -> bool:
-    """Whether the metric differs from the mean over its items, from which intervals come."""
+    """Whether the metric differs from the mean of its items, for which the interval holds."""
     mean, value = row.scores.mean, row.value
     if mean is None or value is None:
         return False
@@ -208,9 +208,9 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """A table per model, task and protocol, with separate ones for layer sweeps, in row order."""
-    whole = {row.group for row in rows if row.layers is None and row.method != DENSE}
-    groups = grouped(rows, lambda row: (*row.group, row.layers is not None and row.group in whole))
+    """A table per model, task and protocol; layer sweeps have tables of their own."""
+    full = {row.group for row in rows if row.layers is None and row.method != DENSE}
+    groups = grouped(rows, lambda row: (*row.group, row.layers is not None and row.group in full))
     return [Table("", caption(group), _columns(group), group) for group in groups.values()]
 
 
@@ -222,7 +222,7 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
     def achieved(row: Row) -> str | None:
         return None if row.achieved is None else _marked(percent(row.achieved), row)
 
-    def beside(row: Row, equal: Equal | None) -> str | None:
+    def difference(row: Row, equal: Equal | None) -> str | None:
         return row.change(equal.interval) if equal else None
 
     columns = (
@@ -236,10 +236,10 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
         Column("against GRIFFIN", lambda row: _marked(row.change(row.to_griffin), row)),
         Column(
             "at equal achieved sparsity",
-            lambda row: beside(row, row.equal_sparsity),
+            lambda row: difference(row, row.equal_sparsity),
             terminal=False,
         ),
-        Column("at equal FFN bytes", lambda row: beside(row, row.equal_bytes), terminal=False),
+        Column("at equal FFN bytes", lambda row: difference(row, row.equal_bytes), terminal=False),
         Column("FFN bytes", lambda row: row.bytes_share, ".3f", terminal=False),
         Column("bytes per token", lambda row: row.token_bytes_share, ".3f"),
         Column("weights", lambda row: row.weight_bytes, bytes_text, terminal=False),
@@ -249,7 +249,7 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
 
 
 COUNTS = ("tokens", "pruned_tokens", "mean_loss", "mean_loss_pruned_tokens")
-"""Metrics that appear only in the JSON documents."""
+"""Metrics that are in the JSON documents but not in the tables."""
 
 
 def _other_metrics(row: Row) -> str | None:
@@ -259,19 +259,19 @@ def _other_metrics(row: Row) -> str | None:
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """ "arc_easy_local: SmolLM2 (unquantised, float32), protocol decode; 40 items"."""
+    """Write "arc_easy_local: SmolLM2 (unquantised, float32), protocol decode; 40 items"."""
     row, items = rows[-1], sorted({row.items for row in rows if row.items})
     leak = "LEAK, " if any(row.leaks for row in rows) else ""
     formats = f" ({file_text(row.checkpoint)}, {dtype_text(row.checkpoint)})"
     layers = "" if row.layers is None else ", one layer pruned at a time"
     model = f"{row.model}{formats if row.checkpoint else ''}"
     number = " to ".join(map(str, dict.fromkeys([*items[:1], *items[-1:]])))
-    several = f"; {number} items" if items else ""
-    return f"{leak}{row.task}: {model}, protocol {row.protocol}{layers}{several}"
+    item_count = f"; {number} items" if items else ""
+    return f"{leak}{row.task}: {model}, protocol {row.protocol}{layers}{item_count}"
 
 
 def name(row: Row, seeds: bool = False) -> str:
-    """The row's label, with layer, keep and seed if they distinguish rows."""
+    """The row's label, with its layer and kept share (layer sweeps) and, if ``seeds``, its seed."""
     text = row.label
     if row.layers is not None:
         keep = "" if row.keep is None else f", keep {percent(row.keep)}"
@@ -284,7 +284,7 @@ def _marked(text: str | None, row: Row) -> str | None:
 
 
 def _metric(row: Row) -> str:
-    """The score; with its interval if there is no paired interval against dense."""
+    """The score; its interval is added if there is no paired interval against dense."""
     if not row.done:
         return "failed"
     text = row.quantity
@@ -298,7 +298,7 @@ def _metric(row: Row) -> str:
 
 
 def eval_document(rows: Sequence[Row]) -> dict[str, Any]:
-    """``results`` by task, ``accounting`` and ``notes`` of the method; ``dense``: its results."""
+    """A method's ``results`` by task, ``accounting`` and ``notes``; ``dense``: dense results."""
     last = rows[-1].label
     of_method = {r.measurement["task"]: r.measurement for r in rows if r.label == last}
     others = {r.measurement["task"]: r.measurement for r in rows if r.label != last}
@@ -340,7 +340,7 @@ PLAIN = [f.name for f in fields(Row) if f.repr and f.name not in (*INTERVALS, *E
 
 
 def record(row: Row) -> dict[str, Any]:
-    """A row as JSON-serialisable data with nested intervals; ``at``: GRIFFIN's equal value."""
+    """A row as JSON-serialisable data with nested intervals; ``at`` is ``Equal.at``."""
     data = {key: getattr(row, key) for key in PLAIN}
     data |= {"checkpoint": dict(row.checkpoint), "unequal": row.unequal, "leaks": row.leaks}
     data |= {key: (i := getattr(row, key)) and i.to_dict() for key in INTERVALS}
@@ -375,7 +375,7 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def csv_table(rows: Sequence[Row]) -> Table:
-    """compare.csv: a line per row, without the nested data of compare.json."""
+    """The table of compare.csv: a line per row, without the nested data of compare.json."""
     lines, nested = [], (*INTERVALS, *EQUALS, "checkpoint")
     for row in rows:
         data = {key: v for key, v in record(row).items() if key not in nested}
@@ -385,7 +385,7 @@ def csv_table(rows: Sequence[Row]) -> Table:
 
 
 def page_text(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """``report.html``; ``config``: config.json.  Without matplotlib it has no plots."""
+    """The text of report.html; ``config``: config.json.  Without matplotlib it has no plots."""
     pictures, missing = page.pictures(plots(rows))
     content = {
         "title": title(rows),
@@ -411,12 +411,12 @@ def title(rows: Sequence[Row]) -> str:
         return "Nothing was measured"
     models = list(dict.fromkeys(row.model for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows if row.pruned)) or [DENSE]
-    what = methods[0] if len(methods) == 1 else f"{len(methods)} methods compared"
-    return f"{what} on {models[0] if len(models) == 1 else f'{len(models)} models'}"
+    subject = methods[0] if len(methods) == 1 else f"{len(methods)} methods compared"
+    return f"{subject} on {models[0] if len(models) == 1 else f'{len(models)} models'}"
 
 
 def _facts(rows: Sequence[Row]) -> page.Facts:
-    """The values that were varied, and the checkpoints."""
+    """The models, methods, tasks, ... of the rows, and their checkpoints."""
     done = sum(row.done for row in rows)
     lists: dict[str, list[Any]] = {
         f"{key}s": [getattr(row, key) for row in rows]
@@ -426,16 +426,16 @@ def _facts(rows: Sequence[Row]) -> page.Facts:
     lists["checkpoints"] = [checkpoint_line(r.model, r.checkpoint) for r in rows if r.checkpoint]
     lists["cells"] = [f"{done} done, {len(rows) - done or 'none'} failed"]
     named = {name: dict.fromkeys(str(v) for v in vs if v is not None) for name, vs in lists.items()}
-    return [(name, ", ".join(each) or "none", False) for name, each in named.items()]
+    return [(name, ", ".join(values) or "none", False) for name, values in named.items()]
 
 
 # The plot: quality against achieved sparsity, with a panel per task.
 
-MOST_PANELS = 6  # tasks per plot; further tasks go into further plots
+MAX_PANELS = 6  # tasks per plot; further tasks go into further plots
 
-SIDEWAYS = 0.006  # horizontal offset, in sparsity, between the marks of two methods
+OFFSET = 0.006  # horizontal distance, in sparsity, between the marks of adjacent methods
 
-FAR = 30.0  # a perplexity axis ends at this multiple of dense, to keep the rest legible
+AXIS_LIMIT = 30.0  # a perplexity axis ends at this multiple of dense, to stay legible
 
 WHISKERS = (
     f"whiskers: 95 % bootstrap intervals (at least {FEWEST_ITEMS} items) of the paired difference "
@@ -451,7 +451,7 @@ def plots(rows: Sequence[Row]) -> list[Plot]:
     for members in grouped(shown, lambda r: (r.model, r.dtype, r.protocol)).values():
         by_task = grouped(members, lambda row: row.task).values()
         tasks = [task for task in by_task if len(_points(task)) > 1]
-        pages += [tasks[n : n + MOST_PANELS] for n in range(0, len(tasks), MOST_PANELS)]
+        pages += [tasks[n : n + MAX_PANELS] for n in range(0, len(tasks), MAX_PANELS)]
     names = [f"quality_{n}" if n > 1 else "quality" for n in range(1, len(pages) + 1)]
     return [_plot(name, page) for name, page in zip(names, pages, strict=True)]
 
@@ -486,9 +486,10 @@ def _plot(name: str, tasks: Sequence[Sequence[Row]]) -> Plot:
 
 
 def _ends(row: Row, dense: Row | None) -> tuple[float, float] | None:
-    """Ends of the row's interval: of the paired difference to dense or, without it, of the metric.
+    """Ends of the row's whisker; None with too few items.
 
-    Pairing removes the variation in difficulty, which all methods share.  None with too few items.
+    They come from the paired difference to dense, because pairing removes the variation in
+    difficulty that all methods share.  Without that difference, they are those of the metric.
     """
     if row.to_dense is None or dense is None or dense.value is None:
         return None if row.interval is None else row.interval.ends
@@ -505,7 +506,7 @@ def _draw_task(axes: Axes, rows: Sequence[Row], looks: dict[str, Look]) -> None:
     dense = next((row for row in rows if row.method == DENSE), None)
     by_method = grouped(_points(rows), lambda row: row.method)
     for number, (method, of_method) in enumerate(by_method.items()):
-        shift = SIDEWAYS * (number - (len(by_method) - 1) / 2)
+        shift = OFFSET * (number - (len(by_method) - 1) / 2)
         label = method
         for line in grouped(of_method, lambda row: row.seed).values():
             line.sort(key=lambda row: row.achieved or 0.0)
@@ -518,7 +519,7 @@ def _draw_task(axes: Axes, rows: Sequence[Row], looks: dict[str, Look]) -> None:
     row, limit = _points(rows)[0], math.inf
     if dense is not None and dense.value is not None:
         axes.axhline(dense.value, color=INK, linestyle=DASHES, linewidth=1.4, label=DENSE)
-        limit = FAR * dense.value
+        limit = AXIS_LIMIT * dense.value
     better = "higher" if row.higher_is_better else "lower"
     task = textwrap.shorten(row.task, 44, placeholder=" ...")
     axes.set_title(f"{task}: {better} is better", loc="left", fontsize=9, color=INK)
@@ -528,7 +529,7 @@ def _draw_task(axes: Axes, rows: Sequence[Row], looks: dict[str, Look]) -> None:
     if row.perplexity:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
-        cut = f", cut at {FAR:g} x dense" if high > limit else ""
+        cut = f", cut at {AXIS_LIMIT:g} x dense" if high > limit else ""
         axes.set_ylabel(f"{row.metric} (log axis{cut})")
         log_axis(axes, low, min(high, limit))
     elif axes.get_ylim()[0] < 0 <= min(other.value or 0.0 for other in rows):

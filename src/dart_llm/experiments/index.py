@@ -1,4 +1,4 @@
-"""Find, filter and show results folders, from their ``config.json`` and ``rows.jsonl``."""
+"""Find, filter and list the results folders of past runs (config.json and rows.jsonl)."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from dart_llm.reporting.table import Column, Table
 from dart_llm.reporting.words import count
 
 STATUSES = ("complete", "running", "stopped", "interrupted", "failed")
-"""The statuses in config.json, and ``stopped``: a run whose process died."""
+"""The statuses in config.json, and ``stopped``: the run's process ended without a status."""
 
 RUN_KEYS = {"kind", "status", "settings", "started", "finished"}
 
-MOST = 4  # the short table lists the results of a run individually up to this number
+MAX_LISTED = 4  # in the short table, a run with more results shows only their number
 
 
 @dataclass(frozen=True)
 class Run:
-    """A results folder: its configuration and its lines, which may have been filtered."""
+    """A results folder: its configuration, and its result lines (after filtering, only some)."""
 
     path: Path
     experiment: str
@@ -59,32 +59,34 @@ class Run:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds from the start of the run to its end."""
+        """Seconds from the start of the run to its end; None before it ends."""
         end = self.config["finished"]
         return end and (datetime.datetime.fromisoformat(end) - self.started).total_seconds()
 
     @property
     def models(self) -> tuple[str, ...]:
         """The models' short names."""
-        return _distinct([line.model for line in self.lines] or map(short_name, self._set("model")))
+        return _distinct(
+            [line.model for line in self.lines] or map(short_name, self._values("model"))
+        )
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods, without dense unless it is the only one."""
-        return _distinct([line.method for line in pruned_lines(self)] or self._set("method"))
+        """The methods; dense is included only if there are no others."""
+        return _distinct([line.method for line in pruned_lines(self)] or self._values("method"))
 
     @property
     def sparsities(self) -> tuple[float, ...]:
-        """The requested sparsities."""
+        """The requested sparsities, ascending."""
         return tuple(sorted({line.requested for line in pruned_lines(self) if line.requested}))
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks measured or to be measured."""
-        return _distinct([line.task for line in self.lines] or self._set("task"))
+        return _distinct([line.task for line in self.lines] or self._values("task"))
 
-    def _set(self, name: str) -> Iterator[str]:
-        """The settings' values of ``name``, used if a run has no results yet."""
+    def _values(self, name: str) -> Iterator[str]:
+        """The values of the setting ``name``, for runs that have no results yet."""
         settings = self.config["settings"]
         value = settings.get(name, settings.get(f"{name}s")) or []
         yield from [value] if isinstance(value, str) else value
@@ -95,7 +97,7 @@ def _distinct(values: Iterable[str]) -> tuple[str, ...]:
 
 
 def pruned_lines(run: Run) -> list[ResultLine]:
-    """The lines of pruned methods, or all lines if none is pruned."""
+    """The lines of pruned methods, or all lines if no method is pruned."""
     pruned = [line for line in run.lines if not line.method.startswith("dense")]
     return pruned or list(run.lines)
 
@@ -104,7 +106,7 @@ def pruned_lines(run: Run) -> list[ResultLine]:
 
 
 def find(root: Path | str) -> list[Run]:
-    """The runs in ``root``, oldest first; ``root`` may also be an experiment's or a run's folder.
+    """Find the runs in ``root``, oldest first; it may also be an experiment's or a run's folder.
 
     Raises ``ConfigError`` if the folder does not exist or contains no run.
     """
@@ -118,13 +120,13 @@ def find(root: Path | str) -> list[Run]:
     for path in root.rglob("config.json"):
         config, folder = read_json(path), path.parent
         if config.keys() >= RUN_KEYS:  # otherwise it is a model's config.json
-            name = folder.resolve().parent
-            inside = name != root.resolve() and name.is_relative_to(root.resolve())
-            experiment = name.relative_to(root.resolve()).as_posix() if inside else name.name
+            parent, top = folder.resolve().parent, root.resolve()
+            inside = parent != top and parent.is_relative_to(top)
+            experiment = parent.relative_to(top).as_posix() if inside else parent.name
             lines = tuple(ResultLine.model_validate(row) for row in whole_rows(folder / ROWS))
             runs.append(Run(folder, experiment, config, lines))
     if not runs:
-        raise ConfigError(f"{root} has no runs (no <experiment>/<time>/config.json)")
+        raise ConfigError(f"{root} has no runs (there is no <experiment>/<time>/config.json)")
     return sorted(runs, key=lambda run: (run.started, run.experiment, run.time))
 
 
@@ -137,27 +139,28 @@ def filter(
     experiment: str | None = None,
     since: str | None = None,
 ) -> list[Run]:
-    """The runs that match all arguments, with only their matching lines.
+    """Return the runs that match all arguments, with only their matching lines.
 
-    ``status`` is a name in ``STATUSES``, ``since`` a date, ``2026-03-04`` or ``2026-03-04 12:00``;
-    the others match any part of a name, ignoring case.  Raises ``UnknownName`` or ``ConfigError``.
+    ``status`` is a name in ``STATUSES``; ``since`` is a date, ``2026-03-04`` or ``2026-03-04
+    12:00``.  The other arguments match any part of a name, ignoring case.  Raises
+    ``UnknownName`` or ``ConfigError``.
     """
     status = status and status.lower()
     check_name("status", status, STATUSES)
     try:
-        day = None if since is None else datetime.datetime.fromisoformat(since).astimezone()
+        start = None if since is None else datetime.datetime.fromisoformat(since).astimezone()
     except ValueError:
         raise ConfigError(
             f'--since "{since}" is not a date: write 2026-03-04 or "2026-03-04 12:00"'
         ) from None
 
     def matches(*names: Sequence[str]) -> bool:
-        return all(_part_of(*pair) for pair in zip((model, method, task), names, strict=True))
+        return all(_contains(*pair) for pair in zip((model, method, task), names, strict=True))
 
     chosen = []
     for run in runs:
-        early = day is not None and run.started < day
-        if early or status not in (None, run.status) or not _part_of(experiment, [str(run.path)]):
+        early = start is not None and run.started < start
+        if early or status not in (None, run.status) or not _contains(experiment, [str(run.path)]):
             continue
         lines = [row for row in run.lines if matches([row.model], [row.label], [row.task])]
         if lines or (not run.lines and matches(run.models, run.methods, run.tasks)):
@@ -165,7 +168,7 @@ def filter(
     return chosen
 
 
-def _part_of(part: str | None, names: Sequence[str]) -> bool:
+def _contains(part: str | None, names: Sequence[str]) -> bool:
     return part is None or any(part.lower() in name.lower() for name in names)
 
 
@@ -193,10 +196,10 @@ def to_json(runs: Iterable[Run]) -> str:
 
 
 def to_csv(runs: Iterable[Run]) -> str:
-    """Comma-separated values with a header and a line per result; unknown values are empty."""
+    """CSV text with a header and a line per result; unknown values are empty."""
     buffer = io.StringIO()
-    facts = ("experiment", "time", "status", "kind", "path")
-    writer = csv.DictWriter(buffer, [*facts, *ResultLine.model_fields], lineterminator="\n")
+    run_columns = ("experiment", "time", "status", "kind", "path")
+    writer = csv.DictWriter(buffer, [*run_columns, *ResultLine.model_fields], lineterminator="\n")
     writer.writeheader()
     for run in runs:
         for line in run.lines:
@@ -218,16 +221,16 @@ COLUMNS = (
 
 
 def table(runs: Sequence[Run], long: bool = False) -> Table:
-    """Each run on the left, its results on the right.
+    """The table of runs and their results.
 
-    The short table omits dense lines, unless there are no others, and only counts the results of a
-    run with more than ``MOST`` of them; ``long`` shows every line.
+    The short table omits dense lines, unless there are no others.  A run with more than
+    ``MAX_LISTED`` results shows only their number.  With ``long``, every line is shown.
     """
     rows = []
     for run in runs:
         lines = list(run.lines) if long else pruned_lines(run)
         texts = [{**line.model_dump(), "result": result(line)} for line in lines]
-        if not texts or (len(texts) > MOST and not long):
+        if not texts or (len(texts) > MAX_LISTED and not long):
             texts = [{"label": "", "result": f"{len(run.lines) or 'no'} results"}]
         head = f"{run.experiment} {run.time}\n{run.kind}, {run.status}"
         rows += [{**text, "run": "" if number else head} for number, text in enumerate(texts)]

@@ -1,4 +1,8 @@
-"""Line plots: curves in panels, and the drift detector's windows over the decode steps."""
+"""Line plots: curves in panels, and the similarities that the drift detector measured.
+
+The detector compares the mean attention output of each window of decode steps with a reference.
+A similarity below its threshold can trigger a re-mask (new observations and new masks).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve.  ``band``: its lower and upper bounds.  ``is_reference``: dashed, without marks."""
+    """A curve.  ``band``: lower and upper bounds.  ``is_reference``: dashed and without marks."""
 
     label: str
     x: Sequence[float]
@@ -43,7 +47,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over one pair of axes."""
+    """Curves that share a pair of axes; ``is_log``: the y axis is logarithmic."""
 
     xlabel: str
     ylabel: str
@@ -52,8 +56,8 @@ class Panel:
     limits: tuple[float, float] | None = None
 
 
-def line_plot(name: str, title: str, small: str, panels: Sequence[Panel]) -> Plot:
-    """Panels in two columns; marks and line styles distinguish the curves without colours."""
+def line_plot(name: str, title: str, small_print: str, panels: Sequence[Panel]) -> Plot:
+    """Panels in two columns; marks and line styles distinguish the curves even without colours."""
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
 
@@ -61,11 +65,11 @@ def line_plot(name: str, title: str, small: str, panels: Sequence[Panel]) -> Plo
         grid = figure.subplots(rows, columns, squeeze=False).flat
         for axes, panel in zip(grid, panels, strict=False):
             _draw_panel(axes, palette, panel)
-        for spare in grid[len(panels) :]:
-            spare.remove()
+        for unused in grid[len(panels) :]:
+            unused.remove()
 
     alt = f"Lines: {'; '.join(f'{panel.ylabel} over {panel.xlabel}' for panel in panels)}."
-    return Plot(name, title, alt, small, 1.1 + 2.3 * rows, draw)
+    return Plot(name, title, alt, small_print, 1.1 + 2.3 * rows, draw)
 
 
 def _draw_panel(axes: Axes, palette: Palette, panel: Panel) -> None:
@@ -87,15 +91,15 @@ def _draw_panel(axes: Axes, palette: Palette, panel: Panel) -> None:
     legend(axes, 3)
 
 
-# The windows of the drift detector, their threshold, and the re-masks.
+# The windows of the drift detector, their threshold, and the masks.
 
 Masks = Sequence[Mapping[str, Any]]
 
 FEWEST_WINDOWS = 8
-"""With fewer windows, the similarity of a text is not drawn."""
+"""With fewer windows than this, the similarity of a sequence is not drawn."""
 
 MAX_NAMED = 14
-"""With more masks in a panel, they are thin lines without names."""
+"""If a panel has more masks than this, they are thin lines without names."""
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "armed": ("window", {"marker": "o"}),
@@ -113,7 +117,7 @@ def is_low(check: DriftCheck) -> bool:
 
 
 def drift_sentence(checks: Sequence[DriftCheck], remasks: Masks) -> str:
-    """The number of low windows, and of the re-masks that they caused."""
+    """Say how many windows fell below the threshold, and how many re-masks they caused."""
     armed = [check for check in checks if check.threshold is not None]
     if not armed:
         return f"The drift detector did not arm within {count(len(checks), 'window')}."
@@ -131,16 +135,16 @@ def drift_sentence(checks: Sequence[DriftCheck], remasks: Masks) -> str:
         late = " before the end" if rebuilt < triggers else ""
         words.append(f"{count(triggers, 'trigger')} led to {count(rebuilt, 're-mask')}{late}")
     else:
-        words.append("nothing was re-masked")
+        words.append("no mask was rebuilt")
     if suppressed:
-        words.append(f"the guards put off {count(suppressed, 'trigger')}")
+        words.append(f"the guards suppressed {count(suppressed, 'trigger')}")
     return "; ".join(words) + "."
 
 
-def plot_similarity(checks: Sequence[DriftCheck], remasks: Masks, small: str) -> Plot | None:
-    """A panel per sequence and row, at most four; those with the most triggers are preferred.
+def plot_similarity(checks: Sequence[DriftCheck], remasks: Masks, small_print: str) -> Plot | None:
+    """A panel for each of the ``MAX_PANELS`` sequences and rows with the most triggers.
 
-    ``small``: the small print.  None if there are few windows or the detector never armed.
+    None if there are too few windows or the detector never armed.
     """
     sequences = grouped(checks, lambda check: (check.sequence, check.row))
     groups = {key: windows for key, windows in sequences.items() if worth_drawing(windows)}
@@ -149,7 +153,7 @@ def plot_similarity(checks: Sequence[DriftCheck], remasks: Masks, small: str) ->
     ranked = sorted(groups, key=lambda key: (-sum(c.trigger for c in groups[key]), key))
     shown = sorted(ranked[:MAX_PANELS])
     words = drift_sentence(checks, remasks)
-    some = f"{len(shown)} of {len(groups)} sequences shown · " if len(groups) > len(shown) else ""
+    part = f"{len(shown)} of {len(groups)} sequences shown · " if len(groups) > len(shown) else ""
 
     def draw(figure: Figure, palette: Palette) -> None:
         panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
@@ -162,11 +166,11 @@ def plot_similarity(checks: Sequence[DriftCheck], remasks: Masks, small: str) ->
         legend(panels[0], 4)
 
     alt = f"Marks: similarity of the attention output to its reference, over decode steps. {words}"
-    return Plot("similarity", words, alt, some + small, 2.2 + 1.5 * len(shown), draw)
+    return Plot("similarity", words, alt, part + small_print, 2.2 + 1.5 * len(shown), draw)
 
 
 def worth_drawing(checks: Sequence[DriftCheck]) -> bool:
-    """Whether there are enough windows, and at least one has a threshold."""
+    """Whether there are enough windows, at least one of which has a threshold."""
     armed = any(check.threshold is not None for check in checks)
     return armed and len(checks) >= FEWEST_WINDOWS
 
@@ -174,11 +178,11 @@ def worth_drawing(checks: Sequence[DriftCheck]) -> bool:
 def draw_checks(axes: Axes, palette: Palette, checks: Sequence[DriftCheck], masks: Masks) -> None:
     """Draw the windows' similarity and threshold, and lines where masks were built."""
     starts = [int(mask["step"]) for mask in masks]
-    stretches = grouped(checks, lambda check: bisect_left(starts, check.step)).values()
-    for number, stretch in enumerate(stretches):
-        steps = [check.step for check in stretch]
-        axes.plot(steps, [c.similarity for c in stretch], color=SOFT, linewidth=0.9, zorder=2)
-        limits = [math.nan if c.threshold is None else c.threshold for c in stretch]
+    by_mask = grouped(checks, lambda check: bisect_left(starts, check.step)).values()
+    for number, windows in enumerate(by_mask):
+        steps = [check.step for check in windows]
+        axes.plot(steps, [c.similarity for c in windows], color=SOFT, linewidth=0.9, zorder=2)
+        limits = [math.nan if c.threshold is None else c.threshold for c in windows]
         label = "_" if number else "threshold"
         axes.plot(steps, limits, "--", label=label, color=palette[2], linewidth=1.6, zorder=2)
     colours = {"armed": palette[0], "suppressed": "white", "arming": "white"}
@@ -202,7 +206,7 @@ def _kind(check: DriftCheck) -> str:
 
 
 def _draw_masks(axes: Axes, checks: Sequence[DriftCheck], masks: Masks) -> None:
-    """Draw lines where masks were built, named by cause, and hatch where tokens ran dense."""
+    """Draw lines where masks were built, named by cause, and hatch the steps that ran dense."""
     end = max(check.step for check in checks)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.16 * (high - low))
