@@ -1,6 +1,7 @@
 """Where a result comes from: digests of weights, texts and data; versions, git, machine.
 
-A run's identity includes digests of the files its settings name: a changed file makes another run.
+A run's identity includes digests of the files that its settings name.  If a file changed, an
+interrupted run is therefore not resumed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dart_llm.pruning import registry
 from dart_llm.pruning.setting_file import path_of
 
 _NAMED_BY_TASKS = ("text", "data", "slices")
-"""Inputs whose names are checked even if they are empty."""
+"""Kinds of inputs that a task names; an empty name is an error, and not skipped."""
 
 
 class Digests:
@@ -42,7 +43,7 @@ class Digests:
         self._models: dict[str, dict[str, str]] = {}
 
     def of(self, cell: Cell) -> dict[str, str]:
-        """Digests by the input's name; only local files have an entry.
+        """Digests by the name of the input; only local files have an entry.
 
         Raises ``ConfigError`` if a file cannot be read.
         """
@@ -68,7 +69,7 @@ class Digests:
     def of_files(
         self, method: str, calibration: str | None, masks: str | None = None, table: str = ""
     ) -> dict[str, str]:
-        """Digests of the local files that a method reads; ``table``: a layer table, ``@FILE``."""
+        """Digests of the local files that a method reads; ``table``: a layer table or ``@FILE``."""
         files = {
             "calibration": calibration or "",
             "setting": str(path_of(method) or ""),
@@ -78,11 +79,11 @@ class Digests:
         return self._digests(files)
 
     def of_model(self, options: Any) -> dict[str, str]:
-        """``model``: digest of a local model's weights; ``model_files``: of its other files.
+        """The digests ``model`` of a local model's weights and ``model_files`` of its other files.
 
-        ``weights``: the weight format, unless it is dense.  ``options`` has the fields of
-        ``ModelOptions``.  The default model and models on the hub have no digests: id and revision
-        identify them.
+        ``weights`` is the weight format, unless it is dense.  ``options`` has the fields of
+        ``ModelOptions``.  The default model and models on the hub have no digests, because their ID
+        and revision identify them.
         """
         model = options.model
         if model not in self._models:
@@ -97,8 +98,8 @@ class Digests:
                     digests = {"model": file_sha256(path)}
             self._models[model] = digests
         weights = requested_format(options)
-        stored = {} if weights == "dense" else {"weights": weights}
-        return {**self._models[model], **stored}
+        weight_format = {} if weights == "dense" else {"weights": weights}
+        return {**self._models[model], **weight_format}
 
     def of_settings(self, settings: Any) -> dict[str, Any]:
         """Digests of a run's inputs: the model, the files of its method, plug-ins."""
@@ -128,7 +129,7 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def _digest(kind: str, name: str) -> str | None:
-    """An input's digest; None if it is not a local file.  Raises for unknown names."""
+    """An input's digest; None if it is not a local file.  Unknown names raise ``ConfigError``."""
     if kind == "slices":
         sources = documents.sources(slice_sources(name)[0])
         return _sha256("".join(source.digest for source in sources))
@@ -183,7 +184,7 @@ def versions() -> dict[str, str | None]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, branch and whether there are uncommitted changes; None outside a repository."""
+    """The commit, the branch and ``dirty`` (uncommitted changes); None outside a repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
@@ -218,7 +219,7 @@ def machine(device: str | None = None) -> dict[str, Any]:
 
 
 def origin(device: str | None) -> dict[str, Any]:
-    """The entries of config.json about where results come from."""
+    """The entries of config.json that say where results come from."""
     return {
         "command": sys.argv,
         "versions": versions(),
@@ -285,7 +286,7 @@ def environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_sigterm() -> Iterator[None]:
-    """Restore the SIGTERM handler afterwards; only the main thread can set it."""
+    """Restore the SIGTERM handler after this context, if it runs in the main thread."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield

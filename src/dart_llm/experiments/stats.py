@@ -1,15 +1,15 @@
-"""Bootstrap intervals over items, pairs and texts; speed-ups checked against the bandwidth limit.
+"""Bootstrap intervals over items, pairs and texts; speed-ups and their bandwidth limit.
 
 Items of two methods are paired by id.  Both methods answered the same questions, so the variation
 between items cancels and small differences become visible.
 
 An interval describes the sampled items, not other tasks or models.  **Of twenty comparisons whose
 true difference is zero, about one has an interval that excludes zero**: a table with many
-comparisons will contain such rows, and no single row is a finding.
+comparisons will contain such rows, so a single row is not evidence of a difference.
 
 Decoding a token reads every weight that it needs once.  Reading fewer bytes can therefore speed up
-decoding at most by the ratio of the bytes.  A ratio that is clearly larger means that another
-process used the machine during one of the two timings; it is never shown.
+decoding at most by the ratio of the bytes, the bandwidth limit.  A measured ratio that is clearly
+larger means that another process used the machine during one of the timings; it is not reported.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ LEVEL = 0.95
 RESAMPLES = 5000
 
 MANY_ITEMS, MANY_RESAMPLES = 4000, 2000
-"""Above ``MANY_ITEMS`` items, fewer resamples suffice and BCa's correction is negligible."""
+"""Above ``MANY_ITEMS`` items, fewer resamples suffice, and percentiles replace BCa intervals."""
 
 BATCH = 2_000_000
 """Numbers per batch of resamples."""
 
 Value = float | tuple[float, float]
-"""An item's value, or its value and weight (a slice's mean loss and its number of tokens)."""
+"""An item's value, or a pair of value and weight (a slice's mean loss and number of tokens)."""
 
 Sample = Mapping[str, Value]
-"""Items by id."""
+"""The items' values by id."""
 
 Kind = Literal["difference", "ratio_of_exp_mean"]
 
@@ -53,9 +53,9 @@ Array = NDArray[np.float64]
 class Interval:
     """A 95 % interval around an estimate over ``n`` items.
 
-    ``ends``: its lower and upper end; None with fewer than ``FEWEST_ITEMS`` items.  ``null``: the
-    value for "no difference" (0, or 1 for ratios); None for a single mean.  ``differing``: the
-    number of unequal pairs.
+    ``ends``: the lower and upper end; None with fewer than ``FEWEST_ITEMS`` items.  ``null``: the
+    estimate that means "no difference" (0, or 1 for ratios); None for a single mean.
+    ``differing``: the number of pairs whose values differ.
     """
 
     ends: tuple[float, float] | None
@@ -65,7 +65,7 @@ class Interval:
     differing: int = 0
 
     @property
-    def _excludes(self) -> bool:
+    def _excludes_null(self) -> bool:
         if self.null is None or self.ends is None:
             return False
         return not self.ends[0] <= self.null <= self.ends[1]
@@ -76,16 +76,16 @@ class Interval:
 
         Before counting significant differences, read the module's warning on many comparisons.
         """
-        return self._excludes and self.differing >= FEWEST_ITEMS
+        return self._excludes_null and self.differing >= FEWEST_ITEMS
 
     @property
     def few(self) -> bool:
         """Whether the difference lacks significance only because too few pairs are unequal."""
-        return self._excludes and self.differing < FEWEST_ITEMS
+        return self._excludes_null and self.differing < FEWEST_ITEMS
 
     @property
     def alike(self) -> bool:
-        """Whether no pair differs."""
+        """Whether the values of every pair are equal."""
         return self.null is not None and not self.differing
 
     @property
@@ -96,11 +96,11 @@ class Interval:
         return 1 if self.estimate > (self.null or 0.0) else -1
 
     def words(self, write: Callable[[float], str]) -> str:
-        """ "0.3 to 0.5", or "too few: n = 3"."""
+        """Write "0.3 to 0.5", or "too few: n = 3"."""
         return " to ".join(map(write, self.ends)) if self.ends else f"too few: n = {self.n}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable data; ``significant`` only for differences and ratios.
+        """JSON-serialisable data; only differences and ratios have ``significant``.
 
         With too few items, ``low`` and ``high`` are null and ``no_interval`` gives the reason.
         """
@@ -118,7 +118,7 @@ def interval(
 ) -> Interval | None:
     """95 % interval of the weighted mean of ``values``, or of its exponential (perplexity).
 
-    Equal values give ``[x, x]``: these items do not vary, but others might.  With fewer than
+    If all values are equal, both ends are the estimate; other items might vary.  With fewer than
     ``FEWEST_ITEMS`` items the interval has no ends; without items it is None.
     """
     if not isinstance(values, Mapping):
@@ -132,9 +132,9 @@ def paired_interval(
 ) -> Interval | None:
     """95 % interval of mean(a) - mean(b), or of exp(mean(a) - mean(b)), over shared ids.
 
-    Pairs are resampled together; the order of the items does not matter.  Equal differences give
-    ``[x, x]``.  With fewer than ``FEWEST_ITEMS`` pairs the interval has no ends; without pairs it
-    is None.
+    The two values of a pair are resampled together; the order of the items does not matter.  If all
+    differences are equal, both ends are the estimate.  With fewer than ``FEWEST_ITEMS`` pairs the
+    interval has no ends; without pairs it is None.
     """
     shared = sorted(a.keys() & b.keys())
     data = np.concatenate([_columns(a, shared), _columns(b, shared)])
@@ -143,8 +143,9 @@ def paired_interval(
 
 
 def gap_closed(groups: Sequence[tuple[Array, Array]]) -> float | None:
-    """``1 - sum of mean(a) / sum of mean(b)`` over groups ``(a, b)`` of arrays [n].
+    """The fraction of a gap that is closed: ``1 - sum of mean(a) / sum of mean(b)``.
 
+    The sums are over the groups ``(a, b)`` of arrays [n]; b is the gap, and a what remains of it.
     None if the sum of the means of b is not positive, because then there is no gap to close.
     """
     gap, other = (sum(float(part.mean()) for part in parts) for parts in zip(*groups, strict=True))
@@ -152,7 +153,7 @@ def gap_closed(groups: Sequence[tuple[Array, Array]]) -> float | None:
 
 
 def gap_closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) -> Interval | None:
-    """95 % interval of ``gap_closed``; each group is resampled separately, its a and b together.
+    """95 % interval of ``gap_closed``; groups are resampled separately, each a with its b.
 
     A resample without a gap to close counts as -inf.  The interval is None if ``gap_closed`` is
     None, if a group has fewer than ``FEWEST_ITEMS`` items, or if so many resamples lack a gap that
@@ -184,9 +185,9 @@ def text_intervals(
 ) -> dict[str, tuple[float, float] | None]:
     """95 % intervals of named statistics of ``n`` texts, all from the same resamples.
 
-    ``statistics`` takes [B, n], how often each text was drawn, and returns [B] by name.  Resamples
-    in which a statistic is NaN are left out of its interval.  Empty with fewer than
-    ``FEWEST_ITEMS`` texts.
+    ``statistics`` takes how often each text was drawn in each resample, [B, n], and returns [B] for
+    each name.  A statistic's interval ignores resamples in which it is NaN.  The result is empty
+    with fewer than ``FEWEST_ITEMS`` texts.
     """
     if n < FEWEST_ITEMS:
         return {}
@@ -203,14 +204,14 @@ def text_intervals(
 
 
 def mean(values: Sample, kind: Mean = "mean") -> float | None:
-    """The weighted mean, or its exponential; None without items."""
+    """The weighted mean of ``values``, or its exponential; None without items."""
     if not values:
         return None
     return float(_statistic(*_columns(values, sorted(values)), exponential=kind == "exp_mean"))
 
 
 def _columns(values: Sample, ids: list[str]) -> Array:
-    """[2, n]: weighted values and weights."""
+    """An array [2, n] with the weighted values and the weights of the items ``ids``."""
     items = (values[name] for name in ids)
     pairs = [value if isinstance(value, tuple) else (float(value), 1.0) for value in items]
     columns = np.array([(value * weight, weight) for value, weight in pairs], dtype=np.float64)
@@ -218,17 +219,17 @@ def _columns(values: Sample, ids: list[str]) -> Array:
 
 
 def _statistic(*columns: Array, axis: int = -1, exponential: bool = False) -> Array:
-    """Weighted mean of the first pair of columns, minus that of the second pair, if any."""
+    """The weighted mean of the first pair of columns, minus that of the second pair, if given."""
     means: Array = columns[0].sum(axis) / columns[1].sum(axis)
     if len(columns) == 4:
         means = means - columns[2].sum(axis) / columns[3].sum(axis)
-    return np.exp(np.minimum(means, 700.0)) if exponential else means  # exp does not overflow
+    return np.exp(np.minimum(means, 700.0)) if exponential else means  # no overflow
 
 
 def _mean_interval(
     data: Array, exponential: bool, seed: int, null: float | None
 ) -> Interval | None:
-    """Interval of data [2 or 4, n]; None if it is empty, not finite, or has weights of 0."""
+    """The interval of data [2 or 4, n]; None if data are empty or not finite, or a weight is 0."""
     n = data.shape[1]
     if not n or not np.isfinite(data).all() or not (data[1::2] > 0).all():
         return None
@@ -241,7 +242,7 @@ def _mean_interval(
     if same_weights and np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())):
         return Interval((estimate, estimate), estimate, n, null, differing)
     if same_weights:
-        data = np.stack([values * data[1], data[1]])  # one column of differences: half the work
+        data = np.stack([values * data[1], data[1]])  # one mean of differences is faster than two
 
     def statistic(*columns: Array, axis: int) -> Array:
         return _statistic(*columns, axis=axis, exponential=exponential)
@@ -310,13 +311,13 @@ def _widened(n: int) -> float:
 ADVICE = "measure with dart-llm bench speed"
 
 DISTURBED = f"disturbed: {ADVICE}"
-"""Shown in place of an unreliable ratio."""
+"""The text that replaces an unreliable ratio."""
 
 SPEED_TOLERANCE = 0.1
-"""How far a ratio may exceed the limit on a quiet machine; it is then shown as the limit.
+"""A ratio may exceed the limit by this fraction without being disturbed; the limit is then shown.
 
-Kernels bound by computation gain by the weights they skip, which can be a few per cent more than by
-the bytes; and the bytes of caches and small tensors are estimates.
+Kernels that are bound by computation gain by the fraction of weights that they skip, which can be a
+few per cent more than the fraction of bytes.  The bytes of caches and small tensors are estimates.
 """
 
 LARGEST_SCATTER = 0.25
@@ -325,11 +326,12 @@ LARGEST_SCATTER = 0.25
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """The time of a baseline over the time of an alternative.
+    """The time of a baseline divided by the time of an alternative.
 
-    ``ratio``: at most ``limit``; None if disturbed.  ``limit``: bytes of the baseline over bytes of
-    the alternative; None if not comparable.  ``scatter``: half the interquartile range of the
-    repetitions' ratios, over their median; None for a single repetition.
+    ``ratio``: the speed-up, at most ``limit``; None if the timings were disturbed.  ``limit``: the
+    baseline's bytes divided by the alternative's; None if they are not comparable.  ``scatter``:
+    half the interquartile range of the repetitions' ratios, divided by their median; None for a
+    single repetition.
     """
 
     ratio: float | None
@@ -354,28 +356,28 @@ class SpeedUp:
 def judge(base: Sequence[float], other: Sequence[float], limit: float | None = None) -> SpeedUp:
     """The speed-up of ``other`` over ``base``, from seconds per token of interleaved repetitions.
 
-    The k-th entries were measured one after the other.  The ratio is the median of the repetitions'
-    ratios.  It is disturbed if it exceeds ``limit`` by more than ``SPEED_TOLERANCE`` and its lower
-    quartile also exceeds the limit, or if it scatters by more than ``LARGEST_SCATTER``.  Any other
-    ratio above the limit is shown as the limit.  Raises ``ValueError`` if the sequences are empty
-    or of different lengths.
+    The k-th entries of both were measured one after the other.  The ratio is the median of the
+    repetitions' ratios.  It counts as disturbed if it exceeds ``limit`` by more than
+    ``SPEED_TOLERANCE`` and its lower quartile also exceeds the limit, or if it scatters by more
+    than ``LARGEST_SCATTER``.  Any other ratio above the limit is shown as the limit.  Raises
+    ``ValueError`` if the sequences are empty or of different lengths.
     """
     ratios = [slow / fast for slow, fast in zip(base, other, strict=True)]
     if not ratios:
         raise ValueError("a speed-up needs at least one repetition")
     low, ratio, high = map(float, np.quantile(ratios, (0.25, 0.5, 0.75)))
     scatter = (high - low) / 2 / ratio if len(ratios) > 1 else None
-    above = limit is not None and ratio > limit * (1 + SPEED_TOLERANCE) and low > limit
-    if above or (scatter is not None and scatter > LARGEST_SCATTER):
+    too_fast = limit is not None and ratio > limit * (1 + SPEED_TOLERANCE) and low > limit
+    if too_fast or (scatter is not None and scatter > LARGEST_SCATTER):
         return SpeedUp(None, limit, scatter)
     return SpeedUp(ratio if limit is None else min(ratio, limit), limit, scatter)
 
 
 def contradicting(times: Mapping[str, Sequence[float]], sizes: Mapping[str, float]) -> set[str]:
-    """The names of both timings in every pair that contradicts its ratio of bytes.
+    """The names of timings that contradict the bytes: both of a pair whose speed-up is disturbed.
 
-    Which of the two was disturbed is unknown.  ``times``: seconds per token of interleaved
-    repetitions.  ``sizes``: bytes that a token reads, all with the same kernels.
+    Both are named, because either may have been disturbed.  ``times``: seconds per token of
+    interleaved repetitions.  ``sizes``: bytes that a token reads, all with the same kernels.
     """
     disturbed = set[str]()
     for pair in combinations(sizes, 2):
@@ -386,7 +388,7 @@ def contradicting(times: Mapping[str, Sequence[float]], sizes: Mapping[str, floa
 
 
 def pace(judged: Mapping[str, Any]) -> str:
-    """The text of a ``SpeedUp.to_dict()``: ": 1.21 x as fast (bandwidth limit 1.30 x)"."""
+    """The text for a ``SpeedUp.to_dict()``: ": 1.21 x as fast (bandwidth limit 1.30 x)"."""
     speed_up, limit = judged.get("speed_up"), judged.get("bytes_limit")
     at_most = f" (bandwidth limit {limit:.2f} x)" if limit else ""
     if speed_up is not None:

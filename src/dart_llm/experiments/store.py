@@ -1,10 +1,10 @@
-"""A run's results folder, ``<results>/<experiment>/<time>/``: created, locked, resumed.
+"""Create, lock and resume a run's results folder, ``<results>/<experiment>/<time>/``.
 
 ``config.json`` is written first and contains the run's status.  Files are replaced atomically, so a
-reader never sees a partial file.  ``parts.jsonl`` caches finished work until everything else is
-written, so that an interruption loses none of it.  A running process locks ``.lock``.
-``rows.jsonl`` contains the measured numbers as ``ResultLine``; ``results``, the list of past runs
-in the window and trackers read these.
+reader never sees a partial file.  ``parts.jsonl`` caches finished work (parts) until everything
+else is written, so that an interruption does not lose it.  A running process locks ``.lock``.
+``rows.jsonl`` contains the measured numbers as ``ResultLine``; the command ``results``, the list
+of past runs in the window, and trackers read it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PARTS, ROWS, LOCK = "parts.jsonl", "rows.jsonl", ".lock"
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
-LOCK_SECONDS = 0.05  # ``is_taken`` locks briefly, so ``take`` waits this long
+LOCK_SECONDS = 0.05  # ``take`` waits this long, because ``is_taken`` locks for a moment
 
 MIN_FREE_BYTES = 50 * 2**20
 
@@ -39,11 +39,11 @@ MIN_FREE_BYTES = 50 * 2**20
 class ResultLine(BaseModel):
     """A metric of one method on one model; fields that do not apply are None.
 
-    ``label``: readable name of the row, e.g. ``dart 30 %``.  ``requested`` and ``achieved``: the
+    ``label``: the row's readable name, e.g. ``dart 30 %``.  ``requested`` and ``achieved``: the
     sparsity, as the fraction of FFN neurons removed.  ``low`` and ``high``: the 95 % interval of
     ``value``.  ``dense_share``: the fraction of decoded tokens that ran with all neurons.
     ``weights``: the weight format in memory, e.g. ``q8_0``; None: unquantised, in ``dtype``.
-    ``error``: why there is no value.
+    ``error``: the reason if there is no value.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -69,18 +69,18 @@ class ResultLine(BaseModel):
 
 @dataclass(frozen=True)
 class ResultsFolder:
-    """A run's folder; ``parts``: finished work by key, from which a resumed run continues."""
+    """A run's folder; ``parts``: the finished work by key, which a resumed run does not repeat."""
 
     path: Path
     parts: dict[str, Any]
     resumed: bool
     lock: BaseFileLock | None = None
     changed: str = ""
-    """Why an unfinished folder with equal settings was not resumed."""
+    """The reason if an unfinished folder with equal settings was not resumed."""
 
     @property
     def stamp(self) -> str:
-        """The run's start time, as in the name of its log file."""
+        """The run's start time as it appears in the name of its log file."""
         return self.path.name[:15]
 
     def part(self, key: str) -> Any:
@@ -115,10 +115,10 @@ class ResultsFolder:
 
 
 def take(folder: Path) -> BaseFileLock | None:
-    """Acquire the lock of ``folder``; None if another process has it.
+    """Acquire the lock of ``folder``; return None if another process has it.
 
-    The operating system releases it when the process ends.  Raises ``OSError`` if the lock file
-    cannot be written.
+    The operating system releases the lock when the process ends.  Raises ``OSError`` if the lock
+    file cannot be written.
     """
     path = folder / LOCK
     lock = FileLock(path, timeout=LOCK_SECONDS, thread_local=False)
@@ -165,14 +165,15 @@ def now() -> datetime.datetime:
 def open_folder(
     root: Path, experiment: str, settings: Mapping[str, Any], fresh: bool = False
 ) -> ResultsFolder:
-    """The newest unfinished folder with equal settings, or a new folder.
+    """Resume the newest unfinished folder with equal settings, or create a folder.
 
-    Raises ``ResultsError`` if the folder cannot be written or the disk is full.
+    ``fresh``: if True, always create a folder.  Raises ``ResultsError`` if the folder cannot be
+    written or the disk is full.
     """
     base = root / experiment
     try:
         base.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=base, buffering=0) as probe:  # leaves nothing behind
+        with tempfile.TemporaryFile(dir=base, buffering=0) as probe:  # is deleted at once
             probe.write(b"x")
         free = shutil.disk_usage(base).free
         if free < MIN_FREE_BYTES:
@@ -190,39 +191,42 @@ def open_folder(
 
 
 def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str:
-    """The newest unfinished, unlocked folder with equal settings, or why none is resumed."""
-    why = ""
+    """Resume the newest unfinished, unlocked folder with equal settings, or return why not."""
+    reason = ""
     for folder in sorted(base.iterdir(), reverse=True):
         changed = _changes(folder, settings)
         if changed is None or is_taken(folder):
             continue
         if changed:
-            why = why or f"{folder} is not resumed: {' and '.join(changed)} changed since it began"
+            reason = (
+                reason or f"{folder} is not resumed: {' and '.join(changed)} changed since it began"
+            )
             continue
         lock = take(folder)
-        if lock is not None and _changes(folder, settings) == []:  # that run may have just ended
+        if lock is not None and _changes(folder, settings) == []:  # it may have ended meanwhile
             parts = {row["key"]: row["value"] for row in whole_rows(folder / PARTS)}
             return ResultsFolder(folder, parts, True, lock)
         release(lock)
-    return why
+    return reason
 
 
 def _changes(folder: Path, settings: Mapping[str, Any]) -> list[str] | None:
-    """Which inputs changed since an unfinished run with equal settings began in ``folder``.
+    """Name the inputs that changed since an unfinished run with equal settings began in ``folder``.
 
-    None: there is no such run.  A run that stopped at its very end still has its parts.
+    None means that there is no such run.  A run that stopped after writing its final status is
+    unfinished if it still has its parts.
     """
     config = read_json(folder / "config.json")
     unfinished = config.get("status") in ("running", "interrupted", "failed")
     before, now = mapping(config.get("settings")), dict(settings)
-    old, new = (mapping(side.pop("inputs", None)) for side in (before, now))
+    old, new = (mapping(values.pop("inputs", None)) for values in (before, now))
     if before != now or not (unfinished or (folder / PARTS).exists()):
         return None
     return list(dict.fromkeys(_changed_inputs(old, new)))
 
 
 def _changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """The names of changed inputs; a grid has inputs per cell."""
+    """The names of changed inputs; a grid of cells has inputs for each cell."""
     for name in {**old, **new}:
         before, now = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(now, Mapping):
@@ -242,7 +246,7 @@ def _new_folder(base: Path, changed: str) -> ResultsFolder:
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """``value`` if it is a mapping, else an empty one."""
+    """``value`` as a dict if it is a mapping, else an empty dict."""
     return dict(value) if isinstance(value, Mapping) else {}
 
 

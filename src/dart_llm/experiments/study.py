@@ -1,7 +1,8 @@
-"""Study: settings -> identity -> folder -> resumable units -> tables, figures, page, status.
+"""The framework of every command with a results folder.
 
-A command with a results folder is a ``Study``: it defines its inputs, its units of work, how a unit
-is computed, and the summary of all units.  ``run_study`` does the rest.
+Such a command is a ``Study``: it defines its inputs, its units of work, how a unit is computed, and
+the summary of all units.  ``run_study`` opens the folder (or resumes one with equal settings and
+inputs), computes the missing units, and writes tables, figures, page and status.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from dart_llm.reporting.words import dtype_text, file_text
 from dart_llm.session.run import other_model
 from dart_llm.settings import ModelOptions, PruningOptions, ResultOptions, load_arguments
 
-LONGEST = 40
-"""A table with more rows is not shown on the terminal."""
+MAX_ROWS = 40
+"""A table with more rows than this is not shown on the terminal."""
 
 S = TypeVar("S", bound=ResultOptions)
 AnyStudy = TypeVar("AnyStudy", bound="Study[Any]")
@@ -54,8 +55,8 @@ Line = dict[str, Any]
 class Unit:
     """A resumable unit of a study's work.
 
-    ``key``: identifies the finished unit in any run of the study.  ``label``: its name in messages
-    (``key`` if empty).  ``data``: input for ``Study.compute``.
+    ``key`` identifies the unit in every run of the study.  ``label`` is its name in messages; if it
+    is empty, ``key`` is used.  ``data`` is any input for ``Study.compute``.
     """
 
     key: str
@@ -67,25 +68,25 @@ class Study(Generic[S]):
     """A command with a results folder: what it computes, and how it reports the results.
 
     A subclass defines ``kind``, ``units``, ``compute`` and ``summarise``; the other methods have
-    defaults.  Unknown names are best rejected in ``__init__``, before the folder is created.
+    defaults.  ``__init__`` should reject unknown names, because no folder exists yet.
     """
 
     kind: str
-    """``config.json``'s "kind"."""
+    """The entry "kind" of config.json: the command's name."""
     document: str = ""
-    """File of the summary, e.g. ``detection.json``; a Markdown file of that name has its tables."""
+    """File of the summary, e.g. ``detection.json``; its tables are in ``detection.md``."""
     on_error: Literal["stop", "record"] = "stop"
-    """``record``: a unit that fails is recorded, and the others are computed."""
+    """What a failed unit does: stop the run, or be recorded while the others are computed."""
     fresh: bool = False
-    """Whether to reuse nothing from earlier runs."""
+    """If True, nothing from earlier runs is reused."""
     progress: ClassVar[str] = ""
-    """What the progress bar counts; "": the study shows its own progress."""
+    """What the progress bar counts; "" means no bar, but a progress line for each unit."""
     noun: ClassVar[str] = "cell"
-    """Name of a unit in progress lines, "cell 2 of 3", if the number of units is known."""
+    """What progress lines call a unit ("cell 2 of 3"), if the number of units is known."""
     unit_times: ClassVar[str] = ""
-    """Key in timing.json for the seconds of each computed unit."""
+    """The key in timing.json for the seconds of each computed unit; "" means not recorded."""
     shown: ClassVar[frozenset[str]] = frozenset({"style"})
-    """Settings that affect how results are shown but not the numbers."""
+    """Settings that affect how results are shown, but not the numbers."""
 
     folder: ResultsFolder
 
@@ -96,7 +97,7 @@ class Study(Generic[S]):
         self.identity: dict[str, Any] = {}
         self.config: dict[str, Any] = {}
         self.lines: list[Line] = []
-        """Lines of results.jsonl."""
+        """The lines of results.jsonl."""
         self.failed: dict[str, str] = {}
         """Error messages of failed units, by key."""
         self.computed = 0
@@ -116,7 +117,7 @@ class Study(Generic[S]):
         return {}
 
     def requested(self) -> dict[str, Any]:
-        """The settings that determine what is computed."""
+        """The settings that determine the results."""
         return self.settings.model_dump(mode="json", exclude=set(self.shown))
 
     def identify(self) -> dict[str, Any]:
@@ -124,12 +125,12 @@ class Study(Generic[S]):
         return {"kind": self.kind, **self.requested(), "inputs": dict(self.inputs())}
 
     def prune_document(self) -> dict[str, Any]:
-        """``config.json``'s "prune"."""
+        """The entry "prune" of config.json: the pruning configuration."""
         settings = self.settings
         return settings.prune_config().to_dict() if isinstance(settings, PruningOptions) else {}
 
     def config_extra(self) -> dict[str, Any]:
-        """Further entries of ``config.json``, which replace default entries of the same name."""
+        """More entries for config.json; they replace default entries of the same name."""
         return {}
 
     @property
@@ -140,7 +141,7 @@ class Study(Generic[S]):
 
     @property
     def model_name(self) -> str:
-        """Model name for out-of-memory messages."""
+        """The model's name, for out-of-memory messages."""
         return str(getattr(self.settings, "model", ""))
 
     def load(self) -> None:
@@ -150,15 +151,15 @@ class Study(Generic[S]):
         )
 
     def check(self, tokenizer: Any, config: Any) -> None:
-        """Raise an error if the settings do not fit this model; called before weights are read."""
+        """Raise an error if the settings do not fit the model; called before weights are read."""
 
     def around(self) -> contextlib.AbstractContextManager[Any]:
-        """A context for loading and computing, e.g. a tracker."""
+        """A context manager in which loading and computing run, e.g. a tracker."""
         return contextlib.nullcontext()
 
     @property
     def loaded(self) -> bool:
-        """Whether a model was loaded; if a run fails before that, its new folder is removed."""
+        """Whether loading is done; if a run fails before that, its new folder is removed."""
         return self.model is not None
 
     @property
@@ -169,7 +170,7 @@ class Study(Generic[S]):
     # units
 
     def units(self) -> Iterable[Unit]:
-        """The units in order; a generator may choose the next unit from ``lines``."""
+        """The units in order; a generator may choose each next unit by looking at ``lines``."""
         raise NotImplementedError
 
     def finished(self, unit: Unit) -> Any:
@@ -177,7 +178,7 @@ class Study(Generic[S]):
         return self.folder.part(unit.key)
 
     def compute(self, unit: Unit) -> Any:
-        """Compute a unit, as JSON-serialisable data: by default a line of results.jsonl."""
+        """Compute a unit; return JSON-serialisable data, by default a line of results.jsonl."""
         raise NotImplementedError
 
     def save(self, unit: Unit, value: Any) -> None:
@@ -185,35 +186,35 @@ class Study(Generic[S]):
         self.folder.save_part(unit.key, value)
 
     def take(self, unit: Unit, value: Any) -> None:
-        """Add a unit, computed now or earlier, to the results, and write them."""
+        """Add a unit, computed now or earlier, to the results, and write results.jsonl."""
         self.lines.append(value)
         write_lines(self.path / "results.jsonl", self.lines)
 
     def fail(self, unit: Unit, sentence: str) -> None:
-        """Record a failed unit (``on_error`` "record")."""
+        """Record a failed unit; called only if ``on_error`` is "record"."""
         self.take(unit, {"key": unit.key, "status": "failed", "error": sentence})
 
     @property
     def partial(self) -> bool:
-        """Whether a later run with equal settings continues this one."""
+        """Whether a later run with equal settings should continue this one."""
         return False
 
     # results
 
     def summarise(self) -> dict[str, Any]:
-        """The study's document, from its lines."""
+        """Make the summary of all lines; it is also the study's document."""
         return {}
 
     def result_lines(self) -> Sequence[ResultLine]:
-        """The measured numbers of ``summary``, for ``rows.jsonl``."""
+        """The measured numbers for rows.jsonl."""
         return ()
 
     def tables(self) -> Sequence[Table]:
-        """The tables of ``summary``, for CSV files and the terminal."""
+        """The tables for CSV files and the terminal."""
         return ()
 
     def sentences(self) -> Sequence[str]:
-        """The last lines of the log."""
+        """The sentences that are shown after the tables and logged."""
         return ()
 
     def markdown(self) -> str:
@@ -222,11 +223,11 @@ class Study(Generic[S]):
         return "\n".join([*parts, *(f"{table.markdown()}\n" for table in self.tables())])
 
     def figures(self) -> Iterable[Plot]:
-        """The figures of ``summary``."""
+        """The figures to save in the folder."""
         return ()
 
     def write_page(self) -> Path | None:
-        """Write ``report.html``."""
+        """Write report.html and return its path, or return None if the study has no page."""
         return None
 
     def answer(self) -> dict[str, Any]:
@@ -237,9 +238,9 @@ class Study(Generic[S]):
 def run_study(study: AnyStudy, fresh: bool = False) -> AnyStudy:
     """Compute every unit that is not finished yet, then write and show the results.
 
-    ``fresh``: begin a new folder.  If an interruption or an error stops the run, finished units are
-    kept and the exception is re-raised.  ``CellsFailed`` is raised at the end if failed units were
-    recorded.
+    ``fresh``: if True, begin a new folder.  If an interruption or an error stops the run, finished
+    units are kept and the exception is re-raised.  ``CellsFailed`` is raised at the end if failed
+    units were recorded.
     """
     settings, study.fresh = study.settings, fresh
     study.identity = study.identify()
@@ -269,10 +270,10 @@ def run_study(study: AnyStudy, fresh: bool = False) -> AnyStudy:
 
 @contextlib.contextmanager
 def _resumable(study: Study[Any]) -> Iterator[None]:
-    """A context for a study's work, which leaves the folder resumable after an error.
+    """A context for a study's work; after an error the folder can be resumed.
 
-    A new folder is removed if the model was not loaded.  Re-raises the error, or ``LoadError`` with
-    next steps if memory ran out.
+    A new folder is removed if the model was not loaded.  Re-raises the error.  If memory ran out,
+    raises a ``LoadError`` that suggests what to do.
     """
     folder, ui = study.folder, study.ui
     if folder.resumed:
@@ -307,10 +308,10 @@ def _memory_failure(study: Study[Any], error: BaseException) -> LoadError | None
 
 
 def _compute_units(study: Study[Any]) -> None:
-    """Compute units in order; they are counted first for a progress bar, or if they are a list."""
+    """Compute the units in order; their number is shown if it is known or a bar needs it."""
     units, ui = study.units(), study.ui
     with contextlib.ExitStack() as stack:
-        if isinstance(units, Generator):  # it may have a cluster to close
+        if isinstance(units, Generator):  # it may have to close a Ray cluster
             stack.callback(units.close)
         if study.progress:
             units = list(units)
@@ -347,8 +348,8 @@ def _compute(study: Study[Any], unit: Unit) -> None:
 def _record_failure(study: Study[Any], unit: Unit, error: Exception) -> None:
     memory = None if isinstance(error, DartError) else _memory_failure(study, error)
     sentence = failure_text(memory or error)
-    why = "for the same reason" if sentence in study.failed.values() else sentence
-    study.ui.say(f"{unit.label or unit.key} failed: {why}")
+    reason = "for the same reason" if sentence in study.failed.values() else sentence
+    study.ui.say(f"{unit.label or unit.key} failed: {reason}")
     study.failed[unit.key] = sentence
     study.fail(unit, sentence)
 
@@ -383,7 +384,7 @@ def _finish(study: Study[Any]) -> None:
     write_lines(study.path / ROWS, [line.model_dump() for line in study.result_lines()])
     for table in study.tables():
         table.write_csv(study.path)
-        if table.terminal and len(table.rows) <= LONGEST:
+        if table.terminal and len(table.rows) <= MAX_ROWS:
             study.ui.table(table)
     if study.document:
         write_text((study.path / study.document).with_suffix(".md"), study.markdown())
@@ -391,10 +392,10 @@ def _finish(study: Study[Any]) -> None:
         study.ui.say(sentence)
     _write_figures(study)
     _write_config(study, "failed" if study.failed else "complete")
-    if page := study.write_page():  # it shows the status in config.json
+    if page := study.write_page():  # after config.json, whose status it shows
         study.ui.say(f"report: {page}")
     _write_log(study)
-    if not study.failed and not study.partial:  # else a later run computes the missing units
+    if not study.failed and not study.partial:  # otherwise a later run resumes
         study.folder.finish()
     study.ui.say(f"results: {study.path}")
 
@@ -429,7 +430,7 @@ def announce_model(model: Any, ui: Ui) -> None:
 def load_model(
     settings: ModelOptions, ui: Ui, check: Check | None = None
 ) -> tuple[Any, Any, float]:
-    """Model, tokenizer and the load time in seconds; ``check`` is passed to ``load``."""
+    """Load the model; return it, its tokenizer and the seconds.  ``check``: as in ``load``."""
     for note in settings.notes:
         ui.say(note)
     begin = time.perf_counter()

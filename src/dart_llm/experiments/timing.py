@@ -1,4 +1,4 @@
-"""A timed repetition: the model's greedy ``generate``, timed per step, or ``llama-bench``."""
+"""Timed repetitions of decoding: greedy ``generate``, timed per step, or llama-bench."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ from dart_llm.pruning.records import RunReport
 from dart_llm.session.run import Run
 
 WARM = 2
-"""Warm-up tokens of a repetition, which are not timed."""
+"""Number of warm-up tokens at the start of a repetition, which are not timed."""
 
 Make = Callable[[], Run | None]
-"""Makes a run, not attached; returns None for the untouched model."""
+"""A function that makes a run (not attached), or returns None for the untouched model."""
 
 Sample = dict[str, Any]
-"""JSON-serialisable data; see ``repetition``."""
+"""The times and accounting of a repetition as JSON-serialisable data; see ``repetition``."""
 
 
 def repetition(model: Any, ids: Tensor, tokens: int, make: Make) -> Sample:
-    """Times in seconds and accounting of a repetition; ``make``: its run, not attached.
+    """Run ``generate`` once; return its times in seconds and its accounting.
 
-    ``first_token_s``: processing the prompt ids [1, P] and selecting the first token.  ``steps_s``:
-    each of the ``tokens`` timed decode steps, including token selection and the overhead of
-    ``generate``, after ``WARM`` untimed steps.  The untouched model has no accounting.
+    ``first_token_s`` is the time to process the prompt ids [1, P] and select the first token.
+    ``steps_s`` has the time of each of the ``tokens`` decode steps after ``WARM`` untimed steps,
+    including token selection and the overhead of ``generate``.  ``make()`` returns the run, not
+    attached; without a run there is no accounting.
     """
     run = make()
     with run or contextlib.nullcontext():
@@ -49,7 +50,7 @@ def repetition(model: Any, ids: Tensor, tokens: int, make: Make) -> Sample:
 
 
 class _Clock(BaseStreamer):
-    """Records when ``generate`` passes on the prompt and each token."""
+    """A streamer that records when ``generate`` passes it the prompt and each token."""
 
     def __init__(self, run: Run | None) -> None:
         self.run = run
@@ -73,7 +74,7 @@ def _generate(model: Any, ids: Tensor, tokens: int, run: Run | None) -> Sample:
         ids,
         max_new_tokens=1 + WARM + tokens,
         do_sample=False,
-        eos_token_id=None,  # every repetition has the same number of tokens
+        eos_token_id=None,  # so that all repetitions have equally many tokens
         streamer=clock,
     )
     seconds = [after - before for before, after in pairwise(clock.times)]
@@ -85,21 +86,22 @@ def _generate(model: Any, ids: Tensor, tokens: int, run: Run | None) -> Sample:
 
 def _timed_accounting(warm: RunReport, end: RunReport) -> Sample:
     """Accounting of only the timed tokens."""
-    counts = end.decoded_tokens, warm.decoded_tokens
+    tokens_end, tokens_warm = end.decoded_tokens, warm.decoded_tokens
     names = ("achieved_sparsity", "dense_token_share", "ffn_bytes_share", "proxy_bytes_share")
     means = {
-        name: timed_mean(getattr(end, name), counts[0], getattr(warm, name), counts[1])
+        name: timed_mean(getattr(end, name), tokens_end, getattr(warm, name), tokens_warm)
         for name in names
     }
     if end.head is not None and warm.head is not None:
-        read = end.head.read(counts[0]), warm.head.read(counts[1])
-        means["head_bytes_share"] = timed_mean(read[0], counts[0], read[1], counts[1])
+        share_end, share_warm = end.head.read(tokens_end), warm.head.read(tokens_warm)
+        share = timed_mean(share_end, tokens_end, share_warm, tokens_warm)
+        means["head_bytes_share"] = share
     remasks = end.remasks - warm.remasks
     return {**means, "remasks": remasks, "extra_memory_bytes": end.extra_memory_bytes}
 
 
 def timed_mean(end: float, tokens_end: int, warm: float, tokens_warm: int) -> float:
-    """A mean over the timed tokens, from the means over all tokens and over untimed tokens."""
+    """The mean over the timed tokens, from the means over all tokens and the warm-up tokens."""
     timed = tokens_end - tokens_warm
     return (end * tokens_end - warm * tokens_warm) / timed if timed else 0.0
 
@@ -123,7 +125,7 @@ def prompt_ids(model: Any, tokenizer: Any, length: int) -> Tensor:
 
 @torch.inference_mode()
 def cache_bytes(model: Any, ids: Tensor) -> float:
-    """Bytes of keys and values per position, over all layers, after ids [1, T]."""
+    """Bytes of keys and values of all layers, divided by the positions, after ids [1, T]."""
     cache = model(ids, use_cache=True, logits_to_keep=1).cache
     length = int(cache.get_seq_length())
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
@@ -137,16 +139,16 @@ LLAMA_CPP = "llama.cpp"
 PROGRAM, VARIABLE = "llama-bench", "LLAMA_BENCH"
 
 THREAD_VARIABLES = ("OMP_", "GOMP_", "KMP_")
-"""Prefixes of variables set for PyTorch's threads; llama.cpp runs without them, as usual."""
+"""Prefixes of environment variables for PyTorch's threads; llama.cpp runs without them."""
 
 
 def find_bench() -> str | None:
-    """The path of llama-bench, from ``LLAMA_BENCH`` or PATH; None if not found."""
+    """The path of llama-bench, from ``LLAMA_BENCH`` or PATH; None if it is not found."""
     return shutil.which(os.environ.get(VARIABLE) or PROGRAM)
 
 
 def require_bench() -> str:
-    """The path of llama-bench; raises ``ConfigError`` if not found."""
+    """The path of llama-bench; raises ``ConfigError`` if it is not found."""
     if bench := find_bench():
         return bench
     path = os.environ.get(VARIABLE)
@@ -159,7 +161,7 @@ def require_bench() -> str:
 
 @dataclass(frozen=True)
 class ReferenceFile:
-    """A GGUF file.  ``kind``: its quantisation, e.g. Q4_K_M; ``bytes``: read by each token."""
+    """A GGUF file.  ``kind``: its quantisation, e.g. Q4_K_M.  ``bytes``: those each token reads."""
 
     path: Path
     kind: str
@@ -170,21 +172,21 @@ class ReferenceFile:
         """Read a file's metadata; raises ``LoadError`` if it is not a GGUF file."""
         file = read_gguf(path)
         sizes = {name: tensor.size for name, tensor in file.tensors.items()}
-        looked_up = sizes.get("token_embd.weight", 0) if "output.weight" in sizes else 0
-        return cls(path, file.quantisation, sum(sizes.values()) - looked_up)
+        embedding = sizes.get("token_embd.weight", 0) if "output.weight" in sizes else 0
+        return cls(path, file.quantisation, sum(sizes.values()) - embedding)
 
 
 def reference_repetition(bench: str, file: Path, threads: int, prompt: int, tokens: int) -> Sample:
-    """Like ``repetition``, but with llama-bench, which reports only the mean step."""
-    (read,) = _run(bench, file, threads, "-p", str(prompt), "-n", "0")
+    """Like ``repetition``, but with llama-bench, which reports only the mean time per step."""
+    (prefill,) = _run(bench, file, threads, "-p", str(prompt), "-n", "0")
     generated = decode_row(bench, file, threads, tokens, prompt + WARM)
     steps = [generated["avg_ns"] / 1e9 / tokens]
     build = {name: generated.get(name) for name in ("build_commit", "build_number", "backends")}
-    return {"first_token_s": read["avg_ns"] / 1e9, "steps_s": steps, "build": build}
+    return {"first_token_s": prefill["avg_ns"] / 1e9, "steps_s": steps, "build": build}
 
 
 def decode_row(bench: str, file: Path, threads: int, tokens: int, depth: int) -> dict[str, Any]:
-    """llama-bench's row for ``tokens`` generated after ``depth`` others; ``avg_ns``: in total."""
+    """llama-bench's row for ``tokens`` generated after ``depth`` others; ``avg_ns``: total time."""
     return _run(bench, file, threads, "-p", "0", "-n", str(tokens), "-d", str(depth))[0]
 
 
@@ -211,7 +213,7 @@ def _run(bench: str, file: Path, threads: int, *flags: str) -> list[dict[str, An
 
 
 def program_environment(environment: Mapping[str, str], bench: str) -> dict[str, str]:
-    """The environment without PyTorch's thread variables, with the program's library folder."""
+    """Remove the thread variables from an environment, and add the program's library folder."""
     kept = {n: value for n, value in environment.items() if not n.startswith(THREAD_VARIABLES)}
     folders = [str(Path(bench).resolve().parent), kept.get("LD_LIBRARY_PATH", "")]
     return {**kept, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, folders))}

@@ -1,7 +1,8 @@
-"""Trackers of ``accelerate``: off by default, and offline unless configured otherwise.
+"""Experiment trackers (Weights & Biases, MLflow, ...), through ``accelerate``.
 
-A tracker has a copy of the numbers, to plot curves; the results folder remains the record.  A
-failing tracker is therefore reported once and never stops a run.
+They are off by default, and offline unless configured otherwise.  A tracker gets only a copy of
+the numbers, to plot curves; the results folder has the originals.  If a tracker fails, the failure
+is therefore reported once and does not stop the run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TRACKERS = ("trackio", "wandb", "mlflow", "tensorboard")
 
 PROJECT = "dart-llm"
 
-LONGEST = 500  # characters in a parameter's value that every version of MLflow accepts
+LONGEST = 500  # characters: every MLflow version accepts values of this length
 
 Log = Callable[[ResultLine], None]
 
@@ -41,10 +42,10 @@ def tracked(
     folder: Path,
     say: Callable[[str], None],
 ) -> Iterator[Log]:
-    """A function that logs a result line; it does nothing if ``name`` is None.
+    """Start a tracker; yield a function that logs a result line (a no-op if ``name`` is None).
 
     Local trackers write into ``folder``.  Raises ``UnknownName``, ``MissingExtra`` (the package is
-    not installed) or ``ConfigError`` (it cannot start) before any computation.
+    not installed) or ``ConfigError`` (the tracker cannot start), before any computation.
     """
     if name is None:
         yield lambda line: None
@@ -75,12 +76,12 @@ def tracked(
             yield log
         finally:
             with _quiet(name, failures):
-                # trackio's backend would finish, and print, again at exit
+                # trackio's own finish prevents a second one, with output, at exit
                 (import_module(name) if name == "trackio" else backend).finish()
 
 
 def _local(name: str, data: Path) -> dict[str, str]:
-    """Environment variables that keep a tracker local, unless the user has set them."""
+    """Environment variables that keep a tracker local; those that the user has set are omitted."""
     variables = {
         "wandb": {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"},
         "mlflow": {
@@ -89,8 +90,8 @@ def _local(name: str, data: Path) -> dict[str, str]:
         },
         "trackio": {"TRACKIO_DIR": str(data)},
     }
-    wanted = variables.get(name, {})
-    return {variable: value for variable, value in wanted.items() if not os.environ.get(variable)}
+    defaults = variables.get(name, {})
+    return {variable: value for variable, value in defaults.items() if not os.environ.get(variable)}
 
 
 def _start(name: str, run_name: str, config: Mapping[str, Any], folder: Path) -> Any:
@@ -122,7 +123,7 @@ def _start(name: str, run_name: str, config: Mapping[str, Any], folder: Path) ->
 
 @contextlib.contextmanager
 def _hub_offline() -> Iterator[None]:
-    """Keep ``trackio.init`` from asking the hub for the user's name, which it does with a token."""
+    """Stop ``trackio.init`` from asking the hub for the user's name if a token is set."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -135,7 +136,7 @@ def _hub_offline() -> Iterator[None]:
 
 
 def numbers(line: ResultLine, tracker: str = "") -> dict[str, float]:
-    """The value and its accounting as ``<task>/<label>/<name>``.
+    """The numbers of a line, named ``<task>/<label>/<metric>``.
 
     Trackers group by the part before the first slash, so the methods of a task share a panel.
     """
@@ -151,7 +152,7 @@ def numbers(line: ResultLine, tracker: str = "") -> dict[str, float]:
 
 
 def _plain(name: str) -> str:
-    """The name with only the characters that MLflow accepts on every system."""
+    """Replace characters that MLflow does not accept on every system."""
     return re.sub(r"[^\w./ -]", "_", name)
 
 

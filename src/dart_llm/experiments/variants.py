@@ -1,7 +1,7 @@
 """Methods by name, and variants of methods from a YAML file, for studies that compare them.
 
-A variants file maps labels to changes of a ``PruneConfig``; ``method`` names the preset to change
-(default: dart)::
+A variants file maps labels to settings of a ``PruneConfig`` that differ from a method's preset;
+``method`` names that method (default: dart)::
 
     no compensation: {compensation: false}
     uniform budget: {budget: uniform}
@@ -19,28 +19,29 @@ from dart_llm.errors import ConfigError, check_name
 from dart_llm.files import read_yaml
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
-from dart_llm.settings import MASKED, words
+from dart_llm.settings import MASKED as SEQUENCE_MASK_METHOD
+from dart_llm.settings import words
 
 DENSE, GRIFFIN = "dense", "griffin"
 
 NEVER = "never"
 
 ORACLE = " (oracle)"
-"""Suffix of a variant that is re-masked at the true topic change, not by its detector."""
+"""Suffix of the label of an oracle: it gets new masks at the true topic change, not by drift."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to prune, at any sparsity.  ``oracle``: re-masked at the true topic change."""
+    """A way to prune at any sparsity.  ``oracle``: new masks are made at the true topic change."""
 
     label: str
     config: PruneConfig
     oracle: bool = False
 
-    def at(self, sparsity: float, **changes: Any) -> PruneConfig:
+    def at(self, sparsity: float, **overrides: Any) -> PruneConfig:
         """The configuration at ``sparsity``, the fraction removed; raises ``ConfigError``."""
         try:
-            return self.config.replace({"sparsity": sparsity, **changes})
+            return self.config.replace({"sparsity": sparsity, **overrides})
         except ConfigError as error:
             raise ConfigError(f'the variant "{self.label}" cannot be used: {error}') from None
 
@@ -48,14 +49,14 @@ class Variant:
 def parse(
     methods: Sequence[str],
     file: str | None,
-    changes: Mapping[str, Any],
+    common: Mapping[str, Any],
     flags: Mapping[str, str] | None = None,
 ) -> list[Variant]:
-    """Methods by name, then the variants of ``file``.
+    """Make a variant of every method in ``methods``, then read those of ``file``.
 
-    ``changes``: settings for all configurations.  ``flags``: settings that a variant may not set,
+    ``common``: settings for all variants.  ``flags``: settings that a variant may not set,
     each with the flag that sets it.  Raises ``ConfigError`` for a repeated label, a method that
-    removes nothing, and an invalid file or setting; ``UnknownName`` for an unknown method.
+    removes no neurons, and an invalid file or setting; ``UnknownName`` for an unknown method.
     """
     rows = [(METHODS.check(name), {"method": name}, "") for name in methods]
     if file is not None:
@@ -63,45 +64,49 @@ def parse(
     variants: dict[str, Variant] = {}
     for label, settings, prefix in rows:
         try:
-            variant = Variant(label, _build(settings, changes))
+            variant = Variant(label, _build(settings, common))
         except ConfigError as error:
             raise ConfigError(f"{prefix}{error}") from None
         if label in (DENSE, *variants):
-            raise ConfigError(f'the label "{label}" is taken: give each variant its own label')
+            raise ConfigError(f'the label "{label}" is already used: choose another label')
         if label.endswith(ORACLE) or not label.strip():
-            raise ConfigError(f'"{label}" cannot be the label of a variant: choose another label')
+            problem = f'is empty or ends with "{ORACLE}"'
+            raise ConfigError(f'the label "{label}" {problem}: choose another label')
         variants[label] = variant
     return list(variants.values())
 
 
 def _read(path: Path, flags: Mapping[str, str]) -> list[tuple[str, dict[str, Any], str]]:
-    """The label, changes and error-message prefix of every variant in a file."""
+    """The label, settings and error-message prefix of every variant in a file."""
     variants = read_yaml(path)
     if not variants:
         raise ConfigError(f"the variants file {path} is empty: write LABEL: {{SETTING: VALUE}}")
     rows = []
-    for label, changes in variants.items():
+    for label, settings in variants.items():
         name = f'the variant "{label}" of {path}'
-        if changes is not None and not isinstance(changes, Mapping):
-            raise ConfigError(f"{name} has no settings: write {label}: {{compensation: false}}")
-        for key in flags.keys() & (changes or {}).keys():
-            raise ConfigError(f"{name} sets the {key}, which only {flags[key]} may set: drop it")
-        rows.append((str(label), dict(changes or {}), f"{name}: "))
+        if settings is not None and not isinstance(settings, Mapping):
+            example = f"write {label}: {{compensation: false}}"
+            raise ConfigError(f"{name} must be a mapping of settings: {example}")
+        for key in flags.keys() & (settings or {}).keys():
+            raise ConfigError(f"{name} sets {key}, which only {flags[key]} may set: remove it")
+        rows.append((str(label), dict(settings or {}), f"{name}: "))
     return rows
 
 
-def _build(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> PruneConfig:
-    method = str(settings.get("method", MASKED))
+def _build(settings: Mapping[str, Any], common: Mapping[str, Any]) -> PruneConfig:
+    method = str(settings.get("method", SEQUENCE_MASK_METHOD))
     preset: PruneConfig = METHODS.get(method)
     if preset.sparsity == 0:
-        raise ConfigError(f"method {method} removes nothing, and dense runs anyway: leave it out")
-    return preset.replace({**changes, **{k: v for k, v in settings.items() if k != "method"}})
+        reason = "removes no neurons, and the dense model is always measured"
+        raise ConfigError(f"method {method} {reason}: leave this method out")
+    overrides = {key: value for key, value in settings.items() if key != "method"}
+    return preset.replace({**common, **overrides})
 
 
 def oracles(variants: Sequence[Variant], labels: str | None) -> list[Variant]:
-    """Variants that are re-masked at the true topic change.
+    """The oracles of variants: copies that get new masks at the true topic change, not by drift.
 
-    ``labels``: comma-separated labels, or ``none``; None: all variants with a drift rule.
+    ``labels``: comma-separated labels, or ``none``; None means all variants with a drift rule.
     """
     configs = {variant.label: variant.config for variant in variants}
     if labels is None:

@@ -139,7 +139,7 @@ def test_candidates(tmp_path):
     assert (named.name, named.experiment) == ("qwen2.5-0.5b", "speed-qwen2.5-0.5b")
     file.write_text("x: {executor: native}\n", encoding="utf-8")
     with pytest.raises(
-        ConfigError, match=r'"x" of .* sets the executor, which only --executors may set'
+        ConfigError, match=r'"x" of .* sets executor, which only --executors may set'
     ):
         settings(tmp_path, variants=str(file), model="m")
 
@@ -149,7 +149,7 @@ def test_candidates(tmp_path):
     [
         ({"executors": "nativ"}, "unknown executor 'nativ'; did you mean native"),
         ({"executors": ","}, "--executors is empty: give at least one"),
-        ({"methods": "dense"}, "method dense removes nothing, and dense runs anyway"),
+        ({"methods": "dense"}, "method dense removes no neurons, and the dense model is"),
         ({"sparsities": "50"}, "50 must be between 0 and 1"),
         ({"weights": "q8_0,none.gguf"}, "--weights none.gguf is not a file"),
         ({"reference": "llama"}, "unknown reference 'llama'; did you mean llama.cpp?"),

@@ -73,12 +73,12 @@ def test_bad_settings_are_one_sentence(given, error):
     ("text", "error"),
     [
         ("- a\n- b\n", "must hold names and values"),
-        ("a: 3\n", 'the variant "a" of .* has no settings: write a'),
-        ("a: {sparsity: 0.5}\n", "sets the sparsity, which only --sparsities may set: drop it"),
+        ("a: 3\n", 'the variant "a" of .* must be a mapping of settings: write a'),
+        ("a: {sparsity: 0.5}\n", "sets sparsity, which only --sparsities may set: remove it"),
         ("a: {compensaton: true}\n", 'variant "a" of .*: unknown setting "compensaton"'),
         ("a: {budget: {table: '0:0.5'}}\n", 'the variant "a" cannot be used: the layer table'),
-        ("dense: {}\n", 'the label "dense" is taken'),
-        ("x (oracle): {}\n", '"x \\(oracle\\)" cannot be the label'),
+        ("dense: {}\n", 'the label "dense" is already used'),
+        ("x (oracle): {}\n", 'the label "x \\(oracle\\)" is empty or ends with'),
         ("{}\n", "is empty: write LABEL"),
     ],
 )
