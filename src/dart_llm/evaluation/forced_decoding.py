@@ -86,7 +86,7 @@ class ScheduledRun(Run):
     def tokens_until_change(self) -> int | None:
         """Start any re-mask that is due; return the number of tokens until the next mask change.
 
-        None means that no change is ahead.
+        None means no limit.
         """
         self._trigger_due()
         bound = super().tokens_until_change()

@@ -236,9 +236,9 @@ def _names(requests: Sequence[Any]) -> list[str]:
 
 
 def _by_documents(advance: Advance, requests: Sequence[Any], units: int = 0) -> Advance:
-    """Wrap ``advance`` so that it takes counts of requests, and advances by whole documents.
+    """Return a function that takes counts of finished requests, and advances by documents.
 
-    ``units``: the total count, if it is not the number of requests.
+    ``units``: if the counts are not of requests, their total.
     """
     documents, units, done = len({*_names(requests)}), units or len(requests), 0
 

@@ -409,10 +409,10 @@ def _of_seed(row: Row, candidates: Sequence[Row]) -> list[Row]:
 def _equal(row: Row, curve: Sequence[Row], cost: Callable[[Row], float | None]) -> Equal | None:
     """The GRIFFIN row whose ``cost`` is nearest to the row's; None unless within ``TOLERANCE``."""
     points = [(at, other) for other in curve if (at := cost(other)) is not None]
-    wanted = cost(row)
-    if wanted is None or not points:
+    target = cost(row)
+    if target is None or not points:
         return None
-    at, griffin = min(points, key=lambda point: (abs(point[0] - wanted), point[0]))
-    if abs(at - wanted) > TOLERANCE + 1e-9:
+    at, griffin = min(points, key=lambda point: (abs(point[0] - target), point[0]))
+    if abs(at - target) > TOLERANCE + 1e-9:
         return None
     return Equal(griffin.value, row.scores.against(griffin.scores), at)

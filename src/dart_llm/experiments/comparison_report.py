@@ -320,7 +320,7 @@ def eval_document(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The whole comparison as one Markdown document."""
+    """The comparison as a Markdown document."""
     parts = ["# Comparison", escaped(conclusion(rows))]
     for table in tables(rows):
         parts.append("\n".join([f"## {escaped(table.caption)}", "", *table.lines()]))
@@ -355,7 +355,7 @@ def record(row: Row) -> dict[str, Any]:
 
 
 def document(rows: Sequence[Row]) -> dict[str, Any]:
-    """The whole comparison as JSON-serialisable data."""
+    """The comparison as JSON-serialisable data."""
     return {
         "schema": SCHEMA,
         "conclusion": conclusion(rows),

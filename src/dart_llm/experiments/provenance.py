@@ -32,7 +32,7 @@ from dart_llm.pruning import registry
 from dart_llm.pruning.setting_file import path_of
 
 _NAMED_BY_TASKS = ("text", "data", "slices")
-"""Kinds of inputs that a task names; an empty name is an error, and not skipped."""
+"""The kinds of inputs that tasks name.  Their names must not be empty; other kinds are optional."""
 
 
 class Digests:
@@ -204,7 +204,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 def machine(device: str | None = None) -> dict[str, Any]:
     """System, processor, cores and memory of this machine, and the device used."""
     torch, memory = sys.modules.get("torch"), None
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # not reported everywhere
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # some systems do not report it
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     return {
         "system": f"{platform.system()} {platform.release()}",

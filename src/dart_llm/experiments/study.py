@@ -76,7 +76,7 @@ class Study(Generic[S]):
     document: str = ""
     """File of the summary, e.g. ``detection.json``; its tables are in ``detection.md``."""
     on_error: Literal["stop", "record"] = "stop"
-    """What a failed unit does: stop the run, or be recorded while the others are computed."""
+    """If a unit fails, either stop the run, or record the failure and compute the others."""
     fresh: bool = False
     """If True, nothing from earlier runs is reused."""
     progress: ClassVar[str] = ""
@@ -121,7 +121,7 @@ class Study(Generic[S]):
         return self.settings.model_dump(mode="json", exclude=set(self.shown))
 
     def identify(self) -> dict[str, Any]:
-        """The run's identity: runs with equal identities resume each other."""
+        """The run's identity: a run resumes an unfinished run with an equal identity."""
         return {"kind": self.kind, **self.requested(), "inputs": dict(self.inputs())}
 
     def prune_document(self) -> dict[str, Any]:
@@ -308,7 +308,7 @@ def _memory_failure(study: Study[Any], error: BaseException) -> LoadError | None
 
 
 def _compute_units(study: Study[Any]) -> None:
-    """Compute the units in order; their number is shown if it is known or a bar needs it."""
+    """Compute the units in order; a progress bar needs their number, so it lists them first."""
     units, ui = study.units(), study.ui
     with contextlib.ExitStack() as stack:
         if isinstance(units, Generator):  # it may have to close a Ray cluster
@@ -430,7 +430,7 @@ def announce_model(model: Any, ui: Ui) -> None:
 def load_model(
     settings: ModelOptions, ui: Ui, check: Check | None = None
 ) -> tuple[Any, Any, float]:
-    """Load the model; return it, its tokenizer and the seconds.  ``check``: as in ``load``."""
+    """Load model and tokenizer; also return the seconds.  ``check`` is passed to ``load``."""
     for note in settings.notes:
         ui.say(note)
     begin = time.perf_counter()
