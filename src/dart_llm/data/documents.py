@@ -160,7 +160,7 @@ def plain_summary(value: Any) -> str:
 def load(source: TextSource) -> list[str]:
     """The rows of a JSONL file, the embedded texts, or a single text.
 
-    Raises ``ConfigError`` (files), or ``MissingExtra`` or ``LoadError`` (hub), also if it is empty.
+    Raises ``ConfigError`` (files), or ``MissingExtra`` or ``LoadError`` (hub), also without text.
     """
     if source.data is not None:
         (column,) = source.data.columns["text"]
@@ -193,7 +193,7 @@ def read(name: str) -> str:
 
 
 def whole_texts(name: str) -> list[str]:
-    """The texts behind ``name``, unjoined; raises the errors of ``load``."""
+    """The texts that ``name`` refers to, not joined; raises the errors of ``load``."""
     return load(resolve(name))
 
 
@@ -363,8 +363,8 @@ def sources(names: Sequence[str]) -> tuple[Source, ...]:
     """Load the sources called ``names``, in order.
 
     The documents of a JSONL file are its rows; those of any other text are its paragraphs (or its
-    lines, if it has only one paragraph).  Raises
-    ``ConfigError`` for an invalid name or file, and for a source that is listed twice.
+    lines, if it has only one paragraph).  Raises ``ConfigError`` for an invalid name or file, and
+    for a source that is listed twice.
     """
     by_label = dict[str, Source]()
     for name in names:

@@ -207,7 +207,7 @@ def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | P
 
 
 def encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Tokenise a text; also return the character offset at which each token ends (never less)."""
+    """Tokenise a text; also return each token's end as a character offset, never decreasing."""
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ends = (end for _, end in encoded["offset_mapping"])
     return list(encoded["input_ids"]), list(accumulate(ends, max))  # special tokens end at 0

