@@ -82,10 +82,9 @@ def method_digest(candidate: BoundMethod) -> Any:
 
 
 def check_pruned(pruned: bool, subject: str, tokens: str, hint: str) -> None:
-    """Raise ``ConfigError`` unless ``pruned``: the method ran every token dense.
+    """Raise ``ConfigError`` unless ``pruned``; the message says that all ``tokens`` ran dense.
 
-    The message contains ``subject`` (what was measured), ``tokens`` (their number, as text) and
-    ``hint``.
+    ``subject``: what was measured.  ``tokens``: their number, as text.  ``hint``: what to do.
     """
     if not pruned:
         raise ConfigError(

@@ -296,7 +296,7 @@ def _spread(
 
 
 def _second_topic(group: Sequence[Slice], number: int) -> Slice:
-    """A slice about half the group away that shares no document with the slice ``number``."""
+    """A slice that shares no document with the slice ``number``, about half the group away."""
     documents = set(group[number].documents)
     for step in range(len(group)):
         other = group[(number + len(group) // 2 + step) % len(group)]
