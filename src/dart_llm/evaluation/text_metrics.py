@@ -136,7 +136,7 @@ def signature() -> str:
 
 DEFAULT = cached.ENCODER_NAME
 
-UNUSED = ["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack", "*training_args.bin"]
+SKIPPED = ["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack", "*training_args.bin"]
 """Patterns of repository files that are not downloaded."""
 
 
@@ -189,7 +189,9 @@ def find_encoder(
     try:
         from huggingface_hub import snapshot_download
 
-        path = Path(snapshot_download(text, cache_dir=hub_cache(cache_dir), ignore_patterns=UNUSED))
+        path = Path(
+            snapshot_download(text, cache_dir=hub_cache(cache_dir), ignore_patterns=SKIPPED)
+        )
     except Exception as error:
         raise hub_failure(error, text, None, f"give a local folder or {DEFAULT}") or LoadError(
             f"{text} could not be fetched: {plain(error)}"

@@ -59,7 +59,7 @@ def asked(flags):
         ({"tasks": " , "}, "--tasks is empty: give at least one"),
         ({"set": "test"}, "unknown set 'test'; known: choose, report"),
         ({"sparsities": "0.5,1"}, "1 must be between 0 and 1: the fraction to remove"),
-        ({"methods": "dense"}, "method dense removes nothing"),
+        ({"methods": "dense"}, "method dense removes no neurons"),
         ({"oracle": "grifin"}, "unknown variant for --oracle 'grifin'"),
         ({"variants": "nowhere.yaml"}, "cannot read the settings file nowhere.yaml"),
     ],
