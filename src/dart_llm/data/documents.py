@@ -323,7 +323,7 @@ def _hub_documents(data: DataSet, stream: bool) -> Iterator[Document]:
     for position, row in enumerate(datasets.rows(data, stream=stream)):
         text = str(row[columns["document"]] or "").strip()
         summary = plain_summary(row[columns["summary"]])
-        if data.name == "multi_news":  # markers between articles; a dash before each summary
+        if data.name == "multi_news":  # has markers between articles, dashes before summaries
             articles = map(str.strip, text.replace("NEWLINE_CHAR", "\n").split("|||||"))
             text, summary = BLANK_LINE.join(filter(None, articles)), summary.lstrip("–— \n")
         if text and summary:

@@ -117,7 +117,7 @@ def _local_file(name: str) -> Path | None:
         return None
     if pure.parts[:1] == (LOCAL.name,):  # the user wrote "datasets/NAME"
         pure = pure.relative_to(LOCAL)
-    with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+    with contextlib.suppress(OSError, ValueError):  # if no file can have this name
         for path in (LOCAL / f"{pure}.txt", LOCAL / pure):
             if path.is_file():
                 return path

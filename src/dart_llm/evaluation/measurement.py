@@ -12,8 +12,8 @@ from typing import Any
 
 PROTOCOLS: dict[str, str] = {
     "decode": "the prompt is dense and observed; continuation tokens run pruned",
-    "full": "masks from the context only, applied to the context and the continuation",
-    "published": "masks from the whole scored text, answer included: leaks, not causal",
+    "full": "the context selects the masks, which apply to context and continuation",
+    "published": "the whole scored text, including the answer, selects the masks (leaks)",
 }
 """Protocols: which tokens select the masks, and which run pruned (docs/reference.md)."""
 

@@ -42,7 +42,7 @@ STANDARD = "standard"
 
 PPL_PROTOCOLS: dict[str, str] = {
     **PROTOCOLS,
-    STANDARD: "the whole text in windows, each with masks from the text before it",
+    STANDARD: "windows cover the whole text; the text before a window selects its masks",
 }
 """The protocols of perplexity (docs/reference.md, "Protocols")."""
 

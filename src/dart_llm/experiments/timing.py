@@ -59,7 +59,7 @@ class _Clock(BaseStreamer):
 
     def put(self, value: Tensor) -> None:
         self.times.append(time.perf_counter())
-        steps = len(self.times) - 2  # the prompt pass gives the first token
+        steps = len(self.times) - 2  # the first two calls pass the prompt and the first token
         if self.run is not None and steps == WARM:
             self.warm = self.run.report()
             self.times[-1] = time.perf_counter()
