@@ -1,8 +1,8 @@
-"""Cache folders, and files that are named by their inputs and written atomically.
+"""Cache folders, and cached files, which are named by their inputs and written atomically.
 
-A cached file is ``<key>-<digest><suffix>``: ``key`` identifies the inputs, ``digest`` the content.
-Content and digest appear together, in one rename.  A file that does not match its digest is removed
-with a warning, and the caller makes it again.
+A cached file is called ``<key>-<digest><suffix>``: ``key`` identifies the inputs from which it was
+made, ``digest`` its content.  The complete file appears at once, in one rename.  A file that does
+not match its digest is removed with a warning, and the caller makes it again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ logger = logging.getLogger("dart_llm")
 
 
 def hub_cache(cache_dir: str | Path | None = None) -> Path | None:
-    """Folder for hub models: the argument, else ``DART_CACHE``; None: the hub library's default."""
+    """Return ``cache_dir`` or else ``DART_CACHE``, for hub models; None: the hub's default."""
     text = str(cache_dir) if cache_dir else os.environ.get("DART_CACHE", "")
     return Path(text).expanduser() if text else None
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Folder for fetched and converted files: ``<chosen or user cache>/dart-llm``."""
+    """Return the folder for downloaded and converted files, ``dart-llm`` in the chosen cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return (hub_cache(cache_dir) or Path(home).expanduser()) / "dart-llm"
 
@@ -46,7 +46,10 @@ def make_folder(folder: Path) -> Path:
 
 
 def require_space(needed: int, folder: Path, what: str) -> None:
-    """Raise ``LoadError`` if fewer than ``needed`` bytes are free on the disk of ``folder``."""
+    """Raise ``LoadError`` if fewer than ``needed`` bytes are free on the disk of ``folder``.
+
+    ``what``: the operation that needs them, as the subject of the message.
+    """
     free = free_bytes(folder)
     if needed > free:
         raise LoadError(
@@ -56,39 +59,39 @@ def require_space(needed: int, folder: Path, what: str) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of ``folder``, which need not exist yet."""
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    return shutil.disk_usage(there).free
+    """Return the free bytes on the disk of ``folder``, which need not exist yet."""
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free
 
 
 SCRATCH = ".tmp-"
-"""Prefix of unfinished files and folders, in addition to that of ``replacing``."""
+"""Name prefix of unfinished files and folders; those of ``files.replacing`` end in ``.part``."""
 
 STALE_AFTER = 24 * 3600.0
 """Seconds after which an unfinished file is considered left over from a killed process."""
 
 DIGITS = 32
-"""Hexadecimal digits of keys and digests: 128 bits."""
+"""Number of hexadecimal digits in keys and digests, which have 128 bits."""
 
 
 def key_of(*parts: object) -> str:
-    """A key that depends on the ``repr`` of ``parts``: 32 hexadecimal digits."""
+    """Return a key of 32 hexadecimal digits that depends on the ``repr`` of ``parts``."""
     return digest_of(repr(parts).encode())
 
 
 def digest_of(data: bytes) -> str:
-    """A digest of ``data``: the first 32 hexadecimal digits of its sha256."""
+    """Return the first 32 hexadecimal digits of the sha256 of ``data``."""
     return hashlib.sha256(data).hexdigest()[:DIGITS]
 
 
 def read(folder: Path, key: str, suffix: str) -> bytes | None:
-    """The content that is stored under ``key``; None if there is none or it is damaged."""
+    """Return the content that is stored under ``key``; None if it is missing or damaged."""
     path = find(folder, key, suffix)
     return None if path is None else path.read_bytes()
 
 
 def find(folder: Path, key: str, suffix: str) -> Path | None:
-    """The path of the verified file that is stored under ``key``; None if there is none."""
+    """Return the path of the undamaged file that is stored under ``key``; None if there is none."""
     sweep(folder)
     damaged = False
     for path in sorted(folder.glob(f"{key}-*{suffix}")):
@@ -98,12 +101,12 @@ def find(folder: Path, key: str, suffix: str) -> Path | None:
         damaged = True
         _remove(path)
     if damaged:
-        logger.warning("a damaged file in %s was removed: its content is made again", folder)
+        logger.warning("a damaged file in %s was removed; its content is made again", folder)
     return None
 
 
 def write(folder: Path, key: str, suffix: str, data: bytes) -> Path:
-    """Store ``data`` under ``key``; several processes may do so at once.
+    """Store ``data`` under ``key``; several processes may store the same key at once.
 
     The data is flushed to the disk on return.  Raises ``LoadError``, and leaves nothing behind, if
     the folder is not writable or the disk is full.
@@ -124,7 +127,7 @@ def _name(key: str, data: bytes, suffix: str) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk, if the system supports it."""
+    """Flush a file, or a folder's list of names, to the disk, if the system supports it."""
     with contextlib.suppress(OSError):  # some systems do not open folders
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -134,7 +137,7 @@ def sync(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove unfinished files and folders of killed processes."""
+    """Remove files and folders that killed processes left unfinished in ``folder``."""
     for path in [*folder.glob(f"{SCRATCH}*"), *folder.glob(".*.part")]:
         with contextlib.suppress(OSError):  # another process removed it first
             if time.time() - path.lstat().st_mtime > STALE_AFTER:

@@ -1,4 +1,4 @@
-"""All exceptions that dart_llm raises on purpose, and the causes of an error.
+"""The exceptions that dart_llm raises on purpose, and helpers that read the causes of an error.
 
 ::
 
@@ -10,7 +10,7 @@
     ├── LoadError                 a checkpoint could not be found, fetched, verified or read
     ├── MissingExtra              an optional dependency is not installed
     ├── ResultsError              a results folder cannot be written or read
-    └── CellsFailed               some cells of a sweep or a study failed, the others are kept
+    └── CellsFailed               some measurements (cells) of a study failed; the others are kept
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ class DartError(Exception):
 
 
 class ConfigError(DartError):
-    """A setting is out of range, contradicts another one, or cannot be parsed."""
+    """A setting is out of range, contradicts another setting, or cannot be parsed."""
 
 
 class UnknownName(ConfigError):
     """A name does not exist; the message lists similar names."""
 
     LISTED = 100
-    """Names are listed up to this number."""
+    """Maximum number of known names that the message lists."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], more: str = "") -> None:
-        """``more``: a further hint, in a few words."""
+        """``more``: a further hint, which the message adds in parentheses."""
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f"known: {', '.join(names)}" if names else "there is none: leave it out"
+        hint = f"known: {', '.join(names)}" if names else "none exists: leave it out"
         if near:
             hint = f"did you mean {' or '.join(near)}?"
         elif len(names) > self.LISTED:
-            hint = f"none of the {len(names)} known names is similar: correct it"
+            hint = f"none of the {len(names)} known names is similar: check the spelling"
         super().__init__(f"unknown {kind} {name!r}; {hint}{more and f' ({more})'}")
 
 
@@ -53,7 +53,7 @@ def check_name(kind: str, name: str | None, known: Collection[str]) -> None:
 
 
 class UnsupportedModel(DartError):
-    """The model has a module that cannot be pruned; the message names the module."""
+    """The model has a module that cannot be pruned; the message says which."""
 
 
 class AttachError(DartError):
@@ -78,7 +78,10 @@ class ResultsError(DartError):
 
 
 class CellsFailed(DartError):
-    """Some cells of a sweep or a study failed; ``document``: the output of ``--json``."""
+    """Some measurements (cells) of a sweep or another study failed.
+
+    ``document``: what the command prints with ``--json``, including the cells that succeeded.
+    """
 
     def __init__(self, message: str, document: dict[str, Any]) -> None:
         super().__init__(message)
@@ -86,7 +89,7 @@ class CellsFailed(DartError):
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """``error`` and all of its causes, outermost first."""
+    """Yield ``error`` and all of its causes, outermost first."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
@@ -99,7 +102,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def failure_text(error: BaseException) -> str:
-    """The message of an error, with its type if it is not one of dart-llm's."""
+    """Return the message of an error, with its type unless it is a ``DartError``."""
     if isinstance(error, DartError):
         return str(error)
     text = " ".join(str(error).split())

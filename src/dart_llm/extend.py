@@ -1,6 +1,6 @@
-"""One import for everything that new scores, budgets, rules, methods or architectures need.
+"""Everything that you need to add scores, budgets, rules, methods or architectures, in one module.
 
-from dart_llm.extend import SCORES, score
+For example: ``from dart_llm.extend import SCORES, score``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads and atomically writes files: JSON, JSONL (errors name the line), CSV, YAML, tensors."""
+"""Reads files (JSON, JSONL, YAML), and writes files (also CSV and tensors) atomically."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ if TYPE_CHECKING:
 
 
 def size_text(count: int) -> str:
-    """A number of bytes as text: ``0.4 MB``, ``812 MB``, ``16.1 GB``."""
+    """Return a number of bytes as text, such as ``0.4 MB``, ``812 MB`` or ``16.1 GB``."""
     if count >= 1e9:
         return f"{count / 1e9:.1f} GB"
     return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file, as 64 hexadecimal digits."""
+    """Return the sha256 of a file, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses repeated names, and aliases, with which a short file can expand to gigabytes."""
+    """Rejects duplicate keys, and aliases, because they let a short file expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise ValueError("it has an alias (*name): write the values out")
+            raise ValueError("aliases (*name) are not supported: write the values out")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [str(key.value)[:80] for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:  # the YAML library would keep the last
-                raise ValueError(f'the name "{name}" is given twice: drop one')
+        keys = [str(key.value)[:80] for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:  # the YAML library would silently keep the last value
+                raise ValueError(f'the key "{key}" appears twice: remove one')
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises ``ConfigError`` for anything else, and for aliases."""
+    """Return the mapping in a YAML file; raises ``ConfigError`` for other or unsafe content."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except RecursionError:
@@ -61,12 +61,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ConfigError(f"cannot read the settings file {path}: {reason}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"the settings file {path} must hold names and values")
+        raise ConfigError(f"the settings file {path} must contain a mapping of names to values")
     return data
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers, from 1, and objects of a JSONL file; blank lines are skipped.
+    """Yield ``(line number, object)`` for each line of a JSONL file.
+
+    Numbering starts at 1; blank lines are skipped but counted.
 
     Raises ``ConfigError`` for a file that is missing or not UTF-8 text, and for a line that is not
     a JSON object.
@@ -74,7 +76,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     from pydantic_core import from_json  # also refuses NaN, lone surrogates, deep nesting
 
     try:
-        # Not splitlines(), which splits at U+2028, and that may be inside a JSON string.
+        # splitlines() would also split at U+2028, which may be inside a JSON string
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -92,10 +94,11 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def append_row(path: Path, row: Any) -> None:
-    """Append one document as a line, flushed to the disk.
+    """Append ``row`` as one line of JSON, and flush it to the disk.
 
-    Starts a new line if the last line lacks its line break, after a full disk or a kill.  Raises
-    ``OSError``, and ``ValueError`` for numbers that JSON does not support.
+    If the last line has no line break, because the disk was full or the process was killed, a new
+    line is started first.  Raises ``OSError``, and ``ValueError`` for numbers that JSON does not
+    support.
     """
     line = json.dumps(row, allow_nan=False).encode() + b"\n"
     with path.open("a+b") as file:
@@ -108,7 +111,7 @@ def append_row(path: Path, row: Any) -> None:
 
 
 def whole_rows(path: Path) -> Iterator[Any]:
-    """The documents in a file of ``append_row``; incomplete or damaged lines are left out."""
+    """Yield the rows that ``append_row`` wrote to a file; damaged lines are skipped."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError:
@@ -119,7 +122,7 @@ def whole_rows(path: Path) -> Iterator[Any]:
 
 
 def finite(value: Any) -> Any:
-    """The same data with None for numbers that are not finite, which JSON does not support."""
+    """Return ``value`` with None in place of numbers that are not finite, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -131,10 +134,11 @@ def finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
-    """An empty file next to ``path`` that replaces it atomically when the block ends.
+    """Yield an empty file next to ``path``; it replaces ``path`` atomically when the block ends.
 
-    Its name is unique, so concurrent writers of one path do not mix; it is removed after an error.
-    ``mode``: permissions of a new file, before the umask; a replaced file keeps its permissions.
+    Its name is unique, so that concurrent writers of one path do not disturb each other.  The file
+    is removed after an error.  ``mode``: permissions of a new file, before the umask is applied; a
+    replaced file keeps its permissions.
     If ``path`` is not a regular file (a pipe, a terminal), ``path`` itself is yielded.  Raises
     ``ResultsError`` for any ``OSError``, including those raised in the block.
     """
@@ -164,7 +168,7 @@ def write_text(path: Path, text: str, mode: int = 0o666) -> None:
 
 
 def write_bytes(path: Path, data: bytes, make_folder: bool = False, mode: int = 0o666) -> None:
-    """Like ``write_text``, for bytes; ``make_folder``: also create the file's folder."""
+    """Like ``write_text``, for bytes; with ``make_folder``, also create the file's folder."""
     if make_folder:
         with contextlib.suppress(OSError):  # the next step reports the reason
             path.parent.mkdir(exist_ok=True)
@@ -173,12 +177,12 @@ def write_bytes(path: Path, data: bytes, make_folder: bool = False, mode: int = 
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write valid JSON, atomically."""
+    """Write ``data`` as JSON, atomically; numbers that are not finite become null."""
     write_text(path, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if the file is missing or damaged."""
+    """Return the JSON object in a file, or an empty one if the file is missing or damaged."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -187,12 +191,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write one JSON document per line, atomically."""
+    """Write each row as one line of JSON, atomically; numbers that are not finite become null."""
     write_text(path, "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV file, atomically; None is an empty cell."""
+    """Write a CSV file, atomically; None becomes an empty cell."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
     write_text(path, buffer.getvalue())

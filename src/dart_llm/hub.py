@@ -1,4 +1,4 @@
-"""The model hub: messages for failures, without secrets; download sizes; progress bars."""
+"""The Hugging Face hub: error messages without secrets, download sizes and progress bars."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("dart_llm")
 
 @contextmanager
 def bars(*, shown: bool) -> Iterator[None]:
-    """Hide transformers' bars in the block, unless ``shown`` and stderr is a terminal."""
+    """Hide transformers' progress bars in the block, unless ``shown`` and stderr is a terminal."""
     from transformers.utils import logging
 
     switch: Any = logging
@@ -40,7 +40,8 @@ def bars(*, shown: bool) -> Iterator[None]:
 def no_stray_bars() -> Iterator[None]:
     """Inside a ``bars`` block that hides bars, also hide bars that transformers cannot switch off.
 
-    Its GGUF reader has such a bar.  Log records still appear: handlers keep their own stream.
+    transformers' GGUF reader has such a bar.  Log records still appear, because log handlers keep
+    the stream that they were created with.
     """
     from transformers.utils import logging
 
@@ -50,21 +51,25 @@ def no_stray_bars() -> Iterator[None]:
 
 
 INSTEAD = "give a local folder, a .gguf file or smollm2-135m"
+"""What messages suggest if the hub cannot be reached."""
 
 UNREACHABLE = {
     *("ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError"),
     *("NameResolutionError", "PoolTimeout", "ProxyError", "SSLError"),
 }
-_CUT = {"ChunkedEncodingError", "ReadError", "ReadTimeout", "RemoteProtocolError"}
+"""Exception classes, by name, which mean that the hub is unreachable."""
+
+_CUT_OFF = {"ChunkedEncodingError", "ReadError", "ReadTimeout", "RemoteProtocolError"}
+"""Exception classes, by name, which mean that a download was cut off."""
 
 
 def hub_failure(
     error: BaseException, model: str, revision: str | None, instead: str = INSTEAD
 ) -> LoadError | None:
-    """A ``LoadError`` that explains ``error``, raised while loading ``model`` from the hub.
+    """Return a ``LoadError`` that explains ``error``, raised while loading ``model`` from the hub.
 
-    ``instead``: alternative to suggest if the hub cannot be reached.  Returns None if no cause of
-    the error comes from the hub or the network.
+    ``instead``: what to suggest if the hub cannot be reached.  Returns None if no cause of the
+    error comes from the hub or the network.
     """
     from huggingface_hub import constants
 
@@ -102,20 +107,19 @@ def hub_failure(
             f"the hub answered {status} while loading {model}; try again later, or {instead}",
         ),
         (
-            bool(names & _CUT) or "Consistency check failed" in text,
-            f"the download of {model} was cut off; run the same command again, it continues "
-            "where it stopped",
+            bool(names & _CUT_OFF) or "Consistency check failed" in text,
+            f"the download of {model} was cut off; run the same command again to continue it",
         ),
         (
             bool(names & UNREACHABLE) or "couldn't connect to" in text.lower(),
             not_reached(model, instead),
         ),
     )
-    return next((LoadError(sentence) for happened, sentence in failures if happened), None)
+    return next((LoadError(message) for applies, message in failures if applies), None)
 
 
 def not_reached(model: str, instead: str = INSTEAD) -> str:
-    """The message for a model that is not in the cache while the hub is unreachable."""
+    """Return the message for a model that is not in the cache while the hub is unreachable."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -126,7 +130,7 @@ def not_reached(model: str, instead: str = INSTEAD) -> str:
 
 
 def plain(error: BaseException) -> str:
-    """The first line of an error's message without secrets, for use inside another message."""
+    """Return the first line of an error's message without secrets, to use in another message."""
     text = str(error).strip() or type(error).__name__
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
@@ -134,7 +138,7 @@ def plain(error: BaseException) -> str:
 
 
 def redact(text: str) -> str:
-    """``text`` without access tokens and without credentials in URLs."""
+    """Return ``text`` without access tokens and without credentials in URLs."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if secret := os.environ.get(name):
             text = text.replace(secret, "***")
@@ -154,14 +158,14 @@ _WEIGHTS = (
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
-    """The weight files among ``names`` that transformers downloads: the first format found."""
+    """Return the weight files that transformers downloads: those of the first format it finds."""
     listed = list(names)
     by_kind = ([name for name in listed if re.fullmatch(kind, name)] for kind in _WEIGHTS)
     return next(filter(None, by_kind), [])
 
 
 def check_download(model: str, revision: str | None, cache: Path | None) -> int | None:
-    """Bytes of weights of ``model`` that must still be downloaded.
+    """Return how many bytes of weights of ``model`` must still be downloaded.
 
     Raises ``LoadError`` if the disk has less free space, or if the repository has no transformers
     checkpoint.  Returns None if the hub is unreachable, so that only the cache can be used, and 0
@@ -180,7 +184,7 @@ def check_download(model: str, revision: str | None, cache: Path | None) -> int 
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     if "config.json" not in sizes:
         raise LoadError(
-            f"{model} holds no transformers checkpoint (no config.json); if it holds a .gguf file, "
+            f"{model} has no transformers checkpoint (no config.json); if it has a .gguf file, "
             "download that and give its path"
         )
     needed = sum(

@@ -1,8 +1,8 @@
-"""Option mixins for all commands (model, pruning, study, task), and the merging of their sources.
+"""Option mixins for all commands (model, pruning, study, task); merging of the options' sources.
 
-Order of precedence: defaults < file < ``DART_*`` environment < flags.  Every field is a flag of the
-same name in kebab case, and the variable ``DART_<FIELD>``.  Pydantic collects the fields of several
-mixins in the reversed order of the bases.
+Each source overrides the ones before it: defaults, settings file, ``DART_*`` variables of the
+environment, flags.  Every field has a flag of the same name in kebab case, and a variable
+``DART_<FIELD>``.  Pydantic collects the fields of several mixins in reverse order of the bases.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Settings(BaseModel):
     """Frozen settings; an unknown name is an error that suggests a similar one."""
 
     UNUSED: ClassVar[tuple[str, ...]] = ()
-    """Fields of a base class that the command does not use, and has no flags for."""
+    """Fields of a base class that the command does not use and offers no flags for."""
 
     RIVALS: ClassVar[tuple[set[str], ...]] = (
         {"sparsity", "total_prune_percent", "sparsities"},
         {"knowledge_drift", "drift"},
         {"prompt", "prompt_file", "custom_prompt_text"},
     )
-    """Groups of settings; one source may give only one setting of a group."""
+    """Groups of settings that exclude each other: one source may set only one of a group."""
 
     ALIASES: ClassVar[Mapping[str, str]] = {}
     """Other names for fields in files and variables, such as ``task`` for ``tasks``."""
@@ -68,7 +68,7 @@ class Settings(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _validated(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        """Report the first problem as a ``ConfigError`` of one sentence."""
+        """Validate; raise the first problem as a ``ConfigError`` of one sentence."""
         try:
             return validate(data)
         except ValidationError as error:
@@ -81,7 +81,7 @@ class Settings(BaseModel):
 
     @classmethod
     def named(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """The values by field name; drops None unless the field may be None."""
+        """Return ``data`` by field name; a None is dropped unless the field may be None."""
         values: dict[str, Any] = {}
         for key, value in data.items():
             name = cls.ALIASES.get(key, key)
@@ -91,34 +91,34 @@ class Settings(BaseModel):
             if value is None and (name in values or not optional):
                 continue
             if values.get(name) is not None:
-                raise ConfigError(f"{name} is given twice: write one list")
+                raise ConfigError(f"{name} is given under two names: write one list")
             values[name] = value
         return values
 
     @model_validator(mode="after")
     def _check_rivals(self) -> Self:
         for group in self.RIVALS:
-            given = [name for name in sorted(group) if getattr(self, name, None) is not None]
-            if len(given) > 1:
-                raise ConfigError(f"give {' or '.join(map(_flag, given))}, not both")
+            names = [name for name in sorted(group) if getattr(self, name, None) is not None]
+            if len(names) > 1:
+                raise ConfigError(f"give {' or '.join(map(_flag, names))}, not both")
         return self
 
     @classmethod
     def unknown(cls, name: str) -> ConfigError:
-        """The error for an unknown setting."""
+        """Return the error for an unknown setting; its message suggests a similar one."""
         return unknown_key(cls, name)
 
     def fitted(self) -> Self:
-        """A copy with changes that other settings require; ``notes`` reports them."""
+        """Return a copy with the changes that other settings require; ``notes`` reports them."""
         return self
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """The values, converted for the fields."""
+        """Return the values, converted to what the fields expect; for subclasses to override."""
         return dict(data)
 
     def noted(self, changes: Mapping[str, Any], *notes: str) -> Self:
-        """A copy with ``changes``, and notes that explain them."""
+        """Return a copy with ``changes``, and with notes that explain them."""
         copy = self.model_copy(update=dict(changes))
         copy._notes = (*self._notes, *notes)
         return copy
@@ -131,20 +131,20 @@ class Settings(BaseModel):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes for the log."""
+        """Messages for the log, which explain changed settings."""
         return self._notes
 
 
 def setting(panel: str, text: str, default: Any = None, **bounds: Any) -> Any:
-    """One setting: its help panel, help text and default.
+    """Define a setting by its help panel, help text and default.
 
-    ``bounds``: of a number, as for pydantic's ``Field``: ``ge=1``, ``lt=1``.
+    ``bounds``: limits of a number, as for pydantic's ``Field``, such as ``ge=1`` or ``lt=1``.
     """
     return Field(default, description=text, json_schema_extra={"panel": panel}, **bounds)
 
 
 def _problem_text(error: ValidationError) -> str:
-    """The first problem, as text; for a number out of bounds it names the flag."""
+    """Return the first problem as text, which names the flag if a number is out of bounds."""
     problem, text = error.errors()[0], first_problem(error)
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "finite_number":
@@ -154,12 +154,12 @@ def _problem_text(error: ValidationError) -> str:
 
 
 def split_commas(value: Any) -> Any:
-    """The values of a comma-separated text, a list or a single value, without duplicates."""
+    """Return the values of a comma-separated text, a list or a single value, without duplicates."""
     parts = words(value) if isinstance(value, str) else value
     parts = parts if isinstance(parts, list | tuple) else [parts]
     for part in parts:
         if isinstance(part, list | dict):
-            raise ConfigError(f"a list must have plain values, not {part}")
+            raise ConfigError(f"a list must contain single values, not {part}")
     return tuple(dict.fromkeys(parts))
 
 
@@ -169,11 +169,11 @@ Fractions = Annotated[tuple[float, ...], BeforeValidator(split_commas)]
 Sparsities = Annotated[
     tuple[Annotated[float, AfterValidator(check_sparsity)], ...], BeforeValidator(split_commas)
 ]
-"""Comma-separated lists, in flags, variables and files."""
+"""Types of settings that are comma-separated lists, in flags, variables and files."""
 
 
 def check_removed(values: tuple[float, ...]) -> tuple[float, ...]:
-    """Raises ``ConfigError`` for fractions that remove nothing, or everything."""
+    """Return ``values``; raises ``ConfigError`` for a fraction to remove that is not in (0, 1)."""
     for value in values:
         if not 0 < value < 1:
             raise ConfigError(f"{value:g} must be between 0 and 1: the fraction to remove")
@@ -181,24 +181,24 @@ def check_removed(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def words(text: str | None) -> list[str]:
-    """The parts of a comma-separated text."""
+    """Return the parts of a comma-separated text."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
 def check_seed(seed: int) -> None:
-    """Raises ``ConfigError`` for seeds that generators of random numbers reject."""
+    """Raise ``ConfigError`` for a seed that random number generators reject."""
     if not 0 <= seed < 2**63:
         raise ConfigError(f"--seed {seed} must be a whole number from 0 to 2^63 - 1")
 
 
 MASKED = "dart"
-"""The method of commands that look at sequence masks, such as ``inspect`` and ``drift``."""
+"""Default method of commands that study sequence masks (one for many tokens), e.g. ``drift``."""
 
 FITTING_METHODS = (MASKED, "dart-prompt", "griffin", "published")
-"""Tried in this order if a setting does not fit the default method; a given method is kept."""
+"""Methods to try, in order, if a setting does not fit the default; a chosen method is kept."""
 
 MASK_SETTINGS = ("masks", "knowledge_drift", "drift", "ranking_method")
-"""Settings of sequence masks, which methods with per-token selection do not support."""
+"""Settings of sequence masks.  Methods with per-token selection do not support them."""
 
 
 def _flag(name: str) -> str:
@@ -206,7 +206,7 @@ def _flag(name: str) -> str:
 
 
 def _decay_problem(config: PruneConfig) -> str | None:
-    """Why a configuration does not support its ema_decay; None if it does."""
+    """Return why the score does not support the configured ``ema_decay``; None if it does."""
     why = SCORES.get(config.score.name).no_decay_reason
     if config.score.ema_decay is None or config.target == 0 or not why:
         return None
@@ -216,13 +216,13 @@ def _decay_problem(config: PruneConfig) -> str | None:
 class LoadOptions(Settings):
     """How a model is loaded."""
 
-    cache_dir: str | None = setting("Model", "Where weights are kept (default: the hub's cache).")
-    device: str | None = setting("Model", "0, cuda:0, cpu or mps (default: GPU 0, else CPU).")
-    device_map: str | None = setting("Model", "How layers are spread over devices, e.g. auto.")
-    dtype: str | None = setting("Model", "float32, float16, bfloat16 (default: the checkpoint's).")
-    weights: str | None = setting("Model", "auto, file (a GGUF's), dense, q8_0, q4_0 or q4_1.")
-    revision: str | None = setting("Model", "Branch, tag or commit of a hub model.")
-    attn_implementation: str | None = setting("Model", "Attention kernel: eager, sdpa, ...")
+    cache_dir: str | None = setting("Model", "Folder for downloads (default: the hub's cache).")
+    device: str | None = setting("Model", "Use 0, cuda:0, cpu or mps (default: GPU 0, else CPU).")
+    device_map: str | None = setting("Model", "Spread the layers over devices, e.g. auto.")
+    dtype: str | None = setting("Model", "Use float32, float16 or bfloat16 (default: as stored).")
+    weights: str | None = setting("Model", "Format: auto, file (GGUF), dense, q8_0, q4_0, q4_1.")
+    revision: str | None = setting("Model", "Load this branch, tag or commit of a hub model.")
+    attn_implementation: str | None = setting("Model", "Attention kernel to use: eager, sdpa, ...")
     trust_remote_code: bool = setting("Model", "Run code that comes with the checkpoint.", False)
 
 
@@ -250,38 +250,38 @@ class MaskOptions(Settings):
     sparsity: float | None = setting(
         PRUNING, f"Fraction of FFN neurons to remove (default: {DEFAULT_SPARSITY})."
     )
-    total_prune_percent: float | None = setting(PRUNING, "The same in percent.", ge=0, lt=100)
-    layer_topk: str | None = setting(PRUNING, "Keep per layer: 0-5:0.6,6-11:0.8, 3:#512, @FILE.")
-    masking_step: int | None = setting(PRUNING, "Dense decode tokens before the first mask.")
-    release_step: int | None = setting(PRUNING, "Decode step from which all runs dense.")
-    min_evidence: int | None = setting(PRUNING, "Tokens to observe before the first mask.")
+    total_prune_percent: float | None = setting(PRUNING, "The same as a percentage.", ge=0, lt=100)
+    layer_topk: str | None = setting(PRUNING, "Keep per layer: 0-5:0.6,6-11:0.8, 3:#512 or @FILE.")
+    masking_step: int | None = setting(PRUNING, "Decode this many tokens dense, then mask.")
+    release_step: int | None = setting(PRUNING, "Run dense from this decode step on.")
+    min_evidence: int | None = setting(PRUNING, "Observe this many tokens, then mask.")
     ema_decay: float | None = setting(PRUNING, "Decay of averaged activations (default: sums).")
     ranking_method: str | None = setting(PRUNING, "Neuron score; dart-llm methods lists them.")
-    prune_strategy: str | None = setting(PRUNING, "topk, or auto: keep scores above the mean.")
-    budget: str | None = setting(PRUNING, 'Allocator over layers: uniform, "blend energy depth".')
+    prune_strategy: str | None = setting(PRUNING, "topk, or auto to keep scores above the mean.")
+    budget: str | None = setting(PRUNING, 'Split over layers: uniform, "blend energy depth".')
     compensation: bool | None = setting(PRUNING, "Add the removed neurons' mean contribution.")
-    executor: str | None = setting(PRUNING, "auto, masked, compact, native or cuda.")
+    executor: str | None = setting(PRUNING, "Executor: auto, masked, compact, native or cuda.")
 
 
 class PruningOptions(MaskOptions):
     """How the model is pruned."""
 
-    method: str = setting(PRUNING, "Preset, or file:SETTING.yaml of tune.", DEFAULT_METHOD)
-    save_layer_topk: str | None = setting(PRUNING, "Write the run's keep counts to this file.")
-    masks: str | None = setting(PRUNING, "Apply the newest masks of this masks.safetensors.")
+    method: str = setting(PRUNING, "Preset, or file:SETTING.yaml written by tune.", DEFAULT_METHOD)
+    save_layer_topk: str | None = setting(PRUNING, "Write each layer's keep count to this file.")
+    masks: str | None = setting(PRUNING, "Apply the newest masks in this masks.safetensors.")
     knowledge_drift: bool | None = setting(PRUNING, "Re-mask on drift by the preset's rule.")
-    drift: str | None = setting(PRUNING, 'never, published, paper, dart, "interval 64", ...')
-    head: str | None = setting(PRUNING, 'Output head: full, or "screened 0.25" (of its bytes).')
+    drift: str | None = setting(PRUNING, 'Rule: never, published, paper, dart, "interval 64", ...')
+    head: str | None = setting(PRUNING, 'Output head: full, or "screened 0.25" to read 25 %.')
 
     @model_validator(mode="after")
     def _check_pruning(self) -> Self:
         if self.masks and self.target_sparsity() is not None:
-            raise ConfigError("--masks names the neurons themselves: drop the sparsity")
+            raise ConfigError("--masks already says which neurons to keep: drop the sparsity")
         PruningOptions.fitted(self).prune_config()
         return self
 
     def misfit(self) -> tuple[str, str] | None:
-        """The first setting that the method does not support, and why; None if there is none."""
+        """Return the first setting that the method does not support, and why; or None."""
         method = METHODS.get(self.method)
         if method.selects_per_token:
             for name in MASK_SETTINGS:
@@ -291,29 +291,29 @@ class PruningOptions(MaskOptions):
         return ("ema_decay", why) if why else None
 
     def fitted(self) -> Self:
-        """A copy with a method that supports its settings; ``notes`` reports a change.
+        """Return a copy with a method that supports the settings; ``notes`` reports a change.
 
-        Raises ``ConfigError`` if the given method, or every one, does not support them.
+        Raises ``ConfigError`` if the method that the user chose, or every method, does not.
         """
         problem = self.misfit()
         if problem is None:
             return self
         flag, why = _flag(problem[0]), problem[1]
-        able = next(filter(self._is_honoured_by, FITTING_METHODS), None)
-        if able is None or "method" in self.model_fields_set:
-            instead = "" if able is None else f", or leave the method out: {able} can"
+        fitting = next(filter(self._is_supported_by, FITTING_METHODS), None)
+        if fitting is None or "method" in self.model_fields_set:
+            instead = "" if fitting is None else f", or leave the method out: {fitting} can"
             raise ConfigError(f"{why}: drop {flag}{instead}")
-        note = f"{flag}: method {able} is used instead of {self.method}, because {why}"
-        return self.noted({"method": able}, note)
+        note = f"{flag}: method {fitting} is used instead of {self.method}, because {why}"
+        return self.noted({"method": fitting}, note)
 
-    def _is_honoured_by(self, method: str) -> bool:
+    def _is_supported_by(self, method: str) -> bool:
         try:
             return self.model_copy(update={"method": method}).misfit() is None
         except ConfigError:  # other settings do not fit this method
             return False
 
     def target_sparsity(self) -> float | None:
-        """The requested sparsity as a fraction; None if not given."""
+        """Return the requested sparsity as a fraction; None if it is not set."""
         percent = self.total_prune_percent
         if percent is None:
             return None if self.sparsity is None else check_sparsity(self.sparsity)
@@ -323,14 +323,14 @@ class PruningOptions(MaskOptions):
         return percent / 100
 
     def prune_config(self) -> PruneConfig:
-        """The preset, changed by all explicit settings."""
+        """Return the preset, changed by all settings that are set."""
         changes = self.prune_changes()
         if changes["sparsity"] and METHODS.get(self.method).method == "dense":
             raise ConfigError("method dense removes nothing: drop the sparsity")
         return PruneConfig.build(self.method, **changes)
 
     def prune_changes(self) -> dict[str, Any]:
-        """The changes to the preset, as arguments of ``PruneConfig.build``."""
+        """Return the changes to the preset, as arguments of ``PruneConfig.build``."""
         names = ("masking_step", "release_step", "min_evidence", "compensation", "executor")
         parts: dict[str, dict[str, Any]] = {
             "score": {
@@ -365,11 +365,11 @@ class PruningOptions(MaskOptions):
 
 
 class ResultOptions(Settings):
-    """Where results go."""
+    """Where results are written."""
 
-    experiment_name: str | None = setting("Results", "Default: <model>-<method>-<sparsity>.")
-    results_dir: str = setting("Results", "Folder for results.", "results")
-    style: str = setting("Results", "screen, or paper: PDFs of plots too.", "screen")
+    experiment_name: str | None = setting("Results", "Default name: <model>-<method>-<sparsity>.")
+    results_dir: str = setting("Results", "Write results to this folder.", "results")
+    style: str = setting("Results", "Plot style: screen, or paper (also as PDF).", "screen")
 
     @model_validator(mode="after")
     def _check_results(self) -> Self:
@@ -387,30 +387,32 @@ class ResultOptions(Settings):
 
 
 class StudyOptions(ResultOptions):
-    """Where results go, and the seed for random numbers."""
+    """Where results are written, and the seed for random numbers."""
 
-    seed: int = setting("Results", "Seed of everything random.", 0, ge=0, lt=2**63)
+    seed: int = setting("Results", "Seed of all random numbers.", 0, ge=0, lt=2**63)
 
 
 class TaskOptions(Settings):
-    """Which items of a task are measured, what methods calibrate on, which tracker logs."""
+    """Which items of a task are measured, what methods calibrate on, and which tracker logs."""
 
-    limit: int | None = setting("Evaluation", "Items per task (default: all).", ge=1)
-    sample_seed: int | None = setting("Evaluation", "Draw the --limit items by this seed.", ge=0)
+    limit: int | None = setting("Evaluation", "Use only N items per task (default: all).", ge=1)
+    sample_seed: int | None = setting(
+        "Evaluation", "Draw the items at random, with this seed.", ge=0
+    )
     calibration: str | None = setting("Evaluation", "Text to calibrate on (default: c4).")
-    tracker: str | None = setting("Results", "trackio, wandb, mlflow or tensorboard.")
+    tracker: str | None = setting("Results", "Log to trackio, wandb, mlflow or tensorboard.")
 
 
 class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
-    """Which model, how it is pruned, where results go; fields are in this order."""
+    """Which model, how it is pruned and where results are written; fields are in this order."""
 
     @property
     def kept(self) -> KeptSetting | None:
-        """The setting file that the method names; None if it names none."""
+        """The setting file in the method ``file:...``; None for other methods."""
         return kept_setting(self.method)
 
     def fitted(self) -> Self:
-        """Also applies the weight format stored in a tuned setting, or logs the mismatch."""
+        """Also apply the weight format of a setting file, or note that another format is set."""
         settings, kept = super().fitted(), self.kept
         if kept is None or kept.weights in (None, self.weights):
             return settings
@@ -419,7 +421,7 @@ class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
         if "weights" not in self.model_fields_set:
             return settings.noted({"weights": kept.weights}, f"{name} sets {weights}")
         return settings.noted(
-            {}, f"{name} was measured with {weights}, not {self.weights}: times differ"
+            {}, f"{name} was measured with {weights}, not {self.weights}: expect other times"
         )
 
     @property
@@ -436,7 +438,7 @@ class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
 
 
 def given_of(settings: BaseModel) -> dict[str, Any]:
-    """The explicitly set fields of ``settings`` that ``BaseSettings`` has too."""
+    """Return the fields of ``settings`` that were set and that ``BaseSettings`` has too."""
     shared = BaseSettings.model_fields.keys() & type(settings).model_fields.keys()
     return {name: getattr(settings, name) for name in shared & settings.model_fields_set}
 
@@ -450,9 +452,9 @@ def merge(
     file: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> S:
-    """Merge the sources into settings of one kind; in ``flags`` None means not set.
+    """Merge all sources into settings of one class; in ``flags``, None means not set.
 
-    A setting also replaces rivals from weaker sources: --sparsity beats DART_TOTAL_PRUNE_PERCENT.
+    A setting also replaces ``RIVALS`` in earlier sources, e.g. DART_TOTAL_PRUNE_PERCENT.
     """
     environ = os.environ if environment is None else environment
     names = {**{name: name for name in kind.model_fields}, **kind.ALIASES}
@@ -462,8 +464,8 @@ def merge(
         if (value := environ.get(f"DART_{name.upper()}"))
     }
     merged: dict[str, Any] = {}
-    written = read_yaml(file) if file else {}
-    settings = {str(key).replace("-", "_").lower(): value for key, value in written.items()}
+    document = read_yaml(file) if file else {}
+    settings = {str(key).replace("-", "_").lower(): value for key, value in document.items()}
     for source in (settings, variables, flags):
         values = {name: value for name, value in kind.named(source).items() if value is not None}
         replaced = {name for group in kind.RIVALS if values.keys() & group for name in group}
@@ -472,7 +474,7 @@ def merge(
 
 
 TENSORS = ("u", "x", "z", "r")
-"""Activations that can be saved, explained in ``models.capture.LayerActivations``."""
+"""Activations that can be saved; ``models.capture.LayerActivations`` explains the letters."""
 
 
 class ActivationSettings(BaseSettings):
@@ -481,12 +483,14 @@ class ActivationSettings(BaseSettings):
     save_activations: bool = setting(
         "Activations", "Save activations as safetensors (logs the size first).", False
     )
-    activation_layers: str = setting("Activations", "Their layers: all, 0-5 or 0,3,7-9.", "all")
+    activation_layers: str = setting("Activations", "Layers to save: all, 0-5 or 0,3,7-9.", "all")
     activation_tokens: str = setting(
-        "Activations", "Their tokens: 0:256, or 128: to the end.", "0:256"
+        "Activations", "Tokens to save: 0:256, or 128: to the end.", "0:256"
     )
     activation_tensors: str = setting(
-        "Activations", "Which: u (neurons), x (stream before), z, r (FFN output); as in u,x.", "u"
+        "Activations",
+        "Any of u (neurons), x (stream before), z, r (FFN output), e.g. u,x.",
+        "u",
     )
 
     @model_validator(mode="after")
@@ -498,13 +502,13 @@ class ActivationSettings(BaseSettings):
         return self
 
     def wanted(self, layers: int) -> Wanted:
-        """The activations to save; raises ``ConfigError`` if the model has too few ``layers``."""
+        """Return what to save from a model of ``layers`` layers; raises if a layer is missing."""
         from dart_llm.models.capture import Wanted
 
         chosen = _parse_layers(self.activation_layers) or tuple(range(layers))
         if chosen[-1] >= layers:
             raise ConfigError(
-                f"--activation-layers: layer {chosen[-1]} is out of range, this model has {layers} "
+                f"--activation-layers: layer {chosen[-1]} is out of range: this model has {layers} "
                 "layers"
             )
         tensors = tuple(dict.fromkeys(words(self.activation_tensors)))
@@ -512,7 +516,7 @@ class ActivationSettings(BaseSettings):
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:
-    """The layers in ``0-5`` or ``0,3,7-9``, in order; () for ``all``."""
+    """Return the layers in ``0-5`` or ``0,3,7-9``, in order; () for ``all``."""
     layers: set[int] = set()
     for part in [] if text.strip() == "all" else text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
@@ -524,7 +528,7 @@ def _parse_layers(text: str) -> tuple[int, ...]:
 
 
 def _parse_tokens(text: str) -> tuple[int, int | None]:
-    """Start and end (exclusive; None: to the end) of ``0:256`` or ``128:``."""
+    """Return the start and the exclusive end of ``0:256``; the end of ``128:`` is None."""
     match = re.fullmatch(r"\s*(\d*):(\d*)\s*", text)
     start, end = (int(match[1] or 0), int(match[2]) if match[2] else None) if match else (0, 0)
     if end is not None and end <= start:

@@ -1,5 +1,6 @@
 """Clamped neurons and masks of the user: what a hook written by hand computes."""
 
+import math
 from itertools import product
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import steps
 from dart_llm.errors import AttachError, ConfigError
+from dart_llm.pruning.clamp import Clamp, LayerClamp
 from dart_llm.session.run import prune
 from products import SHAPES
 from tiny import WIDTH, tokens
@@ -108,6 +110,17 @@ def test_nothing_stands_for_a_clamped_neuron_but_its_value():
         mean = run.controller.sequences[0].evidence[0].sums["signed"].mean
     gone = sorted({*range(WIDTH)} - {*silent.ids.tolist()} - {3, 17})
     torch.testing.assert_close(silent.bias, down[:, gone] @ mean[gone])
+
+
+def test_clamped_neurons_rank_last_and_have_no_mean():
+    clamp = Clamp({1: LayerClamp(torch.tensor([0, 2]), 4, None)})
+    ones = torch.ones(4)
+    assert [score.tolist() for score in clamp.last([ones, ones])] == [
+        [1.0] * 4,
+        [-math.inf, 1.0, -math.inf, 1.0],
+    ]
+    assert clamp.silent(0, ones).tolist() == [1.0] * 4
+    assert clamp.silent(1, ones).tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
 @pytest.mark.contract("sparsity 0 is bit-identical")

@@ -250,7 +250,7 @@ REFUSED = [
     (lambda engine: Ask(PROMPT, Sampling(n=2), conversation="a"), "use n=1"),
     (lambda engine: Ask(PROMPT, SCORED, half()), "those of the dense model"),
     (lambda engine: Ask(PROMPT, SCORED, conversation="a"), "leave the conversation out"),
-    (lambda engine: ask(engine, ids=LONG), "513 tokens and the model's context holds 512"),
+    (lambda engine: ask(engine, ids=LONG), "513 tokens but the model's context holds 512"),
 ]
 
 

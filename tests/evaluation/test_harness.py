@@ -274,7 +274,7 @@ def test_the_chat_template_wraps_contexts():
 
 REFUSED = (
     ("tiny_choise", UnknownName, "unknown task 'tiny_choise'; did you mean tiny_choice"),
-    ("qqqqqqqqqqqqqq", UnknownName, r"none of the \d+ known names is similar: correct it$"),
+    ("qqqqqqqqqqqqqq", UnknownName, r"none of the \d+ known names is similar: check the spelling$"),
     ("tiny_lost", LoadError, r"task tiny_lost .*tiny_lost\.jsonl.* correct the task file"),
     ("openbookqa", LoadError, r"task openbookqa .* without the hub: give --include-path"),
     ("tiny_wrong", (ConfigError, LoadError), "tiny_wrong"),  # a column that does not exist

@@ -68,7 +68,7 @@ def test_what_is_kept_is_chosen():
     assert RunSettings().wanted(2) == Wanted((0, 1), 0, 256)
     for name, value, problem in (
         ("layers", "5-2", "is not a layer or a range"),
-        ("layers", "2-4", "layer 4 is out of range, this model has 4 layers"),
+        ("layers", "2-4", "layer 4 is out of range: this model has 4 layers"),
         ("tokens", "9:9", "is not a range of tokens"),
         ("tensors", "u,w", "unknown activation 'w'"),
     ):

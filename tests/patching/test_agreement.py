@@ -167,7 +167,7 @@ CASES = {
     "computed from others": (PRUNED, "compact", ("native",), "weights that are computed from"),
     # memory that is not its own
     "two on one": (_two_on_one, "compact", KERNELS, SHARED),
-    "larger": (VIEW, "compact", KERNELS, "of layer 0 is a view of something"),
+    "larger": (VIEW, "compact", KERNELS, "of layer 0 is a view of a larger"),
     "processes": (_down(lambda one: one.share_memory_()), "compact", KERNELS, "another process"),
     **{name: (change, "compact", WEIGHTS, PLAIN) for name, change in ODD.items()},
     "all linears": (_replaced(nn.Linear, factor=1.1), "masked", WEIGHTS, ""),

@@ -102,7 +102,7 @@ def test_what_it_cannot_run_is_refused(cuda, monkeypatch):
     for model, sentence, settings in (
         (model_of("opt"), r'executor "cuda" cannot run OPT.* layer 0 has no.* FFN module', {}),
         (model_of("llama"), 'use executor "masked"', {"batch": "per_row"}),
-        (packed, "layer 0 stores its weights in blocks", {}),
+        (packed, "layer 0 has quantized weights", {}),
         (tiny("llama"), r"layer 0 is not on a GPU \(TRITON_INTERPRET=1 runs", {}),
     ):
         if "not on a GPU" in sentence:

@@ -293,7 +293,10 @@ def test_auto_is_the_fastest_that_can_run():
     assert prune(half, "griffin", sparsity=0.5).executor == "compact"
     rows = prune(shared_model("llama"), "griffin", sparsity=0.5, batch="per_row")
     assert rows.executor == "masked"
-    for model, message in ((half, "float16, not float32"), (shared_model("opt"), "no.* FFN module")):
+    for model, message in (
+        (half, "float16, not float32"),
+        (shared_model("opt"), "no.* FFN module"),
+    ):
         with pytest.raises(ConfigError, match=message):
             prune(model, "griffin", sparsity=0.5, executor="native")
     run = prune(shared_model("phi"), "griffin", sparsity=0.5)

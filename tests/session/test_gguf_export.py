@@ -167,11 +167,11 @@ REFUSED = [
         {"sparsity": 0.5, "compensation": True},
         "architecture qwen3, and llama.cpp does not read the bias",
     ),
-    ({}, {"method": "dart-token"}, "selects neurons for every token, and a file has one mask"),
+    ({}, {"method": "dart-token"}, "selects neurons for each token, but a file has one mask"),
     ({}, {"method": "dense"}, "removes nothing"),
     ({}, {"sparsity": 0.5, "texts": ()}, "selects neurons from a prompt: give --prompt"),
     ({}, {"masks": {0: range(96), 1: range(96)}}, "removes nothing"),
-    ({"down": Kind.Q8_0}, {"sparsity": 0.3}, "up to blocks of 32, all layers keep all neurons"),
+    ({"down": Kind.Q8_0}, {"sparsity": 0.3}, "up to multiples of 32, every layer keeps all its"),
 ]
 
 
@@ -183,7 +183,7 @@ def test_what_no_file_can_hold_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=re.escape(sentence)):
             export_gguf(model, tokenizer, tmp_path / "x.gguf", **arguments)
         assert not (tmp_path / "x.gguf").exists(), sentence
-    with pytest.raises(ConfigError, match="LlamaForCausalLM was not loaded from the blocks"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM was not loaded from a GGUF"):
         source_file(tiny())
 
 

@@ -168,7 +168,7 @@ def test_what_cannot_be_traced(tmp_path):
     with pytest.raises(AttachError, match="needs an attached run: use it inside the with block"):
         run.trace(path).__enter__()
     with run:
-        with pytest.raises(ResultsError, match=r"cannot write the trace .*: there is no such"):
+        with pytest.raises(ResultsError, match=r"cannot write the trace .*: its folder does not"):
             run.trace(tmp_path / "no" / "a").__enter__()
         with pytest.raises(ConfigError, match="is a folder: give the name of a file"):
             run.trace(tmp_path).__enter__()
@@ -176,9 +176,9 @@ def test_what_cannot_be_traced(tmp_path):
             with pytest.raises(AttachError, match="is being traced already: leave"):
                 run.trace(path).__enter__()
             run.detach()
-            with pytest.raises(AttachError, match="is being traced: leave that block"):
+            with pytest.raises(AttachError, match="is being traced: leave the trace block"):
                 run.attach()
-            with pytest.raises(AttachError, match="leave that block before it is reset"):
+            with pytest.raises(AttachError, match="leave the trace block before resetting"):
                 run.reset()
         run.attach()
         run.reset()
@@ -199,7 +199,7 @@ def test_files_that_are_not_traces(tmp_path):
             read_trace(path)
     for facts in ({"format": "dart-llm trace 9"}, None):
         save_file(arrays, path, facts)
-        with pytest.raises(ConfigError, match="is not a dart-llm trace 1: give a file"):
+        with pytest.raises(ConfigError, match="is not in format dart-llm trace 1: give a file"):
             read_trace(path)
     with pytest.raises(ConfigError, match="cannot read the trace nowhere: No such file"):
         read_trace("nowhere")

@@ -1,4 +1,4 @@
-"""One model, attached once, that answers many requests, dense or pruned.
+"""Answers many requests, dense or pruned, with one model that is attached once.
 
 >>> from dart_llm.engine import Ask, Engine, Sampling            # doctest: +SKIP
 >>> engine = Engine(model, tokenizer)                            # doctest: +SKIP
@@ -32,10 +32,10 @@ logger = logging.getLogger("dart_llm")
 class Engine(contextlib.AbstractContextManager["Engine"]):
     """Answers requests on one model, one at a time; use it as a context manager, or ``close`` it.
 
-    ``conversations``: number of most recently used conversations to keep.  ``executor``: runs the
-    pruned FFNs of all requests, as in ``PruneConfig``.  ``calibration``: the text that static
-    methods learn from.  ``cache_dir``: where learned statistics are stored.  ``say`` is called
-    with progress lines while a method learns.
+    ``conversations``: how many conversations to keep, the most recently used.  ``executor``: the
+    executor of all requests, as in ``PruneConfig``.  ``calibration``: the text that static methods
+    calibrate on.  ``cache_dir``: where learned statistics are stored.  ``say`` is called with
+    progress lines while a method calibrates.
 
     Raises ``AttachError`` for a model that is being pruned, ``UnsupportedModel`` and
     ``ConfigError`` for a model that cannot be pruned.
@@ -58,7 +58,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         self._ends = _end_tokens(model, tokenizer)
         self._limit = conversations
         self._conversations = OrderedDict[str, Conversation]()
-        """By name; the most recently used is last."""
+        """Conversations by name; the most recently used is last."""
         self._closed = False
 
     @property
@@ -67,7 +67,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         return self._host.executor
 
     def prepare(self, config: PruneConfig | None) -> None:
-        """Learn and calibrate what ``config`` needs, so that no request has to wait for it.
+        """Calibrate and learn what ``config`` needs, so that no request has to wait for it.
 
         Raises ``ConfigError`` for settings that this model does not support, ``LoadError`` for a
         missing calibration text, ``AttachError`` while a request is running.
@@ -88,8 +88,8 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         """Answer one request.
 
         ``emit`` is called with every record, in this thread; ``cancelled`` is called after every
-        token, and between chunks of a long prompt.  Afterwards, even after an error, nothing of the
-        request is left on the model; a conversation is kept unless an error was raised.
+        token, and between chunks of a long prompt.  Afterwards, even after an error, the model
+        keeps nothing of the request; its conversation is kept unless an error was raised.
 
         Raises ``ConfigError`` for a request that cannot be served, ``AttachError`` while another
         request is running.
@@ -121,7 +121,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
             return result
 
     def forget(self, conversation: str) -> None:
-        """Drop the conversation of this name, if there is one."""
+        """Drop the conversation with this name, if there is one."""
         with self._exclusive():
             self._conversations.pop(conversation, None)
 
@@ -131,7 +131,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
             raise AttachError("this engine is answering another request: wait until it has ended")
         try:
             if self._closed:
-                raise AttachError("this engine is closed: make another one")
+                raise AttachError("this engine is closed: create another one")
             yield
         finally:
             self._lock.release()
@@ -150,17 +150,17 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a text: those of the generation settings, else the tokenizer's."""
+    """Return the tokens that end a text: those of the generation settings, else the tokenizer's."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = getattr(tokenizer, "eos_token_id", None) if ends is None else ends
     return frozenset([ends] if isinstance(ends, int) else ends or ())
 
 
 def trim_heap() -> None:
-    """Return free pages to the system, if the C library supports it.
+    """Return freed memory to the system, if the C library supports it.
 
-    glibc keeps freed large blocks that lie between small ones, so a program would grow even if it
-    freed everything after every request.
+    glibc keeps large freed blocks that lie between small used blocks, so the process would grow
+    even though every request frees its memory.
     """
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):  # another C library

@@ -1,4 +1,4 @@
-"""A model that stays patched between requests, and conversations with its caches."""
+"""Keeps a model patched between requests, and the cache of each conversation."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from dart_llm.session.run import BoundMethod, PatchCosts, prepare
 
 DENSE = PruneConfig.build("dense")
 
-BOUND = 32  # configurations that stay bound to the model
+MAX_BOUND = 32  # number of configurations that stay bound to the model
 
 
 class PatchHost:
-    """Keeps the model attached.  For one thread at a time; arguments as in ``Engine``."""
+    """Keeps the model attached, for use by one thread at a time; arguments as in ``Engine``."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class PatchHost:
         self._bound: OrderedDict[str, BoundMethod] = OrderedDict()
         self._head = HeadConfig()
         self._screen: Screen | None = None
-        """Screen of the screened head that was requested last: only one is kept."""
+        """Screen (rough scores) of the screened output head that was requested last."""
         self.idle = self._bind(DENSE)
         self._attach()
 
@@ -64,7 +64,7 @@ class PatchHost:
 
     @contextlib.contextmanager
     def _detached(self) -> Iterator[None]:
-        """In this block the model is the original one, to learn gradients and generate texts."""
+        """In this block the model is unpatched, to compute gradients and to generate texts."""
         self.patch.remove()
         try:
             yield
@@ -72,7 +72,7 @@ class PatchHost:
             self._attach()
 
     def bind(self, config: PruneConfig | None) -> BoundMethod:
-        """Bind ``config`` (None: dense) to the model; learns or calibrates what it needs.
+        """Bind ``config`` (None: dense) to the model; calibrate and learn what it needs.
 
         Raises ``ConfigError`` for settings that cannot run here, and the errors of ``prepare``.
         """
@@ -81,7 +81,7 @@ class PatchHost:
         key = config.model_dump_json()
         method = self._bound.pop(key, None) or self._bind(config)
         self._bound[key] = method
-        while len(self._bound) > BOUND:
+        while len(self._bound) > MAX_BOUND:
             self._bound.popitem(last=False)
         if config.screens and config.head != self._head:
             with self._detached():
@@ -94,8 +94,8 @@ class PatchHost:
     def _bind(self, config: PruneConfig) -> BoundMethod:
         if config.executor not in ("auto", self.executor):
             raise ConfigError(
-                f'this model is served by executor "{self.executor}", so no request can have '
-                f'"{config.executor}": leave it out'
+                f'this model is served by executor "{self.executor}", so a request cannot use '
+                f'"{config.executor}": leave the executor out'
             )
         method = BoundMethod(self.model, self.tokenizer, config)
         if not method.selector.removes_nothing:
@@ -105,30 +105,31 @@ class PatchHost:
         return method
 
     def _calibrated(self, method: BoundMethod) -> BoundMethod:
-        """``method`` with its statistics, from the cache or learned now."""
-        config, where = method.settings, (self.cache_dir, self.say)
+        """Return ``method`` with its statistics, from the cache or learned now."""
+        config, options = method.settings, (self.cache_dir, self.say)
         if config.calibration is not None:
             with self._detached():
-                return prepare(self.model, self.tokenizer, config, self.calibration, *where)
+                return prepare(self.model, self.tokenizer, config, self.calibration, *options)
         learned = cached_calibration(self.model, config, method.layers, self.cache_dir)
         if learned is None:
             with self._detached():
-                learned = self_calibrate(self.model, config, method.layers, *where, self.tokenizer)
+                layers, tokenizer = method.layers, self.tokenizer
+                learned = self_calibrate(self.model, config, layers, *options, tokenizer)
         return replace(method, learned=learned)
 
     def serve(self, controller: PruningController) -> None:
         """Use ``controller`` for the next forwards; raises ``AttachError`` if detached."""
         if not self.patch.installed:
-            raise AttachError("this model was detached by dart_llm.restore: make another engine")
+            raise AttachError("this model was detached by dart_llm.restore: create another engine")
         self.patch.serve(controller)
 
     def rest(self) -> None:
-        """After a request: run dense, and drop everything of the request."""
+        """After a request: run dense, and drop everything that belongs to the request."""
         self.patch.loop = None
         self.patch.serve(self.idle.controller())
 
     def report(self, method: BoundMethod, controller: PruningController) -> RunReport:
-        """The report of what ``controller`` counted; it must be the one in use."""
+        """Return the report of ``controller``, which must be in use."""
         controller.flush()
         patch, extra_bytes = self.patch, self.patch.nbytes()
         head = None
@@ -144,16 +145,16 @@ class PatchHost:
         return method.report(controller, self.executor_of(method.settings), costs)
 
     def executor_of(self, config: PruneConfig) -> str:
-        """The executor for a request; ``masked`` for masks per row and rules without a kernel."""
+        """Return the executor of a request; ``masked`` for masks per row, or without a kernel."""
         has_kernel = config.token is None or TOKEN_RULES.get(config.token.rule).native
         return self.executor if has_kernel and config.batch != "per_row" else "masked"
 
 
 @dataclass
 class Conversation:
-    """A cache, the tokens in it, and the controller that observed them.
+    """A cache, the tokens in it (``ids``), and the controller that observed them.
 
-    ``answer``: start of the last answer in ``ids``; the cache is never cropped before it.
+    ``answer``: where the last answer starts in ``ids``; the cache is never cropped before it.
     """
 
     method: BoundMethod
@@ -167,25 +168,25 @@ class Conversation:
         return self.method.settings == config and self.shared(ids) > 0
 
     def shared(self, ids: Sequence[int]) -> int:
-        """Number of leading tokens of ``ids`` to take from the cache; 0 if it cannot be used.
+        """Return how many leading tokens of ``ids`` the cache can provide; 0 if it cannot be used.
 
-        A prompt may lack the end of the last answer (a stop string), or have other tokens for it.
+        A prompt may lack the end of the last answer (a stop string), or split it differently.
         """
         pairs = enumerate(zip(self.ids, ids, strict=False))
         differs = (index for index, (old, new) in pairs if old != new)
-        same = next(differs, min(len(self.ids), len(ids)))
-        same = min(same, len(ids) - 1)  # the last token's logits are needed
-        fits = all(getattr(layer, "is_croppable", False) for layer in self.cache.layers)
-        return same if same >= self.answer and (fits or same == len(self.ids)) else 0
+        count = next(differs, min(len(self.ids), len(ids)))
+        count = min(count, len(ids) - 1)  # the model must run the last token, for its logits
+        can_crop = all(getattr(layer, "is_croppable", False) for layer in self.cache.layers)
+        return count if count >= self.answer and (can_crop or count == len(self.ids)) else 0
 
     def crop(self, length: int) -> None:
-        """Keep the first ``length`` tokens."""
+        """Keep only the first ``length`` tokens."""
         if removed := len(self.ids) - length:
             self.cache.crop(-removed)
             self.ids = self.ids[:length]
 
     def reset_accounting(self) -> None:
-        """Start the accounting of the next answer at 0."""
+        """Forget what was counted and recorded so far, before the next answer."""
         controller = self.controller
         controller.branch()
         controller.finished, controller.checks = [], []

@@ -1,4 +1,4 @@
-"""Runs one request, from prompt to answer: forwards, sampling, text, records of masks."""
+"""Runs one request, from prompt to answer: forwards, sampling, text and records of masks."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from dart_llm.pruning.token_level import TokenMask
 from dart_llm.session.generation import CONTEXT, HALF, TextStream, decode_ids
 from dart_llm.session.run import BoundMethod
 
-BINS = 96  # most groups of neighbouring neurons in a mask's raster
-COLDEST = 1e-30  # the lowest temperature: in float32 lower ones would be 0
+BINS = 96  # maximum number of groups of neighbouring neurons in a mask's raster
+MIN_TEMPERATURE = 1e-30  # lower temperatures would be 0 in float32
 PIECE = 512  # prompt tokens per forward; a request can be cancelled between forwards
-SCORED_PIECE = 64  # the same if logits of all tokens are needed, which take much memory
+SCORED_PIECE = 64  # the same if the logits of all tokens are needed, which take much memory
 
 Emit = Callable[[Record], None]
 
 
 class Sampler:
-    """Samples tokens for all rows of a request; row i of seed s has the random seed (s, i)."""
+    """Samples tokens for all rows of a request; with seed s, row i has the random seed (s, i)."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -55,19 +55,19 @@ class Sampler:
         self._rngs = [random.Random(None if seed is None else f"{seed}/{row}") for row in rows]
 
     def choose(self, logits: Tensor) -> list[int]:
-        """Sampled token ids for logits [n, V]; raises ``DartError`` if one is not finite."""
+        """Return token ids for logits [n, V], one per row; raises ``DartError`` if not finite."""
         scores = logits.float()
         best = scores.max(-1)
         if not all(map(math.isfinite, best.values.tolist())):
             raise DartError("a logit is not finite: the model overflows; try dtype float32")
         if self.sampling.temperature == 0:
             return list(map(int, best.indices))
-        temperature = max(self.sampling.temperature, COLDEST)
+        temperature = max(self.sampling.temperature, MIN_TEMPERATURE)
         probabilities = torch.softmax((scores - best.values[:, None]) / temperature, -1)
         return [self._draw(row, rng) for row, rng in zip(probabilities, self._rngs, strict=True)]
 
     def _draw(self, probabilities: Tensor, rng: random.Random) -> int:
-        """An index into [V], sampled from the likeliest tokens that reach ``top_p``."""
+        """Return an index into [V], sampled from the likeliest tokens that reach ``top_p``."""
         top_p = self.sampling.top_p
         order = None if top_p == 1 else probabilities.argsort(descending=True)
         sums = (probabilities if order is None else probabilities[order]).double().cumsum(0)
@@ -79,7 +79,7 @@ class Sampler:
 
 
 def logprobs(logits: Tensor, ids: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
-    """For each row of logits [n, V]: its token, then the ``count`` likeliest; log-probabilities."""
+    """Return (id, log-probability) of each row's token and of its ``count`` likeliest tokens."""
     scores = torch.log_softmax(logits.float(), -1)
     best = scores.topk(min(count, scores.shape[-1]))
     rows = zip(ids, scores, best.indices.tolist(), best.values.tolist(), strict=True)
@@ -90,7 +90,7 @@ def logprobs(logits: Tensor, ids: Sequence[int], count: int) -> list[list[tuple[
 
 
 class Pieces:
-    """Cached texts of single tokens; special tokens have their names."""
+    """Caches the texts of single tokens; the text of a special token is its name."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -99,7 +99,7 @@ class Pieces:
     def __getitem__(self, token: int) -> str:
         if token not in self._texts:
             text = decode_ids(self._tokenizer, [token], special=True)
-            if text and not text[0].isspace():  # a first token may have lost its leading space
+            if text and not text[0].isspace():  # its leading space may have been stripped
                 twice = decode_ids(self._tokenizer, [token, token], special=True)
                 if twice.startswith(text) and twice.endswith(text):
                     text = twice[len(text) :]
@@ -107,7 +107,7 @@ class Pieces:
         return self._texts[token]
 
     def of(self, ids: Sequence[int]) -> list[str]:
-        """One text per token; a character of several tokens belongs to the last of them."""
+        """Return one text per token; a character of several tokens belongs to the last of them."""
         texts: list[str] = []
         pending: list[int] = []
         for token in ids:
@@ -127,8 +127,8 @@ class Pieces:
 class StopFinder:
     """Ends a text before the first stop string that is complete.
 
-    Text that may be the start of a stop string is held back until that is known, so the result does
-    not depend on how the text is split into tokens.
+    Text that may be the start of a stop string is held back until the next tokens decide, so the
+    result does not depend on how the text is split into tokens.  ``found``: True after a stop.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -137,32 +137,32 @@ class StopFinder:
         self.found = False
 
     def add(self, text: str) -> str:
-        """The text that can be shown now; "" after ``found``."""
+        """Add text; return the text that can be shown now, or "" after ``found``."""
         text = self._pending + text
         ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
             self.found, self._pending = True, ""
             return text[: min(ends)[1]]
-        shown = len(text) - max((_begun(text, stop) for stop in self._stops), default=0)
+        shown = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
         self._pending = text[shown:]
         return text[:shown]
 
     def end(self) -> str:
-        """The text that was held back, after the last token."""
+        """After the last token: return the text that was held back."""
         text, self._pending = self._pending, ""
         return text
 
 
-def _begun(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that is the beginning of ``stop``."""
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of ``text`` that is the beginning of ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Row:
-    """Tokens and text of one choice.
+    """Tokens and text of one choice, that is, of one of the ``n`` answers to a request.
 
-    ``ends``: tokens that end a text; ``limit``: the largest number of tokens.
+    ``ends``: tokens that end a text; ``limit``: maximum number of tokens.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Row:
         self._stream, self._stops = TextStream(tokenizer), StopFinder(stops)
 
     def add(self, token: int) -> str:
-        """Add a token; returns text that became readable.  The last token sets ``finish``."""
+        """Add a token; return the text that became readable.  The last token sets ``finish``."""
         self.tokens.append(token)
         ended, full = token in self._ends, len(self.tokens) >= self._limit
         text = "" if ended else self._stream.add(token)
@@ -195,7 +195,7 @@ class Row:
 def mask_record(
     masks: Sequence[LayerMask | None], widths: Sequence[int], number: int, token: int
 ) -> Mask:
-    """A ``Mask`` record of ``masks`` (None: the layer is dense); ``widths``: neurons per layer."""
+    """Return a ``Mask`` record of ``masks`` (None: dense layer); ``widths``: neurons per layer."""
     layers = list(zip(masks, widths, strict=True))
     shares = tuple(1.0 if mask is None else mask.kept / width for mask, width in layers)
     bins = min(BINS, *widths)
@@ -211,7 +211,7 @@ def mask_record(
 
 
 class Request:
-    """State of one request, of which only ``conversation`` is kept."""
+    """The state of one request; only its ``conversation`` outlives it."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class Request:
         room = math.inf if context is None else context - len(ask.ids) + 1
         if room < 1:
             raise ConfigError(
-                f"the prompt has {len(ask.ids)} tokens and the model's context holds {context}: "
+                f"the prompt has {len(ask.ids)} tokens but the model's context holds {context}: "
                 "shorten it"
             )
         limit = int(min(sampling.max_tokens, room))
@@ -280,7 +280,7 @@ class Request:
         )
 
     def _read_prompt(self) -> Tensor | None:
-        """Logits [rows, V] of the first token; None if cancelled or ``max_tokens`` is 0."""
+        """Run the prompt; return logits [rows, V] of the first token, or None if not needed."""
         ids, sampling, logits = self.ask.ids, self.ask.sampling, None
         scored, scores = sampling.prompt_logprobs, list[tuple[float, tuple[Likely, ...]]]()
         size = SCORED_PIECE if scored else PIECE
@@ -288,11 +288,11 @@ class Request:
             if self._cancelled():
                 return None
             piece = torch.tensor([ids[start : start + size]] * len(self._rows))
-            every = self._forward(piece, logits_to_keep=0 if scored else 1)
-            logits = every[:, -1]
+            all_logits = self._forward(piece, logits_to_keep=0 if scored else 1)
+            logits = all_logits[:, -1]
             if scored:
                 following = ids[start + 1 : start + 1 + size]
-                pairs = logprobs(every[0, : len(following)], following, sampling.logprobs or 0)
+                pairs = logprobs(all_logits[0, : len(following)], following, sampling.logprobs or 0)
                 scores += map(self._likely, pairs)
         if scored:
             values, tops = [value for value, _ in scores], [top for _, top in scores]
@@ -304,14 +304,14 @@ class Request:
         return None
 
     def _decode(self) -> Tensor:
-        """Run the last token of each row; returns logits [rows, V]."""
+        """Run the last token of each row; return logits [rows, V]."""
         live = [row.finish is None for row in self._rows]
         self._loop.prompt = False
         self._loop.live = None if all(live) else torch.tensor(live, device=self.host.model.device)
         return self._forward(torch.tensor([[row.tokens[-1]] for row in self._rows]))[:, -1]
 
     def _forward(self, ids: Tensor, **options: Any) -> Tensor:
-        """Run ids [rows, n]; returns logits [rows, n, V], or fewer with ``logits_to_keep``."""
+        """Run ids [rows, n]; return logits [rows, n, V], or fewer with ``logits_to_keep``."""
         if self._cache is not None:
             options["cache"] = self._cache
         model = self.host.model
@@ -324,7 +324,7 @@ class Request:
         self._new_masks.append((remask, state.masks or ()))
 
     def _add_tokens(self, logits: Tensor) -> bool:
-        """Sample a token for every unfinished row; returns whether the answer is complete."""
+        """Sample a token for every unfinished row; return whether the answer is complete."""
         self._emit_events()
         tokens = self._sampler.choose(logits)
         count = self.ask.sampling.logprobs
@@ -343,7 +343,7 @@ class Request:
         return all(row.finish for row in self._rows) or self._cancelled()
 
     def _likely(self, scores: list[tuple[int, float]]) -> tuple[float, tuple[Likely, ...]]:
-        """A token's log-probability, and the likeliest tokens at its position."""
+        """Return a token's log-probability, and the likeliest tokens at its position."""
         top = (Likely(id, self._pieces[id], value) for id, value in scores[1:])
         return scores[0][1], tuple(top)
 
@@ -374,7 +374,7 @@ class Request:
         )
 
     def release(self) -> None:
-        """Free evidence and cache at once: a reference cycle with the controller would delay it."""
+        """Free activations and cache now, which a reference cycle would keep alive for longer."""
         controller = self.controller
         if controller is not None:
             controller.on_remask, controller.plan = None, ForwardPlan(False, False, ())
@@ -383,12 +383,12 @@ class Request:
         self._loop.cache = None
 
     def conversation(self) -> Conversation | None:
-        """The conversation for the next request to continue; None if no prompt was read."""
+        """Return the conversation that a later request can continue; None without an answer."""
         tokens, controller = self._rows[0].tokens, self.controller
         if not tokens or controller is None:
             return None
         self.controller = controller.on_remask = None
         ids = [*self.ask.ids, *tokens[:-1]]
-        kept = Conversation(self.method, controller, self._cache, ids, len(self.ask.ids))
-        kept.reset_accounting()
-        return kept
+        result = Conversation(self.method, controller, self._cache, ids, len(self.ask.ids))
+        result.reset_accounting()
+        return result

@@ -15,7 +15,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.records import DriftCheck, Remask, RunReport
 
-MAX_CHOICES, MAX_STOPS, MAX_LOGPROBS = 128, 16, 20  # of n, stop and logprobs
+MAX_CHOICES, MAX_STOPS, MAX_LOGPROBS = 128, 16, 20  # limits of n, stop and logprobs
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Sampling:
     have this probability.  ``seed``: equal seeds give equal answers; None: random.  ``n``: number
     of answers, decoded as one batch that shares its masks.  ``stop``: strings that end an answer
     and are not part of it.  ``logprobs``: k, to report log-probabilities of the sampled token and
-    of the k likeliest tokens, before temperature; None: no report.  ``prompt_logprobs``: also
-    report the prompt's tokens; ``max_tokens`` may then be 0.
+    of the k likeliest tokens, before temperature; None: report none.  ``prompt_logprobs``: also
+    report those of the prompt's tokens; ``max_tokens`` may then be 0.
     """
 
     max_tokens: int = 256
@@ -61,9 +61,9 @@ class Sampling:
 class GenerationRequest:
     """One request.
 
-    ``ids``: the prompt's tokens.  ``config``: None is dense.  ``conversation``: a name; a prompt
-    that extends the conversation of this name reuses its cache.  ``id``: the request's id in its
-    records; "": a random id.
+    ``ids``: the prompt's tokens.  ``config``: how to prune; None for the dense model.
+    ``conversation``: a name; a prompt that extends the conversation of this name reuses its cache.
+    ``id``: the request's id in its records; "" for a random id.
     """
 
     ids: tuple[int, ...]
@@ -74,20 +74,20 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         if not self.ids:
-            raise ConfigError("the prompt has no token")
+            raise ConfigError("the prompt is empty: give at least one token")
         if self.conversation is not None and self.sampling.n > 1:
-            raise ConfigError("a conversation has one answer: use n=1")
+            raise ConfigError("a conversation can have only one answer: use n=1")
         if self.sampling.prompt_logprobs and self.config is not None:
             raise ConfigError(
-                "a prompt is read by the dense model, so its log-probabilities are those of the "
-                'dense model: use method "dense"; dart-llm eval scores pruned models'
+                "prompts always run dense, so prompt_logprobs would not show the effect of "
+                'pruning: use method "dense", or dart-llm eval to score pruned models'
             )
         if self.sampling.prompt_logprobs and self.conversation is not None:
-            raise ConfigError("prompt_logprobs reads the whole prompt: leave the conversation out")
+            raise ConfigError("prompt_logprobs runs the whole prompt: leave the conversation out")
 
 
 def _plain(value: Any) -> Any:
-    """JSON-able data of a record or of one of its fields."""
+    """Return JSON-able data of a record or of one of its fields."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if is_dataclass(value):
@@ -101,7 +101,7 @@ class _Record:
     kind: ClassVar[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able data: the kind, then the fields."""
+        """Return JSON-able data: the kind, then the fields."""
         names = [field.name for field in fields(self)]  # type: ignore[arg-type]
         return {"kind": self.kind, **{name: _plain(getattr(self, name)) for name in names}}
 
@@ -116,7 +116,7 @@ class PromptToken:
 
 @dataclass(frozen=True)
 class Start(_Record):
-    """The start of a request.  ``sparsity``: None if not requested for the whole model."""
+    """The start of a request.  ``sparsity``: None if no overall sparsity was requested."""
 
     kind: ClassVar[str] = "start"
     id: str
@@ -144,7 +144,7 @@ class Scores(_Record):
     """Log-probabilities of the prompt's tokens, if they were requested.
 
     ``logprobs``: in nats, given all earlier tokens; None for the first token.  ``top``: the
-    likeliest tokens at its position; empty for the first token.
+    likeliest tokens at each position; empty for the first token.
     """
 
     kind: ClassVar[str] = "scores"
@@ -156,12 +156,13 @@ class Scores(_Record):
 class Token(_Record):
     """One token of one choice.
 
-    ``text``: text that became readable with this token: "" if a character is incomplete or a stop
-    string may have begun, and later the text held back too; joined, these texts are the answer.
+    ``text``: the text that became readable with this token.  It is "" while a character is
+    incomplete or a stop string may have begun; a later ``text`` then contains what was held back.
+    The answer is the concatenation of these texts.
     ``piece``: the text of this token alone.  A token that ends the answer has a ``piece`` but no
     ``text``.  ``phase``: ``prefill`` (the first token, from the prompt's logits), ``observe``,
     ``pruned``, ``released`` or ``dense``.  ``logprob`` (nats) and ``top`` are None unless
-    requested.  ``seconds``: since the previous token, or since the request began.
+    requested.  ``seconds``: time since the previous token, or since the request began.
     """
 
     kind: ClassVar[str] = "token"
@@ -178,13 +179,16 @@ class Token(_Record):
 
 @dataclass(frozen=True)
 class Check(_Record):
-    """The drift detector completed a window; ``similarity`` is None for the first while arming."""
+    """The drift detector completed a window of tokens.
+
+    ``similarity`` is None if the detector has no reference to compare this window with.
+    """
 
     kind: ClassVar[str] = "check"
     check: DriftCheck
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of ``DriftCheck``."""
+        """Return the kind and the fields of ``DriftCheck``."""
         data = {"kind": self.kind, **_plain(self.check)}
         first = self.check.state == "arming" and self.check.similarity == 0
         return {**data, "similarity": None} if first else data
@@ -198,16 +202,17 @@ class Masked(_Record):
     remask: Remask
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of ``Remask``."""
+        """Return the kind and the fields of ``Remask``."""
         return {"kind": self.kind, **_plain(self.remask)}
 
 
 @dataclass(frozen=True)
 class Mask(_Record):
-    """A mask, used from token ``token`` on; ``number`` counts from 1.
+    """A mask that is used from token ``token`` on; ``number`` counts from 1.
 
-    ``raster``: per layer, one byte for each group of neighbouring neurons: the share that is kept,
-    0 to 255.  With per-token selection all groups have the layer's share.
+    ``kept_share``: fraction of neurons that each layer keeps.  ``raster``: for each layer, one byte
+    per group of neighbouring neurons, the fraction that is kept times 255.  With per-token
+    selection, all groups have the fraction of the layer.
     """
 
     kind: ClassVar[str] = "mask"
@@ -219,7 +224,7 @@ class Mask(_Record):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request, over all choices; ``cached_tokens``: prompt tokens from the cache."""
+    """Tokens of a request, for all choices; ``cached_tokens``: prompt tokens found in the cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -239,7 +244,7 @@ class Timings:
     predicted_ms: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Also has times per token and tokens per second; None if there were no tokens."""
+        """Return the fields, times per token and tokens per second (None without tokens)."""
         data: dict[str, Any] = {}
         for name in ("prompt", "predicted"):
             count, ms = getattr(self, f"{name}_n"), getattr(self, f"{name}_ms")
@@ -251,7 +256,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Done(_Record):
-    """The last record of a request, which ``Engine.run`` returns; tuples have a value per choice.
+    """The last record, which ``Engine.run`` also returns; tuples have one value per choice.
 
     ``finish``: ``stop`` (end of text or a stop string), ``length`` or ``cancelled``.
     """

@@ -1,4 +1,4 @@
-"""Undo log of hooks and replaced methods on a model's modules.
+"""The undo log of the hooks and replaced methods on a model's modules.
 
 A signal (Ctrl-C) may raise an exception between any two instructions.  So every undo step is
 recorded before its change is made, removed only after it has run, and harmless to run twice.
@@ -16,12 +16,12 @@ from dart_llm.models.agreement import Replacement
 
 
 class Changes:
-    """The changes while a model is attached, in order."""
+    """The changes that were made to an attached model, in order."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
         self._replaced: list[tuple[nn.Module, str, Replacement, Any]] = []
-        """Module, name, replacement, and the forward of the module's class at that time."""
+        """Module, name, replacement, and the forward of the module's class when it was replaced."""
 
     def hook(
         self,
@@ -36,7 +36,7 @@ class Changes:
         register(hook, with_kwargs=with_kwargs)
 
     def replace(self, module: nn.Module, name: str, make: Callable[..., Any]) -> None:
-        """Set an instance attribute that calls ``make(original, *args, **kwargs)``."""
+        """Replace the method ``name`` by one that calls ``make(original, *args, **kwargs)``."""
         overrides = name in module.__dict__
         original = getattr(module, name)
         replacement = Replacement(original, make)
@@ -52,7 +52,7 @@ class Changes:
         module.__dict__[name] = replacement
 
     def overwritten(self, root: nn.Module) -> nn.Module | None:
-        """A module below ``root`` whose replacement is no longer in force, or None."""
+        """Return a module below ``root`` whose replacement someone has overwritten, or None."""
         for module, name, _, forward in self._replaced:
             in_force = isinstance(module.__dict__.get(name), Replacement)
             if module is not root and not (in_force and type(module).forward is forward):
@@ -60,7 +60,7 @@ class Changes:
         return None
 
     def end(self) -> None:
-        """Make every replaced method call the original from now on, also through references."""
+        """Make every replaced method call the original from now on, even if it was stored."""
         for _, _, replacement, _ in self._replaced:
             replacement.end()
 

@@ -1,7 +1,8 @@
 """Attaches a run to a model and detaches it: the only file that adds hooks or methods to a model.
 
 While attached, the model has a pre- and a post-hook, a replaced ``forward`` on each FFN, hooks that
-read x, r and v, and wrappers around ``generate``.  ``remove`` restores the exact original.
+read activations, and wrappers around ``generate``.  ``remove`` restores the exact original.  Under
+executor ``native``, decode steps can be whole steps: one native call instead of the modules.
 """
 
 from __future__ import annotations
@@ -49,22 +50,23 @@ from dart_llm.pruning.token_level import TokenMask
 logger = logging.getLogger("dart_llm")
 
 _active: weakref.WeakSet[ModelPatch] = weakref.WeakSet()
-"""Patches in force.  Weak, so that an attached model without other references can be freed."""
+"""All attached patches.  Weak, so that an attached model without other references can be freed."""
 
 
 IDLE = ForwardPlan(False, False, ())
-"""The plan between forwards."""
+"""The plan between forwards: no masks, no observation."""
 
 OnForward = Callable[[Tensor | None, bool], None]
 """Called with the ids [B, T] of the next forward, and whether it is a decode forward."""
 
 
 class ModelPatch(NotCopied):
-    """Connects a controller to a model.
+    """Connects a controller, which plans what is pruned in each forward, to a model.
 
-    ``many``: more controllers will follow (``serve``), so everything is prepared at once.
-    ``screen``: screen of the output head, for decoded tokens; None: the whole head is used.  With
-    ``many``, it is used only for controllers whose configuration requests it.
+    ``many``: True if ``serve`` will replace the controller, so the FFNs are patched even if this
+    controller does not need it.  ``screen``: low-bit approximation of the output head, which
+    finds the entries that a decoded token must score exactly; None: the whole head is used.  Only
+    controllers whose configuration requests it use the screen.
     """
 
     def __init__(
@@ -84,21 +86,22 @@ class ModelPatch(NotCopied):
         self.layout = Layout()
         self.whole_steps: WholeSteps | None = None
         self.no_steps: str | None = None
-        """Under ``native``: why whole steps cannot run; None if they can."""
+        """Under executor ``native``: why whole steps cannot run; None if they can."""
         self.head = None if screen is None else ScreenedHead(model, screen, view.parameter_bytes)
         self._view, self._many = view, many
         self._native: list[NativeFfn] = []
         self._changes = Changes()
         self._watch = Watch(model, self.layers, self._changes)
         self._turn = Turn(model, self)
-        self._begun = False
+        self._is_planned = False
         """Whether the next forward of the model is already planned."""
         self._decodes = False
         """Whether the current forward is a decode forward."""
         self._on_forward: OnForward | None = None
         self._steps_before = self._released = self._served = 0
+        """Whole steps before this forward, bytes before ``remove``, steps before ``serve``."""
         self._hooked: set[str] = set()
-        """Kinds of hooks that are on the layers already: stream, attention, drift signals."""
+        """Kinds of hooks that the layers already have: stream, attention, drift signals."""
         self._token: TokenConfig | None = None
 
     def install(self) -> None:
@@ -114,17 +117,17 @@ class ModelPatch(NotCopied):
             raise
 
     def _install(self) -> None:
-        """The order matters: later steps replace or lay out modules that earlier ones hooked."""
+        """Make all changes.  Later steps replace or lay out modules that earlier steps hooked."""
         native = self.executor == "native"
-        if native:  # before the model is changed
+        if native:  # while the model is still unchanged
             self.no_steps = _no_steps_reason(self.model)
         self._changes.hook(self.model, self._before, before=True, with_kwargs=True)
         self._changes.hook(self.model, self._after)
         for name, run in ((calls.GENERATE, self._run_generate), (calls.PREFILL, self._run_prefill)):
             if hasattr(self.model, name):
                 self._changes.replace(self.model, name, run)
-        self._turn.begin()
-        # without masks or observation only tokens are counted: layers change for kernels alone
+        self._turn.check_others()
+        # only kernels, later controllers, masks and observation need patched layers
         if native or self._many or not _only_counts(self.controller):
             for layer in self.layers:
                 host = layer.block.host
@@ -136,34 +139,35 @@ class ModelPatch(NotCopied):
             for module, run in native_linears(self.model, self._view.blocks):
                 self._changes.replace(module, "forward", run)
         if self.head is not None:
-            if native:  # before the layout of the head is read
+            if native:  # before whole steps read the layout of the head
                 self.head.go_native(self.layout)
             self._changes.replace(self.head.module, "forward", self._run_head)
         if native:
             self._replace_steps()
             screen = () if self.head is None else self.head.screen.tensors()
             into_huge_pages([*memory_of(self.model), *screen])
-        self._watch.look(reads_weights=native)
+        self._watch.check(reads_weights=native)
 
     def _run_head(self, original: Callable[..., Any], hidden: Tensor) -> Any:
+        """The forward of the output head."""
         head = self._head_of(self.controller)
         if head is None or not self._decodes or (torch.is_grad_enabled() and hidden.requires_grad):
             return original(hidden)
         return head.run(hidden)
 
     def _head_of(self, controller: PruningController) -> ScreenedHead | None:
-        """The screened head, if ``controller`` uses it."""
+        """Return the screened head if ``controller`` uses it, else None."""
         return self.head if controller.config.screens else None
 
     def _replace_steps(self) -> None:
-        """Run decode steps as whole native steps, if possible."""
+        """Replace the model's forward by one that runs whole steps, if possible."""
         if self.no_steps is None:
             weights: list[Any] = [part.weight for part in attention_by_inputs(self.model)]
             for weight in weights:
                 self.layout.neuron_rows(weight.detach().t(), weight)
             self.no_steps = disagreement_reason(self.model, self._native)
         if self.no_steps is not None:
-            logger.info("native without whole steps: the model %s", self.no_steps)
+            logger.info("executor native runs without whole steps: the model %s", self.no_steps)
             return
         self.whole_steps = WholeSteps(self.model, self._native, lambda: self.controller)
         self.whole_steps.use_head(self._head_of(self.controller))
@@ -184,7 +188,7 @@ class ModelPatch(NotCopied):
         self.controller = controller
 
     def _equip(self, controller: PruningController) -> None:
-        """Add hooks and low-bit proxies that ``controller`` needs and that are missing."""
+        """Add the missing hooks and low-bit proxies (of weights) that ``controller`` needs."""
         if _only_counts(controller):
             return
         if controller.selector.statistics.needs_stream and "stream" not in self._hooked:
@@ -201,7 +205,7 @@ class ModelPatch(NotCopied):
             self._changes.hook(self._view.signal(signal), self._signal_hook(signal))
 
     def _select_per_token(self, config: TokenConfig) -> None:
-        """Prepare the rule on every layer (low-bit proxies, norms); hook attention if needed."""
+        """Prepare per-token selection on every layer; hook the attention if the rule needs it."""
         tokens = [token_ffn(layer.block, config) for layer in self.layers]
         for layer, token in zip(self.layers, tokens, strict=True):
             layer.select_per_token(token, self._changes)
@@ -212,8 +216,9 @@ class ModelPatch(NotCopied):
         self._token = config
 
     def _run_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward of the whole model, if whole steps can run."""
         assert self.whole_steps is not None
-        # torch.compile traces no native call
+        # torch.compile cannot trace native calls
         if not self._watch.steps or torch.compiler.is_compiling():
             return original(*args, **kwargs)
         return self.whole_steps.forward(original, *args, **kwargs)
@@ -234,29 +239,30 @@ class ModelPatch(NotCopied):
         self._released = self.nbytes()
         self._changes.end()
         self._turn.close()
-        self.layout.restore()  # while the hooks keep the layout alive
+        self.layout.restore()  # while the replaced forwards still keep the layout alive
         self._changes.undo()
         if self.whole_steps is not None:
-            self.whole_steps.unload()  # so that a run kept for its report holds no copies
+            self.whole_steps.unload()  # so that a detached run, kept for its report, has no copies
         for layer in self.layers:
             layer.release()
         _active.discard(self)
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._begun:
-            self._begun = False
+        """The model's pre-hook."""
+        if self._is_planned:
+            self._is_planned = False
             return
         with outside_inference():
             self._plan_forward(calls.read_forward(model, args, kwargs))
 
-    def _plan_forward(self, seen: calls.ForwardArgs) -> None:
-        if self._turn.take():  # the previous forward was interrupted
+    def _plan_forward(self, forward: calls.ForwardArgs) -> None:
+        if self._turn.begin_forward():  # the previous forward was interrupted
             for layer in self.layers:
                 layer.forget()
-        self.rows = seen.rows
-        call = self.loop.call(seen) if self.loop else bare_call(seen, self.forced_decode > 0)
+        self.rows = forward.rows
+        call = self.loop.call(forward) if self.loop else bare_call(forward, self.forced_decode > 0)
         if call.kind is Kind.PREFILL:  # not at every token: the check takes as long as a layer
-            self._watch.look()
+            self._watch.check()
             token, config = self.layers[0].token, self.controller.config
             if config.token and token is not None:
                 executor = self.executor if self.whole_steps is None else WHOLE_STEPS
@@ -270,10 +276,10 @@ class ModelPatch(NotCopied):
                 if layer.token is not None:
                     layer.token.marks = None
             self._steps_before = self.whole_steps.steps if self.whole_steps else 0
-            self._on_forward(seen.input_ids, self._decodes)
+            self._on_forward(forward.input_ids, self._decodes)
 
     def watch(self, on_forward: OnForward | None) -> None:
-        """Call ``on_forward`` before each forward and record selected neurons; None: stop."""
+        """Call ``on_forward`` before each forward, and record selected neurons; None: stop both."""
         self._on_forward = on_forward
         for layer in self.layers:
             if layer.token is not None:
@@ -283,43 +289,45 @@ class ModelPatch(NotCopied):
             self.whole_steps.native.watch(on_forward is not None)
 
     def selected(self, layers: Sequence[int]) -> Tensor | list[Tensor]:
-        """Neurons selected in ``layers`` in the newest forward, while watched.
+        """Return the neurons that tokens selected in ``layers`` in the newest forward.
 
-        Format of ``PatchedFFN.selected``; after a whole step, one tensor for all these layers.
+        Call ``watch`` before that forward.  The format is that of ``PatchedFFN.selected``; after a
+        whole step, it is one tensor for all these layers.
         """
         if self.whole_steps is not None and self.whole_steps.steps > self._steps_before:
-            every: Tensor = self.whole_steps.native.marks()  # [L, B, I / 8]: zeros in other layers
-            return every if len(layers) == len(every) else every[list(layers)]
+            marks: Tensor = self.whole_steps.native.marks()  # [L, B, I / 8]: zeros in other layers
+            return marks if len(layers) == len(marks) else marks[list(layers)]
         return [self.layers[index].selected() for index in layers]
 
     def _decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:
-        """Logits [1, V] after ids [1, 1], by a whole step, without calling the model.
+        """Return the logits [1, V] after ids [1, 1] by a whole step, without calling the model.
 
-        ``forbidden``: see ``TokenCall``.  None if the model must be called: before the first step
-        on a cache, and with user hooks.
+        ``forbidden``: see ``TokenCall``.  Returns None if the model must be called: for the first
+        step on a cache, and if the user has added hooks.
         """
         whole = self.whole_steps
         self._turn.check()
-        if whole is None or not self._is_alone() or not whole.continues(cache):
+        if whole is None or not self._has_no_other_hooks() or not whole.continues(cache):
             return None
         with outside_inference():
             self._plan_forward(calls.ForwardArgs(cache.get_seq_length(), 1, 1, ids, None, cache))
         logits = whole.decode(ids, cache, forbidden)
         if logits is None:
-            self._begun = True
+            self._is_planned = True
         else:
             self._after()
         return logits
 
-    def _is_alone(self) -> bool:
-        """Whether calling the model would run no hooks or forward except this patch's."""
+    def _has_no_other_hooks(self) -> bool:
+        """Whether calling the model would run only this patch's hooks and forward."""
         hooks = len(self.model._forward_pre_hooks), len(self.model._forward_hooks)
         forward = self.model.__dict__.get("forward")
         ours = isinstance(forward, Replacement) and forward.make == self._run_forward
         return hooks == (1, 1) and self._watch.steps and ours
 
     def _after(self, *_: Any) -> None:
-        self._turn.end()
+        """The model's post-hook."""
+        self._turn.end_forward()
         self.controller.after_forward()
         self.plan = IDLE
 
@@ -347,10 +355,10 @@ class ModelPatch(NotCopied):
             kwargs = {**kwargs, "custom_generate": token_loop}
         try:
             generated = original(*args, **kwargs)
-            self._turn.check()  # a closed run would have left some tokens dense
+            self._turn.check()  # raises if the run was closed meanwhile: some tokens ran dense
             return generated
         finally:
-            self.loop, self.plan, self._begun = None, IDLE, False
+            self.loop, self.plan, self._is_planned = None, IDLE, False
             self._turn.reserve(False)
             if loop.cache is not None:
                 self.controller.end_generate(int(loop.cache.get_seq_length()))
@@ -367,24 +375,24 @@ class ModelPatch(NotCopied):
             loop.in_prefill = False
 
     def nbytes(self) -> int:
-        """Extra bytes, without cache and states; after ``remove``, those just before."""
+        """Return the extra bytes, without cache and states; after ``remove``, those before it."""
         steps = 0 if self.whole_steps is None else self.whole_steps.nbytes()
         head = 0 if self.head is None else self.head.nbytes()
         return self._released or steps + head + sum(layer.nbytes() for layer in self.layers)
 
     @property
     def steps(self) -> int:
-        """Whole decode steps so far for the controller in force."""
+        """Number of whole steps that the current controller has run so far."""
         return self.whole_steps.steps - self._served if self.whole_steps else 0
 
     @property
     def installed(self) -> bool:
-        """Whether the patch is in force: False after ``remove``."""
+        """True from ``install`` to ``remove``."""
         return self in _active
 
 
 def _no_steps_reason(model: nn.Module) -> str | None:
-    """Why the unchanged ``model`` cannot be decoded by whole steps; None if it can."""
+    """Return why whole steps cannot decode the unchanged ``model``; None if they can."""
     if is_compiled(model):
         return "was compiled by torch"
     if reason := step_unsupported_reason(model):
@@ -392,12 +400,13 @@ def _no_steps_reason(model: nn.Module) -> str | None:
     return not_in_place_reason(model, (), attention_by_inputs(model))
 
 
-def _only_counts(controller: PruningController) -> bool:  # nothing is masked or watched
+def _only_counts(controller: PruningController) -> bool:
+    """Whether ``controller`` has no masks and observes nothing, so that it only counts tokens."""
     return controller.selector.removes_nothing and controller.fixed_masks is None
 
 
 def _patches_of(model: nn.Module) -> list[ModelPatch]:
-    """Patches on an FFN of ``model``, made through it, a part of it or a wrapper."""
+    """Return the patches on FFNs of ``model``, even if a part of it or a wrapper was attached."""
     modules = {id(module) for module in model.modules()}
     return [
         patch for patch in _active if any(id(layer.block.host) in modules for layer in patch.layers)
@@ -414,6 +423,6 @@ def check_free(model: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> None:
-    """Detach everything that dart_llm attached to ``model``, if anything; always safe."""
+    """Detach everything that dart_llm has attached to ``model``; safe to call at any time."""
     for patch in _patches_of(model):
         patch.remove()

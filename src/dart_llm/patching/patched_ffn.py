@@ -1,4 +1,8 @@
-"""The replaced forward of one FFN: runs the executor and passes activations to the controller."""
+"""The replaced forward of one FFN: runs the executor and passes activations to the controller.
+
+u is the input of the down projection (one value per neuron), z its output.  An inline FFN has no
+module of its own: only its down projection is replaced, and receives u.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ from dart_llm.pruning.token_level import TokenMask
 
 
 class PatchContext(Protocol):
-    """The attributes of a patch that its layers read."""
+    """The attributes of a patch that its layers read; ``rows``: batch size of the forward."""
 
     controller: PruningController
     plan: ForwardPlan
@@ -30,41 +34,42 @@ class PatchContext(Protocol):
 
 
 class PatchedFFN:
-    """One FFN while its model is patched."""
+    """One FFN of a patched model."""
 
     def __init__(self, block: FfnBlock, context: PatchContext, executor: str) -> None:
         self.block, self.context, self.executor = block, context, executor
         self.kept: Any = CompactFfn(block)
-        """Runs the kept neurons; ``lay_out`` replaces it by a ``NativeFfn``."""
+        """Runs only the kept neurons; ``lay_out`` replaces this executor by a ``NativeFfn``."""
         if executor == "cuda":
             from dart_llm.patching.executors.cuda import CudaFfn
 
             self.kept = CudaFfn(block)
         self.token: TokenFfn | None = None
         self.by_weights = True
-        """Whether products with the weights may replace its projections; else it runs masked."""
+        """True if executors may use the weights, not the projections; else the FFN runs masked."""
         self._multipliers: dict[int, tuple[LayerMask, Tensor, Tensor | None]] = {}
-        """Mask, its ones and zeros [I] and its bias in the model's dtype, by row (0 for all)."""
+        """By batch row (0 for a mask of all rows): the mask, its zeros and ones [I], and its bias,
+        both in the model's dtype."""
         self.forget()
 
     def forget(self) -> None:
-        """Drop tensors that hooks on other modules left in an interrupted forward.
+        """Drop tensors that hooks left behind in an interrupted forward.
 
-        ``_x``: the stream before the FFN's norm; ``_fed``: the input of fc1, if only the down
-        projection is replaced.  The FFN, which runs after these hooks, uses both.
+        ``_x``: the residual stream before the FFN's norm.  ``_fed``: the input of fc1 of an inline
+        FFN.  Hooks on other modules set them, and the FFN, which runs later, uses them.
         """
         self._x: Tensor | None = None
         self._fed: Tensor | None = None
 
     def hook_stream(self, changes: Changes) -> None:
-        """Read x before the FFN's norm."""
+        """Read the residual stream before the FFN's norm."""
 
-        def take(module: nn.Module, args: Any) -> None:
+        def read_stream(module: nn.Module, args: Any) -> None:
             if self.context.plan.stream:
                 self._x = detached(args[0])
 
         if self.block.x_from is not None:
-            changes.hook(self.block.x_from, take, before=True)
+            changes.hook(self.block.x_from, read_stream, before=True)
 
     def lay_out(self, layout: Layout) -> NativeFfn:
         """Lay out the weights for the native kernels, and run masks with them."""
@@ -73,30 +78,30 @@ class PatchedFFN:
         return kept
 
     def select_per_token(self, token: TokenFfn, changes: Changes) -> None:
-        """Select neurons by ``token`` where the plan has ``TokenMask``s."""
+        """Let each token select neurons by the rule of ``token``, where the plan requests it."""
 
-        def take(module: nn.Module, args: Any) -> None:
+        def read_input(module: nn.Module, args: Any) -> None:
             if not self.context.plan.dense:
                 self._fed = detached(args[0])
 
-        first, self.token = self.token is None, token
+        is_first, self.token = self.token is None, token
         if isinstance(self.kept, NativeFfn):
             self.kept.token = token
-        # neurons are ranked from fc1's input, which the host does not get
-        if self.block.inline and first:
-            changes.hook(self.block.up, take, before=True)
+        # the rule ranks neurons by fc1's input, which the replaced down projection does not receive
+        if self.block.inline and is_first:
+            changes.hook(self.block.up, read_input, before=True)
 
     def hook_attention(self, projections: Sequence[nn.Module], changes: Changes) -> None:
-        """Under per-token selection, keep the largest inputs of attention projections."""
+        """Under rules that select inputs, keep only the largest inputs of attention projections."""
 
-        def drop(module: nn.Module, args: Any) -> Any:
+        def keep_largest(module: nn.Module, args: Any) -> Any:
             token = self.token
             if token is None or not token.rule.attention or self.context.plan.dense:
                 return None
             return token.attention_input(module, args[0], self._masks()), *args[1:]
 
         for module in projections:
-            changes.hook(module, drop, before=True)
+            changes.hook(module, keep_largest, before=True)
 
     def unload(self) -> None:
         """Free the compact weights and the multipliers of masks."""
@@ -110,37 +115,37 @@ class PatchedFFN:
         self.kept, self.token = CompactFfn(self.block), None
 
     def _masks(self) -> list[LayerMask | None]:
-        """One mask for all rows, or one per row."""
+        """Return this layer's masks in the plan: one for all rows, or one per row."""
         plan = self.context.plan
         return [None if layers is None else layers[self.block.index] for layers in plan.masks]
 
     def run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The forward of the FFN (of the down projection, for an inline block)."""
+        """The forward of the FFN, or of the down projection of an inline FFN."""
         plan = self.context.plan
         if plan.dense and not plan.observe:
             return original(*args, **kwargs)
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         masks = self._masks()
-        only = masks[0] if len(masks) == 1 else None
+        shared = masks[0] if len(masks) == 1 else None
         if plan.observations is not None and not self.block.inline and not torch.is_grad_enabled():
-            u = self.block.hidden(x)  # not for inline blocks, which flatten their tokens
+            u = self.block.hidden(x)  # not for inline FFNs, whose models flatten the tokens
             plan.observations[self.block.index] = LayerObservation(u, x if plan.inputs else None)
             z = self.block.down(u)
         elif not plan.observe and all(mask is None for mask in masks):
             return original(*args, **kwargs)
-        elif not plan.observe and only is not None and self._is_skipping(x, only):
-            self.kept.load(only)
+        elif not plan.observe and shared is not None and self._can_skip(x, shared):
+            self.kept.load(shared)
             z = self.kept.run(x)
         else:
             z = self._run_masked(original, x, masks)
         return self.block.finish(z, (*args, *kwargs.values())[: 2 if args else None])
 
-    def _is_skipping(self, x: Tensor, mask: LayerMask) -> bool:
-        """Whether the executor can run the kept neurons alone."""
+    def _can_skip(self, x: Tensor, mask: LayerMask) -> bool:
+        """Whether the executor can run only the kept neurons."""
         if self.executor == "masked" or not self.by_weights:
             return False
-        most = min(self.context.rows, self.kept.token_rows)
-        if isinstance(mask, TokenMask) and x.numel() > most * x.shape[-1]:
+        max_tokens = min(self.context.rows, self.kept.token_rows)
+        if isinstance(mask, TokenMask) and x.numel() > max_tokens * x.shape[-1]:
             return False
         # compact weights pass no gradients
         return not torch.is_grad_enabled() or not (
@@ -150,7 +155,7 @@ class PatchedFFN:
     def _run_masked(
         self, original: Callable[..., Any], x: Tensor, masks: list[LayerMask | None]
     ) -> Tensor:
-        """All neurons, multiplied by masks."""
+        """Run all neurons, and multiply them by the masks."""
         masks = masks or [None]
         if len(masks) == 1 and not isinstance(masks[0], TokenMask):
             u, z = self._run_row(original, x, x, masks[0])
@@ -163,7 +168,7 @@ class PatchedFFN:
     def _run_rows(
         self, original: Callable[..., Any], x: Tensor, masks: list[LayerMask | None]
     ) -> tuple[Tensor, Tensor]:
-        """Each row under its mask, or all of them under one."""
+        """Run each row under its mask, or all rows under one mask."""
         fed, self._fed = (x if self._fed is None else self._fed), None
         size, token = self.context.rows // len(masks), self.token
         parts, marks = [], []
@@ -172,8 +177,8 @@ class PatchedFFN:
             parts.append(self._run_row(original, row_x, row_fed, mask, row))
             if token is not None and token.watched:
                 selected = token.marks if isinstance(mask, TokenMask) else None
-                every = torch.ones_like(parts[-1][0], dtype=torch.bool)
-                marks.append(every if selected is None else selected)
+                all_neurons = torch.ones_like(parts[-1][0], dtype=torch.bool)
+                marks.append(all_neurons if selected is None else selected)
         if token is not None and marks:
             token.marks = torch.cat(marks)
         u, z = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -182,7 +187,7 @@ class PatchedFFN:
     def _run_row(
         self, original: Callable[..., Any], x: Tensor, fed: Tensor, mask: Any, row: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """``(u, z)`` of one row or all rows under one mask, or dense."""
+        """Return ``(u, z)`` of one row or of all rows, under one mask, or dense if it is None."""
         project = original if self.block.inline else self.block.down
         if mask is None:
             return run_masked(self.block, project, x, None, None)
@@ -203,20 +208,21 @@ class PatchedFFN:
     def _pass_on(self, u: Tensor, z: Tensor, x: Tensor) -> None:
         """Pass the activations to the controller."""
         plan, rows = self.context.plan, self.context.rows
-        before, self._x = self._x, None
-        h = x if plan.inputs and not self.block.inline else None  # inline: it gets no input
-        seen = LayerObservation(u, h)
+        stream, self._x = self._x, None
+        h = x if plan.inputs and not self.block.inline else None  # an inline FFN receives u instead
+        observation = LayerObservation(u, h)
         if plan.stream:
-            seen = LayerObservation(u, h, z, detached(x) if before is None else before)
-        if any(t is not None and (t.dim() != 3 or len(t) != rows) for t in seen):
-            # OPT flattens the tokens of x, and of u and z unless each row has a mask
-            seen = seen.map(lambda t: t.reshape(rows, -1, t.shape[-1]))
-        self.context.controller.observe(self.block.index, seen)
+            observation = LayerObservation(u, h, z, detached(x) if stream is None else stream)
+        if any(t is not None and (t.dim() != 3 or len(t) != rows) for t in observation):
+            # OPT flattens the tokens of x; also those of u and z, unless each row has its own mask
+            observation = observation.map(lambda t: t.reshape(rows, -1, t.shape[-1]))
+        self.context.controller.observe(self.block.index, observation)
 
     def selected(self) -> Tensor:
-        """Neurons selected in this layer in the newest forward; requires per-token selection.
+        """Return the neurons that each token of the newest forward selected in this layer.
 
-        uint8 [B T, I / 8 rounded up]: bit i % 8 of byte i / 8 is neuron i.
+        uint8 [B T, I / 8 rounded up]: bit i % 8 of byte i / 8 is set if neuron i was selected.
+        Requires per-token selection.
         """
         if self.token is not None and self.token.marks is not None:
             marks = self.token.marks.flatten(0, -2).cpu().numpy()
@@ -224,9 +230,9 @@ class PatchedFFN:
         return self.kept.kept.choice.marks()  # type: ignore[no-any-return]
 
     def nbytes(self) -> int:
-        """Bytes of compact weights, proxies and multipliers, without the masks themselves."""
+        """Return the bytes of compact weights, low-bit proxies and multipliers, without masks."""
         token = 0 if self.token is None else self.token.nbytes()
         multipliers = 0
-        for mask, ones, bias in self._multipliers.values():
-            multipliers += ones.nbytes + (0 if bias is None or bias is mask.bias else bias.nbytes)
+        for mask, factor, bias in self._multipliers.values():
+            multipliers += factor.nbytes + (0 if bias is None or bias is mask.bias else bias.nbytes)
         return int(self.kept.nbytes()) + token + multipliers

@@ -1,4 +1,4 @@
-"""Checks while a model is attached: unchanged parts at every prompt, one thread at a time."""
+"""Checks that an attached model is unchanged (at every prompt) and runs in one thread at a time."""
 
 from __future__ import annotations
 
@@ -26,30 +26,31 @@ from dart_llm.patching.patched_ffn import PatchedFFN
 LEAVE = "while this model is being pruned: leave the block first, or call dart_llm.restore(model)"
 
 SMALL = 4096
-"""Largest buffer that is compared, in values: scales, frequencies of rotary embeddings."""
+"""Largest number of values of a buffer that is compared, e.g. scales or rotary frequencies."""
 
 
 class Watch:
     """Checks whether the replaced parts of an attached model may still be replaced.
 
-    ``steps``: whether whole steps may still run, if they could when the model was attached.
+    ``steps``: False once a change to the model prevents whole steps, which decode a token in one
+    native call.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[PatchedFFN], changes: Changes) -> None:
         self.steps = True
         self._model, self._layers, self._changes = model, layers, changes
-        self._plain = [agreement(layer.block).weights for layer in layers]
+        self._plain_weights = [agreement(layer.block).weights for layer in layers]
         self._ffns, self._mark = self._ffn_marks(), _model_mark(model)
         self._places: list[tuple[Any, ...]] = []
 
-    def look(self, reads_weights: bool = False) -> None:
-        """Fall back after changes to the model; raise ``AttachError`` if that is not possible.
+    def check(self, reads_weights: bool = False) -> None:
+        """Look for changes to the model, and adapt to them or raise ``AttachError``.
 
-        A layer whose projections have hooks or other forwards runs masked; after any other change
-        the model runs decode steps itself.  ``reads_weights``: kernels read the weights at their
-        current addresses from now on.
+        A layer whose projections got hooks or new forwards runs masked from now on; after any other
+        change that is allowed, whole steps no longer run.  ``reads_weights``: True if kernels read
+        the weights at their current addresses from now on.
         """
-        if torch.compiler.is_compiling():  # torch can trace neither this nor native calls
+        if torch.compiler.is_compiling():  # torch can trace neither these checks nor native calls
             return
         parts = parts_of(self._model)
         if reads_weights:
@@ -58,20 +59,20 @@ class Watch:
             raise AttachError(f"weights were replaced or moved {LEAVE}")
         if (changed := self._changes.overwritten(self._model)) is not None:
             raise AttachError(f"the forward of a {type(changed).__name__} was changed {LEAVE}")
-        for layer, plain in zip(self._layers, self._plain, strict=True):
+        for layer, plain in zip(self._layers, self._plain_weights, strict=True):
             reason = weights_unsupported_reason(layer.block, attached=True)
             layer.by_weights = plain and reason is None
-        same = _model_mark(self._model) == self._mark
-        if not same and self._ffns != self._ffn_marks():
+        unchanged = _model_mark(self._model) == self._mark
+        if not unchanged and self._ffns != self._ffn_marks():
             raise AttachError(f"an FFN was changed {LEAVE}")
-        self.steps = same and not any(map(is_patched, parts[1:]))
+        self.steps = unchanged and not any(map(is_patched, parts[1:]))
 
     def _ffn_marks(self) -> list[tuple[Any, ...]]:
-        return [signature(each.block.ffn, each.block.projections) for each in self._layers]
+        return [signature(layer.block.ffn, layer.block.projections) for layer in self._layers]
 
 
 def _model_mark(model: Any) -> tuple[Any, ...]:
-    """Code, numbers, small buffers and settings, which whole steps read only once."""
+    """Return the code, numbers, small buffers and settings that whole steps read only once."""
     buffers = [t.tolist() for t in model.buffers() if t.numel() <= SMALL and not t.is_meta]
     text = model.config.get_text_config()
     names = ("_attn_implementation", "attn_logit_softcapping", "final_logit_softcapping")
@@ -79,13 +80,14 @@ def _model_mark(model: Any) -> tuple[Any, ...]:
 
 
 def _weight_places(parts: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
+    """Return where every weight is in memory, and its strides."""
     weights = [t for part in parts for t in part._parameters.values() if t is not None]
     strides = [() if isinstance(t, PackedTensor) else t.stride() for t in weights]
     return list(zip(map(place_of, weights), strides, strict=True))
 
 
 RUNS, GENERATES = ("_call_impl", "_decode"), ("_call_impl", "generate")
-"""Functions on a thread's stack during a forward, and during any call of the model."""
+"""Functions on a thread's stack during a forward; and during a forward or ``generate``."""
 
 
 class Turn:
@@ -97,11 +99,11 @@ class Turn:
     def __init__(self, *owners: object) -> None:
         self._owners = owners
         self._runs = self._generates = 0
-        """Ids of the threads in the current forward and in ``generate``; 0: none."""
-        self._is_over = False
+        """Ids of the threads that run the current forward and ``generate``; 0 for none."""
+        self._is_closed = False
 
-    def take(self) -> bool:
-        """Begin a forward; returns whether the previous one was left unfinished.
+    def begin_forward(self) -> bool:
+        """Begin a forward; return True if the previous one was interrupted.
 
         Raises ``ConfigError`` if another thread is running the model, ``AttachError`` after
         ``close``.
@@ -118,22 +120,22 @@ class Turn:
 
     def check(self) -> None:
         """Raise ``AttachError`` after ``close``."""
-        if self._is_over:
+        if self._is_closed:
             raise AttachError(
-                "the run was left while another thread was generating in it: let it wait for that "
-                "thread, or use one lock for both"
+                "the run was left while another thread was generating in it: wait for that "
+                "thread before leaving the block, or use one lock for both"
             )
 
-    def end(self) -> None:
+    def end_forward(self) -> None:
         """End a forward."""
         self._runs = 0
 
     def reserve(self, generates: bool = True) -> None:
-        """Begin or end ``generate``, during which no other thread may run a forward."""
+        """Begin or end a ``generate`` call, during which no other thread may run a forward."""
         self._generates = threading.get_ident() if generates else 0
 
-    def begin(self) -> None:
-        """Raise ``AttachError`` if another thread is in the middle of a text."""
+    def check_others(self) -> None:
+        """Raise ``AttachError`` if another thread is running the model."""
         others = sys._current_frames().keys() - {threading.get_ident()}
         if any(self._is_inside(thread, GENERATES) for thread in others):
             raise AttachError(
@@ -143,16 +145,16 @@ class Turn:
 
     def close(self) -> None:
         """Refuse new forwards, and wait until another thread's forward has ended."""
-        self._is_over = True
+        self._is_closed = True
         while self._runs != threading.get_ident() and self._is_inside(self._runs, RUNS):
-            time.sleep(0.001)  # that forward reads memory that is freed next
+            time.sleep(0.001)  # the caller will free memory that this forward reads
 
     def _is_inside(self, thread: int, names: Sequence[str]) -> bool:
-        """Whether ``thread`` is inside one of these functions of an owner."""
+        """Whether ``thread`` is running one of the functions ``names`` of an owner."""
         frame = sys._current_frames().get(thread) if thread else None
         while frame is not None:
-            called = frame.f_code.co_name in names and frame.f_locals.get("self")
-            if any(called is owner for owner in self._owners):
+            instance = frame.f_code.co_name in names and frame.f_locals.get("self")
+            if any(instance is owner for owner in self._owners):
                 return True
             frame = frame.f_back
         return False

@@ -1,4 +1,5 @@
-"""``prune()`` and ``Run``: one model, one method, one block of code.
+"""``prune()`` and ``Run``: prune one model with one method, inside one ``with`` block.
 
-Start with ``run.py``; ``export.py`` writes narrow checkpoints, ``trace.py`` the neurons per token.
+Start with ``run.py``.  ``export.py`` writes narrower checkpoints, ``gguf_export.py`` narrower GGUF
+files, and ``trace.py`` records which neurons run for each token.
 """

@@ -1,4 +1,4 @@
-"""Exports a mask: a narrower dense checkpoint, or a narrower GGUF file for llama.cpp."""
+"""Exports the neurons that a mask keeps, as a narrower checkpoint or GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ from dart_llm.pruning.masks import LayerMask, Masks
 def export(
     model: nn.Module, blocks: Sequence[FfnBlock], masks: Sequence[LayerMask | None], folder: Path
 ) -> Path:
-    """Write ``model`` with only the kept neurons; compensation is added to the output biases.
+    """Write ``model`` to ``folder`` with only the kept neurons.
+
+    Compensation, the mean contribution of the removed neurons, is added to the output biases.
 
     Raises ``ConfigError`` if the layers keep different numbers of neurons, if the architecture
     fixes the width or has no bias where one is needed, or if the masks have low-rank compensation,
@@ -46,8 +48,9 @@ def export(
     kept = {block.down_width if mask is None else mask.kept for block, mask in pairs}
     if len(kept) != 1:
         raise ConfigError(
-            f"export needs the same number of neurons in every layer, this mask keeps {min(kept)} "
-            f'to {max(kept)}; use budget "uniform" and a sparsity that comes out even, such as 0.25'
+            "export needs the same number of neurons in every layer, but this mask keeps "
+            f'{min(kept)} to {max(kept)}; use budget "uniform" and a sparsity that gives every '
+            "layer the same count, such as 0.25"
         )
     if blocks[0].width_key is None:
         raise ConfigError(f"{type(model).__name__} fixes its FFN width, so it cannot be narrowed")
@@ -63,9 +66,13 @@ def export(
             _slice(state, names, block, mask)
     missing, unexpected = narrow.load_state_dict(state, strict=False)
     if unexpected or any("mlp" not in name or "bias" not in name for name in missing):
-        raise ConfigError(f"{type(model).__name__} cannot be exported: {missing or unexpected}")
+        parameters = ", ".join(missing or unexpected)
+        raise ConfigError(
+            f"{type(model).__name__} cannot be exported: its state dict has missing or unexpected "
+            f"parameters: {parameters}"
+        )
     with torch.no_grad():
-        for name in missing:  # gate and up biases, which come with the output's
+        for name in missing:  # biases of gate and up, which come with the output bias
             narrow.get_parameter(name).zero_()
     narrow.generation_config = model.generation_config
     narrow.save_pretrained(folder)
@@ -75,8 +82,7 @@ def export(
 def _check_plain(masks: Sequence[LayerMask | None]) -> None:
     if any(mask is not None and mask.low_rank is not None for mask in masks):
         raise ConfigError(
-            "a plain checkpoint cannot have low-rank compensation: use compensation_rank=0 to "
-            "export"
+            "an exported model cannot have low-rank compensation: use compensation_rank=0 to export"
         )
 
 
@@ -91,15 +97,17 @@ def _narrow_model(model: Any, key: str, width: int, bias: bool) -> Any:
                 "use compensation=False to export"
             )
         text.mlp_bias = True
-    with torch.random.fork_rng():  # initial weights are replaced: keep the random state
+    # the random initial weights are replaced later, so the random state must not change
+    with torch.random.fork_rng():
         return type(model)(config).to(next(model.parameters()).dtype)
 
 
 def _slice(
     state: dict[str, Tensor], names: dict[int, str], block: FfnBlock, mask: LayerMask
 ) -> None:
-    both = torch.cat([mask.ids, mask.ids + mask.width]) if block.fused else mask.ids
-    for module, dim, ids in ((block.up, 0, both), (block.gate, 0, both), (block.down, 1, mask.ids)):
+    """Keep only the neurons of ``mask`` in the entries of ``state`` that belong to ``block``."""
+    rows = torch.cat([mask.ids, mask.ids + mask.width]) if block.fused else mask.ids
+    for module, dim, ids in ((block.up, 0, rows), (block.gate, 0, rows), (block.down, 1, mask.ids)):
         if module is None:
             continue
         weight, bias = (f"{names[id(module)]}.{part}" for part in ("weight", "bias"))
@@ -108,17 +116,21 @@ def _slice(
         if dim == 0 and bias in state:
             state[bias] = state[bias].index_select(0, ids)
     if mask.bias is not None:
-        old = state.get(bias)
-        state[bias] = (mask.bias if old is None else old.float() + mask.bias).to(state[weight])
+        down = names[id(block.down)]
+        old = state.get(f"{down}.bias")
+        total = mask.bias if old is None else old.float() + mask.bias
+        state[f"{down}.bias"] = total.to(state[f"{down}.weight"])
 
 
 @dataclass(frozen=True)
 class GgufExport:
-    """Facts about a written GGUF file.
+    """Describes a narrower GGUF file that was written.
 
-    Per layer: ``neurons`` of the model, neurons that the method ``requested``, and neurons
-    ``written``, a multiple of ``block``.  ``kinds``: old to new types of the down projections;
-    ``rounded``: fraction of their columns that moved to another block and were rounded again.
+    ``neurons``, ``requested`` and ``written`` are numbers of neurons per layer: in the model, kept
+    by the method, and in the file, where they are multiples of ``block``, the values per
+    quantization block.  ``kinds`` maps the old to the new types of the down projections.
+    ``rounded`` is the fraction of their columns that moved to another quantization block and were
+    requantized.  ``compensated``: whether output biases contain the mean of removed neurons.
     """
 
     path: Path
@@ -141,22 +153,22 @@ class GgufExport:
         return 1 - sum(self.written) / sum(self.neurons)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        names = {"path": str(self.path), "source": self.source.name}
-        return {**asdict(self), **names, "achieved_sparsity": self.achieved_sparsity}
+        """Return JSON-able data."""
+        paths = {"path": str(self.path), "source": self.source.name}
+        return {**asdict(self), **paths, "achieved_sparsity": self.achieved_sparsity}
 
 
 def source_file(model: Any, source: str | Path | None = None) -> GgufFile:
-    """The file to narrow: ``source``, or the file that ``model`` was loaded from.
+    """Return the file to narrow: ``source``, or the file that ``model`` was loaded from.
 
-    Raises ``ConfigError`` if the model has no blocks of a file.
+    Raises ``ConfigError`` if the model was not loaded from a GGUF file's quantized weights.
     """
     path = blocks_file(model) if source is None else Path(source).expanduser()
     if path is None:
         raise ConfigError(
-            f"{type(model).__name__} was not loaded from the blocks of a GGUF file, and only such "
-            "a file is narrowed: load one with weights='file' or give source=FILE.gguf, which "
-            "llama.cpp's convert_hf_to_gguf.py makes from a checkpoint"
+            f"{type(model).__name__} was not loaded from a GGUF file's quantized weights, and only "
+            "GGUF files can be narrowed: load the model with weights='file', or give "
+            "source=FILE.gguf, which llama.cpp's convert_hf_to_gguf.py makes from a checkpoint"
         )
     return read_gguf(path)
 
@@ -170,15 +182,16 @@ def write_masks(
 ) -> GgufExport:
     """Narrow ``file`` to ``masks`` and write it to ``path``.
 
-    ``requested``: counts per layer; ``label``: the method's.  Raises like ``export_gguf``.
+    ``requested``: numbers of kept neurons per layer that the method chose, before rounding; None:
+    those of ``masks``.  ``label``: of the method, for the file.  Raises like ``export_gguf``.
     """
     _check_plain(masks)
     neurons, block, path = layer_widths(file), block_of(file), Path(path)
-    widths = [whole if mask is None else mask.width for mask, whole in zip(masks, neurons)]  # noqa: B905
+    widths = [width if mask is None else mask.width for mask, width in zip(masks, neurons)]  # noqa: B905
     if len(masks) != len(neurons) or widths != list(neurons):
         raise ConfigError(
-            f"{file.path.name} has {len(neurons)} layers of {neurons[0]} neurons, and these masks "
-            "are of another model: give its file"
+            f"{file.path.name} has {len(neurons)} layers of {neurons[0]} neurons, but these masks "
+            "belong to a different model: give the GGUF file of the model that they were made for"
         )
     layers = [None if mask is None else _narrow(mask, block) for mask in masks]
     pairs = list(zip(neurons, layers, strict=True))
@@ -186,16 +199,17 @@ def write_masks(
     kept = tuple(width if layer is None else len(layer.ids) for width, layer in pairs)
     if written == tuple(neurons):
         raise ConfigError(
-            f"rounded up to blocks of {block}, all layers keep all neurons: give a higher sparsity"
+            f"after rounding up to multiples of {block}, every layer keeps all its neurons: use a "
+            "higher sparsity"
         )
-    facts = {"method": label, "kept": sum(kept), "of": sum(neurons)}
-    write_narrow(file, layers, path, json.dumps({**facts, "source": file_sha256(file.path)}))
-    narrow = [
+    pruning = {"method": label, "kept": sum(kept), "of": sum(neurons)}
+    write_narrow(file, layers, path, json.dumps({**pruning, "source": file_sha256(file.path)}))
+    narrowed = [
         (file.tensors[DOWN.format(index)].kind, layer)
         for index, layer in enumerate(layers)
         if layer is not None
     ]
-    rounded = sum(rounded_columns(kind, layer) for kind, layer in narrow)
+    rounded = sum(rounded_columns(kind, layer) for kind, layer in narrowed)
     return GgufExport(
         path=path,
         source=file.path,
@@ -205,14 +219,15 @@ def write_masks(
         requested=tuple(requested or kept),
         written=written,
         block=block,
-        compensated=any(layer.bias is not None for _, layer in narrow),
-        kinds={kind.upper(): written_kind(kind).upper() for kind, _ in narrow},
-        rounded=rounded / max(1, sum(len(layer.ids) for _, layer in narrow)),
+        compensated=any(layer.bias is not None for _, layer in narrowed),
+        kinds={kind.upper(): written_kind(kind).upper() for kind, _ in narrowed},
+        rounded=rounded / max(1, sum(len(layer.ids) for _, layer in narrowed)),
         bytes_before=file.path.stat().st_size,
         bytes=path.stat().st_size,
     )
 
 
 def _narrow(mask: LayerMask, block: int) -> NarrowLayer:
+    """Return the neurons to write, and their number rounded up to a multiple of ``block``."""
     width = min(math.ceil(mask.kept / block) * block, mask.width)
     return NarrowLayer(mask.ids.cpu(), width, mask.bias)

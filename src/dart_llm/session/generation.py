@@ -1,4 +1,4 @@
-"""Generates text token by token, with the model's own ``generate``."""
+"""Generates text token by token, with the model's ``generate`` method."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dart_llm.session.run import Run
 class FiniteLogits(LogitsProcessor):
     """Raises ``DartError`` for logits that are NaN or infinite, which argmax would hide.
 
-    ``what``: source of the logits in the message, e.g. ``document 3``.
+    ``what``: where the logits come from, for the message, e.g. ``document 3``.
     """
 
     def __init__(self, what: str) -> None:
@@ -39,7 +39,7 @@ class FiniteLogits(LogitsProcessor):
 
 
 class CheckedModel:
-    """A model for ``generate`` below that checks its logits and stops at the tokens ``ends``."""
+    """Wraps a model for ``generate`` below: checks its logits and stops at the tokens ``ends``."""
 
     def __init__(self, model: Any, ends: frozenset[int], what: str) -> None:
         self.model, self.device = model, model.device
@@ -47,12 +47,12 @@ class CheckedModel:
         self._settings = {"logits_processor": checks, "eos_token_id": sorted(ends) or None}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own ``generate``."""
+        """Call the model's ``generate`` with the checks and the end tokens."""
         return self.model.generate(*args, **self._settings, **kwargs)
 
 
 def text_ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    """End-of-sequence tokens of the model's generation settings and of the tokenizer."""
+    """Return the end-of-sequence tokens of the generation settings and of the tokenizer."""
     ends = model.generation_config.eos_token_id
     ids = [*(ends if isinstance(ends, list | tuple) else [ends]), tokenizer.eos_token_id]
     return frozenset(int(token) for token in ids if token is not None)
@@ -60,7 +60,10 @@ def text_ends(model: Any, tokenizer: Any) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class Step:
-    """One generated token, for front ends that stream."""
+    """One generated token, for programs that show text as it is generated.
+
+    ``phase``: see ``Run.phase``; ``seconds``: time since the previous token.
+    """
 
     index: int
     token_id: int
@@ -74,7 +77,7 @@ OnStep = Callable[[Step], None]
 
 @dataclass
 class Generation:
-    """A generated text and its tokens; ``seconds``: time since the previous token."""
+    """The tokens of a generated text; all lists have one entry per token, as in ``Step``."""
 
     token_ids: list[int] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
@@ -87,14 +90,14 @@ class Generation:
 
 
 HALF = "\ufffd"
-"""Replacement character, which tokenizers return for part of a character."""
+"""Replacement character, which tokenizers return for an incomplete character."""
 
 CONTEXT = 4
-"""Earlier tokens that are decoded with a new one: some tokenizers treat the first differently."""
+"""Number of earlier tokens decoded with new ones: some tokenizers treat the first differently."""
 
 
 def decode_ids(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
-    """The text of ``ids``, without clean-up; ``special``: include the names of special tokens."""
+    """Return the text of ``ids``, without clean-up; ``special``: with names of special tokens."""
     text: str = tokenizer.decode(
         ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
     )
@@ -102,35 +105,36 @@ def decode_ids(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str
 
 
 class TextStream:
-    """Decodes one answer token by token; special tokens are left out."""
+    """Decodes one answer token by token, without special tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._context: list[int] = []
-        self._before = ""
+        self._context_text = ""
         self._pending: list[int] = []
 
     def add(self, token: int) -> str:
-        """The text that ``token`` completes; "" within a character."""
+        """Add a token; return the text that it completes, or "" if a character is incomplete."""
         self._pending.append(token)
-        after = decode_ids(self._tokenizer, self._context + self._pending)
-        return "" if after.endswith(HALF) else self._take(after)
+        text = decode_ids(self._tokenizer, self._context + self._pending)
+        return "" if text.endswith(HALF) else self._complete(text)
 
     def end(self) -> str:
-        """The remaining text, including incomplete characters, after the last token."""
+        """Return the remaining text after the last token, including an incomplete character."""
         rest = self._context + self._pending
-        return self._take(decode_ids(self._tokenizer, rest)) if self._pending else ""
+        return self._complete(decode_ids(self._tokenizer, rest)) if self._pending else ""
 
-    def _take(self, after: str) -> str:
-        new = after[len(self._before) :]
+    def _complete(self, text: str) -> str:
+        """Return the new part of ``text``; the pending tokens become context."""
+        new = text[len(self._context_text) :]
         self._context = (self._context + self._pending)[-CONTEXT:]
-        self._before = decode_ids(self._tokenizer, self._context)
+        self._context_text = decode_ids(self._tokenizer, self._context)
         self._pending = []
         return new
 
 
 class _Collector(BaseStreamer):
-    """Receives the prompt and then each token from ``generate``."""
+    """A streamer: receives the prompt and then each token from ``generate``."""
 
     def __init__(self, tokenizer: Any, run: Run | None, on_step: OnStep | None) -> None:
         self.run, self.on_step = run, on_step
@@ -162,6 +166,8 @@ class _Collector(BaseStreamer):
 
 
 class _Stop(StoppingCriteria):
+    """Stops ``generate`` as soon as ``stops`` returns True."""
+
     def __init__(self, stops: Callable[[], bool]) -> None:
         self.stops = stops
 
@@ -183,7 +189,8 @@ def generate(
 ) -> Generation:
     """Generate up to ``tokens`` tokens after ``ids`` [1, T]; greedy if ``temperature`` is None.
 
-    ``run``: the attached run.  ``on_step`` and ``stop`` are called after every token.
+    ``run``: the attached run, which gives the phase of each token.  ``on_step`` and ``stop`` are
+    called after every token; generation ends when ``stop`` returns True.
     """
     collector = _Collector(tokenizer, run, on_step)
     torch.manual_seed(seed)

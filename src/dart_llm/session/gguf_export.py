@@ -1,4 +1,4 @@
-"""Writes one mask for several texts as a GGUF file that llama.cpp loads."""
+"""Chooses one mask for several texts, and writes the pruned model as a GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ def export_gguf(
 ) -> GgufExport:
     """Choose one mask for ``texts`` and write it to ``path``, a GGUF file that llama.cpp loads.
 
-    Each text is a separate prompt, cut to the model's context; the evidence of all is summed.
-    Counts are rounded up to whole blocks of the file's down projections.
+    Each text is a separate prompt, cut to the model's context; the observed activations (evidence)
+    of all texts are summed.  The number of kept neurons in each layer is rounded up to a multiple
+    of the quantization block of the file's down projections.
     ``masks``: {layer: ids to keep}, instead of a method.  ``source``: the GGUF file to narrow;
     None: the file that the model was loaded from.  ``calibration``, ``cache_dir``: for methods that
     calibrate, as on the command line.  ``settings``: fields of ``PruneConfig``.
@@ -53,38 +54,39 @@ def export_gguf(
     file = source_file(model, source)
     layer_widths(file)  # raises for unsupported files, before anything is learned
     config = exportable(PruneConfig.build(method, sparsity=sparsity, **settings), say)
-    ready = prepare(model, tokenizer, config, calibration, cache_dir, say, masks)
-    run = ready.run(likelihood=True)
+    bound = prepare(model, tokenizer, config, calibration, cache_dir, say, masks)
+    run = bound.run(likelihood=True)
     if run is None or not run.asks_for_pruning:
-        raise ConfigError(f"method {ready.label} removes nothing: give a sparsity above 0")
-    most = context_length(model)
+        raise ConfigError(f"method {bound.label} removes nothing: give a sparsity above 0")
+    context = context_length(model)
     prompts = [tokenizer(text, return_tensors="pt", verbose=False).input_ids for text in texts]
-    prompts = [ids[:, :most].to(model.device) for ids in prompts if ids.shape[1]]
+    prompts = [ids[:, :context].to(model.device) for ids in prompts if ids.shape[1]]
     chosen, counts = choose_masks(run, prompts, block_of(file))
-    return write_masks(file, chosen, path, counts, ready.label)
+    return write_masks(file, chosen, path, counts, bound.label)
 
 
 def exportable(config: PruneConfig, say: Callable[[str], None]) -> PruneConfig:
-    """``config`` without settings that a file cannot express; raises for per-token selection."""
+    """Return ``config`` without what a file cannot express; raises for per-token selection."""
     if config.token is not None:
         raise ConfigError(
-            f"method {config.method} selects neurons for every token, and a file has one mask: "
-            "choose a method of the sequence, such as griffin or dart"
+            f"method {config.method} selects neurons for each token, but a file has one mask: "
+            "use a method with sequence masks, such as griffin or dart"
         )
     if config.compensation_rank:
-        say("a GGUF file cannot have low-rank compensation: the mean alone is written")
+        say("a GGUF file cannot have low-rank compensation: only the mean is written")
     return config.replace({"compensation_rank": 0, "head": "full"})
 
 
 def choose_masks(run: Run, prompts: Sequence[Tensor], block: int) -> tuple[Masks, tuple[int, ...]]:
-    """Masks for several prompts, ids [1, T] each, and the requested counts.
+    """Return one mask per layer for several prompts, ids [1, T] each, and the requested counts.
 
-    The masks' counts are the requested ones rounded up to multiples of ``block``; fixed masks are
-    not changed.  Raises ``ConfigError`` if a prompt is needed and there is none.
+    The requested counts say how many neurons the method keeps in each layer; the masks keep these
+    numbers, rounded up to multiples of ``block``.  Fixed masks are not changed.  Raises
+    ``ConfigError`` if the method needs a prompt and there is none.
     """
     if run.fixed_masks is not None:
-        kept = zip(run.fixed_masks, run.layers, strict=True)
-        return run.fixed_masks, tuple(w.width if m is None else m.kept for m, w in kept)
+        pairs = zip(run.fixed_masks, run.layers, strict=True)
+        return run.fixed_masks, tuple(w.width if m is None else m.kept for m, w in pairs)
     if not prompts and run.controller.selector.needs_evidence:
         raise ConfigError(
             f"method {run.config.method} selects neurons from a prompt: give --prompt or --text"
@@ -100,6 +102,6 @@ def choose_masks(run: Run, prompts: Sequence[Tensor], block: int) -> tuple[Masks
         evidence = summed(observed(), [layer.device for layer in layers])
         with torch.inference_mode(False):
             requested = selector.select(evidence).counts
-            whole = [math.ceil(count / block) * block for count in requested]
-            counts = [min(n, layer.width) for n, layer in zip(whole, layers, strict=True)]
+            rounded = [math.ceil(count / block) * block for count in requested]
+            counts = [min(n, layer.width) for n, layer in zip(rounded, layers, strict=True)]
             return selector.select(evidence, counts).masks, requested

@@ -1,4 +1,8 @@
-"""``prune(model, ...)``, ``Run``, and ``BoundMethod``: a method bound to a model."""
+"""``prune(model, ...)``, the ``Run`` that it returns, and ``BoundMethod``: a method and its model.
+
+A mask says which FFN neurons a layer keeps.  Masks are fixed in advance, or chosen from activations
+while the model runs; replacing chosen masks by new ones is a re-mask.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.checkpoint import checkpoint_facts, fingerprint, tokenizer_of
 from dart_llm.models.describe import ModelView, describe, weight_facts
 from dart_llm.patching.executors import check_executor, choose_executor, effective_executor
-from dart_llm.patching.executors.token_ffn import winner_rows
+from dart_llm.patching.executors.token_ffn import max_selecting_rows
 from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.accounting import Costs, known_bytes, run_report
 from dart_llm.pruning.clamp import ClampValues, make_clamp
@@ -38,7 +42,7 @@ logger = logging.getLogger("dart_llm")
 
 @dataclass(frozen=True)
 class PatchCosts:
-    """Costs of a patch: allocated bytes, whole steps, the report of a screened head."""
+    """Costs of a patched model: extra bytes, whole native steps, report of a screened head."""
 
     nbytes: int = 0
     steps: int = 0
@@ -51,7 +55,7 @@ class PatchCosts:
 
 
 def likelihood_config(config: PruneConfig) -> PruneConfig:
-    """``config`` for likelihood tasks: masks right after the prompt, no re-masks."""
+    """Return ``config`` with masks right after the prompt and no re-masks, for likelihood tasks."""
     return config.replace({"masking_step": 0, "min_evidence": 0, "drift": {"rule": "never"}})
 
 
@@ -59,11 +63,12 @@ def likelihood_config(config: PruneConfig) -> PruneConfig:
 class BoundMethod:
     """A configuration bound to a model's weights, statistics and fixed masks.
 
-    ``config`` None: the untouched model.  ``masks``: the user's, {layer: kept ids}.
-    ``fixed_masks``: one per layer (None: dense), calibrated or the user's; None: masks are chosen.
-    ``prior``: calibrated scores, [I] per layer, for ``prior_weight``.  ``learned``: the layers with
-    learned statistics; None: without.  ``notes``: remarks for readers of its results.  ``facts``:
-    further numbers for tables, such as ``weight_bytes``.
+    ``config``: None for the untouched model.  ``masks``: masks from the user, {layer: ids to keep}.
+    ``fixed_masks``: one mask per layer (None for a dense layer), calibrated or from the user; None
+    if masks are chosen while the model runs.  ``prior``: calibrated scores, [I] per layer, to which
+    ``prior_weight`` applies.  ``learned``: the layers' weights with learned statistics, or None.
+    ``notes``: remarks to show with the method's results.  ``facts``: further numbers for tables,
+    such as ``weight_bytes``.  ``from_user``: True if ``fixed_masks`` come from the user.
     """
 
     model: Any
@@ -77,11 +82,11 @@ class BoundMethod:
     name: str = ""
     learned: tuple[FfnWeights, ...] | None = None
     clamp: ClampValues | None = None
-    by_hand: bool = False  # whether ``fixed_masks`` are the user's
+    from_user: bool = False
 
     @property
     def label(self) -> str:
-        """``dense``, or method and sparsity as in ``dart@0.5``."""
+        """``dense``, or the method and the requested sparsity, as in ``dart@0.5``."""
         if self.name or self.config is None:
             return self.name or "dense"
         if self.masks is not None:
@@ -91,12 +96,12 @@ class BoundMethod:
 
     @property
     def method(self) -> str:
-        """Name of the method; for the untouched model or the user's masks, the label."""
+        """Name of the method, or the label for the untouched model and for the user's masks."""
         return self.label if self.config is None or self.masks is not None else self.config.method
 
     @property
     def requested(self) -> float | None:
-        """The requested sparsity; None if a table, ``auto`` or masks set the counts."""
+        """The requested sparsity; None if a table, strategy ``auto`` or masks set the counts."""
         if self.config is None:
             return 0.0
         fixed = self.config.budget.table is not None or self.config.score.strategy == "auto"
@@ -115,7 +120,7 @@ class BoundMethod:
 
     @cached_property
     def layers(self) -> tuple[FfnWeights, ...]:
-        """The weights of every FFN, with learned statistics and prior."""
+        """The weights of every FFN, with learned statistics and calibrated scores, if any."""
         score, layers = self.settings.score, self.learned
         layers = layers or self.view.weights(score.proxy_embedding, self.settings.seed)
         return layers if self.prior is None else with_parts(layers, prior=self.prior)
@@ -127,27 +132,27 @@ class BoundMethod:
 
     @property
     def dense(self) -> bool:
-        """Whether nothing is removed: sparsity 0, a table of ones, masks that keep everything."""
+        """True if no neuron is removed: sparsity 0, a table of ones, or masks that keep all."""
         fixed = self.fixed_masks
         return self.selector.removes_nothing if fixed is None else not any(fixed)
 
     def with_fixed_masks(self, remove: Ids | None = None) -> BoundMethod:
-        """A copy whose ``fixed_masks`` come from the user's masks or ``remove``, with the clamp.
+        """Return a copy whose ``fixed_masks`` combine the user's masks or ``remove`` and the clamp.
 
-        If no neurons are selected, the clamp alone becomes fixed masks.
+        If the method removes no neurons, the clamp alone becomes fixed masks.
         """
         fixed, clamp = self.fixed_masks, self.selector.clamp
-        users = self.masks is not None or remove is not None
-        if users:
+        from_user = self.masks is not None or remove is not None
+        if from_user:
             fixed = user_masks(self.layers, self.masks, remove)
         if clamp.layers and (fixed is not None or self.selector.removes_nothing):
             fixed = clamp.of(fixed or (None,) * len(self.layers))
-        return replace(self, masks=None, fixed_masks=fixed, by_hand=self.by_hand or users)
+        return replace(self, masks=None, fixed_masks=fixed, from_user=self.from_user or from_user)
 
     def run(self, likelihood: bool = False, make: Callable[..., Run] | None = None) -> Run | None:
-        """A new, detached run; None for the untouched model.  ``make``: instead of ``Run``.
+        """Return a new, detached run; None for the untouched model.
 
-        ``likelihood``: with the settings of ``likelihood_config``.
+        ``likelihood``: use ``likelihood_config``.  ``make``: call this instead of ``Run``.
         """
         if self.config is None:
             return None
@@ -159,30 +164,30 @@ class BoundMethod:
     def controller(
         self, on_remask: RemaskHook | None = None, on_tokens: TokensHook | None = None
     ) -> PruningController:
-        """A new controller for this method."""
+        """Return a new controller for this method."""
         chosen = self.settings, self.layers, self.fixed_masks, on_remask, on_tokens
         return PruningController(*chosen, self.selector.clamp)
 
     def report(self, controller: PruningController, executor: str, costs: PatchCosts) -> RunReport:
-        """The report of what ``controller`` counted."""
+        """Return the report of the tokens and masks that ``controller`` counted."""
         sequences, config, view = controller.all_sequences(), self.settings, self.view
         executor = effective_executor(executor, costs.steps, sequences)
-        requested = self.selector.total_requested and not self.by_hand
-        blocks = all(in_blocks(layer.stored_up) for layer in self.layers)
+        requested = self.selector.total_requested and not self.from_user
+        quantized = all(in_blocks(layer.stored_up) for layer in self.layers)
         return run_report(
             sequences,
             Costs(self.layers, view.parameter_bytes, config.compensation, traffic=view.traffic),
             executor,
             costs.nbytes + known_bytes(self.layers, self.prior),
-            USER_MASKS if self.by_hand else config.method,
+            USER_MASKS if self.from_user else config.method,
             config.target if requested else None,
             costs.head,
-            winner_rows(config.token, executor, blocks),
+            max_selecting_rows(config.token, executor, quantized),
         )
 
 
 class Run:
-    """A model and a method to prune it, as returned by ``prune``: use it as a context manager.
+    """A model and a method that prunes it, as returned by ``prune``; use it as a context manager.
 
     ``controller`` and ``patch`` (None while detached) are read-only.
     """
@@ -216,8 +221,8 @@ class Run:
         check_executor(method.view.blocks, method.selector, model, selects)
         if selects and config.calibration is not None and prior is None:
             raise ConfigError(
-                f'method "{config.method}" takes its {config.calibration.purpose} from '
-                "calibration, which prune does not do: use dart_llm.session.run.prepare("
+                f'method "{config.method}" gets its {config.calibration.purpose} from '
+                "calibration, and prune does not calibrate: use dart_llm.session.run.prepare("
                 f"model, tokenizer, config), or dart-llm eval --method {config.method}"
             )
 
@@ -228,7 +233,7 @@ class Run:
 
     @property
     def fixed_masks(self) -> Masks | None:
-        """Fixed masks, one per layer; None if masks are chosen."""
+        """Fixed masks, one per layer; None if masks are chosen while the model runs."""
         return self._method.fixed_masks
 
     def _notify(self, remask: Remask, state: SequenceState) -> None:
@@ -242,9 +247,9 @@ class Run:
             self.tracing.remask(remask, state)
 
     def _new_controller(self) -> PruningController:
-        def on_tokens(*settled: Any) -> None:
+        def on_tokens(*settled: Any) -> None:  # called when the tokens of a forward are final
             if self.tracing is not None:
-                self.tracing.take(*settled)
+                self.tracing.record(*settled)
 
         return self._method.controller(self._notify, on_tokens)
 
@@ -261,10 +266,10 @@ class Run:
         if self.patch is not None and self.patch.installed:
             raise AttachError("this run is attached already")
         if self.tracing is not None:
-            raise AttachError("this run is being traced: leave that block before you attach it")
+            raise AttachError("this run is being traced: leave the trace block before attaching")
         if not self.controller.sequence_count:  # the model may have moved since this run was made
             method = self._method = replace(self._method, learned=None)
-            # ``hold`` may end fixed masks later, except those given at the start
+            # needed even if ``hold`` has fixed masks now, because ``hold(None)`` ends that
             if self._first_masks is None and not method.selector.removes_nothing:
                 learned = self_calibrate(self.model, self.config, method.layers)
                 self._method = replace(method, learned=learned)
@@ -272,7 +277,7 @@ class Run:
         method = self._method
         screen = learn_screen(self.model, self.config, method.layers)
         patch = ModelPatch(self.model, method.view, self.controller, self.executor, screen=screen)
-        self.patch = patch  # before ``install``, so that ``detach`` finds it after an error
+        self.patch = patch  # set before ``install``, so that ``detach`` removes it after an error
         patch.install()
         return self
 
@@ -293,7 +298,7 @@ class Run:
         try:
             return self.attach()
         except BaseException:
-            if self.patch is not before:  # interrupted after attaching: the block is not entered
+            if self.patch is not before:  # interrupted after attaching: no ``__exit__`` will follow
                 self.detach()
             raise
 
@@ -306,7 +311,7 @@ class Run:
         Raises ``AttachError`` while the run is traced: sequence numbers would repeat in the file.
         """
         if self.tracing is not None:
-            raise AttachError("this run is being traced: leave that block before it is reset")
+            raise AttachError("this run is being traced: leave the trace block before resetting")
         self.controller = self._new_controller()
         if self.patch is not None:
             self.patch.controller = self.controller
@@ -318,10 +323,10 @@ class Run:
 
     @contextmanager
     def decoding(self, prompt: bool = False) -> Iterator[None]:
-        """In this block, every forward that continues a cache counts as decode, at any length.
+        """In this block, forwards of any length that continue a cache count as decode forwards.
 
-        ``prompt``: so do forwards that start a sequence and the prompt step of ``generate``; fixed
-        masks (``hold``) then apply to the prompt too.  Raises ``AttachError`` if detached.
+        With ``prompt``, so do forwards that start a sequence, and the prompt step of ``generate``:
+        fixed masks (``hold``) then apply to the prompt too.  Raises ``AttachError`` if detached.
         """
         patch = self._attached("decoding")
         patch.forced_decode += 1
@@ -336,14 +341,14 @@ class Run:
     def trace(self, path: str | Path) -> Iterator[Trace]:
         """In this block, record which neurons each layer runs for each token; write it to ``path``.
 
-        The trace is kept in memory until the block is left, even by an error, and then written
-        (docs/trace.md).  Raises ``AttachError`` if detached or traced already; ``ConfigError`` for
+        The trace (docs/trace.md) is kept in memory, and written when the block is left, even by an
+        error.  Raises ``AttachError`` if detached or traced already; ``ConfigError`` for
         methods that select inputs instead of neurons (``teal``, ...); ``ResultsError`` if the file
         cannot be written.
         """
         patch = self._attached("trace")
         if self.tracing is not None:
-            raise AttachError("this run is being traced already: leave that block first")
+            raise AttachError("this run is being traced already: leave that trace block first")
         check_traceable(self.config)
         self.controller.flush()
         trace = Trace(patch, Path(path))
@@ -353,17 +358,17 @@ class Run:
             yield trace
         finally:
             try:
-                report = self.report()  # which accounts for the newest forward first
+                report = self.report()  # first, because this also traces the newest forward
                 trace.finish(self.model, report)
             finally:
                 self.tracing = None
                 patch.watch(None)
 
     def select(self) -> Masks:
-        """Masks and compensation from the tokens observed so far; None per dense layer.
+        """Choose masks, with compensation, from the tokens observed so far; None for a dense layer.
 
-        Changes nothing.  Raises ``AttachError`` if the configuration needs observed tokens and
-        there are none.
+        The masks are returned, not applied (see ``hold``).  Raises ``AttachError`` if the
+        configuration needs observed tokens and there are none.
         """
         fixed = self._method.fixed_masks
         masks = fixed if fixed is not None else self.controller.select()
@@ -379,11 +384,11 @@ class Run:
         self.reset()
 
     def branch(self) -> None:
-        """Keep the tokens decoded so far in the report, even if the next cache is shorter."""
+        """Count the tokens decoded so far, even if the next forward continues a shorter cache."""
         self.controller.branch()
 
     def tokens_until_change(self) -> int | None:
-        """Most tokens in one decode forward before the masks can change; None: no bound.
+        """Return how many tokens one decode forward may have before masks can change; None: any.
 
         Raises ``AttachError`` while ``generate`` runs.
         """
@@ -397,7 +402,7 @@ class Run:
         return str(self.controller.last_phase)
 
     def masks(self) -> dict[int, Tensor]:
-        """Kept neuron ids of the newest mask, [k] int64 on the host, by layer; no dense layers.
+        """Return the neurons that the newest mask keeps, by pruned layer: ids [k] int64 on the CPU.
 
         Raises ``AttachError`` before the first mask, ``ConfigError`` with per-token selection.
         """
@@ -412,7 +417,7 @@ class Run:
             if state.selection is not None:
                 return state.selection.masks
         if selector.removes_nothing:
-            raise AttachError("nothing is removed: give a sparsity above 0")
+            raise AttachError("this run removes no neurons: give a sparsity above 0")
         seen, left = 0.0, max(1, selector.config.min_evidence)
         if states:
             seen, left = states[-1].evidence_tokens, states[-1].tokens_to_mask
@@ -423,12 +428,12 @@ class Run:
 
     @property
     def remasks(self) -> tuple[Remask, ...]:
-        """Every mask that was built, in order."""
+        """The records of all masks that were built, in order."""
         return tuple(r for state in self.controller.all_sequences() for r in state.remasks)
 
     @property
     def drift_checks(self) -> tuple[DriftCheck, ...]:
-        """Every window that the drift detector completed, in order."""
+        """The records of all windows that the drift detector completed, in order."""
         self._catch_up()
         return tuple(self.controller.checks)
 
@@ -437,11 +442,11 @@ class Run:
         return self.patch is not None and self.patch.loop is not None
 
     def _catch_up(self) -> None:
-        if not self._generating:  # generate may still roll the newest forward back
+        if not self._generating:  # ``generate`` may still roll back the newest forward
             self.controller.flush()
 
     def report(self) -> RunReport:
-        """Sparsity, bytes and re-masks so far, in total and per sequence."""
+        """Return sparsity, bytes and re-masks so far, in total and per sequence."""
         self._catch_up()
         costs = self._costs if self.patch is None else PatchCosts.from_patch(self.patch)
         return self._method.report(self.controller, self.executor, costs)
@@ -452,7 +457,7 @@ class Run:
         return not self._method.dense
 
     def export(self, folder: str | Path) -> Path:
-        """Write the newest mask as a narrower checkpoint, with the tokenizer if there is one.
+        """Write a checkpoint with only the neurons that the newest mask keeps, and the tokenizer.
 
         Raises ``ConfigError`` unless every layer keeps the same number of neurons, and for low-rank
         compensation, which a checkpoint cannot express; ``AttachError`` before the first mask.
@@ -467,31 +472,31 @@ class Run:
 
 
 def identity(model: Any) -> dict[str, Any]:
-    """Identifies the checkpoint of ``model``: by its file's digest, or else its fingerprint."""
+    """Return what identifies the checkpoint of ``model``: its file's digest, or a fingerprint."""
     facts = checkpoint_facts(model)
     names = ("name", "sha256", "file_quantisation", "parameters")
-    recorded = {name: facts.get(name) for name in names}
-    return recorded if recorded["sha256"] else {**recorded, "fingerprint": fingerprint(model)}
+    marks = {name: facts.get(name) for name in names}
+    return marks if marks["sha256"] else {**marks, "fingerprint": fingerprint(model)}
 
 
 def stored_as(model: Any) -> str:
-    """How ``model`` stores its weights: in blocks, or in a dtype."""
+    """Return how ``model`` stores its weights: the quantization format, or else the dtype."""
     facts = checkpoint_facts(model)
     return str(facts.get("weights") or facts["dtype"])
 
 
 def other_model(method: str, model: Any) -> str:
-    """A warning if the setting ``file:...`` was measured on another checkpoint, else ""."""
-    kept, path = kept_setting(method), path_of(method)
-    if kept is None or path is None or not kept.model:
+    """Return a warning if the setting ``file:...`` was measured on another checkpoint, else ""."""
+    tuned, path = kept_setting(method), path_of(method)
+    if tuned is None or path is None or not tuned.model:
         return ""
     facts = identity(model)
-    marks = ("sha256", "fingerprint", "parameters")  # compare the first that both have
-    mark = next((name for name in marks if kept.model.get(name) and facts.get(name)), None)
-    if mark is None or kept.model[mark] == facts[mark]:
+    names = ("sha256", "fingerprint", "parameters")  # compare the first that both have
+    name = next((name for name in names if tuned.model.get(name) and facts.get(name)), None)
+    if name is None or tuned.model[name] == facts[name]:
         return ""
     return (
-        f"{path.name} was measured on {kept.model.get('name')}, not on {facts['name']}: run "
+        f"{path.name} was measured on {tuned.model.get('name')}, not on {facts['name']}: run "
         "dart-llm tune on this model before you trust it"
     )
 
@@ -510,13 +515,14 @@ def prune(
     """Prune the FFN neurons of ``model`` while it decodes.
 
     ``method``: a name (``dart-llm methods`` lists them), a ``PruneConfig``, or
-    ``file:setting.yaml``, which ``tune`` wrote; a warning is logged if it was measured on another
-    model.  ``sparsity``: fraction of all FFN neurons to remove, [0, 1).  ``masks``: {layer: neuron
-    ids to keep}, or ``remove``: {layer: ids to remove}, instead of chosen masks.  ``clamp``:
-    {layer: {neuron id: activation}} also fixes activations of decoded tokens, whatever the masks
-    (0.0: as if removed; with ``sparsity=0`` the clamp alone acts).  ``on_remask`` is called with
-    every new mask's record.  ``settings``: any field of ``PruneConfig``.  The model does not change
-    before the block is entered or ``attach`` is called.
+    ``file:setting.yaml``, as ``tune`` writes it; a warning is logged if that setting was measured
+    on another model.  ``sparsity``: fraction of all FFN neurons to remove, [0, 1).  ``masks``:
+    {layer: ids of neurons to keep}, or ``remove``: {layer: ids to remove}; no masks are chosen
+    then.  ``clamp``: {layer: {neuron id: activation}} fixes the activations of these neurons for
+    decoded tokens, whatever the masks (0.0 acts like removing a neuron; with ``sparsity=0`` only
+    the clamp acts).  ``on_remask`` is called with the record of every new mask.  ``settings``: any
+    field of ``PruneConfig``.  The model is changed only when the block is entered or ``attach`` is
+    called.
 
     Raises ``ConfigError`` for settings that do not fit (``UnknownName`` for names), and
     ``UnsupportedModel`` for a model that cannot be pruned.
@@ -526,18 +532,18 @@ def prune(
     >>> print(run.report())                                 # doctest: +SKIP
     """
     if sparsity is not None and (masks is not None or remove is not None):
-        raise ConfigError("masks= and remove= name the neurons themselves: drop the sparsity")
+        raise ConfigError("masks= and remove= already say what to remove: drop the sparsity")
     config = PruneConfig.build(method, sparsity=sparsity, **settings)
     if isinstance(method, str) and (note := other_model(method, model)):
         logger.warning(note)
     return Run(model, config, masks, remove, on_remask, clamp=clamp)
 
 
-# Methods with their statistics, ready to be measured on tasks.
+# Methods with their statistics, prepared for measurements on tasks.
 
 
 def is_untouched(config: PruneConfig) -> bool:
-    """Whether ``config`` changes nothing about the model, not even its executor."""
+    """Whether ``config`` leaves the model as it is: no pruning, executor or screened head."""
     plain = config.executor == "auto" and not config.screens
     return config.method == "dense" and config.target == 0 and plain
 
@@ -551,13 +557,15 @@ def prepare(
     say: Callable[[str], None] = logger.info,
     masks: Ids | None = None,
 ) -> BoundMethod:
-    """Calibrate and learn what ``config`` needs; None, or an untouched ``dense``: the model itself.
+    """Calibrate and learn what ``config`` needs, and bind it to ``model``.
 
-    ``calibration``: the text for static methods (data/documents.py; None: C4 from the hub).
-    ``cache_dir``: where calibrations and learned statistics are cached.  ``masks``: the user's,
-    {layer: ids to keep}; nothing is calibrated then.  ``say`` is called with progress lines.
+    ``config``: None, or ``dense`` without further settings, stands for the untouched model.
+    ``calibration``: the text for static methods (see data/documents.py); None: C4 from the hub.
+    ``cache_dir``: where calibrations and learned statistics are cached.  ``masks``: masks from the
+    user, {layer: ids to keep}, with which nothing is calibrated.  ``say`` is called with progress
+    lines.
 
-    Raises ``ConfigError`` for an unusable text, ``LoadError`` for one that cannot be loaded.
+    Raises ``ConfigError`` for an unusable text, ``LoadError`` for a text that cannot be loaded.
     """
     method = BoundMethod(model, tokenizer, config, masks)
     if masks is not None:
@@ -566,11 +574,11 @@ def prepare(
         return BoundMethod(model, tokenizer, None, facts=weight_facts(model))
     learn_screen(model, config, method.layers, cache_dir, say, tokenizer)
     if method.selector.removes_nothing:
-        how = "screened head" if config.screens else config.executor
-        return replace(method, name=f"dense, {how}" if config.method == "dense" else "")
-    if config.calibration is None:  # attaching would learn it, without progress or tokenizer
+        variant = "screened head" if config.screens else config.executor
+        return replace(method, name=f"dense, {variant}" if config.method == "dense" else "")
+    if config.calibration is None:  # attaching would learn too, but without say and tokenizer
         self_calibrate(model, config, method.layers, cache_dir, say, tokenizer)
         return method
-    ready = calibrate(model, tokenizer, config, calibration, cache_dir, say)
-    fixed, prior = ready.fixed_masks, ready.prior
-    return replace(method, fixed_masks=fixed, prior=prior, notes=(ready.note,))
+    result = calibrate(model, tokenizer, config, calibration, cache_dir, say)
+    fixed, prior = result.fixed_masks, result.prior
+    return replace(method, fixed_masks=fixed, prior=prior, notes=(result.note,))

@@ -1,6 +1,7 @@
-"""Traces: which neurons a run used for each token; ``Run.trace`` writes and ``read_trace`` reads.
+"""Traces record which neurons a run used for each token.
 
-The file is safetensors, one tensor per column; docs/trace.md describes it.
+``Run.trace`` writes a trace, ``read_trace`` reads it.  The file is safetensors, with one tensor per
+column; docs/trace.md describes it.
 """
 
 from __future__ import annotations
@@ -35,43 +36,43 @@ Array = NDArray[Any]
 FORMAT = "dart-llm trace 1"
 
 COLUMNS = ("sequence", "row", "position", "token_id", "phase", "mask")
-"""int32 [N], one number per token."""
+"""Columns of int32 [N], one number per token; ``mask`` is the index of a row of ``masks``."""
 
 PHASES = ("prefill", "observe", "pruned", "released")
-"""``phase`` is an index into this."""
+"""Names of the phases; the column ``phase`` has indices into this tuple."""
 
 DENSE = -1
-"""Value of ``mask`` for tokens that ran dense."""
+"""Value of the column ``mask`` for tokens that ran dense."""
 
 
 def hook_name(layer: int) -> str:
-    """TransformerLens' name for the activations of a layer's neurons, [batch, pos, d_mlp]."""
+    """Return TransformerLens' name for the activations of a layer's neurons, [B, T, I]."""
     return f"blocks.{layer}.mlp.hook_post"
 
 
 def layer_slices(widths: Sequence[int]) -> list[slice]:
-    """The bytes of each layer in a row of ``masks``, which has a bit per neuron."""
+    """Return the slice of each layer's bytes in a row of ``masks``, which has a bit per neuron."""
     ends = np.cumsum([-(-width // 8) for width in widths]).tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def check_traceable(config: PruneConfig) -> None:
-    """Raise ``ConfigError`` for a method that selects no neurons."""
+    """Raise ``ConfigError`` for a method that does not select neurons."""
     if config.token is not None and not TOKEN_RULES.get(config.token.rule).selects_neurons:
         raise ConfigError(
-            f"method {config.method} selects inputs of matrices, not neurons, so that there are "
-            "none to trace: use a method with masks, or dart-token"
+            f"method {config.method} selects inputs of matrices, not neurons, so it cannot be "
+            "traced: use a method with masks, or dart-token"
         )
 
 
 class Trace:
-    """Records a trace in memory; ``nbytes``, ``tokens``: size of the finished file."""
+    """Records a trace in memory; ``nbytes`` and ``tokens`` are those of the finished file."""
 
     def __init__(self, patch: ModelPatch, path: Path) -> None:
-        if isdir(path):  # os.path.isdir accepts any name
+        if isdir(path):  # os.path.isdir never raises, even for very long names
             raise ConfigError(f"the trace {path} is a folder: give the name of a file")
         if not isdir(path.parent):
-            raise ResultsError(f"cannot write the trace {path}: there is no such folder")
+            raise ResultsError(f"cannot write the trace {path}: its folder does not exist")
         self.path, self.nbytes, self.tokens = path, 0, 0
         self.remasks: list[dict[str, Any]] = []
         self._patch = patch
@@ -80,14 +81,15 @@ class Trace:
         self._slices = layer_slices(self._widths)
         self._ids: list[list[int]] | None = None
         self._masks: dict[int | None, tuple[Masks, int, Array, list[int]]] = {}
-        """By batch row: newest masks, their number, their bits, layers with per-token selection."""
+        """By batch row (None if rows share masks): the newest masks, their row in ``masks``, their
+        bits, and the layers with per-token selection."""
         self._before: dict[int | None, tuple[int, int]] = {}
-        """By batch row: the newest sequence with a mask, and that mask's number."""
+        """By batch row: the newest sequence with a mask, and the row in ``masks`` of that mask."""
         self._rows: list[tuple[int, ...]] = []
         self._bits: list[Array] = []
 
     def begin(self, ids: Tensor | None, decodes: bool) -> None:
-        """Begin a forward of token ids [B, T]; None if its input is embeddings."""
+        """Begin a forward of token ids [B, T]; ``ids`` is None if its input is embeddings."""
         self._ids = None if ids is None else ids.tolist()
 
     def remask(self, remask: Remask, state: SequenceState) -> None:
@@ -100,8 +102,8 @@ class Trace:
             numbers["mask"] = number
         self.remasks.append({**asdict(remask), **numbers})
 
-    def take(self, pending: PendingForward, accepted: int, states: list[SequenceState]) -> None:
-        """Record the first ``accepted`` tokens of a forward, which were kept."""
+    def record(self, pending: PendingForward, accepted: int, states: list[SequenceState]) -> None:
+        """Record the first ``accepted`` tokens of a forward; later tokens were rolled back."""
         call = pending.call
         for state, masks in zip(states, pending.plan.masks, strict=True) if accepted else ():
             phase, mask_of = PHASES.index(state.phase), self._masks_of(state.row, masks)
@@ -111,7 +113,7 @@ class Trace:
                 self._rows.append((state.sequence, row, call.cached + position, token, phase, mask))
 
     def _masks_of(self, row: int | None, masks: Masks | None) -> Callable[[int], int]:
-        """A function from a token's index in [B T] to the number of its mask."""
+        """Return a function from a token's index in [B T] to its mask's row in ``masks``."""
         if masks is None:
             return lambda token: DENSE
         number, bits, layers = self._number(row, masks)
@@ -128,7 +130,10 @@ class Trace:
         return add_selected
 
     def _number(self, row: int | None, masks: Masks) -> tuple[int, Array, list[int]]:
-        """Number of ``masks`` (``DENSE`` if tokens select), bits, layers with such selection."""
+        """Return the row of ``masks``, their bits and the layers with per-token selection.
+
+        The row is ``DENSE`` if there are such layers, because each token then adds its own row.
+        """
         cached = self._masks.get(row)
         if cached is None or cached[0] is not masks:
             bits = np.concatenate([_bits(*pair) for pair in zip(masks, self._widths, strict=True)])
@@ -142,7 +147,7 @@ class Trace:
         return len(self._bits) - 1
 
     def finish(self, model: Any, report: RunReport) -> None:
-        """Write the file."""
+        """Write the file; ``report``: the run's, for the metadata."""
         from safetensors.numpy import save
 
         names = {id(module): name for name, module in model.named_modules()}
@@ -153,8 +158,8 @@ class Trace:
         arrays["masks"] = np.array(self._bits, np.uint8).reshape(-1, self._slices[-1].stop)
         layers = []
         for layer, block in enumerate(self._blocks):
-            facts = {"layer": layer, "width": self._widths[layer], "hook": hook_name(layer)}
-            layers.append({**facts, "module": names.get(id(block.down), "")})
+            entry = {"layer": layer, "width": self._widths[layer], "hook": hook_name(layer)}
+            layers.append({**entry, "module": names.get(id(block.down), "")})
         checkpoint = checkpoint_facts(model)
         metadata = {
             "format": FORMAT,
@@ -175,9 +180,9 @@ class Trace:
 
 
 def _tokens(call: ForwardCall, count: int, row: int | None) -> Iterator[tuple[int, int]]:
-    """Row and index of the first ``count`` tokens of each row, or of ``row``.
+    """Yield (batch row, index) of the first ``count`` tokens of every row, or only of ``row``.
 
-    Leaves out padding and tokens after the end of a row.
+    Padding and the tokens of finished rows are skipped.
     """
     live = None if call.live is None else call.live.tolist()
     valid = None if call.valid is None else call.valid.tolist()
@@ -188,7 +193,7 @@ def _tokens(call: ForwardCall, count: int, row: int | None) -> Iterator[tuple[in
 
 
 def _bits(mask: LayerMask | None, width: int) -> Array:
-    """Bit i % 8 of byte i / 8 is set if neuron i is kept; all zeros if tokens select."""
+    """Return bytes with bit i % 8 of byte i / 8 set if neuron i is kept; all 0 if tokens select."""
     marks = np.full(width, mask is None)
     if mask is not None and not isinstance(mask, TokenMask):
         marks[mask.ids.cpu().numpy()] = True
@@ -196,7 +201,7 @@ def _bits(mask: LayerMask | None, width: int) -> Array:
 
 
 def _marks(bits: Array, width: int) -> Array:
-    """Unpacked ``bits``, [..., width] bool."""
+    """Return the unpacked ``bits``, [..., width] bool."""
     return np.unpackbits(bits, axis=-1, count=width, bitorder="little").astype(bool)
 
 
@@ -209,18 +214,18 @@ def read_trace(path: str | Path) -> TraceFile:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            facts = file.metadata() or {}
+            metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot read the trace {path}: {error}; trace it again") from None
-    if facts.get("format") != FORMAT:
-        raise ConfigError(f"{path} is not a {FORMAT}: give a file that run.trace wrote")
-    return TraceFile(dict(facts), arrays)
+    if metadata.get("format") != FORMAT:
+        raise ConfigError(f"{path} is not in format {FORMAT}: give a file that run.trace wrote")
+    return TraceFile(dict(metadata), arrays)
 
 
 @dataclass(frozen=True)
 class TraceFile:
-    """A trace from a file, of N tokens, M masks and L layers.
+    """A trace that was read from a file, with N tokens, M masks and L layers.
 
     ``facts``: the file's metadata, as strings.  ``arrays``: its columns, as numpy arrays by name.
     """
@@ -230,15 +235,16 @@ class TraceFile:
 
     @cached_property
     def layers(self) -> list[dict[str, Any]]:
-        """For each layer: ``layer``, ``width`` (neurons), ``hook`` (TransformerLens' name for its
-        activations) and ``module`` (the model's name for the module that reads them)."""
-        facts: list[dict[str, Any]] = json.loads(self.facts["layers"])
-        return facts
+        """For each layer: ``layer``, ``width`` (number of neurons), ``hook`` (TransformerLens' name
+        for their activations) and ``module`` (the model's name for the module that reads them)."""
+        layers: list[dict[str, Any]] = json.loads(self.facts["layers"])
+        return layers
 
     @cached_property
     def remasks(self) -> list[dict[str, Any]]:
-        """The records (``Remask``) of masks, with their row in ``masks``, ``mask`` (None if tokens
-        select), and the row of the previous mask, ``before`` (None if there was none)."""
+        """The records (``Remask``) of all masks.  Each also has ``mask``, the mask's row in
+        ``masks`` (None if each token selects its neurons), and ``before``, the row of the previous
+        mask of its sequence (None if there was none)."""
         records: list[dict[str, Any]] = json.loads(self.facts["remasks"])
         return records
 
@@ -252,9 +258,10 @@ class TraceFile:
         return layer_slices([layer["width"] for layer in self.layers])
 
     def neurons(self, mask: int, layer: int) -> Array:
-        """Ids of the neurons of ``layer`` that ran under row ``mask`` of ``masks`` (or ``DENSE``).
+        """Return the neurons of ``layer`` that ran under row ``mask`` of ``masks`` (or ``DENSE``).
 
-        Ascending, int64 [k].  Raises ``ConfigError`` for a mask or layer that does not exist.
+        The ids are ascending, int64 [k].  Raises ``ConfigError`` for a mask or layer that does not
+        exist.
         """
         count, layers = len(self.arrays["masks"]), len(self.layers)
         if not (DENSE <= mask < count and 0 <= layer < layers):
@@ -269,7 +276,7 @@ class TraceFile:
 
     @cached_property
     def stayed(self) -> Array:
-        """[N] bool: False for tokens that a later token of the same sequence and row replaced."""
+        """[N] bool: False for tokens that were rolled back and replaced by a later token."""
         sequences = np.stack([self.arrays[name] for name in ("sequence", "row")])
         stays = np.ones(sequences.shape[1], bool)
         for group in np.unique(sequences, axis=1).T:
@@ -280,9 +287,10 @@ class TraceFile:
         return stays
 
     def rows(self, layers: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
-        """One row per token and layer (``layers``, or all), e.g. for ``pandas.DataFrame``.
+        """Yield one row per token and layer (``layers``, or all), e.g. for ``pandas.DataFrame``.
 
-        ``neurons``: the ids that ran.  Raises ``ConfigError`` for a layer that does not exist.
+        ``neurons``: ids of the neurons that ran.  Raises ``ConfigError`` for a layer that does not
+        exist.
         """
         chosen = [*range(len(self.layers))] if layers is None else layers
         masks = {DENSE, *self.arrays["mask"].tolist()}
@@ -296,10 +304,11 @@ class TraceFile:
                 yield {**token, "layer": layer, "hook": hook_name(layer), "neurons": neurons}
 
     def remask_rows(self) -> Iterator[dict[str, Any]]:
-        """One row per re-mask and layer: the record, and the ids ``grown`` and ``dropped``.
+        """Yield one row per re-mask and layer: the record, and the ids ``grown`` and ``dropped``.
 
-        These are newly kept or no longer kept, compared with the previous mask of the sequence and
-        row, or with all neurons if there was none; None if every token selects.
+        The new mask keeps the ``grown`` neurons but not the ``dropped`` ones, and the previous mask
+        of the same sequence and row did the reverse; the first mask is compared with all neurons.
+        Both are None if each token selects its neurons.
         """
         for number, remask in enumerate(self.remasks):
             for layer, kept in enumerate(remask["kept"]):

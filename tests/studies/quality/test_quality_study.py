@@ -72,7 +72,7 @@ def test_bad_settings_are_one_sentence(given, error):
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("- a\n- b\n", "must hold names and values"),
+        ("- a\n- b\n", "must contain a mapping of names to values"),
         ("a: 3\n", 'the variant "a" of .* must be a mapping of settings: write a'),
         ("a: {sparsity: 0.5}\n", "sets sparsity, which only --sparsities may set: remove it"),
         ("a: {compensaton: true}\n", 'variant "a" of .*: unknown setting "compensaton"'),

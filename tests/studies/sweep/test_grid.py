@@ -133,7 +133,7 @@ REFUSED = [
     ({"tasks": "perplexity:no-such-text"}, 'unknown text "no-such-text"'),
     ({"models": []}, "no models were given"),
     ({"sparsities": "50"}, "did you mean 0.5"),
-    ({"sparsities": [[0.3]]}, "a list must have plain values"),
+    ({"sparsities": [[0.3]]}, "a list must contain single values"),
     ({"seeds": "-1"}, "seed -1"),
     ({"base_keep": 0.5}, "base_keep requires both"),
     ({"layers": "each"}, "require each other"),

@@ -1,4 +1,4 @@
-"""The executors: which one runs a model, and why others cannot."""
+"""Chooses the executor, which runs the pruned FFNs of a model, and reports why others cannot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Blocks = Sequence[FfnBlock]
 
 
 def unsupported_reason(executor: str, model: Any, blocks: Blocks) -> str | None:
-    """Why ``executor`` cannot run ``model``, and which one can; None if it can."""
+    """Return why ``executor`` cannot run ``model`` and which executor can; None if it can."""
     for reason, instead in _reasons(executor, model, blocks):
         cannot = f'executor "{executor}" cannot run {type(model).__name__}'
         return f'{cannot}: {reason}; use executor "{instead}" or "auto"'
@@ -30,7 +30,7 @@ def unsupported_reason(executor: str, model: Any, blocks: Blocks) -> str | None:
 
 
 def _reasons(executor: str, model: Any, blocks: Blocks) -> Iterator[tuple[str, str]]:
-    """Reasons, as clauses, each with the executor to use instead; ``masked`` runs any model."""
+    """Yield reasons, as clauses, each with the executor to use instead; ``masked`` has none."""
     if executor == "masked":
         return
     yield from _layer_reasons(blocks, [weights_unsupported_reason, _not_copied_reason], "masked")
@@ -68,12 +68,12 @@ def _no_triton_reason(block: FfnBlock) -> str | None:
 
 
 def choose_executor(selector: MaskSelector, blocks: Blocks, model: Any) -> str:
-    """The requested executor, or for ``auto`` the fastest supported: native, compact or masked.
+    """Return the requested executor, or for ``auto`` the fastest of native, compact and masked.
 
-    ``auto`` uses ``masked`` if every batch row has its own mask, if layers cannot be compacted, or
-    if no kernel implements the per-token rule.  It uses ``compact`` if nothing is pruned, so that
-    no bit of the result changes, and it never uses ``cuda``.  ``compact`` runs a layer like
-    ``masked`` if its projections compute something else than products with their weights.
+    ``auto`` uses ``masked`` if every batch row has its own mask, if weights cannot be
+    copied, or if no kernel implements the per-token rule.  It uses ``compact`` if nothing is
+    pruned, so that results stay equal to the last bit, and it never uses ``cuda``.  Under
+    ``compact``, a layer runs masked if its projections do more than multiply with their weights.
     """
     config = selector.config
     if config.executor != "auto":
@@ -93,7 +93,7 @@ def choose_executor(selector: MaskSelector, blocks: Blocks, model: Any) -> str:
 def check_executor(blocks: Blocks, selector: MaskSelector, model: Any, chooses: bool) -> None:
     """Raise ``ConfigError`` if this model's FFNs do not support the configuration.
 
-    ``chooses``: whether masks are computed instead of fixed.
+    ``chooses``: True if masks are chosen while the model runs, False if they are fixed.
     """
     executor = selector.config.executor
     if executor != "auto" and (reason := unsupported_reason(executor, model, blocks)):
@@ -102,22 +102,22 @@ def check_executor(blocks: Blocks, selector: MaskSelector, model: Any, chooses: 
     if offloaded and chooses and _reads_weights(selector, offloaded[0]):
         raise ConfigError(
             f"layer {offloaded[0]} is offloaded, so its weights cannot be read between forwards; "
-            "use compensation=False and a score of activations alone (normalized, magnitude)"
+            "use compensation=False and a score of activations only (normalized, magnitude)"
         )
 
 
 def _reads_weights(selector: MaskSelector, layer: int) -> bool:
-    """Whether masks depend on the weights of ``layer``, not on activations alone."""
+    """Whether masks depend on the weights of ``layer``, and not only on activations."""
     if selector.config.compensation:
         return True
     weights = selector.layers[layer]
     try:
         score = SCORES.get(selector.config.score.name)
         return bool(score(torch.zeros(weights.width), weights).is_meta)
-    except RuntimeError:  # activations and offloaded weights do not mix
+    except RuntimeError:  # the score combines activations with offloaded weights
         return True
 
 
 def effective_executor(executor: str, steps: int, states: Iterable[SequenceState]) -> str:
-    """``executor``, or ``WHOLE_STEPS`` if whole steps decoded tokens."""
+    """Return ``executor``, or ``WHOLE_STEPS`` if whole steps (one native call each) ran."""
     return WHOLE_STEPS if steps and any(state.decoded for state in states) else executor

@@ -1,4 +1,4 @@
-"""Executor cuda: one FFN in Triton kernels that read the kept neurons in place, by their ids.
+"""Executor cuda runs an FFN in Triton kernels that read the kept neurons in place, by their ids.
 
 Only this file imports triton.  With ``TRITON_INTERPRET=1``, set before the import, the kernels run
 on a CPU, slowly, for tests.  They compile for GPUs but have not run on one, so ``auto`` never
@@ -24,13 +24,13 @@ from dart_llm.pruning.compensation import LowRank
 from dart_llm.pruning.masks import LayerMask
 
 ROWS = 8
-"""Neurons per program in ``_rows``."""
+"""Number of neurons per program in ``_rows``."""
 
 COLUMNS, CHUNK = 128, 32
-"""Outputs per program of the down projection, and neurons that it reads at once."""
+"""Number of outputs per program in ``_sum``, and of neurons that it reads at once."""
 
 SPLITS = 32
-"""Most parts into which the neurons of an output are split; one program sums each part."""
+"""Maximum number of parts into which the neurons are split; one program sums each part."""
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _rows(x, first, second, ids, out, k, inputs, BLOCK: tl.constexpr, N: tl.cons
 
 @triton.jit
 def _sum(u, down, ids, out, k, outputs, part, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
-    """out[s, m, d] = sum of u[m, n] W[ids[n], d] over the n of part s; ``down``: neuron rows."""
+    """out[s, m, d] = sum of u[m, n] W[ids[n], d] over part s; ``down`` has a neuron per row."""
     m, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = d < outputs
@@ -77,18 +77,18 @@ def _sum(u, down, ids, out, k, outputs, part, COLUMNS: tl.constexpr, CHUNK: tl.c
 
 
 INTERPRETED = not isinstance(_rows, triton.JITFunction)
-"""Whether the kernels run on a CPU, step by step in Python."""
+"""True if the kernels run on a CPU, step by step in Python."""
 
 
 def _block(size: int) -> int:
-    """Number of inputs that a program reads at once."""
+    """Return how many inputs a program reads at once."""
     return min(256 if size < 2048 else 512, int(triton.next_power_of_2(size)))
 
 
 def rows(x: Tensor, matrices: tuple[Tensor, ...], ids: Tensor) -> Tensor:
-    """Products of x [M, D] with the rows ``ids`` of one or two matrices [I, D]: [1 or 2, M, k].
+    """Return the products of x [M, D] with the rows ``ids`` of one or two matrices [I, D].
 
-    Matrices are contiguous; the result is float32.
+    The matrices must be contiguous; the result is [1 or 2, M, k] float32.
     """
     (count, inputs), k = x.shape, ids.shape[-1]
     out = torch.empty(len(matrices), count, k, dtype=torch.float32, device=x.device)
@@ -99,7 +99,7 @@ def rows(x: Tensor, matrices: tuple[Tensor, ...], ids: Tensor) -> Tensor:
 
 
 def weighted_sum(u: Tensor, down: Tensor, ids: Tensor) -> Tensor:
-    """The rows ``ids`` of ``down`` [I, D], weighted by u [M, k] and summed: [M, D] float32."""
+    """Return [M, D] float32: the rows ``ids`` of ``down`` [I, D], weighted by u [M, k], summed."""
     (count, k), outputs = u.shape, down.shape[1]
     splits = min(SPLITS, triton.cdiv(k, 2 * CHUNK))
     part = triton.cdiv(triton.cdiv(k, splits), CHUNK) * CHUNK
@@ -118,9 +118,9 @@ def _launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **sizes: 
 
 
 def cuda_unsupported_reason(block: FfnBlock) -> str | None:
-    """Why the kernels cannot run ``block``, which must not be inline; None if they can."""
+    """Return why the kernels cannot run ``block``, which has its own module; None if they can."""
     if any(isinstance(part.weight, PackedTensor) for part in block.projections):
-        return "stores its weights in blocks"
+        return "has quantized weights"
     down = block.down.weight
     assert isinstance(down, Tensor)
     if down.device.type != "cuda" and not INTERPRETED:
@@ -129,7 +129,7 @@ def cuda_unsupported_reason(block: FfnBlock) -> str | None:
 
 
 class CudaFfn:
-    """The kept neurons of one block; a new mask only changes the ids.
+    """Runs the kept neurons of one block in the kernels; a new mask changes only the ids.
 
     ``matrices``: gate (or None), up and down, [I, D] each, one neuron per row.  Matrices that store
     neurons as columns (usually down) are copied for every mask.
@@ -147,7 +147,7 @@ class CudaFfn:
         self.linear: LowRank | None = None
 
     token_rows = 0
-    """Largest batch with per-token selection: not supported."""
+    """Largest batch with per-token selection; 0, because it is not supported."""
 
     @torch.no_grad()
     def load(self, mask: LayerMask) -> None:
@@ -164,7 +164,7 @@ class CudaFfn:
         self.mask = mask
 
     def run(self, x: Tensor) -> Tensor:
-        """z from the kept neurons alone.  x: [..., D]."""
+        """Return z [..., D] from only the kept neurons; x: [..., D]."""
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         assert self.mask is not None
         if len(flat) > STEP_ROWS or torch.compiler.is_compiling():
@@ -178,7 +178,7 @@ class CudaFfn:
         return z.reshape(x.shape)
 
     def _by_ids(self, x: Tensor, ids: Tensor) -> Tensor:
-        """z [M, D] float32 from the neurons ``ids`` [k], without bias."""
+        """Return z [M, D] float32 from the neurons ``ids`` [k], without bias."""
         *inputs, down = self.matrices
         assert down is not None
         parts = rows(x, tuple(m for m in inputs if m is not None), ids).unbind(0)
@@ -188,16 +188,18 @@ class CudaFfn:
         return weighted_sum(u.contiguous(), down, ids)
 
     def nbytes(self) -> int:
-        """Bytes of the copies and the bias, without the mask itself."""
+        """Return the bytes of the copies and the bias, without the mask itself."""
         weights = {_memory(part) for part in self.block.matrices() if part is not None}
         parts = [t for t in (*self.matrices, self.bias) if t is not None]
         return sum(t.numel() * t.element_size() for t in parts if _memory(t) not in weights)
 
 
-def _by_rows(old: Tensor | None, part: Tensor) -> Tensor:
-    """``part`` itself if its rows are contiguous, else a copy in ``old``."""
-    part = part.detach()
-    return part if part.is_contiguous() else buffer(old, tuple(part.shape), part).copy_(part)
+def _by_rows(old: Tensor | None, matrix: Tensor) -> Tensor:
+    """Return ``matrix`` if its rows are contiguous, else a copy, in ``old`` if it fits."""
+    matrix = matrix.detach()
+    if matrix.is_contiguous():
+        return matrix
+    return buffer(old, tuple(matrix.shape), matrix).copy_(matrix)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -1,4 +1,7 @@
-"""FFNs and other projections in native kernels, and the weight layout that the kernels need."""
+"""Runs FFNs and other projections in native kernels, which need a special layout of the weights.
+
+Packed matrices are quantized weights, as a GGUF file stores them.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,19 @@ from dart_llm.models.ffn import FfnBlock, matrix_of
 from dart_llm.models.packed import PackedTensor
 from dart_llm.native.build import ops
 from dart_llm.native.memory import RESERVE, available, private_maps
-from dart_llm.patching.executors.token_ffn import TokenFfn, most_rows
+from dart_llm.patching.executors.token_ffn import TokenFfn, max_rows
 from dart_llm.patching.executors.torch_ffn import run_rows, total_bias
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask
 
 
 class Layout:
-    """Parameters that were transposed in place, and packed matrices that were reordered.
+    """Transposes parameters in place and reorders packed matrices; ``restore`` undoes both.
 
     A down projection [D, I] stores a neuron as a column.  While a model is attached, its values are
-    transposed within their memory, so that a neuron is a row, which can be read without a second
-    copy.  Shape, values, name and address of the parameter stay the same.  A parameter must not
-    share its memory: see ``not_in_place_reason``.
+    transposed within their memory.  A neuron is then a row, which can be read without a second
+    copy of the weights.  Shape, values, name and address of the parameter stay the same.  A
+    parameter must not share its memory: see ``not_in_place_reason``.
 
     ``room``: memory for the compact weights of all layers.
     """
@@ -46,27 +49,28 @@ class Layout:
         return self.room.left() >= size or available() - size > RESERVE
 
     def neuron_rows(self, matrix: Tensor, parameter: nn.Parameter) -> Tensor:
-        """``matrix`` [I, D], a view of ``parameter`` or of its transpose, as contiguous rows.
+        """Return ``matrix`` [I, D], a view of ``parameter`` or its transpose, with contiguous rows.
 
-        Check ``not_in_place_reason`` first.  Raises ``ConfigError`` if it is not contiguous.
+        Check ``not_in_place_reason`` first.  Raises ``ConfigError`` if ``parameter`` is not
+        contiguous.
         """
         if matrix.is_contiguous():
             return matrix
         if not parameter.is_contiguous():
             raise ConfigError(
-                "native kernels transpose weights in place, and these are not contiguous: use "
-                "executor compact"
+                "native kernels transpose weights in place, but these weights are not contiguous: "
+                "use executor compact"
             )
-        # recorded first: an interrupt may come between two lines, but not within lay_out
+        # recorded first, because an interrupt may come between these lines, but not in lay_out
         self._transposed.append((parameter, parameter.data_ptr()))
         ops().lay_out(parameter, True)
         return parameter.data.t()
 
     def reorder(self, matrix: Any, order: str) -> Any:
-        """A packed matrix in ``order``, by rows or tiles; a copy if it is part of another one."""
+        """Return a packed matrix in ``order`` (rows or tiles); a copy if it is part of another."""
         if matrix.order() == order:
             return matrix
-        self._reordered.append((matrix, matrix.order()))  # first, as above
+        self._reordered.append((matrix, matrix.order()))  # recorded first, as above
         return ops().packed_turned(matrix, order, False)
 
     def restore(self) -> None:
@@ -79,7 +83,7 @@ class Layout:
             if not parameter.is_contiguous():
                 if parameter.data_ptr() == address:
                     ops().lay_out(parameter, False)
-                else:  # it was replaced or moved meanwhile, with its strides
+                else:  # it was replaced or moved meanwhile, and kept its strides
                     parameter.data = parameter.data.contiguous()
             self._transposed.pop()
         self.room = None
@@ -88,12 +92,12 @@ class Layout:
 def not_in_place_reason(
     model: nn.Module, blocks: Sequence[FfnBlock], others: Sequence[nn.Module] = ()
 ) -> str | None:
-    """Why some weights cannot be transposed in place as needed; None if all can.
+    """Return why some weights cannot be transposed in place as needed; None if all can.
 
     ``others``: projections outside the FFNs.  Requires the native kernels.
     """
-    wanted = [pair for block in blocks for pair in _not_in_rows(block)]
-    wanted += [
+    to_transpose = [pair for block in blocks for pair in _not_in_rows(block)]
+    to_transpose += [
         (_parameter(part), "a projection of the attention")
         for part in others
         if not matrix_of(part).is_contiguous()
@@ -101,16 +105,16 @@ def not_in_place_reason(
     names: dict[int, list[str]] = {}
     parameters = model.named_parameters(remove_duplicate=False)
     for name, tensor in chain(parameters, model.named_buffers(remove_duplicate=False)):
-        if wanted and type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu":
+        if to_transpose and type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu":
             names.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
-    private = list(private_maps()) if wanted else []
-    for weight, role in wanted:
+    private = list(private_maps()) if to_transpose else []
+    for weight, role in to_transpose:
         start = weight.data_ptr()
         end = start + weight.numel() * weight.element_size()
         if bool(weight.is_shared()):  # type: ignore[no-untyped-call]
             return f"{role} shares its memory with another process"
         if not weight.is_contiguous() or weight.untyped_storage().nbytes() != end - start:
-            return f"{role} is a view of something larger"
+            return f"{role} is a view of a larger tensor"
         if len(same := names.get(start, [])) > 1:
             return f"{' and '.join(same)} share the same memory"
         mapped = any(low <= start and end <= high for low, high in private)
@@ -120,7 +124,7 @@ def not_in_place_reason(
 
 
 def _not_in_rows(block: FfnBlock) -> Iterator[tuple[nn.Parameter, str]]:
-    """Weights of the projections whose neurons are columns, and their names in messages."""
+    """Yield the weights that store neurons as columns, and their names in messages."""
     _, up, down = block.matrices()
     for role, module, rows in (("up", block.up, up), ("down", block.down, down.t())):
         if not rows.is_contiguous() and (role == "down" or block.by_inputs):
@@ -130,13 +134,13 @@ def _not_in_rows(block: FfnBlock) -> Iterator[tuple[nn.Parameter, str]]:
 
 
 TILE = 16
-"""Rows of a packed matrix that are interleaved."""
+"""Number of rows of a packed matrix that are interleaved."""
 
 PADDING = 192
-"""Most bytes that a part of compact weights takes in addition to its rows."""
+"""Maximum number of bytes that a part of the compact weights needs in addition to its rows."""
 
 FEW = 32
-"""Most vectors for the kernel; more are multiplied by torch, with copied rows."""
+"""Maximum number of vectors for the kernel; torch multiplies more vectors, with copied rows."""
 
 ACTS: Mapping[int, Callable[[Tensor], Tensor]] = {
     0: F.silu,
@@ -149,11 +153,12 @@ ACTS: Mapping[int, Callable[[Tensor], Tensor]] = {
 
 
 class KernelMask(NamedTuple):
-    """Arguments of the kernels for one mask, in their order.
+    """Arguments of the kernels for one mask, in the kernels' order.
 
-    ``ids``: [k] int32, None for all; ``bias``: [D] float32; ``basis``, ``features``: [r, D];
-    ``choice``: how each token selects from ``ids``, None if it uses all of them; ``matrices``: for
-    packed weights, gate, up and down, with all neurons or with ``ids`` alone (compact weights).
+    ``ids``: kept neurons [k] int32, or None for all.  ``bias``: [D] float32.  ``basis`` and
+    ``features``: [r, D], of low-rank compensation.  ``choice``: how each token selects from
+    ``ids``; None if it uses all of them.  ``matrices``: for packed weights, gate, up and down, with
+    all neurons or only with ``ids`` (compact weights).
     """
 
     ids: Tensor | None = None
@@ -168,7 +173,7 @@ class KernelMask(NamedTuple):
 
 
 def act_number(act: Callable[[Tensor], Tensor]) -> int | None:
-    """The number in ``ACTS`` of an activation, found by its values on a grid; None if not there."""
+    """Return the number in ``ACTS`` of the activation with the same values on a grid, or None."""
     grid = torch.linspace(-6, 6, 193)
     try:
         values = act(grid)
@@ -179,7 +184,7 @@ def act_number(act: Callable[[Tensor], Tensor]) -> int | None:
 
 
 def native_unsupported_reason(block: FfnBlock) -> str | None:
-    """Why the kernels cannot run ``block``, which must not be inline; None if they can."""
+    """Return why the kernels cannot run ``block``, which has its own module; None if they can."""
     down = block.down.weight
     if not isinstance(down, Tensor) or down.device.type != "cpu":
         return "is not on the CPU"
@@ -188,17 +193,17 @@ def native_unsupported_reason(block: FfnBlock) -> str | None:
     if not all(isinstance(part.weight, nn.Parameter) for part in block.projections):
         return "has weights that are computed from others"
     if len({isinstance(part.weight, PackedTensor) for part in block.projections}) > 1:
-        return "stores only some of its matrices in blocks"
+        return "has both quantized and other matrices"
     gate, up, _ = block.matrices()
     if not up.is_contiguous() and not block.by_inputs:
-        return "stores its up projection by inputs"
+        return "stores its up projection by inputs, not by neurons"
     if gate is not None and not gate.is_contiguous():
-        return "stores its gate by inputs"
+        return "stores its gate by inputs, not by neurons"
     return None if act_number(block.act) is not None else "has an activation without a kernel"
 
 
 class NativeFfn:
-    """The kept neurons of one block; a new mask only changes the ids."""
+    """Runs the kept neurons of one block in native kernels; a new mask changes only the ids."""
 
     def __init__(self, block: FfnBlock, layout: Layout) -> None:
         number, reason = act_number(block.act), native_unsupported_reason(block)
@@ -226,7 +231,7 @@ class NativeFfn:
         self.kept = self.everything()
 
     def everything(self) -> KernelMask:
-        """Arguments that run all neurons."""
+        """Return the arguments that run all neurons."""
         bias = self.down_bias
         return KernelMask(bias=None if bias is None else bias.float(), matrices=self._packs)
 
@@ -237,14 +242,14 @@ class NativeFfn:
         Several tokens together would select most neurons.
         """
         rule = None if self.token is None else self.token.rule
-        return most_rows("native", rule.by_weights) if rule is not None and rule.native else 0
+        return max_rows("native", rule.by_weights) if rule is not None and rule.native else 0
 
     @torch.no_grad()
     def load(self, mask: LayerMask) -> None:
-        """Switch to a mask; a no-op when it is in force already."""
+        """Switch to a mask; does nothing if it is loaded already."""
         if mask is self.mask:
             return
-        self.mask = None  # an interrupt may come while compact weights are overwritten
+        self.mask = None  # until the end: an interrupt may leave compact weights half written
         with torch.inference_mode(False):
             linear = mask.low_rank
             basis = features = None
@@ -258,14 +263,14 @@ class NativeFfn:
         self.mask = mask
 
     def _matrices(self, ids: Tensor | None, per_token: bool) -> tuple[Any, ...]:
-        """The packed matrices to read under a mask.
+        """Return the packed matrices to read under a mask.
 
-        Scattered rows are slower to read than contiguous ones, so the rows that a sequence mask
-        keeps are copied if memory allows.  Rows that each token selects are read in place; if exact
-        activations select, that is the down projection alone.
+        Scattered rows are slower to read than contiguous rows, so the rows that a sequence mask
+        keeps are copied if memory allows.  Rows that each token selects are read in place.  If the
+        rule ranks neurons by exact activations, only rows of the down projection are selected.
         """
-        exact = self.token is not None and self.token.rule.by_weights
-        if ids is None and (not per_token or exact):
+        ranks_exactly = self.token is not None and self.token.rule.by_weights
+        if ids is None and (not per_token or ranks_exactly):
             self._copies = ()
             return self._packs
         old, self._copies = self._copies, ()
@@ -281,14 +286,14 @@ class NativeFfn:
         return self._copies
 
     def _fits(self, count: int) -> bool:
-        """Whether there is memory for compact weights of ``count`` neurons."""
+        """Whether there is enough memory for compact weights of ``count`` neurons."""
         *outer, down = self._packs
         parts = [part for matrix in outer for part in matrix.parts()] + [down.parts()[0]]
         rows, width = count + TILE - 1, self.block.down_width  # in whole tiles
         return self._layout.has_room(sum(t.nbytes * rows // width + PADDING for t in parts))
 
     def _choice(self, mask: TokenMask) -> Any:
-        """The data from which the kernels select ``mask.winners`` neurons."""
+        """Return the data from which the kernels select ``mask.winners`` neurons for each token."""
         assert self.token is not None
         rule: Any = self.token.rule
         mean, config = mask.mean, rule.config
@@ -302,9 +307,9 @@ class NativeFfn:
         )
 
     def run(self, x: Tensor) -> Tensor:
-        """z from the kept neurons alone.  x: [..., D]; ``token_rows`` vectors if tokens select."""
+        """Return z from only the kept neurons; x: [..., D], ``token_rows`` if tokens select."""
         flat, biases, kept = x.reshape(-1, x.shape[-1]), (self.gate_bias, self.up_bias), self.kept
-        # torch.compile traces no native call
+        # torch.compile cannot trace native calls
         if len(flat) <= FEW and not torch.compiler.is_compiling():
             matrices = kept.matrices or self._stored
             nones = (None,) * (3 - len(matrices))
@@ -318,7 +323,7 @@ class NativeFfn:
         return z.reshape(x.shape)  # type: ignore[no-any-return]
 
     def nbytes(self) -> int:
-        """Bytes for the loaded mask, without the mask itself."""
+        """Return the extra bytes for the loaded mask, without the mask itself."""
         weights = (t for t in self._stored if isinstance(t, PackedTensor))
         stored = {weight.matrix.parts()[0].data_ptr() for weight in weights}
         packs = (*self._copies, *self._packs)
@@ -335,10 +340,10 @@ def _parameter(module: nn.Module) -> nn.Parameter:
 def native_linears(
     model: nn.Module, blocks: tuple[FfnBlock, ...]
 ) -> Iterator[tuple[nn.Linear, Callable[..., Tensor]]]:
-    """The linear layers of ``model`` outside FFNs that the kernel can run, with new forwards.
+    """Yield the linear layers outside FFNs that the kernel can run, with their new forwards.
 
-    For the few vectors of a decode step, torch multiplies with a small matrix at a fraction of the
-    memory bandwidth.
+    For the few vectors of a decode step, torch reads a small matrix at only a fraction of
+    the memory bandwidth.
     """
     in_ffns = {id(part) for block in blocks for part in block.projections}
     for module in model.modules():
@@ -346,8 +351,8 @@ def native_linears(
             continue
         weight: Any = module.weight
         floats = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
-        torchs = forward_of(module)[0].__module__ == "torch.nn.modules.linear"
-        plain = torchs and "forward" not in module.__dict__
+        is_torchs = forward_of(module)[0].__module__ == "torch.nn.modules.linear"
+        plain = is_torchs and "forward" not in module.__dict__
         if plain and floats and type(weight) is nn.Parameter and weight.is_contiguous():
             yield module, functools.partial(_run_linear, module, ops().linear.default)
 

@@ -1,4 +1,7 @@
-"""A screened output head for decoded tokens, and measurements of its bytes and divergence."""
+"""A screened output head for decoded tokens, and measurements of its bytes and divergence.
+
+A low-bit screen scores the whole vocabulary roughly; only entries near the best are scored exactly.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from dart_llm.patching.executors.token_ffn import STEP_ROWS
 from dart_llm.pruning.records import HeadReport
 
 EVERY = 32
-"""Every this many screened tokens, one is also scored by the whole head, to measure the error."""
+"""One in this many screened tokens is checked: the whole head scores it too, for comparison."""
 
 
 class ScreenedHead:
@@ -38,7 +41,7 @@ class ScreenedHead:
         self.forget()
 
     def go_native(self, layout: Layout) -> None:
-        """Use the kernels from now on; reorders a packed head so that single rows can be read."""
+        """Use native kernels from now on; reorder a quantized head so that rows can be read."""
         weight: Any = self._weight
         if why_not() or weight.device.type != "cpu":
             return
@@ -49,9 +52,10 @@ class ScreenedHead:
             self._native = weight.dtype
 
     def forget(self) -> None:
-        """Reset the counts, for a new request."""
-        self._tokens = self._sampled = self._same = self._exact = 0
+        """Reset all counts, for a new request."""
+        self._tokens = self._checked = self._same = self._exact = 0
         self._divergence = 0.0
+        """Sum over the checked tokens; ``_same``: how many of them have the same best entry."""
 
     @property
     def _weight(self) -> Tensor:
@@ -67,35 +71,36 @@ class ScreenedHead:
         return scores.reshape(*hidden.shape[:-1], scores.shape[-1])
 
     def with_scores(self, call: TokenCall) -> TokenCall:
-        """``call``, changed to return logits if one of its tokens is sampled."""
-        return replace(call, forbidden=None) if self._sampled_rows(len(call.ids)) else call
+        """Return ``call``, changed to return logits if one of its tokens is checked."""
+        return replace(call, forbidden=None) if self._checked_rows(len(call.ids)) else call
 
     @torch.no_grad()
     def count(self, hidden: Tensor, logits: Tensor, exact: int) -> None:
-        """Count screened tokens with last hidden states [n, D]; ``exact``: entries that were read.
+        """Count n screened tokens, and check some of them against the whole head.
 
-        ``logits``: [n, V], as the model returns them; read only for sampled tokens.
+        ``hidden``: last hidden states [n, D].  ``logits``: [n, V], as the model returns them, used
+        only for checked tokens.  ``exact``: number of entries that were scored exactly.
         """
-        for row in self._sampled_rows(len(hidden)):
+        for row in self._checked_rows(len(hidden)):
             full = capped(F.linear(hidden[row : row + 1], self._weight), self._cap).float()
-            self._sampled += 1
+            self._checked += 1
             self._same += int(full.argmax() == logits[row : row + 1].float().argmax())
             self._divergence += float(divergence(full, logits[row : row + 1]))
         self._tokens += len(hidden)
         self._exact += exact
 
-    def _sampled_rows(self, count: int) -> range:
-        """Indices of the next tokens that are sampled: the very first, then every 32nd."""
+    def _checked_rows(self, count: int) -> range:
+        """Return the indices of the next tokens to check: the very first, then every 32nd."""
         return range(-self._tokens % EVERY, count, EVERY)
 
     def _by_kernels(self, hidden: Tensor) -> tuple[Tensor, int]:
         screen, weight = self.screen, self._weight if self._packed is None else None
-        read = (*screen.tensors(), screen.keep, screen.threshold, weight, self._packed)
-        scores, exact = ops().screened_head(hidden.contiguous(), *read)
+        arguments = (*screen.tensors(), screen.keep, screen.threshold, weight, self._packed)
+        scores, exact = ops().screened_head(hidden.contiguous(), *arguments)
         return scores, sum(exact)
 
     def _by_torch(self, hidden: Tensor) -> tuple[Tensor, int]:
-        """The same in PyTorch; reads only near entries for one token, all entries for several."""
+        """Do the same in PyTorch; only for a single token, this reads just the near entries."""
         rough = self.screen.rough(hidden)
         near = self.screen.near(rough)
         if len(hidden) > 1 or isinstance(self._weight, PackedTensor):
@@ -106,25 +111,25 @@ class ScreenedHead:
         return rough.to(hidden.dtype).index_copy(1, entries, exact), len(entries)
 
     def report(self) -> HeadReport | None:
-        """Measurements so far; None before the first token."""
+        """Return the measurements so far; None before the first token."""
         if not self._tokens:
             return None
         weight = self._weight
         exact = self._exact / self._tokens / len(weight)
         return HeadReport(
             tokens=self._tokens,
-            bytes_share=self.screen.nbytes() / weight.nbytes + exact + self._sampled / self._tokens,
-            sampled=self._sampled,
-            same_share=self._same / self._sampled,
-            kl=self._divergence / self._sampled,
+            bytes_share=self.screen.nbytes() / weight.nbytes + exact + self._checked / self._tokens,
+            sampled=self._checked,
+            same_share=self._same / self._checked,
+            kl=self._divergence / self._checked,
             share_of_bytes=weight.nbytes / self._all_bytes,
         )
 
     def nbytes(self) -> int:
-        """Bytes of the screen."""
+        """Return the bytes of the screen."""
         return sum(tensor.nbytes for tensor in self.screen.tensors())
 
 
 def capped(x: Tensor, cap: float) -> Tensor:
-    """cap tanh(x / cap), or x if ``cap`` is 0."""
+    """Return cap tanh(x / cap), or x if ``cap`` is 0."""
     return cap * torch.tanh(x / cap) if cap else x

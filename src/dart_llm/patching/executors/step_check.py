@@ -1,4 +1,4 @@
-"""Checks that whole decode steps compute the same as the model, by comparing one step of both."""
+"""Checks that whole steps (tokens decoded in one native call) compute the same as the model."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from dart_llm.patching.executors.native_ffn import NativeFfn
 from dart_llm.patching.executors.whole_step import native_decoder, norm_floats
 
 PROMPT = 6
-"""Tokens in the cache before that step."""
+"""Number of tokens in the cache before the compared step."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Largest relative difference (Frobenius norms) per layer that counts as rounding; tiny models of
-all families have 1e-7 and 2e-2.  Products with weights in blocks round their inputs to 8 bits and
-get the tolerance of bfloat16.
+"""Largest relative difference (Frobenius norms) per layer that counts as rounding.  Tiny models
+of all families differ by 1e-7 and 2e-2.  Products with quantized weights round their inputs to 8
+bits and get the tolerance of bfloat16.
 """
 
 
 def disagreement_reason(model: Any, ffns: Sequence[NativeFfn]) -> str | None:
-    """How a whole step differs from ``model``; None if it does not.
+    """Return how a whole step differs from ``model``; None if it does not.
 
-    Of layers that differ only in their weights, one is compared.  Call this after the weights are
-    laid out.
+    Of all layers that differ only in their weights, one is compared.  Call this after the weights
+    were laid out for the kernels.
     """
     from transformers import DynamicCache
 
@@ -40,7 +40,7 @@ def disagreement_reason(model: Any, ffns: Sequence[NativeFfn]) -> str | None:
         return "has layers that differ in their activation"
     parts, view, cache = step_parts(model), UnhookedView(), DynamicCache(config=text)
     pairs = zip(layers, cache.layers, strict=True)
-    marks = [(signature(layer), type(kept)) for layer, kept in pairs]
+    marks = [(signature(layer), type(cached)) for layer, cached in pairs]
     chosen = [index for index, mark in enumerate(marks) if mark not in marks[:index]]
     copies = [view.copy_of(layer) if i in chosen else _Skip() for i, layer in enumerate(layers)]
     view.copy_of(layers).__dict__["_modules"] = dict(zip(layers._modules, copies, strict=True))
@@ -52,10 +52,10 @@ def disagreement_reason(model: Any, ffns: Sequence[NativeFfn]) -> str | None:
         try:
             token, *expected = _model_step(model, view, cache, parts)
             result = _native_step(parts, [ffns[i] for i in chosen], token, cache, chosen)
-            agrees = all(_apart(a, b) <= tolerance for a, b in zip(result, expected, strict=True))
-        except Exception as error:  # its parts are not called like those of its model type
-            return f"cannot be run as a {text.model_type} model is ({type(error).__name__})"
-    return None if agrees else f"computes something else than a {text.model_type} model"
+            agrees = all(_error(a, b) <= tolerance for a, b in zip(result, expected, strict=True))
+        except Exception as error:  # its parts take other arguments than those of its model type
+            return f"cannot run like other {text.model_type} models ({type(error).__name__})"
+    return None if agrees else f"does not compute the same as a {text.model_type} model"
 
 
 class _Skip(nn.Module):
@@ -77,11 +77,11 @@ def _model_step(
     norm: Any = view.copy_of(getattr(decoder_of(model), parts.family.last_norm))
     hidden: list[Tensor] = []
 
-    def note(x: Tensor) -> Tensor:
+    def record_norm(x: Tensor) -> Tensor:
         hidden.append(norm.forward(x))
         return hidden[-1]
 
-    norm.__dict__["_compiled_call_impl"] = note
+    norm.__dict__["_compiled_call_impl"] = record_norm
     names = forward_names(type(model))  # type: ignore[arg-type]
     options = {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
     options |= {"output_attentions": False, "output_hidden_states": False}
@@ -111,8 +111,8 @@ def _native_step(
     return logits, hidden
 
 
-def _apart(result: Tensor, expected: Tensor) -> float:
-    """Relative difference; infinite if only one of two values is finite."""
+def _error(result: Tensor, expected: Tensor) -> float:
+    """Return the relative error; infinite if only one of two values is finite."""
     if result.shape != expected.shape or not torch.equal(result.isfinite(), expected.isfinite()):
         return float("inf")
     a, b = (t.float().nan_to_num(0, 0, 0) for t in (result, expected))

@@ -1,4 +1,4 @@
-"""One FFN block under per-token selection: a rule selects neurons, exact weights compute them."""
+"""One FFN block whose neurons a rule selects for each token; they use the exact weights."""
 
 from __future__ import annotations
 
@@ -26,37 +26,38 @@ STEP_ROWS = 8
 """Largest batch of a whole native step or of the cuda kernels."""
 
 WHOLE_STEPS = "native, whole steps"
-"""Name of executor native in reports if whole steps decoded tokens."""
+"""Name of executor native in reports if whole steps (one native call each) decoded tokens."""
 
 
-def most_rows(executor: str, by_weights: bool) -> int:
-    """Largest batch in which ``executor`` reads only the winners; 0: it always reads all neurons.
+def max_rows(executor: str, by_weights: bool) -> int:
+    """Return the largest batch in which ``executor`` reads only the neurons that tokens select.
 
-    ``by_weights``: weights in blocks rank the neurons themselves, by exact activations.
+    Returns 0 if it always reads all neurons.  ``by_weights``: True if the rule ranks neurons by
+    their exact activations, computed from quantized weights.
     """
     if executor == "native":
         return STEP_ROWS if by_weights else 1
     return STEP_ROWS if executor == WHOLE_STEPS else 0
 
 
-def winner_rows(config: TokenConfig | None, executor: str, blocks: bool) -> int:
-    """``most_rows`` for a configuration of per-token selection, or 0 without one.
+def max_selecting_rows(config: TokenConfig | None, executor: str, quantized: bool) -> int:
+    """Return ``max_rows`` for a configuration of per-token selection, or 0 for None.
 
-    ``blocks``: whether the weights are stored in low-bit blocks.
+    ``quantized``: whether the weights are stored in quantization blocks.
     """
     if config is None:
         return 0
-    rule: type[TokenRule] = TOKEN_RULES.get(config.rule).for_weights(config, blocks)
-    return most_rows(executor, rule.by_weights) if rule.native else 0
+    rule: type[TokenRule] = TOKEN_RULES.get(config.rule).for_weights(config, quantized)
+    return max_rows(executor, rule.by_weights) if rule.native else 0
 
 
 def warn_if_slower_than_dense(method: str, token: TokenFfn, executor: str, rows: int) -> None:
-    """Warn once if per-token selection is slower than dense here."""
+    """Warn once if per-token selection is slower than the dense model here."""
     native = token.rule.native
     if not native:
-        why = "it serves to compare quality at equal bytes; no kernel skips neurons for it"
-    elif rows > most_rows(executor, token.rule.by_weights):
-        why = f"executor native skips neurons for one row, whole steps for up to {STEP_ROWS}"
+        why = "no kernel skips neurons for it, because it serves to compare quality at equal bytes"
+    elif rows > max_rows(executor, token.rule.by_weights):
+        why = f"executor native skips neurons for one row (whole steps: up to {STEP_ROWS} rows)"
     else:
         return
     where = f"under executor {executor.partition(',')[0]}" if native else "in plain PyTorch"
@@ -70,7 +71,7 @@ def _warn_once(message: str, *values: object) -> None:
 
 
 class TokenFfn:
-    """One block whose tokens select neurons by ``rule``; computes all of them and masks."""
+    """One block whose tokens select neurons by ``rule``; computes all neurons and masks them."""
 
     def __init__(self, block: FfnBlock, rule: TokenRule) -> None:
         self.block, self.rule = block, rule
@@ -81,15 +82,15 @@ class TokenFfn:
     def run_dense(
         self, project: Project, x: Tensor, fed: Tensor, mask: TokenMask
     ) -> tuple[Tensor, Tensor]:
-        """``(u, z)`` by dense arithmetic, for any number of tokens.
+        """Return ``(u, z)``, computed with all neurons, for any number of tokens.
 
-        x: [B, T, .], input of the host; fed: [B, T, D], input of gate and up (the same except in
-        OPT).
+        x: [B, T, .], input of the module whose forward is replaced; fed: [B, T, D], input of gate
+        and up, which differs from x only in OPT.
         """
         if self.rule.selects_neurons:
             u = self.block.hidden(x)
-            none = torch.zeros(u.shape, dtype=torch.bool, device=u.device)
-            marks = none.scatter_(-1, self.rule.winners(fed, u, mask), True)
+            unselected = torch.zeros(u.shape, dtype=torch.bool, device=u.device)
+            marks = unselected.scatter_(-1, self.rule.winners(fed, u, mask), True)
             self.marks = marks if self.watched else None
             kept = (u if mask.mean is None else u - mask.mean.to(x)) * marks.to(x.dtype)
         else:
@@ -100,7 +101,7 @@ class TokenFfn:
     def attention_input(
         self, module: nn.Module, x: Tensor, masks: Sequence[LayerMask | None]
     ) -> Tensor:
-        """x [B, T, M] with the selected inputs of an attention projection; ``masks``: 1 or B."""
+        """Return x [B, T, M] with only an attention projection's selected inputs; 1 or B masks."""
         rule, matrix = self.rule, matrix_of(module)
         assert isinstance(rule, Teal)
         rows = zip(x.split(len(x) // len(masks)), masks, strict=True)  # type: ignore[no-untyped-call]
@@ -111,14 +112,14 @@ class TokenFfn:
 
 
 def token_ffn(block: FfnBlock, config: TokenConfig) -> TokenFfn:
-    """One block under the rule of ``config``.
+    """Return the block under the rule of ``config``.
 
     Raises ``ConfigError`` for an offloaded block, whose weights cannot be read between forwards.
     """
     if block.offloaded:
         raise ConfigError(
             f"layer {block.index} is offloaded, so no low-bit proxies of its weights can be "
-            "made: load the model without offloading, or use a method without token"
+            "made: load the model without offloading, or use a method with sequence masks"
         )
     rule = TOKEN_RULES.get(config.rule).for_weights(config, in_blocks(block.matrices()[1]))
     return TokenFfn(block, rule(block, config))

@@ -1,4 +1,4 @@
-"""One FFN block in PyTorch: all neurons multiplied by a mask, or the kept neurons alone.
+"""Runs one FFN block in PyTorch: all neurons multiplied by a mask, or only the kept neurons.
 
 x [..., D] is the block's input, z [..., D] its output, u [..., I] the down projection's input.
 """
@@ -26,7 +26,7 @@ def run_masked(
     bias: Tensor | None,
     linear: LowRank | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(u, z)`` by dense arithmetic; ``mask``: factor on u, [I] or [B, 1, I], None for ones."""
+    """Return ``(u, z)``, from all neurons; ``mask``: factor of u, [I] or [B, 1, I], None for 1."""
     u = block.hidden(x)
     z = project(u if mask is None else u * mask)
     z = z if bias is None else z + bias
@@ -34,13 +34,13 @@ def run_masked(
 
 
 class CompactFfn:
-    """Compact weights of one block: its kept rows and columns, refilled on every re-mask.
+    """Runs one block with compact weights: copies of the kept neurons, renewed by every new mask.
 
     ``rows``: [k or 2k, D], gate above up; ``columns``: [D, k].
     """
 
     token_rows = 0
-    """Largest batch with per-token selection: not supported."""
+    """Largest batch with per-token selection; 0, because it is not supported."""
 
     def __init__(self, block: FfnBlock) -> None:
         self.block = block
@@ -75,9 +75,9 @@ class CompactFfn:
     def _load_biases(self, mask: LayerMask) -> None:
         gate, up, down = self.block.biases()
         inputs = [up] if self.block.matrices()[0] is None else [gate, up]
-        some = next((bias for bias in inputs if bias is not None), None)
-        if some is not None:
-            zeros = torch.zeros_like(some)
+        example = next((bias for bias in inputs if bias is not None), None)
+        if example is not None:
+            zeros = torch.zeros_like(example)
             rows = [(zeros if bias is None else bias)[mask.ids] for bias in inputs]
             self.row_bias = torch.cat(rows)
         self.bias = down
@@ -85,7 +85,7 @@ class CompactFfn:
             self.bias = total.to(self.block.matrices()[1])
 
     def run(self, x: Tensor) -> Tensor:
-        """z from the kept neurons alone."""
+        """Return z from only the kept neurons."""
         assert self.rows is not None and self.columns is not None
         hidden = F.linear(x, self.rows, self.row_bias)
         if self.block.fused or self.block.gate is not None:
@@ -97,7 +97,7 @@ class CompactFfn:
         return z if self.linear is None else z + self.linear(x)
 
     def nbytes(self) -> int:
-        """Bytes of the compact weights, without the mask itself."""
+        """Return the bytes of the compact weights, without the mask itself."""
         others = (self.block.biases()[2], None if self.mask is None else self.mask.bias)
         bias = None if any(self.bias is other for other in others) else self.bias
         parts = (self.rows, self.columns, self.row_bias, bias)
@@ -111,7 +111,7 @@ def run_rows(
     ids: Tensor | None,
     act: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """z [M, D] without bias, for many vectors x [M, D]; copies the rows ``ids`` (None: all).
+    """Return z [M, D] without bias for many vectors x [M, D]; copies the rows ``ids`` (None: all).
 
     ``matrices``: gate (or None), up and down, [I, D] each; ``biases``: of gate and up.
     """
@@ -126,13 +126,13 @@ def run_rows(
 
 
 def total_bias(mask: LayerMask, down: Tensor | None) -> Tensor | None:
-    """Sum of the biases of down projection and mask, [D] float32; None if neither has one."""
+    """Return the bias of the down projection plus that of the mask, [D] float32, or None."""
     parts = [bias.float() for bias in (down, mask.bias) if bias is not None]
     return sum(parts[1:], parts[0]).contiguous() if parts else None
 
 
 def buffer(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """``old`` if it has this shape and the dtype of ``like``, else a new tensor."""
+    """Return ``old`` if it has this shape and the dtype of ``like``, else a new tensor."""
     if old is not None and old.shape == shape and old.dtype == like.dtype:
         return old
     return torch.empty(shape, dtype=like.dtype, device=like.device)

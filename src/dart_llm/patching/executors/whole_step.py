@@ -1,7 +1,8 @@
 """Whole decode steps of an attached model: one native call per step.
 
 Norms, attention, FFN and head of a step run in C++ (native/csrc/decode.cpp) on the model's weights,
-with the masks in force.  ``WholeSteps.forward`` replaces the forward of the whole model.
+with the masks of the current plan (what the controller has decided for this forward).
+``WholeSteps.forward`` replaces the forward of the whole model.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.token_level import TokenMask
 
 POSITIONS = 256
-"""Positions whose rotary angles are computed at a time."""
+"""Number of positions whose rotary angles are computed at a time."""
 
 TRUSTED = ("dart_llm.", "transformers.")
 """Packages whose hooks only read, so that whole steps may skip them."""
 
 PATCH = ("dart_llm.patching.", "transformers.")
-"""Packages whose hooks need nothing of a prompt except what the plan requests."""
+"""Packages whose hooks need no activations of a prompt except those that the plan requests."""
 
 
 class Hooks:
@@ -45,10 +46,10 @@ class Hooks:
         self._hooks = [h for m in inner for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._newest, self._foreign = (0, 0), False
         self.watched = False
-        """Whether, at the last check, any hook needed more of a prompt than the plan requests."""
+        """Whether the last check found a hook outside ``PATCH``, which prompts must not skip."""
 
     def foreign(self, again: bool = False) -> bool:
-        """Whether any hook is not of a ``TRUSTED`` package.
+        """Whether any hook belongs to a package that is not ``TRUSTED``.
 
         ``again``: check modules only if torch has registered a hook since the last check.
         """
@@ -58,8 +59,8 @@ class Hooks:
         if again and newest == self._newest[0] and not self._foreign:
             return False
         if (count := (newest, sum(map(len, self._hooks)))) != self._newest:
-            every = [hook for hooks in self._hooks for hook in hooks.values()]
-            owners = {getattr(hook, "__module__", "") for hook in every}
+            hooks = [hook for registered in self._hooks for hook in registered.values()]
+            owners = {getattr(hook, "__module__", "") for hook in hooks}
             self._foreign = any(not owner.startswith(TRUSTED) for owner in owners)
             self.watched = any(not owner.startswith(PATCH) for owner in owners)
             self._newest = count
@@ -69,8 +70,9 @@ class Hooks:
 class WholeSteps:
     """Runs decode steps, and prompts with packed weights, instead of ``model``.
 
-    ``ffns``: its blocks, laid out for the kernels; ``current``: returns the controller in force;
-    ``steps``: steps so far; ``head``: the screened head, None for the whole head.
+    ``ffns``: the model's FFN blocks, laid out for the kernels.  ``current``: returns the current
+    controller.  ``steps``: number of steps so far.  ``head``: the screened output head; None for
+    the whole head.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class WholeSteps:
         self._loaded: list[KernelMask | None] = [None] * len(ffns)
         self._cache: PreallocatedKVCache | None = None
         self._bound: Steps | None = None
-        """The steps object whose buffers the native object reads, but does not keep alive."""
+        """The object whose cache buffers the native decoder reads without keeping them alive."""
         self._angles: tuple[Tensor, ...] = ()
         self._dtype, self._windows = parts.head.dtype, parts.windows
         self._prompts = not parts.attention_cap and all(
@@ -98,7 +100,7 @@ class WholeSteps:
         self.steps = 0
 
     def use_head(self, head: ScreenedHead | None) -> None:
-        """Score tokens by ``head`` from now on; None: by the whole head."""
+        """Score tokens by ``head`` from now on, or by the whole head if it is None."""
         if head is None and self.head is not None:
             self.native.drop_screen()
         elif head is not None and head is not self.head:
@@ -107,7 +109,7 @@ class WholeSteps:
         self.head = head
 
     def unload(self) -> None:
-        """Run all neurons; drop masks and cache buffers."""
+        """Run all neurons from now on; drop masks and cache buffers."""
         self.load(())
         self._cache = None
 
@@ -123,15 +125,15 @@ class WholeSteps:
         return original(*args, **kwargs)
 
     def continues(self, cache: Any) -> bool:
-        """Whether the newest step used ``cache`` and nothing prevents another one."""
-        room = self._cache
-        ready = room is not None and room.of() is cache and room.ready(cache)
+        """Whether the newest step used ``cache``, and another step can follow it."""
+        buffers = self._cache
+        ready = buffers is not None and buffers.of() is cache and buffers.ready(cache)
         return ready and not self._must_run_modules(again=True)
 
     def decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:
-        """Logits [1, V] after ids [1, 1]; None if the plan in force needs the model.
+        """Return the logits [1, V] after ids [1, 1]; None if the current plan needs the model.
 
-        A shorter ``forward``, if the step ``continues`` on the cache.  ``forbidden``: see
+        A faster ``forward``, for steps that ``continues`` allows.  ``forbidden``: see
         ``TokenCall``.
         """
         return self._run_step(TokenCall(ids, cache, forbidden)) if self._load_plan() else None
@@ -153,7 +155,7 @@ class WholeSteps:
         return plan.signal and self._current().config.drift.signal != "hidden"
 
     def _load_plan(self) -> bool:
-        """Load the masks of the plan in force; False if a whole step does not support the plan."""
+        """Load the masks of the current plan; return whether a whole step supports the plan."""
         plan = self._current().plan
         if len(plan.masks) > 1 or self._signals_inside(plan) or (plan.observe and not plan.dense):
             return False
@@ -166,7 +168,7 @@ class WholeSteps:
         return True
 
     def load(self, masks: Sequence[LayerMask | None]) -> None:
-        """Use these masks from now on; () for all layers or None for one: all neurons."""
+        """Use these masks from now on; () runs all neurons, as None does in one layer."""
         if masks is self._masks and all(
             mask is None or ffn.mask is mask for mask, ffn in zip(masks, self._ffns, strict=False)
         ):
@@ -194,7 +196,7 @@ class WholeSteps:
         self._fresh = True
 
     def _run_step(self, call: TokenCall) -> Tensor:
-        """Logits [B, V] of a step, or with ``call.forbidden`` its tokens."""
+        """Return the logits [B, V] of a step, or with ``call.forbidden`` its tokens."""
         controller = self._current()
         plan = controller.plan
         if not self._fresh:
@@ -214,7 +216,8 @@ class WholeSteps:
     def _pass_on(self, controller: PruningController) -> None:
         """Pass the step's activations to the controller.
 
-        u and the FFNs' inputs, [L, B, .]; with ``stream`` also their outputs and the stream before.
+        These are u and the FFNs' inputs, [L, B, .]; if the plan requests the stream, also the FFNs'
+        outputs and the residual stream before them.
         """
         stream = controller.plan.stream
         parts = [t[:, :, None].unbind(0) for t in self.native.observed(stream)]
@@ -222,28 +225,28 @@ class WholeSteps:
         controller.observe_step({index: LayerObservation(*layer) for index, layer in layers})
 
     def step(self, call: TokenCall, observe: bool) -> tuple[Tensor, Tensor]:
-        """Decode one token of each row: logits [B, V] and the last hidden states [B, D].
+        """Decode one token of each row; return logits [B, V] and the last hidden states [B, D].
 
-        With ``call.forbidden``, the likeliest tokens [B], int64, may take the place of logits.
+        With ``call.forbidden``, the likeliest tokens [B], int64, may be returned instead of logits.
         """
-        cache, room = call.cache, self._cache
+        cache, buffers = call.cache, self._cache
         position, tokens = int(cache.get_seq_length()), call.ids.flatten().tolist()
-        if room is None or room.of() is not cache:
-            room = self._cache = PreallocatedKVCache(cache, self._windows)
-        room.prepare(cache)
-        if room.steps is not self._bound:  # passed once, not at every token
+        if buffers is None or buffers.of() is not cache:
+            buffers = self._cache = PreallocatedKVCache(cache, self._windows)
+        buffers.prepare(cache)
+        if buffers.steps is not self._bound:  # bound once, not at every token
             self._bound = None
-            self.native.bind(*room.places())
-            self._bound = room.steps
-        done, rotations = room.steps.done, self._rotations(position)
+            self.native.bind(*buffers.places())
+            self._bound = buffers.steps
+        done, rotations = buffers.steps.done, self._rotations(position)
         logits, hidden = self.native.step(
             tokens, done, position, *rotations, observe, call.forbidden
         )
-        room.advance()
+        buffers.advance()
         return logits, hidden
 
     def _rotations(self, position: int) -> tuple[Tensor, ...]:
-        """Cosines and sines of all positions up to at least ``position``."""
+        """Return cosines and sines of all positions up to at least ``position``."""
         if not self._angles or position >= len(self._angles[0]):
             count = (position // POSITIONS + 1) * POSITIONS
             with torch.inference_mode(False), torch.no_grad():
@@ -251,7 +254,7 @@ class WholeSteps:
         return self._angles
 
     def _prompt_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenCall | None:
-        """The prompt in a call of ``forward``; None if it cannot run natively."""
+        """Return the prompt in a call of ``forward``; None if it cannot run natively."""
         plan = self._current().plan
         dense = plan.dense and not plan.stream and not self._signals_inside(plan)
         if not self._prompts or self._hooks.watched or not dense:
@@ -260,53 +263,55 @@ class WholeSteps:
         return read_prompt(args, kwargs, self._windows, use_cache)
 
     def _run_prompt(self, call: TokenCall) -> Any:
-        """The model's output for a prompt."""
+        """Return the model's output for a prompt."""
         controller = self._current()
         plan = controller.plan
         self.load(())
-        self._refresh()  # at every prompt, as weights may have changed between two sequences
+        self._refresh()  # at every prompt, because weights may have changed since the last
         cache = new_cache(self._model) if call.cache is None and call.use_cache else call.cache
 
-        def see(layer: int, seen: LayerObservation) -> None:
-            controller.observe(layer, seen if plan.inputs else LayerObservation(seen.u))
+        def observe(layer: int, activations: LayerObservation) -> None:
+            requested = activations if plan.inputs else LayerObservation(activations.u)
+            controller.observe(layer, requested)
 
-        logits, hidden = self.prompt(call, cache, see if plan.observe else None)
+        logits, hidden = self.prompt(call, cache, observe if plan.observe else None)
         if plan.signal:
             controller.observe_signal(hidden)
         return as_output(logits, cache)
 
     def prompt(
-        self, call: TokenCall, cache: Any, see: Callable[[int, LayerObservation], None] | None
+        self, call: TokenCall, cache: Any, observe: Callable[[int, LayerObservation], None] | None
     ) -> tuple[Tensor, Tensor]:
-        """Logits [B, n, V] of a prompt and its last hidden states [B, T, D]; fills ``cache``.
+        """Return logits [B, n, V] of a prompt and its last hidden states [B, T, D]; fill ``cache``.
 
-        Calls ``see`` with the activations of each layer in turn.  No mask may be loaded.
+        Calls ``observe`` with the activations of each layer in turn.  No mask may be loaded.
         """
         rows, tokens = call.ids.shape
-        rotations, most, count = self._rotations(tokens - 1), few(), len(self._ffns)
-        on_blocks = rows * tokens <= most
-        stream, h = self.native.prompt_begin(call.ids, *rotations, on_blocks)
-        step = count if on_blocks and see is None else 1
+        rotations, limit, count = self._rotations(tokens - 1), few(), len(self._ffns)
+        on_packed = rows * tokens <= limit  # else weights are dequantized, layer by layer
+        stream, h = self.native.prompt_begin(call.ids, *rotations, on_packed)
+        step = count if on_packed and observe is None else 1
         for first in range(0, count, step):
             last = first + step
-            if on_blocks:
+            if on_packed:
                 parts = self.native.prompt_layers(
-                    first, last, stream, h, rows, *rotations, see is not None
+                    first, last, stream, h, rows, *rotations, observe is not None
                 )
             else:
-                *parts, h = self.native.prompt_layer(first, stream, h, rows, *rotations, most)
-            each = len(parts) // step
+                *parts, h = self.native.prompt_layer(first, stream, h, rows, *rotations, limit)
+            per_layer = len(parts) // step
             for index in range(first, last):
-                keys, values, *seen = parts[(index - first) * each : (index - first + 1) * each]
+                start = (index - first) * per_layer
+                keys, values, *seen = parts[start : start + per_layer]
                 if cache is not None:
                     fill_layer(cache, keys, values, index)
-                if see is not None:
-                    see(index, LayerObservation(*seen))
-        logits, hidden = self.native.prompt_end(h, rows, call.keep, most)
+                if observe is not None:
+                    observe(index, LayerObservation(*seen))
+        logits, hidden = self.native.prompt_end(h, rows, call.keep, limit)
         return logits, hidden
 
     def nbytes(self) -> int:
-        """Extra bytes: copied norms, angles, cache buffers and scratch memory, without masks."""
+        """Return the bytes of copied norms, angles, cache buffers and scratch memory."""
         copied = self._norms if self._dtype != torch.float32 else []
         cache = 0 if self._cache is None else self._cache.nbytes()
         return cache + int(self.native.nbytes()) + sum(t.nbytes for t in (*copied, *self._angles))
@@ -321,7 +326,7 @@ def _matrices(parts: StepParts, ffns: Sequence[NativeFfn]) -> Iterator[Tensor]:
 
 
 def native_decoder(parts: StepParts, norms: list[Tensor], ffns: Sequence[NativeFfn]) -> Any:
-    """The native decoder; see ops.cpp for the order of its arguments."""
+    """Return the native decoder; ops.cpp explains the order of its arguments."""
     weights = [parts.embedding, parts.head, parts.positions]
     for layer, ffn in zip(parts.layers, ffns, strict=True):
         rest = (None,) * (3 - len(layer.qkv))  # a fused projection takes the place of q
@@ -330,7 +335,7 @@ def native_decoder(parts: StepParts, norms: list[Tensor], ffns: Sequence[NativeF
     packed = {i: t.matrix for i, t in enumerate(weights) if isinstance(t, PackedTensor)}
     empty = torch.empty(0, dtype=parts.head.dtype, device="cpu")
     plain = [empty if t is None or i in packed else t for i, t in enumerate(weights)]
-    kind = {
+    flags = {
         "fused": len(parts.family.qkv) == 1,
         "by_heads": parts.family.by_heads,
         "over_all": parts.family.over_all,
@@ -339,7 +344,7 @@ def native_decoder(parts: StepParts, norms: list[Tensor], ffns: Sequence[NativeF
     }
     decoder: Any = torch.classes.dart_llm.Decoder(
         parts.sizes,
-        [name for name, holds in kind.items() if holds],
+        [name for name, is_set in flags.items() if is_set],
         [parts.eps, parts.scale, parts.embedding_scale, parts.attention_cap, parts.logits_cap],
         plain,
         norms,
@@ -352,17 +357,17 @@ def native_decoder(parts: StepParts, norms: list[Tensor], ffns: Sequence[NativeF
 
 
 def norm_floats(norms: Iterable[Norm | None]) -> list[Tensor]:
-    """Factors and biases as contiguous float32, for the kernels."""
+    """Return factors and biases as contiguous float32, for the kernels."""
     with torch.inference_mode(False), torch.no_grad():
         return [t.float().contiguous() for t in _norm_tensors(norms)]
 
 
 _NONE = torch.empty(0, device="cpu")
-"""Stands for a factor or bias that a norm does not have."""
+"""Stands for the factor or bias of a norm that has none."""
 
 
 def _norm_tensors(norms: Iterable[Norm | None]) -> Iterator[Tensor]:
-    """Factor and bias of each norm, as the model stores them."""
+    """Yield factor and bias of each norm, as the model stores them."""
     for norm in norms:
         for t in (None, None) if norm is None else (norm.factor, norm.bias):
             yield _NONE if t is None else t
