@@ -18,12 +18,12 @@
 : "${EMA_DECAY:=}"                    # decay of averaged activations; empty: sums
 : "${RANKING_METHOD:=}"               # max, mean, combined, product, magnitude; empty: the method's
 : "${PRUNE_STRATEGY:=topk}"           # topk, or auto: keep scores above the mean
-: "${KNOWLEDGE_DRIFT:=true}"          # true: re-mask on drift; false: never; empty: as the method
+: "${KNOWLEDGE_DRIFT:=true}"          # true: re-mask on drift; false: never re-mask; empty: the method's rule
 : "${PROMPT_TYPE:=custom}"            # custom, or mmlu: questions of PROMPT_SUBJECT, no answers
 : "${PROMPT_SUBJECT:=}"               # MMLU subjects, separated by commas or spaces
-: "${CUSTOM_PROMPT_TEXT:=}"           # the prompt, or the name of a shipped prompt or a file in datasets/
-: "${PROMPT_LENGTH:=}"                # cut the prompt to so many tokens; empty: the model's context
-: "${GENERATION:=300}"                # tokens to generate; 0 with an evaluation: no generation
+: "${CUSTOM_PROMPT_TEXT:=}"           # the prompt, or the name of an included prompt or of a file in datasets/
+: "${PROMPT_LENGTH:=}"                # maximum prompt length in tokens; empty: the model's context
+: "${GENERATION:=300}"                # tokens to generate; 0: evaluate only
 : "${EVAL_PERPLEXITY:=false}"         # measure perplexity, dense and pruned
 : "${PPL_DATASETS:=embedded}"         # embedded, wikitext2, c4, mmlu, or a text file
 : "${PPL_SUBJECTS:=}"                 # MMLU subjects for PPL_DATASETS=mmlu; empty: all

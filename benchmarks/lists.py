@@ -68,7 +68,8 @@ def data_sets() -> str:
         rows.append([f"`{data.name}`", source, data.split, columns, uses, licence])
     heads = ["name", "on the hub", "split", "columns", "used for", "licence"]
     table = markdown_table(heads, rows)
-    return f"{table}\n\n`make test-online` last passed: {LAST_RUN}."
+    result = f"last passed on {LAST_RUN}" if LAST_RUN else "has not been run yet"
+    return f"{table}\n\n`make test-online` {result}."
 
 
 def checkpoints() -> str:

@@ -124,7 +124,7 @@ def test_add_an_architecture():
 
 def test_a_score_becomes_a_method():
     """The file by itself, and what a package says of it."""
-    text = SECTIONS["Measure it beside GRIFFIN"]
+    text = SECTIONS["Compare it with GRIFFIN"]
     (project,) = re.findall(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     points = tomllib.loads(project)["project"]["entry-points"]
     assert set(points) == {SCORES.group, METHODS.group} == {"dart_llm.scores", "dart_llm.methods"}

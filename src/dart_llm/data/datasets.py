@@ -23,8 +23,8 @@ from pydantic.dataclasses import dataclass
 from dart_llm.errors import ConfigError, LoadError, MissingExtra, check_name
 from dart_llm.files import read_rows
 
-LAST_RUN = "never run"
-"""The date when ``make test-online`` last passed, or "never run"."""
+LAST_RUN: str | None = None
+"""The date when ``make test-online`` last passed; None if it has not been run yet."""
 
 USE_FILE = 'use a local file instead: text, or JSONL such as {"document": "...", "summary": "..."}'
 
