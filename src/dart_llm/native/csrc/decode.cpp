@@ -386,7 +386,7 @@ void Decoder::row(const Kernels& kernels, const Matrix& rows, int64_t index, flo
 Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t rows_)
     : jobs(int64_t(d.layers.size()) * JOBS + 2 + SCREEN_JOBS),
       threads(threads_),
-      positions(positions_),
+      positions(whole_lanes(positions_)),
       rows(rows_) {
   int64_t all = int64_t(d.layers.size()) * rows, each = threads * rows;
   stream.resize(rows * d.hidden);

@@ -451,20 +451,6 @@ void packed_round(const float* from, int64_t n, int8_t* levels, float* scales, f
   std::fill(small_sums + size / 16, small_sums + facts, 0.0f);
 }
 
-// e to the x, to about one part in 10^7; x is cut off where the result would leave float32.
-inline S::V exponential(S::V x) {
-  x = S::max(S::min(x, S::all(88.0f)), S::all(-87.0f));
-  auto whole = S::nearest(S::mul(x, S::all(1.44269504f)));
-  auto n = S::to_float(whole);
-  auto rest = S::fma(n, S::all(-0.693359375f), x);
-  rest = S::fma(n, S::all(2.12194440e-4f), rest);
-  auto y = S::all(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    y = S::fma(y, rest, S::all(c));
-  y = S::fma(S::mul(rest, rest), y, S::add(rest, S::all(1.0f)));
-  return S::mul(y, S::power_of_two(whole));
-}
-
 // to[i] = act(gate[i]) up[i], or act(up[i]) without a gate, of n values; room for whole vectors.
 void packed_activate(Act act, const float* gate, float* up, int64_t n) {
   if (act != Act::silu && act != Act::gelu_tanh) {
