@@ -384,7 +384,7 @@ void Decoder::row(const Kernels& kernels, const Matrix& rows, int64_t index, flo
 }
 
 Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t rows_)
-    : jobs(int64_t(d.layers.size()) * JOBS + 2 + SCREEN_JOBS),
+    : jobs(int64_t(d.layers.size()) * JOBS + 2 + SCREEN_JOBS, threads_),
       threads(threads_),
       positions(whole_lanes(positions_)),
       rows(rows_) {
@@ -417,7 +417,7 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t
 void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, const int64_t* tokens,
           const float* cosine, const float* sine, Scratch& scratch, int64_t member) {
   int64_t wide = widest(decoder), own = member * scratch.rows;
-  Member one{Worker(scratch.jobs),
+  Member one{Worker(scratch.jobs, member),
              kernels,
              decoder,
              cache,
