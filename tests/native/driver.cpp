@@ -85,7 +85,7 @@ void heads(const Kernels& k, Dtype dtype, int64_t size, int64_t n, float cap) {
   const int64_t stride = size + 3;
   Held keys = hold(dtype, drawn(n * stride)), values = hold(dtype, drawn(n * stride));
   std::vector<float> query = drawn(size), key = drawn(size), value = drawn(size);
-  std::vector<float> scores(n + 1), found(size), wanted(size);
+  std::vector<float> scores(whole_lanes(n + 1)), found(size), wanted(size);
   k.attend(dtype, query.data(), keys.bytes.data(), values.bytes.data(), n, stride, key.data(), value.data(),
            size, 0.4f, cap, scores.data(), found.data());
   std::vector<double> shares;

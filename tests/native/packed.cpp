@@ -272,19 +272,16 @@ void neurons(const Kernels& k, const Stored& m) {
   for (int64_t i = 0; i < p.rows; ++i)
     if (generator() % 2) all.push_back(int32_t(i));
   Values of_all = drawn(int64_t(all.size())), here(p.units() * UNIT), there(here.size());
-  std::vector<int32_t> scratch(here.size());
   std::vector<uint8_t> levels;
   Packed alone = kept_alone(p, all, levels);
   int64_t cut = int64_t(all.size()) / 2, rest = int64_t(all.size()) - cut;
   for (auto [matrix, sums] : {std::pair{&p, &here}, std::pair{(const Packed*)&alone, &there}}) {
-    k.packed.add_neurons(*matrix, all.data(), 0, of_all.data(), cut, sums->data(), scratch.data());
-    k.packed.add_neurons(*matrix, all.data() + cut, cut, of_all.data() + cut, rest, sums->data(),
-                         scratch.data());
+    k.packed.add_neurons(*matrix, all.data(), 0, of_all.data(), cut, sums->data());
+    k.packed.add_neurons(*matrix, all.data() + cut, cut, of_all.data() + cut, rest, sums->data());
   }
   if (here != there) std::printf("%s: proxies of neurons differ\n", about.c_str()), std::exit(1);
   int64_t room = p.units() * UNIT;
   Values sums(room);
-  std::vector<int32_t> whole(room);
   std::vector<double> wanted(p.columns), sizes(p.columns);
   for (int64_t first = 0; first < p.rows; first += p.block) {
     std::vector<int32_t> ids;
@@ -293,7 +290,7 @@ void neurons(const Kernels& k, const Stored& m) {
     if (ids.empty()) continue;
     Values u = drawn(int64_t(ids.size()));
     std::vector<double> plain = rounded(u, 0, int64_t(u.size()), GROUP);
-    k.packed.add_neurons(p, ids.data(), 0, u.data(), int64_t(u.size()), sums.data(), whole.data());
+    k.packed.add_neurons(p, ids.data(), 0, u.data(), int64_t(u.size()), sums.data());
     for (size_t j = 0; j < ids.size(); ++j)
       for (int64_t c = 0; c < p.columns; ++c) {
         double term = plain[j] * m.at(ids[j], c);
@@ -331,11 +328,10 @@ void exact(const Kernels& k, const char* name, int64_t rows, int64_t columns) {
     k.packed.matvec(m.packed, given_x.view(), 0, rows, y.data(), rows);
     near("exact products", y, wanted, wanted, 0);
   }
-  std::vector<int32_t> whole(sums.size());
   for (int32_t first = 0; first < columns; first += type.block) {
     std::vector<int32_t> ids(type.block);
     for (int32_t i = 0; i < type.block; ++i) ids[i] = first + i;
-    k.packed.add_neurons(rotary.packed, ids.data(), 0, &x[first], type.block, sums.data(), whole.data());
+    k.packed.add_neurons(rotary.packed, ids.data(), 0, &x[first], type.block, sums.data());
   }
   near("exact neurons", sums, wanted, wanted, 0);
 }
@@ -361,11 +357,10 @@ void ffns(const Kernels& k, const char* name, int64_t hidden, int64_t width, Act
   Input input{nullptr, x_wide.data(), 1, hidden, x.view()};
   int64_t room = down.packed.units() * UNIT, middle = f.kept / 2;
   Values sums(room), u(f.kept);
-  std::vector<int32_t> whole(room);
   packed_hidden(k, Dtype::bf16, f, input.rounded, 0, middle, u.data());
   packed_hidden(k, Dtype::bf16, f, input.rounded, middle, f.kept, u.data());
-  packed_output(k, f, u.data(), 0, middle, sums.data(), whole.data());
-  packed_output(k, f, u.data(), middle, f.kept, sums.data(), whole.data());
+  packed_output(k, f, u.data(), 0, middle, sums.data());
+  packed_output(k, f, u.data(), middle, f.kept, sums.data());
   if (odd) return;
   std::vector<double> wanted(f.kept), sizes(f.kept);
   for (int64_t j = 0; j < f.kept; ++j) {
@@ -412,7 +407,7 @@ void own_choices(const Kernels& k, const char* name, int64_t hidden, int64_t wid
   Worker team(jobs);
   select_by_activations(team, k, proxies, M, of_chosen, u.data(), f.kept, strength.data(), selected.data());
   int64_t room = down.packed.units() * UNIT;
-  std::vector<int32_t> whole(room), order_of(f.kept);
+  std::vector<int32_t> order_of(f.kept);
   for (int64_t m = 0; m < M; ++m, of_chosen.ids += f.kept) {
     const float* own = &all[m * f.kept];
     auto id = [&](int32_t j) { return some ? ids[j] : j; };
@@ -429,8 +424,8 @@ void own_choices(const Kernels& k, const char* name, int64_t hidden, int64_t wid
     }
     Ffn mask = f;
     mask.ids = wanted_ids.data(), mask.kept = of_chosen.kept;
-    packed_output(k, of_chosen, &u[m * f.kept], 0, mask.kept, sums.data(), whole.data());
-    packed_output(k, mask, wanted_u.data(), 0, mask.kept, wanted.data(), whole.data());
+    packed_output(k, of_chosen, &u[m * f.kept], 0, mask.kept, sums.data());
+    packed_output(k, mask, wanted_u.data(), 0, mask.kept, wanted.data());
     if (sums != wanted) std::printf("%s: the selected give something else\n", about.c_str()), std::exit(1);
   }
 }

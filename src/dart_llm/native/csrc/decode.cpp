@@ -49,7 +49,6 @@ struct Member : Worker {
   uint16_t* narrow;
   int8_t* levels;
   float *scales, *group_sums;
-  int32_t* whole;
   Likeliest* likeliest;  // [M]
 
   static int64_t parts_of(int64_t values) { return std::min(PARTS, 1 + values / LEAST); }
@@ -211,7 +210,7 @@ struct Member : Worker {
         Ffn mine = of_row(ffn, apart, m);
         int64_t end = std::min(begin + step, own.end), width = decoder.width;
         float* sum = to + m * sums_pitch(ffn);
-        if (ffn.packed_down) packed_output(kernels, mine, u + m * width, begin, end, sum, whole);
+        if (ffn.packed_down) packed_output(kernels, mine, u + m * width, begin, end, sum);
         else
           kernels.ffn(decoder.dtype, mine, one_of(decoder.dtype, given, m), begin, end, sum,
                       seen ? seen + m * width : nullptr, width);
@@ -384,9 +383,9 @@ void Decoder::row(const Kernels& kernels, const Matrix& rows, int64_t index, flo
 }
 
 Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t rows_)
-    : jobs(int64_t(d.layers.size()) * JOBS + 2 + SCREEN_JOBS),
+    : jobs(int64_t(d.layers.size()) * JOBS + 2 + SCREEN_JOBS, threads_),
       threads(threads_),
-      positions(positions_),
+      positions(whole_lanes(positions_)),
       rows(rows_) {
   int64_t all = int64_t(d.layers.size()) * rows, each = threads * rows;
   stream.resize(rows * d.hidden);
@@ -401,7 +400,6 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t
   levels.resize(each * padded(widest(d)));
   scales.resize(each * 2 * Rounded::facts(padded(widest(d))));
   group_sums.resize(scales.size());
-  whole.resize(threads * padded(d.hidden));
   likeliest.resize(each);
   strength.resize(rows * d.width);
   selected.resize(all * d.width);
@@ -417,7 +415,7 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t
 void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, const int64_t* tokens,
           const float* cosine, const float* sine, Scratch& scratch, int64_t member) {
   int64_t wide = widest(decoder), own = member * scratch.rows;
-  Member one{Worker(scratch.jobs),
+  Member one{Worker(scratch.jobs, member),
              kernels,
              decoder,
              cache,
@@ -431,7 +429,6 @@ void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, co
              scratch.levels.data() + own * padded(wide),
              scratch.scales.data() + own * 2 * Rounded::facts(padded(wide)),
              scratch.group_sums.data() + own * 2 * Rounded::facts(padded(wide)),
-             scratch.whole.data() + member * padded(decoder.hidden),
              scratch.likeliest.data() + own};
   one.run(tokens);
 }

@@ -87,7 +87,6 @@ struct Scratch {
   std::vector<uint16_t> narrow;
   std::vector<int8_t> levels;  // of inputs, rounded for packed matrices: by member
   std::vector<float> scales, group_sums;
-  std::vector<int32_t> whole;        // [threads, D]: sums of a group of neurons
   std::vector<float> strength;       // of a layer's neurons: [M, I]
   std::vector<int32_t> selected;     // each token's neurons: [L, M, candidates]
   std::vector<uint8_t> marks;        // the same as bits, where it is watched: [L, M, I / 8 rounded up]

@@ -103,8 +103,8 @@ struct Kernels {
   void (*fold)(Dtype, const void* rows, const int32_t* ids, int64_t n, int64_t size, const float* factors,
                int64_t count, int64_t begin, int64_t end, float* to);
   // One query head over n cached positions and the new one; out: [size] float32.
-  // keys, values: n rows, `stride` values apart, in the weights' dtype; scores: n + 1 of scratch;
-  // cap: c tanh(x / c) of every score, 0: none.
+  // keys, values: n rows, `stride` values apart, in the weights' dtype; scores: whole_lanes(n + 1)
+  // of scratch; cap: c tanh(x / c) of every score, 0: none.
   void (*attend)(Dtype, const float* query, const void* keys, const void* values, int64_t n, int64_t stride,
                  const float* new_key, const float* new_value, int64_t size, float scale, float cap,
                  float* scores, float* out);

@@ -14,16 +14,15 @@ namespace {
 struct S {
 #include "vectors_avx2.h"
   static constexpr int64_t FEW = 32;
-  static W dot8(W to, B levels, B x) {
-    B even = _mm256_and_si256(levels, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(levels, 8);
-    B x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
-    W sum = _mm256_add_epi32(_mm256_madd_epi16(even, x_even), _mm256_madd_epi16(odd, x_odd));
-    return _mm256_add_epi32(to, sum);
+  static constexpr int TAKEN = 128;
+  static W dot8(W to, B levels, B x) {  // 128 x 127 x 2 fits into 16 bits
+    B own = _mm256_xor_si256(levels, _mm256_set1_epi8(-128));
+    B pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(x, own));
+    return add(to, sum_pairs(pairs));
   }
-  static W dot4(W to, B levels, B x) {  // 15 x 127 x 2 fits into 16 bits
-    B pairs = _mm256_maddubs_epi16(levels, x);
-    return _mm256_add_epi32(to, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  }
+  static W dot6(W to, B levels, B x) { return add(to, sum_pairs(_mm256_maddubs_epi16(levels, x))); }
+  static W add_pairs(W to, B levels, B x) { return _mm256_add_epi16(to, _mm256_maddubs_epi16(levels, x)); }
+  static W sum_pairs(W pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 };
 constexpr const char* NAME = "avx2";
 }  // namespace

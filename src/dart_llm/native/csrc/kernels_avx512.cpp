@@ -18,16 +18,16 @@ struct S {
   static constexpr bool PAIRS = false;
   static V pairs(const bf16*) { return zero(); }
   static V dot_bf16(V a, V, V) { return a; }
+  static constexpr int TAKEN = 0;
   static W dot8(W to, B levels, B x) {
     B even = _mm512_and_si512(levels, _mm512_set1_epi16(255)), odd = _mm512_srli_epi16(levels, 8);
     B x_even = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), x_odd = _mm512_srai_epi16(x, 8);
     W sum = _mm512_add_epi32(_mm512_madd_epi16(even, x_even), _mm512_madd_epi16(odd, x_odd));
     return _mm512_add_epi32(to, sum);
   }
-  static W dot4(W to, B levels, B x) {  // 15 x 127 x 2 fits into 16 bits
-    B pairs = _mm512_maddubs_epi16(levels, x);
-    return _mm512_add_epi32(to, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-  }
+  static W dot6(W to, B levels, B x) { return add(to, sum_pairs(_mm512_maddubs_epi16(levels, x))); }
+  static W add_pairs(W to, B levels, B x) { return _mm512_add_epi16(to, _mm512_maddubs_epi16(levels, x)); }
+  static W sum_pairs(W pairs) { return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)); }
 };
 constexpr const char* NAME = "avx512";
 }  // namespace

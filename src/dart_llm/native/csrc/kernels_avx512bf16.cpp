@@ -35,8 +35,11 @@ struct S {
     return {reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(low, table)),
             reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(high, table))};
   }
+  static constexpr int TAKEN = 0;
   static W dot8(W to, B levels, B x) { return _mm512_dpbusd_epi32(to, levels, x); }
-  static W dot4(W to, B levels, B x) { return _mm512_dpbusd_epi32(to, levels, x); }
+  static W dot6(W to, B levels, B x) { return dot8(to, levels, x); }
+  static W add_pairs(W to, B levels, B x) { return dot8(to, levels, x); }
+  static W sum_pairs(W sums) { return sums; }
 };
 constexpr const char* NAME = "avx512bf16";
 }  // namespace

@@ -14,8 +14,11 @@ namespace {
 struct S {
 #include "vectors_avx2.h"
   static constexpr int64_t FEW = 256;
+  static constexpr int TAKEN = 0;
   static W dot8(W to, B levels, B x) { return _mm256_dpbusd_avx_epi32(to, levels, x); }
-  static W dot4(W to, B levels, B x) { return _mm256_dpbusd_avx_epi32(to, levels, x); }
+  static W dot6(W to, B levels, B x) { return dot8(to, levels, x); }
+  static W add_pairs(W to, B levels, B x) { return dot8(to, levels, x); }
+  static W sum_pairs(W sums) { return sums; }
 };
 constexpr const char* NAME = "avxvnni";
 }  // namespace

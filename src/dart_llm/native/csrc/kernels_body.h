@@ -383,6 +383,37 @@ inline void add_values(const T* values, int64_t stride, const float* shares, int
   add_rows<T, R, 1>(rows, by, size, out);
 }
 
+// e to the x, to about one part in 10^7; x is cut off where the result would leave float32.
+inline S::V exponential(S::V x) {
+  x = S::max(S::min(x, S::all(88.0f)), S::all(-87.0f));
+  auto whole = S::nearest(S::mul(x, S::all(1.44269504f)));
+  auto n = S::to_float(whole);
+  auto rest = S::fma(n, S::all(-0.693359375f), x);
+  rest = S::fma(n, S::all(2.12194440e-4f), rest);
+  auto y = S::all(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    y = S::fma(y, rest, S::all(c));
+  y = S::fma(S::mul(rest, rest), y, S::add(rest, S::all(1.0f)));
+  return S::mul(y, S::power_of_two(whole));
+}
+
+// scores[0..n) = exp(scale scores - their maximum), and 0 up to `room`, whole vectors; returns their sum.
+inline float soften(float* scores, int64_t n, int64_t room, float scale) {
+  std::fill(scores + n, scores + room, -INFINITY);
+  auto most = S::all(-INFINITY), total = S::zero(), by = S::all(scale);
+  for (int64_t i = 0; i < room; i += S::N) {
+    auto own = S::mul(S::load(scores + i), by);
+    S::store(scores + i, own), most = S::max(most, own);
+  }
+  auto largest = S::all(S::largest(most));
+  for (int64_t i = 0; i < room; i += S::N) {
+    S::store(scores + i, exponential(S::sub(S::load(scores + i), largest)));
+    if (i + S::N > n) std::fill(scores + std::max(i, n), scores + i + S::N, 0.0f);
+    total = S::add(total, S::load(scores + i));
+  }
+  return S::sum(total);
+}
+
 template <class T>
 void attend_head(const float* query, const T* keys, const T* values, int64_t n, int64_t stride,
                  const float* new_key, const float* new_value, int64_t size, float scale, float cap,
@@ -393,19 +424,14 @@ void attend_head(const float* query, const T* keys, const T* values, int64_t n, 
     key_dots<AT_ONCE>(query, keys + t * stride, stride, size, scores + t);
   for (; t < n; ++t) key_dots<1>(query, keys + t * stride, stride, size, scores + t);
   key_dots<1>(query, new_key, 0, size, scores + n);
-  float most = -INFINITY, total = 0;
-  for (t = 0; t <= n; ++t) {
-    scores[t] *= scale;
-    if (cap) scores[t] = cap * std::tanh(scores[t] / cap);
-    if (scores[t] > most) most = scores[t];
-  }
-  for (t = 0; t <= n; ++t) total += scores[t] = std::exp(scores[t] - most);
-  for (t = 0; t <= n; ++t) scores[t] /= total;
+  for (t = 0; t <= n && cap; ++t) scores[t] = cap * std::tanh(scale * scores[t] / cap);
+  float total = soften(scores, n + 1, (n + S::N) / S::N * S::N, cap ? 1 : scale);
   std::fill_n(out, size, 0.0f);
   for (t = 0; t + AT_ONCE <= n; t += AT_ONCE)
     add_values<AT_ONCE>(values + t * stride, stride, scores + t, size, out);
   for (; t < n; ++t) add_values<1>(values + t * stride, stride, scores + t, size, out);
   add_values<1>(new_value, 0, scores + n, size, out);
+  for (int64_t i = 0; i < size; ++i) out[i] /= total;
 }
 
 #define DART_BY_DTYPE(call)  \

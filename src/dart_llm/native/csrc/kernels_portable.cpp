@@ -98,22 +98,23 @@ struct S {
     for (int32_t& one : r.x) one = x;
     return r;
   }
-  static W load_whole(const int32_t* p) {
-    W r;
-    std::memcpy(r.x, p, sizeof r.x);
-    return r;
-  }
-  static void store_whole(int32_t* p, W x) { std::memcpy(p, x.x, sizeof x.x); }
   static V to_float(W x) {
     V r;
     for (int i = 0; i < N; ++i) r.x[i] = float(x.x[i]);
     return r;
   }
+  static constexpr int TAKEN = 0;
   static W dot8(W to, B levels, B x) {
     for (int i = 0; i < BYTES; ++i) to.x[i / 4] += int(levels.x[i]) * int(int8_t(x.x[i]));
     return to;
   }
-  static W dot4(W to, B levels, B x) { return dot8(to, levels, x); }
+  static W dot6(W to, B levels, B x) { return dot8(to, levels, x); }
+  static W add_pairs(W to, B levels, B x) { return dot8(to, levels, x); }
+  static W sum_pairs(W sums) { return sums; }
+  static W add(W a, W b) {
+    for (int i = 0; i < N; ++i) a.x[i] += b.x[i];
+    return a;
+  }
   static V level(const uint8_t* p) {
     V r;
     for (int i = 0; i < N; ++i) r.x[i] = p[i];

@@ -315,7 +315,6 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
   std::vector<float> u(size_t(count * f.kept));
   int64_t columns = down->packed.units() * dart::UNIT;
   Tensor parts = at::zeros({dart::PARTS, count, columns}, wide.options());
-  Tensor scratch = at::empty({dart::PARTS, columns}, wide.options().dtype(at::kInt));
   Tensor low = at::zeros({dart::PARTS, count, f.rank ? hidden : 0}, wide.options());
   dart::Input given = input(x, wide);
   dart::Jobs jobs(4);
@@ -340,8 +339,7 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
       dart::Ffn of_row = own;
       for (int64_t m = 0; m < count; ++m, of_row.ids += proxies.own() ? f.kept : 0)
         dart::packed_output(kernels, of_row, u.data() + m * f.kept, span.begin, span.end,
-                            parts.mutable_data_ptr<float>() + (one * count + m) * columns,
-                            scratch.mutable_data_ptr<int32_t>() + one * columns);
+                            parts.mutable_data_ptr<float>() + (one * count + m) * columns);
       span = dart::part(own.rank, one, number, 1);
       if (own.rank)
         kernels.low_rank(dtype, own, given, span.begin, span.end,

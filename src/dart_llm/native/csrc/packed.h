@@ -158,9 +158,9 @@ struct PackedKernels {
   void (*dots)(const Packed&, const Rounded& x, const int32_t* ids, int64_t first, int64_t n, float* y);
   // sums[:] += u[0] down[ids[0]] + ... + u[n - 1] down[ids[n - 1]]; neurons of one block, which lie
   // together, are rounded together.  Order::neurons.  place: of the first one where `down` holds
-  // kept neurons alone.  sums: whole units; whole: as many int32 of scratch.
+  // kept neurons alone.  sums: whole units.
   void (*add_neurons)(const Packed& down, const int32_t* ids, int64_t place, const float* u, int64_t n,
-                      float* sums, int32_t* whole);
+                      float* sums);
   // Rounds [n] floats to a vector of whole units.
   void (*round)(const float* from, int64_t n, int8_t* levels, float* scales, float* sums);
   // up[i] = act(gate[i]) up[i], or act(up[i]) where gate is null, of n values; room for 32.

@@ -2,15 +2,36 @@
 // kernels_*.cpp after kernels_body.h.
 //
 // S: BYTES of a vector of bytes B; bytes; low and high four bits of each; W: whole numbers of N
-// lanes; whole(int), load_whole, store_whole; dot8 and dot4 add to each lane the products of four
-// bytes of levels (0..255, 0..15) with four of an input (-127..127); to_float; spread<block>: a
-// unit's 2 or 4 factors, again and again; half, small: n <= N of float16 or int8 as floats;
-// interleave: see packed.h; level: N levels as floats.
+// lanes; whole(int); dot8 and dot6 add to each lane the products of four bytes of levels with four of
+// an input (-127..127): levels of 0..255, off which dot8 takes TAKEN, and of 0..63; add_pairs does so
+// in lanes that may have 16 bits, for sums that fit, and sum_pairs makes W of these; to_float;
+// spread<block>: a unit's 2 or 4 factors, again and again; half, small: n <= N of float16 or int8 as
+// floats; interleave: see packed.h; level: N levels as floats.
+//
+// BITS: the lowest ones of a level, in which it fits: 4, or 6 or 8 of a byte.
 
 template <int BITS>
 inline S::W dot(S::W to, S::B levels, S::B x) {
-  if constexpr (BITS == 4) return S::dot4(to, levels, x);
-  else return S::dot8(to, levels, x);
+  if constexpr (BITS == 8) return S::dot8(to, levels, x);
+  else return S::dot6(to, levels, x);
+}
+
+// What is added to a dot product of levels for every unit of the input's sum.
+template <int BITS>
+inline int bias_of(const Packed& p) {
+  return BITS == 8 ? S::TAKEN - p.bias : -p.bias;
+}
+
+constexpr int64_t bytes_of(int64_t levels, int bits) { return bits == 4 ? levels / 2 : levels; }
+
+// Calls go(BITS, block) for the levels of a matrix, both as types; no type has others.
+template <class Go>
+inline void by_levels(const Packed& p, const Go& go) {
+  using std::integral_constant;
+  if (p.bits == 4) go(integral_constant<int, 4>(), integral_constant<int, 32>());
+  else if (p.block == 16) go(integral_constant<int, 6>(), integral_constant<int, 16>());
+  else if (p.bias == 128) go(integral_constant<int, 8>(), integral_constant<int, 32>());
+  else go(integral_constant<int, 6>(), integral_constant<int, 32>());
 }
 
 constexpr int64_t CHUNK = 1024;  // columns whose factors are read at a time
@@ -65,7 +86,7 @@ struct RowDots {
   static void factors_of(const Packed& p, const Rounded& x, const int64_t* rows, int64_t first, int64_t n,
                          Scales& scales, typename S::V* rest) {
     const float *of_x = x.scales_of(SIZE) + first, *x_sums = x.sums_of(SIZE) + first;
-    auto bias = S::all(float(-p.bias));
+    auto bias = S::all(float(bias_of<BITS>(p)));
     for (int64_t b = 0; b < n; b += S::N) {
       auto by = S::load(of_x + b), sums = S::load(x_sums + b), biased = S::mul(bias, sums);
       for (int r = 0; r < R; ++r) {
@@ -87,7 +108,7 @@ struct RowDots {
       auto by = S::template spread<SIZE>(scales[r] + column / UNIT * (UNIT / SIZE));
       sum[r] = S::fma(found, by, sum[r]);
     };
-    if constexpr (BITS == 8) {
+    if constexpr (BITS != 4) {
       for (int64_t i = 0; i < left; i += STEP) {
         auto given = S::bytes(x + i);
         for (int r = 0; r < R; ++r) {
@@ -123,8 +144,8 @@ constexpr int64_t ROWS_AHEAD = 4096;  // bytes of levels that are asked for befo
 template <class Id>
 void packed_rows(const Packed& p, const Rounded& x, const Id& id, int64_t begin, int64_t end, float* y,
                  int64_t stride) {
-  auto go = [&](auto dots) {
-    using Dots = decltype(dots);
+  by_levels(p, [&](auto bits, auto size) {
+    using Dots = RowDots<bits, size>;
     constexpr int R = 4;
     int64_t place = begin, rows[R], later[R];
     auto clamped = [&](int64_t at) { return id(at < end ? at : end - 1); };
@@ -139,55 +160,62 @@ void packed_rows(const Packed& p, const Rounded& x, const Id& id, int64_t begin,
       for (int64_t m = 0; m < x.count; ++m)
         Dots::template run<1>(p, x.at(m), rows, later, y + m * stride + place);
     }
-  };
-  if (p.bits == 4 && p.block == 32) go(RowDots<4, 32>());
-  else if (p.bits == 4) go(RowDots<4, 16>());
-  else if (p.block == 32) go(RowDots<8, 32>());
-  else go(RowDots<8, 16>());
+  });
 }
 
 constexpr int64_t TILES_AHEAD = 2048;  // bytes of levels that are asked for before they are needed
 
-// Rows of a tile times M vectors, N rows at a time.
+// The rows of a tile times M vectors.
 template <int BITS, int SIZE>
 struct TileDots {
-  static constexpr int BLOCKS = UNIT / SIZE;
+  static constexpr int VECTORS = TILE / S::N, BLOCKS = UNIT / SIZE, FOURS = SIZE / 4;
+  static constexpr int BESIDE = BITS == 4 ? 2 : 1;  // blocks whose levels share bytes
+  // Fours whose sums of pairs fit into 16 bits: levels are at most 15, or in bytes 31, or 63 in blocks of 16.
+  static constexpr int SHORT = BITS == 4 ? 8 : SIZE == 32 ? 4 : 2;
 
   template <int M>
-  static void run(const Packed p, const Rounded& x, int64_t tile, int64_t part, float (*y)[TILE]) {
-    const uint8_t* levels = p.levels + tile * TILE * p.pitch + part * S::BYTES;
+  static void run(const Packed p, const Rounded& x, int64_t tile, float (*y)[TILE]) {
+    const uint8_t* levels = p.levels + tile * TILE * p.pitch;
     const int8_t* given[M];
     const float *scales[M], *sums[M];
-    typename S::V sum[M], bias = S::all(float(-p.bias)), above, above_offset;
+    typename S::V sum[M][VECTORS], above[VECTORS], above_offset[VECTORS];
+    auto bias = S::all(float(bias_of<BITS>(p)));
     for (int m = 0; m < M; ++m) {
       Rounded own = x.at(m);
       given[m] = own.levels, scales[m] = own.scales_of(SIZE), sums[m] = own.sums_of(SIZE);
-      sum[m] = S::zero();
+      for (auto& one : sum[m]) one = S::zero();
     }
-    above = above_offset = S::zero();
-    int64_t units = p.units(), place = tile * p.each() * TILE + part * S::N;
-    int64_t place_above = tile * p.supers_each() * TILE + part * S::N;
-    for (int64_t unit = 0; unit < units; ++unit, levels += TILE * UNIT * BITS / 8) {
-      typename S::W found[M][BLOCKS];
-      products<M>(levels, given, unit, part == 0, found);
-      if (p.scales.supers && unit % (SUPER / UNIT) == 0) {
-        int64_t at = place_above + unit * UNIT / SUPER * TILE;
-        above = S::half(p.scales.supers + at, S::N);
-        if (p.offsets.own) above_offset = S::half(p.offsets.supers + at, S::N);
-      }
+    for (int v = 0; v < VECTORS; ++v) above[v] = above_offset[v] = S::zero();
+    int64_t units = p.units(), place = tile * p.each() * TILE, place_above = tile * p.supers_each() * TILE;
+    for (int64_t unit = 0; unit < units; ++unit) {
+      if (p.scales.supers && unit % (SUPER / UNIT) == 0)
+        for (int v = 0; v < VECTORS; ++v, place_above += S::N) {
+          above[v] = S::half(p.scales.supers + place_above, S::N);
+          if (p.offsets.own) above_offset[v] = S::half(p.offsets.supers + place_above, S::N);
+        }
 #pragma GCC unroll 4
-      for (int b = 0; b < BLOCKS; ++b, place += TILE) {
-        int64_t of_x = unit * BLOCKS + (SIZE == 16 ? quarter_place(b) : b);
-        auto scale = factors(p.scales, place, above);
-        for (int m = 0; m < M; ++m) {
-          auto of_levels = S::all(sums[m][of_x]);
-          auto value = S::fma(S::to_float(found[m][b]), S::all(scales[m][of_x]), S::mul(bias, of_levels));
-          sum[m] = S::fma(scale, value, sum[m]);
-          if (p.offsets.own) sum[m] = S::fma(factors(p.offsets, place, above_offset), of_levels, sum[m]);
+      for (int first = 0; first < BLOCKS; first += BESIDE) {
+        typename S::W found[M][BESIDE][VECTORS];
+        products<M>(levels, given, unit * UNIT, first * FOURS, found);
+        levels += FOURS * 4 * TILE;
+        for (int b = 0; b < BESIDE; ++b, place += TILE) {
+          int64_t of_x = unit * BLOCKS + (SIZE == 16 ? quarter_place(first + b) : first + b);
+          for (int v = 0; v < VECTORS; ++v) {
+            auto scale = factors(p.scales, place + v * S::N, above[v]);
+            for (int m = 0; m < M; ++m) {
+              auto of_levels = S::all(sums[m][of_x]), by = S::all(scales[m][of_x]);
+              auto value = S::fma(S::to_float(found[m][b][v]), by, S::mul(bias, of_levels));
+              sum[m][v] = S::fma(scale, value, sum[m][v]);
+              if (p.offsets.own)
+                sum[m][v] =
+                    S::fma(factors(p.offsets, place + v * S::N, above_offset[v]), of_levels, sum[m][v]);
+            }
+          }
         }
       }
     }
-    for (int m = 0; m < M; ++m) S::store(y[m] + part * S::N, sum[m]);
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < VECTORS; ++v) S::store(y[m] + v * S::N, sum[m][v]);
   }
 
   static typename S::V factors(const Factors& f, int64_t at, typename S::V above) {
@@ -195,59 +223,58 @@ struct TileDots {
     return S::mul(S::small(static_cast<const int8_t*>(f.own) + at, S::N), above);
   }
 
-  // found[m][b] = of each row: the unit's levels of block b times those of x[m].
+  // found[m][b] = of each row: the levels of a block, whose fours begin at `first` of the unit at
+  // `column`, times those of x[m].
   template <int M>
-  static void products(const uint8_t* levels, const int8_t* const* x, int64_t unit, bool ask,
-                       typename S::W (*found)[BLOCKS]) {
-    for (int m = 0; m < M; ++m)
-      for (int b = 0; b < BLOCKS; ++b) found[m][b] = S::whole(0);
-    auto add = [&](int64_t four, typename S::B of_four) {
-      for (int m = 0; m < M; ++m) {
-        uint32_t given;
-        std::memcpy(&given, x[m] + unit * UNIT + 4 * four_of(four), 4);
-        auto& to = found[m][4 * four / SIZE];
-        to = dot<BITS>(to, of_four, S::same(given));
+  static void products(const uint8_t* levels, const int8_t* const* x, int64_t column, int64_t first,
+                       typename S::W (*found)[BESIDE][VECTORS]) {
+    typename S::W pairs[M][BESIDE][VECTORS];
+#pragma GCC unroll 8
+    for (int four = 0; four < FOURS; ++four) {
+      typename S::B own[BESIDE][VECTORS];
+      for (int v = 0; v < VECTORS; ++v) {
+        auto bytes = S::bytes(levels + 4 * TILE * four + v * S::BYTES);
+        own[0][v] = BITS == 4 ? S::low(bytes) : bytes;
+        if constexpr (BITS == 4) own[1][v] = S::high(bytes);
       }
-    };
-#pragma GCC unroll 16
-    for (int64_t four = 0; four < UNIT * BITS / 32; ++four) {
-      auto bytes = S::bytes(levels + 4 * TILE * four);
-      if (ask) __builtin_prefetch(levels + 4 * TILE * four + TILES_AHEAD);
-      if (BITS == 8) {
-        add(four, bytes);
-      } else {
-        add(four, S::low(bytes)), add(four + 8, S::high(bytes));
-      }
+      __builtin_prefetch(levels + 4 * TILE * four + TILES_AHEAD);
+      for (int m = 0; m < M; ++m)
+        for (int b = 0; b < BESIDE; ++b) {
+          uint32_t given;
+          std::memcpy(&given, x[m] + column + 4 * four_of(first + b * FOURS + four), 4);
+          auto same = S::same(given);
+          for (int v = 0; v < VECTORS; ++v) {
+            auto &to = found[m][b][v], &some = pairs[m][b][v];
+            if constexpr (BITS == 8) {
+              to = dot<BITS>(four ? to : S::whole(0), own[b][v], same);
+            } else {
+              some = S::add_pairs(four % SHORT ? some : S::whole(0), own[b][v], same);
+              if (four % SHORT == SHORT - 1)
+                to = four < SHORT ? S::sum_pairs(some) : S::add(to, S::sum_pairs(some));
+            }
+          }
+        }
     }
   }
 };
 
-template <int BITS, int SIZE>
-void tiles_of(const Packed& p, const Rounded& x, int64_t begin, int64_t end, float* y, int64_t stride,
-              int64_t origin) {
-  constexpr int MOST = S::N == 16 ? 4 : 2;  // vectors whose sums fit into registers
-  float found[MOST][TILE];
-  for (int64_t tile = begin / TILE; tile * TILE < end; ++tile)
-    for (int64_t m = 0; m < x.count;) {
-      int64_t count = x.count - m < MOST ? 1 : MOST;
-      for (int64_t part = 0; part < TILE / S::N; ++part) {
-        if (count == 1) TileDots<BITS, SIZE>::template run<1>(p, x.at(m), tile, part, found);
-        else TileDots<BITS, SIZE>::template run<MOST>(p, x.at(m), tile, part, found);
-      }
-      int64_t first = std::max(begin, tile * TILE), last = std::min(end, (tile + 1) * TILE);
-      for (int64_t i = 0; i < count; ++i, ++m)
-        std::copy(found[i] + first % TILE, found[i] + (last - tile * TILE),
-                  y + m * stride + (first - origin));
-    }
-}
-
 // y[m * stride + row - origin] = rows[row] . x[m] for begin <= row < end.
 void packed_tiles(const Packed& p, const Rounded& x, int64_t begin, int64_t end, float* y, int64_t stride,
                   int64_t origin) {
-  if (p.bits == 4 && p.block == 32) tiles_of<4, 32>(p, x, begin, end, y, stride, origin);
-  else if (p.bits == 4) tiles_of<4, 16>(p, x, begin, end, y, stride, origin);
-  else if (p.block == 32) tiles_of<8, 32>(p, x, begin, end, y, stride, origin);
-  else tiles_of<8, 16>(p, x, begin, end, y, stride, origin);
+  constexpr int MOST = S::N == 16 ? 4 : 2;  // vectors whose sums fit into registers
+  by_levels(p, [&](auto bits, auto size) {
+    float found[MOST][TILE];
+    for (int64_t tile = begin / TILE; tile * TILE < end; ++tile)
+      for (int64_t m = 0; m < x.count;) {
+        int64_t count = x.count - m < MOST ? 1 : MOST;
+        if (count == 1) TileDots<bits, size>::template run<1>(p, x.at(m), tile, found);
+        else TileDots<bits, size>::template run<MOST>(p, x.at(m), tile, found);
+        int64_t first = std::max(begin, tile * TILE), last = std::min(end, (tile + 1) * TILE);
+        for (int64_t i = 0; i < count; ++i, ++m)
+          std::copy(found[i] + first % TILE, found[i] + (last - tile * TILE),
+                    y + m * stride + (first - origin));
+      }
+  });
 }
 
 void packed_matvec(const Packed& p, const Rounded& x, int64_t begin, int64_t end, float* y, int64_t stride) {
@@ -261,69 +288,71 @@ void packed_dots(const Packed& p, const Rounded& x, const int32_t* ids, int64_t 
   else packed_rows(p, x, [&](int64_t j) { return first + j; }, 0, n, y, 0);
 }
 
-// `FOURS` times four neurons of a block: their rows, their inputs' levels of four a word, and the
-// rows that are needed next.
-template <int FOURS>
+// Rows of one block of neurons, in fours, and the levels of their inputs; as many rows that are needed next.
 struct Neurons {
-  const uint8_t* rows[4 * FOURS];
-  const uint8_t* next[4 * FOURS];
-  uint32_t inputs[FOURS];
+  const uint8_t* rows[GROUP];
+  const uint8_t* next[GROUP];
+  uint32_t inputs[GROUP / 4];
+  int64_t fours;
 };
 
-// whole[0..64) += neurons' levels times their inputs, of a unit; first: whole[..] = start + ...
-template <int FOURS, class Levels>
-static inline void add_unit(const Levels& levels, const S::B* inputs, bool first, S::W start,
-                            int32_t* whole) {
-  for (int v = 0; v < 4; ++v) {
-    auto sum = first ? start : S::load_whole(whole + 16 * v);
-    for (int f = 0; f < FOURS; ++f) sum = levels(sum, f, v, inputs[f]);
-    S::store_whole(whole + 16 * v, sum);
+// Asks for rows in the order of their addresses, in which memory is read fastest: 128 bytes at a time.
+class Ahead {
+ public:
+  Ahead(const uint8_t* const* rows, int64_t count, int64_t pitch)
+      : row_(rows), last_(rows + count - 1), at_(*rows), left_(pitch), pitch_(pitch) {}
+  void ask() {
+    __builtin_prefetch(at_), __builtin_prefetch(at_ + 64);
+    at_ += 128, left_ -= 128;
+    if (left_ <= 0 && row_ != last_) at_ = *++row_ - left_, left_ += pitch_;
   }
-}
 
-template <int BITS, int FOURS>
-static void add_some(const Packed& p, Neurons<FOURS>& n, bool first, int start, int32_t* whole) {
-  constexpr int64_t STEP = S::BYTES;
-  auto begin = S::whole(start);
-  int64_t columns = p.units() * UNIT, wide = BITS == 8 ? columns : columns / (2 * UNIT) * UNIT;
-  typename S::B inputs[FOURS], mixed[FOURS][4];
-  for (int f = 0; f < FOURS; ++f) inputs[f] = S::same(n.inputs[f]);
-  auto mix = [&](int64_t at, const auto& bytes) {
-    for (int f = 0; f < FOURS; ++f) {
-      typename S::B own[4];
-      for (int r = 0; r < 4; ++r) {
-        own[r] = bytes(n.rows[4 * f + r]);
-        __builtin_prefetch(n.next[4 * f + r] + at);
+ private:
+  const uint8_t *const *row_, *const *last_;
+  const uint8_t* at_;
+  int64_t left_, pitch_;
+};
+
+// Calls then(c, sums) for N columns from c on: the neurons' levels times their inputs.
+template <int BITS, class Then>
+inline void add_fours(const Neurons& n, int64_t columns, const Then& then) {
+  constexpr int64_t STEP = S::BYTES, UNITS = BITS == 4 ? 2 : 1;  // units to 64 bytes
+  Ahead ahead(n.next, 4 * n.fours, bytes_of(columns, BITS));
+  auto add = [&](auto units, int64_t column, const auto& bytes) {
+    typename S::W sums[units][4];
+    for (auto& of_unit : sums)
+      for (auto& one : of_unit) one = S::whole(0);
+    for (int64_t f = 0; f < n.fours; ++f) {
+      typename S::B own[4], mixed[4];
+      for (int r = 0; r < 4; ++r) own[r] = bytes(n.rows[4 * f + r]);
+      for (int64_t i = 0; i < STEP; i += 32) ahead.ask();
+      S::interleave(own, mixed);
+      auto inputs = S::same(n.inputs[f]);
+      for (int v = 0; v < 4; ++v) {
+        auto& first = sums[0][v];
+        if constexpr (BITS != 4) {
+          first = dot<BITS>(first, mixed[v], inputs);
+        } else if constexpr (units == 1) {
+          first = S::add_pairs(first, mixed[v], inputs);
+        } else {
+          first = S::add_pairs(first, S::low(mixed[v]), inputs);
+          sums[1][v] = S::add_pairs(sums[1][v], S::high(mixed[v]), inputs);
+        }
       }
-      S::interleave(own, mixed[f]);
     }
+    for (int64_t unit = 0; unit < units; ++unit)
+      for (int v = 0; v < 4; ++v)
+        then(column + unit * UNIT + 16 * v, BITS == 4 ? S::sum_pairs(sums[unit][v]) : sums[unit][v]);
   };
-  auto whole_byte = [&](typename S::W sum, int f, int v, typename S::B u) {
-    return S::dot8(sum, mixed[f][v], u);
-  };
-  auto last = [&](typename S::W sum, int f, int v, typename S::B u) { return S::dot4(sum, mixed[f][v], u); };
-  auto low = [&](typename S::W sum, int f, int v, typename S::B u) {
-    return S::dot4(sum, S::low(mixed[f][v]), u);
-  };
-  auto high = [&](typename S::W sum, int f, int v, typename S::B u) {
-    return S::dot4(sum, S::high(mixed[f][v]), u);
-  };
-  for (int64_t at = 0; at < wide; at += STEP) {
-    mix(at, [&](const uint8_t* row) { return S::bytes(row + at); });
-    int64_t place = at % UNIT / STEP * S::N;
-    if (BITS == 8) {
-      add_unit<FOURS>(whole_byte, inputs, first, begin, whole + at / UNIT * UNIT + place);
-    } else {
-      int32_t* to = whole + at / UNIT * 2 * UNIT + place;
-      add_unit<FOURS>(low, inputs, first, begin, to);
-      add_unit<FOURS>(high, inputs, first, begin, to + UNIT);
-    }
-  }
-  if (BITS == 4 && columns % (2 * UNIT))
-    for (int64_t j = 0; j < UNIT; j += STEP) {
-      mix(wide, [&](const uint8_t* row) { return S::last(row + wide, j); });
-      add_unit<FOURS>(last, inputs, first, begin, whole + 2 * wide + j / STEP * S::N);
-    }
+  int64_t wide = columns / (UNITS * UNIT) * UNIT;
+  auto column = [](int64_t at) { return at / UNIT * UNITS * UNIT + at % UNIT / STEP * S::N; };
+  for (int64_t at = 0; at < wide; at += STEP)
+    add(std::integral_constant<int, UNITS>(), column(at),
+        [=](const uint8_t* row) { return S::bytes(row + at); });
+  if (columns > wide * UNITS)
+    for (int64_t j = 0; j < UNIT; j += STEP)
+      add(std::integral_constant<int, 1>(), column(wide + j),
+          [=](const uint8_t* row) { return S::last(row + wide, j); });
 }
 
 // Factors of a group of neurons from column `c` on; asks for those of the next group.
@@ -338,18 +367,6 @@ inline S::V factors_of(const Packed& p, const Factors& f, int64_t group, int64_t
   __builtin_prefetch(own + columns);
   return S::mul(S::small(own, S::N),
                 S::half(f.supers + group / (p.block == 16 ? 16 : 8) * columns + c, S::N));
-}
-
-// to[c] += scale whole[c] times the scales of a group of neurons, and sum times their offsets.
-inline void add_factors(const Packed& p, int64_t group, const int32_t* whole, float scale, float sum,
-                        float* to) {
-  auto by = S::all(scale), offset = S::all(sum);
-  for (int64_t c = 0; c < p.units() * UNIT; c += S::N) {
-    auto value = S::mul(factors_of(p, p.scales, group, c), by);
-    auto found = S::fma(S::to_float(S::load_whole(whole + c)), value, S::load(to + c));
-    if (p.offsets.own) found = S::fma(factors_of(p, p.offsets, group, c), offset, found);
-    S::store(to + c, found);
-  }
 }
 
 // Rounds GROUP values to levels of 8 bits: their scale, and the sums of both halves' levels.  What is
@@ -381,46 +398,46 @@ struct Queue {
   int64_t place;  // of the first one, in a copy of kept neurons
 
   const uint8_t* row(int64_t i) const { return p.levels + (p.kept ? place + i : ids[i]) * p.pitch; }
+  // Row i of `left` that are known, or what lies behind the last one.
+  const uint8_t* later(int64_t i, int64_t left) const {
+    return i < left ? row(i) : row(left - 1) + (i - left + 1) * p.pitch;
+  }
 };
 
-// whole[:] = or += neurons `at` to `n` of a block, up to four times FOURS; `left` are in the queue.
-template <int FOURS>
-void add_next(const Queue& queue, const int8_t* levels, int64_t at, int64_t n, int64_t left, int start,
-              int32_t* whole) {
-  Neurons<FOURS> some;
-  std::memcpy(some.inputs, levels + at, 4 * FOURS);
-  int64_t later = std::min(at + 4 * FOURS, n);
-  for (int64_t r = 0; r < 4 * FOURS; ++r) {
-    some.rows[r] = queue.row(std::min(at + r, n - 1));
-    some.next[r] = queue.row(std::min(later + r, left - 1));
-  }
-  if (queue.p.bits == 4) add_some<4, FOURS>(queue.p, some, at == 0, start, whole);
-  else add_some<8, FOURS>(queue.p, some, at == 0, start, whole);
-}
-
-// Adds neurons 0 to n of a queue of `left`, which are of one block.
-void add_block(const Queue& queue, const float* u, int64_t n, int64_t left, float* sums, int32_t* whole) {
+// sums[:] += neurons 0 to n of a queue of `left`, which are of one block.
+void add_block(const Queue& queue, const float* u, int64_t n, int64_t left, float* sums) {
   float values[GROUP] = {};
   std::copy(u, u + n, values);
   int8_t levels[GROUP];
   int halves[2];
-  float scale = round_group(values, levels, halves);
+  float scale = round_group(values, levels, halves), total = float(halves[0] + halves[1]);
   if (scale == 0) return;
-  const Packed& p = queue.p;
-  int total = halves[0] + halves[1], start = -p.bias * total;
-  for (int64_t i = 0; i < n;) {
-    if (n - i > 4) add_next<2>(queue, levels, i, n, left, start, whole), i += 8;
-    else add_next<1>(queue, levels, i, n, left, start, whole), i += 4;
+  Neurons some;
+  some.fours = (n + 3) / 4;
+  std::memcpy(some.inputs, levels, sizeof levels);
+  for (int64_t r = 0; r < 4 * some.fours; ++r) {
+    some.rows[r] = queue.row(std::min(r, n - 1));
+    some.next[r] = queue.later(n + r, left);
   }
-  add_factors(p, queue.ids[0] / p.block, whole, scale, scale * float(total), sums);
+  const Packed& p = queue.p;
+  int64_t group = queue.ids[0] / p.block;
+  by_levels(p, [&](auto bits, auto) {
+    auto by = S::all(scale), offset = S::all(scale * total), bias = S::all(float(bias_of<bits>(p)) * total);
+    add_fours<bits>(some, p.units() * UNIT, [&](int64_t c, typename S::W found) {
+      auto value = S::mul(factors_of(p, p.scales, group, c), by);
+      auto sum = S::fma(S::add(S::to_float(found), bias), value, S::load(sums + c));
+      if (p.offsets.own) sum = S::fma(factors_of(p, p.offsets, group, c), offset, sum);
+      S::store(sums + c, sum);
+    });
+  });
 }
 
 void packed_add_neurons(const Packed& p, const int32_t* ids, int64_t place, const float* u, int64_t n,
-                        float* sums, int32_t* whole) {
+                        float* sums) {
   int shift = p.block == 16 ? 4 : 5;
   for (int64_t begin = 0, end; begin < n; begin = end) {
     for (end = begin + 1; end < n && ids[end] >> shift == ids[begin] >> shift;) ++end;
-    add_block({p, ids + begin, place + begin}, u + begin, end - begin, n - begin, sums, whole);
+    add_block({p, ids + begin, place + begin}, u + begin, end - begin, n - begin, sums);
   }
 }
 
@@ -451,20 +468,6 @@ void packed_round(const float* from, int64_t n, int8_t* levels, float* scales, f
   std::fill(small_sums + size / 16, small_sums + facts, 0.0f);
 }
 
-// e to the x, to about one part in 10^7; x is cut off where the result would leave float32.
-inline S::V exponential(S::V x) {
-  x = S::max(S::min(x, S::all(88.0f)), S::all(-87.0f));
-  auto whole = S::nearest(S::mul(x, S::all(1.44269504f)));
-  auto n = S::to_float(whole);
-  auto rest = S::fma(n, S::all(-0.693359375f), x);
-  rest = S::fma(n, S::all(2.12194440e-4f), rest);
-  auto y = S::all(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    y = S::fma(y, rest, S::all(c));
-  y = S::fma(S::mul(rest, rest), y, S::add(rest, S::all(1.0f)));
-  return S::mul(y, S::power_of_two(whole));
-}
-
 // to[i] = act(gate[i]) up[i], or act(up[i]) without a gate, of n values; room for whole vectors.
 void packed_activate(Act act, const float* gate, float* up, int64_t n) {
   if (act != Act::silu && act != Act::gelu_tanh) {
@@ -489,8 +492,8 @@ constexpr int64_t LEVELS_AHEAD = 2048;  // bytes that are asked for before they 
 template <int BITS>
 inline void levels_by_place(const Packed& p, int64_t row, int64_t unit, uint8_t* to) {
   const uint8_t* from = p.levels + row * p.pitch;
-  __builtin_prefetch(from + unit * UNIT * BITS / 8 + LEVELS_AHEAD, 0, 2);
-  if (BITS == 8) {
+  __builtin_prefetch(from + bytes_of(unit * UNIT, BITS) + LEVELS_AHEAD, 0, 2);
+  if (BITS != 4) {
     std::memcpy(to, from + unit * UNIT, UNIT);
   } else if (unit % 2 == 0 && unit + 1 == p.units()) {
     for (int64_t j = 0; j < 32; ++j) to[j] = from[unit * 32 + j] & 15;
@@ -624,8 +627,7 @@ void dequantise_rows(const Packed& p, int64_t row, int64_t count, T* to) {
 
 template <class T>
 void dequantise_as(const Packed& p, int64_t row, int64_t count, T* to) {
-  if (p.bits == 4 && p.block == 32) dequantise_rows<4, 32>(p, row, count, to);
-  else if (p.bits == 4) dequantise_rows<4, 16>(p, row, count, to);
+  if (p.bits == 4) dequantise_rows<4, 32>(p, row, count, to);
   else if (p.block == 32) dequantise_rows<8, 32>(p, row, count, to);
   else dequantise_rows<8, 16>(p, row, count, to);
 }
@@ -634,36 +636,25 @@ void packed_dequantise(const Packed& p, int64_t row, int64_t count, Dtype dtype,
   DART_BY_DTYPE(dequantise_as(p, row, count, static_cast<T*>(to)))
 }
 
-// whole[RUN] = directions `begin` to `end` of a run, eights; those that come next are asked for.
-void add_directions(const Directions& d, const Along& z, int64_t run, int64_t begin, int64_t end,
-                    int32_t* whole) {
-  constexpr int64_t PITCH = RUN / 2;
-  Packed shape{};
-  shape.columns = RUN;
-  for (int64_t i = begin; i < end; i += 8) {
-    Neurons<2> some;
-    for (int64_t f = 0; f < 2; ++f)
-      std::memcpy(some.inputs + f, z.values.levels + i / UNIT * UNIT + 4 * four_of(i % UNIT / 4 + f), 4);
-    int64_t later = i + 8 < z.count ? i + 8 : 0, ahead = later || run + 1 == d.runs() ? run : run + 1;
-    for (int64_t r = 0; r < 8; ++r) {
-      some.rows[r] = d.levels + (run * d.size + z.ids[i + r]) * PITCH;
-      some.next[r] = d.levels + (ahead * d.size + z.ids[later + r]) * PITCH;
-    }
-    add_some<4, 2>(shape, some, i == begin, 0, whole);
-  }
-}
-
 void packed_scores(const Directions& d, const Along& z, int64_t run, float* y) {
-  alignas(64) int32_t whole[RUN];
+  constexpr int64_t PITCH = RUN / 2;
   const float* by = d.by + run * RUN;
   for (int64_t i = 0; i < z.count; i += GROUP) {
-    add_directions(d, z, run, i, std::min(z.count, i + GROUP), whole);
-    auto scale = S::all(z.values.scales[i / GROUP]), rest = S::all(-MIDDLE * z.sum);
+    Neurons some;
+    some.fours = std::min(z.count - i, GROUP) / 4;
     bool last = i + GROUP >= z.count;
-    for (int64_t at = 0; at < RUN; at += S::N) {
-      auto sum = S::fma(S::to_float(S::load_whole(whole + at)), scale, i ? S::load(y + at) : rest);
-      S::store(y + at, last ? S::mul(sum, S::load(by + at)) : sum);
+    int64_t later = last ? 0 : i + GROUP, ahead = last && run + 1 < d.runs() ? run + 1 : run;
+    for (int64_t r = 0; r < 4 * some.fours; ++r) {
+      some.rows[r] = d.levels + (run * d.size + z.ids[i + r]) * PITCH;
+      some.next[r] = d.levels + (ahead * d.size + z.ids[std::min(later + r, z.count - 1)]) * PITCH;
     }
+    for (int64_t f = 0; f < some.fours; ++f)
+      std::memcpy(some.inputs + f, z.values.levels + i / UNIT * UNIT + 4 * four_of(i % UNIT / 4 + f), 4);
+    auto scale = S::all(z.values.scales[i / GROUP]), rest = S::all(-MIDDLE * z.sum);
+    add_fours<4>(some, RUN, [&](int64_t at, typename S::W found) {
+      auto sum = S::fma(S::to_float(found), scale, i ? S::load(y + at) : rest);
+      S::store(y + at, last ? S::mul(sum, S::load(by + at)) : sum);
+    });
   }
 }
 

@@ -34,11 +34,10 @@ inline void packed_hidden(const Kernels& kernels, Dtype dtype, const Ffn& f, con
   }
 }
 
-// sums[:] += the output of kept neurons begin to end (whole units); whole: as many int32 of scratch
-// as there are sums.  Neurons of one block are rounded together, wherever work is divided: those at
-// an end of the span belong to whoever has the block's first.
+// sums[:] += the output of kept neurons begin to end (whole units).  Neurons of one block are rounded
+// together, wherever work is divided: those at an end of the span belong to whoever has the block's first.
 inline void packed_output(const Kernels& kernels, const Ffn& f, const float* u, int64_t begin, int64_t end,
-                          float* sums, int32_t* whole) {
+                          float* sums) {
   int64_t block = f.packed_down->block;
   auto id = [&](int64_t place) { return f.ids ? int64_t(f.ids[place]) : place; };
   auto first_of_block = [&](int64_t place) {
@@ -54,7 +53,7 @@ inline void packed_output(const Kernels& kernels, const Ffn& f, const float* u, 
       ids[i] = int32_t(id(begin + i));
       own[i] = f.mean ? u[begin + i] - f.mean[ids[i]] : u[begin + i];
     }
-    kernels.packed.add_neurons(*f.packed_down, ids, begin, own, n, sums, whole);
+    kernels.packed.add_neurons(*f.packed_down, ids, begin, own, n, sums);
   }
 }
 

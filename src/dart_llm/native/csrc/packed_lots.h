@@ -112,7 +112,7 @@ void add_panel(const Packed& p, const Panel& panel, const Lots& x, const Part& p
       return (first / LOT * (x.size / size) + part.first * (UNIT / size)) * LOT;
     };
     const int32_t* totals = x.totals[which] + at(SIZE);
-    for (int64_t i = 0; i < blocks * LOT; ++i) starts[i] = -p.bias * totals[i];
+    for (int64_t i = 0; i < blocks * LOT; ++i) starts[i] = bias_of<BITS>(p) * totals[i];
     Given given{x.levels + 4 * at(4), x.scales + at(GROUP), x.sums[which] + at(SIZE), starts};
     int64_t count = std::min<int64_t>(LOT, x.count - first), apart = stride;
     float last[LOT][BESIDE], *own = y + first * stride + part.begin, *to = own;
@@ -147,13 +147,13 @@ struct Panels {
 
   // As panel `one`: a tile's rows, `units` units from `unit` on.
   void read_tile(const Packed& p, int64_t one, int64_t tile, int64_t unit, int64_t units) {
-    const uint8_t* from = p.levels + tile * TILE * p.pitch + unit * TILE * UNIT * BITS / 8;
+    const uint8_t* from = p.levels + tile * TILE * p.pitch + bytes_of(unit * TILE * UNIT, BITS);
     for (int64_t b = 0; b < units * BLOCKS; ++b) {
       int64_t at = (tile * p.each() + unit * BLOCKS + b) * TILE;
       int64_t super = (tile * p.supers_each() + (unit + b / BLOCKS) * UNIT / SUPER) * TILE;
       read_factors(p, one, b, [=](int64_t i) { return at + i; }, [=](int64_t i) { return super + i; });
     }
-    begin[one] = BITS == 8 ? from : levels[one];
+    begin[one] = BITS == 4 ? levels[one] : from;
     constexpr int64_t HALF = TILE * UNIT / 2;
     if (BITS == 4)
       for (int64_t u = 0; u < units; ++u)
@@ -232,7 +232,7 @@ struct Panels {
     auto both = [&](int64_t one, const S::B& bytes) {
       write(place(one), S::low(bytes)), write(place(one + 4), S::high(bytes));
     };
-    if (BITS == 8) {
+    if (BITS != 4) {
       for (int64_t at = 0; at < left; at += UNIT)
         rotary([=](const uint8_t* row) { return S::bytes(row + column + at + j); }, at / TILE, whole);
     } else if (left == ABREAST) {
@@ -286,14 +286,9 @@ void neurons_of_lots(const Packed& p, const Lots& x, Part part, float* y, int64_
     }
 }
 
-template <int BITS, int SIZE>
-void lots_of(const Packed& p, const Lots& x, const Part& part, float* y, int64_t stride) {
-  if (p.order == Order::neurons) neurons_of_lots<BITS, SIZE>(p, x, part, y, stride);
-  else rows_of_lots<BITS, SIZE>(p, x, part, y, stride);
-}
-
 void packed_lots(const Packed& p, const Lots& x, const Part& part, float* y, int64_t stride) {
-  if (p.bits == 4) lots_of<4, 32>(p, x, part, y, stride);  // no type has 4 bits and blocks of 16
-  else if (p.block == 32) lots_of<8, 32>(p, x, part, y, stride);
-  else lots_of<8, 16>(p, x, part, y, stride);
+  by_levels(p, [&](auto bits, auto size) {
+    if (p.order == Order::neurons) neurons_of_lots<bits, size>(p, x, part, y, stride);
+    else rows_of_lots<bits, size>(p, x, part, y, stride);
+  });
 }

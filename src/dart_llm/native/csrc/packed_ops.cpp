@@ -324,10 +324,8 @@ Tensor add_neurons(const Tensor& u, const Packed& p) {
   Tensor wide = u.to(at::kFloat).contiguous();
   int64_t columns = p.units() * UNIT, count = wide.size(0);
   Tensor parts = at::zeros({PARTS, count, columns}, wide.options());
-  Tensor scratch = at::empty({PARTS, columns}, wide.options().dtype(at::kInt));
   const float* values = wide.const_data_ptr<float>();
   float* sums = parts.mutable_data_ptr<float>();
-  int32_t* whole = scratch.mutable_data_ptr<int32_t>();
   const Kernels& kernels = best();
   std::atomic<int64_t> taken{0};
   run_on_threads([&](int64_t) {
@@ -339,7 +337,7 @@ Tensor add_neurons(const Tensor& u, const Packed& p) {
         for (int64_t i = 0; i < n; ++i) ids[i] = int32_t(at + i);
         for (int64_t m = 0; m < count; ++m)
           kernels.packed.add_neurons(p, ids, at, values + m * p.rows + at, n,
-                                     sums + (one * count + m) * columns, whole + one * columns);
+                                     sums + (one * count + m) * columns);
       }
     }
   });

@@ -38,23 +38,6 @@ inline void product(const float* a, int64_t a_pitch, const float* b, int64_t b_p
   for (; i < m; ++i) product_rows<1>(a + i * a_pitch, a_pitch, b, b_pitch, k, n, c + i * c_pitch, c_pitch);
 }
 
-// scores[0..n) = exp(scale scores - their maximum), and 0 up to `room`, whole vectors; returns their sum.
-inline float soften(float* scores, int64_t n, int64_t room, float scale) {
-  std::fill(scores + n, scores + room, -INFINITY);
-  auto most = S::all(-INFINITY), total = S::zero(), by = S::all(scale);
-  for (int64_t i = 0; i < room; i += S::N) {
-    auto own = S::mul(S::load(scores + i), by);
-    S::store(scores + i, own), most = S::max(most, own);
-  }
-  auto largest = S::all(S::largest(most));
-  for (int64_t i = 0; i < room; i += S::N) {
-    S::store(scores + i, exponential(S::sub(S::load(scores + i), largest)));
-    if (i + S::N > n) std::fill(scores + std::max(i, n), scores + i + S::N, 0.0f);
-    total = S::add(total, S::load(scores + i));
-  }
-  return S::sum(total);
-}
-
 void attend_some(const Queries& q) {
   int64_t n = q.first + q.count, room = (n + S::N - 1) / S::N * S::N, size = whole_lanes(q.size);
   product(q.queries, q.pitch, q.keys, q.keys_pitch, q.count, q.size, room, q.scores, room);

@@ -31,7 +31,8 @@ class SpinWait {
   int64_t spins_ = 0;
 };
 
-// Parts of one job that members take as they come, so that a slow one does not hold up the others.
+// Parts of one job.  Each member begins with neighbouring parts of its own, whose weights lie one after
+// the other in memory, and then takes those of the others, so that a slow one does not hold them up.
 // The parts do not depend on the number of members, nor does the order in which sums are added.
 constexpr int64_t PARTS = 16;
 
@@ -52,12 +53,14 @@ inline Span part(int64_t n, int64_t member, int64_t size, int64_t step = 4) {
 // Jobs that members do together, one after the other: the parts of each that they have taken, and
 // have finished.
 struct Jobs {
-  explicit Jobs(int64_t count) : taken(count), done(count) {}
+  explicit Jobs(int64_t count, int64_t members = 1)
+      : members(members), taken(size_t(count * members)), done(size_t(count)) {}
   void begin() {  // before the members begin
     for (auto* counts : {&taken, &done})
       for (std::atomic<int64_t>& one : *counts) one.store(0, std::memory_order_relaxed);
   }
-  std::vector<std::atomic<int64_t>> taken, done;
+  int64_t members;
+  std::vector<std::atomic<int64_t>> taken, done;  // [count, members]: of each member's parts; [count]
 };
 
 // One member at its jobs; all members go through the same ones.
@@ -65,18 +68,26 @@ class Worker {
  public:
   static constexpr int64_t MOST = 8;  // jobs that may be open at once
 
-  explicit Worker(Jobs& jobs) : jobs_(jobs) {}
+  explicit Worker(Jobs& jobs, int64_t member = 0) : jobs_(jobs), member_(member % jobs.members) {}
 
   // Calls work(part, number of parts) for the parts of a job that fall to this member; every member
   // calls it.  A member that comes late finds nothing left.  What a job reads may change as soon as
   // all its parts are done: a member reads it only while it works on a part (see `Once`).
   template <class Work>
   void in_parts(int64_t parts, const Work& work) {
-    assert(begun_ < int64_t(jobs_.taken.size()));
-    std::atomic<int64_t>& taken = jobs_.taken[begun_];
-    for (int64_t one; (one = taken.fetch_add(1, std::memory_order_relaxed)) < parts;) {
-      work(one, parts);
-      jobs_.done[begun_].fetch_add(1, std::memory_order_release);
+    assert(begun_ < int64_t(jobs_.done.size()));
+    for (int64_t i = 0; i < jobs_.members; ++i) {
+      int64_t member = (member_ + i) % jobs_.members;
+      Span own = part(parts, member, jobs_.members, 1);
+      std::atomic<int64_t>& taken = jobs_.taken[size_t(begun_ * jobs_.members + member)];
+      auto next = [&] {
+        bool none = taken.load(std::memory_order_relaxed) >= own.end - own.begin;
+        return none ? own.end : own.begin + taken.fetch_add(1, std::memory_order_relaxed);
+      };
+      for (int64_t one; (one = next()) < own.end;) {
+        work(one, parts);
+        jobs_.done[begun_].fetch_add(1, std::memory_order_release);
+      }
     }
     assert(begun_ - seen_ < MOST);
     open_[begun_++ - seen_] = parts;
@@ -94,6 +105,7 @@ class Worker {
 
  private:
   Jobs& jobs_;
+  int64_t member_;
   int64_t begun_ = 0, seen_ = 0;  // jobs: begun, and seen to be finished; `begun_` is alike for all
   int64_t open_[MOST] = {};       // parts of the jobs between the two
 };

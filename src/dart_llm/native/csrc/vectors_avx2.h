@@ -34,6 +34,7 @@ static constexpr int64_t BYTES = 32;
 using B = __m256i;
 using W = __m256i;
 static V add(V a, V b) { return _mm256_add_ps(a, b); }
+static W add(W a, W b) { return _mm256_add_epi32(a, b); }
 static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 static B bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 static B same(uint32_t four) { return _mm256_set1_epi32(int(four)); }
@@ -41,8 +42,6 @@ static B low(B both) { return _mm256_and_si256(both, _mm256_set1_epi8(15)); }
 static B high(B both) { return low(_mm256_srli_epi16(both, 4)); }
 static B last(const uint8_t* p, int64_t column) { return column ? high(bytes(p)) : low(bytes(p)); }
 static W whole(int x) { return _mm256_set1_epi32(x); }
-static W load_whole(const int32_t* p) { return bytes(p); }
-static void store_whole(int32_t* p, W x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 static V to_float(W x) { return _mm256_cvtepi32_ps(x); }
 static V half(const uint16_t* p, int64_t n) {
   uint16_t own[N] = {};

@@ -26,6 +26,7 @@ static constexpr int64_t BYTES = 64;
 using B = __m512i;
 using W = __m512i;
 static V add(V a, V b) { return _mm512_add_ps(a, b); }
+static W add(W a, W b) { return _mm512_add_epi32(a, b); }
 static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 static B bytes(const void* p) { return _mm512_loadu_si512(p); }
 static B same(uint32_t four) { return _mm512_set1_epi32(int(four)); }
@@ -37,8 +38,6 @@ static B last(const uint8_t* p, int64_t) {
   return low(twice);
 }
 static W whole(int x) { return _mm512_set1_epi32(x); }
-static W load_whole(const int32_t* p) { return _mm512_loadu_si512(p); }
-static void store_whole(int32_t* p, W x) { _mm512_storeu_si512(p, x); }
 static V to_float(W x) { return _mm512_cvtepi32_ps(x); }
 static __mmask16 first(int64_t n) { return __mmask16(n >= 16 ? 0xffff : (1u << n) - 1); }
 static V half(const uint16_t* p, int64_t n) {

@@ -56,24 +56,19 @@ static B low(B both) {
 static B high(B both) { return {vshrq_n_u8(both.a, 4), vshrq_n_u8(both.b, 4)}; }
 static B last(const uint8_t* p, int64_t column) { return column ? high(bytes(p)) : low(bytes(p)); }
 static W whole(int x) { return {vdupq_n_s32(x), vdupq_n_s32(x)}; }
-static W load_whole(const int32_t* p) { return {vld1q_s32(p), vld1q_s32(p + 4)}; }
-static void store_whole(int32_t* p, W x) { vst1q_s32(p, x.a), vst1q_s32(p + 4, x.b); }
 static V to_float(W x) { return {vcvtq_f32_s32(x.a), vcvtq_f32_s32(x.b)}; }
-// Both bytes of a product have a sign here: levels are 128 too low, and x comes 128 times beside
-// them, which rows that share it share.
-static int32x4_t dot8(int32x4_t to, uint8x16_t levels, int8x16_t x) {
-  const int8x16_t half = vdupq_n_s8(64);
-  int32x4_t missing = vdotq_s32(vdotq_s32(vdupq_n_s32(0), x, half), x, half);
-  int8x16_t below = vreinterpretq_s8_u8(veorq_u8(levels, vdupq_n_u8(128)));
-  return vdotq_s32(vaddq_s32(to, missing), below, x);
-}
-static W dot8(W to, B levels, B x) {
-  return {dot8(to.a, levels.a, vreinterpretq_s8_u8(x.a)), dot8(to.b, levels.b, vreinterpretq_s8_u8(x.b))};
-}
-static W dot4(W to, B levels, B x) {
+static constexpr int TAKEN = 128;  // both bytes of a product have a sign here
+static W dot6(W to, B levels, B x) {
   return {vdotq_s32(to.a, vreinterpretq_s8_u8(levels.a), vreinterpretq_s8_u8(x.a)),
           vdotq_s32(to.b, vreinterpretq_s8_u8(levels.b), vreinterpretq_s8_u8(x.b))};
 }
+static W dot8(W to, B levels, B x) {
+  const uint8x16_t sign = vdupq_n_u8(128);
+  return dot6(to, {veorq_u8(levels.a, sign), veorq_u8(levels.b, sign)}, x);
+}
+static W add_pairs(W to, B levels, B x) { return dot6(to, levels, x); }
+static W sum_pairs(W sums) { return sums; }
+static W add(W a, W b) { return {vaddq_s32(a.a, b.a), vaddq_s32(a.b, b.b)}; }
 static V half(const uint16_t* p, int64_t n) {
   uint16_t own[N] = {};
   if (n < N) std::memcpy(own, p, n * 2), p = own;
