@@ -191,10 +191,10 @@ def check_seed(seed: int) -> None:
         raise ConfigError(f"--seed {seed} must be a whole number from 0 to 2^63 - 1")
 
 
-MASKED = "dart"
+SEQUENCE_METHOD = "dart"
 """Default method of commands that study sequence masks (one for many tokens), e.g. ``drift``."""
 
-FITTING_METHODS = (MASKED, "dart-prompt", "griffin", "published")
+FITTING_METHODS = (SEQUENCE_METHOD, "dart-prompt", "griffin", "published")
 """Methods to try, in order, if a setting does not fit the default; a chosen method is kept."""
 
 MASK_SETTINGS = ("masks", "knowledge_drift", "drift", "ranking_method")

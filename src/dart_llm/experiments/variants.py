@@ -19,8 +19,7 @@ from dart_llm.errors import ConfigError, check_name
 from dart_llm.files import read_yaml
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
-from dart_llm.settings import MASKED as SEQUENCE_MASK_METHOD
-from dart_llm.settings import words
+from dart_llm.settings import SEQUENCE_METHOD, words
 
 DENSE, GRIFFIN = "dense", "griffin"
 
@@ -94,7 +93,7 @@ def _read(path: Path, flags: Mapping[str, str]) -> list[tuple[str, dict[str, Any
 
 
 def _build(settings: Mapping[str, Any], common: Mapping[str, Any]) -> PruneConfig:
-    method = str(settings.get("method", SEQUENCE_MASK_METHOD))
+    method = str(settings.get("method", SEQUENCE_METHOD))
     preset: PruneConfig = METHODS.get(method)
     if preset.sparsity == 0:
         reason = "removes no neurons, and the dense model is always measured"

@@ -132,8 +132,9 @@ def in_blocks(matrix: Tensor) -> bool:
 
 def stored_bytes(matrix: Tensor, weight_bytes: int | None = None) -> float:
     """Bytes of a matrix as stored, or ``weight_bytes`` per weight if it is not quantized."""
-    as_stored = weight_bytes is None or in_blocks(matrix)
-    return matrix.nbytes if as_stored else matrix.numel() * weight_bytes
+    if weight_bytes is None or in_blocks(matrix):
+        return matrix.nbytes
+    return matrix.numel() * weight_bytes
 
 
 def norms_of(matrix: Tensor, dim: int, order: float = 2) -> Tensor:

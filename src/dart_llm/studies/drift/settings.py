@@ -16,7 +16,7 @@ from dart_llm.errors import ConfigError, check_name
 from dart_llm.pruning.config import PruneConfig, check_sparsity, rule_form
 from dart_llm.pruning.registry import DRIFT_RULES, METHODS
 from dart_llm.settings import (
-    MASKED,
+    SEQUENCE_METHOD,
     BaseSettings,
     MaskOptions,
     ModelOptions,
@@ -29,7 +29,7 @@ from dart_llm.settings import (
     split_commas,
 )
 
-DENSE, NEVER, DART = "dense", "never", MASKED
+DENSE, NEVER, DART = "dense", "never", SEQUENCE_METHOD
 
 FREE, FORCED = "free", "forced"
 

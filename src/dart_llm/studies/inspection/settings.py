@@ -14,7 +14,7 @@ from pydantic import model_validator
 from dart_llm.data.texts import prompt_names, read_prompt_file, resolve_prompt
 from dart_llm.errors import ConfigError, check_name
 from dart_llm.pruning.config import DEFAULT_SPARSITY, PruneConfig
-from dart_llm.settings import MASKED, ActivationSettings, setting
+from dart_llm.settings import SEQUENCE_METHOD, ActivationSettings, setting
 
 TEXTS = {"layers": 1, "neurons": 0, "overlap": 2, "ablation": 2}
 """The sections in the order of the report, and the number of texts that each needs."""
@@ -31,7 +31,7 @@ class InspectSettings(ActivationSettings):
     method: str = setting(
         "Pruning",
         "Compare the masks of this preset; dart-llm methods lists all presets.",
-        MASKED,
+        SEQUENCE_METHOD,
     )
     prompt: str | None = setting("Texts", "Use this as text A, or the shipped prompt of this name.")
     prompt_file: str | None = setting("Texts", "Read text A from this file; - is stdin.")
