@@ -33,7 +33,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
         ("--total-prune-percent 0.5", ["did you mean 50"]),
         ("--sparsity 0.5 --total-prune-percent 50", ["not both"]),
         ("--method grifin", ["unknown method", "griffin"]),
-        ("--layer-topk 0:1000", ["is written #1"]),
+        ("--layer-topk 0:1000", ["count of neurons as #1"]),
         ("--layer-topk all:0.5 --sparsity 0.5", ["drop the sparsity"]),
         ("--masking-step -1", ["masking_step -1 must be at least 0"]),
         ("--save-activations --executor compact", ["--save-activations", "--executor masked"]),

@@ -208,5 +208,5 @@ def test_how_far_a_run_is_from_its_first_mask():
         steps.generate(model, tokens(1, 24), 42)
         assert len(run.masks()) == 4
     nothing = prune(model, "griffin", sparsity=0.0)
-    with nothing, pytest.raises(AttachError, match="is removed: give a sparsity above 0"):
+    with nothing, pytest.raises(AttachError, match="removes no neurons: give a sparsity above 0"):
         nothing.masks()

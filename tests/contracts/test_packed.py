@@ -176,7 +176,7 @@ def test_a_layer_of_which_a_part_is_dense():
     run, _, logits = pruned(model, IDS, PROMPT, sparsity=0.5)
     _, _, wanted = pruned(dense_twin(model), IDS, PROMPT, sparsity=0.5)
     assert run.report().executor == "compact" and apart(logits, wanted) < ROUNDING
-    with pytest.raises(ConfigError, match="layer 0 stores"):
+    with pytest.raises(ConfigError, match="layer 0 has both quantized and other"):
         prune(model, "griffin", sparsity=0.5, executor="native")
 
 

@@ -246,7 +246,7 @@ UNSERVED = [
 REFUSED = [
     *((lambda engine, one=one: engine.prepare(one), words) for one, words in UNSERVED),
     *((lambda engine, one=one: ask(engine, one), words) for one, words in UNSERVED),
-    (lambda engine: Ask(()), "has no token"),
+    (lambda engine: Ask(()), "the prompt is empty"),
     (lambda engine: Ask(PROMPT, Sampling(n=2), conversation="a"), "use n=1"),
     (lambda engine: Ask(PROMPT, SCORED, half()), "those of the dense model"),
     (lambda engine: Ask(PROMPT, SCORED, conversation="a"), "leave the conversation out"),
@@ -278,7 +278,7 @@ def test_engines_that_cannot_be(monkeypatch):
             ask(engine)
     with pytest.raises(AttachError, match="closed"):
         ask(engine)
-    monkeypatch.setattr(Watch, "look", Mock(side_effect=RuntimeError))  # the last step of attaching
+    monkeypatch.setattr(Watch, "check", Mock(side_effect=RuntimeError))  # the last step of attaching
     with Same(model), pytest.raises(RuntimeError):
         Engine(model, tokenizer())
 
