@@ -304,5 +304,5 @@ def test_auto_is_the_fastest_that_can_run():
         assert run.patch.no_steps.startswith("is a phi model, not one of gemma, ")
         decode(run.model, IDS, PROMPT)
     assert run.report().executor == "native"
-    with pytest.raises(ConfigError, match="a mask per row"):
+    with pytest.raises(ConfigError, match="builds a mask for each row"):
         PruneConfig.build("griffin", executor="native", batch="per_row")

@@ -139,4 +139,4 @@ def test_a_recording_as_one_page(tmp_path, monkeypatch):
     assert call("replay", "-", "--out", other).code == 0
     assert other.read_text("utf-8") == page(records())
     done = call("replay", other)
-    assert done.code == 2 and "is the recording itself" in done.err
+    assert done.code == 2 and "is the file with the records" in done.err

@@ -379,7 +379,7 @@ async def _on_http_error(request: Request, error: HTTPException) -> NoReturn:
     if isinstance(error.__cause__, APIError):
         raise error.__cause__
     if error.status_code == 404:
-        text = "there is no such address: GET /openapi.json lists all addresses"
+        text = "there is no such address: GET /openapi.json lists all, such as /v1/chat/completions"
         raise APIError(404, text, code="not_found")
     if error.status_code == 405:
         allow = dict(error.headers or {}).get("Allow", "")
