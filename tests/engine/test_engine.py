@@ -248,7 +248,7 @@ REFUSED = [
     *((lambda engine, one=one: ask(engine, one), words) for one, words in UNSERVED),
     (lambda engine: Ask(()), "the prompt is empty"),
     (lambda engine: Ask(PROMPT, Sampling(n=2), conversation="a"), "use n=1"),
-    (lambda engine: Ask(PROMPT, SCORED, half()), "those of the dense model"),
+    (lambda engine: Ask(PROMPT, SCORED, half()), "prompts always run dense"),
     (lambda engine: Ask(PROMPT, SCORED, conversation="a"), "leave the conversation out"),
     (lambda engine: ask(engine, ids=LONG), "513 tokens but the model's context holds 512"),
 ]
@@ -278,7 +278,7 @@ def test_engines_that_cannot_be(monkeypatch):
             ask(engine)
     with pytest.raises(AttachError, match="closed"):
         ask(engine)
-    monkeypatch.setattr(Watch, "check", Mock(side_effect=RuntimeError))  # the last step of attaching
+    monkeypatch.setattr(Watch, "check", Mock(side_effect=RuntimeError))  # ends attaching
     with Same(model), pytest.raises(RuntimeError):
         Engine(model, tokenizer())
 
