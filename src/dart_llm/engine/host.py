@@ -146,7 +146,7 @@ class PatchHost:
         return method.report(controller, self.executor_of(method.settings), costs)
 
     def executor_of(self, config: PruneConfig) -> str:
-        """Return a request's executor: ``masked`` for masks per row or a rule without a kernel."""
+        """Return the executor to use: ``masked`` for masks per row or rules without a kernel."""
         has_kernel = config.token is None or TOKEN_RULES.get(config.token.rule).native
         return self.executor if has_kernel and config.batch != "per_row" else "masked"
 

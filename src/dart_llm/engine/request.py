@@ -107,7 +107,7 @@ class Pieces:
         return self._texts[token]
 
     def of(self, ids: Sequence[int]) -> list[str]:
-        """Return one text per token; the last token of a split character has the character."""
+        """Return a text per token; a character of several tokens is in the text of the last."""
         texts: list[str] = []
         pending: list[int] = []
         for token in ids:
@@ -318,7 +318,7 @@ class Request:
         return self._forward(torch.tensor([[row.tokens[-1]] for row in self._rows]))[:, -1]
 
     def _forward(self, ids: Tensor, **options: Any) -> Tensor:
-        """Run ids [rows, n]; return logits [rows, n, V], or the last ``logits_to_keep`` of a row."""
+        """Run ids [rows, n]; return logits [rows, n, V], or of the last ``logits_to_keep`` ids."""
         if self._cache is not None:
             options["cache"] = self._cache
         model = self.host.model
