@@ -30,7 +30,7 @@ TICK_S = 1.0
 """Seconds between checks for silence."""
 
 RECENT = 10
-"""The time left is estimated from at least this many latest calls of ``Pace.advance``."""
+"""The time left is estimated from this many latest items, or from a fifth of all if more."""
 
 AT_ONCE_S = 0.005
 """Seconds per item.  Faster items were loaded from an earlier run; the estimate ignores them."""
@@ -132,7 +132,7 @@ class Heartbeat:
             self.beat()
 
     def beat(self) -> None:
-        """After ``SILENT_S`` of silence, report the innermost loud block, or else the last block."""
+        """After ``SILENT_S`` of silence, report the innermost loud block; if none, the innermost."""
         with self.lock:
             works = [work for work in self.works if work.loud] or self.works
             if not works or works[-1].moving or self.muted() or clock() - self.spoke < SILENT_S:
@@ -271,7 +271,7 @@ class Ui:
 
     @contextlib.contextmanager
     def progress(self, text: str, total: int) -> Iterator[Callable[[int], Any]]:
-        """Show a progress bar with the time left; yield ``advance(n)``, which counts n more items."""
+        """Show a bar with the time left; yield ``advance(n)``, which counts n items as done."""
         pace = Pace(total)
         with self.heartbeat.block(Work(text, pace=pace, loud=True, moving=self.live)):
             if not self.live:
