@@ -1,4 +1,4 @@
-"""The commands that print lists (``prompts``, ``methods``) and the installation (``doctor``)."""
+"""The commands ``prompts`` and ``methods`` (they print lists) and ``doctor`` (prints a report)."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def with_settings(
 ) -> Callable[..., None]:
     """Wrap ``function(flags, ...)`` in a command with one option per setting.
 
-    ``flags`` maps each setting's name to the option's value; None means that it was not given.
+    ``flags`` maps each setting's name to its option's value; None if the option was not given.
     """
     signature = inspect.signature(function)
     hints = get_type_hints(function, include_extras=True)  # evaluated in the function's module

@@ -93,8 +93,8 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
 
         ``emit`` is called with every record, in this thread.  ``cancelled`` is called after every
         token, and between chunks of a long prompt; if it returns True, generation stops.
-        Afterwards, even after an error, the model keeps nothing of the request.  The engine keeps
-        the request's conversation, if it names one, unless an error was raised.
+        Afterwards, even after an error, the model keeps nothing of the request.  If the request
+        names a conversation, the engine keeps the conversation, unless an error was raised.
 
         Raises ``ConfigError`` for a request that cannot be served, ``AttachError`` while another
         request is running.

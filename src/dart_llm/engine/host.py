@@ -1,4 +1,4 @@
-"""``PatchHost`` keeps a model patched between requests; a ``Conversation`` keeps its KV cache."""
+"""``PatchHost`` keeps a model patched between requests; ``Conversation`` keeps a KV cache."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class PatchHost:
         self.patch.serve(controller)
 
     def rest(self) -> None:
-        """End a request: later forwards run dense, and the patch refers to nothing of it."""
+        """End a request: later forwards run dense, and the patch keeps nothing of the request."""
         self.patch.loop = None
         self.patch.serve(self.idle.controller())
 

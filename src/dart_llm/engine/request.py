@@ -55,7 +55,7 @@ class Sampler:
         self._rngs = [random.Random(None if seed is None else f"{seed}/{row}") for row in rows]
 
     def choose(self, logits: Tensor) -> list[int]:
-        """Return a token id per row of logits [n, V]; ``DartError`` if logits are not finite."""
+        """Return a token id per row of logits [n, V]; raises ``DartError`` after an overflow."""
         scores = logits.float()
         best = scores.max(-1)
         if not all(map(math.isfinite, best.values.tolist())):
@@ -284,9 +284,10 @@ class Request:
         )
 
     def _read_prompt(self) -> Tensor | None:
-        """Run the prompt.
+        """Run the prompt's tokens that are not cached.
 
-        Return logits [rows, V] for the first answer token; None if cancelled or no token is wanted.
+        Return logits [rows, V] for the first answer token.  Return None if the request was
+        cancelled, or if no answer token was requested.
         """
         ids, sampling, logits = self.ask.ids, self.ask.sampling, None
         scored, scores = sampling.prompt_logprobs, list[tuple[float, tuple[Likely, ...]]]()
@@ -355,7 +356,7 @@ class Request:
         return scores[0][1], tuple(top)
 
     def _emit_events(self) -> None:
-        """Emit the drift checks that the last forward caused, and the masks that it built."""
+        """Emit the drift checks and the new masks since the last call."""
         for check in self.controller.checks[self._checks :]:
             self._emit(Check(check))
         self._checks = len(self.controller.checks)
@@ -390,7 +391,7 @@ class Request:
         self._loop.cache = None
 
     def conversation(self) -> Conversation | None:
-        """Return the conversation that a later request can continue; None without any token."""
+        """Return the conversation that a later request can continue; None without an answer."""
         tokens, controller = self._rows[0].tokens, self.controller
         if not tokens or controller is None:
             return None

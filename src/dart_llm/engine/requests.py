@@ -218,8 +218,8 @@ class Mask(_Record):
 
     ``token``: index of the first answer token that is predicted with these masks.
     ``kept_share``: fraction of neurons that each layer keeps.  ``raster``: for each layer, one byte
-    per group of neighbouring neurons: 255 times the fraction of the group that is kept.  With
-    per-token selection, this fraction is the layer's ``kept_share`` in every group.
+    per group of neighbouring neurons; the byte is 255 times the fraction of the group that is kept.
+    With per-token selection, this fraction is the layer's ``kept_share`` in every group.
     """
 
     kind: ClassVar[str] = "mask"
@@ -246,9 +246,9 @@ class Usage:
 class Timings:
     """How long a request took, with llama.cpp's names.
 
-    ``prompt_n``: prompt tokens that were not cached.  ``predicted_n``: tokens of all choices
-    without the first token of each.  ``prompt_ms`` ends at the first token; ``predicted_ms`` begins
-    there.
+    ``prompt_n``: prompt tokens that were not cached.  ``predicted_n``: answer tokens of all
+    choices, without the first token of each.  ``prompt_ms`` ends at the first token;
+    ``predicted_ms`` begins there.
     """
 
     prompt_n: int

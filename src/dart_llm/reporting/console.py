@@ -30,7 +30,7 @@ TICK_S = 1.0
 """Seconds between checks for silence."""
 
 RECENT = 10
-"""The time left is estimated from this many latest items, or from a fifth of all if more."""
+"""The time left is estimated from this many latest items, or a fifth of all items if more."""
 
 AT_ONCE_S = 0.005
 """Seconds per item.  Faster items were loaded from an earlier run; the estimate ignores them."""
@@ -132,7 +132,7 @@ class Heartbeat:
             self.beat()
 
     def beat(self) -> None:
-        """After ``SILENT_S`` of silence, report the innermost loud block; if none, the innermost."""
+        """After ``SILENT_S`` of silence, report the innermost loud block, else the innermost."""
         with self.lock:
             works = [work for work in self.works if work.loud] or self.works
             if not works or works[-1].moving or self.muted() or clock() - self.spoke < SILENT_S:

@@ -35,7 +35,7 @@ def intervals_over(marks: str, n: int, items: str) -> str:
 
 
 def with_interval(value: float, interval: Row, form: str) -> str:
-    """A value with its interval, like "0.123 (0.100 to 0.150)", or with why it has no interval.
+    """A value with its interval, like "0.123 (0.100 to 0.150)", or with the reason for having none.
 
     ``interval`` has the keys low, high and n; low is None if there is no interval.
     """
@@ -100,8 +100,8 @@ def times(ratio: float) -> str:
 def row_name(row: Row) -> str:
     """The name of a result's row, such as "dense" or "dart 50 %".
 
-    The name is "dart, own counts" if no sparsity was requested, so that the masks determine the
-    number of neurons.  If most tokens ran dense, the share of dense tokens follows.
+    The name is "dart, own counts" if no sparsity was requested; the masks then determine the number
+    of neurons.  If most tokens ran dense, the share of dense tokens follows.
     """
     if row["method"] == "dense":
         return "dense"

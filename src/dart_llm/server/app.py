@@ -1,7 +1,7 @@
 """The FastAPI application: its routes, the checks of every request, and streamed answers.
 
-``Guard`` checks each request's host, origin and API key, limits the size and time of its body, and
-sets the headers of the response.  This is the only file that imports fastapi.
+``Guard`` checks each request's host, origin and API key, limits the body's size and the time to
+receive it, and sets the headers of the response.  Only this file imports fastapi.
 """
 
 from __future__ import annotations

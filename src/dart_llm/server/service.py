@@ -125,7 +125,7 @@ class Worker:
         """Queue a request.
 
         Raises ``APIError`` with status 429 if the queue is full or the client occupies its largest
-        share of the queue, with status 503 at shutdown.
+        share of the queue, and with status 503 at shutdown.
         """
         with self._changed:
             if self._stopping:
@@ -216,7 +216,7 @@ def _shutting_down() -> APIError:
 
 
 def internal_error(request_id: str, error: BaseException, with_message: bool) -> APIError:
-    """Log ``error`` with its traceback; return the ``APIError`` that the client gets instead.
+    """Log ``error`` with its traceback; return the ``APIError`` that the client gets.
 
     ``with_message``: if True, the error's message, which may quote prompts, is logged too.
     """

@@ -86,7 +86,7 @@ def _run_fields(name: str, run: Any) -> Record:
 
 
 def _find_run(root: Path, name: str) -> Any:
-    """The run with this name.  For safety, the name is looked up and never becomes a path."""
+    """The run with this name.  For safety, the name is only compared with those of all runs."""
     if (run := _runs(root).get(name)) is None:
         raise APIError(404, "there is no such run: /api/runs lists all", code="run_not_found")
     return run
