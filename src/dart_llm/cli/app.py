@@ -1,7 +1,7 @@
-"""The Typer application, which lists every command with its settings and its function.
+"""The Typer application; ``COMMANDS`` lists every command with its settings and its function.
 
-``help.yaml`` has the help text and the examples of every command.  The entry point is ``run``; it
-also handles signals and sets the exit code.
+``help.yaml`` has the help text and the examples of every command.  The entry point is ``run``,
+which also handles signals and sets the exit code.
 """
 
 from __future__ import annotations
@@ -50,17 +50,18 @@ if TYPE_CHECKING:
 HELP: dict[str, Any] = yaml.safe_load(
     (files("dart_llm.cli") / "help.yaml").read_text(encoding="utf-8")
 )
-"""Help text and examples by command."""
+"""Help text and examples of each command, by the command's name."""
 
 Flags = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command, which can belong to a group, as ``bench quality`` belongs to ``bench``.
+    """One command; the name "bench quality" means command ``quality`` in the group ``bench``.
 
-    ``function`` runs the command, or is the "module:class" of a ``Study`` in ``dart_llm.studies``.
-    ``only``: names of the settings that become flags; None means all.
+    ``function``: the function that runs the command, or a string "module:class" that names a
+    ``Study`` in ``dart_llm.studies`` to run.  ``only``: names of the settings that become flags;
+    None means all.
     """
 
     name: str
@@ -78,7 +79,7 @@ class Command:
         return "\n\n".join((HELP[self.name]["help"], "Examples:", *self.examples))
 
     def callback(self) -> Callable[..., None]:
-        """The function that Typer calls, with a parameter for every option."""
+        """The function that Typer calls; it has a parameter for every option."""
         function = self._run_study if isinstance(self.function, str) else self.function
         settings = self.settings
         return function if settings is None else with_settings(function, settings, self.only)
@@ -103,7 +104,7 @@ def run_named(name: str, fresh: bool, *arguments: Any) -> Any:
 def answer(compute: Callable[[Ui], Any], as_json: bool) -> None:
     """Run ``compute`` and, if ``as_json``, print its result as JSON.
 
-    If measurements failed, the result is partial; then this raises ``CellsFailed`` after printing.
+    If some measurements failed, the partial result is printed, and ``CellsFailed`` is raised.
     """
     from dart_llm.reporting.console import Ui
 
@@ -119,7 +120,7 @@ def answer(compute: Callable[[Ui], Any], as_json: bool) -> None:
 
 
 def print_json(document: Any) -> None:
-    """Print ``document`` as one line on stdout; numbers that JSON cannot represent become null."""
+    """Print ``document`` on stdout as one line of JSON; inf and NaN become null."""
     typer.echo(json.dumps(finite(document)))
 
 
@@ -259,10 +260,10 @@ GROUPS = {
     "bench": "Benchmark the quality or the speed of methods.",
     "prompts": "List or show two-topic prompts and passages.",
 }
-"""Groups of two-word commands, with their help."""
+"""Help text of each group of two-word commands, by the group's name."""
 
 DEMO = ("model", "method", "device", "dtype", "cache_dir", "results_dir")
-"""Settings that are flags of ``demo``."""
+"""The settings that become flags of ``demo``."""
 
 COMMANDS = (
     Command("run", "generate.study:RunStudy", RunSettings),
@@ -335,7 +336,7 @@ app = make_app()
 
 
 def run() -> None:
-    """Run the command line; for a ``DartError``, print its message and exit with code 2."""
+    """Run the command line; on a ``DartError``, print the error's message and exit with code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show all characters

@@ -61,7 +61,7 @@ class ChatSettings(BaseSettings):
         return config if config.method != "dense" or config.screens else None
 
     def changed(self, **changes: Any) -> ChatSettings:
-        """A copy with ``changes``; raises ``ConfigError`` if they are not valid."""
+        """A copy of these settings with ``changes``; raises ``ConfigError`` if it is not valid."""
         values = {name: getattr(self, name) for name in self.model_fields_set} | changes
         return type(self).model_validate(values)
 
@@ -99,8 +99,8 @@ class Chat:
     ) -> Turn:
         """Answer ``question``; raises ``ConfigError`` if the conversation exceeds the context.
 
-        ``emit`` gets the engine's records, such as tokens.  When ``cancelled`` returns True,
-        generation stops, and the text so far stays in the conversation.
+        ``emit`` is called with the engine's records, such as tokens.  When ``cancelled`` returns
+        True, generation stops; the answer so far stays in the conversation.
         """
         settings = self.settings
         ids = chat_ids(self._tokenizer, [*self.messages, {"role": "user", "content": question}])
@@ -112,7 +112,7 @@ class Chat:
         return turn
 
     def change(self, **changes: Any) -> None:
-        """Change settings, starting with the next answer; if this raises, the old ones stay."""
+        """Change settings from the next answer on; after an error, the old settings stay."""
         settings = self.settings.changed(**changes)
         self.engine.prepare(settings.served())
         self.settings = settings
@@ -142,7 +142,7 @@ def settings_line(settings: ChatSettings) -> str:
 
 
 def turn_line(turn: Turn, max_tokens: int) -> str:
-    """Timings and accounting of one answer in one line."""
+    """One line about an answer: its timings, the sparsity and the number of re-masks."""
     report, timings = turn.result.report, turn.result.timings.to_dict()
     parts = [f"{turn.result.usage.completion_tokens} tokens"]
     if per_second := timings["predicted_per_second"]:
@@ -177,13 +177,13 @@ NOTE = (
 
 
 class Commands:
-    """Runs slash commands on a chat; ``quit`` is True once the user wants to leave."""
+    """Runs the slash commands of a chat; ``quit`` is True after ``/quit``."""
 
     def __init__(self, chat: Chat, ui: Ui) -> None:
         self.chat, self.ui, self.quit = chat, ui, False
 
     def run(self, line: str) -> None:
-        """Run ``/name value``; raises ``ConfigError`` if it fails."""
+        """Run the command ``/name value``; raises ``DartError`` if it fails."""
         name, _, value = line.partition(" ")
         names = [word.split()[0] for word in HELP]
         if name not in names:
@@ -207,7 +207,7 @@ class Commands:
         self.ui.say(settings_line(self.chat.settings))
 
     def _method(self, value: str) -> None:
-        if value and METHODS.get(value).sparsity == 0:  # dense, which takes no sparsity
+        if value and METHODS.get(value).sparsity == 0:  # dense, for which no sparsity can be set
             self.chat.change(method=value, sparsity=None, total_prune_percent=None)
         elif value:
             self.chat.change(method=value)
@@ -263,7 +263,7 @@ def read_message(read: ReadLine) -> str:
 
 
 def check_chat_template(tokenizer: Any, config: Any) -> None:
-    """Raise ``ConfigError`` if the model has no chat template; called before weights are read."""
+    """Raise ``ConfigError`` if there is no chat template; called before the weights are loaded."""
     instead = 'use dart-llm run --prompt "...", or a model tuned for chat'
     chat_text(tokenizer, [{"role": "user", "content": "?"}], instead)
 
@@ -333,7 +333,7 @@ def _answer(chat: Chat, ui: Ui, question: str) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Make Ctrl-C end only the answer; yield a function that returns whether it was pressed."""
+    """Make Ctrl-C end only the answer; yield a function that returns True once it was pressed."""
     pressed = threading.Event()
     before = signal.signal(signal.SIGINT, lambda number, frame: pressed.set())
     try:

@@ -23,7 +23,7 @@ PANEL = "Export"
 
 
 class ExportSettings(BaseSettings):
-    """Settings of ``dart-llm export``: the model, the neurons that it keeps, and the file."""
+    """Settings of ``dart-llm export``: the model, which neurons it keeps, and the file to write."""
 
     UNUSED: ClassVar = (
         *("save_layer_topk", "masking_step", "release_step", "min_evidence", "ema_decay"),
@@ -53,7 +53,7 @@ class ExportSettings(BaseSettings):
         return self
 
     def texts(self) -> list[str]:
-        """The texts for which the mask is selected: those of ``--text``, then the prompt."""
+        """The texts from which the mask is selected: those of ``--text``, then the prompt."""
         texts = [text for name in words(self.text) for text in documents.whole_texts(name)]
         if self.prompt is not None:
             texts.append(resolve_prompt(self.prompt))
@@ -76,7 +76,7 @@ def export(flags: dict[str, Any], config: Config = None, as_json: Json = False) 
 
 
 def _write(settings: ExportSettings, ui: Any) -> GgufExport:
-    """Load the model, select the neurons and write the file."""
+    """Load the model, select the neurons to keep, and write the file."""
     from dart_llm.experiments.artifacts import check_masks, read_masks
     from dart_llm.models.describe import widths
     from dart_llm.models.loading import load, resolve
@@ -100,7 +100,7 @@ def _write(settings: ExportSettings, ui: Any) -> GgufExport:
 
 
 def _summary(written: GgufExport) -> str:
-    """The file, its size, its neurons per layer, and the share of columns that was requantised."""
+    """A text with the file's path, size and neurons per layer, and how much was requantised."""
     kinds = ", ".join(
         old if old == new else f"{new} (before: {old})" for old, new in written.kinds.items()
     )

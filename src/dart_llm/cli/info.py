@@ -1,4 +1,4 @@
-"""The commands ``prompts``, ``methods`` and ``doctor``, which print lists and a report."""
+"""The commands ``prompts`` and ``methods`` (they print lists) and ``doctor`` (prints a report)."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def show_prompt(
     file: File = None,
     as_json: Json = False,
 ) -> None:
-    """``dart-llm prompts show``: the origin of a prompt or passage and its text, topic by topic."""
+    """``dart-llm prompts show``: prints where a text comes from, and the text, topic by topic."""
     from dart_llm.data import passages as data
     from dart_llm.data.passages import Passage
 
@@ -110,7 +110,7 @@ def show_prompt(
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
     table = Table(*heads, box=SIMPLE_HEAD, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*map(Text, row))  # as Text, in which rich does not interpret square brackets
+        table.add_row(*map(Text, row))  # rich would interpret square brackets in a plain str
     return table
 
 
@@ -137,7 +137,7 @@ REQUIREMENT = re.compile(r"([\w-]+)[^;]*;.*extra == [\"']([\w-]+)[\"']")
 
 
 def missing_extras() -> dict[str, list[str]]:
-    """The missing packages, grouped by the extra of dart-llm that requires them."""
+    """Names of the missing packages, by the extra of dart-llm that requires them."""
     missing: dict[str, list[str]] = {}
     for requirement in requires("dart-llm") or ():
         match = REQUIREMENT.match(requirement)
@@ -155,7 +155,7 @@ def _is_installed(package: str) -> bool:
 
 
 def examine(cache_dir: str | None = None) -> dict[str, Any]:
-    """Everything about the installation that can explain why a run works or fails.
+    """Return everything about the installation that can explain why a run works or fails.
 
     The report says whether a hub token is set, but does not contain the token.
     """
@@ -187,9 +187,9 @@ def examine(cache_dir: str | None = None) -> dict[str, Any]:
 
 
 def default_weights(kernels: str, gpu: bool) -> str:
-    """The format of the default model's weights in memory, unless another format is requested.
+    """Describe the format that the default model's weights have in memory by default.
 
-    ``kernels`` is the text of ``native.build.state``; ``gpu``: True if there is a GPU.
+    ``kernels``: the text that ``native.build.state`` returns.  ``gpu``: True if there is a GPU.
     """
     if gpu:
         return "bfloat16, on the GPU"

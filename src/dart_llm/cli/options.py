@@ -1,4 +1,4 @@
-"""Builds the command-line options from the settings, so that the two cannot differ."""
+"""Builds the options of a command from its settings class, so that both always agree."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "models": ("--model",),
     "prompt": ("-p",),
 }
-"""Further names of flags, by setting."""
+"""Further names of a setting's flag, by the setting's name."""
 
 
 def _option_type(annotation: Any) -> Any:
-    """``X`` for a setting of type ``X | None``; ``str`` for a tuple, given comma-separated."""
+    """The type of a flag: X for a setting of type ``X | None``; str for a comma-separated tuple."""
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
     return str if get_origin(annotation) is tuple else annotation
@@ -46,9 +46,9 @@ def _option_type(annotation: Any) -> Any:
 def parameters(
     settings: type[Settings], only: Collection[str] | None = None
 ) -> list[inspect.Parameter]:
-    """One keyword parameter per setting, or per setting in ``only`` unless that is None.
+    """One keyword parameter for each setting; if ``only`` is given, just for the settings it names.
 
-    The parameters default to None, which means that the flag was not given.
+    Every parameter defaults to None, which means that the flag was not given.
     """
     fields = settings.model_fields
     names = [n for n in fields if n not in settings.UNUSED and (only is None or n in only)]
@@ -81,10 +81,10 @@ def with_settings(
 ) -> Callable[..., None]:
     """Wrap ``function(flags, ...)`` in a command with one option per setting.
 
-    ``flags`` is a dict of the options' values; None means that an option was not given.
+    ``flags`` maps each setting's name to its option's value; None if the option was not given.
     """
     signature = inspect.signature(function)
-    hints = get_type_hints(function, include_extras=True)  # resolves names of function's module
+    hints = get_type_hints(function, include_extras=True)  # evaluated in the function's module
     others = [
         p.replace(annotation=hints[p.name], kind=NAMED)
         for p in signature.parameters.values()

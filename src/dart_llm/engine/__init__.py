@@ -1,6 +1,6 @@
-"""One model, many requests: the engine behind the server, the chat and your programs.
+"""The engine: answers many requests with one model, for the server, the chat and your programs.
 
-Start with ``engine.py``; ``host.py`` keeps the model patched, ``request.py`` answers one request.
+Start with ``engine.py``.  ``host.py`` keeps the model patched; ``request.py`` answers one request.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Answers many requests, dense or pruned, with one model that is attached once.
+"""``Engine`` patches a model once, and answers many requests with it, each dense or pruned.
 
 >>> from dart_llm.engine import Ask, Engine, Sampling            # doctest: +SKIP
 >>> engine = Engine(model, tokenizer)                            # doctest: +SKIP
@@ -30,15 +30,19 @@ logger = logging.getLogger("dart_llm")
 
 
 class Engine(contextlib.AbstractContextManager["Engine"]):
-    """Answers requests on one model, one at a time; use it as a context manager, or ``close`` it.
+    """Answers requests with one model, one request at a time.
 
-    ``conversations``: how many conversations to keep, the most recently used.  ``executor``: the
-    executor of all requests, as in ``PruneConfig``.  ``calibration``: the text that static methods
-    calibrate on.  ``cache_dir``: where learned statistics are stored.  ``say`` is called with
-    progress lines while a method calibrates.
+    Use it as a context manager, or call ``close`` at the end.
 
-    Raises ``AttachError`` for a model that is being pruned, ``UnsupportedModel`` and
-    ``ConfigError`` for a model that cannot be pruned.
+    ``conversations``: maximum number of conversations whose cache is kept; beyond it, the least
+    recently used conversation is dropped.  ``executor``: name of the executor that runs the pruned
+    FFNs of all requests, as in ``PruneConfig``.  ``calibration``: text for methods that need a
+    calibration text, such as ``wanda``; None: C4 from the hub.  ``cache_dir``: folder of cached
+    statistics; None: the default folder.  ``say`` is called with progress lines while a method
+    calibrates.
+
+    Raises ``AttachError`` if the model is already being pruned, and ``UnsupportedModel`` or
+    ``ConfigError`` if it cannot be pruned.
     """
 
     def __init__(
@@ -63,14 +67,14 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
 
     @property
     def executor(self) -> str:
-        """The executor of pruned FFNs."""
+        """Name of the executor that runs pruned FFNs."""
         return self._host.executor
 
     def prepare(self, config: PruneConfig | None) -> None:
-        """Calibrate and learn what ``config`` needs, so that no request has to wait for it.
+        """Compute the statistics that ``config`` needs, so that no request has to wait for them.
 
-        Raises ``ConfigError`` for settings that this model does not support, ``LoadError`` for a
-        missing calibration text, ``AttachError`` while a request is running.
+        Raises ``ConfigError`` for settings that this model does not support, ``LoadError`` if the
+        calibration text cannot be loaded, ``AttachError`` while a request is running.
         """
         with self._exclusive():
             method = self._host.bind(config)
@@ -87,9 +91,10 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
     ) -> GenerationResult:
         """Answer one request.
 
-        ``emit`` is called with every record, in this thread; ``cancelled`` is called after every
-        token, and between chunks of a long prompt.  Afterwards, even after an error, the model
-        keeps nothing of the request; its conversation is kept unless an error was raised.
+        ``emit`` is called with every record, in this thread.  ``cancelled`` is called after every
+        token, and between chunks of a long prompt; if it returns True, generation stops.
+        Afterwards, even after an error, the model keeps nothing of the request.  If the request
+        names a conversation, the engine keeps the conversation, unless an error was raised.
 
         Raises ``ConfigError`` for a request that cannot be served, ``AttachError`` while another
         request is running.
@@ -137,7 +142,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
             self._lock.release()
 
     def close(self) -> None:
-        """Detach and restore the exact original model.  Safe to call twice."""
+        """Detach from the model, which is then exactly as it was before.  Safe to call twice."""
         if self._closed:
             return
         with self._exclusive():
@@ -150,7 +155,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that end a text: those of the generation settings, else the tokenizer's."""
+    """Return the ids of end tokens: from the generation settings, or else from the tokenizer."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = getattr(tokenizer, "eos_token_id", None) if ends is None else ends
     return frozenset([ends] if isinstance(ends, int) else ends or ())
@@ -163,5 +168,5 @@ def trim_heap() -> None:
     even though every request frees its memory.
     """
     if sys.platform.startswith("linux"):
-        with contextlib.suppress(OSError, AttributeError):  # another C library
+        with contextlib.suppress(OSError, AttributeError):  # the C library is not glibc
             ctypes.CDLL("libc.so.6").malloc_trim(0)

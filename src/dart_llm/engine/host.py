@@ -1,4 +1,4 @@
-"""Keeps a model patched between requests, and the cache of each conversation."""
+"""``PatchHost`` keeps a model patched between requests; ``Conversation`` keeps a KV cache."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from dart_llm.session.run import BoundMethod, PatchCosts, prepare
 
 DENSE = PruneConfig.build("dense")
 
-MAX_BOUND = 32  # number of configurations that stay bound to the model
+MAX_BOUND = 32  # maximum number of configurations that are kept as a ``BoundMethod``
 
 
 class PatchHost:
-    """Keeps the model attached, for use by one thread at a time; arguments as in ``Engine``."""
+    """Keeps the model patched; one thread at a time may use it.  For arguments, see ``Engine``."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class PatchHost:
         self._bound: OrderedDict[str, BoundMethod] = OrderedDict()
         self._head = HeadConfig()
         self._screen: Screen | None = None
-        """Screen (rough scores) of the screened output head that was requested last."""
+        """The screen of the screened output head (``models/screen.py``) that was requested last."""
         self.idle = self._bind(DENSE)
         self._attach()
 
@@ -64,7 +64,7 @@ class PatchHost:
 
     @contextlib.contextmanager
     def _detached(self) -> Iterator[None]:
-        """In this block the model is unpatched, to compute gradients and to generate texts."""
+        """Unpatch the model during this block, which computes gradients or generates texts."""
         self.patch.remove()
         try:
             yield
@@ -72,9 +72,10 @@ class PatchHost:
             self._attach()
 
     def bind(self, config: PruneConfig | None) -> BoundMethod:
-        """Bind ``config`` (None: dense) to the model; calibrate and learn what it needs.
+        """Return ``config`` bound to the model, with the statistics that it needs; None is dense.
 
-        Raises ``ConfigError`` for settings that cannot run here, and the errors of ``prepare``.
+        Statistics that are not cached are computed now.  Raises ``ConfigError`` for settings that
+        cannot run here, and the errors of ``session.run.prepare``.
         """
         if config is None:
             return self.idle
@@ -105,7 +106,7 @@ class PatchHost:
         return method
 
     def _calibrated(self, method: BoundMethod) -> BoundMethod:
-        """Return ``method`` with its statistics, from the cache or learned now."""
+        """Return ``method`` with its statistics: from the cache if possible, else computed now."""
         config, options = method.settings, (self.cache_dir, self.say)
         if config.calibration is not None:
             with self._detached():
@@ -118,18 +119,18 @@ class PatchHost:
         return replace(method, learned=learned)
 
     def serve(self, controller: PruningController) -> None:
-        """Use ``controller`` for the next forwards; raises ``AttachError`` if detached."""
+        """Use ``controller`` for the next forwards; raises ``AttachError`` for a detached model."""
         if not self.patch.installed:
             raise AttachError("this model was detached by dart_llm.restore: create another engine")
         self.patch.serve(controller)
 
     def rest(self) -> None:
-        """After a request: run dense, and drop everything that belongs to the request."""
+        """End a request: later forwards run dense, and the patch keeps nothing of the request."""
         self.patch.loop = None
         self.patch.serve(self.idle.controller())
 
     def report(self, method: BoundMethod, controller: PruningController) -> RunReport:
-        """Return the report of ``controller``, which must be in use."""
+        """Return the report of a request; ``controller`` must be the one passed to ``serve``."""
         controller.flush()
         patch, extra_bytes = self.patch, self.patch.nbytes()
         head = None
@@ -138,23 +139,24 @@ class PatchHost:
         elif patch.head is not None:
             extra_bytes -= patch.head.nbytes()
         by_token = method.settings.token is not None
-        if not by_token:  # low-bit proxies belong to other requests
+        if not by_token:  # this request uses no low-bit proxies: they belong to other requests
             proxies = (layer.token for layer in patch.layers)
             extra_bytes -= sum(proxy.nbytes() for proxy in proxies if proxy is not None)
         costs = PatchCosts(extra_bytes, patch.steps, head)
         return method.report(controller, self.executor_of(method.settings), costs)
 
     def executor_of(self, config: PruneConfig) -> str:
-        """Return the executor of a request; ``masked`` for masks per row, or without a kernel."""
+        """Return the executor to use: ``masked`` for masks per row or rules without a kernel."""
         has_kernel = config.token is None or TOKEN_RULES.get(config.token.rule).native
         return self.executor if has_kernel and config.batch != "per_row" else "masked"
 
 
 @dataclass
 class Conversation:
-    """A cache, the tokens in it (``ids``), and the controller that observed them.
+    """The KV cache of a conversation, and the controller that observed the tokens in this cache.
 
-    ``answer``: where the last answer starts in ``ids``; the cache is never cropped before it.
+    ``ids``: the ids of these tokens.  ``answer``: index in ``ids`` at which the last answer starts;
+    the cache is never cropped to fewer tokens than that.
     """
 
     method: BoundMethod
@@ -164,13 +166,14 @@ class Conversation:
     answer: int
 
     def continues(self, config: PruneConfig, ids: Sequence[int]) -> bool:
-        """Whether a request with these settings and this prompt can use the cache."""
+        """True if a request with these settings and this prompt can use the cache."""
         return self.method.settings == config and self.shared(ids) > 0
 
     def shared(self, ids: Sequence[int]) -> int:
         """Return how many leading tokens of ``ids`` the cache can provide; 0 if it cannot be used.
 
-        A prompt may lack the end of the last answer (a stop string), or split it differently.
+        This can be fewer tokens than the cache contains: a prompt may lack the end of the last
+        answer (a stop string), or that answer may be tokenised differently in the prompt.
         """
         pairs = enumerate(zip(self.ids, ids, strict=False))
         differs = (index for index, (old, new) in pairs if old != new)
@@ -180,13 +183,13 @@ class Conversation:
         return count if count >= self.answer and (can_crop or count == len(self.ids)) else 0
 
     def crop(self, length: int) -> None:
-        """Keep only the first ``length`` tokens."""
+        """Keep only the first ``length`` tokens, in the cache and in ``ids``."""
         if removed := len(self.ids) - length:
             self.cache.crop(-removed)
             self.ids = self.ids[:length]
 
     def reset_accounting(self) -> None:
-        """Forget what was counted and recorded so far, before the next answer."""
+        """Clear all counts and records, so that the next report covers only the next answer."""
         controller = self.controller
         controller.branch()
         controller.finished, controller.checks = [], []

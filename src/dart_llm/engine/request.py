@@ -1,4 +1,4 @@
-"""Runs one request, from prompt to answer: forwards, sampling, text and records of masks."""
+"""Runs one request: runs the model, samples tokens, decodes their text and emits records."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from dart_llm.session.run import BoundMethod
 BINS = 96  # maximum number of groups of neighbouring neurons in a mask's raster
 MIN_TEMPERATURE = 1e-30  # lower temperatures would be 0 in float32
 PIECE = 512  # prompt tokens per forward; a request can be cancelled between forwards
-SCORED_PIECE = 64  # the same if the logits of all tokens are needed, which take much memory
+SCORED_PIECE = 64  # prompt tokens per forward if all their logits, which are large, are needed
 
 Emit = Callable[[Record], None]
 
 
 class Sampler:
-    """Samples tokens for all rows of a request; with seed s, row i has the random seed (s, i)."""
+    """Samples a token for every row of a request; with seed s, row i is seeded with (s, i)."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -55,7 +55,7 @@ class Sampler:
         self._rngs = [random.Random(None if seed is None else f"{seed}/{row}") for row in rows]
 
     def choose(self, logits: Tensor) -> list[int]:
-        """Return token ids for logits [n, V], one per row; raises ``DartError`` if not finite."""
+        """Return a token id per row of logits [n, V]; raises ``DartError`` after an overflow."""
         scores = logits.float()
         best = scores.max(-1)
         if not all(map(math.isfinite, best.values.tolist())):
@@ -67,7 +67,7 @@ class Sampler:
         return [self._draw(row, rng) for row, rng in zip(probabilities, self._rngs, strict=True)]
 
     def _draw(self, probabilities: Tensor, rng: random.Random) -> int:
-        """Return an index into [V], sampled from the likeliest tokens that reach ``top_p``."""
+        """Return a token id, sampled from the likeliest tokens that together reach ``top_p``."""
         top_p = self.sampling.top_p
         order = None if top_p == 1 else probabilities.argsort(descending=True)
         sums = (probabilities if order is None else probabilities[order]).double().cumsum(0)
@@ -79,7 +79,7 @@ class Sampler:
 
 
 def logprobs(logits: Tensor, ids: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
-    """Return (id, log-probability) of each row's token and of its ``count`` likeliest tokens."""
+    """Return (id, log-probability) pairs per row: of its token, then of the ``count`` likeliest."""
     scores = torch.log_softmax(logits.float(), -1)
     best = scores.topk(min(count, scores.shape[-1]))
     rows = zip(ids, scores, best.indices.tolist(), best.values.tolist(), strict=True)
@@ -90,7 +90,7 @@ def logprobs(logits: Tensor, ids: Sequence[int], count: int) -> list[list[tuple[
 
 
 class Pieces:
-    """Caches the texts of single tokens; the text of a special token is its name."""
+    """Maps token ids to the texts of single tokens.  The text of a special token is its name."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -99,7 +99,7 @@ class Pieces:
     def __getitem__(self, token: int) -> str:
         if token not in self._texts:
             text = decode_ids(self._tokenizer, [token], special=True)
-            if text and not text[0].isspace():  # its leading space may have been stripped
+            if text and not text[0].isspace():  # decoding may have stripped a leading space
                 twice = decode_ids(self._tokenizer, [token, token], special=True)
                 if twice.startswith(text) and twice.endswith(text):
                     text = twice[len(text) :]
@@ -107,7 +107,7 @@ class Pieces:
         return self._texts[token]
 
     def of(self, ids: Sequence[int]) -> list[str]:
-        """Return one text per token; a character of several tokens belongs to the last of them."""
+        """Return a text per token; a character of several tokens is in the text of the last."""
         texts: list[str] = []
         pending: list[int] = []
         for token in ids:
@@ -125,10 +125,11 @@ class Pieces:
 
 
 class StopFinder:
-    """Ends a text before the first stop string that is complete.
+    """Ends a text before the first stop string that becomes complete.
 
-    Text that may be the start of a stop string is held back until the next tokens decide, so the
-    result does not depend on how the text is split into tokens.  ``found``: True after a stop.
+    Text that may be the start of a stop string is held back until later tokens decide, so the
+    result does not depend on how the text is split into tokens.  ``found``: True once a stop string
+    is complete.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -137,7 +138,7 @@ class StopFinder:
         self.found = False
 
     def add(self, text: str) -> str:
-        """Add text; return the text that can be shown now, or "" after ``found``."""
+        """Add text; return the text that can be shown now.  Not to be called after ``found``."""
         text = self._pending + text
         ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
@@ -148,13 +149,13 @@ class StopFinder:
         return text[:shown]
 
     def end(self) -> str:
-        """After the last token: return the text that was held back."""
+        """Return the text that is still held back; to be called after the last token."""
         text, self._pending = self._pending, ""
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of ``text`` that is the beginning of ``stop``."""
+    """Return the length of the longest suffix of ``text`` with which ``stop`` begins."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
@@ -162,7 +163,7 @@ def _overlap(text: str, stop: str) -> int:
 class Row:
     """Tokens and text of one choice, that is, of one of the ``n`` answers to a request.
 
-    ``ends``: tokens that end a text; ``limit``: maximum number of tokens.
+    ``ends``: ids of the tokens that end a text.  ``limit``: maximum number of tokens.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class Row:
         self._stream, self._stops = TextStream(tokenizer), StopFinder(stops)
 
     def add(self, token: int) -> str:
-        """Add a token; return the text that became readable.  The last token sets ``finish``."""
+        """Add a token; return the text to show now.  The last token of the row sets ``finish``."""
         self.tokens.append(token)
         ended, full = token in self._ends, len(self.tokens) >= self._limit
         text = "" if ended else self._stream.add(token)
@@ -195,7 +196,10 @@ class Row:
 def mask_record(
     masks: Sequence[LayerMask | None], widths: Sequence[int], number: int, token: int
 ) -> Mask:
-    """Return a ``Mask`` record of ``masks`` (None: dense layer); ``widths``: neurons per layer."""
+    """Return a ``Mask`` record of ``masks``, one mask per layer; None is a dense layer.
+
+    ``widths``: number of neurons in each layer.  ``number`` and ``token``: as in ``Mask``.
+    """
     layers = list(zip(masks, widths, strict=True))
     shares = tuple(1.0 if mask is None else mask.kept / width for mask, width in layers)
     bins = min(BINS, *widths)
@@ -211,7 +215,7 @@ def mask_record(
 
 
 class Request:
-    """The state of one request; only its ``conversation`` outlives it."""
+    """The state of one request; only the result of ``conversation`` is kept afterwards."""
 
     def __init__(
         self,
@@ -240,10 +244,10 @@ class Request:
         self._loop = OwnLoop()
         self._cache: Any = None
         self.controller: Any = None
-        """The ``PruningController``, until ``release``."""
+        """A ``PruningController``; None before ``run`` and after ``release``."""
 
     def run(self, earlier: Conversation | None, emit: Emit, cancelled: Callable[[], bool]) -> Done:
-        """Answer the request; ``earlier``: the conversation that its prompt continues."""
+        """Answer the request; ``earlier``: the conversation that the prompt continues, or None."""
         self._emit, self._cancelled = emit, cancelled
         self._began = self._last_time = time.perf_counter()
         emit(self._start())
@@ -280,7 +284,11 @@ class Request:
         )
 
     def _read_prompt(self) -> Tensor | None:
-        """Run the prompt; return logits [rows, V] of the first token, or None if not needed."""
+        """Run the prompt's tokens that are not cached.
+
+        Return logits [rows, V] for the first answer token.  Return None if the request was
+        cancelled, or if no answer token was requested.
+        """
         ids, sampling, logits = self.ask.ids, self.ask.sampling, None
         scored, scores = sampling.prompt_logprobs, list[tuple[float, tuple[Likely, ...]]]()
         size = SCORED_PIECE if scored else PIECE
@@ -304,14 +312,14 @@ class Request:
         return None
 
     def _decode(self) -> Tensor:
-        """Run the last token of each row; return logits [rows, V]."""
+        """Run the last token of each row; return the logits [rows, V] of the next token."""
         live = [row.finish is None for row in self._rows]
         self._loop.prompt = False
         self._loop.live = None if all(live) else torch.tensor(live, device=self.host.model.device)
         return self._forward(torch.tensor([[row.tokens[-1]] for row in self._rows]))[:, -1]
 
     def _forward(self, ids: Tensor, **options: Any) -> Tensor:
-        """Run ids [rows, n]; return logits [rows, n, V], or fewer with ``logits_to_keep``."""
+        """Run ids [rows, n]; return logits [rows, n, V], or of the last ``logits_to_keep`` ids."""
         if self._cache is not None:
             options["cache"] = self._cache
         model = self.host.model
@@ -324,7 +332,7 @@ class Request:
         self._new_masks.append((remask, state.masks or ()))
 
     def _add_tokens(self, logits: Tensor) -> bool:
-        """Sample a token for every unfinished row; return whether the answer is complete."""
+        """Sample and emit a token for each unfinished row; return True if the request has ended."""
         self._emit_events()
         tokens = self._sampler.choose(logits)
         count = self.ask.sampling.logprobs
@@ -343,12 +351,12 @@ class Request:
         return all(row.finish for row in self._rows) or self._cancelled()
 
     def _likely(self, scores: list[tuple[int, float]]) -> tuple[float, tuple[Likely, ...]]:
-        """Return a token's log-probability, and the likeliest tokens at its position."""
+        """Return a token's log-probability and the likeliest tokens, from a row of ``logprobs``."""
         top = (Likely(id, self._pieces[id], value) for id, value in scores[1:])
         return scores[0][1], tuple(top)
 
     def _emit_events(self) -> None:
-        """Emit the drift checks and masks of the last forward."""
+        """Emit the drift checks and the new masks since the last call."""
         for check in self.controller.checks[self._checks :]:
             self._emit(Check(check))
         self._checks = len(self.controller.checks)
@@ -374,7 +382,7 @@ class Request:
         )
 
     def release(self) -> None:
-        """Free activations and cache now, which a reference cycle would keep alive for longer."""
+        """Free activations and cache now, because a reference cycle would keep them for longer."""
         controller = self.controller
         if controller is not None:
             controller.on_remask, controller.plan = None, ForwardPlan(False, False, ())

@@ -1,8 +1,8 @@
-"""Requests to an engine, the records that it emits while it answers, and the results.
+"""Requests to an engine, and the records that the engine emits while it answers them.
 
-Every request emits one ``start``, possibly ``scores``, then ``token``, ``check``, ``remask`` and
-``mask`` records as they occur, and one ``done`` or ``error``.  ``to_dict`` returns JSON-able data
-with a ``kind``.
+For every request the engine emits one ``start`` record, and ``scores`` if requested.  Then it emits
+``token``, ``check``, ``remask`` and ``mask`` records as they occur.  The last record is ``done``,
+which is also the result, or ``error``.  These names are the ``kind`` of a record.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ class Sampling:
     ``temperature``: 0 is greedy.  ``top_p``: sample only from the likeliest tokens that together
     have this probability.  ``seed``: equal seeds give equal answers; None: random.  ``n``: number
     of answers, decoded as one batch that shares its masks.  ``stop``: strings that end an answer
-    and are not part of it.  ``logprobs``: k, to report log-probabilities of the sampled token and
-    of the k likeliest tokens, before temperature; None: report none.  ``prompt_logprobs``: also
-    report those of the prompt's tokens; ``max_tokens`` may then be 0.
+    and are not part of it.  ``logprobs``: a number k; the log-probabilities of the sampled token
+    and of the k likeliest tokens are reported, computed at temperature 1.  None: none are reported.
+    ``prompt_logprobs``: if True, the log-probabilities of the prompt's tokens are reported too, and
+    ``max_tokens`` may be 0.
     """
 
     max_tokens: int = 256
@@ -61,9 +62,10 @@ class Sampling:
 class GenerationRequest:
     """One request.
 
-    ``ids``: the prompt's tokens.  ``config``: how to prune; None for the dense model.
-    ``conversation``: a name; a prompt that extends the conversation of this name reuses its cache.
-    ``id``: the request's id in its records; "" for a random id.
+    ``ids``: the prompt's token ids.  ``config``: how to prune; None runs the dense model.
+    ``conversation``: name of a conversation.  If the prompt extends the conversation with this
+    name, that conversation's cache is used.  None: the request belongs to no conversation.  ``id``:
+    identifies the request in the records; "" means a random id.
     """
 
     ids: tuple[int, ...]
@@ -116,7 +118,11 @@ class PromptToken:
 
 @dataclass(frozen=True)
 class Start(_Record):
-    """The start of a request.  ``sparsity``: None if no overall sparsity was requested."""
+    """The start of a request.
+
+    ``sparsity``: None if no overall sparsity was requested.  ``layers``: number of layers.
+    ``neurons``: number of neurons in each layer.
+    """
 
     kind: ClassVar[str] = "start"
     id: str
@@ -132,7 +138,7 @@ class Start(_Record):
 
 @dataclass(frozen=True)
 class Likely:
-    """One of the likeliest tokens at a position; ``logprob`` in nats."""
+    """One of the likeliest tokens at a position; ``logprob`` is in nats."""
 
     id: int
     text: str
@@ -141,10 +147,10 @@ class Likely:
 
 @dataclass(frozen=True)
 class Scores(_Record):
-    """Log-probabilities of the prompt's tokens, if they were requested.
+    """Log-probabilities of the prompt's tokens, emitted if they were requested.
 
-    ``logprobs``: in nats, given all earlier tokens; None for the first token.  ``top``: the
-    likeliest tokens at each position; empty for the first token.
+    ``logprobs``: one per token, in nats, given all earlier tokens; None for the first token.
+    ``top``: the likeliest tokens at each position; empty for the first token.
     """
 
     kind: ClassVar[str] = "scores"
@@ -156,11 +162,11 @@ class Scores(_Record):
 class Token(_Record):
     """One token of one choice.
 
-    ``text``: the text that became readable with this token.  It is "" while a character is
-    incomplete or a stop string may have begun; a later ``text`` then contains what was held back.
-    The answer is the concatenation of these texts.
-    ``piece``: the text of this token alone.  A token that ends the answer has a ``piece`` but no
-    ``text``.  ``phase``: ``prefill`` (the first token, from the prompt's logits), ``observe``,
+    ``text``: the text that this token adds to the answer.  It is "" while a character is incomplete
+    or a stop string may have begun; a later ``text`` then also contains the text held back.  An
+    answer is the concatenation of every ``text`` of its choice.
+    ``piece``: the text of this token alone.  An end token has a ``piece`` but adds no text of its
+    own.  ``phase``: ``prefill`` (the first token, from the prompt's logits), ``observe``,
     ``pruned``, ``released`` or ``dense``.  ``logprob`` (nats) and ``top`` are None unless
     requested.  ``seconds``: time since the previous token, or since the request began.
     """
@@ -181,7 +187,7 @@ class Token(_Record):
 class Check(_Record):
     """The drift detector completed a window of tokens.
 
-    ``similarity`` is None if the detector has no reference to compare this window with.
+    ``similarity`` is None if the detector has no reference yet with which to compare the window.
     """
 
     kind: ClassVar[str] = "check"
@@ -208,11 +214,12 @@ class Masked(_Record):
 
 @dataclass(frozen=True)
 class Mask(_Record):
-    """A mask that is used from token ``token`` on; ``number`` counts from 1.
+    """New masks of all layers; ``number`` numbers a request's masks from 1.
 
+    ``token``: index of the first answer token that is predicted with these masks.
     ``kept_share``: fraction of neurons that each layer keeps.  ``raster``: for each layer, one byte
-    per group of neighbouring neurons, the fraction that is kept times 255.  With per-token
-    selection, all groups have the fraction of the layer.
+    per group of neighbouring neurons; the byte is 255 times the fraction of the group that is kept.
+    With per-token selection, this fraction is the layer's ``kept_share`` in every group.
     """
 
     kind: ClassVar[str] = "mask"
@@ -224,7 +231,11 @@ class Mask(_Record):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request, for all choices; ``cached_tokens``: prompt tokens found in the cache."""
+    """Numbers of tokens of a request.
+
+    ``completion_tokens`` counts the tokens of all choices.  ``cached_tokens``: prompt tokens taken
+    from the conversation's cache.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -235,7 +246,9 @@ class Usage:
 class Timings:
     """How long a request took, with llama.cpp's names.
 
-    ``prompt_n``: tokens read before the first token; ``predicted_n``: tokens decoded after it.
+    ``prompt_n``: prompt tokens that were not cached.  ``predicted_n``: answer tokens of all
+    choices, without the first token of each.  ``prompt_ms`` ends at the first token;
+    ``predicted_ms`` begins there.
     """
 
     prompt_n: int
@@ -244,7 +257,7 @@ class Timings:
     predicted_ms: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, times per token and tokens per second (None without tokens)."""
+        """Return the fields, with times per token and tokens per second (None for no tokens)."""
         data: dict[str, Any] = {}
         for name in ("prompt", "predicted"):
             count, ms = getattr(self, f"{name}_n"), getattr(self, f"{name}_ms")
@@ -256,9 +269,10 @@ class Timings:
 
 @dataclass(frozen=True)
 class Done(_Record):
-    """The last record, which ``Engine.run`` also returns; tuples have one value per choice.
+    """The last record, which ``Engine.run`` also returns.  Tuples have one value per choice.
 
-    ``finish``: ``stop`` (end of text or a stop string), ``length`` or ``cancelled``.
+    ``finish``: why an answer ended: ``stop`` (an end token or a stop string), ``length`` or
+    ``cancelled``.
     """
 
     kind: ClassVar[str] = "done"
@@ -284,4 +298,4 @@ class Failed(_Record):
 
 
 Record = Start | Scores | Token | Check | Masked | Mask | Done | Failed
-"""All records that an engine emits."""
+"""Any record that an engine emits."""

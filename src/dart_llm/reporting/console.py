@@ -1,6 +1,7 @@
-"""Terminal output: results go to stdout, everything else to stderr; ``quiet`` prints neither.
+"""Terminal output: results go to stdout, everything else to stderr.  A quiet ``Ui`` prints neither.
 
-When a command prints nothing for long, a line names its current work, progress and time left.
+When a command has printed nothing for a while, a line names its current work, with the progress and
+the time left.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ TICK_S = 1.0
 """Seconds between checks for silence."""
 
 RECENT = 10
-"""The mean time of at least this many latest items predicts that of the remaining items."""
+"""The time left is estimated from this many latest items, or a fifth of all items if more."""
 
 AT_ONCE_S = 0.005
-"""Seconds per item.  Faster items were loaded from an earlier run and are not in the mean."""
+"""Seconds per item.  Faster items were loaded from an earlier run; the estimate ignores them."""
 
 clock = time.monotonic
 
@@ -55,7 +56,7 @@ class Pace:
         self.done, self._last = self.done + count, now
 
     def left(self) -> float | None:
-        """Estimated seconds until all items are done; None before the first item is computed.
+        """Return the estimated seconds until all items are done; None before the first is computed.
 
         The estimate grows while an item takes longer than expected.
         """
@@ -70,10 +71,10 @@ class Pace:
 class Work:
     """A block of code whose progress is reported.
 
-    ``text``: its name, which may change.  ``pace``: its progress, if its items are counted.
-    ``part``: its number among several blocks, e.g. "cell 2 of 3, ".  ``loud``: True if reports name
-    this block instead of inner blocks that are not loud.  ``moving``: True if a spinner or bar
-    already shows it.
+    ``text``: the block's name, which may change.  ``pace``: counts the block's finished items; None
+    if items are not counted.  ``part``: the block's number among several blocks, such as "cell 2 of
+    3, ", or "".  ``loud``: True if reports name this block instead of inner blocks that are not
+    loud.  ``moving``: True if a spinner or a bar already shows the block.  ``began``: start time.
     """
 
     text: str
@@ -84,7 +85,7 @@ class Work:
     began: float = field(default_factory=lambda: clock())
 
     def progress(self) -> str:
-        """The block's name, with its count and time left if its items are counted."""
+        """The block's name; if items are counted, also how many are done and the time left."""
         if self.pace is None:
             return self.text
         seconds = self.pace.left()
@@ -95,7 +96,8 @@ class Work:
 class Heartbeat:
     """Reports the current work through ``say`` after ``SILENT_S`` seconds without output.
 
-    A thread checks for silence while a block is open.  If ``muted()`` is true, it prints nothing.
+    While a block is open, a thread checks for silence.  While ``muted()`` is true, nothing is
+    reported.
     """
 
     def __init__(self, say: Callable[[str], None], muted: Callable[[], bool]) -> None:
@@ -130,7 +132,7 @@ class Heartbeat:
             self.beat()
 
     def beat(self) -> None:
-        """After ``SILENT_S`` of silence, report the innermost loud block, or else the innermost."""
+        """After ``SILENT_S`` of silence, report the innermost loud block, else the innermost."""
         with self.lock:
             works = [work for work in self.works if work.loud] or self.works
             if not works or works[-1].moving or self.muted() or clock() - self.spoke < SILENT_S:
@@ -146,7 +148,7 @@ def logged(logger: logging.Logger, text: str) -> Iterator[Callable[[str], None]]
     """Yield a function that logs each step of a library call; ``text`` names the first step.
 
     Steps are logged at level INFO, which is rarely shown.  A step that takes longer than
-    ``SILENT_S`` seconds is repeated as a warning.
+    ``SILENT_S`` seconds is logged again, as a warning.
     """
     with Heartbeat(logger.warning, lambda: False).block(Work(text, loud=True)) as work:
 
@@ -161,7 +163,7 @@ class Ui:
     """Terminal output of a command.  If ``quiet``, as with ``--json``, only errors are printed.
 
     While a block of ``working``, ``status`` or ``progress`` is open, a line is printed at least
-    every ``SILENT_S`` seconds, or a bar moves.
+    every ``SILENT_S`` seconds, unless a spinner or a bar moves.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -171,7 +173,7 @@ class Ui:
         self.err = Console(stderr=True, quiet=quiet, width=width, markup=False)
         self.out = Console(width=None if sys.stdout.isatty() else 160, markup=False)
         self.log: list[str] = []
-        """Lines, tables and texts that were printed, for the files of the run."""
+        """The lines, tables and texts printed so far; studies save them in a file of the run."""
         self.live = sys.stderr.isatty() and not quiet
         self._streaming = False
         self.heartbeat = Heartbeat(self.remark, lambda: self._streaming or quiet)
@@ -246,7 +248,7 @@ class Ui:
     ) -> contextlib.AbstractContextManager[Work]:
         """Name the work of this block for reports after a long silence; print nothing now.
 
-        The work is number ``number`` of ``of`` items, which are called ``noun``.
+        If ``of`` is not 0, reports begin with ``noun``, ``number`` and ``of``: "cell 2 of 3, ".
         """
         return self.heartbeat.block(Work(text, part=f"{noun} {number} of {of}, " if of else ""))
 
@@ -269,7 +271,7 @@ class Ui:
 
     @contextlib.contextmanager
     def progress(self, text: str, total: int) -> Iterator[Callable[[int], Any]]:
-        """Show a progress bar with the estimated time left; yield ``advance(n)``."""
+        """Show a bar with the time left; yield ``advance(n)``, which counts n items as done."""
         pace = Pace(total)
         with self.heartbeat.block(Work(text, pace=pace, loud=True, moving=self.live)):
             if not self.live:

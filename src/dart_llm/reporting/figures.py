@@ -30,7 +30,7 @@ Look = dict[str, Any]
 INK, SOFT, FAINT = "#1d2530", "#5a6470", "#d5d8dc"
 
 GREY = "#868e98"
-"""Colour of dense results and of the background."""
+"""Colour of results of models that are not pruned."""
 
 PALETTE: Palette = (
     *("#011959", "#a889a8", "#828231", "#226061", "#c98259", "#4d734d", "#114360", "#bb8584"),
@@ -73,15 +73,15 @@ UNDATED: dict[str, dict[str, Any]] = {
     "svg": {"Creator": None, "Date": None},
     "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
 }
-"""Metadata by format, without dates, so that equal plots give equal files."""
+"""Metadata of files, by format.  They contain no dates, so that equal plots give equal files."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot, which ``draw`` draws into an empty figure with the given colours.
+    """One plot.  ``draw(figure, palette)`` draws it into an empty figure with these colours.
 
     ``alt``: description for screen readers.  ``small``: text in small print below the plot.
-    ``height``: height in inches.
+    ``height``: height in inches, with one line each of title and small print.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Plot:
 
 
 def save(folder: Path, wanted: Iterable[Plot], style: str = "screen") -> list[Path]:
-    """Draw plots into ``plots/<name>.png``, in the style ``paper`` also as PDF; return the paths.
+    """Write each plot as ``plots/<name>.png``; with style ``paper`` also as PDF.  Return the paths.
 
     Raises ``ResultsError`` if a file cannot be written, ``MissingExtra`` without matplotlib.
     """
@@ -137,28 +137,28 @@ def _style() -> Iterator[Palette]:
 # Colour, marker and line of each method.
 
 METHODS = ("dart", "griffin", "flap", "static", "published", "wanda", "glass", "random")
-"""Methods that have the same look in every plot; other methods use the remaining looks."""
+"""Methods that have the same look in every plot; other methods get the looks that are left."""
 
 LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 LOOKS: tuple[tuple[int, str, Any], ...] = tuple(
     zip((0, 4, 3, 8, 7, 2, 6, 5, 16, 12, 1, 14), "os^DvPX<>h*p", LINES * 3, strict=True)
 )
-"""Looks: an index into the colours, a marker and a line style.  Marker and line style also
-distinguish methods in grey."""
+"""Each look is an index into the colours, a marker and a line style.  Marker and line style also
+distinguish methods in a grey print."""
 
 DASHES = (0, (5, 3))
 
 
 def mark(look: tuple[int, str, Any], palette: Palette) -> Look:
-    """matplotlib's arguments for a look."""
+    """The look as arguments for matplotlib's ``plot``."""
     colour, marker, line = look
     edge = {"markeredgecolor": INK, "markeredgewidth": 0.6, "markersize": 5.5}
     return {"color": palette[colour], "marker": marker, "linestyle": line, "linewidth": 1.5, **edge}
 
 
 def looks_of(names: Sequence[str], palette: Palette) -> dict[str, Look]:
-    """matplotlib's arguments for the look of each name; ``dart`` has the thickest line."""
+    """For each name, its look as arguments for matplotlib; ``dart`` has the thickest line."""
     unused = [look for look, name in zip(LOOKS, METHODS, strict=False) if name not in names]
     further = cycle([*LOOKS[len(METHODS) :], *unused[::-1], *LOOKS])
     looks = {}
@@ -170,7 +170,7 @@ def looks_of(names: Sequence[str], palette: Palette) -> dict[str, Look]:
 
 # Panels and their legend.
 
-KEY_LINE = 0.22  # height of a line of the legend in inches
+KEY_LINE = 0.22  # height in inches of one line of the legend
 
 
 def panels_height(count: int, names: int) -> float:
@@ -179,7 +179,7 @@ def panels_height(count: int, names: int) -> float:
 
 
 def panels(figure: Figure, count: int, lines: int) -> list[Axes]:
-    """Axes for a legend of ``lines`` lines, and for ``count`` panels below it in two columns."""
+    """Axes of a legend of ``lines`` lines, then of ``count`` panels below it, in 1 or 2 columns."""
     columns = 1 if count == 1 else 2
     rows = math.ceil(count / columns)
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[KEY_LINE * lines, *[2.4] * rows])
@@ -196,13 +196,13 @@ def key(above: Axes, drawn: Sequence[Axes], columns: int) -> None:
 
 
 def legend(axes: Axes, columns: int, others: Sequence[Axes] = ()) -> None:
-    """Draw a legend above ``axes``, at the left, with its labels and those of ``others``."""
+    """Draw a legend above ``axes``, at the left, with the labels of ``axes`` and of ``others``."""
     anchor: Look = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "handletextpad": 0.6}
     _legend(axes, (axes, *others), columns, borderaxespad=0.4, **anchor)
 
 
 def _legend(axes: Axes, drawn: Iterable[Axes], columns: int, **anchor: Any) -> None:
-    """Draw a legend in ``axes`` with every label in ``drawn``, once, in the order of ``drawn``."""
+    """Draw a legend in ``axes`` that has every label in ``drawn`` once, in the same order."""
     handles: dict[str, Any] = {}
     for panel in drawn:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -218,7 +218,7 @@ def _legend(axes: Axes, drawn: Iterable[Axes], columns: int, **anchor: Any) -> N
 def reference_line(
     axes: Axes, *, x: float | None = None, y: float | None = None, label: str
 ) -> None:
-    """Draw a dashed line across the axes; its gaps are white, to be visible on dark bars."""
+    """Draw a dashed line across the axes, with white gaps so that it is visible on dark bars."""
     draw, at = (axes.axhline, y or 0.0) if x is None else (axes.axvline, x)
     draw(at, color="white", linewidth=1.4, label="_")
     draw(at, color=INK, linestyle=DASHES, linewidth=1.5, label=label)
@@ -229,7 +229,7 @@ def whisker_lengths(
 ) -> list[list[float]]:
     """Lengths of the whiskers below and above each value, for matplotlib's ``errorbar``.
 
-    Where ``ends`` has None, the lengths are nan, which draws nothing.
+    Where ``ends`` has None, the lengths are nan, for which matplotlib draws nothing.
     """
     lengths = [
         (max(0.0, v - e[0]), max(0.0, e[1] - v)) if e else (math.nan, math.nan)
@@ -241,7 +241,7 @@ def whisker_lengths(
 def write_beside(
     axes: Axes, text: str, x: float, y: float, size: float = 9.0, gap: float = 5.0
 ) -> None:
-    """Write ``text`` beside a bar or mark, ``gap`` points to its right; the axes must have room."""
+    """Write ``text`` ``gap`` points to the right of (x, y); the axes must have room for it."""
     where: Look = {"xytext": (gap, 0), "textcoords": "offset points", "va": "center"}
     axes.annotate(text, (x, y), fontsize=size, color=INK, in_layout=False, zorder=5, **where)
 

@@ -21,13 +21,13 @@ from dart_llm.reporting.table import PageTable
 from dart_llm.reporting.words import checkpoint_line
 
 Facts = list[tuple[str, str, bool]]
-"""Metadata at the top of a page: name, value, and whether the value is shown as code."""
+"""Metadata at the top of a page: tuples (name, value, True if the value is shown as code)."""
 
 PROVENANCE = ("versions", "machine", "git", "checkpoint")
 """Entries of config.json that pages show as tables."""
 
 LARGE_SVG = 150_000
-"""Bytes above which a plot is embedded as PNG instead of SVG."""
+"""Size in bytes above which a plot is embedded as PNG instead of SVG."""
 
 
 class Picture(NamedTuple):
@@ -40,7 +40,7 @@ class Picture(NamedTuple):
 
 
 def render(config: Mapping[str, Any], template: str, content: Mapping[str, Any]) -> str:
-    """Render the page of a run: ``content`` with the run's status, settings and provenance.
+    """Return a run's page as HTML: ``content``, and the run's status, settings and provenance.
 
     ``template`` is a file in templates/ that extends page.html.
     """
@@ -129,7 +129,7 @@ def origin_facts(config: Mapping[str, Any]) -> Facts:
 
 
 def pictures(wanted: Iterable[Plot]) -> tuple[list[Picture], str]:
-    """All plots as pictures, or no picture and the reason, which is "" otherwise."""
+    """Return all plots as pictures, and ""; without matplotlib, return [] and the reason."""
     try:
         return [Picture(plot.name, plot.title, plot.alt, _address(plot)) for plot in wanted], ""
     except MissingExtra as error:

@@ -1,7 +1,7 @@
 """``Table`` and ``Column``: one definition of a table for the terminal, Markdown, CSV and HTML.
 
-A ``Table`` contains records, which are mappings, and defines which values are displayed, and how.
-Its CSV file has the raw values of the records: all of them, or those of ``fields``.
+The rows of a ``Table`` are usually records, that is, mappings from keys to raw values.  Its columns
+say which values are displayed, and how.  The CSV file contains raw values instead.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from rich.table import Table as RichTable
 from dart_llm.files import write_csv
 
 NOTHING = "–"
-"""Text of a cell without a value."""
+"""Text of a cell that has no value."""
 
 ACCOUNTING = ("n", "achieved", "dense tokens", "re-masks")
 """Heads of columns that even a narrow terminal shows."""
 
 LONGEST_WORD, GAP = 60, 2
-"""On the terminal, the length above which a word is broken, and the space between two columns."""
+"""On the terminal: the length above which a word is broken, and the space between two columns."""
 
 Record = Mapping[str, Any]
 K = TypeVar("K")
@@ -37,10 +37,11 @@ T = TypeVar("T")
 class Column:
     """One column of a table.
 
-    ``value`` is a key of the records, or a function of a record.  ``text`` formats a value: it is a
-    function, or a format such as ".1%".  ``interval`` is the key of the value's interval, whose two
-    ends follow in brackets in the same format.  ``terminal``: True if the terminal shows the
-    column.  ``needed``: True if a narrow terminal must not drop it.
+    ``value``: a key of the rows, or a function that gets a row and returns the value.  ``text``: a
+    function that formats the value, or a format such as ".1%".  ``interval``: the key of the
+    value's interval, or "".  The two ends of the interval follow the value in brackets, in the same
+    format.  ``terminal``: True if the terminal shows the column.  ``needed``: True if a narrow
+    terminal must not drop the column.
     """
 
     head: str
@@ -51,11 +52,11 @@ class Column:
     needed: bool = False
 
     def raw(self, row: Any) -> Any:
-        """The column's value in a record; None if the record has no value."""
+        """The column's value in ``row``; None if the row has no value."""
         return row.get(self.value) if isinstance(self.value, str) else self.value(row)
 
     def cell(self, row: Any, nothing: str = NOTHING) -> str:
-        """The column's value in a record as text; ``nothing`` if there is no value."""
+        """The column's value in ``row`` as text; ``nothing`` if the row has no value."""
         value = self.raw(row)
         if value is None:
             return nothing
@@ -71,7 +72,7 @@ class Column:
 class PageTable:
     """A table for a page: cells as text.  The first cell of every row is the row's head.
 
-    ``strong``: index of the row to highlight.
+    ``numeric``: True if the other cells are numbers.  ``strong``: index of the row to highlight.
     """
 
     caption: str
@@ -83,13 +84,13 @@ class PageTable:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a caption, whose rows are records or other objects.
+    """A table with a caption.  Its rows are records or, if there is no CSV file, other objects.
 
-    ``name``: name of the CSV file; "" means that there is none.  ``left``: number of columns that
-    contain text; the others contain numbers.  ``nothing``: text of a cell without a value.
-    ``terminal``: True if the terminal shows the table.  ``fields``: columns of the CSV file; None
-    means every key whose values are not mappings.  ``strong``: index of the row to highlight on a
-    page.
+    ``name``: name of the CSV file; "" means that there is no file.  ``left``: number of columns
+    that contain text; the columns after them contain numbers.  ``nothing``: text of a cell that has
+    no value.  ``terminal``: True if the terminal shows the table.  ``fields``: keys of the records
+    that the CSV file contains; None means every key of the first record, except keys whose value is
+    a mapping in any record.  ``strong``: index of the row to highlight on a page.
     """
 
     name: str
@@ -124,7 +125,7 @@ class Table:
         return "\n".join([f"### {self.caption}", "", *self.lines()])
 
     def write_csv(self, folder: Path) -> None:
-        """Write ``<name>.csv`` into ``folder``, if the table has a name; lists are JSON."""
+        """Write ``<name>.csv`` into ``folder`` if the table has a name; lists become JSON."""
         if not self.name:
             return
         keys = self.fields
@@ -138,7 +139,8 @@ class Table:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
         """Fit the table to the terminal.
 
-        If the columns are too wide, the last ones are dropped and named in the caption.
+        If the columns are too wide, columns are dropped from the right, except those that a narrow
+        terminal must show.  The caption names the dropped columns.
         """
         texts = {
             column: [column.head, *(column.cell(row, self.nothing) for row in self.rows)]
@@ -179,7 +181,7 @@ def _longest(texts: Iterable[str]) -> int:
 def value_columns(
     keys: str, heads: Sequence[str], text: str | Callable[[Any], str]
 ) -> tuple[Column, ...]:
-    """Columns with the same format, for keys that are separated by spaces."""
+    """One column per key and head, all with the format ``text``; spaces separate the ``keys``."""
     return tuple(Column(head, key, text) for key, head in zip(keys.split(), heads, strict=True))
 
 
@@ -192,13 +194,13 @@ def grouped(members: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 def keys_of(records: Iterable[Record]) -> list[str]:
-    """Every key of any record, in the order of the record with the most keys."""
+    """Every key that occurs in ``records``; those of the record with the most keys come first."""
     longest_first = sorted(records, key=lambda record: -len(record))
     return list(dict.fromkeys(key for record in longest_first for key in record))
 
 
 def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    """Lines of a Markdown table; the first ``left`` columns contain text, the others numbers."""
+    """The lines of a Markdown table; the first ``left`` columns contain text, the rest numbers."""
     marks = ["---"] * left + ["---:"] * (len(head) - left)
     return [f"| {' | '.join(map(escaped, row))} |" for row in (head, marks, *rows)]
 
@@ -209,7 +211,7 @@ def escaped(text: str) -> str:
 
 
 def bytes_text(value: float | None) -> str:
-    """A size such as 53.4 MiB, 1.2 GiB or 812 KiB."""
+    """A size such as "53.4 MiB"; None gives ``NOTHING``."""
     if value is None:
         return NOTHING
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

@@ -10,20 +10,20 @@ from collections.abc import Mapping
 from typing import Any
 
 TRANSFORMERS, OUR_KERNELS = "transformers", "our kernels"
-"""Names of what decodes with the dense model: transformers, or the kernels of the pruned model."""
+"""Two ways to decode with the dense model: by transformers, or by the kernels that pruning uses."""
 
 WORTH = 0.1
 """Smallest relative gain in speed that can be worth a loss of quality."""
 
 FEWEST_ITEMS = 6
 """Minimum number of items for an interval, and of differing items for a significant difference.
-With five, even a sign test in which all items agree has a two-sided probability of 1/16."""
+With five items, even a sign test in which all items agree has a two-sided p-value of 1/16."""
 
 Row = Mapping[str, Any]
 
 
 def too_few(n: int | None) -> str | None:
-    """Why ``n`` items have no interval, such as "too few (n = 2)"; None if they have one."""
+    """Why ``n`` items have no interval: "too few (n = 2)".  None for enough items or n None."""
     return None if n is None or n >= FEWEST_ITEMS else f"too few (n = {n})"
 
 
@@ -37,7 +37,7 @@ def intervals_over(marks: str, n: int, items: str) -> str:
 def with_interval(value: float, interval: Row, form: str) -> str:
     """A value with its interval, like "0.123 (0.100 to 0.150)", or with the reason for having none.
 
-    ``interval`` has the keys low, high and n.
+    ``interval`` has the keys low, high and n; low is None if there is no interval.
     """
     if interval["low"] is None:
         return f"{value:{form}} {too_few(interval['n']) or ''}".rstrip()
@@ -45,13 +45,13 @@ def with_interval(value: float, interval: Row, form: str) -> str:
 
 
 def mostly_dense(accounting: Row | None) -> str:
-    """A note like ", 56 % of tokens dense" if most of a row's tokens ran dense, else ""."""
+    """A note like ", 56 % of tokens dense" if more than half of the tokens ran dense, else ""."""
     share = (accounting or {}).get("dense_token_share")
     return f", {percent(share, 0)} of tokens dense" if share is not None and share > 0.5 else ""
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """0.4375 -> "43.8 %", 0.5 -> "50 %"; None -> "not known"."""
+    """The share in percent: 0.4375 gives "43.8 %", 0.5 gives "50 %", None gives "not known"."""
     if share is None:
         return "not known"
     text = f"{100 * share:.{digits}f}"
@@ -60,7 +60,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def dtype_text(facts: Mapping[str, Any]) -> str:
-    """A checkpoint's dtype, followed by the format of its weights if they are quantised."""
+    """A checkpoint's dtype and, if the weights are quantised in memory, their format."""
     weights = facts.get("weights")
     return f"{facts.get('dtype')}{f', weights {weights}' if weights else ''}"
 
@@ -72,7 +72,7 @@ def file_text(facts: Mapping[str, Any]) -> str:
 
 
 def checkpoint_line(name: str, facts: Mapping[str, Any]) -> str:
-    """A checkpoint in one line: name, file quantisation, dtype, start of the checksum."""
+    """A checkpoint in one line: name, file quantisation, dtype, weights, start of the checksum."""
     if not facts.get("dtype"):
         return name
     checksum = f" · sha256 {facts['sha256'][:12]}" if facts.get("sha256") else ""
@@ -98,10 +98,10 @@ def times(ratio: float) -> str:
 
 
 def row_name(row: Row) -> str:
-    """A row's name, such as "dense" or "dart 50 %".
+    """The name of a result's row, such as "dense" or "dart 50 %".
 
-    It is "dart, own counts" if no sparsity was requested.  If most tokens ran dense, their share
-    follows.
+    The name is "dart, own counts" if no sparsity was requested; the masks then determine the number
+    of neurons.  If most tokens ran dense, the share of dense tokens follows.
     """
     if row["method"] == "dense":
         return "dense"
@@ -111,13 +111,13 @@ def row_name(row: Row) -> str:
 
 
 def bytes_sentence(accounting: Row) -> str:
-    """A sentence with the share of neurons removed and the bytes per token that this saves."""
+    """A sentence with the share of neurons removed and the share of bytes that this saves."""
     requested, achieved = accounting["requested_sparsity"], accounting["achieved_sparsity"]
     removed = f"{percent(achieved)} of the FFN neurons removed"
     if requested is not None and abs(requested - achieved) >= 0.005:
         removed = f"{percent(requested)} of the FFN neurons requested, {percent(achieved)} removed"
         removed += " on average"
-    proxies = accounting.get("proxy_bytes_share") or 0.0  # also read, to rank the neurons
+    proxies = accounting.get("proxy_bytes_share") or 0.0  # read in addition, to rank the neurons
     saved = (accounting.get("ffn_share_of_bytes") or 0.0) * (achieved - proxies)
     if head := accounting.get("head"):
         removed += f", {head['bytes_share']:.2f} of the output head read"
@@ -137,7 +137,7 @@ def count(number: int, noun: str) -> str:
 
 
 def quantity(value: float | None, perplexity: bool) -> str:
-    """A metric's value as text: three digits for a perplexity, else three decimals."""
+    """A metric's value as text, a perplexity as ``figure`` writes it; "" for None."""
     if value is None:
         return ""
     if perplexity:

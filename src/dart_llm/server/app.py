@@ -1,7 +1,7 @@
 """The FastAPI application: its routes, the checks of every request, and streamed answers.
 
-``Guard`` checks host, origin, API key and the limits of the body, and sets the headers of every
-response.  This is the only file that imports fastapi.
+``Guard`` checks each request's host, origin and API key, limits the body's size and the time to
+receive it, and sets the headers of the response.  Only this file imports fastapi.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-"""Headers of every response; a route can set other values for them."""
+"""Headers of every response; a route can set other values for these headers."""
 
 REPORT_HEADERS = {
     "content-security-policy": "sandbox allow-scripts; default-src 'none'; img-src data:; "
@@ -71,7 +71,7 @@ PUBLIC_PATHS = ("/", "/healthz")
 API_PATHS = ("/api/", "/v1/", "/metrics")
 """Requests to these paths are refused if a page of another site causes them, even by a link."""
 
-BODY_SECONDS = 30.0  # time limit for receiving a body
+BODY_SECONDS = 30.0  # time limit for receiving the body of a request
 
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+?)\.?(?::[0-9]{1,5})?")
 """A Host header: a host name (with an optional final dot) or an address, and an optional port."""
@@ -114,14 +114,14 @@ class Guard:
                 response = JSONResponse(error.to_dict(), error.status, error.headers)
                 await response(scope, receive, guarded)
         finally:
-            # the label is the route's pattern, not the path, which clients can make up
+            # the label is the route's pattern: clients could make up any number of paths
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.counters["requests"].labels(route, str(status or "none")).inc()
             seconds = time.perf_counter() - began
             logger.info("%s %s %s %s %.3f s", request_id, scope["method"], route, status, seconds)
 
     def _check(self, path: str, method: str, headers: Headers) -> str:
-        """Check a request; return the name of the client's key, "" if the server has no keys."""
+        """Check a request; return the name of the client's key, or "" if no key is needed."""
         hosts = headers.getlist("host")
         self._check_host(hosts)
         self._check_origin(path, headers, "".join(hosts).lower())
@@ -151,7 +151,7 @@ class Guard:
             raise APIError(403, "cross-origin requests are not allowed", code="origin_not_allowed")
 
     def _check_key(self, path: str, authorization: str) -> str:
-        """Check the API key and return its name, "" if no key is needed.
+        """Check the API key; return the key's name ("key 0"), or "" if no key is needed.
 
         The comparison takes the same time for every key.
         """
@@ -173,7 +173,7 @@ class Guard:
             raise APIError(413, text, code="request_too_large", headers=headers)
 
     def _limited(self, receive: Receive) -> Receive:
-        """Wrap ``receive`` so that it limits the body's actual size and the time that it takes."""
+        """Wrap ``receive``: limit the body's size as received and the time until it is complete."""
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
         size, complete = 0, False
 
@@ -219,7 +219,7 @@ class Streamed(StreamingResponse):
 async def _answer_bytes(
     service: Service, queued: QueuedRequest, shape: Format | RecordFormat
 ) -> AsyncGenerator[bytes, None]:
-    """Queue a request and yield its answer as bytes.
+    """Queue a request and yield its answer as bytes, in the format ``shape``.
 
     An error before the first bytes is raised; a later error becomes part of the stream.
     """
@@ -255,7 +255,7 @@ async def _service(request: Request) -> Service:  # FastAPI would run a plain de
 
 
 async def _with_runs(request: Request) -> Service:
-    """The service; raises ``APIError`` if clients must not see past runs, which contain prompts."""
+    """Return the service; raise ``APIError`` if clients must not see the prompts of past runs."""
     service = await _service(request)
     if len(service.settings.keys) > 1:
         text = "a server with several keys does not show past runs, because they contain prompts"
@@ -361,7 +361,7 @@ def _json(data: Any) -> Response:
 async def _answer(
     service: Service, request: Request, body: Common, shape: RecordFormat | Format | None = None
 ) -> Response:
-    """The answer to a request, in OpenAI's format or in ``shape``."""
+    """Answer a request in the format ``shape``; None means OpenAI's format."""
     client, request_id = request.scope["dart"]["client"], request.scope["dart"]["request_id"]
     async with service.reading:
         requests = await asyncio.to_thread(service.reader.requests, body, request_id, client)
@@ -375,7 +375,7 @@ async def _answer(
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> NoReturn:
-    """Raise ``error`` as an ``APIError``.  If a body limit caused it, its cause is one already."""
+    """Raise an ``APIError`` for ``error``: if a body limit caused it, the error of that limit."""
     if isinstance(error.__cause__, APIError):
         raise error.__cause__
     if error.status_code == 404:

@@ -27,9 +27,9 @@ except ImportError:
 CONNECTIONS = 512  # maximum number of simultaneous connections; others get status 503
 KEEP_ALIVE_SECONDS = 15  # an idle connection is closed after this time
 
-WARM_CHARACTERS, WARM_TOKENS = 400, 4  # the warm-up's prompt in characters, its answers in tokens
+WARM_CHARACTERS, WARM_TOKENS = 400, 4  # of the warm-up: characters of the prompt, answer tokens
 
-LAST_SECONDS = 5  # added to the grace period, to send the last bytes of answers
+LAST_SECONDS = 5  # further seconds, after the grace period, to send the last bytes of answers
 
 
 class Server(uvicorn.Server):
@@ -40,7 +40,10 @@ class Server(uvicorn.Server):
         self.service = service
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the sockets, and stop the service while open connections receive its last bytes."""
+        """Close the sockets and stop the service.
+
+        Meanwhile, open connections receive the last bytes of their answers.
+        """
         for server in self.servers:
             server.close()
         ending = asyncio.create_task(asyncio.to_thread(self.service.close))
@@ -69,7 +72,7 @@ def page_address(settings: ServeSettings, listening: socket.socket) -> str:
 
 
 def serve(settings: ServeSettings, ui: Ui) -> None:
-    """Load the model and serve it until SIGINT or SIGTERM, then detach the engine from it."""
+    """Load the model and serve it until SIGINT or SIGTERM; then close the engine."""
     from dart_llm.engine.engine import Engine
     from dart_llm.server.app import build
 
@@ -97,7 +100,7 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
                 service.worker.start(lambda: warm_up(engine, tokenizer, configs, facts.context))
             page = page_address(settings, listening)
             ui.say(f"serving {facts.name} at {page} (Ctrl-C ends)")
-            if settings.open:  # in a thread, because some browsers return only when they are closed
+            if settings.open:  # in a thread, because the call can block until the browser is closed
                 threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
             server = Server(server_config(build(service), settings), service)
             with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again
@@ -123,7 +126,7 @@ def warm_up(
 
 
 def server_config(application: Any, settings: ServeSettings) -> uvicorn.Config:
-    """The configuration of uvicorn, without its log, its ``server`` header and proxy headers."""
+    """The configuration of uvicorn: no log, no ``server`` header, no trust in proxy headers."""
     return uvicorn.Config(
         application,
         log_level="critical",

@@ -1,4 +1,4 @@
-"""Request bodies and answers in OpenAI's format, and limits on their numbers of tokens.
+"""Request bodies and answers in OpenAI's format, and limits on the tokens of prompts and answers.
 
 Like OpenAI, the server refuses unknown fields.  It also refuses OpenAI fields that it does not
 support, unless their value has no effect.  It ignores OpenAI fields that cannot change an answer.
@@ -50,8 +50,8 @@ TYPES = {
 class APIError(Exception):
     """An error that ends a request with an HTTP status and one sentence for the client.
 
-    ``param`` names the invalid field.  ``code`` names the error for programs; status 400 has the
-    default ``invalid_value``.  ``headers`` are added to the response.
+    ``param`` names the invalid field.  ``code`` names the error for programs; for status 400, it is
+    ``invalid_value`` by default.  ``headers`` are added to the response.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ UNSUPPORTED = (
 """OpenAI fields that are refused unless their value is in ``NEUTRAL``."""
 
 NEUTRAL: tuple[Any, ...] = (None, 0, "", [], {}, "none", "auto", ["text"], {"type": "text"})
-"""Values that turn a feature off or request its default, so that they need no support."""
+"""Values that turn an unsupported feature off or request its default, and are thus accepted."""
 
 
 class Body(BaseModel):
@@ -169,7 +169,7 @@ class Common(Body):
     @model_validator(mode="before")
     @classmethod
     def _supported_fields(cls, data: Any) -> Any:
-        """Return only the supported fields; raise ``APIError`` for unknown and unsupported ones."""
+        """Return the supported fields; raise ``APIError`` for an unknown or unsupported field."""
         if not isinstance(data, dict):
             return data
         for name, value in data.items():
@@ -219,9 +219,10 @@ BRANCHES = ("body", "str", "int", "constrained-str")
 
 
 def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """The most helpful of a body's validation errors, with the field and what is wrong with it.
+    """Return the most helpful of a body's validation errors as an ``APIError``.
 
-    In a union, this is the error of the type that matched most of the value.
+    It names the field and says what is wrong.  If a field allows several types (a union), the most
+    helpful error is that of the type that matched most of the value.
     """
     if errors[0]["type"] == "json_invalid":
         return APIError(400, "the body is not valid JSON in UTF-8", code="invalid_json")
@@ -241,15 +242,15 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
 
 COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions, as in OpenAI's API
 SMALLEST_TOP_P = 1e-6  # replaces top_p 0, so that only the likeliest token can be sampled
-CHARACTERS = 4  # per token, roughly; if a text is longer, its beginning is tokenised first
-CUT_TOKENS = 64  # margin, because cutting a text can change and add tokens at the cut
+CHARACTERS = 4  # rough number per token, to choose how much of a long text is tokenised first
+CUT_TOKENS = 64  # margin in tokens, because cutting a text can change and add tokens at the cut
 
 
 class RequestReader:
     """Turns request bodies into requests to the engine, within the limits of model and server.
 
-    ``names``: the model's ID and its aliases.  ``context``: its context length in tokens; None
-    means unknown.  ``vocabulary``: the number of token IDs.
+    ``names``: the model's ID, then its aliases.  ``context``: the model's context length in tokens;
+    None means unknown.  ``vocabulary``: number of token IDs that the model has.
     """
 
     def __init__(
@@ -264,11 +265,11 @@ class RequestReader:
         self.context, self.vocabulary = context, vocabulary
         limits = (settings.max_prompt_tokens, context)
         self.longest = min((limit for limit in limits if limit is not None), default=None)
-        """Maximum number of tokens in a prompt; None means that no limit is known."""
+        """Maximum number of tokens in a prompt; None means that there is no known limit."""
         self._default = settings.prune_config()
 
     def requests(self, body: Common, request_id: str, client: str) -> list[GenerationRequest]:
-        """One request to the engine per prompt; raises ``APIError`` for an invalid body."""
+        """Return one request to the engine per prompt; raises ``APIError`` for an invalid body."""
         if body.model is not None and body.model not in self.names:
             text = f"the model {body.model!r} is not served here: use {self.names[0]!r}"
             raise APIError(404, text, "model", "model_not_found")
@@ -351,9 +352,10 @@ class RequestReader:
     def _sampling(
         self, body: Common, length: int, requested: int | None, logprobs: int | None, scored: bool
     ) -> Sampling:
-        """Sampling settings for a prompt of ``length`` tokens.
+        """Return the sampling settings for a prompt of ``length`` tokens.
 
-        ``requested``: max_tokens.  ``scored``: True if the prompt's log probabilities are returned.
+        ``requested``: the body's max_tokens.  ``logprobs``: as in ``Sampling``.  ``scored``: True
+        if the answer contains log probabilities of the prompt's tokens.
         """
         settings, n = self.settings, body.n or 1
         if n > settings.max_choices:
@@ -383,9 +385,9 @@ class RequestReader:
         return room if requested in (None, -1) else min(room, requested)
 
     def config(self, dart: Dart | None) -> PruneConfig | None:
-        """The pruning configuration of a request; None selects the dense model.
+        """Return the pruning configuration of a request, or None for the dense model.
 
-        Sparsity 0 also selects the dense model.  Raises ``APIError`` for invalid values, and for a
+        A request with sparsity 0 also gets None.  Raises ``APIError`` for invalid values, and for a
         method that would first have to calibrate.
         """
         dart = dart or Dart()
@@ -422,24 +424,27 @@ class RequestReader:
 
 
 def is_ready(method: str, settings: ServeSettings) -> bool:
-    """Whether requests with ``method`` can start at once, without calibration."""
+    """True if requests with ``method`` can start at once, without calibration."""
     config = METHODS.get(method)
     learns = config.self_stats is not None or config.calibration is not None
     return not learns or method in settings.ready
 
 
 def _too_long(limit: int | None, tokens: str) -> APIError:
-    """The error for a prompt of ``tokens`` tokens, in OpenAI's words, which clients recognise."""
+    """The error for a prompt that is too long, in OpenAI's words, which clients recognise.
+
+    ``tokens``: the prompt's number of tokens, as text.
+    """
     text = f"This model's maximum context length is {limit} tokens, but the prompt has {tokens} "
     return APIError(400, text + "tokens: shorten it", code="context_length_exceeded")
 
 
 def _conversation(body: Common, client: str, config: PruneConfig | None) -> str | None:
-    """The engine's name for the request's conversation; None if the request names none.
+    """Return the conversation's name in the engine; None if the request names no conversation.
 
     The name includes client and user, so that nobody else can continue or overwrite the
-    conversation.  Dense and pruned answers have separate conversations, so that a comparison can
-    continue both.
+    conversation.  Dense and pruned answers have separate conversations, so that a client that
+    compares dense and pruned answers can continue both.
     """
     name = body.dart.conversation if body.dart else None
     side = "dense" if config is None else "pruned"
@@ -454,7 +459,7 @@ ACCOUNTING = (
     "method requested_sparsity achieved_sparsity sparsity_while_pruned dense_token_share "
     "decoded_tokens remasks remask_causes executor ffn_bytes_share bytes_limit extra_memory_bytes"
 ).split()
-"""Fields of the engine's report that answers have under ``dart``; ``/api/events`` has all."""
+"""Fields of the engine's report that are in an answer's ``dart``; ``/api/events`` sends all."""
 
 
 def json_bytes(data: Any) -> bytes:
@@ -487,7 +492,7 @@ class RecordFormat:
 
 
 class PromptScore(NamedTuple):
-    """A prompt token's log probability, with fields as in ``Token``; None for the first token."""
+    """A prompt token's log probability (None for the first token); fields as in ``Token``."""
 
     piece: str
     logprob: float | None
@@ -495,7 +500,7 @@ class PromptScore(NamedTuple):
 
 
 def _chat_logprobs(tokens: Sequence[Token | PromptScore]) -> Json:
-    """``logprobs`` of a choice of a chat completion."""
+    """The field ``logprobs`` of one choice in a chat completion."""
 
     def entry(text: str, logprob: float | None) -> Json:
         # the bytes of an incomplete character are unknown
@@ -513,7 +518,10 @@ def _chat_logprobs(tokens: Sequence[Token | PromptScore]) -> Json:
 
 
 def _text_logprobs(tokens: Sequence[Token | PromptScore], offset: int) -> Json:
-    """``logprobs`` of a choice of a completion; ``offset`` characters precede the first token."""
+    """The field ``logprobs`` of one choice in a completion.
+
+    ``offset``: number of characters of the choice before the first of ``tokens``.
+    """
     lengths = (len(token.piece) for token in tokens)
     # of two tokens with the same text, such as parts of characters, the likelier is kept
     tops = [
@@ -530,9 +538,10 @@ def _text_logprobs(tokens: Sequence[Token | PromptScore], offset: int) -> Json:
 
 @dataclass
 class Choice:
-    """One of the answers: its text and tokens so far, and the number of tokens ``sent``.
+    """One of the answers: its text and tokens so far.
 
-    ``echo``: the prompt's text if the answer repeats it, else "".
+    ``echo``: the prompt's text if the answer repeats it, else "".  ``sent``: number of ``tokens``
+    whose text ``text`` already contains.
     """
 
     echo: str = ""
@@ -544,7 +553,7 @@ class Choice:
 class Format:
     """OpenAI's format: builds an answer from records, complete or as a stream of chunks.
 
-    With several ``prompts``, the choices of the first prompt come first.
+    ``prompts``: number of prompts.  The choices of the first prompt come first.
     """
 
     def __init__(self, body: Common, model: str, sampling: Sampling, prompts: int = 1) -> None:
@@ -564,7 +573,7 @@ class Format:
         self._head = {"id": name, "object": kind, "created": int(time.time()), "model": model}
 
     def on_record(self, record: Record) -> bytes:
-        """The chunks to send for a record; empty if the answer is not streamed."""
+        """Return the chunks to send for a record; empty if the answer is not streamed."""
         chunks = []
         if isinstance(record, Start) and self.chat:
             opening = {"delta": {"role": "assistant", "content": ""}}
@@ -582,7 +591,7 @@ class Format:
         return b"".join(chunks) if self.streams else b""
 
     def end(self) -> bytes:
-        """The complete answer; empty if it was streamed."""
+        """Return the complete answer; empty if the answer was streamed."""
         if self.streams:
             return b""
         if len(self.done) != self.prompts:
@@ -616,12 +625,12 @@ class Format:
         return _chat_logprobs(tokens) if self.chat else _text_logprobs(tokens, offset)
 
     def _current(self) -> range:
-        """The choices of the current prompt."""
+        """The indices of the current prompt's choices."""
         first = self.n * len(self.done)
         return range(first, first + self.n)
 
     def _new_texts(self, record: Record) -> list[tuple[int, str]]:
-        """The choices to which this record adds text, and that text."""
+        """Return a pair (index, new text) for every choice to which this record adds text."""
         if isinstance(record, Token):
             index = self._current()[record.choice]
             self.choices[index].tokens.append(record)
@@ -644,7 +653,7 @@ class Format:
         return rests
 
     def _echoed(self, scores: list[PromptScore]) -> list[tuple[int, str]]:
-        """Begin each choice with the prompt and its scores; return the choices and their text."""
+        """Begin each choice with the prompt and its scores; return pairs (index, prompt's text)."""
         text = "".join(self._prompt)
         for index in self._current():
             self.choices[index].echo = text
@@ -652,7 +661,7 @@ class Format:
         return [(index, text) for index in self._current()]
 
     def _last_chunks(self, current: range, record: Done) -> list[bytes]:
-        """The last chunks of a prompt's choices; after the last prompt, the end of the stream."""
+        """The last chunks of a prompt's choices and, after the last prompt, the stream's end."""
         is_last, chunks, extras = len(self.done) == self.prompts, [], _accounting(self.done)
         usage = extras.pop("usage")
         closing: Json = {"delta": {}} if self.chat else {"text": ""}
@@ -679,8 +688,8 @@ class Format:
 def _accounting(answered: Sequence[Done]) -> Json:
     """The entries ``usage``, ``timings`` and ``dart`` of an answer.
 
-    ``usage`` is the sum over all prompts, with OpenAI's names.  ``timings`` has llama.cpp's names;
-    it and ``dart`` are lists if there are several prompts.
+    ``usage`` is the sum over all prompts, with OpenAI's names.  ``timings`` has llama.cpp's names.
+    If there are several prompts, ``timings`` and ``dart`` are lists with one entry per prompt.
     """
     prompt = sum(done.usage.prompt_tokens for done in answered)
     completion = sum(done.usage.completion_tokens for done in answered)

@@ -38,7 +38,7 @@ except ImportError:
 logger = logging.getLogger("dart_llm.serve")
 
 LONGEST_WAIT = 60  # seconds; largest value of the Retry-After header
-LAST_TOKEN_SECONDS = 10.0  # time for a cancelled answer to release the model at shutdown
+LAST_TOKEN_SECONDS = 10.0  # maximum time that a cancelled answer gets to end at shutdown
 LARGEST_SHARE = 0.75  # largest fraction of the queue that one client may occupy
 
 END_OF_STREAM = object()
@@ -46,7 +46,7 @@ END_OF_STREAM = object()
 
 
 class QueuedRequest:
-    """A waiting or running request; the engine's records arrive in its mailbox, ``mail``.
+    """A waiting or running request.  ``mail`` is its mailbox, which receives the engine's records.
 
     The last item in the mailbox is ``END_OF_STREAM``, or the ``APIError`` that ended the request.
     The engine runs the ``prompts`` one after the other.
@@ -68,11 +68,14 @@ class QueuedRequest:
             self._loop.call_soon_threadsafe(self.mail.put_nowait, item)
 
     def cancelled(self) -> bool:
-        """Whether the request was cancelled; the engine checks this after every token."""
+        """True if the request was cancelled; the engine checks this after every token."""
         return self._cancelled.is_set()
 
     def cancel(self, reason: APIError | None = None) -> None:
-        """Make the engine stop at its next token; the client gets ``reason``.  Thread-safe."""
+        """Make the engine stop at the next token of the request.  Thread-safe.
+
+        The client gets the error ``reason`` or, if that is None, the end of the stream.
+        """
         if not self._cancelled.is_set():
             self._cancelled.set()
             self.put(reason or END_OF_STREAM)
@@ -82,7 +85,7 @@ class Worker:
     """Runs requests in order of arrival, in its own thread.
 
     That thread calls ``on_record`` for every record.  If ``log_messages`` is true, the messages of
-    exceptions are logged too; they may quote prompts.
+    exceptions, which may quote prompts, are logged too.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class Worker:
         self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
 
     def start(self, warm_up: Callable[[], None] = lambda: None) -> None:
-        """Start the thread, wait until it ran ``warm_up``, and raise any error of ``warm_up``."""
+        """Start the thread and wait until it has run ``warm_up``; raise any error of that call."""
         self._warm_up = warm_up
         self._thread.start()
         self._ready.result()
@@ -121,7 +124,8 @@ class Worker:
     def submit(self, queued: QueuedRequest) -> None:
         """Queue a request.
 
-        Raises ``APIError``: 429 if the queue or the client's share of it is full, 503 at shutdown.
+        Raises ``APIError`` with status 429 if the queue is full or the client occupies its largest
+        share of the queue, and with status 503 at shutdown.
         """
         with self._changed:
             if self._stopping:
@@ -137,14 +141,14 @@ class Worker:
             self._changed.notify_all()
 
     def leave(self, queued: QueuedRequest) -> None:
-        """Drop a request: remove it from the queue, or stop it at its next token."""
+        """Drop a request: remove it from the queue, or stop its answer at the next token."""
         queued.cancel()
         with self._changed:
             if queued in self._queue:
                 self._queue.remove(queued)
 
     def stop(self, grace: float) -> None:
-        """Refuse waiting requests; cancel the running one if it does not end in ``grace`` seconds.
+        """Refuse waiting requests; after ``grace`` seconds, cancel the request that still runs.
 
         Returns within ``grace + LAST_TOKEN_SECONDS`` seconds.
         """
@@ -174,7 +178,7 @@ class Worker:
             del queued  # frees its records before the next request arrives
 
     def _next(self) -> QueuedRequest | None:
-        """Wait for the next request and return it; return None when the worker stops."""
+        """Wait for the next request and return it; return None if the worker stops instead."""
         with self._changed:
             last, self.running = self.running, None
             if last and last.prompts and self._stopping:
@@ -212,9 +216,9 @@ def _shutting_down() -> APIError:
 
 
 def internal_error(request_id: str, error: BaseException, with_message: bool) -> APIError:
-    """Log an error with its traceback, and return the ``APIError`` that the client gets.
+    """Log ``error`` with its traceback; return the ``APIError`` that the client gets.
 
-    ``with_message``: if true, also log the error's message, which may quote prompts.
+    ``with_message``: if True, the error's message, which may quote prompts, is logged too.
     """
     message = f": {error}" if with_message else ""
     logger.error("%s failed with %s%s", request_id, type(error).__name__, message)
@@ -233,7 +237,7 @@ COUNTERS = {
     "finished": ("Finished answers.", "method", "reason"),
     "busy_seconds": ("Seconds in which the model was in use.",),
 }
-"""Counters by name: the help text, then the names of the labels."""
+"""For each counter's name, a tuple of its help text and then the names of its labels."""
 
 HISTOGRAMS = {
     "queue_seconds": "Seconds from arrival to start.",
@@ -317,7 +321,7 @@ class ModelFacts:
 
 
 class Service:
-    """The served model with its queue, the reader of request bodies, and the metrics."""
+    """The served model: its metadata, its worker, the reader of request bodies, and the metrics."""
 
     def __init__(
         self, engine: Engine, tokenizer: Any, facts: ModelFacts, settings: ServeSettings
@@ -328,7 +332,7 @@ class Service:
             tokenizer, settings, (facts.name, *facts.aliases), facts.context, facts.vocabulary
         )
         self.reading = asyncio.Lock()
-        """Held while a request is tokenised: only one request at a time, to limit memory."""
+        """Held during tokenisation: requests are tokenised one at a time, to limit memory."""
         self.worker = Worker(
             engine,
             settings.max_waiting,
@@ -339,7 +343,7 @@ class Service:
         self.created = int(time.time())
 
     def close(self) -> None:
-        """Stop the worker; see ``Worker.stop``."""
+        """Stop the worker as ``Worker.stop`` describes."""
         self.worker.stop(self.settings.grace)
 
     def model(self) -> dict[str, Any]:
@@ -355,14 +359,14 @@ class Service:
         }
 
     def methods(self) -> dict[str, Any]:
-        """The answer of ``/api/methods``: values that requests can set, defaults and limits."""
+        """The answer of ``/api/methods``: methods and drift rules, defaults and limits."""
         config = self.reader.config(None)
         preset = METHODS.get(self.settings.method)
         defaults = {
             "method": "dense" if config is None else config.method,
             "sparsity": 0.0 if config is None else config.target,
             "masking_step": None if config is None else config.masking_step,
-            # None: requests use the method's default drift rule
+            # None means that requests use their method's default drift rule
             "drift": None if config is None or config.drift == preset.drift else config.drift.rule,
             "temperature": self.settings.temperature,
         }

@@ -81,7 +81,7 @@ class ServeSettings(BaseSettings):
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach ``host``."""
+        """True if only this machine can reach ``host``."""
         if self.host == "localhost":
             return True
         try:
@@ -95,7 +95,7 @@ class ServeSettings(BaseSettings):
 
     @property
     def hosts(self) -> frozenset[str] | None:
-        """Host names that a request's Host header may have; None means any."""
+        """Host names that may be in a request's Host header; None allows every name."""
         allowed = {name.lower() for name in words(self.allow_host)}
         if not allowed and not self.is_loopback:
             return None
@@ -118,5 +118,5 @@ class ServeSettings(BaseSettings):
 
 
 def removes_neurons(method: str) -> bool:
-    """Whether the method removes neurons, so that a sparsity can be set for it."""
+    """True if the method removes neurons, so that a sparsity can be set for it."""
     return bool(METHODS.get(method).sparsity != 0)

@@ -1,4 +1,4 @@
-"""Data of the server's web page (the "window"): example prompts, past runs, recorded answers.
+"""Data for the server's web page (the "window"): example prompts, past runs, recorded answers.
 
 A recorded answer can also be written as one HTML file that plays without a server.
 """
@@ -29,13 +29,14 @@ STATIC = Path(__file__).parent / "static"
 
 PROMPTS = "prompts.json"
 GREETING = "greeting.json"
-"""A recorded answer that plays before the first question (from benchmarks/make_greeting.py)."""
+"""File names in ``STATIC``: the example prompts, and a recorded answer (made by
+benchmarks/make_greeting.py) that plays before the first question."""
 
 Record = dict[str, Any]
 
 
 def ready_prompts(is_ready: Callable[[str], bool]) -> Record:
-    """The example prompts; a prompt whose method is not prepared uses the server's settings."""
+    """The example prompts.  A prompt whose method is not ready has the server's settings."""
     prompts = json.loads(_static(PROMPTS))
     for number, prompt in enumerate(prompts):
         method = prompt["dart"]["method"]
@@ -62,7 +63,7 @@ RUN_FIELDS = ("experiment", "time", "status", "kind", "models", "methods", "spar
 
 
 def list_runs(root: Path) -> Record:
-    """The newest ``runs`` below ``root``, newest first, and the ``total`` number of runs."""
+    """A dict with the newest ``runs`` below ``root``, newest first, and the ``total`` number."""
     runs = list(_runs(root).items())
     newest = [_run_fields(name, run) for name, run in reversed(runs[-MOST_RUNS:])]
     return {"runs": newest, "total": len(runs)}
@@ -85,7 +86,7 @@ def _run_fields(name: str, run: Any) -> Record:
 
 
 def _find_run(root: Path, name: str) -> Any:
-    """The run with this name.  For safety, the name is looked up, and never joined to a path."""
+    """The run with this name.  For safety, the name is only compared with those of all runs."""
     if (run := _runs(root).get(name)) is None:
         raise APIError(404, "there is no such run: /api/runs lists all", code="run_not_found")
     return run
@@ -120,7 +121,7 @@ def read_report(root: Path, name: str) -> str:
 
 
 def _read(folder: Path, name: str) -> str:
-    """The text of a file; "" if it is missing, a link to another folder, too large or not UTF-8."""
+    """The text of a file; "" if it is missing, too large, not UTF-8 or a link to another folder."""
     path = folder / name
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if path.resolve().parent == folder.resolve() and path.stat().st_size <= LARGEST_FILE:
@@ -129,7 +130,7 @@ def _read(folder: Path, name: str) -> str:
 
 
 def _documents(*texts: str) -> Iterator[Any]:
-    """The parsed ``texts``; a text that is not valid JSON is skipped."""
+    """Yield the content of each of ``texts``; a text that is not valid JSON is skipped."""
     for text in texts:
         with contextlib.suppress(ValueError, RecursionError):
             yield json.loads(text)
@@ -143,8 +144,8 @@ KINDS = ("start", "token", "check", "remask", "mask", "done", "error")
 def read_records(source: str) -> list[Record]:
     """Read records from the file ``source``, or from standard input if it is ``-``.
 
-    The records are JSON lines or server-sent events.  Raises ``ConfigError`` with the number of an
-    invalid line.
+    The records are JSON lines or server-sent events.  Raises ``ConfigError`` if the file cannot be
+    read, if a line is invalid, or if the first record is not ``start``.
     """
     name = "standard input" if source == "-" else source
     try:
@@ -171,9 +172,9 @@ def read_records(source: str) -> list[Record]:
     return records
 
 
-# A recorded answer as one HTML file, which contains the window's page, scripts and styles, and the
-# records.  Its Content-Security-Policy allows no connections, and only the script and the style
-# whose hashes it lists.
+# A recorded answer as one HTML file.  The file contains the window's page, scripts and styles, and
+# the records.  Its Content-Security-Policy forbids all connections, and allows only the script and
+# the style whose hashes it lists.
 
 IMPORT = re.compile(r'^import \{ ([^}]*) \} from "\./(\w+\.js)";\n', re.MULTILINE)
 STYLE = re.compile(r'<link rel="stylesheet" href="/static/(\w+\.css)">\n')
@@ -209,8 +210,7 @@ def page(records: Sequence[Record]) -> str:
 def _add_module(name: str, modules: dict[str, str]) -> None:
     """Add the JavaScript module ``name`` to ``modules``, after the modules that it imports.
 
-    The modules are joined into one script.  Their top-level names are unique, so that they need no
-    scopes.
+    All modules are joined into one script.  This works because their top-level names are unique.
     """
     text = _static(name)
     for _, imported in IMPORT.findall(text):
