@@ -20,7 +20,7 @@ from dart_llm.reporting.table import Column, Table
 from dart_llm.reporting.words import count
 
 STATUSES = ("complete", "running", "stopped", "interrupted", "failed")
-"""The statuses in config.json, and ``stopped``: the run's process ended without a status."""
+"""The statuses in config.json, and ``stopped``: the process ended without writing a status."""
 
 RUN_KEYS = {"kind", "status", "settings", "started", "finished"}
 
@@ -29,7 +29,7 @@ MAX_LISTED = 4  # in the short table, a run with more results shows only their n
 
 @dataclass(frozen=True)
 class Run:
-    """A results folder: its configuration, and its result lines (after filtering, only some)."""
+    """A results folder: its configuration and its result lines (after ``filter``, only some)."""
 
     path: Path
     experiment: str
@@ -106,7 +106,7 @@ def pruned_lines(run: Run) -> list[ResultLine]:
 
 
 def find(root: Path | str) -> list[Run]:
-    """Find the runs in ``root``, oldest first; it may also be an experiment's or a run's folder.
+    """Find the runs in ``root``, oldest first; ``root`` may be an experiment's or a run's folder.
 
     Raises ``ConfigError`` if the folder does not exist or contains no run.
     """
@@ -238,7 +238,7 @@ def table(runs: Sequence[Run], long: bool = False) -> Table:
 
 
 def result(line: ResultLine) -> str:
-    """Task, metric and value of a line."""
+    """A line's task, metric and value as text, or its task and error."""
     kind, _, text = line.task.partition(":")
     name = f"{kind}:{Path(text).name}" if text else kind
     if line.value is None:
