@@ -166,7 +166,7 @@ def _no_bars() -> Iterator[None]:
 def _choose_documents(
     tasks: dict[str, Any], options: MeasureOptions
 ) -> dict[str, list[int]] | None:
-    """Indices of a random sample of ``limit`` documents per task; None if none is requested."""
+    """Indices of ``limit`` random documents per task; None if no random sample is requested."""
     if options.sample_seed is None or options.limit is None:
         return None
     chosen = {}
