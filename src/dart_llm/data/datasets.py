@@ -188,8 +188,8 @@ def with_choices(row: Mapping[str, Any]) -> str:
 def positions(total: int, limit: int | None, seed: int | None) -> list[int]:
     """Choose ``limit`` of ``total`` positions: the first or, with ``seed``, a random sample.
 
-    They are returned in ascending order; a ``limit`` of None means all.  With the same seed, a
-    smaller sample is a subset of a larger one.
+    The positions are returned in ascending order; a ``limit`` of None means all.  With the same
+    seed, a smaller sample is a subset of a larger one.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"the number of documents must be 1 or more, not {limit}")

@@ -1,4 +1,4 @@
-"""Text arguments, such as ``--text``: ``resolve`` parses one, and the loaders read its text.
+"""Text arguments such as ``--text``: ``resolve`` parses an argument, ``load`` reads its text.
 
 An argument is one of these:
 
@@ -76,7 +76,7 @@ class TextSource:
 
     @property
     def label(self) -> str:
-        """The source's name without its folder."""
+        """The source's name without folders."""
         return self.name if self.path is None else ":".join((self.path.stem, *self.columns))
 
     def overlaps(self, other: TextSource) -> bool:
@@ -91,7 +91,7 @@ class TextSource:
 
 
 def resolve(name: str, summaries: bool = False) -> TextSource:
-    """Find the source that ``name`` refers to; if ``summaries``, a source with summaries.
+    """Find the source called ``name``; if ``summaries``, its rows must have reference summaries.
 
     Opens no file.  Raises ``ConfigError``, which lists the choices, for an unknown name.
     """
@@ -126,7 +126,7 @@ def check(name: str) -> None:
 
 
 def find_file(name: str) -> Path | None:
-    """The file that a text argument refers to, whose digest runs record; None if not a file."""
+    """The file that a text argument refers to, or None; runs record the file's digest."""
     for summaries in (False, True):
         with contextlib.suppress(ConfigError):
             return resolve(name, summaries).path
@@ -134,7 +134,7 @@ def find_file(name: str) -> Path | None:
 
 
 def _value(source: TextSource, role: str, line: int, row: Mapping[str, Any]) -> str:
-    """The text for ``role`` in a JSONL row, read from ``line``; without it, ``ConfigError``."""
+    """The text for ``role`` in a JSONL row; raises ``ConfigError``, which names the line."""
     named = source.columns[1:] if role == "summary" else source.columns[:1]
     columns = named or COLUMNS[role]
     value = next((row[name] for name in columns if name in row), None)
@@ -342,7 +342,7 @@ SETS = {CHOOSE: "first", REPORT: "second"}
 
 @dataclass(frozen=True)
 class Source:
-    """The non-blank documents of a source, in order; ``label``: the source's name, no folders."""
+    """The non-blank documents of a source, in order; ``label``: the source's short name."""
 
     label: str
     documents: tuple[str, ...]

@@ -199,7 +199,7 @@ def choose(
 
 
 def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | Passage:
-    """The record with id ``name``, else the only one whose id begins with it, or ``UnknownName``."""
+    """The record with id ``name``, or the only one whose id begins so; raises ``UnknownName``."""
     matches = [record for record in records if record.id == name]
     matches = matches or [record for record in records if name and record.id.startswith(name)]
     if len(matches) != 1:

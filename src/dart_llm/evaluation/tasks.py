@@ -126,7 +126,7 @@ def slice_sources(name: str) -> tuple[list[str], str]:
 
 
 def short(task: str) -> str:
-    """The task; of a file's path, only the name is kept."""
+    """The task; a file's path is shortened to the file's name."""
     kind, colon, name = task.rpartition(":")
     return f"{kind}{colon}{name.rpartition('/')[2]}" if name.endswith((".txt", ".jsonl")) else task
 

@@ -111,7 +111,7 @@ class Saver:
 
 
 def saver(settings: ActivationSettings, model: Any, folder: Path, tokens: int) -> Saver | None:
-    """A ``Saver``, or None if ``settings`` save no activations; ``tokens``: the longest text."""
+    """A ``Saver``, or None if nothing is to be saved; ``tokens``: length of the longest text."""
     if not settings.save_activations:
         return None
     return Saver(model, settings.wanted(len(describe(model).blocks)), folder, tokens)

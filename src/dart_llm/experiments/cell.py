@@ -84,7 +84,7 @@ class Cell:
 
     @property
     def short_task(self) -> str:
-        """The task; of a file's path, only the name is kept."""
+        """The task; a file's path is shortened to the file's name."""
         return short_task(self.task)
 
     @property
@@ -112,7 +112,7 @@ def removes_nothing(method: str) -> bool:
 
 
 def short_task(task: str) -> str:
-    """The task; of a file's path, only the name is kept."""
+    """The task; a file's path is shortened to the file's name."""
     return ":".join(Path(part).name for part in task.split(":"))
 
 
@@ -139,7 +139,7 @@ def layer_count(cell: Cell) -> int:
 
 
 def configuration(options: Any, say: Callable[[str], None] = lambda text: None) -> Any:
-    """A model's transformers configuration; ``options``: a cell, or an object with its fields.
+    """A model's transformers configuration; ``options``: a cell or an object with the same fields.
 
     Raises ``LoadError`` if the configuration cannot be read.
     """
@@ -166,7 +166,7 @@ def configuration(options: Any, say: Callable[[str], None] = lambda text: None) 
 
 
 def requested_format(options: Any) -> str:
-    """The weight format in memory; ``options``: an object with the fields of ``ModelOptions``."""
+    """The weight format after loading; ``options``: an object with ``ModelOptions``' fields."""
     from dart_llm.models.loading import placement, weight_format
 
     arguments = load_arguments(options)

@@ -2,7 +2,7 @@
 
 A row comes from a line of ``results.jsonl``.  Rows are comparable if model, dtype, task and
 protocol agree.  A row is compared with the dense row and the GRIFFIN rows of the same seed or, if
-there are none, of the smallest seed.  Differences are taken between items with the same ID.
+there are none, with the smallest seed.  Differences are taken between items with the same ID.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DENSE, GRIFFIN = "dense", "griffin"
 TOO_FEW = "few differ"
 
 TOLERANCE = 0.01
-"""Two achieved sparsities, or two shares of bytes, count as equal up to this difference."""
+"""Two achieved sparsities, or two shares of bytes, are equal up to this difference (1 point)."""
 
 UNTOUCHED: dict[str, Any] = {
     "method": DENSE,
@@ -49,7 +49,7 @@ ACCOUNTING = {
     "token_bytes_share": "token_bytes_share",
     "mean_context": "mean_context",
 }
-"""Maps fields of ``Row`` to their names in the accounting of a measurement."""
+"""For fields of ``Row``: the key of the same number in a measurement's accounting."""
 
 
 # The items of a measurement, paired by id.
@@ -90,8 +90,8 @@ def scores(measurement: Mapping[str, Any]) -> Scores:
     """The values of a measurement's headline metric; items without the metric are omitted.
 
     An item has the value under the metric's name, as a number or as lm-eval's pair of
-    log-likelihood and weight.  If the metric is a perplexity, the item has ``mean_loss`` (nats per
-    token) and ``tokens`` instead.
+    log-likelihood and weight.  If the metric is a perplexity, the item may have ``mean_loss`` (nats
+    per token) and ``tokens`` instead.
     """
     metric = measurement["metric"]
     exponential = is_perplexity(metric)
@@ -225,7 +225,7 @@ class Row:
         return mostly_dense({"dense_token_share": self.dense_share}) if self.pruned else ""
 
     def change(self, interval: Interval | None) -> str | None:
-        """The difference or ratio as text, with its interval and verdict; None for None."""
+        """The difference or ratio as text, with its verdict; None if ``interval`` is None."""
         if interval is None:
             return None
         return f"{amount(interval, self.perplexity)} {self.verdict(interval)}".rstrip()
@@ -260,7 +260,7 @@ def read_row(line: Mapping[str, Any]) -> Row:
     cell, facts, checkpoint = line["cell"], line["facts"] or {}, line["checkpoint"] or {}
     measured = line["measurement"] or {}
     method, label = cell["method"], line["label"]
-    if cell.get("name") or method == DENSE:  # the label includes the weight format
+    if cell.get("name") or method == DENSE:  # only the label has the weight format
         method = label.partition("@")[0]
     metric = measured.get("metric", "")
     value = number(measured.get("metrics", {}).get(metric))
@@ -342,7 +342,7 @@ def rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def _with_checkpoints(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Lines that failed before loading the model get the checkpoint of a line of the same model."""
+    """Fill in the checkpoint of lines without one (loading failed), from the same model's lines."""
 
     def model(line: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(line["cell"].get(key) for key in ("model", "revision", "dtype"))

@@ -173,7 +173,7 @@ def open_folder(
     base = root / experiment
     try:
         base.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=base, buffering=0) as probe:  # is deleted at once
+        with tempfile.TemporaryFile(dir=base, buffering=0) as probe:  # the file is deleted at once
             probe.write(b"x")
         free = shutil.disk_usage(base).free
         if free < MIN_FREE_BYTES:
@@ -203,7 +203,7 @@ def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str:
             )
             continue
         lock = take(folder)
-        if lock is not None and _changes(folder, settings) == []:  # its run may just have ended
+        if lock is not None and _changes(folder, settings) == []:  # the run there may just have ended
             parts = {row["key"]: row["value"] for row in whole_rows(folder / PARTS)}
             return ResultsFolder(folder, parts, True, lock)
         release(lock)

@@ -55,8 +55,8 @@ Line = dict[str, Any]
 class Unit:
     """A resumable unit of a study's work.
 
-    ``key`` identifies the unit in every run of the study.  ``label`` is its name in messages; if it
-    is empty, ``key`` is used.  ``data`` is any input for ``Study.compute``.
+    ``key`` identifies the unit in every run of the study.  ``label`` is the unit's name in messages
+    (if empty, ``key``).  ``data`` is any input for ``Study.compute``.
     """
 
     key: str
@@ -311,7 +311,7 @@ def _compute_units(study: Study[Any]) -> None:
     """Compute the units in order; for a progress bar, all units are first listed and counted."""
     units, ui = study.units(), study.ui
     with contextlib.ExitStack() as stack:
-        if isinstance(units, Generator):  # it may have to close a Ray cluster
+        if isinstance(units, Generator):  # closing it may close a Ray cluster
             stack.callback(units.close)
         if study.progress:
             units = list(units)
@@ -392,10 +392,10 @@ def _finish(study: Study[Any]) -> None:
         study.ui.say(sentence)
     _write_figures(study)
     _write_config(study, "failed" if study.failed else "complete")
-    if page := study.write_page():  # after config.json, whose status it shows
+    if page := study.write_page():  # after config.json: the page shows the status
         study.ui.say(f"report: {page}")
     _write_log(study)
-    if not study.failed and not study.partial:  # otherwise a later run resumes
+    if not study.failed and not study.partial:  # otherwise a later run resumes the folder
         study.folder.finish()
     study.ui.say(f"results: {study.path}")
 

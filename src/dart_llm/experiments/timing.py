@@ -113,12 +113,12 @@ def token_seconds(samples: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def shuffled(labels: Sequence[str], seed: int, number: int) -> list[str]:
-    """The order of the labels in repetition ``number``: random, but equal for an equal seed."""
+    """The order of ``labels`` in repetition ``number``: random, determined by seed and number."""
     return random.Random(f"{seed} {number}").sample(list(labels), len(labels))
 
 
 def prompt_ids(model: Any, tokenizer: Any, length: int) -> Tensor:
-    """Prompt ids [1, length] int64 on the model's device: the embedded texts, again and again."""
+    """Prompt ids [1, length] int64 on the model's device, from the embedded texts (repeated)."""
     text = tokenizer(texts.all_text(), return_tensors="pt", verbose=False).input_ids
     ids: Tensor = text.repeat(1, -(-length // text.shape[1]))[:, :length]
     return ids.to(model.device)
@@ -193,7 +193,7 @@ def reference_repetition(bench: str, file: Path, threads: int, prompt: int, toke
 def decode_row(bench: str, file: Path, threads: int, tokens: int, depth: int) -> dict[str, Any]:
     """llama-bench's result row: it generates ``tokens`` tokens after a context of ``depth`` tokens.
 
-    ``avg_ns`` is the time for all ``tokens`` together (averaged over the only repetition).
+    ``avg_ns`` is the time for all ``tokens`` tokens together; there is only one repetition.
     """
     return _run(bench, file, threads, "-p", "0", "-n", str(tokens), "-d", str(depth))[0]
 

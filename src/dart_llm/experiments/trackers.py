@@ -116,7 +116,7 @@ def _start(name: str, run_name: str, config: Mapping[str, Any], folder: Path) ->
     backend.start()
     if name == "mlflow":
         backend.store_init_configuration({_plain(k): str(v)[:LONGEST] for k, v in config.items()})
-    elif name == "tensorboard":  # its hyperparameters cannot be lists
+    elif name == "tensorboard":  # TensorBoard's settings cannot be lists
         backend.log({"settings": "\n".join(f"    {key}: {v}" for key, v in config.items())})
     return backend
 

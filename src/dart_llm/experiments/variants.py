@@ -26,7 +26,7 @@ DENSE, GRIFFIN = "dense", "griffin"
 NEVER = "never"
 
 ORACLE = " (oracle)"
-"""Suffix of the label of an oracle: it gets new masks at the true topic change, not by drift."""
+"""Suffix of an oracle's label; an oracle gets new masks at the true topic change, not by drift."""
 
 
 @dataclass(frozen=True)
