@@ -226,7 +226,7 @@ def _fetch(source: DataSet, instead: str, *, stream: bool) -> Iterator[dict[str,
 
     try:
         load_dataset = import_module("datasets").load_dataset
-    except (ImportError, AttributeError) as error:  # a folder named datasets/ also imports
+    except (ImportError, AttributeError) as error:  # a folder datasets/ is importable
         raise MissingExtra("datasets", "eval") from error
     revision = {"revision": source.revision} if source.revision else {}
     try:

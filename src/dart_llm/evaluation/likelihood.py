@@ -81,7 +81,7 @@ def score_context(
 
 
 Row = tuple[Tokens, tuple[Tokens, ...]]
-"""Tokens to feed after the context, and the continuations (these tokens and one more) to score."""
+"""Tokens to feed after the context, and the continuations to score: these tokens plus one more."""
 
 
 def _group(continuations: Sequence[Sequence[int]]) -> list[Row]:

@@ -345,7 +345,7 @@ def _sample(window: Window, part: Part) -> dict[str, Any]:
     """The losses of a window, without the ``window.lead`` tokens before a topic change.
 
     ``first``: the index in the window of the first token of ``losses``.  ``pruned``: whether the
-    tokens ran pruned, as runs of equal flags, [flag, length] each.
+    tokens ran pruned, as groups of consecutive equal flags, [flag, length] each.
     """
     flags = ran_pruned(part)[window.lead :]
     return {
@@ -393,7 +393,7 @@ def _notes(run: Run | None, protocol: str, parts: Sequence[Part]) -> Iterator[st
 
 
 class Compared(NamedTuple):
-    """Means over the scored tokens of a window: loss and KL(reference || pruned), in nats."""
+    """Mean loss and mean KL(reference || pruned), in nats; ``tokens``: number of scored tokens."""
 
     loss: float
     kl: float

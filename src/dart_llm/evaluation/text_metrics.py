@@ -239,10 +239,10 @@ class Encoder:
         return {"encoder": source, **facts, "sentence_threshold": THRESHOLD}
 
     def read(self, text: str) -> tuple[Array, Array]:
-        """Embed a text: unit vectors of its tokens, [n, hidden], and its mean vector, [hidden].
+        """Embed a text: return unit vectors of its tokens, [n, hidden], and one mean, [hidden].
 
         The mean includes the special tokens that the tokenizer adds, as in sentence-transformers'
-        mean pooling; the token vectors do not.
+        mean pooling; the unit vectors are without special tokens.
         """
         import torch
 
@@ -391,7 +391,7 @@ def ordered_share(positions: list[int]) -> float | None:
 
 
 def compare(candidate: str, reference: str, encoder: Encoder) -> dict[str, float | None]:
-    """All metrics of ``candidate`` against ``reference``; the module docstring says when None."""
+    """All metrics of ``candidate`` against ``reference``; see the module docstring for None."""
     if not candidate.strip() or not reference.strip():
         value = 0.0 if candidate.strip() or reference.strip() else None
         return {**dict.fromkeys(NUMBERS, value), "sentence_order": None}

@@ -141,9 +141,9 @@ def filter(
 ) -> list[Run]:
     """Return the runs that match all arguments, with only their matching lines.
 
-    ``status`` is a name in ``STATUSES``; ``since`` is a date, ``2026-03-04`` or ``2026-03-04
-    12:00``.  The other arguments match any part of a name, ignoring case.  Raises
-    ``UnknownName`` or ``ConfigError``.
+    ``status`` is a name in ``STATUSES``.  ``since`` is the earliest start, such as ``2026-03-04``
+    or ``2026-03-04 12:00``.  The other arguments match any part of a name, ignoring case.  Raises
+    ``UnknownName`` for the status, and ``ConfigError`` for the date.
     """
     status = status and status.lower()
     check_name("status", status, STATUSES)
@@ -223,8 +223,8 @@ COLUMNS = (
 def table(runs: Sequence[Run], long: bool = False) -> Table:
     """The table of runs and their results.
 
-    The short table omits dense lines, unless there are no others.  A run with more than
-    ``MAX_LISTED`` results shows only their number.  With ``long``, every line is shown.
+    The short table omits dense lines, unless there are no others, and shows only the number of
+    results of a run that has more than ``MAX_LISTED``.  With ``long``, every line is shown.
     """
     rows = []
     for run in runs:

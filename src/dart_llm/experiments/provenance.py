@@ -32,7 +32,7 @@ from dart_llm.pruning import registry
 from dart_llm.pruning.setting_file import path_of
 
 _NAMED_BY_TASKS = ("text", "data", "slices")
-"""The kinds of inputs that tasks name.  Their names must not be empty; other kinds are optional."""
+"""The kinds of inputs that tasks name.  For any other kind, an empty name means no input."""
 
 
 class Digests:
@@ -69,7 +69,7 @@ class Digests:
     def of_files(
         self, method: str, calibration: str | None, masks: str | None = None, table: str = ""
     ) -> dict[str, str]:
-        """Digests of a method's local files; ``table``: a layer table, or ``@FILE`` to read it."""
+        """Digests of a method's local files; ``table``: a layer table, or ``@`` and its file."""
         files = {
             "calibration": calibration or "",
             "setting": str(path_of(method) or ""),
@@ -242,9 +242,9 @@ logger = logging.getLogger("dart_llm")
 
 
 class _Stdout:
-    """A stream that logs what threads write whose names begin with ``prefix``.
+    """A stream that logs the output of all threads whose names begin with ``prefix``.
 
-    What other threads write goes to the stream ``inner``.
+    The output of other threads goes to the stream ``inner``.
     """
 
     def __init__(self, inner: Any, prefix: str) -> None:
@@ -264,7 +264,7 @@ class _Stdout:
 
 @contextlib.contextmanager
 def keep_off_stdout(prefix: str) -> Iterator[None]:
-    """A context manager that logs, not prints, the stdout of threads named ``prefix...``."""
+    """A context manager that logs the stdout of all threads whose names begin with ``prefix``."""
     with contextlib.redirect_stdout(_Stdout(sys.stdout, prefix)):
         yield
 
@@ -289,7 +289,7 @@ def environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_sigterm() -> Iterator[None]:
-    """A context manager that restores the SIGTERM handler at its end, if in the main thread."""
+    """A context manager that restores the SIGTERM handler at its end (only in the main thread)."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield

@@ -232,7 +232,7 @@ def _statistic(*columns: Array, axis: int = -1, exponential: bool = False) -> Ar
 def _mean_interval(
     data: Array, exponential: bool, seed: int, null: float | None
 ) -> Interval | None:
-    """The interval of data [2 or 4, n]; None if empty, not finite, or a weight is not positive."""
+    """The interval of data [2 or 4, n]; None if data are empty or not finite, or a weight <= 0."""
     n = data.shape[1]
     if not n or not np.isfinite(data).all() or not (data[1::2] > 0).all():
         return None
@@ -332,8 +332,8 @@ class SpeedUp:
     """The time of a baseline divided by the time of an alternative.
 
     ``ratio``: the speed-up, at most ``limit``; None if the timings were disturbed.  ``limit``: the
-    baseline's bytes divided by the alternative's; None if not comparable.  ``scatter``:
-    half the interquartile range of the repetitions' ratios, divided by their median; None for a
+    baseline's bytes divided by the alternative's; None if bytes are not comparable.  ``scatter``:
+    half the interquartile range of the repetitions' ratios, divided by the median ratio; None for a
     single repetition.
     """
 

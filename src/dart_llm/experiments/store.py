@@ -203,7 +203,7 @@ def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str:
             )
             continue
         lock = take(folder)
-        if lock is not None and _changes(folder, settings) == []:  # the run there may just have ended
+        if lock is not None and _changes(folder, settings) == []:  # that run may just have ended
             parts = {row["key"]: row["value"] for row in whole_rows(folder / PARTS)}
             return ResultsFolder(folder, parts, True, lock)
         release(lock)

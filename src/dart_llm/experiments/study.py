@@ -135,7 +135,7 @@ class Study(Generic[S]):
 
     @property
     def load_settings(self) -> ModelOptions:
-        """How the model is loaded."""
+        """The settings with which the model is loaded."""
         assert isinstance(self.settings, ModelOptions)
         return self.settings
 
