@@ -40,8 +40,8 @@ class DataSet:
     ``columns``: column names by role (text, document, summary, question, choices, answer, id, ...).
     ``separator``: a string inserted between the rows of a text.  ``uses``: perplexity, calibration,
     summarize, prompts (questions that no task scores) or eval.  ``tasks``: the lm-eval tasks that
-    score it.  ``first``: if set, only so many rows are streamed.  ``megabytes``: the approximate
-    download size.
+    score this split.  ``first``: how many rows, from the first, are streamed; None means all rows
+    are used.  ``megabytes``: the approximate download size.
     """
 
     name: str
@@ -109,9 +109,9 @@ _PATTERN = re.compile(
 def parse(name: str, roles: tuple[str, ...] = ("text",)) -> DataSet:
     """The data set that ``name`` refers to, with one column for each of ``roles``.
 
-    ``hub:owner/name/en:validation[:500]:text`` is the text column of the first 500 rows of the
-    configuration en.  The split and the columns are required.  Raises ``ConfigError``, with an
-    example, for an invalid reference.
+    ``hub:owner/name/en:validation[:500]:text`` means configuration ``en``, split ``validation``,
+    its first 500 rows, column ``text``.  The split and the columns are required.  Raises
+    ``ConfigError``, with an example, for an invalid reference.
     """
     match = _PATTERN.fullmatch(name)
     columns = match["columns"][1:].split(":") if match else []
@@ -144,10 +144,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def mmlu_questions(subject: str) -> list[dict[str, Any]]:
     """A subject's MMLU questions that no task scores: the splits ``dev``, then ``validation``.
 
-    Each is a mapping with ``subject``, ``question`` and ``choices``; the answer is dropped, so no
-    prompt can reveal it.  If ``LOCAL_MMLU`` has a file ``<subject>_dev.jsonl``, the hub is not
-    used.  Raises ``UnknownName``, ``ConfigError`` for a malformed file, ``MissingExtra`` or
-    ``LoadError``.
+    Each question is a mapping with ``subject``, ``question`` and ``choices``; the answer is
+    dropped, so no prompt can reveal it.  If ``LOCAL_MMLU`` has a file ``<subject>_dev.jsonl``, the
+    hub is not used.  Raises ``UnknownName``, ``ConfigError`` for a malformed file, and
+    ``MissingExtra`` or ``LoadError`` if the hub's data cannot be loaded.
     """
     check_name("MMLU subject", subject, MMLU_SUBJECTS)
     questions: list[dict[str, Any]] = []
@@ -160,7 +160,7 @@ def mmlu_questions(subject: str) -> list[dict[str, Any]]:
 
 
 def _mmlu_rows(subject: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A subject's rows, each with a description of where it was read."""
+    """Yield (description of where the row was read, row) for each row of a subject."""
     for split in SPLITS:
         path = LOCAL_MMLU / f"{subject}_{split}.jsonl"
         if path.is_file():
@@ -188,8 +188,8 @@ def with_choices(row: Mapping[str, Any]) -> str:
 def positions(total: int, limit: int | None, seed: int | None) -> list[int]:
     """Choose ``limit`` of ``total`` positions: the first or, with ``seed``, a random sample.
 
-    They are returned in ascending order; a ``limit`` of None means all.  With the same seed, a
-    smaller sample is a subset of a larger one.
+    The positions are returned in ascending order; a ``limit`` of None means all.  With the same
+    seed, a smaller sample is a subset of a larger one.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"the number of documents must be 1 or more, not {limit}")
@@ -226,7 +226,7 @@ def _fetch(source: DataSet, instead: str, *, stream: bool) -> Iterator[dict[str,
 
     try:
         load_dataset = import_module("datasets").load_dataset
-    except (ImportError, AttributeError) as error:  # a folder named datasets/ also imports
+    except (ImportError, AttributeError) as error:  # a folder datasets/ is importable
         raise MissingExtra("datasets", "eval") from error
     revision = {"revision": source.revision} if source.revision else {}
     try:

@@ -1,12 +1,13 @@
-"""Text arguments, such as ``--text``: ``resolve`` parses one, and the loaders read its text.
+"""Text arguments such as ``--text``: ``resolve`` parses an argument, ``load`` reads its text.
 
 An argument is one of these:
 
-``embedded``, ``wikitext2``, ``c4``, ...: the package's texts, or a name in ``catalogue.yaml``
+``embedded``: the texts that come with the package
+``wikitext2``, ``c4``, ...: a data set in ``catalogue.yaml``
 ``mmlu``, ``mmlu:astronomy+anatomy``: MMLU questions that no task scores
 ``hub:owner/name:split:COLUMN``: any other data set on the hub (``datasets.parse``)
-``FILE``, ``FILE.jsonl[:COLUMN]``: text or JSON rows, in the current folder or its ``datasets/``; a
-file of documents with summaries may have two columns, ``:DOCUMENT:SUMMARY``
+``FILE``, ``FILE.jsonl[:COLUMN]``: a text file or JSON rows, in the current folder or its subfolder
+``datasets/``; documents with summaries may name two columns, ``FILE.jsonl:DOCUMENT:SUMMARY``
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class TextSource:
 
     @property
     def label(self) -> str:
-        """The source's name without its folder."""
+        """The source's name without folders."""
         return self.name if self.path is None else ":".join((self.path.stem, *self.columns))
 
     def overlaps(self, other: TextSource) -> bool:
@@ -90,7 +91,7 @@ class TextSource:
 
 
 def resolve(name: str, summaries: bool = False) -> TextSource:
-    """Find the source that ``name`` refers to; with ``summaries``, its rows need a summary too.
+    """Find the source called ``name``; if ``summaries``, its rows must have reference summaries.
 
     Opens no file.  Raises ``ConfigError``, which lists the choices, for an unknown name.
     """
@@ -125,7 +126,7 @@ def check(name: str) -> None:
 
 
 def find_file(name: str) -> Path | None:
-    """The file that a text argument refers to, or None; runs record the digest of its content."""
+    """The file that a text argument refers to, or None; runs record the file's digest."""
     for summaries in (False, True):
         with contextlib.suppress(ConfigError):
             return resolve(name, summaries).path
@@ -133,7 +134,7 @@ def find_file(name: str) -> Path | None:
 
 
 def _value(source: TextSource, role: str, line: int, row: Mapping[str, Any]) -> str:
-    """The text in a row's column for ``role``; raises ``ConfigError`` if there is none."""
+    """The text for ``role`` in a JSONL row; raises ``ConfigError``, which names the line."""
     named = source.columns[1:] if role == "summary" else source.columns[:1]
     columns = named or COLUMNS[role]
     value = next((row[name] for name in columns if name in row), None)
@@ -148,7 +149,7 @@ def _value(source: TextSource, role: str, line: int, row: Mapping[str, Any]) -> 
 
 
 def plain_summary(value: Any) -> str:
-    """A reference summary as text, or ""; the sentences of a list are put on lines of their own."""
+    """A reference summary as text, or ""; each sentence of a list is put on a separate line."""
     if isinstance(value, list | tuple):
         return "\n".join(filter(None, map(plain_summary, value)))
     return value.strip() if isinstance(value, str) else ""
@@ -158,9 +159,10 @@ def plain_summary(value: Any) -> str:
 
 
 def load(source: TextSource) -> list[str]:
-    """The rows of a JSONL file, the embedded texts, or a single text.
+    """A list of texts: the rows of a JSONL file, the embedded texts, or a single text.
 
-    Raises ``ConfigError`` (files), or ``MissingExtra`` or ``LoadError`` (hub), also without text.
+    If the text is missing or cannot be read, raises ``ConfigError`` for a file, and
+    ``MissingExtra`` or ``LoadError`` for a data set on the hub.
     """
     if source.data is not None:
         (column,) = source.data.columns["text"]
@@ -198,7 +200,7 @@ def whole_texts(name: str) -> list[str]:
 
 
 def names(settings: str) -> list[str]:
-    """Split comma-separated names, without repeats, and check them before a model is loaded."""
+    """Split comma-separated names and drop repeats; raises ``ConfigError`` for an invalid name."""
     listed = list(dict.fromkeys(part.strip() for part in settings.split(",") if part.strip()))
     if not listed:
         raise ConfigError("no text for perplexity: use embedded, or the path of a text file")
@@ -227,7 +229,7 @@ def check_disjoint(calibration: str | None, evaluated: Iterable[str]) -> None:
 
 
 def _evaluated(name: str) -> Iterator[TextSource]:
-    """The sources that ``name``, a text argument or a task, reads."""
+    """The sources that are read for ``name``, which is a text argument or a task."""
     for summaries in (False, True):
         with contextlib.suppress(ConfigError):
             yield resolve(name, summaries)
@@ -281,13 +283,13 @@ class Document(NamedTuple):
 
 
 def load_documents(name: str, limit: int | None = None, seed: int | None = None) -> list[Document]:
-    """Load documents of the source ``name``, in its order.
+    """Load documents of the source ``name``, in the order of the source.
 
     Returns the first ``limit`` documents (streamed) or, with ``seed``, a random sample of that
-    size; see ``datasets.positions``.  A document's id is the row's ``id``.  Without it, the id is
-    the line number in a file, or the position from 0 on the hub.  Hub rows without a document or a
-    summary are skipped.  Raises ``ConfigError`` if a row is invalid or there are no documents,
-    ``MissingExtra`` or ``LoadError``.
+    size; see ``datasets.positions``.  A document's id is the row's ``id``.  If the row has none,
+    the id is the line number in a file, or the position from 0 on the hub.  Hub rows without a
+    document or a summary are skipped.  Raises ``ConfigError`` if a row is invalid or there are no
+    documents, and ``MissingExtra`` or ``LoadError`` if a data set on the hub cannot be loaded.
     """
     source = resolve(name, summaries=True)
     datasets.positions(0, limit, seed)
@@ -340,7 +342,7 @@ SETS = {CHOOSE: "first", REPORT: "second"}
 
 @dataclass(frozen=True)
 class Source:
-    """The non-blank documents of a source, in order; ``label``: its name without folders."""
+    """The non-blank documents of a source, in order; ``label``: the source's short name."""
 
     label: str
     documents: tuple[str, ...]

@@ -1,7 +1,7 @@
 """Long passages with marked topic changes, and two-topic prompts: shipped, or from JSONL files.
 
-A line has the fields of ``Passage``, or of ``DriftPrompt``, where only ``text`` is required.
-``benchmarks/make_prompts.py`` generates the shipped prompts.
+Each line of such a file has the fields of ``Passage``, or those of ``DriftPrompt``; of the latter,
+only ``text`` is required.  ``benchmarks/make_prompts.py`` generates the shipped prompts.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class DriftPrompt(_Record):
     """A prompt that asks for two topics.
 
     ``slots``: the values inserted into the template.  ``domains``: the domains of both topics.
-    Only generated prompts have domains and a seed; their ``id`` is the template's name and a hash.
+    Only generated prompts have domains and a seed; the ``id`` of a generated prompt is the
+    template's name and a hash.
     """
 
     id: str
@@ -172,7 +173,7 @@ def shipped() -> list[Passage]:
 
 
 def everything(file: Path | None = None) -> Sequence[DriftPrompt | Passage]:
-    """The package's passages and prompts, or those in a JSONL file (passages have ``changes``)."""
+    """The package's passages and prompts, or a file's records: passages if any has ``changes``."""
     if file is None:
         return [*listed_passages(), *listed_prompts()]
     has_changes = any("changes" in row for _, row in read_rows(file))
@@ -198,7 +199,7 @@ def choose(
 
 
 def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | Passage:
-    """The record whose id is ``name`` or, uniquely, begins with it; raises ``UnknownName``."""
+    """The record with id ``name``, or the only one whose id begins so; raises ``UnknownName``."""
     matches = [record for record in records if record.id == name]
     matches = matches or [record for record in records if name and record.id.startswith(name)]
     if len(matches) != 1:
@@ -207,7 +208,7 @@ def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | P
 
 
 def encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Tokenise a text; also return each token's end as a character offset, never decreasing."""
+    """Return a text's token ids, and each token's end as a character offset (never decreasing)."""
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ends = (end for _, end in encoded["offset_mapping"])
     return list(encoded["input_ids"]), list(accumulate(ends, max))  # special tokens end at 0

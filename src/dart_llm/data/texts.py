@@ -1,7 +1,7 @@
-"""Embedded texts, and prompts: shipped ones, from files or chats, or made of MMLU questions.
+"""Embedded texts, and prompts: shipped with the package, from files or chats, or of MMLU questions.
 
-The embedded texts come with the package.  They were written for this project; each has about 880
-words of plain English.
+The embedded texts also come with the package.  They were written for this project; each has about
+880 words of plain English.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def all_text() -> str:
 
 
 def openings() -> tuple[str, ...]:
-    """First sentences of many kinds of text, for a model to continue; no task evaluates them."""
+    """Beginnings of many kinds of text, for a model to continue; no task evaluates them."""
     text = (_SHIPPED / "openings" / "openings.txt").read_text(encoding="utf-8")
     return tuple(text.rstrip("\n").split("\n---\n"))
 
@@ -135,8 +135,8 @@ def chat_text(
 ) -> str:
     """Format ``messages`` (``role``, ``content``) as a prompt that ends where the answer begins.
 
-    Raises ``ConfigError`` if there is no chat template, or if it rejects the messages.  ``instead``
-    is what the first error suggests.  ``options`` are passed to the template.
+    Raises ``ConfigError``, which suggests ``instead``, if there is no chat template; also raises
+    ``ConfigError`` if the template rejects the messages.  ``options`` are passed to the template.
     """
     check_chat_template(tokenizer, instead)
     from jinja2 import TemplateError
@@ -175,7 +175,7 @@ def encode_prompt(tokenizer: Any, text: str, chat: bool) -> Tensor:
 
 
 def mmlu_prompt(subjects: Sequence[str], tokenizer: Any, length: int) -> str:
-    """A prompt of MMLU questions with their choices, without answers and without test questions.
+    """A prompt of MMLU questions with choices, but without answers; test questions are not used.
 
     Takes questions from each subject in turn, as many as fit in ``length`` tokens including special
     tokens.  Raises ``ConfigError`` if none fits, and the errors of ``mmlu_questions``.

@@ -37,12 +37,13 @@ def feed(
 ) -> None:
     """Feed ``ids`` ([B, n]) as decode tokens, in chunks within which no mask can change.
 
-    ``run`` is attached to the model, or None for the untouched model.  ``cache`` is the KV cache of
-    ``cached`` earlier tokens, or None.  ``mask`` is the attention mask [B, cached + n].
-    ``on_logits(start, logits)`` is called for each chunk that has tokens at or after index
-    ``first``: ``logits`` [B, m, V] are the outputs at ``ids[:, start : start + m]``, and are freed
-    before the next chunk.  ``chunk`` is the maximum number of tokens per forward; 1 means one token
-    per step, as ``generate`` decodes.
+    ``run`` must be attached to the model; None means the untouched model.  ``cached`` is the number
+    of earlier tokens in the KV cache ``cache`` (None if there are none).  ``mask`` is the attention
+    mask [B, cached + n].  ``first`` is the index in ``ids`` of the first token whose logits are
+    needed.  For each chunk with such tokens, ``on_logits(start, logits)`` gets their logits
+    [B, m, V], the outputs at ``ids[:, start : start + m]``, which are freed before the next chunk.
+    ``chunk`` is the maximum number of tokens per forward; 1 means one token per step, as in
+    ``generate``.
     """
     if run is not None and run.config.screens:
         chunk = 1  # the LM head is screened only in steps of one token
@@ -96,7 +97,7 @@ class ScheduledRun(Run):
         return remaining if bound is None else min(bound, remaining)
 
     def _trigger_due(self) -> None:
-        """Start the re-masks that are due; a sequence without masks just continues to observe."""
+        """Start the re-masks that are due; a sequence without masks just keeps observing."""
         self.controller.flush()
         for sequence in self.controller.sequences[-1:]:
             while self._due and sequence.decoded >= self._due[0]:

@@ -1,9 +1,9 @@
 """Log-likelihoods of continuations under the three protocols (docs/reference.md, "Protocols").
 
-A protocol says which tokens select the masks and which tokens run pruned.  A single dense pass over
-the context serves all its continuations; those with the same masks run as rows of one batch.
-``Scorer`` answers lm-eval's requests, counts tokens, and stores the result of each context as a
-part, so that an interrupted run can resume.
+A protocol says which tokens select the masks and which tokens run pruned.  One dense pass over a
+context serves all continuations of that context; continuations with the same masks run as rows of
+one batch.  ``Scorer`` answers lm-eval's requests, counts tokens, and stores the result of each
+context as a part, so that an interrupted run can resume.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Tokens = tuple[int, ...]
 class Likelihood:
     """The score of a continuation.
 
-    ``losses``: the loss of each token (nats).  ``greedy``: True if every token was the argmax.
+    ``losses``: the loss of each token (nats).  ``greedy``: True if every token had the top logit.
     """
 
     losses: tuple[float, ...]
@@ -81,7 +81,7 @@ def score_context(
 
 
 Row = tuple[Tokens, tuple[Tokens, ...]]
-"""The tokens to feed after the context, and the continuations that they and the context predict."""
+"""Tokens to feed after the context, and the continuations to score: these tokens plus one more."""
 
 
 def _group(continuations: Sequence[Sequence[int]]) -> list[Row]:
@@ -168,9 +168,10 @@ class _Scoring:
     def _feed(
         self, rows: Sequence[Row], fed: Sequence[Tokens], cache: Any, cached: int, first: int
     ) -> None:
-        """Feed the tokens ``fed``, right-padded, after the ``cached`` tokens in ``cache``.
+        """Feed each row's tokens ``fed``, right-padded, after ``cache``.
 
-        The logits at index ``first`` of the fed tokens predict the first continuation token.
+        ``cached``: number of tokens in ``cache``.  ``first``: index of the fed token whose logits
+        predict the first continuation token.
         """
 
         def add_losses(start: int, logits: Tensor) -> None:
@@ -188,7 +189,7 @@ class _Scoring:
         feed(self.model, self.run, ids, cache, add_losses, first=first, cached=cached, mask=valid)
 
     def _add(self, logits: Tensor, continuation: Tokens, start: int) -> None:
-        """Add losses of logits [n, V], which predict the continuation's tokens from ``start``."""
+        """Add losses from logits [n, V]; the first predicts the continuation's token ``start``."""
         targets = torch.tensor(continuation[start : start + len(logits)], device=logits.device)
         logits = logits[: len(targets)]
         loss = F.cross_entropy(logits.float(), targets, reduction="none")
@@ -202,15 +203,16 @@ Pair = tuple[Tokens, Tokens]
 """Context tokens and continuation tokens."""
 
 Answer = tuple[float, bool]
-"""A log-probability (nats), and True if every token was the argmax."""
+"""A log-probability (nats), and True if every token had the top logit."""
 
 
 def rolling_pairs(tokens: Sequence[int], prefix: int, prompt: int, scored: int) -> list[Pair]:
     """Split a text into pairs that together score each token once.
 
-    The first tokens have only the token ``prefix`` as context and therefore run dense.  Every later
-    pair has up to ``prompt`` unscored tokens of left context before its ``scored`` tokens.  A text
-    shorter than two prompts is split in half.
+    ``prefix`` is a token id; ``prompt`` and ``scored`` are numbers of tokens.  The first pair has
+    only ``prefix`` as context and therefore runs dense.  It scores the first ``prompt`` tokens, or
+    half of the text if that is shorter.  A text with fewer than 2 * ``SHORT`` tokens is one pair.
+    Each later pair scores up to ``scored`` tokens after a context of up to ``prompt`` tokens.
     """
     first = min(prompt, len(tokens) // 2) if len(tokens) >= 2 * SHORT else len(tokens)
     pairs: list[Pair] = [((prefix,), tuple(tokens[:first]))] if tokens else []
@@ -246,12 +248,12 @@ class Scorer:
         names: Sequence[str],
         live: bool = False,
     ) -> list[Answer]:
-        """Return an answer per pair, in order; pairs with the same context share its prompt pass.
+        """Return an answer per pair, in order; pairs with the same context share one dense pass.
 
-        ``advance(n)`` is called after each context with its number of pairs.  ``names``: for each
-        pair the document's name, used in error messages.  ``live``: if True, use the configured
-        settings, including drift detection; if False, the settings of likelihood tasks, which
-        build masks right after the context and never re-mask.
+        ``advance(n)`` is called after each context, with n its number of pairs.  ``names``: for
+        each pair the document's name, used in error messages.  ``live``: if True, use the
+        configured settings, including drift detection; if False, the settings of likelihood tasks,
+        which build masks right after the context and never re-mask.
         """
         groups: dict[Tokens, list[int]] = {}
         fitting = [self._fit(pair) for pair in pairs]
@@ -349,9 +351,9 @@ class Scorer:
     def generate(self, run: Run | None, content: Sequence[Any], make: Callable[[], str]) -> str:
         """Return the text for the request ``content``: the stored text, or a new one from ``make``.
 
-        Each repetition of a request is a further sample.  A sample's seed depends only on the
-        request and the number of its repetition, so that resumed runs and all methods draw the
-        same random numbers.
+        A request can be repeated to draw several samples.  A sample's seed depends only on
+        ``options.seed``, the request and the number of the repetition, so that resumed runs and
+        all methods draw the same random numbers.
         """
         request = json.dumps(content)
         number = self._repeats[request]
@@ -374,10 +376,10 @@ class Scorer:
 
     @contextlib.contextmanager
     def generating(self, run: Run | None, context: Tensor) -> Iterator[None]:
-        """A context in which a text is generated with masks selected according to the protocol.
+        """A context manager in which a text is generated with the masks of the protocol.
 
-        Under ``decode`` they are selected while the prompt is processed.  Under the other protocols
-        a dense pass over ``context`` (ids [1, T]) selects them beforehand, and they stay fixed.
+        Under ``decode``, masks are selected while the prompt is processed.  Under other protocols,
+        a dense pass over ``context`` (ids [1, T]) selects masks beforehand, which stay fixed.
         """
         if run is None or self.options.protocol == "decode":
             yield

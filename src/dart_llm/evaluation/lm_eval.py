@@ -129,7 +129,7 @@ def _load(task: str, options: MeasureOptions) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The error's cause as text; without object addresses, so that it is equal in every process."""
+    """The error's cause as text, without object addresses, which differ between processes."""
     if isinstance(error, StopIteration):
         return "it has no rows"
     causes = [cause for cause in chain(error) if type(cause).__name__ != "DatasetGenerationError"]
@@ -166,7 +166,7 @@ def _no_bars() -> Iterator[None]:
 def _choose_documents(
     tasks: dict[str, Any], options: MeasureOptions
 ) -> dict[str, list[int]] | None:
-    """Indices of a random sample of ``limit`` documents per task; None: use the first documents."""
+    """Indices of ``limit`` random documents per task; None if no random sample is requested."""
     if options.sample_seed is None or options.limit is None:
         return None
     chosen = {}
@@ -236,9 +236,10 @@ def _names(requests: Sequence[Any]) -> list[str]:
 
 
 def _by_documents(advance: Advance, requests: Sequence[Any], units: int = 0) -> Advance:
-    """Return a function that takes counts of finished requests, and advances by documents.
+    """Return a function ``step(n)``, called after every n finished requests.
 
-    ``units``: if the counts are not of requests, their total.
+    It calls ``advance`` with the number of documents that are finished by then and were not
+    before.  If n counts other units than requests, ``units`` is their total number.
     """
     documents, units, done = len({*_names(requests)}), units or len(requests), 0
 
@@ -357,10 +358,10 @@ def _items(task: str, samples: Sequence[Sample], weighted: str) -> Items:
 
 
 def _overall(items: Mapping[str, Items], subtasks: Mapping[str, Metrics], weighted: str) -> Metrics:
-    """Metrics of a group over all its documents, in which every document has the same weight.
+    """Metrics of a group of tasks, over the documents of all tasks.
 
-    They are the perplexity, and every metric that each task computes as the mean over its
-    documents.  Other aggregates cannot be combined from the tasks' values.
+    They are the perplexity, and the mean (each document with equal weight) of every metric that
+    each task computes as a mean over documents.  Other aggregates cannot be combined.
     """
     documents = [item for of_task in items.values() for item in of_task]
     metrics: Metrics = {}
@@ -383,7 +384,7 @@ def _is_mean(items: Items, name: str, value: float | None) -> bool:
 
 
 def _sample(task: str, sample: Sample) -> dict[str, Any]:
-    """Raw data of a document: its requests, the model's answers, and the target."""
+    """Raw data of a document: its requests, the model's answers, the target and the metrics."""
     return {
         "id": f"{task}/{sample['doc_id']}",
         "filter": sample["filter"],

@@ -2,7 +2,8 @@
 
 A part is the result for one document, context or window, as JSON-serialisable data.  It has at
 least ``report`` (``RunReport.to_dict()`` or None) and, if tokens ran without an attached run,
-``dense_tokens``.  A resumed measurement reads its finished parts back and computes only the others.
+``dense_tokens``, the number of these tokens.  A resumed measurement reads the finished parts back
+and computes only the others.
 """
 
 from __future__ import annotations
@@ -82,9 +83,9 @@ def method_digest(candidate: BoundMethod) -> Any:
 
 
 def check_pruned(pruned: bool, subject: str, tokens: str, hint: str) -> None:
-    """Raise ``ConfigError`` unless ``pruned``; the message says that all ``tokens`` ran dense.
+    """Raise ``ConfigError`` unless ``pruned``; the message says that all tokens ran dense.
 
-    ``subject``: what was measured.  ``tokens``: their number, as text.  ``hint``: what to do.
+    ``subject``: what was measured.  ``tokens``: number and name of the tokens.  ``hint``: advice.
     """
     if not pruned:
         raise ConfigError(

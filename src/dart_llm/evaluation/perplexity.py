@@ -60,7 +60,7 @@ class WindowLosses(NamedTuple):
 
 @dataclass(frozen=True)
 class Scored:
-    """The losses (nats) of a method for each scored token of each slice, and its accounting."""
+    """For each slice, the loss (nats) of each scored token.  ``report``: the run's accounting."""
 
     losses: tuple[tuple[float, ...], ...]
     report: RunReport | None
@@ -82,7 +82,7 @@ def perplexity(mean_loss: float) -> float:
 
 
 def slices(ids: Tensor, count: int | None, prompt: int, scored: int) -> list[Tensor]:
-    """Cut ``count`` evenly spaced windows of ``prompt + scored`` tokens, or as many as fit (None).
+    """Cut ``count`` evenly spaced windows of ``prompt + scored`` tokens; None means all that fit.
 
     ``ids``: [T] int64.  Raises ``ConfigError`` if the text is shorter than one window.
     """
@@ -115,8 +115,8 @@ def score_window(
     """Losses of the scored tokens of one window.
 
     ``run`` is an attached run, or None for the untouched model.  ``decode`` adds a sequence to the
-    run; the other protocols reset it first.  ``prompt`` (only for ``decode``) is the KV cache of a
-    dense pass over the window's prompt, or None.  If it is given, this call uses it up, and the run
+    run; the other protocols reset the run first.  ``prompt`` (only for ``decode``) is None or the
+    KV cache of a dense pass over the window's prompt; this call extends that cache, and the run
     does not observe the prompt.  Raises ``DartError``, which names slice and token, if a loss is
     not finite.
     """
@@ -140,7 +140,7 @@ def predict(
     prompt: Any = None,
     chunk: int = CHUNK,
 ) -> None:
-    """Feed a window under ``protocol``, and pass the logits of its scored tokens on.
+    """Feed a window under ``protocol``, and pass its scored tokens' logits to ``on_logits``.
 
     ``on_logits(logits, targets)`` gets logits [m, V] and their target tokens [m], in order, for
     chunks of at most ``chunk`` tokens.  The other arguments are those of ``score_window``.
@@ -233,7 +233,7 @@ def _part(
 
 
 def ran_pruned(sample: Mapping[str, Any]) -> list[bool]:
-    """For each loss of a sample (or part), whether its token ran pruned."""
+    """For each loss of a sample (or part), whether that token ran pruned."""
     return [bool(flag) for flag, length in sample["pruned"] for _ in range(length)]
 
 
@@ -321,7 +321,7 @@ def measure_windows(
     name = split(task)[1] if trigger is None else f"{task}, re-mask at {trigger}"
     scored: list[Part] = []
     for window in windows:
-        if trigger is not None:  # each ScheduledRun re-masks only once
+        if trigger is not None:  # a ScheduledRun re-masks only once, so each window needs a new run
             run = candidate.run(make=make)
         key = part_key(candidate, name, protocol, window)
         score = partial(score_part, candidate, run, window, protocol)
@@ -345,7 +345,7 @@ def _sample(window: Window, part: Part) -> dict[str, Any]:
     """The losses of a window, without the ``window.lead`` tokens before a topic change.
 
     ``first``: the index in the window of the first token of ``losses``.  ``pruned``: whether the
-    tokens ran pruned, as runs of equal flags, [flag, length] each.
+    tokens ran pruned, as groups of consecutive equal flags, [flag, length] each.
     """
     flags = ran_pruned(part)[window.lead :]
     return {
@@ -393,7 +393,7 @@ def _notes(run: Run | None, protocol: str, parts: Sequence[Part]) -> Iterator[st
 
 
 class Compared(NamedTuple):
-    """Means over the scored tokens of a window: loss and KL(reference || pruned), in nats."""
+    """Mean loss and mean KL(reference || pruned), in nats; ``tokens``: number of scored tokens."""
 
     loss: float
     kl: float

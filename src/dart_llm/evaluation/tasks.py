@@ -88,7 +88,7 @@ def _local(subject: str) -> dict[str, Any]:
 # Kinds of tasks.
 
 CONTINUATION, SHIFT = SLICED = ("continuation", "shift")
-"""Tasks that score slices of texts (``windows.py``): ``shift:wiki.txt+news.jsonl#report``."""
+"""Tasks that score slices of texts (``windows.py``), e.g. ``shift:wiki.txt+news.jsonl#report``."""
 
 MODULES = {
     "perplexity": "perplexity",
@@ -118,7 +118,7 @@ def protocols(task: str) -> tuple[str, ...]:
 
 
 def slice_sources(name: str) -> tuple[list[str], str]:
-    """Split ``a.txt+b.jsonl#report`` into the texts and the set of their documents (a half)."""
+    """Split ``a.txt+b.jsonl#report`` into the texts' names and the set (half of the documents)."""
     texts, _, which = name.rpartition("#")
     if which not in documents.SETS or not texts:
         texts, which = name, documents.REPORT
@@ -126,7 +126,7 @@ def slice_sources(name: str) -> tuple[list[str], str]:
 
 
 def short(task: str) -> str:
-    """The task, with a file's name in place of its path."""
+    """The task; a file's path is shortened to the file's name."""
     kind, colon, name = task.rpartition(":")
     return f"{kind}{colon}{name.rpartition('/')[2]}" if name.endswith((".txt", ".jsonl")) else task
 
@@ -138,9 +138,9 @@ def measure(
     parts: UnitStore,
     advance: Callable[[int], None] = lambda items: None,
 ) -> Measurement:
-    """Measure ``candidate`` on one task; ``advance(n)`` is called as items finish.
+    """Measure ``candidate`` on one task; ``advance(n)`` is called after every n finished items.
 
-    Raises ``ConfigError``, ``LoadError`` or ``MissingExtra`` if the task cannot be run,
+    Raises ``ConfigError``, ``LoadError`` or ``MissingExtra`` if the task cannot be run, and
     ``DartError`` if a loss is not finite.
     """
     return _module(task).measure(candidate, task, options, parts, advance)  # type: ignore[no-any-return]

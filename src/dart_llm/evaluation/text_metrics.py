@@ -3,8 +3,8 @@
 Every metric is 1 for equal texts, and a larger value means more similar texts.  If one text is
 empty or only white space, all metrics are 0 (``sentence_order`` is None); if both are, all metrics
 are None.  ``sentence_order`` is None if fewer than two sentences are matched.  A ROUGE metric is
-None if the reference has none of its n-grams (ROUGE-2 of a single word).  This is the only file
-that imports ``sacrebleu`` and ``rouge_score``.
+None if the reference has too few words for it: none with a-z or digits or, for ROUGE-2, only one.
+This is the only file that imports ``sacrebleu`` and ``rouge_score``.
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ def _split(line: str) -> list[str]:
 
 
 # ROUGE: F-measures with Porter stemming, as in published tables.  ROUGE-L treats a text as a single
-# sequence; ROUGE-Lsum compares sentences, which ``sentences`` splits without a download.  The
-# rouge-score tokenizer keeps only the letters a-z and digits, so texts in other alphabets score 0.
+# sequence; ROUGE-Lsum compares sentence by sentence.  The function ``sentences`` splits the text,
+# because rouge-score's own splitter (NLTK's) needs a download.  The rouge-score tokenizer keeps
+# only the letters a-z and digits: texts in other alphabets score 0 in ``rouge_scores``, and None in
+# ``compare`` if the reference is such a text.
 
 METRICS: tuple[str, ...] = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -152,7 +154,7 @@ class EncoderSource:
 
     @property
     def label(self) -> str:
-        """The name, origin, and shortened revision and checksum, for footnotes."""
+        """For footnotes: the name, the origin, and the first digits of revision and checksum."""
         facts = {"revision": self.revision, "sha256": self.sha256}
         parts = (f"{name} {value[:12]}" for name, value in facts.items() if value)
         return f"{self.name} ({', '.join([self.origin, *parts])})"
@@ -237,10 +239,10 @@ class Encoder:
         return {"encoder": source, **facts, "sentence_threshold": THRESHOLD}
 
     def read(self, text: str) -> tuple[Array, Array]:
-        """Embed a text: unit vectors of its tokens, [n, hidden], and its mean vector, [hidden].
+        """Embed a text: return unit vectors of its tokens, [n, hidden], and one mean, [hidden].
 
         The mean includes the special tokens that the tokenizer adds, as in sentence-transformers'
-        mean pooling; the token vectors do not.
+        mean pooling; the unit vectors are without special tokens.
         """
         import torch
 
@@ -288,7 +290,7 @@ def load_tools(
             folder: dict[str, Any] = {"local_files_only": True}
             model = AutoModel.from_pretrained(source.folder, dtype=torch.float32, **folder)
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **folder)
-        # two special tokens, and two positions because RoBERTa's begin at 2
+        # minus two special tokens, and two positions, because RoBERTa numbers positions from 2
         positions = int(model.config.max_position_embeddings) - 4
         layers = max(1, round(int(model.config.num_hidden_layers) * 5 / 6))
     except Exception as error:
@@ -321,7 +323,8 @@ def cosine(a: Array, b: Array) -> float:
 def bertscore(candidate: Array, reference: Array) -> float:
     """F1 of two texts' token embeddings, [n, hidden] each; 0 if either has no tokens.
 
-    Each text has the mean of its tokens' largest cosines; F1 is the harmonic mean of the two.
+    For each text, the largest cosine of every token is averaged; F1 is the harmonic mean of these
+    two averages.
     """
     if not len(candidate) or not len(reference):
         return 0.0
@@ -344,7 +347,8 @@ separates six pairs of paraphrases (0.70 to 0.91) from six pairs with the same t
 meanings (0.15 to 0.61).  Other encoders may need another threshold."""
 
 DIGITS = 6
-"""Cosines are rounded to this many digits; if equal, the nearer sentences are matched first."""
+"""Cosines are rounded to this many digits; among equal ones, the pair whose relative positions in
+the two texts are closest is matched first."""
 
 
 def match(candidate: str, reference: str, encoder: Encoder) -> tuple[float, float | None]:
@@ -360,9 +364,10 @@ def match(candidate: str, reference: str, encoder: Encoder) -> tuple[float, floa
 
 
 def matched_pairs(cosines: Array, threshold: float) -> list[tuple[int, int]]:
-    """One-to-one matches (row, column), by descending cosine, then by the nearest positions.
+    """One-to-one matches (row, column), ascending by row.
 
-    Positions are relative to each text's length, so that repeated sentences match in order.
+    Pairs are chosen greedily: largest cosine first, then nearest positions.  Positions are relative
+    to each text's length, so that repeated sentences match in order.
     """
     positions = [(np.arange(size) + 0.5) / size for size in cosines.shape]
     distances = np.abs(positions[0][:, None] - positions[1])
@@ -386,7 +391,7 @@ def ordered_share(positions: list[int]) -> float | None:
 
 
 def compare(candidate: str, reference: str, encoder: Encoder) -> dict[str, float | None]:
-    """All metrics of ``candidate`` against ``reference``; see the module for empty texts."""
+    """All metrics of ``candidate`` against ``reference``; see the module docstring for None."""
     if not candidate.strip() or not reference.strip():
         value = 0.0 if candidate.strip() or reference.strip() else None
         return {**dict.fromkeys(NUMBERS, value), "sentence_order": None}

@@ -16,9 +16,9 @@ without overlap and T - 1 with it; the mean loss is over all scored tokens.
 
 **Topic slices** belong to the tasks ``continuation:TEXTS#SET`` and ``shift:TEXTS#SET``.  TEXTS are
 names joined by ``+``; SET is one half of their documents, ``choose`` or ``report``.  A document
-that fills a slice is cut into slices; shorter documents are joined by blank lines until they do.
-``limit`` evenly spaced slices are used.  In ``continuation`` the text continues after the prompt;
-in ``shift`` another text begins ``LEAD`` tokens after the prompt.
+that fills a slice is cut into slices; shorter documents are joined by blank lines until they fill
+one.  ``limit`` evenly spaced slices of each text are used.  In ``continuation`` the text continues
+after the prompt; in ``shift`` another text begins ``LEAD`` tokens after the prompt.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ PPL_PROTOCOLS: dict[str, str] = {
 class Window:
     """Tokens ``ids`` ([n]) that are fed as one sequence; those from index ``first`` on are scored.
 
-    ``first`` is at least 1.  ``number`` is the index of the slice or window.  ``start``: its first
-    token's index in the text, or None.  ``before`` ([m]) are the tokens right before it; only
-    windows of ``standard`` have them.  ``source`` is the name of a topic slice's text.  ``lead`` is
-    the number of scored tokens before a topic change; metrics do not include them.
+    ``first`` is at least 1.  ``number`` is the index of the slice or window.  ``start`` is the
+    index in the text of the first token, or None.  ``before`` ([m]) has the text's tokens right
+    before this window, only for windows of ``standard``.  ``source`` is the name of a topic slice's
+    text.  ``lead`` is the number of scored tokens before a topic change, which metrics exclude.
     """
 
     ids: Tensor
@@ -122,10 +122,10 @@ def cut(
 def slice_windows(
     ids: Tensor, limit: int | None, prompt: int, scored: int, seed: int | None = None
 ) -> list[Window]:
-    """Cut ``limit`` evenly spaced slices of ``prompt + scored`` tokens, or as many as fit (None).
+    """Cut ``limit`` evenly spaced slices of ``prompt + scored`` tokens; None means all that fit.
 
-    ``ids``: [T].  With ``seed``, the slices are a random sample of those into which the text can be
-    divided.  Raises ``ConfigError`` if the text is shorter than one slice.
+    ``ids``: [T].  With ``seed``, the text is divided into slices, of which a random sample is
+    returned.  Raises ``ConfigError`` if the text is shorter than one slice.
     """
     if prompt < 2 or scored < 1:
         raise ConfigError("a perplexity slice needs at least 2 prompt tokens and 1 scored token")
@@ -156,8 +156,8 @@ def standard_windows(
 ) -> list[Window]:
     """Cut the whole text into windows of ``size`` tokens; see the module's docstring.
 
-    ``ids``: [T].  ``limit``: return only so many windows, the first or, with ``seed``, a random
-    sample.  Raises ``ConfigError`` if the text is shorter than one window.
+    ``ids``: [T].  ``limit``: number of windows to return, the first ones or, with ``seed``, a
+    random sample; None means all.  Raises ``ConfigError`` if the text is shorter than one window.
     """
     step = size if stride is None else stride
     if size < 2 or not 1 <= step <= size:
@@ -220,10 +220,10 @@ def topic_windows(
     """Cut ``limit`` slices from the set ``which`` of each source; if ``shift``, the topic changes.
 
     The default limit is ``DEFAULT_SLICES``, or less if the embedded texts are the only source.  The
-    second topic is the slice of the next source with the same number; with a single source, it is a
-    slice that shares no document with the first.  Raises ``ConfigError`` for too little text, for a
-    single source without a second topic, and for slices longer than ``longest``, the model's
-    context length.
+    text after a topic change is the next source's slice with the same number; with a single source,
+    it is a slice that shares no document with the first.  Raises ``ConfigError`` for too little
+    text, for a single source without a second topic, and for slices longer than ``longest``, the
+    model's context length.
     """
     prompt, scored, lead = options.prompt_tokens, options.scored_tokens, LEAD if shift else 0
     if longest is not None and prompt + LEAD + scored > longest:

@@ -1,4 +1,4 @@
-"""Files of a pruned run: activations, masks, and the windows of the drift detector (drift.csv)."""
+"""Files that a pruned run writes: activations, masks, and drift.csv (the detector's windows)."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ from dart_llm.reporting.words import count, dtype_text
 from dart_llm.session.run import Run
 from dart_llm.settings import ActivationSettings
 
-# ``--save-activations``: estimating the size of the files, checking disk space, and writing.
+# ``--save-activations``: estimate the size of the files, check the disk space, write the files.
 
 
 @dataclass(frozen=True)
 class Saver:
-    """Saves activations in ``folder``, a file per text; a text has at most ``tokens`` tokens."""
+    """Saves activations in ``folder``, one file per text.
+
+    ``wanted``: the layers, tensors and tokens to save.  ``tokens``: length of the longest text.
+    """
 
     model: Any
     wanted: Wanted
@@ -45,7 +48,7 @@ class Saver:
 
     @property
     def nbytes(self) -> int:
-        """Maximum size of a text's file in bytes: its token ids and all requested tensors."""
+        """Maximum size in bytes of one text's file, with token ids and all requested tensors."""
         tokens, total = self.wanted.tokens(self.tokens), 0
         for block in describe(self.model).blocks:
             if block.index in self.wanted.layers:
@@ -55,9 +58,10 @@ class Saver:
         return total + 4 * tokens
 
     def announce(self, texts: int, say: Callable[[str], None]) -> None:
-        """Report the size of all files; raises ``ResultsError`` if the disk lacks space for them.
+        """Report the maximum total size of the files; ``texts`` is the number of texts.
 
-        Raises ``ConfigError`` if no text reaches the requested tokens.  ``texts``: their number.
+        Raises ``ResultsError`` if the disk lacks space for the files, and ``ConfigError`` if even
+        the longest text ends before the first requested token.
         """
         if not self.wanted.tokens(self.tokens):
             raise ConfigError(
@@ -83,9 +87,10 @@ class Saver:
 
     @contextlib.contextmanager
     def recording(self, name: str, text: str) -> Iterator[None]:
-        """Record the sequence that runs in this context; write its activations if no error occurs.
+        """A context manager that records the sequence that runs in it, then writes the file.
 
-        ``text``: the tokenizer's input, whose SHA-256 is stored in the metadata.
+        After an error nothing is written.  ``name``: the text's name.  ``text``: the tokenizer's
+        input; the file's metadata contains the SHA-256 of ``text``.
         """
         with Recording(self.model, self.wanted) as recording:
             yield
@@ -106,7 +111,7 @@ class Saver:
 
 
 def saver(settings: ActivationSettings, model: Any, folder: Path, tokens: int) -> Saver | None:
-    """A ``Saver``, or None if activations are not saved; ``tokens``: the longest text's length."""
+    """A ``Saver``, or None if nothing is to be saved; ``tokens``: length of the longest text."""
     if not settings.save_activations:
         return None
     return Saver(model, settings.wanted(len(describe(model).blocks)), folder, tokens)
@@ -118,9 +123,9 @@ FORMAT = "remask{i}.layer{l}.ids: kept neurons, int32; .scores: float32, larger 
 
 
 class MaskRecorder:
-    """Collects the kept neurons and the scores of every mask on the CPU.
+    """Collects, on the CPU, each mask's kept neurons and the scores of all neurons.
 
-    Assign an instance to ``run.on_selection``, which calls it after each selection.
+    Assign an instance to ``run.on_selection``; the run then calls it after each selection.
     """
 
     def __init__(self) -> None:
@@ -157,14 +162,14 @@ def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str)
 
 
 def _entries(file: Any, kind: str) -> Iterator[tuple[int, int, str]]:
-    """Mask number, layer and key of every tensor of a kind (``ids`` or ``scores``) in a file."""
+    """Yield (mask number, layer, key) for each tensor of one kind (``ids`` or ``scores``)."""
     for key in file.keys():  # noqa: SIM118 - not a mapping
         if match := re.fullmatch(rf"remask(\d+)\.layer(\d+)\.{kind}", key):
             yield int(match[1]), int(match[2]), key
 
 
 def read_masks(path: str) -> dict[int, Tensor]:
-    """Read the newest masks of a masks.safetensors file, as {layer: kept neuron ids}.
+    """Read the last selection in a masks.safetensors file, as {layer: kept neuron ids}.
 
     Raises ``ConfigError`` if the file cannot be read or has no masks.
     """
@@ -214,13 +219,13 @@ def _shape(widths: Sequence[int]) -> str:
 
 
 def write_drift(folder: Path, checks: Sequence[DriftCheck]) -> None:
-    """Write drift.csv: a line for each window of the drift detector and each batch row."""
+    """Write drift.csv: a line per batch row for each window that the drift detector checked."""
     rows = ([int(v) if isinstance(v, bool) else v for v in astuple(check)] for check in checks)
     write_csv(folder / "drift.csv", [field.name for field in fields(DriftCheck)], rows)
 
 
 def read_checks(folder: Path) -> list[DriftCheck]:
-    """Read the windows of drift.csv; the list is empty if there is no such file."""
+    """Read the windows of drift.csv with a finite similarity; [] if there is no such file."""
     path = folder / "drift.csv"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = ({**row, "threshold": row["threshold"] or None} for row in csv.DictReader(lines))

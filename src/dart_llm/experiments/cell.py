@@ -2,7 +2,7 @@
 
 A cell contains everything that determines its result.  It is sent as JSON (``to_dict``,
 ``from_dict``), so that any process on any machine can compute it.  The functions at the end inspect
-a cell's model before its weights are loaded; they import PyTorch only when called.
+a cell's model before the weights are loaded; they import PyTorch only when called.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ DEFAULT_LAYERS = 30
 class Cell:
     """A model, pruned in one way and measured on one task.
 
-    ``overrides``: changes to the method's preset, passed to ``PruneConfig.build``.  ``layers``,
-    ``keep``, ``base_keep``: in a sweep over layers, the pruned layers, the share of neurons kept in
-    them and the share kept in the others.  ``calibration``: name of the calibration text; None
-    means the method's default.  ``masks``: a file with the masks to use.  ``name``: the label in
-    the results, if method and sparsity do not suffice.  ``inputs``: SHA-256 of the files that the
-    cell refers to by name.
+    ``overrides``: changes to the method's preset, passed to ``PruneConfig.build``.  Sweeps over
+    layers set ``layers`` (the pruned layers), ``keep`` (the share of neurons kept in these layers)
+    and ``base_keep`` (the share kept in all other layers).  ``calibration``: name of the
+    calibration text; None means the method's default.  ``masks``: a file with the masks to use.
+    ``name``: the label in the results; "" means a label made from method and sparsity.  ``inputs``:
+    SHA-256 digests of the files that the cell names.
     """
 
     model: str
@@ -84,7 +84,7 @@ class Cell:
 
     @property
     def short_task(self) -> str:
-        """The task, with a file's name in place of its path."""
+        """The task; a file's path is shortened to the file's name."""
         return short_task(self.task)
 
     @property
@@ -107,12 +107,12 @@ class Cell:
 
 
 def removes_nothing(method: str) -> bool:
-    """Whether a method is a form of the dense model, which removes no neurons at any sparsity."""
+    """Whether a method removes no neurons, whatever the sparsity (``dense`` and its variants)."""
     return bool(METHODS.get(method).sparsity == 0)
 
 
 def short_task(task: str) -> str:
-    """A task, with a file's name in place of its path."""
+    """The task; a file's path is shortened to the file's name."""
     return ":".join(Path(part).name for part in task.split(":"))
 
 
@@ -139,7 +139,7 @@ def layer_count(cell: Cell) -> int:
 
 
 def configuration(options: Any, say: Callable[[str], None] = lambda text: None) -> Any:
-    """A model's transformers configuration; ``options``: a cell, or an object with its fields.
+    """A model's transformers configuration; ``options``: a cell or an object with the same fields.
 
     Raises ``LoadError`` if the configuration cannot be read.
     """
@@ -166,7 +166,7 @@ def configuration(options: Any, say: Callable[[str], None] = lambda text: None) 
 
 
 def requested_format(options: Any) -> str:
-    """The weight format that ``options`` imply; ``options`` has the fields of ``ModelOptions``."""
+    """The weight format after loading; ``options``: an object with ``ModelOptions``' fields."""
     from dart_llm.models.loading import placement, weight_format
 
     arguments = load_arguments(options)

@@ -1,8 +1,8 @@
-"""Rows of a comparison: methods by sparsity and task, each compared with dense and with GRIFFIN.
+"""Rows of a comparison: one per method, sparsity and task, compared with dense and with GRIFFIN.
 
 A row comes from a line of ``results.jsonl``.  Rows are comparable if model, dtype, task and
 protocol agree.  A row is compared with the dense row and the GRIFFIN rows of the same seed or, if
-there are none, of the smallest seed.  Differences are paired by item.
+there are none, with the smallest seed.  Differences are taken between items with the same ID.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DENSE, GRIFFIN = "dense", "griffin"
 TOO_FEW = "few differ"
 
 TOLERANCE = 0.01
-"""Achieved sparsities or shares of bytes count as equal if they differ by at most 1 point."""
+"""Two achieved sparsities, or two shares of bytes, are equal up to this difference (1 point)."""
 
 UNTOUCHED: dict[str, Any] = {
     "method": DENSE,
@@ -49,7 +49,7 @@ ACCOUNTING = {
     "token_bytes_share": "token_bytes_share",
     "mean_context": "mean_context",
 }
-"""Maps fields of ``Row`` to their names in the accounting of a measurement."""
+"""For fields of ``Row``: the key of the same number in a measurement's accounting."""
 
 
 # The items of a measurement, paired by id.
@@ -57,7 +57,7 @@ ACCOUNTING = {
 
 @dataclass(frozen=True)
 class Scores:
-    """A metric's values by item id; ``exponential``: True if the metric is exp of their mean."""
+    """A metric's values by item ID; if ``exponential``, the metric is exp of the mean value."""
 
     sample: Sample
     exponential: bool
@@ -76,21 +76,22 @@ class Scores:
         return stats.interval(self.sample, self._kind)
 
     def against(self, other: Scores) -> Interval | None:
-        """The interval of the paired difference to ``other`` or, for perplexities, of the ratio."""
+        """Interval of the paired difference, self minus ``other``; of the ratio if exponential."""
         kind: stats.Kind = "ratio_of_exp_mean" if self.exponential else "difference"
         return stats.paired_interval(self.sample, other.sample, kind)
 
 
 def is_perplexity(metric: str) -> bool:
-    """Whether a metric is the exponential of a mean loss."""
+    """Whether a metric's name says that it is a perplexity, the exponential of a mean loss."""
     return "perplexity" in metric.lower() or metric.lower() == "ppl"
 
 
 def scores(measurement: Mapping[str, Any]) -> Scores:
     """The values of a measurement's headline metric; items without the metric are omitted.
 
-    An item has the metric under its name, as a number or as lm-eval's pair of log-likelihood and
-    weight.  An item of a perplexity has ``mean_loss`` (nats per token) and ``tokens`` instead.
+    An item has the value under the metric's name, as a number or as lm-eval's pair of
+    log-likelihood and weight.  If the metric is a perplexity, the item may have ``mean_loss`` (nats
+    per token) and ``tokens`` instead.
     """
     metric = measurement["metric"]
     exponential = is_perplexity(metric)
@@ -99,7 +100,7 @@ def scores(measurement: Mapping[str, Any]) -> Scores:
 
 
 def _value(item: Mapping[str, Any], metric: str, exponential: bool) -> Value | None:
-    """An item's value, or its value and weight; the value of a perplexity is a loss (nats)."""
+    """An item's value, or (value, weight); for a perplexity the loss (nats); None if not finite."""
     if exponential and item.get("mean_loss") is not None:
         return item["mean_loss"], item.get("tokens") or 1.0
     # lm-eval's metric names include the filter ("acc,none"); items may omit it
@@ -118,10 +119,10 @@ def _value(item: Mapping[str, Any], metric: str, exponential: bool) -> Value | N
 
 @dataclass(frozen=True)
 class Equal:
-    """A GRIFFIN row with the same achieved sparsity, or the same FFN bytes, as another row.
+    """Comparison of a row with a GRIFFIN row of equal achieved sparsity, or of equal FFN bytes.
 
-    ``value``: GRIFFIN's metric.  ``interval``: the difference of the other row to GRIFFIN.
-    ``at``: GRIFFIN's sparsity or share of bytes.
+    ``value``: GRIFFIN's metric.  ``interval``: the row's difference to GRIFFIN.  ``at``: GRIFFIN's
+    achieved sparsity, or GRIFFIN's share of bytes.
     """
 
     value: float | None
@@ -133,14 +134,15 @@ class Equal:
 class Row:
     """A method at one sparsity on one task; unknown values are None.
 
-    ``layers``: the pruned layers, or None for all.  ``keep``: the share of neurons kept in them.
-    ``base_keep``: the share kept in the other layers; None means all.  ``interval``: the confidence
-    interval of ``value``.  ``to_dense``, ``to_griffin``: the difference to dense, and to GRIFFIN at
-    the same requested sparsity, whatever was achieved.  ``gap``: the row's achieved sparsity minus
-    GRIFFIN's.  ``bytes_share``: FFN bytes read, divided by those of the dense model.  The masked
-    executor skips no work, so its bytes are those that the compact executor would read.
-    ``token_bytes_share``: bytes that a decoded token reads, divided by those of the dense model in
-    bfloat16.
+    ``layers``: the pruned layers; None means all.  ``keep``: the share of neurons kept in the
+    pruned layers.  ``base_keep``: the share kept in the other layers; None means all.
+    ``interval``: the confidence interval of ``value``.  ``to_dense``: the difference to the dense
+    row.  ``to_griffin``: the difference to the GRIFFIN row with the same requested sparsity; the
+    achieved sparsities may differ.  ``gap``: the row's achieved sparsity minus that of this GRIFFIN
+    row.  ``bytes_share``: FFN bytes read, divided by the FFN bytes that the dense model reads.  The
+    masked executor skips no work; for it, the bytes are counted as the compact executor would read
+    them.  ``token_bytes_share``: bytes that a decoded token reads, divided by the bytes that a
+    token of the dense bfloat16 model reads.
     """
 
     model: str
@@ -204,7 +206,7 @@ class Row:
 
     @property
     def unequal(self) -> bool:
-        """Whether ``gap`` is over 1 point, so that the comparison with GRIFFIN is not fair."""
+        """Whether ``gap`` is over 1 point, up or down, so that ``to_griffin`` is not fair."""
         return self.gap is not None and abs(self.gap) > TOLERANCE + 1e-9
 
     @property
@@ -223,13 +225,13 @@ class Row:
         return mostly_dense({"dense_token_share": self.dense_share}) if self.pruned else ""
 
     def change(self, interval: Interval | None) -> str | None:
-        """A difference or a ratio with its interval and verdict; None without an interval."""
+        """The difference or ratio as text, with its verdict; None if ``interval`` is None."""
         if interval is None:
             return None
         return f"{amount(interval, self.perplexity)} {self.verdict(interval)}".rstrip()
 
     def verdict(self, interval: Interval) -> str:
-        """``better``, ``worse``, or "" without a significant difference.
+        """Return ``better``, ``worse``, ``few differ``, or "" without a significant difference.
 
         ``few differ``: the interval excludes "no difference", but too few items differ.
         """
@@ -258,7 +260,7 @@ def read_row(line: Mapping[str, Any]) -> Row:
     cell, facts, checkpoint = line["cell"], line["facts"] or {}, line["checkpoint"] or {}
     measured = line["measurement"] or {}
     method, label = cell["method"], line["label"]
-    if cell.get("name") or method == DENSE:  # the label includes the weight format
+    if cell.get("name") or method == DENSE:  # only the label has the weight format
         method = label.partition("@")[0]
     metric = measured.get("metric", "")
     value = number(measured.get("metrics", {}).get(metric))
@@ -326,7 +328,7 @@ def result_line(row: Row) -> ResultLine:
 
 
 def rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Make a row per line, and compare the rows; failed cells keep their error.
+    """Make one row per line, and compare the rows; the row of a failed cell has its ``error``.
 
     Comparable rows are adjacent, dense first.  The same lines always give the same numbers.
     """
@@ -340,7 +342,7 @@ def rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def _with_checkpoints(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Give lines that failed before loading their model the checkpoint of another line."""
+    """Fill in the checkpoint of lines without one (loading failed), from the same model's lines."""
 
     def model(line: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(line["cell"].get(key) for key in ("model", "revision", "dtype"))
@@ -351,7 +353,7 @@ def _with_checkpoints(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]
 
 
 def _with_short_tasks(rows: list[Row]) -> list[Row]:
-    """Remove folders from the tasks of the rows, unless two tasks would then be equal."""
+    """Remove folders from the rows' task names, unless two tasks would then have the same name."""
     tasks = {row.task for row in rows}
     if len({short(task) for task in tasks}) < len(tasks):
         return rows
@@ -359,13 +361,16 @@ def _with_short_tasks(rows: list[Row]) -> list[Row]:
 
 
 def _ordered(rows: Sequence[Row]) -> list[Row]:
-    """Sort rows by group, in order of first appearance; within a group, dense rows come first."""
+    """Sort rows by group, in order of first appearance.
+
+    Within a group, layer sweeps come last; before and within them, dense rows come first.
+    """
     groups = list(dict.fromkeys(row.group for row in rows))
     return sorted(rows, key=lambda r: (groups.index(r.group), r.layers is not None, r.pruned))
 
 
 def _with_dense_bytes(members: Sequence[Row]) -> list[Row]:
-    """Add bytes per token to dense rows, at the mean context length of the other rows."""
+    """Set ``token_bytes_share`` of dense rows, for the mean context length of the other rows."""
     contexts = [row.mean_context for row in members if row.mean_context is not None]
     context = sum(contexts) / len(contexts) if contexts else 0.0
     return [
@@ -399,7 +404,7 @@ def _compared(row: Row, group: Sequence[Row]) -> Row:
 
 
 def _of_seed(row: Row, candidates: Sequence[Row]) -> list[Row]:
-    """The finished candidates with the row's seed or, if none, with the smallest seed."""
+    """The successful candidates with the row's seed or, if there are none, the smallest seed."""
     done = [other for other in candidates if other.done]
     seeds = {other.seed for other in done}
     chosen = row.seed if row.seed in seeds else min(seeds, default=None, key=lambda s: s or 0)
@@ -407,7 +412,7 @@ def _of_seed(row: Row, candidates: Sequence[Row]) -> list[Row]:
 
 
 def _equal(row: Row, curve: Sequence[Row], cost: Callable[[Row], float | None]) -> Equal | None:
-    """The GRIFFIN row whose ``cost`` is nearest to the row's; None unless within ``TOLERANCE``."""
+    """Compare with the GRIFFIN row of nearest ``cost``; None if it is not within ``TOLERANCE``."""
     points = [(at, other) for other in curve if (at := cost(other)) is not None]
     target = cost(row)
     if target is None or not points:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNEQUAL, OTHER_MEAN = "†", "§"
-"""Marks in the tables, which ``footnotes`` explains."""
+"""Marks used in the tables; ``footnotes`` explains them."""
 
 LEAK_NOTE = f"LEAK - {LEAK}. Its numbers do not measure a method's quality."
 
@@ -55,7 +55,7 @@ HEADLINE_SPARSITY = 0.5
 """The headline reports this sparsity, or the nearest one measured."""
 
 LONG = 24
-"""On the page, tables with more rows than this are folded."""
+"""On the page, tables with more rows than this are collapsed."""
 
 UNCLEAR, INCOMPARABLE = "no clear difference", "not compared at equal sparsity"
 
@@ -64,7 +64,7 @@ UNCLEAR, INCOMPARABLE = "no clear difference", "not compared at equal sparsity"
 
 
 def conclusion(rows: Sequence[Row]) -> str:
-    """The headline: how dart, or else the first method, performs near ``HEADLINE_SPARSITY``."""
+    """The headline: how ``dart`` (if absent, the first method) does near ``HEADLINE_SPARSITY``."""
     done = [row for row in rows if row.done and row.layers is None]
     without_leaks = [row for row in done if not row.leaks] or done
     groups = grouped(without_leaks, lambda r: (r.model, r.dtype, f"protocol {r.protocol}"))
@@ -80,7 +80,7 @@ def conclusion(rows: Sequence[Row]) -> str:
 
 
 def _headline(rows: Sequence[Row]) -> str:
-    """A clause that compares a method at one sparsity with GRIFFIN or dense, on all its tasks."""
+    """A clause that compares one method at one sparsity with GRIFFIN or dense, on all tasks."""
     pruned = [row for row in rows if row.pruned]
     shown = [row for row in pruned if row.method != GRIFFIN] or pruned or rows
     method = next((row.method for row in shown if row.method == "dart"), shown[0].method)
@@ -97,14 +97,14 @@ def _headline(rows: Sequence[Row]) -> str:
 
 
 def _against_griffin(row: Row) -> Interval | None:
-    """The difference to GRIFFIN at equal achieved sparsity; None if it was not measured there."""
+    """The difference to GRIFFIN at equal achieved sparsity; None without such a GRIFFIN row."""
     if row.gap is not None and not row.unequal:
         return row.to_griffin
     return None if row.equal_sparsity is None else row.equal_sparsity.interval
 
 
 def _verdicts(rows: Sequence[Row], subject: str, against: Callable[[Row], Interval | None]) -> str:
-    """Write "dart at 50 % against griffin: better on 2 of 3 tasks, no clear difference on 1"."""
+    """Return "dart at 50 % against griffin: better on 2 of 3 tasks, no clear difference on 1"."""
     outcomes = dict.fromkeys(("better", "worse", UNCLEAR, INCOMPARABLE), 0)
     for row in rows:
         interval = against(row)
@@ -120,9 +120,10 @@ def _verdicts(rows: Sequence[Row], subject: str, against: Callable[[Row], Interv
 
 @dataclass(frozen=True)
 class Leak:
-    """A method under the protocols ``full`` and ``published`` on the same items.
+    """One method, measured under both protocols, ``full`` and ``published``, on the same items.
 
-    ``interval``: the difference of published to full or, for perplexities, the ratio.
+    ``interval``: published minus full or, for perplexities, published divided by full; None if the
+    two measurements share no items.
     """
 
     full: Row
@@ -131,7 +132,7 @@ class Leak:
 
     @property
     def sentence(self) -> str:
-        """How much better the score is if the masks are selected from the answers too, as text."""
+        """A sentence: how much the score improves if answers take part in selecting the masks."""
         row = self.published
         if self.interval is None:
             return f"{row.label} on {row.task}: unknown, no shared items."
@@ -188,7 +189,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def differs(row: Row) -> bool:
-    """Whether the metric differs from the mean of its items, for which the interval holds."""
+    """Whether the metric is not the mean of the items' values, whose interval is shown."""
     mean, value = row.scores.mean, row.value
     if mean is None or value is None:
         return False
@@ -208,7 +209,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """A table per model, task and protocol; layer sweeps have tables of their own."""
+    """One table per model, dtype, task and protocol; layer sweeps have separate tables."""
     full = {row.group for row in rows if row.layers is None and row.method != DENSE}
     groups = grouped(rows, lambda row: (*row.group, row.layers is not None and row.group in full))
     return [Table("", caption(group), _columns(group), group) for group in groups.values()]
@@ -259,7 +260,7 @@ def _other_metrics(row: Row) -> str | None:
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """Write "arc_easy_local: SmolLM2 (unquantised, float32), protocol decode; 40 items"."""
+    """Return "arc_easy_local: SmolLM2 (unquantised, float32), protocol decode; 40 items"."""
     row, items = rows[-1], sorted({row.items for row in rows if row.items})
     leak = "LEAK, " if any(row.leaks for row in rows) else ""
     formats = f" ({file_text(row.checkpoint)}, {dtype_text(row.checkpoint)})"
@@ -271,7 +272,7 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 def name(row: Row, seeds: bool = False) -> str:
-    """The row's label, with its layer and kept share (layer sweeps) and, if ``seeds``, its seed."""
+    """The row's label.  Layer sweeps add the layer and the kept share, ``seeds`` adds the seed."""
     text = row.label
     if row.layers is not None:
         keep = "" if row.keep is None else f", keep {percent(row.keep)}"
@@ -284,7 +285,7 @@ def _marked(text: str | None, row: Row) -> str | None:
 
 
 def _metric(row: Row) -> str:
-    """The score; its interval is added if there is no paired interval against dense."""
+    """The score as text, with its confidence interval if the row was not compared with dense."""
     if not row.done:
         return "failed"
     text = row.quantity
@@ -293,12 +294,15 @@ def _metric(row: Row) -> str:
     return f"{text} {OTHER_MEAN}" if differs(row) else text
 
 
-# The files: the JSON document of a method on its tasks (``eval``, ``perplexity``, ``summarize``),
-# ``compare.md``, ``compare.json`` and ``report.html``.
+# The files: the JSON document of ``eval``, ``perplexity`` or ``summarize`` (one method, all tasks),
+# and ``compare.md``, ``compare.json``, ``compare.csv`` and ``report.html``.
 
 
 def eval_document(rows: Sequence[Row]) -> dict[str, Any]:
-    """A method's ``results`` by task, ``accounting`` and ``notes``; ``dense``: dense results."""
+    """The last row's method: its ``results`` by task, ``accounting`` and ``notes``.
+
+    If other rows exist (the dense model), their results by task are the entry ``dense``.
+    """
     last = rows[-1].label
     of_method = {r.measurement["task"]: r.measurement for r in rows if r.label == last}
     others = {r.measurement["task"]: r.measurement for r in rows if r.label != last}
@@ -375,7 +379,7 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def csv_table(rows: Sequence[Row]) -> Table:
-    """The table of compare.csv: a line per row, without the nested data of compare.json."""
+    """The table of compare.csv: a line per row; of the nested data only ``to_dense``'s ends."""
     lines, nested = [], (*INTERVALS, *EQUALS, "checkpoint")
     for row in rows:
         data = {key: v for key, v in record(row).items() if key not in nested}
@@ -385,7 +389,7 @@ def csv_table(rows: Sequence[Row]) -> Table:
 
 
 def page_text(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """The text of report.html; ``config``: config.json.  Without matplotlib it has no plots."""
+    """The text of report.html, without plots if matplotlib is missing; ``config``: config.json."""
     pictures, missing = page.pictures(plots(rows))
     content = {
         "title": title(rows),
@@ -445,7 +449,7 @@ WHISKERS = (
 
 
 def plots(rows: Sequence[Row]) -> list[Plot]:
-    """A plot per model, dtype and protocol, for up to six tasks each."""
+    """The plots for each model, dtype and protocol; each plot shows up to ``MAX_PANELS`` tasks."""
     pages = []
     shown = [row for row in rows if row.layers is None and row.value is not None]
     for members in grouped(shown, lambda r: (r.model, r.dtype, r.protocol)).values():
@@ -462,7 +466,7 @@ def _points(rows: Sequence[Row]) -> list[Row]:
 
 
 def _plot(name: str, tasks: Sequence[Sequence[Row]]) -> Plot:
-    """A panel per task under a common legend."""
+    """A plot with one panel per task, and a common legend above the panels."""
     points = [row for task in tasks for row in _points(task)]
     first, methods = points[0], list(dict.fromkeys(row.method for row in points))
     leak = " (LEAK: the masks have seen the answers)" if first.leaks else ""
@@ -486,10 +490,11 @@ def _plot(name: str, tasks: Sequence[Sequence[Row]]) -> Plot:
 
 
 def _ends(row: Row, dense: Row | None) -> tuple[float, float] | None:
-    """Ends of the row's whisker; None with too few items.
+    """The ends of the row's whisker; None with too few items.
 
-    They come from the paired difference to dense, because pairing removes the variation in
-    difficulty that all methods share.  Without that difference, they are those of the metric.
+    If the row was compared with dense, the whisker shows the interval of the paired difference,
+    moved to the dense value: pairing removes the variation in difficulty that all methods share.
+    Otherwise the whisker shows the interval of the metric itself.
     """
     if row.to_dense is None or dense is None or dense.value is None:
         return None if row.interval is None else row.interval.ends

@@ -20,7 +20,7 @@ from dart_llm.reporting.table import Column, Table
 from dart_llm.reporting.words import count
 
 STATUSES = ("complete", "running", "stopped", "interrupted", "failed")
-"""The statuses in config.json, and ``stopped``: the run's process ended without a status."""
+"""The statuses in config.json, and ``stopped``: the process ended without writing a status."""
 
 RUN_KEYS = {"kind", "status", "settings", "started", "finished"}
 
@@ -29,7 +29,7 @@ MAX_LISTED = 4  # in the short table, a run with more results shows only their n
 
 @dataclass(frozen=True)
 class Run:
-    """A results folder: its configuration, and its result lines (after filtering, only some)."""
+    """A results folder: its configuration and its result lines (after ``filter``, only some)."""
 
     path: Path
     experiment: str
@@ -106,7 +106,7 @@ def pruned_lines(run: Run) -> list[ResultLine]:
 
 
 def find(root: Path | str) -> list[Run]:
-    """Find the runs in ``root``, oldest first; it may also be an experiment's or a run's folder.
+    """Find the runs in ``root``, oldest first; ``root`` may be an experiment's or a run's folder.
 
     Raises ``ConfigError`` if the folder does not exist or contains no run.
     """
@@ -141,9 +141,9 @@ def filter(
 ) -> list[Run]:
     """Return the runs that match all arguments, with only their matching lines.
 
-    ``status`` is a name in ``STATUSES``; ``since`` is a date, ``2026-03-04`` or ``2026-03-04
-    12:00``.  The other arguments match any part of a name, ignoring case.  Raises
-    ``UnknownName`` or ``ConfigError``.
+    ``status`` is a name in ``STATUSES``.  ``since`` is the earliest start, such as ``2026-03-04``
+    or ``2026-03-04 12:00``.  The other arguments match any part of a name, ignoring case.  Raises
+    ``UnknownName`` for the status, and ``ConfigError`` for the date.
     """
     status = status and status.lower()
     check_name("status", status, STATUSES)
@@ -223,8 +223,8 @@ COLUMNS = (
 def table(runs: Sequence[Run], long: bool = False) -> Table:
     """The table of runs and their results.
 
-    The short table omits dense lines, unless there are no others.  A run with more than
-    ``MAX_LISTED`` results shows only their number.  With ``long``, every line is shown.
+    The short table omits dense lines, unless there are no others, and shows only the number of
+    results of a run that has more than ``MAX_LISTED``.  With ``long``, every line is shown.
     """
     rows = []
     for run in runs:
@@ -238,7 +238,7 @@ def table(runs: Sequence[Run], long: bool = False) -> Table:
 
 
 def result(line: ResultLine) -> str:
-    """Task, metric and value of a line."""
+    """A line's task, metric and value as text, or its task and error."""
     kind, _, text = line.task.partition(":")
     name = f"{kind}:{Path(text).name}" if text else kind
     if line.value is None:

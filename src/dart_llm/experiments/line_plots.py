@@ -1,7 +1,8 @@
 """Line plots: curves in panels, and the similarities that the drift detector measured.
 
-The detector compares the mean attention output of each window of decode steps with a reference.
-A similarity below its threshold can trigger a re-mask (new observations and new masks).
+For each window of decode steps, the detector compares the mean attention output (or hidden state)
+with a reference.  A similarity below the threshold can trigger a re-mask: new observations, then
+new masks.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve.  ``band``: lower and upper bounds.  ``is_reference``: dashed and without marks."""
+    """A curve.  ``band``: lower and upper bounds; the area between them is shaded.
+
+    ``is_reference``: if True, the curve is dashed and has no marks.
+    """
 
     label: str
     x: Sequence[float]
@@ -47,7 +51,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves that share a pair of axes; ``is_log``: the y axis is logarithmic."""
+    """Curves that share a pair of axes.  If ``is_log``, the y axis is logarithmic.
+
+    ``limits``: the ends of the y axis; None means that they follow from the curves.
+    """
 
     xlabel: str
     ylabel: str
@@ -57,7 +64,7 @@ class Panel:
 
 
 def line_plot(name: str, title: str, small_print: str, panels: Sequence[Panel]) -> Plot:
-    """Panels in two columns; marks and line styles distinguish the curves even without colours."""
+    """A plot of panels in up to two columns; curves also differ in their marks and line styles."""
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
 
@@ -96,10 +103,10 @@ def _draw_panel(axes: Axes, palette: Palette, panel: Panel) -> None:
 Masks = Sequence[Mapping[str, Any]]
 
 FEWEST_WINDOWS = 8
-"""With fewer windows than this, the similarity of a sequence is not drawn."""
+"""A sequence with fewer windows than this is not drawn."""
 
 MAX_NAMED = 14
-"""If a panel has more masks than this, they are thin lines without names."""
+"""If a panel has more masks than this, the masks are drawn as thin lines without names."""
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "armed": ("window", {"marker": "o"}),
@@ -117,11 +124,11 @@ def is_low(check: DriftCheck) -> bool:
 
 
 def drift_sentence(checks: Sequence[DriftCheck], remasks: Masks) -> str:
-    """Say how many windows fell below the threshold, and how many re-masks they caused."""
+    """A sentence: how many windows fell below the threshold, and how many re-masks followed."""
     armed = [check for check in checks if check.threshold is not None]
     if not armed:
         return f"The drift detector did not arm within {count(len(checks), 'window')}."
-    shared = any(remask.get("row") is None for remask in remasks)  # one trigger for all rows
+    shared = any(remask.get("row") is None for remask in remasks)  # a trigger counts for all rows
 
     def number(chosen: Sequence[DriftCheck]) -> int:
         return len({(c.sequence, -1 if shared else c.row, c.step) for c in chosen})
@@ -142,9 +149,10 @@ def drift_sentence(checks: Sequence[DriftCheck], remasks: Masks) -> str:
 
 
 def plot_similarity(checks: Sequence[DriftCheck], remasks: Masks, small_print: str) -> Plot | None:
-    """A panel for each of the ``MAX_PANELS`` sequences and rows with the most triggers.
+    """A plot of the similarities, with one panel per sequence and batch row.
 
-    None if there are too few windows or the detector never armed.
+    It shows the ``MAX_PANELS`` panels with the most triggers.  Returns None if no sequence has
+    enough windows and a threshold (the detector never armed).
     """
     sequences = grouped(checks, lambda check: (check.sequence, check.row))
     groups = {key: windows for key, windows in sequences.items() if worth_drawing(windows)}
@@ -176,7 +184,7 @@ def worth_drawing(checks: Sequence[DriftCheck]) -> bool:
 
 
 def draw_checks(axes: Axes, palette: Palette, checks: Sequence[DriftCheck], masks: Masks) -> None:
-    """Draw the windows' similarity and threshold, and lines where masks were built."""
+    """Draw the windows' similarities and thresholds, and a line where each mask was built."""
     starts = [int(mask["step"]) for mask in masks]
     by_mask = grouped(checks, lambda check: bisect_left(starts, check.step)).values()
     for number, windows in enumerate(by_mask):
@@ -206,7 +214,7 @@ def _kind(check: DriftCheck) -> str:
 
 
 def _draw_masks(axes: Axes, checks: Sequence[DriftCheck], masks: Masks) -> None:
-    """Draw lines where masks were built, named by cause, and hatch the steps that ran dense."""
+    """Draw a line where each mask was built, with its cause; hatch the steps that ran dense."""
     end = max(check.step for check in checks)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.16 * (high - low))

@@ -32,7 +32,7 @@ from dart_llm.pruning import registry
 from dart_llm.pruning.setting_file import path_of
 
 _NAMED_BY_TASKS = ("text", "data", "slices")
-"""The kinds of inputs that tasks name.  Their names must not be empty; other kinds are optional."""
+"""The kinds of inputs that tasks name.  For any other kind, an empty name means no input."""
 
 
 class Digests:
@@ -43,7 +43,7 @@ class Digests:
         self._models: dict[str, dict[str, str]] = {}
 
     def of(self, cell: Cell) -> dict[str, str]:
-        """Digests by the name of the input; only local files have an entry.
+        """The digests of a cell's inputs, by kind of input; only local files have a digest.
 
         Raises ``ConfigError`` if a file cannot be read.
         """
@@ -69,7 +69,7 @@ class Digests:
     def of_files(
         self, method: str, calibration: str | None, masks: str | None = None, table: str = ""
     ) -> dict[str, str]:
-        """Digests of the local files that a method reads; ``table``: a layer table or ``@FILE``."""
+        """Digests of a method's local files; ``table``: a layer table, or ``@`` and its file."""
         files = {
             "calibration": calibration or "",
             "setting": str(path_of(method) or ""),
@@ -79,11 +79,11 @@ class Digests:
         return self._digests(files)
 
     def of_model(self, options: Any) -> dict[str, str]:
-        """The digests ``model`` of a local model's weights and ``model_files`` of its other files.
+        """For a local model, two digests: ``model`` (its weights) and ``model_files`` (the rest).
 
-        ``weights`` is the weight format, unless it is dense.  ``options`` has the fields of
-        ``ModelOptions``.  The default model and models on the hub have no digests, because their ID
-        and revision identify them.
+        The default model and models on the hub have no digests: ID and revision identify them.
+        Quantised weights add ``weights``, the weight format.  ``options`` has the fields of
+        ``ModelOptions``.
         """
         model = options.model
         if model not in self._models:
@@ -102,7 +102,7 @@ class Digests:
         return {**self._models[model], **weight_format}
 
     def of_settings(self, settings: Any) -> dict[str, Any]:
-        """Digests of a run's inputs: the model, the files of its method, plug-ins."""
+        """Digests of a run's inputs: the model, the method's files, and plug-ins."""
         calibration, table = getattr(settings, "calibration", None), settings.layer_topk or ""
         files = self.of_files(settings.method, calibration, settings.masks, table)
         return {**self.of_model(settings), **files, **registry.plugin_digest()}
@@ -129,7 +129,7 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def _digest(kind: str, name: str) -> str | None:
-    """An input's digest; None if it is not a local file.  Unknown names raise ``ConfigError``."""
+    """An input's digest, or None if it is not a local file; unknown names raise ``ConfigError``."""
     if kind == "slices":
         sources = documents.sources(slice_sources(name)[0])
         return _sha256("".join(source.digest for source in sources))
@@ -156,7 +156,7 @@ def _sums(files: Iterable[Path]) -> str | None:
 
 
 def _task_folder(folder: Path) -> str | None:
-    """Digest of the files that define tasks, and of the local data files named in them."""
+    """Digest of a folder's task files, and of the local data files that these task files name."""
     if not folder.is_dir():
         raise ConfigError(f"the task folder {folder} does not exist: correct include_path")
     files = {path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py")}
@@ -242,7 +242,10 @@ logger = logging.getLogger("dart_llm")
 
 
 class _Stdout:
-    """A stream that logs the output of threads whose names begin with ``prefix``."""
+    """A stream that logs the output of all threads whose names begin with ``prefix``.
+
+    The output of other threads goes to the stream ``inner``.
+    """
 
     def __init__(self, inner: Any, prefix: str) -> None:
         self._inner = inner
@@ -261,19 +264,19 @@ class _Stdout:
 
 @contextlib.contextmanager
 def keep_off_stdout(prefix: str) -> Iterator[None]:
-    """Log the output of threads whose names begin with ``prefix``; others still print."""
+    """A context manager that logs the stdout of all threads whose names begin with ``prefix``."""
     with contextlib.redirect_stdout(_Stdout(sys.stdout, prefix)):
         yield
 
 
 def silent() -> contextlib.AbstractContextManager[None]:
-    """Log the output of all threads."""
+    """A context manager that logs the stdout of all threads instead of printing it."""
     return keep_off_stdout("")
 
 
 @contextlib.contextmanager
 def environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables within this context, and restore them afterwards."""
+    """A context manager that sets environment variables, and restores their values at its end."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -286,7 +289,7 @@ def environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_sigterm() -> Iterator[None]:
-    """Restore the SIGTERM handler after this context, if it runs in the main thread."""
+    """A context manager that restores the SIGTERM handler at its end (only in the main thread)."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield

@@ -8,8 +8,8 @@ true difference is zero, about one has an interval that excludes zero**: a table
 comparisons will contain such rows, so a single row is not evidence of a difference.
 
 Decoding a token reads every weight that it needs once.  Reading fewer bytes can therefore speed up
-decoding at most by the ratio of the bytes, the bandwidth limit.  A measured ratio that is clearly
-larger means that another process used the machine during one of the timings; it is not reported.
+decoding at most by the ratio of the bytes, the bandwidth limit.  If a measured ratio is clearly
+larger, another process used the machine during one of the timings; such a ratio is not reported.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ LEVEL = 0.95
 RESAMPLES = 5000
 
 MANY_ITEMS, MANY_RESAMPLES = 4000, 2000
-"""Above ``MANY_ITEMS`` items, fewer resamples suffice, and percentiles replace BCa intervals."""
+"""With more than ``MANY_ITEMS`` items, ``MANY_RESAMPLES`` resamples suffice, and percentile
+intervals replace BCa (bias-corrected and accelerated) intervals."""
 
 BATCH = 2_000_000
-"""Numbers per batch of resamples."""
+"""Maximum number of drawn values in a batch of resamples."""
 
 Value = float | tuple[float, float]
 """An item's value, or a pair of value and weight (a slice's mean loss and number of tokens)."""
@@ -72,7 +73,7 @@ class Interval:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval excludes "no difference" and ``FEWEST_ITEMS`` pairs are unequal.
+        """Whether the interval excludes "no difference" and at least ``FEWEST_ITEMS`` pairs differ.
 
         Before counting significant differences, read the module's warning on many comparisons.
         """
@@ -80,7 +81,7 @@ class Interval:
 
     @property
     def few(self) -> bool:
-        """Whether the difference lacks significance only because too few pairs are unequal."""
+        """Whether the difference lacks significance only because too few pairs differ."""
         return self._excludes_null and self.differing < FEWEST_ITEMS
 
     @property
@@ -90,13 +91,13 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 above "no difference", -1 below it, 0 if not significant."""
+        """1 if the estimate is significantly above "no difference", -1 if below, otherwise 0."""
         if not self.significant:
             return 0
         return 1 if self.estimate > (self.null or 0.0) else -1
 
     def words(self, write: Callable[[float], str]) -> str:
-        """Write "0.3 to 0.5", or "too few: n = 3"."""
+        """The ends as text: "0.3 to 0.5", or "too few: n = 3"."""
         return " to ".join(map(write, self.ends)) if self.ends else f"too few: n = {self.n}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,8 +119,8 @@ def interval(
 ) -> Interval | None:
     """95 % interval of the weighted mean of ``values``, or of its exponential (perplexity).
 
-    If all values are equal, both ends are the estimate; other items might vary.  With fewer than
-    ``FEWEST_ITEMS`` items the interval has no ends; without items it is None.
+    If all values are equal, both ends are the estimate, though other items might differ.  With
+    fewer than ``FEWEST_ITEMS`` items the interval has no ends; without items it is None.
     """
     if not isinstance(values, Mapping):
         values = {f"{number:09d}": value for number, value in enumerate(values)}
@@ -145,19 +146,21 @@ def paired_interval(
 def gap_closed(groups: Sequence[tuple[Array, Array]]) -> float | None:
     """The fraction of a gap that is closed: ``1 - sum of mean(a) / sum of mean(b)``.
 
-    The sums are over the groups ``(a, b)`` of arrays [n]; b is the gap, and a what remains of it.
-    None if the sum of the means of b is not positive, because then there is no gap to close.
+    Each group ``(a, b)`` has two arrays [n], with each item's remaining gap a and its full gap b;
+    both sums are over the groups.  None if the second sum is not positive: there is no gap to
+    close.
     """
     gap, other = (sum(float(part.mean()) for part in parts) for parts in zip(*groups, strict=True))
     return 1 - gap / other if other > 0 else None
 
 
 def gap_closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) -> Interval | None:
-    """95 % interval of ``gap_closed``; groups are resampled separately, each a with its b.
+    """95 % interval of ``gap_closed``.
 
-    A resample without a gap to close counts as -inf.  The interval is None if ``gap_closed`` is
-    None, if a group has fewer than ``FEWEST_ITEMS`` items, or if so many resamples lack a gap that
-    an end is infinite.
+    Each group is resampled separately; a and b of an item are drawn together.  A resample without a
+    gap to close counts as -inf.  The interval is None if ``gap_closed`` is None, if a group has
+    fewer than ``FEWEST_ITEMS`` items, if a value is not finite, or if so many resamples lack a gap
+    that an end is infinite.
     """
     estimate, n = gap_closed(groups), min(len(a) for a, _ in groups)
     finite = all(np.isfinite(group).all() for group in groups)
@@ -185,9 +188,9 @@ def text_intervals(
 ) -> dict[str, tuple[float, float] | None]:
     """95 % intervals of named statistics of ``n`` texts, all from the same resamples.
 
-    ``statistics`` takes how often each text was drawn in each resample, [B, n], and returns [B] for
-    each name.  A statistic's interval ignores resamples in which it is NaN.  The result is empty
-    with fewer than ``FEWEST_ITEMS`` texts.
+    ``statistics(counts)`` gets counts [B, n], how often each of B resamples contains each text, and
+    returns an array [B] for each name.  An interval ignores resamples in which the statistic is
+    NaN.  The result is empty with fewer than ``FEWEST_ITEMS`` texts.
     """
     if n < FEWEST_ITEMS:
         return {}
@@ -211,7 +214,7 @@ def mean(values: Sample, kind: Mean = "mean") -> float | None:
 
 
 def _columns(values: Sample, ids: list[str]) -> Array:
-    """An array [2, n] with the weighted values and the weights of the items ``ids``."""
+    """An array [2, n] for the items ``ids``: the values times the weights, and the weights."""
     items = (values[name] for name in ids)
     pairs = [value if isinstance(value, tuple) else (float(value), 1.0) for value in items]
     columns = np.array([(value * weight, weight) for value, weight in pairs], dtype=np.float64)
@@ -219,7 +222,7 @@ def _columns(values: Sample, ids: list[str]) -> Array:
 
 
 def _statistic(*columns: Array, axis: int = -1, exponential: bool = False) -> Array:
-    """The weighted mean of the first pair of columns, minus that of the second pair, if given."""
+    """The weighted mean of two columns, minus that of the other two, if given; or exp of this."""
     means: Array = columns[0].sum(axis) / columns[1].sum(axis)
     if len(columns) == 4:
         means = means - columns[2].sum(axis) / columns[3].sum(axis)
@@ -229,7 +232,7 @@ def _statistic(*columns: Array, axis: int = -1, exponential: bool = False) -> Ar
 def _mean_interval(
     data: Array, exponential: bool, seed: int, null: float | None
 ) -> Interval | None:
-    """The interval of data [2 or 4, n]; None if data are empty or not finite, or a weight is 0."""
+    """The interval of data [2 or 4, n]; None if data are empty or not finite, or a weight <= 0."""
     n = data.shape[1]
     if not n or not np.isfinite(data).all() or not (data[1::2] > 0).all():
         return None
@@ -242,7 +245,7 @@ def _mean_interval(
     if same_weights and np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())):
         return Interval((estimate, estimate), estimate, n, null, differing)
     if same_weights:
-        data = np.stack([values * data[1], data[1]])  # one mean of differences is faster than two
+        data = np.stack([values * data[1], data[1]])  # faster: one mean, that of the differences
 
     def statistic(*columns: Array, axis: int) -> Array:
         return _statistic(*columns, axis=axis, exponential=exponential)
@@ -314,14 +317,14 @@ DISTURBED = f"disturbed: {ADVICE}"
 """The text that replaces an unreliable ratio."""
 
 SPEED_TOLERANCE = 0.1
-"""A ratio may exceed the limit by this fraction without being disturbed; the limit is then shown.
+"""A ratio above the limit by at most this fraction is not disturbed; the limit is shown instead.
 
 Kernels that are bound by computation gain by the fraction of weights that they skip, which can be a
 few per cent more than the fraction of bytes.  The bytes of caches and small tensors are estimates.
 """
 
 LARGEST_SCATTER = 0.25
-"""A ratio that varies more than this between repetitions is not reported."""
+"""A ratio is not reported if its ``SpeedUp.scatter`` is larger than this."""
 
 
 @dataclass(frozen=True)
@@ -329,8 +332,8 @@ class SpeedUp:
     """The time of a baseline divided by the time of an alternative.
 
     ``ratio``: the speed-up, at most ``limit``; None if the timings were disturbed.  ``limit``: the
-    baseline's bytes divided by the alternative's; None if they are not comparable.  ``scatter``:
-    half the interquartile range of the repetitions' ratios, divided by their median; None for a
+    baseline's bytes divided by the alternative's; None if bytes are not comparable.  ``scatter``:
+    half the interquartile range of the repetitions' ratios, divided by the median ratio; None for a
     single repetition.
     """
 
@@ -356,11 +359,11 @@ class SpeedUp:
 def judge(base: Sequence[float], other: Sequence[float], limit: float | None = None) -> SpeedUp:
     """The speed-up of ``other`` over ``base``, from seconds per token of interleaved repetitions.
 
-    The k-th entries of both were measured one after the other.  The ratio is the median of the
-    repetitions' ratios.  It counts as disturbed if it exceeds ``limit`` by more than
-    ``SPEED_TOLERANCE`` and its lower quartile also exceeds the limit, or if it scatters by more
-    than ``LARGEST_SCATTER``.  Any other ratio above the limit is shown as the limit.  Raises
-    ``ValueError`` if the sequences are empty or of different lengths.
+    ``base[k]`` and ``other[k]`` were measured one after the other.  The speed-up is the median of
+    the ratios base[k] / other[k].  It counts as disturbed if it exceeds ``limit`` by more than
+    ``SPEED_TOLERANCE`` and the ratios' lower quartile also exceeds ``limit``, or if the ratios
+    scatter by more than ``LARGEST_SCATTER``.  Any other speed-up above ``limit`` is replaced by
+    ``limit``.  Raises ``ValueError`` if the sequences are empty or differ in length.
     """
     ratios = [slow / fast for slow, fast in zip(base, other, strict=True)]
     if not ratios:
@@ -374,10 +377,11 @@ def judge(base: Sequence[float], other: Sequence[float], limit: float | None = N
 
 
 def contradicting(times: Mapping[str, Sequence[float]], sizes: Mapping[str, float]) -> set[str]:
-    """The names of timings that contradict the bytes: both of a pair whose speed-up is disturbed.
+    """The names of timings that contradict the bytes.
 
-    Both are named, because either may have been disturbed.  ``times``: seconds per token of
-    interleaved repetitions.  ``sizes``: bytes that a token reads, all with the same kernels.
+    If the speed-up of a pair of timings is disturbed, the result contains both names, because
+    either timing may be the cause.  ``times``: seconds per token of interleaved repetitions.
+    ``sizes``: bytes that a token reads.  All timings used the same kernels.
     """
     disturbed = set[str]()
     for pair in combinations(sizes, 2):
@@ -388,7 +392,7 @@ def contradicting(times: Mapping[str, Sequence[float]], sizes: Mapping[str, floa
 
 
 def pace(judged: Mapping[str, Any]) -> str:
-    """The text for a ``SpeedUp.to_dict()``: ": 1.21 x as fast (bandwidth limit 1.30 x)"."""
+    """``SpeedUp.to_dict()`` as text: ": 1.21 x as fast (bandwidth limit 1.30 x)"."""
     speed_up, limit = judged.get("speed_up"), judged.get("bytes_limit")
     at_most = f" (bandwidth limit {limit:.2f} x)" if limit else ""
     if speed_up is not None:

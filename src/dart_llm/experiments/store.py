@@ -2,9 +2,9 @@
 
 ``config.json`` is written first and contains the run's status.  Files are replaced atomically, so a
 reader never sees a partial file.  ``parts.jsonl`` caches finished work (parts) until everything
-else is written, so that an interruption does not lose it.  A running process locks ``.lock``.
-``rows.jsonl`` contains the measured numbers as ``ResultLine``; the command ``results``, the list
-of past runs in the window, and trackers read it.
+else is written, so that an interruption loses no finished work.  A running process locks ``.lock``.
+``rows.jsonl`` contains the measured numbers, each line a ``ResultLine``.  The command ``results``
+and the window's list of past runs read this file; trackers get the same numbers.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ MIN_FREE_BYTES = 50 * 2**20
 class ResultLine(BaseModel):
     """A metric of one method on one model; fields that do not apply are None.
 
-    ``label``: the row's readable name, e.g. ``dart 30 %``.  ``requested`` and ``achieved``: the
+    ``label``: the line's readable name, e.g. ``dart 30 %``.  ``requested`` and ``achieved``: the
     sparsity, as the fraction of FFN neurons removed.  ``low`` and ``high``: the 95 % interval of
     ``value``.  ``dense_share``: the fraction of decoded tokens that ran with all neurons.
-    ``weights``: the weight format in memory, e.g. ``q8_0``; None: unquantised, in ``dtype``.
-    ``error``: the reason if there is no value.
+    ``weights``: the weight format in memory, e.g. ``q8_0``; None means unquantised weights in
+    ``dtype``.  ``error``: why ``value`` is None.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -76,7 +76,7 @@ class ResultsFolder:
     resumed: bool
     lock: BaseFileLock | None = None
     changed: str = ""
-    """The reason if an unfinished folder with equal settings was not resumed."""
+    """Why an unfinished folder with equal settings was not resumed; "" if there was none."""
 
     @property
     def stamp(self) -> str:
@@ -88,7 +88,7 @@ class ResultsFolder:
         return self.parts.get(key)
 
     def save_part(self, key: str, value: Any) -> None:
-        """Store finished work; it survives any interruption after this call."""
+        """Store the result of finished work, so that later interruptions cannot lose it."""
         self.parts[key] = value
         path = self.path / PARTS
         try:
@@ -105,7 +105,7 @@ class ResultsFolder:
         release(self.lock)
 
     def discard(self) -> None:
-        """Remove a new folder without results, and its experiment's folder if empty."""
+        """Remove the folder if it is new and has no parts; also an empty experiment's folder."""
         if self.resumed or self.parts:
             return
         self.release()
@@ -173,7 +173,7 @@ def open_folder(
     base = root / experiment
     try:
         base.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=base, buffering=0) as probe:  # is deleted at once
+        with tempfile.TemporaryFile(dir=base, buffering=0) as probe:  # the file is deleted at once
             probe.write(b"x")
         free = shutil.disk_usage(base).free
         if free < MIN_FREE_BYTES:
@@ -191,7 +191,7 @@ def open_folder(
 
 
 def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str:
-    """Resume the newest unfinished, unlocked folder with equal settings, or return why not."""
+    """Resume the newest unfinished, unlocked folder with equal settings; else return why not."""
     reason = ""
     for folder in sorted(base.iterdir(), reverse=True):
         changed = _changes(folder, settings)
@@ -203,7 +203,7 @@ def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str:
             )
             continue
         lock = take(folder)
-        if lock is not None and _changes(folder, settings) == []:  # it may have ended meanwhile
+        if lock is not None and _changes(folder, settings) == []:  # that run may just have ended
             parts = {row["key"]: row["value"] for row in whole_rows(folder / PARTS)}
             return ResultsFolder(folder, parts, True, lock)
         release(lock)
@@ -214,7 +214,7 @@ def _changes(folder: Path, settings: Mapping[str, Any]) -> list[str] | None:
     """Name the inputs that changed since an unfinished run with equal settings began in ``folder``.
 
     None means that there is no such run.  A run that stopped after writing its final status is
-    unfinished if it still has its parts.
+    still unfinished if ``parts.jsonl`` exists.
     """
     config = read_json(folder / "config.json")
     unfinished = config.get("status") in ("running", "interrupted", "failed")
@@ -226,7 +226,7 @@ def _changes(folder: Path, settings: Mapping[str, Any]) -> list[str] | None:
 
 
 def _changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """The names of changed inputs; a grid of cells has inputs for each cell."""
+    """Yield the names of changed inputs; a grid's inputs are grouped by cell."""
     for name in {**old, **new}:
         before, now = old.get(name), new.get(name)
         if isinstance(before, Mapping) and isinstance(now, Mapping):

@@ -55,8 +55,8 @@ Line = dict[str, Any]
 class Unit:
     """A resumable unit of a study's work.
 
-    ``key`` identifies the unit in every run of the study.  ``label`` is its name in messages; if it
-    is empty, ``key`` is used.  ``data`` is any input for ``Study.compute``.
+    ``key`` identifies the unit in every run of the study.  ``label`` is the unit's name in messages
+    (if empty, ``key``).  ``data`` is any input for ``Study.compute``.
     """
 
     key: str
@@ -68,13 +68,13 @@ class Study(Generic[S]):
     """A command with a results folder: what it computes, and how it reports the results.
 
     A subclass defines ``kind``, ``units``, ``compute`` and ``summarise``; the other methods have
-    defaults.  ``__init__`` should reject unknown names, because no folder exists yet.
+    defaults.  ``__init__`` should reject unknown names: it runs before any folder is created.
     """
 
     kind: str
     """The entry "kind" of config.json: the command's name."""
     document: str = ""
-    """File of the summary, e.g. ``detection.json``; its tables are in ``detection.md``."""
+    """Name of the summary's file, e.g. ``detection.json``; ``detection.md`` has the tables."""
     on_error: Literal["stop", "record"] = "stop"
     """If a unit fails, either stop the run, or record the failure and compute the others."""
     fresh: bool = False
@@ -135,7 +135,7 @@ class Study(Generic[S]):
 
     @property
     def load_settings(self) -> ModelOptions:
-        """How the model is loaded."""
+        """The settings with which the model is loaded."""
         assert isinstance(self.settings, ModelOptions)
         return self.settings
 
@@ -186,7 +186,7 @@ class Study(Generic[S]):
         self.folder.save_part(unit.key, value)
 
     def take(self, unit: Unit, value: Any) -> None:
-        """Add a unit, computed now or earlier, to the results, and write results.jsonl."""
+        """Add the value of a unit, computed now or earlier, to ``lines``; write results.jsonl."""
         self.lines.append(value)
         write_lines(self.path / "results.jsonl", self.lines)
 
@@ -202,7 +202,7 @@ class Study(Generic[S]):
     # results
 
     def summarise(self) -> dict[str, Any]:
-        """Make the summary of all lines; it is also the study's document."""
+        """Return the summary of all lines, which is also the content of ``document``."""
         return {}
 
     def result_lines(self) -> Sequence[ResultLine]:
@@ -218,7 +218,7 @@ class Study(Generic[S]):
         return ()
 
     def markdown(self) -> str:
-        """The content of the document's Markdown file."""
+        """The content of the Markdown file that is written beside ``document``."""
         parts = [f"{text}\n" for text in self.sentences()]
         return "\n".join([*parts, *(f"{table.markdown()}\n" for table in self.tables())])
 
@@ -236,7 +236,7 @@ class Study(Generic[S]):
 
 
 def run_study(study: AnyStudy, fresh: bool = False) -> AnyStudy:
-    """Compute every unit that is not finished yet, then write and show the results.
+    """Compute every unit that is not finished yet; write and show the results; return ``study``.
 
     ``fresh``: if True, begin a new folder.  If an interruption or an error stops the run, finished
     units are kept and the exception is re-raised.  ``CellsFailed`` is raised at the end if failed
@@ -270,10 +270,10 @@ def run_study(study: AnyStudy, fresh: bool = False) -> AnyStudy:
 
 @contextlib.contextmanager
 def _resumable(study: Study[Any]) -> Iterator[None]:
-    """A context for a study's work; after an error the folder can be resumed.
+    """A context manager for a study's work; after an error, a later run can resume the folder.
 
-    A new folder is removed if the model was not loaded.  Re-raises the error.  If memory ran out,
-    raises a ``LoadError`` that suggests what to do.
+    A new folder is removed if the model was not loaded.  The error is re-raised; if memory ran out,
+    a ``LoadError`` that suggests what to do is raised instead.
     """
     folder, ui = study.folder, study.ui
     if folder.resumed:
@@ -308,10 +308,10 @@ def _memory_failure(study: Study[Any], error: BaseException) -> LoadError | None
 
 
 def _compute_units(study: Study[Any]) -> None:
-    """Compute the units in order; a progress bar needs their number, so it lists them first."""
+    """Compute the units in order; for a progress bar, all units are first listed and counted."""
     units, ui = study.units(), study.ui
     with contextlib.ExitStack() as stack:
-        if isinstance(units, Generator):  # it may have to close a Ray cluster
+        if isinstance(units, Generator):  # closing it may close a Ray cluster
             stack.callback(units.close)
         if study.progress:
             units = list(units)
@@ -392,10 +392,10 @@ def _finish(study: Study[Any]) -> None:
         study.ui.say(sentence)
     _write_figures(study)
     _write_config(study, "failed" if study.failed else "complete")
-    if page := study.write_page():  # after config.json, whose status it shows
+    if page := study.write_page():  # after config.json: the page shows the status
         study.ui.say(f"report: {page}")
     _write_log(study)
-    if not study.failed and not study.partial:  # otherwise a later run resumes
+    if not study.failed and not study.partial:  # otherwise a later run resumes the folder
         study.folder.finish()
     study.ui.say(f"results: {study.path}")
 
@@ -430,7 +430,7 @@ def announce_model(model: Any, ui: Ui) -> None:
 def load_model(
     settings: ModelOptions, ui: Ui, check: Check | None = None
 ) -> tuple[Any, Any, float]:
-    """Load model and tokenizer; also return the seconds.  ``check`` is passed to ``load``."""
+    """Return model, tokenizer and the seconds that loading took; ``check`` goes to ``load``."""
     for note in settings.notes:
         ui.say(note)
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Timed repetitions of decoding: greedy ``generate``, timed per step, or llama-bench."""
+"""Timed repetitions of decoding: with greedy ``generate`` (each step is timed) or llama-bench."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ Make = Callable[[], Run | None]
 """A function that makes a run (not attached), or returns None for the untouched model."""
 
 Sample = dict[str, Any]
-"""The times and accounting of a repetition as JSON-serialisable data; see ``repetition``."""
+"""The times of a repetition and its accounting (sparsity achieved, share of dense tokens, bytes
+read, re-masks), as JSON-serialisable data; see ``repetition``."""
 
 
 def repetition(model: Any, ids: Tensor, tokens: int, make: Make) -> Sample:
-    """Run ``generate`` once; return its times in seconds and its accounting.
+    """Run ``generate`` once; return the times in seconds and the accounting.
 
     ``first_token_s`` is the time to process the prompt ids [1, P] and select the first token.
-    ``steps_s`` has the time of each of the ``tokens`` decode steps after ``WARM`` untimed steps,
-    including token selection and the overhead of ``generate``.  ``make()`` returns the run, not
-    attached; without a run there is no accounting.
+    ``steps_s`` has one time per decode step: ``WARM`` steps run untimed, then ``tokens`` steps are
+    timed.  Each time includes token selection and the overhead of ``generate``.  ``make()`` returns
+    a run that is not attached, or None; without a run there is no accounting.
     """
     run = make()
     with run or contextlib.nullcontext():
@@ -101,7 +102,7 @@ def _timed_accounting(warm: RunReport, end: RunReport) -> Sample:
 
 
 def timed_mean(end: float, tokens_end: int, warm: float, tokens_warm: int) -> float:
-    """The mean over the timed tokens, from the means over all tokens and the warm-up tokens."""
+    """The mean over the timed tokens; ``end``: over all tokens, ``warm``: over warm-up tokens."""
     timed = tokens_end - tokens_warm
     return (end * tokens_end - warm * tokens_warm) / timed if timed else 0.0
 
@@ -112,12 +113,12 @@ def token_seconds(samples: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def shuffled(labels: Sequence[str], seed: int, number: int) -> list[str]:
-    """The order of repetition ``number``, which depends only on the seed and the number."""
+    """The order of ``labels`` in repetition ``number``: random, determined by seed and number."""
     return random.Random(f"{seed} {number}").sample(list(labels), len(labels))
 
 
 def prompt_ids(model: Any, tokenizer: Any, length: int) -> Tensor:
-    """Prompt ids [1, length] int64 on the model's device: the embedded texts, repeated."""
+    """Prompt ids [1, length] int64 on the model's device, from the embedded texts (repeated)."""
     text = tokenizer(texts.all_text(), return_tensors="pt", verbose=False).input_ids
     ids: Tensor = text.repeat(1, -(-length // text.shape[1]))[:, :length]
     return ids.to(model.device)
@@ -125,7 +126,7 @@ def prompt_ids(model: Any, tokenizer: Any, length: int) -> Tensor:
 
 @torch.inference_mode()
 def cache_bytes(model: Any, ids: Tensor) -> float:
-    """Bytes of keys and values per position, summed over all layers, after ids [1, T]."""
+    """Bytes of the KV cache per position, summed over all layers, measured with ids [1, T]."""
     cache = model(ids, use_cache=True, logits_to_keep=1).cache
     length = int(cache.get_seq_length())
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
@@ -161,7 +162,11 @@ def require_bench() -> str:
 
 @dataclass(frozen=True)
 class ReferenceFile:
-    """A GGUF file.  ``kind``: its quantisation, e.g. Q4_K_M.  ``bytes``: those each token reads."""
+    """A GGUF file.  ``kind``: the file's quantisation, e.g. Q4_K_M.
+
+    ``bytes``: the bytes read per decoded token (all tensors, except an input embedding that is
+    separate from the output head).
+    """
 
     path: Path
     kind: str
@@ -186,12 +191,15 @@ def reference_repetition(bench: str, file: Path, threads: int, prompt: int, toke
 
 
 def decode_row(bench: str, file: Path, threads: int, tokens: int, depth: int) -> dict[str, Any]:
-    """llama-bench's row for ``tokens`` generated after ``depth`` others; ``avg_ns``: total time."""
+    """llama-bench's result row: it generates ``tokens`` tokens after a context of ``depth`` tokens.
+
+    ``avg_ns`` is the time for all ``tokens`` tokens together; there is only one repetition.
+    """
     return _run(bench, file, threads, "-p", "0", "-n", str(tokens), "-d", str(depth))[0]
 
 
 def _run(bench: str, file: Path, threads: int, *flags: str) -> list[dict[str, Any]]:
-    """llama-bench's report; raises ``DartError`` if it fails."""
+    """llama-bench's report, a list of result rows; raises ``DartError`` if the program fails."""
     command = [bench, "-m", str(file), "-t", str(threads), "-r", "1", "-o", "json", *flags]
     environment = program_environment(os.environ, bench)
     try:
@@ -213,7 +221,7 @@ def _run(bench: str, file: Path, threads: int, *flags: str) -> list[dict[str, An
 
 
 def program_environment(environment: Mapping[str, str], bench: str) -> dict[str, str]:
-    """Remove the thread variables from an environment, and add the program's library folder."""
+    """The environment without thread variables, and with the program's folder as library path."""
     kept = {n: value for n, value in environment.items() if not n.startswith(THREAD_VARIABLES)}
     folders = [str(Path(bench).resolve().parent), kept.get("LD_LIBRARY_PATH", "")]
     return {**kept, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, folders))}

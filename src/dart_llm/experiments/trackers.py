@@ -76,12 +76,12 @@ def tracked(
             yield log
         finally:
             with _quiet(name, failures):
-                # trackio's own finish prevents a second one, with output, at exit
+                # trackio.finish() prevents a second finish at exit, which would print
                 (import_module(name) if name == "trackio" else backend).finish()
 
 
 def _local(name: str, data: Path) -> dict[str, str]:
-    """Environment variables that keep a tracker local; those that the user has set are omitted."""
+    """Environment variables that keep a tracker local, without those that the user has set."""
     variables = {
         "wandb": {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"},
         "mlflow": {
@@ -116,14 +116,14 @@ def _start(name: str, run_name: str, config: Mapping[str, Any], folder: Path) ->
     backend.start()
     if name == "mlflow":
         backend.store_init_configuration({_plain(k): str(v)[:LONGEST] for k, v in config.items()})
-    elif name == "tensorboard":  # its hyperparameters cannot be lists
+    elif name == "tensorboard":  # TensorBoard's settings cannot be lists
         backend.log({"settings": "\n".join(f"    {key}: {v}" for key, v in config.items())})
     return backend
 
 
 @contextlib.contextmanager
 def _hub_offline() -> Iterator[None]:
-    """Stop ``trackio.init`` from asking the hub for the user's name if a token is set."""
+    """Keep ``trackio.init`` from asking the hub for the user's name, unless it logs to a server."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -136,9 +136,9 @@ def _hub_offline() -> Iterator[None]:
 
 
 def numbers(line: ResultLine, tracker: str = "") -> dict[str, float]:
-    """The numbers of a line, named ``<task>/<label>/<metric>``.
+    """The numbers of a line by name, ``<task>/<label>/<metric>``.
 
-    Trackers group by the part before the first slash, so the methods of a task share a panel.
+    Trackers group names by the text before the first slash, so the methods of a task share a panel.
     """
     values = {
         line.metric: line.value,

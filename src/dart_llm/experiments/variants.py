@@ -1,7 +1,7 @@
 """Methods by name, and variants of methods from a YAML file, for studies that compare them.
 
-A variants file maps labels to settings of a ``PruneConfig`` that differ from a method's preset;
-``method`` names that method (default: dart)::
+A variants file maps each label to the ``PruneConfig`` settings that differ from a method's preset;
+the entry ``method`` names the method (default: dart)::
 
     no compensation: {compensation: false}
     uniform budget: {budget: uniform}
@@ -26,12 +26,12 @@ DENSE, GRIFFIN = "dense", "griffin"
 NEVER = "never"
 
 ORACLE = " (oracle)"
-"""Suffix of the label of an oracle: it gets new masks at the true topic change, not by drift."""
+"""Suffix of an oracle's label; an oracle gets new masks at the true topic change, not by drift."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to prune at any sparsity.  ``oracle``: new masks are made at the true topic change."""
+    """A way to prune at any sparsity; an ``oracle`` gets new masks at the true topic change."""
 
     label: str
     config: PruneConfig
@@ -51,7 +51,7 @@ def parse(
     common: Mapping[str, Any],
     flags: Mapping[str, str] | None = None,
 ) -> list[Variant]:
-    """Make a variant of every method in ``methods``, then read those of ``file``.
+    """Make a variant of every method in ``methods``, then read the variants in ``file``.
 
     ``common``: settings for all variants.  ``flags``: settings that a variant may not set,
     each with the flag that sets it.  Raises ``ConfigError`` for a repeated label, a method that
@@ -76,7 +76,7 @@ def parse(
 
 
 def _read(path: Path, flags: Mapping[str, str]) -> list[tuple[str, dict[str, Any], str]]:
-    """The label, settings and error-message prefix of every variant in a file."""
+    """For every variant in a file: its label, its settings, and a prefix for error messages."""
     variants = read_yaml(path)
     if not variants:
         raise ConfigError(f"the variants file {path} is empty: write LABEL: {{SETTING: VALUE}}")
