@@ -180,7 +180,7 @@ class _SequenceBytes:
         self.compensates = biased or (state.config.compensation and fixed is None)
 
     def total(self) -> tuple[float, float]:
-        """(bytes of forwards and of building masks, bytes read only for per-token selection)."""
+        """Two numbers: bytes for forwards and building masks, and bytes for per-token selection."""
         read = selection = 0.0
         copied = self.executor == "compact"  # IF_COMPACT reads weights as stored instead
         compact, skips = copied or self.executor == IF_COMPACT, self.executor != "masked"
@@ -210,7 +210,7 @@ class _SequenceBytes:
         return self.widths
 
     def _selection(self, token: TokenConfig, kept: Sequence[int], computed: Sequence[int]) -> float:
-        """Bytes that a forward reads only to select neurons, not to compute ``computed`` of them."""
+        """Bytes that a forward reads to select neurons, without ``computed`` neurons' weights."""
         quantized = all(in_blocks(layer.stored_up) for layer in self.costs.layers)
         rule: type[TokenRule] = TOKEN_RULES.get(token.rule).for_weights(token, quantized)
         layers = zip(self.costs.layers, kept, computed, strict=True)
@@ -222,7 +222,7 @@ class _SequenceBytes:
 def _ffn_bytes(
     states: Sequence[SequenceState], costs: Costs, executor: str, token_rows: int = 0
 ) -> tuple[float, float]:
-    """(all FFN bytes read, those for per-token selection), divided by bytes of dense decoding."""
+    """Two shares of the dense FFN bytes: all bytes read, and those for per-token selection."""
     totals = [_SequenceBytes(state, costs, executor, token_rows).total() for state in states]
     forwards = sum(span.forwards for state in states for span in state.mask_spans)
     if not forwards:

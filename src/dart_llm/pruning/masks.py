@@ -107,7 +107,7 @@ def auto_count(score: Tensor) -> int:
 
 
 def overlap(first: Masks, second: Masks) -> float:
-    """Share of the neurons kept by ``second`` that ``first`` keeps too, in layers that both mask."""
+    """Share of ``second``'s kept neurons that ``first`` also keeps, in layers masked by both."""
     same = total = 0
     for old, new in zip(first, second, strict=True):
         if old is not None and new is not None:

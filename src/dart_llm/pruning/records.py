@@ -121,7 +121,7 @@ class HeadReport:
     """The whole head's bytes, divided by all weight bytes that a dense decoded token reads."""
 
     def read(self, decoded: float) -> float:
-        """Share of the head's bytes read, mean over ``decoded`` tokens; 1 if not screened."""
+        """Share of the head's bytes read, mean over ``decoded`` tokens (1 if not screened)."""
         screened = min(1.0, self.tokens / decoded) if decoded else 1.0
         return 1 - screened * (1 - self.bytes_share)
 
