@@ -62,9 +62,9 @@ class SequenceState:
     batch.  ``rows``: number of batch rows.  ``evidence``: sums over observed tokens, per layer,
     from which masks are made.  ``decoded``: number of decoded tokens per row.
     ``tokens_to_observe``: number of dense decode tokens in the phase OBSERVE.  ``observed``: number
-    of these that have run.  ``pruned_run``: tokens decoded with the current masks.  ``last_trigger``:
-    value of ``decoded`` at the last re-mask trigger.  ``refresh_tokens``: dense tokens decoded for
-    re-masks so far.  ``in_refresh``: whether dense tokens run for a re-mask now.
+    of these that have run.  ``pruned_run``: tokens decoded with the current masks.
+    ``last_trigger``: value of ``decoded`` at the last re-mask trigger.  ``refresh_tokens``: dense
+    tokens decoded for re-masks so far.  ``in_refresh``: whether dense tokens run for a re-mask now.
     """
 
     config: PruneConfig
@@ -225,7 +225,7 @@ class SequenceState:
             tokens = span.cut(tokens)
 
     def keep_counts(self) -> None:
-        """Make the counts in ``mask_spans`` final, so that ``rewind`` does not change them later."""
+        """Make the counts in ``mask_spans`` final: ``rewind`` does not change them any more."""
         for span in self.mask_spans:
             span.length = 0
 

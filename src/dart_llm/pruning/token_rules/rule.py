@@ -39,7 +39,7 @@ class LayerCost:
     weight_bytes: int | None = None
 
     def ranking_rows(self, *matrices: Tensor) -> float:
-        """Bytes in ``matrices`` read only to rank neurons: rows of neurons that are not computed."""
+        """Bytes of ``matrices`` read only to rank: rows of neurons that are not computed."""
         share = 1 - self.computed / self.layer.width
         return share * sum(stored_bytes(matrix, self.weight_bytes) for matrix in matrices)
 
