@@ -53,7 +53,7 @@ class LayerClamp:
 
 @dataclass(frozen=True)
 class Clamp:
-    """The clamped neurons of a model; ``layers`` maps numbers of layers to clamped neurons."""
+    """The clamped neurons of a model; ``layers``: {layer: its clamped neurons}."""
 
     layers: Mapping[int, LayerClamp]
 
@@ -67,7 +67,7 @@ class Clamp:
         return [self._filled(n, score, -torch.inf) for n, score in enumerate(scores)]
 
     def silent(self, layer: int, mean: Tensor) -> Tensor:
-        """``mean`` activations [I], with 0 for clamped neurons, whose output is in ``bias``."""
+        """``mean`` activations [I] with 0 for clamped neurons, whose output is in their bias."""
         return self._filled(layer, mean, 0.0)
 
     def _filled(self, layer: int, values: Tensor, value: float) -> Tensor:

@@ -457,7 +457,7 @@ class PruneConfig(Part):
 
     @classmethod
     def build(cls, method: str | PruneConfig = DEFAULT_METHOD, /, **changes: Any) -> PruneConfig:
-        """The preset of a method's name, or a configuration, with ``changes``; ignores None values.
+        """The preset named ``method``, or ``method`` itself, with ``changes`` that are not None.
 
         Raises ``UnknownName`` for a method that does not exist, ``ConfigError`` for settings that
         contradict each other.
@@ -469,5 +469,5 @@ class PruneConfig(Part):
         return base.replace(changes) if changes else base
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able data, which ``from_mapping`` reads; it lacks a ``head`` that is full."""
+        """Plain JSON-able data for ``from_mapping``; has ``head`` only if that is screened."""
         return self.model_dump(mode="json", exclude={"head"} if not self.screens else set())

@@ -242,7 +242,7 @@ class PruningController:
         seen: LayerObservation,
         weights: Tensor | None,
     ) -> None:
-        """Add activations of ``layers`` to the evidence; ``observing``: for which of the states."""
+        """Add activations of ``layers`` to the evidence of states whose ``observing`` is True."""
         with torch.inference_mode(False):
             f = read_features(seen.h, [self.selector.layers[layer] for layer in layers])
             selection = self.selector.token_selection(layers)

@@ -24,13 +24,13 @@ SINKS = 4
 """Tokens at the start of a sequence (attention sinks) that no reference or window includes."""
 
 MIN_WINDOWS = 4
-"""Windows that a reference needs; after fewer observed ones, the first pruned windows serve."""
+"""Number of windows that a reference needs; with fewer, it is made of the first pruned windows."""
 
 MAX_WINDOWS = 128
 """Number of newest observed windows that give mu and sigma; older ones are dropped."""
 
 Compare = Callable[[Tensor, Tensor], Tensor]
-"""Similarities [...] of vectors, two tensors [..., D]; must not depend on the vectors' norms."""
+"""Similarities [...] of the vectors in two tensors [..., D]; the vectors' norms must not matter."""
 
 
 def cosine(mean: Tensor, others: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class Detector:
         """Add observed tokens to the reference.
 
         v: [B, T, D].  weights: [B, T], or None if all are 1.  live: [B] bool, False for rows that
-        have ended; the windows do not wait for these.
+        have ended; windows do not wait for tokens of these rows.
         """
         if not self.rule.window or not v.shape[1]:
             return
@@ -279,7 +279,7 @@ def guards_allow(
 ) -> bool:
     """Whether the guards allow a trigger (docs/reference.md, "Drift").  Counts are in tokens.
 
-    ``decoded``: tokens decoded so far.  ``last``: the same at the previous trigger, or None.
+    ``decoded``: tokens decoded so far.  ``last``: that number at the previous trigger, or None.
     ``spent``: tokens that ran dense for earlier re-masks.  ``need``: tokens that will run dense for
     the next re-mask.  ``allowance``: tokens that may run dense besides ``max_dense_share``.
     """

@@ -30,13 +30,13 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class ForwardCall:
-    """One forward of the whole model: ``tokens`` ids in each of ``rows`` batch rows.
+    """One forward of the whole model, of ids with the shape [``rows``, ``tokens``].
 
-    ``cached``: number of positions in the cache before the forward.  ``valid``: [B, T]
-    float32, 0 for padding, else 1; None if there is no padding.  ``live``: [B] bool, False for rows
-    that have ended; None if all are live.  ``observable``: in a prefill, how many leading tokens
-    belong to the prompt; None means all.  ``forced``: True if the tokens come from a fixed text
-    (teacher forcing); each then counts as one decode step.
+    ``cached``: number of positions in the cache before the forward.  ``valid``: [B, T] float32, 0
+    for padding, else 1; None if there is no padding.  ``live``: [B] bool, False for rows that have
+    ended; None if all are live.  ``observable``: in a prefill, how many leading tokens belong to
+    the prompt; None means all.  ``forced``: True if the tokens come from a fixed text (teacher
+    forcing); each then counts as one decode step.
     """
 
     kind: Kind

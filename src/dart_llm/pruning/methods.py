@@ -215,7 +215,7 @@ def listing() -> dict[str, list[dict[str, str]]]:
 
 
 def _described(value: Any) -> dict[str, str]:
-    """Summary, the first line of an object's or its function's docstring, and source (a paper)."""
+    """An object's source, and the first line of its docstring (for a score, its function's)."""
     text = getattr(value, "function", value).__doc__ or ""
     return {"summary": text.strip().split("\n")[0], "source": getattr(value, "source", "")}
 

@@ -40,7 +40,7 @@ class DriftCheck:
     The detector averages a signal over each window of tokens and compares this mean with a
     reference, usually the mean over the tokens that the masks were made from.  ``row``: batch row.
     ``step``: number of decoded tokens at the end of the window.  ``layer``: the layer whose output
-    is watched.  ``window``: number of the window, counted from 1 after each re-mask.  ``counter``:
+    is watched.  ``window``: number of the window, counted from 1 for each mask.  ``counter``:
     the drift rule's counter of low windows, updated with this window.
     """
 

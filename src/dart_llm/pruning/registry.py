@@ -20,7 +20,7 @@ from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.files import file_sha256
 
 SETTING = "file:"
-"""Prefix of a method's name if the rest of the name is the path of a setting file."""
+"""Prefix of a method's name; the rest of such a name is the path of a setting file."""
 
 
 class Registry:
@@ -178,7 +178,7 @@ def use_plugin(path: Path) -> None:
 
 
 def load_plugin() -> None:
-    """Load the plug-in of the variable ``PLUGIN``, if not loaded; raises like ``use_plugin``."""
+    """Load the plug-in that ``DART_PLUGIN`` names, unless loaded; raises like ``use_plugin``."""
     path = os.environ.get(PLUGIN, "")
     if not path or path in _digests:
         return

@@ -207,7 +207,7 @@ class SequenceState:
         self.decoded += tokens
 
     def rewind(self, tokens: int) -> None:
-        """Uncount each row's last ``tokens`` tokens, rolled back, but not prompt tokens."""
+        """Uncount the decoded tokens among each row's last ``tokens`` tokens (rolled back)."""
         tokens = min(tokens, self.decoded)
         self.decoded -= tokens
         self.pruned_run = max(0, self.pruned_run - tokens)

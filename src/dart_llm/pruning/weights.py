@@ -84,7 +84,10 @@ class FfnWeights:
 
     @cached_property
     def saliency(self) -> Tensor:
-        """Activations times this rank neurons, [I]: root of ``fisher``, or else ``down_norm``."""
+        """Factor by which each neuron's activation is multiplied to rank neurons, [I].
+
+        It is the root of ``fisher`` if that was learned, otherwise ``down_norm``.
+        """
         return self.down_norm if self.fisher is None else self.fisher.sqrt()
 
     @cached_property

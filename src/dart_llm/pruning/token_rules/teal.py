@@ -35,7 +35,7 @@ class Teal(TokenRule):
         return (len(layer.matrices) - 1) * per_input * excess
 
     def hidden(self, fed: Tensor, mask: LayerMask | None) -> Tensor:
-        """The down projection's input u, [B, T, I]; a sequence mask lets all inputs contribute."""
+        """The down projection's input u, [B, T, I]; only a ``TokenMask`` restricts the inputs."""
         block, (gate, up, down) = self.block, self.block.matrices()
         u: Tensor = block.up_of(self.largest(fed, mask, "up", up))
         if gate is None:
