@@ -35,9 +35,9 @@ class TokenTraffic:
 
     Quantized weights count as stored; other weights and the KV cache count as bfloat16.  ``dense``:
     bytes of all weights in bfloat16.  ``ffn``, ``attention`` and ``others`` (head, norms, ...):
-    bytes of these weights.  ``cache``: for each group of equal layers, the bytes of one cached
-    position, and the maximum number of positions read (None means all).  ``head``: bytes of the
-    output head, which are part of ``others``.
+    bytes of these weights.  ``cache``: a pair for each group of layers with the same attention
+    window: the group's bytes per cached position, and the window in positions (None means all).
+    ``head``: bytes of the output head, which ``others`` includes.
     """
 
     dense: float
@@ -53,8 +53,8 @@ class TokenTraffic:
         """Bytes that a token reads, divided by those of the dense model in bfloat16.
 
         ``context``: number of cached positions.  ``ffn``: bytes read in FFNs, including those for
-        per-token selection; None means all FFN weights.  ``attention``, ``head``: the shares that
-        are read of the attention projections' bytes and of the head's.
+        per-token selection; None means all FFN weights.  ``attention``: share of the attention
+        projections' bytes that is read.  ``head``: share of the head's bytes that is read.
         """
         cache = sum(
             position * (context if limit is None else min(context, limit))
@@ -88,10 +88,10 @@ class Costs:
         return len(layer.basis) if self.low_rank and layer.basis is not None else 0
 
     def bytes(self, kept: Sequence[int] | None, skips: bool = True, *, copied: bool = False) -> int:
-        """Bytes read under masks that keep ``kept`` neurons per layer; None means dense.
+        """Bytes that a token reads under masks.  ``kept``: keep counts, or None for no masks.
 
-        ``skips``: removed neurons are not read.  ``copied``: kept neurons are read from compact
-        weights, copies in the model's dtype.
+        ``skips``: whether removed neurons are not read.  ``copied``: whether kept neurons are read
+        from compact weights, which are copies in the model's dtype.
         """
         total = 0.0
         for index, layer in enumerate(self.layers):
@@ -102,7 +102,7 @@ class Costs:
         return round(total)
 
     def _neuron(self, layer: FfnWeights, copied: bool = False) -> float:
-        """Bytes of a neuron's input rows and output column, as stored or as ``copied`` weights."""
+        """Bytes of one neuron's weights: as stored, or in compact weights if ``copied``."""
         if copied:
             return layer.hidden * len(layer.matrices) * self._weight(layer)
         return sum(stored_bytes(m, self.weight_bytes) for m in layer.matrices) / layer.width
@@ -116,14 +116,18 @@ class Costs:
         return 2 * self.rank(layer) * layer.hidden * self._weight(layer)
 
     def observe_bytes(self) -> int:
-        """Bytes of the float32 sums read and written to observe one token, in all layers."""
+        """Bytes of float32 sums that observing one token reads and writes, in all layers."""
         ranks = [(layer.width, self.rank(layer)) for layer in self.layers]
         return sum(16 * width + 8 * (width + rank) * rank for width, rank in ranks)
 
     def build_bytes(
         self, kept: Sequence[int], compact: bool, compensates: bool, *, copied: bool = False
     ) -> int:
-        """Bytes to build one mask: for its copies if ``compact``, and for compensation."""
+        """Bytes read and written to build one mask for each layer.
+
+        ``compact``: whether kept neurons are copied.  ``compensates``: whether the mask needs
+        compensation.  ``copied``: as in ``bytes``.
+        """
         total = 0.0
         for count, layer in zip(kept, self.layers, strict=True):
             if compact and count < layer.width:
@@ -138,12 +142,12 @@ class Costs:
 def tracing_flops(
     costs: Costs, observed: int, kept: Sequence[int] | None = None, compensates: bool = False
 ) -> int:
-    """FLOPs of observing (tracing) ``observed`` tokens and, given ``kept``, of building one mask.
+    """FLOPs of observing tokens, which the DART paper calls tracing, and of building masks.
 
-    The DART paper (arXiv 2601.22632) claims that tracing costs 0.1 % of the FLOPs.  A multiply-add
-    counts as 2.  Scores and mean activations take 8 per neuron and token, and the layer sensitivity
-    S_l takes 8 per hidden unit and token.  A mask takes a sort and, if ``compensates``, a fit of
-    its compensation.
+    The paper (arXiv 2601.22632) claims 0.1 % more FLOPs.  ``observed``: number of tokens.
+    ``kept``: keep counts of one mask per layer; None means that no mask is built.  A multiply-add
+    counts as 2.  Scores and mean activations take 8 per neuron and token.  The layer sensitivity
+    S_l takes 8 per hidden unit and token.  A mask takes a sort, and a fit if ``compensates``.
     """
     total = 0
     for index, layer in enumerate(costs.layers):
@@ -176,7 +180,7 @@ class _SequenceBytes:
         self.compensates = biased or (state.config.compensation and fixed is None)
 
     def total(self) -> tuple[float, float]:
-        """Bytes of all forwards and masks, and, separately, bytes read for per-token selection."""
+        """Two numbers: bytes for forwards and building masks, and bytes for per-token selection."""
         read = selection = 0.0
         copied = self.executor == "compact"  # IF_COMPACT reads weights as stored instead
         compact, skips = copied or self.executor == IF_COMPACT, self.executor != "masked"
@@ -198,7 +202,7 @@ class _SequenceBytes:
         return read, selection
 
     def _computed(self, kept: Sequence[int], tokens: float) -> list[int]:
-        """For each layer, how many neurons' weights a forward of ``tokens`` tokens reads."""
+        """For each layer, how many neurons one forward reads, if it has ``tokens`` tokens."""
         rows = self.state.rows
         if self.executor == IF_COMPACT or tokens <= rows <= self.max_rows:
             pairs = zip(kept, self.widths, strict=True)
@@ -206,7 +210,7 @@ class _SequenceBytes:
         return self.widths
 
     def _selection(self, token: TokenConfig, kept: Sequence[int], computed: Sequence[int]) -> float:
-        """Bytes read to select neurons in a forward, without those of ``computed`` neurons."""
+        """Bytes that a forward reads to select neurons, without ``computed`` neurons' weights."""
         quantized = all(in_blocks(layer.stored_up) for layer in self.costs.layers)
         rule: type[TokenRule] = TOKEN_RULES.get(token.rule).for_weights(token, quantized)
         layers = zip(self.costs.layers, kept, computed, strict=True)
@@ -218,7 +222,7 @@ class _SequenceBytes:
 def _ffn_bytes(
     states: Sequence[SequenceState], costs: Costs, executor: str, token_rows: int = 0
 ) -> tuple[float, float]:
-    """FFN bytes read, divided by those of dense decoding, and the part for per-token selection."""
+    """Two shares of the dense FFN bytes: all bytes read, and those for per-token selection."""
     totals = [_SequenceBytes(state, costs, executor, token_rows).total() for state in states]
     forwards = sum(span.forwards for state in states for span in state.mask_spans)
     if not forwards:
@@ -235,7 +239,7 @@ def known_bytes(layers: Iterable[FfnWeights], prior: Iterable[Tensor] | None) ->
 
 
 class _Decoded:
-    """Decoded tokens of some sequences, grouped by keep counts (None: dense)."""
+    """The decoded tokens of some sequences, counted by the keep counts under which they ran."""
 
     def __init__(self, states: Iterable[SequenceState], widths: Sequence[int]) -> None:
         spans = [span for state in states for span in state.mask_spans]
@@ -317,7 +321,7 @@ def run_report(
 def _token_bytes(
     states: Sequence[SequenceState], costs: Costs, decoded: _Decoded, head: HeadReport | None
 ) -> dict[str, float]:
-    """Fields of ``RunReport`` on the bytes per decoded token, and the mean context."""
+    """The fields of ``RunReport`` about bytes per decoded token; {} if ``traffic`` is unknown."""
     traffic = costs.traffic
     if traffic is None:
         return {}

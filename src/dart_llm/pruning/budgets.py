@@ -18,7 +18,7 @@ from dart_llm.pruning.masks import floor_count, largest
 
 @dataclass(frozen=True)
 class LayerView:
-    """A layer, as budgets see it; tensors are float64 on the host.
+    """The data of one layer that budgets use; tensors are float64 on the host.
 
     ``width``: number of neurons I.  ``depth``: 0 for the first layer, 1 for the last.  ``score``:
     [I], the neurons' scores.  ``sensitivity``: S_l, which measures how much the FFN changes its
@@ -36,14 +36,17 @@ Allocate = Callable[[Sequence[LayerView], int], list[int]]
 
 @dataclass(frozen=True)
 class Budget:
-    """A function, the statistics that it ``needs`` (at most ``sensitivity``) and its source."""
+    """A budget's function, the statistics that the function ``needs``, and the budget's source.
+
+    ``needs``: empty, or ``sensitivity``.
+    """
 
     function: Allocate
     needs: frozenset[str]
     source: str
 
     def __call__(self, layers: Sequence[LayerView], keep: int) -> list[int]:
-        """Keep counts, one per layer, each in 1..width, summing to ``keep``."""
+        """Keep counts, one per layer, each from 1 to the layer's width; they sum to ``keep``."""
         return self.function(layers, keep)
 
 
@@ -55,7 +58,8 @@ def budget(source: str, needs: Sequence[str] = ()) -> Callable[[Allocate], Budge
 def round_counts(wanted: Sequence[float], widths: Sequence[int], keep: int) -> list[int]:
     """Round ``wanted`` by largest remainder to whole counts in 1..width that sum to ``keep``.
 
-    Ties go to the lower layer.  ``keep`` is clipped to the range that the widths allow.
+    In ties, lower layers are changed first.  ``keep`` is clipped to the range that the widths
+    allow.
     """
     keep = min(max(keep, len(widths)), sum(widths))
     clipped = [
@@ -76,7 +80,7 @@ def round_counts(wanted: Sequence[float], widths: Sequence[int], keep: int) -> l
 
 
 def blend_counts(first: Sequence[int], second: Sequence[int], widths: Sequence[int]) -> list[int]:
-    """The mean of two allocations with the same total."""
+    """Keep counts halfway between two allocations that have the same total."""
     wanted = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
     return round_counts(wanted, widths, sum(first))
 
@@ -127,7 +131,7 @@ def standardized(layers: Sequence[LayerView], keep: int) -> list[int]:
 
 
 def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
-    """How many of the ``keep`` smallest ``values`` are in each layer.
+    """For each layer, how many of its ``values`` are among the ``keep`` smallest of all layers.
 
     Each layer first gets its floor, 10 % of its neurons.  If ``keep`` is less than the sum of the
     floors, all layers keep the same share.
@@ -149,7 +153,7 @@ def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
 
 
 def depth_profile(y: float) -> float:
-    """The factor D_l at relative depth ``y`` = l / (L - 1): low in the first 30 % and last 15 %."""
+    """Factor D at relative depth ``y`` = l / (L - 1): lower in the first 30 % and last 15 %."""
     if y < 0.3:
         return 0.25 + 0.75 * y / 0.3
     if y > 0.85:
@@ -160,11 +164,12 @@ def depth_profile(y: float) -> float:
 def depth_sparsities(
     sensitivity: Sequence[float], depths: Sequence[float], rho: float
 ) -> list[float]:
-    """Sparsities p of the layers, with the mean ``rho``.
+    """Sparsities p of the layers, whose mean is ``rho``, from sensitivities S and depth factors D.
 
     ``R = 1 - (S - min S) / (max S - min S + 1e-6)``, ``P = R * D``,
-    ``p = clip(rho L P / sum P, lo, hi)``.  Then the missing sparsity is distributed in proportion
-    to P over the layers that are not at a bound, until the mean is exact.
+    ``p = clip(rho L P / sum P, lo, hi)``, with L layers, lo = min(0.1, rho), hi = max(0.9, rho).
+    Then the missing sparsity is distributed in proportion to P over the layers that are not at a
+    bound (lo or hi), until the mean is exact.
     """
     count = len(sensitivity)
     if count == 1 or rho == 0:

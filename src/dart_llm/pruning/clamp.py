@@ -1,8 +1,8 @@
 """Clamps: neurons whose activation is fixed at a value while the model decodes.
 
 Neuron i with activation v adds ``v W_down[:, i]`` to the FFN's output at every token.  So clamping
-it is the same as removing it and adding that constant.  A clamp is therefore a mask with a bias,
-which every executor supports.
+the neuron is the same as removing it and adding that constant.  A clamp is therefore a mask with a
+bias.  Every executor supports such masks.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from dart_llm.pruning.masks import LayerMask, Masks
 from dart_llm.pruning.weights import FfnWeights
 
 ClampValues = Mapping[int, Mapping[int, float]]
-"""{layer: {neuron id: its activation}}."""
+"""{layer: {neuron id: activation}}."""
 
 
 @dataclass(frozen=True)
 class LayerClamp:
-    """Clamped neurons of a layer with ``width`` neurons; tensors are on the layer's device.
+    """The clamped neurons of one layer; tensors are on the layer's device.
 
-    ``ids``: [n] int64, ascending.  ``bias``: [D] float32, what these neurons add to the FFN's
-    output; None means 0.
+    ``ids``: [n] int64, ascending.  ``width``: number of all neurons.  ``bias``: [D] float32, the
+    clamped neurons' contribution to the FFN's output; None means 0.
     """
 
     ids: Tensor
@@ -36,9 +36,9 @@ class LayerClamp:
     bias: Tensor | None
 
     def of(self, mask: LayerMask | None) -> LayerMask:
-        """``mask`` without the clamped neurons, with ``bias`` added; None means all neurons.
+        """``mask`` without the clamped neurons, and with ``bias`` added to the mask's bias.
 
-        Raises ``ConfigError`` if the result keeps no neuron.
+        If ``mask`` is None, all other neurons are kept.  Raises ``ConfigError`` if none is kept.
         """
         if mask is None:
             mask = LayerMask(torch.arange(self.width, device=self.ids.device), self.width)
@@ -53,7 +53,7 @@ class LayerClamp:
 
 @dataclass(frozen=True)
 class Clamp:
-    """The clamped neurons of a model; ``layers``: by number, the layers that have any."""
+    """The clamped neurons of a model; ``layers``: {layer: its clamped neurons}."""
 
     layers: Mapping[int, LayerClamp]
 
@@ -67,7 +67,7 @@ class Clamp:
         return [self._filled(n, score, -torch.inf) for n, score in enumerate(scores)]
 
     def silent(self, layer: int, mean: Tensor) -> Tensor:
-        """``mean`` activations [I], with 0 for clamped neurons: ``bias`` has their output."""
+        """``mean`` activations [I] with 0 for clamped neurons, whose output is in their bias."""
         return self._filled(layer, mean, 0.0)
 
     def _filled(self, layer: int, values: Tensor, value: float) -> Tensor:

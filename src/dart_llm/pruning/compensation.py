@@ -1,8 +1,8 @@
 """Compensation: the removed neurons' output, estimated by a linear map of a few features.
 
-A ridge regression over the observed tokens and those of self-generated text predicts the output
-from r features of the FFN's input, ``f = P h``.  With r = 0, the estimate is a constant, the mean,
-as in FLAP (arXiv 2312.11983) for static pruning.  See docs/reference.md, "Compensation".
+The features are r projections of the FFN's input, ``f = P h``.  A ridge regression over the tokens
+of the evidence and of self-generated text gives the map.  With r = 0, the estimate is a constant:
+the mean, as in FLAP (arXiv 2312.11983) for static pruning.  See docs/reference.md, "Compensation".
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def compensation(down: Tensor, mean: Tensor, removed: Tensor) -> Tensor:
 
 
 RIDGE = 0.1
-"""Added to the features' covariance; each feature has variance 1 over self-generated text."""
+"""Added to the features' variances, each of which is 1 over self-generated text."""
 
 ROUNDING = 1e-6
-"""Directions of h whose variance is less than this share of the mean square of h are dropped,
-because their variance is rounding error."""
+"""Directions of h are dropped if their variance is less than this share of the mean square of h,
+because such a variance is rounding error."""
 
 FLOOR = 0.01
 """Share of the mean variance that is added to the variance of every direction of h."""
@@ -44,7 +44,7 @@ FLOOR = 0.01
 class LowRank:
     """A linear map of the FFN's input h; its value ``out (basis h)`` is added to the FFN's output.
 
-    ``basis``: [r, D]; ``out``: [D, r], or [B, D, r] with one map per batch row; model's dtype.
+    ``basis``: [r, D].  ``out``: [D, r], or [B, D, r] with one map per batch row.
     """
 
     basis: Tensor
@@ -59,7 +59,7 @@ class LowRank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of ``out``; those of the basis count with the learned statistics."""
+        """Bytes of ``out``; the bytes of ``basis`` count with the learned statistics."""
         return self.out.nbytes
 
 
@@ -91,7 +91,7 @@ def find_basis(h: Tensor, rank: int) -> Tensor:
     scale = (values + floor).clamp_min(1e-12).rsqrt()
     scale = scale * (values + floor > ROUNDING * h.square().mean())
     basis: Tensor = unit * scale[:, None]
-    # the same layout as when it is loaded from a file, because rounding in kernels depends on it
+    # the layout of a basis that is loaded from a file, because rounding in kernels depends on it
     return basis.contiguous()
 
 
@@ -109,7 +109,7 @@ class CompensationInputs(NamedTuple):
     removed: Tensor
 
     def covariances(self) -> Tensor:
-        """Covariances of removed neurons' u with the features, and the mean of u, [n, r + 1]."""
+        """Removed neurons: covariances of u with the features, and the mean of u, [n, r + 1]."""
         sums = self.evidence.sums
         mean, f = sums["signed"].rows(self.removed), sums["features"].mean
         cross = torch.addr(sums["cross"].rows(self.removed), mean, f, alpha=-1)
@@ -117,7 +117,7 @@ class CompensationInputs(NamedTuple):
 
 
 def low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank]]:
-    """The constant [D] float32 and the map that replace each layer's removed neurons."""
+    """For each layer, the constant [D] float32 and the map that replace its removed neurons."""
     batches = dict[object, list[int]]()
     for index, layer in enumerate(layers):
         batches.setdefault((layer.basis.device, layer.basis.shape), []).append(index)
@@ -130,7 +130,7 @@ def low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank
 def _low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank]]:
     with full_precision(layers[0].down):
         f = torch.stack([layer.evidence.sums["features"].mean for layer in layers])
-        # multiply with the inverse last: then it is applied to [D, r] instead of [n, r]
+        # multiply with the inverses last: then the other factor is [D, r] instead of [n, r]
         products = [
             _folded(layer.down.detach().t(), layer.removed, layer.covariances()) for layer in layers
         ]

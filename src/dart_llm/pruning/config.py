@@ -42,8 +42,8 @@ def check_sparsity(value: float) -> float:
 class Part(BaseModel):
     """A frozen group of settings; a bad value or an unknown key raises ``ConfigError``.
 
-    ``called``: prefix of its settings' names in messages, or "".  ``short``: name of the setting
-    that is set if a plain string is given instead of the group.
+    ``called``: prefix of the settings' names in messages, or "".  ``short``: name of the setting
+    that a plain string sets, if one is given instead of the group; "" if none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,9 +84,9 @@ class ScoreConfig(Part):
     ``ema_decay``: with each new token, the weights of all older tokens are multiplied by this
     factor, (0, 1); None means that all tokens weigh the same.  ``strategy``: ``topk`` keeps the
     neurons with the largest scores, ``auto`` those whose score is at least the layer's mean.
-    ``proxy_embedding``: the embedding that the scores ``max``, ``mean``, ``combined`` and
-    ``product`` read.  ``prior_weight``: weight of the ranks of a calibrated prior, when they are
-    averaged with ranks from the text; None means that there is no prior.
+    ``proxy_embedding``: the embedding (output or input) that the scores ``max``, ``mean``,
+    ``combined`` and ``product`` read.  ``prior_weight``: weight of a calibrated ranking when it is
+    averaged with the ranking from the text; None means that there is no calibrated ranking.
     """
 
     short: ClassVar[str] = "name"
@@ -164,9 +164,9 @@ def rule_form(name: str) -> tuple[str, str, str]:
 class DriftConfig(Part):
     """When masks are rebuilt (docs/reference.md, "Drift").
 
-    ``rule``: ``never``, ``published``, ``paper``, ``dart``, ``interval N`` (tokens) or
+    ``rule``: ``never``, ``published``, ``paper``, ``dart``, ``interval N`` (every N tokens) or
     ``windows W N K`` (N windows of W tokens whose similarity is below mu - K sigma).  ``signal``:
-    what the detector watches, the last layer's ``attention`` output or the last ``hidden`` state.
+    what the detector watches: the last layer's ``attention`` output, or the last ``hidden`` state.
     ``min_distance``: minimum number of tokens between two triggers.  ``max_dense_share``: largest
     share of the decoded tokens that may run dense for re-masks, in addition to ``allowance``
     tokens; None means no limit.
@@ -209,9 +209,10 @@ class RemaskConfig(Part):
 class CalibrationConfig(Part):
     """Which statistics are collected before any prompt (docs/reference.md, "Self-calibration").
 
-    ``source``: a given ``text``, or text that the model generates (``self``).  The dense model runs
-    ``sequences`` sequences of ``length`` tokens, which are observed.  ``purpose``: the statistics
-    give static ``masks``, or a ``prior``, a ranking of the neurons that is mixed into the score's.
+    The dense model runs sequences of text, whose activations are observed.  ``source``: a given
+    ``text``, or text that the model generates (``self``).  ``sequences``: number of sequences.
+    ``length``: tokens per sequence.  ``purpose``: ``masks`` makes static masks; ``prior`` makes a
+    ranking of the neurons that is averaged with the ranking from each text.
     """
 
     short: ClassVar[str] = "source"
@@ -225,10 +226,11 @@ class CalibrationConfig(Part):
 class SelfStatsConfig(Part):
     """What is learned about a model once, from self-generated text (docs/method.md).
 
-    ``sequences`` sequences of ``length`` tokens are sampled at ``temperature`` and ``top_p``.  Each
-    continues the first ``opening`` tokens of a passage that comes with this package, or the model's
-    start token if ``opening`` is 0 or there is no tokenizer.  ``tokens``: the learned sums weigh as
-    much as this many observed tokens.
+    The model samples text at ``temperature`` and ``top_p``.  ``sequences``: number of sequences.
+    ``length``: tokens per sequence.  ``opening``: number of tokens at the start of a sequence that
+    come from a passage shipped with this package; with 0, or without a tokenizer, a sequence starts
+    with the model's start token.  ``tokens``: the learned sums weigh as much as this many observed
+    tokens.
     """
 
     sequences: AtLeast1 = 32
@@ -250,11 +252,12 @@ class SelfStatsConfig(Part):
 class TokenConfig(Part):
     """Every token selects its own neurons or inputs (docs/reference.md, "Per-token selection").
 
-    ``rule``: a class of ``TOKEN_RULES``, whose ``options`` are the settings below that it uses.
-    Low-bit proxies, rough copies of gate and up that rank the neurons, have ``bits`` (4 or 8) per
-    weight and ``group`` inputs per scale.  Only the share ``inputs`` of the inputs, (0, 1], those
-    of the largest magnitude, is multiplied with them.  ``proxy``: ``always`` makes proxies;
-    ``auto`` makes none if gate and up are quantized, because these then rank the neurons.
+    ``rule``: name of a class in ``TOKEN_RULES``, whose ``options`` name the settings that it uses.
+    Low-bit proxies are rough copies of gate and up, which rank the neurons.  ``bits``: 4 or 8 bits
+    per weight of a proxy.  ``group``: number of inputs with the same scale.  ``inputs``: share of
+    the inputs, (0, 1], with which proxies are multiplied: those of the largest magnitude.
+    ``proxy``: ``always`` makes proxies; ``auto`` makes none if gate and up are quantized, because
+    the quantized weights then rank the neurons.
     """
 
     rule: Annotated[str, AfterValidator(TOKEN_RULES.check)] = "low-bit"
@@ -287,7 +290,7 @@ class HeadConfig(Part):
 
 
 SECRET = ("api_key",)
-"""Settings whose values messages do not show."""
+"""Names of settings; messages do not show the values of these settings."""
 
 BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 """Pydantic's bounds of a field, in words."""
@@ -334,8 +337,8 @@ PARTS: dict[str, type[Part]] = {
 class PruneConfig(Part):
     """All settings that decide a run's masks.
 
-    For a group of settings, a plain string sets its main setting.  A bad value, an unknown key or
-    settings that contradict each other raise ``ConfigError``.
+    A plain string, given for a group of settings, sets the group's main setting.  A bad value, an
+    unknown key or settings that contradict each other raise ``ConfigError``.
 
     ``sparsity``: fraction of all FFN neurons to remove, [0, 1); None means ``DEFAULT_SPARSITY``,
     unless a table or the ``auto`` strategy sets the counts.
@@ -347,10 +350,10 @@ class PruneConfig(Part):
     learned about the model when it is first pruned.  ``token``: how every token selects its own
     neurons; None means that a sequence's tokens share a mask.  ``compensation``: add an estimate of
     the removed neurons' output.  ``compensation_rank``: number of features of the FFN's input from
-    which it is predicted; with 0, it is the mean.  ``head``: how decoded tokens are scored.
-    ``batch``: one mask for all rows, or one per row.  ``executor``: the code that runs pruned FFNs
-    (docs/performance.md, "Executors"); ``auto`` is the fastest that supports the model, ``slim`` an
-    alias of ``native``.  ``seed``: random seed.
+    which this output is predicted; with 0, the estimate is the mean.  ``head``: how decoded tokens
+    are scored.  ``batch``: one mask for all rows, or one per row.  ``executor``: the code that runs
+    pruned FFNs (docs/performance.md, "Executors"); ``auto`` is the fastest executor that supports
+    the model, ``slim`` an alias of ``native``.  ``seed``: random seed.
     """
 
     method: str = "dart"
@@ -449,12 +452,12 @@ class PruneConfig(Part):
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> PruneConfig:
-        """Build from plain data; raises ``ConfigError``, which suggests similar names for keys."""
+        """Build from plain data; a ``ConfigError`` for an unknown key suggests a similar name."""
         return cls.model_validate(dict(data))
 
     @classmethod
     def build(cls, method: str | PruneConfig = DEFAULT_METHOD, /, **changes: Any) -> PruneConfig:
-        """A method's preset, or ``method`` itself, with ``changes``; a value of None is ignored.
+        """The preset named ``method``, or ``method`` itself, with ``changes`` that are not None.
 
         Raises ``UnknownName`` for a method that does not exist, ``ConfigError`` for settings that
         contradict each other.
@@ -466,5 +469,5 @@ class PruneConfig(Part):
         return base.replace(changes) if changes else base
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able data, which ``from_mapping`` reads; ``head`` only if it is screened."""
+        """Plain JSON-able data for ``from_mapping``; has ``head`` only if that is screened."""
         return self.model_dump(mode="json", exclude={"head"} if not self.screens else set())

@@ -1,9 +1,9 @@
 """The state machine of a run: plans each forward and accounts for it, without touching the model.
 
 The code that runs the model calls ``before_forward``, which returns what each layer must do, and
-``after_forward``.  Between them, ``observe`` and ``observe_signal`` receive the activations.  From
-them the controller builds the evidence of each sequence: sums over tokens, from which masks are
-made.
+``after_forward``.  Between these two calls, ``observe`` and ``observe_signal`` receive activations.
+From the activations the controller builds the evidence of each sequence: sums over tokens, from
+which masks are made.
 
 A ``PendingForward`` holds the data of one forward until it is settled.  A forward is settled when
 its tokens are counted and its observations are recorded:
@@ -57,9 +57,10 @@ from dart_llm.pruning.statistics import LayerStatistics
 from dart_llm.pruning.weights import FfnWeights
 
 RemaskHook = Callable[[Remask, SequenceState], None]
+"""Called each time masks were built, with their record and the state of their sequence."""
 
 TokensHook = Callable[[PendingForward, int, list[SequenceState]], None]
-"""Called with a settled forward, the number of its tokens that were kept, and their sequences."""
+"""Called with a forward, the number of its tokens that were kept, and all sequences' states."""
 
 
 class PruningController:
@@ -80,7 +81,7 @@ class PruningController:
         self.fixed_masks = fixed_masks
         self.on_remask, self.on_tokens = on_remask, on_tokens
         self._clamp_masks = clamp.of((None,) * len(layers)) if clamp.layers else None
-        """Masks that only remove clamped neurons, for decode steps without a sequence mask."""
+        """Masks that only remove clamped neurons, for steps in which a sequence has no masks."""
         self.sequences: list[SequenceState] = []
         self.finished: list[SequenceState] = []
         """Earlier sequences of the run."""
@@ -90,7 +91,7 @@ class PruningController:
         self.last_phase = Phase.PREFILL
         self._pending: PendingForward | None = None
         self._lengths: list[float] = []
-        """Unpadded length of each row before the current forward."""
+        """Number of tokens, without padding, in each batch row before the current forward."""
         self._queue = Observations()
 
     @torch.no_grad()
@@ -120,7 +121,7 @@ class PruningController:
         return self.plan
 
     def _advance(self, state: SequenceState, call: ForwardCall) -> bool:
-        """Advance ``state`` to the coming decode forward; return whether it observes it."""
+        """Advance ``state`` to the coming decode forward; return whether to observe the forward."""
         has_no_mask = state.phase in (Phase.PREFILL, Phase.OBSERVE)
         if has_no_mask and state.row is not None and state.has_finished(call.live):
             return False  # a row that has ended needs no mask
@@ -190,7 +191,7 @@ class PruningController:
         return PendingForward(call, plan, observing, counts, layers)
 
     def _announce(self, versions: list[int]) -> None:
-        """Call ``on_remask`` for states with new masks; ``versions``: mask versions before."""
+        """Call ``on_remask`` for each state with new masks; ``versions``: earlier mask versions."""
         for state, version in zip(self.sequences, versions, strict=True):
             if self.on_remask and state.mask_version != version and state.masks is not None:
                 self.on_remask(state.remasks[-1], state)
@@ -210,7 +211,10 @@ class PruningController:
             self._update(pending.observing, (layer,), part, weights)
 
     def observe_step(self, layers: dict[int, LayerObservation]) -> None:
-        """Receive all layers' activations of one token, in tensors that must not change later."""
+        """Receive all layers' activations in a forward with one token per row.
+
+        The tensors must not be modified later, because they are not copied.
+        """
         pending = self._pending
         if pending is not None and pending.plan.observe and pending.call.kind is Kind.DECODE:
             pending.layers = layers
@@ -227,7 +231,7 @@ class PruningController:
             self._add_queued()
 
     def _add_queued(self) -> None:
-        """Add queued observations to the evidence; needed before masks are built or it decays."""
+        """Add queued observations to the evidence, before masks are built or evidence decays."""
         for layers, seen, weights in self._queue.drain():
             self._update(self._queue.observing, layers, seen, weights)
 
@@ -238,7 +242,7 @@ class PruningController:
         seen: LayerObservation,
         weights: Tensor | None,
     ) -> None:
-        """Add activations of ``layers`` to the evidence of the states that are ``observing``."""
+        """Add activations of ``layers`` to the evidence of states whose ``observing`` is True."""
         with torch.inference_mode(False):
             f = read_features(seen.h, [self.selector.layers[layer] for layer in layers])
             selection = self.selector.token_selection(layers)
@@ -258,7 +262,7 @@ class PruningController:
 
     @torch.no_grad()
     def after_forward(self) -> None:
-        """Settle the forward that ran, unless only the next one shows how many tokens were kept."""
+        """Settle the forward that just ran, unless some of its tokens may still be rolled back."""
         pending = self._pending
         if pending is None:
             return
@@ -276,7 +280,8 @@ class PruningController:
     def _settle(self, cached: int | None) -> None:
         """Settle the pending forward, if it has ended.
 
-        ``cached``: tokens still in the cache; None or 0: all of this forward's tokens were kept.
+        ``cached``: number of tokens still in the cache.  None or 0 means that all of this forward's
+        tokens were kept.
         """
         pending, self._pending = self._pending, None
         if pending is None or not pending.ended:
@@ -328,7 +333,7 @@ class PruningController:
     def _watch(
         self, state: SequenceState, pending: PendingForward, accepted: int, rows: slice
     ) -> None:
-        """Trigger a re-mask of ``state`` if its drift rule says so and its guards allow it."""
+        """Trigger a re-mask of ``state`` if the drift rule fires and the guards allow it."""
         if self.rule.interval and state.pruned_run >= self.rule.interval:
             if state.may_trigger() and not state.has_finished(pending.call.live):
                 self._add_queued()
@@ -349,9 +354,9 @@ class PruningController:
 
     @torch.no_grad()
     def select(self) -> Masks:
-        """The masks from the newest sequence's evidence, None for dense layers.
+        """Masks made from the newest sequence's evidence, one per layer; None for a dense layer.
 
-        Raises ``AttachError`` if masks need evidence, and no token has been observed.
+        Raises ``AttachError`` if masks need evidence and no token has been observed.
         """
         self.flush()
         state = self.sequences[-1] if self.sequences else None
@@ -365,13 +370,13 @@ class PruningController:
             return self.selector.select(evidence or empty).masks
 
     def branch(self) -> None:
-        """Make the counts of decoded tokens final: they stay even if the cache becomes shorter."""
+        """Keep the counts of the tokens decoded so far, even if the cache becomes shorter later."""
         self.settle()
         for state in self.sequences:
             state.keep_counts()
 
     def tokens_until_change(self) -> int | None:
-        """Maximum number of tokens in a decode forward before a state changes; None: no limit."""
+        """How many tokens can be decoded until any state changes; None if there is no limit."""
         self.settle()
         bounds = [state.tokens_until_change() for state in self.sequences]
         return min(filter(None, bounds), default=None)  # a bound is at least 1
@@ -382,5 +387,5 @@ class PruningController:
         self._add_queued()
 
     def all_sequences(self) -> list[SequenceState]:
-        """States of earlier and current sequences, in order."""
+        """States of the earlier sequences, then of the current ones."""
         return [*self.finished, *self.sequences]

@@ -2,10 +2,10 @@
 
 The module has the drift rules, the detector, and guards that limit re-masks.  The detector watches
 a signal ``v`` of each token: the last layer's attention output (before the residual add) or the
-last hidden state.  It compares the mean of every window of W pruned tokens, by cosine similarity,
-with the mean over its reference, usually the tokens that the masks were made from (DART, arXiv
-2601.22632; docs/reference.md, "Drift").  Once the reference has enough windows to give a threshold,
-the detector is armed.
+last hidden state.  It cuts pruned tokens into windows of W tokens.  By cosine similarity, it
+compares each window's mean with the mean over a reference, usually the tokens that the masks were
+made from (DART, arXiv 2601.22632; docs/reference.md, "Drift").  The detector is armed once the
+reference has enough windows to give a threshold.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ SINKS = 4
 """Tokens at the start of a sequence (attention sinks) that no reference or window includes."""
 
 MIN_WINDOWS = 4
-"""Windows that a reference needs; if fewer were observed, the first pruned windows are used."""
+"""Number of windows that a reference needs; with fewer, it is made of the first pruned windows."""
 
 MAX_WINDOWS = 128
 """Number of newest observed windows that give mu and sigma; older ones are dropped."""
 
 Compare = Callable[[Tensor, Tensor], Tensor]
-"""Similarity of two vectors [..., D], which must not depend on their lengths: [...]."""
+"""Similarities [...] of the vectors in two tensors [..., D]; the vectors' norms must not matter."""
 
 
 def cosine(mean: Tensor, others: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def cosine(mean: Tensor, others: Tensor) -> Tensor:
 class Rule:
     """When masks are rebuilt: when a counter of low windows reaches ``count``, or at intervals.
 
-    ``window``: tokens W per window; 0 means that there are no windows.  A window is low if its
+    ``window``: number W of tokens per window; 0 means no windows.  A window is low if its
     similarity is below ``threshold(mu, sigma)``, where mu and sigma are the mean and standard
     deviation of the similarities of the reference's windows, [B] float32, one per batch row.
     ``interval``: number of pruned tokens between triggers; 0 means no intervals.
@@ -95,9 +95,9 @@ def make_rule(text: str) -> Rule:
 class Check:
     """One completed window of all batch rows.
 
-    ``window``: its number.  ``similarity``, ``threshold`` (None before the detector is armed) and
-    ``live`` (False for rows that have ended) have one value per row.  ``counter``: low windows as
-    the rule counts them.  ``fired``: whether the counter has reached the rule's ``count``.
+    ``window``: the window's number.  ``similarity``, ``threshold`` (None before the detector is
+    armed) and ``live`` (False for rows that have ended) have one value per row.  ``counter``: the
+    counter of low windows.  ``fired``: whether the counter has reached the rule's ``count``.
     """
 
     window: int
@@ -127,7 +127,7 @@ class Check:
 
 @dataclass
 class Detector:
-    """Detector for one mask of B rows; every new reference needs a new detector.
+    """Drift detector for B batch rows; every new reference needs a new detector.
 
     ``observe`` collects the reference.  ``watch`` checks pruned tokens; if too few tokens were
     observed, the first pruned tokens become the reference instead.
@@ -139,7 +139,7 @@ class Detector:
     """Sum of v over the reference's tokens, [B, D]; ``tokens``: their number, [B]."""
     tokens: Tensor | None = None
     windows: list[Tensor] = field(default_factory=list)
-    """Means of the reference's windows, [B, D] each, until they have given mu and sigma."""
+    """Means of the reference's windows, [B, D] each; emptied when mu and sigma are computed."""
     partial: list[Tensor] = field(default_factory=list)
     """Tokens of the window in progress, [B, t, D] each; together they are fewer than W."""
     mu: Tensor | None = None
@@ -160,7 +160,7 @@ class Detector:
         """Add observed tokens to the reference.
 
         v: [B, T, D].  weights: [B, T], or None if all are 1.  live: [B] bool, False for rows that
-        have ended; the windows do not wait for these.
+        have ended; windows do not wait for tokens of these rows.
         """
         if not self.rule.window or not v.shape[1]:
             return
@@ -173,13 +173,13 @@ class Detector:
             self.windows = [*self.windows[1 - MAX_WINDOWS :], mean]
 
     def _count(self, part: Tensor, tokens: Tensor | int) -> None:
-        """Add to the reference ``part`` [B, D], the sums of v over ``tokens`` tokens per row."""
+        """Add ``part`` [B, D], sums of v, to the reference; ``tokens``: how many per row, [B]."""
         count = tokens if isinstance(tokens, Tensor) else part.new_full((len(part),), tokens)
         self.total = part if self.total is None else self.total + part
         self.tokens = count if self.tokens is None else self.tokens + count
 
     def start(self) -> None:
-        """Start watching pruned tokens; arm if at least ``MIN_WINDOWS`` windows were observed."""
+        """Start to watch pruned tokens: arm, or drop a reference of too few windows."""
         self.partial, self.counter = [], 0
         if self.total is not None and len(self.windows) >= MIN_WINDOWS:
             self._arm()
@@ -209,7 +209,7 @@ class Detector:
         if not size:
             return []
         self.partial.append(v)
-        if self.filled < size:  # usually: nothing is copied
+        if self.filled < size:  # the usual case: nothing is copied
             return []
         tokens = torch.cat(self.partial, 1)
         end = tokens.shape[1] - tokens.shape[1] % size
@@ -227,7 +227,7 @@ class Detector:
         self.windows = []
 
     def _check(self, mean: Tensor, live: Tensor | None) -> Check:
-        """Compare one window with the reference; until the detector is armed, add it as well."""
+        """Compare a window's ``mean`` with the reference; until armed, add it to the reference."""
         self.checks += 1
         mu: Tensor | None = self.mu
         threshold: Tensor | None = None
@@ -257,7 +257,7 @@ class Detector:
 
 
 def _compact(v: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:
-    """Each row's first tokens of weight 1, as many as the shortest live row has, [B, T', D]."""
+    """v of each row's first T' tokens with weight 1, [B, T', D]; T': minimum over live rows."""
     if weights is None:
         return v
     counts = weights.sum(1).long()
@@ -279,9 +279,9 @@ def guards_allow(
 ) -> bool:
     """Whether the guards allow a trigger (docs/reference.md, "Drift").  Counts are in tokens.
 
-    ``decoded``: tokens decoded so far.  ``last``: their number at the previous trigger, or None.
+    ``decoded``: tokens decoded so far.  ``last``: that number at the previous trigger, or None.
     ``spent``: tokens that ran dense for earlier re-masks.  ``need``: tokens that will run dense for
-    the next one.  ``allowance``: tokens that may run dense in addition to ``max_dense_share``.
+    the next re-mask.  ``allowance``: tokens that may run dense besides ``max_dense_share``.
     """
     if last is not None and decoded - last < min_distance:
         return False

@@ -1,4 +1,4 @@
-"""Description and plan of one forward, and the choice of its tokens that count as evidence.
+"""The description and the plan of one forward, and the weights of its tokens in the evidence.
 
 Evidence is the sums over observed tokens from which masks are made.
 """
@@ -30,12 +30,13 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class ForwardCall:
-    """One forward of the whole model, of ids [``rows``, ``tokens``] after ``cached`` tokens.
+    """One forward of the whole model, of ids with the shape [``rows``, ``tokens``].
 
-    ``valid``: [B, T] float32, 0 for padding; None if there is no padding.  ``live``: [B] bool,
-    False for rows that have ended; None if all are live.  ``observable``: in a prefill, how many
-    leading tokens belong to the prompt; None means all.  ``forced``: True if the tokens come from a
-    fixed text (teacher forcing); each then counts as one decode step.
+    ``cached``: number of positions in the cache before the forward.  ``valid``: [B, T] float32, 0
+    for padding, else 1; None if there is no padding.  ``live``: [B] bool, False for rows that have
+    ended; None if all are live.  ``observable``: in a prefill, how many leading tokens belong to
+    the prompt; None means all.  ``forced``: True if the tokens come from a fixed text (teacher
+    forcing); each then counts as one decode step.
     """
 
     kind: Kind
@@ -57,11 +58,12 @@ class ForwardCall:
 class ForwardPlan:
     """What the layers do in one forward.
 
-    ``masks[sequence][layer]`` is None where a layer runs dense.  ``observe``: pass activations to
-    the controller.  ``signal``: pass the signal that the drift detector watches.  ``stream``: also
-    pass the FFN's output and the residual stream before it.  ``inputs``: also pass the FFN's input,
-    for low-rank compensation.  ``observations``: by layer, dense layers store their activations
-    [B, T, ...] here, detached; if it is None, they call the controller instead.
+    ``masks[sequence][layer]`` is None where a layer runs dense, ``masks[sequence]`` if all do.
+    ``observe``: whether layers pass activations to the controller.  ``signal``: whether the model
+    passes the signal that the drift detector watches.  ``stream``: whether layers also pass the
+    FFN's output and the residual stream before it.  ``inputs``: whether they also pass the FFN's
+    input.  ``observations``: a dictionary in which each layer stores its activations [B, T, ...],
+    detached; if it is None, layers call the controller instead.
     """
 
     observe: bool
@@ -111,7 +113,7 @@ def outside_inference() -> AbstractContextManager[object]:
 
 
 def token_weights(call: ForwardCall, end: int) -> Tensor | None:
-    """Weights of the first ``end`` tokens, [B, end] float32; None if all are 1.
+    """Weights of each row's first ``end`` tokens, [B, end] float32; None if all are 1.
 
     Padding and rows that have ended have weight 0.
     """
@@ -123,7 +125,7 @@ def token_weights(call: ForwardCall, end: int) -> Tensor | None:
 
 
 def prompt_counts(call: ForwardCall) -> list[float]:
-    """Prompt tokens of each row in one forward, without padding; 0 in a decode forward."""
+    """Number of prompt tokens in each row, without padding; 0 in a decode forward."""
     if call.kind is Kind.DECODE:
         return [0.0] * call.rows
     if call.valid is None:
@@ -134,14 +136,14 @@ def prompt_counts(call: ForwardCall) -> list[float]:
 
 # The functions below decide which tokens count as evidence and enter a drift detector's reference.
 # They can exclude attention sinks, the first tokens of a sequence, which draw attention whatever
-# the text (docs/reference.md, "Drift").  ``lengths``: number of tokens, without padding, that each
-# row has before the forward.
+# the text (docs/reference.md, "Drift").  ``lengths``: number of tokens, without padding, in each
+# batch row before the forward.
 
 
 def add_reference(
     states: Sequence[SequenceState], pending: PendingForward, v: Tensor, lengths: Sequence[float]
 ) -> None:
-    """Add the drift signal v [B, T, D] to the references of the states that observe."""
+    """Add the signal v [B, T, D] to the detector's reference of each state that observes."""
     weights, live = (
         evidence_weights(pending.call, v.shape[1], lengths, skip=True),
         pending.call.live,
@@ -154,16 +156,16 @@ def add_reference(
 
 
 def sinks_ahead(state: SequenceState, tokens: int, lengths: Sequence[float]) -> int:
-    """How many of the next ``tokens`` tokens are attention sinks, in the state's shortest row."""
+    """Number of attention sinks among the next ``tokens`` tokens of the state's shortest row."""
     return max(0, min(SINKS - int(min(lengths[state.batch_rows])), tokens))
 
 
 def evidence_weights(
     call: ForwardCall, end: int, lengths: Sequence[float], skip: bool
 ) -> Tensor | None:
-    """Weights of a forward's first ``end`` tokens, [B, end]; None if all are 1.
+    """Weights of each row's first ``end`` tokens, [B, end]; None if all are 1.
 
-    ``skip``: give attention sinks weight 0.
+    ``skip``: whether attention sinks have weight 0.
     """
     weights = token_weights(call, end)
     if not skip or min(lengths) >= SINKS:

@@ -48,7 +48,7 @@ class LayerTable:
         return any(entry.value == AUTO for entry in self.entries)
 
     def resolve(self, widths: Sequence[int]) -> list[int | str | None]:
-        """What each layer keeps: a count, ``"auto"``, or None (dense).
+        """For each layer, what it keeps: a count, ``"auto"``, or None (dense).
 
         ``widths``: number of neurons in each layer.  Raises ``ConfigError`` for a layer that the
         model does not have, and for a count that is larger than the layer.
@@ -77,7 +77,7 @@ class LayerTable:
 
 
 def parse_layer_spec(text: str) -> LayerTable:
-    """Parse a layer table; raises ``ConfigError``, which names the part that is wrong."""
+    """Parse a layer table; raises ``ConfigError`` if the table is not valid."""
     spec = re.sub(r"\s*\n\s*", ",", text.strip())
     spec = re.sub(r"\s*([,:])\s*", r"\1", spec)
     entries, end = list[Entry](), 0
@@ -113,14 +113,14 @@ def _entry(layers: str, value: str) -> Entry:
 
 
 def write_table(path: Path, counts: Sequence[int], note: str) -> None:
-    """Write keep counts to a file that ``read_table`` can read; ``note`` becomes a comment."""
+    """Write keep ``counts`` to a file that ``read_table`` can read, with ``note`` as a comment."""
     lines = [f"# {line}" for line in note.splitlines()]
     lines += [f"{layer}:#{count}" for layer, count in enumerate(counts)]
     write_text(path, "\n".join(lines) + "\n")
 
 
 def read_table(path: Path) -> str:
-    """The layer table in a file, without comments, on one line."""
+    """The layer table in a file, as one line without comments; raises ``ConfigError``."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -18,10 +18,10 @@ Ids = Mapping[int, Sequence[int] | Tensor]
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """Whether each of values [n] is among the ``count`` largest, bool [n].
+    """A bool tensor [n], True for the ``count`` largest of values [n].
 
-    In ties, lower indices win.  NaN counts as infinity.  This does not sort the values, which would
-    take most of the time to build a mask.
+    In ties, lower indices win.  NaN counts as infinity.  The values are not sorted, because sorting
+    would take most of the time of building a mask.
     """
     if count >= len(values):
         return torch.ones_like(values, dtype=torch.bool)
@@ -36,11 +36,12 @@ def largest(values: Tensor, count: int) -> Tensor:
 
 
 FLOOR = 0.1
-"""Smallest share of neurons that a layer keeps, under ``auto`` and rankings of all layers."""
+"""Smallest share of neurons that a layer keeps, if the strategy is ``auto`` or if the budget ranks
+the neurons of all layers together."""
 
 
 def floor_count(width: int) -> int:
-    """``FLOOR`` of a layer's neurons, rounded up."""
+    """``FLOOR * width``, rounded up."""
     return math.ceil(FLOOR * width - 1e-9)
 
 
@@ -48,9 +49,9 @@ def floor_count(width: int) -> int:
 class LayerMask:
     """The neurons that one layer keeps.
 
-    ``ids``: [k] int64, ascending, on the layer's device.  To compensate for the removed neurons,
-    ``bias``, [D] float32, and ``low_rank``, a linear map of the FFN's input, are added to the FFN's
-    output unless they are None.
+    ``ids``: [k] int64, ascending, on the layer's device.  ``width``: number of neurons I.  ``bias``
+    [D] float32 and ``low_rank``, a linear map of the FFN's input, compensate for the removed
+    neurons: they are added to the FFN's output, unless they are None.
     """
 
     ids: Tensor
@@ -63,7 +64,7 @@ class LayerMask:
         return int(self.ids.numel())
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The mask as ones and zeros, [I]."""
+        """The mask as a tensor [I]: 1 for kept neurons, 0 for removed ones."""
         mask = torch.zeros(self.width, dtype=dtype, device=self.ids.device)
         mask[self.ids] = 1
         return mask
@@ -99,14 +100,14 @@ def split(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 def auto_count(score: Tensor) -> int:
     """How many neurons the strategy ``auto`` keeps: those whose score is at least the layer's mean.
 
-    It keeps at least the share ``FLOOR`` of them.  score: [I] on the host.
+    It keeps at least the share ``FLOOR`` of the layer's neurons.  score: [I] on the host.
     """
     above = int((score >= score.mean()).sum())
     return max(above, floor_count(score.numel()))
 
 
 def overlap(first: Masks, second: Masks) -> float:
-    """Share of the neurons of ``second`` that ``first`` keeps too, in layers masked by both."""
+    """Share of ``second``'s kept neurons that ``first`` also keeps, in layers masked by both."""
     same = total = 0
     for old, new in zip(first, second, strict=True):
         if old is not None and new is not None:
@@ -134,11 +135,11 @@ def _neuron_ids(layer: int, ids: Sequence[int] | Tensor, width: int) -> Tensor:
 
 
 def user_masks(layers: Sequence[FfnWeights], keep: Ids | None, remove: Ids | None) -> Masks:
-    """Masks from the user's neuron ids per layer, which say what to keep or what to remove.
+    """Masks from the user's neuron ids: those to ``keep``, or those to ``remove``.
 
-    Other layers stay dense.  Masks are on the layers' devices, and None for a layer that keeps all
-    neurons.  Raises ``ConfigError`` for a layer or neuron that does not exist, and for a layer that
-    would keep no neuron.
+    Layers without ids stay dense.  Masks are on the layers' devices; a mask is None if the layer
+    keeps all neurons.  Raises ``ConfigError`` for a layer or neuron that does not exist, and for a
+    layer that would keep no neuron.
     """
     if (keep is None) == (remove is None):
         raise ConfigError("give either masks= (neurons to keep) or remove=, not both")

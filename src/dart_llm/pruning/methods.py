@@ -1,8 +1,8 @@
 """All methods, and the listing of everything that can be chosen by name.
 
 ``dart-llm methods`` prints the first paragraph of the text below each method.  The formulas are in
-the modules of the scores, budgets and rules, and in docs/reference.md.  That page also counts bytes
-and says which parts of their papers the per-token methods do not implement.
+the modules of the scores, budgets and rules, and in docs/reference.md.  That page also says how
+bytes are counted, and which parts of their papers the per-token methods do not implement.
 """
 
 from __future__ import annotations
@@ -87,10 +87,11 @@ DART_TOKEN = PruneConfig(
 
 4-bit proxies (rough copies) of gate and up estimate the activations u~.  Neurons are ranked by
 ``abs(u~_i)`` times the root of the loss's mean squared gradient with respect to u_i, which is
-learned once from self-generated text.  Each token computes the neurons that it selects with the
-model's weights; each other neuron is replaced by its mean activation over tokens that do not select
-it.  The selection follows Prox (arXiv 2607.27591) and WINA (arXiv 2505.19427).  Every layer keeps
-the same share.  There is no drift rule, because there is no mask that could become outdated.
+learned once from self-generated text.  The neurons that a token selects are computed from the
+model's weights.  The activation of each other neuron is replaced by the neuron's mean over tokens
+that do not select the neuron.  The selection follows Prox (arXiv 2607.27591) and WINA (arXiv
+2505.19427).  Every layer keeps the same share.  There is no drift rule, because there is no mask
+that could become outdated.
 """
 
 DENSE = PruneConfig(method="dense", sparsity=0.0)
@@ -214,7 +215,7 @@ def listing() -> dict[str, list[dict[str, str]]]:
 
 
 def _described(value: Any) -> dict[str, str]:
-    """The first line of the docstring (of its function, for a score or budget), and the paper."""
+    """An object's source, and the first line of its docstring (for a score, its function's)."""
     text = getattr(value, "function", value).__doc__ or ""
     return {"summary": text.strip().split("\n")[0], "source": getattr(value, "source", "")}
 

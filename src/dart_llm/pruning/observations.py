@@ -40,9 +40,9 @@ class LayerObservation(NamedTuple):
 
 
 def detached_copy(seen: LayerObservation, stream: bool) -> LayerObservation:
-    """Detach the observation, and copy tensors that the model may later change in place.
+    """Detach the tensors, and copy those that the model may later change in place.
 
-    ``stream``: whether z and x are needed; if not, they become None.
+    ``stream``: whether z and x are needed; if not, z and x become None.
     """
     if torch.is_grad_enabled():
         seen = seen.map(Tensor.detach)
@@ -56,14 +56,16 @@ LIMIT = 32
 """Number of tokens at which a queue is full."""
 
 MAX_BYTES = 4 << 20
-"""Bytes at which a queue is full, even with few tokens: large models gain nothing by waiting."""
+"""Bytes at which a queue is full, even with few tokens: with large models, a longer queue saves no
+time."""
 
 
 class ObservedForward(NamedTuple):
-    """All layers' observations in one decode forward of ``rows`` x ``tokens`` tokens.
+    """All layers' observations in one decode forward.
 
-    The tensors in ``layers`` may also contain later tokens, which were rolled back and are ignored.
-    ``weights``: [rows, tokens]; None if all are 1.
+    ``rows``: batch rows.  ``tokens``: tokens per row that count.  The tensors in ``layers`` may
+    contain later tokens too; these were rolled back and are ignored.  ``weights``: the tokens'
+    weights, [rows, tokens]; None if all are 1.
     """
 
     layers: Mapping[int, LayerObservation]
@@ -89,7 +91,7 @@ class Observations:
     forwards: list[ObservedForward] = field(default_factory=list)
 
     def accepts(self, observing: list[bool], rows: int) -> bool:
-        """Whether a forward can be added to those in the queue."""
+        """Whether a forward with these ``observing`` flags and batch rows fits into the queue."""
         alike = observing == self.observing and self.forwards and self.forwards[0].rows == rows
         return bool(alike) or not self.forwards
 
@@ -100,9 +102,10 @@ class Observations:
         return tokens >= LIMIT or sum(map(ObservedForward.nbytes, self.forwards)) >= MAX_BYTES
 
     def drain(self) -> Iterator[tuple[tuple[int, ...], LayerObservation, Tensor | None]]:
-        """Empty the queue, yielding layers of one shape: their numbers, tensors and token weights.
+        """Empty the queue.  Layers whose tensors have the same shapes form a group.
 
-        The tensors are [L, B, T, ...]; the weights are [B, T], or None if all are 1.
+        Yields for each group of L layers: their numbers, their tensors, [L, B, T, ...], and the
+        tokens' weights, [B, T], or None if all are 1.
         """
         forwards, self.forwards = self.forwards, []
         if not forwards:
@@ -118,7 +121,10 @@ class Observations:
 
 
 def _joined(forwards: Sequence[ObservedForward], layers: list[int], part: int) -> Tensor | None:
-    """Field ``part`` of some layers over all tokens, [L, B, T, ...]; None if not needed."""
+    """One field of some layers' observations, over all forwards: [L, B, T, ...].
+
+    ``part``: number of the field in ``LayerObservation``.  None if the run does not need the field.
+    """
     tensors = [[forward.layers[layer][part] for forward in forwards] for layer in layers]
     if tensors[0][0] is None:
         return None

@@ -18,28 +18,30 @@ class Remask:
 
     sequence: int
     row: int | None
-    """Batch row; None if one mask serves the whole batch."""
+    """Batch row; None if all rows share the masks."""
     step: int
     """Number of decoded tokens before the first forward that used these masks."""
     cause: str
-    """``first``, ``prompt`` (new prompt tokens), ``drift``, ``interval``, ``fixed`` (masks that
+    """``first``, ``prompt`` (a further prompt came), ``drift``, ``interval``, ``fixed`` (masks that
     were set in advance) or ``forced`` (at a step that was set in advance)."""
     evidence_tokens: float
     """Number of tokens from which the masks were made; decayed tokens count less than 1."""
     kept: tuple[int, ...]
-    """Neurons kept, per layer."""
+    """Number of neurons that each layer keeps."""
     overlap: float | None
-    """Share of the kept neurons that the previous mask also kept; None for the first mask."""
+    """Share of the kept neurons that the previous masks also kept; None for a sequence's first
+    masks, and with per-token selection."""
 
 
 @dataclass(frozen=True)
 class DriftCheck:
     """One completed window of the drift detector (one row of drift.csv).
 
-    The detector compares the mean signal of each window of tokens with a reference, the mean over
-    the tokens that the masks were made from.  ``step``: number of decoded tokens at the end of the
-    window.  ``layer``: the layer whose output is watched.  ``window``: number of the window since
-    the last mask.  ``counter``: the drift rule's count of low windows after this one.
+    The detector averages a signal over each window of tokens and compares this mean with a
+    reference, usually the mean over the tokens that the masks were made from.  ``row``: batch row.
+    ``step``: number of decoded tokens at the end of the window.  ``layer``: the layer whose output
+    is watched.  ``window``: number of the window, counted from 1 for each mask.  ``counter``:
+    the drift rule's counter of low windows, updated with this window.
     """
 
     sequence: int
@@ -48,19 +50,20 @@ class DriftCheck:
     layer: int
     window: int
     similarity: float
-    """Cosine similarity of the window's mean and the reference, -1 to 1."""
+    """Cosine similarity of the window's mean and the reference, from -1 to 1."""
     threshold: float | None
-    """Similarity below which a window is low; None until there are enough windows (armed)."""
+    """Similarity below which a window is low; None until the detector is armed, that is, until the
+    reference has enough windows."""
     counter: int
     trigger: bool
-    """Whether the masks are rebuilt after this window."""
+    """Whether this window triggered a re-mask."""
     state: str
-    """``arming``, ``armed``, or ``suppressed`` (the guards did not allow a trigger)."""
+    """``arming``, ``armed``, or ``suppressed`` (the guards did not allow the trigger)."""
 
 
 @dataclass(frozen=True)
 class LayerStat:
-    """One layer at the end of a run."""
+    """One layer at the end of a run; ``width``: all neurons, ``kept_share``: kept / width."""
 
     layer: int
     width: int
@@ -73,7 +76,10 @@ class LayerStat:
 
 @dataclass(frozen=True)
 class SequenceReport:
-    """One sequence (a batch row, or a batch that shares its masks); fields as in ``RunReport``."""
+    """One sequence: a batch row, or a batch whose rows share masks; fields as in ``RunReport``.
+
+    But ``remasks`` has a record of each time that masks were built, the first time included.
+    """
 
     sequence: int
     row: int | None
@@ -89,9 +95,9 @@ def bytes_limit(
 ) -> float:
     """Bandwidth limit of the speed-up: bytes of the dense model, divided by the bytes read.
 
-    ``ffn_share``: FFN bytes, divided by all weight bytes.  ``proxy_share``: FFN bytes read for
-    per-token selection, divided by dense FFN bytes.  ``head_saved``: share of all bytes that a
-    screened head does not read.
+    ``ffn_share``: FFN bytes, divided by all weight bytes.  ``proxy_share``: bytes read for
+    per-token selection, divided by dense FFN bytes.  ``head_saved``: share of all weight bytes that
+    a screened head does not read.
     """
     return 1.0 / max(1e-9, 1.0 - ffn_share * (sparsity - proxy_share) - head_saved)
 
@@ -101,24 +107,26 @@ class HeadReport:
     """Bytes and accuracy of a screened head, which scores few vocabulary entries exactly."""
 
     tokens: int
+    """Number of tokens that the screened head scored."""
     bytes_share: float
-    """Bytes read per token (rough scores, exact scores, samples), divided by the whole head's."""
+    """Bytes read per token (for rough scores, exact scores and samples), divided by the bytes of
+    the whole head."""
     sampled: int
     """Number of tokens that the whole head also scored, to measure the accuracy."""
     same_share: float
-    """Share of sampled tokens with the same best vocabulary entry."""
+    """Share of sampled tokens for which both heads have the same best vocabulary entry."""
     kl: float
     """Mean KL divergence of the screened head from the whole head over sampled tokens, in nats."""
     share_of_bytes: float = 0.0
     """The whole head's bytes, divided by all weight bytes that a dense decoded token reads."""
 
     def read(self, decoded: float) -> float:
-        """Mean share of the head's bytes read; tokens that were not screened read them all."""
+        """Share of the head's bytes read, mean over ``decoded`` tokens (1 if not screened)."""
         screened = min(1.0, self.tokens / decoded) if decoded else 1.0
         return 1 - screened * (1 - self.bytes_share)
 
     def saved(self, decoded: float) -> float:
-        """Mean share of all weight bytes that screening saves over ``decoded`` tokens."""
+        """Share of all weight bytes that screening saved, mean over ``decoded`` tokens."""
         return self.share_of_bytes * (1 - self.read(decoded))
 
     def __str__(self) -> str:
@@ -129,7 +137,7 @@ class HeadReport:
 
 
 def merge_heads(heads: Iterable[HeadReport | None]) -> HeadReport | None:
-    """Merge the reports, weighting them by tokens; None if no head was screened."""
+    """Merge the reports, with means weighted by numbers of tokens; None if no head was screened."""
     screened = [head for head in heads if head is not None]
     if not screened:
         return None
@@ -157,7 +165,7 @@ class RunReport:
     achieved_sparsity: float
     """Fraction of neurons removed, mean over decoded tokens; dense tokens count as 0."""
     sparsity_while_pruned: float
-    """The same, over tokens that ran with masks only."""
+    """The same mean, but only over decoded tokens that ran with masks."""
     dense_token_share: float
     """Share of the decoded tokens that ran dense."""
     prompt_tokens: int
@@ -168,23 +176,25 @@ class RunReport:
     layers: tuple[LayerStat, ...]
     executor: str
     ffn_bytes_share: float
-    """FFN bytes read, divided by those of dense decoding; includes observing and mask building."""
+    """FFN bytes read, divided by those of dense decoding.  The bytes read include those for
+    observing tokens and for building masks."""
     ffn_bytes_share_if_compact: float
-    """The same if every forward read only the kept neurons (if run compactly)."""
+    """The same share if every forward read only the kept neurons; below: "if run compactly"."""
     ffn_share_of_bytes: float
-    """FFN bytes, divided by all weight bytes that a decoded token reads, without embeddings."""
+    """FFN weight bytes, divided by the bytes of all weights that a decoded token reads (embeddings
+    are not counted)."""
     extra_memory_bytes: int
     """Bytes of extra memory: evidence, detector, masks, compact weights, low-bit proxies."""
     sequences: tuple[SequenceReport, ...]
     proxy_bytes_share: float = 0.0
-    """Bytes read for per-token selection, divided by dense FFN bytes, if run compactly: low-bit
-    proxies, or removed neurons' rows in a projection that is read as a whole."""
+    """Bytes read for per-token selection, divided by dense FFN bytes, if run compactly.  They are
+    the bytes of low-bit proxies, or of rows that are read only to rank neurons."""
     token_bytes_share: float | None = None
-    """Bytes that a decoded token reads, divided by those of the dense model in bfloat16, if run
-    compactly: FFN, attention, head, KV cache and selection.  Quantized weights count as stored, all
-    others as two bytes, whatever the dtype of the run."""
+    """Bytes that a decoded token reads (FFN, attention, head, KV cache and selection), divided by
+    those of the dense model in bfloat16, if run compactly.  Quantized weights count as stored, all
+    others as two bytes each, whatever the dtype of the run."""
     dense_token_bytes_share: float | None = None
-    """The same with nothing removed; it is less than 1 if weights are quantized."""
+    """The same share with nothing removed; it is less than 1 if weights are quantized."""
     mean_context: float | None = None
     """Mean number of cached positions that decoded tokens attend to."""
     head: HeadReport | None = None
@@ -198,7 +208,7 @@ class RunReport:
         return bytes_limit(*shares, saved)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able data, with ``head`` only if it was screened."""
+        """Plain JSON-able data; it has the key ``head`` only if the output head was screened."""
         data = {**asdict(self), "bytes_limit": self.bytes_limit}
         if self.head is None:
             del data["head"]
@@ -219,8 +229,8 @@ class RunReport:
         )
 
 
-# The functions below merge the reports (``RunReport.to_dict``) of several runs with one
-# configuration.
+# The functions below merge reports (``RunReport.to_dict``).  The reports come from several runs
+# with the same configuration.
 
 _MEANS = "achieved_sparsity dense_token_share ffn_bytes_share ffn_bytes_share_if_compact".split()
 _MEANS += "proxy_bytes_share token_bytes_share dense_token_bytes_share mean_context".split()
@@ -231,7 +241,7 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Merge reports into one.
 
     Means are weighted by decoded tokens; a mean is None if any report lacks the value.  ``layers``
-    has the last run's counts and the mean sparsity, and ``sequences`` are concatenated.
+    has the last report's counts and the mean sparsity.  ``sequences`` are concatenated.
     """
     weights = [report["decoded_tokens"] for report in reports]
 
@@ -270,7 +280,7 @@ def without_sequences(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_dense(report: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Add to the report ``tokens`` decoded tokens that ran dense outside any run."""
+    """The report, including another ``tokens`` decoded tokens, which ran dense outside any run."""
     if not tokens:
         return report
     zeros = "achieved_sparsity proxy_bytes_share prompt_tokens remasks".split()

@@ -20,16 +20,16 @@ from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.files import file_sha256
 
 SETTING = "file:"
-"""Prefix of a method's name that says that the rest is the path of a setting file."""
+"""Prefix of a method's name; the rest of such a name is the path of a setting file."""
 
 
 class Registry:
     """Maps names to objects.
 
-    ``kind``: what messages call such an object.  ``group``: the entry-point group through which
-    other packages add objects.  ``lazy``: built-in objects as ``"module:attribute"``, imported on
-    first use.  ``read_file``: in the same form, the function that returns the object for a name
-    with the prefix ``SETTING``; "" if there is none.
+    ``kind``: the word for such an object in messages.  ``group``: the entry-point group through
+    which other packages add objects.  ``lazy``: built-in objects as ``"module:attribute"``,
+    imported on first use.  ``read_file``: in the same form, the function that returns the object
+    for a name with the prefix ``SETTING``; "" if there is none.
     """
 
     def __init__(self, kind: str, group: str, lazy: dict[str, str], read_file: str = "") -> None:
@@ -43,7 +43,7 @@ class Registry:
     def register(self, name: str, value: Any) -> Any:
         """Add ``value`` under ``name``; raises ``ConfigError`` if the name is taken.
 
-        An entry point does not take a name, because its module may register the object as well.
+        An entry point's name is not taken, because its module may register the object as well.
         """
         if name in self._built_in or name in self._objects:
             raise ConfigError(f"{self.kind} {name!r} is already registered: use another name")
@@ -84,7 +84,7 @@ class Registry:
         return self.get_listed(name)
 
     def get_listed(self, name: str) -> Any:
-        """Like ``get``, but opens no file: for names received over the network."""
+        """Like ``get``, but never opens a setting file; use it for names from the network."""
         if name not in (names := self.names()):
             raise UnknownName(self.kind, name, names, plugin_hint())
         if name not in self._objects:
@@ -178,7 +178,7 @@ def use_plugin(path: Path) -> None:
 
 
 def load_plugin() -> None:
-    """Load the plug-in that the variable names, if it is not loaded; raises like ``use_plugin``."""
+    """Load the plug-in that ``DART_PLUGIN`` names, unless loaded; raises like ``use_plugin``."""
     path = os.environ.get(PLUGIN, "")
     if not path or path in _digests:
         return
@@ -202,6 +202,6 @@ def plugin_hint() -> str:
 
 
 def plugin_digest() -> dict[str, str]:
-    """``plugin``: SHA-256 digests of the loaded plug-ins, for results that depend on them."""
+    """{"plugin": SHA-256 digests of the loaded plug-ins}, stored with results; {} without any."""
     load_plugin()
     return {"plugin": " ".join(sorted(_digests.values()))} if _digests else {}

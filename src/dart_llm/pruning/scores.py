@@ -1,9 +1,10 @@
 """Neuron scores (docs/reference.md, "Scores"), each of which is one decorated function.
 
-A score is a function ``(a, weights) -> [I]``.  The decorator gives a statistic e_t of each token's
-activations u, which is accumulated over the observed tokens t: ``a`` is ``sqrt(sum_t e_t)``, or
-with an ``ema_decay`` d the average of ``sqrt(e_t)`` weighted by ``d^(T-1-t)``.  With ``spread``,
-``a`` is the standard deviation of u over the observed tokens; with ``average``, the mean of e_t.
+A score is a function ``(a, weights) -> [I]``.  Its decorator gives a function that computes e_t
+[I] from the activations u of token t.  ``a`` is accumulated over T observed tokens: it is
+``sqrt(sum_t e_t)``, or with an ``ema_decay`` d, the average of ``sqrt(e_t)`` with weights
+``d^(T-1-t)``.  With ``spread``, ``a`` is the standard deviation of u; with ``average``, the mean of
+e_t.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["Score", "mix_ranks", "ranks", "score", "squared", "squared_share"]
 
 @dataclass(frozen=True)
 class Score:
-    """A scoring rule: its function, its per-token statistic (None without one) and its source."""
+    """A score: its function, the function that gives e_t (None without one), and its source."""
 
     function: Callable[[Tensor, FfnWeights], Tensor]
     per_token: PerToken | None
@@ -31,12 +32,12 @@ class Score:
     spread: bool = False
     """Whether ``a`` is the standard deviation of u; ``per_token`` is then ``squared``."""
     average: bool = False
-    """Whether ``a`` is the mean of the per-token statistic, which is comparable between layers."""
+    """Whether ``a`` is the mean of e_t; such means can be compared between layers."""
     needs_fisher: bool = False
     """Whether the score reads ``FfnWeights.fisher``, learned from self-generated text."""
 
     def __call__(self, a: Tensor, weights: FfnWeights) -> Tensor:
-        """The scores, [I] float32, of which the largest are kept.  a: [I] float32."""
+        """The neurons' scores, [I] float32; the largest are best.  a: [I] float32."""
         return self.function(a, weights)
 
     @property

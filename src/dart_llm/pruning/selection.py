@@ -1,4 +1,4 @@
-"""Computes masks from evidence, the sums over observed tokens: scores, counts and compensation."""
+"""Computes masks from evidence (sums over tokens): first scores, then counts, then compensation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dart_llm.pruning.weights import FfnWeights
 
 
 class MaskSelection(NamedTuple):
-    """Masks of all layers, the numbers of neurons that they keep, and the neurons' scores."""
+    """For each layer: its mask, the number of neurons that it keeps, and its neurons' scores."""
 
     masks: Masks
     counts: tuple[int, ...]
@@ -35,7 +35,7 @@ class MaskSelection(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskSelector:
-    """Selects masks for one model by one configuration, without any state of a run.
+    """Selects masks for one model by one configuration; it has no state that a run changes.
 
     ``clamp``: neurons whose activations are fixed; masks never keep them.  Raises ``ConfigError``
     if the configuration does not fit the model.
@@ -61,7 +61,7 @@ class MaskSelector:
 
     @cached_property
     def rule(self) -> Score:
-        """The neuron score."""
+        """The function that scores neurons."""
         return SCORES.get(self.config.score.name)  # type: ignore[no-any-return]
 
     @cached_property
@@ -87,14 +87,14 @@ class MaskSelector:
         return Statistics(score.per_token, frozenset(needs), score.spread, score.average, decay)
 
     def token_selection(self, layers: Sequence[int]) -> TokenSelection | None:
-        """The argument ``selection`` of ``Statistics.add`` for these layers; None if not needed."""
+        """The argument ``selection`` of ``Statistics.add`` for ``layers``; None if not needed."""
         if "lost" not in self.statistics.needs:
             return None
         saliency = torch.stack([self.layers[layer].saliency for layer in layers])
         return TokenSelection(saliency, tuple(self.keeps(layer) for layer in layers))
 
     def keeps(self, layer: int) -> float:
-        """Share of a layer's neurons that is kept, before a budget changes it."""
+        """Share of a layer's neurons to keep, before a budget changes this share."""
         target = self.targets[layer]
         if isinstance(target, int):
             return target / self.layers[layer].width
@@ -102,7 +102,7 @@ class MaskSelector:
 
     @property
     def needs_evidence(self) -> bool:
-        """Whether masks depend on observed tokens."""
+        """Whether masks depend on the evidence."""
         return self.statistics.per_token is not None or bool(self.statistics.needs)
 
     @cached_property  # read at every token
@@ -123,9 +123,9 @@ class MaskSelector:
     def select(
         self, evidence: Sequence[LayerStatistics], counts: Sequence[int] | None = None
     ) -> MaskSelection:
-        """Masks from evidence.
+        """Select masks from ``evidence``, the sums of each layer.
 
-        ``counts``: neurons to keep per layer; None means that the budget allocates them.  Raises
+        ``counts``: how many neurons each layer keeps; None means that the budget decides.  Raises
         ``DartError`` if a score is not finite.
         """
         tokens = 0 if self.config.self_stats is None else self.config.self_stats.tokens
@@ -143,17 +143,17 @@ class MaskSelector:
         return MaskSelection(self.clamp.of(masks), tuple(counts), tuple(scores))
 
     def scores(self, evidence: Sequence[LayerStatistics]) -> list[Tensor]:
-        """The scores of each layer's neurons, [I].
+        """For each layer, the scores of its neurons, [I].
 
-        Raises ``ConfigError`` if a score does not give one number per neuron, ``DartError`` if a
-        number is not finite.
+        Raises ``ConfigError`` if a score function does not give one number per neuron, and
+        ``DartError`` if a number is not finite.
         """
         scores = [
             self.rule(self.statistics.score_input(sums, layer.width, layer.device), layer)
             for sums, layer in zip(evidence, self.layers, strict=True)
         ]
         for score, layer in zip(scores, self.layers, strict=True):
-            if score.shape != (layer.width,):  # a shorter one would drop neurons
+            if score.shape != (layer.width,):  # a shorter tensor would drop neurons
                 raise ConfigError(
                     f"score {self.config.score.name!r} gave {list(score.shape)} numbers for "
                     f"[{layer.width}] neurons: it must return one number per neuron"
@@ -218,7 +218,8 @@ class MaskSelector:
     def _token_mask(
         self, index: int, score: Tensor, evidence: LayerStatistics, count: int
     ) -> LayerMask | None:
-        """The mask of a layer with per-token selection; None if tokens have nothing to select."""
+        """The mask of a layer for per-token selection; None if a token would select all neurons
+        that are not clamped, or without per-token selection."""
         layer = self.layers[index]
         unclamped = self.clamp.most(index, layer.width)
         if self.config.token is None or unclamped <= count:

@@ -1,7 +1,7 @@
 """The state of one sequence: PREFILL -> OBSERVE -> PRUNED (-> OBSERVE ...) -> RELEASED.
 
-One ``SequenceState`` serves a whole batch that shares its masks, or one row of it.  Nothing is kept
-on modules or configurations.  docs/method.md, "Life of a sequence".
+One ``SequenceState`` serves all rows of a batch, which then share masks, or one row.  No state is
+stored on modules or in configurations.  See docs/method.md, "Life of a sequence".
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Phase(StrEnum):
 class MaskSpan:
     """Consecutive decoded tokens that ran with the same keep counts.
 
-    ``kept``: neurons kept per layer; None if the tokens ran dense.  ``tokens``: number of tokens in
-    all rows, without padding and rows that have ended.  ``forwards``: decode steps that they count
-    as.  ``observed``: tokens per row that were observed.  ``length``: tokens per row, including
-    rows that have ended.
+    ``kept``: number of neurons that each layer kept; None if the tokens ran dense.  ``tokens``:
+    number of tokens in all rows, without padding and rows that have ended.  ``forwards``: number of
+    decode steps.  ``observed``: number of observed tokens per row.  ``length``: number of tokens
+    per row, rows that have ended included; 0 if ``keep_counts`` made the counts final.
     """
 
     kept: tuple[int, ...] | None
@@ -46,7 +46,7 @@ class MaskSpan:
     length: int = 0
 
     def cut(self, tokens: int) -> int:
-        """Remove up to ``tokens`` tokens per row; return how many the span did not contain."""
+        """Remove the last ``tokens`` tokens per row; return how many the span did not contain."""
         removed = min(tokens, self.length)
         if removed:
             self.tokens = self.tokens * ((self.length - removed) / self.length)
@@ -56,14 +56,15 @@ class MaskSpan:
 
 @dataclass
 class SequenceState:
-    """State of one sequence: a batch row, or a whole batch that shares its masks.
+    """State of one sequence: a batch row, or a batch whose rows share masks.
 
     ``sequence``: number of the sequence in its run.  ``row``: the batch row; None for a whole
     batch.  ``rows``: number of batch rows.  ``evidence``: sums over observed tokens, per layer,
-    from which masks are made.  ``tokens_to_observe``: dense decode tokens between the start of this
-    phase and the next mask, of which ``observed`` have run.  ``pruned_run``: tokens decoded with
-    the current masks.  ``last_trigger``: value of ``decoded`` at the last re-mask trigger.
-    ``refresh_tokens``: dense tokens decoded for re-masks so far.
+    from which masks are made.  ``decoded``: number of decoded tokens per row.
+    ``tokens_to_observe``: number of dense decode tokens in the phase OBSERVE.  ``observed``: number
+    of these that have run.  ``pruned_run``: tokens decoded with the current masks.
+    ``last_trigger``: value of ``decoded`` at the last re-mask trigger.  ``refresh_tokens``: dense
+    tokens decoded for re-masks so far.  ``in_refresh``: whether dense tokens run for a re-mask now.
     """
 
     config: PruneConfig
@@ -113,7 +114,7 @@ class SequenceState:
         return self.finished
 
     def observe_prefill(self, tokens: float) -> None:
-        """Enter PREFILL: ``tokens`` prompt tokens per row are about to be observed."""
+        """Count a coming prompt of ``tokens`` tokens per row; enter PREFILL if it is observed."""
         self.prompt_tokens += tokens
         self.finished = False
         if self.phase is Phase.RELEASED or self.fixed_masks is not None:
@@ -128,7 +129,7 @@ class SequenceState:
         self.evidence_tokens += tokens
 
     def advance(self) -> Phase:
-        """Advance to the coming decode forward, building masks if due; return its phase."""
+        """Advance to the coming decode forward, building masks if due; return the new phase."""
         if self._to_be_released:
             self.phase, self.masks = Phase.RELEASED, None
         elif self.selector.removes_nothing and self.fixed_masks is None:
@@ -173,10 +174,10 @@ class SequenceState:
         self.remasks.append(Remask(*where, cause, self.evidence_tokens, counts, common))
 
     def count(self, tokens: int, live: Tensor | float, forwards: int = 1) -> None:
-        """Count ``tokens`` decoded tokens per row.
+        """Count decoded tokens; ``tokens``: their number per row.
 
-        ``live``: how many of them, in all rows, are neither padding nor in a row that has ended.
-        ``forwards``: number of decode steps that they count as.
+        ``live``: number of tokens in all rows, without padding and rows that have ended.
+        ``forwards``: number of decode steps that the tokens count as.
         """
         pruned = self.phase is Phase.PRUNED
         span = self._span(self.selection.counts if pruned and self.selection else None)
@@ -191,7 +192,7 @@ class SequenceState:
                 self.refresh_tokens += tokens
 
     def count_dense(self, tokens: int, live: float) -> None:
-        """Count ``tokens`` tokens per row that ran dense with the prompt and were not observed."""
+        """Like ``count``, for tokens that ran dense with the prompt and were not observed."""
         self._add(self._span(None), tokens, live, 1)
 
     def _span(self, kept: tuple[int, ...] | None) -> MaskSpan:
@@ -206,7 +207,7 @@ class SequenceState:
         self.decoded += tokens
 
     def rewind(self, tokens: int) -> None:
-        """Uncount each row's last ``tokens`` tokens (prompt tokens too), which were rolled back."""
+        """Uncount the decoded tokens among each row's last ``tokens`` tokens (rolled back)."""
         tokens = min(tokens, self.decoded)
         self.decoded -= tokens
         self.pruned_run = max(0, self.pruned_run - tokens)
@@ -224,7 +225,7 @@ class SequenceState:
             tokens = span.cut(tokens)
 
     def keep_counts(self) -> None:
-        """Make the counts of the tokens decoded so far final: ``rewind`` no longer changes them."""
+        """Make the counts in ``mask_spans`` final: ``rewind`` does not change them any more."""
         for span in self.mask_spans:
             span.length = 0
 
@@ -235,7 +236,7 @@ class SequenceState:
         return guards_allow(self.decoded, self.last_trigger, self.refresh_tokens, need, *guards)
 
     def trigger(self, cause: str) -> None:
-        """Leave PRUNED: in all layers, the next tokens run dense and are observed."""
+        """Change from PRUNED to OBSERVE: in all layers, the next tokens run dense."""
         self.cause, self.last_trigger = cause, self.decoded
         self._age(keep=False)
         self.phase, self.masks, self.in_refresh = Phase.OBSERVE, None, True
@@ -247,7 +248,7 @@ class SequenceState:
         return self.config.remask.observe_tokens or max(1, self.config.masking_step)
 
     def _age(self, keep: bool) -> None:
-        """Decay or drop the evidence.  ``keep``: do not drop it; a further prompt adds to it."""
+        """Decay or drop the evidence; ``keep``: do not drop it, since a prompt will add to it."""
         if self.config.remask.evidence == "decay":
             n = max(self.evidence_tokens, 1e-9)
             for layer in self.evidence:
@@ -269,7 +270,7 @@ class SequenceState:
             self.selection = MaskSelection(self.selection.masks, self.selection.counts, ())
 
     def drop_masks(self) -> None:
-        """Drop the masks as well, once a newer sequence has ended; only the accounting stays."""
+        """Drop the masks too, once a newer sequence has ended; only the accounting stays."""
         self.selection = self.masks = None
 
     @property
@@ -280,7 +281,7 @@ class SequenceState:
         return self.tokens_to_observe - self.observed if self.phase is Phase.OBSERVE else 0
 
     def tokens_until_change(self) -> int | None:
-        """Maximum number of tokens in a decode forward before the state changes; None: no limit."""
+        """How many tokens can be decoded until the state changes; None if there is no limit."""
         release = self.config.release_step
         if self.phase is Phase.RELEASED or self._to_be_released:
             return None

@@ -1,8 +1,8 @@
 """Setting files: YAML files with a setting that ``dart-llm tune`` chose for a model.
 
 The name ``file:setting.yaml`` can be used instead of a method's name.  The mapping ``setting`` of
-the file has ``weights`` (a format, as in ``load``), ``method``, and all settings that differ from
-the method's preset, as in a variants file.  The rest of the file documents the measurement.
+the file has ``weights`` (a weight format, as for ``load``), ``method``, and all settings that
+differ from the method's preset.  The rest of the file documents the measurement.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ METADATA = ("origin", "model", "measured")
 class KeptSetting:
     """The content of a setting file: a configuration and how it was measured.
 
-    ``weights``: the format of the weights, as in ``load``; None means that of the checkpoint.
-    ``model``: name, sha256 and parameters of the measured checkpoint.  ``measured``: the loss and
-    the time, and the text and machine that they were measured with.  ``origin``: date and version.
+    ``weights``: the weight format, as for ``load``; None means the checkpoint's format.  ``model``:
+    name, sha256 and parameters of the measured checkpoint.  ``measured``: the loss, the time, the
+    text and the machine of the measurement.  ``origin``: date and version.
     """
 
     config: PruneConfig
@@ -55,7 +55,7 @@ class KeptSetting:
 
 
 def changes_of(config: PruneConfig) -> dict[str, Any]:
-    """``method`` and the settings that differ from its preset; groups have only their changes."""
+    """``method`` and the settings, also within groups, that differ from the method's preset."""
     preset = METHODS.get(config.method).to_dict()
     changes: dict[str, Any] = {"method": config.method}
     for name, value in config.to_dict().items():
@@ -77,7 +77,7 @@ def path_of(method: str) -> Path | None:
 
 
 def read_setting(path: Path) -> KeptSetting:
-    """The setting in a file; raises ``ConfigError`` if there is no file or it has no setting."""
+    """Read a setting file; raises ``ConfigError`` if it does not exist or is not valid."""
     if not path.is_file():
         raise ConfigError(
             f"there is no setting file {path}: dart-llm tune --save {path} writes one"

@@ -1,7 +1,7 @@
-"""The sums over tokens that a configuration needs (the evidence), their computation and pooling.
+"""Computes the sums over tokens from which masks are made (the evidence), and pools them.
 
-Sums are weighted, per layer, float32 and detached.  The weight of a token is 0 if it is padding or
-its row has ended, otherwise 1.
+Each layer has its own sums, float32 and detached from autograd.  Tokens are weighted: 0 for padding
+and for batch rows that have ended, otherwise 1.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dart_llm.pruning.observations import LayerObservation
 EPS = 1e-12
 
 REFERENCE_TOKENS = 256
-"""Before evidence of more tokens decays, it is scaled down to the weight of this many tokens."""
+"""When sums decay, sums over more tokens than this first get the weight of this many tokens."""
 
 PerToken = Callable[[Tensor], Tensor]
-"""The statistic that a score sums over tokens: u [..., I] float32 to [..., I]."""
+"""The function whose values a score sums over tokens: maps u [..., I] float32 to [..., I]."""
 
 
 def squared(u: Tensor) -> Tensor:
@@ -63,24 +63,24 @@ class Sum:
         return self.total / self.divisor
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The weighted means of some rows, [n, ...]; ids: [n] int64."""
+        """Rows ``ids`` ([n] int64) of the weighted mean, [n, ...]."""
         return self.total.index_select(0, ids) / self.divisor
 
 
 @dataclass
 class LayerStatistics:
-    """Named sums of one layer, of which each run collects those that it needs.
+    """Named sums of one layer.  A run collects only the sums that it needs.
 
     ``score`` [I]: a score's statistic.  ``signed`` [I]: activations.  ``lost`` [I]: activations of
     each neuron, summed over the tokens that would not select it; ``losses`` [I]: the number of
     these tokens.  ``features`` [r], ``moments`` [r, r] and ``cross`` [I, r] are for low-rank
-    compensation, the scalars ``cosine`` and ``change`` for the layer's sensitivity.
+    compensation.  The scalars ``cosine`` and ``change`` are for the layer's sensitivity.
     """
 
     sums: dict[str, Sum] = field(default_factory=dict)
 
     def add(self, name: str, total: Tensor, weight: Tensor | float) -> None:
-        """Add a sum over tokens and its weight."""
+        """Add ``total``, a sum over tokens of total weight ``weight``, to the sum ``name``."""
         before = self.sums.get(name)
         if before is None:
             self.sums[name] = Sum(total, weight)
@@ -89,7 +89,10 @@ class LayerStatistics:
             before.weight = before.weight + weight
 
     def add_ema(self, values: Tensor, decay: float, weights: Tensor | None) -> None:
-        """Update the score's sum by ``s <- d s + a`` for each token; values: a, [B, T, I]."""
+        """Update the score's sum by ``s <- decay * s + v`` once per position.
+
+        v is the sum of ``values`` [B, T, I] over the batch rows that have a token there.
+        """
         if weights is None:
             weights = torch.ones(values.shape[:2], device=values.device)
         alive = weights.amax(0)
@@ -103,7 +106,10 @@ class LayerStatistics:
         self.sums["score"] = Sum(total, weight)
 
     def decay(self, decay: float, rows: int) -> None:
-        """Scale all sums by ``decay * min(1, 256 / n)``, where n is observed tokens per row."""
+        """Scale all sums by ``decay * min(1, 256 / n)``, so that older evidence counts less.
+
+        n is the number of observed tokens per batch row.  Called at a re-mask or further prompt.
+        """
         for name, entry in self.sums.items():
             ratio = REFERENCE_TOKENS * rows / entry.divisor
             share = ratio.clamp_max(1.0) if isinstance(ratio, Tensor) else min(1.0, ratio)
@@ -118,11 +124,14 @@ class LayerStatistics:
 
 
 Layers = Sequence[LayerStatistics]
-"""The sums of some layers; tensors that are added to them have the layers as first dimension."""
+"""The sums of some layers; a tensor that is added to them has the layers as first dimension."""
 
 
 def add_sums(evidence: Layers, name: str, values: Tensor, weights: Tensor | None) -> None:
-    """Add the sums over tokens of values [L, T] or [L, T, I] of some layers; weights: [T]."""
+    """Sum ``values`` over the tokens, and add the result to the sum ``name`` of each layer.
+
+    values: [L, T] or [L, T, I], for L layers.  weights: [T], or None if all are 1.
+    """
     weight: Tensor | float = float(values.shape[1]) if weights is None else weights.sum()
     if weights is None:
         totals = values.sum(1)
@@ -133,15 +142,15 @@ def add_sums(evidence: Layers, name: str, values: Tensor, weights: Tensor | None
 
 
 def add_totals(evidence: Layers, name: str, totals: Tensor, weight: Tensor | float) -> None:
-    """Add sums over tokens of some layers, [L, ...], and the tokens' total weight."""
+    """Add ``totals`` [L, ...], L layers' sums over tokens, and these tokens' total ``weight``."""
     for layer, total in zip(evidence, totals.unbind(0), strict=True):
         layer.add(name, total, weight)
 
 
 def summed(parts: Iterable[Layers], devices: Sequence[torch.device]) -> list[LayerStatistics]:
-    """Add the evidence of several batches, layer by layer; the sums are on ``devices``.
+    """Add the evidence of several batches, layer by layer; ``devices``: one per layer.
 
-    They are added in float64 on the host, because there are thousands of tokens.
+    The sums are added in float64 on the host, because there are thousands of tokens.
     """
     totals = [LayerStatistics() for _ in devices]
     for evidence in parts:
@@ -181,8 +190,9 @@ class SelfStats:
     """Statistics of a layer, learned once from text that the model generates (docs/reference.md).
 
     ``evidence``: sums over that text.  ``fisher``: [I] float32, mean squared gradient of the loss
-    with respect to the activation u_i.  ``basis``: [r, D] in the model's dtype, directions of the
-    FFN's input, for low-rank compensation.  A statistic that the run does not need is None.
+    with respect to the activation u_i.  ``basis``: [r, D] in the model's dtype, the directions on
+    which the FFN's input is projected; the r results are its features, for low-rank compensation.
+    A statistic that the run does not need is None.
     """
 
     evidence: LayerStatistics
@@ -195,7 +205,7 @@ class SelfStats:
 
 
 def pooled(observed: LayerStatistics, learned: SelfStats | None, tokens: float) -> LayerStatistics:
-    """Add the learned sums, with the weight of ``tokens`` observed tokens, to those ``observed``.
+    """``observed`` plus the learned sums, which are rescaled to count as ``tokens`` tokens.
 
     Returns new sums, or ``observed`` itself if ``learned`` is None or ``tokens`` is 0.
     """
@@ -216,25 +226,25 @@ CHUNK_ELEMENTS = 1 << 24
 """Maximum number of float32 elements in a chunk of tokens that is processed at once."""
 
 TOGETHER = 1 << 18
-"""Maximum number of elements of layers processed together, so that they fit a CPU's cache."""
+"""Maximum number of activations in layers that are processed together, to fit a CPU's cache."""
 
 
 class TokenSelection(NamedTuple):
     """What per-token selection needs in some layers.
 
     ``saliency``: [L, I], factor by which each neuron's activation is multiplied to rank it.
-    ``keeps``: per layer, the share of the neurons that each token keeps.
+    ``keeps``: for each layer, the share of its neurons that each token selects.
     """
 
     saliency: Tensor
     keeps: tuple[float, ...]
 
     def of(self, layers: slice) -> TokenSelection:
-        """The selection in some of the layers."""
+        """The same data, for only some of the layers."""
         return TokenSelection(self.saliency[layers], self.keeps[layers])
 
     def losers(self, u: Tensor) -> Tensor:
-        """1 where a token would not select a neuron, else 0, like u: [L, T, I]."""
+        """A tensor like u [L, T, I]: 1 where a token would not select a neuron, else 0."""
         layers = zip(u, self.saliency, self.keeps, strict=True)
         return torch.stack([pruned_indicator(*layer) for layer in layers])
 
@@ -243,8 +253,9 @@ class TokenSelection(NamedTuple):
 class Statistics:
     """Which sums a configuration needs; ``add`` adds the tokens of a forward to them.
 
-    ``per_token``: the score's statistic, or None.  ``needs``: other sums, any of ``signed`` (for
-    compensation), ``features`` (for low-rank compensation), ``sensitivity`` (for the budget
+    ``per_token``: the function whose values the score sums over tokens (unrelated to per-token
+    selection); None if the score needs no activations.  ``needs``: other sums, any of ``signed``
+    (for compensation), ``features`` (for low-rank compensation), ``sensitivity`` (for the budget
     ``depth``) and ``lost`` (for compensation under per-token selection).  ``spread`` and
     ``average`` are as in ``Score``, ``ema_decay`` as in ``ScoreConfig``.
     """
@@ -257,7 +268,7 @@ class Statistics:
 
     @property
     def beside_score(self) -> frozenset[str]:
-        """Sums besides the score's: ``needs``, and the activations that ``spread`` needs."""
+        """Names of the sums besides ``score``: ``needs``, and ``signed`` if ``spread`` is True."""
         return self.needs | ({"signed"} if self.spread else set())
 
     @property
@@ -273,10 +284,10 @@ class Statistics:
         f: Tensor | None = None,
         selection: TokenSelection | None = None,
     ) -> None:
-        """Add observed tokens of some layers; ``seen`` has tensors [L, B, T, ...].
+        """Add observed tokens to the sums of L layers; ``seen`` has tensors [L, B, T, ...].
 
-        f: [L, B, T, F] features of the FFN's input; weights: [B, T] float32, or None if all are 1;
-        ``selection``: needed for the sum ``lost``.
+        f: [L, B, T, r], features of the FFN's input.  weights: [B, T] float32, or None if all are
+        1.  ``selection``: required for the sum ``lost``.
         """
         if (u := seen.u) is not None:
             count = max(1, TOGETHER // max(1, u[0].numel()))
@@ -317,7 +328,7 @@ class Statistics:
             _add_features(evidence, flat, f.flatten(1, 2), w)
 
     def score_input(self, evidence: LayerStatistics, width: int, device: torch.device) -> Tensor:
-        """The accumulated statistic ``a`` that is the input of score functions, [I] float32."""
+        """The statistic accumulated over tokens, the input of score functions, [I] float32."""
         if self.per_token is None:
             return torch.zeros(width, device=device)
         score = evidence.sums["score"]
@@ -330,11 +341,11 @@ class Statistics:
 
 
 def pruned_indicator(u: Tensor, saliency: Tensor, keep: float) -> Tensor:
-    """1 where a token would not select a neuron, else 0, [T, I].
+    """A tensor [T, I]: 1 where a token would not select a neuron, else 0.
 
     A token selects the share ``keep`` of the neurons, those with the largest ``abs(u_i) *
-    saliency_i``.  It selects no neuron that is tied at the threshold.  u: [T, I] float32; saliency:
-    [I].
+    saliency_i``.  Neurons tied with the strongest one left out are left out too, so a token can
+    select fewer.  u: [T, I] float32; saliency: [I].
     """
     lost = u.shape[-1] - max(1, round(keep * u.shape[-1]))
     if not lost:

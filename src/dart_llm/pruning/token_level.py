@@ -1,11 +1,12 @@
 """Token-level selection: each token selects its strongest neurons, the winners, by an estimate.
 
 The idea is that of Prox (arXiv 2607.27591) and WINA (arXiv 2505.19427); docs/reference.md has the
-formulas.  Estimates come from low-bit proxies (rough copies) of the weights.  The D inputs of a row
-are cut into groups, each with the scale ``max abs(w) / m`` in bfloat16, m = 2^(bits - 1) - 1.
-Levels are whole numbers from -m to m, rounded to the nearest.  The grid is symmetric on purpose: in
-a 4-bit file, each group of 32 weights has at most 16 values, which an asymmetric grid would copy
-almost exactly, and results on such files would not carry over to other weights.
+formulas.  Estimates come from low-bit proxies (rough copies) of the weights.  Each matrix row of D
+weights is cut into groups.  With m = 2^(bits - 1) - 1, a group's scale is ``max abs(w) / m``, in
+bfloat16.  A weight's level is w / scale, rounded to a whole number from -m to m.  The grid is
+symmetric on purpose: in a 4-bit file, each group of 32 weights has at most 16 values.  An
+asymmetric grid would copy these values almost exactly, and results on such files would not carry
+over to other weights.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.pruning.masks import LayerMask, Masks
 
 CHUNK, CACHED = 1 << 22, 1 << 18
-"""Maximum number of weights converted to float32 at a time; ``CACHED`` fits a CPU's cache."""
+"""Maximum number of weights converted to float32 at a time; ``CACHED`` is for a CPU's cache."""
 
 SCALE_BYTES = 2
 """Bytes of a group's bfloat16 scale."""
@@ -119,12 +120,13 @@ NO_MASK = (
 
 @dataclass(frozen=True)
 class TokenMask(LayerMask):
-    """The candidates of one layer, among which every token selects ``winners`` neurons.
+    """The candidates of one layer, from which each token selects its neurons.
 
-    ``ids``: the candidates, ascending.  With compensation, ``mean`` is m, [I] float32, the mean
-    activation of each neuron over tokens that do not select it, and ``bias`` is W_down m over all
-    neurons, to which selected neurons add W_down (u - m).  ``saliency``: factor by which each
-    activation is multiplied to rank neurons, [I] float32; None means the norm of the output column.
+    ``ids``: the candidates, ascending.  ``winners``: number of neurons that a token selects.  With
+    compensation, ``mean`` is m, [I] float32, the mean activation of each neuron over tokens that do
+    not select it.  ``bias`` is then W_down m over all neurons; selected neurons add W_down (u - m)
+    to it.  ``saliency``: factor by which each activation is multiplied to rank neurons, [I]
+    float32; None means the norm of the output column.
     """
 
     winners: int = field(kw_only=True)
@@ -168,9 +170,9 @@ def input_count(inputs: int, winners: int, width: int) -> int:
 
 
 def at_largest(x: Tensor, count: int, norms: Tensor | None = None) -> Tensor:
-    """Keep each token's ``count`` entries of x with the largest ``abs(x_j) * norms_j``; others: 0.
+    """x with 0 for all but each token's ``count`` entries with the largest ``abs(x_j) * norms_j``.
 
-    x: [..., M]; norms: [M], or None for ones.  In ties, lower indices stay.
+    x: [..., M]; norms: [M], or None for ones.  In ties, lower indices are kept.
     """
     if count >= x.shape[-1]:
         return x

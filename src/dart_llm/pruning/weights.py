@@ -1,4 +1,4 @@
-"""The FFN weights of one layer, as plain matrices for every module layout."""
+"""The FFN weights of one layer, as plain matrices, whatever the layout of the model's modules."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class FfnWeights:
 
     ``stored_up``: ``up``, or its transpose if ``by_inputs`` is True.  ``gate``: [I, D] or None.
     ``down``: [D, I].
-    ``embedding``: [V, D] rows for forward-proxy scores, shared by all layers.  ``prior``: [I]
-    float32, calibrated scores of the neurons; the largest are best.  ``self_stats``: statistics of
-    the layer, learned from text that the model generated.
+    ``embedding``: [V, D], the vocabulary's embedding for forward-proxy scores, shared by all
+    layers.  ``prior``: [I] float32, calibrated scores of the neurons; the largest are best.
+    ``self_stats``: statistics of the layer, learned from text that the model generated.
     """
 
     index: int
@@ -84,7 +84,10 @@ class FfnWeights:
 
     @cached_property
     def saliency(self) -> Tensor:
-        """Factor on activations to rank neurons, [I]: root of ``fisher``, else ``down_norm``."""
+        """Factor by which each neuron's activation is multiplied to rank neurons, [I].
+
+        It is the root of ``fisher`` if that was learned, otherwise ``down_norm``.
+        """
         return self.down_norm if self.fisher is None else self.fisher.sqrt()
 
     @cached_property
@@ -94,7 +97,7 @@ class FfnWeights:
 
     @cached_property
     def reach(self) -> tuple[Tensor, Tensor]:
-        """How far each neuron can move vocabulary entries' scores, by dot products.
+        """How much each neuron can change the scores of vocabulary entries.
 
         Returns ``max_v |w_i . e_v|`` and ``mean_v |w_i . e_v|``, each [I] float32, where ``w_i`` is
         column i of the down projection and ``e_v`` row v of ``embedding``, which must not be None.

@@ -1,7 +1,8 @@
 """The base class of per-token rules, by which every token selects its own neurons.
 
 To add a rule, write a file with a subclass of ``TokenRule`` that prepares data for an FFN, ranks
-its neurons and counts the bytes that this reads, and call ``TOKEN_RULES.register("name", MyRule)``.
+the FFN's neurons and counts the bytes that ranking reads.  The file must also call
+``TOKEN_RULES.register("name", MyRule)``.
 ``dart-llm methods`` lists the first line of each class's docstring.
 """
 
@@ -28,7 +29,7 @@ class LayerCost:
     """One layer with per-token selection, for counting bytes.
 
     ``winners``: number of neurons that each token selects.  ``computed``: number of neurons that a
-    forward computes, for all of its tokens.  ``weight_bytes``: bytes to count for a weight that is
+    forward computes for any of its tokens.  ``weight_bytes``: bytes to count for a weight that is
     not quantized; None means as stored.
     """
 
@@ -38,7 +39,7 @@ class LayerCost:
     weight_bytes: int | None = None
 
     def ranking_rows(self, *matrices: Tensor) -> float:
-        """Bytes of the rows of ``matrices`` that are read only to rank neurons."""
+        """Bytes of ``matrices`` read only to rank: rows of neurons that are not computed."""
         share = 1 - self.computed / self.layer.width
         return share * sum(stored_bytes(matrix, self.weight_bytes) for matrix in matrices)
 
@@ -50,7 +51,7 @@ class TokenRule:
     """
 
     native: ClassVar[bool] = False
-    """Whether native kernels support the rule; if not, it can measure quality, but not speed."""
+    """Whether native kernels support the rule; without them, only quality can be measured."""
     by_weights: ClassVar[bool] = False
     """Whether exact activations rank the neurons, so that gate and up are read as a whole."""
     selects_neurons: ClassVar[bool] = True
@@ -87,7 +88,7 @@ class TokenRule:
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """Bytes read for the selection per forward, without the weights of computed neurons."""
+        """Bytes that a forward reads for the selection, without computed neurons' weights."""
         raise NotImplementedError
 
     def prepare(self) -> None:
@@ -97,7 +98,7 @@ class TokenRule:
         """Strengths of all neurons, [..., I], or of the candidates of ``mask``, [..., n].
 
         A token selects the neurons with the largest strengths.  fed: the FFN's input [..., D].  u:
-        its activations [..., I], or None if they are not computed yet.
+        the neurons' activations [..., I], or None if they are not computed yet.
         """
         raise NotImplementedError
 

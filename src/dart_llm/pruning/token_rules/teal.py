@@ -25,7 +25,7 @@ class Teal(TokenRule):
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """Bytes of inputs of gate and up that are read because their number is rounded up."""
+        """Bytes of gate and up that are read only because the number of inputs is rounded up."""
         layer = cost.layer
         if cost.computed == layer.width:
             return 0.0
@@ -35,7 +35,7 @@ class Teal(TokenRule):
         return (len(layer.matrices) - 1) * per_input * excess
 
     def hidden(self, fed: Tensor, mask: LayerMask | None) -> Tensor:
-        """The down projection's input u, [B, T, I]; under a sequence mask, from all inputs."""
+        """The down projection's input u, [B, T, I]; only a ``TokenMask`` restricts the inputs."""
         block, (gate, up, down) = self.block, self.block.matrices()
         u: Tensor = block.up_of(self.largest(fed, mask, "up", up))
         if gate is None:

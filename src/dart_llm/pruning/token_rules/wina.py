@@ -21,7 +21,7 @@ class Wina(Teal):
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """The bytes of ``Teal``, plus a norm for each input of each matrix."""
+        """The bytes of ``Teal``, plus the bytes of a norm for each input of each matrix."""
         layer = cost.layer
         norms = (len(layer.matrices) - 1) * layer.hidden + layer.width
         return NORM_BYTES * norms + super().selection_bytes(config, cost)
