@@ -137,7 +137,7 @@ class Loop:
         self.in_prefill = False
         self.forwards = 0
         self.cache: Any = None
-        """The cache of the latest forward; after ``generate``, without rejected candidate tokens."""
+        """The cache of the latest forward; without rejected candidates after ``generate``."""
         self._ends: Tensor | None = None
         self._mask: Tensor | None = None
 

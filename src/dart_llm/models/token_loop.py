@@ -171,7 +171,7 @@ class _Sequence:
         return self._read(model(**inputs, return_dict=True))
 
     def _read(self, outputs: Any) -> Tensor:
-        """Store the new cache; return a copy of the last logits, so that the others can be freed."""
+        """Store the new cache; return a copy of the last logits, so that others can be freed."""
         self.cache = outputs.get("cache", self.cache)
         logits: Tensor = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
         return logits
@@ -215,7 +215,7 @@ def _processors(processors: Any) -> list[Processor]:
 
 @dataclass(frozen=True)
 class _NoEnds:
-    """Forbids the end tokens ``ends`` until there are ``least`` tokens; modifies scores in place."""
+    """Forbids the end tokens ``ends`` until there are ``least`` tokens; changes scores in place."""
 
     least: int
     ends: list[int]
@@ -247,7 +247,7 @@ def _forbidden(process: Sequence[Processor], length: int) -> list[int]:
 
 
 def _criteria(criteria: Any) -> tuple[list[Criterion], Any]:
-    """Functions for criteria on the last id or the length; a list of the other criteria, or None."""
+    """Functions for criteria on last id and length; a list of the other criteria, or None."""
     from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
     if type(criteria) is not StoppingCriteriaList:
