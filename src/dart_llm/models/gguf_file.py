@@ -376,7 +376,7 @@ def _angles(file: GgufFile) -> Settings:
 
 
 def _factors(file: GgufFile) -> Settings:
-    """Rotary settings (``llama3`` or ``longrope``) from frequency factors; empty without factors."""
+    """Rotary settings (``llama3`` or ``longrope``) from frequency factors; empty without any."""
     factors, long, short = (
         _numbers(file, name) for name in ("freqs", "factors_long", "factors_short")
     )

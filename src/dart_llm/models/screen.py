@@ -20,8 +20,8 @@ from dart_llm.errors import ConfigError
 from dart_llm.models.packed import PackedTensor
 
 RUN, UNIT, GROUP = 4096, 64, 32
-"""``RUN``: number of vocabulary entries in a *run*, which is stored together.  ``UNIT``: entries per
-unit of a run.  ``GROUP``: directions that share a scale when a hidden state is rounded to 8 bits."""
+"""``RUN``: vocabulary entries per *run*, whose entries are stored together.  ``UNIT``: entries per
+unit of a run.  ``GROUP``: directions that share a scale when a hidden state is rounded."""
 
 MIDDLE, LEVELS = 7.5, 16
 """A weight is its scale times (level - ``MIDDLE``), with levels 0 to ``LEVELS`` - 1."""
