@@ -195,7 +195,7 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
 
 
 def weak(value: Any) -> Any:
-    """A value that is equal for the same object and does not keep the object alive."""
+    """A key of an object that does not keep the object alive; the same object has the same key."""
     if isinstance(value, functools.partial):
         return weak(value.func), repr(value.args), repr(value.keywords)
     try:

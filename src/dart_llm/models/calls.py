@@ -22,7 +22,7 @@ from dart_llm.pruning.forward import ForwardCall, Kind
 GENERATE = "generate"
 
 PREFILL = "_prefill"
-"""``GENERATE`` and ``PREFILL`` (which runs the prompt) name methods that pruning wraps."""
+"""``GENERATE`` and ``PREFILL`` (which runs the prompt) are methods that pruning wraps."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ _OTHER_LOOPS = (
     *("prompt_lookup_num_tokens", "cache_implementation"),
 )
 """Arguments (``_OTHER_CALLS``) and settings (``_OTHER_LOOPS``) with which ``TokenLoop`` cannot
-replace the loop of ``generate``.  Most need a loop other than greedy decoding or sampling.  Others
-are not passed to a custom loop by ``generate`` (the tokenizer for stop strings).
+replace the loop of ``generate``.  Most need a loop other than greedy decoding or sampling.
+``generate`` does not pass the others to a custom loop (the tokenizer for stop strings).
 """
 
 
@@ -133,11 +133,11 @@ class Loop:
     def __init__(self, prompt_tokens: int, beams: int) -> None:
         self.prompt_tokens, self.beams = prompt_tokens, beams
         self.plain = False
-        """True for greedy decoding and sampling by a loop that ``TokenLoop`` can replace."""
+        """True if the call decodes greedily or samples in a loop that ``TokenLoop`` can replace."""
         self.in_prefill = False
         self.forwards = 0
         self.cache: Any = None
-        """The cache of the latest forward; without rejected candidates after ``generate``."""
+        """The latest forward's cache; when ``generate`` ends, it has no rejected candidates."""
         self._ends: Tensor | None = None
         self._mask: Tensor | None = None
 

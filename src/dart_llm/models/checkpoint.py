@@ -1,4 +1,4 @@
-"""A model's metadata, which every result contains, its size in memory, and a digest of the model.
+"""Describes a loaded model: metadata for every result, size in memory, and a digest.
 
 Quantised weights are stored as in GGUF files, in *blocks*: groups of weights that share a scale.
 """
@@ -127,7 +127,7 @@ def _weight_format(model: nn.Module, checkpoint: Checkpoint | None) -> str | Non
 
 
 def weights_sha256(folder: Path) -> str | None:
-    """The checksum of a folder's weight files (see ``checkpoint_facts``); None if there is none."""
+    """The checksum of a folder's weight files (see ``checkpoint_facts``); None if unknown."""
     files = _weight_files(folder)
     too_large = sum(path.stat().st_size for path in files) > HASH_UP_TO
     return None if too_large else _sums(files)

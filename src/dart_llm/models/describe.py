@@ -36,17 +36,17 @@ class ModelView:
     parameter_bytes: int
     """Bytes of the weights that one decoded token reads, without its row of the input embedding."""
     traffic: TokenTraffic
-    """Bytes that one decoded token reads, by part of the model; unquantised values as bfloat16."""
+    """Bytes that one decoded token reads, by part of the model and for the KV cache.
+
+    Unquantised values count as bfloat16.
+    """
 
     def signal(self, name: str) -> nn.Module:
         """The module whose output a drift detector watches; ``name``: "hidden" or "attention"."""
         return self.decoder if name == "hidden" else self.attention_out
 
     def weights(self, proxy_embedding: str, seed: int) -> tuple[FfnWeights, ...]:
-        """The FFN weights of all layers, for scores.
-
-        ``proxy_embedding``: "output" or "input", the embedding that forward-proxy scores use.
-        """
+        """The FFN weights of all layers, with the output or input embedding for proxy scores."""
         rows = self.output_embedding if proxy_embedding == "output" else self.input_embedding
         last = max(1, len(self.blocks) - 1)
         return tuple(block.weights(block.index / last, rows, seed) for block in self.blocks)
@@ -193,7 +193,7 @@ def configured_context(config: Any) -> int | None:
 
 
 def _read(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of which a decoded token reads all bytes; no input embedding unless it is tied."""
+    """Parameters that a decoded token reads in full; the input embedding only if it is the head."""
     inputs = _weight(model.get_input_embeddings())  # type: ignore[operator]
     head = _weight(model.get_output_embeddings())  # type: ignore[operator]
     return [p for p in model.parameters() if p is not inputs or p is head]

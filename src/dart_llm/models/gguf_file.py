@@ -270,7 +270,7 @@ ARCHITECTURES = {
 ROPE = "rope_parameters"
 
 LONGEST = 4096
-"""Upper limit for the number of heads, for a head's size, and for its number of frequencies."""
+"""Upper limit for the number of heads, a head's size, and the number of its frequencies."""
 
 Settings = dict[str, Any]
 """{key of a configuration: value as in JSON}."""
@@ -342,7 +342,7 @@ def left_out(file: GgufFile) -> Settings:
 
 
 def complete(config: Any, settings: Settings) -> Any:
-    """``config`` with ``settings``, which ``left_out`` returns, added."""
+    """``config`` plus ``settings``, which ``left_out`` returns."""
     if not settings:
         return config
     values = config.to_dict()

@@ -180,7 +180,7 @@ def _has_partial_blocks(*modules: nn.Module) -> bool:
 
 
 def _matrices(model: nn.Module) -> list[tuple[list[str], list[nn.Module]]]:
-    """For each matrix but position embeddings: names of the modules that share it, and modules."""
+    """For each matrix but position embeddings: names of modules that share it, and the modules."""
     matrices: dict[int, tuple[list[str], list[nn.Module]]] = {}
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():

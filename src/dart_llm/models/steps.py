@@ -31,7 +31,7 @@ class Family:
     projections, or of the fused projection.  ``by_heads``: True if the fused projection has q, k
     and v of one head, then those of the next head.  ``over_all``: True if the norms of q and k
     cover all heads together.  ``slides``: True if all layers have the configuration's sliding
-    window, for a configuration without ``layer_types``.  ``kinds``: True if each layer type has
+    window; ignored if ``layer_types`` is set.  ``kinds``: True if each layer type has
     rotary angles of its own.  ``positions``: embedding of learned positions, or "".  ``capped``:
     True if attention scores have the configuration's soft cap.
     """

@@ -142,7 +142,7 @@ class _Sequence:
         self._steps = False
 
     def prompt(self, ids: Tensor) -> Tensor:
-        """Run the forward of the prompt ids [1, T]; return the logits [1, V] of the last token."""
+        """Run the forward of the prompt ids [1, T]; return the logits [1, V] after the prompt."""
         self._prompt = ids.shape[1]
         outputs = self._model._prefill(ids, self._config, self._kwargs, is_first_iteration=True)
         logits = self._read(outputs)
@@ -153,7 +153,7 @@ class _Sequence:
         return logits
 
     def next(self, ids: Tensor, forbidden: list[int] | None) -> Tensor:
-        """Run the forward of the last of ``ids`` [1, T]; return its logits [1, V].
+        """Run the forward of the last id in ``ids`` [1, T]; return the logits [1, V] after it.
 
         The cache must contain all other ids.  If ``forbidden`` is a list, the result may instead be
         the likeliest id that is not in this list, [1] int64.
