@@ -1,8 +1,9 @@
-"""Check that an FFN computes what its replacement computes; wrap methods of an attached model.
+"""Checks that FFNs compute what their replacements compute, and wraps methods of pruned models.
 
-A model is attached while dart-llm prunes it.  A pruned FFN runs as a formula (gate, up, activation,
-down) on its projections, or on their weights.  If the FFN computed something else, the model's
-outputs would silently change; so each FFN is compared with the formula before it is replaced.
+A model is *attached* while dart-llm prunes it.  An attached FFN is computed by a formula (gate, up,
+activation, down), which calls the projections or reads their weights.  If the original FFN computed
+something else, the model's outputs would silently change.  So each FFN is compared with the formula
+before it is replaced.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class NotCopied:
 class Replacement(NotCopied):
     """Replaces a method of an attached module; after ``end`` it calls the original method.
 
-    ``make``: called with the original method and the arguments of each call.
+    ``make``: the function that runs instead; it gets the original method and the call's arguments.
     """
 
     def __init__(self, original: Callable[..., Any], make: Callable[..., Any]) -> None:
@@ -83,7 +84,7 @@ _UNSIGNED = frozenset(nn.Module().__dict__) | {"forward", "_old_forward", "_hf_h
 def forward_of(module: nn.Module) -> tuple[Callable[..., Any], bool]:
     """The function behind a module's forward, and whether it takes the module as ``self``.
 
-    The function has no wrappers of accelerate, torch.compile or this package around it.
+    Wrappers of accelerate, torch.compile and this package are removed from the function.
     """
     attributes = module.__dict__
     forward = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
@@ -118,10 +119,11 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 class UnhookedView:
-    """Makes shallow copies of modules: they share the weights and skip hooks and torch.compile.
+    """Makes shallow copies of modules, which share the weights but run without hooks.
 
-    The copies are in evaluation mode; the originals are not modified.  If a forward that was set on
-    a module is bound to the original module, the copy runs it unchanged, including hooks inside it.
+    The copies are in evaluation mode and are not compiled; the originals are not modified.  If a
+    forward was set on a module and is not a method of that module, the copy calls the same
+    function, so hooks inside this function still run.
     """
 
     def __init__(self) -> None:
@@ -160,7 +162,7 @@ def isolated(device: torch.device) -> Iterator[None]:
 
 
 def signature(module: nn.Module, without: Sequence[nn.Module] = ()) -> tuple[Any, ...]:
-    """Everything that determines a module's output apart from its weights and its input.
+    """Everything that determines a module's output, apart from weights and input.
 
     The tuple has the classes, forwards, numbers, strings and functions of ``module`` and all its
     submodules except those in ``without``.  Classes and functions are weak references.
@@ -193,7 +195,7 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
 
 
 def weak(value: Any) -> Any:
-    """A reference that compares equal for the same object and does not keep it alive."""
+    """A key of an object that does not keep the object alive; the same object has the same key."""
     if isinstance(value, functools.partial):
         return weak(value.func), repr(value.args), repr(value.keywords)
     try:
@@ -209,15 +211,16 @@ TOKENS = 2
 """Number of input vectors with which an FFN is compared to the formula."""
 
 _TOLERANCE, _ROUNDINGS = 1e-5, 4.0
-"""Tolerance for two ways to compute one result, relative to its largest value.  The larger of two
-limits applies: ``_TOLERANCE``, or ``_ROUNDINGS`` times the dtype's machine epsilon."""
+"""How far two computations of one result may differ, relative to the largest absolute value: by
+``_TOLERANCE``, or by ``_ROUNDINGS`` times the dtype's machine epsilon if that is more."""
 
 
 class Agreement(NamedTuple):
     """Result of the comparison of an FFN with the formula.
 
-    ``parts``: True if the FFN's forward equals the formula on its projections.  ``weights``: True
-    if the projections equal plain products with their weights.
+    ``parts``: True if the FFN's forward gives the same output as the formula that calls the FFN's
+    projections.  ``weights``: True if calling the projections gives the same output as plain
+    products with their weights.
     """
 
     parts: bool
@@ -225,11 +228,11 @@ class Agreement(NamedTuple):
 
 
 _compared: deque[tuple[Any, Agreement]] = deque(maxlen=256)
-"""Earlier results with their signatures: FFNs that differ only in weights are compared once."""
+"""Earlier results and the signatures of their FFNs: only one FFN per signature is compared."""
 
 
 def same(result: Any, expected: Tensor, layers: int = 1) -> bool:
-    """Whether rounding errors of ``layers`` layers can explain how two results differ."""
+    """Whether two results differ no more than by the rounding errors of ``layers`` layers."""
     if not isinstance(result, Tensor) or result.shape != expected.shape:
         return False
     if result.dtype != expected.dtype or not torch.equal(result.isfinite(), expected.isfinite()):
@@ -240,7 +243,7 @@ def same(result: Any, expected: Tensor, layers: int = 1) -> bool:
 
 
 def check_ffns(model: str, blocks: Sequence[FfnBlock]) -> None:
-    """Raise ``UnsupportedModel`` if an FFN does not compute the formula, or if layers share one."""
+    """Raise ``UnsupportedModel`` if an FFN does not compute the formula or two layers share it."""
     owner: dict[int, int] = {}
     for block in blocks:
         block.check(model)
@@ -264,8 +267,8 @@ def weights_unsupported_reason(block: FfnBlock, attached: bool = False) -> str |
     """Why executors cannot read an FFN's weights directly, as a clause; None if they can.
 
     The ``masked`` executor calls the projections; every other executor reads their weights.
-    ``attached``: True if the weights were readable at attach; then only the projections' hooks and
-    forwards are checked again.
+    ``attached``: True if the model is attached and its weights were readable before; then only the
+    projections' hooks and forwards are checked again.
     """
     called = [*block.projections, *([block.act] if isinstance(block.act, nn.Module) else [])]
     if any(map(_has_hooks, called)):

@@ -14,12 +14,12 @@ class LayerNames:
 
     ``attention_out``: the attention's output projection.  ``up``: the up projection, or the fused
     gate and up projection if ``fused`` is True.  ``ffn``: the FFN module, or "" if the projections
-    belong to the layer itself.  ``x_from``: candidates for the module whose input is x, the
-    residual stream that enters the FFN half of the layer; the first that exists is used, and
-    without candidates x is the FFN's input.  ``post_norm``: the norm between the FFN's output and
-    the residual stream; None if there is none.  ``adds_residual``: True if the FFN adds the
-    residual itself.  ``dropout``: a module between the down projection and the FFN's output.
-    ``width``: the configuration's key for the number of neurons; None if it has none.
+    belong to the layer itself.  ``x_from``: candidates for the module whose input is the residual
+    stream that enters the FFN half of the layer; the first module that exists is used, or else the
+    FFN.  ``post_norm``: the norm between the FFN's output and the residual stream; None if there is
+    no such norm.  ``adds_residual``: True if the FFN adds the residual stream itself.  ``dropout``:
+    a module between the down projection and the FFN's output, or None.  ``width``: the
+    configuration's key for the number of neurons; None if there is no such key.
     """
 
     attention_out: str
@@ -73,4 +73,4 @@ LAYER_NAMES: dict[str, LayerNames] = {
         width="ffn_dim",
     ),
 }
-"""For each model type that can be pruned (the configuration's ``model_type``), its names."""
+"""{model type, as in the configuration: names} for all model types that can be pruned."""

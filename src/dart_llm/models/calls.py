@@ -1,6 +1,7 @@
-"""Interprets calls of ``forward`` and ``generate``: prompt or decode, padding, finished rows.
+"""Classifies each forward of a model as prompt or decode, inside and outside ``generate``.
 
-A row is one sequence of the batch.  The rules are in docs/method.md, "Life of a sequence".
+It also finds padding and finished rows; a row is one sequence of the batch.  The rules are in
+docs/method.md, "Life of a sequence".
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from dart_llm.pruning.forward import ForwardCall, Kind
 GENERATE = "generate"
 
 PREFILL = "_prefill"
-"""``GENERATE`` and ``PREFILL`` (the prompt step) are wrapped while a model is attached (pruned)."""
+"""``GENERATE`` and ``PREFILL`` (which runs the prompt) are methods that pruning wraps."""
 
 
 @dataclass(frozen=True)
 class ForwardArgs:
-    """Arguments of one forward of the whole model, on ids [``rows``, ``tokens``].
+    """Arguments of one forward of the whole model, on ids [B, T]: ``rows`` is B, ``tokens`` is T.
 
-    ``cached``: number of tokens in ``cache``.  ``valid``: [B, T] float32, 0 for padding, or None.
+    ``cached``: number of tokens in ``cache`` before the forward.  ``valid``: [B, T] float32, 0 for
+    padding, else 1; None means no padding.
     """
 
     cached: int
@@ -39,7 +41,7 @@ class ForwardArgs:
     cache: Any = None
 
     def as_call(self, kind: Kind, **more: Any) -> ForwardCall:
-        """The call for the controller, without ids and cache; ``more``: further fields of it."""
+        """The ``ForwardCall`` for the controller; ``more``: further fields of the call."""
         more = {"valid": self.valid, **more}
         return ForwardCall(kind, self.cached, self.tokens, self.rows, **more)
 
@@ -52,7 +54,7 @@ def forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
 
 
 def read_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardArgs:
-    """Read cache length, new tokens and padding from the arguments of a forward of ``model``."""
+    """Read the cache length, the new tokens and the padding from the arguments of a forward."""
     names = forward_names(type(model)) if args else ()  # type: ignore[arg-type]
     named = {**kwargs, **dict(zip(names, args, strict=False))}
     ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
@@ -74,7 +76,7 @@ def _valid(mask: Any, tokens: int) -> Tensor | None:
 
 
 _SECOND_SEQUENCE = {"guidance_scale": 1, "assistant_early_exit": None}
-"""Settings that make ``generate`` run its model on a second sequence, with their neutral values."""
+"""{setting: neutral value}; with another value, ``generate`` also runs a second sequence."""
 
 _OTHER_CALLS = (
     *("custom_generate", "synced_gpus", "assistant_model", "assistant_tokenizer", "tokenizer"),
@@ -84,8 +86,8 @@ _OTHER_LOOPS = (
     *("prompt_lookup_num_tokens", "cache_implementation"),
 )
 """Arguments (``_OTHER_CALLS``) and settings (``_OTHER_LOOPS``) with which ``TokenLoop`` cannot
-replace the loop of ``generate``: they need a loop other than greedy decoding or sampling, or
-``generate`` does not pass them to a custom loop (the tokenizer for stop strings).
+replace the loop of ``generate``.  Most need a loop other than greedy decoding or sampling.
+``generate`` does not pass the others to a custom loop (the tokenizer for stop strings).
 """
 
 
@@ -123,21 +125,24 @@ def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 class Loop:
-    """A running call of ``generate``, which classifies its forwards; callers set ``in_prefill``."""
+    """One running call of ``generate``; ``call`` classifies each of its forwards.
+
+    The caller sets ``in_prefill`` to True while ``PREFILL`` runs.  ``beams``: number of beams.
+    """
 
     def __init__(self, prompt_tokens: int, beams: int) -> None:
         self.prompt_tokens, self.beams = prompt_tokens, beams
         self.plain = False
-        """True if it is transformers' greedy or sampling loop, which ``TokenLoop`` can replace."""
+        """True if the call decodes greedily or samples in a loop that ``TokenLoop`` can replace."""
         self.in_prefill = False
         self.forwards = 0
         self.cache: Any = None
-        """The cache of the latest forward; after the loop it has only the tokens that stayed."""
+        """The latest forward's cache; when ``generate`` ends, it has no rejected candidates."""
         self._ends: Tensor | None = None
         self._mask: Tensor | None = None
 
     def read_prefill(self, prefill: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Read the mask [B, cached + prompt tokens], end and padding ids of a ``_prefill`` call."""
+        """Store a ``_prefill`` call's mask [B, cached + prompt tokens], end ids and padding ids."""
         arguments = inspect.signature(prefill).bind(*args, **kwargs).arguments
         device = arguments["input_ids"].device
 
@@ -153,11 +158,11 @@ class Loop:
         self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def call(self, forward: ForwardArgs) -> ForwardCall:
-        """Classify the next forward of this loop; raises ``ConfigError`` if it has no cache."""
+        """Classify the next forward; raise ``ConfigError`` if it decodes without a cache."""
         first, self.forwards, self.cache = self.forwards == 0, self.forwards + 1, forward.cache
         if self.in_prefill:
             return forward.as_call(Kind.PREFILL, valid=self._prompt_part(forward))
-        if first:  # assisted decoding has no prompt step: it passes prompt and candidates together
+        if first:  # assisted decoding has no prefill: prompt and candidates share a forward
             prompt = self.prompt_tokens
             includes_cached = prompt > forward.tokens
             new_tokens = prompt - forward.cached * int(includes_cached)
@@ -169,7 +174,7 @@ class Loop:
         return forward.as_call(Kind.DECODE, live=self._live(forward.input_ids))
 
     def _prompt_part(self, forward: ForwardArgs) -> Tensor | None:
-        """The prompt's ``valid``, even if the forward itself has a 4-D mask (static caches)."""
+        """``valid`` of a prompt's forward, also for a forward with a 4-D mask (static caches)."""
         if forward.valid is not None or self._mask is None:
             return forward.valid
         part = self._mask[:, forward.cached : forward.cached + forward.tokens]
@@ -183,7 +188,7 @@ class Loop:
 
 
 class OwnLoop:
-    """A token loop of this package, which states the kind of each of its forwards.
+    """A token loop of dart-llm, which states whether its next forward is part of the prompt.
 
     ``prompt``: True if the next forward is part of the prompt.  ``live``: [B] bool, True for
     unfinished rows; None if all rows count as unfinished.
@@ -214,7 +219,7 @@ def bare_call(forward: ForwardArgs, forced_decode: bool) -> ForwardCall:
 
 @dataclass(frozen=True)
 class TokenCall:
-    """A forward of the whole model on token ids [B, T]: one token per row, or a whole prompt.
+    """A forward of the whole model on token ids [B, T]: one token per row, or whole prompts.
 
     ``cache``: transformers' cache.  For a prompt it is empty or None; if it is None, ``use_cache``
     decides whether a cache is made.  ``keep``: number of last tokens whose logits are needed; 0 for
@@ -231,7 +236,7 @@ class TokenCall:
 
 _READ = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
 _OFF = ("output_attentions", "output_hidden_states")
-"""Arguments that a native forward reads, and arguments that it accepts only if they are False."""
+"""``_READ``: arguments that a native forward reads.  ``_OFF``: arguments that must be False."""
 
 
 def _plain_args(
@@ -258,7 +263,7 @@ def read_step(
     windows: Sequence[int | None],
     most: int,
 ) -> TokenCall | None:
-    """The call of a forward that a native whole step can replace; None for other forwards.
+    """The forward as a ``TokenCall`` if a native whole step can replace it, else None.
 
     A native whole step decodes one token per row in a single call of C++.  ``dtype``: dtype of the
     weights.  ``windows``: attention window of each layer; None means all positions.  ``most``:
@@ -293,10 +298,10 @@ def read_prompt(
     windows: Sequence[int | None],
     use_cache: bool,
 ) -> TokenCall | None:
-    """The call of a forward of whole prompts without padding; None for other forwards.
+    """The forward as a ``TokenCall`` if it runs whole prompts without padding, else None.
 
-    ``windows``: attention window of each layer; None means all positions.  A prompt that is longer
-    than a window also gives None.  ``use_cache``: the model's default for this argument.
+    ``windows``: attention window of each layer; None means all positions.  For a prompt that is
+    longer than a window, the result is None.  ``use_cache``: the model's default for this argument.
     """
     plain = _plain_args(args, kwargs)
     if plain is None:
@@ -332,13 +337,13 @@ def new_cache(model: Any) -> Any:
 
 
 def _hides_nothing(mask: Any, rows: int, length: int) -> bool:
-    """Whether an attention mask lets every row attend to all of its ``length`` positions."""
+    """Whether an attention mask is [rows, length] and hides no position from any row."""
     fits = isinstance(mask, Tensor) and mask.shape == (rows, length)
     return fits and bool(mask.all())
 
 
 def as_output(logits: Tensor, cache: Any) -> Any:
-    """The output of a causal language model, from logits [B, V] or [B, T, V]."""
+    """The output object of a causal language model, made from logits [B, V] or [B, T, V]."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     by_token = logits[:, None] if logits.dim() == 2 else logits

@@ -1,8 +1,8 @@
 """Read-only hooks on FFN tensors, attention outputs and the last hidden state.
 
 The hooks do not change outputs and are removed at the end of the ``with`` block.
-``capture_activations`` passes each layer's FFN tensors to a function, and ``Recording`` keeps those
-of one sequence.  docs/reference.md defines the tensors.
+``capture_activations`` passes each layer's FFN tensors to a function.  ``Recording`` stores these
+tensors for one sequence.  docs/reference.md defines the tensors.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from dart_llm.models.ffn import FfnBlock
 class Wanted:
     """What to record: which layers, tokens and tensors.
 
-    ``start``, ``end``: the first token, and the token after the last; tokens are counted from the
-    beginning of the prompt, and ``end`` None means the end of the sequence.  ``tensors``: names of
-    attributes of ``LayerActivations``.
+    ``start``: the first token, counted from the beginning of the prompt.  ``end``: the token after
+    the last; None means the end of the sequence.  ``tensors``: names of attributes of
+    ``LayerActivations``.
     """
 
     layers: tuple[int, ...]
@@ -36,20 +36,21 @@ class Wanted:
     tensors: tuple[str, ...] = ("u",)
 
     def tokens(self, total: int) -> int:
-        """How many tokens are recorded of a sequence of ``total`` tokens."""
+        """Number of tokens that are recorded if the sequence has ``total`` tokens."""
         return max(0, (total if self.end is None else min(self.end, total)) - self.start)
 
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Activations of one layer's FFN in one forward.  ``u``: [B, T, I]; the others: [B, T, D].
+    """Activations of one layer's FFN in one forward: ``u`` is [B, T, I], the others are [B, T, D].
 
-    Copy tensors that you need after the call: some models change z in place later in the forward.
+    Copy tensors that you need later: some models change z in place later in the forward.
 
     ``x``: the residual stream that enters the FFN half of the layer.  ``h``: the input of the up
     projection.  ``u``: the input of the down projection, 0 for neurons that a mask removes (in OPT,
     the values before masking).  ``z``: the output of the down projection, without the compensation
-    for removed neurons.  ``r``: the tensor that is added to the residual stream.
+    for removed neurons.  ``r``: the tensor that is added to the residual stream; it differs from
+    ``z`` if a norm follows the FFN.
     """
 
     u: Tensor
@@ -60,7 +61,7 @@ class LayerActivations:
 
 
 OnCapture = Callable[[int, LayerActivations], None]
-"""Called with a layer's number and its activations."""
+"""A function that is called with a layer's number and the layer's activations."""
 
 
 @contextlib.contextmanager
@@ -74,10 +75,11 @@ def capture_activations(
 ) -> Iterator[None]:
     """Call ``take(layer, activations)`` once per layer in every forward inside the block.
 
-    ``before`` and ``after`` are called around each forward of ``model``.  ``graph``: if True, the
-    tensors stay in the autograd graph and have the model's shapes; otherwise they are detached and
-    have the shapes of ``LayerActivations``.  In layers that the compact executor masks, ``take`` is
-    not called, because removed neurons are not computed.
+    ``layers``: numbers of the layers; None means all.  ``before`` is called before each forward of
+    ``model``, with the forward's arguments, and ``after`` is called after each forward.  ``graph``:
+    if True, the tensors stay in the autograd graph and have the model's shapes; otherwise they are
+    detached and have the shapes of ``LayerActivations``.  In layers that the compact executor
+    masks, ``take`` is not called, because removed neurons are not computed.
     """
     taps: list[dict[str, Tensor]] = []
     rows = 1
@@ -112,7 +114,7 @@ def capture_activations(
 def _tap(
     block: FfnBlock, take: Callable[..., None], remove_at_exit: Callable[[Any], None]
 ) -> dict[str, Tensor]:
-    """Hook one layer; the returned dict stores x, h, u and z until r, the last, is computed."""
+    """Add hooks to one layer; return the dict that stores x, h, u and z until r is computed."""
     tensors: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -145,9 +147,9 @@ def _tap(
 class Recording:
     """A context manager that records the ``wanted`` activations of one sequence in host memory.
 
-    A forward without a cache starts a new recording, and tokens that are rolled back are dropped.
-    Raises ``ConfigError`` if a batch has more than one row, or if an executor does not compute a
-    wanted activation.
+    A forward without cached tokens starts a new recording.  If the cache was cropped, the recorded
+    tokens that it no longer contains are dropped.  A forward raises ``ConfigError`` if its batch
+    has more than one row, or if the executor does not compute a wanted activation.
     """
 
     def __init__(self, model: nn.Module, wanted: Wanted) -> None:
@@ -155,7 +157,7 @@ class Recording:
         self.wanted = wanted
         self._kept: dict[str, list[Tensor]] = {}
         self._ids: list[Tensor] | None = []
-        """Token ids of all forwards so far; None after a forward of embeddings."""
+        """Ids of the recorded tokens, by forward; None after a forward that took embeddings."""
         self._fed = 0
         self._span = slice(0, 0)
         self._taken: set[int] = set()
@@ -225,7 +227,7 @@ EAGER = "eager"
 """The attention implementation that returns its attention weights."""
 
 Take = Callable[[int, Tensor], None]
-"""Called with a layer's number and its tensor."""
+"""A function that is called with a layer's number and a tensor of this layer."""
 
 _SUM_TOLERANCE = 0.05
 """How far the sum of a token's attention weights may be from 1 (bfloat16 has 8 bits)."""
@@ -247,10 +249,10 @@ def _hooked(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[
 def attention_outputs(
     model: nn.Module, layers: Sequence[int], take: Take
 ) -> contextlib.AbstractContextManager[None]:
-    """Call ``take(layer, v)`` for each of ``layers`` in every forward; v [T, D], model's dtype.
+    """Call ``take(layer, v)`` for each of ``layers`` in every forward.
 
-    v is the output of the attention's output projection, before any norm and before the residual
-    add.  The batch must have one row.
+    v [T, D], in the model's dtype, is the output of the attention's output projection, before any
+    norm and before it is added to the residual stream.  The batch must have one row.
     """
     decoder, names, _ = decoder_layers(model)
 

@@ -1,4 +1,4 @@
-"""Metadata of a model that is reported with every result, its size in memory, and its digest.
+"""Describes a loaded model: metadata for every result, size in memory, and a digest.
 
 Quantised weights are stored as in GGUF files, in *blocks*: groups of weights that share a scale.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 HASH_UP_TO = 20_000_000_000
-"""Maximum size of weight files, in bytes, for a checksum; reading larger files takes minutes."""
+"""Maximum total bytes of weight files for a checksum; reading larger files takes minutes."""
 
 READ = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt")
 """Patterns of the files that are read besides the weights: configuration, tokenizer, code."""
@@ -50,14 +50,14 @@ class Checkpoint:
     """The argument of ``from_pretrained``: a folder or a hub id."""
     path: Path | None = None
     quantisation: str | None = None
-    """Quantisation of the file's weights; None means as the model's configuration states."""
+    """Quantisation of the file's weights; None means that the model's configuration states it."""
     sha256: str | None = None
     """Checksum of the file; None means that it is computed from ``path`` when needed."""
     revision: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments for the model's ``from_pretrained``."""
     file: Path | None = None
-    """The GGUF file from which a load reads the tensors; ``reference`` has the configuration."""
+    """The GGUF file with the tensors to load; the configuration is in the folder ``reference``."""
     packed: bool = False
     """True if the weights stay quantised as in ``file``."""
 
@@ -84,11 +84,11 @@ def blocks_file(model: PreTrainedModel) -> Path | None:
 def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
     """Name, source, path, revision, file quantisation, sha256, dtype and parameters of ``model``.
 
-    ``sha256`` is the checksum of the weight file or of the converted GGUF file.  For several files,
-    it is the checksum of their ``sha256sum`` lines in alphabetical order.  Unknown values are None:
-    a model that ``load`` did not make has no checksum, and its file quantisation is only known from
-    its configuration.  ``weights`` exists only if matrices are quantised; it is ``Q4_1 as in the
-    file`` or ``rounded to Q8_0``, for example.
+    ``sha256`` is the checksum of the weight file or of the converted GGUF file.  If there are
+    several files, it is the checksum of their ``sha256sum`` lines in alphabetical order.  Unknown
+    values are None.  For a model that ``load`` did not make, the checksum is unknown, and file
+    quantisation is known only from the configuration.  ``weights`` exists only if matrices are
+    quantised; it is ``Q4_1 as in the file`` or ``rounded to Q8_0``, for example.
     """
     checkpoint = _LOADED.get(model)
     weight_format, stated = _weight_format(model, checkpoint), _stated_quantisation(model)
@@ -127,14 +127,14 @@ def _weight_format(model: nn.Module, checkpoint: Checkpoint | None) -> str | Non
 
 
 def weights_sha256(folder: Path) -> str | None:
-    """The checksum of a folder's weight files, as ``checkpoint_facts`` describes it."""
+    """The checksum of a folder's weight files (see ``checkpoint_facts``); None if unknown."""
     files = _weight_files(folder)
     too_large = sum(path.stat().st_size for path in files) > HASH_UP_TO
     return None if too_large else _sums(files)
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digests of a folder: ``model`` for the weights, ``model_files`` for the ``READ`` files.
+    """Digests of a folder: ``model`` of the weights, and ``model_files`` of the ``READ`` files.
 
     Weights of more than ``HASH_UP_TO`` bytes are identified by the sizes, times and inode numbers
     of their files.
@@ -196,7 +196,7 @@ def remember_tokenizer(model: nn.Module, tokenizer: Any) -> None:
 
 
 def tokenizer_of(model: Any) -> Any:
-    """The remembered tokenizer of ``model``, or that of its folder or hub id; None if not found."""
+    """The tokenizer remembered for ``model``, or else read from its folder or hub id, or None."""
     tokenizer = _tokenizers.get(model)
     name = getattr(model, "name_or_path", "")
     if tokenizer is None and name:
@@ -232,7 +232,7 @@ class Size:
 
 
 def weights_size(checkpoint: Checkpoint, dtype: Any, weights: str) -> Size | None:
-    """Memory of the weights after loading; None if the files are missing or do not state it.
+    """Memory of the weights after loading; None if it cannot be read from the files.
 
     ``dtype``: a torch dtype or "auto"; ``weights``: result of ``loading.weight_format``.
     """
@@ -278,7 +278,10 @@ def check_room(name: str, size: Size) -> None:
 
 
 def _stored(folder: Path) -> tuple[dict[str, int], int]:
-    """Number of weights by type in a folder's safetensors files, and about how many other bytes."""
+    """{type: number of weights} of a folder's safetensors files, and about how many other bytes.
+
+    The result is {}, 0 if a file has another format or cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     counts, others = Counter[str](), 0
@@ -306,21 +309,21 @@ def _stored(folder: Path) -> tuple[dict[str, int], int]:
 # ignores the memory layout of weights, attached pruning, and hooks, most of which only read.
 
 ROW, SUMS = 1024, 8
-"""Bytes per row of a digest, and how many weighted sums of a row are computed (each with its own
-factors)."""
+"""A digest splits a tensor's bytes into rows of ``ROW`` bytes.  ``SUMS`` weighted sums of each row
+are computed, every sum with factors of its own."""
 
 FACTOR = 63
 """Largest factor in these sums: some CPUs require that the sum of two products fits in 16 bits."""
 
 ROWS = 1 << 14
-"""How many rows are processed at a time if sums are computed in float32."""
+"""How many rows of a digest are processed at a time if sums are computed in float32."""
 
 ASIDE = (
     *("transformers_version", "architectures", "dtype", "torch_dtype", "initializer_range"),
     *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "problem_type"),
     *("id2label", "label2id", "chunk_size_feed_forward", "pretraining_tp", "quantization_config"),
 )
-"""Entries of a configuration that do not change what a causal model computes from its weights."""
+"""Entries of a configuration that do not change what a causal model with given weights computes."""
 
 STATE = (
     *("forward", "training", "gradient_checkpointing", "max_seq_len_cached", "config"),
@@ -332,8 +335,8 @@ STATE = (
 def fingerprint(model: nn.Module) -> str:
     """The digest of ``model``, 32 hexadecimal digits.
 
-    It reads all weights once, at about memory bandwidth.  Of offloaded weights, it covers only
-    names, shapes and dtypes.
+    All weights are read once, at about memory bandwidth.  The digest covers only names, shapes and
+    dtypes of offloaded weights.
     """
     digest = hashlib.sha256(_settings(model).encode())
     for name, module in model.named_modules():
@@ -431,7 +434,7 @@ def _function(function: FunctionType, depth: int) -> object:
 
 
 def _home(module: str) -> str:
-    """The module's name; for dart_llm without subpackages, so that a moved file changes nothing."""
+    """A module's name, without dart_llm's subpackages, so that moving a file changes no digest."""
     package, _, path = module.partition(".")
     return f"{package}.{path.rpartition('.')[2]}" if package == "dart_llm" else module
 

@@ -34,16 +34,19 @@ class ModelView:
     attention: tuple[tuple[nn.Module, ...], ...]
     """The projections of each layer's attention, the output projection last."""
     parameter_bytes: int
-    """Bytes of the weights that one decoded token reads, except its row of the input embedding."""
+    """Bytes of the weights that one decoded token reads, without its row of the input embedding."""
     traffic: TokenTraffic
-    """The same by part of the model, plus the KV cache; unquantised values count as bfloat16."""
+    """Bytes that one decoded token reads, by part of the model and for the KV cache.
+
+    Unquantised values count as bfloat16.
+    """
 
     def signal(self, name: str) -> nn.Module:
         """The module whose output a drift detector watches; ``name``: "hidden" or "attention"."""
         return self.decoder if name == "hidden" else self.attention_out
 
     def weights(self, proxy_embedding: str, seed: int) -> tuple[FfnWeights, ...]:
-        """The FFN weights of all layers, with the embedding that ``proxy_embedding`` names."""
+        """The FFN weights of all layers, with the output or input embedding for proxy scores."""
         rows = self.output_embedding if proxy_embedding == "output" else self.input_embedding
         last = max(1, len(self.blocks) - 1)
         return tuple(block.weights(block.index / last, rows, seed) for block in self.blocks)
@@ -85,7 +88,7 @@ def describe(model: nn.Module) -> ModelView:
 def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, LayerNames, Any]:
     """The decoder's layers, the names of their modules, and the text model's configuration.
 
-    Raises ``UnsupportedModel``, which names the class or model type, if it is not supported.
+    Raises ``UnsupportedModel`` if the class or model type is not supported.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
@@ -202,7 +205,11 @@ def token_traffic(
     attention: Sequence[Sequence[nn.Module]],
     sizes: Mapping[int, float] | None = None,
 ) -> TokenTraffic:
-    """Bytes that a decoded token reads; ``sizes``: {id of a parameter: bytes}, if not as stored."""
+    """Bytes that a decoded token reads, by part of the model.
+
+    ``sizes``: {id of a parameter: its bytes}; other parameters count as they are stored, except
+    that unquantised weights count as bfloat16.
+    """
     ffn = {id(part.weight) for block in blocks for part in block.projections}
     heads = {id(module.weight) for layer in attention for module in layer}
     parts = dict.fromkeys(("ffn", "attention", "others"), 0.0)
@@ -215,7 +222,7 @@ def token_traffic(
     text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
     for index, (*inputs, out) in enumerate(attention):
-        # outputs of q, k and v, minus the queries: as many as inputs of the output projection
+        # keys and values: outputs of q, k and v minus queries (which equal the inputs of ``out``)
         values = sum(len(matrix_of(module)) for module in inputs) - matrix_of(out).shape[1]
         slides = kinds is None or kinds[index] == "sliding_attention"
         cache[window if slides else None] += BFLOAT16 * values
@@ -233,9 +240,10 @@ def weight_facts(model: Any, sizes: Mapping[int, int] | None = None) -> dict[str
     The result has ``weight_bytes``: bytes of all weights; ``dtype_bytes``: bytes that they would
     need in the model's dtype; ``weight_bits``: bits of that dtype; and ``mean_weight_bits``: stored
     bits per weight.  If the model can be pruned, it also has ``bytes_per_token``: bytes of weights
-    that one decoded token reads; ``ffn_bytes_share``: bytes of the FFNs, divided by those in the
-    model's dtype; ``ffn_share_of_bfloat16``: bytes of the FFNs, divided by those in bfloat16, with
-    unquantised weights as bfloat16; and ``token_traffic``: a ``TokenTraffic`` as plain data.
+    that one decoded token reads; ``ffn_bytes_share``: bytes of the FFNs, divided by their bytes in
+    the model's dtype; ``ffn_share_of_bfloat16``: bytes of the FFNs, divided by their bytes in
+    bfloat16, with unquantised weights as bfloat16; and ``token_traffic``: a ``TokenTraffic`` as
+    plain data.
     """
     stored = {id(weight): weight.nbytes for weight in model.parameters()} | dict(sizes or {})
     total, count = sum(stored.values()), sum(weight.numel() for weight in model.parameters())

@@ -21,10 +21,11 @@ HOMES = ("torch.nn.", "transformers.")
 
 @dataclass(frozen=True)
 class FfnBlock:
-    """The parts of one layer's FFN; most fields are the modules that ``LayerNames`` names.
+    """The parts of one layer's FFN; ``LayerNames`` explains most fields.
 
-    ``inline``: True if the projections belong to the layer itself (OPT).  ``x_from``: the module
-    whose input is x; None if that is the FFN.  ``width_key``: ``LayerNames.width``.
+    ``index``: number of the layer.  ``inline``: True if the projections belong to the layer itself
+    (OPT).  ``x_from``: the module whose input is the residual stream that enters the FFN half of
+    the layer; None means ``ffn``.  ``width_key``: ``LayerNames.width``.
     """
 
     index: int
@@ -53,7 +54,7 @@ class FfnBlock:
 
     @property
     def by_inputs(self) -> bool:
-        """Whether ``up`` stores its weights [D, I]."""
+        """Whether ``up`` stores its weights as [D, I], not as [I, D]."""
         return is_by_inputs(self.up)
 
     @property
@@ -87,7 +88,7 @@ class FfnBlock:
                 )
 
     def hidden(self, x: Tensor) -> Tensor:
-        """u, the input of the down projection, from the FFN's input x (if ``inline``, x is u)."""
+        """The down projection's input, computed from the FFN's input x; if ``inline``, x itself."""
         if self.inline:
             return x
         if self.fused:
@@ -115,7 +116,7 @@ class FfnBlock:
         return up.chunk(2, dim=-1)[1] if self.fused else up
 
     def finish(self, z: Tensor, args: tuple[Any, ...]) -> Tensor:
-        """The FFN's output, given the down projection's output z and the FFN's arguments."""
+        """The FFN's output, from the down projection's output z and the FFN's arguments."""
         if self.adds_residual:
             rate = getattr(self.ffn, "hidden_dropout", 0.0)
             return args[1] + F.dropout(z, p=rate, training=self.ffn.training)  # type: ignore[no-any-return]
@@ -139,7 +140,10 @@ class FfnBlock:
         return gate, up, down
 
     def weights(self, depth: float, embedding: Tensor | None, seed: int) -> FfnWeights:
-        """The weights for scores.  ``depth``: position of the layer, 0 (first) to 1 (last)."""
+        """The weights and further data that neuron scores use (see ``FfnWeights``).
+
+        ``depth``: position of the layer, from 0 (first) to 1 (last).
+        """
         gate, up, down = self.matrices()
         stored = self.up.weight if self.by_inputs else up
         assert isinstance(stored, Tensor)
@@ -154,7 +158,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def is_by_inputs(module: nn.Module) -> bool:
-    """Whether a projection stores its weights [in, out]."""
+    """Whether a projection stores its weights as [in, out]."""
     return type(module).__name__ == "Conv1D"
 
 

@@ -22,7 +22,7 @@ from dart_llm.models.packed import PackedTensor
 from dart_llm.native.memory import available
 
 FEW = 4
-"""Up to this many rows, products stay in 16 bits, because widening the weights takes longer."""
+"""Up to this many rows (input vectors), products stay in 16 bits: widening would take longer."""
 
 CHUNK = 1 << 20
 """Number of weights that are widened at a time, small enough for the CPU's cache."""
@@ -47,7 +47,7 @@ def emulates(dtype: torch.dtype) -> bool:
 
 
 class Float32Products(TorchFunctionMode):
-    """Inside the block, compute products of more than ``FEW`` rows in float32.
+    """Inside the block, compute products with more than ``FEW`` input vectors in float32.
 
     This applies to 16-bit tensors on the CPU.  Results and gradients keep their dtype, and weights
     are widened chunk by chunk.  Products with quantised weights do not change.
@@ -127,7 +127,7 @@ class _Product(torch.autograd.Function):
 def _addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor | None:
-    """``torch.addmm`` with the arguments of a Conv1D; None to let torch compute other calls."""
+    """``torch.addmm`` in float32 for calls by a Conv1D; None to let torch compute other calls."""
     return _linear(mat1, mat2.t(), input) if beta == alpha == 1 and input.dim() == 1 else None
 
 
@@ -170,7 +170,7 @@ _PRODUCTS: Mapping[Any, Callable[..., Tensor | None]] = {
 
 
 class WidePrompts(Replacement):
-    """A model's forward that computes products of many tokens in float32, also in model copies."""
+    """A model's forward with products of many tokens in float32; copies of the model keep it."""
 
     def __init__(self, original: Callable[..., Any]) -> None:
         super().__init__(original, _wide_prompt)
@@ -224,12 +224,12 @@ def float32_note(model: Any) -> str:
 
 
 def is_emulated(model: Any) -> bool:
-    """Whether ``model`` is on the CPU, and its products of many tokens are emulated."""
+    """Whether ``model`` is on the CPU, and torch emulates products of many tokens."""
     return model.device.type == "cpu" and emulates(model.dtype)
 
 
 def _is_wide(model: nn.Module) -> bool:
-    """Whether prompts of ``model`` are computed in float32; also true of a model being pruned."""
+    """Whether prompts of ``model`` are computed in float32, also while the model is pruned."""
     forward = model.__dict__.get("forward")
     while isinstance(forward, Replacement) and not isinstance(forward, WidePrompts):
         forward = forward.original
@@ -240,9 +240,9 @@ def _is_wide(model: nn.Module) -> bool:
 def in_float32(model: Any) -> Iterator[Any]:
     """Yield ``model``, or a replacement that processes many tokens faster.
 
-    If torch emulates products in the model's dtype, this is a float32 copy, or, if memory is short,
-    the model itself with products in float32.  Results then differ only by rounding, and weights
-    get no gradients inside the block.
+    If torch emulates products in the model's dtype, the block gets a float32 copy.  If memory is
+    short, it gets the model itself, with products in float32.  In both cases, results differ only
+    by rounding, and weights get no gradients inside the block.
     """
     if not is_emulated(model):
         yield model
@@ -261,7 +261,7 @@ def in_float32(model: Any) -> Iterator[Any]:
 
 
 def can_copy(model: Any) -> bool:
-    """Whether ``model`` can be copied in float32: no weight is offloaded, and memory is free."""
+    """Whether ``model`` can be copied in float32: no offloaded weights, enough memory."""
     if any(weight.is_meta for weight in model.parameters()):
         return False
     return available() >= FREE_COPIES * copy_bytes(model)
@@ -273,7 +273,7 @@ def copy_bytes(model: Any) -> int:
 
 
 def float32_copy(model: Any) -> Any:
-    """A copy of ``model`` in float32: quantised weights are dequantised, tied weights stay tied."""
+    """A copy of ``model`` in float32, with quantised weights dequantised and tied weights tied."""
     memo: dict[int, Any] = {}  # deepcopy uses these converted weights
     for weight in model.parameters():
         plain = weight.dequantise() if isinstance(weight, PackedTensor) else weight.detach()

@@ -26,13 +26,13 @@ if TYPE_CHECKING:  # not imported by commands that read no file
     from torch import Tensor
 
 STRING, ARRAY = 8, 9
-"""GGUF's numbers for two types of metadata."""
+"""GGUF's type numbers for metadata values that are strings or lists."""
 
 BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 """Block types (formats of quantised weights) that the native kernels read."""
 
 ROUNDED = ("q8_0", "q4_0", "q4_1")
-"""Block types to which other weights can be rounded."""
+"""Block types to which weights of other types can be rounded."""
 
 PLAIN = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 """Tensor types that are torch dtypes: {GGUF's name: torch's name}."""
@@ -42,7 +42,8 @@ PLAIN = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 class StoredTensor:
     """One tensor of a GGUF file, with ``shape`` in torch's order.
 
-    ``begin``, ``size``: offset and number of its bytes in the file.  ``kind``: its type.
+    ``begin``: offset of the tensor's bytes in the file.  ``size``: number of bytes.  ``kind``: the
+    storage type in lower case, such as ``q4_1``.
     """
 
     path: Path
@@ -54,7 +55,7 @@ class StoredTensor:
 
     @property
     def is_known(self) -> bool:
-        """Whether its values can be read; gguf cannot dequantise all types that it lists."""
+        """Whether the values can be read: gguf cannot dequantise all types that it lists."""
         import numpy as np
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
@@ -91,7 +92,7 @@ class StoredTensor:
 class GgufFile:
     """The header of a GGUF file.
 
-    ``metadata``: values by key, with None in place of each list.  ``tensors``: by name.
+    ``metadata``: {key: value}, with None in place of each list.  ``tensors``: {name: tensor}.
     """
 
     path: Path
@@ -113,7 +114,7 @@ class GgufFile:
 
     @property
     def quantisation(self) -> str:
-        """The type that the file states, such as ``Q4_K_M``, or the types of its weights."""
+        """The type that the file states, such as ``Q4_K_M``, or else all types of its weights."""
         from gguf import LlamaFileType
 
         try:
@@ -128,7 +129,7 @@ class GgufFile:
         return 4 * sum(self.types.values())
 
     def of(self, names: Mapping[str, str]) -> dict[str, StoredTensor]:
-        """Tensors by their names in the model; ``names``: {name in the file: name in the model}."""
+        """{name in the model: tensor}; ``names``: {name in the file: name in the model}."""
         return {names[name]: tensor for name, tensor in self.tensors.items() if name in names}
 
     def fact(self, name: str) -> Any:
@@ -142,7 +143,7 @@ class GgufFile:
 
 
 LONG = 256
-"""Longer lists are vocabularies or merges of a tokenizer, not one value per layer."""
+"""Metadata lists of at most this length are read; longer ones belong to a tokenizer."""
 
 
 @functools.cache
@@ -221,7 +222,7 @@ def read_gguf(path: Path) -> GgufFile:
             name: None if field.types[0] == ARRAY else field.contents()
             for name, field in reader.fields.items()
         }
-    except Exception as error:  # gguf's reader raises many kinds for damaged files
+    except Exception as error:  # for damaged files gguf's reader raises many kinds of errors
         reason = str(error).partition("\n")[0]
         raise LoadError(
             f"{path.name} is not a complete GGUF file ({reason}); download it again and compare "
@@ -231,7 +232,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def _stored(path: Path, tensor: Any, end: int) -> StoredTensor:
-    """An entry of gguf's table; raises ``ValueError`` if it ends after byte ``end``."""
+    """A tensor of gguf's table; raises ``ValueError`` if the tensor ends after byte ``end``."""
     from gguf import GGML_QUANT_SIZES
 
     shape = tuple(int(size) for size in reversed(tensor.shape))
@@ -269,10 +270,10 @@ ARCHITECTURES = {
 ROPE = "rope_parameters"
 
 LONGEST = 4096
-"""Upper limit of the number of heads, and of the values and frequencies of one head."""
+"""Upper limit for the number of heads, a head's size, and the number of its frequencies."""
 
 Settings = dict[str, Any]
-"""Keys of a configuration and their values, as in JSON."""
+"""{key of a configuration: value as in JSON}."""
 
 SIZES = {
     "embedding_length": ("token_embd.weight", 1),
@@ -296,8 +297,8 @@ LLAMA_3 = {
 def check_facts(file: GgufFile) -> None:
     """Raise ``LoadError`` if metadata states larger sizes than the tensors have, or too few layers.
 
-    Otherwise a model of any size would be built before its weights are found not to fit, and a
-    model with too few layers would run.
+    Without this check, a model of any size would be built before tensors and model are compared,
+    and a model with too few layers would run.
     """
     layers = [re.match(r"blk\.(\d+)\.", tensor) for tensor in file.tensors]
     count = 1 + max((int(match[1]) for match in layers if match), default=-1)
@@ -317,7 +318,10 @@ def check_facts(file: GgufFile) -> None:
 
 
 def left_out(file: GgufFile) -> Settings:
-    """Settings that transformers does not read; ``LoadError`` for invalid frequency factors."""
+    """Settings in ``file`` that transformers does not read.
+
+    Raises ``LoadError`` if a frequency factor is invalid.
+    """
     settings: Settings = {}
     if file.architecture not in ARCHITECTURES:  # its metadata may have another meaning
         return settings
@@ -338,7 +342,7 @@ def left_out(file: GgufFile) -> Settings:
 
 
 def complete(config: Any, settings: Settings) -> Any:
-    """``config`` with the added ``settings``, which ``left_out`` returns."""
+    """``config`` plus ``settings``, which ``left_out`` returns."""
     if not settings:
         return config
     values = config.to_dict()
@@ -372,7 +376,7 @@ def _angles(file: GgufFile) -> Settings:
 
 
 def _factors(file: GgufFile) -> Settings:
-    """Rotary settings: type ``llama3``, or ``longrope`` (factors for short and long sequences)."""
+    """Rotary settings (``llama3`` or ``longrope``) from frequency factors; empty without any."""
     factors, long, short = (
         _numbers(file, name) for name in ("freqs", "factors_long", "factors_short")
     )

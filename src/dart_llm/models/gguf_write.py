@@ -1,10 +1,11 @@
-"""Writes GGUF files with narrower FFNs, from another file; all other tensors keep their bytes.
+"""Writes a copy of a GGUF file with narrower FFNs; all other tensors keep their bytes.
 
 An unmodified llama.cpp loads these files.  GGUF stores quantised weights in *blocks*: groups of
-weights of one row that share a scale.  A neuron is a row of gate and up, which consists of whole
+weights of one row that share a scale.  In gate and up, a neuron is a row, which consists of whole
 blocks and is copied.  In down, a neuron is a column, and a block spans several columns.  Neurons
-can be stored in any order, so the blocks with the most kept columns stay, and the kept columns of
-other blocks fill the gaps in them.  Only these moved columns are rounded again.
+can be stored in any order, so the blocks with the most kept columns stay.  The kept columns of all
+other blocks are moved into the gaps of the blocks that stay, and only blocks with moved columns are
+rounded again.  A down projection of a type that is not in ``WRITTEN`` is rounded as a whole.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dart_llm.files import replacing
 from dart_llm.models.gguf_file import ARCHITECTURES, PLAIN, GgufFile, StoredTensor
 
 UNEQUAL = {"llama": "deci"}
-"""For an architecture, the equivalent one that allows a different FFN width in every layer."""
+"""{architecture: an equivalent architecture in which every layer can have another FFN width}."""
 
 BIASED = ("llama", "gpt2")
 """Architectures in which llama.cpp reads a bias of the down projection."""
@@ -40,8 +41,8 @@ LEVELS = {
     "q5_0": (5, False),
     "q5_1": (5, True),
 }
-"""Types whose blocks have 32 values ``scale * level + least``: the bits of a level, and whether the
-block stores ``least``.  If it does not, the middle level represents 0."""
+"""{type: (bits of a level, True if a block stores ``least``)} for types with blocks of 32 weights
+``scale * level + least``.  If a block does not store ``least``, the middle level represents 0."""
 
 WRITTEN = (*PLAIN, *LEVELS)
 """Types that a written down projection can have; gguf cannot round to other types."""
@@ -60,7 +61,8 @@ class NarrowLayer:
     """One layer's FFN after pruning.
 
     ``ids``: the kept neurons, [k] int64 in host memory.  ``width``: number of neurons to write;
-    those beyond k are zeros.  ``bias``: [D] float32, added to the FFN's output, or None.
+    if it is more than k, the others are zeros.  ``bias``: [D] float32, which is added to the FFN's
+    output, or None.
     """
 
     ids: Tensor
@@ -105,7 +107,7 @@ def written_kind(kind: str) -> str:
 
 
 def rounded_columns(kind: str, layer: NarrowLayer) -> int:
-    """How many columns of a down projection of type ``kind`` are rounded again."""
+    """How many columns of the down projection are rounded again if its type is ``kind``."""
     if kind not in LEVELS:
         return 0 if kind in PLAIN else len(layer.ids)
     slots, stay = _slots(layer)
@@ -113,7 +115,7 @@ def rounded_columns(kind: str, layer: NarrowLayer) -> int:
 
 
 def block_of(file: GgufFile) -> int:
-    """The number that must divide each layer's width, so that rows of down are whole blocks."""
+    """The number that must divide each layer's width so that rows of down have whole blocks."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     downs = [file.tensors[DOWN.format(layer)] for layer in range(len(layer_widths(file)))]
@@ -122,7 +124,7 @@ def block_of(file: GgufFile) -> int:
 
 
 def written_architecture(file: GgufFile, layers: Sequence[NarrowLayer | None]) -> str:
-    """The architecture of the written file; raises ``ConfigError`` if llama.cpp has none for it."""
+    """The architecture to write; raises ``ConfigError`` if llama.cpp has none for the layers."""
     name, architecture = file.path.name, file.architecture
     biased = any(layer is not None and layer.bias is not None for layer in layers)
     if biased and architecture not in BIASED:
@@ -148,8 +150,8 @@ def write_narrow(
     """Write ``file`` with narrower FFNs to ``path``, completely or not at all.
 
     ``layers``: one entry per layer; None leaves the layer unchanged.  ``about``: the metadata under
-    ``ABOUT``.  Raises ``ConfigError`` as ``written_architecture`` does and if ``path`` is
-    ``file``, and ``ResultsError`` if ``path`` cannot be written.
+    ``ABOUT``.  Raises ``ConfigError`` as ``written_architecture`` does, or if ``path`` is ``file``.
+    Raises ``ResultsError`` if ``path`` cannot be written.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
@@ -209,10 +211,11 @@ def _vector(name: str, values: Tensor) -> _Entry:
 
 
 def _slots(layer: NarrowLayer) -> tuple[Tensor, Tensor]:
-    """The slots and the blocks of a narrower down projection.
+    """Two tensors that say where a narrower down projection stores the kept neurons.
 
-    Slots [width]: the neuron of each written column, -1 for padding.  Blocks [width / 32]: numbers
-    of the original blocks that stay, those with most kept columns; empty unless 32 divides width.
+    The first, [width], has the neuron of each written column (*slot*), -1 for padding.  The second,
+    [width / 32], has the numbers of the original blocks that stay; it is empty unless 32 divides
+    ``width``.
     """
     ids, width = layer.ids, layer.width
     if width % BLOCK:
@@ -274,9 +277,9 @@ def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
 
 
 def _with_values(kind: str, blocks: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    """``blocks`` [..., bytes] with the levels nearest to ``exact`` [..., 32], and their values.
+    """``blocks`` [..., bytes] with the levels nearest to ``exact`` [..., 32], and the new values.
 
-    Scale and ``least`` do not change, so that the block's original values remain exact.
+    Scale and ``least`` do not change, so the values that a block had before remain exact.
     """
     bits, has_least = LEVELS[kind]
     head = blocks[..., : 4 if has_least else 2]
@@ -302,7 +305,7 @@ def _copy_metadata(file: GgufFile, writer: Any, architecture: str) -> None:
     skipped = {"general.architecture", "general.alignment", f"{prefix}feed_forward_length", ABOUT}
     for name, field in GGUFReader(file.path).fields.items():
         value = field.contents()
-        if name in skipped or name.startswith("GGUF.") or value == []:  # gguf writes no empty list
+        if name in skipped or name.startswith("GGUF.") or value == []:  # gguf cannot write []
             continue
         if name.startswith(prefix):
             name = f"{architecture}.{name.removeprefix(prefix)}"

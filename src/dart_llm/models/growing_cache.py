@@ -1,4 +1,4 @@
-"""The KV cache of native decode steps: transformers' cache with layers that grow in place.
+"""The KV cache for native decode steps: transformers' cache, with layers that grow in place.
 
 A native decode step decodes one token per row in a single call of C++.
 """
@@ -33,10 +33,11 @@ class Steps:
 
 @dataclass(eq=False)
 class Buffers:
-    """Keys and values of one layer, [B, K, capacity, S].
+    """Keys and values of one layer, [B, K, capacity, S]: rows, heads, positions, head size.
 
-    ``end``, ``length``: number of filled positions and length of the sequence at allocation;
-    ``steps`` counts later positions.  ``most``: maximum number of positions to keep, None for all.
+    ``end``: number of filled positions at allocation.  ``length``: length of the sequence at
+    allocation.  ``steps`` counts the positions that were added later.  ``most``: maximum number of
+    positions in the views; None means all.
     """
 
     keys: Tensor
@@ -47,14 +48,14 @@ class Buffers:
     steps: Steps
 
     def views(self) -> tuple[Tensor, Tensor]:
-        """The layer's current keys and values [B, K, n, S]."""
+        """The layer's current keys and values [B, K, n, S], as views of the buffers."""
         end = self.end + self.steps.done  # read once: another thread may decode a step meanwhile
         begin = 0 if self.most is None else max(0, end - self.most)
         with torch.inference_mode(False), torch.no_grad():
             return self.keys[:, :, begin:end], self.values[:, :, begin:end]
 
     def nbytes(self) -> int:
-        """Bytes of the positions that are not in use."""
+        """Bytes of the buffers' positions that the views do not contain."""
         used = sum(view.nbytes for view in self.views())
         return self.keys.nbytes + self.values.nbytes - used
 
@@ -68,7 +69,7 @@ def _lazy(name: str) -> Any:
 
     def write(layer: _Growing, value: Any) -> None:
         if layer.buffers is not None:
-            layer.buffers.steps.changed = True  # first: an interrupt may follow any line
+            layer.buffers.steps.changed = True  # set first: any line may be interrupted
             layer.__dict__.update(layer.current())
             layer.buffers = None
         layer.__dict__[name] = value
@@ -81,14 +82,14 @@ class _Growing:
 
     Creating a view takes more than a microsecond, and a step would need two per layer.  So between
     steps the layer has only ``buffers``.  Once other tensors are assigned (by a crop, a reordering
-    or an update), the layer stores them as its base class does.
+    or an update), the layer stores these tensors, as transformers' class does.
     """
 
     buffers: Buffers | None = None
     keys, values = _lazy("keys"), _lazy("values")
 
     def current(self) -> dict[str, Any]:
-        """The attributes computed from ``buffers``; empty if there are no buffers."""
+        """The attributes that are computed from ``buffers``; empty without buffers."""
         if self.buffers is None:
             return {}
         keys, values = self.buffers.views()
@@ -102,7 +103,7 @@ class _Growing:
         return buffers.length + buffers.steps.done
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles are layers of transformers' class, without ``buffers``."""
+        """Make copies and pickles layers of transformers' class, without ``buffers``."""
         attributes = {**self.__dict__, **self.current()}
         attributes.pop("buffers", None)
         return _layer, (type(self).__bases__[1], attributes)
@@ -118,7 +119,7 @@ class GrowingSlidingLayer(_Growing, DynamicSlidingWindowLayer):  # type: ignore[
     cumulative_length = _lazy("cumulative_length")
 
     def current(self) -> dict[str, Any]:
-        """As in the base class, and also the length of the whole sequence."""
+        """The attributes of ``_Growing.current``, and the length of the whole sequence."""
         views = super().current()
         return {**views, "cumulative_length": self.get_seq_length()} if views else {}
 
@@ -130,7 +131,7 @@ def _layer(kind: type, attributes: dict[str, Any]) -> Any:
 
 
 def _grow(layer: Any, buffers: Buffers) -> Any:
-    """A growing layer in place of ``layer``, with these ``buffers``."""
+    """A growing layer that replaces ``layer`` and uses ``buffers``."""
     kind = GrowingSlidingLayer if layer.is_sliding else GrowingLayer
     lazy = ("keys", "values", "cumulative_length")
     attributes = {name: v for name, v in layer.__dict__.items() if name not in lazy}
@@ -143,7 +144,7 @@ def is_growing(cache: Any) -> bool:
 
 
 def extendable(cache: Any, windows: Sequence[int | None]) -> bool:
-    """Whether decode steps can extend ``cache``, for a model with these attention ``windows``."""
+    """Whether decode steps can extend ``cache``; ``windows``: each layer's attention window."""
     if not is_growing(cache) or len(cache.layers) != len(windows):
         return False
     for layer, window in zip(cache.layers, windows, strict=True):
@@ -157,9 +158,10 @@ def extendable(cache: Any, windows: Sequence[int | None]) -> bool:
 
 
 def fill_layer(cache: Any, keys: Tensor, values: Tensor, index: int) -> None:
-    """Do what ``cache.update`` does for a prompt, without a copy for an empty ``DynamicLayer``.
+    """Store a prompt's keys and values in layer ``index``, as ``cache.update`` does.
 
-    ``keys``, ``values``: [B, K, T, S].  The cache stores them, so callers must not modify them.
+    An empty ``DynamicLayer`` stores ``keys`` and ``values`` [B, K, T, S] without a copy, so callers
+    must not modify these tensors.
     """
     layer: Any = cache.layers[index] if is_growing(cache) and index < len(cache.layers) else None
     if type(layer) is not DynamicLayer or layer.is_initialized or cache.offloading:
@@ -170,7 +172,7 @@ def fill_layer(cache: Any, keys: Tensor, values: Tensor, index: int) -> None:
 
 
 def layer_tensors(layer: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values of a layer, possibly with unused positions; for reading rows and dtypes."""
+    """A layer's tensors of keys and values, for their rows and dtypes: positions may be unused."""
     source = (layer.buffers if isinstance(layer, _Growing) else None) or layer
     return source.keys, source.values
 
@@ -180,10 +182,11 @@ class PreallocatedKVCache:
 
     A cache of transformers copies all its keys and values for every token.  Here each layer is a
     ``GrowingLayer`` with larger buffers, and a step writes the next position in place.  Positions
-    that leave a sliding window remain in the buffer, before the part in the views.  When a buffer
-    is full or other tensors are assigned to a layer, all layers are copied into new buffers.
+    that leave a sliding window remain in the buffer, before the positions in the views.  When a
+    buffer is full or other tensors are assigned to a layer, all layers are copied to new buffers.
 
-    ``windows``: per layer, how many positions a token sees, including itself; None means all.
+    ``windows``: for each layer, to how many positions a token attends, including its own; None
+    means all.
     """
 
     def __init__(self, cache: Any, windows: Sequence[int | None]) -> None:
@@ -193,12 +196,12 @@ class PreallocatedKVCache:
         self._layers: list[Any] = []
 
     def ready(self, cache: Any) -> bool:
-        """Whether the next step can use these buffers: no layer was changed, and they have room."""
+        """Whether the next step can use the buffers: no layer changed, and each buffer has room."""
         steps = self.steps
         return steps.done < ROOM and not steps.changed and cache.layers == self._layers
 
     def prepare(self, cache: Any) -> None:
-        """Make room for a position; if that replaces buffers, ``places()`` and ``steps`` change."""
+        """Make room for one position; new buffers also change ``places()`` and ``steps``."""
         if self.ready(cache):
             return
         steps, dtype = (
@@ -207,16 +210,17 @@ class PreallocatedKVCache:
         )  # a step reads only one dtype
         with torch.inference_mode(False), torch.no_grad():
             layers = [_grow(layer, _copied(layer, dtype, steps)) for layer in cache.layers]
-        # an interrupt may follow any of these lines: the layers are consistent after each
+        # any of these lines may be the last before an interrupt: layers are consistent after each
         self.steps, self._layers = steps, layers
         cache.layers[:] = layers
         steps.changed = False
 
     def places(self) -> tuple[list[Tensor], list[Tensor], list[int], list[int], list[int]]:
-        """Arguments with which the native step uses these buffers; each list has a value per layer.
+        """The native step's arguments for these buffers: five lists with one value per layer.
 
-        They are the buffers of keys and of values, the end and the number of the filled positions,
-        and how many positions a step reads before the one that it writes (-1 for all).
+        The first two lists are the buffers of keys and the buffers of values.  The third is where
+        the filled positions end, and the fourth is how many positions are filled; here both are
+        equal.  The last is how many earlier positions a step reads, -1 for all.
         """
         buffers = [layer.buffers for layer in self._layers]
         ends = [each.end for each in buffers]

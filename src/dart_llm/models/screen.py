@@ -1,9 +1,9 @@
 """A screened output head: rough scores for all vocabulary entries, exact scores for the best few.
 
-The *screen* is a 4-bit copy of the head, whose rows are projected onto the eigenvectors
-(*directions*) of E[h h'], where h are hidden states.  A step reads only the directions in which its
-hidden state is large.  Entries whose rough score is within a threshold of the best are scored again
-by the head itself; the others keep their rough scores.
+Here a *score* is a logit.  The *screen* is a 4-bit copy of the head's rows, projected onto the
+eigenvectors (*directions*) of E[h h'], where h is a hidden state.  A decode step reads only the
+directions in which its hidden state is large.  Entries whose rough score is within a threshold of
+the best rough score are scored again by the head itself; all other entries keep rough scores.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from dart_llm.errors import ConfigError
 from dart_llm.models.packed import PackedTensor
 
 RUN, UNIT, GROUP = 4096, 64, 32
-"""Vocabulary entries per run (stored together); entries per unit of a run; directions that share a
-scale when a hidden state is rounded."""
+"""``RUN``: vocabulary entries per *run*, whose entries are stored together.  ``UNIT``: entries per
+unit of a run.  ``GROUP``: directions that share a scale when a hidden state is rounded."""
 
 MIDDLE, LEVELS = 7.5, 16
 """A weight is its scale times (level - ``MIDDLE``), with levels 0 to ``LEVELS`` - 1."""
 
 STEPS = (0.28, 0.335, 0.40)
-"""Spacings of levels to try, in standard deviations of a row; 0.335 suits a Gaussian."""
+"""Distances between levels that are tried, divided by a row's RMS; 0.335 suits a Gaussian."""
 
 SHARE_OF_SCREEN = 0.6
 """Fraction of the bytes per token that rough scores may use; exact scores use the rest."""
 
 WIDEST, BINS = 64.0, 4096
-"""Largest threshold (tokens further below the best cannot be selected), and bins of a histogram."""
+"""``WIDEST``: largest threshold.  ``BINS``: bins of the histogram that chooses a threshold."""
 
 SAMPLED, FEW = 256, 16
-"""About how many hidden states set a threshold, and how many of them are scored at a time."""
+"""``SAMPLED``: about how many hidden states choose a threshold; ``FEW`` are scored at a time."""
 
 CHUNK = 1 << 24
 """About how many weights are projected at a time."""
 
 
 def fixed_bytes(words: int, hidden: int) -> int:
-    """Bytes that each token reads of the basis and of one scale per vocabulary entry (float32)."""
+    """Bytes that each token reads for the basis and for one float32 scale per vocabulary entry."""
     return 4 * (hidden * hidden + words)
 
 
 def keep_of(share: float, words: int, hidden: int, nbytes: float) -> int:
-    """Number of directions to read per token, so that it reads ``share`` of a head's ``nbytes``.
+    """Number of directions that a token reads if it reads a fraction ``share`` of ``nbytes``.
 
-    The head is [words, hidden], and the result is a multiple of 8.  Raises ``ConfigError`` if fewer
-    than ``GROUP`` directions fit, or if ``hidden`` is not a multiple of 8.
+    The head is [words, hidden] and has ``nbytes`` bytes.  The result is a multiple of 8.  Raises
+    ``ConfigError`` if fewer than ``GROUP`` directions fit, or if 8 does not divide ``hidden``.
     """
     room = SHARE_OF_SCREEN * share * nbytes - fixed_bytes(words, hidden)
     keep = min(int(room / (words / 2)), hidden) // 8 * 8
@@ -64,7 +64,7 @@ def keep_of(share: float, words: int, hidden: int, nbytes: float) -> int:
 
 
 def directions_of(states: Tensor) -> Tensor:
-    """Eigenvectors of E[h h'] as rows [D, D] float32, largest eigenvalue first; states [n, D]."""
+    """Eigenvectors of E[h h'] for ``states`` h [n, D]: rows [D, D] float32, largest value first."""
     h = states.double()
     _, vectors = torch.linalg.eigh(h.t() @ h / len(h))
     directions: Tensor = vectors.flip(1).t().float().contiguous()
@@ -76,11 +76,11 @@ class Screen:
     """Computes a rough score of each vocabulary entry v, given a hidden state h.
 
     The score is ``by[v] * sum over i of (levels[v, i] - 7.5) * (basis h)[i]``.  ``basis``: [D, D]
-    float32, eigenvectors times the RMS of the head's rows along them.  ``levels``: [V / 4096, D,
+    float32, each eigenvector times the RMS of the head's rows along it.  ``levels``: [V / 4096, D,
     2048] uint8, two levels per byte; see ``Directions`` in native/csrc/packed.h.  ``by``: [V]
     float32 scales, padded to whole runs.  ``words``: V.  ``keep``: number of directions that a
-    token reads, those with the largest absolute ``basis h``.  ``threshold``: entries whose rough
-    score is at most this far below the best are scored exactly.
+    token reads; it reads those with the largest absolute values in ``basis h``.  ``threshold``:
+    entries whose rough score is at most this far below the best are scored exactly.
     """
 
     basis: Tensor
@@ -96,9 +96,9 @@ class Screen:
     ) -> Screen:
         """A screen of the head ``weight`` [V, D].
 
-        On average over ``states`` [n, D], which are inputs of the head, a token reads ``share`` of
-        the head's bytes in total.  ``nbytes``: stored size of the head, by default that of
-        ``weight``.  Raises ``ConfigError`` as ``keep_of`` does.
+        On average over ``states`` [n, D], which are inputs of the head, a token reads a fraction
+        ``share`` of the head's bytes in total.  ``nbytes``: stored size of the head; None means the
+        size of ``weight``.  Raises ``ConfigError`` as ``keep_of`` does.
         """
         nbytes = float(weight.nbytes) if nbytes is None else nbytes
         words, hidden = weight.shape
@@ -120,7 +120,7 @@ class Screen:
         return torch.cat(parts, 1)[:, : self.words]
 
     def along(self, z: Tensor) -> Tensor:
-        """The ``keep`` largest of z [n, D], rounded to 8 bits in groups of 32; the others are 0."""
+        """z [n, D] with each row's ``keep`` largest values rounded to 8 bits, and 0 elsewhere."""
         ids = z.abs().topk(self.keep, -1, sorted=False).indices.sort(-1).values
         groups = F.pad(z.gather(1, ids), (0, -self.keep % GROUP)).reshape(len(z), -1, GROUP)
         scales = groups.abs().amax(-1, keepdim=True) / 127
@@ -141,9 +141,9 @@ class Screen:
 
 
 def threshold_for(rough: Iterable[Tensor], rows: float) -> float:
-    """The largest threshold with which, on average, at most ``rows`` entries are scored exactly.
+    """The largest threshold with which at most ``rows`` entries per token are scored exactly.
 
-    ``rough``: batches of rough scores [n, V].
+    This holds on average over ``rough``, which yields batches of rough scores [n, V].
     """
     counts, steps = torch.zeros(BINS, dtype=torch.float64), 0
     for scores in rough:
@@ -155,10 +155,10 @@ def threshold_for(rough: Iterable[Tensor], rows: float) -> float:
 
 
 def _projected(weight: Tensor, axes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``basis``, ``levels`` and ``by`` for a head [V, D]; the rows of axes [D, D] have length 1.
+    """``basis``, ``levels`` and ``by`` for a head ``weight`` [V, D]; ``axes`` [D, D]: unit rows.
 
     Each vocabulary entry and each direction has a scale.  Rounding errors along a direction are
-    weighted by the mean square of the states [n, D] along it.
+    weighted by the mean square of ``states`` [n, D] along this direction.
     """
     squares = torch.zeros(len(axes), device=axes.device)
     for piece in _pieces(weight):
@@ -176,7 +176,7 @@ def _projected(weight: Tensor, axes: Tensor, states: Tensor) -> tuple[Tensor, Te
 
 
 def _rounded(rows: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels [n, D] uint8 and scales [n] of ``rows``; ``strength`` [D] weights squared errors."""
+    """Levels [n, D] uint8 and scales [n] of ``rows``; ``strength`` [D]: weights of errors."""
     spread = rows.square().mean(1, keepdim=True).sqrt()
     spread = spread.clamp_min(torch.finfo(torch.float32).tiny)
     best = torch.full_like(spread[:, 0], -torch.inf)
@@ -194,7 +194,7 @@ def _rounded(rows: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _places() -> Tensor:
-    """Position of each entry in its unit; with this order kernels read four directions at once."""
+    """[UNIT]: each entry's place in its unit, so that kernels read four directions at once."""
     word = torch.arange(UNIT)
     return word % 16 // 4 * 16 + word // 16 * 4 + word % 4
 

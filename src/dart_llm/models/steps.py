@@ -22,17 +22,18 @@ from dart_llm.models.packed import PackedTensor
 
 @dataclass(frozen=True)
 class Family:
-    """The parts of a decode step of one model type, by transformers' names.
+    """How a decode step of one model type is computed, with transformers' names of its modules.
 
     ``before``: norms of the residual stream before attention and FFN.  ``after``: norms of the
     outputs of attention and FFN.  "" means that there is no norm.  ``last_norm``: the decoder's
-    last norm.  ``offset``: number that a norm adds to its weight before it multiplies in float32;
-    None if the weight multiplies in its own dtype.  ``qkv``: names of the three projections, or of
-    the fused projection.  ``by_heads``: True if the fused projection has q, k and v head by head.
-    ``over_all``: True if the norms of q and k cover all heads together.  ``slides``: True if all
-    layers have the configuration's window, unless ``layer_types`` says otherwise.  ``kinds``: True
-    if each layer type has its own rotary angles.  ``positions``: embedding of learned positions.
-    ``capped``: True if attention scores have the configuration's soft cap.
+    last norm.  ``offset``: number that is added to a norm's weight, which then multiplies in
+    float32; None if the weight multiplies unchanged, in its dtype.  ``qkv``: names of the three
+    projections, or of the fused projection.  ``by_heads``: True if the fused projection has q, k
+    and v of one head, then those of the next head.  ``over_all``: True if the norms of q and k
+    cover all heads together.  ``slides``: True if all layers have the configuration's sliding
+    window; ignored if ``layer_types`` is set.  ``kinds``: True if each layer type has
+    rotary angles of its own.  ``positions``: embedding of learned positions, or "".  ``capped``:
+    True if attention scores have the configuration's soft cap.
     """
 
     before: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
@@ -82,7 +83,7 @@ class Norm(NamedTuple):
     centred: bool
 
     def of(self, x: Tensor) -> Tensor:
-        """x, normalised over the last dimension in float32, and rounded where the model rounds."""
+        """x, normalised over the last dimension in float32, with the roundings of the model."""
         if self.centred:
             return F.layer_norm(x, x.shape[-1:], self.factor, self.bias, self.eps)
         wide = x.float()
@@ -96,9 +97,10 @@ class Norm(NamedTuple):
 class LayerParts:
     """Attention weights and norms of one layer.  ``before``, ``after``: norms as in ``Family``.
 
-    ``qkv``: one or three matrices [., D].  ``biases``: their biases or None.  ``head_norms``: norms
-    of q and k.  ``window``: number of positions that a token sees, including itself; None for all.
-    ``table``: index of the layer's rotary angles in ``StepParts.tables``; None if it has none.
+    ``qkv``: the fused matrix or the three matrices, each [outputs, D].  ``biases``: each matrix's
+    bias or None.  ``head_norms``: norms of q and k.  ``window``: number of positions to which a
+    token attends, including its own; None means all.  ``table``: index of the layer's rotary angles
+    in ``StepParts.tables``; None if the layer has no rotary angles.
     """
 
     before: tuple[Norm | None, Norm | None]
@@ -116,11 +118,12 @@ class LayerParts:
 class StepParts:
     """Sizes and weights of a model, without its FFNs.
 
-    ``sizes``: D (hidden size), H heads, K key-value heads, S (size of a head), I neurons, V tokens
-    of the vocabulary, R (rotated values per head).  ``embedding_scale``: factor of the embedding's
-    rows, rounded as in the model.  ``attention_cap``, ``logits_cap``: c of the soft cap
-    c tanh(x / c), or 0.  ``parallel``: True if FFN and attention read the same residual stream.
-    ``tables``: the layer types with their own rotary angles, or a single "" if all share them.
+    ``sizes``: [D, H, K, S, I, V, R], which are hidden size, heads, key-value heads, size of a head,
+    neurons per layer, vocabulary size, and rotated values per head.  ``embedding_scale``: factor of
+    the embedding's rows, rounded as in the model.  ``attention_cap``, ``logits_cap``: c of the soft
+    cap c tanh(x / c), or 0.  ``parallel``: True if FFN and attention read the same residual stream.
+    ``tables``: one entry per table of rotary angles: the layer type that uses this table, or "" if
+    all layers share one table.
     """
 
     family: Family
@@ -160,7 +163,7 @@ def step_unsupported_reason(model: Any) -> str | None:
 
 
 def _attention_unsupported_reason(text: Any, family: Family) -> str | None:
-    """The first feature of the attention that steps do not support; None if they support all."""
+    """Why steps do not support the attention, as a clause; None if they support it."""
     rope = getattr(text, "rope_parameters", None) or {}
     nested = [settings for settings in rope.values() if isinstance(settings, dict)]
     for settings in nested or [rope]:
@@ -177,7 +180,7 @@ def _attention_unsupported_reason(text: Any, family: Family) -> str | None:
 
 
 def _modules_unsupported_reason(model: Any) -> str | None:
-    """The first reason why steps cannot read a model's modules and weights; None if they can."""
+    """Why steps cannot read a model's modules and weights, as a clause; None if they can."""
     tensors = [*model.parameters()]
     kinds = {type(t) for t in (*tensors, *model.buffers())}
     if kinds - {Tensor, nn.Parameter, PackedTensor}:
@@ -204,7 +207,7 @@ def _is_known(module: nn.Module) -> bool:
     """Whether the class and the forward of a module are from transformers or torch."""
     patched = module.__dict__.get("forward")
     original = patched is None or isinstance(patched, Replacement)
-    if not original or "parametrizations" in module._modules:  # computed at every use
+    if not original or "parametrizations" in module._modules:  # weights computed at every use
         return False
     names = type(module).__module__, forward_of(module)[0].__module__
     return all(name.startswith(HOMES) for name in names)
@@ -239,7 +242,7 @@ def _fits(model: Any) -> bool:
 
 
 def _attention_of(layer: nn.Module, names: LayerNames, family: Family) -> list[Any]:
-    """The projections of one layer's attention."""
+    """The projections of one layer's attention, the output projection last."""
     path, _, out = names.attention_out.rpartition(".")
     attention = layer.get_submodule(path)
     return [getattr(attention, name) for name in (*family.qkv, out)]
@@ -260,7 +263,7 @@ def attention_by_inputs(model: Any) -> list[nn.Module]:
 
 
 def step_parts(model: Any) -> StepParts:
-    """The inputs of a step; ``step_unsupported_reason(model)`` must be None."""
+    """The parts of ``model`` that steps use; ``step_unsupported_reason(model)`` must be None."""
     layers, names, text = decoder_layers(model)
     family = FAMILIES[text.model_type]
     decoder: Any = decoder_of(model)
@@ -362,7 +365,10 @@ def angles(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [count, tables, R] float32 by position, rounded as in the model."""
+    """Cosines and sines [count, tables, R] float32 of the first ``count`` positions.
+
+    They are rounded as in the model.
+    """
     if parts.rotary is None:
         return torch.empty(count, 0, 0, device=device), torch.empty(count, 0, 0, device=device)
     positions = torch.arange(count, device=device)[None]

@@ -1,9 +1,10 @@
-"""A replacement of transformers' token loop for one row, greedy or sampled, with less overhead.
+"""Replaces transformers' token loop for one sequence, greedy or sampled, with less overhead.
 
 ``generate`` does its usual preparation and then calls a ``TokenLoop`` instead of ``_sample``.  The
 loop makes the same calls in the same order, so that tokens, random numbers and the inputs of
-processors, criteria and streamers are the same.  It omits work without effect, and arguments that a
-native whole step (one token per row in a single call of C++) does not need.
+processors, criteria and streamers are the same.  It leaves out work that has no effect.  It also
+does not build the arguments of the model's forward when a *whole step* of the executor ``native``
+runs instead: a single C++ call that decodes one token per row.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from torch import Tensor
 from dart_llm.models.growing_cache import is_growing
 
 Step = Callable[[Tensor, Any, list[int] | None], Tensor | None]
-"""A function from ids [1, 1] and a cache to logits [1, V]; None if the model's forward must run.
+"""A function of ids [1, 1], a cache, and a list of forbidden ids or None.
 
-Given a list of token ids, it may instead return the likeliest token [1] int64 not in the list.
+It returns logits [1, V], or None if the model's forward must run instead.  If it gets a list, it
+may return, instead of logits, the likeliest id that is not in the list: [1] int64.
 """
 
 Processor = Callable[[Tensor, Tensor], Tensor]
-"""A function from ids [1, T] and scores to new scores [1, V] float32."""
+"""A function of ids [1, T] and scores (processed logits); returns new scores, [1, V] float32."""
 
 Criterion = Callable[[Tensor, int], Any]
-"""A function of ids [1, T] and the last id, as a number: True if the sequence is complete."""
+"""A function of ids [1, T] and the last id as a number; returns True at the sequence's end."""
 
 _ARGUMENTS = {"cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}
 """The arguments of a forward that the loop can update for the next token."""
@@ -38,11 +40,12 @@ _EXTRAS = ("output_scores", "output_logits", "output_attentions", "output_hidden
 
 
 def can_stand_in(model: Any, generate: Any) -> bool:
-    """Whether ``generate`` is transformers', and the model overrides no method of its loop."""
+    """Whether a ``TokenLoop`` can replace the loop of ``generate``, a method of ``model``."""
     from transformers import GenerationMixin
 
     loop_methods = ("_sample", "_update_model_kwargs_for_generation")
-    # whole steps skip the two methods added here, so the instance must not override them
+    # whole steps do not call the two methods added here, so an override on the instance would be
+    # ignored
     names = {*loop_methods, "prepare_inputs_for_generation", "_has_unfinished_sequences"}
     if (
         getattr(generate, "__func__", None) is not GenerationMixin.generate
@@ -55,7 +58,7 @@ def can_stand_in(model: Any, generate: Any) -> bool:
 
 
 class TokenLoop:
-    """A custom decoding method for ``generate``; ``step`` decodes one token."""
+    """The argument ``custom_generate`` of ``generate``; ``step`` decodes one token."""
 
     def __init__(self, step: Step, streamer: Any = None) -> None:
         self._step, self._streamer = step, streamer
@@ -119,16 +122,16 @@ class TokenLoop:
 
 
 def _likeliest(scores: Tensor) -> Tensor:
-    """The first index [1] of the largest score in [1, V]; numpy is faster than torch's threads."""
+    """The first id [1] with the largest score in [1, V]; numpy finds it faster than torch."""
     if scores.dtype != torch.float32 or scores.requires_grad or scores.dim() != 2:
         return torch.argmax(scores, dim=-1).reshape(-1)
     return torch.from_numpy(scores.numpy().argmax(-1))
 
 
 class _Sequence:
-    """The sequence being generated; its methods return float32 logits that processors may modify.
+    """The sequence that is being generated.  ``cache``: the cache of the latest forward.
 
-    ``cache``: the cache of the latest forward.
+    ``prompt`` and ``next`` return float32 logits, which processors may modify in place.
     """
 
     def __init__(self, model: Any, step: Step, config: Any, kwargs: dict[str, Any]) -> None:
@@ -139,20 +142,21 @@ class _Sequence:
         self._steps = False
 
     def prompt(self, ids: Tensor) -> Tensor:
-        """The logits [1, V] after the prompt [1, T]."""
+        """Run the forward of the prompt ids [1, T]; return the logits [1, V] after the prompt."""
         self._prompt = ids.shape[1]
         outputs = self._model._prefill(ids, self._config, self._kwargs, is_first_iteration=True)
         logits = self._read(outputs)
         positions = self._kwargs.get("position_ids")
         end = self.cache.get_seq_length()
-        # only the model's forward handles positions that differ from the cache's
+        # whole steps use the cache's length as position: for others, the model's forward must run
         self._steps = positions is None or bool((positions[..., -1] == end - 1).all())
         return logits
 
     def next(self, ids: Tensor, forbidden: list[int] | None) -> Tensor:
-        """The logits [1, V] after ids [1, T], of which all but the last are in the cache.
+        """Run the forward of the last id in ``ids`` [1, T]; return the logits [1, V] after it.
 
-        With ``forbidden``, the result may instead be the likeliest token [1] not in this list.
+        The cache must contain all other ids.  If ``forbidden`` is a list, the result may instead be
+        the likeliest id that is not in this list, [1] int64.
         """
         if self._steps:
             logits = self._step(ids[:, -1:], self.cache, forbidden)
@@ -167,7 +171,7 @@ class _Sequence:
         return self._read(model(**inputs, return_dict=True))
 
     def _read(self, outputs: Any) -> Tensor:
-        """A copy of the last logits, so that the logits of a whole prompt can be freed."""
+        """Store the new cache; return a copy of the last logits, so that others can be freed."""
         self.cache = outputs.get("cache", self.cache)
         logits: Tensor = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
         return logits
@@ -188,10 +192,14 @@ def _serves(ids: Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _processors(processors: Any) -> list[Processor]:
-    """The processors of a list, called directly: the list inspects their signatures at every token.
+    """The processors of a list, so that the loop can call each of them itself.
 
-    Leading processors that enforce a minimum length become ``_NoEnds``, because transformers'
-    processors compare the whole vocabulary at every token, even after the minimum length.
+    Calling the list would inspect the processors' signatures at every token.  If a processor needs
+    further arguments, or the list is not transformers', the list is the only item of the result.
+
+    Leading processors that enforce a minimum length become ``_NoEnds``.  transformers' versions
+    compare every id of the vocabulary with the end tokens at each token, even after the minimum
+    length is reached.
     """
     from transformers import LogitsProcessorList
 
@@ -199,21 +207,22 @@ def _processors(processors: Any) -> list[Processor]:
     if type(processors) is not LogitsProcessorList or any(count > 2 for count in counts):
         return [processors]
     replaced = [_NoEnds.from_processor(processor) for processor in processors]
-    # only leading ones: other processors may still use the scores that they returned
+    # only leading ones: ``_NoEnds`` changes scores in place, and a processor before it might still
+    # use the scores that it returned
     first = replaced.index(None) if None in replaced else len(replaced)
     return [*replaced[:first], *processors[first:]]
 
 
 @dataclass(frozen=True)
 class _NoEnds:
-    """Forbids end tokens ``ends`` in sequences below ``least`` tokens; modifies scores in place."""
+    """Forbids the end tokens ``ends`` until there are ``least`` tokens; changes scores in place."""
 
     least: int
     ends: list[int]
 
     @classmethod
     def from_processor(cls, processor: Any) -> _NoEnds | None:
-        """The equivalent of transformers' minimum-length processors; None for other processors."""
+        """The equivalent of a minimum-length processor of transformers; None for others."""
         from transformers import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
 
         if type(processor) is MinLengthLogitsProcessor:
@@ -232,13 +241,13 @@ class _NoEnds:
 
 
 def _forbidden(process: Sequence[Processor], length: int) -> list[int]:
-    """The tokens that must not follow ``length`` tokens."""
+    """The ids that are forbidden as the next token of a sequence that has ``length`` tokens."""
     active = [rule for rule in process if isinstance(rule, _NoEnds) and length < rule.least]
     return list(dict.fromkeys(end for rule in active for end in rule.ends))
 
 
 def _criteria(criteria: Any) -> tuple[list[Criterion], Any]:
-    """Criteria that need only the last token or the length; and a list of the others, or None."""
+    """Functions for criteria on last id and length; a list of the other criteria, or None."""
     from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
     if type(criteria) is not StoppingCriteriaList:

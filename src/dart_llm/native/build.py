@@ -1,8 +1,8 @@
 """Builds and loads the native CPU kernels: C++ code that is compiled on first use.
 
 No other file builds or loads them.  torch's extension loader compiles the library, which is stored
-in the cache folder.  Its file name contains a hash (of sources, torch's version, machine, flags and
-compiler) and the library's digest.  A damaged library is never loaded but built again.
+in the cache folder.  The library's file name contains a hash (of sources, torch's version, machine,
+flags and compiler) and a digest of the file.  A damaged library is never loaded but built again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def sources() -> dict[str, str]:
 
 
 def built_name() -> str:
-    """The key of the library that is built for these sources on this machine."""
+    """The hash in the file name of the library for these sources and this machine."""
     digest = hashlib.sha256()
     for name, text in sources().items():
         digest.update(f"{name}\n{text}\n".encode())
@@ -65,7 +65,7 @@ def built_name() -> str:
 
 
 def _flags() -> tuple[str, ...]:
-    """The compiler's options, which exclude kernels that this CPU is known not to support."""
+    """The compiler's options; they exclude kernels that this CPU is known not to support."""
     lines = CPU.read_text("utf-8", "replace").splitlines() if CPU.is_file() else []
     has = next((line.split() for line in lines if line.startswith("flags")), list(WITHOUT))
     return (*FLAGS, *(flag for name, flag in WITHOUT.items() if name not in has))
@@ -124,12 +124,12 @@ def _loads(library: Path) -> bool:
 
 
 def _registered() -> bool:
-    """Whether the operators are registered: to register them again would abort the process."""
+    """Whether the operators are registered: registering them again would abort the process."""
     return hasattr(torch.ops.dart_llm, "cpu")
 
 
 def _reason(error: BaseException) -> str:
-    """The first line with a compiler error, or else the first line of the message."""
+    """The message's first line that contains ``error:``, or else its first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     wrong = (line for line in lines if "error:" in line)
     return next(wrong, lines[0] if lines else type(error).__name__)
@@ -172,7 +172,7 @@ def ops() -> Any:
 
 
 def use_kernels(name: str) -> bool:
-    """From now on use the kernels of this name; "" selects the best ones for this CPU.
+    """Use the kernels called ``name`` from now on; "" selects the best kernels for this CPU.
 
     Names are avx512bf16, avx512, avxvnni, avx2 (x86-64), neon (64-bit Arm) and portable (any CPU).
     Returns False, without a change, if this CPU cannot run these kernels.

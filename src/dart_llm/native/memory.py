@@ -1,6 +1,6 @@
 """Measures free memory, and moves weights to huge pages.
 
-A decoded token reads every weight once.  With pages of 4 KB, the weights have more pages than the
+A decoded token reads every weight once.  With pages of 4 KB, the weights occupy more pages than the
 CPU's TLB has entries, and the TLB misses take as much time as the reads; docs/performance.md has
 measurements.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 MAPS, MEMORY = Path("/proc/self/maps"), Path("/proc/meminfo")
-"""Linux's files of the address ranges of this process and of the machine's free memory."""
+"""``MAPS``: Linux's list of this process's mappings.  ``MEMORY``: the machine's free memory."""
 
 GROUP = Path("/sys/fs/cgroup")
 """The folder with memory limits of this process's control group, if there is one."""
@@ -89,7 +89,7 @@ def out_of_files(model: nn.Module) -> int:
     """Copy CPU weights from mapped files to memory that can use huge pages.
 
     Returns the number of copied bytes: 0 for fewer than ``LEAST`` bytes, or if the copies would
-    need more than half of the free memory.  Nothing else may use the model yet.
+    need more than half of the free memory.  Call it before anything else uses the model.
     """
     maps = private_maps()
     plain = [weight for weight in model.parameters() if type(weight) is nn.Parameter]
@@ -106,8 +106,8 @@ def out_of_files(model: nn.Module) -> int:
 def into_huge_pages(tensors: Iterable[Tensor]) -> int:
     """Move CPU ``tensors`` to huge pages; return the number of pages moved.
 
-    This needs Linux 6.1 or later and at least ``LEAST`` bytes in total.  Otherwise, and in mapped
-    files, pages stay small.
+    This needs Linux 6.1 or later and at least ``LEAST`` bytes in total; otherwise nothing is moved.
+    Pages of mapped files are never moved.
     """
     spans = [(t.data_ptr(), t.nbytes) for t in tensors if t.device.type == "cpu"]
     if sys.platform != "linux" or sum(size for _, size in spans) < LEAST:
