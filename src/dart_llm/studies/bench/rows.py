@@ -41,8 +41,8 @@ Row = dict[str, Any]
 """A row of speed.json or tune.json, or some of its columns."""
 
 DISTURBED = "disturbed: other work ran; repeat it on a quiet machine"
-"""Marks a row without a speed-up: the measured speed-up exceeded the bandwidth limit, scattered too
-much over repetitions, or contradicted another row."""
+"""Marks a row with an unreliable speed-up, which exceeds the bandwidth limit, scatters too much, or
+contradicts another row."""
 
 REFERENCE = "reference"
 """The value of ``candidate`` in the lines of the reference."""
@@ -100,9 +100,9 @@ def time_columns(
 ) -> Row:
     """``ms`` per decoded token, the speed-up over ``base`` (``times_dense``), and its ``scatter``.
 
-    ``limit``: the bandwidth limit relative to ``base``.  If the speed-up exceeds it or scatters too
-    much, ``times_dense`` is None and ``disturbed`` is ``DISTURBED``.  Without samples, all these
-    columns are None; without ``base``, only ``ms`` has a value.
+    ``limit``: the bandwidth limit relative to ``base``.  If the speed-up exceeds ``limit`` or
+    scatters too much, ``times_dense`` is None and ``disturbed`` is ``DISTURBED``.  Without samples,
+    all these columns are None; without ``base``, only ``ms`` has a value.
     """
     names = ("ms", "times_dense", "scatter", "disturbed")
     row: Row = {**dict.fromkeys(names), "bandwidth_limit": limit}
