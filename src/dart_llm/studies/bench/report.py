@@ -38,7 +38,7 @@ METRICS = {"loss": "loss", "ms": "ms_per_token", "times_dense": "speed_up"}
 
 
 def result_lines(task: str, document: Row, packed: Mapping[str, str]) -> list[ResultLine]:
-    """One line of rows.jsonl per row and metric; ``packed``: formats' types of quantisation."""
+    """One line of rows.jsonl per row and metric; ``packed``: quantisation type by format."""
     lines = []
     for row in document["rows"]:
         is_llama_cpp = row["executor"] == LLAMA_CPP
@@ -140,7 +140,7 @@ def left_out(reasons: Mapping[str, str]) -> list[str]:
 
 
 def speed_sentences(document: Row) -> list[str]:
-    """Sentences on the fastest pruned row and its limit, and on dense (native) and llama.cpp."""
+    """Sentences that compare the fastest method with its limit, and dense with llama.cpp."""
     rows = {row["row"]: row for row in document["rows"]}
     sentences = []
     methods = [row for row in rows.values() if row["method"]]

@@ -54,7 +54,7 @@ REFERENCE = "reference"
 def mean_context(prompt: int, tokens: int) -> float:
     """The mean number of KV-cache positions that a timed token reads.
 
-    The token's own position counts.  ``WARM`` untimed tokens precede the timed tokens.
+    This includes the token's own position.  ``WARM`` untimed tokens precede the timed tokens.
     """
     return prompt + WARM + (tokens + 1) / 2
 
@@ -84,8 +84,8 @@ class DecodeTraffic:
     def limit(self, sparsity: float, proxy_share: float = 0.0, head_share: float = 1.0) -> float:
         """The bandwidth limit at ``sparsity`` s: 1 / (1 - f s) without proxies or a screened head.
 
-        ``proxy_share``: bytes of the low-bit proxies, divided by FFN bytes; they are
-        read in addition.  ``head_share``: the fraction of the head's bytes that is read.
+        ``proxy_share``: bytes of the low-bit proxies, divided by FFN bytes; proxies are
+        read in addition to weights.  ``head_share``: the fraction of the head's bytes that is read.
         """
         saved = self.head / self.total * (1 - head_share)
         return bytes_limit(self.share, sparsity, proxy_share, saved)
@@ -163,7 +163,7 @@ def speed_document(
 
 
 def _accounting(candidate: Candidate, samples: Sequence[Sample], traffic: DecodeTraffic) -> Row:
-    """Bandwidth limit, accounting of the timed tokens, and memory of a row not of llama.cpp."""
+    """Columns that llama.cpp's rows lack: limit, accounting of the timed tokens, memory."""
     removed, head = _mean(samples, "achieved_sparsity", 0.0), _mean(samples, "head_bytes_share", 1)
     limit = traffic.limit(removed, _mean(samples, "proxy_bytes_share", 0.0), head)
     memory = [sample.get("extra_memory_bytes") for sample in samples]

@@ -136,7 +136,7 @@ class SpeedSettings(BenchOptions):
 
 
 def is_file(weights: str) -> bool:
-    """Whether ``weights`` is a GGUF file, loaded instead of the model, rather than a format."""
+    """Whether ``weights`` is the path of a GGUF file to load instead of ``model``."""
     return weights.lower().endswith(".gguf")
 
 
@@ -197,7 +197,7 @@ class TuneSettings(BenchOptions):
 # Candidates, the rows of a grid.
 
 SCREENED = "screened"
-"""An output head that computes exact scores only for vocabulary entries near the best."""
+"""An output head that computes exact logits only for entries with rough logits near the best."""
 
 LOADED = "own"
 """The name of the weight format of a model that the caller has loaded."""
@@ -240,7 +240,7 @@ class Candidate:
 def make_candidate(
     config: PruneConfig, weights: str, suffix: str = "", method: str | None = None
 ) -> Candidate:
-    """A candidate; ``suffix``: end of the label, which names the format if there are several."""
+    """A candidate.  ``suffix``: the end of the label (the format, if there are several)."""
     parts = [f"{method} {percent(config.target)}" if method else DENSE]
     parts += [config.executor] if config.executor != "auto" else []
     parts += ["screened head"] if config.head.kind == SCREENED else []
@@ -267,12 +267,12 @@ class Formats:
 
     @classmethod
     def from_settings(cls, settings: TuneSettings) -> Formats:
-        """The requested formats (methods are tried in all), or defaults for model and machine.
+        """The requested formats, with methods tried in all of them; by default, the following.
 
-        The default for a GGUF file is the file's own format, with pruning, and 4 bits, only dense;
-        ``dtype`` is ignored here.  The default for other checkpoints is unquantised, only dense,
-        8 bits, with pruning, and 4 bits, only dense.  On a machine without kernels for quantised
-        weights, their default is only unquantised, with pruning.  Raises ``ConfigError`` or
+        The defaults for a GGUF file are the file's own format (pruned) and 4 bits (only dense),
+        whatever ``dtype`` is.  The defaults for other checkpoints are unquantised (only dense), 8
+        bits (pruned) and 4 bits (only dense).  On a machine without kernels for quantised weights,
+        the only default for other checkpoints is unquantised (pruned).  Raises ``ConfigError`` or
         ``LoadError``.
         """
         from dart_llm.experiments.cell import requested_format  # imports torch
@@ -307,9 +307,9 @@ def _is_possible(settings: TuneSettings, weights: str) -> bool:
 
 
 def tune_grid(settings: TuneSettings, formats: Formats) -> tuple[Candidate, ...]:
-    """The candidates: first dense in every format; then the others in the formats to prune.
+    """The candidates: first dense in every format, then those of each format to prune.
 
-    The others are dense with a screened head, and all methods at all sparsities and heads to try.
+    These are dense with a screened head, and every method at every sparsity with every head to try.
     Raises ``ConfigError`` for a method that cannot run at a sparsity.
     """
     has_several = len({*formats.every, *formats.pruned}) > 1
@@ -336,7 +336,7 @@ def quick_grid(
 ) -> tuple[Candidate, ...]:
     """The candidates of ``grid`` that ``--quick`` measures for a first answer in minutes.
 
-    These are dense in the first of all formats, and three kinds in the first format that is pruned:
+    The first is dense in the first of all formats.  The others are in the first format to prune:
     dense, dense with a screened head, and the first method at its lowest sparsity.  If the user
     named methods, all are measured, each at its lowest sparsity.  Statistics are learned from a
     quarter of the usual text.

@@ -75,7 +75,11 @@ CACHE_BYTES = 2
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in one weight format; ``weights``: the setting, None if the caller loaded it."""
+    """A model in one weight format.
+
+    ``weights``: the setting with which the model was loaded (``auto``, a format or a GGUF file);
+    None if the caller loaded it.
+    """
 
     weights: str | None
     model: Any
@@ -112,7 +116,8 @@ class LoadedModel:
 def native_dense(model: Any, config: PruneConfig) -> PruneConfig:
     """``config`` with the executor ``native``, or unchanged if ``native`` cannot run.
 
-    ``config`` is also unchanged if it names an executor; raises ``DartError`` if that cannot run.
+    A configuration that names an executor stays unchanged; raises ``DartError`` if that executor
+    cannot run.
     """
     has_executor = config.executor != "auto"
     native = config if has_executor else config.replace({"executor": "native"})
@@ -181,7 +186,7 @@ class BenchStudy(Study[B]):
             torch.set_num_threads(before)
 
     def set_models(self, models: dict[str, LoadedModel], main: str, tokens: int) -> None:
-        """Set ``models``, by format, and the study's model, which is that of the format ``main``.
+        """Set ``models``, by format; the model in the format ``main`` becomes the study's model.
 
         Raises ``ConfigError`` if the model's context is shorter than ``tokens`` tokens.
         """
@@ -307,7 +312,8 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         self.candidates: list[Candidate] = []
         """The candidates that can run with this model on this machine, in row order."""
         self.bases: dict[str, str] = {}
-        """By format, the label of its base row: dense (native), or transformers if that fails."""
+        """By format, the label of the row that other rows are compared with: dense (native), or
+        transformers if dense (native) cannot run."""
 
     @property
     def notes(self) -> list[str]:
@@ -369,9 +375,9 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         return LoadedModel(weights, *load_model(settings, self.ui)[:2])
 
     def find_files(self) -> None:
-        """Set the GGUF files for llama.cpp: ``--reference-file``, or those of ``--model``
-        and ``--weights``.
+        """Set the GGUF files that llama.cpp runs.
 
+        These are given by ``--reference-file``, by default by ``--model`` and ``--weights``.
         Raises ``ConfigError`` if there are none.
         """
         settings = self.settings
@@ -460,7 +466,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         return speed_document(self.candidates, samples, facts)
 
     def _sizes(self, model: Any) -> dict[str, float]:
-        """Bytes of FFNs, all weights, a position in the KV cache and, if screened, the head."""
+        """Bytes of the FFNs, all weights, one KV-cache position and, if screened, the head."""
         share = Run(model, PruneConfig.build(DENSE)).report().ffn_share_of_bytes
         weights = describe(model).parameter_bytes
         sizes = {

@@ -3,8 +3,8 @@
 A candidate is a weight format of the model together with a pruning configuration.  The study scores
 the loss of every candidate on slices of two texts.  It then times the candidates that do not
 clearly exceed the budget, and recommends one of them.  The first units generate one of the texts.
-Each further unit scores one slice with one candidate.  Each of the last units is a repetition,
-which times all remaining candidates in random order.  The function ``tune`` runs the study from
+The next units each score one slice with one candidate.  The last units are repetitions, which each
+time all remaining candidates in random order.  The function ``tune`` runs the study from
 Python.
 """
 
@@ -115,7 +115,7 @@ def all_slices(
 
 
 def user_slices(text: str, tokenizer: Any, count: int, prompt: int, scored: int) -> list[Slice]:
-    """At most ``count`` slices of the user's text; raises ``ConfigError`` if two do not fit."""
+    """At most ``count`` slices of the text; raises ``ConfigError`` if it is too short for two."""
     ids: Tensor = tokenizer(documents.read(text), return_tensors="pt", verbose=False).input_ids[0]
     if len(ids) < 2 * (prompt + scored):
         raise ConfigError(
@@ -189,7 +189,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
 
     @property
     def base(self) -> str:
-        """The label of the base row: the dense model in the first format.  Speeds refer to it."""
+        """The label of the dense model in the first format, with which times are compared."""
         return self.grid[0].label
 
     def inputs(self) -> Mapping[str, Any]:
@@ -289,7 +289,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         return score(self.models[candidate.weights].model, run, piece, logits)
 
     def prompt(self, number: int) -> Tensor:
-        """The prompt; texts alternate, because a screened head's bytes depend on the text."""
+        """A prompt from alternating texts, because a screened head's bytes depend on the text."""
         window = self.slices[number % len(self.slices)].window
         return window.ids[None, : window.first].to(self.model.device)
 

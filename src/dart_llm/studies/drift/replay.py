@@ -169,9 +169,10 @@ Array = NDArray[np.float64]
 class Outcome:
     """How a rule performed on a text.
 
-    ``reach``: for each change, the number of tokens within which it could be detected.  ``delays``:
+    ``reach``: for each change, within how many tokens the change could be detected.  ``delays``:
     for each change, the number of new-topic tokens read when it was detected, None if missed.
-    ``stationary``: the number of stationary tokens; see the module's docstring.
+    ``late``: the number of late triggers.  ``alarms``: the number of all triggers.
+    ``stationary``: the number of stationary tokens.  The module's docstring defines these terms.
     """
 
     reach: tuple[int, ...]
@@ -226,13 +227,12 @@ INTERVALS = {
 def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) -> dict[str, Any]:
     """A rule's statistics over all texts, as a row of detection.json.
 
-    ``delay_median``: median delay of the detected changes.  ``delay_with_misses``: mean over all
-    changes, where a miss counts as the change's full reach.  ``alarms_per_1000``: triggers per
+    ``delay_median``: median delay of the detected changes.  ``delay_with_misses``: mean delay of
+    all changes, where a miss counts as the change's full reach.  ``alarms_per_1000``: triggers per
     1,000 decoded tokens.  ``blind_rate``: the detection rate of a rule that fires as often, at
     equal distances.  A change is at a random position between two alarms, so the probability that
-    an alarm falls within the change's reach is min(1, reach x alarms per token).  Intervals are
-    95 % intervals by resampling texts; with too few texts they are None and ``no_interval`` says
-    why.
+    an alarm falls within the change's reach is min(1, reach x alarms per token).  Intervals are 95
+    % intervals by resampling texts; with too few texts they are None and ``no_interval`` says why.
     """
     statistics = _statistics(outcomes, np.ones((1, len(outcomes))))
     delays = [delay for outcome in outcomes for delay in outcome.delays if delay is not None]

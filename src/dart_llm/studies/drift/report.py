@@ -64,7 +64,7 @@ def _is_remasked(run: DriftRun) -> bool:
 
 
 def _numbered(name: str, members: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the first members, each with a plot name: "overlap", "overlap-2", ..."""
+    """Yield the first ``MAX_PICTURES`` members, named "overlap", "overlap-2", ..."""
     for number, member in enumerate(members[:MAX_PICTURES], 1):
         yield name if number == 1 else f"{name}-{number}", member
 
@@ -109,7 +109,7 @@ def excess_curves(runs: Runs) -> dict[str, dict[int, Interval | None]]:
 
 
 def plot_loss(runs: Runs, small: str) -> Plot | None:
-    """A panel of ``excess_curves`` per method; the reference curve is ``never`` (no re-masks)."""
+    """Plot ``excess_curves``: a panel per method, each with the curve of ``never``; or None."""
     lines = {}
     for label, bins in excess_curves(runs).items():
         points = [(start, bin_mean) for start, bin_mean in bins.items() if bin_mean is not None]

@@ -58,7 +58,7 @@ class Candidate:
 
     @property
     def sparsity(self) -> float | None:
-        """The requested sparsity; None if a layer table or ``auto`` sets the neurons to keep."""
+        """The requested sparsity; None if a layer table or strategy ``auto`` sets the counts."""
         config = self.config
         if config is None:
             return 0.0

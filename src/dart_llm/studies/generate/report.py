@@ -196,7 +196,7 @@ def verdict(
 ) -> str:
     """A sentence on whether to prune this model in this way, and how to test other settings.
 
-    ``over_dense``: perplexity divided by that of dense, if it was measured.
+    ``over_dense``: perplexity divided by dense perplexity; None if not measured.
     """
     speed_up = number(timing.get("speed_up"))
     at_most = "at most " if speed_up is None else ""

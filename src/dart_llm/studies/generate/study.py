@@ -160,7 +160,7 @@ def interleave(clocks: Mapping[str, Clock]) -> dict[str, list[float]]:
 def text_end(ids: Tensor, more: Sequence[int], tokens: int, context: int | None) -> Tensor:
     """The end of the text ``ids`` [1, T] + ``more``, at most ``TAIL`` tokens.
 
-    It is shorter if otherwise ``tokens`` timed tokens would not fit the model's context.
+    It has fewer if the model's context is too short for them and ``tokens`` timed tokens.
     """
     text = torch.cat([ids, torch.tensor([more], dtype=ids.dtype, device=ids.device)], dim=1)
     room = TAIL if context is None else min(TAIL, max(1, context - 1 - WARM - tokens))
@@ -251,7 +251,7 @@ class RunStudy(Study[RunSettings]):
             check_masks(settings.masks, widths(self.model))
         self.bound = self.prepare(self.prune_config)
         variants = (DENSE, PRUNED) if self.prunes else (DENSE,)
-        fed = self.encoded[1].shape[1] + settings.tokens - 1  # the last token is not fed
+        fed = self.encoded[1].shape[1] + settings.tokens - 1  # the last token is never an input
         self.saver = saver(settings, self.model, self.path, fed)
         if self.saver is not None:
             self.saver.announce(len(variants), self.ui.say)
@@ -270,10 +270,10 @@ class RunStudy(Study[RunSettings]):
 
     @property
     def _dense_executor(self) -> str | None:
-        """The executor of the dense text: the same kernels, so that only pruning makes it slower.
+        """The executor of the dense text, whose kernels are those of the pruned text.
 
-        None if the pruned text uses the kernels of the untouched model, which then runs the dense
-        text.
+        A speed-up is then due only to pruning.  None if these are the kernels of the untouched
+        model, which then generates the dense text.
         """
         run = self.bound.run()
         executor = str(self.prune_config.executor if run is None else run.executor)

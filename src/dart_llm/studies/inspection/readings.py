@@ -132,7 +132,7 @@ class Readings:
 
     @cached_property
     def selector(self) -> MaskSelector:
-        """Selects neurons from a text's evidence; raises ``ConfigError`` without such a method."""
+        """Selects neurons from a text's evidence; raises ``ConfigError`` if the method cannot."""
         config = _check_selects_by_text(self.settings.prune_config())
         layers = self.view.weights(config.score.proxy_embedding, config.seed)
         return MaskSelector(config, self.calibrated(config, layers))
@@ -154,7 +154,7 @@ class Readings:
     def _pass(self, text: int) -> list[LayerReading]:
         readings: dict[int, LayerReading] = {}
         selector = None
-        with contextlib.suppress(ConfigError):  # ``evidence`` raises it again
+        with contextlib.suppress(ConfigError):  # ``evidence`` raises it again if masks are needed
             selector = self.selector
 
         def record(layer: int, recorded: LayerActivations) -> None:

@@ -1,4 +1,4 @@
-"""The sections of an inspection.  Each has a function for the numbers and one for the tables.
+"""The sections of an inspection, each with a function for numbers and a function for tables.
 
 Text A has index 0, and text B has index 1.
 """
@@ -205,8 +205,8 @@ def jaccard(a: Tensor, b: Tensor) -> float:
 
 
 def expected_jaccard(width: int, a: int, b: int) -> float:
-    """The Jaccard index of two random sets, with ``a`` and ``b`` of ``width`` neurons, if their
-    intersection has its mean size."""
+    """The Jaccard index of two random sets, with ``a`` and ``b`` of ``width`` neurons, if the
+    intersection has the mean size."""
     same = a * b / width
     return same / (a + b - same) if a + b else 1.0
 
@@ -419,4 +419,4 @@ SECTIONS: dict[str, tuple[Compute, Show]] = {
     "overlap": (overlap, show_overlap),
     "ablation": (ablation, show_ablation),
 }
-"""For each section, the function that computes the numbers and the one that makes the tables."""
+"""For each section, the function for the numbers and the function for the tables."""

@@ -1,9 +1,9 @@
 """The share of GRIFFIN's gap to the dense model that methods close: rows, tables and plots.
 
-A variant's gap is its mean loss minus the untouched model's mean loss on the same tokens, in nats.
-This is the logarithm of the two models' perplexity ratio.  The gap closed by a variant is
-1 - gap(variant) / gap(GRIFFIN).  To pool several sparsities, their gaps are summed first; ratios
-are never averaged (docs/bench.md).
+A variant is a method with its settings.  A variant's gap is its mean loss minus the untouched
+model's mean loss on the same tokens, in nats.  This is the logarithm of the variant's perplexity
+divided by the untouched model's.  The gap closed by a variant is 1 - gap(variant) / gap(GRIFFIN).
+To pool several sparsities, their gaps are summed first; ratios are never averaged (docs/bench.md).
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ DECIMALS = 3
 
 EQUAL_SPARSITY, EQUAL_BYTES = "equal_sparsity", "equal_bytes"
 """The two comparisons with GRIFFIN.  For equal sparsity, GRIFFIN runs at the method's achieved
-sparsity, in which dense tokens count as 0.  For equal bytes, it runs at 1 minus the fraction of the
-FFN bytes that the method reads with executor ``compact``."""
+sparsity, in which dense tokens count as 0.  For equal bytes, GRIFFIN runs at the sparsity 1 - s; s
+is the share of the FFN bytes that the method reads with executor ``compact``."""
 
 CLOSED = f"{EQUAL_SPARSITY}_gap_closed"
 """The column by which variants are ranked."""

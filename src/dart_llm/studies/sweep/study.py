@@ -121,7 +121,7 @@ def measure_cell(
 
     ``cache``: has the model of the previous cell, and afterwards the model of this cell.
     ``parts``: stores the results of finished items (such as documents), which a resumed run reuses;
-    None if they are not stored.  Raises the errors of the measurement, and ``DartError`` if a
+    None keeps them only in memory.  Raises the errors of the measurement, and ``DartError`` if a
     number is not finite.
     """
     import torch
@@ -173,9 +173,9 @@ def document(cell: Cell, error: str | None = None) -> dict[str, Any]:
 
 
 def not_finite(measurement: Measurement) -> str | None:
-    """A sentence naming a number of a measurement that is not finite; None if all are finite.
+    """A sentence that names a non-finite number of a measurement; None if all are finite.
 
-    Metrics other than the headline metric may be None, because some are undefined on few items.
+    Metrics other than ``measurement.metric`` may be None, because some are undefined on few items.
     """
     metrics = dict(measurement.metrics)
     if metrics.get(measurement.metric) is None:
@@ -238,7 +238,7 @@ class MeasureStudy(Study[S], Generic[S]):
 
     @property
     def device(self) -> str | None:
-        """The device in the cells' values, because the model is dropped after the last cell."""
+        """The device, from the cells' values, as the model is dropped after the last cell."""
         devices = (value.get("times", {}).get("device") for value in self.values.values())
         return next(filter(None, devices), None)
 
