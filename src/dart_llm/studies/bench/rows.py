@@ -225,7 +225,7 @@ def _mark_contradictions(rows: Sequence[Row], samples: Mapping[str, Sequence[Sam
 
 
 def quality_row(label: str, lines: Sequence[Line], seed: int) -> Row:
-    """A candidate's columns: largest loss with interval, KL, accounting, and all ``texts``."""
+    """A candidate's columns: largest loss, KL, accounting, and ``texts`` (columns per text)."""
     by_candidate = grouped(lines, lambda line: line["candidate"])
     scored, reference = by_candidate[label], by_candidate[REFERENCE]
     dense = {line["slice"]: line for line in reference}

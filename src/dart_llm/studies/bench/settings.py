@@ -197,7 +197,7 @@ class TuneSettings(BenchOptions):
 # Candidates, the rows of a grid.
 
 SCREENED = "screened"
-"""An output head that computes exact logits only for entries with rough logits near the best."""
+"""An output head that computes exact logits only for entries whose rough logit is high."""
 
 LOADED = "own"
 """The name of the weight format of a model that the caller has loaded."""

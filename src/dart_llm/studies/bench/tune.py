@@ -132,8 +132,8 @@ def score(model: Any, run: Run, piece: Slice, reference: Tensor) -> dict[str, An
 
     ``reference``: the dense model's logits for the C scored tokens, [C, V].  Returns ``loss`` and
     ``kl`` (means over the scored tokens, in nats), ``tokens`` (the number of scored tokens) and
-    ``accounting`` (the report's ``REPORT_FIELDS``).
-    Raises ``ConfigError`` if all tokens ran dense although a sparsity was requested.
+    ``accounting`` (the report's ``REPORT_FIELDS``).  Raises ``ConfigError`` if all tokens ran dense
+    although a sparsity was requested.
     """
     run.reset()
     with run:
@@ -404,7 +404,8 @@ class TuneResult:
     ``loss_interval``, ``kl`` (nats per token), ``ms`` per token (None if not timed),
     ``times_dense``, ``bytes_share``, ``achieved_sparsity``, ``dense_token_share``, ``remasks``.
     ``recommended``: the recommended row.  ``setting``: the recommended setting, which ``save``
-    writes to a file; ``prune`` accepts ``setting.config``.
+    writes to a file; ``prune`` accepts ``setting.config``.  ``folder``: the results folder.
+    ``text``: the summary.
     """
 
     rows: tuple[dict[str, Any], ...]

@@ -2,8 +2,8 @@
 
 A drift rule watches a signal (one vector per token, such as an attention output) and triggers when
 masks should be rebuilt.  The passages' topic changes are known, so triggers can be classified.
-``detection.json`` has a row per rule and signal, and the points of curves over the rules'
-threshold.  Each row and each point pools all passages, from the lines of results.jsonl.
+``detection.json`` has a row per rule and signal, and the points of curves over thresholds.
+Each row and each point pools all passages, from the lines of results.jsonl.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def _is_remasked(run: DriftRun) -> bool:
 
 
 def _numbered(name: str, members: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the first ``MAX_PICTURES`` members, named "overlap", "overlap-2", ..."""
+    """Yield a plot name ("overlap", "overlap-2", ...) and a member, for the first members."""
     for number, member in enumerate(members[:MAX_PICTURES], 1):
         yield name if number == 1 else f"{name}-{number}", member
 
@@ -109,7 +109,7 @@ def excess_curves(runs: Runs) -> dict[str, dict[int, Interval | None]]:
 
 
 def plot_loss(runs: Runs, small: str) -> Plot | None:
-    """Plot ``excess_curves``: a panel per method, each with the curve of ``never``; or None."""
+    """Plot ``excess_curves``: a panel per method, with the curve of ``never``; None if empty."""
     lines = {}
     for label, bins in excess_curves(runs).items():
         points = [(start, bin_mean) for start, bin_mean in bins.items() if bin_mean is not None]

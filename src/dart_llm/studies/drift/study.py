@@ -225,7 +225,7 @@ class DriftStudy(Study[DriftSettings]):
             self.dense[run.source_key] = run
 
     def summarise(self) -> dict[str, Any]:
-        """Also write results.jsonl, once at the end because its lines contain all tokens."""
+        """Make the summary; write results.jsonl only here, because its lines contain all tokens."""
         write_lines(self.path / "results.jsonl", self.lines)
         document = summary.summarise(self.runs, self.settings.model, self.dtype)
         return {**document, "notes": [*self.notes, *document["notes"]]}

@@ -2,7 +2,7 @@
 
 x is the residual stream that enters the FFN half of a layer.  u is the input of the down projection
 (one value per neuron), and z is the output of the down projection.  r is the tensor that is added
-to the stream; it differs from z, for example, where a norm follows.  Evidence is the statistics
+to the stream; it differs from z, for example, where a norm follows.  Evidence means the statistics
 from which a method selects the neurons of a text.
 """
 

@@ -279,7 +279,7 @@ class SweepSettings(
         return self.noted({"weights": (formats[0],)})
 
     def options_of(self, task: str) -> MeasureOptions:
-        """The options with which ``task`` is measured; raises ``ConfigError`` for unknown ones."""
+        """The options with which ``task`` is measured; raises ``ConfigError`` if one is unknown."""
         overrides = self.task_options.get(task, {})
         for name in overrides:
             check_name("measuring option", str(name), OPTIONS)
