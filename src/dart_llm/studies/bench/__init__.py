@@ -1,1 +1,1 @@
-"""``bench speed`` (``study.py``) times pruning methods; ``tune`` also scores their loss."""
+"""``bench speed`` (study.py) times pruning methods; ``tune`` (tune.py) also scores their loss."""

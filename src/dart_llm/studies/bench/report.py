@@ -1,7 +1,7 @@
 """Tables, sentences and plots that show speed.json (``bench speed``) and tune.json (``tune``).
 
-Both documents have a row per candidate: a weight format of the model with a pruning configuration.
-Dense (native) is the dense model with dart-llm's native kernels.
+Both documents have one row per candidate.  A candidate is a weight format of the model together
+with a pruning configuration.  "Dense (native)" is the dense model with dart-llm's native kernels.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 METRICS = {"loss": "loss", "ms": "ms_per_token", "times_dense": "speed_up"}
-"""Names of the metrics in rows.jsonl, by the key of a row in speed.json or tune.json."""
+"""Maps a column of speed.json or tune.json to the name of the metric in rows.jsonl."""
 
 
 def result_lines(task: str, document: Row, packed: Mapping[str, str]) -> list[ResultLine]:
-    """Lines of rows.jsonl for every row; ``packed``: types of quantisation by weight format."""
+    """One line of rows.jsonl per row and metric; ``packed``: quantisation type by format."""
     lines = []
     for row in document["rows"]:
         is_llama_cpp = row["executor"] == LLAMA_CPP
@@ -96,11 +96,11 @@ COLUMNS = (
     Column("perplexity", "perplexity", figure, terminal=False),
     Column("", "verdict", needed=True),
 )
-"""The columns of both commands; docs/bench.md and docs/tune.md define them."""
+"""The columns of both commands' tables; docs/bench.md and docs/tune.md define them."""
 
 
 def table(kind: str, document: Row) -> Table:
-    """A table named ``kind`` with all rows, without the columns that have no values."""
+    """A table named ``kind`` with all rows; columns without any value are omitted."""
     rows = document["rows"]
     columns = [column for column in COLUMNS if any(column.raw(row) is not None for row in rows)]
     recommended = next((n for n, row in enumerate(rows) if row.get("recommended")), None)
@@ -132,7 +132,7 @@ def caption(document: Row) -> str:
 
 
 def left_out(reasons: Mapping[str, str]) -> list[str]:
-    """A sentence per reason for skipping candidates; ``reasons``: the reason by label."""
+    """One sentence per reason, naming the skipped candidates; ``reasons``: reason by label."""
     return [
         f"{'; '.join(labels)} {'is' if len(labels) == 1 else 'are'} skipped: {reason}"
         for reason, labels in grouped(reasons, lambda label: reasons[label]).items()
@@ -140,7 +140,7 @@ def left_out(reasons: Mapping[str, str]) -> list[str]:
 
 
 def speed_sentences(document: Row) -> list[str]:
-    """Compare the fastest method with its bandwidth limit, and dense (native) with llama.cpp."""
+    """Sentences that compare the fastest method with its limit, and dense with llama.cpp."""
     rows = {row["row"]: row for row in document["rows"]}
     sentences = []
     methods = [row for row in rows.values() if row["method"]]
@@ -168,7 +168,7 @@ def speed_sentences(document: Row) -> list[str]:
 
 
 def verdict(document: Row, row: Row) -> str | None:
-    """A short verdict on a row of ``tune``; None if the table needs no remark."""
+    """A short verdict on a row of ``tune``; None if the row needs no remark."""
     if row["recommended"]:
         return "stay with it for now" if document["undecided"] else "recommended"
     if row["ms"] is None:
@@ -181,16 +181,16 @@ def verdict(document: Row, row: Row) -> str | None:
 
 
 def loss_text(row: Row) -> str:
-    """A row's loss with its interval: "1.2 % (0.8 % to 1.6 %)"."""
+    """A row's loss with its interval, such as "1.2 % (0.8 % to 1.6 %)"."""
     ends = row["loss_interval"]
     interval = "" if ends is None else f" ({percent(ends[0])} to {percent(ends[1])})"
     return f"{percent(row['loss'])}{interval}"
 
 
 def tune_sentences(document: Row) -> list[str]:
-    """The recommendation with its reason, then the skipped candidates.
+    """A text with the recommendation and its reason, then the sentences on skipped candidates.
 
-    With ``--quick`` the recommendation is a first answer only, or "undecided".
+    With ``--quick`` the text is only a first answer, which may be "undecided".
     """
     rows = {row["row"]: row for row in document["rows"]}
     best, base = rows[document["recommended"]], rows[document["base"]]
@@ -232,7 +232,7 @@ def _result(document: Row, row: Row) -> str:
 
 
 def measured(document: Row, row: Row) -> dict[str, Any]:
-    """The measurements of a row, as written to the setting file."""
+    """The measurements of a row, in the form that the setting file contains."""
     names = ("loss", "kl", "ms", "times_dense", "bytes_share", "achieved_sparsity")
     values = {name: None if row[name] is None else round(row[name], 5) for name in names}
     ends, machine = row["loss_interval"], document["machine"]
@@ -249,7 +249,7 @@ def measured(document: Row, row: Row) -> dict[str, Any]:
 
 
 def speed_plot(document: Row) -> Plot:
-    """A bar per row for its time per token; a diamond marks a pruned row's bandwidth limit."""
+    """A plot of times per token: a bar per row, and diamonds at the bandwidth limits."""
     rows = [row for row in document["rows"] if row["ms"] is not None]
     times = {row["row"]: row["ms"] for row in rows}
     bases = {name: facts["base"] for name, facts in document["formats"].items()}
@@ -283,7 +283,7 @@ def speed_plot(document: Row) -> Plot:
 
 
 def tune_plot(document: Row) -> Plot:
-    """Loss against milliseconds per token, with a point per candidate."""
+    """A plot of loss against milliseconds per token, with one point per timed candidate."""
     rows = [row for row in document["rows"] if row["loss"] > -1 and row["ms"] is not None]
     default_weights = document["rows"][0]["weights"]
 
@@ -311,7 +311,7 @@ def tune_plot(document: Row) -> Plot:
 
 
 def _draw_point(axes: Axes, row: Row, look: Look) -> None:
-    """Draw a point with its interval and sparsity; the recommended point has a ring."""
+    """Draw a row's point with its loss interval and sparsity; the recommended row has a ring."""
     x, y, ends = row["ms"], 100 * row["loss"], row["loss_interval"]
     if ends is not None:
         axes.plot([x, x], [100 * end for end in ends], color=look["color"], linewidth=1)

@@ -1,14 +1,16 @@
 """Rows of speed.json and tune.json: times, ratios, bytes, limits, losses, and the recommendation.
 
-A candidate's loss on a text is its perplexity divided by that of the reference on the same tokens,
-minus 1; the reference is the dense model in its own dtype.  On few tokens this value can be too low
-by chance, so the loss is at least exp(mean KL) - 1, where KL is the divergence from the reference:
-this is the expected loss on text that the reference would generate there.  With too few slices for
-an interval, only this second estimate is used, because perplexities of so few tokens vary too much
-while KL varies little.  A row's loss is the largest over the texts.
+Losses are relative to a reference: the dense model with weights that were not rounded on loading.
+There are two estimates of a candidate's loss on a text.  The first is the candidate's perplexity,
+divided by the reference's perplexity on the same tokens, minus 1.  The second is exp(mean KL) - 1,
+where KL is the divergence of the candidate from the reference.  This is the expected loss on text
+that the reference would generate at the same positions.  The loss is the larger estimate, because
+on few tokens the first can be too low by chance.  With too few slices for an interval, the loss is
+the second estimate: it varies little, but perplexities of so few tokens vary a lot.  A row's loss
+is the largest of the candidate's losses on the texts.
 
 A row's bandwidth limit is the speed-up that its bytes allow: the bytes that a dense token reads,
-divided by those that a token of this row reads.
+divided by the bytes that a token of this row reads.
 """
 
 from __future__ import annotations
@@ -32,26 +34,27 @@ Sample = Mapping[str, Any]
 """The measurements of a candidate in one repetition, as ``timing.repetition`` returns them."""
 
 Line = Mapping[str, Any]
-"""A candidate's scores on a slice: ``candidate``, ``text``, ``slice``, ``loss``, ``kl``,
-``tokens``, ``accounting``."""
+"""A candidate's scores on a slice, with the keys ``candidate``, ``text``, ``slice``, ``loss``,
+``kl``, ``tokens`` and ``accounting``."""
 
 Row = dict[str, Any]
 """A row of speed.json or tune.json, or some of its columns."""
 
 DISTURBED = "disturbed: other work ran; repeat it on a quiet machine"
-"""Replaces a speed-up that exceeds its bandwidth limit or scatters too much over repetitions."""
+"""Marks a row with an unreliable speed-up, which exceeds the bandwidth limit, scatters too much, or
+contradicts another row."""
 
 REFERENCE = "reference"
-"""The ``candidate`` in the lines of the reference, against which losses are computed."""
+"""The value of ``candidate`` in the lines of the reference."""
 
 
 # Times, ratios and bytes.
 
 
 def mean_context(prompt: int, tokens: int) -> float:
-    """The mean number of KV-cache positions that a timed token reads, including its own.
+    """The mean number of KV-cache positions that a timed token reads.
 
-    Between the prompt and the timed tokens there are ``WARM`` untimed tokens.
+    This includes the token's own position.  ``WARM`` untimed tokens precede the timed tokens.
     """
     return prompt + WARM + (tokens + 1) / 2
 
@@ -60,8 +63,8 @@ def mean_context(prompt: int, tokens: int) -> float:
 class DecodeTraffic:
     """The bytes that one decoded token reads if it runs dense.
 
-    ``weights``: all weights, including those of the FFNs (``ffn``) and of the output head
-    (``head``).  ``cache``: the KV cache.
+    ``ffn``: the weights of all FFNs.  ``head``: the weights of the output head.  ``weights``: all
+    weights, including these.  ``cache``: the KV cache.
     """
 
     ffn: float
@@ -75,14 +78,14 @@ class DecodeTraffic:
 
     @property
     def share(self) -> float:
-        """f: the share of the FFNs in all bytes that a token reads, including the KV cache."""
+        """The FFNs' share f of all bytes that a dense token reads, including the KV cache."""
         return self.ffn / self.total
 
     def limit(self, sparsity: float, proxy_share: float = 0.0, head_share: float = 1.0) -> float:
         """The bandwidth limit at ``sparsity`` s: 1 / (1 - f s) without proxies or a screened head.
 
-        ``proxy_share``: bytes of the low-bit proxies, which are read in addition, divided by FFN
-        bytes.  ``head_share``: the fraction of the head's bytes that a screened head reads.
+        ``proxy_share``: bytes of the low-bit proxies, divided by FFN bytes; proxies are
+        read in addition to weights.  ``head_share``: the fraction of the head's bytes that is read.
         """
         saved = self.head / self.total * (1 - head_share)
         return bytes_limit(self.share, sparsity, proxy_share, saved)
@@ -95,10 +98,11 @@ class DecodeTraffic:
 def time_columns(
     samples: Sequence[Sample], base: Sequence[Sample] | None, limit: float | None = None
 ) -> Row:
-    """Milliseconds per decoded token, and the speed-up over ``base``.
+    """``ms`` per decoded token, the speed-up over ``base`` (``times_dense``), and its ``scatter``.
 
-    Without samples, all values are None.  ``limit``: the bandwidth limit relative to ``base``.  If
-    the timing contradicts it, the row is marked as ``disturbed`` and has no speed-up.
+    ``limit``: the bandwidth limit relative to ``base``.  If the speed-up exceeds ``limit`` or
+    scatters too much, ``times_dense`` is None and ``disturbed`` is ``DISTURBED``.  Without samples,
+    all these columns are None; without ``base``, only ``ms`` has a value.
     """
     names = ("ms", "times_dense", "scatter", "disturbed")
     row: Row = {**dict.fromkeys(names), "bandwidth_limit": limit}
@@ -122,9 +126,11 @@ def speed_document(
 ) -> Row:
     """The content of speed.json: the entries of ``about``, and a row per candidate.
 
-    ``about["formats"]`` has an entry per weight format: ``weights`` has its sizes in bytes, and
-    ``base`` is the label of its dense (native) row, or None if that was not measured.
-    ``about["reference"]`` has an entry per row of llama.cpp, with the bytes that llama.cpp reads.
+    ``about["formats"]`` has an entry per weight format.  In an entry, ``weights`` has sizes in
+    bytes, and ``base`` is the label of the row with which this format's rows are compared: dense
+    (native), or transformers if that cannot run.  ``base`` is None for a format that only the
+    transformers row uses.  ``about["reference"]`` has an entry per row of llama.cpp; ``bytes`` in
+    it are the weight bytes that a token reads.
     """
     formats = about["formats"]
     bases = {name: samples.get(facts["base"]) for name, facts in formats.items()}
@@ -157,7 +163,7 @@ def speed_document(
 
 
 def _accounting(candidate: Candidate, samples: Sequence[Sample], traffic: DecodeTraffic) -> Row:
-    """The columns that rows of llama.cpp lack: accounting of the timed tokens, and memory."""
+    """Columns that llama.cpp's rows lack: limit, accounting of the timed tokens, memory."""
     removed, head = _mean(samples, "achieved_sparsity", 0.0), _mean(samples, "head_bytes_share", 1)
     limit = traffic.limit(removed, _mean(samples, "proxy_bytes_share", 0.0), head)
     memory = [sample.get("extra_memory_bytes") for sample in samples]
@@ -178,7 +184,7 @@ def _speed_row(
     transformers: Sequence[Sample],
     dense: Sequence[Sample] | None,
 ) -> Row:
-    """``row`` with its times, and its speed-ups over ``transformers`` and ``dense`` (native)."""
+    """``row``, with added times and speed-ups over ``transformers`` and ``dense`` (native)."""
     limit = row.get("bandwidth_limit")
     times = time_columns(samples, dense, limit)
     over_transformers = judge(token_seconds(transformers), token_seconds(samples))
@@ -200,7 +206,7 @@ def _speed_row(
 
 
 def _mark_contradictions(rows: Sequence[Row], samples: Mapping[str, Sequence[Sample]]) -> None:
-    """Mark pairs of rows as disturbed whose ratio of times contradicts their ratio of bytes.
+    """Mark both rows of a pair as disturbed if their times contradict their bytes.
 
     Only rows of the same method, executor and weight format are compared, because methods differ in
     the time that selection takes.
@@ -219,7 +225,7 @@ def _mark_contradictions(rows: Sequence[Row], samples: Mapping[str, Sequence[Sam
 
 
 def quality_row(label: str, lines: Sequence[Line], seed: int) -> Row:
-    """A candidate's columns: loss per text, the largest loss with its interval, KL, accounting."""
+    """A candidate's columns: largest loss, KL, accounting, and ``texts`` (columns per text)."""
     by_candidate = grouped(lines, lambda line: line["candidate"])
     scored, reference = by_candidate[label], by_candidate[REFERENCE]
     dense = {line["slice"]: line for line in reference}
@@ -240,7 +246,7 @@ def quality_row(label: str, lines: Sequence[Line], seed: int) -> Row:
 
 
 def _on_text(scored: Sequence[Line], base: Sequence[Line], seed: int) -> Row:
-    """A candidate's loss on a text; ``base``: the reference's lines on the same slices."""
+    """A candidate's columns for one text; ``base``: the reference's lines on the same slices."""
     losses, dense = (
         {line["slice"]: (line["loss"], line["tokens"]) for line in lines}
         for lines in (scored, base)
@@ -272,7 +278,7 @@ def _on_text(scored: Sequence[Line], base: Sequence[Line], seed: int) -> Row:
 
 
 def _mean_accounting(reports: Sequence[Mapping[str, Any]]) -> Row:
-    """Means over all slices, weighted by decoded tokens, the sum of re-masks, and peak memory."""
+    """Means weighted by decoded tokens, the number of re-masks, and the largest extra memory."""
     total = sum(report["decoded_tokens"] for report in reports)
 
     def mean(name: str) -> float | None:
@@ -295,7 +301,7 @@ def _mean_accounting(reports: Sequence[Mapping[str, Any]]) -> Row:
 def clearly_over(row: Row, max_loss: float) -> bool:
     """Whether the whole interval of the loss is above the budget ``max_loss``.
 
-    With too few slices for an interval, the smallest loss of a slice must be above the budget.
+    With too few slices for an interval, the smallest loss of a slice is compared instead.
     """
     ends = row["loss_interval"]
     return bool((_lost(row, -1) if ends is None else ends[0]) > max_loss)
@@ -304,9 +310,9 @@ def clearly_over(row: Row, max_loss: float) -> bool:
 def recommend(rows: Sequence[Row], base: str, max_loss: float, noise: float) -> str:
     """The label of the fastest row whose estimated loss is within ``max_loss``.
 
-    Simpler rows are preferred unless the faster row is faster by more than ``noise``: the fastest
-    dense row to a pruned row, and ``base`` (the model as loaded) to both.  If no row is within
-    the budget, ``base`` is recommended.  Disturbed timings are ignored.
+    A row is recommended only if it is faster than simpler rows by more than ``noise``.  The fastest
+    dense row is simpler than a pruned row, and ``base`` (the label of the dense model as loaded) is
+    simpler than both.  Disturbed rows are ignored.  If no row is left, the result is ``base``.
     """
     fit = [row for row in rows if _is_trusted(row) and row["loss"] <= max_loss]
     if not fit:
@@ -327,12 +333,12 @@ def _is_trusted(row: Row) -> bool:
 def undecided(
     rows: Sequence[Row], base: str, recommended: str, max_loss: float, noise: float
 ) -> list[str]:
-    """Labels of rows that further measurements may show to be the better choice.
+    """Labels of the timed rows that may still turn out to be better than ``base``.
 
-    With few slices and repetitions, only clear results count.  A row is clearly good if, even at
-    the unfavourable end of the scatter, it is faster than dense by more than ``noise`` and loses at
-    most ``max_loss``.  It is clearly bad if it fails either condition even at the favourable end.
-    The result is empty if the recommended row is clearly good.
+    A row is clearly good if, even at the unfavourable end of the scatter, it is faster than dense
+    by more than ``noise`` and loses at most ``max_loss``.  A row is clearly bad if, even at the
+    favourable end, it misses one of these conditions.  The result has all rows that are not clearly
+    bad, but it is empty if the recommended row is clearly good.
     """
     others = [row for row in rows if row["row"] != base]
     clear = [row for row in others if _gain(row, -1) > 1 + noise and _lost(row, 1) <= max_loss]

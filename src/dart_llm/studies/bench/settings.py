@@ -26,7 +26,7 @@ FORMATS = ("file", "dense", *ROUNDED)
 """Names of weight formats; ``bench speed`` also accepts paths of GGUF files."""
 
 EXECUTORS = tuple(get_args(PruneConfig.model_fields["executor"].annotation))[1:]
-"""All executors but ``auto``."""
+"""The names of all executors except ``auto``."""
 
 METHODS = ("dart-token", "dart", "griffin")
 """The methods that ``tune`` tries by default."""
@@ -57,12 +57,12 @@ class BenchOptions(StudyOptions, ModelOptions):
         return self
 
     def variant_list(self) -> tuple[Variant, ...]:
-        """The methods, then the variants of the file; raises ``ConfigError`` or ``UnknownName``."""
+        """The methods, then the variants in the YAML file; raises ``ConfigError``."""
         raise NotImplementedError
 
     @property
     def name(self) -> str:
-        """The model's name in the results, without folders."""
+        """The model's name in the results: the last part of its path, in lower case."""
         return Path(self.model.rstrip("/")).name.lower()
 
     @property
@@ -136,12 +136,12 @@ class SpeedSettings(BenchOptions):
 
 
 def is_file(weights: str) -> bool:
-    """Whether ``weights`` names a GGUF file, which replaces the model, and not a format."""
+    """Whether ``weights`` is the path of a GGUF file to load instead of ``model``."""
     return weights.lower().endswith(".gguf")
 
 
 def first_slices(count: int) -> tuple[int, ...]:
-    """The numbers of the slices that ``--quick`` scores: the first and the middle of ``count``."""
+    """Indices of the slices that ``--quick`` scores: the first and the middle of ``count``."""
     return tuple(dict.fromkeys((0, count // 2)))
 
 
@@ -197,21 +197,21 @@ class TuneSettings(BenchOptions):
 # Candidates, the rows of a grid.
 
 SCREENED = "screened"
-"""An output head that computes exact scores only for vocabulary entries near the best."""
+"""An output head that computes exact logits only for entries whose rough logit is high."""
 
 LOADED = "own"
-"""The weight format of a model that is already loaded."""
+"""The name of the weight format of a model that the caller has loaded."""
 
 BY_TOKEN, BY_MASK = (0.3, 0.5, 0.7), (0.2, 0.3)
-"""Default sparsities of ``tune``: for per-token selection, and for one mask per sequence."""
+"""``tune``'s default sparsities: for per-token selection, and for one mask per sequence."""
 
 QUICK_SEQUENCES = 8
-"""The number of self-generated sequences from which ``--quick`` learns."""
+"""The number of self-generated sequences from which ``--quick`` learns statistics."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A row of a grid: a weight format of the model, with a configuration.
+    """A row of a grid: a weight format of the model, with a pruning configuration.
 
     ``config``: the pruning configuration; None for the untouched model and for llama.cpp.
     ``weights``: the name of the format.  ``method``: the label of the pruning method; None for
@@ -233,14 +233,14 @@ class Candidate:
 
     @property
     def dense(self) -> bool:
-        """Whether all neurons and all rows of the head are computed."""
+        """Whether all neurons and all logits are computed."""
         return self.config is None or (self.config.target == 0 and not self.config.screens)
 
 
 def make_candidate(
     config: PruneConfig, weights: str, suffix: str = "", method: str | None = None
 ) -> Candidate:
-    """A candidate whose label ends with ``suffix``, the weight format if there are several."""
+    """A candidate.  ``suffix``: the end of the label (the format, if there are several)."""
     parts = [f"{method} {percent(config.target)}" if method else DENSE]
     parts += [config.executor] if config.executor != "auto" else []
     parts += ["screened head"] if config.head.kind == SCREENED else []
@@ -248,7 +248,7 @@ def make_candidate(
 
 
 def speed_grid(settings: SpeedSettings, weights: str, suffix: str = "") -> list[Candidate]:
-    """The candidates for every method at every sparsity with every executor."""
+    """The candidates in one format: every method at every sparsity with every executor."""
     methods = settings.method_list()
     return [make_candidate(config, weights, suffix, label) for label, config in methods]
 
@@ -257,8 +257,9 @@ def speed_grid(settings: SpeedSettings, weights: str, suffix: str = "") -> list[
 class Formats:
     """The weight formats that ``tune`` tries.
 
-    ``every``: all of them, beginning with the format in which the model is stored.  ``pruned``:
-    those in which pruning methods are tried; in the others, the model only runs dense.
+    ``every``: all these formats; times are compared with the dense model in the first format.
+    ``pruned``: the formats in which pruning methods are tried.  In the others, the model only runs
+    dense.
     """
 
     every: tuple[str, ...]
@@ -266,12 +267,13 @@ class Formats:
 
     @classmethod
     def from_settings(cls, settings: TuneSettings) -> Formats:
-        """The requested formats, all of them pruned, or defaults for the model and the machine.
+        """The requested formats, with methods tried in all of them; by default, the following.
 
-        By default, a GGUF file is tried in its own format (pruned) and in 4 bits, whatever
-        ``dtype`` is.  Another checkpoint is tried unquantised, in 8 bits (pruned) and in 4 bits; on
-        a machine without kernels for quantised weights, only unquantised (pruned).  Raises
-        ``ConfigError`` or ``LoadError``.
+        The defaults for a GGUF file are the file's own format (pruned) and 4 bits (only dense),
+        whatever ``dtype`` is.  The defaults for other checkpoints are unquantised (only dense), 8
+        bits (pruned) and 4 bits (only dense).  On a machine without kernels for quantised weights,
+        the only default for other checkpoints is unquantised (pruned).  Raises ``ConfigError`` or
+        ``LoadError``.
         """
         from dart_llm.experiments.cell import requested_format  # imports torch
 
@@ -287,8 +289,8 @@ class Formats:
     def reference(self) -> str:
         """The format of the dense reference for losses: the first that is not rounded on loading.
 
-        A GGUF file can be the reference, because forwards of many tokens dequantise its weights and
-        then compute exactly.
+        A GGUF file's own format can be the reference: a forward of many tokens dequantises the
+        weights and then computes exactly.
         """
         return next((name for name in self.every if name not in ROUNDED), DENSE)
 
@@ -305,8 +307,9 @@ def _is_possible(settings: TuneSettings, weights: str) -> bool:
 
 
 def tune_grid(settings: TuneSettings, formats: Formats) -> tuple[Candidate, ...]:
-    """Candidates: dense in every format, the model's own first; then screened heads and methods.
+    """The candidates: first dense in every format, then those of each format to prune.
 
+    These are dense with a screened head, and every method at every sparsity with every head to try.
     Raises ``ConfigError`` for a method that cannot run at a sparsity.
     """
     has_several = len({*formats.every, *formats.pruned}) > 1
@@ -333,9 +336,10 @@ def quick_grid(
 ) -> tuple[Candidate, ...]:
     """The candidates of ``grid`` that ``--quick`` measures for a first answer in minutes.
 
-    These are dense in the model's own format and, in the first format that is pruned: dense, dense
-    with a screened head, and the first method at its lowest sparsity (or all methods, if the user
-    gave any).  Statistics are learned from a quarter of the usual text.
+    The first is dense in the first of all formats.  The others are in the first format to prune:
+    dense, dense with a screened head, and the first method at its lowest sparsity.  If the user
+    named methods, all are measured, each at its lowest sparsity.  Statistics are learned from a
+    quarter of the usual text.
     """
     has_methods = settings.methods or settings.variants is not None
     methods = [variant.label for variant in settings.variant_list()][: None if has_methods else 1]
@@ -355,7 +359,7 @@ def quick_grid(
 
 
 def _learning_less(candidate: Candidate) -> Candidate:
-    """The candidate with a shorter text to learn from, if it learns statistics."""
+    """The candidate; if it learns statistics, it is changed to learn them from less text."""
     config = candidate.config
     if config is None or (config.self_stats is None and not config.screens):
         return candidate
@@ -366,12 +370,12 @@ def _learning_less(candidate: Candidate) -> Candidate:
 # An estimate of the duration of ``tune``.
 
 SCORE_S, TIME_S, LOAD_S, LEARN_S = 0.08, 0.2, 60.0, 500.0
-"""Rough seconds per billion parameters on two CPU cores: to score a token with a candidate, to time
-a token, to load a model, to learn its statistics."""
+"""Rough seconds per billion parameters on two CPU cores.  In this order: to score a token with a
+candidate, to time a token, to load a model, and to learn the model's statistics."""
 
 
 def estimate(settings: TuneSettings, grid: Sequence[Candidate], billions: float | None) -> str:
-    """A text with the estimated duration and memory; ``billions``: billions of parameters."""
+    """A text with the estimated duration and memory; ``billions``: parameters in billions."""
     if billions is None:
         return "the size of the model and the duration are unknown"
     tokens = settings.prompt_tokens + settings.tokens
@@ -389,9 +393,9 @@ def estimate(settings: TuneSettings, grid: Sequence[Candidate], billions: float 
 
 
 def model_billions(settings: TuneSettings) -> float | None:
-    """Billions of parameters, from a GGUF file or the model's configuration; None if unknown.
+    """The number of parameters in billions, from a GGUF file or the configuration, or None.
 
-    Nothing but the configuration is downloaded.
+    None means unknown.  Of a model on the hub, only the configuration is downloaded.
     """
     from dart_llm.experiments.cell import configuration
     from dart_llm.models.loading import is_default

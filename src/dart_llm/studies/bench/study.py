@@ -1,8 +1,9 @@
 """The study ``bench speed``, and the base class that it shares with ``tune``.
 
-Both time candidates: a weight format of the model with a pruning configuration.  Dense (native) is
-the dense model with dart-llm's native kernels.  Each repetition runs every candidate once, in a
-new random order, so that drift of the machine's speed affects all candidates alike.
+Both commands time candidates.  A candidate is a weight format of the model together with a pruning
+configuration.  "Dense (native)" is the dense model with dart-llm's native kernels.  Each repetition
+runs every candidate once, in a new random order, so that changes in the machine's speed affect all
+candidates alike.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ from dart_llm.studies.bench.settings import (
 B = TypeVar("B", bound=SpeedSettings | TuneSettings)
 
 WARMUP_TOKENS = 4
-"""The number of tokens that a warm-up decodes; their times are not used."""
+"""The number of tokens that a candidate decodes before the first repetition, to warm up."""
 
 CACHE_BYTES = 2
 """Bytes per number in llama.cpp's float16 KV cache."""
@@ -74,7 +75,11 @@ CACHE_BYTES = 2
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in a weight format; ``weights``: its name, None if the caller loaded the model."""
+    """A model in one weight format.
+
+    ``weights``: the setting with which the model was loaded (``auto``, a format or a GGUF file);
+    None if the caller loaded it.
+    """
 
     weights: str | None
     model: Any
@@ -82,7 +87,7 @@ class LoadedModel:
 
     @property
     def quantised_as(self) -> str | None:
-        """How weights are quantised, e.g. "Q4_1 as in the file"; None if they are not."""
+        """How weights are quantised, e.g. "Q4_1 as in the file"; None if they are not quantised."""
         quantised_as: str | None = checkpoint_facts(self.model).get("weights")
         return quantised_as
 
@@ -93,15 +98,15 @@ class LoadedModel:
 
     @property
     def byte_ratio(self) -> float:
-        """Bytes per weight, divided by the bytes that reports count.
+        """The bytes that the weights occupy, divided by the bytes that reports count for them.
 
-        Reports count the actual bytes of quantised weights, and bfloat16 for all others.
+        Reports count quantised weights as they are stored, and all other weights as bfloat16.
         """
         return 1.0 if self.quantised_as else self.model.dtype.itemsize / 2
 
     @property
     def kind(self) -> str:
-        """GGUF's name of the quantisation, such as Q8_0; the dtype if not quantised."""
+        """GGUF's name of the quantisation, such as Q8_0; for unquantised weights, the dtype."""
         if self.weights in ROUNDED:
             return str(self.weights).upper()
         quantisation = checkpoint_facts(self.model)["file_quantisation"]
@@ -109,9 +114,10 @@ class LoadedModel:
 
 
 def native_dense(model: Any, config: PruneConfig) -> PruneConfig:
-    """``config`` with native steps, or ``config`` itself if these cannot run.
+    """``config`` with the executor ``native``, or unchanged if ``native`` cannot run.
 
-    Raises ``DartError`` if ``config`` names an executor that cannot run.
+    A configuration that names an executor stays unchanged; raises ``DartError`` if that executor
+    cannot run.
     """
     has_executor = config.executor != "auto"
     native = config if has_executor else config.replace({"executor": "native"})
@@ -127,8 +133,8 @@ def native_dense(model: Any, config: PruneConfig) -> PruneConfig:
 class BenchStudy(Study[B]):
     """A study that times candidates in repetitions.
 
-    ``grid``: the candidates known before a model is loaded; they are part of the run's identity.
-    ``texts``: names of the scored texts, which must differ from the calibration text.
+    ``grid``: the candidates known before a model is loaded; they are part of the study's
+    identity.  ``texts``: names of the scored texts, which must differ from the calibration text.
     """
 
     def __init__(
@@ -143,7 +149,7 @@ class BenchStudy(Study[B]):
         self.makers: dict[str, Make] = {}
         """Functions that make the candidates' runs, by label."""
         self.configs: dict[str, PruneConfig] = {}
-        """The configurations with which the candidates run, by label."""
+        """The configurations that the candidates run with, by label."""
         self.left_out: dict[str, str] = {}
         """The reasons why candidates cannot run, by label."""
         self.timed: list[Candidate] = []
@@ -159,7 +165,7 @@ class BenchStudy(Study[B]):
 
     @property
     def stated_format(self) -> str | None:
-        """The weight format in the digests of the model; dense if the study has several."""
+        """The weight format for the model's digests; ``dense`` if the study has several formats."""
         return DENSE
 
     def requested(self) -> dict[str, Any]:
@@ -180,9 +186,9 @@ class BenchStudy(Study[B]):
             torch.set_num_threads(before)
 
     def set_models(self, models: dict[str, LoadedModel], main: str, tokens: int) -> None:
-        """Set the models by format; ``main``: the format whose dense row is the base.
+        """Set ``models``, by format; the model in the format ``main`` becomes the study's model.
 
-        Raises ``ConfigError`` if ``tokens`` exceed the model's context.
+        Raises ``ConfigError`` if the model's context is shorter than ``tokens`` tokens.
         """
         self.models = models
         self.model, self.tokenizer = models[main].model, models[main].tokenizer
@@ -211,7 +217,7 @@ class BenchStudy(Study[B]):
             return lambda: Run(loaded.model, dense)
         self.configs[candidate.label] = config
         if config.calibration is None:
-            Run(loaded.model, config)  # raises before any statistics are learned
+            Run(loaded.model, config)  # may raise, before statistics are learned
         learning = (self.settings.calibration, self.settings.cache_dir, self.ui.say)
         prepared = prepare(loaded.model, loaded.tokenizer, config, *learning)
         prepared.run()
@@ -222,7 +228,7 @@ class BenchStudy(Study[B]):
     def timed_units(
         self, candidates: Sequence[Candidate], kind: str = "repetition"
     ) -> Iterator[Unit]:
-        """Yield a unit per repetition; if one is unfinished, warm all candidates up before."""
+        """Yield one unit per repetition; if any is unfinished, first warm the candidates up."""
         self.timed = list(candidates)
         units = [Unit(f"{kind} {n}", data=n) for n in range(self.settings.repeats)]
         is_unfinished = any(self.finished(unit) is None for unit in units)
@@ -247,12 +253,12 @@ class BenchStudy(Study[B]):
         return {"order": order, "samples": samples}
 
     def time(self, candidate: Candidate, tokens: int, number: int) -> Sample:
-        """Time ``tokens`` decoded tokens of a candidate in repetition ``number``."""
+        """Decode with a candidate and return its sample; ``tokens``: how many tokens to time."""
         model = self.models[candidate.weights].model
         return repetition(model, self.prompt(number), tokens, self.makers[candidate.label])
 
     def prompt(self, number: int) -> Tensor:
-        """The prompt of repetition ``number``, [1, P]."""
+        """The prompt ids of repetition ``number``, [1, P]."""
         raise NotImplementedError
 
     def samples(self, label: str) -> list[Sample]:
@@ -287,7 +293,7 @@ class BenchStudy(Study[B]):
 
 
 class SpeedStudy(BenchStudy[SpeedSettings]):
-    """The study ``bench speed``; a unit is a repetition over all candidates.
+    """The study ``bench speed``; a unit is a repetition, which times all candidates once.
 
     Raises ``ConfigError`` and ``UnknownName`` before the model is loaded, if possible.
     """
@@ -298,19 +304,20 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
     def __init__(self, settings: SpeedSettings, ui: Ui) -> None:
         super().__init__(settings, ui, speed_grid(settings, ""), {})
         self.bench = require_bench() if settings.reference else ""
-        """The path of llama-bench; "" if it is not timed."""
+        """The path of llama-bench; "" if llama.cpp is not timed."""
         self.files: dict[str, ReferenceFile] = {}
-        """The files that llama-bench reads, by label."""
+        """The files that llama-bench reads, by the label of their row."""
         self.ids = torch.empty(0)
-        """The prompt, [1, P]."""
+        """The prompt's ids, [1, P]."""
         self.candidates: list[Candidate] = []
         """The candidates that can run with this model on this machine, in row order."""
         self.bases: dict[str, str] = {}
-        """By format, the row with which others are compared: dense (native) or transformers."""
+        """By format, the label of the row that other rows are compared with: dense (native), or
+        transformers if dense (native) cannot run."""
 
     @property
     def notes(self) -> list[str]:
-        """Notes on skipped candidates, and on candidates without a native kernel."""
+        """Notes on skipped candidates, and on candidates whose method has no native kernel."""
         tokens = {row.label: row.config.token for row in self.candidates if row.config}
         slow = [n for n, rule in tokens.items() if rule and not TOKEN_RULES.get(rule.rule).native]
         note = f"{'; '.join(slow)}: computed in PyTorch with any executor, including all neurons; "
@@ -329,10 +336,11 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         return {**super().inputs(), **{f"file {path}": file_sha256(path) for path in paths}}
 
     def load(self) -> None:
-        """Load the model in every format, if needed also dense for transformers, and the prompt.
+        """Load the model in every format, and tokenise the prompt.
 
-        Raises ``ConfigError`` for a prompt longer than the model's context, and for files of
-        another model.
+        If all formats are quantised, the model is also loaded unquantised, for transformers.
+        Raises ``ConfigError`` if prompt and decoded tokens exceed the model's context, if two
+        formats have the same name, and if the vocabularies of the files differ.
         """
         settings, began = self.settings, time.perf_counter()
         models: dict[str, LoadedModel] = {}
@@ -367,8 +375,9 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         return LoadedModel(weights, *load_model(settings, self.ui)[:2])
 
     def find_files(self) -> None:
-        """Set the GGUF files for llama.cpp: ``--reference-file``, or those of model and weights.
+        """Set the GGUF files that llama.cpp runs.
 
+        These are given by ``--reference-file``, by default by ``--model`` and ``--weights``.
         Raises ``ConfigError`` if there are none.
         """
         settings = self.settings
@@ -390,7 +399,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         self.files = {f"{LLAMA_CPP} {name}": f for name, f in zip(names, files, strict=True)}
 
     def find_candidates(self) -> None:
-        """Set the candidates: transformers; per format, dense (native) and methods; llama.cpp."""
+        """Set the candidates in row order: transformers, the rows of each format, llama.cpp."""
         on_gpu = torch.device(self.model.device).type == "cuda"
         executor = {"executor": "cuda" if on_gpu else "native"}
         unquantised = next(name for name, loaded in self.models.items() if not loaded.quantised_as)
@@ -457,7 +466,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         return speed_document(self.candidates, samples, facts)
 
     def _sizes(self, model: Any) -> dict[str, float]:
-        """The bytes of the model's parts, and of its KV cache per position."""
+        """Bytes of the FFNs, all weights, one KV-cache position and, if screened, the head."""
         share = Run(model, PruneConfig.build(DENSE)).report().ffn_share_of_bytes
         weights = describe(model).parameter_bytes
         sizes = {

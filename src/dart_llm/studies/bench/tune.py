@@ -1,9 +1,11 @@
 """``tune``: find the fastest setting for a model within a loss budget.
 
-A candidate is a weight format of the model with a pruning configuration.  The study scores the loss
-of every candidate on slices of two texts, times those that do not clearly exceed the budget, and
-recommends one.  A unit is a slice scored with a candidate or, later, a repetition that times all
-remaining candidates in random order.  The function ``tune`` runs the study from Python.
+A candidate is a weight format of the model together with a pruning configuration.  The study scores
+the loss of every candidate on slices of two texts.  It then times the candidates that do not
+clearly exceed the budget, and recommends one of them.  The first units generate one of the texts.
+The next units each score one slice with one candidate.  The last units are repetitions, which each
+time all remaining candidates in random order.  The function ``tune`` runs the study from
+Python.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ OWN_TEXT = "own"
 """The label of the self-generated text."""
 
 SEED_OFFSET = 1_000_003
-"""Added to the seed, so that scored texts differ from those used to learn statistics."""
+"""Added to the seed, so that scored texts differ from the texts used to learn statistics."""
 
 REPORT_FIELDS = (
     *("decoded_tokens", "achieved_sparsity", "dense_token_share", "remasks"),
@@ -69,21 +71,21 @@ REPORT_FIELDS = (
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """A slice of a text.  ``text``: the text's label; ``window``: its prompt and scored tokens."""
+    """A slice of a text.  ``text``: the text's label; ``window``: the slice's tokens."""
 
     text: str
     window: Window
 
     @property
     def id(self) -> str:
-        """Unique among the slices of a run."""
+        """A name that is unique among the slices of a run."""
         return f"{self.text}/{self.window.number}"
 
 
 def generate_text(model: Any, count: int, length: int, seed: int, skip: int = 0) -> list[list[int]]:
     """Sample ``count`` sequences of ``length`` tokens from ``model``, as self-calibration does.
 
-    ``skip``: the number of sequences of earlier calls, which are not repeated.  Raises
+    ``skip``: the number of sequences that earlier calls returned; this call returns others.  Raises
     ``ConfigError`` for a model without an output head.
     """
     sampling = SelfStatsConfig()
@@ -105,7 +107,7 @@ def generate_text(model: Any, count: int, length: int, seed: int, skip: int = 0)
 def all_slices(
     generated: Mapping[int, Sequence[int]], user: Sequence[Slice], prompt: int
 ) -> list[Slice]:
-    """Slices of the self-generated text and of the user's text, alternating by number."""
+    """Slices of ``generated`` (ids by slice number) and of the user's text, sorted by number."""
     self_generated = [
         Slice(OWN_TEXT, Window(torch.tensor(ids), prompt, n)) for n, ids in generated.items()
     ]
@@ -113,7 +115,7 @@ def all_slices(
 
 
 def user_slices(text: str, tokenizer: Any, count: int, prompt: int, scored: int) -> list[Slice]:
-    """Slices of the user's text; raises ``ConfigError`` if it is too short for two slices."""
+    """At most ``count`` slices of the text; raises ``ConfigError`` if it is too short for two."""
     ids: Tensor = tokenizer(documents.read(text), return_tensors="pt", verbose=False).input_ids[0]
     if len(ids) < 2 * (prompt + scored):
         raise ConfigError(
@@ -129,8 +131,9 @@ def score(model: Any, run: Run, piece: Slice, reference: Tensor) -> dict[str, An
     """Score a slice with ``run``, which must not be attached to the model yet.
 
     ``reference``: the dense model's logits for the C scored tokens, [C, V].  Returns ``loss`` and
-    ``kl``, means over the scored ``tokens`` in nats, and ``accounting`` with ``REPORT_FIELDS``.
-    Raises ``ConfigError`` if all tokens ran dense although a sparsity was requested.
+    ``kl`` (means over the scored tokens, in nats), ``tokens`` (the number of scored tokens) and
+    ``accounting`` (the report's ``REPORT_FIELDS``).  Raises ``ConfigError`` if all tokens ran dense
+    although a sparsity was requested.
     """
     run.reset()
     with run:
@@ -147,7 +150,7 @@ def score(model: Any, run: Run, piece: Slice, reference: Tensor) -> dict[str, An
 # The study.
 
 TEXT, FURTHER = "self-generated text", "further self-generated text"
-"""The units that generate text: for the slices of ``--quick``, and for the other slices."""
+"""Keys of the units that generate text: for the slices of ``--quick``, and for the other slices."""
 
 ENOUGH, FAR = 8, 2
 """After ``ENOUGH`` slices, a candidate whose loss is clearly over ``FAR`` times the budget is not
@@ -157,7 +160,8 @@ scored on further slices."""
 class TuneStudy(BenchStudy[TuneSettings]):
     """The study ``tune``.
 
-    ``loaded``: the caller's model and tokenizer; only the weight format of this model is tried.
+    ``loaded``: the caller's model and tokenizer, or None.  Of a caller's model, only the weight
+    format in which it was loaded is tried.
 
     Raises ``ConfigError`` and ``UnknownName`` before a model is loaded, if possible.
     """
@@ -185,7 +189,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
 
     @property
     def base(self) -> str:
-        """The label of the dense model as loaded, with which times are compared."""
+        """The label of the dense model in the first format, with which times are compared."""
         return self.grid[0].label
 
     def inputs(self) -> Mapping[str, Any]:
@@ -194,7 +198,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         return {**super().inputs(), **text, **caller}
 
     def load(self) -> None:
-        """Load all formats and the reference; raises ``ConfigError`` for too long slices."""
+        """Load all formats and the reference.  Raises ``ConfigError`` if a slice is too long."""
         settings, began = self.settings, time.perf_counter()
         size = model_billions(settings)
         models = {}
@@ -247,7 +251,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         yield from self.timed_units(timed, f"{'quick ' if settings.quick else ''}repetition")
 
     def _key(self, candidate: Candidate) -> str:
-        """The candidate's part of a unit's key, different if it learns from less text."""
+        """The candidate's label, as a part of a unit's key; marked if it learns from less text."""
         return candidate.label if candidate in self.grid else f"{candidate.label}, quick"
 
     def _is_over(self, label: str, times: float = 1) -> bool:
@@ -256,7 +260,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         return rows.clearly_over(row, times * self.settings.max_loss)
 
     def _is_hopeless(self, label: str) -> bool:
-        """Whether a candidate need not be scored on further slices."""
+        """Whether a candidate loses so much that no further slices are scored with it."""
         scored = [line for line in self.lines if line["candidate"] == label]
         return label != self.base and len(scored) >= ENOUGH and self._is_over(label, FAR)
 
@@ -285,7 +289,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         return score(self.models[candidate.weights].model, run, piece, logits)
 
     def prompt(self, number: int) -> Tensor:
-        """A prompt from alternating texts, as the bytes read by a screened head depend on text."""
+        """A prompt from alternating texts, because a screened head's bytes depend on the text."""
         window = self.slices[number % len(self.slices)].window
         return window.ids[None, : window.first].to(self.model.device)
 
@@ -349,7 +353,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         }
 
     def _limit(self, row: Candidate, scores: Mapping[str, Row]) -> float | None:
-        """Bytes that a token reads with the base, divided by those with ``row``, if known."""
+        """Bytes per token of the base, divided by bytes per token of ``row``; None if unknown."""
         shares = scores[self.base]["bytes_share"], scores[row.label]["bytes_share"]
         if None in shares:
             return None
@@ -358,7 +362,7 @@ class TuneStudy(BenchStudy[TuneSettings]):
         return float(shares[0] * ratios[0] / (shares[1] * ratios[1]))
 
     def recommended_setting(self, document: Mapping[str, Any]) -> KeptSetting:
-        """The recommended setting, as written to its file."""
+        """The recommended setting, in the form in which it is written to a file."""
         row = next(row for row in document["rows"] if row["recommended"])
         loaded = self.models[row["weights"]]
         stored = {"stored_as": stored_as(loaded.model), "dtype": loaded.dtype}
@@ -396,11 +400,12 @@ class TuneStudy(BenchStudy[TuneSettings]):
 class TuneResult:
     """The result of ``tune``; ``str(result)`` is a summary in sentences.
 
-    ``rows``: one per candidate, as in tune.json: ``row`` (its name), ``loss`` with
+    ``rows``: a row per candidate, as in tune.json: ``row`` (the label), ``loss`` with
     ``loss_interval``, ``kl`` (nats per token), ``ms`` per token (None if not timed),
     ``times_dense``, ``bytes_share``, ``achieved_sparsity``, ``dense_token_share``, ``remasks``.
     ``recommended``: the recommended row.  ``setting``: the recommended setting, which ``save``
-    writes to a file; ``prune`` accepts ``setting.config``.
+    writes to a file; ``prune`` accepts ``setting.config``.  ``folder``: the results folder.
+    ``text``: the summary.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -429,12 +434,12 @@ def tune(
 ) -> TuneResult:
     """Find the fastest setting for ``model`` that loses at most ``max_loss``.
 
-    ``model``: a loaded model with its ``tokenizer``, measured in its own weight format; or a name
-    for ``load``, measured in several formats.  ``max_loss``: perplexity divided by that of dense,
-    minus 1.
-    ``settings``: those of ``dart-llm tune``, by name: ``text``, ``methods``, ``sparsities``,
-    ``heads``, ``slices``, ``repeats``, ...  An interrupted study in
-    ``results_dir`` is resumed unless ``fresh``.  ``quiet``: print nothing.
+    ``model``: a loaded model or a name for ``load``.  A loaded model needs its ``tokenizer`` and is
+    measured only in its own weight format; a named model is measured in several formats.
+    ``max_loss``: the largest allowed loss; a loss is perplexity divided by dense perplexity, minus
+    1.  ``settings``: any settings of ``dart-llm tune``, by name: ``text``, ``methods``,
+    ``sparsities``, ``heads``, ``slices``, ``repeats``, ...  An interrupted study in ``results_dir``
+    is resumed, unless ``fresh`` is True.  ``quiet``: if True, print nothing.
 
     Raises ``ConfigError`` and ``UnknownName`` for invalid settings, ``AttachError`` for a model
     that is being pruned.

@@ -1,8 +1,9 @@
 """``dart-llm detect``: run passages through the dense model and apply every drift rule.
 
-A drift rule watches a signal, a vector per token such as an attention output, and triggers when
-masks should be rebuilt.  The topic changes of the passages are known.  ``detection.json`` pools
-the lines of results.jsonl into a row per rule and signal, and a point per threshold of the curves.
+A drift rule watches a signal (one vector per token, such as an attention output) and triggers when
+masks should be rebuilt.  The passages' topic changes are known, so triggers can be classified.
+``detection.json`` has a row per rule and signal, and the points of curves over thresholds.
+Each row and each point pools all passages, from the lines of results.jsonl.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from dart_llm.studies.drift.sources import Reading, cut_notes, digest, load_pass
 Row = Mapping[str, Any]
 
 NO_SIGNAL = "none"
-"""The signal in rows of rules that watch none: ``interval N``, ``never``."""
+"""The value of ``signal`` for rules that watch no signal: ``interval N``, ``never``."""
 
 
 class DetectionStudy(Study[DetectSettings]):
@@ -121,8 +122,9 @@ class DetectionStudy(Study[DetectSettings]):
 
 
 def watchers(settings: DetectSettings) -> list[tuple[Watcher, dict[str, Any]]]:
-    """The rules to test, then the rules of the curves, each with its values of ``POINT``.
+    """The rules to test, then the rules of the curves, each with a dictionary.
 
+    The dictionary of a curve's rule has the values of ``POINT``; that of a rule to test is empty.
     Raises ``UnknownName`` and ``ConfigError``.
     """
     observe = settings.observe_tokens
@@ -135,7 +137,7 @@ def watchers(settings: DetectSettings) -> list[tuple[Watcher, dict[str, Any]]]:
 
 
 POINT = ("window", "n0", "k")
-"""What distinguishes the points of the curves: tokens per window, low windows, and threshold."""
+"""Parameters of a point: tokens per window, low windows for a trigger, and threshold."""
 
 
 def study_passage(
@@ -144,9 +146,9 @@ def study_passage(
     settings: DetectSettings,
     watched: Sequence[tuple[Watcher, dict[str, Any]]],
 ) -> dict[str, Any]:
-    """A passage's line of results.jsonl, with the triggers of every rule on every signal.
+    """The line of results.jsonl for a passage, with the triggers of every rule on every signal.
 
-    A trigger is stored as the number of tokens that had been read, including the prompt.
+    A trigger is stored as the number of tokens read by then, including the prompt.
     """
     signals = record_signals(model, reading.ids, settings.signals)
 
@@ -224,7 +226,7 @@ def rules_table(document: Row) -> Table:
 
 
 def headline(document: Row) -> str:
-    """A sentence on the rule with the largest gain over a blind rule."""
+    """A sentence on the rule with the largest gain over a blind rule (see ``blind_rule``)."""
     best = max(document["rows"], key=lambda row: (row["gain"], -row["false_alarms_per_1000"]))
     return (
         f"Largest gain over a blind rule that fires as often: {rule_name(best)} detects "
@@ -235,7 +237,7 @@ def headline(document: Row) -> str:
 
 
 def rule_name(row: Row) -> str:
-    """The rule, and the signal that it watches, if any."""
+    """The rule's name, followed by the name of its signal if it watches a signal."""
     return row["rule"] if row["signal"] == NO_SIGNAL else f"{row['rule']} on {row['signal']}"
 
 
@@ -244,7 +246,7 @@ QUANTITIES = {"rate": "changes detected (share)", "delay_with_misses": "mean del
 
 
 def plot_curves(document: Row, small: str) -> list[Plot]:
-    """Detection rate and delay against false alarms: a curve per signal and a marker per k."""
+    """Plots of rate and delay against false alarms: a curve per signal, a marker per k."""
     points, horizon = document["curves"], int(document["settings"]["horizon"])
     x_end = max(1.0, *(point["false_alarms_per_1000"] for point in points))
     x = np.linspace(0.0, x_end, 51).tolist()
@@ -271,11 +273,12 @@ def plot_curves(document: Row, small: str) -> list[Plot]:
 
 
 def blind_rule(name: str, per_token: float, horizon: int) -> float:
-    """The rate or delay of a rule that fires every 1 / f tokens, f = ``per_token``.
+    """The detection rate or mean delay of a rule that fires every 1 / f tokens.
 
-    The change is equally likely anywhere between two alarms, so the delay w is uniform on
-    (0, 1 / f].  With horizon H the rate is min(1, H f).  A miss counts as H, so the mean delay is
-    the mean of min(w, H): H - f H^2 / 2 for H f <= 1, and 1 / (2 f) beyond.
+    f is ``per_token``.  If ``name`` is "rate", the rate is returned, else the delay.  The change is
+    equally likely anywhere between two alarms, so the delay w is uniform on (0, 1 / f].  With
+    horizon H the rate is min(1, H f).  A miss counts as H, so the mean delay is the mean of
+    min(w, H): H - f H^2 / 2 for H f <= 1, and 1 / (2 f) beyond.
     """
     expected = horizon * per_token
     if name == "rate":

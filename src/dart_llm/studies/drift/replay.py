@@ -1,8 +1,9 @@
 """Record signals of a text, replay drift rules over them, match triggers with topic changes.
 
-A signal has a vector per token, [T, D] float32, recorded in one dense forward.  As in a run, the
-detector compares the mean of each window of tokens with the mean of the reference, the tokens that
-were observed last, by cosine.  Nothing is pruned, so all rules see the same signal.
+A signal has one vector per token, [T, D] float32, recorded in one dense forward.  As in a run, the
+detector computes the cosine between the mean of each window of tokens and the mean of the
+reference.  The tokens observed last are the reference.  Nothing is pruned, so all rules see the
+same signal.
 
 A decoded token is *stationary* while the reference is from the token's topic: before the first
 change, and from the first trigger after a change up to the next change.  A trigger at a stationary
@@ -36,9 +37,9 @@ from dart_llm.reporting.words import too_few
 
 
 def layers_of(name: str, count: int) -> tuple[int, ...]:
-    """The layers that the signal ``name`` uses, of ``count``; none for the hidden state.
+    """The indices, below ``count``, of the layers that the signal ``name`` uses.
 
-    The depth of layer l is l / (count - 1), as in docs/reference.md.
+    Empty for the hidden state.  The depth of layer l is l / (count - 1), as in docs/reference.md.
     """
     last = count - 1
     if name == "attention-80":
@@ -84,9 +85,10 @@ def record_signals(model: Any, ids: Tensor, signals: Sequence[str]) -> dict[str,
 
 @dataclass(frozen=True)
 class Watcher:
-    """A rule, the number of tokens observed after a trigger, and guards that suppress triggers.
+    """A drift rule with guards that may suppress its triggers.
 
-    ``guards``: ``min_distance``, ``max_dense_share`` and ``allowance``, as in ``DriftConfig``.
+    ``observe``: number of tokens observed after a trigger.  ``guards``: ``min_distance``,
+    ``max_dense_share`` and ``allowance``, as in ``DriftConfig``.
     """
 
     name: str
@@ -96,11 +98,11 @@ class Watcher:
 
 
 def make_watcher(name: str, observe: int) -> Watcher:
-    """A drift rule without guards (``paper``, ``interval 64``), or a method's rule and guards.
+    """The watcher for a drift rule (``paper``, ``interval 64``) or a method (``dart-prompt``).
 
-    A method (``dart-prompt``) also sets the number of observed tokens.  If a name is both a rule
-    and a method (``dart``), it means the rule.  Raises ``UnknownName``, and ``ConfigError`` for a
-    method that never re-masks.
+    A rule has no guards and observes ``observe`` tokens after a trigger.  A method has its own
+    rule, guards and number of observed tokens.  ``dart`` names a rule and a method; it means the
+    rule.  Raises ``UnknownName``, and ``ConfigError`` for a method that never re-masks.
     """
     name = name.replace(":", " ")  # drift studies write interval:64
     if name.partition(" ")[0] in DRIFT_RULES:
@@ -122,13 +124,15 @@ def replay(
     """Replay a rule over ``signal`` [T, D], with the first ``prompt`` tokens as the reference.
 
     After a trigger the next ``watcher.observe`` tokens are observed and become the new reference;
-    the detector, its window and its counter start again.  Returns the triggers and the completed
-    windows, each with the number of tokens seen by then, prompt included.
+    the detector, its window and its counter start again.  Returns two lists.  The first has, for
+    every trigger, the number of tokens read by then, prompt included.  The second has, for every
+    completed window, the same number and the window's check.
     """
     triggers, windows = list[int](), list[tuple[int, Check]]()
     rule, v = watcher.rule, signal[None]
     detector = _armed(rule, v[:, SINKS:prompt])
-    # tokens read, their end, tokens since the last trigger, tokens observed, and the last trigger
+    # tokens read, tokens in total, tokens since the last trigger, tokens observed after triggers,
+    # and the last trigger, counted in tokens after the prompt
     at, end, since, spent, last = prompt, v.shape[1], 0, 0, None
     while at < end and (rule.window or rule.interval):
         # a window or the interval can complete only at the last of these tokens
@@ -151,7 +155,7 @@ def replay(
 
 
 def _armed(rule: Rule, observed: Tensor) -> Detector:
-    """A detector with ``observed`` as its reference."""
+    """A detector whose reference is ``observed``, [1, T, D]."""
     detector = Detector(rule)
     detector.observe(observed, None)
     detector.start()
@@ -165,9 +169,10 @@ Array = NDArray[np.float64]
 class Outcome:
     """How a rule performed on a text.
 
-    ``reach``: for each change, the number of tokens within which it could be detected.  ``delays``:
-    for each change, the number of new-topic tokens read when it was detected, or None.
-    ``stationary``: the number of stationary tokens; see the module's docstring.
+    ``reach``: for each change, within how many tokens the change could be detected.  ``delays``:
+    for each change, the number of new-topic tokens read when it was detected, None if missed.
+    ``late``: the number of late triggers.  ``alarms``: the number of all triggers.
+    ``stationary``: the number of stationary tokens.  The module's docstring defines these terms.
     """
 
     reach: tuple[int, ...]
@@ -184,12 +189,12 @@ def outcome(
 ) -> Outcome:
     """Classify the triggers on a text.
 
-    ``triggers``: number of tokens seen at each trigger, ascending; ``changes``: index of the first
+    ``triggers``: number of tokens read at each trigger, ascending; ``changes``: index of the first
     token of each new topic, ascending; ``end``: number of tokens in the text, prompt included.
     """
     fired, begins = set(triggers), {change: number for number, change in enumerate(changes)}
     delays: list[int | None] = [None] * len(changes)
-    pending: int | None = None  # the last change, until a trigger follows it
+    pending: int | None = None  # the last change, if no trigger has followed it
     false_alarms = late = stationary = 0
     for token in range(prompt, end):
         pending = begins.get(token, pending)
@@ -222,12 +227,12 @@ INTERVALS = {
 def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) -> dict[str, Any]:
     """A rule's statistics over all texts, as a row of detection.json.
 
-    ``delay_median``: over detected changes.  ``delay_with_misses``: mean over all changes, where a
-    miss counts as the change's full reach.  ``alarms_per_1000``: per 1,000 decoded tokens.
-    ``blind_rate``: the detection rate of a rule that fires as often, at equal distances.  Since the
-    change is at a random position between two alarms, the probability that an alarm falls within
-    its reach is min(1, reach x alarms per token).  Intervals: 95 %, by resampling texts; None with
-    too few texts, as explained in ``no_interval``.
+    ``delay_median``: median delay of the detected changes.  ``delay_with_misses``: mean delay of
+    all changes, where a miss counts as the change's full reach.  ``alarms_per_1000``: triggers per
+    1,000 decoded tokens.  ``blind_rate``: the detection rate of a rule that fires as often, at
+    equal distances.  A change is at a random position between two alarms, so the probability that
+    an alarm falls within the change's reach is min(1, reach x alarms per token).  Intervals are 95
+    % intervals by resampling texts; with too few texts they are None and ``no_interval`` says why.
     """
     statistics = _statistics(outcomes, np.ones((1, len(outcomes))))
     delays = [delay for outcome in outcomes for delay in outcome.delays if delay is not None]
@@ -248,7 +253,7 @@ def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) ->
 
 
 def _statistics(outcomes: Sequence[Outcome], weights: Array) -> dict[str, Array]:
-    """Statistics by name, each [B]; ``weights``: how often each text counts, [B, texts]."""
+    """Statistics by name, each [B]; ``weights``: how often a text counts, [B resamples, texts]."""
 
     def total(value: Callable[[Outcome], int]) -> Array:
         summed: Array = weights @ np.array([float(value(o)) for o in outcomes])
@@ -273,5 +278,5 @@ def _statistics(outcomes: Sequence[Outcome], weights: Array) -> dict[str, Array]
 
 
 def _waited(outcome: Outcome) -> int:
-    """The sum of the delays, where a miss counts as its reach."""
+    """The sum of the delays of a text's changes, where a miss counts as the change's reach."""
     return sum(r if d is None else d for d, r in zip(outcome.delays, outcome.reach, strict=True))

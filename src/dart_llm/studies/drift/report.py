@@ -64,14 +64,14 @@ def _is_remasked(run: DriftRun) -> bool:
 
 
 def _numbered(name: str, members: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the first members, each with a plot name: "overlap", "overlap-2", ..."""
+    """Yield a plot name ("overlap", "overlap-2", ...) and a member, for the first members."""
     for number, member in enumerate(members[:MAX_PICTURES], 1):
         yield name if number == 1 else f"{name}-{number}", member
 
 
-# The loss minus that of dense around topic changes, in bins of tokens.  Each passage is one item:
-# its changes and seeds are averaged first, because variation within a passage says little about
-# other passages.
+# A method's loss minus the dense loss around topic changes, in bins of tokens.  Each passage is one
+# item: its changes and seeds are averaged first, because variation within a passage says little
+# about other passages.
 
 BIN = 16
 """Tokens per bin."""
@@ -81,10 +81,10 @@ BEFORE, AFTER = 128, 256
 
 
 def excess_curves(runs: Runs) -> dict[str, dict[int, Interval | None]]:
-    """Mean loss minus that of dense, by method, then by the first token of a bin.
+    """Mean loss minus dense loss, with its interval, by method, then by the first token of a bin.
 
-    Tokens are counted from the change.  Only bins within the two topics count, and only if all
-    their tokens have a loss.
+    Tokens are counted from the change.  A bin counts only if it lies within the topics before and
+    after the change and if all its tokens have a loss.
     """
     dense = {run.source_key: run.record["losses"] for run in runs if run.is_dense}
     bins: dict[str, dict[int, dict[str, list[float]]]] = {}
@@ -109,7 +109,7 @@ def excess_curves(runs: Runs) -> dict[str, dict[int, Interval | None]]:
 
 
 def plot_loss(runs: Runs, small: str) -> Plot | None:
-    """A panel per method, with ``never`` (masks that are not rebuilt) as the reference curve."""
+    """Plot ``excess_curves``: a panel per method, with the curve of ``never``; None if empty."""
     lines = {}
     for label, bins in excess_curves(runs).items():
         points = [(start, bin_mean) for start, bin_mean in bins.items() if bin_mean is not None]
@@ -145,7 +145,7 @@ def _mark_topics(axes: Axes, run: DriftRun) -> None:
     look: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "xytext": (3, 4)}
     look |= {"textcoords": "offset points", "fontsize": 8.5, "color": INK, "zorder": 5}
     for number, (name, start, _) in enumerate(run.topics):
-        if number:  # a white line below keeps it visible on dark fields
+        if number:  # a white line below keeps the line visible on dark fields
             axes.axvline(start, color="white", linewidth=2.6, zorder=3)
             axes.axvline(start, color=INK, linestyle=CHANGE, linewidth=1.5, zorder=3)
         short = textwrap.shorten(name, 28, placeholder="…")
@@ -153,7 +153,7 @@ def _mark_topics(axes: Axes, run: DriftRun) -> None:
 
 
 def plot_timeline(name: str, runs: Runs, small: str) -> Plot:
-    """The similarities in each method's detector on a text, with thresholds and re-masks."""
+    """A panel per method: similarities in its detector on one text, thresholds and re-masks."""
     plotted = runs[:MAX_PANELS]
 
     def draw(figure: Figure, palette: Palette) -> None:
@@ -180,7 +180,7 @@ OVERLAP = "Jaccard overlap with the first mask"
 
 
 def plot_overlap(name: str, run: DriftRun, small: str) -> Plot:
-    """A heat map of each layer's mask overlap with its first mask, over tokens."""
+    """A heat map by layer and token: the overlap of the current mask with the first mask."""
     masks, layers = run.record["remasks"], run.record["accounting"]["layers"]
     values = np.array([mask["first_jaccard"] or [1.0] * len(layers) for mask in masks]).T
     pairs = zip(masks[0]["kept"], layers, strict=True)
@@ -207,7 +207,8 @@ def plot_overlap(name: str, run: DriftRun, small: str) -> Plot:
 def chance(keep_ratios: Sequence[float]) -> float:
     """The expected Jaccard index of two independent masks: mean over layers of k / (2 - k).
 
-    k: the layer's keep ratio.  The intersection has k^2 of the neurons, the union 2 k - k^2.
+    k is a layer's keep ratio, the fraction of neurons kept.  The intersection has k^2 of the
+    neurons, the union 2 k - k^2.
     """
     return fmean(k / (2 - k) for k in keep_ratios)
 
@@ -230,7 +231,7 @@ REMASKS = (
 
 
 def remask_table(runs: Runs) -> PageTable | None:
-    """A row per mask: step, cause, observed tokens, and overlap with the previous mask."""
+    """A row per mask with its overlap with the previous mask; None if there are no masks."""
     rows = [{**mask, "run": run} for run in runs for mask in run.record["remasks"]]
     caption = "Masks: step, cause, and overlap with the previous mask"
     if len(rows) > MAX_MASKS:
@@ -239,13 +240,13 @@ def remask_table(runs: Runs) -> PageTable | None:
 
 
 def _topic_at(run: DriftRun, step: int) -> str | None:
-    """The topic at a step, and the step's position in it."""
+    """The topic at a decode step, and the step's position in this topic; None if unknown."""
     before = [(name, start) for name, start, _ in run.topics if start <= step]
     return f"{before[-1][0]}, token {step - before[-1][1]}" if before else None
 
 
 def free_texts(runs: Runs) -> Iterator[dict[str, Any]]:
-    """For each source, its ``name``, its ``prompt``, and the methods' texts as ``columns``."""
+    """Yield, for each source, its ``name``, its ``prompt`` and the methods' texts (``columns``)."""
     generated = (run for run in runs if run.record["text"] is not None)
     for members in list(grouped(generated, lambda run: run.source_key).values())[:MAX_TEXTS]:
         columns = [(run.label, _note(run), run.record["text"] or "(no text)") for run in members]
@@ -301,7 +302,7 @@ def render_page(
     folded: Mapping[str, PageTable | None] | None = None,
     **content: Any,
 ) -> str:
-    """A page with the sections of ``HEADINGS``; ``folded``: tables that are collapsed at first."""
+    """A page with the sections in ``plots``; ``folded``: tables that are collapsed at first."""
     sections, missing = [], ""
     for name in plots:
         drawn, reason = page.pictures(plots[name])

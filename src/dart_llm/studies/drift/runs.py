@@ -45,7 +45,7 @@ SOURCES = {FORCED: "passage", FREE: "prompt"}
 
 @dataclass(frozen=True)
 class DriftRun:
-    """A candidate on a source; ``number``: the run's index in the study.
+    """A candidate (a method) on a source; ``number``: the run's index in the study.
 
     ``record``: the result, with the keys of ``EMPTY``.  ``error``: why the run failed; None if it
     succeeded.
@@ -73,7 +73,7 @@ class DriftRun:
 
     @property
     def source_key(self) -> tuple[str, int]:
-        """Source and seed, which a run shares with the dense run that it is compared with."""
+        """Source id and seed; a run is compared with the dense run that has the same key."""
         return self.source.id, self.seed
 
     @property
@@ -118,14 +118,14 @@ class DriftRun:
 
     @property
     def topics(self) -> list[tuple[str, int, int]]:
-        """Name, first decoded token and end (exclusive) of each topic with a known start."""
+        """Name, first decoded token and end (exclusive) of every topic whose start is known."""
         located = [topic for topic in self.record["topics"] if topic["start"] is not None]
         ends = [*(topic["start"] for topic in located[1:]), self.decoded]
         return [(t["name"], t["start"], end) for t, end in zip(located, ends, strict=False)]
 
     @property
     def checks(self) -> list[DriftCheck]:
-        """The detector's windows, except a first window without a reference to compare with."""
+        """The checks of the detector's windows, except windows without a reference."""
         checks = [DriftCheck(**check) for check in self.record["checks"]]
         return [c for c in checks if c.state != "arming" or c.similarity != 0]
 
@@ -148,10 +148,11 @@ def run_record(run: Run, recorder: MaskRecorder, widths: Sequence[int]) -> dict[
 
 
 def remask_records(recorder: MaskRecorder, widths: Sequence[int]) -> list[dict[str, Any]]:
-    """An entry per mask: its step, cause and, per layer, Jaccard overlap with the previous mask.
+    """An entry per mask: step, cause, kept neurons, evidence, and two overlaps per layer.
 
-    ``first_jaccard``: the overlap with the first mask.  Both overlaps are None for the first mask
-    and for per-token selection.  A layer without a mask keeps all its neurons.
+    ``jaccard``: the overlap with the previous mask.  ``first_jaccard``: the overlap with the first
+    mask.  Both overlaps are None for the first mask and for per-token selection.  A layer without a
+    mask keeps all its neurons.
     """
     entries: list[dict[str, Any]] = []
     masks: list[list[set[int]]] = []
@@ -174,5 +175,5 @@ def remask_records(recorder: MaskRecorder, widths: Sequence[int]) -> list[dict[s
 
 
 def jaccard(a: set[int], b: set[int]) -> float:
-    """|A and B| / |A or B|; 1 for two empty sets."""
+    """The Jaccard index |A and B| / |A or B|; 1 for two empty sets."""
     return len(a & b) / len(a | b) if a or b else 1.0

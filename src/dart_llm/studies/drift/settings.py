@@ -44,7 +44,7 @@ VARIANTS: dict[str, Callable[[int], Mapping[str, Any]]] = {
     "paper": lambda n: {"rule": "paper", "signal": "attention", **UNGUARDED},
     "interval:N": lambda n: {"rule": f"interval {n}", **UNGUARDED},
 }
-"""Variants of dart by name: a function from N (of ``interval:N``) to changed drift settings."""
+"""Variants of dart by name.  The functions map N (of ``interval:N``) to changed drift settings."""
 
 METHOD = re.compile(r"(?P<name>[^:@]+(:(?P<tokens>[1-9]\d*))?)(@(?P<sparsity>\d*\.?\d+))?")
 
@@ -58,7 +58,7 @@ class Candidate:
 
     @property
     def sparsity(self) -> float | None:
-        """The requested sparsity; None if a layer table or ``auto`` sets the neurons to keep."""
+        """The requested sparsity; None if a layer table or strategy ``auto`` sets the counts."""
         config = self.config
         if config is None:
             return 0.0
@@ -119,7 +119,7 @@ Thresholds = Annotated[tuple[FiniteFloat, ...], BeforeValidator(split_commas)]
 
 
 class PassageOptions(ModelOptions):
-    """The options of both commands that select passages: texts with known topic changes."""
+    """The options that select passages (texts with known topic changes), for both commands."""
 
     passages: str | None = setting("Passages", "Read these passages: shipped, or a JSONL file.")
     limit: int | None = setting(
@@ -200,7 +200,7 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
         return parse_methods(self.methods, self.base())
 
     def base(self) -> BaseSettings:
-        """The settings that dart and its variants share, and those for loading the model."""
+        """The pruning settings that dart and its variants share, and the loading settings."""
         values = given_of(self)
         table = self.layer_topk or "auto"
         fixed = self.prune_strategy == "auto" or ("auto" not in table and table[:1] != "@")
@@ -210,7 +210,7 @@ class DriftSettings(ResultOptions, MaskOptions, PassageOptions):
 
 
 collect = partial(merge, DriftSettings)
-"""The settings merged from all sources, in rising priority: defaults, file, ``DART_*``, flags."""
+"""Merges the settings from all sources, in rising priority: defaults, file, ``DART_*``, flags."""
 
 PANEL = "Detection"
 
@@ -224,7 +224,7 @@ SIGNALS = {
 
 
 class DetectSettings(StudyOptions, PassageOptions):
-    """The settings of ``dart-llm detect``; the model runs dense, so none of them prunes."""
+    """The settings of ``dart-llm detect``; the model always runs dense."""
 
     signals: Texts = setting(PANEL, "Watch these signals.", tuple(SIGNALS), min_length=1)
     rules: Texts = setting(
@@ -265,7 +265,7 @@ class DetectSettings(StudyOptions, PassageOptions):
         return (*rules, "interval 64", "dart-prompt")
 
     def curve_points(self) -> list[tuple[int, int, float]]:
-        """(window, n0, k) of every point of the curves, with ascending k."""
+        """A tuple (window, n0, k) for every point of the curves, with ascending k."""
         return list(product(self.windows, self.counts, sorted(self.thresholds)))
 
     @property

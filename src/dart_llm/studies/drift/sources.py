@@ -1,8 +1,8 @@
 """Sources of a drift study: prompts to continue, and passages to read, as tokens.
 
 The first P tokens of a passage are the prompt, prefilled dense and observed; the others run as
-decode tokens.  Decode step k feeds token k after the prompt and so predicts token k + 1.  Token 0
-is predicted by the dense prompt and has no loss; the last token is never fed.
+decode tokens and are numbered from 0.  Decode step k feeds token k and so predicts token k + 1.
+Token 0 is predicted by the dense prompt and has no loss.  The last token is never fed to the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dart_llm.studies.drift.settings import FORCED, DriftSettings, PassageOption
 
 @dataclass(frozen=True)
 class Source:
-    """A prompt, or a passage; ``changes``: character offsets at which its later topics begin."""
+    """A prompt or a passage; ``changes``: character offsets where later topics begin."""
 
     id: str
     text: str
@@ -59,9 +59,9 @@ def digest(sources: Sequence[Source]) -> str:
 class Reading:
     """A source as tokens ``ids`` [n], of which the first ``prompt`` are the prompt.
 
-    ``starts``: index, counted after the prompt, of every topic's first token, 0 for the first
-    topic; empty for a prompt, whose topics have no known start.  ``pieces``: the text of every
-    token after the prompt.  ``cut``: True if the passage was cut to the model's context.
+    ``starts``: for every topic, the index of its first token, counted after the prompt; 0 for the
+    first topic.  Empty for a prompt, whose topics have no known start.  ``pieces``: the text of
+    every token after the prompt.  ``cut``: True if the passage was cut to the model's context.
     """
 
     source: Source
@@ -117,7 +117,7 @@ def read_passage(source: Source, tokenizer: Any, prompt: int, longest: int | Non
 
 
 def cut_notes(readings: Sequence[Reading]) -> list[str]:
-    """A note, if passages did not fit the model's context."""
+    """One note if passages did not fit the model's context, else an empty list."""
     cut = sum(reading.cut for reading in readings)
     return [f"number of passages that were cut to the model's context: {cut}"] if cut else []
 
@@ -127,7 +127,7 @@ def read_prompt(
 ) -> Reading:
     """Tokenise a prompt; ``chat``: whether to use the chat template, None to use any that exists.
 
-    Raises ``ConfigError`` if prompt and ``tokens`` exceed the context of ``longest`` tokens.
+    Raises ``ConfigError`` if the prompt and ``tokens`` more tokens exceed the context ``longest``.
     """
     wrap = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
     ids = encode_prompt(tokenizer, source.text, wrap)[0]

@@ -70,7 +70,7 @@ def write_text(
 
 
 class DriftStudy(Study[DriftSettings]):
-    """Every method on every source; a run that fails is recorded, and the others continue."""
+    """Every method on every source; a failed run is recorded, and the other runs continue."""
 
     kind = "drift"
     document = "summary.json"
@@ -204,7 +204,7 @@ class DriftStudy(Study[DriftSettings]):
         return {**record, "decoded_tokens": len(record["pieces"])}
 
     def _compare(self, run: DriftRun, text: str) -> dict[str, Any] | None:
-        """The text's metrics against the dense text of the same source and seed."""
+        """Metrics of the text against the dense text of the same source and seed, or None."""
         dense = self.dense.get(run.source_key)
         if self.tools is None or dense is None:
             return None
@@ -225,7 +225,7 @@ class DriftStudy(Study[DriftSettings]):
             self.dense[run.source_key] = run
 
     def summarise(self) -> dict[str, Any]:
-        """Also write results.jsonl, once at the end because its lines contain all tokens."""
+        """Make the summary; write results.jsonl only here, because its lines contain all tokens."""
         write_lines(self.path / "results.jsonl", self.lines)
         document = summary.summarise(self.runs, self.settings.model, self.dtype)
         return {**document, "notes": [*self.notes, *document["notes"]]}

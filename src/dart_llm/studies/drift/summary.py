@@ -1,7 +1,8 @@
 """Summary of a drift study: a row per method with means over sources and 95 % intervals.
 
-A source (a prompt or a passage) is one item: its seeds are averaged first.  Differences to dense
-and to ``never``, whose masks are not rebuilt, are paired by source.  Losses are in nats per token.
+A source (a prompt or a passage) is one item: its runs with different seeds are averaged first.
+Differences to dense and to ``never`` (dart without re-masks) are paired by source.  Losses are in
+nats per token.
 """
 
 from __future__ import annotations
@@ -80,10 +81,10 @@ def accounting(runs: Sequence[DriftRun]) -> dict[str, Any]:
 def losses(
     runs: Sequence[DriftRun], dense: Sequence[DriftRun], never: Sequence[DriftRun]
 ) -> dict[str, Any]:
-    """Mean losses before and after the topic changes, and recovery.
+    """Mean losses before and after the topic changes, differences, and recovery.
 
-    ``after``: over all tokens of all topics but the first.  ``after_minus_dense`` and
-    ``after_minus_never``: paired by source.
+    ``before``: over the tokens of the first topic.  ``after``: over the tokens of all other topics.
+    ``after_minus_dense`` and ``after_minus_never``: differences of ``after``, paired by source.
     """
     after = part_losses(runs, is_after=True)
     numbers: dict[str, Any] = {
@@ -123,15 +124,15 @@ def part_losses(runs: Sequence[DriftRun], is_after: bool) -> dict[str, Value]:
 
 WINDOW, BEFORE, MARGIN = 32, 64, 0.1
 """A loss has recovered if its mean excess over dense in a window of ``WINDOW`` tokens is at most
-``MARGIN`` nats above that of the ``BEFORE`` tokens before the change."""
+``MARGIN`` nats above the mean excess in the ``BEFORE`` tokens before the change."""
 
 
 def recovery(
     losses: Sequence[float | None], dense: Sequence[float | None], starts: Sequence[int]
 ) -> list[int | None]:
-    """Per change, the number of tokens until the loss has recovered; None if it does not.
+    """Per change, the number of tokens until the loss has recovered; None if it never recovers.
 
-    ``starts``: index of each topic's first token.  The window ends before the next change.
+    ``starts``: index of each topic's first token.  Windows do not extend beyond the next change.
     """
     excess = np.array(losses, dtype=float) - np.array(dense, dtype=float)  # None becomes nan
     recovered = list[int | None]()
@@ -144,7 +145,7 @@ def recovery(
 
 
 def metrics(runs: Sequence[DriftRun]) -> dict[str, Any] | None:
-    """The metrics of text_metrics.py, averaged over the sources that have them; None for dense."""
+    """The metrics of text_metrics.py, averaged over sources; None if no source has any."""
     values: dict[str, dict[str, list[float]]] = {}
     for run in runs:
         for name, value in (run.record["metrics"] or {}).items():
@@ -158,7 +159,7 @@ def metrics(runs: Sequence[DriftRun]) -> dict[str, Any] | None:
 
 
 def _with_mean(interval: Interval | None) -> dict[str, Any] | None:
-    """The interval as a dictionary with ``mean``, weighted by tokens; None stays None."""
+    """The interval as a dictionary, with the estimate as ``mean``; None stays None."""
     if interval is None:
         return None
     entry = interval.to_dict()
@@ -166,7 +167,7 @@ def _with_mean(interval: Interval | None) -> dict[str, Any] | None:
 
 
 def notes(runs: Sequence[DriftRun]) -> list[str]:
-    """Notes on the numbers: runs that ended before any pruning."""
+    """One note if runs ended before any token ran pruned, else an empty list."""
     records = (run.record["accounting"] for run in runs if run.candidate.sparsity)
     shares = [record["achieved_sparsity"] for record in records if record]
     unpruned = sum(not share for share in shares)
@@ -181,7 +182,7 @@ CLOSEST = ("document_similarity", "rougeL")
 
 
 def _main(row: Row) -> tuple[str, Row] | None:
-    """The name and estimate of a method's main metric."""
+    """The name and estimate of a method's main metric; None if it has none."""
     if row["loss"]:
         return "loss_after", row["loss"]["after"]
     names = [name for name in CLOSEST if (row["metrics"] or {}).get(name)]
@@ -257,7 +258,7 @@ def table(summary: Row) -> Table:
 
 
 def _estimate(head: str, group: str, name: str, terminal: bool = True) -> Column:
-    """A column of means with intervals; differences are signed, and empty for the reference."""
+    """A column of means with intervals; differences to a method are empty in that method's row."""
     other = name.partition("_minus_")[2]
     form = "+.3f" if other else ".3f"
 

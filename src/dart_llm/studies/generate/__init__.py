@@ -1,1 +1,1 @@
-"""``run`` generates a text dense and pruned; ``demo`` also compares it with other programs."""
+"""``run`` generates a text dense and pruned; ``demo`` also times other programs."""

@@ -60,7 +60,7 @@ Row = Mapping[str, Any]
 
 
 class DemoStudy(RunStudy):
-    """A run, timed against other programs, and a table of perplexities."""
+    """The study ``run`` with two additions: times of other programs, and perplexities."""
 
     perplexity: Sequence[Row] = ()
     """Rows of perplexity.json."""
@@ -80,7 +80,7 @@ class DemoStudy(RunStudy):
         write_json(self.path / "perplexity.json", self._document())
 
     def _perplexity(self) -> list[Row]:
-        """Perplexity of dense, the compared methods and the run's method, on the same slices."""
+        """Rows for dense, the methods in ``COMPARED`` and the run's method, on the same slices."""
         compared = [PruneConfig.build(name, sparsity=share) for name, share in COMPARED]
         if self.settings.method.startswith(SETTING):  # tuning has already compared it
             compared = []
@@ -184,7 +184,7 @@ class DemoStudy(RunStudy):
 
 
 def _row(candidate: BoundMethod, measured: Measurement, dense: Measurement) -> Row:
-    """A row of perplexity.json; ``interval``: of the ratio to dense, 95 %, paired by slice."""
+    """A row of perplexity.json; ``interval``: 95 % interval of the ratio to dense, or None."""
     scored, base = (scores(result.to_dict()) for result in (measured, dense))
     interval = None if measured is dense else scored.against(base)
     perplexity = measured.metrics["perplexity"]
@@ -201,5 +201,5 @@ def _row(candidate: BoundMethod, measured: Measurement, dense: Measurement) -> R
 
 
 def run_demo(ui: Ui, **settings: Any) -> DemoStudy:
-    """Run the demo with ``settings``, such as model or device, instead of the defaults."""
+    """Run the demo; ``settings``, such as model or device, replace the defaults."""
     return run_study(DemoStudy(DemoSettings(**settings).fitted(), ui))

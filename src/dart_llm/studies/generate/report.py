@@ -15,7 +15,7 @@ from dart_llm.reporting.table import Column, Record, Table, bytes_text
 from dart_llm.reporting.words import percent
 
 DENSE, PRUNED = "dense", "pruned"
-"""The names of a run's two texts, and of their times."""
+"""The keys of a run's two texts, and of the texts' times."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ RESULTS = (
 
 
 def results_table(timing: Mapping[str, Any], accounting: Record | None) -> Table:
-    """The time per token of the dense and pruned text and of other programs, slowest first.
+    """A row per timing, slowest first: the dense text, the pruned text, and other programs.
 
     Columns without values are left out; generation.jsonl has all numbers.
     """
@@ -104,7 +104,7 @@ def results_table(timing: Mapping[str, Any], accounting: Record | None) -> Table
 
 
 def _ratio(judged: Mapping[str, Any]) -> str | None:
-    """The speed-up in a ``SpeedUp.to_dict()``, as text."""
+    """The speed-up in a ``SpeedUp.to_dict()``, as text; None if there is none."""
     if judged.get("disturbed"):
         return "disturbed"
     ratio = number(judged.get("speed_up"))
@@ -123,7 +123,7 @@ PERPLEXITY = (
 
 
 def perplexity_table(document: Record) -> Table:
-    """The rows of perplexity.json, with achieved sparsity, dense share and re-masks."""
+    """A table of perplexity.json, with achieved sparsity, dense share and re-masks."""
     rows = [{**mapping(row["accounting"]), **row} for row in document["rows"]]
     caption = (
         f"{document['text']}: {document['slices']} slices of {document['prompt_tokens']} prompt + "
@@ -174,7 +174,7 @@ MARK = "»"
 def side_by_side(generations: Mapping[str, Record], width: int) -> list[Table]:
     """The dense and the pruned text side by side, with a mark at their first difference.
 
-    Empty without a pruned text, or if ``width`` characters are too few for two columns.
+    The list is empty without a pruned text, or if ``width`` characters are too few for two columns.
     """
     if PRUNED not in generations or width < 48:
         return []
@@ -196,7 +196,7 @@ def verdict(
 ) -> str:
     """A sentence on whether to prune this model in this way, and how to test other settings.
 
-    ``over_dense``: perplexity divided by that of dense, if it was measured.
+    ``over_dense``: perplexity divided by dense perplexity; None if not measured.
     """
     speed_up = number(timing.get("speed_up"))
     at_most = "at most " if speed_up is None else ""

@@ -53,7 +53,7 @@ class RunSettings(ActivationSettings):
             )
 
     def prune_config(self) -> PruneConfig:
-        """The preset with all settings applied; to save activations, with executor masked."""
+        """The preset with all settings applied; with executor masked if activations are saved."""
         config = super().prune_config()
         return config.replace({"executor": "masked"}) if self.save_activations else config
 
@@ -64,7 +64,7 @@ class RunSettings(ActivationSettings):
 
     @property
     def has_custom_prompt(self) -> bool:
-        """Whether the user gave a prompt, so that it is not made of MMLU questions."""
+        """Whether the user gave a prompt, as text or file."""
         sources = (self.prompt, self.prompt_file, self.custom_prompt_text)
         return any(source is not None for source in sources)
 

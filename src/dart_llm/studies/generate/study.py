@@ -55,7 +55,7 @@ MMLU_DEFAULT_TOKENS = 1024
 
 
 def read_prompt(settings: RunSettings) -> str:
-    """The prompt; "" for MMLU questions, whose selection needs the tokenizer.
+    """The prompt; "" for MMLU questions, because selecting them needs the tokenizer.
 
     Raises ``ConfigError`` if the prompt is missing or empty, or no tokens are to be generated.
     """
@@ -116,7 +116,7 @@ PATIENCE_S = 15.0
 """After this many seconds no repetition begins, once there are ``FEWEST_REPETITIONS``."""
 
 STEPS, TAIL = 8, 16
-"""Maximum number of tokens that a repetition times, and of tokens that it reads before them."""
+"""Maximum number of tokens that a repetition times, and maximum number that it reads first."""
 
 Clock = Callable[[], float]
 """A function that times a repetition and returns seconds per token."""
@@ -124,9 +124,9 @@ Clock = Callable[[], float]
 
 @dataclass
 class Decoding:
-    """Times a model that decodes ``tokens`` tokens after ids [1, T].
+    """A clock: a call decodes after ``ids`` [1, T] and times the last ``tokens`` tokens.
 
-    ``make``: returns the run to attach, or None for the untouched model.
+    ``make``: a function that returns the run to attach, or None for the untouched model.
     """
 
     model: Any
@@ -134,7 +134,7 @@ class Decoding:
     tokens: int
     make: Make = lambda: None
     limit: float | None = field(default=None, init=False)
-    """The bytes of a dense token, divided by those of a timed token; None before timing."""
+    """Bytes that a dense token reads, divided by bytes that a timed token reads; at first None."""
 
     def __call__(self) -> float:
         run = self.make()
@@ -146,7 +146,7 @@ class Decoding:
 
 
 def interleave(clocks: Mapping[str, Clock]) -> dict[str, list[float]]:
-    """Seconds per token by name and repetition; every second repetition runs in reverse order."""
+    """Each clock's seconds per token in every repetition; odd repetitions run in reverse order."""
     seconds: dict[str, list[float]] = {name: [] for name in clocks}
     began = time.perf_counter()
     for number in range(REPETITIONS):
@@ -158,7 +158,10 @@ def interleave(clocks: Mapping[str, Clock]) -> dict[str, list[float]]:
 
 
 def text_end(ids: Tensor, more: Sequence[int], tokens: int, context: int | None) -> Tensor:
-    """The end of the text ``ids`` [1, T] + ``more``, short enough to fit a repetition."""
+    """The end of the text ``ids`` [1, T] + ``more``, at most ``TAIL`` tokens.
+
+    It has fewer if the model's context is too short for them and ``tokens`` timed tokens.
+    """
     text = torch.cat([ids, torch.tensor([more], dtype=ids.dtype, device=ids.device)], dim=1)
     room = TAIL if context is None else min(TAIL, max(1, context - 1 - WARM - tokens))
     return text[:, -room:]
@@ -167,12 +170,13 @@ def text_end(ids: Tensor, more: Sequence[int], tokens: int, context: int | None)
 def timing_document(
     repetitions: Mapping[str, Sequence[float]], limit: float | None, reference: str | None
 ) -> dict[str, Any]:
-    """Keys of timing.json: ``repetitions``, their medians, and the reliable ratios.
+    """Entries of timing.json: ``repetitions``, their medians, and speed-ups.
 
-    The machine's speed drifts between repetitions, but the ratios within each repetition do not.
-    The pruned time is therefore the median of dense divided by the speed-up, so that both agree.
-    The speed-up over dense is at the top level, as in ``SpeedUp.to_dict``.  ``over_transformers``:
-    speed-ups over ``reference``, whose weights may have another format, so bytes set no limit.
+    The machine's speed drifts between repetitions, but ratios within a repetition hardly change.
+    The speed-up is therefore computed from these ratios, and the pruned time is the median dense
+    time divided by the speed-up.  The speed-up over dense is at the top level, with the keys of
+    ``SpeedUp.to_dict``.  ``over_transformers``: speed-ups over ``reference``, without bandwidth
+    limits, because the weights of ``reference`` may have another format.
     """
     medians = {name: statistics.median(seconds) for name, seconds in repetitions.items()}
     pruned = {}
@@ -227,7 +231,7 @@ class RunStudy(Study[RunSettings]):
 
     @property
     def prunes(self) -> bool:
-        """Whether there is a pruned text."""
+        """Whether the study generates a pruned text."""
         return self.masks is not None or not is_untouched(self.prune_config)
 
     def inputs(self) -> dict[str, Any]:
@@ -247,7 +251,7 @@ class RunStudy(Study[RunSettings]):
             check_masks(settings.masks, widths(self.model))
         self.bound = self.prepare(self.prune_config)
         variants = (DENSE, PRUNED) if self.prunes else (DENSE,)
-        fed = self.encoded[1].shape[1] + settings.tokens - 1  # the last token is never fed
+        fed = self.encoded[1].shape[1] + settings.tokens - 1  # the last token is never an input
         self.saver = saver(settings, self.model, self.path, fed)
         if self.saver is not None:
             self.saver.announce(len(variants), self.ui.say)
@@ -266,9 +270,10 @@ class RunStudy(Study[RunSettings]):
 
     @property
     def _dense_executor(self) -> str | None:
-        """The executor that runs the dense text, so that a speed-up is due only to pruning.
+        """The executor of the dense text, whose kernels are those of the pruned text.
 
-        None if the untouched model runs it, because the pruned text uses the same kernels.
+        A speed-up is then due only to pruning.  None if these are the kernels of the untouched
+        model, which then generates the dense text.
         """
         run = self.bound.run()
         executor = str(self.prune_config.executor if run is None else run.executor)
@@ -343,7 +348,7 @@ class RunStudy(Study[RunSettings]):
         return {"method": self.bound.method, "sparsity": self.bound.requested}
 
     def _dense_run(self) -> Run | None:
-        """A dense run with the kernels of the pruned text; None if the untouched model has them."""
+        """A dense run with the kernels of the pruned text; None if these are the model's."""
         executor = self._dense_executor
         if executor is None:
             return None
@@ -368,13 +373,13 @@ class RunStudy(Study[RunSettings]):
     # the times
 
     def _time(self) -> dict[str, Any]:
-        """Keys of timing.json, measured on the end of the dense text."""
+        """Entries of timing.json, measured on the end of the dense text."""
         tokens = min(STEPS, self.settings.tokens - 1)
         more = self.generations[DENSE]["token_ids"]
         ids = text_end(self.encoded[1], more, tokens, context_length(self.model))
         sizes = {DENSE: describe(self.model).parameter_bytes}
         clocks: dict[str, Clock] = {DENSE: Decoding(self.model, ids, tokens, self._dense_run)}
-        # likelihood: masks at once, so that the timed tokens run pruned
+        # ``likelihood`` applies masks at once, so that the timed tokens run pruned
         pruned = Decoding(self.model, ids, tokens, lambda: self.bound.run(likelihood=True))
         if self.prunes:
             clocks[PRUNED] = pruned
@@ -387,14 +392,14 @@ class RunStudy(Study[RunSettings]):
     def add_clocks(
         self, clocks: dict[str, Clock], sizes: dict[str, int], ids: Tensor, tokens: int
     ) -> str | None:
-        """Add further timings and their bytes per token; returns the name of the reference."""
+        """Add further timings and their bytes per token; returns the reference's name, if any."""
         return None
 
     # results
 
     @property
     def accounting(self) -> dict[str, Any] | None:
-        """``RunReport.to_dict()`` of the pruned text, if there is one."""
+        """``RunReport.to_dict()`` of the pruned text; None without a pruned text."""
         accounting: dict[str, Any] | None = self.generations.get(PRUNED, {}).get("accounting")
         return accounting
 

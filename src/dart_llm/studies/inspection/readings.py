@@ -1,8 +1,9 @@
-"""One dense pass per text records, per layer, FFN impact, activations, and evidence for masks.
+"""Run each text once, dense; record every layer's FFN impact, activations, and evidence for masks.
 
-x is the residual stream that enters the FFN half of a layer, u the input of the down projection (a
-value per neuron), z its output, r the sum added to the stream.  Evidence is the statistics from
-which a method selects the neurons of a text.
+x is the residual stream that enters the FFN half of a layer.  u is the input of the down projection
+(one value per neuron), and z is the output of the down projection.  r is the tensor that is added
+to the stream; it differs from z, for example, where a norm follows.  Evidence means the statistics
+from which a method selects the neurons of a text.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def spread(values: Tensor) -> dict[str, float]:
 
 
 def impact(recorded: LayerActivations) -> dict[str, Any]:
-    """How much an FFN changes the residual stream: ``cosine``, ``change`` and ``s`` for two pairs.
+    """How an FFN changes the residual stream: ``cosine``, ``change``, ``s`` of two vector pairs.
 
     ``residual`` compares the stream before and after: cos(x, x + r) and ||r|| / ||x||.  ``output``
     compares the stream with the FFN's output: cos(x, z) and ||z - x|| / ||x||.  The budgets
@@ -65,14 +66,15 @@ NEAR = 0.1
 """Activations below this fraction of their token's root mean square count as near zero."""
 
 ENERGY = 0.9
-"""``concentrated`` counts how few neurons have this share of a token's squared activations."""
+"""``concentrated`` is the smallest fraction of neurons that together have this share of a token's
+sum of squared activations."""
 
 
 def activations(u: Tensor) -> dict[str, Any]:
     """Quantiles of the absolute activations u [T, I], and measures of their sparsity.
 
-    ``zero``: fraction of exact zeros; ``near``: fraction near zero; ``concentrated``: the smallest
-    fraction of neurons with ``ENERGY`` of a token's squared activations, averaged over tokens.
+    ``zero``: fraction of exact zeros; ``near``: fraction near zero; ``concentrated``: see
+    ``ENERGY``, averaged over tokens.
     """
     u = u.float()
     size, rms = u.abs(), u.square().mean(-1, keepdim=True).sqrt().clamp_min(EPS)
@@ -92,10 +94,10 @@ WHOLE, FIRST, SECOND = "whole", "first", "second"
 
 @dataclass(frozen=True)
 class LayerReading:
-    """What was recorded in a layer on a text.
+    """What was recorded in one layer on one text.
 
-    ``squares``: sum over tokens of u^2, [I]; ``signed``: mean of u over tokens, [I]; ``evidence``:
-    by part of the text.  Tensors are float32 on the CPU; evidence is on the layer's device.
+    ``squares``: sum over tokens of u^2, [I].  ``signed``: mean of u over tokens, [I].  Both are
+    float32 on the CPU.  ``evidence``: statistics by part of the text, on the layer's device.
     """
 
     impact: dict[str, Any]
@@ -130,7 +132,7 @@ class Readings:
 
     @cached_property
     def selector(self) -> MaskSelector:
-        """The selector of a text's neurons; raises ``ConfigError`` if the method ignores texts."""
+        """Selects neurons from a text's evidence; raises ``ConfigError`` if the method cannot."""
         config = _check_selects_by_text(self.settings.prune_config())
         layers = self.view.weights(config.score.proxy_embedding, config.seed)
         return MaskSelector(config, self.calibrated(config, layers))
@@ -152,7 +154,7 @@ class Readings:
     def _pass(self, text: int) -> list[LayerReading]:
         readings: dict[int, LayerReading] = {}
         selector = None
-        with contextlib.suppress(ConfigError):  # raised again if a section needs masks
+        with contextlib.suppress(ConfigError):  # ``evidence`` raises it again if masks are needed
             selector = self.selector
 
         def record(layer: int, recorded: LayerActivations) -> None:
@@ -173,13 +175,13 @@ class Readings:
         return [readings[index] for index in range(len(self.view.blocks))]
 
     def evidence(self, text: int, part: str = WHOLE) -> list[LayerStatistics]:
-        """The evidence that ``selector`` needs from a part of a text, per layer."""
+        """For each layer, the evidence of a part of a text, as ``selector`` needs it."""
         self.selector  # noqa: B018 - raises if the method ignores the text
         return [layer.evidence[part] for layer in self.reading(text)]
 
 
 def _check_selects_by_text(config: PruneConfig) -> PruneConfig:
-    """``config``; raises ``ConfigError`` unless it selects a sequence's neurons by its text."""
+    """``config``; raises ``ConfigError`` unless it selects neurons by the sequence's text."""
     by_text = config.calibration is None and SCORES.get(config.score.name).per_token is not None
     if config.method == "dense" or config.token is not None or not by_text:
         raise ConfigError(
@@ -190,7 +192,7 @@ def _check_selects_by_text(config: PruneConfig) -> PruneConfig:
 
 
 def _evidence(recorded: LayerActivations, selector: MaskSelector) -> dict[str, LayerStatistics]:
-    """The evidence from a text and from its halves, by part."""
+    """A layer's evidence from the whole text and from each half, by part of the text."""
     middle = recorded.u.shape[1] // 2
     spans = {WHOLE: slice(None), FIRST: slice(0, middle), SECOND: slice(middle, None)}
     evidence = {}

@@ -1,6 +1,6 @@
-"""The sections of an inspection: a function computes the numbers, another shows them.
+"""The sections of an inspection, each with a function for numbers and a function for tables.
 
-Text A is text 0, and text B is text 1.
+Text A has index 0, and text B has index 1.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _panel(
     band: tuple[str, str] | None = None,
     **options: Any,
 ) -> Panel:
-    """Curves over layers; ``lines``: keys by label; ``band``: keys of the first curve's bounds."""
+    """Curves over layers; ``lines``: label to key; ``band``: keys of the first curve's bounds."""
     x = [row["layer"] for row in rows]
     low, high = band or ("", "")
     ends = ([row[low] for row in rows], [row[high] for row in rows]) if band else None
@@ -72,7 +72,7 @@ def _panel(
     return Panel("layer", ylabel, curves, **options)
 
 
-# How each FFN changes the residual stream, and its activations on text A.
+# How each FFN changes the residual stream, and the FFN's activations on text A.
 
 
 def layers(study: Readings) -> dict[str, Any]:
@@ -139,8 +139,8 @@ def neurons(study: Readings) -> dict[str, Any]:
 
     The score is ``PROXY`` over text A (docs/reference.md, "Scores"); without a text the magnitude
     is 1, so that only the proxy counts.  ``tokens``: the vocabulary entries whose output embedding
-    has the largest product with the neuron's down column, signed by its mean activation.  Raises
-    ``ConfigError`` without an output embedding.
+    has the largest product with the neuron's down column, times the sign of the neuron's mean
+    activation.  Raises ``ConfigError`` for a model without an output embedding.
     """
     seed, rows = study.settings.seed, []
     proxy = PruneConfig(score=ScoreConfig(name=PROXY), seed=seed)
@@ -198,15 +198,15 @@ def show_neurons(data: Record) -> list[TableWithPanels]:
 
 
 def jaccard(a: Tensor, b: Tensor) -> float:
-    """|a & b| / |a | b| of two sets of unique ids; 1 for two empty sets."""
+    """The Jaccard index |a & b| / |a | b| of two sets of ids; 1 for two empty sets."""
     same = int(torch.isin(a, b).sum())
     union = len(a) + len(b) - same
     return same / union if union else 1.0
 
 
 def expected_jaccard(width: int, a: int, b: int) -> float:
-    """The Jaccard index of random sets of ``a`` and ``b`` out of ``width`` neurons, computed from
-    the mean size of their intersection."""
+    """The Jaccard index of two random sets, with ``a`` and ``b`` of ``width`` neurons, if the
+    intersection has the mean size."""
     same = a * b / width
     return same / (a + b - same) if a + b else 1.0
 
@@ -224,8 +224,9 @@ def overlap(study: Readings) -> dict[str, Any]:
     """Per layer, the Jaccard index of the neurons that the method keeps for A and for B.
 
     ``jaccard``: for the whole texts; ``chance``: for random sets of the same sizes.  Two baselines
-    with equal evidence compare halves of texts: ``same_text`` (the two halves of A and of B, mean)
-    and ``across`` (a half of A with a half of B, mean of the four pairs).
+    compare masks from halves of texts, so that all masks have equally much evidence.
+    ``same_text``: the two halves of a text, averaged over A and B.  ``across``: a half of A and a
+    half of B, averaged over the four pairs.
     """
     whole = [_kept(study, text, WHOLE) for text in (0, 1)]
     halves = [[_kept(study, text, part) for part in (FIRST, SECOND)] for text in (0, 1)]
@@ -278,20 +279,20 @@ def show_overlap(data: Record) -> list[TableWithPanels]:
     return [TableWithPanels(Table("overlap", caption, columns, rows), [panel])]
 
 
-# Ablation: remove the neurons of a topic, and measure the loss on it and on another topic.
+# Ablation: remove the neurons of a topic, and measure the loss on this and on another topic.
 #
 # Neurons are selected by the first half of each text.  The second half is scored: after a dense
-# pass over the first half, its tokens run as decode tokens with the neurons removed (protocol
+# pass over the first half, the second half runs as decode tokens with the neurons removed (protocol
 # ``decode``).  So the selection has seen none of the scored tokens.
 
 BLOCK = 16
-"""Consecutive tokens that the bootstrap resamples together, because their losses are dependent."""
+"""Number of consecutive tokens that are resampled together, because their losses are dependent."""
 
 FEWEST = 4 * BLOCK
-"""The minimum number of tokens in a text, whose half then has two blocks."""
+"""The minimum number of tokens in a text; the second half then has two blocks."""
 
 Ids = dict[int, Tensor]
-"""Neurons by layer."""
+"""Indices of neurons, by layer."""
 
 
 def check_ablation(study: Readings) -> None:
@@ -305,12 +306,12 @@ def check_ablation(study: Readings) -> None:
 
 
 def ablation(study: Readings) -> dict[str, Any]:
-    """Rows by removed neurons and scored text, with intervals over blocks of ``BLOCK`` tokens.
+    """A row per set of removed neurons and scored text; intervals resample blocks of tokens.
 
     A's own neurons are among A's strongest but not among B's; equal texts have none.
     ``over_dense``: the loss with the neurons removed, minus the untouched model's.
     ``over_random``: the same loss, minus the mean loss with as many random neurons removed.  Both
-    are in nats per token and paired by block.
+    differences are in nats per token and paired by block.
     """
     check_ablation(study)
     share = study.settings.share
@@ -336,7 +337,7 @@ def ablation(study: Readings) -> dict[str, Any]:
 
 
 def _row(study: Readings, text: int, ids: Ids, dense: Sequence[float]) -> dict[str, Any]:
-    """The losses on a text without the neurons ``ids``; ``dense``: the untouched model's."""
+    """Losses on a text without the neurons ``ids``; ``dense``: the untouched model's losses."""
     seed, draws = study.settings.seed, study.settings.ablation_seeds
     losses, accounting = _losses(study, text, ids)
     drawn = [_losses(study, text, _random_ids(study, ids, seed + k))[0] for k in range(draws)]
@@ -356,7 +357,7 @@ def _row(study: Readings, text: int, ids: Ids, dense: Sequence[float]) -> dict[s
 
 
 def _random_ids(study: Readings, ids: Ids, seed: int) -> Ids:
-    """As many random neurons per layer as in ``ids``."""
+    """Random neurons; every layer has as many as in ``ids``."""
     generator = torch.Generator().manual_seed(seed)
     widths = [block.down_width for block in study.view.blocks]
     return {
@@ -370,13 +371,13 @@ def _ends(estimate: Interval | None) -> dict[str, Any] | None:
 
 
 def _blocks(losses: Sequence[float]) -> Sample:
-    """Mean loss and length of every block of ``BLOCK`` tokens; the last may be shorter."""
+    """Mean loss and length of every block of ``BLOCK`` tokens; the last block may be shorter."""
     parts = [losses[start : start + BLOCK] for start in range(0, len(losses), BLOCK)]
     return {f"{index:06d}": (fmean(part), len(part)) for index, part in enumerate(parts)}
 
 
 def _losses(study: Readings, text: int, ids: Ids) -> tuple[list[float], dict[str, Any]]:
-    """The loss of every token of a text's second half, and the run's accounting."""
+    """The losses of the second half's tokens without the neurons ``ids``, and accounting."""
     window = Window(study.ids[text], len(study.ids[text]) // 2)
     removed = {layer: neurons for layer, neurons in ids.items() if len(neurons)}
     if not removed:
@@ -418,4 +419,4 @@ SECTIONS: dict[str, tuple[Compute, Show]] = {
     "overlap": (overlap, show_overlap),
     "ablation": (ablation, show_ablation),
 }
-"""The functions that compute and show each section."""
+"""For each section, the function for the numbers and the function for the tables."""

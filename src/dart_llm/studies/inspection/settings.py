@@ -17,7 +17,7 @@ from dart_llm.pruning.config import DEFAULT_SPARSITY, PruneConfig
 from dart_llm.settings import SEQUENCE_METHOD, ActivationSettings, setting
 
 TEXTS = {"layers": 1, "neurons": 0, "overlap": 2, "ablation": 2}
-"""The sections in the order of the report, and the number of texts that each needs."""
+"""The sections in the order of the report, and the number of texts that each section needs."""
 
 
 class InspectSettings(ActivationSettings):
@@ -75,7 +75,7 @@ class InspectSettings(ActivationSettings):
         return int(self.prompt is not None or self.prompt_file is not None)
 
     def chosen(self, what: Sequence[str]) -> list[str]:
-        """The sections to compute; by default all for which there are enough texts.
+        """The sections in ``what``; if it is empty, all sections for which there are enough texts.
 
         Raises ``UnknownName``, and ``ConfigError`` if a text is missing.
         """
@@ -149,7 +149,7 @@ def _prompt(text: str | None, file: str | None) -> tuple[str, str]:
 
 
 def _passage(name: str) -> list[tuple[str, str]]:
-    """The names and the texts of a passage's first two topics."""
+    """For each of a passage's first two topics, its name and its text."""
     from dart_llm.data.passages import Passage, find, shipped
 
     passage = find(shipped(), name)

@@ -26,7 +26,7 @@ from dart_llm.studies.inspection.settings import InspectSettings, inspect_texts
 
 
 class InspectionStudy(Study[InspectSettings]):
-    """Computes the sections in ``what``; if empty, all sections that the texts suffice for."""
+    """Computes the sections in ``what``; if empty, all sections with enough texts."""
 
     kind = "inspect"
     document = "inspect.json"
@@ -173,7 +173,7 @@ class InspectionStudy(Study[InspectSettings]):
 
 
 def headline(sections: Record) -> str:
-    """A sentence on the overlap of the neurons of two texts, or else on the sections."""
+    """A sentence on the overlap of two texts' neurons; without it, the names of the sections."""
     if overlap := sections.get("overlap"):
         mean = overlap["mean"]
         return (

@@ -1,8 +1,9 @@
 """The share of GRIFFIN's gap to the dense model that methods close: rows, tables and plots.
 
-``gap`` = mean loss minus the untouched model's on the same tokens, in nats: the logarithm of the
-ratio of their perplexities.  ``gap closed`` = 1 - gap(variant) / gap(GRIFFIN).  To pool several
-sparsities, their gaps are summed first; ratios are never averaged (docs/bench.md).
+A variant is a method with its settings.  A variant's gap is its mean loss minus the untouched
+model's mean loss on the same tokens, in nats.  This is the logarithm of the variant's perplexity
+divided by the untouched model's.  The gap closed by a variant is 1 - gap(variant) / gap(GRIFFIN).
+To pool several sparsities, their gaps are summed first; ratios are never averaged (docs/bench.md).
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ Row = Mapping[str, Any]
 Array = NDArray[np.float64]
 
 DECIMALS = 3
-"""Decimals to which GRIFFIN's sparsities are rounded."""
+"""Number of decimals to which GRIFFIN's matched sparsities are rounded."""
 
 EQUAL_SPARSITY, EQUAL_BYTES = "equal_sparsity", "equal_bytes"
 """The two comparisons with GRIFFIN.  For equal sparsity, GRIFFIN runs at the method's achieved
-sparsity, in which dense tokens count as 0.  For equal bytes, it runs at 1 minus the fraction of the
-FFN bytes that the method reads with executor ``compact``."""
+sparsity, in which dense tokens count as 0.  For equal bytes, GRIFFIN runs at the sparsity 1 - s; s
+is the share of the FFN bytes that the method reads with executor ``compact``."""
 
 CLOSED = f"{EQUAL_SPARSITY}_gap_closed"
 """The column by which variants are ranked."""
@@ -90,7 +91,7 @@ def groups(lines: Iterable[Line]) -> list[Group]:
 
 
 def matched_sparsities(line: Line) -> dict[str, float]:
-    """GRIFFIN's sparsity in each comparison, at least 0 (dense)."""
+    """By comparison, the sparsity at which GRIFFIN is compared with ``line``; at least 0."""
     accounting = line["measurement"]["accounting"]
     sparsities = {
         EQUAL_SPARSITY: accounting["achieved_sparsity"],
@@ -111,7 +112,7 @@ def make_rows(
 ) -> list[Row]:
     """Per task, a row per measured sparsity and variant, then the pooled rows.
 
-    There is a pooled row for every variant, except GRIFFIN, measured at all sparsities in the pool.
+    A variant other than GRIFFIN has a pooled row if it was measured at all sparsities in ``pool``.
     """
     rows: list[Row] = []
     for group in groups(lines):
@@ -160,8 +161,8 @@ def _row(group: Group, variant: str, sparsity: float, seed: int) -> Row:
 def _compared(group: Group, variant: str, sparsities: Sequence[float], seed: int) -> Row:
     """Both comparisons with GRIFFIN, from the gaps summed over ``sparsities``.
 
-    ``gap_closed`` is None if GRIFFIN's gap is not positive; ``low`` and ``high`` are then None too,
-    as they are with too few slices.
+    ``gap_closed``, ``low`` and ``high`` are None if GRIFFIN's gap is not positive.  ``low`` and
+    ``high`` are also None with too few slices.
     """
     gaps: Array = np.sum([group.gaps(variant, sparsity) for sparsity in sparsities], axis=0)
     matched = [matched_sparsities(group.at(variant, sparsity)) for sparsity in sparsities]
@@ -224,7 +225,7 @@ def tables(rows: Sequence[Row], about: str) -> list[Table]:
 
 
 def headlines(rows: Sequence[Row]) -> list[str]:
-    """Per task, the variant that closes most of GRIFFIN's gap, from pooled rows if any."""
+    """A sentence per task on the variant that closes most of GRIFFIN's gap, pooled if possible."""
     sentences = []
     for task, members in grouped(rows, lambda row: row["task"]).items():
         pooled = [row for row in members if len(row["sparsities"]) > 1]

@@ -1,8 +1,9 @@
 """The study ``bench quality``: the share of GRIFFIN's gap to dense that each method closes.
 
 The tasks are ``continuation`` and ``shift``, where the topic changes.  The untouched model, GRIFFIN
-and all variants are measured first; then GRIFFIN at the sparsities that match the sparsity achieved
-and the bytes read by each variant.
+and all variants are measured first.  Then GRIFFIN is measured again to match each
+measurement of another variant: at the sparsity that the variant achieved, and at the sparsity at
+which GRIFFIN reads as many bytes.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def cells_of(settings: MeasureSettings) -> tuple[Cell, ...]:
 
 def check_cells(cells: Sequence[Cell]) -> None:
     """Raise ``ConfigError`` for unknown tasks, and for calibration texts that are evaluated."""
-    with contextlib.suppress(MissingExtra):  # lm-eval may be installed only on the cluster
+    with contextlib.suppress(MissingExtra):  # lm-eval may be only on the Ray cluster that measures
         for task, options in dict.fromkeys((cell.task, cell.options) for cell in cells):
             check_task(task, options)
     for cell in cells:
@@ -69,7 +69,7 @@ def method_cells(settings: MethodSettings) -> tuple[Cell, ...]:
 
 
 def _method_cell(settings: MethodSettings, cell: Cell) -> Cell:
-    """The cell of the method with its options; its label includes the requested sparsity."""
+    """``cell`` with the options of the method; the label includes the requested sparsity."""
     config = settings.prune_config()
     changes = {k: v for k, v in settings.prune_changes().items() if v is not None}
     sets_amount = config.budget.table is not None or config.score.strategy == "auto"
@@ -82,7 +82,7 @@ def _method_cell(settings: MethodSettings, cell: Cell) -> Cell:
         calibration=settings.calibration,
         masks=settings.masks,
     )
-    if settings.method != config.method:  # a setting from a file
+    if settings.method != config.method:  # a setting file (``file:PATH``), as ``tune`` saves it
         return replace(cell, name=f"{config.method}@{config.target:g}", sparsity=None)
     if is_dense and not settings.masks and config.executor != "auto":
         return replace(cell, name=f"{config.method}, {config.executor}")
@@ -90,10 +90,11 @@ def _method_cell(settings: MethodSettings, cell: Cell) -> Cell:
 
 
 def expand(grid: SweepSettings) -> tuple[Cell, ...]:
-    """All cells, sorted by model, weights, task, protocol, seed, method, sparsity or layers.
+    """All cells, ordered by model, weights, task, protocol, seed, method, sparsity or layers.
 
-    A form of the dense model has one cell per (model, task, protocol, seed).  Reads files named by
-    the cells, for their digests, and with ``layers: each`` also the models' configurations.  Raises
+    A method that removes no neurons, such as ``dense``, has one cell per (model, weights, task,
+    protocol, seed).  Reads the files that cells name, to compute the files' digests.  If ``layers``
+    contains "each", also reads the models' configurations, for the number of layers.  Raises
     ``ConfigError`` or ``LoadError``.
     """
     if isinstance(grid, CompareSettings) and DENSE not in grid.methods:
@@ -123,7 +124,8 @@ def _methods(grid: SweepSettings, base: Cell) -> Iterator[Cell]:
         cell = replace(base, method=method)
         amounts = [cell] if removes_nothing(method) else _amounts(grid, cell)
         for pruned in amounts:
-            calibration = pruned.config().calibration  # raises before anything is loaded
+            # ``config()`` raises ``ConfigError`` for invalid options, here before a model is loaded
+            calibration = pruned.config().calibration
             if calibration is not None and calibration.source == "text":
                 pruned = replace(pruned, calibration=grid.calibration)
             if pruned.weights not in (None, *grid.weights[:1]):  # label all but the first format
@@ -156,7 +158,7 @@ def _amounts(grid: SweepSettings, cell: Cell) -> Iterator[Cell]:
 
 
 def execution_order(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells sorted by model and method, so that models load and methods prepare only once."""
+    """Cells sorted by model and method, so that each is loaded or prepared only once."""
     ranks: dict[tuple[Any, ...], int] = {}
 
     def rank(*key: Any) -> int:

@@ -1,7 +1,7 @@
 """Compute the cells of a sweep on a running Ray cluster.  Only this file imports ray.
 
 ``RAY_ADDRESS`` names the cluster; the default is a cluster on this machine.  Workers return plain
-data and write nothing.  If a worker dies, only its cell is lost, and is run again.
+data and write nothing.  If a worker dies, only its cell is lost; this cell is run again.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ RETRIES = 3
 """Further attempts for a cell whose worker died."""
 
 POLL_SECONDS = 2.0
-"""Maximum duration of a wait; it is short so that Ctrl-C takes effect."""
+"""Maximum number of seconds of a wait; the wait is short so that Ctrl-C takes effect."""
 
 FETCH_SECONDS = 300.0
-"""The timeout for fetching a finished result."""
+"""The timeout in seconds for fetching a finished result."""
 
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 """Environment variables that workers get from this process."""
@@ -37,9 +37,9 @@ def results(
     workers: int | None,
     say: Callable[[str], None],
 ) -> Generator[tuple[Cell, Value | str]]:
-    """Yield cells with their values, or reasons of failure, in the order in which they finish.
+    """Yield each cell with its value or the reason of its failure, as soon as the cell finishes.
 
-    ``workers``: the number of concurrent cells; by default a quarter of the cluster's cores.
+    ``workers``: the number of cells computed at once; by default a quarter of the cluster's cores.
     Raises ``MissingExtra`` without ray, ``LoadError`` if the cluster cannot be reached.
     """
     with keep_off_stdout("ray_"), _cluster() as ray:

@@ -36,7 +36,7 @@ PANEL, GRID, RUN = "Evaluation", "Grid", "Run"
 EACH = "each"
 
 OPTIONS = tuple(f.name for f in fields(MeasureOptions) if f.name not in ("protocol", "seed"))
-"""Options that can differ between tasks."""
+"""Names of the measuring options that can differ between tasks."""
 
 
 class SliceOptions(Settings):
@@ -187,7 +187,7 @@ class SweepSettings(
 
     ``layers``: ``each``, or groups such as ``0-3,4-7``.  In each cell one group is pruned to
     ``keep``, while the other layers stay dense or are pruned to ``base_keep``.  Only settings files
-    have ``task_options`` (fields for single tasks) and ``overrides`` (changes to every preset).
+    can have ``task_options`` (fields for single tasks) and ``overrides`` (changes to every preset).
     """
 
     kind, document, adopts = "sweep", "compare.json", True
@@ -261,12 +261,12 @@ class SweepSettings(
                 parse_layer_spec(self.layer_table("0" if self.layers == (EACH,) else group, keep))
 
     def layer_table(self, group: str, keep: float) -> str:
-        """A table in which ``group`` keeps ``keep``; others keep ``base_keep`` or stay dense."""
+        """A layer table: ``group`` keeps ``keep``, other layers ``base_keep`` (all if None)."""
         table = f"{group}:{keep:.12g}"
         return table if self.base_keep is None else f"all:{self.base_keep:.12g},{table}"
 
     def fitted(self) -> SweepSettings:
-        """The settings, with the weight format for which a method from a file was tuned."""
+        """The settings; for a method from a setting file, with the weight format in this file."""
         saved = filter(None, map(kept_setting, self.methods))
         formats = list(dict.fromkeys(str(file.weights) for file in saved if file.weights))
         if self.weights or not formats:
@@ -279,7 +279,7 @@ class SweepSettings(
         return self.noted({"weights": (formats[0],)})
 
     def options_of(self, task: str) -> MeasureOptions:
-        """The options with which ``task`` is measured; raises ``ConfigError`` if unknown."""
+        """The options with which ``task`` is measured; raises ``ConfigError`` if one is unknown."""
         overrides = self.task_options.get(task, {})
         for name in overrides:
             check_name("measuring option", str(name), OPTIONS)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 DONE, FAILED = "done", "failed"
 
 CHECKPOINT = ("name", "revision", "file_quantisation", "sha256", "dtype", "weights")
-"""The metadata of the checkpoint in a result; it is equal on all machines."""
+"""Keys of the checkpoint metadata in a result; their values are equal on all machines."""
 
 Value = dict[str, Any]
 """The result of a cell: ``document`` (a line of results.jsonl), ``samples`` and ``times``."""
@@ -61,7 +61,7 @@ class LoadedModelCache:
     loads: int = 0
     """The number of models loaded so far."""
     broken: dict[str, DartError] = field(default_factory=dict)
-    """Errors of models that could not be loaded, which are not tried again."""
+    """Errors of models that could not be loaded, by name; these models are not tried again."""
 
     def forget(self) -> None:
         """Drop the model to free its memory, but remember models that failed to load."""
@@ -70,7 +70,7 @@ class LoadedModelCache:
         gc.collect()
 
     def prepare(self, cell: Cell, ui: Ui) -> BoundMethod:
-        """The cell's pruning method on its model, loaded if needed; raises ``DartError``."""
+        """The cell's method, bound to its model (loaded if needed); raises ``DartError``."""
         from dart_llm.experiments.artifacts import check_masks, read_masks
         from dart_llm.models.describe import widths
         from dart_llm.session.run import other_model, prepare
@@ -119,9 +119,10 @@ def measure_cell(
 ) -> Value:
     """Measure a cell; returns its value.
 
-    ``cache``: keeps the model of the previous cell, and afterwards that of this cell.  ``parts``:
-    stores finished items.  Raises the errors of the measurement, and ``DartError`` if a number is
-    not finite.
+    ``cache``: has the model of the previous cell, and afterwards the model of this cell.
+    ``parts``: stores the results of finished items (such as documents), which a resumed run reuses;
+    None keeps them only in memory.  Raises the errors of the measurement, and ``DartError`` if a
+    number is not finite.
     """
     import torch
 
@@ -158,7 +159,7 @@ def measure_cell(
 
 
 def document(cell: Cell, error: str | None = None) -> dict[str, Any]:
-    """The line of results.jsonl for a cell without a measurement."""
+    """The line of results.jsonl for a cell without a measurement; ``error``: why it failed."""
     return {
         "key": cell.key,
         "label": cell.label,
@@ -172,9 +173,9 @@ def document(cell: Cell, error: str | None = None) -> dict[str, Any]:
 
 
 def not_finite(measurement: Measurement) -> str | None:
-    """A sentence naming a number of a measurement that is not finite; None if all are finite.
+    """A sentence that names a non-finite number of a measurement; None if all are finite.
 
-    Metrics other than the headline metric may be None, because some are undefined on few items.
+    Metrics other than ``measurement.metric`` may be None, because some are undefined on few items.
     """
     metrics = dict(measurement.metrics)
     if metrics.get(measurement.metric) is None:
@@ -237,7 +238,7 @@ class MeasureStudy(Study[S], Generic[S]):
 
     @property
     def device(self) -> str | None:
-        """The device of the cells, from their values: the model is dropped after the last cell."""
+        """The device, from the cells' values, as the model is dropped after the last cell."""
         devices = (value.get("times", {}).get("device") for value in self.values.values())
         return next(filter(None, devices), None)
 
@@ -283,7 +284,7 @@ class MeasureStudy(Study[S], Generic[S]):
         return Path(settings.results_dir) / settings.experiment / ".cells" / f"{key}.json"
 
     def finished(self, unit: Unit) -> Value | None:
-        """The stored value; in a grid, also from earlier runs with the same package versions."""
+        """The stored value or None; a grid also uses earlier runs with equal package versions."""
         if not self.settings.adopts:
             return self.folder.part(unit.key)  # type: ignore[no-any-return]
         if self.fresh and not self.folder.resumed:
@@ -371,7 +372,7 @@ class MeasureStudy(Study[S], Generic[S]):
 
 
 class CellStore:
-    """The finished items of a cell in a folder's cache."""
+    """Stores the results of a cell's finished items in a results folder."""
 
     def __init__(self, folder: Any, key: str) -> None:
         self._folder, self._key = folder, key
