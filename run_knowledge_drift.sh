@@ -12,7 +12,7 @@
 : "${CACHE_DIR:=}"                    # cache of weights; empty: the hub's cache
 : "${DEVICE:=}"                       # 0, cuda:0, cpu, mps; empty: GPU 0 if present, else CPU
 : "${LAYER_TOPK:=all:auto}"           # keep ratios: all:auto, 0-5:0.6,6-11:0.8, 3:#512 or @FILE
-: "${TOTAL_PRUNE_PERCENT:=50}"        # percent of FFN neurons to remove, over layers marked auto
+: "${TOTAL_PRUNE_PERCENT:=50}"        # percent of FFN neurons to remove in layers marked auto
 : "${MASKING_STEP:=0}"                # dense decode tokens before the first mask
 : "${RELEASE_STEP:=}"                 # decode step from which everything runs dense; empty: never
 : "${EMA_DECAY:=}"                    # decay of averaged activations; empty: sums
