@@ -1,7 +1,7 @@
 """The undo log of the hooks and replaced methods on a model's modules.
 
-A signal (Ctrl-C) may raise an exception between any two instructions.  So every undo step is
-recorded before its change is made, removed only after it has run, and harmless to run twice.
+A signal (Ctrl-C) may raise an exception between any two instructions.  So every undo function is
+logged before its change is made, stays in the log until it has run, and is harmless to run twice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class Changes:
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
         self._replaced: list[tuple[nn.Module, str, Replacement, Any]] = []
-        """Module, name, replacement, and the forward of the module's class when it was replaced."""
+        """For each replaced method: the module, the method's name, the ``Replacement``, and the
+        ``forward`` that the module's class had when the method was replaced."""
 
     def hook(
         self,
@@ -30,13 +31,13 @@ class Changes:
         before: bool = False,
         with_kwargs: bool = False,
     ) -> None:
-        """Register a forward hook, or with ``before`` a pre-hook."""
+        """Register ``hook`` on ``module`` as a forward hook, or as a pre-hook if ``before``."""
         self._undo.append(functools.partial(_unhook, module, hook))
         register = module.register_forward_pre_hook if before else module.register_forward_hook
         register(hook, with_kwargs=with_kwargs)
 
     def replace(self, module: nn.Module, name: str, make: Callable[..., Any]) -> None:
-        """Replace the method ``name`` by one that calls ``make(original, *args, **kwargs)``."""
+        """Replace ``module``'s method ``name`` by a call of ``make(original, *args, **kwargs)``."""
         overrides = name in module.__dict__
         original = getattr(module, name)
         replacement = Replacement(original, make)
@@ -52,7 +53,7 @@ class Changes:
         module.__dict__[name] = replacement
 
     def overwritten(self, root: nn.Module) -> nn.Module | None:
-        """Return a module below ``root`` whose replacement someone has overwritten, or None."""
+        """Return a submodule of ``root`` whose replacement was overwritten, or None."""
         for module, name, _, forward in self._replaced:
             in_force = isinstance(module.__dict__.get(name), Replacement)
             if module is not root and not (in_force and type(module).forward is forward):
@@ -60,7 +61,7 @@ class Changes:
         return None
 
     def end(self) -> None:
-        """Make every replaced method call the original from now on, even if it was stored."""
+        """From now on, all replacements call the originals, even through stored references."""
         for _, _, replacement, _ in self._replaced:
             replacement.end()
 

@@ -1,8 +1,9 @@
-"""Attaches a run to a model and detaches it: the only file that adds hooks or methods to a model.
+"""Attaches a run to a model, and detaches it.
 
-While attached, the model has a pre- and a post-hook, a replaced ``forward`` on each FFN, hooks that
-read activations, and wrappers around ``generate``.  ``remove`` restores the exact original.  Under
-executor ``native``, decode steps can be whole steps: one native call instead of the modules.
+An attached model has a pre-hook, a post-hook, a replaced ``forward`` on each FFN, hooks that read
+activations, and wrappers around ``generate`` and its prefill.  ``remove`` restores the exact
+original.  With executor ``native``, a decode step can be a whole step: one native call computes
+it, and the model's modules do not run.
 """
 
 from __future__ import annotations
@@ -57,16 +58,17 @@ IDLE = ForwardPlan(False, False, ())
 """The plan between forwards: no masks, no observation."""
 
 OnForward = Callable[[Tensor | None, bool], None]
-"""Called with the ids [B, T] of the next forward, and whether it is a decode forward."""
+"""Called before a forward, with its ids [B, T] (None if its input is embeddings), and with True if
+it is a decode forward."""
 
 
 class ModelPatch(NotCopied):
-    """Connects a controller, which plans what is pruned in each forward, to a model.
+    """Connects a model to a controller, which plans what each forward prunes.
 
-    ``many``: True if ``serve`` will replace the controller, so the FFNs are patched even if this
-    controller does not need it.  ``screen``: low-bit approximation of the output head, which
-    finds the entries that a decoded token must score exactly; None: the whole head is used.  Only
-    controllers whose configuration requests it use the screen.
+    ``many``: True if ``serve`` will replace the controller; the FFNs are then patched even if the
+    first controller does not need that.  ``screen``: a low-bit approximation of the output head.
+    It finds the vocabulary entries that a decoded token must score exactly.  Controllers use it
+    only if their configuration requests a screened head.  None: all use the whole head.
     """
 
     def __init__(
@@ -94,18 +96,19 @@ class ModelPatch(NotCopied):
         self._watch = Watch(model, self.layers, self._changes)
         self._turn = Turn(model, self)
         self._is_planned = False
-        """Whether the next forward of the model is already planned."""
+        """True if ``_decode`` has already planned the next forward of the model."""
         self._decodes = False
-        """Whether the current forward is a decode forward."""
+        """True if the current forward is a decode forward."""
         self._on_forward: OnForward | None = None
         self._steps_before = self._released = self._served = 0
-        """Whole steps before this forward, bytes before ``remove``, steps before ``serve``."""
+        """Number of whole steps before the current forward; extra bytes just before ``remove``;
+        number of whole steps before the last ``serve``."""
         self._hooked: set[str] = set()
-        """Kinds of hooks that the layers already have: stream, attention, drift signals."""
+        """Kinds of hooks that were added so far: stream, attention, and "signal NAME"."""
         self._token: TokenConfig | None = None
 
     def install(self) -> None:
-        """Attach; raises ``AttachError``, and changes nothing, if the model is attached already."""
+        """Attach, or raise ``AttachError`` and change nothing if a run or thread uses the model."""
         check_free(self.model)
         _active.add(self)
         try:
@@ -117,7 +120,7 @@ class ModelPatch(NotCopied):
             raise
 
     def _install(self) -> None:
-        """Make all changes.  Later steps replace or lay out modules that earlier steps hooked."""
+        """Make all changes.  Later lines replace or lay out modules that earlier lines hooked."""
         native = self.executor == "native"
         if native:  # while the model is still unchanged
             self.no_steps = _no_steps_reason(self.model)
@@ -149,7 +152,7 @@ class ModelPatch(NotCopied):
         self._watch.check(reads_weights=native)
 
     def _run_head(self, original: Callable[..., Any], hidden: Tensor) -> Any:
-        """The forward of the output head."""
+        """The head's forward: screened for decoded tokens if the controller uses the screen."""
         head = self._head_of(self.controller)
         if head is None or not self._decodes or (torch.is_grad_enabled() and hidden.requires_grad):
             return original(hidden)
@@ -160,7 +163,7 @@ class ModelPatch(NotCopied):
         return self.head if controller.config.screens else None
 
     def _replace_steps(self) -> None:
-        """Replace the model's forward by one that runs whole steps, if possible."""
+        """If whole steps can run, replace the model's forward by one that runs them."""
         if self.no_steps is None:
             weights: list[Any] = [part.weight for part in attention_by_inputs(self.model)]
             for weight in weights:
@@ -188,7 +191,7 @@ class ModelPatch(NotCopied):
         self.controller = controller
 
     def _equip(self, controller: PruningController) -> None:
-        """Add the missing hooks and low-bit proxies (of weights) that ``controller`` needs."""
+        """Add the missing hooks and low-bit proxies of weights that ``controller`` needs."""
         if _only_counts(controller):
             return
         if controller.selector.statistics.needs_stream and "stream" not in self._hooked:
@@ -205,7 +208,7 @@ class ModelPatch(NotCopied):
             self._changes.hook(self._view.signal(signal), self._signal_hook(signal))
 
     def _select_per_token(self, config: TokenConfig) -> None:
-        """Prepare per-token selection on every layer; hook the attention if the rule needs it."""
+        """Prepare all layers for per-token selection; hook the attention if the rule needs it."""
         tokens = [token_ffn(layer.block, config) for layer in self.layers]
         for layer, token in zip(self.layers, tokens, strict=True):
             layer.select_per_token(token, self._changes)
@@ -216,7 +219,7 @@ class ModelPatch(NotCopied):
         self._token = config
 
     def _run_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The forward of the whole model, if whole steps can run."""
+        """The forward of the whole model: a whole step where possible, else the original."""
         assert self.whole_steps is not None
         # torch.compile cannot trace native calls
         if not self._watch.steps or torch.compiler.is_compiling():
@@ -226,8 +229,8 @@ class ModelPatch(NotCopied):
     def remove(self) -> None:
         """Restore the original model; safe to call twice.
 
-        An interrupt is raised after everything is restored; after a second interrupt, call
-        ``restore``.
+        If an interrupt comes, everything is restored before it is raised again.  If a second one
+        comes meanwhile, call ``restore``.
         """
         try:
             self._remove()
@@ -242,13 +245,13 @@ class ModelPatch(NotCopied):
         self.layout.restore()  # while the replaced forwards still keep the layout alive
         self._changes.undo()
         if self.whole_steps is not None:
-            self.whole_steps.unload()  # so that a detached run, kept for its report, has no copies
+            self.whole_steps.unload()  # a detached run may be kept, for its report, but not copies
         for layer in self.layers:
             layer.release()
         _active.discard(self)
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """The model's pre-hook."""
+        """The model's pre-hook: plans the forward, unless ``_decode`` has planned it."""
         if self._is_planned:
             self._is_planned = False
             return
@@ -279,7 +282,10 @@ class ModelPatch(NotCopied):
             self._on_forward(forward.input_ids, self._decodes)
 
     def watch(self, on_forward: OnForward | None) -> None:
-        """Call ``on_forward`` before each forward, and record selected neurons; None: stop both."""
+        """From now on, call ``on_forward`` before forwards, and record selected neurons.
+
+        With None, stop calling and recording.
+        """
         self._on_forward = on_forward
         for layer in self.layers:
             if layer.token is not None:
@@ -291,8 +297,8 @@ class ModelPatch(NotCopied):
     def selected(self, layers: Sequence[int]) -> Tensor | list[Tensor]:
         """Return the neurons that tokens selected in ``layers`` in the newest forward.
 
-        Call ``watch`` before that forward.  The format is that of ``PatchedFFN.selected``; after a
-        whole step, it is one tensor for all these layers.
+        ``watch`` must be called before that forward.  Returns one tensor per layer, in the format
+        of ``PatchedFFN.selected``.  After a whole step, the tensors are stacked to one.
         """
         if self.whole_steps is not None and self.whole_steps.steps > self._steps_before:
             marks: Tensor = self.whole_steps.native.marks()  # [L, B, I / 8]: zeros in other layers
@@ -300,10 +306,11 @@ class ModelPatch(NotCopied):
         return [self.layers[index].selected() for index in layers]
 
     def _decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:
-        """Return the logits [1, V] after ids [1, 1] by a whole step, without calling the model.
+        """Run ids [1, 1] as a whole step, without calling the model, and return logits [1, V].
 
-        ``forbidden``: see ``TokenCall``.  Returns None if the model must be called: for the first
-        step on a cache, and if the user has added hooks.
+        With ``forbidden`` (see ``TokenCall``), the likeliest token [1] may be returned instead.
+        Returns None if the model must be called: for the first step on a cache, if the user has
+        added hooks, and if whole steps do not support the plan.
         """
         whole = self.whole_steps
         self._turn.check()
@@ -319,14 +326,14 @@ class ModelPatch(NotCopied):
         return logits
 
     def _has_no_other_hooks(self) -> bool:
-        """Whether calling the model would run only this patch's hooks and forward."""
+        """Return True if a call of the model would run only this patch's hooks and forward."""
         hooks = len(self.model._forward_pre_hooks), len(self.model._forward_hooks)
         forward = self.model.__dict__.get("forward")
         ours = isinstance(forward, Replacement) and forward.make == self._run_forward
         return hooks == (1, 1) and self._watch.steps and ours
 
     def _after(self, *_: Any) -> None:
-        """The model's post-hook."""
+        """The model's post-hook: reports the end of the forward to the controller."""
         self._turn.end_forward()
         self.controller.after_forward()
         self.plan = IDLE
@@ -375,14 +382,14 @@ class ModelPatch(NotCopied):
             loop.in_prefill = False
 
     def nbytes(self) -> int:
-        """Return the extra bytes, without cache and states; after ``remove``, those before it."""
+        """Return the extra bytes, without KV cache and controller.  Keeps its value at ``remove``."""
         steps = 0 if self.whole_steps is None else self.whole_steps.nbytes()
         head = 0 if self.head is None else self.head.nbytes()
         return self._released or steps + head + sum(layer.nbytes() for layer in self.layers)
 
     @property
     def steps(self) -> int:
-        """Number of whole steps that the current controller has run so far."""
+        """Number of whole steps since the current controller was set."""
         return self.whole_steps.steps - self._served if self.whole_steps else 0
 
     @property
@@ -401,12 +408,12 @@ def _no_steps_reason(model: nn.Module) -> str | None:
 
 
 def _only_counts(controller: PruningController) -> bool:
-    """Whether ``controller`` has no masks and observes nothing, so that it only counts tokens."""
+    """Return True if ``controller`` only counts tokens: it has no masks and observes nothing."""
     return controller.selector.removes_nothing and controller.fixed_masks is None
 
 
 def _patches_of(model: nn.Module) -> list[ModelPatch]:
-    """Return the patches on FFNs of ``model``, even if a part of it or a wrapper was attached."""
+    """Return all patches on FFNs of ``model``, whichever part or wrapper of it was attached."""
     modules = {id(module) for module in model.modules()}
     return [
         patch for patch in _active if any(id(layer.block.host) in modules for layer in patch.layers)
@@ -414,7 +421,7 @@ def _patches_of(model: nn.Module) -> list[ModelPatch]:
 
 
 def check_free(model: nn.Module) -> None:
-    """Raise ``AttachError`` if ``model``, a part of it or a wrapper is being pruned."""
+    """Raise ``AttachError`` if ``model``, a part of it or a wrapper around it is being pruned."""
     if _patches_of(model):
         raise AttachError(
             "this model is already being pruned: leave that block first, or call "

@@ -1,7 +1,8 @@
-"""The replaced forward of one FFN: runs the executor and passes activations to the controller.
+"""The replaced forward of one FFN: it runs the executor and passes activations to the controller.
 
-u is the input of the down projection (one value per neuron), z its output.  An inline FFN has no
-module of its own: only its down projection is replaced, and receives u.
+u is the input of the down projection (one value per neuron), z the output of the down projection.
+An inline FFN (as in OPT) has no module of its own.  There the forward of the down projection is
+replaced, and it receives u instead of the FFN's input.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dart_llm.pruning.token_level import TokenMask
 
 
 class PatchContext(Protocol):
-    """The attributes of a patch that its layers read; ``rows``: batch size of the forward."""
+    """What ``PatchedFFN`` reads of a ``ModelPatch``; ``rows``: batch size of the forward."""
 
     controller: PruningController
     plan: ForwardPlan
@@ -39,30 +40,31 @@ class PatchedFFN:
     def __init__(self, block: FfnBlock, context: PatchContext, executor: str) -> None:
         self.block, self.context, self.executor = block, context, executor
         self.kept: Any = CompactFfn(block)
-        """Runs only the kept neurons; ``lay_out`` replaces this executor by a ``NativeFfn``."""
+        """Runs only the kept neurons.  For executor native, ``lay_out`` sets a ``NativeFfn``."""
         if executor == "cuda":
             from dart_llm.patching.executors.cuda import CudaFfn
 
             self.kept = CudaFfn(block)
         self.token: TokenFfn | None = None
         self.by_weights = True
-        """True if executors may use the weights, not the projections; else the FFN runs masked."""
+        """True if executors may compute with the weights and skip the projections' forwards.  If
+        False (e.g. because a projection has hooks), the FFN runs masked."""
         self._multipliers: dict[int, tuple[LayerMask, Tensor, Tensor | None]] = {}
-        """By batch row (0 for a mask of all rows): the mask, its zeros and ones [I], and its bias,
-        both in the model's dtype."""
+        """Key: batch row (0 for a mask shared by all rows).  Value: the mask, its zeros and ones
+        [I], and its bias [D] or None.  The last two have the dtype of the FFN's input."""
         self.forget()
 
     def forget(self) -> None:
         """Drop tensors that hooks left behind in an interrupted forward.
 
-        ``_x``: the residual stream before the FFN's norm.  ``_fed``: the input of fc1 of an inline
-        FFN.  Hooks on other modules set them, and the FFN, which runs later, uses them.
+        ``_x``: the residual stream before the FFN's norm.  ``_fed``: the input of an inline FFN's
+        fc1.  Hooks on modules that run before the FFN set ``_x`` and ``_fed``; the FFN reads them.
         """
         self._x: Tensor | None = None
         self._fed: Tensor | None = None
 
     def hook_stream(self, changes: Changes) -> None:
-        """Read the residual stream before the FFN's norm."""
+        """Add the hook that reads the residual stream before the FFN's norm."""
 
         def read_stream(module: nn.Module, args: Any) -> None:
             if self.context.plan.stream:
@@ -72,13 +74,13 @@ class PatchedFFN:
             changes.hook(self.block.x_from, read_stream, before=True)
 
     def lay_out(self, layout: Layout) -> NativeFfn:
-        """Lay out the weights for the native kernels, and run masks with them."""
+        """Lay out the weights for native kernels; use and return the executor that runs these."""
         self.kept = kept = NativeFfn(self.block, layout)
         kept.token = self.token
         return kept
 
     def select_per_token(self, token: TokenFfn, changes: Changes) -> None:
-        """Let each token select neurons by the rule of ``token``, where the plan requests it."""
+        """From now on, tokens whose mask is a ``TokenMask`` select neurons by ``token.rule``."""
 
         def read_input(module: nn.Module, args: Any) -> None:
             if not self.context.plan.dense:
@@ -92,7 +94,7 @@ class PatchedFFN:
             changes.hook(self.block.up, read_input, before=True)
 
     def hook_attention(self, projections: Sequence[nn.Module], changes: Changes) -> None:
-        """Under rules that select inputs, keep only the largest inputs of attention projections."""
+        """Hook attention ``projections``, so that the rule can keep only their largest inputs."""
 
         def keep_largest(module: nn.Module, args: Any) -> Any:
             token = self.token
@@ -104,7 +106,7 @@ class PatchedFFN:
             changes.hook(module, keep_largest, before=True)
 
     def unload(self) -> None:
-        """Free the compact weights and the multipliers of masks."""
+        """Free the compact weights, and the tensors that were made from masks."""
         self.forget()
         self.kept.unload()
         self._multipliers = {}
@@ -115,12 +117,12 @@ class PatchedFFN:
         self.kept, self.token = CompactFfn(self.block), None
 
     def _masks(self) -> list[LayerMask | None]:
-        """Return this layer's masks in the plan: one for all rows, or one per row."""
+        """Return the masks of this layer (None: dense): one for all batch rows, or one per row."""
         plan = self.context.plan
         return [None if layers is None else layers[self.block.index] for layers in plan.masks]
 
     def run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The forward of the FFN, or of the down projection of an inline FFN."""
+        """The replaced forward: of the FFN, or of an inline FFN's down projection."""
         plan = self.context.plan
         if plan.dense and not plan.observe:
             return original(*args, **kwargs)
@@ -141,7 +143,7 @@ class PatchedFFN:
         return self.block.finish(z, (*args, *kwargs.values())[: 2 if args else None])
 
     def _can_skip(self, x: Tensor, mask: LayerMask) -> bool:
-        """Whether the executor can run only the kept neurons."""
+        """Return True if the executor can compute only the kept neurons for ``x``."""
         if self.executor == "masked" or not self.by_weights:
             return False
         max_tokens = min(self.context.rows, self.kept.token_rows)
@@ -155,7 +157,7 @@ class PatchedFFN:
     def _run_masked(
         self, original: Callable[..., Any], x: Tensor, masks: list[LayerMask | None]
     ) -> Tensor:
-        """Run all neurons, and multiply them by the masks."""
+        """Return z from all neurons times the masks; pass on activations if the plan observes."""
         masks = masks or [None]
         if len(masks) == 1 and not isinstance(masks[0], TokenMask):
             u, z = self._run_row(original, x, x, masks[0])
@@ -168,7 +170,7 @@ class PatchedFFN:
     def _run_rows(
         self, original: Callable[..., Any], x: Tensor, masks: list[LayerMask | None]
     ) -> tuple[Tensor, Tensor]:
-        """Run each row under its mask, or all rows under one mask."""
+        """Return ``(u, z)`` of all batch rows: each under its own mask, or all under one mask."""
         fed, self._fed = (x if self._fed is None else self._fed), None
         size, token = self.context.rows // len(masks), self.token
         parts, marks = [], []
@@ -187,7 +189,7 @@ class PatchedFFN:
     def _run_row(
         self, original: Callable[..., Any], x: Tensor, fed: Tensor, mask: Any, row: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Return ``(u, z)`` of one row or of all rows, under one mask, or dense if it is None."""
+        """Return ``(u, z)`` of one batch row, or of all rows, under ``mask``; None means dense."""
         project = original if self.block.inline else self.block.down
         if mask is None:
             return run_masked(self.block, project, x, None, None)
@@ -206,7 +208,7 @@ class PatchedFFN:
         return x.reshape(self.context.rows, -1, x.shape[-1])
 
     def _pass_on(self, u: Tensor, z: Tensor, x: Tensor) -> None:
-        """Pass the activations to the controller."""
+        """Pass the activations of this forward to the controller."""
         plan, rows = self.context.plan, self.context.rows
         stream, self._x = self._x, None
         h = x if plan.inputs and not self.block.inline else None  # an inline FFN receives u instead
@@ -214,14 +216,14 @@ class PatchedFFN:
         if plan.stream:
             observation = LayerObservation(u, h, z, detached(x) if stream is None else stream)
         if any(t is not None and (t.dim() != 3 or len(t) != rows) for t in observation):
-            # OPT flattens the tokens of x; also those of u and z, unless each row has its own mask
+            # OPT flattens x to [B * T, D]; u and z are flat too, unless each row has its own mask
             observation = observation.map(lambda t: t.reshape(rows, -1, t.shape[-1]))
         self.context.controller.observe(self.block.index, observation)
 
     def selected(self) -> Tensor:
         """Return the neurons that each token of the newest forward selected in this layer.
 
-        uint8 [B T, I / 8 rounded up]: bit i % 8 of byte i / 8 is set if neuron i was selected.
+        uint8 [B * T, I / 8 rounded up]: bit i % 8 of byte i // 8 is set if neuron i was selected.
         Requires per-token selection.
         """
         if self.token is not None and self.token.marks is not None:
@@ -230,7 +232,7 @@ class PatchedFFN:
         return self.kept.kept.choice.marks()  # type: ignore[no-any-return]
 
     def nbytes(self) -> int:
-        """Return the bytes of compact weights, low-bit proxies and multipliers, without masks."""
+        """Return the bytes of compact weights, low-bit proxies and tensors made from masks."""
         token = 0 if self.token is None else self.token.nbytes()
         multipliers = 0
         for mask, factor, bias in self._multipliers.values():

@@ -1,4 +1,4 @@
-"""Checks that an attached model is unchanged (at every prompt) and runs in one thread at a time."""
+"""Checks at every prompt that an attached model is unchanged; lets one thread at a time run it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from dart_llm.patching.patched_ffn import PatchedFFN
 LEAVE = "while this model is being pruned: leave the block first, or call dart_llm.restore(model)"
 
 SMALL = 4096
-"""Largest number of values of a buffer that is compared, e.g. scales or rotary frequencies."""
+"""Buffers with at most this many values are compared, e.g. scales or rotary frequencies."""
 
 
 class Watch:
-    """Checks whether the replaced parts of an attached model may still be replaced.
+    """Checks that an attached model is still the one that was attached.
 
-    ``steps``: False once a change to the model prevents whole steps, which decode a token in one
-    native call.
+    ``steps``: False if the last check found a change that rules out whole steps, which decode a
+    token in one native call.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[PatchedFFN], changes: Changes) -> None:
@@ -72,7 +72,7 @@ class Watch:
 
 
 def _model_mark(model: Any) -> tuple[Any, ...]:
-    """Return the code, numbers, small buffers and settings that whole steps read only once."""
+    """Return what whole steps read only once: code, numbers, small buffers and settings."""
     buffers = [t.tolist() for t in model.buffers() if t.numel() <= SMALL and not t.is_meta]
     text = model.config.get_text_config()
     names = ("_attn_implementation", "attn_logit_softcapping", "final_logit_softcapping")
@@ -80,26 +80,29 @@ def _model_mark(model: Any) -> tuple[Any, ...]:
 
 
 def _weight_places(parts: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
-    """Return where every weight is in memory, and its strides."""
+    """Return each weight's place in memory and its strides; () stands for packed strides."""
     weights = [t for part in parts for t in part._parameters.values() if t is not None]
     strides = [() if isinstance(t, PackedTensor) else t.stride() for t in weights]
     return list(zip(map(place_of, weights), strides, strict=True))
 
 
 RUNS, GENERATES = ("_call_impl", "_decode"), ("_call_impl", "generate")
-"""Functions on a thread's stack during a forward; and during a forward or ``generate``."""
+"""``RUNS``: names of functions that are on a thread's stack during a forward.  ``GENERATES``: those
+that are on it during a forward or ``generate``."""
 
 
 class Turn:
-    """Lets one thread at a time run an attached model, so that hooks see one sequence at a time.
+    """Lets one thread at a time run an attached model, so that hooks see one forward at a time.
 
-    ``owners``: the model, and the patch, which may run steps without calling the model.
+    ``owners``: the objects whose methods run forwards.  These are the model, and the patch, which
+    may run whole steps without calling the model.
     """
 
     def __init__(self, *owners: object) -> None:
         self._owners = owners
         self._runs = self._generates = 0
-        """Ids of the threads that run the current forward and ``generate``; 0 for none."""
+        """Id of the thread that runs the current forward, and of the one that runs ``generate``; 0
+        means that no thread does."""
         self._is_closed = False
 
     def begin_forward(self) -> bool:
@@ -131,7 +134,7 @@ class Turn:
         self._runs = 0
 
     def reserve(self, generates: bool = True) -> None:
-        """Begin or end a ``generate`` call, during which no other thread may run a forward."""
+        """Begin a ``generate`` call, in which no other thread may run a forward; False: end it."""
         self._generates = threading.get_ident() if generates else 0
 
     def check_others(self) -> None:
@@ -144,13 +147,13 @@ class Turn:
             )
 
     def close(self) -> None:
-        """Refuse new forwards, and wait until another thread's forward has ended."""
+        """Refuse new forwards; if another thread is running a forward, wait for its end."""
         self._is_closed = True
         while self._runs != threading.get_ident() and self._is_inside(self._runs, RUNS):
             time.sleep(0.001)  # the caller will free memory that this forward reads
 
     def _is_inside(self, thread: int, names: Sequence[str]) -> bool:
-        """Whether ``thread`` is running one of the functions ``names`` of an owner."""
+        """Return True if ``thread`` is running a method of an owner with one of these names."""
         frame = sys._current_frames().get(thread) if thread else None
         while frame is not None:
             instance = frame.f_code.co_name in names and frame.f_locals.get("self")

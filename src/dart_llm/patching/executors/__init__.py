@@ -1,4 +1,4 @@
-"""Chooses the executor, which runs the pruned FFNs of a model, and reports why others cannot."""
+"""Chooses the executor that runs a model's pruned FFNs, and says why an executor cannot do so."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Blocks = Sequence[FfnBlock]
 
 
 def unsupported_reason(executor: str, model: Any, blocks: Blocks) -> str | None:
-    """Return why ``executor`` cannot run ``model`` and which executor can; None if it can."""
+    """Return why ``executor`` cannot run ``model``, and what to use instead; None if it can."""
     for reason, instead in _reasons(executor, model, blocks):
         cannot = f'executor "{executor}" cannot run {type(model).__name__}'
         return f'{cannot}: {reason}; use executor "{instead}" or "auto"'
@@ -30,7 +30,7 @@ def unsupported_reason(executor: str, model: Any, blocks: Blocks) -> str | None:
 
 
 def _reasons(executor: str, model: Any, blocks: Blocks) -> Iterator[tuple[str, str]]:
-    """Yield reasons, as clauses, each with the executor to use instead; ``masked`` has none."""
+    """Yield each reason why ``executor`` cannot run ``model``, and the executor to use instead."""
     if executor == "masked":
         return
     yield from _layer_reasons(blocks, [weights_unsupported_reason, _not_copied_reason], "masked")
@@ -70,10 +70,11 @@ def _no_triton_reason(block: FfnBlock) -> str | None:
 def choose_executor(selector: MaskSelector, blocks: Blocks, model: Any) -> str:
     """Return the requested executor, or for ``auto`` the fastest of native, compact and masked.
 
-    ``auto`` uses ``masked`` if every batch row has its own mask, if weights cannot be
-    copied, or if no kernel implements the per-token rule.  It uses ``compact`` if nothing is
-    pruned, so that results stay equal to the last bit, and it never uses ``cuda``.  Under
-    ``compact``, a layer runs masked if its projections do more than multiply with their weights.
+    ``auto`` uses ``masked`` if every batch row has its own mask, if weights cannot be copied, if no
+    kernel implements the per-token rule, or if the projections of all layers do more than multiply
+    with their weights.  If only some do, it uses ``compact``, which runs these layers masked.  It
+    also uses ``compact`` if nothing is pruned and the head is not screened, so that results equal
+    the original model's to the last bit.  It never uses ``cuda``.
     """
     config = selector.config
     if config.executor != "auto":
@@ -107,7 +108,7 @@ def check_executor(blocks: Blocks, selector: MaskSelector, model: Any, chooses: 
 
 
 def _reads_weights(selector: MaskSelector, layer: int) -> bool:
-    """Whether masks depend on the weights of ``layer``, and not only on activations."""
+    """Return True if masks depend on the weights of ``layer``, and not only on activations."""
     if selector.config.compensation:
         return True
     weights = selector.layers[layer]
@@ -119,5 +120,5 @@ def _reads_weights(selector: MaskSelector, layer: int) -> bool:
 
 
 def effective_executor(executor: str, steps: int, states: Iterable[SequenceState]) -> str:
-    """Return ``executor``, or ``WHOLE_STEPS`` if whole steps (one native call each) ran."""
+    """Return ``WHOLE_STEPS`` if whole steps (one native call each) ran, else ``executor``."""
     return WHOLE_STEPS if steps and any(state.decoded for state in states) else executor

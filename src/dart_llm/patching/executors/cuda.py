@@ -1,10 +1,11 @@
 """Executor cuda runs an FFN in Triton kernels that read the kept neurons in place, by their ids.
 
 Only this file imports triton.  With ``TRITON_INTERPRET=1``, set before the import, the kernels run
-on a CPU, slowly, for tests.  They compile for GPUs but have not run on one, so ``auto`` never
-chooses them.
+on a CPU, slowly, for tests.  They compile for GPUs but have not run on one, so executor ``auto``
+never chooses cuda.
 
 Kernels take a few vectors x [M, D] and the ids [k] of the neurons.  Products are summed in float32.
+A program is one instance of a Triton kernel.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ROWS = 8
 """Number of neurons per program in ``_rows``."""
 
 COLUMNS, CHUNK = 128, 32
-"""Number of outputs per program in ``_sum``, and of neurons that it reads at once."""
+"""Number of outputs per program in ``_sum``, and number of neurons that a program reads at once."""
 
 SPLITS = 32
 """Maximum number of parts into which the neurons are split; one program sums each part."""
@@ -35,7 +36,7 @@ SPLITS = 32
 
 @triton.jit
 def _rows(x, first, second, ids, out, k, inputs, BLOCK: tl.constexpr, N: tl.constexpr):
-    """out[part, m, n] = W_part[ids[n]] . x[m]; ``first``, ``second``: W by rows, contiguous."""
+    """out[part, m, n] = W_part[ids[n]] . x[m]; W_0: ``first``, W_1: ``second``, contiguous rows."""
     m, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = block * N + tl.arange(0, N)
     valid = n < k
@@ -58,7 +59,7 @@ def _rows(x, first, second, ids, out, k, inputs, BLOCK: tl.constexpr, N: tl.cons
 
 @triton.jit
 def _sum(u, down, ids, out, k, outputs, part, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
-    """out[s, m, d] = sum of u[m, n] W[ids[n], d] over part s; ``down`` has a neuron per row."""
+    """out[s, m, d] = sum of u[m, n] W[ids[n], d] over the ``part`` neurons of split s; W: down."""
     m, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = d < outputs
@@ -81,7 +82,7 @@ INTERPRETED = not isinstance(_rows, triton.JITFunction)
 
 
 def _block(size: int) -> int:
-    """Return how many inputs a program reads at once."""
+    """Return how many of ``size`` inputs a program reads at once."""
     return min(256 if size < 2048 else 512, int(triton.next_power_of_2(size)))
 
 
@@ -99,7 +100,7 @@ def rows(x: Tensor, matrices: tuple[Tensor, ...], ids: Tensor) -> Tensor:
 
 
 def weighted_sum(u: Tensor, down: Tensor, ids: Tensor) -> Tensor:
-    """Return [M, D] float32: the rows ``ids`` of ``down`` [I, D], weighted by u [M, k], summed."""
+    """Return the product of u [M, k] and the rows ``ids`` of ``down`` [I, D]: [M, D] float32."""
     (count, k), outputs = u.shape, down.shape[1]
     splits = min(SPLITS, triton.cdiv(k, 2 * CHUNK))
     part = triton.cdiv(triton.cdiv(k, splits), CHUNK) * CHUNK
@@ -118,7 +119,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **sizes: 
 
 
 def cuda_unsupported_reason(block: FfnBlock) -> str | None:
-    """Return why the kernels cannot run ``block``, which has its own module; None if they can."""
+    """Return why the kernels cannot run ``block``, which must not be inline; None if they can."""
     if any(isinstance(part.weight, PackedTensor) for part in block.projections):
         return "has quantized weights"
     down = block.down.weight
@@ -129,10 +130,11 @@ def cuda_unsupported_reason(block: FfnBlock) -> str | None:
 
 
 class CudaFfn:
-    """Runs the kept neurons of one block in the kernels; a new mask changes only the ids.
+    """Runs the kept neurons of one FFN block in the kernels.
 
-    ``matrices``: gate (or None), up and down, [I, D] each, one neuron per row.  Matrices that store
-    neurons as columns (usually down) are copied for every mask.
+    ``matrices``: gate (or None), up and down, [I, D] each, one neuron per row.  A model's matrices
+    that store neurons as rows are read in place.  Those that store them as columns (usually down)
+    are copied, with all neurons, for every new mask.
     """
 
     def __init__(self, block: FfnBlock) -> None:
@@ -147,11 +149,11 @@ class CudaFfn:
         self.linear: LowRank | None = None
 
     token_rows = 0
-    """Largest batch with per-token selection; 0, because it is not supported."""
+    """Largest batch with per-token selection: 0, because cuda does not support that selection."""
 
     @torch.no_grad()
     def load(self, mask: LayerMask) -> None:
-        """Switch to a mask; does nothing if it is loaded already."""
+        """Switch to ``mask``; do nothing if it is loaded already."""
         if mask is self.mask:
             return
         self.mask = None
@@ -188,14 +190,14 @@ class CudaFfn:
         return weighted_sum(u.contiguous(), down, ids)
 
     def nbytes(self) -> int:
-        """Return the bytes of the copies and the bias, without the mask itself."""
+        """Return the bytes of the copied matrices and of the bias, without the mask itself."""
         weights = {_memory(part) for part in self.block.matrices() if part is not None}
         parts = [t for t in (*self.matrices, self.bias) if t is not None]
         return sum(t.numel() * t.element_size() for t in parts if _memory(t) not in weights)
 
 
 def _by_rows(old: Tensor | None, matrix: Tensor) -> Tensor:
-    """Return ``matrix`` if its rows are contiguous, else a copy, in ``old`` if it fits."""
+    """Return ``matrix`` if it is contiguous, else a contiguous copy (in ``old``, if it fits)."""
     matrix = matrix.detach()
     if matrix.is_contiguous():
         return matrix

@@ -1,6 +1,6 @@
-"""Runs FFNs and other projections in native kernels, which need a special layout of the weights.
+"""Runs FFNs and other linear layers in native kernels, which need a special layout of the weights.
 
-Packed matrices are quantized weights, as a GGUF file stores them.
+Packed matrices are quantized weights, in blocks as in a GGUF file.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from dart_llm.pruning.token_level import TokenMask
 
 
 class Layout:
-    """Transposes parameters in place and reorders packed matrices; ``restore`` undoes both.
+    """Transposes parameters in place and reorders packed matrices; ``restore`` undoes all of it.
 
-    A down projection [D, I] stores a neuron as a column.  While a model is attached, its values are
-    transposed within their memory.  A neuron is then a row, which can be read without a second
-    copy of the weights.  Shape, values, name and address of the parameter stay the same.  A
-    parameter must not share its memory: see ``not_in_place_reason``.
+    A down projection [D, I] stores a neuron as a column.  While a model is attached, the values of
+    the projection are transposed within their memory.  A neuron is then a row, which can be read
+    without a second copy of the weights.  Shape, values, name and address of the parameter stay the
+    same; its strides change.  A parameter must not share its memory: see ``not_in_place_reason``.
 
-    ``room``: memory for the compact weights of all layers.
+    ``room``: memory for the compact weights of all layers; None until it is needed.
     """
 
     def __init__(self) -> None:
@@ -43,16 +43,16 @@ class Layout:
         self.room: Any = None
 
     def has_room(self, size: int) -> bool:
-        """Whether ``room`` has ``size`` bytes left, or can grow by them and leave ``RESERVE``."""
+        """Return True if ``room`` has ``size`` bytes, or can grow by them with ``RESERVE`` left."""
         if self.room is None:
             self.room = torch.classes.dart_llm.HugeRoom(0)
         return self.room.left() >= size or available() - size > RESERVE
 
     def neuron_rows(self, matrix: Tensor, parameter: nn.Parameter) -> Tensor:
-        """Return ``matrix`` [I, D], a view of ``parameter`` or its transpose, with contiguous rows.
+        """Return ``matrix`` [I, D] with contiguous rows; transposes ``parameter`` if needed.
 
-        Check ``not_in_place_reason`` first.  Raises ``ConfigError`` if ``parameter`` is not
-        contiguous.
+        ``matrix``: a view of ``parameter``, or of its transpose.  Check ``not_in_place_reason``
+        first.  Raises ``ConfigError`` if ``parameter`` is not contiguous.
         """
         if matrix.is_contiguous():
             return matrix
@@ -67,7 +67,7 @@ class Layout:
         return parameter.data.t()
 
     def reorder(self, matrix: Any, order: str) -> Any:
-        """Return a packed matrix in ``order`` (rows or tiles); a copy if it is part of another."""
+        """Return packed ``matrix`` in ``order`` (rows, tiles); copied if it is part of another."""
         if matrix.order() == order:
             return matrix
         self._reordered.append((matrix, matrix.order()))  # recorded first, as above
@@ -83,7 +83,7 @@ class Layout:
             if not parameter.is_contiguous():
                 if parameter.data_ptr() == address:
                     ops().lay_out(parameter, False)
-                else:  # it was replaced or moved meanwhile, and kept its strides
+                else:  # the parameter was replaced or moved meanwhile, and kept its strides
                     parameter.data = parameter.data.contiguous()
             self._transposed.pop()
         self.room = None
@@ -94,7 +94,7 @@ def not_in_place_reason(
 ) -> str | None:
     """Return why some weights cannot be transposed in place as needed; None if all can.
 
-    ``others``: projections outside the FFNs.  Requires the native kernels.
+    ``others``: projections outside the FFNs.  The native kernels must be loaded.
     """
     to_transpose = [pair for block in blocks for pair in _not_in_rows(block)]
     to_transpose += [
@@ -124,7 +124,7 @@ def not_in_place_reason(
 
 
 def _not_in_rows(block: FfnBlock) -> Iterator[tuple[nn.Parameter, str]]:
-    """Yield the weights that store neurons as columns, and their names in messages."""
+    """Yield each weight to transpose, because its columns are neurons, and a name for messages."""
     _, up, down = block.matrices()
     for role, module, rows in (("up", block.up, up), ("down", block.down, down.t())):
         if not rows.is_contiguous() and (role == "down" or block.by_inputs):
@@ -134,13 +134,13 @@ def _not_in_rows(block: FfnBlock) -> Iterator[tuple[nn.Parameter, str]]:
 
 
 TILE = 16
-"""Number of rows of a packed matrix that are interleaved."""
+"""Number of rows of a packed matrix that order ``tiles`` interleaves."""
 
 PADDING = 192
-"""Maximum number of bytes that a part of the compact weights needs in addition to its rows."""
+"""Maximum number of bytes that one tensor of compact weights needs in addition to its rows."""
 
 FEW = 32
-"""Maximum number of vectors for the kernel; torch multiplies more vectors, with copied rows."""
+"""Maximum number of vectors for a kernel.  For more vectors, kept rows are copied for torch."""
 
 ACTS: Mapping[int, Callable[[Tensor], Tensor]] = {
     0: F.silu,
@@ -149,16 +149,16 @@ ACTS: Mapping[int, Callable[[Tensor], Tensor]] = {
     3: F.relu,
     4: lambda x: F.relu(x).square(),
 }
-"""Activations of the kernels, by number; must match kernels.h."""
+"""The kernels' activation functions, by number; must match kernels.h."""
 
 
 class KernelMask(NamedTuple):
     """Arguments of the kernels for one mask, in the kernels' order.
 
     ``ids``: kept neurons [k] int32, or None for all.  ``bias``: [D] float32.  ``basis`` and
-    ``features``: [r, D], of low-rank compensation.  ``choice``: how each token selects from
-    ``ids``; None if it uses all of them.  ``matrices``: for packed weights, gate, up and down, with
-    all neurons or only with ``ids`` (compact weights).
+    ``features``: [r, D], of low-rank compensation.  ``choice``: how each token selects neurons of
+    ``ids``; None if every token uses all of ``ids``.  ``matrices``: packed gate, up and down, with
+    all neurons or (compact weights) only with ``ids``; empty if the weights are not packed.
     """
 
     ids: Tensor | None = None
@@ -173,7 +173,7 @@ class KernelMask(NamedTuple):
 
 
 def act_number(act: Callable[[Tensor], Tensor]) -> int | None:
-    """Return the number in ``ACTS`` of the activation with the same values on a grid, or None."""
+    """Return the number of the function in ``ACTS`` that equals ``act`` on a grid, or None."""
     grid = torch.linspace(-6, 6, 193)
     try:
         values = act(grid)
@@ -184,7 +184,7 @@ def act_number(act: Callable[[Tensor], Tensor]) -> int | None:
 
 
 def native_unsupported_reason(block: FfnBlock) -> str | None:
-    """Return why the kernels cannot run ``block``, which has its own module; None if they can."""
+    """Return why the kernels cannot run ``block``, which must not be inline; None if they can."""
     down = block.down.weight
     if not isinstance(down, Tensor) or down.device.type != "cpu":
         return "is not on the CPU"
@@ -203,7 +203,10 @@ def native_unsupported_reason(block: FfnBlock) -> str | None:
 
 
 class NativeFfn:
-    """Runs the kept neurons of one block in native kernels; a new mask changes only the ids."""
+    """Runs the kept neurons of one FFN block in native kernels.
+
+    A new mask changes the ids that the kernels read, and may copy rows of packed weights.
+    """
 
     def __init__(self, block: FfnBlock, layout: Layout) -> None:
         number, reason = act_number(block.act), native_unsupported_reason(block)
@@ -231,22 +234,22 @@ class NativeFfn:
         self.kept = self.everything()
 
     def everything(self) -> KernelMask:
-        """Return the arguments that run all neurons."""
+        """Return the kernels' arguments that run all neurons."""
         bias = self.down_bias
         return KernelMask(bias=None if bias is None else bias.float(), matrices=self._packs)
 
     @property
     def token_rows(self) -> int:
-        """Largest batch with per-token selection outside whole steps; 0: not supported.
+        """Largest batch in which tokens select neurons outside whole steps; 0: not supported.
 
-        Several tokens together would select most neurons.
+        More tokens together would select most neurons, so that nothing is saved.
         """
         rule = None if self.token is None else self.token.rule
         return max_rows("native", rule.by_weights) if rule is not None and rule.native else 0
 
     @torch.no_grad()
     def load(self, mask: LayerMask) -> None:
-        """Switch to a mask; does nothing if it is loaded already."""
+        """Switch to ``mask``; do nothing if it is loaded already."""
         if mask is self.mask:
             return
         self.mask = None  # until the end: an interrupt may leave compact weights half written
@@ -307,7 +310,7 @@ class NativeFfn:
         )
 
     def run(self, x: Tensor) -> Tensor:
-        """Return z from only the kept neurons; x: [..., D], ``token_rows`` if tokens select."""
+        """Return z [..., D] from only the kept neurons; x: [..., D]."""
         flat, biases, kept = x.reshape(-1, x.shape[-1]), (self.gate_bias, self.up_bias), self.kept
         # torch.compile cannot trace native calls
         if len(flat) <= FEW and not torch.compiler.is_compiling():
@@ -340,7 +343,7 @@ def _parameter(module: nn.Module) -> nn.Parameter:
 def native_linears(
     model: nn.Module, blocks: tuple[FfnBlock, ...]
 ) -> Iterator[tuple[nn.Linear, Callable[..., Tensor]]]:
-    """Yield the linear layers outside FFNs that the kernel can run, with their new forwards.
+    """Yield each linear layer outside the FFNs that the kernel can run, and its new forward.
 
     For the few vectors of a decode step, torch reads a small matrix at only a fraction of
     the memory bandwidth.
@@ -360,7 +363,7 @@ def native_linears(
 def _run_linear(
     module: nn.Linear, kernel: Any, original: Callable[..., Tensor], x: Tensor
 ) -> Tensor:
-    """The forward of ``module``; calls the original if the kernel cannot run."""
+    """The new forward of ``module``; calls the original if the kernel cannot run."""
     weight, size = module.weight, x.shape[-1]
     few = 0 < x.numel() <= FEW * size and x.dtype == weight.dtype and size == weight.shape[1]
     few = few and not isinstance(weight, PackedTensor)  # packed weights have their own kernel

@@ -1,6 +1,7 @@
 """A screened output head for decoded tokens, and measurements of its bytes and divergence.
 
-A low-bit screen scores the whole vocabulary roughly; only entries near the best are scored exactly.
+A low-bit screen scores the whole vocabulary roughly.  Only entries whose rough score is near the
+best are scored exactly.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ EVERY = 32
 
 
 class ScreenedHead:
-    """Runs the head of ``model``, a linear layer without bias, by ``screen``.
+    """Runs the output head of ``model``, a linear layer without bias, with the help of ``screen``.
 
     ``all_bytes``: bytes of all weights that a decoded token reads.
     """
@@ -36,12 +37,12 @@ class ScreenedHead:
         text = model.config.get_text_config()
         self._cap = float(getattr(text, "final_logit_softcapping", None) or 0)
         self._native: torch.dtype | None = None
-        """Dtype of hidden states for the kernels; None: torch runs the head."""
+        """Dtype of hidden states that the kernels support; None if torch runs the head."""
         self._packed: Any = None
         self.forget()
 
     def go_native(self, layout: Layout) -> None:
-        """Use native kernels from now on; reorder a quantized head so that rows can be read."""
+        """Use native kernels from now on, if possible; store a quantized head by rows for them."""
         weight: Any = self._weight
         if why_not() or weight.device.type != "cpu":
             return
@@ -55,14 +56,15 @@ class ScreenedHead:
         """Reset all counts, for a new request."""
         self._tokens = self._checked = self._same = self._exact = 0
         self._divergence = 0.0
-        """Sum over the checked tokens; ``_same``: how many of them have the same best entry."""
+        """Sum over the checked tokens.  ``_same``: for how many of them the screened and the whole
+        head have the same best entry."""
 
     @property
     def _weight(self) -> Tensor:
         return self.module.weight.detach()  # type: ignore[no-any-return]
 
     def run(self, hidden: Tensor) -> Tensor:
-        """The module's forward for decoded tokens, [..., D] to [..., V]."""
+        """Return logits [..., V] for ``hidden`` [..., D]; the head's forward for decoded tokens."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         by_kernels = 0 < len(rows) <= STEP_ROWS and rows.dtype == self._native
         with torch.no_grad():
@@ -71,7 +73,7 @@ class ScreenedHead:
         return scores.reshape(*hidden.shape[:-1], scores.shape[-1])
 
     def with_scores(self, call: TokenCall) -> TokenCall:
-        """Return ``call``, changed to return logits if one of its tokens is checked."""
+        """Return ``call``; if one of its tokens will be checked, a copy that requests logits."""
         return replace(call, forbidden=None) if self._checked_rows(len(call.ids)) else call
 
     @torch.no_grad()
@@ -90,7 +92,7 @@ class ScreenedHead:
         self._exact += exact
 
     def _checked_rows(self, count: int) -> range:
-        """Return the indices of the next tokens to check: the very first, then every 32nd."""
+        """Return the indices of the next ``count`` tokens to check: token 0, then every 32nd."""
         return range(-self._tokens % EVERY, count, EVERY)
 
     def _by_kernels(self, hidden: Tensor) -> tuple[Tensor, int]:
@@ -100,7 +102,7 @@ class ScreenedHead:
         return scores, sum(exact)
 
     def _by_torch(self, hidden: Tensor) -> tuple[Tensor, int]:
-        """Do the same in PyTorch; only for a single token, this reads just the near entries."""
+        """Like ``_by_kernels``, in PyTorch; reads the whole head if there are several tokens."""
         rough = self.screen.rough(hidden)
         near = self.screen.near(rough)
         if len(hidden) > 1 or isinstance(self._weight, PackedTensor):

@@ -21,17 +21,17 @@ PROMPT = 6
 """Number of tokens in the cache before the compared step."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Largest relative difference (Frobenius norms) per layer that counts as rounding.  Tiny models
-of all families differ by 1e-7 and 2e-2.  Products with quantized weights round their inputs to 8
-bits and get the tolerance of bfloat16.
+"""Largest relative difference (Frobenius norms) per layer that counts as rounding.  Tiny models of
+all families differ by 1e-7 (float32) and 2e-2 (bfloat16).  Products with quantized weights round
+their inputs to 8 bits, so models with such weights get the tolerance of bfloat16.
 """
 
 
 def disagreement_reason(model: Any, ffns: Sequence[NativeFfn]) -> str | None:
-    """Return how a whole step differs from ``model``; None if it does not.
+    """Return a clause: how a whole step differs from ``model``; None if it does not.
 
-    Of all layers that differ only in their weights, one is compared.  Call this after the weights
-    were laid out for the kernels.
+    Among layers that differ only in their weights, only the first is compared.  Call this after
+    the weights were laid out for the kernels.
     """
     from transformers import DynamicCache
 
@@ -53,7 +53,7 @@ def disagreement_reason(model: Any, ffns: Sequence[NativeFfn]) -> str | None:
             token, *expected = _model_step(model, view, cache, parts)
             result = _native_step(parts, [ffns[i] for i in chosen], token, cache, chosen)
             agrees = all(_error(a, b) <= tolerance for a, b in zip(result, expected, strict=True))
-        except Exception as error:  # its parts take other arguments than those of its model type
+        except Exception as error:  # a module takes other arguments than in its model type
             return f"cannot run like other {text.model_type} models ({type(error).__name__})"
     return None if agrees else f"does not compute the same as a {text.model_type} model"
 
@@ -70,7 +70,7 @@ def _model_step(
 ) -> tuple[int, Tensor, Tensor]:
     """Decode one token after ``PROMPT`` others, with a copy of ``model``; fills ``cache``.
 
-    Returns the token, its logits [1, V] and its last hidden state [1, D].
+    Returns the token's id, the logits [1, V] and the last hidden state [1, D].
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(len(parts.embedding), (1, PROMPT + 1), generator=generator, device="cpu")
@@ -94,7 +94,10 @@ def _model_step(
 def _native_step(
     parts: StepParts, ffns: Sequence[NativeFfn], token: int, cache: Any, chosen: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Decode the same token by a whole step over the ``chosen`` layers of ``cache``."""
+    """Decode ``token`` again, by a whole step over the ``chosen`` layers of ``cache``.
+
+    Returns the logits [1, V] and the last hidden state [1, D].
+    """
     native = native_decoder(parts, norm_floats(norms_of(parts)), ffns)
     for index, ffn in enumerate(ffns):
         native.set_mask(index, *ffn.everything())
@@ -103,7 +106,7 @@ def _native_step(
         [getattr(layer, name).clone(memory_format=torch.contiguous_format) for layer in layers]
         for name in ("keys", "values")
     )
-    counts = [t.shape[2] - 1 for t in keys]  # without the token itself, which is written again
+    counts = [t.shape[2] - 1 for t in keys]  # without ``token``, which the step writes again
     seen = [-1 if window is None else window - 1 for window in parts.windows]
     native.bind(keys, values, counts, counts, seen)
     rotations = angles(parts, PROMPT + 1, parts.head.dtype, torch.device("cpu"))
@@ -112,7 +115,7 @@ def _native_step(
 
 
 def _error(result: Tensor, expected: Tensor) -> float:
-    """Return the relative error; infinite if only one of two values is finite."""
+    """Return the relative error; infinite if shapes differ, or only one of two values is finite."""
     if result.shape != expected.shape or not torch.equal(result.isfinite(), expected.isfinite()):
         return float("inf")
     a, b = (t.float().nan_to_num(0, 0, 0) for t in (result, expected))

@@ -1,4 +1,4 @@
-"""One FFN block whose neurons a rule selects for each token; they use the exact weights."""
+"""One FFN block in which each token selects neurons by a rule; these use the exact weights."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from dart_llm.pruning.weights import in_blocks
 logger = logging.getLogger("dart_llm")
 
 STEP_ROWS = 8
-"""Largest batch of a whole native step or of the cuda kernels."""
+"""Largest batch that a whole step, or the cuda kernels, can run."""
 
 WHOLE_STEPS = "native, whole steps"
-"""Name of executor native in reports if whole steps (one native call each) decoded tokens."""
+"""What reports call executor native if whole steps (one native call each) decoded tokens."""
 
 
 def max_rows(executor: str, by_weights: bool) -> int:
@@ -41,9 +41,9 @@ def max_rows(executor: str, by_weights: bool) -> int:
 
 
 def max_selecting_rows(config: TokenConfig | None, executor: str, quantized: bool) -> int:
-    """Return ``max_rows`` for a configuration of per-token selection, or 0 for None.
+    """Return ``max_rows`` for the rule of ``config``; 0 without a rule, or without a kernel for it.
 
-    ``quantized``: whether the weights are stored in quantization blocks.
+    ``quantized``: True if the weights are stored in quantization blocks.
     """
     if config is None:
         return 0
@@ -52,7 +52,7 @@ def max_selecting_rows(config: TokenConfig | None, executor: str, quantized: boo
 
 
 def warn_if_slower_than_dense(method: str, token: TokenFfn, executor: str, rows: int) -> None:
-    """Warn once if per-token selection is slower than the dense model here."""
+    """Warn once if ``method`` is slower than the dense model in a batch of ``rows``."""
     native = token.rule.native
     if not native:
         why = "no kernel skips neurons for it, because it serves to compare quality at equal bytes"
@@ -71,13 +71,13 @@ def _warn_once(message: str, *values: object) -> None:
 
 
 class TokenFfn:
-    """One block whose tokens select neurons by ``rule``; computes all neurons and masks them."""
+    """One FFN block in which tokens select by ``rule``; it computes all neurons and masks them."""
 
     def __init__(self, block: FfnBlock, rule: TokenRule) -> None:
         self.block, self.rule = block, rule
         self.watched = False
         self.marks: Tensor | None = None
-        """Selected neurons in the newest forward, [B, T, I] bool, while ``watched``."""
+        """True for neurons selected in the newest forward, [B, T, I]; None unless ``watched``."""
 
     def run_dense(
         self, project: Project, x: Tensor, fed: Tensor, mask: TokenMask
@@ -101,7 +101,10 @@ class TokenFfn:
     def attention_input(
         self, module: nn.Module, x: Tensor, masks: Sequence[LayerMask | None]
     ) -> Tensor:
-        """Return x [B, T, M] with only an attention projection's selected inputs; 1 or B masks."""
+        """Return x [B, T, M], the input of an attention projection, with only its largest values.
+
+        ``masks``: one for all batch rows, or one per row.
+        """
         rule, matrix = self.rule, matrix_of(module)
         assert isinstance(rule, Teal)
         rows = zip(x.split(len(x) // len(masks)), masks, strict=True)  # type: ignore[no-untyped-call]
@@ -112,7 +115,7 @@ class TokenFfn:
 
 
 def token_ffn(block: FfnBlock, config: TokenConfig) -> TokenFfn:
-    """Return the block under the rule of ``config``.
+    """Return ``block`` with the per-token rule of ``config``.
 
     Raises ``ConfigError`` for an offloaded block, whose weights cannot be read between forwards.
     """

@@ -1,6 +1,6 @@
 """Runs one FFN block in PyTorch: all neurons multiplied by a mask, or only the kept neurons.
 
-x [..., D] is the block's input, z [..., D] its output, u [..., I] the down projection's input.
+x [..., D] is the block's input, z [..., D] the block's output, u [..., I] the input of down.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def run_masked(
     bias: Tensor | None,
     linear: LowRank | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(u, z)``, from all neurons; ``mask``: factor of u, [I] or [B, 1, I], None for 1."""
+    """Return ``(u, z)`` from all neurons; u is multiplied by ``mask``, [I] or None, only for z."""
     u = block.hidden(x)
     z = project(u if mask is None else u * mask)
     z = z if bias is None else z + bias
@@ -36,11 +36,11 @@ def run_masked(
 class CompactFfn:
     """Runs one block with compact weights: copies of the kept neurons, renewed by every new mask.
 
-    ``rows``: [k or 2k, D], gate above up; ``columns``: [D, k].
+    ``rows``: up [k, D], or gate above up [2k, D].  ``columns``: down [D, k].
     """
 
     token_rows = 0
-    """Largest batch with per-token selection; 0, because it is not supported."""
+    """Largest batch with per-token selection: 0, because it does not run on compact weights."""
 
     def __init__(self, block: FfnBlock) -> None:
         self.block = block
@@ -54,7 +54,7 @@ class CompactFfn:
 
     @torch.no_grad()
     def load(self, mask: LayerMask) -> None:
-        """Copy the neurons that ``mask`` keeps; does nothing if it is loaded already."""
+        """Copy the neurons that ``mask`` keeps; do nothing if it is loaded already."""
         if mask is self.mask:
             return
         gate, up, down = self.block.matrices()
@@ -111,9 +111,10 @@ def run_rows(
     ids: Tensor | None,
     act: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return z [M, D] without bias for many vectors x [M, D]; copies the rows ``ids`` (None: all).
+    """Return z [M, D] without the output bias, for many vectors x [M, D].
 
-    ``matrices``: gate (or None), up and down, [I, D] each; ``biases``: of gate and up.
+    Copies the rows ``ids`` of the matrices; None uses all rows.  ``matrices``: gate (or None), up
+    and down, [I, D] each.  ``biases``: those of gate and up.
     """
     parts = (*matrices, *biases)
     gate, up, down, gate_bias, up_bias = (
@@ -126,7 +127,7 @@ def run_rows(
 
 
 def total_bias(mask: LayerMask, down: Tensor | None) -> Tensor | None:
-    """Return the bias of the down projection plus that of the mask, [D] float32, or None."""
+    """Return the sum of the biases ``down`` and ``mask.bias``, [D] float32; None if both are."""
     parts = [bias.float() for bias in (down, mask.bias) if bias is not None]
     return sum(parts[1:], parts[0]).contiguous() if parts else None
 

@@ -39,17 +39,17 @@ PATCH = ("dart_llm.patching.", "transformers.")
 
 
 class Hooks:
-    """Hooks inside a model, which a whole step would skip."""
+    """The hooks on the modules inside a model.  A whole step would skip them."""
 
     def __init__(self, model: nn.Module) -> None:
         inner = [module for module in model.modules() if module is not model]
         self._hooks = [h for m in inner for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._newest, self._foreign = (0, 0), False
         self.watched = False
-        """Whether the last check found a hook outside ``PATCH``, which prompts must not skip."""
+        """True if the last check found a hook from outside ``PATCH``; prompts must not skip it."""
 
     def foreign(self, again: bool = False) -> bool:
-        """Whether any hook belongs to a package that is not ``TRUSTED``.
+        """Return True if any hook belongs to a package that is not ``TRUSTED``.
 
         ``again``: check modules only if torch has registered a hook since the last check.
         """
@@ -68,11 +68,11 @@ class Hooks:
 
 
 class WholeSteps:
-    """Runs decode steps, and prompts with packed weights, instead of ``model``.
+    """Runs decode steps instead of ``model``'s modules; with packed weights, also prompts.
 
     ``ffns``: the model's FFN blocks, laid out for the kernels.  ``current``: returns the current
-    controller.  ``steps``: number of steps so far.  ``head``: the screened output head; None for
-    the whole head.
+    controller.  ``steps``: number of whole steps so far.  ``head``: the screened output head; None
+    if the whole head is used.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class WholeSteps:
         self._loaded: list[KernelMask | None] = [None] * len(ffns)
         self._cache: PreallocatedKVCache | None = None
         self._bound: Steps | None = None
-        """The object whose cache buffers the native decoder reads without keeping them alive."""
+        """The ``Steps`` of the cache whose buffers were last passed to the native decoder."""
         self._angles: tuple[Tensor, ...] = ()
         self._dtype, self._windows = parts.head.dtype, parts.windows
         self._prompts = not parts.attention_cap and all(
@@ -95,7 +95,7 @@ class WholeSteps:
         )
         self._hooks = Hooks(model)
         self._fresh = True
-        """Whether the copies of norm weights are up to date."""
+        """True if the copies of norm weights are up to date."""
         self.head: ScreenedHead | None = None
         self.steps = 0
 
@@ -125,21 +125,21 @@ class WholeSteps:
         return original(*args, **kwargs)
 
     def continues(self, cache: Any) -> bool:
-        """Whether the newest step used ``cache``, and another step can follow it."""
+        """Return True if the newest step used ``cache`` and another whole step can follow."""
         buffers = self._cache
         ready = buffers is not None and buffers.of() is cache and buffers.ready(cache)
         return ready and not self._must_run_modules(again=True)
 
     def decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:
-        """Return the logits [1, V] after ids [1, 1]; None if the current plan needs the model.
+        """Run ids [1, 1], and return what ``step`` does; None if the current plan needs the model.
 
-        A faster ``forward``, for steps that ``continues`` allows.  ``forbidden``: see
+        This is a faster ``forward``, for steps that ``continues`` allows.  ``forbidden``: see
         ``TokenCall``.
         """
         return self._run_step(TokenCall(ids, cache, forbidden)) if self._load_plan() else None
 
     def _must_run_modules(self, again: bool = False) -> bool:
-        """Whether dropout, gradients, autocast, further outputs or hooks require the model."""
+        """Return True if dropout, gradients, autocast, more outputs or hooks need the modules."""
         config = self._model.config
         return (
             self._model.training
@@ -151,7 +151,7 @@ class WholeSteps:
         )
 
     def _signals_inside(self, plan: ForwardPlan) -> bool:
-        """Whether the drift signal comes from a hook inside the model."""
+        """Return True if the plan needs a drift signal that a hook inside the model reads."""
         return plan.signal and self._current().config.drift.signal != "hidden"
 
     def _load_plan(self) -> bool:
@@ -168,7 +168,7 @@ class WholeSteps:
         return True
 
     def load(self, masks: Sequence[LayerMask | None]) -> None:
-        """Use these masks from now on; () runs all neurons, as None does in one layer."""
+        """Use ``masks`` from now on: one per layer (None: all neurons run), or () for all None."""
         if masks is self._masks and all(
             mask is None or ffn.mask is mask for mask, ffn in zip(masks, self._ffns, strict=False)
         ):
@@ -196,7 +196,7 @@ class WholeSteps:
         self._fresh = True
 
     def _run_step(self, call: TokenCall) -> Tensor:
-        """Return the logits [B, V] of a step, or with ``call.forbidden`` its tokens."""
+        """Run a whole step with all that the plan requests; return what ``step`` returns first."""
         controller = self._current()
         plan = controller.plan
         if not self._fresh:
@@ -216,8 +216,8 @@ class WholeSteps:
     def _pass_on(self, controller: PruningController) -> None:
         """Pass the step's activations to the controller.
 
-        These are u and the FFNs' inputs, [L, B, .]; if the plan requests the stream, also the FFNs'
-        outputs and the residual stream before them.
+        The activations are u and the inputs of the FFNs, [L, B, ...].  If the plan requests the
+        stream, the outputs of the FFNs and the residual stream before the FFNs are passed too.
         """
         stream = controller.plan.stream
         parts = [t[:, :, None].unbind(0) for t in self.native.observed(stream)]
@@ -254,7 +254,7 @@ class WholeSteps:
         return self._angles
 
     def _prompt_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenCall | None:
-        """Return the prompt in a call of ``forward``; None if it cannot run natively."""
+        """Return the prompt that ``forward`` got; None if it got none that can run natively."""
         plan = self._current().plan
         dense = plan.dense and not plan.stream and not self._signals_inside(plan)
         if not self._prompts or self._hooks.watched or not dense:
@@ -267,7 +267,7 @@ class WholeSteps:
         controller = self._current()
         plan = controller.plan
         self.load(())
-        self._refresh()  # at every prompt, because weights may have changed since the last
+        self._refresh()  # at every prompt, because weights may have changed since the last prompt
         cache = new_cache(self._model) if call.cache is None and call.use_cache else call.cache
 
         def observe(layer: int, activations: LayerObservation) -> None:
@@ -282,9 +282,10 @@ class WholeSteps:
     def prompt(
         self, call: TokenCall, cache: Any, observe: Callable[[int, LayerObservation], None] | None
     ) -> tuple[Tensor, Tensor]:
-        """Return logits [B, n, V] of a prompt and its last hidden states [B, T, D]; fill ``cache``.
+        """Run a prompt and fill ``cache``; no mask may be loaded.
 
-        Calls ``observe`` with the activations of each layer in turn.  No mask may be loaded.
+        Returns logits [B, n, V] of the last n tokens (n = ``call.keep``; 0: all) and last hidden
+        states [B, T, D].  Calls ``observe`` with the activations of each layer in turn.
         """
         rows, tokens = call.ids.shape
         rotations, limit, count = self._rotations(tokens - 1), few(), len(self._ffns)
@@ -357,7 +358,7 @@ def native_decoder(parts: StepParts, norms: list[Tensor], ffns: Sequence[NativeF
 
 
 def norm_floats(norms: Iterable[Norm | None]) -> list[Tensor]:
-    """Return factors and biases as contiguous float32, for the kernels."""
+    """Return the factor and the bias of each norm as contiguous float32, for the kernels."""
     with torch.inference_mode(False), torch.no_grad():
         return [t.float().contiguous() for t in _norm_tensors(norms)]
 
@@ -367,7 +368,7 @@ _NONE = torch.empty(0, device="cpu")
 
 
 def _norm_tensors(norms: Iterable[Norm | None]) -> Iterator[Tensor]:
-    """Yield factor and bias of each norm, as the model stores them."""
+    """Yield the factor and the bias of each norm, as the model stores them."""
     for norm in norms:
         for t in (None, None) if norm is None else (norm.factor, norm.bias):
             yield _NONE if t is None else t
