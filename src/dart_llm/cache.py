@@ -1,8 +1,8 @@
 """Cache folders, and cached files, which are named by their inputs and written atomically.
 
 A cached file is called ``<key>-<digest><suffix>``: ``key`` identifies the inputs from which it was
-made, ``digest`` its content.  The complete file appears at once, in one rename.  A file that does
-not match its digest is removed with a warning, and the caller makes it again.
+made, and ``digest`` identifies its content.  The complete file appears at once, in one rename.  A
+file that does not match its digest is removed with a warning, and the caller makes it again.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ logger = logging.getLogger("dart_llm")
 
 
 def hub_cache(cache_dir: str | Path | None = None) -> Path | None:
-    """Return ``cache_dir`` or else ``DART_CACHE``, for hub models; None: the hub's default."""
+    """Return the folder for hub models: ``cache_dir``, or DART_CACHE, or None (hub's default)."""
     text = str(cache_dir) if cache_dir else os.environ.get("DART_CACHE", "")
     return Path(text).expanduser() if text else None
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Return the folder for downloaded and converted files, ``dart-llm`` in the chosen cache."""
+    """Return the folder for cached files: ``dart-llm`` in ``hub_cache`` or the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return (hub_cache(cache_dir) or Path(home).expanduser()) / "dart-llm"
 
 
 def make_folder(folder: Path) -> Path:
-    """Create ``folder``; raises ``LoadError`` if it is not writable."""
+    """Create ``folder`` if needed, and return it; raises ``LoadError`` if it is not writable."""
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
@@ -48,7 +48,7 @@ def make_folder(folder: Path) -> Path:
 def require_space(needed: int, folder: Path, what: str) -> None:
     """Raise ``LoadError`` if fewer than ``needed`` bytes are free on the disk of ``folder``.
 
-    ``what``: the operation that needs them, as the subject of the message.
+    ``what``: the operation that needs the space, as the subject of the message.
     """
     free = free_bytes(folder)
     if needed > free:
@@ -65,7 +65,7 @@ def free_bytes(folder: Path) -> int:
 
 
 SCRATCH = ".tmp-"
-"""Name prefix of unfinished files and folders; those of ``files.replacing`` end in ``.part``."""
+"""Prefix of unfinished files and folders; unfinished files of ``files.replacing`` end in .part."""
 
 STALE_AFTER = 24 * 3600.0
 """Seconds after which an unfinished file is considered left over from a killed process."""
@@ -137,7 +137,7 @@ def sync(path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove files and folders that killed processes left unfinished in ``folder``."""
+    """Remove unfinished files and folders in ``folder`` that are older than ``STALE_AFTER``."""
     for path in [*folder.glob(f"{SCRATCH}*"), *folder.glob(".*.part")]:
         with contextlib.suppress(OSError):  # another process removed it first
             if time.time() - path.lstat().st_mtime > STALE_AFTER:

@@ -6,7 +6,7 @@
     ├── ConfigError               a requested value cannot be used
     │   └── UnknownName           a name (method, score, model, prompt, ...) that does not exist
     ├── UnsupportedModel          the model's FFN is not one that can be pruned
-    ├── AttachError               the model is already being pruned, or is not being pruned
+    ├── AttachError               the model is already being pruned, or is not although it must be
     ├── LoadError                 a checkpoint could not be found, fetched, verified or read
     ├── MissingExtra              an optional dependency is not installed
     ├── ResultsError              a results folder cannot be written or read
@@ -89,7 +89,7 @@ class CellsFailed(DartError):
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield ``error`` and all of its causes, outermost first."""
+    """Yield ``error`` and all its causes and contexts, outermost first."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
@@ -102,7 +102,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def failure_text(error: BaseException) -> str:
-    """Return the message of an error, with its type unless it is a ``DartError``."""
+    """Return an error's message, after the error's type unless that is a ``DartError``."""
     if isinstance(error, DartError):
         return str(error)
     text = " ".join(str(error).split())

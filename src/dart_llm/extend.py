@@ -1,4 +1,4 @@
-"""Everything that you need to add scores, budgets, rules, methods or architectures, in one module.
+"""All names that you need to add scores, budgets, drift or token rules, methods or architectures.
 
 For example: ``from dart_llm.extend import SCORES, score``.
 """

@@ -1,4 +1,4 @@
-"""Reads files (JSON, JSONL, YAML), and writes files (also CSV and tensors) atomically."""
+"""Reads JSON, JSONL and YAML files; writes text, JSON, JSONL, CSV and tensor files atomically."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def file_sha256(path: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Rejects duplicate keys, and aliases, because they let a short file expand to gigabytes."""
+    """Rejects duplicate keys.  Also rejects aliases, which let a short file expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -52,7 +52,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; raises ``ConfigError`` for other or unsafe content."""
+    """Return the mapping in a YAML file; raises ``ConfigError`` if there is no valid mapping."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except RecursionError:
@@ -111,7 +111,7 @@ def append_row(path: Path, row: Any) -> None:
 
 
 def whole_rows(path: Path) -> Iterator[Any]:
-    """Yield the rows that ``append_row`` wrote to a file; damaged lines are skipped."""
+    """Yield the rows that ``append_row`` wrote; skips damaged lines, yields none without a file."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError:
@@ -136,9 +136,9 @@ def finite(value: Any) -> Any:
 def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """Yield an empty file next to ``path``; it replaces ``path`` atomically when the block ends.
 
-    Its name is unique, so that concurrent writers of one path do not disturb each other.  The file
-    is removed after an error.  ``mode``: permissions of a new file, before the umask is applied; a
-    replaced file keeps its permissions.
+    The new file's name is unique, so that concurrent writers of one path do not disturb each other.
+    It is removed after an error.  ``mode``: permissions if ``path`` does not exist yet, before the
+    umask is applied; otherwise ``path`` keeps its permissions.
     If ``path`` is not a regular file (a pipe, a terminal), ``path`` itself is yielded.  Raises
     ``ResultsError`` for any ``OSError``, including those raised in the block.
     """

@@ -51,16 +51,16 @@ def no_stray_bars() -> Iterator[None]:
 
 
 INSTEAD = "give a local folder, a .gguf file or smollm2-135m"
-"""What messages suggest if the hub cannot be reached."""
+"""The suggestion in messages if the hub cannot be reached."""
 
 UNREACHABLE = {
     *("ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError"),
     *("NameResolutionError", "PoolTimeout", "ProxyError", "SSLError"),
 }
-"""Exception classes, by name, which mean that the hub is unreachable."""
+"""Names of exception classes that mean that the hub is unreachable."""
 
 _CUT_OFF = {"ChunkedEncodingError", "ReadError", "ReadTimeout", "RemoteProtocolError"}
-"""Exception classes, by name, which mean that a download was cut off."""
+"""Names of exception classes that mean that a download was cut off."""
 
 
 def hub_failure(
@@ -147,7 +147,7 @@ def redact(text: str) -> str:
 
 
 TIMEOUT = 10.0
-"""Seconds to wait for the hub to report file sizes; without an answer the check is skipped."""
+"""Seconds to wait for the hub to report file sizes; without an answer, space is not checked."""
 
 _WEIGHTS = (
     r"model\.safetensors",
@@ -158,7 +158,7 @@ _WEIGHTS = (
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
-    """Return the weight files that transformers downloads: those of the first format it finds."""
+    """Return the weight files that transformers downloads: those of one format, the first found."""
     listed = list(names)
     by_kind = ([name for name in listed if re.fullmatch(kind, name)] for kind in _WEIGHTS)
     return next(filter(None, by_kind), [])
@@ -167,9 +167,9 @@ def weight_files(names: Iterable[str]) -> list[str]:
 def check_download(model: str, revision: str | None, cache: Path | None) -> int | None:
     """Return how many bytes of weights of ``model`` must still be downloaded.
 
-    Raises ``LoadError`` if the disk has less free space, or if the repository has no transformers
-    checkpoint.  Returns None if the hub is unreachable, so that only the cache can be used, and 0
-    after any other failure, which loading will report.
+    Raises ``LoadError`` if fewer bytes are free on the disk, or if the repository has no
+    transformers checkpoint.  Returns None if the hub is unreachable, so that only the cache can be
+    used.  Returns 0 after any other failure, which loading will report.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 

@@ -1,8 +1,8 @@
-"""Option mixins for all commands (model, pruning, study, task); merging of the options' sources.
+"""Option classes that commands combine (model, pruning, study, task), and the sources of options.
 
-Each source overrides the ones before it: defaults, settings file, ``DART_*`` variables of the
-environment, flags.  Every field has a flag of the same name in kebab case, and a variable
-``DART_<FIELD>``.  Pydantic collects the fields of several mixins in reverse order of the bases.
+The sources are defaults, settings file, ``DART_*`` environment variables and flags; each overrides
+those before it.  Every field has a flag of the same name in kebab case, and a variable
+``DART_<FIELD>``.  Pydantic collects the fields of several bases in the bases' reverse order.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 class Settings(BaseModel):
-    """Frozen settings; an unknown name is an error that suggests a similar one."""
+    """Immutable settings; for an unknown name, an error suggests a similar one."""
 
     UNUSED: ClassVar[tuple[str, ...]] = ()
     """Fields of a base class that the command does not use and offers no flags for."""
@@ -81,7 +81,7 @@ class Settings(BaseModel):
 
     @classmethod
     def named(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Return ``data`` by field name; a None is dropped unless the field may be None."""
+        """Return ``data`` with field names for aliases; drops None unless the field may be None."""
         values: dict[str, Any] = {}
         for key, value in data.items():
             name = cls.ALIASES.get(key, key)
@@ -109,7 +109,7 @@ class Settings(BaseModel):
         return unknown_key(cls, name)
 
     def fitted(self) -> Self:
-        """Return a copy with the changes that other settings require; ``notes`` reports them."""
+        """Return settings that fit together; the result's ``notes`` explain what was changed."""
         return self
 
     @classmethod
@@ -154,7 +154,7 @@ def _problem_text(error: ValidationError) -> str:
 
 
 def split_commas(value: Any) -> Any:
-    """Return the values of a comma-separated text, a list or a single value, without duplicates."""
+    """Return, as a tuple without duplicates, a comma-separated text, a list or a single value."""
     parts = words(value) if isinstance(value, str) else value
     parts = parts if isinstance(parts, list | tuple) else [parts]
     for part in parts:
@@ -173,7 +173,7 @@ Sparsities = Annotated[
 
 
 def check_removed(values: tuple[float, ...]) -> tuple[float, ...]:
-    """Return ``values``; raises ``ConfigError`` for a fraction to remove that is not in (0, 1)."""
+    """Return ``values``, fractions to remove; raises ``ConfigError`` if one is not in (0, 1)."""
     for value in values:
         if not 0 < value < 1:
             raise ConfigError(f"{value:g} must be between 0 and 1: the fraction to remove")
@@ -195,7 +195,7 @@ SEQUENCE_METHOD = "dart"
 """Default method of commands that study sequence masks (one for many tokens), e.g. ``drift``."""
 
 FITTING_METHODS = (SEQUENCE_METHOD, "dart-prompt", "griffin", "published")
-"""Methods to try, in order, if a setting does not fit the default; a chosen method is kept."""
+"""If a setting does not fit the default method, the first of these that it fits is used instead."""
 
 MASK_SETTINGS = ("masks", "knowledge_drift", "drift", "ranking_method")
 """Settings of sequence masks.  Methods with per-token selection do not support them."""
@@ -281,7 +281,7 @@ class PruningOptions(MaskOptions):
         return self
 
     def misfit(self) -> tuple[str, str] | None:
-        """Return the first setting that the method does not support, and why; or None."""
+        """Return the first setting that the method does not support, and why; None if all fit."""
         method = METHODS.get(self.method)
         if method.selects_per_token:
             for name in MASK_SETTINGS:
@@ -291,9 +291,9 @@ class PruningOptions(MaskOptions):
         return ("ema_decay", why) if why else None
 
     def fitted(self) -> Self:
-        """Return a copy with a method that supports the settings; ``notes`` reports a change.
+        """Return settings whose method supports them; ``notes`` reports a change of the method.
 
-        Raises ``ConfigError`` if the method that the user chose, or every method, does not.
+        Raises ``ConfigError`` if the user chose a method that does not, or if no method does.
         """
         problem = self.misfit()
         if problem is None:
@@ -323,14 +323,14 @@ class PruningOptions(MaskOptions):
         return percent / 100
 
     def prune_config(self) -> PruneConfig:
-        """Return the preset, changed by all settings that are set."""
+        """Return the configuration of ``method``, with the changes of ``prune_changes``."""
         changes = self.prune_changes()
         if changes["sparsity"] and METHODS.get(self.method).method == "dense":
             raise ConfigError("method dense removes nothing: drop the sparsity")
         return PruneConfig.build(self.method, **changes)
 
     def prune_changes(self) -> dict[str, Any]:
-        """Return the changes to the preset, as arguments of ``PruneConfig.build``."""
+        """Return the settings that change the method, as arguments of ``PruneConfig.build``."""
         names = ("masking_step", "release_step", "min_evidence", "compensation", "executor")
         parts: dict[str, dict[str, Any]] = {
             "score": {
@@ -404,15 +404,15 @@ class TaskOptions(Settings):
 
 
 class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
-    """Which model, how it is pruned and where results are written; fields are in this order."""
+    """Which model, how it is pruned, and where results are written (the order of the fields)."""
 
     @property
     def kept(self) -> KeptSetting | None:
-        """The setting file in the method ``file:...``; None for other methods."""
+        """The content of the setting file if ``method`` is ``file:...``; None for other methods."""
         return kept_setting(self.method)
 
     def fitted(self) -> Self:
-        """Also apply the weight format of a setting file, or note that another format is set."""
+        """Also use the weight format of a setting file; if another is set, ``notes`` says so."""
         settings, kept = super().fitted(), self.kept
         if kept is None or kept.weights in (None, self.weights):
             return settings
@@ -452,9 +452,10 @@ def merge(
     file: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> S:
-    """Merge all sources into settings of one class; in ``flags``, None means not set.
+    """Merge all sources into settings of class ``kind``; in ``flags``, None means not set.
 
-    A setting also replaces ``RIVALS`` in earlier sources, e.g. DART_TOTAL_PRUNE_PERCENT.
+    A setting also replaces its ``RIVALS`` from earlier sources: the flag --sparsity replaces the
+    variable DART_TOTAL_PRUNE_PERCENT.
     """
     environ = os.environ if environment is None else environment
     names = {**{name: name for name in kind.model_fields}, **kind.ALIASES}
@@ -502,7 +503,7 @@ class ActivationSettings(BaseSettings):
         return self
 
     def wanted(self, layers: int) -> Wanted:
-        """Return what to save from a model of ``layers`` layers; raises if a layer is missing."""
+        """Return what to save if the model has ``layers`` layers; raises for layers beyond them."""
         from dart_llm.models.capture import Wanted
 
         chosen = _parse_layers(self.activation_layers) or tuple(range(layers))
@@ -516,7 +517,7 @@ class ActivationSettings(BaseSettings):
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:
-    """Return the layers in ``0-5`` or ``0,3,7-9``, in order; () for ``all``."""
+    """Return the layers that a text such as ``0,3,7-9`` lists, in order; () for ``all``."""
     layers: set[int] = set()
     for part in [] if text.strip() == "all" else text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
@@ -528,7 +529,7 @@ def _parse_layers(text: str) -> tuple[int, ...]:
 
 
 def _parse_tokens(text: str) -> tuple[int, int | None]:
-    """Return the start and the exclusive end of ``0:256``; the end of ``128:`` is None."""
+    """Return start and exclusive end of a range such as ``0:256``; the end of ``128:`` is None."""
     match = re.fullmatch(r"\s*(\d*):(\d*)\s*", text)
     start, end = (int(match[1] or 0), int(match[2]) if match[2] else None) if match else (0, 0)
     if end is not None and end <= start:

@@ -2,7 +2,7 @@
 
 A key identifies the model (by a digest of its weights and code) and everything else that the
 tensors depend on, such as the statistics and the tokens.  Sparsity, budget tables and drift rules
-are not part of the key, so one calibration serves all of them.
+are not part of the key, so one calibration serves all values of these settings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ A change of the dtype of the computation needs no new version, because it only c
 SUFFIX = ".safetensors"
 
 MODEL_DIGITS = 12
-"""Number of digits of the model's digest at the start of a key, which sorts files by model."""
+"""A key begins with this many digits of the model's digest, so that files are sorted by model."""
 
 Tensors = dict[str, Tensor]
 
@@ -34,12 +34,12 @@ _memory: WeakKeyDictionary[nn.Module, dict[str, Tensors]] = WeakKeyDictionary()
 
 
 def key_of(model: str, *parts: object) -> str:
-    """The key of tensors that depend on ``parts`` and on the model with this fingerprint."""
+    """The key of tensors that depend on ``parts`` and on the model with fingerprint ``model``."""
     return f"{model[:MODEL_DIGITS]}-{cache.key_of(FORMAT, model, *parts)}"
 
 
 def rule_of(statistics: Statistics) -> object:
-    """What identifies a score's per-token statistic: its code and its decay; None without one."""
+    """A value that identifies what a score sums over tokens, by code and decay; None if nothing."""
     rule = plain(statistics.per_token)
     return rule if statistics.ema_decay is None else [rule, statistics.ema_decay]
 
@@ -47,7 +47,7 @@ def rule_of(statistics: Statistics) -> object:
 def find(model: nn.Module, key: str, cache_dir: str | None) -> Tensors | None:
     """The tensors under ``key``; None if there are none.
 
-    Once read, they stay in memory as long as the model does, even if ``cache_dir`` changes.
+    Once read, the tensors stay in memory as long as the model, even if ``cache_dir`` changes.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -69,7 +69,8 @@ def keep(
 ) -> None:
     """Store tensors in memory and on disk; ``about``: metadata of the file, for human readers.
 
-    Raises ``LoadError`` if the file cannot be written; even then, the tensors are in memory.
+    The tensors of an offloaded model are stored only in memory.  Raises ``LoadError`` if the file
+    cannot be written; even then, the tensors are in memory.
     """
     from safetensors.torch import save
 
@@ -81,7 +82,7 @@ def keep(
 
 
 def _of_model(model: nn.Module, key: str) -> dict[str, Tensors]:
-    """The entries in memory for ``model`` and its current weights; drops those of older weights."""
+    """The entries in memory for ``model``; entries of other weights than ``key``'s are dropped."""
     kept = _memory.setdefault(model, {})
     for other in [name for name in kept if name[:MODEL_DIGITS] != key[:MODEL_DIGITS]]:
         del kept[other]

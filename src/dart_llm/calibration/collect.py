@@ -2,8 +2,8 @@
 
 The statistics are sums over tokens, squared gradients, bases (directions of the FFN's input, for
 low-rank compensation) and last hidden states.  For text sampled from the model, the gradient g of
-its log-likelihood is the score function, so the mean of g^2 is the diagonal of the Fisher
-information of the neurons' activations (docs/reference.md).
+the log-likelihood is what statistics calls the score (not a neuron score).  So the mean of g^2 is
+the diagonal of the Fisher information of the neurons' activations (docs/reference.md).
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ WRITTEN = 64
 """Number of sequences that the model generates in one batch."""
 
 NUCLEUS = 1024
-"""Number of likeliest tokens that are sorted: their chances nearly always add up to ``top_p``."""
+"""How many of the likeliest tokens are sorted at first.  Together they nearly always have a chance
+of ``top_p``, so a sort of the whole vocabulary is rarely needed."""
 
 
 def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
-    """Openings for ``count`` sequences, each of ``length`` tokens: [count, length] int64.
+    """The first ``length`` tokens of ``count`` sequences: [count, length] int64.
 
-    They repeat the package's openings that have enough tokens.  None if there are none, without a
-    tokenizer, and if ``length`` is 0.
+    Takes the openings (beginnings of texts that the package ships) with at least ``length`` tokens,
+    again from the first when they run out.  None if no opening is long enough, if the model has no
+    tokenizer, if an id is outside the vocabulary, or if ``length`` is 0.
     """
     tokenizer = tokenizer_of(model)
     if tokenizer is None or not length:
@@ -54,7 +56,7 @@ def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
 
 
 def start_tokens(model: Any) -> list[int]:
-    """The model's start token, otherwise its end token, otherwise an empty list."""
+    """A list with the model's start token, or else with the end token; empty if neither is set."""
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         for name in ("bos_token_id", "eos_token_id"):
             token = getattr(config, name, None)
@@ -65,7 +67,7 @@ def start_tokens(model: Any) -> list[int]:
 
 
 def start_ids(model: Any, count: int, generator: torch.Generator) -> Tensor:
-    """The token of ``start_tokens``, or random tokens if there is none, [count, 1] int64."""
+    """The token of ``start_tokens`` in each row, else random tokens: [count, 1] int64."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     first = torch.randint(vocabulary, (count, 1), generator=generator)
     start = start_tokens(model)
@@ -82,7 +84,7 @@ def sample_continuations(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> Tensor:
-    """Let the dense model continue ids [B, n] up to ``length`` tokens: [B, length] int64, on host.
+    """Continue ids [B, n] to ``length`` tokens with the dense model: [B, length] int64, on host.
 
     ``temperature`` and ``top_p`` work as in ``generate``; sampling does not stop at an end token.
     Raises ``ConfigError`` for a model without a head, ``DartError`` for logits that are not finite.
@@ -104,7 +106,7 @@ def sample_continuations(
 
 
 def _last_logits(model: Any, output: Any) -> Tensor:
-    """The logits after the last token, [B, V] float32 on the host."""
+    """The logits for the next token, [B, V] float32 on the host; raises if they are not usable."""
     if getattr(output, "logits", None) is None:
         raise ConfigError(
             f"{type(model).__name__} has no language-model head, so it cannot write text to learn "
@@ -117,7 +119,7 @@ def _last_logits(model: Any, output: Any) -> Tensor:
 
 
 def likeliest(chances: Tensor, top_p: float) -> Tensor:
-    """Chances [B, V], set to 0 except for the likeliest tokens that add up to ``top_p``."""
+    """``chances`` [B, V], with 0 for all but the likeliest tokens, which add up to ``top_p``."""
     if top_p >= 1:
         return chances
     ordered, tokens = chances.topk(min(NUCLEUS, chances.shape[-1]))
@@ -140,7 +142,7 @@ FISHER = "fisher"
 """Name of the sum of squared gradients."""
 
 Receive = Callable[[int, LayerActivations, Tensor | None], None]
-"""Receives a layer's number, its activations and, if there is one, the gradient of u."""
+"""Receives a layer's number, the layer's activations, and the gradient dL/du or None."""
 
 
 def _check_finite(tensors: Sequence[Tensor], what: str) -> None:
@@ -149,7 +151,7 @@ def _check_finite(tensors: Sequence[Tensor], what: str) -> None:
 
 
 def rows_at_once(model: Any, length: int, backward: bool) -> int:
-    """Number of sequences of ``length`` tokens in a forward, with or without a backward pass."""
+    """Number of sequences in one forward; ``backward``: it is followed by a backward pass."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     return max(1, LOGITS // (length * vocabulary)) if backward else BATCH
 
@@ -158,10 +160,10 @@ def rows_at_once(model: Any, length: int, backward: bool) -> int:
 class Needs:
     """What ``collect`` sums over the tokens of a text.
 
-    ``bases``: per layer, the directions [r, D] that give the features of the FFN's input; empty if
-    there are no features.  ``fisher``: also sum squared gradients, which takes a backward pass.
-    ``inner``: exclude the attention sinks at the start of each sequence, and its last token, which
-    has no next token to predict.
+    ``bases``: for each layer, the directions [r, D] on which the FFN's input is projected, or None;
+    the r results are the input's features.  Empty if no features are needed.  ``fisher``: also sum
+    squared gradients, which takes a backward pass.  ``inner``: exclude the attention sinks at the
+    start of each sequence, and the last token of each, which has no next token to predict.
     """
 
     statistics: Statistics
@@ -175,7 +177,8 @@ def collect(
 ) -> list[LayerStatistics]:
     """The sums over ids [n, T] for every layer of the dense model.
 
-    Raises ``DartError`` if the gradients are not finite.
+    The sum ``FISHER`` is divided by its number of tokens.  Raises ``DartError`` if the gradients
+    are not finite.
     """
     devices = [block.matrices()[-1].device for block in describe(model).blocks]
     parts = torch.split(ids, rows_at_once(model, ids.shape[1], needs.fisher))
@@ -213,9 +216,10 @@ def run_forward(
 ) -> None:
     """Run ids [B, T] through the dense model, forward and optionally backward.
 
-    Calls ``receive(layer, seen, g)`` for every layer.  ``seen`` has its tensors for the tokens
-    ``kept``, [B, T', .].  g = dL/du, [B, T', I], where L is the summed next-token loss, is None
-    without ``backward``.  Parameters get no gradients, and no flag of the model changes.
+    Calls ``receive(layer, seen, g)`` for every layer.  The tensors of ``seen``, [B, T', ...],
+    contain only the positions in the slice ``kept``.  g is dL/du, [B, T', I], with L the next-token
+    loss summed over all tokens; without ``backward``, g is None.  Parameters get no gradients, and
+    no flag of the model changes.
     """
     ids = ids.clone().to(model.device)
 
@@ -261,7 +265,7 @@ def _in_graph(embedding: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A context in which ``model`` is in evaluation mode; restores each module's flag."""
+    """A context in which ``model`` is in evaluation mode; restores each module's ``training``."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -272,17 +276,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 BASIS_TOKENS = 1024
-"""Number of tokens from which the basis of low-rank compensation is computed."""
+"""About how many tokens the basis of low-rank compensation is computed from."""
 
 
 @torch.no_grad()
 def find_bases(
     model: Any, ids: Tensor, rank: int, layers: Sequence[FfnWeights], advance: Advance = ignore
 ) -> list[Tensor | None]:
-    """For each layer, the ``rank`` main directions [r, D] of its FFN's input over ids [n, T].
+    """For each layer, the ``rank`` main directions [r, D] of the FFN's input over ids [n, T].
 
-    They have the model's dtype.  None for inline FFNs, because the module that pruning replaces
-    there does not receive the FFN's input.
+    The directions have the model's dtype.  None if ``rank`` is 0, and for inline FFNs (the layer
+    has no separate FFN module, as in OPT): the module that pruning replaces there does not receive
+    the FFN's input.
     """
     if not rank:
         return [None] * len(layers)
@@ -308,7 +313,7 @@ def find_bases(
 
 
 def _forwards(model: Any, ids: Tensor, advance: Advance) -> None:
-    """Run ids [n, T] through ``model``, four rows at a time, so that hooks can read activations."""
+    """Run ids [n, T] through ``model`` for the caller's hooks, four sequences at a time."""
     for number, part in enumerate(parts := torch.split(ids, 4)):
         model(part.to(model.device), use_cache=False, logits_to_keep=1)
         advance((number + 1) / len(parts))
@@ -316,7 +321,7 @@ def _forwards(model: Any, ids: Tensor, advance: Advance) -> None:
 
 @torch.no_grad()
 def last_states(model: Any, ids: Tensor, advance: Advance = ignore) -> Tensor:
-    """The head's input, the last hidden states of ids [n, T]: [n T, D] on the host."""
+    """The last hidden states of ids [n, T], which the head reads: [n * T, D] on the host."""
     states: list[Tensor] = []
     width = model.get_output_embeddings().weight.shape[1]
 

@@ -1,4 +1,4 @@
-"""Progress of calibration: the memory that it needs, the share that is done and the time left."""
+"""Checks the memory that a calibration needs, and logs the share that is done and the time left."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ logger = logging.getLogger("dart_llm")
 
 Say = Callable[[str], None]
 Advance = Callable[[float], None]
-"""A function that is called with the share of a stage that is done, from 0 to 1."""
+"""``Say``: logs a line.  ``Advance``: called with the share of a stage that is done, 0 to 1."""
 
 FIRST_S, EVERY_S = 5.0, 10.0
-"""Minimum seconds before the first line and between two lines; lines are logged after forwards."""
+"""Minimum seconds before the first progress line, and between two such lines."""
 
 LARGE = 100_000_000
-"""The first line reports the memory if it is more than this many bytes."""
+"""The first line reports the memory needed if that is more than this many bytes."""
 
 FLOATS = 16
 """Approximate number of vectors of hidden size D that autograd's graph keeps per token and layer.
-Of vectors with one value per neuron, it keeps a third as many."""
+The graph also keeps a third as many vectors with one value per neuron."""
 
 
 def ignore(share: float) -> None:
@@ -37,13 +37,13 @@ def ignore(share: float) -> None:
 
 
 class Progress:
-    """Logs progress through ``stages``, which maps their names to their work in tokens read."""
+    """Logs progress through ``stages``: {name: work, in forwards of one token}."""
 
     def __init__(self, say: Say, stages: Mapping[str, float], what: str) -> None:
-        """``say``: logs a line.  ``what``: the current task, in words.
+        """``say``: logs a line.  ``what``: the task, in words.
 
-        Library calls log at level info, which is usually hidden.  If ``say`` does so, slow tasks
-        log warnings instead, because they would seem to hang.
+        In library calls, ``say`` is ``logger.info``, whose lines are usually hidden.  A slow task
+        would then seem to hang, so its lines are logged as warnings.
         """
         self._stages, self._total, self._before = stages, sum(stages.values()), 0.0
         quiet = say == logger.info
@@ -78,11 +78,11 @@ class Progress:
 def learning(
     model: Any, say: Say, what: str, work: Mapping[str, float], memory: int
 ) -> Iterator[tuple[Any, Progress]]:
-    """A context with the model to calibrate (``model``, or a float32 copy) and its progress.
+    """A context with the model to calibrate (``model`` or a float32 copy) and a ``Progress``.
 
-    ``what``: the task, in words.  ``work``: the work of each stage, in tokens read.  ``memory``:
-    bytes needed in addition to the model.  Raises ``ConfigError``, before any computation, if fewer
-    bytes are free.
+    ``what``: the task, in words.  ``work``: the stages of ``Progress``.  ``memory``: bytes needed
+    in addition to the model.  Raises ``ConfigError``, before any computation, if a CPU has fewer
+    free bytes.
     """
     free = available()
     if next(model.parameters()).device.type == "cpu" and memory > free:
@@ -101,7 +101,7 @@ def learning(
 
 
 def graph_bytes(model: Any, tokens: int, backward: bool) -> int:
-    """Approximate bytes of a forward of ``tokens`` tokens, and of its graph if ``backward``."""
+    """Approximate bytes of a forward of ``tokens`` tokens; ``backward``: with autograd's graph."""
     layers, _, text = decoder_layers(model)
     layer = FLOATS * int(text.hidden_size) + FLOATS * describe(model).blocks[0].down_width // 3
     logits = int(text.vocab_size)
@@ -109,7 +109,7 @@ def graph_bytes(model: Any, tokens: int, backward: bool) -> int:
 
 
 def text_bytes(model: Any, sequences: int, length: int) -> int:
-    """Bytes of the KV cache and the logits of sequences that are generated in one batch."""
+    """Bytes of KV cache and logits when ``sequences`` are generated in one batch."""
     layers, _, text = decoder_layers(model)
     heads = int(text.num_attention_heads)
     size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)

@@ -1,10 +1,10 @@
 """Statistics that are collected from a model once, before it is pruned, and cached.
 
-``calibrate`` computes static masks from a text (``wanda``, ``flap``), or a prior, a ranking of the
-neurons, from text that the model generates (``glass``).  ``self_calibrate`` learns, from such text,
-the statistics that scores, budgets and compensation use in addition to the prompt.
-``learn_screen`` learns a screened head, which computes exact scores only for some vocabulary
-entries (docs/reference.md, "Self-calibration").
+``calibrate`` computes static masks from a text (``wanda``, ``flap``).  For ``glass`` it computes a
+prior instead: scores of the neurons on text that the model generates.  ``self_calibrate`` learns,
+also from text that the model generates, the statistics that scores, budgets and compensation use in
+addition to the prompt.  ``learn_screen`` learns a screened head, which computes exact scores only
+for some vocabulary entries (docs/reference.md, "Self-calibration").
 """
 
 from __future__ import annotations
@@ -57,19 +57,20 @@ BASES = "features of compensation"
 """Names of stages in progress lines."""
 
 ONE_BY_ONE = 3
-"""Generating a token takes as long as reading this many, because a batch of few rows is slow."""
+"""Generating a token takes as long as reading this many: a step with few sequences is slow."""
 
 LEARNING = "learning from self-generated text, once per model"
 
 BASIS, SCORE, STATES = "basis", "score", "states"
-"""Names of learned statistics, besides ``FISHER`` and ``SUMS``; ``STATES``: last hidden states."""
+"""Names of learned statistics: basis of compensation, sum of the score, last hidden states.  The
+others are ``FISHER`` and ``SUMS``."""
 
 SUMS = ("signed", "features", "sensitivity")
 """Names of sums that a configuration may need (``Statistics.needs``)."""
 
 
 def _keep(model: Any, key: str, cache_dir: str | None, tensors: cache.Tensors, say: Say) -> None:
-    """Store tensors in the cache; if their file cannot be written, only report it."""
+    """Store tensors in the cache; if their file cannot be written, only report that."""
     try:
         cache.keep(model, key, cache_dir, tensors, {"note": "what dart_llm learned of a model"})
     except LoadError as error:
@@ -79,7 +80,7 @@ def _keep(model: Any, key: str, cache_dir: str | None, tensors: cache.Tensors, s
 def _memory(
     model: Any, sequences: int, length: int, backward: bool = False, *, writes: bool
 ) -> int:
-    """Approximate bytes, in addition to the model, to read a text and, if ``writes``, write it."""
+    """Approximate bytes, besides the model, to read a text; ``writes``: to generate it too."""
     rows = min(rows_at_once(model, length, backward), sequences)
     to_write = text_bytes(model, min(WRITTEN, sequences), length) if writes else 0
     return max(to_write, graph_bytes(model, rows * length, backward))
@@ -90,7 +91,7 @@ def _memory(
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Masks, or a prior, [I] per layer, and a note that says what they were computed from."""
+    """Masks, or a prior of [I] per layer, and a note that names the text behind the result."""
 
     fixed_masks: Masks | None
     prior: tuple[Tensor, ...] | None
@@ -105,7 +106,9 @@ def calibrate(
     cache_dir: str | None,
     say: Say,
 ) -> Calibrated:
-    """The masks or prior that ``config.calibration`` requests; ``source``: see data/documents.py.
+    """The masks or prior that ``config.calibration`` requests.
+
+    ``source``: name of the text for masks (see data/documents.py); None means C4.
 
     Raises ``ConfigError`` for an unusable text, ``LoadError`` for one that cannot be loaded.
     """
@@ -144,10 +147,10 @@ def calibrate(
 
 
 def observing(config: PruneConfig, layers: Sequence[FfnWeights]) -> MaskSelector:
-    """A selector whose statistics serve ``config`` with any sparsity and layer table.
+    """A selector that collects statistics for ``config``, whatever the sparsity and layer table.
 
-    For masks, the statistics include mean activations even without compensation.  Raises
-    ``ConfigError`` for a score that needs learned gradients.
+    For masks, mean activations are collected even without compensation.  Raises ``ConfigError`` for
+    a score that needs learned gradients.
     """
     if SCORES.get(config.score.name).needs_fisher:
         raise ConfigError(
@@ -197,9 +200,9 @@ def self_calibrate(
     say: Say = logger.info,
     tokenizer: Any = None,
 ) -> tuple[FfnWeights, ...]:
-    """The layers with the learned statistics that ``config`` needs; unchanged if it needs none.
+    """``layers`` with the learned statistics that ``config`` needs.
 
-    ``tokenizer``: the model's; None means the one that was loaded with it, if any.
+    ``tokenizer``: the model's; None means the tokenizer that was loaded with the model, if any.
     Raises ``AttachError`` for a model that is being pruned, and ``DartError`` for values that are
     not finite.  Raises ``ConfigError`` for a model that is offloaded or has no head, and, if
     gradients are needed, for weights that were created in inference mode.
@@ -215,7 +218,7 @@ def self_calibrate(
 def cached_calibration(
     model: Any, config: PruneConfig, layers: Sequence[FfnWeights], cache_dir: str | None = None
 ) -> tuple[FfnWeights, ...] | None:
-    """Like ``self_calibrate``, but from the cache alone, even while pruned; None if not cached."""
+    """``self_calibrate`` from the cache alone, even for a pruned model; None if not cached."""
     names = wanted(config, layers)
     learned: cache.Tensors | None = {}
     if names:
@@ -237,7 +240,7 @@ def learn_screen(
     say: Say = logger.info,
     tokenizer: Any = None,
 ) -> Screen | None:
-    """The screen of the model's output head; None if ``config`` uses the whole head.
+    """The screen of the model's output head (class ``Screen``); None if ``config`` needs none.
 
     Raises ``AttachError`` for a model that is being pruned, ``ConfigError`` for a head that cannot
     be screened.
@@ -266,8 +269,8 @@ def learn_screen(
 class _SelfText:
     """The text that a model generates for one configuration, and the statistics learned from it.
 
-    Both are cached.  The key of the statistics depends on the text's tokens, not only on the
-    settings of its generation: rounding, and therefore the text, differs between machines.
+    The text and the statistics are cached.  The key of the statistics depends on the text's tokens,
+    not only on the settings of generation: rounding, and so the text, differs between machines.
     """
 
     def __init__(
@@ -292,15 +295,15 @@ class _SelfText:
         self.text_key = cache.key_of(self.digest, "text", *inputs)
 
     def cached(self, names: Sequence[str]) -> cache.Tensors | None:
-        """The learned statistics ``names`` from the cache; None if they are not cached."""
+        """The learned statistics with these names, from the cache; None if they are not cached."""
         text = cache.find(self.model, self.text_key, self.cache_dir)
         key = None if text is None else self._key(names, text["ids"])
         return None if key is None else cache.find(self.model, key, self.cache_dir)
 
     def learned(self, names: Sequence[str]) -> cache.Tensors:
-        """The learned statistics ``names``, learned now if they are not cached."""
+        """The learned statistics with these names, learned now if they are not cached."""
         check_free(self.model)
-        # without inference mode, so that later forwards of any mode can use the tensors; in
+        # outside inference mode, so that later forwards in any mode can use the tensors; in
         # evaluation mode, so that there is no dropout
         with torch.inference_mode(False), evaluating(self.model):
             tensors = self.cached(names)
@@ -369,8 +372,8 @@ class _SelfText:
 def wanted(config: PruneConfig, layers: Sequence[FfnWeights]) -> list[str]:
     """Names of the learned statistics that ``config`` needs.
 
-    Some scores and per-token selection need gradients, low-rank compensation needs the basis, and
-    sums are needed if they count in addition to observed tokens.
+    Gradients are needed by some scores and by per-token selection.  The basis is needed by low-rank
+    compensation.  Sums are needed if learned tokens count besides those that a run observes.
     """
     if config.self_stats is None:
         return []
@@ -404,7 +407,7 @@ def _check_learnable(
 def _with_statistics(
     config: PruneConfig, layers: Sequence[FfnWeights], learned: cache.Tensors
 ) -> tuple[FfnWeights, ...]:
-    """The layers with the statistics ``learned``, which may be empty, on the layers' devices."""
+    """``layers`` with the statistics in ``learned`` (may be empty), each on its layer's device."""
     if config.self_stats is None:
         return tuple(layers)
     sums = {name: tensor for name, tensor in learned.items() if name[0].isdigit()}

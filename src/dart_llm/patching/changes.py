@@ -53,7 +53,7 @@ class Changes:
         module.__dict__[name] = replacement
 
     def overwritten(self, root: nn.Module) -> nn.Module | None:
-        """Return a submodule of ``root`` whose replacement was overwritten, or None."""
+        """Return a submodule of ``root`` whose replaced method other code has changed, or None."""
         for module, name, _, forward in self._replaced:
             in_force = isinstance(module.__dict__.get(name), Replacement)
             if module is not root and not (in_force and type(module).forward is forward):

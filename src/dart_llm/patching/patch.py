@@ -282,10 +282,7 @@ class ModelPatch(NotCopied):
             self._on_forward(forward.input_ids, self._decodes)
 
     def watch(self, on_forward: OnForward | None) -> None:
-        """From now on, call ``on_forward`` before forwards, and record selected neurons.
-
-        With None, stop calling and recording.
-        """
+        """Call ``on_forward`` before forwards and record selected neurons; None: do neither."""
         self._on_forward = on_forward
         for layer in self.layers:
             if layer.token is not None:
@@ -382,7 +379,7 @@ class ModelPatch(NotCopied):
             loop.in_prefill = False
 
     def nbytes(self) -> int:
-        """Return the extra bytes, without KV cache and controller.  Keeps its value at ``remove``."""
+        """Return the extra bytes, without KV cache and controller; ``remove`` keeps the value."""
         steps = 0 if self.whole_steps is None else self.whole_steps.nbytes()
         head = 0 if self.head is None else self.head.nbytes()
         return self._released or steps + head + sum(layer.nbytes() for layer in self.layers)

@@ -35,7 +35,7 @@ from dart_llm.pruning.masks import LayerMask, Masks
 def export(
     model: nn.Module, blocks: Sequence[FfnBlock], masks: Sequence[LayerMask | None], folder: Path
 ) -> Path:
-    """Write ``model`` to ``folder`` with only the kept neurons.
+    """Write ``model`` to ``folder`` with only the kept neurons, and return ``folder``.
 
     Compensation, the mean contribution of the removed neurons, is added to the output biases.
 
@@ -97,7 +97,7 @@ def _narrow_model(model: Any, key: str, width: int, bias: bool) -> Any:
                 "use compensation=False to export"
             )
         text.mlp_bias = True
-    # the random initial weights are replaced later, so the random state must not change
+    # the new model's random weights are replaced later; drawing them must not change the state
     with torch.random.fork_rng():
         return type(model)(config).to(next(model.parameters()).dtype)
 
@@ -126,11 +126,12 @@ def _slice(
 class GgufExport:
     """Describes a narrower GGUF file that was written.
 
-    ``neurons``, ``requested`` and ``written`` are numbers of neurons per layer: in the model, kept
-    by the method, and in the file, where they are multiples of ``block``, the values per
-    quantization block.  ``kinds`` maps the old to the new types of the down projections.
-    ``rounded`` is the fraction of their columns that moved to another quantization block and were
-    requantized.  ``compensated``: whether output biases contain the mean of removed neurons.
+    Numbers of neurons per layer: ``neurons`` in the model, ``requested`` by the method, ``written``
+    to the file.  ``block``: values per quantization block, to a multiple of which ``requested`` was
+    rounded up.  ``kinds``: {type of down projections in the model's file: type in the new file}.
+    ``rounded``: fraction of the down projections' columns that moved to another quantization block
+    and were requantized.  ``compensated``: True if output biases contain the mean of removed
+    neurons.
     """
 
     path: Path
@@ -153,7 +154,7 @@ class GgufExport:
         return 1 - sum(self.written) / sum(self.neurons)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-able data."""
+        """Return the fields and the sparsity as data for JSON."""
         paths = {"path": str(self.path), "source": self.source.name}
         return {**asdict(self), **paths, "achieved_sparsity": self.achieved_sparsity}
 
@@ -161,7 +162,8 @@ class GgufExport:
 def source_file(model: Any, source: str | Path | None = None) -> GgufFile:
     """Return the file to narrow: ``source``, or the file that ``model`` was loaded from.
 
-    Raises ``ConfigError`` if the model was not loaded from a GGUF file's quantized weights.
+    Raises ``ConfigError`` if neither exists: the model was not loaded from a GGUF file's quantized
+    weights.
     """
     path = blocks_file(model) if source is None else Path(source).expanduser()
     if path is None:
@@ -182,8 +184,8 @@ def write_masks(
 ) -> GgufExport:
     """Narrow ``file`` to ``masks`` and write it to ``path``.
 
-    ``requested``: numbers of kept neurons per layer that the method chose, before rounding; None:
-    those of ``masks``.  ``label``: of the method, for the file.  Raises like ``export_gguf``.
+    ``requested``: how many neurons of each layer the method keeps, before rounding; None: as many
+    as ``masks``.  ``label``: the method's label, for the file.  Raises like ``export_gguf``.
     """
     _check_plain(masks)
     neurons, block, path = layer_widths(file), block_of(file), Path(path)

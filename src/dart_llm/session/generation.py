@@ -22,7 +22,7 @@ from dart_llm.session.run import Run
 
 
 class FiniteLogits(LogitsProcessor):
-    """Raises ``DartError`` for logits that are NaN or infinite, which argmax would hide.
+    """Raises ``DartError`` if a logit is NaN or +infinity, which argmax would hide.
 
     ``what``: where the logits come from, for the message, e.g. ``document 3``.
     """
@@ -39,7 +39,7 @@ class FiniteLogits(LogitsProcessor):
 
 
 class CheckedModel:
-    """Wraps a model for ``generate`` below: checks its logits and stops at the tokens ``ends``."""
+    """Wraps a model for ``generate`` below, which then checks logits and stops at ``ends``."""
 
     def __init__(self, model: Any, ends: frozenset[int], what: str) -> None:
         self.model, self.device = model, model.device
@@ -93,11 +93,12 @@ HALF = "\ufffd"
 """Replacement character, which tokenizers return for an incomplete character."""
 
 CONTEXT = 4
-"""Number of earlier tokens decoded with new ones: some tokenizers treat the first differently."""
+"""Number of earlier tokens that are decoded with new tokens, because some tokenizers decode the
+first token of a text differently."""
 
 
 def decode_ids(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
-    """Return the text of ``ids``, without clean-up; ``special``: with names of special tokens."""
+    """Return the text of ``ids``, without clean-up; ``special``: special tokens appear by name."""
     text: str = tokenizer.decode(
         ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
     )
@@ -187,7 +188,7 @@ def generate(
     seed: int = 0,
     stop: Callable[[], bool] | None = None,
 ) -> Generation:
-    """Generate up to ``tokens`` tokens after ``ids`` [1, T]; greedy if ``temperature`` is None.
+    """Generate up to ``tokens`` tokens after ``ids`` [1, T]; greedy without a ``temperature``.
 
     ``run``: the attached run, which gives the phase of each token.  ``on_step`` and ``stop`` are
     called after every token; generation ends when ``stop`` returns True.

@@ -47,9 +47,9 @@ def export_gguf(
     None: the file that the model was loaded from.  ``calibration``, ``cache_dir``: for methods that
     calibrate, as on the command line.  ``settings``: fields of ``PruneConfig``.
 
-    Raises ``ConfigError`` for what such a file cannot express: per-token selection, layers of
-    unequal widths or compensation in an architecture without them, a mixture of experts; and
-    ``ResultsError`` if ``path`` cannot be written.
+    Raises ``ConfigError`` for what a GGUF file cannot express: per-token selection and mixtures of
+    experts; in some architectures also unequal widths or compensation.  Raises ``ResultsError`` if
+    ``path`` cannot be written.
     """
     file = source_file(model, source)
     layer_widths(file)  # raises for unsupported files, before anything is learned
@@ -80,8 +80,8 @@ def exportable(config: PruneConfig, say: Callable[[str], None]) -> PruneConfig:
 def choose_masks(run: Run, prompts: Sequence[Tensor], block: int) -> tuple[Masks, tuple[int, ...]]:
     """Return one mask per layer for several prompts, ids [1, T] each, and the requested counts.
 
-    The requested counts say how many neurons the method keeps in each layer; the masks keep these
-    numbers, rounded up to multiples of ``block``.  Fixed masks are not changed.  Raises
+    The requested counts say how many neurons the method keeps in each layer.  The masks keep these
+    counts, rounded up to multiples of ``block``; fixed masks are returned unchanged.  Raises
     ``ConfigError`` if the method needs a prompt and there is none.
     """
     if run.fixed_masks is not None:

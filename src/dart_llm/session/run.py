@@ -42,7 +42,11 @@ logger = logging.getLogger("dart_llm")
 
 @dataclass(frozen=True)
 class PatchCosts:
-    """Costs of a patched model: extra bytes, whole native steps, report of a screened head."""
+    """Costs of a patched model.
+
+    ``nbytes``: extra memory.  ``steps``: number of whole steps (decode steps in one native call).
+    ``head``: report of the screened head, or None.
+    """
 
     nbytes: int = 0
     steps: int = 0
@@ -55,7 +59,7 @@ class PatchCosts:
 
 
 def likelihood_config(config: PruneConfig) -> PruneConfig:
-    """Return ``config`` with masks right after the prompt and no re-masks, for likelihood tasks."""
+    """Return ``config`` for likelihood tasks: masks come right after the prompt and stay."""
     return config.replace({"masking_step": 0, "min_evidence": 0, "drift": {"rule": "never"}})
 
 
@@ -65,10 +69,11 @@ class BoundMethod:
 
     ``config``: None for the untouched model.  ``masks``: masks from the user, {layer: ids to keep}.
     ``fixed_masks``: one mask per layer (None for a dense layer), calibrated or from the user; None
-    if masks are chosen while the model runs.  ``prior``: calibrated scores, [I] per layer, to which
-    ``prior_weight`` applies.  ``learned``: the layers' weights with learned statistics, or None.
+    if masks are chosen while the model runs.  ``prior``: calibrated scores, [I] per layer, with
+    weight ``prior_weight``.  ``learned``: the layers' weights with learned statistics, or None.
     ``notes``: remarks to show with the method's results.  ``facts``: further numbers for tables,
-    such as ``weight_bytes``.  ``from_user``: True if ``fixed_masks`` come from the user.
+    such as ``weight_bytes``.  ``name``: used as the label, if not empty.  ``from_user``: True if
+    ``fixed_masks`` come from the user.
     """
 
     model: Any
@@ -86,7 +91,7 @@ class BoundMethod:
 
     @property
     def label(self) -> str:
-        """``dense``, or the method and the requested sparsity, as in ``dart@0.5``."""
+        """``name``, or ``dense``, or the method and the requested sparsity, as in ``dart@0.5``."""
         if self.name or self.config is None:
             return self.name or "dense"
         if self.masks is not None:
@@ -96,12 +101,12 @@ class BoundMethod:
 
     @property
     def method(self) -> str:
-        """Name of the method, or the label for the untouched model and for the user's masks."""
+        """Name of the method; for the untouched model and for the user's masks, the label."""
         return self.label if self.config is None or self.masks is not None else self.config.method
 
     @property
     def requested(self) -> float | None:
-        """The requested sparsity; None if a table, strategy ``auto`` or masks set the counts."""
+        """The requested sparsity; None if a table, strategy ``auto`` or masks set kept counts."""
         if self.config is None:
             return 0.0
         fixed = self.config.budget.table is not None or self.config.score.strategy == "auto"
@@ -137,7 +142,7 @@ class BoundMethod:
         return self.selector.removes_nothing if fixed is None else not any(fixed)
 
     def with_fixed_masks(self, remove: Ids | None = None) -> BoundMethod:
-        """Return a copy whose ``fixed_masks`` combine the user's masks or ``remove`` and the clamp.
+        """Return a copy whose ``fixed_masks`` are the user's masks, or ``remove``, with the clamp.
 
         If the method removes no neurons, the clamp alone becomes fixed masks.
         """
@@ -269,7 +274,7 @@ class Run:
             raise AttachError("this run is being traced: leave the trace block before attaching")
         if not self.controller.sequence_count:  # the model may have moved since this run was made
             method = self._method = replace(self._method, learned=None)
-            # needed even if ``hold`` has fixed masks now, because ``hold(None)`` ends that
+            # also while ``hold`` fixes masks, because choosing them after ``hold(None)`` needs this
             if self._first_masks is None and not method.selector.removes_nothing:
                 learned = self_calibrate(self.model, self.config, method.layers)
                 self._method = replace(method, learned=learned)
@@ -323,10 +328,10 @@ class Run:
 
     @contextmanager
     def decoding(self, prompt: bool = False) -> Iterator[None]:
-        """In this block, forwards of any length that continue a cache count as decode forwards.
+        """A context in which forwards of any length that continue a cache are decode forwards.
 
-        With ``prompt``, so do forwards that start a sequence, and the prompt step of ``generate``:
-        fixed masks (``hold``) then apply to the prompt too.  Raises ``AttachError`` if detached.
+        With ``prompt``, forwards that start a sequence are too, also the first one of ``generate``.
+        Fixed masks (``hold``) then apply to the prompt.  Raises ``AttachError`` if detached.
         """
         patch = self._attached("decoding")
         patch.forced_decode += 1
@@ -339,12 +344,12 @@ class Run:
 
     @contextmanager
     def trace(self, path: str | Path) -> Iterator[Trace]:
-        """In this block, record which neurons each layer runs for each token; write it to ``path``.
+        """A context that records in ``path`` which neurons run in each layer for each token.
 
         The trace (docs/trace.md) is kept in memory, and written when the block is left, even by an
-        error.  Raises ``AttachError`` if detached or traced already; ``ConfigError`` for
-        methods that select inputs instead of neurons (``teal``, ...); ``ResultsError`` if the file
-        cannot be written.
+        error.  Raises ``AttachError`` if the run is detached or already traced, ``ConfigError`` for
+        methods that select inputs instead of neurons (``teal``, ...), and ``ResultsError`` if the
+        file cannot be written.
         """
         patch = self._attached("trace")
         if self.tracing is not None:
@@ -365,10 +370,10 @@ class Run:
                 patch.watch(None)
 
     def select(self) -> Masks:
-        """Choose masks, with compensation, from the tokens observed so far; None for a dense layer.
+        """Choose a mask per layer (None: dense), with compensation, from the observed tokens.
 
-        The masks are returned, not applied (see ``hold``).  Raises ``AttachError`` if the
-        configuration needs observed tokens and there are none.
+        Returns the masks without applying them (see ``hold``); fixed masks are returned as they
+        are.  Raises ``AttachError`` if observed tokens are needed and there are none.
         """
         fixed = self._method.fixed_masks
         masks = fixed if fixed is not None else self.controller.select()
@@ -377,18 +382,18 @@ class Run:
         return masks
 
     def hold(self, masks: Masks | None) -> None:
-        """``reset``, then apply ``masks`` (from ``select``) from now on; None: choose masks."""
+        """Call ``reset``, then apply ``masks`` (from ``select``) until ``hold(None)`` is called."""
         choose = masks is None or self._method.selector.removes_nothing
         masks = self._first_masks if choose else masks
         self._method = replace(self._method, fixed_masks=masks)
         self.reset()
 
     def branch(self) -> None:
-        """Count the tokens decoded so far, even if the next forward continues a shorter cache."""
+        """Make the count of decoded tokens final, even if the next forward has a shorter cache."""
         self.controller.branch()
 
     def tokens_until_change(self) -> int | None:
-        """Return how many tokens one decode forward may have before masks can change; None: any.
+        """Return how many tokens the next decode forward may have without a new mask; None: any.
 
         Raises ``AttachError`` while ``generate`` runs.
         """
@@ -402,7 +407,7 @@ class Run:
         return str(self.controller.last_phase)
 
     def masks(self) -> dict[int, Tensor]:
-        """Return the neurons that the newest mask keeps, by pruned layer: ids [k] int64 on the CPU.
+        """Return {pruned layer: neurons that the newest mask keeps}: ids [k] int64 on the CPU.
 
         Raises ``AttachError`` before the first mask, ``ConfigError`` with per-token selection.
         """
@@ -428,12 +433,12 @@ class Run:
 
     @property
     def remasks(self) -> tuple[Remask, ...]:
-        """The records of all masks that were built, in order."""
+        """One record each time masks were built (the first time included), in order."""
         return tuple(r for state in self.controller.all_sequences() for r in state.remasks)
 
     @property
     def drift_checks(self) -> tuple[DriftCheck, ...]:
-        """The records of all windows that the drift detector completed, in order."""
+        """One record for each window that the drift detector has completed, in order."""
         self._catch_up()
         return tuple(self.controller.checks)
 
@@ -446,21 +451,22 @@ class Run:
             self.controller.flush()
 
     def report(self) -> RunReport:
-        """Return sparsity, bytes and re-masks so far, in total and per sequence."""
+        """Return the report so far: sparsity, bytes and re-masks, in total and per sequence."""
         self._catch_up()
         costs = self._costs if self.patch is None else PatchCosts.from_patch(self.patch)
         return self._method.report(self.controller, self.executor, costs)
 
     @property
     def asks_for_pruning(self) -> bool:
-        """Whether the run can remove any neuron."""
+        """True if the run can remove neurons."""
         return not self._method.dense
 
     def export(self, folder: str | Path) -> Path:
         """Write a checkpoint with only the neurons that the newest mask keeps, and the tokenizer.
 
-        Raises ``ConfigError`` unless every layer keeps the same number of neurons, and for low-rank
-        compensation, which a checkpoint cannot express; ``AttachError`` before the first mask.
+        Raises ``ConfigError`` if layers keep different numbers of neurons, and for low-rank
+        compensation, which a checkpoint cannot express.  Raises ``AttachError`` before the first
+        mask.
         """
         masks, path = plain_masks(self._newest_masks()), Path(folder)
         if path.is_file():
@@ -472,7 +478,7 @@ class Run:
 
 
 def identity(model: Any) -> dict[str, Any]:
-    """Return what identifies the checkpoint of ``model``: its file's digest, or a fingerprint."""
+    """Return facts that identify ``model``'s checkpoint, with a digest or else a fingerprint."""
     facts = checkpoint_facts(model)
     names = ("name", "sha256", "file_quantisation", "parameters")
     marks = {name: facts.get(name) for name in names}
@@ -486,7 +492,7 @@ def stored_as(model: Any) -> str:
 
 
 def other_model(method: str, model: Any) -> str:
-    """Return a warning if the setting ``file:...`` was measured on another checkpoint, else ""."""
+    """Return a warning if setting file ``method`` was measured on another checkpoint, else ""."""
     tuned, path = kept_setting(method), path_of(method)
     if tuned is None or path is None or not tuned.model:
         return ""
@@ -517,12 +523,12 @@ def prune(
     ``method``: a name (``dart-llm methods`` lists them), a ``PruneConfig``, or
     ``file:setting.yaml``, as ``tune`` writes it; a warning is logged if that setting was measured
     on another model.  ``sparsity``: fraction of all FFN neurons to remove, [0, 1).  ``masks``:
-    {layer: ids of neurons to keep}, or ``remove``: {layer: ids to remove}; no masks are chosen
-    then.  ``clamp``: {layer: {neuron id: activation}} fixes the activations of these neurons for
+    {layer: ids of neurons to keep}; ``remove``: {layer: ids to remove}; with either, no masks are
+    chosen.  ``clamp``: {layer: {neuron id: activation}} fixes the activations of these neurons for
     decoded tokens, whatever the masks (0.0 acts like removing a neuron; with ``sparsity=0`` only
     the clamp acts).  ``on_remask`` is called with the record of every new mask.  ``settings``: any
-    field of ``PruneConfig``.  The model is changed only when the block is entered or ``attach`` is
-    called.
+    field of ``PruneConfig``.  The model is changed only when the ``with`` block is entered or
+    ``attach`` is called.
 
     Raises ``ConfigError`` for settings that do not fit (``UnknownName`` for names), and
     ``UnsupportedModel`` for a model that cannot be pruned.
@@ -543,7 +549,7 @@ def prune(
 
 
 def is_untouched(config: PruneConfig) -> bool:
-    """Whether ``config`` leaves the model as it is: no pruning, executor or screened head."""
+    """Return True if ``config`` requests no pruning, no executor and no screened head."""
     plain = config.executor == "auto" and not config.screens
     return config.method == "dense" and config.target == 0 and plain
 
@@ -562,8 +568,8 @@ def prepare(
     ``config``: None, or ``dense`` without further settings, stands for the untouched model.
     ``calibration``: the text for static methods (see data/documents.py); None: C4 from the hub.
     ``cache_dir``: where calibrations and learned statistics are cached.  ``masks``: masks from the
-    user, {layer: ids to keep}, with which nothing is calibrated.  ``say`` is called with progress
-    lines.
+    user, {layer: ids to keep}; if they are given, nothing is calibrated or learned.  ``say``:
+    called with progress lines.
 
     Raises ``ConfigError`` for an unusable text, ``LoadError`` for a text that cannot be loaded.
     """

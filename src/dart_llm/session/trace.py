@@ -36,7 +36,8 @@ Array = NDArray[Any]
 FORMAT = "dart-llm trace 1"
 
 COLUMNS = ("sequence", "row", "position", "token_id", "phase", "mask")
-"""Columns of int32 [N], one number per token; ``mask`` is the index of a row of ``masks``."""
+"""Columns of int32 [N], one number per token.  ``row`` is the batch row.  ``mask`` is an index into
+the file's tensor ``masks``, which has one mask of all layers per row."""
 
 PHASES = ("prefill", "observe", "pruned", "released")
 """Names of the phases; the column ``phase`` has indices into this tuple."""
@@ -51,7 +52,10 @@ def hook_name(layer: int) -> str:
 
 
 def layer_slices(widths: Sequence[int]) -> list[slice]:
-    """Return the slice of each layer's bytes in a row of ``masks``, which has a bit per neuron."""
+    """Return the slice of each layer's bytes in one mask of the tensor ``masks``.
+
+    A mask has one bit per neuron, and each layer begins at a new byte.
+    """
     ends = np.cumsum([-(-width // 8) for width in widths]).tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -81,10 +85,11 @@ class Trace:
         self._slices = layer_slices(self._widths)
         self._ids: list[list[int]] | None = None
         self._masks: dict[int | None, tuple[Masks, int, Array, list[int]]] = {}
-        """By batch row (None if rows share masks): the newest masks, their row in ``masks``, their
-        bits, and the layers with per-token selection."""
+        """Key: batch row (None if rows share masks).  Value: the newest ``Masks``, the index in the
+        tensor ``masks``, the bits, and the layers in which tokens select neurons."""
         self._before: dict[int | None, tuple[int, int]] = {}
-        """By batch row: the newest sequence with a mask, and the row in ``masks`` of that mask."""
+        """Key: batch row.  Value: the newest sequence that got a mask, and the mask's index in
+        ``masks``."""
         self._rows: list[tuple[int, ...]] = []
         self._bits: list[Array] = []
 
@@ -103,7 +108,7 @@ class Trace:
         self.remasks.append({**asdict(remask), **numbers})
 
     def record(self, pending: PendingForward, accepted: int, states: list[SequenceState]) -> None:
-        """Record the first ``accepted`` tokens of a forward; later tokens were rolled back."""
+        """Record the first ``accepted`` tokens of a forward; later (rejected) ones are ignored."""
         call = pending.call
         for state, masks in zip(states, pending.plan.masks, strict=True) if accepted else ():
             phase, mask_of = PHASES.index(state.phase), self._masks_of(state.row, masks)
@@ -113,7 +118,7 @@ class Trace:
                 self._rows.append((state.sequence, row, call.cached + position, token, phase, mask))
 
     def _masks_of(self, row: int | None, masks: Masks | None) -> Callable[[int], int]:
-        """Return a function from a token's index in [B T] to its mask's row in ``masks``."""
+        """Return a function from a token's index in the flattened batch to its mask's index."""
         if masks is None:
             return lambda token: DENSE
         number, bits, layers = self._number(row, masks)
@@ -130,9 +135,10 @@ class Trace:
         return add_selected
 
     def _number(self, row: int | None, masks: Masks) -> tuple[int, Array, list[int]]:
-        """Return the row of ``masks``, their bits and the layers with per-token selection.
+        """Return the index of these masks in the tensor ``masks``, their bits, and some layers.
 
-        The row is ``DENSE`` if there are such layers, because each token then adds its own row.
+        The layers are those in which tokens select neurons.  If there are any, each token adds a
+        mask of its own, so there is no common index, and ``DENSE`` is returned instead.
         """
         cached = self._masks.get(row)
         if cached is None or cached[0] is not masks:
@@ -193,7 +199,10 @@ def _tokens(call: ForwardCall, count: int, row: int | None) -> Iterator[tuple[in
 
 
 def _bits(mask: LayerMask | None, width: int) -> Array:
-    """Return bytes with bit i % 8 of byte i / 8 set if neuron i is kept; all 0 if tokens select."""
+    """Return bytes: bit i % 8 of byte i // 8 is set if neuron i is kept.
+
+    All bits are set without a mask, and none if each token selects its neurons.
+    """
     marks = np.full(width, mask is None)
     if mask is not None and not isinstance(mask, TokenMask):
         marks[mask.ids.cpu().numpy()] = True
@@ -201,7 +210,7 @@ def _bits(mask: LayerMask | None, width: int) -> Array:
 
 
 def _marks(bits: Array, width: int) -> Array:
-    """Return the unpacked ``bits``, [..., width] bool."""
+    """Return ``bits`` (see ``_bits``) as bool, [..., width]."""
     return np.unpackbits(bits, axis=-1, count=width, bitorder="little").astype(bool)
 
 
@@ -236,15 +245,15 @@ class TraceFile:
     @cached_property
     def layers(self) -> list[dict[str, Any]]:
         """For each layer: ``layer``, ``width`` (number of neurons), ``hook`` (TransformerLens' name
-        for their activations) and ``module`` (the model's name for the module that reads them)."""
+        for the activations) and ``module`` (the model's name for the down projection)."""
         layers: list[dict[str, Any]] = json.loads(self.facts["layers"])
         return layers
 
     @cached_property
     def remasks(self) -> list[dict[str, Any]]:
-        """The records (``Remask``) of all masks.  Each also has ``mask``, the mask's row in
-        ``masks`` (None if each token selects its neurons), and ``before``, the row of the previous
-        mask of its sequence (None if there was none)."""
+        """One record (``Remask``) each time masks were built, the first time included.  ``mask`` is
+        the mask's index in ``masks`` (None if each token selects its neurons), and ``before`` that
+        of the sequence's previous mask (None if there was none)."""
         records: list[dict[str, Any]] = json.loads(self.facts["remasks"])
         return records
 
@@ -258,7 +267,7 @@ class TraceFile:
         return layer_slices([layer["width"] for layer in self.layers])
 
     def neurons(self, mask: int, layer: int) -> Array:
-        """Return the neurons of ``layer`` that ran under row ``mask`` of ``masks`` (or ``DENSE``).
+        """Return the neurons of ``layer`` that ran under mask number ``mask`` (or ``DENSE``).
 
         The ids are ascending, int64 [k].  Raises ``ConfigError`` for a mask or layer that does not
         exist.
@@ -276,7 +285,7 @@ class TraceFile:
 
     @cached_property
     def stayed(self) -> Array:
-        """[N] bool: False for tokens that were rolled back and replaced by a later token."""
+        """[N] bool: False if a later token overwrote the token's position in the cropped cache."""
         sequences = np.stack([self.arrays[name] for name in ("sequence", "row")])
         stays = np.ones(sequences.shape[1], bool)
         for group in np.unique(sequences, axis=1).T:
@@ -289,8 +298,8 @@ class TraceFile:
     def rows(self, layers: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
         """Yield one row per token and layer (``layers``, or all), e.g. for ``pandas.DataFrame``.
 
-        ``neurons``: ids of the neurons that ran.  Raises ``ConfigError`` for a layer that does not
-        exist.
+        ``neurons`` has the ids of the neurons that ran.  Raises ``ConfigError`` for a layer that
+        does not exist.
         """
         chosen = [*range(len(self.layers))] if layers is None else layers
         masks = {DENSE, *self.arrays["mask"].tolist()}
@@ -304,11 +313,12 @@ class TraceFile:
                 yield {**token, "layer": layer, "hook": hook_name(layer), "neurons": neurons}
 
     def remask_rows(self) -> Iterator[dict[str, Any]]:
-        """Yield one row per re-mask and layer: the record, and the ids ``grown`` and ``dropped``.
+        """Yield one row per record of ``remasks`` (the first mask too) and layer.
 
-        The new mask keeps the ``grown`` neurons but not the ``dropped`` ones, and the previous mask
-        of the same sequence and row did the reverse; the first mask is compared with all neurons.
-        Both are None if each token selects its neurons.
+        A row has the record and the ids ``grown`` and ``dropped``.  The previous mask of the same
+        sequence and batch row did not keep the ``grown`` neurons; the new one does not keep the
+        ``dropped`` neurons.  A first mask is compared with all neurons.  ``grown`` and ``dropped``
+        are None if each token selects its neurons.
         """
         for number, remask in enumerate(self.remasks):
             for layer, kept in enumerate(remask["kept"]):

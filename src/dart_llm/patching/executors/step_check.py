@@ -94,10 +94,7 @@ def _model_step(
 def _native_step(
     parts: StepParts, ffns: Sequence[NativeFfn], token: int, cache: Any, chosen: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Decode ``token`` again, by a whole step over the ``chosen`` layers of ``cache``.
-
-    Returns the logits [1, V] and the last hidden state [1, D].
-    """
+    """Decode ``token`` by a whole step; return logits [1, V] and the last hidden state [1, D]."""
     native = native_decoder(parts, norm_floats(norms_of(parts)), ffns)
     for index, ffn in enumerate(ffns):
         native.set_mask(index, *ffn.everything())
