@@ -137,8 +137,8 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """Yield an empty file next to ``path``; it replaces ``path`` atomically when the block ends.
 
     The new file's name is unique, so that concurrent writers of one path do not disturb each other.
-    It is removed after an error.  ``mode``: permissions if ``path`` does not exist yet, before the
-    umask is applied; otherwise ``path`` keeps its permissions.
+    The new file is removed after an error.  ``mode``: permissions if ``path`` does not exist yet,
+    before the umask is applied; otherwise ``path`` keeps its permissions.
     If ``path`` is not a regular file (a pipe, a terminal), ``path`` itself is yielded.  Raises
     ``ResultsError`` for any ``OSError``, including those raised in the block.
     """

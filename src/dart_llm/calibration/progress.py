@@ -109,7 +109,7 @@ def graph_bytes(model: Any, tokens: int, backward: bool) -> int:
 
 
 def text_bytes(model: Any, sequences: int, length: int) -> int:
-    """Bytes of KV cache and logits when ``sequences`` are generated in one batch."""
+    """Bytes of KV cache and logits while a batch is generated; ``sequences``: the batch size."""
     layers, _, text = decoder_layers(model)
     heads = int(text.num_attention_heads)
     size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)

@@ -80,7 +80,7 @@ def _model_mark(model: Any) -> tuple[Any, ...]:
 
 
 def _weight_places(parts: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
-    """Return each weight's place in memory and its strides; () stands for packed strides."""
+    """Return each weight's place in memory and the strides; a packed weight's strides are ()."""
     weights = [t for part in parts for t in part._parameters.values() if t is not None]
     strides = [() if isinstance(t, PackedTensor) else t.stride() for t in weights]
     return list(zip(map(place_of, weights), strides, strict=True))
@@ -101,8 +101,8 @@ class Turn:
     def __init__(self, *owners: object) -> None:
         self._owners = owners
         self._runs = self._generates = 0
-        """Id of the thread that runs the current forward, and of the one that runs ``generate``; 0
-        means that no thread does."""
+        """Id of the thread that runs the current forward, and of the thread that runs ``generate``;
+        0 if there is none."""
         self._is_closed = False
 
     def begin_forward(self) -> bool:

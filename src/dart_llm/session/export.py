@@ -97,7 +97,7 @@ def _narrow_model(model: Any, key: str, width: int, bias: bool) -> Any:
                 "use compensation=False to export"
             )
         text.mlp_bias = True
-    # the new model's random weights are replaced later; drawing them must not change the state
+    # random weights are drawn here and replaced later; drawing must not change the random state
     with torch.random.fork_rng():
         return type(model)(config).to(next(model.parameters()).dtype)
 
@@ -162,8 +162,8 @@ class GgufExport:
 def source_file(model: Any, source: str | Path | None = None) -> GgufFile:
     """Return the file to narrow: ``source``, or the file that ``model`` was loaded from.
 
-    Raises ``ConfigError`` if neither exists: the model was not loaded from a GGUF file's quantized
-    weights.
+    Raises ``ConfigError`` if ``source`` is None and ``model`` was not loaded from the quantized
+    weights of a GGUF file.
     """
     path = blocks_file(model) if source is None else Path(source).expanduser()
     if path is None:

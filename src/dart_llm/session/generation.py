@@ -188,7 +188,7 @@ def generate(
     seed: int = 0,
     stop: Callable[[], bool] | None = None,
 ) -> Generation:
-    """Generate up to ``tokens`` tokens after ``ids`` [1, T]; greedy without a ``temperature``.
+    """Generate tokens after ``ids`` [1, T], at most ``tokens``; greedy without a ``temperature``.
 
     ``run``: the attached run, which gives the phase of each token.  ``on_step`` and ``stop`` are
     called after every token; generation ends when ``stop`` returns True.

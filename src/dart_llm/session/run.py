@@ -328,10 +328,11 @@ class Run:
 
     @contextmanager
     def decoding(self, prompt: bool = False) -> Iterator[None]:
-        """A context in which forwards of any length that continue a cache are decode forwards.
+        """A context in which all forwards that continue a cache count as decode forwards.
 
-        With ``prompt``, forwards that start a sequence are too, also the first one of ``generate``.
-        Fixed masks (``hold``) then apply to the prompt.  Raises ``AttachError`` if detached.
+        They may have any number of tokens.  With ``prompt``, forwards that start a sequence also
+        count as decode forwards, even the first forward of ``generate``, so that fixed masks
+        (``hold``) apply to the prompt.  Raises ``AttachError`` if the run is detached.
         """
         patch = self._attached("decoding")
         patch.forced_decode += 1

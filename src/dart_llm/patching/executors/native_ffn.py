@@ -94,7 +94,7 @@ def not_in_place_reason(
 ) -> str | None:
     """Return why some weights cannot be transposed in place as needed; None if all can.
 
-    ``others``: projections outside the FFNs.  The native kernels must be loaded.
+    ``others``: projections outside the FFNs.  The native kernels must be available.
     """
     to_transpose = [pair for block in blocks for pair in _not_in_rows(block)]
     to_transpose += [

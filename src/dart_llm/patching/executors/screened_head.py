@@ -92,7 +92,7 @@ class ScreenedHead:
         self._exact += exact
 
     def _checked_rows(self, count: int) -> range:
-        """Return the indices of the next ``count`` tokens to check: token 0, then every 32nd."""
+        """Return which of the next ``count`` tokens to check: token 0 of all, then every 32nd."""
         return range(-self._tokens % EVERY, count, EVERY)
 
     def _by_kernels(self, hidden: Tensor) -> tuple[Tensor, int]:

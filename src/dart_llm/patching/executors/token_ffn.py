@@ -52,7 +52,7 @@ def max_selecting_rows(config: TokenConfig | None, executor: str, quantized: boo
 
 
 def warn_if_slower_than_dense(method: str, token: TokenFfn, executor: str, rows: int) -> None:
-    """Warn once if ``method`` is slower than the dense model in a batch of ``rows``."""
+    """Warn once if ``method`` is slower than the dense model at batch size ``rows``."""
     native = token.rule.native
     if not native:
         why = "no kernel skips neurons for it, because it serves to compare quality at equal bytes"
