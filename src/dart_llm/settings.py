@@ -503,7 +503,7 @@ class ActivationSettings(BaseSettings):
         return self
 
     def wanted(self, layers: int) -> Wanted:
-        """Return what to save if the model has ``layers`` layers; raises for a layer beyond these."""
+        """Return what to save; raises ``ConfigError`` for a layer beyond the model's ``layers``."""
         from dart_llm.models.capture import Wanted
 
         chosen = _parse_layers(self.activation_layers) or tuple(range(layers))

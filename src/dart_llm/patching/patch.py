@@ -58,8 +58,8 @@ IDLE = ForwardPlan(False, False, ())
 """The plan between forwards: no masks, no observation."""
 
 OnForward = Callable[[Tensor | None, bool], None]
-"""Called before a forward, with its ids [B, T] (None if its input is embeddings), and with True if
-it is a decode forward."""
+"""Called before a forward, with the forward's ids [B, T] (None if its input is embeddings), and
+with True if it is a decode forward."""
 
 
 class ModelPatch(NotCopied):
@@ -108,7 +108,7 @@ class ModelPatch(NotCopied):
         self._token: TokenConfig | None = None
 
     def install(self) -> None:
-        """Attach, or raise ``AttachError`` and change nothing if a run or thread uses the model."""
+        """Attach.  Raises ``AttachError``, changing nothing, if a run or thread uses the model."""
         check_free(self.model)
         _active.add(self)
         try:
@@ -245,7 +245,7 @@ class ModelPatch(NotCopied):
         self.layout.restore()  # while the replaced forwards still keep the layout alive
         self._changes.undo()
         if self.whole_steps is not None:
-            self.whole_steps.unload()  # a detached run may be kept, for its report, but not copies
+            self.whole_steps.unload()  # frees copies: a detached run may be kept for its report
         for layer in self.layers:
             layer.release()
         _active.discard(self)

@@ -289,7 +289,7 @@ class NativeFfn:
         return self._copies
 
     def _fits(self, count: int) -> bool:
-        """Whether there is enough memory for compact weights of ``count`` neurons."""
+        """Return True if there is enough memory for compact weights of ``count`` neurons."""
         *outer, down = self._packs
         parts = [part for matrix in outer for part in matrix.parts()] + [down.parts()[0]]
         rows, width = count + TILE - 1, self.block.down_width  # in whole tiles

@@ -92,7 +92,7 @@ class ScreenedHead:
         self._exact += exact
 
     def _checked_rows(self, count: int) -> range:
-        """Return which of the next ``count`` tokens to check: token 0 of all, then every 32nd."""
+        """Return which of the next ``count`` tokens to check: the very first, then each 32nd."""
         return range(-self._tokens % EVERY, count, EVERY)
 
     def _by_kernels(self, hidden: Tensor) -> tuple[Tensor, int]:
@@ -102,7 +102,7 @@ class ScreenedHead:
         return scores, sum(exact)
 
     def _by_torch(self, hidden: Tensor) -> tuple[Tensor, int]:
-        """Like ``_by_kernels``, in PyTorch; reads the whole head if there are several tokens."""
+        """Like ``_by_kernels``, in PyTorch; reads all entries for several tokens or if quantized."""
         rough = self.screen.rough(hidden)
         near = self.screen.near(rough)
         if len(hidden) > 1 or isinstance(self._weight, PackedTensor):

@@ -1,4 +1,4 @@
-"""One FFN block in which each token selects neurons by a rule; these use the exact weights."""
+"""One FFN block with per-token selection; the selected neurons are computed from exact weights."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _warn_once(message: str, *values: object) -> None:
 
 
 class TokenFfn:
-    """One FFN block in which tokens select by ``rule``; it computes all neurons and masks them."""
+    """One FFN block in which tokens select by ``rule``: all neurons are computed, then masked."""
 
     def __init__(self, block: FfnBlock, rule: TokenRule) -> None:
         self.block, self.rule = block, rule

@@ -26,7 +26,7 @@ def run_masked(
     bias: Tensor | None,
     linear: LowRank | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(u, z)`` from all neurons; u is multiplied by ``mask``, [I] or None, only for z."""
+    """Return ``(u, z)`` from all neurons: u without mask, z from u times ``mask`` [I] (None: 1)."""
     u = block.hidden(x)
     z = project(u if mask is None else u * mask)
     z = z if bias is None else z + bias
@@ -127,7 +127,7 @@ def run_rows(
 
 
 def total_bias(mask: LayerMask, down: Tensor | None) -> Tensor | None:
-    """Return the sum of the biases ``down`` and ``mask.bias``, [D] float32; None if both are."""
+    """Return the sum of the biases ``down`` and ``mask.bias``, [D] float32; None without any."""
     parts = [bias.float() for bias in (down, mask.bias) if bias is not None]
     return sum(parts[1:], parts[0]).contiguous() if parts else None
 

@@ -131,10 +131,10 @@ class WholeSteps:
         return ready and not self._must_run_modules(again=True)
 
     def decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:
-        """Run ids [1, 1], and return what ``step`` does; None if the current plan needs the model.
+        """Run ids [1, 1] and return logits [1, V]; None if the current plan needs the model.
 
-        This is a faster ``forward``, for steps that ``continues`` allows.  ``forbidden``: see
-        ``TokenCall``.
+        This is a faster ``forward``, for steps that ``continues`` allows.  With ``forbidden`` (see
+        ``TokenCall``), the likeliest token [1] may be returned instead of logits.
         """
         return self._run_step(TokenCall(ids, cache, forbidden)) if self._load_plan() else None
 
@@ -196,7 +196,7 @@ class WholeSteps:
         self._fresh = True
 
     def _run_step(self, call: TokenCall) -> Tensor:
-        """Run a whole step with all that the plan requests; return what ``step`` returns first."""
+        """Run a step with all that the plan requests; return the logits (or tokens) of ``step``."""
         controller = self._current()
         plan = controller.plan
         if not self._fresh:
