@@ -56,7 +56,10 @@ def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
 
 
 def start_tokens(model: Any) -> list[int]:
-    """A list with the model's start token, or else with the end token; empty if neither is set."""
+    """A list with the model's start token, or else the end token; empty if there is neither.
+
+    The generation configuration is searched before the model's configuration.
+    """
     for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         for name in ("bos_token_id", "eos_token_id"):
             token = getattr(config, name, None)
@@ -106,7 +109,7 @@ def sample_continuations(
 
 
 def _last_logits(model: Any, output: Any) -> Tensor:
-    """The logits for the next token, [B, V] float32 on the host; raises if they are not usable."""
+    """The logits for the next token, [B, V] float32 on the host."""
     if getattr(output, "logits", None) is None:
         raise ConfigError(
             f"{type(model).__name__} has no language-model head, so it cannot write text to learn "

@@ -62,8 +62,8 @@ ONE_BY_ONE = 3
 LEARNING = "learning from self-generated text, once per model"
 
 BASIS, SCORE, STATES = "basis", "score", "states"
-"""Names of learned statistics: basis of compensation, sum of the score, last hidden states.  The
-others are ``FISHER`` and ``SUMS``."""
+"""Names of learned statistics: basis of low-rank compensation, sum of the score, last hidden
+states.  The other names are ``FISHER`` and those in ``SUMS``."""
 
 SUMS = ("signed", "features", "sensitivity")
 """Names of sums that a configuration may need (``Statistics.needs``)."""

@@ -394,7 +394,7 @@ class Run:
         self.controller.branch()
 
     def tokens_until_change(self) -> int | None:
-        """Return how many tokens the next decode forward may have without a new mask; None: any.
+        """Return how many tokens the next decode forward may have before masks change; None: any.
 
         Raises ``AttachError`` while ``generate`` runs.
         """

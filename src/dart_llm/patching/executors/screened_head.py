@@ -102,7 +102,7 @@ class ScreenedHead:
         return scores, sum(exact)
 
     def _by_torch(self, hidden: Tensor) -> tuple[Tensor, int]:
-        """Like ``_by_kernels``, in PyTorch; reads all entries for several tokens or if quantized."""
+        """Like ``_by_kernels``, in PyTorch; for several tokens, the whole head is computed."""
         rough = self.screen.rough(hidden)
         near = self.screen.near(rough)
         if len(hidden) > 1 or isinstance(self._weight, PackedTensor):
