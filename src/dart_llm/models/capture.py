@@ -229,9 +229,6 @@ EAGER = "eager"
 Take = Callable[[int, Tensor], None]
 """A function that is called with a layer's number and a tensor of this layer."""
 
-_SUM_TOLERANCE = 0.05
-"""How far the sum of a token's attention weights may be from 1 (bfloat16 has 8 bits)."""
-
 
 def layer_count(model: nn.Module) -> int:
     """Number of decoder layers; raises ``UnsupportedModel`` if none are found."""

@@ -6,7 +6,7 @@ Only this file and architectures.py use transformers' names for these modules.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,18 +203,13 @@ def token_traffic(
     model: nn.Module,
     blocks: Sequence[FfnBlock],
     attention: Sequence[Sequence[nn.Module]],
-    sizes: Mapping[int, float] | None = None,
 ) -> TokenTraffic:
-    """Bytes that a decoded token reads, by part of the model.
-
-    ``sizes``: {id of a parameter: its bytes}; other parameters count as they are stored, except
-    that unquantised weights count as bfloat16.
-    """
+    """Bytes that a decoded token reads, by part of the model; unquantised weights as bfloat16."""
     ffn = {id(part.weight) for block in blocks for part in block.projections}
     heads = {id(module.weight) for layer in attention for module in layer}
     parts = dict.fromkeys(("ffn", "attention", "others"), 0.0)
     read, output = _read(model), _weight(model.get_output_embeddings())  # type: ignore[operator]
-    stored = {id(weight): stored_bytes(weight, BFLOAT16) for weight in read} | dict(sizes or {})
+    stored = {id(weight): stored_bytes(weight, BFLOAT16) for weight in read}
     for weight in read:
         part = "ffn" if id(weight) in ffn else "attention" if id(weight) in heads else "others"
         parts[part] += stored[id(weight)]
@@ -232,10 +227,8 @@ def token_traffic(
     return TokenTraffic(dense, **parts, cache=caches, head=head)
 
 
-def weight_facts(model: Any, sizes: Mapping[int, int] | None = None) -> dict[str, Any]:
+def weight_facts(model: Any) -> dict[str, Any]:
     """Exact bytes of the weights, under the names that results use.
-
-    ``sizes``: {id of a parameter: its bytes}; other parameters count as they are stored.
 
     The result has ``weight_bytes``: bytes of all weights; ``dtype_bytes``: bytes that they would
     need in the model's dtype; ``weight_bits``: bits of that dtype; and ``mean_weight_bits``: stored
@@ -245,7 +238,7 @@ def weight_facts(model: Any, sizes: Mapping[int, int] | None = None) -> dict[str
     bfloat16, with unquantised weights as bfloat16; and ``token_traffic``: a ``TokenTraffic`` as
     plain data.
     """
-    stored = {id(weight): weight.nbytes for weight in model.parameters()} | dict(sizes or {})
+    stored = {id(weight): weight.nbytes for weight in model.parameters()}
     total, count = sum(stored.values()), sum(weight.numel() for weight in model.parameters())
     facts = {
         "weight_bytes": total,
@@ -260,7 +253,7 @@ def weight_facts(model: Any, sizes: Mapping[int, int] | None = None) -> dict[str
     ffn: list[Any] = [part.weight for block in view.blocks for part in block.projections]
     rows, head = view.input_embedding, view.output_embedding
     looked_up = stored.get(id(rows), 0) if rows is not None and rows is not head else 0
-    traffic = token_traffic(model, view.blocks, view.attention, sizes)
+    traffic = token_traffic(model, view.blocks, view.attention)
     return {
         **facts,
         "bytes_per_token": total - looked_up,

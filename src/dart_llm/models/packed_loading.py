@@ -5,19 +5,16 @@ Quantised weights are stored in *blocks*: groups of weights that share a scale.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dart_llm.errors import ConfigError, DartError, LoadError, UnsupportedModel
-from dart_llm.models.checkpoint import checkpoint_facts
-from dart_llm.models.describe import describe, weight_facts
+from dart_llm.errors import DartError, LoadError, UnsupportedModel
+from dart_llm.models.describe import describe
 from dart_llm.models.ffn import FfnBlock, is_by_inputs, matrix_of
 from dart_llm.models.gguf_file import ARCHITECTURES, BLOCKS, Stored, StoredTensor, read_gguf
 from dart_llm.models.packed import NOT_SAVED, PackedTensor, pack
@@ -232,100 +229,3 @@ def check_fit(file: str, model: nn.Module, tensors: Mapping[str, StoredTensor]) 
         raise LoadError(
             f"{file} is missing {len(missing)} of the model's weights, such as {missing[0]}"
         )
-
-
-# Copies of a model with rounded weights, stored dequantised: to compare pruning and quantisation.
-
-GROUP = 32
-"""Number of adjacent weights that share a float16 scale."""
-
-CHUNK = 1 << 22
-"""About how many weights are rounded at a time."""
-
-TRIES = 19
-"""How many scales are tried per group; each maps the largest weight near the lowest level."""
-
-
-@dataclass(frozen=True)
-class RoundedModel:
-    """A model with rounded weights, metadata of the weight format, and notes for the user."""
-
-    model: Any
-    facts: dict[str, Any]
-    notes: tuple[str, ...]
-
-
-def round_weights_to(model: Any, bits: int, ffn: bool) -> RoundedModel:
-    """A copy of ``model`` whose weights are rounded to ``bits`` bits by ``round_symmetric``.
-
-    ``ffn``: True to round only the projections of the FFNs, which methods prune.  Otherwise every
-    linear layer and the token embedding are rounded; the embedding and the head keep at least 8
-    bits.  Matrices whose row length is not a multiple of 32 stay in the model's dtype.
-    """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ConfigError("an offloaded model cannot be quantised: load it without a device map")
-    rounded = copy.deepcopy(model)
-    ends = (rounded.get_input_embeddings(), rounded.get_output_embeddings())
-    projections = [part for block in describe(rounded).blocks for part in block.projections]
-    sizes: dict[int, int] = {}
-    unchanged: list[str] = []
-    for names, modules in _matrices(rounded):
-        if ffn and modules[0] not in projections:
-            continue
-        if _has_partial_blocks(*modules):
-            unchanged += names
-            continue
-        rows = matrix_of(modules[0]).detach()
-        width = max(8, bits) if any(module in ends for module in modules) else bits
-        _put(round_symmetric(rows, width), modules)
-        sizes[id(modules[0].weight)] = rows.numel() // GROUP * (GROUP * width // 8 + 2)
-    facts = {
-        **weight_facts(rounded, sizes),
-        "weight_bits": bits,
-        "weight_format": f"symmetric {bits} bits",
-    }
-    part = " (only FFNs)" if ffn else " (token embedding and head to 8 bits)" if bits < 8 else ""
-    notes = [
-        f"weights rounded to symmetric {bits} bits{part}; the model runs dequantised, but bytes "
-        "are counted as in the rounded format"
-    ]
-    if unchanged:
-        notes.append(
-            f"{len(unchanged)} matrices stay in the model's dtype, such as {unchanged[0]}: the "
-            f"length of their rows is not a multiple of {GROUP}"
-        )
-    before = checkpoint_facts(model)["file_quantisation"]
-    if before not in (None, "none"):
-        notes.append(f"the checkpoint's weights had already been quantised: {before}")
-    return RoundedModel(rounded, facts, tuple(notes))
-
-
-def round_symmetric(rows: Tensor, bits: int) -> Tensor:
-    """rows [n, m], rounded to levels -2^(bits - 1) to 2^(bits - 1) - 1 times a float16 scale.
-
-    Every 32 weights share a scale: the scale with the least squared error of all that are tried.
-    m must be a multiple of 32.  The result has the dtype and device of ``rows``.
-    """
-    pieces = torch.split(rows, max(1, CHUNK // rows.shape[1]))
-    return torch.cat([_with_best_scales(piece, bits) for piece in pieces])
-
-
-def _with_best_scales(rows: Tensor, bits: int) -> Tensor:
-    groups = rows.float().reshape(-1, GROUP)
-    low = -float(2 ** (bits - 1))
-    largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
-    best, least = groups, torch.full_like(largest, torch.inf)
-    for number in range(TRIES):
-        # the largest weight falls on or near the lowest level
-        level = low + 0.1 * (number - TRIES // 2)
-        levels = (groups * _inverse(largest / level)).round_().clamp_(low, -low - 1)
-        scale = (groups * levels).sum(1, True) * _inverse(levels.square().sum(1, True))
-        values = levels * scale.half().float()
-        error = (values - groups).square_().sum(1, True)
-        better = error < least
-        best, least = torch.where(better, values, best), torch.where(better, error, least)
-    return best.reshape(rows.shape).to(rows)
-
-
-def _inverse(values: Tensor) -> Tensor:
-    return torch.where(values == 0, torch.zeros_like(values), 1 / values)
