@@ -28,10 +28,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "methods": ("methods",),
     "methods-json": ("methods", "--json"),
     "prompts-list": ("prompts", "list"),
-    "run": (
-        *("run", "--prompt", "two_topics", "--generation", "24", "--sparsity", "0.5"),
-        *SMALL,
-    ),
+    "run": (*("run", "--prompt", "two_topics", "--generation", "24", "--sparsity", "0.5"), *SMALL),
     "eval": ("eval", "--tasks", "TASK", "--include-path", "FOLDER", "--limit", "4", *SMALL),
     "perplexity": ("perplexity", "--method", "griffin", "--limit", "2", "--json", *SMALL),
     "summarize": (
@@ -119,11 +116,7 @@ def inputs(folder: Path) -> dict[str, str]:
     document = "The tide rises and falls twice a day. The moon pulls the water. " * 8
     rows = [{"document": document, "summary": "The moon makes tides."} for _ in range(2)]
     (folder / "documents.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    return {
-        "TASK": "goldens",
-        "FOLDER": str(folder),
-        "DOCUMENTS": str(folder / "documents.jsonl"),
-    }
+    return {"TASK": "goldens", "FOLDER": str(folder), "DOCUMENTS": str(folder / "documents.jsonl")}
 
 
 def make(name: str, only: str) -> None:

@@ -98,10 +98,7 @@ def hub_failure(
             f"the hub has no model {model!r} that you may read; check the name, and if it is "
             f"private {login}",
         ),
-        (
-            status == 429,
-            f"the hub limits requests for {model}; wait a few minutes and retry",
-        ),
+        (status == 429, f"the hub limits requests for {model}; wait a few minutes and retry"),
         (
             status >= 500,
             f"the hub answered {status} while loading {model}; try again later, or {instead}",

@@ -489,9 +489,7 @@ class ActivationSettings(BaseSettings):
         "Activations", "Tokens to save: 0:256, or 128: to the end.", "0:256"
     )
     activation_tensors: str = setting(
-        "Activations",
-        "Any of u (neurons), x (stream before), z, r (FFN output), e.g. u,x.",
-        "u",
+        "Activations", "Any of u (neurons), x (stream before), z, r (FFN output), e.g. u,x.", "u"
     )
 
     @model_validator(mode="after")

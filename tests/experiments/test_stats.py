@@ -90,9 +90,9 @@ def test_below_six_items_there_is_an_estimate_and_no_interval(n):
     assert not pairs.few and pairs.significant == (n == 6)
     why = f"too few (n = {n})" if n < 6 else None
     assert alone.to_dict().get("no_interval") == why == words.too_few(n)
-    groups = [(np.arange(1.0, n + 1), np.arange(2.0, n + 2))]
-    assert stats.gap_closed(groups) is not None
-    assert (stats.gap_closed_interval(groups) is None) == (n < 6)
+    gaps = np.arange(1.0, n + 1), np.arange(2.0, n + 2)
+    assert stats.gap_closed(*gaps) is not None
+    assert (stats.gap_closed_interval(*gaps) is None) == (n < 6)
 
 
 @pytest.mark.parametrize("differing", [5, 6])

@@ -27,10 +27,10 @@ SMALL = tuple(name for name in BLOCKS if not name.endswith("_k"))
 
 @contextlib.contextmanager
 def kernels(kind):
-    if not build.use_kernels(kind):
+    if not build.ops().use(kind):
         pytest.skip(f"this CPU has no {kind}")
     yield
-    build.use_kernels("")
+    build.ops().use("")
 
 
 def drawn_blocks(name, rows, columns, seed=0, size=1.0):

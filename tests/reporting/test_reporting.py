@@ -47,8 +47,7 @@ HEADS = ("task", "method", "value", "95 %", "dense tokens", "re-masks", "bytes p
 
 
 @pytest.mark.parametrize(
-    ("width", "gone"),
-    [(110, ""), (76, "bytes per token"), (68, "95 %, bytes per token")],
+    ("width", "gone"), [(110, ""), (76, "bytes per token"), (68, "95 %, bytes per token")]
 )
 def test_columns_leave_before_a_word_is_broken(width, gone):
     columns = [Column(head, head, needed=head == "value") for head in HEADS]

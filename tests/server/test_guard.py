@@ -172,10 +172,7 @@ def test_settings():
     for given, said in [
         ({"host": "0.0.0.0"}, "also give --api-key"),
         ({"api_key": "short"}, "at least 8 printable ASCII"),
-        (
-            {"api_key": "a-good-long-key," + 8 * "\u00e9"},
-            "printable",
-        ),
+        ({"api_key": "a-good-long-key," + 8 * "\u00e9"}, "printable"),
         ({"methods": "dart,nix"}, "unknown method 'nix'"),
     ]:
         with pytest.raises(ConfigError, match=re.escape(said)) as caught:

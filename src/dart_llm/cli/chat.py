@@ -274,10 +274,7 @@ def run_chat(settings: ChatSettings, ui: Ui) -> None:
     from dart_llm.experiments.study import load_model
 
     model, tokenizer, _ = load_model(settings, ui, check_chat_template)
-    options: dict[str, Any] = {
-        "calibration": settings.calibration,
-        "cache_dir": settings.cache_dir,
-    }
+    options: dict[str, Any] = {"calibration": settings.calibration, "cache_dir": settings.cache_dir}
     with Engine(model, tokenizer, **options, say=ui.say) as engine:
         chat = Chat(engine, tokenizer, settings)
         ui.say(settings_line(settings))

@@ -54,7 +54,8 @@ class ExportSettings(BaseSettings):
 
     def texts(self) -> list[str]:
         """The texts from which the mask is selected: those of ``--text``, then the prompt."""
-        texts = [text for name in words(self.text) for text in documents.whole_texts(name)]
+        sources = map(documents.resolve, words(self.text))
+        texts = [text for source in sources for text in documents.load(source)]
         if self.prompt is not None:
             texts.append(resolve_prompt(self.prompt))
         return texts

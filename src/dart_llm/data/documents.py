@@ -194,11 +194,6 @@ def read(name: str) -> str:
     return BLANK_LINE.join(load(resolve(name)))
 
 
-def whole_texts(name: str) -> list[str]:
-    """The texts that ``name`` refers to, not joined; raises the errors of ``load``."""
-    return load(resolve(name))
-
-
 def names(settings: str) -> list[str]:
     """Split comma-separated names and drop repeats; raises ``ConfigError`` for an invalid name."""
     listed = list(dict.fromkeys(part.strip() for part in settings.split(",") if part.strip()))

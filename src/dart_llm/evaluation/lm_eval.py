@@ -45,11 +45,7 @@ Advance = Callable[[int], None]
 
 
 def measure(
-    candidate: BoundMethod,
-    task: str,
-    options: MeasureOptions,
-    parts: UnitStore,
-    advance: Advance,
+    candidate: BoundMethod, task: str, options: MeasureOptions, parts: UnitStore, advance: Advance
 ) -> Measurement:
     """Run one lm-eval task or group; ``task`` may be ``mmlu:astronomy+anatomy``.
 

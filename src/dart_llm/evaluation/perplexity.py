@@ -36,14 +36,7 @@ from dart_llm.evaluation.parts import (
     method_digest,
 )
 from dart_llm.evaluation.tasks import SHIFT, slice_sources, split
-from dart_llm.evaluation.windows import (
-    MOMENT,
-    STANDARD,
-    Window,
-    cut,
-    slice_windows,
-    topic_windows,
-)
+from dart_llm.evaluation.windows import MOMENT, STANDARD, Window, cut, slice_windows, topic_windows
 from dart_llm.models.describe import context_length
 from dart_llm.models.screen import divergence
 from dart_llm.pruning.records import RunReport, without_sequences

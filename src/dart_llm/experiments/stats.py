@@ -143,43 +143,36 @@ def paired_interval(
     return _mean_interval(data, ratio, seed, 1.0 if ratio else 0.0)
 
 
-def gap_closed(groups: Sequence[tuple[Array, Array]]) -> float | None:
-    """The fraction of a gap that is closed: ``1 - sum of mean(a) / sum of mean(b)``.
+def gap_closed(gaps: Array, others: Array) -> float | None:
+    """The fraction of a gap that is closed: ``1 - mean(gaps) / mean(others)``.
 
-    Each group ``(a, b)`` has two arrays [n], with each item's remaining gap a and its full gap b;
-    both sums are over the groups.  None if the second sum is not positive: there is no gap to
-    close.
+    ``gaps``, ``others``: each item's remaining gap and its full gap, [n].  None if the mean of
+    ``others`` is not positive: there is no gap to close.
     """
-    gap, other = (sum(float(part.mean()) for part in parts) for parts in zip(*groups, strict=True))
-    return 1 - gap / other if other > 0 else None
+    other = float(others.mean())
+    return 1 - float(gaps.mean()) / other if other > 0 else None
 
 
-def gap_closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) -> Interval | None:
-    """95 % interval of ``gap_closed``.
+def gap_closed_interval(gaps: Array, others: Array, seed: int = 0) -> Interval | None:
+    """95 % interval of ``gap_closed``; both values of an item are drawn together.
 
-    Each group is resampled separately; a and b of an item are drawn together.  A resample without a
-    gap to close counts as -inf.  The interval is None if ``gap_closed`` is None, if a group has
-    fewer than ``FEWEST_ITEMS`` items, if a value is not finite, or if so many resamples lack a gap
-    that an end is infinite.
+    A resample without a gap to close counts as -inf.  The interval is None if ``gap_closed`` is
+    None, with fewer than ``FEWEST_ITEMS`` items, if a value is not finite, or if so many resamples
+    lack a gap that an end is infinite.
     """
-    estimate, n = gap_closed(groups), min(len(a) for a, _ in groups)
-    finite = all(np.isfinite(group).all() for group in groups)
-    if estimate is None or n < FEWEST_ITEMS or not finite:
+    estimate, n = gap_closed(gaps, others), len(gaps)
+    if estimate is None or n < FEWEST_ITEMS or not np.isfinite([gaps, others]).all():
         return None
 
-    def statistic(*drawn: Array, axis: int) -> Array:
-        indices = [ids.astype(int) for ids in drawn]
-        gaps, others = (
-            sum((group[part][ids].mean(axis) for group, ids in zip(groups, indices, strict=True)))
-            for part in (0, 1)
-        )
+    def statistic(drawn: Array, axis: int) -> Array:
+        ids = drawn.astype(int)
         with np.errstate(divide="ignore", invalid="ignore"):
-            shares: Array = np.where(others > 0, 1 - gaps / others, -np.inf)
+            full = others[ids].mean(axis)
+            shares: Array = np.where(full > 0, 1 - gaps[ids].mean(axis) / full, -np.inf)
         return shares
 
-    ids = tuple(np.arange(len(a)) for a, _ in groups)
-    differing = sum(int(np.count_nonzero(np.abs(a - b) > 1e-12)) for a, b in groups)
-    ends = _bootstrap(ids, statistic, seed, n, paired=len(groups) == 1)[0]
+    differing = int(np.count_nonzero(np.abs(gaps - others) > 1e-12))
+    ends = _bootstrap((np.arange(n),), statistic, seed, n)[0]
     return None if ends is None else Interval(ends, estimate, n, 0.0, differing)
 
 
@@ -255,11 +248,7 @@ def _mean_interval(
 
 
 def _bootstrap(
-    data: tuple[NDArray[Any], ...],
-    statistic: Callable[..., Array],
-    seed: int,
-    n: int,
-    paired: bool = True,
+    data: tuple[NDArray[Any], ...], statistic: Callable[..., Array], seed: int, n: int
 ) -> list[tuple[float, float] | None]:
     """The interval of each number that ``statistic`` returns: BCa or, if undefined, percentiles."""
     from scipy import stats
@@ -273,7 +262,7 @@ def _bootstrap(
             n_resamples=RESAMPLES if n <= MANY_ITEMS else MANY_RESAMPLES,
             batch=max(1, BATCH // n),
             vectorized=True,
-            paired=paired,
+            paired=True,
             confidence_level=level,
             method="BCa" if n <= MANY_ITEMS else "percentile",
             rng=np.random.default_rng(seed),

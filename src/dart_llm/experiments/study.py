@@ -23,14 +23,7 @@ from dart_llm.errors import (
     failure_text,
 )
 from dart_llm.experiments.provenance import origin
-from dart_llm.experiments.store import (
-    ROWS,
-    SCHEMA,
-    ResultLine,
-    ResultsFolder,
-    now,
-    open_folder,
-)
+from dart_llm.experiments.store import ROWS, SCHEMA, ResultLine, ResultsFolder, now, open_folder
 from dart_llm.files import finite, write_json, write_lines, write_text
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.float32_products import float32_note

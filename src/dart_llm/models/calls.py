@@ -293,10 +293,7 @@ def read_step(
 
 
 def read_prompt(
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    windows: Sequence[int | None],
-    use_cache: bool,
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], windows: Sequence[int | None], use_cache: bool
 ) -> TokenCall | None:
     """The forward as a ``TokenCall`` if it runs whole prompts without padding, else None.
 

@@ -200,9 +200,7 @@ def _read(model: nn.Module) -> list[nn.Parameter]:
 
 
 def token_traffic(
-    model: nn.Module,
-    blocks: Sequence[FfnBlock],
-    attention: Sequence[Sequence[nn.Module]],
+    model: nn.Module, blocks: Sequence[FfnBlock], attention: Sequence[Sequence[nn.Module]]
 ) -> TokenTraffic:
     """Bytes that a decoded token reads, by part of the model; unquantised weights as bfloat16."""
     ffn = {id(part.weight) for block in blocks for part in block.projections}

@@ -30,10 +30,7 @@ CHUNK = 1 << 20
 LEAST_ROWS = 256
 """Minimum number of rows of weights that are widened at a time."""
 
-_CHECKS = {
-    torch.bfloat16: "_is_mkldnn_bf16_supported",
-    torch.float16: "_is_mkldnn_fp16_supported",
-}
+_CHECKS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 """Names of torch's functions that check for hardware support of 16-bit products, by dtype."""
 
 FREE_COPIES = 2

@@ -111,7 +111,8 @@ def rounded_columns(kind: str, layer: NarrowLayer) -> int:
     if kind not in LEVELS:
         return 0 if kind in PLAIN else len(layer.ids)
     slots, stay = _slots(layer)
-    return int((~_in_original_block(slots, stay) & (slots >= 0)).sum())
+    moved = slots // BLOCK != stay.repeat_interleave(BLOCK)
+    return int((moved & (slots >= 0)).sum())
 
 
 def block_of(file: GgufFile) -> int:
@@ -228,11 +229,6 @@ def _slots(layer: NarrowLayer) -> tuple[Tensor, Tensor]:
     moved = ids[~stays]
     slots[(slots < 0).nonzero().flatten()[: len(moved)]] = moved
     return slots, stay
-
-
-def _in_original_block(slots: Tensor, stay: Tensor) -> Tensor:
-    """[width] bool: True for slots whose column is in its original block."""
-    return slots // BLOCK == stay.repeat_interleave(BLOCK)
 
 
 def _rows(tensor: StoredTensor, layer: NarrowLayer, width: int) -> _Entry:

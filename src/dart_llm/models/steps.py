@@ -360,10 +360,7 @@ def norms_of(parts: StepParts) -> Iterator[Norm | None]:
 
 
 def angles(
-    parts: StepParts,
-    count: int,
-    dtype: torch.dtype,
-    device: torch.device | None = None,
+    parts: StepParts, count: int, dtype: torch.dtype, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines [count, tables, R] float32 of the first ``count`` positions.
 

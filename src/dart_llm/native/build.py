@@ -171,15 +171,6 @@ def ops() -> Any:
     return torch.ops.dart_llm
 
 
-def use_kernels(name: str) -> bool:
-    """Use the kernels called ``name`` from now on; "" selects the best kernels for this CPU.
-
-    Names are avx512bf16, avx512, avxvnni, avx2 (x86-64), neon (64-bit Arm) and portable (any CPU).
-    Returns False, without a change, if this CPU cannot run these kernels.
-    """
-    return bool(ops().use(name))
-
-
 def kernels_in_use() -> str:
     """The name of the kernels in use."""
     return str(ops().cpu())

@@ -35,11 +35,7 @@ from dart_llm.patching.executors.native_ffn import (
 )
 from dart_llm.patching.executors.screened_head import ScreenedHead
 from dart_llm.patching.executors.step_check import disagreement_reason
-from dart_llm.patching.executors.token_ffn import (
-    WHOLE_STEPS,
-    token_ffn,
-    warn_if_slower_than_dense,
-)
+from dart_llm.patching.executors.token_ffn import WHOLE_STEPS, token_ffn, warn_if_slower_than_dense
 from dart_llm.patching.executors.whole_step import WholeSteps
 from dart_llm.patching.patched_ffn import PatchedFFN
 from dart_llm.patching.watch import Turn, Watch

@@ -268,8 +268,7 @@ Serving = Annotated[Service, Depends(_service)]
 Runs = Annotated[Service, Depends(_with_runs)]
 
 router = APIRouter(
-    default_response_class=Response,
-    responses={"4XX": {"description": "an error in OpenAI's form"}},
+    default_response_class=Response, responses={"4XX": {"description": "an error in OpenAI's form"}}
 )
 
 

@@ -7,13 +7,14 @@ from checkpoints import write_bench, write_folder, write_gguf
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.evaluation.parts import MemoryStore
 from dart_llm.evaluation.tasks import measure
-from dart_llm.experiments.study import load_model
+from dart_llm.experiments.study import load_model, run_study
 from dart_llm.experiments.timing import VARIABLE, WARM
 from dart_llm.reporting.console import Ui
 from dart_llm.studies.generate import demo as demo_study
 from dart_llm.studies.generate import report
 from dart_llm.studies.generate import study as timed
-from dart_llm.studies.generate.demo import DemoStudy, run_demo
+from dart_llm.studies.generate.demo import DemoStudy
+from dart_llm.studies.generate.settings import DemoSettings
 from html_page import Page
 from speed_cases import FFN, NORMS, REST, write_broken_bench
 from written import lines, read
@@ -36,7 +37,7 @@ def demo(model, folder, **more):
     settings = {"model": str(model), "method": "griffin", "sparsity": 0.5, "prompt": "hi there"}
     settings |= {"chat": False, "generation": 9, "device": "cpu"}
     settings |= {"results_dir": str(folder / "results"), "cache_dir": str(folder / "cache")}
-    return run_demo(Ui(quiet=True), **settings, **more)
+    return run_study(DemoStudy(DemoSettings(**settings, **more).fitted(), Ui(quiet=True)))
 
 
 def test_bytes_per_token_and_llama_cpp(tmp_path, monkeypatch):

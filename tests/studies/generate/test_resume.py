@@ -150,9 +150,9 @@ def test_a_run_with_another_prompt_in_the_same_file_is_not_resumed(settings, tmp
     with monkeypatch.context() as patch:
         patch.setattr(study, "write_masks", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            study.run_job(wanted, Ui(quiet=True))
+            runner.run_study(study.RunStudy(wanted, Ui(quiet=True)))
     for prompt, resumed in (("goodbye", False), ("hello", True)):
         file.write_text(prompt)
-        job = study.run_job(wanted, Ui(quiet=True))
+        job = runner.run_study(study.RunStudy(wanted, Ui(quiet=True)))
         assert job.folder.resumed == resumed
         assert [g["prompt"] for g in job.generations.values()] == [prompt, prompt]

@@ -5,11 +5,12 @@ import torch
 from safetensors.torch import load_file
 
 from dart_llm.errors import ConfigError
+from dart_llm.experiments.study import run_study
 from dart_llm.models.loading import _Builder
 from dart_llm.reporting.console import Ui
 from dart_llm.session.trace import read_trace
 from dart_llm.studies.generate.settings import RunSettings, collect
-from dart_llm.studies.generate.study import RunStudy, run_job
+from dart_llm.studies.generate.study import RunStudy
 from tiny_gpt2 import CONTEXT
 from written import lines
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 def test_two_texts_their_accounting_and_their_files(settings, tmp_path):
     trace = tmp_path / "neurons.safetensors"
-    study = run_job(settings(trace=str(trace)), Ui(quiet=True))
+    study = run_study(RunStudy(settings(trace=str(trace)), Ui(quiet=True)))
     dense, pruned = lines(study.path / "generation.jsonl")
     assert (dense["variant"], pruned["variant"]) == ("dense", "pruned")
     assert (pruned["method"], pruned["sparsity"], dense["accounting"]) == ("griffin", 0.5, None)
@@ -47,7 +48,7 @@ def test_a_setting_that_may_be_none_keeps_it():
 
 
 def test_a_dense_run_has_one_text(settings):
-    study = run_job(settings(method="dense", sparsity=None), Ui(quiet=True))
+    study = run_study(RunStudy(settings(method="dense", sparsity=None), Ui(quiet=True)))
     assert list(study.generations) == ["dense"] == list(study.timing["seconds_per_token"])
     assert "speed_up" not in study.timing and study.tables() == study.sentences() == []
 
@@ -55,17 +56,17 @@ def test_a_dense_run_has_one_text(settings):
 @pytest.mark.contract("resume gives the same bytes")
 @pytest.mark.parametrize("lost", [False, True])
 def test_an_interrupted_run_makes_no_text_twice(settings, monkeypatch, lost):
-    whole = run_job(settings(), Ui(quiet=True), fresh=True)
+    whole = run_study(RunStudy(settings(), Ui(quiet=True)), fresh=True)
     generate, texts = RunStudy._generate, []
     with monkeypatch.context() as patch:
         patch.setattr(RunStudy, "_time", lambda study: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run_job(settings(), Ui(quiet=True), fresh=True)
+            run_study(RunStudy(settings(), Ui(quiet=True)), fresh=True)
     broken = max(whole.path.parent.iterdir())
     if lost:  # a pruned text whose masks are missing is made again
         (broken / "masks.safetensors").unlink()
     monkeypatch.setattr(RunStudy, "_generate", lambda *a: texts.append(a[1]) or generate(*a))
-    resumed = run_job(settings(), Ui(quiet=True))
+    resumed = run_study(RunStudy(settings(), Ui(quiet=True)))
     assert resumed.path == broken and texts == (["pruned"] if lost else [])
     for file in ("masks.json", "drift.csv"):
         assert (resumed.path / file).read_bytes() == (whole.path / file).read_bytes()
@@ -107,6 +108,6 @@ def test_what_the_context_cannot_hold_is_refused_before_weights_are_read(
 ):
     monkeypatch.setattr(_Builder, "_model", lambda *arguments: pytest.fail("weights were read"))
     with pytest.raises(ConfigError, match=sentence):
-        run_job(settings(**changes), Ui(quiet=True))
+        run_study(RunStudy(settings(**changes), Ui(quiet=True)))
     assert "indexing errors" not in caplog.text
     assert list((tmp_path / "results").iterdir()) == []  # nor is there a folder

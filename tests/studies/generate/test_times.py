@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dart_llm.experiments.stats import DISTURBED
-from dart_llm.experiments.study import load_model
+from dart_llm.experiments.study import load_model, run_study
 from dart_llm.experiments.timing import WARM
 from dart_llm.reporting.console import Ui
 from dart_llm.studies.generate import report, study
-from dart_llm.studies.generate.study import RunStudy, run_job
+from dart_llm.studies.generate.study import RunStudy
 from html_page import Page
 from written import read
 
@@ -30,7 +30,7 @@ def timed(monkeypatch, capsys, settings, dense, pruned):
         return {name: list(seconds[name]) for name in clocks}
 
     monkeypatch.setattr(study, "interleave", interleave)
-    run = run_job(settings, Ui())
+    run = run_study(RunStudy(settings, Ui()))
     page = Page((run.path / "report.html").read_text(encoding="utf-8"))
     shown = "\n".join([*capsys.readouterr(), page.text.replace("\xa0", " "), *run.ui.log])
     (row,) = [row for row in run.tables()[0].rows if row["name"].endswith("pruned")]

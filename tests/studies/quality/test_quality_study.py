@@ -189,7 +189,7 @@ def test_a_row_has_the_interval_of_its_own_gaps():
     lines = {"dense": ([0.0] * 8,), "griffin@0.5": (griffin, spent(0.5, 0.5))}
     lines |= {"dart@0.5": (gaps, spent(0.5, 0.5))}
     row = rows_of([line(label, *values) for label, values in lines.items()], [0.5], [])[1]
-    wanted = stats.gap_closed_interval([(gaps, griffin)], 0).ends
+    wanted = stats.gap_closed_interval(gaps, griffin, 0).ends
     assert (row["equal_bytes_low"], row["equal_bytes_high"]) == pytest.approx(wanted, abs=1e-3)
 
 
@@ -213,22 +213,22 @@ def test_an_interval_is_that_of_the_resampled_ratio():
     b = draw.normal(1.0, 0.2, 48)
     a = 0.7 * b + draw.normal(0, 0.1, 48)
     ids = draw.integers(0, 48, (20_000, 48))
-    interval = stats.gap_closed_interval([(a, b)], seed=3)
-    assert interval.estimate == stats.gap_closed([(a, b)])
+    interval = stats.gap_closed_interval(a, b, seed=3)
+    assert interval.estimate == stats.gap_closed(a, b)
     plain = np.quantile(1 - a[ids].mean(1) / b[ids].mean(1), [0.025, 0.975])
     assert list(interval.ends) == pytest.approx(list(plain), abs=0.01)
-    assert interval == stats.gap_closed_interval([(a, b)], seed=3)
-    unpaired = stats.gap_closed_interval([(a, b[::-1].copy())], 3)  # pairing makes it narrow
+    assert interval == stats.gap_closed_interval(a, b, seed=3)
+    unpaired = stats.gap_closed_interval(a, b[::-1].copy(), 3)  # pairing makes it narrow
     width, wide = (each.ends[1] - each.ends[0] for each in (interval, unpaired))
     assert wide > 1.3 * width
 
 
 def test_where_there_is_no_interval():
     a, b = np.array([0.5, 0.2, 0.4] * 2), np.array([1.0, -0.9, 0.4] * 2)
-    assert stats.gap_closed([(a, b)]) == pytest.approx(1 - 1.1 / 0.5)
-    assert stats.gap_closed([(a, -np.abs(b))]) is None
+    assert stats.gap_closed(a, b) == pytest.approx(1 - 1.1 / 0.5)
+    assert stats.gap_closed(a, -np.abs(b)) is None
     # GRIFFIN loses nothing in too many draws; or in all; or there are too few items
     for pair in ((a, b), (a, -np.abs(b)), (a[:5], np.abs(b[:5]))):
-        assert stats.gap_closed_interval([pair]) is None
-    same = stats.gap_closed_interval([(a, a)])
+        assert stats.gap_closed_interval(*pair) is None
+    same = stats.gap_closed_interval(a, a)
     assert tuple(same.ends) == (0.0, 0.0)

@@ -50,17 +50,13 @@ def pictures(runs: Runs, config: Mapping[str, Any]) -> dict[str, list[Plot]]:
     checked = [run for run in done if worth_drawing(run.checks)]
     texts = list(grouped(checked, lambda run: run.source_key).values())
     texts.sort(key=lambda runs: -sum(check.trigger for run in runs for check in run.checks))
-    remasked = [run for run in done if _is_remasked(run)]
+    remasked = [run for run in done if any(m["first_jaccard"] for m in run.record["remasks"])]
     remasked.sort(key=lambda r: (r.candidate.name != DART, abs(len(r.record["remasks"]) - 3)))
     return {
         "methods": [] if loss is None else [loss],
         "similarity": [plot_timeline(*each, small) for each in _numbered("similarity", texts)],
         "masks": [plot_overlap(*each, small) for each in _numbered("overlap", remasked)],
     }
-
-
-def _is_remasked(run: DriftRun) -> bool:
-    return any(mask["first_jaccard"] for mask in run.record["remasks"])
 
 
 def _numbered(name: str, members: Sequence[Any]) -> Iterator[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from dart_llm.evaluation.measurement import Measurement, MeasureOptions
 from dart_llm.evaluation.tasks import count, measure, split
 from dart_llm.experiments.comparison import scores
 from dart_llm.experiments.store import ResultLine
-from dart_llm.experiments.study import Unit, load_model, run_study
+from dart_llm.experiments.study import Unit, load_model
 from dart_llm.experiments.timing import (
     LLAMA_CPP,
     WARM,
@@ -36,13 +36,11 @@ from dart_llm.models.loading import is_default
 from dart_llm.pruning.config import DEFAULT_SPARSITY, PruneConfig
 from dart_llm.pruning.registry import SETTING
 from dart_llm.reporting import words
-from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.reporting.words import TRANSFORMERS
 from dart_llm.session.run import BoundMethod
 from dart_llm.studies.generate import report
-from dart_llm.studies.generate.settings import DemoSettings
 from dart_llm.studies.generate.study import Clock, Decoding, RunStudy, accounting_fields
 
 COMPARED = (("dart", DEFAULT_SPARSITY),)
@@ -198,8 +196,3 @@ def _row(candidate: BoundMethod, measured: Measurement, dense: Measurement) -> R
         "interval": interval and interval.ends,
         "accounting": measured.accounting,
     }
-
-
-def run_demo(ui: Ui, **settings: Any) -> DemoStudy:
-    """Run the demo; ``settings``, such as model or device, replace the defaults."""
-    return run_study(DemoStudy(DemoSettings(**settings).fitted(), ui))

@@ -29,7 +29,7 @@ from dart_llm.experiments.artifacts import (
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.stats import judge
 from dart_llm.experiments.store import ResultLine
-from dart_llm.experiments.study import Study, Unit, run_study
+from dart_llm.experiments.study import Study, Unit
 from dart_llm.experiments.timing import WARM, Make, repetition
 from dart_llm.files import write_lines, write_text
 from dart_llm.models.checkpoint import checkpoint_facts
@@ -473,8 +473,3 @@ def accounting_fields(accounting: Mapping[str, Any]) -> dict[str, Any]:
         "dense_share": accounting.get("dense_token_share"),
         "remasks": accounting.get("remasks"),
     }
-
-
-def run_job(settings: RunSettings, ui: Ui, fresh: bool = False) -> RunStudy:
-    """Generate the texts that ``settings`` describe; returns the finished study."""
-    return run_study(RunStudy(settings, ui), fresh)

@@ -169,13 +169,13 @@ def _compared(group: Group, variant: str, sparsities: Sequence[float], seed: int
     compared: dict[str, Any] = {}
     for name in (EQUAL_SPARSITY, EQUAL_BYTES):
         others: Array = np.sum([group.gaps(GRIFFIN, equal[name]) for equal in matched], axis=0)
-        interval = stats.gap_closed_interval([(gaps, others)], seed)
+        interval = stats.gap_closed_interval(gaps, others, seed)
         low, high = (interval and interval.ends) or (None, None)
         values = {
             "sparsities": [equal[name] for equal in matched],
             "gap": float(gaps.mean()),
             "griffin_gap": float(others.mean()),
-            "gap_closed": stats.gap_closed([(gaps, others)]),
+            "gap_closed": stats.gap_closed(gaps, others),
             "low": low,
             "high": high,
         }

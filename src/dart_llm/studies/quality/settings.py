@@ -28,11 +28,9 @@ from dart_llm.studies.sweep.settings import MeasureSettings, SliceOptions
 STUDY = "Study"
 
 
-def _split_each(value: Any) -> list[str]:
-    return [word for part in split_commas(value) for word in words(str(part))]
-
-
-Repeated = Annotated[list[str], BeforeValidator(_split_each)]
+Repeated = Annotated[
+    list[str], BeforeValidator(lambda v: [w for part in split_commas(v) for w in words(str(part))])
+]
 """A list whose flag may be repeated; values may also be separated by commas."""
 
 Removed = Annotated[Fractions, AfterValidator(check_removed)]

@@ -150,10 +150,7 @@ def _amounts(grid: SweepSettings, cell: Cell) -> Iterator[Cell]:
     budget = cell.overrides.get("budget", {})
     budget = {"name": budget} if isinstance(budget, str) else budget
     for keep, group in itertools.product(grid.keep, groups):
-        overrides = {
-            **cell.overrides,
-            "budget": {**budget, "table": grid.layer_table(group, keep)},
-        }
+        overrides = {**cell.overrides, "budget": {**budget, "table": grid.layer_table(group, keep)}}
         yield replace(cell, layers=group, keep=keep, base_keep=grid.base_keep, overrides=overrides)
 
 
