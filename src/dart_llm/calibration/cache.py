@@ -39,7 +39,7 @@ def key_of(model: str, *parts: object) -> str:
 
 
 def rule_of(statistics: Statistics) -> object:
-    """A value that identifies what a score sums over tokens, by code and decay; None if nothing."""
+    """Identifies what a score sums, by its function's code and decay; None if it sums nothing."""
     rule = plain(statistics.per_token)
     return rule if statistics.ema_decay is None else [rule, statistics.ema_decay]
 
@@ -82,7 +82,7 @@ def keep(
 
 
 def _of_model(model: nn.Module, key: str) -> dict[str, Tensors]:
-    """The entries in memory for ``model``; entries of other weights than ``key``'s are dropped."""
+    """The entries in memory for ``model``, after dropping those for earlier weights."""
     kept = _memory.setdefault(model, {})
     for other in [name for name in kept if name[:MODEL_DIGITS] != key[:MODEL_DIGITS]]:
         del kept[other]

@@ -1,9 +1,9 @@
 """Generates text with the dense model, and computes the model's statistics over given tokens.
 
 The statistics are sums over tokens, squared gradients, bases (directions of the FFN's input, for
-low-rank compensation) and last hidden states.  For text sampled from the model, the gradient g of
-the log-likelihood is what statistics calls the score (not a neuron score).  So the mean of g^2 is
-the diagonal of the Fisher information of the neurons' activations (docs/reference.md).
+low-rank compensation) and last hidden states.  On text sampled from the model, let g be the
+gradient of the log-likelihood with respect to the neurons' activations.  The mean of g^2 is then
+the diagonal of the activations' Fisher information (docs/reference.md).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ WRITTEN = 64
 """Number of sequences that the model generates in one batch."""
 
 NUCLEUS = 1024
-"""How many of the likeliest tokens are sorted at first.  Together they nearly always have a chance
-of ``top_p``, so a sort of the whole vocabulary is rarely needed."""
+"""How many of the likeliest tokens are sorted at first.  Their chances nearly always add up to
+``top_p``, so a sort of the whole vocabulary is rarely needed."""
 
 
 def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
@@ -122,7 +122,7 @@ def _last_logits(model: Any, output: Any) -> Tensor:
 
 
 def likeliest(chances: Tensor, top_p: float) -> Tensor:
-    """``chances`` [B, V], with 0 for all but the likeliest tokens, which add up to ``top_p``."""
+    """``chances`` [B, V], 0 for all but the likeliest tokens, whose chances sum to ``top_p``."""
     if top_p >= 1:
         return chances
     ordered, tokens = chances.topk(min(NUCLEUS, chances.shape[-1]))
@@ -154,7 +154,7 @@ def _check_finite(tensors: Sequence[Tensor], what: str) -> None:
 
 
 def rows_at_once(model: Any, length: int, backward: bool) -> int:
-    """Number of sequences in one forward; ``backward``: it is followed by a backward pass."""
+    """Number of sequences in one forward; ``backward``: whether a backward pass follows."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     return max(1, LOGITS // (length * vocabulary)) if backward else BATCH
 
@@ -163,8 +163,8 @@ def rows_at_once(model: Any, length: int, backward: bool) -> int:
 class Needs:
     """What ``collect`` sums over the tokens of a text.
 
-    ``bases``: for each layer, the directions [r, D] on which the FFN's input is projected, or None;
-    the r results are the input's features.  Empty if no features are needed.  ``fisher``: also sum
+    ``bases``: for each layer, directions [r, D]; the FFN's input is projected on them to get its r
+    features.  None for a layer without features; empty if no layer has any.  ``fisher``: also sum
     squared gradients, which takes a backward pass.  ``inner``: exclude the attention sinks at the
     start of each sequence, and the last token of each, which has no next token to predict.
     """
@@ -279,7 +279,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 BASIS_TOKENS = 1024
-"""About how many tokens the basis of low-rank compensation is computed from."""
+"""Approximate number of tokens from which the basis of low-rank compensation is computed."""
 
 
 @torch.no_grad()
@@ -288,9 +288,9 @@ def find_bases(
 ) -> list[Tensor | None]:
     """For each layer, the ``rank`` main directions [r, D] of the FFN's input over ids [n, T].
 
-    The directions have the model's dtype.  None if ``rank`` is 0, and for inline FFNs (the layer
-    has no separate FFN module, as in OPT): the module that pruning replaces there does not receive
-    the FFN's input.
+    The directions have the model's dtype.  All entries are None if ``rank`` is 0.  The entry of an
+    inline FFN (it has no separate module, as in OPT) is None too, because the module that pruning
+    replaces there does not receive the FFN's input.
     """
     if not rank:
         return [None] * len(layers)
@@ -324,7 +324,7 @@ def _forwards(model: Any, ids: Tensor, advance: Advance) -> None:
 
 @torch.no_grad()
 def last_states(model: Any, ids: Tensor, advance: Advance = ignore) -> Tensor:
-    """The last hidden states of ids [n, T], which the head reads: [n * T, D] on the host."""
+    """The last hidden states (the head's input) of ids [n, T]: [n * T, D] on the host."""
     states: list[Tensor] = []
     width = model.get_output_embeddings().weight.shape[1]
 

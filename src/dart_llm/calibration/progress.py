@@ -37,7 +37,7 @@ def ignore(share: float) -> None:
 
 
 class Progress:
-    """Logs progress through ``stages``: {name: work, in forwards of one token}."""
+    """Logs progress; ``stages`` maps each stage's name to its work, in forwards of one token."""
 
     def __init__(self, say: Say, stages: Mapping[str, float], what: str) -> None:
         """``say``: logs a line.  ``what``: the task, in words.
@@ -81,8 +81,8 @@ def learning(
     """A context with the model to calibrate (``model`` or a float32 copy) and a ``Progress``.
 
     ``what``: the task, in words.  ``work``: the stages of ``Progress``.  ``memory``: bytes needed
-    in addition to the model.  Raises ``ConfigError``, before any computation, if a CPU has fewer
-    free bytes.
+    in addition to the model.  Raises ``ConfigError``, before any computation, if the model is on a
+    CPU and fewer bytes are free.
     """
     free = available()
     if next(model.parameters()).device.type == "cpu" and memory > free:

@@ -62,8 +62,8 @@ ONE_BY_ONE = 3
 LEARNING = "learning from self-generated text, once per model"
 
 BASIS, SCORE, STATES = "basis", "score", "states"
-"""Names of learned statistics: basis of low-rank compensation, sum of the score, last hidden
-states.  The other names are ``FISHER`` and those in ``SUMS``."""
+"""Names of learned statistics: ``BASIS`` for the basis of low-rank compensation, ``SCORE`` for the
+score's sum, ``STATES`` for last hidden states.  Others are ``FISHER`` and those in ``SUMS``."""
 
 SUMS = ("signed", "features", "sensitivity")
 """Names of sums that a configuration may need (``Statistics.needs``)."""
@@ -91,7 +91,7 @@ def _memory(
 
 @dataclass(frozen=True)
 class Calibrated:
-    """Masks, or a prior of [I] per layer, and a note that names the text behind the result."""
+    """Either masks or a prior (scores [I] per layer); ``note`` names the text it is made from."""
 
     fixed_masks: Masks | None
     prior: tuple[Tensor, ...] | None
@@ -218,7 +218,7 @@ def self_calibrate(
 def cached_calibration(
     model: Any, config: PruneConfig, layers: Sequence[FfnWeights], cache_dir: str | None = None
 ) -> tuple[FfnWeights, ...] | None:
-    """``self_calibrate`` from the cache alone, even for a pruned model; None if not cached."""
+    """Like ``self_calibrate``, but reads only the cache, even for pruned models; None if absent."""
     names = wanted(config, layers)
     learned: cache.Tensors | None = {}
     if names:
@@ -229,7 +229,7 @@ def cached_calibration(
 
 
 _screens: WeakKeyDictionary[nn.Module, tuple[object, Screen]] = WeakKeyDictionary()
-"""The newest screen of each model, and a key that identifies what it was computed from."""
+"""Maps a model to a key, which identifies the inputs of its newest screen, and that screen."""
 
 
 def learn_screen(
@@ -373,7 +373,7 @@ def wanted(config: PruneConfig, layers: Sequence[FfnWeights]) -> list[str]:
     """Names of the learned statistics that ``config`` needs.
 
     Gradients are needed by some scores and by per-token selection.  The basis is needed by low-rank
-    compensation.  Sums are needed if learned tokens count besides those that a run observes.
+    compensation.  Sums are needed if they count in addition to the tokens that a run observes.
     """
     if config.self_stats is None:
         return []
@@ -391,7 +391,7 @@ def wanted(config: PruneConfig, layers: Sequence[FfnWeights]) -> list[str]:
 def _check_learnable(
     model: nn.Module, method: str, layers: Sequence[FfnWeights], backward: bool
 ) -> None:
-    """Raise ``ConfigError`` if statistics (gradients too, if ``backward``) cannot be learned."""
+    """Raise ``ConfigError`` if statistics cannot be learned; ``backward``: with gradients."""
     problem = ""
     if any(layer.down.is_meta for layer in layers):
         problem = "self-generated text, which an offloaded model cannot write: do not offload it"

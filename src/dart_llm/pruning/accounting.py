@@ -144,7 +144,7 @@ def tracing_flops(
 ) -> int:
     """FLOPs of observing tokens, which the DART paper calls tracing, and of building masks.
 
-    The paper (arXiv 2601.22632) claims 0.1 % more FLOPs.  ``observed``: number of tokens.
+    The paper (arXiv 2601.22632) claims that they add 0.1 %.  ``observed``: number of tokens.
     ``kept``: keep counts of one mask per layer; None means that no mask is built.  A multiply-add
     counts as 2.  Scores and mean activations take 8 per neuron and token.  The layer sensitivity
     S_l takes 8 per hidden unit and token.  A mask takes a sort, and a fit if ``compensates``.
@@ -180,7 +180,7 @@ class _SequenceBytes:
         self.compensates = biased or (state.config.compensation and fixed is None)
 
     def total(self) -> tuple[float, float]:
-        """Two numbers: bytes for forwards and building masks, and bytes for per-token selection."""
+        """Returns bytes for forwards and mask builds, then bytes for per-token selection."""
         read = selection = 0.0
         copied = self.executor == "compact"  # IF_COMPACT reads weights as stored instead
         compact, skips = copied or self.executor == IF_COMPACT, self.executor != "masked"

@@ -164,7 +164,7 @@ def depth_profile(y: float) -> float:
 def depth_sparsities(
     sensitivity: Sequence[float], depths: Sequence[float], rho: float
 ) -> list[float]:
-    """Sparsities p of the layers, whose mean is ``rho``, from sensitivities S and depth factors D.
+    """The layers' sparsities p, with mean ``rho``, from sensitivities S and depth factors D.
 
     ``R = 1 - (S - min S) / (max S - min S + 1e-6)``, ``P = R * D``,
     ``p = clip(rho L P / sum P, lo, hi)``, with L layers, lo = min(0.1, rho), hi = max(0.9, rho).

@@ -20,7 +20,7 @@ from dart_llm.pruning.masks import LayerMask, Masks
 from dart_llm.pruning.weights import FfnWeights
 
 ClampValues = Mapping[int, Mapping[int, float]]
-"""{layer: {neuron id: activation}}."""
+"""Maps a layer's number to a mapping from neuron ids to activations."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LayerClamp:
 
 @dataclass(frozen=True)
 class Clamp:
-    """The clamped neurons of a model; ``layers``: {layer: its clamped neurons}."""
+    """The clamped neurons of a model; ``layers`` maps a layer's number to its clamped neurons."""
 
     layers: Mapping[int, LayerClamp]
 

@@ -91,7 +91,7 @@ def find_basis(h: Tensor, rank: int) -> Tensor:
     scale = (values + floor).clamp_min(1e-12).rsqrt()
     scale = scale * (values + floor > ROUNDING * h.square().mean())
     basis: Tensor = unit * scale[:, None]
-    # the layout of a basis that is loaded from a file, because rounding in kernels depends on it
+    # contiguous like a basis loaded from a file, because rounding in kernels depends on the layout
     return basis.contiguous()
 
 
@@ -109,7 +109,7 @@ class CompensationInputs(NamedTuple):
     removed: Tensor
 
     def covariances(self) -> Tensor:
-        """Removed neurons: covariances of u with the features, and the mean of u, [n, r + 1]."""
+        """The removed neurons' covariances of u with the features, then mean u, [n, r + 1]."""
         sums = self.evidence.sums
         mean, f = sums["signed"].rows(self.removed), sums["features"].mean
         cross = torch.addr(sums["cross"].rows(self.removed), mean, f, alpha=-1)

@@ -42,8 +42,8 @@ def check_sparsity(value: float) -> float:
 class Part(BaseModel):
     """A frozen group of settings; a bad value or an unknown key raises ``ConfigError``.
 
-    ``called``: prefix of the settings' names in messages, or "".  ``short``: name of the setting
-    that a plain string sets, if one is given instead of the group; "" if none.
+    ``called``: prefix of the settings' names in messages, or "".  ``short``: the setting that a
+    plain string sets if it is given instead of the group; "" if there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -138,8 +138,8 @@ RULE_FORMS = {
         "W whole tokens >= 2, N whole windows >= 1, K a number >= 0",
     ),
 }
-"""The built-in drift rules that take numbers: the form, a regular expression for the numbers, and
-their bounds in words.  They are listed here because importing the rules' functions imports torch.
+"""Maps each built-in drift rule that takes numbers to its form, a regular expression for the
+numbers, and their bounds in words.  It is here because importing the rules' module imports torch.
 """
 
 
@@ -255,7 +255,7 @@ class TokenConfig(Part):
     ``rule``: name of a class in ``TOKEN_RULES``, whose ``options`` name the settings that it uses.
     Low-bit proxies are rough copies of gate and up, which rank the neurons.  ``bits``: 4 or 8 bits
     per weight of a proxy.  ``group``: number of inputs with the same scale.  ``inputs``: share of
-    the inputs, (0, 1], with which proxies are multiplied: those of the largest magnitude.
+    the inputs, (0, 1], that proxies are multiplied with; the inputs of largest magnitude are used.
     ``proxy``: ``always`` makes proxies; ``auto`` makes none if gate and up are quantized, because
     the quantized weights then rank the neurons.
     """
@@ -293,7 +293,7 @@ SECRET = ("api_key",)
 """Names of settings; messages do not show the values of these settings."""
 
 BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-"""Pydantic's bounds of a field, in words."""
+"""Maps pydantic's bounds of a field to words."""
 
 
 def first_problem(error: ValidationError, called: str = "") -> str:
@@ -469,5 +469,5 @@ class PruneConfig(Part):
         return base.replace(changes) if changes else base
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able data for ``from_mapping``; has ``head`` only if that is screened."""
+        """Plain JSON-able data for ``from_mapping``; has ``head`` only if the head is screened."""
         return self.model_dump(mode="json", exclude={"head"} if not self.screens else set())

@@ -57,7 +57,7 @@ from dart_llm.pruning.statistics import LayerStatistics
 from dart_llm.pruning.weights import FfnWeights
 
 RemaskHook = Callable[[Remask, SequenceState], None]
-"""Called each time masks were built, with their record and the state of their sequence."""
+"""Called after masks are built, with their record and the state of their sequence."""
 
 TokensHook = Callable[[PendingForward, int, list[SequenceState]], None]
 """Called with a forward, the number of its tokens that were kept, and all sequences' states."""

@@ -24,13 +24,13 @@ SINKS = 4
 """Tokens at the start of a sequence (attention sinks) that no reference or window includes."""
 
 MIN_WINDOWS = 4
-"""Number of windows that a reference needs; with fewer, it is made of the first pruned windows."""
+"""Number of windows that a reference needs; with too few, the first pruned windows are used."""
 
 MAX_WINDOWS = 128
 """Number of newest observed windows that give mu and sigma; older ones are dropped."""
 
 Compare = Callable[[Tensor, Tensor], Tensor]
-"""Similarities [...] of the vectors in two tensors [..., D]; the vectors' norms must not matter."""
+"""Similarities [...] of the vectors in two tensors [..., D]; must not depend on their norms."""
 
 
 def cosine(mean: Tensor, others: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class Detector:
             self.windows = [*self.windows[1 - MAX_WINDOWS :], mean]
 
     def _count(self, part: Tensor, tokens: Tensor | int) -> None:
-        """Add ``part`` [B, D], sums of v, to the reference; ``tokens``: how many per row, [B]."""
+        """Add ``part`` [B, D], sums of v over ``tokens`` tokens per row, to the reference."""
         count = tokens if isinstance(tokens, Tensor) else part.new_full((len(part),), tokens)
         self.total = part if self.total is None else self.total + part
         self.tokens = count if self.tokens is None else self.tokens + count
@@ -257,7 +257,7 @@ class Detector:
 
 
 def _compact(v: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:
-    """v of each row's first T' tokens with weight 1, [B, T', D]; T': minimum over live rows."""
+    """Each row's first T' tokens with weight 1, [B, T', D]; every live row has at least T'."""
     if weights is None:
         return v
     counts = weights.sum(1).long()
@@ -279,7 +279,7 @@ def guards_allow(
 ) -> bool:
     """Whether the guards allow a trigger (docs/reference.md, "Drift").  Counts are in tokens.
 
-    ``decoded``: tokens decoded so far.  ``last``: that number at the previous trigger, or None.
+    ``decoded``: tokens decoded so far.  ``last``: the same at the last trigger; None if none.
     ``spent``: tokens that ran dense for earlier re-masks.  ``need``: tokens that will run dense for
     the next re-mask.  ``allowance``: tokens that may run dense besides ``max_dense_share``.
     """

@@ -58,7 +58,7 @@ class ForwardCall:
 class ForwardPlan:
     """What the layers do in one forward.
 
-    ``masks[sequence][layer]`` is None where a layer runs dense, ``masks[sequence]`` if all do.
+    ``masks[sequence]`` is None if all layers run dense; else, it has None for each dense layer.
     ``observe``: whether layers pass activations to the controller.  ``signal``: whether the model
     passes the signal that the drift detector watches.  ``stream``: whether layers also pass the
     FFN's output and the residual stream before it.  ``inputs``: whether they also pass the FFN's
@@ -107,7 +107,7 @@ def detached(t: T) -> T:
 def outside_inference() -> AbstractContextManager[object]:
     """A context that turns inference mode off.
 
-    Tensors created in it can be used in later forwards, whether or not they run in inference mode.
+    Tensors created in it can be used in later forwards, whether in inference mode or not.
     """
     return torch.inference_mode(False)
 

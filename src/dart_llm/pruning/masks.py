@@ -14,7 +14,7 @@ from dart_llm.pruning.compensation import LowRank
 from dart_llm.pruning.weights import FfnWeights
 
 Ids = Mapping[int, Sequence[int] | Tensor]
-"""{layer: neuron ids}."""
+"""Maps a layer's number to neuron ids."""
 
 
 def largest(values: Tensor, count: int) -> Tensor:

@@ -221,7 +221,7 @@ def _described(value: Any) -> dict[str, str]:
 
 
 def _settings(config: PruneConfig) -> str:
-    """The main settings of a method, as its source in the listing."""
+    """The main settings of a method, which the listing shows as its source."""
     parts = [f"score {config.score.name}", f"budget {config.budget.name}"]
     parts += [f"drift {config.drift.rule}"] + ["compensation"] * config.compensation
     parts += [f"token rule {config.token.rule}"] if config.token is not None else []

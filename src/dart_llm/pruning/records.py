@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Remask:
-    """The masks of all layers were built; they apply from decode step ``step`` of ``sequence``."""
+    """One build of all layers' masks, which apply from decode step ``step`` of ``sequence``."""
 
     sequence: int
     row: int | None
@@ -76,9 +76,10 @@ class LayerStat:
 
 @dataclass(frozen=True)
 class SequenceReport:
-    """One sequence: a batch row, or a batch whose rows share masks; fields as in ``RunReport``.
+    """One sequence: a batch row, or a batch whose rows share masks.
 
-    But ``remasks`` has a record of each time that masks were built, the first time included.
+    Fields are as in ``RunReport``, but ``remasks`` has a record of each build of masks, including
+    the first.
     """
 
     sequence: int
@@ -121,7 +122,7 @@ class HeadReport:
     """The whole head's bytes, divided by all weight bytes that a dense decoded token reads."""
 
     def read(self, decoded: float) -> float:
-        """Share of the head's bytes read, mean over ``decoded`` tokens (1 if not screened)."""
+        """Share of the head's bytes read, mean over ``decoded`` tokens; 1 for unscreened tokens."""
         screened = min(1.0, self.tokens / decoded) if decoded else 1.0
         return 1 - screened * (1 - self.bytes_share)
 
@@ -179,7 +180,7 @@ class RunReport:
     """FFN bytes read, divided by those of dense decoding.  The bytes read include those for
     observing tokens and for building masks."""
     ffn_bytes_share_if_compact: float
-    """The same share if every forward read only the kept neurons; below: "if run compactly"."""
+    """The same share if every forward read only the kept neurons (below: "if run compactly")."""
     ffn_share_of_bytes: float
     """FFN weight bytes, divided by the bytes of all weights that a decoded token reads (embeddings
     are not counted)."""
@@ -280,7 +281,7 @@ def without_sequences(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_dense(report: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """The report, including another ``tokens`` decoded tokens, which ran dense outside any run."""
+    """The report with ``tokens`` more decoded tokens, which ran dense outside any run."""
     if not tokens:
         return report
     zeros = "achieved_sparsity proxy_bytes_share prompt_tokens remasks".split()

@@ -43,7 +43,7 @@ class Registry:
     def register(self, name: str, value: Any) -> Any:
         """Add ``value`` under ``name``; raises ``ConfigError`` if the name is taken.
 
-        An entry point's name is not taken, because its module may register the object as well.
+        An entry point's name does not count as taken: its module may register the object as well.
         """
         if name in self._built_in or name in self._objects:
             raise ConfigError(f"{self.kind} {name!r} is already registered: use another name")
@@ -98,7 +98,7 @@ def _imported(target: str) -> Any:
 
 
 def _table(module: str, names: str, attribute: Callable[[str], str] = str) -> dict[str, str]:
-    """Import paths by name; ``attribute`` turns a name with underscores into the attribute."""
+    """Maps names to import paths; ``attribute``: function from a name to the module's attribute."""
     return {
         name: f"dart_llm.pruning.{module}:{attribute(name.replace('-', '_'))}"
         for name in names.split()
@@ -202,6 +202,6 @@ def plugin_hint() -> str:
 
 
 def plugin_digest() -> dict[str, str]:
-    """{"plugin": SHA-256 digests of the loaded plug-ins}, stored with results; {} without any."""
+    """Maps ``plugin`` to the loaded plug-ins' digests, stored with results; {} without plug-ins."""
     load_plugin()
     return {"plugin": " ".join(sorted(_digests.values()))} if _digests else {}

@@ -1,8 +1,8 @@
 """Neuron scores (docs/reference.md, "Scores"), each of which is one decorated function.
 
-A score is a function ``(a, weights) -> [I]``.  Its decorator gives a function that computes e_t
-[I] from the activations u of token t.  ``a`` is accumulated over T observed tokens: it is
-``sqrt(sum_t e_t)``, or with an ``ema_decay`` d, the average of ``sqrt(e_t)`` with weights
+A score is a function ``(a, weights) -> [I]``.  Its decorator's first argument is a function that
+computes e_t [I] from the activations u of token t.  ``a`` is accumulated over T observed tokens: it
+is ``sqrt(sum_t e_t)``, or with an ``ema_decay`` d, the average of ``sqrt(e_t)`` with weights
 ``d^(T-1-t)``.  With ``spread``, ``a`` is the standard deviation of u; with ``average``, the mean of
 e_t.
 """
@@ -24,7 +24,7 @@ __all__ = ["Score", "mix_ranks", "ranks", "score", "squared", "squared_share"]
 
 @dataclass(frozen=True)
 class Score:
-    """A score: its function, the function that gives e_t (None without one), and its source."""
+    """A score: ``function``; ``per_token``, which computes e_t (None if not used); ``source``."""
 
     function: Callable[[Tensor, FfnWeights], Tensor]
     per_token: PerToken | None

@@ -218,8 +218,8 @@ class MaskSelector:
     def _token_mask(
         self, index: int, score: Tensor, evidence: LayerStatistics, count: int
     ) -> LayerMask | None:
-        """The mask of a layer for per-token selection; None if a token would select all neurons
-        that are not clamped, or without per-token selection."""
+        """The mask of a layer for per-token selection; None without per-token selection, or if a
+        token would select all neurons that are not clamped."""
         layer = self.layers[index]
         unclamped = self.clamp.most(index, layer.width)
         if self.config.token is None or unclamped <= count:

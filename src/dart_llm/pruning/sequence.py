@@ -207,7 +207,7 @@ class SequenceState:
         self.decoded += tokens
 
     def rewind(self, tokens: int) -> None:
-        """Uncount the decoded tokens among each row's last ``tokens`` tokens (rolled back)."""
+        """Subtract rolled-back tokens (each row's last ``tokens``) from counts of decoded ones."""
         tokens = min(tokens, self.decoded)
         self.decoded -= tokens
         self.pruned_run = max(0, self.pruned_run - tokens)

@@ -104,11 +104,11 @@ def read_setting(path: Path) -> KeptSetting:
 
 
 def kept_setting(method: str) -> KeptSetting | None:
-    """The setting in the file of ``file:...``; None if ``method`` is a method's name."""
+    """The setting in the file that ``file:...`` names; None if ``method`` is a method's name."""
     path = path_of(method)
     return None if path is None else read_setting(path)
 
 
 def method_of(method: str) -> PruneConfig:
-    """The configuration in ``file:...``, read again each time because the file may have changed."""
+    """The configuration in ``file:...``, read at every call because the file may have changed."""
     return read_setting(Path(str(path_of(method)))).config

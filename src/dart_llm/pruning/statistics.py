@@ -1,4 +1,4 @@
-"""Computes the sums over tokens from which masks are made (the evidence), and pools them.
+"""Computes the evidence (sums over tokens, from which masks are made) and adds learned sums.
 
 Each layer has its own sums, float32 and detached from autograd.  Tokens are weighted: 0 for padding
 and for batch rows that have ended, otherwise 1.
@@ -20,7 +20,7 @@ from dart_llm.pruning.observations import LayerObservation
 EPS = 1e-12
 
 REFERENCE_TOKENS = 256
-"""When sums decay, sums over more tokens than this first get the weight of this many tokens."""
+"""Before sums over more tokens than this decay, they are scaled to count as this many tokens."""
 
 PerToken = Callable[[Tensor], Tensor]
 """The function whose values a score sums over tokens: maps u [..., I] float32 to [..., I]."""
@@ -91,7 +91,7 @@ class LayerStatistics:
     def add_ema(self, values: Tensor, decay: float, weights: Tensor | None) -> None:
         """Update the score's sum by ``s <- decay * s + v`` once per position.
 
-        v is the sum of ``values`` [B, T, I] over the batch rows that have a token there.
+        v is the sum of ``values`` [B, T, I] over the batch rows with a token at that position.
         """
         if weights is None:
             weights = torch.ones(values.shape[:2], device=values.device)
@@ -344,8 +344,8 @@ def pruned_indicator(u: Tensor, saliency: Tensor, keep: float) -> Tensor:
     """A tensor [T, I]: 1 where a token would not select a neuron, else 0.
 
     A token selects the share ``keep`` of the neurons, those with the largest ``abs(u_i) *
-    saliency_i``.  Neurons tied with the strongest one left out are left out too, so a token can
-    select fewer.  u: [T, I] float32; saliency: [I].
+    saliency_i``.  It can select fewer, because neurons tied with the strongest unselected neuron
+    are not selected either.  u: [T, I] float32; saliency: [I].
     """
     lost = u.shape[-1] - max(1, round(keep * u.shape[-1]))
     if not lost:

@@ -23,7 +23,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.pruning.masks import LayerMask, Masks
 
 CHUNK, CACHED = 1 << 22, 1 << 18
-"""Maximum number of weights converted to float32 at a time; ``CACHED`` is for a CPU's cache."""
+"""Maximum number of weights converted to float32 at a time; ``CACHED`` applies to CPUs' caches."""
 
 SCALE_BYTES = 2
 """Bytes of a group's bfloat16 scale."""

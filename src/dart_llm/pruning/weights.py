@@ -20,11 +20,11 @@ REACH_CHUNK = 4096
 class FfnWeights:
     """Views of one layer's FFN weights in the model's dtype; I = neurons, D = hidden size.
 
-    ``stored_up``: ``up``, or its transpose if ``by_inputs`` is True.  ``gate``: [I, D] or None.
-    ``down``: [D, I].
-    ``embedding``: [V, D], the vocabulary's embedding for forward-proxy scores, shared by all
-    layers.  ``prior``: [I] float32, calibrated scores of the neurons; the largest are best.
-    ``self_stats``: statistics of the layer, learned from text that the model generated.
+    ``stored_up``: ``up``, or its transpose if ``by_inputs`` is True.  ``gate``: [I, D]; None in an
+    FFN without a gate.  ``down``: [D, I].  ``embedding``: [V, D], the vocabulary's embedding for
+    forward-proxy scores, shared by all layers.  ``prior``: [I] float32, calibrated scores of the
+    neurons; the largest are best.  ``self_stats``: statistics of the layer, learned from text that
+    the model generated.
     """
 
     index: int

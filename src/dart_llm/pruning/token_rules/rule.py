@@ -2,8 +2,7 @@
 
 To add a rule, write a file with a subclass of ``TokenRule`` that prepares data for an FFN, ranks
 the FFN's neurons and counts the bytes that ranking reads.  The file must also call
-``TOKEN_RULES.register("name", MyRule)``.
-``dart-llm methods`` lists the first line of each class's docstring.
+``TOKEN_RULES.register("name", MyRule)``.  ``dart-llm methods`` lists its docstring's first line.
 """
 
 from __future__ import annotations
