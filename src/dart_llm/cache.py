@@ -65,7 +65,7 @@ def free_bytes(folder: Path) -> int:
 
 
 SCRATCH = ".tmp-"
-"""Prefix of unfinished files and folders; unfinished files of ``files.replacing`` end in .part."""
+"""Prefix of unfinished files and folders, but those of ``files.replacing`` end in .part instead."""
 
 STALE_AFTER = 24 * 3600.0
 """Seconds after which an unfinished file is considered left over from a killed process."""

@@ -155,7 +155,7 @@ _WEIGHTS = (
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
-    """Return the weight files that transformers downloads: those of one format, the first found."""
+    """Return the weight files that transformers downloads: those of the first format present."""
     listed = list(names)
     by_kind = ([name for name in listed if re.fullmatch(kind, name)] for kind in _WEIGHTS)
     return next(filter(None, by_kind), [])

@@ -81,7 +81,7 @@ class Settings(BaseModel):
 
     @classmethod
     def named(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Return ``data`` with field names for aliases; drops None unless the field may be None."""
+        """Return ``data`` with aliases replaced by field names; drops None where not allowed."""
         values: dict[str, Any] = {}
         for key, value in data.items():
             name = cls.ALIASES.get(key, key)
@@ -154,7 +154,7 @@ def _problem_text(error: ValidationError) -> str:
 
 
 def split_commas(value: Any) -> Any:
-    """Return, as a tuple without duplicates, a comma-separated text, a list or a single value."""
+    """Return a comma-separated text, a list or a single value as a tuple without duplicates."""
     parts = words(value) if isinstance(value, str) else value
     parts = parts if isinstance(parts, list | tuple) else [parts]
     for part in parts:
@@ -195,7 +195,7 @@ SEQUENCE_METHOD = "dart"
 """Default method of commands that study sequence masks (one for many tokens), e.g. ``drift``."""
 
 FITTING_METHODS = (SEQUENCE_METHOD, "dart-prompt", "griffin", "published")
-"""If a setting does not fit the default method, the first of these that it fits is used instead."""
+"""If the default method does not support a setting, the first of these that does is used."""
 
 MASK_SETTINGS = ("masks", "knowledge_drift", "drift", "ranking_method")
 """Settings of sequence masks.  Methods with per-token selection do not support them."""
@@ -293,7 +293,7 @@ class PruningOptions(MaskOptions):
     def fitted(self) -> Self:
         """Return settings whose method supports them; ``notes`` reports a change of the method.
 
-        Raises ``ConfigError`` if the user chose a method that does not, or if no method does.
+        Raises ``ConfigError`` if the user chose the method, or if no method supports the settings.
         """
         problem = self.misfit()
         if problem is None:
@@ -412,7 +412,7 @@ class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
         return kept_setting(self.method)
 
     def fitted(self) -> Self:
-        """Also use the weight format of a setting file; if another is set, ``notes`` says so."""
+        """Also use a setting file's weight format, unless another is set; ``notes`` tells which."""
         settings, kept = super().fitted(), self.kept
         if kept is None or kept.weights in (None, self.weights):
             return settings

@@ -79,7 +79,7 @@ class Sampler:
 
 
 def logprobs(logits: Tensor, ids: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
-    """Return (id, log-probability) pairs per row: of its token, then of the ``count`` likeliest."""
+    """Return per row (id, log-probability) pairs: its id in ``ids``, then the likeliest ids."""
     scores = torch.log_softmax(logits.float(), -1)
     best = scores.topk(min(count, scores.shape[-1]))
     rows = zip(ids, scores, best.indices.tolist(), best.values.tolist(), strict=True)

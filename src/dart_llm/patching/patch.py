@@ -64,7 +64,7 @@ class ModelPatch(NotCopied):
     ``many``: True if ``serve`` will replace the controller; the FFNs are then patched even if the
     first controller does not need that.  ``screen``: a low-bit approximation of the output head.
     It finds the vocabulary entries that a decoded token must score exactly.  Controllers use it
-    only if their configuration requests a screened head.  None: all use the whole head.
+    only if their configuration requests a screened head.  None: they use the whole head.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class ModelPatch(NotCopied):
         """True if the current forward is a decode forward."""
         self._on_forward: OnForward | None = None
         self._steps_before = self._released = self._served = 0
-        """Number of whole steps before the current forward; extra bytes just before ``remove``;
-        number of whole steps before the last ``serve``."""
+        """``_steps_before``: number of whole steps before the current forward; ``_served``: before
+        the last ``serve``.  ``_released``: extra bytes just before ``remove``."""
         self._hooked: set[str] = set()
         """Kinds of hooks that were added so far: stream, attention, and "signal NAME"."""
         self._token: TokenConfig | None = None
@@ -375,7 +375,7 @@ class ModelPatch(NotCopied):
             loop.in_prefill = False
 
     def nbytes(self) -> int:
-        """Return the extra bytes, without KV cache and controller; ``remove`` keeps the value."""
+        """Return the extra bytes, without KV cache and controller; constant after ``remove``."""
         steps = 0 if self.whole_steps is None else self.whole_steps.nbytes()
         head = 0 if self.head is None else self.head.nbytes()
         return self._released or steps + head + sum(layer.nbytes() for layer in self.layers)

@@ -101,8 +101,8 @@ class Turn:
     def __init__(self, *owners: object) -> None:
         self._owners = owners
         self._runs = self._generates = 0
-        """Id of the thread that runs the current forward, and of the thread that runs ``generate``;
-        0 if there is none."""
+        """``_runs``: id of the thread that runs the current forward.  ``_generates``: id of the
+        thread that runs ``generate``.  0: no thread does."""
         self._is_closed = False
 
     def begin_forward(self) -> bool:

@@ -127,8 +127,8 @@ class GgufExport:
     """Describes a narrower GGUF file that was written.
 
     Numbers of neurons per layer: ``neurons`` in the model, ``requested`` by the method, ``written``
-    to the file.  ``block``: values per quantization block, to a multiple of which ``requested`` was
-    rounded up.  ``kinds``: {type of down projections in the model's file: type in the new file}.
+    to the file after rounding up to multiples of ``block``, the values per quantization block.
+    ``kinds``: maps a type of down projections in the model's file to the type in the new file.
     ``rounded``: fraction of the down projections' columns that moved to another quantization block
     and were requantized.  ``compensated``: True if output biases contain the mean of removed
     neurons.

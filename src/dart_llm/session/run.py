@@ -142,7 +142,7 @@ class BoundMethod:
         return self.selector.removes_nothing if fixed is None else not any(fixed)
 
     def with_fixed_masks(self, remove: Ids | None = None) -> BoundMethod:
-        """Return a copy whose ``fixed_masks`` are the user's masks, or ``remove``, with the clamp.
+        """Return a copy whose fixed masks come from ``masks`` or ``remove``, if any, and the clamp.
 
         If the method removes no neurons, the clamp alone becomes fixed masks.
         """

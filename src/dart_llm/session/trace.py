@@ -37,7 +37,7 @@ FORMAT = "dart-llm trace 1"
 
 COLUMNS = ("sequence", "row", "position", "token_id", "phase", "mask")
 """Columns of int32 [N], one number per token.  ``row`` is the batch row.  ``mask`` is an index into
-the file's tensor ``masks``, which has one mask of all layers per row."""
+the file's tensor ``masks``; each entry is a mask of all layers."""
 
 PHASES = ("prefill", "observe", "pruned", "released")
 """Names of the phases; the column ``phase`` has indices into this tuple."""
@@ -135,10 +135,9 @@ class Trace:
         return add_selected
 
     def _number(self, row: int | None, masks: Masks) -> tuple[int, Array, list[int]]:
-        """Return the index of these masks in the tensor ``masks``, their bits, and some layers.
+        """Return the index in the tensor ``masks``, the bits, and the layers where tokens select.
 
-        The layers are those in which tokens select neurons.  If there are any, each token adds a
-        mask of its own, so there is no common index, and ``DENSE`` is returned instead.
+        If there are such layers, the index is ``DENSE``, because each token adds its own mask.
         """
         cached = self._masks.get(row)
         if cached is None or cached[0] is not masks:
@@ -315,10 +314,10 @@ class TraceFile:
     def remask_rows(self) -> Iterator[dict[str, Any]]:
         """Yield one row per record of ``remasks`` (the first mask too) and layer.
 
-        A row has the record and the ids ``grown`` and ``dropped``.  The previous mask of the same
-        sequence and batch row did not keep the ``grown`` neurons; the new one does not keep the
-        ``dropped`` neurons.  A first mask is compared with all neurons.  ``grown`` and ``dropped``
-        are None if each token selects its neurons.
+        A row has the record, and two arrays of neuron ids.  ``grown``: neurons that the new mask
+        keeps, but the previous mask of the same sequence and batch row did not.  ``dropped``: the
+        opposite.  A first mask is compared with all neurons.  Both arrays are None if each token
+        selects its neurons.
         """
         for number, remask in enumerate(self.remasks):
             for layer, kept in enumerate(remask["kept"]):

@@ -28,7 +28,7 @@ ROWS = 8
 """Number of neurons per program in ``_rows``."""
 
 COLUMNS, CHUNK = 128, 32
-"""Number of outputs per program in ``_sum``, and number of neurons that a program reads at once."""
+"""``COLUMNS``: outputs per program of ``_sum``.  ``CHUNK``: neurons that it reads at once."""
 
 SPLITS = 32
 """Maximum number of parts into which the neurons are split; one program sums each part."""

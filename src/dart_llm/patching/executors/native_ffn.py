@@ -67,7 +67,7 @@ class Layout:
         return parameter.data.t()
 
     def reorder(self, matrix: Any, order: str) -> Any:
-        """Return packed ``matrix`` in ``order`` (rows, tiles); copied if it is part of another."""
+        """Return packed ``matrix`` in ``order`` (rows, tiles), or a copy if part of another."""
         if matrix.order() == order:
             return matrix
         self._reordered.append((matrix, matrix.order()))  # recorded first, as above
@@ -124,7 +124,7 @@ def not_in_place_reason(
 
 
 def _not_in_rows(block: FfnBlock) -> Iterator[tuple[nn.Parameter, str]]:
-    """Yield each weight to transpose, because its columns are neurons, and a name for messages."""
+    """Yield each weight to transpose (its columns are neurons now), and its name in messages."""
     _, up, down = block.matrices()
     for role, module, rows in (("up", block.up, up), ("down", block.down, down.t())):
         if not rows.is_contiguous() and (role == "down" or block.by_inputs):

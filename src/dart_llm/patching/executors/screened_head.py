@@ -56,8 +56,8 @@ class ScreenedHead:
         """Reset all counts, for a new request."""
         self._tokens = self._checked = self._same = self._exact = 0
         self._divergence = 0.0
-        """Sum over the checked tokens.  ``_same``: for how many of them the screened and the whole
-        head have the same best entry."""
+        """Sum of the checked tokens' divergences.  ``_same``: number of checked tokens for which
+        the screened and the whole head have the same best entry."""
 
     @property
     def _weight(self) -> Tensor:

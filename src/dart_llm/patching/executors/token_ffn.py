@@ -1,4 +1,4 @@
-"""One FFN block with per-token selection; the selected neurons are computed from exact weights."""
+"""Per-token selection in an FFN block, in plain PyTorch: all neurons are computed, then masked."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from dart_llm.pruning.weights import in_blocks
 logger = logging.getLogger("dart_llm")
 
 STEP_ROWS = 8
-"""Largest batch that a whole step, or the cuda kernels, can run."""
+"""Largest batch for the cuda kernels, and for whole steps (decode steps in one native call)."""
 
 WHOLE_STEPS = "native, whole steps"
-"""What reports call executor native if whole steps (one native call each) decoded tokens."""
+"""Name of executor native in reports if tokens were decoded in whole steps."""
 
 
 def max_rows(executor: str, by_weights: bool) -> int:
@@ -57,7 +57,8 @@ def warn_if_slower_than_dense(method: str, token: TokenFfn, executor: str, rows:
     if not native:
         why = "no kernel skips neurons for it, because it serves to compare quality at equal bytes"
     elif rows > max_rows(executor, token.rule.by_weights):
-        why = f"executor native skips neurons for one row (whole steps: up to {STEP_ROWS} rows)"
+        why = "executor native skips neurons only for a single row "
+        why += f"(up to {STEP_ROWS} rows if one native call runs the whole decode step)"
     else:
         return
     where = f"under executor {executor.partition(',')[0]}" if native else "in plain PyTorch"

@@ -254,7 +254,7 @@ class WholeSteps:
         return self._angles
 
     def _prompt_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenCall | None:
-        """Return the prompt that ``forward`` got; None if it got none that can run natively."""
+        """Return the prompt in ``forward``'s arguments; None if there is none to run natively."""
         plan = self._current().plan
         dense = plan.dense and not plan.stream and not self._signals_inside(plan)
         if not self._prompts or self._hooks.watched or not dense:
