@@ -57,7 +57,7 @@ class Replacement(NotCopied):
         return make(self.original, *args, **kwargs)
 
     def end(self) -> None:
-        """From now on call the original, even if a wrapper or shallow copy calls this object."""
+        """From now on run the original, even when wrappers or shallow copies call this object."""
         self.make = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -122,8 +122,8 @@ class UnhookedView:
     """Makes shallow copies of modules, which share the weights but run without hooks.
 
     The copies are in evaluation mode and are not compiled; the originals are not modified.  If a
-    forward was set on a module and is not a method of that module, the copy calls the same
-    function, so hooks inside this function still run.
+    module's forward was replaced by a function that is not a method of the module, the copy calls
+    this function, so hooks inside it still run.
     """
 
     def __init__(self) -> None:
@@ -195,7 +195,7 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
 
 
 def weak(value: Any) -> Any:
-    """A key of an object that does not keep the object alive; the same object has the same key."""
+    """A key that identifies an object but does not keep it alive; one object always has one key."""
     if isinstance(value, functools.partial):
         return weak(value.func), repr(value.args), repr(value.keywords)
     try:
@@ -243,7 +243,7 @@ def same(result: Any, expected: Tensor, layers: int = 1) -> bool:
 
 
 def check_ffns(model: str, blocks: Sequence[FfnBlock]) -> None:
-    """Raise ``UnsupportedModel`` if an FFN does not compute the formula or two layers share it."""
+    """Raise ``UnsupportedModel`` if two layers share an FFN or one does not compute the formula."""
     owner: dict[int, int] = {}
     for block in blocks:
         block.check(model)

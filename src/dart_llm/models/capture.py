@@ -157,7 +157,7 @@ class Recording:
         self.wanted = wanted
         self._kept: dict[str, list[Tensor]] = {}
         self._ids: list[Tensor] | None = []
-        """Ids of the recorded tokens, by forward; None after a forward that took embeddings."""
+        """Ids of the recorded tokens, a tensor per forward; None after a forward on embeddings."""
         self._fed = 0
         self._span = slice(0, 0)
         self._taken: set[int] = set()

@@ -82,7 +82,7 @@ def blocks_file(model: PreTrainedModel) -> Path | None:
 
 
 def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """Name, source, path, revision, file quantisation, sha256, dtype and parameters of ``model``.
+    """Name, source, path, revision, quantisation, sha256, dtype and parameter count of ``model``.
 
     ``sha256`` is the checksum of the weight file or of the converted GGUF file.  If there are
     several files, it is the checksum of their ``sha256sum`` lines in alphabetical order.  Unknown
@@ -151,7 +151,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _sums(files: Sequence[Path]) -> str | None:
-    """The sha256 of one file, or of the ``sha256sum`` lines of several files; None if none."""
+    """The sha256 of one file, or of several files' ``sha256sum`` lines; None without files."""
     sums = {path.name: _sha256(path) for path in files}
     if len(sums) < 2:
         return next(iter(sums.values()), None)
@@ -196,7 +196,7 @@ def remember_tokenizer(model: nn.Module, tokenizer: Any) -> None:
 
 
 def tokenizer_of(model: Any) -> Any:
-    """The tokenizer remembered for ``model``, or else read from its folder or hub id, or None."""
+    """The remembered tokenizer, or that of the model's folder or hub id; None if unreadable."""
     tokenizer = _tokenizers.get(model)
     name = getattr(model, "name_or_path", "")
     if tokenizer is None and name:
@@ -214,7 +214,7 @@ WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes per weight."""
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Types of weights that loading converts to the model's dtype: {safetensors' name: torch's}."""
+"""Maps safetensors' types to torch's, for weights that loading converts to the model's dtype."""
 
 ROUNDED_BYTES = {"q8_0": 34 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32}
 """Bytes per weight after rounding to a block type, including the scales."""
@@ -278,9 +278,9 @@ def check_room(name: str, size: Size) -> None:
 
 
 def _stored(folder: Path) -> tuple[dict[str, int], int]:
-    """{type: number of weights} of a folder's safetensors files, and about how many other bytes.
+    """Number of weights per type in a folder's safetensors files, and about how many other bytes.
 
-    The result is {}, 0 if a file has another format or cannot be read.
+    The result is ({}, 0) if a file has another format or cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -215,7 +215,7 @@ def token_traffic(
     text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
     for index, (*inputs, out) in enumerate(attention):
-        # keys and values: outputs of q, k and v minus queries (which equal the inputs of ``out``)
+        # values in k and v: outputs of q, k and v, without q's (as many as ``out`` has inputs)
         values = sum(len(matrix_of(module)) for module in inputs) - matrix_of(out).shape[1]
         slides = kinds is None or kinds[index] == "sliding_attention"
         cache[window if slides else None] += BFLOAT16 * values

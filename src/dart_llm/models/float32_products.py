@@ -163,7 +163,7 @@ _PRODUCTS: Mapping[Any, Callable[..., Tensor | None]] = {
         )
     },
 }
-"""Replacements of torch functions; where a replacement returns None, torch computes the call."""
+"""Maps torch functions to replacements; if a replacement returns None, torch computes the call."""
 
 
 class WidePrompts(Replacement):

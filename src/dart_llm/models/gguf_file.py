@@ -35,7 +35,7 @@ ROUNDED = ("q8_0", "q4_0", "q4_1")
 """Block types to which weights of other types can be rounded."""
 
 PLAIN = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-"""Tensor types that are torch dtypes: {GGUF's name: torch's name}."""
+"""Tensor types that are torch dtypes; maps GGUF's names to torch's names."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class StoredTensor:
         return torch.from_numpy(data)
 
     def values(self) -> Tensor:
-        """The values: dequantised, or in the file's dtype if its type is in ``PLAIN``."""
+        """The values: dequantised, or in the stored dtype if ``kind`` is in ``PLAIN``."""
         import torch
 
         if self.kind in PLAIN:
@@ -92,7 +92,7 @@ class StoredTensor:
 class GgufFile:
     """The header of a GGUF file.
 
-    ``metadata``: {key: value}, with None in place of each list.  ``tensors``: {name: tensor}.
+    ``metadata`` maps keys to values, with None in place of each list.  ``tensors``: by name.
     """
 
     path: Path
@@ -129,7 +129,7 @@ class GgufFile:
         return 4 * sum(self.types.values())
 
     def of(self, names: Mapping[str, str]) -> dict[str, StoredTensor]:
-        """{name in the model: tensor}; ``names``: {name in the file: name in the model}."""
+        """Tensors by name in the model; ``names`` maps names in the file to names in the model."""
         return {names[name]: tensor for name, tensor in self.tensors.items() if name in names}
 
     def fact(self, name: str) -> Any:
@@ -273,7 +273,7 @@ LONGEST = 4096
 """Upper limit for the number of heads, a head's size, and the number of its frequencies."""
 
 Settings = dict[str, Any]
-"""{key of a configuration: value as in JSON}."""
+"""Maps keys of a configuration to values as in JSON."""
 
 SIZES = {
     "embedding_length": ("token_embd.weight", 1),
@@ -281,7 +281,7 @@ SIZES = {
     "feed_forward_length": ("blk.0.ffn_down.weight", 1),
     "context_length": ("position_embd.weight", 0),
 }
-"""Metadata that equals a size of a tensor: {key: (name of the tensor, dimension)}."""
+"""Maps metadata keys that state a size of a tensor to the tensor's name and the dimension."""
 
 HEADS = ("key_length", "value_length", "head_count", "head_count_kv")
 """Metadata keys of the attention: sizes and numbers of heads."""
@@ -376,7 +376,7 @@ def _angles(file: GgufFile) -> Settings:
 
 
 def _factors(file: GgufFile) -> Settings:
-    """Rotary settings (``llama3`` or ``longrope``) from frequency factors; empty without any."""
+    """Rotary settings (``llama3`` or ``longrope``) from frequency factors, if there are any."""
     factors, long, short = (
         _numbers(file, name) for name in ("freqs", "factors_long", "factors_short")
     )

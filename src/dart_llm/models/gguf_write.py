@@ -26,7 +26,7 @@ from dart_llm.files import replacing
 from dart_llm.models.gguf_file import ARCHITECTURES, PLAIN, GgufFile, StoredTensor
 
 UNEQUAL = {"llama": "deci"}
-"""{architecture: an equivalent architecture in which every layer can have another FFN width}."""
+"""Maps an architecture to an equivalent one in which layers can have different FFN widths."""
 
 BIASED = ("llama", "gpt2")
 """Architectures in which llama.cpp reads a bias of the down projection."""
@@ -41,8 +41,8 @@ LEVELS = {
     "q5_0": (5, False),
     "q5_1": (5, True),
 }
-"""{type: (bits of a level, True if a block stores ``least``)} for types with blocks of 32 weights
-``scale * level + least``.  If a block does not store ``least``, the middle level represents 0."""
+"""Maps types with blocks of 32 weights ``scale * level + least`` to the bits of a level and whether
+a block stores ``least``.  If it does not, the middle level represents 0."""
 
 WRITTEN = (*PLAIN, *LEVELS)
 """Types that a written down projection can have; gguf cannot round to other types."""

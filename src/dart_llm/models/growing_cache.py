@@ -172,7 +172,7 @@ def fill_layer(cache: Any, keys: Tensor, values: Tensor, index: int) -> None:
 
 
 def layer_tensors(layer: Any) -> tuple[Tensor, Tensor]:
-    """A layer's tensors of keys and values, for their rows and dtypes: positions may be unused."""
+    """A layer's keys and values; read only rows and dtypes, as positions may not be filled."""
     source = (layer.buffers if isinstance(layer, _Growing) else None) or layer
     return source.keys, source.values
 

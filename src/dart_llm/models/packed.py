@@ -122,7 +122,7 @@ class PackedTensor(Tensor):
         return PackedTensor(ops().packed_part(self.matrix, begin, end), self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """Names of attributes with the matrix's plain tensors, and its type; used for digests."""
+        """For digests: names of attributes with the plain tensors; block type and ``neurons``."""
         matrix = self.matrix  # converted to one layout, because pruning may change the layout
         if matrix.order() == "rows":
             matrix = ops().packed_turned(matrix, "tiles", True)
@@ -173,7 +173,7 @@ class PackedView(Tensor):
 
 
 def few() -> int:
-    """Up to how many vectors a product is computed from blocks, not from dequantised rows."""
+    """Largest number of vectors whose product is computed from blocks, not dequantised rows."""
     return int(ops().packed_few())
 
 
@@ -184,7 +184,7 @@ def memory_of(model: nn.Module) -> Iterator[Tensor]:
 
 
 def place_of(tensor: Any) -> tuple[Any, ...]:
-    """A key for where and in which dtype a weight's values are; moving them changes the key."""
+    """A key of the location and dtype of a weight's values; moving the values changes the key."""
     if isinstance(tensor, PackedTensor):  # its tensor attributes run Python, which is slow
         return id(tensor.matrix), tensor.neurons
     return tensor.data_ptr(), tensor.dtype, tensor.device
@@ -232,7 +232,7 @@ def _transposed(weight: PackedTensor, first: int, second: int) -> Any:
 def _product(x: Tensor, weight: Any, transposed: bool = False) -> Any:
     """x [n, N] times weight [N, M]; if ``transposed``, times the transpose of weight [M, N].
 
-    ``NotImplemented`` if the kernels cannot compute the product.
+    Returns ``NotImplemented`` if the kernels cannot compute the product.
     """
     if not isinstance(weight, PackedTensor) or isinstance(x, PackedTensor):
         return NotImplemented
@@ -315,7 +315,7 @@ RULES: Mapping[Any, Callable[..., Any]] = {
     _aten.index: _indexed,
     _aten.slice: _sliced,
 }
-"""{operation: rule}; if the rule returns ``NotImplemented``, the matrix is dequantised."""
+"""Maps operations to rules; if a rule returns ``NotImplemented``, the matrix is dequantised."""
 
 
 def pack(weight: Tensor, kind: str, order: str = "rows") -> PackedTensor:

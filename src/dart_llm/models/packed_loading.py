@@ -30,10 +30,10 @@ def load_gguf(
     packed: bool,
     **arguments: Any,
 ) -> nn.Module:
-    """The model of a GGUF file.  ``dtype``: of all weights that are not quantised.
+    """The model of a GGUF file; weights that are not quantised have ``dtype``.
 
-    ``names``: {tensor in the file: parameter of the model}.  ``packed``: True if matrices stay
-    quantised; otherwise they are dequantised.  ``arguments``: further arguments for
+    ``names`` maps tensors in the file to parameters of the model.  ``packed``: True if matrices
+    stay quantised; otherwise they are dequantised.  ``arguments``: further arguments for
     ``from_config`` if ``packed``, else for ``from_pretrained``.
     """
     file = read_gguf(path)
@@ -209,7 +209,7 @@ def tie_embeddings(model: Any, config: Any) -> None:
 def check_fit(file: str, model: nn.Module, tensors: Mapping[str, StoredTensor]) -> None:
     """Raise ``LoadError`` if the tensors do not fit the model; no tensor is read.
 
-    ``tensors``: {parameter of the model: tensor in the file}.
+    ``tensors`` maps parameters of the model to tensors in the file.
     """
     for target, tensor in tensors.items():
         expected = tuple(model.get_parameter(target).shape)

@@ -176,7 +176,7 @@ def _projected(weight: Tensor, axes: Tensor, states: Tensor) -> tuple[Tensor, Te
 
 
 def _rounded(rows: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels [n, D] uint8 and scales [n] of ``rows``; ``strength`` [D]: weights of errors."""
+    """Levels [n, D] uint8 and scales [n] of ``rows``; ``strength`` [D]: squared errors' factors."""
     spread = rows.square().mean(1, keepdim=True).sqrt()
     spread = spread.clamp_min(torch.finfo(torch.float32).tiny)
     best = torch.full_like(spread[:, 0], -torch.inf)

@@ -118,10 +118,10 @@ class LayerParts:
 class StepParts:
     """Sizes and weights of a model, without its FFNs.
 
-    ``sizes``: [D, H, K, S, I, V, R], which are hidden size, heads, key-value heads, size of a head,
-    neurons per layer, vocabulary size, and rotated values per head.  ``embedding_scale``: factor of
-    the embedding's rows, rounded as in the model.  ``attention_cap``, ``logits_cap``: c of the soft
-    cap c tanh(x / c), or 0.  ``parallel``: True if FFN and attention read the same residual stream.
+    ``sizes``: hidden size D, heads H, key-value heads K, size S of a head, neurons I per layer,
+    vocabulary size V, rotated values R per head.  ``embedding_scale``: factor of embedding rows,
+    rounded as in the model.  ``attention_cap``, ``logits_cap``: c of the soft cap c tanh(x / c); 0
+    without a cap.  ``parallel``: True if FFN and attention read the same residual stream.
     ``tables``: one entry per table of rotary angles: the layer type that uses this table, or "" if
     all layers share one table.
     """

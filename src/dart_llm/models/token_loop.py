@@ -148,7 +148,7 @@ class _Sequence:
         logits = self._read(outputs)
         positions = self._kwargs.get("position_ids")
         end = self.cache.get_seq_length()
-        # whole steps use the cache's length as position: for others, the model's forward must run
+        # whole steps need the cache's length as position; otherwise the model's forward must run
         self._steps = positions is None or bool((positions[..., -1] == end - 1).all())
         return logits
 
@@ -247,7 +247,7 @@ def _forbidden(process: Sequence[Processor], length: int) -> list[int]:
 
 
 def _criteria(criteria: Any) -> tuple[list[Criterion], Any]:
-    """Functions for criteria on last id and length; a list of the other criteria, or None."""
+    """Functions for the criteria on last id or length, and a list of all other criteria or None."""
     from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
     if type(criteria) is not StoppingCriteriaList:

@@ -37,7 +37,7 @@ WITHOUT = {
     "avx512f": "-DDART_WITHOUT_AVX512",
     "avx_vnni": "-DDART_WITHOUT_AVXVNNI",
 }
-"""Compiler flags that exclude kernels: {CPU feature that the kernels need: flag}."""
+"""Maps each CPU feature that some kernels need to the compiler flag that excludes the kernels."""
 
 CPU = Path("/proc/cpuinfo")
 
@@ -48,7 +48,7 @@ ELSEWHERE = "the native kernels need Linux"
 
 
 def sources() -> dict[str, str]:
-    """The C++ source files: {name: text}."""
+    """The texts of the C++ source files, by name."""
     folder = resources.files("dart_llm.native") / "csrc"
     names = sorted(file.name for file in folder.iterdir() if file.name.endswith((".h", ".cpp")))
     return {name: (folder / name).read_text(encoding="utf-8") for name in names}

@@ -72,7 +72,7 @@ def peak() -> int | None:
 
 
 def private_maps() -> list[Span]:
-    """Private writable mappings of files, such as safetensors makes; adjacent ones are joined."""
+    """Private writable mappings of files, as safetensors makes them; adjacent ones are joined."""
     spans: list[Span] = []
     for line in MAPS.read_text("utf-8", "replace").splitlines() if MAPS.is_file() else []:
         where, rights, _, _, inode, *_ = line.split(maxsplit=5)
