@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 HELP: dict[str, Any] = yaml.safe_load(
     (files("dart_llm.cli") / "help.yaml").read_text(encoding="utf-8")
 )
-"""Help text and examples of each command, by the command's name."""
+"""Maps a command's name to its help text and its examples."""
 
 Flags = dict[str, Any]
 
@@ -93,7 +93,7 @@ class Command:
 
 
 def run_named(name: str, fresh: bool, *arguments: Any) -> Any:
-    """Run the study with this "module:class", as in ``Command.function``, and return it."""
+    """Run and return the study ``name``, which is "module:class" as in ``Command.function``."""
     from dart_llm.experiments.study import run_study
 
     module, _, class_name = name.partition(":")
@@ -104,7 +104,7 @@ def run_named(name: str, fresh: bool, *arguments: Any) -> Any:
 def answer(compute: Callable[[Ui], Any], as_json: bool) -> None:
     """Run ``compute`` and, if ``as_json``, print its result as JSON.
 
-    If some measurements failed, the partial result is printed, and ``CellsFailed`` is raised.
+    If some measurements failed, the JSON has the partial result, and ``CellsFailed`` is raised.
     """
     from dart_llm.reporting.console import Ui
 
@@ -129,7 +129,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", metavar="", help="Print the p
 
 
 def _grid_command(settings_kind: type[SweepSettings]) -> Callable[..., None]:
-    """The function of ``compare`` or ``sweep``, which measure a grid of settings."""
+    """Return the function that runs ``compare`` or ``sweep``: it measures a grid of settings."""
 
     def measure_grid(
         flags: Flags,
@@ -260,7 +260,7 @@ GROUPS = {
     "bench": "Benchmark the quality or the speed of methods.",
     "prompts": "List or show two-topic prompts and passages.",
 }
-"""Help text of each group of two-word commands, by the group's name."""
+"""Maps the first word of two-word commands, such as ``bench``, to its help text."""
 
 DEMO = ("model", "method", "device", "dtype", "cache_dir", "results_dir")
 """The settings that become flags of ``demo``."""

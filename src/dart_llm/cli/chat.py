@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dart_llm.reporting.console import Ui
 
 NAME, PANEL = "chat", "Chat"
-"""The conversation's name in the engine, and the help panel of the chat's settings."""
+"""``NAME``: the conversation's name in the engine.  ``PANEL``: the settings' panel in the help."""
 
 
 class ChatSettings(BaseSettings):
@@ -42,7 +42,9 @@ class ChatSettings(BaseSettings):
     top_p: float = setting(
         PANEL, "Sample from the likeliest tokens with this total probability.", 1.0
     )
-    calibration: str | None = setting(PANEL, "Calibrate on this text (default: c4 from the hub).")
+    calibration: str | None = setting(
+        PANEL, "Calibrate methods such as wanda on this text (default: c4 from the hub)."
+    )
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatSettings:
@@ -61,7 +63,7 @@ class ChatSettings(BaseSettings):
         return config if config.method != "dense" or config.screens else None
 
     def changed(self, **changes: Any) -> ChatSettings:
-        """A copy of these settings with ``changes``; raises ``ConfigError`` if it is not valid."""
+        """A copy of these settings with ``changes``; raises ``ConfigError`` if it is invalid."""
         values = {name: getattr(self, name) for name in self.model_fields_set} | changes
         return type(self).model_validate(values)
 
@@ -171,8 +173,8 @@ HELP = {
 }
 
 NOTE = (
-    "A line that ends with \\ continues on the next line; // begins a message with a slash; Ctrl-C "
-    "stops an answer."
+    "A line that ends with \\ continues on the next line; to begin a message with /, type //; "
+    "Ctrl-C stops an answer."
 )
 
 
@@ -292,10 +294,7 @@ def run_chat(settings: ChatSettings, ui: Ui) -> None:
 
 
 def talk(chat: Chat, ui: Ui, read: ReadLine, interactive: bool = False) -> None:
-    """Process messages and commands until the input ends.
-
-    If ``interactive``, Ctrl-C does not end the chat.
-    """
+    """Process all messages and commands; if ``interactive``, Ctrl-C does not end the chat."""
     commands = Commands(chat, ui)
     while not commands.quit:
         try:
@@ -330,7 +329,7 @@ def _answer(chat: Chat, ui: Ui, question: str) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Make Ctrl-C end only the answer; yield a function that returns True once it was pressed."""
+    """Make Ctrl-C end only the answer; yield a function that tells whether Ctrl-C was pressed."""
     pressed = threading.Event()
     before = signal.signal(signal.SIGINT, lambda number, frame: pressed.set())
     try:

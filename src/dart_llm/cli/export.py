@@ -77,7 +77,7 @@ def export(flags: dict[str, Any], config: Config = None, as_json: Json = False) 
 
 
 def _write(settings: ExportSettings, ui: Any) -> GgufExport:
-    """Load the model, select the neurons to keep, and write the file."""
+    """Load the model, select the neurons to keep, and write the file; return facts about it."""
     from dart_llm.experiments.artifacts import check_masks, read_masks
     from dart_llm.models.describe import widths
     from dart_llm.models.loading import load, resolve

@@ -1,4 +1,4 @@
-"""The commands ``prompts`` and ``methods`` (they print lists) and ``doctor`` (prints a report)."""
+"""Commands that only print information: ``prompts``, ``methods`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -30,8 +30,6 @@ File = Annotated[
 
 ROWS = 20  # maximum number of rows in a table without --limit
 ARROW = " -> "
-
-
 PANEL = "Filter"
 
 
@@ -137,7 +135,7 @@ REQUIREMENT = re.compile(r"([\w-]+)[^;]*;.*extra == [\"']([\w-]+)[\"']")
 
 
 def missing_extras() -> dict[str, list[str]]:
-    """Names of the missing packages, by the extra of dart-llm that requires them."""
+    """Maps an extra of dart-llm to the names of its packages that are not installed."""
     missing: dict[str, list[str]] = {}
     for requirement in requires("dart-llm") or ():
         match = REQUIREMENT.match(requirement)

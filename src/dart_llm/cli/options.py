@@ -33,7 +33,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "models": ("--model",),
     "prompt": ("-p",),
 }
-"""Further names of a setting's flag, by the setting's name."""
+"""Maps a setting's name to further names of its flag."""
 
 
 def _option_type(annotation: Any) -> Any:
@@ -81,7 +81,7 @@ def with_settings(
 ) -> Callable[..., None]:
     """Wrap ``function(flags, ...)`` in a command with one option per setting.
 
-    ``flags`` maps each setting's name to its option's value; None if the option was not given.
+    ``flags`` maps each setting's name to its option's value, or to None if no value was given.
     """
     signature = inspect.signature(function)
     hints = get_type_hints(function, include_extras=True)  # evaluated in the function's module

@@ -30,7 +30,7 @@ TICK_S = 1.0
 """Seconds between checks for silence."""
 
 RECENT = 10
-"""The time left is estimated from this many latest items, or a fifth of all items if more."""
+"""Estimates of the time left use the latest items: this many, or a fifth of all if that is more."""
 
 AT_ONCE_S = 0.005
 """Seconds per item.  Faster items were loaded from an earlier run; the estimate ignores them."""
@@ -56,7 +56,7 @@ class Pace:
         self.done, self._last = self.done + count, now
 
     def left(self) -> float | None:
-        """Return the estimated seconds until all items are done; None before the first is computed.
+        """Return the estimated seconds until all items are done; None if no item is computed yet.
 
         The estimate grows while an item takes longer than expected.
         """
@@ -132,7 +132,7 @@ class Heartbeat:
             self.beat()
 
     def beat(self) -> None:
-        """After ``SILENT_S`` of silence, report the innermost loud block, else the innermost."""
+        """If silent for ``SILENT_S``, report the innermost block; loud blocks take precedence."""
         with self.lock:
             works = [work for work in self.works if work.loud] or self.works
             if not works or works[-1].moving or self.muted() or clock() - self.spoke < SILENT_S:
@@ -181,7 +181,7 @@ class Ui:
     @classmethod
     @contextlib.contextmanager
     def started(cls, quiet: bool = False) -> Iterator[Ui]:
-        """Create the terminal output of a command, and report that the command is starting.
+        """Yield the terminal output of a command, and report that the command is starting.
 
         Enter this block before PyTorch is imported, which takes seconds.
         """

@@ -73,7 +73,7 @@ UNDATED: dict[str, dict[str, Any]] = {
     "svg": {"Creator": None, "Date": None},
     "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
 }
-"""Metadata of files, by format.  They contain no dates, so that equal plots give equal files."""
+"""Maps a file format to its metadata, without dates, so that equal plots give equal files."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def mark(look: tuple[int, str, Any], palette: Palette) -> Look:
 
 
 def looks_of(names: Sequence[str], palette: Palette) -> dict[str, Look]:
-    """For each name, its look as arguments for matplotlib; ``dart`` has the thickest line."""
+    """Maps each name to its look, as arguments for matplotlib; ``dart`` has the thickest line."""
     unused = [look for look, name in zip(LOOKS, METHODS, strict=False) if name not in names]
     further = cycle([*LOOKS[len(METHODS) :], *unused[::-1], *LOOKS])
     looks = {}
@@ -179,7 +179,7 @@ def panels_height(count: int, names: int) -> float:
 
 
 def panels(figure: Figure, count: int, lines: int) -> list[Axes]:
-    """Axes of a legend of ``lines`` lines, then of ``count`` panels below it, in 1 or 2 columns."""
+    """Return axes: one for a legend of ``lines`` lines, then one for each of ``count`` panels."""
     columns = 1 if count == 1 else 2
     rows = math.ceil(count / columns)
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[KEY_LINE * lines, *[2.4] * rows])

@@ -26,7 +26,7 @@ ACCOUNTING = ("n", "achieved", "dense tokens", "re-masks")
 """Heads of columns that even a narrow terminal shows."""
 
 LONGEST_WORD, GAP = 60, 2
-"""On the terminal: the length above which a word is broken, and the space between two columns."""
+"""On the terminal: words longer than ``LONGEST_WORD`` are broken; ``GAP`` separates columns."""
 
 Record = Mapping[str, Any]
 K = TypeVar("K")
@@ -84,13 +84,13 @@ class PageTable:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a caption.  Its rows are records or, if there is no CSV file, other objects.
+    """A table with a caption.  If it has a CSV file, its rows are records; else, any objects.
 
     ``name``: name of the CSV file; "" means that there is no file.  ``left``: number of columns
     that contain text; the columns after them contain numbers.  ``nothing``: text of a cell that has
-    no value.  ``terminal``: True if the terminal shows the table.  ``fields``: keys of the records
-    that the CSV file contains; None means every key of the first record, except keys whose value is
-    a mapping in any record.  ``strong``: index of the row to highlight on a page.
+    no value.  ``terminal``: True if the terminal shows the table.  ``fields``: the record keys that
+    become columns of the CSV file; None means every key of the first record, except keys whose
+    value is a mapping in any record.  ``strong``: index of the row to highlight on a page.
     """
 
     name: str

@@ -16,14 +16,14 @@ WORTH = 0.1
 """Smallest relative gain in speed that can be worth a loss of quality."""
 
 FEWEST_ITEMS = 6
-"""Minimum number of items for an interval, and of differing items for a significant difference.
+"""An interval needs this many items; a significant difference, this many items that differ.
 With five items, even a sign test in which all items agree has a two-sided p-value of 1/16."""
 
 Row = Mapping[str, Any]
 
 
 def too_few(n: int | None) -> str | None:
-    """Why ``n`` items have no interval: "too few (n = 2)".  None for enough items or n None."""
+    """Why ``n`` items have no interval: "too few (n = 2)".  None if ``n`` is enough or None."""
     return None if n is None or n >= FEWEST_ITEMS else f"too few (n = {n})"
 
 
@@ -137,7 +137,7 @@ def count(number: int, noun: str) -> str:
 
 
 def quantity(value: float | None, perplexity: bool) -> str:
-    """A metric's value as text, a perplexity as ``figure`` writes it; "" for None."""
+    """A metric's value as text; ``figure`` writes a perplexity, and None gives ""."""
     if value is None:
         return ""
     if perplexity:

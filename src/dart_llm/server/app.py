@@ -173,7 +173,7 @@ class Guard:
             raise APIError(413, text, code="request_too_large", headers=headers)
 
     def _limited(self, receive: Receive) -> Receive:
-        """Wrap ``receive``: limit the body's size as received and the time until it is complete."""
+        """Wrap ``receive`` to limit the bytes received and the time until the body is complete."""
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
         size, complete = 0, False
 
@@ -374,7 +374,7 @@ async def _answer(
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> NoReturn:
-    """Raise an ``APIError`` for ``error``: if a body limit caused it, the error of that limit."""
+    """Raise ``error`` as an ``APIError``; if a body limit caused it, raise that limit's error."""
     if isinstance(error.__cause__, APIError):
         raise error.__cause__
     if error.status_code == 404:

@@ -27,7 +27,7 @@ except ImportError:
 CONNECTIONS = 512  # maximum number of simultaneous connections; others get status 503
 KEEP_ALIVE_SECONDS = 15  # an idle connection is closed after this time
 
-WARM_CHARACTERS, WARM_TOKENS = 400, 4  # of the warm-up: characters of the prompt, answer tokens
+WARM_CHARACTERS, WARM_TOKENS = 400, 4  # warm-up: characters in the prompt, tokens in the answer
 
 LAST_SECONDS = 5  # further seconds, after the grace period, to send the last bytes of answers
 

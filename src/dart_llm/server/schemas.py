@@ -44,7 +44,7 @@ TYPES = {
     500: "server_error",
     503: "unavailable_error",
 }
-"""``error.type`` by HTTP status; every other status has ``invalid_request_error``."""
+"""Maps an HTTP status to ``error.type``; the default is ``invalid_request_error``."""
 
 
 class APIError(Exception):
@@ -242,7 +242,7 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> APIError:
 
 COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions, as in OpenAI's API
 SMALLEST_TOP_P = 1e-6  # replaces top_p 0, so that only the likeliest token can be sampled
-CHARACTERS = 4  # rough number per token, to choose how much of a long text is tokenised first
+CHARACTERS = 4  # rough number per token; decides how much of a long text is tokenised first
 CUT_TOKENS = 64  # margin in tokens, because cutting a text can change and add tokens at the cut
 
 
@@ -459,7 +459,7 @@ ACCOUNTING = (
     "method requested_sparsity achieved_sparsity sparsity_while_pruned dense_token_share "
     "decoded_tokens remasks remask_causes executor ffn_bytes_share bytes_limit extra_memory_bytes"
 ).split()
-"""Fields of the engine's report that are in an answer's ``dart``; ``/api/events`` sends all."""
+"""Fields of the engine's report in an answer's object ``dart``; ``/api/events`` sends all."""
 
 
 def json_bytes(data: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""The server without HTTP: the thread that runs the model, its queue of requests, and metrics.
+"""The server behind the HTTP routes: the model's thread, its queue of requests, and metrics.
 
 A record is an event that the engine emits while it answers, such as a token or a new mask.  This is
 the only file that imports prometheus-client.
@@ -237,7 +237,7 @@ COUNTERS = {
     "finished": ("Finished answers.", "method", "reason"),
     "busy_seconds": ("Seconds in which the model was in use.",),
 }
-"""For each counter's name, a tuple of its help text and then the names of its labels."""
+"""Maps a counter's name to its help text, followed by the names of its labels."""
 
 HISTOGRAMS = {
     "queue_seconds": "Seconds from arrival to start.",

@@ -29,14 +29,14 @@ STATIC = Path(__file__).parent / "static"
 
 PROMPTS = "prompts.json"
 GREETING = "greeting.json"
-"""File names in ``STATIC``: the example prompts, and a recorded answer (made by
-benchmarks/make_greeting.py) that plays before the first question."""
+"""Files in ``STATIC``.  ``PROMPTS``: the example prompts.  ``GREETING``: a recorded answer, made by
+benchmarks/make_greeting.py, that plays before the first question."""
 
 Record = dict[str, Any]
 
 
 def ready_prompts(is_ready: Callable[[str], bool]) -> Record:
-    """The example prompts.  A prompt whose method is not ready has the server's settings."""
+    """The example prompts.  A prompt whose method is not ready uses the server's settings."""
     prompts = json.loads(_static(PROMPTS))
     for number, prompt in enumerate(prompts):
         method = prompt["dart"]["method"]
@@ -63,14 +63,14 @@ RUN_FIELDS = ("experiment", "time", "status", "kind", "models", "methods", "spar
 
 
 def list_runs(root: Path) -> Record:
-    """A dict with the newest ``runs`` below ``root``, newest first, and the ``total`` number."""
+    """A dict: ``runs`` has the newest runs below ``root``, newest first; ``total`` counts all."""
     runs = list(_runs(root).items())
     newest = [_run_fields(name, run) for name, run in reversed(runs[-MOST_RUNS:])]
     return {"runs": newest, "total": len(runs)}
 
 
 def _runs(root: Path) -> dict[str, Any]:
-    """The runs below ``root`` by name, oldest first."""
+    """Maps names to the runs below ``root``, oldest first."""
     runs = {}
     with contextlib.suppress(ConfigError):  # ``root`` does not exist
         for run in index.find(root):
@@ -86,7 +86,7 @@ def _run_fields(name: str, run: Any) -> Record:
 
 
 def _find_run(root: Path, name: str) -> Any:
-    """The run with this name.  For safety, the name is only compared with those of all runs."""
+    """The run ``name``.  For safety, the name is compared with run names, not used as a path."""
     if (run := _runs(root).get(name)) is None:
         raise APIError(404, "there is no such run: /api/runs lists all", code="run_not_found")
     return run
