@@ -38,7 +38,7 @@ METRICS = {"loss": "loss", "ms": "ms_per_token", "times_dense": "speed_up"}
 
 
 def result_lines(task: str, document: Row, packed: Mapping[str, str]) -> list[ResultLine]:
-    """One line of rows.jsonl per row and metric; ``packed``: quantisation type by format."""
+    """One line of rows.jsonl per row and metric; ``packed`` maps format to quantisation type."""
     lines = []
     for row in document["rows"]:
         is_llama_cpp = row["executor"] == LLAMA_CPP

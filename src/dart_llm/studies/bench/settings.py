@@ -307,9 +307,9 @@ def _is_possible(settings: TuneSettings, weights: str) -> bool:
 
 
 def tune_grid(settings: TuneSettings, formats: Formats) -> tuple[Candidate, ...]:
-    """The candidates: first dense in every format, then those of each format to prune.
+    """The candidates: dense in every format, then the others in each format to prune.
 
-    These are dense with a screened head, and every method at every sparsity with every head to try.
+    The others are dense with a screened head, and every method at every sparsity with every head.
     Raises ``ConfigError`` for a method that cannot run at a sparsity.
     """
     has_several = len({*formats.every, *formats.pruned}) > 1
@@ -370,8 +370,8 @@ def _learning_less(candidate: Candidate) -> Candidate:
 # An estimate of the duration of ``tune``.
 
 SCORE_S, TIME_S, LOAD_S, LEARN_S = 0.08, 0.2, 60.0, 500.0
-"""Rough seconds per billion parameters on two CPU cores.  In this order: to score a token with a
-candidate, to time a token, to load a model, and to learn the model's statistics."""
+"""Rough seconds per billion parameters on two CPU cores: to score a token (``SCORE_S``), to time a
+token (``TIME_S``), to load a model (``LOAD_S``), and to learn its statistics (``LEARN_S``)."""
 
 
 def estimate(settings: TuneSettings, grid: Sequence[Candidate], billions: float | None) -> str:
@@ -393,9 +393,9 @@ def estimate(settings: TuneSettings, grid: Sequence[Candidate], billions: float 
 
 
 def model_billions(settings: TuneSettings) -> float | None:
-    """The number of parameters in billions, from a GGUF file or the configuration, or None.
+    """The number of parameters in billions; None if it is unknown.
 
-    None means unknown.  Of a model on the hub, only the configuration is downloaded.
+    Reads the GGUF file or the configuration; from the hub, only the configuration is downloaded.
     """
     from dart_llm.experiments.cell import configuration
     from dart_llm.models.loading import is_default

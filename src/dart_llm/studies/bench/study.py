@@ -312,7 +312,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         self.candidates: list[Candidate] = []
         """The candidates that can run with this model on this machine, in row order."""
         self.bases: dict[str, str] = {}
-        """By format, the label of the row that other rows are compared with: dense (native), or
+        """Maps a format to the label of the row for comparison: dense (native), or
         transformers if dense (native) cannot run."""
 
     @property

@@ -2,8 +2,8 @@
 
 A drift rule watches a signal (one vector per token, such as an attention output) and triggers when
 masks should be rebuilt.  The passages' topic changes are known, so triggers can be classified.
-``detection.json`` has a row per rule and signal, and the points of curves over thresholds.
-Each row and each point pools all passages, from the lines of results.jsonl.
+``detection.json`` has a row per rule and signal.  It also has curves of rate and delay against
+false alarms, with a point per threshold.  Each row and each point pools all passages.
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ class DetectionStudy(Study[DetectSettings]):
 
 
 def watchers(settings: DetectSettings) -> list[tuple[Watcher, dict[str, Any]]]:
-    """The rules to test, then the rules of the curves, each with a dictionary.
+    """The rules to test, then a rule for every point of the curves.
 
-    The dictionary of a curve's rule has the values of ``POINT``; that of a rule to test is empty.
+    Each has a dictionary: empty for a rule to test, with the keys ``POINT`` for a curve's point.
     Raises ``UnknownName`` and ``ConfigError``.
     """
     observe = settings.observe_tokens
@@ -137,7 +137,8 @@ def watchers(settings: DetectSettings) -> list[tuple[Watcher, dict[str, Any]]]:
 
 
 POINT = ("window", "n0", "k")
-"""Parameters of a point: tokens per window, low windows for a trigger, and threshold."""
+"""The keys of a curve's point: tokens per window (``window``), the number of windows below
+mu - k sigma that a trigger needs (``n0``), and the factor in this threshold (``k``)."""
 
 
 def study_passage(

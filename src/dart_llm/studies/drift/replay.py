@@ -2,13 +2,13 @@
 
 A signal has one vector per token, [T, D] float32, recorded in one dense forward.  As in a run, the
 detector computes the cosine between the mean of each window of tokens and the mean of the
-reference.  The tokens observed last are the reference.  Nothing is pruned, so all rules see the
-same signal.
+reference: the tokens of the prompt or, after a trigger, the tokens that follow the trigger.
+Nothing is pruned, so all rules see the same signal.
 
-A decoded token is *stationary* while the reference is from the token's topic: before the first
-change, and from the first trigger after a change up to the next change.  A trigger at a stationary
-token is a false alarm.  The first trigger after a change detects the change if it is within the
-horizon; otherwise the trigger is late.
+A token after the prompt (called decoded, as in a run) is *stationary* while the reference is from
+the token's topic: before the first change, and from the first trigger after a change up to the next
+change.  A trigger at a stationary token is a false alarm.  The first trigger after a change detects
+the change if it is within the horizon; otherwise the trigger is late.
 """
 
 from __future__ import annotations
@@ -126,16 +126,16 @@ def replay(
     After a trigger the next ``watcher.observe`` tokens are observed and become the new reference;
     the detector, its window and its counter start again.  Returns two lists.  The first has, for
     every trigger, the number of tokens read by then, prompt included.  The second has, for every
-    completed window, the same number and the window's check.
+    completed window, the number of tokens read by then and the window's check.
     """
     triggers, windows = list[int](), list[tuple[int, Check]]()
     rule, v = watcher.rule, signal[None]
     detector = _armed(rule, v[:, SINKS:prompt])
-    # tokens read, tokens in total, tokens since the last trigger, tokens observed after triggers,
-    # and the last trigger, counted in tokens after the prompt
+    # at: tokens read; end: tokens in total; since: tokens watched since the last trigger;
+    # spent: tokens observed after triggers; last: tokens between the prompt and the last trigger
     at, end, since, spent, last = prompt, v.shape[1], 0, 0, None
     while at < end and (rule.window or rule.interval):
-        # a window or the interval can complete only at the last of these tokens
+        # read on to the next token at which a window or the interval can complete
         steps = [end - at, rule.window - detector.filled if rule.window else end]
         steps += [rule.interval - since] if rule.interval else []
         step = max(1, min(steps))
@@ -167,12 +167,12 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rule performed on a text.
+    """How a rule performed on a text; the module's docstring defines the terms.
 
-    ``reach``: for each change, within how many tokens the change could be detected.  ``delays``:
-    for each change, the number of new-topic tokens read when it was detected, None if missed.
-    ``late``: the number of late triggers.  ``alarms``: the number of all triggers.
-    ``stationary``: the number of stationary tokens.  The module's docstring defines these terms.
+    ``reach``: for each change, the largest delay that counts as a detection: the horizon or, if
+    smaller, the number of tokens to the next change or the end.  ``delays``: for each change, the
+    number of new-topic tokens read when it was detected; None if missed.  ``late``: number of late
+    triggers.  ``alarms``: number of all triggers.  ``stationary``: number of stationary tokens.
     """
 
     reach: tuple[int, ...]
@@ -221,7 +221,7 @@ INTERVALS = {
     "false_alarms_per_1000": "fa_interval",
     "gain": "gain_interval",
 }
-"""The statistics with intervals, and the keys of these intervals."""
+"""Maps each statistic that has an interval to the key of the interval."""
 
 
 def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) ->
 
 
 def _statistics(outcomes: Sequence[Outcome], weights: Array) -> dict[str, Array]:
-    """Statistics by name, each [B]; ``weights``: how often a text counts, [B resamples, texts]."""
+    """Statistics by name, each [B]; ``weights`` [B, texts]: how often each resample has a text."""
 
     def total(value: Callable[[Outcome], int]) -> Array:
         summed: Array = weights @ np.array([float(value(o)) for o in outcomes])

@@ -1,6 +1,6 @@
 """Plots and page of a drift study, from the records of its runs.
 
-A run is one method on one source, a prompt or a passage.
+A run is one method on one source (a prompt or a passage).  ``never`` is dart without re-masks.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def pictures(runs: Runs, config: Mapping[str, Any]) -> dict[str, list[Plot]]:
 
 
 def _numbered(name: str, members: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Yield a plot name ("overlap", "overlap-2", ...) and a member, for the first members."""
+    """Yield (plot name, member) for the first members; names are "overlap", "overlap-2", ..."""
     for number, member in enumerate(members[:MAX_PICTURES], 1):
         yield name if number == 1 else f"{name}-{number}", member
 
@@ -77,10 +77,10 @@ BEFORE, AFTER = 128, 256
 
 
 def excess_curves(runs: Runs) -> dict[str, dict[int, Interval | None]]:
-    """Mean loss minus dense loss, with its interval, by method, then by the first token of a bin.
+    """Maps a method, then the first token of a bin, to mean loss minus dense loss with interval.
 
-    Tokens are counted from the change.  A bin counts only if it lies within the topics before and
-    after the change and if all its tokens have a loss.
+    Tokens are counted from the change.  A bin counts only if all its tokens have a loss and it lies
+    between the start of the topic before the change and the end of the topic after it.
     """
     dense = {run.source_key: run.record["losses"] for run in runs if run.is_dense}
     bins: dict[str, dict[int, dict[str, list[float]]]] = {}
@@ -105,7 +105,7 @@ def excess_curves(runs: Runs) -> dict[str, dict[int, Interval | None]]:
 
 
 def plot_loss(runs: Runs, small: str) -> Plot | None:
-    """Plot ``excess_curves``: a panel per method, with the curve of ``never``; None if empty."""
+    """Plot ``excess_curves``: a panel per method, each also with ``never``; None if no curves."""
     lines = {}
     for label, bins in excess_curves(runs).items():
         points = [(start, bin_mean) for start, bin_mean in bins.items() if bin_mean is not None]
@@ -149,7 +149,7 @@ def _mark_topics(axes: Axes, run: DriftRun) -> None:
 
 
 def plot_timeline(name: str, runs: Runs, small: str) -> Plot:
-    """A panel per method: similarities in its detector on one text, thresholds and re-masks."""
+    """A panel per method on one text: its detector's similarities and thresholds, and re-masks."""
     plotted = runs[:MAX_PANELS]
 
     def draw(figure: Figure, palette: Palette) -> None:
@@ -236,7 +236,7 @@ def remask_table(runs: Runs) -> PageTable | None:
 
 
 def _topic_at(run: DriftRun, step: int) -> str | None:
-    """The topic at a decode step, and the step's position in this topic; None if unknown."""
+    """A decode step's topic and position, such as "bees, token 12"; None if it has no topic."""
     before = [(name, start) for name, start, _ in run.topics if start <= step]
     return f"{before[-1][0]}, token {step - before[-1][1]}" if before else None
 

@@ -44,7 +44,7 @@ VARIANTS: dict[str, Callable[[int], Mapping[str, Any]]] = {
     "paper": lambda n: {"rule": "paper", "signal": "attention", **UNGUARDED},
     "interval:N": lambda n: {"rule": f"interval {n}", **UNGUARDED},
 }
-"""Variants of dart by name.  The functions map N (of ``interval:N``) to changed drift settings."""
+"""Maps each variant of dart to a function from N (of ``interval:N``) to changed drift settings."""
 
 METHOD = re.compile(r"(?P<name>[^:@]+(:(?P<tokens>[1-9]\d*))?)(@(?P<sparsity>\d*\.?\d+))?")
 
@@ -119,7 +119,7 @@ Thresholds = Annotated[tuple[FiniteFloat, ...], BeforeValidator(split_commas)]
 
 
 class PassageOptions(ModelOptions):
-    """The options that select passages (texts with known topic changes), for both commands."""
+    """Options of both commands that select passages, which are texts with known topic changes."""
 
     passages: str | None = setting("Passages", "Read these passages: shipped, or a JSONL file.")
     limit: int | None = setting(

@@ -125,7 +125,7 @@ def cut_notes(readings: Sequence[Reading]) -> list[str]:
 def read_prompt(
     source: Source, tokenizer: Any, chat: bool | None, tokens: int, longest: int | None
 ) -> Reading:
-    """Tokenise a prompt; ``chat``: whether to use the chat template, None to use any that exists.
+    """Tokenise a prompt; ``chat``: whether to use the chat template; None uses it if it exists.
 
     Raises ``ConfigError`` if the prompt and ``tokens`` more tokens exceed the context ``longest``.
     """

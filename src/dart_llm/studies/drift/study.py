@@ -204,7 +204,7 @@ class DriftStudy(Study[DriftSettings]):
         return {**record, "decoded_tokens": len(record["pieces"])}
 
     def _compare(self, run: DriftRun, text: str) -> dict[str, Any] | None:
-        """Metrics of the text against the dense text of the same source and seed, or None."""
+        """Metrics against the dense text of this source and seed; None without it or an encoder."""
         dense = self.dense.get(run.source_key)
         if self.tools is None or dense is None:
             return None

@@ -113,7 +113,7 @@ def losses(
 
 
 def part_losses(runs: Sequence[DriftRun], is_after: bool) -> dict[str, Value]:
-    """By source, mean loss and token count over all seeds, before or after the first change."""
+    """Maps source to mean loss and token count of all seeds, before or after the first change."""
     tokens: dict[str, list[float]] = {}
     for run in runs:
         change = run.topics[0][2]

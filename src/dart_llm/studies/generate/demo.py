@@ -182,7 +182,7 @@ class DemoStudy(RunStudy):
 
 
 def _row(candidate: BoundMethod, measured: Measurement, dense: Measurement) -> Row:
-    """A row of perplexity.json; ``interval``: 95 % interval of the ratio to dense, or None."""
+    """A row of perplexity.json; ``interval``: of the ratio, None for dense or with few slices."""
     scored, base = (scores(result.to_dict()) for result in (measured, dense))
     interval = None if measured is dense else scored.against(base)
     perplexity = measured.metrics["perplexity"]

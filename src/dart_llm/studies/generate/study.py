@@ -110,13 +110,13 @@ def encode(settings: RunSettings, prompt: str, config: Any, tokenizer: Any) -> t
 # slowdown by other work on the machine over all decodings.
 
 REPETITIONS, FEWEST_REPETITIONS = 8, 4
-"""The number of repetitions of every timing, and the minimum on a slow machine."""
+"""A timing has ``REPETITIONS`` repetitions; on a slow machine, at least ``FEWEST_REPETITIONS``."""
 
 PATIENCE_S = 15.0
 """After this many seconds no repetition begins, once there are ``FEWEST_REPETITIONS``."""
 
 STEPS, TAIL = 8, 16
-"""Maximum number of tokens that a repetition times, and maximum number that it reads first."""
+"""A repetition reads at most ``TAIL`` tokens, then times the decoding of at most ``STEPS``."""
 
 Clock = Callable[[], float]
 """A function that times a repetition and returns seconds per token."""
@@ -134,7 +134,7 @@ class Decoding:
     tokens: int
     make: Make = lambda: None
     limit: float | None = field(default=None, init=False)
-    """Bytes that a dense token reads, divided by bytes that a timed token reads; at first None."""
+    """Bytes read per dense token, divided by bytes per timed token; None before the first call."""
 
     def __call__(self) -> float:
         run = self.make()
@@ -160,7 +160,7 @@ def interleave(clocks: Mapping[str, Clock]) -> dict[str, list[float]]:
 def text_end(ids: Tensor, more: Sequence[int], tokens: int, context: int | None) -> Tensor:
     """The end of the text ``ids`` [1, T] + ``more``, at most ``TAIL`` tokens.
 
-    It has fewer if the model's context is too short for them and ``tokens`` timed tokens.
+    It is shorter if the model's context has no room for so many and ``tokens`` timed tokens.
     """
     text = torch.cat([ids, torch.tensor([more], dtype=ids.dtype, device=ids.device)], dim=1)
     room = TAIL if context is None else min(TAIL, max(1, context - 1 - WARM - tokens))

@@ -61,7 +61,7 @@ def _panel(
     band: tuple[str, str] | None = None,
     **options: Any,
 ) -> Panel:
-    """Curves over layers; ``lines``: label to key; ``band``: keys of the first curve's bounds."""
+    """Curves over layers.  ``lines`` maps labels to keys; ``band``: keys of the first's bounds."""
     x = [row["layer"] for row in rows]
     low, high = band or ("", "")
     ends = ([row[low] for row in rows], [row[high] for row in rows]) if band else None
@@ -217,7 +217,7 @@ OVERLAPS = {
     "same_text": "halves of one text",
     "across": "halves of A and B",
 }
-"""The overlaps in the table and the plot, with their titles."""
+"""Maps each overlap in the table and the plot to its title."""
 
 
 def overlap(study: Readings) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dart_llm.pruning.config import DEFAULT_SPARSITY, PruneConfig
 from dart_llm.settings import SEQUENCE_METHOD, ActivationSettings, setting
 
 TEXTS = {"layers": 1, "neurons": 0, "overlap": 2, "ablation": 2}
-"""The sections in the order of the report, and the number of texts that each section needs."""
+"""Maps each section, in the order of the report, to the number of texts that it needs."""
 
 
 class InspectSettings(ActivationSettings):

@@ -26,7 +26,7 @@ from dart_llm.studies.inspection.settings import InspectSettings, inspect_texts
 
 
 class InspectionStudy(Study[InspectSettings]):
-    """Computes the sections in ``what``; if empty, all sections with enough texts."""
+    """Computes the sections in ``what``; if it is empty, all for which enough texts are given."""
 
     kind = "inspect"
     document = "inspect.json"
@@ -72,7 +72,7 @@ class InspectionStudy(Study[InspectSettings]):
         return False
 
     def _save_activations(self) -> None:
-        """Run the texts now if their activations are saved; the sections reuse these passes."""
+        """If activations are to be saved, run all texts now; the sections reuse these passes."""
         longest = max(map(len, self.readings.ids), default=0)
         activation_saver = saver(self.settings, self.model, self.path, longest)
         if activation_saver is None:

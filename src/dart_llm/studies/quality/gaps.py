@@ -1,8 +1,8 @@
 """The share of GRIFFIN's gap to the dense model that methods close: rows, tables and plots.
 
 A variant is a method with its settings.  A variant's gap is its mean loss minus the untouched
-model's mean loss on the same tokens, in nats.  This is the logarithm of the variant's perplexity
-divided by the untouched model's.  The gap closed by a variant is 1 - gap(variant) / gap(GRIFFIN).
+model's mean loss on the same tokens, in nats: ln(P / P0), where P and P0 are the perplexities of
+the variant and the untouched model.  A variant closes 1 - gap(variant) / gap(GRIFFIN) of the gap.
 To pool several sparsities, their gaps are summed first; ratios are never averaged (docs/bench.md).
 """
 
@@ -49,8 +49,8 @@ DECIMALS = 3
 
 EQUAL_SPARSITY, EQUAL_BYTES = "equal_sparsity", "equal_bytes"
 """The two comparisons with GRIFFIN.  For equal sparsity, GRIFFIN runs at the method's achieved
-sparsity, in which dense tokens count as 0.  For equal bytes, GRIFFIN runs at the sparsity 1 - s; s
-is the share of the FFN bytes that the method reads with executor ``compact``."""
+sparsity, in which dense tokens count as 0.  For equal bytes, GRIFFIN runs at sparsity 1 - s, where
+s is the share of the FFN bytes that the method reads with executor ``compact``."""
 
 CLOSED = f"{EQUAL_SPARSITY}_gap_closed"
 """The column by which variants are ranked."""
@@ -91,7 +91,7 @@ def groups(lines: Iterable[Line]) -> list[Group]:
 
 
 def matched_sparsities(line: Line) -> dict[str, float]:
-    """By comparison, the sparsity at which GRIFFIN is compared with ``line``; at least 0."""
+    """Maps each comparison to GRIFFIN's sparsity, at least 0, for the comparison with ``line``."""
     accounting = line["measurement"]["accounting"]
     sparsities = {
         EQUAL_SPARSITY: accounting["achieved_sparsity"],
@@ -243,7 +243,7 @@ LOOKS: dict[str, tuple[str, int, str, float]] = {
     EQUAL_SPARSITY: ("at equal achieved sparsity", 0, "o", 0.14),
     EQUAL_BYTES: ("at equal FFN bytes", 4, "s", -0.14),
 }
-"""Label, colour, marker and vertical offset of each comparison."""
+"""Maps each comparison to its label, colour, marker and vertical offset."""
 
 
 def plots(rows: Sequence[Row], about: str) -> list[Plot]:

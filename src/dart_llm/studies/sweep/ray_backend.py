@@ -22,7 +22,7 @@ RETRIES = 3
 """Further attempts for a cell whose worker died."""
 
 POLL_SECONDS = 2.0
-"""Maximum number of seconds of a wait; the wait is short so that Ctrl-C takes effect."""
+"""The longest wait in seconds; it is short, so that Ctrl-C soon takes effect."""
 
 FETCH_SECONDS = 300.0
 """The timeout in seconds for fetching a finished result."""

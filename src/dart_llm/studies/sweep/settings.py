@@ -261,7 +261,7 @@ class SweepSettings(
                 parse_layer_spec(self.layer_table("0" if self.layers == (EACH,) else group, keep))
 
     def layer_table(self, group: str, keep: float) -> str:
-        """A layer table: ``group`` keeps ``keep``, other layers ``base_keep`` (all if None)."""
+        """A layer table: ``group`` keeps ``keep``; others ``base_keep``, or all if it is None."""
         table = f"{group}:{keep:.12g}"
         return table if self.base_keep is None else f"all:{self.base_keep:.12g},{table}"
 
