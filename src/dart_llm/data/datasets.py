@@ -40,8 +40,8 @@ class DataSet:
     ``columns``: column names by role (text, document, summary, question, choices, answer, id, ...).
     ``separator``: a string inserted between the rows of a text.  ``uses``: perplexity, calibration,
     summarize, prompts (questions that no task scores) or eval.  ``tasks``: the lm-eval tasks that
-    score this split.  ``first``: how many rows, from the first, are streamed; None means all rows
-    are used.  ``megabytes``: the approximate download size.
+    score this split.  ``first``: if set, only this many rows are streamed, from the start; None
+    means all rows.  ``megabytes``: the approximate download size.
     """
 
     name: str
@@ -96,7 +96,7 @@ EXAMPLES = {
     ("text",): "hub:Salesforce/wikitext/wikitext-2-raw-v1:test:text",
     ("document", "summary"): "hub:EdinburghNLP/xsum:test:document:summary",
 }
-"""An example of a reference, by the roles of its columns."""
+"""Maps the roles of the columns to an example of a reference."""
 
 _PART = r"[^/:\[\]\s]+"
 

@@ -41,7 +41,7 @@ NAMES = {
     ("text",): (EMBEDDED, MMLU, *datasets.names("perplexity"), CALIBRATION),
     ("document", "summary"): datasets.names("summarize"),
 }
-"""The names of sources that are not files, by the roles of the columns to read."""
+"""Maps roles of columns to the names of the sources that have them and are not files."""
 
 JSONL = (".jsonl", ".ndjson")
 
@@ -50,7 +50,7 @@ COLUMNS = {
     "document": ("document", "text", "article", "report"),
     "summary": ("summary", "highlights"),
 }
-"""Column names of JSONL files by role; the first that exists in a row is read."""
+"""Maps a role to names of JSONL columns; the first of these that a row has is read."""
 
 BLANK_LINE = "\n\n"
 
@@ -332,7 +332,7 @@ def _hub_documents(data: DataSet, stream: bool) -> Iterator[Document]:
 CHOOSE, REPORT = "choose", "report"
 
 SETS = {CHOOSE: "first", REPORT: "second"}
-"""The two sets, and the half of a source's documents that each contains."""
+"""Maps each of the two sets to the half of a source's documents that it contains."""
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def shipped() -> list[Passage]:
 
 
 def everything(file: Path | None = None) -> Sequence[DriftPrompt | Passage]:
-    """The package's passages and prompts, or a file's records: passages if any has ``changes``."""
+    """The package's passages and prompts, or a file's: passages if any row has ``changes``."""
     if file is None:
         return [*listed_passages(), *listed_prompts()]
     has_changes = any("changes" in row for _, row in read_rows(file))
@@ -199,7 +199,7 @@ def choose(
 
 
 def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | Passage:
-    """The record with id ``name``, or the only one whose id begins so; raises ``UnknownName``."""
+    """The record with id ``name``, else the only one with this prefix; raises ``UnknownName``."""
     matches = [record for record in records if record.id == name]
     matches = matches or [record for record in records if name and record.id.startswith(name)]
     if len(matches) != 1:

@@ -1,4 +1,4 @@
-"""Embedded texts, and prompts: shipped with the package, from files or chats, or of MMLU questions.
+"""Embedded texts, and prompts: shipped ones, and those made from files, chats or MMLU questions.
 
 The embedded texts also come with the package.  They were written for this project; each has about
 880 words of plain English.

@@ -81,7 +81,7 @@ def score_context(
 
 
 Row = tuple[Tokens, tuple[Tokens, ...]]
-"""Tokens to feed after the context, and the continuations to score: these tokens plus one more."""
+"""Tokens to feed after the context, and continuations to score: the fed tokens plus one more."""
 
 
 def _group(continuations: Sequence[Sequence[int]]) -> list[Row]:
@@ -234,7 +234,7 @@ class Scorer:
         self.short = 0
         """The number of contexts that were too short to prune and were scored dense."""
         self.at_once = False
-        """True once a context was scored with the settings of likelihood tasks (``live`` False)."""
+        """True once ``likelihoods`` has scored a context with ``live`` False."""
         self._repeats = Counter[str]()
 
     def attached(self, likelihood: bool) -> contextlib.AbstractContextManager[Run | None]:

@@ -232,10 +232,10 @@ def _names(requests: Sequence[Any]) -> list[str]:
 
 
 def _by_documents(advance: Advance, requests: Sequence[Any], units: int = 0) -> Advance:
-    """Return a function ``step(n)``, called after every n finished requests.
+    """Return a function ``step(n)``, to be called after every n finished requests.
 
-    It calls ``advance`` with the number of documents that are finished by then and were not
-    before.  If n counts other units than requests, ``units`` is their total number.
+    It calls ``advance`` with the number of newly finished documents.  If n counts other units than
+    requests, ``units`` is the total number of these units.
     """
     documents, units, done = len({*_names(requests)}), units or len(requests), 0
 

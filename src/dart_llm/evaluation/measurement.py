@@ -54,9 +54,9 @@ class Measurement:
 class MeasureOptions:
     """How a task is measured, independent of the method; None means the task's default.
 
-    ``limit``: the number of items per task: the first ones (slices are evenly spaced instead), or a
-    random sample if ``sample_seed`` is set.  ``oracle``: if True, select new masks at the known
-    topic change of a ``shift`` task.
+    ``limit``: the number of items per task.  Items are the first of the task, or evenly spaced if
+    they are slices, or a random sample if ``sample_seed`` is set.  ``oracle``: if True, select new
+    masks at the known topic change of a ``shift`` task.
     """
 
     protocol: str = "decode"

@@ -337,8 +337,8 @@ def measure_windows(
 def _sample(window: Window, part: Part) -> dict[str, Any]:
     """The losses of a window, without the ``window.lead`` tokens before a topic change.
 
-    ``first``: the index in the window of the first token of ``losses``.  ``pruned``: whether the
-    tokens ran pruned, as groups of consecutive equal flags, [flag, length] each.
+    ``first``: the index in the window of the first token of ``losses``.  ``pruned``: whether each
+    token ran pruned, run-length encoded as pairs [flag, length].
     """
     flags = ran_pruned(part)[window.lead :]
     return {

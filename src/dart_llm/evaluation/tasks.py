@@ -28,10 +28,10 @@ SHORTCUTS: dict[str, tuple[str, ...]] = {
     "gpqa": ("gpqa_main_n_shot",),
     "medmcqa": ("medmcqa",),
 }
-"""Names that stand for one or more lm-eval tasks."""
+"""Maps a name to the lm-eval tasks that it stands for."""
 
 FEWSHOT = {"gpqa_main_n_shot": 5, "medmcqa": 5}
-"""Few-shot examples per question, if neither the task nor the user sets a number."""
+"""Maps a task to its few-shot examples per question, if neither task nor user sets a number."""
 
 
 def expand(names: Iterable[str]) -> list[str]:
@@ -97,7 +97,7 @@ MODULES = {
     SHIFT: "perplexity",
     "lm-eval": "lm_eval",
 }
-"""The module that measures each kind of task.
+"""Maps a kind of task to the module that measures it.
 
 Modules are imported only when a task needs them, because some need optional packages.
 """

@@ -3,7 +3,7 @@
 Every metric is 1 for equal texts, and a larger value means more similar texts.  If one text is
 empty or only white space, all metrics are 0 (``sentence_order`` is None); if both are, all metrics
 are None.  ``sentence_order`` is None if fewer than two sentences are matched.  A ROUGE metric is
-None if the reference has too few words for it: none with a-z or digits or, for ROUGE-2, only one.
+None if the reference has no word of a-z or digits; ROUGE-2 is also None if it has only one.
 This is the only file that imports ``sacrebleu`` and ``rouge_score``.
 """
 
@@ -42,7 +42,7 @@ NUMBERS: dict[str, str] = {
     "sentence_coverage": "coverage",
     "sentence_order": "order",
 }
-"""The metrics' names in files, and their column titles, in the order of the tables."""
+"""Maps a metric's name in files to its column title, in the order of the tables."""
 
 
 def _package(module: str, name: str, extra: str = "drift") -> Any:
@@ -391,7 +391,7 @@ def ordered_share(positions: list[int]) -> float | None:
 
 
 def compare(candidate: str, reference: str, encoder: Encoder) -> dict[str, float | None]:
-    """All metrics of ``candidate`` against ``reference``; see the module docstring for None."""
+    """All metrics of ``candidate`` against ``reference``; the module docstring explains None."""
     if not candidate.strip() or not reference.strip():
         value = 0.0 if candidate.strip() or reference.strip() else None
         return {**dict.fromkeys(NUMBERS, value), "sentence_order": None}

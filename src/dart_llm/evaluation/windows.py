@@ -16,8 +16,8 @@ without overlap and T - 1 with it; the mean loss is over all scored tokens.
 
 **Topic slices** belong to the tasks ``continuation:TEXTS#SET`` and ``shift:TEXTS#SET``.  TEXTS are
 names joined by ``+``; SET is one half of their documents, ``choose`` or ``report``.  A document
-that fills a slice is cut into slices; shorter documents are joined by blank lines until they fill
-one.  ``limit`` evenly spaced slices of each text are used.  In ``continuation`` the text continues
+that fills a slice is cut into slices; shorter documents are joined by blank lines until they fill a
+slice.  Of each text, ``limit`` evenly spaced slices are used.  In ``continuation`` the text goes on
 after the prompt; in ``shift`` another text begins ``LEAD`` tokens after the prompt.
 """
 
@@ -52,9 +52,9 @@ class Window:
     """Tokens ``ids`` ([n]) that are fed as one sequence; those from index ``first`` on are scored.
 
     ``first`` is at least 1.  ``number`` is the index of the slice or window.  ``start`` is the
-    index in the text of the first token, or None.  ``before`` ([m]) has the text's tokens right
-    before this window, only for windows of ``standard``.  ``source`` is the name of a topic slice's
-    text.  ``lead`` is the number of scored tokens before a topic change, which metrics exclude.
+    first token's index in the text, set only by ``slice_windows``.  ``before`` ([m]) has the tokens
+    right before a window of ``standard``.  ``source`` is the name of a topic slice's text.
+    ``lead`` is the number of scored tokens before a topic change, which metrics exclude.
     """
 
     ids: Tensor

@@ -169,7 +169,7 @@ def _entries(file: Any, kind: str) -> Iterator[tuple[int, int, str]]:
 
 
 def read_masks(path: str) -> dict[int, Tensor]:
-    """Read the last selection in a masks.safetensors file, as {layer: kept neuron ids}.
+    """Read a masks.safetensors file's last selection; maps a layer to its kept neuron ids.
 
     Raises ``ConfigError`` if the file cannot be read or has no masks.
     """

@@ -49,7 +49,7 @@ ACCOUNTING = {
     "token_bytes_share": "token_bytes_share",
     "mean_context": "mean_context",
 }
-"""For fields of ``Row``: the key of the same number in a measurement's accounting."""
+"""Maps a field of ``Row`` to the key of the same number in a measurement's accounting."""
 
 
 # The items of a measurement, paired by id.
@@ -100,7 +100,7 @@ def scores(measurement: Mapping[str, Any]) -> Scores:
 
 
 def _value(item: Mapping[str, Any], metric: str, exponential: bool) -> Value | None:
-    """An item's value, or (value, weight); for a perplexity the loss (nats); None if not finite."""
+    """An item's value (for a perplexity its loss, nats) or (value, weight); None if not finite."""
     if exponential and item.get("mean_loss") is not None:
         return item["mean_loss"], item.get("tokens") or 1.0
     # lm-eval's metric names include the filter ("acc,none"); items may omit it
@@ -206,7 +206,7 @@ class Row:
 
     @property
     def unequal(self) -> bool:
-        """Whether ``gap`` is over 1 point, up or down, so that ``to_griffin`` is not fair."""
+        """Whether ``gap`` exceeds 1 point in either direction, so that ``to_griffin`` is unfair."""
         return self.gap is not None and abs(self.gap) > TOLERANCE + 1e-9
 
     @property
@@ -342,7 +342,7 @@ def rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def _with_checkpoints(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Fill in the checkpoint of lines without one (loading failed), from the same model's lines."""
+    """Lines have no checkpoint if loading failed; copy it from other lines of the same model."""
 
     def model(line: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(line["cell"].get(key) for key in ("model", "revision", "dtype"))
@@ -363,14 +363,14 @@ def _with_short_tasks(rows: list[Row]) -> list[Row]:
 def _ordered(rows: Sequence[Row]) -> list[Row]:
     """Sort rows by group, in order of first appearance.
 
-    Within a group, layer sweeps come last; before and within them, dense rows come first.
+    Within a group, rows without a layer sweep come first; in both parts, dense rows come first.
     """
     groups = list(dict.fromkeys(row.group for row in rows))
     return sorted(rows, key=lambda r: (groups.index(r.group), r.layers is not None, r.pruned))
 
 
 def _with_dense_bytes(members: Sequence[Row]) -> list[Row]:
-    """Set ``token_bytes_share`` of dense rows, for the mean context length of the other rows."""
+    """Set ``token_bytes_share`` of dense rows, computed at the rows' mean context length."""
     contexts = [row.mean_context for row in members if row.mean_context is not None]
     context = sum(contexts) / len(contexts) if contexts else 0.0
     return [
@@ -412,7 +412,7 @@ def _of_seed(row: Row, candidates: Sequence[Row]) -> list[Row]:
 
 
 def _equal(row: Row, curve: Sequence[Row], cost: Callable[[Row], float | None]) -> Equal | None:
-    """Compare with the GRIFFIN row of nearest ``cost``; None if it is not within ``TOLERANCE``."""
+    """Compare with the GRIFFIN row of nearest ``cost``; None if none is within ``TOLERANCE``."""
     points = [(at, other) for other in curve if (at := cost(other)) is not None]
     target = cost(row)
     if target is None or not points:

@@ -189,7 +189,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def differs(row: Row) -> bool:
-    """Whether the metric is not the mean of the items' values, whose interval is shown."""
+    """Whether the metric differs from the items' mean; the interval shown is that of the mean."""
     mean, value = row.scores.mean, row.value
     if mean is None or value is None:
         return False
@@ -299,9 +299,9 @@ def _metric(row: Row) -> str:
 
 
 def eval_document(rows: Sequence[Row]) -> dict[str, Any]:
-    """The last row's method: its ``results`` by task, ``accounting`` and ``notes``.
+    """The ``results`` by task, the ``accounting`` and the ``notes`` of the last row's method.
 
-    If other rows exist (the dense model), their results by task are the entry ``dense``.
+    If there are rows of the dense model too, the entry ``dense`` has their results by task.
     """
     last = rows[-1].label
     of_method = {r.measurement["task"]: r.measurement for r in rows if r.label == last}
@@ -379,7 +379,7 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def csv_table(rows: Sequence[Row]) -> Table:
-    """The table of compare.csv: a line per row; of the nested data only ``to_dense``'s ends."""
+    """The table of compare.csv: a line per row; the only interval is that of ``to_dense``."""
     lines, nested = [], (*INTERVALS, *EQUALS, "checkpoint")
     for row in rows:
         data = {key: v for key, v in record(row).items() if key not in nested}

@@ -29,7 +29,7 @@ MAX_LISTED = 4  # in the short table, a run with more results shows only their n
 
 @dataclass(frozen=True)
 class Run:
-    """A results folder: its configuration and its result lines (after ``filter``, only some)."""
+    """A results folder: configuration and result lines; ``filter`` keeps only matching lines."""
 
     path: Path
     experiment: str

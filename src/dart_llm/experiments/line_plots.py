@@ -152,7 +152,7 @@ def plot_similarity(checks: Sequence[DriftCheck], remasks: Masks, small_print: s
     """A plot of the similarities, with one panel per sequence and batch row.
 
     It shows the ``MAX_PANELS`` panels with the most triggers.  Returns None if no sequence has
-    enough windows and a threshold (the detector never armed).
+    enough windows, at least one of which has a threshold.
     """
     sequences = grouped(checks, lambda check: (check.sequence, check.row))
     groups = {key: windows for key, windows in sequences.items() if worth_drawing(windows)}

@@ -69,7 +69,7 @@ class Digests:
     def of_files(
         self, method: str, calibration: str | None, masks: str | None = None, table: str = ""
     ) -> dict[str, str]:
-        """Digests of a method's local files; ``table``: a layer table, or ``@`` and its file."""
+        """Digests of a method's local files; ``table``: a layer table, or ``@FILE``."""
         files = {
             "calibration": calibration or "",
             "setting": str(path_of(method) or ""),
@@ -79,7 +79,7 @@ class Digests:
         return self._digests(files)
 
     def of_model(self, options: Any) -> dict[str, str]:
-        """For a local model, two digests: ``model`` (its weights) and ``model_files`` (the rest).
+        """For a local model, two digests: ``model`` (weights) and ``model_files`` (other files).
 
         The default model and models on the hub have no digests: ID and revision identify them.
         Quantised weights add ``weights``, the weight format.  ``options`` has the fields of
@@ -184,7 +184,7 @@ def versions() -> dict[str, str | None]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit, the branch and ``dirty`` (uncommitted changes); None outside a repository."""
+    """Commit, branch and ``dirty`` (True with uncommitted changes); None outside a repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

@@ -7,7 +7,7 @@ An interval describes the sampled items, not other tasks or models.  **Of twenty
 true difference is zero, about one has an interval that excludes zero**: a table with many
 comparisons will contain such rows, so a single row is not evidence of a difference.
 
-Decoding a token reads every weight that it needs once.  Reading fewer bytes can therefore speed up
+Decoding a token reads each needed weight once.  Reading fewer bytes can therefore speed up
 decoding at most by the ratio of the bytes, the bandwidth limit.  If a measured ratio is clearly
 larger, another process used the machine during one of the timings; such a ratio is not reported.
 """
@@ -41,7 +41,7 @@ Value = float | tuple[float, float]
 """An item's value, or a pair of value and weight (a slice's mean loss and number of tokens)."""
 
 Sample = Mapping[str, Value]
-"""The items' values by id."""
+"""Maps an item's id to its value."""
 
 Kind = Literal["difference", "ratio_of_exp_mean"]
 
@@ -119,8 +119,8 @@ def interval(
 ) -> Interval | None:
     """95 % interval of the weighted mean of ``values``, or of its exponential (perplexity).
 
-    If all values are equal, both ends are the estimate, though other items might differ.  With
-    fewer than ``FEWEST_ITEMS`` items the interval has no ends; without items it is None.
+    If all values are equal, both ends are the estimate, although items outside the sample might
+    differ.  Fewer than ``FEWEST_ITEMS`` items give an interval without ends; no items give None.
     """
     if not isinstance(values, Mapping):
         values = {f"{number:09d}": value for number, value in enumerate(values)}
@@ -146,8 +146,8 @@ def paired_interval(
 def gap_closed(gaps: Array, others: Array) -> float | None:
     """The fraction of a gap that is closed: ``1 - mean(gaps) / mean(others)``.
 
-    ``gaps``, ``others``: each item's remaining gap and its full gap, [n].  None if the mean of
-    ``others`` is not positive: there is no gap to close.
+    ``gaps``: each item's remaining gap, [n].  ``others``: each item's full gap, [n].  None if the
+    mean of ``others`` is not positive, so that there is no gap to close.
     """
     other = float(others.mean())
     return 1 - float(gaps.mean()) / other if other > 0 else None
@@ -181,9 +181,9 @@ def text_intervals(
 ) -> dict[str, tuple[float, float] | None]:
     """95 % intervals of named statistics of ``n`` texts, all from the same resamples.
 
-    ``statistics(counts)`` gets counts [B, n], how often each of B resamples contains each text, and
-    returns an array [B] for each name.  An interval ignores resamples in which the statistic is
-    NaN.  The result is empty with fewer than ``FEWEST_ITEMS`` texts.
+    ``statistics(counts)`` returns an array [B] for each name; ``counts`` [B, n] has the number of
+    times that each of B resamples contains each text.  An interval ignores resamples in which the
+    statistic is NaN.  The result is empty with fewer than ``FEWEST_ITEMS`` texts.
     """
     if n < FEWEST_ITEMS:
         return {}
@@ -215,7 +215,7 @@ def _columns(values: Sample, ids: list[str]) -> Array:
 
 
 def _statistic(*columns: Array, axis: int = -1, exponential: bool = False) -> Array:
-    """The weighted mean of two columns, minus that of the other two, if given; or exp of this."""
+    """The weighted mean from two columns; from four, the difference of two means; or its exp."""
     means: Array = columns[0].sum(axis) / columns[1].sum(axis)
     if len(columns) == 4:
         means = means - columns[2].sum(axis) / columns[3].sum(axis)
@@ -308,7 +308,7 @@ DISTURBED = f"disturbed: {ADVICE}"
 SPEED_TOLERANCE = 0.1
 """A ratio above the limit by at most this fraction is not disturbed; the limit is shown instead.
 
-Kernels that are bound by computation gain by the fraction of weights that they skip, which can be a
+A kernel limited by computation speeds up with the fraction of weights that it skips, which can be a
 few per cent more than the fraction of bytes.  The bytes of caches and small tensors are estimates.
 """
 

@@ -4,7 +4,7 @@
 reader never sees a partial file.  ``parts.jsonl`` caches finished work (parts) until everything
 else is written, so that an interruption loses no finished work.  A running process locks ``.lock``.
 ``rows.jsonl`` contains the measured numbers, each line a ``ResultLine``.  The command ``results``
-and the window's list of past runs read this file; trackers get the same numbers.
+and the web page's list of past runs read this file; trackers get the same numbers.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class ResultsFolder:
         release(self.lock)
 
     def discard(self) -> None:
-        """Remove the folder if it is new and has no parts; also an empty experiment's folder."""
+        """Remove the folder if it is new and has no parts, and the experiment's folder if empty."""
         if self.resumed or self.parts:
             return
         self.release()

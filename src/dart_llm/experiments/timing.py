@@ -102,7 +102,7 @@ def _timed_accounting(warm: RunReport, end: RunReport) -> Sample:
 
 
 def timed_mean(end: float, tokens_end: int, warm: float, tokens_warm: int) -> float:
-    """The mean over the timed tokens; ``end``: over all tokens, ``warm``: over warm-up tokens."""
+    """The mean of the timed tokens; ``end``: mean of all tokens; ``warm``: of warm-up tokens."""
     timed = tokens_end - tokens_warm
     return (end * tokens_end - warm * tokens_warm) / timed if timed else 0.0
 
@@ -191,7 +191,7 @@ def reference_repetition(bench: str, file: Path, threads: int, prompt: int, toke
 
 
 def decode_row(bench: str, file: Path, threads: int, tokens: int, depth: int) -> dict[str, Any]:
-    """llama-bench's result row: it generates ``tokens`` tokens after a context of ``depth`` tokens.
+    """The result row of llama-bench for ``tokens`` tokens after a context of ``depth`` tokens.
 
     ``avg_ns`` is the time for all ``tokens`` tokens together; there is only one repetition.
     """

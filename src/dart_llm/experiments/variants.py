@@ -26,7 +26,7 @@ DENSE, GRIFFIN = "dense", "griffin"
 NEVER = "never"
 
 ORACLE = " (oracle)"
-"""Suffix of an oracle's label; an oracle gets new masks at the true topic change, not by drift."""
+"""Suffix of the label of an oracle, a variant that gets new masks at the true topic change."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _build(settings: Mapping[str, Any], common: Mapping[str, Any]) -> PruneConfi
 
 
 def oracles(variants: Sequence[Variant], labels: str | None) -> list[Variant]:
-    """The oracles of variants: copies that get new masks at the true topic change, not by drift.
+    """The oracles of variants: copies without a drift rule, with new masks at the topic change.
 
     ``labels``: comma-separated labels, or ``none``; None means all variants with a drift rule.
     """
