@@ -288,7 +288,7 @@ def run_chat(settings: ChatSettings, ui: Ui) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # makes typed lines editable
         ui.say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves the chat")
-        # SIGTERM ends the program even where Ctrl-C does not
+        # SIGTERM is a KeyboardInterrupt elsewhere, which does not end a chat; here it ends it
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
         talk(chat, ui, input, interactive=True)
 

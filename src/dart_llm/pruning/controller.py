@@ -280,8 +280,8 @@ class PruningController:
     def _settle(self, cached: int | None) -> None:
         """Settle the pending forward, if it has ended.
 
-        ``cached``: number of tokens still in the cache.  None or 0 means that all of this forward's
-        tokens were kept.
+        ``cached``: number of tokens still in the cache.  With None (unknown) or 0 (the cache of a
+        new sequence), all of this forward's tokens count as kept.
         """
         pending, self._pending = self._pending, None
         if pending is None or not pending.ended:
@@ -379,7 +379,7 @@ class PruningController:
         """How many tokens can be decoded until any state changes; None if there is no limit."""
         self.settle()
         bounds = [state.tokens_until_change() for state in self.sequences]
-        return min(filter(None, bounds), default=None)  # a bound is at least 1
+        return min(filter(None, bounds), default=None)  # drops only None: a bound is at least 1
 
     def flush(self) -> None:
         """Settle the forward that ran last, and add queued observations to the evidence."""

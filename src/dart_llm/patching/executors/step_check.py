@@ -53,7 +53,7 @@ def disagreement_reason(model: Any, ffns: Sequence[NativeFfn]) -> str | None:
             token, *expected = _model_step(model, view, cache, parts)
             result = _native_step(parts, [ffns[i] for i in chosen], token, cache, chosen)
             agrees = all(_error(a, b) <= tolerance for a, b in zip(result, expected, strict=True))
-        except Exception as error:  # a module takes other arguments than in its model type
+        except Exception as error:  # e.g. a module of its own that takes other arguments
             return f"cannot run like other {text.model_type} models ({type(error).__name__})"
     return None if agrees else f"does not compute the same as a {text.model_type} model"
 

@@ -26,7 +26,7 @@ class LowBit(TokenRule):
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """Bytes of the proxies (levels for the share ``inputs``, all scales), and of the norms."""
+        """Bytes of norms, of all scales, and of low-bit values for the share ``config.inputs``."""
         inputs, matrices = cost.layer.hidden, len(cost.layer.matrices) - 1
         levels = math.ceil(math.ceil(config.inputs * inputs) * config.bits / 8)
         row = levels + SCALE_BYTES * math.ceil(inputs / config.group)

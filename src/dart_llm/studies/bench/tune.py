@@ -2,9 +2,10 @@
 
 A candidate is a weight format of the model together with a pruning configuration.  The study scores
 the loss of every candidate on slices of two texts.  It then times the candidates that do not
-clearly exceed the budget, and recommends one of them.  The first units generate one of the texts.
-The next units each score one slice with one candidate.  The last units are repetitions, which each
-time all remaining candidates in random order.  The function ``tune`` runs the study from Python.
+clearly exceed the budget, and recommends one of them.  It runs in units, each of which can be
+resumed: the first generate one of the texts, then each scores one slice with one candidate, and
+each of the last measures the speed of all remaining candidates, in random order.  The function
+``tune`` runs the study from Python.
 """
 
 from __future__ import annotations
