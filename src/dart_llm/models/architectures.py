@@ -16,9 +16,10 @@ class LayerNames:
     gate and up projection if ``fused`` is True.  ``ffn``: the FFN module, or "" if the projections
     belong to the layer itself.  ``x_from``: names of modules.  The input of the first
     that exists (or else of the FFN) is the residual stream at the start of the layer's FFN half.
-    ``post_norm``: the norm between the FFN's output and the residual stream; None if there is none.  ``adds_residual``: True if the FFN adds the residual stream itself.  ``dropout``:
-    a module between the down projection and the FFN's output, or None.  ``width``: the
-    configuration's key for the number of neurons; None if there is no such key.
+    ``post_norm``: the norm between the FFN's output and the residual stream; None if there is none.
+    ``adds_residual``: True if the FFN adds the residual stream itself.  ``dropout``: a module
+    between the down projection and the FFN's output, or None.  ``width``: the configuration's key
+    for the number of neurons; None if there is no such key.
     """
 
     attention_out: str
