@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import time
 from pathlib import Path
@@ -72,6 +73,15 @@ STALE_AFTER = 24 * 3600.0
 
 DIGITS = 32
 """Number of hexadecimal digits in keys and digests, which have 128 bits."""
+
+
+def processor() -> str:
+    """Return the name of this machine's CPU, for keys of cached measurements and for results."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def key_of(*parts: object) -> str:

@@ -70,7 +70,7 @@ def test_a_token_chooses(size, bits, group, gated, dtype, kind):
     candidates = torch.tensor([i for i in range(width) if i % 4])
     parts = [t for copy in copies[0 if gated else 1 :] for t in (copy.levels, copy.scales)]
     parts = [*([] if gated else [None, None]), *parts]
-    choice = torch.classes.dart_llm.Choice(*parts, worth, mean, [size, bits, group, keep])
+    choice = torch.classes.dart_llm.Choice(*parts, worth, mean, [size, bits, group, keep, 1])
     with kernels(kind):
         gates = (gate, biases[0]) if gated else (None, None)
         given = x, gates[0], up, down, gates[1], biases[1], candidates.int()
@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_refused_and_not_read():
     up, worth, run = torch.randn(6, 8), torch.ones(6), build.ops()
     copy = low_bit(up, 4, 32)
 
-    def choose(numbers=(8, 4, 32, 3), levels=copy.levels, rows=1, up=up):
+    def choose(numbers=(8, 4, 32, 3, 1), levels=copy.levels, rows=1, up=up):
         given = None, None, levels, copy.scales, worth, None, list(numbers)
         choice = torch.classes.dart_llm.Choice(*given)
         run.ffn(torch.randn(rows, 8), None, up, up, *[None] * 6, choice, 0)
@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused_and_not_read():
     choose()
     screen = Screen.of(torch.eye(64).repeat(2, 1), torch.eye(64), 4.0)
     other = screen.basis, screen.levels[:, :32], screen.by, 64, 1.0, torch.ones(100, 64), None
-    odd = (9, 4, 32, 3), (8, 4, 7, 3), (8, 4, 32, 7), (8, 4, 32, 0)
+    odd = (9, 4, 32, 3, 1), (8, 4, 7, 3, 1), (8, 4, 32, 7, 1), (8, 4, 32, 0, 1)
     for problem, *calls in (
         ("shapes do not fit", lambda: run.linear(torch.ones(1, 8), torch.ones(4, 9), None)),
         ("float32 and bfloat16", lambda: run.linear(up.half(), up.half(), None)),

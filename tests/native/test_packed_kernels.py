@@ -124,20 +124,24 @@ def test_tokens_choose_by_their_activations(name, some, gated, kind):
     u = near @ dense_up.double().t() + biases[1]
     u = F.silu(near @ dense_gate.double().t() + biases[0]) * u if gated else F.silu(u)
     for keep, mean in ((100, None), (1, drawn(width, seed=4) / 9), (len(candidates), None)):
-        numbers = [hidden, 4, 32, keep]
-        choice = torch.classes.dart_llm.Choice(None, None, None, None, worth, mean, numbers)
         gates = (gate, biases[0]) if gated else (None, None)
         ids = candidates.int() if some else None
-        parts = gates[0], up, down, gates[1], biases[1], ids, None, None, None, choice, 0
-        with kernels(kind):
-            z = ops().packed_ffn(x, *parts)
-            single = ops().packed_ffn(x[1:2], *parts)
+        results = []
+        for skip in (0, 1):  # rows of the others are read and masked, or skipped
+            numbers = [hidden, 4, 32, keep, skip]
+            choice = torch.classes.dart_llm.Choice(None, None, None, None, worth, mean, numbers)
+            parts = gates[0], up, down, gates[1], biases[1], ids, None, None, None, choice, 0
+            with kernels(kind):
+                results.append(ops().packed_ffn(x, *parts))
+                single = ops().packed_ffn(x[1:2], *parts)
+            assert torch.equal(results[-1][1:2], single)
+        z, skipped = results
         places = winner_places(contribution_estimate(u, worth)[:, candidates], keep)
         kept = torch.zeros_like(u)
         winners = candidates[places]
         kept.scatter_(1, winners, (u if mean is None else u - mean).gather(1, winners))
         assert differ(z, rounded(kept), dense_down.t()) < 4e-3  # a level beside the middle
-        assert torch.equal(z[1:2], single)
+        assert torch.equal(z, skipped)
 
 
 @pytest.mark.parametrize("kind", KINDS)

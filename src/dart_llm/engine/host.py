@@ -142,7 +142,7 @@ class PatchHost:
         if not by_token:  # this request uses no low-bit proxies: they belong to other requests
             proxies = (layer.token for layer in patch.layers)
             extra_bytes -= sum(proxy.nbytes() for proxy in proxies if proxy is not None)
-        costs = PatchCosts(extra_bytes, patch.steps, head)
+        costs = PatchCosts(extra_bytes, patch.steps, head, patch.layout.selection)
         return method.report(controller, self.executor_of(method.settings), costs)
 
     def executor_of(self, config: PruneConfig) -> str:

@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dart_llm.cache import processor
 from dart_llm.data import documents
 from dart_llm.data.datasets import LOCAL_MMLU
 from dart_llm.errors import ConfigError
@@ -208,7 +209,7 @@ def machine(device: str | None = None) -> dict[str, Any]:
         memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     return {
         "system": f"{platform.system()} {platform.release()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": None if torch is None else int(torch.get_num_threads()),
         "memory_gib": memory,
@@ -226,14 +227,6 @@ def origin(device: str | None) -> dict[str, Any]:
         "git": git_state(Path(__file__).parent),
         "machine": machine(device),
     }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 # Process helpers: temporary changes to the environment, redirecting stdout.

@@ -82,6 +82,8 @@ class Costs:
     """Bytes that one token reads in the whole model; None if unknown."""
     weight_bytes: int | None = None
     """Bytes to count for a weight that is not quantized; None means as stored."""
+    reads_all: bool = False
+    """Whether per-token selection by activations reads the down rows of unselected neurons."""
 
     def rank(self, layer: FfnWeights) -> int:
         """Number of input features that low-rank compensation reads in this layer, or 0."""
@@ -214,7 +216,8 @@ class _SequenceBytes:
         quantized = all(in_blocks(layer.stored_up) for layer in self.costs.layers)
         rule: type[TokenRule] = TOKEN_RULES.get(token.rule).for_weights(token, quantized)
         layers = zip(self.costs.layers, kept, computed, strict=True)
-        costs = [LayerCost(*layer, self.costs.weight_bytes) for layer in layers]
+        more = self.costs.weight_bytes, self.costs.reads_all
+        costs = [LayerCost(*layer, *more) for layer in layers]
         selecting = [cost for cost in costs if cost.winners < cost.layer.width]
         return round(sum(rule.selection_bytes(token, cost) for cost in selecting))
 
@@ -278,12 +281,14 @@ def run_report(
     requested: float | None,
     head: HeadReport | None = None,
     token_rows: int = 0,
+    selection: str | None = None,
 ) -> RunReport:
     """The report of a run.
 
     ``extra_bytes``: bytes of memory outside the states, such as compact weights.  ``requested``:
     the requested sparsity.  ``head``: report of a screened output head.  ``token_rows``: the
     largest batch for which ``executor`` reads only the neurons that each token selects.
+    ``selection``: as in ``RunReport``.
     """
     widths = tuple(layer.width for layer in costs.layers)
     decoded = _Decoded(states, widths)
@@ -315,6 +320,7 @@ def run_report(
         sequences=tuple(_sequence_report(state, widths) for state in states),
         **_token_bytes(states, costs, decoded, head),
         head=head,
+        selection=selection,
     )
 
 

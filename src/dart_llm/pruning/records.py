@@ -200,6 +200,8 @@ class RunReport:
     """Mean number of cached positions that decoded tokens attend to."""
     head: HeadReport | None = None
     """Report on the screened output head; None if the run used the whole head."""
+    selection: str | None = None
+    """How native kernels read down rows after per-token selection, and why; None if they do not."""
 
     @property
     def bytes_limit(self) -> float:
@@ -220,13 +222,14 @@ class RunReport:
         of = "" if requested is None else f" of {requested:.0%} requested"
         selection = f" ({proxy:.2f}x for neuron selection)" if proxy else ""
         head = "" if self.head is None else f", {self.head}"
+        how = "" if self.selection is None else f", {self.selection}"
         return (
             f"{self.method}: {self.achieved_sparsity:.1%} of the FFN neurons removed{of}, "
             f"mean over {self.decoded_tokens} decoded tokens ({self.dense_token_share:.1%} of them "
             f"dense; {self.sparsity_while_pruned:.1%} while pruned), {self.remasks} re-mask"
             f"{'' if self.remasks == 1 else 's'}, {self.executor} executor, reads "
             f"{self.ffn_bytes_share:.2f}x of the dense FFN bytes{selection}, "
-            f"{self.extra_memory_bytes / 2**20:.1f} MiB extra memory{head}"
+            f"{self.extra_memory_bytes / 2**20:.1f} MiB extra memory{head}{how}"
         )
 
 

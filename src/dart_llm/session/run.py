@@ -21,6 +21,7 @@ from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.checkpoint import checkpoint_facts, fingerprint, tokenizer_of
 from dart_llm.models.describe import ModelView, describe, weight_facts
 from dart_llm.patching.executors import check_executor, choose_executor, effective_executor
+from dart_llm.patching.executors.native_ffn import SelectionTimes
 from dart_llm.patching.executors.token_ffn import max_selecting_rows
 from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.accounting import Costs, known_bytes, run_report
@@ -45,17 +46,19 @@ class PatchCosts:
     """Costs of a patched model.
 
     ``nbytes``: extra memory.  ``steps``: number of whole steps (decode steps in one native call).
-    ``head``: report of the screened head, or None.
+    ``head``: report of the screened head, or None.  ``selection``: how down rows are read after
+    per-token selection; None if no kernel does this.
     """
 
     nbytes: int = 0
     steps: int = 0
     head: HeadReport | None = None
+    selection: SelectionTimes | None = None
 
     @classmethod
     def from_patch(cls, patch: ModelPatch) -> PatchCosts:
         head = None if patch.head is None else patch.head.report()
-        return cls(patch.nbytes(), patch.steps, head)
+        return cls(patch.nbytes(), patch.steps, head, patch.layout.selection)
 
 
 def likelihood_config(config: PruneConfig) -> PruneConfig:
@@ -178,16 +181,25 @@ class BoundMethod:
         sequences, config, view = controller.all_sequences(), self.settings, self.view
         executor = effective_executor(executor, costs.steps, sequences)
         requested = self.selector.total_requested and not self.from_user
+        selection = None if config.token is None else costs.selection
+        reads_all = selection is not None and not selection.skips
         quantized = all(in_blocks(layer.stored_up) for layer in self.layers)
         return run_report(
             sequences,
-            Costs(self.layers, view.parameter_bytes, config.compensation, traffic=view.traffic),
+            Costs(
+                self.layers,
+                view.parameter_bytes,
+                config.compensation,
+                traffic=view.traffic,
+                reads_all=reads_all,
+            ),
             executor,
             costs.nbytes + known_bytes(self.layers, self.prior),
             USER_MASKS if self.from_user else config.method,
             config.target if requested else None,
             costs.head,
             max_selecting_rows(config.token, executor, quantized),
+            None if selection is None else str(selection),
         )
 
 

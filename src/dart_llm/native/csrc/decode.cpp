@@ -49,6 +49,7 @@ struct Member : Worker {
   uint16_t* narrow;
   int8_t* levels;
   float *scales, *group_sums;
+  int32_t* orders;       // [I]
   Likeliest* likeliest;  // [M]
 
   static int64_t parts_of(int64_t values) { return std::min(PARTS, 1 + values / LEAST); }
@@ -140,25 +141,24 @@ struct Member : Worker {
       norm_rows(layer.before_ffn, scratch.stream.data(), hidden, x);
       return input(x, hidden);
     });
-    Ffn ffn = layer.ffn;
-    int32_t* selected = scratch.selected.data() + index * cache.rows * decoder.width;
-    if (layer.proxies.keep && !layer.proxies.own())
-      select(*this, kernels, decoder.dtype, layer.proxies, given, cache.rows, ffn, scratch.strength.data(),
-             selected);
+    const Ffn& ffn = layer.ffn;
+    const Proxies& proxies = layer.proxies;
+    if (proxies.keep && !proxies.own()) estimate(layer, given);
+    Once selections([&] {
+      return chosen_of(kernels, proxies, proxies.keep ? cache.rows : 0, ffn.kept, scratch.strength.data(),
+                       orders);
+    });
     float* u = scratch.u.data() + index * cache.rows * decoder.width;
-    int64_t apart = layer.proxies.keep ? layer.ffn.kept : 0;  // places from one row's ids to the next's
-    if (ffn.packed_down) activations(ffn, layer.proxies.own() ? 0 : apart, given, u);
-    if (layer.proxies.own())
-      select_by_activations(*this, kernels, layer.proxies, cache.rows, ffn, u, decoder.width,
-                            scratch.strength.data(), selected);
+    if (ffn.packed_down) activations(layer, selections, given, u);
     in_parts(PARTS, [&](int64_t one, int64_t parts) {
       const Input& in = given();
+      const std::vector<Chosen>& chosen = selections();
       if (one == 0 && scratch.observed) observe(index);
-      if (one == 0 && scratch.watched) mark_selected(index, selected, apart);
+      if (one == 0 && scratch.watched) mark_selected(index, chosen);
       float* to = sums(ffn, one);
       std::fill_n(to, cache.rows * sums_pitch(ffn), 0.0f);
       Span own = part(ffn.kept, one, parts, ffn.packed_down ? GROUP : 4);
-      neurons(ffn, apart, in, own, to, u);
+      neurons(ffn, chosen, in, own, to, u);
       own = part(ffn.rank, one, parts, 1);
       for (int64_t m = 0; m < cache.rows; ++m)
         kernels.low_rank(decoder.dtype, ffn, one_of(decoder.dtype, in, m), own.begin, own.end,
@@ -166,55 +166,78 @@ struct Member : Worker {
     });
   }
 
-  // Bits of what each row selected, while the ids are in the core's cache; zeros without selection.
-  void mark_selected(int64_t index, const int32_t* selected, int64_t apart) {
+  // Bits of what each row selected; zeros without selection.
+  void mark_selected(int64_t index, const std::vector<Chosen>& chosen) {
+    const Ffn& ffn = decoder.layers[index].ffn;
     int64_t bytes = marked_bytes(decoder.width);
     uint8_t* to = scratch.marks.data() + index * cache.rows * bytes;
     std::fill_n(to, cache.rows * bytes, uint8_t(0));
-    for (int64_t m = 0; m < cache.rows; ++m)
-      mark(selected + m * apart, decoder.layers[index].proxies.keep, to + m * bytes);
+    for (const Chosen& of_row : chosen) mark(ffn.ids, ffn.kept, of_row, to), to += bytes;
   }
 
-  // u [M, I] of packed matrices, for the part of the FFN that comes next.
+  // Strengths [M, candidates] by the proxies.
   template <class MakeInput>
-  void activations(const Ffn& ffn, int64_t apart, MakeInput& make_input, float* u) {
+  void estimate(const Layer& layer, MakeInput& make_input) {
+    int64_t kept = layer.ffn.kept;
+    in_parts(PARTS, [&](int64_t one, int64_t parts) {
+      Span own = part(kept, one, parts);
+      const Input& given = make_input();
+      for (int64_t m = 0; m < given.count; ++m)
+        kernels.estimate(decoder.dtype, layer.proxies, layer.ffn, one_of(decoder.dtype, given, m), own.begin,
+                         own.end, scratch.strength.data() + m * kept);
+    });
+    finish();
+  }
+
+  // u [M, I] of packed matrices, for the part of the FFN that comes next: of all kept neurons, or of those
+  // that each row selected.
+  template <class Selections, class MakeInput>
+  void activations(const Layer& layer, Selections& selections, MakeInput& make_input, float* u) {
+    const Ffn& ffn = layer.ffn;
+    bool own_strengths = layer.proxies.own(), some = layer.proxies.keep && !own_strengths;
     in_parts(PARTS, [&](int64_t one, int64_t parts) {
       const Input& given = make_input();
       Span own = part(ffn.kept, one, parts, GROUP);
       // few at a time: what one row has read is in the core's cache for the next
       int64_t step = given.count == 1 ? std::max<int64_t>(1, own.end - own.begin) : GROUP;
       for (int64_t begin = own.begin; begin < own.end; begin += step)
-        for (int64_t m = 0; m < given.count; ++m)
-          packed_hidden(kernels, decoder.dtype, of_row(ffn, apart, m), given.rounded.at(m), begin,
-                        std::min(begin + step, own.end), u + m * decoder.width);
+        for (int64_t m = 0; m < given.count; ++m) {
+          int64_t end = std::min(begin + step, own.end);
+          float* of_row = u + m * decoder.width;
+          Rounded x = given.rounded.at(m);
+          if (some)
+            packed_hidden_of(kernels, decoder.dtype, ffn, selections()[size_t(m)], x, begin, end, of_row);
+          else packed_hidden(kernels, decoder.dtype, ffn, x, begin, end, of_row);
+          if (own_strengths)
+            strengths_of(layer.proxies, ffn, of_row, begin, end, scratch.strength.data() + m * ffn.kept);
+        }
     });
     finish();
   }
 
-  static Ffn of_row(Ffn ffn, int64_t apart, int64_t m) {
-    if (apart) ffn.ids += m * apart;
-    return ffn;
+  // to[m] += the output of kept neurons `own` for each row, or of those among them that it has chosen.
+  void neurons(const Ffn& ffn, const std::vector<Chosen>& chosen, const Input& given, Span own, float* to,
+               float* u) {
+    if (!ffn.packed_down) return plain_neurons(ffn, chosen, given, own, to, u);
+    bool apart = given.count == 1 || (!chosen.empty() && chosen[0].skip);  // few rows have neurons in common
+    int64_t step = apart ? std::max<int64_t>(1, own.end - own.begin) : GROUP;
+    for (int64_t begin = own.begin; begin < own.end; begin += step)
+      for (int64_t m = 0; m < given.count; ++m)
+        packed_output(kernels, ffn, chosen.empty() ? nullptr : &chosen[size_t(m)], u + m * decoder.width,
+                      begin, std::min(begin + step, own.end), to + m * sums_pitch(ffn));
   }
 
-  // to[m] += the output of kept neurons `own` for each row; `apart`: places from the ids that one
-  // row has selected to those of the next, 0: all have the same.
-  void neurons(const Ffn& ffn, int64_t apart, const Input& given, Span own, float* to, float* u) {
-    float* seen = scratch.observed ? u : nullptr;
-    if (!ffn.packed_down && (!apart || given.count == 1)) {
-      kernels.ffn(decoder.dtype, ffn, given, own.begin, own.end, to, seen, decoder.width);
-      return;
+  void plain_neurons(const Ffn& ffn, const std::vector<Chosen>& chosen, const Input& given, Span own,
+                     float* to, float* u) {
+    if (chosen.empty())
+      kernels.ffn(decoder.dtype, ffn, given, own.begin, own.end, to, scratch.observed ? u : nullptr,
+                  decoder.width);
+    for (int64_t m = 0; m < int64_t(chosen.size()); ++m) {
+      Ffn mine = ffn;
+      mine.ids = orders, mine.kept = selected_ids(ffn, chosen[size_t(m)], own.begin, own.end, orders);
+      kernels.ffn(decoder.dtype, mine, one_of(decoder.dtype, given, m), 0, mine.kept,
+                  to + m * sums_pitch(ffn), nullptr, 0);
     }
-    int64_t step = given.count == 1 || apart ? std::max<int64_t>(1, own.end - own.begin) : GROUP;
-    for (int64_t begin = own.begin; begin < own.end; begin += step)
-      for (int64_t m = 0; m < given.count; ++m) {
-        Ffn mine = of_row(ffn, apart, m);
-        int64_t end = std::min(begin + step, own.end), width = decoder.width;
-        float* sum = to + m * sums_pitch(ffn);
-        if (ffn.packed_down) packed_output(kernels, mine, u + m * width, begin, end, sum);
-        else
-          kernels.ffn(decoder.dtype, mine, one_of(decoder.dtype, given, m), begin, end, sum,
-                      seen ? seen + m * width : nullptr, width);
-      }
   }
 
   void observe(int64_t index) {
@@ -402,7 +425,7 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t
   group_sums.resize(scales.size());
   likeliest.resize(each);
   strength.resize(rows * d.width);
-  selected.resize(all * d.width);
+  orders.resize(threads * d.width);
   marks.resize(all * marked_bytes(d.width));
   scores.resize(threads * positions);
   u.resize(all * d.width);
@@ -429,6 +452,7 @@ void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, co
              scratch.levels.data() + own * padded(wide),
              scratch.scales.data() + own * 2 * Rounded::facts(padded(wide)),
              scratch.group_sums.data() + own * 2 * Rounded::facts(padded(wide)),
+             scratch.orders.data() + member * decoder.width,
              scratch.likeliest.data() + own};
   one.run(tokens);
 }

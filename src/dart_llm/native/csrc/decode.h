@@ -87,9 +87,9 @@ struct Scratch {
   std::vector<uint16_t> narrow;
   std::vector<int8_t> levels;  // of inputs, rounded for packed matrices: by member
   std::vector<float> scales, group_sums;
-  std::vector<float> strength;       // of a layer's neurons: [M, I]
-  std::vector<int32_t> selected;     // each token's neurons: [L, M, candidates]
-  std::vector<uint8_t> marks;        // the same as bits, where it is watched: [L, M, I / 8 rounded up]
+  std::vector<float> strength;  // of a layer's candidates, where tokens select: [M, candidates]
+  std::vector<int32_t> orders;  // for selections: [threads, I]
+  std::vector<uint8_t> marks;   // what tokens select as bits, where it is watched: [L, M, I / 8 rounded up]
   std::vector<Likeliest> likeliest;  // [threads, M]: of the words that each member saw; empty them first
   ScreenRoom screened;
   int64_t threads, positions, rows;

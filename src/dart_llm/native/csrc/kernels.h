@@ -3,7 +3,9 @@
 // Weights are float32 or bfloat16 rows of D values.  Inputs come twice: in the weights' dtype
 // (bfloat16 products) and as float32; sums and results are float32.
 #pragma once
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "packed.h"
 
@@ -57,6 +59,7 @@ struct Proxies {
   const float* saliency;                    // [I]: of a unit of each activation
   int64_t bits, group;
   int64_t keep;  // neurons of one token; 0: no selection
+  bool skip;     // by exact activations: whether the down rows of the others are skipped
 
   bool own() const { return keep && !up; }
 };
@@ -82,6 +85,23 @@ struct Queries {
   int64_t out_pitch;
 };
 
+// Where the largest of some values end: those of a higher order, and of the same the first ones.
+struct Cut {
+  int32_t order;
+  int64_t last;  // the last place of a value of this order that is among them
+
+  // Magnitudes are ordered as their bits are.  One kind of not-a-number: they tie too.
+  static int32_t order_of(float value) {
+    int32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return std::min(bits & 0x7fffffff, 0x7f800001);
+  }
+  bool takes(float value, int64_t place) const {
+    int32_t own = order_of(value);
+    return (own > order) | ((own == order) & (place <= last));
+  }
+};
+
 struct Kernels {
   const char* name;
   // y[m, row] = rows[row] . x[m] (+ bias[row]) for begin <= row < end; y: M rows of `stride`.
@@ -96,9 +116,9 @@ struct Kernels {
   // proxies; x is one vector.
   void (*estimate)(Dtype, const Proxies&, const Ffn&, const Input&, int64_t begin, int64_t end,
                    float* strength);
-  // The k of n values that are largest, whatever their signs, as ascending places: [k], with room for n.
-  // Ties go to the lower place; not-a-number is the largest, as torch sorts.
-  void (*top_k)(const float* values, int64_t n, int64_t k, int32_t* places);
+  // Separates the k of n values that are largest, whatever their signs.  Ties go to the lower place;
+  // not-a-number is the largest, as torch sorts.  orders: scratch, [n].
+  Cut (*cut)(const float* values, int64_t n, int64_t k, int32_t* orders);
   // to[f, d] = sum over k of rows[ids[k], d] factors[k, f] for begin <= d < end; rows: [., size].
   void (*fold)(Dtype, const void* rows, const int32_t* ids, int64_t n, int64_t size, const float* factors,
                int64_t count, int64_t begin, int64_t end, float* to);

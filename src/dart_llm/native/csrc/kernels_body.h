@@ -491,20 +491,17 @@ void add_at(Dtype dtype, const void* bias, const int32_t* ids, int64_t n, float*
   DART_BY_DTYPE(for (int64_t i = 0; i < n; ++i) y[i] += wide(static_cast<const T*>(bias)[ids[i]]))
 }
 
-// Magnitudes are ordered as their bits are.  One kind of not-a-number: they tie too.
-inline int32_t order_of(float value) { return std::min(int32_t(to_bits(value) & 0x7fffffffu), 0x7f800001); }
-
-void top_k(const float* values, int64_t n, int64_t k, int32_t* places) {
+Cut cut(const float* values, int64_t n, int64_t k, int32_t* orders) {
   // fewer than k, `above`, reach `high`; k at least, `below`, reach `low`
   int32_t low = 0x7f800001, high = 0;
   for (int64_t i = 0; i < n; ++i) {
-    int32_t order = places[i] = order_of(values[i]);
+    int32_t order = orders[i] = Cut::order_of(values[i]);
     low = std::min(low, order), high = std::max(high, order);
   }
   high += 1;
   auto count = [&](int32_t least) {
     int32_t found = 0;
-    for (int64_t i = 0; i < n; ++i) found += places[i] >= least;
+    for (int64_t i = 0; i < n; ++i) found += orders[i] >= least;
     return int64_t(found);
   };
   int64_t above = 0, below = n, width;
@@ -516,25 +513,15 @@ void top_k(const float* values, int64_t n, int64_t k, int32_t* places) {
     if (found > k) low = middle, below = found;
     else high = middle, above = found;
   }
-  int64_t rest = k - above, to = 0;  // of those that tie at `low`
-  if (rest == 0) {
-    for (int64_t i = 0; i < n; ++i) {
-      bool taken = places[i] >= high;  // without a branch: nobody could foretell it
-      places[to] = int32_t(i);
-      to += taken;
-    }
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    bool tied = places[i] == low && rest > 0, taken = tied || places[i] >= high;
-    rest -= tied;
-    places[to] = int32_t(i);
-    to += taken;
-  }
+  if (above == k) return {high - 1, -1};
+  Cut found{low, -1};
+  for (int64_t i = 0, rest = k - above; rest; ++i)
+    if (orders[i] == low) found.last = i, --rest;
+  return found;
 }
 
 #include "packed_body.h"
 #include "prompt_body.h"
 
-const Kernels table = {NAME,   matvec,      ffn,   low_rank, estimate, top_k,  fold,
+const Kernels table = {NAME,   matvec,      ffn,   low_rank, estimate, cut,    fold,
                        attend, attend_some, round, widen,    add,      add_at, packed_table};

@@ -8,7 +8,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <cmath>
 #include <optional>
+#include <random>
 
 #include "select.h"
 #include "decode.h"
@@ -153,7 +156,8 @@ struct Choice : torch::CustomClassHolder {
   int64_t width, inputs;
   std::vector<Tensor> held;  // keeps what is pointed at alive
 
-  // numbers: D, bits, group, keep; gate, gate_scales: None in a plain FFN.
+  // numbers: D, bits, group, keep, and whether down rows of the others are skipped; gate, gate_scales:
+  // None in a plain FFN.
   Choice(const MaybeTensor& gate, const MaybeTensor& gate_scales, const MaybeTensor& up,
          const MaybeTensor& up_scales, const Tensor& saliency, const MaybeTensor& mean_,
          std::vector<int64_t> numbers)
@@ -179,7 +183,8 @@ struct Choice : torch::CustomClassHolder {
                static_cast<const float*>(data(saliency, at::kFloat)),
                bits,
                group,
-               keep};
+               keep,
+               bool(numbers.at(4))};
     for (const auto& t : {gate, gate_scales, up, up_scales, MaybeTensor(saliency), mean_})
       if (t) held.push_back(*t);
   }
@@ -193,18 +198,25 @@ struct Choice : torch::CustomClassHolder {
     return proxies;
   }
 
-  // What the tokens of the newest call selected: ids [M, apart], of which each has `keep`.  Not
+  // By what the tokens of the newest call selected out of candidates: strengths [M, candidates].  Not
   // synchronised: an FFN runs in one thread at a time.
-  void took(std::vector<int32_t>&& ids, int64_t apart_) { selected = std::move(ids), apart = apart_; }
-  std::vector<int32_t> selected;
-  int64_t apart = 1;
+  void took(std::vector<float>&& strengths_, const MaybeTensor& candidates_) {
+    strengths = std::move(strengths_), candidates = candidates_;
+  }
+  std::vector<float> strengths;
+  MaybeTensor candidates;
 
-  // The same as bits [M, I / 8 rounded up]: bit i % 8 of byte i / 8 is neuron i.
+  // What they selected, as bits [M, I / 8 rounded up]: bit i % 8 of byte i / 8 is neuron i.
   Tensor marks() const {
-    int64_t count = int64_t(selected.size()) / apart, bytes = dart::marked_bytes(width);
+    int64_t kept = candidates ? candidates->numel() : width, bytes = dart::marked_bytes(width);
+    int64_t count = int64_t(strengths.size()) / kept;
     Tensor found = at::zeros({count, bytes}, at::kByte);
-    for (int64_t m = 0; m < count; ++m)
-      dart::mark(selected.data() + m * apart, proxies.keep, found.mutable_data_ptr<uint8_t>() + m * bytes);
+    uint8_t* to = found.mutable_data_ptr<uint8_t>();
+    std::vector<int32_t> orders(static_cast<size_t>(kept));
+    const auto* ids = static_cast<const int32_t*>(data(candidates, at::kInt));
+    for (const dart::Chosen& of_row :
+         dart::chosen_of(best(), proxies, count, kept, strengths.data(), orders.data()))
+      dart::mark(ids, kept, of_row, to), to += bytes;
     return found;
   }
 };
@@ -233,29 +245,39 @@ Tensor ffn(const Tensor& x, const MaybeTensor& gate, const Tensor& up, const Ten
   dart::Input given = input(x, wide);
   int64_t size = x.numel(), count = x.size(0), hidden = x.size(1);
   std::vector<float> sums(size * dart::PARTS), strength(choice ? f.kept : 0);
-  std::vector<int32_t> selected(strength.size());
   Tensor z = at::empty(x.sizes(), wide.options());
   float* to = z.mutable_data_ptr<float>();
   const dart::Kernels& kernels = best();
   dart::Jobs jobs(3);
   run_on_threads([&](int64_t) {
     dart::Worker team(jobs);
-    dart::Ffn own = f;
-    auto tokens = [&]() -> const dart::Input& { return given; };
-    if (choice)
-      dart::select(team, kernels, dtype, proxies, tokens, count, own, strength.data(), selected.data());
+    std::vector<int32_t> ids(strength.size());
+    if (choice) {
+      team.in_parts(dart::PARTS, [&](int64_t one, int64_t parts) {
+        dart::Span span = dart::part(f.kept, one, parts);
+        kernels.estimate(dtype, proxies, f, given, span.begin, span.end, strength.data());
+      });
+      team.finish();
+    }
+    dart::Once chosen(
+        [&] { return dart::chosen_of(kernels, proxies, 1, f.kept, strength.data(), ids.data()); });
     team.in_parts(dart::PARTS, [&](int64_t one, int64_t parts) {
       float* sum = sums.data() + one * size;
-      dart::Span span = dart::part(own.kept, one, parts);
+      dart::Span span = dart::part(f.kept, one, parts);
+      dart::Ffn own = f;
+      if (choice) {
+        own.kept = dart::selected_ids(f, chosen()[0], span.begin, span.end, ids.data());
+        own.ids = ids.data(), span = {0, own.kept};
+      }
       kernels.ffn(dtype, own, given, span.begin, span.end, sum, nullptr, 0);
-      span = dart::part(own.rank, one, parts, 1);
-      kernels.low_rank(dtype, own, given, span.begin, span.end, sum);
+      span = dart::part(f.rank, one, parts, 1);
+      kernels.low_rank(dtype, f, given, span.begin, span.end, sum);
     });
   });
   for (int64_t i = 0; i < size; ++i) to[i] = add ? add[i % hidden] : 0.0f;
   for (int64_t group = 0; group < dart::PARTS; ++group)
     for (int64_t i = 0; i < size; ++i) to[i] += sums[group * size + i];
-  if (choice) (*choice)->took(std::move(selected), f.kept);
+  if (choice) (*choice)->took(std::move(strength), ids);
   return z.to(type);
 }
 
@@ -310,7 +332,6 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
   Tensor wide = x.to(at::kFloat);
   const dart::Kernels& kernels = best();
   std::vector<float> strength(choice ? size_t(count * f.kept) : 0);
-  std::vector<int32_t> selected(strength.size());
   dart::RoundedRows rounded(kernels, wide.const_data_ptr<float>(), count, hidden);
   std::vector<float> u(size_t(count * f.kept));
   int64_t columns = down->packed.units() * dart::UNIT;
@@ -320,37 +341,93 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
   dart::Jobs jobs(4);
   run_on_threads([&](int64_t) {
     dart::Worker team(jobs);
-    dart::Ffn own = f;
-    auto tokens = [&]() -> const dart::Input& { return given; };
-    if (choice && !proxies.own())
-      dart::select(team, kernels, dtype, proxies, tokens, count, own, strength.data(), selected.data());
+    std::vector<int32_t> orders(strength.size());
+    if (choice && !proxies.own()) {
+      team.in_parts(dart::PARTS, [&](int64_t one, int64_t number) {
+        dart::Span span = dart::part(f.kept, one, number);
+        kernels.estimate(dtype, proxies, f, given, span.begin, span.end, strength.data());
+      });
+      team.finish();
+    }
+    dart::Once chosen([&] {
+      return dart::chosen_of(kernels, proxies, choice ? count : 0, f.kept, strength.data(), orders.data());
+    });
     team.in_parts(dart::PARTS, [&](int64_t one, int64_t number) {
-      dart::Span span = dart::part(own.kept, one, number, dart::GROUP);
-      for (int64_t m = 0; m < count; ++m)
-        dart::packed_hidden(kernels, dtype, own, rounded.view().at(m), span.begin, span.end,
-                            u.data() + m * f.kept);
+      dart::Span span = dart::part(f.kept, one, number, dart::GROUP);
+      for (int64_t m = 0; m < count; ++m) {
+        float* of_row = u.data() + m * f.kept;
+        dart::Rounded row = rounded.view().at(m);
+        if (choice && !proxies.own())
+          dart::packed_hidden_of(kernels, dtype, f, chosen()[0], row, span.begin, span.end, of_row);
+        else dart::packed_hidden(kernels, dtype, f, row, span.begin, span.end, of_row);
+        if (proxies.own())
+          dart::strengths_of(proxies, f, of_row, span.begin, span.end, strength.data() + m * f.kept);
+      }
     });
     team.finish();
-    if (proxies.own())
-      dart::select_by_activations(team, kernels, proxies, count, own, u.data(), f.kept, strength.data(),
-                                  selected.data());
     team.in_parts(dart::PARTS, [&](int64_t one, int64_t number) {
-      dart::Span span = dart::part(own.kept, one, number, dart::GROUP);
-      dart::Ffn of_row = own;
-      for (int64_t m = 0; m < count; ++m, of_row.ids += proxies.own() ? f.kept : 0)
-        dart::packed_output(kernels, of_row, u.data() + m * f.kept, span.begin, span.end,
+      dart::Span span = dart::part(f.kept, one, number, dart::GROUP);
+      for (int64_t m = 0; m < count; ++m)
+        dart::packed_output(kernels, f, choice ? &chosen()[size_t(m)] : nullptr, u.data() + m * f.kept,
+                            span.begin, span.end,
                             parts.mutable_data_ptr<float>() + (one * count + m) * columns);
-      span = dart::part(own.rank, one, number, 1);
-      if (own.rank)
-        kernels.low_rank(dtype, own, given, span.begin, span.end,
+      span = dart::part(f.rank, one, number, 1);
+      if (f.rank)
+        kernels.low_rank(dtype, f, given, span.begin, span.end,
                          low.mutable_data_ptr<float>() + one * count * hidden);
     });
   });
-  if (choice) (*choice)->took(std::move(selected), f.kept);
+  if (choice) (*choice)->took(std::move(strength), ids);
   Tensor z = parts.sum(0).narrow(1, 0, hidden);
   if (f.rank) z = z.add(low.sum(0));
   if (add) z = z.add(*bias);
   return z.to(type);
+}
+
+// Seconds that the down projections of a model take for a token that selects `share` of the neurons by
+// their activations: [0] all rows are read, [1] those of the others are skipped.  The least of several
+// turns, about `seconds` in all.  Which neurons win is random; real winners lie in runs hardly longer.
+std::vector<double> selection_times(const std::vector<Packs>& downs, double share, double seconds) {
+  TORCH_CHECK(!downs.empty() && share > 0 && share <= 1, "native: matrices are missing");
+  using Clock = std::chrono::steady_clock;
+  const dart::Kernels& kernels = best();
+  int64_t width = 0, columns = 0;
+  for (const Packs& one : downs) {
+    TORCH_CHECK(one->packed.order == dart::Order::neurons, "native: shapes do not fit");
+    width = std::max(width, one->packed.rows), columns = std::max(columns, one->packed.units() * dart::UNIT);
+  }
+  std::vector<float> u(static_cast<size_t>(width)), sums(static_cast<size_t>(dart::PARTS * columns));
+  std::minstd_rand random(1);
+  for (float& one : u) one = float(random() % 65536 + 1);
+  dart::Proxies proxies{};
+  std::vector<double> least(2, INFINITY);
+  auto begin = Clock::now();
+  for (int64_t turn = 0; turn < 6 || std::chrono::duration<double>(Clock::now() - begin).count() < seconds;
+       ++turn) {
+    proxies.skip = turn % 2;
+    dart::Jobs jobs(int64_t(downs.size()), at::get_num_threads());
+    auto start = Clock::now();
+    run_on_threads([&](int64_t member) {
+      dart::Worker team(jobs, member);
+      std::vector<int32_t> orders(static_cast<size_t>(width));
+      for (const Packs& one : downs) {
+        dart::Ffn f{};
+        f.packed_down = &one->packed, f.kept = one->packed.rows;
+        dart::Proxies own = proxies;
+        own.keep = std::max<int64_t>(1, int64_t(share * double(f.kept)));
+        dart::Once chosen([&] { return dart::chosen_of(kernels, own, 1, f.kept, u.data(), orders.data()); });
+        team.in_parts(dart::PARTS, [&](int64_t part, int64_t parts) {
+          dart::Span span = dart::part(f.kept, part, parts, dart::GROUP);
+          dart::packed_output(kernels, f, &chosen()[0], u.data(), span.begin, span.end,
+                              sums.data() + part * columns);
+        });
+        team.finish();
+      }
+    });
+    double& own = least[size_t(turn % 2)];
+    own = std::min(own, std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  return least;
 }
 
 // A decoder whose weights stay where they are; see decode.h.  M: rows of a step.
@@ -754,7 +831,7 @@ struct Decoder : torch::CustomClassHolder {
          {&s.stream, &s.qkv, &s.attended, &s.logits, &s.inputs, &s.normed, &s.scores, &s.parts, &s.u, &s.h,
           &s.z, &s.x, &s.r, &s.strength, &s.screened.z, &s.screened.values})
       numbers += floats->size();
-    return int64_t(4 * (numbers + s.selected.size()) + 2 * s.narrow.size() + s.marks.size() +
+    return int64_t(4 * (numbers + s.orders.size()) + 2 * s.narrow.size() + s.marks.size() +
                    8 * (s.jobs.taken.size() + s.jobs.done.size()));
   }
 
@@ -781,6 +858,7 @@ TORCH_LIBRARY(dart_llm, library) {
   library.def("linear", linear);
   library.def("ffn", ffn);
   library.def("packed_ffn", packed_ffn);
+  library.def("selection_times", selection_times);
   library.def("fold", fold);
   library.def("allocated", allocated);
   library.def("lay_out", lay_out);

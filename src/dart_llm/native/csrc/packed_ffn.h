@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "select.h"
 
 namespace dart {
 
@@ -34,10 +35,26 @@ inline void packed_hidden(const Kernels& kernels, Dtype dtype, const Ffn& f, con
   }
 }
 
-// sums[:] += the output of kept neurons begin to end (whole units).  Neurons of one block are rounded
-// together, wherever work is divided: those at an end of the span belong to whoever has the block's first.
-inline void packed_output(const Kernels& kernels, const Ffn& f, const float* u, int64_t begin, int64_t end,
-                          float* sums) {
+// u[place] = activations of those neurons that a token selects among candidates begin to end.
+inline void packed_hidden_of(const Kernels& kernels, Dtype dtype, Ffn f, const Chosen& chosen,
+                             const Rounded& x, int64_t begin, int64_t end, float* u) {
+  for (int64_t n; begin < end; begin += n) {
+    n = std::min(end - begin, MOST);
+    int32_t ids[MOST];
+    float found[MOST];
+    Ffn own = f;
+    own.ids = ids, own.kept = selected_ids(f, chosen, begin, begin + n, ids);
+    packed_hidden(kernels, dtype, own, x, 0, own.kept, found);
+    for (int64_t i = 0, next = 0; i < n && next < own.kept; ++i)
+      if (chosen.takes(begin + i)) u[begin + i] = found[next++];
+  }
+}
+
+// sums[:] += the output of kept neurons begin to end (whole units), of which a token may have `chosen`
+// some.  Neurons of one block are rounded together, wherever work is divided: those at an end of the span
+// belong to whoever has the block's first.
+inline void packed_output(const Kernels& kernels, const Ffn& f, const Chosen* chosen, const float* u,
+                          int64_t begin, int64_t end, float* sums) {
   int64_t block = f.packed_down->block;
   auto id = [&](int64_t place) { return f.ids ? int64_t(f.ids[place]) : place; };
   auto first_of_block = [&](int64_t place) {
@@ -49,11 +66,14 @@ inline void packed_output(const Kernels& kernels, const Ffn& f, const float* u, 
     n = std::min(end, first_of_block(std::min(end, begin + MOST - GROUP + 1))) - begin;
     int32_t ids[MOST];
     float own[MOST];
-    for (int64_t i = 0; i < n; ++i) {
-      ids[i] = int32_t(id(begin + i));
-      own[i] = f.mean ? u[begin + i] - f.mean[ids[i]] : u[begin + i];
+    int64_t count = 0;
+    for (int64_t place = begin; place < begin + n; ++place) {
+      bool taken = !chosen || chosen->takes(place);
+      ids[count] = int32_t(id(place));
+      own[count] = !taken ? 0.0f : f.mean ? u[place] - f.mean[ids[count]] : u[place];
+      count += taken || !chosen->skip;
     }
-    kernels.packed.add_neurons(*f.packed_down, ids, begin, own, n, sums);
+    kernels.packed.add_neurons(*f.packed_down, ids, begin, own, count, sums);
   }
 }
 

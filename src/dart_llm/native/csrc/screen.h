@@ -53,8 +53,11 @@ struct ScreenRoom {
   void select(const Kernels& kernels, int64_t m, int64_t keep) {
     int32_t* own = ids.data() + m * size;
     float *from = z.data() + m * size, *selected = values.data() + m * size;
-    kernels.top_k(from, size, keep, own);
-    for (int64_t i = 0; i < keep; ++i) selected[i] = from[own[i]];
+    Cut cut = kernels.cut(from, size, keep, own);
+    for (int64_t i = 0, count = 0; i < size && count < keep; ++i) {
+      own[count] = int32_t(i), selected[count] = from[i];
+      count += cut.takes(from[i], i);
+    }
     int64_t room = 2 * Rounded::facts(padded), whole = (keep + UNIT - 1) / UNIT * UNIT;
     Rounded to{levels.data() + m * padded, scales.data() + m * room, sums.data() + m * room, 1, whole};
     kernels.packed.round(selected, keep, levels.data() + m * padded, scales.data() + m * room,

@@ -5,7 +5,9 @@ Packed matrices are quantized weights, in blocks as in a GGUF file.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -14,16 +16,63 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dart_llm.errors import ConfigError
+from dart_llm import cache
+from dart_llm.errors import ConfigError, LoadError
 from dart_llm.models.agreement import forward_of
 from dart_llm.models.ffn import FfnBlock, matrix_of
 from dart_llm.models.packed import PackedTensor
-from dart_llm.native.build import ops
+from dart_llm.native.build import kernels_in_use, ops
 from dart_llm.native.memory import RESERVE, available, private_maps
 from dart_llm.patching.executors.token_ffn import TokenFfn, max_rows
 from dart_llm.patching.executors.torch_ffn import run_rows, total_bias
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask
+
+
+SKIP_BELOW = 0.97
+"""Rows of unselected neurons are skipped if this takes at most this share of the time."""
+
+PROBE_S = 0.1
+"""Seconds that ``SelectionTimes.measure`` takes."""
+
+
+class SelectionTimes(NamedTuple):
+    """Milliseconds per token for all down projections after per-token selection by activations.
+
+    ``read_all``: all rows are read, and those of unselected neurons are multiplied by 0.  ``skip``:
+    only selected rows are read.  Scattered rows are slower to read, byte for byte.
+    """
+
+    read_all: float
+    skip: float
+
+    @classmethod
+    def measure(cls, downs: Sequence[Any], share: float) -> SelectionTimes:
+        """Measure the times on this machine, or take them from the cache.
+
+        ``downs``: packed down projections of all layers; ``share``: of their neurons, selected.
+        """
+        shapes = [(down.type(), *down.shape()) for down in downs]
+        machine = cache.processor(), kernels_in_use(), torch.get_num_threads()
+        folder, key = cache.cache_folder() / "selection", cache.key_of(1, machine, shapes, share)
+        if (data := cache.read(folder, key, ".json")) is not None:
+            return cls(*json.loads(data))
+        seconds = ops().selection_times(list(downs), share, PROBE_S)
+        times = cls(*(round(1e3 * s, 4) for s in seconds))
+        with contextlib.suppress(LoadError):  # a cache that cannot be written
+            cache.write(folder, key, ".json", json.dumps(times).encode())
+        return times
+
+    @property
+    def skips(self) -> bool:
+        return self.skip <= SKIP_BELOW * self.read_all
+
+    def __str__(self) -> str:
+        verb = "skips" if self.skips else "reads all"
+        return (
+            f"{verb} down rows of unselected neurons (reading all takes {self.read_all:.2f} ms per "
+            f"token on this machine, skipping {self.skip:.2f} ms)"
+        )
 
 
 class Layout:
@@ -34,19 +83,32 @@ class Layout:
     without a second copy of the weights.  Shape, values, name and address of the parameter stay the
     same; its strides change.  A parameter must not share its memory: see ``not_in_place_reason``.
 
-    ``room``: memory for the compact weights of all layers; None until it is needed.
+    ``room``: memory for the compact weights of all layers; None until it is needed.  ``downs``: the
+    packed down projections of all layers.  ``selection``: how they are read after per-token
+    selection; None until a mask needs to know.
     """
 
     def __init__(self) -> None:
         self._transposed: list[tuple[nn.Parameter, int]] = []
         self._reordered: list[tuple[Any, str]] = []
         self.room: Any = None
+        self.downs: list[Any] = []
+        self.selection: SelectionTimes | None = None
+        self._selections: dict[float, SelectionTimes] = {}
 
     def has_room(self, size: int) -> bool:
         """Return True if ``room`` has ``size`` bytes, or can grow by them with ``RESERVE`` left."""
         if self.room is None:
             self.room = torch.classes.dart_llm.HugeRoom(0)
         return self.room.left() >= size or available() - size > RESERVE
+
+    def skips(self, share: float) -> bool:
+        """Return whether down rows are skipped if tokens select ``share`` of the neurons."""
+        tenth = max(0.1, round(share, 1))  # uneven budgets have a share for every layer
+        if tenth not in self._selections:
+            self._selections[tenth] = SelectionTimes.measure(self.downs, tenth)
+        self.selection = self._selections[tenth]
+        return self.selection.skips
 
     def neuron_rows(self, matrix: Tensor, parameter: nn.Parameter) -> Tensor:
         """Return ``matrix`` [I, D] with contiguous rows; transposes ``parameter`` if needed.
@@ -224,6 +286,7 @@ class NativeFfn:
         self.gate_bias, self.up_bias, self.down_bias = block.biases()
         self._stored = (self.gate, self.up, self.down)
         self._packs = tuple(part.matrix for part in self._stored if isinstance(part, PackedTensor))
+        layout.downs += self._packs[-1:]
         self._run: Any = (ops().packed_ffn if self._packs else ops().ffn).default
         self.unload()
 
@@ -299,14 +362,16 @@ class NativeFfn:
         """Return the data from which the kernels select ``mask.winners`` neurons for each token."""
         assert self.token is not None
         rule: Any = self.token.rule
-        mean, config = mask.mean, rule.config
+        mean, config, skips = mask.mean, rule.config, True
+        if rule.by_weights:
+            skips = self._layout.skips(mask.winners / mask.width)
         parts = [part for proxy in rule.proxies for part in (proxy.levels, proxy.scales)]
         return torch.classes.dart_llm.Choice(
             *([None] * (4 - len(parts))),
             *parts,
             rule.saliency(mask).float().contiguous(),
             None if mean is None else mean.float().contiguous(),
-            [self.up.shape[1], config.bits, config.group, mask.winners],
+            [self.up.shape[1], config.bits, config.group, mask.winners, int(skips)],
         )
 
     def run(self, x: Tensor) -> Tensor:

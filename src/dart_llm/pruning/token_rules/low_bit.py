@@ -68,8 +68,10 @@ class ByActivations(LowBit):
 
     @classmethod
     def selection_bytes(cls, config: TokenConfig, cost: LayerCost) -> float:
-        """Bytes of gate and up rows that are read only to rank, and of a norm per neuron."""
-        return cost.ranking_rows(*cost.layer.matrices[:-1]) + NORM_BYTES * cost.layer.width
+        """Bytes of rows of unselected neurons, all of gate and up, and of a norm per neuron."""
+        *inputs, down = cost.layer.matrices
+        read = (*inputs, down) if cost.reads_all else inputs
+        return cost.ranking_rows(*read) + NORM_BYTES * cost.layer.width
 
     def prepare(self) -> None:
         self.norms = norms_of(self.block.matrices()[-1].detach(), 0)

@@ -29,13 +29,15 @@ class LayerCost:
 
     ``winners``: number of neurons that each token selects.  ``computed``: number of neurons that a
     forward computes for any of its tokens.  ``weight_bytes``: bytes to count for a weight that is
-    not quantized; None means as stored.
+    not quantized; None means as stored.  ``reads_all``: whether the down rows of unselected neurons
+    are read, too (and multiplied by 0).
     """
 
     layer: FfnWeights
     winners: int
     computed: int
     weight_bytes: int | None = None
+    reads_all: bool = False
 
     def ranking_rows(self, *matrices: Tensor) -> float:
         """Bytes of ``matrices`` read only to rank: rows of neurons that are not computed."""
