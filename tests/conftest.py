@@ -93,6 +93,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
+def rows_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured when a model is attached would differ from run to run."""
+    from dart_llm.patching.executors.native_ffn import SelectionTimes
+
+    times = SelectionTimes(read_all=2.0, skip=1.0)
+    monkeypatch.setattr(SelectionTimes, "measure", lambda *_: times)
+
+
+@pytest.fixture(autouse=True)
 def own_calibrations(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,

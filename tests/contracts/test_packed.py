@@ -17,12 +17,15 @@ from dart_llm.models.loading import load
 from dart_llm.models.packed import PackedTensor
 from dart_llm.models.packed_loading import round_weights
 from dart_llm.patching.executors import native_ffn
+from dart_llm.patching.executors.native_ffn import SelectionTimes
 from dart_llm.pruning.accounting import Costs
 from dart_llm.session.run import prune
 from packed_cases import mapped
 from prior_cases import SMALL as PRIOR
 from steps import apart, decode, pruned, same_masks
 from tiny import LAYERS, tiny, tokens
+
+MEASURE = SelectionTimes.measure  # before the fixture that replaces it
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -70,22 +73,48 @@ def test_only_inputs_are_rounded(model, method):
 
 
 @pytest.mark.contract("accounting equals a count by hooks")
-@pytest.mark.parametrize("executor", ["masked", "native"])
+@pytest.mark.parametrize("executor", ["masked", "native", "native, all rows of down"])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_bytes_of_tokens_that_choose(executor, rows):
+def test_bytes_of_tokens_that_choose(executor, rows, monkeypatch):
     """Gate and up once for all rows, the selected neurons of down for each row, and norms."""
+    executor, _, reads_all = executor.partition(", ")
+    if reads_all:
+        times = SelectionTimes(1.0, 0.98)  # not worth it
+        monkeypatch.setattr(SelectionTimes, "measure", lambda *_: times)
     model, ids = model_of("llama", "q4_0"), tokens(rows, PROMPT + DECODED, seed=5)
     settings = {"sparsity": 0.75, "self_stats": PRIOR, "compensation": False, "executor": executor}
     report = pruned(model, ids, PROMPT, method="dart-token", **settings)[0].report()
-    share = 1.0 if executor == "masked" else (2 + rows / 4) / 3
+    skips = executor == "native" and not reads_all
+    share = (2 + rows / 4) / 3 if skips else 1.0
     norms = LAYERS * WIDTH * 4
     ffn = ffn_bytes(model)
     assert report.ffn_bytes_share == pytest.approx(share + norms / ffn)
-    assert report.ffn_bytes_share_if_compact == pytest.approx((2 + rows / 4) / 3 + norms / ffn)
-    wide = 2 / 3 * (1 - rows / 4)  # what the rows' chosen neurons leave of gate and up
+    compact = 1.0 if reads_all else (2 + rows / 4) / 3
+    assert report.ffn_bytes_share_if_compact == pytest.approx(compact + norms / ffn)
+    assert (report.selection is not None) == (executor == "native")
+    # what the rows' chosen neurons leave of gate and up, and of down where all of it is read
+    wide = (1 if reads_all else 2 / 3) * (1 - rows / 4)
     assert report.proxy_bytes_share == pytest.approx(wide + norms / ffn)
     several = pruned(model, ids[:, : PROMPT + 1], PROMPT, method="dart-token", **settings)[0]
     assert several.report().proxy_bytes_share == report.proxy_bytes_share
+
+
+def test_how_down_rows_are_read_is_measured_once(tmp_path, monkeypatch):
+    """Times are kept by machine and shapes; skipping that gains nearly nothing is left."""
+    monkeypatch.setenv("DART_CACHE", str(tmp_path))
+    monkeypatch.setattr(native_ffn, "PROBE_S", 0.001)
+    model = model_of("llama", "q4_0")
+    with prune(model, "dart-token", sparsity=0.5, executor="native", self_stats=PRIOR) as run:
+        downs = run.patch.layout.downs
+        assert len(downs) == LAYERS
+        first, other = MEASURE(downs, 0.5), MEASURE(downs, 0.3)
+        monkeypatch.setattr(native_ffn.ops(), "selection_times", None)  # would raise
+        assert MEASURE(downs, 0.5) == first and MEASURE(downs, 0.3) == other
+    assert min(first) > 0
+    assert len(list(tmp_path.glob("dart-llm/selection/*.json"))) == 2
+    assert [SelectionTimes(1.0, skip).skips for skip in (0.5, 0.97, 0.98)] == [True, True, False]
+    text = str(SelectionTimes(0.714, 0.92))
+    assert "reads all down rows" in text and "0.71 ms" in text and "0.92 ms" in text
 
 
 def ffn_bytes(model):

@@ -188,7 +188,8 @@ void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t
             saliency.data(),
             bits,
             group,
-            keep};
+            keep,
+            true};
   Ffn f{};
   f.gate = f.up = up.bytes.data(), f.down = down.bytes.data(), f.mean = mean.data();
   f.gate_bias = bias.bytes.data(), f.up_bias = bias.bytes.data();
@@ -199,12 +200,19 @@ void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t
   Jobs jobs(3);
   auto member = [&] {
     Worker team(jobs);
-    Ffn own = f;
-    auto token = [&]() -> const Input& { return given; };
-    select(team, k, dtype, c, token, 1, own, strength.data(), places.data());
+    std::vector<int32_t> own_ids(count);
     team.in_parts(PARTS, [&](int64_t one, int64_t parts) {
-      Span span = part(own.kept, one, parts);
-      k.ffn(dtype, own, given, span.begin, span.end, sums.data() + one * size, nullptr, 0);
+      Span span = part(count, one, parts);
+      k.estimate(dtype, c, f, given, span.begin, span.end, strength.data());
+    });
+    team.finish();
+    Once chosen([&] { return chosen_of(k, c, 1, count, strength.data(), own_ids.data()); });
+    team.in_parts(PARTS, [&](int64_t one, int64_t parts) {
+      Span span = part(count, one, parts);
+      Ffn own = f;
+      own.kept = selected_ids(f, chosen()[0], span.begin, span.end, own_ids.data());
+      own.ids = own_ids.data();
+      k.ffn(dtype, own, given, 0, own.kept, sums.data() + one * size, nullptr, 0);
     });
   };
   std::vector<std::thread> others;
@@ -222,6 +230,8 @@ void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t
   std::stable_sort(order.begin(), order.end(),
                    [&](int32_t a, int32_t b) { return strength[a] > strength[b]; });
   std::sort(order.begin(), order.begin() + keep);
+  std::vector<Chosen> chosen = chosen_of(k, c, 1, count, strength.data(), places.data());
+  if (selected_ids(f, chosen[0], 0, count, places.data()) != keep) std::exit(1);
   for (int64_t j = 0; j < keep; ++j) {
     int64_t i = ids[order[j]];
     if (places[j] != i) {
@@ -237,6 +247,15 @@ void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t
   same("selected FFN", z, plain);
 }
 
+// Places of the k largest of n values.
+void top_k(const Kernels& k, const float* values, int64_t n, int64_t keep, int32_t* places) {
+  Cut cut = k.cut(values, n, keep, places);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i)
+    if (cut.takes(values[i], i)) places[count++] = int32_t(i);
+  if (count != keep) std::printf("cut: %d in place of %d values\n", int(count), int(keep)), std::exit(1);
+}
+
 // The k largest against a full sort, with ties.
 void largest(const Kernels& k, int64_t width) {
   std::vector<float> found = drawn(width);
@@ -244,7 +263,7 @@ void largest(const Kernels& k, int64_t width) {
   found[width - 1] = found[0] = found[width / 2];
   std::vector<int32_t> places(width), order(width);
   for (int64_t keep : {int64_t(1), width / 3, width}) {
-    k.top_k(found.data(), width, keep, places.data());
+    top_k(k, found.data(), width, keep, places.data());
     for (int64_t i = 0; i < width; ++i) order[i] = int32_t(i);
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return found[a] > found[b]; });
     std::sort(order.begin(), order.begin() + keep);
@@ -263,7 +282,7 @@ void odd_choices(const Kernels& k) {
   auto rank = [&](int32_t i) { return std::isnan(values[i]) ? 2 : std::isinf(values[i]) ? 1 : 0; };
   std::vector<int32_t> order(values.size()), places(values.size());
   for (int64_t keep = 0; keep <= int64_t(values.size()); ++keep) {
-    k.top_k(values.data(), int64_t(values.size()), keep, places.data());
+    top_k(k, values.data(), int64_t(values.size()), keep, places.data());
     for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
       return rank(a) != rank(b) ? rank(a) > rank(b) : rank(a) == 0 && values[a] > values[b];

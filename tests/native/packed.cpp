@@ -399,34 +399,36 @@ void own_choices(const Kernels& k, const char* name, int64_t hidden, int64_t wid
   Proxies proxies{};
   proxies.saliency = saliency.data(), proxies.keep = (f.kept + 2) / 3;
   Values u(M * f.kept), strength(u.size());
-  std::vector<int32_t> selected(u.size());
+  std::vector<int32_t> orders(f.kept);
   for (int64_t m = 0; m < M; ++m) packed_hidden(k, Dtype::f32, f, x.view().at(m), 0, f.kept, &u[m * f.kept]);
-  Values all = u;
-  Ffn of_chosen = f;
-  Jobs jobs(1);
-  Worker team(jobs);
-  select_by_activations(team, k, proxies, M, of_chosen, u.data(), f.kept, strength.data(), selected.data());
+  for (int64_t m = 0; m < M; ++m) strengths_of(proxies, f, &u[m * f.kept], 0, f.kept, &strength[m * f.kept]);
+  std::vector<Chosen> chosen = chosen_of(k, proxies, M, f.kept, strength.data(), orders.data());
   int64_t room = down.packed.units() * UNIT;
   std::vector<int32_t> order_of(f.kept);
-  for (int64_t m = 0; m < M; ++m, of_chosen.ids += f.kept) {
-    const float* own = &all[m * f.kept];
+  for (int64_t m = 0; m < M; ++m) {
+    const float* own = &u[m * f.kept];
     auto id = [&](int32_t j) { return some ? ids[j] : j; };
     auto by = [&](int32_t j) { return std::fabs(own[j]) * saliency[id(j)]; };
     for (int64_t j = 0; j < f.kept; ++j) order_of[j] = int32_t(j);
     std::stable_sort(order_of.begin(), order_of.end(), [&](int32_t a, int32_t b) { return by(a) > by(b); });
     std::sort(order_of.begin(), order_of.begin() + proxies.keep);
     std::vector<int32_t> wanted_ids;
-    Values wanted_u, sums(room), wanted(room);
+    Values wanted_u, wanted(room);
+    if (selected_ids(f, chosen[m], 0, f.kept, orders.data()) != proxies.keep) std::exit(1);
     for (int64_t j = 0; j < proxies.keep; ++j) {
       wanted_ids.push_back(id(order_of[j])), wanted_u.push_back(own[order_of[j]]);
-      if (of_chosen.ids[j] == wanted_ids[j] && u[m * f.kept + j] == wanted_u[j]) continue;
+      if (orders[j] == wanted_ids[j]) continue;
       std::printf("%s: other neurons were selected\n", about.c_str()), std::exit(1);
     }
     Ffn mask = f;
-    mask.ids = wanted_ids.data(), mask.kept = of_chosen.kept;
-    packed_output(k, of_chosen, &u[m * f.kept], 0, mask.kept, sums.data());
-    packed_output(k, mask, wanted_u.data(), 0, mask.kept, wanted.data());
-    if (sums != wanted) std::printf("%s: the selected give something else\n", about.c_str()), std::exit(1);
+    mask.ids = wanted_ids.data(), mask.kept = proxies.keep;
+    packed_output(k, mask, nullptr, wanted_u.data(), 0, mask.kept, wanted.data());
+    for (bool skip : {false, true}) {
+      Values sums(room);
+      chosen[m].skip = skip;
+      packed_output(k, f, &chosen[m], own, 0, f.kept, sums.data());
+      if (sums != wanted) std::printf("%s: the selected give something else\n", about.c_str()), std::exit(1);
+    }
   }
 }
 

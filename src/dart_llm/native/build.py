@@ -145,6 +145,7 @@ def _build(folder: Path) -> None:
 
     logger.info("compiling the native CPU kernels, once (about a minute on two cores)")
     make_folder(folder)
+    key = built_name()  # before the sources are read: they may change meanwhile
     before = os.environ.get("PATH", "")
     with tempfile.TemporaryDirectory(dir=folder, prefix=cache.SCRATCH) as scratch:
         for name, text in sources().items():
@@ -161,7 +162,7 @@ def _build(folder: Path) -> None:
             )
         finally:
             os.environ["PATH"] = before
-        cache.write(folder, built_name(), SUFFIX, (Path(scratch) / f"{NAME}.so").read_bytes())
+        cache.write(folder, key, SUFFIX, (Path(scratch) / f"{NAME}.so").read_bytes())
 
 
 def ops() -> Any:

@@ -28,7 +28,6 @@ from dart_llm.patching.executors.torch_ffn import run_rows, total_bias
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask
 
-
 SKIP_BELOW = 0.97
 """Rows of unselected neurons are skipped if this takes at most this share of the time."""
 
