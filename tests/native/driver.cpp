@@ -252,7 +252,7 @@ void top_k(const Kernels& k, const float* values, int64_t n, int64_t keep, int32
   Cut cut = k.cut(values, n, keep, places);
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i)
-    if (cut.takes(values[i], i)) places[count++] = int32_t(i);
+    if (cut.takes(values[i], int32_t(i))) places[count++] = int32_t(i);
   if (count != keep) std::printf("cut: %d in place of %d values\n", int(count), int(keep)), std::exit(1);
 }
 

@@ -88,7 +88,7 @@ struct Queries {
 // Where the largest of some values end: those of a higher order, and of the same the first ones.
 struct Cut {
   int32_t order;
-  int64_t last;  // the last place of a value of this order that is among them
+  int32_t last;  // the last place of a value of this order that is among them
 
   // Magnitudes are ordered as their bits are.  One kind of not-a-number: they tie too.
   static int32_t order_of(float value) {
@@ -96,7 +96,7 @@ struct Cut {
     std::memcpy(&bits, &value, 4);
     return std::min(bits & 0x7fffffff, 0x7f800001);
   }
-  bool takes(float value, int64_t place) const {
+  bool takes(float value, int32_t place) const {
     int32_t own = order_of(value);
     return (own > order) | ((own == order) & (place <= last));
   }

@@ -516,7 +516,7 @@ Cut cut(const float* values, int64_t n, int64_t k, int32_t* orders) {
   if (above == k) return {high - 1, -1};
   Cut found{low, -1};
   for (int64_t i = 0, rest = k - above; rest; ++i)
-    if (orders[i] == low) found.last = i, --rest;
+    if (orders[i] == low) found.last = int32_t(i), --rest;
   return found;
 }
 

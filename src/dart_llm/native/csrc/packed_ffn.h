@@ -66,13 +66,9 @@ inline void packed_output(const Kernels& kernels, const Ffn& f, const Chosen* ch
     n = std::min(end, first_of_block(std::min(end, begin + MOST - GROUP + 1))) - begin;
     int32_t ids[MOST];
     float own[MOST];
-    int64_t count = 0;
-    for (int64_t place = begin; place < begin + n; ++place) {
-      bool taken = !chosen || chosen->takes(place);
-      ids[count] = int32_t(id(place));
-      own[count] = !taken ? 0.0f : f.mean ? u[place] - f.mean[ids[count]] : u[place];
-      count += taken || !chosen->skip;
-    }
+    for (int64_t i = 0; i < n; ++i) ids[i] = int32_t(id(begin + i)), own[i] = u[begin + i];
+    for (int64_t i = 0; i < n && f.mean; ++i) own[i] -= f.mean[ids[i]];
+    int64_t count = chosen ? chosen->apply(begin, n, ids, own) : n;
     kernels.packed.add_neurons(*f.packed_down, ids, begin, own, count, sums);
   }
 }

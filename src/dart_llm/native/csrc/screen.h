@@ -56,7 +56,7 @@ struct ScreenRoom {
     Cut cut = kernels.cut(from, size, keep, own);
     for (int64_t i = 0, count = 0; i < size && count < keep; ++i) {
       own[count] = int32_t(i), selected[count] = from[i];
-      count += cut.takes(from[i], i);
+      count += cut.takes(from[i], int32_t(i));
     }
     int64_t room = 2 * Rounded::facts(padded), whole = (keep + UNIT - 1) / UNIT * UNIT;
     Rounded to{levels.data() + m * padded, scales.data() + m * room, sums.data() + m * room, 1, whole};

@@ -15,7 +15,22 @@ struct Chosen {
   const float* strength;
   bool skip;  // whether the down rows of the others are skipped, or read and multiplied by 0
 
-  bool takes(int64_t place) const { return cut.takes(strength[place], place); }
+  bool takes(int64_t place) const { return cut.takes(strength[place], int32_t(place)); }
+
+  // Of n candidates from `begin` on, with their activations u: takes the others out, or sets them to 0.
+  // Returns how many are left.
+  int64_t apply(int64_t begin, int64_t n, int32_t* ids, float* u) const {
+    if (!skip) {
+      for (int64_t i = 0; i < n; ++i) u[i] = takes(begin + i) ? u[i] : 0.0f;
+      return n;
+    }
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {  // without a branch: nobody could foretell it
+      ids[count] = ids[i], u[count] = u[i];
+      count += takes(begin + i);
+    }
+    return count;
+  }
 };
 
 // The selections of `count` tokens; every member makes its own from strengths [count, kept] that are
@@ -31,7 +46,7 @@ inline std::vector<Chosen> chosen_of(const Kernels& kernels, const Proxies& prox
 // ids: of the selected ones among candidates begin to end of `ffn`, ascending; returns their number.
 inline int64_t selected_ids(const Ffn& ffn, const Chosen& chosen, int64_t begin, int64_t end, int32_t* ids) {
   int64_t count = 0;
-  for (int64_t place = begin; place < end; ++place) {  // without a branch: nobody could foretell it
+  for (int64_t place = begin; place < end; ++place) {
     ids[count] = ffn.ids ? ffn.ids[place] : int32_t(place);
     count += chosen.takes(place);
   }
