@@ -359,8 +359,8 @@ void ffns(const Kernels& k, const char* name, int64_t hidden, int64_t width, Act
   Values sums(room), u(f.kept);
   packed_hidden(k, Dtype::bf16, f, input.rounded, 0, middle, u.data());
   packed_hidden(k, Dtype::bf16, f, input.rounded, middle, f.kept, u.data());
-  packed_output(k, f, u.data(), 0, middle, sums.data());
-  packed_output(k, f, u.data(), middle, f.kept, sums.data());
+  packed_output(k, f, nullptr, u.data(), 0, middle, sums.data());
+  packed_output(k, f, nullptr, u.data(), middle, f.kept, sums.data());
   if (odd) return;
   std::vector<double> wanted(f.kept), sizes(f.kept);
   for (int64_t j = 0; j < f.kept; ++j) {
