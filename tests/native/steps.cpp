@@ -235,7 +235,8 @@ Decoder decoder_of(const Case& c) {
                          l.saliency.data(),
                          BITS,
                          GROUP,
-                         l.keep};
+                         l.keep,
+                         true};
     d.layers.push_back(made_of);
   }
   return d;
