@@ -14,7 +14,7 @@ constexpr int64_t JOBS = 12;      // of a layer, at most: q, k, v, their norms, 
 constexpr int64_t SUMS = 4;       // parts of adding up what the parts of an FFN gave
 constexpr int64_t LEAST = 32768;  // weights that are worth a part of their own
 constexpr int64_t CHUNK = 64;     // positions that are worth a part of their own ...
-constexpr int64_t CHUNKS = 16;    // ... and the most parts, each of which the next job adds up
+constexpr int64_t CHUNKS = 8;     // ... and the most parts, each of which the next job adds up
 
 int64_t padded(int64_t n) { return (n + UNIT - 1) / UNIT * UNIT; }
 
@@ -417,9 +417,7 @@ void Decoder::row(const Kernels& kernels, const Matrix& rows, int64_t index, flo
 }
 
 Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t rows_)
-    : jobs(int64_t(d.layers.size()) * JOBS + 2 + SCREEN_JOBS, threads_),
-      threads(threads_),
-      rows(rows_) {
+    : jobs(int64_t(d.layers.size()) * JOBS + 2 + SCREEN_JOBS, threads_), threads(threads_), rows(rows_) {
   int64_t all = int64_t(d.layers.size()) * rows, each = threads * rows;
   stream.resize(rows * d.hidden);
   qkv.resize(rows * std::max((d.heads + 2 * d.kv_heads) * d.size, d.hidden));

@@ -61,9 +61,9 @@ struct Proxies {
   bool own() const { return keep && !up; }
 };
 
-constexpr int64_t QUERIES = 16;  // of a prompt that attend together, at most
-constexpr int64_t LANES = 16;    // floats of the widest vectors
-constexpr int64_t POSITIONS = 32;  // of a token's attention that are in the first cache at a time
+constexpr int64_t QUERIES = 16;    // of a prompt that attend together, at most
+constexpr int64_t LANES = 16;      // floats of the widest vectors
+constexpr int64_t POSITIONS = 64;  // of a token's attention that are in the first cache at a time
 
 // Rounded up to whole vectors of any kind.
 inline int64_t whole_lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }

@@ -373,8 +373,8 @@ inline S::V exponential(S::V x) {
   return S::mul(y, S::power_of_two(whole));
 }
 
-// scores[0..n) = exp(scale scores - most), and 0 up to `room`, whole vectors; returns their sum.  most:
-// the largest before, and then of these too.
+// scores[0..n) = exp(scale scores - most), and 0 up to `room`, whole vectors; returns their sum.
+// most: at least what it was, and at least their maximum.
 inline float soften(float* scores, int64_t n, int64_t room, float scale, float& most) {
   std::fill(scores + n, scores + room, -INFINITY);
   auto largest = S::all(most), total = S::zero(), by = S::all(scale);
@@ -391,28 +391,30 @@ inline float soften(float* scores, int64_t n, int64_t room, float scale, float& 
   return S::sum(total);
 }
 
-constexpr int KEYS = 4;  // that are multiplied at a time
+constexpr int KEYS = 4;     // that are multiplied with a query at a time: S::sums adds up four vectors
+constexpr int COLUMNS = 4;  // vectors of each sum of values that are held in registers
+constexpr int SET = S::N == 16 ? 4 : 3;  // queries at a time: the registers hold no more sums
+inline int64_t sets_of(int64_t count) { return (count + SET - 1) / SET; }
 
-// Asks for some memory little by little, in the order of its addresses.
+// Asks for values that are read soon, in so many steps and in the order of their addresses.
 class Gradually {
  public:
-  // rows `begin` to `end`, in so many steps
   template <class T>
-  Gradually(const T* rows, int64_t size, int64_t begin, int64_t end, int64_t steps)
-      : at_(reinterpret_cast<const char*>(rows + begin * size)),
-        left_(std::max<int64_t>(0, end - begin) * size * int64_t(sizeof(T))),
-        step_(left_ / steps + 1) {}
+  Gradually(const T* values, int64_t count, int64_t steps)
+      : at_(reinterpret_cast<uintptr_t>(values)),
+        bytes_(count * int64_t(sizeof(T))),
+        step_(bytes_ / steps + 1) {}
   void ask() {
-    due_ = std::min(due_ + step_, left_);
-    for (; asked_ < due_; asked_ += 64) __builtin_prefetch(at_ + asked_);
+    due_ = std::min(due_ + step_, bytes_);
+    for (; asked_ < due_; asked_ += 64) __builtin_prefetch(reinterpret_cast<const char*>(at_ + asked_));
   }
 
  private:
-  const char* at_;
-  int64_t left_, step_, due_ = 0, asked_ = 0;
+  uintptr_t at_;
+  int64_t bytes_, step_, due_ = 0, asked_ = 0;
 };
 
-// scores[c, r] = queries[c] . keys[r] of C queries and KEYS keys, one of which is read once for all.
+// scores[c, r] = queries[c] . keys[r] of C queries and KEYS keys: each is read once for all queries.
 template <int C, class T>
 inline void key_dots(const float* queries, const T* const* keys, int64_t size, float* scores) {
   typename S::V sums[C][KEYS];
@@ -433,14 +435,13 @@ inline void key_dots(const float* queries, const T* const* keys, int64_t size, f
       for (int r = 0; r < KEYS; ++r) scores[c * POSITIONS + r] += wide(keys[r][i]) * queries[c * size + i];
 }
 
-// W vectors of C sums: to[c] = factors[c] to[c] + shares[c, 0] values[0] + ... of n rows.
+// to[c] = factors[c] to[c] + shares[c, 0] values[0] + ... of n rows: W vectors of C sums, in registers.
 template <int C, int W, class T>
 inline void add_tile(const T* values, int64_t n, int64_t stride, const float* shares, const float* factors,
                      float* to, int64_t pitch, Gradually& next) {
   typename S::V sums[C][W];
   for (int c = 0; c < C; ++c)
-    for (int w = 0; w < W; ++w)
-      sums[c][w] = S::mul(S::load(to + c * pitch + w * S::N), S::all(factors[c]));
+    for (int w = 0; w < W; ++w) sums[c][w] = S::mul(S::load(to + c * pitch + w * S::N), S::all(factors[c]));
   for (int64_t t = 0; t < n; ++t) {
     if (t % KEYS == 0) next.ask();
     typename S::V by[C];
@@ -457,10 +458,9 @@ inline void add_tile(const T* values, int64_t n, int64_t stride, const float* sh
 template <int C, class T>
 inline void add_values(const T* values, int64_t n, int64_t stride, int64_t size, const float* shares,
                        const float* factors, float* to, int64_t pitch, Gradually& next) {
-  constexpr int W = 4;
   int64_t i = 0;
-  for (; i + W * S::N <= size; i += W * S::N)
-    add_tile<C, W>(values + i, n, stride, shares, factors, to + i, pitch, next);
+  for (; i + COLUMNS * S::N <= size; i += COLUMNS * S::N)
+    add_tile<C, COLUMNS>(values + i, n, stride, shares, factors, to + i, pitch, next);
   for (; i + S::N <= size; i += S::N)
     add_tile<C, 1>(values + i, n, stride, shares, factors, to + i, pitch, next);
   for (; i < size; ++i)
@@ -471,53 +471,51 @@ inline void add_values(const T* values, int64_t n, int64_t stride, int64_t size,
     }
 }
 
-// Calls work(C, first) for queries first to first + C until there were `count`: about as many each time,
-// and no more than the registers hold.
+// Calls work(C, first) for queries first to first + C until there were `count`: about as many each time.
 template <class Work>
 inline void in_sets(int64_t count, const Work& work) {
-  constexpr int MOST = S::N == 16 ? 4 : 3;
-  for (int64_t first = 0, sets = (count + MOST - 1) / MOST; sets; --sets) {
-    int64_t own = (count - first + sets - 1) / sets;
+  for (int64_t first = 0, sets = sets_of(count), own; sets; --sets, first += own) {
+    own = (count - first + sets - 1) / sets;
     if (own == 1) work(std::integral_constant<int, 1>(), first);
-    if (own == 2) work(std::integral_constant<int, 2>(), first);
-    if (own == 3) work(std::integral_constant<int, 3>(), first);
-    if constexpr (MOST == 4)
-      if (own == 4) work(std::integral_constant<int, 4>(), first);
-    first += own;
+    else if (own == 2) work(std::integral_constant<int, 2>(), first);
+    else if (SET == 3 || own == SET) work(std::integral_constant<int, SET>(), first);
+    else work(std::integral_constant<int, 3>(), first);
   }
 }
 
+// Some positions at a time: while one half of what they need is worked on, the other is asked for.
 template <class T>
 void attend_group(const float* queries, int64_t count, const T* keys, const T* values, int64_t n,
                   int64_t size, float cap, float* scores, float* to) {
-  int64_t pitch = size + 2, sets = (count + 2) / 3;
+  int64_t pitch = size + 2, blocks = (n + POSITIONS - 1) / POSITIONS;
+  int64_t each = ((n + blocks - 1) / blocks + KEYS - 1) / KEYS * KEYS;
+  float* factors = scores + count * POSITIONS;  // of the sums so far, as larger scores are found
+  Gradually(keys, std::min(each, n) * size, 1).ask();
   for (int64_t q = 0; q < count; ++q) {
     std::fill_n(to + q * pitch, size, 0.0f);
     to[q * pitch + size] = -INFINITY, to[q * pitch + size + 1] = 0;
   }
-  float* factors = scores + count * POSITIONS;
-  for (int64_t begin = 0; begin < n; begin += POSITIONS) {
-    int64_t own = std::min(POSITIONS, n - begin), room = (own + S::N - 1) / S::N * S::N;
-    Gradually own_values(values, size, begin, begin + own, sets * ((own + KEYS - 1) / KEYS));
-    in_sets(count, [&](auto set, int64_t first) {
-      constexpr int C = decltype(set)::value;
-      for (int64_t t = 0; t < own; t += KEYS) {
-        const T* four[KEYS];  // beyond the last one: that one again
-        for (int64_t r = 0; r < KEYS; ++r) four[r] = keys + (begin + std::min(t + r, own - 1)) * size;
-        own_values.ask();
-        key_dots<C>(queries + first * size, four, size, scores + first * POSITIONS + t);
-      }
-    });
+  for (int64_t begin = 0; begin < n; begin += each) {
+    int64_t own = std::min(each, n - begin), fours = (own + KEYS - 1) / KEYS;
+    Gradually own_values(values + begin * size, own * size, fours);
+    for (int64_t t = 0; t < own; t += KEYS) {
+      const T* four[KEYS];  // beyond the last one: that one again
+      for (int64_t r = 0; r < KEYS; ++r) four[r] = keys + (begin + std::min(t + r, own - 1)) * size;
+      own_values.ask();
+      in_sets(count, [&](auto set, int64_t first) {
+        key_dots<decltype(set)::value>(queries + first * size, four, size, scores + first * POSITIONS + t);
+      });
+    }
     for (int64_t q = 0; q < count; ++q) {
       float *line = scores + q * POSITIONS, *facts = to + q * pitch + size, before = facts[0];
       for (int64_t t = 0; t < own && cap; ++t) line[t] = cap * std::tanh(line[t] / cap);
-      float total = soften(line, own, room, 1, facts[0]);
+      float total = soften(line, own, (own + S::N - 1) / S::N * S::N, 1, facts[0]);
       factors[q] = before == facts[0] ? 1 : std::exp(before - facts[0]);
       facts[1] = factors[q] * facts[1] + total;
     }
-    int64_t tiles = size / (4 * S::N) + size % (4 * S::N) / S::N;
-    Gradually next_keys(keys, size, begin + own, std::min(begin + own + POSITIONS, n),
-                        std::max<int64_t>(1, sets * tiles * ((own + KEYS - 1) / KEYS)));
+    // beyond the last ones are most often those of the part that comes next
+    int64_t tiles = std::max<int64_t>(1, size / (COLUMNS * S::N));
+    Gradually next_keys(keys + (begin + own) * size, each * size, sets_of(count) * tiles * fours);
     in_sets(count, [&](auto set, int64_t first) {
       add_values<decltype(set)::value>(values + begin * size, own, size, size, scores + first * POSITIONS,
                                        factors + first, to + first * pitch, pitch, next_keys);
@@ -532,7 +530,7 @@ void merge(const float* parts, int64_t count, int64_t stride, int64_t size, floa
   for (int64_t one = 0; one < count; ++one) total += shares[one] * parts[one * stride + size + 1];
   for (int64_t one = 0; one < count; ++one) shares[one] /= total;
   std::fill_n(to, size, 0.0f);
-  Gradually none(to, 0, 0, 0, 1);
+  Gradually none(to, 0, 1);
   add_values<1>(parts, count, stride, size, shares, &factor, to, size, none);
 }
 
@@ -572,8 +570,8 @@ void fold(Dtype dtype, const void* rows, const int32_t* ids, int64_t n, int64_t 
 
 void attend(Dtype dtype, const float* queries, int64_t count, const void* keys, const void* values, int64_t n,
             int64_t size, float cap, float* scores, float* to) {
-  DART_BY_DTYPE(attend_group<T>(queries, count, static_cast<const T*>(keys), static_cast<const T*>(values),
-                                n, size, cap, scores, to))
+  DART_BY_DTYPE(attend_group<T>(queries, count, static_cast<const T*>(keys), static_cast<const T*>(values), n,
+                                size, cap, scores, to))
 }
 
 void round(Dtype dtype, const float* from, void* to, int64_t n) {
@@ -637,5 +635,5 @@ void top_k(const float* values, int64_t n, int64_t k, int32_t* places) {
 #include "packed_body.h"
 #include "prompt_body.h"
 
-const Kernels table = {NAME,   matvec,      ffn,   low_rank, estimate, top_k,  fold,
-                       attend, merge, attend_some, round, widen,    add,      add_at, packed_table};
+const Kernels table = {NAME,  matvec,      ffn,   low_rank, estimate, top_k,  fold,        attend,
+                       merge, attend_some, round, widen,    add,      add_at, packed_table};
