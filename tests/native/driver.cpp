@@ -80,25 +80,30 @@ void ffns(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t co
   same(gated ? "gated FFN" : "plain FFN", sums, wanted);
 }
 
-// A query over n cached positions and a new one, against plain loops.
-void heads(const Kernels& k, Dtype dtype, int64_t size, int64_t n, float cap) {
-  const int64_t stride = size + 3;
-  Held keys = hold(dtype, drawn(n * stride)), values = hold(dtype, drawn(n * stride));
-  std::vector<float> query = drawn(size), key = drawn(size), value = drawn(size);
-  std::vector<float> scores(whole_lanes(n + 1)), found(size), wanted(size);
-  k.attend(dtype, query.data(), keys.bytes.data(), values.bytes.data(), n, stride, key.data(), value.data(),
-           size, 0.4f, cap, scores.data(), found.data());
-  std::vector<double> shares;
-  double total = 0;
-  for (int64_t t = 0; t <= n; ++t) {
-    double x = 0.4 * dot(query.data(), t < n ? &keys.wide[t * stride] : key.data(), size);
-    shares.push_back(std::exp(cap ? cap * std::tanh(x / cap) : x)), total += shares.back();
+// Queries over n positions that they share, in three parts, against plain loops.
+void heads(const Kernels& k, Dtype dtype, int64_t count, int64_t size, int64_t n, float cap) {
+  Held keys = hold(dtype, drawn(n * size)), values = hold(dtype, drawn(n * size));
+  std::vector<float> queries = drawn(count * size), scores(count * (POSITIONS + 1));
+  int64_t stride = count * (size + 2), parts = std::min<int64_t>(n, 3), bytes = dtype == Dtype::f32 ? 4 : 2;
+  std::vector<float> made(parts * stride), found(count * size), wanted(count * size);
+  for (int64_t one = 0; one < parts; ++one) {
+    int64_t begin = n * one / parts, end = n * (one + 1) / parts, at = begin * size * bytes;
+    k.attend(dtype, queries.data(), count, keys.bytes.data() + at, values.bytes.data() + at, end - begin,
+             size, cap, scores.data(), made.data() + one * stride);
   }
-  for (int64_t i = 0; i < size; ++i) {
-    double sum = 0;
-    for (int64_t t = 0; t <= n; ++t)
-      sum += shares[t] / total * (t < n ? values.wide[t * stride + i] : value[i]);
-    wanted[i] = float(sum);
+  for (int64_t q = 0; q < count; ++q) {
+    k.merge(made.data() + q * (size + 2), parts, stride, size, found.data() + q * size);
+    std::vector<double> shares;
+    double total = 0;
+    for (int64_t t = 0; t < n; ++t) {
+      double x = dot(&queries[q * size], &keys.wide[t * size], size);
+      shares.push_back(std::exp(cap ? cap * std::tanh(x / cap) : x)), total += shares.back();
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      double sum = 0;
+      for (int64_t t = 0; t < n; ++t) sum += shares[t] / total * values.wide[t * size + i];
+      wanted[q * size + i] = float(sum);
+    }
   }
   same("attend", found, wanted);
 }
@@ -328,7 +333,7 @@ void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
                  {memory[2].data(), memory[3].data(), 0, head, row}},
                 0,
                 M};
-    Scratch scratch(d, members, capacity + 1, M);
+    Scratch scratch(d, members, M);
     scratch.observed = true;
     std::vector<float> logits;
     for (; cache.position < capacity; ++cache.position) {
@@ -366,8 +371,9 @@ int main() {
         ffns(*found, dtype, 19, size, 1, true);
         ffns(*found, dtype, 9, size, 2, false);
       }
-      for (int64_t size : {1, 20, 64})
-        for (int64_t n : {0, 9}) heads(*found, dtype, size, n, n && size > 1 ? 2.5f : 0);
+      for (int64_t size : {1, 20, 64, 80, 131})
+        for (int64_t count : {1, 2, 3, 4, 7, 16})
+          for (int64_t n : {1, 9, 150, 300}) heads(*found, dtype, count, size, n, n == 9 ? 2.5f : 0);
       for (int64_t n : {1, 8, 61}) bits(*found, dtype, n);
       for (int64_t size : {2, 33, 100}) folds(*found, dtype, 12, size, 14);
       for (int64_t size : {64, 192}) choices(*found, dtype, 21, size, 4, 32, 2);

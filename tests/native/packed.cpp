@@ -483,7 +483,7 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I, 
                  {memory[2].data(), memory[3].data(), 0, head, row}},
                 0,
                 count};
-    Scratch scratch(d, members, capacity + 1, count);
+    Scratch scratch(d, members, count);
     scratch.observed = true;
     Values logits;
     for (; cache.position < capacity; ++cache.position) {

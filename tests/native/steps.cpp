@@ -185,7 +185,8 @@ Case drawn_case() {
   c.parallel = chance(0.2), c.centred = chance(0.3);
   c.rows = chance(0.5) ? 1 : any(2, 6);
   c.I = any(1, 70), c.V = chance(0.05) ? any(600, 1200) : any(1, 90);  // many: several parts
-  c.capacity = any(1, 12), c.scale = 1 / std::sqrt(float(c.S));
+  c.capacity = chance(0.02) ? any(60, 140) : any(1, 12);               // many: several parts
+  c.scale = 1 / std::sqrt(float(c.S));
   c.embedding_scale = chance(0.3) ? 1.5f : 1, c.attention_cap = chance(0.3) ? 2.5f : 0;
   c.logits_cap = chance(0.3) ? 1.5f : 0;
   c.embedding = made(c.dtype, c.V * c.D, 1), c.norm = factors(c, c.D, true, c.centred);
@@ -319,11 +320,11 @@ struct Plain {
     Values &q = made_of[0], &k = made_of[1], &v = made_of[2], out(c.H * c.S);
     if (c.over_all) norm(q.data(), l.q_norm, c.H * c.S), norm(k.data(), l.k_norm, c.K * c.S);
     for (int64_t head = 0; head < c.K; ++head) rotate(&k[head * c.S], l.k_norm, l.table);
+    keys[index].push_back(rounded(k)), values[index].push_back(rounded(v));
     for (int64_t head = 0; head < c.H; ++head) {
       rotate(&q[head * c.S], l.q_norm, l.table);
       int64_t at = head / (c.H / c.K) * c.S;
       auto all_keys = keys[index], all_values = values[index];
-      all_keys.push_back(k), all_values.push_back(v);
       int64_t unseen = l.window ? int64_t(all_keys.size()) - l.window : 0;
       if (unseen > 0) {
         all_keys.erase(all_keys.begin(), all_keys.begin() + unseen);
@@ -337,7 +338,6 @@ struct Plain {
       for (size_t t = 0; t < shares.size(); ++t)
         for (int64_t i = 0; i < c.S; ++i) out[head * c.S + i] += shares[t] / total * all_values[t][at + i];
     }
-    keys[index].push_back(rounded(k)), values[index].push_back(rounded(v));
     return product(l.o, l.o_bias, rounded(out), c.D);
   }
 
@@ -583,8 +583,8 @@ void sequence() {
   for (int64_t m = 0; m < c.rows; ++m) apart.emplace_back(c, 1);
   std::vector<std::vector<Values>> none(c.layers.size());
   std::vector<Plain> plains(size_t(c.rows), Plain{c, none, none});
-  Scratch scratch(decoder_of(c), c.threads, c.capacity + 1, c.rows);
-  Scratch single(decoder_of(c), 1, c.capacity + 1, c.rows);
+  Scratch scratch(decoder_of(c), c.threads, c.rows);
+  Scratch single(decoder_of(c), 1, c.rows);
   for (int64_t length = 0; length < c.capacity; ++length) {
     if (chance(0.3)) mask(c, c.layers[size_t(any(0, int64_t(c.layers.size()) - 1))]);
     Decoder d = decoder_of(c);

@@ -13,6 +13,8 @@ constexpr int64_t JOBS = 12;      // of a layer, at most: q, k, v, their norms, 
                                   // the choice (2), activations, FFN, its sum
 constexpr int64_t SUMS = 4;       // parts of adding up what the parts of an FFN gave
 constexpr int64_t LEAST = 32768;  // weights that are worth a part of their own
+constexpr int64_t CHUNK = 64;     // positions that are worth a part of their own ...
+constexpr int64_t CHUNKS = 8;     // ... and the most parts, each of which the next job adds up
 
 int64_t padded(int64_t n) { return (n + UNIT - 1) / UNIT * UNIT; }
 
@@ -104,24 +106,40 @@ struct Member : Worker {
     return scratch.qkv.data() + m * in_qkv() + decoder.head_at(kind, one);
   }
 
-  // Query head `one` of row m; the first of those that share keys and values also writes the new
-  // position to the cache.
-  void attend(int64_t index, int64_t m, int64_t one) {
+  int64_t group() const { return decoder.heads / decoder.kv_heads; }  // heads that share keys and values
+
+  // Parts of the positions that a layer sees.
+  int64_t chunks(int64_t index) const { return std::min(CHUNKS, 1 + cache.layers[index].length / CHUNK); }
+
+  // What a part of the positions gives, [group, size + 2]: see Kernels::attend.
+  float* attended(int64_t m, int64_t kv, int64_t chunk) const {
+    int64_t place = (m * decoder.kv_heads + kv) * CHUNKS + chunk;
+    return scratch.attended.data() + place * group() * (decoder.size + 2);
+  }
+
+  // The query heads of row m that share keys and values `kv`, over a part of the positions; the last part
+  // also writes the new position to the cache.
+  void attend(int64_t index, int64_t m, int64_t kv, int64_t chunk) {
     const Layer& layer = decoder.layers[index];
     const Cache::Part& held = cache.layers[index];
-    int64_t size = decoder.size, group = decoder.heads / decoder.kv_heads, kv = one / group;
-    float *query = head(m, 0, one), *value = head(m, 2, kv);
-    float* key = normed;  // a copy, which is rotated
-    std::copy_n(head(m, 1, kv), size, key);
-    void* keys = at(held.keys, decoder.dtype, m * held.row_pitch + kv * held.pitch);
-    void* values = at(held.values, decoder.dtype, m * held.row_pitch + kv * held.pitch);
-    rotate(key, layer.k_norm, layer.table), rotate(query, layer.q_norm, layer.table);
-    if (one % group == 0) {
-      kernels.round(decoder.dtype, key, at(keys, decoder.dtype, held.length * size), size);
-      kernels.round(decoder.dtype, value, at(values, decoder.dtype, held.length * size), size);
+    Dtype dtype = decoder.dtype;
+    int64_t size = decoder.size, base = m * held.row_pitch + kv * held.pitch;
+    Span own = part(held.length + 1, chunk, chunks(index));
+    if (own.end > held.length) {
+      float* key = head(m, 1, kv);
+      rotate(key, layer.k_norm, layer.table);
+      kernels.round(dtype, key, at(held.keys, dtype, base + held.length * size), size);
+      kernels.round(dtype, head(m, 2, kv), at(held.values, dtype, base + held.length * size), size);
     }
-    kernels.attend(decoder.dtype, query, keys, values, held.length, size, key, value, size, decoder.scale,
-                   decoder.attention_cap, scores, scratch.attended.data() + (m * decoder.heads + one) * size);
+    for (int64_t one = 0; one < group(); ++one) {  // copies, which are rotated: other parts read them too
+      float* query = normed + one * size;
+      std::copy_n(head(m, 0, kv * group() + one), size, query);
+      rotate(query, layer.q_norm, layer.table);
+      for (int64_t i = 0; i < size; ++i) query[i] *= decoder.scale;
+    }
+    kernels.attend(dtype, normed, group(), at(held.keys, dtype, base + own.begin * size),
+                   at(held.values, dtype, base + own.begin * size), own.end - own.begin, size,
+                   decoder.attention_cap, scores, attended(m, kv, chunk));
   }
 
   // Values from the sums of one row to those of the next: packed matrices add to whole units.
@@ -297,17 +315,31 @@ struct Member : Worker {
       });
       finish();
     }
-    in_parts(rows * decoder.heads,
-             [&](int64_t one, int64_t) { attend(index, one / decoder.heads, one % decoder.heads); });
+    int64_t parts = chunks(index);  // those of one head come one after the other, as they lie in memory
+    in_parts(rows * decoder.kv_heads * parts, [&](int64_t one, int64_t) {
+      attend(index, one / parts / decoder.kv_heads, one / parts % decoder.kv_heads, one % parts);
+    });
     finish();
-    add_attention(layer);
+    add_attention(index);
   }
 
-  void add_attention(const Layer& layer) {
+  // The attention of all heads [M, H S], from what the parts of the positions gave.
+  const float* merged(int64_t index) {
+    int64_t size = decoder.size, stride = group() * (size + 2);
+    float* to = normed;
+    for (int64_t m = 0; m < cache.rows; ++m)
+      for (int64_t one = 0; one < decoder.heads; ++one, to += size)
+        kernels.merge(attended(m, one / group(), 0) + one % group() * (size + 2), chunks(index), stride, size,
+                      to);
+    return normed;
+  }
+
+  void add_attention(int64_t index) {
+    const Layer& layer = decoder.layers[index];
     int64_t hidden = decoder.hidden;
     float *y = scratch.qkv.data(), *stream = scratch.stream.data();  // y [M, D]
     int64_t size = decoder.heads * decoder.size;
-    Once given([&] { return input(scratch.attended.data(), size); });
+    Once given([&] { return input(merged(index), size); });
     bool last = !layer.after_attention.factor && !decoder.parallel;
     project(layer.o, layer.o_bias, given, size, hidden, y, hidden,
             [&](int64_t m, int64_t begin, int64_t end) {
@@ -370,6 +402,8 @@ struct Member : Worker {
   }
 };
 
+int64_t scores_of(const Decoder& d) { return whole_lanes(d.heads / d.kv_heads * (POSITIONS + 1)); }
+
 int64_t widest(const Decoder& d) { return std::max(d.hidden, d.heads * d.size); }
 
 }  // namespace
@@ -405,15 +439,12 @@ void Decoder::row(const Kernels& kernels, const Matrix& rows, int64_t index, flo
   else kernels.widen(dtype, at(rows.plain, dtype, index * hidden), to, hidden);
 }
 
-Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t rows_)
-    : jobs(int64_t(d.layers.size()) * JOBS + 2 + SCREEN_JOBS, threads_),
-      threads(threads_),
-      positions(whole_lanes(positions_)),
-      rows(rows_) {
+Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t rows_)
+    : jobs(int64_t(d.layers.size()) * JOBS + 2 + SCREEN_JOBS, threads_), threads(threads_), rows(rows_) {
   int64_t all = int64_t(d.layers.size()) * rows, each = threads * rows;
   stream.resize(rows * d.hidden);
   qkv.resize(rows * std::max((d.heads + 2 * d.kv_heads) * d.size, d.hidden));
-  attended.resize(rows * d.heads * d.size);
+  attended.resize(rows * d.heads * CHUNKS * (d.size + 2));
   logits.resize(rows * d.logits_pitch());
   if (d.screen) screened = ScreenRoom(*d.screen, rows);
   inputs.resize(each * d.hidden);
@@ -427,7 +458,7 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t
   strength.resize(rows * d.width);
   orders.resize(threads * d.width);
   marks.resize(all * marked_bytes(d.width));
-  scores.resize(threads * positions);
+  scores.resize(threads * scores_of(d));
   u.resize(all * d.width);
   x.resize(all * d.hidden);
   h.resize(all * d.hidden);
@@ -447,7 +478,7 @@ void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, co
              scratch,
              scratch.normed.data() + scratch.rows * decoder.hidden + own * wide,
              scratch.inputs.data() + own * decoder.hidden,
-             scratch.scores.data() + member * scratch.positions,
+             scratch.scores.data() + member * scores_of(decoder),
              scratch.narrow.data() + own * wide,
              scratch.levels.data() + own * padded(wide),
              scratch.scales.data() + own * 2 * Rounded::facts(padded(wide)),

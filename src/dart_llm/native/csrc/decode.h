@@ -77,7 +77,7 @@ struct Cache {
 
 // What a step leaves behind; all float32.  Has room for `rows`; a step of fewer leaves the rest.
 struct Scratch {
-  Scratch(const Decoder&, int64_t threads, int64_t positions, int64_t rows);
+  Scratch(const Decoder&, int64_t threads, int64_t rows);
   Jobs jobs;  // begin() them before the members of a step begin
   std::vector<float> stream, qkv, attended, logits, inputs, normed, scores;
   std::vector<float> parts;  // [PARTS, M, D]: what each part of an FFN adds
@@ -92,7 +92,7 @@ struct Scratch {
   std::vector<uint8_t> marks;   // what tokens select as bits, where it is watched: [L, M, I / 8 rounded up]
   std::vector<Likeliest> likeliest;  // [threads, M]: of the words that each member saw; empty them first
   ScreenRoom screened;
-  int64_t threads, positions, rows;
+  int64_t threads, rows;
   bool observed = false, watched = false;
   bool greedy = false;  // whether `likeliest` is wanted, of all words but the `forbidden` ones
   std::vector<int64_t> forbidden;

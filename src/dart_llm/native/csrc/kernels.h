@@ -64,8 +64,9 @@ struct Proxies {
   bool own() const { return keep && !up; }
 };
 
-constexpr int64_t QUERIES = 16;  // of a prompt that attend together, at most
-constexpr int64_t LANES = 16;    // floats of the widest vectors
+constexpr int64_t QUERIES = 16;    // of a prompt that attend together, at most
+constexpr int64_t LANES = 16;      // floats of the widest vectors
+constexpr int64_t POSITIONS = 64;  // of a token's attention that are in the first cache at a time
 
 // Rounded up to whole vectors of any kind.
 inline int64_t whole_lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
@@ -122,12 +123,15 @@ struct Kernels {
   // to[f, d] = sum over k of rows[ids[k], d] factors[k, f] for begin <= d < end; rows: [., size].
   void (*fold)(Dtype, const void* rows, const int32_t* ids, int64_t n, int64_t size, const float* factors,
                int64_t count, int64_t begin, int64_t end, float* to);
-  // One query head over n cached positions and the new one; out: [size] float32.
-  // keys, values: n rows, `stride` values apart, in the weights' dtype; scores: whole_lanes(n + 1)
-  // of scratch; cap: c tanh(x / c) of every score, 0: none.
-  void (*attend)(Dtype, const float* query, const void* keys, const void* values, int64_t n, int64_t stride,
-                 const float* new_key, const float* new_value, int64_t size, float scale, float cap,
-                 float* scores, float* out);
+  // Some query heads [count, size] over n positions, at least one, of the keys and values that they share
+  // [n, size], in the weights' dtype; cap: c tanh(x / c) of every score, 0: none.  to: [count, size + 2]:
+  // for each query the values times their shares, not divided by the sum of these, the largest score
+  // and that sum.  scores: count (POSITIONS + 1) of scratch.
+  void (*attend)(Dtype, const float* queries, int64_t count, const void* keys, const void* values, int64_t n,
+                 int64_t size, float cap, float* scores, float* to);
+  // to [size]: one query's attention over `count` parts of the positions, at most POSITIONS: what
+  // attend() left of each, `stride` apart.
+  void (*merge)(const float* parts, int64_t count, int64_t stride, int64_t size, float* to);
   // out[i] = the values up to the position of query i, weighed by softmax(scale query . key).
   void (*attend_some)(const Queries&);
   void (*round)(Dtype, const float* from, void* to, int64_t n);

@@ -359,30 +359,6 @@ void fold_rows(const T* rows, const int32_t* ids, int64_t n, int64_t size, const
     }
 }
 
-// found[r] = query . keys[r], R of them `stride` apart; several at once hide how long a sum takes.
-template <int R, class T>
-inline void key_dots(const float* query, const T* keys, int64_t stride, int64_t size, float* found) {
-  typename S::V sums[R];
-  for (int r = 0; r < R; ++r) sums[r] = S::zero();
-  int64_t i = 0;
-  for (; i + S::N <= size; i += S::N) {
-    auto part = S::load(query + i);
-    for (int r = 0; r < R; ++r) sums[r] = S::fma(S::load(keys + r * stride + i), part, sums[r]);
-  }
-  for (int r = 0; r < R; ++r) found[r] = S::sum(sums[r]);
-  for (; i < size; ++i)
-    for (int r = 0; r < R; ++r) found[r] += wide(keys[r * stride + i]) * query[i];
-}
-
-// out += shares[r] values[r].
-template <int R, class T>
-inline void add_values(const T* values, int64_t stride, const float* shares, int64_t size, float* out) {
-  const T* rows[R];
-  float by[1][R];
-  for (int r = 0; r < R; ++r) rows[r] = values + r * stride, by[0][r] = shares[r];
-  add_rows<T, R, 1>(rows, by, size, out);
-}
-
 // e to the x, to about one part in 10^7; x is cut off where the result would leave float32.
 inline S::V exponential(S::V x) {
   x = S::max(S::min(x, S::all(88.0f)), S::all(-87.0f));
@@ -397,15 +373,16 @@ inline S::V exponential(S::V x) {
   return S::mul(y, S::power_of_two(whole));
 }
 
-// scores[0..n) = exp(scale scores - their maximum), and 0 up to `room`, whole vectors; returns their sum.
-inline float soften(float* scores, int64_t n, int64_t room, float scale) {
+// scores[0..n) = exp(scale scores - most), and 0 up to `room`, whole vectors; returns their sum.
+// most: at least what it was, and at least their maximum.
+inline float soften(float* scores, int64_t n, int64_t room, float scale, float& most) {
   std::fill(scores + n, scores + room, -INFINITY);
-  auto most = S::all(-INFINITY), total = S::zero(), by = S::all(scale);
+  auto largest = S::all(most), total = S::zero(), by = S::all(scale);
   for (int64_t i = 0; i < room; i += S::N) {
     auto own = S::mul(S::load(scores + i), by);
-    S::store(scores + i, own), most = S::max(most, own);
+    S::store(scores + i, own), largest = S::max(largest, own);
   }
-  auto largest = S::all(S::largest(most));
+  largest = S::all(most = S::largest(largest));
   for (int64_t i = 0; i < room; i += S::N) {
     S::store(scores + i, exponential(S::sub(S::load(scores + i), largest)));
     if (i + S::N > n) std::fill(scores + std::max(i, n), scores + i + S::N, 0.0f);
@@ -414,24 +391,147 @@ inline float soften(float* scores, int64_t n, int64_t room, float scale) {
   return S::sum(total);
 }
 
+constexpr int KEYS = 4;     // that are multiplied with a query at a time: S::sums adds up four vectors
+constexpr int COLUMNS = 4;  // vectors of each sum of values that are held in registers
+constexpr int SET = S::N == 16 ? 4 : 3;  // queries at a time: the registers hold no more sums
+inline int64_t sets_of(int64_t count) { return (count + SET - 1) / SET; }
+
+// Asks for values that are read soon, in so many steps and in the order of their addresses.
+class Gradually {
+ public:
+  template <class T>
+  Gradually(const T* values, int64_t count, int64_t steps)
+      : at_(reinterpret_cast<uintptr_t>(values)),
+        bytes_(count * int64_t(sizeof(T))),
+        step_(bytes_ / steps + 1) {}
+  void ask() {
+    due_ = std::min(due_ + step_, bytes_);
+    for (; asked_ < due_; asked_ += 64) __builtin_prefetch(reinterpret_cast<const char*>(at_ + asked_));
+  }
+
+ private:
+  uintptr_t at_;
+  int64_t bytes_, step_, due_ = 0, asked_ = 0;
+};
+
+// scores[c, r] = queries[c] . keys[r] of C queries and KEYS keys: each is read once for all queries.
+template <int C, class T>
+inline void key_dots(const float* queries, const T* const* keys, int64_t size, float* scores) {
+  typename S::V sums[C][KEYS];
+  for (auto& of_query : sums)
+    for (auto& one : of_query) one = S::zero();
+  int64_t i = 0;
+  for (; i + S::N <= size; i += S::N) {
+    typename S::V own[C];
+    for (int c = 0; c < C; ++c) own[c] = S::load(queries + c * size + i);
+    for (int r = 0; r < KEYS; ++r) {
+      auto key = S::load(keys[r] + i);
+      for (int c = 0; c < C; ++c) sums[c][r] = S::fma(key, own[c], sums[c][r]);
+    }
+  }
+  for (int c = 0; c < C; ++c) S::sums(sums[c], scores + c * POSITIONS);
+  for (; i < size; ++i)
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < KEYS; ++r) scores[c * POSITIONS + r] += wide(keys[r][i]) * queries[c * size + i];
+}
+
+// to[c] = factors[c] to[c] + shares[c, 0] values[0] + ... of n rows: W vectors of C sums, in registers.
+template <int C, int W, class T>
+inline void add_tile(const T* values, int64_t n, int64_t stride, const float* shares, const float* factors,
+                     float* to, int64_t pitch, Gradually& next) {
+  typename S::V sums[C][W];
+  for (int c = 0; c < C; ++c)
+    for (int w = 0; w < W; ++w) sums[c][w] = S::mul(S::load(to + c * pitch + w * S::N), S::all(factors[c]));
+  for (int64_t t = 0; t < n; ++t) {
+    if (t % KEYS == 0) next.ask();
+    typename S::V by[C];
+    for (int c = 0; c < C; ++c) by[c] = S::all(shares[c * POSITIONS + t]);
+    for (int w = 0; w < W; ++w) {
+      auto own = S::load(values + t * stride + w * S::N);
+      for (int c = 0; c < C; ++c) sums[c][w] = S::fma(own, by[c], sums[c][w]);
+    }
+  }
+  for (int c = 0; c < C; ++c)
+    for (int w = 0; w < W; ++w) S::store(to + c * pitch + w * S::N, sums[c][w]);
+}
+
+template <int C, class T>
+inline void add_values(const T* values, int64_t n, int64_t stride, int64_t size, const float* shares,
+                       const float* factors, float* to, int64_t pitch, Gradually& next) {
+  int64_t i = 0;
+  for (; i + COLUMNS * S::N <= size; i += COLUMNS * S::N)
+    add_tile<C, COLUMNS>(values + i, n, stride, shares, factors, to + i, pitch, next);
+  for (; i + S::N <= size; i += S::N)
+    add_tile<C, 1>(values + i, n, stride, shares, factors, to + i, pitch, next);
+  for (; i < size; ++i)
+    for (int c = 0; c < C; ++c) {
+      float sum = factors[c] * to[c * pitch + i];
+      for (int64_t t = 0; t < n; ++t) sum += shares[c * POSITIONS + t] * wide(values[t * stride + i]);
+      to[c * pitch + i] = sum;
+    }
+}
+
+// Calls work(C, first) for queries first to first + C until there were `count`: about as many each time.
+template <class Work>
+inline void in_sets(int64_t count, const Work& work) {
+  for (int64_t first = 0, sets = sets_of(count), own; sets; --sets, first += own) {
+    own = (count - first + sets - 1) / sets;
+    if (own == 1) work(std::integral_constant<int, 1>(), first);
+    else if (own == 2) work(std::integral_constant<int, 2>(), first);
+    else if (SET == 3 || own == SET) work(std::integral_constant<int, SET>(), first);
+    else work(std::integral_constant<int, 3>(), first);
+  }
+}
+
+// Some positions at a time: while one half of what they need is worked on, the other is asked for.
 template <class T>
-void attend_head(const float* query, const T* keys, const T* values, int64_t n, int64_t stride,
-                 const float* new_key, const float* new_value, int64_t size, float scale, float cap,
-                 float* scores, float* out) {
-  constexpr int AT_ONCE = S::N == 16 ? 8 : 4;
-  int64_t t = 0;
-  for (; t + AT_ONCE <= n; t += AT_ONCE)
-    key_dots<AT_ONCE>(query, keys + t * stride, stride, size, scores + t);
-  for (; t < n; ++t) key_dots<1>(query, keys + t * stride, stride, size, scores + t);
-  key_dots<1>(query, new_key, 0, size, scores + n);
-  for (t = 0; t <= n && cap; ++t) scores[t] = cap * std::tanh(scale * scores[t] / cap);
-  float total = soften(scores, n + 1, (n + S::N) / S::N * S::N, cap ? 1 : scale);
-  std::fill_n(out, size, 0.0f);
-  for (t = 0; t + AT_ONCE <= n; t += AT_ONCE)
-    add_values<AT_ONCE>(values + t * stride, stride, scores + t, size, out);
-  for (; t < n; ++t) add_values<1>(values + t * stride, stride, scores + t, size, out);
-  add_values<1>(new_value, 0, scores + n, size, out);
-  for (int64_t i = 0; i < size; ++i) out[i] /= total;
+void attend_group(const float* queries, int64_t count, const T* keys, const T* values, int64_t n,
+                  int64_t size, float cap, float* scores, float* to) {
+  int64_t pitch = size + 2, blocks = (n + POSITIONS - 1) / POSITIONS;
+  int64_t each = ((n + blocks - 1) / blocks + KEYS - 1) / KEYS * KEYS;
+  float* factors = scores + count * POSITIONS;  // of the sums so far, as larger scores are found
+  Gradually(keys, std::min(each, n) * size, 1).ask();
+  for (int64_t q = 0; q < count; ++q) {
+    std::fill_n(to + q * pitch, size, 0.0f);
+    to[q * pitch + size] = -INFINITY, to[q * pitch + size + 1] = 0;
+  }
+  for (int64_t begin = 0; begin < n; begin += each) {
+    int64_t own = std::min(each, n - begin), fours = (own + KEYS - 1) / KEYS;
+    Gradually own_values(values + begin * size, own * size, fours);
+    for (int64_t t = 0; t < own; t += KEYS) {
+      const T* four[KEYS];  // beyond the last one: that one again
+      for (int64_t r = 0; r < KEYS; ++r) four[r] = keys + (begin + std::min(t + r, own - 1)) * size;
+      own_values.ask();
+      in_sets(count, [&](auto set, int64_t first) {
+        key_dots<decltype(set)::value>(queries + first * size, four, size, scores + first * POSITIONS + t);
+      });
+    }
+    for (int64_t q = 0; q < count; ++q) {
+      float *line = scores + q * POSITIONS, *facts = to + q * pitch + size, before = facts[0];
+      for (int64_t t = 0; t < own && cap; ++t) line[t] = cap * std::tanh(line[t] / cap);
+      float total = soften(line, own, (own + S::N - 1) / S::N * S::N, 1, facts[0]);
+      factors[q] = before == facts[0] ? 1 : std::exp(before - facts[0]);
+      facts[1] = factors[q] * facts[1] + total;
+    }
+    // beyond the last ones are most often those of the part that comes next
+    int64_t tiles = std::max<int64_t>(1, size / (COLUMNS * S::N));
+    Gradually next_keys(keys + (begin + own) * size, each * size, sets_of(count) * tiles * fours);
+    in_sets(count, [&](auto set, int64_t first) {
+      add_values<decltype(set)::value>(values + begin * size, own, size, size, scores + first * POSITIONS,
+                                       factors + first, to + first * pitch, pitch, next_keys);
+    });
+  }
+}
+
+void merge(const float* parts, int64_t count, int64_t stride, int64_t size, float* to) {
+  float shares[POSITIONS], factor = 0, most = -INFINITY, total = 0;
+  for (int64_t one = 0; one < count; ++one) shares[one] = parts[one * stride + size];
+  soften(shares, count, (count + S::N - 1) / S::N * S::N, 1, most);
+  for (int64_t one = 0; one < count; ++one) total += shares[one] * parts[one * stride + size + 1];
+  for (int64_t one = 0; one < count; ++one) shares[one] /= total;
+  std::fill_n(to, size, 0.0f);
+  Gradually none(to, 0, 1);
+  add_values<1>(parts, count, stride, size, shares, &factor, to, size, none);
 }
 
 #define DART_BY_DTYPE(call)  \
@@ -468,11 +568,10 @@ void fold(Dtype dtype, const void* rows, const int32_t* ids, int64_t n, int64_t 
   DART_BY_DTYPE(fold_rows<T>(static_cast<const T*>(rows), ids, n, size, factors, count, begin, end, to))
 }
 
-void attend(Dtype dtype, const float* query, const void* keys, const void* values, int64_t n, int64_t stride,
-            const float* new_key, const float* new_value, int64_t size, float scale, float cap, float* scores,
-            float* out) {
-  DART_BY_DTYPE(attend_head<T>(query, static_cast<const T*>(keys), static_cast<const T*>(values), n, stride,
-                               new_key, new_value, size, scale, cap, scores, out))
+void attend(Dtype dtype, const float* queries, int64_t count, const void* keys, const void* values, int64_t n,
+            int64_t size, float cap, float* scores, float* to) {
+  DART_BY_DTYPE(attend_group<T>(queries, count, static_cast<const T*>(keys), static_cast<const T*>(values), n,
+                                size, cap, scores, to))
 }
 
 void round(Dtype dtype, const float* from, void* to, int64_t n) {
@@ -523,5 +622,5 @@ Cut cut(const float* values, int64_t n, int64_t k, int32_t* orders) {
 #include "packed_body.h"
 #include "prompt_body.h"
 
-const Kernels table = {NAME,   matvec,      ffn,   low_rank, estimate, cut,    fold,
-                       attend, attend_some, round, widen,    add,      add_at, packed_table};
+const Kernels table = {NAME,  matvec,      ffn,   low_rank, estimate, cut,    fold,        attend,
+                       merge, attend_some, round, widen,    add,      add_at, packed_table};

@@ -35,6 +35,9 @@ struct S {
     for (int i = 0; i < N; ++i) s += a.x[i];
     return s;
   }
+  static void sums(const V* four, float* to) {
+    for (int i = 0; i < 4; ++i) to[i] = sum(four[i]);
+  }
   static void store(float* p, V a) {
     for (int i = 0; i < N; ++i) p[i] = a.x[i];
   }

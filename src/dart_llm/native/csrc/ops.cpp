@@ -649,15 +649,12 @@ struct Decoder : torch::CustomClassHolder {
     TORCH_CHECK(!tokens.empty(), "native: tokens are missing");
     rows = int64_t(tokens.size());
     dart::Cache cache = cache_after(steps, position, rows);
-    int64_t room = 0;
-    for (const dart::Cache::Part& part : cache.layers) room = std::max(room, part.length + 1);
     check_tokens(tokens.data(), rows);
     int64_t each = check_angles(position, cosine, sine);
     int64_t threads = at::get_num_threads();
     int64_t known = scratch ? scratch->rows : 0;
-    if (known < rows || scratch->threads < threads || scratch->positions < room)
-      scratch =
-          std::make_unique<dart::Scratch>(model, threads, (room / 256 + 1) * 256, std::max(known, rows));
+    if (known < rows || scratch->threads < threads)
+      scratch = std::make_unique<dart::Scratch>(model, threads, std::max(known, rows));
     scratch->observed = observe, scratch->watched = watched, scratch->greedy = forbidden.has_value();
     scratch->forbidden = forbidden.value_or(std::vector<int64_t>{});
     std::fill(scratch->likeliest.begin(), scratch->likeliest.end(), dart::Likeliest{});

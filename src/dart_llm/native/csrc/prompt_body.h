@@ -42,8 +42,10 @@ void attend_some(const Queries& q) {
   int64_t n = q.first + q.count, room = (n + S::N - 1) / S::N * S::N, size = whole_lanes(q.size);
   product(q.queries, q.pitch, q.keys, q.keys_pitch, q.count, q.size, room, q.scores, room);
   float totals[QUERIES];
-  for (int64_t i = 0; i < q.count; ++i)
-    totals[i] = soften(q.scores + i * room, q.first + i + 1, room, q.scale);
+  for (int64_t i = 0; i < q.count; ++i) {
+    float most = -INFINITY;
+    totals[i] = soften(q.scores + i * room, q.first + i + 1, room, q.scale, most);
+  }
   float* mixed = q.scores + QUERIES * room;
   product(q.scores, room, q.values, size, q.count, n, size, mixed, size);
   for (int64_t i = 0; i < q.count; ++i)

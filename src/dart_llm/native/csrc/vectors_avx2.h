@@ -15,6 +15,10 @@ static float sum(V a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+static void sums(const V* four, float* to) {  // to[i] = sum(four[i])
+  V s = _mm256_hadd_ps(_mm256_hadd_ps(four[0], four[1]), _mm256_hadd_ps(four[2], four[3]));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
 static void store(float* p, V a) { _mm256_storeu_ps(p, a); }
 struct Levels {
   V low, high;

@@ -10,6 +10,13 @@ static V load(const bf16* p) {
 }
 static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 static float sum(V a) { return _mm512_reduce_add_ps(a); }
+static void sums(const V* four, float* to) {  // to[i] = sum(four[i])
+  auto half = [&](int i) {
+    return _mm256_add_ps(_mm512_castps512_ps256(four[i]), _mm512_extractf32x8_ps(four[i], 1));
+  };
+  __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(half(0), half(1)), _mm256_hadd_ps(half(2), half(3)));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
 static void store(float* p, V a) { _mm512_storeu_ps(p, a); }
 struct Levels {
   V low, high;

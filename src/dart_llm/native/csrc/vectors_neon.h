@@ -15,6 +15,10 @@ static V load(const bf16* p) {
 }
 static V fma(V a, V b, V c) { return {vfmaq_f32(c.a, a.a, b.a), vfmaq_f32(c.b, a.b, b.b)}; }
 static float sum(V a) { return vaddvq_f32(vaddq_f32(a.a, a.b)); }
+static void sums(const V* four, float* to) {  // to[i] = sum(four[i])
+  auto half = [&](int i) { return vaddq_f32(four[i].a, four[i].b); };
+  vst1q_f32(to, vpaddq_f32(vpaddq_f32(half(0), half(1)), vpaddq_f32(half(2), half(3))));
+}
 static void store(float* p, V a) { vst1q_f32(p, a.a), vst1q_f32(p + 4, a.b); }
 static V widened(int8x8_t eight) {
   int16x8_t words = vmovl_s8(eight);
