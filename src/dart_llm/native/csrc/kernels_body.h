@@ -5,9 +5,6 @@
 // N bytes of two levels + 8 each, as whole numbers; pairs, dot_bf16 and unpack where there are
 // products of bfloat16 pairs (PAIRS).
 
-#ifndef HINT
-#define HINT 3
-#endif
 constexpr int BLOCK = 4;  // neurons at a time: their rows stay in the first cache for all inputs
 
 inline float wide(float x) { return x; }
@@ -22,28 +19,26 @@ inline void narrow(float x, bf16* to) {
   *to = bf16((b + 0x7fffu + ((b >> 16) & 1)) >> 16);
 }
 
-// Asks for R rows of `size` values in the order of their addresses, in which memory is read fastest.
+// Asks for R rows while as many are read: in the order of their addresses, in which memory is read
+// fastest, where they are neighbours; else in all of them at once.  `rows` may be null.
 template <class T, int R>
-class Next {
+class Ask {
  public:
-  Next(const T* const* rows, int64_t size)
-      : row_(rows), at_(rows ? reinterpret_cast<const char*>(*rows) : nullptr), pitch_(size * sizeof(T)) {
-    left_ = pitch_;
-  }
-  // As many bytes as are read of all rows meanwhile.
-  template <int BYTES>
-  void ask() {
-    if (!row_) return;
-    for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(at_ + i, 0, HINT);
-    at_ += BYTES, left_ -= BYTES;
-    if (left_ <= 0 && ++r_ < R) at_ = reinterpret_cast<const char*>(*++row_) - left_, left_ += pitch_;
+  Ask(const T* const* rows, int64_t size)
+      : rows_(rows), neighbours_(rows && rows[R - 1] - rows[0] == (R - 1) * size) {}
+  // As much as values i to i + N of each.
+  template <int N>
+  void some(int64_t i) const {
+    constexpr int LINE = 64 / int(sizeof(T));
+    if (neighbours_)
+      for (int j = 0; j < R * N; j += LINE) __builtin_prefetch(rows_[0] + R * i + j, 0, 2);
+    else if (rows_ && i % LINE == 0)
+      for (int r = 0; r < R; ++r) __builtin_prefetch(rows_[r] + i, 0, 2);
   }
 
  private:
-  const T* const* row_;
-  const char* at_;
-  int64_t pitch_, left_;
-  int r_ = 0;
+  const T* const* rows_;
+  bool neighbours_;
 };
 
 // R rows times C vectors, which lie one after the other: out[c][r].  What is read of a row serves all
@@ -54,10 +49,10 @@ inline void dots(const float* const* rows, const void*, const float* x, int64_t 
   typename S::V a[C][R];
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) a[c][r] = S::zero();
-  Next<float, R> ahead(next, n);
+  const Ask<float, R> ask(next, n);
   int64_t i = 0;
   for (; i + S::N <= n; i += S::N) {
-    ahead.template ask<R * S::N * 4>();
+    ask.template some<S::N>(i);
     typename S::V v[C];
     for (int c = 0; c < C; ++c) v[c] = S::load(x + c * n + i);
     for (int r = 0; r < R; ++r) {
@@ -78,12 +73,12 @@ inline void dots(const bf16* const* rows, const void* raw, const float* x, int64
   typename S::V a[C][R];
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) a[c][r] = S::zero();
-  Next<bf16, R> ahead(next, n);
+  const Ask<bf16, R> ask(next, n);
   int64_t i = 0;
   if constexpr (S::PAIRS) {
     const bf16* narrow_x = static_cast<const bf16*>(raw);
     for (; i + 2 * S::N <= n; i += 2 * S::N) {
-      ahead.template ask<R * S::N * 4>();
+      ask.template some<2 * S::N>(i);
       decltype(S::pairs(narrow_x)) v[C];
       for (int c = 0; c < C; ++c) v[c] = S::pairs(narrow_x + c * n + i);
       for (int r = 0; r < R; ++r) {
@@ -93,7 +88,7 @@ inline void dots(const bf16* const* rows, const void* raw, const float* x, int64
     }
   }
   for (; i + S::N <= n; i += S::N) {
-    ahead.template ask<R * S::N * 2>();
+    ask.template some<S::N>(i);
     typename S::V v[C];
     for (int c = 0; c < C; ++c) v[c] = S::load(x + c * n + i);
     for (int r = 0; r < R; ++r) {
@@ -123,10 +118,10 @@ inline void add_rows(const T* const* rows, const float (*u)[R], int64_t n, float
   typename S::V by[C][R];
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) by[c][r] = S::all(u[c][r]);
-  Next<T, R> ahead(next, n);
+  const Ask<T, R> ask(next, n);
   int64_t i = 0;
   for (; i + S::N <= n; i += S::N) {
-    ahead.template ask<R * S::N * sizeof(T)>();
+    ask.template some<S::N>(i);
     typename S::V row[R];
     for (int r = 0; r < R; ++r) row[r] = S::load(rows[r] + i);
     for (int c = 0; c < C; ++c) {
@@ -196,9 +191,9 @@ void matvec_rows(const T* rows, const T* bias, const Input& x, int64_t begin, in
     for (int64_t i = begin; i < end; ++i) y[m * stride + i] += wide(bias[i]);
 }
 
-constexpr int64_t TOGETHER = 32;  // neurons, and inputs, whose activations are worked on at a time
+constexpr int64_t STRETCH = 128, INPUTS = 32;  // whose activations are worked on at a time
 
-// sums[m] += the sum of u[m * TOGETHER + j] row(j) over R rows from j on; as above.
+// sums[m] += the sum of u[m * STRETCH + j] row(j) over R rows from j on; as above.
 template <class T, int R, class Row>
 void add_block(const Row& row, const float* u, const Input& x, int64_t j, float* sums) {
   const T *rows[R], *next[R];
@@ -206,35 +201,37 @@ void add_block(const Row& row, const float* u, const Input& x, int64_t j, float*
   in_groups(x.count, [&](auto group, int64_t m) {
     constexpr int C = decltype(group)::value;
     float by[C][R];
-    for (int c = 0; c < C; ++c) std::copy_n(u + (m + c) * TOGETHER + j, R, by[c]);
+    for (int c = 0; c < C; ++c) std::copy_n(u + (m + c) * STRETCH + j, R, by[c]);
     add_rows<T, R, C>(rows, by, x.size, sums + m * x.size, m ? nullptr : next);
   });
 }
 
-// The n neurons whose places are id(0) and on; id(n) and on are those that are needed afterwards.
+// Neurons id(0) to id(n - 1); those from id(n) on are needed afterwards.  One matrix after the other:
+// their rows are read as one stream each.
 template <class T, class Id>
-void ffn_some(const Ffn& f, const Input& x, const Id& id, int64_t n, float* sums, float* u, int64_t u_stride) {
-  float gate[TOGETHER * TOGETHER], up[TOGETHER * TOGETHER];
-  // rows of one matrix, and then of the one that is read after it
-  auto rows = [&](const void* of, const void* then, bool other) {
-    return [=, &id](int64_t j) {
-      return static_cast<const T*>(j < n ? of : then) + id(j < n || other ? j : j - n) * x.size;
-    };
-  };
+void ffn_some(const Ffn& f, const Input& x, const Id& id, int64_t n, float* sums, float* u,
+              int64_t u_stride) {
   const T* up_bias = static_cast<const T*>(f.up_bias);
   const T* gate_bias = static_cast<const T*>(f.gate_bias);
-  if (f.gate) dots_rows<T>(rows(f.gate, f.up, false), x, n, gate, TOGETHER);
-  dots_rows<T>(rows(f.up, f.down, false), x, n, up, TOGETHER);
+  float gate[INPUTS * STRETCH], up[INPUTS * STRETCH];
+  // row(j) of a matrix for j < n, and then what is read next: rows of `after` from id(first) on
+  auto rows = [&](const void* of, const void* after, int64_t first = 0) {
+    return [=, &id, &x](int64_t j) {
+      return static_cast<const T*>(j < n ? of : after) + id(j < n ? j : j - n + first) * x.size;
+    };
+  };
+  if (f.gate) dots_rows<T>(rows(f.gate, f.up), x, n, gate, STRETCH);
+  dots_rows<T>(rows(f.up, f.down), x, n, up, STRETCH);
   for (int64_t m = 0; m < x.count; ++m)
     for (int64_t j = 0; j < n; ++j) {
-      float a = gate[m * TOGETHER + j], &b = up[m * TOGETHER + j];
-      if (up_bias) b += wide(up_bias[id(j)]);
-      if (f.gate && gate_bias) a += wide(gate_bias[id(j)]);
-      b = f.gate ? activate(f.act, a) * b : activate(f.act, b);
-      if (u) u[m * u_stride + j] = b;
-      if (f.mean) b -= f.mean[id(j)];
+      float& value = up[m * STRETCH + j];
+      if (up_bias) value += wide(up_bias[id(j)]);
+      if (!f.gate) value = activate(f.act, value);
+      else value *= activate(f.act, gate[m * STRETCH + j] + (gate_bias ? wide(gate_bias[id(j)]) : 0.0f));
+      if (u) u[m * u_stride + j] = value;
+      if (f.mean) value -= f.mean[id(j)];
     }
-  auto down = rows(f.down, f.gate ? f.gate : f.up, true);
+  auto down = rows(f.down, f.gate ? f.gate : f.up, n);
   int64_t j = 0;
   for (; j + BLOCK <= n; j += BLOCK) add_block<T, BLOCK>(down, up, x, j, sums);
   for (; j < n; ++j) add_block<T, 1>(down, up, x, j, sums);
@@ -244,13 +241,13 @@ template <class T>
 void ffn_rows(const Ffn& f, const Input& x, int64_t begin, int64_t end, float* sums, float* u,
               int64_t u_stride) {
   for (int64_t place = begin, n; place < end; place += n) {
-    n = std::min(end - place, TOGETHER);
+    n = std::min(end - place, STRETCH);
     auto id = [&](int64_t j) {
       j = std::min(place + j, f.kept - 1);
       return f.ids ? int64_t(f.ids[j]) : j;
     };
     for (int64_t m = 0, count; m < x.count; m += count) {
-      count = std::min(x.count - m, TOGETHER);
+      count = std::min(x.count - m, INPUTS);
       Input some{static_cast<const T*>(x.raw) + m * x.size, x.wide + m * x.size, count, x.size};
       ffn_some<T>(f, some, id, n, sums + m * x.size, u ? u + m * u_stride + place : nullptr, u_stride);
     }
