@@ -19,12 +19,27 @@ inline void narrow(float x, bf16* to) {
   *to = bf16((b + 0x7fffu + ((b >> 16) & 1)) >> 16);
 }
 
-// Asks for the line of each of R rows that lies `i` values on; `next` may be null.
+// Asks for R rows while as many are read: in the order of their addresses, in which memory is read
+// fastest, where they are neighbours; else in all of them at once.  `rows` may be null.
 template <class T, int R>
-inline void ask(const T* const* next, int64_t i) {
-  if (!next) return;
-  for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + i, 0, 2);
-}
+class Ask {
+ public:
+  Ask(const T* const* rows, int64_t size)
+      : rows_(rows), neighbours_(rows && rows[R - 1] - rows[0] == (R - 1) * size) {}
+  // As much as values i to i + N of each.
+  template <int N>
+  void some(int64_t i) const {
+    constexpr int LINE = 64 / int(sizeof(T));
+    if (neighbours_)
+      for (int j = 0; j < R * N; j += LINE) __builtin_prefetch(rows_[0] + R * i + j, 0, 2);
+    else if (rows_ && i % LINE == 0)
+      for (int r = 0; r < R; ++r) __builtin_prefetch(rows_[r] + i, 0, 2);
+  }
+
+ private:
+  const T* const* rows_;
+  bool neighbours_;
+};
 
 // R rows times C vectors, which lie one after the other: out[c][r].  What is read of a row serves all
 // of them; the sums of each are those that it has alone.
@@ -34,9 +49,10 @@ inline void dots(const float* const* rows, const void*, const float* x, int64_t 
   typename S::V a[C][R];
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) a[c][r] = S::zero();
+  const Ask<float, R> ask(next, n);
   int64_t i = 0;
   for (; i + S::N <= n; i += S::N) {
-    ask<float, R>(next, i);
+    ask.template some<S::N>(i);
     typename S::V v[C];
     for (int c = 0; c < C; ++c) v[c] = S::load(x + c * n + i);
     for (int r = 0; r < R; ++r) {
@@ -57,11 +73,12 @@ inline void dots(const bf16* const* rows, const void* raw, const float* x, int64
   typename S::V a[C][R];
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) a[c][r] = S::zero();
+  const Ask<bf16, R> ask(next, n);
   int64_t i = 0;
   if constexpr (S::PAIRS) {
     const bf16* narrow_x = static_cast<const bf16*>(raw);
     for (; i + 2 * S::N <= n; i += 2 * S::N) {
-      ask<bf16, R>(next, i);
+      ask.template some<2 * S::N>(i);
       decltype(S::pairs(narrow_x)) v[C];
       for (int c = 0; c < C; ++c) v[c] = S::pairs(narrow_x + c * n + i);
       for (int r = 0; r < R; ++r) {
@@ -71,7 +88,7 @@ inline void dots(const bf16* const* rows, const void* raw, const float* x, int64
     }
   }
   for (; i + S::N <= n; i += S::N) {
-    ask<bf16, R>(next, i);
+    ask.template some<S::N>(i);
     typename S::V v[C];
     for (int c = 0; c < C; ++c) v[c] = S::load(x + c * n + i);
     for (int r = 0; r < R; ++r) {
@@ -101,9 +118,10 @@ inline void add_rows(const T* const* rows, const float (*u)[R], int64_t n, float
   typename S::V by[C][R];
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) by[c][r] = S::all(u[c][r]);
+  const Ask<T, R> ask(next, n);
   int64_t i = 0;
   for (; i + S::N <= n; i += S::N) {
-    if (i % (64 / int64_t(sizeof(T))) == 0) ask<T, R>(next, i);
+    ask.template some<S::N>(i);
     typename S::V row[R];
     for (int r = 0; r < R; ++r) row[r] = S::load(rows[r] + i);
     for (int c = 0; c < C; ++c) {
@@ -143,87 +161,96 @@ inline float activate(Act act, float x) {
   }
 }
 
-template <class T, int R>
-void matvec_block(const T* rows, const T* bias, const Input& x, int64_t row, int64_t end, float* y,
-                  int64_t stride) {
-  const T *at[R], *next[R];
-  for (int r = 0; r < R; ++r) {
-    at[r] = rows + (row + r) * x.size;
-    next[r] = row + R + r < end ? at[r] + R * x.size : at[r];
-  }
+// y[m * stride + j] = row(j) . x[m] for R rows from j on; R rows after these are needed next.
+template <class T, int R, class Row>
+void dots_block(const Row& row, const Input& x, int64_t j, float* y, int64_t stride) {
+  const T *rows[R], *next[R];
+  for (int r = 0; r < R; ++r) rows[r] = row(j + r), next[r] = row(j + R + r);
   in_groups(x.count, [&](auto group, int64_t m) {
     constexpr int C = decltype(group)::value;
     float found[C][R];
-    dots_of<T, R, C>(at, x, m, found, next);
-    for (int c = 0; c < C; ++c)
-      for (int r = 0; r < R; ++r)
-        y[(m + c) * stride + row + r] = found[c][r] + (bias ? wide(bias[row + r]) : 0.0f);
+    dots_of<T, R, C>(rows, x, m, found, next);
+    for (int c = 0; c < C; ++c) std::copy_n(found[c], R, y + (m + c) * stride + j);
   });
+}
+
+// y[m * stride + j] = row(j) . x[m] for j < n; rows n and on are those that are needed afterwards.
+template <class T, class Row>
+void dots_rows(const Row& row, const Input& x, int64_t n, float* y, int64_t stride) {
+  int64_t j = 0;
+  for (; j + BLOCK <= n; j += BLOCK) dots_block<T, BLOCK>(row, x, j, y, stride);
+  for (; j < n; ++j) dots_block<T, 1>(row, x, j, y, stride);
 }
 
 template <class T>
 void matvec_rows(const T* rows, const T* bias, const Input& x, int64_t begin, int64_t end, float* y,
                  int64_t stride) {
-  int64_t row = begin;
-  for (; row + BLOCK <= end; row += BLOCK) matvec_block<T, BLOCK>(rows, bias, x, row, end, y, stride);
-  for (; row < end; ++row) matvec_block<T, 1>(rows, bias, x, row, end, y, stride);
+  auto row = [&](int64_t j) { return rows + (begin + j) * x.size; };
+  dots_rows<T>(row, x, end - begin, y + begin, stride);
+  for (int64_t m = 0; bias && m < x.count; ++m)
+    for (int64_t i = begin; i < end; ++i) y[m * stride + i] += wide(bias[i]);
 }
 
-// The rows of R neurons.
-template <class T, int R>
-struct Rows {
-  const T *gate[R], *up[R], *down[R];
-  Rows(const Ffn& f, const int64_t* ids, int64_t size) {
-    for (int r = 0; r < R; ++r) {
-      int64_t at = ids[r] * size;
-      up[r] = static_cast<const T*>(f.up) + at;
-      down[r] = static_cast<const T*>(f.down) + at;
-      gate[r] = f.gate ? static_cast<const T*>(f.gate) + at : up[r];
-    }
-  }
-};
+constexpr int64_t STRETCH = 128, INPUTS = 32;  // whose activations are worked on at a time
 
-// R neurons at once; the rows of those at `later` are asked for meanwhile.
-template <class T, int R>
-void ffn_block(const Ffn& f, const Input& x, const int64_t* ids, const int64_t* later, int64_t place,
-               float* sums, float* u, int64_t u_stride) {
-  const Rows<T, R> now(f, ids, x.size), next(f, later, x.size);
-  const T* up_bias = static_cast<const T*>(f.up_bias);
-  const T* gate_bias = static_cast<const T*>(f.gate_bias);
+// sums[m] += the sum of u[m * STRETCH + j] row(j) over R rows from j on; as above.
+template <class T, int R, class Row>
+void add_block(const Row& row, const float* u, const Input& x, int64_t j, float* sums) {
+  const T *rows[R], *next[R];
+  for (int r = 0; r < R; ++r) rows[r] = row(j + r), next[r] = row(j + R + r);
   in_groups(x.count, [&](auto group, int64_t m) {
     constexpr int C = decltype(group)::value;
-    float gate[C][R] = {}, up[C][R], v[C][R];
-    dots_of<T, R, C>(now.up, x, m, up, next.up);
-    if (f.gate) dots_of<T, R, C>(now.gate, x, m, gate, next.gate);
-    for (int c = 0; c < C; ++c)
-      for (int r = 0; r < R; ++r) {
-        float a = gate[c][r], b = up[c][r];
-        if (up_bias) b += wide(up_bias[ids[r]]);
-        if (f.gate && gate_bias) a += wide(gate_bias[ids[r]]);
-        v[c][r] = f.gate ? activate(f.act, a) * b : activate(f.act, b);
-        if (u) u[(m + c) * u_stride + place + r] = v[c][r];
-        if (f.mean) v[c][r] -= f.mean[ids[r]];
-      }
-    add_rows<T, R, C>(now.down, v, x.size, sums + m * x.size, m ? nullptr : next.down);
+    float by[C][R];
+    for (int c = 0; c < C; ++c) std::copy_n(u + (m + c) * STRETCH + j, R, by[c]);
+    add_rows<T, R, C>(rows, by, x.size, sums + m * x.size, m ? nullptr : next);
   });
+}
+
+// Neurons id(0) to id(n - 1); those from id(n) on are needed afterwards.  One matrix after the other:
+// their rows are read as one stream each.
+template <class T, class Id>
+void ffn_some(const Ffn& f, const Input& x, const Id& id, int64_t n, float* sums, float* u,
+              int64_t u_stride) {
+  const T* up_bias = static_cast<const T*>(f.up_bias);
+  const T* gate_bias = static_cast<const T*>(f.gate_bias);
+  float gate[INPUTS * STRETCH], up[INPUTS * STRETCH];
+  // row(j) of a matrix for j < n, and then what is read next: rows of `after` from id(first) on
+  auto rows = [&](const void* of, const void* after, int64_t first = 0) {
+    return [=, &id, &x](int64_t j) {
+      return static_cast<const T*>(j < n ? of : after) + id(j < n ? j : j - n + first) * x.size;
+    };
+  };
+  if (f.gate) dots_rows<T>(rows(f.gate, f.up), x, n, gate, STRETCH);
+  dots_rows<T>(rows(f.up, f.down), x, n, up, STRETCH);
+  for (int64_t m = 0; m < x.count; ++m)
+    for (int64_t j = 0; j < n; ++j) {
+      float& value = up[m * STRETCH + j];
+      if (up_bias) value += wide(up_bias[id(j)]);
+      if (!f.gate) value = activate(f.act, value);
+      else value *= activate(f.act, gate[m * STRETCH + j] + (gate_bias ? wide(gate_bias[id(j)]) : 0.0f));
+      if (u) u[m * u_stride + j] = value;
+      if (f.mean) value -= f.mean[id(j)];
+    }
+  auto down = rows(f.down, f.gate ? f.gate : f.up, n);
+  int64_t j = 0;
+  for (; j + BLOCK <= n; j += BLOCK) add_block<T, BLOCK>(down, up, x, j, sums);
+  for (; j < n; ++j) add_block<T, 1>(down, up, x, j, sums);
 }
 
 template <class T>
 void ffn_rows(const Ffn& f, const Input& x, int64_t begin, int64_t end, float* sums, float* u,
               int64_t u_stride) {
-  int64_t ids[BLOCK], later[BLOCK];
-  auto id = [&](int64_t place) {
-    place = place < end ? place : end - 1;
-    return f.ids ? int64_t(f.ids[place]) : place;
-  };
-  int64_t place = begin;
-  for (; place + BLOCK <= end; place += BLOCK) {
-    for (int r = 0; r < BLOCK; ++r) ids[r] = id(place + r), later[r] = id(place + BLOCK + r);
-    ffn_block<T, BLOCK>(f, x, ids, later, place, sums, u, u_stride);
-  }
-  for (; place < end; ++place) {
-    ids[0] = id(place), later[0] = id(place + 1);
-    ffn_block<T, 1>(f, x, ids, later, place, sums, u, u_stride);
+  for (int64_t place = begin, n; place < end; place += n) {
+    n = std::min(end - place, STRETCH);
+    auto id = [&](int64_t j) {
+      j = std::min(place + j, f.kept - 1);
+      return f.ids ? int64_t(f.ids[j]) : j;
+    };
+    for (int64_t m = 0, count; m < x.count; m += count) {
+      count = std::min(x.count - m, INPUTS);
+      Input some{static_cast<const T*>(x.raw) + m * x.size, x.wide + m * x.size, count, x.size};
+      ffn_some<T>(f, some, id, n, sums + m * x.size, u ? u + m * u_stride + place : nullptr, u_stride);
+    }
   }
 }
 
