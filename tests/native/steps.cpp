@@ -548,7 +548,8 @@ void check(const Case& c, const Plain& plain, const Scratch& scratch, int64_t m)
     close(c, "r", part(scratch.r, m * c.D, c.D), part(plain.r, 0, c.D));
   for (int64_t index = 0; index < layers; ++index) {
     const LayerCase& l = c.layers[size_t(index)];
-    int64_t kept = l.keep ? l.keep : l.all ? c.I : int64_t(l.ids.size());
+    if (l.keep) continue;  // activations of tokens that select are not observed
+    int64_t kept = l.all ? c.I : int64_t(l.ids.size());
     close(c, "u", part(scratch.u, (index * c.rows + m) * c.I, kept), part(plain.u, index * c.I, kept));
   }
 }

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dart_llm.errors import ConfigError
-from dart_llm.pruning import observations
+from dart_llm.pruning import observations, statistics
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.observations import LIMIT, LayerObservation, Observations, ObservedForward
 from dart_llm.pruning.selection import MaskSelector
@@ -81,9 +81,12 @@ def test_nothing_is_no_division_by_zero():
     assert all(bool(entry.total.isfinite().all()) for entry in evidence.sums.values())
 
 
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("kernels", ["", "the kernels are off"])
 @pytest.mark.parametrize("cuts", [(3,), (1, 2), (1, 1, 1)])
-def test_losers_by_hand(cuts):
+def test_losers_by_hand(cuts, kernels, monkeypatch):
     """Only the tokens that leave a neuron out count; a neuron that none leaves out stands at 0."""
+    monkeypatch.setattr(statistics, "why_not", lambda: kernels)
     third = [[1, 1, 0], [0, 1, 1], [1, 0, 1]]
     two_thirds = [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     for keep, losers in ((1 / 3, third), (0.0, third), (2 / 3, two_thirds), (1.0, [[0] * 3] * 3)):
@@ -91,11 +94,13 @@ def test_losers_by_hand(cuts):
     idle = torch.tensor([[0.0, 0.0, 0.0, -2.0], [1.0, 0.0, 3.0, 2.0]])
     # neurons that do nothing are all left out, however few a token must leave out
     assert pruned_indicator(idle, torch.ones(4), 0.5).tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
+    sums = TokenSelection(torch.ones(1, 4), (0.5,)).sums(idle[None], torch.tensor([1.0, 2.0]))
+    assert sums[:, 0].tolist() == [[2, 0, 6, 2], [2, 0, 0, 0], [3, 3, 1, 0]]
     both = TokenSelection(WORTH.expand(2, -1), (1 / 3, 2 / 3))
     assert both.losers(U.expand(2, -1, -1)).tolist() == [third, two_thirds]
     needs = frozenset({"lost"})
     result = summed(cuts, needs=needs, keep=1 / 3)
-    assert set(result.sums) == {"lost", "losses"}
+    assert set(result.sums) == {"signed", "lost", "losses"}
     assert result.sums["lost"].total.tolist() == [0, 0, -0.5]  # 1 - 1, -2 + 2, -0.5 + 0
     assert result.sums["losses"].total.tolist() == [2, 2, 2]
     for keep, weights, mean in (

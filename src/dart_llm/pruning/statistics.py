@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dart_llm.native.build import ops, why_not
 from dart_llm.pruning.observations import LayerObservation
 
 EPS = 1e-12
@@ -248,6 +249,20 @@ class TokenSelection(NamedTuple):
         layers = zip(u, self.saliency, self.keeps, strict=True)
         return torch.stack([pruned_indicator(*layer) for layer in layers])
 
+    def sums(self, u: Tensor, weights: Tensor | None) -> Tensor:
+        """The sums ``signed``, ``lost`` and ``losses`` (see ``LayerStatistics``), [3, L, I].
+
+        u: [L, T, I] float32; weights: [T], or None if all are 1.
+        """
+        if u.device.type == "cpu" and not why_not():  # prompts would take a third longer
+            kept = [max(1, round(keep * u.shape[-1])) for keep in self.keeps]
+            tensors = u.detach().contiguous(), self.saliency.float().contiguous()
+            sums: Tensor = ops().selection_sums(*tensors, kept, weights)
+            return sums
+        lost = self.losers(u)
+        parts = torch.stack([u, u * lost, lost])
+        return parts.sum(2) if weights is None else torch.einsum("t,slt...->sl...", weights, parts)
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -318,12 +333,14 @@ class Statistics:
                 layer.add_ema(values, self.ema_decay, weights)
         elif self.per_token is not None:
             add_sums(evidence, "score", self.per_token(flat), w)
-        if "signed" in self.beside_score:
-            add_sums(evidence, "signed", flat, w)
         if "lost" in self.needs and selection is not None:
-            lost = selection.losers(flat)
-            add_sums(evidence, "lost", flat * lost, w)
-            add_sums(evidence, "losses", lost, w)
+            weight: Tensor | float = float(flat.shape[1]) if w is None else w.sum()
+            with full_precision(flat):
+                sums = selection.sums(flat, w)
+            for name, totals in zip(("signed", "lost", "losses"), sums, strict=True):
+                add_totals(evidence, name, totals, weight)
+        elif "signed" in self.beside_score:
+            add_sums(evidence, "signed", flat, w)
         if f is not None and "features" in self.needs:
             _add_features(evidence, flat, f.flatten(1, 2), w)
 

@@ -81,8 +81,8 @@ struct Scratch {
   Jobs jobs;  // begin() them before the members of a step begin
   std::vector<float> stream, qkv, attended, logits, inputs, normed, scores;
   std::vector<float> parts;  // [PARTS, M, D]: what each part of an FFN adds
-  // Of every layer, where it is observed: activations [L, M, I], and [L, M, D] each the FFN's input,
-  // its output, the stream before it and, where that is normed, what is added to the stream.
+  // Of every layer, where it is observed: activations [L, M, I] unless tokens select, and [L, M, D] each the
+  // FFN's input, its output, the stream before it and, where that is normed, what is added to the stream.
   std::vector<float> u, h, z, x, r;
   std::vector<uint16_t> narrow;
   std::vector<int8_t> levels;  // of inputs, rounded for packed matrices: by member

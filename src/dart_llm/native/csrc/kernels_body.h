@@ -618,6 +618,7 @@ void add_at(Dtype dtype, const void* bias, const int32_t* ids, int64_t n, float*
 }
 
 Cut cut(const float* values, int64_t n, int64_t k, int32_t* orders) {
+  if (k >= n) return {-1, -1};
   // fewer than k, `above`, reach `high`; k at least, `below`, reach `low`
   int32_t low = 0x7f800001, high = 0;
   for (int64_t i = 0; i < n; ++i) {

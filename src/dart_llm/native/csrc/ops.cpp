@@ -384,6 +384,44 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
   return z.to(type);
 }
 
+// Sums over the tokens of u [L, T, I], each of which selects kept[l] neurons of layer l by their activations
+// times saliency [L, I]: [3, L, I] of all activations, of those that are not selected, and how many these
+// are.  weights [T] or None.  What ties with the strongest that is not selected counts as not selected.
+Tensor selection_sums(const Tensor& u, const Tensor& saliency, const std::vector<int64_t>& kept,
+                      const MaybeTensor& weights) {
+  TORCH_CHECK(u.dim() == 3 && saliency.dim() == 2 && saliency.size(0) == u.size(0) &&
+                  saliency.size(1) == u.size(2) && int64_t(kept.size()) == u.size(0) &&
+                  (!weights || weights->numel() == u.size(1)),
+              "native: shapes do not fit");
+  int64_t layers = u.size(0), tokens = u.size(1), width = u.size(2), each = layers * width;
+  auto floats = [](const MaybeTensor& t) { return static_cast<const float*>(data(t, at::kFloat)); };
+  const float *values = floats(u), *factors = floats(saliency), *by = floats(weights);
+  Tensor sums = at::zeros({dart::PARTS, 3, layers, width}, u.options());
+  float* to = sums.mutable_data_ptr<float>();
+  const dart::Kernels& kernels = best();
+  std::atomic<int64_t> taken{0};
+  run_on_threads([&](int64_t) {
+    std::vector<float> strength(static_cast<size_t>(width));
+    std::vector<int32_t> orders(static_cast<size_t>(width));
+    for (int64_t one; (one = taken++) < dart::PARTS;) {
+      dart::Span own = dart::part(tokens, one, dart::PARTS, 1);
+      for (int64_t l = 0; l < layers; ++l)
+        for (int64_t t = own.begin; t < own.end; ++t) {
+          const float *x = values + (l * tokens + t) * width, *factor = factors + l * width;
+          float *all = to + one * 3 * each + l * width, weight = by ? by[t] : 1.0f;
+          for (int64_t i = 0; i < width; ++i) strength[size_t(i)] = std::fabs(x[i]) * factor[i];
+          dart::Cut cut = kernels.cut(strength.data(), width, kept[size_t(l)], orders.data());
+          for (int64_t i = 0; i < width; ++i) {
+            float value = weight * x[i];
+            bool lost = dart::Cut::order_of(strength[size_t(i)]) <= cut.order;
+            all[i] += value, all[each + i] += lost ? value : 0.0f, all[2 * each + i] += lost ? weight : 0.0f;
+          }
+        }
+    }
+  });
+  return sums.sum(0);
+}
+
 // Seconds that the down projections of a model take for a token that selects `share` of the neurons by
 // their activations: [0] all rows are read, [1] those of the others are skipped.  The least of several
 // turns, about `seconds` in all.  Which neurons win is random; real winners lie in runs hardly longer.
@@ -855,6 +893,7 @@ TORCH_LIBRARY(dart_llm, library) {
   library.def("linear", linear);
   library.def("ffn", ffn);
   library.def("packed_ffn", packed_ffn);
+  library.def("selection_sums", selection_sums);
   library.def("selection_times", selection_times);
   library.def("fold", fold);
   library.def("allocated", allocated);
