@@ -206,7 +206,10 @@ class PruningController:
             return
         with torch.no_grad():
             end = pending.call.prompt_tokens
-            weights = evidence_weights(pending.call, end, self._lengths, self.config.skip_sinks)
+            if pending.weights is None:  # the same for all layers
+                lengths, skip = self._lengths, self.config.skip_sinks
+                pending.weights = (evidence_weights(pending.call, end, lengths, skip),)
+            (weights,) = pending.weights
             part = seen.map(lambda t: t.detach()[None, :, :end])
             self._update(pending.observing, (layer,), part, weights)
 

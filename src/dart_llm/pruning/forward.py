@@ -84,7 +84,8 @@ class PendingForward:
 
     ``observing``: for each sequence, whether it observes this forward.  ``counts``: number of
     prompt tokens in each row, without padding.  ``layers``: observations by layer.  ``ended``: True
-    once the forward has finished without an exception.
+    once the forward has finished without an exception.  ``weights``: the weights of a prompt's
+    tokens (see ``evidence_weights``), in a tuple; None until they are needed.
     """
 
     call: ForwardCall
@@ -94,6 +95,7 @@ class PendingForward:
     layers: dict[int, LayerObservation]
     signal: Tensor | None = None
     ended: bool = False
+    weights: tuple[Tensor | None] | None = None
 
 
 T = TypeVar("T", Tensor, Tensor | None)

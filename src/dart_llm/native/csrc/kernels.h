@@ -120,6 +120,10 @@ struct Kernels {
   // Separates the k of n values that are largest, whatever their signs.  Ties go to the lower place;
   // not-a-number is the largest, as torch sorts.  orders: scratch, [n].
   Cut (*cut)(const float* values, int64_t n, int64_t k, int32_t* orders);
+  // Adds to sums [n], sums + pitch and sums + 2 pitch: weight u, the same of those that are not among the k
+  // largest of abs(u) saliency, and weight for each of these.  strength, orders: scratch, [n].
+  void (*lose)(const float* u, const float* saliency, int64_t n, int64_t k, float weight, float* strength,
+               int32_t* orders, float* sums, int64_t pitch);
   // to[f, d] = sum over k of rows[ids[k], d] factors[k, f] for begin <= d < end; rows: [., size].
   void (*fold)(Dtype, const void* rows, const int32_t* ids, int64_t n, int64_t size, const float* factors,
                int64_t count, int64_t begin, int64_t end, float* to);

@@ -647,8 +647,21 @@ Cut cut(const float* values, int64_t n, int64_t k, int32_t* orders) {
   return found;
 }
 
+void lose(const float* __restrict u, const float* __restrict saliency, int64_t n, int64_t k, float weight,
+          float* __restrict strength, int32_t* __restrict orders, float* __restrict sums, int64_t pitch) {
+  for (int64_t i = 0; i < n; ++i) strength[i] = std::fabs(u[i]) * saliency[i];
+  int32_t last = cut(strength, n, k, orders).order;
+  float* __restrict lost = sums + pitch, * __restrict losses = lost + pitch;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t mask = -uint32_t(orders[i] <= last);  // bits, because a condition would not be vectorised
+    float value = weight * u[i];
+    sums[i] += value, lost[i] += from_bits(to_bits(value) & mask);
+    losses[i] += from_bits(to_bits(weight) & mask);
+  }
+}
+
 #include "packed_body.h"
 #include "prompt_body.h"
 
-const Kernels table = {NAME,  matvec,      ffn,   low_rank, estimate, cut,    fold,        attend,
-                       merge, attend_some, round, widen,    add,      add_at, packed_table};
+const Kernels table = {NAME,   matvec, ffn,         low_rank, estimate, cut, lose,   fold,
+                       attend, merge,  attend_some, round,    widen,    add, add_at, packed_table};

@@ -406,17 +406,10 @@ Tensor selection_sums(const Tensor& u, const Tensor& saliency, const std::vector
     for (int64_t one; (one = taken++) < dart::PARTS;) {
       dart::Span own = dart::part(tokens, one, dart::PARTS, 1);
       for (int64_t l = 0; l < layers; ++l)
-        for (int64_t t = own.begin; t < own.end; ++t) {
-          const float *x = values + (l * tokens + t) * width, *factor = factors + l * width;
-          float *all = to + one * 3 * each + l * width, weight = by ? by[t] : 1.0f;
-          for (int64_t i = 0; i < width; ++i) strength[size_t(i)] = std::fabs(x[i]) * factor[i];
-          dart::Cut cut = kernels.cut(strength.data(), width, kept[size_t(l)], orders.data());
-          for (int64_t i = 0; i < width; ++i) {
-            float value = weight * x[i];
-            bool lost = dart::Cut::order_of(strength[size_t(i)]) <= cut.order;
-            all[i] += value, all[each + i] += lost ? value : 0.0f, all[2 * each + i] += lost ? weight : 0.0f;
-          }
-        }
+        for (int64_t t = own.begin; t < own.end; ++t)
+          kernels.lose(values + (l * tokens + t) * width, factors + l * width, width, kept[size_t(l)],
+                       by ? by[t] : 1.0f, strength.data(), orders.data(), to + one * 3 * each + l * width,
+                       each);
     }
   });
   return sums.sum(0);
