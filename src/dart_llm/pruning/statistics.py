@@ -19,6 +19,9 @@ from dart_llm.pruning.observations import LayerObservation
 
 EPS = 1e-12
 
+FISHER, UP = "fisher", "up"
+"""Names of learned sums: squared gradients of the loss, and squared outputs of gated FFNs' up."""
+
 REFERENCE_TOKENS = 256
 """Before sums over more tokens than this decay, they are scaled to count as this many tokens."""
 
