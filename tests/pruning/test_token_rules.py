@@ -73,7 +73,7 @@ def run(config, winners=2, plain=False):
 )
 def test_three_neurons_by_hand(method, wanted):
     assert run(method) == wanted and run(method, winners=3) == [20, -4, -14]
-    if method in ("cats", "gate", "countdown"):  # without a gate what is read whole is u = (0, 7, 2)
+    if method in ("cats", "gate", "countdown"):  # without a gate all of u = (0, 7, 2) is read
         assert run(method, winners=1, plain=True) == [0, 7, 7]
 
 

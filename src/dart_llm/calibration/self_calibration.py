@@ -378,7 +378,7 @@ class _SelfText:
 def wanted(config: PruneConfig, layers: Sequence[FfnWeights]) -> list[str]:
     """Names of the learned statistics that ``config`` needs.
 
-    Gradients are needed by some scores and by most per-token rules.  The basis is needed by low-rank
+    Gradients are needed by some scores and by most per-token rules, and the basis by low-rank
     compensation.  Sums are needed if they count in addition to the tokens that a run observes.
     """
     if config.self_stats is None:

@@ -21,8 +21,8 @@ from dart_llm.models.packed import PackedTensor
 
 RUN, UNIT, GROUP, PADDING = 4096, 64, 32, 64
 """``RUN``: vocabulary entries per *run*, whose entries are stored together.  ``UNIT``: entries per
-unit of a run.  ``GROUP``: directions that share a scale when a hidden state is rounded.  ``PADDING``: unused bytes
-after each direction of a run (see native/csrc/packed.h)."""
+unit of a run.  ``GROUP``: directions that share a scale when a hidden state is rounded.
+``PADDING``: unused bytes after each direction of a run (see native/csrc/packed.h)."""
 
 MIDDLE, LEVELS = 7.5, 16
 """A weight is its scale times (level - ``MIDDLE``), with levels 0 to ``LEVELS`` - 1."""
