@@ -19,10 +19,9 @@ from torch.nn import functional as F
 from dart_llm.errors import ConfigError
 from dart_llm.models.packed import PackedTensor
 
-RUN, UNIT, GROUP, PADDING = 4096, 64, 32, 64
+RUN, UNIT, GROUP = 4096, 64, 32
 """``RUN``: vocabulary entries per *run*, whose entries are stored together.  ``UNIT``: entries per
-unit of a run.  ``GROUP``: directions that share a scale when a hidden state is rounded.
-``PADDING``: unused bytes after each direction of a run (see native/csrc/packed.h)."""
+unit of a run.  ``GROUP``: directions that share a scale when a hidden state is rounded."""
 
 MIDDLE, LEVELS = 7.5, 16
 """A weight is its scale times (level - ``MIDDLE``), with levels 0 to ``LEVELS`` - 1."""
@@ -78,7 +77,7 @@ class Screen:
 
     The score is ``by[v] * sum over i of (levels[v, i] - 7.5) * (basis h)[i]``.  ``basis``: [D, D]
     float32, each eigenvector times the RMS of the head's rows along it.  ``levels``: [V / 4096, D,
-    2048 + 64] uint8, two levels per byte; see ``Directions`` in native/csrc/packed.h.  ``by``: [V]
+    2048] uint8, two levels per byte; see ``Directions`` in native/csrc/packed.h.  ``by``: [V]
     float32 scales, padded to whole runs.  ``words``: V.  ``keep``: number of directions that a
     token reads; it reads those with the largest absolute values in ``basis h``.  ``threshold``:
     entries whose rough score is at most this far below the best are scored exactly.
@@ -201,15 +200,15 @@ def _places() -> Tensor:
 
 
 def _packed(levels: Tensor) -> Tensor:
-    """Levels [RUN, D] uint8 of a run, packed two per byte as [D, RUN / 2 + PADDING]."""
+    """Levels [RUN, D] uint8 of a run, packed two per byte as [D, RUN / 2]."""
     units = levels.t().reshape(-1, RUN // (2 * UNIT), 2, UNIT)
     units = units[..., _places().argsort().to(levels.device)]
-    return F.pad((units[:, :, 0] | units[:, :, 1] << 4).flatten(1), (0, PADDING))
+    return (units[:, :, 0] | units[:, :, 1] << 4).flatten(1).contiguous()
 
 
 def _plain(packed: Tensor) -> Tensor:
     """Inverse of ``_packed``: levels [RUN, D] uint8."""
-    both = packed[:, :-PADDING].reshape(len(packed), -1, 1, UNIT)
+    both = packed.reshape(len(packed), -1, 1, UNIT)
     units = torch.cat([both & 15, both >> 4], 2)[..., _places().to(packed.device)]
     return units.flatten(1).t()
 

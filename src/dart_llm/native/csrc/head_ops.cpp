@@ -21,7 +21,7 @@ Screen read_screen(const Tensor& basis, const Tensor& levels, const Tensor& by, 
     return t.is_contiguous() && t.scalar_type() == type && t.sizes() == at::IntArrayRef(sizes);
   };
   TORCH_CHECK(is(basis, at::kFloat, {hidden, hidden}) &&
-                  is(levels, at::kByte, {rough.runs(), hidden, RUN_BYTES}) &&
+                  is(levels, at::kByte, {rough.runs(), hidden, RUN / 2}) &&
                   is(by, at::kFloat, {rough.runs() * RUN}) && keep > 0 && keep <= hidden && hidden % 8 == 0,
               "native: this screen has another shape");
   rough.levels = levels.const_data_ptr<uint8_t>(), rough.by = by.const_data_ptr<float>();

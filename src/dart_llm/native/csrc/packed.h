@@ -129,11 +129,9 @@ struct Part {
 };
 
 // An output head [V, D] along D directions in which hidden states lie, at 4 bits: what word v gains from
-// z[i] of direction i is by[v] (level - MIDDLE) z[i].  Words lie in runs of RUN, [V / RUN, D, RUN_BYTES], so
-// that a direction can be read alone; two units to 64 bytes as in `Order::neurons`.  The last 64 bytes are
-// never read: without them the same words of all directions would compete for the same places of a cache.
+// z[i] of direction i is by[v] (level - MIDDLE) z[i].  Words lie in runs of RUN, [V / RUN, D, RUN / 2] bytes,
+// so that a direction can be read alone; two units to 64 bytes as in `Order::neurons`.
 constexpr int64_t RUN = 4096;
-constexpr int64_t RUN_BYTES = RUN / 2 + 64;
 constexpr float MIDDLE = 7.5f;
 struct Directions {
   const uint8_t* levels;

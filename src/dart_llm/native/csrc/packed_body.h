@@ -637,6 +637,7 @@ void packed_dequantise(const Packed& p, int64_t row, int64_t count, Dtype dtype,
 }
 
 void packed_scores(const Directions& d, const Along& z, int64_t run, float* y) {
+  constexpr int64_t PITCH = RUN / 2;
   const float* by = d.by + run * RUN;
   for (int64_t i = 0; i < z.count; i += GROUP) {
     Neurons some;
@@ -644,8 +645,8 @@ void packed_scores(const Directions& d, const Along& z, int64_t run, float* y) {
     bool last = i + GROUP >= z.count;
     int64_t later = last ? 0 : i + GROUP, ahead = last && run + 1 < d.runs() ? run + 1 : run;
     for (int64_t r = 0; r < 4 * some.fours; ++r) {
-      some.rows[r] = d.levels + (run * d.size + z.ids[i + r]) * RUN_BYTES;
-      some.next[r] = d.levels + (ahead * d.size + z.ids[std::min(later + r, z.count - 1)]) * RUN_BYTES;
+      some.rows[r] = d.levels + (run * d.size + z.ids[i + r]) * PITCH;
+      some.next[r] = d.levels + (ahead * d.size + z.ids[std::min(later + r, z.count - 1)]) * PITCH;
     }
     for (int64_t f = 0; f < some.fours; ++f)
       std::memcpy(some.inputs + f, z.values.levels + i / UNIT * UNIT + 4 * four_of(i % UNIT / 4 + f), 4);

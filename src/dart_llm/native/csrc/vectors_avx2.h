@@ -44,14 +44,9 @@ static B last(const uint8_t* p, int64_t column) { return column ? high(bytes(p))
 static W whole(int x) { return _mm256_set1_epi32(x); }
 static V to_float(W x) { return _mm256_cvtepi32_ps(x); }
 static V half(const uint16_t* p, int64_t n) {
-  if (n >= N) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  if (n % 2 == 0) {  // two at a time, which needs no copy
-    __m128i two = _mm_cmpgt_epi32(_mm_set1_epi32(int(n / 2)), _mm_setr_epi32(0, 1, 2, 3));
-    return _mm256_cvtph_ps(_mm_maskload_epi32(reinterpret_cast<const int*>(p), two));
-  }
   uint16_t own[N] = {};
-  std::memcpy(own, p, n * 2);
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(own)));
+  if (n < N) std::memcpy(own, p, n * 2), p = own;
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 static V small(const int8_t* p, int64_t n) {
   int8_t own[N] = {};
