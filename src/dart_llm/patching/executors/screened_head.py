@@ -21,7 +21,7 @@ from dart_llm.patching.executors.native_ffn import Layout
 from dart_llm.patching.executors.token_ffn import STEP_ROWS
 from dart_llm.pruning.records import HeadReport
 
-EVERY = 128
+EVERY = 32
 """One in this many screened tokens is checked: the whole head scores it too, for comparison."""
 
 
