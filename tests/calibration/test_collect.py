@@ -8,6 +8,8 @@ from dart_llm.calibration import progress
 from dart_llm.calibration.collect import Needs, collect, evaluating, find_bases, run_forward
 from dart_llm.models.describe import describe
 from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.statistics import UP, SelfStats, Statistics
+from dart_llm.pruning.weights import with_parts
 from prior_cases import STATISTICS, layers_of, observed
 from products import SHAPES
 from steps import Same, shared_model
@@ -91,6 +93,23 @@ def test_sums_and_squared_gradients(name, monkeypatch):
         # OPT's blocks never see the FFN's input while they are pruned
         features = set() if name == "opt" else {"features", "moments", "cross"}
         assert set(sums) == {"score", "signed", "fisher", *features}
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_squares_of_the_up_projection(name):
+    """Only where there is a gate; the root of their mean is a factor of what ranks neurons."""
+    model, ids = shared_model(name), tokens(ROWS, LENGTH, seed=5)
+    result = collect(model, ids, Needs(Statistics(None, frozenset({UP})), inner=True))
+    outputs = []
+    block, layer = describe(model).blocks[1], layers_of(model)[1]
+    hook = block.up.register_forward_hook(lambda _, args, y: outputs.append(y[:, INNER]))
+    with torch.no_grad():
+        model(ids)
+    hook.remove()
+    (layer,) = with_parts([layer], self_stats=[SelfStats(result[1])])
+    sizes = outputs[0][..., -layer.width :].square().mean((0, 1)).sqrt()
+    wanted = layer.down_norm * (1 if block.plain else sizes)
+    torch.testing.assert_close(layer.saliency, wanted)
 
 
 def test_batches_are_added_up(monkeypatch):

@@ -87,7 +87,7 @@ def test_a_method_that_chooses_and_a_clamp(executor):
         with prune(model, executor=one, **token):
             logits.append(steps.decode(model, IDS, PROMPT))
     assert steps.apart(*logits) < 1e-5
-    for method in ("cats", "countdown", "prox"):  # their winners are other neurons
+    for method in ("cats", "gate", "countdown", "prox"):  # their winners are other neurons
         with prune(model, method, sparsity=0.9, clamp=CLAMP) as run:
             steps.decode(model, IDS, PROMPT)
         assert run.report().sparsity_while_pruned == pytest.approx(0.9, abs=0.02)

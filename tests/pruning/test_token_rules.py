@@ -58,6 +58,8 @@ def run(config, winners=2, plain=False):
     [
         # gate (6, -2, 5): neurons 0 and 2, whose u is 0 and 10
         ("cats", [20, 10, 0]),
+        # times norms of down's columns (1.4, 1.4, 2.2)
+        ("gate", [20, 10, 0]),
         # up (0, 7, 2): neurons 1 and 2, whose u is -14 and 10
         ("countdown", [20, -4, -14]),
         # x = (0, -3, 2): gate (2, -3, 5), up (-1, 7, -1), u = (-2, -21, -5), of which 0 goes
@@ -71,8 +73,15 @@ def run(config, winners=2, plain=False):
 )
 def test_three_neurons_by_hand(method, wanted):
     assert run(method) == wanted and run(method, winners=3) == [20, -4, -14]
-    if method in ("cats", "countdown"):  # without a gate what is read whole is u = (0, 7, 2)
+    if method in ("cats", "gate", "countdown"):  # without a gate all of u = (0, 7, 2) is read
         assert run(method, winners=1, plain=True) == [0, 7, 7]
+
+
+def test_gate_ranks_by_what_was_learned():
+    block, x = three_neurons(), torch.tensor([[X]])
+    mask = TokenMask(torch.arange(3), 3, winners=2, saliency=torch.tensor([1.0, 6.0, 1.0]))
+    _, z = ways.token_ffn(block, METHODS.get("gate").token).run_dense(block.down, x, x, mask)
+    assert z.flatten().tolist() == [0, -14, -14]  # neurons 0 and 1 of 6, 12, 5; u is 0 and -14
 
 
 values = st.lists(st.integers(-9, 9), min_size=1, max_size=12)
@@ -163,6 +172,7 @@ def share(ffn, attention=1.0):
         ("wina", 4 * (2 * D + I), FFN / 4 + LAYERS * 4 * (2 * D + I), 1),
         ("cats", (I - K) * D * 4, FFN / 3 + FFN * 2 / 3 / 4, 1),
         ("countdown", (I - K) * D * 4, FFN / 3 + FFN * 2 / 3 / 4, 1),
+        ("gate", (I - K) * D * 4 + 4 * I, FFN / 3 + FFN * 2 / 3 / 4 + LAYERS * 4 * I, 1),
         # 16 of 32 inputs in half a byte and a scale of two, of gate and up; 4 for norm(w)
         ("prox", I * (2 * (8 + 2) + 4), FFN / 4 + LAYERS * I * (2 * (8 + 2) + 4), 1),
         ("random", None, FFN / 4 + LAYERS * 12 * 3 * D * 2 * 2 / 5, 1),  # copied once in 5 tokens
@@ -178,7 +188,8 @@ def test_bytes_by_hand(method, more, ffn, attention, dtype):
     if dtype == torch.float32 and more is not None:
         assert result.proxy_bytes_share == pytest.approx(more / (4 * WEIGHTS))
         assert result.ffn_bytes_share_if_compact == pytest.approx(K / I + more / (4 * WEIGHTS))
-        read = 0 if method in ("cats", "countdown") else more  # which masked has computed anyway
+        computed = {"cats": more, "countdown": more, "gate": (I - K) * D * 4}  # by masked, anyway
+        read = more - computed.get(method, 0)
         assert result.ffn_bytes_share == pytest.approx(1 + read / (4 * WEIGHTS))
 
 

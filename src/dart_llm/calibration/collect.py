@@ -26,7 +26,7 @@ from dart_llm.models.describe import decoder_of, describe
 from dart_llm.pruning.compensation import find_basis
 from dart_llm.pruning.drift import SINKS
 from dart_llm.pruning.observations import LayerObservation
-from dart_llm.pruning.statistics import LayerStatistics, Statistics, Sum, summed
+from dart_llm.pruning.statistics import FISHER, UP, LayerStatistics, Statistics, Sum, summed
 from dart_llm.pruning.weights import FfnWeights
 
 WRITTEN = 64
@@ -141,9 +141,6 @@ BATCH = 8
 BACKWARD = 3
 """A forward and a backward pass together take about as long as this many forwards."""
 
-FISHER = "fisher"
-"""Name of the sum of squared gradients."""
-
 Receive = Callable[[int, LayerActivations, Tensor | None], None]
 """Receives a layer's number, the layer's activations, and the gradient dL/du or None."""
 
@@ -183,7 +180,8 @@ def collect(
     The sum ``FISHER`` is divided by its number of tokens.  Raises ``DartError`` if the gradients
     are not finite.
     """
-    devices = [block.matrices()[-1].device for block in describe(model).blocks]
+    blocks = describe(model).blocks
+    devices = [block.matrices()[-1].device for block in blocks]
     parts = torch.split(ids, rows_at_once(model, ids.shape[1], needs.fisher))
     kept = slice(SINKS, ids.shape[1] - 1) if needs.inner else slice(None)
 
@@ -197,6 +195,9 @@ def collect(
                     f = None if basis is None else F.linear(seen.h, basis.to(seen.h.dtype))[None]
                     part = LayerObservation(seen.u, None, seen.z, seen.x).map(lambda t: t[None])
                     needs.statistics.add([sums], part, None, f)
+                    if UP in needs.statistics.needs and not blocks[layer].plain:
+                        squares = blocks[layer].up_of(seen.h).flatten(0, 1).float().square()
+                        sums.add(UP, squares.sum(0), float(len(squares)))
                 if gradient is not None:
                     squares = gradient.flatten(0, 1).float().square()
                     sums.add(FISHER, squares.sum(0), float(len(squares)))

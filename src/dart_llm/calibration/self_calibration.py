@@ -22,7 +22,6 @@ from dart_llm.calibration import cache
 from dart_llm.calibration.collect import (
     BACKWARD,
     BASIS_TOKENS,
-    FISHER,
     WRITTEN,
     Needs,
     collect,
@@ -45,9 +44,16 @@ from dart_llm.models.screen import Screen
 from dart_llm.patching.patch import check_free
 from dart_llm.pruning.config import BudgetConfig, PruneConfig, SelfStatsConfig
 from dart_llm.pruning.masks import Masks
-from dart_llm.pruning.registry import SCORES
+from dart_llm.pruning.registry import SCORES, TOKEN_RULES
 from dart_llm.pruning.selection import MaskSelector
-from dart_llm.pruning.statistics import LayerStatistics, SelfStats, from_tensors, to_tensors
+from dart_llm.pruning.statistics import (
+    FISHER,
+    UP,
+    LayerStatistics,
+    SelfStats,
+    from_tensors,
+    to_tensors,
+)
 from dart_llm.pruning.weights import FfnWeights, with_parts
 
 logger = logging.getLogger("dart_llm")
@@ -65,7 +71,7 @@ BASIS, SCORE, STATES = "basis", "score", "states"
 """Names of learned statistics: ``BASIS`` for the basis of low-rank compensation, ``SCORE`` for the
 score's sum, ``STATES`` for last hidden states.  Others are ``FISHER`` and those in ``SUMS``."""
 
-SUMS = ("signed", "features", "sensitivity")
+SUMS = ("signed", "features", "sensitivity", UP)
 """Names of sums that a configuration may need (``Statistics.needs``)."""
 
 
@@ -372,14 +378,15 @@ class _SelfText:
 def wanted(config: PruneConfig, layers: Sequence[FfnWeights]) -> list[str]:
     """Names of the learned statistics that ``config`` needs.
 
-    Gradients are needed by some scores and by per-token selection.  The basis is needed by low-rank
+    Gradients are needed by some scores and by most per-token rules, and the basis by low-rank
     compensation.  Sums are needed if they count in addition to the tokens that a run observes.
     """
     if config.self_stats is None:
         return []
     statistics = MaskSelector(config, tuple(layers)).statistics
-    gradients = SCORES.get(config.score.name).needs_fisher or config.token is not None
-    names = [FISHER] if gradients else []
+    names = [FISHER] if SCORES.get(config.score.name).needs_fisher else []
+    if config.token is not None and TOKEN_RULES.get(config.token.rule).learns not in names:
+        names.append(TOKEN_RULES.get(config.token.rule).learns)
     if "features" in statistics.needs:
         names.append(BASIS)
     if config.self_stats.tokens:

@@ -26,11 +26,12 @@ from dart_llm.pruning.config import (
 from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES, TOKEN_RULES, Registry
 
 
-def _per_token(rule: str, **options: Any) -> PruneConfig:
-    """Per-token selection by ``rule``, without calibration or evidence from the prompt."""
+def _per_token(rule: str, learned: SelfStatsConfig | None = None, **options: Any) -> PruneConfig:
+    """Per-token selection by ``rule``, without evidence from the prompt."""
     return PruneConfig(
         method=rule,
         score=ScoreConfig(name="weight"),  # not used; this score needs no observed tokens
+        self_stats=learned,
         token=TokenConfig(rule=rule, **options),
     )
 
@@ -105,6 +106,10 @@ FLAP = PruneConfig(
     compensation=True,
 )
 """FLAP (arXiv 2312.11983): static masks from a calibration text, with compensation."""
+
+GATE = _per_token("gate", SelfStatsConfig())
+"""Like CATS, but each gate output is multiplied by the learned size of the up projection and by the
+norm of the output column."""
 
 GLASS = PruneConfig(
     method="glass",

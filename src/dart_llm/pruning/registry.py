@@ -111,7 +111,7 @@ METHODS = Registry(
     _table(
         "methods",
         "dense random static wanda flap griffin griffin-refresh glass published dart dart-prompt "
-        "dart-token teal teal-attention wina cats countdown prox",
+        "dart-token teal teal-attention wina cats gate countdown prox",
         str.upper,
     ),
     "dart_llm.pruning.setting_file:method_of",
@@ -148,6 +148,7 @@ TOKEN_RULES = Registry(
         "low-bit": "dart_llm.pruning.token_rules.low_bit:LowBit",
         "prox": "dart_llm.pruning.token_rules.prox:Prox",
         "cats": "dart_llm.pruning.token_rules.cats:Cats",
+        "gate": "dart_llm.pruning.token_rules.gate:Gate",
         "countdown": "dart_llm.pruning.token_rules.countdown:Countdown",
         "teal": "dart_llm.pruning.token_rules.teal:Teal",
         "teal-attention": "dart_llm.pruning.token_rules.teal:TealAttention",

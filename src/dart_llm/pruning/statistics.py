@@ -20,6 +20,9 @@ from dart_llm.pruning.observations import LayerObservation
 
 EPS = 1e-12
 
+FISHER, UP = "fisher", "up"
+"""Names of learned sums: squared gradients of the loss, and squared outputs of gated FFNs' up."""
+
 REFERENCE_TOKENS = 256
 """Before sums over more tokens than this decay, they are scaled to count as this many tokens."""
 
@@ -271,8 +274,8 @@ class Statistics:
     ``per_token``: the function whose values the score sums over tokens (unrelated to per-token
     selection); None if the score needs no activations.  ``needs``: other sums, any of ``signed``
     (for compensation), ``features`` (for low-rank compensation), ``sensitivity`` (for the budget
-    ``depth``) and ``lost`` (for compensation under per-token selection).  ``spread`` and
-    ``average`` are as in ``Score``, ``ema_decay`` as in ``ScoreConfig``.
+    ``depth``) and ``lost`` (for compensation under per-token selection); ``collect`` adds ``UP``.
+    ``spread`` and ``average`` are as in ``Score``, ``ema_decay`` as in ``ScoreConfig``.
     """
 
     per_token: PerToken | None

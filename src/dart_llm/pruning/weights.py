@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dart_llm.pruning.statistics import SelfStats
+from dart_llm.pruning.statistics import UP, SelfStats
 
 REACH_CHUNK = 4096
 """Number of rows of an embedding that are multiplied at a time."""
@@ -86,9 +86,12 @@ class FfnWeights:
     def saliency(self) -> Tensor:
         """Factor by which each neuron's activation is multiplied to rank neurons, [I].
 
-        It is the root of ``fisher`` if that was learned, otherwise ``down_norm``.
+        It is the root of ``fisher`` if that was learned, otherwise ``down_norm``.  If the mean
+        squares of the up projection were learned, it is multiplied by their roots.
         """
-        return self.down_norm if self.fisher is None else self.fisher.sqrt()
+        saliency = self.down_norm if self.fisher is None else self.fisher.sqrt()
+        up = None if self.self_stats is None else self.self_stats.evidence.sums.get(UP)
+        return saliency if up is None else saliency * up.mean.sqrt()
 
     @cached_property
     def down_l1(self) -> Tensor:

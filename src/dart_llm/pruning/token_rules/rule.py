@@ -16,6 +16,7 @@ from torch import Tensor
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig, TokenConfig
 from dart_llm.pruning.masks import LayerMask
+from dart_llm.pruning.statistics import FISHER
 from dart_llm.pruning.token_level import QuantizedProxy, TokenMask, winner_places
 from dart_llm.pruning.weights import FfnWeights, stored_bytes
 
@@ -61,6 +62,8 @@ class TokenRule:
     """Whether the rule also selects the largest inputs of the attention projections."""
     compensates: ClassVar[bool] = False
     """Whether neurons that a token does not select can be replaced by their mean activation."""
+    learns: ClassVar[str] = FISHER
+    """Statistic behind ``TokenMask.saliency``: mean squared gradients, or ``UP``."""
     options: ClassVar[frozenset[str]] = frozenset()
     """Fields of ``TokenConfig``, other than ``rule``, that the rule uses."""
 
