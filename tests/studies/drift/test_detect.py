@@ -326,7 +326,7 @@ def test_variants_differ_from_dart_in_their_drift_rule_alone(name, drift):
 DRIFT = [
     ({"methods": "interval:0"}, 'cannot parse the method "interval:0"'),
     ({"methods": "dart@half"}, 'cannot parse the method "dart@half"'),
-    ({"methods": "drat"}, r"unknown method 'drat'; did you mean dart or cats\?"),
+    ({"methods": "drat"}, r"unknown method 'drat'; did you mean dart or gate or cats\?"),
     ({"methods": "dart@1.5"}, r"sparsity 1.5 must lie in \[0, 1\)"),
     ({"methods": "dense@0.5"}, "method dense removes nothing: drop the @0.5"),
     ({"methods": "dart,dart@0.5"}, r'"dart@0.5" was given twice'),
