@@ -76,12 +76,15 @@ def read(path: Path) -> Any:
 
 
 def command(words: list[str]) -> str:
-    """The command line with paths cut to file names and without the options in ``PLACES``."""
+    """The command line with paths cut to file names and without the options in ``PLACES``.
+
+    The path of a task's text (perplexity:../shared/data/X) stays: ``reproduce.py`` links to it.
+    """
     kept, skip = [], False
     for word in words:
         dropped, skip = skip or word in PLACES, word in PLACES
         if not dropped:
-            kept.append(Path(word).name if "/" in word else word)
+            kept.append(Path(word).name if "/" in word and ":../" not in word else word)
     return shlex.join(kept)
 
 
