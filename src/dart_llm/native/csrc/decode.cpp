@@ -161,7 +161,8 @@ struct Member : Worker {
     });
     const Ffn& ffn = layer.ffn;
     const Proxies& proxies = layer.proxies;
-    if (proxies.keep && !proxies.own()) estimate(layer, given);
+    if (proxies.keep && !proxies.own())
+      estimate_strengths(*this, kernels, decoder.dtype, proxies, ffn, given, scratch.strength.data());
     Once selections([&] {
       return chosen_of(kernels, proxies, proxies.keep ? cache.rows : 0, ffn.kept, scratch.strength.data(),
                        orders);
@@ -191,20 +192,6 @@ struct Member : Worker {
     uint8_t* to = scratch.marks.data() + index * cache.rows * bytes;
     std::fill_n(to, cache.rows * bytes, uint8_t(0));
     for (const Chosen& of_row : chosen) mark(ffn.ids, ffn.kept, of_row, to), to += bytes;
-  }
-
-  // Strengths [M, candidates] by the proxies.
-  template <class MakeInput>
-  void estimate(const Layer& layer, MakeInput& make_input) {
-    int64_t kept = layer.ffn.kept;
-    in_parts(PARTS, [&](int64_t one, int64_t parts) {
-      Span own = part(kept, one, parts);
-      const Input& given = make_input();
-      for (int64_t m = 0; m < given.count; ++m)
-        kernels.estimate(decoder.dtype, layer.proxies, layer.ffn, one_of(decoder.dtype, given, m), own.begin,
-                         own.end, scratch.strength.data() + m * kept);
-    });
-    finish();
   }
 
   // u [M, I] of packed matrices, for the part of the FFN that comes next: of all kept neurons, or of those

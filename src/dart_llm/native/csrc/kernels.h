@@ -121,7 +121,8 @@ struct Kernels {
   // not-a-number is the largest, as torch sorts.  orders: scratch, [n].
   Cut (*cut)(const float* values, int64_t n, int64_t k, int32_t* orders);
   // Adds to sums [n], sums + pitch and sums + 2 pitch: weight u, the same of those that are not among the k
-  // largest of abs(u) saliency, and weight for each of these.  strength, orders: scratch, [n].
+  // largest of abs(u) saliency, and weight for each of these.  strength: scratch, [n]; orders: the same,
+  // not negative.
   void (*lose)(const float* u, const float* saliency, int64_t n, int64_t k, float weight, float* strength,
                int32_t* orders, float* sums, int64_t pitch);
   // to[f, d] = sum over k of rows[ids[k], d] factors[k, f] for begin <= d < end; rows: [., size].

@@ -252,13 +252,8 @@ Tensor ffn(const Tensor& x, const MaybeTensor& gate, const Tensor& up, const Ten
   run_on_threads([&](int64_t) {
     dart::Worker team(jobs);
     std::vector<int32_t> ids(strength.size());
-    if (choice) {
-      team.in_parts(dart::PARTS, [&](int64_t one, int64_t parts) {
-        dart::Span span = dart::part(f.kept, one, parts);
-        kernels.estimate(dtype, proxies, f, given, span.begin, span.end, strength.data());
-      });
-      team.finish();
-    }
+    auto tokens = [&]() -> const dart::Input& { return given; };
+    if (choice) dart::estimate_strengths(team, kernels, dtype, proxies, f, tokens, strength.data());
     dart::Once chosen(
         [&] { return dart::chosen_of(kernels, proxies, 1, f.kept, strength.data(), ids.data()); });
     team.in_parts(dart::PARTS, [&](int64_t one, int64_t parts) {
@@ -342,13 +337,9 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
   run_on_threads([&](int64_t) {
     dart::Worker team(jobs);
     std::vector<int32_t> orders(strength.size());
-    if (choice && !proxies.own()) {
-      team.in_parts(dart::PARTS, [&](int64_t one, int64_t number) {
-        dart::Span span = dart::part(f.kept, one, number);
-        kernels.estimate(dtype, proxies, f, given, span.begin, span.end, strength.data());
-      });
-      team.finish();
-    }
+    auto tokens = [&]() -> const dart::Input& { return given; };
+    if (choice && !proxies.own())
+      dart::estimate_strengths(team, kernels, dtype, proxies, f, tokens, strength.data());
     dart::Once chosen([&] {
       return dart::chosen_of(kernels, proxies, choice ? count : 0, f.kept, strength.data(), orders.data());
     });
@@ -430,12 +421,10 @@ std::vector<double> selection_times(const std::vector<Packs>& downs, double shar
   std::vector<float> u(static_cast<size_t>(width)), sums(static_cast<size_t>(dart::PARTS * columns));
   std::minstd_rand random(1);
   for (float& one : u) one = float(random() % 65536 + 1);
-  dart::Proxies proxies{};
   std::vector<double> least(2, INFINITY);
   auto begin = Clock::now();
   for (int64_t turn = 0; turn < 6 || std::chrono::duration<double>(Clock::now() - begin).count() < seconds;
        ++turn) {
-    proxies.skip = turn % 2;
     dart::Jobs jobs(int64_t(downs.size()), at::get_num_threads());
     auto start = Clock::now();
     run_on_threads([&](int64_t member) {
@@ -444,7 +433,8 @@ std::vector<double> selection_times(const std::vector<Packs>& downs, double shar
       for (const Packs& one : downs) {
         dart::Ffn f{};
         f.packed_down = &one->packed, f.kept = one->packed.rows;
-        dart::Proxies own = proxies;
+        dart::Proxies own{};
+        own.skip = turn % 2;
         own.keep = std::max<int64_t>(1, int64_t(share * double(f.kept)));
         dart::Once chosen([&] { return dart::chosen_of(kernels, own, 1, f.kept, u.data(), orders.data()); });
         team.in_parts(dart::PARTS, [&](int64_t part, int64_t parts) {

@@ -33,6 +33,19 @@ struct Chosen {
   }
 };
 
+// strength [M, kept] of all candidates by the proxies; every member calls it.  input(): the M tokens.
+template <class MakeInput>
+void estimate_strengths(Worker& team, const Kernels& kernels, Dtype dtype, const Proxies& proxies,
+                        const Ffn& ffn, MakeInput& input, float* strength) {
+  team.in_parts(PARTS, [&](int64_t one, int64_t parts) {
+    Span own = part(ffn.kept, one, parts);
+    const Input& x = input();
+    for (int64_t m = 0; m < x.count; ++m)
+      kernels.estimate(dtype, proxies, ffn, one_of(dtype, x, m), own.begin, own.end, strength + m * ffn.kept);
+  });
+  team.finish();
+}
+
 // The selections of `count` tokens; every member makes its own from strengths [count, kept] that are
 // complete, which costs less than to wait for one that makes it for all.  orders: scratch, [kept].
 inline std::vector<Chosen> chosen_of(const Kernels& kernels, const Proxies& proxies, int64_t count,
