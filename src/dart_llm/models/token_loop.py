@@ -30,8 +30,8 @@ may return, instead of logits, the likeliest id that is not in the list: [1] int
 Processor = Callable[[Tensor, Tensor], Tensor]
 """A function of ids [1, T] and scores (processed logits); returns new scores, [1, V] float32."""
 
-Criterion = Callable[[Tensor, int], Any]
-"""A function of ids [1, T] and the last id as a number; returns True at the sequence's end."""
+Criterion = Callable[[int, int], bool]
+"""A function of the number of ids and the last id; returns True at the sequence's end."""
 
 _ARGUMENTS = {"cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}
 """The arguments of a forward that the loop can update for the next token."""
@@ -98,27 +98,49 @@ class TokenLoop:
         process = _processors(processors)
         scored = sequence.sampled or not all(isinstance(item, _NoEnds) for item in process)
         quick_criteria, others = _criteria(criteria)
+        text = _Text(ids)
         token = scores = sequence.prompt(ids)
         while True:
             if scores.is_floating_point():
                 for processor in process:
-                    scores = processor(ids, scores)
+                    scores = processor(text.ids(), scores)
                 if sequence.sampled:
                     token = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
                 else:
                     token = _likeliest(scores)
-            ids = torch.cat([ids, token[:, None]], dim=-1)
-            number = int(token)
-            complete = any(criterion(ids, number) for criterion in quick_criteria)
+            text.add(token)
+            number, length = int(token), text.length
+            complete = any(criterion(length, number) for criterion in quick_criteria)
             if others is not None:
-                complete |= bool(others(ids, None).all())
+                complete |= bool(others(text.ids(), None).all())
             if self._streamer is not None:
                 self._streamer.put(token.cpu())
             if complete:
-                return ids
-            token = scores = sequence.next(
-                ids, None if scored else _forbidden(process, ids.shape[1])
-            )
+                return text.ids()
+            token = scores = sequence.next(text, None if scored else _forbidden(process, length))
+
+
+class _Text:
+    """The ids of a sequence, [1, T]; new ones are joined to them only when someone reads them."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self._ids, self._new = ids, list[Tensor]()
+        self.length = ids.shape[1]
+
+    def add(self, token: Tensor) -> None:
+        """Append an id [1]."""
+        self._new.append(token[:, None])
+        self.length += 1
+
+    def last(self) -> Tensor:
+        """The id that was added last, [1, 1]."""
+        return self._new[-1] if self._new else self._ids[:, -1:]
+
+    def ids(self) -> Tensor:
+        """All ids, [1, T]."""
+        if self._new:
+            self._ids, self._new = torch.cat([self._ids, *self._new], dim=-1), []
+        return self._ids
 
 
 def _likeliest(scores: Tensor) -> Tensor:
@@ -152,22 +174,22 @@ class _Sequence:
         self._steps = positions is None or bool((positions[..., -1] == end - 1).all())
         return logits
 
-    def next(self, ids: Tensor, forbidden: list[int] | None) -> Tensor:
-        """Run the forward of the last id in ``ids`` [1, T]; return the logits [1, V] after it.
+    def next(self, text: _Text, forbidden: list[int] | None) -> Tensor:
+        """Run the forward of the last id of ``text``; return the logits [1, V] after it.
 
         The cache must contain all other ids.  If ``forbidden`` is a list, the result may instead be
         the likeliest id that is not in this list, [1] int64.
         """
         if self._steps:
-            logits = self._step(ids[:, -1:], self.cache, forbidden)
+            logits = self._step(text.last(), self.cache, forbidden)
             if logits is not None:
                 return logits.float() if logits.is_floating_point() else logits
         kwargs = {**self._kwargs, "cache": self.cache}
         positions = kwargs.get("position_ids")
         if positions is not None:
-            kwargs["position_ids"] = positions[..., -1:] + (ids.shape[1] - self._prompt)
+            kwargs["position_ids"] = positions[..., -1:] + (text.length - self._prompt)
         model = self._model
-        inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)
+        inputs = model.prepare_inputs_for_generation(text.ids(), next_sequence_length=1, **kwargs)
         return self._read(model(**inputs, return_dict=True))
 
     def _read(self, outputs: Any) -> Tensor:
@@ -257,10 +279,10 @@ def _criteria(criteria: Any) -> tuple[list[Criterion], Any]:
     for criterion in criteria:
         if type(criterion) is EosTokenCriteria:
             ends = set(criterion.eos_token_id.flatten().tolist())
-            numbers.append(lambda ids, token, ends=ends: token in ends)  # type: ignore[misc]
+            numbers.append(lambda length, token, ends=ends: token in ends)  # type: ignore[misc]
         elif type(criterion) is MaxLengthCriteria:
             most = criterion.max_length
-            numbers.append(lambda ids, token, most=most: ids.shape[1] >= most)  # type: ignore[misc]
+            numbers.append(lambda length, token, most=most: length >= most)  # type: ignore[misc]
         else:
             others.append(criterion)
     return numbers, others or None

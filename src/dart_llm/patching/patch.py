@@ -254,10 +254,13 @@ class ModelPatch(NotCopied):
         with outside_inference():
             self._plan_forward(calls.read_forward(model, args, kwargs))
 
-    def _plan_forward(self, forward: calls.ForwardArgs) -> None:
+    def _begin_forward(self) -> None:
         if self._turn.begin_forward():  # the previous forward was interrupted
             for layer in self.layers:
                 layer.forget()
+
+    def _plan_forward(self, forward: calls.ForwardArgs) -> None:
+        self._begin_forward()
         self.rows = forward.rows
         call = self.loop.call(forward) if self.loop else bare_call(forward, self.forced_decode > 0)
         if call.kind is Kind.PREFILL:  # not at every token: the check takes as long as a layer
@@ -309,8 +312,13 @@ class ModelPatch(NotCopied):
         self._turn.check()
         if whole is None or not self._has_no_other_hooks() or not whole.continues(cache):
             return None
-        with outside_inference():
-            self._plan_forward(calls.ForwardArgs(cache.get_seq_length(), 1, 1, ids, None, cache))
+        cached = cache.get_seq_length()
+        if self._on_forward is None and self.controller.repeats(cached):
+            self._begin_forward()
+            self.plan = self.controller.plan
+        else:
+            with outside_inference():
+                self._plan_forward(calls.ForwardArgs(cached, 1, 1, ids, None, cache))
         logits = whole.decode(ids, cache, forbidden)
         if logits is None:
             self._is_planned = True

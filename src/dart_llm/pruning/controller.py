@@ -63,6 +63,10 @@ TokensHook = Callable[[PendingForward, int, list[SequenceState]], None]
 """Called with a forward, the number of its tokens that were kept, and all sequences' states."""
 
 
+MOST_REPEATS = 64
+"""Maximum number of decoded tokens that are counted together."""
+
+
 class PruningController:
     """Updates the states of all sequences of one run."""
 
@@ -72,14 +76,14 @@ class PruningController:
         layers: tuple[FfnWeights, ...],
         fixed_masks: Masks | None = None,
         on_remask: RemaskHook | None = None,
-        on_tokens: TokensHook | None = None,
         clamp: Clamp = NO_CLAMP,
     ) -> None:
         self.config = config
         self.selector = MaskSelector(config, layers, clamp)
         self.rule = make_rule("never" if fixed_masks is not None else config.drift.rule)
         self.fixed_masks = fixed_masks
-        self.on_remask, self.on_tokens = on_remask, on_tokens
+        self.on_remask = on_remask
+        self.on_tokens: TokensHook | None = None
         self._clamp_masks = clamp.of((None,) * len(layers)) if clamp.layers else None
         """Masks that only remove clamped neurons, for steps in which a sequence has no masks."""
         self.sequences: list[SequenceState] = []
@@ -119,6 +123,15 @@ class PruningController:
         self._pending = pending = self._make_pending(call, observing, counts)
         self.plan = pending.plan
         return self.plan
+
+    def repeats(self, cached: int) -> bool:
+        """Return whether the plan of the newest forward also holds for one more token.
+
+        ``cached``: number of positions in the cache.  If True, the caller may run a forward of one
+        token without ``before_forward``; ``after_forward`` then counts it.
+        """
+        pending = self._pending
+        return pending is not None and pending.room > 0 and pending.ended and cached == self.length
 
     def _advance(self, state: SequenceState, call: ForwardCall) -> bool:
         """Advance ``state`` to the coming decode forward; return whether to observe the forward."""
@@ -265,15 +278,36 @@ class PruningController:
 
     @torch.no_grad()
     def after_forward(self) -> None:
-        """Settle the forward that just ran, unless some of its tokens may still be rolled back."""
+        """Settle the forward that just ran, unless some of its tokens may still be rolled back.
+
+        A decode forward whose plan holds for more tokens is settled with these, in one go.
+        """
         pending = self._pending
         if pending is None:
             return
-        pending.ended = True
-        if pending.call.kind is Kind.PREFILL or pending.call.tokens == 1:
-            self._settle(pending.call.cached + pending.call.tokens)
+        if pending.ended:
+            pending.repeats += 1
+            pending.room -= 1
         else:
-            self.length = pending.call.cached + pending.call.tokens
+            pending.ended = True
+            pending.room = self._room(pending)
+        self.length = pending.end
+        if pending.room == 0 and (pending.call.kind is Kind.PREFILL or pending.call.tokens == 1):
+            self._settle(pending.end)
+
+    def _room(self, pending: PendingForward) -> int:
+        """Number of further tokens for which the plan of a forward of one token holds."""
+        call, plan = pending.call, pending.plan
+        quiet = not (plan.observe or plan.signal or self.on_tokens)
+        if call.kind is Kind.PREFILL or (call.tokens, call.rows) != (1, 1) or not quiet:
+            return 0
+        bounds = [state.tokens_until_change() for state in self.sequences]
+        return min((bound for bound in bounds if bound is not None), default=MOST_REPEATS) - 1
+
+    def count_repeats(self) -> None:
+        """Settle the forwards of one token that ``after_forward`` has not settled yet."""
+        if self._pending is not None and self._pending.room:
+            self.settle()
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -289,8 +323,7 @@ class PruningController:
         pending, self._pending = self._pending, None
         if pending is None or not pending.ended:
             return
-        call = pending.call
-        end = call.cached + call.tokens
+        call, end = pending.call, pending.end
         kept = end if cached is None or cached == 0 else min(cached, end)
         accepted = max(0, kept - call.cached)
         self.length = call.cached + accepted
@@ -329,7 +362,7 @@ class PruningController:
             count = call.rows if state.row is None else 1
             live = float(accepted * count) if weights is None else weights[rows].sum()
             pruned = state.phase is Phase.PRUNED
-            state.count(accepted, live, accepted if call.forced else 1)
+            state.count(accepted, live, accepted if call.forced or pending.repeats else 1)
             if pruned:
                 self._watch(state, pending, accepted, rows)
 

@@ -85,7 +85,9 @@ class PendingForward:
     ``observing``: for each sequence, whether it observes this forward.  ``counts``: number of
     prompt tokens in each row, without padding.  ``layers``: observations by layer.  ``ended``: True
     once the forward has finished without an exception.  ``weights``: the weights of a prompt's
-    tokens (see ``evidence_weights``), in a tuple; None until they are needed.
+    tokens (see ``evidence_weights``), in a tuple; None until they are needed.  ``repeats``: number
+    of later forwards of one token with the same plan, which are counted with this one; ``room``:
+    how many more there may be.
     """
 
     call: ForwardCall
@@ -96,6 +98,13 @@ class PendingForward:
     signal: Tensor | None = None
     ended: bool = False
     weights: tuple[Tensor | None] | None = None
+    repeats: int = 0
+    room: int = 0
+
+    @property
+    def end(self) -> int:
+        """Number of positions in the cache after the forward and its repeats."""
+        return self.call.cached + self.call.tokens + self.repeats
 
 
 T = TypeVar("T", Tensor, Tensor | None)

@@ -27,7 +27,7 @@ from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.accounting import Costs, known_bytes, run_report
 from dart_llm.pruning.clamp import ClampValues, make_clamp
 from dart_llm.pruning.config import DEFAULT_METHOD, USER_MASKS, PruneConfig
-from dart_llm.pruning.controller import PruningController, RemaskHook, TokensHook
+from dart_llm.pruning.controller import PruningController, RemaskHook
 from dart_llm.pruning.masks import Ids, Masks, user_masks
 from dart_llm.pruning.records import DriftCheck, HeadReport, Remask, RunReport
 from dart_llm.pruning.selection import MaskSelector
@@ -169,11 +169,9 @@ class BoundMethod:
         chosen = {"masks": self.masks, "fixed_masks": self.fixed_masks, "prior": self.prior}
         return build(self.model, config, **chosen)
 
-    def controller(
-        self, on_remask: RemaskHook | None = None, on_tokens: TokensHook | None = None
-    ) -> PruningController:
+    def controller(self, on_remask: RemaskHook | None = None) -> PruningController:
         """Return a new controller for this method."""
-        chosen = self.settings, self.layers, self.fixed_masks, on_remask, on_tokens
+        chosen = self.settings, self.layers, self.fixed_masks, on_remask
         return PruningController(*chosen, self.selector.clamp)
 
     def report(self, controller: PruningController, executor: str, costs: PatchCosts) -> RunReport:
@@ -264,11 +262,7 @@ class Run:
             self.tracing.remask(remask, state)
 
     def _new_controller(self) -> PruningController:
-        def on_tokens(*settled: Any) -> None:  # called when the tokens of a forward are final
-            if self.tracing is not None:
-                self.tracing.record(*settled)
-
-        return self._method.controller(self._notify, on_tokens)
+        return self._method.controller(self._notify)
 
     @property
     def executor(self) -> str:
@@ -372,6 +366,7 @@ class Run:
         trace = Trace(patch, Path(path))
         try:
             self.tracing = trace
+            self.controller.on_tokens = trace.record
             patch.watch(trace.begin)
             yield trace
         finally:
@@ -379,7 +374,7 @@ class Run:
                 report = self.report()  # first, because this also traces the newest forward
                 trace.finish(self.model, report)
             finally:
-                self.tracing = None
+                self.tracing = self.controller.on_tokens = None
                 patch.watch(None)
 
     def select(self) -> Masks:
@@ -460,7 +455,9 @@ class Run:
         return self.patch is not None and self.patch.loop is not None
 
     def _catch_up(self) -> None:
-        if not self._generating:  # ``generate`` may still roll back the newest forward
+        if self._generating:  # and may still roll back a forward of several tokens
+            self.controller.count_repeats()
+        else:
             self.controller.flush()
 
     def report(self) -> RunReport:

@@ -139,16 +139,15 @@ class WholeSteps:
         return self._run_step(TokenCall(ids, cache, forbidden)) if self._load_plan() else None
 
     def _must_run_modules(self, again: bool = False) -> bool:
-        """Return True if dropout, gradients, autocast, more outputs or hooks need the modules."""
+        """Return True if dropout, gradients, autocast, more outputs or hooks need the modules.
+
+        ``again``: a whole step came just before, so check only what may have changed since.
+        """
+        if self._model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return True
         config = self._model.config
-        return (
-            self._model.training
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or getattr(config, "output_hidden_states", False)
-            or getattr(config, "output_attentions", False)
-            or self._hooks.foreign(again)
-        )
+        outputs = () if again else ("output_hidden_states", "output_attentions")
+        return any(getattr(config, name, False) for name in outputs) or self._hooks.foreign(again)
 
     def _signals_inside(self, plan: ForwardPlan) -> bool:
         """Return True if the plan needs a drift signal that a hook inside the model reads."""
