@@ -30,7 +30,7 @@ OFF = {"eos_token_id": None, "do_sample": False}
 def count(monkeypatch):
     """How often our loop ran, and how many tokens passed the model by."""
     result = {"loops": 0, "steps": 0}
-    loop, decode = TokenLoop._decode, patch.ModelPatch._decode
+    loop, decode = TokenLoop._decode, patch.ModelPatch.decode
 
     def counted_loop(self, *arguments):
         result["loops"] += 1
@@ -42,7 +42,7 @@ def count(monkeypatch):
         return logits
 
     monkeypatch.setattr(TokenLoop, "_decode", counted_loop)
-    monkeypatch.setattr(patch.ModelPatch, "_decode", counted_step)
+    monkeypatch.setattr(patch.ModelPatch, "decode", counted_step)
     return result
 
 
@@ -292,6 +292,22 @@ def test_masks_that_change_while_it_runs(monkeypatch, count):
         _, run = both(monkeypatch, generated, method=method, **settings)
         assert run.report().decoded_tokens == NEW - 1
     assert count["loops"] == 3
+
+
+def test_tokens_of_one_plan_are_counted_together_and_in_time(monkeypatch):
+    """Only the first of them is planned, and reports count all of them, even while it generates."""
+    model, planned, seen = shared_model("llama"), [], []
+    with prune(model, "griffin", sparsity=0.5, executor="native") as run:
+        before = run.controller.before_forward
+        monkeypatch.setattr(
+            run.controller, "before_forward", lambda call: (planned.append(call), before(call))[1]
+        )
+        streamer = Streamer(lambda tokens: len(tokens) > 1 and seen.append(run.report()))
+        generated(model, streamer=Streamer())
+        assert len(planned) == 2  # the prompt, and all steps after it
+        assert run.report().decoded_tokens == NEW - 1
+        generated(model, streamer=streamer)
+    assert [report.decoded_tokens for report in seen] == [NEW - 1 + n for n in range(NEW)]
 
 
 LEFT = {

@@ -316,7 +316,10 @@ class Request:
         live = [row.finish is None for row in self._rows]
         self._loop.prompt = False
         self._loop.live = None if all(live) else torch.tensor(live, device=self.host.model.device)
-        return self._forward(torch.tensor([[row.tokens[-1]] for row in self._rows]))[:, -1]
+        ids = torch.tensor([[row.tokens[-1]] for row in self._rows])
+        alone = len(ids) == 1 and self._cache is not None
+        logits = self.host.patch.decode(ids, self._cache) if alone else None
+        return self._forward(ids)[:, -1] if logits is None else logits
 
     def _forward(self, ids: Tensor, **options: Any) -> Tensor:
         """Run ids [rows, n]; return logits [rows, n, V], or of the last ``logits_to_keep`` ids."""

@@ -92,7 +92,7 @@ class ModelPatch(NotCopied):
         self._watch = Watch(model, self.layers, self._changes)
         self._turn = Turn(model, self)
         self._is_planned = False
-        """True if ``_decode`` has already planned the next forward of the model."""
+        """True if ``decode`` has already planned the next forward of the model."""
         self._decodes = False
         """True if the current forward is a decode forward."""
         self._on_forward: OnForward | None = None
@@ -247,7 +247,7 @@ class ModelPatch(NotCopied):
         _active.discard(self)
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """The model's pre-hook: plans the forward, unless ``_decode`` has planned it."""
+        """The model's pre-hook: plans the forward, unless ``decode`` has planned it."""
         if self._is_planned:
             self._is_planned = False
             return
@@ -301,7 +301,7 @@ class ModelPatch(NotCopied):
             return marks if len(layers) == len(marks) else marks[list(layers)]
         return [self.layers[index].selected() for index in layers]
 
-    def _decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:
+    def decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None = None) -> Tensor | None:
         """Run ids [1, 1] as a whole step, without calling the model, and return logits [1, V].
 
         With ``forbidden`` (see ``TokenCall``), the likeliest token [1] may be returned instead.
@@ -359,7 +359,7 @@ class ModelPatch(NotCopied):
         self.loop = loop
         self._turn.reserve()
         if self.whole_steps and loop.plain and can_stand_in(self.model, original):
-            token_loop = TokenLoop(self._decode, kwargs.get("streamer"))
+            token_loop = TokenLoop(self.decode, kwargs.get("streamer"))
             kwargs = {**kwargs, "custom_generate": token_loop}
         try:
             generated = original(*args, **kwargs)

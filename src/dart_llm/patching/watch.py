@@ -86,7 +86,7 @@ def _weight_places(parts: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
     return list(zip(map(place_of, weights), strides, strict=True))
 
 
-RUNS, GENERATES = ("_call_impl", "_decode"), ("_call_impl", "generate")
+RUNS, GENERATES = ("_call_impl", "decode"), ("_call_impl", "generate")
 """``RUNS``: names of functions that are on a thread's stack during a forward.  ``GENERATES``: those
 that are on it during a forward or ``generate``."""
 
