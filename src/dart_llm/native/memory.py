@@ -1,4 +1,4 @@
-"""Measures free memory, and moves weights to huge pages.
+"""Measures free memory and how fast it is read, and moves weights to huge pages.
 
 A decoded token reads every weight once.  With pages of 4 KB, the weights occupy more pages than the
 CPU's TLB has entries, and the TLB misses take as much time as the reads; docs/performance.md has
@@ -8,6 +8,7 @@ measurements.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from dart_llm.native.build import ops
 
 MAPS, MEMORY = Path("/proc/self/maps"), Path("/proc/meminfo")
 """``MAPS``: Linux's list of this process's mappings.  ``MEMORY``: the machine's free memory."""
@@ -34,6 +37,9 @@ LEAST = 32 << 20
 
 COLLAPSE = 25
 """MADV_COLLAPSE of madvise(2), which moves memory to huge pages but keeps address and content."""
+
+UNCACHED = 128 << 20
+"""Bytes that ``read_speed`` reads; more than a CPU's caches hold for two cores."""
 
 RESERVE = 1 << 30
 """Bytes that must stay free when weights are copied only for speed."""
@@ -116,3 +122,19 @@ def into_huge_pages(tensors: Iterable[Tensor]) -> int:
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return sum(advise(page * PAGE, PAGE, COLLAPSE) == 0 for page in sorted(pages))
+
+
+def read_speed() -> float:
+    """Return how many bytes per second torch's threads read from memory: a few 10 ms.
+
+    The result is what a decoded token could reach if it did nothing but read.  Raises
+    ``DartError`` without native kernels.
+    """
+    return float(ops().read_speed(_uncached()))
+
+
+@functools.cache
+def _uncached() -> Tensor:
+    data = torch.ones(UNCACHED // 8, dtype=torch.int64, device="cpu")
+    into_huge_pages([data])
+    return data

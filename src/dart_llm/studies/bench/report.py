@@ -84,6 +84,7 @@ COLUMNS = (
     Column("x dense", "times_dense", ".2f"),
     Column("bandwidth limit", "bandwidth_limit", ".2f"),
     Column("of limit", "share_of_limit", percent, terminal=False),
+    Column("of memory speed", "share_of_memory_speed", percent, terminal=False),
     Column("MB/token", "bytes_per_token", lambda size: number(size / 1e6)),
     Column("bytes", "bytes_share", ".2f"),
     Column("achieved", "achieved_sparsity", percent),
@@ -115,6 +116,8 @@ def caption(document: Row) -> str:
     timed = document.get("timed_tokens", document["tokens"])
     bases = {f["base"] for f in document["formats"].values() if f.get("base")}
     dense = "dense on the same weights" if len(bases) > 1 else document["base"]
+    speed = document.get("read_speed")
+    memory = f" that read {number(speed / 1e9)} GB/s" if speed else ""
     loss = ""
     if "slices" in document:
         loss = (
@@ -125,9 +128,9 @@ def caption(document: Row) -> str:
         f"{checkpoint['name']} ({file_text(checkpoint)}, {dtype_text(checkpoint)}; {formats}): "
         f"{document['prompt_tokens']} prompt + {timed} timed tokens, "
         f'{count(document["repeats"], "repetition")} in shuffled order, "x dense" '
-        f"compares with {dense}; {loss}{machine['processor']}, {machine['threads']} threads, "
-        f"device {machine['device']}, torch {document['versions']['torch']}, kernels "
-        f"{document['kernels'] or 'none'}"
+        f"compares with {dense}; {loss}{machine['processor']}, "
+        f"{machine['threads']} threads{memory}, device {machine['device']}, "
+        f"torch {document['versions']['torch']}, kernels {document['kernels'] or 'none'}"
     )
 
 

@@ -10,7 +10,8 @@ the second estimate: it varies little, but perplexities of so few tokens vary a 
 is the largest of the candidate's losses on the texts.
 
 A row's bandwidth limit is the speed-up that its bytes allow: the bytes that a dense token reads,
-divided by the bytes that a token of this row reads.
+divided by the bytes that a token of this row reads.  Its share of the memory speed is the bytes
+that it reads per second, divided by those that a program reads that does nothing else.
 """
 
 from __future__ import annotations
@@ -158,7 +159,12 @@ def speed_document(
     _mark_contradictions(rows, samples)
     for row in rows:
         row["verdict"] = "disturbed: repeat it" if row["disturbed"] else None
-    shared = {"mean_context": context, "ffn_share_of_bytes_read": main.share}
+    speeds = [s["read_speed"] for row in samples.values() for s in row if "read_speed" in s]
+    shared = {
+        "mean_context": context,
+        "ffn_share_of_bytes_read": main.share,
+        "read_speed": statistics.median(speeds) if speeds else None,
+    }
     return {**about, **shared, "bytes_per_dense_token": main.total, "rows": rows}
 
 
@@ -200,9 +206,17 @@ def _speed_row(
         **row,
         **times,
         "share_of_limit": ratio / limit if ratio and limit and candidate.method else None,
+        "share_of_memory_speed": _share_of_memory_speed(samples, row["bytes_per_token"]),
         "times_transformers": over_transformers.ratio,
         "first_token_ms": 1000 * statistics.median(s["first_token_s"] for s in samples),
     }
+
+
+def _share_of_memory_speed(samples: Sequence[Sample], size: float) -> float | None:
+    """The median over the repetitions; ``size``: bytes per token.  None if it was not measured."""
+    pairs = zip(samples, token_seconds(samples), strict=True)
+    shares = [size / s / sample["read_speed"] for sample, s in pairs if sample.get("read_speed")]
+    return statistics.median(shares) if shares else None
 
 
 def _mark_contradictions(rows: Sequence[Row], samples: Mapping[str, Sequence[Sample]]) -> None:

@@ -44,6 +44,7 @@ from dart_llm.models.describe import context_length, describe
 from dart_llm.models.gguf_file import ROUNDED
 from dart_llm.models.loading import is_default
 from dart_llm.native import build
+from dart_llm.native.memory import read_speed
 from dart_llm.pruning import registry
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import TOKEN_RULES
@@ -427,10 +428,20 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         return self.repetition(unit.data, self.settings.tokens)
 
     def time(self, candidate: Candidate, tokens: int, number: int) -> Sample:
+        before = self._read_speed()
         if candidate.file is None:
-            return super().time(candidate, tokens, number)
-        threads, prompt = torch.get_num_threads(), self.settings.prompt_tokens
-        return reference_repetition(self.bench, candidate.file, threads, prompt, tokens)
+            sample = super().time(candidate, tokens, number)
+        else:
+            threads, prompt = torch.get_num_threads(), self.settings.prompt_tokens
+            sample = reference_repetition(self.bench, candidate.file, threads, prompt, tokens)
+        if before is not None:  # other programs change it within seconds
+            sample["read_speed"] = (before + self._read_speed()) / 2
+        return sample
+
+    def _read_speed(self) -> Any:
+        """Bytes per second that are read from memory now; None on a GPU or without kernels."""
+        on_cpu = torch.device(self.model.device).type == "cpu"
+        return read_speed() if on_cpu and not build.why_not() else None
 
     def take(self, unit: Unit, value: Any) -> None:
         super().take(unit, value)
