@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import time
 
 import pytest
 import torch
@@ -435,3 +436,20 @@ def test_the_likeliest_token_of_a_step_is_the_first_of_its_largest_logits(head, 
     assert len(chosen) == 11 * rows
     assert head != "equal" or max(chosen) < 2501
     assert head != "nan" or set(chosen) == {2222}
+
+
+def test_the_times_of_a_step_by_part():
+    model = tiny("llama")
+    with prune(model, sparsity=0.0, executor="native") as run:
+        native = run.patch.whole_steps.native
+        model.generate(tokens(1, 24), max_new_tokens=3, **OFF)
+        with pytest.raises(RuntimeError, match="nobody timed the last step"):
+            native.part_seconds()
+        native.time_parts(True)
+        began = time.perf_counter()
+        model.generate(tokens(1, 24), max_new_tokens=3, **OFF)
+        elapsed = time.perf_counter() - began
+    embedding, qkv, attention, output, activations, ffn, sums, head = native.part_seconds()
+    assert activations == 0, "only packed FFNs compute them apart"
+    parts = (embedding, qkv, attention, output, ffn, sums, head)
+    assert min(parts) > 0 and sum(parts) < elapsed

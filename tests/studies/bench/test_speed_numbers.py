@@ -135,6 +135,11 @@ def test_candidates(tmp_path):
     grid = speed_grid(flags, "dense")
     assert len(grid) == 3 * 2 * 2
     assert (grid[2].label, grid[2].executor) == ("griffin 70 %, compact", "compact")
+    heads = settings(tmp_path, heads="full,screened", executors="native", model="m")
+    assert [row.label for row in speed_grid(heads, "dense")] == [
+        *("griffin 50 %, native", "dense, native, screened head"),
+        "griffin 50 %, native, screened head",
+    ]
     named = merge(SpeedSettings, {"model": "Qwen/Qwen2.5-0.5B"}, environment={})
     assert (named.name, named.experiment) == ("qwen2.5-0.5b", "speed-qwen2.5-0.5b")
     file.write_text("x: {executor: native}\n", encoding="utf-8")
@@ -149,6 +154,7 @@ def test_candidates(tmp_path):
     [
         ({"executors": "nativ"}, "unknown executor 'nativ'; did you mean native"),
         ({"executors": ","}, "--executors is empty: give at least one"),
+        ({"heads": "half"}, "unknown head 'half'"),
         ({"methods": "dense"}, "method dense removes no neurons, and the dense model is"),
         ({"sparsities": "50"}, "50 must be between 0 and 1"),
         ({"weights": "q8_0,none.gguf"}, "--weights none.gguf is not a file"),

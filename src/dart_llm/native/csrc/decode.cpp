@@ -54,6 +54,12 @@ struct Member : Worker {
   int32_t* orders;       // [I]
   Likeliest* likeliest;  // [M]
 
+  // Returns when all jobs begun so far are finished, which ends a part of the step.
+  void finish(StepPart part) {
+    Worker::finish();
+    if (scratch.times && is_first()) scratch.times->end(part);
+  }
+
   static int64_t parts_of(int64_t values) { return std::min(PARTS, 1 + values / LEAST); }
 
   // `from` [M, n] rounded to the weights' dtype, as the model's own modules hand it on.
@@ -217,7 +223,7 @@ struct Member : Worker {
             strengths_of(layer.proxies, ffn, of_row, begin, end, scratch.strength.data() + m * ffn.kept);
         }
     });
-    finish();
+    finish(StepPart::activations);
   }
 
   // to[m] += the output of kept neurons `own` for each row, or of those among them that it has chosen.
@@ -293,20 +299,20 @@ struct Member : Worker {
       project(layer.k, layer.k_bias, given, kv, qkv + q);
       project(layer.v, layer.v_bias, given, kv, qkv + q + kv);
     }
-    finish();
+    finish(StepPart::qkv);
     if (decoder.over_all) {
       in_parts(2 * rows, [&](int64_t one, int64_t) {
         float *queries = qkv + one / 2 * in_qkv(), *keys = queries + q;
         one % 2 ? decoder.norm_row(layer.k_norm, keys, kv, keys)
                 : decoder.norm_row(layer.q_norm, queries, q, queries);
       });
-      finish();
+      finish(StepPart::qkv);
     }
     int64_t parts = chunks(index);  // those of one head come one after the other, as they lie in memory
     in_parts(rows * decoder.kv_heads * parts, [&](int64_t one, int64_t) {
       attend(index, one / parts / decoder.kv_heads, one / parts % decoder.kv_heads, one % parts);
     });
-    finish();
+    finish(StepPart::attention);
     add_attention(index);
   }
 
@@ -334,14 +340,14 @@ struct Member : Worker {
                 for (int64_t i = m * hidden + begin; i < m * hidden + end; ++i) stream[i] += y[i];
             });
     if (decoder.parallel) return;
-    finish();
+    finish(StepPart::output);
     if (last) return;
     in_parts(cache.rows, [&](int64_t m, int64_t) {
       float *own = y + m * hidden, *to = stream + m * hidden;
       decoder.norm_row(layer.after_attention, own, hidden, own);
       for (int64_t i = 0; i < hidden; ++i) to[i] += own[i];
     });
-    finish();
+    finish(StepPart::output);
   }
 
   void embed(int64_t m, int64_t token) {
@@ -356,13 +362,13 @@ struct Member : Worker {
   void run(const int64_t* tokens) {
     int64_t hidden = decoder.hidden, rows = cache.rows;
     in_parts(rows, [&](int64_t m, int64_t) { embed(m, tokens[m]); });
-    finish();
+    finish(StepPart::embedding);
     for (int64_t index = 0; index < int64_t(decoder.layers.size()); ++index) {
       attention(index);
       ffn(index);
-      finish();
+      finish(StepPart::ffn);
       add_sums(index);
-      finish();
+      finish(StepPart::sums);
     }
     Once given([&] {
       norm_rows(decoder.norm, scratch.stream.data(), hidden, x);

@@ -1,5 +1,7 @@
 // A token of each row through a decoder of norms, attention and FFNs, whole.
 #pragma once
+#include <array>
+#include <chrono>
 #include <optional>
 #include <vector>
 
@@ -75,6 +77,23 @@ struct Cache {
   int64_t rows;      // M
 };
 
+// The parts of a step, in order; an FFN that is not packed computes its activations in `ffn`.
+enum class StepPart { embedding, qkv, attention, output, activations, ffn, sums, head };
+constexpr size_t STEP_PARTS = 8;
+
+// The seconds of a step's parts, each until all members have finished it; summed over the layers.
+struct StepTimes {
+  using Clock = std::chrono::steady_clock;
+  void begin() { seconds.fill(0), last = Clock::now(); }
+  void end(StepPart part) {
+    Clock::time_point now = Clock::now();
+    seconds[size_t(part)] += std::chrono::duration<double>(now - last).count();
+    last = now;
+  }
+  std::array<double, STEP_PARTS> seconds{};
+  Clock::time_point last;
+};
+
 // What a step leaves behind; all float32.  Has room for `rows`; a step of fewer leaves the rest.
 struct Scratch {
   Scratch(const Decoder&, int64_t threads, int64_t rows);
@@ -94,7 +113,8 @@ struct Scratch {
   ScreenRoom screened;
   int64_t threads, rows;
   bool observed = false, watched = false;
-  bool greedy = false;  // whether `likeliest` is wanted, of all words but the `forbidden` ones
+  std::optional<StepTimes> times;  // begin() them with the step; its caller ends the last part, the head
+  bool greedy = false;             // whether `likeliest` is wanted, of all words but the `forbidden` ones
   std::vector<int64_t> forbidden;
 };
 

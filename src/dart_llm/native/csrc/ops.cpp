@@ -462,7 +462,7 @@ struct Decoder : torch::CustomClassHolder {
   };
   std::vector<Mask> masks;
   std::unique_ptr<dart::Scratch> scratch;
-  bool watched = false;                           // see watch()
+  bool watched = false, timed = false;            // see watch() and time_parts()
   std::unique_ptr<dart::PromptRoom> prompt_room;  // from the begin of a prompt to its end
 
   // sizes: D, H, K, S, I, V, R; kind: as set_kind reads it; numbers: eps, scale, of the embedding,
@@ -683,9 +683,12 @@ struct Decoder : torch::CustomClassHolder {
     const float* sin = static_cast<const float*>(data(sine, at::kFloat)) + position * each;
     const dart::Kernels& kernels = best();
     scratch->jobs.begin();
+    if (timed) scratch->times.emplace().begin();
+    else scratch->times.reset();
     run_on_threads([&](int64_t member) {
       dart::step(kernels, model, cache, tokens.data(), cos, sin, *scratch, member);
     });
+    if (timed) scratch->times->end(dart::StepPart::head);
     int64_t pitch = model.logits_pitch();
     auto logits = [&] {
       return at::from_blob(scratch->logits.data(), {rows, model.vocabulary}, {pitch, 1}, at::kFloat);
@@ -840,6 +843,15 @@ struct Decoder : torch::CustomClassHolder {
     return found;
   }
 
+  // Whether steps record the times of their parts, from the next one on.
+  void time_parts(bool on) { timed = on; }
+
+  // Of the last step, timed: seconds of its parts, in the order of StepPart.
+  std::vector<double> part_seconds() const {
+    TORCH_CHECK(scratch && scratch->times, "native: nobody timed the last step");
+    return {scratch->times->seconds.begin(), scratch->times->seconds.end()};
+  }
+
   // Bytes of scratch memory beside the weights and the masks.
   int64_t nbytes() const {
     if (!scratch) return 0;
@@ -929,5 +941,7 @@ TORCH_LIBRARY(dart_llm, library) {
       .def("nbytes", &Decoder::nbytes)
       .def("observed", &Decoder::observed)
       .def("watch", &Decoder::watch)
-      .def("marks", &Decoder::marks);
+      .def("marks", &Decoder::marks)
+      .def("time_parts", &Decoder::time_parts)
+      .def("part_seconds", &Decoder::part_seconds);
 }

@@ -93,6 +93,8 @@ class Worker {
     open_[begun_++ - seen_] = parts;
   }
 
+  bool is_first() const { return member_ == 0; }
+
   // Returns when all jobs begun so far are finished.  Waits for parts, not for members: one that is
   // not running, and has taken nothing, holds nobody up.
   void finish() {

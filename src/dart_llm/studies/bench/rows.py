@@ -202,10 +202,11 @@ def _speed_row(
         "method": candidate.method,
         "requested": None if candidate.config is None else candidate.config.target,
         "executor": candidate.executor,
+        "head": None if candidate.config is None else candidate.config.head.kind,
         "weights": candidate.weights,
         **row,
         **times,
-        "share_of_limit": ratio / limit if ratio and limit and candidate.method else None,
+        "share_of_limit": ratio / limit if ratio and limit and not candidate.dense else None,
         "share_of_memory_speed": _share_of_memory_speed(samples, row["bytes_per_token"]),
         "times_transformers": over_transformers.ratio,
         "first_token_ms": 1000 * statistics.median(s["first_token_s"] for s in samples),
@@ -222,11 +223,12 @@ def _share_of_memory_speed(samples: Sequence[Sample], size: float) -> float | No
 def _mark_contradictions(rows: Sequence[Row], samples: Mapping[str, Sequence[Sample]]) -> None:
     """Mark both rows of a pair as disturbed if their times contradict their bytes.
 
-    Only rows of the same method, executor and weight format are compared, because methods differ in
-    the time that selection takes.
+    Only rows of the same method, executor, head and weight format are compared, because methods
+    differ in the time that selection takes.
     """
     judged = [row for row in rows if row["bandwidth_limit"] and row["times_dense"] is not None]
-    groups = grouped(judged, lambda row: (row["method"], row["executor"], row["weights"]))
+    names = ("method", "executor", "head", "weights")
+    groups = grouped(judged, lambda row: tuple(row[name] for name in names))
     for same in groups.values():
         sizes = {row["row"]: row["bytes_per_token"] for row in same}
         wrong = contradicting({label: token_seconds(samples[label]) for label in sizes}, sizes)

@@ -50,9 +50,12 @@ class BenchOptions(StudyOptions, ModelOptions):
     repeats: int = setting(STUDY, "Number of repetitions, in shuffled order.", 5, ge=1)
     threads: int | None = setting(STUDY, "Number of threads (default: torch's).", ge=1, le=4096)
     calibration: str | None = setting(STUDY, "Calibrate on this text, if a method calibrates.")
+    heads: Texts = setting(STUDY, "Try these output heads: full,screened (default: by method).", ())
 
     @model_validator(mode="after")
     def _check_bench(self) -> BenchOptions:
+        for head in self.heads:
+            check_name("head", head, HEADS)
         self.variant_list()
         return self
 
@@ -125,14 +128,24 @@ class SpeedSettings(BenchOptions):
         """The GGUF files among ``weights``."""
         return [Path(weights).expanduser() for weights in self.weights if is_file(weights)]
 
-    def method_list(self) -> list[tuple[str, PruneConfig]]:
-        """The label and configuration of every variant at every sparsity with every executor."""
-        return [
-            (variant.label, variant.at(sparsity, executor=executor))
-            for variant in self.variant_list()
-            for sparsity in self.sparsities
-            for executor in self.executors
-        ]
+    def method_list(self) -> list[tuple[str | None, PruneConfig]]:
+        """The label and configuration of every variant at every sparsity with every executor.
+
+        ``heads`` repeats them with each head, beginning with the unpruned model (label None) if
+        its head is screened.
+        """
+        rows: list[tuple[str | None, PruneConfig]] = []
+        for changes in [{"head": head} for head in self.heads] or [{}]:
+            if changes.get("head") == SCREENED:
+                screened = {"seed": self.seed, **changes}
+                rows += [
+                    (None, PruneConfig.build(DENSE, executor=e, **screened)) for e in self.executors
+                ]
+            for variant in self.variant_list():
+                for sparsity in self.sparsities:
+                    for e in self.executors:
+                        rows.append((variant.label, variant.at(sparsity, executor=e, **changes)))
+        return rows
 
 
 def is_file(weights: str) -> bool:
@@ -165,7 +178,6 @@ class TuneSettings(BenchOptions):
     )
     methods: Texts = setting(STUDY, f"Try these, or none (default: {','.join(METHODS)}).", ())
     sparsities: Removed = setting(STUDY, "Fractions to remove (default: by method).", ())
-    heads: Texts = setting(STUDY, "Try these output heads: full,screened (default: by method).", ())
     text: str = setting(STUDY, "Score this text: a file, JSONL or data name.", documents.EMBEDDED)
     slices: int = setting(STUDY, "Number of slices of each of the two texts.", 8, ge=2)
     prompt_tokens: int = setting(STUDY, "Number of prompt tokens per slice.", 64, ge=16)
@@ -177,8 +189,6 @@ class TuneSettings(BenchOptions):
     def _check(self) -> TuneSettings:
         for weights in self.weights:
             check_name("weights", weights, FORMATS)
-        for head in self.heads:
-            check_name("head", head, HEADS)
         documents.names(self.text)
         return self
 

@@ -434,11 +434,12 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         else:
             threads, prompt = torch.get_num_threads(), self.settings.prompt_tokens
             sample = reference_repetition(self.bench, candidate.file, threads, prompt, tokens)
-        if before is not None:  # other programs change it within seconds
-            sample["read_speed"] = (before + self._read_speed()) / 2
+        after = self._read_speed()  # other programs change it within seconds
+        if before and after:
+            sample["read_speed"] = (before + after) / 2
         return sample
 
-    def _read_speed(self) -> Any:
+    def _read_speed(self) -> float | None:
         """Bytes per second that are read from memory now; None on a GPU or without kernels."""
         on_cpu = torch.device(self.model.device).type == "cpu"
         return read_speed() if on_cpu and not build.why_not() else None
