@@ -6,6 +6,7 @@ A native decode step decodes one token per row in a single call of C++.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from dart_llm.native.memory import empty
 
 ROOM = 256
 """Number of positions by which buffers grow."""
@@ -204,12 +207,10 @@ class PreallocatedKVCache:
         """Make room for one position; new buffers also change ``places()`` and ``steps``."""
         if self.ready(cache):
             return
-        steps, dtype = (
-            Steps(),
-            layer_tensors(cache.layers[0])[0].dtype,
-        )  # a step reads only one dtype
+        steps = Steps()
         with torch.inference_mode(False), torch.no_grad():
-            layers = [_grow(layer, _copied(layer, dtype, steps)) for layer in cache.layers]
+            buffers = _copied(cache.layers, steps)
+            layers = [_grow(*pair) for pair in zip(cache.layers, buffers, strict=True)]
         # any of these lines may be the last before an interrupt: layers are consistent after each
         self.steps, self._layers = steps, layers
         cache.layers[:] = layers
@@ -242,14 +243,30 @@ def _free(owner: weakref.ref[PreallocatedKVCache], _cache: object) -> None:
         growing._layers = []
 
 
-def _copied(layer: Any, dtype: torch.dtype, steps: Steps) -> Buffers:
-    """New buffers with copies of the positions that a step may read, and room for ``ROOM`` more."""
-    most = layer.sliding_window - 1 if layer.is_sliding else None
+def _copied(layers: Sequence[Any], steps: Steps) -> list[Buffers]:
+    """New buffers with copies of the positions that a step may read, and room for ``ROOM`` more.
+
+    All of them share one memory, because a step reads them as it reads weights: pages of 4 KB would
+    make it wait.
+    """
+    most = [layer.sliding_window - 1 if layer.is_sliding else None for layer in layers]
+    old = [_read(layer, count) for layer, count in zip(layers, most, strict=True)]
+    dtype = old[0][0].dtype  # a step reads only one dtype
+    shapes = [(*keys.shape[:2], keys.shape[2] + ROOM, keys.shape[3]) for keys, _ in old]
+    device = old[0][0].device
+    room = empty(2 * sum(map(math.prod, shapes)), dtype, device)
+    buffers, begin = [], 0
+    for layer, (keys, values), shape, window in zip(layers, old, shapes, most, strict=True):
+        count, size = keys.shape[2], math.prod(shape)
+        to_keys, to_values = room[begin : begin + 2 * size].view(2, *shape)
+        to_keys[:, :, :count], to_values[:, :, :count] = keys, values
+        begin += 2 * size
+        length = layer.get_seq_length()
+        buffers.append(Buffers(to_keys, to_values, count, length, window, steps))
+    return buffers
+
+
+def _read(layer: Any, most: int | None) -> tuple[Tensor, Tensor]:
+    """A layer's keys and values [B, K, n, S] of the positions that a step may read."""
     begin = 0 if most is None else max(0, layer.keys.shape[2] - most)
-    old = [t[:, :, begin:] for t in (layer.keys, layer.values)]
-    rows, heads, count, size = old[0].shape
-    shape = rows, heads, count + ROOM, size
-    keys, values = (torch.zeros(shape, dtype=dtype, device=t.device) for t in old)
-    for buffer, positions in ((keys, old[0]), (values, old[1])):
-        buffer[:, :, :count] = positions
-    return Buffers(keys, values, count, layer.get_seq_length(), most, steps)
+    return layer.keys[:, :, begin:], layer.values[:, :, begin:]

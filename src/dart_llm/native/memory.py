@@ -7,8 +7,10 @@ measurements.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import mmap
 import os
 import re
 import sys
@@ -122,6 +124,22 @@ def into_huge_pages(tensors: Iterable[Tensor]) -> int:
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return sum(advise(page * PAGE, PAGE, COLLAPSE) == 0 for page in sorted(pages))
+
+
+def empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor [count] whose values are not set, in huge pages if it has at least two.
+
+    Unlike ``into_huge_pages``, this asks for the pages before they exist, so nothing is moved.
+    """
+    size = count * dtype.itemsize
+    if size < 2 * PAGE or device.type != "cpu" or sys.platform != "linux":
+        return torch.empty(count, dtype=dtype, device=device)
+    room = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without huge pages
+        room.madvise(mmap.MADV_HUGEPAGE)
+    data = torch.frombuffer(room, dtype=torch.uint8)
+    begin = -data.data_ptr() % PAGE
+    return data[begin : begin + size].view(dtype)
 
 
 def read_speed() -> float:
