@@ -20,6 +20,7 @@ from dart_llm import cache
 from dart_llm.errors import ConfigError, LoadError
 from dart_llm.models.agreement import forward_of
 from dart_llm.models.ffn import FfnBlock, matrix_of
+from dart_llm.models.float32_products import emulates
 from dart_llm.models.packed import PackedTensor
 from dart_llm.native.build import kernels_in_use, ops
 from dart_llm.native.memory import RESERVE, available, private_maps
@@ -407,20 +408,26 @@ def _parameter(module: nn.Module) -> nn.Parameter:
 def native_linears(
     model: nn.Module, blocks: tuple[FfnBlock, ...]
 ) -> Iterator[tuple[nn.Linear, Callable[..., Tensor]]]:
-    """Yield each linear layer outside the FFNs that the kernel can run, and its new forward.
+    """Yield each linear layer that gets a new forward, and that forward.
 
-    For the few vectors of a decode step, torch reads a small matrix at only a fraction of
-    the memory bandwidth.
+    Outside the FFNs, these are layers that the kernel can run: for the few vectors of a decode
+    step, torch reads a small matrix at only a fraction of the memory bandwidth.  In the FFNs, these
+    are transposed down projections in a dtype that torch emulates.
     """
     in_ffns = {id(part) for block in blocks for part in block.projections}
+    transposed = {id(block.down) for block in blocks if emulates(matrix_of(block.down).dtype)}
     for module in model.modules():
-        if type(module) is not nn.Linear or id(module) in in_ffns or hasattr(module, "_hf_hook"):
+        if type(module) is not nn.Linear or hasattr(module, "_hf_hook"):
             continue
         weight: Any = module.weight
         floats = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
         is_torchs = forward_of(module)[0].__module__ == "torch.nn.modules.linear"
         plain = is_torchs and "forward" not in module.__dict__
-        if plain and floats and type(weight) is nn.Parameter and weight.is_contiguous():
+        if not plain or not floats or type(weight) is not nn.Parameter:
+            continue
+        if id(module) in transposed:
+            yield module, functools.partial(_run_transposed, module)
+        elif id(module) not in in_ffns and weight.is_contiguous():
             yield module, functools.partial(_run_linear, module, ops().linear.default)
 
 
@@ -436,3 +443,14 @@ def _run_linear(
         return original(x)
     y: Tensor = kernel(x.reshape(-1, size).contiguous(), weight, module.bias)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _run_transposed(module: nn.Linear, original: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """The new forward of a down projection while it is transposed in place.
+
+    For many tokens, torch's emulated product takes several times as long with transposed weights;
+    with a copy of them, results are the same to the bit.
+    """
+    if isinstance(module.weight, PackedTensor) or x.numel() <= FEW * x.shape[-1]:
+        return original(x)
+    return F.linear(x, module.weight.contiguous(), module.bias)
