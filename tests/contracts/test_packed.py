@@ -107,6 +107,7 @@ def test_how_down_rows_are_read_is_measured_once(tmp_path, monkeypatch):
     with prune(model, "dart-token", sparsity=0.5, executor="native", self_stats=PRIOR) as run:
         downs = run.patch.layout.downs
         assert len(downs) == LAYERS
+        assert run.patch.layout.selection is not None  # known before the first prompt
         first, other = MEASURE(downs, 0.5), MEASURE(downs, 0.3)
         monkeypatch.setattr(native_ffn.ops(), "selection_times", None)  # would raise
         assert MEASURE(downs, 0.5) == first and MEASURE(downs, 0.3) == other

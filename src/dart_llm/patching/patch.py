@@ -135,6 +135,7 @@ class ModelPatch(NotCopied):
             self._equip(self.controller)
         if native:
             self._native = [layer.lay_out(self.layout) for layer in self.layers]
+            self._measure_selection()
             for module, run in native_linears(self.model, self._view.blocks):
                 self._changes.replace(module, "forward", run)
         if self.head is not None:
@@ -146,6 +147,12 @@ class ModelPatch(NotCopied):
             screen = () if self.head is None else self.head.screen.tensors()
             into_huge_pages([*memory_of(self.model), *screen])
         self._watch.check(reads_weights=native)
+
+    def _measure_selection(self) -> None:
+        """Measure how down rows are best read, so that the first mask need not wait for it."""
+        token = self._native[0].token
+        if token is not None and token.rule.by_weights and self.layout.downs:
+            self.layout.skips(1 - self.controller.config.target)
 
     def _run_head(self, original: Callable[..., Any], hidden: Tensor) -> Any:
         """The head's forward: screened for decoded tokens if the controller uses the screen."""
