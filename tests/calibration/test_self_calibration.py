@@ -24,6 +24,7 @@ from dart_llm.calibration.self_calibration import BASIS, SCORE, calibrate, obser
 from dart_llm.calibration.self_calibration import self_calibrate as learn
 from dart_llm.data import texts
 from dart_llm.errors import AttachError, ConfigError, DartError
+from dart_llm.models.calls import cache_name
 from dart_llm.models.checkpoint import remember_tokenizer
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import prune
@@ -311,10 +312,10 @@ class Fixed:
     def __init__(self, *chances, step=0):
         self.logits, self.step = torch.tensor(chances).log(), step
 
-    def __call__(self, ids, use_cache, logits_to_keep, cache=None):
+    def __call__(self, ids, use_cache, logits_to_keep, **past):
         assert use_cache and logits_to_keep == 1 and ids.shape[1] == 1
         rows = torch.stack([self.logits.roll(self.step * int(token)) for token in ids[:, 0]])
-        return SimpleNamespace(logits=rows[:, None], cache=0)
+        return SimpleNamespace(logits=rows[:, None], **{cache_name(): 0})
 
 
 def sample_sequences(model, start, count, length, seed, news=lambda share: None, **how):

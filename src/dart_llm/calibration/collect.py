@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from dart_llm.calibration.progress import Advance, ignore
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError, DartError
+from dart_llm.models.calls import cache_name, cache_of
 from dart_llm.models.capture import LayerActivations, capture_activations
 from dart_llm.models.checkpoint import tokenizer_of
 from dart_llm.models.describe import decoder_of, describe
@@ -96,10 +97,10 @@ def sample_continuations(
     for number, rows in enumerate(parts := torch.split(ids, WRITTEN)):
         cache = None
         while rows.shape[1] < length:
-            past: dict[str, Any] = {} if cache is None else {"cache": cache}
+            past: dict[str, Any] = {} if cache is None else {cache_name(): cache}
             new = rows if cache is None else rows[:, -1:]
             output = model(new.to(model.device), use_cache=True, logits_to_keep=1, **past)
-            cache = output.cache
+            cache = cache_of(output)
             chances = likeliest((_last_logits(model, output) / temperature).softmax(-1), top_p)
             rows = torch.cat([rows, torch.multinomial(chances, 1, generator=generator)], 1)
             done = (rows.shape[1] - ids.shape[1]) / (length - ids.shape[1])

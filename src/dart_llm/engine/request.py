@@ -29,7 +29,7 @@ from dart_llm.engine.requests import (
     Usage,
 )
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.models.calls import OwnLoop
+from dart_llm.models.calls import OwnLoop, cache_name, cache_of
 from dart_llm.pruning.forward import ForwardPlan
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.records import Remask
@@ -324,10 +324,10 @@ class Request:
     def _forward(self, ids: Tensor, **options: Any) -> Tensor:
         """Run ids [rows, n]; return logits [rows, n, V], or of the last ``logits_to_keep`` ids."""
         if self._cache is not None:
-            options["cache"] = self._cache
+            options[cache_name()] = self._cache
         model = self.host.model
         output = model(ids.to(model.device), use_cache=True, **options)
-        self._cache = output.cache
+        self._cache = cache_of(output)
         logits: Tensor = output.logits
         return logits
 

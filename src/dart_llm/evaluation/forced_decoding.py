@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dart_llm.models.calls import cache_name, cache_of
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.sequence import Phase
 from dart_llm.session.run import Run
@@ -58,13 +59,13 @@ def feed(
                 size = min(size, run.tokens_until_change() or size)
         end = start + size
         scored = max(0, end - max(start, first))
-        past: dict[str, Any] = {} if cache is None else {"cache": cache}
+        past: dict[str, Any] = {} if cache is None else {cache_name(): cache}
         if mask is not None:
             past["attention_mask"] = mask[:, : cached + end]
         step = contextlib.nullcontext() if run is None else run.decoding(prompt=cache is None)
         with step:
             output = model(ids[:, start:end], use_cache=True, logits_to_keep=max(1, scored), **past)
-        cache = output.cache
+        cache = cache_of(output)
         if scored:
             on_logits(end - scored, output.logits)
         del output

@@ -27,6 +27,7 @@ from dart_llm.errors import ConfigError, DartError
 from dart_llm.evaluation.forced_decoding import feed
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.evaluation.parts import Part, UnitStore, check_pruned, finished_part
+from dart_llm.models.calls import cache_of
 from dart_llm.pruning.records import merge_reports, without_sequences
 from dart_llm.session.run import BoundMethod, Run
 
@@ -123,7 +124,7 @@ class _Scoring:
         All later tokens are decode tokens.
         """
         prompt, last = self.context[:-1], self.context[-1:]
-        prompt_cache = self._forward(prompt).cache if prompt else None
+        prompt_cache = cache_of(self._forward(prompt)) if prompt else None
         batches = self._batches()
         for number, batch in enumerate(batches):
             if self.run is not None and number:

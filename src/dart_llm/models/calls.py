@@ -6,6 +6,7 @@ docs/method.md, "Life of a sequence".
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,20 @@ GENERATE = "generate"
 
 PREFILL = "_prefill"
 """``GENERATE`` and ``PREFILL`` (which runs the prompt) are methods that pruning wraps."""
+
+
+@functools.cache
+def cache_name() -> str:
+    """What transformers calls a KV cache, in arguments and outputs; version 5.20 renamed it."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    fields = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+    return "cache" if "cache" in fields else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache in the output of a model's forward."""
+    return getattr(output, cache_name())
 
 
 @dataclass(frozen=True)
@@ -344,4 +359,4 @@ def as_output(logits: Tensor, cache: Any) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     by_token = logits[:, None] if logits.dim() == 2 else logits
-    return CausalLMOutputWithPast(logits=by_token, cache=cache)
+    return CausalLMOutputWithPast(logits=by_token, **{cache_name(): cache})

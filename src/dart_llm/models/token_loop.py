@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dart_llm.models.calls import cache_name
 from dart_llm.models.growing_cache import is_growing
 
 Step = Callable[[Tensor, Any, list[int] | None], Tensor | None]
@@ -33,8 +34,8 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 Criterion = Callable[[int, int], bool]
 """A function of the number of ids and the last id; returns True at the sequence's end."""
 
-_ARGUMENTS = {"cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}
-"""The arguments of a forward that the loop can update for the next token."""
+_ARGUMENTS = {"use_cache", "attention_mask", "position_ids", "logits_to_keep"}
+"""The arguments of a forward, besides the cache, that the loop can update for the next token."""
 
 _EXTRAS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
@@ -158,7 +159,7 @@ class _Sequence:
 
     def __init__(self, model: Any, step: Step, config: Any, kwargs: dict[str, Any]) -> None:
         self._model, self._step, self._config, self._kwargs = model, step, config, kwargs
-        self.cache = kwargs["cache"]
+        self.cache = kwargs[cache_name()]
         self.sampled = bool(config.do_sample)
         self._prompt = 0
         self._steps = False
@@ -184,7 +185,7 @@ class _Sequence:
             logits = self._step(text.last(), self.cache, forbidden)
             if logits is not None:
                 return logits.float() if logits.is_floating_point() else logits
-        kwargs = {**self._kwargs, "cache": self.cache}
+        kwargs = {**self._kwargs, cache_name(): self.cache}
         positions = kwargs.get("position_ids")
         if positions is not None:
             kwargs["position_ids"] = positions[..., -1:] + (text.length - self._prompt)
@@ -194,7 +195,7 @@ class _Sequence:
 
     def _read(self, outputs: Any) -> Tensor:
         """Store the new cache; return a copy of the last logits, so that others can be freed."""
-        self.cache = outputs.get("cache", self.cache)
+        self.cache = outputs.get(cache_name(), self.cache)
         logits: Tensor = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
         return logits
 
@@ -209,8 +210,8 @@ def _serves(ids: Tensor, config: Any, kwargs: dict[str, Any]) -> bool:
     if ids.device.type != "cpu" or ids.dim() != 2 or len(ids) != 1 or not ids.shape[1]:
         return False
     arguments = {name for name, value in kwargs.items() if value is not None}
-    plain = arguments <= _ARGUMENTS and "attention_mask" not in arguments
-    return plain and bool(kwargs.get("use_cache")) and is_growing(kwargs.get("cache"))
+    plain = arguments <= {*_ARGUMENTS, cache_name()} and "attention_mask" not in arguments
+    return plain and bool(kwargs.get("use_cache")) and is_growing(kwargs.get(cache_name()))
 
 
 def _processors(processors: Any) -> list[Processor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_llm.models.agreement import UnhookedView, isolated, signature
-from dart_llm.models.calls import forward_names
+from dart_llm.models.calls import cache_name
 from dart_llm.models.describe import decoder_layers, decoder_of
 from dart_llm.models.packed import PackedTensor
 from dart_llm.models.steps import StepParts, angles, norms_of, step_parts
@@ -82,8 +82,7 @@ def _model_step(
         return hidden[-1]
 
     norm.__dict__["_compiled_call_impl"] = record_norm
-    names = forward_names(type(model))  # type: ignore[arg-type]
-    options = {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
+    options = {cache_name(): cache, "use_cache": True}
     options |= {"output_attentions": False, "output_hidden_states": False}
     run = view.copy_of(model)
     run(input_ids=ids[:, :PROMPT], **options)
