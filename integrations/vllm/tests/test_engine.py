@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import TINY_PROMPTS, VOCAB, Engine, arguments, assert_same, reference
+from vllm.exceptions import VLLMValidationError
 
 REFRESH = {"drift": "interval 6", "remask": {"observe_tokens": 4}}
 GRIFFIN = arguments("griffin", 0.5)
@@ -164,7 +165,7 @@ def test_memory_is_flat(llama: Path, engine: Any) -> None:
 def test_bad_values_are_errors_of_their_request(
     extra: dict[str, Any], message: str, llama: Path, shared_engine: Engine
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(VLLMValidationError, match=message):
         shared_engine.add("bad", TINY_PROMPTS[0], 4, extra)
     answer = shared_engine.answers(TINY_PROMPTS[:1], 8, GRIFFIN)[0]
     assert_same(answer, reference(llama, TINY_PROMPTS[0], 8, "griffin", sparsity=0.5))
@@ -185,7 +186,7 @@ def test_defaults_of_the_server(llama: Path, engine: Any) -> None:
 
 def test_without_the_worker_pruning_is_refused(llama: Path, engine: Any) -> None:
     llm = engine(llama, worker="auto")
-    with pytest.raises(ValueError, match=r"start it with --worker-cls dart_vllm.Worker"):
+    with pytest.raises(VLLMValidationError, match=r"start it with --worker-cls dart_vllm.Worker"):
         llm.add("1", TINY_PROMPTS[0], 4, GRIFFIN)
     assert_same(
         llm.answers(TINY_PROMPTS[:1], 8, None)[0], reference(llama, TINY_PROMPTS[0], 8, "dense")

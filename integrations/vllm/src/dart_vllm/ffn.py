@@ -260,7 +260,8 @@ class PrunedFfn:
     def check(self, width: int) -> None:
         """Raise ``UnsupportedModel`` unless the module computes what this class replaces."""
         weight = full_weight(self.mlp.down_proj)
-        x = torch.randn((4, len(weight)), dtype=weight.dtype, device=weight.device)
+        generator = torch.Generator().manual_seed(0)  # no random number is taken from vLLM's
+        x = torch.randn((4, len(weight)), generator=generator).to(weight)
         u = self.hidden(x)
         same = u.shape[-1] == width and torch.allclose(
             self.mlp.down_proj(u)[0], self.original(x), rtol=1e-3, atol=1e-5

@@ -26,6 +26,7 @@ _MARK = "_dart_vllm"
 
 def register() -> None:
     """Extend vLLM in this process; called again, it does nothing."""
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
     if is_registered():
@@ -41,7 +42,7 @@ def register() -> None:
             if asked is not None:
                 _prepare(request)
         except DartError as error:
-            raise ValueError(str(error)) from None  # the server answers with status 400
+            raise VLLMValidationError(str(error)) from None  # the server answers with status 400
         if asked is not None:
             count_request(asked.config.method if asked.shared is None else "shared")
         return request
@@ -80,7 +81,8 @@ def _asked(processor: Any, sampling: Any) -> Asked | None:
     requests = getattr(processor, _MARK, None)
     if requests is None:
         settings = ServerSettings.from_additional_config(config.additional_config)
-        requests = Requests(settings, shapes_of(config.model_config.hf_text_config))
+        text = config.model_config.hf_text_config
+        requests = Requests(settings, shapes_of(text), text.model_type)
         setattr(processor, _MARK, requests)
     return requests.read(extra)  # type: ignore[no-any-return]
 
@@ -99,6 +101,7 @@ def _refuse_beam_search() -> None:
     """Refuse beam search for requests that ask for pruning: vLLM drops their ``extra_args``."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.exceptions import VLLMValidationError
 
     for kind in (ChatCompletionRequest, CompletionRequest):
         original = kind.to_beam_search_params
@@ -108,7 +111,7 @@ def _refuse_beam_search() -> None:
             self: Any, *args: Any, _original: Any = original, **kwargs: Any
         ) -> Any:
             if any(key.startswith(PREFIX) for key in self.vllm_xargs or {}):
-                raise ValueError("beam search cannot be pruned: drop use_beam_search")
+                raise VLLMValidationError("beam search cannot be pruned: drop use_beam_search")
             return _original(self, *args, **kwargs)
 
         kind.to_beam_search_params = to_beam_search_params

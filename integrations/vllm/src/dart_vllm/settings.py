@@ -32,6 +32,10 @@ NEED_EMBEDDING = ("max", "mean", "combined", "product")
 """Scores that read the vocabulary's embedding, which this plug-in does not pass on."""
 
 
+STREAM_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text")
+"""Model types in which the residual stream before the FFN is known to be what a norm returns."""
+
+
 class ServerSettings(Part):
     """The mapping ``dart`` of vLLM's ``--additional-config``.
 
@@ -121,10 +125,13 @@ class Requests:
     """Reads what requests ask for.
 
     ``layers``: the FFNs' shapes, for settings that name layers; weights may be on the device meta.
+    ``model_type``: that of the model's text configuration.
     """
 
-    def __init__(self, settings: ServerSettings, layers: Sequence[FfnWeights]) -> None:
-        self.settings, self.layers = settings, tuple(layers)
+    def __init__(
+        self, settings: ServerSettings, layers: Sequence[FfnWeights], model_type: str
+    ) -> None:
+        self.settings, self.layers, self.model_type = settings, tuple(layers), model_type
         self.learned = {learning_key(config) for config in settings.learned_configs()}
         for config in settings.learned_configs():
             MaskSelector(config, self.layers)
@@ -176,6 +183,11 @@ class Requests:
         selector = MaskSelector(config, self.layers)  # raises if the settings do not fit the model
         if selector.removes_nothing:
             return None
+        if selector.statistics.needs_stream and self.model_type not in STREAM_TYPES:
+            raise ConfigError(
+                f"budget {config.budget.name!r} reads the residual stream, which is not known in "
+                f"models of type {self.model_type!r}: use another budget"
+            )
         if config.self_stats is not None and learning_key(config) not in self.learned:
             raise ConfigError(
                 f"method {config.method!r} with these settings needs statistics that this server "

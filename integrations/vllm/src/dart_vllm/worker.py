@@ -118,14 +118,17 @@ class Pruning:
     """Everything that pruning adds to one loaded model."""
 
     def __init__(self, runner: Any, config: Any, settings: ServerSettings) -> None:
-        self.model: nn.Module = runner.get_model()
+        self.runner, self.model = runner, runner.get_model()
         text = config.model_config.hf_text_config
         mlps = list(gated_ffns(self.model, text.num_hidden_layers))
         self.layers = weights_of(mlps)
         self.total_bytes = sum(p.nbytes for p in self.model.parameters())
         self.running, self.totals = RunningRequests(), Totals()
         self.state, self._in_step = StepState(), False
-        self.requests = Requests(settings, self.layers)
+        self.requests = Requests(settings, self.layers, text.model_type)
+        self.ffns = [PrunedFfn(mlp, index, self.state) for index, mlp in enumerate(mlps)]
+        for ffn, layer in zip(self.ffns, self.layers, strict=True):
+            ffn.check(layer.width)
         if settings.masks is not None:
             masks = load_masks(settings.masks, self.layers)
             for mlp, mask in zip(mlps, masks, strict=True):
@@ -141,9 +144,7 @@ class Pruning:
             name: load_masks(file, self.layers) for name, file in settings.shared.items()
         }
         self.state.pinned = tuple(self.shared.values())
-        self.ffns = [PrunedFfn(mlp, index, self.state) for index, mlp in enumerate(mlps)]
-        for ffn, layer in zip(self.ffns, self.layers, strict=True):
-            ffn.check(layer.width)
+        for ffn in self.ffns:
             ffn.mlp.forward = ffn.__call__
         self._hook_model(text.num_hidden_layers)
         runners.hook(runner, self._begin, lambda: self._in_step)
