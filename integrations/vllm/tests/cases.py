@@ -110,6 +110,7 @@ def _answer(folder: Path, ids: tuple[int, ...], count: int, method: str, setting
         with torch.no_grad():
             out = model.generate(
                 torch.tensor([ids]),
+                attention_mask=torch.ones((1, len(ids)), dtype=torch.long),  # of padding ids too
                 max_new_tokens=count,
                 min_new_tokens=count,
                 do_sample=False,

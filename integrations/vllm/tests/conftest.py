@@ -20,7 +20,7 @@ os.environ |= {
 
 import pytest
 import torch
-from cases import Engine, make_tiny, reference
+from cases import Engine, make_tiny
 
 torch.set_num_threads(1)
 
@@ -50,12 +50,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folder_of
 
 
-@pytest.fixture(scope="session")
-def expected() -> Any:
-    """Tokens and log-probabilities of ``prune`` in transformers, computed once per case."""
-    return reference
-
-
 @pytest.fixture
 def engine() -> Iterator[Any]:
     """Makes engines; each is freed before the next, and at the end of the test."""
@@ -67,6 +61,8 @@ def engine() -> Iterator[Any]:
         return made[0]
 
     def free() -> None:
+        for old in made:  # now, not when a test's variable ends: it would end the next one's groups
+            vars(old).clear()
         made.clear()
         gc.collect()
 

@@ -13,6 +13,9 @@ import pytest
 import torch
 from cases import TINY_PROMPTS, VOCAB, Engine, arguments, assert_same, reference
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams, RequestOutputKind
+
+from dart_llm.errors import ConfigError
 
 REFRESH = {"drift": "interval 6", "remask": {"observe_tokens": 4}}
 GRIFFIN = arguments("griffin", 0.5)
@@ -46,45 +49,23 @@ def test_the_prefix_cache_serves_only_dense_requests(llama: Path, engine: Any) -
     ids = torch.randint(3, VOCAB, (100,), generator=torch.Generator().manual_seed(9)).tolist()
     pruned = reference(llama, ids, 60, "griffin", sparsity=0.5)
     longer = [*ids, *pruned.tokens]
-    expected = engine(llama, enable_prefix_caching=False).answers([longer], 8, None)[0]
     llm = engine(llama, enable_prefix_caching=True, block_size=32)
     assert_same(llm.answers([ids], 60, None)[0], reference(llama, ids, 60, "dense"))
     assert_same(llm.answers([ids], 60, GRIFFIN)[0], pruned)
     assert_same(llm.answers([ids], 60, GRIFFIN)[0], pruned)
     # blocks of the pruned answer must not serve a dense request for the same text
-    assert_same(llm.answers([longer], 8, None)[0], expected, 1e-4)
+    assert_same(llm.answers([longer], 8, None)[0], reference(llama, longer, 8, "dense"), 1e-4)
 
 
 def test_several_sequences_of_one_request(llama: Path, engine: Any) -> None:
-    from vllm.sampling_params import RequestOutputKind
-
     llm, ids = engine(llama, enable_prefix_caching=True, block_size=32), [*range(3, 73)]
-    llm.add(
-        "n",
-        ids,
-        12,
-        GRIFFIN,
-        n=3,
-        temperature=1.0,
-        seed=1,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-    answers = llm.run()["n"]
-    assert len(answers) == 3
-    assert len({tuple(answer.tokens) for answer in answers}) == 3
+    options = {"seed": 1, "output_kind": RequestOutputKind.FINAL_ONLY}
+    llm.add("n", ids, 12, GRIFFIN, n=3, temperature=1.0, **options)
+    assert len({tuple(answer.tokens) for answer in llm.run()["n"]}) == 3
     _finish(llm)
     assert llm.pruning.totals.values["requests"] == 3
     assert llm.pruning.totals.values["dense_tokens"] == 0
-    llm.add(
-        "n",
-        ids,
-        12,
-        GRIFFIN,
-        n=2,
-        temperature=1e-6,
-        seed=1,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    llm.add("n", ids, 12, GRIFFIN, n=2, temperature=1e-6, **options)
     expected = reference(llama, ids, 12, "griffin", sparsity=0.5).tokens
     assert [answer.tokens for answer in llm.run()["n"]] == [expected] * 2
 
@@ -92,30 +73,25 @@ def test_several_sequences_of_one_request(llama: Path, engine: Any) -> None:
 def test_mixed_requests_and_aborts(llama: Path, engine: Any) -> None:
     """200 requests, 8 at a time: dense and pruned, a quarter aborted; nothing is left of them."""
     llm = engine(llama, max_num_batched_tokens=64)
-    kinds = {
-        "dense": None,
-        "griffin": GRIFFIN,
-        "griffin-refresh": arguments("griffin-refresh", 0.5, **REFRESH),
+    kinds: dict[str, dict[str, Any]] = {
+        "dense": {},
+        "griffin": {"sparsity": 0.5},
+        "griffin-refresh": {"sparsity": 0.5, **REFRESH},
     }
     names = [f"{method}/{number}" for number in range(67) for method in kinds][:200]
     aborts = {}
     for number, name in enumerate(names):
-        llm.add(name, TINY_PROMPTS[number % 3], 16, kinds[name.split("/")[0]])
+        method = name.split("/")[0]
+        llm.add(name, TINY_PROMPTS[number % 3], 16, arguments(method, **kinds[method]))
         if number % 4 == 1:
             aborts[2 + number * 2] = name
     done = llm.run(aborts)
-    aborted = 0
+    aborted = len(names) - len(done)
     for number, name in enumerate(names):
-        method = name.split("/")[0]
-        settings = {} if method == "dense" else {"sparsity": 0.5}
-        if method == "griffin-refresh":
-            settings |= REFRESH
-        if name not in done:
-            aborted += 1
-            continue
-        assert_same(
-            done[name][0], reference(llama, TINY_PROMPTS[number % 3], 16, method, **settings)
-        )
+        if name in done:
+            method = name.split("/")[0]
+            expected = reference(llama, TINY_PROMPTS[number % 3], 16, method, **kinds[method])
+            assert_same(done[name][0], expected)
     assert aborted >= 40
     _finish(llm)
     assert not any(llm.pruning.running.requests.values())
@@ -176,15 +152,29 @@ def shared_engine(tiny: Any) -> Engine:
     return Engine(tiny("llama"))
 
 
+@pytest.mark.parametrize("method", ["static", "random", "published"])
+def test_other_methods(method: str, llama: Path, shared_engine: Engine) -> None:
+    expected = [reference(llama, ids, 16, method, sparsity=0.5) for ids in TINY_PROMPTS]
+    assert expected[0].tokens != reference(llama, TINY_PROMPTS[0], 16, "dense").tokens
+    answers = shared_engine.answers(TINY_PROMPTS, 16, arguments(method, 0.5))
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert_same(answer, wanted)
+
+
 def test_defaults_of_the_server(llama: Path, engine: Any) -> None:
     llm = engine(llama, dart={"method": "griffin", "sparsity": 0.5})
     griffin = reference(llama, TINY_PROMPTS[0], 16, "griffin", sparsity=0.5)
     dense = reference(llama, TINY_PROMPTS[0], 16, "dense")
     assert_same(llm.answers(TINY_PROMPTS[:1], 16, None)[0], griffin)
     assert_same(llm.answers(TINY_PROMPTS[:1], 16, {"dart": "dense"})[0], dense)
+    processor = llm.core.input_processor
+    with pytest.raises(VLLMValidationError, match="beam search cannot be pruned"):
+        processor.resolve_watermarking(BeamSearchParams(beam_width=2, max_tokens=4))
 
 
 def test_without_the_worker_pruning_is_refused(llama: Path, engine: Any) -> None:
+    with pytest.raises(ConfigError, match=r"start it with --worker-cls dart_vllm.Worker"):
+        engine(llama, worker="auto", dart={"method": "griffin"})
     llm = engine(llama, worker="auto")
     with pytest.raises(VLLMValidationError, match=r"start it with --worker-cls dart_vllm.Worker"):
         llm.add("1", TINY_PROMPTS[0], 4, GRIFFIN)

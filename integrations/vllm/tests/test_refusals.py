@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import vllm
 from dart_vllm import frontend
-from dart_vllm.settings import ServerSettings
 from dart_vllm.worker import check_engine
 
 from dart_llm.errors import ConfigError
@@ -26,6 +26,7 @@ def config(**changes: Any) -> Any:
             "runner_type": "generate",
             "is_encoder_decoder": False,
         },
+        "cache_config": {"kv_sharing_fast_prefill": False},
         "speculative_config": None,
         "lora_config": None,
         "kv_transfer_config": None,
@@ -64,6 +65,7 @@ def test_the_plain_engine_is_supported() -> None:
         ({"lora_config": object()}, "LoRA"),
         ({"kv_transfer_config": object()}, "KV cache transfer"),
         ({"weight_transfer_config": object()}, "replacing weights"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "kv-sharing-fast-prefill"),
         ({"model_config__quantization": "awq"}, r"quantised weights \(awq\)"),
         ({"model_config__enable_sleep_mode": True}, "sleep mode"),
         ({"model_config__runner_type": "pooling"}, "run as 'pooling'"),
@@ -88,13 +90,19 @@ def test_without_the_plug_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("change", "message"),
     [
-        ({"sparsity": 0.5}, "need a method"),
-        ({"methods": []}, "did you mean"),
-        ({"masks": "a", "method": "griffin"}, "drop method, shared and learn"),
+        ({"mm_features": ["an image"]}, "images or sound"),
+        ({"prompt_embeds": torch.zeros(2, 4)}, "embeddings"),
+        ({"resumable": True}, "streamed"),
     ],
 )
-def test_settings_of_the_server(settings: dict[str, Any], message: str) -> None:
+def test_inputs_that_are_not_text(change: dict[str, Any], message: str) -> None:
+    fields = {"resumable": False, "prompt_embeds": None, "mm_features": None, "cache_salt": "mine"}
+    fields["sampling_params"] = SimpleNamespace(skip_reading_prefix_cache=None)
+    request = SimpleNamespace(**fields)
+    frontend._prepare(request)
+    assert request.sampling_params.skip_reading_prefix_cache is True
+    assert request.cache_salt == f"{frontend.SALT}mine"
     with pytest.raises(ConfigError, match=message):
-        ServerSettings.from_additional_config({"dart": settings})
+        frontend._prepare(SimpleNamespace(**{**fields, **change}))

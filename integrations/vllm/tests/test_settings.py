@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from dart_vllm.settings import Requests, ServerSettings, shapes_of
@@ -60,3 +61,16 @@ def test_named_masks_stand_alone() -> None:
 def test_widths_of_each_layer() -> None:
     text = SimpleNamespace(num_hidden_layers=2, hidden_size=4, intermediate_size=[8, 6])
     assert [(layer.width, layer.hidden) for layer in shapes_of(text)] == [(8, 4), (6, 4)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sparsity": 0.5}, "need a method"),
+        ({"methods": []}, "did you mean"),
+        ({"masks": "a", "method": "griffin"}, "drop method, shared and learn"),
+    ],
+)
+def test_settings_of_the_server(settings: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        requests(**settings)

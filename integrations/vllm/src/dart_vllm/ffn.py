@@ -278,7 +278,7 @@ class PrunedFfn:
             return self.original(x)  # type: ignore[no-any-return]
         if self.state.shared is not None:
             narrow = self.state.narrow(self.layer, self.mlp)
-            return self.original(x) if narrow is None else narrow(x)  # type: ignore[no-any-return]
+            return self.original(x) if narrow is None else narrow(x)
         return self._run_rows(step, x)
 
     def _run_rows(self, step: Step, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any
 from dart_llm.pruning.records import RunReport
 
 FOLDER = "DART_VLLM_METRICS"
-"""Environment variable with the folder of the totals, which the engine's processes inherit."""
+"""Environment variable with the folder of the totals, for the engine's other processes."""
 
 TOTALS = {
     "requests": "Pruned requests that ended.",
@@ -91,8 +92,13 @@ class _Collector:
 
 
 def share_metrics() -> None:
-    """In the first process, make the folder of the totals and register the metrics."""
-    if FOLDER in os.environ:
+    """In a main process, make the folder of the totals and register the metrics.
+
+    vLLM starts the processes of an engine by multiprocessing, and they use the folder of the
+    process that started them.  A server that another program starts is a main process: it must not
+    count in that program's folder, even if it inherits the variable.
+    """
+    if FOLDER in os.environ and multiprocessing.parent_process() is not None:
         return
     os.environ[FOLDER] = folder = tempfile.mkdtemp(prefix="dart-vllm-")
     owner = os.getpid()

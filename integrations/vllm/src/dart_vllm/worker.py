@@ -75,6 +75,10 @@ def _obstacles(config: Any) -> Iterator[tuple[bool, str]]:
     yield config.lora_config is not None, "LoRA adapters: drop --enable-lora"
     yield config.kv_transfer_config is not None, "KV cache transfer: drop --kv-transfer-config"
     yield config.weight_transfer_config is not None, "replacing weights while it serves"
+    yield (
+        config.cache_config.kv_sharing_fast_prefill,
+        "prompts that skip layers: drop --kv-sharing-fast-prefill",
+    )
     yield bool(model.enable_sleep_mode), "sleep mode: drop --enable-sleep-mode"
     yield (
         model.quantization is not None,
