@@ -76,7 +76,8 @@ def provenance(run: dict[str, Any]) -> str:
         else ""
     )
     commit = str(run["git"].get("commit") or "unknown")[:7]
-    where = f"{machine['threads']} threads of {machine['processor']}"
+    count = machine["threads"]
+    where = f"{count} thread{'s' * (count != 1)} of {machine['processor']}"
     return f"{model}{where}; commit {commit} ({str(run['finished'])[:10]})."
 
 
