@@ -37,6 +37,7 @@ from dart_llm.evaluation.parts import (
 )
 from dart_llm.evaluation.tasks import SHIFT, slice_sources, split
 from dart_llm.evaluation.windows import MOMENT, STANDARD, Window, cut, slice_windows, topic_windows
+from dart_llm.models.calls import cache_of
 from dart_llm.models.describe import context_length
 from dart_llm.models.screen import divergence
 from dart_llm.pruning.records import RunReport, without_sequences
@@ -143,7 +144,7 @@ def predict(
     if protocol == "decode":
         begin, cache = window.first - 1, prompt
         if cache is None:
-            cache = model(ids[:, :begin], use_cache=True, logits_to_keep=1).cache
+            cache = cache_of(model(ids[:, :begin], use_cache=True, logits_to_keep=1))
     elif run is not None:
         _fix_masks(model, run, window, protocol)
     targets = ids[0, begin + 1 :]
@@ -405,7 +406,7 @@ def reference_logits(model: Any, window: Window, prompt: Any = None) -> Tensor:
 def read_prompt(model: Any, window: Window) -> Any:
     """The KV cache of a dense pass over the window's prompt without its last token."""
     ids = window.ids[None, : window.first - 1].to(model.device)
-    return model(ids, use_cache=True, logits_to_keep=1).cache
+    return cache_of(model(ids, use_cache=True, logits_to_keep=1))
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError, DartError
+from dart_llm.models.calls import cache_of
 from dart_llm.models.gguf_file import read_gguf
 from dart_llm.pruning.records import RunReport
 from dart_llm.session.run import Run
@@ -127,7 +128,7 @@ def prompt_ids(model: Any, tokenizer: Any, length: int) -> Tensor:
 @torch.inference_mode()
 def cache_bytes(model: Any, ids: Tensor) -> float:
     """Bytes of the KV cache per position, summed over all layers, measured with ids [1, T]."""
-    cache = model(ids, use_cache=True, logits_to_keep=1).cache
+    cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
     length = int(cache.get_seq_length())
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) / length

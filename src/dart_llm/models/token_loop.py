@@ -93,7 +93,7 @@ class TokenLoop:
         from transformers.generation.utils import GenerateDecoderOnlyOutput
 
         output: Any = GenerateDecoderOnlyOutput
-        return output(sequences=ids, cache=sequence.cache)
+        return output(sequences=ids, **{cache_name(): sequence.cache})
 
     def _decode(self, sequence: _Sequence, ids: Tensor, processors: Any, criteria: Any) -> Tensor:
         process = _processors(processors)
