@@ -16,10 +16,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import command, parser, save
+from common import command, parser, read, save
 
 from dart_llm.experiments.timing import prompt_ids
 from dart_llm.models.checkpoint import checkpoint_facts
@@ -121,6 +122,12 @@ def table(formats: Mapping[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def measured_at(path: Path) -> str:
+    """The commit and date in a results file."""
+    document = read(path)
+    return f"commit {str(document['git']['commit'])[:7]} ({document['date'][:10]})"
+
+
 def candidates(args: argparse.Namespace) -> Iterator[tuple[str, Any, Any, Callable[[], Run]]]:
     """Label, model, prompt and runs of each format, dense and by the method."""
     for weights in args.weights.split(","):
@@ -166,7 +173,8 @@ def main() -> None:
     path.with_suffix(".md").write_text(
         f"# {path.stem}\n\n```sh\npython benchmarks/step_parts.py {words}\n```\n\n"
         f"{about}{args.dtype}), prompt of 128 tokens, {threads} threads, kernels "
-        f"{facts['kernels']}; memory gives {speed / 1e9:.1f} GB/s: [{path.name}]({path.name}).\n\n"
+        f"{facts['kernels']}; memory gives {speed / 1e9:.1f} GB/s; {measured_at(path)}. "
+        f"File: [{path.name}]({path.name}).\n\n"
         f"{table(summaries)}\n",
         encoding="utf-8",
     )
