@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import command, parser, read, save
+from common import parser, read, save
+from keep import page
 
 from dart_llm.experiments.timing import prompt_ids
 from dart_llm.models.checkpoint import checkpoint_facts
@@ -122,10 +121,12 @@ def table(formats: Mapping[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def measured_at(path: Path) -> str:
-    """The commit and date in a results file."""
-    document = read(path)
-    return f"commit {str(document['git']['commit'])[:7]} ({document['date'][:10]})"
+def page_of(name: str, document: dict[str, Any]) -> str:
+    """The text of NAME.md for the document in NAME.json."""
+    speed = f"memory gives {document['read_speed'] / 1e9:.1f} GB/s"
+    about = f"A prompt of 128 tokens; kernels {document['kernels']}; {speed}."
+    run = {**document, "finished": document["date"]}
+    return page(name, [run], [f"{about}\n\n{table(document['rows'])}"])
 
 
 def candidates(args: argparse.Namespace) -> Iterator[tuple[str, Any, Any, Callable[[], Run]]]:
@@ -168,16 +169,8 @@ def main() -> None:
     speed = statistics.median([speed for each in speeds.values() for speed in each])
     facts = {"threads": threads, "kernels": kernels_in_use(), "read_speed": speed}
     path = save(args.out or "step-parts", model, {**facts, "rows": summaries})
-    checkpoint, words = checkpoint_facts(model), command(sys.argv[1:])
-    about = f"{checkpoint['name']} (file quantisation {checkpoint['file_quantisation']}, "
-    path.with_suffix(".md").write_text(
-        f"# {path.stem}\n\n```sh\npython benchmarks/step_parts.py {words}\n```\n\n"
-        f"{about}{args.dtype}), prompt of 128 tokens, {threads} threads, kernels "
-        f"{facts['kernels']}; memory gives {speed / 1e9:.1f} GB/s; {measured_at(path)}. "
-        f"File: [{path.name}]({path.name}).\n\n"
-        f"{table(summaries)}\n",
-        encoding="utf-8",
-    )
+    document = read(path)
+    path.with_suffix(".md").write_text(page_of(path.stem, document), encoding="utf-8")
     print(path)
 
 

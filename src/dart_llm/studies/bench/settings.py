@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, ClassVar, get_args
 
@@ -134,17 +135,16 @@ class SpeedSettings(BenchOptions):
         ``heads`` repeats them with each head, beginning with the unpruned model (label None) if
         its head is screened.
         """
+        cells = list(product(self.variant_list(), self.sparsities, self.executors))
         rows: list[tuple[str | None, PruneConfig]] = []
         for changes in [{"head": head} for head in self.heads] or [{}]:
             if changes.get("head") == SCREENED:
-                screened = {"seed": self.seed, **changes}
-                rows += [
-                    (None, PruneConfig.build(DENSE, executor=e, **screened)) for e in self.executors
-                ]
-            for variant in self.variant_list():
-                for sparsity in self.sparsities:
-                    for e in self.executors:
-                        rows.append((variant.label, variant.at(sparsity, executor=e, **changes)))
+                dense = PruneConfig.build(DENSE, seed=self.seed, **changes)
+                rows += [(None, dense.replace({"executor": name})) for name in self.executors]
+            rows += [
+                (variant.label, variant.at(sparsity, executor=executor, **changes))
+                for variant, sparsity, executor in cells
+            ]
         return rows
 
 
