@@ -85,15 +85,16 @@ def test_bytes_of_tokens_that_choose(executor, rows, monkeypatch):
     settings = {"sparsity": 0.75, "self_stats": PRIOR, "compensation": False, "executor": executor}
     report = pruned(model, ids, PROMPT, method="dart-token", **settings)[0].report()
     skips = executor == "native" and not reads_all
-    share = (2 + rows / 4) / 3 if skips else 1.0
-    norms = LAYERS * WIDTH * 4
-    ffn = ffn_bytes(model)
+    norms, ffn = LAYERS * WIDTH * 4, ffn_bytes(model)
+    down = sum(block.down.weight.nbytes for block in describe(model).blocks) / ffn
+    selected = 1 - down * (1 - rows / 4)
+    share = selected if skips else 1.0
     assert report.ffn_bytes_share == pytest.approx(share + norms / ffn)
-    compact = 1.0 if reads_all else (2 + rows / 4) / 3
+    compact = 1.0 if reads_all else selected
     assert report.ffn_bytes_share_if_compact == pytest.approx(compact + norms / ffn)
     assert (report.selection is not None) == (executor == "native")
     # what the rows' chosen neurons leave of gate and up, and of down where all of it is read
-    wide = (1 if reads_all else 2 / 3) * (1 - rows / 4)
+    wide = (1 if reads_all else 1 - down) * (1 - rows / 4)
     assert report.proxy_bytes_share == pytest.approx(wide + norms / ffn)
     several = pruned(model, ids[:, : PROMPT + 1], PROMPT, method="dart-token", **settings)[0]
     assert several.report().proxy_bytes_share == report.proxy_bytes_share
@@ -170,7 +171,7 @@ def test_a_copied_model_is_not_touched_by_runs_on_the_first():
     run.detach()
     for each in (model, other):
         packed = [t for t in each.parameters() if isinstance(t, PackedTensor)]
-        assert {t.matrix.order() for t in packed} == {"tiles", "neurons"}
+        assert {t.matrix.order() for t in packed} == {"tiles"}
     assert torch.equal(decode(model, IDS, PROMPT), decode(other, IDS, PROMPT))
 
 

@@ -64,10 +64,14 @@ def rounded(x, group=32):
     return values.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
 
 
-def differ(product, x, weights):
-    """Largest difference of ``product`` from x [n, M] times weights [M, N], by size of terms."""
+def differ(product, x, weights, least=1e-30):
+    """Largest difference of ``product`` from x [n, M] times weights [M, N], by size of terms.
+
+    ``least``: what counts as the size at least, as a share of the largest one.
+    """
     x, weights = x.double(), weights.double()
-    size = (x.abs() @ weights.abs()).clamp(min=1e-30)
+    size = x.abs() @ weights.abs()
+    size = size.clamp(min=least * float(size.max()) + 1e-30)
     return float(((product.double() - x @ weights).abs() / size).max())
 
 
@@ -77,9 +81,8 @@ def mixed_model(name):
     assert round_weights(model, "q8_0") == []
     for seed, layer in enumerate(model.model.layers):
         for part, kind in (("gate", "q4_k"), ("up", "q4_k"), ("down", "q6_k")):
-            order = "neurons" if part == "down" else "rows"
-            matrix, _ = packed(kind, 256, 256, order, seed=seed)
-            weight = PackedTensor(matrix, model.dtype, part == "down")
+            matrix, _ = packed(kind, 256, 256, "tiles", seed=seed)
+            weight = PackedTensor(matrix, model.dtype)
             getattr(layer.mlp, f"{part}_proj").weight = nn.Parameter(weight, requires_grad=False)
     return model
 

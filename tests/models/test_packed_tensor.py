@@ -21,42 +21,44 @@ pytestmark = pytest.mark.usefixtures("native")
 
 DTYPES = (torch.float32, torch.bfloat16)
 CASES = [("q4_1", False), ("q8_0", True), ("q6_k", False), ("q6_k", True)]
-NEURONS = pytest.mark.parametrize(("name", "neurons"), CASES)
+STORED = pytest.mark.parametrize(("name", "swapped"), CASES)
 
 
-def made(name="q4_1", neurons=False, dtype=torch.float32, rows=24, columns=256):
+def made(name="q4_1", swapped=False, dtype=torch.float32, rows=24, columns=256):
     """A weight [rows, columns] in blocks, as a parameter, and dense."""
-    matrix, dense = packed(name, rows, columns, "neurons" if neurons else "rows")
-    weight = nn.Parameter(PackedTensor(matrix, dtype, neurons), requires_grad=False)
+    matrix, dense = packed(name, rows, columns, "neurons" if swapped else "rows")
+    weight = nn.Parameter(PackedTensor(matrix, dtype, swapped), requires_grad=False)
     assert isinstance(weight, nn.Parameter) and weight.shape == dense.shape
     return weight, dense.to(dtype)
 
 
-@NEURONS
+@STORED
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_layers(name, neurons, dtype):
-    """Few vectors by inputs of 8 bits, many by dequantised rows; of any number of dimensions."""
-    weight, dense = made(name, neurons, dtype)
+def test_linear_layers(name, swapped, dtype):
+    """Few vectors by inputs of 8 bits, many by dequantised rows; of any number of dimensions.
+
+    If the matrix is stored as the transpose, it is always dequantised.
+    """
+    weight, dense = made(name, swapped, dtype)
     layer = nn.Linear(256, 24).to(dtype).requires_grad_(False)
     bias, layer.weight = layer.bias.double(), weight
-    alone = 16 if neurons and name == "q6_k" else 32  # values of one vector that share a scale
     allowed = 1e-6 if dtype == torch.float32 else 4e-3
     for shape in ((), (3,), (2, 3), (few(),), (few() + 1,), (2, few()), (0,)):
         x = drawn(*shape, 256).to(dtype)
         result, flat = layer(x), x.reshape(-1, 256)
         assert result.shape == (*shape, 24) and result.dtype == dtype
         if len(flat):
-            near = rounded(flat, alone if len(flat) == 1 else 32) if len(flat) <= few() else flat
+            near = flat if swapped or len(flat) > few() else rounded(flat)
             y = result.reshape(-1, 24).double() - bias
             assert differ(y, near, dense.t()) < allowed, shape
     with pytest.raises(RuntimeError):
         layer(drawn(3, 255).to(dtype))
 
 
-@NEURONS
+@STORED
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_whatever_else_sees_it_dequantised(name, neurons, dtype):
-    weight, dense = made(name, neurons, dtype)
+def test_whatever_else_sees_it_dequantised(name, swapped, dtype):
+    weight, dense = made(name, swapped, dtype)
     ids, x = torch.tensor([[3, 0], [23, 3]]), drawn(5, 24).to(dtype)
     some, out = ids[0], torch.empty(30, 24, dtype=dtype)
     asked = {
@@ -90,11 +92,11 @@ def test_whatever_else_sees_it_dequantised(name, neurons, dtype):
             weight[torch.tensor([0, beyond])]
 
 
-@NEURONS
+@STORED
 @pytest.mark.parametrize("count", [3, 40])
-def test_gradients_flow_through_it(name, neurons, count):
+def test_gradients_flow_through_it(name, swapped, count):
     """Those of dequantised weights: exact ones, also where the product rounded its inputs."""
-    weight, dense = made(name, neurons)
+    weight, dense = made(name, swapped)
     x_packed, wanted, head = drawn(count, 256), drawn(count, 256), drawn(count, 24, seed=1)
     for x, w in ((x_packed.requires_grad_(), weight), (wanted.requires_grad_(), dense)):
         (F.linear(x, w) * head).sum().backward()
@@ -181,8 +183,8 @@ def test_digests_tell_every_level_and_factor():
     for place in (0, 3, 4, 19, 119):
         other = blocks.clone()
         other.view(-1)[place] ^= 16
-        for neurons, dtype in ((False, torch.float32), (True, torch.float32), (False, torch.half)):
-            order = "neurons" if neurons else "rows"
+        for swapped, dtype in ((False, torch.float32), (True, torch.float32), (False, torch.half)):
+            order = "neurons" if swapped else "rows"
             matrix = ops().packed_from_blocks(other, "q4_1", 3, 64, order)
-            digests.add(digest_of(PackedTensor(matrix, dtype, neurons)))
+            digests.add(digest_of(PackedTensor(matrix, dtype, swapped)))
     assert len(digests) == 15 and digest_of(made()[0].t().t()) == digest_of(made()[0])

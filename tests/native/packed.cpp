@@ -168,7 +168,7 @@ Given given(const Kernels& k, const Values& x, int64_t size) {
           {}};
   for (int64_t m = 0; m < count; ++m) {
     Values own(x.begin() + m * size, x.begin() + (m + 1) * size);  // its end is the memory's
-    k.packed.round(own.data(), size, &g.levels[m * room], &g.scales[m * each], &g.sums[m * each]);
+    k.packed.round(own.data(), 0, size, size, &g.levels[m * room], &g.scales[m * each], &g.sums[m * each]);
     for (double one : rounded(x, m * size, size, GROUP)) g.plain.push_back(one);
   }
   return g;
@@ -227,9 +227,7 @@ void products(const Kernels& k, const Stored& m, int64_t count) {
 // Products of many vectors, in parts of outputs and of inputs.
 void many(const Kernels& k, const Stored& m, int64_t count) {
   const Packed& p = m.packed;
-  bool rotary = p.order == Order::neurons;
-  int64_t inputs = rotary ? p.rows : p.columns, outputs = rotary ? p.columns : p.rows;
-  int64_t middle = rotary ? ABREAST : 3 * TILE;
+  int64_t inputs = p.columns, outputs = p.rows, middle = 3 * TILE;
   Values from = drawn(count * inputs);
   RoundedLots x(k, count, inputs);
   Values y(count * outputs), rest(count * outputs);
@@ -240,7 +238,7 @@ void many(const Kernels& k, const Stored& m, int64_t count) {
     std::vector<double> plain = rounded(from, c * inputs, inputs, GROUP);
     for (int64_t o = 0; o < outputs; ++o)
       for (int64_t i = 0; i < inputs; ++i) {
-        double term = plain[i] * (rotary ? m.at(i, o) : m.at(o, i));
+        double term = plain[i] * m.at(o, i);
         wanted[c * outputs + o] += term, sizes[c * outputs + o] += std::fabs(term);
       }
   }
@@ -255,31 +253,50 @@ void many(const Kernels& k, const Stored& m, int64_t count) {
   near("products of many", y, wanted, sizes);
 }
 
-// Proxies the levels of kept neurons one after the other.
-Packed kept_alone(const Packed& p, const std::vector<int32_t>& ids, std::vector<uint8_t>& levels) {
-  levels.resize(ids.size() * p.pitch + 64);
-  for (size_t i = 0; i < ids.size(); ++i)
-    std::copy_n(p.levels + ids[i] * p.pitch, p.pitch, levels.data() + i * p.pitch);
+// Kept columns of a down projection in tiles, with means and a choice: a copy of them gives what all of
+// them give where the others are 0, to the bit.  share: about one in so many is kept.
+void kept_columns(const Kernels& k, const Stored& m, unsigned share) {
+  const Packed& p = m.packed;
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < p.columns; ++i)
+    if (generator() % share == 0) ids.push_back(int32_t(i));
+  if (ids.empty()) ids.push_back(int32_t(p.columns - 1));
+  KeptColumns columns(p, ids.data(), int64_t(ids.size()));
+  std::vector<uint8_t> levels(p.room() * columns.pitch());
+  for (int64_t tile = 0; tile < p.room() / TILE; ++tile) columns.copy_tile(tile, levels.data());
+  levels.resize(levels.size() + 64);
   Packed kept = p;
-  kept.kept = true, kept.levels = levels.data(), kept.rows = int64_t(ids.size());
-  return kept;
+  kept.kept = true, kept.levels = levels.data(), kept.pitch = columns.pitch(),
+  kept.fours = columns.fours().data();
+  kept.places = columns.places().data(), kept.kept_columns = int64_t(ids.size());
+  const int64_t M = 3;
+  Values u = drawn(M * int64_t(ids.size())), mean = drawn(p.columns), strength(u.size());
+  for (size_t i = 0; i < u.size(); ++i) strength[i] = std::fabs(u[i]);
+  std::vector<int32_t> orders(ids.size());
+  int64_t keep = 1 + int64_t(ids.size()) / 2;
+  for (bool some : {false, true}) {
+    Proxies proxies{};
+    proxies.keep = keep;
+    auto chosen = chosen_of(k, proxies, some ? M : 0, int64_t(ids.size()), strength.data(), orders.data());
+    Values results[2];
+    for (const Packed* matrix : {&p, (const Packed*)&kept}) {
+      Ffn f{};
+      f.packed_down = matrix, f.ids = ids.data(), f.kept = int64_t(ids.size()), f.mean = mean.data();
+      Values active(M * p.columns), y(M * p.rows);
+      for (int64_t i = 0; i < M; ++i)
+        down_input(k, f, some ? &chosen[size_t(i)] : nullptr, &u[i * f.kept], 0, p.columns,
+                   &active[i * p.columns]);
+      Given x = given(k, active, p.columns);
+      k.packed.matvec(*matrix, x.view(), 0, p.rows, y.data(), p.rows);
+      results[matrix == &kept] = y;
+    }
+    if (results[0] != results[1]) std::printf("%s: kept columns differ\n", about.c_str()), std::exit(1);
+  }
 }
 
-// Some of a down projection's neurons, block by block; of a copy of them alike, to the bit.
+// Some of a down projection's neurons, block by block.
 void neurons(const Kernels& k, const Stored& m) {
   const Packed& p = m.packed;
-  std::vector<int32_t> all;
-  for (int64_t i = 0; i < p.rows; ++i)
-    if (generator() % 2) all.push_back(int32_t(i));
-  Values of_all = drawn(int64_t(all.size())), here(p.units() * UNIT), there(here.size());
-  std::vector<uint8_t> levels;
-  Packed alone = kept_alone(p, all, levels);
-  int64_t cut = int64_t(all.size()) / 2, rest = int64_t(all.size()) - cut;
-  for (auto [matrix, sums] : {std::pair{&p, &here}, std::pair{(const Packed*)&alone, &there}}) {
-    k.packed.add_neurons(*matrix, all.data(), 0, of_all.data(), cut, sums->data());
-    k.packed.add_neurons(*matrix, all.data() + cut, cut, of_all.data() + cut, rest, sums->data());
-  }
-  if (here != there) std::printf("%s: proxies of neurons differ\n", about.c_str()), std::exit(1);
   int64_t room = p.units() * UNIT;
   Values sums(room);
   std::vector<double> wanted(p.columns), sizes(p.columns);
@@ -290,7 +307,7 @@ void neurons(const Kernels& k, const Stored& m) {
     if (ids.empty()) continue;
     Values u = drawn(int64_t(ids.size()));
     std::vector<double> plain = rounded(u, 0, int64_t(u.size()), GROUP);
-    k.packed.add_neurons(p, ids.data(), 0, u.data(), int64_t(u.size()), sums.data());
+    k.packed.add_neurons(p, ids.data(), u.data(), int64_t(u.size()), sums.data());
     for (size_t j = 0; j < ids.size(); ++j)
       for (int64_t c = 0; c < p.columns; ++c) {
         double term = plain[j] * m.at(ids[j], c);
@@ -331,7 +348,7 @@ void exact(const Kernels& k, const char* name, int64_t rows, int64_t columns) {
   for (int32_t first = 0; first < columns; first += type.block) {
     std::vector<int32_t> ids(type.block);
     for (int32_t i = 0; i < type.block; ++i) ids[i] = first + i;
-    k.packed.add_neurons(rotary.packed, ids.data(), 0, &x[first], type.block, sums.data());
+    k.packed.add_neurons(rotary.packed, ids.data(), &x[first], type.block, sums.data());
   }
   near("exact neurons", sums, wanted, wanted, 0);
 }
@@ -434,8 +451,10 @@ void own_choices(const Kernels& k, const char* name, int64_t hidden, int64_t wid
 
 // Whole steps of a decoder whose matrices are packed: by threads as by one, of three rows as of one,
 // and near those of the same weights in float32.
-// With `selected` tokens select so many neurons of every layer by their activations.
-void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I, int64_t selected = 0) {
+// With `selected` tokens select so many neurons of every layer by their activations; skip: down
+// projections lie by neurons, and those of the others are skipped.
+void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I, int64_t selected = 0,
+           bool skip = false) {
   const int64_t H = 4, K = 2, V = 33, capacity = 4;
   std::vector<std::unique_ptr<Stored>> stored;
   std::vector<Values> plain;
@@ -468,14 +487,17 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I, 
     Order order = index ? Order::rows : Order::tiles;
     std::tie(b.ffn.gate, a.ffn.packed_gate) = both(I, D, order);
     std::tie(b.ffn.up, a.ffn.packed_up) = both(I, D, order);
-    std::tie(b.ffn.down, a.ffn.packed_down) = both(D, I, Order::neurons);
+    a.ffn.packed_down = both(D, I, skip ? Order::neurons : Order::tiles).second;
+    plain.emplace_back(I * D);
+    for (int64_t n = 0; n < I * D; ++n) plain.back()[n] = stored.back()->dense[n % D * I + n / D];
+    b.ffn.down = plain.back().data();
     a.ffn.kept = b.ffn.kept = I;
-    a.proxies.saliency = saliency.data(), a.proxies.keep = selected;
+    a.proxies.saliency = saliency.data(), a.proxies.keep = selected, a.proxies.skip = skip;
     packed.layers.push_back(a), dense.layers.push_back(b);
   }
   std::vector<float> cosine(S, 0.8f), sine(S, 0.6f);
   Values hidden;  // of the last run: by positions, then rows
-  auto run = [&](const Decoder& d, int64_t members, int64_t first, int64_t count) {
+  auto run = [&](const Decoder& d, int64_t members, int64_t first, int64_t count, bool observed = true) {
     hidden.clear();
     const int64_t head = capacity * S, row = K * head;
     std::vector<std::vector<char>> memory(4, std::vector<char>(count * row * 4));
@@ -484,7 +506,7 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I, 
                 0,
                 count};
     Scratch scratch(d, members, count);
-    scratch.observed = true;
+    scratch.observed = observed;
     Values logits;
     for (; cache.position < capacity; ++cache.position) {
       for (Cache::Part& one : cache.layers) one.length = cache.position;
@@ -507,6 +529,8 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I, 
     std::printf("%s: three threads give another result than one\n", about.c_str());
     std::exit(1);
   }
+  if (run(packed, 3, 0, 3, false) != alone)
+    std::printf("%s: what is not observed differs\n", about.c_str()), std::exit(1);
   float most = 0;
   for (float one : exact) most = std::max(most, std::fabs(one));
   std::vector<double> wanted(exact.begin(), exact.end()), sizes(exact.size(), most);
@@ -604,11 +628,12 @@ int main() {
           weights(*k, by_rows), weights(*k, tiles), weights(*k, rotary);
           products(*k, by_rows, 1 + rows % 3), products(*k, tiles, 1 + rows % 6);
           neurons(*k, rotary);
-          for (const Stored* one : {&by_rows, &tiles, &rotary}) many(*k, *one, 1 + (rows + blocks) % 7);
+          for (unsigned share : {1, 2, 9}) kept_columns(*k, tiles, share);
+          for (const Stored* one : {&by_rows, &tiles}) many(*k, *one, 1 + (rows + blocks) % 7);
           read_again(by_rows), read_again(tiles), read_again(rotary);
         }
       about = std::string(kind) + " " + name + " of many inputs";  // more than are unpacked at a time
-      for (Order order : {Order::rows, Order::tiles, Order::neurons})
+      for (Order order : {Order::rows, Order::tiles})
         many(*k, made(name, 40, each == 32 ? 1120 : 1280, order), 5);
       exact(*k, name, 101, each == 32 ? 160 : each);
       for (Act act : {Act::silu, Act::gelu, Act::gelu_tanh, Act::relu, Act::relu2})
@@ -619,7 +644,8 @@ int main() {
     for (const char* name : {"q8_0", "q4_0", "q4_1", "q5_0", "q5_1"}) {
       about = std::string(kind) + " " + name + " steps";
       steps(*k, name, 96, 8, 160), steps(*k, name, 32, 24, 32);
-      for (int64_t selected : {1, 40, 160}) steps(*k, name, 96, 8, 160, selected);
+      for (int64_t selected : {1, 40, 160})
+        for (bool skip : {false, true}) steps(*k, name, 96, 8, 160, selected, skip);
     }
     about = std::string(kind) + " q4_k steps";
     steps(*k, "q4_k", 256, 64, 256);

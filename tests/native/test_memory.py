@@ -54,7 +54,7 @@ def room_for(size):
 
 def taken(room, tiles, count):
     """A copy of ``count`` rows that lies in ``room``."""
-    return torch.ops.dart_llm.packed_kept([tiles], torch.arange(count).int(), [], room)[0]
+    return torch.ops.dart_llm.packed_kept([tiles], None, torch.arange(count).int(), [], room)[0]
 
 
 def spans(copy):

@@ -18,10 +18,9 @@ from dart_llm.errors import ConfigError, DartError
 from dart_llm.models.gguf_file import ROUNDED
 from dart_llm.native.build import ops
 
-ORDERS = ("rows", "tiles", "neurons")
+ORDERS = ("rows", "tiles")
 """Memory layouts of a matrix.  ``rows``: row by row.  ``tiles``: in tiles of sixteen interleaved
-rows, the fastest layout if all rows are read.  ``neurons``: column by column, so that each neuron
-of a down projection is contiguous."""
+rows, the fastest layout if all rows are read."""
 
 CHUNK = 1 << 22
 """About how many weights are rounded at a time."""
@@ -39,25 +38,25 @@ NOT_SAVED = (
 class PackedTensor(Tensor):
     """A quantised matrix that torch sees as [N, M] of a floating-point dtype.
 
-    ``matrix``: the C++ object that stores it.  ``neurons``: True if the object stores the transpose
-    [M, N], whose rows are the neurons of a down projection.
+    ``matrix``: the C++ object that stores it.  ``swapped``: True if the object stores the transpose
+    [M, N].
     """
 
     matrix: Any
-    neurons: bool
+    swapped: bool
 
     @staticmethod
-    def __new__(cls, matrix: Any, dtype: torch.dtype, neurons: bool = False) -> PackedTensor:
+    def __new__(cls, matrix: Any, dtype: torch.dtype, swapped: bool = False) -> PackedTensor:
         rows, columns = matrix.shape()
         shape, strides = (
-            ((columns, rows), (1, columns)) if neurons else ((rows, columns), (columns, 1))
+            ((columns, rows), (1, columns)) if swapped else ((rows, columns), (columns, 1))
         )
         with torch.inference_mode(False):  # torch refuses views across inference modes
             packed: PackedTensor = Tensor._make_wrapper_subclass(
                 cls, shape, strides=strides, dtype=dtype
             )
         torch._C._set_throw_on_mutable_data_ptr(packed)  # C code would find no memory
-        packed.matrix, packed.neurons = matrix, neurons
+        packed.matrix, packed.swapped = matrix, swapped
         return packed
 
     @classmethod
@@ -79,7 +78,7 @@ class PackedTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """The same blocks in new memory, because pruning may change a matrix's memory layout."""
-        copied: Tensor = PackedTensor(ops().packed_copy(self.matrix), self.dtype, self.neurons)
+        copied: Tensor = PackedTensor(ops().packed_copy(self.matrix), self.dtype, self.swapped)
         if isinstance(self, nn.Parameter):
             copied = nn.Parameter(copied, self.requires_grad)
         memo[id(self)] = copied
@@ -106,11 +105,11 @@ class PackedTensor(Tensor):
         return torch.utils._pytree.tree_map_only(Tensor, PackedView.of, result)
 
     def dequantise(self, begin: int = 0, end: int | None = None) -> Tensor:
-        """Dequantised rows ``begin`` to ``end`` of the stored matrix; transposed if ``neurons``."""
+        """Dequantised rows ``begin`` to ``end`` of the stored matrix; transposed if ``swapped``."""
         last = self.matrix.shape()[0] if end is None else end
         values: Tensor = ops().packed_span(self.matrix, begin, last, _wide(self.dtype))
         stored = values.to(self.dtype)
-        return stored.t() if self.neurons else stored
+        return stored.t() if self.swapped else stored
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` [n] of the stored matrix, dequantised."""
@@ -118,17 +117,17 @@ class PackedTensor(Tensor):
         return values.to(self.dtype)
 
     def part(self, begin: int, end: int) -> PackedTensor:
-        """Rows ``begin`` to ``end``, quantised.  ``neurons`` must be False."""
+        """Rows ``begin`` to ``end``, quantised.  ``swapped`` must be False."""
         return PackedTensor(ops().packed_part(self.matrix, begin, end), self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """For digests: names of attributes with the plain tensors; block type and ``neurons``."""
+        """For digests: names of attributes with the plain tensors; block type and ``swapped``."""
         matrix = self.matrix  # converted to one layout, because pruning may change the layout
         if matrix.order() == "rows":
             matrix = ops().packed_turned(matrix, "tiles", True)
         parts = {f"part{i}": part for i, part in enumerate(matrix.parts())}
         self.__dict__.update(parts)
-        return list(parts), (self.matrix.type(), self.neurons)
+        return list(parts), (self.matrix.type(), self.swapped)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedTensor({list(self.shape)}, {self.matrix.type()}, {self.dtype})"
@@ -186,7 +185,7 @@ def memory_of(model: nn.Module) -> Iterator[Tensor]:
 def place_of(tensor: Any) -> tuple[Any, ...]:
     """A key of the location and dtype of a weight's values; moving the values changes the key."""
     if isinstance(tensor, PackedTensor):  # its tensor attributes run Python, which is slow
-        return id(tensor.matrix), tensor.neurons
+        return id(tensor.matrix), tensor.swapped
     return tensor.data_ptr(), tensor.dtype, tensor.device
 
 
@@ -215,14 +214,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _swapped(weight: PackedTensor) -> PackedTensor:
-    return PackedTensor(weight.matrix, weight.dtype, not weight.neurons)
+    return PackedTensor(weight.matrix, weight.dtype, not weight.swapped)
 
 
 def _same(weight: PackedTensor, **options: Any) -> Any:
     same = (None, weight.dtype, weight.device)
     if options.get("dtype") not in same or options.get("device") not in same:
         return NotImplemented
-    return PackedTensor(weight.matrix, weight.dtype, weight.neurons)
+    return PackedTensor(weight.matrix, weight.dtype, weight.swapped)
 
 
 def _transposed(weight: PackedTensor, first: int, second: int) -> Any:
@@ -238,7 +237,7 @@ def _product(x: Tensor, weight: Any, transposed: bool = False) -> Any:
         return NotImplemented
     if x.dtype != weight.dtype or _has_gradients(x):
         return NotImplemented
-    return ops().packed_product(x, weight.matrix, weight.neurons != transposed, few())
+    return ops().packed_product(x, weight.matrix, weight.swapped != transposed, few())
 
 
 def _has_gradients(x: Tensor) -> bool:
@@ -272,16 +271,16 @@ def _sum(bias: Tensor, x: Tensor, weight: Any, *, beta: float = 1, alpha: float 
 
 
 def _looked_up(weight: Any, ids: Tensor, *_: Any) -> Any:
-    if not isinstance(weight, PackedTensor) or weight.neurons:
+    if not isinstance(weight, PackedTensor) or weight.swapped:
         return NotImplemented
     return weight.rows(ids.reshape(-1)).reshape(*ids.shape, -1)
 
 
 def _selected(weight: Any, dim: int, ids: Tensor) -> Any:
     """``weight.index_select(dim, ids)``, implemented only for rows of the stored matrix."""
-    if not isinstance(weight, PackedTensor) or weight.neurons != (dim % 2 == 1):
+    if not isinstance(weight, PackedTensor) or weight.swapped != (dim % 2 == 1):
         return NotImplemented
-    return weight.rows(ids).t() if weight.neurons else weight.rows(ids)
+    return weight.rows(ids).t() if weight.swapped else weight.rows(ids)
 
 
 def _indexed(weight: Any, ids: Sequence[Tensor | None]) -> Any:
@@ -295,7 +294,7 @@ def _sliced(
     weight: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> Any:
     """A dequantised slice, implemented only for rows of the stored matrix."""
-    if not isinstance(weight, PackedTensor) or weight.neurons != (dim % 2 == 1) or step != 1:
+    if not isinstance(weight, PackedTensor) or weight.swapped != (dim % 2 == 1) or step != 1:
         return NotImplemented
     begin, last, _ = slice(start, end).indices(weight.shape[dim])
     return weight.dequantise(begin, max(begin, last))
@@ -330,10 +329,10 @@ def pack(weight: Tensor, kind: str, order: str = "rows") -> PackedTensor:
     if width % 32:
         raise ConfigError(f"rows of {width} weights do not divide into {kind}'s blocks of 32")
     matrix = ops().packed_zeros(kind, height, width, order)
-    step = height if order == "neurons" else max(1, CHUNK // width)
+    step = max(1, CHUNK // width)
     for begin in range(0, height, step):
         piece = weight[begin : begin + step].detach()
         if not bool(piece.isfinite().all()):
             raise ConfigError("weights with inf or NaN cannot be rounded")
         ops().packed_round(matrix, begin, piece)
-    return PackedTensor(matrix, weight.dtype, order == "neurons")
+    return PackedTensor(matrix, weight.dtype)

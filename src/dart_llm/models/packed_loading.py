@@ -96,7 +96,7 @@ def _weight(
             blocks = _by_halves(blocks, tensor.name, config)
         matrix = ops().packed_from_blocks(blocks.contiguous(), tensor.kind, rows, columns, order)
         _check_finite(tensor, "scales", *matrix.parts())
-        return PackedTensor(matrix, dtype, (order == "neurons") != by_inputs)
+        return PackedTensor(matrix, dtype, by_inputs)
     values = tensor.values()
     _check_finite(tensor, "weights", values)
     if stored.pairs:
@@ -136,11 +136,9 @@ def _ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
 def _orders(model: nn.Module) -> Callable[..., str]:
     """A function of the modules that share a matrix; it returns the matrix's memory layout."""
     blocks = _ffn_blocks(model)
-    orders = {id(block.down): "neurons" for block in blocks}
     # the second half of a fused matrix would begin in the middle of a tile
-    odd = [block for block in blocks if block.fused and block.down_width % 16]
-    orders |= {id(block.up): "rows" for block in odd}
-    return lambda *modules: next((orders[id(m)] for m in modules if id(m) in orders), "tiles")
+    by_rows = {id(block.up) for block in blocks if block.fused and block.down_width % 16}
+    return lambda *modules: "rows" if any(id(m) in by_rows for m in modules) else "tiles"
 
 
 def round_weights(model: nn.Module, kind: str) -> list[str]:

@@ -121,7 +121,7 @@ def test_formats_beside_llama_cpp(native, bench, tmp_path, monkeypatch):
     # bytes as they are stored: of a token, with the cache at a mean context
     cache = document["mean_context"] * 2 * 2 * 64 * 2
     stored = {n: sum(p.nbytes for p in m.model.parameters()) for n, m in whole.models.items()}
-    assert stored["file"] == pytest.approx(FFN + REST, rel=0.1)  # rows are padded
+    assert stored["file"] == pytest.approx(FFN + REST, rel=0.15)  # rows are padded
     assert rows["transformers"]["bytes_per_token"] == stored["dense"] + cache
     for name in names:  # a method beside dense with our kernels on its weights
         dense, method = rows[f"dense, native, {name}"], rows[f"griffin 50 %, native, {name}"]

@@ -49,7 +49,7 @@ def test_bytes_per_token_and_llama_cpp(tmp_path, monkeypatch):
     sizes, seconds = timing["weight_bytes_per_token"], timing["seconds_per_token"]
     assert sizes["llama.cpp Q4_1"] == FFN + REST + 4 * NORMS
     assert sizes["dense"] == sum(weights.nbytes for weights in study.model.parameters())
-    assert sizes["dense"] == pytest.approx(FFN + REST + 2 * NORMS, rel=0.1)
+    assert sizes["dense"] == pytest.approx(FFN + REST + 2 * NORMS, rel=0.15)
     ffn = sizes["dense"] * accounting["ffn_share_of_bytes"]
     assert ffn == pytest.approx(FFN, rel=0.2) and accounting["achieved_sparsity"] == 0.5
     assert sizes["pruned"] == round(sizes["dense"] - ffn / 2)

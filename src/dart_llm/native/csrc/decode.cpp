@@ -9,8 +9,8 @@
 namespace dart {
 namespace {
 
-constexpr int64_t JOBS = 12;      // of a layer, at most: q, k, v, their norms, attention, o, its norm,
-                                  // the choice (2), activations, FFN, its sum
+constexpr int64_t JOBS = 14;      // of a layer, at most: q, k, v, their norms, attention, o, its norm,
+                                  // the choice (2), activations, their levels, low rank, FFN, its sum
 constexpr int64_t SUMS = 4;       // parts of adding up what the parts of an FFN gave
 constexpr int64_t LEAST = 32768;  // weights that are worth a part of their own
 constexpr int64_t CHUNK = 64;     // positions that are worth a part of their own ...
@@ -66,7 +66,8 @@ struct Member : Worker {
   Input input(const float* from, int64_t n) {
     int64_t rows = cache.rows, each = 2 * Rounded::facts(padded(n));
     for (int64_t m = 0; m < rows; ++m)
-      kernels.packed.round(from + m * n, n, levels + m * padded(n), scales + m * each, group_sums + m * each);
+      kernels.packed.round(from + m * n, 0, n, n, levels + m * padded(n), scales + m * each,
+                           group_sums + m * each);
     Rounded rounded{levels, scales, group_sums, rows, padded(n)};
     if (decoder.dtype == Dtype::f32) return {from, from, rows, n, rounded};
     kernels.round(decoder.dtype, from, narrow, rows * n);
@@ -158,6 +159,10 @@ struct Member : Worker {
     return scratch.parts.data() + one * padded(cache.rows * sums_pitch(ffn));
   }
 
+  // How many there are: each adds its neurons' output; of tiles the first has all of it, and the others
+  // have parts of the low-rank output.
+  static int64_t sums_of(const Ffn& ffn) { return !by_outputs(ffn) ? PARTS : ffn.rank ? 1 + PARTS : 1; }
+
   void ffn(int64_t index) {
     const Layer& layer = decoder.layers[index];
     int64_t hidden = decoder.hidden;
@@ -175,20 +180,82 @@ struct Member : Worker {
     });
     float* u = scratch.u.data() + index * cache.rows * decoder.width;
     if (ffn.packed_down) activations(layer, selections, given, u);
+    if (by_outputs(ffn)) return down(index, selections, given, u);
     in_parts(PARTS, [&](int64_t one, int64_t parts) {
-      const Input& in = given();
-      const std::vector<Chosen>& chosen = selections();
-      if (one == 0 && scratch.observed) observe(index);
-      if (one == 0 && scratch.watched) mark_selected(index, chosen);
+      if (one == 0) record(index, selections, given);
       float* to = sums(ffn, one);
       std::fill_n(to, cache.rows * sums_pitch(ffn), 0.0f);
       Span own = part(ffn.kept, one, parts, ffn.packed_down ? GROUP : 4);
-      neurons(ffn, chosen, in, own, to, u);
-      own = part(ffn.rank, one, parts, 1);
-      for (int64_t m = 0; m < cache.rows; ++m)
-        kernels.low_rank(decoder.dtype, ffn, one_of(decoder.dtype, in, m), own.begin, own.end,
-                         to + m * sums_pitch(ffn));
+      neurons(ffn, selections(), given(), own, to, u);
+      low_rank(ffn, given(), one, to);
     });
+    finish(StepPart::ffn);
+    add_sums(index);
+  }
+
+  // The output of activations u [M, I] through a down projection in tiles: a part of its rows has whole
+  // sums, which are added to the stream at once if nothing else is to be done with them.
+  template <class Selections, class MakeInput>
+  void down(int64_t index, Selections& selections, MakeInput& make_input, float* u) {
+    const Layer& layer = decoder.layers[index];
+    const Ffn& ffn = layer.ffn;
+    bool direct = !layer.after_ffn.factor && !decoder.parallel && !ffn.rank && !scratch.observed;
+    if (scratch.observed || scratch.watched || ffn.rank)  // before the stream may change
+      in_parts(ffn.rank ? PARTS : 1, [&](int64_t one, int64_t) {
+        if (one == 0) record(index, selections, make_input);
+        if (!ffn.rank) return;
+        float* to = sums(ffn, 1 + one);
+        std::fill_n(to, cache.rows * sums_pitch(ffn), 0.0f);
+        low_rank(ffn, make_input(), one, to);
+      });
+    if (!whole(layer)) {
+      in_parts(PARTS, [&](int64_t one, int64_t parts) {
+        Span own = part(decoder.width, one, parts, UNIT);
+        for (int64_t m = 0; m < cache.rows; ++m) {
+          float* to = scratch.active.data() + m * decoder.width;
+          const Chosen* chosen = layer.proxies.keep ? &selections()[size_t(m)] : nullptr;
+          down_input(kernels, ffn, chosen, u + m * decoder.width, own.begin, own.end, to);
+          round_active(m, own, to);
+        }
+      });
+      finish(StepPart::activations);
+    }
+    auto given = [&] { return Input{nullptr, nullptr, cache.rows, decoder.width, active_levels()}; };
+    float *y = sums(ffn, 0), *stream = scratch.stream.data();
+    int64_t pitch = sums_pitch(ffn);
+    project({nullptr, ffn.packed_down}, nullptr, given, decoder.width, decoder.hidden, y, pitch,
+            [&](int64_t m, int64_t begin, int64_t end) {
+              float* to = stream + m * decoder.hidden;
+              for (int64_t i = begin; direct && i < end; ++i)
+                to[i] += (layer.bias ? layer.bias[i] : 0.0f) + y[m * pitch + i];
+            });
+    finish(StepPart::ffn);
+    if (!direct) add_sums(index);
+  }
+
+  // Whether all activations reach `down`: then each part of them rounds its own.
+  static bool whole(const Layer& layer) {
+    return by_outputs(layer.ffn) && !layer.ffn.ids && !layer.proxies.keep;
+  }
+
+  Rounded active_levels() const {
+    return {scratch.active_levels.data(), scratch.active_scales.data(), scratch.active_sums.data(),
+            cache.rows, padded(decoder.width)};
+  }
+
+  // A part of the low-rank output of each row.
+  void low_rank(const Ffn& ffn, const Input& given, int64_t one, float* to) {
+    Span own = part(ffn.rank, one, PARTS, 1);
+    for (int64_t m = 0; m < cache.rows; ++m)
+      kernels.low_rank(decoder.dtype, ffn, one_of(decoder.dtype, given, m), own.begin, own.end,
+                       to + m * sums_pitch(ffn));
+  }
+
+  // Leaves what others want of an FFN; once for each.
+  template <class Selections, class MakeInput>
+  void record(int64_t index, Selections& selections, MakeInput& make_input) {
+    if (scratch.observed) make_input(), observe(index);
+    if (scratch.watched) mark_selected(index, selections());
   }
 
   // Bits of what each row selected; zeros without selection.
@@ -219,11 +286,21 @@ struct Member : Worker {
           if (some)
             packed_hidden_of(kernels, decoder.dtype, ffn, selections()[size_t(m)], x, begin, end, of_row);
           else packed_hidden(kernels, decoder.dtype, ffn, x, begin, end, of_row);
+          if (whole(layer)) round_active(m, {begin, end}, of_row);
           if (own_strengths)
             strengths_of(layer.proxies, ffn, of_row, begin, end, scratch.strength.data() + m * ffn.kept);
         }
     });
     finish(StepPart::activations);
+  }
+
+  // Rounds a part of row m's activations.
+  void round_active(int64_t m, Span own, const float* of_row) {
+    Rounded row = active_levels();
+    int64_t factors = m * 2 * Rounded::facts(row.size);
+    kernels.packed.round(of_row, own.begin, own.end, decoder.width,
+                         scratch.active_levels.data() + m * row.size, scratch.active_scales.data() + factors,
+                         scratch.active_sums.data() + factors);
   }
 
   // to[m] += the output of kept neurons `own` for each row, or of those among them that it has chosen.
@@ -265,6 +342,7 @@ struct Member : Worker {
       Span own = last ? Span{0, hidden} : part(hidden, one, parts);
       for (int64_t m = last ? one : 0; m < (last ? one + 1 : rows); ++m) add_sum(index, m, own);
     });
+    finish(StepPart::sums);
   }
 
   void add_sum(int64_t index, int64_t m, Span own) {
@@ -275,7 +353,7 @@ struct Member : Worker {
     const float* mixed = scratch.qkv.data() + m * hidden;
     float *to = x + m * hidden, *stream = scratch.stream.data() + m * hidden;
     for (int64_t i = own.begin; i < own.end; ++i) to[i] = layer.bias ? layer.bias[i] : 0.0f;
-    for (int64_t one = 0; one < PARTS; ++one)
+    for (int64_t one = 0; one < sums_of(layer.ffn); ++one)
       for (int64_t i = own.begin; i < own.end; ++i) to[i] += from[one * pitch + i];
     if (scratch.observed) std::copy(to + own.begin, to + own.end, scratch.z.data() + place + own.begin);
     if (layer.after_ffn.factor) {
@@ -366,9 +444,6 @@ struct Member : Worker {
     for (int64_t index = 0; index < int64_t(decoder.layers.size()); ++index) {
       attention(index);
       ffn(index);
-      finish(StepPart::ffn);
-      add_sums(index);
-      finish(StepPart::sums);
     }
     Once given([&] {
       norm_rows(decoder.norm, scratch.stream.data(), hidden, x);
@@ -441,7 +516,7 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t rows_)
   logits.resize(rows * d.logits_pitch());
   if (d.screen) screened = ScreenRoom(*d.screen, rows);
   inputs.resize(each * d.hidden);
-  parts.resize(PARTS * rows * padded(d.hidden));
+  parts.resize((1 + PARTS) * rows * padded(d.hidden));
   normed.resize(rows * d.hidden + each * widest(d));
   narrow.resize(each * widest(d));
   levels.resize(each * padded(widest(d)));
@@ -450,6 +525,9 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t rows_)
   likeliest.resize(each);
   strength.resize(rows * d.width);
   orders.resize(threads * d.width);
+  active.resize(rows * d.width);
+  active_levels.resize(rows * padded(d.width));
+  active_scales.resize(rows * 2 * Rounded::facts(padded(d.width))), active_sums.resize(active_scales.size());
   marks.resize(all * marked_bytes(d.width));
   scores.resize(threads * scores_of(d));
   u.resize(all * d.width);

@@ -108,7 +108,10 @@ struct Scratch {
   std::vector<float> scales, group_sums;
   std::vector<float> strength;  // of a layer's candidates, where tokens select: [M, candidates]
   std::vector<int32_t> orders;  // for selections: [threads, I]
-  std::vector<uint8_t> marks;   // what tokens select as bits, where it is watched: [L, M, I / 8 rounded up]
+  // What down projections by outputs are given, [M, I], and rounded.
+  std::vector<float> active, active_scales, active_sums;
+  std::vector<int8_t> active_levels;
+  std::vector<uint8_t> marks;  // what tokens select as bits, where it is watched: [L, M, I / 8 rounded up]
   std::vector<Likeliest> likeliest;  // [threads, M]: of the words that each member saw; empty them first
   ScreenRoom screened;
   int64_t threads, rows;

@@ -145,6 +145,10 @@ struct Kernels {
   void (*add)(Dtype, const void* bias, int64_t begin, int64_t end, float* y);
   // y[i] += bias[ids[i]] of n values.
   void (*add_at)(Dtype, const void* bias, const int32_t* ids, int64_t n, float* y);
+  // to[i] = u[i] - mean[i], or u[i] where mean is null, of those neurons begin to end that the cut takes by
+  // their strengths, else 0.
+  void (*select)(const float* u, const float* mean, const float* strength, const Cut&, int64_t begin,
+                 int64_t end, float* to);
   PackedKernels packed;
 };
 

@@ -647,6 +647,17 @@ Cut cut(const float* values, int64_t n, int64_t k, int32_t* orders) {
   return found;
 }
 
+void select(const float* __restrict u, const float* __restrict mean, const float* __restrict strength,
+            const Cut& by, int64_t begin, int64_t end, float* __restrict to) {
+  const Cut cut = by;
+  auto all = [&](const auto& value) {  // bits, as in `lose`
+    for (int64_t i = begin; i < end; ++i)
+      to[i] = from_bits(to_bits(value(i)) & -uint32_t(cut.takes(strength[i], int32_t(i))));
+  };
+  if (mean) all([&](int64_t i) { return u[i] - mean[i]; });
+  else all([&](int64_t i) { return u[i]; });
+}
+
 void lose(const float* __restrict u, const float* __restrict saliency, int64_t n, int64_t k, float weight,
           float* __restrict strength, int32_t* __restrict orders, float* __restrict sums, int64_t pitch) {
   for (int64_t i = 0; i < n; ++i) strength[i] = std::fabs(u[i]) * saliency[i];
@@ -663,5 +674,5 @@ void lose(const float* __restrict u, const float* __restrict saliency, int64_t n
 #include "packed_body.h"
 #include "prompt_body.h"
 
-const Kernels table = {NAME,   matvec, ffn,         low_rank, estimate, cut, lose,   fold,
-                       attend, merge,  attend_some, round,    widen,    add, add_at, packed_table};
+const Kernels table = {NAME,  matvec,      ffn,   low_rank, estimate, cut,    lose,   fold,        attend,
+                       merge, attend_some, round, widen,    add,      add_at, select, packed_table};

@@ -284,19 +284,20 @@ void check_packed(const dart::Packed* gate, const dart::Packed& up, const dart::
                   int64_t hidden, const MaybeTensor& ids, const MaybeChoice& choice) {
   bool kept = down.kept, some = ids || (choice && !(*choice)->proxies.own());
   int64_t count = kept && ids ? ids->numel() : width;
-  auto fits = [&](const dart::Packed& one, bool neurons) {
-    return (one.order == dart::Order::neurons) == neurons && one.rows == count && one.columns == hidden &&
-           one.kept == kept;
+  auto fits = [&](const dart::Packed& one) {
+    return one.order == up.order && one.rows == count && one.columns == hidden && one.kept == kept;
   };
-  TORCH_CHECK(
-      fits(up, false) && fits(down, true) && (!gate || (fits(*gate, false) && gate->order == up.order)),
-      "native: shapes do not fit");
+  bool neurons = down.order == dart::Order::neurons;
+  bool down_fits = neurons ? !kept && down.rows == count && down.columns == hidden
+                           : down.rows == hidden && (kept ? down.kept_columns : down.columns) == count;
+  TORCH_CHECK(up.order != dart::Order::neurons && fits(up) && down_fits && (!gate || fits(*gate)),
+              "native: shapes do not fit");
   TORCH_CHECK(kept ? ids.has_value() && !choice : !some || up.order == dart::Order::rows,
               "native: neurons here and there are read of rows alone");
 }
 
-// As `ffn`, on packed matrices: gate (None in a plain FFN) and up of rows, down of neurons.  With a
-// choice by activations M may be any number.
+// As `ffn`, on packed matrices: gate (None in a plain FFN) and up of rows, down of tiles or neurons.  With
+// a choice by activations M may be any number.
 Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs& up, const Packs& down,
                   const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& ids,
                   const MaybeTensor& bias, const MaybeTensor& basis, const MaybeTensor& features,
@@ -329,8 +330,10 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
   std::vector<float> strength(choice ? size_t(count * f.kept) : 0);
   dart::RoundedRows rounded(kernels, wide.const_data_ptr<float>(), count, hidden);
   std::vector<float> u(size_t(count * f.kept));
-  int64_t columns = down->packed.units() * dart::UNIT;
-  Tensor parts = at::zeros({dart::PARTS, count, columns}, wide.options());
+  bool whole = dart::by_outputs(f);  // each part has whole sums of some outputs, not a part of all
+  int64_t columns = whole ? hidden : down->packed.units() * dart::UNIT;
+  Tensor parts = at::zeros({whole ? 1 : dart::PARTS, count, columns}, wide.options());
+  float* sums = parts.mutable_data_ptr<float>();
   Tensor low = at::zeros({dart::PARTS, count, f.rank ? hidden : 0}, wide.options());
   dart::Input given = input(x, wide);
   dart::Jobs jobs(4);
@@ -356,12 +359,21 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
       }
     });
     team.finish();
-    team.in_parts(dart::PARTS, [&](int64_t one, int64_t number) {
-      dart::Span span = dart::part(f.kept, one, number, dart::GROUP);
+    auto of_row = [&](int64_t m) { return choice ? &chosen()[size_t(m)] : nullptr; };
+    dart::Once active([&] {
+      std::vector<float> own(size_t(count * down->packed.columns));
       for (int64_t m = 0; m < count; ++m)
-        dart::packed_output(kernels, f, choice ? &chosen()[size_t(m)] : nullptr, u.data() + m * f.kept,
-                            span.begin, span.end,
-                            parts.mutable_data_ptr<float>() + (one * count + m) * columns);
+        dart::down_input(kernels, f, of_row(m), u.data() + m * f.kept, 0, down->packed.columns,
+                         own.data() + m * down->packed.columns);
+      return dart::RoundedRows(kernels, own.data(), count, down->packed.columns);
+    });
+    team.in_parts(dart::PARTS, [&](int64_t one, int64_t number) {
+      dart::Span span =
+          whole ? dart::part(hidden, one, number, dart::TILE) : dart::part(f.kept, one, number, dart::GROUP);
+      if (whole) kernels.packed.matvec(down->packed, active().view(), span.begin, span.end, sums, hidden);
+      for (int64_t m = 0; m < count && !whole; ++m)
+        dart::packed_output(kernels, f, of_row(m), u.data() + m * f.kept, span.begin, span.end,
+                            sums + (one * count + m) * columns);
       span = dart::part(f.rank, one, number, 1);
       if (f.rank)
         kernels.low_rank(dtype, f, given, span.begin, span.end,
@@ -407,16 +419,22 @@ Tensor selection_sums(const Tensor& u, const Tensor& saliency, const std::vector
 }
 
 // Seconds that the down projections of a model take for a token that selects `share` of the neurons by
-// their activations: [0] all rows are read, [1] those of the others are skipped.  The least of several
-// turns, about `seconds` in all.  Which neurons win is random; real winners lie in runs hardly longer.
-std::vector<double> selection_times(const std::vector<Packs>& downs, double share, double seconds) {
-  TORCH_CHECK(!downs.empty() && share > 0 && share <= 1, "native: matrices are missing");
+// their activations: [0] all of `tiles` are read, [1] of the same matrices by neurons those of the others
+// are skipped.  The least of several turns, about `seconds` in all.  Which neurons win is random; real
+// winners lie in runs hardly longer.
+std::vector<double> selection_times(const std::vector<Packs>& tiles, const std::vector<Packs>& neurons,
+                                    double share, double seconds) {
+  TORCH_CHECK(!tiles.empty() && tiles.size() == neurons.size() && share > 0 && share <= 1,
+              "native: matrices are missing");
   using Clock = std::chrono::steady_clock;
   const dart::Kernels& kernels = best();
   int64_t width = 0, columns = 0;
-  for (const Packs& one : downs) {
-    TORCH_CHECK(one->packed.order == dart::Order::neurons, "native: shapes do not fit");
-    width = std::max(width, one->packed.rows), columns = std::max(columns, one->packed.units() * dart::UNIT);
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    const dart::Packed &own = tiles[i]->packed, &other = neurons[i]->packed;
+    TORCH_CHECK(own.order == dart::Order::tiles && other.order == dart::Order::neurons &&
+                    own.columns == other.rows && own.rows == other.columns,
+                "native: shapes do not fit");
+    width = std::max(width, other.rows), columns = std::max(columns, other.units() * dart::UNIT);
   }
   std::vector<float> u(static_cast<size_t>(width)), sums(static_cast<size_t>(dart::PARTS * columns));
   std::minstd_rand random(1);
@@ -425,27 +443,37 @@ std::vector<double> selection_times(const std::vector<Packs>& downs, double shar
   auto begin = Clock::now();
   for (int64_t turn = 0; turn < 6 || std::chrono::duration<double>(Clock::now() - begin).count() < seconds;
        ++turn) {
-    dart::Jobs jobs(int64_t(downs.size()), at::get_num_threads());
+    bool skip = turn % 2;
+    dart::Jobs jobs(int64_t(tiles.size()), at::get_num_threads());
     auto start = Clock::now();
     run_on_threads([&](int64_t member) {
       dart::Worker team(jobs, member);
       std::vector<int32_t> orders(static_cast<size_t>(width));
-      for (const Packs& one : downs) {
+      std::vector<float> active(static_cast<size_t>(width));
+      for (size_t i = 0; i < tiles.size(); ++i) {
+        const dart::Packed& down = (skip ? neurons : tiles)[i]->packed;
         dart::Ffn f{};
-        f.packed_down = &one->packed, f.kept = one->packed.rows;
+        f.packed_down = &down, f.kept = neurons[i]->packed.rows;
         dart::Proxies own{};
-        own.skip = turn % 2;
+        own.skip = skip;
         own.keep = std::max<int64_t>(1, int64_t(share * double(f.kept)));
         dart::Once chosen([&] { return dart::chosen_of(kernels, own, 1, f.kept, u.data(), orders.data()); });
+        dart::Once given([&] {
+          dart::down_input(kernels, f, &chosen()[0], u.data(), 0, f.kept, active.data());
+          return dart::RoundedRows(kernels, active.data(), 1, f.kept);
+        });
         team.in_parts(dart::PARTS, [&](int64_t part, int64_t parts) {
-          dart::Span span = dart::part(f.kept, part, parts, dart::GROUP);
-          dart::packed_output(kernels, f, &chosen()[0], u.data(), span.begin, span.end,
-                              sums.data() + part * columns);
+          dart::Span span = skip ? dart::part(f.kept, part, parts, dart::GROUP)
+                                 : dart::part(down.rows, part, parts, dart::TILE);
+          if (skip)
+            dart::packed_output(kernels, f, &chosen()[0], u.data(), span.begin, span.end,
+                                sums.data() + part * columns);
+          else kernels.packed.matvec(down, given().view(), span.begin, span.end, sums.data(), columns);
         });
         team.finish();
       }
     });
-    double& own = least[size_t(turn % 2)];
+    double& own = least[size_t(skip)];
     own = std::min(own, std::chrono::duration<double>(Clock::now() - start).count());
   }
   return least;
@@ -551,7 +579,7 @@ struct Decoder : torch::CustomClassHolder {
     int64_t place = (index - ends) % each;
     TORCH_CHECK(index >= 0 && index < ends + each * layers &&
                     (index < ends || place < 4 || (place >= 8 && place < 11)) && !packed->kept &&
-                    (packed->order == dart::Order::neurons) == (index >= ends && place == 10),
+                    packed->order != dart::Order::neurons,
                 "native: no packed matrix has this place");
     if (index < ends) {
       dart::Matrix* matrices[] = {&model.embedding, &model.head, &model.positions};

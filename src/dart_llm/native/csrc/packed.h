@@ -4,8 +4,8 @@
 // `Order::rows`: blocks lie along a row, and any rows can be read alone.  `Order::tiles`: the same,
 // but TILE rows lie interleaved, which is the fastest to read as a whole.  `Order::neurons`: rows are
 // neurons of a down projection, and the same column of 16 or 32 neurons shares scale and offset, so
-// that a kept neuron is one run of levels.  A copy of kept neurons is read as quickly as all of them
-// are, byte for byte, which rows here and there are not.
+// that a neuron is one run of levels, and others can be skipped.  A copy of kept neurons is read as
+// quickly as all of them are, byte for byte, which rows here and there are not.
 //
 // A row holds its levels in units of 64 columns; columns beyond the last one are at `bias` or have
 // scale 0.  Where the columns of a unit stand, four neighbouring ones to an entry (named by the first):
@@ -23,6 +23,10 @@
 //   8 bits: a byte each.          4 bits: byte j of a pair of units  | high: place j of unit 1 |
 //                                                                     | low:  place j of unit 0 |
 //   a last unit without a second has 32 bytes: places 0..31 (low) and 32..63 (high).
+//
+// A copy of kept columns in tiles (of a down projection, whose columns are neurons) holds fewer fours: in
+// every block the kept columns come first, in whole fours, and the factors are those of all columns.  Of
+// 4 bits the two blocks of a unit share bytes, so that the fuller one decides how many fours there are.
 #pragma once
 #include <cstdint>
 
@@ -67,8 +71,14 @@ struct Packed {
   int64_t pitch;  // bytes of a row's levels
   int bits, block, bias;
   Order order;
-  bool kept;  // the levels are those of kept neurons alone, one after the other
+  bool kept;  // the levels are those of kept neurons alone
+  // Of kept columns, or null: how many fours of them there are [entries()], and where each stands.
+  const uint8_t* fours;
+  const int32_t* places;
+  int64_t kept_columns;
 
+  // Runs of fours of a row whose number may differ: those of a block, or of two that share bytes.
+  int64_t entries() const { return units() * UNIT / block / (bits == 4 ? 2 : 1); }
   int64_t units() const { return (columns + UNIT - 1) / UNIT; }
   // Rows that there is room for.
   int64_t room() const { return order == Order::neurons ? rows : (rows + TILE - 1) / TILE * TILE; }
@@ -121,8 +131,7 @@ struct Lots {
 };
 
 // Outputs `begin` to `end` of a product, and the units of inputs that count.  `begin` is a multiple of
-// ABREAST; at `first` a block of SUPER weights begins.
-constexpr int64_t ABREAST = 2 * UNIT;
+// TILE; at `first` a block of SUPER weights begins.
 struct Part {
   int64_t begin, end;
   int64_t first, last;
@@ -157,12 +166,12 @@ struct PackedKernels {
   // y[j] = rows[ids[j]] . x for n rows; ids null: rows first, first + 1, ..., of tiles too.
   void (*dots)(const Packed&, const Rounded& x, const int32_t* ids, int64_t first, int64_t n, float* y);
   // sums[:] += u[0] down[ids[0]] + ... + u[n - 1] down[ids[n - 1]]; neurons of one block, which lie
-  // together, are rounded together.  Order::neurons.  place: of the first one where `down` holds
-  // kept neurons alone.  sums: whole units.
-  void (*add_neurons)(const Packed& down, const int32_t* ids, int64_t place, const float* u, int64_t n,
-                      float* sums);
-  // Rounds [n] floats to a vector of whole units.
-  void (*round)(const float* from, int64_t n, int8_t* levels, float* scales, float* sums);
+  // together, are rounded together.  Order::neurons.  sums: whole units.
+  void (*add_neurons)(const Packed& down, const int32_t* ids, const float* u, int64_t n, float* sums);
+  // Rounds values begin to end of [n] floats to a vector of whole units; both are multiples of GROUP, or
+  // end is n.
+  void (*round)(const float* from, int64_t begin, int64_t end, int64_t n, int8_t* levels, float* scales,
+                float* sums);
   // up[i] = act(gate[i]) up[i], or act(up[i]) where gate is null, of n values; room for 32.
   void (*activate)(Act, const float* gate, float* up, int64_t n);
   // to[count, columns] = weights of `count` rows from `row` on, float32 or bfloat16; of Order::tiles
@@ -172,8 +181,8 @@ struct PackedKernels {
   int64_t few;  // vectors up to which products on the blocks are quicker than with dequantised rows
   // Rounds [n] floats to vector m.
   void (*round_lot)(const float* from, int64_t n, const Lots& to, int64_t m);
-  // y[m, i] of a part, M rows of `stride`: rows[i] . x[m] or, of Order::neurons, column i of down times
-  // x[m].  Never of what was copied of kept neurons.
+  // y[m, i] of a part, M rows of `stride`: rows[i] . x[m].  Not Order::neurons, and never of what was
+  // copied of kept neurons.
   void (*lots)(const Packed&, const Lots& x, const Part&, float* y, int64_t stride);
   // y[RUN] = scores of a run of words.
   void (*scores)(const Directions&, const Along&, int64_t run, float* y);

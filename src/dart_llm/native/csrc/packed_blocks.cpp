@@ -222,4 +222,44 @@ void read_levels(const Packed& p, int64_t row, uint8_t* levels) {
   }
 }
 
+KeptColumns::KeptColumns(const Packed& p, const int32_t* ids, int64_t n) : from_(p) {
+  int64_t beside = p.bits == 4 ? 2 : 1, next = 0;
+  for (int64_t entry = 0; entry < p.entries(); ++entry) {
+    std::vector<Source> own[2];
+    for (int64_t b = 0; b < beside; ++b)
+      for (; next < n && ids[next] / p.block == entry * beside + b; ++next) {
+        places_.push_back(int32_t((entry * beside + b) * p.block + int64_t(own[b].size())));
+        own[b].push_back(source_of(ids[next]));
+      }
+    size_t fours = (std::max(own[0].size(), own[1].size()) + 3) / 4;
+    fours_.push_back(uint8_t(fours));
+    for (int64_t b = 0; b < beside; ++b) {
+      own[b].resize(4 * fours, Source{});  // stands for columns that are none, and are multiplied with 0
+      sources_[b].insert(sources_[b].end(), own[b].begin(), own[b].end());
+    }
+  }
+}
+
+KeptColumns::Source KeptColumns::source_of(int64_t column) const {
+  int64_t unit = column / UNIT, c = column % UNIT;
+  if (from_.bits != 4) return {column / 4 * TILE, int(8 * (c % 4))};
+  return {(unit * UNIT / 2 + c % 32) / 4 * TILE, int(8 * (c % 4) + c / 32 * 4)};
+}
+
+void KeptColumns::copy_tile(int64_t tile, uint8_t* to) const {
+  const uint8_t* from = from_.levels + tile * TILE * from_.pitch;
+  uint32_t mask = from_.bits == 4 ? 15 : 255;
+  to += tile * TILE * pitch();
+  for (size_t four = 0; four < sources_[0].size(); four += 4, to += 4 * TILE) {
+    uint32_t own[TILE] = {}, words[TILE];
+    for (size_t b = 0; b < 2 && !sources_[b].empty(); ++b)
+      for (size_t c = 0; c < 4; ++c) {
+        Source source = sources_[b][four + c];
+        std::memcpy(words, from + 4 * source.word, sizeof words);
+        for (int64_t r = 0; r < TILE; ++r) own[r] |= (words[r] >> source.shift & mask) << (8 * c + 4 * b);
+      }
+    std::memcpy(to, own, sizeof own);
+  }
+}
+
 }  // namespace dart

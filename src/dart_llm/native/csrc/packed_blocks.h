@@ -38,4 +38,29 @@ void write_levels(const Packed&, int64_t row, const uint8_t* levels, uint8_t* ma
 // levels [columns] = those of a row.
 void read_levels(const Packed&, int64_t row, uint8_t* levels);
 
+// Kept columns of a matrix in tiles, and how packed.h lays out a copy of them.
+class KeptColumns {
+ public:
+  // ids: ascending.  The matrix is read by copy_tile() again.
+  KeptColumns(const Packed&, const int32_t* ids, int64_t n);
+  const std::vector<uint8_t>& fours() const { return fours_; }
+  const std::vector<int32_t>& places() const { return places_; }
+  int64_t pitch() const { return int64_t(sources_[0].size()); }  // of the copy
+  // Copies the levels of one tile to a matrix of this pitch.
+  void copy_tile(int64_t tile, uint8_t* to) const;
+
+ private:
+  // Where the levels of a column are, in the first row of a tile: the word of its four, and their bits.
+  struct Source {
+    int64_t word;
+    int shift;
+  };
+  Source source_of(int64_t column) const;
+
+  Packed from_;
+  std::vector<Source> sources_[2];  // of columns, four to a four, and of those that share their bytes
+  std::vector<uint8_t> fours_;
+  std::vector<int32_t> places_;
+};
+
 }  // namespace dart

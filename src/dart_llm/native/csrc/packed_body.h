@@ -173,9 +173,10 @@ struct TileDots {
   // Fours whose sums of pairs fit into 16 bits: levels are at most 15, or in bytes 31, or 63 in blocks of 16.
   static constexpr int SHORT = BITS == 4 ? 8 : SIZE == 32 ? 4 : 2;
 
-  template <int M>
+  // KEPT: of kept columns.
+  template <int M, bool KEPT>
   static void run(const Packed p, const Rounded& x, int64_t tile, float (*y)[TILE]) {
-    const uint8_t* levels = p.levels + tile * TILE * p.pitch;
+    const uint8_t *levels = p.levels + tile * TILE * p.pitch, *kept = p.fours;
     const int8_t* given[M];
     const float *scales[M], *sums[M];
     typename S::V sum[M][VECTORS], above[VECTORS], above_offset[VECTORS];
@@ -196,8 +197,10 @@ struct TileDots {
 #pragma GCC unroll 4
       for (int first = 0; first < BLOCKS; first += BESIDE) {
         typename S::W found[M][BESIDE][VECTORS];
-        products<M>(levels, given, unit * UNIT, first * FOURS, found);
-        levels += FOURS * 4 * TILE;
+        int fours = KEPT ? *kept++ : FOURS;
+        if (KEPT) some_products<M>(fours, levels, given, unit * UNIT, first * FOURS, found);
+        else products<M, FOURS>(levels, given, unit * UNIT, first * FOURS, found);
+        levels += fours * 4 * TILE;
         for (int b = 0; b < BESIDE; ++b, place += TILE) {
           int64_t of_x = unit * BLOCKS + (SIZE == 16 ? quarter_place(first + b) : first + b);
           for (int v = 0; v < VECTORS; ++v) {
@@ -223,14 +226,16 @@ struct TileDots {
     return S::mul(S::small(static_cast<const int8_t*>(f.own) + at, S::N), above);
   }
 
-  // found[m][b] = of each row: the levels of a block, whose fours begin at `first` of the unit at
+  // found[m][b] = of each row: the levels of a block, whose COUNT fours begin at `first` of the unit at
   // `column`, times those of x[m].
-  template <int M>
+  template <int M, int COUNT>
   static void products(const uint8_t* levels, const int8_t* const* x, int64_t column, int64_t first,
                        typename S::W (*found)[BESIDE][VECTORS]) {
     typename S::W pairs[M][BESIDE][VECTORS];
+    for (int m = 0; m < M && !COUNT; ++m)
+      for (auto& block : found[m]) std::fill_n(block, VECTORS, S::whole(0));
 #pragma GCC unroll 8
-    for (int four = 0; four < FOURS; ++four) {
+    for (int four = 0; four < COUNT; ++four) {
       typename S::B own[BESIDE][VECTORS];
       for (int v = 0; v < VECTORS; ++v) {
         auto bytes = S::bytes(levels + 4 * TILE * four + v * S::BYTES);
@@ -249,11 +254,36 @@ struct TileDots {
               to = dot<BITS>(four ? to : S::whole(0), own[b][v], same);
             } else {
               some = S::add_pairs(four % SHORT ? some : S::whole(0), own[b][v], same);
-              if (four % SHORT == SHORT - 1)
+              if (four % SHORT == SHORT - 1 || four == COUNT - 1)
                 to = four < SHORT ? S::sum_pairs(some) : S::add(to, S::sum_pairs(some));
             }
           }
         }
+    }
+  }
+
+  // As many as `fours`: loops of a constant length are quicker.
+  template <int M, class... Rest>
+  static void some_products(int fours, Rest... rest) {
+    switch (fours) {
+      case 0:
+        return products<M, 0>(rest...);
+      case 1:
+        return products<M, 1>(rest...);
+      case 2:
+        return products<M, 2>(rest...);
+      case 3:
+        return products<M, 3>(rest...);
+      case 4:
+        return products<M, 4>(rest...);
+      case 5:
+        return products<M, std::min(5, FOURS)>(rest...);
+      case 6:
+        return products<M, std::min(6, FOURS)>(rest...);
+      case 7:
+        return products<M, std::min(7, FOURS)>(rest...);
+      default:
+        return products<M, FOURS>(rest...);
     }
   }
 };
@@ -267,8 +297,11 @@ void packed_tiles(const Packed& p, const Rounded& x, int64_t begin, int64_t end,
     for (int64_t tile = begin / TILE; tile * TILE < end; ++tile)
       for (int64_t m = 0; m < x.count;) {
         int64_t count = x.count - m < MOST ? 1 : MOST;
-        if (count == 1) TileDots<bits, size>::template run<1>(p, x.at(m), tile, found);
-        else TileDots<bits, size>::template run<MOST>(p, x.at(m), tile, found);
+        using Dots = TileDots<bits, size>;
+        auto run = p.fours      ? count == 1 ? Dots::template run<1, true> : Dots::template run<MOST, true>
+                   : count == 1 ? Dots::template run<1, false>
+                                : Dots::template run<MOST, false>;
+        run(p, x.at(m), tile, found);
         int64_t first = std::max(begin, tile * TILE), last = std::min(end, (tile + 1) * TILE);
         for (int64_t i = 0; i < count; ++i, ++m)
           std::copy(found[i] + first % TILE, found[i] + (last - tile * TILE),
@@ -395,9 +428,8 @@ inline float round_group(const float* from, int8_t* levels, int* halves) {
 struct Queue {
   const Packed& p;
   const int32_t* ids;
-  int64_t place;  // of the first one, in a copy of kept neurons
 
-  const uint8_t* row(int64_t i) const { return p.levels + (p.kept ? place + i : ids[i]) * p.pitch; }
+  const uint8_t* row(int64_t i) const { return p.levels + ids[i] * p.pitch; }
   // Row i of `left` that are known, or what lies behind the last one.
   const uint8_t* later(int64_t i, int64_t left) const {
     return i < left ? row(i) : row(left - 1) + (i - left + 1) * p.pitch;
@@ -432,19 +464,19 @@ void add_block(const Queue& queue, const float* u, int64_t n, int64_t left, floa
   });
 }
 
-void packed_add_neurons(const Packed& p, const int32_t* ids, int64_t place, const float* u, int64_t n,
-                        float* sums) {
+void packed_add_neurons(const Packed& p, const int32_t* ids, const float* u, int64_t n, float* sums) {
   int shift = p.block == 16 ? 4 : 5;
   for (int64_t begin = 0, end; begin < n; begin = end) {
     for (end = begin + 1; end < n && ids[end] >> shift == ids[begin] >> shift;) ++end;
-    add_block({p, ids + begin, place + begin}, u + begin, end - begin, n - begin, sums);
+    add_block({p, ids + begin}, u + begin, end - begin, n - begin, sums);
   }
 }
 
-void packed_round(const float* from, int64_t n, int8_t* levels, float* scales, float* sums) {
+void packed_round(const float* from, int64_t begin, int64_t end, int64_t n, int8_t* levels, float* scales,
+                  float* sums) {
   int64_t size = (n + UNIT - 1) / UNIT * UNIT, facts = Rounded::facts(size);
   float *small_scales = scales + facts, *small_sums = sums + facts;
-  for (int64_t g = 0; g < size / GROUP; ++g) {
+  for (int64_t g = begin / GROUP; g < (end < n ? end : size) / GROUP; ++g) {
     float last[GROUP] = {};
     const float* own = from + g * GROUP;
     if ((g + 1) * GROUP > n) {
@@ -463,6 +495,7 @@ void packed_round(const float* from, int64_t n, int8_t* levels, float* scales, f
       small_sums[at] = scale * float(halves[half]);
     }
   }
+  if (end < n) return;
   std::fill(scales + size / 32, small_scales, 0.0f), std::fill(sums + size / 32, small_sums, 0.0f);
   std::fill(small_scales + size / 16, small_scales + facts, 0.0f);
   std::fill(small_sums + size / 16, small_sums + facts, 0.0f);

@@ -50,6 +50,28 @@ inline void packed_hidden_of(const Kernels& kernels, Dtype dtype, Ffn f, const C
   }
 }
 
+// Whether a down projection's rows are outputs, not neurons.
+inline bool by_outputs(const Ffn& f) { return f.packed_down && f.packed_down->order != Order::neurons; }
+
+// What such a down projection is given, columns begin to end of to [columns]: the activations u of a
+// token's kept neurons, of which it may have `chosen` some, and 0 for the others.
+inline void down_input(const Kernels& kernels, const Ffn& f, const Chosen* chosen, const float* u,
+                       int64_t begin, int64_t end, float* to) {
+  const Packed& down = *f.packed_down;
+  if (!f.ids) {
+    if (chosen) kernels.select(u, f.mean, chosen->strength, chosen->cut, begin, end, to);
+    else std::copy(u + begin, u + end, to + begin);
+    return;
+  }
+  const int32_t* places = down.kept ? down.places : f.ids;  // ascending
+  std::fill(to + begin, to + end, 0.0f);
+  for (int64_t i = std::lower_bound(places, places + f.kept, begin) - places; i < f.kept && places[i] < end;
+       ++i) {
+    float own = f.mean ? u[i] - f.mean[f.ids[i]] : u[i];
+    to[places[i]] = !chosen || chosen->takes(i) ? own : 0.0f;
+  }
+}
+
 // sums[:] += the output of kept neurons begin to end (whole units), of which a token may have `chosen`
 // some.  Neurons of one block are rounded together, wherever work is divided: those at an end of the span
 // belong to whoever has the block's first.
@@ -69,7 +91,7 @@ inline void packed_output(const Kernels& kernels, const Ffn& f, const Chosen* ch
     for (int64_t i = 0; i < n; ++i) ids[i] = int32_t(id(begin + i)), own[i] = u[begin + i];
     for (int64_t i = 0; i < n && f.mean; ++i) own[i] -= f.mean[ids[i]];
     int64_t count = chosen ? chosen->apply(begin, n, ids, own) : n;
-    kernels.packed.add_neurons(*f.packed_down, ids, begin, own, count, sums);
+    kernels.packed.add_neurons(*f.packed_down, ids, own, count, sums);
   }
 }
 

@@ -3,13 +3,12 @@
 //
 // A panel is TILE outputs over some of the inputs: for every four of these the levels of one output
 // after the other, four bytes each, and for every block the outputs' scales and what is added to a
-// level times its scale.  Rows of a tile are outputs, and so are TILE columns of neurons.
+// level times its scale.
 
 constexpr int LOT = S::N == 16 ? 4 : 2;  // vectors whose sums, of WIDE vectors of outputs, fit into registers
 constexpr int WIDE = 2;
 constexpr int64_t BESIDE = WIDE * S::N;  // outputs at a time
 constexpr int64_t SOME = 1024;           // inputs of a panel, at most: it stays near
-constexpr int64_t NEURONS = 512;         // the same of ABREAST columns of neurons
 
 // Rounds n floats to vector m.
 void packed_round_lot(const float* from, int64_t n, const Lots& to, int64_t m) {
@@ -200,48 +199,6 @@ struct Panels {
     }
   }
 
-  // As all panels: ABREAST columns from `column` on of `units` units of neurons.
-  void read_neurons(const Packed& p, int64_t column, int64_t unit, int64_t units) {
-    int64_t left = std::min(p.units() * UNIT - column, COUNT * TILE);
-    for (int64_t one = 0; one < COUNT; ++one) begin[one] = levels[one];
-    for (int64_t one = 0; one < left / TILE; ++one)
-      for (int64_t b = 0; b < units * BLOCKS; ++b) {
-        int64_t neuron = std::min((unit * BLOCKS + b) * SIZE, p.rows - 1), at = column + one * TILE;
-        read_factors(
-            p, one, b, [=](int64_t i) { return neuron / SIZE * p.each() + at + i; },
-            [=](int64_t i) { return neuron / SUPER * p.each() + at + i; });
-      }
-    for (int64_t four = 0; four < units * UNIT / 4; ++four) {
-      const uint8_t* rows[4];
-      for (int64_t r = 0; r < 4; ++r)  // what stands for neurons that are none is multiplied with 0
-        rows[r] = p.levels + std::min(unit * UNIT + 4 * four + r, p.rows - 1) * p.pitch;
-      for (int64_t j = 0; j < UNIT; j += S::BYTES) mix(rows, column, left, j, four);
-    }
-  }
-
-  // Part j of a row's units, of four neurons.
-  void mix(const uint8_t* const* rows, int64_t column, int64_t left, int64_t j, int64_t four) {
-    auto rotary = [&](const auto& bytes, int64_t first, const auto& put) {
-      typename S::B own[4], mixed[4];
-      for (int r = 0; r < 4; ++r) own[r] = bytes(rows[r]);
-      S::interleave(own, mixed);
-      for (int64_t v = 0; v < 4; ++v) put(first + v, mixed[v]);
-    };
-    auto place = [&](int64_t one) { return levels[one] + (four * TILE + j / S::BYTES * S::N) * 4; };
-    auto whole = [&](int64_t one, const S::B& bytes) { write(place(one), bytes); };
-    auto both = [&](int64_t one, const S::B& bytes) {
-      write(place(one), S::low(bytes)), write(place(one + 4), S::high(bytes));
-    };
-    if (BITS != 4) {
-      for (int64_t at = 0; at < left; at += UNIT)
-        rotary([=](const uint8_t* row) { return S::bytes(row + column + at + j); }, at / TILE, whole);
-    } else if (left == ABREAST) {
-      rotary([=](const uint8_t* row) { return S::bytes(row + column / 2 + j); }, 0, both);
-    } else {
-      rotary([=](const uint8_t* row) { return S::last(row + column / 2, j); }, 0, whole);
-    }
-  }
-
   // y = or, unless it is `fresh`, += the products of what was read, which is `part`.
   void add(const Packed& p, const Lots& x, const Part& part, bool fresh, float* y, int64_t stride) const {
     for (int64_t i = part.begin; i < part.end; i += BESIDE) {
@@ -274,21 +231,6 @@ void rows_of_lots(const Packed& p, const Lots& x, Part part, float* y, int64_t s
     }
 }
 
-template <int BITS, int SIZE>
-void neurons_of_lots(const Packed& p, const Lots& x, Part part, float* y, int64_t stride) {
-  Panels<BITS, SIZE, ABREAST / TILE, NEURONS> panels;
-  for (int64_t column = part.begin; column < part.end; column += ABREAST)
-    for (int64_t unit = part.first, units; unit < part.last; unit += units) {
-      units = std::min(part.last - unit, NEURONS / UNIT);
-      panels.read_neurons(p, column, unit, units);
-      panels.add(p, x, {column, std::min(column + ABREAST, part.end), unit, unit + units}, unit == part.first,
-                 y, stride);
-    }
-}
-
 void packed_lots(const Packed& p, const Lots& x, const Part& part, float* y, int64_t stride) {
-  by_levels(p, [&](auto bits, auto size) {
-    if (p.order == Order::neurons) neurons_of_lots<bits, size>(p, x, part, y, stride);
-    else rows_of_lots<bits, size>(p, x, part, y, stride);
-  });
+  by_levels(p, [&](auto bits, auto size) { rows_of_lots<bits, size>(p, x, part, y, stride); });
 }

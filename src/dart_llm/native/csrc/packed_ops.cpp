@@ -149,7 +149,7 @@ void PackedMatrix::cut(int64_t begin, int64_t end) {
 int64_t PackedMatrix::nbytes() const {
   int64_t total = 0;
   for (const Tensor& t : held) total += int64_t(t.nbytes());
-  return packed.kept && packed.order == Order::neurons ? int64_t(held[0].nbytes()) : total;
+  return packed.fours ? int64_t(held[0].nbytes()) : total;
 }
 
 Dtype dequantised(at::ScalarType as) {
@@ -256,22 +256,22 @@ RoundedRows::RoundedRows(const Kernels& kernels, const float* x, int64_t count, 
   levels.resize(size_t(count * size)), scales.resize(size_t(count * each));
   sums.resize(size_t(count * each));
   for (int64_t m = 0; m < count; ++m)
-    kernels.packed.round(x + m * columns, columns, levels.data() + m * size, scales.data() + m * each,
-                         sums.data() + m * each);
+    kernels.packed.round(x + m * columns, 0, columns, columns, levels.data() + m * size,
+                         scales.data() + m * each, sums.data() + m * each);
 }
 
-// x [M, D] times the rows of matrices, or [M, I] times one by neurons as it is stored: [M, all outputs].
+// x [M, D] times the rows of matrices: [M, all outputs].
 Tensor times_lots(const Tensor& x, const std::vector<const Packed*>& all) {
   const Kernels& kernels = best();
   Tensor wide = x.to(at::kFloat).contiguous();
-  int64_t count = x.size(0), columns = x.size(1), outputs = 0, depths = 1;
+  int64_t count = x.size(0), columns = x.size(1), outputs = 0;
   std::vector<LotsProduct> products;
   for (const Packed* one : all) {
     products.emplace_back(*one);
-    outputs += products.back().outputs, depths = products.back().depths;
+    outputs += products.back().outputs;
   }
   RoundedLots rounded(kernels, count, columns);
-  Tensor y = at::empty({depths, count, outputs}, wide.options());
+  Tensor y = at::empty({count, outputs}, wide.options());
   const float* from = wide.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
   Jobs jobs(int64_t(products.size()) + 1);
@@ -285,14 +285,14 @@ Tensor times_lots(const Tensor& x, const std::vector<const Packed*>& all) {
     team.finish();
     int64_t column = 0;
     for (const LotsProduct& one : products) {
-      team.in_parts(one.parts(), [&](int64_t index, int64_t) {
-        one.run(kernels, rounded.view, index, to + column, outputs, count * outputs);
+      team.in_parts(one.parts, [&](int64_t index, int64_t) {
+        one.run(kernels, rounded.view, index, to + column, outputs);
       });
       column += one.outputs;
     }
     team.finish();
   });
-  return (depths > 1 ? y.sum(0) : y[0]).to(x.scalar_type());
+  return y.to(x.scalar_type());
 }
 
 // x [M, D] times a matrix of rows: [M, N].
@@ -318,8 +318,9 @@ Tensor packed_linear(const Tensor& x, const c10::intrusive_ptr<PackedMatrix>& ma
   return times_few(x, matrix->packed);
 }
 
-// u [M, I], activations of all neurons, through a down projection: [M, D].
-Tensor add_neurons(const Tensor& u, const Packed& p) {
+// u [M, I], activations of all neurons, through a down projection by neurons: [M, D].
+Tensor packed_down(const Tensor& u, const c10::intrusive_ptr<PackedMatrix>& matrix) {
+  const Packed& p = matrix->packed;
   TORCH_CHECK(p.order == Order::neurons && u.dim() == 2 && u.size(1) == p.rows, "native: shapes do not fit");
   Tensor wide = u.to(at::kFloat).contiguous();
   int64_t columns = p.units() * UNIT, count = wide.size(0);
@@ -336,16 +337,11 @@ Tensor add_neurons(const Tensor& u, const Packed& p) {
         int64_t n = std::min<int64_t>(p.block, own.end - at);
         for (int64_t i = 0; i < n; ++i) ids[i] = int32_t(at + i);
         for (int64_t m = 0; m < count; ++m)
-          kernels.packed.add_neurons(p, ids, at, values + m * p.rows + at, n,
-                                     sums + (one * count + m) * columns);
+          kernels.packed.add_neurons(p, ids, values + m * p.rows + at, n, sums + (one * count + m) * columns);
       }
     }
   });
   return parts.sum(0).narrow(1, 0, p.columns).to(u.scalar_type()).contiguous();
-}
-
-Tensor packed_down(const Tensor& u, const c10::intrusive_ptr<PackedMatrix>& matrix) {
-  return add_neurons(u, matrix->packed);
 }
 
 // Rows `ids` [n] int64 of a matrix: [n, M] float32 or bfloat16.
@@ -418,9 +414,9 @@ Tensor times_rows(const Tensor& x, const std::vector<const Packed*>& all, int64_
   for (const Packed* one : all)
     TORCH_CHECK(x.dim() == 2 && x.size(1) == one->columns, "native: shapes do not fit");
   std::vector<Tensor> found;
-  bool by_rows = all[0]->order != Order::neurons;
-  if (by_rows && x.size(0) > 1 && x.size(0) <= few) return times_lots(x, all);
-  if (by_rows && x.size(0) <= few) {
+  bool on_blocks = all[0]->order != Order::neurons && x.size(0) <= few;
+  if (on_blocks && x.size(0) > 1) return times_lots(x, all);
+  if (on_blocks) {
     for (const Packed* one : all) found.push_back(times_few(x, *one));
   } else {
     Tensor own = x.to(product_dtype(x));
@@ -432,10 +428,9 @@ Tensor times_rows(const Tensor& x, const std::vector<const Packed*>& all, int64_
   return found.size() == 1 ? found[0] : at::cat(found, 1);
 }
 
-Tensor times_stored(const Tensor& x, const Packed& p, int64_t few) {
+// x [M, rows] times the matrix as it is stored: [M, columns].
+Tensor times_stored(const Tensor& x, const Packed& p) {
   TORCH_CHECK(x.dim() == 2 && x.size(1) == p.rows, "native: shapes do not fit");
-  if (x.size(0) <= few && p.order == Order::neurons)
-    return x.size(0) > 1 ? times_lots(x, {&p}) : add_neurons(x, p);
   Tensor sum, whole = x.to(product_dtype(x));
   by_pieces({&p}, [&](const std::vector<Rows>& rows, int64_t n) {
     Tensor own = rows.empty() ? whole : whole.narrow(1, rows[0].begin, n);
@@ -447,7 +442,7 @@ Tensor times_stored(const Tensor& x, const Packed& p, int64_t few) {
 
 Tensor packed_product(const Tensor& x, const c10::intrusive_ptr<PackedMatrix>& matrix, bool rotary,
                       int64_t few) {
-  return rotary ? times_rows(x, {&matrix->packed}, few) : times_stored(x, matrix->packed, few);
+  return rotary ? times_rows(x, {&matrix->packed}, few) : times_stored(x, matrix->packed);
 }
 
 // The same rows, on the same memory.
@@ -462,13 +457,11 @@ c10::intrusive_ptr<PackedMatrix> packed_part(const c10::intrusive_ptr<PackedMatr
   return made;
 }
 
-// What is copied of kept rows: values of `size` bytes, `per_row` of them in a row; rows lie in tiles,
-// or each on its own.
+// What is copied of kept rows in tiles: values of `size` bytes, `per_row` of them in a row.
 struct Kept {
   const char* from;
   char* to;
   int64_t per_row, size;
-  bool tiles;
 };
 
 // to[tile] = rows ids[16 tile] to ids[16 tile + 15] of `from`, both in tiles.
@@ -485,72 +478,132 @@ void gather_tile(const Kept& kept, const int32_t* id, int64_t n, int64_t tile) {
 }
 
 void gather(const Kept& kept, const int32_t* id, int64_t n, int64_t tile) {
-  if (kept.tiles) {
-    if (kept.size == 4) gather_tile<uint32_t>(kept, id, n, tile);
-    else if (kept.size == 2) gather_tile<uint16_t>(kept, id, n, tile);
-    else gather_tile<uint8_t>(kept, id, n, tile);
-  } else {
-    int64_t bytes = kept.per_row * kept.size;
-    for (int64_t i = tile * TILE; i < std::min(n, (tile + 1) * TILE); ++i)
-      std::memcpy(kept.to + i * bytes, kept.from + id[i] * bytes, size_t(bytes));
-  }
+  if (kept.size == 4) gather_tile<uint32_t>(kept, id, n, tile);
+  else if (kept.size == 2) gather_tile<uint16_t>(kept, id, n, tile);
+  else gather_tile<uint8_t>(kept, id, n, tile);
 }
 
 using Packs = c10::intrusive_ptr<PackedMatrix>;
 
-// Memory for `n` rows of a matrix, that of `old` where it is enough; adds what is to be copied to it.
-Packs room_for_kept(const Packs& matrix, int64_t n, const PackedMatrix* old, HugeRoom& room,
-                    std::vector<Kept>& all) {
-  bool neurons = matrix->packed.order == Order::neurons;
+// A copy of kept rows or columns, empty as yet: on the memory of `old` for what it is enough for.
+struct Room {
+  HugeRoom& room;
+  const PackedMatrix* old;
+
+  // At least so many values; `wanted` of them where memory is taken anew.
+  Tensor take(size_t which, int64_t values, int64_t wanted, at::ScalarType of) const {
+    bool enough = old && old->held.at(which).numel() >= values;
+    return enough ? old->held[which] : room.take(wanted, of);
+  }
+};
+
+// Memory for `n` rows of a matrix; adds what is to be copied to it.
+Packs room_for_rows(const Packs& matrix, int64_t n, const Room& room, std::vector<Kept>& all) {
   auto made = c10::make_intrusive<PackedMatrix>(*matrix);
   made->shared = false;
   made->packed.kept = true;
-  made->packed.rows = n;
-  if (!neurons) made->stored_rows = n;
+  made->packed.rows = made->stored_rows = n;
   each_held(*matrix, [&](size_t which, int64_t per_row) {
-    if (which && neurons) return;
     const Tensor& source = matrix->held[which];
     int64_t needed = made->packed.room() * per_row + 64, size = which ? source.element_size() : 4;
-    bool enough = old && old->held.at(which).numel() >= needed;
-    made->held[which] = enough ? old->held[which] : room.take(needed, source.scalar_type());
+    made->held[which] = room.take(which, needed, needed, source.scalar_type());
     all.push_back({static_cast<const char*>(source.const_data_ptr()),
                    static_cast<char*>(made->held[which].mutable_data_ptr()), which ? per_row : per_row / 4,
-                   size, !neurons});
+                   size});
   });
   point(*made);
   return made;
 }
 
-// Proxies of rows `ids` (int32, ascending) of matrices in tiles, or by neurons: whose factors stay
-// where they are.  `old`: none, or earlier compact weights out of the same matrices, whose memory is taken
-// over where it is enough; nobody may use these any more.  Other memory is that of `room`.
-std::vector<Packs> packed_kept(const std::vector<Packs>& matrices, const Tensor& ids,
-                               const std::vector<Packs>& old, const c10::intrusive_ptr<HugeRoom>& room) {
-  TORCH_CHECK(ids.scalar_type() == at::kInt && ids.is_contiguous() && ids.numel() > 0 &&
-                  (old.empty() || old.size() == matrices.size()),
+// Memory for kept columns.
+Packs room_for_columns(const Packs& matrix, const std::shared_ptr<KeptColumns>& columns, const Room& room) {
+  auto made = c10::make_intrusive<PackedMatrix>(*matrix);
+  made->shared = false;
+  made->packed.kept = true;
+  made->packed.pitch = columns->pitch();
+  // room for masks of as many columns that fill their fours less well
+  int64_t rows = made->packed.room(), pitch = columns->pitch();
+  made->held[0] = room.take(0, rows * pitch + 64,
+                            rows * std::min(pitch + pitch / 8, matrix->packed.pitch) + 64, at::kByte);
+  made->columns = columns;
+  made->packed.fours = columns->fours().data(), made->packed.places = columns->places().data();
+  made->packed.kept_columns = int64_t(columns->places().size());
+  point(*made);
+  return made;
+}
+
+// Compact weights of neurons `ids` (int32, ascending): rows of matrices, and columns of a down projection,
+// or None, whose factors stay where they are; all in tiles.  `old`: none, or earlier ones out of the same
+// matrices, whose memory is taken over where it is enough; nobody may use these any more.  Other memory is
+// that of `room`.
+std::vector<Packs> packed_kept(const std::vector<Packs>& matrices, const std::optional<Packs>& down,
+                               const Tensor& ids, const std::vector<Packs>& old,
+                               const c10::intrusive_ptr<HugeRoom>& room) {
+  size_t count = matrices.size() + (down ? 1 : 0);
+  TORCH_CHECK(ids.scalar_type() == at::kInt && ids.is_contiguous() && ids.numel() > 0 && count &&
+                  (old.empty() || old.size() == count),
               "native: these neurons cannot be copied");
   const int32_t* id = ids.const_data_ptr<int32_t>();
-  int64_t n = ids.numel(), rows = matrices.empty() ? 0 : matrices[0]->packed.rows;
-  for (const Packs& one : matrices)
-    TORCH_CHECK(one->packed.order != Order::rows && !one->packed.kept && one->packed.rows == rows,
+  int64_t n = ids.numel(), width = down ? (*down)->packed.columns : matrices[0]->packed.rows;
+  auto check = [&](const Packed& one, int64_t neurons) {
+    TORCH_CHECK(one.order == Order::tiles && !one.kept && neurons == width,
                 "native: these neurons cannot be copied");
+  };
+  for (const Packs& one : matrices) check(one->packed, one->packed.rows);
+  if (down) check((*down)->packed, width);
   for (int64_t i = 0; i < n; ++i)
-    TORCH_CHECK_INDEX(id[i] >= (i ? id[i - 1] + 1 : 0) && id[i] < rows, "native: no such neurons");
+    TORCH_CHECK_INDEX(id[i] >= (i ? id[i - 1] + 1 : 0) && id[i] < width, "native: no such neurons");
   std::vector<Packs> made;
   std::vector<Kept> all;
-  for (size_t i = 0; i < matrices.size(); ++i)
-    made.push_back(room_for_kept(matrices[i], n, old.empty() ? nullptr : old[i].get(), *room, all));
-  constexpr int64_t SOME = 8;  // tiles that a thread takes at a time
-  int64_t tiles = (n + TILE - 1) / TILE, steps = (tiles + SOME - 1) / SOME;
+  auto room_of = [&](size_t i) { return Room{*room, old.empty() ? nullptr : old[i].get()}; };
+  for (size_t i = 0; i < matrices.size(); ++i) made.push_back(room_for_rows(matrices[i], n, room_of(i), all));
+  constexpr int64_t SOME = 8;  // tiles of rows that a thread takes at a time
+  int64_t tiles = (n + TILE - 1) / TILE, steps = (tiles + SOME - 1) / SOME,
+          of_rows = int64_t(all.size()) * steps;
+  std::shared_ptr<KeptColumns> columns;
+  uint8_t* levels = nullptr;
+  if (down) {
+    columns = std::make_shared<KeptColumns>((*down)->packed, id, n);
+    made.push_back(room_for_columns(*down, columns, room_of(matrices.size())));
+    levels = made.back()->held[0].mutable_data_ptr<uint8_t>();
+  }
+  int64_t of_columns = down ? (*down)->packed.room() / TILE : 0;
   std::atomic<int64_t> taken{0};
   run_on_threads([&](int64_t) {
-    for (int64_t step; (step = taken++) < int64_t(all.size()) * steps;) {
+    for (int64_t step; (step = taken++) < of_rows + of_columns;) {
+      if (step >= of_rows) {
+        columns->copy_tile(step - of_rows, levels);
+        continue;
+      }
       int64_t first = step % steps * SOME;
       for (int64_t tile = first; tile < std::min(first + SOME, tiles); ++tile)
         gather(all[size_t(step / steps)], id, n, tile);
     }
   });
   return made;
+}
+
+// What a matrix in tiles or rows was made of.
+Parts parts_of(const Packed& p, const BlockType& type) {
+  Parts parts;
+  parts.levels.resize(size_t(p.rows * p.columns));
+  for (int64_t row = 0; row < p.rows; ++row) read_levels(p, row, parts.levels.data() + row * p.columns);
+  auto read = [&](auto& to, const void* from, int64_t each, const auto& place) {
+    using T = typename std::decay_t<decltype(to)>::value_type;
+    for (int64_t row = 0; from && row < p.rows; ++row)
+      for (int64_t i = 0; i < each; ++i) to.push_back(static_cast<const T*>(from)[place(row, i)]);
+  };
+  auto at = [&](int64_t row, int64_t i) { return p.factor_of(row, i); };
+  auto at_super = [&](int64_t row, int64_t i) { return p.super_of(row, i); };
+  int64_t blocks = p.columns / type.block, supers = p.columns / SUPER;
+  read(parts.supers, p.scales.supers, supers, at_super);
+  read(parts.offset_supers, p.offsets.supers, supers, at_super);
+  if (type.supers) {
+    read(parts.small_scales, p.scales.own, blocks, at), read(parts.small_offsets, p.offsets.own, blocks, at);
+  } else {
+    read(parts.scales, p.scales.own, blocks, at), read(parts.offsets, p.offsets.own, blocks, at);
+  }
+  return parts;
 }
 
 // Lays out the rows of a tile anew: `from` is on a copy of their memory.
@@ -579,14 +632,20 @@ void turn_tile(const Packed& from, int64_t first, PackedMatrix& to) {
 }
 
 // A matrix of rows or tiles in the order asked for: in its own memory, or a copy, as must be of what
-// lies on another's.
+// lies on another's, and for the order of neurons.
 c10::intrusive_ptr<PackedMatrix> packed_turned(const c10::intrusive_ptr<PackedMatrix>& matrix,
                                                const std::string& name, bool copied) {
   Order order = order_of(name), before = matrix->packed.order;
   if (order == before) return matrix;
-  TORCH_CHECK(order != Order::neurons && before != Order::neurons && !matrix->packed.kept,
+  TORCH_CHECK((order != Order::neurons || copied) && before != Order::neurons && !matrix->packed.kept,
               "native: this matrix has one order");
   auto to = matrix;
+  if (order == Order::neurons) {
+    int64_t rows = matrix->packed.rows, columns = matrix->packed.columns;
+    to = c10::make_intrusive<PackedMatrix>(matrix->type, rows, columns, order);
+    to->fill(parts_of(matrix->packed, matrix->type), 0, rows);
+    return to;
+  }
   if (matrix->shared || copied)
     to = c10::make_intrusive<PackedMatrix>(matrix->type, matrix->stored_rows, matrix->stored_columns, order);
   to->packed.order = order;

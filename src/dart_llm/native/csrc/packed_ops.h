@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -30,8 +31,9 @@ struct PackedMatrix : torch::CustomClassHolder {
   const BlockType& type;
   int64_t stored_rows, stored_columns;
   Packed packed;
-  std::vector<at::Tensor> held;  // keeps what is pointed at alive
-  bool shared = false;           // on the memory of another
+  std::vector<at::Tensor> held;                // keeps what is pointed at alive
+  std::shared_ptr<const KeptColumns> columns;  // of a copy of kept ones
+  bool shared = false;                         // on the memory of another
 };
 
 struct RoundedRows {
@@ -46,8 +48,6 @@ struct RoundedRows {
 // x [M, columns] times the rows of all matrices: [M, rows of all]; the rows are dequantised, a piece at
 // a time, or the product is one on the blocks where x has at most `few` vectors.
 at::Tensor times_rows(const at::Tensor& x, const std::vector<const Packed*>&, int64_t few);
-// x [M, rows] times the matrix as it is stored: [M, columns]; on the blocks of few neurons.
-at::Tensor times_stored(const at::Tensor& x, const Packed&, int64_t few);
 
 // Adds the class and its operators.
 void register_packed(torch::Library&);

@@ -6,8 +6,6 @@ namespace dart {
 namespace {
 
 constexpr int64_t JOBS = 13;    // of a layer, at most
-constexpr int64_t DEPTH = 8;    // units of inputs of a part of a down projection, at least
-constexpr int64_t DEPTHS = 4;   // such parts, at most
 constexpr int64_t TOKENS = 16;  // rows of a part: their values share no line of the cache
 
 int64_t units_of(int64_t n) { return (n + UNIT - 1) / UNIT; }
@@ -37,9 +35,8 @@ struct Reader : Worker {
   // y [M, stride] = matrix x; several may be open at once.
   void multiply(const Packed& matrix, const RoundedLots& x, float* y, int64_t stride) {
     LotsProduct product(matrix);
-    in_parts(product.parts(), [&, product](int64_t one, int64_t) {
-      product.run(kernels, x.view, one, y, stride, text.rows() * stride);
-    });
+    in_parts(product.parts,
+             [&, product](int64_t one, int64_t) { product.run(kernels, x.view, one, y, stride); });
   }
 
   void round(const float* from, int64_t n, const RoundedLots& to, int64_t m) const {
@@ -95,13 +92,10 @@ struct Reader : Worker {
   }
 
   // The stream's row m += y [M, D] with a bias, normed by `after`.
-  void add(const float* y, int64_t count, const float* wide_bias, const void* bias, const Norm& after,
-           int64_t m) {
-    int64_t hidden = decoder.hidden, pitch = text.rows() * hidden;
+  void add(const float* y, const float* wide_bias, const void* bias, const Norm& after, int64_t m) {
+    int64_t hidden = decoder.hidden;
     const float* from = y + m * hidden;
     for (int64_t i = 0; i < hidden; ++i) line[i] = from[i] + (wide_bias ? wide_bias[i] : 0.0f);
-    for (int64_t one = 1; one < count; ++one)
-      for (int64_t i = 0; i < hidden; ++i) line[i] += from[one * pitch + i];
     add_bias(bias, hidden, line);
     decoder.norm_row(after, line, hidden, line);
     float* to = stream + m * hidden;
@@ -149,7 +143,7 @@ struct Reader : Worker {
     by_rows([&](int64_t m) {
       float *h = normed + m * hidden, *to = stream + m * hidden;
       if (d.parallel) d.norm_row(layer.before_ffn, to, hidden, h);
-      add(sums, 1, nullptr, layer.o_bias, layer.after_attention, m);
+      add(sums, nullptr, layer.o_bias, layer.after_attention, m);
       if (!d.parallel) d.norm_row(layer.before_ffn, to, hidden, h);
       if (left.h) kernels.round(d.dtype, h, at(left.h, d.dtype, m * hidden), hidden);
       round(h, hidden, room.given, m);
@@ -158,7 +152,7 @@ struct Reader : Worker {
     ffn(layer, left);
     by_rows([&](int64_t m) {
       float* h = normed + m * hidden;
-      add(sums, LotsProduct(*layer.ffn.packed_down).depths, layer.bias, nullptr, layer.after_ffn, m);
+      add(sums, layer.bias, nullptr, layer.after_ffn, m);
       d.norm_row(next, stream + m * hidden, hidden, h);
       round(h, hidden, room.given, m);
     });
@@ -178,19 +172,12 @@ RoundedLots::RoundedLots(const Kernels& kernels, int64_t count, int64_t columns)
       size,          lot};
 }
 
-LotsProduct::LotsProduct(const Packed& p) : matrix(&p), depths(1) {
-  bool neurons = p.order == Order::neurons;
-  outputs = neurons ? p.columns : p.rows, units = units_of(neurons ? p.rows : p.columns);
-  int64_t step = neurons ? ABREAST : 2 * TILE;
-  spans = std::min(PARTS, pieces(outputs, step));
-  if (neurons) depths = std::clamp<int64_t>(units / DEPTH, 1, DEPTHS);
-}
+LotsProduct::LotsProduct(const Packed& p)
+    : matrix(&p), outputs(p.rows), parts(std::min(PARTS, pieces(p.rows, 2 * TILE))) {}
 
-void LotsProduct::run(const Kernels& kernels, const Lots& x, int64_t index, float* y, int64_t stride,
-                      int64_t pitch) const {
-  int64_t step = matrix->order == Order::neurons ? ABREAST : 2 * TILE, depth = index / spans;
-  Span own = part(outputs, index % spans, spans, step), deep = part(units, depth, depths, SUPER / UNIT);
-  kernels.packed.lots(*matrix, x, {own.begin, own.end, deep.begin, deep.end}, y + depth * pitch, stride);
+void LotsProduct::run(const Kernels& kernels, const Lots& x, int64_t index, float* y, int64_t stride) const {
+  Span own = part(outputs, index, parts, 2 * TILE);
+  kernels.packed.lots(*matrix, x, {own.begin, own.end, 0, matrix->units()}, y, stride);
 }
 
 PromptRoom::PromptRoom(const Kernels& kernels, const Decoder& d, const Text& text, int64_t layers,
@@ -198,7 +185,6 @@ PromptRoom::PromptRoom(const Kernels& kernels, const Decoder& d, const Text& tex
     : jobs(layers * JOBS + 1),
       qkv_pitch(d.in_qkv()),
       width(whole_lanes(d.width) + GROUP),
-      depths(std::clamp<int64_t>(units_of(d.width) / DEPTH, 1, DEPTHS)),
       given(kernels, text.rows(), d.hidden),
       mixed(kernels, text.rows(), d.heads * d.size),
       active(kernels, text.rows(), d.width),
@@ -209,7 +195,7 @@ PromptRoom::PromptRoom(const Kernels& kernels, const Decoder& d, const Text& tex
   values.resize(text.texts * d.kv_heads * positions * size);
   score = QUERIES * (positions + size), scores.resize(threads * score);
   gate.resize(rows * width), up.resize(rows * width);
-  sums.resize(depths * rows * d.hidden);
+  sums.resize(rows * d.hidden);
   line = whole_lanes(d.hidden), lines.resize(threads * line);
 }
 

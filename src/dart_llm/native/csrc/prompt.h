@@ -22,11 +22,9 @@ struct LotsProduct {
   explicit LotsProduct(const Packed&);
 
   const Packed* matrix;
-  int64_t outputs, units;
-  int64_t spans, depths;  // parts of the outputs; parts of the inputs, whose sums are added afterwards
-  int64_t parts() const { return spans * depths; }
-  // y[depth of the part] = ..., each of `pitch` values; rows of y `stride` apart.
-  void run(const Kernels&, const Lots& x, int64_t index, float* y, int64_t stride, int64_t pitch) const;
+  int64_t outputs, parts;
+  // Part `index` of the outputs; rows of y `stride` apart.
+  void run(const Kernels&, const Lots& x, int64_t index, float* y, int64_t stride) const;
 };
 
 // Texts of T tokens each that begin with them; M = B T rows, those of one text one after the other.
@@ -49,13 +47,12 @@ struct PromptRoom {
 
   Jobs jobs;                         // begin() them before the members begin
   int64_t qkv_pitch, width;          // values from one row to the next
-  int64_t depths;                    // parts of the down projections' inputs, at most
   RoundedLots given, mixed, active;  // what projections, the output projection and `down` are given
   std::vector<float> qkv, attended;  // [M, qkv_pitch], [M, H S]
   std::vector<float> keys, values;   // [B K, S, T], [B K, T, S], of whole lanes
   std::vector<float> scores;         // by member
   std::vector<float> gate, up;       // [M, width]
-  std::vector<float> sums;           // [depths, M, D]
+  std::vector<float> sums;           // [M, D]
   std::vector<float> h;              // [M, D]: the FFN's input where it reads what attention read
   std::vector<float> lines;          // by member: a row
   int64_t line, score, threads;

@@ -170,7 +170,7 @@ std::vector<Tensor> Prompt::layer(int64_t index, const Tensor& stream, const Ten
   Tensor after = add(*this, added, nullptr, own.o_bias, own.after_attention, stream, own.before_ffn);
   if (!decoder.parallel) h = after;
   Tensor u = activated(*this, own.ffn, h);
-  Tensor z = times_stored(u, *own.ffn.packed_down, few);
+  Tensor z = times_rows(u, {own.ffn.packed_down}, few);
   Tensor passed = add(*this, z, own.bias, nullptr, own.after_ffn, stream, next);
   return {heads.keys, heads.values, u.view({texts, tokens, -1}), h.view({texts, tokens, -1}), passed};
 }

@@ -60,7 +60,7 @@ struct ScreenRoom {
     }
     int64_t room = 2 * Rounded::facts(padded), whole = (keep + UNIT - 1) / UNIT * UNIT;
     Rounded to{levels.data() + m * padded, scales.data() + m * room, sums.data() + m * room, 1, whole};
-    kernels.packed.round(selected, keep, levels.data() + m * padded, scales.data() + m * room,
+    kernels.packed.round(selected, 0, keep, keep, levels.data() + m * padded, scales.data() + m * room,
                          sums.data() + m * room);
     while (keep % 8) own[keep] = own[keep - 1], ++keep;  // of level 0
     float sum = 0;

@@ -79,7 +79,13 @@ inline int64_t marked_bytes(int64_t width) { return (width + 7) / 8; }
 
 // Sets bit i % 8 of byte i / 8 for each selected neuron i, in bytes that are zero.
 inline void mark(const int32_t* ids, int64_t kept, const Chosen& chosen, uint8_t* bits) {
-  for (int64_t place = 0, next; place < kept; place = next) {
+  int64_t place = 0;
+  for (; !ids && place + 8 <= kept; place += 8) {
+    uint8_t found = 0;
+    for (int64_t i = 0; i < 8; ++i) found |= uint8_t(chosen.takes(place + i) << i);
+    bits[place / 8] = found;
+  }
+  for (int64_t next; place < kept; place = next) {
     int64_t byte = (ids ? ids[place] : place) / 8;
     uint8_t found = 0;  // a byte at a time: one bit after the other would wait for memory
     for (next = place; next < kept; ++next) {

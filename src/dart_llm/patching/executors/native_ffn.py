@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -39,8 +40,9 @@ PROBE_S = 0.1
 class SelectionTimes(NamedTuple):
     """Milliseconds per token for all down projections after per-token selection by activations.
 
-    ``read_all``: all rows are read, and those of unselected neurons are multiplied by 0.  ``skip``:
-    only selected rows are read.  Scattered rows are slower to read, byte for byte.
+    ``read_all``: all weights are read, and those of unselected neurons are multiplied by 0.
+    ``skip``: only selected neurons are read, from a copy with another layout; ``inf`` without
+    memory for it.  Scattered neurons are slower to read, byte for byte.
     """
 
     read_all: float
@@ -51,13 +53,15 @@ class SelectionTimes(NamedTuple):
         """Measure the times on this machine, or take them from the cache.
 
         ``downs``: packed down projections of all layers; ``share``: of their neurons, selected.
+        Needs memory for a copy of them.
         """
         shapes = [(down.type(), *down.shape()) for down in downs]
         machine = cache.processor(), kernels_in_use(), torch.get_num_threads()
-        folder, key = cache.cache_folder() / "selection", cache.key_of(1, machine, shapes, share)
+        folder, key = cache.cache_folder() / "selection", cache.key_of(2, machine, shapes, share)
         if (data := cache.read(folder, key, ".json")) is not None:
             return cls(*json.loads(data))
-        seconds = ops().selection_times(list(downs), share, PROBE_S)
+        copies = [by_neurons(down) for down in downs]
+        seconds = ops().selection_times(list(downs), copies, share, PROBE_S)
         times = cls(*(round(1e3 * s, 4) for s in seconds))
         with contextlib.suppress(LoadError):  # a cache that cannot be written
             cache.write(folder, key, ".json", json.dumps(times).encode())
@@ -68,11 +72,18 @@ class SelectionTimes(NamedTuple):
         return self.skip <= SKIP_BELOW * self.read_all
 
     def __str__(self) -> str:
+        if self.skip == math.inf:
+            return "reads all down rows of unselected neurons (no memory for a copy to skip them)"
         verb = "skips" if self.skips else "reads all"
         return (
             f"{verb} down rows of unselected neurons (reading all takes {self.read_all:.2f} ms per "
             f"token on this machine, skipping {self.skip:.2f} ms)"
         )
+
+
+def by_neurons(down: Any) -> Any:
+    """Return a copy of a packed down projection in which every neuron is contiguous."""
+    return ops().packed_turned(down, "neurons", True)
 
 
 class Layout:
@@ -106,17 +117,21 @@ class Layout:
         """Return whether down rows are skipped if tokens select ``share`` of the neurons."""
         tenth = max(0.1, round(share, 1))  # uneven budgets have a share for every layer
         if tenth not in self._selections:
-            self._selections[tenth] = SelectionTimes.measure(self.downs, tenth)
+            self._selections[tenth] = SelectionTimes(0.0, math.inf)
+            if self.has_room(sum(down.nbytes() for down in self.downs)):
+                self._selections[tenth] = SelectionTimes.measure(self.downs, tenth)
         self.selection = self._selections[tenth]
         return self.selection.skips
 
     def neuron_rows(self, matrix: Tensor, parameter: nn.Parameter) -> Tensor:
         """Return ``matrix`` [I, D] with contiguous rows; transposes ``parameter`` if needed.
 
+        Packed matrices stay as they are.
+
         ``matrix``: a view of ``parameter``, or of its transpose.  Check ``not_in_place_reason``
         first.  Raises ``ConfigError`` if ``parameter`` is not contiguous.
         """
-        if matrix.is_contiguous():
+        if matrix.is_contiguous() or isinstance(matrix, PackedTensor):
             return matrix
         if not parameter.is_contiguous():
             raise ConfigError(
@@ -189,8 +204,10 @@ def _not_in_rows(block: FfnBlock) -> Iterator[tuple[nn.Parameter, str]]:
     """Yield each weight to transpose (its columns are neurons now), and its name in messages."""
     _, up, down = block.matrices()
     for role, module, rows in (("up", block.up, up), ("down", block.down, down.t())):
-        if not rows.is_contiguous() and (role == "down" or block.by_inputs):
-            weight = module.weight
+        weight = module.weight
+        if rows.is_contiguous() or isinstance(weight, PackedTensor):
+            continue
+        if role == "down" or block.by_inputs:
             assert isinstance(weight, nn.Parameter)
             yield weight, f"the {role} projection of layer {block.index}"
 
@@ -294,6 +311,7 @@ class NativeFfn:
         """Drop the mask."""
         self.mask: LayerMask | None = None
         self._copies: tuple[Any, ...] = ()
+        self._by_neurons: Any = None
         self.kept = self.everything()
 
     def everything(self) -> KernelMask:
@@ -322,49 +340,77 @@ class NativeFfn:
             if linear is not None:
                 basis, features = linear.basis.contiguous(), linear.out.t().contiguous()
             ids = None if len(mask.ids) == mask.width else mask.ids.to(torch.int32)
-            choice = self._choice(mask) if isinstance(mask, TokenMask) else None
-            matrices = self._matrices(ids, choice is not None) if self._packs else ()
+            choice = matrices = None
+            if isinstance(mask, TokenMask):
+                skips = self._skips(mask)
+                choice, matrices = self._choice(mask, skips), self._selected_from(ids, skips)
+            else:
+                matrices = self._compact(ids)
             bias = total_bias(mask, self.down_bias)
             self.kept = KernelMask(ids, bias, basis, features, choice, matrices)
         self.mask = mask
 
-    def _matrices(self, ids: Tensor | None, per_token: bool) -> tuple[Any, ...]:
-        """Return the packed matrices to read under a mask.
+    def _compact(self, ids: Tensor | None) -> tuple[Any, ...]:
+        """Return the packed matrices to read if a sequence mask keeps ``ids``; () if not packed.
 
-        Scattered rows are slower to read than contiguous rows, so the rows that a sequence mask
-        keeps are copied if memory allows.  Rows that each token selects are read in place.  If the
-        rule ranks neurons by exact activations, only rows of the down projection are selected.
+        Scattered rows are slower to read than contiguous rows, so kept neurons are copied if memory
+        allows.  Otherwise, gate and up are read row by row, and all of the down projection.
         """
-        ranks_exactly = self.token is not None and self.token.rule.by_weights
-        if ids is None and (not per_token or ranks_exactly):
+        if ids is None or not self._packs:
             self._copies = ()
             return self._packs
         old, self._copies = self._copies, ()
-        copied = ids is not None and not per_token
-        if ids is not None and copied and not old:
-            copied = self._fits(len(ids))
-        *outer, down = self._packs
-        order = "tiles" if copied else "rows"
-        self._packs = (*(self._layout.reorder(matrix, order) for matrix in outer), down)
+        copied = bool(old) or self._fits(len(ids))
+        *outer, down = self._reorder("tiles" if copied else "rows")
         if not copied:
             return self._packs
-        self._copies = tuple(ops().packed_kept(self._packs, ids, old, self._layout.room))
+        self._copies = tuple(ops().packed_kept(outer, down, ids, old, self._layout.room))
         return self._copies
+
+    def _selected_from(self, ids: Tensor | None, skips: bool) -> tuple[Any, ...]:
+        """Return the packed matrices to read if each token selects among ``ids``; () if not packed.
+
+        A rule that ranks by exact activations reads all rows of gate and up if ``ids`` is None.
+        ``skips``: the down projection is read neuron by neuron.
+        """
+        if not self._packs:
+            return ()
+        assert self.token is not None
+        self._copies = ()
+        if ids is not None or not self.token.rule.by_weights:
+            self._reorder("rows")
+        return (*self._packs[:-1], self._by_neurons) if skips else self._packs
+
+    def _reorder(self, order: str) -> tuple[Any, ...]:
+        """Reorder gate and up; return all packed matrices."""
+        *outer, down = self._packs
+        self._packs = (*(self._layout.reorder(matrix, order) for matrix in outer), down)
+        return self._packs
 
     def _fits(self, count: int) -> bool:
         """Return True if there is enough memory for compact weights of ``count`` neurons."""
         *outer, down = self._packs
-        parts = [part for matrix in outer for part in matrix.parts()] + [down.parts()[0]]
         rows, width = count + TILE - 1, self.block.down_width  # in whole tiles
-        return self._layout.has_room(sum(t.nbytes * rows // width + PADDING for t in parts))
+        parts = [part.nbytes * rows // width for matrix in outer for part in matrix.parts()]
+        parts.append(down.parts()[0].nbytes)  # at most: columns are kept in whole fours
+        return self._layout.has_room(sum(parts) + PADDING * len(parts))
 
-    def _choice(self, mask: TokenMask) -> Any:
+    def _skips(self, mask: TokenMask) -> bool:
+        """Return True if the down projection is read neuron by neuron, packed in a copy."""
+        if not self._packs:
+            return True
+        assert self.token is not None
+        share, down = mask.winners / mask.width, self._packs[-1]
+        pays = not self.token.rule.by_weights or self._layout.skips(share)
+        if pays and self._by_neurons is None and self._layout.has_room(down.nbytes()):
+            self._by_neurons = by_neurons(down)
+        return pays and self._by_neurons is not None
+
+    def _choice(self, mask: TokenMask, skips: bool) -> Any:
         """Return the data from which the kernels select ``mask.winners`` neurons for each token."""
         assert self.token is not None
         rule: Any = self.token.rule
-        mean, config, skips = mask.mean, rule.config, True
-        if rule.by_weights:
-            skips = self._layout.skips(mask.winners / mask.width)
+        mean, config = mask.mean, rule.config
         parts = [part for proxy in rule.proxies for part in (proxy.levels, proxy.scales)]
         return torch.classes.dart_llm.Choice(
             *([None] * (4 - len(parts))),
@@ -394,7 +440,8 @@ class NativeFfn:
         """Return the extra bytes for the loaded mask, without the mask itself."""
         weights = (t for t in self._stored if isinstance(t, PackedTensor))
         stored = {weight.matrix.parts()[0].data_ptr() for weight in weights}
-        packs = (*self._copies, *self._packs)
+        packs = [*self._copies, *self._packs]
+        packs += [] if self._by_neurons is None else [self._by_neurons]
         copies = (pack for pack in packs if pack.parts()[0].data_ptr() not in stored)
         return self.kept.nbytes() + sum(int(pack.nbytes()) for pack in copies)
 
