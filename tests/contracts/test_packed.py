@@ -157,6 +157,25 @@ def test_compact_weights_where_there_is_memory_for_them(model, monkeypatch):
     assert 0.45 < (extra[0] - extra[1]) / ffn_bytes(packed) < 0.6
 
 
+@pytest.mark.contract("masked equals compact")
+def test_neurons_are_skipped_where_there_is_memory_for_a_copy(monkeypatch):
+    """Without it all of down is read, and the report says so."""
+    model, results, reports = model_of("llama", "q4_0"), [], []
+    for left in (1 << 40, native_ffn.RESERVE):
+        monkeypatch.setattr(native_ffn, "available", lambda left=left: left)
+        settings = {"sparsity": 0.5, "self_stats": PRIOR, "executor": "native"}
+        with prune(model, "dart-token", **settings) as run:
+            results.append(decode(model, IDS, PROMPT))
+            reports.append(run.report())
+    skipping, reading = reports
+    assert apart(*results) < 1e-3
+    assert "no memory for a copy" in reading.selection and "skips" in skipping.selection
+    assert skipping.ffn_bytes_share < reading.ffn_bytes_share
+    down = sum(block.down.weight.nbytes for block in describe(model).blocks)
+    copied = skipping.extra_memory_bytes - reading.extra_memory_bytes
+    assert copied == pytest.approx(down, rel=0.2)  # rows are padded
+
+
 @pytest.mark.contract("exact restore")
 def test_a_copied_model_is_not_touched_by_runs_on_the_first():
     """Nor the first by runs on the copy, in whatever order these end."""

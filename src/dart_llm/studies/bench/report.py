@@ -256,11 +256,11 @@ def speed_plot(document: Row) -> Plot:
     rows = [row for row in document["rows"] if row["ms"] is not None]
     times = {row["row"]: row["ms"] for row in rows}
     bases = {name: facts["base"] for name, facts in document["formats"].items()}
-    limited = [
-        (index, times[bases[row["weights"]]] / row["bandwidth_limit"])
+    limits = {
+        index: times[bases[row["weights"]]] / row["bandwidth_limit"]
         for index, row in enumerate(rows)
-        if row["method"] and row["bandwidth_limit"]
-    ]
+        if row["bandwidth_limit"] and (row["method"] or row["bandwidth_limit"] > 1)
+    }
 
     def draw(figure: Figure, palette: Palette) -> None:
         axes = figure.subplots()
@@ -268,11 +268,13 @@ def speed_plot(document: Row) -> Plot:
         axes.barh(range(len(rows)), list(times.values()), color=colours, height=0.62)
         for index, row in enumerate(rows):
             note = " (disturbed)" if row["disturbed"] else ""
-            write_beside(axes, number(row["ms"]) + note, row["ms"], index, 8)
-        if limited:
-            indices, limits = zip(*limited, strict=True)
+            end = max(row["ms"], limits.get(index, 0))
+            write_beside(axes, number(row["ms"]) + note, end, index, 8)
+        if limits:
             look: Look = {"color": INK, "markerfacecolor": "white", "linestyle": "none"}
-            axes.plot(limits, indices, "D", label="bandwidth limit", markersize=5, **look)
+            axes.plot(
+                [*limits.values()], [*limits], "D", label="bandwidth limit", markersize=5, **look
+            )
             legend(axes, 1)
         axes.set_yticks(range(len(rows)), [row["row"] for row in rows])
         axes.invert_yaxis()
