@@ -340,12 +340,11 @@ class NativeFfn:
             if linear is not None:
                 basis, features = linear.basis.contiguous(), linear.out.t().contiguous()
             ids = None if len(mask.ids) == mask.width else mask.ids.to(torch.int32)
-            choice = matrices = None
             if isinstance(mask, TokenMask):
                 skips = self._skips(mask)
                 choice, matrices = self._choice(mask, skips), self._selected_from(ids, skips)
             else:
-                matrices = self._compact(ids)
+                choice, matrices = None, self._compact(ids)
             bias = total_bias(mask, self.down_bias)
             self.kept = KernelMask(ids, bias, basis, features, choice, matrices)
         self.mask = mask
@@ -440,9 +439,8 @@ class NativeFfn:
         """Return the extra bytes for the loaded mask, without the mask itself."""
         weights = (t for t in self._stored if isinstance(t, PackedTensor))
         stored = {weight.matrix.parts()[0].data_ptr() for weight in weights}
-        packs = [*self._copies, *self._packs]
-        packs += [] if self._by_neurons is None else [self._by_neurons]
-        copies = (pack for pack in packs if pack.parts()[0].data_ptr() not in stored)
+        packs = (*self._copies, *self._packs, self._by_neurons)
+        copies = (p for p in packs if p is not None and p.parts()[0].data_ptr() not in stored)
         return self.kept.nbytes() + sum(int(pack.nbytes()) for pack in copies)
 
 
