@@ -119,7 +119,7 @@ fi
 echo "installing about $count packages, $long"
 SECONDS=0
 : >"$log"
-install ninja 'setuptools>=77' ${torch[@]+"${torch[@]}"} # needed to compile, and to build the project
+install ninja pyyaml 'setuptools>=77' ${torch[@]+"${torch[@]}"} # what compiling the kernels and building the project need
 PYTHONPATH=src nice "$venv/bin/python" -m dart_llm.native.build >"$kernels_log" 2>&1 </dev/null &
 kernels=$!
 install --no-build-isolation -e ".[$extra]"

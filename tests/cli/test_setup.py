@@ -1,8 +1,11 @@
 """Set-up and Makefile, with stand-ins for Python and pip."""
 
 import os
+import re
 import shutil
 import subprocess
+import sys
+import tomllib
 
 import pytest
 
@@ -26,7 +29,7 @@ case "$*" in
 esac
 """
 PIP = "-m pip install --disable-pip-version-check --no-input --progress-bar off"
-TOOLS, INSTALL = f"{PIP} ninja setuptools>=77", f"{PIP} --no-build-isolation -e .[all]"
+TOOLS, INSTALL = f"{PIP} ninja pyyaml setuptools>=77", f"{PIP} --no-build-isolation -e .[all]"
 KERNELS = "src -m dart_llm.native.build"
 
 
@@ -117,3 +120,13 @@ def test_installs_once_until_the_project_changes(project):
     assert project.set_up() == both
     given = project.set_up(HAS_TORCH="1", VENV="some where")  # a torch that is there is kept
     assert given == ["-m venv --system-site-packages some where", TOOLS, INSTALL]
+
+
+def test_the_kernels_compile_before_the_other_packages_are_installed():
+    given = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = [re.split(r"[>=<]", name)[0].replace("-", "_") for name in given]
+    missing = [name for name in names if name not in ("torch", "pyyaml", "filelock", "jinja2")]
+    assert "transformers" in missing and "numpy" in missing
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); import dart_llm.native.build"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
